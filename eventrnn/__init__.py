@@ -1,0 +1,2 @@
+"""Event-driven recurrent networks: work that is not done is not paid for."""
+from eventrnn.network import *

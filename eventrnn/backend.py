@@ -1,0 +1,157 @@
+"""What a backend must answer, and the names by which backends are found. Imports none of them.
+
+A backend turns a network into an `Engine` once; the engine runs whole sequences, state in and state out.
+All backends of the exact tier give the same bits: events, states, outputs and fire counts.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from eventrnn.events import Events
+
+if TYPE_CHECKING:
+    from eventrnn.network import Network
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend exists but cannot run here; the message says why and what to install."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What a network carries between steps: per layer the cells `c` and the last outputs `y`, (batch, N) float32."""
+
+    cells: tuple[np.ndarray, ...]
+    outputs: tuple[np.ndarray, ...]
+
+    @classmethod
+    def zeros(cls, network: Network, batch: int) -> State:
+        sizes = [layer.units for layer in network.layers]
+        return cls(
+            tuple(np.zeros((batch, n), np.float32) for n in sizes),
+            tuple(np.zeros((batch, n), np.float32) for n in sizes),
+        )
+
+    def copy(self) -> State:
+        return State(tuple(c.copy() for c in self.cells), tuple(y.copy() for y in self.outputs))
+
+    @property
+    def batch(self) -> int:
+        return self.cells[0].shape[0]
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The input of a run: time-major row `t * batch + b` reads row `row_of[t * batch + b]` of an event table.
+
+    Dense input has one table row a step and sample; index input has one a symbol, its embedding.
+    """
+
+    indptr: np.ndarray
+    indices: np.ndarray
+    values: np.ndarray
+    row_of: np.ndarray
+    steps: int
+    batch: int
+    size: int
+
+    def part(self, start: int, stop: int) -> Feed:
+        """Steps `start` to `stop`, sharing the table."""
+        rows = self.row_of[start * self.batch : stop * self.batch]
+        return Feed(self.indptr, self.indices, self.values, rows, stop - start, self.batch, self.size)
+
+    def fire_counts(self) -> FireCounts:
+        """How often each input was not zero. O(table + rows)."""
+        uses = np.bincount(self.row_of, minlength=len(self.indptr) - 1)
+        per_entry = np.repeat(uses, np.diff(self.indptr))
+        counts = FireCounts.zeros(self.size)
+        graded = np.abs(self.values) != 1
+        np.add.at(counts.graded, self.indices[graded], per_entry[graded])
+        np.add.at(counts.binary, self.indices[~graded], per_entry[~graded])
+        return counts
+
+    def events(self) -> Events:
+        """The input as events over all rows. O(events)."""
+        lengths = np.diff(self.indptr)[self.row_of]
+        indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        within = np.arange(indptr[-1]) - np.repeat(indptr[:-1], lengths)
+        entries = np.repeat(self.indptr[self.row_of], lengths) + within
+        return Events(indptr, self.indices[entries], self.values[entries], (self.steps, self.batch, self.size))
+
+
+@dataclass(frozen=True)
+class FireCounts:
+    """Events each unit sent over a run, apart by value: graded, or binary (-1 or 1). (size,) int64 each."""
+
+    graded: np.ndarray
+    binary: np.ndarray
+
+    @classmethod
+    def zeros(cls, size: int) -> FireCounts:
+        return cls(np.zeros(size, np.int64), np.zeros(size, np.int64))
+
+    @property
+    def total(self) -> np.ndarray:
+        return self.graded + self.binary
+
+    def __add__(self, other: FireCounts) -> FireCounts:
+        return FireCounts(self.graded + other.graded, self.binary + other.binary)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a run leaves behind.
+
+    Attributes
+    ----------
+    output : (steps, batch, V) read-out, or the last layer's (steps, batch, N) events where there is no read-out
+    state  : the state after the last step
+    fired  : per layer, events sent
+    events : per layer (steps, batch, N) outputs, where asked for
+    states : per layer (steps, batch, N) cells after the event, where asked for
+    """
+
+    output: np.ndarray
+    state: State
+    fired: tuple[FireCounts, ...]
+    events: tuple[np.ndarray, ...] = ()
+    states: tuple[np.ndarray, ...] = field(default=())
+
+
+class Engine(Protocol):
+    """A network made ready to run. The inputs are never modified."""
+
+    def run(self, feed: Feed, state: State, *, record_events: bool = False, record_states: bool = False) -> Trace:
+        """All steps of the feed from `state` on. `feed.batch` must equal `state.batch`."""
+        ...
+
+
+class Backend(Protocol):
+    name: str
+    exact: bool
+
+    def engine(self, network: Network, *, threads: int = 1) -> Engine:
+        """Pack the weights for this backend. Cost: one pass over them."""
+        ...
+
+
+#: name -> where it lives; imported on first use
+BACKENDS = {
+    "reference": "eventrnn.reference:ReferenceBackend",
+    "cpu": "eventrnn.cpu:CpuBackend",
+}
+
+
+def get_backend(backend: str | Backend) -> Backend:
+    """The backend of that name, or the object itself."""
+    if not isinstance(backend, str):
+        return backend
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, need one of {', '.join(BACKENDS)}")
+    module, _, name = BACKENDS[backend].partition(":")
+    return getattr(importlib.import_module(module), name)()

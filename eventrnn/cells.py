@@ -1,0 +1,330 @@
+"""Event cells: the symbol table, the scalar rules of one unit, and the surrogate table.
+
+Everything here is plain Python over NumPy values: the rules work on float64 or float32 scalars and arrays
+alike. A backend compiles *loops around* these functions and never rewrites them (`jit.py` tells Numba how).
+
+Symbols, used inside formulas and kernels only; the public API uses words.
+
+    here   meaning                                       EGRU paper (ICLR 2023)    EvNN code
+    ----   -------------------------------------------   -----------------------   ---------
+    B T    samples in a batch, time steps
+    I N    inputs and units of a layer
+    j i    presynaptic (source), postsynaptic (target)   j, i
+    x      input of the layer                            x                         x
+    u      keep gate                                     1 - u                     z
+    r      reset gate                                    r                         r
+    g      candidate                                     z                         g
+    v      cell before the event                         c before the event        cur_h
+    c      cell carried to the next step                 c                         h
+    o      event, 1 or 0                                 Theta(c - theta)          o
+    y      graded event, what is sent on                 y                         y
+    theta  threshold, one per unit, >= 0                 theta                     thr
+
+Gate rows are packed (u, r, g) everywhere. A drive is `bias + sum over j of weight * value`, terms in ascending
+j, one float32 FMA a term; the input drive and the recurrent drive are two sums.
+
+Float32 `exp`, `sigmoid` and `tanh` are our own polynomials, because libm differs between platforms and one ulp
+moves an event. Largest error over all float32 arguments tested: see `ULP` (checked against mpmath by the tests).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.special import erf
+
+F32 = np.float32
+ZERO, HALF, ONE, TWO = F32(0.0), F32(0.5), F32(1.0), F32(2.0)
+
+#: Stated bounds, in units in the last place of the float32 result (subnormal results excluded).
+ULP = {"exp": 1.0, "sigmoid": 2.5, "tanh": 1.5}
+
+# --- primitives: one correctly rounded operation each -------------------------------------------------------
+
+
+def fma(a: Any, b: Any, c: Any) -> Any:
+    """`a * b + c`. Float32 arguments are rounded once, as by the hardware instruction; others as Python does."""
+    if not _is_float32(c):
+        return a * b + c
+    # The product of two float32 is exact in float64. The sum is rounded to odd there, so that the second
+    # rounding, to float32, cannot round twice (Boldo and Melquiond 2008).
+    product = np.asarray(a, np.float64) * np.asarray(b, np.float64)
+    addend = np.asarray(c, np.float64)
+    total = product + addend
+    tail = total - product
+    error = (product - (total - tail)) + (addend - tail)
+    bits = total.view(np.int64)
+    inexact = (error != 0) & np.isfinite(total) & (bits & 1 == 0)
+    step = np.where((error > 0) == (total > 0), 1, -1)
+    return np.where(inexact, bits + step, bits).view(np.float64).astype(np.float32)[()]
+
+
+def round_even(x: Any) -> Any:
+    """The nearest integer as a float, ties to even."""
+    return np.rint(x)
+
+
+def power_of_two(n: Any) -> Any:
+    """`2 ** n` as float32 for an integral float32 `n` in [-126, 127]."""
+    return ((np.asarray(n).astype(np.int32) + np.int32(127)) << np.int32(23)).view(np.float32)[()]
+
+
+def select(condition: Any, a: Any, b: Any) -> Any:
+    """`a` where the condition holds, else `b`."""
+    return np.where(condition, a, b)[()]
+
+
+def _is_float32(x: Any) -> bool:
+    return getattr(x, "dtype", None) == np.float32
+
+
+# --- float32 functions, branch-free -------------------------------------------------------------------------
+
+LOG2_E = F32(1.4426950216293335)
+LN2_HIGH, LN2_LOW = F32(0.6931471824645996), F32(-1.9046542121259336e-09)
+# exp(r) = 1 + r + r^2 * p(r) on |r| <= ln(2) / 2: relative minimax fit, error 0.05 of 2^-24.
+EXP_0, EXP_1, EXP_2, EXP_3, EXP_4 = (
+    F32(0.4999999403953552),
+    F32(0.1666651964187622),
+    F32(0.041668396443128586),
+    F32(0.008368796668946743),
+    F32(0.001381443697027862),
+)
+# Beyond these the result would leave the normal range; the gates are saturated long before.
+EXP_LOWEST, EXP_HIGHEST = F32(-87.0), F32(88.0)
+# tanh(x) = x + x^3 * p(x^2) on |x| <= 0.625: relative minimax fit, error 0.07 of 2^-24.
+TANH_0, TANH_1, TANH_2, TANH_3, TANH_4 = (
+    F32(-0.3333328068256378),
+    F32(0.13331441581249237),
+    F32(-0.05373971536755562),
+    F32(0.02063908614218235),
+    F32(-0.005704986397176981),
+)
+TANH_SPLIT = F32(0.625)
+# tanh is 1 in float32 from about 9.01 on; the bound keeps exp(2x) small enough for the exact quotient.
+TANH_SATURATED = F32(9.5)
+
+
+def exp_float32(x: Any) -> Any:
+    """Float32 `exp`, arguments clamped to [-87, 88]."""
+    x = select(x < EXP_LOWEST, EXP_LOWEST, select(x > EXP_HIGHEST, EXP_HIGHEST, x))
+    n = round_even(x * LOG2_E)
+    r = fma(-n, LN2_HIGH, x)
+    r = fma(-n, LN2_LOW, r)
+    p = fma(EXP_4, r, EXP_3)
+    p = fma(p, r, EXP_2)
+    p = fma(p, r, EXP_1)
+    p = fma(p, r, EXP_0)
+    p = fma(p, r * r, r)
+    return (p + ONE) * power_of_two(n)
+
+
+def sigmoid_float32(x: Any) -> Any:
+    """Float32 logistic function."""
+    return ONE / (ONE + exp_float32(-x))
+
+
+def tanh_float32(x: Any) -> Any:
+    """Float32 hyperbolic tangent."""
+    size = select(x < ZERO, -x, x)
+    square = x * x
+    p = fma(TANH_4, square, TANH_3)
+    p = fma(p, square, TANH_2)
+    p = fma(p, square, TANH_1)
+    p = fma(p, square, TANH_0)
+    small = fma(p * square, x, x)
+    bounded = select(size > TANH_SATURATED, TANH_SATURATED, size)
+    large = ONE - TWO / (exp_float32(TWO * bounded) + ONE)
+    return select(size < TANH_SPLIT, small, select(x < ZERO, -large, large))
+
+
+def sigmoid(x: Any) -> Any:
+    """Logistic function in the precision of `x`."""
+    return sigmoid_float32(x) if _is_float32(x) else 1.0 / (1.0 + np.exp(-x))
+
+
+def tanh(x: Any) -> Any:
+    """Hyperbolic tangent in the precision of `x`."""
+    return tanh_float32(x) if _is_float32(x) else np.tanh(x)
+
+
+# --- EGRU: one unit, one step -------------------------------------------------------------------------------
+
+
+def egru_value(in_u, in_r, in_g, rec_u, rec_r, rec_g, c):
+    """Cell before the event, the released code's variant: reset gate after the matrix.
+
+    Returns `(v, u, r, g)`. Source: Subramoney et al. 2023, eq. 1-2, as released in EvNN 0.2 (DESIGN of this
+    package: u keeps). The caller thresholds `v` and subtracts the threshold in the same step.
+    """
+    u = sigmoid(in_u + rec_u)
+    r = sigmoid(in_r + rec_r)
+    # A skipped zero term can leave a sum at -0 where the dense sum has +0; adding +0 makes them one.
+    g = tanh(fma(r, rec_g, in_g) + ZERO)
+    return fma(u, c, (ONE - u) * g), u, r, g
+
+
+def egru_reset_gate(in_r, rec_r):
+    """Reset gate, which the paper's variant needs before the candidate's product."""
+    return sigmoid(in_r + rec_r)
+
+
+def egru_paper_value(in_u, in_g, rec_u, rec_g, c, y):
+    """Cell before the event, the paper's variant: `rec_g` is the product with `r * y`; the last output is
+    subtracted one step later. Returns `(v, u, g)`. Source: Subramoney et al. 2023, eq. 1-2.
+    """
+    u = sigmoid(in_u + rec_u)
+    g = tanh((in_g + rec_g) + ZERO)
+    return fma(u, c, (ONE - u) * g) - y, u, g
+
+
+def egru_backward(u, r, g, rec_g, c_before, v, event, slope, threshold, d_y, d_c):
+    """Adjoint of one step of the released variant (`y = o v`, `c = v - o threshold`).
+
+    `event` is o and `slope` its (surrogate) derivative in v. Returns the gradients of the pre-activations
+    `(u, r, g)` of the input drive, of the recurrent `g` row (the other two rows are shared), of the cell one
+    step before, and of the threshold. Cost: 25 operations. With a smooth step this is the exact derivative.
+    """
+    d_event = slope * (v * d_y - threshold * d_c)
+    d_v = event * d_y + d_event + d_c
+    d_threshold = -d_event - event * d_c
+    d_g = (ONE - u) * d_v * (ONE - g * g)
+    d_u = (c_before - g) * d_v * u * (ONE - u)
+    d_r = d_g * rec_g * r * (ONE - r)
+    return d_u, d_r, d_g, d_g * r, u * d_v, d_threshold
+
+
+def egru_paper_backward(u, g, c_before, v, event, slope, d_y, d_c):
+    """Adjoint of one step of the paper's variant (`y = o v`, `c = v`), but for the reset gate.
+
+    Returns the gradients of the pre-activations `u` and `g`, of the cell one step before, of the output one
+    step before (through the subtraction only) and of the threshold.
+    """
+    d_event = slope * (v * d_y)
+    d_v = event * d_y + d_event + d_c
+    d_g = (ONE - u) * d_v * (ONE - g * g)
+    d_u = (c_before - g) * d_v * u * (ONE - u)
+    return d_u, d_g, u * d_v, -d_v, -d_event
+
+
+def egru_paper_reset_backward(r, y_before, d_sent):
+    """Adjoint of `sent = r * y_before`: gradients of the pre-activation `r` and of `y_before`."""
+    return d_sent * y_before * r * (ONE - r), d_sent * r
+
+
+# --- surrogate derivatives of the event ---------------------------------------------------------------------
+
+TRIANGLE, FAST_SIGMOID, ARCTAN, GAUSSIAN, MULTI_GAUSSIAN, BOXCAR, STRAIGHT_THROUGH = range(7)
+
+#: name -> code used inside kernels
+SURROGATES = {
+    "triangle": TRIANGLE,
+    "fast_sigmoid": FAST_SIGMOID,
+    "arctan": ARCTAN,
+    "gaussian": GAUSSIAN,
+    "multi_gaussian": MULTI_GAUSSIAN,
+    "boxcar": BOXCAR,
+    "straight_through": STRAIGHT_THROUGH,
+}
+LOBE_HEIGHT, LOBE_WIDTH = F32(0.15), F32(6.0)  # Yin, Corradi and Bohte 2021, h and s
+
+
+def surrogate_slope(kind, distance, dampening, support):
+    """Derivative given to the event at `distance = v - threshold`.
+
+    `dampening` is the height at the threshold (1.15 of it less the lobes for `multi_gaussian`), `1 / support` the width. `triangle`
+    (EGRU, default 0.7 and 1.0): `dampening * max(0, 1 - support * |distance|)`; `fast_sigmoid` (Zenke and
+    Ganguli 2018); `arctan` (Fang et al. 2021); `gaussian`; `multi_gaussian` (Yin et al. 2021); `boxcar`;
+    `straight_through` (Bengio et al. 2013; no width).
+    """
+    z = support * distance
+    if kind == TRIANGLE:
+        return dampening * np.maximum(ZERO, ONE - np.abs(z))
+    if kind == FAST_SIGMOID:
+        return dampening / ((ONE + np.abs(z)) * (ONE + np.abs(z)))
+    if kind == ARCTAN:
+        return dampening / (ONE + z * z)
+    if kind == GAUSSIAN:
+        return dampening * np.exp(-HALF * z * z)
+    if kind == MULTI_GAUSSIAN:
+        left, right = (z + ONE) / LOBE_WIDTH, (z - ONE) / LOBE_WIDTH
+        lobes = np.exp(-HALF * left * left) + np.exp(-HALF * right * right)
+        return dampening * ((ONE + LOBE_HEIGHT) * np.exp(-HALF * z * z) - LOBE_HEIGHT / LOBE_WIDTH * lobes)
+    if kind == BOXCAR:
+        return dampening * select(np.abs(z) < ONE, ONE, ZERO)
+    return dampening * (z * ZERO + ONE)
+
+
+def surrogate_step(kind, distance, dampening, support):
+    """The smooth step whose derivative is `surrogate_slope`; float64, for gradient checks only."""
+    z = support * np.asarray(distance, np.float64)
+    scale = dampening / support
+    if kind == TRIANGLE:
+        z = np.clip(z, -1, 1)
+        return scale * (0.5 + z - 0.5 * z * np.abs(z))
+    if kind == FAST_SIGMOID:
+        return scale * z / (1 + np.abs(z))
+    if kind == ARCTAN:
+        return scale * np.arctan(z)
+    if kind == GAUSSIAN:
+        return scale * _gaussian_area(z)
+    if kind == MULTI_GAUSSIAN:
+        height, width = float(LOBE_HEIGHT), float(LOBE_WIDTH)
+        lobes = _gaussian_area((z + 1) / width) + _gaussian_area((z - 1) / width)
+        return scale * ((1 + height) * _gaussian_area(z) - height * lobes)
+    if kind == BOXCAR:
+        return scale * np.clip(z, -1, 1)
+    return scale * z
+
+
+def _gaussian_area(z):
+    return np.sqrt(np.pi / 2) * erf(z / np.sqrt(2))
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """Which derivative the event gets in training: `kind` in `SURROGATES`, `dampening` (its height, gamma) and
+    `support` (the inverse of its half width, s). Defaults are EvNN's."""
+
+    kind: str = "triangle"
+    dampening: float = 0.7
+    support: float = 1.0
+
+    def __post_init__(self):
+        if self.kind not in SURROGATES:
+            raise ValueError(f"surrogate kind: got {self.kind!r}, need one of {', '.join(SURROGATES)}")
+        for name in ("dampening", "support"):
+            value = getattr(self, name)
+            if not (np.isfinite(value) and value > 0):
+                raise ValueError(f"surrogate {name}: got {value}, need a positive number")
+
+    @property
+    def code(self) -> int:
+        return SURROGATES[self.kind]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An event cell: how many gate rows a unit has and which variant of the equations it follows.
+
+    `variant="evnn"`: reset gate after the matrix, threshold subtracted in the same step (the released code, and
+    by all evidence every published number). `variant="paper"`: reset gate before the matrix, the output
+    subtracted one step later.
+    """
+
+    name: str = "egru"
+    variant: str = "evnn"
+    surrogate: Surrogate = Surrogate()
+    gates: int = 3
+
+    def __post_init__(self):
+        if self.name not in CELLS:
+            raise ValueError(f"cell: got {self.name!r}, need one of {', '.join(CELLS)}")
+        if self.variant not in CELLS[self.name]:
+            raise ValueError(f"variant: got {self.variant!r}, need one of {', '.join(CELLS[self.name])}")
+
+
+#: cell name -> its variants
+CELLS = {"egru": ("evnn", "paper")}

@@ -1,0 +1,162 @@
+"""Events: which units sent a value, and which value, per time step and sample. Encoders; validation.
+
+Knows nothing of networks or backends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Events:
+    """Graded events of `size` units over `steps` x `batch` rows, in compressed rows (time-major).
+
+    Row `t * batch + b` holds `indices[indptr[row]:indptr[row + 1]]`, strictly ascending, and the non-zero
+    `values` beside them.
+
+    Attributes
+    ----------
+    indptr  : (steps * batch + 1,) int64
+    indices : (n_events,) int32
+    values  : (n_events,) float32
+    shape   : (steps, batch, size)
+    """
+
+    indptr: np.ndarray
+    indices: np.ndarray
+    values: np.ndarray
+    shape: tuple[int, int, int]
+
+    def __post_init__(self):
+        steps, batch, size = self.shape
+        if min(self.shape) < 0:
+            raise ValueError(f"events shape: got {self.shape}, need sizes >= 0")
+        if self.indptr.shape != (steps * batch + 1,) or self.indptr.dtype != np.int64:
+            raise ValueError(
+                f"events indptr: got {self.indptr.dtype} {self.indptr.shape}, need int64 ({steps * batch + 1},)"
+            )
+        if self.indices.dtype != np.int32 or self.values.dtype != np.float32:
+            raise TypeError(
+                f"events: got indices {self.indices.dtype} and values {self.values.dtype}, need int32 and float32"
+            )
+        if not self.indices.shape == self.values.shape == (self.indptr[-1],) or self.indptr[0] != 0:
+            raise ValueError(
+                f"events: indptr runs from {self.indptr[0]} to {self.indptr[-1]}, but there are "
+                f"{self.indices.shape} indices and {self.values.shape} values"
+            )
+
+    def check(self) -> None:
+        """Full check, O(events): rows in order, indices ascending and in range, values finite and not zero."""
+        if (np.diff(self.indptr) < 0).any():
+            raise ValueError("events indptr: decreases; need a non-decreasing array")
+        if len(self.indices) and not (0 <= self.indices.min() and self.indices.max() < self.shape[2]):
+            raise ValueError(f"events indices: outside 0..{self.shape[2] - 1}")
+        rising = np.diff(self.indices) > 0
+        rising[self.indptr[1:-1][(self.indptr[1:-1] > 0) & (self.indptr[1:-1] < len(self.indices))] - 1] = True
+        if not rising.all():
+            raise ValueError("events indices: not strictly ascending within a row")
+        check_finite("events values", self.values)
+        if (self.values == 0).any():
+            raise ValueError("events values: a zero is no event; leave it out")
+
+    @classmethod
+    def from_dense(cls, dense: np.ndarray) -> Events:
+        """Events of a (steps, batch, size) array: its non-zero entries. O(size of the array)."""
+        dense = np.asarray(dense, np.float32)
+        if dense.ndim != 3:
+            raise ValueError(f"dense events: got shape {dense.shape}, need (steps, batch, size)")
+        steps, batch, size = dense.shape
+        flat = dense.reshape(steps * batch, size)
+        rows, columns = np.nonzero(flat)
+        indptr = np.zeros(steps * batch + 1, np.int64)
+        np.cumsum(np.bincount(rows, minlength=steps * batch), out=indptr[1:])
+        return cls(indptr, columns.astype(np.int32), flat[rows, columns], (steps, batch, size))
+
+    def to_dense(self) -> np.ndarray:
+        """The (steps, batch, size) float32 array, zero where no event was."""
+        steps, batch, size = self.shape
+        dense = np.zeros((steps * batch, size), np.float32)
+        dense[self.rows(), self.indices] = self.values
+        return dense.reshape(self.shape)
+
+    def rows(self) -> np.ndarray:
+        """Row `t * batch + b` of every event, (n_events,) int64."""
+        return np.repeat(np.arange(len(self.indptr) - 1), np.diff(self.indptr))
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def activity(self) -> float:
+        """Events per unit, step and sample."""
+        cells = self.shape[0] * self.shape[1] * self.shape[2]
+        return len(self) / cells if cells else 0.0
+
+    @property
+    def graded(self) -> np.ndarray:
+        """True for events whose value is not -1 or 1 (a multiply-accumulate, not an accumulate)."""
+        return np.abs(self.values) != 1
+
+    @classmethod
+    def concatenate(cls, parts: list[Events]) -> Events:
+        """One train of the parts in time order; batch and size must agree."""
+        _, batch, size = parts[0].shape
+        if any(part.shape[1:] != (batch, size) for part in parts):
+            raise ValueError(f"events: cannot join shapes {[part.shape for part in parts]}; batch and size differ")
+        offsets = np.cumsum([0] + [len(part) for part in parts])
+        indptr = np.concatenate([[0]] + [part.indptr[1:] + o for part, o in zip(parts, offsets, strict=False)])
+        return cls(
+            indptr.astype(np.int64),
+            np.concatenate([part.indices for part in parts]),
+            np.concatenate([part.values for part in parts]),
+            (sum(part.shape[0] for part in parts), batch, size),
+        )
+
+
+def check_finite(name: str, array: np.ndarray) -> None:
+    """Refuse NaN and infinity, naming the first position. One pass over the array."""
+    finite = np.isfinite(array)
+    if not finite.all():
+        position = tuple(int(k) for k in np.argwhere(~finite)[0])
+        raise ValueError(f"{name}: got {array[position]} at position {position}; need finite numbers")
+
+
+def encode_threshold(signal: np.ndarray, threshold: float) -> Events:
+    """Send the value wherever its magnitude exceeds the threshold.
+
+    Parameters
+    ----------
+    signal    : (steps, batch, size) float
+    threshold : number >= 0, unit of the signal
+    """
+    signal = _encodable(signal, threshold)
+    return Events.from_dense(np.where(np.abs(signal) > threshold, signal, np.float32(0)))
+
+
+def encode_delta(signal: np.ndarray, threshold: float) -> Events:
+    """Send the change since the last sent value, once it exceeds the threshold (delta modulation).
+
+    The sum of the values sent so far stays within `threshold` of the signal (up to rounding). Shapes as
+    `encode_threshold`. Source: Neil et al. 2017, delta networks, eq. 3-4.
+    """
+    signal = _encodable(signal, threshold)
+    sent = np.zeros(signal.shape[1:], np.float32)
+    deltas = np.zeros_like(signal)
+    for t in range(len(signal)):
+        change = signal[t] - sent
+        deltas[t] = np.where(np.abs(change) > threshold, change, np.float32(0))
+        sent += deltas[t]
+    return Events.from_dense(deltas)
+
+
+def _encodable(signal: np.ndarray, threshold: float) -> np.ndarray:
+    signal = np.asarray(signal, np.float32)
+    if signal.ndim != 3:
+        raise ValueError(f"signal: got shape {signal.shape}, need (steps, batch, size)")
+    if not threshold >= 0:
+        raise ValueError(f"threshold: got {threshold}, need a number >= 0")
+    check_finite("signal", signal)
+    return signal

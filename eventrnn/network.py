@@ -1,0 +1,455 @@
+"""Networks of event layers, their state, and running them: start reading here.
+
+`simulate(network, inputs)` runs a whole sequence; `Simulator` keeps state for streaming. The path of one time
+step: here -> `cpu.py` (or `reference.py`) -> `cells.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+
+from eventrnn.backend import Backend, Feed, FireCounts, State, Trace, get_backend
+from eventrnn.cells import Cell
+from eventrnn.events import Events, check_finite
+from eventrnn.weights import Dense, Weights
+
+RECORDABLE = ("events", "states")
+CARRIES = ("state", "events")
+# A recorded run goes through the engine in pieces whose dense record stays below this.
+RECORD_BYTES = 1 << 26
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One event layer of N units over I inputs.
+
+    Attributes
+    ----------
+    w_in, w_rec       : weights (I, 3N) and (N, 3N), any format, gate rows (u, r, g)
+    bias_in, bias_rec : (3N,) float32
+    threshold         : (N,) float32, >= 0
+    cell              : which equations
+    """
+
+    w_in: Weights
+    w_rec: Weights
+    bias_in: np.ndarray
+    bias_rec: np.ndarray
+    threshold: np.ndarray
+    cell: Cell = Cell()
+
+    def __post_init__(self):
+        units = self.units
+        rows = self.cell.gates * units
+        if self.w_rec.shape != (units, rows):
+            raise ValueError(f"w_rec: got shape {self.w_rec.shape}, need ({units}, {rows}) for {units} thresholds")
+        if self.w_in.shape[1] != rows:
+            raise ValueError(f"w_in: got shape {self.w_in.shape}, need (inputs, {rows}) for {units} units")
+        for name, size in (("bias_in", rows), ("bias_rec", rows), ("threshold", units)):
+            _need_vector(name, getattr(self, name), size)
+        if (self.threshold < 0).any():
+            i = int(np.argmax(self.threshold < 0))
+            raise ValueError(f"threshold: got {self.threshold[i]} at unit {i}; need >= 0")
+
+    @property
+    def units(self) -> int:
+        return len(self.threshold)
+
+    @property
+    def inputs(self) -> int:
+        return self.w_in.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Readout:
+    """Linear read-out of the last layer's events: `output = bias + sum over fired j of weights[j] * y[j]`.
+
+    Attributes
+    ----------
+    weights : (N, V), any format
+    bias    : (V,) float32
+    tied    : the weights are the embedding's transpose (V, N) -> (N, V) and are saved once
+    """
+
+    weights: Weights
+    bias: np.ndarray
+    tied: bool = False
+
+    def __post_init__(self):
+        _need_vector("readout bias", self.bias, self.weights.shape[1])
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A stack of layers, with an optional embedding below (index input) and read-out above.
+
+    Attributes
+    ----------
+    layers    : from input to output
+    embedding : (V, E) float32 or None; row k is the first layer's dense input for symbol k
+    readout   : or None
+    metadata  : strings that travel with the model file (a vocabulary, where it came from)
+    """
+
+    layers: tuple[Layer, ...]
+    embedding: np.ndarray | None = None
+    readout: Readout | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if not self.layers:
+            raise ValueError("layers: got none, need at least one")
+        for k, (below, above) in enumerate(zip(self.layers[:-1], self.layers[1:], strict=True)):
+            if above.inputs != below.units:
+                raise ValueError(f"layer {k + 1}: takes {above.inputs} inputs, but layer {k} has {below.units} units")
+        if self.embedding is not None:
+            _need_float32("embedding", self.embedding, 2)
+            if self.embedding.shape[1] != self.layers[0].inputs:
+                raise ValueError(
+                    f"embedding: got shape {self.embedding.shape}, need (symbols, {self.layers[0].inputs}) for layer 0"
+                )
+        if self.readout is not None:
+            if self.readout.weights.shape[0] != self.layers[-1].units:
+                raise ValueError(
+                    f"readout: takes {self.readout.weights.shape[0]} units, the last layer has {self.layers[-1].units}"
+                )
+            if self.readout.tied and (
+                self.embedding is None or not np.array_equal(self.readout.weights.to_dense(), self.embedding.T)
+            ):
+                raise ValueError("readout: tied, but its weights are not the transposed embedding")
+        for name, weights in self.matrices().items():
+            weights.check()
+            check_finite(name, weights.values)
+
+    def matrices(self) -> dict[str, Weights]:
+        """Every weight matrix by name: `layers.0.w_in`, `layers.0.w_rec`, …, `readout`."""
+        named: dict[str, Weights] = {}
+        for k, layer in enumerate(self.layers):
+            named[f"layers.{k}.w_in"] = layer.w_in
+            named[f"layers.{k}.w_rec"] = layer.w_rec
+        if self.readout is not None:
+            named["readout"] = self.readout.weights
+        return named
+
+    def with_matrices(self, matrices: Mapping[str, Weights]) -> Network:
+        """The same network with some matrices, named as in `matrices()`, replaced."""
+        unknown = set(matrices) - set(self.matrices())
+        if unknown:
+            raise ValueError(f"matrices: no {', '.join(sorted(unknown))}; have {', '.join(self.matrices())}")
+        layers = tuple(
+            replace(
+                layer,
+                w_in=matrices.get(f"layers.{k}.w_in", layer.w_in),
+                w_rec=matrices.get(f"layers.{k}.w_rec", layer.w_rec),
+            )
+            for k, layer in enumerate(self.layers)
+        )
+        readout = self.readout
+        if readout is not None and "readout" in matrices:
+            readout = replace(readout, weights=matrices["readout"])
+        return replace(self, layers=layers, readout=readout)
+
+    def dense(self) -> Network:
+        """The dense twin: the same weights, every one of them stored."""
+        return self.with_matrices({name: Dense(w.to_dense()) for name, w in self.matrices().items()})
+
+    @classmethod
+    def random(
+        cls,
+        units: Sequence[int],
+        *,
+        rng: np.random.Generator,
+        inputs: int | None = None,
+        symbols: int | None = None,
+        embedding: int | None = None,
+        readout: int | None = None,
+        tied: bool = False,
+        threshold: float = 0.3,
+        cell: Cell | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Network:
+        """A network to train: Xavier-normal weights, zero biases, embedding uniform in ±0.1 … as EvNN starts them.
+
+        Give `inputs` (dense or event input) or `symbols` and `embedding` (index input). `threshold` is the mean
+        of the Beta(3m / (1 - m), 3) distribution that thresholds are drawn from; 0 gives zeros. With `tied`, the
+        read-out is the transposed embedding (`embedding` must equal the last layer's size).
+        """
+        _need_sizes(units=units, inputs=inputs, symbols=symbols, embedding=embedding, readout=readout)
+        if (inputs is None) == (symbols is None) or (symbols is None) != (embedding is None):
+            raise ValueError("network: give either inputs, or symbols together with embedding")
+        if not 0 <= threshold < 1:
+            raise ValueError(f"threshold: got {threshold}, need a mean in [0, 1)")
+        cell = cell or Cell()
+        table = None if symbols is None else rng.uniform(-0.1, 0.1, (symbols, embedding or 0)).astype(np.float32)
+        fan_in = inputs if table is None else table.shape[1]
+        layers = []
+        for n in units:
+            rows = cell.gates * n
+            drawn = rng.beta(3 * threshold / (1 - threshold), 3, n) if threshold else np.zeros(n)
+            layers.append(
+                Layer(
+                    Dense(_xavier(rng, fan_in or 0, rows)),
+                    Dense(_xavier(rng, n, rows)),
+                    np.zeros(rows, np.float32),
+                    np.zeros(rows, np.float32),
+                    drawn.astype(np.float32),
+                    cell,
+                )
+            )
+            fan_in = n
+        out = None
+        if tied:
+            if table is None or readout not in (None, symbols) or table.shape[1] != units[-1]:
+                raise ValueError("tied: needs symbols, an embedding as wide as the last layer and no other readout size")
+            out = Readout(Dense(np.ascontiguousarray(table.T)), np.zeros(len(table), np.float32), tied=True)
+        elif readout is not None:
+            out = Readout(Dense(_xavier(rng, units[-1], readout)), np.zeros(readout, np.float32))
+        return cls(tuple(layers), table, out, dict(metadata or {}))
+
+    def feed(self, inputs: np.ndarray | Events) -> Feed:
+        """Check inputs and lay them out for an engine. Dense: O(size); index input: O(steps * batch).
+
+        inputs : (steps, batch, I) float array or `Events`; with an embedding, (steps, batch) integers.
+        """
+        if self.embedding is not None:
+            return self._index_feed(inputs)
+        size = self.layers[0].inputs
+        if not isinstance(inputs, Events):
+            array = np.asarray(inputs)
+            if array.ndim != 3 or array.shape[2] != size or array.dtype.kind not in "fiub":
+                raise ValueError(f"inputs: got {array.dtype} {array.shape}, need numbers (steps, batch, {size})")
+            check_finite("inputs", array)
+            with np.errstate(over="ignore"):
+                array = array.astype(np.float32)
+            check_finite("inputs as float32", array)
+            inputs = Events.from_dense(array)
+        elif inputs.shape[2] != size:
+            raise ValueError(f"inputs: got events of {inputs.shape[2]} units, need {size}")
+        else:
+            inputs.check()
+        steps, batch, _ = inputs.shape
+        return Feed(inputs.indptr, inputs.indices, inputs.values, np.arange(steps * batch), steps, batch, size)
+
+    @cached_property
+    def _symbol_events(self) -> Events:
+        assert self.embedding is not None
+        return Events.from_dense(self.embedding[:, None, :])
+
+    def _index_feed(self, inputs) -> Feed:
+        assert self.embedding is not None
+        symbols, size = self.embedding.shape
+        array = np.asarray(inputs) if not isinstance(inputs, Events) else np.zeros(0)
+        if array.ndim != 2 or array.dtype.kind not in "iu":
+            raise ValueError(f"inputs: got {array.dtype} {array.shape}, need integers (steps, batch) for the embedding")
+        if array.size and not (0 <= array.min() and array.max() < symbols):
+            bad = np.argwhere((array < 0) | (array >= symbols))[0]
+            raise ValueError(f"inputs: got symbol {array[tuple(bad)]} at {tuple(map(int, bad))}; need 0..{symbols - 1}")
+        table = self._symbol_events
+        rows = np.ascontiguousarray(array, np.int64).ravel()
+        return Feed(table.indptr, table.indices, table.values, rows, array.shape[0], array.shape[1], size)
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """A finished run.
+
+    Attributes
+    ----------
+    output      : (steps, batch, V) read-out, or the last layer's (steps, batch, N) events
+    state       : to continue from
+    input_fired : how often each input of layer 0 was not zero
+    fired       : per layer, how many events each unit sent
+    steps, batch
+    inputs      : the input as `Events`, with record="events"
+    events      : per layer `Events`, with record="events"
+    states      : per layer (steps, batch, N) cells after the event, with record="states"
+    """
+
+    output: np.ndarray
+    state: State
+    input_fired: FireCounts
+    fired: tuple[FireCounts, ...]
+    steps: int
+    batch: int
+    inputs: Events | None = None
+    events: tuple[Events, ...] = ()
+    states: tuple[np.ndarray, ...] = ()
+
+    @property
+    def activity(self) -> tuple[float, ...]:
+        """Per layer, events per unit, step and sample."""
+        cells = self.steps * self.batch
+        return tuple(float(f.total.sum() / (cells * len(f.graded))) if cells else 0.0 for f in self.fired)
+
+
+class Simulator:
+    """A network that keeps its state: whole sequences, chunks, or one step at a time, all the same bits.
+
+    Parameters
+    ----------
+    network : what to run
+    batch   : samples side by side
+    backend : a name in `BACKENDS` or a `Backend`
+    threads : split over postsynaptic units; never changes a bit
+    carry   : "state" carries cells and outputs. "events" zeroes the cells at the start of every `run` and every
+              `window` steps and carries only outputs, as the released EvNN code does between windows
+    window  : steps, for carry="events"
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        *,
+        batch: int = 1,
+        backend: str | Backend = "cpu",
+        threads: int = 1,
+        state: State | None = None,
+        carry: str = "state",
+        window: int | None = None,
+    ):
+        _need_sizes(batch=batch, threads=threads, window=window)
+        if carry not in CARRIES:
+            raise ValueError(f"carry: got {carry!r}, need one of {', '.join(CARRIES)}")
+        if (carry == "events") != (window is not None):
+            raise ValueError(f"window: got {window} with carry={carry!r}; carry='events' needs it, 'state' takes none")
+        self.network, self.batch, self.carry, self.window = network, batch, carry, window
+        self.engine = get_backend(backend).engine(network, threads=threads)
+        self.state = State.zeros(network, batch) if state is None else _checked_state(network, batch, state)
+
+    def reset(self) -> None:
+        """Back to the zero state."""
+        self.state = State.zeros(self.network, self.batch)
+
+    def step(self, inputs: np.ndarray) -> np.ndarray:
+        """One time step: (batch, I) numbers or (batch,) symbols in, (batch, V or N) out. State advances."""
+        if self.carry != "state":
+            raise ValueError("step: carry='events' zeroes the cells at every call; use run, or carry='state'")
+        trace = self._advance(self.network.feed(np.asarray(inputs)[None]), False, False)
+        return trace.output[0]
+
+    def run(self, inputs: np.ndarray | Events, *, record: Collection[str] = ()) -> Simulation:
+        """All steps of `inputs` (see `Network.feed`) from the current state on. State advances.
+
+        `record` holds any of "events", "states". Without a record the whole run is one compiled call; memory
+        then grows with the output only.
+        """
+        record = {record} if isinstance(record, str) else set(record)
+        if not record <= set(RECORDABLE):
+            raise ValueError(f"record: got {sorted(record)}, need any of {', '.join(RECORDABLE)}")
+        feed = self.network.feed(inputs)
+        traces = []
+        for part, wipe in self._pieces(feed, bool(record)):
+            if wipe:
+                self.state = State(State.zeros(self.network, self.batch).cells, self.state.outputs)
+            traces.append(self._advance(part, "events" in record, "states" in record))
+        return _joined(self.network, feed, traces, self.state, record)
+
+    def _pieces(self, feed: Feed, recording: bool) -> list[tuple[Feed, bool]]:
+        """Parts of the feed in order, each with whether the cells are zeroed before it."""
+        longest = max(feed.steps, 1)
+        if recording:
+            row_bytes = 8 * feed.batch * sum(layer.units for layer in self.network.layers)
+            longest = max(1, min(longest, RECORD_BYTES // max(row_bytes, 1)))
+        windows = set(range(0, feed.steps, self.window)) if self.window is not None else set()
+        starts = sorted(windows | set(range(0, feed.steps, longest))) or [0]
+        ends = [*starts[1:], feed.steps]
+        return [(feed.part(a, b), a in windows) for a, b in zip(starts, ends, strict=True)]
+
+    def _advance(self, feed: Feed, events: bool, states: bool) -> Trace:
+        if feed.batch != self.batch:
+            raise ValueError(f"inputs: got a batch of {feed.batch}, but the simulator was made for {self.batch}")
+        trace = self.engine.run(feed, self.state, record_events=events, record_states=states)
+        self.state = trace.state
+        return trace
+
+
+def simulate(
+    network: Network,
+    inputs: np.ndarray | Events,
+    *,
+    state: State | None = None,
+    backend: str | Backend = "cpu",
+    threads: int = 1,
+    record: Collection[str] = (),
+    carry: str = "state",
+    window: int | None = None,
+) -> Simulation:
+    """Run a network over a sequence. Parameters as of `Simulator`, `Simulator.run` and `Network.feed`.
+
+    >>> result = simulate(network, inputs, record="events")
+    >>> result.output, result.activity, result.events[0]
+    """
+    if not isinstance(inputs, Events):
+        inputs = np.asarray(inputs)
+    batch = inputs.shape[1] if len(inputs.shape) > 1 else 1
+    simulator = Simulator(
+        network, batch=batch, backend=backend, threads=threads, state=state, carry=carry, window=window
+    )
+    return simulator.run(inputs, record=record)
+
+
+def _joined(network: Network, feed: Feed, traces: list[Trace], state: State, record: set[str]) -> Simulation:
+    fired = list(traces[0].fired)
+    for trace in traces[1:]:
+        fired = [a + b for a, b in zip(fired, trace.fired, strict=True)]
+    layers = range(len(network.layers))
+    events = states = ()
+    if "events" in record:
+        events = tuple(Events.concatenate([Events.from_dense(t.events[k]) for t in traces]) for k in layers)
+    if "states" in record:
+        states = tuple(np.concatenate([t.states[k] for t in traces]) for k in layers)
+    return Simulation(
+        traces[0].output if len(traces) == 1 else np.concatenate([t.output for t in traces]),
+        state,
+        feed.fire_counts(),
+        tuple(fired),
+        feed.steps,
+        feed.batch,
+        feed.events() if "events" in record else None,
+        events,
+        states,
+    )
+
+
+def _checked_state(network: Network, batch: int, state: State) -> State:
+    if len(state.cells) != len(network.layers) or len(state.outputs) != len(network.layers):
+        raise ValueError(f"state: got {len(state.cells)} layers, the network has {len(network.layers)}")
+    for k, layer in enumerate(network.layers):
+        for name, array in (("cells", state.cells[k]), ("outputs", state.outputs[k])):
+            if array.shape != (batch, layer.units) or array.dtype.kind != "f":
+                raise ValueError(
+                    f"state {name} of layer {k}: got {array.dtype} {array.shape}, need float ({batch}, {layer.units})"
+                )
+            check_finite(f"state {name} of layer {k}", array)
+    return state.copy()
+
+
+def _need_sizes(**sizes: int | Sequence[int] | None) -> None:
+    for name, size in sizes.items():
+        if size is None:
+            continue
+        each = [size] if isinstance(size, int | np.integer) else list(size)
+        if not each or any(not isinstance(n, int | np.integer) or n < 1 for n in each):
+            raise ValueError(f"{name}: got {size}, need whole numbers >= 1")
+
+
+def _need_vector(name: str, array: np.ndarray, size: int) -> None:
+    _need_float32(name, array, 1)
+    if len(array) != size:
+        raise ValueError(f"{name}: got length {len(array)}, need {size}")
+
+
+def _need_float32(name: str, array: np.ndarray, ndim: int) -> None:
+    if not isinstance(array, np.ndarray) or array.dtype != np.float32 or array.ndim != ndim:
+        got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise TypeError(f"{name}: got {got}, need a float32 array with {ndim} dimension{'s' * (ndim > 1)}")
+    check_finite(name, array)
+
+
+def _xavier(rng: np.random.Generator, fan_in: int, fan_out: int) -> np.ndarray:
+    return (rng.standard_normal((fan_in, fan_out)) * np.sqrt(2 / (fan_in + fan_out))).astype(np.float32)
