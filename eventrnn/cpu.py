@@ -18,8 +18,6 @@ from eventrnn import cells
 from eventrnn.backend import Feed, FireCounts, State, Trace
 from eventrnn.jit import compiled
 from eventrnn.packing import (
-    BLOCK_COLUMNS,
-    BLOCK_ROWS,
     BLOCKS,
     FIELDS,
     HIGH,
@@ -31,13 +29,13 @@ from eventrnn.packing import (
     ROWS,
     SCATTER,
     VALUES,
+    WIDTH,
     Pools,
     aligned_zeros,
     pack,
     window_edges,
 )
-from eventrnn.simd import (
-    LANES,
+from eventrnn.rows import (
     SPINS_BEFORE_YIELD,
     TILE,
     atomic_add,
@@ -54,6 +52,7 @@ from eventrnn.simd import (
     add_scaled_64,
     prefetch,
 )
+from eventrnn.simd import LANES, bits, load, lowest_bit, store
 
 if TYPE_CHECKING:
     from eventrnn.network import Network
@@ -85,13 +84,9 @@ def propagate(matrix, values, index, pointers, ids, sent, first, count, drive, a
     elif matrix[KIND] == BLOCKS:
         _propagate_blocks(matrix, values, index, pointers, ids, sent, first, count, drive, at)
     else:
-        r = matrix[BLOCK_ROWS]
         for e in range(first, first + count):
-            row, s = ids[e] // r, ids[e] % r
-            begin, end = pointers[p0 + 2 * row], pointers[p0 + 2 * row + 2]
-            start = v0 + pointers[p0 + 2 * row + 1]
-            length = (pointers[p0 + 2 * row + 3] - pointers[p0 + 2 * row + 1]) // r
-            start += s * length
+            unit = p0 + 3 * ids[e]
+            begin, end, start = pointers[unit], pointers[unit + 1], v0 + pointers[unit + 2]
             for k in range(begin, end):
                 target, width = at + index[i0 + 2 * k], index[i0 + 2 * k + 1]
                 for i in range(width):
@@ -102,7 +97,7 @@ def propagate(matrix, values, index, pointers, ids, sent, first, count, drive, a
 @compiled
 def _propagate_rows(matrix, values, ids, sent, first, count, drive, at):
     """Dense rows: a register tile of outputs walks the events, then the next tile."""
-    width, pitch = matrix[BLOCK_COLUMNS], matrix[PITCH]
+    width, pitch = matrix[WIDTH], matrix[PITCH]
     start = matrix[VALUES]
     left = width // LANES
     while left >= TILE:
@@ -125,18 +120,14 @@ def _propagate_rows(matrix, values, ids, sent, first, count, drive, at):
 def _propagate_blocks(matrix, values, index, pointers, ids, sent, first, count, drive, at):
     """Blocks: one unit's values lie together; the drive stays in L1."""
     v0, i0, p0 = matrix[VALUES], matrix[INDEX], matrix[POINTERS]
-    r, c = matrix[BLOCK_ROWS], matrix[BLOCK_COLUMNS]
+    c = matrix[WIDTH]
     for e in range(first, first + count):
-        row, s = ids[e] // r, ids[e] % r
-        begin, end = pointers[p0 + 2 * row], pointers[p0 + 2 * row + 2]
-        start = v0 + pointers[p0 + 2 * row + 1] + s * (end - begin) * c
+        unit, upcoming = p0 + 3 * ids[e], p0 + 3 * ids[min(e + 1, first + count - 1)]
+        begin, end, start = pointers[unit], pointers[unit + 1], v0 + pointers[unit + 2]
         value = sent[e]
-        following = ids[min(e + 1, first + count - 1)]
-        ahead, ahead_s = following // r, following % r
-        ahead_blocks = pointers[p0 + 2 * ahead + 2] - pointers[p0 + 2 * ahead]
-        ahead_start = v0 + pointers[p0 + 2 * ahead + 1] + ahead_s * ahead_blocks * c
-        for k in range(0, ahead_blocks * c, LANES):
-            prefetch(values, ahead_start + k)
+        ahead = v0 + pointers[upcoming + 2]
+        for k in range(0, (pointers[upcoming + 1] - pointers[upcoming]) * c, LANES):
+            prefetch(values, ahead + k)
         if c == 64:
             for k in range(begin, end):
                 add_scaled_64(drive, at + index[i0 + k], values, start, value)
@@ -174,19 +165,42 @@ def wait(barrier, parts, target):
 @compiled
 def send(y, at, low, high, ids, sent, row, counts, slot):
     """Compact the non-zero y of units `low` to `high` into a row's event list."""
-    count = 0
-    for i in range(low, high):
-        if y[at + i] > 0:
-            ids[row + low + count] = i
-            sent[row + low + count] = y[at + i]
+    count = row + low
+    whole = low + (high - low) // LANES * LANES
+    for i in range(low, whole, LANES):
+        fired = bits(load(y, at + i) > cells.ZERO)
+        while fired != 0:
+            unit = i + lowest_bit(fired)
+            ids[count] = unit
+            sent[count] = y[at + unit]
             count += 1
-    counts[slot] = count
+            fired &= fired - 1
+    for i in range(whole, high):
+        if y[at + i] > 0:
+            ids[count] = i
+            sent[count] = y[at + i]
+            count += 1
+    counts[slot] = count - row - low
 
 
 @compiled
 def update(n, low, high, drive_in, a, drive_rec, b, threshold, p, c, y, s):
     """Released variant: cells and outputs of units `low` to `high`, in place."""
-    for i in range(low, high):
+    whole = low + (high - low) // LANES * LANES
+    for i in range(low, whole, LANES):
+        v, _, _, _ = cells.egru_value(
+            load(drive_in, a + i),
+            load(drive_in, a + n + i),
+            load(drive_in, a + 2 * n + i),
+            load(drive_rec, b + i),
+            load(drive_rec, b + n + i),
+            load(drive_rec, b + 2 * n + i),
+            load(c, s + i),
+        )
+        theta = load(threshold, p + i)
+        store(y, s + i, cells.select(v > theta, v, cells.ZERO))
+        store(c, s + i, cells.select(v > theta, v - theta, v))
+    for i in range(whole, high):
         v, _, _, _ = cells.egru_value(
             drive_in[a + i],
             drive_in[a + n + i],
@@ -197,15 +211,26 @@ def update(n, low, high, drive_in, a, drive_rec, b, threshold, p, c, y, s):
             c[s + i],
         )
         theta = threshold[p + i]
-        fired = v > theta
-        y[s + i] = cells.select(fired, v, cells.ZERO)
-        c[s + i] = cells.select(fired, v - theta, v)
+        y[s + i] = cells.select(v > theta, v, cells.ZERO)
+        c[s + i] = cells.select(v > theta, v - theta, v)
 
 
 @compiled
 def update_paper(n, low, high, drive_in, a, drive_rec, b, threshold, p, c, y, s):
     """Paper's variant: cells and outputs of units `low` to `high`, in place."""
-    for i in range(low, high):
+    whole = low + (high - low) // LANES * LANES
+    for i in range(low, whole, LANES):
+        v, _, _ = cells.egru_paper_value(
+            load(drive_in, a + i),
+            load(drive_in, a + 2 * n + i),
+            load(drive_rec, b + i),
+            load(drive_rec, b + 2 * n + i),
+            load(c, s + i),
+            load(y, s + i),
+        )
+        store(y, s + i, cells.select(v > load(threshold, p + i), v, cells.ZERO))
+        store(c, s + i, v)
+    for i in range(whole, high):
         v, _, _ = cells.egru_paper_value(
             drive_in[a + i], drive_in[a + 2 * n + i], drive_rec[b + i], drive_rec[b + 2 * n + i], c[s + i], y[s + i]
         )

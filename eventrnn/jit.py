@@ -1,4 +1,4 @@
-"""How Numba compiles this package: the cache rule, and the primitives of `cells.py` as single instructions.
+"""How Numba compiles this package: the cache rule, and the rules of `cells.py` made callable from kernels.
 
 No `fastmath` anywhere: LLVM then neither reorders nor contracts, and every FMA is one we wrote.
 """
@@ -10,13 +10,13 @@ from functools import cache
 from pathlib import Path
 
 import numba
-import numpy as np
-from llvmlite import ir
-from numba import types
 from numba.core import caching
-from numba.extending import intrinsic, overload, register_jitable
+from numba.extending import register_jitable
 
-from eventrnn import cells
+from eventrnn import (
+    cells,
+    simd,  # noqa: F401  gives the primitives of `cells` their instructions
+)
 
 
 @cache
@@ -69,81 +69,3 @@ for _rule in (
     cells.surrogate_slope,
 ):
     register_jitable(_rule)
-
-
-def _unary_float32(llvm_name: str):
-    @intrinsic
-    def operation(typingctx, x):
-        def generate(context, builder, signature, args):
-            function = ir.FunctionType(ir.FloatType(), [ir.FloatType()])
-            return builder.call(builder.module.declare_intrinsic(llvm_name, [ir.FloatType()], function), args)
-
-        if x == types.float32:
-            return types.float32(x), generate
-
-    return operation
-
-
-@intrinsic
-def _fma_float32(typingctx, a, b, c):
-    def generate(context, builder, signature, args):
-        return builder.fma(*args)
-
-    if a == b == c == types.float32:
-        return types.float32(a, b, c), generate
-
-
-@intrinsic
-def _power_of_two(typingctx, n):
-    def generate(context, builder, signature, args):
-        i32 = ir.IntType(32)
-        whole = builder.fptosi(args[0], i32)
-        bits = builder.shl(builder.add(whole, i32(127)), i32(23))
-        return builder.bitcast(bits, ir.FloatType())
-
-    if n == types.float32:
-        return types.float32(n), generate
-
-
-@intrinsic
-def _select(typingctx, condition, a, b):
-    def generate(context, builder, signature, args):
-        return builder.select(args[0], args[1], args[2])
-
-    if condition == types.boolean and a == b == types.float32:
-        return types.float32(condition, a, b), generate
-
-
-_round_even = _unary_float32("llvm.rint")
-
-
-@overload(cells.fma, inline="always")
-def _(a, b, c):
-    return lambda a, b, c: _fma_float32(a, b, c)
-
-
-@overload(cells.round_even, inline="always")
-def _(x):
-    return lambda x: _round_even(x)
-
-
-@overload(cells.power_of_two, inline="always")
-def _(n):
-    return lambda n: _power_of_two(n)
-
-
-@overload(cells.select, inline="always")
-def _(condition, a, b):
-    return lambda condition, a, b: _select(condition, a, b)
-
-
-@overload(cells.sigmoid)
-def _(x):
-    return lambda x: cells.sigmoid_float32(x)
-
-
-@overload(cells.tanh)
-def _(x):
-    return lambda x: cells.tanh_float32(x)
-
-

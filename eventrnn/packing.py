@@ -13,8 +13,8 @@ import numpy as np
 from eventrnn.weights import CSR, BlockCSR, Dense, Weights
 
 # Columns of the table: how a window is stored, and where.
-KIND, LOW, HIGH, VALUES, INDEX, POINTERS, BLOCK_ROWS, BLOCK_COLUMNS, PITCH = range(9)
-FIELDS = 9
+KIND, LOW, HIGH, VALUES, INDEX, POINTERS, WIDTH, PITCH = range(8)
+FIELDS = 8
 
 #: kinds of traversal
 ROWS, SCATTER, BLOCKS, RAGGED_BLOCKS = range(4)
@@ -92,14 +92,14 @@ def _pack_rows(pools: Pools, weights: Dense, low: int, high: int) -> list[int]:
     rows = np.zeros((weights.shape[0], pitch), np.float32)
     rows[:, : high - low] = weights.values[:, low:high]
     values, index, pointers = pools.add(rows.ravel(), np.zeros(0), np.zeros(0))
-    return [ROWS, low, high, values, index, pointers, 1, _up(high - low, LANES), pitch]
+    return [ROWS, low, high, values, index, pointers, _up(high - low, LANES), pitch]
 
 
 def _pack_scatter(pools: Pools, weights: CSR, low: int, high: int) -> list[int]:
     inside = (weights.indices >= low) & (weights.indices < high)
     kept = np.concatenate([[0], np.cumsum(inside)])
     values, index, pointers = pools.add(weights.values[inside], weights.indices[inside], kept[weights.indptr])
-    return [SCATTER, low, high, values, index, pointers, 1, 1, 0]
+    return [SCATTER, low, high, values, index, pointers, 1, 0]
 
 
 def _pack_blocks(pools: Pools, weights: BlockCSR, low: int, high: int) -> list[int]:
@@ -124,11 +124,14 @@ def _pack_blocks(pools: Pools, weights: BlockCSR, low: int, high: int) -> list[i
             pieces += [blocks[k, s, offset[k] : offset[k] + widths[k]] for k in range(a, b)]
         starts.append(starts[-1] + r * int(widths[a:b].sum()))
     flat = np.concatenate([*pieces, np.zeros(0, np.float32)])
-    # Block row k: pointers[2k] its first block, pointers[2k + 1] its first value.
-    pointers = np.stack([indptr, np.array(starts)], axis=1).ravel()
+    # Unit j: pointers[3j] its first block, [3j + 1] one past its last, [3j + 2] its first value. By unit, not by
+    # block row: the kernel would spend more time dividing by r than multiplying.
+    row, s = np.divmod(np.arange(weights.shape[0]), r)
+    lengths = np.diff(starts) // r
+    pointers = np.stack([indptr[row], indptr[row + 1], np.array(starts)[row] + s * lengths[row]], axis=1).ravel()
     index = np.stack([columns, widths], axis=1).ravel() if ragged else columns
     values_at, index_at, pointers_at = pools.add(flat, index, pointers)
-    return [RAGGED_BLOCKS if ragged else BLOCKS, low, high, values_at, index_at, pointers_at, r, c, 0]
+    return [RAGGED_BLOCKS if ragged else BLOCKS, low, high, values_at, index_at, pointers_at, c, 0]
 
 
 def _up(size: int, multiple: int) -> int:

@@ -1,199 +1,285 @@
-"""Vector instructions for the CPU kernels: the one file that writes LLVM IR for vectors, prefetch and atomics.
+"""Sixteen float32 lanes as a Numba type, so that the rules of `cells.py` compile to vectors as they stand.
 
-Vectors are `<16 x float>`: one AVX-512 register, or what LLVM makes of it elsewhere (two AVX, four NEON). Lanes
-are postsynaptic outputs, never terms of one sum, so the width changes no bit.
+LLVM's own vectoriser gives up on loops over many arrays (it cannot prove that they do not overlap). A `Lanes` value
+is one AVX-512 register, or what LLVM makes of `<16 x float>` elsewhere (two AVX, four NEON). Lanes are units or
+postsynaptic outputs, never terms of one sum, so the width changes no bit. Scalars mix in freely.
 """
 
 from __future__ import annotations
 
-import os
+import operator
 
-import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.core.datamodel import PrimitiveModel, register_default
+from numba.extending import intrinsic, overload
+
+from eventrnn import cells
 
 LANES = 16
-FLOAT, I64 = ir.FloatType(), ir.IntType(64)
+FLOAT, I1, I32, I64 = ir.FloatType(), ir.IntType(1), ir.IntType(32), ir.IntType(64)
 VECTOR = ir.VectorType(FLOAT, LANES)
-# As many accumulators as stay in registers beside the weights: 16 of 32 on AVX-512, 4 (8 AVX registers) elsewhere.
-TILE = 16 if llvm.get_host_cpu_features().get("avx512f", False) else 4
-PREFETCH_ROWS = 4
-SPINS_BEFORE_YIELD = 2000
-_IS_X86 = llvm.get_process_triple().startswith(("x86_64", "i686"))
-_YIELD = "SwitchToThread" if os.name == "nt" else "sched_yield"
 
 
-def _address(context, builder, array_type, array, index):
+class Lanes(types.Type):
+    """Sixteen float32."""
+
+    def __init__(self):
+        super().__init__("float32x16")
+
+
+class LaneMask(types.Type):
+    """Sixteen booleans."""
+
+    def __init__(self):
+        super().__init__("boolx16")
+
+
+lanes, mask = Lanes(), LaneMask()
+
+
+@register_default(Lanes)
+class _LanesModel(PrimitiveModel):
+    def __init__(self, manager, kind):
+        super().__init__(manager, kind, VECTOR)
+
+
+@register_default(LaneMask)
+class _MaskModel(PrimitiveModel):
+    def __init__(self, manager, kind):
+        super().__init__(manager, kind, ir.VectorType(I1, LANES))
+
+
+# --- writing IR: shared with rows.py ------------------------------------------------------------------------
+
+
+def address(context, builder, array_type, array, index):
+    """Pointer to array[index], unchecked."""
     data = context.make_array(array_type)(context, builder, array).data
-    return builder.gep(data, [builder.sext(index, I64) if index.type != I64 else index])
+    return builder.gep(data, [index if index.type == I64 else builder.sext(index, I64)])
 
 
-def _load(builder, pointer):
+def load_vector(builder, pointer):
     return builder.load(builder.bitcast(pointer, VECTOR.as_pointer()), align=4)
 
 
-def _store(builder, vector, pointer):
+def store_vector(builder, vector, pointer):
     builder.store(vector, builder.bitcast(pointer, VECTOR.as_pointer()), align=4)
 
 
-def _splat(builder, scalar):
-    single = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), scalar, ir.IntType(32)(0))
-    lanes = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
-    return builder.shuffle_vector(single, ir.Constant(VECTOR, ir.Undefined), lanes)
+def splat(builder, scalar, lane_type=FLOAT):
+    vector = ir.VectorType(lane_type, LANES)
+    undefined = ir.Constant(vector, ir.Undefined)
+    first = builder.insert_element(undefined, scalar, I32(0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, LANES), [0] * LANES))
 
 
-def _fma(builder, a, b, c):
-    kind = ir.FunctionType(VECTOR, [VECTOR] * 3)
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32"), [a, b, c])
+def call(builder, name, result, args):
+    """Call an LLVM intrinsic or C function by its full name."""
+    kind = ir.FunctionType(result, [arg.type for arg in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
 
 
-def _lane(builder, pointer, k):
-    return builder.gep(pointer, [I64(k * LANES)])
+def fma_vector(builder, a, b, c):
+    return call(builder, f"llvm.fma.v{LANES}f32", VECTOR, [a, b, c])
 
 
-def _add_scaled(vectors: int):
+# --- arithmetic on scalars and lanes ------------------------------------------------------------------------
+
+
+def _is_number(*kinds) -> bool:
+    return all(kind in (lanes, types.float32) for kind in kinds)
+
+
+def _common(builder, kinds, args):
+    """The arguments as vectors if any is one, with the suffix of LLVM's intrinsics."""
+    if lanes not in kinds:
+        return list(args), FLOAT, "f32"
+    widened = [arg if kind == lanes else splat(builder, arg) for kind, arg in zip(kinds, args, strict=True)]
+    return widened, VECTOR, f"v{LANES}f32"
+
+
+def _result(*kinds):
+    return lanes if lanes in kinds else types.float32
+
+
+@intrinsic
+def _fma(typingctx, a, b, c):
+    def generate(context, builder, signature, args):
+        values, kind, suffix = _common(builder, signature.args, args)
+        return call(builder, f"llvm.fma.{suffix}", kind, values)
+
+    if _is_number(a, b, c):
+        return _result(a, b, c)(a, b, c), generate
+
+
+@intrinsic
+def _round_even(typingctx, x):
+    def generate(context, builder, signature, args):
+        values, kind, suffix = _common(builder, signature.args, args)
+        return call(builder, f"llvm.rint.{suffix}", kind, values)
+
+    if _is_number(x):
+        return x(x), generate
+
+
+@intrinsic
+def _power_of_two(typingctx, n):
+    def generate(context, builder, signature, args):
+        wide = signature.args[0] == lanes
+        whole = ir.VectorType(I32, LANES) if wide else I32
+
+        def constant(k):
+            return ir.Constant(whole, [k] * LANES if wide else k)
+
+        exponent = builder.add(builder.fptosi(args[0], whole), constant(127))
+        return builder.bitcast(builder.shl(exponent, constant(23)), VECTOR if wide else FLOAT)
+
+    if _is_number(n):
+        return n(n), generate
+
+
+@intrinsic
+def _select(typingctx, condition, a, b):
+    def generate(context, builder, signature, args):
+        values = args[1:]
+        if signature.args[0] == mask:
+            pairs = zip(signature.args[1:], values, strict=True)
+            values = [value if kind == lanes else splat(builder, value) for kind, value in pairs]
+        return builder.select(args[0], *values)
+
+    if condition == mask and _is_number(a, b):
+        return lanes(condition, a, b), generate
+    if condition == types.boolean and a == b == types.float32:
+        return types.float32(condition, a, b), generate
+
+
+@overload(cells.fma, inline="always")
+def _(a, b, c):
+    return lambda a, b, c: _fma(a, b, c)
+
+
+@overload(cells.round_even, inline="always")
+def _(x):
+    return lambda x: _round_even(x)
+
+
+@overload(cells.power_of_two, inline="always")
+def _(n):
+    return lambda n: _power_of_two(n)
+
+
+@overload(cells.select, inline="always")
+def _(condition, a, b):
+    return lambda condition, a, b: _select(condition, a, b)
+
+
+@overload(cells.sigmoid)
+def _(x):
+    return lambda x: cells.sigmoid_float32(x)
+
+
+@overload(cells.tanh)
+def _(x):
+    return lambda x: cells.tanh_float32(x)
+
+
+def _define_binary(function, instruction: str):
     @intrinsic
-    def add_scaled(typingctx, drive, at, weights, start, value):
-        """drive[at + k] = fma(weights[start + k], value, drive[at + k]) for k below 16 * vectors."""
-
+    def emit(typingctx, a, b):
         def generate(context, builder, signature, args):
-            target = _address(context, builder, signature.args[0], args[0], args[1])
-            source = _address(context, builder, signature.args[2], args[2], args[3])
-            scale = _splat(builder, args[4])
-            # All loads before the first store: the two arrays never overlap, which LLVM cannot know.
-            weight = [_load(builder, _lane(builder, source, k)) for k in range(vectors)]
-            before = [_load(builder, _lane(builder, target, k)) for k in range(vectors)]
-            for k in range(vectors):
-                _store(builder, _fma(builder, weight[k], scale, before[k]), _lane(builder, target, k))
-            return context.get_dummy_value()
+            values, _, _ = _common(builder, signature.args, args)
+            return getattr(builder, instruction)(*values)
 
-        return types.void(drive, at, weights, start, value), generate
+        return lanes(a, b), generate
 
-    return add_scaled
+    @overload(function)
+    def _(a, b):
+        if lanes in (a, b) and _is_number(a, b):
+            return lambda a, b: emit(a, b)
 
 
-add_scaled_16, add_scaled_32, add_scaled_64 = _add_scaled(1), _add_scaled(2), _add_scaled(4)
-
-
-def _add_rows(vectors: int):
+def _define_comparison(function, sign: str):
     @intrinsic
-    def add_rows(typingctx, drive, at, weights, start, pitch, ids, values, first, count):
-        """drive[at + i] += sum over events e of weights[start + ids[e] * pitch + i] * values[e], i below 16 * vectors.
-
-        Events `first` to `first + count`, in order, one FMA each; the sums stay in registers throughout.
-        """
-
+    def emit(typingctx, a, b):
         def generate(context, builder, signature, args):
-            kinds = signature.args
-            target = _address(context, builder, kinds[0], args[0], args[1])
-            rows = _address(context, builder, kinds[2], args[2], args[3])
-            pitch = args[4]
-            id_at = _address(context, builder, kinds[5], args[5], args[7])
-            value_at = _address(context, builder, kinds[6], args[6], args[7])
-            count = args[8]
-            last = builder.sub(count, I64(1))
+            values, _, _ = _common(builder, signature.args, args)
+            return builder.fcmp_ordered(sign, *values)
 
-            def row(event):
-                unit = builder.sext(builder.load(builder.gep(id_at, [event])), I64)
-                return builder.gep(rows, [builder.mul(unit, pitch)])
+        return mask(a, b), generate
 
-            before = [_load(builder, _lane(builder, target, k)) for k in range(vectors)]
-            entry, loop = builder.block, builder.append_basic_block("events")
-            done = builder.append_basic_block("events.done")
-            builder.cbranch(builder.icmp_signed(">", count, I64(0)), loop, done)
-
-            builder.position_at_end(loop)
-            event = builder.phi(I64)
-            event.add_incoming(I64(0), entry)
-            sums = [builder.phi(VECTOR) for _ in range(vectors)]
-            for phi, start in zip(sums, before, strict=True):
-                phi.add_incoming(start, entry)
-            ahead = builder.add(event, I64(PREFETCH_ROWS))
-            ahead = builder.select(builder.icmp_signed("<", ahead, count), ahead, last)
-            upcoming = row(ahead)
-            for k in range(vectors):
-                _prefetch(builder, _lane(builder, upcoming, k))
-            source = row(event)
-            scale = _splat(builder, builder.load(builder.gep(value_at, [event])))
-            after = [_fma(builder, _load(builder, _lane(builder, source, k)), scale, sums[k]) for k in range(vectors)]
-            following = builder.add(event, I64(1))
-            event.add_incoming(following, loop)
-            for phi, total in zip(sums, after, strict=True):
-                phi.add_incoming(total, loop)
-            builder.cbranch(builder.icmp_signed("<", following, count), loop, done)
-
-            builder.position_at_end(done)
-            for k in range(vectors):
-                total = builder.phi(VECTOR)
-                total.add_incoming(before[k], entry)
-                total.add_incoming(after[k], loop)
-                before[k] = total
-            for k in range(vectors):
-                _store(builder, before[k], _lane(builder, target, k))
-            return context.get_dummy_value()
-
-        return types.void(drive, at, weights, start, pitch, ids, values, first, count), generate
-
-    return add_rows
+    @overload(function)
+    def _(a, b):
+        if lanes in (a, b) and _is_number(a, b):
+            return lambda a, b: emit(a, b)
 
 
-add_rows_tile, add_rows_8, add_rows_4, add_rows_2, add_rows_1 = (_add_rows(n) for n in (TILE, 8, 4, 2, 1))
-
-
-def _prefetch(builder, pointer):
-    byte = builder.bitcast(pointer, ir.IntType(8).as_pointer())
-    i32 = ir.IntType(32)
-    kind = ir.FunctionType(ir.VoidType(), [byte.type, i32, i32, i32])
-    prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte.type], kind)
-    builder.call(prefetch, [byte, i32(0), i32(3), i32(1)])
+for _function, _instruction in (
+    (operator.add, "fadd"),
+    (operator.sub, "fsub"),
+    (operator.mul, "fmul"),
+    (operator.truediv, "fdiv"),
+):
+    _define_binary(_function, _instruction)
+for _function, _sign in ((operator.lt, "<"), (operator.gt, ">")):
+    _define_comparison(_function, _sign)
 
 
 @intrinsic
-def prefetch(typingctx, array, index):
-    """Ask for the cache line of array[index]; the index may lie past the end."""
+def _negate(typingctx, x):
+    def generate(context, builder, signature, args):
+        return builder.fneg(args[0])
+
+    return lanes(x), generate
+
+
+@overload(operator.neg)
+def _(x):
+    if x == lanes:
+        return lambda x: _negate(x)
+
+
+# --- memory -------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def load(typingctx, array, index):
+    """The sixteen float32 from array[index] on; unchecked, unaligned."""
 
     def generate(context, builder, signature, args):
-        _prefetch(builder, _address(context, builder, signature.args[0], args[0], args[1]))
+        return load_vector(builder, address(context, builder, signature.args[0], *args))
+
+    return lanes(array, index), generate
+
+
+@intrinsic
+def store(typingctx, array, index, vector):
+    """array[index:index + 16] = vector; unchecked, unaligned."""
+
+    def generate(context, builder, signature, args):
+        store_vector(builder, args[2], address(context, builder, signature.args[0], args[0], args[1]))
         return context.get_dummy_value()
 
-    return types.void(array, index), generate
+    return types.void(array, index, vector), generate
 
 
 @intrinsic
-def atomic_add(typingctx, array, amount):
-    def generate(context, builder, signature, args):
-        pointer = _address(context, builder, signature.args[0], args[0], I64(0))
-        return builder.atomic_rmw("add", pointer, args[1], "acq_rel")
+def bits(typingctx, condition):
+    """The mask as an integer, lane k in bit k."""
 
-    return types.int64(array, types.int64), generate
+    def generate(context, builder, signature, args):
+        return builder.zext(builder.bitcast(args[0], ir.IntType(LANES)), I64)
+
+    if condition == mask:
+        return types.int64(condition), generate
 
 
 @intrinsic
-def atomic_load(typingctx, array):
+def lowest_bit(typingctx, word):
+    """Position of the lowest set bit of a non-zero integer."""
+
     def generate(context, builder, signature, args):
-        return builder.load_atomic(_address(context, builder, signature.args[0], args[0], I64(0)), "acquire", 8)
+        return call(builder, "llvm.cttz.i64", I64, [args[0], I1(True)])
 
-    return types.int64(array), generate
-
-
-@intrinsic
-def pause(typingctx):
-    def generate(context, builder, signature, args):
-        if _IS_X86:
-            kind = ir.FunctionType(ir.VoidType(), [])
-            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
-        return context.get_dummy_value()
-
-    return types.void(), generate
-
-
-@intrinsic
-def yield_core(typingctx):
-    def generate(context, builder, signature, args):
-        kind = ir.FunctionType(ir.IntType(32), [])
-        builder.call(cgutils.get_or_insert_function(builder.module, kind, _YIELD), [])
-        return context.get_dummy_value()
-
-    return types.void(), generate
+    return types.int64(types.int64), generate
