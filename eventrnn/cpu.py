@@ -250,7 +250,11 @@ def gate_events(n, drive_in, a, drive_rec, b, ids, sent, first, count, gated_ids
 @compiled
 def start_from(bias, p, matrix, drive, at):
     """The drive of a window starts from its bias."""
-    for i in range(matrix[LOW], matrix[HIGH]):
+    low, high = matrix[LOW], matrix[HIGH]
+    whole = low + (high - low) // LANES * LANES
+    for i in range(low, whole, LANES):
+        store(drive, at + i, load(bias, p + i))
+    for i in range(whole, high):
         drive[at + i] = bias[p + i]
 
 
