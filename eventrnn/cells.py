@@ -140,6 +140,16 @@ def tanh_float32(x: Any) -> Any:
     return select(size < TANH_SPLIT, small, select(x < ZERO, -large, large))
 
 
+def exp(x: Any) -> Any:
+    """Exponential in the precision of `x`."""
+    return exp_float32(x) if _is_float32(x) else np.exp(x)
+
+
+def absolute(x: Any) -> Any:
+    """Magnitude."""
+    return select(x < ZERO, -x, x)
+
+
 def sigmoid(x: Any) -> Any:
     """Logistic function in the precision of `x`."""
     return sigmoid_float32(x) if _is_float32(x) else 1.0 / (1.0 + np.exp(-x))
@@ -241,19 +251,20 @@ def surrogate_slope(kind, distance, dampening, support):
     """
     z = support * distance
     if kind == TRIANGLE:
-        return dampening * np.maximum(ZERO, ONE - np.abs(z))
+        height = ONE - absolute(z)
+        return dampening * select(height > ZERO, height, ZERO)
     if kind == FAST_SIGMOID:
-        return dampening / ((ONE + np.abs(z)) * (ONE + np.abs(z)))
+        return dampening / ((ONE + absolute(z)) * (ONE + absolute(z)))
     if kind == ARCTAN:
         return dampening / (ONE + z * z)
     if kind == GAUSSIAN:
-        return dampening * np.exp(-HALF * z * z)
+        return dampening * exp(-HALF * z * z)
     if kind == MULTI_GAUSSIAN:
         left, right = (z + ONE) / LOBE_WIDTH, (z - ONE) / LOBE_WIDTH
-        lobes = np.exp(-HALF * left * left) + np.exp(-HALF * right * right)
-        return dampening * ((ONE + LOBE_HEIGHT) * np.exp(-HALF * z * z) - LOBE_HEIGHT / LOBE_WIDTH * lobes)
+        lobes = exp(-HALF * left * left) + exp(-HALF * right * right)
+        return dampening * ((ONE + LOBE_HEIGHT) * exp(-HALF * z * z) - LOBE_HEIGHT / LOBE_WIDTH * lobes)
     if kind == BOXCAR:
-        return dampening * select(np.abs(z) < ONE, ONE, ZERO)
+        return dampening * select(absolute(z) < ONE, ONE, ZERO)
     return dampening * (z * ZERO + ONE)
 
 

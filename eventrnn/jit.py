@@ -60,6 +60,7 @@ for _rule in (
     cells.exp_float32,
     cells.sigmoid_float32,
     cells.tanh_float32,
+    cells.absolute,
     cells.egru_value,
     cells.egru_reset_gate,
     cells.egru_paper_value,

@@ -261,6 +261,7 @@ class Simulation:
     Attributes
     ----------
     output      : (steps, batch, V) read-out, or the last layer's (steps, batch, N) events
+    initial     : the state that the run started from
     state       : to continue from
     input_fired : how often each input of layer 0 was not zero
     fired       : per layer, how many events each unit sent
@@ -271,6 +272,7 @@ class Simulation:
     """
 
     output: np.ndarray
+    initial: State
     state: State
     input_fired: FireCounts
     fired: tuple[FireCounts, ...]
@@ -342,12 +344,12 @@ class Simulator:
         if not record <= set(RECORDABLE):
             raise ValueError(f"record: got {sorted(record)}, need any of {', '.join(RECORDABLE)}")
         feed = self.network.feed(inputs)
-        traces = []
+        initial, traces = self.state, []
         for part, wipe in self._pieces(feed, bool(record)):
             if wipe:
                 self.state = State(State.zeros(self.network, self.batch).cells, self.state.outputs)
             traces.append(self._advance(part, "events" in record, "states" in record))
-        return _joined(self.network, feed, traces, self.state, record)
+        return _joined(self.network, feed, traces, initial, record)
 
     def _pieces(self, feed: Feed, recording: bool) -> list[tuple[Feed, bool]]:
         """Parts of the feed in order, each with whether the cells are zeroed before it."""
@@ -393,7 +395,7 @@ def simulate(
     return simulator.run(inputs, record=record)
 
 
-def _joined(network: Network, feed: Feed, traces: list[Trace], state: State, record: set[str]) -> Simulation:
+def _joined(network: Network, feed: Feed, traces: list[Trace], initial: State, record: set[str]) -> Simulation:
     fired = list(traces[0].fired)
     for trace in traces[1:]:
         fired = [a + b for a, b in zip(fired, trace.fired, strict=True)]
@@ -405,7 +407,8 @@ def _joined(network: Network, feed: Feed, traces: list[Trace], state: State, rec
         states = tuple(np.concatenate([t.states[k] for t in traces]) for k in layers)
     return Simulation(
         traces[0].output if len(traces) == 1 else np.concatenate([t.output for t in traces]),
-        state,
+        initial,
+        traces[-1].state,
         feed.fire_counts(),
         tuple(fired),
         feed.steps,

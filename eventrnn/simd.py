@@ -175,6 +175,11 @@ def _(condition, a, b):
     return lambda condition, a, b: _select(condition, a, b)
 
 
+@overload(cells.exp)
+def _(x):
+    return lambda x: cells.exp_float32(x)
+
+
 @overload(cells.sigmoid)
 def _(x):
     return lambda x: cells.sigmoid_float32(x)

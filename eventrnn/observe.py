@@ -1,0 +1,328 @@
+"""What a run cost: exact integer counts, per matrix, step and sample; an audit of them; a cited energy table.
+
+Counts are fan-out sums over events, made outside the kernels, so they are the same on every backend. What the words
+mean (all int64):
+
+    dense         multiplications of a dense engine: every input x every weight
+    effective     non-zero event x non-zero weight (NeuroBench's effective MAC + AC)
+    executed      multiplications the format's kernel does: stored entries of the fired rows, zeros inside blocks and
+                  padding at their edges included
+    graded        of the effective ones, those of a graded value (a multiply-accumulate, MAC)
+    binary        of the effective ones, those of a value -1 or 1 (an accumulate, AC); decided per event
+    gate_ops      element-wise multiplications of the cell, apart: 3 a unit and step (reset, keep, candidate); the
+                  paper's variant 2, and 1 an event carried into the step
+    weight_bytes  bytes of values and indices in the fired rows
+    state_bytes   cells read and written and outputs written, 12 a unit and step; the paper's variant also reads them
+
+Embedding look-ups are free, the read-out is counted, biases are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+
+from eventrnn.backend import FireCounts, State
+from eventrnn.events import Events
+from eventrnn.network import Network, Simulation
+from eventrnn.weights import CSR, BlockCSR, Weights
+
+NOTE = "embedding look-ups free, read-out counted, biases not counted"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Operations of one matrix (or a sum of them) over a run. Integers."""
+
+    dense: int = 0
+    effective: int = 0
+    executed: int = 0
+    graded: int = 0
+    binary: int = 0
+    weight_bytes: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class OpCounts:
+    """Operations of a run.
+
+    Attributes
+    ----------
+    matrices    : by name, as in `Network.matrices()`
+    gate_ops    : per layer
+    state_bytes : per layer
+    steps, batch : what the run was; divide by their product for figures per step and sample
+    """
+
+    matrices: Mapping[str, Counts]
+    gate_ops: tuple[int, ...]
+    state_bytes: tuple[int, ...]
+    steps: int
+    batch: int
+
+    @property
+    def total(self) -> Counts:
+        """Over all matrices."""
+        return sum(self.matrices.values(), Counts())
+
+    def layer(self, k: int) -> Counts:
+        """Both matrices of layer k."""
+        return self.matrices[f"layers.{k}.w_in"] + self.matrices[f"layers.{k}.w_rec"]
+
+    @property
+    def reduction(self) -> float:
+        """dense / effective; infinite where nothing was effective."""
+        total = self.total
+        return total.dense / total.effective if total.effective else float("inf")
+
+    def __add__(self, other: OpCounts) -> OpCounts:
+        """Two runs of the same network one after the other."""
+        if set(self.matrices) != set(other.matrices) or self.batch != other.batch:
+            raise ValueError("counts: can only add runs of the same network and batch")
+        return OpCounts(
+            {name: self.matrices[name] + other.matrices[name] for name in self.matrices},
+            tuple(a + b for a, b in zip(self.gate_ops, other.gate_ops, strict=True)),
+            tuple(a + b for a, b in zip(self.state_bytes, other.state_bytes, strict=True)),
+            self.steps + other.steps,
+            self.batch,
+        )
+
+    def as_dict(self) -> dict:
+        """Plain numbers, for JSON: totals, per matrix, per layer, and the counting note."""
+        return {
+            "steps": self.steps,
+            "batch": self.batch,
+            "total": asdict(self.total),
+            "gate_ops": sum(self.gate_ops),
+            "state_bytes": sum(self.state_bytes),
+            "matrices": {name: asdict(count) for name, count in self.matrices.items()},
+            "gate_ops_by_layer": list(self.gate_ops),
+            "state_bytes_by_layer": list(self.state_bytes),
+            "note": NOTE,
+        }
+
+
+def count(network: Network, simulation: Simulation) -> OpCounts:
+    """Operations of a run, from how often each unit fired. No record needed. O(weights) time.
+
+    The recurrent product of a step uses the events of the step before: those of the initial state count, those of
+    the last step do not yet.
+    """
+    rows = simulation.steps * simulation.batch
+    matrices, gate_ops, state_bytes = {}, [], []
+    below = simulation.input_fired
+    for k, layer in enumerate(network.layers):
+        carried = _carried_counts(simulation, k)
+        matrices[f"layers.{k}.w_in"] = _matrix_counts(layer.w_in, below, rows)
+        matrices[f"layers.{k}.w_rec"] = _matrix_counts(layer.w_rec, carried, rows)
+        paper = layer.cell.variant == "paper"
+        gate_ops.append(rows * layer.units * (2 if paper else 3) + (int(carried.total.sum()) if paper else 0))
+        state_bytes.append(rows * layer.units * (16 if paper else 12))
+        below = simulation.fired[k]
+    if network.readout is not None:
+        matrices["readout"] = _matrix_counts(network.readout.weights, below, rows)
+    return OpCounts(matrices, tuple(gate_ops), tuple(state_bytes), simulation.steps, simulation.batch)
+
+
+def count_per_step(network: Network, simulation: Simulation) -> dict[str, dict[str, np.ndarray]]:
+    """`dense`, `effective`, `executed`, `graded`, `binary` of every matrix, (steps, batch) int64 each.
+
+    Needs a run with record="events". O(events + weights).
+    """
+    result = {}
+    for name, (weights, events) in _senders(network, simulation).items():
+        rows, graded = events.rows(), events.graded
+        fan_out, stored_out = weights.fan_out()[events.indices], weights.stored_out()[events.indices]
+
+        def per_row(amount, rows=rows, shape=events.shape[:2]):
+            total = np.zeros(shape[0] * shape[1], np.int64)
+            np.add.at(total, rows, amount)
+            return total.reshape(shape)
+
+        result[name] = {
+            "dense": np.full(events.shape[:2], weights.shape[0] * weights.shape[1], np.int64),
+            "effective": per_row(fan_out),
+            "executed": per_row(stored_out),
+            "graded": per_row(fan_out * graded),
+            "binary": per_row(fan_out * ~graded),
+        }
+    return result
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The outcome of `audit`: per matrix, the counts and the same by other means.
+
+    Attributes
+    ----------
+    rows        : (matrix, quantity, counted, recomputed, source); `source` is "formula" or "neurobench"
+    differences : known differences of definition between this package and NeuroBench, in words
+    """
+
+    rows: tuple[tuple[str, str, int, int, str], ...]
+    differences: tuple[str, ...]
+
+    @property
+    def agrees(self) -> bool:
+        return all(counted == recomputed for _, _, counted, recomputed, _ in self.rows)
+
+    def __str__(self) -> str:
+        lines = [f"{'matrix':<16}{'quantity':<12}{'counted':>16}{'recomputed':>16}  source"]
+        lines += [f"{m:<16}{q:<12}{a:>16,}{b:>16,}  {s}{'' if a == b else '  DIFFERS'}" for m, q, a, b, s in self.rows]
+        return "\n".join([*lines, *(f"note: {text}" for text in self.differences)])
+
+
+def audit(network: Network, simulation: Simulation, counts: OpCounts | None = None) -> Audit:
+    """Recompute the counts of a run from its recorded events and the bare weight matrices, and compare.
+
+    Another route than `count`: dense 0/1 matrices and a walk over the events, no fan-out table, no fire counters.
+    With neurobench installed, its `single_layer_MACs` is asked too. Needs record="events". O(events x fan-out).
+    """
+    counts = counts or count(network, simulation)
+    rows: list[tuple[str, str, int, int, str]] = []
+    for name, (weights, events) in _senders(network, simulation).items():
+        counted = counts.matrices[name]
+        there = weights.to_dense() != 0
+        stored = _stored_mask(weights)
+        fired = np.bincount(events.indices, minlength=events.shape[2])
+        graded = np.bincount(events.indices[events.graded], minlength=events.shape[2])
+        formula = {
+            "dense": events.shape[0] * events.shape[1] * there.size,
+            "effective": int((there * fired[:, None]).sum()),
+            "executed": int((stored * fired[:, None]).sum()),
+            "graded": int((there * graded[:, None]).sum()),
+            "binary": int((there * (fired - graded)[:, None]).sum()),
+        }
+        rows += [(name, quantity, getattr(counted, quantity), value, "formula") for quantity, value in formula.items()]
+        rows += _neurobench_rows(name, weights, events, counted)
+    return Audit(tuple(rows), NEUROBENCH_DIFFERENCES)
+
+
+NEUROBENCH_DIFFERENCES = (
+    "NeuroBench calls a whole layer call MAC if one value in the batch is graded; here each event decides for itself",
+    "NeuroBench adds the element-wise work of recurrent cells to the synaptic operations; here it is gate_ops",
+    "NeuroBench sums in the tensor's precision (float32 rounds above 2^24); here counts are integers",
+    "NeuroBench has no word for executed operations (padding and zeros inside blocks)",
+)
+
+
+def _neurobench_rows(name: str, weights: Weights, events: Events, counted: Counts) -> list:
+    try:
+        import torch
+        from neurobench.metrics.utils.layers import single_layer_MACs
+    except ImportError:
+        return []
+    linear = torch.nn.Linear(*weights.shape, bias=False, dtype=torch.float64)
+    linear.weight.data = torch.from_numpy(weights.to_dense().T.astype(np.float64))
+    dense = torch.from_numpy(events.to_dense().reshape(-1, events.shape[2]).astype(np.float64))
+    pairs = (("effective", counted.effective, False), ("dense", counted.dense, True))
+    return [
+        (name, quantity, ours, int(single_layer_MACs(dense, linear, total=total)[0]), "neurobench")
+        for quantity, ours, total in pairs
+    ]
+
+
+#: Energy of one operation in picojoules, 45 nm, 0.9 V: Horowitz, ISSCC 2014, figure 1.1.9. Memory: 64-bit reads.
+HOROWITZ_2014 = {
+    "float32_mac": 4.6,
+    "float32_ac": 0.9,
+    "sram_8kb_64bit": 10.0,
+    "sram_32kb_64bit": 20.0,
+    "sram_1mb_64bit": 100.0,
+    "dram_64bit": 1300.0,
+}
+
+
+def energy(counts: OpCounts, *, memory: str = "sram_1mb_64bit", dense: bool = False) -> dict[str, float]:
+    """Estimated picojoules of a run: a cited table applied to counts and bytes; an assumption, not a measurement.
+
+    `memory` names the row of `HOROWITZ_2014` that weights are read from; state is taken from the 32 kB row.
+    `dense=True` estimates the dense engine: every product a MAC, every weight read.
+    """
+    if memory not in HOROWITZ_2014 or not memory.endswith("64bit"):
+        choices = ", ".join(name for name in HOROWITZ_2014 if name.endswith("64bit"))
+        raise ValueError(f"memory: got {memory!r}, need one of {choices}")
+    total, table = counts.total, HOROWITZ_2014
+    macs, accumulates = (total.dense, 0) if dense else (total.graded, total.binary)
+    weight_bytes = 4 * total.dense if dense else total.weight_bytes
+    parts = {
+        "arithmetic_pj": macs * table["float32_mac"] + accumulates * table["float32_ac"],
+        "weights_pj": weight_bytes / 8 * table[memory],
+        "state_pj": sum(counts.state_bytes) / 8 * table["sram_32kb_64bit"],
+    }
+    return parts | {"total_pj": sum(parts.values())}
+
+
+def _matrix_counts(weights: Weights, fired: FireCounts, rows: int) -> Counts:
+    fan_out = weights.fan_out()
+    graded, binary = int(fired.graded @ fan_out), int(fired.binary @ fan_out)
+    return Counts(
+        rows * weights.shape[0] * weights.shape[1],
+        graded + binary,
+        int(fired.total @ weights.stored_out()),
+        graded,
+        binary,
+        int(fired.total @ weights.row_bytes()),
+    )
+
+
+def _carried_counts(simulation: Simulation, k: int) -> FireCounts:
+    first = _state_counts(simulation.initial, k)
+    last = _state_counts(simulation.state, k)
+    sent = simulation.fired[k]
+    return FireCounts(sent.graded + first.graded - last.graded, sent.binary + first.binary - last.binary)
+
+
+def _state_counts(state: State, k: int) -> FireCounts:
+    y = state.outputs[k]
+    binary = np.abs(y) == 1
+    return FireCounts(((y != 0) & ~binary).sum(axis=0), binary.sum(axis=0))
+
+
+def _senders(network: Network, simulation: Simulation) -> dict[str, tuple[Weights, Events]]:
+    """Every matrix with the events that it receives, step by step."""
+    if simulation.inputs is None:
+        raise ValueError('simulation: has no recorded events; run with record="events"')
+    pairs, below = {}, simulation.inputs
+    for k, layer in enumerate(network.layers):
+        sent = simulation.events[k]
+        first = Events.from_dense(simulation.initial.outputs[k][None].astype(np.float32))
+        pairs[f"layers.{k}.w_in"] = (layer.w_in, below)
+        pairs[f"layers.{k}.w_rec"] = (layer.w_rec, _delayed(first, sent))
+        below = sent
+    if network.readout is not None:
+        pairs["readout"] = (network.readout.weights, below)
+    return pairs
+
+
+def _delayed(first: Events, events: Events) -> Events:
+    """Events one step later: `first`, then all but the last step."""
+    steps, batch, size = events.shape
+    if steps == 0:
+        return events
+    rows = (steps - 1) * batch
+    kept = events.indptr[rows]
+    body = Events(events.indptr[: rows + 1], events.indices[:kept], events.values[:kept], (steps - 1, batch, size))
+    return Events.concatenate([first, body])
+
+
+def _stored_mask(weights: Weights) -> np.ndarray:
+    """(n_pre, columns) 0/1: what is stored, padding columns included."""
+    n_pre, n_post = weights.shape
+    if isinstance(weights, CSR):
+        mask = np.zeros((n_pre, n_post), np.int64)
+        mask[np.repeat(np.arange(n_pre), np.diff(weights.indptr)), weights.indices] = 1
+        return mask
+    if isinstance(weights, BlockCSR):
+        r, c = weights.block
+        mask = np.zeros((-(-n_pre // r) * r, -(-n_post // c) * c), np.int64)
+        for row in range(len(weights.indptr) - 1):
+            for column in weights.indices[weights.indptr[row] : weights.indptr[row + 1]]:
+                mask[row * r : (row + 1) * r, column * c : (column + 1) * c] = 1
+        return mask[:n_pre]
+    return np.ones((n_pre, n_post), np.int64)
