@@ -144,6 +144,7 @@ class Backend(Protocol):
 BACKENDS = {
     "reference": "eventrnn.reference:ReferenceBackend",
     "cpu": "eventrnn.cpu:CpuBackend",
+    "blas": "eventrnn.blas:BlasBackend",
 }
 
 

@@ -89,7 +89,10 @@ def propagate(matrix, values, index, pointers, ids, sent, first, count, drive, a
             begin, end, start = pointers[unit], pointers[unit + 1], v0 + pointers[unit + 2]
             for k in range(begin, end):
                 target, width = at + index[i0 + 2 * k], index[i0 + 2 * k + 1]
-                for i in range(width):
+                whole = width // LANES * LANES
+                for i in range(0, whole, LANES):
+                    add_scaled_16(drive, target + i, values, start + i, sent[e])
+                for i in range(whole, width):
                     drive[target + i] = cells.fma(values[start + i], sent[e], drive[target + i])
                 start += width
 

@@ -1,0 +1,321 @@
+"""Measured inference: our engine beside a dense rival, interleaved in one run, medians, compile time apart.
+
+Bytes are counted from the events and compared with a probe that does nothing but read the same rows in the same
+order: a rate above the probe's means that the benchmark is wrong, and is an error.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+
+from eventrnn.backend import State
+from eventrnn.cells import Cell
+from eventrnn.cpu import CpuEngine
+from eventrnn.events import Events
+from eventrnn.jit import compiled
+from eventrnn.network import Layer, Network, simulate
+from eventrnn.observe import count
+from eventrnn.packing import BLOCKS, INDEX, KIND, PITCH, POINTERS, ROWS, SCATTER, VALUES, WIDTH
+from eventrnn.simd import LANES, load
+from eventrnn.weights import Weights, check_block, convert
+
+RIVALS = ("torch", "torch-step", "blas", "none")
+
+
+def random_network(
+    hidden: int,
+    layers: int,
+    *,
+    sparsity: float,
+    format: str,
+    block: tuple[int, int] | None,
+    variant: str,
+    rng: np.random.Generator,
+) -> Network:
+    """Layers of `hidden` units on `hidden` inputs, weights Gaussian; `sparsity` of the blocks (or weights) left out."""
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity: got {sparsity}, need a share in [0, 1)")
+    if format == "dense" and sparsity:
+        raise ValueError(f"sparsity: got {sparsity} with format dense, which stores every weight; use csr or block")
+
+    def weights() -> Weights:
+        shape = (hidden, 3 * hidden)
+        r, c = block or (1, 1)
+        check_block((r, c), shape)
+        grid = (-(-shape[0] // r), -(-shape[1] // c))
+        kept = np.ones(grid[0] * grid[1], bool)
+        kept[rng.permutation(len(kept))[: round(sparsity * len(kept))]] = False
+        mask = np.repeat(np.repeat(kept.reshape(grid), r, axis=0), c, axis=1)[: shape[0], : shape[1]]
+        scale = 2 / np.sqrt(hidden * (1 - sparsity))
+        return convert((rng.standard_normal(shape) * scale * mask).astype(np.float32), format, block=block)
+
+    zeros = np.zeros(3 * hidden, np.float32)
+    cell = Cell(variant=variant)
+    layer = [
+        Layer(weights(), weights(), zeros, zeros, np.zeros(hidden, np.float32), cell) for _ in range(layers)
+    ]
+    return Network(tuple(layer))
+
+
+def at_activity(network: Network, inputs: Events, activity: float) -> Network:
+    """The network with each layer's common threshold bisected until it fires at the asked rate on these inputs."""
+    layers: list[Layer] = []
+    for layer in network.layers:
+        low, high = 0.0, 2.0
+        for _ in range(14):
+            threshold = np.full(layer.units, (low + high) / 2, np.float32)
+            tried = [*layers, replace(layer, threshold=threshold)]
+            measured = simulate(Network(tuple(tried)), inputs).activity[-1]
+            low, high = ((low + high) / 2, high) if measured > activity else (low, (low + high) / 2)
+        layers.append(replace(layer, threshold=np.full(layer.units, high, np.float32)))
+    return replace(network, layers=tuple(layers))
+
+
+def random_events(steps: int, batch: int, size: int, activity: float, rng: np.random.Generator) -> Events:
+    """Graded events, each unit at each step with probability `activity`, values in [0.25, 1)."""
+    fired = rng.random((steps, batch, size)) < activity
+    return Events.from_dense(np.where(fired, rng.uniform(0.25, 1, fired.shape), 0).astype(np.float32))
+
+
+def inference(
+    *,
+    hidden: int = 1350,
+    layers: int = 1,
+    batch: int = 1,
+    activity: float = 0.1,
+    sparsity: float = 0.9,
+    format: str = "block",
+    block: tuple[int, int] | None = (1, 64),
+    variant: str = "evnn",
+    threads: int = 1,
+    against: str = "torch",
+    steps: int = 200,
+    repeats: int = 15,
+    seed: int = 0,
+    report: Callable[[str], None] = lambda stage: None,
+) -> dict:
+    """Time whole sequences and return the figures of `eventrnn bench inference --json`.
+
+    `us_per_step` is the median over `repeats` of one run of `steps` steps for the whole batch, divided by the steps;
+    `against` runs the dense rival of the same size right after each of ours. Raises RuntimeError when the weight
+    bytes per second exceed what the probe could read.
+    """
+    for name, value in (("hidden", hidden), ("layers", layers), ("batch", batch), ("threads", threads), ("steps", steps)):
+        if value < 1:
+            raise ValueError(f"{name}: got {value}, need a whole number >= 1")
+    if repeats < 3:
+        raise ValueError(f"repeats: got {repeats}, need at least 3 for a median")
+    if not 0 < activity <= 1:
+        raise ValueError(f"activity: got {activity}, need a share in (0, 1]")
+    if against not in RIVALS:
+        raise ValueError(f"against: got {against!r}, need one of {', '.join(RIVALS)}")
+    rng = np.random.default_rng(seed)
+    network = random_network(hidden, layers, sparsity=sparsity, format=format, block=block, variant=variant, rng=rng)
+    inputs = random_events(steps, batch, hidden, activity, rng)
+    report("compiling")
+    started = time.perf_counter()
+    simulate(network, inputs)
+    compile_seconds = time.perf_counter() - started
+    report("setting the activity")
+    network = at_activity(network, inputs, activity)
+    simulation = simulate(network, inputs, record="events")
+    measured = float(np.mean(simulation.activity))
+    counts = count(network, simulation)
+
+    engine, feed, state = CpuEngine(network, threads), network.feed(inputs), State.zeros(network, batch)
+    contestants: dict[str, Callable[[], object]] = {"ours": lambda: engine.run(feed, state)}
+    contestants["probe"] = _probe(engine, network, simulation.inputs, simulation.events, batch)
+    if against != "none":
+        contestants["against"] = _rival(against, network, inputs, threads)
+    report(f"timing {repeats} rounds")
+    seconds = interleaved(contestants, repeats)
+
+    ours = float(np.median(seconds["ours"])) / steps
+    probe = float(np.min(seconds["probe"])) / steps
+    weight_bytes = counts.total.weight_bytes / steps
+    if ours < probe:
+        raise RuntimeError(
+            f"benchmark: {weight_bytes / ours / 1e9:.1f} GB/s of weights read, but the probe reads the same rows at "
+            f"{weight_bytes / probe / 1e9:.1f} GB/s at best; the machine is too noisy or the kernel skips work"
+        )
+    result = {
+        "us_per_step": ours * 1e6,
+        "against_us_per_step": None,
+        "speedup": None,
+        "against": against,
+        "activity": measured,
+        "sparsity": 1 - sum(w.nnz for w in network.matrices().values()) / (6 * hidden * hidden * layers),
+        "dense_per_step": counts.total.dense // steps,
+        "effective_per_step": counts.total.effective / steps,
+        "executed_per_step": counts.total.executed / steps,
+        "bytes_per_step": (counts.total.weight_bytes + sum(counts.state_bytes)) / steps,
+        "bandwidth_gb_s": weight_bytes / ours / 1e9,
+        "probe_gb_s": weight_bytes / probe / 1e9,
+        "bandwidth_fraction": probe / ours,
+        "compile_seconds": compile_seconds,
+    }
+    if "against" in seconds:
+        rival = float(np.median(seconds["against"])) / steps
+        result |= {"against_us_per_step": rival * 1e6, "speedup": rival / ours}
+    return result | {
+        "hidden": hidden,
+        "layers": layers,
+        "batch": batch,
+        "format": format,
+        "block": f"{block[0]}x{block[1]}" if block else None,
+        "variant": variant,
+        "threads": threads,
+        "steps": steps,
+        "repeats": repeats,
+        "device": device(),
+        "versions": versions(),
+    }
+
+
+def interleaved(contestants: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every contestant, each run once unmeasured and then in turn, `repeats` times."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for run in contestants.values():
+        run()
+    for _ in range(repeats):
+        for name, run in contestants.items():
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def _rival(name: str, network: Network, inputs: Events, threads: int) -> Callable[[], object]:
+    if name == "blas":
+        from eventrnn.blas import BlasEngine
+
+        dense, feed = BlasEngine(network), network.feed(inputs)
+        state = State.zeros(network, inputs.shape[1])
+        return lambda: dense.run(feed, state)
+    try:
+        import torch
+    except ImportError:
+        raise ValueError("against: torch is not installed; pip install torch, or use --against blas") from None
+    torch.set_num_threads(threads)
+    hidden, layers = network.layers[0].units, len(network.layers)
+    gru = torch.nn.GRU(hidden, hidden, layers)
+    x = torch.from_numpy(inputs.to_dense())
+
+    def sequence():
+        with torch.inference_mode():
+            return gru(x)
+
+    def stepwise():
+        with torch.inference_mode():
+            state = None
+            for t in range(len(x)):
+                _, state = gru(x[t : t + 1], state)
+            return state
+
+    return sequence if name == "torch" else stepwise
+
+
+@compiled
+def read_rows(matrix, values, index, pointers, indptr, ids, start, stop):
+    """Sum of the weights in the rows of events `indptr[start]` to `indptr[stop]`: every byte read, no more done."""
+    v0, i0, p0 = matrix[VALUES], matrix[INDEX], matrix[POINTERS]
+    total = load(values, 0)
+    checksum = 0
+    for e in range(indptr[start], indptr[stop]):
+        j = ids[e]
+        if matrix[KIND] == ROWS:
+            first, last = v0 + j * matrix[PITCH], v0 + j * matrix[PITCH] + matrix[WIDTH]
+        elif matrix[KIND] == SCATTER:
+            first, last = v0 + pointers[p0 + j], v0 + pointers[p0 + j + 1]
+            for k in range(i0 + pointers[p0 + j], i0 + pointers[p0 + j + 1]):
+                checksum += index[k]
+        else:
+            blocks = pointers[p0 + 3 * j + 1] - pointers[p0 + 3 * j]
+            first, last = v0 + pointers[p0 + 3 * j + 2], v0 + pointers[p0 + 3 * j + 2] + blocks * matrix[WIDTH]
+            if matrix[KIND] == BLOCKS:
+                for k in range(i0 + pointers[p0 + 3 * j], i0 + pointers[p0 + 3 * j + 1]):
+                    checksum += index[k]
+        second = total
+        third, fourth = total, total
+        for k in range(first, last - 4 * LANES + 1, 4 * LANES):
+            total = total + load(values, k)
+            second = second + load(values, k + LANES)
+            third = third + load(values, k + 2 * LANES)
+            fourth = fourth + load(values, k + 3 * LANES)
+        for k in range(first + (last - first) // (4 * LANES) * 4 * LANES, last, LANES):
+            total = total + load(values, k)
+        total = (total + second) + (third + fourth)
+    return total > load(values, 0), checksum
+
+
+def _probe(engine: CpuEngine, network: Network, inputs, events, batch: int) -> Callable[[], object]:
+    """Reads the rows that the run reads, in its order: a chunk of inputs, then the chunk's recurrent steps."""
+    engine._scratch(batch)
+    chunk = engine.chunk * batch
+    senders = []
+    for k in range(len(network.layers)):
+        below = inputs if k == 0 else events[k - 1]
+        senders.append((2 * k, below.indptr, below.indices))
+        senders.append((2 * k + 1, events[k].indptr, events[k].indices))
+    rows = len(inputs.indptr) - 1
+    pool = ThreadPoolExecutor(engine.parts)
+
+    def share(part: int) -> None:
+        for start in range(0, rows, chunk):
+            for matrix, indptr, ids in senders:
+                table = engine.matrices[part, matrix]
+                stop = min(start + chunk, rows)
+                _read(table, engine.values, engine.index, engine.pointers, indptr, ids, start, stop)
+
+    return lambda: list(pool.map(share, range(engine.parts)))
+
+
+@compiled
+def _read(matrix, values, index, pointers, indptr, ids, start, stop):
+    read_rows(matrix, values, index, pointers, indptr, ids, start, stop)
+
+
+def device() -> str:
+    """The processor's name and number of cores."""
+    name = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass
+    import os
+
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and what its speed depends on."""
+    found = {"python": platform.python_version()}
+    for name in ("eventrnn", "numba", "llvmlite", "numpy", "scipy", "torch"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def first_call() -> dict:
+    """Seconds until the first answer of the cpu engine in this process, and whether kernels came from the cache."""
+    from eventrnn import cpu
+
+    network = Network.random([8], inputs=4, rng=np.random.default_rng(0))
+    started = time.perf_counter()
+    simulate(network, np.zeros((1, 1, 4), np.float32))
+    seconds = time.perf_counter() - started
+    hits = sum(cpu.run.stats.cache_hits.values())
+    return {"first_call_seconds": seconds, "kernels_from_cache": bool(hits), "kernel_cache": cpu.run.stats.cache_path}

@@ -1,0 +1,451 @@
+"""The `eventrnn` command: each verb a few lines over the library.
+
+Tables for people on stdout, or one JSON object and nothing else with --json; progress on stderr. Bad input ends with
+exit code 2 and one line, before any work.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from eventrnn import io
+from eventrnn.cells import Cell
+from eventrnn.network import Network, simulate
+from eventrnn.weights import FORMATS, convert
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+bench_app = typer.Typer(rich_markup_mode=None, help="Measure speed, both sides in one run.")
+app.add_typer(bench_app, name="bench")
+
+# What typer raises for options it cannot parse; the class has moved between releases, its subclass has not.
+UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]  # type: ignore[assignment]
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Model file to write.")]
+Model = Annotated[Path, typer.Argument(help="Model file.")]
+Text = Annotated[
+    str, typer.Option("--text", help="'builtin' (Python's documentation), a text file, or a folder of text files.")
+]
+Threads = Annotated[int, typer.Option(help="Threads of the cpu backend.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Block = Annotated[str, typer.Option("--block", metavar="RxC", help="Block: presynaptic x postsynaptic.")]
+Steps = Annotated[int, typer.Option(help="Parameter updates.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")] = Path("eventrnn-demo"),
+    hidden: Annotated[int, typer.Option(help="Units.")] = 256,
+    steps: Steps = 1000,
+    pruning_steps: Annotated[int, typer.Option(help="Updates while and after pruning.")] = 1600,
+    sparsity: Annotated[float, typer.Option(help="Share of blocks to prune.")] = 0.8,
+    block: Block = "1x16",
+    seed: Seed = 0,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Train, prune, simulate event by event, prove it equal, count and time: about two minutes, no download."""
+    from eventrnn import demo as job
+
+    settings = job.DemoSettings(
+        hidden=hidden, steps=steps, pruning_steps=pruning_steps, sparsity=sparsity, block=_block(block), seed=seed
+    )
+    _writable_folder(out, job.FILES, force)
+    with _progress() as report:
+        result = job.run(out, settings, report)
+    _show("Activity-sparse, block-pruned, event by event", result, as_json)
+    if not as_json:
+        print(f"wrote {out}/: {', '.join(sorted(p.name for p in out.iterdir() if p.name in job.FILES))}")
+    if not result["events_identical"]:
+        raise RuntimeError("the event-driven run and its dense twin differ; this is a bug, please report it")
+
+
+@app.command()
+def train(
+    out: Out,
+    text: Text = "builtin",
+    kind: Annotated[str, typer.Option(help="Symbols: character or word.")] = "character",
+    vocabulary: Annotated[int | None, typer.Option(help="Keep this many words (word kind only).")] = None,
+    hidden: Annotated[list[int] | None, typer.Option(help="Units of a layer; repeat for a stack. [256]")] = None,
+    embedding: Annotated[int, typer.Option(help="Width of the embedding.")] = 64,
+    tied: Annotated[bool, typer.Option("--tied", help="Read out through the transposed embedding.")] = False,
+    variant: Annotated[str, typer.Option(help="Equations: evnn or paper.")] = "evnn",
+    threshold: Annotated[float, typer.Option(help="Mean of the initial thresholds.")] = 0.4,
+    steps: Steps = 1000,
+    batch: Annotated[int, typer.Option(help="Streams side by side.")] = 32,
+    window: Annotated[int, typer.Option(help="Time steps a window.")] = 64,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW, before its decay.")] = 6e-3,
+    weight_decay: Annotated[float, typer.Option(help="Decoupled.")] = 0.01,
+    dropout: Annotated[float, typer.Option(help="Between layers and before the read-out.")] = 0.0,
+    seed: Seed = 0,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Train a network to predict the next symbol of a text."""
+    from eventrnn.training import Settings, Trainer, evaluate
+
+    settings = Settings(steps, batch, window, learning_rate, weight_decay, 1.0, dropout, seed)
+    cell = Cell(variant=variant)
+    _writable_file(out, force)
+    corpus = _corpus(text, kind, vocabulary)
+    symbols = len(corpus.vocabulary)
+    network = Network.random(
+        hidden or [256],
+        rng=np.random.default_rng(seed),
+        symbols=symbols,
+        embedding=embedding,
+        readout=None if tied else symbols,
+        tied=tied,
+        threshold=threshold,
+        cell=cell,
+        metadata={"vocabulary": corpus.vocabulary.to_json(), "corpus": text},
+    )
+    trainer = Trainer(network, corpus.train, settings)
+    with _progress() as report:
+        trained = trainer.run(lambda p: report("training", p.step, steps, f"{p.bits:.3f} bits, activity {p.activity:.1%}"))
+    io.save(trained, out, overwrite=force)
+    figures = {"bits_per_symbol_valid": evaluate(trained, corpus.valid), "symbols": symbols, "steps": steps}
+    _show(f"wrote {out}", figures | {"parameters": sum(p.size for p in trainer.model.parameters.values())}, as_json)
+
+
+@app.command()
+def prune(
+    model: Model,
+    out: Out,
+    sparsity: Annotated[float, typer.Option(help="Share of blocks to prune, in [0, 1).")] = 0.8,
+    block: Block = "1x1",
+    scope: Annotated[str, typer.Option(help="Share in each matrix, or over all of them: matrix or global.")] = "matrix",
+    text: Text = "builtin",
+    steps: Annotated[int, typer.Option(help="Updates of fine-tuning; 0 prunes at once.")] = 0,
+    learning_rate: Annotated[float, typer.Option(help="Of the fine-tuning.")] = 3e-3,
+    seed: Seed = 0,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Prune by magnitude, at once or gradually while fine-tuning on a text."""
+    from eventrnn import pruning
+    from eventrnn.training import Settings, Trainer, evaluate
+
+    r_c = _block(block)
+    _writable_file(out, force)
+    network = io.load(model)
+    if steps:
+        corpus_train, corpus_valid = (_encoded(network, text, part) for part in ("train", "valid"))
+        gradual = pruning.GradualPruning(sparsity, r_c, 0, max(1, steps // 2), scope=scope)
+        trainer = Trainer(network, corpus_train, Settings(steps=steps, learning_rate=learning_rate, seed=seed), pruning=gradual)
+        before = evaluate(network, corpus_valid)
+        with _progress() as report:
+            tuned = trainer.run(lambda p: report("pruning", p.step, steps, f"{p.bits:.3f} bits, {p.sparsity:.0%} pruned"))
+        masked = trainer.model.masks
+        pruned = tuned.with_matrices(
+            {n: pruning.compress(w.to_dense(), r_c) for n, w in tuned.matrices().items() if n in masked}
+        )
+        quality = {"bits_before": before, "bits_after": evaluate(pruned, corpus_valid)}
+    else:
+        pruned, quality = pruning.prune(network, sparsity, block=r_c, scope=scope), {}
+    io.save(pruned, out, overwrite=force)
+    figures: dict = {
+        "weights_before": sum(w.nnz for w in network.matrices().values()),
+        "weights_after": sum(w.nnz for w in pruned.matrices().values()),
+        "file_bytes_before": model.stat().st_size,
+        "file_bytes_after": out.stat().st_size,
+    }
+    _show(f"wrote {out}", figures | quality, as_json)
+
+
+@app.command()
+def run(
+    model: Model,
+    text: Text = "builtin",
+    part: Annotated[str, typer.Option(help="Which part of the corpus: train, valid or test.")] = "test",
+    backend: Annotated[str, typer.Option(help="cpu, blas or reference.")] = "cpu",
+    threads: Threads = 1,
+    as_json: Json = False,
+) -> None:
+    """Read a text event by event: bits per symbol, activity, operations."""
+    from eventrnn import observe
+    from eventrnn.training.loop import cross_entropy_bits
+
+    network = io.load(model)
+    symbols = _encoded(network, text, part)
+    if len(symbols) < 2:
+        raise ValueError(f"text: got {len(symbols)} symbols, need at least 2")
+    simulation = simulate(network, symbols[:-1, None], backend=backend, threads=threads)
+    counts = observe.count(network, simulation)
+    bits = cross_entropy_bits(simulation.output[:, 0], symbols[1:]) / (len(symbols) - 1)
+    figures = {
+        "symbols": len(symbols),
+        "bits_per_symbol": bits,
+        "perplexity": 2**bits,
+        "activity": float(np.mean(simulation.activity)),
+        "effective_ops_per_step": counts.total.effective / simulation.steps,
+        "reduction": counts.reduction,
+        "backend": backend,
+    }
+    _show(f"{model} on {text} ({part})", figures, as_json)
+
+
+@app.command()
+def count(
+    model: Model,
+    text: Text = "builtin",
+    part: Annotated[str, typer.Option(help="Which part of the corpus: train, valid or test.")] = "test",
+    symbols: Annotated[int, typer.Option(help="Read at most this many symbols.")] = 10_000,
+    as_json: Json = False,
+) -> None:
+    """Count every operation of a run, and audit the counts."""
+    from eventrnn import observe
+
+    network = io.load(model)
+    if symbols < 1:
+        raise ValueError(f"symbols: got {symbols}, need a whole number >= 1")
+    simulation = simulate(network, _encoded(network, text, part)[:symbols, None], record="events")
+    counts = observe.count(network, simulation)
+    audit = observe.audit(network, simulation, counts)
+    record = counts.as_dict() | {"reduction": counts.reduction, "audit_agrees": audit.agrees, "energy": observe.energy(counts)}
+    if as_json:
+        print(json.dumps(record))
+        return
+    columns = ("dense", "effective", "executed", "graded", "binary", "weight_bytes")
+    table = Table("matrix", *columns, title=f"operations of {counts.steps} steps ({observe.NOTE})")
+    for name, row in (counts.matrices | {"total": counts.total}).items():
+        table.add_row(name, *(f"{getattr(row, column):,}" for column in columns))
+    Console().print(table)
+    print(f"element-wise {sum(counts.gate_ops):,}, state bytes {sum(counts.state_bytes):,}, dense / effective {counts.reduction:.1f}")
+    print(audit)
+
+
+@bench_app.command()
+def inference(
+    hidden: Annotated[int, typer.Option(help="Units, and inputs, of a layer.")] = 1350,
+    layers: Annotated[int, typer.Option(help="Layers.")] = 1,
+    batch: Annotated[int, typer.Option(help="Samples side by side.")] = 1,
+    activity: Annotated[float, typer.Option(help="Share of units that fire; thresholds are set to reach it.")] = 0.1,
+    sparsity: Annotated[float, typer.Option(help="Share of blocks or weights left out.")] = 0.9,
+    format: Annotated[str, typer.Option(help=f"Weight format: {', '.join(FORMATS)}.")] = "block",
+    block: Annotated[str | None, typer.Option("--block", metavar="RxC", help="Block of the block format. [1x64]")] = None,
+    variant: Annotated[str, typer.Option(help="Equations: evnn or paper.")] = "evnn",
+    threads: Threads = 1,
+    against: Annotated[str, typer.Option(help="Rival: torch (nn.GRU), torch-step, blas or none.")] = "torch",
+    steps: Annotated[int, typer.Option(help="Time steps a run.")] = 200,
+    repeats: Annotated[int, typer.Option(help="Interleaved rounds; medians are reported.")] = 15,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Time whole sequences of a random network beside a dense rival of the same size."""
+    from eventrnn import bench
+
+    r_c = _block(block or "1x64") if format == "block" or block else None
+    with _progress() as report:
+        result = bench.inference(
+            hidden=hidden, layers=layers, batch=batch, activity=activity, sparsity=sparsity, format=format, block=r_c,
+            variant=variant, threads=threads, against=against, steps=steps, repeats=repeats, seed=seed,
+            report=lambda stage: report(stage, 0, 1, ""),
+        )  # fmt: skip
+    _show("inference", result, as_json)
+
+
+@app.command()
+def info(
+    model: Annotated[Path | None, typer.Argument(help="Model file to describe.")] = None, as_json: Json = False
+) -> None:
+    """What is installed, how long the first call takes, or what a model file holds."""
+    if model is not None:
+        network = io.load(model)
+        shapes = {
+            name: f"{w.name} {w.shape[0]}x{w.shape[1]}, {w.nnz:,} weights ({w.nnz / (w.shape[0] * w.shape[1]):.1%})"
+            for name, w in network.matrices().items()
+        }
+        cells = {f"layers.{k}": f"{layer.cell.name}/{layer.cell.variant}, {layer.units} units" for k, layer in enumerate(network.layers)}
+        _show(str(model), cells | shapes | {"bytes": model.stat().st_size}, as_json)
+        return
+    from eventrnn import bench
+
+    _show("eventrnn", bench.first_call() | {"device": bench.device(), "versions": bench.versions()}, as_json)
+
+
+@app.command(name="convert")
+def convert_command(
+    source: Annotated[Path, typer.Argument(help="Model file, or an .npz with one layer in EvNN's packing.")],
+    out: Out,
+    to: Annotated[str, typer.Option(help=f"Weight format: {', '.join(FORMATS)}.")] = "dense",
+    block: Annotated[str | None, typer.Option("--block", metavar="RxC", help="Block of the block format.")] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Change the weight format of a model, or import a layer of EvNN."""
+    r_c = _block(block) if block else None
+    _writable_file(out, force)
+    network = Network((io.from_evnn(_arrays(source)),)) if source.suffix == ".npz" else io.load(source)
+    tied = network.readout is not None and network.readout.tied
+    changed = {
+        name: convert(weights, to, block=r_c)
+        for name, weights in network.matrices().items()
+        if not (tied and name == "readout")
+    }
+    converted = network.with_matrices(changed)
+    io.save(converted, out, overwrite=force)
+    _show(f"wrote {out}", {"format": to, "bytes": out.stat().st_size, "weights": sum(w.nnz for w in changed.values())}, as_json)
+
+
+def main() -> None:
+    """Entry point: errors of use become one line and exit code 2."""
+    try:
+        raise SystemExit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+    except UsageError as error:
+        print(f"eventrnn: error: {' '.join(error.format_message().split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, ImportError) as error:
+        print(f"eventrnn: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except (KeyboardInterrupt, typer.Abort):
+        print("eventrnn: stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+# --- arguments ----------------------------------------------------------------------------------------------
+
+
+def _block(text: str) -> tuple[int, int]:
+    rows, cross, columns = text.lower().partition("x")
+    if not (cross and rows.isdigit() and columns.isdigit() and int(rows) and int(columns)):
+        raise ValueError(f"block: got {text!r}, need two sizes >= 1 such as 1x16")
+    return int(rows), int(columns)
+
+
+def _writable_file(path: Path, force: bool) -> None:
+    """Refuse before any work what would fail at the end."""
+    if path.is_dir():
+        raise ValueError(f"out: {path} is a folder; give a file name")
+    if path.exists() and not force:
+        raise ValueError(f"out: {path} exists; use --force to overwrite it")
+    _probe_folder(path.parent)
+
+
+def _writable_folder(folder: Path, names: tuple[str, ...], force: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out: {folder} is not a folder")
+    there = [name for name in names if (folder / name).exists()]
+    if there and not force:
+        raise ValueError(f"out: {folder} already holds {', '.join(there)}; use --force to overwrite")
+    _probe_folder(folder if folder.exists() else folder.absolute().parent)
+
+
+def _probe_folder(folder: Path) -> None:
+    import tempfile
+
+    if not folder.is_dir():
+        raise ValueError(f"out: there is no folder {folder}")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"out: cannot write into {folder}: {error.strerror}") from None
+
+
+def _corpus(text: str, kind: str = "character", size: int | None = None):
+    from eventrnn.text import from_path, python_documentation
+
+    if text != "builtin":
+        return from_path(text, kind=kind, size=size)
+    if kind != "character" or size is not None:
+        raise ValueError("text: the built-in text is read by characters; give --text a file for words")
+    return python_documentation()
+
+
+def _encoded(network: Network, text: str, part: str) -> np.ndarray:
+    """A part of a text in the model's own symbols."""
+    from eventrnn.text import Vocabulary, read_parts
+
+    if part not in ("train", "valid", "test"):
+        raise ValueError(f"part: got {part!r}, need train, valid or test")
+    if "vocabulary" not in network.metadata:
+        raise ValueError("model: has no vocabulary, so it cannot read text; train it with eventrnn train")
+    vocabulary = Vocabulary.from_json(network.metadata["vocabulary"])
+    if text == "builtin":
+        corpus = _corpus("builtin")
+        return vocabulary.encode(corpus.vocabulary.decode(getattr(corpus, part)))
+    return vocabulary.encode(read_parts(text)[part])
+
+
+def _arrays(path: Path) -> Mapping[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return dict(archive)
+    except FileNotFoundError:
+        raise ValueError(f"source: there is no file {path}") from None
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"source: {path} is no .npz archive of arrays: {error}") from None
+
+
+# --- output -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int, str], None]]:
+    """Bars on a terminal's stderr, a line every tenth of the work elsewhere; yields `report(stage, done, total, note)`."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        tenths: dict[str, int] = {}
+
+        def line(stage: str, done: int, total: int, note: str) -> None:
+            if done * 10 // total > tenths.get(stage, -1):
+                tenths[stage] = done * 10 // total
+                print(f"{stage} {f'{done}/{total} {note}' if done else '…'}", file=sys.stderr)
+
+        yield line
+        return
+    columns = (
+        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def bar(stage: str, done: int, total: int, note: str) -> None:
+            if stage not in tasks:
+                for earlier in tasks.values():
+                    bars.update(earlier, completed=bars.tasks[earlier].total)
+                tasks[stage] = bars.add_task(stage, total=total, note=note)
+            bars.update(tasks[stage], completed=done, note=note)
+
+        yield bar
+
+
+def _show(title: str, figures: Mapping, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(figures))
+        return
+    table = Table("", "", title=title, show_header=False)
+    for name, value in figures.items():
+        table.add_row(name.replace("_", " "), _readable(value))
+    Console().print(table)
+
+
+def _readable(value) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {v}" for k, v in value.items())
+    return str(value)
+
+
+if __name__ == "__main__":
+    main()

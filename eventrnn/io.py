@@ -1,0 +1,337 @@
+"""Model files: a network and all that belongs to it in one safetensors file, written whole or not at all.
+
+Every matrix keeps its own format. The header's metadata hold `format`, `version`, `network` (JSON: cells, formats,
+shapes, the network's own metadata) and `sha256`, a digest of the whole file with the digest's own place zeroed: no
+bit can change unseen. The same network gives the same bytes. Also EvNN's packing of one layer, in and out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from eventrnn.cells import Cell, Surrogate
+from eventrnn.events import check_finite
+from eventrnn.network import Layer, Network, Readout
+from eventrnn.weights import FORMATS, Dense, Weights
+
+FORMAT = "eventrnn"
+VERSION = 1
+_UNSIGNED = "0" * 64
+_VECTORS = ("bias_in", "bias_rec", "threshold")
+
+
+class ModelFileError(ValueError):
+    """The file is missing, is no model file, is damaged, or holds what no network can be; the message says which."""
+
+
+def save(network: Network, path: str | os.PathLike, *, overwrite: bool = False) -> None:
+    """Write a network to `path`, atomically: whatever fails, an old file stays as it was and no other is left.
+
+    Raises `FileExistsError` where the path exists and `overwrite` is not set, and any `OSError` of the disk (full,
+    not writable). A tied read-out is stored once. Cost: three copies of the weights in memory.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists():
+        if not target.is_file():
+            raise ModelFileError(f"path: {path} exists and is not a regular file; choose another")
+        if not overwrite:
+            raise FileExistsError(f"path: {path} exists; pass overwrite=True to replace it")
+    raw = _encode(*_to_tensors(network))
+    try:
+        _write_atomically(target, raw)
+    except OSError as error:
+        # The failing call knows the temporary file's name at best.
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def load(path: str | os.PathLike) -> Network:
+    """Read a network that `save` wrote: the same formats and the same bits.
+
+    Raises `ModelFileError` for a file that is missing, foreign, truncated, changed in any bit, of a newer version,
+    or inconsistent; every check is made before the network is returned. Cost: two copies of the weights in memory.
+    """
+    try:
+        raw = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise ModelFileError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ModelFileError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        return _from_tensors(*_decode(raw))
+    except ModelFileError as error:
+        raise ModelFileError(f"{path}: {error}") from None
+    except KeyError as error:
+        raise ModelFileError(f"{path}: holds no valid network: lacks {error}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ModelFileError(f"{path}: holds no valid network: {error}") from error
+
+
+# --- network <-> tensors and their description --------------------------------------------------------------
+
+
+def _to_tensors(network: Network) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    for key, value in network.metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise TypeError(f"metadata: got {key!r}: {value!r}, need text for both")
+    tensors: dict[str, np.ndarray] = {}
+    matrices = {}
+    for name, weights in network.matrices().items():
+        weights.check(full=True)
+        if name == "readout" and _is_transposed_embedding(network):
+            matrices[name] = {"format": weights.name, "from": "embedding"}
+            continue
+        arrays = weights.arrays()
+        rest = {key: value for key, value in vars(weights).items() if key not in arrays}
+        matrices[name] = {"format": weights.name, "arrays": sorted(arrays)} | rest
+        tensors |= {f"{name}.{key}": array for key, array in arrays.items()}
+    for k, layer in enumerate(network.layers):
+        tensors |= {f"layers.{k}.{key}": getattr(layer, key) for key in _VECTORS}
+    if network.embedding is not None:
+        tensors["embedding"] = network.embedding
+    if network.readout is not None:
+        tensors["readout.bias"] = network.readout.bias
+    description = {
+        "cells": [asdict(layer.cell) for layer in network.layers],
+        "matrices": matrices,
+        "tied": network.readout is not None and network.readout.tied,
+        "metadata": dict(network.metadata),
+    }
+    return tensors, description
+
+
+def _is_transposed_embedding(network: Network) -> bool:
+    """Whether the read-out can be rebuilt from the embedding, bit for bit (a zero may differ in sign, or be pruned)."""
+    readout, embedding = network.readout, network.embedding
+    if readout is None or embedding is None or not readout.tied or not isinstance(readout.weights, Dense):
+        return False
+    return readout.weights.values.tobytes() == embedding.T.tobytes()
+
+
+def _from_tensors(tensors: dict[str, np.ndarray], description: Mapping[str, Any]) -> Network:
+    embedding = tensors.pop("embedding", None)
+    matrices: dict[str, Weights] = {}
+    for name, spec in description["matrices"].items():
+        if spec["format"] not in FORMATS:
+            raise ModelFileError(f"{name}: unknown weight format {spec['format']!r}; have {', '.join(FORMATS)}")
+        if spec.get("from") == "embedding":
+            if embedding is None:
+                raise ModelFileError(f"{name}: is the transposed embedding, but there is none")
+            matrices[name] = Dense(np.ascontiguousarray(embedding.T))
+            continue
+        arrays = {key: tensors.pop(f"{name}.{key}") for key in spec["arrays"]}
+        rest = {key: tuple(value) for key, value in spec.items() if key not in ("format", "arrays")}
+        matrices[name] = FORMATS[spec["format"]](**arrays, **rest)
+        matrices[name].check(full=True)
+    layers = []
+    for k, cell in enumerate(description["cells"]):
+        surrogate = Surrogate(**cell.pop("surrogate"))
+        vectors = {key: tensors.pop(f"layers.{k}.{key}") for key in _VECTORS}
+        w_in, w_rec = matrices.pop(f"layers.{k}.w_in"), matrices.pop(f"layers.{k}.w_rec")
+        layers.append(Layer(w_in, w_rec, **vectors, cell=Cell(surrogate=surrogate, **cell)))
+    readout = None
+    if "readout" in matrices:
+        readout = Readout(matrices.pop("readout"), tensors.pop("readout.bias"), tied=description["tied"])
+    if tensors or matrices:
+        raise ModelFileError(f"holds what no layer uses: {', '.join([*tensors, *matrices])}")
+    return Network(tuple(layers), embedding, readout, description["metadata"])
+
+
+# --- tensors <-> bytes --------------------------------------------------------------------------------------
+
+
+def _encode(tensors: dict[str, np.ndarray], description: Mapping[str, Any], *, version: int = VERSION) -> bytes:
+    metadata = {
+        "format": FORMAT,
+        "version": str(version),
+        "network": json.dumps(description, sort_keys=True),
+        "sha256": _UNSIGNED,
+    }
+    # The library writes memory as it lies, so a transposed array must be laid in order first.
+    raw = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in tensors.items()}, metadata)
+    # Its metadata come in an order that changes from run to run; sorted, equal networks are equal files.
+    end = 8 + int.from_bytes(raw[:8], "little")
+    header = json.dumps(json.loads(raw[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    raw = len(header).to_bytes(8, "little") + header + raw[end:]
+    return raw.replace(_signature(_UNSIGNED), _signature(hashlib.sha256(raw).hexdigest()), 1)
+
+
+def _signature(digest: str) -> bytes:
+    # Inside the description every quote is escaped, so this stands in the header once.
+    return b'"sha256":"' + digest.encode() + b'"'
+
+
+def _decode(raw: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    header, end = _header(raw)
+    metadata = header.get("__metadata__")
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise ModelFileError("not a model file: a safetensors file without eventrnn's metadata")
+    version = metadata.get("version")
+    if version != str(VERSION):
+        raise ModelFileError(f"format version {version}; this eventrnn reads version {VERSION}: update eventrnn")
+    needed = end + _data_size(header)
+    if len(raw) < needed:
+        raise ModelFileError(f"truncated: {len(raw)} of {needed} bytes; copy the file again")
+    digest = metadata.get("sha256", "")
+    unsigned = raw[:end].replace(_signature(digest), _signature(_UNSIGNED), 1)
+    checked = hashlib.sha256(unsigned)
+    checked.update(memoryview(raw)[end:])
+    if checked.hexdigest() != digest:
+        raise ModelFileError("damaged: the content does not match its checksum; restore it from a copy")
+    return safetensors.numpy.load(raw), json.loads(metadata["network"])
+
+
+def _header(raw: bytes) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file and where it ends."""
+    end = 8 + int.from_bytes(raw[:8], "little")
+    if raw[8:9] != b"{":
+        raise ModelFileError(f"not a model file, or cut off within its first bytes ({len(raw)} bytes)")
+    if len(raw) < end:
+        raise ModelFileError(f"truncated: {len(raw)} bytes, but the header alone has {end}; copy the file again")
+    try:
+        header = json.loads(raw[8:end])
+    except (ValueError, RecursionError):
+        raise ModelFileError("not a model file, or damaged: its header cannot be read") from None
+    if not isinstance(header, dict):
+        raise ModelFileError("not a model file: its header is no table")
+    return header, end
+
+
+def _data_size(header: Mapping[str, Any]) -> int:
+    try:
+        return max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    except (KeyError, TypeError, IndexError):
+        raise ModelFileError("damaged: its header does not say where the arrays are; restore it from a copy") from None
+
+
+def _write_atomically(target: Path, raw: bytes) -> None:
+    # In the same folder, or the rename would not be atomic.
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(target.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    # So that the rename itself survives a power cut; the file is complete either way, so a refusal is no failure.
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# --- EvNN ---------------------------------------------------------------------------------------------------
+
+# Here -> what EvNN's parameter is called, then what its papers and recordings say.
+_EVNN_ARRAYS = {
+    "kernel": ("kernel",),
+    "recurrent_kernel": ("recurrent_kernel",),
+    "bias": ("bias",),
+    "recurrent_bias": ("recurrent_bias",),
+    "threshold": ("thr", "threshold"),
+}
+_EVNN_SCALARS = {"dampening": ("dampening_factor", "gamma"), "support": ("pseudo_derivative_support", "support")}
+
+
+def from_evnn(
+    arrays: Mapping[str, Any], *, threshold: Any = None, dampening: float | None = None, support: float | None = None
+) -> Layer:
+    """A layer from the parameters of EvNN's `EGRU` (its `state_dict()` as arrays), cast to float32.
+
+    Columns are packed (z, r, g) there; z keeps, so it is our u and nothing moves. EvNN drops connections and zones
+    out in training only; neither travels.
+
+    Parameters
+    ----------
+    arrays    : kernel (I, 3H), recurrent_kernel (H, 3H), bias and recurrent_bias (3H,); threshold (H,), named
+                `threshold` or `thr`; scalars `gamma` or `dampening_factor`, `support` or
+                `pseudo_derivative_support`. Other names are left alone
+    threshold : (H,) or a number, in place of the one in `arrays`
+    dampening, support : likewise; 0.7 and 1.0, EvNN's defaults, where neither is given
+
+    Raises `ValueError` for what is missing, for shapes that do not fit, and for NaN or infinity.
+    """
+    given = {"threshold": threshold, "dampening": dampening, "support": support}
+    overrides = {key: np.asarray(value) for key, value in given.items() if value is not None}
+    found = {key: _first(arrays, names) for key, names in _EVNN_ARRAYS.items()} | overrides
+    for key, names in _EVNN_ARRAYS.items():
+        if found[key] is None:
+            raise ValueError(f"arrays: no {' or '.join(names)} among {', '.join(sorted(arrays))}")
+    recurrent, inputs = found["recurrent_kernel"], found["kernel"].shape[:1]
+    units = recurrent.shape[0] if recurrent.ndim else 0
+    if found["threshold"].ndim == 0:
+        found["threshold"] = np.full(units, found["threshold"])
+    needed = {
+        "recurrent_kernel": (units, 3 * units),
+        "kernel": (*inputs, 3 * units),
+        "bias": (3 * units,),
+        "recurrent_bias": (3 * units,),
+        "threshold": (units,),
+    }
+    for key, shape in needed.items():
+        if found[key].shape != shape or not units:
+            raise ValueError(f"{key}: got shape {found[key].shape}, need {shape} for {units} units")
+    with np.errstate(over="ignore"):  # an overflow becomes an infinity, which is refused by name
+        single = {key: np.array(found[key], np.float32, order="C") for key in needed}
+    for key, array in single.items():
+        check_finite(key, array)
+    scalars = {key: _first(arrays, names) for key, names in _EVNN_SCALARS.items()} | overrides
+    rule = {key: scalars[key].item() for key in _EVNN_SCALARS if scalars[key] is not None}
+    return Layer(
+        Dense(single["kernel"]),
+        Dense(single["recurrent_kernel"]),
+        single["bias"],
+        single["recurrent_bias"],
+        single["threshold"],
+        Cell(variant="evnn", surrogate=Surrogate("triangle", **rule)),
+    )
+
+
+def to_evnn(layer: Layer) -> dict[str, np.ndarray]:
+    """The layer as EvNN's `EGRU` names and shapes its parameters, float32: what its `load_state_dict` takes.
+
+    Keys: kernel (I, 3H), recurrent_kernel (H, 3H), bias, recurrent_bias (3H,), thr (H,), dampening_factor (1,),
+    pseudo_derivative_support (1,). Raises `ValueError` for the paper's variant and for other surrogates, which EvNN
+    does not have.
+    """
+    cell = layer.cell
+    if cell.variant != "evnn" or cell.surrogate.kind != "triangle":
+        raise ValueError(
+            f"layer: got variant {cell.variant!r} with surrogate {cell.surrogate.kind!r}; "
+            "EvNN has 'evnn' with 'triangle'"
+        )
+    return {
+        "kernel": layer.w_in.to_dense(),
+        "recurrent_kernel": layer.w_rec.to_dense(),
+        "bias": layer.bias_in.copy(),
+        "recurrent_bias": layer.bias_rec.copy(),
+        "thr": layer.threshold.copy(),
+        "dampening_factor": np.array([cell.surrogate.dampening], np.float32),
+        "pseudo_derivative_support": np.array([cell.surrogate.support], np.float32),
+    }
+
+
+def _first(arrays: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    """The array under the first of the names that is there, or None."""
+    return next((np.asarray(arrays[name]) for name in names if name in arrays), None)

@@ -1,0 +1,368 @@
+"""Property-based testing for users: hypothesis strategies, and `assert_equivalent` for two runs of a network.
+
+Needs the `test` extra; nothing else in the package imports this module or hypothesis. Strategies draw sizes and
+options by hypothesis, so that failures shrink, and numbers from a seed, so that large arrays stay cheap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn, SearchStrategy
+
+from eventrnn.backend import State
+from eventrnn.cells import CELLS, Cell
+from eventrnn.events import Events
+from eventrnn.network import Layer, Network, Readout, Simulation, Simulator
+from eventrnn.weights import CSR, FORMATS, Weights, check_block, convert
+
+Size = int | SearchStrategy[int]
+
+#: Blocks a weight matrix is drawn with where it is large enough: single entries, vectors, wide vectors (a path of
+#: their own in kernels), squares, oblong ones, and sizes that divide nothing.
+BLOCKS = ((1, 1), (1, 3), (3, 1), (1, 16), (1, 32), (1, 64), (2, 2), (4, 4), (3, 5), (5, 2), (7, 11), (2, 16), (16, 16))
+#: The grid of dyadic values: sums of a few thousand products of two of them are exact in float32 in any order.
+DYADIC_STEP, DYADIC_LIMIT = np.float32(1 / 16), np.float32(4)
+# No cell of a network drawn here comes near it: a unit with this threshold never fires.
+UNREACHABLE = np.float32(4)
+
+
+# --- strategies ---------------------------------------------------------------------------------------------
+
+
+@st.composite
+def masks(draw: DrawFn, shape: tuple[int, int], block: tuple[int, int] = (1, 1)) -> np.ndarray:
+    """Which weights are kept: a bool array of `shape`, constant on each block of a grid from entry [0, 0].
+
+    From everything to nothing, some presynaptic units without any; `block` need not divide the shape.
+    """
+    check_block(block, shape)
+    density, some_rows_empty = draw(st.sampled_from((1.0, 0.5, 0.2, 0.0))), draw(st.booleans())
+    rng = _rng(draw)
+    grid = (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
+    kept = rng.random(grid) < density
+    if some_rows_empty:
+        kept[rng.random(grid[0]) < 0.5] = False
+    return kept.repeat(block[0], axis=0).repeat(block[1], axis=1)[: shape[0], : shape[1]]
+
+
+@st.composite
+def weights(
+    draw: DrawFn,
+    shape: tuple[int, int],
+    *,
+    formats: Sequence[str] = tuple(FORMATS),
+    gain: float = 1.0,
+    dyadic: bool = False,
+) -> Weights:
+    """A (n_pre, n_post) matrix in any format: any block, pruned in blocks or singly, rows or everything zero.
+
+    Values are normal with deviation `gain / sqrt(n_pre)`, or, with `dyadic`, multiples of 1/16 up to 4. Formats
+    store some zeros too, as they may.
+    """
+    name = draw(st.sampled_from(tuple(formats)))
+    # The first is what a failure shrinks to: a whole matrix of single weights.
+    block = draw(st.sampled_from([b for b in BLOCKS if b[0] <= shape[0] and b[1] <= shape[1]]))
+    mask = draw(masks(shape, block))
+    zeros_inside = draw(st.booleans())
+    rng = _rng(draw)
+    values = _normal(rng, shape, gain / np.sqrt(shape[0]), dyadic)
+    if zeros_inside:
+        values[rng.random(shape) < 0.2] = 0
+    # A product, so that half of the pruned weights are -0.
+    dense = values * mask
+    if name != "csr":
+        return convert(dense, name, block=block if name == "block" else None)
+    rows, columns = np.nonzero(mask)
+    indptr = np.concatenate([[0], np.cumsum(mask.sum(axis=1))]).astype(np.int64)
+    return CSR(indptr, columns.astype(np.int32), values[rows, columns], shape)
+
+
+@st.composite
+def _layers(
+    draw: DrawFn,
+    inputs: int,
+    units: int,
+    *,
+    formats: Sequence[str] = tuple(FORMATS),
+    variants: Sequence[str] = CELLS["egru"],
+    dyadic: bool = False,
+) -> Layer:
+    """A layer whose units take part: thresholds zero, equal or varied, some units silent for good."""
+    cell = Cell(variant=draw(st.sampled_from(tuple(variants))))
+    rows = cell.gates * units
+    w_in = draw(weights((inputs, rows), formats=formats, gain=2.0, dyadic=dyadic))
+    w_rec = draw(weights((units, rows), formats=formats, gain=2.0, dyadic=dyadic))
+    kind = draw(st.sampled_from(("varied", "equal", "zero")))
+    rng = _rng(draw)
+    thresholds = {
+        "varied": rng.choice([0, 0.05, 0.2, 0.4], units) + rng.uniform(0, 0.1, units) * (rng.random(units) < 0.7),
+        "equal": np.full(units, 0.15),
+        "zero": np.zeros(units),
+    }
+    threshold = thresholds[kind].astype(np.float32)
+    if kind == "varied":
+        threshold[rng.random(units) < 0.1] = UNREACHABLE
+    if dyadic:
+        threshold = np.round(threshold / DYADIC_STEP) * DYADIC_STEP
+    biases = _normal(rng, (2, rows), 0.3, dyadic)
+    # Without a lift of the candidate, a net with weak weights would not fire at all.
+    biases[0, 2 * units :] += DYADIC_STEP * 4
+    return Layer(w_in, w_rec, biases[0], biases[1], threshold, cell)
+
+
+@st.composite
+def networks(
+    draw: DrawFn,
+    *,
+    formats: Sequence[str] = tuple(FORMATS),
+    variants: Sequence[str] = CELLS["egru"],
+    max_units: int = 24,
+    max_inputs: int = 12,
+    layers: Size = st.integers(1, 3),  # noqa: B008  strategies are immutable
+    embedding: bool | None = None,
+    readout: bool | None = None,
+    tied: bool | None = None,
+    dyadic: bool = False,
+) -> Network:
+    """Networks in which some units fire and some do not.
+
+    Parameters
+    ----------
+    formats, variants : to draw each matrix's format and each layer's variant from
+    max_units         : most units of a layer, and most symbols and outputs
+    max_inputs        : most inputs (or embedding size) of layer 0
+    layers            : how many
+    embedding, readout, tied : with, without, or (None) either; tied needs the other two
+    dyadic            : weights, biases and thresholds on a grid of 1/16
+    """
+    if tied and (embedding is False or readout is False):
+        raise ValueError("networks: tied needs an embedding and a read-out; leave them out or pass True")
+    has_embedding = draw(_either(embedding)) if not tied else True
+    has_readout = draw(_either(readout)) if not tied else True
+    is_tied = draw(_either(tied)) if has_embedding and has_readout else False
+    size = st.integers(1, max_units)
+    sizes = draw(st.lists(size, min_size=(n := draw(_size(layers))), max_size=n))
+    first = sizes[-1] if is_tied else draw(st.integers(1, max_inputs))
+    widths = [first, *sizes]
+    stack = tuple(
+        draw(_layers(a, b, formats=formats, variants=variants, dyadic=dyadic))
+        for a, b in zip(widths[:-1], widths[1:], strict=True)
+    )
+    symbols, outputs = draw(size), draw(size)
+    rng = _rng(draw)
+    table = None
+    if has_embedding:
+        table = _normal(rng, (symbols, first), 1.0, dyadic)
+        table[rng.random(table.shape) < 0.3] = 0
+    top = None
+    if is_tied and table is not None:
+        name = draw(st.sampled_from(tuple(formats)))
+        block = (min(2, first), min(3, symbols)) if name == "block" else None
+        transposed = convert(np.ascontiguousarray(table.T), name, block=block)
+        top = Readout(transposed, _normal(rng, symbols, 0.3, dyadic), tied=True)
+    elif has_readout:
+        drawn = draw(weights((sizes[-1], outputs), formats=formats, dyadic=dyadic))
+        top = Readout(drawn, _normal(rng, outputs, 0.3, dyadic))
+    return Network(stack, table, top)
+
+
+@st.composite
+def event_trains(draw: DrawFn, size: Size, steps: Size, batch: Size, *, dyadic: bool = False) -> Events:
+    """Events of `size` units: graded and binary values of either sign, silent steps, full steps, or no event."""
+    shape = (draw(_size(steps)), draw(_size(batch)), draw(_size(size)))
+    density, binary = draw(st.sampled_from((0.3, 1.0, 0.05, 0.0))), draw(st.sampled_from((0.2, 0.0, 1.0)))
+    rng = _rng(draw)
+    values = _normal(rng, shape, 1.0, dyadic)
+    values = np.where(rng.random(shape) < binary, np.copysign(np.float32(1), values), values)
+    # Rows differ: a step may be silent between busy ones.
+    busy = density * rng.choice([0.0, 0.5, 1.0, 2.0], (*shape[:2], 1))
+    return Events.from_dense(np.where(rng.random(shape) < busy, values, np.float32(0)))
+
+
+@st.composite
+def inputs(draw: DrawFn, network: Network, steps: Size, batch: Size) -> np.ndarray | Events:
+    """What `network` takes: (steps, batch) symbols with an embedding, else `Events` or the same as an array."""
+    if network.embedding is not None:
+        shape = (draw(_size(steps)), draw(_size(batch)))
+        dtype = draw(st.sampled_from((np.int64, np.uint8)))
+        return _rng(draw).integers(0, len(network.embedding), shape).astype(dtype)
+    events = draw(event_trains(network.layers[0].inputs, steps, batch))
+    return events.to_dense() if draw(st.booleans()) else events
+
+
+@st.composite
+def states(draw: DrawFn, network: Network, batch: int) -> State:
+    """A state to start from that some run may have left: cells of either sign, few outputs, none negative; or zero."""
+    if draw(st.booleans()):
+        return State.zeros(network, batch)
+    rng = _rng(draw)
+    shapes = [(batch, layer.units) for layer in network.layers]
+    cells = tuple(_normal(rng, shape, 0.7, False) for shape in shapes)
+    outputs = tuple(np.where(rng.random(s) < 0.4, np.abs(_normal(rng, s, 0.7, False)), np.float32(0)) for s in shapes)
+    return State(cells, outputs)
+
+
+def _rng(draw: DrawFn) -> np.random.Generator:
+    return np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+
+
+def _size(size: Size) -> SearchStrategy[int]:
+    return st.just(size) if isinstance(size, int) else size
+
+
+def _either(choice: bool | None) -> SearchStrategy[bool]:
+    return st.booleans() if choice is None else st.just(choice)
+
+
+def _normal(rng: np.random.Generator, shape, deviation: float, dyadic: bool) -> np.ndarray:
+    values = (rng.standard_normal(shape) * deviation).astype(np.float32)
+    if dyadic:
+        values = np.clip(np.round(values / DYADIC_STEP) * DYADIC_STEP, -DYADIC_LIMIT, DYADIC_LIMIT)
+    return values
+
+
+# --- comparing two runs -------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Divergence(AssertionError):
+    """Two runs differ. What `assert_equivalent` raises; `str` tells all of it.
+
+    Attributes
+    ----------
+    what    : "event", "cell", "output", "output shape", "fire count" or "final state"
+    step, layer, sample, unit : where first; -1 where it does not apply
+    values  : what the two runs have there
+    margins : |v - threshold| of the unit in the two runs, v the cell before the event; NaN where it does not apply
+    """
+
+    what: str
+    step: int = -1
+    layer: int = -1
+    sample: int = -1
+    unit: int = -1
+    values: tuple[Any, Any] = (None, None)
+    margins: tuple[float, float] = (np.nan, np.nan)
+
+    def __str__(self) -> str:
+        names = ("step", "layer", "sample", "unit")
+        place = ", ".join(f"{name} {k}" for name in names if (k := getattr(self, name)) >= 0)
+        text = f"{self.what}s differ{f' first at {place}' if place else ''}: {self.values[0]} and {self.values[1]}"
+        if not np.isnan(self.margins).all():
+            text += f"; margin to threshold |v - threshold| {self.margins[0]:.9g} and {self.margins[1]:.9g}"
+        return text
+
+
+def assert_equivalent(sim_a: Simulator, sim_b: Simulator, inputs: np.ndarray | Events) -> int:
+    """Run both over `inputs` and compare, by `==`, events, cells, outputs, fire counts and final state.
+
+    Parameters
+    ----------
+    sim_a, sim_b : of networks of the same sizes, in the same state, with the same batch; both advance
+    inputs       : as `Simulator.run` takes
+
+    Returns the number of events and silences compared, steps * batch * units.
+
+    Raises
+    ------
+    Divergence  an AssertionError that names the first step at which they differ, in it the lowest layer, sample and
+                unit, the two values, and how far the unit was from its threshold
+    ValueError  if the two cannot be compared: other sizes, batch or starting state
+    """
+    _need_comparable(sim_a, sim_b)
+    record = ("events", "states")
+    a, b = sim_a.run(inputs, record=record), sim_b.run(inputs, record=record)
+    found = _first_divergence(sim_a, sim_b, a, b)
+    if found is not None:
+        raise found
+    return sum(cells.size for cells in a.states)
+
+
+def _need_comparable(sim_a: Simulator, sim_b: Simulator) -> None:
+    units_a, units_b = ([layer.units for layer in sim.network.layers] for sim in (sim_a, sim_b))
+    if units_a != units_b:
+        raise ValueError(f"assert_equivalent: got layers of {units_a} and of {units_b} units, need the same")
+    if sim_a.batch != sim_b.batch:
+        raise ValueError(f"assert_equivalent: got batches of {sim_a.batch} and {sim_b.batch}, need the same")
+    for name in ("cells", "outputs"):
+        pairs = zip(getattr(sim_a.state, name), getattr(sim_b.state, name), strict=True)
+        for k, (x, y) in enumerate(pairs):
+            if not np.array_equal(x, y):
+                raise ValueError(
+                    f"assert_equivalent: the simulators start with different {name} of layer {k}; "
+                    "make them with the same state, or reset both"
+                )
+
+
+def _first_divergence(sim_a: Simulator, sim_b: Simulator, a: Simulation, b: Simulation) -> Divergence | None:
+    return _in_layers(sim_a, sim_b, a, b) or _in_output(a, b) or _in_counts(a, b) or _in_final_state(a, b)
+
+
+def _in_layers(sim_a: Simulator, sim_b: Simulator, a: Simulation, b: Simulation) -> Divergence | None:
+    sent = [(x.to_dense(), y.to_dense()) for x, y in zip(a.events, b.events, strict=True)]
+    cells = list(zip(a.states, b.states, strict=True))
+    # Step first, then layer: within a step, a layer is wrong by itself or by a layer below it.
+    places = [
+        (place[0], k, place[1], place[2])
+        for k, ((x, y), (c, d)) in enumerate(zip(sent, cells, strict=True))
+        if (place := _first((x != y) | (c != d))) is not None
+    ]
+    if not places:
+        return None
+    step, k, sample, unit = min(places)
+    at = (step, sample, unit)
+    (x, y), (c, d) = ([array[at] for array in pair] for pair in (sent[k], cells[k]))
+    margins = (_margin(sim_a, k, unit, c, x), _margin(sim_b, k, unit, d, y))
+    what, values = ("event", (x, y)) if x != y else ("cell", (c, d))
+    return Divergence(what, step, k, sample, unit, values, margins)
+
+
+def _in_output(a: Simulation, b: Simulation) -> Divergence | None:
+    if a.output.shape != b.output.shape:
+        return Divergence("output shape", values=(a.output.shape, b.output.shape))
+    place = _first(a.output != b.output)
+    if place is None:
+        return None
+    step, sample, unit = place
+    return Divergence("output", step, sample=sample, unit=unit, values=(a.output[place], b.output[place]))
+
+
+def _in_counts(a: Simulation, b: Simulation) -> Divergence | None:
+    counts = zip((a.input_fired, *a.fired), (b.input_fired, *b.fired), strict=True)
+    for k, (x, y) in enumerate(counts, start=-1):
+        for n, m in ((x.graded, y.graded), (x.binary, y.binary)):
+            place = _first(n != m)
+            if place is not None:
+                return Divergence("fire count", layer=k, unit=place[0], values=(n[place], m[place]))
+    return None
+
+
+def _in_final_state(a: Simulation, b: Simulation) -> Divergence | None:
+    for name in ("cells", "outputs"):
+        for k, (x, y) in enumerate(zip(getattr(a.state, name), getattr(b.state, name), strict=True)):
+            place = _first(x != y)
+            if place is not None:
+                sample, unit = place
+                return Divergence("final state", a.steps, k, sample, unit, (x[place], y[place]))
+    return None
+
+
+def _first(condition: np.ndarray) -> tuple[int, ...] | None:
+    """The first index, in C order, at which the condition holds."""
+    flat = int(np.argmax(condition)) if condition.size else 0
+    if not condition.size or not condition.flat[flat]:
+        return None
+    return tuple(int(k) for k in np.unravel_index(flat, condition.shape))
+
+
+def _margin(sim: Simulator, k: int, unit: int, cell, event) -> float:
+    """|v - threshold|, the cell before the event rebuilt from the cell after it."""
+    layer = sim.network.layers[k]
+    threshold = float(layer.threshold[unit])
+    subtracted = threshold if event != 0 and layer.cell.variant == "evnn" else 0.0
+    return abs(float(cell) + subtracted - threshold)

@@ -1,0 +1,476 @@
+"""The conformance suite: every backend, format, split and thread count gives the bits of the specification.
+
+`==` between exact paths; derived bounds (`tolerance.py`) against float64. What all backends share, the rules of one
+unit, is tested in `test_cells.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import tracemalloc
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import tolerance
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+
+from eventrnn import network as network_module
+from eventrnn import reference
+from eventrnn.backend import BACKENDS, State, get_backend
+from eventrnn.cells import CELLS, Cell
+from eventrnn.events import Events
+from eventrnn.network import RECORDABLE, Layer, Network, Readout, Simulation, Simulator, simulate
+from eventrnn.reference import ReferenceBackend
+from eventrnn.testing import assert_equivalent, inputs, networks, states
+from eventrnn.weights import FORMATS, Weights, convert
+
+#: Each format alone, and all mixed within a network.
+FORMAT_SETS = [(name,) for name in FORMATS] + [tuple(FORMATS)]
+EXACT = [name for name in BACKENDS if get_backend(name).exact]
+
+
+@dataclass(frozen=True)
+class Case:
+    network: Network
+    inputs: np.ndarray | Events
+    state: State
+
+    @property
+    def batch(self) -> int:
+        return self.state.batch
+
+    def simulator(self, backend="cpu", *, network: Network | None = None, **options) -> Simulator:
+        return Simulator(network or self.network, batch=self.batch, backend=backend, state=self.state, **options)
+
+
+@st.composite
+def cases(draw, *, max_batch=5, max_steps=8, **options) -> Case:
+    """A network, what it is fed and where it starts; `options` go to `networks`."""
+    network, batch = draw(networks(**options)), draw(st.integers(1, max_batch))
+    return Case(network, draw(inputs(network, st.integers(1, max_steps), batch)), draw(states(network, batch)))
+
+
+@st.composite
+def carries(draw) -> dict:
+    if draw(st.booleans()):
+        return {"carry": "state"}
+    return {"carry": "events", "window": draw(st.integers(1, 5))}
+
+
+records = st.sets(st.sampled_from(RECORDABLE))
+
+
+def bits(array: np.ndarray) -> np.ndarray:
+    return array.view(np.int32 if array.dtype == np.float32 else array.dtype)
+
+
+def same_bits(a, b) -> bool:
+    return a.dtype == b.dtype and np.array_equal(bits(a), bits(b))
+
+
+def same_events(a: Events, b: Events) -> bool:
+    arrays = ((a.indptr, b.indptr), (a.indices, b.indices), (a.values, b.values))
+    return a.shape == b.shape and all(same_bits(x, y) for x, y in arrays)
+
+
+def assert_same(a: Simulation, b: Simulation, record=RECORDABLE) -> None:
+    """Everything a run returns is equal; events, cells and state bit by bit."""
+    if "events" in record:
+        assert a.inputs is not None
+        assert b.inputs is not None
+        assert all(same_events(x, y) for x, y in zip((a.inputs, *a.events), (b.inputs, *b.events), strict=True))
+    if "states" in record:
+        assert all(same_bits(x, y) for x, y in zip(a.states, b.states, strict=True))
+    assert a.output.dtype == b.output.dtype
+    assert np.array_equal(a.output, b.output)
+    for x, y in zip((a.input_fired, *a.fired), (b.input_fired, *b.fired), strict=True):
+        assert np.array_equal(x.graded, y.graded)
+        assert np.array_equal(x.binary, y.binary)
+    assert_same_state(a.state, b.state)
+
+
+def assert_same_state(a: State, b: State) -> None:
+    for name in ("cells", "outputs"):
+        assert all(same_bits(x, y) for x, y in zip(getattr(a, name), getattr(b, name), strict=True)), name
+
+
+@contextmanager
+def unmodified(case: Case):
+    """Nothing handed to the library may change."""
+
+    def arrays() -> list[np.ndarray]:
+        network = case.network
+        found = [array for matrix in network.matrices().values() for array in matrix.arrays().values()]
+        for layer in network.layers:
+            found += [layer.bias_in, layer.bias_rec, layer.threshold]
+        found += [] if network.embedding is None else [network.embedding]
+        found += [] if network.readout is None else [network.readout.bias]
+        fed = case.inputs
+        found += [fed.indptr, fed.indices, fed.values] if isinstance(fed, Events) else [fed]
+        return [*found, *case.state.cells, *case.state.outputs]
+
+    before = copy.deepcopy(arrays())
+    yield
+    assert all(x.tobytes() == y.tobytes() for x, y in zip(before, arrays(), strict=True))
+
+
+def steps_of(fed: np.ndarray | Events) -> int:
+    return fed.shape[0]
+
+
+def part(fed: np.ndarray | Events, steps: slice = slice(None), batch: slice = slice(None)) -> np.ndarray | Events:
+    """Some steps and samples of an input, of the same kind."""
+    if isinstance(fed, Events):
+        return Events.from_dense(fed.to_dense()[steps, batch])
+    return fed[steps, batch]
+
+
+# --- against the specification ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("formats", FORMAT_SETS, ids="+".join)
+@pytest.mark.parametrize("variant", CELLS["egru"])
+@pytest.mark.parametrize("backend", [name for name in EXACT if name != "reference"])
+@given(data=st.data(), threads=st.integers(1, 3), record=records, carry=carries())
+def test_every_format_equals_the_dense_specification(backend, variant, formats, data, threads, record, carry):
+    case = data.draw(cases(formats=formats, variants=[variant]))
+    specification = case.simulator("reference", network=case.network.dense(), **carry)
+    tested = case.simulator(backend, threads=threads, **carry)
+    # Both sides must really be two implementations.
+    assert type(specification.engine) is not type(tested.engine)
+    with unmodified(case):
+        expected = specification.run(case.inputs, record=RECORDABLE)
+        got = tested.run(case.inputs, record=record)
+    event(f"active: {0 < np.mean(expected.activity) < 1}")
+    assert_same(expected, got, record)
+    assert bool(got.events) == ("events" in record)
+    assert bool(got.states) == ("states" in record)
+
+
+@given(case=cases(max_batch=3), threads=st.integers(1, 3))
+def test_mixed_networks_pass_the_public_comparison(case, threads):
+    compared = assert_equivalent(case.simulator("reference"), case.simulator("cpu", threads=threads), case.inputs)
+    assert compared == steps_of(case.inputs) * case.batch * sum(layer.units for layer in case.network.layers)
+
+
+@pytest.mark.parametrize("backend", EXACT)
+@given(case=cases(max_steps=4))
+def test_signed_starting_outputs(backend, case):
+    # No run leaves a negative output, but a caller may hand one in: it is an event like any other.
+    outputs = tuple(np.where(y > 0.5, -y, y) for y in case.state.outputs)
+    signed = replace(case, state=State(case.state.cells, outputs))
+    assert_same(
+        signed.simulator("reference").run(case.inputs, record=RECORDABLE),
+        signed.simulator(backend).run(case.inputs, record=RECORDABLE),
+    )
+
+
+@pytest.mark.parametrize("backend", EXACT)
+@given(network=networks(max_units=8), batch=st.integers(1, 3), data=st.data())
+def test_no_steps_change_nothing(backend, network, batch, data):
+    state = data.draw(states(network, batch))
+    nothing = part(data.draw(inputs(network, 1, batch)), slice(0))
+    result = simulate(network, nothing, state=state, backend=backend, record=RECORDABLE)
+    assert result.output.shape[:2] == (0, batch)
+    assert_same_state(result.state, state)
+    assert all(fired.total.sum() == 0 for fired in result.fired)
+
+
+# --- between exact paths: larger networks, no specification to wait for -------------------------------------
+
+
+@pytest.mark.parametrize("formats", FORMAT_SETS, ids="+".join)
+@given(data=st.data(), threads=st.integers(1, 3), carry=carries())
+def test_every_format_and_thread_count_equals_dense_on_one_thread(formats, data, threads, carry):
+    case = data.draw(cases(formats=formats, max_units=80, max_inputs=60, max_steps=150))
+    with unmodified(case):
+        a = case.simulator(network=case.network.dense(), **carry).run(case.inputs, record=RECORDABLE)
+        b = case.simulator(threads=threads, **carry).run(case.inputs, record=RECORDABLE)
+    assert_same(a, b)
+
+
+@pytest.mark.parametrize("backend", EXACT)
+@given(data=st.data(), carry=carries())
+def test_each_sample_alone_equals_the_batch(backend, data, carry):
+    sizes = {"max_units": 60, "max_steps": 100} if backend == "cpu" else {"max_units": 10}
+    case = data.draw(cases(**sizes))
+    whole = case.simulator(backend, **carry).run(case.inputs, record=RECORDABLE)
+    for b in range(case.batch):
+        sample = slice(b, b + 1)
+        state = State(*(tuple(x[sample] for x in arrays) for arrays in (case.state.cells, case.state.outputs)))
+        alone = simulate(
+            case.network, part(case.inputs, batch=sample), state=state, backend=backend, record=RECORDABLE, **carry
+        )
+        assert np.array_equal(whole.output[:, sample], alone.output)
+        assert all(same_bits(x[:, sample], y) for x, y in zip(whole.states, alone.states, strict=True))
+        pairs = zip(whole.events, alone.events, strict=True)
+        assert all(same_bits(x.to_dense()[:, sample], y.to_dense()) for x, y in pairs)
+
+
+@pytest.mark.parametrize("backend", EXACT)
+@given(data=st.data(), threads=st.integers(1, 2))
+def test_chunks_and_single_steps_equal_one_run(backend, data, threads):
+    fast = backend == "cpu"
+    case = data.draw(cases(**({"max_units": 60, "max_steps": 150} if fast else {"max_units": 10})))
+    threads = threads if fast else 1
+    steps = steps_of(case.inputs)
+    cuts = sorted(data.draw(st.lists(st.integers(0, steps), max_size=5)))
+    whole = case.simulator(backend).run(case.inputs, record=RECORDABLE)
+
+    chunked = case.simulator(backend, threads=threads)
+    parts = [
+        chunked.run(part(case.inputs, slice(a, b)), record=RECORDABLE)
+        for a, b in zip([0, *cuts], [*cuts, steps], strict=True)
+    ]
+    assert np.array_equal(whole.output, np.concatenate([p.output for p in parts]))
+    for k in range(len(case.network.layers)):
+        assert same_events(whole.events[k], Events.concatenate([p.events[k] for p in parts]))
+        assert same_bits(whole.states[k], np.concatenate([p.states[k] for p in parts]))
+        assert np.array_equal(whole.fired[k].total, sum(p.fired[k].total for p in parts))
+    assert_same_state(whole.state, chunked.state)
+
+    stepped = case.simulator(backend, threads=threads)
+    dense = case.inputs.to_dense() if isinstance(case.inputs, Events) else case.inputs
+    for t in range(steps):
+        assert np.array_equal(stepped.step(dense[t]), whole.output[t])
+    assert_same_state(whole.state, stepped.state)
+
+
+@given(case=cases(max_units=40, max_steps=20, embedding=False))
+def test_events_equal_the_same_as_an_array(case):
+    dense = case.inputs.to_dense() if isinstance(case.inputs, Events) else case.inputs
+    results = [
+        case.simulator().run(fed, record=RECORDABLE)
+        for fed in (dense, dense.astype(np.float64), Events.from_dense(dense))
+    ]
+    assert_same(results[0], results[1])
+    assert_same(results[0], results[2])
+
+
+@pytest.mark.parametrize("backend", EXACT)
+@given(case=cases(embedding=True))
+def test_symbols_equal_their_embeddings(backend, case):
+    assert case.network.embedding is not None
+    top = case.network.readout
+    bare = replace(case.network, embedding=None, readout=None if top is None else replace(top, tied=False))
+    assert_same(
+        case.simulator(backend).run(case.inputs, record=RECORDABLE),
+        case.simulator(backend, network=bare).run(case.network.embedding[case.inputs], record=RECORDABLE),
+    )
+
+
+@settings(max_examples=15)
+@given(case=cases(max_units=40, max_steps=60), record=records, carry=carries(), limit=st.sampled_from([1, 600, 20_000]))
+def test_recording_in_pieces_changes_nothing(case, record, carry, limit):
+    whole = case.simulator(**carry).run(case.inputs, record=RECORDABLE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(network_module, "RECORD_BYTES", limit)
+        assert_same(whole, case.simulator(**carry).run(case.inputs, record=record), record)
+
+
+@given(case=cases(max_units=30, max_steps=30), window=st.integers(1, 6))
+def test_carrying_events_only_is_wiping_the_cells(case, window):
+    whole = case.simulator(carry="events", window=window).run(case.inputs)
+    state, outputs = case.state, []
+    for start in range(0, steps_of(case.inputs), window):
+        state = State(State.zeros(case.network, case.batch).cells, state.outputs)
+        piece = simulate(case.network, part(case.inputs, slice(start, start + window)), state=state)
+        state = piece.state
+        outputs.append(piece.output)
+    assert np.array_equal(whole.output, np.concatenate(outputs))
+    assert_same_state(whole.state, state)
+
+
+# --- large: full register tiles, their tails, several chunks of time ----------------------------------------
+
+
+def large_network(variant: str, units: int, inputs: int, seed: int) -> Network:
+    rng = np.random.default_rng(seed)
+
+    def pruned(n_pre, n_post):
+        kept = rng.random((-(-n_pre // 16), -(-n_post // 64))) < 0.4
+        values = rng.standard_normal((n_pre, n_post)) * 2 / np.sqrt(n_pre)
+        return convert((values * np.kron(kept, np.ones((16, 64)))[:n_pre, :n_post]).astype(np.float32), "dense")
+
+    rows = 3 * units
+    biases = (rng.standard_normal((2, rows)) / 4).astype(np.float32)
+    bias_out = rng.standard_normal(131).astype(np.float32)
+    threshold = rng.uniform(0.05, 0.5, units).astype(np.float32)
+    layer = Layer(pruned(inputs, rows), pruned(units, rows), *biases, threshold, Cell(variant=variant))
+    return Network((layer,), None, Readout(pruned(units, 131), bias_out))
+
+
+def in_format(network: Network, name: str, block: tuple[int, int] | None = None) -> Network:
+    return network.with_matrices({key: convert(w, name, block=block) for key, w in network.matrices().items()})
+
+
+LAYOUTS = [("dense", None), ("csr", None), ("block", (1, 64)), ("block", (16, 16)), ("block", (32, 32))]
+
+
+@pytest.mark.parametrize("variant", CELLS["egru"])
+def test_large_network_against_the_specification(variant):
+    network = large_network(variant, units=301, inputs=70, seed=6)
+    x = np.random.default_rng(7).standard_normal((70, 1, 70)).astype(np.float32)
+    expected = simulate(network, x, backend="reference", record=RECORDABLE)
+    assert all(0.02 < activity < 0.98 for activity in expected.activity)
+    for layout in LAYOUTS:
+        assert_same(expected, simulate(in_format(network, *layout), x, threads=2, record=RECORDABLE))
+
+
+@pytest.mark.parametrize("variant", CELLS["egru"])
+def test_larger_network_in_every_format_and_split(variant):
+    network = large_network(variant, units=700, inputs=333, seed=8)
+    rng = np.random.default_rng(9)
+    x = (rng.standard_normal((150, 3, 333)) * (rng.random((150, 3, 333)) < 0.3)).astype(np.float32)
+    expected = simulate(network, x, record=RECORDABLE)
+    for layout in LAYOUTS:
+        for threads in (1, 3):
+            assert_same(expected, simulate(in_format(network, *layout), x, threads=threads, record=RECORDABLE))
+    split = Simulator(network, batch=3)
+    parts = [split.run(x[:65]), split.run(x[65:])]
+    assert np.array_equal(expected.output, np.concatenate([p.output for p in parts]))
+    assert np.array_equal(expected.output[:, :1], simulate(network, x[:, :1]).output)
+
+
+def test_threads_never_write_over_each_other():
+    # Windows of gate rows that start off the vector grid, many times over: a race shows only now and then.
+    for units in (20, 23, 44):
+        case = large_network("paper", units, 40, seed=units)
+        x = np.random.default_rng(units).standard_normal((1500, 1, 40)).astype(np.float32)
+        for network in (case, in_format(case, "block", (1, 16)), in_format(case, "csr")):
+            expected = simulate(network, x).output
+            assert all(np.array_equal(expected, simulate(network, x, threads=n).output) for n in (2, 3, 2, 3, 5))
+
+
+# --- streaming ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", CELLS["egru"])
+def test_ten_thousand_steps_one_at_a_time(variant):
+    rng = np.random.default_rng(10)
+    network = Network.random([24, 17], inputs=9, readout=5, rng=rng, threshold=0.1, cell=Cell(variant=variant))
+    network = in_format(
+        network.with_matrices({k: replace(w, values=3 * w.values) for k, w in network.matrices().items()}), "csr"
+    )
+    x = (rng.standard_normal((10_000, 1, 9)) * (rng.random((10_000, 1, 9)) < 0.5)).astype(np.float32)
+    whole = simulate(network, x)
+    assert all(0.02 < activity < 0.98 for activity in whole.activity)
+    stream, output = Simulator(network), np.empty_like(whole.output)
+    tracemalloc.start()
+    try:
+        for t in range(len(x)):
+            output[t] = stream.step(x[t])
+            if t == 1_999:
+                gc.collect()
+                early = tracemalloc.get_traced_memory()[0]
+        gc.collect()
+        grown = tracemalloc.get_traced_memory()[0] - early
+    finally:
+        tracemalloc.stop()
+    assert np.array_equal(output, whole.output)
+    assert_same_state(stream.state, whole.state)
+    assert grown <= tolerance.STREAM_BYTES
+
+
+# --- against float64 ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(case=cases(readout=True, max_units=30, max_steps=6))
+def test_single_drive_within_its_bound(backend, case):
+    assert case.network.readout is not None
+    result = case.simulator(backend).run(case.inputs, record="events")
+    sent = result.events[-1].to_dense().astype(np.float64)
+    weights, bias = (a.astype(np.float64) for a in (case.network.readout.weights.to_dense(), case.network.readout.bias))
+    rows = sent.reshape(-1, sent.shape[2])
+    exact = (rows @ weights + bias).reshape(result.output.shape)
+    bound = tolerance.drive_bound(weights, rows, bias).reshape(exact.shape)
+    assert (np.abs(result.output - exact) <= bound).all()
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+@pytest.mark.parametrize("variant", CELLS["egru"])
+@given(data=st.data())
+def test_events_outside_the_margin_are_those_of_float64(backend, variant, data):
+    # Step by step from the state of the float32 run, so that the bound is that of one step and stays sharp.
+    case = data.draw(cases(variants=[variant], max_units=40, max_inputs=30, layers=st.integers(1, 2)))
+    with unmodified(case):
+        run = case.simulator(backend).run(case.inputs, record=RECORDABLE)
+    assert run.inputs is not None
+    sent = [events.to_dense() for events in (run.inputs, *run.events)]
+    inside = total = 0
+    for k, layer in enumerate(case.network.layers):
+        alone = Network((layer,))
+        parameters = reference.layer_parameters(layer, np.float64)
+        c, y = case.state.cells[k], case.state.outputs[k]
+        for t in range(run.steps):
+            x = sent[k][t].astype(np.float64)
+            double = Simulator(alone, batch=case.batch, backend=ReferenceBackend(np.float64), state=State((c,), (y,)))
+            exact = double.run(sent[k][t][None], record="states")
+            v = tolerance.cell_bound(variant, parameters, x, c.astype(np.float64), y.astype(np.float64))
+            near = np.abs(v.value - parameters["threshold"]) <= v.error
+            c, y = run.states[k][t], sent[k + 1][t]
+            assert np.array_equal((y != 0)[~near], (exact.output[0] != 0)[~near])
+            # The subtraction of the threshold rounds once more.
+            error = v.error + tolerance.U32 * (np.abs(v.value) + v.error + parameters["threshold"])
+            assert (np.abs(y - exact.output[0]) <= error)[~near].all()
+            assert (np.abs(c - exact.states[0][0]) <= error)[~near].all()
+            inside, total = inside + near.sum(), total + near.size
+    # A single unit on its threshold is within the share where there are few units.
+    assert inside <= max(1, tolerance.INSIDE_MARGIN * total)
+
+
+def test_few_units_fall_inside_the_margin():
+    network = large_network("evnn", units=120, inputs=40, seed=11)
+    layer = network.layers[0]
+    parameters = reference.layer_parameters(layer, np.float64)
+    x = np.random.default_rng(12).standard_normal((40, 2, 40)).astype(np.float32)
+    run = simulate(network, x, record=RECORDABLE)
+    c, y = (np.concatenate([np.zeros((1, 2, 120)), a[:-1]]) for a in (run.states[0], run.events[0].to_dense()))
+    inside = sharpness = 0.0
+    for t in range(len(x)):
+        v = tolerance.cell_bound("evnn", parameters, x[t].astype(np.float64), c[t], y[t])
+        inside += (np.abs(v.value - layer.threshold) <= v.error).mean() / len(x)
+        sharpness = max(sharpness, v.error.max())
+    assert inside <= tolerance.INSIDE_MARGIN
+    assert 0 < sharpness <= tolerance.SHARPEST_MARGIN
+
+
+@given(network=networks(dyadic=True, readout=True, max_units=40), seed=st.integers(0, 2**32 - 1))
+def test_dyadic_drives_are_exact_in_any_order(network, seed):
+    readout = network.readout
+    assert readout is not None
+    weights = readout.weights.to_dense()
+    values = np.round(np.random.default_rng(seed).standard_normal((3, len(weights))) * 16).astype(np.float32) / 16
+    drive = reference.propagate(weights, values, readout.bias)
+    assert np.array_equal(drive, values @ weights + readout.bias)
+    order = np.random.default_rng(seed).permutation(len(weights))
+    assert np.array_equal(drive, reference.propagate(weights[order], values[:, order], readout.bias))
+
+
+# --- refusals -----------------------------------------------------------------------------------------------
+
+
+def test_unknown_backend_and_threads_of_the_specification():
+    network = Network.random([3], inputs=2, rng=np.random.default_rng(0))
+    with pytest.raises(ValueError, match="backend: got 'gpu9', need one of reference, cpu"):
+        Simulator(network, backend="gpu9")
+    with pytest.raises(ValueError, match="threads: got 2, but the reference backend runs on 1"):
+        Simulator(network, backend="reference", threads=2)
+
+
+def test_format_unknown_to_the_cpu_backend():
+    class Diagonal(Weights):
+        name, shape, values = "diagonal", (2, 6), np.ones(2, np.float32)
+
+        def check(self, full=False):
+            assert not full
+
+    network = Network.random([2], inputs=2, rng=np.random.default_rng(0))
+    network = replace(network, layers=(replace(network.layers[0], w_rec=Diagonal()),))
+    with pytest.raises(TypeError, match="cpu backend cannot run format Diagonal; convert to dense, csr or block"):
+        Simulator(network)

@@ -1,0 +1,449 @@
+"""What conformance cannot see, because every backend shares it: float32 arithmetic and the rules of one unit.
+
+Gradients have a file of their own, `test_gradients.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from fractions import Fraction
+
+import mpmath
+import numpy as np
+import pytest
+import tolerance
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from eventrnn import cells, jit, reference, simd
+from eventrnn.cells import Cell
+from eventrnn.testing import networks, states
+
+F32 = np.float32
+LN2, LN3 = math.log(2), math.log(3)
+floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+def bits(array) -> np.ndarray:
+    return np.asarray(array, F32).view(np.int32)
+
+
+# --- the FMA ------------------------------------------------------------------------------------------------
+
+
+def exact_fma(a, b, c) -> np.float32:
+    """a * b + c rounded once to float32, ties to even, by integers."""
+    exact = Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c))
+    if exact == 0:
+        return F32(0)
+    size = abs(exact)
+    # 2^exponent <= size < 2^(exponent + 1); the spacing there is 2^(exponent - 23), and 2^-149 below the normal range.
+    exponent = size.numerator.bit_length() - size.denominator.bit_length()
+    exponent -= size < Fraction(2) ** exponent
+    spacing = Fraction(2) ** max(exponent - 23, -149)
+    rounded = round(size / spacing) * spacing
+    value = math.inf if rounded >= Fraction(2) ** 128 else float(rounded)
+    return F32(math.copysign(value, exact))
+
+
+@given(floats, floats, floats)
+@example(F32(2**-149), F32(2**-149), F32(2**-149))
+@example(F32(2**-149), F32(0.5), F32(0))
+@example(F32(3e38), F32(2), F32(-3e38))
+@example(F32(3e38), F32(3e38), F32(0))
+def test_emulated_fma_rounds_once(a, b, c):
+    with np.errstate(over="ignore", under="ignore"):
+        assert cells.fma(F32(a), F32(b), F32(c)) == exact_fma(a, b, c)
+
+
+@given(
+    floats.filter(lambda c: 2**-80 < abs(c) < 2**100), st.integers(-4, 4), st.integers(-4, 4), st.sampled_from([-1, 1])
+)
+# Half an ulp less 2^-70 on an odd float32: rounding in float64 first makes a tie of it.
+@example(F32(1 + 2**-23), 1, -1, 1)
+def test_emulated_fma_near_halfway(c, j, k, sign):
+    half = 0.5 * float(np.spacing(F32(abs(c))))
+    a, b = F32(sign * half * (1 + j * 2**-23)), F32(1 + k * 2**-23)
+    assert cells.fma(a, b, F32(c)) == exact_fma(a, b, c)
+
+
+@given(floats.filter(lambda a: 2**-60 < abs(a) < 2**60), st.integers(0, 2**23 - 1), st.integers(-3, 3))
+def test_emulated_fma_under_cancellation(a, mantissa, off):
+    b = F32(1 + mantissa * 2**-23)
+    c = -F32(a) * b
+    c = F32(c + off * np.spacing(np.abs(c)))
+    assert cells.fma(F32(a), b, c) == exact_fma(a, b, c)
+
+
+def test_fma_on_other_numbers_is_python():
+    assert cells.fma(0.1, 0.2, 0.3) == 0.1 * 0.2 + 0.3
+    assert cells.fma(Fraction(1, 3), 3, Fraction(1, 7)) == Fraction(8, 7)
+
+
+# --- compiled against NumPy ---------------------------------------------------------------------------------
+
+
+@jit.compiled
+def run_scalars(a, b, c, out):
+    for i in range(len(a)):
+        out[0, i] = cells.fma(a[i], b[i], c[i])
+        out[1, i] = cells.exp_float32(a[i])
+        out[2, i] = cells.sigmoid_float32(a[i])
+        out[3, i] = cells.tanh_float32(a[i])
+
+
+@jit.compiled
+def run_lanes(a, b, c, out):
+    for i in range(0, len(a), simd.LANES):
+        x = simd.load(a, i)
+        simd.store(out[0], i, cells.fma(x, simd.load(b, i), simd.load(c, i)))
+        simd.store(out[1], i, cells.exp_float32(x))
+        simd.store(out[2], i, cells.sigmoid_float32(x))
+        simd.store(out[3], i, cells.tanh_float32(x))
+
+
+def every_kind_of_float(n: int) -> np.ndarray:
+    """n float32 (a multiple of the lanes): any bit pattern but NaN, and dense where gates live."""
+    rng = np.random.default_rng(1)
+    any_bits = rng.integers(0, 2**32, 4 * n, dtype=np.uint32).view(F32)
+    special = np.array([0, -0.0, np.inf, -np.inf, 1e-45, -1e-45, 0.625, -0.625, 9.5, 87, 88, -87, -88, 3.4e38], F32)
+    gates = np.concatenate([special, rng.normal(0, 4, n // 2).astype(F32)])
+    return np.concatenate([gates, any_bits[~np.isnan(any_bits)]])[:n]
+
+
+@pytest.mark.parametrize("kernel", [run_scalars, run_lanes])
+def test_compiled_functions_have_the_bits_of_numpy(kernel):
+    n = 1 << 16
+    a = every_kind_of_float(n)
+    b, c = np.roll(a, 1), np.roll(a, 7)
+    out = np.empty((4, n), F32)
+    kernel(a, b, c, out)
+    with np.errstate(all="ignore"):
+        finite = np.isfinite(a) & np.isfinite(b) & np.isfinite(c)
+        assert np.array_equal(bits(out[0])[finite], bits(cells.fma(a, b, c))[finite])
+        for k, function in enumerate((cells.exp_float32, cells.sigmoid_float32, cells.tanh_float32), start=1):
+            assert np.array_equal(bits(out[k]), bits(function(a))), function.__name__
+
+
+# --- exp, sigmoid, tanh -------------------------------------------------------------------------------------
+
+FUNCTIONS = {
+    # name: (ours, exact, float64 of the C library, where the result is in the normal range and not clamped)
+    "exp": (cells.exp_float32, mpmath.exp, np.exp, (-87.0, 88.0)),
+    "sigmoid": (cells.sigmoid_float32, lambda x: 1 / (1 + mpmath.exp(-x)), lambda x: 1 / (1 + np.exp(-x)), (-87, 3e38)),
+    "tanh": (cells.tanh_float32, mpmath.tanh, np.tanh, (-3e38, 3e38)),
+}
+
+
+def ulp(value: float) -> float:
+    """Spacing of float32 at a value."""
+    return float(np.spacing(F32(abs(value))))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_stated_error_against_mpmath(name):
+    ours, exact, _, (low, high) = FUNCTIONS[name]
+    rng = np.random.default_rng(2)
+    x = np.concatenate([rng.normal(0, 3, 2000), rng.uniform(-90, 90, 1000), 10.0 ** rng.uniform(-30, 2, 1000)])
+    x = np.concatenate([x, [low, high, 0.625, np.nextafter(F32(0.625), F32(0)), 9.5, 9.02, 1e-30]]).astype(F32)
+    x = x[(low <= x) & (x <= high)]
+    with mpmath.workdps(40), np.errstate(all="ignore"):
+        for argument, result in zip(x.tolist(), ours(x).tolist(), strict=True):
+            truth = exact(mpmath.mpf(argument))
+            if abs(truth) >= sys.float_info.min and abs(truth) >= np.finfo(F32).tiny:
+                assert abs(result - truth) <= cells.ULP[name] * ulp(float(truth)), argument
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_stated_error_over_a_million_floats(name):
+    ours, _, libm, (low, high) = FUNCTIONS[name]
+    # A prime stride, so that every exponent and no pattern of mantissas is met.
+    x = np.arange(0, 2**32, 4093, dtype=np.int64).astype(np.uint32).view(F32)
+    x = x[(low <= x) & (x <= high)]
+    with np.errstate(all="ignore"):
+        result, truth = ours(x).astype(np.float64), libm(x.astype(np.float64))
+    normal = np.abs(truth) >= np.finfo(F32).tiny
+    error = np.abs(result - truth)[normal] / np.spacing(np.abs(truth[normal]).astype(F32))
+    assert normal.sum() > 100_000
+    assert error.max() <= cells.ULP[name] + tolerance.LIBM_ULP
+
+
+def test_functions_saturate_and_keep_zero():
+    extreme = np.array([-np.inf, -3e38, 3e38, np.inf], F32)
+    with np.errstate(all="ignore"):
+        assert cells.tanh_float32(extreme).tolist() == [-1, -1, 1, 1]
+        assert cells.sigmoid_float32(extreme)[2:].tolist() == [1, 1]
+        assert (cells.sigmoid_float32(extreme)[:2] < np.finfo(F32).tiny).all()
+        assert np.isfinite(cells.exp_float32(extreme)).all()
+    zeros = np.array([0.0, -0.0], F32)
+    assert cells.tanh_float32(zeros).tolist() == [0, 0]
+    assert cells.sigmoid_float32(F32(0)) == 0.5
+    assert cells.exp_float32(F32(0)) == 1
+
+
+@given(floats)
+def test_tanh_is_odd(x):
+    with np.errstate(all="ignore"):
+        assert cells.tanh_float32(F32(-x)) == -cells.tanh_float32(F32(x))
+
+
+# --- one step by hand ---------------------------------------------------------------------------------------
+#
+# sigmoid(ln 3) = 3/4, sigmoid(-ln 3) = 1/4, tanh(ln 2) = (4 - 1) / (4 + 1) = 3/5, tanh(ln 3) = (9 - 1) / (9 + 1) = 4/5.
+# Two units, one input x = 1. Unit 0 sent 1/2 in the step before, unit 1 nothing. Columns: u0 u1  r0 r1  g0 g1.
+
+HAND = {
+    "w_in": np.array([[-LN3, 0.0, LN3, LN3, 0.0, 0.0]]),
+    "bias_in": np.array([0.0, 0.0, 0.0, 0.0, 0.0, LN3]),
+    "bias_rec": np.array([0.0, LN3, 0.0, 0.0, 0.0, 0.0]),
+}
+
+
+def close(got, expected) -> bool:
+    return bool(np.abs(np.asarray(got, np.float64).ravel() - np.asarray(expected)).max() <= tolerance.HAND_WORKED)
+
+
+def check_released_step():
+    # Recurrent drive of g: unit 0 sends 1/2 * w to both: 4/3 ln 2 and 0.
+    w_rec = np.array([[0, 0, 0, 0, 8 / 3 * LN2, 0], [9.0, 9, 9, 9, 9, 9]])
+    parameters = HAND | {"w_rec": w_rec, "threshold": np.array([0.5, 0.25])}
+    c, y = np.array([[0.4, -0.2]]), np.array([[0.5, 0.0]])
+    tape = reference.step(Cell(), parameters, np.array([[1.0]]), c, y)
+    # u = sigmoid(-ln 3), sigmoid(ln 3);  r = sigmoid(ln 3) twice
+    assert close(tape.u, [0.25, 0.75])
+    assert close(tape.r, [0.75, 0.75])
+    # g0 = tanh(0 + 3/4 * 4/3 ln 2) = 3/5;  g1 = tanh(ln 3 + 3/4 * 0) = 4/5
+    assert close(tape.g, [0.6, 0.8])
+    # v0 = 1/4 * 0.4 + 3/4 * 3/5 = 0.1 + 0.45;  v1 = 3/4 * -0.2 + 1/4 * 4/5 = -0.15 + 0.2
+    assert close(tape.v, [0.55, 0.05])
+    # 0.55 > 0.5 fires and keeps 0.05;  0.05 <= 0.25 does not
+    assert tape.event.tolist() == [[1, 0]]
+    assert close(tape.y, [0.55, 0])
+    assert close(tape.c, [0.05, 0.05])
+    return parameters, tape
+
+
+def test_released_step_by_hand():
+    check_released_step()
+
+
+def test_released_step_backward_by_hand():
+    parameters, tape = check_released_step()
+    x = np.array([[[1.0]]])
+    d_y, d_c = np.array([[[1.0, 1.0]]]), np.array([[[2.0, 1.0]]])
+    got = reference.backward(Cell(), parameters, x, [tape], d_y, d_c)
+    # slope = 0.7 (1 - |v - threshold|): 0.7 * 0.95 = 0.665 and 0.7 * 0.8 = 0.56
+    # d_event = slope (v d_y - threshold d_c): 0.665 (0.55 - 1) = -0.29925;  0.56 (0.05 - 0.25) = -0.112
+    # d_v = o d_y + d_event + d_c: 1 - 0.29925 + 2 = 2.70075;  0 - 0.112 + 1 = 0.888
+    # d_threshold = -d_event - o d_c: 0.29925 - 2;  0.112
+    assert close(got["threshold"], [-1.70075, 0.112])
+    # d_c before = u d_v
+    assert close(got["c"], [0.6751875, 0.666])
+    # d_u = (c - g) d_v u (1 - u): -0.2 * 2.70075 * 3/16;  -1 * 0.888 * 3/16
+    # d_g = (1 - u) d_v (1 - g^2): 3/4 * 2.70075 * 0.64;  1/4 * 0.888 * 0.36
+    # d_r = d_g rec_g r (1 - r): 1.29636 * 4/3 ln 2 * 3/16;  0
+    d_u, d_g, d_r = (-0.101278125, -0.1665), (1.29636, 0.07992), (1.29636 * LN2 / 4, 0.0)
+    assert close(got["bias_in"], [*d_u, *d_r, *d_g])
+    assert close(got["w_in"], [*d_u, *d_r, *d_g])
+    # The recurrent g row sees its gradient through the reset gate, 3/4 of it; only unit 0 sent, 1/2.
+    recurrent = [*d_u, *d_r, 0.97227, 0.05994]
+    assert close(got["bias_rec"], recurrent)
+    assert close(got["w_rec"], [*(0.5 * np.array(recurrent)), 0, 0, 0, 0, 0, 0])
+    # d_x = -ln 3 d_u0 + ln 3 (d_r0 + d_r1)
+    assert close(got["x"], [LN3 * (0.101278125 + 1.29636 * LN2 / 4)])
+    # d_y before: unit 0 reaches only g0, by 8/3 ln 2; unit 1 everything, by 9
+    assert close(got["y"], [8 / 3 * LN2 * 0.97227, 9 * sum(recurrent)])
+
+
+def check_paper_step():
+    # The reset gate goes before the matrix: unit 0 sends 3/4 * 1/2 = 3/8 to the candidates.
+    w_rec = np.array([[0, 0, 0, 0, 8 / 3 * LN2, 0], [9.0, 9, 9, 9, 9, 9]])
+    parameters = HAND | {"w_rec": w_rec, "threshold": np.array([0.04, 0.25])}
+    c, y = np.array([[0.4, -0.2]]), np.array([[0.5, 0.0]])
+    tape = reference.step(Cell(variant="paper"), parameters, np.array([[1.0]]), c, y)
+    assert close(tape.r, [0.75, 0.75])
+    # rec_g0 = 8/3 ln 2 * 3/8 = ln 2
+    assert close(tape.rec_g, [LN2, 0])
+    assert close(tape.g, [0.6, 0.8])
+    # v0 = 0.55 - y0 = 0.05;  v1 = 0.05 - 0
+    assert close(tape.v, [0.05, 0.05])
+    # 0.05 > 0.04 fires, and the cell keeps it until the next step subtracts it
+    assert tape.event.tolist() == [[1, 0]]
+    assert close(tape.y, [0.05, 0])
+    assert close(tape.c, [0.05, 0.05])
+    return parameters, tape
+
+
+def test_paper_step_by_hand():
+    check_paper_step()
+
+
+def test_paper_step_backward_by_hand():
+    parameters, tape = check_paper_step()
+    x = np.array([[[1.0]]])
+    d_y, d_c = np.array([[[1.0, 1.0]]]), np.array([[[2.0, 1.0]]])
+    got = reference.backward(Cell(variant="paper"), parameters, x, [tape], d_y, d_c)
+    # slope: 0.7 * 0.99 = 0.693;  0.7 * 0.8 = 0.56.  d_event = slope v d_y: 0.03465;  0.028
+    assert close(got["threshold"], [-0.03465, -0.028])
+    # d_v = o d_y + d_event + d_c: 3.03465;  1.028.  d_c before = u d_v
+    assert close(got["c"], [0.7586625, 0.771])
+    # d_u = -0.2 * 3.03465 * 3/16;  -1 * 1.028 * 3/16.  d_g = 3/4 * 3.03465 * 0.64;  1/4 * 1.028 * 0.36
+    d_u, d_g = (-0.113799375, -0.19275), (1.456632, 0.09252)
+    # d_sent = d_g W_g: unit 0 8/3 ln 2 * 1.456632; unit 1 9 (1.456632 + 0.09252) = 13.942368
+    # d_r = d_sent y r (1 - r): 8/3 ln 2 * 1.456632 * 1/2 * 3/16 = 0.364158 ln 2;  0
+    d_r = (0.364158 * LN2, 0.0)
+    assert close(got["bias_in"], [*d_u, *d_r, *d_g])
+    assert close(got["bias_rec"], [*d_u, *d_r, *d_g])
+    gates, candidate = np.array([*d_u, *d_r]) / 2, np.array(d_g) * 3 / 8
+    assert close(got["w_rec"], [*gates, *candidate, 0, 0, 0, 0, 0, 0])
+    # d_y before = -d_v + r d_sent + d_gates W_gates (unit 1: 9 (d_u0 + d_u1 + d_r0))
+    unit_1 = -1.028 + 0.75 * 13.942368 + 9 * (-0.113799375 - 0.19275 + 0.364158 * LN2)
+    assert close(got["y"], [-3.03465 + 0.75 * 8 / 3 * LN2 * 1.456632, unit_1])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_no_event_at_equality_and_leak_in_closed_form(dtype):
+    # All drives zero: u = r = 1/2 and g = 0, so that v = c / 2, exactly, in either precision.
+    n, ones = 3, np.ones((1, 3), dtype)
+    parameters = {
+        "w_in": np.zeros((1, 3 * n), dtype),
+        "w_rec": np.zeros((n, 3 * n), dtype),
+        "bias_in": np.zeros(3 * n, dtype),
+        "bias_rec": np.zeros(3 * n, dtype),
+        "threshold": np.array([0.5, np.nextafter(dtype(0.5), dtype(0)), 2.0], dtype),
+    }
+    tapes = reference.forward(Cell(), parameters, np.zeros((4, 1, 1), dtype), ones, 0 * ones)
+    # v = 1/2: not above 1/2, but above the number below it, whose subtraction leaves the difference.
+    assert tapes[0].event.tolist() == [[0, 1, 0]]
+    assert tapes[0].c[0, 1] == dtype(0.5) - parameters["threshold"][1]
+    assert [float(tape.c[0, 2]) for tape in tapes] == [0.5, 0.25, 0.125, 0.0625]
+    assert all(tape.c.dtype == dtype for tape in tapes)
+
+
+# --- symmetries and limits of the specification -------------------------------------------------------------
+
+
+def random_parameters(rng, inputs: int, units: int, dtype=np.float64) -> dict:
+    rows = 3 * units
+    arrays = {
+        "w_in": rng.standard_normal((inputs, rows)) / np.sqrt(inputs),
+        "w_rec": rng.standard_normal((units, rows)) / np.sqrt(units),
+        "bias_in": rng.standard_normal(rows) / 2,
+        "bias_rec": rng.standard_normal(rows) / 2,
+        "threshold": rng.uniform(0, 0.3, units),
+    }
+    return {name: array.astype(dtype) for name, array in arrays.items()}
+
+
+def permuted(parameters: dict, order: np.ndarray) -> dict:
+    n = len(order)
+    rows = np.concatenate([order, order + n, order + 2 * n])
+    renamed = {name: parameters[name][rows] for name in ("bias_in", "bias_rec")}
+    w_rec = parameters["w_rec"][order][:, rows]
+    return renamed | {"w_in": parameters["w_in"][:, rows], "w_rec": w_rec, "threshold": parameters["threshold"][order]}
+
+
+@pytest.mark.parametrize("variant", cells.CELLS["egru"])
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 9))
+def test_permuting_units_permutes_the_run(variant, seed, n):
+    rng = np.random.default_rng(seed)
+    parameters = random_parameters(rng, 4, n, F32)
+    # One source a target: no sum over units, whose order would change with their names.
+    source = rng.integers(0, n, 3 * n)
+    parameters["w_rec"] *= np.arange(n)[:, None] == source[None, :]
+    order = rng.permutation(n)
+    x, c = rng.standard_normal((8, 2, 4)).astype(F32), rng.standard_normal((2, n)).astype(F32)
+    y = np.maximum(c, 0)
+    cell = Cell(variant=variant)
+    plain = reference.forward(cell, parameters, x, c, y)
+    renamed = reference.forward(cell, permuted(parameters, order), x, c[:, order], y[:, order])
+    for a, b in zip(plain, renamed, strict=True):
+        assert np.array_equal(bits(a.y[:, order]), bits(b.y))
+        assert np.array_equal(bits(a.c[:, order]), bits(b.c))
+
+
+@given(networks(layers=1, variants=["evnn"], dyadic=True, embedding=False), st.integers(0, 2**32 - 1), st.data())
+def test_permuting_units_of_a_dyadic_step(network, seed, data):
+    # Sums of dyadic numbers are exact in any order, so that here every weight may take part.
+    rng = np.random.default_rng(seed)
+    layer = network.layers[0]
+    parameters, order = reference.layer_parameters(layer), rng.permutation(layer.units)
+    state = data.draw(states(network, 2))
+    x, y = (np.round(rng.standard_normal((2, k)) * 16).astype(F32) / 16 for k in (layer.inputs, layer.units))
+    plain = reference.step(layer.cell, parameters, x, state.cells[0], y)
+    renamed = reference.step(layer.cell, permuted(parameters, order), x, state.cells[0][:, order], y[:, order])
+    assert np.array_equal(bits(plain.y[:, order]), bits(renamed.y))
+    assert np.array_equal(bits(plain.c[:, order]), bits(renamed.c))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("variant", cells.CELLS["egru"])
+@given(seed=st.integers(0, 2**32 - 1), cut=st.integers(0, 6))
+def test_splitting_batch_and_time_of_the_specification(variant, dtype, seed, cut):
+    rng = np.random.default_rng(seed)
+    parameters, cell = random_parameters(rng, 3, 5, dtype), Cell(variant=variant)
+    x, c = rng.standard_normal((6, 3, 3)).astype(dtype), rng.standard_normal((3, 5)).astype(dtype)
+    y = np.maximum(c, 0)
+    whole = reference.forward(cell, parameters, x, c, y)
+    head = reference.forward(cell, parameters, x[:cut], c, y)
+    last_c, last_y = (head[-1].c, head[-1].y) if head else (c, y)
+    tail = reference.forward(cell, parameters, x[cut:], last_c, last_y)
+    for a, b in zip(whole, head + tail, strict=True):
+        assert np.array_equal(a.y, b.y)
+        assert np.array_equal(a.c, b.c)
+    for b in range(3):
+        alone = reference.forward(cell, parameters, x[:, b : b + 1], c[b : b + 1], y[b : b + 1])
+        assert np.array_equal([tape.y[b] for tape in whole], [tape.y[0] for tape in alone])
+
+
+def always_firing(rng, inputs: int, units: int) -> dict:
+    """A layer without thresholds whose candidates, and so cells, stay positive: a plain GRU."""
+    parameters = random_parameters(rng, inputs, units)
+    parameters["w_rec"] = rng.uniform(-1, 1, (units, 3 * units)) / units
+    parameters["bias_in"][2 * units :] = 3.0
+    parameters["bias_rec"][2 * units :] = 0.1
+    parameters["w_in"] = rng.uniform(-1, 1, (inputs, 3 * units)) / inputs
+    return parameters | {"threshold": np.zeros(units)}
+
+
+def plain_gru(parameters: dict, x, h) -> np.ndarray:
+    """A gated recurrent unit, reset gate after the matrix, as in cuDNN. Nothing of the package."""
+    w_in, w_rec, b_in, b_rec = (parameters[name] for name in ("w_in", "w_rec", "bias_in", "bias_rec"))
+    hidden = []
+    for x_t in x:
+        a_u, a_r, a_g = np.split(x_t @ w_in + b_in, 3, axis=1)
+        h_u, h_r, h_g = np.split(h @ w_rec + b_rec, 3, axis=1)
+        keep, reset = 1 / (1 + np.exp(-a_u - h_u)), 1 / (1 + np.exp(-a_r - h_r))
+        h = keep * h + (1 - keep) * np.tanh(a_g + reset * h_g)
+        hidden.append(h)
+    return np.array(hidden)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_threshold_and_positive_cells_are_a_gru(seed):
+    rng = np.random.default_rng(seed)
+    parameters, x, h = always_firing(rng, 4, 6), rng.uniform(-1, 1, (8, 3, 4)), rng.uniform(0, 1, (3, 6))
+    tapes = reference.forward(Cell(), parameters, x, h, h)
+    assert all((tape.v > 0).all() for tape in tapes)
+    difference = np.array([tape.y for tape in tapes]) - plain_gru(parameters, x, h)
+    assert np.abs(difference).max() <= tolerance.torch_gru(6, len(x))
+
+
+@pytest.mark.torch
+def test_no_threshold_and_positive_cells_are_torch_gru():
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    rng = np.random.default_rng(4)
+    n = 6
+    parameters, x, h = always_firing(rng, 4, n), rng.uniform(-1, 1, (8, 3, 4)), rng.uniform(0, 1, (3, n))
+    gru = torch.nn.GRU(4, n).double()
+    # torch packs (r, z, n) with z the keep gate.
+    order = np.concatenate([np.arange(n, 2 * n), np.arange(n), np.arange(2 * n, 3 * n)])
+    names = {"weight_ih_l0": "w_in", "weight_hh_l0": "w_rec", "bias_ih_l0": "bias_in", "bias_hh_l0": "bias_rec"}
+    with torch.no_grad():
+        for theirs, ours in names.items():
+            getattr(gru, theirs).copy_(torch.from_numpy(np.ascontiguousarray(parameters[ours][..., order].T)))
+        expected, _ = gru(torch.from_numpy(x), torch.from_numpy(h[None]))
+    tapes = reference.forward(Cell(), parameters, x, h, h)
+    difference = np.array([tape.y for tape in tapes]) - expected.numpy()
+    assert np.abs(difference).max() <= tolerance.torch_gru(n, len(x))

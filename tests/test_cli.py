@@ -1,0 +1,189 @@
+"""The command line: every verb runs, --json prints one object, bad input is one line and exit code 2."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from eventrnn import Network, load, save
+from eventrnn.cli import main
+from eventrnn.text import Vocabulary
+
+TEXT = "the quick brown fox jumps over the lazy dog\n" * 60
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Run a command; returns (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["eventrnn", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def model(tmp_path):
+    vocabulary = Vocabulary.of(TEXT)
+    network = Network.random(
+        [24],
+        symbols=len(vocabulary),
+        embedding=8,
+        readout=len(vocabulary),
+        rng=np.random.default_rng(0),
+        metadata={"vocabulary": vocabulary.to_json()},
+    )
+    path = tmp_path / "model.safetensors"
+    save(network, path)
+    return path
+
+
+def _json(result):
+    code, out, err = result
+    assert code == 0, err
+    assert len(out.splitlines()) == 1
+    return json.loads(out)
+
+
+def test_train_prune_run_count_info_convert(cli, tmp_path, text):
+    trained, pruned, dense = (tmp_path / name for name in ("a.safetensors", "b.safetensors", "c.safetensors"))
+    sizes = ("--hidden", 32, "--embedding", 8, "--batch", 4, "--window", 16, "--steps", 60)
+    first = _json(cli("train", "--out", trained, "--text", text, *sizes, "--json"))
+    assert first["bits_per_symbol_valid"] < np.log2(first["symbols"]) and first["steps"] == 60
+    result = _json(cli("prune", trained, "--out", pruned, "--text", text, "--sparsity", 0.75, "--block", "2x8", "--json"))
+    assert result["weights_after"] < 0.3 * result["weights_before"]
+    tuned = _json(
+        cli("prune", trained, "--out", dense, "--text", text, "--sparsity", 0.75, "--block", "2x8", "--steps", 4, "--json")
+    )
+    assert tuned["weights_after"] < 0.3 * tuned["weights_before"] and tuned["bits_after"] > 0
+    read = [_json(cli("run", pruned, "--text", text, "--backend", b, "--json")) for b in ("cpu", "reference")]
+    assert read[0]["bits_per_symbol"] == read[1]["bits_per_symbol"] and read[0]["reduction"] > 1
+    assert _json(cli("run", pruned, "--text", text, "--threads", 2, "--json"))["bits_per_symbol"] == read[0]["bits_per_symbol"]
+    counted = _json(cli("count", pruned, "--text", text, "--json"))
+    assert counted["audit_agrees"] and counted["total"]["executed"] >= counted["total"]["effective"] > 0
+    assert "block 32x96" in _json(cli("info", pruned, "--json"))["layers.0.w_rec"]
+    assert _json(cli("convert", pruned, "--out", dense, "--to", "csr", "--force", "--json"))["format"] == "csr"
+    assert np.array_equal(load(dense).layers[0].w_rec.to_dense(), load(pruned).layers[0].w_rec.to_dense())
+
+
+def test_tables_are_for_people(cli, model, text):
+    for arguments in (("run", model, "--text", text), ("count", model, "--text", text), ("info", model), ("info",)):
+        code, out, _ = cli(*arguments)
+        assert code == 0 and len(out.splitlines()) > 3 and not out.startswith("{")
+
+
+def test_demo_small(cli, tmp_path):
+    folder = tmp_path / "demo"
+    sizes = ("--hidden", 32, "--steps", 6, "--pruning-steps", 6, "--block", "1x8")
+    result = _json(cli("demo", "--out", folder, *sizes, "--json"))
+    keys = """bits_per_char bits_per_char_before_pruning bits_per_char_baseline activity sparsity block
+    dense_ops_per_step effective_ops_per_step executed_ops_per_step reduction events_compared events_identical
+    us_per_step dense_us_per_step seconds"""
+    assert set(keys.split()) <= set(result)
+    assert result["events_identical"] is True and result["events_compared"] > 100_000 and result["sparsity"] > 0.79
+    counts = json.loads((folder / "counts.json").read_text())
+    assert counts["total"]["dense"] // counts["steps"] == result["dense_ops_per_step"]
+    assert load(folder / "model.safetensors").metadata["vocabulary"]
+    code, out, err = cli("demo", "--out", folder, *sizes)
+    assert code == 2 and "--force" in err and not out
+
+
+def test_bench_inference(cli):
+    sizes = ("--hidden", 64, "--steps", 70, "--repeats", 3, "--against", "blas", "--activity", 0.2)
+    result = _json(cli("bench", "inference", *sizes, "--sparsity", 0.5, "--block", "1x16", "--json"))
+    keys = """us_per_step against_us_per_step speedup activity sparsity executed_per_step dense_per_step bytes_per_step
+    bandwidth_fraction device"""
+    assert set(keys.split()) <= set(result)
+    assert result["dense_per_step"] == 6 * 64 * 64
+    assert 0 < result["bandwidth_fraction"] <= 1
+    assert result["effective_per_step"] <= result["executed_per_step"] < result["dense_per_step"]
+
+
+def _model_files(folder, model):
+    """Files that are no good models, and what the error says."""
+    raw = model.read_bytes()
+    (folder / "random").write_bytes(b"no model at all, just words")
+    (folder / "cut").write_bytes(raw[: len(raw) // 2])
+    flipped = bytearray(raw)
+    flipped[len(raw) - 100] ^= 4
+    (folder / "flipped").write_bytes(bytes(flipped))
+    save_file({"a": np.zeros(3, np.float32)}, folder / "foreign")
+    return {"missing": "no such file", "random": "", "cut": "", "flipped": "", "foreign": "", ".": ""}
+
+
+def test_bad_model_files(cli, tmp_path, model, text):
+    seen = set()
+    for name, words in _model_files(tmp_path, model).items():
+        code, out, err = cli("run", tmp_path / name, "--text", text)
+        assert code == 2 and not out and err.startswith("eventrnn: error: ") and err.count("\n") == 1, name
+        assert words in err
+        seen.add(err)
+    assert len(seen) == 6, "each fault has a message of its own"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "--out", "{new}", "--text", "{empty}"), "empty"),
+        (("train", "--out", "{new}", "--text", "{nowhere}"), "nowhere"),
+        (("train", "--out", "{model}", "--text", "{text}"), "--force"),
+        (("train", "--out", "{nowhere}/x", "--text", "{text}"), "no folder"),
+        (("train", "--out", "{new}", "--text", "{text}", "--hidden", "-3"), "units"),
+        (("train", "--out", "{new}", "--text", "{text}", "--batch", "0"), "batch"),
+        (("train", "--out", "{new}", "--text", "{text}", "--variant", "lstm"), "variant"),
+        (("train", "--out", "{new}", "--text", "{text}", "--window", "5000"), "too few"),
+        (("prune", "{model}", "--out", "{new}", "--sparsity", "1.0"), "sparsity"),
+        (("prune", "{model}", "--out", "{new}", "--sparsity", "-1"), "sparsity"),
+        (("prune", "{model}", "--out", "{new}", "--block", "1x999"), "larger than the matrix"),
+        (("prune", "{model}", "--out", "{new}", "--block", "4by4"), "block"),
+        (("prune", "{model}", "--out", "{model}"), "--force"),
+        (("run", "{model}", "--text", "{greek}"), "unknown symbol"),
+        (("run", "{model}", "--text", "{text}", "--backend", "tpu"), "backend"),
+        (("run", "{model}", "--text", "{text}", "--threads", "0"), "threads"),
+        (("run", "{model}", "--text", "{text}", "--part", "all"), "part"),
+        (("convert", "{model}", "--out", "{new}", "--to", "block"), "block"),
+        (("convert", "{text}.npz", "--out", "{new}"), "no file"),
+        (("bench", "inference", "--activity", "0"), "activity"),
+        (("bench", "inference", "--format", "dense", "--sparsity", "0.5"), "sparsity"),
+        (("bench", "inference", "--against", "nobody"), "against"),
+        (("demo", "--out", "{model}"), "not a folder"),
+        (("demo", "--out", "{nowhere}/deep"), "no folder"),
+        (("frobnicate",), "frobnicate"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(cli, tmp_path, model, text, arguments, message):
+    empty, greek = tmp_path / "empty.txt", tmp_path / "greek.txt"
+    empty.write_text("")
+    greek.write_text("αβγ\n" * 500)
+    names = {
+        "new": tmp_path / "new",
+        "model": model,
+        "text": text,
+        "empty": empty,
+        "greek": greek,
+        "nowhere": tmp_path / "nowhere",
+    }
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    code, out, err = cli(*(argument.format(**names) for argument in arguments))
+    assert code == 2 and out == ""
+    assert err.startswith("eventrnn: error: ") and err.count("\n") == 1 and message in err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_as_a_program():
+    done = subprocess.run([sys.executable, "-m", "eventrnn.cli", "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "demo" in done.stdout

@@ -1,0 +1,127 @@
+"""Gradients of the specification: finite differences of the smoothed model, where they are exact derivatives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tolerance
+
+from eventrnn import cells, reference
+from eventrnn.cells import CELLS, SURROGATES, Cell, Surrogate
+
+#: Where a surrogate's slope has a corner or a jump, in units of its half width.
+KINKS = {"triangle": (-1, 0, 1), "fast_sigmoid": (0,), "boxcar": (-1, 1)}
+INPUTS, UNITS, BATCH, STEPS = 3, 4, 2, 4
+# Roundings on the way from one perturbed number to the loss: at most this many a step and in the loss' own sum.
+ROUNDINGS = STEPS * (2 * (INPUTS + UNITS) + 40) + STEPS * BATCH * UNITS
+
+
+def far_from_kinks(kind: str, distance: np.ndarray, support: float, by: float) -> bool:
+    z = distance * support
+    return all((np.abs(z - kink) > by).all() for kink in KINKS.get(kind, ()))
+
+
+@pytest.mark.parametrize("kind", SURROGATES)
+@pytest.mark.parametrize(("dampening", "support"), [(0.7, 1.0), (3.6, 3.6), (1.0, 0.25)])
+def test_slope_is_the_derivative_of_the_smooth_step(kind, dampening, support):
+    code, dampening, support = SURROGATES[kind], np.float64(dampening), np.float64(support)
+    distance = np.linspace(-3, 3, 1201) / support + 1e-3 * np.pi
+    near = 4 * tolerance.DIFFERENCE_STEP * support
+    distance = distance[[far_from_kinks(kind, d, support, near) for d in distance]]
+
+    def step(h):
+        return cells.surrogate_step(code, distance + h, dampening, support)
+
+    size = dampening * (np.abs(distance).max() + 1 / support)
+    slope = tolerance.central_difference(step, size, roundings=32)
+    assert tolerance.sharp(slope, size)
+    computed = cells.surrogate_slope(code, distance, dampening, support)
+    assert (np.abs(computed - slope.value) <= slope.bound).all()
+    assert len(distance) > 1000
+
+
+@pytest.mark.parametrize("kind", SURROGATES)
+def test_slope_of_float32_stays_float32(kind):
+    slope = cells.surrogate_slope(
+        SURROGATES[kind], np.linspace(-2, 2, 9, dtype=np.float32), np.float32(0.7), np.float32(1)
+    )
+    assert slope.dtype == np.float32
+
+
+def test_heights_and_widths_are_as_documented():
+    def slope(kind, distance):
+        return cells.surrogate_slope(SURROGATES[kind], *map(np.float64, (distance, 0.7, 2.0)))
+
+    lobes = slope("multi_gaussian", 0)
+    assert {float(slope(kind, 0)) for kind in SURROGATES if kind != "multi_gaussian"} == {0.7}
+    assert 0.7 < lobes < 1.15 * 0.7
+    # 1 / support is the half width: the triangle and the box end there.
+    for kind in ("triangle", "boxcar"):
+        assert slope(kind, 0.5) == 0
+        assert slope(kind, -0.4999) > 0
+    # The released code's numbers: 0.7 * max(0, 1 - |v - threshold|).
+    assert Surrogate() == Surrogate("triangle", 0.7, 1.0)
+
+
+def random_case(variant: str, kind: str) -> tuple[Cell, dict, np.ndarray, np.ndarray, np.ndarray]:
+    """Parameters (with x, c and y among them) and loss weights, no unit near a kink of its slope."""
+    cell = Cell(variant=variant, surrogate=Surrogate(kind, 0.7, 1.3))
+    rng = np.random.default_rng(5)
+    while True:
+        rows = 3 * UNITS
+        case = {
+            "w_in": rng.standard_normal((INPUTS, rows)) / 2,
+            "w_rec": rng.standard_normal((UNITS, rows)) / 2,
+            "bias_in": rng.standard_normal(rows) / 2,
+            "bias_rec": rng.standard_normal(rows) / 2,
+            "threshold": rng.uniform(0.1, 0.5, UNITS),
+            "x": rng.standard_normal((STEPS, BATCH, INPUTS)),
+            "c": rng.standard_normal((BATCH, UNITS)) / 2,
+            "y": rng.standard_normal((BATCH, UNITS)) / 2,
+        }
+        distances = np.array([tape.v - case["threshold"] for tape in run(cell, case)])
+        if far_from_kinks(kind, distances, 1.3, 256 * tolerance.DIFFERENCE_STEP):
+            return cell, case, rng.standard_normal((STEPS, BATCH, UNITS)), rng.standard_normal((STEPS, BATCH, UNITS))
+
+
+def run(cell: Cell, case: dict) -> list[reference.Tape]:
+    parameters = {name: case[name] for name in ("w_in", "w_rec", "bias_in", "bias_rec", "threshold")}
+    return reference.forward(cell, parameters, case["x"], case["c"], case["y"], smooth=True)
+
+
+@pytest.mark.parametrize("kind", SURROGATES)
+@pytest.mark.parametrize("variant", CELLS["egru"])
+def test_backward_is_the_derivative_of_the_smoothed_model(variant, kind):
+    cell, case, d_y, d_c = random_case(variant, kind)
+    tapes = run(cell, case)
+    parameters = {name: case[name] for name in ("w_in", "w_rec", "bias_in", "bias_rec", "threshold")}
+    gradients = reference.backward(cell, parameters, case["x"], tapes, d_y, d_c)
+    assert set(gradients) == set(case)
+    size = sum(np.abs(w * t.y).sum() + np.abs(v * t.c).sum() for w, v, t in zip(d_y, d_c, tapes, strict=True))
+    checked = 0
+    for name, array in case.items():
+        assert gradients[name].shape == array.shape
+        for at in np.ndindex(array.shape):
+
+            def loss(h, name=name, array=array, at=at):
+                moved = array.copy()
+                moved[at] += h
+                moved_tapes = run(cell, case | {name: moved})
+                return sum((w * t.y).sum() + (v * t.c).sum() for w, v, t in zip(d_y, d_c, moved_tapes, strict=True))
+
+            slope = tolerance.central_difference(loss, size, ROUNDINGS)
+            assert tolerance.sharp(slope, size), (name, at)
+            assert abs(gradients[name][at] - slope.value) <= slope.bound, (name, at)
+            checked += 1
+    assert checked == sum(array.size for array in case.values())
+
+
+@pytest.mark.parametrize("variant", CELLS["egru"])
+def test_with_the_hard_event_only_the_event_and_its_value_change(variant):
+    # The surrogate gradient is the same code: what a hard event changes are the tape's `event` and what follows.
+    cell, case, d_y, d_c = random_case(variant, "triangle")
+    parameters = {name: case[name] for name in ("w_in", "w_rec", "bias_in", "bias_rec", "threshold")}
+    tapes = reference.forward(cell, parameters, case["x"], case["c"], case["y"])
+    assert all(np.isin(tape.event, (0, 1)).all() for tape in tapes)
+    gradients = reference.backward(cell, parameters, case["x"], tapes, d_y, d_c)
+    assert all(np.isfinite(array).all() and array.any() for array in gradients.values())

@@ -1,0 +1,488 @@
+"""Model files: what goes in comes out to the bit, and what was changed, cut or half written never comes out."""
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eventrnn import io
+from eventrnn.backend import State
+from eventrnn.cells import CELLS, SURROGATES, Cell, Surrogate
+from eventrnn.network import Network, simulate
+from eventrnn.weights import Dense, convert
+
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))
+
+
+def converted(weights, to, rng):
+    pruned = weights.to_dense() * (rng.random(weights.shape) < 0.5)
+    block = tuple(int(rng.integers(1, size + 1)) for size in weights.shape) if to == "block" else None
+    return convert(pruned.astype(np.float32), to, block=block)
+
+
+@st.composite
+def networks(draw):
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    sizes = st.integers(1, 6)
+    units = draw(st.lists(sizes, min_size=1, max_size=3))
+    surrogate = Surrogate(draw(st.sampled_from(sorted(SURROGATES))), draw(st.floats(0.1, 4)), draw(st.floats(0.1, 4)))
+    tied = draw(st.booleans())
+    symbols = draw(sizes) if tied else draw(st.none() | sizes)
+    network = Network.random(
+        units,
+        rng=rng,
+        inputs=draw(sizes) if symbols is None else None,
+        symbols=symbols,
+        embedding=None if symbols is None else units[-1] if tied else draw(sizes),
+        readout=None if tied else draw(st.none() | sizes),
+        tied=tied,
+        threshold=draw(st.sampled_from([0.0, 0.3, 0.9])),
+        cell=Cell(variant=draw(st.sampled_from(CELLS["egru"])), surrogate=surrogate),
+        metadata=draw(st.dictionaries(st.text(), st.text(), max_size=3)),
+    )
+    formats = {name: draw(st.sampled_from(["dense", "csr", "block"])) for name in network.matrices()}
+    changed = {k: converted(w, formats[k], rng) for k, w in network.matrices().items() if not tied or k != "readout"}
+    if tied and formats["readout"] != "dense":
+        block = (1, 1) if formats["readout"] == "block" else None
+        changed["readout"] = convert(network.matrices()["readout"], formats["readout"], block=block)
+    return network.with_matrices(changed)
+
+
+def contents(network):
+    """Everything a network is, in comparable form; arrays as type, shape and bytes."""
+
+    def bits(array):
+        return None if array is None else (array.dtype.str, array.shape, array.tobytes())
+
+    def matrix(w):
+        return w.name, w.shape, getattr(w, "block", None), {key: bits(array) for key, array in w.arrays().items()}
+
+    return (
+        {name: matrix(w) for name, w in network.matrices().items()},
+        [(bits(x.bias_in), bits(x.bias_rec), bits(x.threshold), x.cell) for x in network.layers],
+        bits(network.embedding),
+        None if network.readout is None else (bits(network.readout.bias), network.readout.tied),
+        dict(network.metadata),
+    )
+
+
+def small_network(seed=0):
+    rng = np.random.default_rng(seed)
+    network = Network.random([4, 3], rng=rng, symbols=5, embedding=3, tied=True, metadata={"text": "ab\n\x1f\u00e9"})
+    return network.with_matrices(
+        {
+            "layers.0.w_in": converted(network.layers[0].w_in, "csr", rng),
+            "layers.1.w_rec": convert(network.layers[1].w_rec, "block", block=(2, 4)),
+        }
+    )
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "model.safetensors"
+
+
+def only_file_in(folder):
+    (file,) = folder.iterdir()
+    return file
+
+
+# --- round trip ---------------------------------------------------------------------------------------------
+
+
+@given(network=networks())
+def test_load_gives_what_was_saved_to_the_bit(network, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    before = contents(network)
+    io.save(network, path)
+    assert contents(io.load(path)) == before == contents(network)
+    first = path.read_bytes()
+    io.save(io.load(path), path, overwrite=True)
+    assert path.read_bytes() == first, "the same network must give the same file"
+
+
+def test_a_tied_readout_is_stored_once(path):
+    network = small_network()
+    io.save(network, path)
+    tensors = safetensors.numpy.load_file(path)
+    assert "embedding" in tensors and "readout.values" not in tensors
+    loaded = io.load(path)
+    assert loaded.readout.tied and np.array_equal(loaded.readout.weights.values, network.embedding.T)
+
+
+def test_a_tied_readout_whose_bits_differ_from_the_embedding_keeps_them(path):
+    network = small_network()
+    embedding = network.embedding.copy()
+    embedding[0, 0] = 0
+    values = np.ascontiguousarray(embedding.T)
+    values[0, 0] = np.float32(-0.0)
+    readout = replace(network.readout, weights=Dense(values))
+    network = replace(network, embedding=embedding, readout=readout)
+    io.save(network, path)
+    assert np.signbit(io.load(path).readout.weights.values[0, 0])
+
+
+def test_a_transposed_embedding_in_memory_is_saved_in_order(path):
+    table = np.asfortranarray(np.arange(12, dtype=np.float32).reshape(4, 3))
+    network = Network.random([2], rng=np.random.default_rng(0), inputs=3)
+    io.save(Network(network.layers, embedding=table), path)
+    assert np.array_equal(io.load(path).embedding, table)
+
+
+def test_metadata_must_be_text(path):
+    network = Network.random([2], rng=np.random.default_rng(0), inputs=3, metadata={"epochs": 3})
+    with pytest.raises(TypeError, match="metadata: got 'epochs': 3, need text"):
+        io.save(network, path)
+    assert not path.exists()
+
+
+# --- files that are refused ---------------------------------------------------------------------------------
+
+
+def test_missing_file(path):
+    with pytest.raises(io.ModelFileError, match=r"model\.safetensors: no such file"):
+        io.load(path)
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(io.ModelFileError, match="cannot be read"):
+        io.load(tmp_path)
+    with pytest.raises(io.ModelFileError, match="not a regular file"):
+        io.save(small_network(), tmp_path, overwrite=True)
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_are_no_model(tmp_path_factory, raw):
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    path.write_bytes(raw)
+    with pytest.raises(io.ModelFileError):
+        io.load(path)
+
+
+@pytest.mark.parametrize(
+    "body", [b"{", b"[[" * 5000, b"{" + b'"a":[' * 100_000, b"{}", b'{"__metadata__":3}', b"\x80{"]
+)
+def test_headers_that_are_none(path, body):
+    path.write_bytes(len(body).to_bytes(8, "little") + body)
+    with pytest.raises(io.ModelFileError, match="not a model file"):
+        io.load(path)
+
+
+def test_a_foreign_safetensors_file(path):
+    safetensors.numpy.save_file({"weight": np.ones(3, np.float32)}, path)
+    with pytest.raises(io.ModelFileError, match="without eventrnn's metadata"):
+        io.load(path)
+
+
+def test_every_truncation_is_refused(path):
+    io.save(small_network(), path)
+    whole = path.read_bytes()
+    for size in [*range(0, len(whole), 9), len(whole) - 1]:
+        path.write_bytes(whole[:size])
+        with pytest.raises(io.ModelFileError, match="truncated" if size > 8 else "not a model file, or cut off"):
+            io.load(path)
+    path.write_bytes(whole + b"\0")
+    with pytest.raises(io.ModelFileError, match="checksum"):
+        io.load(path)
+
+
+def test_every_flipped_bit_is_refused(path):
+    io.save(small_network(), path)
+    whole = path.read_bytes()
+    # 5 has no factor in common with 8: every place within a byte has its turn.
+    for bit in range(0, 8 * len(whole), 5):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with pytest.raises(io.ModelFileError):
+            io.load(path)
+
+
+def test_a_bit_flipped_in_the_weights_is_named_as_damage(path):
+    io.save(small_network(), path)
+    whole = bytearray(path.read_bytes())
+    whole[-1] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(io.ModelFileError, match="damaged: the content does not match its checksum"):
+        io.load(path)
+
+
+def crafted(path, change, version=io.VERSION):
+    """A file with a right checksum and a wrong content."""
+    tensors, description = io._to_tensors(small_network())
+    tensors = {name: array.copy() for name, array in tensors.items()}
+    change(tensors, description)
+    path.write_bytes(io._encode(tensors, description, version=version))
+
+
+def test_a_newer_version(path):
+    crafted(path, lambda tensors, description: None, version=2)
+    with pytest.raises(io.ModelFileError, match="format version 2; this eventrnn reads version 1"):
+        io.load(path)
+
+
+@pytest.mark.parametrize("name", ["layers.0.w_rec.values", "layers.1.threshold", "readout.bias", "embedding"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_refused_with_its_position(path, name, value):
+    def change(tensors, description):
+        tensors[name].flat[2] = value
+
+    crafted(path, change)
+    position = {1: r"\(2,\)", 2: r"\(0, 2\)"}[io._to_tensors(small_network())[0][name].ndim]
+    with pytest.raises(io.ModelFileError, match=rf"got -?(nan|inf) at position {position}"):
+        io.load(path)
+
+
+def edit(name, change):
+    """Replace a tensor by `change(tensor)`, or with no change remove it."""
+
+    def apply(tensors, description):
+        array = tensors.pop(name, None)
+        if change is not None:
+            tensors[name] = change(array)
+
+    return apply
+
+
+def describe(change):
+    return lambda tensors, description: change(description)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (edit("layers.0.threshold", lambda a: a[:-1]), r"w_rec: got shape \(4, 12\), need \(3, 9\)"),
+        (edit("layers.0.w_rec.values", np.transpose), r"w_rec: got shape \(12, 4\), need \(4, 12\)"),
+        (edit("layers.0.bias_in", np.float64), "bias_in: got float64"),
+        (edit("layers.1.bias_rec", None), "lacks 'layers.1.bias_rec'"),
+        (edit("layers.7.bias_rec", lambda _: np.zeros(3)), "no layer uses: layers.7.bias_rec"),
+        (edit("layers.0.w_in.indices", np.zeros_like), "not strictly ascending"),
+        (edit("embedding", None), "readout: is the transposed embedding, but there is none"),
+        (describe(lambda d: d["matrices"]["layers.0.w_in"].update(format="coo")), "unknown weight format 'coo'; have "),
+        (describe(lambda d: d["matrices"]["layers.1.w_rec"].update(shape=[3, 10])), r"w_rec: got shape \(3, 10\)"),
+        (describe(lambda d: d["cells"][0]["surrogate"].update(kind="square")), "surrogate kind: got 'square'"),
+        (describe(lambda d: d["cells"].pop()), "no layer uses: layers.1"),
+        (describe(lambda d: d.update(cells=3)), "holds no valid network"),
+    ],
+)
+def test_contents_that_are_no_network(path, change, message):
+    crafted(path, change)
+    with pytest.raises(io.ModelFileError, match=message):
+        io.load(path)
+
+
+# --- writing that fails -------------------------------------------------------------------------------------
+
+
+def test_an_existing_file_is_kept_unless_asked(path):
+    io.save(small_network(0), path)
+    old = path.read_bytes()
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        io.save(small_network(1), path)
+    assert path.read_bytes() == old
+    io.save(small_network(1), path, overwrite=True)
+    assert path.read_bytes() != old
+    assert only_file_in(path.parent) == path
+
+
+def test_saving_through_a_link_replaces_what_it_points_to(path):
+    link = path.with_name("latest")
+    link.symlink_to(path.name)
+    io.save(small_network(), link)
+    assert link.is_symlink() and contents(io.load(path)) == contents(small_network())
+
+
+@pytest.mark.parametrize(("call", "code"), [("fsync", errno.ENOSPC), ("replace", errno.EACCES)])
+def test_a_failing_disk_leaves_the_old_file(path, monkeypatch, call, code):
+    io.save(small_network(0), path)
+    old = path.read_bytes()
+
+    def fail(*_):
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(io.os, call, fail)
+        with pytest.raises(OSError, match=r"model\.safetensors") as caught:
+            io.save(small_network(1), path, overwrite=True)
+    assert caught.value.errno == code
+    assert only_file_in(path.parent).read_bytes() == old
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+def test_a_full_device_leaves_the_old_file(path, monkeypatch):
+    io.save(small_network(0), path)
+    old = path.read_bytes()
+    monkeypatch.setattr(io, "open", lambda *_: os.fdopen(os.open("/dev/full", os.O_WRONLY), "wb"), raising=False)
+    with pytest.raises(OSError, match="No space left") as caught:
+        io.save(small_network(1), path, overwrite=True)
+    assert caught.value.errno == errno.ENOSPC
+    assert only_file_in(path.parent).read_bytes() == old
+
+
+def run_python(code, *arguments, **options):
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+SAVE_OVER = """
+import os, signal, sys
+import eventrnn.io as io
+network = io.load(sys.argv[1])
+{before}
+io.save(network, sys.argv[2], overwrite=True)
+"""
+
+
+def test_a_write_that_stops_half_way_leaves_the_old_file(path, tmp_path_factory):
+    big = tmp_path_factory.mktemp("big") / "model.safetensors"
+    io.save(Network.random([64], rng=np.random.default_rng(0), inputs=64), big)
+    io.save(small_network(), path)
+    old = path.read_bytes()
+    limit = 10_000
+    assert big.stat().st_size > 2 * limit
+    # The kernel itself refuses to let the file grow beyond the limit, after part of it was written.
+    finished = run_python(
+        SAVE_OVER.format(before=""),
+        big,
+        path,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    assert finished.returncode == 1 and "File too large" in finished.stderr
+    assert only_file_in(path.parent).read_bytes() == old
+
+
+def test_killed_before_the_rename_leaves_the_old_file_and_blocks_nothing(path):
+    io.save(small_network(0), path)
+    old = path.read_bytes()
+    newer = path.with_name("newer.safetensors")
+    io.save(small_network(1), newer)
+    kill = "os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
+    finished = run_python(SAVE_OVER.format(before=kill), newer, path)
+    assert finished.returncode < 0
+    assert path.read_bytes() == old and contents(io.load(path)) == contents(small_network(0))
+    io.save(small_network(1), path, overwrite=True)
+    assert contents(io.load(path)) == contents(small_network(1))
+
+
+def test_a_missing_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere/model\.safetensors"):
+        io.save(small_network(), tmp_path / "nowhere" / "model.safetensors")
+
+
+def test_an_unwritable_folder(tmp_path, monkeypatch):
+    if os.geteuid() == 0:  # root may write everywhere, so the refusal is put into its mouth
+
+        def refuse(name, mode):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(name))
+
+        monkeypatch.setattr(io, "open", refuse, raising=False)
+    tmp_path.chmod(0o500)
+    with pytest.raises(PermissionError, match=r"/model\.safetensors"):
+        io.save(small_network(), tmp_path / "model.safetensors")
+    tmp_path.chmod(0o700)
+    assert not list(tmp_path.iterdir())
+
+
+# --- EvNN ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=GOLDEN, ids=lambda file: file.stem)
+def recorded(request):
+    with np.load(request.param) as arrays:
+        return dict(arrays)
+
+
+def test_evnn_parameters_arrive_where_they_belong(recorded):
+    layer = io.from_evnn(recorded)
+    for here, there in (
+        (layer.w_in.values, "kernel"),
+        (layer.w_rec.values, "recurrent_kernel"),
+        (layer.bias_in, "bias"),
+        (layer.bias_rec, "recurrent_bias"),
+        (layer.threshold, "threshold"),
+    ):
+        assert np.array_equal(here, recorded[there].astype(np.float32))
+    rule = layer.cell.surrogate
+    assert (rule.kind, rule.dampening, rule.support) == ("triangle", recorded["gamma"], recorded["support"])
+    assert layer.cell.variant == "evnn"
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_an_imported_layer_fires_as_the_published_code_did(recorded, backend):
+    assert np.array_equal(events_of(io.from_evnn(recorded), recorded, backend), recorded["o"])
+
+
+def test_the_recorded_events_notice_swapped_gates(recorded):
+    def swapped(array):
+        z, r, g = np.split(array, 3, axis=-1)
+        return np.concatenate([r, z, g], axis=-1)
+
+    wrong = recorded | {k: swapped(recorded[k]) for k in ("kernel", "recurrent_kernel", "bias", "recurrent_bias")}
+    assert not np.array_equal(events_of(io.from_evnn(wrong), recorded, "cpu"), recorded["o"])
+
+
+def events_of(layer, recorded, backend):
+    y0 = recorded["y0"].astype(np.float32)
+    run = simulate(
+        Network((layer,)),
+        recorded["x"],
+        state=State((np.zeros_like(y0),), (y0,)),
+        backend=backend,
+        record="events",
+    )
+    return run.events[0].to_dense() != 0
+
+
+def test_to_evnn_and_back(recorded):
+    layer = io.from_evnn(recorded)
+    exported = io.to_evnn(layer)
+    assert exported["dampening_factor"].shape == exported["pseudo_derivative_support"].shape == (1,)
+    again = io.from_evnn(exported)
+    assert io.to_evnn(again).keys() == exported.keys()
+    for name, array in io.to_evnn(again).items():
+        assert array.dtype == np.float32 and np.array_equal(array, exported[name]), name
+
+
+def test_to_evnn_refuses_what_evnn_has_not():
+    rng = np.random.default_rng(0)
+    for cell in (Cell(variant="paper"), Cell(surrogate=Surrogate("gaussian"))):
+        with pytest.raises(ValueError, match="EvNN has 'evnn' with 'triangle'"):
+            io.to_evnn(Network.random([3], rng=rng, inputs=2, cell=cell).layers[0])
+
+
+def test_from_evnn_takes_threshold_and_surrogate_apart():
+    arrays = {
+        "kernel": np.zeros((2, 9)),
+        "recurrent_kernel": np.zeros((3, 9)),
+        "bias": np.zeros(9),
+        "recurrent_bias": np.zeros(9),
+    }
+    layer = io.from_evnn(arrays, threshold=0.25, dampening=0.5, support=2.0)
+    assert layer.threshold.tolist() == [0.25] * 3
+    assert (layer.cell.surrogate.dampening, layer.cell.surrogate.support) == (0.5, 2.0)
+    assert io.from_evnn(arrays, threshold=[0.1, 0.2, 0.3]).cell.surrogate == Surrogate()
+    for change, message in (
+        ({"kernel": np.zeros((2, 6))}, r"kernel: got shape \(2, 6\), need \(2, 9\)"),
+        ({"kernel": np.zeros(9)}, r"kernel: got shape \(9,\)"),
+        ({"recurrent_kernel": np.zeros((4, 9))}, r"recurrent_kernel: got shape \(4, 9\), need \(4, 12\)"),
+        ({"recurrent_kernel": np.float64(1)}, r"recurrent_kernel: got shape \(\)"),
+        ({"bias": np.zeros(3)}, r"bias: got shape \(3,\), need \(9,\)"),
+        ({"recurrent_bias": np.full(9, np.nan)}, "recurrent_bias: got nan at position"),
+        ({"kernel": np.full((2, 9), 1e300)}, "kernel: got inf at position"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            io.from_evnn(arrays | change, threshold=0.25)
+    with pytest.raises(ValueError, match="threshold: got shape"):
+        io.from_evnn(arrays, threshold=[0.1, 0.2])
+    with pytest.raises(ValueError, match="arrays: no thr or threshold among bias, kernel"):
+        io.from_evnn(arrays)

@@ -1,0 +1,162 @@
+"""Counts: equal to brute force for every format, the two ends of the range, per step, audit, energy."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from counting import count_multiplications
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eventrnn import Network, audit, count, count_per_step, energy, simulate
+from eventrnn.observe import HOROWITZ_2014
+from eventrnn.testing import networks
+from eventrnn.weights import CSR, BlockCSR, convert
+
+
+def _inputs(network, rng, steps, batch):
+    if network.embedding is not None:
+        return rng.integers(0, len(network.embedding), (steps, batch))
+    size = network.layers[0].inputs
+    values = rng.choice([-1.0, 0.0, 0.0, 0.5, 1.0, 1.5], (steps, batch, size))
+    return values.astype(np.float32)
+
+
+def _executed(weights, fired):
+    """Entries that the format holds for a fired unit, counted in its own arrays."""
+    total = 0
+    for j in np.flatnonzero(fired):
+        if isinstance(weights, CSR):
+            total += int(weights.indptr[j + 1] - weights.indptr[j])
+        elif isinstance(weights, BlockCSR):
+            row = j // weights.block[0]
+            total += int(weights.indptr[row + 1] - weights.indptr[row]) * weights.block[1]
+        else:
+            total += weights.shape[1]
+    return total
+
+
+@given(st.data())
+def test_counts_equal_brute_force(data):
+    """Every product of the specification, multiplied out with counting numbers."""
+    network = data.draw(networks(max_units=9))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    steps, batch = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
+    inputs = _inputs(network, rng, steps, batch)
+    simulation = simulate(network, inputs, record="events")
+    counts, per_step = count(network, simulation), count_per_step(network, simulation)
+    for name, matrix in network.matrices().items():
+        sent = _sent(network, simulation, name)
+        dense = matrix.to_dense()
+        brute = {"dense": 0, "effective": 0, "executed": 0, "graded": 0}
+        for t in range(steps):
+            for b in range(batch):
+                all_of_them, effective = count_multiplications(dense, sent[t, b][None])
+                graded = count_multiplications(dense, (sent[t, b] * (np.abs(sent[t, b]) != 1))[None])[1]
+                executed = _executed(matrix, sent[t, b])
+                here = {"dense": all_of_them, "effective": effective, "executed": executed, "graded": graded}
+                for quantity, value in here.items():
+                    brute[quantity] += value
+                    assert per_step[name][quantity][t, b] == value, (name, quantity, t, b)
+        for quantity, value in brute.items():
+            assert getattr(counts.matrices[name], quantity) == value, (name, quantity)
+        assert counts.matrices[name].graded + counts.matrices[name].binary == counts.matrices[name].effective
+        assert per_step[name]["binary"].sum() == counts.matrices[name].binary
+    assert audit(network, simulation, counts).agrees
+
+
+def _sent(network, simulation, name):
+    """What a matrix receives at each step, (steps, batch, n_pre)."""
+    if name == "readout":
+        return simulation.events[-1].to_dense()
+    k = int(name.split(".")[1])
+    if name.endswith("w_in"):
+        return (simulation.inputs if k == 0 else simulation.events[k - 1]).to_dense()
+    return np.concatenate([simulation.initial.outputs[k][None], simulation.events[k].to_dense()[:-1]])
+
+
+def _network(threshold, **changes):
+    network = Network.random([12, 7], inputs=5, readout=4, rng=np.random.default_rng(0), **changes)
+    layers = tuple(replace(x, threshold=np.full(x.units, threshold, np.float32)) for x in network.layers)
+    return replace(network, layers=layers)
+
+
+def test_a_silent_run_costs_nothing_and_an_active_dense_layer_costs_dense():
+    network = _network(1e6)
+    silent = count(network, simulate(network, np.zeros((6, 2, 5), np.float32)))
+    assert (silent.total.effective, silent.total.executed, silent.total.weight_bytes) == (0, 0, 0)
+    assert silent.total.dense == 6 * 2 * (5 * 36 + 12 * 36 + 12 * 21 + 7 * 21 + 7 * 4)
+    assert silent.reduction == float("inf")
+    active = _network(0.0)
+    layers = tuple(replace(x, bias_in=np.full(3 * x.units, 9, np.float32)) for x in active.layers)
+    active = replace(active, layers=layers)
+    first = simulate(active, np.ones((6, 2, 5), np.float32))
+    again = simulate(active, np.ones((6, 2, 5), np.float32), state=first.state)
+    counts = count(active, again)
+    assert again.activity == (1.0, 1.0)
+    assert counts.total.effective == counts.total.executed == counts.total.dense
+    assert counts.matrices["layers.0.w_in"].binary == counts.matrices["layers.0.w_in"].effective
+
+
+def test_counts_do_not_depend_on_splits_threads_or_backend():
+    network = _network(0.05)
+    x = np.random.default_rng(1).normal(size=(9, 3, 5)).astype(np.float32)
+    whole = simulate(network, x)
+    first = simulate(network, x[:4])
+    second = simulate(network, x[4:], state=first.state)
+    assert count(network, first) + count(network, second) == count(network, whole)
+    for changes in ({"threads": 2}, {"backend": "reference"}):
+        assert count(network, simulate(network, x, **changes)) == count(network, whole)
+    with pytest.raises(ValueError, match="same network"):
+        count(network, whole) + count(network, simulate(network, x[:, :1]))
+
+
+@pytest.mark.parametrize("variant", ["evnn", "paper"])
+def test_element_wise_work_and_state_bytes(variant):
+    from eventrnn import Cell
+
+    network = _network(0.05, cell=Cell(variant=variant))
+    simulation = simulate(network, np.ones((9, 3, 5), np.float32), record="events")
+    counts = count(network, simulation)
+    for k, n in enumerate((12, 7)):
+        carried = np.count_nonzero(_sent(network, simulation, f"layers.{k}.w_rec"))
+        expected = 27 * n * 3 if variant == "evnn" else 27 * n * 2 + carried
+        assert counts.gate_ops[k] == expected
+        assert counts.state_bytes[k] == 27 * n * (12 if variant == "evnn" else 16)
+
+
+def test_bytes_of_each_format():
+    network = _network(0.05)
+    x = np.random.default_rng(1).normal(size=(9, 3, 5)).astype(np.float32)
+    for form, block, each in (("dense", None, 4), ("csr", None, 8), ("block", (1, 4), 5)):
+        other = network.with_matrices({k: convert(w, form, block=block) for k, w in network.matrices().items()})
+        counts = count(other, simulate(other, x))
+        for matrix in counts.matrices.values():
+            assert matrix.weight_bytes == each * matrix.executed
+
+
+def test_an_audit_finds_a_wrong_count():
+    network = _network(0.05)
+    simulation = simulate(network, np.ones((9, 3, 5), np.float32), record="events")
+    counts = count(network, simulation)
+    assert audit(network, simulation).agrees
+    wrong = dict(counts.matrices)
+    wrong["readout"] = replace(wrong["readout"], executed=wrong["readout"].executed + 1)
+    report = audit(network, simulation, replace(counts, matrices=wrong))
+    assert not report.agrees and "DIFFERS" in str(report) and "NeuroBench" in str(report)
+    with pytest.raises(ValueError, match="record"):
+        audit(network, simulate(network, np.ones((9, 3, 5), np.float32)))
+
+
+def test_energy_is_the_table_times_the_counts():
+    network = _network(0.05)
+    counts = count(network, simulate(network, np.ones((9, 3, 5), np.float32)))
+    total = counts.total
+    parts = energy(counts, memory="dram_64bit")
+    table = HOROWITZ_2014
+    assert parts["arithmetic_pj"] == total.graded * table["float32_mac"] + total.binary * table["float32_ac"]
+    assert parts["weights_pj"] == total.weight_bytes / 8 * table["dram_64bit"]
+    assert parts["total_pj"] == sum(value for name, value in parts.items() if name != "total_pj")
+    assert energy(counts, dense=True)["arithmetic_pj"] == total.dense * table["float32_mac"]
+    with pytest.raises(ValueError, match="memory"):
+        energy(counts, memory="float32_mac")

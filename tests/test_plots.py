@@ -1,0 +1,137 @@
+"""Figures: the right numbers are drawn, labelled, and written where asked. Skipped without matplotlib."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib", reason="figures need matplotlib, the plots extra")
+
+from eventrnn import plots
+from eventrnn.events import Events
+from eventrnn.weights import convert
+
+
+def events(steps=50, batch=2, size=8, share=0.2):
+    rng = np.random.default_rng(0)
+    values = rng.random((steps, batch, size)).astype(np.float32) + np.float32(0.5)
+    return Events.from_dense(np.where(rng.random(values.shape) < share, values, np.float32(0)))
+
+
+def labels(figure):
+    return {axes.get_xlabel() for axes in figure.axes} | {axes.get_ylabel() for axes in figure.axes}
+
+
+@pytest.mark.parametrize(("sample", "start", "steps"), [(0, 0, 50), (1, 10, 15), (0, 45, 1000)])
+def test_raster_draws_every_event_of_the_part_shown(sample, start, steps):
+    train = events()
+    figure = plots.raster(train, sample=sample, start=start, steps=steps)
+    part = train.to_dense()[start : start + steps, sample]
+    (marks,) = figure.axes[0].collections
+    time, unit = np.nonzero(part)
+    assert np.array_equal(marks.get_offsets(), np.column_stack([time + start, unit]))
+    assert np.array_equal(marks.get_array(), part[time, unit])
+    assert f"{len(time):,} events of 8 units" in figure.axes[0].get_title(loc="left")
+    assert {"unit", "time step", "active (%)", "value sent"} <= labels(figure)
+
+
+def test_raster_of_silence_has_no_colour_bar(tmp_path):
+    figure = plots.raster(Events.from_dense(np.zeros((5, 1, 3))), path=tmp_path / "silent.png")
+    assert "value sent" not in labels(figure)
+    assert (tmp_path / "silent.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(("option", "message"), [({"sample": 2}, "sample: got 2, need 0..1"), ({"start": 50}, "steps")])
+def test_raster_refuses_what_is_not_there(option, message):
+    with pytest.raises(ValueError, match=message):
+        plots.raster(events(), **option)
+
+
+def test_bars_show_the_numbers_and_how_many_times_less():
+    figure = plots.bars(
+        {"dense": 1_000_000, "effective": 20_000, "executed": 25_000},
+        {"dense": 60.0, "event-driven": 6.0},
+        title="Demo",
+    )
+    left, right = figure.axes
+    assert [bar.get_height() for bar in left.patches] == [1_000_000, 20_000, 25_000]
+    assert [bar.get_height() for bar in right.patches] == [60, 6]
+    assert left.get_yscale() == "log" and right.get_yscale() == "linear"
+    texts = [text.get_text() for text in left.texts]
+    assert texts == ["1,000,000", "20,000\n50.0× less", "25,000\n40.0× less"]
+    assert {"multiplications per step", "time per step (µs)"} <= labels(figure)
+    assert figure.get_suptitle() == "Demo"
+
+
+def test_bars_stay_linear_where_little_differs_and_say_more_where_it_is_more():
+    left, right = plots.bars({"dense": 10, "executed": 0}, {"dense": 2, "event-driven": 3}).axes
+    assert left.get_yscale() == "linear"
+    assert [text.get_text() for text in right.texts] == ["2", "3\n1.5× more"]
+
+
+@pytest.mark.parametrize("values", [{}, {"dense": -1}, {"dense": float("nan")}])
+def test_bars_refuse_what_is_no_number(values):
+    with pytest.raises(ValueError, match="operations: got"):
+        plots.bars(values, {"dense": 1})
+    with pytest.raises(ValueError, match="microseconds: got"):
+        plots.bars({"dense": 1}, values)
+
+
+@pytest.mark.parametrize(
+    ("to", "block", "shape", "tile"),
+    [
+        ("block", (2, 3), (5, 9), (2, 3)),
+        ("block", (4, 4), (6, 6), (4, 4)),
+        ("block", (1, 2), (300, 12), (2, 2)),
+        ("csr", None, (5, 9), (1, 1)),
+        ("dense", None, (600, 3), (3, 1)),
+    ],
+)
+def test_block_map_draws_the_mean_magnitude_of_every_tile(to, block, shape, tile):
+    rng = np.random.default_rng(0)
+    # Multiples of 1/8 add up exactly, whatever the order.
+    dense = (rng.integers(-8, 9, shape) / 8 * (rng.random(shape) < 0.3)).astype(np.float32)
+    figure = plots.block_map(convert(dense, to, block=block), gates=3 if shape[1] % 3 == 0 else 1)
+    (mesh,) = figure.axes[0].collections
+    (r, c), (n_pre, n_post) = tile, shape
+    magnitude = np.abs(dense).astype(np.float64)
+    tiles = [[magnitude[i : i + r, j : j + c].mean() for j in range(0, n_post, c)] for i in range(0, n_pre, r)]
+    assert np.array_equal(mesh.get_array().filled(0), tiles)
+    assert {"postsynaptic row", "presynaptic unit", "mean magnitude of the weights"} <= labels(figure)
+
+
+def test_block_map_of_nothing():
+    assert len(plots.block_map(convert(np.zeros((4, 6)), "block", block=(2, 2))).axes) == 1
+    with pytest.raises(ValueError, match="need at least one weight"):
+        plots.block_map(convert(np.zeros((0, 6)), "dense"))
+    with pytest.raises(ValueError, match="gates: got 4, need a divisor of the 6"):
+        plots.block_map(convert(np.zeros((4, 6)), "dense"), gates=4)
+
+
+@pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
+def test_figures_are_written_by_ending(tmp_path, ending):
+    path = tmp_path / f"figure.{ending}"
+    plots.bars({"dense": 10, "executed": 1}, {"dense": 1}, path=path)
+    start = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[ending]
+    assert path.read_bytes().startswith(start)
+
+
+def test_figures_leave_pyplot_alone_and_say_what_is_missing():
+    code = """
+import sys
+from eventrnn import plots
+assert "matplotlib" not in sys.modules
+plots.bars({"dense": 1}, {"dense": 1})
+assert "matplotlib.pyplot" not in sys.modules
+for name in [name for name in sys.modules if name.startswith("matplotlib")]:
+    del sys.modules[name]
+sys.modules["matplotlib"] = None
+try:
+    plots.bars({"dense": 1}, {"dense": 1})
+except ImportError as error:
+    print(error)
+"""
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.strip() == "plots need matplotlib: pip install 'eventrnn[plots]'"

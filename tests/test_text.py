@@ -1,0 +1,352 @@
+"""Vocabularies, corpora, batches and the trigram baseline."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tolerance import U64, gamma
+
+from eventrnn.text import (
+    REPLACEMENT,
+    UNKNOWN_WORD,
+    Corpus,
+    TrigramModel,
+    Vocabulary,
+    batches,
+    from_path,
+    python_documentation,
+    words,
+)
+
+# --- vocabulary ---------------------------------------------------------------------------------------------
+
+
+@given(st.text(min_size=1))
+def test_characters_round_trip(text):
+    vocabulary = Vocabulary.of(text)
+    numbers = vocabulary.encode(text)
+    assert numbers.dtype == np.int32 and len(numbers) == len(text)
+    assert vocabulary.decode(numbers) == text
+    assert Vocabulary.from_json(vocabulary.to_json()) == vocabulary
+
+
+@given(st.lists(st.lists(st.sampled_from(["a", "b", "<unk>", "é", "N"])), min_size=1))
+def test_words_round_trip(lines):
+    text = "".join(" ".join(line) + "\n" for line in lines)
+    vocabulary = Vocabulary.of(text, kind="word")
+    numbers = vocabulary.encode(text)
+    assert len(numbers) == sum(map(len, lines)) + len(lines)
+    assert vocabulary.decode(numbers) == text
+    assert Vocabulary.from_json(vocabulary.to_json()) == vocabulary
+
+
+def test_every_line_ends_with_a_word_of_its_own():
+    assert words(" a  b \n\nc") == ["a", "b", "<eos>", "<eos>", "c", "<eos>"]
+    assert words("c\n") == ["c", "<eos>"]
+    assert words("\n") == ["<eos>"]
+    assert words("") == []
+
+
+def test_a_word_that_contains_the_end_of_line_is_a_word():
+    vocabulary = Vocabulary.of("x<eos>y z\n", kind="word")
+    assert vocabulary.decode(vocabulary.encode("z x<eos>y\n")) == "z x<eos>y\n"
+
+
+def test_a_limited_vocabulary_keeps_the_most_frequent_words():
+    vocabulary = Vocabulary.of("b b b c c a a d\n", kind="word", size=4)
+    assert vocabulary.symbols == (UNKNOWN_WORD, "b", "a", "c")
+    assert vocabulary.decode(vocabulary.encode("a d e\n")) == "a <unk> <unk> <unk>"
+    assert Vocabulary.from_json(vocabulary.to_json()).encode("zebra").tolist() == [0, 0]
+    assert Vocabulary.of("<unk> <unk> a\n", kind="word", size=9).symbols == (UNKNOWN_WORD, "<eos>", "a")
+
+
+def test_unlimited_words_come_by_frequency_then_alphabet():
+    assert Vocabulary.of("b a b c\n", kind="word").symbols == ("b", "<eos>", "a", "c")
+
+
+def test_an_unknown_character_is_named_with_its_position():
+    with pytest.raises(ValueError, match="unknown symbol 'é' at position 2; the vocabulary has 3 characters"):
+        Vocabulary.of("abc").encode("abéa")
+
+
+def test_an_unknown_word_is_named_with_its_place():
+    with pytest.raises(ValueError, match="unknown symbol 'zebra' at word 3"):
+        Vocabulary.of("a b\n", kind="word").encode("a b\nzebra b\n")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Vocabulary(()), "need at least one"),
+        (lambda: Vocabulary(("a", "a")), "no two the same"),
+        (lambda: Vocabulary(("ab",)), "need single characters"),
+        (lambda: Vocabulary(("a",), "letter"), "kind: got 'letter', need one of character, word"),
+        (lambda: Vocabulary(("a",), "word", "b"), "unknown: 'b' is not among"),
+        (lambda: Vocabulary.of("abc", size=2), "size: got 2 for characters"),
+        (lambda: Vocabulary.of("abc", kind="word", size=1), "size: got 1, need at least 2"),
+        (lambda: Vocabulary.of(""), "need at least one"),
+        (lambda: Vocabulary.from_json("{"), "no vocabulary in JSON"),
+        (lambda: Vocabulary.from_json("[]"), "no vocabulary in JSON"),
+        (lambda: Vocabulary.from_json('{"kind": "word"}'), "no vocabulary in JSON"),
+        (lambda: Vocabulary(("a", "b")).decode([0, 2]), "got 2 at position 1; need 0..1"),
+        (lambda: Vocabulary(("a", "b")).decode([-1]), "got -1 at position 0"),
+        (lambda: Vocabulary(("a", "b")).decode([0.5]), "need whole numbers"),
+    ],
+)
+def test_vocabularies_that_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_nothing_is_a_text():
+    assert Vocabulary.of("abc").encode("").tolist() == []
+    assert Vocabulary.of("abc").decode([]) == ""
+
+
+# --- Python's documentation ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def documentation():
+    return python_documentation()
+
+
+def test_documentation_is_large_and_split_as_promised(documentation):
+    train, valid, test = (len(part) for part in (documentation.train, documentation.valid, documentation.test))
+    total = train + valid + test
+    assert total > 300_000
+    assert 20_000 <= test < 31_000
+    assert total / 25 <= valid < total / 20 + 10_001
+    assert train > total * 4 / 5
+
+
+def test_documentation_is_the_same_every_time(documentation):
+    again = python_documentation()
+    assert again.vocabulary == documentation.vocabulary
+    assert all(np.array_equal(getattr(again, p), getattr(documentation, p)) for p in ("train", "valid", "test"))
+
+
+def test_no_paragraph_of_the_documentation_is_in_two_parts(documentation):
+    def paragraphs(part):
+        text = documentation.vocabulary.decode(part)
+        return {" ".join(p.split()) for p in text.split("\n\n") if len(p) >= 60}
+
+    train, valid, test = (paragraphs(p) for p in (documentation.train, documentation.valid, documentation.test))
+    assert len(test) > 50
+    assert not train & test and not train & valid and not valid & test
+
+
+def test_every_character_of_the_documentation_was_trained_often(documentation):
+    symbols = documentation.vocabulary.symbols
+    counts = np.bincount(documentation.train, minlength=len(symbols))
+    assert REPLACEMENT in symbols
+    assert all(counts[k] >= 10 for k, symbol in enumerate(symbols) if symbol != REPLACEMENT)
+    assert counts[symbols.index(REPLACEMENT)] > 0
+    assert 80 < len(symbols) < 120
+
+
+def test_documentation_can_be_asked_for_more(documentation):
+    larger = python_documentation(rare=1, test_size=40_000)
+    assert len(larger.test) >= 40_000
+    assert len(larger.vocabulary) > len(documentation.vocabulary)
+
+
+# --- files and folders --------------------------------------------------------------------------------------
+
+LINES = "".join(f"line {k} of the text\n" for k in range(400))
+
+
+def texts(corpus):
+    return [corpus.vocabulary.decode(part) for part in (corpus.train, corpus.valid, corpus.test)]
+
+
+@pytest.mark.parametrize("kind", ["character", "word"])
+def test_a_file_is_split_at_line_ends_and_loses_nothing(tmp_path, kind):
+    path = tmp_path / "book.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + LINES.replace("\n", "\r\n").encode())
+    parts = texts(from_path(path, kind=kind))
+    assert "".join(parts) == LINES
+    assert all(part.endswith("\n") for part in parts)
+    first, second = len(parts[0]) / len(LINES), len(parts[0] + parts[1]) / len(LINES)
+    line = 21 / len(LINES)
+    assert 0.9 <= first <= 0.9 + line and 0.95 <= second <= 0.95 + line
+
+
+def test_the_texts_of_a_folder_are_joined_in_order(tmp_path):
+    for name, part in (("b.txt", LINES[4000:]), ("a.txt", LINES[:4000].removesuffix("\n")), ("c.md", "no")):
+        (tmp_path / name).write_text(part)
+    joined = LINES[:4000].removesuffix("\n") + "\n" + LINES[4000:]
+    assert "".join(texts(from_path(tmp_path))) == joined
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("ptb.train.txt", "ptb.valid.txt", "ptb.test.txt"),
+        ("wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens"),
+        ("training.txt", "dev.txt", "test"),
+    ],
+)
+def test_a_split_folder_is_taken_as_it_is(tmp_path, names):
+    for name, part in zip(names, ("a b\nc\n", "b\n", "d a"), strict=True):
+        (tmp_path / name).write_text(part)
+    (tmp_path / "contest.txt").write_text("not a test")
+    assert texts(from_path(tmp_path)) == ["a b\nc\n", "b\n", "d a"]
+    assert texts(from_path(tmp_path, kind="word")) == ["a b\nc\n", "b\n", "d a\n"]
+    limited = from_path(tmp_path, kind="word", size=4)
+    assert limited.vocabulary.symbols == (UNKNOWN_WORD, "<eos>", "a", "b")
+    assert texts(limited)[2] == "<unk> a\n"
+
+
+def refused(path, message, **options):
+    with pytest.raises(ValueError, match=message):
+        from_path(path, **options)
+
+
+def test_text_that_is_refused(tmp_path):
+    refused(tmp_path / "none.txt", r"text: .*none\.txt: no such file")
+    refused(tmp_path, "has no .*txt file")
+    file = tmp_path / "book.txt"
+    for blank in ("", " \n\n"):
+        file.write_text(blank)
+        refused(file, r"text: .*book\.txt is empty")
+    file.write_bytes(b"gr\xfcn\n")
+    refused(file, "not UTF-8, byte 0xfc at position 2")
+    for short in ("one line only", "a\nb\n", "long line " * 50 + "\nend"):
+        file.write_text(short)
+        refused(file, "too short to split at line ends")
+    refused(file, "kind: got 'letter'", kind="letter")
+    file.write_text(LINES)
+    refused(file, "size: got 5 for characters", size=5)
+
+
+def test_a_split_folder_must_be_whole(tmp_path):
+    for name in ("ptb.train.txt", "ptb.test.txt"):
+        (tmp_path / name).write_text("a\n")
+    refused(tmp_path, "but none named valid; need one each of train, valid, test")
+    (tmp_path / "ptb.valid.txt").write_text("")
+    refused(tmp_path, r"ptb\.valid\.txt is empty")
+    (tmp_path / "ptb.valid.txt").write_text("a\n")
+    (tmp_path / "old.test.txt").write_text("a\n")
+    refused(tmp_path, "2 files named test")
+
+
+def test_a_corpus_needs_all_parts():
+    with pytest.raises(ValueError, match="text: the valid part is empty"):
+        Corpus.of("a", "", "b")
+
+
+@pytest.mark.data
+@pytest.mark.skipif("EVENTRNN_PTB" not in os.environ, reason="EVENTRNN_PTB names no folder with the Penn Treebank text")
+def test_penn_treebank():
+    corpus = from_path(Path(os.environ["EVENTRNN_PTB"]), kind="word")
+    assert [len(part) for part in (corpus.train, corpus.valid, corpus.test)] == [929_589, 73_760, 82_430]
+    assert len(corpus.vocabulary) == 10_000
+
+
+# --- batches ------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(2, 200), st.integers(1, 7), st.integers(1, 30))
+def test_batches_walk_every_stream_once_in_order(n, batch, window):
+    symbols = np.arange(n, dtype=np.int32)
+    if n <= batch:
+        with pytest.raises(ValueError, match=f"got {n} symbols, need at least {batch + 1}"):
+            batches(symbols, batch=batch, window=window)
+        return
+    parts = list(batches(symbols, batch=batch, window=window))
+    for inputs, targets in parts:
+        assert inputs.dtype == targets.dtype == np.int32
+        assert inputs.flags.c_contiguous and targets.flags.c_contiguous
+        # The numbers count up, so what follows is one more.
+        assert np.array_equal(targets, inputs + 1)
+    assert all(inputs.shape == (window, batch) for inputs, _ in parts[:-1])
+    assert 1 <= len(parts[-1][0]) <= window
+    walked = np.concatenate([targets for _, targets in parts]).T.ravel()
+    left_out = (n - 1) % batch
+    assert np.array_equal(walked, symbols[1 : n - left_out])
+
+
+@pytest.mark.parametrize(("batch", "window"), [(0, 5), (3, 0), (-1, 5)])
+def test_batch_sizes_are_positive(batch, window):
+    with pytest.raises(ValueError, match="need sizes >= 1"):
+        batches(np.arange(50), batch=batch, window=window)
+
+
+# --- trigram model ------------------------------------------------------------------------------------------
+
+
+@st.composite
+def trigram_cases(draw):
+    size = draw(st.integers(1, 5))
+    text = st.lists(st.integers(0, size - 1), min_size=3, max_size=40)
+    return tuple(np.array(draw(text), np.int32) for _ in range(3)), size
+
+
+@given(trigram_cases())
+def test_trigram_probabilities_equal_the_definition(case):
+    (train, heldout, text), size = case
+    model = TrigramModel(train, heldout, size)
+    runs = [Counter(tuple(train[k : k + n].tolist()) for k in range(len(train) - n + 1)) for n in (1, 2, 3)]
+    before = [Counter(tuple(train[k : k + n].tolist()) for k in range(len(train) - n)) for n in (1, 2)]
+    expected = []
+    for t in range(1, len(text)):
+        a, b, c = (None if t < 2 else int(text[t - 2])), int(text[t - 1]), int(text[t])
+        pair, single = before[1][a, b], before[0][(b,)]
+        bucket = 0 if single == 0 else 1 + pair.bit_length()
+        by_model = np.array(
+            [
+                1 / size,
+                runs[0][(c,)] / len(train),
+                runs[1][b, c] / max(single, 1),
+                runs[2][a, b, c] / max(pair, 1),
+            ]
+        )
+        expected.append(model.weights[bucket] @ by_model)
+    got = model.probabilities(text)
+    # Four products and three additions, each side in its own order.
+    assert (np.abs(got - expected) <= 2 * gamma(8, U64) * np.array(expected)).all()
+
+
+@given(trigram_cases())
+def test_trigram_probabilities_add_up_to_one(case):
+    (train, heldout, _), size = case
+    model = TrigramModel(train, heldout, size)
+    for a in range(size):
+        for b in range(size):
+            total = sum(model.probabilities(np.array([a, b, c]))[1] for c in range(size))
+            # Weights are quotients of sums; each probability has 4 terms, the total 4 * size.
+            assert abs(total - 1) <= gamma(4 * size + 16, U64)
+
+
+def test_trigram_learns_what_determines_the_next_symbol():
+    # After two symbols the next is certain, after one it is not.
+    text = np.tile(np.array([0, 0, 1, 1], np.int32), 500)
+    model = TrigramModel(text, text, 2)
+    assert model.bits_per_symbol(text) < 0.02
+    noise = np.random.default_rng(0).integers(0, 2, 5000).astype(np.int32)
+    assert model.bits_per_symbol(noise) > 1
+
+
+def test_trigram_beats_lower_orders_on_the_documentation(documentation):
+    size = len(documentation.vocabulary)
+    model = TrigramModel(documentation.train, documentation.valid, size)
+    share = np.bincount(documentation.train, minlength=size) / len(documentation.train)
+    unigram = -np.log2(share[documentation.test]).mean()
+    bits = model.bits_per_symbol(documentation.test)
+    assert 2 < bits < 3 < unigram < np.log2(size)
+
+
+@pytest.mark.parametrize("symbols", [np.array([0, 1]), np.array([0, 1, 5]), np.array([0, -1, 1])])
+def test_trigram_refuses_what_it_cannot_count(symbols):
+    good = np.array([0, 1, 0])
+    with pytest.raises(ValueError, match="train: need at least 3 symbols"):
+        TrigramModel(symbols, good, 2)
+    with pytest.raises(ValueError, match="heldout: need at least 3 symbols"):
+        TrigramModel(good, symbols, 2)
+    with pytest.raises(ValueError, match="need at least 2"):
+        TrigramModel(good, good, 2).bits_per_symbol(np.array([1]))

@@ -1,0 +1,256 @@
+"""Training: gradients against the specification, masks, seeds, clipping, schedules, refusals."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from magnitudes import backward_magnitudes
+from tolerance import U32, cell_bound, gamma
+
+from eventrnn import Cell, Network, State, Surrogate, reference, simulate
+from eventrnn.cells import SURROGATES
+from eventrnn.pruning import GradualPruning
+from eventrnn.training import Model, Settings, Trainer, clip_by_norm, cosine_schedule, evaluate, kernels
+
+
+@st.composite
+def windows(draw):
+    """A model of one layer, inputs, a state and an upstream gradient."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    n, inputs = draw(st.integers(1, 37)), draw(st.integers(1, 20))
+    steps, batch = draw(st.integers(1, 6)), draw(st.integers(1, 4))
+    rule = Surrogate(draw(st.sampled_from(sorted(SURROGATES))), draw(st.sampled_from([0.5, 1.0])), draw(st.sampled_from([0.5, 2.0])))
+    cell = Cell(variant=draw(st.sampled_from(["evnn", "paper"])), surrogate=rule)
+    network = Network.random([n], inputs=inputs, rng=rng, threshold=0.1, cell=cell)
+    layer = replace(network.layers[0], bias_in=rng.normal(0, 0.5, 3 * n).astype(np.float32))
+    model = Model(replace(network, layers=(layer,)))
+    x = rng.normal(size=(steps, batch, inputs)).astype(np.float32)
+    y = (rng.random((batch, n)) * (rng.random((batch, n)) < 0.5)).astype(np.float32)
+    state = State((rng.normal(0, 0.3, (batch, n)).astype(np.float32),), (y,))
+    return model, x, state, rng.normal(size=(steps, batch, n)).astype(np.float32)
+
+
+def _reference_tapes(model, tape, cell):
+    """The float32 tape of a training window as the specification's, float64."""
+    rule, tapes = cell.surrogate, []
+    theta = model.parameters["layers.0.threshold"].astype(np.float64)
+    for t in range(len(tape.v)):
+        wide = {name: getattr(tape, name)[t].astype(np.float64) for name in ("u", "r", "g", "q", "v")}
+        event = (tape.v[t] > model.parameters["layers.0.threshold"]).astype(np.float64)
+        slope = reference.cells.surrogate_slope(rule.code, wide["v"] - theta, rule.dampening, rule.support)
+        before, after = tape.c[t].astype(np.float64), tape.c[t + 1].astype(np.float64)
+        y_before, y = tape.y[t].astype(np.float64), tape.y[t + 1].astype(np.float64)
+        tapes.append(
+            reference.Tape(wide["u"], wide["r"], wide["g"], wide["q"], before, y_before, wide["v"], event, slope, y, after)
+        )
+    return tapes
+
+
+def _float64(model):
+    names = ("w_in", "w_rec", "bias_in", "bias_rec", "threshold")
+    return {name: model.parameters[f"layers.0.{name}"].astype(np.float64) for name in names}
+
+
+@given(windows())
+def test_gradients_are_the_specification_s(case):
+    model, x, state, d_y = case
+    cell, parameters = model.cells[0], _float64(model)
+    _, _, tape = model.forward(x, state)
+    layer = tape.layers[0]
+    # Away from the corners of the surrogate, where one rounding of v may change its slope by a jump.
+    distance = np.abs(layer.v - model.parameters["layers.0.threshold"]) * cell.surrogate.support
+    d_y = d_y * (np.abs(distance - 1) > 1e-3)
+    gradients = model.backward(tape, d_y)
+    tapes = _reference_tapes(model, layer, cell)
+    upstream, nothing = d_y.astype(np.float64), np.zeros(d_y.shape)
+    expected = reference.backward(cell, parameters, x.astype(np.float64), tapes, upstream, nothing)
+    sizes = backward_magnitudes(cell, parameters, x.astype(np.float64), tapes, upstream, nothing)
+    steps, batch, n = d_y.shape
+    # A path through all steps meets, in each, a product of 3N terms and 60 scalar roundings; the slope of the
+    # surrogate is off by 16 more (its exponential and the distance); the sums over rows come last.
+    roundings = steps * (3 * n + 80) + steps * batch + len(parameters["w_in"])
+    for name, value in parameters.items():
+        error = np.abs(gradients[f"layers.0.{name}"] - expected[name])
+        jumps = _slope_error(cell, layer, model) * sizes[name].max()
+        assert (error <= gamma(roundings, U32) * sizes[name].max() + jumps).all(), name
+        assert value.shape == gradients[f"layers.0.{name}"].shape
+
+
+def _slope_error(cell, layer, model) -> float:
+    """v - threshold is rounded before the slope is taken: relative to a slope of order one, support * |v| * 2u."""
+    return float(8 * cell.surrogate.support * (np.abs(layer.v).max() + 1) * U32 * len(layer.v))
+
+
+@given(windows())
+def test_forward_steps_are_within_the_bound_of_float64(case):
+    model, x, state, _ = case
+    parameters = _float64(model)
+    _, after, tape = model.forward(x, state)
+    layer = tape.layers[0]
+    for t in range(len(x)):
+        c, y = layer.c[t].astype(np.float64), layer.y[t].astype(np.float64)
+        exact = cell_bound(model.cells[0].variant, parameters, x[t].astype(np.float64), c, y)
+        # BLAS adds in any order and the bias last: n + 1 roundings where the bound has n.
+        assert (np.abs(layer.v[t] - exact.value) <= 2 * exact.error).all()
+    assert np.array_equal(after.cells[0], layer.c[-1]) and np.array_equal(after.outputs[0], layer.y[-1])
+
+
+def test_the_trained_network_is_the_simulated_one():
+    """Training's forward pass and the exact engine are two implementations of one model."""
+    rng = np.random.default_rng(3)
+    network = Network.random([24, 17], symbols=11, embedding=9, readout=11, rng=rng, threshold=0.05)
+    symbols = rng.integers(0, 11, (20, 3))
+    output, _, tape = Model(network).forward(symbols, State.zeros(network, 3))
+    run = simulate(network, symbols, record="events")
+    for k, layer in enumerate(tape.layers):
+        assert np.array_equal(layer.y[1:] != 0, run.events[k].to_dense() != 0)
+    assert np.abs(output - run.output).max() <= gamma(17 + 20 * 80, U32) * (np.abs(run.output).max() + 1)
+
+
+def test_embedding_gradient_sums_over_equal_symbols_and_tied_readout():
+    rng = np.random.default_rng(0)
+    network = Network.random([6], symbols=5, embedding=6, tied=True, rng=rng, threshold=0.05)
+    model = Model(network)
+    symbols = rng.integers(0, 5, (4, 2))
+    output, _, tape = model.forward(symbols, State.zeros(network, 2))
+    d_output = rng.normal(size=output.shape).astype(np.float32)
+    gradient = model.backward(tape, d_output)["embedding"].astype(np.float64)
+    top = tape.top.reshape(8, 6).astype(np.float64)
+    from_readout = d_output.reshape(8, 5).astype(np.float64).T @ top
+    unused = sorted(set(range(5)) - set(symbols.ravel()))
+    assert np.abs(gradient[unused] - from_readout[unused]).max(initial=0) <= gamma(16, U32) * 8 * np.abs(d_output).max()
+    assert (np.abs(gradient - from_readout).max(axis=1)[np.unique(symbols)] > 0).any()
+
+
+def _text(n: int = 4000) -> np.ndarray:
+    return np.random.default_rng(5).integers(0, 6, n) // 2 * 2 + np.arange(n) % 2
+
+
+def _small(**changes) -> Settings:
+    return Settings(**({"steps": 12, "batch": 4, "window": 8} | changes))
+
+
+def _net(seed: int = 0, **changes) -> Network:
+    options = {"symbols": 8, "embedding": 5, "readout": 8, "threshold": 0.1} | changes
+    return Network.random([20, 16], rng=np.random.default_rng(seed), **options)
+
+
+def test_the_seed_makes_the_run():
+    runs = [Trainer(_net(), _text(), _small(dropout=0.2, seed=seed)) for seed in (7, 7, 8)]
+    for trainer in runs:
+        trainer.run()
+    first, same, other = (trainer.model.parameters for trainer in runs)
+    assert all(np.array_equal(first[name], same[name]) for name in first)
+    assert not np.array_equal(first["readout"], other["readout"])
+
+
+def test_training_learns_and_evaluates_as_the_engine_reads():
+    text = np.arange(4000) % 8
+    trainer = Trainer(_net(), text, _small(steps=400, learning_rate=1e-2))
+    reports = []
+    network = trainer.run(reports.append)
+    assert [r.step for r in reports] == list(range(1, 401))
+    assert reports[-1].bits < 0.3 < 2.5 < reports[0].bits
+    assert evaluate(network, text[:500], chunk=77) == evaluate(network, text[:500], chunk=77)
+    assert evaluate(network, text[:500]) < 0.5
+    assert 0 < reports[-1].activity < 1
+
+
+@pytest.mark.parametrize("block", [(1, 1), (2, 8), (3, 5)])
+def test_masks_stay_masks_through_the_optimiser(block):
+    pruning = GradualPruning(0.7, block, 0, 6, every=2)
+    trainer = Trainer(_net(), _text(), _small(), pruning=pruning)
+    kept = []
+    for _ in trainer:
+        for name, mask in trainer.model.masks.items():
+            assert not trainer.model.parameters[name][~mask].any(), name
+        kept.append({name: mask.copy() for name, mask in trainer.model.masks.items()})
+    for before, after in zip(kept[:-1], kept[1:], strict=True):
+        assert all((after[name] <= before[name]).all() for name in after), "a pruned weight came back"
+    for name, mask in kept[-1].items():
+        rows, columns = (-(-size // b) for size, b in zip(mask.shape, block, strict=True))
+        assert round(0.7 * rows * columns) == sum(
+            not mask[r * block[0] : (r + 1) * block[0], c * block[1] : (c + 1) * block[1]].any()
+            for r in range(rows)
+            for c in range(columns)
+        )
+        assert trainer.model.parameters[name][mask].all()
+
+
+def test_dropout_is_shared_over_time_and_keeps_the_mean():
+    network = _net()
+    model, rng = Model(network), np.random.default_rng(1)
+    _, _, tape = model.forward(_text(40).reshape(10, 4), State.zeros(network, 4), dropout=0.5, rng=rng)
+    mask = tape.layers[1].dropped
+    assert mask.shape == (4, 20) and set(np.unique(mask)) == {0.0, 2.0}
+    assert np.array_equal(tape.layers[1].x, tape.layers[0].y[1:] * mask)
+    with pytest.raises(ValueError, match="rng"):
+        model.forward(_text(40).reshape(10, 4), State.zeros(network, 4), dropout=0.5)
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 2**32 - 1))
+def test_softmax_cross_entropy(size, rows, seed):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 3, (rows, size)).astype(np.float32)
+    targets = rng.integers(0, size, rows)
+    gradient = np.empty(rows * size, np.float32)
+    total = kernels.softmax_cross_entropy(rows, size, logits.ravel(), targets, 0.5, gradient)
+    wide = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    share = wide / wide.sum(axis=1, keepdims=True)
+    # exp is off by 1 ulp and its argument, up to 30, by half of one more: relative 32 u; then two roundings.
+    bound = gamma(36 + size, U32)
+    assert abs(total + np.log(share[np.arange(rows), targets]).sum()) <= rows * bound * 2
+    share[np.arange(rows), targets] -= 1
+    assert np.abs(gradient.reshape(rows, size) - 0.5 * share).max() <= bound
+
+
+def test_adamw_follows_its_definition():
+    rng = np.random.default_rng(0)
+    value, gradient = rng.normal(size=9).astype(np.float32), rng.normal(size=9).astype(np.float32)
+    from eventrnn.training import AdamW
+
+    parameters = {"w": value.copy(), "x.bias": value.copy(), "layers.0.threshold": np.abs(value)}
+    optimiser = AdamW(parameters, betas=(0.5, 0.75), epsilon=0.125, weight_decay=0.25)
+    optimiser.step(parameters, dict.fromkeys(parameters, gradient), 0.5)
+    step = gradient.astype(np.float64) / (np.abs(gradient.astype(np.float64)) + 0.125)
+    bound = gamma(16, U32) * (1 + np.abs(value))
+    assert (np.abs(parameters["w"] - (value - 0.5 * (step + 0.25 * value))) <= bound).all()
+    assert (np.abs(parameters["x.bias"] - (value - 0.5 * step)) <= bound).all(), "biases are not decayed"
+    assert (parameters["layers.0.threshold"] >= 0).all()
+
+
+def test_clipping_and_schedule():
+    gradients = {"a": np.array([3.0], np.float32), "b": np.array([[4.0]], np.float32)}
+    assert clip_by_norm(gradients, 10.0) == 5.0 and gradients["a"][0] == 3.0
+    assert clip_by_norm(gradients, 0.5) == 5.0
+    assert np.hypot(gradients["a"][0], gradients["b"][0, 0]) <= 0.5 * (1 + gamma(4, U32))
+    rate = cosine_schedule(1.0, 100, constant=0.3, final=0.02)
+    assert [rate(0), rate(30)] == [1.0, 1.0] and math.isclose(rate(100), 0.02)
+    assert all(rate(k + 1) <= rate(k) for k in range(100))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"steps": 0}, {"batch": 0}, {"window": -1}, {"learning_rate": 0.0}, {"clip": math.nan}, {"dropout": 1.0}, {"seed": -1}],
+)
+def test_settings_refuse(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        _small(**change)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="too few"):
+        Trainer(_net(), _text(30), _small())
+    with pytest.raises(ValueError, match="embedding"):
+        Trainer(Network.random([4], inputs=3, rng=np.random.default_rng(0)), _text(), _small())
+    with pytest.raises(ValueError, match="larger than the matrix"):
+        Trainer(_net(), _text(), _small(), pruning=GradualPruning(0.5, (1, 64), 0, 5))
+    with pytest.raises(ValueError, match="at least 2"):
+        evaluate(_net(), np.zeros(1, int))
+    trainer = Trainer(_net(), _text(), _small())
+    trainer.model.parameters["readout"][:] = np.inf
+    with np.errstate(all="ignore"), pytest.raises(FloatingPointError, match="step 1"):
+        trainer.step()

@@ -1,0 +1,182 @@
+"""Every tolerance of the test suite, with its derivation. Exact tiers have none: they compare with `==`.
+
+Notation: u is the unit roundoff of the format. A sum of n fused multiply-adds, or of n products and n additions of
+magnitudes that add up to S, is off by at most gamma(n) S, gamma(n) = n u / (1 - n u) (Higham 2002, section 3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from eventrnn import cells
+
+U32, U64 = 2.0**-24, 2.0**-53
+# Half the spacing of subnormal float32: what a result below the normal range may be off by, whatever its size.
+TINY32 = 2.0**-126
+
+
+def gamma(n: int, u: float) -> float:
+    """Relative error of a chain of n roundings."""
+    return n * u / (1 - n * u)
+
+
+# --- fixed numbers ------------------------------------------------------------------------------------------
+
+#: Recorded runs of the published code, float64. A gradient adds up at most 25 steps of sums over 48 inputs and a sum
+#: over 100 rows: 1,300 roundings, gamma = 1.44e-13. Magnitudes in these sums add to below 7.
+GOLDEN = 1e-12
+
+#: A step worked by hand, float64: under 64 roundings of numbers below 4, the constants (logarithms) included.
+HAND_WORKED = 4 * gamma(64, U64)
+
+#: The float64 functions of the C library, which stand in for exact values where there are millions, are off by less
+#: than an ulp of float64, which is 2^-29 ulp of float32.
+LIBM_ULP = 2.0**-29
+
+#: Bytes that a stream of 8,000 steps may add. An object kept a step, the smallest being 16 bytes, would add 128,000.
+STREAM_BYTES = 16_000
+
+#: At most this share of units may lie so close to their threshold that rounding could move the event.
+INSIDE_MARGIN = 0.01
+
+#: The bound on v must be able to tell something: 1e-4 is a 1,000th of a typical threshold. With 160 terms of magnitudes
+#: adding up to about 20 it should be some gamma(160) 20 = 2e-4 / 4, the slope of a sigmoid.
+SHARPEST_MARGIN = 1e-4
+
+#: Average activity of drawn networks: some units fire, some do not, far from both ends.
+ACTIVITY_RANGE = (0.1, 0.9)
+
+
+def sample_mean(n: int, deviation: float = 0.5) -> float:
+    """Five deviations of the mean of n draws; numbers within [0, 1] or a narrower range deviate by at most 0.5."""
+    return 5 * deviation / np.sqrt(n)
+
+
+def torch_gru(n: int, steps: int) -> float:
+    """float64 GRU of n units against torch, whose products sum in another order.
+
+    The test draws recurrent weights whose magnitudes add to at most 1 a gate row, and outputs stay within [-1, 1].
+    Then a step, as a function of h, stretches an error by at most 3: u <= 1 directly, |h - g| / 4 <= 1/2 through u,
+    and r + |rec_g| / 4 <= 3/2 through the candidate, rec_g within [-2, 2]. A step adds at most gamma(2n + 16) 8: sums
+    of magnitude below 8 in no more than 2n + 16 roundings. Over the steps this adds up to less than
+    """
+    return 3.0**steps * gamma(2 * n + 16, U64) * 8
+
+
+# --- float32 against float64 --------------------------------------------------------------------------------
+
+
+def drive_bound(weights: np.ndarray, values: np.ndarray, bias: np.ndarray, u: float = U32) -> np.ndarray:
+    """Error of one drive: gamma_n (|b| + sum |w| |x|), n the number of terms and one for a bias added at the end.
+
+    weights (J, P), values (B, J), bias (P,) -> (B, P). In any order of summation. Twice gamma of u64 covers the float64
+    sum that it is compared with, and this one.
+    """
+    size = np.abs(bias) + np.abs(values).astype(np.float64) @ np.abs(weights).astype(np.float64)
+    n = len(weights) + 1
+    return (gamma(n, u) + 2 * gamma(n, U64)) * size
+
+
+@dataclass(frozen=True)
+class Running:
+    """A value known in float64 and a bound on the error of its float32 twin (running error analysis, Higham 3.3).
+
+    Every operation adds the roundoff of its float32 result, u (|value| + error); float64's own is below u 2^-28 and
+    goes under in a factor of 1 + 2^-20.
+    """
+
+    value: np.ndarray
+    error: np.ndarray | float = 0.0
+
+    def rounded(self, by: float = U32) -> Running:
+        return Running(self.value, (self.error + by * (np.abs(self.value) + self.error) + TINY32) * (1 + 2.0**-20))
+
+    def exact_sum(self, other: Running) -> Running:
+        return Running(self.value + other.value, self.error + other.error)
+
+    def exact_product(self, other: Running) -> Running:
+        error = np.abs(self.value) * other.error + np.abs(other.value) * self.error + self.error * other.error
+        return Running(self.value * other.value, error)
+
+    def __add__(self, other: Running) -> Running:
+        return self.exact_sum(other).rounded()
+
+    def __sub__(self, other: Running) -> Running:
+        return self + Running(-other.value, other.error)
+
+    def __mul__(self, other: Running) -> Running:
+        return self.exact_product(other).rounded()
+
+    def fma(self, other: Running, addend: Running) -> Running:
+        return self.exact_product(other).exact_sum(addend).rounded()
+
+    # An ulp is at most 2 u of the value. The slopes of sigmoid and tanh are at most 1/4 and 1.
+    def sigmoid(self) -> Running:
+        through = Running(1 / (1 + np.exp(-self.value)), self.error / 4)
+        return through.rounded(2 * U32 * cells.ULP["sigmoid"])
+
+    def tanh(self) -> Running:
+        return Running(np.tanh(self.value), self.error).rounded(2 * U32 * cells.ULP["tanh"])
+
+
+def _drive(weights, values: Running, bias) -> Running:
+    total = bias + values.value @ weights
+    inherited = values.error @ np.abs(weights) if np.ndim(values.error) else 0.0
+    size = np.abs(values.value) + values.error
+    return Running(total, drive_bound(weights, size, bias) + inherited)
+
+
+def cell_bound(variant: str, parameters: dict, x: np.ndarray, c: np.ndarray, y: np.ndarray) -> Running:
+    """One step from a common state: v in float64, and how far float32 may be from it. All arrays float64."""
+    n = len(parameters["threshold"])
+    w_rec, bias_rec = parameters["w_rec"], parameters["bias_rec"]
+    one = Running(np.ones_like(c))
+    drive_in = _drive(parameters["w_in"], Running(x), parameters["bias_in"])
+    gates = [Running(drive_in.value[:, k : k + n], drive_in.error[:, k : k + n]) for k in (0, n, 2 * n)]
+    drive_rec = _drive(w_rec, Running(y), bias_rec)
+    rec = [Running(drive_rec.value[:, k : k + n], drive_rec.error[:, k : k + n]) for k in (0, n, 2 * n)]
+    u, r = (gates[0] + rec[0]).sigmoid(), (gates[1] + rec[1]).sigmoid()
+    if variant == "evnn":
+        g = r.fma(rec[2], gates[2]).tanh()
+        return u.fma(Running(c), (one - u) * g)
+    sent = r * Running(y)
+    g = (gates[2] + _drive(w_rec[:, 2 * n :], sent, bias_rec[2 * n :])).tanh()
+    return u.fma(Running(c), (one - u) * g) - Running(y)
+
+
+# --- finite differences -------------------------------------------------------------------------------------
+
+
+#: Step of a central difference, relative to numbers of order 1: about u64^(1/3), where truncation and roundoff balance.
+DIFFERENCE_STEP = 2.0**-17
+
+
+@dataclass(frozen=True)
+class Slope:
+    """A derivative by central differences and a bound on its error."""
+
+    value: np.ndarray
+    bound: np.ndarray
+
+
+def central_difference(function: Callable[[float], np.ndarray], size: float, roundings: int) -> Slope:
+    """Derivative at 0 of a function evaluated in float64, three times differentiable within two steps of 0.
+
+    With D(h) = (f(h) - f(-h)) / 2h, D(h) = f' + k h^2 + O(h^4), so that D(2h) - D(h) = 3 k h^2: the truncation error of
+    D(h) is a third of the difference; we allow the whole, which leaves room for the next term. Roundoff: each
+    evaluation is off by gamma(roundings) `size`, `size` the sum of the magnitudes that f adds up; two of them over 2h,
+    in both D(h) and the difference. A function with a kink within the two steps has a large difference and so
+    a useless bound: `sharp` tells.
+    """
+    h = DIFFERENCE_STEP
+    once = (function(h) - function(-h)) / (2 * h)
+    twice = (function(2 * h) - function(-2 * h)) / (4 * h)
+    return Slope(once, np.abs(twice - once) + 3 * gamma(roundings, U64) * size / h)
+
+
+def sharp(slope: Slope, size: float) -> bool:
+    """Whether the bound could tell a wrong derivative: below a 10,000th of the function's size."""
+    return bool(np.all(slope.bound < size / 10_000))
