@@ -132,6 +132,8 @@ class Engine(Protocol):
 
 
 class Backend(Protocol):
+    """Makes engines. `exact` backends all give the same bits; the others are close, and say so."""
+
     name: str
     exact: bool
 

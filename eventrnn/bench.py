@@ -20,11 +20,9 @@ from eventrnn.backend import State
 from eventrnn.cells import Cell
 from eventrnn.cpu import CpuEngine
 from eventrnn.events import Events
-from eventrnn.jit import compiled
 from eventrnn.network import Layer, Network, simulate
 from eventrnn.observe import count
-from eventrnn.packing import BLOCKS, INDEX, KIND, PITCH, POINTERS, ROWS, SCATTER, VALUES, WIDTH
-from eventrnn.simd import LANES, load
+from eventrnn.traverse import read_rows
 from eventrnn.weights import Weights, check_block, convert
 
 RIVALS = ("torch", "torch-step", "blas", "none")
@@ -59,9 +57,7 @@ def random_network(
 
     zeros = np.zeros(3 * hidden, np.float32)
     cell = Cell(variant=variant)
-    layer = [
-        Layer(weights(), weights(), zeros, zeros, np.zeros(hidden, np.float32), cell) for _ in range(layers)
-    ]
+    layer = [Layer(weights(), weights(), zeros, zeros, np.zeros(hidden, np.float32), cell) for _ in range(layers)]
     return Network(tuple(layer))
 
 
@@ -108,7 +104,13 @@ def inference(
     `against` runs the dense rival of the same size right after each of ours. Raises RuntimeError when the weight
     bytes per second exceed what the probe could read.
     """
-    for name, value in (("hidden", hidden), ("layers", layers), ("batch", batch), ("threads", threads), ("steps", steps)):
+    for name, value in (
+        ("hidden", hidden),
+        ("layers", layers),
+        ("batch", batch),
+        ("threads", threads),
+        ("steps", steps),
+    ):
         if value < 1:
             raise ValueError(f"{name}: got {value}, need a whole number >= 1")
     if repeats < 3:
@@ -223,39 +225,6 @@ def _rival(name: str, network: Network, inputs: Events, threads: int) -> Callabl
     return sequence if name == "torch" else stepwise
 
 
-@compiled
-def read_rows(matrix, values, index, pointers, indptr, ids, start, stop):
-    """Sum of the weights in the rows of events `indptr[start]` to `indptr[stop]`: every byte read, no more done."""
-    v0, i0, p0 = matrix[VALUES], matrix[INDEX], matrix[POINTERS]
-    total = load(values, 0)
-    checksum = 0
-    for e in range(indptr[start], indptr[stop]):
-        j = ids[e]
-        if matrix[KIND] == ROWS:
-            first, last = v0 + j * matrix[PITCH], v0 + j * matrix[PITCH] + matrix[WIDTH]
-        elif matrix[KIND] == SCATTER:
-            first, last = v0 + pointers[p0 + j], v0 + pointers[p0 + j + 1]
-            for k in range(i0 + pointers[p0 + j], i0 + pointers[p0 + j + 1]):
-                checksum += index[k]
-        else:
-            blocks = pointers[p0 + 3 * j + 1] - pointers[p0 + 3 * j]
-            first, last = v0 + pointers[p0 + 3 * j + 2], v0 + pointers[p0 + 3 * j + 2] + blocks * matrix[WIDTH]
-            if matrix[KIND] == BLOCKS:
-                for k in range(i0 + pointers[p0 + 3 * j], i0 + pointers[p0 + 3 * j + 1]):
-                    checksum += index[k]
-        second = total
-        third, fourth = total, total
-        for k in range(first, last - 4 * LANES + 1, 4 * LANES):
-            total = total + load(values, k)
-            second = second + load(values, k + LANES)
-            third = third + load(values, k + 2 * LANES)
-            fourth = fourth + load(values, k + 3 * LANES)
-        for k in range(first + (last - first) // (4 * LANES) * 4 * LANES, last, LANES):
-            total = total + load(values, k)
-        total = (total + second) + (third + fourth)
-    return total > load(values, 0), checksum
-
-
 def _probe(engine: CpuEngine, network: Network, inputs, events, batch: int) -> Callable[[], object]:
     """Reads the rows that the run reads, in its order: a chunk of inputs, then the chunk's recurrent steps."""
     engine._scratch(batch)
@@ -273,14 +242,9 @@ def _probe(engine: CpuEngine, network: Network, inputs, events, batch: int) -> C
             for matrix, indptr, ids in senders:
                 table = engine.matrices[part, matrix]
                 stop = min(start + chunk, rows)
-                _read(table, engine.values, engine.index, engine.pointers, indptr, ids, start, stop)
+                read_rows(table, engine.values, engine.index, engine.pointers, indptr, ids, start, stop)
 
     return lambda: list(pool.map(share, range(engine.parts)))
-
-
-@compiled
-def _read(matrix, values, index, pointers, indptr, ids, start, stop):
-    read_rows(matrix, values, index, pointers, indptr, ids, start, stop)
 
 
 def device() -> str:

@@ -244,9 +244,9 @@ LOBE_HEIGHT, LOBE_WIDTH = F32(0.15), F32(6.0)  # Yin, Corradi and Bohte 2021, h 
 def surrogate_slope(kind, distance, dampening, support):
     """Derivative given to the event at `distance = v - threshold`.
 
-    `dampening` is the height at the threshold (1.15 of it less the lobes for `multi_gaussian`), `1 / support` the width. `triangle`
-    (EGRU, default 0.7 and 1.0): `dampening * max(0, 1 - support * |distance|)`; `fast_sigmoid` (Zenke and
-    Ganguli 2018); `arctan` (Fang et al. 2021); `gaussian`; `multi_gaussian` (Yin et al. 2021); `boxcar`;
+    `dampening` is the height at the threshold (1.15 of it less the lobes for `multi_gaussian`), `1 / support` the
+    width. `triangle` (EGRU, default 0.7 and 1.0): `dampening * max(0, 1 - support * |distance|)`; `fast_sigmoid`
+    (Zenke and Ganguli 2018); `arctan` (Fang et al. 2021); `gaussian`; `multi_gaussian` (Yin et al. 2021); `boxcar`;
     `straight_through` (Bengio et al. 2013; no width).
     """
     z = support * distance

@@ -10,9 +10,8 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -30,7 +29,7 @@ bench_app = typer.Typer(rich_markup_mode=None, help="Measure speed, both sides i
 app.add_typer(bench_app, name="bench")
 
 # What typer raises for options it cannot parse; the class has moved between releases, its subclass has not.
-UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]  # type: ignore[assignment]
+UsageError: Any = typer.BadParameter.__mro__[1]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
@@ -89,6 +88,7 @@ def train(
     window: Annotated[int, typer.Option(help="Time steps a window.")] = 64,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW, before its decay.")] = 6e-3,
     weight_decay: Annotated[float, typer.Option(help="Decoupled.")] = 0.01,
+    activity_cost: Annotated[float, typer.Option(help="Weight of the mean output in the loss; quietens units.")] = 0.0,
     dropout: Annotated[float, typer.Option(help="Between layers and before the read-out.")] = 0.0,
     seed: Seed = 0,
     force: Force = False,
@@ -97,7 +97,10 @@ def train(
     """Train a network to predict the next symbol of a text."""
     from eventrnn.training import Settings, Trainer, evaluate
 
-    settings = Settings(steps, batch, window, learning_rate, weight_decay, 1.0, dropout, seed)
+    settings = Settings(
+        steps=steps, batch=batch, window=window, learning_rate=learning_rate, weight_decay=weight_decay,
+        activity_cost=activity_cost, dropout=dropout, seed=seed,
+    )  # fmt: skip
     cell = Cell(variant=variant)
     _writable_file(out, force)
     corpus = _corpus(text, kind, vocabulary)
@@ -115,7 +118,9 @@ def train(
     )
     trainer = Trainer(network, corpus.train, settings)
     with _progress() as report:
-        trained = trainer.run(lambda p: report("training", p.step, steps, f"{p.bits:.3f} bits, activity {p.activity:.1%}"))
+        trained = trainer.run(
+            lambda p: report("training", p.step, steps, f"{p.bits:.3f} bits, activity {p.activity:.1%}")
+        )
     io.save(trained, out, overwrite=force)
     figures = {"bits_per_symbol_valid": evaluate(trained, corpus.valid), "symbols": symbols, "steps": steps}
     _show(f"wrote {out}", figures | {"parameters": sum(p.size for p in trainer.model.parameters.values())}, as_json)
@@ -145,10 +150,14 @@ def prune(
     if steps:
         corpus_train, corpus_valid = (_encoded(network, text, part) for part in ("train", "valid"))
         gradual = pruning.GradualPruning(sparsity, r_c, 0, max(1, steps // 2), scope=scope)
-        trainer = Trainer(network, corpus_train, Settings(steps=steps, learning_rate=learning_rate, seed=seed), pruning=gradual)
+        trainer = Trainer(
+            network, corpus_train, Settings(steps=steps, learning_rate=learning_rate, seed=seed), pruning=gradual
+        )
         before = evaluate(network, corpus_valid)
         with _progress() as report:
-            tuned = trainer.run(lambda p: report("pruning", p.step, steps, f"{p.bits:.3f} bits, {p.sparsity:.0%} pruned"))
+            tuned = trainer.run(
+                lambda p: report("pruning", p.step, steps, f"{p.bits:.3f} bits, {p.sparsity:.0%} pruned")
+            )
         masked = trainer.model.masks
         pruned = tuned.with_matrices(
             {n: pruning.compress(w.to_dense(), r_c) for n, w in tuned.matrices().items() if n in masked}
@@ -215,16 +224,23 @@ def count(
     simulation = simulate(network, _encoded(network, text, part)[:symbols, None], record="events")
     counts = observe.count(network, simulation)
     audit = observe.audit(network, simulation, counts)
-    record = counts.as_dict() | {"reduction": counts.reduction, "audit_agrees": audit.agrees, "energy": observe.energy(counts)}
+    record = counts.as_dict() | {
+        "reduction": counts.reduction,
+        "audit_agrees": audit.agrees,
+        "energy": observe.energy(counts),
+    }
     if as_json:
         print(json.dumps(record))
         return
     columns = ("dense", "effective", "executed", "graded", "binary", "weight_bytes")
     table = Table("matrix", *columns, title=f"operations of {counts.steps} steps ({observe.NOTE})")
-    for name, row in (counts.matrices | {"total": counts.total}).items():
+    for name, row in {**counts.matrices, "total": counts.total}.items():
         table.add_row(name, *(f"{getattr(row, column):,}" for column in columns))
     Console().print(table)
-    print(f"element-wise {sum(counts.gate_ops):,}, state bytes {sum(counts.state_bytes):,}, dense / effective {counts.reduction:.1f}")
+    print(
+        f"element-wise {sum(counts.gate_ops):,}, state bytes {sum(counts.state_bytes):,}, "
+        f"dense / effective {counts.reduction:.1f}"
+    )
     print(audit)
 
 
@@ -236,7 +252,9 @@ def inference(
     activity: Annotated[float, typer.Option(help="Share of units that fire; thresholds are set to reach it.")] = 0.1,
     sparsity: Annotated[float, typer.Option(help="Share of blocks or weights left out.")] = 0.9,
     format: Annotated[str, typer.Option(help=f"Weight format: {', '.join(FORMATS)}.")] = "block",
-    block: Annotated[str | None, typer.Option("--block", metavar="RxC", help="Block of the block format. [1x64]")] = None,
+    block: Annotated[
+        str | None, typer.Option("--block", metavar="RxC", help="Block of the block format. [1x64]")
+    ] = None,
     variant: Annotated[str, typer.Option(help="Equations: evnn or paper.")] = "evnn",
     threads: Threads = 1,
     against: Annotated[str, typer.Option(help="Rival: torch (nn.GRU), torch-step, blas or none.")] = "torch",
@@ -269,7 +287,10 @@ def info(
             name: f"{w.name} {w.shape[0]}x{w.shape[1]}, {w.nnz:,} weights ({w.nnz / (w.shape[0] * w.shape[1]):.1%})"
             for name, w in network.matrices().items()
         }
-        cells = {f"layers.{k}": f"{layer.cell.name}/{layer.cell.variant}, {layer.units} units" for k, layer in enumerate(network.layers)}
+        cells = {
+            f"layers.{k}": f"{layer.cell.name}/{layer.cell.variant}, {layer.units} units"
+            for k, layer in enumerate(network.layers)
+        }
         _show(str(model), cells | shapes | {"bytes": model.stat().st_size}, as_json)
         return
     from eventrnn import bench
@@ -298,7 +319,11 @@ def convert_command(
     }
     converted = network.with_matrices(changed)
     io.save(converted, out, overwrite=force)
-    _show(f"wrote {out}", {"format": to, "bytes": out.stat().st_size, "weights": sum(w.nnz for w in changed.values())}, as_json)
+    _show(
+        f"wrote {out}",
+        {"format": to, "bytes": out.stat().st_size, "weights": sum(w.nnz for w in changed.values())},
+        as_json,
+    )
 
 
 def main() -> None:
@@ -396,7 +421,7 @@ def _arrays(path: Path) -> Mapping[str, np.ndarray]:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int, str], None]]:
-    """Bars on a terminal's stderr, a line every tenth of the work elsewhere; yields `report(stage, done, total, note)`."""
+    """Yields `report(stage, done, total, note)`: bars on a terminal's stderr, a line a tenth of the work elsewhere."""
     console = Console(stderr=True)
     if not console.is_terminal:
         tenths: dict[str, int] = {}

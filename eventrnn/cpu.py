@@ -17,42 +17,10 @@ import numpy as np
 from eventrnn import cells
 from eventrnn.backend import Feed, FireCounts, State, Trace
 from eventrnn.jit import compiled
-from eventrnn.packing import (
-    BLOCKS,
-    FIELDS,
-    HIGH,
-    INDEX,
-    KIND,
-    LOW,
-    PITCH,
-    POINTERS,
-    ROWS,
-    SCATTER,
-    VALUES,
-    WIDTH,
-    Pools,
-    aligned_zeros,
-    pack,
-    window_edges,
-)
-from eventrnn.rows import (
-    SPINS_BEFORE_YIELD,
-    TILE,
-    atomic_add,
-    atomic_load,
-    pause,
-    yield_core,
-    add_rows_1,
-    add_rows_2,
-    add_rows_4,
-    add_rows_8,
-    add_rows_tile,
-    add_scaled_16,
-    add_scaled_32,
-    add_scaled_64,
-    prefetch,
-)
+from eventrnn.packing import FIELDS, HIGH, LOW, Pools, aligned_zeros, pack, window_edges
+from eventrnn.rows import SPINS_BEFORE_YIELD, atomic_add, atomic_load, pause, yield_core
 from eventrnn.simd import LANES, bits, load, lowest_bit, store
+from eventrnn.traverse import propagate
 
 if TYPE_CHECKING:
     from eventrnn.network import Network
@@ -63,92 +31,6 @@ UNITS, IN, REC, REC_GATED, BIAS_IN, BIAS_REC, UNIT_0 = range(7)
 # A chunk's input drives should fit a share of the L2 cache.
 CHUNK_BYTES = 1 << 19
 LONGEST_CHUNK = 64
-
-
-@compiled
-def propagate(matrix, values, index, pointers, ids, sent, first, count, drive, at):
-    """drive[at + i] += weight[j, i] * sent of every event j, ascending j, one FMA a term, over a matrix window.
-
-    Events are `ids[first:first + count]` with values `sent`. Reads only the rows of those units.
-    """
-    low = matrix[LOW]
-    v0, i0, p0 = matrix[VALUES], matrix[INDEX], matrix[POINTERS]
-    if matrix[KIND] == ROWS:
-        _propagate_rows(matrix, values, ids, sent, first, count, drive, at + low)
-    elif matrix[KIND] == SCATTER:
-        for e in range(first, first + count):
-            value = sent[e]
-            for k in range(pointers[p0 + ids[e]], pointers[p0 + ids[e] + 1]):
-                target = at + index[i0 + k]
-                drive[target] = cells.fma(values[v0 + k], value, drive[target])
-    elif matrix[KIND] == BLOCKS:
-        _propagate_blocks(matrix, values, index, pointers, ids, sent, first, count, drive, at)
-    else:
-        for e in range(first, first + count):
-            unit = p0 + 3 * ids[e]
-            begin, end, start = pointers[unit], pointers[unit + 1], v0 + pointers[unit + 2]
-            for k in range(begin, end):
-                target, width = at + index[i0 + 2 * k], index[i0 + 2 * k + 1]
-                whole = width // LANES * LANES
-                for i in range(0, whole, LANES):
-                    add_scaled_16(drive, target + i, values, start + i, sent[e])
-                for i in range(whole, width):
-                    drive[target + i] = cells.fma(values[start + i], sent[e], drive[target + i])
-                start += width
-
-
-@compiled
-def _propagate_rows(matrix, values, ids, sent, first, count, drive, at):
-    """Dense rows: a register tile of outputs walks the events, then the next tile."""
-    width, pitch = matrix[WIDTH], matrix[PITCH]
-    start = matrix[VALUES]
-    left = width // LANES
-    while left >= TILE:
-        add_rows_tile(drive, at, values, start, pitch, ids, sent, first, count)
-        left, at, start = left - TILE, at + TILE * LANES, start + TILE * LANES
-    if left >= 8:
-        add_rows_8(drive, at, values, start, pitch, ids, sent, first, count)
-        left, at, start = left - 8, at + 8 * LANES, start + 8 * LANES
-    if left >= 4:
-        add_rows_4(drive, at, values, start, pitch, ids, sent, first, count)
-        left, at, start = left - 4, at + 4 * LANES, start + 4 * LANES
-    if left >= 2:
-        add_rows_2(drive, at, values, start, pitch, ids, sent, first, count)
-        left, at, start = left - 2, at + 2 * LANES, start + 2 * LANES
-    if left >= 1:
-        add_rows_1(drive, at, values, start, pitch, ids, sent, first, count)
-
-
-@compiled
-def _propagate_blocks(matrix, values, index, pointers, ids, sent, first, count, drive, at):
-    """Blocks: one unit's values lie together; the drive stays in L1."""
-    v0, i0, p0 = matrix[VALUES], matrix[INDEX], matrix[POINTERS]
-    c = matrix[WIDTH]
-    for e in range(first, first + count):
-        unit, upcoming = p0 + 3 * ids[e], p0 + 3 * ids[min(e + 1, first + count - 1)]
-        begin, end, start = pointers[unit], pointers[unit + 1], v0 + pointers[unit + 2]
-        value = sent[e]
-        ahead = v0 + pointers[upcoming + 2]
-        for k in range(0, (pointers[upcoming + 1] - pointers[upcoming]) * c, LANES):
-            prefetch(values, ahead + k)
-        if c == 64:
-            for k in range(begin, end):
-                add_scaled_64(drive, at + index[i0 + k], values, start, value)
-                start += 64
-        elif c == 32:
-            for k in range(begin, end):
-                add_scaled_32(drive, at + index[i0 + k], values, start, value)
-                start += 32
-        elif c == 16:
-            for k in range(begin, end):
-                add_scaled_16(drive, at + index[i0 + k], values, start, value)
-                start += 16
-        else:
-            for k in range(begin, end):
-                target = at + index[i0 + k]
-                for i in range(c):
-                    drive[target + i] = cells.fma(values[start + i], value, drive[target + i])
-                start += c
 
 
 @compiled
@@ -318,7 +200,9 @@ def run(
                 if layer == 0:
                     source = row_of[t0 * batch + k]
                     first, end = feed_indptr[source], feed_indptr[source + 1]
-                    propagate(w_in, values, index, pointers, feed_ids, feed_sent, first, end - first, drive_in, k * pitch)
+                    propagate(
+                        w_in, values, index, pointers, feed_ids, feed_sent, first, end - first, drive_in, k * pitch
+                    )
                 else:
                     row = below + batch + k
                     for q in range(parts):
@@ -342,8 +226,12 @@ def run(
                         start_from(biases, layers[layer, BIAS_REC], w_gated, drive_rec, b * pitch)
                         for q in range(parts):
                             first, count = row * widest + edges[layer, q], counts[row * parts + q]
-                            gate_events(n, drive_in, a, drive_rec, b * pitch, ids, sent, first, count, gated_ids, gated, at)
-                            propagate(w_gated, values, index, pointers, gated_ids, gated, at, count, drive_rec, b * pitch)
+                            gate_events(
+                                n, drive_in, a, drive_rec, b * pitch, ids, sent, first, count, gated_ids, gated, at
+                            )
+                            propagate(
+                                w_gated, values, index, pointers, gated_ids, gated, at, count, drive_rec, b * pitch
+                            )
                     target = wait(barrier, parts, target)
 
                 for b in range(batch):

@@ -61,7 +61,7 @@ def run(folder: Path, settings: DemoSettings, report: Report = lambda stage, don
     before = evaluate(dense_trained, corpus.test)
 
     pruning = GradualPruning(
-        settings.sparsity, settings.block, 0, settings.pruning_steps // 2, every=10, scope="global"
+        settings.sparsity, settings.block, 0, settings.pruning_steps // 2, every=10, scope="global", statistic="l2"
     )
     tuning = replace(common, steps=settings.pruning_steps, seed=settings.seed + 1)
     trainer = Trainer(dense_trained, corpus.train, tuning, pruning=pruning)
@@ -75,7 +75,9 @@ def run(folder: Path, settings: DemoSettings, report: Report = lambda stage, don
     twin = simulate(pruned.dense(), stream, record=("events", "states"))
     head = stream[:REFERENCE_STEPS]
     by_reference = simulate(pruned, head, backend="reference", record=("events", "states"))
-    identical = _identical(simulation, twin) and _identical(simulate(pruned, head, record=("events", "states")), by_reference)
+    identical = _identical(simulation, twin) and _identical(
+        simulate(pruned, head, record=("events", "states")), by_reference
+    )
 
     counts = observe.count(pruned, simulation)
     audit = observe.audit(pruned, simulation, counts)
@@ -137,7 +139,9 @@ def _reporting(report: Report, stage: str, total: int) -> Callable[[Progress], N
 def _identical(a, b) -> bool:
     """Bits of events and cells; the read-out follows."""
     events = all(
-        np.array_equal(x.indptr, y.indptr) and np.array_equal(x.indices, y.indices) and np.array_equal(x.values, y.values)
+        np.array_equal(x.indptr, y.indptr)
+        and np.array_equal(x.indices, y.indices)
+        and np.array_equal(x.values, y.values)
         for x, y in zip(a.events, b.events, strict=True)
     )
     return events and all(np.array_equal(x, y) for x, y in zip(a.states, b.states, strict=True))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numba
 from numba.core import caching
@@ -46,14 +47,12 @@ class _PackageCache(caching.FunctionCache):
     _impl_class = _PackageCacheImpl
 
 
-def compiled(function):
+def compiled(function) -> Any:
     """`numba.njit`, releasing the GIL, cached on disk until any file of the package changes."""
     # The NumPy error model: Python's checks every division for zero, which stops the vectoriser.
     dispatcher = numba.njit(nogil=True, error_model="numpy")(function)
     dispatcher._cache = _PackageCache(function)
     return dispatcher
-
-
 
 
 for _rule in (

@@ -205,7 +205,9 @@ class Network:
         out = None
         if tied:
             if table is None or readout not in (None, symbols) or table.shape[1] != units[-1]:
-                raise ValueError("tied: needs symbols, an embedding as wide as the last layer and no other readout size")
+                raise ValueError(
+                    "tied: needs symbols, an embedding as wide as the last layer and no other readout size"
+                )
             out = Readout(Dense(np.ascontiguousarray(table.T)), np.zeros(len(table), np.float32), tied=True)
         elif readout is not None:
             out = Readout(Dense(_xavier(rng, units[-1], readout)), np.zeros(readout, np.float32))
@@ -251,7 +253,8 @@ class Network:
             raise ValueError(f"inputs: got symbol {array[tuple(bad)]} at {tuple(map(int, bad))}; need 0..{symbols - 1}")
         table = self._symbol_events
         rows = np.ascontiguousarray(array, np.int64).ravel()
-        return Feed(table.indptr, table.indices, table.values, rows, array.shape[0], array.shape[1], size)
+        steps, batch = map(int, array.shape)
+        return Feed(table.indptr, table.indices, table.values, rows, steps, batch, size)
 
 
 @dataclass(frozen=True)

@@ -67,10 +67,12 @@ def aligned_zeros(size: int, dtype) -> np.ndarray:
 
 
 def window_edges(weights: Weights, start: int, stop: int, parts: int) -> list[int]:
-    """Cut the columns `start` to `stop` into `parts` windows that split no vector and no block."""
-    grain = weights.block[1] if isinstance(weights, BlockCSR) else LANES
-    cuts = [start + round((stop - start) * k / parts) for k in range(1, parts)]
-    aligned = [min(max(round(cut / grain) * grain, start), stop) for cut in cuts]
+    """Cut the columns `start` to `stop` into `parts` windows that split no block and, but for the last, are whole
+    vectors: a vector across a cut would be read and written by two threads at once."""
+    # Blocks stand on the grid of the matrix, vectors of a row on that of the window.
+    grain, origin = (weights.block[1], 0) if isinstance(weights, BlockCSR) else (LANES, start)
+    cuts = [start + (stop - start) * k / parts for k in range(1, parts)]
+    aligned = [min(max(origin + round((cut - origin) / grain) * grain, start), stop) for cut in cuts]
     return [start, *aligned, stop]
 
 
@@ -82,7 +84,9 @@ def pack(pools: Pools, weights: Weights, low: int, high: int) -> list[int]:
         return _pack_scatter(pools, weights, low, high)
     if isinstance(weights, BlockCSR):
         return _pack_blocks(pools, weights, low, high)
-    raise TypeError(f"weights: the cpu backend cannot run format {type(weights).__name__}; convert to dense, csr or block")
+    raise TypeError(
+        f"weights: the cpu backend cannot run format {type(weights).__name__}; convert to dense, csr or block"
+    )
 
 
 def _pack_rows(pools: Pools, weights: Dense, low: int, high: int) -> list[int]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from eventrnn import cells
 from eventrnn.backend import Feed, FireCounts, State, Trace
@@ -126,7 +127,7 @@ def backward(cell: Cell, parameters: dict, x, tapes: list[Tape], d_y, d_c) -> di
     return gradients | {"x": d_x, "c": d_c_later, "y": d_y_later}
 
 
-def layer_parameters(layer, dtype=np.float32) -> dict:
+def layer_parameters(layer, dtype: DTypeLike = np.float32) -> dict:
     """The arrays of a layer by name, weights dense: w_in (I, 3N), w_rec (N, 3N), biases (3N,), threshold (N,)."""
     return {
         "w_in": layer.w_in.to_dense().astype(dtype),
@@ -142,7 +143,7 @@ class ReferenceBackend:
 
     name = "reference"
 
-    def __init__(self, dtype=np.float32):
+    def __init__(self, dtype: DTypeLike = np.float32):
         self.dtype = np.dtype(dtype)
         self.exact = self.dtype == np.float32
 
@@ -154,6 +155,8 @@ class ReferenceBackend:
 
 
 class ReferenceEngine:
+    """A network as dense arrays; see `backend.Engine`."""
+
     def __init__(self, network: Network, dtype: np.dtype):
         self.dtype = dtype
         self.cells = [layer.cell for layer in network.layers]
@@ -173,7 +176,9 @@ class ReferenceEngine:
                 all_cells = np.array([tape.c for tape in tapes], self.dtype).reshape(x.shape)
                 cells_after.append(all_cells[-1] if feed.steps else c)
                 outputs_after.append(x[-1] if feed.steps else y)
-                fired.append(FireCounts(((x != 0) & (np.abs(x) != 1)).sum(axis=(0, 1)), (np.abs(x) == 1).sum(axis=(0, 1))))
+                fired.append(
+                    FireCounts(((x != 0) & (np.abs(x) != 1)).sum(axis=(0, 1)), (np.abs(x) == 1).sum(axis=(0, 1)))
+                )
                 events.append(x)
                 states.append(all_cells)
             output = x

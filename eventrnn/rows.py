@@ -90,7 +90,10 @@ def _add_rows(vectors: int):
                 _prefetch(builder, _lane(builder, upcoming, k))
             source = row(event)
             scale = splat(builder, builder.load(builder.gep(value_at, [event])))
-            after = [fma_vector(builder, load_vector(builder, _lane(builder, source, k)), scale, sums[k]) for k in range(vectors)]
+            after = [
+                fma_vector(builder, load_vector(builder, _lane(builder, source, k)), scale, sums[k])
+                for k in range(vectors)
+            ]
             following = builder.add(event, I64(1))
             event.add_incoming(following, loop)
             for phi, total in zip(sums, after, strict=True):
@@ -133,6 +136,8 @@ def prefetch(typingctx, array, index):
 
 @intrinsic
 def atomic_add(typingctx, array, amount):
+    """array[0] += amount, one indivisible step, ordered before and after."""
+
     def generate(context, builder, signature, args):
         pointer = address(context, builder, signature.args[0], args[0], I64(0))
         return builder.atomic_rmw("add", pointer, args[1], "acq_rel")
@@ -142,6 +147,8 @@ def atomic_add(typingctx, array, amount):
 
 @intrinsic
 def atomic_load(typingctx, array):
+    """array[0], and everything written before it was."""
+
     def generate(context, builder, signature, args):
         return builder.load_atomic(address(context, builder, signature.args[0], args[0], I64(0)), "acquire", 8)
 
@@ -150,6 +157,8 @@ def atomic_load(typingctx, array):
 
 @intrinsic
 def pause(typingctx):
+    """Tell the core that this is a waiting loop, where it can be told."""
+
     def generate(context, builder, signature, args):
         if _IS_X86:
             call(builder, "llvm.x86.sse2.pause", ir.VoidType(), [])
@@ -160,6 +169,8 @@ def pause(typingctx):
 
 @intrinsic
 def yield_core(typingctx):
+    """Let another thread have the core."""
+
     def generate(context, builder, signature, args):
         call(builder, _YIELD, I32, [])
         return context.get_dummy_value()

@@ -61,14 +61,17 @@ def address(context, builder, array_type, array, index):
 
 
 def load_vector(builder, pointer):
+    """Sixteen float32 from a float pointer, unaligned."""
     return builder.load(builder.bitcast(pointer, VECTOR.as_pointer()), align=4)
 
 
 def store_vector(builder, vector, pointer):
+    """Sixteen float32 to a float pointer, unaligned."""
     builder.store(vector, builder.bitcast(pointer, VECTOR.as_pointer()), align=4)
 
 
 def splat(builder, scalar, lane_type=FLOAT):
+    """The scalar in every lane."""
     vector = ir.VectorType(lane_type, LANES)
     undefined = ir.Constant(vector, ir.Undefined)
     first = builder.insert_element(undefined, scalar, I32(0))
@@ -82,6 +85,7 @@ def call(builder, name, result, args):
 
 
 def fma_vector(builder, a, b, c):
+    """a * b + c, each lane rounded once."""
     return call(builder, f"llvm.fma.v{LANES}f32", VECTOR, [a, b, c])
 
 

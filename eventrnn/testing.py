@@ -176,11 +176,12 @@ def event_trains(draw: DrawFn, size: Size, steps: Size, batch: Size, *, dyadic: 
     """Events of `size` units: graded and binary values of either sign, silent steps, full steps, or no event."""
     shape = (draw(_size(steps)), draw(_size(batch)), draw(_size(size)))
     density, binary = draw(st.sampled_from((0.3, 1.0, 0.05, 0.0))), draw(st.sampled_from((0.2, 0.0, 1.0)))
+    uneven = draw(st.booleans())
     rng = _rng(draw)
     values = _normal(rng, shape, 1.0, dyadic)
     values = np.where(rng.random(shape) < binary, np.copysign(np.float32(1), values), values)
-    # Rows differ: a step may be silent between busy ones.
-    busy = density * rng.choice([0.0, 0.5, 1.0, 2.0], (*shape[:2], 1))
+    # A step may be silent between busy ones.
+    busy = density * (rng.choice([0.0, 0.5, 1.0, 2.0], (*shape[:2], 1)) if uneven else 1.0)
     return Events.from_dense(np.where(rng.random(shape) < busy, values, np.float32(0)))
 
 

@@ -10,6 +10,7 @@ Each format offers `check(full)`, `to_dense`, `from_dense`, `fan_out`, `stored_o
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -20,23 +21,32 @@ import scipy.sparse as sp
 from eventrnn.events import check_finite
 
 
-class Weights:
+class Weights(ABC):
     """What every format has in common, derived from `fan_out()` and `stored_out()`."""
 
     name: ClassVar[str]
     values: np.ndarray
     shape: tuple[int, int]
 
+    @abstractmethod
+    def check(self, full: bool = False) -> None:
+        """Cheap checks of the record; `full` reads every index and value. Raises ValueError."""
+
+    @abstractmethod
+    def to_dense(self) -> np.ndarray:
+        """A (n_pre, n_post) float32 array of its own."""
+
+    @abstractmethod
     def fan_out(self) -> np.ndarray:
         """Non-zero weights leaving each presynaptic unit, (n_pre,) int64."""
-        raise AssertionError("a format defines fan_out")
 
+    @abstractmethod
     def stored_out(self) -> np.ndarray:
         """Stored entries a kernel multiplies when unit j sends an event, (n_pre,) int64."""
-        raise AssertionError("a format defines stored_out")
 
-    def to_dense(self) -> np.ndarray:
-        raise AssertionError("a format defines to_dense")
+    @abstractmethod
+    def row_bytes(self) -> np.ndarray:
+        """Bytes of values and indices read when unit j sends an event, (n_pre,) int64."""
 
     @property
     def nnz(self) -> int:
@@ -54,10 +64,6 @@ class Weights:
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays of the record by field name, as saved in a model file."""
         return {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
-
-    def row_bytes(self) -> np.ndarray:
-        """Bytes of values and indices read when unit j sends an event, (n_pre,) int64."""
-        raise AssertionError("a format defines row_bytes")
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +155,7 @@ class CSR(Weights):
             matrix.indptr.astype(np.int64),
             matrix.indices.astype(np.int32),
             matrix.data.astype(np.float32),
-            (int(matrix.shape[0]), int(matrix.shape[1])),
+            _shape_of(matrix),
         )
 
     def to_scipy(self) -> sp.csr_array:
@@ -226,7 +232,9 @@ class BlockCSR(Weights):
         blocks = padded.reshape(rows, r, columns, c)
         kept_rows, kept_columns = np.nonzero(blocks.any(axis=(1, 3)))
         indptr = _row_pointers(kept_rows, rows)
-        return cls(indptr, kept_columns.astype(np.int32), _unit_major(blocks, indptr, kept_columns), (n_pre, n_post), (r, c))
+        return cls(
+            indptr, kept_columns.astype(np.int32), _unit_major(blocks, indptr, kept_columns), (n_pre, n_post), (r, c)
+        )
 
     @classmethod
     def from_scipy(cls, matrix) -> BlockCSR:
@@ -242,7 +250,7 @@ class BlockCSR(Weights):
             indptr,
             matrix.indices.astype(np.int32),
             np.concatenate([*values, np.zeros(0, np.float32)]),
-            (int(matrix.shape[0]), int(matrix.shape[1])),
+            _shape_of(matrix),
             (int(data.shape[1]), int(data.shape[2])),
         )
 
@@ -313,7 +321,9 @@ def check_block(block: tuple[int, int], shape: tuple[int, ...]) -> None:
     if len(block) != 2 or min(block) < 1:
         raise ValueError(f"block: got {block}, need two sizes >= 1 (presynaptic x postsynaptic)")
     if block[0] > max(shape[0], 1) or block[1] > max(shape[1], 1):
-        raise ValueError(f"block: {block[0]}x{block[1]} is larger than the matrix {shape[0]}x{shape[1]}; choose a smaller one")
+        raise ValueError(
+            f"block: {block[0]}x{block[1]} is larger than the matrix {shape[0]}x{shape[1]}; choose a smaller one"
+        )
 
 
 def _unit_major(blocks: np.ndarray, indptr: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -322,6 +332,10 @@ def _unit_major(blocks: np.ndarray, indptr: np.ndarray, columns: np.ndarray) -> 
         blocks[row][:, columns[a:b]].ravel() for row, (a, b) in enumerate(zip(indptr[:-1], indptr[1:], strict=True))
     ]
     return np.concatenate([*parts, np.zeros(0, np.float32)])
+
+
+def _shape_of(matrix) -> tuple[int, int]:
+    return int(matrix.shape[0]), int(matrix.shape[1])
 
 
 def _row_pointers(rows: np.ndarray, n_rows: int) -> np.ndarray:

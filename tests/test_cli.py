@@ -64,15 +64,34 @@ def test_train_prune_run_count_info_convert(cli, tmp_path, text):
     sizes = ("--hidden", 32, "--embedding", 8, "--batch", 4, "--window", 16, "--steps", 60)
     first = _json(cli("train", "--out", trained, "--text", text, *sizes, "--json"))
     assert first["bits_per_symbol_valid"] < np.log2(first["symbols"]) and first["steps"] == 60
-    result = _json(cli("prune", trained, "--out", pruned, "--text", text, "--sparsity", 0.75, "--block", "2x8", "--json"))
+    result = _json(
+        cli("prune", trained, "--out", pruned, "--text", text, "--sparsity", 0.75, "--block", "2x8", "--json")
+    )
     assert result["weights_after"] < 0.3 * result["weights_before"]
     tuned = _json(
-        cli("prune", trained, "--out", dense, "--text", text, "--sparsity", 0.75, "--block", "2x8", "--steps", 4, "--json")
+        cli(
+            "prune",
+            trained,
+            "--out",
+            dense,
+            "--text",
+            text,
+            "--sparsity",
+            0.75,
+            "--block",
+            "2x8",
+            "--steps",
+            4,
+            "--json",
+        )
     )
     assert tuned["weights_after"] < 0.3 * tuned["weights_before"] and tuned["bits_after"] > 0
     read = [_json(cli("run", pruned, "--text", text, "--backend", b, "--json")) for b in ("cpu", "reference")]
     assert read[0]["bits_per_symbol"] == read[1]["bits_per_symbol"] and read[0]["reduction"] > 1
-    assert _json(cli("run", pruned, "--text", text, "--threads", 2, "--json"))["bits_per_symbol"] == read[0]["bits_per_symbol"]
+    assert (
+        _json(cli("run", pruned, "--text", text, "--threads", 2, "--json"))["bits_per_symbol"]
+        == read[0]["bits_per_symbol"]
+    )
     counted = _json(cli("count", pruned, "--text", text, "--json"))
     assert counted["audit_agrees"] and counted["total"]["executed"] >= counted["total"]["effective"] > 0
     assert "block 32x96" in _json(cli("info", pruned, "--json"))["layers.0.w_rec"]

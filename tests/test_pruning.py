@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from tolerance import U64, gamma
 
 from eventrnn import CSR, BlockCSR, Network

@@ -10,7 +10,6 @@ import numpy as np
 from eventrnn.network import Network
 from eventrnn.weights import Weights, check_block, convert
 
-
 SCOPES = ("matrix", "global")
 STATISTICS = ("max", "mean", "l2")
 

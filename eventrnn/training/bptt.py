@@ -171,10 +171,11 @@ class Model:
             )  # fmt: skip
         return tape
 
-    def backward(self, tape: Tape, d_output: np.ndarray) -> dict[str, np.ndarray]:
+    def backward(self, tape: Tape, d_output: np.ndarray, *, activity_cost: float = 0.0) -> dict[str, np.ndarray]:
         """Gradients of all parameters from that of the output (T, B, V). The state before the window is a constant.
 
-        Pruned weights get a zero gradient.
+        `activity_cost` adds that many times the mean output (values sent, over steps, samples and units of each layer)
+        to the loss. Pruned weights get a zero gradient.
         """
         p, gradients = self.parameters, {}
         d_x = d_output
@@ -187,7 +188,10 @@ class Model:
             d_x = (flat @ self.readout_weights().T).reshape(tape.top.shape)
         d_x = _drop_back(d_x, tape.top_dropped)
         for k in reversed(range(len(self.cells))):
-            d_x = _drop_back(self._layer_backward(k, tape.layers[k], d_x, gradients), tape.layers[k].dropped)
+            layer = tape.layers[k]
+            if activity_cost:
+                d_x = d_x + F32(activity_cost / layer.v.size) * (layer.y[1:] > 0)
+            d_x = _drop_back(self._layer_backward(k, layer, d_x, gradients), layer.dropped)
         if tape.symbols is not None:
             d_embedding = _sum_by_symbol(tape.symbols, d_x, len(p["embedding"]))
             gradients["embedding"] = gradients["embedding"] + d_embedding if self.tied else d_embedding

@@ -14,7 +14,9 @@ from eventrnn.simd import LANES, load, store
 
 
 @compiled
-def forward(n, rows, drive_in, drive_rec, bias_rec, threshold, c_before, u_out, r_out, g_out, q_out, v_out, y_out, c_out):
+def forward(
+    n, rows, drive_in, drive_rec, bias_rec, threshold, c_before, u_out, r_out, g_out, q_out, v_out, y_out, c_out
+):
     """One step of the released variant for `rows` samples. `q_out` keeps the recurrent candidate drive."""
     whole = n // LANES * LANES
     for b in range(rows):

@@ -27,6 +27,7 @@ class Settings:
     learning_rate : constant, then a cosine to 2 %
     weight_decay  : decoupled
     clip          : bound on the joint gradient norm
+    activity_cost : weight of the mean output in the loss, which quietens units
     dropout       : between layers and before the read-out, one mask a window
     seed          : the run is a function of it, bit for bit (on one machine and BLAS thread count)
     """
@@ -37,6 +38,7 @@ class Settings:
     learning_rate: float = 3e-3
     weight_decay: float = 0.01
     clip: float = 1.0
+    activity_cost: float = 0.0
     dropout: float = 0.0
     seed: int = 0
 
@@ -47,8 +49,9 @@ class Settings:
         for name in ("learning_rate", "clip"):
             if not 0 < getattr(self, name) < np.inf:
                 raise ValueError(f"{name}: got {getattr(self, name)}, need a positive number")
-        if not 0 <= self.weight_decay < np.inf:
-            raise ValueError(f"weight_decay: got {self.weight_decay}, need a number >= 0")
+        for name in ("weight_decay", "activity_cost"):
+            if not 0 <= getattr(self, name) < np.inf:
+                raise ValueError(f"{name}: got {getattr(self, name)}, need a number >= 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: got {self.dropout}, need a rate in [0, 1)")
         if self.seed < 0:
@@ -119,7 +122,7 @@ class Trainer:
             raise FloatingPointError(
                 f"loss is {bits} at step {self.steps_done + 1}; lower the learning rate ({settings.learning_rate})"
             )
-        gradients = model.backward(tape, d_output)
+        gradients = model.backward(tape, d_output, activity_cost=settings.activity_cost)
         norm = clip_by_norm(gradients, settings.clip)
         self.optimiser.step(model.parameters, gradients, self.rate(self.steps_done))
         model.apply_masks()

@@ -1,0 +1,402 @@
+"""Faults planted in the library's own code, each of which the suite must catch.
+
+A fault is an edit of the source: the edited function or file is compiled and put in place of the real one, so that a
+change of the code that makes a plant meaningless fails here. Each plant is met twice: by `assert_equivalent`, which
+must name the first divergence, and by the property of the suite that is there to catch it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_backends
+import test_cells
+import test_golden
+import tolerance
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from eventrnn import backend, cells, cpu, packing, reference
+from eventrnn.cells import Cell
+from eventrnn.network import Layer, Network, Simulator, simulate
+from eventrnn.testing import Divergence, assert_equivalent
+from eventrnn.weights import BlockCSR, Dense, convert
+
+UNITS, INPUTS, BATCH, STEPS = 10, 6, 3, 12
+RECORD = ("events", "states")
+
+
+# --- planting -----------------------------------------------------------------------------------------------
+
+
+def edited(source: str, edits: dict[str, str]) -> str:
+    for old, new in edits.items():
+        assert old in source, f"nothing to plant a fault in: {old}"
+        source = source.replace(old, new)
+    return source
+
+
+def plant(monkeypatch, module, name: str, edits: dict[str, str]) -> None:
+    """Put an edited copy of a function in its place."""
+    function = getattr(module, name)
+    source = edited(textwrap.dedent(inspect.getsource(function)), edits)
+    namespace = vars(module).copy()
+    # The names of the module stay live, so that two plants in one module meet.
+    code = compile("from __future__ import annotations\n" + source, f"<fault in {name}>", "exec")
+    exec(code, namespace)
+    monkeypatch.setattr(module, name, namespace[name])
+
+
+def planted_kernels(monkeypatch, folder: Path, edits: dict[str, str]) -> str:
+    """An edited copy of the CPU engine as a backend of its own; returns its entry of `BACKENDS`."""
+    name = f"faulty_engine_{folder.name}"
+    path = folder / f"{name}.py"
+    path.write_text(edited(Path(cpu.__file__).read_text(), edits))
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(backend.BACKENDS, "faulty", f"{name}:CpuBackend")
+    return "faulty"
+
+
+# No shrinking, and no memory of the failure for the next run of the healthy suite.
+FAULTS = settings(
+    max_examples=100,
+    deadline=None,
+    database=None,
+    phases=[Phase.generate],
+    report_multiple_bugs=False,
+    print_blob=False,
+)
+#: What the properties below draw by themselves.
+DRAWN = {
+    "data": st.data(),
+    "threads": st.integers(1, 3),
+    "record": test_backends.records,
+    "carry": test_backends.carries(),
+}
+
+
+def suite_catches(test, **arguments) -> None:
+    """Run a test of the suite, a property with examples of its own, and demand that it fails."""
+    if hasattr(test, "hypothesis"):
+        inner = test.hypothesis.inner_test
+        drawn = {name: DRAWN[name] for name in inspect.signature(inner).parameters if name not in arguments}
+
+        @FAULTS
+        @given(**drawn)
+        def test(**examples):
+            inner(**examples)
+
+        inner = functools.partial(inner, **arguments)
+        arguments = {}
+    with pytest.raises(AssertionError):
+        test(**arguments)
+
+
+CONFORMANCE = test_backends.test_every_format_equals_the_dense_specification
+
+
+def network(variant: str = "evnn", fmt: str = "dense", block=None, layers: int = 1) -> Network:
+    """Every weight non-zero, so that every event reaches every unit."""
+    rng = np.random.default_rng(2)
+
+    def matrix(n_pre):
+        values = rng.uniform(0.3, 1, (n_pre, 3 * UNITS)) * rng.choice([-1, 1], (n_pre, 3 * UNITS))
+        return convert((2 * values / np.sqrt(n_pre)).astype(np.float32), fmt, block=block)
+
+    def layer(n_pre):
+        biases = (rng.standard_normal((2, 3 * UNITS)) / 4).astype(np.float32)
+        threshold = rng.uniform(0.1, 0.3, UNITS).astype(np.float32)
+        return Layer(matrix(n_pre), matrix(UNITS), *biases, threshold, Cell(variant=variant))
+
+    return Network((layer(INPUTS), *(layer(UNITS) for _ in range(layers - 1))))
+
+
+def signal() -> np.ndarray:
+    rng = np.random.default_rng(3)
+    return (rng.standard_normal((STEPS, BATCH, INPUTS)) * (rng.random((STEPS, BATCH, INPUTS)) < 0.5)).astype(np.float32)
+
+
+def divergence(a, b, *, x=None, net: Network | None = None, **options) -> Divergence:
+    """How two backends differ, as `assert_equivalent` tells."""
+    net, x = net or network(), signal() if x is None else x
+    with pytest.raises(Divergence) as caught:
+        assert_equivalent(Simulator(net, batch=BATCH, backend=a, **options), Simulator(net, batch=BATCH, backend=b), x)
+    return caught.value
+
+
+def place(found: Divergence) -> tuple[int, int, int, int]:
+    return found.step, found.layer, found.sample, found.unit
+
+
+def first_event(net: Network, layer: int = 0) -> tuple[int, int, int]:
+    """Step, sample and unit of the first event of a healthy run."""
+    sent = simulate(net, signal(), record="events").events[layer].to_dense()
+    step, sample, unit = np.argwhere(sent)[0]
+    return int(step), int(sample), int(unit)
+
+
+def test_the_cases_are_healthy():
+    for net in (network(), network("paper"), network(fmt="block", block=(4, 7)), network(layers=2)):
+        a, b = (Simulator(net, batch=BATCH, backend=name) for name in ("reference", "cpu"))
+        assert assert_equivalent(a, b, signal()) == STEPS * BATCH * UNITS * len(net.layers)
+        assert all(0 < activity < 1 for activity in simulate(net, signal()).activity)
+
+
+# --- the last event of a step is dropped --------------------------------------------------------------------
+
+
+class DroppingEngine:
+    """Loses the last event of one row of the input."""
+
+    def __init__(self, engine, row: int):
+        self.engine, self.row = engine, row
+
+    def run(self, feed, state, **record):
+        events = feed.events()
+        last = int(events.indptr[self.row + 1]) - 1
+        indptr = events.indptr - (np.arange(len(events.indptr)) > self.row)
+        rest = [np.delete(array, last) for array in (events.indices, events.values)]
+        cut = replace(feed, indptr=indptr, indices=rest[0], values=rest[1])
+        return self.engine.run(cut, state, **record)
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_dropped_input_event(name):
+    step, sample = 5, 1
+    x = signal()
+    assert np.count_nonzero(x[step, sample]) > 1
+    healthy, faulty = Simulator(network(), batch=BATCH, backend="cpu"), Simulator(network(), batch=BATCH, backend=name)
+    faulty.engine = DroppingEngine(faulty.engine, step * BATCH + sample)
+    with pytest.raises(Divergence) as caught:
+        assert_equivalent(healthy, faulty, x)
+    # The reference is told what the engine was not: its first difference, by itself.
+    without = x.copy()
+    without[step, sample, np.flatnonzero(x[step, sample])[-1]] = 0
+    runs = [simulate(network(), fed, record=RECORD) for fed in (x, without)]
+    assert place(caught.value) == first_difference(*runs)
+    assert place(caught.value)[:3] == (step, 0, sample)
+
+
+def first_difference(a, b) -> tuple[int, int, int, int]:
+    """By brute force, without the code under test."""
+    for t in range(a.steps):
+        for k in range(len(a.states)):
+            x, y = a.events[k].to_dense()[t], b.events[k].to_dense()[t]
+            for sample in range(a.batch):
+                for unit in range(x.shape[1]):
+                    if (
+                        x[sample, unit] != y[sample, unit]
+                        or a.states[k][t, sample, unit] != b.states[k][t, sample, unit]
+                    ):
+                        return t, k, sample, unit
+    raise AssertionError("the runs are equal")
+
+
+def test_dropped_last_event_in_the_specification(monkeypatch):
+    dropping = {"drive = cells.fma(": "if j < max(np.flatnonzero(values.any(axis=0)), default=-1): drive = cells.fma("}
+    plant(monkeypatch, reference, "propagate", dropping)
+    found = divergence("cpu", "reference")
+    # Someone sends something in the first step.
+    assert place(found)[:3] == (0, 0, int(np.argmax(signal()[0].any(axis=1))))
+    suite_catches(CONFORMANCE, backend="cpu", variant="evnn", formats=("csr",))
+
+
+def test_dropped_last_event_in_the_kernel(monkeypatch, tmp_path):
+    dropping = {"counts[slot] = count - row - low\n": "counts[slot] = max(count - row - low - 1, 0)\n"}
+    faulty = planted_kernels(monkeypatch, tmp_path, dropping)
+    # The layer itself is right in that step; who listens is not: the layer above in the same step ...
+    step, sample, _ = first_event(network(layers=2))
+    found = divergence("reference", faulty, net=network(layers=2))
+    assert (found.step, found.layer, found.sample) == (step, 1, sample)
+    # ... or, where there is none, the layer in the next.
+    step, sample, _ = first_event(network())
+    found = divergence("reference", faulty)
+    assert (found.step, found.layer, found.sample) == (step + 1, 0, sample)
+    for formats in (("dense",), ("csr",), ("block",)):
+        suite_catches(
+            CONFORMANCE,
+            backend=faulty, variant="paper", formats=formats,
+        )  # fmt: skip
+
+
+# --- a block's padding is read ------------------------------------------------------------------------------
+
+
+def with_garbage_in_padding(matrix: BlockCSR) -> BlockCSR:
+    """Anything may stand in the padding of a faulty file or format; nobody may read it."""
+    (r, c), (n_pre, n_post) = matrix.block, matrix.shape
+    blocks = matrix.blocks()
+    row = np.repeat(np.arange(len(matrix.indptr) - 1), np.diff(matrix.indptr))
+    outside_rows = (row[:, None] * r + np.arange(r) >= n_pre)[:, :, None]
+    outside_columns = (matrix.indices[:, None] * c + np.arange(c) >= n_post)[:, None, :]
+    blocks[outside_rows | outside_columns] = 7
+    parts = [blocks[a:b].transpose(1, 0, 2).ravel() for a, b in zip(matrix.indptr[:-1], matrix.indptr[1:], strict=True)]
+    garbage = replace(matrix, values=np.concatenate(parts))
+    assert (garbage.values == 7).any()
+    assert np.array_equal(garbage.to_dense(), matrix.to_dense())
+    return garbage
+
+
+@pytest.fixture(params=[(4, 7), (3, 16), (4, 1)], ids=str)
+def padded(request) -> Network:
+    """A block network whose padding is full of garbage. Past the front door, which refuses it."""
+    net = network(fmt="block", block=request.param)
+    layer = net.layers[0]
+    with pytest.raises(ValueError, match="non-zero padding"):
+        with_garbage_in_padding(layer.w_rec).check(full=True)
+    object.__setattr__(layer, "w_rec", with_garbage_in_padding(layer.w_rec))
+    return net
+
+
+def test_padding_is_never_read(padded):
+    for threads in (1, 2, 3):
+        a = Simulator(padded, batch=BATCH, backend="cpu", threads=threads)
+        assert assert_equivalent(a, Simulator(padded, batch=BATCH, backend="reference"), signal()) > 0
+
+
+def test_read_padding_rows(monkeypatch, padded):
+    # The last unit takes the row after its own: the first one of the padding.
+    reading = {"+ s * lengths[row]": "+ (s + (np.arange(len(s)) == len(s) - 1)) * lengths[row]"}
+    plant(monkeypatch, packing, "_pack_blocks", reading)
+    found = divergence("reference", "cpu", net=padded)
+    # The step after the last unit first sent something.
+    sent = simulate(padded, signal(), backend="reference", record="events").events[0].to_dense()
+    step, sample = np.argwhere(sent[:, :, UNITS - 1])[0]
+    assert (found.step, found.layer, found.sample) == (step + 1, 0, sample)
+    suite_catches(
+        CONFORMANCE,
+        backend="cpu", variant="evnn", formats=("block",),
+    )  # fmt: skip
+
+
+def test_read_padding_columns(monkeypatch):
+    # A drive without room for padding: what a sample's last block holds beyond the matrix lands in the next sample's.
+    net = network(fmt="block", block=(4, 16))
+    garbage = with_garbage_in_padding(net.layers[0].w_rec)
+    object.__setattr__(net.layers[0], "w_rec", garbage)
+    tight = {'+ max(LANES, getattr(w, "block", (1, 1))[1]) for': "for", "max(widths) // LANES) * LANES": "max(widths))"}
+    plant_method(monkeypatch, cpu.CpuEngine, "__init__", tight)
+    found = divergence("reference", "cpu", net=net)
+    sent = simulate(network(), signal(), backend="reference", record="events").events[0].to_dense()
+    # Drives are made sample by sample: the garbage of a sample that sent meets the next one's, already begun or not.
+    assert found.step == 1 + np.argwhere(sent)[0][0]
+    assert found.layer == 0
+
+
+def plant_method(monkeypatch, kind: type, name: str, edits: dict[str, str]) -> None:
+    module = sys.modules[kind.__module__]
+    source = edited(textwrap.dedent(inspect.getsource(getattr(kind, name))), edits)
+    namespace = vars(module).copy()
+    exec(compile("from __future__ import annotations\n" + source, f"<fault in {name}>", "exec"), namespace)
+    monkeypatch.setattr(kind, name, namespace[name])
+
+
+# --- two gates are swapped ----------------------------------------------------------------------------------
+
+
+def test_swapped_gates_in_the_specification(monkeypatch):
+    plant(monkeypatch, reference, "step", {"in_u, in_r, in_g = np.split(": "in_r, in_u, in_g = np.split("})
+    assert place(divergence("reference", "cpu")) == (0, 0, 0, 0)
+    suite_catches(test_cells.test_released_step_by_hand)
+    suite_catches(test_cells.test_paper_step_by_hand)
+
+
+def test_swapped_gates_in_a_weight_file():
+    # The recurrent columns of u and r: nothing shows until somebody has sent something.
+    net = network()
+    swapped = net.layers[0].w_rec.to_dense()[:, [*range(UNITS, 2 * UNITS), *range(UNITS), *range(2 * UNITS, 3 * UNITS)]]
+    other = net.with_matrices({"layers.0.w_rec": Dense(np.ascontiguousarray(swapped))})
+    step, sample, _ = first_event(net)
+    with pytest.raises(Divergence) as caught:
+        assert_equivalent(Simulator(net, batch=BATCH), Simulator(other, batch=BATCH), signal())
+    assert place(caught.value)[:3] == (step + 1, 0, sample)
+
+
+def test_swapped_gates_in_the_kernel(monkeypatch, tmp_path):
+    wide, narrow = "load(drive_in, a + {}i),\n            ", "drive_in[a + {}i],\n            "
+    order, swapped = ("", "n + "), ("n + ", "")
+    swapping = {
+        "".join(line.format(k) for k in order): "".join(line.format(k) for k in swapped) for line in (wide, narrow)
+    }
+    faulty = planted_kernels(monkeypatch, tmp_path, swapping)
+    assert place(divergence("reference", faulty)) == (0, 0, 0, 0)
+    suite_catches(
+        CONFORMANCE,
+        backend=faulty, variant="evnn", formats=("dense",),
+    )  # fmt: skip
+
+
+def test_swapped_gates_in_the_rule_that_all_backends_share(monkeypatch):
+    # Backends would agree on it: the steps worked by hand and the recorded runs are there for this.
+    plant(
+        monkeypatch, cells, "egru_value", {"return fma(u, c, (ONE - u) * g), u": "return fma(r, c, (ONE - r) * g), u"}
+    )
+    suite_catches(test_cells.test_no_threshold_and_positive_cells_are_a_gru, seed=0)
+    with np.load(test_golden.FILES[0]) as recorded:
+        suite_catches(test_golden.test_outputs_cells_and_events, recorded=dict(recorded))
+
+
+# --- a reset is forgotten -----------------------------------------------------------------------------------
+
+
+def check_forgotten_reset(found: Divergence, net: Network) -> None:
+    """Exactly the first event's cell keeps its threshold."""
+    step, sample, unit = first_event(net)
+    assert found.what == "cell"
+    assert place(found) == (step, 0, sample, unit)
+    healthy = simulate(net, signal(), record=RECORD)
+    threshold, sent = net.layers[0].threshold[unit], healthy.events[0].to_dense()[step, sample, unit]
+    assert found.values == (sent - threshold, sent)
+    # The healthy unit's margin is what it passed its threshold by.
+    assert abs(found.margins[0] - float(sent - threshold)) <= tolerance.U32
+
+
+def test_forgotten_reset_in_the_specification(monkeypatch):
+    plant(monkeypatch, reference, "step", {'v - event * threshold if cell.variant == "evnn" else v': "v"})
+    check_forgotten_reset(divergence("cpu", "reference"), network())
+    suite_catches(test_cells.test_released_step_by_hand)
+    suite_catches(test_cells.test_no_event_at_equality_and_leak_in_closed_form, dtype=np.float64)
+    suite_catches(CONFORMANCE, backend="cpu", variant="evnn", formats=("csr",))
+
+
+def test_forgotten_reset_in_the_kernel(monkeypatch, tmp_path):
+    faulty = planted_kernels(monkeypatch, tmp_path, {"cells.select(v > theta, v - theta, v)": "v"})
+    check_forgotten_reset(divergence("reference", faulty), network())
+    suite_catches(
+        CONFORMANCE,
+        backend=faulty, variant="evnn", formats=("block",),
+    )  # fmt: skip
+
+
+def test_forgotten_reset_of_the_papers_variant(monkeypatch):
+    plant(monkeypatch, cells, "egru_paper_value", {"(ONE - u) * g) - y, u, g": "(ONE - u) * g), u, g"})
+    net = network("paper")
+    step, sample, unit = first_event(net)
+    found = divergence("cpu", "reference", net=net)
+    # One step after the first event, the unit that sent it; its siblings have been told the same.
+    assert found.what in ("cell", "event")
+    assert place(found) == (step + 1, 0, sample, unit)
+    suite_catches(test_cells.test_paper_step_by_hand)
+
+
+# --- a state is lost between calls --------------------------------------------------------------------------
+
+
+def test_state_lost_between_calls(monkeypatch):
+    # What the released code does between windows, and calls by default.
+    wiping = {"self.state = trace.state": "self.state = State(self.state.cells, trace.state.outputs)"}
+    plant_method(monkeypatch, Simulator, "_advance", wiping)
+    suite_catches(test_backends.test_chunks_and_single_steps_equal_one_run, backend="cpu")

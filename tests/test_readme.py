@@ -1,0 +1,51 @@
+"""The README is true: its example runs, its commands exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from eventrnn.cli import app
+
+README = Path(__file__).parent.parent / "README.md"
+TEXT = README.read_text()
+
+
+def test_the_example_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
+    assert "times fewer multiplications" in capsys.readouterr().out
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_the_commands_exist():
+    import typer
+
+    command = typer.main.get_command(app)
+    lines = re.findall(r"`eventrnn ([a-z][^`]*)`", TEXT) + re.findall(r"&& eventrnn (.*)", TEXT)
+    assert len(lines) >= 8
+    for line in lines:
+        words = shlex.split(line)
+        node = command
+        while words and not words[0].startswith("-") and hasattr(node, "commands"):
+            if words[0] not in node.commands:
+                break
+            node = node.commands[words.pop(0)]
+        assert node is not command, f"no command: {line}"
+        known = {name for parameter in node.params for name in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= known, line
+
+
+def test_exactly_two_commands_to_start():
+    blocks = re.findall(r"```\n(.*?)```", TEXT, re.DOTALL)
+    assert len(blocks) == 2 and all(len(block.strip().splitlines()) == 1 for block in blocks)
+
+
+@pytest.mark.parametrize("command", ["pip install -e", "pytest"])
+def test_ci_runs_the_readme_s_test_command(command):
+    (line,) = [block for block in re.findall(r"```\n(.*?)```", TEXT, re.DOTALL) if "pytest" in block]
+    script = (README.parent / ".ci" / "run").read_text()
+    assert line.strip() in script or all(part.strip() in script for part in line.split("&&"))
+    assert command in script
