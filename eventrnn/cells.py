@@ -38,7 +38,8 @@ from scipy.special import erf
 F32 = np.float32
 ZERO, HALF, ONE, TWO = F32(0.0), F32(0.5), F32(1.0), F32(2.0)
 
-#: Stated bounds, in units in the last place of the float32 result (subnormal results excluded).
+#: Stated bounds, in units in the last place of the float32 result, for results in the normal range; `exp` for
+#: arguments in [-87, 88], where it is clamped.
 ULP = {"exp": 1.0, "sigmoid": 2.5, "tanh": 1.5}
 
 # --- primitives: one correctly rounded operation each -------------------------------------------------------
@@ -238,7 +239,8 @@ SURROGATES = {
     "boxcar": BOXCAR,
     "straight_through": STRAIGHT_THROUGH,
 }
-LOBE_HEIGHT, LOBE_WIDTH = F32(0.15), F32(6.0)  # Yin, Corradi and Bohte 2021, h and s
+# Yin, Corradi and Bohte 2021, h = 0.15 and s = 6: 1 + h, h / s and s.
+LOBE_CENTRE, LOBE_SIDE, LOBE_WIDTH = F32(1.15), F32(0.025), F32(6.0)
 
 
 def surrogate_slope(kind, distance, dampening, support):
@@ -262,7 +264,7 @@ def surrogate_slope(kind, distance, dampening, support):
     if kind == MULTI_GAUSSIAN:
         left, right = (z + ONE) / LOBE_WIDTH, (z - ONE) / LOBE_WIDTH
         lobes = exp(-HALF * left * left) + exp(-HALF * right * right)
-        return dampening * ((ONE + LOBE_HEIGHT) * exp(-HALF * z * z) - LOBE_HEIGHT / LOBE_WIDTH * lobes)
+        return dampening * (LOBE_CENTRE * exp(-HALF * z * z) - LOBE_SIDE * lobes)
     if kind == BOXCAR:
         return dampening * select(absolute(z) < ONE, ONE, ZERO)
     return dampening * (z * ZERO + ONE)
@@ -282,9 +284,9 @@ def surrogate_step(kind, distance, dampening, support):
     if kind == GAUSSIAN:
         return scale * _gaussian_area(z)
     if kind == MULTI_GAUSSIAN:
-        height, width = float(LOBE_HEIGHT), float(LOBE_WIDTH)
+        centre, side, width = float(LOBE_CENTRE), float(LOBE_SIDE), float(LOBE_WIDTH)
         lobes = _gaussian_area((z + 1) / width) + _gaussian_area((z - 1) / width)
-        return scale * ((1 + height) * _gaussian_area(z) - height * lobes)
+        return scale * (centre * _gaussian_area(z) - side * width * lobes)
     if kind == BOXCAR:
         return scale * np.clip(z, -1, 1)
     return scale * z

@@ -48,10 +48,10 @@ Steps = Annotated[int, typer.Option(help="Parameter updates.")]
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")] = Path("eventrnn-demo"),
     hidden: Annotated[int, typer.Option(help="Units.")] = 256,
-    steps: Steps = 1000,
-    pruning_steps: Annotated[int, typer.Option(help="Updates while and after pruning.")] = 1600,
+    steps: Steps = 700,
+    pruning_steps: Annotated[int, typer.Option(help="Updates while and after pruning.")] = 2400,
     sparsity: Annotated[float, typer.Option(help="Share of blocks to prune.")] = 0.8,
-    block: Block = "1x16",
+    block: Block = "1x8",
     seed: Seed = 0,
     force: Force = False,
     as_json: Json = False,

@@ -53,7 +53,8 @@ def send(y, at, low, high, ids, sent, row, counts, slot):
     count = row + low
     whole = low + (high - low) // LANES * LANES
     for i in range(low, whole, LANES):
-        fired = bits(load(y, at + i) > cells.ZERO)
+        value = load(y, at + i)
+        fired = bits(value > cells.ZERO) | bits(value < cells.ZERO)
         while fired != 0:
             unit = i + lowest_bit(fired)
             ids[count] = unit
@@ -61,7 +62,7 @@ def send(y, at, low, high, ids, sent, row, counts, slot):
             count += 1
             fired &= fired - 1
     for i in range(whole, high):
-        if y[at + i] > 0:
+        if y[at + i] != 0:
             ids[count] = i
             sent[count] = y[at + i]
             count += 1

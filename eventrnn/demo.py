@@ -36,11 +36,12 @@ class DemoSettings:
 
     hidden: int = 256
     embedding: int = 64
-    steps: int = 1000
-    pruning_steps: int = 1600
+    steps: int = 700
+    pruning_steps: int = 2400
     sparsity: float = 0.8
-    block: tuple[int, int] = (1, 16)
+    block: tuple[int, int] = (1, 8)
     threshold: float = 0.4
+    activity_cost: float = 1.0
     seed: int = 0
 
 
@@ -55,7 +56,7 @@ def run(folder: Path, settings: DemoSettings, report: Report = lambda stage, don
     baseline = TrigramModel(corpus.train, corpus.valid, len(corpus.vocabulary)).bits_per_symbol(corpus.test)
     network = _untrained(corpus, settings)
 
-    common = Settings(batch=32, window=64, learning_rate=6e-3, seed=settings.seed)
+    common = Settings(batch=32, window=64, learning_rate=6e-3, activity_cost=settings.activity_cost, seed=settings.seed)
     trainer = Trainer(network, corpus.train, replace(common, steps=settings.steps))
     dense_trained = trainer.run(_reporting(report, "training", settings.steps))
     before = evaluate(dense_trained, corpus.test)

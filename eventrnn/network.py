@@ -23,7 +23,7 @@ CARRIES = ("state", "events")
 RECORD_BYTES = 1 << 26
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Layer:
     """One event layer of N units over I inputs.
 
@@ -55,6 +55,9 @@ class Layer:
             i = int(np.argmax(self.threshold < 0))
             raise ValueError(f"threshold: got {self.threshold[i]} at unit {i}; need >= 0")
 
+    def __repr__(self) -> str:
+        return f"Layer({self.units} {self.cell.variant} units, w_in={self.w_in!r}, w_rec={self.w_rec!r})"
+
     @property
     def units(self) -> int:
         return len(self.threshold)
@@ -83,7 +86,7 @@ class Readout:
         _need_vector("readout bias", self.bias, self.weights.shape[1])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Network:
     """A stack of layers, with an optional embedding below (index input) and read-out above.
 
@@ -123,8 +126,14 @@ class Network:
             ):
                 raise ValueError("readout: tied, but its weights are not the transposed embedding")
         for name, weights in self.matrices().items():
-            weights.check()
+            # Kernels do not check an index. Values first: their message has the position.
             check_finite(name, weights.values)
+            weights.check(full=True)
+
+    def __repr__(self) -> str:
+        ends = "" if self.embedding is None else f", embedding {self.embedding.shape[0]}x{self.embedding.shape[1]}"
+        ends += "" if self.readout is None else f", readout={self.readout.weights!r}"
+        return f"Network({', '.join(map(repr, self.layers))}{ends})"
 
     def matrices(self) -> dict[str, Weights]:
         """Every weight matrix by name: `layers.0.w_in`, `layers.0.w_rec`, …, `readout`."""
@@ -431,7 +440,8 @@ def _checked_state(network: Network, batch: int, state: State) -> State:
                 raise ValueError(
                     f"state {name} of layer {k}: got {array.dtype} {array.shape}, need float ({batch}, {layer.units})"
                 )
-            check_finite(f"state {name} of layer {k}", array)
+            with np.errstate(over="ignore"):
+                check_finite(f"state {name} of layer {k}", array.astype(np.float32))
     return state.copy()
 
 
@@ -439,7 +449,7 @@ def _need_sizes(**sizes: int | Sequence[int] | None) -> None:
     for name, size in sizes.items():
         if size is None:
             continue
-        each = [size] if isinstance(size, int | np.integer) else list(size)
+        each = list(size) if isinstance(size, Sequence | np.ndarray) else [size]
         if not each or any(not isinstance(n, int | np.integer) or n < 1 for n in each):
             raise ValueError(f"{name}: got {size}, need whole numbers >= 1")
 

@@ -168,7 +168,7 @@ class ReferenceEngine:
     def run(self, feed: Feed, state: State, *, record_events: bool = False, record_states: bool = False) -> Trace:
         x = feed.events().to_dense().astype(self.dtype)
         cells_after, outputs_after, fired, events, states = [], [], [], [], []
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             for cell, parameters, c, y in zip(self.cells, self.parameters, state.cells, state.outputs, strict=True):
                 c, y = c.astype(self.dtype), y.astype(self.dtype)
                 tapes = forward(cell, parameters, x, c, y)
@@ -184,7 +184,7 @@ class ReferenceEngine:
             output = x
             if self.readout is not None:
                 weights, bias = self.readout
-                rows = x.reshape(feed.steps * feed.batch, -1)
+                rows = x.reshape(feed.steps * feed.batch, x.shape[2])
                 output = propagate(weights, rows, bias).reshape(feed.steps, feed.batch, len(bias))
         return Trace(
             output,

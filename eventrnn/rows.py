@@ -26,18 +26,18 @@ def _lane(builder, pointer, k):
     return builder.gep(pointer, [I64(k * LANES)])
 
 
-def _add_scaled(vectors: int):
+def _add_scaled(vectors: int, width: int = LANES):
     @intrinsic
     def add_scaled(typingctx, drive, at, weights, start, value):
-        """drive[at + k] = fma(weights[start + k], value, drive[at + k]) for k below 16 * vectors."""
+        """drive[at + k] = fma(weights[start + k], value, drive[at + k]) for k below vectors * width."""
 
         def generate(context, builder, signature, args):
             target = address(context, builder, signature.args[0], args[0], args[1])
             source = address(context, builder, signature.args[2], args[2], args[3])
-            scale = splat(builder, args[4])
+            scale = splat(builder, args[4], width)
             # All loads before the first store: the two arrays never overlap, which LLVM cannot know.
-            weight = [load_vector(builder, _lane(builder, source, k)) for k in range(vectors)]
-            before = [load_vector(builder, _lane(builder, target, k)) for k in range(vectors)]
+            weight = [load_vector(builder, _lane(builder, source, k), width) for k in range(vectors)]
+            before = [load_vector(builder, _lane(builder, target, k), width) for k in range(vectors)]
             for k in range(vectors):
                 store_vector(builder, fma_vector(builder, weight[k], scale, before[k]), _lane(builder, target, k))
             return context.get_dummy_value()
@@ -47,6 +47,7 @@ def _add_scaled(vectors: int):
     return add_scaled
 
 
+add_scaled_4, add_scaled_8 = _add_scaled(1, 4), _add_scaled(1, 8)
 add_scaled_16, add_scaled_32, add_scaled_64 = _add_scaled(1), _add_scaled(2), _add_scaled(4)
 
 

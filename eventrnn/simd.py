@@ -60,22 +60,21 @@ def address(context, builder, array_type, array, index):
     return builder.gep(data, [index if index.type == I64 else builder.sext(index, I64)])
 
 
-def load_vector(builder, pointer):
-    """Sixteen float32 from a float pointer, unaligned."""
-    return builder.load(builder.bitcast(pointer, VECTOR.as_pointer()), align=4)
+def load_vector(builder, pointer, width: int = LANES):
+    """`width` float32 from a float pointer, unaligned."""
+    return builder.load(builder.bitcast(pointer, ir.VectorType(FLOAT, width).as_pointer()), align=4)
 
 
 def store_vector(builder, vector, pointer):
-    """Sixteen float32 to a float pointer, unaligned."""
-    builder.store(vector, builder.bitcast(pointer, VECTOR.as_pointer()), align=4)
+    """A vector of float32 to a float pointer, unaligned."""
+    builder.store(vector, builder.bitcast(pointer, vector.type.as_pointer()), align=4)
 
 
-def splat(builder, scalar, lane_type=FLOAT):
-    """The scalar in every lane."""
-    vector = ir.VectorType(lane_type, LANES)
-    undefined = ir.Constant(vector, ir.Undefined)
+def splat(builder, scalar, width: int = LANES):
+    """The float in every lane."""
+    undefined = ir.Constant(ir.VectorType(FLOAT, width), ir.Undefined)
     first = builder.insert_element(undefined, scalar, I32(0))
-    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, LANES), [0] * LANES))
+    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, width), [0] * width))
 
 
 def call(builder, name, result, args):
@@ -86,7 +85,7 @@ def call(builder, name, result, args):
 
 def fma_vector(builder, a, b, c):
     """a * b + c, each lane rounded once."""
-    return call(builder, f"llvm.fma.v{LANES}f32", VECTOR, [a, b, c])
+    return call(builder, f"llvm.fma.v{c.type.count}f32", c.type, [a, b, c])
 
 
 # --- arithmetic on scalars and lanes ------------------------------------------------------------------------

@@ -15,6 +15,8 @@ from eventrnn.rows import (
     add_rows_4,
     add_rows_8,
     add_rows_tile,
+    add_scaled_4,
+    add_scaled_8,
     add_scaled_16,
     add_scaled_32,
     add_scaled_64,
@@ -101,6 +103,14 @@ def _propagate_blocks(matrix, values, index, pointers, ids, sent, first, count, 
             for k in range(begin, end):
                 add_scaled_16(drive, at + index[i0 + k], values, start, value)
                 start += 16
+        elif c == 8:
+            for k in range(begin, end):
+                add_scaled_8(drive, at + index[i0 + k], values, start, value)
+                start += 8
+        elif c == 4:
+            for k in range(begin, end):
+                add_scaled_4(drive, at + index[i0 + k], values, start, value)
+                start += 4
         else:
             for k in range(begin, end):
                 target = at + index[i0 + k]

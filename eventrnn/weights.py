@@ -48,6 +48,10 @@ class Weights(ABC):
     def row_bytes(self) -> np.ndarray:
         """Bytes of values and indices read when unit j sends an event, (n_pre,) int64."""
 
+    def __repr__(self) -> str:
+        block = f" {self.block[0]}x{self.block[1]}" if isinstance(self, BlockCSR) else ""
+        return f"{type(self).__name__}({self.shape[0]}x{self.shape[1]}{block}, {self.nnz} weights)"
+
     @property
     def nnz(self) -> int:
         return int(self.fan_out().sum())
@@ -66,7 +70,7 @@ class Weights(ABC):
         return {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Dense(Weights):
     """All entries.
 
@@ -111,7 +115,7 @@ class Dense(Weights):
         return 4 * self.stored_out()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class CSR(Weights):
     """Single entries, compressed by presynaptic unit.
 
@@ -178,7 +182,7 @@ class CSR(Weights):
         return 8 * self.stored_out()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class BlockCSR(Weights):
     """Blocks of `block = (r, c)`: r presynaptic by c postsynaptic, on a grid from entry [0, 0].
 

@@ -196,10 +196,9 @@ def test_names_the_first_divergence_and_the_margin():
     found, v = caught.value, np.tanh(2) / 2
     assert (found.what, found.step, found.layer, found.sample, found.unit) == ("event", 2, 0, 1, 3)
     assert found.values[1] == 0
-    error = 4 * tolerance.U32
-    assert abs(found.values[0] - v) <= error
-    assert abs(found.margins[0] - (v - 0.4)) <= error
-    assert abs(found.margins[1] - (0.6 - v)) <= error
+    assert abs(found.values[0] - v) <= tolerance.HALF_TANH
+    assert abs(found.margins[0] - (v - 0.4)) <= tolerance.HALF_TANH
+    assert abs(found.margins[1] - (0.6 - v)) <= tolerance.HALF_TANH
     text = str(found)
     assert text.startswith("events differ first at step 2, layer 0, sample 1, unit 3: 0.48201")
     assert "margin to threshold |v - threshold| 0.0820" in text

@@ -42,9 +42,12 @@ STREAM_BYTES = 16_000
 #: At most this share of units may lie so close to their threshold that rounding could move the event.
 INSIDE_MARGIN = 0.01
 
-#: The bound on v must be able to tell something: 1e-4 is a 1,000th of a typical threshold. With 160 terms of magnitudes
-#: adding up to about 20 it should be some gamma(160) 20 = 2e-4 / 4, the slope of a sigmoid.
+#: The bound on v must be able to tell something. In the test's network the magnitudes of a drive's 160 terms add up to
+#: about 20: gamma(160) 20 = 2e-4, a quarter of which passes a sigmoid. A 1,000th of a typical threshold is
 SHARPEST_MARGIN = 1e-4
+
+#: float32 v = tanh(2) / 2: 1.5 ulp of tanh, halved, and the decimal thresholds it is compared with, each off by u / 2.
+HALF_TANH = 4 * U32
 
 #: Average activity of drawn networks: some units fire, some do not, far from both ends.
 ACTIVITY_RANGE = (0.1, 0.9)
