@@ -10,7 +10,7 @@ import platform
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -18,10 +18,11 @@ import numpy as np
 
 from eventrnn.backend import State
 from eventrnn.cells import Cell
-from eventrnn.cpu import CpuEngine
+from eventrnn.cpu import IN, REC, REC_GATED, CpuEngine
 from eventrnn.events import Events
-from eventrnn.network import Layer, Network, simulate
-from eventrnn.observe import count
+from eventrnn.network import Layer, Network, Simulation, simulate
+from eventrnn.observe import count, senders
+from eventrnn.packing import BLOCKS, HIGH, KIND, LOW, ROWS
 from eventrnn.traverse import read_rows
 from eventrnn.weights import Weights, check_block, convert
 
@@ -134,7 +135,8 @@ def inference(
 
     engine, feed, state = CpuEngine(network, threads), network.feed(inputs), State.zeros(network, batch)
     contestants: dict[str, Callable[[], object]] = {"ours": lambda: engine.run(feed, state)}
-    contestants["probe"] = _probe(engine, network, simulation.inputs, simulation.events, batch)
+    reads = rows_read(engine, network, simulation)
+    contestants["probe"] = _probe(engine, reads)
     if against != "none":
         contestants["against"] = _rival(against, network, inputs, threads)
     report(f"timing {repeats} rounds")
@@ -142,7 +144,7 @@ def inference(
 
     ours = float(np.median(seconds["ours"])) / steps
     probe = float(np.min(seconds["probe"])) / steps
-    weight_bytes = counts.total.weight_bytes / steps
+    weight_bytes = sum(r.nbytes for r in reads) / steps
     if ours < probe:
         raise RuntimeError(
             f"benchmark: {weight_bytes / ours / 1e9:.1f} GB/s of weights read, but the probe reads the same rows at "
@@ -158,7 +160,7 @@ def inference(
         "dense_per_step": counts.total.dense // steps,
         "effective_per_step": counts.total.effective / steps,
         "executed_per_step": counts.total.executed / steps,
-        "bytes_per_step": (counts.total.weight_bytes + sum(counts.state_bytes)) / steps,
+        "bytes_per_step": weight_bytes + sum(counts.state_bytes) / steps,
         "bandwidth_gb_s": weight_bytes / ours / 1e9,
         "probe_gb_s": weight_bytes / probe / 1e9,
         "bandwidth_fraction": probe / ours,
@@ -225,24 +227,65 @@ def _rival(name: str, network: Network, inputs: Events, threads: int) -> Callabl
     return sequence if name == "torch" else stepwise
 
 
-def _probe(engine: CpuEngine, network: Network, inputs, events, batch: int) -> Callable[[], object]:
-    """Reads the rows that the run reads, in its order: a chunk of inputs, then the chunk's recurrent steps."""
-    engine._scratch(batch)
-    chunk = engine.chunk * batch
-    senders = []
-    for k in range(len(network.layers)):
-        below = inputs if k == 0 else events[k - 1]
-        senders.append((2 * k, below.indptr, below.indices))
-        senders.append((2 * k + 1, events[k].indptr, events[k].indices))
-    rows = len(inputs.indptr) - 1
+@dataclass(frozen=True)
+class Reads:
+    """The weight rows that a run reads from one window of a matrix, in groups; a group reads a row once.
+
+    Attributes
+    ----------
+    matrix      : row of the engine's tables
+    indptr, ids : units read by each group
+    per_chunk   : groups in a chunk of time
+    nbytes      : values and indices of all these rows, over all threads
+    """
+
+    matrix: int
+    indptr: np.ndarray
+    ids: np.ndarray
+    per_chunk: int
+    nbytes: int
+
+
+def rows_read(engine: CpuEngine, network: Network, simulation: Simulation) -> list[Reads]:
+    """What the engine reads in a recorded run, in its order: a layer's chunk of inputs, then its recurrent steps.
+
+    An input product shares rows over its chunk, a recurrent one over the batch of a step (see `propagate_all`).
+    """
+    batch, chunk = simulation.batch, engine.chunk_steps(simulation.batch)
+    received, reads = senders(network, simulation), []
+    for k, layer in enumerate(engine.layers):
+        for column, name, rows in (
+            (IN, "w_in", chunk * batch),
+            (REC, "w_rec", batch),
+            (REC_GATED, "w_rec", batch),
+        ):
+            if layer[column] < 0:
+                continue
+            weights, events = received[f"layers.{k}.{name}"]
+            table = engine.matrices[0, layer[column]]
+            # Half of the row in each of two windows, where the paper's variant cuts it.
+            share = (table[HIGH] - table[LOW] if engine.parts == 1 else weights.shape[1]) / weights.shape[1]
+            shared = rows > 1 and table[KIND] in (ROWS, BLOCKS)
+            group = events.rows() // rows if shared else events.rows()
+            groups = -(-simulation.steps * batch // (rows if shared else 1))
+            pairs = np.unique(group * weights.shape[0] + events.indices)
+            indptr = np.searchsorted(pairs, np.arange(groups + 1) * weights.shape[0])
+            ids = (pairs % weights.shape[0]).astype(np.int32)
+            nbytes = int(weights.row_bytes()[ids].sum() * share)
+            reads.append(Reads(int(layer[column]), indptr, ids, -(-chunk * batch // (rows if shared else 1)), nbytes))
+    return reads
+
+
+def _probe(engine: CpuEngine, reads: list[Reads]) -> Callable[[], object]:
+    """Reads those rows and does nothing else."""
     pool = ThreadPoolExecutor(engine.parts)
 
     def share(part: int) -> None:
-        for start in range(0, rows, chunk):
-            for matrix, indptr, ids in senders:
-                table = engine.matrices[part, matrix]
-                stop = min(start + chunk, rows)
-                read_rows(table, engine.values, engine.index, engine.pointers, indptr, ids, start, stop)
+        for at in range(max(-(-(len(r.indptr) - 1) // r.per_chunk) for r in reads)):
+            for r in reads:
+                table = engine.matrices[part, r.matrix]
+                start, stop = (min(k * r.per_chunk, len(r.indptr) - 1) for k in (at, at + 1))
+                read_rows(table, engine.values, engine.index, engine.pointers, r.indptr, r.ids, start, stop)
 
     return lambda: list(pool.map(share, range(engine.parts)))
 

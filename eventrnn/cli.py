@@ -49,7 +49,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")] = Path("eventrnn-demo"),
     hidden: Annotated[int, typer.Option(help="Units.")] = 256,
     steps: Steps = 700,
-    pruning_steps: Annotated[int, typer.Option(help="Updates while and after pruning.")] = 2400,
+    pruning_steps: Annotated[int, typer.Option(help="Updates while and after pruning.")] = 2000,
     sparsity: Annotated[float, typer.Option(help="Share of blocks to prune.")] = 0.8,
     block: Block = "1x8",
     seed: Seed = 0,

@@ -17,20 +17,24 @@ import numpy as np
 from eventrnn import cells
 from eventrnn.backend import Feed, FireCounts, State, Trace
 from eventrnn.jit import compiled
-from eventrnn.packing import FIELDS, HIGH, LOW, Pools, aligned_zeros, pack, window_edges
+from eventrnn.packing import FIELDS, HIGH, LOW, Pools, aligned_zeros, narrow, pack, window_edges
 from eventrnn.rows import SPINS_BEFORE_YIELD, atomic_add, atomic_load, pause, yield_core
 from eventrnn.simd import LANES, bits, load, lowest_bit, store
-from eventrnn.traverse import propagate
+from eventrnn.traverse import propagate_all
+from eventrnn.weights import Dense, Weights
 
 if TYPE_CHECKING:
     from eventrnn.network import Network
 
-# Columns of the layer table. REC_GATED is the candidate's window of w_rec in the paper's variant, else -1.
-UNITS, IN, REC, REC_GATED, BIAS_IN, BIAS_REC, UNIT_0 = range(7)
+# Columns of the layer table. IN to REC are the windows of w_in, REC to REC_GATED those of w_rec, and REC_GATED to END
+# the candidate's columns of w_rec, apart in the paper's variant only.
+UNITS, INPUTS, IN, REC, REC_GATED, END, BIAS_IN, BIAS_REC, UNIT_0 = range(9)
 
 # A chunk's input drives should fit a share of the L2 cache.
 CHUNK_BYTES = 1 << 19
 LONGEST_CHUNK = 64
+# Columns of a narrow window: with a chunk of rows it fits the L1 cache beside the weights that pass through.
+ROW_TILE, BLOCK_TILE = 128, 256
 
 
 @compiled
@@ -48,7 +52,7 @@ def wait(barrier, parts, target):
 
 
 @compiled
-def send(y, at, low, high, ids, sent, row, counts, slot):
+def send(y, at, low, high, ids, sent, row, firsts, counts, slot):
     """Compact the non-zero y of units `low` to `high` into a row's event list."""
     count = row + low
     whole = low + (high - low) // LANES * LANES
@@ -66,7 +70,7 @@ def send(y, at, low, high, ids, sent, row, counts, slot):
             ids[count] = i
             sent[count] = y[at + i]
             count += 1
-    counts[slot] = count - row - low
+    firsts[slot], counts[slot] = row + low, count - row - low
 
 
 @compiled
@@ -125,23 +129,20 @@ def update_paper(n, low, high, drive_in, a, drive_rec, b, threshold, p, c, y, s)
 
 
 @compiled
-def gate_events(n, drive_in, a, drive_rec, b, ids, sent, first, count, gated_ids, gated, at):
-    """gated = reset gate * value of every event: what the paper's candidate product receives."""
-    for e in range(count):
-        i = ids[first + e]
-        gated_ids[at + e] = i
-        gated[at + e] = cells.egru_reset_gate(drive_in[a + n + i], drive_rec[b + n + i]) * sent[first + e]
-
-
-@compiled
-def start_from(bias, p, matrix, drive, at):
-    """The drive of a window starts from its bias."""
-    low, high = matrix[LOW], matrix[HIGH]
-    whole = low + (high - low) // LANES * LANES
-    for i in range(low, whole, LANES):
-        store(drive, at + i, load(bias, p + i))
-    for i in range(whole, high):
-        drive[at + i] = bias[p + i]
+def gate_events(
+    n, drive_in, a, drive_rec, b,
+    ids, sent, firsts, counts, slot, segments,
+    ids_out, gated_out, at, firsts_out, counts_out, slot_out,
+):  # fmt: skip
+    """A row's events times the reset gate of their unit, as one list: what the paper's candidate product receives."""
+    to = at
+    for q in range(slot, slot + segments):
+        for e in range(firsts[q], firsts[q] + counts[q]):
+            i = ids[e]
+            ids_out[to] = i
+            gated_out[to] = cells.egru_reset_gate(drive_in[a + n + i], drive_rec[b + n + i]) * sent[e]
+            to += 1
+    firsts_out[slot_out], counts_out[slot_out] = at, to - at
 
 
 @compiled
@@ -164,11 +165,12 @@ def record(n, low, high, y, c, s, at, ids, sent, first, count, unit_0, events_ou
 def run(
     part, parts, barrier,
     # weights
-    layers, matrices, values, index, pointers, biases, threshold, readout,
+    layers, windows, values, index, pointers, biases, threshold, readout,
     # in
     feed_indptr, feed_ids, feed_sent, row_of, steps, batch, chunk, edges, pitch,
     # scratch
-    drive_in, drive_rec, ids, sent, counts, gated_ids, gated,
+    drive_in, drive_rec, ids, sent, firsts, counts, feed_firsts, feed_counts, gated_ids, gated,
+    starts, targets, grouped,
     # state, updated in place
     c, y,
     # out
@@ -189,59 +191,60 @@ def run(
             n, unit_0 = layers[layer, UNITS], layers[layer, UNIT_0]
             low, high = edges[layer, part], edges[layer, part + 1]
             mine, below = (layer % 2) * rows, ((layer + 1) % 2) * rows
-            w_in, w_rec = matrices[part, layers[layer, IN]], matrices[part, layers[layer, REC]]
             for b in range(batch):
                 row = mine + b
-                send(y, unit_0 * batch + b * n, low, high, ids, sent, row * widest, counts, row * parts + part)
+                send(y, unit_0 * batch + b * n, low, high, ids, sent, row * widest, firsts, counts, row * parts + part)
             # Everybody has left the last chunk's drives, and the carried events are complete.
             target = wait(barrier, parts, target)
 
-            for k in range(length * batch):
-                start_from(biases, layers[layer, BIAS_IN], w_in, drive_in, k * pitch)
-                if layer == 0:
+            w0, w1, p = layers[layer, IN], layers[layer, REC], layers[layer, BIAS_IN]
+            if layer == 0:
+                for k in range(length * batch):
                     source = row_of[t0 * batch + k]
-                    first, end = feed_indptr[source], feed_indptr[source + 1]
-                    propagate(
-                        w_in, values, index, pointers, feed_ids, feed_sent, first, end - first, drive_in, k * pitch
-                    )
-                else:
-                    row = below + batch + k
-                    for q in range(parts):
-                        first, count = row * widest + edges[layer - 1, q], counts[row * parts + q]
-                        propagate(w_in, values, index, pointers, ids, sent, first, count, drive_in, k * pitch)
+                    feed_firsts[part, k] = feed_indptr[source]
+                    feed_counts[part, k] = feed_indptr[source + 1] - feed_indptr[source]
+                propagate_all(
+                    windows[part], w0, w1, values, index, pointers, biases, p, layers[layer, INPUTS],
+                    feed_ids, feed_sent, feed_firsts[part], feed_counts[part], 0, 1, length * batch,
+                    starts[part], targets[part], grouped[part], drive_in, pitch,
+                )  # fmt: skip
+            else:
+                propagate_all(
+                    windows[part], w0, w1, values, index, pointers, biases, p, layers[layer, INPUTS],
+                    ids, sent, firsts, counts, (below + batch) * parts, parts, length * batch,
+                    starts[part], targets[part], grouped[part], drive_in, pitch,
+                )  # fmt: skip
 
+            w0, w1, w2, p = layers[layer, REC], layers[layer, REC_GATED], layers[layer, END], layers[layer, BIAS_REC]
             for t in range(length):
-                for b in range(batch):
-                    row = mine + t * batch + b
-                    start_from(biases, layers[layer, BIAS_REC], w_rec, drive_rec, b * pitch)
-                    for q in range(parts):
-                        first, count = row * widest + edges[layer, q], counts[row * parts + q]
-                        propagate(w_rec, values, index, pointers, ids, sent, first, count, drive_rec, b * pitch)
+                propagate_all(
+                    windows[part], w0, w1, values, index, pointers, biases, p, n,
+                    ids, sent, firsts, counts, (mine + t * batch) * parts, parts, batch,
+                    starts[part], targets[part], grouped[part], drive_rec, pitch,
+                )  # fmt: skip
                 target = wait(barrier, parts, target)
 
-                if layers[layer, REC_GATED] >= 0:
-                    w_gated = matrices[part, layers[layer, REC_GATED]]
-                    at = part * widest
+                if w2 > w1:
                     for b in range(batch):
                         row, a = mine + t * batch + b, (t * batch + b) * pitch
-                        start_from(biases, layers[layer, BIAS_REC], w_gated, drive_rec, b * pitch)
-                        for q in range(parts):
-                            first, count = row * widest + edges[layer, q], counts[row * parts + q]
-                            gate_events(
-                                n, drive_in, a, drive_rec, b * pitch, ids, sent, first, count, gated_ids, gated, at
-                            )
-                            propagate(
-                                w_gated, values, index, pointers, gated_ids, gated, at, count, drive_rec, b * pitch
-                            )
+                        gate_events(
+                            n, drive_in, a, drive_rec, b * pitch, ids, sent, firsts, counts, row * parts, parts,
+                            gated_ids[part], gated[part], b * widest, feed_firsts[part], feed_counts[part], b,
+                        )  # fmt: skip
+                    propagate_all(
+                        windows[part], w1, w2, values, index, pointers, biases, p, n,
+                        gated_ids[part], gated[part], feed_firsts[part], feed_counts[part], 0, 1, batch,
+                        starts[part], targets[part], grouped[part], drive_rec, pitch,
+                    )  # fmt: skip
                     target = wait(barrier, parts, target)
 
                 for b in range(batch):
                     row, a, s = mine + (t + 1) * batch + b, (t * batch + b) * pitch, unit_0 * batch + b * n
-                    if layers[layer, REC_GATED] >= 0:
+                    if w2 > w1:
                         update_paper(n, low, high, drive_in, a, drive_rec, b * pitch, threshold, unit_0, c, y, s)
                     else:
                         update(n, low, high, drive_in, a, drive_rec, b * pitch, threshold, unit_0, c, y, s)
-                    send(y, s, low, high, ids, sent, row * widest, counts, row * parts + part)
+                    send(y, s, low, high, ids, sent, row * widest, firsts, counts, row * parts + part)
                     at = unit_0 * steps * batch + ((t0 + t) * batch + b) * n
                     record(
                         n, low, high, y, c, s, at, ids, sent, row * widest + low, counts[row * parts + part], unit_0,
@@ -253,15 +256,15 @@ def run(
                 target = wait(barrier, parts, target)
 
         if readout >= 0:
-            w_out, size = matrices[part, readout], len(output_out) // (steps * batch)
+            size, w0, w1 = len(output_out) // (steps * batch), readout, windows.shape[1]
             last = ((n_layers - 1) % 2) * rows
+            propagate_all(
+                windows[part], w0, w1, values, index, pointers, biases, len(biases) - size, layers[n_layers - 1, UNITS],
+                ids, sent, firsts, counts, (last + batch) * parts, parts, length * batch,
+                starts[part], targets[part], grouped[part], drive_in, pitch,
+            )  # fmt: skip
             for k in range(length * batch):
-                row = last + batch + k
-                start_from(biases, len(biases) - size, w_out, drive_in, k * pitch)
-                for q in range(parts):
-                    first, count = row * widest + edges[n_layers - 1, q], counts[row * parts + q]
-                    propagate(w_out, values, index, pointers, ids, sent, first, count, drive_in, k * pitch)
-                for i in range(w_out[LOW], w_out[HIGH]):
+                for i in range(windows[part, w0, LOW], windows[part, w1 - 1, HIGH]):
                     output_out[(t0 * batch + k) * size + i] = drive_in[k * pitch + i]
 
 
@@ -276,40 +279,59 @@ class CpuBackend:
         return CpuEngine(network, threads)
 
 
-class CpuEngine:
-    """A network packed for `run`; keeps its scratch between calls, so one engine serves one run at a time."""
+class Plan:
+    """A network's weights packed for one way to run.
 
-    def __init__(self, network: Network, threads: int):
-        self.parts = threads
-        self.units = [layer.units for layer in network.layers]
-        self.output_size = self.units[-1] if network.readout is None else network.readout.weights.shape[1]
-        pools, tables = Pools.empty(), [[] for _ in range(threads)]
+    `in_many` and `rec_many` say whether input and recurrent products have many rows at once, which want narrow windows:
+    the drives' share of one stays in the L1 cache.
+    """
 
-        def place(weights, start, stop) -> int:
-            edges = window_edges(weights, start, stop, threads)
-            for part, table in enumerate(tables):
-                table.append(pack(pools, weights, edges[part], edges[part + 1]))
-            return len(tables[0]) - 1
-
-        layers, biases, at, unit_0 = [], [], 0, 0
+    def __init__(self, network: Network, parts: int, in_many: bool, rec_many: bool):
+        self.parts, self.pools = parts, Pools.empty()
+        self.tables: list[list[list[int]]] = [[] for _ in range(parts)]
+        layers, at, unit_0 = [], 0, 0
         for layer in network.layers:
             n, rows = layer.units, layer.w_rec.shape[1]
-            w_in = place(layer.w_in, 0, rows)
-            if layer.cell.variant == "paper":
-                w_rec, w_gated = place(layer.w_rec, 0, 2 * n), place(layer.w_rec, 2 * n, rows)
-            else:
-                w_rec, w_gated = place(layer.w_rec, 0, rows), -1
-            layers.append([n, w_in, w_rec, w_gated, at, at + rows, unit_0])
-            biases += [layer.bias_in, layer.bias_rec]
+            cut = 2 * n if layer.cell.variant == "paper" else rows
+            w_in = self._place(layer.w_in, 0, rows, in_many)
+            w_rec = self._place(layer.w_rec, 0, cut, rec_many)
+            w_gated = self._place(layer.w_rec, cut, rows, rec_many) if cut < rows else len(self.tables[0])
+            layers.append([n, layer.inputs, w_in, w_rec, w_gated, len(self.tables[0]), at, at + rows, unit_0])
             at, unit_0 = at + 2 * rows, unit_0 + n
         self.readout = -1
         if network.readout is not None:
-            self.readout = place(network.readout.weights, 0, self.output_size)
-            biases.append(network.readout.bias)
+            self.readout = self._place(network.readout.weights, 0, network.readout.weights.shape[1], in_many)
         self.layers = np.array(layers, np.int64)
-        self.matrices = np.array(tables, np.int64).reshape(threads, -1, FIELDS)
-        self.values, self.index, self.pointers = pools.freeze()
-        self.biases = np.concatenate(biases)
+        self.windows = np.array(self.tables, np.int64).reshape(parts, -1, FIELDS)
+        self.values, self.index, self.pointers = self.pools.freeze()
+
+    def _place(self, weights: Weights, start: int, stop: int, many: bool) -> int:
+        """Pack the columns `start` to `stop`, each thread's share; returns the first window."""
+        before, edges = len(self.tables[0]), window_edges(weights, start, stop, self.parts)
+        cuts = [[edges[part], edges[part + 1]] for part in range(self.parts)]
+        if many:
+            width = ROW_TILE if isinstance(weights, Dense) else BLOCK_TILE
+            cuts = [narrow(weights, low, high, width) for low, high in cuts]
+        most = max(len(cut) for cut in cuts)
+        for table, cut in zip(self.tables, cuts, strict=True):
+            cut += cut[-1:] * (most - len(cut))
+            table += [pack(self.pools, weights, low, high) for low, high in zip(cut[:-1], cut[1:], strict=True)]
+        return before
+
+
+class CpuEngine:
+    """A network packed for `run`; keeps its scratch between calls, so one engine serves one run at a time.
+
+    Weights are packed at the first run of each kind: single steps or sequences, one sample or many.
+    """
+
+    def __init__(self, network: Network, threads: int):
+        self.network, self.parts = network, threads
+        self.units = [layer.units for layer in network.layers]
+        self.output_size = self.units[-1] if network.readout is None else network.readout.weights.shape[1]
+        self.plans: dict[tuple[bool, bool], Plan] = {}
+        biases = [bias for layer in network.layers for bias in (layer.bias_in, layer.bias_rec)]
+        self.biases = np.concatenate(biases + ([network.readout.bias] if network.readout is not None else []))
         self.threshold = np.concatenate([layer.threshold for layer in network.layers])
         self.edges = np.array([[n * q // threads for q in range(threads + 1)] for n in self.units], np.int64)
         # Vectors and padded blocks may run past the last gate row.
@@ -318,19 +340,37 @@ class CpuEngine:
         self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
         self.scratch_batch = 0
 
+    def plan(self, steps: int, batch: int) -> Plan:
+        """The weights as a run of that size wants them."""
+        kind = (steps * batch > 1, batch > 1)
+        if kind not in self.plans:
+            self.plans[kind] = Plan(self.network, self.parts, *kind)
+        return self.plans[kind]
+
+    def chunk_steps(self, batch: int) -> int:
+        """Time steps that go through a layer together."""
+        return max(1, min(LONGEST_CHUNK, CHUNK_BYTES // (4 * batch * self.pitch)))
+
     def _scratch(self, batch: int) -> tuple[np.ndarray, ...]:
         if batch != self.scratch_batch:
             self.scratch_batch = batch
-            self.chunk = max(1, min(LONGEST_CHUNK, CHUNK_BYTES // (4 * batch * self.pitch)))
-            rows, widest = (self.chunk + 1) * batch, max(self.units)
+            self.chunk = self.chunk_steps(batch)
+            rows, widest = self.chunk * batch, max(self.units)
+            lists, most = 2 * (rows + batch), rows * max(widest, *(layer.inputs for layer in self.network.layers))
             self.scratch = (
-                aligned_zeros(self.chunk * batch * self.pitch, np.float32),
+                aligned_zeros(rows * self.pitch, np.float32),
                 aligned_zeros(batch * self.pitch, np.float32),
-                np.zeros(2 * rows * widest, np.int32),
-                np.zeros(2 * rows * widest, np.float32),
-                np.zeros(2 * rows * self.parts, np.int64),
-                np.zeros(self.parts * widest, np.int32),
-                np.zeros(self.parts * widest, np.float32),
+                np.zeros(lists * widest, np.int32),
+                np.zeros(lists * widest, np.float32),
+                np.zeros(lists * self.parts, np.int64),
+                np.zeros(lists * self.parts, np.int64),
+                np.zeros((self.parts, rows), np.int64),
+                np.zeros((self.parts, rows), np.int64),
+                np.zeros((self.parts, batch * widest), np.int32),
+                np.zeros((self.parts, batch * widest), np.float32),
+                np.zeros((self.parts, most // rows + 2), np.int64),
+                np.zeros((self.parts, most), np.int32),
+                np.zeros((self.parts, most), np.float32),
             )
         return self.scratch
 
@@ -345,9 +385,10 @@ class CpuEngine:
         graded, binary = np.zeros(total, np.int64), np.zeros(total, np.int64)
         scratch, barrier = self._scratch(feed.batch), np.zeros(1, np.int64)
         if rows:
+            plan = self.plan(feed.steps, feed.batch)
             arguments = (
-                *(self.layers, self.matrices, self.values, self.index, self.pointers, self.biases, self.threshold),
-                *(self.readout, feed.indptr, feed.indices, feed.values, feed.row_of, feed.steps, feed.batch),
+                *(plan.layers, plan.windows, plan.values, plan.index, plan.pointers, self.biases, self.threshold),
+                *(plan.readout, feed.indptr, feed.indices, feed.values, feed.row_of, feed.steps, feed.batch),
                 *(self.chunk, self.edges, self.pitch, *scratch, c, y, output, events, states, graded, binary),
             )
             if self.pool is None:

@@ -37,7 +37,7 @@ class DemoSettings:
     hidden: int = 256
     embedding: int = 64
     steps: int = 700
-    pruning_steps: int = 2400
+    pruning_steps: int = 2000
     sparsity: float = 0.8
     block: tuple[int, int] = (1, 8)
     threshold: float = 0.4

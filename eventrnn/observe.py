@@ -135,7 +135,7 @@ def count_per_step(network: Network, simulation: Simulation) -> dict[str, dict[s
     Needs a run with record="events". O(events + weights).
     """
     result = {}
-    for name, (weights, events) in _senders(network, simulation).items():
+    for name, (weights, events) in senders(network, simulation).items():
         rows, graded = events.rows(), events.graded
         fan_out, stored_out = weights.fan_out()[events.indices], weights.stored_out()[events.indices]
 
@@ -185,7 +185,7 @@ def audit(network: Network, simulation: Simulation, counts: OpCounts | None = No
     """
     counts = counts or count(network, simulation)
     rows: list[tuple[str, str, int, int, str]] = []
-    for name, (weights, events) in _senders(network, simulation).items():
+    for name, (weights, events) in senders(network, simulation).items():
         counted = counts.matrices[name]
         there = weights.to_dense() != 0
         stored = _stored_mask(weights)
@@ -284,8 +284,8 @@ def _state_counts(state: State, k: int) -> FireCounts:
     return FireCounts(((y != 0) & ~binary).sum(axis=0), binary.sum(axis=0))
 
 
-def _senders(network: Network, simulation: Simulation) -> dict[str, tuple[Weights, Events]]:
-    """Every matrix with the events that it receives, step by step."""
+def senders(network: Network, simulation: Simulation) -> dict[str, tuple[Weights, Events]]:
+    """Every matrix by name with the events that it receives, step by step; needs record="events"."""
     if simulation.inputs is None:
         raise ValueError('simulation: has no recorded events; run with record="events"')
     pairs, below = {}, simulation.inputs

@@ -13,13 +13,15 @@ import numpy as np
 from eventrnn.weights import CSR, BlockCSR, Dense, Weights
 
 # Columns of the table: how a window is stored, and where.
-KIND, LOW, HIGH, VALUES, INDEX, POINTERS, WIDTH, PITCH = range(8)
-FIELDS = 8
+KIND, LOW, HIGH, VALUES, INDEX, POINTERS, WIDTH, PITCH, FAR = range(9)
+FIELDS = 9
 
 #: kinds of traversal
 ROWS, SCATTER, BLOCKS, RAGGED_BLOCKS = range(4)
 
 LANES = 16
+# A window up to this size stays in the L2 cache, where asking ahead for a row costs more than waiting for it.
+NEAR_BYTES = 1 << 20
 
 
 @dataclass
@@ -76,6 +78,14 @@ def window_edges(weights: Weights, start: int, stop: int, parts: int) -> list[in
     return [start, *aligned, stop]
 
 
+def narrow(weights: Weights, low: int, high: int, width: int) -> list[int]:
+    """Cut a thread's window into narrow ones, about `width` columns each, on the grid of vectors or blocks."""
+    grain, origin = (weights.block[1], 0) if isinstance(weights, BlockCSR) else (LANES, low)
+    step = max(1, width // grain) * grain
+    first = origin + (low - origin) // step * step + step
+    return [low, *range(first, high, step), high] if low < high else [low, high]
+
+
 def pack(pools: Pools, weights: Weights, low: int, high: int) -> list[int]:
     """Add the columns `low` to `high` of a matrix to the pools; returns its table row."""
     if isinstance(weights, Dense):
@@ -96,14 +106,14 @@ def _pack_rows(pools: Pools, weights: Dense, low: int, high: int) -> list[int]:
     rows = np.zeros((weights.shape[0], pitch), np.float32)
     rows[:, : high - low] = weights.values[:, low:high]
     values, index, pointers = pools.add(rows.ravel(), np.zeros(0), np.zeros(0))
-    return [ROWS, low, high, values, index, pointers, _up(high - low, LANES), pitch]
+    return [ROWS, low, high, values, index, pointers, _up(high - low, LANES), pitch, 0]
 
 
 def _pack_scatter(pools: Pools, weights: CSR, low: int, high: int) -> list[int]:
     inside = (weights.indices >= low) & (weights.indices < high)
     kept = np.concatenate([[0], np.cumsum(inside)])
     values, index, pointers = pools.add(weights.values[inside], weights.indices[inside], kept[weights.indptr])
-    return [SCATTER, low, high, values, index, pointers, 1, 0]
+    return [SCATTER, low, high, values, index, pointers, 1, 0, 0]
 
 
 def _pack_blocks(pools: Pools, weights: BlockCSR, low: int, high: int) -> list[int]:
@@ -135,7 +145,17 @@ def _pack_blocks(pools: Pools, weights: BlockCSR, low: int, high: int) -> list[i
     pointers = np.stack([indptr[row], indptr[row + 1], np.array(starts)[row] + s * lengths[row]], axis=1).ravel()
     index = np.stack([columns, widths], axis=1).ravel() if ragged else columns
     values_at, index_at, pointers_at = pools.add(flat, index, pointers)
-    return [RAGGED_BLOCKS if ragged else BLOCKS, low, high, values_at, index_at, pointers_at, c, 0]
+    return [
+        RAGGED_BLOCKS if ragged else BLOCKS,
+        low,
+        high,
+        values_at,
+        index_at,
+        pointers_at,
+        c,
+        0,
+        int(4 * len(flat) > NEAR_BYTES),
+    ]
 
 
 def _up(size: int, multiple: int) -> int:

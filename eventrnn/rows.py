@@ -26,29 +26,79 @@ def _lane(builder, pointer, k):
     return builder.gep(pointer, [I64(k * LANES)])
 
 
-def _add_scaled(vectors: int, width: int = LANES):
+def _add_blocks(vectors: int, width: int = LANES):
+    size = vectors * width
+
     @intrinsic
-    def add_scaled(typingctx, drive, at, weights, start, value):
-        """drive[at + k] = fma(weights[start + k], value, drive[at + k]) for k below vectors * width."""
+    def add_blocks(typingctx, drive, at, columns, first, count, weights, start, value):
+        """drive[at + columns[first + k] + i] += weights[start + k * size + i] * value for blocks k below count.
+
+        i below size; one FMA each. Blocks of one unit never overlap.
+        """
 
         def generate(context, builder, signature, args):
-            target = address(context, builder, signature.args[0], args[0], args[1])
-            source = address(context, builder, signature.args[2], args[2], args[3])
-            scale = splat(builder, args[4], width)
-            # All loads before the first store: the two arrays never overlap, which LLVM cannot know.
-            weight = [load_vector(builder, _lane(builder, source, k), width) for k in range(vectors)]
-            before = [load_vector(builder, _lane(builder, target, k), width) for k in range(vectors)]
-            for k in range(vectors):
-                store_vector(builder, fma_vector(builder, weight[k], scale, before[k]), _lane(builder, target, k))
+            kinds = signature.args
+            target = address(context, builder, kinds[0], args[0], args[1])
+            column_at = address(context, builder, kinds[2], args[2], args[3])
+            source = address(context, builder, kinds[5], args[5], args[6])
+            scale = splat(builder, args[7], width)
+
+            def body(k):
+                column = builder.sext(builder.load(builder.gep(column_at, [k])), I64)
+                out = builder.gep(target, [column])
+                block = builder.gep(source, [builder.mul(k, I64(size))])
+                # All loads before the first store: the two arrays never overlap, which LLVM cannot know.
+                weight = [load_vector(builder, _lane(builder, block, i), width) for i in range(vectors)]
+                before = [load_vector(builder, _lane(builder, out, i), width) for i in range(vectors)]
+                for i in range(vectors):
+                    store_vector(builder, fma_vector(builder, weight[i], scale, before[i]), _lane(builder, out, i))
+
+            _for_each(builder, args[4], body)
             return context.get_dummy_value()
 
-        return types.void(drive, at, weights, start, value), generate
+        return types.void(drive, at, columns, first, count, weights, start, value), generate
 
-    return add_scaled
+    return add_blocks
 
 
-add_scaled_4, add_scaled_8 = _add_scaled(1, 4), _add_scaled(1, 8)
-add_scaled_16, add_scaled_32, add_scaled_64 = _add_scaled(1), _add_scaled(2), _add_scaled(4)
+add_blocks_4, add_blocks_8 = _add_blocks(1, 4), _add_blocks(1, 8)
+add_blocks_16, add_blocks_32, add_blocks_64 = _add_blocks(1), _add_blocks(2), _add_blocks(4)
+
+
+def _add_to_many(vectors: int, width: int = LANES):
+    @intrinsic
+    def add_to_many(typingctx, drive, at, weights, start, targets, values, first, count):
+        """drive[at + targets[e] + i] += weights[start + i] * values[e] for e in first to first + count.
+
+        i below vectors * width; the weights are read once and stay in registers.
+        """
+
+        def generate(context, builder, signature, args):
+            kinds = signature.args
+            out = address(context, builder, kinds[0], args[0], args[1])
+            source = address(context, builder, kinds[2], args[2], args[3])
+            target_at = address(context, builder, kinds[4], args[4], args[6])
+            value_at = address(context, builder, kinds[5], args[5], args[6])
+            weight = [load_vector(builder, _lane(builder, source, i), width) for i in range(vectors)]
+
+            def body(e):
+                offset = builder.sext(builder.load(builder.gep(target_at, [e])), I64)
+                row = builder.gep(out, [offset])
+                scale = splat(builder, builder.load(builder.gep(value_at, [e])), width)
+                before = [load_vector(builder, _lane(builder, row, i), width) for i in range(vectors)]
+                for i in range(vectors):
+                    store_vector(builder, fma_vector(builder, weight[i], scale, before[i]), _lane(builder, row, i))
+
+            _for_each(builder, args[7], body)
+            return context.get_dummy_value()
+
+        return types.void(drive, at, weights, start, targets, values, first, count), generate
+
+    return add_to_many
+
+
+add_to_many_4, add_to_many_8 = _add_to_many(1, 4), _add_to_many(1, 8)
+add_to_many_16, add_to_many_32, add_to_many_64, add_to_many_128 = (_add_to_many(n) for n in (1, 2, 4, 8))
 
 
 def _add_rows(vectors: int):
@@ -117,6 +167,21 @@ def _add_rows(vectors: int):
 
 
 add_rows_tile, add_rows_8, add_rows_4, add_rows_2, add_rows_1 = (_add_rows(n) for n in (TILE, 8, 4, 2, 1))
+
+
+def _for_each(builder, count, body):
+    """body(k) for k below count; the loop keeps nothing but k."""
+    entry = builder.block
+    loop, done = builder.append_basic_block("loop"), builder.append_basic_block("loop.done")
+    builder.cbranch(builder.icmp_signed(">", count, I64(0)), loop, done)
+    builder.position_at_end(loop)
+    k = builder.phi(I64)
+    k.add_incoming(I64(0), entry)
+    body(k)
+    following = builder.add(k, I64(1))
+    k.add_incoming(following, builder.block)
+    builder.cbranch(builder.icmp_signed("<", following, count), loop, done)
+    builder.position_at_end(done)
 
 
 def _prefetch(builder, pointer):

@@ -7,22 +7,28 @@ from __future__ import annotations
 
 from eventrnn import cells
 from eventrnn.jit import compiled
-from eventrnn.packing import BLOCKS, INDEX, KIND, LOW, PITCH, POINTERS, ROWS, SCATTER, VALUES, WIDTH
+from eventrnn.packing import BLOCKS, FAR, HIGH, INDEX, KIND, LOW, PITCH, POINTERS, ROWS, SCATTER, VALUES, WIDTH
 from eventrnn.rows import (
     TILE,
+    add_blocks_4,
+    add_blocks_8,
+    add_blocks_16,
+    add_blocks_32,
+    add_blocks_64,
     add_rows_1,
     add_rows_2,
     add_rows_4,
     add_rows_8,
     add_rows_tile,
-    add_scaled_4,
-    add_scaled_8,
-    add_scaled_16,
-    add_scaled_32,
-    add_scaled_64,
+    add_to_many_4,
+    add_to_many_8,
+    add_to_many_16,
+    add_to_many_32,
+    add_to_many_64,
+    add_to_many_128,
     prefetch,
 )
-from eventrnn.simd import LANES, bits, load
+from eventrnn.simd import LANES, bits, load, store
 
 
 @compiled
@@ -51,7 +57,7 @@ def propagate(matrix, values, index, pointers, ids, sent, first, count, drive, a
                 target, width = at + index[i0 + 2 * k], index[i0 + 2 * k + 1]
                 whole = width // LANES * LANES
                 for i in range(0, whole, LANES):
-                    add_scaled_16(drive, target + i, values, start + i, sent[e])
+                    store(drive, target + i, cells.fma(load(values, start + i), sent[e], load(drive, target + i)))
                 for i in range(whole, width):
                     drive[target + i] = cells.fma(values[start + i], sent[e], drive[target + i])
                 start += width
@@ -83,40 +89,142 @@ def _propagate_rows(matrix, values, ids, sent, first, count, drive, at):
 def _propagate_blocks(matrix, values, index, pointers, ids, sent, first, count, drive, at):
     """Blocks: one unit's values lie together; the drive stays in L1."""
     v0, i0, p0 = matrix[VALUES], matrix[INDEX], matrix[POINTERS]
-    c = matrix[WIDTH]
+    c, far = matrix[WIDTH], matrix[FAR]
     for e in range(first, first + count):
-        unit, upcoming = p0 + 3 * ids[e], p0 + 3 * ids[min(e + 1, first + count - 1)]
+        unit = p0 + 3 * ids[e]
         begin, end, start = pointers[unit], pointers[unit + 1], v0 + pointers[unit + 2]
-        value = sent[e]
-        ahead = v0 + pointers[upcoming + 2]
-        for k in range(0, (pointers[upcoming + 1] - pointers[upcoming]) * c, LANES):
-            prefetch(values, ahead + k)
+        if far != 0:
+            upcoming = p0 + 3 * ids[min(e + 1, first + count - 1)]
+            ahead = v0 + pointers[upcoming + 2]
+            for k in range(0, (pointers[upcoming + 1] - pointers[upcoming]) * c, LANES):
+                prefetch(values, ahead + k)
+        blocks, i1, value = end - begin, i0 + begin, sent[e]
         if c == 64:
-            for k in range(begin, end):
-                add_scaled_64(drive, at + index[i0 + k], values, start, value)
-                start += 64
+            add_blocks_64(drive, at, index, i1, blocks, values, start, value)
         elif c == 32:
-            for k in range(begin, end):
-                add_scaled_32(drive, at + index[i0 + k], values, start, value)
-                start += 32
+            add_blocks_32(drive, at, index, i1, blocks, values, start, value)
         elif c == 16:
-            for k in range(begin, end):
-                add_scaled_16(drive, at + index[i0 + k], values, start, value)
-                start += 16
+            add_blocks_16(drive, at, index, i1, blocks, values, start, value)
         elif c == 8:
-            for k in range(begin, end):
-                add_scaled_8(drive, at + index[i0 + k], values, start, value)
-                start += 8
+            add_blocks_8(drive, at, index, i1, blocks, values, start, value)
         elif c == 4:
-            for k in range(begin, end):
-                add_scaled_4(drive, at + index[i0 + k], values, start, value)
-                start += 4
+            add_blocks_4(drive, at, index, i1, blocks, values, start, value)
         else:
             for k in range(begin, end):
                 target = at + index[i0 + k]
                 for i in range(c):
                     drive[target + i] = cells.fma(values[start + i], value, drive[target + i])
                 start += c
+
+
+@compiled
+def propagate_all(
+    windows, first_window, last_window, values, index, pointers, bias, p, n_pre,
+    ids, sent, firsts, counts, slot, segments, rows,
+    starts, targets, grouped,
+    drive, pitch,
+):  # fmt: skip
+    """Drives of `rows` rows, `pitch` apart, from their bias on, over some windows of a matrix.
+
+    Row k's events are `segments` lists from slot + k * segments on. With more than one row, events are grouped by unit
+    first, so that a weight row is read once for all drives; `starts` (n_pre + 2), `targets`, `grouped` (one an event)
+    are scratch for that.
+    """
+    together = rows > 1 and _together(windows[first_window, KIND])
+    if together:
+        _group(n_pre, ids, sent, firsts, counts, slot, segments, rows, pitch, starts, targets, grouped)
+    for w in range(first_window, last_window):
+        window = windows[w]
+        for k in range(rows):
+            _start_from(bias, p, window, drive, k * pitch)
+        if together:
+            _propagate_many(window, values, index, pointers, n_pre, starts, targets, grouped, drive)
+            continue
+        for k in range(rows):
+            for q in range(slot + k * segments, slot + (k + 1) * segments):
+                propagate(window, values, index, pointers, ids, sent, firsts[q], counts[q], drive, k * pitch)
+
+
+@compiled
+def _together(kind):
+    """Whether a format gains from sharing weight rows; single weights would only scatter further."""
+    return kind == ROWS or kind == BLOCKS  # noqa: PLR1714  Numba
+
+
+@compiled
+def _start_from(bias, p, window, drive, at):
+    """The drive of a window starts from its bias."""
+    low, high = window[LOW], window[HIGH]
+    whole = low + (high - low) // LANES * LANES
+    for i in range(low, whole, LANES):
+        store(drive, at + i, load(bias, p + i))
+    for i in range(whole, high):
+        drive[at + i] = bias[p + i]
+
+
+@compiled
+def _group(n_pre, ids, sent, firsts, counts, slot, segments, rows, pitch, starts, targets, grouped):
+    """Sort events by unit (by counting): unit j's are `starts[j]` to `starts[j + 1]`, rows in order."""
+    for j in range(n_pre + 2):
+        starts[j] = 0
+    for q in range(slot, slot + rows * segments):
+        for e in range(firsts[q], firsts[q] + counts[q]):
+            starts[ids[e] + 2] += 1
+    for j in range(1, n_pre + 2):
+        starts[j] += starts[j - 1]
+    # Now starts[j + 1] is where unit j's group begins; it moves to its end, where the next one begins.
+    for k in range(rows):
+        for q in range(slot + k * segments, slot + (k + 1) * segments):
+            for e in range(firsts[q], firsts[q] + counts[q]):
+                to = starts[ids[e] + 1]
+                targets[to], grouped[to] = k * pitch, sent[e]
+                starts[ids[e] + 1] = to + 1
+
+
+@compiled
+def _propagate_many(matrix, values, index, pointers, n_pre, starts, targets, grouped, drive):
+    """`propagate` for many drives at once: each weight row is read once for all drives that its unit sends to.
+
+    Events grouped by unit, `starts[j]` to `starts[j + 1]`; `targets` are offsets of drives. Units go in ascending
+    order, so every drive still takes its terms in ascending order. For rows and blocks only.
+    """
+    v0, i0, p0 = matrix[VALUES], matrix[INDEX], matrix[POINTERS]
+    if matrix[KIND] == ROWS:
+        low, width, pitch = matrix[LOW], matrix[WIDTH], matrix[PITCH]
+        for tile in range(0, width - 8 * LANES + 1, 8 * LANES):
+            for j in range(n_pre):
+                if starts[j + 1] > starts[j]:
+                    start, count = v0 + j * pitch + tile, starts[j + 1] - starts[j]
+                    add_to_many_128(drive, low + tile, values, start, targets, grouped, starts[j], count)
+        for tile in range(width // (8 * LANES) * 8 * LANES, width, LANES):
+            for j in range(n_pre):
+                start, count = v0 + j * pitch + tile, starts[j + 1] - starts[j]
+                add_to_many_16(drive, low + tile, values, start, targets, grouped, starts[j], count)
+        return
+    c = matrix[WIDTH]
+    for j in range(n_pre):
+        first, count = starts[j], starts[j + 1] - starts[j]
+        if count == 0:
+            continue
+        begin, end, start = pointers[p0 + 3 * j], pointers[p0 + 3 * j + 1], v0 + pointers[p0 + 3 * j + 2]
+        for k in range(begin, end):
+            column = index[i0 + k]
+            if c == 64:
+                add_to_many_64(drive, column, values, start, targets, grouped, first, count)
+            elif c == 32:
+                add_to_many_32(drive, column, values, start, targets, grouped, first, count)
+            elif c == 16:
+                add_to_many_16(drive, column, values, start, targets, grouped, first, count)
+            elif c == 8:
+                add_to_many_8(drive, column, values, start, targets, grouped, first, count)
+            elif c == 4:
+                add_to_many_4(drive, column, values, start, targets, grouped, first, count)
+            else:
+                for e in range(first, first + count):
+                    target = targets[e] + column
+                    for i in range(c):
+                        drive[target + i] = cells.fma(values[start + i], grouped[e], drive[target + i])
+            start += c
 
 
 @compiled

@@ -224,7 +224,7 @@ def test_dropped_last_event_in_the_specification(monkeypatch):
 
 
 def test_dropped_last_event_in_the_kernel(monkeypatch, tmp_path):
-    dropping = {"counts[slot] = count - row - low\n": "counts[slot] = max(count - row - low - 1, 0)\n"}
+    dropping = {"row + low, count - row - low\n": "row + low, max(count - row - low - 1, 0)\n"}
     faulty = planted_kernels(monkeypatch, tmp_path, dropping)
     # The layer itself is right in that step; who listens is not: the layer above in the same step ...
     step, sample, _ = first_event(network(layers=2))
