@@ -124,7 +124,13 @@ class Trace:
 
 
 class Engine(Protocol):
-    """A network made ready to run. The inputs are never modified."""
+    """A network made ready to run. The inputs are never modified.
+
+    `dense` says that it multiplies every weight, whatever fired: its operations are then counted so. (The reference
+    does too, but stands for the event-driven run that it specifies.)
+    """
+
+    dense: bool
 
     def run(self, feed: Feed, state: State, *, record_events: bool = False, record_states: bool = False) -> Trace:
         """All steps of the feed from `state` on. `feed.batch` must equal `state.batch`."""

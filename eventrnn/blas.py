@@ -80,6 +80,8 @@ class BlasBackend:
 class BlasEngine:
     """A network laid out for BLAS; see `backend.Engine`."""
 
+    dense = True
+
     def __init__(self, network: Network):
         self.layers = network.layers
         self.w_in = [layer.w_in.to_dense() for layer in network.layers]

@@ -30,7 +30,7 @@ moves an event. Largest error over all float32 arguments tested: see `ULP` (chec
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from scipy.special import erf
@@ -312,6 +312,7 @@ class Surrogate:
             value = getattr(self, name)
             if not (np.isfinite(value) and value > 0):
                 raise ValueError(f"surrogate {name}: got {value}, need a positive number")
+            object.__setattr__(self, name, float(value))
 
     @property
     def code(self) -> int:
@@ -330,7 +331,7 @@ class Cell:
     name: str = "egru"
     variant: str = "evnn"
     surrogate: Surrogate = Surrogate()
-    gates: int = 3
+    gates: ClassVar[int] = 3
 
     def __post_init__(self):
         if self.name not in CELLS:

@@ -6,25 +6,27 @@ exit code 2 and one line, before any work.
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from eventrnn import io
+from eventrnn.backend import BACKENDS, BackendUnavailable
 from eventrnn.cells import Cell
-from eventrnn.network import Network, simulate
+from eventrnn.network import Network, Simulator, simulate
+from eventrnn.terminal import as_line, progress, show
 from eventrnn.weights import FORMATS, convert
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+# Steps that `run` reads between two looks at the clock; bounds its memory.
+CHUNK = 2048
 bench_app = typer.Typer(rich_markup_mode=None, help="Measure speed, both sides in one run.")
 app.add_typer(bench_app, name="bench")
 
@@ -38,6 +40,8 @@ Model = Annotated[Path, typer.Argument(help="Model file.")]
 Text = Annotated[
     str, typer.Option("--text", help="'builtin' (Python's documentation), a text file, or a folder of text files.")
 ]
+Part = Annotated[str, typer.Option(help="Which part of the corpus: train, valid or test.")]
+Backend = Annotated[str, typer.Option(help=f"One of {', '.join(BACKENDS)}.")]
 Threads = Annotated[int, typer.Option(help="Threads of the cpu backend.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Block = Annotated[str, typer.Option("--block", metavar="RxC", help="Block: presynaptic x postsynaptic.")]
@@ -63,9 +67,9 @@ def demo(
         hidden=hidden, steps=steps, pruning_steps=pruning_steps, sparsity=sparsity, block=_block(block), seed=seed
     )
     _writable_folder(out, job.FILES, force)
-    with _progress() as report:
+    with progress() as report:
         result = job.run(out, settings, report)
-    _show("Activity-sparse, block-pruned, event by event", result, as_json)
+    show("Activity-sparse, block-pruned, event by event", result, as_json)
     if not as_json:
         print(f"wrote {out}/: {', '.join(sorted(p.name for p in out.iterdir() if p.name in job.FILES))}")
     if not result["events_identical"]:
@@ -117,13 +121,13 @@ def train(
         metadata={"vocabulary": corpus.vocabulary.to_json(), "corpus": text},
     )
     trainer = Trainer(network, corpus.train, settings)
-    with _progress() as report:
+    with progress() as report:
         trained = trainer.run(
             lambda p: report("training", p.step, steps, f"{p.bits:.3f} bits, activity {p.activity:.1%}")
         )
     io.save(trained, out, overwrite=force)
     figures = {"bits_per_symbol_valid": evaluate(trained, corpus.valid), "symbols": symbols, "steps": steps}
-    _show(f"wrote {out}", figures | {"parameters": sum(p.size for p in trainer.model.parameters.values())}, as_json)
+    show(f"wrote {out}", figures | {"parameters": sum(p.size for p in trainer.model.parameters.values())}, as_json)
 
 
 @app.command()
@@ -133,10 +137,14 @@ def prune(
     sparsity: Annotated[float, typer.Option(help="Share of blocks to prune, in [0, 1).")] = 0.8,
     block: Block = "1x1",
     scope: Annotated[str, typer.Option(help="Share in each matrix, or over all of them: matrix or global.")] = "matrix",
-    text: Text = "builtin",
-    steps: Annotated[int, typer.Option(help="Updates of fine-tuning; 0 prunes at once.")] = 0,
-    learning_rate: Annotated[float, typer.Option(help="Of the fine-tuning.")] = 3e-3,
-    seed: Seed = 0,
+    statistic: Annotated[str, typer.Option(help="What a block is ranked by: max, mean or l2.")] = "max",
+    steps: Annotated[int, typer.Option(help="Updates of fine-tuning, the first half while pruning; 0 for none.")] = 0,
+    text: Annotated[str | None, typer.Option("--text", help="What to fine-tune on, as for train. [builtin]")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the fine-tuning. [0.003]")] = None,
+    activity_cost: Annotated[float | None, typer.Option(help="Of the fine-tuning, as for train. [0]")] = None,
+    batch: Annotated[int | None, typer.Option(help="Of the fine-tuning, as for train. [32]")] = None,
+    window: Annotated[int | None, typer.Option(help="Of the fine-tuning, as for train. [64]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the fine-tuning. [0]")] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -144,27 +152,32 @@ def prune(
     from eventrnn import pruning
     from eventrnn.training import Settings, Trainer, evaluate
 
+    tuning = {
+        "learning_rate": learning_rate, "activity_cost": activity_cost, "batch": batch, "window": window, "seed": seed,
+    }  # fmt: skip
+    given = {name: value for name, value in tuning.items() if value is not None}
+    if steps == 0 and (given or text is not None):
+        raise ValueError(
+            f"steps: 0, so nothing is fine-tuned and {', '.join([*given, 'text'])} mean nothing; give --steps"
+        )
     r_c = _block(block)
     _writable_file(out, force)
-    network = io.load(model)
+    network, quality = io.load(model), {}
     if steps:
-        corpus_train, corpus_valid = (_encoded(network, text, part) for part in ("train", "valid"))
-        gradual = pruning.GradualPruning(sparsity, r_c, 0, max(1, steps // 2), scope=scope)
-        trainer = Trainer(
-            network, corpus_train, Settings(steps=steps, learning_rate=learning_rate, seed=seed), pruning=gradual
-        )
-        before = evaluate(network, corpus_valid)
-        with _progress() as report:
+        parts = {part: _encoded(network, text or "builtin", part) for part in ("train", "valid")}
+        gradual = pruning.GradualPruning(sparsity, r_c, 0, max(1, steps // 2), scope=scope, statistic=statistic)
+        settings = Settings(**{"steps": steps, "learning_rate": 3e-3} | given)
+        trainer = Trainer(network, parts["train"], settings, pruning=gradual)
+        with progress() as report:
+            before = evaluate(network, parts["valid"])
             tuned = trainer.run(
                 lambda p: report("pruning", p.step, steps, f"{p.bits:.3f} bits, {p.sparsity:.0%} pruned")
             )
-        masked = trainer.model.masks
-        pruned = tuned.with_matrices(
-            {n: pruning.compress(w.to_dense(), r_c) for n, w in tuned.matrices().items() if n in masked}
-        )
-        quality = {"bits_before": before, "bits_after": evaluate(pruned, corpus_valid)}
+        compressed = {n: pruning.compress(tuned.matrices()[n].to_dense(), r_c) for n in trainer.model.masks}
+        pruned = tuned.with_matrices(compressed)
+        quality = {"bits_before": before, "bits_after": evaluate(pruned, parts["valid"])}
     else:
-        pruned, quality = pruning.prune(network, sparsity, block=r_c, scope=scope), {}
+        pruned = pruning.prune(network, sparsity, block=r_c, scope=scope, statistic=statistic)
     io.save(pruned, out, overwrite=force)
     figures: dict = {
         "weights_before": sum(w.nnz for w in network.matrices().values()),
@@ -172,46 +185,57 @@ def prune(
         "file_bytes_before": model.stat().st_size,
         "file_bytes_after": out.stat().st_size,
     }
-    _show(f"wrote {out}", figures | quality, as_json)
+    show(f"wrote {out}", figures | quality, as_json)
 
 
 @app.command()
 def run(
     model: Model,
     text: Text = "builtin",
-    part: Annotated[str, typer.Option(help="Which part of the corpus: train, valid or test.")] = "test",
-    backend: Annotated[str, typer.Option(help="cpu, blas or reference.")] = "cpu",
+    part: Part = "test",
+    backend: Backend = "cpu",
     threads: Threads = 1,
     as_json: Json = False,
 ) -> None:
     """Read a text event by event: bits per symbol, activity, operations."""
     from eventrnn import observe
-    from eventrnn.training.loop import cross_entropy_bits
+    from eventrnn.training.loop import check_symbols, cross_entropy_bits
 
     network = io.load(model)
     symbols = _encoded(network, text, part)
-    if len(symbols) < 2:
-        raise ValueError(f"text: got {len(symbols)} symbols, need at least 2")
-    simulation = simulate(network, symbols[:-1, None], backend=backend, threads=threads)
-    counts = observe.count(network, simulation)
-    bits = cross_entropy_bits(simulation.output[:, 0], symbols[1:]) / (len(symbols) - 1)
+    check_symbols(network, symbols)
+    simulator = Simulator(network, backend=backend, threads=threads)
+    bits, counts, fired = 0.0, None, 0
+    with progress() as report:
+        for start in range(0, len(symbols) - 1, CHUNK):
+            stop = min(start + CHUNK, len(symbols) - 1)
+            piece = simulator.run(symbols[start:stop, None])
+            bits += cross_entropy_bits(piece.output[:, 0], symbols[start + 1 : stop + 1])
+            cost = observe.count(network, piece)
+            counts = cost if counts is None else counts + cost
+            fired += sum(int(f.total.sum()) for f in piece.fired)
+            report("reading", stop, len(symbols) - 1, "")
+    assert counts is not None
+    bits /= len(symbols) - 1
     figures = {
         "symbols": len(symbols),
         "bits_per_symbol": bits,
-        "perplexity": 2**bits,
-        "activity": float(np.mean(simulation.activity)),
-        "effective_ops_per_step": counts.total.effective / simulation.steps,
+        "perplexity": float(np.exp2(min(bits, 1000.0))),
+        "activity": fired / (counts.steps * sum(layer.units for layer in network.layers)),
+        "effective_ops_per_step": counts.total.effective / counts.steps,
+        "executed_ops_per_step": counts.total.executed / counts.steps,
         "reduction": counts.reduction,
         "backend": backend,
+        "exact": simulator.backend.exact,
     }
-    _show(f"{model} on {text} ({part})", figures, as_json)
+    show(f"{model} on {text} ({part})", figures, as_json)
 
 
 @app.command()
 def count(
     model: Model,
     text: Text = "builtin",
-    part: Annotated[str, typer.Option(help="Which part of the corpus: train, valid or test.")] = "test",
+    part: Part = "test",
     symbols: Annotated[int, typer.Option(help="Read at most this many symbols.")] = 10_000,
     as_json: Json = False,
 ) -> None:
@@ -230,7 +254,7 @@ def count(
         "energy": observe.energy(counts),
     }
     if as_json:
-        print(json.dumps(record))
+        print(as_line(record))
         return
     columns = ("dense", "effective", "executed", "graded", "binary", "weight_bytes")
     table = Table("matrix", *columns, title=f"operations of {counts.steps} steps ({observe.NOTE})")
@@ -246,6 +270,7 @@ def count(
 
 @bench_app.command()
 def inference(
+    backend: Annotated[str, typer.Option(help="Engine to time: cpu.")] = "cpu",
     hidden: Annotated[int, typer.Option(help="Units, and inputs, of a layer.")] = 1350,
     layers: Annotated[int, typer.Option(help="Layers.")] = 1,
     batch: Annotated[int, typer.Option(help="Samples side by side.")] = 1,
@@ -264,16 +289,18 @@ def inference(
     as_json: Json = False,
 ) -> None:
     """Time whole sequences of a random network beside a dense rival of the same size."""
+    if backend != "cpu":
+        raise ValueError(f"backend: got {backend!r}, need cpu; for BLAS give --against blas")
     from eventrnn import bench
 
     r_c = _block(block or "1x64") if format == "block" or block else None
-    with _progress() as report:
+    with progress() as report:
         result = bench.inference(
             hidden=hidden, layers=layers, batch=batch, activity=activity, sparsity=sparsity, format=format, block=r_c,
             variant=variant, threads=threads, against=against, steps=steps, repeats=repeats, seed=seed,
             report=lambda stage: report(stage, 0, 1, ""),
         )  # fmt: skip
-    _show("inference", result, as_json)
+    show("inference", result, as_json)
 
 
 @app.command()
@@ -291,11 +318,11 @@ def info(
             f"layers.{k}": f"{layer.cell.name}/{layer.cell.variant}, {layer.units} units"
             for k, layer in enumerate(network.layers)
         }
-        _show(str(model), cells | shapes | {"bytes": model.stat().st_size}, as_json)
+        show(str(model), cells | shapes | {"bytes": model.stat().st_size}, as_json)
         return
     from eventrnn import bench
 
-    _show("eventrnn", bench.first_call() | {"device": bench.device(), "versions": bench.versions()}, as_json)
+    show("eventrnn", bench.first_call() | {"device": bench.device(), "versions": bench.versions()}, as_json)
 
 
 @app.command(name="convert")
@@ -319,7 +346,7 @@ def convert_command(
     }
     converted = network.with_matrices(changed)
     io.save(converted, out, overwrite=force)
-    _show(
+    show(
         f"wrote {out}",
         {"format": to, "bytes": out.stat().st_size, "weights": sum(w.nnz for w in changed.values())},
         as_json,
@@ -327,15 +354,19 @@ def convert_command(
 
 
 def main() -> None:
-    """Entry point: errors of use become one line and exit code 2."""
+    """Entry point: errors of use become one line and exit code 2, a failed check one line and exit code 1."""
     try:
         raise SystemExit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except UsageError as error:
         print(f"eventrnn: error: {' '.join(error.format_message().split())}", file=sys.stderr)
         raise SystemExit(2) from None
-    except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, ImportError) as error:
-        print(f"eventrnn: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError, FloatingPointError, ImportError, MemoryError, BackendUnavailable) as error:
+        words = str(error) or "out of memory; use smaller sizes"
+        print(f"eventrnn: error: {' '.join(words.split())}", file=sys.stderr)
         raise SystemExit(2) from None
+    except RuntimeError as error:
+        print(f"eventrnn: failed: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(1) from None
     except (KeyboardInterrupt, typer.Abort):
         print("eventrnn: stopped", file=sys.stderr)
         raise SystemExit(130) from None
@@ -408,68 +439,15 @@ def _encoded(network: Network, text: str, part: str) -> np.ndarray:
 
 def _arrays(path: Path) -> Mapping[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if isinstance(archive, np.ndarray):
+                raise ValueError("it holds a single array")
             return dict(archive)
     except FileNotFoundError:
         raise ValueError(f"source: there is no file {path}") from None
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"source: {path} is no .npz archive of arrays: {error}") from None
-
-
-# --- output -------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int, str], None]]:
-    """Yields `report(stage, done, total, note)`: bars on a terminal's stderr, a line a tenth of the work elsewhere."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        tenths: dict[str, int] = {}
-
-        def line(stage: str, done: int, total: int, note: str) -> None:
-            if done * 10 // total > tenths.get(stage, -1):
-                tenths[stage] = done * 10 // total
-                print(f"{stage} {f'{done}/{total} {note}' if done else '…'}", file=sys.stderr)
-
-        yield line
-        return
-    columns = (
-        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console, transient=True) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def bar(stage: str, done: int, total: int, note: str) -> None:
-            if stage not in tasks:
-                for earlier in tasks.values():
-                    bars.update(earlier, completed=bars.tasks[earlier].total)
-                tasks[stage] = bars.add_task(stage, total=total, note=note)
-            bars.update(tasks[stage], completed=done, note=note)
-
-        yield bar
-
-
-def _show(title: str, figures: Mapping, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(figures))
-        return
-    table = Table("", "", title=title, show_header=False)
-    for name, value in figures.items():
-        table.add_row(name.replace("_", " "), _readable(value))
-    Console().print(table)
-
-
-def _readable(value) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{k} {v}" for k, v in value.items())
-    return str(value)
 
 
 if __name__ == "__main__":

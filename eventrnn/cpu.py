@@ -17,10 +17,10 @@ import numpy as np
 from eventrnn import cells
 from eventrnn.backend import Feed, FireCounts, State, Trace
 from eventrnn.jit import compiled
-from eventrnn.packing import FIELDS, HIGH, LOW, Pools, aligned_zeros, narrow, pack, window_edges
+from eventrnn.packing import FIELDS, HIGH, LOW, Pools, aligned_zeros, check_format, narrow, pack, window_edges
 from eventrnn.rows import SPINS_BEFORE_YIELD, atomic_add, atomic_load, pause, yield_core
 from eventrnn.simd import LANES, bits, load, lowest_bit, store
-from eventrnn.traverse import propagate_all
+from eventrnn.traverse import SHARED_ROWS, propagate_all
 from eventrnn.weights import Dense, Weights
 
 if TYPE_CHECKING:
@@ -31,10 +31,12 @@ if TYPE_CHECKING:
 UNITS, INPUTS, IN, REC, REC_GATED, END, BIAS_IN, BIAS_REC, UNIT_0 = range(9)
 
 # A chunk's input drives should fit a share of the L2 cache.
-CHUNK_BYTES = 1 << 19
+CHUNK_BYTES = 1 << 20
 LONGEST_CHUNK = 64
-# Columns of a narrow window: with a chunk of rows it fits the L1 cache beside the weights that pass through.
-ROW_TILE, BLOCK_TILE = 128, 256
+# Columns of a narrow window: a chunk of 64 rows of them fits the L1 cache beside the weights that pass through.
+ROW_TILE = 128
+# More than a machine for this package has; every one spins at the barriers.
+MOST_THREADS = 64
 
 
 @compiled
@@ -282,8 +284,8 @@ class CpuBackend:
 class Plan:
     """A network's weights packed for one way to run.
 
-    `in_many` and `rec_many` say whether input and recurrent products have many rows at once, which want narrow windows:
-    the drives' share of one stays in the L1 cache.
+    `in_many` and `rec_many` say whether input and recurrent products have many rows at once. Dense rows then want
+    narrow windows, so that the drives' share of one stays in the L1 cache; blocks gain nothing from them.
     """
 
     def __init__(self, network: Network, parts: int, in_many: bool, rec_many: bool):
@@ -309,9 +311,8 @@ class Plan:
         """Pack the columns `start` to `stop`, each thread's share; returns the first window."""
         before, edges = len(self.tables[0]), window_edges(weights, start, stop, self.parts)
         cuts = [[edges[part], edges[part + 1]] for part in range(self.parts)]
-        if many:
-            width = ROW_TILE if isinstance(weights, Dense) else BLOCK_TILE
-            cuts = [narrow(weights, low, high, width) for low, high in cuts]
+        if many and isinstance(weights, Dense):
+            cuts = [narrow(low, high, ROW_TILE) for low, high in cuts]
         most = max(len(cut) for cut in cuts)
         for table, cut in zip(self.tables, cuts, strict=True):
             cut += cut[-1:] * (most - len(cut))
@@ -325,7 +326,13 @@ class CpuEngine:
     Weights are packed at the first run of each kind: single steps or sequences, one sample or many.
     """
 
+    dense = False
+
     def __init__(self, network: Network, threads: int):
+        if not 1 <= threads <= MOST_THREADS:
+            raise ValueError(f"threads: got {threads}, need 1 to {MOST_THREADS}; more than the cores only wait")
+        for name, weights in network.matrices().items():
+            check_format(name, weights)
         self.network, self.parts = network, threads
         self.units = [layer.units for layer in network.layers]
         self.output_size = self.units[-1] if network.readout is None else network.readout.weights.shape[1]
@@ -342,7 +349,7 @@ class CpuEngine:
 
     def plan(self, steps: int, batch: int) -> Plan:
         """The weights as a run of that size wants them."""
-        kind = (steps * batch > 1, batch > 1)
+        kind = (steps * batch >= SHARED_ROWS, batch >= SHARED_ROWS)
         if kind not in self.plans:
             self.plans[kind] = Plan(self.network, self.parts, *kind)
         return self.plans[kind]

@@ -21,7 +21,8 @@ from eventrnn.cells import Cell, Surrogate
 from eventrnn.network import Network, Simulator, simulate
 from eventrnn.pruning import GradualPruning, compress
 from eventrnn.text import Corpus, TrigramModel, python_documentation
-from eventrnn.training import Progress, Settings, Trainer, evaluate
+from eventrnn.training import Model, Progress, Settings, Trainer, evaluate
+from eventrnn.weights import CSR, BlockCSR
 
 FILES = ("model.safetensors", "counts.json", "result.json", "raster.png", "operations.png")
 # The specification walks every weight in Python: it checks the first steps only.
@@ -51,21 +52,22 @@ def run(folder: Path, settings: DemoSettings, report: Report = lambda stage, don
     `report(stage, done, total, note)` is called along the way.
     """
     started = time.perf_counter()
-    report("reading the corpus", 0, 1, "")
-    corpus = python_documentation()
-    baseline = TrigramModel(corpus.train, corpus.valid, len(corpus.vocabulary)).bits_per_symbol(corpus.test)
-    network = _untrained(corpus, settings)
-
     common = Settings(batch=32, window=64, learning_rate=6e-3, activity_cost=settings.activity_cost, seed=settings.seed)
-    trainer = Trainer(network, corpus.train, replace(common, steps=settings.steps))
-    dense_trained = trainer.run(_reporting(report, "training", settings.steps))
-    before = evaluate(dense_trained, corpus.test)
-
+    training, tuning = (replace(common, steps=n) for n in (settings.steps, settings.pruning_steps))
     pruning = GradualPruning(
         settings.sparsity, settings.block, 0, settings.pruning_steps // 2, every=10, scope="global", statistic="l2"
     )
-    tuning = replace(common, steps=settings.pruning_steps, seed=settings.seed + 1)
-    trainer = Trainer(dense_trained, corpus.train, tuning, pruning=pruning)
+    corpus = python_documentation()
+    network = _untrained(corpus, settings)
+    pruning.check(Model(network).parameters)
+    report("reading the corpus", 0, 1, "")
+    baseline = TrigramModel(corpus.train, corpus.valid, len(corpus.vocabulary)).bits_per_symbol(corpus.test)
+
+    trainer = Trainer(network, corpus.train, training)
+    dense_trained = trainer.run(_reporting(report, "training", settings.steps))
+    before = evaluate(dense_trained, corpus.test)
+
+    trainer = Trainer(dense_trained, corpus.train, replace(tuning, seed=settings.seed + 1), pruning=pruning)
     tuned = trainer.run(_reporting(report, "pruning", settings.pruning_steps))
     pruned = tuned.with_matrices({n: compress(w.to_dense(), settings.block) for n, w in tuned.matrices().items()})
     after = evaluate(pruned, corpus.test)
@@ -150,7 +152,7 @@ def _identical(a, b) -> bool:
 
 def _block_sparsity(network: Network, block: tuple[int, int]) -> float:
     """Share of blocks that are not stored."""
-    stored = sum(w.stored for w in network.matrices().values()) // (block[0] * block[1])
+    stored = sum(len(w.indices) for w in network.matrices().values() if isinstance(w, CSR | BlockCSR))
     grids = [-(-w.shape[0] // block[0]) * -(-w.shape[1] // block[1]) for w in network.matrices().values()]
     return 1 - stored / sum(grids)
 

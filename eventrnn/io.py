@@ -50,7 +50,7 @@ def save(network: Network, path: str | os.PathLike, *, overwrite: bool = False) 
             raise FileExistsError(f"path: {path} exists; pass overwrite=True to replace it")
     raw = _encode(*_to_tensors(network))
     try:
-        _write_atomically(target, raw)
+        _write_atomically(target, raw, overwrite)
     except OSError as error:
         # The failing call knows the temporary file's name at best.
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
@@ -216,7 +216,7 @@ def _data_size(header: Mapping[str, Any]) -> int:
         raise ModelFileError("damaged: its header does not say where the arrays are; restore it from a copy") from None
 
 
-def _write_atomically(target: Path, raw: bytes) -> None:
+def _write_atomically(target: Path, raw: bytes, overwrite: bool) -> None:
     # In the same folder, or the rename would not be atomic.
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -224,7 +224,12 @@ def _write_atomically(target: Path, raw: bytes) -> None:
             file.write(raw)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+        if overwrite:
+            os.replace(temporary, target)
+        else:
+            # Unlike a rename, a link does not replace a file that came meanwhile.
+            os.link(temporary, target)
+            temporary.unlink()
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

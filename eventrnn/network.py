@@ -44,6 +44,8 @@ class Layer:
 
     def __post_init__(self):
         units = self.units
+        if units < 1:
+            raise ValueError("threshold: got none, need one for each of at least one unit")
         rows = self.cell.gates * units
         if self.w_rec.shape != (units, rows):
             raise ValueError(f"w_rec: got shape {self.w_rec.shape}, need ({units}, {rows}) for {units} thresholds")
@@ -188,6 +190,10 @@ class Network:
         of the Beta(3m / (1 - m), 3) distribution that thresholds are drawn from; 0 gives zeros. With `tied`, the
         read-out is the transposed embedding (`embedding` must equal the last layer's size).
         """
+        if not isinstance(rng, np.random.Generator):
+            raise TypeError(f"rng: got {type(rng).__name__}, need a numpy Generator: numpy.random.default_rng(seed)")
+        if isinstance(units, int):
+            raise TypeError(f"units: got {units}, need a list with the size of each layer: [{units}]")
         _need_sizes(units=units, inputs=inputs, symbols=symbols, embedding=embedding, readout=readout)
         if (inputs is None) == (symbols is None) or (symbols is None) != (embedding is None):
             raise ValueError("network: give either inputs, or symbols together with embedding")
@@ -244,7 +250,9 @@ class Network:
         else:
             inputs.check()
         steps, batch, _ = inputs.shape
-        return Feed(inputs.indptr, inputs.indices, inputs.values, np.arange(steps * batch), steps, batch, size)
+        # Kernels walk memory, not strides.
+        table = map(np.ascontiguousarray, (inputs.indptr, inputs.indices, inputs.values))
+        return Feed(*table, np.arange(steps * batch), steps, batch, size)  # pyright: ignore[reportCallIssue]
 
     @cached_property
     def _symbol_events(self) -> Events:
@@ -254,7 +262,9 @@ class Network:
     def _index_feed(self, inputs) -> Feed:
         assert self.embedding is not None
         symbols, size = self.embedding.shape
-        array = np.asarray(inputs) if not isinstance(inputs, Events) else np.zeros(0)
+        if isinstance(inputs, Events):
+            raise ValueError("inputs: got Events, but the network has an embedding; give symbols (steps, batch)")
+        array = np.asarray(inputs)
         if array.ndim != 2 or array.dtype.kind not in "iu":
             raise ValueError(f"inputs: got {array.dtype} {array.shape}, need integers (steps, batch) for the embedding")
         if array.size and not (0 <= array.min() and array.max() < symbols):
@@ -273,6 +283,9 @@ class Simulation:
     Attributes
     ----------
     output      : (steps, batch, V) read-out, or the last layer's (steps, batch, N) events
+    backend     : the name of the backend
+    exact       : whether these are the bits of the exact tier
+    dense       : whether the engine multiplied every weight, events or not
     initial     : the state that the run started from
     state       : to continue from
     input_fired : how often each input of layer 0 was not zero
@@ -284,6 +297,9 @@ class Simulation:
     """
 
     output: np.ndarray
+    backend: str
+    exact: bool
+    dense: bool
     initial: State
     state: State
     input_fired: FireCounts
@@ -332,7 +348,8 @@ class Simulator:
         if (carry == "events") != (window is not None):
             raise ValueError(f"window: got {window} with carry={carry!r}; carry='events' needs it, 'state' takes none")
         self.network, self.batch, self.carry, self.window = network, batch, carry, window
-        self.engine = get_backend(backend).engine(network, threads=threads)
+        self.backend = get_backend(backend)
+        self.engine = self.backend.engine(network, threads=threads)
         self.state = State.zeros(network, batch) if state is None else _checked_state(network, batch, state)
 
     def reset(self) -> None:
@@ -356,12 +373,15 @@ class Simulator:
         if not record <= set(RECORDABLE):
             raise ValueError(f"record: got {sorted(record)}, need any of {', '.join(RECORDABLE)}")
         feed = self.network.feed(inputs)
-        initial, traces = self.state, []
+        initial, traces, events = self.state, [], []
         for part, wipe in self._pieces(feed, bool(record)):
             if wipe:
                 self.state = State(State.zeros(self.network, self.batch).cells, self.state.outputs)
-            traces.append(self._advance(part, "events" in record, "states" in record))
-        return _joined(self.network, feed, traces, initial, record)
+            trace = self._advance(part, "events" in record, "states" in record)
+            # Dense records go as they come: of a long quiet run only the events are kept.
+            events.append([Events.from_dense(dense) for dense in trace.events])
+            traces.append(replace(trace, events=()))
+        return self._joined(feed, traces, events, initial, record)
 
     def _pieces(self, feed: Feed, recording: bool) -> list[tuple[Feed, bool]]:
         """Parts of the feed in order, each with whether the cells are zeroed before it."""
@@ -378,8 +398,37 @@ class Simulator:
         if feed.batch != self.batch:
             raise ValueError(f"inputs: got a batch of {feed.batch}, but the simulator was made for {self.batch}")
         trace = self.engine.run(feed, self.state, record_events=events, record_states=states)
+        for k, cells in enumerate(trace.state.cells):
+            if not np.isfinite(cells).all():
+                unit = int(np.argmin(np.isfinite(cells).all(axis=0)))
+                raise FloatingPointError(
+                    f"layer {k}: the cell of unit {unit} is {cells[:, unit]} after this run; weights are huge"
+                )
         self.state = trace.state
         return trace
+
+    def _joined(
+        self, feed: Feed, traces: list[Trace], events: list[list[Events]], initial: State, record: set[str]
+    ) -> Simulation:
+        fired = list(traces[0].fired)
+        for trace in traces[1:]:
+            fired = [a + b for a, b in zip(fired, trace.fired, strict=True)]
+        layers = range(len(self.network.layers))
+        return Simulation(
+            traces[0].output if len(traces) == 1 else np.concatenate([t.output for t in traces]),
+            self.backend.name,
+            self.backend.exact,
+            self.engine.dense,
+            initial,
+            traces[-1].state,
+            feed.fire_counts(),
+            tuple(fired),
+            feed.steps,
+            feed.batch,
+            feed.events() if "events" in record else None,
+            tuple(Events.concatenate([piece[k] for piece in events]) for k in layers) if "events" in record else (),
+            tuple(np.concatenate([t.states[k] for t in traces]) for k in layers) if "states" in record else (),
+        )
 
 
 def simulate(
@@ -407,30 +456,6 @@ def simulate(
     return simulator.run(inputs, record=record)
 
 
-def _joined(network: Network, feed: Feed, traces: list[Trace], initial: State, record: set[str]) -> Simulation:
-    fired = list(traces[0].fired)
-    for trace in traces[1:]:
-        fired = [a + b for a, b in zip(fired, trace.fired, strict=True)]
-    layers = range(len(network.layers))
-    events = states = ()
-    if "events" in record:
-        events = tuple(Events.concatenate([Events.from_dense(t.events[k]) for t in traces]) for k in layers)
-    if "states" in record:
-        states = tuple(np.concatenate([t.states[k] for t in traces]) for k in layers)
-    return Simulation(
-        traces[0].output if len(traces) == 1 else np.concatenate([t.output for t in traces]),
-        initial,
-        traces[-1].state,
-        feed.fire_counts(),
-        tuple(fired),
-        feed.steps,
-        feed.batch,
-        feed.events() if "events" in record else None,
-        events,
-        states,
-    )
-
-
 def _checked_state(network: Network, batch: int, state: State) -> State:
     if len(state.cells) != len(network.layers) or len(state.outputs) != len(network.layers):
         raise ValueError(f"state: got {len(state.cells)} layers, the network has {len(network.layers)}")
@@ -442,7 +467,9 @@ def _checked_state(network: Network, batch: int, state: State) -> State:
                 )
             with np.errstate(over="ignore"):
                 check_finite(f"state {name} of layer {k}", array.astype(np.float32))
-    return state.copy()
+    # In float32 from here on, as the engines hold it and the counts read it.
+    as_float32 = (tuple(np.array(a, np.float32) for a in arrays) for arrays in (state.cells, state.outputs))
+    return State(*as_float32)
 
 
 def _need_sizes(**sizes: int | Sequence[int] | None) -> None:

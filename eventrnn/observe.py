@@ -5,13 +5,14 @@ mean (all int64):
 
     dense         multiplications of a dense engine: every input x every weight
     effective     non-zero event x non-zero weight (NeuroBench's effective MAC + AC)
-    executed      multiplications the format's kernel does: stored entries of the fired rows, zeros inside blocks and
-                  padding at their edges included
+    executed      multiplications that an event-driven engine does in this format: stored entries of the fired rows,
+                  zeros inside blocks and padding at their edges included (spare lanes of a vector are not); of a
+                  dense engine (`Simulation.dense`), all
     graded        of the effective ones, those of a graded value (a multiply-accumulate, MAC)
     binary        of the effective ones, those of a value -1 or 1 (an accumulate, AC); decided per event
     gate_ops      element-wise multiplications of the cell, apart: 3 a unit and step (reset, keep, candidate); the
                   paper's variant 2, and 1 an event carried into the step
-    weight_bytes  bytes of values and indices in the fired rows
+    weight_bytes  bytes of values and indices in the executed rows, each time they are used
     state_bytes   cells read and written and outputs written, 12 a unit and step; the paper's variant also reads them
 
 Embedding look-ups are free, the read-out is counted, biases are not.
@@ -118,26 +119,28 @@ def count(network: Network, simulation: Simulation) -> OpCounts:
     below = simulation.input_fired
     for k, layer in enumerate(network.layers):
         carried = _carried_counts(simulation, k)
-        matrices[f"layers.{k}.w_in"] = _matrix_counts(layer.w_in, below, rows)
-        matrices[f"layers.{k}.w_rec"] = _matrix_counts(layer.w_rec, carried, rows)
+        matrices[f"layers.{k}.w_in"] = _matrix_counts(layer.w_in, below, rows, simulation.dense)
+        matrices[f"layers.{k}.w_rec"] = _matrix_counts(layer.w_rec, carried, rows, simulation.dense)
         paper = layer.cell.variant == "paper"
         gate_ops.append(rows * layer.units * (2 if paper else 3) + (int(carried.total.sum()) if paper else 0))
         state_bytes.append(rows * layer.units * (16 if paper else 12))
         below = simulation.fired[k]
     if network.readout is not None:
-        matrices["readout"] = _matrix_counts(network.readout.weights, below, rows)
+        matrices["readout"] = _matrix_counts(network.readout.weights, below, rows, simulation.dense)
     return OpCounts(matrices, tuple(gate_ops), tuple(state_bytes), simulation.steps, simulation.batch)
 
 
 def count_per_step(network: Network, simulation: Simulation) -> dict[str, dict[str, np.ndarray]]:
-    """`dense`, `effective`, `executed`, `graded`, `binary` of every matrix, (steps, batch) int64 each.
+    """Every count of every matrix, and `gate_ops` and `state_bytes` of every `layers.k`, (steps, batch) int64 each.
 
     Needs a run with record="events". O(events + weights).
     """
     result = {}
     for name, (weights, events) in senders(network, simulation).items():
         rows, graded = events.rows(), events.graded
-        fan_out, stored_out = weights.fan_out()[events.indices], weights.stored_out()[events.indices]
+        tables = (weights.fan_out(), weights.stored_out(), weights.row_bytes())
+        fan_out, stored_out, row_bytes = (table[events.indices] for table in tables)
+        whole = np.full(events.shape[:2], weights.shape[0] * weights.shape[1], np.int64)
 
         def per_row(amount, rows=rows, shape=events.shape[:2]):
             total = np.zeros(shape[0] * shape[1], np.int64)
@@ -145,12 +148,22 @@ def count_per_step(network: Network, simulation: Simulation) -> dict[str, dict[s
             return total.reshape(shape)
 
         result[name] = {
-            "dense": np.full(events.shape[:2], weights.shape[0] * weights.shape[1], np.int64),
+            "dense": whole,
             "effective": per_row(fan_out),
-            "executed": per_row(stored_out),
+            "executed": whole.copy() if simulation.dense else per_row(stored_out),
             "graded": per_row(fan_out * graded),
             "binary": per_row(fan_out * ~graded),
+            "weight_bytes": 4 * whole if simulation.dense else per_row(row_bytes),
         }
+        if name.endswith("w_rec"):
+            layer = network.layers[int(name.split(".")[1])]
+            paper = layer.cell.variant == "paper"
+            carried = np.diff(events.indptr).reshape(events.shape[:2])
+            each = np.full(events.shape[:2], layer.units, np.int64)
+            result[name.removesuffix(".w_rec")] = {
+                "gate_ops": 2 * each + carried if paper else 3 * each,
+                "state_bytes": (16 if paper else 12) * each,
+            }
     return result
 
 
@@ -160,8 +173,9 @@ class Audit:
 
     Attributes
     ----------
-    rows        : (matrix, quantity, counted, recomputed, source); `source` is "formula" or "neurobench"
-    differences : known differences of definition between this package and NeuroBench, in words
+    rows        : (matrix, quantity, counted, recomputed, source); `source` is "formula" (from dense masks and
+                  events), "per step" (summed over steps) or "neurobench"
+    differences : where NeuroBench was asked, the known differences of definition, in words
     """
 
     rows: tuple[tuple[str, str, int, int, str], ...]
@@ -184,6 +198,7 @@ def audit(network: Network, simulation: Simulation, counts: OpCounts | None = No
     With neurobench installed, its `single_layer_MACs` is asked too. Needs record="events". O(events x fan-out).
     """
     counts = counts or count(network, simulation)
+    differences: tuple[str, ...] = ()
     rows: list[tuple[str, str, int, int, str]] = []
     for name, (weights, events) in senders(network, simulation).items():
         counted = counts.matrices[name]
@@ -194,13 +209,23 @@ def audit(network: Network, simulation: Simulation, counts: OpCounts | None = No
         formula = {
             "dense": events.shape[0] * events.shape[1] * there.size,
             "effective": int((there * fired[:, None]).sum()),
-            "executed": int((stored * fired[:, None]).sum()),
+            "executed": events.shape[0] * events.shape[1] * there.size
+            if simulation.dense
+            else int((stored * fired[:, None]).sum()),
             "graded": int((there * graded[:, None]).sum()),
             "binary": int((there * (fired - graded)[:, None]).sum()),
         }
         rows += [(name, quantity, getattr(counted, quantity), value, "formula") for quantity, value in formula.items()]
-        rows += _neurobench_rows(name, weights, events, counted)
-    return Audit(tuple(rows), NEUROBENCH_DIFFERENCES)
+        compared = _neurobench_rows(name, weights, events, counted)
+        differences = NEUROBENCH_DIFFERENCES if compared else differences
+        rows += compared
+    per_layer = [value for key, value in count_per_step(network, simulation).items() if "gate_ops" in value]
+    for quantity in ("gate_ops", "state_bytes"):
+        for k, values in enumerate(per_layer):
+            rows.append(
+                (f"layers.{k}", quantity, getattr(counts, quantity)[k], int(values[quantity].sum()), "per step")
+            )
+    return Audit(tuple(rows), differences)
 
 
 NEUROBENCH_DIFFERENCES = (
@@ -231,6 +256,7 @@ def _neurobench_rows(name: str, weights: Weights, events: Events, counted: Count
 HOROWITZ_2014 = {
     "float32_mac": 4.6,
     "float32_ac": 0.9,
+    "float32_multiply": 3.7,
     "sram_8kb_64bit": 10.0,
     "sram_32kb_64bit": 20.0,
     "sram_1mb_64bit": 100.0,
@@ -241,34 +267,32 @@ HOROWITZ_2014 = {
 def energy(counts: OpCounts, *, memory: str = "sram_1mb_64bit", dense: bool = False) -> dict[str, float]:
     """Estimated picojoules of a run: a cited table applied to counts and bytes; an assumption, not a measurement.
 
-    `memory` names the row of `HOROWITZ_2014` that weights are read from; state is taken from the 32 kB row.
-    `dense=True` estimates the dense engine: every product a MAC, every weight read.
+    `memory` names the row of `HOROWITZ_2014` that weights are read from; state is taken from the 32 kB row. Executed
+    products of binary events are accumulates, all others MACs; element-wise work is multiplications. `dense=True`
+    estimates the dense engine: every product a MAC, every weight read.
     """
     if memory not in HOROWITZ_2014 or not memory.endswith("64bit"):
         choices = ", ".join(name for name in HOROWITZ_2014 if name.endswith("64bit"))
         raise ValueError(f"memory: got {memory!r}, need one of {choices}")
     total, table = counts.total, HOROWITZ_2014
-    macs, accumulates = (total.dense, 0) if dense else (total.graded, total.binary)
+    macs, accumulates = (total.dense, 0) if dense else (total.executed - total.binary, total.binary)
     weight_bytes = 4 * total.dense if dense else total.weight_bytes
     parts = {
         "arithmetic_pj": macs * table["float32_mac"] + accumulates * table["float32_ac"],
         "weights_pj": weight_bytes / 8 * table[memory],
+        "gates_pj": sum(counts.gate_ops) * table["float32_multiply"],
         "state_pj": sum(counts.state_bytes) / 8 * table["sram_32kb_64bit"],
     }
     return parts | {"total_pj": sum(parts.values())}
 
 
-def _matrix_counts(weights: Weights, fired: FireCounts, rows: int) -> Counts:
-    fan_out = weights.fan_out()
+def _matrix_counts(weights: Weights, fired: FireCounts, rows: int, all_of_it: bool) -> Counts:
+    fan_out, dense = weights.fan_out(), rows * weights.shape[0] * weights.shape[1]
     graded, binary = int(fired.graded @ fan_out), int(fired.binary @ fan_out)
-    return Counts(
-        rows * weights.shape[0] * weights.shape[1],
-        graded + binary,
-        int(fired.total @ weights.stored_out()),
-        graded,
-        binary,
-        int(fired.total @ weights.row_bytes()),
-    )
+    executed, nbytes = int(fired.total @ weights.stored_out()), int(fired.total @ weights.row_bytes())
+    if all_of_it:
+        executed, nbytes = dense, 4 * dense
+    return Counts(dense, graded + binary, executed, graded, binary, nbytes)
 
 
 def _carried_counts(simulation: Simulation, k: int) -> FireCounts:

@@ -78,12 +78,9 @@ def window_edges(weights: Weights, start: int, stop: int, parts: int) -> list[in
     return [start, *aligned, stop]
 
 
-def narrow(weights: Weights, low: int, high: int, width: int) -> list[int]:
-    """Cut a thread's window into narrow ones, about `width` columns each, on the grid of vectors or blocks."""
-    grain, origin = (weights.block[1], 0) if isinstance(weights, BlockCSR) else (LANES, low)
-    step = max(1, width // grain) * grain
-    first = origin + (low - origin) // step * step + step
-    return [low, *range(first, high, step), high] if low < high else [low, high]
+def narrow(low: int, high: int, width: int) -> list[int]:
+    """Cut a window of dense rows into some of `width` columns, a multiple of a vector."""
+    return [low, *range(low + width, high, width), high]
 
 
 def pack(pools: Pools, weights: Weights, low: int, high: int) -> list[int]:
@@ -92,11 +89,16 @@ def pack(pools: Pools, weights: Weights, low: int, high: int) -> list[int]:
         return _pack_rows(pools, weights, low, high)
     if isinstance(weights, CSR):
         return _pack_scatter(pools, weights, low, high)
-    if isinstance(weights, BlockCSR):
-        return _pack_blocks(pools, weights, low, high)
-    raise TypeError(
-        f"weights: the cpu backend cannot run format {type(weights).__name__}; convert to dense, csr or block"
-    )
+    assert isinstance(weights, BlockCSR)
+    return _pack_blocks(pools, weights, low, high)
+
+
+def check_format(name: str, weights: Weights) -> None:
+    """Refuse a format that `pack` does not know."""
+    if not isinstance(weights, Dense | CSR | BlockCSR):
+        raise TypeError(
+            f"{name}: the cpu backend cannot run format {type(weights).__name__}; convert to dense, csr or block"
+        )
 
 
 def _pack_rows(pools: Pools, weights: Dense, low: int, high: int) -> list[int]:

@@ -75,8 +75,9 @@ def step(cell: Cell, parameters: dict, x, c, y, *, smooth: bool = False) -> Tape
         event = (v > threshold).astype(v.dtype)
     slope = cells.surrogate_slope(rule.code, distance, v.dtype.type(rule.dampening), v.dtype.type(rule.support))
     c_after = v - event * threshold if cell.variant == "evnn" else v
-    # A silent unit sends +0, whatever the sign of its cell.
-    return Tape(u, r, g, rec_g, c, y, v, event, slope, event * v + cells.ZERO, c_after)
+    # A silent unit sends +0, whatever its cell.
+    sent = event * v if smooth else cells.select(event > 0, v, v.dtype.type(0))
+    return Tape(u, r, g, rec_g, c, y, v, event, slope, sent, c_after)
 
 
 def forward(cell: Cell, parameters: dict, x, c, y, *, smooth: bool = False) -> list[Tape]:
@@ -156,6 +157,8 @@ class ReferenceBackend:
 
 class ReferenceEngine:
     """A network as dense arrays; see `backend.Engine`."""
+
+    dense = False
 
     def __init__(self, network: Network, dtype: np.dtype):
         self.dtype = dtype

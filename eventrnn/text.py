@@ -1,4 +1,4 @@
-"""Text for language models: vocabularies, corpora with fixed splits, batches, and a trigram model to be beaten.
+"""Text for language models: vocabularies, corpora with fixed splits, and a trigram model to be beaten.
 
 Symbols are int32 numbers, one a character or a word. Knows nothing of networks.
 """
@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -137,7 +137,7 @@ class Corpus:
     @classmethod
     def of(cls, train: str, valid: str, test: str, *, kind: str = "character", size: int | None = None) -> Corpus:
         """From three texts. The vocabulary is closed: that of all three, or with `size` (words only) the most
-        frequent of `train` and `<unk>`. Refuses an empty part."""
+        frequent of `train` and `<unk>`. Refuses a part of less than 2 symbols."""
         for name, part in (("train", train), ("valid", valid), ("test", test)):
             if not part.strip():
                 raise ValueError(f"text: the {name} part is empty")
@@ -146,7 +146,11 @@ class Corpus:
         else:
             whole = train if size else "".join(part.removesuffix("\n") + "\n" for part in (train, valid, test))
         vocabulary = Vocabulary.of(whole, kind=kind, size=size)
-        return cls(vocabulary.encode(train), vocabulary.encode(valid), vocabulary.encode(test), vocabulary)
+        parts = {name: vocabulary.encode(part) for name, part in (("train", train), ("valid", valid), ("test", test))}
+        for name, symbols in parts.items():
+            if len(symbols) < 2:
+                raise ValueError(f"text: the {name} part has {len(symbols)} symbol, need 2 to predict one from another")
+        return cls(**parts, vocabulary=vocabulary)
 
 
 def words(text: str) -> list[str]:
@@ -280,26 +284,6 @@ def _split(text: str, path: Path) -> dict[str, str]:
             f"{len(text.splitlines())} lines; give more, or a folder with train, valid and test files"
         )
     return parts
-
-
-# --- batches ------------------------------------------------------------------------------------------------
-
-
-def batches(symbols: np.ndarray, *, batch: int, window: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Inputs and targets (the symbol that follows), (window, batch) int32, for truncated backpropagation.
-
-    The text is cut into `batch` streams of equal length side by side; window after window continues each stream, so
-    state carries over. The last window is shorter where the streams' length is no multiple of `window`. The
-    `(len(symbols) - 1) % batch` targets at the end of the text that fill no stream are left out: none for batch 1.
-    """
-    if batch < 1 or window < 1:
-        raise ValueError(f"batches: got batch {batch} and window {window}, need sizes >= 1")
-    length = (len(symbols) - 1) // batch
-    if length < 1:
-        raise ValueError(f"batches: got {len(symbols)} symbols, need at least {batch + 1} for a batch of {batch}")
-    inputs = np.ascontiguousarray(symbols[: length * batch].reshape(batch, length).T, np.int32)
-    targets = np.ascontiguousarray(symbols[1 : length * batch + 1].reshape(batch, length).T, np.int32)
-    return ((inputs[t : t + window], targets[t : t + window]) for t in range(0, length, window))
 
 
 # --- the baseline -------------------------------------------------------------------------------------------

@@ -30,6 +30,8 @@ from eventrnn.rows import (
 )
 from eventrnn.simd import LANES, bits, load, store
 
+SHARED_ROWS, SHARED_BLOCKS = 12, 24
+
 
 @compiled
 def propagate(matrix, values, index, pointers, ids, sent, first, count, drive, at):
@@ -126,11 +128,11 @@ def propagate_all(
 ):  # fmt: skip
     """Drives of `rows` rows, `pitch` apart, from their bias on, over some windows of a matrix.
 
-    Row k's events are `segments` lists from slot + k * segments on. With more than one row, events are grouped by unit
-    first, so that a weight row is read once for all drives; `starts` (n_pre + 2), `targets`, `grouped` (one an event)
+    Row k's events are `segments` lists from slot + k * segments on. With many rows, events are grouped by unit first,
+    so that a weight row is read once for all drives; `starts` (n_pre + 2), `targets`, `grouped` (one an event)
     are scratch for that.
     """
-    together = rows > 1 and _together(windows[first_window, KIND])
+    together = shares_rows(windows[first_window, KIND], rows)
     if together:
         _group(n_pre, ids, sent, firsts, counts, slot, segments, rows, pitch, starts, targets, grouped)
     for w in range(first_window, last_window):
@@ -146,9 +148,9 @@ def propagate_all(
 
 
 @compiled
-def _together(kind):
-    """Whether a format gains from sharing weight rows; single weights would only scatter further."""
-    return kind == ROWS or kind == BLOCKS  # noqa: PLR1714  Numba
+def shares_rows(kind, rows):
+    """Whether a weight row is read once for so many drives. Measured: fewer gain nothing, single weights never do."""
+    return (kind == ROWS and rows >= SHARED_ROWS) or (kind == BLOCKS and rows >= SHARED_BLOCKS)
 
 
 @compiled

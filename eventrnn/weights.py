@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -51,6 +51,10 @@ class Weights(ABC):
     def __repr__(self) -> str:
         block = f" {self.block[0]}x{self.block[1]}" if isinstance(self, BlockCSR) else ""
         return f"{type(self).__name__}({self.shape[0]}x{self.shape[1]}{block}, {self.nnz} weights)"
+
+    def kept(self) -> np.ndarray:
+        """Which entries are stored, (n_pre, n_post) boolean: the mask that pruning left."""
+        return np.ones(self.shape, bool)
 
     @property
     def nnz(self) -> int:
@@ -175,6 +179,11 @@ class CSR(Weights):
         total = np.concatenate([[0], np.cumsum(self.values != 0)])
         return total[self.indptr[1:]] - total[self.indptr[:-1]]
 
+    def kept(self) -> np.ndarray:
+        mask = np.zeros(self.shape, bool)
+        mask[np.repeat(np.arange(self.shape[0]), np.diff(self.indptr)), self.indices] = True
+        return mask
+
     def stored_out(self) -> np.ndarray:
         return np.diff(self.indptr)
 
@@ -285,6 +294,9 @@ class BlockCSR(Weights):
         padded[np.repeat(np.arange(rows), np.diff(self.indptr)), self.indices] = self.blocks()
         return padded.transpose(0, 2, 1, 3).reshape(rows * r, columns * c)
 
+    def kept(self) -> np.ndarray:
+        return replace(self, values=np.ones_like(self.values)).to_dense() != 0
+
     def fan_out(self) -> np.ndarray:
         r, c = self.block
         per_unit = np.zeros(((len(self.indptr) - 1), r), np.int64)
@@ -352,6 +364,7 @@ def _matrix(dense: np.ndarray) -> np.ndarray:
     dense = np.asarray(dense, np.float32)
     if dense.ndim != 2:
         raise ValueError(f"weights: got shape {dense.shape}, need (n_pre, n_post)")
+    check_finite("weight", dense)
     return dense
 
 

@@ -64,10 +64,9 @@ def test_train_prune_run_count_info_convert(cli, tmp_path, text):
     sizes = ("--hidden", 32, "--embedding", 8, "--batch", 4, "--window", 16, "--steps", 60)
     first = _json(cli("train", "--out", trained, "--text", text, *sizes, "--json"))
     assert first["bits_per_symbol_valid"] < np.log2(first["symbols"]) and first["steps"] == 60
-    result = _json(
-        cli("prune", trained, "--out", pruned, "--text", text, "--sparsity", 0.75, "--block", "2x8", "--json")
-    )
+    result = _json(cli("prune", trained, "--out", pruned, "--sparsity", 0.75, "--block", "2x8", "--json"))
     assert result["weights_after"] < 0.3 * result["weights_before"]
+    tuning = ("--steps", 4, "--batch", 4, "--window", 16)
     tuned = _json(
         cli(
             "prune",
@@ -80,8 +79,7 @@ def test_train_prune_run_count_info_convert(cli, tmp_path, text):
             0.75,
             "--block",
             "2x8",
-            "--steps",
-            4,
+            *tuning,
             "--json",
         )
     )
@@ -122,12 +120,12 @@ def test_demo_small(cli, tmp_path):
 
 
 def test_bench_inference(cli):
-    sizes = ("--hidden", 64, "--steps", 70, "--repeats", 3, "--against", "blas", "--activity", 0.2)
+    sizes = ("--hidden", 128, "--steps", 70, "--repeats", 3, "--against", "blas", "--activity", 0.2)
     result = _json(cli("bench", "inference", *sizes, "--sparsity", 0.5, "--block", "1x16", "--json"))
     keys = """us_per_step against_us_per_step speedup activity sparsity executed_per_step dense_per_step bytes_per_step
     bandwidth_fraction device"""
     assert set(keys.split()) <= set(result)
-    assert result["dense_per_step"] == 6 * 64 * 64
+    assert result["dense_per_step"] == 6 * 128 * 128
     assert 0 < result["bandwidth_fraction"] <= 1
     assert result["effective_per_step"] <= result["executed_per_step"] < result["dense_per_step"]
 
@@ -179,6 +177,17 @@ def test_bad_model_files(cli, tmp_path, model, text):
         (("bench", "inference", "--activity", "0"), "activity"),
         (("bench", "inference", "--format", "dense", "--sparsity", "0.5"), "sparsity"),
         (("bench", "inference", "--against", "nobody"), "against"),
+        (("bench", "inference", "--backend", "cuda"), "backend"),
+        (("bench", "inference", "--hidden", "3000000"), ""),
+        (("convert", "{cut}", "--out", "{new}"), "no .npz"),
+        (("prune", "{model}", "--out", "{new}", "--text", "{text}"), "nothing is fine-tuned"),
+        (
+            ("prune", "{model}", "--out", "{new}", "--text", "{text}", "--steps", "1", "--batch", "2"),
+            "training has 1 steps",
+        ),
+        (("run", "{small}", "--text", "{text}"), "read-out predicts 5"),
+        (("demo", "--out", "{new}", "--block", "300x8"), "larger than the matrix"),
+        (("demo", "--out", "{new}", "--sparsity", "1.5"), "sparsity"),
         (("demo", "--out", "{model}"), "not a folder"),
         (("demo", "--out", "{nowhere}/deep"), "no folder"),
         (("frobnicate",), "frobnicate"),
@@ -188,7 +197,15 @@ def test_bad_input_is_one_line_and_writes_nothing(cli, tmp_path, model, text, ar
     empty, greek = tmp_path / "empty.txt", tmp_path / "greek.txt"
     empty.write_text("")
     greek.write_text("αβγ\n" * 500)
+    vocabulary = Vocabulary.of(TEXT)
+    meta, rng = {"vocabulary": vocabulary.to_json()}, np.random.default_rng(0)
+    small = Network.random([6], symbols=len(vocabulary), embedding=4, readout=5, rng=rng, metadata=meta)
+    save(small, tmp_path / "small.safetensors")
+    np.savez(tmp_path / "cut.npz", a=np.zeros(1000))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:500])
     names = {
+        "small": tmp_path / "small.safetensors",
+        "cut": tmp_path / "cut.npz",
         "new": tmp_path / "new",
         "model": model,
         "text": text,

@@ -170,6 +170,8 @@ def test_the_cases_are_healthy():
 class DroppingEngine:
     """Loses the last event of one row of the input."""
 
+    dense = False
+
     def __init__(self, engine, row: int):
         self.engine, self.row = engine, row
 

@@ -250,6 +250,8 @@ class Tampering:
         healthy, change = get_backend("cpu").engine(network, threads=threads), self.change
 
         class Engine:
+            dense = False
+
             def run(self, feed, state, **record):
                 return change(healthy.run(feed, state, **record))
 

@@ -1,4 +1,4 @@
-"""Vocabularies, corpora, batches and the trigram baseline."""
+"""Vocabularies, corpora and the trigram baseline."""
 
 import os
 from collections import Counter
@@ -16,7 +16,6 @@ from eventrnn.text import (
     Corpus,
     TrigramModel,
     Vocabulary,
-    batches,
     from_path,
     python_documentation,
     words,
@@ -246,35 +245,6 @@ def test_penn_treebank():
     corpus = from_path(Path(os.environ["EVENTRNN_PTB"]), kind="word")
     assert [len(part) for part in (corpus.train, corpus.valid, corpus.test)] == [929_589, 73_760, 82_430]
     assert len(corpus.vocabulary) == 10_000
-
-
-# --- batches ------------------------------------------------------------------------------------------------
-
-
-@given(st.integers(2, 200), st.integers(1, 7), st.integers(1, 30))
-def test_batches_walk_every_stream_once_in_order(n, batch, window):
-    symbols = np.arange(n, dtype=np.int32)
-    if n <= batch:
-        with pytest.raises(ValueError, match=f"got {n} symbols, need at least {batch + 1}"):
-            batches(symbols, batch=batch, window=window)
-        return
-    parts = list(batches(symbols, batch=batch, window=window))
-    for inputs, targets in parts:
-        assert inputs.dtype == targets.dtype == np.int32
-        assert inputs.flags.c_contiguous and targets.flags.c_contiguous
-        # The numbers count up, so what follows is one more.
-        assert np.array_equal(targets, inputs + 1)
-    assert all(inputs.shape == (window, batch) for inputs, _ in parts[:-1])
-    assert 1 <= len(parts[-1][0]) <= window
-    walked = np.concatenate([targets for _, targets in parts]).T.ravel()
-    left_out = (n - 1) % batch
-    assert np.array_equal(walked, symbols[1 : n - left_out])
-
-
-@pytest.mark.parametrize(("batch", "window"), [(0, 5), (3, 0), (-1, 5)])
-def test_batch_sizes_are_positive(batch, window):
-    with pytest.raises(ValueError, match="need sizes >= 1"):
-        batches(np.arange(50), batch=batch, window=window)
 
 
 # --- trigram model ------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from eventrnn import Cell, Network, State, Surrogate, reference, simulate
 from eventrnn.cells import SURROGATES
 from eventrnn.pruning import GradualPruning
 from eventrnn.training import Model, Settings, Trainer, clip_by_norm, cosine_schedule, evaluate, kernels
+from eventrnn.training.loop import cross_entropy_bits
 
 
 @st.composite
@@ -266,3 +267,55 @@ def test_refusals():
     trainer.model.parameters["readout"][:] = np.inf
     with np.errstate(all="ignore"), pytest.raises(FloatingPointError, match="step 1"):
         trainer.step()
+
+
+def test_pruned_weights_stay_pruned_when_trained_again():
+    from eventrnn.pruning import compress, prune
+
+    pruned = prune(_net(), 0.8, block=(2, 4))
+    kept = {name: weights.kept() for name, weights in pruned.matrices().items()}
+    plain = Trainer(pruned, _text(), _small()).run()
+    gradual = Trainer(pruned, _text(), _small(), pruning=GradualPruning(0.9, (2, 4), 0, 6, every=1))
+    sparsities = [progress.sparsity for progress in gradual]
+    assert sparsities == sorted(sparsities) and sparsities[0] > 0.75 and sparsities[-1] > 0.88
+    for name, mask in kept.items():
+        assert not plain.matrices()[name].to_dense()[~mask].any()
+        assert not gradual.model.network().matrices()[name].to_dense()[~mask].any()
+        assert compress(plain.matrices()[name].to_dense(), (2, 4)).nnz == mask.sum()
+
+
+def test_symbols_that_no_network_can_predict_are_refused():
+    text = _text()
+    few = _net(readout=5)
+    none = Network.random([6], symbols=8, embedding=5, rng=np.random.default_rng(0))
+    for network, symbols, message in (
+        (few, text, "read-out predicts 5"),
+        (none, text, "read-out"),
+        (_net(), text - 1, "position"),
+        (_net(), text / 1.5, "whole numbers"),
+        (_net(), text[None], "one row"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Trainer(network, symbols, _small())
+        with pytest.raises(ValueError, match=message):
+            evaluate(network, symbols)
+    with pytest.raises(ValueError, match="targets"):
+        cross_entropy_bits(np.zeros((3, 4), np.float32), np.array([0, 1, 4]))
+    with pytest.raises(ValueError, match="pruning"):
+        Trainer(_net(), text, _small(), pruning=GradualPruning(0.5, end=12))
+
+
+def test_activity_cost_is_the_gradient_of_the_mean_output():
+    """By the definition: adding the cost to the loss adds cost / size to the gradient of every sent value."""
+    rng = np.random.default_rng(4)
+    network = Network.random([12], inputs=5, rng=rng, threshold=0.05)
+    model, x = Model(network), rng.normal(size=(5, 2, 5)).astype(np.float32)
+    output, _, tape = model.forward(x, State.zeros(network, 2))
+    d_output = rng.normal(size=output.shape).astype(np.float32)
+    cost = np.float32(3.0)
+    direct = model.backward(tape, d_output + cost / np.float32(output.size) * (output > 0))
+    by_option = model.backward(tape, d_output, activity_cost=3.0)
+    assert all(np.array_equal(direct[name], by_option[name]) for name in direct)
+    quiet = [Trainer(_net(), _text(), _small(steps=60, activity_cost=c)) for c in (0.0, 5.0)]
+    loud, silent = ([p.activity for p in trainer][-1] for trainer in quiet)
+    assert silent < loud / 2

@@ -44,8 +44,8 @@ def magnitude_mask(
     statistic : see `block_scores`
     within    : a mask of before; blocks that it pruned go first, so that masks only shrink
 
-    Exactly `round(sparsity * number of blocks)` blocks are pruned; ties go in storage order. A sparsity that would
-    leave no block is refused. O(n log n).
+    Exactly `round(sparsity * number of blocks)` blocks are pruned, or as many as in `within`; ties go in storage order.
+    A sparsity that would leave no block is refused. O(n log n).
     """
     masks = {} if within is None else {"matrix": within}
     return magnitude_masks({"matrix": dense}, sparsity, block=block, statistic=statistic, within=masks)["matrix"]
@@ -85,6 +85,8 @@ def magnitude_masks(
                     f"({rows}x{columns}, {part.size} blocks); use a lower sparsity or a smaller block"
                 )
             masks[name] = _spread(part.reshape(scores[name].shape), block, matrices[name].shape)
+            if within is not None and name in within:
+                masks[name] &= within[name]
     return masks
 
 

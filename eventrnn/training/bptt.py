@@ -60,7 +60,7 @@ class Model:
     ----------
     parameters : `embedding` (V, E), `layers.k.w_in` (I, 3N), `.w_rec` (N, 3N), `.bias_in`, `.bias_rec` (3N,),
                  `.threshold` (N,), `readout` (N, V), `readout.bias` (V,); no `readout` when tied
-    masks      : boolean arrays by parameter name, False where pruned
+    masks      : boolean arrays by parameter name, False where pruned; at first what CSR and block matrices do not store
     """
 
     def __init__(self, network: Network):
@@ -80,6 +80,9 @@ class Model:
             if not self.tied:
                 self.parameters["readout"] = np.ascontiguousarray(network.readout.weights.to_dense())
             self.parameters["readout.bias"] = network.readout.bias.copy()
+        for name, weights in network.matrices().items():
+            if name in self.parameters and not isinstance(weights, Dense):
+                self.masks[name] = weights.kept()
 
     def network(self) -> Network:
         """The network of the present parameters, dense weights."""

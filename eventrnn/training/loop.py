@@ -74,7 +74,7 @@ class Trainer:
 
     Parameters
     ----------
-    network  : where to start; pruned weights (exact zeros of block and CSR matrices) are not revived with `pruning`
+    network  : where to start; weights that its CSR and block matrices do not store stay pruned
     symbols  : (n,) integers, the training text; cut into `batch` streams of equal length (a tail shorter than a
                stream step is not used)
     pruning  : masks that grow while training, or None
@@ -83,8 +83,12 @@ class Trainer:
     def __init__(
         self, network: Network, symbols: np.ndarray, settings: Settings, *, pruning: GradualPruning | None = None
     ):
-        if network.embedding is None or network.readout is None:
-            raise ValueError("network: needs an embedding and a read-out to be trained on symbols")
+        check_symbols(network, symbols)
+        if pruning is not None and pruning.end >= settings.steps:
+            raise ValueError(
+                f"pruning: reaches its sparsity at step {pruning.end}, but training has {settings.steps} steps; "
+                "train longer or end the pruning earlier"
+            )
         self.streams = _streams(symbols, settings.batch, settings.window)
         self.settings, self.pruning = settings, pruning
         self.model = Model(network)
@@ -159,8 +163,7 @@ def evaluate(
     report  : called with the number of symbols done after every chunk
     """
     symbols = np.asarray(symbols)
-    if symbols.ndim != 1 or len(symbols) < 2:
-        raise ValueError(f"symbols: got shape {symbols.shape}, need at least 2 in one row")
+    check_symbols(network, symbols)
     simulator = Simulator(network, backend=backend, threads=threads)
     total = 0.0
     for start in range(0, len(symbols) - 1, chunk):
@@ -172,8 +175,28 @@ def evaluate(
     return total / (len(symbols) - 1)
 
 
+def check_symbols(network: Network, symbols: np.ndarray) -> None:
+    """Refuse symbols that the network cannot read and predict, and a network that cannot predict symbols."""
+    if network.embedding is None or network.readout is None:
+        raise ValueError("network: needs an embedding and a read-out to read and predict symbols")
+    size, known = network.readout.weights.shape[1], len(network.embedding)
+    if size != known:
+        raise ValueError(f"network: reads {known} symbols but its read-out predicts {size}; they must be the same")
+    symbols = np.asarray(symbols)
+    if symbols.ndim != 1 or len(symbols) < 2 or symbols.dtype.kind not in "iu":
+        raise ValueError(f"symbols: got {symbols.dtype} {symbols.shape}, need at least 2 whole numbers in one row")
+    if not (0 <= symbols.min() and symbols.max() < size):
+        k = int(np.argmax((symbols < 0) | (symbols >= size)))
+        raise ValueError(f"symbols: got {symbols[k]} at position {k}, need 0..{size - 1}")
+
+
 def cross_entropy_bits(logits: np.ndarray, targets: np.ndarray) -> float:
-    """Sum over rows of -log2 softmax(logits)[target]; logits (rows, V), targets (rows,) integers."""
+    """Sum over rows of -log2 softmax(logits)[target]; logits (rows, V), targets (rows,) integers in 0..V - 1."""
+    targets = np.asarray(targets)
+    if targets.shape != logits.shape[:1] or (
+        targets.size and not 0 <= targets.min() <= targets.max() < logits.shape[1]
+    ):
+        raise ValueError(f"targets: got shape {targets.shape}, need {logits.shape[:1]} symbols below {logits.shape[1]}")
     scratch = np.empty(logits.size, np.float32)
     flat = np.ascontiguousarray(logits, np.float32).ravel()
     total = kernels.softmax_cross_entropy(len(logits), logits.shape[1], flat, targets.astype(np.int64), 1.0, scratch)

@@ -1,0 +1,80 @@
+"""What the command line prints: progress on stderr, tables or one line of JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int, str], None]]:
+    """Yields `report(stage, done, total, note)`: bars on a terminal's stderr, a line a tenth of the work elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        tenths: dict[str, int] = {}
+
+        def line(stage: str, done: int, total: int, note: str) -> None:
+            if done * 10 // total > tenths.get(stage, -1):
+                tenths[stage] = done * 10 // total
+                print(f"{stage} {f'{done}/{total} {note}' if done else '…'}", file=sys.stderr)
+
+        yield line
+        return
+    columns = (
+        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def bar(stage: str, done: int, total: int, note: str) -> None:
+            if stage not in tasks:
+                for earlier in tasks.values():
+                    bars.update(earlier, completed=bars.tasks[earlier].total)
+                tasks[stage] = bars.add_task(stage, total=total, note=note)
+            bars.update(tasks[stage], completed=done, note=note)
+
+        yield bar
+
+
+def show(title: str, figures: Mapping, as_json: bool) -> None:
+    """Figures as a table for people, or as one JSON object."""
+    if as_json:
+        print(as_line(figures))
+        return
+    table = Table("", "", title=title, show_header=False)
+    for name, value in figures.items():
+        table.add_row(name.replace("_", " "), _readable(value))
+    Console().print(table)
+
+
+def as_line(figures: Mapping) -> str:
+    """One line of JSON; what is not finite becomes null, for JSON has no word for it."""
+
+    def finite(value):
+        if isinstance(value, Mapping):
+            return {name: finite(each) for name, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(each) for each in value]
+        return None if isinstance(value, float) and not np.isfinite(value) else value
+
+    return json.dumps(finite(figures), allow_nan=False)
+
+
+def _readable(value) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {v}" for k, v in value.items())
+    return str(value)
