@@ -285,7 +285,7 @@ class Plan:
     """A network's weights packed for one way to run.
 
     `in_many` and `rec_many` say whether input and recurrent products have many rows at once. Dense rows then want
-    narrow windows, so that the drives' share of one stays in the L1 cache; blocks gain nothing from them.
+    narrow windows, blocks go by column: so the drives' share of either stays in the L1 cache.
     """
 
     def __init__(self, network: Network, parts: int, in_many: bool, rec_many: bool):
@@ -316,7 +316,7 @@ class Plan:
         most = max(len(cut) for cut in cuts)
         for table, cut in zip(self.tables, cuts, strict=True):
             cut += cut[-1:] * (most - len(cut))
-            table += [pack(self.pools, weights, low, high) for low, high in zip(cut[:-1], cut[1:], strict=True)]
+            table += [pack(self.pools, weights, low, high, many) for low, high in zip(cut[:-1], cut[1:], strict=True)]
         return before
 
 

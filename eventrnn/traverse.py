@@ -7,7 +7,21 @@ from __future__ import annotations
 
 from eventrnn import cells
 from eventrnn.jit import compiled
-from eventrnn.packing import BLOCKS, FAR, HIGH, INDEX, KIND, LOW, PITCH, POINTERS, ROWS, SCATTER, VALUES, WIDTH
+from eventrnn.packing import (
+    BLOCK_COLUMNS,
+    BLOCKS,
+    FAR,
+    HIGH,
+    INDEX,
+    KIND,
+    LOW,
+    PITCH,
+    POINTERS,
+    ROWS,
+    SCATTER,
+    VALUES,
+    WIDTH,
+)
 from eventrnn.rows import (
     TILE,
     add_blocks_4,
@@ -30,7 +44,7 @@ from eventrnn.rows import (
 )
 from eventrnn.simd import LANES, bits, load, store
 
-SHARED_ROWS, SHARED_BLOCKS = 12, 24
+SHARED_ROWS = 12
 
 
 @compiled
@@ -150,7 +164,7 @@ def propagate_all(
 @compiled
 def shares_rows(kind, rows):
     """Whether a weight row is read once for so many drives. Measured: fewer gain nothing, single weights never do."""
-    return (kind == ROWS and rows >= SHARED_ROWS) or (kind == BLOCKS and rows >= SHARED_BLOCKS)
+    return kind == BLOCK_COLUMNS or (kind == ROWS and rows >= SHARED_ROWS)
 
 
 @compiled
@@ -188,7 +202,7 @@ def _propagate_many(matrix, values, index, pointers, n_pre, starts, targets, gro
     """`propagate` for many drives at once: each weight row is read once for all drives that its unit sends to.
 
     Events grouped by unit, `starts[j]` to `starts[j + 1]`; `targets` are offsets of drives. Units go in ascending
-    order, so every drive still takes its terms in ascending order. For rows and blocks only.
+    order, so every drive still takes its terms in ascending order. For rows and block columns only.
     """
     v0, i0, p0 = matrix[VALUES], matrix[INDEX], matrix[POINTERS]
     if matrix[KIND] == ROWS:
@@ -204,37 +218,41 @@ def _propagate_many(matrix, values, index, pointers, n_pre, starts, targets, gro
                 add_to_many_16(drive, low + tile, values, start, targets, grouped, starts[j], count)
         return
     c = matrix[WIDTH]
-    for j in range(n_pre):
-        first, count = starts[j], starts[j + 1] - starts[j]
-        if count == 0:
-            continue
-        begin, end, start = pointers[p0 + 3 * j], pointers[p0 + 3 * j + 1], v0 + pointers[p0 + 3 * j + 2]
-        for k in range(begin, end):
-            column = index[i0 + k]
+    for column in range(matrix[LOW] // c, -(-matrix[HIGH] // c)):
+        at, p = column * c, p0 + column - matrix[LOW] // c
+        for k in range(pointers[p], pointers[p + 1]):
+            j = index[i0 + k]
+            first, count, start = starts[j], starts[j + 1] - starts[j], v0 + k * c
             if c == 64:
-                add_to_many_64(drive, column, values, start, targets, grouped, first, count)
+                add_to_many_64(drive, at, values, start, targets, grouped, first, count)
             elif c == 32:
-                add_to_many_32(drive, column, values, start, targets, grouped, first, count)
+                add_to_many_32(drive, at, values, start, targets, grouped, first, count)
             elif c == 16:
-                add_to_many_16(drive, column, values, start, targets, grouped, first, count)
+                add_to_many_16(drive, at, values, start, targets, grouped, first, count)
             elif c == 8:
-                add_to_many_8(drive, column, values, start, targets, grouped, first, count)
+                add_to_many_8(drive, at, values, start, targets, grouped, first, count)
             elif c == 4:
-                add_to_many_4(drive, column, values, start, targets, grouped, first, count)
+                add_to_many_4(drive, at, values, start, targets, grouped, first, count)
             else:
                 for e in range(first, first + count):
-                    target = targets[e] + column
-                    for i in range(c):
-                        drive[target + i] = cells.fma(values[start + i], grouped[e], drive[target + i])
-            start += c
+                    for i in range(at + targets[e], at + targets[e] + c):
+                        drive[i] = cells.fma(values[start + i - at - targets[e]], grouped[e], drive[i])
 
 
 @compiled
 def read_rows(matrix, values, index, pointers, indptr, ids, start, stop):
-    """Sum of the weights in the rows of events `indptr[start]` to `indptr[stop]`: every byte read, no more done."""
+    """Read the weight rows of events `indptr[start]` to `indptr[stop]`, no more; of block columns, every block."""
     v0, i0, p0 = matrix[VALUES], matrix[INDEX], matrix[POINTERS]
     total = load(values, 0)
     checksum = 0
+    if matrix[KIND] == BLOCK_COLUMNS:
+        columns = -(-matrix[HIGH] // matrix[WIDTH]) - matrix[LOW] // matrix[WIDTH]
+        blocks = pointers[p0 + columns]
+        for _ in range(start, stop):
+            for k in range(i0, i0 + blocks):
+                checksum += index[k]
+            total = _sum_of(values, v0, v0 + blocks * matrix[WIDTH], total)
+        return bits(total > cells.ZERO) + checksum
     for e in range(indptr[start], indptr[stop]):
         j = ids[e]
         if matrix[KIND] == ROWS:
@@ -249,15 +267,19 @@ def read_rows(matrix, values, index, pointers, indptr, ids, start, stop):
             if matrix[KIND] == BLOCKS:
                 for k in range(i0 + pointers[p0 + 3 * j], i0 + pointers[p0 + 3 * j + 1]):
                     checksum += index[k]
-        second = total
-        third, fourth = total, total
-        for k in range(first, last - 4 * LANES + 1, 4 * LANES):
-            total = total + load(values, k)
-            second = second + load(values, k + LANES)
-            third = third + load(values, k + 2 * LANES)
-            fourth = fourth + load(values, k + 3 * LANES)
-        for k in range(first + (last - first) // (4 * LANES) * 4 * LANES, last, LANES):
-            total = total + load(values, k)
-        total = (total + second) + (third + fourth)
+        total = _sum_of(values, first, last, total)
     # Returned, so that the compiler must read.
     return bits(total > cells.ZERO) + checksum
+
+
+@compiled
+def _sum_of(values, first, last, total):
+    second, third, fourth = total, total, total
+    for k in range(first, last - 4 * LANES + 1, 4 * LANES):
+        total = total + load(values, k)
+        second = second + load(values, k + LANES)
+        third = third + load(values, k + 2 * LANES)
+        fourth = fourth + load(values, k + 3 * LANES)
+    for k in range(first + (last - first) // (4 * LANES) * 4 * LANES, last, LANES):
+        total = total + load(values, k)
+    return (total + second) + (third + fourth)
