@@ -10,11 +10,13 @@ from eventrnn.cli import app
 
 README = Path(__file__).parent.parent / "README.md"
 TEXT = README.read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+COMMANDS = [body for language, body in BLOCKS if not language]
 
 
 def test_the_example_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (example,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    (example,) = (body for language, body in BLOCKS if language == "python")
     exec(compile(example, "README.md", "exec"), {})
     assert "times fewer multiplications" in capsys.readouterr().out
     assert (tmp_path / "model.safetensors").exists()
@@ -39,13 +41,12 @@ def test_the_commands_exist():
 
 
 def test_exactly_two_commands_to_start():
-    blocks = re.findall(r"```\n(.*?)```", TEXT, re.DOTALL)
-    assert len(blocks) == 2 and all(len(block.strip().splitlines()) == 1 for block in blocks)
+    assert len(COMMANDS) == 2 and all(len(command.strip().splitlines()) == 1 for command in COMMANDS)
 
 
 @pytest.mark.parametrize("command", ["pip install -e", "pytest"])
 def test_ci_runs_the_readme_s_test_command(command):
-    (line,) = [block for block in re.findall(r"```\n(.*?)```", TEXT, re.DOTALL) if "pytest" in block]
+    (line,) = (command for command in COMMANDS if "pytest" in command)
     script = (README.parent / ".ci" / "run").read_text()
     assert line.strip() in script or all(part.strip() in script for part in line.split("&&"))
     assert command in script
