@@ -9,6 +9,7 @@ bits do not depend on their number. Kernels allocate nothing. `packing.py` expla
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -384,8 +385,9 @@ class CpuEngine:
     def run(self, feed: Feed, state: State, *, record_events: bool = False, record_states: bool = False) -> Trace:
         """See `backend.Engine`. Memory beyond the outputs does not depend on the number of steps."""
         rows, total = feed.steps * feed.batch, sum(self.units)
-        c = np.concatenate([x.ravel() for x in state.cells]).astype(np.float32)
-        y = np.concatenate([x.ravel() for x in state.outputs]).astype(np.float32)
+        # Copies: the kernel works in place.
+        c = np.concatenate([x.ravel() for x in state.cells], dtype=np.float32)
+        y = np.concatenate([x.ravel() for x in state.outputs], dtype=np.float32)
         output = np.empty(rows * self.output_size, np.float32)
         events = np.empty(rows * total if record_events else 0, np.float32)
         states = np.empty(rows * total if record_states else 0, np.float32)
@@ -404,15 +406,18 @@ class CpuEngine:
                 shares = [self.pool.submit(run, part, self.parts, barrier, *arguments) for part in range(self.parts)]
                 for share in shares:
                     share.result()
-        cut = np.cumsum(self.units)[:-1]
         return Trace(
             output.reshape(feed.steps, feed.batch, self.output_size),
             State(self._by_layer(c, feed.batch), self._by_layer(y, feed.batch)),
-            tuple(FireCounts(*pair) for pair in zip(np.split(graded, cut), np.split(binary, cut), strict=True)),
+            tuple(map(FireCounts, self._by_layer(graded), self._by_layer(binary))),
             self._by_layer(events, feed.steps, feed.batch) if record_events else (),
             self._by_layer(states, feed.steps, feed.batch) if record_states else (),
         )
 
     def _by_layer(self, flat: np.ndarray, *leading: int) -> tuple[np.ndarray, ...]:
-        cut = np.cumsum([int(np.prod(leading)) * n for n in self.units])[:-1]
-        return tuple(part.reshape(*leading, n) for part, n in zip(np.split(flat, cut), self.units, strict=True))
+        """Views (*leading, N) of each layer's share."""
+        rows, parts, at = math.prod(leading), [], 0
+        for n in self.units:
+            parts.append(flat[at : at + rows * n].reshape(*leading, n))
+            at += rows * n
+        return tuple(parts)

@@ -70,6 +70,9 @@ class Events:
             raise ValueError(f"dense events: got shape {dense.shape}, need (steps, batch, size)")
         steps, batch, size = dense.shape
         flat = dense.reshape(steps * batch, size)
+        if len(flat) == 1:  # a streaming step, whose overhead is felt
+            columns = flat[0].nonzero()[0]
+            return cls(np.array([0, len(columns)]), columns.astype(np.int32), flat[0, columns], (steps, batch, size))
         rows, columns = np.nonzero(flat)
         indptr = np.zeros(steps * batch + 1, np.int64)
         np.cumsum(np.bincount(rows, minlength=steps * batch), out=indptr[1:])

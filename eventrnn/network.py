@@ -241,9 +241,10 @@ class Network:
             if array.ndim != 3 or array.shape[2] != size or array.dtype.kind not in "fiub":
                 raise ValueError(f"inputs: got {array.dtype} {array.shape}, need numbers (steps, batch, {size})")
             check_finite("inputs", array)
-            with np.errstate(over="ignore"):
-                array = array.astype(np.float32)
-            check_finite("inputs as float32", array)
+            if array.dtype != np.float32:
+                with np.errstate(over="ignore"):
+                    array = array.astype(np.float32)
+                check_finite("inputs as float32", array)
             inputs = Events.from_dense(array)
         elif inputs.shape[2] != size:
             raise ValueError(f"inputs: got events of {inputs.shape[2]} units, need {size}")
