@@ -36,8 +36,9 @@ HAND_WORKED = 4 * gamma(64, U64)
 #: than an ulp of float64, which is 2^-29 ulp of float32.
 LIBM_ULP = 2.0**-29
 
-#: Bytes that a stream of 8,000 steps may add. An object kept a step, the smallest being 16 bytes, would add 128,000.
-STREAM_BYTES = 16_000
+#: Bytes that 2,000 steps of a stream may add, in the quietest of four such intervals: the rest of the process allocates
+#: now and then, but a leak shows in every one. An object kept a step, the smallest being 16 bytes, would add 32,000.
+STREAM_BYTES = 4_000
 
 #: At most this share of units may lie so close to their threshold that rounding could move the event.
 INSIDE_MARGIN = 0.01
