@@ -21,8 +21,8 @@ from eventrnn.jit import compiled
 from eventrnn.packing import FIELDS, HIGH, LOW, Pools, aligned_zeros, check_format, narrow, pack, window_edges
 from eventrnn.rows import SPINS_BEFORE_YIELD, atomic_add, atomic_load, pause, yield_core
 from eventrnn.simd import LANES, bits, load, lowest_bit, store
-from eventrnn.traverse import SHARED_ROWS, propagate_all
-from eventrnn.weights import Dense, Weights
+from eventrnn.traverse import SHARED_BLOCKS, SHARED_ROWS, SHARED_WIDTH, propagate_all
+from eventrnn.weights import BlockCSR, Dense, Weights
 
 if TYPE_CHECKING:
     from eventrnn.network import Network
@@ -285,39 +285,42 @@ class CpuBackend:
 class Plan:
     """A network's weights packed for one way to run.
 
-    `in_many` and `rec_many` say whether input and recurrent products have many rows at once. Dense rows then want
-    narrow windows, blocks go by column: so the drives' share of either stays in the L1 cache.
+    `in_rows` and `rec_rows` are the drives that an input and a recurrent product have at once. With many of them, dense
+    rows want narrow windows and wide blocks go by column: so the drives' share of either stays in the L1 cache.
     """
 
-    def __init__(self, network: Network, parts: int, in_many: bool, rec_many: bool):
+    def __init__(self, network: Network, parts: int, in_rows: int, rec_rows: int):
         self.parts, self.pools = parts, Pools.empty()
         self.tables: list[list[list[int]]] = [[] for _ in range(parts)]
         layers, at, unit_0 = [], 0, 0
         for layer in network.layers:
             n, rows = layer.units, layer.w_rec.shape[1]
             cut = 2 * n if layer.cell.variant == "paper" else rows
-            w_in = self._place(layer.w_in, 0, rows, in_many)
-            w_rec = self._place(layer.w_rec, 0, cut, rec_many)
-            w_gated = self._place(layer.w_rec, cut, rows, rec_many) if cut < rows else len(self.tables[0])
+            w_in = self._place(layer.w_in, 0, rows, in_rows)
+            w_rec = self._place(layer.w_rec, 0, cut, rec_rows)
+            w_gated = self._place(layer.w_rec, cut, rows, rec_rows) if cut < rows else len(self.tables[0])
             layers.append([n, layer.inputs, w_in, w_rec, w_gated, len(self.tables[0]), at, at + rows, unit_0])
             at, unit_0 = at + 2 * rows, unit_0 + n
         self.readout = -1
         if network.readout is not None:
-            self.readout = self._place(network.readout.weights, 0, network.readout.weights.shape[1], in_many)
+            self.readout = self._place(network.readout.weights, 0, network.readout.weights.shape[1], in_rows)
         self.layers = np.array(layers, np.int64)
         self.windows = np.array(self.tables, np.int64).reshape(parts, -1, FIELDS)
         self.values, self.index, self.pointers = self.pools.freeze()
 
-    def _place(self, weights: Weights, start: int, stop: int, many: bool) -> int:
+    def _place(self, weights: Weights, start: int, stop: int, rows: int) -> int:
         """Pack the columns `start` to `stop`, each thread's share; returns the first window."""
         before, edges = len(self.tables[0]), window_edges(weights, start, stop, self.parts)
         cuts = [[edges[part], edges[part + 1]] for part in range(self.parts)]
-        if many and isinstance(weights, Dense):
+        by_column = rows >= SHARED_BLOCKS and isinstance(weights, BlockCSR) and weights.block[1] >= SHARED_WIDTH
+        if rows >= SHARED_ROWS and isinstance(weights, Dense):
             cuts = [narrow(low, high, ROW_TILE) for low, high in cuts]
         most = max(len(cut) for cut in cuts)
         for table, cut in zip(self.tables, cuts, strict=True):
             cut += cut[-1:] * (most - len(cut))
-            table += [pack(self.pools, weights, low, high, many) for low, high in zip(cut[:-1], cut[1:], strict=True)]
+            table += [
+                pack(self.pools, weights, low, high, by_column) for low, high in zip(cut[:-1], cut[1:], strict=True)
+            ]
         return before
 
 
@@ -337,7 +340,7 @@ class CpuEngine:
         self.network, self.parts = network, threads
         self.units = [layer.units for layer in network.layers]
         self.output_size = self.units[-1] if network.readout is None else network.readout.weights.shape[1]
-        self.plans: dict[tuple[bool, bool], Plan] = {}
+        self.plans: dict[tuple[tuple[bool, bool], ...], Plan] = {}
         biases = [bias for layer in network.layers for bias in (layer.bias_in, layer.bias_rec)]
         self.biases = np.concatenate(biases + ([network.readout.bias] if network.readout is not None else []))
         self.threshold = np.concatenate([layer.threshold for layer in network.layers])
@@ -350,9 +353,10 @@ class CpuEngine:
 
     def plan(self, steps: int, batch: int) -> Plan:
         """The weights as a run of that size wants them."""
-        kind = (steps * batch >= SHARED_ROWS, batch >= SHARED_ROWS)
+        rows = (min(steps, self.chunk_steps(batch)) * batch, batch)
+        kind = tuple((n >= SHARED_ROWS, n >= SHARED_BLOCKS) for n in rows)
         if kind not in self.plans:
-            self.plans[kind] = Plan(self.network, self.parts, *kind)
+            self.plans[kind] = Plan(self.network, self.parts, *rows)
         return self.plans[kind]
 
     def chunk_steps(self, batch: int) -> int:

@@ -83,10 +83,10 @@ def narrow(low: int, high: int, width: int) -> list[int]:
     return [low, *range(low + width, high, width), high]
 
 
-def pack(pools: Pools, weights: Weights, low: int, high: int, many: bool = False) -> list[int]:
+def pack(pools: Pools, weights: Weights, low: int, high: int, by_column: bool = False) -> list[int]:
     """Add the columns `low` to `high` of a matrix to the pools; returns its table row.
 
-    `many` lays blocks out for products with many drives at once.
+    `by_column` lays blocks out for products with many drives at once.
     """
     if isinstance(weights, Dense):
         return _pack_rows(pools, weights, low, high)
@@ -94,7 +94,11 @@ def pack(pools: Pools, weights: Weights, low: int, high: int, many: bool = False
         return _pack_scatter(pools, weights, low, high)
     assert isinstance(weights, BlockCSR)
     whole = low % weights.block[1] == 0 and (high % weights.block[1] == 0 or high == weights.shape[1])
-    return _pack_block_columns(pools, weights, low, high) if many and whole else _pack_blocks(pools, weights, low, high)
+    return (
+        _pack_block_columns(pools, weights, low, high)
+        if by_column and whole
+        else _pack_blocks(pools, weights, low, high)
+    )
 
 
 def check_format(name: str, weights: Weights) -> None:
