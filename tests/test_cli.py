@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from eventrnn import Network, load, save
+from eventrnn import Network, bench, load, save
 from eventrnn.cli import main
 from eventrnn.text import Vocabulary
 
@@ -119,15 +119,40 @@ def test_demo_small(cli, tmp_path):
     assert code == 2 and "--force" in err and not out
 
 
-def test_bench_inference(cli):
-    sizes = ("--hidden", 128, "--steps", 70, "--repeats", 3, "--against", "blas", "--activity", 0.2)
-    result = _json(cli("bench", "inference", *sizes, "--sparsity", 0.5, "--block", "1x16", "--json"))
+@pytest.fixture
+def clock(monkeypatch):
+    """Run every contestant of a benchmark once and say that it took so many seconds: no timing decides a test."""
+
+    def set_to(**seconds):
+        def interleaved(contestants, repeats):
+            for run in contestants.values():
+                run()
+            return {name: [seconds[name]] * repeats for name in contestants}
+
+        monkeypatch.setattr(bench, "interleaved", interleaved)
+
+    return set_to
+
+
+BENCH = ("--hidden", 64, "--steps", 64, "--against", "blas", "--activity", 0.2, "--sparsity", 0.5, "--block", "1x16")
+
+
+def test_bench_inference(cli, clock):
+    clock(ours=2.0, probe=1.0, against=8.0)
+    result = _json(cli("bench", "inference", *BENCH, "--json"))
     keys = """us_per_step against_us_per_step speedup activity sparsity executed_per_step dense_per_step bytes_per_step
     bandwidth_fraction device"""
     assert set(keys.split()) <= set(result)
-    assert result["dense_per_step"] == 6 * 128 * 128
-    assert 0 < result["bandwidth_fraction"] <= 1
+    assert result["us_per_step"] == 31_250 and result["speedup"] == 4
+    assert result["dense_per_step"] == 6 * 64 * 64
+    assert 0 < result["bandwidth_fraction"] < 1
     assert result["effective_per_step"] <= result["executed_per_step"] < result["dense_per_step"]
+
+
+def test_a_rate_above_the_probe_is_an_error_not_a_result(cli, clock):
+    clock(ours=1.0, probe=2.0, against=8.0)
+    code, out, err = cli("bench", "inference", *BENCH, "--json")
+    assert code == 1 and out == "" and "GB/s" in err.splitlines()[-1]
 
 
 def _model_files(folder, model):
