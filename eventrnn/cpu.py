@@ -42,7 +42,7 @@ MOST_THREADS = 64
 
 @compiled
 def wait(barrier, parts, target):
-    """Until `parts` threads have come `target` times in all; returns the next target."""
+    """Come to the barrier and wait until `target` arrivals were made in all; returns the next target."""
     if parts > 1:
         atomic_add(barrier, 1)
         spins = 0
@@ -307,6 +307,7 @@ class Plan:
         self.layers = np.array(layers, np.int64)
         self.windows = np.array(self.tables, np.int64).reshape(parts, -1, FIELDS)
         self.values, self.index, self.pointers = self.pools.freeze()
+        del self.pools, self.tables  # as large as the weights, and copied now
 
     def _place(self, weights: Weights, start: int, stop: int, rows: int) -> int:
         """Pack the columns `start` to `stop`, each thread's share; returns the first window."""
@@ -368,6 +369,11 @@ class CpuEngine:
             self.scratch_batch = batch
             self.chunk = self.chunk_steps(batch)
             rows, widest = self.chunk * batch, max(self.units)
+            if rows * self.pitch > np.iinfo(np.int32).max:
+                self.scratch_batch = 0
+                raise ValueError(
+                    f"batch: got {batch}, whose {rows * self.pitch:,} drives are too many; split the batch"
+                )
             lists, most = 2 * (rows + batch), rows * max(widest, *(layer.inputs for layer in self.network.layers))
             self.scratch = (
                 aligned_zeros(rows * self.pitch, np.float32),

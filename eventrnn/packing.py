@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from eventrnn.simd import LANES
 from eventrnn.weights import CSR, BlockCSR, Dense, Weights
 
 # Columns of the table: how a window is stored, and where.
@@ -19,7 +20,6 @@ FIELDS = 9
 #: kinds of traversal
 ROWS, SCATTER, BLOCKS, RAGGED_BLOCKS, BLOCK_COLUMNS = range(5)
 
-LANES = 16
 # A window up to this size stays in the L2 cache, where asking ahead for a row costs more than waiting for it.
 NEAR_BYTES = 1 << 20
 
@@ -35,10 +35,11 @@ class Pools:
 
     @classmethod
     def empty(cls) -> Pools:
-        # A spare vector at the head keeps every offset a multiple of a cache line.
+        """No arrays yet."""
         return cls([], [], [], [0, 0, 0])
 
     def add(self, values: np.ndarray, index: np.ndarray, pointers: np.ndarray) -> tuple[int, int, int]:
+        """Append one window's arrays, values padded to whole vectors; returns where each begins."""
         at = tuple(self.sizes)
         padded = np.zeros(_up(len(values), LANES), np.float32)
         padded[: len(values)] = values

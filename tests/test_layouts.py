@@ -3,12 +3,13 @@
 from unittest.mock import patch
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_backends import assert_same, cases
 
 from eventrnn import cpu, packing
-from eventrnn.network import simulate
+from eventrnn.network import Network, simulate
 
 
 def _simulated(case, **options):
@@ -42,3 +43,14 @@ def test_prefetching_changes_nothing(case, far):
 def test_any_chunk_of_time_gives_the_same_bits(case, chunk):
     with patch.object(cpu, "LONGEST_CHUNK", chunk):
         assert_same(_simulated(case), _simulated(case, backend="reference"))
+
+
+def test_a_batch_whose_drives_cannot_be_addressed_is_refused():
+    engine = cpu.CpuEngine(Network.random([4], inputs=3, rng=np.random.default_rng(0)), 1)
+    with pytest.raises(ValueError, match="split the batch"):
+        engine._scratch(1 << 30)
+
+
+def test_a_plan_holds_the_weights_once():
+    plan = cpu.CpuEngine(Network.random([4], inputs=3, rng=np.random.default_rng(0)), 1).plan(1, 1)
+    assert not any(isinstance(value, packing.Pools | list) for value in vars(plan).values())
