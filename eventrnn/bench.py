@@ -18,12 +18,13 @@ import numpy as np
 
 from eventrnn.backend import State
 from eventrnn.cells import Cell
-from eventrnn.cpu import END, IN, REC, REC_GATED, CpuEngine, Plan
+from eventrnn.cpu import CpuEngine
+from eventrnn.plan import END, IN, REC, REC_GATED, Plan
 from eventrnn.events import Events
 from eventrnn.network import Layer, Network, Simulation, simulate
 from eventrnn.observe import count, senders
-from eventrnn.packing import BLOCK_COLUMNS, HIGH, KIND, LOW
-from eventrnn.traverse import read_rows, shares_rows
+from eventrnn.packing import BLOCK_COLUMNS, HIGH, KIND, LOW, ROW_TILES
+from eventrnn.traverse import read_rows
 from eventrnn.weights import Weights, check_block, convert
 
 # How far the measured activity may be from what was asked, as a share of it.
@@ -280,7 +281,7 @@ def rows_read(engine: CpuEngine, network: Network, simulation: Simulation) -> li
             window = plan.windows[0, layer[column]]
             columns = int(sum(w[HIGH] - w[LOW] for part in plan.windows for w in part[layer[column] : layer[after]]))
             groups = [
-                np.unique(events.indices[a:b]) if shares_rows(window[KIND], len(part)) else events.indices[a:b]
+                np.unique(events.indices[a:b]) if window[KIND] in (ROW_TILES, BLOCK_COLUMNS) else events.indices[a:b]
                 for part in (range(at, min(at + rows, total)) for at in range(0, total, rows))
                 for a, b in ((events.indptr[part[0]], events.indptr[part[-1] + 1]),)
             ]

@@ -12,7 +12,7 @@ import numpy as np
 
 from eventrnn import cells
 from eventrnn.backend import Feed, FireCounts, State, Trace
-from eventrnn.cpu import update, update_paper
+from eventrnn.steps import update, update_paper
 from eventrnn.jit import compiled
 
 if TYPE_CHECKING:

@@ -15,153 +15,25 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from eventrnn import cells
 from eventrnn.backend import Feed, FireCounts, State, Trace
 from eventrnn.jit import compiled
-from eventrnn.packing import FIELDS, HIGH, LOW, Pools, aligned_zeros, check_format, narrow, pack, window_edges
-from eventrnn.rows import SPINS_BEFORE_YIELD, atomic_add, atomic_load, pause, yield_core
-from eventrnn.simd import LANES, bits, load, lowest_bit, store
-from eventrnn.traverse import SHARED_BLOCKS, SHARED_ROWS, SHARED_WIDTH, propagate_all
-from eventrnn.weights import BlockCSR, Dense, Weights
+from eventrnn.packing import HIGH, LOW, ROW_TILE, aligned_zeros, check_format
+from eventrnn.plan import (
+    BIAS_IN, BIAS_REC, END, IN, INPUTS, REC, REC_GATED, SHARED_BLOCKS, SHARED_ROWS, UNIT_0, UNITS, Plan,
+)  # fmt: skip
+from eventrnn.simd import LANES
+from eventrnn.steps import send, send_gated, tally, update, update_paper
+from eventrnn.team import wait
+from eventrnn.traverse import LISTED_PIECES, copy, propagate_all
 
 if TYPE_CHECKING:
     from eventrnn.network import Network
 
-# Columns of the layer table. IN to REC are the windows of w_in, REC to REC_GATED those of w_rec, and REC_GATED to END
-# the candidate's columns of w_rec, apart in the paper's variant only.
-UNITS, INPUTS, IN, REC, REC_GATED, END, BIAS_IN, BIAS_REC, UNIT_0 = range(9)
-
 # A chunk's input drives should fit a share of the L2 cache.
 CHUNK_BYTES = 1 << 20
 LONGEST_CHUNK = 64
-# Columns of a narrow window: a chunk of 64 rows of them fits the L1 cache beside the weights that pass through.
-ROW_TILE = 128
 # More than a machine for this package has; every one spins at the barriers.
 MOST_THREADS = 64
-
-
-@compiled
-def wait(barrier, parts, target):
-    """Come to the barrier and wait until `target` arrivals were made in all; returns the next target."""
-    if parts > 1:
-        atomic_add(barrier, 1)
-        spins = 0
-        while atomic_load(barrier) < target:
-            spins += 1
-            pause()
-            if spins > SPINS_BEFORE_YIELD:
-                yield_core()
-    return target + parts
-
-
-@compiled
-def send(y, at, low, high, ids, sent, row, firsts, counts, slot):
-    """Compact the non-zero y of units `low` to `high` into a row's event list."""
-    count = row + low
-    whole = low + (high - low) // LANES * LANES
-    for i in range(low, whole, LANES):
-        value = load(y, at + i)
-        fired = bits(value > cells.ZERO) | bits(value < cells.ZERO)
-        while fired != 0:
-            unit = i + lowest_bit(fired)
-            ids[count] = unit
-            sent[count] = y[at + unit]
-            count += 1
-            fired &= fired - 1
-    for i in range(whole, high):
-        if y[at + i] != 0:
-            ids[count] = i
-            sent[count] = y[at + i]
-            count += 1
-    firsts[slot], counts[slot] = row + low, count - row - low
-
-
-@compiled
-def update(n, low, high, drive_in, a, drive_rec, b, threshold, p, c, y, s):
-    """Released variant: cells and outputs of units `low` to `high`, in place."""
-    whole = low + (high - low) // LANES * LANES
-    for i in range(low, whole, LANES):
-        v, _, _, _ = cells.egru_value(
-            load(drive_in, a + i),
-            load(drive_in, a + n + i),
-            load(drive_in, a + 2 * n + i),
-            load(drive_rec, b + i),
-            load(drive_rec, b + n + i),
-            load(drive_rec, b + 2 * n + i),
-            load(c, s + i),
-        )
-        theta = load(threshold, p + i)
-        store(y, s + i, cells.select(v > theta, v, cells.ZERO))
-        store(c, s + i, cells.select(v > theta, v - theta, v))
-    for i in range(whole, high):
-        v, _, _, _ = cells.egru_value(
-            drive_in[a + i],
-            drive_in[a + n + i],
-            drive_in[a + 2 * n + i],
-            drive_rec[b + i],
-            drive_rec[b + n + i],
-            drive_rec[b + 2 * n + i],
-            c[s + i],
-        )
-        theta = threshold[p + i]
-        y[s + i] = cells.select(v > theta, v, cells.ZERO)
-        c[s + i] = cells.select(v > theta, v - theta, v)
-
-
-@compiled
-def update_paper(n, low, high, drive_in, a, drive_rec, b, threshold, p, c, y, s):
-    """Paper's variant: cells and outputs of units `low` to `high`, in place."""
-    whole = low + (high - low) // LANES * LANES
-    for i in range(low, whole, LANES):
-        v, _, _ = cells.egru_paper_value(
-            load(drive_in, a + i),
-            load(drive_in, a + 2 * n + i),
-            load(drive_rec, b + i),
-            load(drive_rec, b + 2 * n + i),
-            load(c, s + i),
-            load(y, s + i),
-        )
-        store(y, s + i, cells.select(v > load(threshold, p + i), v, cells.ZERO))
-        store(c, s + i, v)
-    for i in range(whole, high):
-        v, _, _ = cells.egru_paper_value(
-            drive_in[a + i], drive_in[a + 2 * n + i], drive_rec[b + i], drive_rec[b + 2 * n + i], c[s + i], y[s + i]
-        )
-        y[s + i] = cells.select(v > threshold[p + i], v, cells.ZERO)
-        c[s + i] = v
-
-
-@compiled
-def gate_events(
-    n, drive_in, a, drive_rec, b,
-    ids, sent, firsts, counts, slot, segments,
-    ids_out, gated_out, at, firsts_out, counts_out, slot_out,
-):  # fmt: skip
-    """A row's events times the reset gate of their unit, as one list: what the paper's candidate product receives."""
-    to = at
-    for q in range(slot, slot + segments):
-        for e in range(firsts[q], firsts[q] + counts[q]):
-            i = ids[e]
-            ids_out[to] = i
-            gated_out[to] = cells.egru_reset_gate(drive_in[a + n + i], drive_rec[b + n + i]) * sent[e]
-            to += 1
-    firsts_out[slot_out], counts_out[slot_out] = at, to - at
-
-
-@compiled
-def record(n, low, high, y, c, s, at, ids, sent, first, count, unit_0, events_out, states_out, graded_out, binary_out):
-    """Count the events just sent and copy what is recorded."""
-    for e in range(first, first + count):
-        if sent[e] == 1:
-            binary_out[unit_0 + ids[e]] += 1
-        else:
-            graded_out[unit_0 + ids[e]] += 1
-    if len(events_out) > 0:
-        for i in range(low, high):
-            events_out[at + i] = y[s + i]
-    if len(states_out) > 0:
-        for i in range(low, high):
-            states_out[at + i] = c[s + i]
 
 
 @compiled
@@ -173,7 +45,7 @@ def run(
     feed_indptr, feed_ids, feed_sent, row_of, steps, batch, chunk, edges, pitch,
     # scratch
     drive_in, drive_rec, ids, sent, firsts, counts, feed_firsts, feed_counts, gated_ids, gated,
-    starts, targets, grouped,
+    starts, groups, grouped, lists, amounts, x, tile,
     # state, updated in place
     c, y,
     # out
@@ -186,7 +58,7 @@ def run(
     """
     n_layers = len(layers)
     rows = (chunk + 1) * batch
-    widest = len(ids) // (2 * rows)
+    wide = len(ids) // (2 * rows)
     target = parts
     for t0 in range(0, steps, chunk):
         length = min(chunk, steps - t0)
@@ -194,9 +66,13 @@ def run(
             n, unit_0 = layers[layer, UNITS], layers[layer, UNIT_0]
             low, high = edges[layer, part], edges[layer, part + 1]
             mine, below = (layer % 2) * rows, ((layer + 1) % 2) * rows
+            # Each thread's lists have a vector to spare.
+            own = low + LANES * part
             for b in range(batch):
                 row = mine + b
-                send(y, unit_0 * batch + b * n, low, high, ids, sent, row * widest, firsts, counts, row * parts + part)
+                slot = row * parts + part
+                firsts[slot] = row * wide + own
+                counts[slot] = send(y, unit_0 * batch + b * n, low, high, ids, sent, row * wide + own)
             # Everybody has left the last chunk's drives, and the carried events are complete.
             target = wait(barrier, parts, target)
 
@@ -209,13 +85,13 @@ def run(
                 propagate_all(
                     windows[part], w0, w1, values, index, pointers, biases, p, layers[layer, INPUTS],
                     feed_ids, feed_sent, feed_firsts[part], feed_counts[part], 0, 1, length * batch,
-                    starts[part], targets[part], grouped[part], drive_in, pitch,
+                    starts[part], groups[part], grouped[part], lists[part], amounts[part], x[part], tile[part], drive_in, pitch,
                 )  # fmt: skip
             else:
                 propagate_all(
                     windows[part], w0, w1, values, index, pointers, biases, p, layers[layer, INPUTS],
                     ids, sent, firsts, counts, (below + batch) * parts, parts, length * batch,
-                    starts[part], targets[part], grouped[part], drive_in, pitch,
+                    starts[part], groups[part], grouped[part], lists[part], amounts[part], x[part], tile[part], drive_in, pitch,
                 )  # fmt: skip
 
             w0, w1, w2, p = layers[layer, REC], layers[layer, REC_GATED], layers[layer, END], layers[layer, BIAS_REC]
@@ -223,21 +99,21 @@ def run(
                 propagate_all(
                     windows[part], w0, w1, values, index, pointers, biases, p, n,
                     ids, sent, firsts, counts, (mine + t * batch) * parts, parts, batch,
-                    starts[part], targets[part], grouped[part], drive_rec, pitch,
+                    starts[part], groups[part], grouped[part], lists[part], amounts[part], x[part], tile[part], drive_rec, pitch,
                 )  # fmt: skip
                 target = wait(barrier, parts, target)
 
                 if w2 > w1:
                     for b in range(batch):
-                        row, a = mine + t * batch + b, (t * batch + b) * pitch
-                        gate_events(
-                            n, drive_in, a, drive_rec, b * pitch, ids, sent, firsts, counts, row * parts, parts,
-                            gated_ids[part], gated[part], b * widest, feed_firsts[part], feed_counts[part], b,
-                        )  # fmt: skip
+                        a, s, to = (t * batch + b) * pitch, unit_0 * batch + b * n, b * wide
+                        feed_firsts[part, b] = to
+                        feed_counts[part, b] = send_gated(
+                            n, drive_in, a, drive_rec, b * pitch, y, s, gated_ids[part], gated[part], to
+                        )
                     propagate_all(
                         windows[part], w1, w2, values, index, pointers, biases, p, n,
                         gated_ids[part], gated[part], feed_firsts[part], feed_counts[part], 0, 1, batch,
-                        starts[part], targets[part], grouped[part], drive_rec, pitch,
+                        starts[part], groups[part], grouped[part], lists[part], amounts[part], x[part], tile[part], drive_rec, pitch,
                     )  # fmt: skip
                     target = wait(barrier, parts, target)
 
@@ -247,15 +123,17 @@ def run(
                         update_paper(n, low, high, drive_in, a, drive_rec, b * pitch, threshold, unit_0, c, y, s)
                     else:
                         update(n, low, high, drive_in, a, drive_rec, b * pitch, threshold, unit_0, c, y, s)
-                    send(y, s, low, high, ids, sent, row * widest, firsts, counts, row * parts + part)
-                    at = unit_0 * steps * batch + ((t0 + t) * batch + b) * n
-                    record(
-                        n, low, high, y, c, s, at, ids, sent, row * widest + low, counts[row * parts + part], unit_0,
-                        events_out, states_out, graded_out, binary_out,
-                    )  # fmt: skip
+                    slot, first = row * parts + part, row * wide + own
+                    firsts[slot] = first
+                    counts[slot] = send(y, s, low, high, ids, sent, first)
+                    tally(ids, sent, first, counts[slot], unit_0, graded_out, binary_out)
+                    at = unit_0 * steps * batch + ((t0 + t) * batch + b) * n + low
+                    if len(events_out) > 0:
+                        copy(y, s + low, events_out, at, high - low)
+                    if len(states_out) > 0:
+                        copy(c, s + low, states_out, at, high - low)
                     if readout < 0 and layer == n_layers - 1:
-                        for i in range(low, high):
-                            output_out[((t0 + t) * batch + b) * n + i] = y[s + i]
+                        copy(y, s + low, output_out, ((t0 + t) * batch + b) * n + low, high - low)
                 target = wait(barrier, parts, target)
 
         if readout >= 0:
@@ -264,11 +142,12 @@ def run(
             propagate_all(
                 windows[part], w0, w1, values, index, pointers, biases, len(biases) - size, layers[n_layers - 1, UNITS],
                 ids, sent, firsts, counts, (last + batch) * parts, parts, length * batch,
-                starts[part], targets[part], grouped[part], drive_in, pitch,
+                starts[part], groups[part], grouped[part], lists[part], amounts[part], x[part], tile[part], drive_in, pitch,
             )  # fmt: skip
-            for k in range(length * batch):
-                for i in range(windows[part, w0, LOW], windows[part, w1 - 1, HIGH]):
-                    output_out[(t0 * batch + k) * size + i] = drive_in[k * pitch + i]
+            for w in range(w0, w1):
+                low, high = windows[part, w, LOW], windows[part, w, HIGH]
+                for k in range(length * batch):
+                    copy(drive_in, k * pitch + low, output_out, (t0 * batch + k) * size + low, high - low)
 
 
 class CpuBackend:
@@ -280,49 +159,6 @@ class CpuBackend:
     def engine(self, network: Network, *, threads: int = 1) -> CpuEngine:
         """Pack the weights, one window a thread. Cost: one pass over the weights, as much memory again."""
         return CpuEngine(network, threads)
-
-
-class Plan:
-    """A network's weights packed for one way to run.
-
-    `in_rows` and `rec_rows` are the drives that an input and a recurrent product have at once. With many of them, dense
-    rows want narrow windows and wide blocks go by column: so the drives' share of either stays in the L1 cache.
-    """
-
-    def __init__(self, network: Network, parts: int, in_rows: int, rec_rows: int):
-        self.parts, self.pools = parts, Pools.empty()
-        self.tables: list[list[list[int]]] = [[] for _ in range(parts)]
-        layers, at, unit_0 = [], 0, 0
-        for layer in network.layers:
-            n, rows = layer.units, layer.w_rec.shape[1]
-            cut = 2 * n if layer.cell.variant == "paper" else rows
-            w_in = self._place(layer.w_in, 0, rows, in_rows)
-            w_rec = self._place(layer.w_rec, 0, cut, rec_rows)
-            w_gated = self._place(layer.w_rec, cut, rows, rec_rows) if cut < rows else len(self.tables[0])
-            layers.append([n, layer.inputs, w_in, w_rec, w_gated, len(self.tables[0]), at, at + rows, unit_0])
-            at, unit_0 = at + 2 * rows, unit_0 + n
-        self.readout = -1
-        if network.readout is not None:
-            self.readout = self._place(network.readout.weights, 0, network.readout.weights.shape[1], in_rows)
-        self.layers = np.array(layers, np.int64)
-        self.windows = np.array(self.tables, np.int64).reshape(parts, -1, FIELDS)
-        self.values, self.index, self.pointers = self.pools.freeze()
-        del self.pools, self.tables  # as large as the weights, and copied now
-
-    def _place(self, weights: Weights, start: int, stop: int, rows: int) -> int:
-        """Pack the columns `start` to `stop`, each thread's share; returns the first window."""
-        before, edges = len(self.tables[0]), window_edges(weights, start, stop, self.parts)
-        cuts = [[edges[part], edges[part + 1]] for part in range(self.parts)]
-        by_column = rows >= SHARED_BLOCKS and isinstance(weights, BlockCSR) and weights.block[1] >= SHARED_WIDTH
-        if rows >= SHARED_ROWS and isinstance(weights, Dense):
-            cuts = [narrow(low, high, ROW_TILE) for low, high in cuts]
-        most = max(len(cut) for cut in cuts)
-        for table, cut in zip(self.tables, cuts, strict=True):
-            cut += cut[-1:] * (most - len(cut))
-            table += [
-                pack(self.pools, weights, low, high, by_column) for low, high in zip(cut[:-1], cut[1:], strict=True)
-            ]
-        return before
 
 
 class CpuEngine:
@@ -346,9 +182,13 @@ class CpuEngine:
         self.biases = np.concatenate(biases + ([network.readout.bias] if network.readout is not None else []))
         self.threshold = np.concatenate([layer.threshold for layer in network.layers])
         self.edges = np.array([[n * q // threads for q in range(threads + 1)] for n in self.units], np.int64)
-        # Vectors and padded blocks may run past the last gate row.
+        # Vectors and padded blocks may run past the last gate row. 4 cache lines modulo 8: the same columns of many
+        # drives, side by side in the L1 cache, would share its sets at most other distances.
         widths = [w.shape[1] + max(LANES, getattr(w, "block", (1, 1))[1]) for w in network.matrices().values()]
-        self.pitch = -(-max(widths) // LANES) * LANES
+        lines = -(-max(widths) // LANES)
+        self.pitch = LANES * (lines + (4 - lines) % 8)
+        pieces = max(w.shape[1] // 4 for w in network.matrices().values())
+        self.list_size = LISTED_PIECES + pieces + 2 * LANES
         self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
         self.scratch_batch = 0
 
@@ -375,20 +215,25 @@ class CpuEngine:
                     f"batch: got {batch}, whose {rows * self.pitch:,} drives are too many; split the batch"
                 )
             lists, most = 2 * (rows + batch), rows * max(widest, *(layer.inputs for layer in self.network.layers))
+            wide = widest + LANES * self.parts
             self.scratch = (
                 aligned_zeros(rows * self.pitch, np.float32),
                 aligned_zeros(batch * self.pitch, np.float32),
-                np.zeros(lists * widest, np.int32),
-                np.zeros(lists * widest, np.float32),
+                np.zeros(lists * wide, np.int32),
+                np.zeros(lists * wide, np.float32),
                 np.zeros(lists * self.parts, np.int64),
                 np.zeros(lists * self.parts, np.int64),
                 np.zeros((self.parts, rows), np.int64),
                 np.zeros((self.parts, rows), np.int64),
-                np.zeros((self.parts, batch * widest), np.int32),
-                np.zeros((self.parts, batch * widest), np.float32),
+                np.zeros((self.parts, batch * wide), np.int32),
+                np.zeros((self.parts, batch * wide), np.float32),
                 np.zeros((self.parts, most // rows + 2), np.int64),
-                np.zeros((self.parts, most), np.int32),
+                np.zeros((self.parts, 2, most + LANES), np.int32),
+                np.zeros((self.parts, 2, most + LANES), np.float32),
+                np.zeros((self.parts, 2, self.list_size + rows), np.int32),
+                np.zeros((self.parts, 2, self.list_size + rows), np.float32),
                 np.zeros((self.parts, most), np.float32),
+                np.zeros((self.parts, rows * ROW_TILE), np.float32),
             )
         return self.scratch
 

@@ -1,110 +1,67 @@
-"""Weight rows into drives, in vector registers; prefetch; and what threads need to meet.
+"""Weights into drives, in vector registers: the innermost loops of the CPU engine, as LLVM IR.
 
-The innermost loops of the CPU engine, written as LLVM IR because accumulators must stay in registers.
+IR, because accumulators must stay in registers and loads must pass stores that they never overlap. An accumulator is
+always float32 and takes its terms one FMA at a time.
+
+`weights` is an array of any storage: float32; uint16, the upper halves of float32 (bfloat16); or int8, which is
+multiplied by the `scale` of its unit before use, rounded once. Every loop compiles once for each.
 """
 
 from __future__ import annotations
 
-import os
-
-import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from eventrnn.simd import I32, I64, LANES, VECTOR, address, call, fma_vector, load_vector, splat, store_vector
+from eventrnn.simd import (
+    AVX512, FLOAT, I1, I16, I32, I64, LANES, VECTOR,
+    address, call, fma_vector, load_vector, splat, store_vector,
+)  # fmt: skip
 
 # As many accumulators as stay in registers beside the weights: 16 of 32 on AVX-512, 4 (8 AVX registers) elsewhere.
-TILE = 16 if llvm.get_host_cpu_features().get("avx512f", False) else 4
+TILE = 16 if AVX512 else 4
 PREFETCH_ROWS = 4
-SPINS_BEFORE_YIELD = 2000
-_IS_X86 = llvm.get_process_triple().startswith(("x86_64", "i686"))
-_YIELD = "SwitchToThread" if os.name == "nt" else "sched_yield"
+# Drives and vectors of a tile of `multiply`: 20 accumulators of 32, or 4 of 16.
+MULTIPLY_ROWS, MULTIPLY_VECTORS = (5, 4) if AVX512 else (2, 1)
 
 
 def _lane(builder, pointer, k):
     return builder.gep(pointer, [I64(k * LANES)])
 
 
-def _add_blocks(vectors: int, width: int = LANES):
-    size = vectors * width
-
-    @intrinsic
-    def add_blocks(typingctx, drive, at, columns, first, count, weights, start, value):
-        """drive[at + columns[first + k] + i] += weights[start + k * size + i] * value for blocks k below count.
-
-        i below size; one FMA each. Blocks of one unit never overlap.
-        """
-
-        def generate(context, builder, signature, args):
-            kinds = signature.args
-            target = address(context, builder, kinds[0], args[0], args[1])
-            column_at = address(context, builder, kinds[2], args[2], args[3])
-            source = address(context, builder, kinds[5], args[5], args[6])
-            scale = splat(builder, args[7], width)
-
-            def body(k):
-                column = builder.sext(builder.load(builder.gep(column_at, [k])), I64)
-                out = builder.gep(target, [column])
-                block = builder.gep(source, [builder.mul(k, I64(size))])
-                # All loads before the first store: the two arrays never overlap, which LLVM cannot know.
-                weight = [load_vector(builder, _lane(builder, block, i), width) for i in range(vectors)]
-                before = [load_vector(builder, _lane(builder, out, i), width) for i in range(vectors)]
-                for i in range(vectors):
-                    store_vector(builder, fma_vector(builder, weight[i], scale, before[i]), _lane(builder, out, i))
-
-            _for_each(builder, args[4], body)
-            return context.get_dummy_value()
-
-        return types.void(drive, at, columns, first, count, weights, start, value), generate
-
-    return add_blocks
+def _load_weights(builder, pointer, width, scale):
+    """`width` weights as float32; `scale` a vector, used for int8."""
+    element = pointer.type.pointee
+    if element == FLOAT:
+        return load_vector(builder, pointer, width)
+    kind = ir.VectorType(element, width)
+    return _decode(builder, builder.load(builder.bitcast(pointer, kind.as_pointer()), align=1), scale)
 
 
-add_blocks_4, add_blocks_8 = _add_blocks(1, 4), _add_blocks(1, 8)
-add_blocks_16, add_blocks_32, add_blocks_64 = _add_blocks(1), _add_blocks(2), _add_blocks(4)
+def _decode(builder, raw, scale):
+    """Stored weights, a vector, as float32."""
+    width = raw.type.count
+    whole, vector = ir.VectorType(I32, width), ir.VectorType(FLOAT, width)
+    if raw.type.element == FLOAT:
+        return raw
+    if raw.type.element == I16:
+        upper = builder.shl(builder.zext(raw, whole), ir.Constant(whole, [16] * width))
+        return builder.bitcast(upper, vector)
+    return builder.fmul(builder.sitofp(builder.sext(raw, whole), vector), scale)
 
 
-def _add_to_many(vectors: int, width: int = LANES):
-    @intrinsic
-    def add_to_many(typingctx, drive, at, weights, start, targets, values, first, count):
-        """drive[at + targets[e] + i] += weights[start + i] * values[e] for e in first to first + count.
-
-        i below vectors * width; the weights are read once and stay in registers.
-        """
-
-        def generate(context, builder, signature, args):
-            kinds = signature.args
-            out = address(context, builder, kinds[0], args[0], args[1])
-            source = address(context, builder, kinds[2], args[2], args[3])
-            target_at = address(context, builder, kinds[4], args[4], args[6])
-            value_at = address(context, builder, kinds[5], args[5], args[6])
-            weight = [load_vector(builder, _lane(builder, source, i), width) for i in range(vectors)]
-
-            def body(e):
-                offset = builder.sext(builder.load(builder.gep(target_at, [e])), I64)
-                row = builder.gep(out, [offset])
-                scale = splat(builder, builder.load(builder.gep(value_at, [e])), width)
-                before = [load_vector(builder, _lane(builder, row, i), width) for i in range(vectors)]
-                for i in range(vectors):
-                    store_vector(builder, fma_vector(builder, weight[i], scale, before[i]), _lane(builder, row, i))
-
-            _for_each(builder, args[7], body)
-            return context.get_dummy_value()
-
-        return types.void(drive, at, weights, start, targets, values, first, count), generate
-
-    return add_to_many
+def _scale_of(context, builder, kind, scales, s0, unit):
+    """The scale of a unit in every lane."""
+    return splat(builder, builder.load(address(context, builder, kind, scales, builder.add(s0, unit))))
 
 
-add_to_many_4, add_to_many_8 = _add_to_many(1, 4), _add_to_many(1, 8)
-add_to_many_16, add_to_many_32, add_to_many_64, add_to_many_128 = (_add_to_many(n) for n in (1, 2, 4, 8))
+# --- one drive, many rows -----------------------------------------------------------------------------------
 
 
 def _add_rows(vectors: int):
     @intrinsic
-    def add_rows(typingctx, drive, at, weights, start, pitch, ids, values, first, count):
-        """drive[at + i] += sum over events e of weights[start + ids[e] * pitch + i] * values[e], i below 16 * vectors.
+    def add_rows(typingctx, drive, at, weights, start, pitch, scales, s0, ids, values, first, count):
+        """drive[at + i] += sum over events e of weights[start + ids[e] * pitch + i] * values[e], i < 16 * vectors.
 
         Events `first` to `first + count`, in order, one FMA each; the sums stay in registers throughout.
         """
@@ -112,16 +69,14 @@ def _add_rows(vectors: int):
         def generate(context, builder, signature, args):
             kinds = signature.args
             target = address(context, builder, kinds[0], args[0], args[1])
-            rows = address(context, builder, kinds[2], args[2], args[3])
-            pitch = args[4]
-            id_at = address(context, builder, kinds[5], args[5], args[7])
-            value_at = address(context, builder, kinds[6], args[6], args[7])
-            count = args[8]
+            rows, pitch = address(context, builder, kinds[2], args[2], args[3]), args[4]
+            id_at = address(context, builder, kinds[7], args[7], args[9])
+            value_at = address(context, builder, kinds[8], args[8], args[9])
+            count = args[10]
             last = builder.sub(count, I64(1))
 
-            def row(event):
-                unit = builder.sext(builder.load(builder.gep(id_at, [event])), I64)
-                return builder.gep(rows, [builder.mul(unit, pitch)])
+            def unit_of(event):
+                return builder.sext(builder.load(builder.gep(id_at, [event])), I64)
 
             before = [load_vector(builder, _lane(builder, target, k)) for k in range(vectors)]
             entry, loop = builder.block, builder.append_basic_block("events")
@@ -136,15 +91,15 @@ def _add_rows(vectors: int):
                 phi.add_incoming(start, entry)
             ahead = builder.add(event, I64(PREFETCH_ROWS))
             ahead = builder.select(builder.icmp_signed("<", ahead, count), ahead, last)
-            upcoming = row(ahead)
-            for k in range(vectors):
+            upcoming = builder.gep(rows, [builder.mul(unit_of(ahead), pitch)])
+            for k in range(0, vectors, 4 // (kinds[2].dtype.bitwidth // 8)):
                 _prefetch(builder, _lane(builder, upcoming, k))
-            source = row(event)
-            scale = splat(builder, builder.load(builder.gep(value_at, [event])))
-            after = [
-                fma_vector(builder, load_vector(builder, _lane(builder, source, k)), scale, sums[k])
-                for k in range(vectors)
-            ]
+            unit = unit_of(event)
+            source = builder.gep(rows, [builder.mul(unit, pitch)])
+            value = splat(builder, builder.load(builder.gep(value_at, [event])))
+            scale = _scale_of(context, builder, kinds[5], args[5], args[6], unit)
+            weight = [_load_weights(builder, _lane(builder, source, k), LANES, scale) for k in range(vectors)]
+            after = [fma_vector(builder, w, value, total) for w, total in zip(weight, sums, strict=True)]
             following = builder.add(event, I64(1))
             event.add_incoming(following, loop)
             for phi, total in zip(sums, after, strict=True):
@@ -161,22 +116,291 @@ def _add_rows(vectors: int):
                 store_vector(builder, before[k], _lane(builder, target, k))
             return context.get_dummy_value()
 
-        return types.void(drive, at, weights, start, pitch, ids, values, first, count), generate
+        return types.void(drive, at, weights, start, pitch, scales, s0, ids, values, first, count), generate
 
     return add_rows
 
 
-add_rows_tile, add_rows_8, add_rows_4, add_rows_2, add_rows_1 = (_add_rows(n) for n in (TILE, 8, 4, 2, 1))
+add_rows_tile, add_rows_8, add_rows_4, add_rows_2, add_rows_1 = (
+    _add_rows(vectors) for vectors in (TILE, 8, 4, 2, 1)
+)
 
 
-def _for_each(builder, count, body):
-    """body(k) for k below count; the loop keeps nothing but k."""
+# --- lists of pieces: blocks of one unit, or rows of many drives --------------------------------------------
+
+# A list is two rows of int32, where to add and which piece, and two of float32, the value and the scale of its unit.
+# One array a field: entries of four fields took half as long again.
+
+
+@intrinsic
+def list_blocks(typingctx, columns, first, count, number, value, scale, targets, numbers, values, scales, at):
+    """Append `count` >= 0 blocks to a list at `at`: targets from columns[first:], numbers from `number` on.
+
+    Writes sixteen entries at a time, so the list needs as many to spare; no branch for up to 16 blocks.
+    """
+
+    def generate(context, builder, signature, args):
+        kinds = signature.args
+        source = address(context, builder, kinds[0], args[0], args[1])
+        out = [address(context, builder, kinds[k], args[k], args[10]) for k in range(6, 10)]
+        start = builder.add(_splat_int(builder, builder.trunc(args[3], I32)), _IOTA)
+        fixed = [splat(builder, args[4]), splat(builder, args[5])]
+
+        def body(k):
+            lane = builder.mul(k, I64(LANES))
+            _store_ints(builder, _load_ints(builder, builder.gep(source, [lane])), builder.gep(out[0], [lane]))
+            number = builder.add(start, _splat_int(builder, builder.trunc(lane, I32)))
+            _store_ints(builder, number, builder.gep(out[1], [lane]))
+            for vector, to in zip(fixed, out[2:], strict=True):
+                store_vector(builder, vector, builder.gep(to, [lane]))
+
+        _once_and_then(builder, args[2], body)
+        return context.get_dummy_value()
+
+    return types.void(columns, first, count, number, value, scale, targets, numbers, values, scales, at), generate
+
+
+@intrinsic
+def list_group(typingctx, group_targets, group_values, first, count, number, scale, targets, numbers, values, scales, at):
+    """Append the drives of one group, `first` to `first + count`, that all take piece `number`; see `list_blocks`."""
+
+    def generate(context, builder, signature, args):
+        kinds = signature.args
+        target_at = address(context, builder, kinds[0], args[0], args[2])
+        value_at = address(context, builder, kinds[1], args[1], args[2])
+        out = [address(context, builder, kinds[k], args[k], args[10]) for k in range(6, 10)]
+        number = _splat_int(builder, builder.trunc(args[4], I32))
+        scale = splat(builder, args[5])
+
+        def body(k):
+            lane = builder.mul(k, I64(LANES))
+            _store_ints(builder, _load_ints(builder, builder.gep(target_at, [lane])), builder.gep(out[0], [lane]))
+            _store_ints(builder, number, builder.gep(out[1], [lane]))
+            store_vector(builder, load_vector(builder, builder.gep(value_at, [lane])), builder.gep(out[2], [lane]))
+            store_vector(builder, scale, builder.gep(out[3], [lane]))
+
+        _once_and_then(builder, args[3], body)
+        return context.get_dummy_value()
+
+    signature = (group_targets, group_values, first, count, number, scale, targets, numbers, values, scales, at)
+    return types.void(*signature), generate
+
+
+def _add_listed(vectors: int, width: int):
+    @intrinsic
+    def add_listed(typingctx, drive, at, targets, numbers, values, scales, count, weights, start, stride):
+        """For the first `count` entries in order: drive[at + target + i] += weights[start + number * stride + i] *
+        value, i < vectors * width, one FMA each.
+        """
+
+        def generate(context, builder, signature, args):
+            kinds = signature.args
+            out = address(context, builder, kinds[0], args[0], args[1])
+            fields = [address(context, builder, kinds[k], args[k], I64(0)) for k in range(2, 6)]
+            source, stride = address(context, builder, kinds[7], args[7], args[8]), args[9]
+
+            def body(q):
+                target, number, value, scale = (builder.load(builder.gep(field, [q])) for field in fields)
+                row = builder.gep(out, [builder.sext(target, I64)])
+                piece = builder.gep(source, [builder.mul(builder.sext(number, I64), stride)])
+                value, scale = splat(builder, value, width), splat(builder, scale, width)
+                lanes = [I64(i * width) for i in range(vectors)]
+                # All loads before the first store: the two arrays never overlap, which LLVM cannot know.
+                weight = [_load_weights(builder, builder.gep(piece, [i]), width, scale) for i in lanes]
+                before = [load_vector(builder, builder.gep(row, [i]), width) for i in lanes]
+                for i, w, b in zip(lanes, weight, before, strict=True):
+                    store_vector(builder, fma_vector(builder, w, value, b), builder.gep(row, [i]))
+
+            _for_each(builder, args[6], body)
+            return context.get_dummy_value()
+
+        return types.void(drive, at, targets, numbers, values, scales, count, weights, start, stride), generate
+
+    return add_listed
+
+
+add_listed_4, add_listed_8, add_listed_16, add_listed_32, add_listed_64 = (
+    _add_listed(*shape) for shape in ((1, 4), (1, 8), (1, LANES), (2, LANES), (4, LANES))
+)
+
+
+# --- single weights -----------------------------------------------------------------------------------------
+
+
+@intrinsic
+def add_scattered_avx512(typingctx, drive, at, index, i0, first, count, value, scale, weights, start):
+    """drive[at + index[k]] += weights[start + k] * value for k from `first` on, `count` of them, one FMA each.
+
+    The index is 16-bit, in a pool of int32 from `i0` on; no two of one unit are equal, so sixteen at a time go.
+    """
+
+    def generate(context, builder, signature, args):
+        kinds = signature.args
+        byte = builder.bitcast(address(context, builder, kinds[0], args[0], args[1]), ir.IntType(8).as_pointer())
+        short = builder.bitcast(address(context, builder, kinds[2], args[2], args[3]), I16.as_pointer())
+        index_at = builder.gep(short, [args[4]])
+        weight_at = builder.gep(address(context, builder, kinds[8], args[8], args[9]), [args[4]])
+        value, scale = splat(builder, args[6]), splat(builder, args[7])
+        narrow, nothing = ir.VectorType(I16, LANES), ir.Constant(VECTOR, [0.0] * LANES)
+
+        def some(k, inside):
+            raw = builder.load(builder.bitcast(builder.gep(index_at, [k]), narrow.as_pointer()), align=2)
+            target, size = builder.zext(raw, _INTS), I32(4)
+            before = call(
+                builder, "llvm.x86.avx512.mask.gather.dps.512", VECTOR, [nothing, byte, target, inside, size]
+            )
+            weight = _load_weights(builder, builder.gep(weight_at, [k]), LANES, scale)
+            after = fma_vector(builder, weight, value, before)
+            call(
+                builder, "llvm.x86.avx512.mask.scatter.dps.512", ir.VoidType(), [byte, inside, target, after, size]
+            )
+
+        whole, rest = builder.ashr(args[5], I64(4)), builder.and_(args[5], I64(LANES - 1))
+        everything = ir.Constant(ir.VectorType(I1, LANES), [1] * LANES)
+        _for_each(builder, whole, lambda k: some(builder.mul(k, I64(LANES)), everything))
+        with builder.if_then(builder.icmp_signed(">", rest, I64(0))):
+            inside = builder.icmp_signed("<", _IOTA, _splat_int(builder, builder.trunc(rest, I32)))
+            some(builder.mul(whole, I64(LANES)), inside)
+        return context.get_dummy_value()
+
+    return types.void(drive, at, index, i0, first, count, value, scale, weights, start), generate
+
+
+@intrinsic
+def add_masked_avx512(typingctx, drive, at, index, i0, first, vectors, value, scale, weights, start):
+    """drive[at + i] += the next weight from `start` on * value, for every set bit i of `vectors` 16-bit masks.
+
+    Masks are 16-bit, from `first` on in a pool of int32 from `i0` on. One FMA each; zeros where a bit is not set.
+    """
+
+    def generate(context, builder, signature, args):
+        kinds = signature.args
+        out = address(context, builder, kinds[0], args[0], args[1])
+        short = builder.bitcast(address(context, builder, kinds[2], args[2], args[3]), I16.as_pointer())
+        mask_at = builder.gep(short, [args[4]])
+        weight_at = address(context, builder, kinds[8], args[8], I64(0))
+        value, scale = splat(builder, args[6]), splat(builder, args[7])
+        packed = ir.VectorType(weight_at.type.pointee, LANES)
+        is_float = packed.element == FLOAT
+        nothing = ir.Constant(packed, [0.0 if is_float else 0] * LANES)
+        name = f"llvm.masked.expandload.v{LANES}{'f32' if is_float else packed.element}"
+
+        entry = builder.block
+        loop, done = builder.append_basic_block("masks"), builder.append_basic_block("masks.done")
+        builder.cbranch(builder.icmp_signed(">", args[5], I64(0)), loop, done)
+        builder.position_at_end(loop)
+        k, at = builder.phi(I64), builder.phi(I64)
+        k.add_incoming(I64(0), entry)
+        at.add_incoming(args[9], entry)
+        mask = builder.load(builder.gep(mask_at, [k]))
+        kept = builder.bitcast(mask, ir.VectorType(I1, LANES))
+        weight = _decode(builder, call(builder, name, packed, [builder.gep(weight_at, [at]), kept, nothing]), scale)
+        row = builder.gep(out, [builder.mul(k, I64(LANES))])
+        store_vector(builder, fma_vector(builder, weight, value, load_vector(builder, row)), row)
+        following = builder.add(k, I64(1))
+        k.add_incoming(following, loop)
+        at.add_incoming(builder.add(at, builder.zext(call(builder, "llvm.ctpop.i16", I16, [mask]), I64)), loop)
+        builder.cbranch(builder.icmp_signed("<", following, args[5]), loop, done)
+        builder.position_at_end(done)
+        return context.get_dummy_value()
+
+    return types.void(drive, at, index, i0, first, vectors, value, scale, weights, start), generate
+
+
+# --- many drives, every unit --------------------------------------------------------------------------------
+
+
+def _multiply(rows: int, vectors: int):
+    @intrinsic
+    def multiply(typingctx, drive, at, drive_pitch, weights, start, pitch, scales, s0, x, x_at, x_pitch, first, count):
+        """drive[at + b * drive_pitch + i] += sum over j of weights[start + j * pitch + i] * x[x_at + b * x_pitch + j].
+
+        j from `first` on, `count` of them, ascending, one FMA each; b < rows, i < 16 * vectors, all in registers.
+        """
+
+        def generate(context, builder, signature, args):
+            kinds = signature.args
+            tile = [(b, i) for b in range(rows) for i in range(vectors)]
+            target = address(context, builder, kinds[0], args[0], args[1])
+            source, pitch = address(context, builder, kinds[3], args[3], args[4]), args[5]
+            inputs = address(context, builder, kinds[8], args[8], args[9])
+            first, count = args[11], args[12]
+            x_rows = [builder.gep(inputs, [builder.mul(args[10], I64(b))]) for b in range(rows)]
+            out = [_lane(builder, builder.gep(target, [builder.mul(args[2], I64(b))]), i) for b, i in tile]
+            before = [load_vector(builder, pointer) for pointer in out]
+
+            entry, loop = builder.block, builder.append_basic_block("units")
+            done = builder.append_basic_block("units.done")
+            builder.cbranch(builder.icmp_signed(">", count, I64(0)), loop, done)
+            builder.position_at_end(loop)
+            k = builder.phi(I64)
+            k.add_incoming(I64(0), entry)
+            sums = [builder.phi(VECTOR) for _ in tile]
+            for phi, value in zip(sums, before, strict=True):
+                phi.add_incoming(value, entry)
+            unit = builder.add(first, k)
+            row = builder.gep(source, [builder.mul(unit, pitch)])
+            scale = _scale_of(context, builder, kinds[6], args[6], args[7], unit)
+            weight = [_load_weights(builder, _lane(builder, row, i), LANES, scale) for i in range(vectors)]
+            value = [splat(builder, builder.load(builder.gep(x_row, [unit]))) for x_row in x_rows]
+            after = [
+                fma_vector(builder, weight[i], value[b], total) for (b, i), total in zip(tile, sums, strict=True)
+            ]
+            following = builder.add(k, I64(1))
+            k.add_incoming(following, loop)
+            for phi, total in zip(sums, after, strict=True):
+                phi.add_incoming(total, loop)
+            builder.cbranch(builder.icmp_signed("<", following, count), loop, done)
+            builder.position_at_end(done)
+            totals = [builder.phi(VECTOR) for _ in tile]
+            for total, old, new in zip(totals, before, after, strict=True):
+                total.add_incoming(old, entry)
+                total.add_incoming(new, loop)
+            for total, pointer in zip(totals, out, strict=True):
+                store_vector(builder, total, pointer)
+            return context.get_dummy_value()
+
+        arguments = (
+            drive, at, drive_pitch, weights, start, pitch, scales, s0, x, x_at, x_pitch, first, count,
+        )  # fmt: skip
+        return types.void(*arguments), generate
+
+    return multiply
+
+
+multiply_tile, multiply_row, multiply_edge = (
+    _multiply(*shape) for shape in ((MULTIPLY_ROWS, MULTIPLY_VECTORS), (1, MULTIPLY_VECTORS), (1, 1))
+)
+
+
+# --- writing IR ---------------------------------------------------------------------------------------------
+
+_INTS = ir.VectorType(I32, LANES)
+_IOTA = ir.Constant(_INTS, list(range(LANES)))
+
+
+def _load_ints(builder, pointer):
+    return builder.load(builder.bitcast(pointer, _INTS.as_pointer()), align=4)
+
+
+def _store_ints(builder, vector, pointer):
+    builder.store(vector, builder.bitcast(pointer, _INTS.as_pointer()), align=4)
+
+
+def _splat_int(builder, scalar):
+    undefined = ir.Constant(_INTS, ir.Undefined)
+    first = builder.insert_element(undefined, scalar, I32(0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(_INTS, [0] * LANES))
+
+
+def _for_each(builder, count, body, start: int = 0):
+    """body(k) for k from `start` to below count; the loop keeps nothing but k."""
     entry = builder.block
     loop, done = builder.append_basic_block("loop"), builder.append_basic_block("loop.done")
-    builder.cbranch(builder.icmp_signed(">", count, I64(0)), loop, done)
+    builder.cbranch(builder.icmp_signed(">", count, I64(start)), loop, done)
     builder.position_at_end(loop)
     k = builder.phi(I64)
-    k.add_incoming(I64(0), entry)
+    k.add_incoming(I64(start), entry)
     body(k)
     following = builder.add(k, I64(1))
     k.add_incoming(following, builder.block)
@@ -184,61 +408,12 @@ def _for_each(builder, count, body):
     builder.position_at_end(done)
 
 
+def _once_and_then(builder, count, body):
+    """body(0) whatever the count, then body(k) for the further vectors that hold `count` entries."""
+    body(I64(0))
+    _for_each(builder, builder.ashr(builder.add(count, I64(LANES - 1)), I64(4)), body, start=1)
+
+
 def _prefetch(builder, pointer):
     byte = builder.bitcast(pointer, ir.IntType(8).as_pointer())
     call(builder, "llvm.prefetch.p0", ir.VoidType(), [byte, I32(0), I32(3), I32(1)])
-
-
-@intrinsic
-def prefetch(typingctx, array, index):
-    """Ask for the cache line of array[index]; the index may lie past the end."""
-
-    def generate(context, builder, signature, args):
-        _prefetch(builder, address(context, builder, signature.args[0], args[0], args[1]))
-        return context.get_dummy_value()
-
-    return types.void(array, index), generate
-
-
-@intrinsic
-def atomic_add(typingctx, array, amount):
-    """array[0] += amount, one indivisible step, ordered before and after."""
-
-    def generate(context, builder, signature, args):
-        pointer = address(context, builder, signature.args[0], args[0], I64(0))
-        return builder.atomic_rmw("add", pointer, args[1], "acq_rel")
-
-    return types.int64(array, types.int64), generate
-
-
-@intrinsic
-def atomic_load(typingctx, array):
-    """array[0], and everything written before it was."""
-
-    def generate(context, builder, signature, args):
-        return builder.load_atomic(address(context, builder, signature.args[0], args[0], I64(0)), "acquire", 8)
-
-    return types.int64(array), generate
-
-
-@intrinsic
-def pause(typingctx):
-    """Tell the core that this is a waiting loop, where it can be told."""
-
-    def generate(context, builder, signature, args):
-        if _IS_X86:
-            call(builder, "llvm.x86.sse2.pause", ir.VoidType(), [])
-        return context.get_dummy_value()
-
-    return types.void(), generate
-
-
-@intrinsic
-def yield_core(typingctx):
-    """Let another thread have the core."""
-
-    def generate(context, builder, signature, args):
-        call(builder, _YIELD, I32, [])
-        return context.get_dummy_value()
-
-    return types.void(), generate

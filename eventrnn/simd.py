@@ -8,9 +8,11 @@ postsynaptic outputs, never terms of one sum, so the width changes no bit. Scala
 from __future__ import annotations
 
 import operator
+import os
 
+import llvmlite.binding as llvm
 from llvmlite import ir
-from numba import types
+from numba import config, types
 from numba.core import cgutils
 from numba.core.datamodel import PrimitiveModel, register_default
 from numba.extending import intrinsic, overload
@@ -18,7 +20,20 @@ from numba.extending import intrinsic, overload
 from eventrnn import cells
 
 LANES = 16
-FLOAT, I1, I32, I64 = ir.FloatType(), ir.IntType(1), ir.IntType(32), ir.IntType(64)
+FLOAT, I1, I16, I32, I64 = ir.FloatType(), ir.IntType(1), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+
+
+def _has_avx512() -> bool:
+    """Whether kernels may be shaped for 32 registers of 16 lanes, with gathers, scatters and masks."""
+    if os.environ.get("EVENTRNN_VECTORS") == "portable":
+        return False
+    if config.CPU_NAME:
+        return "+avx512f" in (config.CPU_FEATURES or "")
+    return bool(llvm.get_host_cpu_features().get("avx512f", False))
+
+
+#: chosen at import. `EVENTRNN_VECTORS=portable` asks for the code of every other processor.
+AVX512 = _has_avx512()
 VECTOR = ir.VectorType(FLOAT, LANES)
 
 
@@ -213,7 +228,8 @@ def _define_comparison(function, sign: str):
     def emit(typingctx, a, b):
         def generate(context, builder, signature, args):
             values, _, _ = _common(builder, signature.args, args)
-            return builder.fcmp_ordered(sign, *values)
+            # As for scalars: a NaN differs from everything, and is neither more nor less.
+            return (builder.fcmp_unordered if sign == "!=" else builder.fcmp_ordered)(sign, *values)
 
         return mask(a, b), generate
 
@@ -230,7 +246,7 @@ for _function, _instruction in (
     (operator.truediv, "fdiv"),
 ):
     _define_binary(_function, _instruction)
-for _function, _sign in ((operator.lt, "<"), (operator.gt, ">")):
+for _function, _sign in ((operator.lt, "<"), (operator.gt, ">"), (operator.ne, "!=")):
     _define_comparison(_function, _sign)
 
 
@@ -291,3 +307,41 @@ def lowest_bit(typingctx, word):
         return call(builder, "llvm.cttz.i64", I64, [args[0], I1(True)])
 
     return types.int64(types.int64), generate
+
+
+@intrinsic
+def compress_avx512(typingctx, ids, sent, at, first, condition, vector):
+    """The chosen lanes of a vector to sent[at:], their numbers from `first` on to ids[at:]; sixteen are written."""
+
+    def generate(context, builder, signature, args):
+        kinds = signature.args
+        whole = ir.VectorType(I32, LANES)
+        undefined = ir.Constant(whole, ir.Undefined)
+        start = builder.insert_element(undefined, builder.trunc(args[3], I32), I32(0))
+        start = builder.shuffle_vector(start, undefined, ir.Constant(whole, [0] * LANES))
+        numbers = builder.add(start, ir.Constant(whole, list(range(LANES))))
+        for array, kind, lane_type, name in ((0, whole, numbers, "i32"), (1, VECTOR, args[5], "f32")):
+            packed = call(
+                builder, f"llvm.x86.avx512.mask.compress.v{LANES}{name}", kind, [lane_type, lane_type, args[4]]
+            )
+            pointer = address(context, builder, kinds[array], args[array], args[2])
+            builder.store(packed, builder.bitcast(pointer, kind.as_pointer()), align=4)
+        chosen = builder.bitcast(args[4], I16)
+        return builder.zext(call(builder, "llvm.ctpop.i16", I16, [chosen]), I64)
+
+    return types.int64(ids, sent, at, first, condition, vector), generate
+
+
+@intrinsic
+def decoded(typingctx, weights, index, scale):
+    """weights[index] as float32: itself, the upper half of one (uint16), or an int8 times its scale."""
+
+    def generate(context, builder, signature, args):
+        raw = builder.load(address(context, builder, signature.args[0], args[0], args[1]))
+        if raw.type == FLOAT:
+            return raw
+        if raw.type == I16:
+            return builder.bitcast(builder.shl(builder.zext(raw, I32), I32(16)), FLOAT)
+        return builder.fmul(builder.sitofp(builder.sext(raw, I32), FLOAT), args[2])
+
+    return types.float32(weights, index, scale), generate

@@ -1,187 +1,248 @@
-"""One traversal a weight format: events of a row into a drive, and a bare read of the same bytes.
+"""From events to drives: one traversal a window kind, and which way a product goes.
 
-Tables and pools are those of `packing.py`.
+Tables, pools and kinds are those of `packing.py`. `propagate_all` is what the engine calls: all drives of a product.
+Functions of `weights` compile once a storage; `scales` is the pool that int8 weights find their scales in.
 """
 
 from __future__ import annotations
 
+import numpy as np
+
 from eventrnn import cells
 from eventrnn.jit import compiled
 from eventrnn.packing import (
-    BLOCK_COLUMNS,
-    BLOCKS,
-    FAR,
-    HIGH,
-    INDEX,
-    KIND,
-    LOW,
-    PITCH,
-    POINTERS,
-    ROWS,
-    SCATTER,
-    VALUES,
-    WIDTH,
-)
+    BFLOAT16, BLOCK_COLUMNS, BLOCKS, FLOAT32, HIGH, INDEX, KIND, LOW, MASKED, PITCH, POINTERS, ROW_TILE, ROW_TILES,
+    ROWS, SCALES, SCATTER, STORAGE, VALUES, WIDTH,
+)  # fmt: skip
 from eventrnn.rows import (
-    TILE,
-    add_blocks_4,
-    add_blocks_8,
-    add_blocks_16,
-    add_blocks_32,
-    add_blocks_64,
-    add_rows_1,
-    add_rows_2,
-    add_rows_4,
-    add_rows_8,
-    add_rows_tile,
-    add_to_many_4,
-    add_to_many_8,
-    add_to_many_16,
-    add_to_many_32,
-    add_to_many_64,
-    add_to_many_128,
-    prefetch,
-)
-from eventrnn.simd import LANES, bits, load, store
+    MULTIPLY_ROWS, MULTIPLY_VECTORS, TILE,
+    add_listed_4, add_listed_8, add_listed_16, add_listed_32, add_listed_64, add_masked_avx512,
+    add_rows_1, add_rows_2, add_rows_4, add_rows_8, add_rows_tile, add_scattered_avx512,
+    list_blocks, list_group, multiply_edge, multiply_row, multiply_tile,
+)  # fmt: skip
+from eventrnn.simd import AVX512, LANES, bits, decoded, load, lowest_bit, store
 
-# As many drives, and as wide a block, as make it pay to read weights once for all (measured at 1350 units, 10 %).
-SHARED_ROWS, SHARED_BLOCKS, SHARED_WIDTH = 12, 32, 32
+# A list is worked off when it has so many pieces; small, so that it leaves the L1 cache to the drives.
+LISTED_PIECES = 64
+# Units of a pass of `_multiply`: a tile's weights of so many stay in the L1 cache while the drives go by.
+MULTIPLY_UNITS = 128
+# From this share of active units on, every unit is walked. Zeros add nothing, at a fifth of an event's price.
+MULTIPLY_FROM = 0.3
 
 
 @compiled
-def propagate(matrix, values, index, pointers, ids, sent, first, count, drive, at):
+def propagate(matrix, values, index, pointers, ids, sent, first, count, drive, at, lists, amounts):
     """drive[at + i] += weight[j, i] * sent of every event j, ascending j, one FMA a term, over a matrix window.
 
-    Events are `ids[first:first + count]` with values `sent`. Reads only the rows of those units.
+    Events are `ids[first:first + count]` with values `sent`. Reads only the weights of those units.
     """
-    low = matrix[LOW]
-    v0, i0, p0 = matrix[VALUES], matrix[INDEX], matrix[POINTERS]
-    if matrix[KIND] == ROWS:
-        _propagate_rows(matrix, values, ids, sent, first, count, drive, at + low)
-    elif matrix[KIND] == SCATTER:
-        for e in range(first, first + count):
-            value = sent[e]
-            for k in range(pointers[p0 + ids[e]], pointers[p0 + ids[e] + 1]):
-                target = at + index[i0 + k]
-                drive[target] = cells.fma(values[v0 + k], value, drive[target])
-    elif matrix[KIND] == BLOCKS:
-        _propagate_blocks(matrix, values, index, pointers, ids, sent, first, count, drive, at)
+    if matrix[STORAGE] == FLOAT32:
+        _propagate(matrix, values, values, index, pointers, ids, sent, first, count, drive, at, lists, amounts)
+    elif matrix[STORAGE] == BFLOAT16:
+        weights = values.view(np.uint16)
+        _propagate(matrix, weights, values, index, pointers, ids, sent, first, count, drive, at, lists, amounts)
     else:
-        for e in range(first, first + count):
-            unit = p0 + 3 * ids[e]
-            begin, end, start = pointers[unit], pointers[unit + 1], v0 + pointers[unit + 2]
-            for k in range(begin, end):
-                target, width = at + index[i0 + 2 * k], index[i0 + 2 * k + 1]
-                whole = width // LANES * LANES
-                for i in range(0, whole, LANES):
-                    store(drive, target + i, cells.fma(load(values, start + i), sent[e], load(drive, target + i)))
-                for i in range(whole, width):
-                    drive[target + i] = cells.fma(values[start + i], sent[e], drive[target + i])
-                start += width
+        weights = values.view(np.int8)
+        _propagate(matrix, weights, values, index, pointers, ids, sent, first, count, drive, at, lists, amounts)
 
 
 @compiled
-def _propagate_rows(matrix, values, ids, sent, first, count, drive, at):
-    """Dense rows: a register tile of outputs walks the events, then the next tile."""
-    width, pitch = matrix[WIDTH], matrix[PITCH]
-    start = matrix[VALUES]
-    left = width // LANES
+def _propagate(matrix, weights, scales, index, pointers, ids, sent, first, count, drive, at, lists, amounts):
+    if matrix[KIND] == ROWS:
+        _add_dense_rows(matrix, weights, scales, ids, sent, first, count, drive, at)
+    elif matrix[KIND] == BLOCKS:
+        _add_blocks(matrix, weights, scales, index, pointers, ids, sent, first, count, drive, at, lists, amounts)
+    else:
+        _add_single(matrix, weights, scales, index, pointers, ids, sent, first, count, drive, at)
+
+
+@compiled
+def _values_at(matrix, weights):
+    """Where a window's values begin, in weights: the table counts float32."""
+    return matrix[VALUES] * (4 // weights.itemsize)
+
+
+@compiled
+def _add_dense_rows(matrix, weights, scales, ids, sent, first, count, drive, at):
+    """A register tile of outputs walks the events, then the next tile."""
+    pitch, start, s0 = matrix[PITCH], _values_at(matrix, weights), matrix[SCALES]
+    left, at = matrix[WIDTH] // LANES, at + matrix[LOW]
     while left >= TILE:
-        add_rows_tile(drive, at, values, start, pitch, ids, sent, first, count)
+        add_rows_tile(drive, at, weights, start, pitch, scales, s0, ids, sent, first, count)
         left, at, start = left - TILE, at + TILE * LANES, start + TILE * LANES
     if left >= 8:
-        add_rows_8(drive, at, values, start, pitch, ids, sent, first, count)
+        add_rows_8(drive, at, weights, start, pitch, scales, s0, ids, sent, first, count)
         left, at, start = left - 8, at + 8 * LANES, start + 8 * LANES
     if left >= 4:
-        add_rows_4(drive, at, values, start, pitch, ids, sent, first, count)
+        add_rows_4(drive, at, weights, start, pitch, scales, s0, ids, sent, first, count)
         left, at, start = left - 4, at + 4 * LANES, start + 4 * LANES
     if left >= 2:
-        add_rows_2(drive, at, values, start, pitch, ids, sent, first, count)
+        add_rows_2(drive, at, weights, start, pitch, scales, s0, ids, sent, first, count)
         left, at, start = left - 2, at + 2 * LANES, start + 2 * LANES
     if left >= 1:
-        add_rows_1(drive, at, values, start, pitch, ids, sent, first, count)
+        add_rows_1(drive, at, weights, start, pitch, scales, s0, ids, sent, first, count)
 
 
 @compiled
-def _propagate_blocks(matrix, values, index, pointers, ids, sent, first, count, drive, at):
-    """Blocks: one unit's values lie together; the drive stays in L1."""
-    v0, i0, p0 = matrix[VALUES], matrix[INDEX], matrix[POINTERS]
-    c, far = matrix[WIDTH], matrix[FAR]
+def add_scattered_portable(drive, at, index, i0, first, count, value, scale, weights, start):
+    """`add_scattered_avx512` for other processors."""
+    columns = index.view(np.uint16)
+    for k in range(first, first + count):
+        target = at + columns[2 * i0 + k]
+        drive[target] = cells.fma(decoded(weights, start + k, scale), value, drive[target])
+
+
+@compiled
+def add_masked_portable(drive, at, index, i0, first, vectors, value, scale, weights, start):
+    """`add_masked_avx512` for other processors: only the weights that are there."""
+    masks = index.view(np.uint16)
+    for k in range(vectors):
+        kept = np.int64(masks[2 * i0 + first + k])
+        while kept != 0:
+            target = at + k * LANES + lowest_bit(kept)
+            drive[target] = cells.fma(decoded(weights, start, scale), value, drive[target])
+            start += 1
+            kept &= kept - 1
+
+
+add_scattered = add_scattered_avx512 if AVX512 else add_scattered_portable
+add_masked = add_masked_avx512 if AVX512 else add_masked_portable
+
+
+@compiled
+def _add_single(matrix, weights, scales, index, pointers, ids, sent, first, count, drive, at):
+    """Sixteen targets at a time, or every vector of the row by its mask."""
+    p0, i0, v0, at = matrix[POINTERS], matrix[INDEX], _values_at(matrix, weights), at + matrix[LOW]
+    masks = matrix[PITCH]
     for e in range(first, first + count):
-        unit = p0 + 3 * ids[e]
-        begin, end, start = pointers[unit], pointers[unit + 1], v0 + pointers[unit + 2]
-        if far != 0:
-            upcoming = p0 + 3 * ids[min(e + 1, first + count - 1)]
-            ahead = v0 + pointers[upcoming + 2]
-            for k in range(0, (pointers[upcoming + 1] - pointers[upcoming]) * c, LANES):
-                prefetch(values, ahead + k)
-        blocks, i1, value = end - begin, i0 + begin, sent[e]
-        if c == 64:
-            add_blocks_64(drive, at, index, i1, blocks, values, start, value)
-        elif c == 32:
-            add_blocks_32(drive, at, index, i1, blocks, values, start, value)
-        elif c == 16:
-            add_blocks_16(drive, at, index, i1, blocks, values, start, value)
-        elif c == 8:
-            add_blocks_8(drive, at, index, i1, blocks, values, start, value)
-        elif c == 4:
-            add_blocks_4(drive, at, index, i1, blocks, values, start, value)
+        unit = np.int64(ids[e])
+        begin, end, scale = pointers[p0 + unit], pointers[p0 + unit + 1], scales[matrix[SCALES] + unit]
+        if matrix[KIND] == MASKED:
+            add_masked(drive, at, index, i0, unit * masks, masks, sent[e], scale, weights, v0 + begin)
         else:
-            for k in range(begin, end):
-                target = at + index[i0 + k]
-                for i in range(c):
-                    drive[target + i] = cells.fma(values[start + i], value, drive[target + i])
-                start += c
+            add_scattered(drive, at, index, i0, begin, end - begin, sent[e], scale, weights, v0)
+
+
+@compiled
+def _add_blocks(matrix, weights, scales, index, pointers, ids, sent, first, count, drive, at, lists, amounts):
+    """The pieces of some units are listed without a branch, then added in one loop."""
+    i0, p0, s0 = matrix[INDEX], matrix[POINTERS], matrix[SCALES]
+    listed = 0
+    for e in range(first, first + count):
+        unit = np.int64(ids[e])
+        begin, end, number = pointers[p0 + 3 * unit], pointers[p0 + 3 * unit + 1], pointers[p0 + 3 * unit + 2]
+        list_blocks(
+            index, i0 + begin, end - begin, number, sent[e], scales[s0 + unit],
+            lists[0], lists[1], amounts[0], amounts[1], listed,
+        )  # fmt: skip
+        listed += end - begin
+        if listed >= LISTED_PIECES:
+            _add_listed(matrix, weights, lists, amounts, listed, drive, at)
+            listed = 0
+    _add_listed(matrix, weights, lists, amounts, listed, drive, at)
+
+
+@compiled
+def _add_listed(matrix, weights, lists, amounts, count, drive, at):
+    """Add the first `count` pieces of a list to the drives at their targets."""
+    width, start = matrix[WIDTH], _values_at(matrix, weights)
+    targets, numbers, sent, scales = lists[0], lists[1], amounts[0], amounts[1]
+    if width == 64:
+        add_listed_64(drive, at, targets, numbers, sent, scales, count, weights, start, 64)
+    elif width == 32:
+        add_listed_32(drive, at, targets, numbers, sent, scales, count, weights, start, 32)
+    elif width == 16:
+        add_listed_16(drive, at, targets, numbers, sent, scales, count, weights, start, 16)
+    elif width == 8:
+        add_listed_8(drive, at, targets, numbers, sent, scales, count, weights, start, 8)
+    else:
+        add_listed_4(drive, at, targets, numbers, sent, scales, count, weights, start, 4)
+
+
+# --- all drives of a product --------------------------------------------------------------------------------
 
 
 @compiled
 def propagate_all(
     windows, first_window, last_window, values, index, pointers, bias, p, n_pre,
     ids, sent, firsts, counts, slot, segments, rows,
-    starts, targets, grouped,
+    starts, groups, grouped, lists, amounts, x, tile,
     drive, pitch,
 ):  # fmt: skip
     """Drives of `rows` rows, `pitch` apart, from their bias on, over some windows of a matrix.
 
-    Row k's events are `segments` lists from slot + k * segments on. With many rows, events are grouped by unit first,
-    so that a weight row is read once for all drives; `starts` (n_pre + 2), `targets`, `grouped` (one an event)
-    are scratch for that.
+    Row k's events are `segments` lists from slot + k * segments on. Windows for many drives take the events grouped by
+    unit, so that a weight is read once for all drives; or, where most units are active, walk every unit.
+
+    Scratch, all lists with a vector to spare: `starts` (n_pre + 2); `groups`, int32, and `grouped`, float32, (2, events);
+    `lists`, int32, and `amounts`, float32, (2, pieces); `x` (rows, n_pre); `tile` (rows, ROW_TILE).
     """
-    together = shares_rows(windows[first_window, KIND], rows)
+    together, every = False, False
+    for w in range(first_window, last_window):
+        together |= windows[w, KIND] == ROW_TILES or windows[w, KIND] == BLOCK_COLUMNS
     if together:
-        _group(n_pre, ids, sent, firsts, counts, slot, segments, rows, pitch, starts, targets, grouped)
+        events = 0
+        for q in range(slot, slot + rows * segments):
+            events += counts[q]
+        every = windows[first_window, KIND] == ROW_TILES and events >= MULTIPLY_FROM * rows * n_pre
+        if every:
+            _spread(n_pre, ids, sent, firsts, counts, slot, segments, rows, x)
+        else:
+            _group(n_pre, ids, sent, firsts, counts, slot, segments, rows, starts, groups, grouped)
     for w in range(first_window, last_window):
         window = windows[w]
-        for k in range(rows):
-            _start_from(bias, p, window, drive, k * pitch)
-        if together:
-            _propagate_many(window, values, index, pointers, n_pre, starts, targets, grouped, drive)
+        if window[KIND] == ROW_TILES or window[KIND] == BLOCK_COLUMNS:
+            if window[STORAGE] == FLOAT32:
+                _propagate_many(
+                    window, values, values, index, pointers, bias, p, n_pre, every, starts, groups,
+                    grouped, lists, amounts, x, tile, rows, drive, pitch,
+                )  # fmt: skip
+            elif window[STORAGE] == BFLOAT16:
+                _propagate_many(
+                    window, values.view(np.uint16), values, index, pointers, bias, p, n_pre, every, starts, groups,
+                    grouped, lists, amounts, x, tile, rows, drive, pitch,
+                )  # fmt: skip
+            else:
+                _propagate_many(
+                    window, values.view(np.int8), values, index, pointers, bias, p, n_pre, every, starts, groups,
+                    grouped, lists, amounts, x, tile, rows, drive, pitch,
+                )  # fmt: skip
             continue
         for k in range(rows):
+            copy(bias, p + window[LOW], drive, k * pitch + window[LOW], window[HIGH] - window[LOW])
             for q in range(slot + k * segments, slot + (k + 1) * segments):
-                propagate(window, values, index, pointers, ids, sent, firsts[q], counts[q], drive, k * pitch)
+                propagate(
+                    window, values, index, pointers, ids, sent, firsts[q], counts[q], drive, k * pitch, lists, amounts
+                )
 
 
 @compiled
-def shares_rows(kind, rows):
-    """Whether a weight row is read once for so many drives. Measured: fewer gain nothing, single weights never do."""
-    return kind == BLOCK_COLUMNS or (kind == ROWS and rows >= SHARED_ROWS)
+def copy(source, s, target, t, count):
+    """target[t:t + count] = source[s:s + count]."""
+    whole = count // LANES * LANES
+    for i in range(0, whole, LANES):
+        store(target, t + i, load(source, s + i))
+    for i in range(whole, count):
+        target[t + i] = source[s + i]
 
 
 @compiled
-def _start_from(bias, p, window, drive, at):
-    """The drive of a window starts from its bias."""
-    low, high = window[LOW], window[HIGH]
-    whole = low + (high - low) // LANES * LANES
-    for i in range(low, whole, LANES):
-        store(drive, at + i, load(bias, p + i))
-    for i in range(whole, high):
-        drive[at + i] = bias[p + i]
+def _spread(n_pre, ids, sent, firsts, counts, slot, segments, rows, x):
+    """Events as rows of numbers, n_pre apart."""
+    for k in range(rows):
+        for j in range(k * n_pre, (k + 1) * n_pre):
+            x[j] = cells.ZERO
+        for q in range(slot + k * segments, slot + (k + 1) * segments):
+            for e in range(firsts[q], firsts[q] + counts[q]):
+                x[k * n_pre + ids[e]] = sent[e]
 
 
 @compiled
-def _group(n_pre, ids, sent, firsts, counts, slot, segments, rows, pitch, starts, targets, grouped):
-    """Sort events by unit (by counting): unit j's are `starts[j]` to `starts[j + 1]`, rows in order."""
+def _group(n_pre, ids, sent, firsts, counts, slot, segments, rows, starts, groups, grouped):
+    """Sort events by unit (by counting): unit j's are `starts[j]` to `starts[j + 1]`, rows in order.
+
+    Of each, `groups` gets the offset of its row in a tile and its unit, `grouped` its value.
+    """
     for j in range(n_pre + 2):
         starts[j] = 0
     for q in range(slot, slot + rows * segments):
@@ -194,81 +255,151 @@ def _group(n_pre, ids, sent, firsts, counts, slot, segments, rows, pitch, starts
         for q in range(slot + k * segments, slot + (k + 1) * segments):
             for e in range(firsts[q], firsts[q] + counts[q]):
                 to = starts[ids[e] + 1]
-                targets[to], grouped[to] = k * pitch, sent[e]
+                groups[0, to], groups[1, to], grouped[0, to] = k * ROW_TILE, ids[e], sent[e]
                 starts[ids[e] + 1] = to + 1
 
 
 @compiled
-def _propagate_many(matrix, values, index, pointers, n_pre, starts, targets, grouped, drive):
-    """`propagate` for many drives at once: each weight row is read once for all drives that its unit sends to.
+def _propagate_many(
+    matrix, weights, scales, index, pointers, bias, p, n_pre, every, starts, groups, grouped, lists, amounts, x, tile,
+    rows, drive, pitch,
+):  # fmt: skip
+    """`propagate` for many drives at once, from their bias on; units go in ascending order, so terms do.
 
-    Events grouped by unit, `starts[j]` to `starts[j + 1]`; `targets` are offsets of drives. Units go in ascending
-    order, so every drive still takes its terms in ascending order. For rows and block columns only.
+    Column by column of the window, in a tile of its own: rows of a drive lie a page apart, more pages than a core
+    keeps addresses of.
     """
-    v0, i0, p0 = matrix[VALUES], matrix[INDEX], matrix[POINTERS]
-    if matrix[KIND] == ROWS:
-        low, width, pitch = matrix[LOW], matrix[WIDTH], matrix[PITCH]
-        for tile in range(0, width - 8 * LANES + 1, 8 * LANES):
-            for j in range(n_pre):
-                if starts[j + 1] > starts[j]:
-                    start, count = v0 + j * pitch + tile, starts[j + 1] - starts[j]
-                    add_to_many_128(drive, low + tile, values, start, targets, grouped, starts[j], count)
-        for tile in range(width // (8 * LANES) * 8 * LANES, width, LANES):
-            for j in range(n_pre):
-                start, count = v0 + j * pitch + tile, starts[j + 1] - starts[j]
-                add_to_many_16(drive, low + tile, values, start, targets, grouped, starts[j], count)
+    low, high, width = matrix[LOW], matrix[HIGH], matrix[WIDTH]
+    if matrix[KIND] == ROW_TILES:
+        _load_tile(bias, p + low, high - low, rows, tile)
+        if every:
+            _multiply(matrix, weights, scales, n_pre, x, rows, tile)
+        else:
+            _add_row_tile(matrix, weights, scales, n_pre, starts, groups, grouped, tile)
+        _store_tile(tile, drive, low, high - low, rows, pitch)
         return
-    c = matrix[WIDTH]
-    for column in range(matrix[LOW] // c, -(-matrix[HIGH] // c)):
-        at, p = column * c, p0 + column - matrix[LOW] // c
-        for k in range(pointers[p], pointers[p + 1]):
-            j = index[i0 + k]
-            first, count, start = starts[j], starts[j + 1] - starts[j], v0 + k * c
-            if c == 64:
-                add_to_many_64(drive, at, values, start, targets, grouped, first, count)
-            elif c == 32:
-                add_to_many_32(drive, at, values, start, targets, grouped, first, count)
-            elif c == 16:
-                add_to_many_16(drive, at, values, start, targets, grouped, first, count)
-            elif c == 8:
-                add_to_many_8(drive, at, values, start, targets, grouped, first, count)
-            elif c == 4:
-                add_to_many_4(drive, at, values, start, targets, grouped, first, count)
-            else:
-                for e in range(first, first + count):
-                    for i in range(at + targets[e], at + targets[e] + c):
-                        drive[i] = cells.fma(values[start + i - at - targets[e]], grouped[e], drive[i])
+    p0 = matrix[POINTERS]
+    first, last = pointers[p0], pointers[p0 + 1]
+    # A cut block's share is another window's, but the drive starts here.
+    for k in range(rows):
+        copy(bias, p + low, drive, k * pitch + low, max(0, min(first * width, high) - low))
+        end = max(low, min(last * width, high))
+        copy(bias, p + end, drive, k * pitch + end, high - end)
+    for column in range(first, last):
+        at, pieces = column * width, p0 + 2 + column - first
+        there = min(width, high - at)
+        _load_tile(bias, p + at, there, rows, tile)
+        _add_block_column(
+            matrix, weights, scales, index, pointers[pieces], pointers[pieces + 1], starts, groups, grouped,
+            lists, amounts, tile,
+        )  # fmt: skip
+        _store_tile(tile, drive, at, there, rows, pitch)
+
+
+@compiled
+def _load_tile(bias, p, width, rows, tile):
+    for k in range(rows):
+        copy(bias, p, tile, k * ROW_TILE, width)
+
+
+@compiled
+def _store_tile(tile, drive, low, width, rows, pitch):
+    for k in range(rows):
+        copy(tile, k * ROW_TILE, drive, k * pitch + low, width)
+
+
+@compiled
+def _add_row_tile(matrix, weights, scales, n_pre, starts, groups, grouped, tile):
+    """Every event takes its narrow row to its drive; both stay in the L1 cache."""
+    start, width, s0, events = _values_at(matrix, weights), matrix[WIDTH], matrix[SCALES], starts[n_pre]
+    targets, units, sent, unit_scales = groups[0], groups[1], grouped[0], grouped[1]
+    if weights.itemsize == 1:
+        for e in range(events):
+            unit_scales[e] = scales[s0 + units[e]]
+    if width == ROW_TILE:
+        add_listed_64(tile, 0, targets, units, sent, unit_scales, events, weights, start, ROW_TILE)
+    else:
+        for i in range(0, width, LANES):
+            add_listed_16(tile, i, targets, units, sent, unit_scales, events, weights, start + i, width)
+
+
+@compiled
+def _multiply(matrix, weights, scales, n_pre, x, rows, tile):
+    """Every unit, active or not: some drives and outputs stay in registers."""
+    start, width, s0 = _values_at(matrix, weights), matrix[WIDTH], matrix[SCALES]
+    wide, many = MULTIPLY_VECTORS * LANES, rows // MULTIPLY_ROWS * MULTIPLY_ROWS
+    for j in range(0, n_pre, MULTIPLY_UNITS):
+        units = min(MULTIPLY_UNITS, n_pre - j)
+        for i in range(0, width // wide * wide, wide):
+            for k in range(0, many, MULTIPLY_ROWS):
+                at, row = i + k * ROW_TILE, k * n_pre
+                multiply_tile(tile, at, ROW_TILE, weights, start + i, width, scales, s0, x, row, n_pre, j, units)
+            for k in range(many, rows):
+                at, row = i + k * ROW_TILE, k * n_pre
+                multiply_row(tile, at, ROW_TILE, weights, start + i, width, scales, s0, x, row, n_pre, j, units)
+        for i in range(width // wide * wide, width, LANES):
+            for k in range(rows):
+                at, row = i + k * ROW_TILE, k * n_pre
+                multiply_edge(tile, at, ROW_TILE, weights, start + i, width, scales, s0, x, row, n_pre, j, units)
+
+
+@compiled
+def _add_block_column(
+    matrix, weights, scales, index, first, last, starts, groups, grouped, lists, amounts, tile
+):
+    """Each block of a column goes to all drives that its unit sends to."""
+    i0, s0, listed = matrix[INDEX], matrix[SCALES], 0
+    for k in range(first, last):
+        unit = np.int64(index[i0 + k])
+        begin, drives = starts[unit], starts[unit + 1] - starts[unit]
+        list_group(
+            groups[0], grouped[0], begin, drives, k, scales[s0 + unit],
+            lists[0], lists[1], amounts[0], amounts[1], listed,
+        )  # fmt: skip
+        listed += drives
+        if listed >= LISTED_PIECES:
+            _add_listed(matrix, weights, lists, amounts, listed, tile, 0)
+            listed = 0
+    _add_listed(matrix, weights, lists, amounts, listed, tile, 0)
+
+
+# --- the probe ----------------------------------------------------------------------------------------------
 
 
 @compiled
 def read_rows(matrix, values, index, pointers, indptr, ids, start, stop):
-    """Read the weight rows of events `indptr[start]` to `indptr[stop]`, no more; of block columns, every block."""
-    v0, i0, p0 = matrix[VALUES], matrix[INDEX], matrix[POINTERS]
+    """Read the weights and indices of events `indptr[start]` to `indptr[stop]`, no more; of block columns, every block.
+
+    What a benchmark holds a kernel's rate against.
+    """
+    v0, i0, p0, kind = matrix[VALUES], matrix[INDEX], matrix[POINTERS], matrix[KIND]
+    # Bytes of weights; the pool holds float32.
+    size = 4 if matrix[STORAGE] == FLOAT32 else 2 if matrix[STORAGE] == BFLOAT16 else 1
     total = load(values, 0)
     checksum = 0
-    if matrix[KIND] == BLOCK_COLUMNS:
-        columns = -(-matrix[HIGH] // matrix[WIDTH]) - matrix[LOW] // matrix[WIDTH]
-        blocks = pointers[p0 + columns]
+    if kind == BLOCK_COLUMNS:
+        blocks = pointers[p0 + 2 + pointers[p0 + 1] - pointers[p0]]
         for _ in range(start, stop):
             for k in range(i0, i0 + blocks):
                 checksum += index[k]
-            total = _sum_of(values, v0, v0 + blocks * matrix[WIDTH], total)
+            total = _sum_of(values, v0, v0 + blocks * matrix[WIDTH] * size // 4, total)
         return bits(total > cells.ZERO) + checksum
     for e in range(indptr[start], indptr[stop]):
         j = ids[e]
-        if matrix[KIND] == ROWS:
-            first, last = v0 + j * matrix[PITCH], v0 + j * matrix[PITCH] + matrix[WIDTH]
-        elif matrix[KIND] == SCATTER:
-            first, last = v0 + pointers[p0 + j], v0 + pointers[p0 + j + 1]
-            for k in range(i0 + pointers[p0 + j], i0 + pointers[p0 + j + 1]):
+        if kind == ROWS or kind == ROW_TILES:
+            first, last = j * matrix[PITCH], j * matrix[PITCH] + matrix[WIDTH]
+        elif kind == BLOCKS:
+            first = pointers[p0 + 3 * j + 2] * matrix[WIDTH]
+            last = first + (pointers[p0 + 3 * j + 1] - pointers[p0 + 3 * j]) * matrix[WIDTH]
+            for k in range(i0 + pointers[p0 + 3 * j], i0 + pointers[p0 + 3 * j + 1]):
                 checksum += index[k]
         else:
-            blocks = pointers[p0 + 3 * j + 1] - pointers[p0 + 3 * j]
-            first, last = v0 + pointers[p0 + 3 * j + 2], v0 + pointers[p0 + 3 * j + 2] + blocks * matrix[WIDTH]
-            if matrix[KIND] == BLOCKS:
-                for k in range(i0 + pointers[p0 + 3 * j], i0 + pointers[p0 + 3 * j + 1]):
-                    checksum += index[k]
-        total = _sum_of(values, first, last, total)
+            first, last = pointers[p0 + j], pointers[p0 + j + 1]
+            # 16-bit indices or masks, two a place.
+            low, high = (first, last) if kind == SCATTER else (j * matrix[PITCH], (j + 1) * matrix[PITCH])
+            for k in range(i0 + low // 2, i0 + high // 2):
+                checksum += index[k]
+        total = _sum_of(values, v0 + first * size // 4, v0 + last * size // 4, total)
     # Returned, so that the compiler must read.
     return bits(total > cells.ZERO) + checksum
 
