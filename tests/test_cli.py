@@ -150,6 +150,14 @@ def test_bench_inference(cli, clock):
     assert result["effective_per_step"] <= result["executed_per_step"] < result["dense_per_step"]
 
 
+def test_bench_of_one_product(cli, clock):
+    clock(ours=2.0, probe=1.0, against=8.0)
+    product = ("--hidden", 64, "--steps", 8, "--against", "scipy,numpy", "--format", "csr", "--batch", 2)
+    result = _json(cli("bench", "inference", *product, "--json"))
+    assert result["measures"] == "product" and result["speedup"] == 4 and result["sparsity_asked"] == 0.9
+    assert result["dense_per_step"] == 2 * 3 * 64 * 64
+
+
 def test_a_rate_above_the_probe_is_an_error_not_a_result(cli, clock):
     clock(ours=1.0, probe=2.0, against=8.0)
     code, out, err = cli("bench", "inference", *BENCH, "--json")
@@ -204,6 +212,12 @@ def test_bad_model_files(cli, tmp_path, model, text):
         (("bench", "inference", "--format", "dense", "--sparsity", "0.5"), "sparsity"),
         (("bench", "inference", "--against", "nobody"), "against"),
         (("bench", "inference", "--backend", "cuda"), "backend"),
+        (("bench", "inference", "--against", "torch,scipy"), "one kind at a time"),
+        (("bench", "inference", "--dtype", "float8"), "dtype"),
+        (("bench", "inference", "--nm", "2of4"), "nm"),
+        (("bench", "inference", "--nm", "2:4:up"), "nm"),
+        (("bench", "inference", "--nm", "2:4:pre"), "nm"),
+        (("bench", "inference", "--format", "csr", "--block", "1x8"), "takes none"),
         (("bench", "inference", "--hidden", "3000000"), ""),
         (("convert", "{cut}", "--out", "{new}"), "no .npz"),
         (("prune", "{model}", "--out", "{new}", "--text", "{text}"), "nothing is fine-tuned"),
