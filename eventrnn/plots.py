@@ -229,8 +229,8 @@ def roofline(
     for k, group in enumerate(groups):
         of_group = np.array([case["group"] == group for case in cases])
         left.scatter(
-            intensity[of_group], rate[of_group], s=26, marker=_MARKS[k % len(_MARKS)], label=group, zorder=3,
-            color=_HUES[k % len(_HUES)], edgecolors="white", linewidths=0.5,
+            intensity[of_group], rate[of_group], s=26, edgecolors="white", linewidths=0.5, zorder=3, label=group,
+            color=_HUES[k % len(_HUES)], marker=_MARKS[(k + k // len(_HUES)) % len(_MARKS)],
         )  # fmt: skip
     left.set(xscale="log", yscale="log", xlabel="operations a byte of weights (FLOP/B)", ylabel="GFLOP/s")
     left.set_ylim(rate.min() / 2, peaks.max() * 1.6)

@@ -14,13 +14,14 @@ import typer
 from eventrnn import plots
 
 HERE = Path(__file__).parent
-# A layer that nothing else was varied in; the grid varies activity, sparsity and batch.
+# Of bench.py's grid; every other case is repeated more often.
 GRID_REPEATS = 7
+# A layer of which only what the grid varies was varied: activity, sparsity and batch.
 PLAIN = {"against": "torch", "hidden": 1350, "layers": 1, "variant": "evnn", "threads": 1, "dtype": "float32"}
 
 
 def latest(lines: list[dict]) -> list[dict]:
-    """The lines measured on the device and by the versions of the last one; of each case the last."""
+    """The lines measured on the device and at the commit of the last one; of each case the last."""
     same = [line for line in lines if line["device"] == lines[-1]["device"] and line["commit"] == lines[-1]["commit"]]
     return list({case_of(line): line for line in same}.values())
 
