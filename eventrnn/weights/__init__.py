@@ -45,7 +45,7 @@ def convert(
     to      : one of `FORMATS`
     block   : (r, c), for "block" only
     nm      : (n, m, axis), for "nm" only
-    storage : one of `STORAGES`; None keeps that of `weights`, exactly (int8 with its scales), and is float32 for an array
+    storage : one of `STORAGES`; None keeps that of `weights` exactly, int8 with its scales, and is float32 for an array
 
     Raises ValueError for what is not in these tables, and as `from_dense` of the format and `stored_as` do.
     """
