@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from eventrnn.simd import LANES
-from eventrnn.weights import CSR, BlockCSR, Dense, Weights
+from eventrnn.weights import CSR, NM, BlockCSR, Dense, Weights
 
 # Columns of the table: how a window is stored, and where.
 KIND, LOW, HIGH, VALUES, INDEX, POINTERS, WIDTH, PITCH, FAR = range(9)
@@ -89,6 +89,7 @@ def pack(pools: Pools, weights: Weights, low: int, high: int, by_column: bool = 
 
     `by_column` lays blocks out for products with many drives at once.
     """
+    weights = _widened(weights)
     if isinstance(weights, Dense):
         return _pack_rows(pools, weights, low, high)
     if isinstance(weights, CSR):
@@ -102,11 +103,17 @@ def pack(pools: Pools, weights: Weights, low: int, high: int, by_column: bool = 
     )
 
 
+def _widened(weights: Weights) -> Weights:
+    """What the kernels read: decoded float32 values, N:M as single weights. O(stored)."""
+    plain = weights.to_csr() if isinstance(weights, NM) else weights
+    return plain.stored_as("float32")
+
+
 def check_format(name: str, weights: Weights) -> None:
     """Refuse a format that `pack` does not know."""
-    if not isinstance(weights, Dense | CSR | BlockCSR):
+    if not isinstance(weights, Dense | CSR | BlockCSR | NM):
         raise TypeError(
-            f"{name}: the cpu backend cannot run format {type(weights).__name__}; convert to dense, csr or block"
+            f"{name}: the cpu backend cannot run format {type(weights).__name__}; convert to dense, csr, block or nm"
         )
 
 

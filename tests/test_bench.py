@@ -14,7 +14,7 @@ from eventrnn.bench.engine import Product
 from eventrnn.bench.machine import peak
 from eventrnn.bench.measure import ACTIVITY_TOLERANCE
 from eventrnn.bench.networks import random_events, random_weights
-from eventrnn.weights import FORMATS, convert
+from eventrnn.weights import convert
 
 NEEDS = {"torch": "torch", "torch-step": "torch", "torch-csr": "torch", "torch-mm": "torch", "mkl": "sparse_dot_mkl"}
 SMALL = {"hidden": 48, "steps": 12, "repeats": 3, "activity": 0.2, "sparsity": 0.5}
@@ -51,6 +51,8 @@ WEIGHTS = [
     {"format": "block", "block": (5, 7)},  # divides neither side
     {"format": "csr"},
     {"format": "dense", "sparsity": None},
+    {"format": "nm", "sparsity": None, "nm": (2, 5, "pre")},
+    {"format": "block", "block": (1, 16), "dtype": "int8"},
 ]
 
 
@@ -88,6 +90,17 @@ def test_a_product_by_itself_keeps_the_contract(batch, form, block, threads):
         assert (np.abs(product.result(t) - exact) <= 2 * gamma(64, U32) * size).all()
     twin = Product(convert(weights, "dense"), events, 1)
     assert all(np.array_equal(product.result(t), twin.result(t)) for t in range(5))
+
+
+@pytest.mark.parametrize("batch", [1, 20])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("weights", [*WEIGHTS[:5:2], {"format": "nm", "sparsity": None, "nm": (2, 4, "post")}], ids=str)
+def test_narrow_weights_against_float32(clock, weights, dtype, batch):
+    line = bench.inference(**SMALL | weights | {"dtype": dtype, "against": "float32", "batch": batch})
+    wide = bench.inference(**SMALL | weights | {"against": "numpy", "batch": batch})
+    assert line["against_variant"] == "float32 ours" and line["speedup"] == 4 and line["dtype"] == dtype
+    assert line["storage_bytes"] < wide["storage_bytes"] and line["executed_per_step"] == wide["executed_per_step"]
+    assert line["bytes_per_step"] < wide["bytes_per_step"]
 
 
 def test_what_computes_something_else_is_never_timed(clock, monkeypatch):
@@ -165,6 +178,9 @@ def test_random_groups_keep_n_of_m(n, m, shape, axis):
         ({"format": "csr", "block": (1, 16)}, "block: got .* for format 'csr', which takes none"),
         ({"format": "csr", "nm": (2, 4, "post")}, "nm: got .* for format 'csr'"),
         ({"format": "sieve"}, "format: got 'sieve'"),
+        ({"format": "nm"}, "nm: got None for format 'nm'"),
+        ({"format": "nm", "nm": (5, 4, "pre")}, "nm: got 5:4"),
+        ({"format": "nm", "nm": (2, 4, "pre"), "sparsity": 0.5}, "2 of 4 says it"),
         ({"dtype": "float8"}, "dtype: got 'float8', need one of float32"),
         ({"repeats": 2}, "repeats: got 2"),
         ({"batch": 0}, "batch: got 0"),
@@ -184,4 +200,4 @@ def test_a_missing_package_is_named(monkeypatch, rival):
 
 def test_sparsity_follows_the_format_where_it_is_not_given():
     assert [Case(format=name).left_out for name in ("dense", "csr", "block")] == [0, 0.9, 0.9]
-    assert Case().block == (1, 64) and set(FORMATS) >= {"dense", "csr", "block"}
+    assert Case(format="nm", nm=(1, 4, "pre")).left_out == 0.75 and Case().block == (1, 64)

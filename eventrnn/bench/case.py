@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from eventrnn import weights as formats
+from eventrnn.weights import FORMATS, STORAGES, check_nm
 
 #: rivals of a whole layer (or a stack), and of one product of a sparse matrix with the events of a step
 LAYER_RIVALS = ("torch", "torch-step", "blas")
 PRODUCT_RIVALS = ("scipy", "torch-csr", "mkl", "numpy", "torch-mm", "float32")
 RIVALS = (*LAYER_RIVALS, *PRODUCT_RIVALS, "none")
-DTYPES: tuple[str, ...] = getattr(formats, "STORAGES", ("float32",))
 
 
 @dataclass(frozen=True)
@@ -59,16 +58,18 @@ class Case:
         self._check_rivals()
 
     def _check_format(self) -> None:
-        if self.format not in formats.FORMATS:
-            raise ValueError(f"format: got {self.format!r}, need one of {', '.join(formats.FORMATS)}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype: got {self.dtype!r}, need one of {', '.join(DTYPES)}")
+        if self.format not in FORMATS:
+            raise ValueError(f"format: got {self.format!r}, need one of {', '.join(FORMATS)}")
+        if self.dtype not in STORAGES:
+            raise ValueError(f"dtype: got {self.dtype!r}, need one of {', '.join(STORAGES)}")
         if self.format == "block" and self.block is None:
             object.__setattr__(self, "block", (1, 64))
         if self.block is not None and self.format != "block":
             raise ValueError(f"block: got {self.block} for format {self.format!r}, which takes none")
         if (self.nm is None) == (self.format == "nm"):
             raise ValueError(f"nm: got {self.nm} for format {self.format!r}; the nm format needs one, others take none")
+        if self.nm is not None:
+            check_nm(*self.nm)
         if self.nm is not None and self.sparsity is not None:
             raise ValueError(f"sparsity: got {self.sparsity}, but {self.nm[0]} of {self.nm[1]} says it; leave it out")
 

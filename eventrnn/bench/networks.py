@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -41,9 +40,7 @@ def random_weights(
         mask, kept = _block_mask(shape, block or (1, 1), sparsity, rng), 1 - sparsity
     scale = 2 / np.sqrt(shape[0] * kept)
     dense = (rng.standard_normal(shape) * scale * mask).astype(np.float32)
-    options: dict[str, Any] = {} if nm is None else {"nm": nm}
-    weights: Any = convert(dense, format, block=block, **options)
-    return weights if dtype == "float32" else weights.stored_as(dtype)
+    return convert(dense, format, block=block, nm=nm, storage=dtype)
 
 
 def _block_mask(shape: tuple[int, int], block: tuple[int, int], sparsity: float, rng: np.random.Generator):

@@ -195,8 +195,7 @@ class ProductRivals:
         task, steps, runs = Task(ours.weights, ours.events), {}, {}
         for name in names:
             if name == "float32":
-                narrow: Any = ours.weights
-                twin = Product(narrow.stored_as("float32"), ours.events, ours.threads)
+                twin = Product(ours.weights.stored_as("float32"), ours.events, ours.threads)
                 steps["float32 ours"], runs["float32 ours"] = (lambda t, twin=twin: twin.result(t).T), twin.run
                 continue
             for variant, step in _PRODUCTS[name](task).items():

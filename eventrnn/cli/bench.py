@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from eventrnn.bench.case import DTYPES, LAYER_RIVALS, PRODUCT_RIVALS
+from eventrnn.bench.case import LAYER_RIVALS, PRODUCT_RIVALS
 from eventrnn.cli.options import Json, Seed, Threads, parse_block, parse_nm
 from eventrnn.terminal import progress, show
-from eventrnn.weights import FORMATS
+from eventrnn.weights import FORMATS, STORAGES
 
 AGAINST = (
     f"Rivals, separated by commas: of the whole layer {', '.join(LAYER_RIVALS)} (torch is nn.GRU); of one product "
@@ -41,7 +41,7 @@ def inference(
     nm: Annotated[
         str | None, typer.Option("--nm", metavar="N:M[:pre]", help="Of the nm format: n kept of each m, and the axis.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help=f"Storage of the weights: {', '.join(DTYPES)}.")] = "float32",
+    dtype: Annotated[str, typer.Option(help=f"Storage of the weights: {', '.join(STORAGES)}.")] = "float32",
     variant: Annotated[str, typer.Option(help="Equations: evnn or paper.")] = "evnn",
     threads: Threads = 1,
     against: Annotated[str, typer.Option(help=AGAINST)] = "torch",

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from eventrnn.backend import BACKENDS
+from eventrnn.weights import check_nm
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
@@ -36,6 +37,8 @@ def parse_nm(text: str) -> tuple[int, int, str]:
     """(2, 4, "post") from "2:4", (2, 4, "pre") from "2:4:pre"."""
     kept, _, rest = text.partition(":")
     group, _, axis = rest.partition(":")
-    if not (kept.isdigit() and group.isdigit() and axis in ("", "pre", "post")):
+    if not (kept.isdigit() and group.isdigit()):
         raise ValueError(f"nm: got {text!r}, need kept:group such as 2:4, or 2:4:pre")
-    return int(kept), int(group), axis or "post"
+    groups = int(kept), int(group), axis or "post"
+    check_nm(*groups)
+    return groups

@@ -14,14 +14,26 @@ from rich.table import Table
 
 from eventrnn import io
 from eventrnn.cells import Cell
-from eventrnn.cli.options import Backend, Block, Force, Json, Model, Out, Part, Seed, Steps, Text, Threads, parse_block
-from eventrnn.network import Network, Simulator, simulate
+from eventrnn.cli.options import (
+    Backend,
+    Block,
+    Force,
+    Json,
+    Model,
+    Out,
+    Part,
+    Seed,
+    Steps,
+    Text,
+    Threads,
+    parse_block,
+    parse_nm,
+)
+from eventrnn.network import Network, simulate
 from eventrnn.terminal import as_line, progress, show
-from eventrnn.weights import FORMATS, convert
+from eventrnn.weights import FORMATS, STORAGES, convert
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-# Steps that `run` reads between two looks at the clock; bounds its memory.
-CHUNK = 2048
 
 
 @app.command()
@@ -171,39 +183,25 @@ def run(
     part: Part = "test",
     backend: Backend = "cpu",
     threads: Threads = 1,
+    storage: Annotated[
+        str | None, typer.Option(help=f"Narrow the weights and report what that does: {', '.join(STORAGES[1:])}.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Read a text event by event: bits per symbol, activity, operations."""
-    from eventrnn import observe
-    from eventrnn.training.loop import check_symbols, cross_entropy_bits
+    from eventrnn.reading import read, read_narrowed
 
     network = io.load(model)
     symbols = _encoded(network, text, part)
-    check_symbols(network, symbols)
-    simulator = Simulator(network, backend=backend, threads=threads)
-    bits, counts, fired = 0.0, None, 0
-    with progress() as report:
-        for start in range(0, len(symbols) - 1, CHUNK):
-            stop = min(start + CHUNK, len(symbols) - 1)
-            piece = simulator.run(symbols[start:stop, None])
-            bits += cross_entropy_bits(piece.output[:, 0], symbols[start + 1 : stop + 1])
-            cost = observe.count(network, piece)
-            counts = cost if counts is None else counts + cost
-            fired += sum(int(f.total.sum()) for f in piece.fired)
-            report("reading", stop, len(symbols) - 1, "")
-    assert counts is not None
-    bits /= len(symbols) - 1
-    figures = {
-        "symbols": len(symbols),
-        "bits_per_symbol": bits,
-        "perplexity": float(np.exp2(min(bits, 1000.0))),
-        "activity": fired / (counts.steps * sum(layer.units for layer in network.layers)),
-        "effective_ops_per_step": counts.total.effective / counts.steps,
-        "executed_ops_per_step": counts.total.executed / counts.steps,
-        "reduction": counts.reduction,
-        "backend": backend,
-        "exact": simulator.backend.exact,
-    }
+    with progress() as bar:
+
+        def report(stage: str, done: int, total: int) -> None:
+            bar(stage, done, total, "")
+
+        if storage is None:
+            figures = read(network, symbols, backend=backend, threads=threads, report=report)
+        else:
+            figures = read_narrowed(network, symbols, storage, backend=backend, threads=threads, report=report)
     show(f"{model} on {text} ({part})", figures, as_json)
 
 
@@ -252,7 +250,8 @@ def info(
     if model is not None:
         network = io.load(model)
         shapes = {
-            name: f"{w.name} {w.shape[0]}x{w.shape[1]}, {w.nnz:,} weights ({w.nnz / (w.shape[0] * w.shape[1]):.1%})"
+            name: f"{w.name} {w.shape[0]}x{w.shape[1]}, {w.storage}, {w.nnz:,} weights "
+            f"({w.nnz / (w.shape[0] * w.shape[1]):.1%})"
             for name, w in network.matrices().items()
         }
         cells = {
@@ -272,16 +271,20 @@ def convert_command(
     out: Out,
     to: Annotated[str, typer.Option(help=f"Weight format: {', '.join(FORMATS)}.")] = "dense",
     block: Annotated[str | None, typer.Option("--block", metavar="RxC", help="Block of the block format.")] = None,
+    nm: Annotated[
+        str | None, typer.Option("--nm", metavar="N:M[:AXIS]", help="Kept of each group, along post (default) or pre.")
+    ] = None,
+    storage: Annotated[str | None, typer.Option(help=f"One of {', '.join(STORAGES)}. [as it is]")] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Change the weight format of a model, or import a layer of EvNN."""
-    r_c = parse_block(block) if block else None
+    """Change the weight format or storage of a model, or import a layer of EvNN."""
+    r_c, n_m = parse_block(block) if block else None, parse_nm(nm) if nm else None
     _writable_file(out, force)
     network = Network((io.from_evnn(_arrays(source)),)) if source.suffix == ".npz" else io.load(source)
     tied = network.readout is not None and network.readout.tied
     changed = {
-        name: convert(weights, to, block=r_c)
+        name: convert(weights, to, block=r_c, nm=n_m, storage=storage)
         for name, weights in network.matrices().items()
         if not (tied and name == "readout")
     }
@@ -289,7 +292,12 @@ def convert_command(
     io.save(converted, out, overwrite=force)
     show(
         f"wrote {out}",
-        {"format": to, "bytes": out.stat().st_size, "weights": sum(w.nnz for w in changed.values())},
+        {
+            "format": to,
+            "storage": ", ".join(sorted({w.storage for w in changed.values()})),
+            "bytes": out.stat().st_size,
+            "weights": sum(w.nnz for w in changed.values()),
+        },
         as_json,
     )
 
