@@ -28,6 +28,7 @@ from eventrnn.observe import count as count
 from eventrnn.observe import count_per_step as count_per_step
 from eventrnn.observe import energy as energy
 from eventrnn.weights import CSR as CSR
+from eventrnn.weights import NM as NM
 from eventrnn.weights import BlockCSR as BlockCSR
 from eventrnn.weights import Dense as Dense
 from eventrnn.weights import convert as convert

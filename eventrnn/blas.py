@@ -12,8 +12,8 @@ import numpy as np
 
 from eventrnn import cells
 from eventrnn.backend import Feed, FireCounts, State, Trace
-from eventrnn.steps import update, update_paper
 from eventrnn.jit import compiled
+from eventrnn.steps import update, update_paper
 
 if TYPE_CHECKING:
     from eventrnn.network import Network

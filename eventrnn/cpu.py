@@ -17,14 +17,25 @@ import numpy as np
 
 from eventrnn.backend import Feed, FireCounts, State, Trace
 from eventrnn.jit import compiled
-from eventrnn.packing import HIGH, LOW, ROW_TILE, aligned_zeros, check_format
+from eventrnn.packing import HIGH, LOW, PIECES, aligned_zeros, check_format
 from eventrnn.plan import (
-    BIAS_IN, BIAS_REC, END, IN, INPUTS, REC, REC_GATED, SHARED_BLOCKS, SHARED_ROWS, UNIT_0, UNITS, Plan,
-)  # fmt: skip
+    BIAS_IN,
+    BIAS_REC,
+    END,
+    IN,
+    INPUTS,
+    REC,
+    REC_GATED,
+    UNIT_0,
+    UNITS,
+    Plan,
+    many_drives,
+    product_scratch,
+)
 from eventrnn.simd import LANES
 from eventrnn.steps import send, send_gated, tally, update, update_paper
 from eventrnn.team import wait
-from eventrnn.traverse import LISTED_PIECES, copy, propagate_all
+from eventrnn.traverse import copy, propagate_all
 
 if TYPE_CHECKING:
     from eventrnn.network import Network
@@ -59,6 +70,7 @@ def run(
     n_layers = len(layers)
     rows = (chunk + 1) * batch
     wide = len(ids) // (2 * rows)
+    scratch = (starts[part], groups[part], grouped[part], lists[part], amounts[part], x[part], tile[part])
     target = parts
     for t0 in range(0, steps, chunk):
         length = min(chunk, steps - t0)
@@ -85,13 +97,13 @@ def run(
                 propagate_all(
                     windows[part], w0, w1, values, index, pointers, biases, p, layers[layer, INPUTS],
                     feed_ids, feed_sent, feed_firsts[part], feed_counts[part], 0, 1, length * batch,
-                    starts[part], groups[part], grouped[part], lists[part], amounts[part], x[part], tile[part], drive_in, pitch,
+                    *scratch, drive_in, pitch,
                 )  # fmt: skip
             else:
                 propagate_all(
                     windows[part], w0, w1, values, index, pointers, biases, p, layers[layer, INPUTS],
                     ids, sent, firsts, counts, (below + batch) * parts, parts, length * batch,
-                    starts[part], groups[part], grouped[part], lists[part], amounts[part], x[part], tile[part], drive_in, pitch,
+                    *scratch, drive_in, pitch,
                 )  # fmt: skip
 
             w0, w1, w2, p = layers[layer, REC], layers[layer, REC_GATED], layers[layer, END], layers[layer, BIAS_REC]
@@ -99,7 +111,7 @@ def run(
                 propagate_all(
                     windows[part], w0, w1, values, index, pointers, biases, p, n,
                     ids, sent, firsts, counts, (mine + t * batch) * parts, parts, batch,
-                    starts[part], groups[part], grouped[part], lists[part], amounts[part], x[part], tile[part], drive_rec, pitch,
+                    *scratch, drive_rec, pitch,
                 )  # fmt: skip
                 target = wait(barrier, parts, target)
 
@@ -113,7 +125,7 @@ def run(
                     propagate_all(
                         windows[part], w1, w2, values, index, pointers, biases, p, n,
                         gated_ids[part], gated[part], feed_firsts[part], feed_counts[part], 0, 1, batch,
-                        starts[part], groups[part], grouped[part], lists[part], amounts[part], x[part], tile[part], drive_rec, pitch,
+                        *scratch, drive_rec, pitch,
                     )  # fmt: skip
                     target = wait(barrier, parts, target)
 
@@ -142,7 +154,7 @@ def run(
             propagate_all(
                 windows[part], w0, w1, values, index, pointers, biases, len(biases) - size, layers[n_layers - 1, UNITS],
                 ids, sent, firsts, counts, (last + batch) * parts, parts, length * batch,
-                starts[part], groups[part], grouped[part], lists[part], amounts[part], x[part], tile[part], drive_in, pitch,
+                *scratch, drive_in, pitch,
             )  # fmt: skip
             for w in range(w0, w1):
                 low, high = windows[part, w, LOW], windows[part, w, HIGH]
@@ -181,21 +193,21 @@ class CpuEngine:
         biases = [bias for layer in network.layers for bias in (layer.bias_in, layer.bias_rec)]
         self.biases = np.concatenate(biases + ([network.readout.bias] if network.readout is not None else []))
         self.threshold = np.concatenate([layer.threshold for layer in network.layers])
-        self.edges = np.array([[n * q // threads for q in range(threads + 1)] for n in self.units], np.int64)
-        # Vectors and padded blocks may run past the last gate row. 4 cache lines modulo 8: the same columns of many
-        # drives, side by side in the L1 cache, would share its sets at most other distances.
+        # Whole vectors, so that no two threads write one.
+        cuts = [[min(n, -(-n * q // (threads * LANES)) * LANES) for q in range(threads + 1)] for n in self.units]
+        self.edges = np.array(cuts, np.int64)
+        # Vectors and padded blocks may run past the last gate row. No multiple of a page: cache sets would be shared.
         widths = [w.shape[1] + max(LANES, getattr(w, "block", (1, 1))[1]) for w in network.matrices().values()]
         lines = -(-max(widths) // LANES)
         self.pitch = LANES * (lines + (4 - lines) % 8)
-        pieces = max(w.shape[1] // 4 for w in network.matrices().values())
-        self.list_size = LISTED_PIECES + pieces + 2 * LANES
+        self.pieces = max(widths) // min(PIECES)
         self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
         self.scratch_batch = 0
 
     def plan(self, steps: int, batch: int) -> Plan:
         """The weights as a run of that size wants them."""
         rows = (min(steps, self.chunk_steps(batch)) * batch, batch)
-        kind = tuple((n >= SHARED_ROWS, n >= SHARED_BLOCKS) for n in rows)
+        kind = many_drives(rows[0]), many_drives(rows[1])
         if kind not in self.plans:
             self.plans[kind] = Plan(self.network, self.parts, *rows)
         return self.plans[kind]
@@ -227,13 +239,7 @@ class CpuEngine:
                 np.zeros((self.parts, rows), np.int64),
                 np.zeros((self.parts, batch * wide), np.int32),
                 np.zeros((self.parts, batch * wide), np.float32),
-                np.zeros((self.parts, most // rows + 2), np.int64),
-                np.zeros((self.parts, 2, most + LANES), np.int32),
-                np.zeros((self.parts, 2, most + LANES), np.float32),
-                np.zeros((self.parts, 2, self.list_size + rows), np.int32),
-                np.zeros((self.parts, 2, self.list_size + rows), np.float32),
-                np.zeros((self.parts, most), np.float32),
-                np.zeros((self.parts, rows * ROW_TILE), np.float32),
+                *product_scratch(self.parts, most // rows, rows, self.pieces),
             )
         return self.scratch
 

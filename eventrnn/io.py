@@ -3,6 +3,9 @@
 Every matrix keeps its own format. The header's metadata hold `format`, `version`, `network` (JSON: cells, formats,
 shapes, the network's own metadata) and `sha256`, a digest of the whole file with the digest's own place zeroed: no
 bit can change unseen. The same network gives the same bytes. Also EvNN's packing of one layer, in and out.
+
+Version 2 adds N:M matrices and narrow values: a matrix says its `n`, `m` and `axis`, and its tensor `values` may be
+U16 (bfloat16) or I8 beside a tensor `scales`. Files of version 1, which have neither, are read as before.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from eventrnn.network import Layer, Network, Readout
 from eventrnn.weights import FORMATS, Dense, Weights
 
 FORMAT = "eventrnn"
-VERSION = 1
+VERSION = 2
+READABLE = ("1", "2")
 _UNSIGNED = "0" * 64
 _VECTORS = ("bias_in", "bias_rec", "threshold")
 
@@ -93,8 +97,7 @@ def _to_tensors(network: Network) -> tuple[dict[str, np.ndarray], dict[str, Any]
             matrices[name] = {"format": weights.name, "from": "embedding"}
             continue
         arrays = weights.arrays()
-        rest = {key: value for key, value in vars(weights).items() if key not in arrays}
-        matrices[name] = {"format": weights.name, "arrays": sorted(arrays)} | rest
+        matrices[name] = {"format": weights.name, "arrays": sorted(arrays)} | weights.options()
         tensors |= {f"{name}.{key}": array for key, array in arrays.items()}
     for k, layer in enumerate(network.layers):
         tensors |= {f"layers.{k}.{key}": getattr(layer, key) for key in _VECTORS}
@@ -116,7 +119,8 @@ def _is_transposed_embedding(network: Network) -> bool:
     readout, embedding = network.readout, network.embedding
     if readout is None or embedding is None or not readout.tied or not isinstance(readout.weights, Dense):
         return False
-    return readout.weights.values.tobytes() == embedding.T.tobytes()
+    values = readout.weights.values
+    return values.dtype == np.float32 and values.tobytes() == embedding.T.tobytes()
 
 
 def _from_tensors(tensors: dict[str, np.ndarray], description: Mapping[str, Any]) -> Network:
@@ -131,8 +135,12 @@ def _from_tensors(tensors: dict[str, np.ndarray], description: Mapping[str, Any]
             matrices[name] = Dense(np.ascontiguousarray(embedding.T))
             continue
         arrays = {key: tensors.pop(f"{name}.{key}") for key in spec["arrays"]}
-        rest = {key: tuple(value) for key, value in spec.items() if key not in ("format", "arrays")}
-        matrices[name] = FORMATS[spec["format"]](**arrays, **rest)
+        options = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in spec.items()
+            if key not in ("format", "arrays")
+        }
+        matrices[name] = FORMATS[spec["format"]](**arrays, **options)
         matrices[name].check(full=True)
     layers = []
     for k, cell in enumerate(description["cells"]):
@@ -179,8 +187,10 @@ def _decode(raw: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise ModelFileError("not a model file: a safetensors file without eventrnn's metadata")
     version = metadata.get("version")
-    if version != str(VERSION):
-        raise ModelFileError(f"format version {version}; this eventrnn reads version {VERSION}: update eventrnn")
+    if version not in READABLE:
+        raise ModelFileError(
+            f"format version {version}; this eventrnn reads versions {' and '.join(READABLE)}: update eventrnn"
+        )
     needed = end + _data_size(header)
     if len(raw) < needed:
         raise ModelFileError(f"truncated: {len(raw)} of {needed} bytes; copy the file again")

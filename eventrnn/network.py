@@ -129,7 +129,7 @@ class Network:
                 raise ValueError("readout: tied, but its weights are not the transposed embedding")
         for name, weights in self.matrices().items():
             # Kernels do not check an index. Values first: their message has the position.
-            check_finite(name, weights.values)
+            check_finite(name, weights.floats())
             weights.check(full=True)
 
     def __repr__(self) -> str:

@@ -28,7 +28,7 @@ import numpy as np
 from eventrnn.backend import FireCounts, State
 from eventrnn.events import Events
 from eventrnn.network import Network, Simulation
-from eventrnn.weights import CSR, BlockCSR, Weights
+from eventrnn.weights import CSR, NM, BlockCSR, Weights
 
 NOTE = "embedding look-ups free, read-out counted, biases not counted"
 
@@ -349,4 +349,6 @@ def _stored_mask(weights: Weights) -> np.ndarray:
             for column in weights.indices[weights.indptr[row] : weights.indptr[row + 1]]:
                 mask[row * r : (row + 1) * r, column * c : (column + 1) * c] = 1
         return mask[:n_pre]
+    if isinstance(weights, NM):
+        return weights.kept().astype(np.int64)
     return np.ones((n_pre, n_post), np.int64)

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from eventrnn.packing import FIELDS, Pools, empty_window, pack, window_edges
+from eventrnn.packing import FIELDS, ROW_TILE, Pools, empty_window, pack, window_edges
+from eventrnn.simd import LANES
+from eventrnn.traverse import LISTED_PIECES
 from eventrnn.weights import BlockCSR, Dense, Weights
 
 if TYPE_CHECKING:
@@ -21,6 +23,11 @@ UNITS, INPUTS, IN, REC, REC_GATED, END, BIAS_IN, BIAS_REC, UNIT_0 = range(9)
 
 # As many drives, and as wide a block, as make it pay to read weights once for all.
 SHARED_ROWS, SHARED_BLOCKS, SHARED_WIDTH = 12, 32, 32
+
+
+def many_drives(rows: int) -> tuple[bool, bool]:
+    """Whether a product with so many drives at once shares dense rows, and wide blocks, among them."""
+    return rows >= SHARED_ROWS, rows >= SHARED_BLOCKS
 
 
 class Plan:
@@ -53,12 +60,28 @@ class Plan:
     def _place(self, weights: Weights, start: int, stop: int, rows: int) -> int:
         """Pack the columns `start` to `stop`, each thread's share; returns the first window."""
         before, edges = len(self.tables[0]), window_edges(weights, start, stop, self.parts)
+        many_rows, many_blocks = many_drives(rows)
         if isinstance(weights, BlockCSR):
-            many = rows >= SHARED_BLOCKS and weights.block[1] >= SHARED_WIDTH
+            many = many_blocks and weights.block[1] >= SHARED_WIDTH
         else:
-            many = isinstance(weights, Dense) and rows >= SHARED_ROWS
+            many = many_rows and isinstance(weights, Dense)
         packed = [pack(self.pools, weights, a, b, many) for a, b in zip(edges[:-1], edges[1:], strict=True)]
         most = max(map(len, packed))
         for table, share, low in zip(self.tables, packed, edges[:-1], strict=True):
             table += share + [empty_window(low)] * (most - len(share))
         return before
+
+
+def product_scratch(parts: int, inputs: int, rows: int, pieces: int) -> tuple[np.ndarray, ...]:
+    """What `propagate_all` writes on, one of each a thread, for products of up to `inputs` units, `rows` drives and
+    `pieces` stored pieces of one unit: starts, groups, grouped, lists, amounts, x, tile."""
+    most, listed = rows * inputs + LANES, LISTED_PIECES + max(pieces, rows) + LANES
+    return (
+        np.zeros((parts, inputs + 2), np.int64),
+        np.zeros((parts, 2, most), np.int32),
+        np.zeros((parts, 2, most), np.float32),
+        np.zeros((parts, 2, listed), np.int32),
+        np.zeros((parts, 2, listed), np.float32),
+        np.zeros((parts, rows * inputs), np.float32),
+        np.zeros((parts, rows * ROW_TILE), np.float32),
+    )

@@ -1,4 +1,4 @@
-"""Figures: who fired when, what a run cost, where the blocks are. Needs the `plots` extra.
+"""Figures: who fired when, what a run cost, where the blocks are, how fast it was. Needs the `plots` extra.
 
 Each function returns a `matplotlib.figure.Figure` and, given a `path`, writes it there (the ending says the format).
 No window is opened and no state of pyplot is touched.
@@ -7,7 +7,7 @@ No window is opened and no state of pyplot is touched.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 INK, GREY, BLUE, ORANGE = "#222222", "#b8bcc2", "#2a6fbb", "#e07b39"
 _BAR_COLOURS = (GREY, BLUE, ORANGE)
+# Told apart by eyes that confuse red and green (Okabe and Ito 2008), and by their marks.
+_HUES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#666666")
+_MARKS = ("o", "s", "^", "D", "v", "P", "X")
 # More cells than this a side are no longer seen, but make the file large.
 _MAP_CELLS = 256
 
@@ -139,6 +142,126 @@ def block_map(
     axes.set_title(title or f"{n_pre} × {n_post}, {kind}: {zeros:.1f} % of the weights are zero", loc="left")
     _plain(axes)
     return _saved(figure, path)
+
+
+def speedup_map(
+    panels: Mapping[str, Mapping[tuple[float, float], float]],
+    *,
+    across: str = "activity",
+    down: str = "sparsity",
+    title: str | None = None,
+    path: str | os.PathLike | None = None,
+) -> Figure:
+    """How many times faster, a cell each measured pair, a panel each name, all on one logarithmic scale around 1.
+
+    panels       : name -> {(share across, share down): times faster, > 0}; pairs not measured are hatched
+    across, down : what the shares are, in [0, 1]
+    """
+    cells = [value for panel in panels.values() for value in panel.values()]
+    if not cells or not all(np.isfinite(value) and value > 0 for value in cells):
+        raise ValueError("panels: need at least one measured pair, every speed-up finite and above 0")
+    from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+
+    columns, rows = (sorted({pair[k] for panel in panels.values() for pair in panel}) for k in (0, 1))
+    figure = _figure(1.6 + len(panels) * (0.6 + 0.5 * len(columns)), 1.5 + 0.42 * len(rows))
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    # White at 1, darker to both sides, each to its own end: slower is seen at once, and without colour, too.
+    shades = [(0, "#8c3a06"), (0.25, ORANGE), (0.5, "#ffffff"), (0.65, "#8fbce6"), (0.82, BLUE), (1, "#0b2c56")]
+    scale = LinearSegmentedColormap.from_list("times faster", shades)
+    slowest, fastest = np.log10(min(0.25, *cells)), np.log10(max(4.0, *cells))
+    norm = TwoSlopeNorm(0, slowest, fastest)
+    for panel_axes, (name, panel) in zip(axes, panels.items(), strict=True):
+        grid = np.array([[panel.get((x, y), np.nan) for x in columns] for y in rows])
+        panel_axes.set_facecolor("#f3f4f6")
+        panel_axes.patch.set(hatch="////", edgecolor=GREY)
+        powers = np.ma.masked_invalid(np.log10(grid))
+        image = panel_axes.pcolormesh(powers, cmap=scale, norm=norm, edgecolors="white", linewidth=1)
+        for (y, x), value in np.ndenumerate(grid):
+            if np.isfinite(value):
+                dark = abs(norm(np.log10(value)) - 0.5) > 0.25
+                text = f"{value:.0f}" if value >= 9.95 else f"{value:.1f}" if value >= 0.995 else f"{value:.2f}"
+                panel_axes.text(
+                    x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=8, color="white" if dark else INK
+                )
+        for axis, shares in ((panel_axes.xaxis, columns), (panel_axes.yaxis, rows)):
+            axis.set_ticks(np.arange(len(shares)) + 0.5, [f"{100 * share:g}" for share in shares])
+            axis.set_tick_params(length=0)
+        panel_axes.set_title(name, loc="left", fontsize=10)
+        panel_axes.set_xlabel(f"{across} (%)")
+        _plain(panel_axes)
+        panel_axes.spines[["left", "bottom"]].set_visible(False)
+    axes[0].set_ylabel(f"{down} (%)")
+    marks = [1, *(step * 10.0**k for k in range(-3, 5) for step in (1, 2, 5))]
+    shown = sorted({mark for mark in marks if slowest <= np.log10(mark) <= fastest})
+    bar = figure.colorbar(image, ax=axes, pad=0.02, label="times faster")
+    bar.set_ticks(np.log10(shown).tolist(), labels=[f"{mark:g}" for mark in shown])
+    bar.ax.tick_params(labelsize=8)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return _saved(figure, path)
+
+
+def roofline(
+    cases: Sequence[Mapping],
+    *,
+    title: str | None = None,
+    path: str | os.PathLike | None = None,
+) -> Figure:
+    """Operations a second over operations a byte of weights, under what the machine can multiply and read.
+
+    cases : each with `gflop_s` (two an executed multiplication), `bandwidth_gb_s`, `probe_gb_s` (the fastest read of
+            the same bytes), `fma_gflop_s` (registers only), `group` (colour and mark) and, where it should have a
+            bar of its own on the right, `name`: its shares of what it could read and multiply
+    """
+    if not cases:
+        raise ValueError("cases: got none, need at least one")
+    named = [case for case in cases if case.get("name")]
+    figure = _figure(12.5 if named else 6.6, max(4.6, 1.2 + 0.24 * len(named)))
+    left, *right = figure.subplots(1, 2 if named else 1, width_ratios=[1.15, 1] if named else None, squeeze=False)[0]
+    intensity = np.array([case["gflop_s"] / case["bandwidth_gb_s"] for case in cases])
+    rate = np.array([case["gflop_s"] for case in cases])
+    probes, peaks = (np.array([case[key] for case in cases]) for key in ("probe_gb_s", "fma_gflop_s"))
+    x = np.geomspace(intensity.min() / 1.6, max(intensity.max() * 1.6, 2 * peaks.max() / probes.min()), 200)
+    roofs = [np.minimum(x * reads, peaks.max()) for reads in (probes.min(), probes.max())]
+    left.fill_between(x, *roofs, color=GREY, alpha=0.35, linewidth=0, label="what the probe reads, slowest to fastest")
+    left.plot(x, roofs[1], color=INK, linewidth=1, label=f"fastest FMA, {peaks.max():,.0f} GFLOP/s, and fastest read")
+    groups = list(dict.fromkeys(case["group"] for case in cases))
+    for k, group in enumerate(groups):
+        of_group = np.array([case["group"] == group for case in cases])
+        left.scatter(
+            intensity[of_group], rate[of_group], s=26, edgecolors="white", linewidths=0.5, zorder=3, label=group,
+            color=_HUES[k % len(_HUES)], marker=_MARKS[(k + k // len(_HUES)) % len(_MARKS)],
+        )  # fmt: skip
+    left.set(xscale="log", yscale="log", xlabel="operations a byte of weights (FLOP/B)", ylabel="GFLOP/s")
+    left.set_ylim(rate.min() / 2, peaks.max() * 1.6)
+    left.yaxis.set_major_formatter("{x:g}")
+    left.xaxis.set_major_formatter("{x:g}")
+    left.legend(fontsize=7, frameon=False, loc="lower right")
+    for axes in right:
+        _limits_panel(axes, named, groups)
+    for axes in (left, *right):
+        _plain(axes)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return _saved(figure, path)
+
+
+def _limits_panel(axes: Axes, cases: Sequence[Mapping], groups: list) -> None:
+    """A line a case, the first on top: how much of the probe's read rate and of the FMA rate it reaches."""
+    for k, case in enumerate(reversed(cases)):
+        colour = _HUES[groups.index(case["group"]) % len(_HUES)]
+        reads, multiplies = (
+            100 * case["bandwidth_gb_s"] / case["probe_gb_s"],
+            100 * case["gflop_s"] / case["fma_gflop_s"],
+        )
+        axes.barh(k, reads, height=0.62, color=colour, alpha=0.85)
+        axes.plot(multiplies, k, "|", color=INK, markersize=9, markeredgewidth=1.6)
+        axes.text(102, k, f"{case['bandwidth_gb_s']:.0f} GB/s, {case['gflop_s']:.0f} GFLOP/s", va="center", fontsize=7)
+    axes.set_yticks(range(len(cases)), [case["name"] for case in reversed(cases)])
+    axes.axvline(100, color=INK, linewidth=0.8)
+    axes.set(xlim=(0, 142), ylim=(-0.7, len(cases) - 0.3), xlabel="share of the limit (%)")
+    axes.set_xticks(range(0, 101, 20))
+    axes.set_title("bar: of the probe's read rate; tick: of the FMA rate", loc="left", fontsize=9)
 
 
 def _figure(width: float, height: float) -> Figure:

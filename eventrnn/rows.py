@@ -14,9 +14,21 @@ from numba import types
 from numba.extending import intrinsic
 
 from eventrnn.simd import (
-    AVX512, FLOAT, I1, I16, I32, I64, LANES, VECTOR,
-    address, call, fma_vector, load_vector, splat, store_vector,
-)  # fmt: skip
+    AVX512,
+    FLOAT,
+    I1,
+    I16,
+    I32,
+    I64,
+    LANES,
+    VECTOR,
+    address,
+    call,
+    fma_vector,
+    load_vector,
+    splat,
+    store_vector,
+)
 
 # As many accumulators as stay in registers beside the weights: 16 of 32 on AVX-512, 4 (8 AVX registers) elsewhere.
 TILE = 16 if AVX512 else 4
@@ -121,9 +133,7 @@ def _add_rows(vectors: int):
     return add_rows
 
 
-add_rows_tile, add_rows_8, add_rows_4, add_rows_2, add_rows_1 = (
-    _add_rows(vectors) for vectors in (TILE, 8, 4, 2, 1)
-)
+add_rows_tile, add_rows_8, add_rows_4, add_rows_2, add_rows_1 = (_add_rows(vectors) for vectors in (TILE, 8, 4, 2, 1))
 
 
 # --- lists of pieces: blocks of one unit, or rows of many drives --------------------------------------------
@@ -161,7 +171,9 @@ def list_blocks(typingctx, columns, first, count, number, value, scale, targets,
 
 
 @intrinsic
-def list_group(typingctx, group_targets, group_values, first, count, number, scale, targets, numbers, values, scales, at):
+def list_group(
+    typingctx, group_targets, group_values, first, count, number, scale, targets, numbers, values, scales, at
+):
     """Append the drives of one group, `first` to `first + count`, that all take piece `number`; see `list_blocks`."""
 
     def generate(context, builder, signature, args):
@@ -246,14 +258,10 @@ def add_scattered_avx512(typingctx, drive, at, index, i0, first, count, value, s
         def some(k, inside):
             raw = builder.load(builder.bitcast(builder.gep(index_at, [k]), narrow.as_pointer()), align=2)
             target, size = builder.zext(raw, _INTS), I32(4)
-            before = call(
-                builder, "llvm.x86.avx512.mask.gather.dps.512", VECTOR, [nothing, byte, target, inside, size]
-            )
+            before = call(builder, "llvm.x86.avx512.mask.gather.dps.512", VECTOR, [nothing, byte, target, inside, size])
             weight = _load_weights(builder, builder.gep(weight_at, [k]), LANES, scale)
             after = fma_vector(builder, weight, value, before)
-            call(
-                builder, "llvm.x86.avx512.mask.scatter.dps.512", ir.VoidType(), [byte, inside, target, after, size]
-            )
+            call(builder, "llvm.x86.avx512.mask.scatter.dps.512", ir.VoidType(), [byte, inside, target, after, size])
 
         whole, rest = builder.ashr(args[5], I64(4)), builder.and_(args[5], I64(LANES - 1))
         everything = ir.Constant(ir.VectorType(I1, LANES), [1] * LANES)
@@ -343,9 +351,7 @@ def _multiply(rows: int, vectors: int):
             scale = _scale_of(context, builder, kinds[6], args[6], args[7], unit)
             weight = [_load_weights(builder, _lane(builder, row, i), LANES, scale) for i in range(vectors)]
             value = [splat(builder, builder.load(builder.gep(x_row, [unit]))) for x_row in x_rows]
-            after = [
-                fma_vector(builder, weight[i], value[b], total) for (b, i), total in zip(tile, sums, strict=True)
-            ]
+            after = [fma_vector(builder, weight[i], value[b], total) for (b, i), total in zip(tile, sums, strict=True)]
             following = builder.add(k, I64(1))
             k.add_incoming(following, loop)
             for phi, total in zip(sums, after, strict=True):

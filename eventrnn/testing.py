@@ -18,13 +18,19 @@ from eventrnn.backend import State
 from eventrnn.cells import CELLS, Cell
 from eventrnn.events import Events
 from eventrnn.network import Layer, Network, Readout, Simulation, Simulator
-from eventrnn.weights import CSR, FORMATS, Weights, check_block, convert
+from eventrnn.weights import CSR, FORMATS, STORAGES, Weights, check_block, convert
 
 Size = int | SearchStrategy[int]
 
 #: Blocks a weight matrix is drawn with where it is large enough: single entries, vectors, wide vectors (a path of
 #: their own in kernels), squares, oblong ones, and sizes that divide nothing.
 BLOCKS = ((1, 1), (1, 3), (3, 1), (1, 16), (1, 32), (1, 64), (2, 2), (4, 4), (3, 5), (5, 2), (7, 11), (2, 16), (16, 16))
+#: (n, m, axis) of N:M matrices: a whole matrix, 1 to 5 bits an index, groups that divide nothing, along either axis.
+GROUPS = tuple(
+    (n, m, axis)
+    for n, m in ((2, 2), (1, 2), (2, 4), (1, 8), (3, 5), (4, 16), (2, 32), (5, 7))
+    for axis in ("post", "pre")
+)
 #: The grid of dyadic values: sums of a few thousand products of two of them are exact in float32 in any order.
 DYADIC_STEP, DYADIC_LIMIT = np.float32(1 / 16), np.float32(4)
 # No cell of a network drawn here comes near it: a unit with this threshold never fires.
@@ -56,15 +62,17 @@ def weights(
     shape: tuple[int, int],
     *,
     formats: Sequence[str] = tuple(FORMATS),
+    storages: Sequence[str] = STORAGES,
     gain: float = 1.0,
     dyadic: bool = False,
 ) -> Weights:
-    """A (n_pre, n_post) matrix in any format: any block, pruned in blocks or singly, rows or everything zero.
+    """A (n_pre, n_post) matrix in any format and storage: any block or N:M, pruned besides, rows or everything zero.
 
-    Values are normal with deviation `gain / sqrt(n_pre)`, or, with `dyadic`, multiples of 1/16 up to 4. Formats
-    store some zeros too, as they may.
+    Values are normal with deviation `gain / sqrt(n_pre)`, or, with `dyadic`, multiples of 1/16 up to 4, which int8
+    cannot hold: it is left out then. Formats store some zeros too, as they may.
     """
     name = draw(st.sampled_from(tuple(formats)))
+    storage = draw(_storages(storages, dyadic))
     # The first is what a failure shrinks to: a whole matrix of single weights.
     block = draw(st.sampled_from([b for b in BLOCKS if b[0] <= shape[0] and b[1] <= shape[1]]))
     mask = draw(masks(shape, block))
@@ -75,11 +83,14 @@ def weights(
         values[rng.random(shape) < 0.2] = 0
     # A product, so that half of the pruned weights are -0.
     dense = values * mask
+    if name == "nm":
+        nm = draw(st.sampled_from(GROUPS))
+        return convert(dense * _some_of_each(rng, shape, *nm), name, nm=nm, storage=storage)
     if name != "csr":
-        return convert(dense, name, block=block if name == "block" else None)
+        return convert(dense, name, block=block if name == "block" else None, storage=storage)
     rows, columns = np.nonzero(mask)
     indptr = np.concatenate([[0], np.cumsum(mask.sum(axis=1))]).astype(np.int64)
-    return CSR(indptr, columns.astype(np.int32), values[rows, columns], shape)
+    return CSR(indptr, columns.astype(np.int32), values[rows, columns], shape).stored_as(storage)
 
 
 @st.composite
@@ -89,14 +100,15 @@ def _layers(
     units: int,
     *,
     formats: Sequence[str] = tuple(FORMATS),
+    storages: Sequence[str] = STORAGES,
     variants: Sequence[str] = CELLS["egru"],
     dyadic: bool = False,
 ) -> Layer:
     """A layer whose units take part: thresholds zero, equal or varied, some units silent for good."""
     cell = Cell(variant=draw(st.sampled_from(tuple(variants))))
     rows = cell.gates * units
-    w_in = draw(weights((inputs, rows), formats=formats, gain=2.0, dyadic=dyadic))
-    w_rec = draw(weights((units, rows), formats=formats, gain=2.0, dyadic=dyadic))
+    options = {"formats": formats, "storages": storages, "gain": 2.0, "dyadic": dyadic}
+    w_in, w_rec = draw(weights((inputs, rows), **options)), draw(weights((units, rows), **options))
     kind = draw(st.sampled_from(("varied", "equal", "zero")))
     rng = _rng(draw)
     thresholds = {
@@ -120,6 +132,7 @@ def networks(
     draw: DrawFn,
     *,
     formats: Sequence[str] = tuple(FORMATS),
+    storages: Sequence[str] = STORAGES,
     variants: Sequence[str] = CELLS["egru"],
     max_units: int = 24,
     max_inputs: int = 12,
@@ -133,12 +146,13 @@ def networks(
 
     Parameters
     ----------
-    formats, variants : to draw each matrix's format and each layer's variant from
+    formats, storages : to draw each matrix's format and storage from
+    variants          : to draw each layer's variant from
     max_units         : most units of a layer, and most symbols and outputs
     max_inputs        : most inputs (or embedding size) of layer 0
     layers            : how many
     embedding, readout, tied : with, without, or (None) either; tied needs the other two
-    dyadic            : weights, biases and thresholds on a grid of 1/16
+    dyadic            : weights, biases and thresholds on a grid of 1/16; int8 weights are left out
     """
     if tied and (embedding is False or readout is False):
         raise ValueError("networks: tied needs an embedding and a read-out; leave them out or pass True")
@@ -150,7 +164,7 @@ def networks(
     first = sizes[-1] if is_tied else draw(st.integers(1, max_inputs))
     widths = [first, *sizes]
     stack = tuple(
-        draw(_layers(a, b, formats=formats, variants=variants, dyadic=dyadic))
+        draw(_layers(a, b, formats=formats, storages=storages, variants=variants, dyadic=dyadic))
         for a, b in zip(widths[:-1], widths[1:], strict=True)
     )
     symbols, outputs = draw(size), draw(size)
@@ -163,10 +177,14 @@ def networks(
     if is_tied and table is not None:
         name = draw(st.sampled_from(tuple(formats)))
         block = (min(2, first), min(3, symbols)) if name == "block" else None
-        transposed = convert(np.ascontiguousarray(table.T), name, block=block)
+        # The embedding is full: nothing less than every place of a group holds its transpose.
+        nm = (2, 2, draw(st.sampled_from(("post", "pre")))) if name == "nm" else None
+        storage = draw(_storages(storages, dyadic))
+        transposed = convert(np.ascontiguousarray(table.T), name, block=block, nm=nm, storage=storage)
+        table = np.ascontiguousarray(transposed.to_dense().T)
         top = Readout(transposed, _normal(rng, symbols, 0.3, dyadic), tied=True)
     elif has_readout:
-        drawn = draw(weights((sizes[-1], outputs), formats=formats, dyadic=dyadic))
+        drawn = draw(weights((sizes[-1], outputs), formats=formats, storages=storages, dyadic=dyadic))
         top = Readout(drawn, _normal(rng, outputs, 0.3, dyadic))
     return Network(stack, table, top)
 
@@ -206,6 +224,22 @@ def states(draw: DrawFn, network: Network, batch: int) -> State:
     cells = tuple(_normal(rng, shape, 0.7, False) for shape in shapes)
     outputs = tuple(np.where(rng.random(s) < 0.4, np.abs(_normal(rng, s, 0.7, False)), np.float32(0)) for s in shapes)
     return State(cells, outputs)
+
+
+def _storages(storages: Sequence[str], dyadic: bool) -> SearchStrategy[str]:
+    """The first is what a failure shrinks to."""
+    left = tuple(name for name in storages if not (dyadic and name == "int8"))
+    if not left:
+        raise ValueError(f"storages: got {tuple(storages)} with dyadic={dyadic}; int8 weights lie on no grid of 1/16")
+    return st.sampled_from(left)
+
+
+def _some_of_each(rng: np.random.Generator, shape: tuple[int, int], n: int, m: int, axis: str) -> np.ndarray:
+    """Any n of each m places along the axis, fewer where a group is short; bool array of `shape`."""
+    length, lines = shape[::-1] if axis == "post" else shape
+    order = rng.random((lines, -(-length // m), m)).argsort(axis=2)
+    kept = (order < n).reshape(lines, -1)[:, :length]
+    return kept if axis == "post" else kept.T
 
 
 def _rng(draw: DrawFn) -> np.random.Generator:

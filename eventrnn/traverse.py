@@ -11,23 +11,55 @@ import numpy as np
 from eventrnn import cells
 from eventrnn.jit import compiled
 from eventrnn.packing import (
-    BFLOAT16, BLOCK_COLUMNS, BLOCKS, FLOAT32, HIGH, INDEX, KIND, LOW, MASKED, PITCH, POINTERS, ROW_TILE, ROW_TILES,
-    ROWS, SCALES, SCATTER, STORAGE, VALUES, WIDTH,
-)  # fmt: skip
+    BFLOAT16,
+    BLOCK_COLUMNS,
+    BLOCKS,
+    EVERY_FROM,
+    FLOAT32,
+    HIGH,
+    INDEX,
+    KIND,
+    LOW,
+    MASKED,
+    PITCH,
+    POINTERS,
+    ROW_TILE,
+    ROW_TILES,
+    ROWS,
+    SCALES,
+    SCATTER,
+    STORAGE,
+    VALUES,
+    WIDTH,
+)
 from eventrnn.rows import (
-    MULTIPLY_ROWS, MULTIPLY_VECTORS, TILE,
-    add_listed_4, add_listed_8, add_listed_16, add_listed_32, add_listed_64, add_masked_avx512,
-    add_rows_1, add_rows_2, add_rows_4, add_rows_8, add_rows_tile, add_scattered_avx512,
-    list_blocks, list_group, multiply_edge, multiply_row, multiply_tile,
-)  # fmt: skip
+    MULTIPLY_ROWS,
+    MULTIPLY_VECTORS,
+    TILE,
+    add_listed_4,
+    add_listed_8,
+    add_listed_16,
+    add_listed_32,
+    add_listed_64,
+    add_masked_avx512,
+    add_rows_1,
+    add_rows_2,
+    add_rows_4,
+    add_rows_8,
+    add_rows_tile,
+    add_scattered_avx512,
+    list_blocks,
+    list_group,
+    multiply_edge,
+    multiply_row,
+    multiply_tile,
+)
 from eventrnn.simd import AVX512, LANES, bits, decoded, load, lowest_bit, store
 
 # A list is worked off when it has so many pieces; small, so that it leaves the L1 cache to the drives.
 LISTED_PIECES = 64
 # Units of a pass of `_multiply`: a tile's weights of so many stay in the L1 cache while the drives go by.
 MULTIPLY_UNITS = 128
-# From this share of active units on, every unit is walked. Zeros add nothing, at a fifth of an event's price.
-MULTIPLY_FROM = 0.3
 
 
 @compiled
@@ -174,8 +206,8 @@ def propagate_all(
     Row k's events are `segments` lists from slot + k * segments on. Windows for many drives take the events grouped by
     unit, so that a weight is read once for all drives; or, where most units are active, walk every unit.
 
-    Scratch, all lists with a vector to spare: `starts` (n_pre + 2); `groups`, int32, and `grouped`, float32, (2, events);
-    `lists`, int32, and `amounts`, float32, (2, pieces); `x` (rows, n_pre); `tile` (rows, ROW_TILE).
+    Scratch, all lists with a vector to spare: `starts` (n_pre + 2); `groups`, int32, and `grouped`, float32,
+    (2, events); `lists`, int32, and `amounts`, float32, (2, pieces); `x` (rows, n_pre); `tile` (rows, ROW_TILE).
     """
     together, every = False, False
     for w in range(first_window, last_window):
@@ -184,7 +216,7 @@ def propagate_all(
         events = 0
         for q in range(slot, slot + rows * segments):
             events += counts[q]
-        every = windows[first_window, KIND] == ROW_TILES and events >= MULTIPLY_FROM * rows * n_pre
+        every = windows[first_window, KIND] == ROW_TILES and events >= windows[first_window, EVERY_FROM] * rows
         if every:
             _spread(n_pre, ids, sent, firsts, counts, slot, segments, rows, x)
         else:
@@ -344,9 +376,7 @@ def _multiply(matrix, weights, scales, n_pre, x, rows, tile):
 
 
 @compiled
-def _add_block_column(
-    matrix, weights, scales, index, first, last, starts, groups, grouped, lists, amounts, tile
-):
+def _add_block_column(matrix, weights, scales, index, first, last, starts, groups, grouped, lists, amounts, tile):
     """Each block of a column goes to all drives that its unit sends to."""
     i0, s0, listed = matrix[INDEX], matrix[SCALES], 0
     for k in range(first, last):
@@ -386,7 +416,7 @@ def read_rows(matrix, values, index, pointers, indptr, ids, start, stop):
         return bits(total > cells.ZERO) + checksum
     for e in range(indptr[start], indptr[stop]):
         j = ids[e]
-        if kind == ROWS or kind == ROW_TILES:
+        if kind in (ROWS, ROW_TILES):
             first, last = j * matrix[PITCH], j * matrix[PITCH] + matrix[WIDTH]
         elif kind == BLOCKS:
             first = pointers[p0 + 3 * j + 2] * matrix[WIDTH]

@@ -1,56 +1,239 @@
-"""Time the cases of the README and append a line each to results/cpu_inference.jsonl.
+"""Time the cases of the acceptance table, of the README and of the speed-up map; append a line each to results/.
 
-    python experiments/bench.py
+    python experiments/bench.py                    # acceptance and README cases
+    python experiments/bench.py --grid             # activity x sparsity x batch, for the speed-up map
+    python experiments/bench.py --only "batch 20"  # the cases whose name has these words
+    python experiments/bench.py --table            # what is there, against what was asked; measures nothing
 
-A line holds everything that `eventrnn bench inference --json` prints, with the commit and the time. Needs torch.
+A line holds everything that `eventrnn bench inference --json` prints, with the commit and the time, and is written as
+soon as it is measured. A case that has one for this commit of the package and this device is skipped, so a run can be
+stopped and taken up again. Needs torch, for some cases sparse_dot_mkl; a case that cannot be is named in the table.
 """
 
 import json
 import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from eventrnn import bench
+from eventrnn.terminal import as_line
 
+ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "cpu_inference.jsonl"
 
-CASES = [
-    {},
-    {"against": "torch-step"},
-    {"threads": 2},
-    {"block": (1, 16)},
-    {"sparsity": 0.95, "activity": 0.05},
-    {"format": "csr", "block": None},
-    {"format": "dense", "block": None, "sparsity": 0.0},
-    {"format": "dense", "block": None, "sparsity": 0.0, "threads": 2},
-    {"format": "dense", "block": None, "sparsity": 0.0, "activity": 0.5},
-    {"batch": 20},
-    {"format": "dense", "block": None, "sparsity": 0.0, "batch": 20},
-    {"variant": "paper"},
-]
+# Better wider than the terminal than cells of one letter.
+TABLE_WIDTH = 170
+DENSE = {"format": "dense"}
+SPARSE_LIBRARIES, BLAS = "scipy,torch-csr,mkl", "numpy,torch-mm"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A case, what it should reach, and what would be better still.
+
+    at_least, aim : of `figure` in the measured line; None where a case is only measured
+    """
+
+    name: str
+    case: dict = field(hash=False)
+    at_least: float | None = None
+    aim: float | None = None
+    figure: str = "speedup"
+
+
+def acceptance() -> list[Row]:
+    """Ratios that the CPU engine is held to: one layer or one product of 1350 units, 10 % active unless said."""
+    rows = []
+    for threads, layer, aims, blocks, block_aim in ((1, 5.5, None, 40, 60), (2, 7, None, 50, 70)):
+        case = DENSE | {"threads": threads}
+        label = f"{threads} thread{'s' * (threads > 1)}"
+        rows += [
+            Row(f"layer, dense, {label}", case, layer, aims),
+            Row(f"layer, dense, {label}: share of the probe", case, 0.85, 0.92, "bandwidth_fraction"),
+            Row(f"layer, dense, step by step, {label}", case | {"against": "torch-step"}, 12, 15),
+            Row(f"layer, 90 % of 1x64, {label}", {"threads": threads}, blocks, block_aim),
+        ]
+    rows += [
+        Row("layer, 90 % of 1x16", {"block": (1, 16)}, 28, 45),
+        Row("layer, 95 % of 1x64, 5 %", {"sparsity": 0.95, "activity": 0.05}, 90, 150),
+        *(
+            Row(f"layer, 90 % of 1x64, {hidden} units", {"hidden": hidden}, least)
+            for hidden, least in ((512, 30), (2048, 35), (4096, 55))
+        ),
+        *(
+            Row(f"product, 90 % of {r}x{c}", {"block": (r, c), "against": SPARSE_LIBRARIES}, 25, 40)
+            for r, c in ((1, 64), (16, 16), (32, 32))
+        ),
+        Row("product, 90 % of single weights", {"format": "csr", "against": SPARSE_LIBRARIES}, 4.5, 8),
+        Row("product, dense bfloat16 against float32", DENSE | {"dtype": "bfloat16", "against": "float32"}, 2, 2.3),
+    ]
+    for batch, dense, dense_aim, blocks, active in ((20, 2.5, 4, 11, 0.7), (80, 3, 5, 9, 0.7)):
+        for threads in (1, 2):
+            case = {"batch": batch, "threads": threads, "against": BLAS}
+            label = f"batch {batch}, {threads} thread{'s' * (threads > 1)}"
+            rows += [
+                Row(f"product, dense, {label}", DENSE | case, dense, dense_aim),
+                Row(f"product, 90 % of 1x64, {label}", case, blocks, 20),
+                Row(f"product, dense, all active, {label}", DENSE | case | {"activity": 1.0}, active, 0.9),
+            ]
+    return rows
+
+
+def readme() -> list[Row]:
+    """What the README quotes beyond that."""
+    return [
+        Row("README: 90 % of 1x64, step by step", {"against": "torch-step"}),
+        Row("README: 90 % of single weights", {"format": "csr"}),
+        Row("README: dense, half active", DENSE | {"activity": 0.5}),
+        Row("README: 90 % of 1x64, batch 20", {"batch": 20}),
+        Row("README: dense, batch 20", DENSE | {"batch": 20}),
+        Row("README: 90 % of 1x64, paper", {"variant": "paper"}),
+        Row("README: dense bfloat16", DENSE | {"dtype": "bfloat16"}),
+        Row("README: dense int8", DENSE | {"dtype": "int8"}),
+        Row("README: 2:4", {"format": "nm", "nm": (2, 4, "post")}),
+    ]
+
+
+ACTIVITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+SPARSITIES = (0.0, 0.5, 0.8, 0.9, 0.95)
+BATCHES = (1, 20, 80)
+# Fewer than elsewhere, which is how plots.py tells them apart.
+GRID_REPEATS = 7
+
+
+def grid() -> list[Row]:
+    """The speed-up map: a layer against nn.GRU; dense where nothing is pruned, else blocks of 1x64."""
+    return [
+        Row(
+            f"grid: batch {batch}, sparsity {sparsity:g}, activity {activity:g}",
+            (DENSE if sparsity == 0 else {"sparsity": sparsity})
+            | {"activity": activity, "batch": batch, "steps": 200 if batch == 1 else 64, "repeats": GRID_REPEATS},
+        )
+        for batch in BATCHES
+        for sparsity in SPARSITIES
+        for activity in ACTIVITIES
+    ]
 
 
 def commit() -> str:
-    """The commit of the working tree, with a mark where files differ from it."""
+    """The last commit that changed the package, with a mark where files differ from it: results may be committed."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
 
-    return git("rev-parse", "--short", "HEAD") + ("-changed" if git("status", "--porcelain", "eventrnn") else "")
+    return git("log", "-1", "--format=%h", "--", "eventrnn") + (
+        "-changed" if git("status", "--porcelain", "eventrnn") else ""
+    )
 
 
-def main() -> None:
-    """Run every case; a case that fails stops the rest, so that no table is half old."""
-    RESULTS.parent.mkdir(exist_ok=True)
-    at, lines = commit(), []
-    for case in CASES:
-        line = {"commit": at, "time": datetime.now(UTC).isoformat(timespec="seconds")} | bench.inference(**case)
-        lines.append(json.dumps(line))
-        ratio = f"{line['speedup']:.1f} x {line['against']}"
-        print(f"{case}: {line['us_per_step']:.1f} us, {line['against_us_per_step']:.1f} us, {ratio}", flush=True)
-    with RESULTS.open("a") as file:
-        file.writelines(line + "\n" for line in lines)
+def measured(lines: Iterable[dict], at: str, device: str) -> list[dict]:
+    """The lines of that commit and device. A changed tree has none: it may have changed since."""
+    return (
+        [] if at.endswith("-changed") else [line for line in lines if (line["commit"], line["device"]) == (at, device)]
+    )
+
+
+def line_of(row: Row, lines: list[dict]) -> dict | None:
+    """The latest line that measured the row's case."""
+    asked = bench.Case(**row.case).record()
+    return next((line for line in reversed(lines) if all(k in line and line[k] == v for k, v in asked.items())), None)
+
+
+def impossible(rows: list[Row]) -> dict[str, str]:
+    """Rows whose case the package refuses, and why."""
+    found = {}
+    for row in rows:
+        try:
+            bench.Case(**row.case)
+        except ValueError as error:
+            found[row.name] = str(error)
+    return found
+
+
+def read(path: Path) -> list[dict]:
+    """Every line of a results file, none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def verdict(row: Row, line: dict) -> str:
+    """pass, short (and by how much), or nothing where nothing is asked."""
+    if row.at_least is None:
+        return ""
+    value = line[row.figure]
+    return "pass" if value >= row.at_least else f"short by {1 - value / row.at_least:.0%}"
+
+
+def table(rows: list[Row], lines: list[dict], refused: dict[str, str]) -> Table:
+    """What was measured against what was asked."""
+    columns = ("case", "µs", "rival µs", "fastest rival", "figure", "at least", "aim", "", "probe", "ops", "bytes")
+    shown = Table(*columns, title="per step; probe: our share of its rate; ops: executed")
+    for row in rows:
+        line = None if row.name in refused else line_of(row, lines)
+        if line is None:
+            shown.add_row(row.name, *[""] * 6, refused.get(row.name, "not measured"))
+            continue
+        rival = line["against_us_per_step"]
+        shown.add_row(
+            row.name,
+            f"{line['us_per_step']:,.1f}",
+            "" if rival is None else f"{rival:,.1f}",
+            line["against_variant"],
+            f"{line[row.figure]:.2f}",
+            "" if row.at_least is None else f"{row.at_least:g}",
+            "" if row.aim is None else f"{row.aim:g}",
+            verdict(row, line),
+            f"{line['bandwidth_fraction']:.0%}",
+            f"{line['executed_per_step']:,.0f}",
+            f"{line['bytes_per_step']:,.0f}",
+        )
+    return shown
+
+
+def main(
+    only: Annotated[str, typer.Option(help="Cases whose name has these words.")] = "",
+    with_grid: Annotated[bool, typer.Option("--grid", help="The speed-up map's cases too.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Repeat what this commit and device have.")] = False,
+    table_only: Annotated[bool, typer.Option("--table", help="Measure nothing.")] = False,
+    results: Annotated[Path, typer.Option(help="Lines are appended here.")] = RESULTS,
+) -> None:
+    """Measure what is missing, then show everything asked for. Exit code 1 where a case could not be measured."""
+    rows = [row for row in acceptance() + readme() + (grid() if with_grid else []) if only in row.name]
+    console, at, device = Console(width=max(TABLE_WIDTH, Console().width)), commit(), bench.device()
+    refused = impossible(rows)
+    if table_only:
+        console.print(table(rows, measured(read(results), at, device), refused))
+        return
+    lines = [] if again else measured(read(results), at, device)
+    results.parent.mkdir(exist_ok=True)
+    bars = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        console=Console(stderr=True),
+    )  # fmt: skip
+    with bars:
+        task = bars.add_task("", total=len(rows) - len(refused))
+        for row in (row for row in rows if row.name not in refused):
+            bars.update(task, description=row.name)
+            try:
+                if line_of(row, lines) is None:
+                    line = {"commit": at, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+                    lines.append(line | bench.inference(**row.case))
+                    with results.open("a") as file:
+                        file.write(as_line(lines[-1]) + "\n")
+            except (ValueError, RuntimeError, MemoryError) as error:
+                refused[row.name] = str(error)
+                bars.console.print(f"{row.name}: {error}")
+            bars.advance(task)
+    console.print(table(rows, lines, refused))
+    raise typer.Exit(1 if refused else 0)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
 import tolerance
 
 from eventrnn import reference
+from eventrnn.weights import NM
 
 
 @dataclass
@@ -37,6 +39,24 @@ class Counted:
 def counted(array: np.ndarray, tally: Tally) -> np.ndarray:
     """The array as an object array of counting numbers."""
     return np.frompyfunc(lambda value: Counted(float(value), tally), 1, 1)(array)
+
+
+def nm_places(weights: NM) -> list[tuple[int, int]]:
+    """(unit, output) of every stored weight of an N:M matrix, read off its stream of codes bit by bit."""
+    n_pre, n_post = weights.shape
+    post = weights.axis == "post"
+    length, lines = (n_post, n_pre) if post else (n_pre, n_post)
+    starts = range(0, length, weights.m)
+    walk = (
+        [(g, line) for line in range(lines) for g in starts] if post else [(g, k) for g in starts for k in range(lines)]
+    )
+    stream = sum(int(byte) << 8 * k for k, byte in enumerate(weights.codes))
+    width, places = max(1, math.ceil(math.log2(weights.m))), []
+    for start, line in walk:
+        for _ in range(min(weights.n, length - start)):
+            place, stream = start + stream % 2**width, stream >> width
+            places.append((line, place) if post else (place, line))
+    return sorted(places)
 
 
 def count_multiplications(weights: np.ndarray, values: np.ndarray) -> tuple[int, int]:

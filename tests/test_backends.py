@@ -26,7 +26,7 @@ from eventrnn.events import Events
 from eventrnn.network import RECORDABLE, Layer, Network, Readout, Simulation, Simulator, simulate
 from eventrnn.reference import ReferenceBackend
 from eventrnn.testing import assert_equivalent, inputs, networks, states
-from eventrnn.weights import FORMATS, Weights, convert
+from eventrnn.weights import FORMATS, STORAGES, Weights, convert
 
 #: Each format alone, and all mixed within a network.
 FORMAT_SETS = [(name,) for name in FORMATS] + [tuple(FORMATS)]
@@ -304,8 +304,9 @@ def large_network(variant: str, units: int, inputs: int, seed: int) -> Network:
     return Network((layer,), None, Readout(pruned(units, 131), bias_out))
 
 
-def in_format(network: Network, name: str, block: tuple[int, int] | None = None) -> Network:
-    return network.with_matrices({key: convert(w, name, block=block) for key, w in network.matrices().items()})
+def in_format(network: Network, name: str, block: tuple[int, int] | None = None, **options) -> Network:
+    matrices = network.matrices().items()
+    return network.with_matrices({key: convert(w, name, block=block, **options) for key, w in matrices})
 
 
 LAYOUTS = [("dense", None), ("csr", None), ("block", (1, 64)), ("block", (16, 16)), ("block", (32, 32))]
@@ -334,6 +335,18 @@ def test_larger_network_in_every_format_and_split(variant):
     parts = [split.run(x[:65]), split.run(x[65:])]
     assert np.array_equal(expected.output, np.concatenate([p.output for p in parts]))
     assert np.array_equal(expected.output[:, :1], simulate(network, x[:, :1]).output)
+
+
+@pytest.mark.parametrize("storage", STORAGES[1:])
+def test_large_narrow_network_in_every_format(storage):
+    # The same weights have the same scales in every format, so that all are one dense twin.
+    network = large_network("evnn", units=301, inputs=70, seed=13)
+    x = np.random.default_rng(14).standard_normal((40, 2, 70)).astype(np.float32)
+    expected = simulate(in_format(network, "dense", storage=storage).dense(), x, record=RECORDABLE)
+    for layout in LAYOUTS:
+        assert_same(expected, simulate(in_format(network, *layout, storage=storage), x, record=RECORDABLE))
+    groups = in_format(network, "nm", nm=(32, 32, "pre"), storage=storage)
+    assert_same(expected, simulate(groups, x, threads=2, record=RECORDABLE))
 
 
 def test_threads_never_write_over_each_other():
@@ -472,5 +485,5 @@ def test_format_unknown_to_the_cpu_backend():
 
     network = Network.random([2], inputs=2, rng=np.random.default_rng(0))
     network = replace(network, layers=(replace(network.layers[0], w_rec=Diagonal()),))
-    with pytest.raises(TypeError, match="cpu backend cannot run format Diagonal; convert to dense, csr or block"):
+    with pytest.raises(TypeError, match="cpu backend cannot run format Diagonal; convert to dense, csr, block or nm"):
         Simulator(network)

@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from eventrnn import Network, bench, load, save
+from eventrnn import Dense, Network, load, save
+from eventrnn.bench import contest
 from eventrnn.cli import main
 from eventrnn.text import Vocabulary
 
@@ -97,6 +99,59 @@ def test_train_prune_run_count_info_convert(cli, tmp_path, text):
     assert np.array_equal(load(dense).layers[0].w_rec.to_dense(), load(pruned).layers[0].w_rec.to_dense())
 
 
+def _prune_2_of_4(path, out):
+    """The model with the two largest of each four weights along the outputs."""
+    network = load(path)
+    matrices = {}
+    for name, weights in network.matrices().items():
+        dense = weights.to_dense()
+        groups = dense.reshape(len(dense), -1, 4) if dense.shape[1] % 4 == 0 else dense[:, :, None]
+        rank = np.abs(groups).argsort(axis=2).argsort(axis=2)
+        matrices[name] = Dense(np.where(rank >= groups.shape[2] - 2, groups, 0).reshape(dense.shape))
+    save(network.with_matrices({k: w for k, w in matrices.items() if k != "readout"}), out)
+
+
+def test_convert_to_groups_and_narrow_storage(cli, tmp_path, model, text):
+    pruned, narrow = tmp_path / "pruned.safetensors", tmp_path / "narrow.safetensors"
+    network = load(model)
+    save(replace(network, readout=None), pruned)
+    _prune_2_of_4(pruned, pruned.with_name("groups.safetensors"))
+    groups = pruned.with_name("groups.safetensors")
+    result = _json(cli("convert", groups, "--out", narrow, "--to", "nm", "--nm", "2:4", "--storage", "int8", "--json"))
+    assert (result["format"], result["storage"]) == ("nm", "int8")
+    matrix = load(narrow).layers[0].w_rec
+    assert (matrix.name, matrix.n, matrix.m, matrix.axis, matrix.storage) == ("nm", 2, 4, "post", "int8")
+    assert "nm 24x72, int8" in _json(cli("info", narrow, "--json"))["layers.0.w_rec"]
+    # Left to itself, the storage stays, scales and all.
+    back = tmp_path / "back.safetensors"
+    assert _json(cli("convert", narrow, "--out", back, "--to", "csr", "--json"))["storage"] == "int8"
+    assert np.array_equal(load(back).layers[0].w_rec.to_dense(), matrix.to_dense())
+    result = _json(cli("convert", narrow, "--out", back, "--to", "nm", "--nm", "32:32:pre", "--force", "--json"))
+    assert load(back).layers[0].w_in.axis == "pre"
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "int8"])
+def test_run_reports_what_narrowing_did(cli, tmp_path, model, text, storage):
+    plain = _json(cli("run", model, "--text", text, "--json"))
+    told = _json(cli("run", model, "--text", text, "--storage", storage, "--json"))
+    assert told["storage"] == storage
+    assert told["bits_per_symbol_float32"] == plain["bits_per_symbol"]
+    assert told["bits_per_symbol_added"] == told["bits_per_symbol"] - plain["bits_per_symbol"] != 0
+    matrices = load(model).matrices().values()
+    assert told["weight_bytes_float32"] == sum(4 * w.stored for w in matrices)
+    expected = {
+        "bfloat16": sum(2 * w.stored for w in matrices),
+        "int8": sum(w.stored + 4 * w.shape[0] for w in matrices),
+    }
+    assert told["weight_bytes"] == expected[storage]
+    # The same as to convert first and run then; what is narrow already is not narrowed again.
+    narrow = tmp_path / "narrow.safetensors"
+    cli("convert", model, "--out", narrow, "--storage", storage)
+    assert _json(cli("run", narrow, "--text", text, "--json"))["bits_per_symbol"] == told["bits_per_symbol"]
+    code, out, err = cli("run", narrow, "--text", text, "--storage", "int8")
+    assert code == 2 and not out and f"stored as {storage} already" in err
+
+
 def test_tables_are_for_people(cli, model, text):
     for arguments in (("run", model, "--text", text), ("count", model, "--text", text), ("info", model), ("info",)):
         code, out, _ = cli(*arguments)
@@ -127,9 +182,9 @@ def clock(monkeypatch):
         def interleaved(contestants, repeats):
             for run in contestants.values():
                 run()
-            return {name: [seconds[name]] * repeats for name in contestants}
+            return {name: [seconds.get(name, seconds["against"])] * repeats for name in contestants}
 
-        monkeypatch.setattr(bench, "interleaved", interleaved)
+        monkeypatch.setattr(contest, "interleaved", interleaved)
 
     return set_to
 
@@ -147,6 +202,14 @@ def test_bench_inference(cli, clock):
     assert result["dense_per_step"] == 6 * 64 * 64
     assert 0 < result["bandwidth_fraction"] < 1
     assert result["effective_per_step"] <= result["executed_per_step"] < result["dense_per_step"]
+
+
+def test_bench_of_one_product(cli, clock):
+    clock(ours=2.0, probe=1.0, against=8.0)
+    product = ("--hidden", 64, "--steps", 8, "--against", "scipy,numpy", "--format", "csr", "--batch", 2)
+    result = _json(cli("bench", "inference", *product, "--json"))
+    assert result["measures"] == "product" and result["speedup"] == 4 and result["sparsity_asked"] == 0.9
+    assert result["dense_per_step"] == 2 * 3 * 64 * 64
 
 
 def test_a_rate_above_the_probe_is_an_error_not_a_result(cli, clock):
@@ -198,11 +261,25 @@ def test_bad_model_files(cli, tmp_path, model, text):
         (("run", "{model}", "--text", "{text}", "--threads", "0"), "threads"),
         (("run", "{model}", "--text", "{text}", "--part", "all"), "part"),
         (("convert", "{model}", "--out", "{new}", "--to", "block"), "block"),
+        (("convert", "{model}", "--out", "{new}", "--to", "nm"), "nm: got None"),
+        (("convert", "{model}", "--out", "{new}", "--nm", "2:4"), "nm: got (2, 4, 'post') for format 'dense'"),
+        (("convert", "{model}", "--out", "{new}", "--to", "nm", "--nm", "2:4"), "has 4 non-zero weights"),
+        (("convert", "{model}", "--out", "{new}", "--to", "nm", "--nm", "2of4"), "nm: got '2of4', need kept:group"),
+        (("convert", "{model}", "--out", "{new}", "--to", "nm", "--nm", "2:4:both"), "nm axis: got 'both'"),
+        (("convert", "{model}", "--out", "{new}", "--storage", "int4"), "storage: got 'int4'"),
+        (("run", "{model}", "--text", "{text}", "--storage", "float32"), "need one of bfloat16, int8"),
         (("convert", "{text}.npz", "--out", "{new}"), "no file"),
         (("bench", "inference", "--activity", "0"), "activity"),
         (("bench", "inference", "--format", "dense", "--sparsity", "0.5"), "sparsity"),
         (("bench", "inference", "--against", "nobody"), "against"),
         (("bench", "inference", "--backend", "cuda"), "backend"),
+        (("bench", "inference", "--against", "torch,scipy"), "one kind at a time"),
+        (("bench", "inference", "--dtype", "float8"), "dtype"),
+        (("bench", "inference", "--nm", "2of4"), "nm"),
+        (("bench", "inference", "--nm", "2:4:up"), "nm"),
+        (("bench", "inference", "--format", "nm", "--nm", "2:99"), "2:99"),
+        (("bench", "inference", "--nm", "2:4:pre"), "nm"),
+        (("bench", "inference", "--format", "csr", "--block", "1x8"), "takes none"),
         (("bench", "inference", "--hidden", "3000000"), ""),
         (("convert", "{cut}", "--out", "{new}"), "no .npz"),
         (("prune", "{model}", "--out", "{new}", "--text", "{text}"), "nothing is fine-tuned"),

@@ -15,18 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eventrnn import io
-from eventrnn.backend import State
 from eventrnn.cells import CELLS, SURROGATES, Cell, Surrogate
-from eventrnn.network import Network, simulate
-from eventrnn.weights import Dense, convert
-
-GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))
+from eventrnn.network import Network, Readout
+from eventrnn.weights import FORMATS, STORAGES, Dense, convert
 
 
-def converted(weights, to, rng):
+def converted(weights, to, rng, storage="float32"):
     pruned = weights.to_dense() * (rng.random(weights.shape) < 0.5)
     block = tuple(int(rng.integers(1, size + 1)) for size in weights.shape) if to == "block" else None
-    return convert(pruned.astype(np.float32), to, block=block)
+    m = int(rng.integers(2, 33))
+    nm = (m, m, str(rng.choice(["post", "pre"]))) if to == "nm" else None
+    return convert(pruned.astype(np.float32), to, block=block, nm=nm, storage=storage)
 
 
 @st.composite
@@ -49,11 +48,19 @@ def networks(draw):
         cell=Cell(variant=draw(st.sampled_from(CELLS["egru"])), surrogate=surrogate),
         metadata=draw(st.dictionaries(st.text(), st.text(), max_size=3)),
     )
-    formats = {name: draw(st.sampled_from(["dense", "csr", "block"])) for name in network.matrices()}
-    changed = {k: converted(w, formats[k], rng) for k, w in network.matrices().items() if not tied or k != "readout"}
-    if tied and formats["readout"] != "dense":
-        block = (1, 1) if formats["readout"] == "block" else None
-        changed["readout"] = convert(network.matrices()["readout"], formats["readout"], block=block)
+    formats = {name: draw(st.sampled_from(sorted(FORMATS))) for name in network.matrices()}
+    storages = {name: draw(st.sampled_from(STORAGES)) for name in network.matrices()}
+    changed = {
+        k: converted(w, formats[k], rng, storages[k])
+        for k, w in network.matrices().items()
+        if not tied or k != "readout"
+    }
+    if tied and (formats["readout"], storages["readout"]) != ("dense", "float32"):
+        options = {"block": {"block": (1, 1)}, "nm": {"nm": (3, 3, "pre")}}.get(formats["readout"], {})
+        readout = network.matrices()["readout"].stored_as(storages["readout"])
+        network = replace(network, readout=None, embedding=np.ascontiguousarray(readout.to_dense().T))
+        weights = convert(readout, formats["readout"], **options)
+        network = replace(network, readout=Readout(weights, np.zeros(symbols, np.float32), tied=True))
     return network.with_matrices(changed)
 
 
@@ -64,7 +71,7 @@ def contents(network):
         return None if array is None else (array.dtype.str, array.shape, array.tobytes())
 
     def matrix(w):
-        return w.name, w.shape, getattr(w, "block", None), {key: bits(array) for key, array in w.arrays().items()}
+        return w.name, w.shape, w.options(), {key: bits(array) for key, array in w.arrays().items()}
 
     return (
         {name: matrix(w) for name, w in network.matrices().items()},
@@ -216,18 +223,67 @@ def test_a_bit_flipped_in_the_weights_is_named_as_damage(path):
         io.load(path)
 
 
-def crafted(path, change, version=io.VERSION):
+def crafted(path, change, version=io.VERSION, network=None):
     """A file with a right checksum and a wrong content."""
-    tensors, description = io._to_tensors(small_network())
+    tensors, description = io._to_tensors(network or small_network())
     tensors = {name: array.copy() for name, array in tensors.items()}
     change(tensors, description)
     path.write_bytes(io._encode(tensors, description, version=version))
 
 
 def test_a_newer_version(path):
-    crafted(path, lambda tensors, description: None, version=2)
-    with pytest.raises(io.ModelFileError, match="format version 2; this eventrnn reads version 1"):
+    crafted(path, lambda tensors, description: None, version=3)
+    with pytest.raises(io.ModelFileError, match="format version 3; this eventrnn reads versions 1 and 2: update"):
         io.load(path)
+
+
+def test_a_file_of_version_1_is_read(path):
+    # Written by the release that knew no other; the format has no word for N:M and narrow values.
+    old = Path(__file__).parent / "golden" / "model_v1.eventrnn"
+    assert b'"version":"1"' in old.read_bytes()
+    network, tensors = io.load(old), safetensors.numpy.load(old.read_bytes())
+    for name, weights in network.matrices().items():
+        assert weights.storage == "float32"
+        for key, array in weights.arrays().items():
+            if name != "readout":
+                assert np.array_equal(array, tensors[f"{name}.{key}"])
+    assert {weights.name for weights in network.matrices().values()} == {"dense", "csr", "block"}
+    assert network.readout.tied and np.array_equal(network.readout.weights.values, tensors["embedding"].T)
+    assert network.metadata == {"text": "ab\n\x1f\u00e9"}
+    io.save(network, path)
+    assert contents(io.load(path)) == contents(network)
+
+
+def narrow_network():
+    network = small_network()
+    first, second = network.layers
+    return network.with_matrices(
+        {
+            "layers.0.w_in": convert(first.w_in.to_dense(), "nm", nm=(4, 4, "pre"), storage="bfloat16"),
+            "layers.0.w_rec": first.w_rec.stored_as("int8"),
+            "layers.1.w_rec": second.w_rec.stored_as("int8"),
+        }
+    )
+
+
+def test_narrow_weights_make_a_smaller_file_of_their_own_types(path):
+    io.save(narrow_network(), path)
+    tensors = safetensors.numpy.load_file(path)
+    assert tensors["layers.0.w_in.values"].dtype == np.uint16 and tensors["layers.0.w_in.codes"].dtype == np.uint8
+    assert tensors["layers.1.w_rec.values"].dtype == np.int8 and tensors["layers.1.w_rec.scales"].dtype == np.float32
+    assert "layers.1.w_in.scales" not in tensors
+    assert contents(io.load(path)) == contents(narrow_network())
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_an_empty_tied_readout_keeps_its_storage(path, storage):
+    # Nothing to compare with the embedding but the type.
+    network = Network.random([3], inputs=2, rng=np.random.default_rng(0))
+    readout = convert(np.zeros((3, 0), np.float32), "dense", storage=storage)
+    layer = replace(network.layers[0], w_in=Dense(np.zeros((3, 9), np.float32)))
+    top = Readout(readout, np.zeros(0, np.float32), tied=True)
+    io.save(Network((layer,), np.zeros((0, 3), np.float32), top), path)
+    assert io.load(path).readout.weights.storage == storage
 
 
 @pytest.mark.parametrize("name", ["layers.0.w_rec.values", "layers.1.threshold", "readout.bias", "embedding"])
@@ -276,6 +332,27 @@ def describe(change):
 )
 def test_contents_that_are_no_network(path, change, message):
     crafted(path, change)
+    with pytest.raises(io.ModelFileError, match=message):
+        io.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (edit("layers.0.w_rec.scales", lambda a: -a), r"weight scale: got -.* for unit 0, need > 0"),
+        (edit("layers.0.w_rec.scales", lambda a: a[:-1]), r"float32 of shape \(3,\), need float32 of shape \(4,\)"),
+        (edit("layers.0.w_rec.scales", None), "lacks 'layers.0.w_rec.scales'"),
+        (edit("layers.0.w_rec.values", lambda a: a.view(np.uint8)), "weight values: got uint8 with 2 dimensions"),
+        (edit("layers.0.w_in.values", lambda a: a | 0x7F80), r"weight: got (nan|inf|-inf) at position \(0,\)"),
+        (edit("layers.0.w_in.codes", np.invert), "index|ascending|set bits"),
+        (edit("layers.0.w_in.codes", lambda a: a[1:]), "bytes of codes for 4:4 along pre of 3x12"),
+        (describe(lambda d: d["matrices"]["layers.0.w_in"].update(n=5)), "nm: got 5:4"),
+        (describe(lambda d: d["matrices"]["layers.0.w_in"].update(axis="up")), "nm axis: got 'up'"),
+        (describe(lambda d: d["matrices"]["layers.0.w_in"].pop("m")), "holds no valid network"),
+    ],
+)
+def test_narrow_contents_that_are_no_network(path, change, message):
+    crafted(path, change, network=narrow_network())
     with pytest.raises(io.ModelFileError, match=message):
         io.load(path)
 
@@ -391,98 +468,3 @@ def test_an_unwritable_folder(tmp_path, monkeypatch):
         io.save(small_network(), tmp_path / "model.safetensors")
     tmp_path.chmod(0o700)
     assert not list(tmp_path.iterdir())
-
-
-# --- EvNN ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=GOLDEN, ids=lambda file: file.stem)
-def recorded(request):
-    with np.load(request.param) as arrays:
-        return dict(arrays)
-
-
-def test_evnn_parameters_arrive_where_they_belong(recorded):
-    layer = io.from_evnn(recorded)
-    for here, there in (
-        (layer.w_in.values, "kernel"),
-        (layer.w_rec.values, "recurrent_kernel"),
-        (layer.bias_in, "bias"),
-        (layer.bias_rec, "recurrent_bias"),
-        (layer.threshold, "threshold"),
-    ):
-        assert np.array_equal(here, recorded[there].astype(np.float32))
-    rule = layer.cell.surrogate
-    assert (rule.kind, rule.dampening, rule.support) == ("triangle", recorded["gamma"], recorded["support"])
-    assert layer.cell.variant == "evnn"
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_an_imported_layer_fires_as_the_published_code_did(recorded, backend):
-    assert np.array_equal(events_of(io.from_evnn(recorded), recorded, backend), recorded["o"])
-
-
-def test_the_recorded_events_notice_swapped_gates(recorded):
-    def swapped(array):
-        z, r, g = np.split(array, 3, axis=-1)
-        return np.concatenate([r, z, g], axis=-1)
-
-    wrong = recorded | {k: swapped(recorded[k]) for k in ("kernel", "recurrent_kernel", "bias", "recurrent_bias")}
-    assert not np.array_equal(events_of(io.from_evnn(wrong), recorded, "cpu"), recorded["o"])
-
-
-def events_of(layer, recorded, backend):
-    y0 = recorded["y0"].astype(np.float32)
-    run = simulate(
-        Network((layer,)),
-        recorded["x"],
-        state=State((np.zeros_like(y0),), (y0,)),
-        backend=backend,
-        record="events",
-    )
-    return run.events[0].to_dense() != 0
-
-
-def test_to_evnn_and_back(recorded):
-    layer = io.from_evnn(recorded)
-    exported = io.to_evnn(layer)
-    assert exported["dampening_factor"].shape == exported["pseudo_derivative_support"].shape == (1,)
-    again = io.from_evnn(exported)
-    assert io.to_evnn(again).keys() == exported.keys()
-    for name, array in io.to_evnn(again).items():
-        assert array.dtype == np.float32 and np.array_equal(array, exported[name]), name
-
-
-def test_to_evnn_refuses_what_evnn_has_not():
-    rng = np.random.default_rng(0)
-    for cell in (Cell(variant="paper"), Cell(surrogate=Surrogate("gaussian"))):
-        with pytest.raises(ValueError, match="EvNN has 'evnn' with 'triangle'"):
-            io.to_evnn(Network.random([3], rng=rng, inputs=2, cell=cell).layers[0])
-
-
-def test_from_evnn_takes_threshold_and_surrogate_apart():
-    arrays = {
-        "kernel": np.zeros((2, 9)),
-        "recurrent_kernel": np.zeros((3, 9)),
-        "bias": np.zeros(9),
-        "recurrent_bias": np.zeros(9),
-    }
-    layer = io.from_evnn(arrays, threshold=0.25, dampening=0.5, support=2.0)
-    assert layer.threshold.tolist() == [0.25] * 3
-    assert (layer.cell.surrogate.dampening, layer.cell.surrogate.support) == (0.5, 2.0)
-    assert io.from_evnn(arrays, threshold=[0.1, 0.2, 0.3]).cell.surrogate == Surrogate()
-    for change, message in (
-        ({"kernel": np.zeros((2, 6))}, r"kernel: got shape \(2, 6\), need \(2, 9\)"),
-        ({"kernel": np.zeros(9)}, r"kernel: got shape \(9,\)"),
-        ({"recurrent_kernel": np.zeros((4, 9))}, r"recurrent_kernel: got shape \(4, 9\), need \(4, 12\)"),
-        ({"recurrent_kernel": np.float64(1)}, r"recurrent_kernel: got shape \(\)"),
-        ({"bias": np.zeros(3)}, r"bias: got shape \(3,\), need \(9,\)"),
-        ({"recurrent_bias": np.full(9, np.nan)}, "recurrent_bias: got nan at position"),
-        ({"kernel": np.full((2, 9), 1e300)}, "kernel: got inf at position"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            io.from_evnn(arrays | change, threshold=0.25)
-    with pytest.raises(ValueError, match="threshold: got shape"):
-        io.from_evnn(arrays, threshold=[0.1, 0.2])
-    with pytest.raises(ValueError, match="arrays: no thr or threshold among bias, kernel"):
-        io.from_evnn(arrays)

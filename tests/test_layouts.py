@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_backends import assert_same, cases
 
-from eventrnn import cpu, packing
+from eventrnn import cpu, packing, plan
 from eventrnn.network import Network, simulate
 
 
@@ -19,16 +19,16 @@ def _simulated(case, **options):
 @given(cases(), st.integers(1, 3))
 def test_layouts_for_many_drives_give_the_specification_s_bits(case, threads):
     """Narrow windows of dense rows and blocks by column, whatever the number of rows and the width of a block."""
-    with patch.multiple(cpu, SHARED_ROWS=1, SHARED_BLOCKS=1, SHARED_WIDTH=1, ROW_TILE=16):
+    with patch.multiple(plan, SHARED_ROWS=1, SHARED_BLOCKS=1, SHARED_WIDTH=1):
         forced = _simulated(case, threads=threads)
     assert_same(forced, _simulated(case, backend="reference"))
 
 
 @given(cases(formats=("block",)))
 def test_blocks_by_column_are_really_walked(case):
-    with patch.multiple(cpu, SHARED_ROWS=1, SHARED_BLOCKS=1, SHARED_WIDTH=1):
-        plan = cpu.CpuEngine(case.network, 1).plan(5, 1)
-    kinds = set(np.unique(plan.windows[:, :, packing.KIND]))
+    with patch.multiple(plan, SHARED_ROWS=1, SHARED_BLOCKS=1, SHARED_WIDTH=1):
+        packed = cpu.CpuEngine(case.network, 1).plan(5, 1)
+    kinds = set(np.unique(packed.windows[:, :, packing.KIND]))
     # Windows that cut a block (the paper's variant may) stay with the clipped blocks.
     assert packing.BLOCK_COLUMNS in kinds and kinds <= {packing.BLOCK_COLUMNS, packing.RAGGED_BLOCKS, packing.BLOCKS}
 

@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from counting import count_multiplications
+from counting import count_multiplications, nm_places
 from hypothesis import given
 from hypothesis import strategies as st
 
 from eventrnn import Network, State, audit, count, count_per_step, energy, simulate
 from eventrnn.observe import HOROWITZ_2014
 from eventrnn.testing import networks
-from eventrnn.weights import CSR, BlockCSR, convert
+from eventrnn.weights import CSR, NM, BlockCSR, convert
 
 
 def _inputs(network, rng, steps, batch):
@@ -31,6 +31,8 @@ def _executed(weights, fired):
         elif isinstance(weights, BlockCSR):
             row = j // weights.block[0]
             total += int(weights.indptr[row + 1] - weights.indptr[row]) * weights.block[1]
+        elif isinstance(weights, NM):
+            total += sum(unit == j for unit, _ in nm_places(weights))
         else:
             total += weights.shape[1]
     return total
@@ -133,6 +135,23 @@ def test_bytes_of_each_format():
         counts = count(other, simulate(other, x))
         for matrix in counts.matrices.values():
             assert matrix.weight_bytes == each * matrix.executed
+
+
+@pytest.mark.parametrize("form", ["dense", "csr", "block"])
+def test_bytes_of_narrow_weights(form):
+    network = _network(0.05)
+    x = np.random.default_rng(1).normal(size=(9, 3, 5)).astype(np.float32)
+    index = {"dense": 0, "csr": 4, "block": 1}[form]
+    simulation = simulate(network, x)
+    for storage, size in (("bfloat16", 2), ("int8", 1)):
+        block = (1, 4) if form == "block" else None
+        matrices = {k: convert(w, form, block=block, storage=storage) for k, w in network.matrices().items()}
+        other = count(network.with_matrices(matrices), simulation)
+        fired = {"readout": simulation.fired[1], "layers.0.w_in": simulation.input_fired}
+        for name, sent in fired.items():
+            matrix = other.matrices[name]
+            scales = 4 * int(sent.total.sum()) if storage == "int8" else 0
+            assert matrix.weight_bytes == (size + index) * matrix.executed + scales
 
 
 def test_an_audit_finds_a_wrong_count():

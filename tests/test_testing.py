@@ -16,7 +16,7 @@ from eventrnn.cells import Cell
 from eventrnn.events import Events
 from eventrnn.network import Layer, Network, Readout, Simulator, simulate
 from eventrnn.testing import Divergence, assert_equivalent, event_trains, inputs, masks, networks, states, weights
-from eventrnn.weights import CSR, FORMATS, BlockCSR, Dense
+from eventrnn.weights import CSR, FORMATS, NM, STORAGES, BlockCSR, Dense
 
 # Looking for one example of a kind takes no shrinking and leaves nothing behind.
 LOOK = settings(max_examples=3000, database=None, phases=[Phase.generate], deadline=None)
@@ -48,16 +48,17 @@ def test_drawn_networks_are_lively():
 
 @given(
     st.sampled_from(sorted(FORMATS)),
+    st.sampled_from(STORAGES),
     st.sampled_from(["evnn", "paper"]),
     st.integers(1, 3),
     st.booleans(),
     st.booleans(),
     st.data(),
 )
-def test_networks_follow_their_options(name, variant, n_layers, embedding, readout, data):
+def test_networks_follow_their_options(name, storage, variant, n_layers, embedding, readout, data):
     options = {"embedding": embedding, "readout": readout, "layers": n_layers, "max_units": 7, "max_inputs": 5}
-    network = data.draw(networks(formats=[name], variants=[variant], **options))
-    assert {matrix.name for matrix in network.matrices().values()} == {name}
+    network = data.draw(networks(formats=[name], storages=[storage], variants=[variant], **options))
+    assert {(matrix.name, matrix.storage) for matrix in network.matrices().values()} == {(name, storage)}
     assert {layer.cell.variant for layer in network.layers} == {variant}
     assert len(network.layers) == n_layers
     assert (network.embedding is not None, network.readout is not None) == (embedding, readout)
@@ -81,9 +82,11 @@ def test_tied_needs_both_ends():
 
 def test_every_kind_of_network_is_drawn():
     exists(networks(), lambda n: len({layer.cell.variant for layer in n.layers}) == 2)
-    exists(networks(), lambda n: len({matrix.name for matrix in n.matrices().values()}) == 3)
+    exists(networks(), lambda n: len({matrix.name for matrix in n.matrices().values()}) == 4)
+    exists(networks(), lambda n: {matrix.storage for matrix in n.matrices().values()} == set(STORAGES))
     exists(networks(), lambda n: len(n.layers) == 3 and n.embedding is not None and n.readout is None)
     exists(networks(), lambda n: n.readout is not None and n.readout.tied and n.readout.weights.name == "block")
+    exists(networks(tied=True), lambda n: n.readout.weights.storage == "int8" and n.embedding.shape[0] > 3)
     exists(networks(), lambda n: any((layer.threshold == 0).all() and layer.units > 5 for layer in n.layers))
     exists(networks(), lambda n: any(len(set(layer.threshold.tolist())) > 5 for layer in n.layers))
     exists(networks(), lambda n: any(np.ptp(layer.threshold) == 0 < layer.threshold.min() for layer in n.layers))
@@ -94,9 +97,17 @@ def test_every_kind_of_block_is_drawn(block):
     exists(weights((17, 70), formats=["block"]), lambda w: w.block == block and w.nnz > 0)
 
 
+@pytest.mark.parametrize("axis", ["post", "pre"])
+@pytest.mark.parametrize("n_m", [(2, 2), (1, 2), (2, 4), (1, 8), (3, 5), (4, 16), (2, 32)])
+def test_every_kind_of_group_is_drawn(n_m, axis):
+    exists(weights((17, 70), formats=["nm"]), lambda w: (w.n, w.m) == n_m and w.axis == axis and w.nnz > 0)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_kind_of_matrix_is_drawn(name):
     drawn = weights((9, 20), formats=[name])
+    for storage in STORAGES:
+        exists(drawn, lambda w, storage=storage: w.storage == storage and w.nnz > 0)
     exists(drawn, lambda w: w.nnz == 0)
     exists(drawn, lambda w: w.nnz == 9 * 20)
     exists(drawn, lambda w: w.nnz > 60 and (w.fan_out() == 0).any())
@@ -104,7 +115,7 @@ def test_every_kind_of_matrix_is_drawn(name):
         # Zeros are stored beside weights.
         exists(drawn, lambda w: 0 < w.nnz < w.stored < 9 * 20)
     else:
-        exists(drawn, lambda w: np.signbit(w.values[w.values == 0]).any())
+        exists(drawn, lambda w: np.signbit(w.floats()[w.floats() == 0]).any())
 
 
 def test_blocks_that_divide_nothing_are_drawn():
@@ -164,12 +175,18 @@ def test_states_are_such_as_runs_leave(network, batch, data):
 
 @given(networks(dyadic=True), event_trains(9, 3, 2, dyadic=True))
 def test_dyadic_values_lie_on_their_grid(network, events):
-    arrays = [matrix.values for matrix in network.matrices().values()] + [events.values]
+    arrays = [matrix.floats() for matrix in network.matrices().values()] + [events.values]
     for layer in network.layers:
         arrays += [layer.bias_in, layer.bias_rec, layer.threshold]
     for array in arrays:
         assert np.array_equal(array * 16, np.round(array * 16))
         assert (np.abs(array) <= 5).all()
+
+
+def test_int8_lies_on_no_dyadic_grid():
+    exists(weights((3, 4), dyadic=True), lambda w: w.storage == "bfloat16")
+    with pytest.raises(ValueError, match=r"storages: got \('int8',\) with dyadic=True"):
+        find(weights((3, 4), storages=["int8"], dyadic=True), bool)
 
 
 # --- the comparison -----------------------------------------------------------------------------------------
@@ -336,5 +353,5 @@ def test_counting_numbers_by_hand():
 
 
 def test_formats_in_use_are_those_of_the_table():
-    assert {Dense, CSR, BlockCSR} <= set(FORMATS.values())
+    assert {Dense, CSR, BlockCSR, NM} == set(FORMATS.values())
     assert Cell().variant == "evnn"

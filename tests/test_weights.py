@@ -1,4 +1,4 @@
-"""Weight formats: round trips, counts, checks, scipy."""
+"""Weight formats: round trips, counts, checks, scipy. N:M and narrow storage have files of their own."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from hypothesis import assume, example, given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from eventrnn.testing import masks, weights
-from eventrnn.weights import CSR, FORMATS, BlockCSR, Dense, check_block, convert
+from eventrnn.weights import CSR, FORMATS, STORAGES, BlockCSR, Dense, Weights, check_block, convert
 
 shapes = st.tuples(st.integers(1, 20), st.integers(1, 70))
 drawn = shapes.flatmap(weights)
@@ -19,8 +19,14 @@ dense_matrices = drawn.map(lambda w: w.to_dense())
 blocks = st.tuples(st.integers(1, 20), st.integers(1, 70))
 
 
-def fits(block, shape) -> bool:
-    return block[0] <= shape[0] and block[1] <= shape[1]
+def options(name: str, block=(1, 1), m: int = 2) -> dict:
+    """What `convert` needs beside the name for a format that holds every matrix; N:M with whole groups."""
+    return {"block": {"block": block}, "nm": {"nm": (m, m, "post")}}.get(name, {})
+
+
+def within(block, shape) -> tuple[int, int]:
+    """No side of the block longer than the matrix."""
+    return min(block[0], shape[0]), min(block[1], shape[1])
 
 
 @given(drawn)
@@ -34,16 +40,17 @@ def test_drawn_matrices_are_valid_and_counted(matrix):
     assert matrix.nnz == np.count_nonzero(dense)
     assert matrix.stored == matrix.stored_out().sum() >= matrix.nnz
     assert matrix.fan_out().dtype == matrix.stored_out().dtype == np.int64
-    assert (matrix.row_bytes() >= 4 * matrix.stored_out()).all()
+    assert (matrix.row_bytes() >= matrix.values.itemsize * matrix.stored_out()).all()
     assert matrix.nbytes == sum(array.nbytes for array in matrix.arrays().values()) >= matrix.values.nbytes
 
 
-@given(drawn, st.sampled_from(sorted(FORMATS)), blocks)
-def test_converting_keeps_every_weight(matrix, name, block):
-    assume(name != "block" or fits(block, matrix.shape))
-    other = convert(matrix, name, block=block if name == "block" else None)
+@given(drawn, st.sampled_from(sorted(FORMATS)), blocks, st.integers(2, 32))
+def test_converting_keeps_every_weight_and_the_storage(matrix, name, block, m):
+    other = convert(matrix, name, **options(name, within(block, matrix.shape), m))
     other.check(full=True)
     assert other.name == name
+    assert other.storage == matrix.storage
+    assert np.array_equal(other.scales, matrix.scales) if matrix.storage == "int8" else other.scales is None
     assert np.array_equal(other.to_dense(), matrix.to_dense())
     assert np.array_equal(other.fan_out(), matrix.fan_out())
 
@@ -54,8 +61,7 @@ def test_converting_keeps_every_weight(matrix, name, block):
 @example(np.ones((5, 70), np.float32), (1, 64))
 @example(np.ones((5, 7), np.float32), (3, 1))
 def test_stored_counts_whole_blocks_and_padding(dense, block):
-    assume(fits(block, dense.shape))
-    r, c = block
+    r, c = block = within(block, dense.shape)
     matrix = BlockCSR.from_dense(dense, block=block)
     matrix.check(full=True)
     expected = np.zeros(dense.shape[0], np.int64)
@@ -126,7 +132,8 @@ def test_scipy_refusals():
 @given(dense_matrices)
 def test_conversions_copy(dense):
     before = dense.copy()
-    for matrix in (Dense.from_dense(dense), CSR.from_dense(dense), BlockCSR.from_dense(dense, block=(1, 1))):
+    for name in FORMATS:
+        matrix = convert(dense, name, **options(name))
         matrix.values[...] = 9
         assert np.array_equal(dense, before)
     matrix = Dense.from_dense(dense)
@@ -136,7 +143,7 @@ def test_conversions_copy(dense):
 
 @given(shapes, blocks, st.data())
 def test_masks_are_constant_on_blocks(shape, block, data):
-    assume(fits(block, shape))
+    block = within(block, shape)
     mask = data.draw(masks(shape, block))
     assert mask.shape == shape
     assert mask.dtype == bool
@@ -224,7 +231,7 @@ def test_padding_must_be_zero(at):
 
 
 def test_dense_refusals():
-    with pytest.raises(TypeError, match="got float64 with 2 dimensions, need float32 with 2"):
+    with pytest.raises(TypeError, match=r"got float64 with 2 dimensions, need float32, uint16 \(bfloat16\) or int8"):
         Dense(np.ones((2, 3)))
     with pytest.raises(ValueError, match=r"not C-contiguous; pass numpy\.ascontiguousarray"):
         Dense(np.ones((2, 3), np.float32).T)
@@ -241,18 +248,35 @@ def test_blocks_have_two_positive_sizes(block):
 
 
 def test_convert_refusals():
-    with pytest.raises(ValueError, match="format: got 'coo', need one of dense, csr, block"):
+    with pytest.raises(ValueError, match="format: got 'coo', need one of dense, csr, block, nm"):
         convert(np.eye(3), "coo")
     with pytest.raises(ValueError, match="block: got None for format 'block'"):
         convert(np.eye(3), "block")
     with pytest.raises(ValueError, match=r"block: got \(1, 2\) for format 'csr'"):
         convert(np.eye(3), "csr", block=(1, 2))
+    with pytest.raises(ValueError, match="nm: got None for format 'nm'"):
+        convert(np.eye(3), "nm")
+    with pytest.raises(ValueError, match=r"nm: got \(1, 2, 'post'\) for format 'dense'; the nm format needs"):
+        convert(np.eye(3), "dense", nm=(1, 2, "post"))
+    with pytest.raises(ValueError, match="storage: got 'float16', need one of float32, bfloat16, int8"):
+        convert(np.eye(3), "csr", storage="float16")
     with pytest.raises(ValueError, match="block: 1x4 is larger than the matrix 3x3"):
         convert(np.eye(3), "block", block=(1, 4))
 
 
-@pytest.mark.parametrize("make", FORMATS.values(), ids=FORMATS)
-def test_records_are_frozen(make):
-    options = {"block": (2, 2)} if make is BlockCSR else {}
+@pytest.mark.parametrize("name", FORMATS)
+def test_records_are_frozen(name):
     with pytest.raises(AttributeError):
-        make.from_dense(np.eye(4), **options).values = np.zeros(1, np.float32)
+        convert(np.eye(4), name, **options(name)).values = np.zeros(1, np.float32)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_the_arrays_and_options_of_a_record_make_it_again(name, storage):
+    matrix = convert(np.eye(5), name, **options(name, m=3), storage=storage)
+    again: Weights = type(matrix)(**matrix.arrays(), **matrix.options())
+    again.check(full=True)
+    assert again.storage == storage
+    assert np.array_equal(again.to_dense(), matrix.to_dense())
+    assert matrix.nbytes == sum(array.nbytes for array in matrix.arrays().values())
+    assert (storage in repr(matrix)) == (storage != "float32")

@@ -59,6 +59,14 @@ def sample_mean(n: int, deviation: float = 0.5) -> float:
     return 5 * deviation / np.sqrt(n)
 
 
+def int8_error(scales: np.ndarray) -> np.ndarray:
+    """How far a weight may be from the one that int8 stores for it, with its scale.
+
+    Half a scale to the nearest code. Its decoding rounds once: u of at most 128 scales.
+    """
+    return scales.astype(np.float64) * (0.5 + 128 * U32)
+
+
 def torch_gru(n: int, steps: int) -> float:
     """float64 GRU of n units against torch, whose products sum in another order.
 

@@ -188,8 +188,8 @@ def prune(
 ) -> Network:
     """The network with the smallest blocks removed at once, in CSR (1x1) or block format.
 
-    A tied read-out is left alone: its weights are the embedding's. Matrices not named keep their bits. Parameters
-    as `magnitude_masks`.
+    A tied read-out is left alone: its weights are the embedding's. Matrices not named keep their bits; those pruned
+    hold float32 values, whatever their storage was. Parameters as `magnitude_masks`.
     """
     matrices = network.matrices()
     chosen = names or tuple(n for n in matrices if not (n == "readout" and network.readout and network.readout.tied))

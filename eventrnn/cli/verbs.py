@@ -1,16 +1,11 @@
-"""The `eventrnn` command: each verb a few lines over the library.
-
-Tables for people on stdout, or one JSON object and nothing else with --json; progress on stderr. Bad input ends with
-exit code 2 and one line, before any work.
-"""
+"""The verbs of the command line, but for `bench`: each a few lines over the library."""
 
 from __future__ import annotations
 
-import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -18,34 +13,27 @@ from rich.console import Console
 from rich.table import Table
 
 from eventrnn import io
-from eventrnn.backend import BACKENDS, BackendUnavailable
 from eventrnn.cells import Cell
-from eventrnn.network import Network, Simulator, simulate
+from eventrnn.cli.options import (
+    Backend,
+    Block,
+    Force,
+    Json,
+    Model,
+    Out,
+    Part,
+    Seed,
+    Steps,
+    Text,
+    Threads,
+    parse_block,
+    parse_nm,
+)
+from eventrnn.network import Network, simulate
 from eventrnn.terminal import as_line, progress, show
-from eventrnn.weights import FORMATS, convert
+from eventrnn.weights import FORMATS, STORAGES, convert
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-# Steps that `run` reads between two looks at the clock; bounds its memory.
-CHUNK = 2048
-bench_app = typer.Typer(rich_markup_mode=None, help="Measure speed, both sides in one run.")
-app.add_typer(bench_app, name="bench")
-
-# What typer raises for options it cannot parse; the class has moved between releases, its subclass has not.
-UsageError: Any = typer.BadParameter.__mro__[1]
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Model file to write.")]
-Model = Annotated[Path, typer.Argument(help="Model file.")]
-Text = Annotated[
-    str, typer.Option("--text", help="'builtin' (Python's documentation), a text file, or a folder of text files.")
-]
-Part = Annotated[str, typer.Option(help="Which part of the corpus: train, valid or test.")]
-Backend = Annotated[str, typer.Option(help=f"One of {', '.join(BACKENDS)}.")]
-Threads = Annotated[int, typer.Option(help="Threads of the cpu backend.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-Block = Annotated[str, typer.Option("--block", metavar="RxC", help="Block: presynaptic x postsynaptic.")]
-Steps = Annotated[int, typer.Option(help="Parameter updates.")]
 
 
 @app.command()
@@ -64,7 +52,7 @@ def demo(
     from eventrnn import demo as job
 
     settings = job.DemoSettings(
-        hidden=hidden, steps=steps, pruning_steps=pruning_steps, sparsity=sparsity, block=_block(block), seed=seed
+        hidden=hidden, steps=steps, pruning_steps=pruning_steps, sparsity=sparsity, block=parse_block(block), seed=seed
     )
     _writable_folder(out, job.FILES, force)
     with progress() as report:
@@ -160,7 +148,7 @@ def prune(
         raise ValueError(
             f"steps: 0, so nothing is fine-tuned and {', '.join([*given, 'text'])} mean nothing; give --steps"
         )
-    r_c = _block(block)
+    r_c = parse_block(block)
     _writable_file(out, force)
     network, quality = io.load(model), {}
     if steps:
@@ -195,39 +183,25 @@ def run(
     part: Part = "test",
     backend: Backend = "cpu",
     threads: Threads = 1,
+    storage: Annotated[
+        str | None, typer.Option(help=f"Narrow the weights and report what that does: {', '.join(STORAGES[1:])}.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Read a text event by event: bits per symbol, activity, operations."""
-    from eventrnn import observe
-    from eventrnn.training.loop import check_symbols, cross_entropy_bits
+    from eventrnn.reading import read, read_narrowed
 
     network = io.load(model)
     symbols = _encoded(network, text, part)
-    check_symbols(network, symbols)
-    simulator = Simulator(network, backend=backend, threads=threads)
-    bits, counts, fired = 0.0, None, 0
-    with progress() as report:
-        for start in range(0, len(symbols) - 1, CHUNK):
-            stop = min(start + CHUNK, len(symbols) - 1)
-            piece = simulator.run(symbols[start:stop, None])
-            bits += cross_entropy_bits(piece.output[:, 0], symbols[start + 1 : stop + 1])
-            cost = observe.count(network, piece)
-            counts = cost if counts is None else counts + cost
-            fired += sum(int(f.total.sum()) for f in piece.fired)
-            report("reading", stop, len(symbols) - 1, "")
-    assert counts is not None
-    bits /= len(symbols) - 1
-    figures = {
-        "symbols": len(symbols),
-        "bits_per_symbol": bits,
-        "perplexity": float(np.exp2(min(bits, 1000.0))),
-        "activity": fired / (counts.steps * sum(layer.units for layer in network.layers)),
-        "effective_ops_per_step": counts.total.effective / counts.steps,
-        "executed_ops_per_step": counts.total.executed / counts.steps,
-        "reduction": counts.reduction,
-        "backend": backend,
-        "exact": simulator.backend.exact,
-    }
+    with progress() as bar:
+
+        def report(stage: str, done: int, total: int) -> None:
+            bar(stage, done, total, "")
+
+        if storage is None:
+            figures = read(network, symbols, backend=backend, threads=threads, report=report)
+        else:
+            figures = read_narrowed(network, symbols, storage, backend=backend, threads=threads, report=report)
     show(f"{model} on {text} ({part})", figures, as_json)
 
 
@@ -268,41 +242,6 @@ def count(
     print(audit)
 
 
-@bench_app.command()
-def inference(
-    backend: Annotated[str, typer.Option(help="Engine to time: cpu.")] = "cpu",
-    hidden: Annotated[int, typer.Option(help="Units, and inputs, of a layer.")] = 1350,
-    layers: Annotated[int, typer.Option(help="Layers.")] = 1,
-    batch: Annotated[int, typer.Option(help="Samples side by side.")] = 1,
-    activity: Annotated[float, typer.Option(help="Share of units that fire; thresholds are set to reach it.")] = 0.1,
-    sparsity: Annotated[float, typer.Option(help="Share of blocks or weights left out.")] = 0.9,
-    format: Annotated[str, typer.Option(help=f"Weight format: {', '.join(FORMATS)}.")] = "block",
-    block: Annotated[
-        str | None, typer.Option("--block", metavar="RxC", help="Block of the block format. [1x64]")
-    ] = None,
-    variant: Annotated[str, typer.Option(help="Equations: evnn or paper.")] = "evnn",
-    threads: Threads = 1,
-    against: Annotated[str, typer.Option(help="Rival: torch (nn.GRU), torch-step, blas or none.")] = "torch",
-    steps: Annotated[int, typer.Option(help="Time steps a run.")] = 200,
-    repeats: Annotated[int, typer.Option(help="Interleaved rounds; medians are reported.")] = 15,
-    seed: Seed = 0,
-    as_json: Json = False,
-) -> None:
-    """Time whole sequences of a random network beside a dense rival of the same size."""
-    if backend != "cpu":
-        raise ValueError(f"backend: got {backend!r}, need cpu; for BLAS give --against blas")
-    from eventrnn import bench
-
-    r_c = _block(block or "1x64") if format == "block" or block else None
-    with progress() as report:
-        result = bench.inference(
-            hidden=hidden, layers=layers, batch=batch, activity=activity, sparsity=sparsity, format=format, block=r_c,
-            variant=variant, threads=threads, against=against, steps=steps, repeats=repeats, seed=seed,
-            report=lambda stage: report(stage, 0, 1, ""),
-        )  # fmt: skip
-    show("inference", result, as_json)
-
-
 @app.command()
 def info(
     model: Annotated[Path | None, typer.Argument(help="Model file to describe.")] = None, as_json: Json = False
@@ -311,7 +250,8 @@ def info(
     if model is not None:
         network = io.load(model)
         shapes = {
-            name: f"{w.name} {w.shape[0]}x{w.shape[1]}, {w.nnz:,} weights ({w.nnz / (w.shape[0] * w.shape[1]):.1%})"
+            name: f"{w.name} {w.shape[0]}x{w.shape[1]}, {w.storage}, {w.nnz:,} weights "
+            f"({w.nnz / (w.shape[0] * w.shape[1]):.1%})"
             for name, w in network.matrices().items()
         }
         cells = {
@@ -331,16 +271,20 @@ def convert_command(
     out: Out,
     to: Annotated[str, typer.Option(help=f"Weight format: {', '.join(FORMATS)}.")] = "dense",
     block: Annotated[str | None, typer.Option("--block", metavar="RxC", help="Block of the block format.")] = None,
+    nm: Annotated[
+        str | None, typer.Option("--nm", metavar="N:M[:AXIS]", help="Kept of each group, along post (default) or pre.")
+    ] = None,
+    storage: Annotated[str | None, typer.Option(help=f"One of {', '.join(STORAGES)}. [as it is]")] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Change the weight format of a model, or import a layer of EvNN."""
-    r_c = _block(block) if block else None
+    """Change the weight format or storage of a model, or import a layer of EvNN."""
+    r_c, n_m = parse_block(block) if block else None, parse_nm(nm) if nm else None
     _writable_file(out, force)
     network = Network((io.from_evnn(_arrays(source)),)) if source.suffix == ".npz" else io.load(source)
     tied = network.readout is not None and network.readout.tied
     changed = {
-        name: convert(weights, to, block=r_c)
+        name: convert(weights, to, block=r_c, nm=n_m, storage=storage)
         for name, weights in network.matrices().items()
         if not (tied and name == "readout")
     }
@@ -348,38 +292,17 @@ def convert_command(
     io.save(converted, out, overwrite=force)
     show(
         f"wrote {out}",
-        {"format": to, "bytes": out.stat().st_size, "weights": sum(w.nnz for w in changed.values())},
+        {
+            "format": to,
+            "storage": ", ".join(sorted({w.storage for w in changed.values()})),
+            "bytes": out.stat().st_size,
+            "weights": sum(w.nnz for w in changed.values()),
+        },
         as_json,
     )
 
 
-def main() -> None:
-    """Entry point: errors of use become one line and exit code 2, a failed check one line and exit code 1."""
-    try:
-        raise SystemExit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
-    except UsageError as error:
-        print(f"eventrnn: error: {' '.join(error.format_message().split())}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except (ValueError, OSError, FloatingPointError, ImportError, MemoryError, BackendUnavailable) as error:
-        words = str(error) or "out of memory; use smaller sizes"
-        print(f"eventrnn: error: {' '.join(words.split())}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except RuntimeError as error:
-        print(f"eventrnn: failed: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except (KeyboardInterrupt, typer.Abort):
-        print("eventrnn: stopped", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
 # --- arguments ----------------------------------------------------------------------------------------------
-
-
-def _block(text: str) -> tuple[int, int]:
-    rows, cross, columns = text.lower().partition("x")
-    if not (cross and rows.isdigit() and columns.isdigit() and int(rows) and int(columns)):
-        raise ValueError(f"block: got {text!r}, need two sizes >= 1 such as 1x16")
-    return int(rows), int(columns)
 
 
 def _writable_file(path: Path, force: bool) -> None:
@@ -448,7 +371,3 @@ def _arrays(path: Path) -> Mapping[str, np.ndarray]:
         raise ValueError(f"source: there is no file {path}") from None
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"source: {path} is no .npz archive of arrays: {error}") from None
-
-
-if __name__ == "__main__":
-    main()

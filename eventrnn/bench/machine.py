@@ -1,0 +1,85 @@
+"""What the figures were measured on: processor, versions, threads, and how fast it multiplies."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+
+from eventrnn.bench.kernels import CHAINS, multiply_add
+from eventrnn.simd import LANES
+
+# A few milliseconds.
+PEAK_ROUNDS, PEAK_REPEATS = 1_000_000, 5
+
+
+def device() -> str:
+    """The processor's name and number of cores."""
+    name = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and what its speed, or a rival's, depends on."""
+    found = {"python": platform.python_version()}
+    for name in ("eventrnn", "numba", "llvmlite", "numpy", "scipy", "torch", "mkl", "sparse_dot_mkl"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@contextmanager
+def limited(threads: int) -> Iterator[None]:
+    """BLAS, OpenMP and torch, as far as they are loaded, use that many threads."""
+    from threadpoolctl import threadpool_limits
+
+    torch = sys.modules.get("torch")
+    before = torch.get_num_threads() if torch else None
+    with threadpool_limits(limits=threads):
+        if torch:
+            torch.set_num_threads(threads)
+        try:
+            yield
+        finally:
+            if torch:
+                torch.set_num_threads(before)
+
+
+def peak(threads: int) -> dict[str, float | None]:
+    """float32 FMA operations a second in registers (two an FMA): all threads, and as a multiple of one thread.
+
+    A multiple well below the number of threads says that they shared a core while this was measured.
+    """
+    # Each thread its own cache lines.
+    data = [np.ones((CHAINS + 4) * LANES, np.float32) for _ in range(threads)]
+    multiply_add(1, data[0])
+
+    def rate(parts: int) -> float:
+        best = float("inf")
+        with ThreadPoolExecutor(parts) as pool:
+            for _ in range(PEAK_REPEATS):
+                started = time.perf_counter()
+                list(pool.map(multiply_add, [PEAK_ROUNDS] * parts, data[:parts]))
+                best = min(best, time.perf_counter() - started)
+        return parts * PEAK_ROUNDS * CHAINS * LANES * 2 / best / 1e9
+
+    one = rate(1)
+    every = rate(threads) if threads > 1 else one
+    return {"fma_gflop_s": every, "fma_scaling": every / one if threads > 1 else None}

@@ -1,0 +1,40 @@
+"""The `eventrnn` command: each verb a few lines over the library.
+
+Tables for people on stdout, or one JSON object and nothing else with --json; progress on stderr. Bad input ends with
+exit code 2 and one line, before any work.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+
+from eventrnn.backend import BackendUnavailable
+from eventrnn.cli.bench import bench_app
+from eventrnn.cli.verbs import app
+
+app.add_typer(bench_app, name="bench")
+
+# What typer raises for options it cannot parse; the class has moved between releases, its subclass has not.
+UsageError: Any = typer.BadParameter.__mro__[1]
+
+
+def main() -> None:
+    """Entry point: errors of use become one line and exit code 2, a failed check one line and exit code 1."""
+    try:
+        raise SystemExit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+    except UsageError as error:
+        print(f"eventrnn: error: {' '.join(error.format_message().split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except (ValueError, OSError, FloatingPointError, ImportError, MemoryError, BackendUnavailable) as error:
+        words = str(error) or "out of memory; use smaller sizes"
+        print(f"eventrnn: error: {' '.join(words.split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except RuntimeError as error:
+        print(f"eventrnn: failed: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except (KeyboardInterrupt, typer.Abort):
+        print("eventrnn: stopped", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,44 @@
+"""Options that several commands share, and how sizes are written on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eventrnn.backend import BACKENDS
+from eventrnn.weights import check_nm
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Model file to write.")]
+Model = Annotated[Path, typer.Argument(help="Model file.")]
+Text = Annotated[
+    str, typer.Option("--text", help="'builtin' (Python's documentation), a text file, or a folder of text files.")
+]
+Part = Annotated[str, typer.Option(help="Which part of the corpus: train, valid or test.")]
+Backend = Annotated[str, typer.Option(help=f"One of {', '.join(BACKENDS)}.")]
+Threads = Annotated[int, typer.Option(help="Threads of the cpu backend.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Block = Annotated[str, typer.Option("--block", metavar="RxC", help="Block: presynaptic x postsynaptic.")]
+Steps = Annotated[int, typer.Option(help="Parameter updates.")]
+
+
+def parse_block(text: str) -> tuple[int, int]:
+    """(1, 16) from "1x16"."""
+    rows, cross, columns = text.lower().partition("x")
+    if not (cross and rows.isdigit() and columns.isdigit() and int(rows) and int(columns)):
+        raise ValueError(f"block: got {text!r}, need two sizes >= 1 such as 1x16")
+    return int(rows), int(columns)
+
+
+def parse_nm(text: str) -> tuple[int, int, str]:
+    """(2, 4, "post") from "2:4", (2, 4, "pre") from "2:4:pre"."""
+    kept, _, rest = text.partition(":")
+    group, _, axis = rest.partition(":")
+    if not (kept.isdigit() and group.isdigit()):
+        raise ValueError(f"nm: got {text!r}, need kept:group such as 2:4, or 2:4:pre")
+    groups = int(kept), int(group), axis or "post"
+    check_nm(*groups)
+    return groups

@@ -1,0 +1,72 @@
+"""Weight formats, stored by presynaptic unit: what leaves unit `j` lies together.
+
+A format is a frozen record of named arrays over a matrix of shape `(n_pre, n_post)`; `n_post` counts gate rows
+(3N for an EGRU layer). Entry `[j, i]` is the weight from `j` to `i`: the transpose of the W of the equations.
+Knows nothing of backends: each backend has one traversal a format.
+
+Each format offers `check(full)`, `to_dense`, `from_dense`, `fan_out`, `stored_out`, `nnz`, `stored`, `nbytes`, and
+may be stored narrow (`storage`, `floats`, `stored_as`). `nnz` counts non-zero weights, `stored` what a kernel walks:
+zeros inside blocks and groups and padding at the edges included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from eventrnn.weights.base import Weights as Weights
+from eventrnn.weights.block import BlockCSR as BlockCSR
+from eventrnn.weights.block import check_block as check_block
+from eventrnn.weights.csr import CSR as CSR
+from eventrnn.weights.dense import Dense as Dense
+from eventrnn.weights.nm import NM as NM
+from eventrnn.weights.nm import check_nm as check_nm
+from eventrnn.weights.storage import STORAGES as STORAGES
+from eventrnn.weights.storage import check_storage as check_storage
+
+#: format name -> record
+FORMATS: dict[str, type[Weights]] = {"dense": Dense, "csr": CSR, "block": BlockCSR, "nm": NM}
+
+
+def convert(
+    weights: Weights | np.ndarray,
+    to: str,
+    *,
+    block: tuple[int, int] | None = None,
+    nm: tuple[int, int, str] | None = None,
+    storage: str | None = None,
+) -> Weights:
+    """The same matrix in another format. O(size of the matrix).
+
+    Parameters
+    ----------
+    weights : any format, or a (n_pre, n_post) array
+    to      : one of `FORMATS`
+    block   : (r, c), for "block" only
+    nm      : (n, m, axis), for "nm" only
+    storage : one of `STORAGES`; None keeps that of `weights` exactly, int8 with its scales, and is float32 for an array
+
+    Raises ValueError for what is not in these tables, and as `from_dense` of the format and `stored_as` do.
+    """
+    if to not in FORMATS:
+        raise ValueError(f"format: got {to!r}, need one of {', '.join(FORMATS)}")
+    if (block is None) == (to == "block"):
+        raise ValueError(f"block: got {block} for format {to!r}; the block format needs one, the others take none")
+    if (nm is None) == (to == "nm"):
+        raise ValueError(f"nm: got {nm} for format {to!r}; the nm format needs (n, m, axis), the others take none")
+    if storage is not None:
+        check_storage(storage)
+    source = None if isinstance(weights, np.ndarray) else weights
+    dense = weights if isinstance(weights, np.ndarray) else weights.to_dense()
+    makers: dict[str, Callable[[], Weights]] = {
+        "dense": lambda: Dense.from_dense(dense),
+        "csr": lambda: CSR.from_dense(dense),
+        "block": lambda: BlockCSR.from_dense(dense, block=block or (1, 1)),
+        "nm": lambda: NM.from_dense(dense, *(nm or (1, 2, "post"))),
+    }
+    made, before = makers[to](), "float32" if source is None else source.storage
+    if source is None or storage not in (None, before):
+        return made.stored_as(storage or before)
+    # The same codes: what was decoded is encoded with the scales it had.
+    return made if before == "float32" else made._encoded(before, source.scales)

@@ -1,0 +1,208 @@
+"""What every weight format has in common, and the checks of index arrays that several share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import fields, replace
+from typing import Any, ClassVar
+
+import numpy as np
+
+from eventrnn.events import check_finite
+from eventrnn.weights import storage as codec
+
+
+class Weights(ABC):
+    """A (n_pre, n_post) matrix, stored by presynaptic unit; what follows from `fan_out()` and `stored_out()`.
+
+    Attributes
+    ----------
+    values : the stored weights, float32, uint16 (the bits of a bfloat16) or int8
+    scales : (n_pre,) float32 > 0 for int8, one a presynaptic unit; None otherwise
+    shape  : (n_pre, n_post)
+    """
+
+    name: ClassVar[str]
+    values: np.ndarray
+    scales: np.ndarray | None = None
+    shape: tuple[int, int]
+
+    @abstractmethod
+    def check(self, full: bool = False) -> None:
+        """Cheap checks of the record; `full` reads every index and value. Raises ValueError."""
+
+    @abstractmethod
+    def to_dense(self) -> np.ndarray:
+        """A (n_pre, n_post) float32 array of its own, decoded."""
+
+    @abstractmethod
+    def fan_out(self) -> np.ndarray:
+        """Non-zero weights, decoded, leaving each presynaptic unit, (n_pre,) int64."""
+
+    @abstractmethod
+    def stored_out(self) -> np.ndarray:
+        """Stored entries a kernel multiplies when unit j sends an event, (n_pre,) int64."""
+
+    @abstractmethod
+    def row_bytes(self) -> np.ndarray:
+        """Bytes of values, indices and scale read when unit j sends an event, (n_pre,) int64."""
+
+    def __repr__(self) -> str:
+        detail = "".join(f" {word}" for word in (self._detail(), self.storage) if word not in ("", "float32"))
+        return f"{type(self).__name__}({self.shape[0]}x{self.shape[1]}{detail}, {self.nnz} weights)"
+
+    def _detail(self) -> str:
+        """What a format adds to its name."""
+        return ""
+
+    def kept(self) -> np.ndarray:
+        """Which entries are stored, (n_pre, n_post) boolean: the mask that pruning left."""
+        return np.ones(self.shape, bool)
+
+    @property
+    def nnz(self) -> int:
+        return int(self.fan_out().sum())
+
+    @property
+    def stored(self) -> int:
+        return int(self.stored_out().sum())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values, scales and index arrays."""
+        return sum(array.nbytes for array in self.arrays().values())
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays of the record by field name, as saved in a model file."""
+        return {name: value for name, value in self._fields().items() if isinstance(value, np.ndarray)}
+
+    def options(self) -> dict[str, Any]:
+        """The other fields of the record by name: what a model file says beside the arrays."""
+        return {
+            name: value
+            for name, value in self._fields().items()
+            if value is not None and not isinstance(value, np.ndarray)
+        }
+
+    def _fields(self) -> dict[str, Any]:
+        # A record may cache more than its fields.
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+
+    # --- storage ---
+
+    @property
+    def storage(self) -> str:
+        """How a weight is stored, one of `STORAGES`."""
+        return codec.storage_of(self.values)
+
+    def floats(self) -> np.ndarray:
+        """The weights that count, float32 in the shape of `values`: decoded, or `values` itself. O(stored)."""
+        if self.values.dtype == np.uint16:
+            return codec.from_bfloat16(self.values)
+        if self.scales is not None:
+            return codec.from_int8(self.values, self._spread(self.scales))
+        return self.values
+
+    def stored_as(self, storage: str) -> Weights:
+        """The same pattern in another storage; the record itself where nothing changes. O(stored).
+
+        bfloat16 rounds to nearest, ties to even. int8 takes max|w| / 127 of each presynaptic unit as its scale (1 where
+        a unit has only zeros) and rounds to the nearest code. A weight that rounds to zero stays stored. Raises
+        ValueError for another name, for NaN or infinity, and for a weight that bfloat16 rounds to infinity.
+        """
+        codec.check_storage(storage)
+        return self if storage == self.storage else self._encoded(storage)
+
+    def _encoded(self, storage: str, scales: np.ndarray | None = None) -> Weights:
+        """`stored_as` with int8 scales to keep, if given."""
+        floats = self.floats()
+        check_finite("weight", floats)
+        if storage == "bfloat16":
+            return self._with_values(codec.to_bfloat16(floats), None)
+        if storage == "float32":
+            return self._with_values(floats, None)
+        scales = codec.int8_scales(self._largest(floats)) if scales is None else scales.copy()
+        return self._with_values(codec.to_int8(floats, self._spread(scales)), scales)
+
+    def _with_values(self, values: np.ndarray, scales: np.ndarray | None) -> Weights:
+        return replace(self, values=values, scales=scales)  # type: ignore[type-var]
+
+    def _spread(self, per_unit: np.ndarray) -> np.ndarray:
+        """A number a presynaptic unit, at each of the unit's values; broadcasts with `values`."""
+        return np.repeat(per_unit, self.stored_out())
+
+    def _largest(self, floats: np.ndarray) -> np.ndarray:
+        """Largest magnitude of each presynaptic unit, (n_pre,) float32; 0 where it stores nothing."""
+        most = np.zeros(self.shape[0], np.float32)
+        np.maximum.at(most, self._spread(np.arange(self.shape[0])), np.abs(floats))
+        return most
+
+    def _row_bytes(self, index_bytes: np.ndarray | int) -> np.ndarray:
+        """`row_bytes` of a format whose unit j reads so many bytes of indices; a unit that stores nothing, no scale."""
+        stored = self.stored_out()
+        scale = 0 if self.scales is None else 4 * (stored > 0)
+        return self.values.itemsize * stored + index_bytes + scale
+
+    def _check_values(self) -> None:
+        """The full check of values and scales, which all formats share."""
+        codec.check_scales(self.values, self.scales, self.shape[0], full=True)
+        check_finite("weight", self.floats())
+
+
+def per_unit(flags: np.ndarray, indptr: np.ndarray) -> np.ndarray:
+    """How many flags are set between the pointers of each unit, (len(indptr) - 1,) int64."""
+    total = np.concatenate([[0], np.cumsum(flags)])
+    return total[indptr[1:]] - total[indptr[:-1]]
+
+
+def row_pointers(rows: np.ndarray, n_rows: int) -> np.ndarray:
+    """Where each row's entries begin in a list sorted by row, (n_rows + 1,) int64."""
+    indptr = np.zeros(n_rows + 1, np.int64)
+    np.cumsum(np.bincount(rows, minlength=n_rows), out=indptr[1:])
+    return indptr
+
+
+def shape_of(matrix) -> tuple[int, int]:
+    """The shape of a scipy matrix, plain integers."""
+    return int(matrix.shape[0]), int(matrix.shape[1])
+
+
+def finite_matrix(dense: np.ndarray) -> np.ndarray:
+    """As a (n_pre, n_post) float32 array; ValueError for another number of dimensions, NaN or infinity."""
+    dense = np.asarray(dense, np.float32)
+    if dense.ndim != 2:
+        raise ValueError(f"weights: got shape {dense.shape}, need (n_pre, n_post)")
+    check_finite("weight", dense)
+    return dense
+
+
+def need_values(values: np.ndarray, scales: np.ndarray | None, ndim: int, n_pre: int) -> None:
+    """Type and dimensions of values and scales. Raises TypeError."""
+    storage = codec.storage_of(values)
+    if values.ndim != ndim:
+        raise TypeError(f"weight values: got {values.dtype} with {values.ndim} dimensions, need {storage} with {ndim}")
+    codec.check_scales(values, scales, n_pre, full=False)
+
+
+def need_index(indptr: np.ndarray, indices: np.ndarray, n_rows: int, n_stored: int) -> None:
+    """Types, shapes and ends of an index. Raises TypeError or ValueError."""
+    if indptr.dtype != np.int64 or indices.dtype != np.int32:
+        raise TypeError(f"weight index: got indptr {indptr.dtype}, indices {indices.dtype}; need int64 and int32")
+    if indptr.shape != (n_rows + 1,):
+        raise ValueError(f"weight indptr: got shape {indptr.shape}, need ({n_rows + 1},)")
+    if indptr[0] != 0 or indptr[-1] != n_stored or indices.shape != (n_stored,):
+        raise ValueError(
+            f"weight indptr: runs from {indptr[0]} to {indptr[-1]} over {len(indices)} indices and {n_stored} stored; "
+            "need 0 to the number stored"
+        )
+
+
+def check_indices(indptr: np.ndarray, indices: np.ndarray, limit: int) -> None:
+    """Order and range of every index. Raises ValueError."""
+    if (np.diff(indptr) < 0).any():
+        raise ValueError("weight indptr: decreases; need a non-decreasing array")
+    if len(indices) and not (0 <= indices.min() and indices.max() < limit):
+        raise ValueError(f"weight indices: outside 0..{limit - 1}")
+    rows = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
+    if ((np.diff(rows) == 0) & (np.diff(indices) <= 0)).any():
+        raise ValueError("weight indices: not strictly ascending within a presynaptic unit")

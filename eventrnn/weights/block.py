@@ -1,0 +1,171 @@
+"""Blocks of weights, in compressed sparse rows of blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import scipy.sparse as sp
+
+from eventrnn.weights.base import (
+    Weights,
+    check_indices,
+    finite_matrix,
+    need_index,
+    need_values,
+    row_pointers,
+    shape_of,
+)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class BlockCSR(Weights):
+    """Blocks of `block = (r, c)`: r presynaptic by c postsynaptic, on a grid from entry [0, 0].
+
+    A matrix that is no multiple of the block is padded with zeros at its far edges; padding is stored and
+    counted as executed. Values are unit-major, so that what one unit sends is contiguous: unit `k * r + s` of
+    block row `k` finds its values of the row's blocks at `(indptr[k] * r + s * n_k) * c`, `n_k` blocks of c.
+
+    Attributes
+    ----------
+    indptr  : (ceil(n_pre / r) + 1,) int64, in blocks
+    indices : (n_blocks,) int32, block column, strictly ascending within a block row
+    values  : (n_blocks * r * c,)
+    shape   : (n_pre, n_post), unpadded
+    block   : (r, c)
+    scales  : (n_pre,) float32 for int8, one a unit and not a block; else None
+    """
+
+    indptr: np.ndarray
+    indices: np.ndarray
+    values: np.ndarray
+    shape: tuple[int, int]
+    block: tuple[int, int]
+    scales: np.ndarray | None = None
+    name: ClassVar[str] = "block"
+
+    def __post_init__(self):
+        check_block(self.block, self.shape)
+        need_values(self.values, self.scales, 1, self.shape[0])
+        r, c = self.block
+        n_blocks, rest = divmod(len(self.values), r * c)
+        if rest:
+            raise ValueError(f"block values: got {len(self.values)} values, need a multiple of {r} x {c}")
+        need_index(self.indptr, self.indices, -(-self.shape[0] // r), n_blocks)
+
+    def check(self, full: bool = False) -> None:
+        """Cheap: sizes. `full`: order and range of block columns, finite values, zero padding."""
+        if full:
+            check_indices(self.indptr, self.indices, -(-self.shape[1] // self.block[1]))
+            self._check_values()
+            padded = self._padded()
+            if padded[self.shape[0] :].any() or padded[:, self.shape[1] :].any():
+                raise ValueError(f"block values: non-zero padding beyond the shape {self.shape}")
+
+    @classmethod
+    def from_dense(cls, dense: np.ndarray, *, block: tuple[int, int]) -> BlockCSR:
+        """Keeps every block that has a non-zero entry. O(size of the matrix)."""
+        dense = finite_matrix(dense)
+        check_block(block, dense.shape)
+        (n_pre, n_post), (r, c) = dense.shape, block
+        rows, columns = -(-n_pre // r), -(-n_post // c)
+        padded = np.zeros((rows * r, columns * c), np.float32)
+        padded[:n_pre, :n_post] = dense
+        blocks = padded.reshape(rows, r, columns, c)
+        kept_rows, kept_columns = np.nonzero(blocks.any(axis=(1, 3)))
+        indptr = row_pointers(kept_rows, rows)
+        return cls(
+            indptr, kept_columns.astype(np.int32), _unit_major(blocks, indptr, kept_columns), (n_pre, n_post), (r, c)
+        )
+
+    @classmethod
+    def from_scipy(cls, matrix) -> BlockCSR:
+        """From a scipy.sparse BSR matrix of shape (n_pre, n_post)."""
+        if matrix.format != "bsr":
+            raise TypeError(f"block weights: got a scipy {matrix.format} matrix, need bsr; call .tobsr(blocksize)")
+        matrix = sp.bsr_array(matrix, copy=True)
+        matrix.sum_duplicates()
+        indptr = matrix.indptr.astype(np.int64)
+        data = matrix.data.astype(np.float32)
+        values = [data[a:b].transpose(1, 0, 2).ravel() for a, b in zip(indptr[:-1], indptr[1:], strict=True)]
+        return cls(
+            indptr,
+            matrix.indices.astype(np.int32),
+            np.concatenate([*values, np.zeros(0, np.float32)]),
+            shape_of(matrix),
+            (int(data.shape[1]), int(data.shape[2])),
+        )
+
+    def to_scipy(self) -> sp.bsr_array:
+        """scipy BSR; refuses a shape that is no multiple of the block, which BSR cannot hold."""
+        (n_pre, n_post), (r, c) = self.shape, self.block
+        if n_pre % r or n_post % c:
+            raise ValueError(f"to_scipy: shape {self.shape} is no multiple of block {self.block}; scipy BSR needs one")
+        return sp.bsr_array((self.blocks(), self.indices.copy(), self.indptr.copy()), shape=self.shape)
+
+    def blocks(self) -> np.ndarray:
+        """(n_blocks, r, c) float32 copy of the blocks, in index order."""
+        (r, c), floats = self.block, self.floats()
+        parts = [
+            floats[a * r * c : b * r * c].reshape(r, b - a, c).transpose(1, 0, 2)
+            for a, b in zip(self.indptr[:-1], self.indptr[1:], strict=True)
+        ]
+        return np.concatenate([*parts, np.zeros((0, r, c), np.float32)])
+
+    def to_dense(self) -> np.ndarray:
+        """A (n_pre, n_post) float32 array."""
+        return np.ascontiguousarray(self._padded()[: self.shape[0], : self.shape[1]])
+
+    def _padded(self) -> np.ndarray:
+        r, c = self.block
+        rows, columns = len(self.indptr) - 1, -(-self.shape[1] // c)
+        padded = np.zeros((rows, columns, r, c), np.float32)
+        padded[np.repeat(np.arange(rows), np.diff(self.indptr)), self.indices] = self.blocks()
+        return padded.transpose(0, 2, 1, 3).reshape(rows * r, columns * c)
+
+    def kept(self) -> np.ndarray:
+        return replace(self, values=np.ones(len(self.values), np.float32), scales=None).to_dense() != 0
+
+    def fan_out(self) -> np.ndarray:
+        r, c = self.block
+        per_unit = np.zeros(((len(self.indptr) - 1), r), np.int64)
+        filled = np.count_nonzero(self.blocks(), axis=2)
+        np.add.at(per_unit, np.repeat(np.arange(len(per_unit)), np.diff(self.indptr)), filled)
+        return per_unit.ravel()[: self.shape[0]]
+
+    def stored_out(self) -> np.ndarray:
+        r, c = self.block
+        return np.repeat(np.diff(self.indptr) * c, r)[: self.shape[0]]
+
+    def row_bytes(self) -> np.ndarray:
+        _, c = self.block
+        return self._row_bytes(self.stored_out() // c * 4)
+
+    def _detail(self) -> str:
+        return f"{self.block[0]}x{self.block[1]}"
+
+    def _spread(self, per_unit: np.ndarray) -> np.ndarray:
+        r, c = self.block
+        blocks = np.diff(self.indptr)
+        # Padding units past the last have zeros, whose scale does not matter.
+        unit = np.minimum(np.arange(len(blocks) * r), max(self.shape[0] - 1, 0))
+        return np.repeat(per_unit[unit], np.repeat(blocks * c, r))
+
+
+def check_block(block: tuple[int, int], shape: tuple[int, ...]) -> None:
+    """Refuse a block that is not positive or larger than the matrix."""
+    if len(block) != 2 or min(block) < 1:
+        raise ValueError(f"block: got {block}, need two sizes >= 1 (presynaptic x postsynaptic)")
+    if block[0] > max(shape[0], 1) or block[1] > max(shape[1], 1):
+        raise ValueError(
+            f"block: {block[0]}x{block[1]} is larger than the matrix {shape[0]}x{shape[1]}; choose a smaller one"
+        )
+
+
+def _unit_major(blocks: np.ndarray, indptr: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Kept blocks of a (rows, r, columns, c) array, in the order of `BlockCSR.values`."""
+    parts = [
+        blocks[row][:, columns[a:b]].ravel() for row, (a, b) in enumerate(zip(indptr[:-1], indptr[1:], strict=True))
+    ]
+    return np.concatenate([*parts, np.zeros(0, np.float32)])

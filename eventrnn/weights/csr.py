@@ -1,0 +1,93 @@
+"""Single weights, in compressed sparse rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import scipy.sparse as sp
+
+from eventrnn.weights.base import (
+    Weights,
+    check_indices,
+    finite_matrix,
+    need_index,
+    need_values,
+    per_unit,
+    row_pointers,
+    shape_of,
+)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class CSR(Weights):
+    """Single entries, compressed by presynaptic unit.
+
+    Attributes
+    ----------
+    indptr  : (n_pre + 1,) int64
+    indices : (stored,) int32, strictly ascending within a unit
+    values  : (stored,)
+    shape   : (n_pre, n_post)
+    scales  : (n_pre,) float32 for int8, else None
+    """
+
+    indptr: np.ndarray
+    indices: np.ndarray
+    values: np.ndarray
+    shape: tuple[int, int]
+    scales: np.ndarray | None = None
+    name: ClassVar[str] = "csr"
+
+    def __post_init__(self):
+        need_values(self.values, self.scales, 1, self.shape[0])
+        need_index(self.indptr, self.indices, self.shape[0], len(self.values))
+
+    def check(self, full: bool = False) -> None:
+        """Cheap: ends of `indptr`. `full`: order and range of every index, finiteness of every value."""
+        if full:
+            check_indices(self.indptr, self.indices, self.shape[1])
+            self._check_values()
+
+    @classmethod
+    def from_dense(cls, dense: np.ndarray) -> CSR:
+        """Keeps the non-zero entries. O(size of the matrix)."""
+        dense = finite_matrix(dense)
+        rows, columns = np.nonzero(dense)
+        return cls(row_pointers(rows, dense.shape[0]), columns.astype(np.int32), dense[rows, columns], dense.shape)
+
+    @classmethod
+    def from_scipy(cls, matrix) -> CSR:
+        """From any scipy.sparse matrix of shape (n_pre, n_post); duplicates are summed, indices sorted."""
+        matrix = sp.csr_array(matrix, copy=True)
+        matrix.sum_duplicates()
+        return cls(
+            matrix.indptr.astype(np.int64),
+            matrix.indices.astype(np.int32),
+            matrix.data.astype(np.float32),
+            shape_of(matrix),
+        )
+
+    def to_scipy(self) -> sp.csr_array:
+        return sp.csr_array((self.floats().copy(), self.indices.copy(), self.indptr.copy()), shape=self.shape)
+
+    def to_dense(self) -> np.ndarray:
+        """A (n_pre, n_post) float32 array."""
+        dense = np.zeros(self.shape, np.float32)
+        dense[np.repeat(np.arange(self.shape[0]), np.diff(self.indptr)), self.indices] = self.floats()
+        return dense
+
+    def fan_out(self) -> np.ndarray:
+        return per_unit(self.floats() != 0, self.indptr)
+
+    def kept(self) -> np.ndarray:
+        mask = np.zeros(self.shape, bool)
+        mask[np.repeat(np.arange(self.shape[0]), np.diff(self.indptr)), self.indices] = True
+        return mask
+
+    def stored_out(self) -> np.ndarray:
+        return np.diff(self.indptr)
+
+    def row_bytes(self) -> np.ndarray:
+        return self._row_bytes(4 * self.stored_out())

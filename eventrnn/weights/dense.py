@@ -1,0 +1,63 @@
+"""Every weight of a matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from eventrnn.weights.base import Weights, finite_matrix, need_values
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Dense(Weights):
+    """All entries.
+
+    Attributes
+    ----------
+    values : (n_pre, n_post), C-contiguous
+    scales : (n_pre,) float32 for int8, else None
+    """
+
+    values: np.ndarray
+    scales: np.ndarray | None = None
+    name: ClassVar[str] = "dense"
+
+    def __post_init__(self):
+        need_values(self.values, self.scales, 2, len(self.values) if self.values.ndim else 0)
+        if not self.values.flags.c_contiguous:
+            raise ValueError("dense values: not C-contiguous; pass numpy.ascontiguousarray(values)")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape  # type: ignore[return-value]
+
+    def check(self, full: bool = False) -> None:
+        """Shapes and types hold by construction; `full` reads every value."""
+        if full:
+            self._check_values()
+
+    @classmethod
+    def from_dense(cls, dense: np.ndarray) -> Dense:
+        """The matrix as it is, copied."""
+        return cls(np.array(finite_matrix(dense), order="C"))
+
+    def to_dense(self) -> np.ndarray:
+        """A (n_pre, n_post) float32 copy."""
+        return self.values.copy() if self.storage == "float32" else self.floats()
+
+    def fan_out(self) -> np.ndarray:
+        return np.count_nonzero(self.floats(), axis=1).astype(np.int64)
+
+    def stored_out(self) -> np.ndarray:
+        return np.full(self.shape[0], self.shape[1], np.int64)
+
+    def row_bytes(self) -> np.ndarray:
+        return self._row_bytes(0)
+
+    def _spread(self, per_unit: np.ndarray) -> np.ndarray:
+        return per_unit[:, None]
+
+    def _largest(self, floats: np.ndarray) -> np.ndarray:
+        return np.abs(floats).max(axis=1, initial=0)

@@ -1,0 +1,203 @@
+"""The benchmark: what goes together, that every rival computes what we do, what a result says. No timing decides."""
+
+import importlib.util
+import sys
+
+import numpy as np
+import pytest
+from tolerance import U32, gamma
+
+from eventrnn import bench, simulate
+from eventrnn.bench import contest, rivals
+from eventrnn.bench.case import Case
+from eventrnn.bench.engine import Product
+from eventrnn.bench.machine import peak
+from eventrnn.bench.measure import ACTIVITY_TOLERANCE
+from eventrnn.bench.networks import random_events, random_weights
+from eventrnn.weights import convert
+
+NEEDS = {"torch": "torch", "torch-step": "torch", "torch-csr": "torch", "torch-mm": "torch", "mkl": "sparse_dot_mkl"}
+SMALL = {"hidden": 48, "steps": 12, "repeats": 3, "activity": 0.2, "sparsity": 0.5}
+
+
+def needing(name):
+    """The rival as a parameter, skipped where its package is missing."""
+    package = NEEDS.get(name)
+    missing = package is not None and importlib.util.find_spec(package) is None
+    marks = [pytest.mark.skipif(missing, reason=f"needs {package}")]
+    return pytest.param(name, marks=marks + ([pytest.mark.torch] if package == "torch" else []))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Run every contestant once and say how many seconds it took: 2 for ours, 1 for the probe, then 8, 9, 10 …"""
+
+    def interleaved(contestants, repeats):
+        taken = {"ours": 2.0, "probe": 1.0}
+        for run in contestants.values():
+            run()
+        for k, name in enumerate(contestants):
+            taken.setdefault(name, 6.0 + k)
+        return {name: [taken[name]] * repeats for name in contestants}
+
+    monkeypatch.setattr(contest, "interleaved", interleaved)
+
+
+LAYERS = [needing(name) for name in bench.LAYER_RIVALS]
+PRODUCTS = [needing(name) for name in bench.PRODUCT_RIVALS if name != "float32"]
+WEIGHTS = [
+    {"format": "block", "block": (1, 16)},
+    {"format": "block", "block": (4, 4)},
+    {"format": "block", "block": (5, 7)},  # divides neither side
+    {"format": "csr"},
+    {"format": "dense", "sparsity": None},
+    {"format": "nm", "sparsity": None, "nm": (2, 5, "pre")},
+    {"format": "block", "block": (1, 16), "dtype": "int8"},
+]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+@pytest.mark.parametrize("batch", [1, 3, 20])
+@pytest.mark.parametrize("rival", PRODUCTS)
+def test_rivals_of_a_product_compute_it(clock, rival, batch, weights):
+    line = bench.inference(**SMALL | weights | {"batch": batch, "against": rival})
+    assert line["measures"] == "product" and line["against_variant"].startswith(rival)
+    assert line["speedup"] == 4 and line["against_us_per_step"] == 8 / 12 * 1e6
+    assert set(line["against_variants_us_per_step"]) >= {line["against_variant"]}
+
+
+@pytest.mark.parametrize("variant", ["evnn", "paper"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("rival", LAYERS)
+def test_rivals_of_a_layer_follow_our_first_step(clock, rival, batch, variant):
+    case = {"layers": 2, "batch": batch, "variant": variant, "against": rival, "hidden": 96, "block": (1, 16)}
+    line = bench.inference(**SMALL | case | {"steps": 40, "repeats": 3})
+    assert line["measures"] == "layer" and line["against_variant"] == rival and line["speedup"] == 4
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("form", "block"), [("dense", None), ("csr", None), ("block", (1, 64)), ("block", (4, 4))])
+@pytest.mark.parametrize("batch", [1, 40])
+def test_a_product_by_itself_keeps_the_contract(batch, form, block, threads):
+    """Right within rounding, and the bits of the dense twin on one thread."""
+    rng = np.random.default_rng(0)
+    weights = random_weights((64, 192), sparsity=0.0 if form == "dense" else 0.5, format=form, block=block, rng=rng)
+    events = random_events(5, batch, 64, 0.3, rng)
+    product = Product(weights, events, threads)
+    dense, values = weights.to_dense().astype(np.float64), events.to_dense().astype(np.float64)
+    for t in range(5):
+        exact, size = values[t] @ dense, np.abs(values[t]) @ np.abs(dense)
+        assert (np.abs(product.result(t) - exact) <= 2 * gamma(64, U32) * size).all()
+    twin = Product(convert(weights, "dense"), events, 1)
+    assert all(np.array_equal(product.result(t), twin.result(t)) for t in range(5))
+
+
+@pytest.mark.parametrize("batch", [1, 20])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("weights", [*WEIGHTS[:5:2], {"format": "nm", "sparsity": None, "nm": (2, 4, "post")}], ids=str)
+def test_narrow_weights_against_float32(clock, weights, dtype, batch):
+    line = bench.inference(**SMALL | weights | {"dtype": dtype, "against": "float32", "batch": batch})
+    wide = bench.inference(**SMALL | weights | {"against": "numpy", "batch": batch})
+    assert line["against_variant"] == "float32 ours" and line["speedup"] == 4 and line["dtype"] == dtype
+    assert line["storage_bytes"] < wide["storage_bytes"] and line["executed_per_step"] == wide["executed_per_step"]
+    assert line["bytes_per_step"] < wide["bytes_per_step"]
+
+
+def test_what_computes_something_else_is_never_timed(clock, monkeypatch):
+    def off_by_one_step(task):
+        return {"late": lambda t: task.dense.T @ task.columns[max(t - 1, 0)]}
+
+    monkeypatch.setitem(rivals._PRODUCTS, "scipy", off_by_one_step)
+    with pytest.raises(RuntimeError, match=r"against scipy late: sample 0, output \d+ .* computes something else"):
+        bench.inference(**SMALL | {"against": "scipy", "block": (1, 16)})
+    monkeypatch.setitem(rivals._PRODUCTS, "scipy", lambda task: {"narrow": lambda t: task.columns[t]})
+    with pytest.raises(RuntimeError, match=r"shape \(1, 48\), ours \(1, 144\)"):
+        bench.inference(**SMALL | {"against": "scipy", "block": (1, 16)})
+
+
+def test_bound_of_a_product_is_twice_gamma():
+    weights, values = np.array([[1.0, -2], [3, 4]], np.float32), np.array([[-1.0, 0.5]], np.float32)
+    assert np.array_equal(rivals.product_bound(weights, values), 2 * gamma(2, U32) * np.array([[2.5, 4]]))
+
+
+def test_a_line_says_what_was_asked_and_what_was_found(clock):
+    line = bench.inference(**SMALL | {"against": "numpy,scipy", "block": (1, 16), "batch": 2})
+    assert {key: line[key] for key in ("measures", "dtype", "format", "block", "nm", "against", "seed")} == {
+        "measures": "product", "dtype": "float32", "format": "block", "block": "1x16", "nm": None,
+        "against": "numpy,scipy", "seed": 0,
+    }  # fmt: skip
+    assert line["activity_asked"] == 0.2 and line["sparsity_asked"] == 0.5 == line["sparsity"]
+    assert line["against_variant"] == "numpy dot, rows by input" and len(line["against_variants_us_per_step"]) == 7
+    assert line["dense_per_step"] == 2 * 48 * 144
+    assert line["effective_per_step"] == line["executed_per_step"] <= line["dense_per_step"] / 2
+    # Half of 144 columns in blocks of 16, 48 rows: 4 bytes a weight, 4 a block, 8 a row pointer.
+    assert line["storage_bytes"] == 4 * 48 * 72 + 4 * 48 * 9 // 2 + 8 * 49
+    assert line["gflop_s"] == 2 * line["executed_per_step"] / (line["us_per_step"] * 1e3)
+    assert line["fma_gflop_s"] > 0 and line["fma_scaling"] is None and 0 < line["bandwidth_fraction"] < 1
+    assert Case(**SMALL | {"against": "numpy,scipy", "block": (1, 16), "batch": 2}).record().items() <= line.items()
+
+
+def test_two_threads_bring_a_probe_of_the_second_core():
+    assert peak(1)["fma_scaling"] is None and peak(2)["fma_scaling"] > 0
+
+
+def test_none_is_a_rival_too(clock):
+    line = bench.inference(**SMALL | {"against": "none", "hidden": 96, "steps": 40, "block": (1, 16)})
+    assert line["measures"] == "layer" and line["speedup"] is None and line["against_variants_us_per_step"] == {}
+
+
+@pytest.mark.parametrize("activity", [0.05, 0.3, 0.5, 0.9, 1.0])
+def test_every_activity_can_be_reached(activity):
+    rng = np.random.default_rng(0)
+    network = bench.random_network(128, 2, sparsity=0.5, format="csr", block=None, variant="evnn", rng=rng)
+    inputs = random_events(60, 2, 128, activity, rng)
+    reached = simulate(bench.at_activity(network, inputs, activity), inputs).activity
+    assert all(abs(each - activity) <= ACTIVITY_TOLERANCE * activity for each in reached)
+
+
+@pytest.mark.parametrize("axis", ["pre", "post"])
+@pytest.mark.parametrize(("n", "m", "shape"), [(2, 4, (12, 36)), (1, 5, (13, 39)), (3, 4, (6, 18))])
+def test_random_groups_keep_n_of_m(n, m, shape, axis):
+    mask = bench.networks._nm_mask(shape, n, m, axis, np.random.default_rng(0))
+    lines = mask if axis == "post" else mask.T
+    for start in range(0, lines.shape[1], m):
+        group = lines[:, start : start + m]
+        assert (group.sum(axis=1) == min(n, group.shape[1])).all()
+    assert mask.shape == shape and len(np.unique(lines[:, :m], axis=0)) > 1
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ({"against": "torch,scipy"}, "one kind at a time"),
+        ({"against": "scipy,nobody"}, "against: got 'nobody', need one of torch"),
+        ({"against": "none,torch"}, "against: got 'none'"),
+        ({"against": "float32"}, "rival for narrower weights"),
+        ({"against": "scipy", "layers": 2}, "layers: got 2, but scipy is a rival of one product"),
+        ({"against": "mkl", "variant": "paper"}, "variant: got 'paper', but mkl"),
+        ({"format": "csr", "block": (1, 16)}, "block: got .* for format 'csr', which takes none"),
+        ({"format": "csr", "nm": (2, 4, "post")}, "nm: got .* for format 'csr'"),
+        ({"format": "sieve"}, "format: got 'sieve'"),
+        ({"format": "nm"}, "nm: got None for format 'nm'"),
+        ({"format": "nm", "nm": (5, 4, "pre")}, "nm: got 5:4"),
+        ({"format": "nm", "nm": (2, 4, "pre"), "sparsity": 0.5}, "2 of 4 says it"),
+        ({"dtype": "float8"}, "dtype: got 'float8', need one of float32"),
+        ({"repeats": 2}, "repeats: got 2"),
+        ({"batch": 0}, "batch: got 0"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(case, message):
+    with pytest.raises(ValueError, match=message):
+        Case(**case)
+
+
+@pytest.mark.parametrize("rival", ["torch", "torch-csr", "mkl"])
+def test_a_missing_package_is_named(monkeypatch, rival):
+    monkeypatch.setitem(sys.modules, NEEDS[rival], None)
+    with pytest.raises(ValueError, match=f"{NEEDS[rival]}.* not installed"):
+        bench.inference(**SMALL | {"against": rival, "block": (1, 16)})
+
+
+def test_sparsity_follows_the_format_where_it_is_not_given():
+    assert [Case(format=name).left_out for name in ("dense", "csr", "block")] == [0, 0.9, 0.9]
+    assert Case(format="nm", nm=(1, 4, "pre")).left_out == 0.75 and Case().block == (1, 64)

@@ -1,0 +1,155 @@
+"""The scripts in experiments/: cases are possible, nothing is measured twice, figures come from lines alone."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from eventrnn import bench
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+
+
+def script(name, monkeypatch):
+    spec = importlib.util.spec_from_file_location(f"experiments_{name}", EXPERIMENTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def line(case, **changes):
+    """What the benchmark would say of a case, the figures invented."""
+    record = bench.Case(**case).record()
+    return (
+        {
+            "us_per_step": 20.0, "against_us_per_step": 1000.0, "speedup": 50.0, "against_variant": "torch",
+            "executed_per_step": 100_000.0, "bytes_per_step": 400_000.0, "bandwidth_gb_s": 20.0, "probe_gb_s": 25.0,
+            "bandwidth_fraction": 0.8, "gflop_s": 10.0, "fma_gflop_s": 180.0, "device": bench.device(),
+        }
+        | record
+        | changes
+    )  # fmt: skip
+
+
+@pytest.fixture
+def timing(monkeypatch):
+    """The bench script on a clean commit, where measuring a case only notes that it was asked for."""
+    module, asked = script("bench", monkeypatch), []
+
+    def inference(**case):
+        asked.append(case)
+        if case.get("batch") == 80:
+            raise RuntimeError("too noisy")
+        return line(case)
+
+    monkeypatch.setattr(module.bench, "inference", inference)
+    monkeypatch.setattr(module, "commit", lambda: "abc1234")
+
+    def run(*arguments):
+        asked.clear()
+        result = CliRunner().invoke(module_app(module), [str(argument) for argument in arguments])
+        return result.exit_code, result.stdout, list(asked)
+
+    return run, module, monkeypatch
+
+
+def module_app(module):
+    import typer
+
+    app = typer.Typer()
+    app.command()(module.main)
+    return app
+
+
+def test_every_case_is_possible_and_has_a_name_of_its_own(monkeypatch):
+    module = script("bench", monkeypatch)
+    rows = module.acceptance() + module.readme() + module.grid()
+    assert len({row.name for row in rows}) == len(rows)
+    assert module.impossible(rows) == {}
+    assert len(module.grid()) == 7 * 5 * 3
+    assert module.impossible([module.Row("odd", {"format": "sieve"})])["odd"].startswith("format: got 'sieve'")
+
+
+def test_lines_are_appended_as_they_are_measured_and_never_twice(timing, tmp_path):
+    run, _, _ = timing
+    path = tmp_path / "lines.jsonl"
+    code, out, asked = run("--only", "layer, dense", "--results", path)
+    # 1 and 2 threads, by sequence and by step; the share of the probe is read off the former.
+    assert code == 0 and len(asked) == 4 and len(path.read_text().splitlines()) == 4
+    assert out.count("pass") == 4 and out.count("short by") == 2
+    written = [json.loads(each) for each in path.read_text().splitlines()]
+    assert all(each["commit"] == "abc1234" and each["time"] for each in written)
+    assert run("--only", "layer, dense", "--results", path)[2] == []
+    assert len(run("--only", "layer, dense", "--results", path, "--again")[2]) == 4
+    code, out, asked = run("--only", "layer, dense", "--results", path, "--table")
+    assert (code, asked, out.count("pass")) == (0, [], 4)
+
+
+def test_another_commit_device_or_a_changed_tree_is_measured_again(timing, tmp_path):
+    run, module, monkeypatch = timing
+    path = tmp_path / "lines.jsonl"
+    arguments = ("--only", "layer, 90 % of 1x16", "--results", path)
+    assert len(run(*arguments)[2]) == 1
+    assert len(run(*arguments)[2]) == 0
+    monkeypatch.setattr(module.bench, "device", lambda: "another machine")
+    assert len(run(*arguments)[2]) == 1
+    monkeypatch.setattr(module, "commit", lambda: "def5678-changed")
+    assert [len(run(*arguments)[2]) for _ in range(2)] == [1, 1]
+
+
+def test_a_case_that_fails_is_named_and_the_others_go_on(timing, tmp_path):
+    run, _, _ = timing
+    code, out, asked = run("--only", "1 thread", "--results", tmp_path / "lines.jsonl")
+    batches = [case.get("batch", 1) for case in asked]
+    assert code == 1 and batches.count(80) == 3 and batches.count(20) == 3 and out.count("too noisy") >= 3
+    assert len((tmp_path / "lines.jsonl").read_text().splitlines()) == len(asked) - 3
+
+
+def test_only_the_grid_fills_the_map(timing, tmp_path):
+    run, module, _ = timing
+    path = tmp_path / "lines.jsonl"
+    _, _, asked = run("--grid", "--only", "grid: batch 1,", "--results", path)
+    assert len(asked) == 35 and {case["repeats"] for case in asked} == {module.GRID_REPEATS}
+
+
+def test_commit_is_of_the_package_not_of_the_results(monkeypatch):
+    module, calls = script("bench", monkeypatch), []
+
+    class Done:
+        stdout = "abc1234\n"
+
+    def run(arguments, **options):
+        calls.append(arguments)
+        return Done()
+
+    monkeypatch.setattr(module.subprocess, "run", run)
+    assert module.commit() == "abc1234-changed"  # what git says of the files is not empty
+    assert all(arguments[-1] == "eventrnn" for arguments in calls)
+
+
+def test_figures_are_drawn_from_lines_alone(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="figures need matplotlib, the plots extra")
+    timed, drawn = script("bench", monkeypatch), script("plots", monkeypatch)
+    rows = timed.readme() + timed.grid()
+    old = {"commit": "0ld", "device": "another", "us_per_step": 1.0}
+    lines = [old, *(line(row.case, commit="abc1234") for row in rows)]
+    path = tmp_path / "lines.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    drawn.main(path, tmp_path / "figures")
+    out = capsys.readouterr().out
+    assert "batch 1, 35 cells, batch 20, 35 cells, batch 80, 35 cells" in out
+    assert {p.name for p in (tmp_path / "figures").iterdir()} == {"speedup.png", "roofline.png"}
+    names = [point["name"] for point in drawn.points(drawn.latest(lines[1:])) if point["name"]]
+    assert len(names) == len(set(names)) == len(timed.readme())
+    assert {"layer 1350, 1x64 90% pruned, 10% active, paper", "layer 1350, 2:4 50% pruned, 10% active"} <= set(names)
+
+    path.write_text("".join(json.dumps(each) + "\n" for each in lines[:4]))
+    drawn.main(path, tmp_path / "figures")
+    assert "speedup.png: not drawn" in capsys.readouterr().out
+    path.write_text(json.dumps(old) + "\n")
+    with pytest.raises(SystemExit, match="no lines of this version"):
+        drawn.main(path, tmp_path / "figures")
