@@ -34,7 +34,7 @@ def steps(n, batch, length, drive_in, w_rec, bias_rec, threshold, c, y, ys_out, 
                 rec[b, i] += bias_rec[i]
         flat = rec.reshape(rec.size)
         for b in range(batch):
-            update(n, 0, n, drive_in, (t * batch + b) * 3 * n, flat, b * 3 * n, threshold, 0, c, y, b * n)
+            update(n, drive_in, (t * batch + b) * 3 * n, flat, b * 3 * n, threshold, 0, c, y, b * n)
         ys_out[t] = y
         cs_out[t] = c
 
@@ -59,7 +59,7 @@ def paper_steps(n, batch, length, drive_in, w_gates, w_candidate, bias_rec, thre
                 rec[b, 2 * n + i] = candidate[b, i] + bias_rec[2 * n + i]
         flat = rec.reshape(rec.size)
         for b in range(batch):
-            update_paper(n, 0, n, drive_in, (t * batch + b) * 3 * n, flat, b * 3 * n, threshold, 0, c, y, b * n)
+            update_paper(n, drive_in, (t * batch + b) * 3 * n, flat, b * 3 * n, threshold, 0, c, y, b * n)
         ys_out[t] = y
         cs_out[t] = c
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from eventrnn.backend import Feed, FireCounts, State, Trace
 from eventrnn.jit import compiled
-from eventrnn.packing import HIGH, LOW, PIECES, aligned_zeros, check_format
+from eventrnn.packing import PIECES, aligned_zeros, check_format
 from eventrnn.plan import (
     BIAS_IN,
     BIAS_REC,
@@ -28,6 +28,7 @@ from eventrnn.plan import (
     REC_GATED,
     UNIT_0,
     UNITS,
+    Layout,
     Plan,
     many_drives,
     product_scratch,
@@ -51,9 +52,9 @@ MOST_THREADS = 64
 def run(
     part, parts, barrier,
     # weights
-    layers, windows, values, index, pointers, biases, threshold, readout,
+    layers, windows, values, index, pointers, biases, threshold, readout, bias_out,
     # in
-    feed_indptr, feed_ids, feed_sent, row_of, steps, batch, chunk, edges, pitch,
+    feed_indptr, feed_ids, feed_sent, row_of, steps, batch, chunk, edges, bases, pitch,
     # scratch
     drive_in, drive_rec, ids, sent, firsts, counts, feed_firsts, feed_counts, gated_ids, gated,
     starts, groups, grouped, lists, amounts, x, tile,
@@ -76,7 +77,7 @@ def run(
         length = min(chunk, steps - t0)
         for layer in range(n_layers):
             n, unit_0 = layers[layer, UNITS], layers[layer, UNIT_0]
-            low, high = edges[layer, part], edges[layer, part + 1]
+            low, high, base = edges[layer, part], edges[layer, part + 1], bases[layer, part]
             mine, below = (layer % 2) * rows, ((layer + 1) % 2) * rows
             # Each thread's lists have a vector to spare.
             own = low + LANES * part
@@ -113,28 +114,38 @@ def run(
                     ids, sent, firsts, counts, (mine + t * batch) * parts, parts, batch,
                     *scratch, drive_rec, pitch,
                 )  # fmt: skip
-                target = wait(barrier, parts, target)
-
                 if w2 > w1:
+                    # The candidate's events take the reset gates of all units.
+                    target = wait(barrier, parts, target)
                     for b in range(batch):
                         a, s, to = (t * batch + b) * pitch, unit_0 * batch + b * n, b * wide
                         feed_firsts[part, b] = to
-                        feed_counts[part, b] = send_gated(
-                            n, drive_in, a, drive_rec, b * pitch, y, s, gated_ids[part], gated[part], to
-                        )
+                        for q in range(parts):
+                            first, last = edges[layer, q], edges[layer, q + 1]
+                            gate_r = bases[layer, q] + last - first
+                            to += send_gated(
+                                first, last, drive_in, a + gate_r, drive_rec, b * pitch + gate_r, y, s,
+                                gated_ids[part], gated[part], to,
+                            )  # fmt: skip
+                        feed_counts[part, b] = to - b * wide
                     propagate_all(
                         windows[part], w1, w2, values, index, pointers, biases, p, n,
                         gated_ids[part], gated[part], feed_firsts[part], feed_counts[part], 0, 1, batch,
                         *scratch, drive_rec, pitch,
                     )  # fmt: skip
+                    # Nobody reads y, or the reset gates, any more.
                     target = wait(barrier, parts, target)
 
                 for b in range(batch):
-                    row, a, s = mine + (t + 1) * batch + b, (t * batch + b) * pitch, unit_0 * batch + b * n
+                    row, a, s = mine + (t + 1) * batch + b, (t * batch + b) * pitch + base, unit_0 * batch + b * n
                     if w2 > w1:
-                        update_paper(n, low, high, drive_in, a, drive_rec, b * pitch, threshold, unit_0, c, y, s)
+                        update_paper(
+                            high - low, drive_in, a, drive_rec, b * pitch + base, threshold, unit_0 + low, c, y, s + low
+                        )
                     else:
-                        update(n, low, high, drive_in, a, drive_rec, b * pitch, threshold, unit_0, c, y, s)
+                        update(
+                            high - low, drive_in, a, drive_rec, b * pitch + base, threshold, unit_0 + low, c, y, s + low
+                        )
                     slot, first = row * parts + part, row * wide + own
                     firsts[slot] = first
                     counts[slot] = send(y, s, low, high, ids, sent, first)
@@ -149,17 +160,16 @@ def run(
                 target = wait(barrier, parts, target)
 
         if readout >= 0:
-            size, w0, w1 = len(output_out) // (steps * batch), readout, windows.shape[1]
-            last = ((n_layers - 1) % 2) * rows
+            low, high, base = edges[n_layers, part], edges[n_layers, part + 1], bases[n_layers, part]
+            last, size = ((n_layers - 1) % 2) * rows, edges[n_layers, parts]
             propagate_all(
-                windows[part], w0, w1, values, index, pointers, biases, len(biases) - size, layers[n_layers - 1, UNITS],
+                windows[part], readout, windows.shape[1], values, index, pointers, biases, bias_out,
+                layers[n_layers - 1, UNITS],
                 ids, sent, firsts, counts, (last + batch) * parts, parts, length * batch,
                 *scratch, drive_in, pitch,
             )  # fmt: skip
-            for w in range(w0, w1):
-                low, high = windows[part, w, LOW], windows[part, w, HIGH]
-                for k in range(length * batch):
-                    copy(drive_in, k * pitch + low, output_out, (t0 * batch + k) * size + low, high - low)
+            for k in range(length * batch):
+                copy(drive_in, k * pitch + base, output_out, (t0 * batch + k) * size + low, high - low)
 
 
 class CpuBackend:
@@ -190,17 +200,9 @@ class CpuEngine:
         self.units = [layer.units for layer in network.layers]
         self.output_size = self.units[-1] if network.readout is None else network.readout.weights.shape[1]
         self.plans: dict[tuple[tuple[bool, bool], ...], Plan] = {}
-        biases = [bias for layer in network.layers for bias in (layer.bias_in, layer.bias_rec)]
-        self.biases = np.concatenate(biases + ([network.readout.bias] if network.readout is not None else []))
+        self.layout = Layout(network, threads)
         self.threshold = np.concatenate([layer.threshold for layer in network.layers])
-        # Whole vectors, so that no two threads write one.
-        cuts = [[min(n, -(-n * q // (threads * LANES)) * LANES) for q in range(threads + 1)] for n in self.units]
-        self.edges = np.array(cuts, np.int64)
-        # Vectors and padded blocks may run past the last gate row. No multiple of a page: cache sets would be shared.
-        widths = [w.shape[1] + max(LANES, getattr(w, "block", (1, 1))[1]) for w in network.matrices().values()]
-        lines = -(-max(widths) // LANES)
-        self.pitch = LANES * (lines + (4 - lines) % 8)
-        self.pieces = max(widths) // min(PIECES)
+        self.pitch, self.pieces = self.layout.pitch, self.layout.pitch // min(PIECES)
         self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
         self.scratch_batch = 0
 
@@ -209,7 +211,7 @@ class CpuEngine:
         rows = (min(steps, self.chunk_steps(batch)) * batch, batch)
         kind = many_drives(rows[0]), many_drives(rows[1])
         if kind not in self.plans:
-            self.plans[kind] = Plan(self.network, self.parts, *rows)
+            self.plans[kind] = Plan(self.network, self.layout, *rows)
         return self.plans[kind]
 
     def chunk_steps(self, batch: int) -> int:
@@ -227,7 +229,7 @@ class CpuEngine:
                     f"batch: got {batch}, whose {rows * self.pitch:,} drives are too many; split the batch"
                 )
             lists, most = 2 * (rows + batch), rows * max(widest, *(layer.inputs for layer in self.network.layers))
-            wide = widest + LANES * self.parts
+            wide = widest + 2 * LANES * self.parts
             self.scratch = (
                 aligned_zeros(rows * self.pitch, np.float32),
                 aligned_zeros(batch * self.pitch, np.float32),
@@ -255,11 +257,33 @@ class CpuEngine:
         graded, binary = np.zeros(total, np.int64), np.zeros(total, np.int64)
         scratch, barrier = self._scratch(feed.batch), np.zeros(1, np.int64)
         if rows:
-            plan = self.plan(feed.steps, feed.batch)
+            plan, layout = self.plan(feed.steps, feed.batch), self.layout
             arguments = (
-                *(plan.layers, plan.windows, plan.values, plan.index, plan.pointers, self.biases, self.threshold),
-                *(plan.readout, feed.indptr, feed.indices, feed.values, feed.row_of, feed.steps, feed.batch),
-                *(self.chunk, self.edges, self.pitch, *scratch, c, y, output, events, states, graded, binary),
+                *(plan.layers, plan.windows, plan.values, plan.index, plan.pointers, layout.biases, self.threshold),
+                *(
+                    plan.readout,
+                    layout.starts[-1],
+                    feed.indptr,
+                    feed.indices,
+                    feed.values,
+                    feed.row_of,
+                    feed.steps,
+                    feed.batch,
+                ),
+                *(
+                    self.chunk,
+                    layout.edges,
+                    layout.bases,
+                    self.pitch,
+                    *scratch,
+                    c,
+                    y,
+                    output,
+                    events,
+                    states,
+                    graded,
+                    binary,
+                ),
             )
             if self.pool is None:
                 run(0, 1, barrier, *arguments)

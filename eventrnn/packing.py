@@ -1,7 +1,8 @@
 """Weights laid out for the CPU kernels: every matrix of a network in three pools and one table of offsets.
 
-One set of pools serves every format, storage, layer and thread, so that one kernel is compiled once. A *window* is a
-range of a matrix's columns (gate rows); each thread owns some windows of every matrix and packs just those.
+One set of pools serves every format, storage, layer and thread, so that one kernel is compiled once. A *window* is some
+of a matrix's columns (gate rows), side by side in a drive; each thread owns some windows of every matrix and packs just
+those. Columns need not lie in a drive as they do in the matrix: a `Segment` says what lies where.
 
     kind           values                                       index                    pointers
     ROWS           rows of `WIDTH` columns, `PITCH` apart       -                        -
@@ -21,6 +22,7 @@ looking for what is not.
 from __future__ import annotations
 
 import math
+import mmap
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +48,8 @@ PIECES = (64, 32, 16, 8, 4)
 # A mask a vector costs less than an index a weight from this share of kept weights on (measured at 1350 units:
 # 50 % 72 us against 138, 20 % 55 against 59, 10 % 52 against 30).
 MASKED_FROM = 0.2
+
+LARGE_PAGE = 1 << 21
 
 #: how a window's weights are stored
 FLOAT32, BFLOAT16, INT8 = range(3)
@@ -102,48 +106,49 @@ class Pools:
 
 
 def aligned_zeros(size: int, dtype) -> np.ndarray:
-    """Zeros starting on a cache line."""
-    itemsize = np.dtype(dtype).itemsize
-    raw = np.zeros(size * itemsize + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size * itemsize].view(dtype)
+    """Zeros starting on a cache line; on large pages where there are many and the system has them.
+
+    Rows picked at random from small pages would miss the address cache as often as the data cache.
+    """
+    nbytes = size * np.dtype(dtype).itemsize
+    if nbytes < LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        raw = np.zeros(nbytes + 64, np.uint8)
+        start = -raw.ctypes.data % 64
+        return raw[start : start + nbytes].view(dtype)
+    memory = mmap.mmap(-1, _up(nbytes, LARGE_PAGE) + LARGE_PAGE)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    raw = np.frombuffer(memory, np.uint8)
+    start = -raw.ctypes.data % LARGE_PAGE
+    return raw[start : start + nbytes].view(dtype)
 
 
-def window_edges(weights: Weights, start: int, stop: int, parts: int) -> list[int]:
-    """Cut the columns `start` to `stop` into `parts` windows that split no block and, but for the last, are whole
-    vectors: a vector across a cut would be read and written by two threads at once."""
-    # Blocks stand on the grid of the matrix, vectors of a row on that of the window.
-    grain, origin = (weights.block[1], 0) if isinstance(weights, BlockCSR) else (LANES, start)
-    cuts = [start + (stop - start) * k / parts for k in range(1, parts)]
-    aligned = [min(max(origin + round((cut - origin) / grain) * grain, start), stop) for cut in cuts]
-    return [start, *aligned, stop]
+@dataclass(frozen=True)
+class Segment:
+    """The columns `start` to `stop` of a matrix, in a drive from `position` on."""
+
+    start: int
+    stop: int
+    position: int
 
 
-def pack(pools: Pools, weights: Weights, low: int, high: int, many: bool = False) -> list[list[int]]:
-    """Add the columns `low` to `high` of a matrix to the pools; returns the table rows of its windows.
+def pack(pools: Pools, weights: Weights, segments: list[Segment], many: bool = False) -> list[list[int]]:
+    """Add some columns of a matrix to the pools; returns the table rows of its windows.
 
-    `many` lays dense rows and wide blocks out for products with many drives at once.
+    Segments lie side by side and ascend. `many` lays dense rows and wide blocks out for products with many drives at
+    once. A drive may be read and written, its value unchanged, up to a block past the last segment.
     """
     if isinstance(weights, Dense):
-        return _pack_rows(pools, weights, low, high, many)
+        return _pack_rows(pools, weights, segments, many)
     if not isinstance(weights, BlockCSR):
-        entries = _Entries.of_single(weights)
-        return _pack_single(pools, entries.only((entries.column >= low) & (entries.column < high)), weights, low, high)
+        return _pack_single(pools, _Entries.of_single(weights).placed(segments), weights, segments)
     entries = _Entries.of_blocks(weights)
-    # The last columns of the matrix keep the padding of their blocks (the drive has room for it).
-    end = high if high < weights.shape[1] else _up(high, weights.block[1])
-    inside = (entries.column < end) & (entries.column + entries.width > low)
-    whole = inside & (entries.column >= low) & (entries.column + entries.width <= end)
     if entries.width == 1:
-        return _pack_single(pools, entries.only(whole), weights, low, high)
-    packed = (_pack_block_columns if many else _pack_blocks)(pools, entries.only(whole), weights, low, high)
-    clipped = entries.only(inside & ~whole).single()
-    clipped = clipped.only((clipped.column >= low) & (clipped.column < high))
-    if len(clipped.unit):
-        # No columns: these drives were started above.
-        rows = _pack_single(pools, clipped, weights, low, high)
-        packed += [[*row[:HIGH], row[LOW], *row[VALUES:]] for row in rows]
-    return packed
+        # Padding beyond the last column is stored, hence multiplied.
+        last = segments[-1]
+        padded = _up(last.stop, weights.block[1]) if last.stop == weights.shape[1] else last.stop
+        segments_padded = [*segments[:-1], Segment(last.start, padded, last.position)]
+        return _pack_single(pools, entries.placed(segments_padded), weights, segments)
+    return (_pack_block_columns if many else _pack_blocks)(pools, entries.placed(segments), weights, segments)
 
 
 def check_format(name: str, weights: Weights) -> None:
@@ -154,18 +159,18 @@ def check_format(name: str, weights: Weights) -> None:
         )
 
 
-def empty_window(low: int) -> list[int]:
+def empty_window() -> list[int]:
     """A table row of no columns."""
-    return [ROWS, FLOAT32, low, low, 0, 0, 0, 0, 0, 0, 0]
+    return [ROWS, *[0] * (FIELDS - 1)]
 
 
 @dataclass
 class _Entries:
     """Weights of a matrix in the order unit, column: pieces of `width` neighbouring columns each.
 
-    unit, column : (n,) presynaptic unit and first column of each
-    row          : (n,) what names its index: pieces of the units of one block row share theirs
+    unit, column : (n,) presynaptic unit, and first column (once placed: position in a drive) of each
     values       : (n, width) in the storage of the matrix
+    rows         : units of a block row, which have the same columns
     """
 
     unit: np.ndarray
@@ -177,17 +182,27 @@ class _Entries:
     def width(self) -> int:
         return self.values.shape[1]
 
-    def only(self, chosen: np.ndarray) -> _Entries:
-        return (
-            self if chosen.all() else _Entries(self.unit[chosen], self.column[chosen], self.values[chosen], self.rows)
-        )
-
-    def single(self) -> _Entries:
-        """The same as entries of one column."""
-        if self.width == 1:
-            return self
-        column = (self.column[:, None] + np.arange(self.width)).ravel()
-        return _Entries(np.repeat(self.unit, self.width), column, self.values.reshape(-1, 1), 1)
+    def placed(self, segments: list[Segment]) -> _Entries:
+        """What lies in some segments, by position. A piece that leaves its segment is cut, and filled with zeros."""
+        parts = []
+        for segment in segments:
+            left = np.maximum(segment.start - self.column, 0)
+            right = np.minimum(segment.stop - self.column, self.width)
+            inside = np.flatnonzero(left < right)
+            left, right, values = left[inside], right[inside], self.values[inside]
+            cut = (left > 0) | (right < self.width)
+            if cut.any():
+                source = left[cut, None] + np.arange(self.width)
+                moved = np.take_along_axis(values[cut], np.minimum(source, self.width - 1), axis=1)
+                values[cut] = np.where(source < right[cut, None], moved, values.dtype.type(0))
+            position = self.column[inside] + left - segment.start + segment.position
+            parts.append((inside, self.unit[inside], position, values))
+        if len(parts) == 1:
+            _, unit, position, values = parts[0]
+            return _Entries(unit, position, values, self.rows)
+        source, unit, position, values = (np.concatenate(each) for each in zip(*parts, strict=True))
+        order = np.lexsort((position, unit))
+        return _Entries(unit[order], position[order], values[order], self.rows)
 
     @classmethod
     def of_single(cls, weights: Weights) -> _Entries:
@@ -205,13 +220,12 @@ class _Entries:
         within = np.arange(len(unit)) - np.repeat(start, np.repeat(per_row, r))
         column = weights.indices[first + within].astype(np.int64) * c
         pieces = c // width
-        entries = cls(
-            np.repeat(unit, pieces),
-            (column[:, None] + np.arange(pieces) * width).ravel(),
-            weights.values.reshape(-1, width),
-            r if width > 1 else 1,
-        )
-        return entries.only(entries.unit < weights.shape[0])
+        unit = np.repeat(unit, pieces)
+        column = (column[:, None] + np.arange(pieces) * width).ravel()
+        # Not the units that pad the last block row.
+        there = unit < weights.shape[0]
+        values = weights.values.reshape(-1, width)[there]
+        return cls(unit[there], column[there], values, r if width > 1 else 1)
 
 
 def _storage(weights: Weights) -> int:
@@ -222,56 +236,63 @@ def _scales(pools: Pools, weights: Weights) -> int:
     return pools.add_values(weights.scales) if weights.scales is not None else 0
 
 
-def _pack_rows(pools: Pools, weights: Dense, low: int, high: int, many: bool) -> list[list[int]]:
+def _pack_rows(pools: Pools, weights: Dense, segments: list[Segment], many: bool) -> list[list[int]]:
     storage, scales = _storage(weights), _scales(pools, weights)
+    values = weights.values
+    if len(segments) > 1 or (segments[0].start, segments[0].stop) != (0, weights.shape[1]):
+        values = np.concatenate([values[:, each.start : each.stop] for each in segments], axis=1)
+    low, total = segments[0].position, values.shape[1]
     table, every_from = [], math.ceil(EVERY_FROM_SHARE * weights.shape[0])
-    cuts = [*range(low, high, ROW_TILE), high] if many else [low, high]
+    cuts = [*range(0, total, ROW_TILE), total] if many else [0, total]
     for a, b in zip(cuts[:-1], cuts[1:], strict=True):
         width = pitch = _up(b - a, LANES)
         if not many:
             # An odd number of cache lines a row: rows a power of two apart would share cache sets.
-            lines = -(-pitch * weights.values.itemsize // 64)
-            pitch = (lines + (lines % 2 == 0)) * 64 // weights.values.itemsize
-        rows = np.zeros((weights.shape[0], pitch), weights.values.dtype)
-        rows[:, : b - a] = weights.values[:, a:b]
+            lines = -(-pitch * values.itemsize // 64)
+            pitch = (lines + (lines % 2 == 0)) * 64 // values.itemsize
+        rows = np.zeros((weights.shape[0], pitch), values.dtype)
+        rows[:, : b - a] = values[:, a:b]
         at = pools.add_values(rows)
-        table.append([ROW_TILES if many else ROWS, storage, a, b, at, 0, 0, width, pitch, scales, every_from])
-    return table or [empty_window(low)]
+        kind = ROW_TILES if many else ROWS
+        table.append([kind, storage, low + a, low + b, at, 0, 0, width, pitch, scales, every_from])
+    return table or [empty_window()]
 
 
-def _pack_single(pools: Pools, entries: _Entries, weights: Weights, low: int, high: int) -> list[list[int]]:
+def _pack_single(pools: Pools, entries: _Entries, weights: Weights, segments: list[Segment]) -> list[list[int]]:
     """Single weights: by mask or by index, whichever is less work."""
-    table = []
-    cuts = [*range(low, high, WIDEST_SCATTER), high]
-    # Blocks may have padding beyond the last column, where a mask has no bits.
-    within = not isinstance(weights, BlockCSR)
-    for a, b in zip(cuts[:-1], cuts[1:], strict=True):
-        stop = b if b < high else int(entries.column.max(initial=0)) + 1
-        part = entries.only((entries.column >= a) & (entries.column < stop))
-        dense = AVX512 and within and len(part.unit) >= MASKED_FROM * weights.shape[0] * (b - a) > 0
-        table += (_pack_masked if dense else _pack_scatter)(pools, part, weights, a, b)
-    return table or [empty_window(low)]
+    table, low, high = [], *_bounds(segments)
+    for a in range(low, high, WIDEST_SCATTER):
+        b = min(a + WIDEST_SCATTER, high)
+        inside = (entries.column >= a) & ((entries.column < b) | (b == high))
+        part = _Entries(entries.unit[inside], entries.column[inside] - a, entries.values[inside], 1)
+        # Padding beyond the last column has no bit in a mask.
+        fits = part.column.max(initial=0) < b - a
+        dense = AVX512 and fits and len(part.unit) >= MASKED_FROM * weights.shape[0] * (b - a)
+        table.append((_pack_masked if dense else _pack_scatter)(pools, part, weights, a, b))
+    return table or [empty_window()]
 
 
-def _pack_scatter(pools: Pools, entries: _Entries, weights: Weights, low: int, high: int) -> list[list[int]]:
-    pointers = _pointers(entries.unit, weights.shape[0])
-    index_at = pools.add_index((entries.column - low).astype(np.uint16))
+def _pack_scatter(pools: Pools, entries: _Entries, weights: Weights, low: int, high: int) -> list[int]:
+    index_at = pools.add_index(entries.column.astype(np.uint16))
     values_at, scales = pools.add_values(entries.values), _scales(pools, weights)
-    return [[SCATTER, _storage(weights), low, high, values_at, index_at, pools.add_pointers(pointers), 1, 0, scales, 0]]
+    at = pools.add_pointers(_pointers(entries.unit, weights.shape[0]))
+    return [SCATTER, _storage(weights), low, high, values_at, index_at, at, 1, 0, scales, 0]
 
 
-def _pack_masked(pools: Pools, entries: _Entries, weights: Weights, low: int, high: int) -> list[list[int]]:
+def _pack_masked(pools: Pools, entries: _Entries, weights: Weights, low: int, high: int) -> list[int]:
     vectors = _up(high - low, LANES) // LANES
     kept = np.zeros((weights.shape[0], vectors * LANES), bool)
-    kept[entries.unit, entries.column - low] = True
+    kept[entries.unit, entries.column] = True
     masks = np.packbits(kept, axis=1, bitorder="little").view("<u2").astype(np.uint16)
-    pointers = pools.add_pointers(_pointers(entries.unit, weights.shape[0]))
+    at = pools.add_pointers(_pointers(entries.unit, weights.shape[0]))
     values_at, scales = pools.add_values(entries.values), _scales(pools, weights)
-    index_at = pools.add_index(masks.ravel())
-    return [[MASKED, _storage(weights), low, high, values_at, index_at, pointers, 1, vectors, scales, 0]]
+    return [
+        *(MASKED, _storage(weights), low, high),
+        *(values_at, pools.add_index(masks.ravel()), at, 1, vectors, scales, 0),
+    ]
 
 
-def _pack_blocks(pools: Pools, entries: _Entries, weights: BlockCSR, low: int, high: int) -> list[list[int]]:
+def _pack_blocks(pools: Pools, entries: _Entries, weights: BlockCSR, segments: list[Segment]) -> list[list[int]]:
     first = _pointers(entries.unit, weights.shape[0])
     # The units of a block row have the same columns: the first one's index serves all.
     leaders = entries.unit % entries.rows == 0
@@ -282,21 +303,33 @@ def _pack_blocks(pools: Pools, entries: _Entries, weights: BlockCSR, low: int, h
     index_at = pools.add_index(entries.column[leaders].astype(np.int32))
     values_at, scales = pools.add_values(entries.values), _scales(pools, weights)
     at = pools.add_pointers(pointers)
-    return [[BLOCKS, _storage(weights), low, high, values_at, index_at, at, entries.width, 0, scales, 0]]
+    return [[BLOCKS, _storage(weights), *_bounds(segments), values_at, index_at, at, entries.width, 0, scales, 0]]
 
 
-def _pack_block_columns(pools: Pools, entries: _Entries, weights: BlockCSR, low: int, high: int) -> list[list[int]]:
-    """Walked by column, the columns' share of many drives stays in the L1 cache."""
-    width = entries.width
+def _pack_block_columns(pools: Pools, entries: _Entries, weights: BlockCSR, segments: list[Segment]) -> list[list[int]]:
+    """Walked by column, the columns' share of many drives stays in the L1 cache.
+
+    Pointers: how many columns; of each its position, how many outputs it has, and its first piece; then the last piece.
+    """
+    width, columns = entries.width, []
+    for each in segments:
+        grid = range(each.start // width * width, each.stop, width)
+        edges = [(max(column, each.start), min(column + width, each.stop)) for column in grid]
+        columns += [(each.position + a - each.start, b - a) for a, b in edges]
+    positions = np.array([position for position, _ in columns], np.int64)
     order = np.lexsort((entries.unit, entries.column))
-    first, last = -(-low // width), -(-max(high, low) // width)
-    if high == weights.shape[1]:
-        last = max(last, _up(high, weights.block[1]) // width)
-    pointers = np.searchsorted(entries.column[order], np.arange(first, last + 1) * width)
+    first = np.searchsorted(entries.column[order], positions)
     index_at = pools.add_index(entries.unit[order].astype(np.int32))
     values_at, scales = pools.add_values(entries.values[order]), _scales(pools, weights)
-    at = pools.add_pointers(np.concatenate([[first, last], pointers]))
-    return [[BLOCK_COLUMNS, _storage(weights), low, high, values_at, index_at, at, width, 0, scales, 0]]
+    table = np.array([(p, n, k) for (p, n), k in zip(columns, first, strict=True)], np.int64).ravel()
+    at = pools.add_pointers(np.concatenate([[len(columns)], table, [0, 0, len(order)]]))
+    bounds = _bounds(segments)
+    return [[BLOCK_COLUMNS, _storage(weights), *bounds, values_at, index_at, at, width, 0, scales, 0]]
+
+
+def _bounds(segments: list[Segment]) -> tuple[int, int]:
+    """The positions that segments take up."""
+    return segments[0].position, segments[-1].position + segments[-1].stop - segments[-1].start
 
 
 def _pointers(rows: np.ndarray, n: int) -> np.ndarray:

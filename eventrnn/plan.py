@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from eventrnn.packing import FIELDS, ROW_TILE, Pools, empty_window, pack, window_edges
+from eventrnn.packing import FIELDS, PIECES, ROW_TILE, Pools, Segment, empty_window, pack
 from eventrnn.simd import LANES
 from eventrnn.traverse import LISTED_PIECES
 from eventrnn.weights import BlockCSR, Dense, Weights
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from eventrnn.network import Network
 
 # Columns of the layer table. IN to REC are the windows of w_in, REC to REC_GATED those of w_rec, and REC_GATED to END
-# the candidate's columns of w_rec, apart in the paper's variant only.
+# the candidate's columns of w_rec, apart in the paper's variant only. Biases and units: where the layer's begin.
 UNITS, INPUTS, IN, REC, REC_GATED, END, BIAS_IN, BIAS_REC, UNIT_0 = range(9)
 
 # As many drives, and as wide a block, as make it pay to read weights once for all.
@@ -30,6 +30,58 @@ def many_drives(rows: int) -> tuple[bool, bool]:
     return rows >= SHARED_ROWS, rows >= SHARED_BLOCKS
 
 
+class Layout:
+    """Who owns what, and where in a drive it lies.
+
+    A thread owns some units, whole vectors of them, and all their gate rows, side by side in a drive: (u, r, g) of its
+    units. So nobody else ever reads or writes its drives, but for the reset gates of the paper's variant. One thread's
+    drives lie as in the matrix. The read-out's outputs are dealt out in the same way.
+
+    Attributes
+    ----------
+    edges  : (layers + 1, parts + 1) first unit of each part, and the end; the last row counts outputs
+    bases  : (layers + 1, parts) where a part's share of a drive begins
+    biases : one after the other by position in their drives: of each layer w_in's and w_rec's, then the read-out's
+    starts : where each of those begins
+    pitch  : from one drive to the next
+    """
+
+    def __init__(self, network: Network, parts: int):
+        self.parts = parts
+        sizes = [layer.units for layer in network.layers]
+        sizes.append(0 if network.readout is None else network.readout.weights.shape[1])
+        cuts = [[min(n, _up(-(-n * q // parts), LANES)) for q in range(parts + 1)] for n in sizes]
+        self.edges = np.array(cuts, np.int64)
+        gates = np.array([layer.cell.gates for layer in network.layers] + [1])
+        # Vectors and blocks may run past a share.
+        shares = _up(np.diff(self.edges, axis=1) * gates[:, None], LANES) + max(PIECES)
+        self.bases = np.cumsum(shares, axis=1) - shares
+        widths = shares.sum(axis=1)
+        # No multiple of a page, for drives side by side in a cache.
+        lines = -(-int(widths.max()) // LANES)
+        self.pitch = LANES * (lines + (4 - lines) % 8)
+        biases = [(k, bias) for k, layer in enumerate(network.layers) for bias in (layer.bias_in, layer.bias_rec)]
+        biases += [(-1, network.readout.bias)] if network.readout is not None else []
+        self.biases = np.zeros(sum(int(widths[k]) for k, _ in biases), np.float32)
+        self.starts, at = [], 0
+        for k, bias in biases:
+            for part in range(parts):
+                for segment in self.segments(k, part, 0, int(gates[k])):
+                    to = at + segment.position
+                    self.biases[to : to + segment.stop - segment.start] = bias[segment.start : segment.stop]
+            self.starts.append(at)
+            at += int(widths[k])
+
+    def segments(self, layer: int, part: int, first_gate: int, last_gate: int) -> list[Segment]:
+        """A part's columns of some gates; of layer -1, the read-out."""
+        n, low, high = (int(self.edges[layer, k]) for k in (-1, part, part + 1))
+        base, units = int(self.bases[layer, part]), high - low
+        if self.parts == 1:
+            return [Segment(first_gate * n, last_gate * n, base + first_gate * n)]
+        gates = range(first_gate, last_gate)
+        return [Segment(g * n + low, g * n + high, base + g * units) for g in gates if units]
+
+
 class Plan:
     """A network's weights packed for one way to run.
 
@@ -37,39 +89,45 @@ class Plan:
     rows want narrow windows and wide blocks go by column: so the drives' share of either stays in the L1 cache.
     """
 
-    def __init__(self, network: Network, parts: int, in_rows: int, rec_rows: int):
-        self.parts, self.pools = parts, Pools.empty()
-        self.tables: list[list[list[int]]] = [[] for _ in range(parts)]
-        layers, at, unit_0 = [], 0, 0
-        for layer in network.layers:
-            n, rows = layer.units, layer.w_rec.shape[1]
-            cut = 2 * n if layer.cell.variant == "paper" else rows
-            w_in = self._place(layer.w_in, 0, rows, in_rows)
-            w_rec = self._place(layer.w_rec, 0, cut, rec_rows)
-            w_gated = self._place(layer.w_rec, cut, rows, rec_rows) if cut < rows else len(self.tables[0])
-            layers.append([n, layer.inputs, w_in, w_rec, w_gated, len(self.tables[0]), at, at + rows, unit_0])
-            at, unit_0 = at + 2 * rows, unit_0 + n
+    def __init__(self, network: Network, layout: Layout, in_rows: int, rec_rows: int):
+        self.layout, self.parts, self.pools = layout, layout.parts, Pools.empty()
+        self.tables: list[list[list[int]]] = [[] for _ in range(self.parts)]
+        layers, unit_0 = [], 0
+        for k, layer in enumerate(network.layers):
+            gates = layer.cell.gates
+            cut = gates - 1 if layer.cell.variant == "paper" else gates
+            w_in = self._place(layer.w_in, k, 0, gates, in_rows)
+            w_rec = self._place(layer.w_rec, k, 0, cut, rec_rows)
+            w_gated = self._place(layer.w_rec, k, cut, gates, rec_rows) if cut < gates else len(self.tables[0])
+            biases = layout.starts[2 * k : 2 * k + 2]
+            layers.append([layer.units, layer.inputs, w_in, w_rec, w_gated, len(self.tables[0]), *biases, unit_0])
+            unit_0 += layer.units
         self.readout = -1
         if network.readout is not None:
-            self.readout = self._place(network.readout.weights, 0, network.readout.weights.shape[1], in_rows)
+            self.readout = self._place(network.readout.weights, -1, 0, 1, in_rows)
         self.layers = np.array(layers, np.int64)
-        self.windows = np.array(self.tables, np.int64).reshape(parts, -1, FIELDS)
+        self.windows = np.array(self.tables, np.int64).reshape(self.parts, -1, FIELDS)
         self.values, self.index, self.pointers = self.pools.freeze()
         del self.pools, self.tables  # as large as the weights, and copied now
 
-    def _place(self, weights: Weights, start: int, stop: int, rows: int) -> int:
-        """Pack the columns `start` to `stop`, each thread's share; returns the first window."""
-        before, edges = len(self.tables[0]), window_edges(weights, start, stop, self.parts)
+    def _place(self, weights: Weights, layer: int, first_gate: int, last_gate: int, rows: int) -> int:
+        """Pack each thread's share of some gates; returns the first window."""
+        before = len(self.tables[0])
         many_rows, many_blocks = many_drives(rows)
         if isinstance(weights, BlockCSR):
             many = many_blocks and weights.block[1] >= SHARED_WIDTH
         else:
             many = many_rows and isinstance(weights, Dense)
-        packed = [pack(self.pools, weights, a, b, many) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        shares = [self.layout.segments(layer, part, first_gate, last_gate) for part in range(self.parts)]
+        packed = [pack(self.pools, weights, segments, many) if segments else [] for segments in shares]
         most = max(map(len, packed))
-        for table, share, low in zip(self.tables, packed, edges[:-1], strict=True):
-            table += share + [empty_window(low)] * (most - len(share))
+        for table, share in zip(self.tables, packed, strict=True):
+            table += share + [empty_window()] * (most - len(share))
         return before
+
+
+def _up(size, multiple: int):
+    return -(-size // multiple) * multiple
 
 
 def product_scratch(parts: int, inputs: int, rows: int, pieces: int) -> tuple[np.ndarray, ...]:

@@ -1,6 +1,6 @@
 """One time step of a layer, sixteen units at a time: cells, outputs, events, and what is recorded of them.
 
-The rules are those of `cells.py`; here is only where their numbers lie. All functions work on units `low` to `high`.
+The rules are those of `cells.py`; here is only where their numbers lie.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ compress = compress_avx512 if AVX512 else compress_portable
 
 @compiled
 def send(y, at, low, high, ids, sent, to):
-    """Compact the non-zero y into an event list at `to`; returns how many. Writes up to a vector past the last."""
+    """Compact the non-zero y of units `low` to `high` into an event list at `to`; returns how many.
+
+    Writes up to a vector past the last.
+    """
     end = to
     whole = low + (high - low) // LANES * LANES
     for i in range(low, whole, LANES):
@@ -44,27 +47,27 @@ def send(y, at, low, high, ids, sent, to):
 
 
 @compiled
-def send_gated(n, drive_in, a, drive_rec, b, y, at, ids, sent, to):
-    """`send` of all n units' y times their reset gate: what the paper's candidate product receives."""
+def send_gated(low, high, drive_in, a, drive_rec, b, y, at, ids, sent, to):
+    """`send` of y times the reset gate: what the paper's candidate product receives. a, b: the units' r drives."""
     end = to
-    whole = n // LANES * LANES
-    for i in range(0, whole, LANES):
+    whole = low + (high - low) // LANES * LANES
+    for i in range(low, whole, LANES):
         value = load(y, at + i)
-        reset = cells.egru_reset_gate(load(drive_in, a + n + i), load(drive_rec, b + n + i))
+        reset = cells.egru_reset_gate(load(drive_in, a + i - low), load(drive_rec, b + i - low))
         end += compress(ids, sent, end, i, value != cells.ZERO, reset * value)
-    for i in range(whole, n):
+    for i in range(whole, high):
         if y[at + i] != 0:
-            reset = cells.egru_reset_gate(drive_in[a + n + i], drive_rec[b + n + i])
+            reset = cells.egru_reset_gate(drive_in[a + i - low], drive_rec[b + i - low])
             ids[end], sent[end] = i, reset * y[at + i]
             end += 1
     return end - to
 
 
 @compiled
-def update(n, low, high, drive_in, a, drive_rec, b, threshold, p, c, y, s):
-    """Released variant: cells and outputs of units `low` to `high`, in place."""
-    whole = low + (high - low) // LANES * LANES
-    for i in range(low, whole, LANES):
+def update(n, drive_in, a, drive_rec, b, threshold, p, c, y, s):
+    """Released variant: cells and outputs of n units, in place. Their drives (u, r, g) begin at a and b."""
+    whole = n // LANES * LANES
+    for i in range(0, whole, LANES):
         v, _, _, _ = cells.egru_value(
             load(drive_in, a + i),
             load(drive_in, a + n + i),
@@ -77,7 +80,7 @@ def update(n, low, high, drive_in, a, drive_rec, b, threshold, p, c, y, s):
         theta = load(threshold, p + i)
         store(y, s + i, cells.select(v > theta, v, cells.ZERO))
         store(c, s + i, cells.select(v > theta, v - theta, v))
-    for i in range(whole, high):
+    for i in range(whole, n):
         v, _, _, _ = cells.egru_value(
             drive_in[a + i],
             drive_in[a + n + i],
@@ -93,10 +96,10 @@ def update(n, low, high, drive_in, a, drive_rec, b, threshold, p, c, y, s):
 
 
 @compiled
-def update_paper(n, low, high, drive_in, a, drive_rec, b, threshold, p, c, y, s):
-    """Paper's variant: cells and outputs of units `low` to `high`, in place."""
-    whole = low + (high - low) // LANES * LANES
-    for i in range(low, whole, LANES):
+def update_paper(n, drive_in, a, drive_rec, b, threshold, p, c, y, s):
+    """Paper's variant: cells and outputs of n units, in place. Their drives (u, r, g) begin at a and b."""
+    whole = n // LANES * LANES
+    for i in range(0, whole, LANES):
         v, _, _ = cells.egru_paper_value(
             load(drive_in, a + i),
             load(drive_in, a + 2 * n + i),
@@ -107,7 +110,7 @@ def update_paper(n, low, high, drive_in, a, drive_rec, b, threshold, p, c, y, s)
         )
         store(y, s + i, cells.select(v > load(threshold, p + i), v, cells.ZERO))
         store(c, s + i, v)
-    for i in range(whole, high):
+    for i in range(whole, n):
         v, _, _ = cells.egru_paper_value(
             drive_in[a + i], drive_in[a + 2 * n + i], drive_rec[b + i], drive_rec[b + 2 * n + i], c[s + i], y[s + i]
         )

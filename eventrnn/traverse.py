@@ -301,7 +301,7 @@ def _propagate_many(
     Column by column of the window, in a tile of its own: rows of a drive lie a page apart, more pages than a core
     keeps addresses of.
     """
-    low, high, width = matrix[LOW], matrix[HIGH], matrix[WIDTH]
+    low, high = matrix[LOW], matrix[HIGH]
     if matrix[KIND] == ROW_TILES:
         _load_tile(bias, p + low, high - low, rows, tile)
         if every:
@@ -311,21 +311,12 @@ def _propagate_many(
         _store_tile(tile, drive, low, high - low, rows, pitch)
         return
     p0 = matrix[POINTERS]
-    first, last = pointers[p0], pointers[p0 + 1]
-    # A cut block's share is another window's, but the drive starts here.
-    for k in range(rows):
-        copy(bias, p + low, drive, k * pitch + low, max(0, min(first * width, high) - low))
-        end = max(low, min(last * width, high))
-        copy(bias, p + end, drive, k * pitch + end, high - end)
-    for column in range(first, last):
-        at, pieces = column * width, p0 + 2 + column - first
-        there = min(width, high - at)
-        _load_tile(bias, p + at, there, rows, tile)
-        _add_block_column(
-            matrix, weights, scales, index, pointers[pieces], pointers[pieces + 1], starts, groups, grouped,
-            lists, amounts, tile,
-        )  # fmt: skip
-        _store_tile(tile, drive, at, there, rows, pitch)
+    for column in range(pointers[p0]):
+        at = p0 + 1 + 3 * column
+        position, outputs, first, last = pointers[at], pointers[at + 1], pointers[at + 2], pointers[at + 5]
+        _load_tile(bias, p + position, outputs, rows, tile)
+        _add_block_column(matrix, weights, scales, index, first, last, starts, groups, grouped, lists, amounts, tile)
+        _store_tile(tile, drive, position, outputs, rows, pitch)
 
 
 @compiled
@@ -408,7 +399,7 @@ def read_rows(matrix, values, index, pointers, indptr, ids, start, stop):
     total = load(values, 0)
     checksum = 0
     if kind == BLOCK_COLUMNS:
-        blocks = pointers[p0 + 2 + pointers[p0 + 1] - pointers[p0]]
+        blocks = pointers[p0 + 3 * pointers[p0] + 3]
         for _ in range(start, stop):
             for k in range(i0, i0 + blocks):
                 checksum += index[k]

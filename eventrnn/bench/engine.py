@@ -57,7 +57,14 @@ class Product:
         self.span = int(layer[REC]), int(layer[END])
         self.drive = np.zeros(self.batch * self.pitch, np.float32)
         self.arguments = (
-            *(*self.span, self.plan.values, self.plan.index, self.plan.pointers, engine.biases, int(layer[BIAS_REC])),
+            *(
+                *self.span,
+                self.plan.values,
+                self.plan.index,
+                self.plan.pointers,
+                engine.layout.biases,
+                int(layer[BIAS_REC]),
+            ),
             *(n, events.indices, events.values, events.indptr[:-1].copy(), np.diff(events.indptr)),
         )
         self.scratch = product_scratch(threads, n, self.batch, engine.pieces)
@@ -81,7 +88,12 @@ class Product:
     def result(self, t: int) -> np.ndarray:
         """The drives of step t, (batch, 3N)."""
         self.run(t, t + 1)
-        return self.drive.reshape(self.batch, self.pitch)[:, : 3 * self.n].copy()
+        drives, layout = self.drive.reshape(self.batch, self.pitch), self.plan.layout
+        result = np.zeros((self.batch, 3 * self.n), np.float32)
+        for segment in (each for part in range(self.threads) for each in layout.segments(0, part, 0, 3)):
+            width = segment.stop - segment.start
+            result[:, segment.start : segment.stop] = drives[:, segment.position : segment.position + width]
+        return result
 
     def reads(self) -> list[Reads]:
         """What a run reads."""
@@ -155,7 +167,7 @@ def _unit_bytes(plan: Plan, window: np.ndarray, units: int) -> np.ndarray:
     if kind in (ROWS, ROW_TILES):
         return np.full(units, window[WIDTH] * size)
     if kind == BLOCK_COLUMNS:
-        pieces = plan.pointers[p0 + 2 + plan.pointers[p0 + 1] - plan.pointers[p0]]
+        pieces = plan.pointers[p0 + 3 * plan.pointers[p0] + 3]
         ids = plan.index[window[INDEX] : window[INDEX] + pieces]
         return np.bincount(ids, minlength=units) * (window[WIDTH] * size + 4)
     if kind == BLOCKS:
