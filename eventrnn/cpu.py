@@ -33,6 +33,7 @@ from eventrnn.plan import (
     many_drives,
     product_scratch,
 )
+from eventrnn.rows import prefetch
 from eventrnn.simd import LANES
 from eventrnn.steps import send, send_gated, tally, update, update_paper
 from eventrnn.team import wait
@@ -109,6 +110,11 @@ def run(
 
             w0, w1, w2, p = layers[layer, REC], layers[layer, REC_GATED], layers[layer, END], layers[layer, BIAS_REC]
             for t in range(length):
+                for q in range((mine + t * batch) * parts, (mine + (t + 1) * batch) * parts if parts > 1 else 0):
+                    # All lines at once: another core has them.
+                    for e in range(firsts[q], firsts[q] + counts[q], LANES):
+                        prefetch(ids, e)
+                        prefetch(sent, e)
                 propagate_all(
                     windows[part], w0, w1, values, index, pointers, biases, p, n,
                     ids, sent, firsts, counts, (mine + t * batch) * parts, parts, batch,
@@ -199,7 +205,7 @@ class CpuEngine:
         self.network, self.parts = network, threads
         self.units = [layer.units for layer in network.layers]
         self.output_size = self.units[-1] if network.readout is None else network.readout.weights.shape[1]
-        self.plans: dict[tuple[tuple[bool, bool], ...], Plan] = {}
+        self.plans: dict[tuple[bool, bool], Plan] = {}
         self.layout = Layout(network, threads)
         self.threshold = np.concatenate([layer.threshold for layer in network.layers])
         self.pitch, self.pieces = self.layout.pitch, self.layout.pitch // min(PIECES)

@@ -12,9 +12,8 @@ those. Columns need not lie in a drive as they do in the matrix: a `Segment` say
                                                                 a unit
     BLOCKS         pieces of `WIDTH` columns by unit            columns, shared by the   a unit: first and last index,
                                                                 units of a block row     first piece
-    BLOCK_COLUMNS  pieces by column, units ascending within     units                    first piece of each column
 
-ROW_TILES and BLOCK_COLUMNS are for products with many drives at once, which share what is read. With `EVERY_FROM` or
+ROW_TILES are for products with many drives at once, which share what is read. With `EVERY_FROM` or
 more active units a drive, ROW_TILES walk every unit instead of the active ones: zeros add nothing, and cost less than
 looking for what is not.
 """
@@ -35,7 +34,7 @@ KIND, STORAGE, LOW, HIGH, VALUES, INDEX, POINTERS, WIDTH, PITCH, SCALES, EVERY_F
 FIELDS = 11
 
 #: kinds of traversal
-ROWS, ROW_TILES, SCATTER, MASKED, BLOCKS, BLOCK_COLUMNS = range(6)
+ROWS, ROW_TILES, SCATTER, MASKED, BLOCKS = range(5)
 
 # Columns of a narrow window: 64 drives of them fit the L1 cache beside the weights that pass through.
 ROW_TILE = 64
@@ -134,8 +133,8 @@ class Segment:
 def pack(pools: Pools, weights: Weights, segments: list[Segment], many: bool = False) -> list[list[int]]:
     """Add some columns of a matrix to the pools; returns the table rows of its windows.
 
-    Segments lie side by side and ascend. `many` lays dense rows and wide blocks out for products with many drives at
-    once. A drive may be read and written, its value unchanged, up to a block past the last segment.
+    Segments lie side by side and ascend. `many` lays dense rows out for products with many drives at once. A drive may
+    be read and written, its value unchanged, up to a block past the last segment.
     """
     if isinstance(weights, Dense):
         return _pack_rows(pools, weights, segments, many)
@@ -148,7 +147,7 @@ def pack(pools: Pools, weights: Weights, segments: list[Segment], many: bool = F
         padded = _up(last.stop, weights.block[1]) if last.stop == weights.shape[1] else last.stop
         segments_padded = [*segments[:-1], Segment(last.start, padded, last.position)]
         return _pack_single(pools, entries.placed(segments_padded), weights, segments)
-    return (_pack_block_columns if many else _pack_blocks)(pools, entries.placed(segments), weights, segments)
+    return _pack_blocks(pools, entries.placed(segments), weights, segments)
 
 
 def check_format(name: str, weights: Weights) -> None:
@@ -304,27 +303,6 @@ def _pack_blocks(pools: Pools, entries: _Entries, weights: BlockCSR, segments: l
     values_at, scales = pools.add_values(entries.values), _scales(pools, weights)
     at = pools.add_pointers(pointers)
     return [[BLOCKS, _storage(weights), *_bounds(segments), values_at, index_at, at, entries.width, 0, scales, 0]]
-
-
-def _pack_block_columns(pools: Pools, entries: _Entries, weights: BlockCSR, segments: list[Segment]) -> list[list[int]]:
-    """Walked by column, the columns' share of many drives stays in the L1 cache.
-
-    Pointers: how many columns; of each its position, how many outputs it has, and its first piece; then the last piece.
-    """
-    width, columns = entries.width, []
-    for each in segments:
-        grid = range(each.start // width * width, each.stop, width)
-        edges = [(max(column, each.start), min(column + width, each.stop)) for column in grid]
-        columns += [(each.position + a - each.start, b - a) for a, b in edges]
-    positions = np.array([position for position, _ in columns], np.int64)
-    order = np.lexsort((entries.unit, entries.column))
-    first = np.searchsorted(entries.column[order], positions)
-    index_at = pools.add_index(entries.unit[order].astype(np.int32))
-    values_at, scales = pools.add_values(entries.values[order]), _scales(pools, weights)
-    table = np.array([(p, n, k) for (p, n), k in zip(columns, first, strict=True)], np.int64).ravel()
-    at = pools.add_pointers(np.concatenate([[len(columns)], table, [0, 0, len(order)]]))
-    bounds = _bounds(segments)
-    return [[BLOCK_COLUMNS, _storage(weights), *bounds, values_at, index_at, at, width, 0, scales, 0]]
 
 
 def _bounds(segments: list[Segment]) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import numpy as np
 from eventrnn.packing import FIELDS, PIECES, ROW_TILE, Pools, Segment, empty_window, pack
 from eventrnn.simd import LANES
 from eventrnn.traverse import LISTED_PIECES
-from eventrnn.weights import BlockCSR, Dense, Weights
+from eventrnn.weights import Dense, Weights
 
 if TYPE_CHECKING:
     from eventrnn.network import Network
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 # the candidate's columns of w_rec, apart in the paper's variant only. Biases and units: where the layer's begin.
 UNITS, INPUTS, IN, REC, REC_GATED, END, BIAS_IN, BIAS_REC, UNIT_0 = range(9)
 
-# As many drives, and as wide a block, as make it pay to read weights once for all.
-SHARED_ROWS, SHARED_BLOCKS, SHARED_WIDTH = 12, 32, 32
+# As many drives as make it pay to read dense rows once for all.
+SHARED_ROWS = 12
 
 
-def many_drives(rows: int) -> tuple[bool, bool]:
-    """Whether a product with so many drives at once shares dense rows, and wide blocks, among them."""
-    return rows >= SHARED_ROWS, rows >= SHARED_BLOCKS
+def many_drives(rows: int) -> bool:
+    """Whether a product with so many drives at once shares dense rows among them."""
+    return rows >= SHARED_ROWS
 
 
 class Layout:
@@ -86,7 +86,7 @@ class Plan:
     """A network's weights packed for one way to run.
 
     `in_rows` and `rec_rows` are the drives that an input and a recurrent product have at once. With many of them, dense
-    rows want narrow windows and wide blocks go by column: so the drives' share of either stays in the L1 cache.
+    rows want narrow windows: so the drives' share of one stays in the L1 cache.
     """
 
     def __init__(self, network: Network, layout: Layout, in_rows: int, rec_rows: int):
@@ -113,11 +113,7 @@ class Plan:
     def _place(self, weights: Weights, layer: int, first_gate: int, last_gate: int, rows: int) -> int:
         """Pack each thread's share of some gates; returns the first window."""
         before = len(self.tables[0])
-        many_rows, many_blocks = many_drives(rows)
-        if isinstance(weights, BlockCSR):
-            many = many_blocks and weights.block[1] >= SHARED_WIDTH
-        else:
-            many = many_rows and isinstance(weights, Dense)
+        many = isinstance(weights, Dense) and many_drives(rows)
         shares = [self.layout.segments(layer, part, first_gate, last_gate) for part in range(self.parts)]
         packed = [pack(self.pools, weights, segments, many) if segments else [] for segments in shares]
         most = max(map(len, packed))
@@ -133,7 +129,7 @@ def _up(size, multiple: int):
 def product_scratch(parts: int, inputs: int, rows: int, pieces: int) -> tuple[np.ndarray, ...]:
     """What `propagate_all` writes on, one of each a thread, for products of up to `inputs` units, `rows` drives and
     `pieces` stored pieces of one unit: starts, groups, grouped, lists, amounts, x, tile."""
-    most, listed = rows * inputs + LANES, LISTED_PIECES + max(pieces, rows) + LANES
+    most, listed = rows * inputs + LANES, LISTED_PIECES + pieces + LANES
     return (
         np.zeros((parts, inputs + 2), np.int64),
         np.zeros((parts, 2, most), np.int32),

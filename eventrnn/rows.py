@@ -143,7 +143,7 @@ add_rows_tile, add_rows_8, add_rows_4, add_rows_2, add_rows_1 = (_add_rows(vecto
 
 
 @intrinsic
-def list_blocks(typingctx, columns, first, count, number, value, scale, targets, numbers, values, scales, at):
+def list_blocks(typingctx, weights, columns, first, count, number, value, scale, targets, numbers, values, scales, at):
     """Append `count` >= 0 blocks to a list at `at`: targets from columns[first:], numbers from `number` on.
 
     Writes sixteen entries at a time, so the list needs as many to spare; no branch for up to 16 blocks.
@@ -151,50 +151,25 @@ def list_blocks(typingctx, columns, first, count, number, value, scale, targets,
 
     def generate(context, builder, signature, args):
         kinds = signature.args
-        source = address(context, builder, kinds[0], args[0], args[1])
-        out = [address(context, builder, kinds[k], args[k], args[10]) for k in range(6, 10)]
-        start = builder.add(_splat_int(builder, builder.trunc(args[3], I32)), _IOTA)
-        fixed = [splat(builder, args[4]), splat(builder, args[5])]
+        source = address(context, builder, kinds[1], args[1], args[2])
+        out = [address(context, builder, kinds[k], args[k], args[11]) for k in range(7, 11)]
+        start = builder.add(_splat_int(builder, builder.trunc(args[4], I32)), _IOTA)
+        fixed = [(splat(builder, args[5]), out[2])]
+        if weights.dtype == types.int8:
+            fixed.append((splat(builder, args[6]), out[3]))
 
         def body(k):
             lane = builder.mul(k, I64(LANES))
             _store_ints(builder, _load_ints(builder, builder.gep(source, [lane])), builder.gep(out[0], [lane]))
             number = builder.add(start, _splat_int(builder, builder.trunc(lane, I32)))
             _store_ints(builder, number, builder.gep(out[1], [lane]))
-            for vector, to in zip(fixed, out[2:], strict=True):
+            for vector, to in fixed:
                 store_vector(builder, vector, builder.gep(to, [lane]))
-
-        _once_and_then(builder, args[2], body)
-        return context.get_dummy_value()
-
-    return types.void(columns, first, count, number, value, scale, targets, numbers, values, scales, at), generate
-
-
-@intrinsic
-def list_group(
-    typingctx, group_targets, group_values, first, count, number, scale, targets, numbers, values, scales, at
-):
-    """Append the drives of one group, `first` to `first + count`, that all take piece `number`; see `list_blocks`."""
-
-    def generate(context, builder, signature, args):
-        kinds = signature.args
-        target_at = address(context, builder, kinds[0], args[0], args[2])
-        value_at = address(context, builder, kinds[1], args[1], args[2])
-        out = [address(context, builder, kinds[k], args[k], args[10]) for k in range(6, 10)]
-        number = _splat_int(builder, builder.trunc(args[4], I32))
-        scale = splat(builder, args[5])
-
-        def body(k):
-            lane = builder.mul(k, I64(LANES))
-            _store_ints(builder, _load_ints(builder, builder.gep(target_at, [lane])), builder.gep(out[0], [lane]))
-            _store_ints(builder, number, builder.gep(out[1], [lane]))
-            store_vector(builder, load_vector(builder, builder.gep(value_at, [lane])), builder.gep(out[2], [lane]))
-            store_vector(builder, scale, builder.gep(out[3], [lane]))
 
         _once_and_then(builder, args[3], body)
         return context.get_dummy_value()
 
-    signature = (group_targets, group_values, first, count, number, scale, targets, numbers, values, scales, at)
+    signature = (weights, columns, first, count, number, value, scale, targets, numbers, values, scales, at)
     return types.void(*signature), generate
 
 
@@ -423,3 +398,14 @@ def _once_and_then(builder, count, body):
 def _prefetch(builder, pointer):
     byte = builder.bitcast(pointer, ir.IntType(8).as_pointer())
     call(builder, "llvm.prefetch.p0", ir.VoidType(), [byte, I32(0), I32(3), I32(1)])
+
+
+@intrinsic
+def prefetch(typingctx, array, index):
+    """Ask for the cache line of array[index]."""
+
+    def generate(context, builder, signature, args):
+        _prefetch(builder, address(context, builder, signature.args[0], args[0], args[1]))
+        return context.get_dummy_value()
+
+    return types.void(array, index), generate

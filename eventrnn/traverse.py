@@ -12,7 +12,6 @@ from eventrnn import cells
 from eventrnn.jit import compiled
 from eventrnn.packing import (
     BFLOAT16,
-    BLOCK_COLUMNS,
     BLOCKS,
     EVERY_FROM,
     FLOAT32,
@@ -49,7 +48,6 @@ from eventrnn.rows import (
     add_rows_tile,
     add_scattered_avx512,
     list_blocks,
-    list_group,
     multiply_edge,
     multiply_row,
     multiply_tile,
@@ -164,7 +162,7 @@ def _add_blocks(matrix, weights, scales, index, pointers, ids, sent, first, coun
         unit = np.int64(ids[e])
         begin, end, number = pointers[p0 + 3 * unit], pointers[p0 + 3 * unit + 1], pointers[p0 + 3 * unit + 2]
         list_blocks(
-            index, i0 + begin, end - begin, number, sent[e], scales[s0 + unit],
+            weights, index, i0 + begin, end - begin, number, sent[e], scales[s0 + unit],
             lists[0], lists[1], amounts[0], amounts[1], listed,
         )  # fmt: skip
         listed += end - begin
@@ -206,46 +204,43 @@ def propagate_all(
     Row k's events are `segments` lists from slot + k * segments on. Windows for many drives take the events grouped by
     unit, so that a weight is read once for all drives; or, where most units are active, walk every unit.
 
-    Scratch, all lists with a vector to spare: `starts` (n_pre + 2); `groups`, int32, and `grouped`, float32,
-    (2, events); `lists`, int32, and `amounts`, float32, (2, pieces); `x` (rows, n_pre); `tile` (rows, ROW_TILE).
+    Scratch, all lists with a vector to spare: `starts` (n_pre + 2); `groups`, int32, and
+    `grouped`, float32, (2, events); `lists`, int32, and `amounts`, float32, (2, pieces); `x` (rows, n_pre); `tile`
+    (rows, ROW_TILE).
     """
-    together, every = False, False
-    for w in range(first_window, last_window):
-        together |= windows[w, KIND] == ROW_TILES or windows[w, KIND] == BLOCK_COLUMNS
-    if together:
+    every = False
+    if windows[first_window, KIND] == ROW_TILES:
         events = 0
         for q in range(slot, slot + rows * segments):
             events += counts[q]
-        every = windows[first_window, KIND] == ROW_TILES and events >= windows[first_window, EVERY_FROM] * rows
+        every = events >= windows[first_window, EVERY_FROM] * rows
         if every:
             _spread(n_pre, ids, sent, firsts, counts, slot, segments, rows, x)
         else:
             _group(n_pre, ids, sent, firsts, counts, slot, segments, rows, starts, groups, grouped)
     for w in range(first_window, last_window):
         window = windows[w]
-        if window[KIND] == ROW_TILES or window[KIND] == BLOCK_COLUMNS:
+        if window[KIND] == ROW_TILES:
             if window[STORAGE] == FLOAT32:
-                _propagate_many(
-                    window, values, values, index, pointers, bias, p, n_pre, every, starts, groups,
-                    grouped, lists, amounts, x, tile, rows, drive, pitch,
-                )  # fmt: skip
+                _add_tile(
+                    window, values, values, bias, p, n_pre, every, starts, groups, grouped, x, tile, rows, drive, pitch
+                )
             elif window[STORAGE] == BFLOAT16:
-                _propagate_many(
-                    window, values.view(np.uint16), values, index, pointers, bias, p, n_pre, every, starts, groups,
-                    grouped, lists, amounts, x, tile, rows, drive, pitch,
-                )  # fmt: skip
+                weights = values.view(np.uint16)
+                _add_tile(
+                    window, weights, values, bias, p, n_pre, every, starts, groups, grouped, x, tile, rows, drive, pitch
+                )
             else:
-                _propagate_many(
-                    window, values.view(np.int8), values, index, pointers, bias, p, n_pre, every, starts, groups,
-                    grouped, lists, amounts, x, tile, rows, drive, pitch,
-                )  # fmt: skip
+                weights = values.view(np.int8)
+                _add_tile(
+                    window, weights, values, bias, p, n_pre, every, starts, groups, grouped, x, tile, rows, drive, pitch
+                )
             continue
         for k in range(rows):
-            copy(bias, p + window[LOW], drive, k * pitch + window[LOW], window[HIGH] - window[LOW])
+            at = k * pitch
+            copy(bias, p + window[LOW], drive, at + window[LOW], window[HIGH] - window[LOW])
             for q in range(slot + k * segments, slot + (k + 1) * segments):
-                propagate(
-                    window, values, index, pointers, ids, sent, firsts[q], counts[q], drive, k * pitch, lists, amounts
-                )
+                propagate(window, values, index, pointers, ids, sent, firsts[q], counts[q], drive, at, lists, amounts)
 
 
 @compiled
@@ -292,47 +287,24 @@ def _group(n_pre, ids, sent, firsts, counts, slot, segments, rows, starts, group
 
 
 @compiled
-def _propagate_many(
-    matrix, weights, scales, index, pointers, bias, p, n_pre, every, starts, groups, grouped, lists, amounts, x, tile,
-    rows, drive, pitch,
-):  # fmt: skip
+def _add_tile(matrix, weights, scales, bias, p, n_pre, every, starts, groups, grouped, x, tile, rows, drive, pitch):
     """`propagate` for many drives at once, from their bias on; units go in ascending order, so terms do.
 
-    Column by column of the window, in a tile of its own: rows of a drive lie a page apart, more pages than a core
-    keeps addresses of.
+    In a tile of its own: rows of a drive lie a page apart, more pages than a core keeps addresses of.
     """
-    low, high = matrix[LOW], matrix[HIGH]
-    if matrix[KIND] == ROW_TILES:
-        _load_tile(bias, p + low, high - low, rows, tile)
-        if every:
-            _multiply(matrix, weights, scales, n_pre, x, rows, tile)
-        else:
-            _add_row_tile(matrix, weights, scales, n_pre, starts, groups, grouped, tile)
-        _store_tile(tile, drive, low, high - low, rows, pitch)
-        return
-    p0 = matrix[POINTERS]
-    for column in range(pointers[p0]):
-        at = p0 + 1 + 3 * column
-        position, outputs, first, last = pointers[at], pointers[at + 1], pointers[at + 2], pointers[at + 5]
-        _load_tile(bias, p + position, outputs, rows, tile)
-        _add_block_column(matrix, weights, scales, index, first, last, starts, groups, grouped, lists, amounts, tile)
-        _store_tile(tile, drive, position, outputs, rows, pitch)
-
-
-@compiled
-def _load_tile(bias, p, width, rows, tile):
+    low, width = matrix[LOW], matrix[HIGH] - matrix[LOW]
     for k in range(rows):
-        copy(bias, p, tile, k * ROW_TILE, width)
-
-
-@compiled
-def _store_tile(tile, drive, low, width, rows, pitch):
+        copy(bias, p + low, tile, k * ROW_TILE, width)
+    if every:
+        _multiply(matrix, weights, scales, n_pre, x, rows, tile)
+    else:
+        _add_grouped(matrix, weights, scales, n_pre, starts, groups, grouped, tile)
     for k in range(rows):
         copy(tile, k * ROW_TILE, drive, k * pitch + low, width)
 
 
 @compiled
-def _add_row_tile(matrix, weights, scales, n_pre, starts, groups, grouped, tile):
+def _add_grouped(matrix, weights, scales, n_pre, starts, groups, grouped, tile):
     """Every event takes its narrow row to its drive; both stay in the L1 cache."""
     start, width, s0, events = _values_at(matrix, weights), matrix[WIDTH], matrix[SCALES], starts[n_pre]
     targets, units, sent, unit_scales = groups[0], groups[1], grouped[0], grouped[1]
@@ -366,30 +338,12 @@ def _multiply(matrix, weights, scales, n_pre, x, rows, tile):
                 multiply_edge(tile, at, ROW_TILE, weights, start + i, width, scales, s0, x, row, n_pre, j, units)
 
 
-@compiled
-def _add_block_column(matrix, weights, scales, index, first, last, starts, groups, grouped, lists, amounts, tile):
-    """Each block of a column goes to all drives that its unit sends to."""
-    i0, s0, listed = matrix[INDEX], matrix[SCALES], 0
-    for k in range(first, last):
-        unit = np.int64(index[i0 + k])
-        begin, drives = starts[unit], starts[unit + 1] - starts[unit]
-        list_group(
-            groups[0], grouped[0], begin, drives, k, scales[s0 + unit],
-            lists[0], lists[1], amounts[0], amounts[1], listed,
-        )  # fmt: skip
-        listed += drives
-        if listed >= LISTED_PIECES:
-            _add_listed(matrix, weights, lists, amounts, listed, tile, 0)
-            listed = 0
-    _add_listed(matrix, weights, lists, amounts, listed, tile, 0)
-
-
 # --- the probe ----------------------------------------------------------------------------------------------
 
 
 @compiled
 def read_rows(matrix, values, index, pointers, indptr, ids, start, stop):
-    """Read the weights and indices of events `indptr[start]` to `indptr[stop]`, no more; of block columns, every block.
+    """Read the weights and indices of events `indptr[start]` to `indptr[stop]`, no more.
 
     What a benchmark holds a kernel's rate against.
     """
@@ -398,13 +352,6 @@ def read_rows(matrix, values, index, pointers, indptr, ids, start, stop):
     size = 4 if matrix[STORAGE] == FLOAT32 else 2 if matrix[STORAGE] == BFLOAT16 else 1
     total = load(values, 0)
     checksum = 0
-    if kind == BLOCK_COLUMNS:
-        blocks = pointers[p0 + 3 * pointers[p0] + 3]
-        for _ in range(start, stop):
-            for k in range(i0, i0 + blocks):
-                checksum += index[k]
-            total = _sum_of(values, v0, v0 + blocks * matrix[WIDTH] * size // 4, total)
-        return bits(total > cells.ZERO) + checksum
     for e in range(indptr[start], indptr[stop]):
         j = ids[e]
         if kind in (ROWS, ROW_TILES):

@@ -27,8 +27,8 @@ class Contest:
     ----------
     ours, probe, rivals : what to time; rivals by variant
     check       : compares every rival's result with ours; raises RuntimeError where one computes something else
-    counts      : operations of a run of ours; `read_bytes` what it reads of the weights, `probed_bytes` what the probe
-                  reads for it
+    counts      : operations of a run of ours
+    read_bytes  : what it reads of the weights, and the probe too
     state_bytes : bytes of cells and outputs of a run
     weights     : every matrix
     activity    : as measured
@@ -41,7 +41,6 @@ class Contest:
     check: Run
     counts: Counts
     read_bytes: int
-    probed_bytes: int
     state_bytes: int
     weights: list[Weights]
     activity: float
@@ -67,7 +66,7 @@ def figures(contest: Contest, seconds: dict[str, list[float]], steps: int) -> di
     """What a timed contest says, a step. Raises RuntimeError where ours reads faster than the probe can."""
     ours = float(np.median(seconds["ours"])) / steps
     rate = contest.read_bytes / steps / ours / 1e9
-    probe_rate = contest.probed_bytes / float(np.min(seconds["probe"])) / 1e9
+    probe_rate = contest.read_bytes / float(np.min(seconds["probe"])) / 1e9
     if rate > probe_rate:
         raise RuntimeError(
             f"benchmark: {rate:.1f} GB/s of weights read, but the probe reads these rows at {probe_rate:.1f} GB/s at "

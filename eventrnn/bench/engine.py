@@ -19,10 +19,8 @@ from eventrnn.events import Events
 from eventrnn.network import Layer, Network, Simulation, simulate
 from eventrnn.observe import senders
 from eventrnn.packing import (
-    BLOCK_COLUMNS,
     BLOCKS,
     EVERY_FROM,
-    INDEX,
     ITEMSIZE,
     KIND,
     MASKED,
@@ -112,7 +110,6 @@ class Reads:
     indptr, ids : units read by each group
     per_chunk   : groups in a chunk of time
     nbytes      : values and indices of all these rows, over all threads
-    probed      : what the probe reads for them: of block columns, which it does not pick from, every block
     """
 
     windows: range
@@ -120,7 +117,6 @@ class Reads:
     ids: np.ndarray
     per_chunk: int
     nbytes: int
-    probed: int
 
 
 def rows_read(engine: CpuEngine, network: Network, simulation: Simulation) -> list[Reads]:
@@ -145,7 +141,7 @@ def rows_read(engine: CpuEngine, network: Network, simulation: Simulation) -> li
 def _reads(plan: Plan, span: tuple[int, int], events: Events, rows: int, per_chunk: int) -> Reads:
     total, units = events.shape[0] * events.shape[1], events.shape[2]
     windows = [window for part in plan.windows for window in part[slice(*span)]]
-    shared = windows[0][KIND] in (ROW_TILES, BLOCK_COLUMNS)
+    shared = windows[0][KIND] == ROW_TILES
     groups = []
     for at in range(0, total, rows):
         last = min(at + rows, total)
@@ -155,10 +151,7 @@ def _reads(plan: Plan, span: tuple[int, int], events: Events, rows: int, per_chu
         groups.append(np.unique(sent) if shared else sent)
     ids = np.concatenate([*groups, np.zeros(0, np.int32)])
     per_unit = np.sum([_unit_bytes(plan, window, units) for window in windows], axis=0)
-    nbytes = probed = int(per_unit[ids].sum())
-    if windows[0][KIND] == BLOCK_COLUMNS:
-        probed = int(per_unit.sum()) * len(groups)
-    return Reads(range(*span), np.cumsum([0, *map(len, groups)]), ids, per_chunk, nbytes, probed)
+    return Reads(range(*span), np.cumsum([0, *map(len, groups)]), ids, per_chunk, int(per_unit[ids].sum()))
 
 
 def _unit_bytes(plan: Plan, window: np.ndarray, units: int) -> np.ndarray:
@@ -166,10 +159,6 @@ def _unit_bytes(plan: Plan, window: np.ndarray, units: int) -> np.ndarray:
     kind, size, p0 = window[KIND], ITEMSIZE[window[STORAGE]], window[POINTERS]
     if kind in (ROWS, ROW_TILES):
         return np.full(units, window[WIDTH] * size)
-    if kind == BLOCK_COLUMNS:
-        pieces = plan.pointers[p0 + 3 * plan.pointers[p0] + 3]
-        ids = plan.index[window[INDEX] : window[INDEX] + pieces]
-        return np.bincount(ids, minlength=units) * (window[WIDTH] * size + 4)
     if kind == BLOCKS:
         first, last, _ = plan.pointers[p0 : p0 + 3 * units].reshape(units, 3).T
         return (last - first) * (window[WIDTH] * size + 4)
