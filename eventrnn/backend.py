@@ -7,6 +7,7 @@ All backends of the exact tier give the same bits: events, states, outputs and f
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -114,6 +115,7 @@ class Trace:
     fired  : per layer, events sent
     events : per layer (steps, batch, N) outputs, where asked for
     states : per layer (steps, batch, N) cells after the event, where asked for
+    paths  : by matrix, how its products went, where the engine had a choice
     """
 
     output: np.ndarray
@@ -121,6 +123,33 @@ class Trace:
     fired: tuple[FireCounts, ...]
     events: tuple[np.ndarray, ...] = ()
     states: tuple[np.ndarray, ...] = field(default=())
+    paths: Mapping[str, str] = field(default_factory=dict)
+
+
+class Stepper(Protocol):
+    """One time step after the other from a state on, with as little between calls and kernel as can be.
+
+    Raises as `Network.feed` does for bad input, and FloatingPointError for a cell that is not finite; the state then
+    stays what it was.
+    """
+
+    def __call__(self, inputs: np.ndarray) -> np.ndarray:
+        """(batch, I) numbers or (batch,) symbols in, (batch, V or N) out, an array of its own."""
+        ...
+
+    def state(self) -> State:
+        """A copy of the state."""
+        ...
+
+
+def need_finite_cells(cells: tuple[np.ndarray, ...]) -> None:
+    """Refuse cells that overflowed. Raises FloatingPointError."""
+    for k, layer in enumerate(cells):
+        if not np.isfinite(layer).all():
+            unit = int(np.argmin(np.isfinite(layer).all(axis=0)))
+            raise FloatingPointError(
+                f"layer {k}: the cell of unit {unit} is {layer[:, unit]} after this run; weights are huge"
+            )
 
 
 class Engine(Protocol):
@@ -134,6 +163,10 @@ class Engine(Protocol):
 
     def run(self, feed: Feed, state: State, *, record_events: bool = False, record_states: bool = False) -> Trace:
         """All steps of the feed from `state` on. `feed.batch` must equal `state.batch`."""
+        ...
+
+    def stepper(self, state: State) -> Stepper | None:
+        """For single steps, from that state on; None where they are runs of one step."""
         ...
 
 
@@ -152,15 +185,21 @@ class Backend(Protocol):
 BACKENDS = {
     "reference": "eventrnn.reference:ReferenceBackend",
     "cpu": "eventrnn.cpu:CpuBackend",
+    "auto": "eventrnn.crossover:AutoBackend",
     "blas": "eventrnn.blas:BlasBackend",
 }
 
 
-def get_backend(backend: str | Backend) -> Backend:
-    """The backend of that name, or the object itself."""
+def get_backend(backend: str | Backend, exact: bool = True) -> Backend:
+    """The backend of that name, or the object itself. `exact=False` lets "auto" use BLAS."""
     if not isinstance(backend, str):
         return backend
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, need one of {', '.join(BACKENDS)}")
     module, _, name = BACKENDS[backend].partition(":")
-    return getattr(importlib.import_module(module), name)()
+    kind = getattr(importlib.import_module(module), name)
+    if backend == "auto":
+        return kind(exact=exact)
+    if not exact and kind.exact:
+        raise ValueError(f"exact: got False, but backend {backend!r} has exact paths only; use 'auto', or leave it out")
+    return kind()

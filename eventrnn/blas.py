@@ -94,6 +94,10 @@ class BlasEngine:
         if network.readout is not None:
             self.readout = (np.ascontiguousarray(network.readout.weights.to_dense()), network.readout.bias)
 
+    def stepper(self, state: State) -> None:
+        """Single steps are runs."""
+        return
+
     def run(self, feed: Feed, state: State, *, record_events: bool = False, record_states: bool = False) -> Trace:
         """See `backend.Engine`."""
         c = [np.array(x, np.float32) for x in state.cells]

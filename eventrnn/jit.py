@@ -21,7 +21,7 @@ from eventrnn import (
 
 
 @cache
-def _source_digest() -> str:
+def source_digest() -> str:
     """Digest of every source file of the package."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
@@ -32,7 +32,7 @@ def _source_digest() -> str:
 def _stamped_by_package(locator: type) -> type:
     class PackageLocator(locator):
         def get_source_stamp(self):
-            return _source_digest()
+            return source_digest()
 
     return PackageLocator
 

@@ -12,80 +12,16 @@ from functools import cached_property
 
 import numpy as np
 
-from eventrnn.backend import Backend, Feed, FireCounts, State, Trace, get_backend
+from eventrnn.backend import Backend, Feed, FireCounts, State, Stepper, Trace, get_backend, need_finite_cells
 from eventrnn.cells import Cell
 from eventrnn.events import Events, check_finite
+from eventrnn.layers import Layer, Readout, need_float32
 from eventrnn.weights import Dense, Weights
 
 RECORDABLE = ("events", "states")
 CARRIES = ("state", "events")
 # A recorded run goes through the engine in pieces whose dense record stays below this.
 RECORD_BYTES = 1 << 26
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Layer:
-    """One event layer of N units over I inputs.
-
-    Attributes
-    ----------
-    w_in, w_rec       : weights (I, 3N) and (N, 3N), any format, gate rows (u, r, g)
-    bias_in, bias_rec : (3N,) float32
-    threshold         : (N,) float32, >= 0
-    cell              : which equations
-    """
-
-    w_in: Weights
-    w_rec: Weights
-    bias_in: np.ndarray
-    bias_rec: np.ndarray
-    threshold: np.ndarray
-    cell: Cell = Cell()
-
-    def __post_init__(self):
-        units = self.units
-        if units < 1:
-            raise ValueError("threshold: got none, need one for each of at least one unit")
-        rows = self.cell.gates * units
-        if self.w_rec.shape != (units, rows):
-            raise ValueError(f"w_rec: got shape {self.w_rec.shape}, need ({units}, {rows}) for {units} thresholds")
-        if self.w_in.shape[1] != rows:
-            raise ValueError(f"w_in: got shape {self.w_in.shape}, need (inputs, {rows}) for {units} units")
-        for name, size in (("bias_in", rows), ("bias_rec", rows), ("threshold", units)):
-            _need_vector(name, getattr(self, name), size)
-        if (self.threshold < 0).any():
-            i = int(np.argmax(self.threshold < 0))
-            raise ValueError(f"threshold: got {self.threshold[i]} at unit {i}; need >= 0")
-
-    def __repr__(self) -> str:
-        return f"Layer({self.units} {self.cell.variant} units, w_in={self.w_in!r}, w_rec={self.w_rec!r})"
-
-    @property
-    def units(self) -> int:
-        return len(self.threshold)
-
-    @property
-    def inputs(self) -> int:
-        return self.w_in.shape[0]
-
-
-@dataclass(frozen=True, eq=False)
-class Readout:
-    """Linear read-out of the last layer's events: `output = bias + sum over fired j of weights[j] * y[j]`.
-
-    Attributes
-    ----------
-    weights : (N, V), any format
-    bias    : (V,) float32
-    tied    : the weights are the embedding's transpose (V, N) -> (N, V) and are saved once
-    """
-
-    weights: Weights
-    bias: np.ndarray
-    tied: bool = False
-
-    def __post_init__(self):
-        _need_vector("readout bias", self.bias, self.weights.shape[1])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -113,7 +49,7 @@ class Network:
             if above.inputs != below.units:
                 raise ValueError(f"layer {k + 1}: takes {above.inputs} inputs, but layer {k} has {below.units} units")
         if self.embedding is not None:
-            _need_float32("embedding", self.embedding, 2)
+            need_float32("embedding", self.embedding, 2)
             if self.embedding.shape[1] != self.layers[0].inputs:
                 raise ValueError(
                     f"embedding: got shape {self.embedding.shape}, need (symbols, {self.layers[0].inputs}) for layer 0"
@@ -295,6 +231,7 @@ class Simulation:
     inputs      : the input as `Events`, with record="events"
     events      : per layer `Events`, with record="events"
     states      : per layer (steps, batch, N) cells after the event, with record="states"
+    paths       : by matrix, how its products went, where the backend had a choice ("auto" has)
     """
 
     output: np.ndarray
@@ -310,6 +247,7 @@ class Simulation:
     inputs: Events | None = None
     events: tuple[Events, ...] = ()
     states: tuple[np.ndarray, ...] = ()
+    paths: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def activity(self) -> tuple[float, ...]:
@@ -325,7 +263,9 @@ class Simulator:
     ----------
     network : what to run
     batch   : samples side by side
-    backend : a name in `BACKENDS` or a `Backend`
+    backend : a name in `BACKENDS` or a `Backend`; "auto" takes the fastest way of each product, as measured once on
+              this machine
+    exact   : False lets "auto" use BLAS, which sums in its own order
     threads : split over postsynaptic units; never changes a bit
     carry   : "state" carries cells and outputs. "events" zeroes the cells at the start of every `run` and every
               `window` steps and carries only outputs, as the released EvNN code does between windows
@@ -338,31 +278,50 @@ class Simulator:
         *,
         batch: int = 1,
         backend: str | Backend = "cpu",
+        exact: bool = True,
         threads: int = 1,
         state: State | None = None,
         carry: str = "state",
         window: int | None = None,
     ):
+        self._stepper: Stepper | None = None
         _need_sizes(batch=batch, threads=threads, window=window)
         if carry not in CARRIES:
             raise ValueError(f"carry: got {carry!r}, need one of {', '.join(CARRIES)}")
         if (carry == "events") != (window is not None):
             raise ValueError(f"window: got {window} with carry={carry!r}; carry='events' needs it, 'state' takes none")
         self.network, self.batch, self.carry, self.window = network, batch, carry, window
-        self.backend = get_backend(backend)
+        self.backend = get_backend(backend, exact)
         self.engine = self.backend.engine(network, threads=threads)
         self.state = State.zeros(network, batch) if state is None else _checked_state(network, batch, state)
+
+    @property
+    def state(self) -> State:
+        """What is carried to the next step. May be set, to a state of the right sizes."""
+        if self._stepper is not None:
+            self.state = self._stepper.state()
+        return self._state
+
+    @state.setter
+    def state(self, state: State) -> None:
+        self._state, self._stepper = state, None
 
     def reset(self) -> None:
         """Back to the zero state."""
         self.state = State.zeros(self.network, self.batch)
 
     def step(self, inputs: np.ndarray) -> np.ndarray:
-        """One time step: (batch, I) numbers or (batch,) symbols in, (batch, V or N) out. State advances."""
-        if self.carry != "state":
-            raise ValueError("step: carry='events' zeroes the cells at every call; use run, or carry='state'")
-        trace = self._advance(self.network.feed(np.asarray(inputs)[None]), False, False)
-        return trace.output[0]
+        """One time step: (batch, I) numbers or (batch,) symbols in, (batch, V or N) out. State advances.
+
+        Cost: the kernel, and one or two microseconds for float32 numbers or int64 symbols, contiguous.
+        """
+        if self._stepper is None:
+            if self.carry != "state":
+                raise ValueError("step: carry='events' zeroes the cells at every call; use run, or carry='state'")
+            self._stepper = self.engine.stepper(self._state)
+            if self._stepper is None:
+                return self._advance(self.network.feed(np.asarray(inputs)[None]), False, False).output[0]
+        return self._stepper(inputs)
 
     def run(self, inputs: np.ndarray | Events, *, record: Collection[str] = ()) -> Simulation:
         """All steps of `inputs` (see `Network.feed`) from the current state on. State advances.
@@ -399,12 +358,7 @@ class Simulator:
         if feed.batch != self.batch:
             raise ValueError(f"inputs: got a batch of {feed.batch}, but the simulator was made for {self.batch}")
         trace = self.engine.run(feed, self.state, record_events=events, record_states=states)
-        for k, cells in enumerate(trace.state.cells):
-            if not np.isfinite(cells).all():
-                unit = int(np.argmin(np.isfinite(cells).all(axis=0)))
-                raise FloatingPointError(
-                    f"layer {k}: the cell of unit {unit} is {cells[:, unit]} after this run; weights are huge"
-                )
+        need_finite_cells(trace.state.cells)
         self.state = trace.state
         return trace
 
@@ -429,6 +383,7 @@ class Simulator:
             feed.events() if "events" in record else None,
             tuple(Events.concatenate([piece[k] for piece in events]) for k in layers) if "events" in record else (),
             tuple(np.concatenate([t.states[k] for t in traces]) for k in layers) if "states" in record else (),
+            traces[-1].paths,
         )
 
 
@@ -438,6 +393,7 @@ def simulate(
     *,
     state: State | None = None,
     backend: str | Backend = "cpu",
+    exact: bool = True,
     threads: int = 1,
     record: Collection[str] = (),
     carry: str = "state",
@@ -452,7 +408,7 @@ def simulate(
         inputs = np.asarray(inputs)
     batch = inputs.shape[1] if len(inputs.shape) > 1 else 1
     simulator = Simulator(
-        network, batch=batch, backend=backend, threads=threads, state=state, carry=carry, window=window
+        network, batch=batch, backend=backend, exact=exact, threads=threads, state=state, carry=carry, window=window
     )
     return simulator.run(inputs, record=record)
 
@@ -480,19 +436,6 @@ def _need_sizes(**sizes: int | Sequence[int] | None) -> None:
         each = list(size) if isinstance(size, Sequence | np.ndarray) else [size]
         if not each or any(not isinstance(n, int | np.integer) or n < 1 for n in each):
             raise ValueError(f"{name}: got {size}, need whole numbers >= 1")
-
-
-def _need_vector(name: str, array: np.ndarray, size: int) -> None:
-    _need_float32(name, array, 1)
-    if len(array) != size:
-        raise ValueError(f"{name}: got length {len(array)}, need {size}")
-
-
-def _need_float32(name: str, array: np.ndarray, ndim: int) -> None:
-    if not isinstance(array, np.ndarray) or array.dtype != np.float32 or array.ndim != ndim:
-        got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
-        raise TypeError(f"{name}: got {got}, need a float32 array with {ndim} dimension{'s' * (ndim > 1)}")
-    check_finite(name, array)
 
 
 def _xavier(rng: np.random.Generator, fan_in: int, fan_out: int) -> np.ndarray:

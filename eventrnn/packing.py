@@ -7,6 +7,7 @@ those. Columns need not lie in a drive as they do in the matrix: a `Segment` say
     kind           values                                       index                    pointers
     ROWS           rows of `WIDTH` columns, `PITCH` apart       -                        -
     ROW_TILES      the same, narrow and without a gap           -                        -
+    BLAS           the same, all columns                        -                        -
     SCATTER        single weights by unit                       16-bit columns           first weight of each unit
     MASKED         single weights by unit                       16-bit masks, `PITCH`    first weight of each unit
                                                                 a unit
@@ -34,7 +35,7 @@ KIND, STORAGE, LOW, HIGH, VALUES, INDEX, POINTERS, WIDTH, PITCH, SCALES, EVERY_F
 FIELDS = 11
 
 #: kinds of traversal
-ROWS, ROW_TILES, SCATTER, MASKED, BLOCKS = range(5)
+ROWS, ROW_TILES, SCATTER, MASKED, BLOCKS, BLAS = range(6)
 
 # Columns of a narrow window: 64 drives of them fit the L1 cache beside the weights that pass through.
 ROW_TILE = 64
@@ -130,14 +131,16 @@ class Segment:
     position: int
 
 
-def pack(pools: Pools, weights: Weights, segments: list[Segment], many: bool = False) -> list[list[int]]:
+def pack(
+    pools: Pools, weights: Weights, segments: list[Segment], rows: int = ROWS, every_from: float = EVERY_FROM_SHARE
+) -> list[list[int]]:
     """Add some columns of a matrix to the pools; returns the table rows of its windows.
 
-    Segments lie side by side and ascend. `many` lays dense rows out for products with many drives at once. A drive may
-    be read and written, its value unchanged, up to a block past the last segment.
+    Segments lie side by side and ascend. `rows` is the kind of window for dense rows: ROWS, ROW_TILES or BLAS. A drive
+    may be read and written, its value unchanged, up to a block past the last segment.
     """
     if isinstance(weights, Dense):
-        return _pack_rows(pools, weights, segments, many)
+        return _pack_rows(pools, weights, segments, rows, every_from)
     if not isinstance(weights, BlockCSR):
         return _pack_single(pools, _Entries.of_single(weights).placed(segments), weights, segments)
     entries = _Entries.of_blocks(weights)
@@ -235,25 +238,24 @@ def _scales(pools: Pools, weights: Weights) -> int:
     return pools.add_values(weights.scales) if weights.scales is not None else 0
 
 
-def _pack_rows(pools: Pools, weights: Dense, segments: list[Segment], many: bool) -> list[list[int]]:
+def _pack_rows(pools: Pools, weights: Dense, segments: list[Segment], kind: int, every_from: float) -> list[list[int]]:
     storage, scales = _storage(weights), _scales(pools, weights)
     values = weights.values
     if len(segments) > 1 or (segments[0].start, segments[0].stop) != (0, weights.shape[1]):
         values = np.concatenate([values[:, each.start : each.stop] for each in segments], axis=1)
     low, total = segments[0].position, values.shape[1]
-    table, every_from = [], math.ceil(EVERY_FROM_SHARE * weights.shape[0])
-    cuts = [*range(0, total, ROW_TILE), total] if many else [0, total]
+    table, units = [], math.ceil(every_from * weights.shape[0])
+    cuts = [*range(0, total, ROW_TILE), total] if kind == ROW_TILES else [0, total]
     for a, b in zip(cuts[:-1], cuts[1:], strict=True):
-        width = pitch = _up(b - a, LANES)
-        if not many:
+        width = pitch = b - a if kind == BLAS else _up(b - a, LANES)
+        if kind == ROWS:
             # An odd number of cache lines a row: rows a power of two apart would share cache sets.
             lines = -(-pitch * values.itemsize // 64)
             pitch = (lines + (lines % 2 == 0)) * 64 // values.itemsize
         rows = np.zeros((weights.shape[0], pitch), values.dtype)
         rows[:, : b - a] = values[:, a:b]
         at = pools.add_values(rows)
-        kind = ROW_TILES if many else ROWS
-        table.append([kind, storage, low + a, low + b, at, 0, 0, width, pitch, scales, every_from])
+        table.append([kind, storage, low + a, low + b, at, 0, 0, width, pitch, scales, units])
     return table or [empty_window()]
 
 

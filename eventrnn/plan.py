@@ -5,11 +5,24 @@ Tables and pools are those of `packing.py`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from eventrnn.packing import FIELDS, PIECES, ROW_TILE, Pools, Segment, empty_window, pack
+from eventrnn.packing import (
+    BLAS,
+    EVERY_FROM_SHARE,
+    FIELDS,
+    PIECES,
+    ROW_TILE,
+    ROW_TILES,
+    ROWS,
+    Pools,
+    Segment,
+    empty_window,
+    pack,
+)
 from eventrnn.simd import LANES
 from eventrnn.traverse import LISTED_PIECES
 from eventrnn.weights import Dense, Weights
@@ -21,13 +34,31 @@ if TYPE_CHECKING:
 # the candidate's columns of w_rec, apart in the paper's variant only. Biases and units: where the layer's begin.
 UNITS, INPUTS, IN, REC, REC_GATED, END, BIAS_IN, BIAS_REC, UNIT_0 = range(9)
 
-# As many drives as make it pay to read dense rows once for all.
-SHARED_ROWS = 12
+# The ways of a product: as the format has it, drive by drive; dense rows shared by many drives; weights that are not
+# dense as if they were, either way; BLAS.
+AS_STORED, TILES, DENSE, DENSE_TILES, BLAS_PRODUCT = PICKS = ("as stored", "tiles", "dense", "dense tiles", "blas")
 
 
-def many_drives(rows: int) -> bool:
-    """Whether a product with so many drives at once shares dense rows among them."""
-    return rows >= SHARED_ROWS
+class Choice:
+    """Which way a product goes: rules of thumb among exact ways. `crossover.py` has measured ones."""
+
+    may_blas = False
+
+    def pick(self, weights: Weights, rows: int, activity: float) -> str:
+        """One of `PICKS`, for so many drives whose senders fire so often.
+
+        Dense rows are shared from one event a unit on: 1.3 times faster at 12 drives and 10 %, as fast at 8 and at 4
+        drives and 30 %, slower below (1350 units).
+        """
+        return TILES if isinstance(weights, Dense) and rows * activity >= SHARED_EVENTS else AS_STORED
+
+    def every_from(self, rows: int) -> float:
+        """From which share of active units on, shared rows are those of every unit."""
+        return EVERY_FROM_SHARE
+
+
+# Events a unit, over all drives, that make it pay to share dense rows.
+SHARED_EVENTS = 1.0
 
 
 class Layout:
@@ -83,39 +114,42 @@ class Layout:
 
 
 class Plan:
-    """A network's weights packed for one way to run.
+    """A network's weights packed for one way to run: by matrix one of `PICKS`, and `Choice.every_from`."""
 
-    `in_rows` and `rec_rows` are the drives that an input and a recurrent product have at once. With many of them, dense
-    rows want narrow windows: so the drives' share of one stays in the L1 cache.
-    """
-
-    def __init__(self, network: Network, layout: Layout, in_rows: int, rec_rows: int):
-        self.layout, self.parts, self.pools = layout, layout.parts, Pools.empty()
+    def __init__(self, network: Network, layout: Layout, picks: Mapping[str, str], every_from: Mapping[str, float]):
+        self.layout, self.parts, self.picks, self.pools = layout, layout.parts, dict(picks), Pools.empty()
+        self.every_from = every_from
         self.tables: list[list[list[int]]] = [[] for _ in range(self.parts)]
         layers, unit_0 = [], 0
         for k, layer in enumerate(network.layers):
             gates = layer.cell.gates
             cut = gates - 1 if layer.cell.variant == "paper" else gates
-            w_in = self._place(layer.w_in, k, 0, gates, in_rows)
-            w_rec = self._place(layer.w_rec, k, 0, cut, rec_rows)
-            w_gated = self._place(layer.w_rec, k, cut, gates, rec_rows) if cut < gates else len(self.tables[0])
+            w_in = self._place(f"layers.{k}.w_in", layer.w_in, k, 0, gates)
+            w_rec = self._place(f"layers.{k}.w_rec", layer.w_rec, k, 0, cut)
+            w_gated = (
+                self._place(f"layers.{k}.w_rec", layer.w_rec, k, cut, gates) if cut < gates else len(self.tables[0])
+            )
             biases = layout.starts[2 * k : 2 * k + 2]
             layers.append([layer.units, layer.inputs, w_in, w_rec, w_gated, len(self.tables[0]), *biases, unit_0])
             unit_0 += layer.units
         self.readout = -1
         if network.readout is not None:
-            self.readout = self._place(network.readout.weights, -1, 0, 1, in_rows)
+            self.readout = self._place("readout", network.readout.weights, -1, 0, 1)
         self.layers = np.array(layers, np.int64)
         self.windows = np.array(self.tables, np.int64).reshape(self.parts, -1, FIELDS)
         self.values, self.index, self.pointers = self.pools.freeze()
-        del self.pools, self.tables  # as large as the weights, and copied now
+        del self.pools, self.tables, self.every_from  # as large as the weights, and copied now
 
-    def _place(self, weights: Weights, layer: int, first_gate: int, last_gate: int, rows: int) -> int:
+    def _place(self, name: str, weights: Weights, layer: int, first_gate: int, last_gate: int) -> int:
         """Pack each thread's share of some gates; returns the first window."""
-        before = len(self.tables[0])
-        many = isinstance(weights, Dense) and many_drives(rows)
+        before, pick, every_from = len(self.tables[0]), self.picks[name], self.every_from[name]
+        if first_gate == last_gate:
+            return before
+        if pick in (DENSE, DENSE_TILES, BLAS_PRODUCT) and (pick == BLAS_PRODUCT or not isinstance(weights, Dense)):
+            weights = Dense(weights.to_dense())
+        kind = {TILES: ROW_TILES, DENSE_TILES: ROW_TILES, BLAS_PRODUCT: BLAS}.get(pick, ROWS)
         shares = [self.layout.segments(layer, part, first_gate, last_gate) for part in range(self.parts)]
-        packed = [pack(self.pools, weights, segments, many) if segments else [] for segments in shares]
+        packed = [pack(self.pools, weights, each, kind, every_from) if each else [] for each in shares]
         most = max(map(len, packed))
         for table, share in zip(self.tables, packed, strict=True):
             table += share + [empty_window()] * (most - len(share))
@@ -126,9 +160,10 @@ def _up(size, multiple: int):
     return -(-size // multiple) * multiple
 
 
-def product_scratch(parts: int, inputs: int, rows: int, pieces: int) -> tuple[np.ndarray, ...]:
+def product_scratch(parts: int, inputs: int, rows: int, pieces: int, blas: int) -> tuple[np.ndarray, ...]:
     """What `propagate_all` writes on, one of each a thread, for products of up to `inputs` units, `rows` drives and
-    `pieces` stored pieces of one unit: starts, groups, grouped, lists, amounts, x, tile."""
+    `pieces` stored pieces of one unit: starts, groups, grouped, lists, amounts, x, tile, product
+    (of `blas` columns)."""
     most, listed = rows * inputs + LANES, LISTED_PIECES + pieces + LANES
     return (
         np.zeros((parts, inputs + 2), np.int64),
@@ -138,4 +173,5 @@ def product_scratch(parts: int, inputs: int, rows: int, pieces: int) -> tuple[np
         np.zeros((parts, 2, listed), np.float32),
         np.zeros((parts, rows * inputs), np.float32),
         np.zeros((parts, rows * ROW_TILE), np.float32),
+        np.zeros((parts, rows * blas), np.float32),
     )

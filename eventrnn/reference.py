@@ -143,6 +143,7 @@ class ReferenceBackend:
     """`dtype=float32` is the exact tier; `float64` gives the bounds (its outputs are float64)."""
 
     name = "reference"
+    exact = True
 
     def __init__(self, dtype: DTypeLike = np.float32):
         self.dtype = np.dtype(dtype)
@@ -167,6 +168,10 @@ class ReferenceEngine:
         self.readout = None
         if network.readout is not None:
             self.readout = (network.readout.weights.to_dense().astype(dtype), network.readout.bias.astype(dtype))
+
+    def stepper(self, state: State) -> None:
+        """Single steps are runs."""
+        return
 
     def run(self, feed: Feed, state: State, *, record_events: bool = False, record_states: bool = False) -> Trace:
         x = feed.events().to_dense().astype(self.dtype)

@@ -12,6 +12,7 @@ from eventrnn import cells
 from eventrnn.jit import compiled
 from eventrnn.packing import (
     BFLOAT16,
+    BLAS,
     BLOCKS,
     EVERY_FROM,
     FLOAT32,
@@ -196,7 +197,7 @@ def _add_listed(matrix, weights, lists, amounts, count, drive, at):
 def propagate_all(
     windows, first_window, last_window, values, index, pointers, bias, p, n_pre,
     ids, sent, firsts, counts, slot, segments, rows,
-    starts, groups, grouped, lists, amounts, x, tile,
+    starts, groups, grouped, lists, amounts, x, tile, product,
     drive, pitch,
 ):  # fmt: skip
     """Drives of `rows` rows, `pitch` apart, from their bias on, over some windows of a matrix.
@@ -206,7 +207,7 @@ def propagate_all(
 
     Scratch, all lists with a vector to spare: `starts` (n_pre + 2); `groups`, int32, and
     `grouped`, float32, (2, events); `lists`, int32, and `amounts`, float32, (2, pieces); `x` (rows, n_pre); `tile`
-    (rows, ROW_TILE).
+    (rows, ROW_TILE); `product` (rows, columns), for BLAS only.
     """
     every = False
     if windows[first_window, KIND] == ROW_TILES:
@@ -218,8 +219,13 @@ def propagate_all(
             _spread(n_pre, ids, sent, firsts, counts, slot, segments, rows, x)
         else:
             _group(n_pre, ids, sent, firsts, counts, slot, segments, rows, starts, groups, grouped)
+    elif windows[first_window, KIND] == BLAS:
+        _spread(n_pre, ids, sent, firsts, counts, slot, segments, rows, x)
     for w in range(first_window, last_window):
         window = windows[w]
+        if window[KIND] == BLAS:
+            _add_blas(window, values, bias, p, n_pre, x, product, rows, drive, pitch)
+            continue
         if window[KIND] == ROW_TILES:
             if window[STORAGE] == FLOAT32:
                 _add_tile(
@@ -304,6 +310,17 @@ def _add_tile(matrix, weights, scales, bias, p, n_pre, every, starts, groups, gr
 
 
 @compiled
+def _add_blas(matrix, values, bias, p, n_pre, x, product, rows, drive, pitch):
+    """Every unit, in an order that BLAS chooses. Not exact."""
+    low, width, v0 = matrix[LOW], matrix[WIDTH], matrix[VALUES]
+    weights = values[v0 : v0 + n_pre * width].reshape((n_pre, width))
+    np.dot(x[: rows * n_pre].reshape((rows, n_pre)), weights, product[: rows * width].reshape((rows, width)))
+    for k in range(rows):
+        for i in range(width):
+            drive[k * pitch + low + i] = product[k * width + i] + bias[p + low + i]
+
+
+@compiled
 def _add_grouped(matrix, weights, scales, n_pre, starts, groups, grouped, tile):
     """Every event takes its narrow row to its drive; both stay in the L1 cache."""
     start, width, s0, events = _values_at(matrix, weights), matrix[WIDTH], matrix[SCALES], starts[n_pre]
@@ -354,7 +371,7 @@ def read_rows(matrix, values, index, pointers, indptr, ids, start, stop):
     checksum = 0
     for e in range(indptr[start], indptr[stop]):
         j = ids[e]
-        if kind in (ROWS, ROW_TILES):
+        if kind in (ROWS, ROW_TILES, BLAS):
             first, last = j * matrix[PITCH], j * matrix[PITCH] + matrix[WIDTH]
         elif kind == BLOCKS:
             first = pointers[p0 + 3 * j + 2] * matrix[WIDTH]

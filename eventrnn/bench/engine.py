@@ -1,7 +1,4 @@
-"""The engine from within: one product by itself, which rows a run reads, and a probe that only reads them.
-
-With `kernels.py`, all of the benchmark that knows how the engine packs and walks weights.
-"""
+"""The engine from within: which weights a run reads, and a probe that only reads them."""
 
 from __future__ import annotations
 
@@ -13,12 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from eventrnn import cpu
-from eventrnn.bench.kernels import products
 from eventrnn.cpu import CpuEngine
 from eventrnn.events import Events
-from eventrnn.network import Layer, Network, Simulation, simulate
+from eventrnn.network import Network, Simulation, simulate
 from eventrnn.observe import senders
 from eventrnn.packing import (
+    BLAS,
     BLOCKS,
     EVERY_FROM,
     ITEMSIZE,
@@ -31,73 +28,16 @@ from eventrnn.packing import (
     STORAGE,
     WIDTH,
 )
-from eventrnn.plan import BIAS_REC, END, IN, REC, REC_GATED, Plan, product_scratch
+from eventrnn.plan import END, IN, REC, REC_GATED, Plan
+from eventrnn.product import Product
 from eventrnn.traverse import read_rows
-from eventrnn.weights import Dense, Weights
 
 
-class Product:
-    """One matrix and the events that arrive: drive[b] = sum over fired j of weights[j] * value[b, j], a step.
-
-    weights : (N, 3N), any format; packed as the engine packs recurrent weights for that batch
-    events  : (steps, batch, N)
-    """
-
-    def __init__(self, weights: Weights, events: Events, threads: int = 1):
-        self.weights, self.events, self.threads = weights, events, threads
-        self.steps, self.batch, n = events.shape
-        zeros = np.zeros(3 * n, np.float32)
-        unused = Dense(np.zeros((1, 3 * n), np.float32))
-        network = Network((Layer(unused, weights, zeros, zeros, np.zeros(n, np.float32)),))
-        engine = CpuEngine(network, threads)
-        self.plan, self.pitch, self.n = engine.plan(1, self.batch), engine.pitch, n
-        layer = self.plan.layers[0]
-        self.span = int(layer[REC]), int(layer[END])
-        self.drive = np.zeros(self.batch * self.pitch, np.float32)
-        self.arguments = (
-            *(
-                *self.span,
-                self.plan.values,
-                self.plan.index,
-                self.plan.pointers,
-                engine.layout.biases,
-                int(layer[BIAS_REC]),
-            ),
-            *(n, events.indices, events.values, events.indptr[:-1].copy(), np.diff(events.indptr)),
-        )
-        self.scratch = product_scratch(threads, n, self.batch, engine.pieces)
-        self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
-
-    def run(self, start: int = 0, stop: int | None = None) -> None:
-        """Every step from `start` to `stop` (all), inside one compiled call a thread; threads never wait."""
-        stop = self.steps if stop is None else stop
-
-        def share(part: int) -> None:
-            products(
-                self.plan.windows[part], *self.arguments, start, stop, self.batch,
-                *(each[part] for each in self.scratch), self.drive, self.pitch,
-            )  # fmt: skip
-
-        if self.pool is None:
-            share(0)
-        else:
-            list(self.pool.map(share, range(self.threads)))
-
-    def result(self, t: int) -> np.ndarray:
-        """The drives of step t, (batch, 3N)."""
-        self.run(t, t + 1)
-        drives, layout = self.drive.reshape(self.batch, self.pitch), self.plan.layout
-        result = np.zeros((self.batch, 3 * self.n), np.float32)
-        for segment in (each for part in range(self.threads) for each in layout.segments(0, part, 0, 3)):
-            width = segment.stop - segment.start
-            result[:, segment.start : segment.stop] = drives[:, segment.position : segment.position + width]
-        return result
-
-    def reads(self) -> list[Reads]:
-        """What a run reads."""
-        # Many windows take turns within a step; of a single one the probe, like us, needs one call for all steps.
-        per_chunk = 1 if self.span[1] - self.span[0] > 1 else self.steps
-        return [_reads(self.plan, self.span, self.events, self.batch, per_chunk)]
+def product_reads(product: Product) -> list[Reads]:
+    """What a run of one product reads."""
+    # Many windows take turns within a step; of a single one the probe, like us, needs one call for all steps.
+    per_chunk = 1 if product.span[1] - product.span[0] > 1 else product.steps
+    return [_reads(product.plan, product.span, product.events, product.batch, per_chunk)]
 
 
 @dataclass(frozen=True)
@@ -157,7 +97,7 @@ def _reads(plan: Plan, span: tuple[int, int], events: Events, rows: int, per_chu
 def _unit_bytes(plan: Plan, window: np.ndarray, units: int) -> np.ndarray:
     """Bytes of values and indices that a window holds of each unit, (units,): what is read when it fires."""
     kind, size, p0 = window[KIND], ITEMSIZE[window[STORAGE]], window[POINTERS]
-    if kind in (ROWS, ROW_TILES):
+    if kind in (ROWS, ROW_TILES, BLAS):
         return np.full(units, window[WIDTH] * size)
     if kind == BLOCKS:
         first, last, _ = plan.pointers[p0 : p0 + 3 * units].reshape(units, 3).T

@@ -1,31 +1,13 @@
-"""Compiled for the benchmark only: products one after the other, and multiplications that need no memory."""
+"""Compiled for the benchmark only: multiplications that need no memory."""
 
 from __future__ import annotations
 
 from eventrnn import cells
 from eventrnn.jit import compiled
 from eventrnn.simd import LANES, load, store
-from eventrnn.traverse import propagate_all
 
 # As many as hide the latency of an FMA, and fit the registers.
 CHAINS = 12
-
-
-@compiled
-def products(
-    windows, first_window, last_window, values, index, pointers, bias, p, n_pre,
-    ids, sent, firsts, counts, start, stop, rows,
-    starts, groups, grouped, lists, amounts, x, tile,
-    drive_out, pitch,
-):  # fmt: skip
-    """The product of every step from `start` to `stop`, one after the other into the same drives."""
-    for t in range(start, stop):
-        propagate_all(
-            windows, first_window, last_window, values, index, pointers, bias, p, n_pre,
-            ids, sent, firsts, counts, t * rows, 1, rows,
-            starts, groups, grouped, lists, amounts, x, tile,
-            drive_out, pitch,
-        )  # fmt: skip
 
 
 @compiled

@@ -12,13 +12,14 @@ from eventrnn.backend import State
 from eventrnn.bench import contest as timing
 from eventrnn.bench.case import Case
 from eventrnn.bench.contest import Contest
-from eventrnn.bench.engine import Product, probe, rows_read
+from eventrnn.bench.engine import probe, product_reads, rows_read
 from eventrnn.bench.machine import device, limited, peak, versions
 from eventrnn.bench.networks import at_activity, random_events, random_network, random_weights
 from eventrnn.bench.rivals import LayerRivals, ProductRivals
 from eventrnn.cpu import CpuEngine
 from eventrnn.network import simulate
 from eventrnn.observe import Counts, count
+from eventrnn.product import Product
 
 # How far the measured activity may be from what was asked, as a share of it.
 ACTIVITY_TOLERANCE = 0.1
@@ -96,7 +97,7 @@ def _product(case: Case, report: Report) -> Contest:
     ours = Product(weights, events, case.threads)
     ours.run()
     compile_seconds = time.perf_counter() - started
-    reads, rivals = ours.reads(), ProductRivals.of(case.rivals, ours)
+    reads, rivals = product_reads(ours), ProductRivals.of(case.rivals, ours)
     rows = case.steps * case.batch
     sent = np.bincount(events.indices, minlength=case.hidden)
     graded = np.bincount(events.indices[events.graded], minlength=case.hidden)

@@ -21,10 +21,10 @@ import scipy.sparse as sp
 
 from eventrnn.backend import State
 from eventrnn.bench.contest import Run
-from eventrnn.bench.engine import Product
 from eventrnn.blas import BlasEngine
 from eventrnn.events import Events
 from eventrnn.network import Network, simulate
+from eventrnn.product import Product
 from eventrnn.weights import BlockCSR, Weights
 
 U32 = 2.0**-24

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 from eventrnn.bench.case import LAYER_RIVALS, PRODUCT_RIVALS
+from eventrnn.bench.machine import device, versions
 from eventrnn.cli.options import Json, Seed, Threads, parse_block, parse_nm
-from eventrnn.terminal import progress, show
+from eventrnn.terminal import as_line, progress, show
 from eventrnn.weights import FORMATS, STORAGES
 
 AGAINST = (
@@ -63,3 +66,49 @@ def inference(
             report=lambda stage: report(stage, 0, 1, ""),
         )  # fmt: skip
     show("inference", result, as_json)
+
+
+@bench_app.command()
+def crossover(
+    measure: Annotated[bool, typer.Option("--measure", help="Measure again, whatever is in the cache.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Time every way beside what auto picks; some minutes.")
+    ] = False,
+    hidden: Annotated[int, typer.Option(help="Units of the products in the table, and of --verify.")] = 1350,
+    repeats: Annotated[int, typer.Option(help="Interleaved rounds of --verify; medians are compared.")] = 7,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Where the ways of a product cross on this machine: measured once (half a minute), kept, looked up by "auto"."""
+    for name, value, least in (("hidden", hidden, 16), ("repeats", repeats, 3)):
+        if value < least:
+            raise ValueError(f"{name}: got {value}, need a whole number >= {least}")
+    from eventrnn import crossover as maps
+    from eventrnn.bench import crossing
+
+    with progress() as report:
+        found = (
+            maps.save(maps.measure(_stage(report, "measuring"))) if measure else maps.load(_stage(report, "measuring"))
+        )
+        checked = list(crossing.verify(found, hidden, repeats, _stage(report, "verifying"), seed)) if verify else []
+    picks = crossing.picks(found, hidden)
+    if as_json:
+        record = {"cache": str(maps.cache_path()), "times": found.times, "picks": picks, "verified": checked}
+        print(as_line(record | {"device": device(), "versions": versions()}))
+        return
+    table = Table("weights", "drives", *(f"{a:.0%}" for a in crossing.ACTIVITIES), title="what auto picks, by activity")
+    for line in picks:
+        table.add_row(line["weights"], str(line["batch"]), *line["exact"])
+    Console().print(table)
+    if checked:
+        worst = {kind: min(checked, key=lambda line: line[kind]) for kind in ("exact_ratio", "inexact_ratio")}
+        for kind, line in worst.items():
+            where = f"{line['format']}, {line['sparsity']:.0%} left out, batch {line['batch']}, {line['activity']:.0%} active"
+            print(
+                f"{kind.replace('_', ' ')}: at least {line[kind]:.2f} of the best way ({where}), {len(checked)} cases"
+            )
+    print(f"map: {maps.cache_path()}")
+
+
+def _stage(report, stage: str):
+    return lambda done, total, note: report(stage, done, total, note)
