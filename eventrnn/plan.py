@@ -36,7 +36,7 @@ UNITS, INPUTS, IN, REC, REC_GATED, END, BIAS_IN, BIAS_REC, UNIT_0 = range(9)
 
 # The ways of a product: as the format has it, drive by drive; dense rows shared by many drives; weights that are not
 # dense as if they were, either way; BLAS.
-AS_STORED, TILES, DENSE, DENSE_TILES, BLAS_PRODUCT = PICKS = ("as stored", "tiles", "dense", "dense tiles", "blas")
+AS_STORED, TILES, DENSE, DENSE_TILES, BLAS_PRODUCT = PICKS = ("stored", "tiles", "dense", "dense tiles", "blas")
 
 
 class Choice:

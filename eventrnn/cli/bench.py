@@ -87,10 +87,9 @@ def crossover(
     from eventrnn.bench import crossing
 
     with progress() as report:
-        found = (
-            maps.save(maps.measure(_stage(report, "measuring"))) if measure else maps.load(_stage(report, "measuring"))
-        )
-        checked = list(crossing.verify(found, hidden, repeats, _stage(report, "verifying"), seed)) if verify else []
+        measuring, verifying = _stage(report, "measuring"), _stage(report, "verifying")
+        found = maps.save(maps.measure(measuring)) if measure else maps.load(measuring)
+        checked = list(crossing.verify(found, hidden, repeats, verifying, seed)) if verify else []
     picks = crossing.picks(found, hidden)
     if as_json:
         record = {"cache": str(maps.cache_path()), "times": found.times, "picks": picks, "verified": checked}
@@ -103,9 +102,9 @@ def crossover(
     if checked:
         worst = {kind: min(checked, key=lambda line: line[kind]) for kind in ("exact_ratio", "inexact_ratio")}
         for kind, line in worst.items():
-            where = f"{line['format']}, {line['sparsity']:.0%} left out, batch {line['batch']}, {line['activity']:.0%} active"
+            where = f"{line['format']} {line['sparsity']:.0%}, batch {line['batch']}, {line['activity']:.0%} active"
             print(
-                f"{kind.replace('_', ' ')}: at least {line[kind]:.2f} of the best way ({where}), {len(checked)} cases"
+                f"{kind.replace('_', ' ')}: {line[kind]:.2f} of the best way at worst ({where}; {len(checked)} cases)"
             )
     print(f"map: {maps.cache_path()}")
 
