@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from eventrnn.backend import Feed, FireCounts, State, Trace
 from eventrnn.jit import compiled
@@ -21,6 +23,7 @@ from eventrnn.packing import PIECES, aligned_zeros, check_format
 from eventrnn.plan import (
     BIAS_IN,
     BIAS_REC,
+    BLAS_PRODUCT,
     END,
     IN,
     INPUTS,
@@ -338,6 +341,7 @@ class CpuEngine:
             end = min(feed.steps, begin + ahead)
             plan = self.plan(end - begin, feed.batch)
             self._run(
+                BLAS_PRODUCT in plan.picks.values(),
                 *(plan.layers, plan.windows, plan.values, plan.index, plan.pointers, layout.biases, self.threshold),
                 *(plan.readout, layout.starts[-1], feed.indptr, feed.indices, feed.values, feed.row_of),
                 *(feed.steps, begin, end, feed.batch, self.chunk, layout.edges, layout.bases, self.pitch, *scratch),
@@ -356,16 +360,19 @@ class CpuEngine:
             paths,
         )
 
-    def _run(self, *arguments) -> None:
+    def _run(self, with_blas: bool, *arguments) -> None:
+        # The team is ours: BLAS must not bring one of its own.
+        limits = threadpool_limits(limits=1, user_api="blas") if with_blas else nullcontext()
         barrier = np.zeros(1, np.int64)
-        if self.pool is None:
-            run(0, 1, barrier, *arguments)
-            return
-        # This thread is the first of the team.
-        others = [self.pool.submit(run, part, self.parts, barrier, *arguments) for part in range(1, self.parts)]
-        run(0, self.parts, barrier, *arguments)
-        for other in others:
-            other.result()
+        with limits:
+            if self.pool is None:
+                run(0, 1, barrier, *arguments)
+                return
+            # This thread is the first of the team.
+            others = [self.pool.submit(run, part, self.parts, barrier, *arguments) for part in range(1, self.parts)]
+            run(0, self.parts, barrier, *arguments)
+            for other in others:
+                other.result()
 
     def stepper(self, state: State) -> Stepper | None:
         """Single steps on one thread; with more, a step is a run."""

@@ -369,10 +369,13 @@ class Simulator:
         for trace in traces[1:]:
             fired = [a + b for a, b in zip(fired, trace.fired, strict=True)]
         layers = range(len(self.network.layers))
+        # Where a backend had a choice, what it chose decides.
+        paths = {name for trace in traces for name in trace.paths.values()}
+        exact = self.backend.exact or (bool(paths) and "blas" not in paths)
         return Simulation(
             traces[0].output if len(traces) == 1 else np.concatenate([t.output for t in traces]),
             self.backend.name,
-            self.backend.exact,
+            exact,
             self.engine.dense,
             initial,
             traces[-1].state,

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,7 +117,9 @@ def aligned_zeros(size: int, dtype) -> np.ndarray:
         start = -raw.ctypes.data % 64
         return raw[start : start + nbytes].view(dtype)
     memory = mmap.mmap(-1, _up(nbytes, LARGE_PAGE) + LARGE_PAGE)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    # A kernel may have been built without them.
+    with suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
     raw = np.frombuffer(memory, np.uint8)
     start = -raw.ctypes.data % LARGE_PAGE
     return raw[start : start + nbytes].view(dtype)
@@ -262,13 +265,15 @@ def _pack_rows(pools: Pools, weights: Dense, segments: list[Segment], kind: int,
 def _pack_single(pools: Pools, entries: _Entries, weights: Weights, segments: list[Segment]) -> list[list[int]]:
     """Single weights: by mask or by index, whichever is less work."""
     table, low, high = [], *_bounds(segments)
-    for a in range(low, high, WIDEST_SCATTER):
-        b = min(a + WIDEST_SCATTER, high)
-        inside = (entries.column >= a) & ((entries.column < b) | (b == high))
+    # Padding beyond the last column has no bit in a mask, and counts where an index ends.
+    top = max(high, int(entries.column.max(initial=0)) + 1)
+    for a in range(low, top, WIDEST_SCATTER):
+        b = min(a + WIDEST_SCATTER, top)
+        inside = (entries.column >= a) & (entries.column < b)
         part = _Entries(entries.unit[inside], entries.column[inside] - a, entries.values[inside], 1)
-        # Padding beyond the last column has no bit in a mask.
-        fits = part.column.max(initial=0) < b - a
-        dense = AVX512 and fits and len(part.unit) >= MASKED_FROM * weights.shape[0] * (b - a)
+        dense = AVX512 and b <= high and len(part.unit) >= MASKED_FROM * weights.shape[0] * (b - a)
+        # The drive begins as its bias as far as there are outputs.
+        b = min(b, max(a, high))
         table.append((_pack_masked if dense else _pack_scatter)(pools, part, weights, a, b))
     return table or [empty_window()]
 

@@ -25,7 +25,7 @@ from eventrnn.packing import (
 )
 from eventrnn.simd import LANES
 from eventrnn.traverse import LISTED_PIECES
-from eventrnn.weights import Dense, Weights
+from eventrnn.weights import BlockCSR, Dense, Weights
 
 if TYPE_CHECKING:
     from eventrnn.network import Network
@@ -84,8 +84,12 @@ class Layout:
         cuts = [[min(n, _up(-(-n * q // parts), LANES)) for q in range(parts + 1)] for n in sizes]
         self.edges = np.array(cuts, np.int64)
         gates = np.array([layer.cell.gates for layer in network.layers] + [1])
-        # Vectors and blocks may run past a share.
-        shares = _up(np.diff(self.edges, axis=1) * gates[:, None], LANES) + max(PIECES)
+        # Vectors and blocks may run past a share, and the padding of a block that is not cut into pieces.
+        whole = [
+            w.block[1] for w in network.matrices().values() if isinstance(w, BlockCSR) and w.block[1] % min(PIECES)
+        ]
+        spare = _up(max([*PIECES, *whole]), LANES)
+        shares = _up(np.diff(self.edges, axis=1) * gates[:, None], LANES) + spare
         self.bases = np.cumsum(shares, axis=1) - shares
         widths = shares.sum(axis=1)
         # No multiple of a page, for drives side by side in a cache.

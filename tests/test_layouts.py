@@ -1,48 +1,199 @@
 """Layouts of the CPU engine that small cases would not choose: forced on them, they give the same bits."""
 
+from __future__ import annotations
+
+import mmap
+from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_backends import assert_same, cases
+from test_backends import assert_same, cases, in_format
 
 from eventrnn import cpu, packing, plan
-from eventrnn.network import Network, simulate
+from eventrnn.cells import CELLS, Cell
+from eventrnn.network import RECORDABLE, Network, Simulation, simulate
+from eventrnn.packing import BLOCKS, HIGH, INDEX, KIND, LOW, MASKED, POINTERS, ROW_TILES, ROWS, SCATTER, WIDTH
+from eventrnn.weights import FORMATS, STORAGES, convert
+
+NEVER = 1 << 30
+FEW, MANY = {"SHARED_ROWS": NEVER}, {"SHARED_ROWS": 1}
+# Processors with no use for masks can read them.
+MASKS, INDICES = {"AVX512": True, "MASKED_FROM": 0}, {"MASKED_FROM": 2}
+NARROW = {"WIDEST_SCATTER": 16}
+#: name -> constants of the modules, the formats that they decide upon, and the kinds of window that must come out
+FORCED = {
+    "rows": (FEW, ("dense",), {ROWS}),
+    "grouped": ({**MANY, "EVERY_FROM_SHARE": 2}, ("dense",), {ROW_TILES}),
+    "every unit": ({**MANY, "EVERY_FROM_SHARE": 0}, ("dense",), {ROW_TILES}),
+    "masks": (MASKS, ("csr", "nm"), {MASKED}),
+    "indices": (INDICES, ("csr", "nm"), {SCATTER}),
+    "narrow masks": ({**MASKS, **NARROW}, ("csr", "nm"), {MASKED}),
+    "narrow indices": ({**INDICES, **NARROW}, ("csr", "nm"), {SCATTER}),
+    "blocks": ({**MANY, **INDICES}, ("block",), {BLOCKS, SCATTER}),
+    "blocks of single weights": ({**MANY, **MASKS, **NARROW}, ("block",), {BLOCKS, MASKED, SCATTER}),
+}
+# Any of them at once.
+CONSTANTS = st.fixed_dictionaries(
+    {
+        "SHARED_ROWS": st.sampled_from((1, NEVER)),
+        "EVERY_FROM_SHARE": st.sampled_from((0, 0.3, 2)),
+        "MASKED_FROM": st.sampled_from((0, 0.2, 2)),
+        "WIDEST_SCATTER": st.sampled_from((16, 48, 1 << 16)),
+        "LARGE_PAGE": st.sampled_from((1 << 12, 1 << 21)),
+        "AVX512": st.booleans(),
+    }
+)
 
 
-def _simulated(case, **options):
-    return simulate(case.network, case.inputs, state=case.state, record=("events", "states"), **options)
+@contextmanager
+def forced(constants: dict):
+    """Constants of `plan` and `packing`, by name."""
+    with ExitStack() as stack:
+        for module in (plan, packing):
+            for name, value in constants.items():
+                if hasattr(module, name):
+                    stack.enter_context(patch.object(module, name, value))
+        yield
 
 
-@given(cases(), st.integers(1, 3))
-def test_layouts_for_many_drives_give_the_specification_s_bits(case, threads):
-    """Narrow windows of dense rows and blocks by column, whatever the number of rows and the width of a block."""
-    with patch.multiple(plan, SHARED_ROWS=1, SHARED_BLOCKS=1, SHARED_WIDTH=1):
-        forced = _simulated(case, threads=threads)
-    assert_same(forced, _simulated(case, backend="reference"))
+def kinds(engine) -> set[int]:
+    """The kinds of all windows of an engine that hold something."""
+    windows = np.concatenate([each.windows.reshape(-1, packing.FIELDS) for each in engine.plans.values()])
+    return {int(kind) for kind in windows[windows[:, HIGH] > windows[:, LOW], KIND]}
 
 
-@given(cases(formats=("block",)))
-def test_blocks_by_column_are_really_walked(case):
-    with patch.multiple(plan, SHARED_ROWS=1, SHARED_BLOCKS=1, SHARED_WIDTH=1):
-        packed = cpu.CpuEngine(case.network, 1).plan(5, 1)
-    kinds = set(np.unique(packed.windows[:, :, packing.KIND]))
-    # Windows that cut a block (the paper's variant may) stay with the clipped blocks.
-    assert packing.BLOCK_COLUMNS in kinds and kinds <= {packing.BLOCK_COLUMNS, packing.RAGGED_BLOCKS, packing.BLOCKS}
+def simulated(case, **options) -> Simulation:
+    return simulate(case.network, case.inputs, state=case.state, record=RECORDABLE, **options)
 
 
-@given(cases(formats=("block",)), st.booleans())
-def test_prefetching_changes_nothing(case, far):
-    with patch.object(packing, "NEAR_BYTES", -1 if far else 1 << 40):
-        assert_same(_simulated(case), _simulated(case, backend="reference"))
+@pytest.mark.parametrize("backend", ["cpu"])
+@pytest.mark.parametrize("layout", FORCED)
+@given(data=st.data(), threads=st.integers(1, 3))
+def test_every_layout_gives_the_specification_s_bits(backend, layout, data, threads):
+    constants, formats, expected = FORCED[layout]
+    case = data.draw(cases(formats=formats))
+    with forced(constants):
+        tested = case.simulator(backend, threads=threads)
+        got = tested.run(case.inputs, record=RECORDABLE)
+    found = kinds(tested.engine)
+    # A block matrix is cut into pieces or, where no piece divides its blocks, into single weights.
+    assert found == expected or ("block" in formats and found <= expected)
+    assert_same(simulated(case, backend="reference"), got)
+
+
+@pytest.mark.parametrize(("block", "kind"), [((1, 64), BLOCKS), ((2, 4), BLOCKS), ((3, 5), SCATTER), ((1, 1), SCATTER)])
+def test_the_width_of_a_block_decides_how_it_lies(block, kind):
+    network = in_format(Network.random([24], inputs=9, rng=np.random.default_rng(0)), "block", block)
+    with forced(INDICES):
+        engine = cpu.CpuEngine(network, 1)
+        assert {int(window[KIND]) for window in engine.plan(5, 1).windows[0]} == {kind}
+    widths = {int(window[WIDTH]) for window in engine.plan(5, 1).windows[0]}
+    assert widths == {block[1] if kind == BLOCKS else 1}
+
+
+@pytest.mark.parametrize("backend", ["cpu"])
+@given(case=cases(), threads=st.integers(1, 3), constants=CONSTANTS)
+def test_any_mix_of_layouts_gives_the_specification_s_bits(backend, case, threads, constants):
+    with forced(constants):
+        got = simulated(case, threads=threads, backend=backend)
+    assert_same(simulated(case, backend="reference"), got)
+
+
+@pytest.mark.parametrize("units", [1, 15, 16, 17, 31, 33])
+@pytest.mark.parametrize("variant", CELLS["egru"])
+def test_parts_without_a_unit(variant, units):
+    # Parts are whole vectors: of three, one or two own nothing here.
+    rng = np.random.default_rng(units)
+    drawn = Network.random([units], inputs=7, readout=units, rng=rng, threshold=0.05, cell=Cell(variant=variant))
+    owned = np.diff(plan.Layout(drawn, 3).edges[0])
+    assert owned.sum() == units
+    assert (owned == 0).any() == (units <= 32)
+    drawn = drawn.with_matrices(
+        {key: convert((3 * w.to_dense() * (rng.random(w.shape) < 0.6)), "dense") for key, w in drawn.matrices().items()}
+    )
+    x = rng.standard_normal((6, 2, 7)).astype(np.float32)
+    narrow = (1, min(3, units))
+    for storage in STORAGES:
+        expected = simulate(
+            in_format(drawn, "dense", storage=storage).dense(), x, backend="reference", record=RECORDABLE
+        )
+        assert units == 1 or 0.02 < expected.activity[0] < 0.98
+        ways = [("dense", None), ("csr", None), ("block", narrow), ("block", (1, min(16, units)))]
+        for constants in ({**FEW, **INDICES}, {**MANY, **MASKS}):
+            for name, block in ways:
+                with forced(constants):
+                    got = simulate(in_format(drawn, name, block, storage=storage), x, threads=3, record=RECORDABLE)
+                assert_same(expected, got)
+            whole = in_format(drawn, "nm", nm=(2, 2, "pre"), storage=storage)
+            with forced(constants):
+                assert_same(expected, simulate(whole, x, threads=3, record=RECORDABLE))
+    assert set(FORMATS) == {"nm", *(name for name, _ in ways)}
+
+
+# --- wider than an index ------------------------------------------------------------------------------------
+
+
+def wide_readout(columns: int, block: tuple[int, int], share: float) -> Network:
+    """A few units and very many outputs, of whose blocks a share is kept, the first and the last always."""
+    rng = np.random.default_rng(columns)
+    network = Network.random([6], inputs=4, readout=columns, rng=rng, threshold=0.02)
+    grid = (-(-6 // block[0]), -(-columns // block[1]))
+    kept = rng.random(grid) < share
+    kept[:, [0, -1]] = True
+    kept = kept.repeat(block[0], axis=0).repeat(block[1], axis=1)[:6, :columns]
+    values = rng.standard_normal((6, columns)) * kept
+    return network.with_matrices({"readout": convert(values.astype(np.float32), "dense")})
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("columns", "block", "share"),
+    # The last block's padding goes past the last index; little else, so that its own first columns are near.
+    [(70_003, (2, 7), 0.5), (140_003, (3, 5), 0.05), (65_536, (1, 7), 0.0), (65_538, (1, 11), 0.0)],
+)
+def test_more_columns_than_an_index_counts(columns, block, share, threads):
+    network = wide_readout(columns, block, share)
+    x = np.random.default_rng(1).standard_normal((3, 2, 4)).astype(np.float32)
+    expected = simulate(network, x, backend="reference")
+    assert expected.activity[0] > 0.2
+    for name in ("csr", "block"):
+        tested = in_format(network, "dense").with_matrices(
+            {"readout": convert(network.matrices()["readout"], name, block=block if name == "block" else None)}
+        )
+        assert np.array_equal(expected.output, simulate(tested, x, threads=threads).output)
+
+
+@given(st.integers(2, 40), st.integers(1, 3), st.data())
+def test_padding_stays_within_a_part_s_share_of_a_drive(units, threads, data):
+    # Other threads, or other memory, follow.
+    width = data.draw(st.integers(1, 3 * units))
+    network = in_format(Network.random([units], inputs=3, rng=np.random.default_rng(units)), "block", (1, width))
+    engine = cpu.CpuEngine(network, threads)
+    packed, ends = engine.plan(4, 1), [*engine.layout.bases[0, 1:], engine.pitch]
+    columns = packed.index.view(np.uint16)
+    for part, end in enumerate(ends):
+        for inputs, window in zip((3, units), packed.windows[part], strict=True):
+            if window[KIND] == BLOCKS:
+                pointers = packed.pointers[window[POINTERS] :][: 3 * inputs]
+                targets = packed.index[window[INDEX] :][: int(pointers[1::3].max())] + window[WIDTH]
+            elif window[KIND] == SCATTER:
+                count = int(packed.pointers[window[POINTERS] + inputs])
+                targets = columns[2 * window[INDEX] :][:count].astype(np.int64) + 1
+            else:
+                continue
+            assert window[LOW] + targets.max(initial=0) <= end
+
+
+# --- time, memory, threads ----------------------------------------------------------------------------------
 
 
 @given(cases(max_steps=20), st.integers(1, 4))
 def test_any_chunk_of_time_gives_the_same_bits(case, chunk):
     with patch.object(cpu, "LONGEST_CHUNK", chunk):
-        assert_same(_simulated(case), _simulated(case, backend="reference"))
+        assert_same(simulated(case), simulated(case, backend="reference"))
 
 
 def test_a_batch_whose_drives_cannot_be_addressed_is_refused():
@@ -54,3 +205,29 @@ def test_a_batch_whose_drives_cannot_be_addressed_is_refused():
 def test_a_plan_holds_the_weights_once():
     plan = cpu.CpuEngine(Network.random([4], inputs=3, rng=np.random.default_rng(0)), 1).plan(1, 1)
     assert not any(isinstance(value, packing.Pools | list) for value in vars(plan).values())
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no large pages")
+def test_large_pages_are_asked_for_and_may_be_refused():
+    asked = []
+
+    class Refusing(mmap.mmap):
+        def madvise(self, option):
+            asked.append(option)
+            raise OSError(22, "Invalid argument")
+
+    with patch.object(packing, "LARGE_PAGE", 1 << 12), patch.object(packing.mmap, "mmap", Refusing):
+        zeros = packing.aligned_zeros(5_000, np.float32)
+    assert asked == [mmap.MADV_HUGEPAGE]
+    assert zeros.shape == (5_000,) and not zeros.any() and zeros.ctypes.data % (1 << 12) == 0
+    zeros[:] = 1
+
+
+@pytest.mark.parametrize("variant", CELLS["egru"])
+def test_more_threads_than_cores_finish_with_the_same_bits(variant):
+    # Whoever waits for a thread that has no core must let it have one.
+    rng = np.random.default_rng(5)
+    network = Network.random([200, 40], inputs=20, readout=150, rng=rng, threshold=0.1, cell=Cell(variant=variant))
+    x = rng.standard_normal((60, 2, 20)).astype(np.float32)
+    expected = simulate(network, x, record=RECORDABLE)
+    assert_same(expected, simulate(network, x, threads=8, record=RECORDABLE))

@@ -1,30 +1,26 @@
 """Faults planted in the library's own code, each of which the suite must catch.
 
-A fault is an edit of the source: the edited function or file is compiled and put in place of the real one, so that a
-change of the code that makes a plant meaningless fails here. Each plant is met twice: by `assert_equivalent`, which
-must name the first divergence, and by the property of the suite that is there to catch it.
+A fault is an edit of the source (`planting.py`), so that a change of the code that makes a plant meaningless fails
+here. Each plant is met twice: by `assert_equivalent`, which must name the first divergence, and by the property of the
+suite that is there to catch it.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import inspect
-import sys
-import textwrap
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import test_backends
 import test_cells
 import test_golden
+import test_layouts
 import tolerance
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
+from planting import KERNEL_FAULTS, faulty_kernels, plant, suite_catches
+from test_layouts import FORCED, forced
 
-from eventrnn import backend, cells, cpu, packing, reference
+from eventrnn import cells, packing, reference
+from eventrnn.backend import BACKENDS
 from eventrnn.cells import Cell
 from eventrnn.network import Layer, Network, Simulator, simulate
 from eventrnn.testing import Divergence, assert_equivalent
@@ -34,103 +30,29 @@ UNITS, INPUTS, BATCH, STEPS = 10, 6, 3, 12
 RECORD = ("events", "states")
 
 
-# --- planting -----------------------------------------------------------------------------------------------
-
-
-def edited(source: str, edits: dict[str, str]) -> str:
-    for old, new in edits.items():
-        assert old in source, f"nothing to plant a fault in: {old}"
-        source = source.replace(old, new)
-    return source
-
-
-def plant(monkeypatch, module, name: str, edits: dict[str, str]) -> None:
-    """Put an edited copy of a function in its place."""
-    function = getattr(module, name)
-    source = edited(textwrap.dedent(inspect.getsource(function)), edits)
-    namespace = vars(module).copy()
-    # The names of the module stay live, so that two plants in one module meet.
-    code = compile("from __future__ import annotations\n" + source, f"<fault in {name}>", "exec")
-    exec(code, namespace)
-    monkeypatch.setattr(module, name, namespace[name])
-
-
-def plant_method(monkeypatch, kind: type, name: str, edits: dict[str, str]) -> None:
-    module = sys.modules[kind.__module__]
-    source = edited(textwrap.dedent(inspect.getsource(getattr(kind, name))), edits)
-    namespace = vars(module).copy()
-    exec(compile("from __future__ import annotations\n" + source, f"<fault in {name}>", "exec"), namespace)
-    monkeypatch.setattr(kind, name, namespace[name])
-
-
-def planted_kernels(monkeypatch, folder: Path, edits: dict[str, str]) -> str:
-    """An edited copy of the CPU engine as a backend of its own; returns its entry of `BACKENDS`."""
-    name = f"faulty_engine_{folder.name}"
-    path = folder / f"{name}.py"
-    path.write_text(edited(Path(cpu.__file__).read_text(), edits))
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)
-    spec.loader.exec_module(module)
-    monkeypatch.setitem(backend.BACKENDS, "faulty", f"{name}:CpuBackend")
-    return "faulty"
-
-
-# No shrinking, and no memory of the failure for the next run of the healthy suite.
-FAULTS = settings(
-    max_examples=100,
-    deadline=None,
-    database=None,
-    phases=[Phase.generate],
-    report_multiple_bugs=False,
-    print_blob=False,
-)
-#: What the properties below draw by themselves.
-DRAWN = {
-    "data": st.data(),
-    "threads": st.integers(1, 3),
-    "record": test_backends.records,
-    "carry": test_backends.carries(),
-}
-
-
-def suite_catches(test, *, by: type[Exception] | tuple[type[Exception], ...] = AssertionError, **arguments) -> None:
-    """Run a test of the suite, a property with examples of its own, and demand that it fails."""
-    if hasattr(test, "hypothesis"):
-        inner = test.hypothesis.inner_test
-        drawn = {name: DRAWN[name] for name in inspect.signature(inner).parameters if name not in arguments}
-
-        @FAULTS
-        @given(**drawn)
-        def test(**examples):
-            inner(**examples)
-
-        inner = functools.partial(inner, **arguments)
-        arguments = {}
-    with pytest.raises(by):
-        test(**arguments)
-
-
 CONFORMANCE = test_backends.test_every_format_equals_the_dense_specification
+LAYOUT = test_layouts.test_every_layout_gives_the_specification_s_bits
 
 
-def network(variant: str = "evnn", fmt: str = "dense", block=None, layers: int = 1) -> Network:
-    """Every weight non-zero, so that every event reaches every unit."""
+def network(
+    variant: str = "evnn", fmt: str = "dense", layers: int = 1, *, units: int = UNITS, share: float = 1.0, **options
+) -> Network:
+    """Every weight non-zero, so that every event reaches every unit; or a share of them. `options` go to `convert`."""
     rng = np.random.default_rng(2)
 
     def matrix(n_pre):
-        values = rng.uniform(0.3, 1, (n_pre, 3 * UNITS)) * rng.choice([-1, 1], (n_pre, 3 * UNITS))
-        return convert((2 * values / np.sqrt(n_pre)).astype(np.float32), fmt, block=block)
+        values = rng.uniform(0.3, 1, (n_pre, 3 * units)) * rng.choice([-1, 1], (n_pre, 3 * units))
+        if share < 1:
+            values *= rng.random(values.shape) < share
+        return convert((2 * values / np.sqrt(n_pre)).astype(np.float32), fmt, **options)
 
     def layer(n_pre):
-        biases = (rng.standard_normal((2, 3 * UNITS)) / 4).astype(np.float32)
-        biases[0, 2 * UNITS :] += np.float32(0.5)
-        threshold = rng.uniform(0.1, 0.3, UNITS).astype(np.float32)
-        return Layer(matrix(n_pre), matrix(UNITS), *biases, threshold, Cell(variant=variant))
+        biases = (rng.standard_normal((2, 3 * units)) / 4).astype(np.float32)
+        biases[0, 2 * units :] += np.float32(0.5)
+        threshold = rng.uniform(0.1, 0.3, units).astype(np.float32)
+        return Layer(matrix(n_pre), matrix(units), *biases, threshold, Cell(variant=variant))
 
-    return Network((layer(INPUTS), *(layer(UNITS) for _ in range(layers - 1))))
+    return Network((layer(INPUTS), *(layer(units) for _ in range(layers - 1))))
 
 
 def signal() -> np.ndarray:
@@ -225,22 +147,18 @@ def test_dropped_last_event_in_the_specification(monkeypatch):
     suite_catches(CONFORMANCE, backend="cpu", variant="evnn", formats=("csr",))
 
 
-def test_dropped_last_event_in_the_kernel(monkeypatch, tmp_path):
-    dropping = {"row + low, count - row - low\n": "row + low, max(count - row - low - 1, 0)\n"}
-    faulty = planted_kernels(monkeypatch, tmp_path, dropping)
-    # The layer itself is right in that step; who listens is not: the layer above in the same step ...
-    step, sample, _ = first_event(network(layers=2))
-    found = divergence("reference", faulty, net=network(layers=2))
-    assert (found.step, found.layer, found.sample) == (step, 1, sample)
-    # ... or, where there is none, the layer in the next.
-    step, sample, _ = first_event(network())
-    found = divergence("reference", faulty)
-    assert (found.step, found.layer, found.sample) == (step + 1, 0, sample)
-    for formats in (("dense",), ("csr",), ("block",)):
-        suite_catches(
-            CONFORMANCE,
-            backend=faulty, variant="paper", formats=formats,
-        )  # fmt: skip
+def test_dropped_last_event_in_the_kernel():
+    with faulty_kernels("last event dropped") as faulty:
+        # The layer itself is right in that step; who listens is not: the layer above in the same step ...
+        step, sample, _ = first_event(network(layers=2))
+        found = divergence("reference", faulty, net=network(layers=2))
+        assert (found.step, found.layer, found.sample) == (step, 1, sample)
+        # ... or, where there is none, the layer in the next.
+        step, sample, _ = first_event(network())
+        found = divergence("reference", faulty)
+        assert (found.step, found.layer, found.sample) == (step + 1, 0, sample)
+        for formats in (("dense",), ("csr",), ("block",)):
+            suite_catches(CONFORMANCE, backend=faulty, variant="paper", formats=formats)
 
 
 # --- a block's padding is read ------------------------------------------------------------------------------
@@ -281,8 +199,10 @@ def test_padding_is_never_read(padded):
 
 def test_read_padding_rows(monkeypatch, padded):
     # The last unit takes the row after its own: the first one of the padding.
-    reading = {"+ s * lengths[row]": "+ (s + (np.arange(len(s)) == len(s) - 1)) * lengths[row]"}
-    plant(monkeypatch, packing, "_pack_blocks", reading)
+    last = "(unit == weights.shape[0] - 1)"
+    taken = f"np.minimum(np.flatnonzero(there) + {last}[there] * {last}.sum(), len(there) - 1)"
+    reading = {"reshape(-1, width)[there]": f"reshape(-1, width)[{taken}]"}
+    plant(monkeypatch, packing._Entries, "of_blocks", reading)
     found = divergence("reference", "cpu", net=padded)
     # The step after the last unit first sent something.
     sent = simulate(padded, signal(), backend="reference", record="events").events[0].to_dense()
@@ -297,7 +217,7 @@ def test_read_padding_rows(monkeypatch, padded):
 def test_read_padding_columns(monkeypatch, padded):
     # The padded matrix cut at the wrong end.
     reading = {"[: self.shape[0], : self.shape[1]]": "[-self.shape[0] :, -self.shape[1] :]"}
-    plant_method(monkeypatch, BlockCSR, "to_dense", reading)
+    plant(monkeypatch, BlockCSR, "to_dense", reading)
     found = divergence("cpu", "reference", net=padded)
     step, sample, _ = first_event(padded)
     assert place(found)[:3] == (step + 1, 0, sample)
@@ -326,18 +246,11 @@ def test_swapped_gates_in_a_weight_file():
     assert place(caught.value)[:3] == (step + 1, 0, sample)
 
 
-def test_swapped_gates_in_the_kernel(monkeypatch, tmp_path):
-    wide, narrow = "load(drive_in, a + {}i),\n            ", "drive_in[a + {}i],\n            "
-    order, swapped = ("", "n + "), ("n + ", "")
-    swapping = {
-        "".join(line.format(k) for k in order): "".join(line.format(k) for k in swapped) for line in (wide, narrow)
-    }
-    faulty = planted_kernels(monkeypatch, tmp_path, swapping)
-    assert place(divergence("reference", faulty)) == (0, 0, 0, 0)
-    suite_catches(
-        CONFORMANCE,
-        backend=faulty, variant="evnn", formats=("dense",),
-    )  # fmt: skip
+def test_swapped_gates_in_the_kernel():
+    with faulty_kernels("gates swapped") as faulty:
+        assert place(divergence("reference", faulty)) == (0, 0, 0, 0)
+        assert place(divergence("reference", faulty, net=network(units=40))) == (0, 0, 0, 0)
+        suite_catches(CONFORMANCE, backend=faulty, variant="evnn", formats=("dense",))
 
 
 def test_swapped_gates_in_the_rule_that_all_backends_share(monkeypatch):
@@ -373,13 +286,10 @@ def test_forgotten_reset_in_the_specification(monkeypatch):
     suite_catches(CONFORMANCE, backend="cpu", variant="evnn", formats=("csr",))
 
 
-def test_forgotten_reset_in_the_kernel(monkeypatch, tmp_path):
-    faulty = planted_kernels(monkeypatch, tmp_path, {"cells.select(v > theta, v - theta, v)": "v"})
-    check_forgotten_reset(divergence("reference", faulty), network())
-    suite_catches(
-        CONFORMANCE,
-        backend=faulty, variant="evnn", formats=("block",),
-    )  # fmt: skip
+def test_forgotten_reset_in_the_kernel():
+    with faulty_kernels("reset forgotten") as faulty:
+        check_forgotten_reset(divergence("reference", faulty), network())
+        suite_catches(CONFORMANCE, backend=faulty, variant="evnn", formats=("block",))
 
 
 def test_forgotten_reset_of_the_papers_variant(monkeypatch):
@@ -399,5 +309,95 @@ def test_forgotten_reset_of_the_papers_variant(monkeypatch):
 def test_state_lost_between_calls(monkeypatch):
     # What the released code does between windows, and calls by default.
     wiping = {"self.state = trace.state": "self.state = State(self.state.cells, trace.state.outputs)"}
-    plant_method(monkeypatch, Simulator, "_advance", wiping)
+    plant(monkeypatch, Simulator, "_advance", wiping)
     suite_catches(test_backends.test_chunks_and_single_steps_equal_one_run, backend="cpu")
+
+
+# --- a traversal goes wrong ---------------------------------------------------------------------------------
+
+#: fault -> the layout it is forced to act on, and a network that it shows in
+TRAVERSALS = {
+    "tail of scattered weights dropped": ("indices", network(fmt="csr")),
+    "masks of the wrong unit": ("masks", network(fmt="csr", share=0.5)),
+    "scale of another unit, rows": ("rows", network(storage="int8")),
+    "scale of another unit, single weights": ("indices", network(fmt="csr", storage="int8")),
+    "scale of another unit, blocks": ("blocks", network(fmt="block", block=(2, 4), storage="int8")),
+    "scale of another unit, grouped": ("grouped", network(storage="int8")),
+    "unit skipped": ("every unit", network()),
+    "order of two units": ("grouped", network()),
+    "rest of a list dropped": ("blocks", network(fmt="block", block=(2, 4))),
+}
+#: and those that show only where there are threads
+TEAMS = ("parts swapped", "units of the wrong part", "barrier missing")
+
+
+def test_every_fault_of_the_kernels_is_met_here():
+    assert set(KERNEL_FAULTS) == {*TRAVERSALS, *TEAMS, "last event dropped", "gates swapped", "reset forgotten"}
+
+
+@pytest.mark.parametrize("fault", TRAVERSALS)
+def test_faults_of_the_traversals(fault):
+    layout, net = TRAVERSALS[fault]
+    with forced(FORCED[layout][0]):
+        with faulty_kernels(None) as healthy:
+            sims = [Simulator(net, batch=BATCH, backend=name) for name in ("reference", healthy)]
+            assert assert_equivalent(*sims, signal()) > 0
+        with faulty_kernels(fault) as faulty:
+            found = divergence("reference", faulty, net=net)
+    # Where somebody sent something, at the latest in the first step.
+    assert (found.what, found.layer) in (("event", 0), ("cell", 0))
+    assert found.step <= first_event(net)[0] + 1
+    with faulty_kernels(fault) as faulty:
+        suite_catches(LAYOUT, backend=faulty, layout=layout)
+
+
+@pytest.mark.parametrize("fault", TEAMS)
+def test_faults_of_a_team(monkeypatch, fault):
+    net = network(units=40)
+    with faulty_kernels(fault) as faulty:
+        # Alone, nobody notices.
+        sims = [Simulator(net, batch=BATCH, backend=name) for name in ("reference", faulty)]
+        assert assert_equivalent(*sims, signal()) > 0
+        if fault != "barrier missing":
+            found = divergence(faulty, "reference", net=net, threads=2)
+            assert (found.step, found.layer) == (first_event(net)[0] + 1, 0)
+            suite_catches(CONFORMANCE, backend=faulty, variant="evnn", formats=("dense",))
+        # A race shows sooner or later; here, in some of many thousand steps.
+        monkeypatch.setitem(BACKENDS, "cpu", BACKENDS[faulty])
+        suite_catches(test_backends.test_threads_never_write_over_each_other)
+
+
+# --- weights are packed wrong -------------------------------------------------------------------------------
+
+CUT = network(fmt="block", block=(3, 16), units=40)
+
+
+@pytest.mark.parametrize(
+    ("function", "layout", "net", "edits"),
+    [
+        # A piece cut on its left begins where it began before.
+        ((packing._Entries, "placed"), "blocks", CUT, {"self.column[inside] + left -": "self.column[inside] -"}),
+        # ... or keeps what was cut off.
+        ((packing._Entries, "placed"), "blocks", CUT, {"source = left[cut, None] +": "source = 0 * left[cut, None] +"}),
+        # ... or, cut on its right, what lies past its end.
+        ((packing._Entries, "placed"), "blocks", CUT, {"source < right[cut, None]": "source < self.width"}),
+        (
+            (packing, "_pack_masked"), "masks", network(fmt="csr", share=0.5),
+            {"kept[entries.unit, entries.column] = True": "kept[entries.unit, entries.column] = True\n    "
+             "kept = np.roll(kept, 1, axis=1)"},
+        ),
+        (
+            (packing, "_pack_scatter"), "indices", network(fmt="csr", share=0.5),
+            {"entries.column.astype": "entries.column[::-1].astype"},
+        ),
+        ((packing, "_pack_rows"), "grouped", network(), {"= values[:, a:b]": "= values[:, a:b][:, ::-1]"}),
+    ],
+    ids=["cut column", "cut start", "cut end", "mask off by one", "columns reversed", "rows reversed"],
+)  # fmt: skip
+def test_faults_of_packing(monkeypatch, function, layout, net, edits):
+    plant(monkeypatch, *function, edits)
+    with forced(FORCED[layout][0]):
+        # Of two threads, whose shares cut blocks.
+        found = divergence("cpu", "reference", net=net, threads=2)
+    assert found.layer == 0
+    suite_catches(LAYOUT, backend="cpu", layout=layout)

@@ -103,9 +103,7 @@ def crossover(
         worst = {kind: min(checked, key=lambda line: line[kind]) for kind in ("exact_ratio", "inexact_ratio")}
         for kind, line in worst.items():
             where = f"{line['format']} {line['sparsity']:.0%}, batch {line['batch']}, {line['activity']:.0%} active"
-            print(
-                f"{kind.replace('_', ' ')}: {line[kind]:.2f} of the best way at worst ({where}; {len(checked)} cases)"
-            )
+            print(f"{kind.replace('_', ' ')}: {line[kind]:.2f} of the best way at worst ({where})")
     print(f"map: {maps.cache_path()}")
 
 

@@ -1,0 +1,150 @@
+"""The crossover map and the backend that goes by it: whatever it picks, exact ways give the same bits."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from conftest import invented_map
+from hypothesis import event, given
+from hypothesis import strategies as st
+from test_backends import assert_same, cases
+
+from eventrnn import crossover as maps
+from eventrnn.cpu import CpuEngine
+from eventrnn.crossover import ACTIVITY, AutoBackend, Crossover, Forced, MeasuredChoice
+from eventrnn.network import Network, Simulator, simulate
+from eventrnn.plan import AS_STORED, BLAS_PRODUCT, DENSE, DENSE_TILES, PICKS, TILES
+from eventrnn.testing import event_trains, networks
+from eventrnn.weights import Dense, convert
+
+
+class ForcedBackend:
+    """The cpu engine, made to go one way."""
+
+    def __init__(self, pick: str, every_from: float):
+        self.name, self.exact, self.way = "forced", pick != BLAS_PRODUCT, (pick, every_from)
+
+    def engine(self, network, *, threads=1):
+        return CpuEngine(network, threads, Forced(*self.way))
+
+
+@pytest.mark.parametrize("pick", [pick for pick in PICKS if pick != BLAS_PRODUCT])
+@given(case=cases(), threads=st.integers(1, 3), every_from=st.sampled_from((0.0, 0.3, 2.0)))
+def test_every_exact_way_gives_the_specification_s_bits(pick, case, threads, every_from):
+    options = {"state": case.state, "record": ("events", "states")}
+    forced = simulate(case.network, case.inputs, backend=ForcedBackend(pick, every_from), threads=threads, **options)
+    assert_same(forced, simulate(case.network, case.inputs, backend="reference", **options))
+    assert set(forced.paths.values()) == {pick}
+
+
+@given(case=cases(max_batch=20))
+def test_auto_goes_different_ways_and_gives_the_same_bits(case):
+    options = {"state": case.state, "record": ("events", "states")}
+    auto = simulate(case.network, case.inputs, backend="auto", **options)
+    for way in auto.paths.values():
+        event(way)
+    assert auto.exact and BLAS_PRODUCT not in auto.paths.values()
+    assert set(auto.paths) == set(case.network.matrices())
+    assert_same(auto, simulate(case.network, case.inputs, backend="cpu", **options))
+
+
+@given(data=st.data(), batch=st.integers(1, 20), threads=st.integers(1, 2))
+def test_blas_products_are_right(data, batch, threads):
+    """Sums of a few dyadic products are exact in any order: a step from zero must agree even through BLAS."""
+    network = data.draw(networks(layers=1, embedding=False, readout=False, dyadic=True))
+    numbers = data.draw(event_trains(network.layers[0].inputs, 1, batch, dyadic=True)).to_dense()
+    ours = simulate(network, numbers, backend=ForcedBackend(BLAS_PRODUCT, 2.0), threads=threads)
+    assert set(ours.paths.values()) == {BLAS_PRODUCT} and not ours.exact
+    assert np.array_equal(ours.output, simulate(network, numbers, backend="reference").output)
+
+
+def test_inexact_auto_says_where_it_used_blas():
+    crossover = invented_map()
+    cheap = {key: [[1e-9] * len(line) for line in table] for key, table in crossover.times.items() if "blas" in key}
+    backend = AutoBackend(exact=False, crossover=Crossover({**crossover.times, **cheap}))
+    network = Network.random([40], inputs=30, rng=np.random.default_rng(0))
+    run = simulate(network, np.ones((3, 4, 30), np.float32), backend=backend)
+    assert set(run.paths.values()) == {BLAS_PRODUCT}
+    assert not run.exact
+    with pytest.raises(ValueError, match=r"exact: got False, but backend 'cpu' has exact paths only"):
+        Simulator(network, exact=False)
+
+
+def test_predictions_meet_the_measured_points_and_grow_with_the_matrix():
+    crossover = invented_map()
+    for units in maps.UNITS:
+        shape = (units, 3 * units)
+        for r, rows in enumerate(maps.ROWS):
+            for a, activity in enumerate(ACTIVITY):
+                expected = crossover.times[f"grouped/{units}"][r][a]
+                assert np.isclose(crossover.seconds("grouped", shape, rows, activity), expected)
+    small, large = ((n, 3 * n) for n in (500, 2000))
+    assert crossover.seconds("rows", small, 1, 0.1) < crossover.seconds("rows", large, 1, 0.1)
+    assert crossover.seconds("single", small, 1, 0.1, 0.05) < crossover.seconds("single", small, 1, 0.1, 0.5)
+
+
+def test_choices_follow_the_map():
+    choice = MeasuredChoice(invented_map(), may_blas=False)
+    dense = Dense(np.ones((400, 1200), np.float32))
+    assert choice.pick(dense, 1, 0.01) == AS_STORED
+    assert choice.pick(dense, 128, 1.0) == TILES
+    single = convert(np.where(np.arange(1200) % 2 == 0, dense.values, np.float32(0)), "csr")
+    assert choice.pick(single, 128, 1.0) == DENSE_TILES
+    assert choice.pick(single.stored_as("bfloat16"), 128, 1.0) == AS_STORED
+    assert set(choice.predicted(single, 1, 0.1)) == {AS_STORED, DENSE, DENSE_TILES}
+    assert 0 < choice.every_from(64) <= 1
+
+
+def test_the_way_changes_with_the_activity_of_a_run():
+    """Quiet at first, then everybody: the engine notices between pieces of a run."""
+    rng = np.random.default_rng(0)
+    network = Network.random([64], inputs=64, rng=rng)
+    engine = AutoBackend().engine(network)
+    engine.activity = [0.001, 0.001]
+    quiet = engine.plan(1, 4).picks
+    engine.activity = [1.0, 1.0]
+    assert quiet == dict.fromkeys(quiet, AS_STORED)
+    assert engine.plan(1, 64).picks == dict.fromkeys(quiet, TILES)
+
+
+def test_a_map_is_measured_once_and_kept(tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setenv("EVENTRNN_CACHE", str(tmp_path / "new"))
+    monkeypatch.setattr(maps, "measure", lambda report=None: measured.append(1) or invented_map())
+    assert maps.load() == maps.load() == invented_map()
+    assert len(measured) == 1
+    maps.cache_path().write_text("{")
+    assert maps.load() == invented_map()
+    assert len(measured) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("EVENTRNN_CACHE", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="crossover map not kept"):
+        maps.save(invented_map())
+
+
+def test_measuring_fills_the_grid(monkeypatch):
+    monkeypatch.setattr(maps, "UNITS", (22, 30))
+    monkeypatch.setattr(maps, "RUN_SECONDS", 1e-9)
+    stages = []
+    crossover = maps.measure(lambda done, total, what: stages.append((done, total, what)))
+    assert stages[-1][:2] == (len(crossover.times), len(crossover.times))
+    for key, table in crossover.times.items():
+        rows = maps.ROWS if key.partition("/")[0] in maps.SHARING else maps.EACH_ROWS
+        assert np.shape(table) == (len(rows), len(ACTIVITY)), key
+        assert (np.array(table) > 0).all()
+
+
+def test_command_prints_what_is_picked(run):
+    code, out, _ = run("bench", "crossover", "--hidden", "32", "--json")
+    record = json.loads(out)
+    assert code == 0
+    assert {line["batch"] for line in record["picks"]} >= {1, 80}
+    assert {name for line in record["picks"] for name in line["exact"]} <= set(PICKS)
+    assert record["verified"] == []
+    code, out, _ = run("bench", "crossover", "--hidden", "32")
+    assert code == 0 and "what auto picks" in out

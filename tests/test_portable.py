@@ -1,0 +1,69 @@
+"""Code for other processors gives the same bits; the kernels on disk are never mistaken for each other.
+
+Kernels are shaped for a processor when they are imported, so that each kind needs a process of its own.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from digest import digest
+
+ROOT = Path(__file__).parent.parent
+KINDS = {"portable": {"EVENTRNN_VECTORS": "portable"}}
+if platform.machine() in ("x86_64", "AMD64"):
+    # An older processor: LLVM has no wider registers or masks to choose either.
+    KINDS["haswell"] = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma"}
+
+
+def start(command: list[str], **environment: str) -> subprocess.Popen:
+    inherited = {k: v for k, v in os.environ.items() if k not in ("EVENTRNN_VECTORS", "NUMBA_CPU_NAME")}
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.Popen(
+        [sys.executable, *command],
+        env={**inherited, "PYTHONPATH": paths, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def answer(process: subprocess.Popen) -> dict:
+    printed, complaint = process.communicate()
+    assert process.returncode == 0, complaint
+    return json.loads(printed)
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory) -> dict[str, dict]:
+    """What processes with kernels of another shape print; they compile at the same time, each from nothing."""
+    script = str(Path(__file__).with_name("digest.py"))
+    processes = {
+        kind: start([script], NUMBA_CACHE_DIR=str(tmp_path_factory.mktemp(kind)), **environment)
+        for kind, environment in KINDS.items()
+    }
+    return {kind: answer(process) for kind, process in processes.items()}
+
+
+@pytest.fixture(scope="module")
+def here() -> str:
+    return digest()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kernels_give_the_same_bits(kind, others, here):
+    assert not others[kind]["avx512"]
+    assert others[kind]["digest"] == here
+
+
+def test_kernels_on_disk_are_told_apart():
+    code = "import json; from eventrnn import jit, simd; print(json.dumps([simd.AVX512, jit.source_digest()]))"
+    (native, stamp), (portable, portable_stamp) = (
+        answer(start(["-c", code], **environment)) for environment in ({}, {"EVENTRNN_VECTORS": "portable"})
+    )
+    assert not portable
+    assert (native == portable) == (stamp == portable_stamp)
