@@ -348,7 +348,8 @@ def test_faults_of_the_traversals(fault):
     assert (found.what, found.layer) in (("event", 0), ("cell", 0))
     assert found.step <= first_event(net)[0] + 1
     with faulty_kernels(fault) as faulty:
-        suite_catches(LAYOUT, backend=faulty, layout=layout)
+        # What lies past the weights may be no number.
+        suite_catches(LAYOUT, by=(AssertionError, FloatingPointError), backend=faulty, layout=layout)
 
 
 @pytest.mark.parametrize("fault", TEAMS)
