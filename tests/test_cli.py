@@ -325,3 +325,14 @@ def test_bad_input_is_one_line_and_writes_nothing(cli, tmp_path, model, text, ar
 def test_as_a_program():
     done = subprocess.run([sys.executable, "-m", "eventrnn.cli", "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "demo" in done.stdout
+
+
+def test_crossover_says_what_auto_picks(cli):
+    code, out, _ = cli("bench", "crossover", "--hidden", "32", "--json")
+    record = json.loads(out)
+    assert code == 0
+    assert {line["batch"] for line in record["picks"]} >= {1, 80}
+    assert {name for line in record["picks"] for name in line["exact"]} <= {"stored", "tiles", "dense", "dense tiles"}
+    assert record["verified"] == []
+    code, out, _ = cli("bench", "crossover", "--hidden", "32")
+    assert code == 0 and "what auto picks" in out

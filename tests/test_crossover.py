@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 from conftest import invented_map
@@ -137,14 +135,3 @@ def test_measuring_fills_the_grid(monkeypatch):
         rows = maps.ROWS if key.partition("/")[0] in maps.SHARING else maps.EACH_ROWS
         assert np.shape(table) == (len(rows), len(ACTIVITY)), key
         assert (np.array(table) > 0).all()
-
-
-def test_command_prints_what_is_picked(run):
-    code, out, _ = run("bench", "crossover", "--hidden", "32", "--json")
-    record = json.loads(out)
-    assert code == 0
-    assert {line["batch"] for line in record["picks"]} >= {1, 80}
-    assert {name for line in record["picks"] for name in line["exact"]} <= set(PICKS)
-    assert record["verified"] == []
-    code, out, _ = run("bench", "crossover", "--hidden", "32")
-    assert code == 0 and "what auto picks" in out
