@@ -12,8 +12,8 @@ from numba.extending import intrinsic
 from eventrnn.jit import compiled
 from eventrnn.simd import I32, I64, address, call
 
-# Longer than any wait between threads that all run; whoever waits longer shares a core with whom it waits for.
-SPINS_BEFORE_YIELD = 2000
+# Some microseconds: longer than threads that all run wait for each other. Whoever waits longer may be in the way.
+SPINS_BEFORE_YIELD = 300
 _IS_X86 = llvm.get_process_triple().startswith(("x86_64", "i686"))
 _YIELD = "SwitchToThread" if os.name == "nt" else "sched_yield"
 
