@@ -77,12 +77,14 @@ class Readout:
 
 
 def need_vector(name: str, array: np.ndarray, size: int) -> None:
+    """Refuse what is not a finite float32 vector of that size. Raises TypeError or ValueError."""
     need_float32(name, array, 1)
     if len(array) != size:
         raise ValueError(f"{name}: got length {len(array)}, need {size}")
 
 
 def need_float32(name: str, array: np.ndarray, ndim: int) -> None:
+    """Refuse what is not a finite float32 array of so many dimensions. Raises TypeError or ValueError."""
     if not isinstance(array, np.ndarray) or array.dtype != np.float32 or array.ndim != ndim:
         got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
         raise TypeError(f"{name}: got {got}, need a float32 array with {ndim} dimension{'s' * (ndim > 1)}")

@@ -70,7 +70,7 @@ def test_every_case_is_possible_and_has_a_name_of_its_own(monkeypatch):
     rows = module.acceptance() + module.readme() + module.grid()
     assert len({row.name for row in rows}) == len(rows)
     assert module.impossible(rows) == {}
-    assert len(module.grid()) == 7 * 5 * 3
+    assert len(module.grid()) == 6 * 4 * 2
     assert module.impossible([module.Row("odd", {"format": "sieve"})])["odd"].startswith("format: got 'sieve'")
 
 
@@ -113,7 +113,7 @@ def test_only_the_grid_fills_the_map(timing, tmp_path):
     run, module, _ = timing
     path = tmp_path / "lines.jsonl"
     _, _, asked = run("--grid", "--only", "grid: batch 1,", "--results", path)
-    assert len(asked) == 35 and {case["repeats"] for case in asked} == {module.GRID_REPEATS}
+    assert len(asked) == 24 and {case["repeats"] for case in asked} == {module.GRID_REPEATS}
 
 
 def test_commit_is_of_the_package_not_of_the_results(monkeypatch):
@@ -141,7 +141,7 @@ def test_figures_are_drawn_from_lines_alone(monkeypatch, tmp_path, capsys):
     path.write_text("".join(json.dumps(each) + "\n" for each in lines))
     drawn.main(path, tmp_path / "figures")
     out = capsys.readouterr().out
-    assert "batch 1, 35 cells, batch 20, 35 cells, batch 80, 35 cells" in out
+    assert "batch 1, 24 cells, batch 20, 24 cells" in out
     assert {p.name for p in (tmp_path / "figures").iterdir()} == {"speedup.png", "roofline.png"}
     names = [point["name"] for point in drawn.points(drawn.latest(lines[1:])) if point["name"]]
     assert len(names) == len(set(names)) == len(timed.readme())

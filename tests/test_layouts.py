@@ -19,7 +19,7 @@ from eventrnn.packing import BLOCKS, HIGH, INDEX, KIND, LOW, MASKED, POINTERS, R
 from eventrnn.weights import FORMATS, STORAGES, convert
 
 NEVER = 1 << 30
-FEW, MANY = {"SHARED_ROWS": NEVER}, {"SHARED_ROWS": 1}
+FEW, MANY = {"SHARED_EVENTS": NEVER}, {"SHARED_EVENTS": 0}
 # Processors with no use for masks can read them.
 MASKS, INDICES = {"AVX512": True, "MASKED_FROM": 0}, {"MASKED_FROM": 2}
 NARROW = {"WIDEST_SCATTER": 16}
@@ -38,7 +38,7 @@ FORCED = {
 # Any of them at once.
 CONSTANTS = st.fixed_dictionaries(
     {
-        "SHARED_ROWS": st.sampled_from((1, NEVER)),
+        "SHARED_EVENTS": st.sampled_from((0, NEVER)),
         "EVERY_FROM_SHARE": st.sampled_from((0, 0.3, 2)),
         "MASKED_FROM": st.sampled_from((0, 0.2, 2)),
         "WIDEST_SCATTER": st.sampled_from((16, 48, 1 << 16)),

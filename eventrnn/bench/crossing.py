@@ -16,7 +16,7 @@ from eventrnn.plan import AS_STORED, BLAS_PRODUCT, DENSE, DENSE_TILES, TILES, Ch
 from eventrnn.product import Product
 from eventrnn.weights import Dense, Weights
 
-ACTIVITIES, BATCHES = (0.01, 0.05, 0.1, 0.3, 0.6, 1.0), (1, 4, 20, 80, 128)
+ACTIVITIES, BATCHES = (0.01, 0.1, 0.3, 1.0), (1, 4, 20, 80, 128)
 WEIGHTS = (
     {"format": "dense", "sparsity": 0.0},
     {"format": "csr", "sparsity": 0.5},
