@@ -48,6 +48,9 @@ class Row:
     aim: float | None = None
     figure: str = "speedup"
 
+    def __post_init__(self):
+        object.__setattr__(self, "case", {"repeats": REPEATS} | self.case)
+
 
 def acceptance() -> list[Row]:
     """Ratios that the CPU engine is held to: one layer or one product of 1350 units, 10 % active unless said."""
@@ -106,7 +109,7 @@ ACTIVITIES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 SPARSITIES = (0.0, 0.8, 0.9, 0.95)
 BATCHES = (1, 20)
 # Fewer than elsewhere, which is how plots.py tells them apart.
-GRID_REPEATS = 7
+REPEATS, GRID_REPEATS = 9, 5
 
 
 def grid() -> list[Row]:

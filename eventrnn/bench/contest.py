@@ -48,14 +48,14 @@ class Contest:
 
 
 def interleaved(contestants: dict[str, Run], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every contestant, each run once unmeasured, then in turn, `repeats` times, rested."""
+    """Seconds of every contestant, in turn, `repeats` times, each timed run right after an unmeasured one of the same."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for run in contestants.values():
-        run()
     for _ in range(repeats):
         for name, run in contestants.items():
             # Worker threads of BLAS and OpenMP go on spinning for a while after their work, on our cores.
             time.sleep(SETTLE_SECONDS)
+            # A rested core is slow at first, and its caches are full of somebody else's data.
+            run()
             started = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - started)
