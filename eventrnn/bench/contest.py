@@ -48,7 +48,7 @@ class Contest:
 
 
 def interleaved(contestants: dict[str, Run], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every contestant, in turn, `repeats` times, each timed run right after an unmeasured one of the same."""
+    """Seconds of every contestant, in turn, `repeats` times; each timed run follows an unmeasured one of the same."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(repeats):
         for name, run in contestants.items():
