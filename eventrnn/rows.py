@@ -136,7 +136,7 @@ def _add_rows(vectors: int):
 add_rows_tile, add_rows_8, add_rows_4, add_rows_2, add_rows_1 = (_add_rows(vectors) for vectors in (TILE, 8, 4, 2, 1))
 
 
-# --- lists of pieces: blocks of one unit, or rows of many drives --------------------------------------------
+# --- pieces: of one unit, or listed, of some units or of many drives --------------------------------------------
 
 # A list is two rows of int32, where to add and which piece, and two of float32, the value and the scale of its unit.
 # One array a field: entries of four fields took half as long again.
@@ -209,6 +209,36 @@ def _add_listed(vectors: int, width: int):
 add_listed_4, add_listed_8, add_listed_16, add_listed_32, add_listed_64 = (
     _add_listed(*shape) for shape in ((1, 4), (1, 8), (1, LANES), (2, LANES), (4, LANES))
 )
+
+
+def _add_blocks(width: int):
+    @intrinsic
+    def add_blocks(typingctx, drive, at, columns, first, count, value, scale, weights, start):
+        """For the first `count` columns from columns[first] on: drive[at + column + i] += the next weight from `start`
+        on * value, i < width, one FMA each.
+        """
+
+        def generate(context, builder, signature, args):
+            kinds = signature.args
+            out = address(context, builder, kinds[0], args[0], args[1])
+            column_at = address(context, builder, kinds[2], args[2], args[3])
+            source = address(context, builder, kinds[7], args[7], args[8])
+            value, scale = splat(builder, args[5], width), splat(builder, args[6], width)
+
+            def body(q):
+                row = builder.gep(out, [builder.sext(builder.load(builder.gep(column_at, [q])), I64)])
+                weight = _load_weights(builder, builder.gep(source, [builder.mul(q, I64(width))]), width, scale)
+                store_vector(builder, fma_vector(builder, weight, value, load_vector(builder, row, width)), row)
+
+            _for_each(builder, args[4], body)
+            return context.get_dummy_value()
+
+        return types.void(drive, at, columns, first, count, value, scale, weights, start), generate
+
+    return add_blocks
+
+
+add_blocks_4, add_blocks_8, add_blocks_16 = (_add_blocks(width) for width in (4, 8, LANES))
 
 
 # --- single weights -----------------------------------------------------------------------------------------

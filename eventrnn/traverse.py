@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from eventrnn import cells
-from eventrnn.jit import compiled
+from eventrnn.jit import allocating, compiled, inlined
 from eventrnn.packing import (
     BFLOAT16,
     BLAS,
@@ -20,6 +20,7 @@ from eventrnn.packing import (
     INDEX,
     KIND,
     LOW,
+    MANY_BLOCKS,
     MASKED,
     PITCH,
     POINTERS,
@@ -36,6 +37,9 @@ from eventrnn.rows import (
     MULTIPLY_ROWS,
     MULTIPLY_VECTORS,
     TILE,
+    add_blocks_4,
+    add_blocks_8,
+    add_blocks_16,
     add_listed_4,
     add_listed_8,
     add_listed_16,
@@ -61,7 +65,7 @@ LISTED_PIECES = 64
 MULTIPLY_UNITS = 128
 
 
-@compiled
+@inlined
 def propagate(matrix, values, index, pointers, ids, sent, first, count, drive, at, lists, amounts):
     """drive[at + i] += weight[j, i] * sent of every event j, ascending j, one FMA a term, over a matrix window.
 
@@ -77,23 +81,25 @@ def propagate(matrix, values, index, pointers, ids, sent, first, count, drive, a
         _propagate(matrix, weights, values, index, pointers, ids, sent, first, count, drive, at, lists, amounts)
 
 
-@compiled
+@inlined
 def _propagate(matrix, weights, scales, index, pointers, ids, sent, first, count, drive, at, lists, amounts):
     if matrix[KIND] == ROWS:
         _add_dense_rows(matrix, weights, scales, ids, sent, first, count, drive, at)
     elif matrix[KIND] == BLOCKS:
         _add_blocks(matrix, weights, scales, index, pointers, ids, sent, first, count, drive, at, lists, amounts)
+    elif matrix[KIND] == MANY_BLOCKS:
+        _add_many_blocks(matrix, weights, scales, index, pointers, ids, sent, first, count, drive, at)
     else:
         _add_single(matrix, weights, scales, index, pointers, ids, sent, first, count, drive, at)
 
 
-@compiled
+@inlined
 def _values_at(matrix, weights):
     """Where a window's values begin, in weights: the table counts float32."""
     return matrix[VALUES] * (4 // weights.itemsize)
 
 
-@compiled
+@inlined
 def _add_dense_rows(matrix, weights, scales, ids, sent, first, count, drive, at):
     """A register tile of outputs walks the events, then the next tile."""
     pitch, start, s0 = matrix[PITCH], _values_at(matrix, weights), matrix[SCALES]
@@ -114,7 +120,7 @@ def _add_dense_rows(matrix, weights, scales, ids, sent, first, count, drive, at)
         add_rows_1(drive, at, weights, start, pitch, scales, s0, ids, sent, first, count)
 
 
-@compiled
+@inlined
 def add_scattered_portable(drive, at, index, i0, first, count, value, scale, weights, start):
     """`add_scattered_avx512` for other processors."""
     columns = index.view(np.uint16)
@@ -123,7 +129,7 @@ def add_scattered_portable(drive, at, index, i0, first, count, value, scale, wei
         drive[target] = cells.fma(decoded(weights, start + k, scale), value, drive[target])
 
 
-@compiled
+@inlined
 def add_masked_portable(drive, at, index, i0, first, vectors, value, scale, weights, start):
     """`add_masked_avx512` for other processors: only the weights that are there."""
     masks = index.view(np.uint16)
@@ -140,7 +146,7 @@ add_scattered = add_scattered_avx512 if AVX512 else add_scattered_portable
 add_masked = add_masked_avx512 if AVX512 else add_masked_portable
 
 
-@compiled
+@inlined
 def _add_single(matrix, weights, scales, index, pointers, ids, sent, first, count, drive, at):
     """Sixteen targets at a time, or every vector of the row by its mask."""
     p0, i0, v0, at = matrix[POINTERS], matrix[INDEX], _values_at(matrix, weights), at + matrix[LOW]
@@ -154,7 +160,7 @@ def _add_single(matrix, weights, scales, index, pointers, ids, sent, first, coun
             add_scattered(drive, at, index, i0, begin, end - begin, sent[e], scale, weights, v0)
 
 
-@compiled
+@inlined
 def _add_blocks(matrix, weights, scales, index, pointers, ids, sent, first, count, drive, at, lists, amounts):
     """The pieces of some units are listed without a branch, then added in one loop."""
     i0, p0, s0 = matrix[INDEX], matrix[POINTERS], matrix[SCALES]
@@ -173,7 +179,31 @@ def _add_blocks(matrix, weights, scales, index, pointers, ids, sent, first, coun
     _add_listed(matrix, weights, lists, amounts, listed, drive, at)
 
 
-@compiled
+@inlined
+def _add_many_blocks(matrix, weights, scales, index, pointers, ids, sent, first, count, drive, at):
+    """The same, each unit's pieces in a loop of their own: less work a piece, one wrong guess of its end a unit."""
+    i0, p0, s0, v0 = matrix[INDEX], matrix[POINTERS], matrix[SCALES], _values_at(matrix, weights)
+    if matrix[WIDTH] == 16:
+        for e in range(first, first + count):
+            unit = np.int64(ids[e])
+            begin, end, piece = pointers[p0 + 3 * unit], pointers[p0 + 3 * unit + 1], pointers[p0 + 3 * unit + 2]
+            value, scale = sent[e], scales[s0 + unit]
+            add_blocks_16(drive, at, index, i0 + begin, end - begin, value, scale, weights, v0 + piece * 16)
+    elif matrix[WIDTH] == 8:
+        for e in range(first, first + count):
+            unit = np.int64(ids[e])
+            begin, end, piece = pointers[p0 + 3 * unit], pointers[p0 + 3 * unit + 1], pointers[p0 + 3 * unit + 2]
+            value, scale = sent[e], scales[s0 + unit]
+            add_blocks_8(drive, at, index, i0 + begin, end - begin, value, scale, weights, v0 + piece * 8)
+    else:
+        for e in range(first, first + count):
+            unit = np.int64(ids[e])
+            begin, end, piece = pointers[p0 + 3 * unit], pointers[p0 + 3 * unit + 1], pointers[p0 + 3 * unit + 2]
+            value, scale = sent[e], scales[s0 + unit]
+            add_blocks_4(drive, at, index, i0 + begin, end - begin, value, scale, weights, v0 + piece * 4)
+
+
+@inlined
 def _add_listed(matrix, weights, lists, amounts, count, drive, at):
     """Add the first `count` pieces of a list to the drives at their targets."""
     width, start = matrix[WIDTH], _values_at(matrix, weights)
@@ -249,7 +279,7 @@ def propagate_all(
                 propagate(window, values, index, pointers, ids, sent, firsts[q], counts[q], drive, at, lists, amounts)
 
 
-@compiled
+@inlined
 def copy(source, s, target, t, count):
     """target[t:t + count] = source[s:s + count]."""
     whole = count // LANES * LANES
@@ -309,7 +339,7 @@ def _add_tile(matrix, weights, scales, bias, p, n_pre, every, starts, groups, gr
         copy(tile, k * ROW_TILE, drive, k * pitch + low, width)
 
 
-@compiled
+@allocating
 def _add_blas(matrix, values, bias, p, n_pre, x, product, rows, drive, pitch):
     """Every unit, in an order that BLAS chooses. Not exact."""
     low, width, v0 = matrix[LOW], matrix[WIDTH], matrix[VALUES]
@@ -373,7 +403,7 @@ def read_rows(matrix, values, index, pointers, indptr, ids, start, stop):
         j = ids[e]
         if kind in (ROWS, ROW_TILES, BLAS):
             first, last = j * matrix[PITCH], j * matrix[PITCH] + matrix[WIDTH]
-        elif kind == BLOCKS:
+        elif kind in (BLOCKS, MANY_BLOCKS):
             first = pointers[p0 + 3 * j + 2] * matrix[WIDTH]
             last = first + (pointers[p0 + 3 * j + 1] - pointers[p0 + 3 * j]) * matrix[WIDTH]
             for k in range(i0 + pointers[p0 + 3 * j], i0 + pointers[p0 + 3 * j + 1]):

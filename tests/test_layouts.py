@@ -15,7 +15,20 @@ from test_backends import assert_same, cases, in_format
 from eventrnn import cpu, packing, plan
 from eventrnn.cells import CELLS, Cell
 from eventrnn.network import RECORDABLE, Network, Simulation, simulate
-from eventrnn.packing import BLOCKS, HIGH, INDEX, KIND, LOW, MASKED, POINTERS, ROW_TILES, ROWS, SCATTER, WIDTH
+from eventrnn.packing import (
+    BLOCKS,
+    HIGH,
+    INDEX,
+    KIND,
+    LOW,
+    MANY_BLOCKS,
+    MASKED,
+    POINTERS,
+    ROW_TILES,
+    ROWS,
+    SCATTER,
+    WIDTH,
+)
 from eventrnn.weights import FORMATS, STORAGES, convert
 
 NEVER = 1 << 30
@@ -32,7 +45,8 @@ FORCED = {
     "indices": (INDICES, ("csr", "nm"), {SCATTER}),
     "narrow masks": ({**MASKS, **NARROW}, ("csr", "nm"), {MASKED}),
     "narrow indices": ({**INDICES, **NARROW}, ("csr", "nm"), {SCATTER}),
-    "blocks": ({**MANY, **INDICES}, ("block",), {BLOCKS, SCATTER}),
+    "blocks": ({**MANY, **INDICES, "MANY_PIECES": NEVER}, ("block",), {BLOCKS, SCATTER}),
+    "many blocks": ({**MANY, **INDICES, "MANY_PIECES": 0}, ("block",), {MANY_BLOCKS, BLOCKS, SCATTER}),
     "blocks of single weights": ({**MANY, **MASKS, **NARROW}, ("block",), {BLOCKS, MASKED, SCATTER}),
 }
 # Any of them at once.
@@ -42,6 +56,7 @@ CONSTANTS = st.fixed_dictionaries(
         "EVERY_FROM_SHARE": st.sampled_from((0, 0.3, 2)),
         "MASKED_FROM": st.sampled_from((0, 0.2, 2)),
         "WIDEST_SCATTER": st.sampled_from((16, 48, 1 << 16)),
+        "MANY_PIECES": st.sampled_from((0, 2, NEVER)),
         "LARGE_PAGE": st.sampled_from((1 << 12, 1 << 21)),
         "AVX512": st.booleans(),
     }
@@ -178,7 +193,7 @@ def test_padding_stays_within_a_part_s_share_of_a_drive(units, threads, width):
     columns = packed.index.view(np.uint16)
     for part, end in enumerate(ends):
         for inputs, window in zip((3, units), packed.windows[part], strict=True):
-            if window[KIND] == BLOCKS:
+            if window[KIND] in (BLOCKS, MANY_BLOCKS):
                 pointers = packed.pointers[window[POINTERS] :][: 3 * inputs]
                 targets = packed.index[window[INDEX] :][: int(pointers[1::3].max())] + window[WIDTH]
             elif window[KIND] == SCATTER:
