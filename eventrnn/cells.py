@@ -72,6 +72,11 @@ def power_of_two(n: Any) -> Any:
     return ((np.asarray(n).astype(np.int32) + np.int32(127)) << np.int32(23)).view(np.float32)[()]
 
 
+def ldexp(x: Any, n: Any) -> Any:
+    """`x * 2 ** n` for `n` as in `power_of_two` and a normal result; exact."""
+    return x * power_of_two(n)
+
+
 def select(condition: Any, a: Any, b: Any) -> Any:
     """`a` where the condition holds, else `b`."""
     return np.where(condition, a, b)[()]
@@ -110,7 +115,8 @@ TANH_SATURATED = F32(9.5)
 
 def exp_float32(x: Any) -> Any:
     """Float32 `exp`, arguments clamped to [-87, 88]."""
-    x = select(x < EXP_LOWEST, EXP_LOWEST, select(x > EXP_HIGHEST, EXP_HIGHEST, x))
+    x = select(x > EXP_HIGHEST, EXP_HIGHEST, x)
+    x = select(x < EXP_LOWEST, EXP_LOWEST, x)
     n = round_even(x * LOG2_E)
     r = fma(-n, LN2_HIGH, x)
     r = fma(-n, LN2_LOW, r)
@@ -119,7 +125,7 @@ def exp_float32(x: Any) -> Any:
     p = fma(p, r, EXP_1)
     p = fma(p, r, EXP_0)
     p = fma(p, r * r, r)
-    return (p + ONE) * power_of_two(n)
+    return ldexp(p + ONE, n)
 
 
 def sigmoid_float32(x: Any) -> Any:
