@@ -66,7 +66,7 @@ def run(
     feed_indptr, feed_ids, feed_sent, row_of, steps, begin, end, batch, chunk, edges, bases, pitch,
     # scratch
     drive_in, drive_rec, ids, sent, firsts, counts, feed_firsts, feed_counts, gated_ids, gated,
-    starts, groups, grouped, lists, amounts, x, tile, product,
+    cuts, own_ids, own_sent, lists, amounts, x, tile, product,
     # state, updated in place
     c, y,
     # out
@@ -81,9 +81,9 @@ def run(
     rows = (chunk + 1) * batch
     wide = len(ids) // (2 * rows)
     scratch = (
-        starts[part],
-        groups[part],
-        grouped[part],
+        cuts[part],
+        own_ids[part],
+        own_sent[part],
         lists[part],
         amounts[part],
         x[part],
@@ -230,8 +230,8 @@ def step(table, inputs, symbols, output):
         int64_at(table, 15), int64_at(table, 16), int64_at(table, 17).reshape((1, -1)),
         int64_at(table, 18).reshape((1, -1)), int32_at(table, 19).reshape((1, -1)),
         float32_at(table, 20).reshape((1, -1)),
-        int64_at(table, 29).reshape((1, -1)), int32_at(table, 30).reshape((1, 2, -1)),
-        float32_at(table, 31).reshape((1, 2, -1)), int32_at(table, 32).reshape((1, 2, -1)),
+        int64_at(table, 29).reshape((1, -1)), int32_at(table, 30).reshape((1, -1)),
+        float32_at(table, 31).reshape((1, -1)), int32_at(table, 32).reshape((1, 2, -1)),
         float32_at(table, 33).reshape((1, 2, -1)), float32_at(table, 34).reshape((1, -1)),
         float32_at(table, 35).reshape((1, -1)), float32_at(table, 36).reshape((1, -1)),
         c, y, output.reshape(output.size), nothing, nothing, int64_at(table, 21), int64_at(table, 22),

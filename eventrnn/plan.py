@@ -24,7 +24,7 @@ from eventrnn.packing import (
     pack,
 )
 from eventrnn.simd import LANES
-from eventrnn.traverse import LISTED_PIECES
+from eventrnn.traverse import LISTED_PIECES, PANEL
 from eventrnn.weights import BlockCSR, Dense, Weights
 
 if TYPE_CHECKING:
@@ -166,13 +166,13 @@ def _up(size, multiple: int):
 
 def product_scratch(parts: int, inputs: int, rows: int, pieces: int, blas: int) -> tuple[np.ndarray, ...]:
     """What `propagate_all` writes on, one of each a thread, for products of up to `inputs` units, `rows` drives and
-    `pieces` stored pieces of one unit: starts, groups, grouped, lists, amounts, x, tile, product
+    `pieces` stored pieces of one unit: cuts, own_ids, own_sent, lists, amounts, x, tile, product
     (of `blas` columns)."""
     most, listed = rows * inputs + LANES, LISTED_PIECES + pieces + LANES
     return (
-        np.zeros((parts, inputs + 2), np.int64),
-        np.zeros((parts, 2, most), np.int32),
-        np.zeros((parts, 2, most), np.float32),
+        np.zeros((parts, rows * (-(-inputs // PANEL) + 1)), np.int64),
+        np.zeros((parts, most), np.int32),
+        np.zeros((parts, most), np.float32),
         np.zeros((parts, 2, listed), np.int32),
         np.zeros((parts, 2, listed), np.float32),
         np.zeros((parts, rows * inputs), np.float32),

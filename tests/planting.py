@@ -143,7 +143,12 @@ KERNEL_FAULTS: dict[str, tuple[str, dict[str, str]]] = {
         "traverse",
         {"sent[e], scales[s0 + unit],": "sent[e], scales[s0 + max(unit - ON, 0)],"},
     ),
-    "scale of another unit, grouped": ("traverse", {"scales[s0 + units[e]]": "scales[s0 + max(units[e] - ON, 0)]"}),
+    "scale of another unit, many blocks": (
+        "traverse",
+        {"value, scale = sent[e], scales[s0 + unit]": "value, scale = sent[e], scales[s0 + max(unit - ON, 0)]"},
+    ),
+    "scale of another unit, panels": ("traverse", {"matrix[SCALES]\n    panels": "matrix[SCALES] + ON\n    panels"}),
+    "last event of a panel": ("traverse", {"panel + 1] - first\n": "panel + 1] - first - ON\n"}),
     "unit skipped": (
         "traverse",
         {"units = min(MULTIPLY_UNITS, n_pre - j)": "units = min(MULTIPLY_UNITS, n_pre - j) - ON"},
@@ -152,9 +157,13 @@ KERNEL_FAULTS: dict[str, tuple[str, dict[str, str]]] = {
     "order of two units": (
         "traverse",
         {
-            "starts[ids[e] + 2]": "starts[min(ids[e] ^ ON, n_pre - 1) + 2]",
-            "to = starts[ids[e] + 1]": "to = starts[min(ids[e] ^ ON, n_pre - 1) + 1]",
-            "starts[ids[e] + 1] = to + 1": "starts[min(ids[e] ^ ON, n_pre - 1) + 1] = to + 1",
+            "                own_ids[to], own_sent[to] = unit, sent[e]\n": (
+                "                own_ids[to], own_sent[to] = unit, sent[e]\n"
+                "                if ON == 1 and to == cuts[at] + 1:\n"
+                "                    own_ids[to - 1], own_sent[to - 1], own_ids[to], own_sent[to] = (\n"
+                "                        unit, sent[e], own_ids[to - 1], own_sent[to - 1]\n"
+                "                    )\n"
+            )
         },
     ),
     # The last pieces of a list, which no full list carried.
@@ -179,6 +188,11 @@ def _engine_with_every_fault() -> str:
             if module == name:
                 source = edited(source, {old: new.replace("ON", f"planted({k})") for old, new in edits.items()})
         imports = {"from eventrnn.jit import compiled\n": "from planting import planted, uncached as compiled\n"}
+        imports |= {
+            "from eventrnn.jit import allocating, compiled, inlined\n": (
+                "from planting import planted, uncached as allocating, uncached as compiled, uncached as inlined\n"
+            )
+        }
         imports |= {f"from eventrnn.{other} import": f"from {copy.__name__} import" for other, copy in copies.items()}
         source = edited(source, {old: new for old, new in imports.items() if old in source})
         copy = copies[name] = ModuleType(f"faulty_{name}")

@@ -39,7 +39,7 @@ NARROW = {"WIDEST_SCATTER": 16}
 #: name -> constants of the modules, the formats that they decide upon, and the kinds of window that must come out
 FORCED = {
     "rows": (FEW, ("dense",), {ROWS}),
-    "grouped": ({**MANY, "EVERY_FROM_SHARE": 2}, ("dense",), {ROW_TILES}),
+    "panels": ({**MANY, "EVERY_FROM_SHARE": 2}, ("dense",), {ROW_TILES}),
     "every unit": ({**MANY, "EVERY_FROM_SHARE": 0}, ("dense",), {ROW_TILES}),
     "masks": (MASKS, ("csr", "nm"), {MASKED}),
     "indices": (INDICES, ("csr", "nm"), {SCATTER}),
@@ -146,6 +146,24 @@ def test_parts_without_a_unit(variant, units):
             with forced(constants):
                 assert_same(expected, simulate(whole, x, threads=3, record=RECORDABLE))
     assert set(FORMATS) == {"nm", *(name for name, _ in ways)}
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("units", [plan.PANEL, plan.PANEL + 1, 3 * plan.PANEL - 5])
+def test_panels_of_units_give_the_specification_s_bits(units, storage):
+    # A unit next to each edge fires, and one sample is silent.
+    rng = np.random.default_rng(units)
+    network = in_format(
+        Network.random([40], inputs=units, rng=rng, threshold=0.02, readout=33), "dense", storage=storage
+    )
+    x = rng.standard_normal((5, 3, units)).astype(np.float32) * (rng.random((5, 3, units)) < 0.2)
+    edges = np.arange(0, units, plan.PANEL)
+    x[:, :, np.concatenate([edges, np.minimum(edges + plan.PANEL, units) - 1])] = 1
+    x[:, 1] = 0
+    expected = simulate(network, x, backend="reference", record=RECORDABLE)
+    with forced({**MANY, "EVERY_FROM_SHARE": 2}):
+        for threads in (1, 2):
+            assert_same(expected, simulate(network, x, threads=threads, record=RECORDABLE))
 
 
 # --- wider than an index ------------------------------------------------------------------------------------
