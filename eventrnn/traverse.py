@@ -61,6 +61,7 @@ from eventrnn.rows import (
     multiply_edge,
     multiply_row,
     multiply_tile,
+    prefetch,
 )
 from eventrnn.simd import AVX512, LANES, bits, decoded, load, lowest_bit, store
 
@@ -70,6 +71,8 @@ LISTED_PIECES = 64
 MULTIPLY_UNITS = 128
 # Units of a panel: their rows of a narrow window, 32 KB, stay in the L1 cache while all drives take their events.
 PANEL = 128
+# Rows from one that the probe reads to one that it asks for.
+PROBE_AHEAD = 8
 
 
 @inlined
@@ -419,6 +422,10 @@ def read_rows(matrix, values, index, pointers, indptr, ids, start, stop):
         j = ids[e]
         if kind in (ROWS, ROW_TILES, BLAS):
             first, last = j * matrix[PITCH], j * matrix[PITCH] + matrix[WIDTH]
+            # Narrow rows end before a processor has seen where they lead.
+            ahead = v0 + np.int64(ids[min(e + PROBE_AHEAD, indptr[stop] - 1)]) * matrix[PITCH] * size // 4
+            for k in range(ahead, ahead + min(ROW_TILE, matrix[WIDTH]) * size // 4, LINE // 4):
+                prefetch(values, k)
         elif kind in (BLOCKS, MANY_BLOCKS):
             first = pointers[p0 + 3 * j + 2] * matrix[WIDTH]
             last = first + (pointers[p0 + 3 * j + 1] - pointers[p0 + 3 * j]) * matrix[WIDTH]
