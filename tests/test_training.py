@@ -13,7 +13,7 @@ from tolerance import U32, cell_bound, gamma
 from eventrnn import Cell, Network, State, Surrogate, reference, simulate
 from eventrnn.cells import SURROGATES
 from eventrnn.pruning import GradualPruning
-from eventrnn.training import Model, Settings, Trainer, clip_by_norm, cosine_schedule, evaluate, kernels
+from eventrnn.training import Model, Noise, Settings, Trainer, clip_by_norm, cosine_schedule, evaluate, kernels
 from eventrnn.training.loop import cross_entropy_bits
 
 
@@ -185,15 +185,14 @@ def test_masks_stay_masks_through_the_optimiser(block):
         assert trainer.model.parameters[name][mask].all()
 
 
-def test_dropout_is_shared_over_time_and_keeps_the_mean():
+def test_masks_of_the_noise_scale_what_they_say():
     network = _net()
     model, rng = Model(network), np.random.default_rng(1)
-    _, _, tape = model.forward(_text(40).reshape(10, 4), State.zeros(network, 4), dropout=0.5, rng=rng)
-    mask = tape.layers[1].dropped
-    assert mask.shape == (4, 20) and set(np.unique(mask)) == {0.0, 2.0}
-    assert np.array_equal(tape.layers[1].x, tape.layers[0].y[1:] * mask)
-    with pytest.raises(ValueError, match="rng"):
-        model.forward(_text(40).reshape(10, 4), State.zeros(network, 4), dropout=0.5)
+    masks = [(rng.random((4, n)) < 0.5).astype(np.float32) * 2 for n in (20, 16)]
+    noise = Noise(between=(masks[0],), top=masks[1])
+    _, _, tape = model.forward(_text(40).reshape(10, 4), State.zeros(network, 4), noise)
+    assert np.array_equal(tape.layers[1].x, tape.layers[0].y[1:] * masks[0])
+    assert np.array_equal(tape.top, tape.layers[1].y[1:] * masks[1])
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 2**32 - 1))

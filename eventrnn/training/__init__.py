@@ -5,6 +5,7 @@ from eventrnn.training.loop import Progress as Progress
 from eventrnn.training.loop import Settings as Settings
 from eventrnn.training.loop import Trainer as Trainer
 from eventrnn.training.loop import evaluate as evaluate
+from eventrnn.training.noise import Noise as Noise
 from eventrnn.training.optim import AdamW as AdamW
 from eventrnn.training.optim import clip_by_norm as clip_by_norm
 from eventrnn.training.optim import cosine_schedule as cosine_schedule

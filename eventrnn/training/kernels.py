@@ -10,7 +10,17 @@ import numpy as np
 
 from eventrnn import cells
 from eventrnn.jit import compiled
-from eventrnn.simd import LANES, load, store
+from eventrnn.simd import LANES, bits, load, store
+
+
+@compiled
+def count_bits(word):
+    """How many bits of a 64-bit integer are set."""
+    count = 0
+    while word != 0:
+        word &= word - 1
+        count += 1
+    return count
 
 
 @compiled
@@ -57,14 +67,28 @@ def forward(
 
 
 @compiled
+def hold(n, rows, held, paper, threshold, c_before, y_before, u_out, v_out, y_out, c_out):
+    """Zoneout, after `forward` or `paper_forward`: where held (rows * N), the keep gate is 1."""
+    for b in range(rows):
+        for i in range(n):
+            s = b * n + i
+            if held[s]:
+                v = c_before[s] - y_before[s] if paper else c_before[s]
+                u_out[s], v_out[s] = cells.ONE, v
+                y_out[s] = cells.select(v > threshold[i], v, cells.ZERO)
+                c_out[s] = cells.select(v > threshold[i], v - threshold[i], v) if not paper else v
+
+
+@compiled
 def backward(
     n, rows, kind, dampening, support, threshold,
-    u, r, g, q, v, c_before, d_y,
+    u, r, g, q, v, c_before, d_y, d_cell,
     d_c, d_in_out, d_rec_out, d_threshold,
 ):  # fmt: skip
     """Adjoint of `forward`. `d_c` is read and overwritten with the gradient one step before; `d_threshold` (N,)
-    is added to; `d_in_out`, `d_rec_out` (rows, 3N) get the gradients of the two drives."""
-    whole = n // LANES * LANES
+    is added to; `d_in_out`, `d_rec_out` (rows, 3N) get the gradients of the two drives. `d_cell` is that of v itself.
+    Returns how many fired or have a slope."""
+    whole, paths = n // LANES * LANES, 0
     for b in range(rows):
         d, s = b * 3 * n, b * n
         for i in range(0, whole, LANES):
@@ -83,7 +107,9 @@ def backward(
                 theta,
                 load(d_y, s + i),
                 load(d_c, s + i),
+                load(d_cell, s + i),
             )
+            paths += count_bits(bits(event + cells.absolute(slope) != cells.ZERO))
             store(d_in_out, d + i, d_u)
             store(d_in_out, d + n + i, d_r)
             store(d_in_out, d + 2 * n + i, d_g)
@@ -96,13 +122,25 @@ def backward(
             slope = cells.surrogate_slope(kind, v[s + i] - threshold[i], dampening, support)
             event = cells.select(v[s + i] > threshold[i], cells.ONE, cells.ZERO)
             d_u, d_r, d_g, d_q, d_before, d_theta = cells.egru_backward(
-                u[s + i], r[s + i], g[s + i], q[s + i], c_before[s + i], v[s + i], event, slope, threshold[i],
-                d_y[s + i], d_c[s + i],
-            )  # fmt: skip
+                u[s + i],
+                r[s + i],
+                g[s + i],
+                q[s + i],
+                c_before[s + i],
+                v[s + i],
+                event,
+                slope,
+                threshold[i],
+                d_y[s + i],
+                d_c[s + i],
+                d_cell[s + i],
+            )
+            paths += event != 0 or slope != 0  # fmt: skip
             d_in_out[d + i], d_in_out[d + n + i], d_in_out[d + 2 * n + i] = d_u, d_r, d_g
             d_rec_out[d + i], d_rec_out[d + n + i], d_rec_out[d + 2 * n + i] = d_u, d_r, d_q
             d_c[s + i] = d_before
             d_threshold[i] += d_theta
+    return paths
 
 
 @compiled
@@ -138,21 +176,24 @@ def paper_forward(
 @compiled
 def paper_backward(
     n, rows, kind, dampening, support, threshold,
-    u, g, v, c_before, d_y,
+    u, g, v, c_before, d_y, d_cell,
     d_c, d_y_before_out, d_in_out, d_threshold,
 ):  # fmt: skip
-    """Adjoint of `paper_forward` but for the reset gate; rows u and g of `d_in_out` (rows, 3N) are written."""
+    """Adjoint of `paper_forward` but for the reset gate; rows u and g of `d_in_out` (rows, 3N) are written. Returns as `backward`."""
+    paths = 0
     for b in range(rows):
         for i in range(n):
             k, s = b * 3 * n + i, b * n + i
             slope = cells.surrogate_slope(kind, v[s] - threshold[i], dampening, support)
             event = cells.select(v[s] > threshold[i], cells.ONE, cells.ZERO)
             d_u, d_g, d_before, d_y_before, d_theta = cells.egru_paper_backward(
-                u[s], g[s], c_before[s], v[s], event, slope, d_y[s], d_c[s]
+                u[s], g[s], c_before[s], v[s], event, slope, d_y[s], d_c[s], d_cell[s]
             )
+            paths += event != 0 or slope != 0
             d_in_out[k], d_in_out[k + 2 * n] = d_u, d_g
             d_c[s], d_y_before_out[s] = d_before, d_y_before
             d_threshold[i] += d_theta
+    return paths
 
 
 @compiled

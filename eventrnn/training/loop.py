@@ -12,6 +12,7 @@ from eventrnn.network import Network, Simulator
 from eventrnn.pruning.magnitude import GradualPruning
 from eventrnn.training import kernels
 from eventrnn.training.bptt import Model
+from eventrnn.training.noise import Noise
 from eventrnn.training.optim import AdamW, clip_by_norm, cosine_schedule
 
 
@@ -117,7 +118,7 @@ class Trainer:
         if self.pruning is not None and self.pruning.update(self.steps_done, model.parameters, model.masks):
             model.apply_masks()
         inputs, targets = self._window()
-        output, state, tape = model.forward(inputs, self.state, dropout=settings.dropout, rng=self.rng)
+        output, state, tape = model.forward(inputs, self.state, self._noise())
         rows, size = targets.size, output.shape[2]
         d_output = np.empty_like(output)
         loss = kernels.softmax_cross_entropy(rows, size, output.ravel(), targets, 1 / rows, d_output.reshape(-1))
@@ -142,6 +143,15 @@ class Trainer:
         at = self.position
         self.position += window
         return self.streams[at : at + window], self.streams[at + 1 : at + window + 1].ravel()
+
+    def _noise(self) -> Noise:
+        """Dropout between layers and before the read-out: a mask a window and sample, survivors scaled up."""
+        rate, batch = self.settings.dropout, self.settings.batch
+        if rate == 0:
+            return Noise()
+        sizes = [layer.units for layer in self.model.like.layers]
+        masks = [(self.rng.random((batch, n), np.float32) >= rate) / np.float32(1 - rate) for n in sizes]
+        return Noise(between=tuple(masks[:-1]), top=masks[-1])
 
     def _sparsity(self) -> float:
         masks = self.model.masks.values()
