@@ -1,4 +1,4 @@
-"""Element-wise parts of training, fused: one pass forward, one pass backward, the loss, the optimiser.
+"""Element-wise parts of training, fused: one pass forward, one pass backward, the loss.
 
 The products around them are BLAS calls (`bptt.py`). Same rules as inference: the scalar functions of `cells.py`,
 sixteen lanes at a time. Arrays are flat and C-contiguous; rows of 3N hold the gates (u, r, g).
@@ -231,13 +231,3 @@ def softmax_cross_entropy(rows, size, logits, targets, scale, d_logits_out):
             d_logits_out[at + i] *= factor
         d_logits_out[at + target] -= scale
     return total
-
-
-@compiled
-def adamw(parameter, gradient, first, second, rate, beta1, beta2, correction1, correction2, epsilon, decay):
-    """One AdamW step in place (Loshchilov and Hutter 2019, algorithm 2). All arrays flat and of one length."""
-    for i in range(len(parameter)):
-        first[i] = beta1 * first[i] + (cells.ONE - beta1) * gradient[i]
-        second[i] = beta2 * second[i] + (cells.ONE - beta2) * gradient[i] * gradient[i]
-        step = (first[i] * correction1) / (np.sqrt(second[i] * correction2) + epsilon)
-        parameter[i] -= rate * (step + decay * parameter[i])

@@ -14,7 +14,8 @@ import numpy as np
 class Noise:
     """Masks of one window. B samples, T steps; 1 in place of B shares a mask over the batch. None: no noise there.
 
-    Scales are float32 and already rescaled (0, or 1 / (1 - rate) where kept).
+    Scales are float32 and already rescaled (0, or 1 / (1 - rate) where kept). `inputs`, `between` and `top` may also be
+    (T, 1, size): a mask a step, shared over the batch.
 
     Attributes
     ----------
@@ -51,8 +52,9 @@ class Noise:
         scales = [("inputs", self.inputs, inputs), ("top", self.top, sizes[-1])]
         scales += [(f"between[{k}]", mask, sizes[k]) for k, mask in enumerate(self.between)]
         for name, mask, size in scales:
-            if mask is not None and mask.shape not in ((batch, size), (1, size)):
-                raise ValueError(f"noise {name}: got shape {mask.shape}, need ({batch}, {size}) or (1, {size})")
+            if mask is not None and mask.shape not in ((batch, size), (1, size), (steps, 1, size)):
+                need = f"({batch}, {size}), (1, {size}) or ({steps}, 1, {size})"
+                raise ValueError(f"noise {name}: got shape {mask.shape}, need {need}")
         for k, mask in enumerate(self.recurrent):
             if mask is not None and mask.shape != (sizes[k], 3 * sizes[k]):
                 raise ValueError(f"noise recurrent[{k}]: got shape {mask.shape}, need ({sizes[k]}, {3 * sizes[k]})")
