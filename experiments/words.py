@@ -53,7 +53,8 @@ def settings(model: str, epochs: int) -> Settings:
 
 
 def commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     return found.stdout.strip()
 
 

@@ -14,7 +14,7 @@ from eventrnn.training.bptt import Model, Tape
 from eventrnn.training.losses import cross_entropy_bits
 from eventrnn.training.optim import clip_by_layer, clip_by_norm, norms
 from eventrnn.training.settings import Settings
-from eventrnn.training.tasks import LanguageModelling, Task, check_symbols, digest_of, going_on
+from eventrnn.training.tasks import LanguageModelling, Task, check_symbols, going_on
 
 F32 = np.float32
 
@@ -225,8 +225,8 @@ class Trainer:
 
     def _trouble(self, what: str) -> str:
         return (
-            f"{what} at step {self.steps_done + 1}; the largest gradient of the step before was that of "
-            f"{self.largest}; lower the learning rate ({self.settings.learning_rate}) or the clip ({self.settings.clip})"
+            f"{what} at step {self.steps_done + 1}; the largest gradient of the step before was that of {self.largest}; "
+            f"lower the learning rate ({self.settings.learning_rate}) or the clip ({self.settings.clip})"
         )
 
     def _sparsity(self) -> float:

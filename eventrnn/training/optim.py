@@ -110,8 +110,9 @@ class Rule(ABC):
     def _update(self, name, value, gradient, rate, decay, l2) -> None:
         """Change one parameter, flat, in place."""
 
-    def validated(self, loss: float, parameters: Arrays) -> None:
-        """Told after every validation; only NT-ASGD listens."""
+    def validated(self, loss: float, parameters: Arrays) -> bool:
+        """Told after every validation; only NT-ASGD listens. Says whether averaging begins."""
+        return False
 
     def averaged(self, parameters: Arrays) -> dict[str, np.ndarray]:
         """The parameters to validate and to save: for most rules those of the last step."""
@@ -194,16 +195,14 @@ class AveragedDescent(Descent):
             for name, mean in self.mean.items():
                 updates.average(mean.reshape(-1), parameters[name].reshape(-1), F32(1 / self.counted))
 
-    @property
-    def triggered(self) -> bool:
-        return bool(self.mean)
-
-    def validated(self, loss: float, parameters: Arrays) -> None:
+    def validated(self, loss: float, parameters: Arrays) -> bool:
         # As released: compared before the present loss joins the history, and strictly worse.
         n = self.settings.patience
-        if not self.mean and len(self.history) > n and loss > min(self.history[:-n]):
+        triggered = not self.mean and len(self.history) > n and loss > min(self.history[:-n])
+        if triggered:
             self.mean = {name: value.copy() for name, value in parameters.items()}
         self.history.append(loss)
+        return triggered
 
     def averaged(self, parameters: Arrays) -> dict[str, np.ndarray]:
         return dict(self.mean) if self.counted else dict(parameters)
