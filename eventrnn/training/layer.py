@@ -241,7 +241,8 @@ class LayerEngine:
         head = (rule.code, F32(rule.dampening), F32(rule.support), tape.threshold)
         arrays = tuple(a.reshape(-1) for a in (tape.u, tape.r, tape.g, tape.q, tape.v, tape.y, tape.c))
         pattern = self.patterns["w_rec"]
-        work = tape.work["w_rec"] = BackwardWork.none(pattern.kept)
+        work = tape.work["w_rec"] = BackwardWork.none(pattern.kept, 3 * n, rows)
+        work.asked = max(0, steps - 1 + self.paper) * batch
         # What the last step sent has no use: nothing reads it within the window.
         earlier = max(0, rows - batch)
         work.open = kernels.count_open(*head, arrays[4], earlier, n)
@@ -320,7 +321,7 @@ class LayerEngine:
                 if self.paper:
                     earlier += d_before.reshape(batch, n)
         work = tape.work["w_rec"]
-        work.dots, work.dots_stored = np.full(n, (steps - 1 + self.paper) * batch), np.full(n, 3 * n)
+        work.dots, work.dots_stored = np.full(n, work.asked), np.full(n, 3 * n)
 
     def _gradient(self, name, x, gated, rows, delta, pitch, tape, stored) -> np.ndarray:
         """Of a weight matrix from what arrived, x (rows, n_pre), and the deltas; `gated` is what the paper's candidate
@@ -329,7 +330,7 @@ class LayerEngine:
         (n_pre, columns), cut = pattern.shape, pattern.cut
         ranges = [(0, columns)] if gated is None else [(0, cut), (cut, columns)]
         fired = kernels.count_columns(x, rows, n_pre)
-        work = tape.work.setdefault(name, BackwardWork.none(pattern.kept))
+        work = tape.work.setdefault(name, BackwardWork.none(pattern.kept, columns, rows))
         work.fired = work.gradient_rows = fired
         work.gradient_stored = pattern.stored_out()
         if not self._sparse(pattern, fired.sum() / max(1, rows * n_pre), EVENTS_UP_TO):
@@ -389,7 +390,7 @@ class LayerEngine:
         pattern, rows, (n_pre, columns) = self.patterns["w_in"], steps * batch, w.shape
         threshold, v, head = np.zeros(n_pre, F32), np.zeros(0, F32), (0, F32(1), F32(1))
         work = tape.work["w_in"]
-        work.open = np.full(n_pre, rows, np.int64)
+        work.asked, work.open = rows, np.full(n_pre, rows, np.int64)
         if wanted == "open" and below is not None and below_cell is not None:
             rule = below_cell.surrogate
             threshold, v = below.threshold, below.v.reshape(-1)
