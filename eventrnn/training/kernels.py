@@ -12,7 +12,6 @@ from eventrnn import cells
 from eventrnn.jit import compiled
 from eventrnn.simd import LANES, bits, load, lowest_bit, store
 
-
 # --- forward: one sample, units `low` to `high`; s is where the sample begins in (B, N) arrays -----------------
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from eventrnn.backend import BackwardWork
 from eventrnn.cells import Cell
+from eventrnn.packing import ROW_TILE
 from eventrnn.plan import product_scratch
 from eventrnn.simd import LANES
 from eventrnn.training import kernels, products, sweeps
@@ -131,7 +132,7 @@ class LayerEngine:
             arena.take(parts, *shapes[3].shape[1:], dtype=np.int32),
             arena.take(parts, *shapes[4].shape[1:]),
             arena.take(parts, rows * inputs),
-            arena.take(parts, rows * products.TILE_ROWS),
+            arena.take(parts, rows * ROW_TILE),
             arena.take(parts, 1),
         )
 

@@ -8,7 +8,7 @@ from numba.extending import intrinsic
 
 from eventrnn import cells
 from eventrnn.jit import compiled
-from eventrnn.simd import AVX512, FLOAT, I1, I32, I64, LANES, VECTOR, address, call, lanes, load, splat
+from eventrnn.simd import AVX512, I1, I32, I64, LANES, VECTOR, address, call, lanes, load, splat
 
 _INTS = ir.VectorType(I32, LANES)
 
@@ -96,6 +96,31 @@ def dot(a, at, b, b_at, count, last):
         i = count - LANES
         second = cells.fma(load(a, at + i) * load(last, 0), load(b, b_at + i), second)
     return sum_lanes(first + second)
+
+
+@compiled
+def dot_2(a, at, b, b0, b1, count, last):
+    """`dot` of one a with two b, the same bits each."""
+    p0, p1, q0, q1 = everywhere(cells.ZERO), everywhere(cells.ZERO), everywhere(cells.ZERO), everywhere(cells.ZERO)
+    whole = count // LANES
+    for k in range(0, whole - 1, 2):
+        i = k * LANES
+        w, x = load(a, at + i), load(a, at + i + LANES)
+        p0 = cells.fma(w, load(b, b0 + i), p0)
+        p1 = cells.fma(w, load(b, b1 + i), p1)
+        q0 = cells.fma(x, load(b, b0 + i + LANES), q0)
+        q1 = cells.fma(x, load(b, b1 + i + LANES), q1)
+    if whole % 2:
+        i = (whole - 1) * LANES
+        w = load(a, at + i)
+        p0 = cells.fma(w, load(b, b0 + i), p0)
+        p1 = cells.fma(w, load(b, b1 + i), p1)
+    if count % LANES:
+        i = count - LANES
+        w = load(a, at + i) * load(last, 0)
+        q0 = cells.fma(w, load(b, b0 + i), q0)
+        q1 = cells.fma(w, load(b, b1 + i), q1)
+    return sum_lanes(p0 + q0), sum_lanes(p1 + q1)
 
 
 @compiled
