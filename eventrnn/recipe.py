@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from eventrnn.network import CARRIES, Network
 from eventrnn.text import KINDS, Corpus, from_path, python_documentation
 from eventrnn.training import GRU, LanguageModelling, Model, Progress, Settings, Trainer, evaluate, run
 from eventrnn.training.run import CHECKPOINT, LOG
+from eventrnn.training.thresholds import initial
 
 CONFIG = "config.toml"
 CELLS = ("egru", "gru")
+STARTS = ("beta", "constant")
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class ModelSettings:
     hidden    : units of each layer
     embedding : width of the embedding
     tied      : read out through the transposed embedding
-    threshold : mean of the thresholds' Beta distribution, in [0, 1)
+    threshold : to begin with: one number, or one a layer
+    threshold_start : "beta" draws them around that mean, in (0, 1), as EvNN does; "constant" takes it as it is
     surrogate : derivative given to the event
     """
 
@@ -47,13 +50,24 @@ class ModelSettings:
     hidden: tuple[int, ...] = (256,)
     embedding: int = 64
     tied: bool = False
-    threshold: float = 0.4
+    threshold: float | tuple[float, ...] = 0.4
+    threshold_start: str = "beta"
     surrogate: Surrogate = field(default_factory=Surrogate)
 
     def __post_init__(self):
         if self.cell not in CELLS:
             raise ValueError(f"cell: got {self.cell!r}, need one of {', '.join(CELLS)}")
         Cell(variant=self.variant)
+        if self.threshold_start not in STARTS:
+            raise ValueError(f"threshold_start: got {self.threshold_start!r}, need one of {', '.join(STARTS)}")
+        if isinstance(self.threshold, tuple) and len(self.threshold) != len(self.hidden):
+            raise ValueError(f"threshold: got {len(self.threshold)}, need one for each of {len(self.hidden)} layers")
+
+    def thresholds(self, rng: np.random.Generator) -> list[np.ndarray]:
+        """Of every layer, (N,) each."""
+        each = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,) * len(self.hidden)
+        drawn = rng if self.threshold_start == "beta" else None
+        return [initial(start, n, rng=drawn) for start, n in zip(each, self.hidden, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -125,22 +139,25 @@ class Recipe:
         """The trainer at the start of the run, and its text. Raises ValueError for what cannot be."""
         corpus, model, training = self.data.corpus(), self.model, self.training
         symbols = len(corpus.vocabulary)
+        rng = np.random.default_rng(training.seed)
         network = Network.random(
             list(model.hidden),
-            rng=np.random.default_rng(training.seed),
+            rng=rng,
             symbols=symbols,
             embedding=model.embedding,
             readout=None if model.tied else symbols,
             tied=model.tied,
-            threshold=model.threshold,
+            threshold=0.0,
             cell=Cell(variant=model.variant, surrogate=model.surrogate),
             metadata={"vocabulary": corpus.vocabulary.to_json(), "corpus": self.data.text},
         )
+        layers = zip(network.layers, model.thresholds(rng), strict=True)
+        network = replace(network, layers=tuple(replace(layer, threshold=drawn) for layer, drawn in layers))
         task = LanguageModelling(
             corpus.train, corpus.valid, valid_batch=self.data.valid_batch, carry=self.data.carry
         )  # fmt: skip
         engine = GRU if model.cell == "gru" else Model
-        engine = engine(network, backward=training.backward, threads=training.threads)
+        engine = engine(network, backward=training.backward, threads=training.threads, thresholds=training.thresholds)
         return Trainer(network, task, training, model=engine), corpus
 
 
@@ -151,7 +168,7 @@ def presets() -> list[str]:
 
 
 def load_recipe(
-    path: str | os.PathLike | None = None,
+    path: str | Path | None = None,
     *,
     preset: str = "characters",
     settings: Iterable[tuple[str, Any]] = (),

@@ -70,12 +70,13 @@ def _scale_of(context, builder, kind, scales, s0, unit):
 # --- one drive, many rows -----------------------------------------------------------------------------------
 
 
-def _add_rows(vectors: int):
+def _add_rows(vectors: int, far: bool = True):
     @intrinsic
     def add_rows(typingctx, drive, at, weights, start, pitch, scales, s0, ids, values, first, count):
         """drive[at + i] += sum over events e of weights[start + ids[e] * pitch + i] * values[e], i < 16 * vectors.
 
-        Events `first` to `first + count`, in order, one FMA each; the sums stay in registers throughout.
+        Events `first` to `first + count`, in order, one FMA each; the sums stay in registers throughout. Rows that are
+        `far` are asked for some events ahead.
         """
 
         def generate(context, builder, signature, args):
@@ -103,9 +104,10 @@ def _add_rows(vectors: int):
                 phi.add_incoming(start, entry)
             ahead = builder.add(event, I64(PREFETCH_ROWS))
             ahead = builder.select(builder.icmp_signed("<", ahead, count), ahead, last)
-            upcoming = builder.gep(rows, [builder.mul(unit_of(ahead), pitch)])
-            for k in range(0, vectors, 4 // (kinds[2].dtype.bitwidth // 8)):
-                _prefetch(builder, _lane(builder, upcoming, k))
+            if far:
+                upcoming = builder.gep(rows, [builder.mul(unit_of(ahead), pitch)])
+                for k in range(0, vectors, 4 // (kinds[2].dtype.bitwidth // 8)):
+                    _prefetch(builder, _lane(builder, upcoming, k))
             unit = unit_of(event)
             source = builder.gep(rows, [builder.mul(unit, pitch)])
             value = splat(builder, builder.load(builder.gep(value_at, [event])))
@@ -133,6 +135,9 @@ def _add_rows(vectors: int):
     return add_rows
 
 
+add_near_rows_16, add_near_rows_8, add_near_rows_4, add_near_rows_2, add_near_rows_1 = (
+    _add_rows(vectors, far=False) for vectors in (16, 8, 4, 2, 1)
+)
 add_rows_tile, add_rows_8, add_rows_4, add_rows_2, add_rows_1 = (_add_rows(vectors) for vectors in (TILE, 8, 4, 2, 1))
 
 

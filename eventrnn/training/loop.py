@@ -10,6 +10,7 @@ import numpy as np
 
 from eventrnn.backend import State
 from eventrnn.network import Network, Simulator
+from eventrnn.training import thresholds
 from eventrnn.training.bptt import Model, Tape
 from eventrnn.training.losses import cross_entropy_bits
 from eventrnn.training.optim import clip_by_layer, clip_by_norm, norms
@@ -45,6 +46,8 @@ class Progress:
     sparsity : share of the masked matrices that is pruned
     epoch    : passes over the data that are complete
     share    : of the run that is done
+    operations : multiplications with a use so far, forward and back, of the layers (the read-out is not in it); a
+               layer's forward products count its events, its backward products events and paths
     validation : figures of the validation that followed, if one did
     """
 
@@ -58,6 +61,7 @@ class Progress:
     sparsity: float
     epoch: int
     share: float
+    operations: int
     validation: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -96,7 +100,9 @@ class Trainer:
         self.settings, self.pruning = settings, pruning
         if self.task.length(settings.batch) < 1:
             raise ValueError(f"batch: got {settings.batch}, more than the data has")
-        self.model = model or Model(network, backward=settings.backward, threads=settings.threads)
+        self.model = model or Model(
+            network, backward=settings.backward, threads=settings.threads, thresholds=settings.thresholds
+        )
         settings.regularisers.check(self.model)
         if pruning is not None:
             if not settings.epochs and pruning.end >= settings.steps:
@@ -111,7 +117,7 @@ class Trainer:
         self.steps_done = self.epoch = self.position = 0
         self.best: dict[str, np.ndarray] = {}
         self.best_value, self.worse = float("inf"), 0
-        self.largest = "none yet"
+        self.largest, self.operations = "none yet", 0
 
     # --- running ---
 
@@ -146,7 +152,8 @@ class Trainer:
         window = settings.draw_window(self.rng)
         batch = task.batch(self.position, self.epoch, settings.batch, window)
         state = self._start(batch.carried, batch.inputs.shape[1])
-        noise = settings.regularisers.draw(model, *batch.inputs.shape[:2], self.rng)
+        steps, samples = batch.inputs.shape[:2]
+        noise = settings.regularisers.draw(model, steps, samples, self.rng)
         output, state, tape = model.forward(batch.inputs, state, noise)
         loss, d_output = task.loss(output, batch)
         penalty = settings.regularisers.penalise(model, tape)
@@ -159,8 +166,9 @@ class Trainer:
             d_events=tuple(penalty.d_events),
             d_cells=tuple(penalty.d_cells),
         )
-        for name, d_threshold in penalty.d_thresholds.items():
-            gradients[name] = gradients[name] + d_threshold
+        for k, d_threshold in penalty.d_thresholds.items():
+            further = thresholds.gradient(model.thresholds, tape.layers[k].threshold, d_threshold)
+            gradients[f"layers.{k}.threshold"] = gradients[f"layers.{k}.threshold"] + further
         norm = self._clip(gradients)
         rate = settings.learning_rate * settings.schedule.at(self.share, self.steps_done)
         if batch.carried:
@@ -168,11 +176,13 @@ class Trainer:
         self.optimiser.step(model.parameters, gradients, rate)
         model.apply_masks()
         self.state = state
+        self.operations += _operations(tape)
         self.steps_done += 1
         self._move(batch.taken)
         return Progress(
             self.steps_done, loss, penalty.loss + settings.activity_cost * _mean_sent(tape), float(tape.activity),
             float(tape.support), norm, rate, self._sparsity(), self.epoch, self.share,
+            self.operations,
         )  # fmt: skip
 
     def validate(self) -> dict[str, float]:
@@ -225,7 +235,7 @@ class Trainer:
 
     def _trouble(self, what: str) -> str:
         return (
-            f"{what} at step {self.steps_done + 1}; the largest gradient of the step before was that of {self.largest}; "
+            f"{what} at step {self.steps_done + 1}; the largest gradient before it was that of {self.largest}; "
             f"lower the learning rate ({self.settings.learning_rate}) or the clip ({self.settings.clip})"
         )
 
@@ -268,6 +278,7 @@ class Trainer:
             "best_value": self.best_value if self.best else None,
             "worse": self.worse,
             "largest": self.largest,
+            "operations": self.operations,
         }
 
     def restore(self, arrays: Mapping[str, np.ndarray], numbers: Mapping[str, Any]) -> None:
@@ -290,7 +301,7 @@ class Trainer:
         self.steps_done, self.epoch, self.position = numbers["steps"], numbers["epoch"], numbers["position"]
         self.rng.bit_generator.state = numbers["generator"]
         self.best_value = float("inf") if numbers["best_value"] is None else numbers["best_value"]
-        self.worse, self.largest = numbers["worse"], numbers["largest"]
+        self.worse, self.largest, self.operations = numbers["worse"], numbers["largest"], numbers["operations"]
 
 
 class _Borrowed:
@@ -307,6 +318,11 @@ class _Borrowed:
 
     def __exit__(self, *error) -> None:
         self.model.parameters = self.own
+
+
+def _operations(tape: Tape) -> int:
+    """Each event meets the kept weights of its unit twice (forward, and in their gradient), each path once."""
+    return sum(int((2 * work.fired + work.open) @ work.kept) for work in tape.work.values())
 
 
 def _mean_sent(tape: Tape) -> float:

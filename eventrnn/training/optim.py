@@ -1,7 +1,8 @@
 """Optimisers, clipping and learning-rate schedules.
 
 An optimiser changes parameters in place, `step(parameters, gradients, rate)`. What it remembers is `arrays()` and
-`numbers()`, from which `restore` continues bit for bit. Thresholds stay within [0, 1], where units can fire.
+`numbers()`, from which `restore` continues bit for bit. `Model.apply_masks` brings
+thresholds back to where they may be.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def is_bias(name: str) -> bool:
 
 
 class Rule(ABC):
-    """What the three rules share: groups, decay, thresholds kept in range, and the state as arrays and numbers."""
+    """What the three rules share: groups, decay, and the state as arrays and numbers."""
 
     def __init__(self, settings: Optimiser, parameters: Arrays, weight_decay: float):
         self.settings, self.weight_decay = settings, weight_decay
@@ -103,8 +104,6 @@ class Rule(ABC):
             decay = F32(self.weight_decay if self.settings.decays(name) else 0.0)
             apart, joined = (decay, F32(0)) if self.settings.kind == "adamw" else (F32(0), decay)
             self._update(name, value.reshape(-1), gradients[name].reshape(-1), own, apart, joined)
-            if is_threshold(name):
-                np.clip(value, 0, 1, out=value)
 
     @abstractmethod
     def _update(self, name, value, gradient, rate, decay, l2) -> None:

@@ -102,7 +102,7 @@ class Regularisers:
             if self.activity_rate:
                 self._rate(penalty, model, tape, k)
             if self.state:
-                self._state(penalty, model, tape, k)
+                self._state(penalty, tape, k)
         if self.activation:
             y, scale = tape.layers[-1].y[1:], tape.noise.top
             dropped = y if scale is None else y * scale
@@ -120,7 +120,7 @@ class Regularisers:
         return penalty
 
     def _rate(self, penalty: Penalty, model: Model, tape: Tape, k: int) -> None:
-        v, threshold = tape.layers[k].v, model.parameters[f"layers.{k}.threshold"]
+        v, threshold = tape.layers[k].v, tape.layers[k].threshold
         steps, batch, units = v.shape
         over = (v > threshold).mean(axis=(0, 1), dtype=np.float64) - self.activity_target
         penalty.loss += self.activity_rate * float(np.mean(over**2))
@@ -129,8 +129,8 @@ class Regularisers:
         slope = cells.surrogate_slope(rule.code, v - threshold, F32(rule.dampening), F32(rule.support))
         penalty.cells(k, d_event * slope)
 
-    def _state(self, penalty: Penalty, model: Model, tape: Tape, k: int) -> None:
-        v, threshold = tape.layers[k].v, model.parameters[f"layers.{k}.threshold"]
+    def _state(self, penalty: Penalty, tape: Tape, k: int) -> None:
+        v, threshold = tape.layers[k].v, tape.layers[k].threshold
         over = v - (threshold - F32(self.state_margin))
         penalty.loss += self.state * _mean_square(over)
         penalty.cells(k, F32(2 * self.state / v.size) * over)
@@ -144,7 +144,7 @@ class Penalty:
     loss: float
     d_events: list[np.ndarray | None]
     d_cells: list[np.ndarray | None]
-    d_thresholds: dict[str, np.ndarray] = field(default_factory=dict)
+    d_thresholds: dict[int, np.ndarray] = field(default_factory=dict)
 
     def events(self, k: int, d_y: np.ndarray) -> None:
         """Add a gradient of layer k's output."""
@@ -153,9 +153,9 @@ class Penalty:
 
     def cells(self, k: int, d_distance: np.ndarray) -> None:
         """Add a gradient of layer k's `v - threshold`."""
-        before, name = self.d_cells[k], f"layers.{k}.threshold"
+        before = self.d_cells[k]
         self.d_cells[k] = d_distance if before is None else before + d_distance
-        self.d_thresholds[name] = self.d_thresholds.get(name, F32(0)) - d_distance.sum(axis=(0, 1))
+        self.d_thresholds[k] = self.d_thresholds.get(k, F32(0)) - d_distance.sum(axis=(0, 1))
 
 
 def _units(model: Model) -> list[int]:

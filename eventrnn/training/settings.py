@@ -9,6 +9,7 @@ import numpy as np
 from eventrnn.training.bptt import BACKWARDS
 from eventrnn.training.optim import Optimiser, Schedule
 from eventrnn.training.regularisers import Regularisers
+from eventrnn.training.thresholds import check_rule
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Settings:
     validate_every: updates between two validations; 0 for one an epoch and one at the end
     patience      : stop after that many validations without a new best; 0 for never
     seed          : the run is a function of it, bit for bit (on one machine and BLAS thread count)
+    thresholds    : how they are learned: positive, clamped (to [0, 1]), sigmoid or fixed, see `Model`
     backward      : how the backward pass goes, see `Model`
     threads       : of the training kernels
     optimiser, schedule, regularisers : see there
@@ -49,6 +51,7 @@ class Settings:
     validate_every: int = 0
     patience: int = 0
     seed: int = 0
+    thresholds: str = "positive"
     backward: str = "auto"
     threads: int = 1
     optimiser: Optimiser = field(default_factory=Optimiser)
@@ -68,6 +71,7 @@ class Settings:
         for name in ("weight_decay", "activity_cost", "clip_layers", "window_jitter"):
             if not 0 <= getattr(self, name) < np.inf:
                 raise ValueError(f"{name}: got {getattr(self, name)}, need a number >= 0")
+        check_rule(self.thresholds)
         if self.backward not in BACKWARDS:
             raise ValueError(f"backward: got {self.backward!r}, need one of {', '.join(BACKWARDS)}")
 

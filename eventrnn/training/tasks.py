@@ -240,7 +240,7 @@ class Sequences(Task):
         return Batch(inputs, self.targets[chosen], taken=len(chosen), extra=lengths)
 
     def loss(self, output: np.ndarray, batch: Batch) -> tuple[float, np.ndarray]:
-        shares = self._shares(*output.shape[:2], batch.extra)[:, :, None]
+        shares = self._shares(len(output), output.shape[1], batch.extra)[:, :, None]
         loss, d_read = self._loss((output * shares).sum(axis=0), batch.targets)
         return loss, d_read * shares
 
@@ -259,7 +259,7 @@ class Sequences(Task):
             part = np.ascontiguousarray(np.moveaxis(inputs[at : at + 256], 0, 1))
             output, _, tape = model.forward(part, State.zeros(model.like, part.shape[1]))
             ends = None if lengths is None else lengths[at : at + 256]
-            read.append((output * self._shares(*output.shape[:2], ends)[:, :, None]).sum(axis=0))
+            read.append((output * self._shares(len(output), output.shape[1], ends)[:, :, None]).sum(axis=0))
             sent += tape.activity * part.shape[1]
         return np.concatenate(read), float(sent / len(inputs))
 
