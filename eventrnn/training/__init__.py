@@ -4,6 +4,8 @@ from eventrnn.training.bptt import Model as Model
 from eventrnn.training.checkpoint import CheckpointError as CheckpointError
 from eventrnn.training.checkpoint import load_checkpoint as load_checkpoint
 from eventrnn.training.checkpoint import save_checkpoint as save_checkpoint
+from eventrnn.training.gradcheck import GradientCheck as GradientCheck
+from eventrnn.training.gradcheck import check_gradients as check_gradients
 from eventrnn.training.gru import GRU as GRU
 from eventrnn.training.loop import Diverged as Diverged
 from eventrnn.training.loop import Progress as Progress
