@@ -220,9 +220,16 @@ class LayerEngine:
     # --- backward -----------------------------------------------------------------------------------------------
 
     def backward(
-        self, p: dict, tape: LayerTape, d_y: np.ndarray, d_cell: np.ndarray | None, wanted: str, below: LayerTape | None,
-        below_cell: Cell | None, stored: bool,
-    ) -> Adjoint:  # fmt: skip
+        self,
+        p: dict,
+        tape: LayerTape,
+        d_y: np.ndarray,
+        d_cell: np.ndarray | None,
+        wanted: str,
+        below: LayerTape | None,
+        below_cell: Cell | None,
+        stored: bool,
+    ) -> Adjoint:
         """Gradients from d_y (T, B, N), which is overwritten, and d_cell of v.
 
         wanted : which gradients of the input: "none", "all", or "open", where the layer `below` has a path
@@ -259,15 +266,14 @@ class LayerEngine:
             self._dense_back(tape, head, arrays, d_cell_flat, flat_y, d_c, d_in, d_rec, pitch, d_threshold, d_bias)
         tape.support = open_share
         before = tape.y[:-1].reshape(-1)
+        x, gated = np.ascontiguousarray(tape.x).reshape(-1), tape.q.reshape(-1) if self.paper else None
         gradients = {
-            "w_in": self._gradient("w_in", np.ascontiguousarray(tape.x).reshape(-1), None, rows, d_in, pitch, tape, stored),
-            "w_rec": self._gradient(
-                "w_rec", before, tape.q.reshape(-1) if self.paper else None, rows, d_rec, pitch, tape, stored
-            ),
+            "w_in": self._gradient("w_in", x, None, rows, d_in, pitch, tape, stored),
+            "w_rec": self._gradient("w_rec", before, gated, rows, d_rec, pitch, tape, stored),
             "bias_in": d_bias[: 3 * n].copy(),
             "bias_rec": d_bias[: 3 * n].copy() if self.paper else np.concatenate([d_bias[: 2 * n], d_bias[3 * n :]]),
             "threshold": d_threshold,
-        }  # fmt: skip
+        }
         d_x = None
         if wanted != "none":
             d_x = self._input_gradient(p["w_in"], d_in, pitch, tape, wanted, below, below_cell)
@@ -361,7 +367,8 @@ class LayerEngine:
         for each, (low, high), order in zip(lists, ranges, pattern.orders(ranges), strict=True):
             if pattern.form == PIECES:
                 self.team.run(
-                    products.piece_gradient, order, pattern.units, pattern.columns, pattern.width, *each, delta, pitch, out
+                    products.piece_gradient, order, pattern.units, pattern.columns, pattern.width,
+                    *each, delta, pitch, out,
                 )  # fmt: skip
             else:
                 strips = np.searchsorted(pattern.columns[order], np.append(np.arange(low, high, STRIP), high))
