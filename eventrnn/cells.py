@@ -194,9 +194,10 @@ def egru_paper_value(in_u, in_g, rec_u, rec_g, c, y):
 def egru_backward(u, r, g, rec_g, c_before, v, event, slope, threshold, d_y, d_c, d_cell):
     """Adjoint of one step of the released variant (`y = o v`, `c = v - o threshold`).
 
-    `event` is o and `slope` its (surrogate) derivative in v; `d_cell` is the loss's own gradient of v. Returns the gradients of the pre-activations
-    `(u, r, g)` of the input drive, of the recurrent `g` row (the other two rows are shared), of the cell one
-    step before, and of the threshold. Cost: 26 operations. With a smooth step this is the exact derivative.
+    `event` is o and `slope` its (surrogate) derivative in v; `d_cell` is the loss's own gradient of v. Returns the
+    gradients of the pre-activations `(u, r, g)` of the input drive, of the recurrent `g` row (the other two rows are
+    shared), of the cell one step before, and of the threshold. Cost: 26 operations. With a smooth step this is the
+    exact derivative.
     """
     d_event = slope * (v * d_y - threshold * d_c)
     d_v = (event * d_y + d_event + d_c) + d_cell

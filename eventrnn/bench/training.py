@@ -89,18 +89,20 @@ class TrainingCase:
 def training(*, report: Report = lambda stage: None, **case: Any) -> dict:
     """Time windows forward and back and return the figures of `eventrnn bench training --json`.
 
-    Parameters are the fields of `TrainingCase`. An iteration is a window from its inputs and the gradient of its outputs
-    to the gradients of all parameters (of pruned weights none, the kept ones as a list) and of the inputs; no optimiser.
-    Inputs are events, graded, at the asked activity. A common threshold brings the units to it, the surrogate's width
-    its support to what is asked; both are measured in the timed window.
+    Parameters are the fields of `TrainingCase`. An iteration is a window from its inputs and the gradient of its
+    outputs to the gradients of all parameters (of pruned matrices a list of the kept weights') and of the inputs; no
+    optimiser. Inputs are events, graded, at the asked activity. A common threshold brings the units to it, the
+    surrogate's width its support to what is asked; both are measured in the timed window, as is `open`, the share of
+    (unit, step, sample) that fired or has a slope: what the backward pass cannot skip.
     """
     asked = TrainingCase(**case)
     rng = np.random.default_rng(asked.seed)
     report("making a network")
     block = asked.block or ((1, 64) if asked.sparsity else None)
+    form = "block" if block else "dense"
     network = random_network(
-        asked.hidden, 1, sparsity=asked.sparsity, format="block" if block else "dense", block=block, variant="evnn", rng=rng
-    )  # fmt: skip
+        asked.hidden, 1, sparsity=asked.sparsity, format=form, block=block, variant="evnn", rng=rng
+    )
     inputs = random_events(asked.steps, asked.batch, asked.hidden, asked.activity, rng)
     x = inputs.to_dense()
     report("setting activity and support")

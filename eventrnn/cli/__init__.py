@@ -35,6 +35,6 @@ def main() -> None:
     except RuntimeError as error:
         print(f"eventrnn: failed: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None
-    except (KeyboardInterrupt, typer.Abort) as stop:
-        print(f"eventrnn: {str(stop) or 'stopped'}", file=sys.stderr)
+    except (KeyboardInterrupt, typer.Abort):
+        print("eventrnn: stopped", file=sys.stderr)
         raise SystemExit(130) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -97,6 +98,8 @@ def train(
         try:
             figures = recipes.train(recipe, folder, resume=resume is not None, report=report)
         except KeyboardInterrupt as stop:
+            # Click would turn the interrupt into one without words.
             words = str(stop) or f"stopped at once; the last checkpoint is in {folder}"
-            raise KeyboardInterrupt(f"{words}; go on with: eventrnn train --resume {folder}") from None
+            print(f"eventrnn: {words}; go on with: eventrnn train --resume {folder}", file=sys.stderr)
+            raise typer.Exit(130) from None
     show(f"wrote {recipe.run.out or folder}", figures, as_json)

@@ -142,7 +142,10 @@ class Model:
         """
         p, noise = self.parameters, noise or Noise()
         symbols = inputs if "embedding" in p else None
-        noise.check(*inputs.shape[:2], *self._sizes())
+        if inputs.ndim != 2 + (symbols is None):
+            need = "(T, B) symbols" if symbols is not None else "(T, B, I) numbers"
+            raise ValueError(f"inputs: got shape {inputs.shape}, need {need}")
+        noise.check(inputs.shape[0], inputs.shape[1], *self._sizes())
         if symbols is None:
             x = np.ascontiguousarray(inputs, F32)
         else:
@@ -204,10 +207,10 @@ class Model:
         d_cells       : likewise of the cell state before the event, `v`
         d_inputs      : also the gradient of the inputs (T, B, I), as "inputs"; of symbols, that of what they stand for
         stored        : of a pruned matrix, the gradient of its kept weights only, in the order of `parameter[mask]`;
-                        no dense one is formed. Otherwise pruned weights get a zero
+                        from stored weights no dense one is formed. Otherwise pruned weights get a zero
         """
         p, gradients, noise = self.parameters, {}, tape.noise
-        d_x: np.ndarray | None = d_output
+        d_x = d_output
         if "readout.bias" in p:
             flat = d_output.reshape(-1, d_output.shape[2])
             top = np.ascontiguousarray(tape.top).reshape(len(flat), -1)
@@ -229,7 +232,8 @@ class Model:
             result = self._engines[k].backward(
                 {"w_in": w_in}, layer, d_y, d_cells[k] if d_cells else None, wanted, *below, stored
             )
-            d_x = result.d_x
+            # Only the first layer's may be missing.
+            d_x = d_x if result.d_x is None else result.d_x
             for name, gradient in result.gradients.items():
                 gradients[f"layers.{k}.{name}"] = gradient
             if (dropped := noise.of("recurrent", k)) is not None:
@@ -237,10 +241,9 @@ class Model:
             gradients[f"layers.{k}.threshold"] = rules.gradient(
                 self.thresholds, layer.threshold, gradients[f"layers.{k}.threshold"]
             )
-        if d_x is not None:
-            d_x = _scaled(d_x, noise.inputs)
-            if d_inputs:
-                gradients["inputs"] = d_x
+        d_x = _scaled(d_x, noise.inputs) if d_inputs or tape.symbols is not None else d_x
+        if d_inputs:
+            gradients["inputs"] = d_x
         if tape.symbols is not None:
             if noise.words is not None:
                 d_x = d_x * noise.words[tape.symbols][:, :, None]

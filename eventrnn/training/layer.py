@@ -95,16 +95,14 @@ class LayerEngine:
     def pattern(self, name: str, shape: tuple[int, int], mask: np.ndarray | None) -> Pattern:
         """Of the mask of now; made again only when it has changed."""
         before = self.masks.get(name)
-        same = (mask is None) == (before is None) and (mask is None or np.array_equal(mask, before))
+        same = before is None if mask is None else before is not None and np.array_equal(mask, before)
         if name not in self.patterns or not same:
             self.masks[name] = None if mask is None else mask.copy()
             n = shape[1] // 3
-            wanted = None if self.mode == "dense" and mask is None else mask
-            self.patterns[name] = Pattern.of(wanted, shape, 2 * n, always=self.mode == "sparse")
-            if self.mode == "dense":
-                dense = Pattern.of(None, shape, 2 * n)
-                dense.kept[:] = shape[1] if mask is None else mask.sum(axis=1)
-                self.patterns[name] = dense
+            pattern = Pattern.of(None if self.mode == "dense" else mask, shape, 2 * n, always=self.mode == "sparse")
+            if mask is not None:
+                pattern.kept[:] = mask.sum(axis=1)
+            self.patterns[name] = pattern
             self.windows = {key: kept for key, kept in self.windows.items() if key[0] != name}
         return self.patterns[name]
 
@@ -220,9 +218,16 @@ class LayerEngine:
     # --- backward -----------------------------------------------------------------------------------------------
 
     def backward(
-        self, p: dict, tape: LayerTape, d_y: np.ndarray, d_cell: np.ndarray | None, wanted: str, below: LayerTape | None,
-        below_cell: Cell | None, stored: bool,
-    ) -> Adjoint:  # fmt: skip
+        self,
+        p: dict,
+        tape: LayerTape,
+        d_y: np.ndarray,
+        d_cell: np.ndarray | None,
+        wanted: str,
+        below: LayerTape | None,
+        below_cell: Cell | None,
+        stored: bool,
+    ) -> Adjoint:
         """Gradients from d_y (T, B, N), which is overwritten, and d_cell of v.
 
         wanted : which gradients of the input: "none", "all", or "open", where the layer `below` has a path
@@ -259,15 +264,14 @@ class LayerEngine:
             self._dense_back(tape, head, arrays, d_cell_flat, flat_y, d_c, d_in, d_rec, pitch, d_threshold, d_bias)
         tape.support = open_share
         before = tape.y[:-1].reshape(-1)
+        x, gated = np.ascontiguousarray(tape.x).reshape(-1), tape.q.reshape(-1) if self.paper else None
         gradients = {
-            "w_in": self._gradient("w_in", np.ascontiguousarray(tape.x).reshape(-1), None, rows, d_in, pitch, tape, stored),
-            "w_rec": self._gradient(
-                "w_rec", before, tape.q.reshape(-1) if self.paper else None, rows, d_rec, pitch, tape, stored
-            ),
+            "w_in": self._gradient("w_in", x, None, rows, d_in, pitch, tape, stored),
+            "w_rec": self._gradient("w_rec", before, gated, rows, d_rec, pitch, tape, stored),
             "bias_in": d_bias[: 3 * n].copy(),
             "bias_rec": d_bias[: 3 * n].copy() if self.paper else np.concatenate([d_bias[: 2 * n], d_bias[3 * n :]]),
             "threshold": d_threshold,
-        }  # fmt: skip
+        }
         d_x = None
         if wanted != "none":
             d_x = self._input_gradient(p["w_in"], d_in, pitch, tape, wanted, below, below_cell)
@@ -330,6 +334,7 @@ class LayerEngine:
         pattern, take, parts = self.patterns[name], self.arena.take, self.team.threads
         (n_pre, columns), cut = pattern.shape, pattern.cut
         ranges = [(0, columns)] if gated is None else [(0, cut), (cut, columns)]
+        sources = (x,) if gated is None else (x, gated)
         fired = kernels.count_columns(x, rows, n_pre)
         work = tape.work.setdefault(name, BackwardWork.none(pattern.kept, columns, rows))
         work.fired = work.gradient_rows = fired
@@ -338,13 +343,13 @@ class LayerEngine:
             work.gradient_rows, work.gradient_stored = np.full(n_pre, rows, np.int64), np.full(n_pre, columns, np.int64)
             flat = delta[: rows * pitch].reshape(rows, pitch)
             gradient = take(n_pre, columns)
-            for source, (low, high) in zip((x, gated), ranges, strict=False):
+            for source, (low, high) in zip(sources, ranges, strict=True):
                 gradient[:, low:high] = source.reshape(rows, n_pre).T @ flat[:, low:high]
             return self._masked(name, gradient, stored)
         tile = rows if pattern.form == PIECES else products.TILE_ROWS
         tile, tiles = max(1, tile), -(-rows // max(1, tile))
         lists = []
-        for source in (x,) if gated is None else (x, gated):
+        for source in sources:
             most = rows * n_pre + LANES
             starts, ids, sent = take(tiles * n_pre + 2, dtype=np.int64), take(most, dtype=np.int32), take(most)
             products.list_by_unit(source, rows, n_pre, tile, starts, ids, sent)
@@ -361,7 +366,8 @@ class LayerEngine:
         for each, (low, high), order in zip(lists, ranges, pattern.orders(ranges), strict=True):
             if pattern.form == PIECES:
                 self.team.run(
-                    products.piece_gradient, order, pattern.units, pattern.columns, pattern.width, *each, delta, pitch, out
+                    products.piece_gradient, order, pattern.units, pattern.columns, pattern.width,
+                    *each, delta, pitch, out,
                 )  # fmt: skip
             else:
                 strips = np.searchsorted(pattern.columns[order], np.append(np.arange(low, high, STRIP), high))

@@ -82,8 +82,8 @@ class Pattern:
         columns = np.concatenate([starts, np.full(crossing.sum(), cut)])
         ends = np.concatenate([np.where(crossing, cut, stops), stops[crossing]])
         order = np.lexsort((columns, units))
-        pieces = (a[order].astype(np.int32) for a in (units, columns, ends - columns))
-        return cls(shape, cut, form, width, *pieces, kept)
+        units, columns, valid = (a[order].astype(np.int32) for a in (units, columns, ends - columns))
+        return cls(shape, cut, form, width, units, columns, valid, kept)
 
     @property
     def stored(self) -> int:
@@ -131,14 +131,14 @@ def _blocks(mask: np.ndarray, width: int) -> np.ndarray | None:
         return None
     whole = columns // width * width
     runs = mask[:, :whole].reshape(n, -1, width)
-    some = runs.any(axis=2)
-    if not (some == runs.all(axis=2)).all():
+    some = np.asarray(runs.any(axis=2))
+    if not np.array_equal(some, runs.all(axis=2)):
         return None
     rest = mask[:, whole:]
     if not rest.size:
         return some
-    last = rest.any(axis=1)
-    return np.column_stack([some, last]) if (last == rest.all(axis=1)).all() else None
+    last = np.asarray(rest.any(axis=1))
+    return np.column_stack([some, last]) if np.array_equal(last, rest.all(axis=1)) else None
 
 
 @dataclass

@@ -6,6 +6,7 @@ import math
 import sys
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from eventrnn.packing import aligned_zeros
 
@@ -19,7 +20,7 @@ class Arena:
     def __init__(self):
         self.buffers: dict[tuple, list[_Buffer]] = {}
 
-    def take(self, *shape: int, dtype=np.float32) -> np.ndarray:
+    def take(self, *shape: int, dtype: DTypeLike = np.float32) -> np.ndarray:
         """An array of a shape, its content whatever was there."""
         size = math.prod(shape)
         kept = self.buffers.setdefault((size, np.dtype(dtype)), [])
@@ -36,7 +37,7 @@ class Arena:
 class _Buffer:
     """Memory and the array that owns it, which is the base of every view."""
 
-    def __init__(self, size: int, dtype):
+    def __init__(self, size: int, dtype: DTypeLike):
         self.array = aligned_zeros(size, dtype)
         self.owner = self.array.base
         self.idle = self.references()

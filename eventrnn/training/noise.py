@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Noise:
     """Masks of one window. B samples, T steps; 1 in place of B shares a mask over the batch. None: no noise there.
 

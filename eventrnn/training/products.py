@@ -364,8 +364,8 @@ def single_gradient(
 ):
     """Gradients of the single weights in `order`, those of strip k between `strips[k]` and `strips[k + 1]`.
 
-    A strip of TILE_VECTORS from column `low + 16 * TILE_VECTORS * k` on is formed for all units that fired, and what is stored is picked from
-    it; gathering from delta would read the same cache lines. Splits strips.
+    A strip, TILE_VECTORS wide, is formed for all units that fired, and what is stored is picked from it; gathering from
+    delta would read the same cache lines. Splits strips.
     """
     tiles, wide = -(-rows // TILE_ROWS), TILE_VECTORS * LANES
     for k in range(share(len(strips) - 1, 1, part, parts), share(len(strips) - 1, 1, part + 1, parts)):
