@@ -1,4 +1,4 @@
-"""bench training: what it refuses, that activity and support are what was measured, that its rivals compute the same."""
+"""bench training: refusals, figures of the window that was timed, rivals that compute the same."""
 
 import json
 

@@ -181,12 +181,16 @@ class Model:
     def _layer(self, k: int, noise: Noise) -> dict[str, np.ndarray]:
         """A layer's parameters as this window uses them."""
         p = {name: self.parameters[f"layers.{k}.{name}"] for name in LAYER_PARAMETERS}
-        for name in ("w_in", "w_rec"):
-            self._engines[k].pattern(name, p[name].shape, self.masks.get(f"layers.{k}.{name}"))
+        self._follow_masks(k)
         if (dropped := noise.of("recurrent", k)) is not None:
             p["w_rec"] = np.multiply(p["w_rec"], dropped, dtype=F32)
         p["threshold"] = rules.from_parameter(self.thresholds, p["threshold"])
         return p
+
+    def _follow_masks(self, k: int) -> None:
+        for name in ("w_in", "w_rec"):
+            full = f"layers.{k}.{name}"
+            self._engines[k].pattern(name, self.parameters[full].shape, self.masks.get(full))
 
     def backward(
         self,
@@ -229,6 +233,8 @@ class Model:
             wanted = "open" if k else "all" if tape.symbols is not None or d_inputs else "none"
             below = (tape.layers[k - 1], self.cells[k - 1]) if k else (None, None)
             w_in = self.parameters[f"layers.{k}.w_in"]
+            # The tape may be of another model of the same network.
+            self._follow_masks(k)
             result = self._engines[k].backward(
                 {"w_in": w_in}, layer, d_y, d_cells[k] if d_cells else None, wanted, *below, stored
             )

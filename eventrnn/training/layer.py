@@ -247,6 +247,7 @@ class LayerEngine:
         head = (rule.code, F32(rule.dampening), F32(rule.support), tape.threshold)
         arrays = tuple(a.reshape(-1) for a in (tape.u, tape.r, tape.g, tape.q, tape.v, tape.y, tape.c))
         pattern = self.patterns["w_rec"]
+        tape.work = {}
         work = tape.work["w_rec"] = BackwardWork.none(pattern.kept, 3 * n, rows)
         work.asked = max(0, steps - 1 + self.paper) * batch
         # What the last step sent has no use: nothing reads it within the window.
