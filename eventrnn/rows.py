@@ -76,7 +76,7 @@ def _scale_of(context, builder, kind, scales, s0, unit):
 
 
 def _sum_rows(context, builder, kinds, args, vectors, fetch):
-    """`add_rows`, `add_near`: fetch(event, row) asks for what will be wanted; row(event) is its address."""
+    """The loop of `add_rows`: fetch(event, row) asks for what will be wanted; row(event) is its address."""
     target = address(context, builder, kinds[0], args[0], args[1])
     rows, pitch = address(context, builder, kinds[2], args[2], args[3]), args[4]
     id_at = address(context, builder, kinds[7], args[7], args[9])
@@ -123,18 +123,21 @@ def _sum_rows(context, builder, kinds, args, vectors, fetch):
     return context.get_dummy_value()
 
 
-def _add_rows(vectors: int):
+def _add_rows(vectors: int, far: bool = True):
     @intrinsic
     def add_rows(typingctx, drive, at, weights, start, pitch, scales, s0, ids, values, first, count):
         """drive[at + i] += sum over events e of weights[start + ids[e] * pitch + i] * values[e], i < 16 * vectors.
 
-        Events `first` to `first + count`, in order, one FMA each; the sums stay in registers throughout.
+        Events `first` to `first + count`, in order, one FMA each; the sums stay in registers throughout. Rows that are
+        `far` are asked for some events ahead.
         """
 
         def generate(context, builder, signature, args):
             kinds, last = signature.args, builder.sub(args[10], I64(1))
 
             def fetch(event, row):
+                if not far:
+                    return
                 ahead = builder.add(event, I64(PREFETCH_ROWS))
                 upcoming = row(builder.select(builder.icmp_signed("<", ahead, args[10]), ahead, last))
                 for k in range(0, vectors, LINE // kinds[2].dtype.bitwidth * 8 // LANES):
@@ -147,34 +150,31 @@ def _add_rows(vectors: int):
     return add_rows
 
 
-def _add_near(vectors: int, lines: int):
-    @intrinsic
-    def add_near(typingctx, drive, at, weights, start, pitch, scales, s0, ids, values, first, count, coming):
-        """`add_rows` for weights that are in a near cache already. Meanwhile, each event asks for the next so many
-        `lines` of the weights from `coming` on: as many at once as there are free buffers would stand in the way.
-        """
+@intrinsic
+def add_near_rows_fetching(typingctx, drive, at, weights, start, pitch, scales, s0, ids, values, first, count, coming):
+    """`add_near_rows_4`; meanwhile each event asks for the next `LINES_AN_EVENT` lines of the weights from `coming` on.
 
-        def generate(context, builder, signature, args):
-            kinds = signature.args
-            next_lines, line = (
-                address(context, builder, kinds[2], args[2], args[11]),
-                LINE // kinds[2].dtype.bitwidth * 8,
-            )
+    A few at a time: more than there are free buffers would stand in the way.
+    """
 
-            def fetch(event, row):
-                for k in range(lines):
-                    at_line = builder.add(builder.mul(event, I64(lines * line)), I64(k * line))
-                    _prefetch(builder, builder.gep(next_lines, [at_line]), L2)
+    def generate(context, builder, signature, args):
+        kinds = signature.args
+        lines, line = address(context, builder, kinds[2], args[2], args[11]), LINE // kinds[2].dtype.bitwidth * 8
 
-            return _sum_rows(context, builder, kinds, args, vectors, fetch)
+        def fetch(event, row):
+            for k in range(LINES_AN_EVENT):
+                at_line = builder.add(builder.mul(event, I64(LINES_AN_EVENT * line)), I64(k * line))
+                _prefetch(builder, builder.gep(lines, [at_line]), L2)
 
-        return types.void(drive, at, weights, start, pitch, scales, s0, ids, values, first, count, coming), generate
+        return _sum_rows(context, builder, kinds, args, 4, fetch)
 
-    return add_near
+    return types.void(drive, at, weights, start, pitch, scales, s0, ids, values, first, count, coming), generate
 
 
+add_near_rows_16, add_near_rows_8, add_near_rows_4, add_near_rows_2, add_near_rows_1 = (
+    _add_rows(vectors, far=False) for vectors in (16, 8, 4, 2, 1)
+)
 add_rows_tile, add_rows_8, add_rows_4, add_rows_2, add_rows_1 = (_add_rows(vectors) for vectors in (TILE, 8, 4, 2, 1))
-add_near_4, add_near_1, add_near_4_fetching = (_add_near(*shape) for shape in ((4, 0), (1, 0), (4, LINES_AN_EVENT)))
 
 
 # --- pieces of blocks: of one unit, or listed, of several ---------------------------------------------

@@ -48,9 +48,9 @@ from eventrnn.rows import (
     add_listed_32,
     add_listed_64,
     add_masked_avx512,
-    add_near_1,
-    add_near_4,
-    add_near_4_fetching,
+    add_near_rows_1,
+    add_near_rows_4,
+    add_near_rows_fetching,
     add_rows_1,
     add_rows_2,
     add_rows_4,
@@ -376,12 +376,12 @@ def _add_panels(matrix, weights, scales, n_pre, cuts, ids, sent, rows, tile):
             count = cuts[k * (panels + 1) + panel + 1] - first
             if width != ROW_TILE:
                 for i in range(0, width, LANES):
-                    add_near_1(tile, at + i, weights, start + i, width, scales, s0, ids, sent, first, count, 0)
+                    add_near_rows_1(tile, at + i, weights, start + i, width, scales, s0, ids, sent, first, count)
             elif coming < last:
-                add_near_4_fetching(tile, at, weights, start, width, scales, s0, ids, sent, first, count, coming)
+                add_near_rows_fetching(tile, at, weights, start, width, scales, s0, ids, sent, first, count, coming)
                 coming += count * LINES_AN_EVENT * line
             else:
-                add_near_4(tile, at, weights, start, width, scales, s0, ids, sent, first, count, 0)
+                add_near_rows_4(tile, at, weights, start, width, scales, s0, ids, sent, first, count)
 
 
 @compiled

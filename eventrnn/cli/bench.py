@@ -69,6 +69,43 @@ def inference(
 
 
 @bench_app.command()
+def training(
+    backend: Annotated[str, typer.Option(help="Engine to time: cpu.")] = "cpu",
+    hidden: Annotated[int, typer.Option(help="Units, and inputs, of the layer.")] = 1350,
+    batch: Annotated[int, typer.Option(help="Samples side by side.")] = 20,
+    steps: Annotated[int, typer.Option(help="Time steps of a window.")] = 70,
+    activity: Annotated[float, typer.Option(help="Share of units that fire; thresholds are set to reach it.")] = 0.1,
+    support: Annotated[
+        float, typer.Option(help="Share of units with a slope in a step; the surrogate's width is set to reach it.")
+    ] = 0.1,
+    sparsity: Annotated[float, typer.Option(help="Share of blocks left out.")] = 0.0,
+    block: Annotated[str | None, typer.Option("--block", metavar="RxC", help="Block, with a sparsity. [1x64]")] = None,
+    backward: Annotated[str, typer.Option(help="Products: auto, sparse or dense.")] = "auto",
+    input_gradient: Annotated[bool, typer.Option(help="Ask everyone for the gradient of the inputs too.")] = True,
+    threads: Threads = 1,
+    against: Annotated[
+        str, typer.Option(help="Rivals, separated by commas: torch (nn.GRU), torch-loop (this cell), or none.")
+    ] = "torch",
+    repeats: Annotated[int, typer.Option(help="Interleaved rounds; medians are reported.")] = 7,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Time a window forward and back, one random layer, beside PyTorch; all gradients, no optimiser."""
+    if backend != "cpu":
+        raise ValueError(f"backend: got {backend!r}, need cpu")
+    from eventrnn import bench
+
+    with progress() as report:
+        result = bench.training(
+            hidden=hidden, batch=batch, steps=steps, activity=activity, support=support, sparsity=sparsity,
+            block=parse_block(block) if block else None, backward=backward, input_gradient=input_gradient,
+            threads=threads, against=against, repeats=repeats, seed=seed,
+            report=lambda stage: report(stage, 0, 1, ""),
+        )  # fmt: skip
+    show("training", result, as_json)
+
+
+@bench_app.command()
 def crossover(
     measure: Annotated[bool, typer.Option("--measure", help="Measure again, whatever is in the cache.")] = False,
     verify: Annotated[
