@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from eventrnn import cells
-from eventrnn.jit import compiled
+from eventrnn.jit import allocating, compiled
 from eventrnn.simd import LANES, bits, load, lowest_bit, store
 
 # --- forward: one sample, units `low` to `high`; s is where the sample begins in (B, N) arrays -----------------
@@ -229,7 +229,7 @@ def reset_gate_adjoint(n, low, high, r, s, y, before, d_sent, at, d_in_out, d, d
         d_bias[n + i] += d_r
 
 
-@compiled
+@allocating
 def count_open(kind, dampening, support, threshold, v, rows, n):
     """In how many rows of v (rows, N) each unit fired or has a slope, (N,) int64."""
     counts = np.zeros(n, np.int64)
@@ -249,7 +249,7 @@ def count_open(kind, dampening, support, threshold, v, rows, n):
     return counts
 
 
-@compiled
+@allocating
 def count_columns(x, rows, n):
     """How many numbers of each column of x (rows, n) are not zero, (n,) int64."""
     counts = np.zeros(n, np.int64)
