@@ -246,6 +246,44 @@ def roofline(
     return _saved(figure, path)
 
 
+def learning_curves(
+    curves: Mapping[str, Sequence[tuple[float, float, float]]],
+    *,
+    quality: str = "perplexity",
+    title: str | None = None,
+    path: str | os.PathLike | None = None,
+) -> Figure:
+    """What validation said in the course of runs: their quality on the left, their activity on the right.
+
+    curves  : name of a run -> (update, quality, activity) of each validation
+    quality : what the second number is called
+
+    The axis of quality is logarithmic where it spans more than a factor of 2.
+    """
+    if not curves or not all(len(points) and np.isfinite(np.asarray(points)).all() for points in curves.values()):
+        raise ValueError(f"curves: got {dict(curves)}, need at least one finite point for each of at least one run")
+    figure = _figure(7.2, 3.2)
+    left, right = figure.subplots(1, 2)
+    for k, (name, points) in enumerate(curves.items()):
+        step, value, activity = np.asarray(points, float).T
+        look = {"color": _HUES[k % len(_HUES)], "marker": _MARKS[k % len(_MARKS)], "markersize": 4, "linewidth": 1.2}
+        left.plot(step, value, label=f"{name}: {value.min():.4g}", **look)
+        right.plot(step, 100 * activity, label=name, **look)
+    every = np.concatenate([np.asarray(points, float)[:, 1] for points in curves.values()])
+    if every.min() > 0 and every.max() > 2 * every.min():
+        left.set_yscale("log")
+        left.yaxis.set_major_formatter("{x:g}")
+        left.yaxis.set_minor_formatter("{x:g}")
+    left.set(xlabel="update", ylabel=f"{quality} (validation)")
+    right.set(xlabel="update", ylabel="activity (%)", ylim=(0, 105))
+    left.legend(fontsize=8, frameon=False, title="best", title_fontsize=8)
+    for axes in (left, right):
+        _plain(axes)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return _saved(figure, path)
+
+
 def _limits_panel(axes: Axes, cases: Sequence[Mapping], groups: list) -> None:
     """A line a case, the first on top: how much of the probe's read rate and of the FMA rate it reaches."""
     for k, case in enumerate(reversed(cases)):

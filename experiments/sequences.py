@@ -1,6 +1,6 @@
 """Two tasks learned to known levels: the adding problem over 200 steps, and scikit-learn's digits read row by row.
 
-    python experiments/sequences.py adding      # solved: the error falls below 1 % of that of always saying the mean
+    python experiments/sequences.py adding      # solved: mean squared error below 0.01, where always saying 1 has 0.167
     python experiments/sequences.py digits      # needs scikit-learn
 
 Each appends a line to results/sequences.jsonl. A run is kept in runs/ and goes on where it was stopped.
@@ -125,6 +125,7 @@ def main(
     if task not in ("adding", "digits"):
         raise SystemExit(f"task: got {task!r}, need adding or digits")
     units = hidden or (64 if task == "adding" else 128)
+    version = commit()
     trainer, test = (adding(units, steps, length), None) if task == "adding" else digits(units, steps)
     folder = runs / f"{task}-{units}-{steps}" if task == "digits" else runs / f"{task}-{units}-{steps}-{length}"
     with progress() as bar:
@@ -142,7 +143,7 @@ def main(
         "support": lines[-1]["support"],
         "curve": [[each["step"], each["validation"]["loss"], each["validation"]["activity"]]
                   for each in lines if each["validation"]],
-        "commit": commit(), "time": datetime.now(UTC).isoformat(timespec="seconds"), "device": bench.device(),
+        "commit": version, "time": datetime.now(UTC).isoformat(timespec="seconds"), "device": bench.device(),
     }  # fmt: skip
     if task == "adding":
         # The sum of two numbers from [0, 1) has variance 1/6: the error of saying 1 whatever is read.

@@ -17,7 +17,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from eventrnn import Network, bench
+from eventrnn import Network, bench, plots
 from eventrnn.terminal import as_line, progress
 from eventrnn.text import from_path
 from eventrnn.training import (
@@ -34,6 +34,7 @@ from eventrnn.training import (
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "words.jsonl"
+FIGURE = Path(__file__).parent / "figures" / "words.png"
 
 
 def settings(model: str, epochs: int) -> Settings:
@@ -67,7 +68,7 @@ def main(
     results: Annotated[Path, typer.Option(help="Lines to append to.")] = RESULTS,
 ) -> None:
     """Train, validate, test, write a line each."""
-    corpus = from_path(folder, kind="word")
+    corpus, version = from_path(folder, kind="word"), commit()
     symbols = len(corpus.vocabulary)
     for name in model or ["egru", "gru"]:
         if name not in ("egru", "gru"):
@@ -96,11 +97,17 @@ def main(
             "parameters": sum(p.size for p in engine.parameters.values()),
             "curve": [[each["step"], each["validation"]["perplexity"], each["validation"]["activity"]]
                       for each in lines if each["validation"]],
-            "commit": commit(), "time": datetime.now(UTC).isoformat(timespec="seconds"), "device": bench.device(),
+            "commit": version, "time": datetime.now(UTC).isoformat(timespec="seconds"), "device": bench.device(),
         }  # fmt: skip
         results.parent.mkdir(parents=True, exist_ok=True)
         with open(results, "a", encoding="utf-8") as file:
             file.write(as_line(line) + "\n")
+        plots.learning_curves(
+            {each["model"]: each["curve"] for each in map(json.loads, results.read_text().splitlines())
+             if (each["hidden"], each["epochs"]) == (hidden, epochs)},
+            title=f"{hidden} units, {epochs} epochs of {len(corpus.train):,} words",
+            path=runs / "words.png" if results != RESULTS else FIGURE,
+        )  # fmt: skip
         print(json.dumps({key: value for key, value in line.items() if key != "curve"}))
 
 

@@ -185,3 +185,15 @@ except ImportError as error:
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.strip() == "plots need matplotlib: pip install 'eventrnn[plots]'"
+
+
+def test_learning_curves(tmp_path):
+    curves = {"egru": [(10, 300.0, 0.2), (20, 150.0, 0.1)], "gru": [(10, 280.0, 1.0), (20, 140.0, 1.0)]}
+    figure = plots.learning_curves(curves, title="two", path=tmp_path / "curves.png")
+    left, right = figure.axes
+    assert [line.get_ydata().tolist() for line in left.lines] == [[300, 150], [280, 140]]
+    assert [line.get_ydata().tolist() for line in right.lines] == [[20, 10], [100, 100]]
+    assert left.get_yscale() == "log" and (tmp_path / "curves.png").stat().st_size > 0
+    for bad in ({}, {"a": []}, {"a": [(1, float("nan"), 0.1)]}):
+        with pytest.raises(ValueError, match="curves"):
+            plots.learning_curves(bad)
