@@ -28,6 +28,7 @@ from eventrnn.pruning.operations import prune_to_operations as prune_to_operatio
 from eventrnn.pruning.patterns import Blocks as Blocks
 from eventrnn.pruning.patterns import NofM as NofM
 from eventrnn.pruning.patterns import Pattern as Pattern
+from eventrnn.pruning.patterns import after_training as after_training
 from eventrnn.pruning.patterns import compress as compress
 from eventrnn.pruning.patterns import masked as masked
 from eventrnn.pruning.patterns import prune as prune

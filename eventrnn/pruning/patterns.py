@@ -16,7 +16,7 @@ from eventrnn.network import Network
 from eventrnn.pruning.magnitude import GATES, STATISTICS, check_sparsity, magnitude_masks
 from eventrnn.pruning.nm import METHODS, nm_mask, transposable_mask
 from eventrnn.pruning.schedule import choose
-from eventrnn.weights import Weights, check_nm, convert
+from eventrnn.weights import NM, BlockCSR, Weights, check_nm, convert
 
 
 class Pattern(ABC):
@@ -164,3 +164,29 @@ def with_masks(network: Network, masks: Mapping[str, np.ndarray], pattern: Patte
     if unknown:
         raise ValueError(f"masks: no {', '.join(sorted(unknown))}; have {', '.join(matrices)}")
     return network.with_matrices({name: pattern.store(masked(matrices[name], mask)) for name, mask in masks.items()})
+
+
+def after_training(trained: Network, before: Network, masks: Mapping[str, np.ndarray], pattern: Pattern) -> Network:
+    """What a trainer returns, dense and float32, in the formats and storages of before, but for what it pruned.
+
+    trained : weights that masks leave out are zero
+    masks   : of the matrices that were pruned, which take the pattern's format
+
+    Narrow weights have moved, so int8 takes new scales.
+    """
+    changed = {}
+    for name, old in before.matrices().items():
+        if trained.readout is not None and trained.readout.tied and name == "readout":
+            continue
+        new = trained.matrices()[name]
+        made = pattern.store(masked(new, masks[name])) if name in masks else _in_format_of(new, old)
+        changed[name] = made.stored_as(old.storage)
+    return trained.with_matrices(changed)
+
+
+def _in_format_of(new: Weights, old: Weights) -> Weights:
+    if isinstance(old, BlockCSR):
+        return convert(new, "block", block=old.block)
+    if isinstance(old, NM):
+        return convert(new, "nm", nm=(old.n, old.m, old.axis))
+    return convert(new, old.name)

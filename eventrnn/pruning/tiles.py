@@ -226,13 +226,13 @@ def _transport(n, m, rounds, plan, slack, factor):
 
 @compiled
 def _exchange(n, m, weights, rows, columns, kept):
-    """Improve a legal mask by swaps until none gains; says nothing. Each swap gains, so it ends.
+    """Improve a legal mask by swaps until none gains.
 
     Two rows trade a column each; or a row and a column with room, whose common entry is kept, take one each from an
     entry that they push aside.
     """
-    better = True
-    while better:
+    # Each swap gains, but rounding might let a circle of them look so: an end to it.
+    for _ in range(m * m):
         better = False
         for i in range(m):
             for k in range(i):
@@ -284,6 +284,8 @@ def _exchange(n, m, weights, rows, columns, kept):
                     k, q = aside // m, aside % m
                     kept[aside] = False
                     kept[i * m + q] = kept[k * m + j] = True
+        if not better:
+            break
 
 
 @compiled
