@@ -324,7 +324,7 @@ def _show(words: dict, before: dict, after: dict, out: Path | None, as_json: boo
         print(as_line(words | sides))
         return
     title = "dry run: nothing is written, nothing was trained" if words["dry_run"] else f"wrote {out}"
-    table = Table("", "before", "after", "times less", title=f"{title} ({words['method']})")
+    table = Table("", "before", "after", "before / after", title=f"{title} ({words['method']})")
     for name, value in after.items():
         numbers = [f"{x:,}" if isinstance(x, int) else f"{x:,.4g}" for x in (before[name], value)]
         table.add_row(name.replace("_", " "), *numbers, f"{before[name] / value:.2f}" if value else "")

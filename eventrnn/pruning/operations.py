@@ -75,7 +75,7 @@ def prune_to_operations(
     names     : and `exempt`: which matrices, as `Pruning`
     report    : called after each measurement with its number and the operations a step
 
-    As units fall silent with their inputs, operations fall by more than is pruned: the plan is bisected until the
+    As units fall silent with their inputs, operations fall by more than is pruned: the plan is corrected until the
     measured ones lie within 2 % below the budget, or ten measurements were made. Every matrix keeps its best
     block. Raises ValueError for a budget that cannot be met, with the one that can. Cost: a run a measurement.
     """
@@ -110,8 +110,10 @@ def prune_to_operations(
             high = plan
         if best is not None and best.measured >= (1 - CLOSE) * budget * before:
             break
-        # Upwards in steps that may not pass 1: activity falls with what is pruned, so more may stay than was planned.
-        plan = (low + high) / 2
+        # In proportion first, to the middle of what is close; where that leaves the bracket, halve it.
+        plan *= (1 - CLOSE / 2) * budget * before / max(measured, ranking.least + others, 1e-9 * before)
+        if not low < plan < high:
+            plan = (low + high) / 2
     if best is None:
         raise ValueError(
             f"budget: got {budget:g}, but pruning to it raises the activity: the least measured is "
