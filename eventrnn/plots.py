@@ -301,8 +301,8 @@ def _cell_means(values: np.ndarray, block: tuple[int, int]) -> tuple[np.ndarray,
     r, c = (size * -(-n // (size * _MAP_CELLS)) for n, size in zip(values.shape, block, strict=True))
     rows, columns = np.arange(0, values.shape[0], r), np.arange(0, values.shape[1], c)
     total = np.add.reduceat(np.add.reduceat(values.astype(np.float32), rows, axis=0), columns, axis=1)
-    area = np.outer(np.diff(np.append(rows, values.shape[0])), np.diff(np.append(columns, values.shape[1])))
-    return rows, columns, total / area
+    heights, widths = np.minimum(r, values.shape[0] - rows), np.minimum(c, values.shape[1] - columns)
+    return rows, columns, total / (heights[:, None] * widths)
 
 
 def _figure(width: float, height: float) -> Figure:

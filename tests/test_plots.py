@@ -197,7 +197,7 @@ def test_mask_map_draws_the_share_left_of_every_matrix(tmp_path):
     # 600 units in 200 tiles of three.
     assert np.array_equal(
         tall.collections[0].get_array().reshape(200, 5),
-        left["readout"].reshape(200, 3, 5).sum(axis=1, dtype=np.float32) / 3,
+        left["readout"].reshape(200, 3, 5).sum(axis=1) / 3,
     )
     assert len(small.lines) == 2 and not tall.lines  # between gates
     assert f"{100 * left['readout'].mean():.1f} % of the weights left" in tall.get_title(loc="left")

@@ -53,7 +53,7 @@ def masks(
     found: dict[str, np.ndarray] = {}
     busy: dict[str, list[float]] = {}
 
-    def run(name: str) -> Callable[[], None]:
+    def run(name: str) -> Callable[[], object]:
         def once() -> None:
             started = time.process_time()
             if name == "one axis":

@@ -159,5 +159,5 @@ def pruning(
         table.add_row(name, result["matrix"], result["nm"], *times, *kept, "this run")
     for source, method, side, groups, seconds, machine in masks.LITERATURE:
         table.add_row(method, f"{side}x{side}", groups, f"{seconds:.3g}", "", "", "", "", f"{source}, {machine}")
-    Console(width=max(120, Console().width)).print(table)
+    Console(width=max(150, Console().width)).print(table)
     print(f"masks of a tile: {', '.join(f'{k} {v:,}' for k, v in result['masks_of_a_tile'].items())}")

@@ -19,6 +19,7 @@ from eventrnn.cli.verbs import _encoded, _writable_file
 from eventrnn.network import Network
 from eventrnn.pruning.magnitude import GATES, SCOPES, STATISTICS
 from eventrnn.pruning.nm import METHODS as MASKS
+from eventrnn.pruning.operations import check_budget
 from eventrnn.terminal import as_line, progress
 
 
@@ -113,6 +114,8 @@ def prune(
         if path is not None:
             _writable_file(path, force)
     pattern = _pattern(given)
+    if name == "operations":
+        check_budget(given["ops_budget"], given.get("criterion", "magnitude"))
     network = io.load(model)
     parts = {}
     if steps or way.reads or text is not None:

@@ -79,10 +79,7 @@ def prune_to_operations(
     measured ones lie within 2 % below the budget, or ten measurements were made. Every matrix keeps its best
     block. Raises ValueError for a budget that cannot be met, with the one that can. Cost: a run a measurement.
     """
-    if not 0 < budget <= 1:
-        raise ValueError(f"budget: got {budget}, need a share of the operations in (0, 1]")
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion: got {criterion!r}, need one of {', '.join(CRITERIA)}")
+    check_budget(budget, criterion)
     matrices = prunable_matrices(network, names, exempt)
     usage, before = _measure(network, inputs)
     if before == 0:
@@ -120,6 +117,14 @@ def prune_to_operations(
             f"{measured / before:.4g} of the operations; ask for more"
         )
     return Budgeted(best.network, before, budget * before, best.planned, best.measured, measurements)
+
+
+def check_budget(budget: float, criterion: str) -> None:
+    """Refuse what is no share of the operations, and an unknown criterion."""
+    if not 0 < budget <= 1:
+        raise ValueError(f"budget: got {budget}, need a share of the operations in (0, 1]")
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion: got {criterion!r}, need one of {', '.join(CRITERIA)}")
 
 
 @dataclass(frozen=True)
