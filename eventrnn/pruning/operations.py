@@ -70,7 +70,7 @@ def prune_to_operations(
     ----------
     inputs    : what `simulate` takes; activity and operations are measured on them
     budget    : share of the operations of all matrices, those exempt and a tied read-out too, in (0, 1]
-    criterion : one of `CRITERIA`, compared over all matrices in units of each matrix's root mean square
+    criterion : one of `CRITERIA`, compared over all matrices, w in units of its matrix's root mean square
     block     : (r, c); a block costs what its weights cost
     names     : and `exempt`: which matrices, as `Pruning`
     report    : called after each measurement with its number and the operations a step
@@ -201,7 +201,8 @@ def _judged(
         # A root, so that blocks are ranked in units of a weight, as by the others.
         "return": lambda: size * np.sqrt(power),
     }[criterion]()
-    scale = float(np.sqrt(np.mean(np.square(value)))) or 1.0
+    # Of the weights, not of their worth: else a few units that hardly fire would set the scale of all others.
+    scale = float(np.sqrt(np.mean(np.square(size)))) or 1.0
     cost = to_blocks(np.where(weights != 0, activity, 0), block).sum(axis=(1, 3))
     return block_scores(value, block, "l2").ravel() / scale, cost.ravel()
 
