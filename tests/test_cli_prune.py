@@ -174,7 +174,7 @@ def test_bench_pruning_says_how_much_every_method_keeps(prune):
     code, out, _ = prune("pruning", *sizes, "--methods", "greedy", "--nm", "2:4", verb="bench")
     assert code == 0 and "Meng et al. 2025" in out and "this run" in out
     for arguments, message in (
-        (("--methods", "greedy,best"), "methods: got best"),
+        (("--methods", "greedy,best"), "methods: got greedy, best"),
         (("--nm", "2:4:pre"), "leave the axis out"),
         (("--rows", 0), "rows: got 0"),
         (("--nm", "9:8"), "got 9:8"),

@@ -216,14 +216,14 @@ def test_budgets_that_cannot_be(arguments, message):
 
 
 def test_the_reachable_budget_is_reachable():
-    net, x = network(), inputs(steps=60)
+    net, x, next_to_nothing = network(), inputs(steps=60), 2.0**-20
     with pytest.raises(ValueError, match="at least") as refused:
-        prune_to_operations(net, x, 1e-6)
+        prune_to_operations(net, x, next_to_nothing)
     least = float(str(refused.value).partition("at least ")[2].split()[0])
     found = prune_to_operations(net, x, 1.01 * least)
     assert found.measured <= 1.01 * least * found.before
-    silent = prune_to_operations(net, x, 1e-6, allow_empty=True)
-    assert silent.measured <= 1e-6 * silent.before
+    silent = prune_to_operations(net, x, next_to_nothing, allow_empty=True)
+    assert silent.measured <= next_to_nothing * silent.before
     with pytest.raises(ValueError, match="no operations"):
         prune_to_operations(network(readout=None), 0 * x[:2], 0.5)
 

@@ -203,9 +203,9 @@ def test_thresholds_rise_with_two_slopes_and_the_size_of_the_block():
     slope = 2 * q * 10 / (2 * 20 + 3 * 40)
     at = {step: rule.thresholds(step, weights)["x.w_in"] for step in (10, 20, 30, 70)}
     expected = {10: slope / 10, 20: 11 * slope / 10, 30: (21 + 1.5) * slope / 10, 70: (21 + 1.5 * 41) * slope / 10}
-    assert at == pytest.approx(expected, rel=gamma(16, U32))
+    assert all(abs(at[step] - value) <= gamma(16, U32) * value for step, value in expected.items())
     wide = ThresholdPruning((2, 8), 10, 30, 70, every=10, growth=0.25)
-    assert wide.thresholds(70, weights)["x.w_in"] == pytest.approx(2 * at[70], rel=gamma(16, U32))
+    assert abs(wide.thresholds(70, weights)["x.w_in"] - 2 * at[70]) <= gamma(16, U32) * 2 * at[70]
     # Solved for a share: the last threshold prunes just that of the trained matrix.
     aimed = ThresholdPruning((1, 1), 10, 30, 70, every=10, sparsity=0.7)
     below = np.abs(weights["x.w_in"]) < aimed.thresholds(70, weights)["x.w_in"]

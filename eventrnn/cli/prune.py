@@ -82,7 +82,7 @@ def prune(
     gates: Annotated[str | None, typer.Option(help=f"Blocks over gates: {', '.join(GATES)}.")] = None,
     mask: Annotated[str | None, typer.Option(help=f"How to find masks along both: {', '.join(MASKS)}.")] = None,
     criterion: Annotated[
-        str | None, typer.Option(help=f"What goes first: {', '.join(pruning.CRITERIA)}. [magnitude]")
+        str | None, typer.Option(help=f"What goes first: {', '.join(pruning.CRITERIA)}. [return]")
     ] = None,
     strength: Annotated[float | None, typer.Option(help="Of the group lasso. [0.01]")] = None,
     rounds: Annotated[int | None, typer.Option(help="Of iterative pruning. [5]")] = None,
@@ -115,7 +115,7 @@ def prune(
             _writable_file(path, force)
     pattern = _pattern(given)
     if name == "operations":
-        check_budget(given["ops_budget"], given.get("criterion", "magnitude"))
+        check_budget(given["ops_budget"], given.get("criterion", "return"))
     network = io.load(model)
     parts = {}
     if steps or way.reads or text is not None:
@@ -214,7 +214,7 @@ def _at_once(network: Network, pattern: pruning.Pattern, given: Mapping[str, Any
 
 def _to_budget(network: Network, valid: np.ndarray, given: Mapping[str, Any], report: Callable) -> Network:
     return pruning.prune_to_operations(
-        network, _calibration(valid), given["ops_budget"], criterion=given.get("criterion", "magnitude"),
+        network, _calibration(valid), given["ops_budget"], criterion=given.get("criterion", "return"),
         block=parse_block(given.get("block", "1x1")), exempt=_exempt(given),
         report=lambda k, operations: report("measuring", k, 10, f"{operations:,.0f} operations a step"),
     ).network  # fmt: skip

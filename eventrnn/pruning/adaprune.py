@@ -51,6 +51,7 @@ def adaprune(
     iterations : of conjugate gradients at most, a product of (n_pre, n_pre) and (n_pre, n_post) each
     report     : called with the matrix, how many are done, and of how many
 
+    Of the paper's variant, whose candidate takes `r y`, the recurrent matrix is refitted for `y` all the same.
     Narrow storage is kept; int8 takes new scales, since weights grow. A matrix already pruned is not filled again.
     Raises ValueError for inputs that the network cannot take and for masks of another shape.
     """

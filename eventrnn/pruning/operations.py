@@ -57,7 +57,7 @@ def prune_to_operations(
     inputs: np.ndarray | object,
     budget: float,
     *,
-    criterion: str = "magnitude",
+    criterion: str = "return",
     block: tuple[int, int] = (1, 1),
     names: tuple[str, ...] | None = None,
     exempt: tuple[str, ...] = (),
