@@ -74,8 +74,10 @@ def test_every_rule_trains_with_its_masks_and_leaves_exempt_matrices_alone(name)
 @pytest.mark.parametrize("name", RULES)
 def test_the_share_and_the_pattern_are_what_was_asked(name):
     rule = RULES[name]()
+    settings = repr(rule)
     run = trainer(rule)
     run.run()
+    assert repr(rule) == settings == repr(RULES[name]())  # what a checkpoint tells rules by
     for mask in run.model.masks.values():
         if isinstance(rule, StaticMasks):
             assert legal(mask, 2, 4, "pre")

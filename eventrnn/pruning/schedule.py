@@ -71,6 +71,9 @@ class Combined(Pruning):
         self.parts = parts
         self.start, self.end = min(p.start for p in parts), max(p.end for p in parts)
 
+    def __repr__(self) -> str:
+        return f"Combined({', '.join(map(repr, self.parts))})"
+
     def matrices(self, parameters: Arrays) -> tuple[str, ...]:
         """Those of any part."""
         return tuple(dict.fromkeys(name for part in self.parts for name in part.matrices(parameters)))
