@@ -282,7 +282,7 @@ def test_bad_model_files(cli, tmp_path, model, text):
         (("bench", "inference", "--format", "csr", "--block", "1x8"), "takes none"),
         (("bench", "inference", "--hidden", "3000000"), ""),
         (("convert", "{cut}", "--out", "{new}"), "no .npz"),
-        (("prune", "{model}", "--out", "{new}", "--text", "{text}"), "nothing is fine-tuned"),
+        (("prune", "{model}", "--out", "{new}", "--text", "{text}", "--batch", "2"), "nothing is fine-tuned"),
         (
             ("prune", "{model}", "--out", "{new}", "--text", "{text}", "--steps", "1", "--batch", "2"),
             "training has 1 steps",

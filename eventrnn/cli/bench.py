@@ -146,3 +146,55 @@ def crossover(
 
 def _stage(report, stage: str):
     return lambda done, total, note: report(stage, done, total, note)
+
+
+@bench_app.command()
+def pruning(
+    rows: Annotated[int, typer.Option(help="Presynaptic units of the matrix.")] = 4096,
+    columns: Annotated[int, typer.Option(help="Postsynaptic rows of the matrix.")] = 4096,
+    nm: Annotated[str, typer.Option("--nm", metavar="N:M", help="Kept of each m, in rows and columns.")] = "4:8",
+    methods: Annotated[str, typer.Option(help="Of exact, greedy, transport; separated by commas.")] = (
+        "exact,greedy,transport"
+    ),
+    threads: Threads = 1,
+    repeats: Annotated[int, typer.Option(help="Interleaved rounds; medians are reported.")] = 3,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Time transposable N:M masks by every method, say how much they keep, beside what others report."""
+    from eventrnn.bench import masks
+
+    n, m, axis = parse_nm(nm)
+    if axis != "post":
+        raise ValueError(f"nm: got {nm!r}, but masks along both axes are timed; leave the axis out")
+    with progress() as report:
+        result = masks.masks(
+            rows=rows, columns=columns, n=n, m=m, methods=tuple(methods.split(",")), threads=threads, repeats=repeats,
+            seed=seed, report=lambda stage: report(stage, 0, 1, ""),
+        )  # fmt: skip
+    if as_json:
+        print(as_line(result))
+        return
+    table = Table(
+        *(
+            "method",
+            "matrix",
+            "n:m",
+            "seconds",
+            "of processors",
+            "µs a tile",
+            "magnitude kept",
+            "of the exact",
+            "measured by",
+        ),
+        title=f"transposable masks, {threads} thread{'s' * (threads > 1)}, {result['device']}",
+    )
+    for name, line in result["methods"].items():
+        share = "" if line["of_exact"] is None else f"{line['of_exact']:.4%}"
+        times = (f"{line['seconds']:.3g}", f"{line['cpu_seconds']:.3g}", f"{line['us_per_tile']:.2f}")
+        kept = (f"{line['kept_magnitude']:.2%}", share)
+        table.add_row(name, result["matrix"], result["nm"], *times, *kept, "this run")
+    for source, method, side, groups, seconds, machine in masks.LITERATURE:
+        table.add_row(method, f"{side}x{side}", groups, f"{seconds:.3g}", "", "", "", "", f"{source}, {machine}")
+    Console(width=max(150, Console().width)).print(table)
+    print(f"masks of a tile: {', '.join(f'{k} {v:,}' for k, v in result['masks_of_a_tile'].items())}")

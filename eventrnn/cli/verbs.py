@@ -70,64 +70,6 @@ app.command()(train)
 
 
 @app.command()
-def prune(
-    model: Model,
-    out: Out,
-    sparsity: Annotated[float, typer.Option(help="Share of blocks to prune, in [0, 1).")] = 0.8,
-    block: Block = "1x1",
-    scope: Annotated[str, typer.Option(help="Share in each matrix, or over all of them: matrix or global.")] = "matrix",
-    statistic: Annotated[str, typer.Option(help="What a block is ranked by: max, mean or l2.")] = "max",
-    steps: Annotated[int, typer.Option(help="Updates of fine-tuning, the first half while pruning; 0 for none.")] = 0,
-    text: Annotated[str | None, typer.Option("--text", help="What to fine-tune on, as for train. [builtin]")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of the fine-tuning. [0.003]")] = None,
-    activity_cost: Annotated[float | None, typer.Option(help="Of the fine-tuning, as for train. [0]")] = None,
-    batch: Annotated[int | None, typer.Option(help="Of the fine-tuning, as for train. [32]")] = None,
-    window: Annotated[int | None, typer.Option(help="Of the fine-tuning, as for train. [64]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the fine-tuning. [0]")] = None,
-    force: Force = False,
-    as_json: Json = False,
-) -> None:
-    """Prune by magnitude, at once or gradually while fine-tuning on a text."""
-    from eventrnn import pruning
-    from eventrnn.training import Settings, Trainer, evaluate
-
-    tuning = {
-        "learning_rate": learning_rate, "activity_cost": activity_cost, "batch": batch, "window": window, "seed": seed,
-    }  # fmt: skip
-    given = {name: value for name, value in tuning.items() if value is not None}
-    if steps == 0 and (given or text is not None):
-        raise ValueError(
-            f"steps: 0, so nothing is fine-tuned and {', '.join([*given, 'text'])} mean nothing; give --steps"
-        )
-    r_c = parse_block(block)
-    writable_file(out, force)
-    network, quality = io.load(model), {}
-    if steps:
-        parts = {part: _encoded(network, text or "builtin", part) for part in ("train", "valid")}
-        gradual = pruning.GradualPruning(sparsity, r_c, 0, max(1, steps // 2), scope=scope, statistic=statistic)
-        settings = Settings(**{"steps": steps, "learning_rate": 3e-3} | given)
-        trainer = Trainer(network, parts["train"], settings, pruning=gradual)
-        with progress() as report:
-            before = evaluate(network, parts["valid"])
-            tuned = trainer.run(
-                lambda p: report("pruning", p.step, steps, f"{p.bits:.3f} bits, {p.sparsity:.0%} pruned")
-            )
-        compressed = {n: pruning.compress(tuned.matrices()[n].to_dense(), r_c) for n in trainer.model.masks}
-        pruned = tuned.with_matrices(compressed)
-        quality = {"bits_before": before, "bits_after": evaluate(pruned, parts["valid"])}
-    else:
-        pruned = pruning.prune(network, sparsity, block=r_c, scope=scope, statistic=statistic)
-    io.save(pruned, out, overwrite=force)
-    figures: dict = {
-        "weights_before": sum(w.nnz for w in network.matrices().values()),
-        "weights_after": sum(w.nnz for w in pruned.matrices().values()),
-        "file_bytes_before": model.stat().st_size,
-        "file_bytes_after": out.stat().st_size,
-    }
-    show(f"wrote {out}", figures | quality, as_json)
-
-
-@app.command()
 def run(
     model: Model,
     text: Text = "builtin",

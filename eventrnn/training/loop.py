@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from eventrnn.backend import State
 from eventrnn.network import Network, Simulator
+from eventrnn.pruning.schedule import Pruning
 from eventrnn.training import thresholds
 from eventrnn.training.bptt import Model, Tape
 from eventrnn.training.losses import cross_entropy_bits
@@ -18,16 +19,6 @@ from eventrnn.training.settings import Settings
 from eventrnn.training.tasks import LanguageModelling, Task, check_symbols, going_on
 
 F32 = np.float32
-
-
-class Pruning(Protocol):
-    """What the loop asks of a pruning schedule, such as `pruning.GradualPruning`."""
-
-    end: int
-
-    def check(self, parameters: Mapping[str, np.ndarray]) -> None: ...
-
-    def update(self, step: int, parameters: Mapping[str, np.ndarray], masks: dict[str, np.ndarray]) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -174,6 +165,8 @@ class Trainer:
         if batch.carried:
             rate *= len(batch.inputs) / settings.window
         self.optimiser.step(model.parameters, gradients, rate)
+        if self.pruning is not None:
+            self.pruning.after_step(self.steps_done, model.parameters, model.masks, gradients, rate)
         model.apply_masks()
         self.state = state
         self.operations += _operations(tape)
@@ -261,6 +254,8 @@ class Trainer:
         named = {f"parameters.{name}": value for name, value in self.model.parameters.items()}
         named |= {f"masks.{name}": value for name, value in self.model.masks.items()}
         named |= {f"optimiser.{name}": value for name, value in self.optimiser.arrays().items()}
+        if self.pruning is not None:
+            named |= {f"pruning.{name}": value for name, value in self.pruning.arrays().items()}
         named |= {f"best.{name}": value for name, value in self.best.items()}
         for k, (cells, outputs) in enumerate(zip(self.state.cells, self.state.outputs, strict=True)):
             named |= {f"state.cells.{k}": cells, f"state.outputs.{k}": outputs}
@@ -292,6 +287,8 @@ class Trainer:
         self.model.masks.clear()
         self.model.masks.update({name: mask.copy() for name, mask in part("masks.").items()})
         self.optimiser.restore(part("optimiser."), numbers["optimiser"])
+        if self.pruning is not None:
+            self.pruning.restore(part("pruning."))
         self.best = {name: value.copy() for name, value in part("best.").items()}
         layers = range(len(self.model.cells))
         self.state = State(
