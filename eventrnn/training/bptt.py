@@ -233,8 +233,9 @@ class Model:
             wanted = "open" if k else "all" if tape.symbols is not None or d_inputs else "none"
             below = (tape.layers[k - 1], self.cells[k - 1]) if k else (None, None)
             w_in = self.parameters[f"layers.{k}.w_in"]
-            # The tape may be of another model of the same network.
-            self._follow_masks(k)
+            if layer.engine is not self._engines[k]:
+                # A tape of another model of the same network.
+                self._follow_masks(k)
             result = self._engines[k].backward(
                 {"w_in": w_in}, layer, d_y, d_cells[k] if d_cells else None, wanted, *below, stored
             )

@@ -230,33 +230,24 @@ def reset_gate_adjoint(n, low, high, r, s, y, before, d_sent, at, d_in_out, d, d
 
 
 @compiled
-def count_open(kind, dampening, support, threshold, v, rows, n):
-    """In how many rows of v (rows, N) each unit fired or has a slope, (N,) int64."""
-    counts = np.zeros(n, np.int64)
-    whole = n // LANES * LANES
-    for b in range(rows):
-        for i in range(0, whole, LANES):
+def count_open(part, parts, kind, dampening, support, threshold, v, first, last, n, counts_out):
+    """In how many rows `first` to `last` of v (rows, N) each unit fired or has a slope: a thread's units."""
+    vectors = -(-n // LANES)
+    low, high = min(n, vectors * part // parts * LANES), min(n, vectors * (part + 1) // parts * LANES)
+    counts_out[low:high] = 0
+    whole = low + (high - low) // LANES * LANES
+    for b in range(first, last):
+        for i in range(low, whole, LANES):
             value, theta = load(v, b * n + i), load(threshold, i)
             slope = cells.surrogate_slope(kind, value - theta, dampening, support)
             event = cells.select(value > theta, cells.ONE, cells.ZERO)
             chosen = bits(event + cells.absolute(slope) != cells.ZERO)
             while chosen != 0:
-                counts[i + lowest_bit(chosen)] += 1
+                counts_out[i + lowest_bit(chosen)] += 1
                 chosen &= chosen - 1
-        for i in range(whole, n):
+        for i in range(whole, high):
             slope = cells.surrogate_slope(kind, v[b * n + i] - threshold[i], dampening, support)
-            counts[i] += v[b * n + i] > threshold[i] or slope != 0
-    return counts
-
-
-@compiled
-def count_columns(x, rows, n):
-    """How many numbers of each column of x (rows, n) are not zero, (n,) int64."""
-    counts = np.zeros(n, np.int64)
-    for b in range(rows):
-        for j in range(n):
-            counts[j] += x[b * n + j] != 0
-    return counts
+            counts_out[i] += v[b * n + i] > threshold[i] or slope != 0
 
 
 # --- a step of all units, for products by BLAS ---------------------------------------------------------------

@@ -70,6 +70,23 @@ class LayerTape:
     threshold: np.ndarray
     support: float = float("nan")
     work: dict[str, BackwardWork] = field(default_factory=dict)
+    engine: LayerEngine | None = field(default=None, repr=False)
+
+
+@dataclass
+class Arrived:
+    """What a matrix received over a window, flat (rows, n_pre) each: one array, or what the gates and, in the paper's
+    variant, what the candidate did. `share` of it is not zero; `lists` are its events by unit, once listed."""
+
+    arrays: tuple[np.ndarray, ...]
+    share: float
+    lists: list[tuple[np.ndarray, ...]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, x: np.ndarray, gated: np.ndarray | None) -> Arrived:
+        flat = np.ascontiguousarray(x).reshape(-1)
+        share = np.count_nonzero(flat) / max(1, flat.size)
+        return cls((flat,) if gated is None else (flat, gated), share)
 
 
 @dataclass
@@ -144,7 +161,7 @@ class LayerEngine:
         u, r, g, q, v = (take(steps, batch, n) for _ in range(5))
         ys, cs = take(steps + 1, batch, n), take(steps + 1, batch, n)
         ys[0], cs[0] = y, c
-        tape = LayerTape(x, p["w_rec"], u, r, g, q, v, ys, cs, p["threshold"])
+        tape = LayerTape(x, p["w_rec"], u, r, g, q, v, ys, cs, p["threshold"], engine=self)
         drive_in = take(steps * batch * pitch + SPARE)
         self._input_drives(p, x, drive_in, pitch)
         held_flat = np.zeros(0, bool) if held is None else np.ascontiguousarray(held).reshape(-1)
@@ -252,9 +269,8 @@ class LayerEngine:
         work.asked = max(0, steps - 1 + self.paper) * batch
         # What the last step sent has no use: nothing reads it within the window.
         earlier = max(0, rows - batch)
-        work.open = kernels.count_open(*head, arrays[4], earlier, n)
-        open_share = int((work.open + kernels.count_open(*head, arrays[4][earlier * n :], rows - earlier, n)).sum())
-        open_share /= max(1, rows * n)
+        work.open = self._open(head, arrays[4], 0, earlier, n)
+        open_share = float((work.open + self._open(head, arrays[4], earlier, rows, n)).sum()) / max(1, rows * n)
         if self.paper:
             work.open += np.count_nonzero(tape.y[0], axis=0)
         by_paths = self._sparse(pattern, open_share, PATHS_UP_TO)
@@ -264,11 +280,15 @@ class LayerEngine:
         else:
             self._dense_back(tape, head, arrays, d_cell_flat, flat_y, d_c, d_in, d_rec, pitch, d_threshold, d_bias)
         tape.support = open_share
-        before = tape.y[:-1].reshape(-1)
-        x, gated = np.ascontiguousarray(tape.x).reshape(-1), tape.q.reshape(-1) if self.paper else None
+        gated = tape.q.reshape(-1) if self.paper else None
+        arrived = {
+            "w_in": Arrived.of(tape.x, None),
+            "w_rec": Arrived.of(tape.y[:-1], gated),
+        }
+        self._list(arrived, rows)
         gradients = {
-            "w_in": self._gradient("w_in", x, None, rows, d_in, pitch, tape, stored),
-            "w_rec": self._gradient("w_rec", before, gated, rows, d_rec, pitch, tape, stored),
+            "w_in": self._gradient("w_in", arrived["w_in"], rows, d_in, pitch, tape, stored),
+            "w_rec": self._gradient("w_rec", arrived["w_rec"], rows, d_rec, pitch, tape, stored),
             "bias_in": d_bias[: 3 * n].copy(),
             "bias_rec": d_bias[: 3 * n].copy() if self.paper else np.concatenate([d_bias[: 2 * n], d_bias[3 * n :]]),
             "threshold": d_threshold,
@@ -277,6 +297,12 @@ class LayerEngine:
         if wanted != "none":
             d_x = self._input_gradient(p["w_in"], d_in, pitch, tape, wanted, below, below_cell)
         return Adjoint(gradients, d_x)
+
+    def _open(self, head: tuple, v: np.ndarray, first: int, last: int, n: int) -> np.ndarray:
+        """Of rows `first` to `last` of v, how often each unit fired or has a slope."""
+        counts = np.empty(n, np.int64)
+        self.team.run(kernels.count_open, *head, v, first, last, n, counts)
+        return counts
 
     def _sparse_back(
         self, tape, head, arrays, d_cell, d_y, d_c, d_in, d_rec, pitch, d_threshold, d_bias
@@ -329,32 +355,45 @@ class LayerEngine:
         work = tape.work["w_rec"]
         work.dots, work.dots_stored = np.full(n, work.asked), np.full(n, 3 * n)
 
-    def _gradient(self, name, x, gated, rows, delta, pitch, tape, stored) -> np.ndarray:
-        """Of a weight matrix from what arrived, x (rows, n_pre), and the deltas; `gated` is what the paper's candidate
-        received instead."""
+    def _list(self, arrived: dict[str, Arrived], rows: int) -> None:
+        """Events by unit of what goes over events, two arrays at a time."""
+        jobs = []
+        for name, source in arrived.items():
+            pattern = self.patterns[name]
+            if not self._sparse(pattern, source.share, EVENTS_UP_TO):
+                continue
+            n, tile = pattern.shape[0], max(1, rows) if pattern.form == PIECES else products.TILE_ROWS
+            for x in source.arrays:
+                tiles, most, take = -(-rows // tile), rows * n + LANES, self.arena.take
+                lists = (take(tiles * n + 2, dtype=np.int64), take(most, dtype=np.int32), take(most))
+                jobs.append((tile, x, n, *lists))
+                source.lists.append(lists)
+        for k in range(0, len(jobs) - 1, 2):
+            self.team.run(products.list_both, rows, *jobs[k], *jobs[k + 1])
+        if len(jobs) % 2:
+            tile, x, n, *lists = jobs[-1]
+            products.list_by_unit(x, rows, n, tile, *lists)
+
+    def _gradient(self, name: str, arrived: Arrived, rows: int, delta, pitch: int, tape, stored: bool) -> np.ndarray:
+        """Of a weight matrix from what arrived and the deltas."""
         pattern, take, parts = self.patterns[name], self.arena.take, self.team.threads
         (n_pre, columns), cut = pattern.shape, pattern.cut
-        ranges = [(0, columns)] if gated is None else [(0, cut), (cut, columns)]
-        sources = (x,) if gated is None else (x, gated)
-        fired = kernels.count_columns(x, rows, n_pre)
+        ranges = [(0, columns)] if len(arrived.arrays) == 1 else [(0, cut), (cut, columns)]
         work = tape.work.setdefault(name, BackwardWork.none(pattern.kept, columns, rows))
-        work.fired = work.gradient_rows = fired
-        work.gradient_stored = pattern.stored_out()
-        if not self._sparse(pattern, fired.sum() / max(1, rows * n_pre), EVENTS_UP_TO):
+        if not arrived.lists:
+            x = arrived.arrays[0].reshape(rows, n_pre)
+            work.fired = np.count_nonzero(x, axis=0)
             work.gradient_rows, work.gradient_stored = np.full(n_pre, rows, np.int64), np.full(n_pre, columns, np.int64)
             flat = delta[: rows * pitch].reshape(rows, pitch)
             gradient = take(n_pre, columns)
-            for source, (low, high) in zip(sources, ranges, strict=True):
+            for source, (low, high) in zip(arrived.arrays, ranges, strict=True):
                 gradient[:, low:high] = source.reshape(rows, n_pre).T @ flat[:, low:high]
             return self._masked(name, gradient, stored)
-        tile = rows if pattern.form == PIECES else products.TILE_ROWS
-        tile, tiles = max(1, tile), -(-rows // max(1, tile))
-        lists = []
-        for source in sources:
-            most = rows * n_pre + LANES
-            starts, ids, sent = take(tiles * n_pre + 2, dtype=np.int64), take(most, dtype=np.int32), take(most)
-            products.list_by_unit(source, rows, n_pre, tile, starts, ids, sent)
-            lists.append((starts, ids, sent))
+        lists = arrived.lists
+        tiles = (len(lists[0][0]) - 2) // max(1, n_pre)
+        starts = lists[0][0][: tiles * n_pre + 1]
+        work.fired = work.gradient_rows = np.diff(starts).reshape(tiles, n_pre).sum(axis=0)
+        work.gradient_stored = pattern.stored_out()
         if pattern.form == DENSE:
             gradient = take(n_pre, columns)
             for each, (low, high) in zip(lists, ranges, strict=True):
@@ -403,7 +442,7 @@ class LayerEngine:
             rule = below_cell.surrogate
             threshold, v = below.threshold, below.v.reshape(-1)
             head = (rule.code, F32(rule.dampening), F32(rule.support))
-            work.open = kernels.count_open(*head, threshold, v, rows, n_pre)
+            work.open = self._open((*head, threshold), v, 0, rows, n_pre)
         share = work.open.sum() / max(1, rows * n_pre)
         if not self._sparse(pattern, share, PATHS_UP_TO):
             work.dots, work.dots_stored = np.full(n_pre, rows, np.int64), np.full(n_pre, columns, np.int64)

@@ -56,6 +56,8 @@ class Pattern:
     columns: np.ndarray
     valid: np.ndarray
     kept: np.ndarray
+    # What follows from the above, made when first asked for.
+    made: dict = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, mask: np.ndarray | None, shape: tuple[int, int], cut: int, always: bool = False) -> Pattern:
@@ -98,9 +100,12 @@ class Pattern:
 
     def pointers(self, low: int, high: int) -> np.ndarray:
         """First and past-the-last entry of each unit whose columns lie in `low` to `high`, (2 * n_pre,)."""
-        key = self.units.astype(np.int64) * (self.shape[1] + 1) + self.columns
-        unit = np.arange(self.shape[0], dtype=np.int64) * (self.shape[1] + 1)
-        return np.stack([np.searchsorted(key, unit + low), np.searchsorted(key, unit + high)], axis=1).ravel()
+        if ("pointers", low, high) not in self.made:
+            key = self.units.astype(np.int64) * (self.shape[1] + 1) + self.columns
+            unit = np.arange(self.shape[0], dtype=np.int64) * (self.shape[1] + 1)
+            both = np.stack([np.searchsorted(key, unit + low), np.searchsorted(key, unit + high)], axis=1).ravel()
+            self.made["pointers", low, high] = both
+        return self.made["pointers", low, high]
 
     def pick(self, w: np.ndarray, out: np.ndarray) -> None:
         """Stored weights of a matrix; padding stays as it is in `out`."""
@@ -114,12 +119,16 @@ class Pattern:
 
     def compact(self, values: np.ndarray) -> np.ndarray:
         """Stored values without padding: by unit, then column, as `matrix[mask]`."""
-        values = values[: len(self.units) * self.width].reshape(-1, max(1, self.width))
+        if self.width == 1:
+            return values[: len(self.units)].copy()
+        values = values[: len(self.units) * self.width].reshape(-1, self.width)
         return values[np.arange(values.shape[1]) < self.valid[:, None]]
 
     def orders(self, ranges: list[tuple[int, int]]) -> list[np.ndarray]:
         """Entries in each range of columns by column, then unit."""
-        by_column = np.lexsort((self.units, self.columns)).astype(np.int32)
+        if "by column" not in self.made:
+            self.made["by column"] = np.lexsort((self.units, self.columns)).astype(np.int32)
+        by_column = self.made["by column"]
         columns = self.columns[by_column]
         return [by_column[(columns >= low) & (columns < high)] for low, high in ranges]
 

@@ -95,6 +95,15 @@ def list_by_unit(x, rows, n, tile, starts, ids, sent):
 
 
 @compiled
+def list_both(part, parts, rows, tile_0, x_0, n_0, starts_0, ids_0, sent_0, tile_1, x_1, n_1, starts_1, ids_1, sent_1):
+    """`list_by_unit` of two arrays, a thread each."""
+    if part == 0:
+        list_by_unit(x_0, rows, n_0, tile_0, starts_0, ids_0, sent_0)
+    if part == parts - 1:
+        list_by_unit(x_1, rows, n_1, tile_1, starts_1, ids_1, sent_1)
+
+
+@compiled
 def list_open(kind, dampening, support, threshold, v, row, rows, n, low, high, who, counts):
     """Of rows `row` on, the samples in which units `low` to `high` fired or have a slope; returns how many in all.
 
@@ -266,14 +275,28 @@ def dot_pieces(values, pointers, columns, width, delta, start, d_pitch, first, e
             s0, s1, s2, s3 = (
                 everywhere(cells.ZERO), everywhere(cells.ZERO), everywhere(cells.ZERO), everywhere(cells.ZERO),
             )  # fmt: skip
+            # A sum waits four cycles for its last term: two sets of them keep the core busy.
+            r0, r1, r2, r3 = s0, s1, s2, s3
             for p in range(begin, stop):
                 column, piece = np.int64(columns[p]), p * width
-                for i in range(0, width, LANES):
-                    w = load(values, piece + i)
-                    s0 = cells.fma(w, load(delta, d0 + column + i), s0)
-                    s1 = cells.fma(w, load(delta, d1 + column + i), s1)
-                    s2 = cells.fma(w, load(delta, d2 + column + i), s2)
-                    s3 = cells.fma(w, load(delta, d3 + column + i), s3)
+                for i in range(0, width - LANES, 2 * LANES):
+                    w, x = load(values, piece + i), load(values, piece + i + LANES)
+                    c0, c1, c2, c3 = d0 + column + i, d1 + column + i, d2 + column + i, d3 + column + i
+                    s0 = cells.fma(w, load(delta, c0), s0)
+                    s1 = cells.fma(w, load(delta, c1), s1)
+                    s2 = cells.fma(w, load(delta, c2), s2)
+                    s3 = cells.fma(w, load(delta, c3), s3)
+                    r0 = cells.fma(x, load(delta, c0 + LANES), r0)
+                    r1 = cells.fma(x, load(delta, c1 + LANES), r1)
+                    r2 = cells.fma(x, load(delta, c2 + LANES), r2)
+                    r3 = cells.fma(x, load(delta, c3 + LANES), r3)
+                if width == LANES:
+                    w = load(values, piece)
+                    s0 = cells.fma(w, load(delta, d0 + column), s0)
+                    s1 = cells.fma(w, load(delta, d1 + column), s1)
+                    s2 = cells.fma(w, load(delta, d2 + column), s2)
+                    s3 = cells.fma(w, load(delta, d3 + column), s3)
+            s0, s1, s2, s3 = s0 + r0, s1 + r1, s2 + r2, s3 + r3
             out[at + b0 * n + j] += sum_lanes(s0)
             if left > 1:
                 out[at + b1 * n + j] += sum_lanes(s1)
