@@ -55,6 +55,7 @@ def writable_file(path: Path, force: bool) -> None:
 
 
 def writable_folder(folder: Path, names: tuple[str, ...], force: bool) -> None:
+    """Likewise for a folder in which files of these names will be written."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out: {folder} is not a folder")
     there = [name for name in names if (folder / name).exists()]

@@ -80,10 +80,12 @@ class Optimiser:
 
 
 def is_threshold(name: str) -> bool:
+    """Whether a parameter of that name is a layer's thresholds."""
     return name.endswith("threshold")
 
 
 def is_bias(name: str) -> bool:
+    """Whether a parameter of that name is a bias, of a layer or of the read-out."""
     return "bias" in name
 
 
