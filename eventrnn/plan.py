@@ -164,18 +164,23 @@ def _up(size, multiple: int):
     return -(-size // multiple) * multiple
 
 
-def product_scratch(parts: int, inputs: int, rows: int, pieces: int, blas: int) -> tuple[np.ndarray, ...]:
-    """What `propagate_all` writes on, one of each a thread, for products of up to `inputs` units, `rows` drives and
-    `pieces` stored pieces of one unit: cuts, own_ids, own_sent, lists, amounts, x, tile, product
-    (of `blas` columns)."""
+def scratch_shapes(parts: int, inputs: int, rows: int, pieces: int, blas: int) -> tuple[tuple[tuple, type], ...]:
+    """Shapes and dtypes of what `propagate_all` writes on, one of each a thread, for products of up to `inputs` units,
+    `rows` drives and `pieces` stored pieces of one unit: cuts, own_ids, own_sent, lists, amounts, x, tile, product (of
+    `blas` columns)."""
     most, listed = rows * inputs + LANES, LISTED_PIECES + pieces + LANES
     return (
-        np.zeros((parts, rows * (-(-inputs // PANEL) + 1)), np.int64),
-        np.zeros((parts, most), np.int32),
-        np.zeros((parts, most), np.float32),
-        np.zeros((parts, 2, listed), np.int32),
-        np.zeros((parts, 2, listed), np.float32),
-        np.zeros((parts, rows * inputs), np.float32),
-        np.zeros((parts, rows * ROW_TILE), np.float32),
-        np.zeros((parts, rows * blas), np.float32),
+        ((parts, rows * (-(-inputs // PANEL) + 1)), np.int64),
+        ((parts, most), np.int32),
+        ((parts, most), np.float32),
+        ((parts, 2, listed), np.int32),
+        ((parts, 2, listed), np.float32),
+        ((parts, rows * inputs), np.float32),
+        ((parts, rows * ROW_TILE), np.float32),
+        ((parts, rows * blas), np.float32),
     )
+
+
+def product_scratch(parts: int, inputs: int, rows: int, pieces: int, blas: int) -> tuple[np.ndarray, ...]:
+    """Arrays of `scratch_shapes`."""
+    return tuple(np.zeros(*each) for each in scratch_shapes(parts, inputs, rows, pieces, blas))

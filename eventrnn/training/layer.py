@@ -15,8 +15,7 @@ import numpy as np
 
 from eventrnn.backend import BackwardWork
 from eventrnn.cells import Cell
-from eventrnn.packing import ROW_TILE
-from eventrnn.plan import product_scratch
+from eventrnn.plan import scratch_shapes
 from eventrnn.simd import LANES
 from eventrnn.training import kernels, products, sweeps
 from eventrnn.training.matrix import STRIP, Pattern, Windows, windows
@@ -24,8 +23,8 @@ from eventrnn.training.memory import Arena
 from eventrnn.training.sweeps import DENSE, PIECES
 
 F32 = np.float32
-# Shares of events, times the share of weights that are stored, from which BLAS is faster (1350 units, 20 and 80
-# samples): of weight gradients and input drives, and of gradients of what was sent.
+# Shares of events (and of open pairs), times the share of weights that are stored, up to which products do not go
+# through BLAS. From components of a prototype at 1350 units, 20 and 80 samples; not measured on these kernels.
 EVENTS_UP_TO, PATHS_UP_TO = 0.35, 0.4
 # What kernels may read past the last row.
 SPARE = 2 * STRIP
@@ -137,19 +136,8 @@ class LayerEngine:
         return [(products.share(n, LANES, k, parts), products.share(n, LANES, k + 1, parts)) for k in range(parts)]
 
     def _scratch(self, inputs: int, rows: int, most: int) -> tuple[np.ndarray, ...]:
-        parts, arena = self.team.threads, self.arena
-        shapes = product_scratch(1, inputs, 1, most, 0)
-        wide = rows * inputs + LANES
-        return (
-            arena.take(parts, inputs + 2, dtype=np.int64),
-            arena.take(parts, 2, wide, dtype=np.int32),
-            arena.take(parts, 2, wide),
-            arena.take(parts, *shapes[3].shape[1:], dtype=np.int32),
-            arena.take(parts, *shapes[4].shape[1:]),
-            arena.take(parts, rows * inputs),
-            arena.take(parts, rows * ROW_TILE),
-            arena.take(parts, 1),
-        )
+        shapes = scratch_shapes(self.team.threads, inputs, rows, most, 0)
+        return tuple(self.arena.take(*shape, dtype=dtype) for shape, dtype in shapes)
 
     # --- forward ------------------------------------------------------------------------------------------------
 

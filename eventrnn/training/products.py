@@ -349,14 +349,14 @@ def input_drives(part, parts, starts, ids, sent, rows, w, n_pre, columns, bias, 
 @compiled
 def stored_drives(
     part, parts, windows, values, index, pointers, n_pre, ids, sent, firsts, counts, rows, bias, drive_out, pitch,
-    starts, groups, grouped, lists, amounts, x, tile, product,
+    cuts, own_ids, own_sent, lists, amounts, x, tile, product,
 ):  # fmt: skip
     """`input_drives` from stored pieces or single weights; splits rows."""
     low, high = share(rows, 1, part, parts), share(rows, 1, part + 1, parts)
     propagate_all(
         windows, 0, len(windows), values, index, pointers, bias, 0, n_pre,
         ids, sent, firsts, counts, low, 1, high - low,
-        starts[part], groups[part], grouped[part], lists[part], amounts[part], x[part], tile[part], product[part],
+        cuts[part], own_ids[part], own_sent[part], lists[part], amounts[part], x[part], tile[part], product[part],
         drive_out[low * pitch :], pitch,
     )  # fmt: skip
 

@@ -36,7 +36,7 @@ def forward(
     # in
     drive_in, pitch, held,
     # scratch
-    drives, ids, sent, firsts, counts, starts, groups, grouped, lists, amounts, x, tile, product,
+    drives, ids, sent, firsts, counts, cuts, own_ids, own_sent, lists, amounts, x, tile, product,
     # out; y and c have the state before the window in front
     u_out, r_out, g_out, q_out, v_out, y_out, c_out,
 ):  # fmt: skip
@@ -48,9 +48,9 @@ def forward(
     low, high = share(n, LANES, part, parts), share(n, LANES, part + 1, parts)
     size, wide, drive = batch * n, n + LANES * parts, drives[part]
     scratch = (
-        starts[part],
-        groups[part],
-        grouped[part],
+        cuts[part],
+        own_ids[part],
+        own_sent[part],
         lists[part],
         amounts[part],
         x[part],
