@@ -55,8 +55,8 @@ def transposable_mask(dense: np.ndarray, n: int, m: int, *, method: str = "exact
               improved by swaps, within a thousandth of the optimum on Gaussian tiles
     threads : tiles are shared among so many; the mask does not depend on it
 
-    Exact masks may keep fewer than n somewhere: n in every row and column can cost more than it brings. Cost a tile:
-    O(n m^3), O(m^2 log m), O(m^2 (rounds + log m)). Raises ValueError.
+    No zero is kept. Exact masks may keep fewer than n somewhere: n in every row and column can cost more than it
+    brings. Cost a tile: O(n m^3), O(m^2 log m), O(m^2 (rounds + log m)). Raises ValueError.
     """
     check_nm(n, m, "post")
     if method not in METHODS:
@@ -71,6 +71,8 @@ def transposable_mask(dense: np.ndarray, n: int, m: int, *, method: str = "exact
         _shared(kernels.table_tiles, len(stack), threads, m, stack, _maximal_masks(n, m), kept)
     else:
         _shared(kernels.exact_tiles, len(stack), threads, n, m, stack, kept)
+    # Of masks that weigh the same, the one without zeros.
+    kept &= stack > 0
     return from_tiles(kept, m, dense.shape)
 
 

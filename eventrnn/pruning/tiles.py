@@ -55,11 +55,14 @@ def _sort(keys):
 
 @compiled
 def _refill(n, m, keys, rows, columns, kept):
-    """Keep, heaviest first, what both its row and its column have room for. `rows`, `columns`: how many are kept."""
+    """Keep, heaviest first, what both its row and its column have room for; no zero. `rows`, `columns`: how many are.
+
+    keys : bits of a magnitude, or of any number that is only zero where it is, above the place
+    """
     for k in range(len(keys) - 1, -1, -1):
         place = keys[k] & _PLACE
         i, j = place // m, place % m
-        if not kept[place] and rows[i] < n and columns[j] < n:
+        if keys[k] > _PLACE and not kept[place] and rows[i] < n and columns[j] < n:
             kept[place] = True
             rows[i] += 1
             columns[j] += 1
@@ -84,7 +87,8 @@ def greedy_tiles(first, last, n, m, tiles, kept_out):
         for key in keys:
             place = key & _PLACE
             i, j = place // m, place % m
-            prune = rows[i] > n or columns[j] > n
+            # A zero, such as padding, is pruned first and for nothing: it must not take the room of a weight.
+            prune = key <= _PLACE or rows[i] > n or columns[j] > n
             kept[place] = not prune
             rows[i] -= prune
             columns[j] -= prune
@@ -234,6 +238,11 @@ def _exchange(n, m, weights, rows, columns, kept):
     # Each swap gains, but rounding might let a circle of them look so: an end to it.
     for _ in range(m * m):
         better = False
+        for place in range(m * m):
+            if kept[place] and weights[place] == 0:  # after a trade
+                kept[place] = False
+                rows[place // m] -= 1
+                columns[place % m] -= 1
         for i in range(m):
             for k in range(i):
                 give, take, gain_give, gain_take = -1, -1, np.float32(-np.inf), np.float32(-np.inf)
@@ -316,7 +325,7 @@ def transport_tiles(first, last, n, m, tiles, sharpness, rounds, kept_out):
         for lane in range(count):
             kept = kept_out[start + lane]
             for place in range(m * m):
-                fractions[place] = plan[place, lane]
+                fractions[place] = plan[place, lane] if tiles[start + lane, place] > 0 else np.float32(0)
             for place in range(m * m):
                 keys[place] = (np.int64(bits[place]) << _PLACE_BITS) | place
             _sort(keys)
