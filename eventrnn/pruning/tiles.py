@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from eventrnn.jit import compiled
+from eventrnn.jit import allocating, compiled
 
 # Tiles side by side in the transport iteration: one vector register of float32.
 ABREAST = 16
@@ -68,7 +68,7 @@ def _refill(n, m, keys, rows, columns, kept):
             columns[j] += 1
 
 
-@compiled
+@allocating
 def greedy_tiles(first, last, n, m, tiles, kept_out):
     """Sorted greedy (Hubara et al. 2021): prune the lightest whose row or column has too many, then refill.
 
@@ -95,7 +95,7 @@ def greedy_tiles(first, last, n, m, tiles, kept_out):
         _refill(n, m, keys, rows, columns, kept)
 
 
-@compiled
+@allocating
 def exact_tiles(first, last, n, m, tiles, kept_out):
     """The heaviest legal mask: min-cost flow by successive shortest paths (Dijkstra with potentials), float64.
 
@@ -168,7 +168,7 @@ def exact_tiles(first, last, n, m, tiles, kept_out):
                 node = before[node]
 
 
-@compiled
+@allocating
 def table_tiles(first, last, m, tiles, table, kept_out):
     """The heaviest of a table of masks, every one tried; float64 sums, the first of equals.
 
@@ -297,7 +297,7 @@ def _exchange(n, m, weights, rows, columns, kept):
             break
 
 
-@compiled
+@allocating
 def transport_tiles(first, last, n, m, tiles, sharpness, rounds, kept_out):
     """Entropy-regularised transport, rounded and improved by swaps (after Meng et al. 2025); `ABREAST` tiles at a time.
 
