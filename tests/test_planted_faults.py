@@ -379,7 +379,10 @@ CUT = network(fmt="block", block=(3, 16), units=40)
     ("function", "layout", "net", "edits"),
     [
         # A piece cut on its left begins a place too early.
-        ((packing._Entries, "placed"), "blocks", CUT, {"self.column[inside] + left -": "self.column[inside] + left - (left > 0) -"}),
+        (
+            (packing._Entries, "placed"), "blocks", CUT,
+            {"self.column[inside] + left -": "self.column[inside] + left - (left > 0) -"},
+        ),
         # ... or keeps what was cut off.
         ((packing._Entries, "placed"), "blocks", CUT, {"source = left[cut, None] +": "source = 0 * left[cut, None] +"}),
         # ... or, cut on its right, what lies past its end.
