@@ -116,7 +116,7 @@ def digits(hidden: int, steps: int) -> tuple[Trainer, tuple[np.ndarray, np.ndarr
 def main(
     task: Annotated[str, typer.Argument(help="adding or digits.")],
     hidden: Annotated[int, typer.Option(help="Units. [64, digits 128]")] = 0,
-    steps: Annotated[int, typer.Option(help="Updates. [3000]")] = 3000,
+    steps: Annotated[int, typer.Option(help="Updates. [3000, digits 1500]")] = 0,
     length: Annotated[int, typer.Option(help="Steps of a sequence to add.")] = 200,
     runs: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),
     results: Annotated[Path, typer.Option(help="Lines to append to.")] = RESULTS,
@@ -124,7 +124,7 @@ def main(
     """Train, test, write a line."""
     if task not in ("adding", "digits"):
         raise SystemExit(f"task: got {task!r}, need adding or digits")
-    units = hidden or (64 if task == "adding" else 128)
+    units, steps = hidden or (64 if task == "adding" else 128), steps or (3000 if task == "adding" else 1500)
     version = commit()
     trainer, test = (adding(units, steps, length), None) if task == "adding" else digits(units, steps)
     folder = runs / f"{task}-{units}-{steps}" if task == "digits" else runs / f"{task}-{units}-{steps}-{length}"

@@ -207,3 +207,45 @@ def test_every_point_of_the_pruning_experiments_can_be_measured_and_is_kept(prun
         monkeypatch.setattr(module, "figures", None)  # nothing is measured again
         assert CliRunner().invoke(module_app(module), run).exit_code == 0
         assert len(path.read_text().splitlines()) == points
+
+
+def test_adding_marks_one_number_a_half_and_a_run_appends_its_line(monkeypatch, tmp_path):
+    module = script("sequences", monkeypatch)
+    part = module.Adding(10).batch(3, 1, 50, 0)
+    assert part.inputs.shape == (10, 50, 2) and (part.inputs[:5, :, 1].sum(axis=0) == 1).all()
+    assert (part.inputs[5:, :, 1].sum(axis=0) == 1).all()
+    assert ((part.inputs[..., 0] * part.inputs[..., 1]).sum(axis=0)[:, None] == part.targets).all()
+    assert (module.Adding(10).batch(3, 1, 50, 0).inputs == part.inputs).all()
+    monkeypatch.setattr(module, "commit", lambda: "abc1234")
+    options = [
+        "--hidden",
+        "5",
+        "--steps",
+        "3",
+        "--length",
+        "8",
+        "--runs",
+        tmp_path,
+        "--results",
+        tmp_path / "lines.jsonl",
+    ]
+    for lines in (1, 2):
+        result = CliRunner().invoke(module_app(module), [str(each) for each in ("adding", *options)])
+        assert result.exit_code == 0, result.output
+        assert len((tmp_path / "lines.jsonl").read_text().splitlines()) == lines
+    first, again = map(json.loads, (tmp_path / "lines.jsonl").read_text().splitlines())
+    assert first["loss"] == again["loss"] and first["steps"] == 3, "a finished run is not trained again"
+    assert CliRunner().invoke(module_app(module), ["parity"]).exit_code
+
+
+def test_words_trains_events_and_their_dense_twin(monkeypatch, tmp_path):
+    module = script("words", monkeypatch)
+    for part in ("train", "valid", "test"):
+        (tmp_path / f"{part}.txt").write_text("a b c d\nd c b a\n" * (200 if part == "train" else 5))
+    monkeypatch.setattr(module, "commit", lambda: "abc1234")
+    options = ["--hidden", "6", "--epochs", "1", "--runs", tmp_path / "runs", "--results", tmp_path / "lines.jsonl"]
+    result = CliRunner().invoke(module_app(module), [str(each) for each in (tmp_path, *options)])
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(each) for each in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    assert [each["model"] for each in lines] == ["egru", "gru"] and lines[1]["activity"] > 0.99
+    assert all(each["perplexity_test"] > 1 and each["curve"] for each in lines)
