@@ -4,7 +4,7 @@ Time runs in chunks that stay in cache. Within a chunk each layer first takes it
 another there), then walks its steps: recurrent product, cell update, events. Only units that fired are read.
 
 Threads split the outputs of a product and the units of an update, never a sum, and meet at a spin barrier; so the
-bits do not depend on their number. Kernels allocate nothing. `packing.py` explains the tables.
+bits do not depend on their number. Kernels allocate nothing, but for BLAS. `packing.py` explains the tables.
 """
 
 from __future__ import annotations
@@ -298,11 +298,9 @@ class CpuEngine:
 
     def _scratch(self, batch: int) -> tuple[np.ndarray, ...]:
         if batch != self.scratch_batch:
-            self.scratch_batch = batch
-            self.chunk = self.chunk_steps(batch)
-            rows, widest = self.chunk * batch, max(self.units)
+            chunk = self.chunk_steps(batch)
+            rows, widest = chunk * batch, max(self.units)
             if rows * self.pitch > np.iinfo(np.int32).max:
-                self.scratch_batch = 0
                 raise ValueError(
                     f"batch: got {batch}, whose {rows * self.pitch:,} drives are too many; split the batch"
                 )
@@ -321,6 +319,8 @@ class CpuEngine:
                 np.zeros((self.parts, batch * wide), np.float32),
                 *product_scratch(self.parts, most // rows, rows, self.pieces, self.pitch * self.choice.may_blas),
             )
+            # Last: without memory for it, the next run must not take the old one for this batch.
+            self.chunk, self.scratch_batch = chunk, batch
         return self.scratch
 
     def run(self, feed: Feed, state: State, *, record_events: bool = False, record_states: bool = False) -> Trace:

@@ -49,7 +49,7 @@ def compiled(function) -> Any:
     """`numba.njit`, releasing the GIL, cached on disk until any file of the package changes.
 
     Arrays are the caller's throughout: nothing is allocated, and no reference is counted. Counting takes two locked
-    instructions a view, which made a product without any event take 0.75 us instead of 0.19.
+    instructions a view: with it, a product without any event took 0.75 us, without 0.07 (256 units).
     """
     return _compiled(function, _nrt=False)
 

@@ -67,8 +67,10 @@ def _decode(builder, raw, scale):
     return builder.fmul(builder.sitofp(builder.sext(raw, whole), vector), scale)
 
 
-def _scale_of(context, builder, kind, scales, s0, unit):
-    """The scale of a unit in every lane."""
+def _scale_of(context, builder, weights, kind, scales, s0, unit):
+    """The scale of a unit in every lane, for int8 only: other storages have none."""
+    if weights != types.int8:
+        return ir.Constant(VECTOR, [1.0] * LANES)
     return splat(builder, builder.load(address(context, builder, kind, scales, builder.add(s0, unit))))
 
 
@@ -103,7 +105,7 @@ def _sum_rows(context, builder, kinds, args, vectors, fetch):
     fetch(event, row)
     source = row(event)
     value = splat(builder, builder.load(builder.gep(value_at, [event])))
-    scale = _scale_of(context, builder, kinds[5], args[5], args[6], unit_of(event))
+    scale = _scale_of(context, builder, kinds[2].dtype, kinds[5], args[5], args[6], unit_of(event))
     weight = [_load_weights(builder, _lane(builder, source, k), LANES, scale) for k in range(vectors)]
     after = [fma_vector(builder, w, value, total) for w, total in zip(weight, sums, strict=True)]
     following = builder.add(event, I64(1))
@@ -394,7 +396,7 @@ def _multiply(rows: int, vectors: int):
                 phi.add_incoming(value, entry)
             unit = builder.add(first, k)
             row = builder.gep(source, [builder.mul(unit, pitch)])
-            scale = _scale_of(context, builder, kinds[6], args[6], args[7], unit)
+            scale = _scale_of(context, builder, kinds[3].dtype, kinds[6], args[6], args[7], unit)
             weight = [_load_weights(builder, _lane(builder, row, i), LANES, scale) for i in range(vectors)]
             value = [splat(builder, builder.load(builder.gep(x_row, [unit]))) for x_row in x_rows]
             after = [fma_vector(builder, weight[i], value[b], total) for (b, i), total in zip(tile, sums, strict=True)]

@@ -65,9 +65,19 @@ def planted(typingctx, number):
     return types.int64(types.int64), generate
 
 
-def uncached(function):
+def compiled(function):
     """`jit.compiled`, but never on disk: the kernels hold an address."""
-    return numba.njit(nogil=True, error_model="numpy")(function)
+    return numba.njit(nogil=True, error_model="numpy", _nrt=False)(function)
+
+
+def inlined(function):
+    """`jit.inlined`, likewise."""
+    return numba.njit(nogil=True, error_model="numpy", _nrt=False, forceinline=True)(function)
+
+
+def allocating(function):
+    """`jit.allocating`, likewise."""
+    return numba.njit(nogil=True, error_model="numpy", _nrt=True)(function)
 
 
 #: fault -> module, and its edits; ON is 1 while it acts, else 0.
@@ -187,10 +197,10 @@ def _engine_with_every_fault() -> str:
         for k, (module, edits) in enumerate(KERNEL_FAULTS.values(), start=1):
             if module == name:
                 source = edited(source, {old: new.replace("ON", f"planted({k})") for old, new in edits.items()})
-        imports = {"from eventrnn.jit import compiled\n": "from planting import planted, uncached as compiled\n"}
+        imports = {"from eventrnn.jit import compiled\n": "from planting import compiled, planted\n"}
         imports |= {
             "from eventrnn.jit import allocating, compiled, inlined\n": (
-                "from planting import planted, uncached as allocating, uncached as compiled, uncached as inlined\n"
+                "from planting import allocating, compiled, inlined, planted\n"
             )
         }
         imports |= {f"from eventrnn.{other} import": f"from {copy.__name__} import" for other, copy in copies.items()}

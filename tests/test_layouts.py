@@ -14,7 +14,7 @@ from test_backends import assert_same, cases, in_format
 
 from eventrnn import cpu, packing, plan
 from eventrnn.cells import CELLS, Cell
-from eventrnn.network import RECORDABLE, Network, Simulation, simulate
+from eventrnn.network import RECORDABLE, Network, Simulation, Simulator, simulate
 from eventrnn.packing import (
     BLOCKS,
     HIGH,
@@ -235,6 +235,16 @@ def test_a_batch_whose_drives_cannot_be_addressed_is_refused():
     engine = cpu.CpuEngine(Network.random([4], inputs=3, rng=np.random.default_rng(0)), 1)
     with pytest.raises(ValueError, match="split the batch"):
         engine._scratch(1 << 30)
+
+
+def test_a_run_for_which_memory_was_short_can_be_run_again():
+    network = Network.random([20], inputs=3, rng=np.random.default_rng(0), threshold=0.02)
+    x = np.random.default_rng(1).standard_normal((9, 40, 3)).astype(np.float32)
+    simulator = Simulator(network, batch=40)
+    simulator.engine._scratch(1)
+    with patch.object(cpu, "product_scratch", side_effect=MemoryError), pytest.raises(MemoryError):
+        simulator.run(x)
+    assert_same(simulate(network, x, backend="reference", record=RECORDABLE), simulator.run(x, record=RECORDABLE))
 
 
 def test_a_plan_holds_the_weights_once():

@@ -66,6 +66,9 @@ def demo(
         raise RuntimeError("the event-driven run and its dense twin differ; this is a bug, please report it")
 
 
+# Of a table with six counts.
+COUNT_WIDTH = 120
+
 app.command()(train)
 
 
@@ -124,10 +127,12 @@ def count(
         print(as_line(record))
         return
     columns = ("dense", "effective", "executed", "graded", "binary", "weight_bytes")
-    table = Table("matrix", *columns, title=f"operations of {counts.steps} steps ({observe.NOTE})")
+    title = f"operations of {counts.steps} steps of the {part} part of {text} ({observe.NOTE})"
+    table = Table("matrix", *(column.replace("_", " ") for column in columns), title=title)
     for name, row in {**counts.matrices, "total": counts.total}.items():
         table.add_row(name, *(f"{getattr(row, column):,}" for column in columns))
-    Console().print(table)
+    # Better wider than the terminal than figures that are cut off.
+    Console(width=max(COUNT_WIDTH, Console().width)).print(table)
     print(
         f"element-wise {sum(counts.gate_ops):,}, state bytes {sum(counts.state_bytes):,}, "
         f"dense / effective {counts.reduction:.1f}"
@@ -162,7 +167,9 @@ def info(
 def convert_command(
     source: Annotated[Path, typer.Argument(help="Model file, or an .npz with one layer in EvNN's packing.")],
     out: Out,
-    to: Annotated[str, typer.Option(help=f"Weight format: {', '.join(FORMATS)}.")] = "dense",
+    to: Annotated[
+        str | None, typer.Option(help=f"Weight format: {', '.join(FORMATS)}. [as it is, or what --block or --nm say]")
+    ] = None,
     block: Annotated[str | None, typer.Option("--block", metavar="RxC", help="Block of the block format.")] = None,
     nm: Annotated[
         str | None, typer.Option("--nm", metavar="N:M[:AXIS]", help="Kept of each group, along post (default) or pre.")
@@ -176,8 +183,11 @@ def convert_command(
     writable_file(out, force)
     network = Network((io.from_evnn(_arrays(source)),)) if source.suffix == ".npz" else io.load(source)
     tied = network.readout is not None and network.readout.tied
+    to = to or ("block" if block else "nm" if nm else None)
     changed = {
         name: convert(weights, to, block=r_c, nm=n_m, storage=storage)
+        if to
+        else weights.stored_as(storage or weights.storage)
         for name, weights in network.matrices().items()
         if not (tied and name == "readout")
     }
@@ -186,7 +196,7 @@ def convert_command(
     show(
         f"wrote {out}",
         {
-            "format": to,
+            "format": ", ".join(sorted({w.name for w in changed.values()})),
             "storage": ", ".join(sorted({w.storage for w in changed.values()})),
             "bytes": out.stat().st_size,
             "weights": sum(w.nnz for w in changed.values()),
@@ -205,7 +215,10 @@ def _encoded(network: Network, text: str, part: str) -> np.ndarray:
     if part not in ("train", "valid", "test"):
         raise ValueError(f"part: got {part!r}, need train, valid or test")
     if "vocabulary" not in network.metadata:
-        raise ValueError("model: has no vocabulary, so it cannot read text; train it with eventrnn train")
+        raise ValueError(
+            "model: has no vocabulary, so it cannot read text: it was not trained by eventrnn train; "
+            "in Python, eventrnn.count(network, run) counts a run on any input"
+        )
     vocabulary = Vocabulary.from_json(network.metadata["vocabulary"])
     if text == "builtin":
         corpus = python_documentation()
