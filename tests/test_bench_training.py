@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -42,7 +41,7 @@ def test_figures_are_of_the_window_that_was_timed(changes):
     rows = 96 * 3 * 96 * 8
     assert result["dense_per_iteration"] == rows * (12 * 5 + 11)
     if changes.get("sparsity"):
-        assert np.isclose(result["sparsity"], 0.8, atol=0.01)
+        assert 0.79 <= result["sparsity"] <= 0.81
         assert result["executed_per_iteration"] < 0.3 * result["dense_per_iteration"]
 
 

@@ -24,8 +24,8 @@ from eventrnn.training.memory import Arena
 from eventrnn.training.sweeps import DENSE, PIECES
 
 F32 = np.float32
-# Shares of events, times the share of weights that are stored, from which BLAS is faster (1350 units, 20 and 80
-# samples): of weight gradients and input drives, and of gradients of what was sent.
+# Shares of events (and of open pairs), times the share of weights that are stored, up to which products do not go
+# through BLAS. From components of a prototype at 1350 units, 20 and 80 samples; not measured on these kernels.
 EVENTS_UP_TO, PATHS_UP_TO = 0.35, 0.4
 # What kernels may read past the last row.
 SPARE = 2 * STRIP
