@@ -92,7 +92,8 @@ def adding(hidden: int, steps: int, length: int) -> Trainer:
 
 
 def digits(hidden: int, steps: int) -> tuple[Trainer, tuple[np.ndarray, np.ndarray]]:
-    """Rows of 8 pixels, 8 steps; 1,149 images to train on, 288 to validate, 360 to test."""
+    """Rows of 8 pixels, 8 steps; 1,149 images to train on, 288 to validate, 360 to test. The activity
+    cost is the best of 0.2, 0.3 and 0.5 by the validation loss."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -106,7 +107,7 @@ def digits(hidden: int, steps: int) -> tuple[Trainer, tuple[np.ndarray, np.ndarr
         [hidden], inputs=8, readout=10, threshold=0.3, cell=cell, rng=np.random.default_rng(1)
     )  # fmt: skip
     settings = Settings(
-        steps=steps, batch=64, learning_rate=5e-3, weight_decay=0.01, validate_every=100, activity_cost=0.5,
+        steps=steps, batch=64, learning_rate=5e-3, weight_decay=0.01, validate_every=100, activity_cost=0.3,
         regularisers=Regularisers(dropout_input=0.1, dropout_top=0.3),
     )  # fmt: skip
     task = Classification(images[train], labels[train], (images[valid], labels[valid]), read="mean")
@@ -116,7 +117,7 @@ def digits(hidden: int, steps: int) -> tuple[Trainer, tuple[np.ndarray, np.ndarr
 def main(
     task: Annotated[str, typer.Argument(help="adding or digits.")],
     hidden: Annotated[int, typer.Option(help="Units. [64, digits 128]")] = 0,
-    steps: Annotated[int, typer.Option(help="Updates. [3000, digits 1500]")] = 0,
+    steps: Annotated[int, typer.Option(help="Updates.")] = 3000,
     length: Annotated[int, typer.Option(help="Steps of a sequence to add.")] = 200,
     runs: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),
     results: Annotated[Path, typer.Option(help="Lines to append to.")] = RESULTS,
@@ -124,7 +125,7 @@ def main(
     """Train, test, write a line."""
     if task not in ("adding", "digits"):
         raise SystemExit(f"task: got {task!r}, need adding or digits")
-    units, steps = hidden or (64 if task == "adding" else 128), steps or (3000 if task == "adding" else 1500)
+    units = hidden or (64 if task == "adding" else 128)
     version = commit()
     trainer, test = (adding(units, steps, length), None) if task == "adding" else digits(units, steps)
     folder = runs / f"{task}-{units}-{steps}" if task == "digits" else runs / f"{task}-{units}-{steps}-{length}"
