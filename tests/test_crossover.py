@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from test_backends import assert_same, cases
 
 from eventrnn import crossover as maps
+from eventrnn.bench import contest, crossing
 from eventrnn.cpu import CpuEngine
 from eventrnn.crossover import ACTIVITY, AutoBackend, Crossover, Forced, MeasuredChoice
 from eventrnn.network import Network, Simulator, simulate
@@ -136,3 +137,19 @@ def test_measuring_fills_the_grid(monkeypatch):
         rows = maps.ROWS if key.partition("/")[0] in maps.SHARING else maps.EACH_ROWS
         assert np.shape(table) == (len(rows), len(ACTIVITY)), key
         assert (np.array(table) > 0).all()
+
+
+def test_verify_times_what_auto_takes_beside_the_other_ways(monkeypatch):
+    monkeypatch.setattr(crossing, "WEIGHTS", ({"format": "dense", "sparsity": 0.0}, {"format": "csr", "sparsity": 0.5}))
+    monkeypatch.setattr(crossing, "BATCHES", (1, 20))
+    monkeypatch.setattr(crossing, "ACTIVITIES", (0.1, 1.0))
+    monkeypatch.setattr(contest, "SETTLE_SECONDS", 0.0)
+    seen = []
+    lines = list(crossing.verify(invented_map(), 32, 3, lambda done, total, what: seen.append((done, total)), seed=3))
+    assert len(lines) == 8 and seen == [(k, 8) for k in range(9)]
+    assert {line["format"] for line in lines} == {"dense", "csr"}
+    for line in lines:
+        times = line["microseconds"]
+        assert {line["picked"], line["picked_inexact"], "blas"} <= set(times)
+        assert times[line["picked"]] > 0 and 0 < line["exact_ratio"] <= 1 and 0 < line["inexact_ratio"] <= 1
+    assert len({line["picked"] for line in lines}) > 1, "the invented map has more than one best way"

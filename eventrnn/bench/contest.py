@@ -7,8 +7,9 @@ benchmark is wrong, and is an error.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from eventrnn.weights import Weights
 
 SETTLE_SECONDS = 0.05
 Run = Callable[[], object]
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,9 @@ class Contest:
     compile_seconds: float
 
 
-def interleaved(contestants: dict[str, Run], repeats: int) -> dict[str, list[float]]:
+def interleaved(contestants: dict[Name, Run], repeats: int) -> dict[Name, list[float]]:
     """Seconds of every contestant, in turn, `repeats` times; each timed run follows an unmeasured one of the same."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    seconds: dict[Name, list[float]] = {name: [] for name in contestants}
     for _ in range(repeats):
         for name, run in contestants.items():
             # Worker threads of BLAS and OpenMP go on spinning for a while after their work, on our cores.

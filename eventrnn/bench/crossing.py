@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import product as pairs
 from typing import Any
 
@@ -24,8 +24,12 @@ WEIGHTS = (
     {"format": "block", "block": (1, 16), "sparsity": 0.5},
     {"format": "block", "block": (1, 64), "sparsity": 0.9},
 )
-# Terms of a timed run, at least; a few milliseconds of the fastest way.
-RUN_TERMS = 2e7
+# A timed run of the fastest way takes about so long; a way so many times slower in a first short run is out.
+RUN_SECONDS, OUT, FIRST_STEPS, MOST_STEPS = 5e-3, 3.0, 4, 4096
+
+# A pick, and the share of active units from which all are walked; NEVER is above every share.
+Way = tuple[str, float]
+NEVER = 2.0
 
 Report = Callable[[int, int, str], None]
 
@@ -33,51 +37,78 @@ Report = Callable[[int, int, str], None]
 def verify(crossover: Crossover, hidden: int, repeats: int, report: Report, seed: int = 0) -> Iterator[dict]:
     """A line for each weights x batch x activity: microseconds of a product by way, what "auto" picks, and its share of
     the best way's speed, exact and not. Each way is timed `repeats` times, in turn; medians. Some minutes.
+
+    Where "auto" takes one of the ways as it is, that way's time is its own: the same code on the same tables.
     """
     rng, plans, weights = np.random.default_rng(seed), {}, None
     total = len(WEIGHTS) * len(BATCHES) * len(ACTIVITIES)
     with limited(1):
         for done, (case, batch, activity) in enumerate(pairs(WEIGHTS, BATCHES, ACTIVITIES)):
-            report(done, total, f"{case['format']} {case['sparsity']:.0%}, batch {batch}, {activity:.0%} active")
+            asked = case | {"batch": batch, "activity": activity, "hidden": hidden}
+            report(done, total, named(asked))
             if activity == ACTIVITIES[0] and batch == BATCHES[0]:
                 weights, plans = _weights(case, hidden, rng), {}
             assert weights is not None
-            terms = batch * activity * weights.stored
-            events = random_events(max(1, int(RUN_TERMS // terms)), batch, hidden, activity, rng)
-            yield _line(crossover, weights, events, activity, repeats, plans) | case | {
-                "batch": batch, "activity": activity, "hidden": hidden,
-            }  # fmt: skip
+            yield _line(crossover, weights, batch, activity, repeats, plans, rng) | asked
         report(total, total, "done")
 
 
-def _line(crossover: Crossover, weights: Weights, events, activity: float, repeats: int, plans: dict) -> dict:
-    batch, dense = events.shape[1], isinstance(weights, Dense)
-    ways: dict[str, tuple[str, float]] = {
-        AS_STORED: (AS_STORED, 2.0),
-        "panels": (TILES if dense else DENSE_TILES, 2.0),
-        "every": (TILES if dense else DENSE_TILES, 0.0),
-        "blas": (BLAS_PRODUCT, 2.0),
-    }
-    if not dense:
-        ways[DENSE] = (DENSE, 2.0)
-    choices: dict[str, Choice] = {name: Forced(*way) for name, way in ways.items()}
-    choices |= {"auto": MeasuredChoice(crossover, False), "auto inexact": MeasuredChoice(crossover, True)}
-    runs, picked = {}, {}
-    for name, choice in choices.items():
-        pick, every_from = choice.pick(weights, batch, activity), choice.every_from(batch)
-        key = pick, every_from, choice.may_blas
-        each = Product(weights, events, choice=choice, plan=plans.get(key))
-        plans[key], runs[name], picked[name] = each.plan, each.run, pick
-    steps = events.shape[0]
-    times = {name: float(np.median(s)) / steps for name, s in interleaved(runs, repeats).items()}
-    exact = min(times[name] for name in ways if name != "blas")
+def named(line: dict) -> str:
+    """A case in words."""
+    return f"{line['format']} {line['sparsity']:.0%}, batch {line['batch']}, {line['activity']:.0%} active"
+
+
+def _line(
+    crossover: Crossover, weights: Weights, batch: int, activity: float, repeats: int, plans: dict,
+    rng: np.random.Generator,
+) -> dict:  # fmt: skip
+    def runs(steps: int, ways: Iterable[Way]) -> dict[Way, Callable[[], object]]:
+        events, found = random_events(steps, batch, weights.shape[0], activity, rng), {}
+        for way in ways:
+            product = Product(weights, events, choice=Forced(*way), plan=plans.get(way))
+            plans[way], found[way] = product.plan, product.run
+        return found
+
+    exact = [(AS_STORED, NEVER), *_tiles(weights)]
+    auto = _taken(MeasuredChoice(crossover, False), weights, batch, activity)
+    inexact = _taken(MeasuredChoice(crossover, True), weights, batch, activity)
+    first = _seconds(runs(FIRST_STEPS, {*exact, (BLAS_PRODUCT, NEVER), auto, inexact}), 3, FIRST_STEPS)
+    fastest, fastest_exact = min(first.values()), min(first[way] for way in exact)
+    steps = int(min(max(RUN_SECONDS / fastest, 1), MOST_STEPS))
+    left = {way for way in first if first[way] < OUT * (fastest_exact if way in exact else fastest)} | {auto, inexact}
+    times = _seconds(runs(steps, sorted(left)), repeats, steps)
+    best = min(times[way] for way in times if way[0] != BLAS_PRODUCT)
     return {
-        "microseconds": {name: 1e6 * seconds for name, seconds in times.items()},
-        "picked": picked["auto"],
-        "picked_inexact": picked["auto inexact"],
-        "exact_ratio": exact / times["auto"],
-        "inexact_ratio": min(exact, times["blas"]) / times["auto inexact"],
+        "microseconds": {_words(way): 1e6 * seconds for way, seconds in (first | times).items()},
+        "picked": _words(auto),
+        "picked_inexact": _words(inexact),
+        "exact_ratio": best / times[auto],
+        "inexact_ratio": min(times.values()) / times[inexact],
     }
+
+
+def _tiles(weights: Weights) -> list[Way]:
+    """The exact ways beside the stored one."""
+    if isinstance(weights, Dense):
+        return [(TILES, NEVER), (TILES, 0.0)]
+    return [(DENSE, NEVER), (DENSE_TILES, NEVER), (DENSE_TILES, 0.0)]
+
+
+def _taken(choice: Choice, weights: Weights, batch: int, activity: float) -> Way:
+    """What a choice comes to; where tiles are not taken, or no share ever reached, the share says nothing."""
+    pick = choice.pick(weights, batch, activity)
+    return pick, choice.every_from(batch) if pick in (TILES, DENSE_TILES) else NEVER
+
+
+def _words(way: Way) -> str:
+    pick, every_from = way
+    if pick not in (TILES, DENSE_TILES):
+        return pick
+    return f"{pick}, every" if every_from == 0 else f"{pick}, panels" if every_from == NEVER else pick
+
+
+def _seconds(runs: dict[Way, Callable[[], object]], repeats: int, steps: int) -> dict[Way, float]:
+    return {way: float(np.median(seconds)) / steps for way, seconds in interleaved(runs, repeats).items()}
 
 
 def picks(crossover: Crossover, hidden: int, seed: int = 0) -> list[dict]:

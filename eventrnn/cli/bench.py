@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -126,7 +127,12 @@ def crossover(
     with progress() as report:
         measuring, verifying = _stage(report, "measuring"), _stage(report, "verifying")
         found = maps.save(maps.measure(measuring)) if measure else maps.load(measuring)
-        checked = list(crossing.verify(found, hidden, repeats, verifying, seed)) if verify else []
+        checked = []
+        for line in crossing.verify(found, hidden, repeats, verifying, seed) if verify else ():
+            checked.append(line)
+            ratios = f"exact {line['exact_ratio']:.2f} ({line['picked']})"
+            ratios += f", not exact {line['inexact_ratio']:.2f} ({line['picked_inexact']})"
+            print(f"{crossing.named(line)}: {ratios}", file=sys.stderr)
     picks = crossing.picks(found, hidden)
     if as_json:
         record = {"cache": str(maps.cache_path()), "times": found.times, "picks": picks, "verified": checked}
@@ -139,8 +145,11 @@ def crossover(
     if checked:
         worst = {kind: min(checked, key=lambda line: line[kind]) for kind in ("exact_ratio", "inexact_ratio")}
         for kind, line in worst.items():
-            where = f"{line['format']} {line['sparsity']:.0%}, batch {line['batch']}, {line['activity']:.0%} active"
-            print(f"{kind.replace('_', ' ')}: {line[kind]:.2f} of the best way at worst ({where})")
+            short = sum(each[kind] < 0.95 for each in checked)
+            print(
+                f"{kind.replace('_', ' ')}: {line[kind]:.2f} of the best way at worst ({crossing.named(line)}); "
+                f"{short} of {len(checked)} below 0.95"
+            )
     print(f"map: {maps.cache_path()}")
 
 
