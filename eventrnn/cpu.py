@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from threading import Event
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -250,6 +251,21 @@ class CpuBackend:
         return CpuEngine(network, threads)
 
 
+def _started(threads: int) -> ThreadPoolExecutor:
+    """A pool whose threads all run: a thread that could not be started in the midst of a run would leave the others
+    waiting at their barrier for ever."""
+    pool, go = ThreadPoolExecutor(threads), Event()
+    try:
+        for _ in range(threads):
+            pool.submit(go.wait)
+    except RuntimeError as error:
+        pool.shutdown(wait=False)
+        raise RuntimeError(f"threads: asked for {threads + 1}, but the system starts no more ({error})") from error
+    finally:
+        go.set()
+    return pool
+
+
 class CpuEngine:
     """A network packed for `run`; keeps its scratch between calls, so one engine serves one run at a time.
 
@@ -271,7 +287,7 @@ class CpuEngine:
         self.layout = Layout(network, threads)
         self.threshold = np.concatenate([layer.threshold for layer in network.layers])
         self.pitch, self.pieces = self.layout.pitch, self.layout.pitch // min(PIECES)
-        self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
+        self.pool = _started(threads - 1) if threads > 1 else None
         self.scratch_batch = 0
         # Of the input, then of each layer: events a unit and step. Until something is known, as published networks.
         self.activity = [USUAL_ACTIVITY] * (len(self.units) + 1)

@@ -42,7 +42,7 @@ ROWS, ROW_TILES, SCATTER, MASKED, BLOCKS, MANY_BLOCKS, BLAS = range(7)
 # Columns of a narrow window: 64 drives of them fit the L1 cache beside the weights that pass through.
 ROW_TILE = 64
 # From this share of active units on, every unit is walked, until a crossover map says otherwise.
-EVERY_FROM_SHARE = 0.3
+EVERY_FROM_SHARE = 0.5
 # Indices of single weights are 16-bit.
 WIDEST_SCATTER = 1 << 16
 # Blocks are cut into pieces of the widest of these that divides them.

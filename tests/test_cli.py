@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from eventrnn import Dense, Network, load, save
 from eventrnn.bench import contest
 from eventrnn.cli import main
+from eventrnn.cli.options import PARTS
 from eventrnn.text import Vocabulary
 
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 60
@@ -92,6 +93,8 @@ def test_train_prune_run_count_info_convert(cli, tmp_path, text):
         _json(cli("run", pruned, "--text", text, "--threads", 2, "--json"))["bits_per_symbol"]
         == read[0]["bits_per_symbol"]
     )
+    parts = {p: _json(cli("run", pruned, "--text", text, "--part", p, "--json"))["symbols"] for p in PARTS}
+    assert parts["all"] == parts["train"] + parts["valid"] + parts["test"] and min(parts.values()) > 0
     counted = _json(cli("count", pruned, "--text", text, "--json"))
     assert counted["audit_agrees"] and counted["total"]["executed"] >= counted["total"]["effective"] > 0
     assert "block 32x96" in _json(cli("info", pruned, "--json"))["layers.0.w_rec"]
@@ -256,10 +259,10 @@ def test_bad_model_files(cli, tmp_path, model, text):
         (("prune", "{model}", "--out", "{new}", "--block", "1x999"), "larger than the matrix"),
         (("prune", "{model}", "--out", "{new}", "--block", "4by4"), "block"),
         (("prune", "{model}", "--out", "{model}"), "--force"),
-        (("run", "{model}", "--text", "{greek}"), "unknown symbol"),
+        (("run", "{model}", "--text", "{greek}"), "(part test of {greek})"),
         (("run", "{model}", "--text", "{text}", "--backend", "tpu"), "backend"),
         (("run", "{model}", "--text", "{text}", "--threads", "0"), "threads"),
-        (("run", "{model}", "--text", "{text}", "--part", "all"), "part"),
+        (("run", "{model}", "--text", "{text}", "--part", "dev"), "part"),
         (("convert", "{model}", "--out", "{new}", "--to", "block"), "block"),
         (("convert", "{model}", "--out", "{new}", "--to", "nm"), "nm: got None"),
         (("convert", "{model}", "--out", "{new}", "--to", "dense", "--nm", "2:4"), "nm: got (2, 4, 'post') for format"),
@@ -319,7 +322,7 @@ def test_bad_input_is_one_line_and_writes_nothing(cli, tmp_path, model, text, ar
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     code, out, err = cli(*(argument.format(**names) for argument in arguments))
     assert code == 2 and out == ""
-    assert err.startswith("eventrnn: error: ") and err.count("\n") == 1 and message in err
+    assert err.startswith("eventrnn: error: ") and err.count("\n") == 1 and message.format(**names) in err
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

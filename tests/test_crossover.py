@@ -132,7 +132,8 @@ def test_measuring_fills_the_grid(monkeypatch):
     monkeypatch.setattr(maps, "RUN_SECONDS", 1e-9)
     stages = []
     crossover = maps.measure(lambda done, total, what: stages.append((done, total, what)))
-    assert stages[-1][:2] == (len(crossover.times), len(crossover.times))
+    total = len(crossover.times) * maps.ROUNDS
+    assert [stage[:2] for stage in stages] == [(k, total) for k in range(total + 1)]
     for key, table in crossover.times.items():
         rows = maps.ROWS if key.partition("/")[0] in maps.SHARING else maps.EACH_ROWS
         assert np.shape(table) == (len(rows), len(ACTIVITY)), key

@@ -117,7 +117,7 @@ def crossover(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Where the ways of a product cross on this machine: measured once (half a minute), kept, looked up by "auto"."""
+    """Where the ways of a product cross on this machine: measured once (a minute), kept, looked up by "auto"."""
     for name, value, least in (("hidden", hidden, 16), ("repeats", repeats, 3)):
         if value < least:
             raise ValueError(f"{name}: got {value}, need a whole number >= {least}")

@@ -18,7 +18,8 @@ Model = Annotated[Path, typer.Argument(help="Model file.")]
 Text = Annotated[
     str, typer.Option("--text", help="'builtin' (Python's documentation), a text file, or a folder of text files.")
 ]
-Part = Annotated[str, typer.Option(help="Which part of the corpus: train, valid or test.")]
+PARTS = ("train", "valid", "test", "all")
+Part = Annotated[str, typer.Option(help=f"Which part of the text: {', '.join(PARTS)}.")]
 Backend = Annotated[str, typer.Option(help=f"One of {', '.join(BACKENDS)}.")]
 Threads = Annotated[int, typer.Option(help="Threads of the cpu backend.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]

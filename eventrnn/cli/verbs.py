@@ -14,6 +14,7 @@ from rich.table import Table
 
 from eventrnn import io
 from eventrnn.cli.options import (
+    PARTS,
     Backend,
     Block,
     Force,
@@ -210,10 +211,10 @@ def convert_command(
 
 def _encoded(network: Network, text: str, part: str) -> np.ndarray:
     """A part of a text in the model's own symbols."""
-    from eventrnn.text import Vocabulary, python_documentation, read_parts
+    from eventrnn.text import SPLITS, Vocabulary, python_documentation, read_parts
 
-    if part not in ("train", "valid", "test"):
-        raise ValueError(f"part: got {part!r}, need train, valid or test")
+    if part not in PARTS:
+        raise ValueError(f"part: got {part!r}, need one of {', '.join(PARTS)}")
     if "vocabulary" not in network.metadata:
         raise ValueError(
             "model: has no vocabulary, so it cannot read text: it was not trained by eventrnn train; "
@@ -222,8 +223,13 @@ def _encoded(network: Network, text: str, part: str) -> np.ndarray:
     vocabulary = Vocabulary.from_json(network.metadata["vocabulary"])
     if text == "builtin":
         corpus = python_documentation()
-        return vocabulary.encode(corpus.vocabulary.decode(getattr(corpus, part)))
-    return vocabulary.encode(read_parts(text)[part])
+        parts = {name: corpus.vocabulary.decode(getattr(corpus, name)) for name in SPLITS}
+    else:
+        parts = read_parts(text)
+    try:
+        return vocabulary.encode("".join(parts.values()) if part == "all" else parts[part])
+    except ValueError as error:
+        raise ValueError(f"{error} (part {part} of {text})") from None
 
 
 def _arrays(path: Path) -> Mapping[str, np.ndarray]:
