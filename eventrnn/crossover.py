@@ -22,6 +22,7 @@ import numpy as np
 
 from eventrnn.cpu import CpuEngine
 from eventrnn.events import Events
+from eventrnn.files import cache_folder
 from eventrnn.jit import source_digest
 from eventrnn.plan import AS_STORED, BLAS_PRODUCT, DENSE, DENSE_TILES, TILES, Choice
 from eventrnn.product import Product
@@ -245,10 +246,8 @@ def cache_path() -> Path:
     """Where this machine's map is kept: of this processor, these kernels. `EVENTRNN_CACHE` names another folder."""
     import platform
 
-    folder = os.environ.get("EVENTRNN_CACHE")
-    base = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eventrnn"
     machine = f"{platform.machine()} {platform.processor()} {_model()} {source_digest()}"
-    return base / f"crossover-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json"
+    return cache_folder() / f"crossover-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json"
 
 
 def _model() -> str:

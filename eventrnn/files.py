@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and survive a power cut once written."""
+"""Files that are written whole or not at all, and survive a power cut once written; and where caches lie."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import os
 import uuid
 from contextlib import suppress
 from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Where the package keeps what can be made again; `EVENTRNN_CACHE` names another folder. It need not exist."""
+    named = os.environ.get("EVENTRNN_CACHE")
+    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eventrnn"
 
 
 def write_whole(target: Path, raw: bytes, *, overwrite: bool = False, keep: Path | None = None) -> None:

@@ -76,7 +76,7 @@ class DataSettings:
 
     Attributes
     ----------
-    text        : "builtin" (Python's documentation), a text file, or a folder of text files (see `text.read_parts`)
+    text        : "builtin" (Python's documentation), a file, a folder of text files, "ptb" (see `text.read_parts`)
     kind        : symbols: "character" or "word"
     vocabulary  : keep that many words; 0 for all
     valid_batch : streams that the validation text is read as

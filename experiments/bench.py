@@ -11,7 +11,6 @@ stopped and taken up again. Needs torch, for some cases sparse_dot_mkl; a case t
 """
 
 import json
-import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from records import commit
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -26,7 +26,6 @@ from rich.table import Table
 from eventrnn import bench
 from eventrnn.terminal import as_line
 
-ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "cpu_inference.jsonl"
 
 # Better wider than the terminal than cells of one letter.
@@ -124,17 +123,6 @@ def grid() -> list[Row]:
         for sparsity in SPARSITIES
         for activity in ACTIVITIES
     ]
-
-
-def commit() -> str:
-    """The last commit that changed the package, with a mark where files differ from it: results may be committed."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
-
-    return git("log", "-1", "--format=%h", "--", "eventrnn") + (
-        "-changed" if git("status", "--porcelain", "eventrnn") else ""
-    )
 
 
 def measured(lines: Iterable[dict], at: str, device: str) -> list[dict]:

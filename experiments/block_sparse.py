@@ -4,10 +4,10 @@
     python experiments/block_sparse.py --text FOLDER --kind word --hidden 1350 --hidden 1350 --hidden 750 --larger 1.5
     python experiments/block_sparse.py --table
 
-A dense model is trained once and kept in --work. Every point goes on from it: `pruning` raises a threshold under the
-blocks, `lasso` adds the group lasso; both end at the same share of blocks, and train on to the end. Then, for each
-block and way, a network of --larger times the units is pruned to as many weights as the dense one has. A point that
-has its line for the same job and device is skipped.
+A dense model is trained once; it and all others are kept in --work. Every point goes on from it: `pruning` raises a
+threshold under the blocks, `lasso` adds the group lasso; both end at the same share of blocks, and train on to the
+end. Then, for each block and way, a network of --larger times the units is pruned to as many weights as the dense one
+has. A point that has its line for the same job and device is skipped.
 """
 
 from dataclasses import replace
@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from models import Job, figures
+from models import SECONDS, Job, figures, kept, side_by_side
 from records import Records
 from rich.console import Console
 from rich.table import Table
 
+from eventrnn.network import Network
 from eventrnn.pruning import Blocks, Combined, GroupLasso, Pruning, ThresholdPruning, after_training
 from eventrnn.terminal import progress
 
@@ -40,26 +41,43 @@ def schedule(way: str, block: tuple[int, int], sparsity: float, steps: int, stre
     return threshold if way == "pruning" else Combined(GroupLasso(strength, block, 0, end), threshold)
 
 
+def made(job: Job, work: Path, asked: dict, report=lambda *stage: None) -> tuple[Network, float]:
+    """The pruned network of a point, and the seconds of a training step; kept in the folder."""
+    wide = widened(job, asked)
+    dense, _ = wide.dense(work, asked["steps"], report)
+
+    def make() -> tuple[Network, float]:
+        if asked["way"] == "dense":
+            trained, _, seconds = wide.train(dense, asked["tuning"], report)
+            return trained, seconds
+        block = tuple(int(size) for size in asked["block"].split("x"))
+        sparsity = share(job, asked)
+        rule = schedule(asked["way"], block, sparsity, asked["tuning"], asked["strength"])
+        trained, masks, seconds = wide.train(dense, asked["tuning"], report, rule)
+        return after_training(trained, dense, masks, Blocks(sparsity, block)), seconds
+
+    name = "-".join(str(asked[key]) for key in KEY if key != "job")
+    return kept(work / f"{name}-{job.name()}.safetensors", make)
+
+
+def widened(job: Job, asked: dict) -> Job:
+    """The job of a network so many times larger."""
+    return replace(job, hidden=tuple(int(asked["larger"] * units) for units in job.hidden))
+
+
+def share(job: Job, asked: dict) -> float:
+    """Of the weights, what is pruned: as asked, or until a larger network has as many as the dense one."""
+    if asked["larger"] == 1:
+        return asked["sparsity"]
+    sizes = [sum(w.nnz for w in each.untrained().matrices().values()) for each in (job, widened(job, asked))]
+    return 1 - sizes[0] / sizes[1]
+
+
 def point(job: Job, work: Path, asked: dict, limit: int | None, report) -> dict:
-    """One line: the dense model of that size, pruned and trained on."""
-    block = tuple(int(size) for size in asked["block"].split("x"))
-    wide = replace(job, hidden=tuple(int(asked["larger"] * units) for units in job.hidden))
-    dense = wide.dense(work, asked["steps"], report)
-    sparsity = asked["sparsity"]
-    if asked["larger"] != 1:
-        sizes = [sum(w.nnz for w in net.matrices().values()) for net in (job.untrained(), dense)]
-        sparsity = 1 - sizes[0] / sizes[1]
-    rule = schedule(asked["way"], block, sparsity, asked["tuning"], asked["strength"])
-    trained, masks, seconds = wide.train(dense, asked["tuning"], report, rule)
-    pruned = after_training(trained, dense, masks, Blocks(sparsity, block))
-    return asked | {"share": sparsity, "train_seconds_per_step": seconds} | figures(pruned, wide, limit)
-
-
-def reference(job: Job, work: Path, asked: dict, limit: int | None, report) -> dict:
-    """The dense model, trained as long as the pruned ones are."""
-    dense = job.dense(work, asked["steps"], report)
-    trained, _, seconds = job.train(dense, asked["tuning"], report)
-    return asked | {"share": 0.0, "train_seconds_per_step": seconds} | figures(trained, job, limit)
+    """One line."""
+    network, seconds = made(job, work, asked, report)
+    line = asked | {"share": share(job, asked), SECONDS: seconds}
+    return line | figures(network, job, limit)
 
 
 def points(steps: int, tuning: int, strength: float, larger: float, job: Job) -> list[dict]:
@@ -79,7 +97,7 @@ def points(steps: int, tuning: int, strength: float, larger: float, job: Job) ->
 def show(records: Records, asked: list[dict]) -> Table:
     """A line a point: quality and cost beside the dense model's."""
     columns = ("way", "block", "pruned", "units", "perplexity", "weights", "file", "times smaller", "µs", "dense µs")
-    table = Table(*columns, title="on the test text; µs a step at batch 1")
+    table = Table(*columns, title=f"on the test text; µs a step at batch 1, {records.device}")
     dense = records.of(asked[0])
     for each in asked:
         line = records.of(each)
@@ -107,8 +125,9 @@ def main(
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     limit: Annotated[int | None, typer.Option(help="Read at most this much of the test text.")] = 20_000,
     only: Annotated[str, typer.Option(help="Points of this way or block only.")] = "",
-    work: Annotated[Path, typer.Option(help="Folder for dense models.")] = Path("eventrnn-blocks"),
-    table_only: Annotated[bool, typer.Option("--table", help="Measure nothing.")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Train so many points side by side, then measure.")] = 1,
+    work: Annotated[Path, typer.Option(help="Folder for models.")] = Path("eventrnn-blocks"),
+    table_only: Annotated[bool, typer.Option("--table", help="Measure nothing: the last device's lines.")] = False,
     results: Annotated[Path, typer.Option(help="Lines are appended here.")] = RESULTS,
 ) -> None:
     """Measure what is missing, then show everything asked for."""
@@ -116,14 +135,20 @@ def main(
     records, console = Records(results, KEY), Console(width=140)
     asked = points(steps, tuning, strength, larger, job)
     asked = [each for each in asked if only in ("", each["way"], each["block"]) or each["way"] == "dense"]
-    if not table_only:
+    if table_only:
+        records.as_last()
+    else:
+        missing = [each for each in asked if records.of(each) is None]
         with progress() as report:
+            if processes > 1:
+                wide = {each["larger"]: (Job.dense, widened(job, each), work, steps) for each in missing}
+                side_by_side(list(wide.values()), processes, report)
+                side_by_side([(made, job, work, each) for each in missing], processes, report)
             for done, each in enumerate(asked):
                 report("points", done, len(asked), f"{each['way']} {each['block']} {each['sparsity']:.0%}")
                 if records.of(each) is None:
-                    measure = reference if each["way"] == "dense" else point
                     try:
-                        records.add(measure(job, work, each, limit, report))
+                        records.add(point(job, work, each, limit, report))
                     except ValueError as error:
                         console.print(f"{each['way']} {each['block']} {each['sparsity']:.0%}: {error}")
     console.print(show(records, asked))

@@ -3,10 +3,13 @@
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 import eventrnn as er
 from eventrnn.bench import interleaved
@@ -17,6 +20,7 @@ from eventrnn.training import Settings, Trainer
 
 # Symbols of a timed run; a step of a small model takes microseconds.
 TIMED, REPEATS = 2000, 9
+SECONDS = "train_seconds_per_step"
 
 
 @dataclass(frozen=True)
@@ -71,15 +75,35 @@ class Job:
         seconds = timed_steps(trainer, steps, report)
         return trainer.model.network(), dict(trainer.model.masks), seconds
 
-    def dense(self, work: Path, steps: int, report: Callable) -> er.Network:
-        """The dense model after so many steps, trained once and kept in a folder."""
-        path = work / f"dense-{steps}-{self.name()}.safetensors"
-        if path.exists():
-            return er.load(path)
-        work.mkdir(parents=True, exist_ok=True)
-        network, _, _ = self.train(self.untrained(), steps, report)
-        er.save(network, path)
-        return network
+    def dense(self, work: Path, steps: int, report: Callable = lambda *stage: None) -> tuple[er.Network, float]:
+        """The dense model after so many steps, trained once and kept in a folder; seconds a step."""
+
+        def make() -> tuple[er.Network, float]:
+            network, _, seconds = self.train(self.untrained(), steps, report)
+            return network, seconds
+
+        return kept(work / f"dense-{steps}-{self.name()}.safetensors", make)
+
+
+def kept(path: Path, make: Callable[[], tuple[er.Network, float]]) -> tuple[er.Network, float]:
+    """The network of a file and the seconds of a training step; made, and kept there, where there is none."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        network, seconds = make()
+        er.save(replace(network, metadata=dict(network.metadata) | {SECONDS: str(seconds)}), path)
+    network = er.load(path)
+    return network, float(network.metadata[SECONDS])
+
+
+def side_by_side(tasks: list[tuple], processes: int, report: Callable) -> None:
+    """Call every task, (function, *arguments), so many at a time, each in a process of its own on one thread. What is
+    raised as ValueError is left for whoever calls it again; anything else ends everything."""
+    with ProcessPoolExecutor(processes, get_context("spawn"), threadpool_limits, (1,)) as pool:
+        futures = [pool.submit(*task) for task in tasks]
+        for done, future in enumerate(as_completed(futures)):
+            report("training side by side", done + 1, len(tasks), "")
+            if not isinstance(future.exception(), ValueError):
+                future.result()
 
 
 def timed_steps(trainer: Trainer, steps: int, report: Callable) -> float:

@@ -14,11 +14,12 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from models import Job, figures
+from models import SECONDS, Job, figures, kept, side_by_side
 from records import Records
 from rich.console import Console
 from rich.table import Table
 
+from eventrnn.network import Network
 from eventrnn.pruning import DynamicMasks, NofM, adaprune, after_training, prune_to
 from eventrnn.terminal import progress
 
@@ -32,41 +33,49 @@ SETTLED = 0.8
 CALIBRATION = (500, 8)
 
 
-def point(job: Job, work: Path, asked: dict, limit: int | None, report) -> dict:
-    """One line."""
-    steps = asked["steps"]
-    if asked["way"] == "dense":
-        trained, _, seconds = job.train(job.untrained(), steps, report)
-        return asked | {"train_seconds_per_step": seconds} | figures(trained, job, limit)
-    pattern = PATTERNS[asked["nm"]]
-    if asked["way"] == "dynamic":
+def made(job: Job, work: Path, asked: dict, report=lambda *stage: None) -> tuple[Network, float]:
+    """The network that was trained with dynamic masks, and the seconds of a training step; kept in the folder."""
+    pattern, steps = PATTERNS[asked["nm"]], asked["steps"]
+
+    def make() -> tuple[Network, float]:
         rule = DynamicMasks(pattern, 0, max(1, int(SETTLED * steps)), every=asked["every"])
         start = job.untrained()
         trained, masks, seconds = job.train(start, steps, report, rule)
-        made = after_training(trained, start, masks, pattern)
-        return asked | {"train_seconds_per_step": seconds} | figures(made, job, limit)
-    dense = job.dense(work, steps, report)
+        return after_training(trained, start, masks, pattern), seconds
+
+    name = f"{asked['way']}-{asked['nm'].replace(':', '_')}-{steps}-{asked['every']}-{job.name()}"
+    return kept(work / f"{name}.safetensors", make)
+
+
+def point(job: Job, work: Path, asked: dict, limit: int | None, report) -> dict:
+    """One line."""
+    if asked["way"] == "dynamic":
+        network, seconds = made(job, work, asked, report)
+        return asked | {SECONDS: seconds} | figures(network, job, limit)
+    dense, seconds = job.dense(work, asked["steps"], report)
+    if asked["way"] == "dense":
+        return asked | {SECONDS: seconds} | figures(dense, job, limit)
     streams, length = CALIBRATION[1], min(CALIBRATION[0], len(job.corpus.valid) // CALIBRATION[1])
     calibration = np.ascontiguousarray(job.corpus.valid[: streams * length].reshape(streams, length).T)
-    started = time.perf_counter()
+    pattern, started = PATTERNS[asked["nm"]], time.perf_counter()
     if asked["way"] == "adaprune":
-        made, fits = adaprune(dense, calibration, pattern)
+        converted, fits = adaprune(dense, calibration, pattern)
         errors = {name: [fit.masked, fit.refitted] for name, fit in fits.items()}
     else:
-        made, errors = prune_to(dense, pattern), None
+        converted, errors = prune_to(dense, pattern), None
     seconds = time.perf_counter() - started
-    return asked | {"convert_seconds": seconds, "errors": errors} | figures(made, job, limit)
+    return asked | {"convert_seconds": seconds, "errors": errors} | figures(converted, job, limit)
 
 
 def show(records: Records, asked: list[dict]) -> Table:
     """A line a point."""
     columns = ("way", "n:m", "perplexity", "bits", "activity", "file", "train ms", "convert s", "µs", "dense µs")
-    table = Table(*columns, title="on the test text; µs of an inference step at batch 1")
+    table = Table(*columns, title=f"on the test text; µs of an inference step at batch 1, {records.device}")
     for each in asked:
         line = records.of(each)
         if line is None:
             continue
-        train, convert = line.get("train_seconds_per_step"), line.get("convert_seconds")
+        train, convert = line.get(SECONDS), line.get("convert_seconds")
         table.add_row(
             *(line["way"], line["nm"], f"{line['perplexity']:.2f}", f"{line['bits']:.3f}", f"{line['activity']:.1%}"),
             f"{line['file_bytes']:,}",
@@ -87,8 +96,9 @@ def main(
     every: Annotated[int, typer.Option(help="Steps between two changes of dynamic masks.")] = 40,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     limit: Annotated[int | None, typer.Option(help="Read at most this much of the test text.")] = 20_000,
-    work: Annotated[Path, typer.Option(help="Folder for the dense model.")] = Path("eventrnn-nm"),
-    table_only: Annotated[bool, typer.Option("--table", help="Measure nothing.")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Train so many models side by side, then measure.")] = 1,
+    work: Annotated[Path, typer.Option(help="Folder for models.")] = Path("eventrnn-nm"),
+    table_only: Annotated[bool, typer.Option("--table", help="Measure nothing: the last device's lines.")] = False,
     results: Annotated[Path, typer.Option(help="Lines are appended here.")] = RESULTS,
 ) -> None:
     """Measure what is missing, then show everything asked for."""
@@ -97,8 +107,14 @@ def main(
     common = {"job": job.name(), "steps": steps, "every": every}
     asked = [common | {"way": "dense", "nm": ""}]
     asked += [common | {"way": way, "nm": nm} for way in WAYS for nm in PATTERNS]
-    if not table_only:
+    if table_only:
+        records.as_last()
+    else:
+        missing = [each for each in asked if records.of(each) is None]
         with progress() as report:
+            if processes > 1:
+                dynamic = [(made, job, work, each) for each in missing if each["way"] == "dynamic"]
+                side_by_side([(Job.dense, job, work, steps), *dynamic], processes, report)
             for done, each in enumerate(asked):
                 report("points", done, len(asked), f"{each['way']} {each['nm']}")
                 if records.of(each) is None:

@@ -19,9 +19,14 @@ class Records:
         self.lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def of(self, asked: dict) -> dict | None:
-        """The latest line of this device that was asked the same."""
+        """The latest line of this device that was asked the same, as far as `asked` says."""
         same = [line for line in self.lines if line["device"] == self.device and self._same(line, asked)]
         return same[-1] if same else None
+
+    def as_last(self) -> None:
+        """Stand for the device that was measured last, wherever this is."""
+        if self.lines:
+            self.device = self.lines[-1]["device"]
 
     def add(self, line: dict) -> dict:
         """Append a line, with the commit, the time, the machine and its versions."""
@@ -34,7 +39,7 @@ class Records:
         return whole
 
     def _same(self, line: dict, asked: dict) -> bool:
-        return all(line.get(name) == asked[name] for name in self.key)
+        return all(line.get(name) == asked[name] for name in self.key if name in asked)
 
 
 def commit() -> str:

@@ -6,16 +6,15 @@
 Each appends a line to results/sequences.jsonl. A run is kept in runs/ and goes on where it was stopped.
 """
 
-import subprocess
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
+from records import Records
 
-from eventrnn import Cell, Network, State, Surrogate, bench
+from eventrnn import Cell, Network, State, Surrogate
 from eventrnn.terminal import as_line, progress
 from eventrnn.training import (
     Batch,
@@ -31,7 +30,6 @@ from eventrnn.training import (
     squared_error,
 )
 
-ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "sequences.jsonl"
 
 
@@ -126,7 +124,6 @@ def main(
     if task not in ("adding", "digits"):
         raise SystemExit(f"task: got {task!r}, need adding or digits")
     units = hidden or (64 if task == "adding" else 128)
-    version = commit()
     trainer, test = (adding(units, steps, length), None) if task == "adding" else digits(units, steps)
     folder = runs / f"{task}-{units}-{steps}" if task == "digits" else runs / f"{task}-{units}-{steps}-{length}"
     with progress() as bar:
@@ -144,20 +141,12 @@ def main(
         "support": lines[-1]["support"],
         "curve": [[each["step"], each["validation"]["loss"], each["validation"]["activity"]]
                   for each in lines if each["validation"]],
-        "commit": version, "time": datetime.now(UTC).isoformat(timespec="seconds"), "device": bench.device(),
     }  # fmt: skip
     if task == "adding":
         # The sum of two numbers from [0, 1) has variance 1/6: the error of saying 1 whatever is read.
         line |= {"length": length, "share_of_blind_error": figures["loss"] * 6}
-    results.parent.mkdir(parents=True, exist_ok=True)
-    with open(results, "a", encoding="utf-8") as file:
-        file.write(as_line(line) + "\n")
+    Records(results, ()).add(line)
     print(as_line({key: value for key, value in line.items() if key != "curve"}))
-
-
-def commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
 
 
 if __name__ == "__main__":

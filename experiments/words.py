@@ -8,16 +8,14 @@ sends its cell at every step, nothing is subtracted; the same parameters but for
 activity cost, which would only shrink it. A run is kept in runs/ and goes on where it was stopped.
 """
 
-import json
-import subprocess
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
+from records import Records
 
-from eventrnn import Network, bench, plots
+from eventrnn import Network, plots
 from eventrnn.terminal import as_line, progress
 from eventrnn.text import from_path
 from eventrnn.training import (
@@ -32,7 +30,6 @@ from eventrnn.training import (
     run,
 )
 
-ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "words.jsonl"
 FIGURE = Path(__file__).parent / "figures" / "words.png"
 
@@ -53,12 +50,6 @@ def settings(model: str, epochs: int) -> Settings:
     )
 
 
-def commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    return found.stdout.strip()
-
-
 def main(
     folder: Annotated[Path, typer.Argument(help="The texts.")],
     model: Annotated[list[str] | None, typer.Option(help="egru or gru; repeat for both. [both]")] = None,
@@ -68,7 +59,7 @@ def main(
     results: Annotated[Path, typer.Option(help="Lines to append to.")] = RESULTS,
 ) -> None:
     """Train, validate, test, write a line each."""
-    corpus, version = from_path(folder, kind="word"), commit()
+    corpus, records = from_path(folder, kind="word"), Records(results, ())
     symbols = len(corpus.vocabulary)
     for name in model or ["egru", "gru"]:
         if name not in ("egru", "gru"):
@@ -97,18 +88,15 @@ def main(
             "parameters": sum(p.size for p in engine.parameters.values()),
             "curve": [[each["step"], each["validation"]["perplexity"], each["validation"]["activity"]]
                       for each in lines if each["validation"]],
-            "commit": version, "time": datetime.now(UTC).isoformat(timespec="seconds"), "device": bench.device(),
         }  # fmt: skip
-        results.parent.mkdir(parents=True, exist_ok=True)
-        with open(results, "a", encoding="utf-8") as file:
-            file.write(as_line(line) + "\n")
+        records.add(line)
         plots.learning_curves(
-            {each["model"]: each["curve"] for each in map(json.loads, results.read_text().splitlines())
+            {each["model"]: each["curve"] for each in records.lines
              if (each["hidden"], each["epochs"]) == (hidden, epochs)},
             title=f"{hidden} units, {epochs} epochs of {len(corpus.train):,} words",
             path=runs / "words.png" if results != RESULTS else FIGURE,
         )  # fmt: skip
-        print(json.dumps({key: value for key, value in line.items() if key != "curve"}))
+        print(as_line({key: value for key, value in line.items() if key != "curve"}))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The scripts in experiments/: cases are possible, nothing is measured twice, figures come from lines alone."""
 
-import importlib.util
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -14,11 +14,11 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
 
 def script(name, monkeypatch):
-    spec = importlib.util.spec_from_file_location(f"experiments_{name}", EXPERIMENTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    """A script as a fresh module, which can import its neighbours."""
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    for each in (name, "records", "models"):
+        monkeypatch.delitem(sys.modules, each, raising=False)
+    return importlib.import_module(name)
 
 
 def line(case, **changes):
@@ -117,7 +117,7 @@ def test_only_the_grid_fills_the_map(timing, tmp_path):
 
 
 def test_commit_is_of_the_package_not_of_the_results(monkeypatch):
-    module, calls = script("bench", monkeypatch), []
+    module, calls = script("records", monkeypatch), []
 
     class Done:
         stdout = "abc1234\n"
@@ -168,30 +168,21 @@ def test_lines_of_another_device_or_question_do_not_count(monkeypatch, tmp_path)
     assert again.of(asked) == line and again.of(asked | {"share": 0.6}) is None
     again.device = "another machine"
     assert again.of(asked) is None
-
-
-@pytest.fixture
-def pruning_scripts(monkeypatch):
-    """The experiments on pruning, which import their neighbours."""
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    for name in ("records", "models"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield lambda name: script(name, monkeypatch)
-    for name in ("records", "models"):
-        sys.modules.pop(name, None)
+    again.as_last()
+    assert again.of(asked) == line
 
 
 SMALL = ("--hidden", 32, "--embedding", 32, "--steps", 6, "--limit", 60)
 
 
-def test_every_point_of_the_pruning_experiments_can_be_measured_and_is_kept(pruning_scripts, monkeypatch, tmp_path):
+def test_every_point_of_the_pruning_experiments_can_be_measured_and_is_kept(monkeypatch, tmp_path):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
     common = (*SMALL, "--text", tmp_path / "text.txt", "--work", tmp_path / "work")
     for name, options, points in (
         ("nm_masks", ("--every", 2), 10),
-        ("block_sparse", ("--tuning", 8, "--only", "1x16"), 1 + 4 * 2 + 2),
+        ("block_sparse", ("--tuning", 8, "--only", "1x16", "--processes", 2), 1 + 4 * 2 + 2),
     ):
-        module, path = pruning_scripts(name), tmp_path / f"{name}.jsonl"
+        module, path = script(name, monkeypatch), tmp_path / f"{name}.jsonl"
         run = [str(each) for each in (*common, *options, "--results", path)]
         outcome = CliRunner().invoke(module_app(module), run)
         assert outcome.exit_code == 0, outcome.output
@@ -209,6 +200,24 @@ def test_every_point_of_the_pruning_experiments_can_be_measured_and_is_kept(prun
         assert len(path.read_text().splitlines()) == points
 
 
+def test_every_training_case_gets_one_line_a_commit(monkeypatch, tmp_path):
+    module, asked, path = script("bench_training", monkeypatch), [], tmp_path / "lines.jsonl"
+    each = {"ms_per_iteration": 10.0, "speedup": 2.0}
+
+    def training(*, batch, sparsity, threads, against, repeats):
+        asked.append(bench.TrainingCase(batch=batch, sparsity=sparsity, threads=threads, against=against))
+        line = {"batch": batch, "sparsity_asked": sparsity, "threads": threads, "repeats": repeats, "open": 0.1}
+        work = {"ms_per_iteration": 5.0, "executed_per_iteration": 1e6, "dense_per_iteration": 1e8}
+        return line | work | {"against_each": dict.fromkeys(against.split(","), each)}
+
+    monkeypatch.setattr(module.bench, "training", training)
+    run = lambda *more: CliRunner().invoke(module_app(module), ["--results", str(path), *more])  # noqa: E731
+    assert run().exit_code == 0 and len(asked) == len(module.CASES) == len(path.read_text().splitlines())
+    assert run().stdout.count("1.0% of dense") == len(module.CASES) and len(asked) == len(module.CASES)
+    assert run("--table").stdout.count("2.00") == 2 * len(module.CASES)
+    assert run("--again").exit_code == 0 and len(asked) == 2 * len(module.CASES)
+
+
 def test_adding_marks_one_number_a_half_and_a_run_appends_its_line(monkeypatch, tmp_path):
     module = script("sequences", monkeypatch)
     part = module.Adding(10).batch(3, 1, 50, 0)
@@ -216,7 +225,6 @@ def test_adding_marks_one_number_a_half_and_a_run_appends_its_line(monkeypatch, 
     assert (part.inputs[5:, :, 1].sum(axis=0) == 1).all()
     assert ((part.inputs[..., 0] * part.inputs[..., 1]).sum(axis=0)[:, None] == part.targets).all()
     assert (module.Adding(10).batch(3, 1, 50, 0).inputs == part.inputs).all()
-    monkeypatch.setattr(module, "commit", lambda: "abc1234")
     options = [
         "--hidden",
         "5",
@@ -242,7 +250,6 @@ def test_words_trains_events_and_their_dense_twin(monkeypatch, tmp_path):
     module = script("words", monkeypatch)
     for part in ("train", "valid", "test"):
         (tmp_path / f"{part}.txt").write_text("a b c d\nd c b a\n" * (200 if part == "train" else 5))
-    monkeypatch.setattr(module, "commit", lambda: "abc1234")
     options = ["--hidden", "6", "--epochs", "1", "--runs", tmp_path / "runs", "--results", tmp_path / "lines.jsonl"]
     result = CliRunner().invoke(module_app(module), [str(each) for each in (tmp_path, *options)])
     assert result.exit_code == 0, result.output

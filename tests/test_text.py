@@ -1,7 +1,11 @@
 """Vocabularies, corpora and the trigram baseline."""
 
+import hashlib
 import os
+import sys
+import threading
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tolerance import U64, gamma
 
+from eventrnn import text as text_module
 from eventrnn.text import (
     REPLACEMENT,
     UNKNOWN_WORD,
@@ -232,6 +237,52 @@ def test_a_split_folder_must_be_whole(tmp_path):
     (tmp_path / "ptb.valid.txt").write_text("a\n")
     (tmp_path / "old.test.txt").write_text("a\n")
     refused(tmp_path, "2 files named test")
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """A server of this machine with a corpus named `fox`, and what it was asked for."""
+    files = {"train": "a b c\n" * 9, "valid": "b c a\n" * 3, "test": "c a b\n" * 3}
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(files[self.path.split(".")[1]].encode())
+
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}/fox"
+    sums = {f"{address}.{part}.txt": hashlib.sha256(text.encode()).hexdigest() for part, text in files.items()}
+    monkeypatch.setitem(text_module.NAMED, "fox", sums)
+    monkeypatch.setenv("EVENTRNN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    yield files, asked
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_corpus_with_a_name_is_downloaded_once_and_held_against_its_checksum(served, monkeypatch):
+    pytest.importorskip("pooch", reason="downloads need pooch, the data extra")
+    files, asked = served
+    for _ in range(2):
+        assert read_parts("fox") == files and len(asked) == 3
+    address = next(iter(text_module.NAMED["fox"]))
+    monkeypatch.setitem(text_module.NAMED["fox"], address, "0" * 64)
+    refused("fox", "fox cannot be downloaded from http://127.0.0.1")
+    Path("fox").write_text("what lies here comes first\n" * 99)
+    assert read_parts("fox")["test"].startswith("what lies here")
+
+
+def test_without_pooch_a_corpus_with_a_name_is_refused(served, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pooch", None)
+    refused("fox", r"pip install 'eventrnn\[data\]', or give --text a folder that has it")
+    assert served[1] == []
 
 
 def test_a_corpus_needs_all_parts():

@@ -16,7 +16,7 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")
 Out = Annotated[Path, typer.Option("--out", "-o", help="Model file to write.")]
 Model = Annotated[Path, typer.Argument(help="Model file.")]
 Text = Annotated[
-    str, typer.Option("--text", help="'builtin' (Python's documentation), a text file, or a folder of text files.")
+    str, typer.Option("--text", help="'builtin' (Python's documentation), a text file, a folder of text files, or ptb.")
 ]
 PARTS = ("train", "valid", "test", "all")
 Part = Annotated[str, typer.Option(help=f"Which part of the text: {', '.join(PARTS)}.")]

@@ -17,7 +17,8 @@ RUN_FILES = ("config.toml", "log.jsonl", "checkpoint.safetensors")
 def train(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Model file to write.")] = None,
     text: Annotated[
-        str | None, typer.Option(help="'builtin' (Python's documentation), a text file, or a folder. [builtin]")
+        str | None,
+        typer.Option(help="'builtin' (Python's documentation), a file, a folder, or ptb. [builtin]"),
     ] = None,
     preset: Annotated[
         str, typer.Option(help="Recipe to start from: characters, egru-ptb, egru-wt2, awd-egru-small, awd-gru.")
@@ -53,9 +54,10 @@ def train(
     """Train a network to predict the next symbol of a text; stop with Ctrl-C, go on with --resume."""
     from eventrnn import recipe as recipes
     from eventrnn.config import parse_setting
+    from eventrnn.text import located
 
     flags = {
-        "data.text": text if text in (None, "builtin") else str(Path(text).absolute()),
+        "data.text": text if text in (None, "builtin") else str(located(text).absolute()),
         "data.kind": kind,
         "data.vocabulary": vocabulary,
         "model.hidden": hidden,

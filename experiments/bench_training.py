@@ -1,0 +1,80 @@
+"""Time a window forward and back beside PyTorch's, on the sizes that are asked for; append a line each to results/.
+
+    python experiments/bench_training.py
+    python experiments/bench_training.py --table
+
+A line holds what `eventrnn bench training --json` prints, with commit and time; a case with a line of this device and
+commit is skipped. Needs torch.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from records import Records, commit
+from rich.console import Console
+from rich.table import Table
+
+from eventrnn import bench
+from eventrnn.terminal import progress
+
+RESULTS = Path(__file__).parent / "results" / "cpu_training.jsonl"
+KEY = ("commit", "batch", "sparsity_asked", "threads")
+# Batch, share of blocks pruned, threads; times faster than nn.GRU and than this cell as a PyTorch loop, at least.
+CASES = (
+    (20, 0.0, 2, {"torch": 2.5, "torch-loop": 4}),
+    (80, 0.0, 2, {"torch": 3, "torch-loop": 7}),
+    (20, 0.9, 2, {"torch": 8}),
+    (80, 0.9, 2, {"torch": 8}),
+    (20, 0.0, 1, {}),
+    (80, 0.0, 1, {}),
+    (20, 0.9, 1, {}),
+    (80, 0.9, 1, {}),
+)
+
+
+def show(records: Records) -> Table:
+    """A line a case, of the last commit that measured it."""
+    columns = ("batch", "pruned", "threads", "open", "ms", "nn.GRU ms", "faster", "asked", "loop ms", "faster", "asked")
+    table = Table(*columns, "operations", title=f"1350 units, 70 steps, 10 % active, 10 % support: {records.device}")
+    for batch, sparsity, threads, asked in CASES:
+        line = records.of({"batch": batch, "sparsity_asked": sparsity, "threads": threads})
+        if line is None:
+            continue
+        cells = []
+        for rival in ("torch", "torch-loop"):
+            each = line["against_each"][rival]
+            cells += [f"{each['ms_per_iteration']:.0f}", f"{each['speedup']:.2f}", f"{asked.get(rival, '')}"]
+        head = (str(batch), f"{sparsity:.0%}", str(threads), f"{line['open']:.1%}", f"{line['ms_per_iteration']:.0f}")
+        share = line["executed_per_iteration"] / line["dense_per_iteration"]
+        table.add_row(*head, *cells, f"{line['executed_per_iteration']:.3g} ({share:.1%} of dense)")
+    return table
+
+
+def main(
+    repeats: Annotated[int, typer.Option(help="Interleaved rounds; medians count.")] = 7,
+    again: Annotated[bool, typer.Option("--again", help="Measure anew what has a line.")] = False,
+    table_only: Annotated[bool, typer.Option("--table", help="Measure nothing: the last device's lines.")] = False,
+    results: Annotated[Path, typer.Option(help="Lines are appended here.")] = RESULTS,
+) -> None:
+    """Measure what is missing, then show everything."""
+    records, at = Records(results, KEY), commit()
+    if table_only:
+        records.as_last()
+    else:
+        with progress() as report:
+            for done, (batch, sparsity, threads, _) in enumerate(CASES):
+                report("cases", done, len(CASES), f"batch {batch}, {sparsity:.0%} pruned, {threads} threads")
+                asked = {"commit": at, "batch": batch, "sparsity_asked": sparsity, "threads": threads}
+                if again or records.of(asked) is None:
+                    records.add(
+                        bench.training(
+                            batch=batch, sparsity=sparsity, threads=threads, against="torch,torch-loop", repeats=repeats
+                        )
+                    )
+    console = Console(width=150)
+    console.print(show(records))
+
+
+if __name__ == "__main__":
+    typer.run(main)
