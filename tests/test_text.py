@@ -271,12 +271,12 @@ def test_a_corpus_with_a_name_is_downloaded_once_and_held_against_its_checksum(s
     pytest.importorskip("pooch", reason="downloads need pooch, the data extra")
     files, asked = served
     for _ in range(2):
-        assert read_parts("fox") == files and len(asked) == 3
+        assert text_module.read_parts("fox") == files and len(asked) == 3
     address = next(iter(text_module.NAMED["fox"]))
     monkeypatch.setitem(text_module.NAMED["fox"], address, "0" * 64)
     refused("fox", "fox cannot be downloaded from http://127.0.0.1")
     Path("fox").write_text("what lies here comes first\n" * 99)
-    assert read_parts("fox")["test"].startswith("what lies here")
+    assert text_module.read_parts("fox")["test"].startswith("what lies here")
 
 
 def test_without_pooch_a_corpus_with_a_name_is_refused(served, monkeypatch):
