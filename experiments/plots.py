@@ -2,7 +2,7 @@
 
     python experiments/plots.py
 
-The latest commit of the latest device that has the lines counts. speedup.png needs `bench.py --grid`.
+Of each case the last line of the device that was measured last counts. speedup.png needs `bench.py --grid`.
 """
 
 import json
@@ -21,9 +21,13 @@ PLAIN = {"against": "torch", "hidden": 1350, "layers": 1, "variant": "evnn", "th
 
 
 def latest(lines: list[dict]) -> list[dict]:
-    """The lines measured on the device and at the commit of the last one; of each case the last."""
-    same = [line for line in lines if line["device"] == lines[-1]["device"] and line["commit"] == lines[-1]["commit"]]
-    return list({case_of(line): line for line in same}.values())
+    """The lines measured on the device of the last one; of each case the last."""
+    return list({case_of(line): line for line in lines if line["device"] == lines[-1]["device"]}.values())
+
+
+def commits(lines: list[dict]) -> str:
+    """Which versions were measured, in the order of the lines."""
+    return ", ".join(dict.fromkeys(line["commit"] for line in lines))
 
 
 def case_of(line: dict) -> str:
@@ -35,17 +39,18 @@ def case_of(line: dict) -> str:
     return json.dumps([line[key] for key in keys])
 
 
+def is_plain(line: dict) -> bool:
+    """Whether the case has its place on the map: a plain layer, dense or in blocks of 1x64."""
+    weights = (line["format"], line["block"], line["sparsity_asked"] > 0)
+    return all(line[k] == v for k, v in PLAIN.items()) and weights in (("dense", None, False), ("block", "1x64", True))
+
+
 def map_cells(lines: list[dict]) -> dict[str, dict[tuple[float, float], float]]:
-    """Speed-ups by batch, activity and sparsity, of plain layers: dense, or blocks of 1x64."""
+    """Speed-ups by batch, activity and sparsity, of plain layers."""
     panels: dict[str, dict[tuple[float, float], float]] = {}
-    for line in sorted(lines, key=lambda line: line["batch"]):
-        weights = (line["format"], line["block"], line["sparsity_asked"] > 0)
-        if all(line[k] == v for k, v in PLAIN.items()) and weights in (
-            ("dense", None, False),
-            ("block", "1x64", True),
-        ):
-            panel = panels.setdefault(f"batch {line['batch']}", {})
-            panel[line["activity_asked"], line["sparsity_asked"]] = line["speedup"]
+    for line in sorted(filter(is_plain, lines), key=lambda line: line["batch"]):
+        panel = panels.setdefault(f"batch {line['batch']}", {})
+        panel[line["activity_asked"], line["sparsity_asked"]] = line["speedup"]
     return {name: panel for name, panel in panels.items() if len(panel) > 3}
 
 
@@ -88,9 +93,9 @@ def main(
         raise SystemExit(f"results: {results} has no lines of this version of bench.py; run it first")
     lines = latest(lines)
     figures.mkdir(parents=True, exist_ok=True)
-    where = f"1350 units, 1 thread, {lines[-1]['device']}, {lines[-1]['commit']}"
     panels = map_cells(lines)
     if panels:
+        where = f"1350 units, 1 thread, {lines[-1]['device']}, {commits([line for line in lines if is_plain(line)])}"
         plots.speedup_map(panels, title=f"Times faster than torch.nn.GRU: {where}", path=figures / "speedup.png")
         print(f"wrote {figures / 'speedup.png'}: {', '.join(f'{k}, {len(v)} cells' for k, v in panels.items())}")
     else:
