@@ -59,6 +59,8 @@ LARGE_PAGE = 1 << 21
 #: how a window's weights are stored
 FLOAT32, BFLOAT16, INT8 = range(3)
 ITEMSIZE = (4, 2, 1)
+# Floats after the last weight, which vectors may read.
+PADDING = 4 * LANES
 _CODES = {"float32": FLOAT32, "bfloat16": BFLOAT16, "int8": INT8}
 
 
@@ -101,7 +103,7 @@ class Pools:
 
     def freeze(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """values (float32, on a cache line), index (int32), pointers (int64); vectors may read past the last."""
-        values = aligned_zeros(self.sizes[0] + 4 * LANES, np.float32)
+        values = aligned_zeros(self.sizes[0] + PADDING, np.float32)
         np.concatenate([*self.values, np.zeros(0, np.float32)], out=values[: self.sizes[0]])
         return (
             values,

@@ -443,6 +443,17 @@ def read_rows(matrix, values, index, pointers, indptr, ids, start, stop):
 
 
 @compiled
+def read_through(values, first, last, amount):
+    """Read `amount` of the pool's floats, from `first` to `last` over and over: the least work that reads them."""
+    total = load(values, 0)
+    while amount > 0:
+        stop = min(last, first + max(amount, LANES))
+        total = _sum_of(values, first, stop, total)
+        amount -= max(stop - first, 1)
+    return bits(total > cells.ZERO)
+
+
+@compiled
 def _sum_of(values, first, last, total):
     second, third, fourth = total, total, total
     for k in range(first, last - 4 * LANES + 1, 4 * LANES):

@@ -1,7 +1,7 @@
 """Timing side by side: every contestant in turn in one run, medians, and the bytes held against a probe.
 
-The probe does nothing but read the same weights in the same order: a rate above the probe's means that the
-benchmark is wrong, and is an error.
+Probes do nothing but read the same weights, in the same order or straight on: a rate above the faster one's means that
+the benchmark is wrong, and is an error.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Contest:
 
     Attributes
     ----------
-    ours, probe, rivals : what to time; rivals by variant
+    ours, probes, rivals : what to time; rivals by variant
     check       : compares every rival's result with ours; raises RuntimeError where one computes something else
     counts      : operations of a run of ours
-    read_bytes  : what it reads of the weights, and the probe too
+    read_bytes  : what it reads of the weights, and each probe too
     state_bytes : bytes of cells and outputs of a run
     weights     : every matrix
     activity    : as measured
@@ -38,7 +38,7 @@ class Contest:
     """
 
     ours: Run
-    probe: Run
+    probes: dict[str, Run]
     rivals: dict[str, Run]
     check: Run
     counts: Counts
@@ -68,11 +68,11 @@ def figures(contest: Contest, seconds: dict[str, list[float]], steps: int) -> di
     """What a timed contest says, a step. Raises RuntimeError where ours reads faster than the probe can."""
     ours = float(np.median(seconds["ours"])) / steps
     rate = contest.read_bytes / steps / ours / 1e9
-    probe_rate = contest.read_bytes / float(np.min(seconds["probe"])) / 1e9
+    probe_rate = contest.read_bytes / min(min(seconds[name]) for name in contest.probes) / 1e9
     if rate > probe_rate:
         raise RuntimeError(
-            f"benchmark: {rate:.1f} GB/s of weights read, but the probe reads these rows at {probe_rate:.1f} GB/s at "
-            "best; the machine is too noisy or the kernel skips work"
+            f"benchmark: {rate:.1f} GB/s of weights read, but a probe reads them at {probe_rate:.1f} GB/s at best; "
+            "the machine is too noisy or the kernel skips work"
         )
     counts, stored = contest.counts, sum(w.shape[0] * w.shape[1] for w in contest.weights)
     result = {

@@ -22,6 +22,7 @@ from eventrnn.packing import (
     KIND,
     MANY_BLOCKS,
     MASKED,
+    PADDING,
     PITCH,
     POINTERS,
     ROW_TILES,
@@ -31,7 +32,7 @@ from eventrnn.packing import (
 )
 from eventrnn.plan import END, IN, REC, REC_GATED, Plan
 from eventrnn.product import Product
-from eventrnn.traverse import read_rows
+from eventrnn.traverse import read_rows, read_through
 
 
 def product_reads(product: Product) -> list[Reads]:
@@ -107,8 +108,9 @@ def _unit_bytes(plan: Plan, window: np.ndarray, units: int) -> np.ndarray:
     return stored * size + 2 * window[PITCH] if kind == MASKED else stored * (size + 2)
 
 
-def probe(plan: Plan, reads: Sequence[Reads]) -> Callable[[], object]:
-    """A run that reads those rows, with as many threads as the plan has, and does nothing else."""
+def probes(plan: Plan, reads: Sequence[Reads]) -> dict[str, Callable[[], object]]:
+    """Runs that only read, with as many threads as the plan has: those rows in their order, and as many bytes of the
+    same weights straight on. Short rows in a cache cost more than their bytes, so that the latter may be faster."""
     workers = ThreadPoolExecutor(plan.parts)
     pools = plan.values, plan.index, plan.pointers
 
@@ -119,8 +121,17 @@ def probe(plan: Plan, reads: Sequence[Reads]) -> Callable[[], object]:
                 for window in r.windows:
                     read_rows(plan.windows[part, window], *pools, r.indptr, r.ids, start, stop)
 
-    # One thread reads without the hand-over to a pool, as the engine does.
-    return (lambda: share(0)) if plan.parts == 1 else (lambda: list(workers.map(share, range(plan.parts))))
+    amount, pool = sum(r.nbytes for r in reads) // 4, len(plan.values) - PADDING
+
+    def straight(part: int) -> None:
+        first, last = (pool * k // plan.parts for k in (part, part + 1))
+        read_through(plan.values, first, last, amount // plan.parts)
+
+    def run(share: Callable[[int], None]) -> Callable[[], object]:
+        # One thread reads without the hand-over to a pool, as the engine does.
+        return (lambda: share(0)) if plan.parts == 1 else (lambda: list(workers.map(share, range(plan.parts))))
+
+    return {"probe": run(share), "probe straight": run(straight)}
 
 
 def first_call() -> dict:

@@ -12,7 +12,7 @@ from eventrnn.backend import State
 from eventrnn.bench import contest as timing
 from eventrnn.bench.case import Case
 from eventrnn.bench.contest import Contest
-from eventrnn.bench.engine import probe, product_reads, rows_read
+from eventrnn.bench.engine import probes, product_reads, rows_read
 from eventrnn.bench.machine import device, limited, peak, versions
 from eventrnn.bench.networks import at_activity, random_events, random_network, random_weights
 from eventrnn.bench.rivals import LayerRivals, ProductRivals
@@ -41,7 +41,7 @@ def inference(*, report: Report = lambda stage: None, **case: Any) -> dict:
         report("comparing with the rivals")
         contest.check()
         report(f"timing {asked.repeats} rounds")
-        seconds = timing.interleaved({"ours": contest.ours, "probe": contest.probe} | contest.rivals, asked.repeats)
+        seconds = timing.interleaved({"ours": contest.ours} | contest.probes | contest.rivals, asked.repeats)
     result = timing.figures(contest, seconds, asked.steps)
     return result | asked.record() | peak(asked.threads) | {"device": device(), "versions": versions()}
 
@@ -72,7 +72,7 @@ def _layer(case: Case, report: Report) -> Contest:
     reads, rivals = rows_read(engine, network, simulation), LayerRivals.of(case.rivals, network, inputs)
     return Contest(
         ours=lambda: engine.run(feed, state),
-        probe=probe(engine.plan(case.steps, case.batch), reads),
+        probes=probes(engine.plan(case.steps, case.batch), reads),
         rivals=rivals.runs,
         check=rivals.check,
         counts=counts.total,
@@ -104,7 +104,7 @@ def _product(case: Case, report: Report) -> Contest:
     fan_out, effective = weights.fan_out(), int(sent @ weights.fan_out())
     return Contest(
         ours=ours.run,
-        probe=probe(ours.plan, reads),
+        probes=probes(ours.plan, reads),
         rivals=rivals.runs,
         check=rivals.check,
         counts=Counts(
