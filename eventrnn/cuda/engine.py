@@ -1,0 +1,283 @@
+"""The CUDA engine: a network packed for the GPU, runs of whole sequences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from eventrnn.backend import Feed, FireCounts, State, Trace
+from eventrnn.cuda import kernels as k
+from eventrnn.cuda.device import Device, current_device
+from eventrnn.cuda.packing import LANES, Strips, check_format, pack, per_strip
+from eventrnn.cuda.plan import Chip, LayerShape, Plan, blocks_from, plan, tile_width
+from eventrnn.weights import Dense, Weights
+
+if TYPE_CHECKING:
+    from eventrnn.network import Network
+
+# What the record of a run may take at a time; longer runs go through in pieces.
+RECORD_BYTES = 1 << 28
+PRODUCT_WARPS = 16
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Strips on the device."""
+
+    strips: Strips
+    values: Any
+    table: Any
+    starts: Any
+    bias: Any
+
+    @classmethod
+    def of(cls, device: Device, weights: Weights, bias: np.ndarray, gates: int, width: int) -> Matrix:
+        strips = pack(weights, gates, width)
+        arrays = (strips.values, strips.table, strips.starts, per_strip(bias, gates, width))
+        return cls(strips, *map(device.put, arrays))
+
+
+class CudaEngine:
+    """A network packed for `run`; keeps its memory between calls, so one engine serves one run at a time.
+
+    Engines of one process share the GPU's stream.
+    """
+
+    dense = False
+
+    def __init__(self, network: Network):
+        for name, weights in network.matrices().items():
+            check_format(name, weights)
+        self.network, self.device = network, current_device()
+        self.units = [layer.units for layer in network.layers]
+        self.chip = Chip(self.device.multiprocessors, self.device.shared_bytes)
+        # A launch takes as many layers as there are multiprocessors; what is above follows in the next.
+        count = len(network.layers)
+        self.launches = [range(a, min(a + self.chip.multiprocessors, count)) for a in range(0, count, self.chip.multiprocessors)]
+        with self.device.on_stream():
+            self._pack()
+        self.plans: dict[int, list[Plan]] = {}
+        self.tables: dict[tuple, Any] = {}
+
+    def _pack(self) -> None:
+        network, device = self.network, self.device
+        self.w_in, self.w_rec, self.thresholds = [], [], []
+        for number, layer in enumerate(network.layers):
+            share = self.chip.multiprocessors // min(len(network.layers), self.chip.multiprocessors)
+            inside = (layer.w_rec, layer.w_in) if number else (layer.w_rec,)
+            width = tile_width(layer.units, share, any(isinstance(w, Dense) for w in inside))
+            self.w_rec.append(Matrix.of(device, layer.w_rec, layer.bias_rec, 3, width))
+            self.w_in.append(Matrix.of(device, layer.w_in, layer.bias_in, 3, width if number else LANES))
+            self.thresholds.append(device.put(per_strip(layer.threshold, 1, width)))
+        self.readout = None
+        if network.readout is not None:
+            self.readout = Matrix.of(device, network.readout.weights, network.readout.bias, 1, LANES)
+        self.faults = device.put(np.zeros(1, np.int32))
+        self.feed_arrays: tuple[np.ndarray, Any] | None = None
+
+    def _plans(self, batch: int) -> list[Plan]:
+        if batch not in self.plans:
+            found = []
+            for layers in self.launches:
+                shapes = [
+                    LayerShape(
+                        self.units[n],
+                        self.network.layers[n].inputs,
+                        self.w_in[n].strips if n else None,
+                        self.w_rec[n].strips,
+                    )
+                    for n in layers
+                ]
+                found.append(plan(shapes, batch, self.chip))
+            self.plans[batch] = found
+        return self.plans[batch]
+
+    def stepper(self, state: State) -> None:
+        """Single steps are runs."""
+        return
+
+    def run(self, feed: Feed, state: State, *, record_events: bool = False, record_states: bool = False) -> Trace:
+        """See `backend.Engine`. Runs whose record takes more than `RECORD_BYTES` go through in pieces."""
+        if feed.batch < 1:
+            raise ValueError("inputs: got a batch of 0, need at least one sample")
+        with self.device.on_stream():
+            return self._run(feed, state, record_events, record_states)
+
+    def _run(self, feed: Feed, state: State, record_events: bool, record_states: bool) -> Trace:
+        device, batch, network = self.device, feed.batch, self.network
+        cells = [device.put(np.asarray(c, np.float32)) for c in state.cells]
+        outputs = [device.put(np.asarray(y, np.float32)) for y in state.outputs]
+        counts = [device.put(np.zeros((2, n), np.int64)) for n in self.units]
+        size = self.units[-1] if self.readout is None else self.readout.strips.shape[2]
+        output = np.empty((feed.steps, batch, size), np.float32)
+        wanted = range(len(self.units))
+        events = [np.empty((feed.steps, batch, self.units[n]), np.float32) for n in wanted] if record_events else []
+        states = [np.empty((feed.steps, batch, self.units[n]), np.float32) for n in wanted] if record_states else []
+        longest = self._longest(batch, record_states)
+        table = self._feed_table(feed)
+        for begin in range(0, feed.steps, longest):
+            piece = feed.part(begin, min(feed.steps, begin + longest))
+            end = begin + piece.steps
+            records, after = self._piece(piece, table, cells, outputs, record_states)
+            for n in wanted:
+                sent = records[n][1:, :, : self.units[n]]
+                outputs[n] = sent[-1].copy()
+                self._tally(records[n], piece.steps * batch, n, counts[n])
+                if record_events:
+                    events[n][begin:end] = sent.get()
+                if record_states:
+                    states[n][begin:end] = after[n].get()
+            output[begin:end] = self._read_out(records[-1], piece).get()
+        self.device.stream.sync()
+        if int(self.faults.get()[0]):
+            self.faults.fill(0)
+            raise RuntimeError(
+                "cuda: a block waited for events that never came; another program may hold the GPU's multiprocessors"
+            )
+        totals = [each.get() for each in counts]
+        return Trace(
+            output,
+            State(tuple(c.get() for c in cells), tuple(y.get() for y in outputs)),
+            tuple(FireCounts(each[0], each[1]) for each in totals),
+            tuple(events),
+            tuple(states),
+        )
+
+    def _longest(self, batch: int, record_states: bool) -> int:
+        row = sum(_pitch(n) * (1 + (layer.cell.variant == "paper")) for n, layer in zip(self.units, self.network.layers, strict=True))
+        row += 3 * self.units[0] + (sum(self.units) if record_states else 0)
+        if self.readout is not None:
+            row += 2 * (_pitch(self.units[-1]) + LANES) + self.readout.strips.shape[2]
+        return max(1, RECORD_BYTES // (4 * row * batch))
+
+    def _feed_table(self, feed: Feed) -> tuple[Any, Any, Any, Any]:
+        """The event table on the device; an embedding's stays there."""
+        if self.feed_arrays is None or self.feed_arrays[0] is not feed.indices:
+            spare = k.LIST_SPARE
+            indices = np.concatenate([feed.indices, np.zeros(spare, np.int32)])
+            values = np.concatenate([feed.values, np.zeros(spare, np.float32)])
+            counts = np.diff(feed.indptr).astype(np.int32)
+            arrays = tuple(map(self.device.put, (feed.indptr.astype(np.int64), counts, indices, values)))
+            self.feed_arrays = (feed.indices, arrays)
+        return self.feed_arrays[1]
+
+    def _piece(self, feed: Feed, table, cells, outputs, record_states: bool) -> tuple[list[Any], list[Any]]:
+        """Some steps: the record of each layer, (steps + 1, batch, pitch), and its cells where asked for."""
+        device, batch = self.device, feed.batch
+        drive = self._products(self.w_in[0], table, feed.steps * batch, device.put(feed.row_of.astype(np.int64)))
+        records, gated, after = [], [], []
+        for n, layer in enumerate(self.network.layers):
+            units, shape = self.units[n], (feed.steps + 1, batch, _pitch(self.units[n]))
+            record = device.empty(shape, np.float32)
+            record.view(np.int32).fill(int(k.NOT_YET))
+            record[0, :, :units] = outputs[n]
+            records.append(record)
+            if layer.cell.variant == "paper":
+                gated.append(device.empty(shape, np.float32))
+                gated[-1].view(np.int32).fill(int(k.NOT_YET))
+            else:
+                gated.append(None)
+            after.append(device.empty((feed.steps, batch, units), np.float32) if record_states else None)
+        for layers, each in zip(self.launches, self._plans(batch), strict=True):
+            rows = np.zeros((len(layers), k.LAYER_FIELDS), np.int64)
+            for row, n in enumerate(layers):
+                w_in, w_rec, way = self.w_in[n], self.w_rec[n], each.layers[row]
+                below = records[n - 1][1:] if n else None
+                fields = {
+                    k.UNITS: self.units[n], k.INPUTS: self.network.layers[n].inputs, k.WIDTH: w_rec.strips.width,
+                    k.PITCH: _pitch(self.units[n]),
+                    k.X: 0 if below is None else below.data.ptr, k.X_PITCH: 0 if n == 0 else _pitch(self.units[n - 1]),
+                    k.DRIVE: drive.data.ptr, k.RECORD: records[n].data.ptr,
+                    k.GATED: 0 if gated[n] is None else gated[n].data.ptr,
+                    k.CELLS: cells[n].data.ptr, k.STATES: 0 if after[n] is None else after[n].data.ptr,
+                    k.THRESHOLD: self.thresholds[n].data.ptr,
+                    k.BIAS_IN: w_in.bias.data.ptr, k.BIAS_REC: w_rec.bias.data.ptr,
+                    k.IN_MODE: way.way_in, k.IN_VALUES: w_in.values.data.ptr, k.IN_TABLE: w_in.table.data.ptr,
+                    k.IN_STARTS: w_in.starts.data.ptr,
+                    k.REC_MODE: way.way_rec, k.REC_VALUES: w_rec.values.data.ptr, k.REC_TABLE: w_rec.table.data.ptr,
+                    k.REC_STARTS: w_rec.starts.data.ptr,
+                }  # fmt: skip
+                for field, value in fields.items():
+                    rows[row, field] = value
+            self._launch(each, device.put(rows), layers, feed.steps, batch)
+        return records, after
+
+    def _launch(self, each: Plan, rows, layers: range, steps: int, batch: int) -> None:
+        device, threads = self.device, 32 * each.warps
+        variants = {self.network.layers[n].cell.variant for n in layers}
+        assert len(variants) == 1
+        (variant,) = variants
+        kernel = device.kernel(
+            ("layers", variant, each.ways), lambda: k.layers_kernel(variant, each.ways), threads
+        )
+        for first in range(0, batch, each.groups * each.samples):
+            key = (layers.start, batch, first)
+            if key not in self.tables:
+                table = blocks_from(each, first, batch)
+                self.tables[key] = device.put(table), len(table)
+            blocks, count = self.tables[key]
+            device.launch(
+                kernel, count, threads, rows.data.ptr, blocks.data.ptr, self.faults.data.ptr, steps, batch,
+                shared=each.shared, together=True,
+            )  # fmt: skip
+
+    def _products(self, matrix: Matrix, table, rows: int, row_of=None):
+        """Drives of independent rows of events, (rows, gates * units)."""
+        device, strips = self.device, matrix.strips
+        n_pre, gates, units = strips.shape
+        indptr, counts, ids, sent = table
+        out = device.empty((rows, gates * units), np.float32)
+        if rows == 0:
+            return out
+        values_bytes, table_bytes = (strips.strip_bytes(1)[0], -(-8 * n_pre // 16) * 16 * (strips.kind == 1))
+        lists = 12 * (k.HELD + k.GROUP) * PRODUCT_WARPS
+        shared = lists + values_bytes + table_bytes
+        resident = shared <= device.shared_bytes and rows >= PRODUCT_WARPS
+        way = k.mode(strips.kind, strips.values.dtype == np.uint16, resident)
+        count = strips.tiles * gates
+        splits = max(1, min(-(-rows // PRODUCT_WARPS), device.multiprocessors // count))
+        kernel = device.kernel(("products", way, gates), lambda: k.products_kernel(way, gates), 32 * PRODUCT_WARPS)
+        device.launch(
+            kernel, count * splits, 32 * PRODUCT_WARPS,
+            matrix.values.data.ptr, matrix.table.data.ptr, matrix.starts.data.ptr, matrix.bias.data.ptr,
+            n_pre, units, strips.width, indptr.data.ptr, counts.data.ptr, ids.data.ptr, sent.data.ptr,
+            0 if row_of is None else row_of.data.ptr, rows, splits, out.data.ptr, table_bytes,
+            shared=shared if resident else lists,
+        )  # fmt: skip
+        return out
+
+    def _read_out(self, record, feed: Feed):
+        """(steps, batch, V or N) on the device."""
+        steps, batch, n = feed.steps, feed.batch, self.units[-1]
+        if self.readout is None:
+            return self.device.arrays.ascontiguousarray(record[1:, :, :n])
+        device, rows, pitch = self.device, steps * batch, _pitch(n)
+        capacity = pitch + LANES
+        table = (
+            device.empty(rows, np.int64),
+            device.empty(rows, np.int32),
+            device.empty(rows * capacity, np.int32),
+            device.empty(rows * capacity, np.float32),
+        )
+        kernel = device.kernel(("compact",), k.compact_kernel, 256)
+        device.launch(
+            kernel, -(-rows // 8), 256, record[1:].data.ptr, pitch, n, rows, *(each.data.ptr for each in table),
+            capacity,
+        )  # fmt: skip
+        return self._products(self.readout, table, rows).reshape(steps, batch, -1)
+
+    def _tally(self, record, rows: int, n: int, counts) -> None:
+        kernel = self.device.kernel(("tally",), k.tally_kernel, 128)
+        # Many threads a column, for many rows.
+        grid = (-(-self.units[n] // 128), max(1, min(256, rows // 64)))
+        self.device.launch(
+            kernel, grid, 128, record[1:].data.ptr, _pitch(self.units[n]), self.units[n], rows,
+            counts[0].data.ptr, counts[1].data.ptr,
+        )  # fmt: skip
+
+
+def _pitch(units: int) -> int:
+    """From one row of a record to the next: whole cache lines."""
+    return -(-units // LANES) * LANES
