@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eventrnn.backend import Feed, FireCounts, State, Trace
-from eventrnn.cuda import kernels as k
+from eventrnn.cuda import tables as k
 from eventrnn.cuda.device import Device, current_device
-from eventrnn.cuda.packing import LANES, Strips, check_format, pack, per_strip
+from eventrnn.cuda.kernels import NOT_YET, layers_kernel
+from eventrnn.cuda.packing import Strips, check_format, pack, per_strip
 from eventrnn.cuda.plan import Chip, LayerShape, Plan, blocks_from, plan, tile_width
+from eventrnn.cuda.products import compact_kernel, products_kernel, tally_kernel
+from eventrnn.cuda.tables import LANES
 from eventrnn.weights import Dense, Weights
 
 if TYPE_CHECKING:
@@ -152,14 +155,14 @@ class CudaEngine:
             row += 2 * (_pitch(self.units[-1]) + LANES) + self.readout.strips.shape[2]
         return max(1, RECORD_BYTES // (4 * row * batch))
 
-    def _feed_table(self, feed: Feed) -> tuple[Any, Any, Any, Any]:
+    def _feed_table(self, feed: Feed) -> tuple[Any, Any, Any]:
         """The event table on the device; an embedding's stays there."""
         if self.feed_arrays is None or self.feed_arrays[0] is not feed.indices:
-            spare = k.LIST_SPARE
-            indices = np.concatenate([feed.indices, np.zeros(spare, np.int32)])
-            values = np.concatenate([feed.values, np.zeros(spare, np.float32)])
+            entries = np.zeros((len(feed.indices) + k.LIST_SPARE, 2), np.int32)
+            entries[: len(feed.indices), 0] = feed.indices
+            entries[: len(feed.indices), 1] = feed.values.view(np.int32)
             counts = np.diff(feed.indptr).astype(np.int32)
-            arrays = tuple(map(self.device.put, (feed.indptr.astype(np.int64), counts, indices, values)))
+            arrays = tuple(map(self.device.put, (feed.indptr.astype(np.int64), counts, entries.view(np.int64).ravel())))
             self.feed_arrays = (feed.indices, arrays)
         return self.feed_arrays[1]
 
@@ -171,12 +174,12 @@ class CudaEngine:
         for n, layer in enumerate(self.network.layers):
             units, shape = self.units[n], (feed.steps + 1, batch, _pitch(self.units[n]))
             record = device.empty(shape, np.float32)
-            record.view(np.int32).fill(int(k.NOT_YET))
+            record.view(np.int32).fill(int(NOT_YET))
             record[0, :, :units] = outputs[n]
             records.append(record)
             if layer.cell.variant == "paper":
                 gated.append(device.empty(shape, np.float32))
-                gated[-1].view(np.int32).fill(int(k.NOT_YET))
+                gated[-1].view(np.int32).fill(int(NOT_YET))
             else:
                 gated.append(None)
             after.append(device.empty((feed.steps, batch, units), np.float32) if record_states else None)
@@ -193,10 +196,11 @@ class CudaEngine:
                     k.GATED: 0 if gated[n] is None else gated[n].data.ptr,
                     k.CELLS: cells[n].data.ptr, k.STATES: 0 if after[n] is None else after[n].data.ptr,
                     k.THRESHOLD: self.thresholds[n].data.ptr,
-                    k.BIAS_IN: w_in.bias.data.ptr, k.BIAS_REC: w_rec.bias.data.ptr,
-                    k.IN_MODE: way.way_in, k.IN_VALUES: w_in.values.data.ptr, k.IN_TABLE: w_in.table.data.ptr,
+                    # Of the first layer nobody reads it.
+                    k.BIAS_IN: (w_in if n else w_rec).bias.data.ptr, k.BIAS_REC: w_rec.bias.data.ptr,
+                    k.IN_WAY: way.way_in, k.IN_VALUES: w_in.values.data.ptr, k.IN_TABLE: w_in.table.data.ptr,
                     k.IN_STARTS: w_in.starts.data.ptr,
-                    k.REC_MODE: way.way_rec, k.REC_VALUES: w_rec.values.data.ptr, k.REC_TABLE: w_rec.table.data.ptr,
+                    k.REC_WAY: way.way_rec, k.REC_VALUES: w_rec.values.data.ptr, k.REC_TABLE: w_rec.table.data.ptr,
                     k.REC_STARTS: w_rec.starts.data.ptr,
                 }  # fmt: skip
                 for field, value in fields.items():
@@ -210,7 +214,7 @@ class CudaEngine:
         assert len(variants) == 1
         (variant,) = variants
         kernel = device.kernel(
-            ("layers", variant, each.ways), lambda: k.layers_kernel(variant, each.ways), threads
+            ("layers", variant, each.ways), lambda: layers_kernel(variant, each.ways), threads
         )
         for first in range(0, batch, each.groups * each.samples):
             key = (layers.start, batch, first)
@@ -227,24 +231,24 @@ class CudaEngine:
         """Drives of independent rows of events, (rows, gates * units)."""
         device, strips = self.device, matrix.strips
         n_pre, gates, units = strips.shape
-        indptr, counts, ids, sent = table
+        firsts, counts, lists = table
         out = device.empty((rows, gates * units), np.float32)
         if rows == 0:
             return out
         values_bytes, table_bytes = (strips.strip_bytes(1)[0], -(-8 * n_pre // 16) * 16 * (strips.kind == 1))
-        lists = 12 * (k.HELD + k.GROUP) * PRODUCT_WARPS
-        shared = lists + values_bytes + table_bytes
+        hits = k.HIT_BYTES * PRODUCT_WARPS
+        shared = hits + values_bytes + table_bytes
         resident = shared <= device.shared_bytes and rows >= PRODUCT_WARPS
-        way = k.mode(strips.kind, strips.values.dtype == np.uint16, resident)
+        way = k.way(strips.kind, strips.values.dtype == np.uint16, resident)
         count = strips.tiles * gates
         splits = max(1, min(-(-rows // PRODUCT_WARPS), device.multiprocessors // count))
-        kernel = device.kernel(("products", way, gates), lambda: k.products_kernel(way, gates), 32 * PRODUCT_WARPS)
+        kernel = device.kernel(("products", way, gates), lambda: products_kernel(way, gates), 32 * PRODUCT_WARPS)
         device.launch(
             kernel, count * splits, 32 * PRODUCT_WARPS,
             matrix.values.data.ptr, matrix.table.data.ptr, matrix.starts.data.ptr, matrix.bias.data.ptr,
-            n_pre, units, strips.width, indptr.data.ptr, counts.data.ptr, ids.data.ptr, sent.data.ptr,
+            n_pre, units, strips.width, firsts.data.ptr, counts.data.ptr, lists.data.ptr,
             0 if row_of is None else row_of.data.ptr, rows, splits, out.data.ptr, table_bytes,
-            shared=shared if resident else lists,
+            shared=shared if resident else hits,
         )  # fmt: skip
         return out
 
@@ -258,10 +262,9 @@ class CudaEngine:
         table = (
             device.empty(rows, np.int64),
             device.empty(rows, np.int32),
-            device.empty(rows * capacity, np.int32),
-            device.empty(rows * capacity, np.float32),
+            device.empty(rows * capacity, np.int64),
         )
-        kernel = device.kernel(("compact",), k.compact_kernel, 256)
+        kernel = device.kernel(("compact",), compact_kernel, 256)
         device.launch(
             kernel, -(-rows // 8), 256, record[1:].data.ptr, pitch, n, rows, *(each.data.ptr for each in table),
             capacity,
@@ -269,7 +272,7 @@ class CudaEngine:
         return self._products(self.readout, table, rows).reshape(steps, batch, -1)
 
     def _tally(self, record, rows: int, n: int, counts) -> None:
-        kernel = self.device.kernel(("tally",), k.tally_kernel, 128)
+        kernel = self.device.kernel(("tally",), tally_kernel, 128)
         # Many threads a column, for many rows.
         grid = (-(-self.units[n] // 128), max(1, min(256, rows // 64)))
         self.device.launch(

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from eventrnn.cuda.tables import DENSE, LANES, MASKED
 from eventrnn.weights import CSR, NM, BlockCSR, Dense, Weights
 
-LANES = 32
-DENSE, MASKED = 0, 1
 # Values that a strip begins at multiples of: 16 bytes of the narrowest.
 ALIGNED = 8
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eventrnn.cuda import kernels as k
-from eventrnn.cuda.packing import DENSE, LANES, Strips
+from eventrnn.cuda import tables as k
+from eventrnn.cuda.packing import Strips
+from eventrnn.cuda.tables import LANES
 
 NARROWEST = 8
 MOST_WARPS, LEAST_WARPS = 16, 4
-HIT_BYTES = 12 * (k.HELD + k.GROUP)
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,12 @@ def lay_out(shape: LayerShape, tiles: int, samples: int, warps: int, chip: Chip)
     capacity = segments * k.SEGMENT + k.LIST_SPARE
     sums = 4 * 3 * LANES * samples * tiles
     sizes = {
-        k.AT_IDS: 4 * samples * capacity,
-        k.AT_SENT: 4 * samples * capacity,
+        k.AT_LIST: 8 * samples * capacity,
         k.AT_COUNTS: 4 * samples,
         k.AT_STAGED: 4 * samples * segments * k.SEGMENT,
         k.AT_TOTALS: 4 * samples * segments,
-        k.AT_HITS: HIT_BYTES * warps,
+        k.AT_BASES: 2 * 4 * 3 * tiles,
+        k.AT_HITS: k.HIT_BYTES * warps,
         k.AT_SUMS_IN: 2 * sums,
         k.AT_SUMS_REC: sums,
         k.AT_CELLS: sums // 3,
@@ -123,7 +123,7 @@ def lay_out(shape: LayerShape, tiles: int, samples: int, warps: int, chip: Chip)
         if resident:
             for field, size in zip(fields, needed, strict=True):
                 place(field, size)
-        ways[name] = k.mode(strips.kind, strips.values.dtype == np.uint16, resident)
+        ways[name] = k.way(strips.kind, strips.values.dtype == np.uint16, resident)
     if shape.w_in is None:
         ways["in"] = ways["rec"]
     return LayerPlan(tiles, ways["in"], ways["rec"], at, offsets)
@@ -223,7 +223,3 @@ def blocks_from(plan: Plan, first: int, batch: int) -> np.ndarray:
     rows[:, k.SAMPLES] = np.minimum(rows[:, k.SAMPLES], batch - rows[:, k.SAMPLE])
     return rows
 
-
-def is_dense(strips: Strips) -> bool:
-    """Whether every weight is stored."""
-    return strips.kind == DENSE

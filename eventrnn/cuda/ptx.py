@@ -85,6 +85,7 @@ global_int64 = _pointer(GLOBAL, types.int64, I64)
 shared_float32 = _pointer(SHARED, types.float32, FLOAT)
 shared_uint16 = _pointer(SHARED, types.uint16, I16)
 shared_int32 = _pointer(SHARED, types.int32, I32)
+shared_int64 = _pointer(SHARED, types.int64, I64)
 
 
 @intrinsic
@@ -150,3 +151,28 @@ def add_relaxed(typingctx, address, value):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def copy_later(typingctx, target, source):
+    """Four bytes from global to shared memory, done when `copies_done` returns; nobody waits for them."""
+
+    def generate(context, builder, signature, args):
+        kind = ir.FunctionType(ir.VoidType(), [I32, I64])
+        text = "cp.async.ca.shared.global [$0], [$1], 4;"
+        builder.call(ir.InlineAsm(kind, text, "r,l", side_effect=True), [builder.trunc(args[0], I32), args[1]])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def copies_done(typingctx):
+    """Waits for this thread's `copy_later`."""
+
+    def generate(context, builder, signature, args):
+        kind = ir.FunctionType(ir.VoidType(), [])
+        builder.call(ir.InlineAsm(kind, "cp.async.wait_all;", "", side_effect=True), [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
