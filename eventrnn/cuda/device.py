@@ -61,12 +61,14 @@ def _target(architecture: tuple[int, int]) -> Iterator[None]:
 
 
 def compile_ptx(
-    kernel: Callable[..., None], signature, architecture: tuple[int, int], threads: int | None = None
+    kernel: Callable[..., None], signature, architecture: tuple[int, int], threads: int
 ) -> str:
     """PTX of a kernel, for at most `threads` a block. Needs libNVVM, but no GPU. About a second."""
+    threads = int(threads)
     with _target(architecture):
+        # One block a multiprocessor: its registers are all for us.
         ptx, _ = cuda.compile(
-            kernel, signature, device=False, abi="numba", cc=architecture, launch_bounds=int(threads) if threads else None, fastmath=False
+            kernel, signature, device=False, abi="numba", cc=architecture, launch_bounds=(threads, 1), fastmath=False
         )
     return ptx
 

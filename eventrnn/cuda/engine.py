@@ -14,6 +14,7 @@ from eventrnn.cuda.kernels import NOT_YET, layers_kernel
 from eventrnn.cuda.packing import Strips, check_format, pack, per_strip
 from eventrnn.cuda.plan import Chip, LayerShape, Plan, blocks_from, plan, tile_width
 from eventrnn.cuda.products import compact_kernel, products_kernel, tally_kernel
+from eventrnn.cuda.single import single_kernel
 from eventrnn.cuda.tables import LANES
 from eventrnn.weights import Dense, Weights
 
@@ -158,11 +159,13 @@ class CudaEngine:
     def _feed_table(self, feed: Feed) -> tuple[Any, Any, Any]:
         """The event table on the device; an embedding's stays there."""
         if self.feed_arrays is None or self.feed_arrays[0] is not feed.indices:
-            entries = np.zeros((len(feed.indices) + k.LIST_SPARE, 2), np.int32)
-            entries[: len(feed.indices), 0] = feed.indices
-            entries[: len(feed.indices), 1] = feed.values.view(np.int32)
-            counts = np.diff(feed.indptr).astype(np.int32)
-            arrays = tuple(map(self.device.put, (feed.indptr.astype(np.int64), counts, entries.view(np.int64).ravel())))
+            counts = np.diff(feed.indptr)
+            firsts = feed.indptr[:-1] + k.LIST_PAD * np.arange(len(counts))
+            at = np.arange(len(feed.indices)) + np.repeat(firsts - feed.indptr[:-1], counts)
+            entries = np.zeros((len(feed.indices) + k.LIST_PAD * (len(counts) + 1), 2), np.int32)
+            entries[at, 0], entries[at, 1] = feed.indices, feed.values.view(np.int32)
+            arrays = (firsts.astype(np.int64), counts.astype(np.int32), entries.view(np.int64).ravel())
+            arrays = tuple(map(self.device.put, arrays))
             self.feed_arrays = (feed.indices, arrays)
         return self.feed_arrays[1]
 
@@ -213,9 +216,8 @@ class CudaEngine:
         variants = {self.network.layers[n].cell.variant for n in layers}
         assert len(variants) == 1
         (variant,) = variants
-        kernel = device.kernel(
-            ("layers", variant, each.ways), lambda: layers_kernel(variant, each.ways), threads
-        )
+        make = single_kernel if each.single else layers_kernel
+        kernel = device.kernel((make.__name__, variant, each.ways), lambda: make(variant, each.ways), threads)
         for first in range(0, batch, each.groups * each.samples):
             key = (layers.start, batch, first)
             if key not in self.tables:

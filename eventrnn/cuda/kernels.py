@@ -31,8 +31,8 @@ from eventrnn.cuda.ptx import (
     store_relaxed,
     sum_of_warp,
 )
-from eventrnn.cuda.tables import LANES, LIST_SPARE, SEGMENT
-from eventrnn.cuda.walks import ALL, chooser, paired
+from eventrnn.cuda.tables import LANES, LIST_PAD, SEGMENT
+from eventrnn.cuda.walks import ALL, chooser, count_bits, entry_of
 
 # A NaN that no arithmetic of the GPU makes (its own is 0x7FFFFFFF) and no input may be: "not sent yet".
 NOT_YET = np.int32(-1)
@@ -109,25 +109,28 @@ def gather(row_at, pitch_bytes, n, samples, segments, list_at, counts_at, staged
         a, b, c, d = staged[own], staged[own + 32], staged[own + 64], staged[own + 96]
         found = int32(int32(a != 0) + int32(b != 0) + int32(c != 0) + int32(d != 0))
         p = int32(
-            sample * capacity + before + cuda.popc(cuda.ballot_sync(ALL, (found & 1) != 0) & below)
-            + 2 * cuda.popc(cuda.ballot_sync(ALL, (found & 2) != 0) & below)
-            + 4 * cuda.popc(cuda.ballot_sync(ALL, (found & 4) != 0) & below)
+            sample * capacity + before + count_bits(cuda.ballot_sync(ALL, (found & 1) != 0) & below)
+            + 2 * count_bits(cuda.ballot_sync(ALL, (found & 2) != 0) & below)
+            + 4 * count_bits(cuda.ballot_sync(ALL, (found & 4) != 0) & below)
         )  # fmt: skip
         at = int32(segment * SEGMENT + 4 * lane)
         if a != 0:
-            entries[p] = paired(at, a)
+            entries[p] = entry_of(at, a)
             p = int32(p + 1)
         if b != 0:
-            entries[p] = paired(at + 1, b)
+            entries[p] = entry_of(at + 1, b)
             p = int32(p + 1)
         if c != 0:
-            entries[p] = paired(at + 2, c)
+            entries[p] = entry_of(at + 2, c)
             p = int32(p + 1)
         if d != 0:
-            entries[p] = paired(at + 3, d)
+            entries[p] = entry_of(at + 3, d)
         if segment == segments - 1:
+            count = int32(before + totals[item])
             if lane == 0:
-                counts[sample] = before + totals[item]
+                counts[sample] = count
+            if lane < LIST_PAD:
+                entries[sample * capacity + count + lane] = int64(0)
         segment = int32(segment + warps)
         item = int32(item + warps)
     cuda.syncthreads()

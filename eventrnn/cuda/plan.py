@@ -17,6 +17,8 @@ from eventrnn.cuda.tables import LANES
 
 NARROWEST = 8
 MOST_WARPS, LEAST_WARPS = 16, 4
+# Segments that the lanes of one warp can add up.
+MOST_SINGLE = 32
 
 
 @dataclass(frozen=True)
@@ -64,14 +66,20 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """One launch: its layers, samples of a group, warps of a block, and the block table (BLOCK_FIELDS columns)."""
+    """One launch: its layers, samples of a group, warps of a block, segments of the widest row, and the block table."""
 
     layers: tuple[LayerPlan, ...]
     samples: int
     groups: int
     warps: int
     shared: int
+    widest: int
     blocks: np.ndarray
+
+    @property
+    def single(self) -> bool:
+        """Whether every block owns one tile of one sample, and its warps see all units at once."""
+        return self.samples == 1 and self.widest <= self.warps and all(layer.tiles == 1 for layer in self.layers)
 
     @property
     def ways(self) -> tuple[int, ...]:
@@ -82,7 +90,7 @@ def lay_out(shape: LayerShape, tiles: int, samples: int, warps: int, chip: Chip)
     """A layer with so many tiles a block, as much of it in shared memory as fits; None where not even the lists do."""
     widest = max(shape.units, shape.inputs if shape.w_in is not None else 0)
     segments = -(-widest // k.SEGMENT)
-    capacity = segments * k.SEGMENT + k.LIST_SPARE
+    capacity = segments * k.SEGMENT + k.LIST_PAD
     sums = 4 * 3 * LANES * samples * tiles
     sizes = {
         k.AT_LIST: 8 * samples * capacity,
@@ -195,8 +203,15 @@ def _smallest(shapes: Sequence[LayerShape], batch: int, chip: Chip) -> Plan:
 
 
 def _warps(shapes: Sequence[LayerShape], samples: int, tiles: int) -> int:
-    segments = max(-(-max(shape.units, shape.inputs * (shape.w_in is not None)) // k.SEGMENT) for shape in shapes)
+    segments = max(map(_segments, shapes))
+    if samples == tiles == 1 and segments <= MOST_SINGLE:
+        return max(LEAST_WARPS, segments)
     return int(np.clip(max(3 * samples * tiles, samples * segments), LEAST_WARPS, MOST_WARPS))
+
+
+def _segments(shape: LayerShape) -> int:
+    """Segments of the widest row that the layer gathers."""
+    return -(-max(shape.units, shape.inputs if shape.w_in is not None else 0) // k.SEGMENT)
 
 
 def _table(
@@ -212,7 +227,8 @@ def _table(
                 for field, offset in layer.offsets.items():
                     row[field] = offset
                 rows.append(row)
-    return Plan(tuple(layers), samples, groups, warps, max(layer.shared for layer in layers), np.array(rows))
+    shared = max(layer.shared for layer in layers)
+    return Plan(tuple(layers), samples, groups, warps, shared, max(map(_segments, shapes)), np.array(rows))
 
 
 def blocks_from(plan: Plan, first: int, batch: int) -> np.ndarray:

@@ -8,8 +8,8 @@ from numba import int32, int64, types
 from eventrnn.cuda.device import cuda
 from eventrnn.cuda.kernels import copy_in
 from eventrnn.cuda.ptx import add_relaxed, global_float32, global_int32, global_int64, shared_base
-from eventrnn.cuda.tables import HIT_BYTES, LANES
-from eventrnn.cuda.walks import ALL, paired, walker
+from eventrnn.cuda.tables import HIT_BYTES, LANES, LIST_PAD
+from eventrnn.cuda.walks import ALL, count_bits, entry_of, walker
 
 
 def products_kernel(way: int, gates: int):
@@ -80,9 +80,11 @@ def compact_kernel():
                 value = record[at + lane]
             found = cuda.ballot_sync(ALL, value != 0)
             if value != 0:
-                entries[count + cuda.popc(found & below)] = paired(at + lane, value)
-            count = int32(count + cuda.popc(found))
+                entries[count + count_bits(found & below)] = entry_of(at + lane, value)
+            count = int32(count + count_bits(found))
             at = int32(at + LANES)
+        if lane < LIST_PAD:
+            entries[count + lane] = int64(0)
         if lane == 0:
             global_int64(firsts_at)[row] = row * capacity
             global_int32(counts_at)[row] = count

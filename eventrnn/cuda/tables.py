@@ -10,10 +10,10 @@ LANES, SEGMENT = 32, 128
 # A matrix lies dense or masked (see `packing.py`), its values float32 or bfloat16, in shared memory or not.
 DENSE, MASKED = 0, 1
 # Terms that are loaded together; hits of a masked strip that are held before they are walked, and those held at most.
-GROUP, HELD = 8, 160
-HIT_BYTES = 12 * (HELD + GROUP)
-# Entries after the end of a list that may be read.
-LIST_SPARE = 32
+GROUP, HELD = 16, 160
+# Entries of zero that end a list, so that groups may be read whole.
+LIST_PAD = GROUP
+HIT_BYTES = 12 * (HELD + LIST_PAD)
 
 #: of a layer: numbers, then addresses
 (

@@ -1,7 +1,8 @@
 """Walking one strip of weights: acc + sum over events of weight * value, ascending, one FMA a term.
 
-A list is an array of int64: the unit in the lower half, the bits of the value in the upper. A warp walks, a lane an
-output; loads of `GROUP` terms go out together, so that only their FMAs wait for each other.
+A list is an array of int64: the unit in the lower half, the bits of the value in the upper; `LIST_PAD` entries of zero
+end it, which add nothing. A warp walks, a lane an output. The loads of a group of terms go out together, so that only
+their FMAs wait for each other.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from eventrnn.cuda.ptx import (
     shared_int64,
     shared_uint16,
 )
-from eventrnn.cuda.tables import DENSE, GROUP, HELD, LANES
+from eventrnn.cuda.tables import DENSE, GROUP, HELD, LANES, LIST_PAD
 
 ALL = np.uint32(0xFFFFFFFF)
 ROUNDS = 4
@@ -27,19 +28,40 @@ ROUNDS = 4
 @device_function
 def low(entry):
     """Lower half of an int64."""
-    return int32(entry & int64(0xFFFFFFFF))
+    return int32(entry)
 
 
 @device_function
-def high_float(entry):
-    """The float in the upper half of an int64."""
-    return libdevice.int_as_float(int32(entry >> int64(32)))
+def high(entry):
+    """Upper half of an int64."""
+    return int32(entry >> int64(32))
 
 
 @device_function
-def paired(unit, value):
+def paired(lower, upper):
+    """An int64 of two halves."""
+    return (int64(upper) << int64(32)) | (int64(lower) & int64(0xFFFFFFFF))
+
+
+@device_function
+def entry_of(unit, value):
     """A list entry."""
-    return (int64(libdevice.float_as_int(value)) << int64(32)) | int64(unit)
+    return paired(unit, libdevice.float_as_int(value))
+
+
+@device_function
+def count_bits(word):
+    """Set bits of an int32."""
+    return int32(cuda.popc(np.uint32(word)))
+
+
+@device_function
+def load8(array, at):
+    """Eight numbers from `at` on. Half a group, written out: a tuple stays in registers."""
+    return (
+        array[at], array[int32(at + 1)], array[int32(at + 2)], array[int32(at + 3)],
+        array[int32(at + 4)], array[int32(at + 5)], array[int32(at + 6)], array[int32(at + 7)],
+    )  # fmt: skip
 
 
 def walker(way: int):
@@ -61,81 +83,112 @@ def walker(way: int):
     words_of = shared_int64 if resident else global_int64
 
     @device_function
+    def row_weight(values, entry, width, lane):
+        return weight(values, int32(low(entry) * width + lane))
+
+    @device_function
+    def row_weights(values, e, width, lane):
+        return (
+            row_weight(values, e[0], width, lane), row_weight(values, e[1], width, lane),
+            row_weight(values, e[2], width, lane), row_weight(values, e[3], width, lane),
+            row_weight(values, e[4], width, lane), row_weight(values, e[5], width, lane),
+            row_weight(values, e[6], width, lane), row_weight(values, e[7], width, lane),
+        )  # fmt: skip
+
+    @device_function
+    def add_entries(acc, w, e):
+        acc = cuda.fma(w[0], libdevice.int_as_float(high(e[0])), acc)
+        acc = cuda.fma(w[1], libdevice.int_as_float(high(e[1])), acc)
+        acc = cuda.fma(w[2], libdevice.int_as_float(high(e[2])), acc)
+        acc = cuda.fma(w[3], libdevice.int_as_float(high(e[3])), acc)
+        acc = cuda.fma(w[4], libdevice.int_as_float(high(e[4])), acc)
+        acc = cuda.fma(w[5], libdevice.int_as_float(high(e[5])), acc)
+        acc = cuda.fma(w[6], libdevice.int_as_float(high(e[6])), acc)
+        return cuda.fma(w[7], libdevice.int_as_float(high(e[7])), acc)
+
+    @device_function
     def dense(acc, values_at, table_at, width, lane, entries, count, hits_at):
         values = pointer(values_at)
         e = int32(0)
-        while e < count - int32(GROUP - 1):
-            for k in range(GROUP):
-                entry = entries[e + k]
-                acc = cuda.fma(weight(values, int32(low(entry) * width + lane)), high_float(entry), acc)
+        while e < count:
+            one, two = load8(entries, e), load8(entries, int32(e + 8))
+            weights, more = row_weights(values, one, width, lane), row_weights(values, two, width, lane)
+            acc = add_entries(add_entries(acc, weights, one), more, two)
             e = int32(e + GROUP)
-        if e < count:
-            for k in range(GROUP):
-                entry = entries[e + k]
-                if e + k >= count:
-                    entry = int64(0)
-                acc = cuda.fma(weight(values, int32(low(entry) * width + lane)), high_float(entry), acc)
         return acc
+
+    @device_function
+    def hit_weight(values, word, lane, below):
+        # A lane without a weight reads what lies there, and multiplies by zero.
+        value = weight(values, int32(high(word) + count_bits(low(word) & below)))
+        if (low(word) >> lane) & 1:
+            return value
+        return np.float32(0)
+
+    @device_function
+    def hit_weights(values, w, lane, below):
+        return (
+            hit_weight(values, w[0], lane, below), hit_weight(values, w[1], lane, below),
+            hit_weight(values, w[2], lane, below), hit_weight(values, w[3], lane, below),
+            hit_weight(values, w[4], lane, below), hit_weight(values, w[5], lane, below),
+            hit_weight(values, w[6], lane, below), hit_weight(values, w[7], lane, below),
+        )  # fmt: skip
+
+    @device_function
+    def add_hits(acc, w, s):
+        acc = cuda.fma(w[0], s[0], acc)
+        acc = cuda.fma(w[1], s[1], acc)
+        acc = cuda.fma(w[2], s[2], acc)
+        acc = cuda.fma(w[3], s[3], acc)
+        acc = cuda.fma(w[4], s[4], acc)
+        acc = cuda.fma(w[5], s[5], acc)
+        acc = cuda.fma(w[6], s[6], acc)
+        return cuda.fma(w[7], s[7], acc)
+
+    @device_function
+    def word_at(table, entries, e, count):
+        """The table's word for an entry of the list, and the entry; zeros beyond its end."""
+        entry = word = int64(0)
+        if e < count:
+            entry = entries[e]
+            word = table[low(entry)]
+        return word, entry
+
+    @device_function
+    def hold(words, sizes, held, word, entry, below):
+        """Append the warp's hits; returns how many are held."""
+        hit = cuda.ballot_sync(ALL, low(word) != 0)
+        if low(word) != 0:
+            p = int32(held + count_bits(hit & below))
+            words[p], sizes[p] = word, libdevice.int_as_float(high(entry))
+        return int32(held + count_bits(hit))
 
     @device_function
     def masked(acc, values_at, table_at, width, lane, entries, count, hits_at):
         values, table = pointer(values_at), words_of(table_at)
-        words, sizes = shared_int64(hits_at), shared_float32(hits_at + int64(8 * (HELD + GROUP)))
+        words, sizes = shared_int64(hits_at), shared_float32(hits_at + int64(8 * (HELD + LIST_PAD)))
         below = int32((int32(1) << lane) - 1)
-        held, e0 = int32(0), int32(0)
-        while e0 < count:
-            # Rounds of a warp's worth of events; a silent end costs as much as events.
-            e1, e2, e3 = int32(e0 + LANES), int32(e0 + 2 * LANES), int32(e0 + 3 * LANES)
-            a = b = c = d = int64(0)
-            entry_a = entry_b = entry_c = entry_d = int64(0)
-            if e0 + lane < count:
-                entry_a = entries[e0 + lane]
-                a = table[low(entry_a)]
-            if e1 + lane < count:
-                entry_b = entries[e1 + lane]
-                b = table[low(entry_b)]
-            if e2 + lane < count:
-                entry_c = entries[e2 + lane]
-                c = table[low(entry_c)]
-            if e3 + lane < count:
-                entry_d = entries[e3 + lane]
-                d = table[low(entry_d)]
-            hit = cuda.ballot_sync(ALL, low(a) != 0)
-            if low(a) != 0:
-                p = int32(held + cuda.popc(hit & below))
-                words[p], sizes[p] = a, high_float(entry_a)
-            held = int32(held + cuda.popc(hit))
-            hit = cuda.ballot_sync(ALL, low(b) != 0)
-            if low(b) != 0:
-                p = int32(held + cuda.popc(hit & below))
-                words[p], sizes[p] = b, high_float(entry_b)
-            held = int32(held + cuda.popc(hit))
-            hit = cuda.ballot_sync(ALL, low(c) != 0)
-            if low(c) != 0:
-                p = int32(held + cuda.popc(hit & below))
-                words[p], sizes[p] = c, high_float(entry_c)
-            held = int32(held + cuda.popc(hit))
-            hit = cuda.ballot_sync(ALL, low(d) != 0)
-            if low(d) != 0:
-                p = int32(held + cuda.popc(hit & below))
-                words[p], sizes[p] = d, high_float(entry_d)
-            held = int32(held + cuda.popc(hit))
-            e0 = int32(e0 + ROUNDS * LANES)
-            if held > HELD - ROUNDS * LANES or e0 >= count:
-                if lane < GROUP:
-                    words[held + lane] = int64(0)
-                    sizes[held + lane] = np.float32(0)
+        held, e = int32(0), lane
+        while e - lane < count:
+            word_a, entry_a = word_at(table, entries, e, count)
+            word_b, entry_b = word_at(table, entries, int32(e + LANES), count)
+            word_c, entry_c = word_at(table, entries, int32(e + 2 * LANES), count)
+            word_d, entry_d = word_at(table, entries, int32(e + 3 * LANES), count)
+            held = hold(words, sizes, held, word_a, entry_a, below)
+            held = hold(words, sizes, held, word_b, entry_b, below)
+            held = hold(words, sizes, held, word_c, entry_c, below)
+            held = hold(words, sizes, held, word_d, entry_d, below)
+            e = int32(e + ROUNDS * LANES)
+            if held > HELD - ROUNDS * LANES or e - lane >= count:
+                if lane < LIST_PAD:
+                    words[held + lane], sizes[held + lane] = int64(0), np.float32(0)
                 cuda.syncwarp(ALL)
                 h = int32(0)
                 while h < held:
-                    for k in range(GROUP):
-                        word = words[h + k]
-                        mask = low(word)
-                        # A lane without a weight reads what lies there, and multiplies by zero.
-                        value = weight(values, int32(int32(word >> int64(32)) + cuda.popc(mask & below)))
-                        if ((mask >> lane) & 1) == 0:
-                            value = np.float32(0)
-                        acc = cuda.fma(value, sizes[h + k], acc)
+                    one, two = load8(words, h), load8(words, int32(h + 8))
+                    weights, more = hit_weights(values, one, lane, below), hit_weights(values, two, lane, below)
+                    acc = add_hits(acc, weights, load8(sizes, h))
+                    acc = add_hits(acc, more, load8(sizes, int32(h + 8)))
                     h = int32(h + GROUP)
                 cuda.syncwarp(ALL)
                 held = int32(0)
