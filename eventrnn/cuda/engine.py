@@ -237,7 +237,7 @@ class CudaEngine:
         out = device.empty((rows, gates * units), np.float32)
         if rows == 0:
             return out
-        values_bytes, table_bytes = (strips.strip_bytes(1)[0], -(-8 * n_pre // 16) * 16 * (strips.kind == 1))
+        values_bytes, table_bytes = (strips.strip_bytes(1)[0], -(-8 * n_pre // 16) * 16 * (strips.kind != k.DENSE))
         hits = k.HIT_BYTES * PRODUCT_WARPS
         shared = hits + values_bytes + table_bytes
         resident = shared <= device.shared_bytes and rows >= PRODUCT_WARPS

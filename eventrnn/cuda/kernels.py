@@ -156,7 +156,7 @@ def bring_in(way, values_at, table_at, starts_at, tile, tiles, n_pre, own_values
     starts, bases = global_int64(starts_at), shared_int32(bases_at)
     first, last = tile * 3, (tile + tiles) * 3
     size = int64(4)
-    if way & 2:
+    if way & k.NARROW:
         size = int64(2)
     begin = starts[first]
     strip = thread
@@ -165,10 +165,10 @@ def bring_in(way, values_at, table_at, starts_at, tile, tiles, n_pre, own_values
         strip = int32(strip + threads)
     values_at += begin * size
     table_at += first * n_pre * 8
-    if way & 4:
+    if way & k.RESIDENT:
         copy_in(own_values, values_at, (starts[last] - begin + LANES) * size, thread, threads)
         values_at = own_values
-        if way & 1:
+        if way & k.KINDS:
             copy_in(own_table, table_at, (last - first) * n_pre * 8, thread, threads)
             table_at = own_table
     return values_at, table_at

@@ -5,7 +5,9 @@ a strip, a lane an output, events in ascending order. Plain NumPy; knows no CUDA
 
 Dense   : a strip holds rows of `width` weights, row j of presynaptic unit j.
 Masked  : a strip holds, for presynaptic unit j, a word that says which outputs it reaches and where those weights
-          begin; weights lie without gaps. Serves CSR, blocks of any shape and N:M alike; only stored weights are read.
+          begin; weights lie without gaps. Serves CSR, blocks of any shape and N:M alike; only stored weights count.
+Runs    : masked, where all the outputs that a unit reaches in a strip are neighbours, as in wide blocks. The second
+          half of the word then says where lane 0's weight would be, and nobody has to count bits.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eventrnn.cuda.tables import DENSE, LANES, MASKED
+from eventrnn.cuda.tables import DENSE, LANES, MASKED, RUNS
 from eventrnn.weights import CSR, NM, BlockCSR, Dense, Weights
 
 # Values that a strip begins at multiples of: 16 bytes of the narrowest.
@@ -27,9 +29,9 @@ class Strips:
 
     Attributes
     ----------
-    kind   : DENSE or MASKED
+    kind   : DENSE, MASKED or RUNS
     values : (stored,) float32, or uint16 bits of bfloat16; int8 is decoded to float32
-    table  : (strips, n_pre, 2) int32: mask of outputs, first weight from the strip's start on; empty for DENSE
+    table  : (strips, n_pre, 2) int32: mask of outputs, and where from the strip's start on; empty for DENSE
     starts : (strips + 1,) int64 where each strip's values begin
     shape  : (n_pre, gates, units)
     width  : units of a tile
@@ -52,7 +54,7 @@ class Strips:
         edges = self.starts[:: gates]
         ends = edges[np.minimum(np.arange(self.tiles) + tiles, self.tiles)]
         most = int((ends - edges[:-1]).max(initial=0)) + LANES
-        table = 8 * self.shape[0] * gates * tiles if self.kind == MASKED else 0
+        table = 8 * self.shape[0] * gates * tiles if self.kind != DENSE else 0
         return _up(most * self.values.itemsize, 16), _up(table, 16)
 
 
@@ -82,8 +84,12 @@ def pack(weights: Weights, gates: int, width: int) -> Strips:
     masks = np.zeros((*kept.shape[:2], LANES), bool)
     masks[:, :, :width] = kept
     words = np.packbits(masks, axis=2, bitorder="little").view(np.int32)
+    first_lane, last_lane = kept.argmax(axis=2), width - 1 - kept[:, :, ::-1].argmax(axis=2)
+    runs = bool((stored == last_lane - first_lane + 1)[stored > 0].all())
+    if runs:
+        firsts = firsts - first_lane
     table = np.concatenate([words, firsts[:, :, None].astype(np.int32)], axis=2)
-    return Strips(MASKED, flat, np.ascontiguousarray(table), starts, (n_pre, gates, units), width)
+    return Strips(RUNS if runs else MASKED, flat, np.ascontiguousarray(table), starts, (n_pre, gates, units), width)
 
 
 def unpack(strips: Strips) -> np.ndarray:
@@ -96,9 +102,9 @@ def unpack(strips: Strips) -> np.ndarray:
     else:
         words = np.ascontiguousarray(strips.table[:, :, :1]).view(np.uint8)
         kept = np.unpackbits(words, axis=2, bitorder="little")[:, :, : strips.width].astype(bool)
-        rank = np.cumsum(kept, axis=2) - 1
+        rank = np.arange(strips.width) if strips.kind == RUNS else np.cumsum(kept, axis=2) - 1
         at = strips.starts[:-1, None, None] + strips.table[:, :, 1:] + rank
-        dense[kept] = strips.values[at[kept]]
+        dense[kept] = strips.values[np.broadcast_to(at, kept.shape)[kept]]
     by_tile = dense.reshape(strips.tiles, gates, n_pre, strips.width).transpose(2, 1, 0, 3)
     return by_tile.reshape(n_pre, gates, strips.tiles * strips.width)[:, :, :units].reshape(n_pre, gates * units)
 
@@ -112,9 +118,9 @@ def per_strip(vector: np.ndarray, gates: int, width: int) -> np.ndarray:
 
 
 def _aligned(values: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Runs of so many values, each beginning at a whole 16 bytes, and where; lanes of the last may read on."""
+    """Stretches of so many values, each from a whole 16 bytes on, and where; lanes may read a bit around them."""
     padded = _up(lengths, ALIGNED)
-    starts = np.concatenate([[0], np.cumsum(padded)]).astype(np.int64)
+    starts = LANES + np.concatenate([[0], np.cumsum(padded)]).astype(np.int64)
     flat = np.zeros(starts[-1] + LANES, values.dtype)
     flat[np.arange(len(values)) + np.repeat(starts[:-1] - (np.cumsum(lengths) - lengths), lengths)] = values
     return flat, starts

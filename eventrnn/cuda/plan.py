@@ -16,7 +16,7 @@ from eventrnn.cuda.packing import Strips
 from eventrnn.cuda.tables import LANES
 
 NARROWEST = 8
-MOST_WARPS, LEAST_WARPS = 16, 4
+MOST_WARPS, LEAST_WARPS = 16, 6
 # Segments that the lanes of one warp can add up.
 MOST_SINGLE = 32
 
@@ -93,10 +93,11 @@ def lay_out(shape: LayerShape, tiles: int, samples: int, warps: int, chip: Chip)
     capacity = segments * k.SEGMENT + k.LIST_PAD
     sums = 4 * 3 * LANES * samples * tiles
     sizes = {
-        k.AT_LIST: 8 * samples * capacity,
+        # A single sample's kernel has a list of each kind.
+        k.AT_LIST: 8 * capacity * (samples + (samples == 1 and shape.w_in is not None)),
         k.AT_COUNTS: 4 * samples,
         k.AT_STAGED: 4 * samples * segments * k.SEGMENT,
-        k.AT_TOTALS: 4 * samples * segments,
+        k.AT_TOTALS: max(256, 4 * samples * segments),
         k.AT_BASES: 2 * 4 * 3 * tiles,
         k.AT_HITS: k.HIT_BYTES * warps,
         k.AT_SUMS_IN: 2 * sums,
@@ -179,7 +180,7 @@ def _cost(shapes: Sequence[LayerShape], layers: Sequence[LayerPlan], samples: in
     for shape, layer in zip(shapes, layers, strict=True):
         strips = 3 * layer.tiles * samples
         rounds = -(-strips // MOST_WARPS)
-        far = 1.0 if layer.way_rec & 4 else 3.0
+        far = 1.0 if layer.way_rec & k.RESIDENT else 3.0
         lists = samples * -(-shape.units // k.SEGMENT) / MOST_WARPS
         slowest = max(slowest, 1.0 + 0.3 * far * rounds + 0.3 * lists)
     return slowest

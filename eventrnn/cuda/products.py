@@ -8,7 +8,7 @@ from numba import int32, int64, types
 from eventrnn.cuda.device import cuda
 from eventrnn.cuda.kernels import copy_in
 from eventrnn.cuda.ptx import add_relaxed, global_float32, global_int32, global_int64, shared_base
-from eventrnn.cuda.tables import HIT_BYTES, LANES, LIST_PAD
+from eventrnn.cuda.tables import HIT_BYTES, KINDS, LANES, LIST_PAD, NARROW, RESIDENT
 from eventrnn.cuda.walks import ALL, count_bits, entry_of, walker
 
 
@@ -30,16 +30,16 @@ def products_kernel(way: int, gates: int):
         gate = strip - tile * gates
         starts, shared = global_int64(starts_at), shared_base()
         size = int64(4)
-        if way & 2:
+        if way & NARROW:
             size = int64(2)
         values_at += starts[strip] * size
         table_at += strip * n_pre * 8
         hits_at = shared + int64(HIT_BYTES) * warp
-        if way & 4:
+        if way & RESIDENT:
             own = shared + int64(HIT_BYTES) * warps
             copy_in(own + table_bytes, values_at, (starts[strip + 1] - starts[strip] + LANES) * size, thread, threads)
             values_at = own + table_bytes
-            if way & 1:
+            if way & KINDS:
                 copy_in(own, table_at, int64(8) * n_pre, thread, threads)
                 table_at = own
             cuda.syncthreads()

@@ -1,7 +1,7 @@
 """The kernel `layers` for blocks that own one tile of one sample: nothing to take turns in, so little code.
 
 It is what a single stream waits for. A warp looks at one segment of units and keeps what it saw; three warps walk the
-strips; the first keeps cells and outputs in its registers. Everything else is as in `kernels.py`.
+strips and work out their gates; the third keeps cells and outputs in its registers. Everything else is as in `kernels.py`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from eventrnn.cuda import tables as k
 from eventrnn.cuda.device import cuda, device_function
 from eventrnn.cuda.kernels import bring_in, copy_in, look
 from eventrnn.cuda.ptx import (
-    copies_done,
-    copy_later,
-    egru_paper_value,
+    egru_paper_value_of_gates,
     egru_reset_gate,
-    egru_value,
+    egru_value_of_gates,
     global_float32,
     global_int32,
     global_int64,
+    load_early,
     shared_base,
     shared_float32,
     shared_int32,
@@ -33,24 +32,31 @@ from eventrnn.cuda.walks import ALL, chooser, count_bits, entry_of
 
 
 @device_function
-def gather_row(row_at, n, segments, list_at, totals_at, lane, warp):
-    """The list of who sent what from one row of a record: how many, or -1 where some word never came."""
-    entries, totals = shared_int64(list_at), shared_int32(totals_at)
+def see(row_at, n, lane, warp):
+    """This lane's four units of a row, how many of them sent, and whether all words came."""
     at = int32(warp * SEGMENT + 4 * lane)
     a = b = c = d = np.float32(0)
-    lost = int32(0)
+    here = True
     if at < n:
         a, b, c, d, here = look(row_at + int64(4) * at, int32(n - at))
-        if not here:
-            lost = int32(1)
     found = int32(int32(a != 0) + int32(b != 0) + int32(c != 0) + int32(d != 0))
+    return a, b, c, d, found, here
+
+
+@device_function
+def ballots(found, totals, lane, warp):
+    """Who of the warp found one, two, four; their sum goes to `totals`."""
     ones = cuda.ballot_sync(ALL, (found & 1) != 0)
     twos = cuda.ballot_sync(ALL, (found & 2) != 0)
     fours = cuda.ballot_sync(ALL, (found & 4) != 0)
     if lane == 0:
         totals[warp] = int32(count_bits(ones) + 2 * count_bits(twos) + 4 * count_bits(fours))
-    if cuda.syncthreads_or(lost):
-        return int32(-1)
+    return ones, twos, fours
+
+
+@device_function
+def enlist(entries, totals, segments, a, b, c, d, found, ones, twos, fours, lane, warp):
+    """Write what this lane saw where it belongs in the list; returns the length of the list."""
     each = int32(0)
     if lane < segments:
         each = totals[lane]
@@ -59,6 +65,7 @@ def gather_row(row_at, n, segments, list_at, totals_at, lane, warp):
         earlier = int32(0)
     count, p = sum_of_warp(each), sum_of_warp(earlier)
     if found:
+        at = int32(warp * SEGMENT + 4 * lane)
         below = int32((int32(1) << lane) - 1)
         p = int32(p + count_bits(ones & below) + 2 * count_bits(twos & below) + 4 * count_bits(fours & below))
         if a != 0:
@@ -74,8 +81,36 @@ def gather_row(row_at, n, segments, list_at, totals_at, lane, warp):
             entries[p] = entry_of(at + 3, d)
     if warp == 0 and lane < LIST_PAD:
         entries[count + lane] = int64(0)
+    return count
+
+
+@device_function
+def gather_row(row_at, n, segments, entries, totals, lane, warp):
+    """The list of who sent what from one row of a record: its length, or -1 where some word never came."""
+    a, b, c, d, found, here = see(row_at, n, lane, warp)
+    ones, twos, fours = ballots(found, totals, lane, warp)
+    if cuda.syncthreads_or(int32(not here)):
+        return int32(-1)
+    count = enlist(entries, totals, segments, a, b, c, d, found, ones, twos, fours, lane, warp)
     cuda.syncthreads()
     return count
+
+
+@device_function
+def gather_rows(
+    row_at, n, segments, entries, totals, x_at, inputs, x_segments, x_entries, x_totals, lane, warp
+):  # fmt: skip
+    """`gather_row` of two rows at once. The second, of the layer below, is most likely there already."""
+    e, f, g, h, x_found, x_here = see(x_at, inputs, lane, warp)
+    a, b, c, d, found, here = see(row_at, n, lane, warp)
+    ones, twos, fours = ballots(found, totals, lane, warp)
+    x_ones, x_twos, x_fours = ballots(x_found, x_totals, lane, warp)
+    if cuda.syncthreads_or(int32(not (here and x_here))):
+        return int32(-1), int32(-1)
+    count = enlist(entries, totals, segments, a, b, c, d, found, ones, twos, fours, lane, warp)
+    x_count = enlist(x_entries, x_totals, x_segments, e, f, g, h, x_found, x_ones, x_twos, x_fours, lane, warp)
+    cuda.syncthreads()
+    return count, x_count
 
 
 def single_kernel(variant: str, ways: tuple[int, ...]):
@@ -94,10 +129,11 @@ def single_kernel(variant: str, ways: tuple[int, ...]):
         tile, sample = block[k.TILE], block[k.SAMPLE]
         x, states = layer[k.X], layer[k.STATES]
         segments, x_segments = int32((n + SEGMENT - 1) >> 7), int32((inputs + SEGMENT - 1) >> 7)
-        list_at, totals_at = shared + block[k.AT_LIST], shared + block[k.AT_TOTALS]
+        entries = shared_int64(shared + block[k.AT_LIST])
+        x_entries = shared_int64(shared + block[k.AT_LIST] + 8 * block[k.CAPACITY])
+        totals, x_totals = shared_int32(shared + block[k.AT_TOTALS]), shared_int32(shared + block[k.AT_TOTALS] + 128)
         hits_at = shared + block[k.AT_HITS] + int64(k.HIT_BYTES) * warp
-        sums_in_at, sums_rec_at = shared + block[k.AT_SUMS_IN], shared + block[k.AT_SUMS_REC]
-        sums_in, sums_rec = shared_float32(sums_in_at), shared_float32(sums_rec_at)
+        gates, drives = shared_float32(shared + block[k.AT_SUMS_REC]), shared_float32(shared + block[k.AT_SUMS_IN])
         bases_rec_at = shared + block[k.AT_BASES]
         bases_in_at = bases_rec_at + int64(12)
         way_in, way_rec = int32(layer[k.IN_WAY]), int32(layer[k.REC_WAY])
@@ -113,92 +149,96 @@ def single_kernel(variant: str, ways: tuple[int, ...]):
             )  # fmt: skip
         cuda.syncthreads()
 
-        # The strip that this warp walks, the unit that this lane keeps.
+        # The strip that this warp walks: three warps recurrent ones, three those of the input.
         unit = int32(tile * width + lane)
         mine = lane < width and unit < n
-        walks = warp < 3
+        gate = warp
+        if warp >= 3:
+            gate = int32(warp - 3)
         bias_in = bias_rec = threshold = c = y = np.float32(0)
         carried = layer[k.CELLS] + 4 * (sample * n + unit)
         row_bytes, x_row_bytes = 4 * layer[k.PITCH] * batch, 4 * layer[k.X_PITCH] * batch
         record_at, gated_at = layer[k.RECORD] + sample * (4 * layer[k.PITCH]), layer[k.GATED]
         gated_at += sample * (4 * layer[k.PITCH])
         x_at = x + sample * (4 * layer[k.X_PITCH])
-        drive_at = layer[k.DRIVE] + 4 * (sample * (3 * n) + warp * n + unit)
+        drive_at = layer[k.DRIVE] + 4 * (sample * (3 * n) + gate * n + unit)
         drive_bytes, state_at, state_bytes = 12 * int64(n) * batch, states + 4 * (sample * n + unit), 4 * int64(n) * batch
-        if walks:
-            strip = (tile * 3 + warp) * LANES + lane
+        if warp < 6:
+            strip = (tile * 3 + gate) * LANES + lane
             bias_in = global_float32(layer[k.BIAS_IN])[strip]
             bias_rec = global_float32(layer[k.BIAS_REC])[strip]
-            rec_values += shared_int32(bases_rec_at)[warp]
-            rec_table += int64(8) * (warp * n)
+            rec_values += shared_int32(bases_rec_at)[gate]
+            rec_table += int64(8) * (gate * n)
             if x != 0:
-                in_values += shared_int32(bases_in_at)[warp]
-                in_table += int64(8) * (warp * inputs)
+                in_values += shared_int32(bases_in_at)[gate]
+                in_table += int64(8) * (gate * inputs)
         if mine:
             threshold = global_float32(layer[k.THRESHOLD])[tile * LANES + lane]
             c, y = global_float32(carried)[0], global_float32(record_at)[unit]
-        entries, s = shared_int64(list_at), int32(warp * LANES + lane)
-        ahead = int32(0)
+        drive = drive_rec = np.float32(0)
+        ahead, spot = int32(0), int32(gate * LANES + lane)
+        if x != 0:
+            count = gather_row(x_at, inputs, x_segments, x_entries, x_totals, lane, warp)
+            if count < 0:
+                global_int32(faults_at)[0] = 1
+                return
+            if 3 <= warp < 6:
+                drives[spot] = walk(way_in, bias_in, in_values, in_table, width, lane, x_entries, count, hits_at)
 
-        t = int64(-1)
-        while True:
-            # The input drive of the next step, while the others' events are on their way.
+        t = int64(0)
+        while t < steps:
             t += 1
-            if t < steps:
-                if x != 0:
-                    count = gather_row(x_at, inputs, x_segments, list_at, totals_at, lane, warp)
-                    if count < 0:
-                        global_int32(faults_at)[0] = 1
-                        return
-                    x_at += x_row_bytes
-                    if walks:
-                        sums_in[ahead + s] = walk(
-                            way_in, bias_in, in_values, in_table, width, lane, entries, count, hits_at
-                        )
-                elif walks and mine:
-                    copy_later(sums_in_at + int64(4) * (ahead + s), drive_at)
+            if x != 0 and t < steps:
+                # With what this step waits for, the input of the next.
+                x_at += x_row_bytes
+                count, x_count = gather_rows(
+                    record_at, n, segments, entries, totals, x_at, inputs, x_segments, x_entries, x_totals, lane, warp
+                )
+                if 3 <= warp < 6 and count >= 0:
+                    drives[3 * LANES - ahead + spot] = walk(
+                        way_in, bias_in, in_values, in_table, width, lane, x_entries, x_count, hits_at
+                    )
+            else:
+                if x == 0 and warp < 3 and mine:
+                    drive = load_early(drive_at)
                     drive_at += drive_bytes
-            if t >= steps:
-                break
-
-            # The recurrent drive of this step.
-            count = gather_row(record_at, n, segments, list_at, totals_at, lane, warp)
+                count = gather_row(record_at, n, segments, entries, totals, lane, warp)
             if count < 0:
                 global_int32(faults_at)[0] = 1
                 return
             record_at += row_bytes
             if warp < cut:
-                sums_rec[s] = walk(way_rec, bias_rec, rec_values, rec_table, width, lane, entries, count, hits_at)
-            if walks:
-                copies_done()
+                drive_rec = walk(way_rec, bias_rec, rec_values, rec_table, width, lane, entries, count, hits_at)
+            if x != 0 and warp < 3:
+                drive = drives[ahead + spot]
+            # Each gate by its own warp; the candidate's does the rest.
+            if warp < 2:
+                gates[warp * LANES + lane] = egru_reset_gate(drive, drive_rec)
             cuda.syncthreads()
             if paper:
-                if warp == 0 and mine:
+                if warp == 2 and mine:
                     value = np.float32(0)
                     if y != 0:
-                        value = egru_reset_gate(sums_in[ahead + LANES + lane], sums_rec[LANES + lane]) * y
+                        value = gates[LANES + lane] * y
                     store_relaxed(gated_at + int64(4) * unit, value)
-                count = gather_row(gated_at, n, segments, list_at, totals_at, lane, warp)
+                count = gather_row(gated_at, n, segments, entries, totals, lane, warp)
                 if count < 0:
                     global_int32(faults_at)[0] = 1
                     return
                 gated_at += row_bytes
                 if warp == 2:
-                    sums_rec[s] = walk(way_rec, bias_rec, rec_values, rec_table, width, lane, entries, count, hits_at)
-                cuda.syncthreads()
+                    drive_rec = walk(way_rec, bias_rec, rec_values, rec_table, width, lane, entries, count, hits_at)
 
             # Cells and events.
-            if warp == 0 and mine:
+            if warp == 2 and mine:
+                zero = np.float32(0)
                 if paper:
-                    v, _, _ = egru_paper_value(
-                        sums_in[ahead + s], sums_in[ahead + s + 2 * LANES], sums_rec[s], sums_rec[s + 2 * LANES], c, y
-                    )
+                    v, _, _ = egru_paper_value_of_gates(gates[lane], drive, zero, drive_rec, c, y)
                 else:
-                    v, _, _, _ = egru_value(
-                        sums_in[ahead + s], sums_in[ahead + s + LANES], sums_in[ahead + s + 2 * LANES],
-                        sums_rec[s], sums_rec[s + LANES], sums_rec[s + 2 * LANES], c,
-                    )  # fmt: skip
-                y, c = np.float32(0), v
+                    v, _, _, _ = egru_value_of_gates(
+                        gates[lane], gates[LANES + lane], drive, zero, zero, drive_rec, c
+                    )
+                y, c = zero, v
                 if v > threshold:
                     y = v
                     if not paper:
@@ -209,7 +249,7 @@ def single_kernel(variant: str, ways: tuple[int, ...]):
                     state_at += state_bytes
             ahead = int32(3 * LANES - ahead)
 
-        if warp == 0 and mine:
+        if warp == 2 and mine:
             global_float32(carried)[0] = c
 
     return layers, types.void(*[types.int64] * 5)

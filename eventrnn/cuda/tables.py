@@ -7,8 +7,9 @@ from __future__ import annotations
 
 # Lanes of a warp; units that a warp looks at in one go.
 LANES, SEGMENT = 32, 128
-# A matrix lies dense or masked (see `packing.py`), its values float32 or bfloat16, in shared memory or not.
-DENSE, MASKED = 0, 1
+# How a matrix lies (see `packing.py`); added to it, whether its values are bfloat16, and in shared memory.
+DENSE, MASKED, RUNS = 0, 1, 2
+KINDS, NARROW, RESIDENT = 3, 4, 8
 # Terms that are loaded together; hits of a masked strip that are held before they are walked, and those held at most.
 GROUP, HELD = 16, 160
 # Entries of zero that end a list, so that groups may be read whole.
@@ -37,4 +38,4 @@ HIT_BYTES = 12 * (HELD + LIST_PAD)
 
 def way(kind: int, narrow: bool, resident: bool) -> int:
     """How a matrix lies, as a number: kind, bfloat16 or not, in shared memory or not."""
-    return int(kind + 2 * narrow + 4 * resident)
+    return int(kind + NARROW * narrow + RESIDENT * resident)

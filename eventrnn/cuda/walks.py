@@ -19,10 +19,10 @@ from eventrnn.cuda.ptx import (
     shared_int64,
     shared_uint16,
 )
-from eventrnn.cuda.tables import DENSE, GROUP, HELD, LANES, LIST_PAD
+from eventrnn.cuda.tables import DENSE, GROUP, HELD, KINDS, LANES, LIST_PAD, NARROW, RESIDENT, RUNS
 
 ALL = np.uint32(0xFFFFFFFF)
-ROUNDS = 4
+ROUNDS = 2
 
 
 @device_function
@@ -66,7 +66,7 @@ def load8(array, at):
 
 def walker(way: int):
     """The device function for matrices that lie that way."""
-    narrow, resident = way & 2, way & 4
+    narrow, resident, kind = way & NARROW, way & RESIDENT, way & KINDS
     if narrow:
         pointer = shared_uint16 if resident else global_uint16
 
@@ -117,10 +117,21 @@ def walker(way: int):
             e = int32(e + GROUP)
         return acc
 
+    if kind == RUNS:
+
+        @device_function
+        def place(word, lane, below):
+            return int32(high(word) + lane)
+    else:
+
+        @device_function
+        def place(word, lane, below):
+            return int32(high(word) + count_bits(low(word) & below))
+
     @device_function
     def hit_weight(values, word, lane, below):
         # A lane without a weight reads what lies there, and multiplies by zero.
-        value = weight(values, int32(high(word) + count_bits(low(word) & below)))
+        value = weight(values, place(word, lane, below))
         if (low(word) >> lane) & 1:
             return value
         return np.float32(0)
@@ -172,12 +183,8 @@ def walker(way: int):
         while e - lane < count:
             word_a, entry_a = word_at(table, entries, e, count)
             word_b, entry_b = word_at(table, entries, int32(e + LANES), count)
-            word_c, entry_c = word_at(table, entries, int32(e + 2 * LANES), count)
-            word_d, entry_d = word_at(table, entries, int32(e + 3 * LANES), count)
             held = hold(words, sizes, held, word_a, entry_a, below)
             held = hold(words, sizes, held, word_b, entry_b, below)
-            held = hold(words, sizes, held, word_c, entry_c, below)
-            held = hold(words, sizes, held, word_d, entry_d, below)
             e = int32(e + ROUNDS * LANES)
             if held > HELD - ROUNDS * LANES or e - lane >= count:
                 if lane < LIST_PAD:
@@ -185,16 +192,21 @@ def walker(way: int):
                 cuda.syncwarp(ALL)
                 h = int32(0)
                 while h < held:
-                    one, two = load8(words, h), load8(words, int32(h + 8))
-                    weights, more = hit_weights(values, one, lane, below), hit_weights(values, two, lane, below)
-                    acc = add_hits(acc, weights, load8(sizes, h))
-                    acc = add_hits(acc, more, load8(sizes, int32(h + 8)))
+                    one = load8(words, h)
+                    weights = hit_weights(values, one, lane, below)
+                    if held - h > 8:
+                        two = load8(words, int32(h + 8))
+                        more = hit_weights(values, two, lane, below)
+                        acc = add_hits(acc, weights, load8(sizes, h))
+                        acc = add_hits(acc, more, load8(sizes, int32(h + 8)))
+                    else:
+                        acc = add_hits(acc, weights, load8(sizes, h))
                     h = int32(h + GROUP)
                 cuda.syncwarp(ALL)
                 held = int32(0)
         return acc
 
-    return dense if way & 1 == DENSE else masked
+    return dense if kind == DENSE else masked
 
 
 def chooser(ways: tuple[int, ...]):
