@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -20,19 +21,21 @@ INSTALL = "pip install 'eventrnn[cuda13]' (driver 580 or newer) or 'eventrnn[cud
 
 if not hasattr(np, "row_stack"):
     # numba-cuda 0.30 asks for it at import; NumPy 2.5 has dropped it.
-    np.row_stack = np.vstack  # type: ignore[attr-defined]
+    np.vstack = np.vstack  # type: ignore[attr-defined]
 
 try:
-    from numba import cuda as cuda
+    from numba import cuda
     from numba.cuda import compiler as _compiler
     from numba.cuda import dispatcher as _dispatcher
-    from numba.cuda import libdevice as libdevice
-    from numba.cuda.extending import intrinsic as intrinsic
+    from numba.cuda import libdevice
+    from numba.cuda.extending import intrinsic
 except ImportError as error:
     raise BackendUnavailable(f"cuda: {error}; {INSTALL}") from None
 
 #: oldest architecture: `redux` and 128-bit-wide relaxed loads need sm_80, large shared memory is used where it is
 OLDEST = (8, 0)
+
+__all__ = ["Device", "compile_ptx", "cuda", "current_device", "device_function", "intrinsic", "libdevice"]
 
 device_function = cuda.jit(device=True, forceinline=True)
 
@@ -60,16 +63,12 @@ def _target(architecture: tuple[int, int]) -> Iterator[None]:
         _compiler.compile_cuda, _dispatcher.get_current_device = compile_before, device_before
 
 
-def compile_ptx(
-    kernel: Callable[..., None], signature, architecture: tuple[int, int], threads: int
-) -> str:
+def compile_ptx(kernel: Callable[..., None], signature, architecture: tuple[int, int], threads: int) -> str:
     """PTX of a kernel, for at most `threads` a block. Needs libNVVM, but no GPU. About a second."""
     threads = int(threads)
     with _target(architecture):
         # One block a multiprocessor: its registers are all for us.
-        ptx, _ = cuda.compile(
-            kernel, signature, device=False, abi="numba", cc=architecture, launch_bounds=(threads, 1), fastmath=False
-        )
+        ptx, _ = cuda.compile(kernel, signature, device=False, abi="numba", cc=architecture, launch_bounds=(threads, 1))
     return ptx
 
 
@@ -152,12 +151,7 @@ class Device:
             ) from None
 
 
-_device: Device | None = None
-
-
+@cache
 def current_device() -> Device:
     """The GPU of this process, opened once."""
-    global _device
-    if _device is None:
-        _device = Device()
-    return _device
+    return Device()

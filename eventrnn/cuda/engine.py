@@ -57,9 +57,7 @@ class CudaEngine:
         self.network, self.device = network, current_device()
         self.units = [layer.units for layer in network.layers]
         self.chip = Chip(self.device.multiprocessors, self.device.shared_bytes)
-        # A launch takes as many layers as there are multiprocessors; what is above follows in the next.
-        count = len(network.layers)
-        self.launches = [range(a, min(a + self.chip.multiprocessors, count)) for a in range(0, count, self.chip.multiprocessors)]
+        self.launches = _launches(network, self.chip.multiprocessors)
         with self.device.on_stream():
             self._pack()
         self.plans: dict[int, list[Plan]] = {}
@@ -69,7 +67,7 @@ class CudaEngine:
         network, device = self.network, self.device
         self.w_in, self.w_rec, self.thresholds = [], [], []
         for number, layer in enumerate(network.layers):
-            share = self.chip.multiprocessors // min(len(network.layers), self.chip.multiprocessors)
+            share = self.chip.multiprocessors // next(len(each) for each in self.launches if number in each)
             inside = (layer.w_rec, layer.w_in) if number else (layer.w_rec,)
             width = tile_width(layer.units, share, any(isinstance(w, Dense) for w in inside))
             self.w_rec.append(Matrix.of(device, layer.w_rec, layer.bias_rec, 3, width))
@@ -110,7 +108,7 @@ class CudaEngine:
             return self._run(feed, state, record_events, record_states)
 
     def _run(self, feed: Feed, state: State, record_events: bool, record_states: bool) -> Trace:
-        device, batch, network = self.device, feed.batch, self.network
+        device, batch = self.device, feed.batch
         cells = [device.put(np.asarray(c, np.float32)) for c in state.cells]
         outputs = [device.put(np.asarray(y, np.float32)) for y in state.outputs]
         counts = [device.put(np.zeros((2, n), np.int64)) for n in self.units]
@@ -147,10 +145,26 @@ class CudaEngine:
             tuple(FireCounts(each[0], each[1]) for each in totals),
             tuple(events),
             tuple(states),
+            self.paths(batch),
         )
 
+    def paths(self, batch: int) -> dict[str, str]:
+        """By matrix, how its weights lie and where they are read from."""
+        found = {}
+        for layers, each in zip(self.launches, self._plans(batch), strict=True):
+            for n, laid in zip(layers, each.layers, strict=True):
+                found[f"layers.{n}.w_rec"] = _described(self.w_rec[n].strips, bool(laid.way_rec & k.RESIDENT))
+                inside = bool(laid.way_in & k.RESIDENT) if n else self._stays(self.w_in[0].strips)
+                found[f"layers.{n}.w_in"] = _described(self.w_in[n].strips, inside)
+        if self.readout is not None:
+            found["readout"] = _described(self.readout.strips, self._stays(self.readout.strips))
+        return found
+
     def _longest(self, batch: int, record_states: bool) -> int:
-        row = sum(_pitch(n) * (1 + (layer.cell.variant == "paper")) for n, layer in zip(self.units, self.network.layers, strict=True))
+        row = sum(
+            _pitch(n) * (1 + (layer.cell.variant == "paper"))
+            for n, layer in zip(self.units, self.network.layers, strict=True)
+        )
         row += 3 * self.units[0] + (sum(self.units) if record_states else 0)
         if self.readout is not None:
             row += 2 * (_pitch(self.units[-1]) + LANES) + self.readout.strips.shape[2]
@@ -213,9 +227,7 @@ class CudaEngine:
 
     def _launch(self, each: Plan, rows, layers: range, steps: int, batch: int) -> None:
         device, threads = self.device, 32 * each.warps
-        variants = {self.network.layers[n].cell.variant for n in layers}
-        assert len(variants) == 1
-        (variant,) = variants
+        variant = self.network.layers[layers.start].cell.variant
         make = single_kernel if each.single else layers_kernel
         kernel = device.kernel((make.__name__, variant, each.ways), lambda: make(variant, each.ways), threads)
         for first in range(0, batch, each.groups * each.samples):
@@ -237,10 +249,8 @@ class CudaEngine:
         out = device.empty((rows, gates * units), np.float32)
         if rows == 0:
             return out
-        values_bytes, table_bytes = (strips.strip_bytes(1)[0], -(-8 * n_pre // 16) * 16 * (strips.kind != k.DENSE))
-        hits = k.HIT_BYTES * PRODUCT_WARPS
-        shared = hits + values_bytes + table_bytes
-        resident = shared <= device.shared_bytes and rows >= PRODUCT_WARPS
+        hits, (values_bytes, table_bytes) = k.HIT_BYTES * PRODUCT_WARPS, _strip_bytes(strips)
+        resident = self._stays(strips) and rows >= PRODUCT_WARPS
         way = k.way(strips.kind, strips.values.dtype == np.uint16, resident)
         count = strips.tiles * gates
         splits = max(1, min(-(-rows // PRODUCT_WARPS), device.multiprocessors // count))
@@ -250,9 +260,13 @@ class CudaEngine:
             matrix.values.data.ptr, matrix.table.data.ptr, matrix.starts.data.ptr, matrix.bias.data.ptr,
             n_pre, units, strips.width, firsts.data.ptr, counts.data.ptr, lists.data.ptr,
             0 if row_of is None else row_of.data.ptr, rows, splits, out.data.ptr, table_bytes,
-            shared=shared if resident else hits,
+            shared=hits + values_bytes + table_bytes if resident else hits,
         )  # fmt: skip
         return out
+
+    def _stays(self, strips: Strips) -> bool:
+        """Whether one strip fits in shared memory, for many rows to share."""
+        return k.HIT_BYTES * PRODUCT_WARPS + sum(_strip_bytes(strips)) <= self.device.shared_bytes
 
     def _read_out(self, record, feed: Feed):
         """(steps, batch, V or N) on the device."""
@@ -286,3 +300,30 @@ class CudaEngine:
 def _pitch(units: int) -> int:
     """From one row of a record to the next: whole cache lines."""
     return -(-units // LANES) * LANES
+
+
+def _strip_bytes(strips: Strips) -> tuple[int, int]:
+    """Bytes of values and table of one strip, at most."""
+    table = 0 if strips.kind == k.DENSE else -(-8 * strips.shape[0] // 16) * 16
+    return strips.strip_bytes(1)[0], table
+
+
+def _launches(network: Network, most: int) -> list[range]:
+    """Neighbouring layers that run in one launch: of one variant, and no more than there are multiprocessors.
+
+    What is above follows in the next launch; the record holds everything that it needs.
+    """
+    launches: list[range] = []
+    for n, layer in enumerate(network.layers):
+        last = launches[-1] if launches else None
+        if last is not None and len(last) < most and network.layers[last.start].cell.variant == layer.cell.variant:
+            launches[-1] = range(last.start, n + 1)
+        else:
+            launches.append(range(n, n + 1))
+    return launches
+
+
+def _described(strips: Strips, resident: bool) -> str:
+    kind = ("dense", "masked", "runs")[strips.kind]
+    storage = "bfloat16" if strips.values.dtype == np.uint16 else "float32"
+    return f"{kind} {storage} in {'shared memory' if resident else 'L2'}"

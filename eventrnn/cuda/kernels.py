@@ -62,7 +62,9 @@ def look(address, left):
 
 
 @device_function
-def gather(row_at, pitch_bytes, n, samples, segments, list_at, counts_at, staged_at, totals_at, capacity, lane, warp, warps):
+def gather(
+    row_at, pitch_bytes, n, samples, segments, list_at, counts_at, staged_at, totals_at, capacity, lane, warp, warps
+):
     """Lists of who sent what, from `samples` rows of a record from `row_at` on, ascending; in shared memory.
 
     Returns whether some word never came. Every thread of the block takes part; lists are complete afterwards.
@@ -217,7 +219,11 @@ def layers_kernel(variant: str, ways: tuple[int, ...]):
         record, gated, drive, x, states = layer[k.RECORD], layer[k.GATED], layer[k.DRIVE], layer[k.X], layer[k.STATES]
         row_bytes, x_row_bytes = 4 * layer[k.PITCH], 4 * layer[k.X_PITCH]
         segments, x_segments = int32((n + SEGMENT - 1) >> 7), int32((inputs + SEGMENT - 1) >> 7)
-        list_at, counts_at, staged_at = shared + block[k.AT_LIST], shared + block[k.AT_COUNTS], shared + block[k.AT_STAGED]
+        list_at, counts_at, staged_at = (
+            shared + block[k.AT_LIST],
+            shared + block[k.AT_COUNTS],
+            shared + block[k.AT_STAGED],
+        )
         totals_at, capacity = shared + block[k.AT_TOTALS], int32(block[k.CAPACITY])
         hits_at = shared + block[k.AT_HITS] + int64(k.HIT_BYTES) * warp
         sums_in_at, sums_rec_at = shared + block[k.AT_SUMS_IN], shared + block[k.AT_SUMS_REC]

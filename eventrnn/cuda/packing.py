@@ -51,7 +51,7 @@ class Strips:
     def strip_bytes(self, tiles: int) -> tuple[int, int]:
         """Most bytes of values and of table that so many neighbouring tiles have, both multiples of 16."""
         gates = self.shape[1]
-        edges = self.starts[:: gates]
+        edges = self.starts[::gates]
         ends = edges[np.minimum(np.arange(self.tiles) + tiles, self.tiles)]
         most = int((ends - edges[:-1]).max(initial=0)) + LANES
         table = 8 * self.shape[0] * gates * tiles if self.kind != DENSE else 0

@@ -215,9 +215,7 @@ def _segments(shape: LayerShape) -> int:
     return -(-max(shape.units, shape.inputs if shape.w_in is not None else 0) // k.SEGMENT)
 
 
-def _table(
-    shapes: Sequence[LayerShape], layers: Sequence[LayerPlan], samples: int, groups: int, warps: int
-) -> Plan:
+def _table(shapes: Sequence[LayerShape], layers: Sequence[LayerPlan], samples: int, groups: int, warps: int) -> Plan:
     rows = []
     for group in range(groups):
         for number, (shape, layer) in enumerate(zip(shapes, layers, strict=True)):
@@ -239,4 +237,3 @@ def blocks_from(plan: Plan, first: int, batch: int) -> np.ndarray:
     rows = rows[rows[:, k.SAMPLE] < batch]
     rows[:, k.SAMPLES] = np.minimum(rows[:, k.SAMPLES], batch - rows[:, k.SAMPLE])
     return rows
-

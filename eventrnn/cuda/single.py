@@ -1,7 +1,8 @@
 """The kernel `layers` for blocks that own one tile of one sample: nothing to take turns in, so little code.
 
 It is what a single stream waits for. A warp looks at one segment of units and keeps what it saw; three warps walk the
-strips and work out their gates; the third keeps cells and outputs in its registers. Everything else is as in `kernels.py`.
+strips and work out their gates; the third keeps cells and outputs in its registers. Everything else is as in
+`kernels.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from numba import int32, int64, types
 
 from eventrnn.cuda import tables as k
 from eventrnn.cuda.device import cuda, device_function
-from eventrnn.cuda.kernels import bring_in, copy_in, look
+from eventrnn.cuda.kernels import bring_in, look
 from eventrnn.cuda.ptx import (
     egru_paper_value_of_gates,
     egru_reset_gate,
@@ -162,7 +163,11 @@ def single_kernel(variant: str, ways: tuple[int, ...]):
         gated_at += sample * (4 * layer[k.PITCH])
         x_at = x + sample * (4 * layer[k.X_PITCH])
         drive_at = layer[k.DRIVE] + 4 * (sample * (3 * n) + gate * n + unit)
-        drive_bytes, state_at, state_bytes = 12 * int64(n) * batch, states + 4 * (sample * n + unit), 4 * int64(n) * batch
+        drive_bytes, state_at, state_bytes = (
+            12 * int64(n) * batch,
+            states + 4 * (sample * n + unit),
+            4 * int64(n) * batch,
+        )
         if warp < 6:
             strip = (tile * 3 + gate) * LANES + lane
             bias_in = global_float32(layer[k.BIAS_IN])[strip]
@@ -235,9 +240,7 @@ def single_kernel(variant: str, ways: tuple[int, ...]):
                 if paper:
                     v, _, _ = egru_paper_value_of_gates(gates[lane], drive, zero, drive_rec, c, y)
                 else:
-                    v, _, _, _ = egru_value_of_gates(
-                        gates[lane], gates[LANES + lane], drive, zero, zero, drive_rec, c
-                    )
+                    v, _, _, _ = egru_value_of_gates(gates[lane], gates[LANES + lane], drive, zero, zero, drive_rec, c)
                 y, c = zero, v
                 if v > threshold:
                     y = v
