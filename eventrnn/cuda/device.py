@@ -19,9 +19,8 @@ from eventrnn.backend import BackendUnavailable
 
 INSTALL = "pip install 'eventrnn[cuda13]' (driver 580 or newer) or 'eventrnn[cuda12]'"
 
-if not hasattr(np, "row_stack"):
-    # numba-cuda 0.30 asks for it at import; NumPy 2.5 has dropped it.
-    np.vstack = np.vstack  # type: ignore[attr-defined]
+# numba-cuda 0.30 asks for it at import; NumPy 2.5 has dropped it.
+vars(np).setdefault("row_stack", np.vstack)
 
 try:
     from numba import cuda
@@ -86,7 +85,8 @@ class Device:
         self.arrays: Any = cupy
         self.core = CoreDevice()
         self.core.set_current()
-        self.architecture = tuple(map(int, self.core.compute_capability))
+        major, minor = self.core.compute_capability
+        self.architecture = int(major), int(minor)
         if self.architecture < OLDEST:
             have, need = (".".join(map(str, each)) for each in (self.architecture, OLDEST))
             raise BackendUnavailable(
@@ -113,7 +113,13 @@ class Device:
         return self._kernels[key][0]
 
     def launch(
-        self, kernel: Any, blocks: int, threads: int, *arguments: int, shared: int = 0, together: bool = False
+        self,
+        kernel: Any,
+        blocks: int | tuple[int, int],
+        threads: int,
+        *arguments: int,
+        shared: int = 0,
+        together: bool = False,
     ) -> None:
         """Put a kernel on the stream; all arguments are int64. `together`: all blocks must be resident at once."""
         from cuda.bindings import driver
@@ -126,6 +132,17 @@ class Device:
                 raise RuntimeError(f"cuda: {shared} bytes of shared memory a block were refused ({error})")
         config = LaunchConfig(grid=blocks, block=threads, shmem_size=shared, is_cooperative=together)
         launch(self.stream, config, kernel, *(ctypes.c_int64(each) for each in arguments))
+
+    def seconds(self, enqueue: Callable[[], None]) -> float:
+        """GPU time of what a call puts on the stream."""
+        from cuda.core import EventOptions
+
+        begin, end = (self.core.create_event(options=EventOptions(timing_enabled=True)) for _ in range(2))
+        self.stream.record(begin)
+        enqueue()
+        self.stream.record(end)
+        end.sync()
+        return (end - begin) / 1e3
 
     @contextmanager
     def on_stream(self) -> Iterator[None]:

@@ -16,7 +16,9 @@ from eventrnn.cuda.packing import Strips
 from eventrnn.cuda.tables import LANES
 
 NARROWEST = 8
-MOST_WARPS, LEAST_WARPS = 16, 6
+# Few numbers of warps, because a kernel is compiled for each.
+WARPS = (8, 12, 16, 24, 32)
+MOST_WARPS = 16
 # Segments that the lanes of one warp can add up.
 MOST_SINGLE = 32
 
@@ -206,8 +208,10 @@ def _smallest(shapes: Sequence[LayerShape], batch: int, chip: Chip) -> Plan:
 def _warps(shapes: Sequence[LayerShape], samples: int, tiles: int) -> int:
     segments = max(map(_segments, shapes))
     if samples == tiles == 1 and segments <= MOST_SINGLE:
-        return max(LEAST_WARPS, segments)
-    return int(np.clip(max(3 * samples * tiles, samples * segments), LEAST_WARPS, MOST_WARPS))
+        wanted = segments
+    else:
+        wanted = min(MOST_WARPS, max(3 * samples * tiles, samples * segments))
+    return next(warps for warps in WARPS if warps >= wanted)
 
 
 def _segments(shape: LayerShape) -> int:

@@ -22,7 +22,7 @@ from eventrnn.cuda.ptx import (
 from eventrnn.cuda.tables import DENSE, GROUP, HELD, KINDS, LANES, LIST_PAD, NARROW, RESIDENT, RUNS
 
 ALL = np.uint32(0xFFFFFFFF)
-ROUNDS = 2
+ROUNDS = 4
 
 
 @device_function
@@ -183,8 +183,12 @@ def walker(way: int):
         while e - lane < count:
             word_a, entry_a = word_at(table, entries, e, count)
             word_b, entry_b = word_at(table, entries, int32(e + LANES), count)
+            word_c, entry_c = word_at(table, entries, int32(e + 2 * LANES), count)
+            word_d, entry_d = word_at(table, entries, int32(e + 3 * LANES), count)
             held = hold(words, sizes, held, word_a, entry_a, below)
             held = hold(words, sizes, held, word_b, entry_b, below)
+            held = hold(words, sizes, held, word_c, entry_c, below)
+            held = hold(words, sizes, held, word_d, entry_d, below)
             e = int32(e + ROUNDS * LANES)
             if held > HELD - ROUNDS * LANES or e - lane >= count:
                 if lane < LIST_PAD:
