@@ -62,7 +62,8 @@ def inference(
         result = bench.inference(
             hidden=hidden, layers=layers, batch=batch, activity=activity, sparsity=sparsity, format=format,
             block=parse_block(block) if block else None, nm=parse_nm(nm) if nm else None, dtype=dtype,
-            variant=variant, backend=backend, threads=threads, against=against or OPPONENT.get(backend, "none"), steps=steps, repeats=repeats, seed=seed,
+            variant=variant, backend=backend, threads=threads, against=against or OPPONENT.get(backend, "none"),
+            steps=steps, repeats=repeats, seed=seed,
             report=lambda stage: report(stage, 0, 1, ""),
         )  # fmt: skip
     show("inference", result, as_json)

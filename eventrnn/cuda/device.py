@@ -36,6 +36,8 @@ OLDEST = (8, 0)
 
 __all__ = ["Device", "compile_ptx", "cuda", "current_device", "device_function", "intrinsic", "libdevice"]
 
+Blocks = int | tuple[int, int]
+
 device_function = cuda.jit(device=True, forceinline=True)
 
 
