@@ -1,4 +1,4 @@
-"""Hypothesis profiles: `--hypothesis-profile=ci` draws more; `dev` is the default."""
+"""Hypothesis profiles: `--hypothesis-profile=ci` draws more, `few` less; `dev` is the default."""
 
 import importlib
 
@@ -11,6 +11,8 @@ from eventrnn.crossover import Crossover
 
 settings.register_profile("dev", max_examples=30, deadline=None, print_blob=True)
 settings.register_profile("ci", max_examples=100, deadline=None, print_blob=True)
+# For a GPU, whose kernels are compiled anew for every mixture of formats.
+settings.register_profile("few", max_examples=6, deadline=None, print_blob=True)
 settings.load_profile("dev")
 
 

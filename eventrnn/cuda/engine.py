@@ -272,7 +272,7 @@ class CudaEngine:
         out = device.empty((rows, gates * units), np.float32)
         if rows == 0:
             return out
-        hits, (values_bytes, table_bytes) = k.HIT_BYTES * PRODUCT_WARPS, _strip_bytes(strips)
+        hits, (values_bytes, table_bytes) = k.HIT_BYTES * PRODUCT_WARPS, strips.one_strip_bytes()
         resident = self._stays(strips) and rows >= PRODUCT_WARPS
         way = k.way(strips.kind, strips.values.dtype == np.uint16, resident)
         count = strips.tiles * gates
@@ -289,7 +289,7 @@ class CudaEngine:
 
     def _stays(self, strips: Strips) -> bool:
         """Whether one strip fits in shared memory, for many rows to share."""
-        return k.HIT_BYTES * PRODUCT_WARPS + sum(_strip_bytes(strips)) <= self.device.shared_bytes
+        return k.HIT_BYTES * PRODUCT_WARPS + sum(strips.one_strip_bytes()) <= self.device.shared_bytes
 
     def _read_out(self, record, feed: Feed):
         """(steps, batch, V or N) on the device."""
@@ -323,12 +323,6 @@ class CudaEngine:
 def _pitch(units: int) -> int:
     """From one row of a record to the next: whole cache lines."""
     return -(-units // LANES) * LANES
-
-
-def _strip_bytes(strips: Strips) -> tuple[int, int]:
-    """Bytes of values and table of one strip, at most."""
-    table = 0 if strips.kind == k.DENSE else -(-8 * strips.shape[0] // 16) * 16
-    return strips.strip_bytes(1)[0], table
 
 
 def _launches(network: Network, most: int) -> list[range]:

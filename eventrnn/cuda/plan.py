@@ -129,7 +129,7 @@ def lay_out(shape: LayerShape, tiles: int, samples: int, warps: int, chip: Chip)
         offsets |= dict.fromkeys(fields, 0)
         if strips is None:
             continue
-        needed = strips.strip_bytes(tiles)
+        needed = strips.tile_bytes(tiles)
         resident = at + sum(needed) <= chip.shared_bytes
         if resident:
             for field, size in zip(fields, needed, strict=True):
