@@ -34,8 +34,10 @@ def inference(case: Case, report: Callable[[str], None]) -> dict[str, Any]:
 
     Raises as `bench.inference` does, and BackendUnavailable where there is no GPU.
     """
+    from eventrnn.cuda.device import current_device
     from eventrnn.cuda.engine import CudaEngine
 
+    current_device()  # nothing is begun where there is none
     rng = np.random.default_rng(case.seed)
     network = random_network(
         case.hidden, case.layers, sparsity=case.left_out, format=case.format, block=case.block, variant=case.variant,
