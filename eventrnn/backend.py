@@ -104,6 +104,41 @@ class FireCounts:
         return FireCounts(self.graded + other.graded, self.binary + other.binary)
 
 
+@dataclass
+class BackwardWork:
+    """What the backward pass of a window did with one matrix; by presynaptic unit, (n_pre,) int64, unless said.
+
+    Attributes
+    ----------
+    kept            : weights that are not pruned
+    columns         : of the matrix, a number
+    rows            : samples and steps of the window, a number
+    asked           : of them, those for which a dense engine would make the gradient of what was sent, a number
+    fired           : events that arrived: each has a use for a row of the weight gradient
+    gradient_rows   : rows that were added, zeros of BLAS included
+    gradient_stored : weights that such a row touches
+    open            : samples and steps whose gradient of what was sent has a use
+    dots            : those that were made
+    dots_stored     : weights that such a dot touches
+    """
+
+    kept: np.ndarray
+    columns: int
+    rows: int
+    asked: int
+    fired: np.ndarray
+    gradient_rows: np.ndarray
+    gradient_stored: np.ndarray
+    open: np.ndarray
+    dots: np.ndarray
+    dots_stored: np.ndarray
+
+    @classmethod
+    def none(cls, kept: np.ndarray, columns: int, rows: int) -> BackwardWork:
+        """Nothing done yet."""
+        return cls(kept, columns, rows, 0, *(np.zeros(len(kept), np.int64) for _ in range(6)))
+
+
 @dataclass(frozen=True)
 class Trace:
     """What a run leaves behind.

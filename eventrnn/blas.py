@@ -12,7 +12,7 @@ import numpy as np
 
 from eventrnn import cells
 from eventrnn.backend import Feed, FireCounts, State, Trace
-from eventrnn.jit import compiled
+from eventrnn.jit import allocating
 from eventrnn.steps import update, update_paper
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 CHUNK_ROWS = 4096
 
 
-@compiled
+@allocating
 def steps(n, batch, length, drive_in, w_rec, bias_rec, threshold, c, y, ys_out, cs_out):
     """`length` steps of the released variant. drive_in flat (length, batch, 3N); c, y flat (batch, N), in place."""
     rec = np.empty((batch, 3 * n), np.float32)
@@ -39,7 +39,7 @@ def steps(n, batch, length, drive_in, w_rec, bias_rec, threshold, c, y, ys_out, 
         cs_out[t] = c
 
 
-@compiled
+@allocating
 def paper_steps(n, batch, length, drive_in, w_gates, w_candidate, bias_rec, threshold, c, y, ys_out, cs_out):
     """`length` steps of the paper's variant; w_gates (N, 2N) and w_candidate (N, N) contiguous."""
     gates, candidate = np.empty((batch, 2 * n), np.float32), np.empty((batch, n), np.float32)

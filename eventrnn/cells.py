@@ -72,6 +72,11 @@ def power_of_two(n: Any) -> Any:
     return ((np.asarray(n).astype(np.int32) + np.int32(127)) << np.int32(23)).view(np.float32)[()]
 
 
+def ldexp(x: Any, n: Any) -> Any:
+    """`x * 2 ** n` for `n` as in `power_of_two` and a normal result; exact."""
+    return x * power_of_two(n)
+
+
 def select(condition: Any, a: Any, b: Any) -> Any:
     """`a` where the condition holds, else `b`."""
     return np.where(condition, a, b)[()]
@@ -110,7 +115,8 @@ TANH_SATURATED = F32(9.5)
 
 def exp_float32(x: Any) -> Any:
     """Float32 `exp`, arguments clamped to [-87, 88]."""
-    x = select(x < EXP_LOWEST, EXP_LOWEST, select(x > EXP_HIGHEST, EXP_HIGHEST, x))
+    x = select(x > EXP_HIGHEST, EXP_HIGHEST, x)
+    x = select(x < EXP_LOWEST, EXP_LOWEST, x)
     n = round_even(x * LOG2_E)
     r = fma(-n, LN2_HIGH, x)
     r = fma(-n, LN2_LOW, r)
@@ -119,7 +125,7 @@ def exp_float32(x: Any) -> Any:
     p = fma(p, r, EXP_1)
     p = fma(p, r, EXP_0)
     p = fma(p, r * r, r)
-    return (p + ONE) * power_of_two(n)
+    return ldexp(p + ONE, n)
 
 
 def sigmoid_float32(x: Any) -> Any:
@@ -191,15 +197,16 @@ def egru_paper_value(in_u, in_g, rec_u, rec_g, c, y):
     return fma(u, c, (ONE - u) * g) - y, u, g
 
 
-def egru_backward(u, r, g, rec_g, c_before, v, event, slope, threshold, d_y, d_c):
+def egru_backward(u, r, g, rec_g, c_before, v, event, slope, threshold, d_y, d_c, d_cell):
     """Adjoint of one step of the released variant (`y = o v`, `c = v - o threshold`).
 
-    `event` is o and `slope` its (surrogate) derivative in v. Returns the gradients of the pre-activations
-    `(u, r, g)` of the input drive, of the recurrent `g` row (the other two rows are shared), of the cell one
-    step before, and of the threshold. Cost: 25 operations. With a smooth step this is the exact derivative.
+    `event` is o and `slope` its (surrogate) derivative in v; `d_cell` is the loss's own gradient of v. Returns the
+    gradients of the pre-activations `(u, r, g)` of the input drive, of the recurrent `g` row (the other two rows are
+    shared), of the cell one step before, and of the threshold. Cost: 26 operations. With a smooth step this is the
+    exact derivative.
     """
     d_event = slope * (v * d_y - threshold * d_c)
-    d_v = event * d_y + d_event + d_c
+    d_v = (event * d_y + d_event + d_c) + d_cell
     d_threshold = -d_event - event * d_c
     d_g = (ONE - u) * d_v * (ONE - g * g)
     d_u = (c_before - g) * d_v * u * (ONE - u)
@@ -207,14 +214,14 @@ def egru_backward(u, r, g, rec_g, c_before, v, event, slope, threshold, d_y, d_c
     return d_u, d_r, d_g, d_g * r, u * d_v, d_threshold
 
 
-def egru_paper_backward(u, g, c_before, v, event, slope, d_y, d_c):
+def egru_paper_backward(u, g, c_before, v, event, slope, d_y, d_c, d_cell):
     """Adjoint of one step of the paper's variant (`y = o v`, `c = v`), but for the reset gate.
 
     Returns the gradients of the pre-activations `u` and `g`, of the cell one step before, of the output one
     step before (through the subtraction only) and of the threshold.
     """
     d_event = slope * (v * d_y)
-    d_v = event * d_y + d_event + d_c
+    d_v = (event * d_y + d_event + d_c) + d_cell
     d_g = (ONE - u) * d_v * (ONE - g * g)
     d_u = (c_before - g) * d_v * u * (ONE - u)
     return d_u, d_g, u * d_v, -d_v, -d_event

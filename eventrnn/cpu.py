@@ -4,7 +4,7 @@ Time runs in chunks that stay in cache. Within a chunk each layer first takes it
 another there), then walks its steps: recurrent product, cell update, events. Only units that fired are read.
 
 Threads split the outputs of a product and the units of an update, never a sum, and meet at a spin barrier; so the
-bits do not depend on their number. Kernels allocate nothing. `packing.py` explains the tables.
+bits do not depend on their number. Kernels allocate nothing, but for BLAS. `packing.py` explains the tables.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def run(
     feed_indptr, feed_ids, feed_sent, row_of, steps, begin, end, batch, chunk, edges, bases, pitch,
     # scratch
     drive_in, drive_rec, ids, sent, firsts, counts, feed_firsts, feed_counts, gated_ids, gated,
-    starts, groups, grouped, lists, amounts, x, tile, product,
+    cuts, own_ids, own_sent, lists, amounts, x, tile, product,
     # state, updated in place
     c, y,
     # out
@@ -81,9 +81,9 @@ def run(
     rows = (chunk + 1) * batch
     wide = len(ids) // (2 * rows)
     scratch = (
-        starts[part],
-        groups[part],
-        grouped[part],
+        cuts[part],
+        own_ids[part],
+        own_sent[part],
         lists[part],
         amounts[part],
         x[part],
@@ -230,8 +230,8 @@ def step(table, inputs, symbols, output):
         int64_at(table, 15), int64_at(table, 16), int64_at(table, 17).reshape((1, -1)),
         int64_at(table, 18).reshape((1, -1)), int32_at(table, 19).reshape((1, -1)),
         float32_at(table, 20).reshape((1, -1)),
-        int64_at(table, 29).reshape((1, -1)), int32_at(table, 30).reshape((1, 2, -1)),
-        float32_at(table, 31).reshape((1, 2, -1)), int32_at(table, 32).reshape((1, 2, -1)),
+        int64_at(table, 29).reshape((1, -1)), int32_at(table, 30).reshape((1, -1)),
+        float32_at(table, 31).reshape((1, -1)), int32_at(table, 32).reshape((1, 2, -1)),
         float32_at(table, 33).reshape((1, 2, -1)), float32_at(table, 34).reshape((1, -1)),
         float32_at(table, 35).reshape((1, -1)), float32_at(table, 36).reshape((1, -1)),
         c, y, output.reshape(output.size), nothing, nothing, int64_at(table, 21), int64_at(table, 22),
@@ -298,11 +298,9 @@ class CpuEngine:
 
     def _scratch(self, batch: int) -> tuple[np.ndarray, ...]:
         if batch != self.scratch_batch:
-            self.scratch_batch = batch
-            self.chunk = self.chunk_steps(batch)
-            rows, widest = self.chunk * batch, max(self.units)
+            chunk = self.chunk_steps(batch)
+            rows, widest = chunk * batch, max(self.units)
             if rows * self.pitch > np.iinfo(np.int32).max:
-                self.scratch_batch = 0
                 raise ValueError(
                     f"batch: got {batch}, whose {rows * self.pitch:,} drives are too many; split the batch"
                 )
@@ -321,6 +319,8 @@ class CpuEngine:
                 np.zeros((self.parts, batch * wide), np.float32),
                 *product_scratch(self.parts, most // rows, rows, self.pieces, self.pitch * self.choice.may_blas),
             )
+            # Last: without memory for it, the next run must not take the old one for this batch.
+            self.chunk, self.scratch_batch = chunk, batch
         return self.scratch
 
     def run(self, feed: Feed, state: State, *, record_events: bool = False, record_states: bool = False) -> Trace:

@@ -38,13 +38,13 @@ EACH_ROWS = (1, 16)
 ACTIVITY = (0.01, 0.05, 0.2, 0.5, 1.0)
 DENSITY = (0.05, 0.2, 0.5)
 #: ways with dense weights, and which layout each measures: pick, share of active units from which every one is walked
-DENSE_WAYS = {"rows": (AS_STORED, 2.0), "grouped": (TILES, 2.0), "every": (TILES, 0.0), "blas": (BLAS_PRODUCT, 2.0)}
+DENSE_WAYS = {"rows": (AS_STORED, 2.0), "panels": (TILES, 2.0), "every": (TILES, 0.0), "blas": (BLAS_PRODUCT, 2.0)}
 #: ways with pruned weights, by the widest piece of a block that is not wider; single weights have their own
 BLOCK_WAYS = {4: "block4", 16: "block16", 64: "block64"}
 # These take as long however many units are active.
 ALWAYS_ALL = ("every", "blas")
 # What drives share depends on how many there are; the other ways take them one by one.
-SHARING = ("grouped", "every", "blas")
+SHARING = ("panels", "every", "blas")
 # Another way than the stored one must promise to be so much faster: the map is no better.
 WORTH_IT = 0.95
 # A measured run is at least so long; the best of some.
@@ -89,7 +89,7 @@ class Crossover:
         shape = (UNITS[-1], 3 * UNITS[-1])
         every = self.seconds("every", shape, rows, 1.0)
         for share in np.geomspace(0.05, 1.0, 40):
-            if self.seconds("grouped", shape, rows, float(share)) > every:
+            if self.seconds("panels", shape, rows, float(share)) > every:
                 return round(float(share), 3)
         return 2.0
 
@@ -116,7 +116,7 @@ class MeasuredChoice(Choice):
         found: dict[str, float] = {}
 
         def tiles() -> float:
-            return min(seconds(way, shape, rows, activity) for way in ("grouped", "every"))
+            return min(seconds(way, shape, rows, activity) for way in ("panels", "every"))
 
         if isinstance(weights, Dense):
             found = {AS_STORED: seconds("rows", shape, rows, activity), TILES: tiles()}

@@ -13,9 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ import safetensors.numpy
 
 from eventrnn.cells import Cell, Surrogate
 from eventrnn.events import check_finite
+from eventrnn.files import write_whole
 from eventrnn.network import Layer, Network, Readout
 from eventrnn.weights import FORMATS, Dense, Weights
 
@@ -54,7 +53,7 @@ def save(network: Network, path: str | os.PathLike, *, overwrite: bool = False) 
             raise FileExistsError(f"path: {path} exists; pass overwrite=True to replace it")
     raw = _encode(*_to_tensors(network))
     try:
-        _write_atomically(target, raw, overwrite)
+        write_whole(target, raw, overwrite=overwrite)
     except OSError as error:
         # The failing call knows the temporary file's name at best.
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
@@ -224,36 +223,6 @@ def _data_size(header: Mapping[str, Any]) -> int:
         return max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
     except (KeyError, TypeError, IndexError):
         raise ModelFileError("damaged: its header does not say where the arrays are; restore it from a copy") from None
-
-
-def _write_atomically(target: Path, raw: bytes, overwrite: bool) -> None:
-    # In the same folder, or the rename would not be atomic.
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        if overwrite:
-            os.replace(temporary, target)
-        else:
-            # Unlike a rename, a link does not replace a file that came meanwhile.
-            os.link(temporary, target)
-            temporary.unlink()
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(target.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    # So that the rename itself survives a power cut; the file is complete either way, so a refusal is no failure.
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 # --- EvNN ---------------------------------------------------------------------------------------------------

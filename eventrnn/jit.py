@@ -46,9 +46,27 @@ class _PackageCache(caching.FunctionCache):
 
 
 def compiled(function) -> Any:
-    """`numba.njit`, releasing the GIL, cached on disk until any file of the package changes."""
+    """`numba.njit`, releasing the GIL, cached on disk until any file of the package changes.
+
+    Arrays are the caller's throughout: nothing is allocated, and no reference is counted. Counting takes two locked
+    instructions a view: with it, a product without any event took 0.75 us, without 0.07 (256 units).
+    """
+    return _compiled(function, _nrt=False)
+
+
+def inlined(function) -> Any:
+    """`compiled` for what is to be part of its callers: a call passes seven numbers an array."""
+    return _compiled(function, _nrt=False, forceinline=True)
+
+
+def allocating(function) -> Any:
+    """`compiled` for what makes arrays, or calls what may."""
+    return _compiled(function, _nrt=True)
+
+
+def _compiled(function, **options) -> Any:
     # The NumPy error model: Python's checks every division for zero, which stops the vectoriser.
-    dispatcher = numba.njit(nogil=True, error_model="numpy")(function)
+    dispatcher = numba.njit(nogil=True, error_model="numpy", **options)(function)
     dispatcher._cache = _PackageCache(function)
     return dispatcher
 

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 
-from eventrnn.backend import FireCounts, State
+from eventrnn.backend import BackwardWork, FireCounts, State
 from eventrnn.events import Events
 from eventrnn.network import Network, Simulation
 from eventrnn.weights import CSR, NM, BlockCSR, Weights
@@ -128,6 +128,44 @@ def count(network: Network, simulation: Simulation) -> OpCounts:
     if network.readout is not None:
         matrices["readout"] = _matrix_counts(network.readout.weights, below, rows, simulation.dense)
     return OpCounts(matrices, tuple(gate_ops), tuple(state_bytes), simulation.steps, simulation.batch)
+
+
+@dataclass(frozen=True)
+class BackwardCounts:
+    """Multiplications of a window's backward pass with one matrix (or a sum of them). Integers.
+
+    Two products: the weight gradient, a row for every event that arrived, and the gradient of what was sent, a dot for
+    every (unit, sample, step) that fired or has a slope. The element-wise work is not in it.
+
+    Attributes
+    ----------
+    backward_dense     : of a dense engine: every sample and step x every weight, in both products
+    backward_effective : with a use: event x kept weight, and open path x kept weight
+    backward_executed  : made, padding of pieces and zeros of BLAS included
+    backward_weight_bytes : of weights read by the dots
+    """
+
+    backward_dense: int = 0
+    backward_effective: int = 0
+    backward_executed: int = 0
+    backward_weight_bytes: int = 0
+
+    def __add__(self, other: BackwardCounts) -> BackwardCounts:
+        return BackwardCounts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+def count_backward(work: Mapping[str, BackwardWork]) -> dict[str, BackwardCounts]:
+    """Operations of a window's backward pass by matrix, from `Tape.work`. The read-out is dense and not in it."""
+    counts = {}
+    for name, w in work.items():
+        dots = int(w.dots @ w.dots_stored)
+        counts[name] = BackwardCounts(
+            (w.rows + w.asked) * len(w.kept) * w.columns,
+            int((w.fired + w.open) @ w.kept),
+            int(w.gradient_rows @ w.gradient_stored) + dots,
+            4 * dots,
+        )
+    return counts
 
 
 def count_per_step(network: Network, simulation: Simulation) -> dict[str, dict[str, np.ndarray]]:

@@ -24,7 +24,7 @@ from eventrnn.packing import (
     pack,
 )
 from eventrnn.simd import LANES
-from eventrnn.traverse import LISTED_PIECES
+from eventrnn.traverse import LISTED_PIECES, PANEL
 from eventrnn.weights import BlockCSR, Dense, Weights
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ class Choice:
     def pick(self, weights: Weights, rows: int, activity: float) -> str:
         """One of `PICKS`, for so many drives whose senders fire so often.
 
-        Dense rows are shared from one event a unit on: 1.3 times faster at 12 drives and 10 %, as fast at 8 and at 4
-        drives and 30 %, slower below (1350 units).
+        Dense rows are shared from one event a unit on (1350 units; about where reading a row once for all outweighs
+        the narrower windows).
         """
         return TILES if isinstance(weights, Dense) and rows * activity >= SHARED_EVENTS else AS_STORED
 
@@ -164,18 +164,23 @@ def _up(size, multiple: int):
     return -(-size // multiple) * multiple
 
 
-def product_scratch(parts: int, inputs: int, rows: int, pieces: int, blas: int) -> tuple[np.ndarray, ...]:
-    """What `propagate_all` writes on, one of each a thread, for products of up to `inputs` units, `rows` drives and
-    `pieces` stored pieces of one unit: starts, groups, grouped, lists, amounts, x, tile, product
-    (of `blas` columns)."""
+def scratch_shapes(parts: int, inputs: int, rows: int, pieces: int, blas: int) -> tuple[tuple[tuple, type], ...]:
+    """Shapes and dtypes of what `propagate_all` writes on, one of each a thread, for products of up to `inputs` units,
+    `rows` drives and `pieces` stored pieces of one unit: cuts, own_ids, own_sent, lists, amounts, x, tile, product (of
+    `blas` columns)."""
     most, listed = rows * inputs + LANES, LISTED_PIECES + pieces + LANES
     return (
-        np.zeros((parts, inputs + 2), np.int64),
-        np.zeros((parts, 2, most), np.int32),
-        np.zeros((parts, 2, most), np.float32),
-        np.zeros((parts, 2, listed), np.int32),
-        np.zeros((parts, 2, listed), np.float32),
-        np.zeros((parts, rows * inputs), np.float32),
-        np.zeros((parts, rows * ROW_TILE), np.float32),
-        np.zeros((parts, rows * blas), np.float32),
+        ((parts, rows * (-(-inputs // PANEL) + 1)), np.int64),
+        ((parts, most), np.int32),
+        ((parts, most), np.float32),
+        ((parts, 2, listed), np.int32),
+        ((parts, 2, listed), np.float32),
+        ((parts, rows * inputs), np.float32),
+        ((parts, rows * ROW_TILE), np.float32),
+        ((parts, rows * blas), np.float32),
     )
+
+
+def product_scratch(parts: int, inputs: int, rows: int, pieces: int, blas: int) -> tuple[np.ndarray, ...]:
+    """Arrays of `scratch_shapes`."""
+    return tuple(np.zeros(*each) for each in scratch_shapes(parts, inputs, rows, pieces, blas))

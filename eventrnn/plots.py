@@ -118,11 +118,8 @@ def block_map(
     if not n_pre * n_post:
         raise ValueError(f"weights: got shape {weights.shape}, need at least one weight to draw")
     block = weights.block if isinstance(weights, BlockCSR) else (1, 1)
-    r, c = (size * -(-n // (size * _MAP_CELLS)) for n, size in zip(weights.shape, block, strict=True))
-    rows, columns = np.arange(0, n_pre, r), np.arange(0, n_post, c)
-    magnitude = np.add.reduceat(np.add.reduceat(np.abs(weights.to_dense()), rows, axis=0), columns, axis=1)
-    area = np.outer(np.diff(np.append(rows, n_pre)), np.diff(np.append(columns, n_post)))
-    mean = np.ma.masked_equal(magnitude / area, 0)
+    rows, columns, magnitude = _cell_means(np.abs(weights.to_dense()), block)
+    mean = np.ma.masked_equal(magnitude, 0)
 
     figure = _figure(7.2, 4.0)
     axes = figure.subplots()
@@ -141,6 +138,41 @@ def block_map(
     kind = f"block {block[0]}×{block[1]}" if isinstance(weights, BlockCSR) else weights.name
     axes.set_title(title or f"{n_pre} × {n_post}, {kind}: {zeros:.1f} % of the weights are zero", loc="left")
     _plain(axes)
+    return _saved(figure, path)
+
+
+def mask_map(
+    matrices: Mapping[str, Weights],
+    *,
+    title: str | None = None,
+    path: str | os.PathLike | None = None,
+) -> Figure:
+    """Which weights are left, a panel a matrix: the share of non-zero weights in each cell, white where there are none.
+
+    matrices : name -> weights, as `Network.matrices()` gives them; presynaptic units downwards. A cell is one weight,
+               or a tile of several where a side has more than 256. Layers' gates (u, r, g) are told apart by lines
+    """
+    if not matrices:
+        raise ValueError("matrices: got none, need at least one to draw")
+    figure = _figure(7.2, 0.6 + 2.1 * len(matrices))
+    panels = figure.subplots(len(matrices), 1, squeeze=False)[:, 0]
+    for axes, (name, weights) in zip(panels, matrices.items(), strict=True):
+        n_pre, n_post = weights.shape
+        rows, columns, share = _cell_means(weights.to_dense() != 0, (1, 1))
+        image = axes.pcolormesh(
+            np.append(columns, n_post), np.append(rows, n_pre), share, cmap="Greys", vmin=0, vmax=1, rasterized=True
+        )
+        axes.invert_yaxis()
+        axes.set_ylabel("unit")
+        for k in range(1, 3 if name.endswith(("w_in", "w_rec")) else 1):
+            axes.axvline(k * n_post / 3, color=ORANGE, linewidth=0.8)
+        left = 100 * weights.nnz / max(1, n_pre * n_post)
+        axes.set_title(f"{name}: {n_pre} × {n_post}, {weights.name}, {left:.1f} % of the weights left", loc="left")
+        _plain(axes)
+    panels[-1].set_xlabel("postsynaptic row")
+    figure.colorbar(image, ax=panels, label="share of weights left", pad=0.02)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     return _saved(figure, path)
 
 
@@ -246,6 +278,44 @@ def roofline(
     return _saved(figure, path)
 
 
+def learning_curves(
+    curves: Mapping[str, Sequence[tuple[float, float, float]]],
+    *,
+    quality: str = "perplexity",
+    title: str | None = None,
+    path: str | os.PathLike | None = None,
+) -> Figure:
+    """What validation said in the course of runs: their quality on the left, their activity on the right.
+
+    curves  : name of a run -> (update, quality, activity) of each validation
+    quality : what the second number is called
+
+    The axis of quality is logarithmic where it spans more than a factor of 2.
+    """
+    if not curves or not all(len(points) and np.isfinite(np.asarray(points)).all() for points in curves.values()):
+        raise ValueError(f"curves: got {dict(curves)}, need at least one finite point for each of at least one run")
+    figure = _figure(7.2, 3.2)
+    left, right = figure.subplots(1, 2)
+    for k, (name, points) in enumerate(curves.items()):
+        step, value, activity = np.asarray(points, float).T
+        look = {"color": _HUES[k % len(_HUES)], "marker": _MARKS[k % len(_MARKS)], "markersize": 4, "linewidth": 1.2}
+        left.plot(step, value, label=f"{name}: {value.min():.4g}", **look)
+        right.plot(step, 100 * activity, label=name, **look)
+    every = np.concatenate([np.asarray(points, float)[:, 1] for points in curves.values()])
+    if every.min() > 0 and every.max() > 2 * every.min():
+        left.set_yscale("log")
+        left.yaxis.set_major_formatter("{x:g}")
+        left.yaxis.set_minor_formatter("{x:g}")
+    left.set(xlabel="update", ylabel=f"{quality} (validation)")
+    right.set(xlabel="update", ylabel="activity (%)", ylim=(0, 105))
+    left.legend(fontsize=8, frameon=False, title="best", title_fontsize=8)
+    for axes in (left, right):
+        _plain(axes)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return _saved(figure, path)
+
+
 def _limits_panel(axes: Axes, cases: Sequence[Mapping], groups: list) -> None:
     """A line a case, the first on top: how much of the probe's read rate and of the FMA rate it reaches."""
     for k, case in enumerate(reversed(cases)):
@@ -262,6 +332,15 @@ def _limits_panel(axes: Axes, cases: Sequence[Mapping], groups: list) -> None:
     axes.set(xlim=(0, 142), ylim=(-0.7, len(cases) - 0.3), xlabel="share of the limit (%)")
     axes.set_xticks(range(0, 101, 20))
     axes.set_title("bar: of the probe's read rate; tick: of the FMA rate", loc="left", fontsize=9)
+
+
+def _cell_means(values: np.ndarray, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """First row and column of each cell, whole blocks so that at most `_MAP_CELLS` are a side; and their means."""
+    r, c = (size * -(-n // (size * _MAP_CELLS)) for n, size in zip(values.shape, block, strict=True))
+    rows, columns = np.arange(0, values.shape[0], r), np.arange(0, values.shape[1], c)
+    total = np.add.reduceat(np.add.reduceat(values.astype(np.float32), rows, axis=0), columns, axis=1)
+    heights, widths = np.minimum(r, values.shape[0] - rows), np.minimum(c, values.shape[1] - columns)
+    return rows, columns, total / (heights[:, None] * widths)
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -20,7 +20,7 @@ from eventrnn.weights import Dense, Weights
 def products(
     windows, first_window, last_window, values, index, pointers, bias, p, n_pre,
     ids, sent, firsts, counts, start, stop, rows,
-    starts, groups, grouped, lists, amounts, x, tile, product,
+    cuts, own_ids, own_sent, lists, amounts, x, tile, product,
     drive_out, pitch,
 ):  # fmt: skip
     """The product of every step from `start` to `stop`, one after the other into the same drives."""
@@ -28,7 +28,7 @@ def products(
         propagate_all(
             windows, first_window, last_window, values, index, pointers, bias, p, n_pre,
             ids, sent, firsts, counts, t * rows, 1, rows,
-            starts, groups, grouped, lists, amounts, x, tile, product,
+            cuts, own_ids, own_sent, lists, amounts, x, tile, product,
             drive_out, pitch,
         )  # fmt: skip
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from eventrnn import observe
 from eventrnn.network import Network, Simulator
-from eventrnn.training.loop import check_symbols, cross_entropy_bits
+from eventrnn.training.losses import cross_entropy_bits
+from eventrnn.training.tasks import check_symbols
 from eventrnn.weights import STORAGES
 
 # Steps between two reports; bounds the memory.

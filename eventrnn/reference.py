@@ -89,8 +89,9 @@ def forward(cell: Cell, parameters: dict, x, c, y, *, smooth: bool = False) -> l
     return tapes
 
 
-def backward(cell: Cell, parameters: dict, x, tapes: list[Tape], d_y, d_c) -> dict:
-    """Gradients of one layer: d_y, d_c (T, B, N) are those of the loss in `y[t]` and `c[t]`.
+def backward(cell: Cell, parameters: dict, x, tapes: list[Tape], d_y, d_c, d_cell=None) -> dict:
+    """Gradients of one layer: d_y, d_c (T, B, N) are those of the loss in `y[t]` and `c[t]`, d_cell (zeros)
+    in `v[t]`.
 
     Returns arrays named like the parameters, with `x` (T, B, I), and `c`, `y` (B, N) of the initial state.
     """
@@ -98,20 +99,21 @@ def backward(cell: Cell, parameters: dict, x, tapes: list[Tape], d_y, d_c) -> di
     n = len(threshold)
     gradients = {name: np.zeros_like(value) for name, value in parameters.items()}
     d_x = np.zeros_like(x)
+    d_cell = np.zeros_like(d_y) if d_cell is None else d_cell
     d_y_later, d_c_later = np.zeros_like(d_y[0]), np.zeros_like(d_c[0])
     for t in reversed(range(len(x))):
         k = tapes[t]
         d_y_now, d_c_now = d_y[t] + d_y_later, d_c[t] + d_c_later
         if cell.variant == "evnn":
             d_u, d_r, d_g, d_rec_g, d_c_later, d_threshold = cells.egru_backward(
-                k.u, k.r, k.g, k.rec_g, k.c_before, k.v, k.event, k.slope, threshold, d_y_now, d_c_now
+                k.u, k.r, k.g, k.rec_g, k.c_before, k.v, k.event, k.slope, threshold, d_y_now, d_c_now, d_cell[t]
             )
             d_drive_rec = np.concatenate([d_u, d_r, d_rec_g], axis=1)
             d_y_later = d_drive_rec @ w_rec.T
             gradients["w_rec"] += k.y_before.T @ d_drive_rec
         else:
             d_u, d_g, d_c_later, d_y_later, d_threshold = cells.egru_paper_backward(
-                k.u, k.g, k.c_before, k.v, k.event, k.slope, d_y_now, d_c_now
+                k.u, k.g, k.c_before, k.v, k.event, k.slope, d_y_now, d_c_now, d_cell[t]
             )
             d_r, d_y_sent = cells.egru_paper_reset_backward(k.r, k.y_before, d_g @ w_rec[:, 2 * n :].T)
             d_gates = np.concatenate([d_u, d_r], axis=1)

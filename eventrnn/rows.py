@@ -33,6 +33,11 @@ from eventrnn.simd import (
 # As many accumulators as stay in registers beside the weights: 16 of 32 on AVX-512, 4 (8 AVX registers) elsewhere.
 TILE = 16 if AVX512 else 4
 PREFETCH_ROWS = 4
+# Lines of coming weights asked for at each event.
+LINES_AN_EVENT = 2
+# Bytes of a cache line; where a prefetch brings it.
+LINE = 64
+L1, L2 = 3, 2
 # Drives and vectors of a tile of `multiply`: 20 accumulators of 32, or 4 of 16.
 MULTIPLY_ROWS, MULTIPLY_VECTORS = (5, 4) if AVX512 else (2, 1)
 
@@ -62,81 +67,119 @@ def _decode(builder, raw, scale):
     return builder.fmul(builder.sitofp(builder.sext(raw, whole), vector), scale)
 
 
-def _scale_of(context, builder, kind, scales, s0, unit):
-    """The scale of a unit in every lane."""
+def _scale_of(context, builder, weights, kind, scales, s0, unit):
+    """The scale of a unit in every lane, for int8 only: other storages have none."""
+    if weights != types.int8:
+        return ir.Constant(VECTOR, [1.0] * LANES)
     return splat(builder, builder.load(address(context, builder, kind, scales, builder.add(s0, unit))))
 
 
 # --- one drive, many rows -----------------------------------------------------------------------------------
 
 
-def _add_rows(vectors: int):
+def _sum_rows(context, builder, kinds, args, vectors, fetch):
+    """The loop of `add_rows`: fetch(event, row) asks for what will be wanted; row(event) is its address."""
+    target = address(context, builder, kinds[0], args[0], args[1])
+    rows, pitch = address(context, builder, kinds[2], args[2], args[3]), args[4]
+    id_at = address(context, builder, kinds[7], args[7], args[9])
+    value_at = address(context, builder, kinds[8], args[8], args[9])
+    count = args[10]
+
+    def unit_of(event):
+        return builder.sext(builder.load(builder.gep(id_at, [event])), I64)
+
+    def row(event):
+        return builder.gep(rows, [builder.mul(unit_of(event), pitch)])
+
+    before = [load_vector(builder, _lane(builder, target, k)) for k in range(vectors)]
+    entry, loop = builder.block, builder.append_basic_block("events")
+    done = builder.append_basic_block("events.done")
+    builder.cbranch(builder.icmp_signed(">", count, I64(0)), loop, done)
+
+    builder.position_at_end(loop)
+    event = builder.phi(I64)
+    event.add_incoming(I64(0), entry)
+    sums = [builder.phi(VECTOR) for _ in range(vectors)]
+    for phi, start in zip(sums, before, strict=True):
+        phi.add_incoming(start, entry)
+    fetch(event, row)
+    source = row(event)
+    value = splat(builder, builder.load(builder.gep(value_at, [event])))
+    scale = _scale_of(context, builder, kinds[2].dtype, kinds[5], args[5], args[6], unit_of(event))
+    weight = [_load_weights(builder, _lane(builder, source, k), LANES, scale) for k in range(vectors)]
+    after = [fma_vector(builder, w, value, total) for w, total in zip(weight, sums, strict=True)]
+    following = builder.add(event, I64(1))
+    event.add_incoming(following, loop)
+    for phi, total in zip(sums, after, strict=True):
+        phi.add_incoming(total, loop)
+    builder.cbranch(builder.icmp_signed("<", following, count), loop, done)
+
+    builder.position_at_end(done)
+    for k in range(vectors):
+        total = builder.phi(VECTOR)
+        total.add_incoming(before[k], entry)
+        total.add_incoming(after[k], loop)
+        before[k] = total
+    for k in range(vectors):
+        store_vector(builder, before[k], _lane(builder, target, k))
+    return context.get_dummy_value()
+
+
+def _add_rows(vectors: int, far: bool = True):
     @intrinsic
     def add_rows(typingctx, drive, at, weights, start, pitch, scales, s0, ids, values, first, count):
         """drive[at + i] += sum over events e of weights[start + ids[e] * pitch + i] * values[e], i < 16 * vectors.
 
-        Events `first` to `first + count`, in order, one FMA each; the sums stay in registers throughout.
+        Events `first` to `first + count`, in order, one FMA each; the sums stay in registers throughout. Rows that are
+        `far` are asked for some events ahead.
         """
 
         def generate(context, builder, signature, args):
-            kinds = signature.args
-            target = address(context, builder, kinds[0], args[0], args[1])
-            rows, pitch = address(context, builder, kinds[2], args[2], args[3]), args[4]
-            id_at = address(context, builder, kinds[7], args[7], args[9])
-            value_at = address(context, builder, kinds[8], args[8], args[9])
-            count = args[10]
-            last = builder.sub(count, I64(1))
+            kinds, last = signature.args, builder.sub(args[10], I64(1))
 
-            def unit_of(event):
-                return builder.sext(builder.load(builder.gep(id_at, [event])), I64)
+            def fetch(event, row):
+                if not far:
+                    return
+                ahead = builder.add(event, I64(PREFETCH_ROWS))
+                upcoming = row(builder.select(builder.icmp_signed("<", ahead, args[10]), ahead, last))
+                for k in range(0, vectors, LINE // kinds[2].dtype.bitwidth * 8 // LANES):
+                    _prefetch(builder, _lane(builder, upcoming, k))
 
-            before = [load_vector(builder, _lane(builder, target, k)) for k in range(vectors)]
-            entry, loop = builder.block, builder.append_basic_block("events")
-            done = builder.append_basic_block("events.done")
-            builder.cbranch(builder.icmp_signed(">", count, I64(0)), loop, done)
-
-            builder.position_at_end(loop)
-            event = builder.phi(I64)
-            event.add_incoming(I64(0), entry)
-            sums = [builder.phi(VECTOR) for _ in range(vectors)]
-            for phi, start in zip(sums, before, strict=True):
-                phi.add_incoming(start, entry)
-            ahead = builder.add(event, I64(PREFETCH_ROWS))
-            ahead = builder.select(builder.icmp_signed("<", ahead, count), ahead, last)
-            upcoming = builder.gep(rows, [builder.mul(unit_of(ahead), pitch)])
-            for k in range(0, vectors, 4 // (kinds[2].dtype.bitwidth // 8)):
-                _prefetch(builder, _lane(builder, upcoming, k))
-            unit = unit_of(event)
-            source = builder.gep(rows, [builder.mul(unit, pitch)])
-            value = splat(builder, builder.load(builder.gep(value_at, [event])))
-            scale = _scale_of(context, builder, kinds[5], args[5], args[6], unit)
-            weight = [_load_weights(builder, _lane(builder, source, k), LANES, scale) for k in range(vectors)]
-            after = [fma_vector(builder, w, value, total) for w, total in zip(weight, sums, strict=True)]
-            following = builder.add(event, I64(1))
-            event.add_incoming(following, loop)
-            for phi, total in zip(sums, after, strict=True):
-                phi.add_incoming(total, loop)
-            builder.cbranch(builder.icmp_signed("<", following, count), loop, done)
-
-            builder.position_at_end(done)
-            for k in range(vectors):
-                total = builder.phi(VECTOR)
-                total.add_incoming(before[k], entry)
-                total.add_incoming(after[k], loop)
-                before[k] = total
-            for k in range(vectors):
-                store_vector(builder, before[k], _lane(builder, target, k))
-            return context.get_dummy_value()
+            return _sum_rows(context, builder, kinds, args, vectors, fetch)
 
         return types.void(drive, at, weights, start, pitch, scales, s0, ids, values, first, count), generate
 
     return add_rows
 
 
+@intrinsic
+def add_near_rows_fetching(typingctx, drive, at, weights, start, pitch, scales, s0, ids, values, first, count, coming):
+    """`add_near_rows_4`; meanwhile each event asks for the next `LINES_AN_EVENT` lines of the weights from `coming` on.
+
+    A few at a time: more than there are free buffers would stand in the way.
+    """
+
+    def generate(context, builder, signature, args):
+        kinds = signature.args
+        lines, line = address(context, builder, kinds[2], args[2], args[11]), LINE // kinds[2].dtype.bitwidth * 8
+
+        def fetch(event, row):
+            for k in range(LINES_AN_EVENT):
+                at_line = builder.add(builder.mul(event, I64(LINES_AN_EVENT * line)), I64(k * line))
+                _prefetch(builder, builder.gep(lines, [at_line]), L2)
+
+        return _sum_rows(context, builder, kinds, args, 4, fetch)
+
+    return types.void(drive, at, weights, start, pitch, scales, s0, ids, values, first, count, coming), generate
+
+
+add_near_rows_16, add_near_rows_8, add_near_rows_4, add_near_rows_2, add_near_rows_1 = (
+    _add_rows(vectors, far=False) for vectors in (16, 8, 4, 2, 1)
+)
 add_rows_tile, add_rows_8, add_rows_4, add_rows_2, add_rows_1 = (_add_rows(vectors) for vectors in (TILE, 8, 4, 2, 1))
 
 
-# --- lists of pieces: blocks of one unit, or rows of many drives --------------------------------------------
+# --- pieces of blocks: of one unit, or listed, of several ---------------------------------------------
 
 # A list is two rows of int32, where to add and which piece, and two of float32, the value and the scale of its unit.
 # One array a field: entries of four fields took half as long again.
@@ -175,21 +218,21 @@ def list_blocks(typingctx, weights, columns, first, count, number, value, scale,
 
 def _add_listed(vectors: int, width: int):
     @intrinsic
-    def add_listed(typingctx, drive, at, targets, numbers, values, scales, count, weights, start, stride):
-        """For the first `count` entries in order: drive[at + target + i] += weights[start + number * stride + i] *
-        value, i < vectors * width, one FMA each.
+    def add_listed(typingctx, drive, at, targets, numbers, values, scales, count, weights, start):
+        """For the first `count` entries in order: drive[at + target + i] += piece `number` of the weights from
+        `start` on * value, i < vectors * width, one FMA each.
         """
 
         def generate(context, builder, signature, args):
             kinds = signature.args
             out = address(context, builder, kinds[0], args[0], args[1])
             fields = [address(context, builder, kinds[k], args[k], I64(0)) for k in range(2, 6)]
-            source, stride = address(context, builder, kinds[7], args[7], args[8]), args[9]
+            source = address(context, builder, kinds[7], args[7], args[8])
 
             def body(q):
                 target, number, value, scale = (builder.load(builder.gep(field, [q])) for field in fields)
                 row = builder.gep(out, [builder.sext(target, I64)])
-                piece = builder.gep(source, [builder.mul(builder.sext(number, I64), stride)])
+                piece = builder.gep(source, [builder.mul(builder.sext(number, I64), I64(vectors * width))])
                 value, scale = splat(builder, value, width), splat(builder, scale, width)
                 lanes = [I64(i * width) for i in range(vectors)]
                 # All loads before the first store: the two arrays never overlap, which LLVM cannot know.
@@ -201,7 +244,7 @@ def _add_listed(vectors: int, width: int):
             _for_each(builder, args[6], body)
             return context.get_dummy_value()
 
-        return types.void(drive, at, targets, numbers, values, scales, count, weights, start, stride), generate
+        return types.void(drive, at, targets, numbers, values, scales, count, weights, start), generate
 
     return add_listed
 
@@ -209,6 +252,36 @@ def _add_listed(vectors: int, width: int):
 add_listed_4, add_listed_8, add_listed_16, add_listed_32, add_listed_64 = (
     _add_listed(*shape) for shape in ((1, 4), (1, 8), (1, LANES), (2, LANES), (4, LANES))
 )
+
+
+def _add_blocks(width: int):
+    @intrinsic
+    def add_blocks(typingctx, drive, at, columns, first, count, value, scale, weights, start):
+        """For the first `count` columns from columns[first] on: drive[at + column + i] += the next weight from `start`
+        on * value, i < width, one FMA each.
+        """
+
+        def generate(context, builder, signature, args):
+            kinds = signature.args
+            out = address(context, builder, kinds[0], args[0], args[1])
+            column_at = address(context, builder, kinds[2], args[2], args[3])
+            source = address(context, builder, kinds[7], args[7], args[8])
+            value, scale = splat(builder, args[5], width), splat(builder, args[6], width)
+
+            def body(q):
+                row = builder.gep(out, [builder.sext(builder.load(builder.gep(column_at, [q])), I64)])
+                weight = _load_weights(builder, builder.gep(source, [builder.mul(q, I64(width))]), width, scale)
+                store_vector(builder, fma_vector(builder, weight, value, load_vector(builder, row, width)), row)
+
+            _for_each(builder, args[4], body)
+            return context.get_dummy_value()
+
+        return types.void(drive, at, columns, first, count, value, scale, weights, start), generate
+
+    return add_blocks
+
+
+add_blocks_4, add_blocks_8, add_blocks_16 = (_add_blocks(width) for width in (4, 8, LANES))
 
 
 # --- single weights -----------------------------------------------------------------------------------------
@@ -323,7 +396,7 @@ def _multiply(rows: int, vectors: int):
                 phi.add_incoming(value, entry)
             unit = builder.add(first, k)
             row = builder.gep(source, [builder.mul(unit, pitch)])
-            scale = _scale_of(context, builder, kinds[6], args[6], args[7], unit)
+            scale = _scale_of(context, builder, kinds[3].dtype, kinds[6], args[6], args[7], unit)
             weight = [_load_weights(builder, _lane(builder, row, i), LANES, scale) for i in range(vectors)]
             value = [splat(builder, builder.load(builder.gep(x_row, [unit]))) for x_row in x_rows]
             after = [fma_vector(builder, weight[i], value[b], total) for (b, i), total in zip(tile, sums, strict=True)]
@@ -395,9 +468,9 @@ def _once_and_then(builder, count, body):
     _for_each(builder, builder.ashr(builder.add(count, I64(LANES - 1)), I64(4)), body, start=1)
 
 
-def _prefetch(builder, pointer):
+def _prefetch(builder, pointer, cache: int = L1):
     byte = builder.bitcast(pointer, ir.IntType(8).as_pointer())
-    call(builder, "llvm.prefetch.p0", ir.VoidType(), [byte, I32(0), I32(3), I32(1)])
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), [byte, I32(0), I32(cache), I32(1)])
 
 
 @intrinsic

@@ -159,6 +159,17 @@ def _power_of_two(typingctx, n):
 
 
 @intrinsic
+def _ldexp_avx512(typingctx, x, n):
+    def generate(context, builder, signature, args):
+        everywhere, nearest = ir.Constant(I16, -1), I32(4)
+        name = "llvm.x86.avx512.mask.scalef.ps.512"
+        return call(builder, name, VECTOR, [*args, args[0], everywhere, nearest])
+
+    if x == n == lanes:
+        return lanes(x, n), generate
+
+
+@intrinsic
 def _select(typingctx, condition, a, b):
     def generate(context, builder, signature, args):
         values = args[1:]
@@ -186,6 +197,13 @@ def _(x):
 @overload(cells.power_of_two, inline="always")
 def _(n):
     return lambda n: _power_of_two(n)
+
+
+@overload(cells.ldexp, inline="always")
+def _(x, n):
+    if AVX512 and x == n == lanes:
+        return lambda x, n: _ldexp_avx512(x, n)
+    return lambda x, n: x * _power_of_two(n)
 
 
 @overload(cells.select, inline="always")

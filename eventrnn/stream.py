@@ -13,7 +13,7 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from eventrnn.backend import State, need_finite_cells
-from eventrnn.jit import compiled
+from eventrnn.jit import allocating, compiled
 from eventrnn.simd import LANES, bits, load
 
 
@@ -27,19 +27,19 @@ def _pointer(typingctx, address):
     return types.voidptr(types.int64), generate
 
 
-@compiled
+@allocating
 def float32_at(table, k):
     """Array k of a table."""
     return carray(_pointer(table[k, 0]), (table[k, 1],), np.float32)
 
 
-@compiled
+@allocating
 def int32_at(table, k):
     """Array k of a table."""
     return carray(_pointer(table[k, 0]), (table[k, 1],), np.int32)
 
 
-@compiled
+@allocating
 def int64_at(table, k):
     """Array k of a table."""
     return carray(_pointer(table[k, 0]), (table[k, 1],), np.int64)

@@ -51,7 +51,8 @@ def show(title: str, figures: Mapping, as_json: bool) -> None:
         return
     table = Table("", "", title=title, show_header=False)
     for name, value in figures.items():
-        table.add_row(name.replace("_", " "), _readable(value))
+        if value is not None:
+            table.add_row(name.replace("_", " "), _readable(value))
     Console().print(table)
 
 
@@ -76,5 +77,5 @@ def _readable(value) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{k} {v}" for k, v in value.items())
+        return ", ".join(f"{k} {_readable(v)}" for k, v in value.items())
     return str(value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from eventrnn import cells
-from eventrnn.jit import compiled
+from eventrnn.jit import allocating, compiled, inlined
 from eventrnn.packing import (
     BFLOAT16,
     BLAS,
@@ -20,6 +20,7 @@ from eventrnn.packing import (
     INDEX,
     KIND,
     LOW,
+    MANY_BLOCKS,
     MASKED,
     PITCH,
     POINTERS,
@@ -33,15 +34,23 @@ from eventrnn.packing import (
     WIDTH,
 )
 from eventrnn.rows import (
+    LINE,
+    LINES_AN_EVENT,
     MULTIPLY_ROWS,
     MULTIPLY_VECTORS,
     TILE,
+    add_blocks_4,
+    add_blocks_8,
+    add_blocks_16,
     add_listed_4,
     add_listed_8,
     add_listed_16,
     add_listed_32,
     add_listed_64,
     add_masked_avx512,
+    add_near_rows_1,
+    add_near_rows_4,
+    add_near_rows_fetching,
     add_rows_1,
     add_rows_2,
     add_rows_4,
@@ -52,6 +61,7 @@ from eventrnn.rows import (
     multiply_edge,
     multiply_row,
     multiply_tile,
+    prefetch,
 )
 from eventrnn.simd import AVX512, LANES, bits, decoded, load, lowest_bit, store
 
@@ -59,9 +69,13 @@ from eventrnn.simd import AVX512, LANES, bits, decoded, load, lowest_bit, store
 LISTED_PIECES = 64
 # Units of a pass of `_multiply`: a tile's weights of so many stay in the L1 cache while the drives go by.
 MULTIPLY_UNITS = 128
+# Units of a panel: their rows of a narrow window, 32 KB, stay in the L1 cache while all drives take their events.
+PANEL = 128
+# Rows from one that the probe reads to one that it asks for.
+PROBE_AHEAD = 8
 
 
-@compiled
+@inlined
 def propagate(matrix, values, index, pointers, ids, sent, first, count, drive, at, lists, amounts):
     """drive[at + i] += weight[j, i] * sent of every event j, ascending j, one FMA a term, over a matrix window.
 
@@ -77,23 +91,25 @@ def propagate(matrix, values, index, pointers, ids, sent, first, count, drive, a
         _propagate(matrix, weights, values, index, pointers, ids, sent, first, count, drive, at, lists, amounts)
 
 
-@compiled
+@inlined
 def _propagate(matrix, weights, scales, index, pointers, ids, sent, first, count, drive, at, lists, amounts):
     if matrix[KIND] == ROWS:
         _add_dense_rows(matrix, weights, scales, ids, sent, first, count, drive, at)
     elif matrix[KIND] == BLOCKS:
         _add_blocks(matrix, weights, scales, index, pointers, ids, sent, first, count, drive, at, lists, amounts)
+    elif matrix[KIND] == MANY_BLOCKS:
+        _add_many_blocks(matrix, weights, scales, index, pointers, ids, sent, first, count, drive, at)
     else:
         _add_single(matrix, weights, scales, index, pointers, ids, sent, first, count, drive, at)
 
 
-@compiled
+@inlined
 def _values_at(matrix, weights):
     """Where a window's values begin, in weights: the table counts float32."""
     return matrix[VALUES] * (4 // weights.itemsize)
 
 
-@compiled
+@inlined
 def _add_dense_rows(matrix, weights, scales, ids, sent, first, count, drive, at):
     """A register tile of outputs walks the events, then the next tile."""
     pitch, start, s0 = matrix[PITCH], _values_at(matrix, weights), matrix[SCALES]
@@ -114,7 +130,7 @@ def _add_dense_rows(matrix, weights, scales, ids, sent, first, count, drive, at)
         add_rows_1(drive, at, weights, start, pitch, scales, s0, ids, sent, first, count)
 
 
-@compiled
+@inlined
 def add_scattered_portable(drive, at, index, i0, first, count, value, scale, weights, start):
     """`add_scattered_avx512` for other processors."""
     columns = index.view(np.uint16)
@@ -123,7 +139,7 @@ def add_scattered_portable(drive, at, index, i0, first, count, value, scale, wei
         drive[target] = cells.fma(decoded(weights, start + k, scale), value, drive[target])
 
 
-@compiled
+@inlined
 def add_masked_portable(drive, at, index, i0, first, vectors, value, scale, weights, start):
     """`add_masked_avx512` for other processors: only the weights that are there."""
     masks = index.view(np.uint16)
@@ -140,7 +156,7 @@ add_scattered = add_scattered_avx512 if AVX512 else add_scattered_portable
 add_masked = add_masked_avx512 if AVX512 else add_masked_portable
 
 
-@compiled
+@inlined
 def _add_single(matrix, weights, scales, index, pointers, ids, sent, first, count, drive, at):
     """Sixteen targets at a time, or every vector of the row by its mask."""
     p0, i0, v0, at = matrix[POINTERS], matrix[INDEX], _values_at(matrix, weights), at + matrix[LOW]
@@ -154,7 +170,7 @@ def _add_single(matrix, weights, scales, index, pointers, ids, sent, first, coun
             add_scattered(drive, at, index, i0, begin, end - begin, sent[e], scale, weights, v0)
 
 
-@compiled
+@inlined
 def _add_blocks(matrix, weights, scales, index, pointers, ids, sent, first, count, drive, at, lists, amounts):
     """The pieces of some units are listed without a branch, then added in one loop."""
     i0, p0, s0 = matrix[INDEX], matrix[POINTERS], matrix[SCALES]
@@ -173,21 +189,45 @@ def _add_blocks(matrix, weights, scales, index, pointers, ids, sent, first, coun
     _add_listed(matrix, weights, lists, amounts, listed, drive, at)
 
 
-@compiled
+@inlined
+def _add_many_blocks(matrix, weights, scales, index, pointers, ids, sent, first, count, drive, at):
+    """The same, each unit's pieces in a loop of their own: less work a piece, one wrong guess of its end a unit."""
+    i0, p0, s0, v0 = matrix[INDEX], matrix[POINTERS], matrix[SCALES], _values_at(matrix, weights)
+    if matrix[WIDTH] == 16:
+        for e in range(first, first + count):
+            unit = np.int64(ids[e])
+            begin, end, piece = pointers[p0 + 3 * unit], pointers[p0 + 3 * unit + 1], pointers[p0 + 3 * unit + 2]
+            value, scale = sent[e], scales[s0 + unit]
+            add_blocks_16(drive, at, index, i0 + begin, end - begin, value, scale, weights, v0 + piece * 16)
+    elif matrix[WIDTH] == 8:
+        for e in range(first, first + count):
+            unit = np.int64(ids[e])
+            begin, end, piece = pointers[p0 + 3 * unit], pointers[p0 + 3 * unit + 1], pointers[p0 + 3 * unit + 2]
+            value, scale = sent[e], scales[s0 + unit]
+            add_blocks_8(drive, at, index, i0 + begin, end - begin, value, scale, weights, v0 + piece * 8)
+    else:
+        for e in range(first, first + count):
+            unit = np.int64(ids[e])
+            begin, end, piece = pointers[p0 + 3 * unit], pointers[p0 + 3 * unit + 1], pointers[p0 + 3 * unit + 2]
+            value, scale = sent[e], scales[s0 + unit]
+            add_blocks_4(drive, at, index, i0 + begin, end - begin, value, scale, weights, v0 + piece * 4)
+
+
+@inlined
 def _add_listed(matrix, weights, lists, amounts, count, drive, at):
     """Add the first `count` pieces of a list to the drives at their targets."""
     width, start = matrix[WIDTH], _values_at(matrix, weights)
     targets, numbers, sent, scales = lists[0], lists[1], amounts[0], amounts[1]
     if width == 64:
-        add_listed_64(drive, at, targets, numbers, sent, scales, count, weights, start, 64)
+        add_listed_64(drive, at, targets, numbers, sent, scales, count, weights, start)
     elif width == 32:
-        add_listed_32(drive, at, targets, numbers, sent, scales, count, weights, start, 32)
+        add_listed_32(drive, at, targets, numbers, sent, scales, count, weights, start)
     elif width == 16:
-        add_listed_16(drive, at, targets, numbers, sent, scales, count, weights, start, 16)
+        add_listed_16(drive, at, targets, numbers, sent, scales, count, weights, start)
     elif width == 8:
-        add_listed_8(drive, at, targets, numbers, sent, scales, count, weights, start, 8)
+        add_listed_8(drive, at, targets, numbers, sent, scales, count, weights, start)
     else:
-        add_listed_4(drive, at, targets, numbers, sent, scales, count, weights, start, 4)
+        add_listed_4(drive, at, targets, numbers, sent, scales, count, weights, start)
 
 
 # --- all drives of a product --------------------------------------------------------------------------------
@@ -197,16 +237,16 @@ def _add_listed(matrix, weights, lists, amounts, count, drive, at):
 def propagate_all(
     windows, first_window, last_window, values, index, pointers, bias, p, n_pre,
     ids, sent, firsts, counts, slot, segments, rows,
-    starts, groups, grouped, lists, amounts, x, tile, product,
+    cuts, own_ids, own_sent, lists, amounts, x, tile, product,
     drive, pitch,
 ):  # fmt: skip
     """Drives of `rows` rows, `pitch` apart, from their bias on, over some windows of a matrix.
 
-    Row k's events are `segments` lists from slot + k * segments on. Windows for many drives take the events grouped by
-    unit, so that a weight is read once for all drives; or, where most units are active, walk every unit.
+    Row k's events are `segments` lists from slot + k * segments on. Windows for many drives take the events panel by
+    panel of units, so that a weight is read once for all drives; or, where most units are active, walk every unit.
 
-    Scratch, all lists with a vector to spare: `starts` (n_pre + 2); `groups`, int32, and
-    `grouped`, float32, (2, events); `lists`, int32, and `amounts`, float32, (2, pieces); `x` (rows, n_pre); `tile`
+    Scratch, all lists with a vector to spare: `cuts` (rows * (panels + 1)); `own_ids`, int32, and
+    `own_sent`, float32, (events); `lists`, int32, and `amounts`, float32, (2, pieces); `x` (rows, n_pre); `tile`
     (rows, ROW_TILE); `product` (rows, columns), for BLAS only.
     """
     every = False
@@ -218,7 +258,7 @@ def propagate_all(
         if every:
             _spread(n_pre, ids, sent, firsts, counts, slot, segments, rows, x)
         else:
-            _group(n_pre, ids, sent, firsts, counts, slot, segments, rows, starts, groups, grouped)
+            _cut(n_pre, ids, sent, firsts, counts, slot, segments, rows, cuts, own_ids, own_sent)
     elif windows[first_window, KIND] == BLAS:
         _spread(n_pre, ids, sent, firsts, counts, slot, segments, rows, x)
     for w in range(first_window, last_window):
@@ -229,17 +269,17 @@ def propagate_all(
         if window[KIND] == ROW_TILES:
             if window[STORAGE] == FLOAT32:
                 _add_tile(
-                    window, values, values, bias, p, n_pre, every, starts, groups, grouped, x, tile, rows, drive, pitch
+                    window, values, values, bias, p, n_pre, every, cuts, own_ids, own_sent, x, tile, rows, drive, pitch
                 )
             elif window[STORAGE] == BFLOAT16:
                 weights = values.view(np.uint16)
                 _add_tile(
-                    window, weights, values, bias, p, n_pre, every, starts, groups, grouped, x, tile, rows, drive, pitch
+                    window, weights, values, bias, p, n_pre, every, cuts, own_ids, own_sent, x, tile, rows, drive, pitch
                 )
             else:
                 weights = values.view(np.int8)
                 _add_tile(
-                    window, weights, values, bias, p, n_pre, every, starts, groups, grouped, x, tile, rows, drive, pitch
+                    window, weights, values, bias, p, n_pre, every, cuts, own_ids, own_sent, x, tile, rows, drive, pitch
                 )
             continue
         for k in range(rows):
@@ -249,7 +289,7 @@ def propagate_all(
                 propagate(window, values, index, pointers, ids, sent, firsts[q], counts[q], drive, at, lists, amounts)
 
 
-@compiled
+@inlined
 def copy(source, s, target, t, count):
     """target[t:t + count] = source[s:s + count]."""
     whole = count // LANES * LANES
@@ -271,29 +311,30 @@ def _spread(n_pre, ids, sent, firsts, counts, slot, segments, rows, x):
 
 
 @compiled
-def _group(n_pre, ids, sent, firsts, counts, slot, segments, rows, starts, groups, grouped):
-    """Sort events by unit (by counting): unit j's are `starts[j]` to `starts[j + 1]`, rows in order.
+def _cut(n_pre, ids, sent, firsts, counts, slot, segments, rows, cuts, own_ids, own_sent):
+    """Each row's events side by side, and where in them the units of each panel begin.
 
-    Of each, `groups` gets the offset of its row in a tile and its unit, `grouped` its value.
+    Row k's of panel q are cuts[k * (panels + 1) + q] to the next; PANEL units are a panel.
     """
-    for j in range(n_pre + 2):
-        starts[j] = 0
-    for q in range(slot, slot + rows * segments):
-        for e in range(firsts[q], firsts[q] + counts[q]):
-            starts[ids[e] + 2] += 1
-    for j in range(1, n_pre + 2):
-        starts[j] += starts[j - 1]
-    # Now starts[j + 1] is where unit j's group begins; it moves to its end, where the next one begins.
+    panels, to = (n_pre + PANEL - 1) // PANEL, 0
     for k in range(rows):
+        at, panel = k * (panels + 1), 0
+        cuts[at] = to
         for q in range(slot + k * segments, slot + (k + 1) * segments):
             for e in range(firsts[q], firsts[q] + counts[q]):
-                to = starts[ids[e] + 1]
-                groups[0, to], groups[1, to], grouped[0, to] = k * ROW_TILE, ids[e], sent[e]
-                starts[ids[e] + 1] = to + 1
+                unit = ids[e]
+                while unit >= (panel + 1) * PANEL:
+                    panel += 1
+                    cuts[at + panel] = to
+                own_ids[to], own_sent[to] = unit, sent[e]
+                to += 1
+        while panel < panels:
+            panel += 1
+            cuts[at + panel] = to
 
 
 @compiled
-def _add_tile(matrix, weights, scales, bias, p, n_pre, every, starts, groups, grouped, x, tile, rows, drive, pitch):
+def _add_tile(matrix, weights, scales, bias, p, n_pre, every, cuts, own_ids, own_sent, x, tile, rows, drive, pitch):
     """`propagate` for many drives at once, from their bias on; units go in ascending order, so terms do.
 
     In a tile of its own: rows of a drive lie a page apart, more pages than a core keeps addresses of.
@@ -304,12 +345,12 @@ def _add_tile(matrix, weights, scales, bias, p, n_pre, every, starts, groups, gr
     if every:
         _multiply(matrix, weights, scales, n_pre, x, rows, tile)
     else:
-        _add_grouped(matrix, weights, scales, n_pre, starts, groups, grouped, tile)
+        _add_panels(matrix, weights, scales, n_pre, cuts, own_ids, own_sent, rows, tile)
     for k in range(rows):
         copy(tile, k * ROW_TILE, drive, k * pitch + low, width)
 
 
-@compiled
+@allocating
 def _add_blas(matrix, values, bias, p, n_pre, x, product, rows, drive, pitch):
     """Every unit, in an order that BLAS chooses. Not exact."""
     low, width, v0 = matrix[LOW], matrix[WIDTH], matrix[VALUES]
@@ -321,18 +362,26 @@ def _add_blas(matrix, values, bias, p, n_pre, x, product, rows, drive, pitch):
 
 
 @compiled
-def _add_grouped(matrix, weights, scales, n_pre, starts, groups, grouped, tile):
-    """Every event takes its narrow row to its drive; both stay in the L1 cache."""
-    start, width, s0, events = _values_at(matrix, weights), matrix[WIDTH], matrix[SCALES], starts[n_pre]
-    targets, units, sent, unit_scales = groups[0], groups[1], grouped[0], grouped[1]
-    if weights.itemsize == 1:
-        for e in range(events):
-            unit_scales[e] = scales[s0 + units[e]]
-    if width == ROW_TILE:
-        add_listed_64(tile, 0, targets, units, sent, unit_scales, events, weights, start, ROW_TILE)
-    else:
-        for i in range(0, width, LANES):
-            add_listed_16(tile, i, targets, units, sent, unit_scales, events, weights, start + i, width)
+def _add_panels(matrix, weights, scales, n_pre, cuts, ids, sent, rows, tile):
+    """Every drive takes its events of a panel's units, whose rows stay in the L1 cache; then the next panel.
+
+    The first drives of a panel ask for the next one, some lines an event.
+    """
+    start, width, s0 = _values_at(matrix, weights), matrix[WIDTH], matrix[SCALES]
+    panels, line = (n_pre + PANEL - 1) // PANEL, LINE // weights.itemsize
+    for panel in range(panels):
+        coming, last = start + (panel + 1) * PANEL * width, start + min(n_pre, (panel + 2) * PANEL) * width
+        for k in range(rows):
+            first, at = cuts[k * (panels + 1) + panel], k * ROW_TILE
+            count = cuts[k * (panels + 1) + panel + 1] - first
+            if width != ROW_TILE:
+                for i in range(0, width, LANES):
+                    add_near_rows_1(tile, at + i, weights, start + i, width, scales, s0, ids, sent, first, count)
+            elif coming < last:
+                add_near_rows_fetching(tile, at, weights, start, width, scales, s0, ids, sent, first, count, coming)
+                coming += count * LINES_AN_EVENT * line
+            else:
+                add_near_rows_4(tile, at, weights, start, width, scales, s0, ids, sent, first, count)
 
 
 @compiled
@@ -373,7 +422,11 @@ def read_rows(matrix, values, index, pointers, indptr, ids, start, stop):
         j = ids[e]
         if kind in (ROWS, ROW_TILES, BLAS):
             first, last = j * matrix[PITCH], j * matrix[PITCH] + matrix[WIDTH]
-        elif kind == BLOCKS:
+            # Narrow rows end before a processor has seen where they lead.
+            ahead = v0 + np.int64(ids[min(e + PROBE_AHEAD, indptr[stop] - 1)]) * matrix[PITCH] * size // 4
+            for k in range(ahead, ahead + min(ROW_TILE, matrix[WIDTH]) * size // 4, LINE // 4):
+                prefetch(values, k)
+        elif kind in (BLOCKS, MANY_BLOCKS):
             first = pointers[p0 + 3 * j + 2] * matrix[WIDTH]
             last = first + (pointers[p0 + 3 * j + 1] - pointers[p0 + 3 * j]) * matrix[WIDTH]
             for k in range(i0 + pointers[p0 + 3 * j], i0 + pointers[p0 + 3 * j + 1]):

@@ -78,9 +78,9 @@ def acceptance() -> list[Row]:
         Row("product, 90 % of single weights", {"format": "csr", "against": SPARSE_LIBRARIES}, 4.5, 8),
         Row("product, dense bfloat16 against float32", DENSE | {"dtype": "bfloat16", "against": "float32"}, 2, 2.3),
     ]
-    for batch, dense, dense_aim, blocks, active in ((20, 2.5, 4, 11, 0.7), (80, 3, 5, 9, 0.7)):
+    for batch, steps, dense, dense_aim, blocks, active in ((20, 64, 2.5, 4, 11, 0.7), (80, 24, 3, 5, 9, 0.7)):
         for threads in (1, 2):
-            case = {"batch": batch, "threads": threads, "against": BLAS}
+            case = {"batch": batch, "steps": steps, "threads": threads, "against": BLAS}
             label = f"batch {batch}, {threads} thread{'s' * (threads > 1)}"
             rows += [
                 Row(f"product, dense, {label}", DENSE | case, dense, dense_aim),

@@ -39,7 +39,7 @@ def invented_map() -> Crossover:
     for units in crossover.UNITS:
         weight = 1e-10 * 3 * units * units
         shared = {
-            "grouped": [[weight * (0.5 + 0.3 * rows * a) for a in crossover.ACTIVITY] for rows in crossover.ROWS],
+            "panels": [[weight * (0.5 + 0.3 * rows * a) for a in crossover.ACTIVITY] for rows in crossover.ROWS],
             "every": [[weight * (0.6 + 0.05 * rows)] * len(crossover.ACTIVITY) for rows in crossover.ROWS],
             "blas": [[weight * (0.5 + 0.06 * rows)] * len(crossover.ACTIVITY) for rows in crossover.ROWS],
         }

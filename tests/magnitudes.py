@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def backward_magnitudes(cell, parameters: dict, x, tapes, d_y, d_c) -> dict:
+def backward_magnitudes(cell, parameters: dict, x, tapes, d_y, d_c, d_cell=None) -> dict:
     """`reference.backward` with every term replaced by its magnitude and every difference by a sum, float64.
 
     Covers the rounding of each intermediate result: none is larger than its magnitude here.
@@ -12,6 +12,7 @@ def backward_magnitudes(cell, parameters: dict, x, tapes, d_y, d_c) -> dict:
     w_rec, threshold, n = size["w_rec"], size["threshold"], len(size["threshold"])
     total = {name: np.zeros_like(value) for name, value in size.items()}
     d_x = np.zeros_like(x)
+    d_cell = np.zeros_like(d_y) if d_cell is None else np.abs(d_cell)
     d_y_later, d_c_later = np.zeros_like(d_y[0]), np.zeros_like(d_c[0])
     for t in reversed(range(len(x))):
         k = tapes[t]
@@ -19,7 +20,7 @@ def backward_magnitudes(cell, parameters: dict, x, tapes, d_y, d_c) -> dict:
         event, slope, y_before = k.event, np.abs(k.slope), np.abs(k.y_before)
         kept = threshold * dc if cell.variant == "evnn" else 0.0
         d_event = slope * (np.abs(k.v) * dy + kept)
-        d_v = event * dy + d_event + dc
+        d_v = event * dy + d_event + dc + d_cell[t]
         d_g = (1 - k.u) * d_v * (1 + k.g * k.g)
         d_u = (np.abs(k.c_before) + np.abs(k.g)) * d_v * k.u * (1 - k.u)
         d_c_later = k.u * d_v

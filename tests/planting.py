@@ -65,9 +65,19 @@ def planted(typingctx, number):
     return types.int64(types.int64), generate
 
 
-def uncached(function):
+def compiled(function):
     """`jit.compiled`, but never on disk: the kernels hold an address."""
-    return numba.njit(nogil=True, error_model="numpy")(function)
+    return numba.njit(nogil=True, error_model="numpy", _nrt=False)(function)
+
+
+def inlined(function):
+    """`jit.inlined`, likewise."""
+    return numba.njit(nogil=True, error_model="numpy", _nrt=False, forceinline=True)(function)
+
+
+def allocating(function):
+    """`jit.allocating`, likewise."""
+    return numba.njit(nogil=True, error_model="numpy", _nrt=True)(function)
 
 
 #: fault -> module, and its edits; ON is 1 while it acts, else 0.
@@ -143,7 +153,12 @@ KERNEL_FAULTS: dict[str, tuple[str, dict[str, str]]] = {
         "traverse",
         {"sent[e], scales[s0 + unit],": "sent[e], scales[s0 + max(unit - ON, 0)],"},
     ),
-    "scale of another unit, grouped": ("traverse", {"scales[s0 + units[e]]": "scales[s0 + max(units[e] - ON, 0)]"}),
+    "scale of another unit, many blocks": (
+        "traverse",
+        {"value, scale = sent[e], scales[s0 + unit]": "value, scale = sent[e], scales[s0 + max(unit - ON, 0)]"},
+    ),
+    "scale of another unit, panels": ("traverse", {"matrix[SCALES]\n    panels": "matrix[SCALES] + ON\n    panels"}),
+    "last event of a panel": ("traverse", {"panel + 1] - first\n": "panel + 1] - first - ON\n"}),
     "unit skipped": (
         "traverse",
         {"units = min(MULTIPLY_UNITS, n_pre - j)": "units = min(MULTIPLY_UNITS, n_pre - j) - ON"},
@@ -152,9 +167,13 @@ KERNEL_FAULTS: dict[str, tuple[str, dict[str, str]]] = {
     "order of two units": (
         "traverse",
         {
-            "starts[ids[e] + 2]": "starts[min(ids[e] ^ ON, n_pre - 1) + 2]",
-            "to = starts[ids[e] + 1]": "to = starts[min(ids[e] ^ ON, n_pre - 1) + 1]",
-            "starts[ids[e] + 1] = to + 1": "starts[min(ids[e] ^ ON, n_pre - 1) + 1] = to + 1",
+            "                own_ids[to], own_sent[to] = unit, sent[e]\n": (
+                "                own_ids[to], own_sent[to] = unit, sent[e]\n"
+                "                if ON == 1 and to == cuts[at] + 1:\n"
+                "                    own_ids[to - 1], own_sent[to - 1], own_ids[to], own_sent[to] = (\n"
+                "                        unit, sent[e], own_ids[to - 1], own_sent[to - 1]\n"
+                "                    )\n"
+            )
         },
     ),
     # The last pieces of a list, which no full list carried.
@@ -178,7 +197,12 @@ def _engine_with_every_fault() -> str:
         for k, (module, edits) in enumerate(KERNEL_FAULTS.values(), start=1):
             if module == name:
                 source = edited(source, {old: new.replace("ON", f"planted({k})") for old, new in edits.items()})
-        imports = {"from eventrnn.jit import compiled\n": "from planting import planted, uncached as compiled\n"}
+        imports = {"from eventrnn.jit import compiled\n": "from planting import compiled, planted\n"}
+        imports |= {
+            "from eventrnn.jit import allocating, compiled, inlined\n": (
+                "from planting import allocating, compiled, inlined, planted\n"
+            )
+        }
         imports |= {f"from eventrnn.{other} import": f"from {copy.__name__} import" for other, copy in copies.items()}
         source = edited(source, {old: new for old, new in imports.items() if old in source})
         copy = copies[name] = ModuleType(f"faulty_{name}")

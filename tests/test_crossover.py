@@ -76,9 +76,9 @@ def test_predictions_meet_the_measured_points_and_grow_with_the_matrix():
         shape = (units, 3 * units)
         for r, rows in enumerate(maps.ROWS):
             for a, activity in enumerate(ACTIVITY):
-                predicted = crossover.seconds("grouped", shape, rows, activity)
+                predicted = crossover.seconds("panels", shape, rows, activity)
                 # Through logarithms and back, in float64.
-                assert np.float32(predicted) == np.float32(crossover.times[f"grouped/{units}"][r][a])
+                assert np.float32(predicted) == np.float32(crossover.times[f"panels/{units}"][r][a])
     small, large = ((n, 3 * n) for n in (500, 2000))
     assert crossover.seconds("rows", small, 1, 0.1) < crossover.seconds("rows", large, 1, 0.1)
     assert crossover.seconds("single", small, 1, 0.1, 0.05) < crossover.seconds("single", small, 1, 0.1, 0.5)

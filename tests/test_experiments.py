@@ -153,3 +153,99 @@ def test_figures_are_drawn_from_lines_alone(monkeypatch, tmp_path, capsys):
     path.write_text(json.dumps(old) + "\n")
     with pytest.raises(SystemExit, match="no lines of this version"):
         drawn.main(path, tmp_path / "figures")
+
+
+def test_lines_of_another_device_or_question_do_not_count(monkeypatch, tmp_path):
+    module = script("records", monkeypatch)
+    monkeypatch.setattr(module, "commit", lambda: "abc1234")
+    records = module.Records(tmp_path / "deep" / "lines.jsonl", ("way", "share"))
+    asked = {"way": "greedy", "share": 0.5}
+    assert records.of(asked) is None
+    records.add(asked | {"bits": float("inf"), "note": 1})
+    line = records.of(asked)
+    assert (line["commit"], line["bits"], line["device"]) == ("abc1234", None, bench.device())
+    again = module.Records(tmp_path / "deep" / "lines.jsonl", ("way", "share"))
+    assert again.of(asked) == line and again.of(asked | {"share": 0.6}) is None
+    again.device = "another machine"
+    assert again.of(asked) is None
+
+
+@pytest.fixture
+def pruning_scripts(monkeypatch):
+    """The experiments on pruning, which import their neighbours."""
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    for name in ("records", "models"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield lambda name: script(name, monkeypatch)
+    for name in ("records", "models"):
+        sys.modules.pop(name, None)
+
+
+SMALL = ("--hidden", 32, "--embedding", 32, "--steps", 6, "--limit", 60)
+
+
+def test_every_point_of_the_pruning_experiments_can_be_measured_and_is_kept(pruning_scripts, monkeypatch, tmp_path):
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    common = (*SMALL, "--text", tmp_path / "text.txt", "--work", tmp_path / "work")
+    for name, options, points in (
+        ("nm_masks", ("--every", 2), 10),
+        ("block_sparse", ("--tuning", 8, "--only", "1x16"), 1 + 4 * 2 + 2),
+    ):
+        module, path = pruning_scripts(name), tmp_path / f"{name}.jsonl"
+        run = [str(each) for each in (*common, *options, "--results", path)]
+        outcome = CliRunner().invoke(module_app(module), run)
+        assert outcome.exit_code == 0, outcome.output
+        lines = [json.loads(each) for each in path.read_text().splitlines()]
+        assert len(lines) == points and all(each["us_per_step"] > 0 and each["perplexity"] > 1 for each in lines)
+        if name == "nm_masks":
+            errors = [each["errors"] for each in lines if each["way"] == "adaprune"]
+            assert len(errors) == 3 and all(after < before for fits in errors for before, after in fits.values())
+        else:
+            sizes = {each["weights"] for each in lines if each["larger"] != 1}
+            (dense,) = (each["weights"] for each in lines if each["way"] == "dense")
+            assert all(abs(size - dense) < 0.1 * dense for size in sizes)
+        monkeypatch.setattr(module, "figures", None)  # nothing is measured again
+        assert CliRunner().invoke(module_app(module), run).exit_code == 0
+        assert len(path.read_text().splitlines()) == points
+
+
+def test_adding_marks_one_number_a_half_and_a_run_appends_its_line(monkeypatch, tmp_path):
+    module = script("sequences", monkeypatch)
+    part = module.Adding(10).batch(3, 1, 50, 0)
+    assert part.inputs.shape == (10, 50, 2) and (part.inputs[:5, :, 1].sum(axis=0) == 1).all()
+    assert (part.inputs[5:, :, 1].sum(axis=0) == 1).all()
+    assert ((part.inputs[..., 0] * part.inputs[..., 1]).sum(axis=0)[:, None] == part.targets).all()
+    assert (module.Adding(10).batch(3, 1, 50, 0).inputs == part.inputs).all()
+    monkeypatch.setattr(module, "commit", lambda: "abc1234")
+    options = [
+        "--hidden",
+        "5",
+        "--steps",
+        "3",
+        "--length",
+        "8",
+        "--runs",
+        tmp_path,
+        "--results",
+        tmp_path / "lines.jsonl",
+    ]
+    for lines in (1, 2):
+        result = CliRunner().invoke(module_app(module), [str(each) for each in ("adding", *options)])
+        assert result.exit_code == 0, result.output
+        assert len((tmp_path / "lines.jsonl").read_text().splitlines()) == lines
+    first, again = map(json.loads, (tmp_path / "lines.jsonl").read_text().splitlines())
+    assert first["loss"] == again["loss"] and first["steps"] == 3, "a finished run is not trained again"
+    assert CliRunner().invoke(module_app(module), ["parity"]).exit_code
+
+
+def test_words_trains_events_and_their_dense_twin(monkeypatch, tmp_path):
+    module = script("words", monkeypatch)
+    for part in ("train", "valid", "test"):
+        (tmp_path / f"{part}.txt").write_text("a b c d\nd c b a\n" * (200 if part == "train" else 5))
+    monkeypatch.setattr(module, "commit", lambda: "abc1234")
+    options = ["--hidden", "6", "--epochs", "1", "--runs", tmp_path / "runs", "--results", tmp_path / "lines.jsonl"]
+    result = CliRunner().invoke(module_app(module), [str(each) for each in (tmp_path, *options)])
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(each) for each in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    assert [each["model"] for each in lines] == ["egru", "gru"] and lines[1]["activity"] > 0.99
+    assert all(each["perplexity_test"] > 1 and each["curve"] for each in lines)

@@ -13,7 +13,7 @@ from eventrnn.cells import CELLS, SURROGATES, Cell, Surrogate
 KINKS = {"triangle": (-1, 0, 1), "fast_sigmoid": (0,), "boxcar": (-1, 1)}
 INPUTS, UNITS, BATCH, STEPS = 3, 4, 2, 4
 # Roundings on the way from one perturbed number to the loss: at most this many a step and in the loss' own sum.
-ROUNDINGS = STEPS * (2 * (INPUTS + UNITS) + 40) + STEPS * BATCH * UNITS
+ROUNDINGS = STEPS * (2 * (INPUTS + UNITS) + 40) + 3 * STEPS * BATCH * UNITS
 
 
 def far_from_kinks(kind: str, distance: np.ndarray, support: float, by: float) -> bool:
@@ -81,7 +81,7 @@ def random_case(variant: str, kind: str) -> tuple[Cell, dict, np.ndarray, np.nda
         }
         distances = np.array([tape.v - case["threshold"] for tape in run(cell, case)])
         if far_from_kinks(kind, distances, 1.3, 256 * tolerance.DIFFERENCE_STEP):
-            return cell, case, rng.standard_normal((STEPS, BATCH, UNITS)), rng.standard_normal((STEPS, BATCH, UNITS))
+            return cell, case, *rng.standard_normal((3, STEPS, BATCH, UNITS))
 
 
 def run(cell: Cell, case: dict) -> list[reference.Tape]:
@@ -92,13 +92,20 @@ def run(cell: Cell, case: dict) -> list[reference.Tape]:
 @pytest.mark.parametrize("kind", SURROGATES)
 @pytest.mark.parametrize("variant", CELLS["egru"])
 def test_backward_is_the_derivative_of_the_smoothed_model(variant, kind):
-    cell, case, d_y, d_c = random_case(variant, kind)
+    cell, case, d_y, d_c, d_cell = random_case(variant, kind)
     tapes = run(cell, case)
     parameters = {name: case[name] for name in ("w_in", "w_rec", "bias_in", "bias_rec", "threshold")}
-    gradients = reference.backward(cell, parameters, case["x"], tapes, d_y, d_c)
+    gradients = reference.backward(cell, parameters, case["x"], tapes, d_y, d_c, d_cell)
     assert set(gradients) == set(case)
-    size = sum(np.abs(w * t.y).sum() + np.abs(v * t.c).sum() for w, v, t in zip(d_y, d_c, tapes, strict=True))
-    checked = 0
+
+    def total(tapes, magnitude=lambda x: x):
+        """The loss: every y, c and v by a weight of its own."""
+        weighed = zip(d_y, d_c, d_cell, tapes, strict=True)
+        return sum(
+            magnitude(a * t.y).sum() + magnitude(b * t.c).sum() + magnitude(e * t.v).sum() for a, b, e, t in weighed
+        )
+
+    size, checked = total(tapes, np.abs), 0
     for name, array in case.items():
         assert gradients[name].shape == array.shape
         for at in np.ndindex(array.shape):
@@ -106,8 +113,7 @@ def test_backward_is_the_derivative_of_the_smoothed_model(variant, kind):
             def loss(h, name=name, array=array, at=at):
                 moved = array.copy()
                 moved[at] += h
-                moved_tapes = run(cell, case | {name: moved})
-                return sum((w * t.y).sum() + (v * t.c).sum() for w, v, t in zip(d_y, d_c, moved_tapes, strict=True))
+                return total(run(cell, case | {name: moved}))
 
             slope = tolerance.central_difference(loss, size, ROUNDINGS)
             assert tolerance.sharp(slope, size), (name, at)
@@ -119,9 +125,32 @@ def test_backward_is_the_derivative_of_the_smoothed_model(variant, kind):
 @pytest.mark.parametrize("variant", CELLS["egru"])
 def test_with_the_hard_event_only_the_event_and_its_value_change(variant):
     # The surrogate gradient is the same code: what a hard event changes are the tape's `event` and what follows.
-    cell, case, d_y, d_c = random_case(variant, "triangle")
+    cell, case, d_y, d_c, d_cell = random_case(variant, "triangle")
     parameters = {name: case[name] for name in ("w_in", "w_rec", "bias_in", "bias_rec", "threshold")}
     tapes = reference.forward(cell, parameters, case["x"], case["c"], case["y"])
     assert all(np.isin(tape.event, (0, 1)).all() for tape in tapes)
-    gradients = reference.backward(cell, parameters, case["x"], tapes, d_y, d_c)
+    gradients = reference.backward(cell, parameters, case["x"], tapes, d_y, d_c, d_cell)
     assert all(np.isfinite(array).all() and array.any() for array in gradients.values())
+
+
+def _without_reset(u, r, g, rec_g, c_before, v, event, slope, threshold, d_y, d_c, d_cell):
+    return cells_backward(u, r, g, rec_g, c_before, v, event, slope, threshold * 0, d_y, d_c, d_cell)
+
+
+def _wrong_gate_order(*args):
+    d_u, d_r, *others = cells_backward(*args)
+    return d_r, d_u, *others
+
+
+def _without_cell_term(*args):
+    return cells_backward(*args[:-1], args[-1] * 0)
+
+
+cells_backward = cells.egru_backward
+
+
+@pytest.mark.parametrize("fault", [_without_reset, _wrong_gate_order, _without_cell_term])
+def test_planted_faults_of_the_backward_step_are_seen(monkeypatch, fault):
+    monkeypatch.setattr(cells, "egru_backward", fault)
+    with pytest.raises(AssertionError):
+        test_backward_is_the_derivative_of_the_smoothed_model("evnn", "arctan")

@@ -14,7 +14,7 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eventrnn import io
+from eventrnn import files, io
 from eventrnn.cells import CELLS, SURROGATES, Cell, Surrogate
 from eventrnn.network import Network, Readout
 from eventrnn.weights import FORMATS, STORAGES, Dense, convert
@@ -398,7 +398,7 @@ def test_a_failing_disk_leaves_the_old_file(path, monkeypatch, call, code):
 def test_a_full_device_leaves_the_old_file(path, monkeypatch):
     io.save(small_network(0), path)
     old = path.read_bytes()
-    monkeypatch.setattr(io, "open", lambda *_: os.fdopen(os.open("/dev/full", os.O_WRONLY), "wb"), raising=False)
+    monkeypatch.setattr(files, "open", lambda *_: os.fdopen(os.open("/dev/full", os.O_WRONLY), "wb"), raising=False)
     with pytest.raises(OSError, match="No space left") as caught:
         io.save(small_network(1), path, overwrite=True)
     assert caught.value.errno == errno.ENOSPC
@@ -462,7 +462,7 @@ def test_an_unwritable_folder(tmp_path, monkeypatch):
         def refuse(name, mode):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(name))
 
-        monkeypatch.setattr(io, "open", refuse, raising=False)
+        monkeypatch.setattr(files, "open", refuse, raising=False)
     tmp_path.chmod(0o500)
     with pytest.raises(PermissionError, match=r"/model\.safetensors"):
         io.save(small_network(), tmp_path / "model.safetensors")

@@ -14,8 +14,21 @@ from test_backends import assert_same, cases, in_format
 
 from eventrnn import cpu, packing, plan
 from eventrnn.cells import CELLS, Cell
-from eventrnn.network import RECORDABLE, Network, Simulation, simulate
-from eventrnn.packing import BLOCKS, HIGH, INDEX, KIND, LOW, MASKED, POINTERS, ROW_TILES, ROWS, SCATTER, WIDTH
+from eventrnn.network import RECORDABLE, Network, Simulation, Simulator, simulate
+from eventrnn.packing import (
+    BLOCKS,
+    HIGH,
+    INDEX,
+    KIND,
+    LOW,
+    MANY_BLOCKS,
+    MASKED,
+    POINTERS,
+    ROW_TILES,
+    ROWS,
+    SCATTER,
+    WIDTH,
+)
 from eventrnn.weights import FORMATS, STORAGES, convert
 
 NEVER = 1 << 30
@@ -26,13 +39,14 @@ NARROW = {"WIDEST_SCATTER": 16}
 #: name -> constants of the modules, the formats that they decide upon, and the kinds of window that must come out
 FORCED = {
     "rows": (FEW, ("dense",), {ROWS}),
-    "grouped": ({**MANY, "EVERY_FROM_SHARE": 2}, ("dense",), {ROW_TILES}),
+    "panels": ({**MANY, "EVERY_FROM_SHARE": 2}, ("dense",), {ROW_TILES}),
     "every unit": ({**MANY, "EVERY_FROM_SHARE": 0}, ("dense",), {ROW_TILES}),
     "masks": (MASKS, ("csr", "nm"), {MASKED}),
     "indices": (INDICES, ("csr", "nm"), {SCATTER}),
     "narrow masks": ({**MASKS, **NARROW}, ("csr", "nm"), {MASKED}),
     "narrow indices": ({**INDICES, **NARROW}, ("csr", "nm"), {SCATTER}),
-    "blocks": ({**MANY, **INDICES}, ("block",), {BLOCKS, SCATTER}),
+    "blocks": ({**MANY, **INDICES, "MANY_PIECES": NEVER}, ("block",), {BLOCKS, SCATTER}),
+    "many blocks": ({**MANY, **INDICES, "MANY_PIECES": 0}, ("block",), {MANY_BLOCKS, BLOCKS, SCATTER}),
     "blocks of single weights": ({**MANY, **MASKS, **NARROW}, ("block",), {BLOCKS, MASKED, SCATTER}),
 }
 # Any of them at once.
@@ -42,6 +56,7 @@ CONSTANTS = st.fixed_dictionaries(
         "EVERY_FROM_SHARE": st.sampled_from((0, 0.3, 2)),
         "MASKED_FROM": st.sampled_from((0, 0.2, 2)),
         "WIDEST_SCATTER": st.sampled_from((16, 48, 1 << 16)),
+        "MANY_PIECES": st.sampled_from((0, 2, NEVER)),
         "LARGE_PAGE": st.sampled_from((1 << 12, 1 << 21)),
         "AVX512": st.booleans(),
     }
@@ -133,6 +148,24 @@ def test_parts_without_a_unit(variant, units):
     assert set(FORMATS) == {"nm", *(name for name, _ in ways)}
 
 
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("units", [plan.PANEL, plan.PANEL + 1, 3 * plan.PANEL - 5])
+def test_panels_of_units_give_the_specification_s_bits(units, storage):
+    # A unit next to each edge fires, and one sample is silent.
+    rng = np.random.default_rng(units)
+    network = in_format(
+        Network.random([40], inputs=units, rng=rng, threshold=0.02, readout=33), "dense", storage=storage
+    )
+    x = rng.standard_normal((5, 3, units)).astype(np.float32) * (rng.random((5, 3, units)) < 0.2)
+    edges = np.arange(0, units, plan.PANEL)
+    x[:, :, np.concatenate([edges, np.minimum(edges + plan.PANEL, units) - 1])] = 1
+    x[:, 1] = 0
+    expected = simulate(network, x, backend="reference", record=RECORDABLE)
+    with forced({**MANY, "EVERY_FROM_SHARE": 2}):
+        for threads in (1, 2):
+            assert_same(expected, simulate(network, x, threads=threads, record=RECORDABLE))
+
+
 # --- wider than an index ------------------------------------------------------------------------------------
 
 
@@ -178,7 +211,7 @@ def test_padding_stays_within_a_part_s_share_of_a_drive(units, threads, width):
     columns = packed.index.view(np.uint16)
     for part, end in enumerate(ends):
         for inputs, window in zip((3, units), packed.windows[part], strict=True):
-            if window[KIND] == BLOCKS:
+            if window[KIND] in (BLOCKS, MANY_BLOCKS):
                 pointers = packed.pointers[window[POINTERS] :][: 3 * inputs]
                 targets = packed.index[window[INDEX] :][: int(pointers[1::3].max())] + window[WIDTH]
             elif window[KIND] == SCATTER:
@@ -202,6 +235,16 @@ def test_a_batch_whose_drives_cannot_be_addressed_is_refused():
     engine = cpu.CpuEngine(Network.random([4], inputs=3, rng=np.random.default_rng(0)), 1)
     with pytest.raises(ValueError, match="split the batch"):
         engine._scratch(1 << 30)
+
+
+def test_a_run_for_which_memory_was_short_can_be_run_again():
+    network = Network.random([20], inputs=3, rng=np.random.default_rng(0), threshold=0.02)
+    x = np.random.default_rng(1).standard_normal((9, 40, 3)).astype(np.float32)
+    simulator = Simulator(network, batch=40)
+    simulator.engine._scratch(1)
+    with patch.object(cpu, "product_scratch", side_effect=MemoryError), pytest.raises(MemoryError):
+        simulator.run(x)
+    assert_same(simulate(network, x, backend="reference", record=RECORDABLE), simulator.run(x, record=RECORDABLE))
 
 
 def test_a_plan_holds_the_weights_once():

@@ -322,9 +322,11 @@ TRAVERSALS = {
     "scale of another unit, rows": ("rows", network(storage="int8")),
     "scale of another unit, single weights": ("indices", network(fmt="csr", storage="int8")),
     "scale of another unit, blocks": ("blocks", network(fmt="block", block=(2, 4), storage="int8")),
-    "scale of another unit, grouped": ("grouped", network(storage="int8")),
+    "scale of another unit, many blocks": ("many blocks", network(fmt="block", block=(2, 4), storage="int8")),
+    "scale of another unit, panels": ("panels", network(storage="int8")),
+    "last event of a panel": ("panels", network()),
     "unit skipped": ("every unit", network()),
-    "order of two units": ("grouped", network()),
+    "order of two units": ("panels", network()),
     "rest of a list dropped": ("blocks", network(fmt="block", block=(2, 4))),
 }
 #: and those that show only where there are threads
@@ -376,8 +378,11 @@ CUT = network(fmt="block", block=(3, 16), units=40)
 @pytest.mark.parametrize(
     ("function", "layout", "net", "edits"),
     [
-        # A piece cut on its left begins where it began before.
-        ((packing._Entries, "placed"), "blocks", CUT, {"self.column[inside] + left -": "self.column[inside] -"}),
+        # A piece cut on its left begins a place too early.
+        (
+            (packing._Entries, "placed"), "blocks", CUT,
+            {"self.column[inside] + left -": "self.column[inside] + left - (left > 0) -"},
+        ),
         # ... or keeps what was cut off.
         ((packing._Entries, "placed"), "blocks", CUT, {"source = left[cut, None] +": "source = 0 * left[cut, None] +"}),
         # ... or, cut on its right, what lies past its end.
@@ -391,7 +396,7 @@ CUT = network(fmt="block", block=(3, 16), units=40)
             (packing, "_pack_scatter"), "indices", network(fmt="csr", share=0.5),
             {"entries.column.astype": "entries.column[::-1].astype"},
         ),
-        ((packing, "_pack_rows"), "grouped", network(), {"= values[:, a:b]": "= values[:, a:b][:, ::-1]"}),
+        ((packing, "_pack_rows"), "panels", network(), {"= values[:, a:b]": "= values[:, a:b][:, ::-1]"}),
     ],
     ids=["cut column", "cut start", "cut end", "mask off by one", "columns reversed", "rows reversed"],
 )  # fmt: skip

@@ -185,3 +185,34 @@ except ImportError as error:
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.strip() == "plots need matplotlib: pip install 'eventrnn[plots]'"
+
+
+def test_learning_curves(tmp_path):
+    curves = {"egru": [(10, 300.0, 0.2), (20, 150.0, 0.1)], "gru": [(10, 280.0, 1.0), (20, 140.0, 1.0)]}
+    figure = plots.learning_curves(curves, title="two", path=tmp_path / "curves.png")
+    left, right = figure.axes
+    assert [line.get_ydata().tolist() for line in left.lines] == [[300, 150], [280, 140]]
+    assert [line.get_ydata().tolist() for line in right.lines] == [[20, 10], [100, 100]]
+    assert left.get_yscale() == "log" and (tmp_path / "curves.png").stat().st_size > 0
+    for bad in ({}, {"a": []}, {"a": [(1, float("nan"), 0.1)]}):
+        with pytest.raises(ValueError, match="curves"):
+            plots.learning_curves(bad)
+
+
+def test_mask_map_draws_the_share_left_of_every_matrix(tmp_path):
+    rng = np.random.default_rng(0)
+    left = {"layers.0.w_rec": rng.random((6, 12)) < 0.4, "readout": rng.random((600, 5)) < 0.2}
+    matrices = {name: convert(mask.astype(np.float32), "csr") for name, mask in left.items()}
+    figure = plots.mask_map(matrices, title="Pruned", path=tmp_path / "masks.png")
+    small, tall = figure.axes[:2]
+    assert np.array_equal(small.collections[0].get_array().reshape(6, 12), left["layers.0.w_rec"])
+    # 600 units in 200 tiles of three.
+    assert np.array_equal(
+        tall.collections[0].get_array().reshape(200, 5),
+        left["readout"].reshape(200, 3, 5).sum(axis=1) / 3,
+    )
+    assert len(small.lines) == 2 and not tall.lines  # between gates
+    assert f"{100 * left['readout'].mean():.1f} % of the weights left" in tall.get_title(loc="left")
+    assert (tmp_path / "masks.png").stat().st_size > 0
+    with pytest.raises(ValueError, match="matrices: got none"):
+        plots.mask_map({})

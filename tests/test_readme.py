@@ -14,10 +14,12 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
 COMMANDS = [body for language, body in BLOCKS if not language]
 
 
-def test_the_example_runs(tmp_path, monkeypatch, capsys):
+def test_the_examples_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (example,) = (body for language, body in BLOCKS if language == "python")
-    exec(compile(example, "README.md", "exec"), {})
+    names: dict = {}
+    for example in (body for language, body in BLOCKS if language == "python"):
+        exec(compile(example, "README.md", "exec"), names)
+    assert {path.name for path in (tmp_path / "runs" / "mine").iterdir()} >= {"log.jsonl"}
     assert "times fewer multiplications" in capsys.readouterr().out
     assert (tmp_path / "model.safetensors").exists()
 

@@ -13,8 +13,8 @@ from tolerance import U32, cell_bound, gamma
 from eventrnn import Cell, Network, State, Surrogate, reference, simulate
 from eventrnn.cells import SURROGATES
 from eventrnn.pruning import GradualPruning
-from eventrnn.training import Model, Settings, Trainer, clip_by_norm, cosine_schedule, evaluate, kernels
-from eventrnn.training.loop import cross_entropy_bits
+from eventrnn.training import Model, Noise, Regularisers, Settings, Trainer, evaluate, kernels
+from eventrnn.training.losses import cross_entropy_bits
 
 
 @st.composite
@@ -144,7 +144,9 @@ def _net(seed: int = 0, **changes) -> Network:
 
 
 def test_the_seed_makes_the_run():
-    runs = [Trainer(_net(), _text(), _small(dropout=0.2, seed=seed)) for seed in (7, 7, 8)]
+    runs = [
+        Trainer(_net(), _text(), _small(regularisers=Regularisers(dropout_top=0.2), seed=seed)) for seed in (7, 7, 8)
+    ]
     for trainer in runs:
         trainer.run()
     first, same, other = (trainer.model.parameters for trainer in runs)
@@ -185,15 +187,14 @@ def test_masks_stay_masks_through_the_optimiser(block):
         assert trainer.model.parameters[name][mask].all()
 
 
-def test_dropout_is_shared_over_time_and_keeps_the_mean():
+def test_masks_of_the_noise_scale_what_they_say():
     network = _net()
     model, rng = Model(network), np.random.default_rng(1)
-    _, _, tape = model.forward(_text(40).reshape(10, 4), State.zeros(network, 4), dropout=0.5, rng=rng)
-    mask = tape.layers[1].dropped
-    assert mask.shape == (4, 20) and set(np.unique(mask)) == {0.0, 2.0}
-    assert np.array_equal(tape.layers[1].x, tape.layers[0].y[1:] * mask)
-    with pytest.raises(ValueError, match="rng"):
-        model.forward(_text(40).reshape(10, 4), State.zeros(network, 4), dropout=0.5)
+    masks = [(rng.random((4, n)) < 0.5).astype(np.float32) * 2 for n in (20, 16)]
+    noise = Noise(between=(masks[0],), top=masks[1])
+    _, _, tape = model.forward(_text(40).reshape(10, 4), State.zeros(network, 4), noise)
+    assert np.array_equal(tape.layers[1].x, tape.layers[0].y[1:] * masks[0])
+    assert np.array_equal(tape.top, tape.layers[1].y[1:] * masks[1])
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 2**32 - 1))
@@ -212,31 +213,6 @@ def test_softmax_cross_entropy(size, rows, seed):
     assert np.abs(gradient.reshape(rows, size) - 0.5 * share).max() <= bound
 
 
-def test_adamw_follows_its_definition():
-    rng = np.random.default_rng(0)
-    value, gradient = rng.normal(size=9).astype(np.float32), rng.normal(size=9).astype(np.float32)
-    from eventrnn.training import AdamW
-
-    parameters = {"w": value.copy(), "x.bias": value.copy(), "layers.0.threshold": np.abs(value)}
-    optimiser = AdamW(parameters, betas=(0.5, 0.75), epsilon=0.125, weight_decay=0.25)
-    optimiser.step(parameters, dict.fromkeys(parameters, gradient), 0.5)
-    step = gradient.astype(np.float64) / (np.abs(gradient.astype(np.float64)) + 0.125)
-    bound = gamma(16, U32) * (1 + np.abs(value))
-    assert (np.abs(parameters["w"] - (value - 0.5 * (step + 0.25 * value))) <= bound).all()
-    assert (np.abs(parameters["x.bias"] - (value - 0.5 * step)) <= bound).all(), "biases are not decayed"
-    assert (parameters["layers.0.threshold"] >= 0).all()
-
-
-def test_clipping_and_schedule():
-    gradients = {"a": np.array([3.0], np.float32), "b": np.array([[4.0]], np.float32)}
-    assert clip_by_norm(gradients, 10.0) == 5.0 and gradients["a"][0] == 3.0
-    assert clip_by_norm(gradients, 0.5) == 5.0
-    assert np.hypot(gradients["a"][0], gradients["b"][0, 0]) <= 0.5 * (1 + gamma(4, U32))
-    rate = cosine_schedule(1.0, 100, constant=0.3, final=0.02)
-    assert [rate(0), rate(30), rate(100)] == [1.0, 1.0, 0.02]
-    assert all(rate(k + 1) <= rate(k) for k in range(100))
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -245,7 +221,10 @@ def test_clipping_and_schedule():
         {"window": -1},
         {"learning_rate": 0.0},
         {"clip": math.nan},
-        {"dropout": 1.0},
+        {"epochs": -1},
+        {"window_jitter": -1.0},
+        {"thresholds": "free"},
+        {"backward": "half"},
         {"seed": -1},
     ],
 )

@@ -17,3 +17,6 @@ from eventrnn.bench.networks import at_activity as at_activity
 from eventrnn.bench.networks import random_events as random_events
 from eventrnn.bench.networks import random_network as random_network
 from eventrnn.bench.networks import random_weights as random_weights
+from eventrnn.bench.training import TRAINING_RIVALS as TRAINING_RIVALS
+from eventrnn.bench.training import TrainingCase as TrainingCase
+from eventrnn.bench.training import training as training

@@ -54,7 +54,7 @@ def _line(crossover: Crossover, weights: Weights, events, activity: float, repea
     batch, dense = events.shape[1], isinstance(weights, Dense)
     ways: dict[str, tuple[str, float]] = {
         AS_STORED: (AS_STORED, 2.0),
-        "grouped": (TILES if dense else DENSE_TILES, 2.0),
+        "panels": (TILES if dense else DENSE_TILES, 2.0),
         "every": (TILES if dense else DENSE_TILES, 0.0),
         "blas": (BLAS_PRODUCT, 2.0),
     }

@@ -20,6 +20,7 @@ from eventrnn.packing import (
     EVERY_FROM,
     ITEMSIZE,
     KIND,
+    MANY_BLOCKS,
     MASKED,
     PITCH,
     POINTERS,
@@ -99,7 +100,7 @@ def _unit_bytes(plan: Plan, window: np.ndarray, units: int) -> np.ndarray:
     kind, size, p0 = window[KIND], ITEMSIZE[window[STORAGE]], window[POINTERS]
     if kind in (ROWS, ROW_TILES, BLAS):
         return np.full(units, window[WIDTH] * size)
-    if kind == BLOCKS:
+    if kind in (BLOCKS, MANY_BLOCKS):
         first, last, _ = plan.pointers[p0 : p0 + 3 * units].reshape(units, 3).T
         return (last - first) * (window[WIDTH] * size + 4)
     stored = np.diff(plan.pointers[p0 : p0 + units + 1])

@@ -13,8 +13,10 @@ import typer
 
 from eventrnn.backend import BackendUnavailable
 from eventrnn.cli.bench import bench_app
+from eventrnn.cli.prune import prune
 from eventrnn.cli.verbs import app
 
+app.command()(prune)
 app.add_typer(bench_app, name="bench")
 
 # What typer raises for options it cannot parse; the class has moved between releases, its subclass has not.

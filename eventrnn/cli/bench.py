@@ -70,6 +70,43 @@ def inference(
 
 
 @bench_app.command()
+def training(
+    backend: Annotated[str, typer.Option(help="Engine to time: cpu.")] = "cpu",
+    hidden: Annotated[int, typer.Option(help="Units, and inputs, of the layer.")] = 1350,
+    batch: Annotated[int, typer.Option(help="Samples side by side.")] = 20,
+    steps: Annotated[int, typer.Option(help="Time steps of a window.")] = 70,
+    activity: Annotated[float, typer.Option(help="Share of units that fire; thresholds are set to reach it.")] = 0.1,
+    support: Annotated[
+        float, typer.Option(help="Share of units with a slope in a step; the surrogate's width is set to reach it.")
+    ] = 0.1,
+    sparsity: Annotated[float, typer.Option(help="Share of blocks left out.")] = 0.0,
+    block: Annotated[str | None, typer.Option("--block", metavar="RxC", help="Block, with a sparsity. [1x64]")] = None,
+    backward: Annotated[str, typer.Option(help="Products: auto, sparse or dense.")] = "auto",
+    input_gradient: Annotated[bool, typer.Option(help="Ask everyone for the gradient of the inputs too.")] = True,
+    threads: Threads = 1,
+    against: Annotated[
+        str, typer.Option(help="Rivals, separated by commas: torch (nn.GRU), torch-loop (this cell), or none.")
+    ] = "torch",
+    repeats: Annotated[int, typer.Option(help="Interleaved rounds; medians are reported.")] = 7,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Time a window forward and back, one random layer, beside PyTorch; all gradients, no optimiser."""
+    if backend != "cpu":
+        raise ValueError(f"backend: got {backend!r}, need cpu")
+    from eventrnn import bench
+
+    with progress() as report:
+        result = bench.training(
+            hidden=hidden, batch=batch, steps=steps, activity=activity, support=support, sparsity=sparsity,
+            block=parse_block(block) if block else None, backward=backward, input_gradient=input_gradient,
+            threads=threads, against=against, repeats=repeats, seed=seed,
+            report=lambda stage: report(stage, 0, 1, ""),
+        )  # fmt: skip
+    show("training", result, as_json)
+
+
+@bench_app.command()
 def crossover(
     measure: Annotated[bool, typer.Option("--measure", help="Measure again, whatever is in the cache.")] = False,
     verify: Annotated[
@@ -110,3 +147,55 @@ def crossover(
 
 def _stage(report, stage: str):
     return lambda done, total, note: report(stage, done, total, note)
+
+
+@bench_app.command()
+def pruning(
+    rows: Annotated[int, typer.Option(help="Presynaptic units of the matrix.")] = 4096,
+    columns: Annotated[int, typer.Option(help="Postsynaptic rows of the matrix.")] = 4096,
+    nm: Annotated[str, typer.Option("--nm", metavar="N:M", help="Kept of each m, in rows and columns.")] = "4:8",
+    methods: Annotated[str, typer.Option(help="Of exact, greedy, transport; separated by commas.")] = (
+        "exact,greedy,transport"
+    ),
+    threads: Threads = 1,
+    repeats: Annotated[int, typer.Option(help="Interleaved rounds; medians are reported.")] = 3,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Time transposable N:M masks by every method, say how much they keep, beside what others report."""
+    from eventrnn.bench import masks
+
+    n, m, axis = parse_nm(nm)
+    if axis != "post":
+        raise ValueError(f"nm: got {nm!r}, but masks along both axes are timed; leave the axis out")
+    with progress() as report:
+        result = masks.masks(
+            rows=rows, columns=columns, n=n, m=m, methods=tuple(methods.split(",")), threads=threads, repeats=repeats,
+            seed=seed, report=lambda stage: report(stage, 0, 1, ""),
+        )  # fmt: skip
+    if as_json:
+        print(as_line(result))
+        return
+    table = Table(
+        *(
+            "method",
+            "matrix",
+            "n:m",
+            "seconds",
+            "of processors",
+            "µs a tile",
+            "magnitude kept",
+            "of the exact",
+            "measured by",
+        ),
+        title=f"transposable masks, {threads} thread{'s' * (threads > 1)}, {result['device']}",
+    )
+    for name, line in result["methods"].items():
+        share = "" if line["of_exact"] is None else f"{line['of_exact']:.4%}"
+        times = (f"{line['seconds']:.3g}", f"{line['cpu_seconds']:.3g}", f"{line['us_per_tile']:.2f}")
+        kept = (f"{line['kept_magnitude']:.2%}", share)
+        table.add_row(name, result["matrix"], result["nm"], *times, *kept, "this run")
+    for source, method, side, groups, seconds, machine in masks.LITERATURE:
+        table.add_row(method, f"{side}x{side}", groups, f"{seconds:.3g}", "", "", "", "", f"{source}, {machine}")
+    Console(width=max(150, Console().width)).print(table)
+    print(f"masks of a tile: {', '.join(f'{k} {v:,}' for k, v in result['masks_of_a_tile'].items())}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -42,3 +43,32 @@ def parse_nm(text: str) -> tuple[int, int, str]:
     groups = int(kept), int(group), axis or "post"
     check_nm(*groups)
     return groups
+
+
+def writable_file(path: Path, force: bool) -> None:
+    """Refuse before any work what would fail at the end."""
+    if path.is_dir():
+        raise ValueError(f"out: {path} is a folder; give a file name")
+    if path.exists() and not force:
+        raise ValueError(f"out: {path} exists; use --force to overwrite it")
+    _probe_folder(path.parent)
+
+
+def writable_folder(folder: Path, names: tuple[str, ...], force: bool) -> None:
+    """Likewise for a folder in which files of these names will be written."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out: {folder} is not a folder")
+    there = [name for name in names if (folder / name).exists()]
+    if there and not force:
+        raise ValueError(f"out: {folder} already holds {', '.join(there)}; use --force to overwrite")
+    _probe_folder(folder if folder.exists() else folder.absolute().parent)
+
+
+def _probe_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(f"out: there is no folder {folder}")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"out: cannot write into {folder}: {error.strerror}") from None

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 
 from eventrnn import io
-from eventrnn.cells import Cell
 from eventrnn.cli.options import (
     Backend,
     Block,
@@ -28,7 +27,10 @@ from eventrnn.cli.options import (
     Threads,
     parse_block,
     parse_nm,
+    writable_file,
+    writable_folder,
 )
+from eventrnn.cli.train import train
 from eventrnn.network import Network, simulate
 from eventrnn.terminal import as_line, progress, show
 from eventrnn.weights import FORMATS, STORAGES, convert
@@ -54,7 +56,7 @@ def demo(
     settings = job.DemoSettings(
         hidden=hidden, steps=steps, pruning_steps=pruning_steps, sparsity=sparsity, block=parse_block(block), seed=seed
     )
-    _writable_folder(out, job.FILES, force)
+    writable_folder(out, job.FILES, force)
     with progress() as report:
         result = job.run(out, settings, report)
     show("Activity-sparse, block-pruned, event by event", result, as_json)
@@ -64,116 +66,10 @@ def demo(
         raise RuntimeError("the event-driven run and its dense twin differ; this is a bug, please report it")
 
 
-@app.command()
-def train(
-    out: Out,
-    text: Text = "builtin",
-    kind: Annotated[str, typer.Option(help="Symbols: character or word.")] = "character",
-    vocabulary: Annotated[int | None, typer.Option(help="Keep this many words (word kind only).")] = None,
-    hidden: Annotated[list[int] | None, typer.Option(help="Units of a layer; repeat for a stack. [256]")] = None,
-    embedding: Annotated[int, typer.Option(help="Width of the embedding.")] = 64,
-    tied: Annotated[bool, typer.Option("--tied", help="Read out through the transposed embedding.")] = False,
-    variant: Annotated[str, typer.Option(help="Equations: evnn or paper.")] = "evnn",
-    threshold: Annotated[float, typer.Option(help="Mean of the initial thresholds.")] = 0.4,
-    steps: Steps = 1000,
-    batch: Annotated[int, typer.Option(help="Streams side by side.")] = 32,
-    window: Annotated[int, typer.Option(help="Time steps a window.")] = 64,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW, before its decay.")] = 6e-3,
-    weight_decay: Annotated[float, typer.Option(help="Decoupled.")] = 0.01,
-    activity_cost: Annotated[float, typer.Option(help="Weight of the mean output in the loss; quietens units.")] = 0.0,
-    dropout: Annotated[float, typer.Option(help="Between layers and before the read-out.")] = 0.0,
-    seed: Seed = 0,
-    force: Force = False,
-    as_json: Json = False,
-) -> None:
-    """Train a network to predict the next symbol of a text."""
-    from eventrnn.training import Settings, Trainer, evaluate
+# Of a table with six counts.
+COUNT_WIDTH = 120
 
-    settings = Settings(
-        steps=steps, batch=batch, window=window, learning_rate=learning_rate, weight_decay=weight_decay,
-        activity_cost=activity_cost, dropout=dropout, seed=seed,
-    )  # fmt: skip
-    cell = Cell(variant=variant)
-    _writable_file(out, force)
-    corpus = _corpus(text, kind, vocabulary)
-    symbols = len(corpus.vocabulary)
-    network = Network.random(
-        hidden or [256],
-        rng=np.random.default_rng(seed),
-        symbols=symbols,
-        embedding=embedding,
-        readout=None if tied else symbols,
-        tied=tied,
-        threshold=threshold,
-        cell=cell,
-        metadata={"vocabulary": corpus.vocabulary.to_json(), "corpus": text},
-    )
-    trainer = Trainer(network, corpus.train, settings)
-    with progress() as report:
-        trained = trainer.run(
-            lambda p: report("training", p.step, steps, f"{p.bits:.3f} bits, activity {p.activity:.1%}")
-        )
-    io.save(trained, out, overwrite=force)
-    figures = {"bits_per_symbol_valid": evaluate(trained, corpus.valid), "symbols": symbols, "steps": steps}
-    show(f"wrote {out}", figures | {"parameters": sum(p.size for p in trainer.model.parameters.values())}, as_json)
-
-
-@app.command()
-def prune(
-    model: Model,
-    out: Out,
-    sparsity: Annotated[float, typer.Option(help="Share of blocks to prune, in [0, 1).")] = 0.8,
-    block: Block = "1x1",
-    scope: Annotated[str, typer.Option(help="Share in each matrix, or over all of them: matrix or global.")] = "matrix",
-    statistic: Annotated[str, typer.Option(help="What a block is ranked by: max, mean or l2.")] = "max",
-    steps: Annotated[int, typer.Option(help="Updates of fine-tuning, the first half while pruning; 0 for none.")] = 0,
-    text: Annotated[str | None, typer.Option("--text", help="What to fine-tune on, as for train. [builtin]")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of the fine-tuning. [0.003]")] = None,
-    activity_cost: Annotated[float | None, typer.Option(help="Of the fine-tuning, as for train. [0]")] = None,
-    batch: Annotated[int | None, typer.Option(help="Of the fine-tuning, as for train. [32]")] = None,
-    window: Annotated[int | None, typer.Option(help="Of the fine-tuning, as for train. [64]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the fine-tuning. [0]")] = None,
-    force: Force = False,
-    as_json: Json = False,
-) -> None:
-    """Prune by magnitude, at once or gradually while fine-tuning on a text."""
-    from eventrnn import pruning
-    from eventrnn.training import Settings, Trainer, evaluate
-
-    tuning = {
-        "learning_rate": learning_rate, "activity_cost": activity_cost, "batch": batch, "window": window, "seed": seed,
-    }  # fmt: skip
-    given = {name: value for name, value in tuning.items() if value is not None}
-    if steps == 0 and (given or text is not None):
-        raise ValueError(
-            f"steps: 0, so nothing is fine-tuned and {', '.join([*given, 'text'])} mean nothing; give --steps"
-        )
-    r_c = parse_block(block)
-    _writable_file(out, force)
-    network, quality = io.load(model), {}
-    if steps:
-        parts = {part: _encoded(network, text or "builtin", part) for part in ("train", "valid")}
-        gradual = pruning.GradualPruning(sparsity, r_c, 0, max(1, steps // 2), scope=scope, statistic=statistic)
-        settings = Settings(**{"steps": steps, "learning_rate": 3e-3} | given)
-        trainer = Trainer(network, parts["train"], settings, pruning=gradual)
-        with progress() as report:
-            before = evaluate(network, parts["valid"])
-            tuned = trainer.run(
-                lambda p: report("pruning", p.step, steps, f"{p.bits:.3f} bits, {p.sparsity:.0%} pruned")
-            )
-        compressed = {n: pruning.compress(tuned.matrices()[n].to_dense(), r_c) for n in trainer.model.masks}
-        pruned = tuned.with_matrices(compressed)
-        quality = {"bits_before": before, "bits_after": evaluate(pruned, parts["valid"])}
-    else:
-        pruned = pruning.prune(network, sparsity, block=r_c, scope=scope, statistic=statistic)
-    io.save(pruned, out, overwrite=force)
-    figures: dict = {
-        "weights_before": sum(w.nnz for w in network.matrices().values()),
-        "weights_after": sum(w.nnz for w in pruned.matrices().values()),
-        "file_bytes_before": model.stat().st_size,
-        "file_bytes_after": out.stat().st_size,
-    }
-    show(f"wrote {out}", figures | quality, as_json)
+app.command()(train)
 
 
 @app.command()
@@ -231,10 +127,12 @@ def count(
         print(as_line(record))
         return
     columns = ("dense", "effective", "executed", "graded", "binary", "weight_bytes")
-    table = Table("matrix", *columns, title=f"operations of {counts.steps} steps ({observe.NOTE})")
+    title = f"operations of {counts.steps} steps of the {part} part of {text} ({observe.NOTE})"
+    table = Table("matrix", *(column.replace("_", " ") for column in columns), title=title)
     for name, row in {**counts.matrices, "total": counts.total}.items():
         table.add_row(name, *(f"{getattr(row, column):,}" for column in columns))
-    Console().print(table)
+    # Better wider than the terminal than figures that are cut off.
+    Console(width=max(COUNT_WIDTH, Console().width)).print(table)
     print(
         f"element-wise {sum(counts.gate_ops):,}, state bytes {sum(counts.state_bytes):,}, "
         f"dense / effective {counts.reduction:.1f}"
@@ -269,7 +167,9 @@ def info(
 def convert_command(
     source: Annotated[Path, typer.Argument(help="Model file, or an .npz with one layer in EvNN's packing.")],
     out: Out,
-    to: Annotated[str, typer.Option(help=f"Weight format: {', '.join(FORMATS)}.")] = "dense",
+    to: Annotated[
+        str | None, typer.Option(help=f"Weight format: {', '.join(FORMATS)}. [as it is, or what --block or --nm say]")
+    ] = None,
     block: Annotated[str | None, typer.Option("--block", metavar="RxC", help="Block of the block format.")] = None,
     nm: Annotated[
         str | None, typer.Option("--nm", metavar="N:M[:AXIS]", help="Kept of each group, along post (default) or pre.")
@@ -280,11 +180,14 @@ def convert_command(
 ) -> None:
     """Change the weight format or storage of a model, or import a layer of EvNN."""
     r_c, n_m = parse_block(block) if block else None, parse_nm(nm) if nm else None
-    _writable_file(out, force)
+    writable_file(out, force)
     network = Network((io.from_evnn(_arrays(source)),)) if source.suffix == ".npz" else io.load(source)
     tied = network.readout is not None and network.readout.tied
+    to = to or ("block" if block else "nm" if nm else None)
     changed = {
         name: convert(weights, to, block=r_c, nm=n_m, storage=storage)
+        if to
+        else weights.stored_as(storage or weights.storage)
         for name, weights in network.matrices().items()
         if not (tied and name == "readout")
     }
@@ -293,7 +196,7 @@ def convert_command(
     show(
         f"wrote {out}",
         {
-            "format": to,
+            "format": ", ".join(sorted({w.name for w in changed.values()})),
             "storage": ", ".join(sorted({w.storage for w in changed.values()})),
             "bytes": out.stat().st_size,
             "weights": sum(w.nnz for w in changed.values()),
@@ -305,57 +208,20 @@ def convert_command(
 # --- arguments ----------------------------------------------------------------------------------------------
 
 
-def _writable_file(path: Path, force: bool) -> None:
-    """Refuse before any work what would fail at the end."""
-    if path.is_dir():
-        raise ValueError(f"out: {path} is a folder; give a file name")
-    if path.exists() and not force:
-        raise ValueError(f"out: {path} exists; use --force to overwrite it")
-    _probe_folder(path.parent)
-
-
-def _writable_folder(folder: Path, names: tuple[str, ...], force: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"out: {folder} is not a folder")
-    there = [name for name in names if (folder / name).exists()]
-    if there and not force:
-        raise ValueError(f"out: {folder} already holds {', '.join(there)}; use --force to overwrite")
-    _probe_folder(folder if folder.exists() else folder.absolute().parent)
-
-
-def _probe_folder(folder: Path) -> None:
-    import tempfile
-
-    if not folder.is_dir():
-        raise ValueError(f"out: there is no folder {folder}")
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"out: cannot write into {folder}: {error.strerror}") from None
-
-
-def _corpus(text: str, kind: str = "character", size: int | None = None):
-    from eventrnn.text import from_path, python_documentation
-
-    if text != "builtin":
-        return from_path(text, kind=kind, size=size)
-    if kind != "character" or size is not None:
-        raise ValueError("text: the built-in text is read by characters; give --text a file for words")
-    return python_documentation()
-
-
 def _encoded(network: Network, text: str, part: str) -> np.ndarray:
     """A part of a text in the model's own symbols."""
-    from eventrnn.text import Vocabulary, read_parts
+    from eventrnn.text import Vocabulary, python_documentation, read_parts
 
     if part not in ("train", "valid", "test"):
         raise ValueError(f"part: got {part!r}, need train, valid or test")
     if "vocabulary" not in network.metadata:
-        raise ValueError("model: has no vocabulary, so it cannot read text; train it with eventrnn train")
+        raise ValueError(
+            "model: has no vocabulary, so it cannot read text: it was not trained by eventrnn train; "
+            "in Python, eventrnn.count(network, run) counts a run on any input"
+        )
     vocabulary = Vocabulary.from_json(network.metadata["vocabulary"])
     if text == "builtin":
-        corpus = _corpus("builtin")
+        corpus = python_documentation()
         return vocabulary.encode(corpus.vocabulary.decode(getattr(corpus, part)))
     return vocabulary.encode(read_parts(text)[part])
 

@@ -39,6 +39,12 @@ def power_of_two(n):
 
 
 @device_function
+def ldexp(x, n):
+    """`cells.ldexp`: the result is normal, so its exponent can be added to."""
+    return libdevice.int_as_float(libdevice.float_as_int(x) + (np.int32(n) << np.int32(23)))
+
+
+@device_function
 def select(condition, a, b):
     """`cells.select`."""
     return a if condition else b
@@ -46,7 +52,7 @@ def select(condition, a, b):
 
 # The functions of `cells.py` as they stand, over the primitives above. Copies, because Numba would otherwise take what
 # the CPU engine has registered for the originals.
-_names = dict(vars(cells), fma=fma, round_even=round_even, power_of_two=power_of_two, select=select)
+_names = dict(vars(cells), fma=fma, round_even=round_even, power_of_two=power_of_two, ldexp=ldexp, select=select)
 
 
 def _rule(function):

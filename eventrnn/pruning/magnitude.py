@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from eventrnn.network import Network
-from eventrnn.weights import Weights, check_block, convert
+from eventrnn.pruning.schedule import Arrays, Masks, Pruning, TurnTaking, cubic_schedule, is_due
+from eventrnn.weights import check_block
 
 SCOPES = ("matrix", "global")
 STATISTICS = ("max", "mean", "l2")
+#: how the three gates of a layer's matrix share a mask: one grid over all rows, a share within each, the same mask
+GATES = ("all", "each", "shared")
 
 
 def block_scores(dense: np.ndarray, block: tuple[int, int], statistic: str = "max") -> np.ndarray:
@@ -19,10 +21,16 @@ def block_scores(dense: np.ndarray, block: tuple[int, int], statistic: str = "ma
 
     `statistic`: "max" of |w| (Narang et al. 2017), "mean" of |w|, or "l2", the root of the sum of squares.
     """
-    check_block(block, dense.shape)
+    return _reduced(np.abs(dense), block, statistic)
+
+
+def _reduced(values: np.ndarray, block: tuple[int, int], statistic: str) -> np.ndarray:
+    check_block(block, values.shape)
     if statistic not in STATISTICS:
         raise ValueError(f"statistic: got {statistic!r}, need one of {', '.join(STATISTICS)}")
-    tiles = _tiles(np.abs(dense), block)
+    if block == (1, 1):
+        return values.astype(np.float64)
+    tiles = to_blocks(values, block)
     if statistic == "max":
         return tiles.max(axis=(1, 3))
     if statistic == "mean":
@@ -37,86 +45,133 @@ def magnitude_mask(
     block: tuple[int, int] = (1, 1),
     statistic: str = "max",
     within: np.ndarray | None = None,
+    allow_empty: bool = False,
 ) -> np.ndarray:
     """Boolean mask of the weights to keep: the `sparsity` share of blocks with the smallest score is False.
 
-    dense     : (n_pre, n_post)
-    statistic : see `block_scores`
-    within    : a mask of before; blocks that it pruned go first, so that masks only shrink
+    dense       : (n_pre, n_post)
+    statistic   : see `block_scores`
+    within      : a mask of before; blocks that it pruned go first, so that masks only shrink
+    allow_empty : whether nothing may be left
 
     Exactly `round(sparsity * number of blocks)` blocks are pruned, or as many as in `within`; ties go in storage order.
-    A sparsity that would leave no block is refused. O(n log n).
+    A sparsity that would leave no block is refused, unless asked for. O(n log n).
     """
     masks = {} if within is None else {"matrix": within}
-    return magnitude_masks({"matrix": dense}, sparsity, block=block, statistic=statistic, within=masks)["matrix"]
+    options = {"block": block, "statistic": statistic, "within": masks, "allow_empty": allow_empty}
+    return magnitude_masks({"matrix": dense}, sparsity, **options)["matrix"]
 
 
 def magnitude_masks(
-    matrices: Mapping[str, np.ndarray],
+    matrices: Arrays,
     sparsity: float,
     *,
     block: tuple[int, int] = (1, 1),
     scope: str = "matrix",
     statistic: str = "max",
-    within: Mapping[str, np.ndarray] | None = None,
-) -> dict[str, np.ndarray]:
+    gates: str = "all",
+    within: Arrays | None = None,
+    importance: Arrays | None = None,
+    allow_empty: bool = False,
+) -> Masks:
     """Masks of several matrices; `scope="matrix"` prunes the share in each, `"global"` ranks all blocks together.
 
     With the global scope, scores are compared in units of their matrix's root mean square, so that a matrix is not
-    emptied for its scale. Other parameters as `magnitude_mask`.
+    emptied for its scale.
+
+    gates      : of a layer's matrices (names ending in w_in or w_rec), "all" lays one grid of blocks over the 3N rows,
+                 "each" prunes the share within every gate, on a grid of its own, "shared" gives the gates one mask
+    importance : what to rank by in place of |w|, a number a weight of either sign; "l2" is for magnitudes only
+
+    Other parameters as `magnitude_mask`.
     """
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity: got {sparsity}, need a share in [0, 1)")
+    check_sparsity(sparsity, allow_empty)
     if scope not in SCOPES:
         raise ValueError(f"scope: got {scope!r}, need one of {', '.join(SCOPES)}")
-    scores = {name: _ranked(dense, block, statistic, (within or {}).get(name)) for name, dense in matrices.items()}
-    groups = [[name] for name in scores] if scope == "matrix" else [list(scores)]
-    masks = {}
-    for names in groups:
-        flat = np.concatenate([scores[name].ravel() for name in names])
+    if gates not in GATES:
+        raise ValueError(f"gates: got {gates!r}, need one of {', '.join(GATES)}")
+    ranked = {
+        name: _ranked(
+            dense, block, statistic, _gates(name, gates), (within or {}).get(name), (importance or {}).get(name)
+        )
+        for name, dense in matrices.items()
+    }
+    panels = [(name, k) for name, scores in ranked.items() for k in range(len(scores))]
+    masks: dict[str, list[np.ndarray]] = {name: [] for name in ranked}
+    for group in [panels] if scope == "global" else [[panel] for panel in panels]:
+        flat = np.concatenate([ranked[name][k].ravel() for name, k in group])
         kept = np.ones(len(flat), bool)
         kept[np.argsort(flat, kind="stable")[: round(sparsity * len(flat))]] = False
-        cuts = np.cumsum([scores[name].size for name in names])[:-1]
-        for name, part in zip(names, np.split(kept, cuts), strict=True):
-            if not part.any():
-                rows, columns = matrices[name].shape
-                raise ValueError(
-                    f"sparsity: {sparsity} in blocks of {block[0]}x{block[1]} leaves nothing of {name} "
-                    f"({rows}x{columns}, {part.size} blocks); use a lower sparsity or a smaller block"
-                )
-            masks[name] = _spread(part.reshape(scores[name].shape), block, matrices[name].shape)
-            if within is not None and name in within:
-                masks[name] &= within[name]
-    return masks
+        cuts = np.cumsum([ranked[name][k].size for name, k in group])[:-1]
+        for (name, k), part in zip(group, np.split(kept, cuts), strict=True):
+            masks[name].append(part.reshape(ranked[name][k].shape))
+    spread = {}
+    for name, parts in masks.items():
+        rows, columns = matrices[name].shape
+        if not (allow_empty or all(part.any() for part in parts)):
+            raise ValueError(
+                f"sparsity: {sparsity} in blocks of {block[0]}x{block[1]} leaves nothing of {name} ({rows}x{columns}, "
+                f"{sum(part.size for part in parts)} blocks); use a lower sparsity or a smaller block"
+            )
+        wide = [from_blocks(part, block, (rows, columns // _gates(name, gates)[0])) for part in parts]
+        whole = np.concatenate(wide * (_gates(name, gates)[0] // len(wide)), axis=1)
+        spread[name] = whole & within[name] if within is not None and name in within else whole
+    return spread
 
 
-def _ranked(dense: np.ndarray, block: tuple[int, int], statistic: str, within: np.ndarray | None) -> np.ndarray:
-    """Scores in units of the matrix's scale; blocks pruned before come first."""
-    scale = float(np.sqrt(np.mean(np.square(dense, dtype=np.float64)))) or 1.0
-    scores = block_scores(dense, block, statistic) / scale
-    return scores if within is None else np.where(_tiles(within, block).any(axis=(1, 3)), scores, -1)
+def check_sparsity(sparsity: float, allow_empty: bool = False) -> None:
+    """Refuse what is no share below 1, or up to 1 where everything may go."""
+    if not (0 <= sparsity < 1 or (allow_empty and sparsity == 1)):
+        raise ValueError(f"sparsity: got {sparsity}, need a share in [0, 1)")
 
 
-def _spread(kept: np.ndarray, block: tuple[int, int], shape: tuple[int, ...]) -> np.ndarray:
-    whole = np.repeat(np.repeat(kept, block[0], axis=0), block[1], axis=1)
+def _gates(name: str, gates: str) -> tuple[int, bool]:
+    """Into how many parts the postsynaptic rows fall, and whether these have one mask."""
+    layered = name.endswith(("w_in", "w_rec")) and gates != "all"
+    return (3, gates == "shared") if layered else (1, False)
+
+
+def _ranked(
+    dense: np.ndarray,
+    block: tuple[int, int],
+    statistic: str,
+    gates: tuple[int, bool],
+    within: np.ndarray | None,
+    importance: np.ndarray | None,
+) -> list[np.ndarray]:
+    """Scores of each grid in units of the matrix's scale; blocks pruned before come first."""
+    if importance is not None and statistic == "l2":
+        raise ValueError("statistic: got 'l2', which is for magnitudes; rank by max or mean here")
+    values = np.abs(dense) if importance is None else importance
+    scale = float(np.sqrt(np.mean(np.square(values, dtype=np.float64)))) or 1.0
+    count, shared = gates
+    scores = [_reduced(part, block, statistic) / scale for part in np.split(values, count, axis=1)]
+    alive = [np.ones(part.shape, bool) for part in scores]
+    if within is not None:
+        alive = [to_blocks(part, block).any(axis=(1, 3)) for part in np.split(within, count, axis=1)]
+    if shared:
+        joined = np.stack(scores)
+        joined = {"max": joined.max(axis=0), "mean": joined.mean(axis=0), "l2": np.sqrt((joined**2).sum(axis=0))}
+        scores, alive = [joined[statistic]], [np.logical_or.reduce(alive)]
+    return [np.where(here, part, -np.inf) for here, part in zip(alive, scores, strict=True)]
+
+
+def to_blocks(array: np.ndarray, block: tuple[int, int]) -> np.ndarray:
+    """(rows, r, columns, c) view of the array padded with zeros to whole blocks."""
+    (n_pre, n_post), (r, c) = array.shape, block
+    padded = np.zeros((-(-n_pre // r) * r, -(-n_post // c) * c), array.dtype)
+    padded[:n_pre, :n_post] = array
+    return padded.reshape(padded.shape[0] // r, r, padded.shape[1] // c, c)
+
+
+def from_blocks(scores: np.ndarray, block: tuple[int, int], shape: tuple[int, ...]) -> np.ndarray:
+    """A number a block, at each of its entries: (rows, columns) to `shape`."""
+    whole = np.repeat(np.repeat(scores, block[0], axis=0), block[1], axis=1)
     return np.ascontiguousarray(whole[: shape[0], : shape[1]])
 
 
-def cubic_schedule(final: float, start: int, end: int, *, initial: float = 0.0) -> Callable[[int], float]:
-    """Sparsity over steps: `initial` until `start`, `final` from `end` on, fast first and slow last between
-    (Zhu and Gupta 2017, eq. 1)."""
-    if not 0 <= start < end:
-        raise ValueError(f"pruning schedule: got start {start} and end {end}, need 0 <= start < end")
-
-    def at(step: int) -> float:
-        left = 1 - min(1.0, max(0.0, (step - start) / (end - start)))
-        return initial * left**3 + final * (1 - left**3)
-
-    return at
-
-
 @dataclass
-class GradualPruning:
+class GradualPruning(Pruning):
     """Masks that grow along a cubic schedule while training.
 
     Attributes
@@ -128,6 +183,8 @@ class GradualPruning:
     scope      : "matrix" prunes the share in each matrix, "global" over all of them (see `magnitude_masks`)
     statistic  : what a block is ranked by (see `block_scores`)
     names      : which matrices; None for all weights of layers and an untied read-out
+    exempt     : of these, the ones to leave alone
+    gates      : how gates share a mask (see `magnitude_masks`)
     """
 
     sparsity: float
@@ -138,77 +195,68 @@ class GradualPruning:
     scope: str = "matrix"
     statistic: str = "max"
     names: tuple[str, ...] | None = None
+    exempt: tuple[str, ...] = ()
+    gates: str = "all"
     _schedule: Callable[[int], float] = field(init=False, repr=False)
 
     def __post_init__(self):
-        if not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity: got {self.sparsity}, need a share in [0, 1)")
+        check_sparsity(self.sparsity)
         if self.every < 1:
             raise ValueError(f"every: got {self.every}, need a whole number >= 1")
         self._schedule = cubic_schedule(self.sparsity, self.start, self.end)
 
-    def matrices(self, parameters: Mapping[str, np.ndarray]) -> tuple[str, ...]:
-        return self.names or tuple(name for name in parameters if prunable(name))
-
-    def check(self, parameters: Mapping[str, np.ndarray]) -> None:
+    def check(self, parameters: Arrays) -> None:
         """Refuse unknown names, blocks larger than a matrix and a sparsity that would empty one, before any work."""
-        for name in self.matrices(parameters):
-            if name not in parameters:
-                raise ValueError(f"pruning: no matrix {name!r}; have {', '.join(filter(prunable, parameters))}")
         self._masks(self.sparsity, parameters, {})
 
-    def update(self, step: int, parameters: Mapping[str, np.ndarray], masks: dict[str, np.ndarray]) -> bool:
+    def update(self, step: int, parameters: Arrays, masks: Masks) -> bool:
         """Renew `masks` in place if a change is due at this step; says whether it was."""
-        due = self.start <= step <= self.end and (step - self.start) % self.every == 0
-        if not due and step != self.end:
+        if not is_due(step, self.start, self.end, self.every):
             return False
         masks.update(self._masks(self._schedule(step), parameters, masks))
         return True
 
-    def _masks(self, sparsity: float, parameters: Mapping[str, np.ndarray], masks: Mapping[str, np.ndarray]) -> dict:
+    def _masks(self, sparsity: float, parameters: Arrays, masks: Mapping[str, np.ndarray]) -> Masks:
         chosen = {name: parameters[name] for name in self.matrices(parameters)}
         return magnitude_masks(
-            chosen, sparsity, block=self.block, scope=self.scope, statistic=self.statistic, within=masks
-        )
+            chosen, sparsity, block=self.block, scope=self.scope, statistic=self.statistic, gates=self.gates,
+            within=masks, importance=self._importance(chosen),
+        )  # fmt: skip
+
+    def _importance(self, parameters: Arrays) -> Arrays | None:
+        """What to rank by in place of |w|."""
+        return None
 
 
-def prunable(name: str) -> bool:
-    """Whether a parameter is a weight matrix that pruning takes by default."""
-    return name.endswith(("w_in", "w_rec")) or name == "readout"
+@dataclass
+class MovementPruning(GradualPruning, TurnTaking):
+    """Gradual pruning of the weights that training moves towards zero (Sanh et al. 2020): ranked by the running sum of
+    `-w dL/dw`, taken after each step, in place of |w|. Blocks by "max" or "mean". Masks only shrink, unlike theirs.
 
-
-def prune(
-    network: Network,
-    sparsity: float,
-    *,
-    block: tuple[int, int] = (1, 1),
-    scope: str = "matrix",
-    statistic: str = "max",
-    names: tuple[str, ...] | None = None,
-) -> Network:
-    """The network with the smallest blocks removed at once, in CSR (1x1) or block format.
-
-    A tied read-out is left alone: its weights are the embedding's. Matrices not named keep their bits; those pruned
-    hold float32 values, whatever their storage was. Parameters as `magnitude_masks`.
+    Nothing has moved at the first step: let `start` come some steps later.
     """
-    matrices = network.matrices()
-    chosen = names or tuple(n for n in matrices if not (n == "readout" and network.readout and network.readout.tied))
-    unknown = [name for name in chosen if name not in matrices]
-    if unknown:
-        raise ValueError(f"pruning: no matrix {unknown[0]!r}; have {', '.join(matrices)}")
-    dense = {name: matrices[name].to_dense() for name in chosen}
-    masks = magnitude_masks(dense, sparsity, block=block, scope=scope, statistic=statistic)
-    return network.with_matrices({name: compress(dense[name] * masks[name], block) for name in chosen})
 
+    _scores: dict[str, np.ndarray] = field(init=False, repr=False, default_factory=dict)
 
-def compress(dense: np.ndarray, block: tuple[int, int]) -> Weights:
-    """A pruned matrix in the format of its blocks: CSR for 1x1, else block."""
-    return convert(dense, "csr") if block == (1, 1) else convert(dense, "block", block=block)
+    def update(self, step: int, parameters: Arrays, masks: Masks) -> bool:
+        """As `GradualPruning`. Raises RuntimeError where steps were made of which it was not told."""
+        self.updated()
+        return super().update(step, parameters, masks)
 
+    def after_step(self, step: int, parameters: Arrays, masks: Masks, gradients: Arrays, rate: float) -> None:
+        """Add this step's movement."""
+        self.stepped()
+        for name in self.matrices(parameters):
+            moved = gradients[name] * parameters[name]
+            self._scores[name] = self._scores[name] - moved if name in self._scores else -moved
 
-def _tiles(array: np.ndarray, block: tuple[int, int]) -> np.ndarray:
-    """(rows, r, columns, c) view of the array padded with zeros to whole blocks."""
-    (n_pre, n_post), (r, c) = array.shape, block
-    padded = np.zeros((-(-n_pre // r) * r, -(-n_post // c) * c), array.dtype)
-    padded[:n_pre, :n_post] = array
-    return padded.reshape(padded.shape[0] // r, r, padded.shape[1] // c, c)
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The scores so far."""
+        return dict(self._scores)
+
+    def restore(self, arrays: Arrays) -> None:
+        """Go on with these scores."""
+        self._scores = {name: array.copy() for name, array in arrays.items()}
+
+    def _importance(self, parameters: Arrays) -> Arrays | None:
+        return self._scores or None

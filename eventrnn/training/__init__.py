@@ -1,10 +1,30 @@
-"""Training event networks: truncated BPTT with a surrogate gradient, AdamW, and a loop for symbol models."""
+"""Training event networks: truncated BPTT with a surrogate gradient, regularisers, optimisers, tasks and a loop."""
 
 from eventrnn.training.bptt import Model as Model
+from eventrnn.training.checkpoint import CheckpointError as CheckpointError
+from eventrnn.training.checkpoint import load_checkpoint as load_checkpoint
+from eventrnn.training.checkpoint import save_checkpoint as save_checkpoint
+from eventrnn.training.gradcheck import GradientCheck as GradientCheck
+from eventrnn.training.gradcheck import check_gradients as check_gradients
+from eventrnn.training.gru import GRU as GRU
+from eventrnn.training.loop import Diverged as Diverged
 from eventrnn.training.loop import Progress as Progress
-from eventrnn.training.loop import Settings as Settings
 from eventrnn.training.loop import Trainer as Trainer
 from eventrnn.training.loop import evaluate as evaluate
-from eventrnn.training.optim import AdamW as AdamW
+from eventrnn.training.losses import cross_entropy as cross_entropy
+from eventrnn.training.losses import squared_error as squared_error
+from eventrnn.training.noise import Noise as Noise
+from eventrnn.training.optim import Optimiser as Optimiser
+from eventrnn.training.optim import Schedule as Schedule
+from eventrnn.training.optim import clip_by_layer as clip_by_layer
 from eventrnn.training.optim import clip_by_norm as clip_by_norm
-from eventrnn.training.optim import cosine_schedule as cosine_schedule
+from eventrnn.training.regularisers import Regularisers as Regularisers
+from eventrnn.training.run import Stopped as Stopped
+from eventrnn.training.run import read_log as read_log
+from eventrnn.training.run import run as run
+from eventrnn.training.settings import Settings as Settings
+from eventrnn.training.tasks import Batch as Batch
+from eventrnn.training.tasks import Classification as Classification
+from eventrnn.training.tasks import LanguageModelling as LanguageModelling
+from eventrnn.training.tasks import Regression as Regression
+from eventrnn.training.tasks import Task as Task

@@ -1,9 +1,9 @@
-"""Truncated back-propagation through time through the whole stack: products by BLAS, the rest fused.
+"""Truncated back-propagation through time through the whole stack, paid for by events.
 
 `Model` holds a network's parameters as dense float32 arrays by name. Window by window: `forward` keeps a tape,
 `backward` turns the gradient of the output into gradients of every parameter. The surrogate derivative stands in
 for that of the event; with a smooth event the gradients are exact (`reference.backward`, tested by finite
-differences). Training products are not of the exact tier: BLAS sums in its own order.
+differences). `layer.py` says which products go over events, `sweeps.py` what may be skipped and why.
 """
 
 from __future__ import annotations
@@ -13,48 +13,57 @@ from dataclasses import dataclass, replace
 import numpy as np
 import scipy.sparse as sp
 
-from eventrnn.backend import State
+from eventrnn.backend import BackwardWork, State
 from eventrnn.cells import Cell
+from eventrnn.cpu import MOST_THREADS
 from eventrnn.network import Layer, Network, Readout
-from eventrnn.training import kernels
+from eventrnn.training import thresholds as rules
+from eventrnn.training.layer import LayerEngine, LayerTape, Team
+from eventrnn.training.memory import Arena
+from eventrnn.training.noise import Noise
 from eventrnn.weights import Dense
 
 F32 = np.float32
-
-
-@dataclass
-class LayerTape:
-    """One layer over a window, all the backward pass needs. (T, B, N) arrays; `y` and `c` have T + 1 steps, the
-    first being the state before the window."""
-
-    x: np.ndarray
-    dropped: np.ndarray | None
-    u: np.ndarray
-    r: np.ndarray
-    g: np.ndarray
-    q: np.ndarray
-    v: np.ndarray
-    y: np.ndarray
-    c: np.ndarray
+BACKWARDS = ("auto", "dense", "sparse")
+LAYER_PARAMETERS = ("w_in", "w_rec", "bias_in", "bias_rec", "threshold")
 
 
 @dataclass
 class Tape:
-    """A window: the layers, the read-out's input and its dropout mask, and the symbols that were looked up."""
+    """A window: the layers, the read-out's input, the symbols that were looked up, and the noise."""
 
     layers: list[LayerTape]
     symbols: np.ndarray | None
     top: np.ndarray
-    top_dropped: np.ndarray | None
+    noise: Noise
 
     @property
     def activity(self) -> float:
         """Events per unit, step and sample over all layers."""
         return sum(np.count_nonzero(k.y[1:]) for k in self.layers) / max(1, sum(k.v.size for k in self.layers))
 
+    @property
+    def support(self) -> float:
+        """Share of units, steps and samples with a path through the threshold, over all layers; after `backward`."""
+        return sum(k.support * k.v.size for k in self.layers) / max(1, sum(k.v.size for k in self.layers))
+
+    @property
+    def work(self) -> dict[str, BackwardWork]:
+        """What the backward pass did, by matrix; for `observe.count_backward`."""
+        return {f"layers.{k}.{name}": work for k, layer in enumerate(self.layers) for name, work in layer.work.items()}
+
 
 class Model:
     """A network's parameters, dense, by name; weights pruned by `masks` stay exactly zero.
+
+    Parameters
+    ----------
+    network    : where to start
+    backward   : "sparse" takes every product over events, paths and stored weights, "dense" all of them through BLAS,
+                 "auto" whichever is faster at the window's activity and support, and the masks' density
+    threads    : of the products over events, whose bits do not depend on it; BLAS has its own setting
+    thresholds : "positive" (kept at zero or above), "clamped" (to [0, 1], EvNN), "sigmoid" (the parameter is the
+                 threshold's logit) or "fixed" (no gradient)
 
     Attributes
     ----------
@@ -63,8 +72,13 @@ class Model:
     masks      : boolean arrays by parameter name, False where pruned; at first what CSR and block matrices do not store
     """
 
-    def __init__(self, network: Network):
-        self.like = network
+    def __init__(self, network: Network, *, backward: str = "auto", threads: int = 1, thresholds: str = "positive"):
+        if backward not in BACKWARDS:
+            raise ValueError(f"backward: got {backward!r}, need one of {', '.join(BACKWARDS)}")
+        if not 1 <= threads <= MOST_THREADS:
+            raise ValueError(f"threads: got {threads}, need 1 to {MOST_THREADS}; more than the cores only wait")
+        rules.check_rule(thresholds)
+        self.like, self.mode, self.threads, self.thresholds = network, backward, threads, thresholds
         self.cells: list[Cell] = [layer.cell for layer in network.layers]
         self.tied = network.readout is not None and network.readout.tied
         self.masks: dict[str, np.ndarray] = {}
@@ -76,6 +90,7 @@ class Model:
                 self.parameters[f"layers.{k}.{name}"] = np.ascontiguousarray(getattr(layer, name).to_dense())
             for name in ("bias_in", "bias_rec", "threshold"):
                 self.parameters[f"layers.{k}.{name}"] = getattr(layer, name).copy()
+            self.parameters[f"layers.{k}.threshold"] = rules.to_parameter(thresholds, layer.threshold)
         if network.readout is not None:
             if not self.tied:
                 self.parameters["readout"] = np.ascontiguousarray(network.readout.weights.to_dense())
@@ -83,6 +98,8 @@ class Model:
         for name, weights in network.matrices().items():
             if name in self.parameters and not isinstance(weights, Dense):
                 self.masks[name] = weights.kept()
+        self._team, self._arena = Team(threads), Arena()
+        self._engines = [LayerEngine(cell, backward, self._team, self._arena) for cell in self.cells]
 
     def network(self) -> Network:
         """The network of the present parameters, dense weights."""
@@ -93,7 +110,7 @@ class Model:
                 Dense(p[f"layers.{k}.w_rec"].copy()),
                 p[f"layers.{k}.bias_in"].copy(),
                 p[f"layers.{k}.bias_rec"].copy(),
-                p[f"layers.{k}.threshold"].copy(),
+                rules.from_parameter(self.thresholds, p[f"layers.{k}.threshold"]),
                 cell,
             )
             for k, cell in enumerate(self.cells)
@@ -106,81 +123,97 @@ class Model:
         return replace(self.like, layers=layers, embedding=embedding, readout=readout)
 
     def apply_masks(self) -> None:
-        """Set every pruned weight to zero."""
+        """Set every pruned weight to zero, and every threshold to the nearest that its rule allows."""
         for name, mask in self.masks.items():
             self.parameters[name] *= mask
+        for k in range(len(self.cells)):
+            rules.clamp(self.thresholds, self.parameters[f"layers.{k}.threshold"])
 
     def readout_weights(self) -> np.ndarray:
         return self.parameters["embedding"].T if self.tied else self.parameters["readout"]
 
-    def forward(
-        self, inputs: np.ndarray, state: State, *, dropout: float = 0.0, rng: np.random.Generator | None = None
-    ) -> tuple[np.ndarray, State, Tape]:
+    def forward(self, inputs: np.ndarray, state: State, noise: Noise | None = None) -> tuple[np.ndarray, State, Tape]:
         """A window from a state on.
 
-        inputs  : (T, B) symbols or (T, B, I) numbers
-        dropout : rate between layers and before the read-out; one mask a window and sample, shared over time
-                  (Gal and Ghahramani 2016), survivors scaled up
+        inputs : (T, B) symbols or (T, B, I) numbers
+        noise  : what is random about this window; none by default
 
         Returns output (T, B, V) (or the last layer's events), the state after the window, and the tape.
         """
-        p = self.parameters
+        p, noise = self.parameters, noise or Noise()
         symbols = inputs if "embedding" in p else None
-        x = p["embedding"][inputs] if symbols is not None else np.ascontiguousarray(inputs, F32)
+        if inputs.ndim != 2 + (symbols is None):
+            need = "(T, B) symbols" if symbols is not None else "(T, B, I) numbers"
+            raise ValueError(f"inputs: got shape {inputs.shape}, need {need}")
+        noise.check(inputs.shape[0], inputs.shape[1], *self._sizes())
+        if symbols is None:
+            x = np.ascontiguousarray(inputs, F32)
+        else:
+            x = p["embedding"][inputs]
+            if noise.words is not None:
+                x *= noise.words[inputs][:, :, None]
+        x = _scaled(x, noise.inputs)
         layers, cells_after, outputs_after = [], [], []
-        for k, cell in enumerate(self.cells):
-            dropped = None
+        for k in range(len(self.cells)):
             if k > 0:
-                x, dropped = _drop(x, dropout, rng)
-            tape = self._layer_forward(k, cell, x, state.cells[k], state.outputs[k])
-            tape.dropped = dropped
+                x = _scaled(x, noise.of("between", k - 1))
+            tape = self._engines[k].forward(
+                self._layer(k, noise), x, state.cells[k], state.outputs[k], noise.of("zoneout", k)
+            )
             layers.append(tape)
             cells_after.append(tape.c[-1].copy())
             outputs_after.append(tape.y[-1].copy())
             x = tape.y[1:]
-        x, dropped = _drop(x, dropout, rng)
+        x = _scaled(x, noise.top)
         output = x
         if "readout.bias" in p:
             flat = x.reshape(-1, x.shape[2]) @ self.readout_weights()
             flat += p["readout.bias"]
             output = flat.reshape(*x.shape[:2], -1)
-        return output, State(tuple(cells_after), tuple(outputs_after)), Tape(layers, symbols, x, dropped)
+        return output, State(tuple(cells_after), tuple(outputs_after)), Tape(layers, symbols, x, noise)
 
-    def _layer_forward(self, k: int, cell: Cell, x: np.ndarray, c: np.ndarray, y: np.ndarray) -> LayerTape:
-        p = self.parameters
-        w_rec, bias_rec, threshold = (p[f"layers.{k}.{name}"] for name in ("w_rec", "bias_rec", "threshold"))
-        steps, batch, n = x.shape[0], x.shape[1], len(threshold)
-        drive_in = np.ascontiguousarray(x).reshape(steps * batch, -1) @ p[f"layers.{k}.w_in"]
-        drive_in += p[f"layers.{k}.bias_in"]
-        drive_in = drive_in.reshape(steps, batch * 3 * n)
-        u, r, g, q, v = (np.empty((steps, batch, n), F32) for _ in range(5))
-        ys, cs = np.empty((steps + 1, batch, n), F32), np.empty((steps + 1, batch, n), F32)
-        ys[0], cs[0] = y, c
-        tape = LayerTape(x, None, u, r, g, q, v, ys, cs)
-        w_gates, w_candidate = _split_gates(cell, w_rec)
-        for t in range(steps):
-            if cell.variant == "evnn":
-                kernels.forward(
-                    n, batch, drive_in[t], (ys[t] @ w_rec).ravel(), bias_rec, threshold, cs[t].ravel(),
-                    *(a[t].ravel() for a in (u, r, g, q, v)), ys[t + 1].ravel(), cs[t + 1].ravel(),
-                )  # fmt: skip
-                continue
-            # q keeps r * y here, which the candidate's weight gradient needs.
-            drive_rec = (ys[t] @ w_gates).ravel()
-            kernels.reset_gate(n, batch, drive_in[t], drive_rec, bias_rec, ys[t].ravel(), r[t].ravel(), q[t].ravel())
-            kernels.paper_forward(
-                n, batch, drive_in[t], drive_rec, (q[t] @ w_candidate).ravel(), bias_rec, threshold, cs[t].ravel(),
-                ys[t].ravel(), *(a[t].ravel() for a in (u, g, v)), ys[t + 1].ravel(), cs[t + 1].ravel(),
-            )  # fmt: skip
-        return tape
+    def _sizes(self) -> tuple[list[int], int, int | None]:
+        """Units of each layer, inputs of the first, symbols of the embedding."""
+        units = [len(self.parameters[f"layers.{k}.threshold"]) for k in range(len(self.cells))]
+        symbols = len(self.parameters["embedding"]) if "embedding" in self.parameters else None
+        return units, len(self.parameters["layers.0.w_in"]), symbols
 
-    def backward(self, tape: Tape, d_output: np.ndarray, *, activity_cost: float = 0.0) -> dict[str, np.ndarray]:
+    def _layer(self, k: int, noise: Noise) -> dict[str, np.ndarray]:
+        """A layer's parameters as this window uses them."""
+        p = {name: self.parameters[f"layers.{k}.{name}"] for name in LAYER_PARAMETERS}
+        self._follow_masks(k)
+        if (dropped := noise.of("recurrent", k)) is not None:
+            p["w_rec"] = np.multiply(p["w_rec"], dropped, dtype=F32)
+        p["threshold"] = rules.from_parameter(self.thresholds, p["threshold"])
+        return p
+
+    def _follow_masks(self, k: int) -> None:
+        for name in ("w_in", "w_rec"):
+            full = f"layers.{k}.{name}"
+            self._engines[k].pattern(name, self.parameters[full].shape, self.masks.get(full))
+
+    def backward(
+        self,
+        tape: Tape,
+        d_output: np.ndarray,
+        *,
+        activity_cost: float = 0.0,
+        d_events: tuple[np.ndarray | None, ...] = (),
+        d_cells: tuple[np.ndarray | None, ...] = (),
+        d_inputs: bool = False,
+        stored: bool = False,
+    ) -> dict[str, np.ndarray]:
         """Gradients of all parameters from that of the output (T, B, V). The state before the window is a constant.
 
-        `activity_cost` adds that many times the mean output (values sent, over steps, samples and units of each layer)
-        to the loss. Pruned weights get a zero gradient.
+        activity_cost : adds that many times the mean output (values sent, over steps, samples and units of each layer)
+                        to the loss
+        d_events      : a layer's further gradient of what it sends, `y` (T, B, N), or None; one entry a layer
+        d_cells       : likewise of the cell state before the event, `v`
+        d_inputs      : also the gradient of the inputs (T, B, I), as "inputs"; of symbols, that of what they stand for
+        stored        : of a pruned matrix, the gradient of its kept weights only, in the order of `parameter[mask]`;
+                        from stored weights no dense one is formed. Otherwise pruned weights get a zero
         """
-        p, gradients = self.parameters, {}
+        p, gradients, noise = self.parameters, {}, tape.noise
         d_x = d_output
         if "readout.bias" in p:
             flat = d_output.reshape(-1, d_output.shape[2])
@@ -189,60 +222,49 @@ class Model:
             gradients["readout.bias"] = flat.sum(axis=0)
             gradients["embedding" if self.tied else "readout"] = d_weights.T.copy() if self.tied else d_weights
             d_x = (flat @ self.readout_weights().T).reshape(tape.top.shape)
-        d_x = _drop_back(d_x, tape.top_dropped)
         for k in reversed(range(len(self.cells))):
-            layer = tape.layers[k]
+            layer, mask = tape.layers[k], noise.of("between", k) if k + 1 < len(self.cells) else noise.top
+            d_y = self._arena.take(*layer.v.shape)
+            np.multiply(d_x, F32(1) if mask is None else mask, out=d_y)
             if activity_cost:
-                d_x = d_x + F32(activity_cost / layer.v.size) * (layer.y[1:] > 0)
-            d_x = _drop_back(self._layer_backward(k, layer, d_x, gradients), layer.dropped)
+                d_y += F32(activity_cost / layer.v.size) * (layer.y[1:] > 0)
+            if d_events and (further := d_events[k]) is not None:
+                d_y += further
+            wanted = "open" if k else "all" if tape.symbols is not None or d_inputs else "none"
+            below = (tape.layers[k - 1], self.cells[k - 1]) if k else (None, None)
+            w_in = self.parameters[f"layers.{k}.w_in"]
+            if layer.engine is not self._engines[k]:
+                # A tape of another model of the same network.
+                self._follow_masks(k)
+            result = self._engines[k].backward(
+                {"w_in": w_in}, layer, d_y, d_cells[k] if d_cells else None, wanted, *below, stored
+            )
+            # Only the first layer's may be missing.
+            d_x = d_x if result.d_x is None else result.d_x
+            for name, gradient in result.gradients.items():
+                gradients[f"layers.{k}.{name}"] = gradient
+            if (dropped := noise.of("recurrent", k)) is not None:
+                self._drop_back(k, gradients, dropped, stored)
+            gradients[f"layers.{k}.threshold"] = rules.gradient(
+                self.thresholds, layer.threshold, gradients[f"layers.{k}.threshold"]
+            )
+        d_x = _scaled(d_x, noise.inputs) if d_inputs or tape.symbols is not None else d_x
+        if d_inputs:
+            gradients["inputs"] = d_x
         if tape.symbols is not None:
+            if noise.words is not None:
+                d_x = d_x * noise.words[tape.symbols][:, :, None]
             d_embedding = _sum_by_symbol(tape.symbols, d_x, len(p["embedding"]))
             gradients["embedding"] = gradients["embedding"] + d_embedding if self.tied else d_embedding
-        for name, mask in self.masks.items():
-            gradients[name] *= mask
+        for name in ("readout", "embedding"):
+            if (mask := self.masks.get(name)) is not None and name in gradients:
+                gradients[name] = gradients[name][mask] if stored else gradients[name] * mask
         return gradients
 
-    def _layer_backward(self, k: int, tape: LayerTape, d_top: np.ndarray, gradients: dict) -> np.ndarray:
-        p, cell = self.parameters, self.cells[k]
-        w_in, w_rec, threshold = (p[f"layers.{k}.{name}"] for name in ("w_in", "w_rec", "threshold"))
-        steps, batch, n = tape.v.shape
-        rule = cell.surrogate
-        head = (n, batch, rule.code, F32(rule.dampening), F32(rule.support), threshold)
-        d_in, d_rec = np.empty((steps, batch, 3 * n), F32), np.empty((steps, batch, 3 * n), F32)
-        d_threshold, d_c = np.zeros(n, F32), np.zeros(batch * n, F32)
-        d_later = np.zeros((batch, n), F32)
-        w_gates, w_candidate = _split_gates(cell, w_rec)
-        for t in reversed(range(steps)):
-            d_y = (d_top[t] + d_later).ravel()
-            if cell.variant == "evnn":
-                kernels.backward(
-                    *head, *(a[t].ravel() for a in (tape.u, tape.r, tape.g, tape.q, tape.v, tape.c)), d_y,
-                    d_c, d_in[t].ravel(), d_rec[t].ravel(), d_threshold,
-                )  # fmt: skip
-                d_later = d_rec[t] @ w_rec.T
-                continue
-            d_before = np.empty(batch * n, F32)
-            kernels.paper_backward(
-                *head, *(a[t].ravel() for a in (tape.u, tape.g, tape.v, tape.c)), d_y,
-                d_c, d_before, d_in[t].ravel(), d_threshold,
-            )  # fmt: skip
-            d_sent = (d_in[t, :, 2 * n :] @ w_candidate.T).ravel()
-            kernels.reset_gate_backward(
-                n, batch, tape.r[t].ravel(), tape.y[t].ravel(), d_sent, d_in[t].ravel(), d_before
-            )
-            d_later = d_before.reshape(batch, n) + d_in[t, :, : 2 * n] @ w_gates.T
-        flat_in = d_in.reshape(steps * batch, 3 * n)
-        flat_rec = flat_in if cell.variant == "paper" else d_rec.reshape(steps * batch, 3 * n)
-        before = tape.y[:-1].reshape(steps * batch, n)
-        gradients[f"layers.{k}.w_in"] = np.ascontiguousarray(tape.x).reshape(steps * batch, -1).T @ flat_in
-        gradients[f"layers.{k}.w_rec"] = before.T @ flat_rec
-        if cell.variant == "paper":
-            sent = tape.q.reshape(steps * batch, n)
-            gradients[f"layers.{k}.w_rec"][:, 2 * n :] = sent.T @ flat_in[:, 2 * n :]
-        gradients[f"layers.{k}.bias_in"] = flat_in.sum(axis=0)
-        gradients[f"layers.{k}.bias_rec"] = flat_rec.sum(axis=0)
-        gradients[f"layers.{k}.threshold"] = d_threshold
-        return (flat_in @ w_in.T).reshape(steps, batch, -1)
+    def _drop_back(self, k: int, gradients: dict[str, np.ndarray], dropped: np.ndarray, stored: bool) -> None:
+        name = f"layers.{k}.w_rec"
+        mask = self.masks.get(name)
+        gradients[name] *= dropped[mask] if stored and mask is not None else dropped
 
 
 def _sum_by_symbol(symbols: np.ndarray, d_x: np.ndarray, size: int) -> np.ndarray:
@@ -252,22 +274,5 @@ def _sum_by_symbol(symbols: np.ndarray, d_x: np.ndarray, size: int) -> np.ndarra
     return ones @ d_x.reshape(n, -1)
 
 
-def _split_gates(cell: Cell, w_rec: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Paper's variant: the (u, r) rows and the candidate rows, contiguous for BLAS."""
-    n = len(w_rec)
-    if cell.variant == "evnn":
-        return w_rec, w_rec
-    return np.ascontiguousarray(w_rec[:, : 2 * n]), np.ascontiguousarray(w_rec[:, 2 * n :])
-
-
-def _drop(x: np.ndarray, rate: float, rng: np.random.Generator | None) -> tuple[np.ndarray, np.ndarray | None]:
-    if rate == 0:
-        return x, None
-    if rng is None:
-        raise ValueError(f"dropout: got rate {rate} but no rng; pass a numpy Generator")
-    mask = (rng.random(x.shape[1:], F32) >= rate) / F32(1 - rate)
-    return x * mask, mask
-
-
-def _drop_back(d_x: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    return d_x if mask is None else d_x * mask
+def _scaled(x: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    return x if mask is None else x * mask

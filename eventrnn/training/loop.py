@@ -1,151 +1,329 @@
-"""The training loop of a symbol model: one visible step, gradual pruning inside it, evaluation by the event engine."""
+"""The training loop: one visible step, validation between the steps, and a state that can be saved and continued."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from eventrnn.backend import State
 from eventrnn.network import Network, Simulator
-from eventrnn.pruning.magnitude import GradualPruning
-from eventrnn.training import kernels
-from eventrnn.training.bptt import Model
-from eventrnn.training.optim import AdamW, clip_by_norm, cosine_schedule
+from eventrnn.pruning.schedule import Pruning
+from eventrnn.training import thresholds
+from eventrnn.training.bptt import Model, Tape
+from eventrnn.training.losses import cross_entropy_bits
+from eventrnn.training.optim import clip_by_layer, clip_by_norm, norms
+from eventrnn.training.settings import Settings
+from eventrnn.training.tasks import LanguageModelling, Task, check_symbols, going_on
 
-
-@dataclass(frozen=True)
-class Settings:
-    """How to train.
-
-    Attributes
-    ----------
-    steps         : parameter updates
-    batch         : streams side by side
-    window        : time steps a window; gradients stop at its edge, the state goes on
-    learning_rate : constant, then a cosine to 2 %
-    weight_decay  : decoupled
-    clip          : bound on the joint gradient norm
-    activity_cost : weight of the mean output in the loss, which quietens units
-    dropout       : between layers and before the read-out, one mask a window
-    seed          : the run is a function of it, bit for bit (on one machine and BLAS thread count)
-    """
-
-    steps: int = 1000
-    batch: int = 32
-    window: int = 64
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    activity_cost: float = 0.0
-    dropout: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self):
-        for name in ("steps", "batch", "window"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, need a whole number >= 1")
-        for name in ("learning_rate", "clip"):
-            if not 0 < getattr(self, name) < np.inf:
-                raise ValueError(f"{name}: got {getattr(self, name)}, need a positive number")
-        for name in ("weight_decay", "activity_cost"):
-            if not 0 <= getattr(self, name) < np.inf:
-                raise ValueError(f"{name}: got {getattr(self, name)}, need a number >= 0")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: got {self.dropout}, need a rate in [0, 1)")
-        if self.seed < 0:
-            raise ValueError(f"seed: got {self.seed}, need a whole number >= 0")
+F32 = np.float32
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One update: its number from 1, the loss in bits a symbol, events per unit and step, gradient norm, sparsity."""
+    """One update.
+
+    Attributes
+    ----------
+    step     : its number, from 1
+    loss     : of its window, in nats (what the task measures), without penalties
+    penalty  : what the regularisers add to it
+    activity : events per unit, step and sample
+    support  : share of units, steps and samples that the gradient passes through a threshold
+    norm     : of the gradient, before clipping
+    rate     : learning rate
+    sparsity : share of the masked matrices that is pruned
+    epoch    : passes over the data that are complete
+    share    : of the run that is done
+    operations : multiplications with a use so far, forward and back, of the layers (the read-out is not in it); a
+               layer's forward products count its events, its backward products events and paths
+    validation : figures of the validation that followed, if one did
+    """
 
     step: int
-    bits: float
+    loss: float
+    penalty: float
     activity: float
+    support: float
     norm: float
+    rate: float
     sparsity: float
+    epoch: int
+    share: float
+    operations: int
+    validation: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def bits(self) -> float:
+        """The loss in bits."""
+        return self.loss / float(np.log(2))
+
+
+class Diverged(FloatingPointError):
+    """The loss or a gradient is not a number any more. Parameters are those before the update."""
 
 
 class Trainer:
-    """Trains a network with an embedding and a read-out to predict the next symbol.
+    """Trains a network on a task.
 
     Parameters
     ----------
     network  : where to start; weights that its CSR and block matrices do not store stay pruned
-    symbols  : (n,) integers, the training text; cut into `batch` streams of equal length (a tail shorter than a
-               stream step is not used)
+    task     : a `Task`, or (n,) integers: a text in which to predict the next symbol
+    settings : how
     pruning  : masks that grow while training, or None
+    model    : what computes, in place of `Model(network)`; anything with its methods
     """
 
     def __init__(
-        self, network: Network, symbols: np.ndarray, settings: Settings, *, pruning: GradualPruning | None = None
+        self,
+        network: Network,
+        task: Task | np.ndarray,
+        settings: Settings,
+        *,
+        pruning: Pruning | None = None,
+        model: Model | None = None,
     ):
-        check_symbols(network, symbols)
-        if pruning is not None and pruning.end >= settings.steps:
-            raise ValueError(
-                f"pruning: reaches its sparsity at step {pruning.end}, but training has {settings.steps} steps; "
-                "train longer or end the pruning earlier"
-            )
-        self.streams = _streams(symbols, settings.batch, settings.window)
+        self.task = task if isinstance(task, Task) else LanguageModelling(task)
+        self.task.check(network, settings.batch, settings.window)
         self.settings, self.pruning = settings, pruning
-        self.model = Model(network)
-        self.optimiser = AdamW(self.model.parameters, weight_decay=settings.weight_decay)
-        self.rate = cosine_schedule(settings.learning_rate, settings.steps)
+        if self.task.length(settings.batch) < 1:
+            raise ValueError(f"batch: got {settings.batch}, more than the data has")
+        self.model = model or Model(
+            network, backward=settings.backward, threads=settings.threads, thresholds=settings.thresholds
+        )
+        settings.regularisers.check(self.model)
+        if pruning is not None:
+            if not settings.epochs and pruning.end >= settings.steps:
+                raise ValueError(
+                    f"pruning: reaches its sparsity at step {pruning.end}, but training has {settings.steps} steps; "
+                    "train longer or end the pruning earlier"
+                )
+            pruning.check(self.model.parameters)
+        self.optimiser = settings.optimiser.build(self.model.parameters, settings.weight_decay)
         self.rng = np.random.default_rng(settings.seed)
         self.state = State.zeros(network, settings.batch)
-        self.position = 0
-        self.steps_done = 0
-        if pruning is not None:
-            pruning.check(self.model.parameters)
+        self.steps_done = self.epoch = self.position = 0
+        self.best: dict[str, np.ndarray] = {}
+        self.best_value, self.worse = float("inf"), 0
+        self.largest, self.operations = "none yet", 0
+
+    # --- running ---
 
     def run(self, report: Callable[[Progress], None] = lambda progress: None) -> Network:
         """All remaining updates; returns the trained network, dense weights, pruned ones exactly zero."""
         for progress in self:
             report(progress)
-        return self.model.network()
+        return self.network()
 
     def __iter__(self) -> Iterator[Progress]:
-        while self.steps_done < self.settings.steps:
-            yield self.step()
+        while not self.finished:
+            progress = self.step()
+            yield replace(progress, validation=self.validate()) if self._validation_due() else progress
+
+    @property
+    def finished(self) -> bool:
+        """Whether all updates are done, or validation stopped the run early."""
+        return self.share >= 1 or bool(self.settings.patience and self.worse >= self.settings.patience)
+
+    @property
+    def share(self) -> float:
+        """Of the run, what is done."""
+        if not self.settings.epochs:
+            return self.steps_done / self.settings.steps
+        return (self.epoch + self.position / self.task.length(self.settings.batch)) / self.settings.epochs
 
     def step(self) -> Progress:
-        """One window: forward, loss, backward, clip, update, masks."""
-        model, settings = self.model, self.settings
+        """One window: masks, noise, forward, loss, backward, clip, update."""
+        model, settings, task = self.model, self.settings, self.task
         if self.pruning is not None and self.pruning.update(self.steps_done, model.parameters, model.masks):
             model.apply_masks()
-        inputs, targets = self._window()
-        output, state, tape = model.forward(inputs, self.state, dropout=settings.dropout, rng=self.rng)
-        rows, size = targets.size, output.shape[2]
-        d_output = np.empty_like(output)
-        loss = kernels.softmax_cross_entropy(rows, size, output.ravel(), targets, 1 / rows, d_output.reshape(-1))
-        bits = float(loss / rows / np.log(2))
-        if not np.isfinite(bits):
-            raise FloatingPointError(
-                f"loss is {bits} at step {self.steps_done + 1}; lower the learning rate ({settings.learning_rate})"
-            )
-        gradients = model.backward(tape, d_output, activity_cost=settings.activity_cost)
-        norm = clip_by_norm(gradients, settings.clip)
-        self.optimiser.step(model.parameters, gradients, self.rate(self.steps_done))
+        window = settings.draw_window(self.rng)
+        batch = task.batch(self.position, self.epoch, settings.batch, window)
+        state = self._start(batch.carried, batch.inputs.shape[1])
+        steps, samples = batch.inputs.shape[:2]
+        noise = settings.regularisers.draw(model, steps, samples, self.rng)
+        output, state, tape = model.forward(batch.inputs, state, noise)
+        loss, d_output = task.loss(output, batch)
+        penalty = settings.regularisers.penalise(model, tape)
+        if not np.isfinite(loss + penalty.loss):
+            raise Diverged(self._trouble(f"the loss is {loss + penalty.loss}"))
+        gradients = model.backward(
+            tape,
+            d_output,
+            activity_cost=settings.activity_cost,
+            d_events=tuple(penalty.d_events),
+            d_cells=tuple(penalty.d_cells),
+        )
+        for k, d_threshold in penalty.d_thresholds.items():
+            further = thresholds.gradient(model.thresholds, tape.layers[k].threshold, d_threshold)
+            gradients[f"layers.{k}.threshold"] = gradients[f"layers.{k}.threshold"] + further
+        norm = self._clip(gradients)
+        rate = settings.learning_rate * settings.schedule.at(self.share, self.steps_done)
+        if batch.carried:
+            rate *= len(batch.inputs) / settings.window
+        self.optimiser.step(model.parameters, gradients, rate)
+        if self.pruning is not None:
+            self.pruning.after_step(self.steps_done, model.parameters, model.masks, gradients, rate)
         model.apply_masks()
         self.state = state
+        self.operations += _operations(tape)
         self.steps_done += 1
-        return Progress(self.steps_done, bits, float(tape.activity), norm, self._sparsity())
+        self._move(batch.taken)
+        return Progress(
+            self.steps_done, loss, penalty.loss + settings.activity_cost * _mean_sent(tape), float(tape.activity),
+            float(tape.support), norm, rate, self._sparsity(), self.epoch, self.share,
+            self.operations,
+        )  # fmt: skip
 
-    def _window(self) -> tuple[np.ndarray, np.ndarray]:
-        window = self.settings.window
-        if self.position + window + 1 > len(self.streams):
-            self.position = 0
-            self.state = State.zeros(self.model.like, self.settings.batch)
-        at = self.position
-        self.position += window
-        return self.streams[at : at + window], self.streams[at + 1 : at + window + 1].ravel()
+    def validate(self) -> dict[str, float]:
+        """Figures of the task's held-out data, with the optimiser's averaged parameters if it has them; a new best
+        is kept in `best`."""
+        with _Borrowed(self.model, self.optimiser.averaged(self.model.parameters)) as model:
+            figures = self.task.evaluate(model)
+            if not figures:
+                return {}
+            value = figures[self.task.figure]
+            self.optimiser.validated(value, self.model.parameters)
+            self.worse += 1
+            if value < self.best_value:
+                self.best_value, self.worse = value, 0
+                self.best = {name: array.copy() for name, array in model.parameters.items()}
+        return figures
+
+    def network(self, *, best: bool = False) -> Network:
+        """The trained network: of the parameters so far (averaged, if the optimiser averages), or of the best
+        validation."""
+        chosen = self.best if best and self.best else self.optimiser.averaged(self.model.parameters)
+        with _Borrowed(self.model, chosen) as model:
+            return model.network()
+
+    def _start(self, carried: str, batch: int) -> State:
+        if self.position == 0 or not carried or self.state.batch != batch:
+            return State.zeros(self.model.like, batch)
+        return going_on(self.state, carried)
+
+    def _move(self, taken: int) -> None:
+        self.position += taken
+        if self.position >= self.task.length(self.settings.batch):
+            self.epoch, self.position = self.epoch + 1, 0
+
+    def _validation_due(self) -> bool:
+        if self.settings.validate_every and self.steps_done % self.settings.validate_every == 0:
+            return True
+        return self.share >= 1 or (not self.settings.validate_every and self.position == 0)
+
+    def _clip(self, gradients: dict[str, np.ndarray]) -> float:
+        sizes = norms(gradients)
+        bad = [name for name, size in sizes.items() if not np.isfinite(size)]
+        if bad:
+            raise Diverged(self._trouble(f"the gradient of {bad[0]} is not finite"))
+        largest = max(sizes, key=lambda name: sizes[name])
+        self.largest = f"{largest} ({sizes[largest]:.3g})"
+        if self.settings.clip_layers:
+            clip_by_layer(gradients, self.settings.clip_layers)
+        return clip_by_norm(gradients, self.settings.clip)
+
+    def _trouble(self, what: str) -> str:
+        return (
+            f"{what} at step {self.steps_done + 1}; the largest gradient before it was that of {self.largest}; "
+            f"lower the learning rate ({self.settings.learning_rate}) or the clip ({self.settings.clip})"
+        )
 
     def _sparsity(self) -> float:
         masks = self.model.masks.values()
         return 1 - sum(int(m.sum()) for m in masks) / sum(m.size for m in masks) if masks else 0.0
+
+    # --- saving and continuing ---
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to be continued: the network's shapes, the data, the settings."""
+        model = self.model
+        return {
+            "model": {name: list(value.shape) for name, value in model.parameters.items()}
+            | {f"layers.{k}.cell": repr(cell) for k, cell in enumerate(model.cells)},
+            "data": self.task.digest(),
+            "settings": asdict(self.settings),
+            "pruning": repr(self.pruning),
+        }
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All that a run is at a moment, with `numbers`. The arrays are the run's own, not copies."""
+        named = {f"parameters.{name}": value for name, value in self.model.parameters.items()}
+        named |= {f"masks.{name}": value for name, value in self.model.masks.items()}
+        named |= {f"optimiser.{name}": value for name, value in self.optimiser.arrays().items()}
+        if self.pruning is not None:
+            named |= {f"pruning.{name}": value for name, value in self.pruning.arrays().items()}
+        named |= {f"best.{name}": value for name, value in self.best.items()}
+        for k, (cells, outputs) in enumerate(zip(self.state.cells, self.state.outputs, strict=True)):
+            named |= {f"state.cells.{k}": cells, f"state.outputs.{k}": outputs}
+        return named
+
+    def numbers(self) -> dict[str, Any]:
+        """The rest of it, plain enough for JSON."""
+        return {
+            "steps": self.steps_done,
+            "epoch": self.epoch,
+            "position": self.position,
+            "generator": self.rng.bit_generator.state,
+            "optimiser": self.optimiser.numbers(),
+            # JSON has no infinity.
+            "best_value": self.best_value if self.best else None,
+            "worse": self.worse,
+            "largest": self.largest,
+            "operations": self.operations,
+        }
+
+    def restore(self, arrays: Mapping[str, np.ndarray], numbers: Mapping[str, Any]) -> None:
+        """Continue from what `arrays` and `numbers` of a run with the same `identity` gave: the same bits from here."""
+
+        def part(prefix: str) -> dict[str, np.ndarray]:
+            return {name[len(prefix) :]: a for name, a in arrays.items() if name.startswith(prefix)}
+
+        for name, value in part("parameters.").items():
+            self.model.parameters[name][...] = value
+        self.model.masks.clear()
+        self.model.masks.update({name: mask.copy() for name, mask in part("masks.").items()})
+        self.optimiser.restore(part("optimiser."), numbers["optimiser"])
+        if self.pruning is not None:
+            self.pruning.restore(part("pruning."))
+        self.best = {name: value.copy() for name, value in part("best.").items()}
+        layers = range(len(self.model.cells))
+        self.state = State(
+            tuple(arrays[f"state.cells.{k}"].copy() for k in layers),
+            tuple(arrays[f"state.outputs.{k}"].copy() for k in layers),
+        )
+        self.steps_done, self.epoch, self.position = numbers["steps"], numbers["epoch"], numbers["position"]
+        self.rng.bit_generator.state = numbers["generator"]
+        self.best_value = float("inf") if numbers["best_value"] is None else numbers["best_value"]
+        self.worse, self.largest, self.operations = numbers["worse"], numbers["largest"], numbers["operations"]
+
+
+class _Borrowed:
+    """A model with other parameters, for the length of a `with`."""
+
+    def __init__(self, model: Model, parameters: dict[str, np.ndarray]):
+        self.model, self.own, self.parameters = model, model.parameters, parameters
+
+    def __enter__(self) -> Model:
+        self.model.parameters = self.parameters
+        # A mean over weights of which some were pruned meanwhile is not zero there.
+        self.model.apply_masks()
+        return self.model
+
+    def __exit__(self, *error) -> None:
+        self.model.parameters = self.own
+
+
+def _operations(tape: Tape) -> int:
+    """Each event meets the kept weights of its unit twice (forward, and in their gradient), each path once."""
+    return sum(int((2 * work.fired + work.open) @ work.kept) for work in tape.work.values())
+
+
+def _mean_sent(tape: Tape) -> float:
+    return sum(float(np.mean(layer.y[1:], dtype=np.float64)) for layer in tape.layers)
 
 
 def evaluate(
@@ -173,42 +351,3 @@ def evaluate(
         total += cross_entropy_bits(output[:, 0], targets)
         report(stop)
     return total / (len(symbols) - 1)
-
-
-def check_symbols(network: Network, symbols: np.ndarray) -> None:
-    """Refuse symbols that the network cannot read and predict, and a network that cannot predict symbols."""
-    if network.embedding is None or network.readout is None:
-        raise ValueError("network: needs an embedding and a read-out to read and predict symbols")
-    size, known = network.readout.weights.shape[1], len(network.embedding)
-    if size != known:
-        raise ValueError(f"network: reads {known} symbols but its read-out predicts {size}; they must be the same")
-    symbols = np.asarray(symbols)
-    if symbols.ndim != 1 or len(symbols) < 2 or symbols.dtype.kind not in "iu":
-        raise ValueError(f"symbols: got {symbols.dtype} {symbols.shape}, need at least 2 whole numbers in one row")
-    if not (0 <= symbols.min() and symbols.max() < size):
-        k = int(np.argmax((symbols < 0) | (symbols >= size)))
-        raise ValueError(f"symbols: got {symbols[k]} at position {k}, need 0..{size - 1}")
-
-
-def cross_entropy_bits(logits: np.ndarray, targets: np.ndarray) -> float:
-    """Sum over rows of -log2 softmax(logits)[target]; logits (rows, V), targets (rows,) integers in 0..V - 1."""
-    targets = np.asarray(targets)
-    if targets.shape != logits.shape[:1] or (
-        targets.size and not 0 <= targets.min() <= targets.max() < logits.shape[1]
-    ):
-        raise ValueError(f"targets: got shape {targets.shape}, need {logits.shape[:1]} symbols below {logits.shape[1]}")
-    scratch = np.empty(logits.size, np.float32)
-    flat = np.ascontiguousarray(logits, np.float32).ravel()
-    total = kernels.softmax_cross_entropy(len(logits), logits.shape[1], flat, targets.astype(np.int64), 1.0, scratch)
-    return float(total / np.log(2))
-
-
-def _streams(symbols: np.ndarray, batch: int, window: int) -> np.ndarray:
-    symbols = np.asarray(symbols, np.int64)
-    length = len(symbols) // batch
-    if length < window + 1:
-        raise ValueError(
-            f"text: {len(symbols)} symbols are too few for {batch} streams of one window of {window} and a target; "
-            f"need {batch * (window + 1)}, or a smaller batch or window"
-        )
-    return np.ascontiguousarray(symbols[: length * batch].reshape(batch, length).T)

@@ -1,0 +1,270 @@
+"""`training`: a window forward and back, ours beside PyTorch, interleaved in one run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from eventrnn.backend import State
+from eventrnn.bench.contest import Run, interleaved
+from eventrnn.bench.machine import device, limited, peak, versions
+from eventrnn.bench.measure import ACTIVITY_TOLERANCE
+from eventrnn.bench.networks import at_activity, random_events, random_network
+from eventrnn.bench.rivals import import_torch
+from eventrnn.cells import Surrogate
+from eventrnn.network import Network
+from eventrnn.observe import BackwardCounts, Counts, count_backward
+from eventrnn.training.bptt import BACKWARDS, Model, Tape
+
+#: torch.nn.GRU, another and dense model of the same size; and this very cell as a PyTorch loop
+TRAINING_RIVALS = ("torch", "torch-loop")
+# How far gradients of the loop may be from ours over `CHECKED_STEPS`, relative to the largest: float32 products in
+# another order; a dropped term is orders of magnitude more.
+CHECKED_STEPS, SAME_GRADIENT = 2, 1e-3
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TrainingCase:
+    """One thing to measure. Raises ValueError for what does not go together, before any work.
+
+    Attributes
+    ----------
+    hidden, batch, steps : units (and inputs) of the layer, samples side by side, steps of a window
+    activity  : share of units, and of inputs, that send an event in a step
+    support   : share of (unit, step, sample) that the surrogate's slope is not zero for, whether it fired or not
+    sparsity  : share of blocks left out
+    block     : presynaptic x postsynaptic; with a sparsity only
+    backward  : "auto", "sparse" or "dense"
+    input_gradient : whether the gradient of the inputs is asked for, of every contestant
+    threads   : of every contestant
+    against   : rivals, separated by commas, or "none"; the first is `speedup`'s
+    repeats, seed : interleaved rounds, of everything random
+    """
+
+    hidden: int = 1350
+    batch: int = 20
+    steps: int = 70
+    activity: float = 0.1
+    support: float = 0.1
+    sparsity: float = 0.0
+    block: tuple[int, int] | None = None
+    backward: str = "auto"
+    input_gradient: bool = True
+    threads: int = 1
+    against: str = "torch"
+    repeats: int = 7
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("hidden", "batch", "steps", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, need a whole number >= 1")
+        if self.repeats < 3:
+            raise ValueError(f"repeats: got {self.repeats}, need at least 3 for a median")
+        for name in ("activity", "support"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, need a share between 0 and 1")
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity: got {self.sparsity}, need a share in [0, 1)")
+        if self.block is not None and not self.sparsity:
+            raise ValueError(f"block: got {self.block} without a sparsity, so nothing is pruned; give one, or no block")
+        if self.backward not in BACKWARDS:
+            raise ValueError(f"backward: got {self.backward!r}, need one of {', '.join(BACKWARDS)}")
+        for rival in self.rivals:
+            if rival not in TRAINING_RIVALS:
+                raise ValueError(f"against: got {rival!r}, need {', '.join(TRAINING_RIVALS)} or none")
+
+    @property
+    def rivals(self) -> tuple[str, ...]:
+        """Names in `against`, none for "none"."""
+        return () if self.against == "none" else tuple(self.against.split(","))
+
+
+def training(*, report: Report = lambda stage: None, **case: Any) -> dict:
+    """Time windows forward and back and return the figures of `eventrnn bench training --json`.
+
+    Parameters are the fields of `TrainingCase`. An iteration is a window from its inputs and the gradient of its
+    outputs to the gradients of all parameters (of pruned matrices a list of the kept weights') and of the inputs; no
+    optimiser. Inputs are events, graded, at the asked activity. A common threshold brings the units to it, the
+    surrogate's width its support to what is asked; both are measured in the timed window, as is `open`, the share of
+    (unit, step, sample) that fired or has a slope: what the backward pass cannot skip.
+    """
+    asked = TrainingCase(**case)
+    rng = np.random.default_rng(asked.seed)
+    report("making a network")
+    block = asked.block or ((1, 64) if asked.sparsity else None)
+    form = "block" if block else "dense"
+    network = random_network(
+        asked.hidden, 1, sparsity=asked.sparsity, format=form, block=block, variant="evnn", rng=rng
+    )
+    inputs = random_events(asked.steps, asked.batch, asked.hidden, asked.activity, rng)
+    x = inputs.to_dense()
+    report("setting activity and support")
+    network = at_support(at_activity(network, inputs, asked.activity), x, asked.support)
+    d_output = rng.standard_normal((asked.steps, asked.batch, asked.hidden), dtype=np.float32) / np.float32(x.size)
+    model = Model(network, backward=asked.backward, threads=asked.threads)
+    state = State.zeros(network, asked.batch)
+
+    def ours() -> tuple[Tape, dict[str, np.ndarray]]:
+        _, _, tape = model.forward(x, state)
+        return tape, model.backward(tape, d_output, d_inputs=asked.input_gradient, stored=block is not None)
+
+    with limited(asked.threads):
+        report("compiling")
+        started = time.perf_counter()
+        tape, gradients = ours()
+        compile_seconds = time.perf_counter() - started
+        for name, gradient in gradients.items():
+            if not np.isfinite(gradient).all():
+                raise RuntimeError(f"benchmark: the gradient of {name} is not finite; use fewer steps")
+        figures = _measured(asked, network, tape)
+        del tape, gradients
+        rivals = {name: _RIVALS[name](network, x, d_output, asked.input_gradient) for name in asked.rivals}
+        if "torch-loop" in rivals:
+            report("comparing gradients")
+            _compare(network, x[:CHECKED_STEPS], d_output[:CHECKED_STEPS])
+        report(f"timing {asked.repeats} rounds")
+        seconds = interleaved({"ours": ours} | rivals, asked.repeats)
+    medians = {name: float(np.median(each)) for name, each in seconds.items()}
+    result = {"ms_per_iteration": medians["ours"] * 1e3, "against_ms_per_iteration": None, "speedup": None}
+    if asked.rivals:
+        first = medians[asked.rivals[0]]
+        result |= {"against_ms_per_iteration": first * 1e3, "speedup": first / medians["ours"]}
+    result["against_each"] = {
+        name: {"ms_per_iteration": medians[name] * 1e3, "speedup": medians[name] / medians["ours"]}
+        for name in asked.rivals
+    }
+    record = asdict(asked)
+    record["activity_asked"], record["support_asked"] = record.pop("activity"), record.pop("support")
+    record["sparsity_asked"], record["block"] = record.pop("sparsity"), f"{block[0]}x{block[1]}" if block else None
+    result |= figures | {"compile_seconds": compile_seconds} | record | peak(asked.threads)
+    return result | {"device": device(), "versions": versions()}
+
+
+def at_support(network: Network, x: np.ndarray, support: float) -> Network:
+    """The network with its surrogate as wide as the asked share of units, steps and samples is near its threshold."""
+    (layer,) = network.layers
+    _, _, tape = Model(network).forward(x, State.zeros(network, x.shape[1]))
+    distance = np.abs(tape.layers[0].v - layer.threshold)
+    width = float(np.quantile(distance, support))
+    rule = Surrogate("triangle", layer.cell.surrogate.dampening, 1 / max(width, 1e-6))
+    return replace(network, layers=(replace(layer, cell=replace(layer.cell, surrogate=rule)),))
+
+
+def _measured(case: TrainingCase, network: Network, tape: Tape) -> dict:
+    """What the window was like, and its operations."""
+    (layer,), kept = tape.layers, network.layers[0]
+    activity, slopes = tape.activity, np.abs(layer.v - kept.threshold) < 1 / kept.cell.surrogate.support
+    support = float(slopes.mean())
+    for name, asked, got in (("activity", case.activity, activity), ("support", case.support, support)):
+        if abs(got - asked) > ACTIVITY_TOLERANCE * asked:
+            raise ValueError(f"{name}: got {asked}, but this random network can only be brought to {got:.3f}")
+    forward, arrived = Counts(), {"layers.0.w_in": layer.x, "layers.0.w_rec": layer.y[:-1]}
+    for name, weights in network.matrices().items():
+        sent = np.count_nonzero(arrived[name], axis=(0, 1))
+        total = case.steps * case.batch * weights.shape[0] * weights.shape[1]
+        forward += Counts(total, int(sent @ weights.fan_out()), int(sent @ weights.stored_out()))
+    backward = sum(count_backward(tape.work).values(), BackwardCounts())
+    stored = sum(w.shape[0] * w.shape[1] for w in network.matrices().values())
+    return {
+        "activity": activity,
+        "support": support,
+        "open": tape.support,
+        "sparsity": 1 - sum(w.nnz for w in network.matrices().values()) / stored,
+        "dense_per_iteration": forward.dense + backward.backward_dense,
+        "effective_per_iteration": forward.effective + backward.backward_effective,
+        "executed_per_iteration": forward.executed + backward.backward_executed,
+        **asdict(backward),
+    }
+
+
+# --- rivals -------------------------------------------------------------------------------------------------
+
+
+def _torch_gru(network: Network, x: np.ndarray, d_output: np.ndarray, input_gradient: bool) -> Run:
+    torch = import_torch()
+    layer = network.layers[0]
+    gru = torch.nn.GRU(layer.inputs, layer.units)
+    given, upstream = torch.from_numpy(x).requires_grad_(input_gradient), torch.from_numpy(d_output)
+
+    def run() -> None:
+        for parameter in (*gru.parameters(), given):
+            parameter.grad = None
+        gru(given)[0].backward(upstream)
+
+    return run
+
+
+def _torch_loop(network: Network, x: np.ndarray, d_output: np.ndarray, input_gradient: bool) -> Run:
+    return torch_loop(network, x, d_output, input_gradient)[0]
+
+
+def torch_loop(
+    network: Network, x: np.ndarray, d_output: np.ndarray, input_gradient: bool
+) -> tuple[Run, Callable[[], dict[str, np.ndarray]]]:
+    """The layer as a PyTorch loop, the input product hoisted; how to run it, and its gradients by our names."""
+    torch = import_torch()
+    (layer,) = network.layers
+    n, rule = layer.units, layer.cell.surrogate
+
+    class Event(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, distance):
+            ctx.save_for_backward(distance)
+            return (distance > 0).to(distance.dtype)
+
+        @staticmethod
+        def backward(ctx, upstream):
+            (distance,) = ctx.saved_tensors
+            return upstream * rule.dampening * torch.relu(1 - rule.support * distance.abs())
+
+    arrays = {
+        "w_in": layer.w_in.to_dense(), "w_rec": layer.w_rec.to_dense(), "bias_in": layer.bias_in,
+        "bias_rec": layer.bias_rec, "threshold": layer.threshold,
+    }  # fmt: skip
+    p = {name: torch.from_numpy(np.array(value)).requires_grad_() for name, value in arrays.items()}
+    given, upstream = torch.from_numpy(np.array(x)).requires_grad_(input_gradient), torch.from_numpy(d_output)
+
+    def run() -> None:
+        for parameter in (*p.values(), given):
+            parameter.grad = None
+        drives = (given.reshape(-1, given.shape[2]) @ p["w_in"] + p["bias_in"]).reshape(*x.shape[:2], 3 * n)
+        c = y = torch.zeros(x.shape[1], n)
+        outputs = []
+        for drive in drives.unbind(0):
+            rec = torch.addmm(p["bias_rec"], y, p["w_rec"])
+            u = torch.sigmoid(drive[:, :n] + rec[:, :n])
+            r = torch.sigmoid(drive[:, n : 2 * n] + rec[:, n : 2 * n])
+            g = torch.tanh(drive[:, 2 * n :] + r * rec[:, 2 * n :])
+            v = u * c + (1 - u) * g
+            event = Event.apply(v - p["threshold"])
+            y, c = event * v, v - event * p["threshold"]
+            outputs.append(y)
+        torch.stack(outputs).backward(upstream)
+
+    def gradients() -> dict[str, np.ndarray]:
+        run()
+        return {f"layers.0.{name}": value.grad.numpy() for name, value in p.items()}
+
+    return run, gradients
+
+
+_RIVALS = {"torch": _torch_gru, "torch-loop": _torch_loop}
+
+
+def _compare(network: Network, x: np.ndarray, d_output: np.ndarray) -> None:
+    """Refuse to time a loop that computes something else."""
+    model = Model(network)
+    _, _, tape = model.forward(x, State.zeros(network, x.shape[1]))
+    ours, theirs = model.backward(tape, d_output), torch_loop(network, x, d_output, False)[1]()
+    for name, gradient in theirs.items():
+        gradient = gradient * model.masks[name] if name in model.masks else gradient
+        apart, size = np.abs(ours[name] - gradient).max(), np.abs(gradient).max()
+        if apart > SAME_GRADIENT * size:
+            raise RuntimeError(f"against torch-loop: the gradient of {name} differs by {apart:.1e} of {size:.1e}")

@@ -1,0 +1,229 @@
+"""Block pruning by a rising threshold, and group lasso over the same blocks (Narang et al. 2017)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from eventrnn.pruning.dynamic import Shadow
+from eventrnn.pruning.magnitude import (
+    block_scores,
+    check_sparsity,
+    from_blocks,
+    magnitude_mask,
+    to_blocks,
+)
+from eventrnn.pruning.schedule import Arrays, Masks, Pruning, TurnTaking, check_span, is_due
+
+
+@dataclass
+class ThresholdPruning(Pruning):
+    """Blocks whose largest weight lies below a threshold are pruned; the threshold rises slowly, then faster.
+
+    With k = `every`, at the steps start, start + k, ... and at `end` (Narang et al. 2017, the schedule as given for
+    its unstructured predecessor):
+
+        threshold = slope (step - start + 1) / k                                          before `ramp`
+        threshold = (slope (ramp - start + 1) + steep * slope (step - ramp + 1)) / k      from `ramp` on
+        slope     = 2 q k / (2 (ramp - start) + 3 (end - ramp)) * (r c)^growth
+
+    q is the `percentile` of |w| of a trained dense matrix. The power of the block's size is our choice, and yours, not
+    the paper's: the largest of many weights is larger. With `sparsity`, the slope is solved for instead: the last
+    threshold is the one that prunes that share of the blocks of the trained matrix; no more are pruned on the way, and
+    at `end` exactly so many are.
+
+    Attributes
+    ----------
+    block            : (r, c)
+    start, ramp, end : steps, start <= ramp <= end, start < end
+    every            : steps between two changes
+    sparsity         : share of blocks to arrive at, or None for the paper's slope
+    percentile       : of q
+    steep            : slope after the ramp over that before
+    growth           : exponent of the block's size
+    statistic        : of a block (see `block_scores`)
+    dense            : whether the threshold looks at dense weights behind the masked ones, which straight-through
+                       gradients move, so that a block may return; else what is pruned stays pruned
+    trained          : name -> trained dense matrix that q is taken from; where missing, the matrix at `start`
+    names, exempt    : as `Pruning`
+    """
+
+    block: tuple[int, int] = (1, 1)
+    start: int = 0
+    ramp: int = 0
+    end: int = 1
+    every: int = 10
+    sparsity: float | None = None
+    percentile: float = 90.0
+    steep: float = 1.5
+    growth: float = 0.25
+    statistic: str = "max"
+    dense: bool = False
+    trained: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+    names: tuple[str, ...] | None = None
+    exempt: tuple[str, ...] = ()
+    _slopes: dict[str, float] = field(init=False, repr=False, default_factory=dict)
+    _shadow: Shadow = field(init=False, repr=False, default_factory=Shadow)
+
+    def __post_init__(self):
+        check_span(self.start, self.end, self.every)
+        if not self.start <= self.ramp <= self.end or self.start == self.end:
+            raise ValueError(
+                f"pruning schedule: got start {self.start}, ramp {self.ramp}, end {self.end}; "
+                "need start <= ramp <= end and start < end"
+            )
+        if self.sparsity is not None:
+            check_sparsity(self.sparsity)
+        if not 0 < self.percentile <= 100 or not self.steep >= 1:
+            raise ValueError(f"percentile, steep: got {self.percentile} and {self.steep}, need (0, 100] and >= 1")
+
+    def check(self, parameters: Arrays) -> None:
+        """Refuse what the last threshold would empty, as the weights are now."""
+        for name in self.matrices(parameters):
+            weights = self.trained.get(name, parameters[name])
+            if weights.shape != parameters[name].shape:
+                raise ValueError(f"trained: {name} has shape {weights.shape}, need {parameters[name].shape}")
+            scores = block_scores(weights, self.block, self.statistic)
+            if self.sparsity is not None:
+                magnitude_mask(weights, self.sparsity, block=self.block, statistic=self.statistic)
+            elif scores.max() < self._rise(self.end) * self._slope(weights):
+                raise ValueError(
+                    f"threshold: the last one, {self._rise(self.end) * self._slope(weights):.4g}, would empty {name}, "
+                    f"whose largest block has {scores.max():.4g}; use a lower percentile or growth, or a sparsity"
+                )
+
+    def thresholds(self, step: int, parameters: Arrays) -> dict[str, float]:
+        """Of each matrix, once its slope is known: from the first update on, or of these parameters."""
+        return {
+            name: self._rise(step) * self._slopes.get(name, self._slope(self.trained.get(name, parameters[name])))
+            for name in self.matrices(parameters)
+        }
+
+    def update(self, step: int, parameters: Arrays, masks: Masks) -> bool:
+        """Prune what lies below the threshold, where it is due. The largest block of a matrix is never pruned."""
+        if not self.start <= step <= self.end:
+            return False
+        due, last = is_due(step, self.start, self.end, self.every), step == self.end
+        for name in self.matrices(parameters):
+            if name not in self._slopes:
+                self._slopes[name] = self._slope(self.trained.get(name, parameters[name]))
+            if self.dense:
+                weights = self._shadow.absorb(name, parameters[name], masks)
+                mask = self._mask(step, name, weights, None) if due else None
+                mask = self._shadow.show(name, parameters[name], mask)
+                if last:
+                    masks[name] = mask
+            elif due:
+                masks[name] = self._mask(step, name, parameters[name], masks.get(name))
+        return last or (due and not self.dense)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Slopes, and the dense weights where there are any."""
+        slopes = {f"slope/{name}": np.array(slope) for name, slope in self._slopes.items()}
+        return slopes | self._shadow.arrays()
+
+    def restore(self, arrays: Arrays) -> None:
+        """Go on with these."""
+        self._slopes = {n.removeprefix("slope/"): float(a) for n, a in arrays.items() if n.startswith("slope/")}
+        self._shadow.restore(arrays)
+
+    def _rise(self, step: int) -> float:
+        """The threshold in slopes."""
+        if step < self.ramp:
+            return (step - self.start + 1) / self.every
+        return (self.ramp - self.start + 1 + self.steep * (step - self.ramp + 1)) / self.every
+
+    def _slope(self, weights: np.ndarray) -> float:
+        if self.sparsity is None:
+            q = float(np.percentile(np.abs(weights), self.percentile))
+            length = 2 * (self.ramp - self.start) + 3 * (self.end - self.ramp)
+            return 2 * q * self.every / length * (self.block[0] * self.block[1]) ** self.growth
+        scores = np.sort(block_scores(weights, self.block, self.statistic).ravel())
+        return float(scores[round(self.sparsity * len(scores))]) / self._rise(self.end)
+
+    def _mask(self, step: int, name: str, weights: np.ndarray, before: np.ndarray | None) -> np.ndarray:
+        scores = block_scores(weights, self.block, self.statistic)
+        kept = scores >= min(self._rise(step) * self._slopes[name], float(scores.max()))
+        if before is not None:
+            kept &= to_blocks(before, self.block).any(axis=(1, 3))
+        if self.sparsity is not None:
+            most = round(self.sparsity * kept.size)
+            if step == self.end or (~kept).sum() > most:
+                options = {"block": self.block, "statistic": self.statistic, "within": before}
+                return magnitude_mask(weights, self.sparsity, **options)
+        mask = from_blocks(kept, self.block, weights.shape)
+        return mask if before is None else mask & before
+
+
+@dataclass
+class GroupLasso(Pruning, TurnTaking):
+    """A cost of `strength` times the sum of all blocks' norms, by its proximal step after each of the optimiser's:
+
+        block <- block max(0, 1 - rate strength size / |block|),     size = sqrt(r c) if scaled, else 1
+
+    A block that reaches zero is exactly zero, which a gradient of the cost would not do (Yuan and Lin 2006; Parikh and
+    Boyd 2014, section 6.5.4). Alone, the blocks that are zero at `end` are pruned there for good; together with block
+    pruning (`Combined(GroupLasso(...), ThresholdPruning(...))`) a small strength does (Narang et al. 2017).
+    The step is taken in the rate of the schedule, apart from the optimiser's scaling, as decoupled weight decay is.
+
+    Attributes
+    ----------
+    strength      : > 0
+    block         : (r, c)
+    start, end    : steps between which the cost is there
+    scaled        : whether it grows with the block as its norm does, so that one strength serves all block sizes
+    names, exempt : as `Pruning`
+    """
+
+    strength: float
+    block: tuple[int, int] = (1, 1)
+    start: int = 0
+    end: int = 1
+    scaled: bool = True
+    names: tuple[str, ...] | None = None
+    exempt: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        check_span(self.start, self.end)
+        if not 0 < self.strength < np.inf:
+            raise ValueError(f"strength: got {self.strength}, need a positive number")
+
+    def check(self, parameters: Arrays) -> None:
+        """Refuse blocks larger than a matrix."""
+        for name in self.matrices(parameters):
+            block_scores(parameters[name], self.block)
+
+    def update(self, step: int, parameters: Arrays, masks: Masks) -> bool:
+        """At `end`, prune the blocks that are zero. Raises ValueError where a matrix has no others."""
+        self.updated()
+        if step != self.end:
+            return False
+        for name in self.matrices(parameters):
+            kept = from_blocks(block_scores(parameters[name], self.block) > 0, self.block, parameters[name].shape)
+            masks[name] = kept & masks[name] if name in masks else kept
+        return True
+
+    def after_step(self, step: int, parameters: Arrays, masks: Masks, gradients: Arrays, rate: float) -> None:
+        """The proximal step. Raises ValueError where it leaves nothing of a matrix."""
+        self.stepped()
+        if not self.start <= step < self.end:
+            return
+        size = float(np.sqrt(self.block[0] * self.block[1])) if self.scaled else 1.0
+        for name in self.matrices(parameters):
+            parameter = parameters[name]
+            if name in masks:
+                parameter *= masks[name]
+            shrink(parameter, self.block, rate * self.strength * size)
+            if not parameter.any():
+                raise ValueError(
+                    f"group lasso: strength {self.strength} left nothing of {name} at step {step}; use a lower one"
+                )
+
+
+def shrink(array: np.ndarray, block: tuple[int, int], amount: float) -> None:
+    """Bring every block nearer to zero by `amount` in its 2-norm, in place; what is within is zero. O(size)."""
+    norms = block_scores(array, block, "l2")
+    factors = np.maximum(0, 1 - amount / np.where(norms > 0, norms, 1))
+    array *= from_blocks(factors.astype(np.float32), block, array.shape)

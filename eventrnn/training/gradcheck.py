@@ -1,0 +1,189 @@
+"""Are the gradients right? For those who write a task, a cell or a surrogate.
+
+Three questions, each answered by another means than the code it asks about: is the task's gradient the derivative of
+its loss; is the cell's backward rule the derivative of the smoothed cell (the surrogate's own smooth step in place of
+the event, where a surrogate gradient is an exact one); and does the engine compute what the specification says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from eventrnn import reference
+from eventrnn.backend import State
+from eventrnn.network import Network
+from eventrnn.training.bptt import LAYER_PARAMETERS, Model
+from eventrnn.training.layer import LayerTape
+from eventrnn.training.tasks import Batch, Task
+
+U32, U64 = 2.0**-24, 2.0**-53
+UNSURE = " (not smooth near here: nothing can be said)"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: the largest `error` found, and what is `allowed`; a share of `size`, the largest derivative."""
+
+    what: str
+    error: float
+    allowed: float
+    size: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.allowed
+
+    @property
+    def sharp(self) -> bool:
+        """Whether the comparison could tell a wrong derivative."""
+        return self.allowed < self.size / 100
+
+
+@dataclass(frozen=True)
+class GradientCheck:
+    """All comparisons; `ok` if every one holds. Print it."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(row.ok for row in self.rows)
+
+    def __str__(self) -> str:
+        width = max(len(row.what) for row in self.rows)
+        return "\n".join(
+            f"{row.what:{width}}  {'ok   ' if row.ok else 'WRONG'}  off by {row.error:.1e}, allowed {row.allowed:.1e}, "
+            f"of {row.size:.1e}{'' if row.sharp else UNSURE}"
+            for row in self.rows
+        )
+
+
+def check_gradients(
+    network: Network, task: Task | None = None, *, batch: int = 3, window: int = 6, directions: int = 6, seed: int = 0
+) -> GradientCheck:
+    """Check a network's cells and, given a task, its loss; three samples and six steps of it by default.
+
+    Derivatives are compared along random directions (or element by element, for the engine). Cost: 4 runs of the
+    specification a direction and array; keep the network small.
+    """
+    rng = np.random.default_rng(seed)
+    model = Model(network)
+    if task is None:
+        inputs = _inputs(network, batch, window, rng)
+    else:
+        task.check(network, batch, window)
+        drawn = task.batch(0, 0, batch, window)
+        inputs, batch = drawn.inputs, drawn.inputs.shape[1]
+    output, _, tape = model.forward(inputs, State.zeros(network, batch))
+    rows = [] if task is None else [_loss(task, drawn, output, directions, rng)]
+    d_output = rng.normal(size=output.shape).astype(np.float32)
+    d_cells = tuple(rng.normal(size=layer.v.shape).astype(np.float32) for layer in tape.layers)
+    gradients = model.backward(tape, d_output, d_cells=d_cells, d_inputs=True)
+    arrived = _arrived(model, tape, d_output)
+    for k in reversed(range(len(model.cells))):
+        rows += _smoothed(model, k, tape.layers[k], directions, rng)
+        own, arrived = _engine(model, k, tape.layers[k], arrived, d_cells[k], gradients)
+        rows += own
+    return GradientCheck(tuple(rows))
+
+
+def _inputs(network: Network, batch: int, window: int, rng: np.random.Generator) -> np.ndarray:
+    if network.embedding is not None:
+        return rng.integers(0, len(network.embedding), (window, batch))
+    return rng.normal(size=(window, batch, network.layers[0].inputs)).astype(np.float32)
+
+
+def _slope(function: Callable[[float], float], step: float, noise: float) -> tuple[float, float]:
+    """Derivative at 0 by central differences and a bound on its error: the difference between two steps, which is
+    three times the truncation error of the finer one, and the noise of four values."""
+    once = (function(step) - function(-step)) / (2 * step)
+    twice = (function(2 * step) - function(-2 * step)) / (4 * step)
+    return once, abs(twice - once) + 3 * noise / step
+
+
+def _loss(task: Task, drawn: Batch, output: np.ndarray, directions: int, rng: np.random.Generator) -> Row:
+    # float32 losses: a step of 2^-7 balances its truncation, h^2, and roundings, u / h.
+    value, d_output = task.loss(output.copy(), drawn)
+    errors, bounds, sizes = [], [], []
+    for _ in range(directions):
+        way = rng.normal(size=output.shape).astype(np.float32)
+        found, bound = _slope(
+            lambda h, way=way: task.loss((output + np.float32(h) * way).astype(np.float32), drawn)[0],
+            2.0**-7,
+            16 * U32 * (abs(value) + float(np.abs(d_output * output).sum()) + 1),
+        )
+        errors.append(abs(float(np.vdot(d_output.astype(np.float64), way)) - found))
+        bounds.append(bound)
+        sizes.append(float(np.linalg.norm(d_output) * np.linalg.norm(way)))
+    worst = int(np.argmax(np.array(errors) - np.array(bounds)))
+    return Row(f"{type(task).__name__}.loss", errors[worst], bounds[worst], sizes[worst])
+
+
+def _smoothed(model: Model, k: int, tape: LayerTape, directions: int, rng: np.random.Generator) -> list[Row]:
+    cell = model.cells[k]
+    case = _float64(model, k, tape) | {"x": tape.x.astype(np.float64)}
+    case |= {"c": tape.c[0].astype(np.float64), "y": tape.y[0].astype(np.float64)}
+    d_y, d_c = rng.normal(size=tape.v.shape), rng.normal(size=tape.v.shape)
+
+    def run(arrays: dict) -> list[reference.Tape]:
+        parameters = {name: arrays[name] for name in LAYER_PARAMETERS}
+        return reference.forward(cell, parameters, arrays["x"], arrays["c"], arrays["y"], smooth=True)
+
+    def loss(arrays: dict) -> float:
+        steps = zip(d_y, d_c, run(arrays), strict=True)
+        return float(sum((w * t.y).sum() + (v * t.c).sum() for w, v, t in steps))
+
+    parameters = {name: case[name] for name in LAYER_PARAMETERS}
+    gradients = reference.backward(cell, parameters, case["x"], run(case), d_y, d_c)
+    # Each value adds up as many numbers as the weights of the loss, each after some hundred roundings a step.
+    noise = 200 * len(d_y) * U64 * float(np.abs(d_y).sum() + np.abs(d_c).sum())
+    rows = []
+    for name in (*LAYER_PARAMETERS, "x"):
+        worst = Row("", 0.0, 0.0, 0.0)
+        for _ in range(directions):
+            way = rng.normal(size=case[name].shape)
+            way /= np.linalg.norm(way)
+            found, bound = _slope(lambda h, n=name, w=way: loss(case | {n: case[n] + h * w}), 2.0**-17, noise)
+            error, size = abs(float(np.vdot(gradients[name], way)) - found), float(np.linalg.norm(gradients[name]))
+            if worst.what == "" or error - bound > worst.error - worst.allowed:
+                worst = Row(f"layers.{k} {cell.variant} cell, smoothed: {name}", error, bound, size)
+        rows.append(worst)
+    return rows
+
+
+def _engine(
+    model: Model, k: int, tape: LayerTape, d_y: np.ndarray, d_cell: np.ndarray, gradients: dict[str, np.ndarray]
+) -> tuple[list[Row], np.ndarray]:
+    """Rows of a layer's parameters, and the gradient of its input by the specification."""
+    cell, parameters = model.cells[k], _float64(model, k, tape)
+    tapes = reference.forward(
+        cell, parameters, tape.x.astype(np.float64), tape.c[0].astype(np.float64), tape.y[0].astype(np.float64)
+    )
+    expected = reference.backward(
+        cell, parameters, tape.x.astype(np.float64), tapes, d_y, np.zeros(tape.v.shape), d_cell.astype(np.float64)
+    )
+    steps, batch, n = tape.v.shape
+    # A path through all steps meets, in each, a product of 3N terms and some 80 roundings; then sums over rows. What
+    # arrives from above and what two paths that cancel leave behind is covered by the factor.
+    allowed = 64 * U32 * (steps * (3 * n + 80) + steps * batch + len(parameters["w_in"]))
+    rows = []
+    for name in LAYER_PARAMETERS:
+        size = float(np.abs(expected[name]).max(initial=0.0))
+        error = float(np.abs(gradients[f"layers.{k}.{name}"] - expected[name]).max(initial=0.0))
+        rows.append(Row(f"layers.{k} engine: {name}", error, allowed * max(size, U32), size))
+    return rows, expected["x"]
+
+
+def _arrived(model: Model, tape, d_output: np.ndarray) -> np.ndarray:
+    """Gradient of what the last layer sends, float64."""
+    if "readout.bias" not in model.parameters:
+        return d_output.astype(np.float64)
+    return d_output.astype(np.float64) @ model.readout_weights().astype(np.float64).T
+
+
+def _float64(model: Model, k: int, tape: LayerTape) -> dict[str, np.ndarray]:
+    named = {name: model.parameters[f"layers.{k}.{name}"].astype(np.float64) for name in LAYER_PARAMETERS}
+    return named | {"threshold": tape.threshold.astype(np.float64)}

@@ -1,0 +1,87 @@
+"""The dense twin to compare with: a GRU in the same loop, every unit sends its cell at every step.
+
+That is the event cell of `cells.py` with an event always and nothing subtracted, `y = c = v` (reset gate after the
+matrix, as cuDNN's GRU). It has no event network: use it to learn what events cost in quality, not to run.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from eventrnn.backend import BackwardWork
+from eventrnn.network import Network
+from eventrnn.training.bptt import Model
+from eventrnn.training.layer import Adjoint, LayerEngine, LayerTape
+
+F32 = np.float32
+
+
+class GRU(Model):
+    """A `Model` whose layers are GRUs. Thresholds and surrogates of the network given mean nothing and get no gradient.
+
+    Source: Cho et al. 2014, arXiv 1406.1078v1, with u the gate that keeps.
+    """
+
+    def __init__(self, network: Network, *, backward: str = "auto", threads: int = 1, thresholds: str = "positive"):
+        super().__init__(network, backward=backward, threads=threads, thresholds=thresholds)
+        self._engines = [_Engine(cell, "dense", self._team, self._arena) for cell in self.cells]
+
+    def network(self) -> Network:
+        """Refused: no event network computes what a GRU does. Raises ValueError."""
+        raise ValueError("network: a GRU sends every value and has no event network; its numbers are in `parameters`")
+
+
+class _Engine(LayerEngine):
+    """One GRU layer in NumPy: next to the products, whose cost is BLAS's, the rest is small."""
+
+    def forward(self, p, x, c, y, held) -> LayerTape:
+        (steps, batch), n = x.shape[:2], len(p["w_rec"])
+        drive_in = np.ascontiguousarray(x).reshape(steps * batch, -1) @ p["w_in"] + p["bias_in"]
+        drive_in = drive_in.reshape(steps, batch, 3 * n)
+        u, r, g, q = (np.empty((steps, batch, n), F32) for _ in range(4))
+        h = np.empty((steps + 1, batch, n), F32)
+        h[0] = y
+        for t in range(steps):
+            drive_rec = h[t] @ p["w_rec"] + p["bias_rec"]
+            gates = 1 / (1 + np.exp(-np.clip(drive_in[t, :, : 2 * n] + drive_rec[:, : 2 * n], -80, 80)))
+            u[t], r[t], q[t] = gates[:, :n], gates[:, n:], drive_rec[:, 2 * n :]
+            g[t] = np.tanh(drive_in[t, :, 2 * n :] + r[t] * q[t])
+            if held is not None:
+                u[t][held[t]] = 1
+            h[t + 1] = u[t] * h[t] + (1 - u[t]) * g[t]
+        return LayerTape(x, p["w_rec"], u, r, g, q, h[1:], h, h, p["threshold"])
+
+    def backward(self, p, tape, d_y, d_cell, wanted, below=None, below_cell=None, stored=False) -> Adjoint:
+        h, (steps, batch, n) = tape.y, tape.v.shape
+        d_in, d_rec = np.empty((steps, batch, 3 * n), F32), np.empty((steps, batch, 3 * n), F32)
+        d_later = np.zeros((batch, n), F32)
+        for t in reversed(range(steps)):
+            u, r, g = tape.u[t], tape.r[t], tape.g[t]
+            d_h = d_y[t] + d_later
+            if d_cell is not None:
+                d_h = d_h + d_cell[t]
+            d_in[t, :, :n] = d_h * (h[t] - g) * u * (1 - u)
+            d_g = d_h * (1 - u) * (1 - g * g)
+            d_in[t, :, n : 2 * n] = d_g * tape.q[t] * r * (1 - r)
+            d_in[t, :, 2 * n :] = d_g
+            d_rec[t] = d_in[t]
+            d_rec[t, :, 2 * n :] *= r
+            d_later = d_h * u + d_rec[t] @ tape.w_rec.T
+        tape.support, rows = 1.0, steps * batch
+        for name, columns in (("w_in", tape.x.shape[2]), ("w_rec", n)):
+            work = tape.work[name] = BackwardWork.none(self.patterns[name].kept, 3 * n, rows)
+            work.fired = work.open = work.gradient_rows = work.dots = np.full(columns, rows, np.int64)
+            work.gradient_stored = work.dots_stored = np.full(columns, 3 * n, np.int64)
+            work.asked = rows
+        flat_in, flat_rec = d_in.reshape(-1, 3 * n), d_rec.reshape(-1, 3 * n)
+        gradients = {
+            "w_in": np.ascontiguousarray(tape.x).reshape(rows, -1).T @ flat_in,
+            "w_rec": h[:-1].reshape(-1, n).T @ flat_rec,
+            "bias_in": flat_in.sum(axis=0),
+            "bias_rec": flat_rec.sum(axis=0),
+            "threshold": np.zeros(n, F32),
+        }
+        for name in ("w_in", "w_rec"):
+            gradients[name] = self._masked(name, gradients[name], stored)
+        d_x = None if wanted == "none" else (flat_in @ p["w_in"].T).reshape(steps, batch, -1)
+        return Adjoint(gradients, d_x)

@@ -1,0 +1,472 @@
+"""One layer through a window, forward and back: which products go over events and which through BLAS.
+
+The choice is a function of the window alone (its activity, its support and the masks), never of what was before, so a
+resumed run makes the same one. Recurrent drives always go over events: with many of them the kernel walks every unit
+anyway, and the events of training are then those of the inference engine, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from eventrnn.backend import BackwardWork
+from eventrnn.cells import Cell
+from eventrnn.plan import scratch_shapes
+from eventrnn.simd import LANES
+from eventrnn.training import kernels, products, sweeps
+from eventrnn.training.matrix import STRIP, Pattern, Windows, windows
+from eventrnn.training.memory import Arena
+from eventrnn.training.sweeps import DENSE, PIECES
+
+F32 = np.float32
+# Shares of events (and of open pairs), times the share of weights that are stored, up to which products do not go
+# through BLAS. From components of a prototype at 1350 units, 20 and 80 samples; not measured on these kernels.
+EVENTS_UP_TO, PATHS_UP_TO = 0.35, 0.4
+# What kernels may read past the last row.
+SPARE = 2 * STRIP
+
+
+class Team:
+    """Threads that run one compiled function together, each with its part."""
+
+    def __init__(self, threads: int):
+        self.threads = threads
+        self.pool = ThreadPoolExecutor(threads - 1) if threads > 1 else None
+
+    def run(self, function: Callable, *arguments, barrier: bool = False) -> None:
+        """function(part, threads, [barrier,] *arguments) on every thread; returns when all have."""
+        shared = (np.zeros(1, np.int64),) if barrier else ()
+        if self.pool is None:
+            function(0, 1, *shared, *arguments)
+            return
+        others = [
+            self.pool.submit(function, part, self.threads, *shared, *arguments) for part in range(1, self.threads)
+        ]
+        function(0, self.threads, *shared, *arguments)
+        for other in others:
+            other.result()
+
+
+@dataclass
+class LayerTape:
+    """One layer over a window, all the backward pass needs. (T, B, N) arrays; `y` and `c` have T + 1 steps, the
+    first being the state before the window. `w_rec` are the weights that were used, DropConnect included; `support`,
+    known after the backward pass, is the share of units that fired or were within their surrogate's support."""
+
+    x: np.ndarray
+    w_rec: np.ndarray
+    u: np.ndarray
+    r: np.ndarray
+    g: np.ndarray
+    q: np.ndarray
+    v: np.ndarray
+    y: np.ndarray
+    c: np.ndarray
+    threshold: np.ndarray
+    support: float = float("nan")
+    work: dict[str, BackwardWork] = field(default_factory=dict)
+    engine: LayerEngine | None = field(default=None, repr=False)
+
+
+@dataclass
+class Arrived:
+    """What a matrix received over a window, flat (rows, n_pre) each: one array, or what the gates and, in the paper's
+    variant, what the candidate did. `share` of it is not zero; `lists` are its events by unit, once listed."""
+
+    arrays: tuple[np.ndarray, ...]
+    share: float
+    lists: list[tuple[np.ndarray, ...]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, x: np.ndarray, gated: np.ndarray | None) -> Arrived:
+        flat = np.ascontiguousarray(x).reshape(-1)
+        share = np.count_nonzero(flat) / max(1, flat.size)
+        return cls((flat,) if gated is None else (flat, gated), share)
+
+
+@dataclass
+class Adjoint:
+    """What a layer's backward pass gives: gradients by name (`w_in`, `w_rec`, …), and of its input (T, B, I)."""
+
+    gradients: dict[str, np.ndarray]
+    d_x: np.ndarray | None
+
+
+class LayerEngine:
+    """Runs one layer. Keeps patterns while masks last, and memory between windows."""
+
+    def __init__(self, cell: Cell, mode: str, team: Team, arena: Arena):
+        self.cell, self.mode, self.team, self.arena = cell, mode, team, arena
+        self.paper = cell.variant == "paper"
+        self.masks: dict[str, np.ndarray | None] = {}
+        self.patterns: dict[str, Pattern] = {}
+        self.windows: dict[tuple, Windows] = {}
+
+    # --- patterns -----------------------------------------------------------------------------------------------
+
+    def pattern(self, name: str, shape: tuple[int, int], mask: np.ndarray | None) -> Pattern:
+        """Of the mask of now; made again only when it has changed."""
+        before = self.masks.get(name)
+        same = before is None if mask is None else before is not None and np.array_equal(mask, before)
+        if name not in self.patterns or not same:
+            self.masks[name] = None if mask is None else mask.copy()
+            n = shape[1] // 3
+            pattern = Pattern.of(None if self.mode == "dense" else mask, shape, 2 * n, always=self.mode == "sparse")
+            if mask is not None:
+                pattern.kept[:] = mask.sum(axis=1)
+            self.patterns[name] = pattern
+            self.windows = {key: kept for key, kept in self.windows.items() if key[0] != name}
+        return self.patterns[name]
+
+    def _windows(self, name: str, edges: list[tuple[int, int]], rows: int, w: np.ndarray) -> Windows:
+        key = (name, len(edges), rows)
+        if key not in self.windows:
+            # Another batch replaces the one before: its packed weights are as large as the matrix.
+            self.windows = {k: kept for k, kept in self.windows.items() if k[0] != name}
+            self.windows[key] = windows(self.patterns[name], edges, rows)
+        self.windows[key].fill(w)
+        return self.windows[key]
+
+    def _edges(self, n: int) -> list[tuple[int, int]]:
+        parts = self.team.threads
+        return [(products.share(n, LANES, k, parts), products.share(n, LANES, k + 1, parts)) for k in range(parts)]
+
+    def _scratch(self, inputs: int, rows: int, most: int) -> tuple[np.ndarray, ...]:
+        shapes = scratch_shapes(self.team.threads, inputs, rows, most, 0)
+        return tuple(self.arena.take(*shape, dtype=dtype) for shape, dtype in shapes)
+
+    # --- forward ------------------------------------------------------------------------------------------------
+
+    def forward(self, p: dict, x: np.ndarray, c: np.ndarray, y: np.ndarray, held: np.ndarray | None) -> LayerTape:
+        """A window from a state. p: `w_in`, `w_rec`, `bias_in`, `bias_rec`, `threshold`; x (T, B, I)."""
+        (steps, batch), n = x.shape[:2], len(p["threshold"])
+        pitch = _pitch(n)
+        take = self.arena.take
+        u, r, g, q, v = (take(steps, batch, n) for _ in range(5))
+        ys, cs = take(steps + 1, batch, n), take(steps + 1, batch, n)
+        ys[0], cs[0] = y, c
+        tape = LayerTape(x, p["w_rec"], u, r, g, q, v, ys, cs, p["threshold"], engine=self)
+        drive_in = take(steps * batch * pitch + SPARE)
+        self._input_drives(p, x, drive_in, pitch)
+        held_flat = np.zeros(0, bool) if held is None else np.ascontiguousarray(held).reshape(-1)
+        outputs = tuple(a.reshape(-1) for a in (u, r, g, q, v, ys, cs))
+        if self.mode == "dense":
+            self._dense_steps(p, drive_in, pitch, held_flat, steps, batch, outputs)
+            return tape
+        parts = self.team.threads
+        table = self._windows("w_rec", self._edges(n), batch, p["w_rec"])
+        rows, wide = 3 * batch, n + LANES * parts
+        self.team.run(
+            sweeps.forward, self.paper, steps, batch, n,
+            table.tables, table.cut, table.values, table.index, table.pointers, p["bias_rec"], p["threshold"],
+            drive_in, pitch, held_flat,
+            take(parts, batch * pitch + SPARE), take(rows * wide + LANES, dtype=np.int32), take(rows * wide + LANES),
+            take(rows * parts, dtype=np.int64), take(rows * parts, dtype=np.int64),
+            *self._scratch(n, batch, table.most), *outputs, barrier=True,
+        )  # fmt: skip
+        return tape
+
+    def _input_drives(self, p: dict, x: np.ndarray, drive: np.ndarray, pitch: int) -> None:
+        w, rows, (n_pre, columns) = p["w_in"], x.shape[0] * x.shape[1], p["w_in"].shape
+        pattern, flat = self.patterns["w_in"], np.ascontiguousarray(x).reshape(-1)
+        if not self._sparse(pattern, np.count_nonzero(flat) / max(1, flat.size), EVENTS_UP_TO):
+            out = drive[: rows * pitch].reshape(rows, pitch)[:, :columns]
+            np.matmul(flat.reshape(rows, n_pre), w, out=out)
+            out += p["bias_in"]
+            return
+        take, parts = self.arena.take, self.team.threads
+        ids, sent = take(flat.size + LANES, dtype=np.int32), take(flat.size + LANES)
+        if pattern.form == DENSE:
+            starts = take(_tiles(n_pre) * rows + 1, dtype=np.int64)
+            products.list_by_row(flat, rows, n_pre, products.TILE_ROWS, starts, ids, sent)
+            self.team.run(
+                products.input_drives, starts, ids, sent, rows, w.reshape(-1), n_pre, columns, p["bias_in"],
+                drive, pitch, take(parts, n_pre * LANES), take(parts, rows * LANES),
+            )  # fmt: skip
+            return
+        starts = take(rows + 1, dtype=np.int64)
+        products.list_by_row(flat, rows, n_pre, n_pre, starts, ids, sent)
+        table = self._windows("w_in", [(0, columns // 3)], 1, w)
+        self.team.run(
+            products.stored_drives, table.tables[0], table.values, table.index, table.pointers, n_pre,
+            ids, sent, starts[:-1], np.diff(starts), rows, p["bias_in"], drive, pitch, *self._scratch(1, 1, table.most),
+        )  # fmt: skip
+
+    def _sparse(self, pattern: Pattern, share: float, limit: float) -> bool:
+        if self.mode != "auto":
+            return self.mode == "sparse"
+        return share * pattern.stored <= limit * pattern.shape[0] * pattern.shape[1]
+
+    def _dense_steps(self, p: dict, drive_in, pitch: int, held, steps: int, batch: int, outputs) -> None:
+        n, w, bias = len(p["threshold"]), p["w_rec"], p["bias_rec"]
+        u, r, g, q, v, ys, cs = outputs
+        w_gates, w_candidate = split_gates(self.cell, w)
+        drive, rows, size = np.empty((batch, 3 * n), F32), batch, batch * n
+        for t in range(steps):
+            y, at = ys[t * size : (t + 1) * size].reshape(batch, n), t * batch * pitch
+            if self.paper:
+                drive[:, : 2 * n] = y @ w_gates + bias[: 2 * n]
+                kernels.reset_all(n, rows, drive_in, at, pitch, drive.reshape(-1), ys, t * size, r, q)
+                sent = q[t * size : (t + 1) * size].reshape(batch, n)
+                drive[:, 2 * n :] = sent @ w_candidate + bias[2 * n :]
+            else:
+                np.matmul(y, w, out=drive)
+                drive += bias
+            kernels.update_all(
+                n, rows, self.paper, drive_in, at, pitch, drive.reshape(-1), p["threshold"], held, t * size, *outputs
+            )
+
+    # --- backward -----------------------------------------------------------------------------------------------
+
+    def backward(
+        self,
+        p: dict,
+        tape: LayerTape,
+        d_y: np.ndarray,
+        d_cell: np.ndarray | None,
+        wanted: str,
+        below: LayerTape | None,
+        below_cell: Cell | None,
+        stored: bool,
+    ) -> Adjoint:
+        """Gradients from d_y (T, B, N), which is overwritten, and d_cell of v.
+
+        wanted : which gradients of the input: "none", "all", or "open", where the layer `below` has a path
+        stored : gradients of pruned matrices as their kept entries only, in the order of `matrix[mask]`
+        """
+        steps, batch, n = tape.v.shape
+        pitch, take, rows = _pitch(n), self.arena.take, steps * batch
+        d_in = take(rows * pitch + SPARE)
+        d_rec = d_in if self.paper else take(rows * pitch + SPARE)
+        for delta in (d_in, d_rec):
+            # Read with padding of pieces, whose weights are zero: must be a number.
+            delta[: rows * pitch].reshape(rows, pitch)[:, 3 * n :] = 0
+            delta[rows * pitch :] = 0
+        d_threshold, d_bias = np.zeros(n, F32), np.zeros(4 * n, F32)
+        d_cell_flat = np.zeros(batch * n, F32) if d_cell is None else np.ascontiguousarray(d_cell, F32).reshape(-1)
+        rule = self.cell.surrogate
+        head = (rule.code, F32(rule.dampening), F32(rule.support), tape.threshold)
+        arrays = tuple(a.reshape(-1) for a in (tape.u, tape.r, tape.g, tape.q, tape.v, tape.y, tape.c))
+        pattern = self.patterns["w_rec"]
+        tape.work = {}
+        work = tape.work["w_rec"] = BackwardWork.none(pattern.kept, 3 * n, rows)
+        work.asked = max(0, steps - 1 + self.paper) * batch
+        # What the last step sent has no use: nothing reads it within the window.
+        earlier = max(0, rows - batch)
+        work.open = self._open(head, arrays[4], 0, earlier, n)
+        open_share = float((work.open + self._open(head, arrays[4], earlier, rows, n)).sum()) / max(1, rows * n)
+        if self.paper:
+            work.open += np.count_nonzero(tape.y[0], axis=0)
+        by_paths = self._sparse(pattern, open_share, PATHS_UP_TO)
+        d_c, flat_y = np.zeros(batch * n, F32), d_y.reshape(-1)
+        if by_paths:
+            self._sparse_back(tape, head, arrays, d_cell_flat, flat_y, d_c, d_in, d_rec, pitch, d_threshold, d_bias)
+        else:
+            self._dense_back(tape, head, arrays, d_cell_flat, flat_y, d_c, d_in, d_rec, pitch, d_threshold, d_bias)
+        tape.support = open_share
+        gated = tape.q.reshape(-1) if self.paper else None
+        arrived = {
+            "w_in": Arrived.of(tape.x, None),
+            "w_rec": Arrived.of(tape.y[:-1], gated),
+        }
+        self._list(arrived, rows)
+        gradients = {
+            "w_in": self._gradient("w_in", arrived["w_in"], rows, d_in, pitch, tape, stored),
+            "w_rec": self._gradient("w_rec", arrived["w_rec"], rows, d_rec, pitch, tape, stored),
+            "bias_in": d_bias[: 3 * n].copy(),
+            "bias_rec": d_bias[: 3 * n].copy() if self.paper else np.concatenate([d_bias[: 2 * n], d_bias[3 * n :]]),
+            "threshold": d_threshold,
+        }
+        d_x = None
+        if wanted != "none":
+            d_x = self._input_gradient(p["w_in"], d_in, pitch, tape, wanted, below, below_cell)
+        return Adjoint(gradients, d_x)
+
+    def _open(self, head: tuple, v: np.ndarray, first: int, last: int, n: int) -> np.ndarray:
+        """Of rows `first` to `last` of v, how often each unit fired or has a slope."""
+        counts = np.empty(n, np.int64)
+        self.team.run(kernels.count_open, *head, v, first, last, n, counts)
+        return counts
+
+    def _sparse_back(
+        self, tape, head, arrays, d_cell, d_y, d_c, d_in, d_rec, pitch, d_threshold, d_bias
+    ) -> None:  # fmt: skip
+        steps, batch, n = tape.v.shape
+        pattern, take = self.patterns["w_rec"], self.arena.take
+        gates = 2 * n if self.paper else 3 * n
+        weights, columns = self._stored(pattern, tape.w_rec)
+        self.team.run(
+            sweeps.backward, self.paper, steps, batch, n, *head,
+            pattern.form, pattern.width, weights, columns, pattern.pointers(0, gates), _last(gates),
+            pattern.pointers(2 * n, 3 * n), _last(n),
+            *arrays, d_cell, d_y, d_c,
+            take(n * batch, dtype=np.int32), take(n, dtype=np.int64), take(2 * batch * n),
+            d_in, d_rec, pitch, d_threshold, d_bias, tape.work["w_rec"].dots, barrier=True,
+        )  # fmt: skip
+        tape.work["w_rec"].dots_stored = pattern.stored_out()
+
+    def _stored(self, pattern: Pattern, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What dots read: all weights, or the stored ones, and their columns."""
+        if pattern.form == DENSE:
+            return w.reshape(-1), pattern.columns
+        values = self.arena.take(pattern.stored + SPARE)
+        if pattern.form == PIECES:
+            # Padding must be zero; the memory may hold what was there.
+            values[:] = 0
+        pattern.pick(w, values)
+        return values, pattern.columns
+
+    def _dense_back(self, tape, head, arrays, d_cell, d_y, d_c, d_in, d_rec, pitch, d_threshold, d_bias) -> None:
+        steps, batch, n = tape.v.shape
+        u, r, g, q, v, y, c = arrays
+        w_gates, w_candidate = split_gates(self.cell, tape.w_rec)
+        gates, size, d_before = w_gates.shape[1], batch * n, np.zeros(batch * n, F32)
+        for t in reversed(range(steps)):
+            at, s = t * batch * pitch, t * size
+            kernels.adjoint_all(
+                n, batch, self.paper, *head, u, r, g, q, v, c, s, d_y, d_cell, s if len(d_cell) > size else 0,
+                d_c, d_before, d_in, d_rec, at, pitch, d_threshold, d_bias,
+            )  # fmt: skip
+            rows = d_rec[at : at + batch * pitch].reshape(batch, pitch)
+            if self.paper:
+                d_sent = np.ascontiguousarray(rows[:, 2 * n : 3 * n] @ w_candidate.T).reshape(-1)
+                kernels.reset_adjoint_all(n, batch, r, y, s, d_sent, d_in, at, pitch, d_before, d_bias)
+            if t > 0:
+                earlier = d_y[s - size : s].reshape(batch, n)
+                earlier += rows[:, :gates] @ w_gates.T
+                if self.paper:
+                    earlier += d_before.reshape(batch, n)
+        work = tape.work["w_rec"]
+        work.dots, work.dots_stored = np.full(n, work.asked), np.full(n, 3 * n)
+
+    def _list(self, arrived: dict[str, Arrived], rows: int) -> None:
+        """Events by unit of what goes over events, two arrays at a time."""
+        jobs = []
+        for name, source in arrived.items():
+            pattern = self.patterns[name]
+            if not self._sparse(pattern, source.share, EVENTS_UP_TO):
+                continue
+            n, tile = pattern.shape[0], max(1, rows) if pattern.form == PIECES else products.TILE_ROWS
+            for x in source.arrays:
+                tiles, most, take = -(-rows // tile), rows * n + LANES, self.arena.take
+                lists = (take(tiles * n + 2, dtype=np.int64), take(most, dtype=np.int32), take(most))
+                jobs.append((tile, x, n, *lists))
+                source.lists.append(lists)
+        for k in range(0, len(jobs) - 1, 2):
+            self.team.run(products.list_both, rows, *jobs[k], *jobs[k + 1])
+        if len(jobs) % 2:
+            tile, x, n, *lists = jobs[-1]
+            products.list_by_unit(x, rows, n, tile, *lists)
+
+    def _gradient(self, name: str, arrived: Arrived, rows: int, delta, pitch: int, tape, stored: bool) -> np.ndarray:
+        """Of a weight matrix from what arrived and the deltas."""
+        pattern, take, parts = self.patterns[name], self.arena.take, self.team.threads
+        (n_pre, columns), cut = pattern.shape, pattern.cut
+        ranges = [(0, columns)] if len(arrived.arrays) == 1 else [(0, cut), (cut, columns)]
+        work = tape.work.setdefault(name, BackwardWork.none(pattern.kept, columns, rows))
+        if not arrived.lists:
+            x = arrived.arrays[0].reshape(rows, n_pre)
+            work.fired = np.count_nonzero(x, axis=0)
+            work.gradient_rows, work.gradient_stored = np.full(n_pre, rows, np.int64), np.full(n_pre, columns, np.int64)
+            flat = delta[: rows * pitch].reshape(rows, pitch)
+            gradient = take(n_pre, columns)
+            for source, (low, high) in zip(arrived.arrays, ranges, strict=True):
+                gradient[:, low:high] = source.reshape(rows, n_pre).T @ flat[:, low:high]
+            return self._masked(name, gradient, stored)
+        lists = arrived.lists
+        tiles = (len(lists[0][0]) - 2) // max(1, n_pre)
+        starts = lists[0][0][: tiles * n_pre + 1]
+        work.fired = work.gradient_rows = np.diff(starts).reshape(tiles, n_pre).sum(axis=0)
+        work.gradient_stored = pattern.stored_out()
+        if pattern.form == DENSE:
+            gradient = take(n_pre, columns)
+            for each, (low, high) in zip(lists, ranges, strict=True):
+                self.team.run(
+                    products.dense_gradient, *each, rows, n_pre, delta, pitch, gradient.reshape(-1), columns, low, high,
+                    take(parts, rows * LANES), take(parts, n_pre * LANES),
+                )  # fmt: skip
+            return self._masked(name, gradient, stored)
+        out = take(pattern.stored + LANES)
+        for each, (low, high), order in zip(lists, ranges, pattern.orders(ranges), strict=True):
+            if pattern.form == PIECES:
+                self.team.run(
+                    products.piece_gradient, order, pattern.units, pattern.columns, pattern.width,
+                    *each, delta, pitch, out,
+                )  # fmt: skip
+            else:
+                strips = np.searchsorted(pattern.columns[order], np.append(np.arange(low, high, STRIP), high))
+                self.team.run(
+                    products.single_gradient, order, strips, low, high, pattern.units, pattern.columns, *each, rows,
+                    n_pre, delta, pitch, take(parts, n_pre * STRIP), out,
+                )  # fmt: skip
+                work.gradient_stored = np.full(n_pre, columns, np.int64)
+        if stored:
+            return pattern.compact(out)
+        gradient = take(n_pre, columns)
+        gradient[:] = 0
+        pattern.spread(out, gradient)
+        return gradient
+
+    def _masked(self, name: str, gradient: np.ndarray, stored: bool) -> np.ndarray:
+        mask = self.masks[name]
+        if mask is None:
+            return gradient
+        if stored:
+            return gradient[mask]
+        gradient *= mask
+        return gradient
+
+    def _input_gradient(self, w, d_in, pitch, tape, wanted, below, below_cell) -> np.ndarray:
+        steps, batch, _ = tape.v.shape
+        pattern, rows, (n_pre, columns) = self.patterns["w_in"], steps * batch, w.shape
+        threshold, v, head = np.zeros(n_pre, F32), np.zeros(0, F32), (0, F32(1), F32(1))
+        work = tape.work["w_in"]
+        work.asked, work.open = rows, np.full(n_pre, rows, np.int64)
+        if wanted == "open" and below is not None and below_cell is not None:
+            rule = below_cell.surrogate
+            threshold, v = below.threshold, below.v.reshape(-1)
+            head = (rule.code, F32(rule.dampening), F32(rule.support))
+            work.open = self._open((*head, threshold), v, 0, rows, n_pre)
+        share = work.open.sum() / max(1, rows * n_pre)
+        if not self._sparse(pattern, share, PATHS_UP_TO):
+            work.dots, work.dots_stored = np.full(n_pre, rows, np.int64), np.full(n_pre, columns, np.int64)
+            flat = d_in[: rows * pitch].reshape(rows, pitch)[:, :columns]
+            out = self.arena.take(steps, batch, n_pre)
+            np.matmul(flat, w.T, out=out.reshape(rows, n_pre))
+            return out
+        weights, stored_columns = self._stored(pattern, w)
+        d_x, made, take = self.arena.take(steps, batch, n_pre), np.zeros(n_pre, np.int64), self.arena.take
+        self.team.run(
+            sweeps.gradient_of_inputs, pattern.form, pattern.width, weights, stored_columns,
+            pattern.pointers(0, columns), columns, _last(columns), d_in, pitch, rows, n_pre,
+            wanted == "all", *head, threshold, v,
+            take(n_pre * products.DOT_ROWS, dtype=np.int32), take(n_pre, dtype=np.int64), d_x.reshape(-1), made,
+        )  # fmt: skip
+        work.dots, work.dots_stored = made, pattern.stored_out()
+        return d_x
+
+
+def _pitch(n: int) -> int:
+    """From one row of drives or deltas to the next."""
+    return -(-3 * n // LANES) * LANES + 4 * LANES
+
+
+def _tiles(n: int) -> int:
+    return -(-n // products.TILE_ROWS)
+
+
+def _last(count: int) -> np.ndarray:
+    """1 in the lanes of the last, overlapping vector that no other covers (see `vectors.dot`)."""
+    return (np.arange(LANES) >= LANES - count % LANES).astype(F32)
+
+
+def split_gates(cell: Cell, w_rec: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Paper's variant: the (u, r) rows and the candidate rows, contiguous for BLAS."""
+    n = len(w_rec)
+    if cell.variant == "evnn":
+        return w_rec, w_rec
+    return np.ascontiguousarray(w_rec[:, : 2 * n]), np.ascontiguousarray(w_rec[:, 2 * n :])

@@ -1,0 +1,37 @@
+"""Losses: each gives the mean over its rows and the gradient of that mean."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from eventrnn.training import kernels
+
+
+def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> tuple[float, np.ndarray]:
+    """Mean of -ln softmax(logits)[target] and its gradient.
+
+    logits : (..., V) float32, targets : (...) whole numbers in 0..V - 1
+    """
+    size, targets = logits.shape[-1], np.ascontiguousarray(targets, np.int64)
+    if targets.shape != logits.shape[:-1] or (targets.size and not 0 <= targets.min() <= targets.max() < size):
+        need = f"need {logits.shape[:-1]} classes below {size}"
+        raise ValueError(f"targets: got shape {targets.shape}, {need}")
+    gradient = np.empty(logits.size, np.float32)
+    flat = np.ascontiguousarray(logits, np.float32).reshape(-1)
+    rows = max(targets.size, 1)
+    total = kernels.softmax_cross_entropy(targets.size, size, flat, targets.reshape(-1), 1 / rows, gradient)
+    return float(total) / rows, gradient.reshape(logits.shape)
+
+
+def squared_error(output: np.ndarray, targets: np.ndarray) -> tuple[float, np.ndarray]:
+    """Mean over all numbers of (output - target)^2 and its gradient; both of one shape."""
+    if output.shape != targets.shape:
+        raise ValueError(f"targets: got shape {targets.shape}, need {output.shape}")
+    error = output - targets.astype(np.float32)
+    size = max(error.size, 1)
+    return float(np.sum(np.square(error, dtype=np.float64))) / size, np.float32(2 / size) * error
+
+
+def cross_entropy_bits(logits: np.ndarray, targets: np.ndarray) -> float:
+    """Sum over rows of -log2 softmax(logits)[target]; logits (rows, V), targets (rows,) integers in 0..V - 1."""
+    return cross_entropy(logits, targets)[0] * len(logits) / float(np.log(2))

@@ -1,0 +1,153 @@
+"""A run in a folder: its log, its checkpoints, and going on after whatever stopped it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from eventrnn.files import clean, write_whole
+from eventrnn.training.checkpoint import CheckpointError, load_checkpoint, previous, save_checkpoint
+from eventrnn.training.loop import Diverged, Progress, Trainer
+
+CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
+AVERAGED = ("loss", "penalty", "activity", "support", "norm")
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was asked to stop (Ctrl-C, or SIGTERM) and has been saved; the message says how far it is."""
+
+
+def run(
+    trainer: Trainer,
+    folder: str | os.PathLike,
+    *,
+    resume: bool = False,
+    log_every: int = 50,
+    checkpoint_seconds: float = 120.0,
+    report: Callable[[Progress, float], None] = lambda progress, seconds: None,
+) -> float:
+    """Train to the end, with a log and checkpoints in a folder; returns the seconds of training, stops not counted.
+
+    trainer    : as at the start of the run, also when it is continued
+    folder     : is made; `log.jsonl` gets a line every `log_every` updates (means over them) and at every validation,
+                 `checkpoint.safetensors` is written every `checkpoint_seconds`, at every validation and at the end
+    resume     : continue from the checkpoint in the folder, bit for bit; a folder without one starts at the start
+    report     : called after every update with the seconds of training so far
+
+    A first Ctrl-C (or SIGTERM) ends the update at hand, saves and raises `Stopped`; a second one stops at once. Raises
+    `ValueError` for a folder that holds a run when not resuming, `CheckpointError` when the run in it is another one,
+    `Diverged` with the place of the last checkpoint.
+    """
+    folder = Path(folder)
+    path = folder / CHECKPOINT
+    if not resume and (path.exists() or (folder / LOG).exists()):
+        raise ValueError(f"folder: {folder} holds a run; resume it, or give another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    clean(folder)
+    book = _Book(folder / LOG, log_every)
+    if resume:
+        book.restore(_load(trainer, path), trainer.steps_done)
+    saved_at, start = trainer.steps_done, time.perf_counter() - book.seconds
+
+    def save() -> None:
+        save_checkpoint(trainer, path, notes=book.notes())
+
+    with _asked_to_stop() as asked:
+        last_save = time.perf_counter()
+        try:
+            for progress in trainer:
+                book.seconds = time.perf_counter() - start
+                book.add(progress)
+                report(progress, book.seconds)
+                due = time.perf_counter() - last_save >= checkpoint_seconds
+                if due or progress.validation or asked:
+                    save()
+                    saved_at, last_save = trainer.steps_done, time.perf_counter()
+                if asked:
+                    raise Stopped(f"stopped after step {trainer.steps_done}, saved in {path}")
+        except Diverged as error:
+            where = f"{path}, step {saved_at}" if path.exists() else "none, nothing was saved yet"
+            raise Diverged(f"{error}; last good checkpoint: {where}") from None
+        save()
+    return book.seconds
+
+
+def _load(trainer: Trainer, path: Path) -> dict[str, Any]:
+    """Notes of the checkpoint in the folder, or of the one before it where the last is damaged."""
+    if not path.exists():
+        return {}
+    try:
+        return load_checkpoint(trainer, path)
+    except CheckpointError as error:
+        if "damaged" not in str(error) or not previous(path).exists():
+            raise
+        return load_checkpoint(trainer, previous(path))
+
+
+class _Book:
+    """The log: sums since the last line, and the lines on disk."""
+
+    def __init__(self, path: Path, every: int):
+        if every < 1:
+            raise ValueError(f"log_every: got {every}, need a whole number >= 1")
+        self.path, self.every = path, every
+        self.seconds, self.count = 0.0, 0
+        self.sums = dict.fromkeys(AVERAGED, 0.0)
+
+    def add(self, progress: Progress) -> None:
+        self.count += 1
+        for name in self.sums:
+            self.sums[name] += getattr(progress, name)
+        if self.count < self.every and not progress.validation:
+            return
+        means = {name: total / self.count for name, total in self.sums.items()}
+        line = asdict(progress) | means | {"seconds": round(self.seconds, 3)}
+        line["validation"] = dict(progress.validation) or None
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self.count, self.sums = 0, dict.fromkeys(AVERAGED, 0.0)
+
+    def notes(self) -> dict[str, Any]:
+        return {"seconds": self.seconds, "count": self.count, "sums": self.sums}
+
+    def restore(self, notes: dict[str, Any], step: int) -> None:
+        """As it was at the checkpoint; lines of updates after it, which come again, are dropped."""
+        if notes:
+            self.seconds, self.count, self.sums = notes["seconds"], notes["count"], dict(notes["sums"])
+        lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else []
+        kept = [line for line in lines[:-1] if json.loads(line)["step"] <= step]
+        write_whole(self.path, "".join(line + "\n" for line in kept).encode(), overwrite=True)
+
+
+def read_log(folder: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of a run's log."""
+    return [json.loads(line) for line in (Path(folder) / LOG).read_text(encoding="utf-8").splitlines()]
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[list[int]]:
+    """A list that is no longer empty once a signal asked to stop; the same signal again is the usual interrupt."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def note(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,228 @@
+"""Through time, a layer at once: all steps of a window forward, and back, inside one compiled call a thread.
+
+A thread owns some units: their drives, cells and deltas. Threads meet at a barrier where one needs what all units sent
+(forward) or all units' deltas (backward); no sum is ever split, so the bits do not depend on their number.
+
+What may be skipped. In the released variant the gradient of v is `event * d_y + slope * (v * d_y - threshold * d_c) +
+d_c`. Its last term goes through the keep gate at every unit, so deltas are dense; they are zero only for a unit that
+no path has reached since the window's end, and nobody looks for those. But `d_y`, the product of the next step's
+deltas with the recurrent weights, counts only where a unit fired or has a slope: `backward` makes the dots of those
+(unit, sample) pairs and of no others. In the paper's variant the gradient of `r * y_before` is wanted by the
+same pairs, as a unit that fired is one of them. Either way what is left out is multiplied by an exact zero. Weight
+gradients are outer products with what was sent: no event, no row.
+"""
+
+from __future__ import annotations
+
+from eventrnn import cells
+from eventrnn.jit import compiled
+from eventrnn.rows import prefetch
+from eventrnn.simd import LANES
+from eventrnn.steps import send
+from eventrnn.team import wait
+from eventrnn.training.kernels import adjoint, adjoint_paper, hold, reset_gate, reset_gate_adjoint, update, update_paper
+from eventrnn.training.products import DOT_ROWS, dot_pieces, dot_single, dots, list_all, list_open, share
+from eventrnn.traverse import propagate_all
+
+# How weights are stored for the backward pass.
+DENSE, PIECES, SINGLE = range(3)
+
+
+@compiled
+def forward(
+    part, parts, barrier, paper, steps, batch, n,
+    # weights
+    windows, cut, values, index, pointers, bias, threshold,
+    # in
+    drive_in, pitch, held,
+    # scratch
+    drives, ids, sent, firsts, counts, cuts, own_ids, own_sent, lists, amounts, x, tile, product,
+    # out; y and c have the state before the window in front
+    u_out, r_out, g_out, q_out, v_out, y_out, c_out,
+):  # fmt: skip
+    """All steps of a layer from its input drives, which hold their bias; same bits as the inference engine.
+
+    Event lists: buffers 0 and 1 in turn hold y of the step before, buffer 2 what the paper's reset gate lets through;
+    row b of a buffer has a segment a thread.
+    """
+    low, high = share(n, LANES, part, parts), share(n, LANES, part + 1, parts)
+    size, wide, drive = batch * n, n + LANES * parts, drives[part]
+    scratch = (
+        cuts[part],
+        own_ids[part],
+        own_sent[part],
+        lists[part],
+        amounts[part],
+        x[part],
+        tile[part],
+        product[part],
+    )
+    own, target = low + LANES * part, parts
+    for b in range(batch):
+        slot, first = b * parts + part, b * wide + own
+        firsts[slot] = first
+        counts[slot] = send(y_out, b * n, low, high, ids, sent, first)
+    target = wait(barrier, parts, target)
+    for t in range(steps):
+        buffer, following = (t % 2) * batch, ((t + 1) % 2) * batch
+        for q in range(buffer * parts, (buffer + batch) * parts if parts > 1 else 0):
+            # All lines at once: another core has them.
+            for e in range(firsts[q], firsts[q] + counts[q], LANES):
+                prefetch(ids, e)
+                prefetch(sent, e)
+        propagate_all(
+            windows[part], 0, cut if paper else windows.shape[1], values, index, pointers, bias, 0, n,
+            ids, sent, firsts, counts, buffer * parts, parts, batch, *scratch, drive, pitch,
+        )  # fmt: skip
+        if paper:
+            for b in range(batch):
+                s = t * size + b * n
+                reset_gate(n, low, high, drive_in, (t * batch + b) * pitch, drive, b * pitch, y_out, s, s, r_out, q_out)
+                slot, first = (2 * batch + b) * parts + part, (2 * batch + b) * wide + own
+                firsts[slot] = first
+                counts[slot] = send(q_out, s, low, high, ids, sent, first)
+            target = wait(barrier, parts, target)
+            propagate_all(
+                windows[part], cut, windows.shape[1], values, index, pointers, bias, 0, n,
+                ids, sent, firsts, counts, 2 * batch * parts, parts, batch, *scratch, drive, pitch,
+            )  # fmt: skip
+        for b in range(batch):
+            s, a = t * size + b * n, (t * batch + b) * pitch
+            if paper:
+                update_paper(
+                    n, low, high, drive_in, a, drive, b * pitch, threshold, c_out, y_out, s, s,
+                    u_out, g_out, v_out, y_out, c_out, s + size,
+                )  # fmt: skip
+            else:
+                update(
+                    n, low, high, drive_in, a, drive, b * pitch, threshold, c_out, s, s,
+                    u_out, r_out, g_out, q_out, v_out, y_out, c_out, s + size,
+                )  # fmt: skip
+            if len(held) > 0:
+                hold(low, high, held, paper, threshold, s, s, u_out, v_out, y_out, c_out, s + size)
+            slot, first = (following + b) * parts + part, (following + b) * wide + own
+            firsts[slot] = first
+            counts[slot] = send(y_out, s + size, low, high, ids, sent, first)
+        target = wait(barrier, parts, target)
+
+
+@compiled
+def multiply_back(
+    form, width, weights, columns, pointers, columns_of, low, count, last, delta, start, pitch, first, end,
+    who, counts, most, out, at, n,
+):  # fmt: skip
+    """out[at + b * n + j] += weights[j, low : low + count] . delta of row b, for the listed samples of units `first` to
+    `end`; stored weights have two pointers a unit, to their first and past their last from column `low` on."""
+    if form == DENSE:
+        dots(weights, columns_of, low, count, last, delta, start, pitch, first, end, who, counts, most, out, at, n)
+    elif form == PIECES:
+        dot_pieces(weights, pointers, columns, width, delta, start, pitch, first, end, who, counts, most, out, at, n)
+    else:
+        dot_single(weights, pointers, columns, delta, start, pitch, first, end, who, counts, most, out, at, n)
+
+
+@compiled
+def backward(
+    part, parts, barrier, paper, steps, batch, n, kind, dampening, support, threshold,
+    # weights; the candidate's pointers are apart in the paper's variant
+    form, width, weights, columns, pointers, last, candidate_pointers, candidate_last,
+    # in
+    u, r, g, q, v, y, c, d_cell,
+    # updated: gradient of what was sent, of the cell after the window
+    d_y, d_c,
+    # scratch
+    who, counts, d_sent,
+    # out
+    d_in_out, d_rec_out, pitch, d_threshold, d_bias, made_out,
+):  # fmt: skip
+    """All steps back: deltas of both drives (one and the same in the paper's variant), rows `pitch` apart.
+
+    `d_y` (T, B, N) comes with what the layer above and the loss say, and takes the recurrent part.
+    `made_out` (N,) counts how often a unit's dot was made.
+    """
+    low, high = share(n, LANES, part, parts), share(n, LANES, part + 1, parts)
+    size, target, gates = batch * n, parts, 2 * n if paper else 3 * n
+    each_cell = size if len(d_cell) > size else 0
+    for t in range(steps - 1, -1, -1):
+        for b in range(batch):
+            s, d = t * size + b * n, (t * batch + b) * pitch
+            if paper:
+                adjoint_paper(
+                    n, low, high, kind, dampening, support, threshold,
+                    u, g, v, s, c, s, d_y, d_cell, t * each_cell + b * n,
+                    d_c, b * n, d_sent, size + b * n, d_in_out, d, d_threshold, d_bias,
+                )  # fmt: skip
+            else:
+                adjoint(
+                    n, low, high, kind, dampening, support, threshold,
+                    u, r, g, q, v, s, c, s, d_y, d_cell, t * each_cell + b * n,
+                    d_c, b * n, d_in_out, d_rec_out, d, d_threshold, d_bias,
+                )  # fmt: skip
+        target = wait(barrier, parts, target)
+        start, before = t * batch * pitch, (t - 1) * size
+        if t > 0:
+            list_open(kind, dampening, support, threshold, v, (t - 1) * batch, batch, n, low, high, who, counts)
+        elif paper:
+            list_sent(y, batch, n, low, high, who, counts)
+        else:
+            continue
+        for j in range(low, high):
+            made_out[j] += counts[j]
+        if paper:
+            for b in range(batch):
+                for i in range(b * n + low, b * n + high):
+                    d_sent[i] = cells.ZERO
+            multiply_back(
+                form, width, weights, columns, candidate_pointers, 3 * n, 2 * n, n, candidate_last,
+                d_in_out, start, pitch, low, high, who, counts, batch, d_sent, 0, n,
+            )  # fmt: skip
+            for b in range(batch):
+                s = t * size + b * n
+                reset_gate_adjoint(
+                    n, low, high, r, s, y, s, d_sent, b * n, d_in_out, start + b * pitch, d_sent, size + b * n, d_bias
+                )
+                for i in range(low, high if t > 0 else low):
+                    d_y[before + b * n + i] += d_sent[size + b * n + i]
+            target = wait(barrier, parts, target)
+        if t > 0:
+            multiply_back(
+                form, width, weights, columns, pointers, 3 * n, 0, gates, last,
+                d_in_out if paper else d_rec_out, start, pitch, low, high, who, counts, batch, d_y, before, n,
+            )  # fmt: skip
+
+
+@compiled
+def list_sent(y, rows, n, low, high, who, counts):
+    """`list_open` of what the state before the window sent."""
+    for j in range(low, high):
+        counts[j] = 0
+    for b in range(rows):
+        for j in range(low, high):
+            if y[b * n + j] != 0:
+                who[j * rows + counts[j]] = b
+                counts[j] += 1
+
+
+@compiled
+def gradient_of_inputs(
+    part, parts, form, width, weights, columns, pointers, n_post, last, delta, pitch, rows, n_pre,
+    every, kind, dampening, support, threshold, v, who, counts, d_x_out, made_out,
+):  # fmt: skip
+    """d_x (rows, n_pre) = delta @ weights.T where it is wanted, zero elsewhere: everywhere, or where the unit below (v)
+    fired or has a slope. Splits presynaptic units."""
+    low, high = share(n_pre, 1, part, parts), share(n_pre, 1, part + 1, parts)
+    for first in range(0, rows, DOT_ROWS):
+        some = min(DOT_ROWS, rows - first)
+        for b in range(first, first + some):
+            for j in range(b * n_pre + low, b * n_pre + high):
+                d_x_out[j] = cells.ZERO
+        if every:
+            list_all(some, low, high, who, counts)
+        else:
+            list_open(kind, dampening, support, threshold, v, first, some, n_pre, low, high, who, counts)
+        for j in range(low, high):
+            made_out[j] += counts[j]
+        multiply_back(
+            form, width, weights, columns, pointers, n_post, 0, n_post, last, delta, first * pitch, pitch, low, high,
+            who, counts, some, d_x_out, first * n_pre, n_pre,
+        )  # fmt: skip

@@ -1,0 +1,51 @@
+"""Time transposable masks by every method, on the sizes that are asked for and those that others report.
+
+    python experiments/masks.py --threads 2
+    python experiments/masks.py --table
+
+A line holds what `eventrnn bench pruning --json` prints, with commit and time; a case with a line of this device
+is skipped. `eventrnn bench pruning` shows what others report beside one case.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from records import Records
+from rich.console import Console
+from rich.table import Table
+
+from eventrnn.bench.masks import masks
+
+RESULTS = Path(__file__).parent / "results" / "masks.jsonl"
+# Side, n, m, rounds; the seconds that exact, greedy and transport should stay under on two cores.
+CASES = (
+    (4096, 4, 8, 3, {"exact": 60, "greedy": 1, "transport": 3}),
+    (4096, 2, 4, 3, {}),
+    (512, 8, 16, 3, {}),
+    (8192, 8, 16, 1, {}),
+)
+
+
+def main(
+    threads: Annotated[int, typer.Option(help="Threads that share the tiles.")] = 2,
+    again: Annotated[bool, typer.Option("--again", help="Measure anew what has a line.")] = False,
+    table_only: Annotated[bool, typer.Option("--table", help="Measure nothing.")] = False,
+    results: Annotated[Path, typer.Option(help="Lines are appended here.")] = RESULTS,
+) -> None:
+    """Measure what is missing, then show everything."""
+    records = Records(results, ("matrix", "nm", "threads"))
+    table = Table("matrix", "n:m", "method", "seconds", "of processors", "at most", "of the exact magnitude")
+    for side, n, m, repeats, limits in CASES:
+        asked = {"matrix": f"{side}x{side}", "nm": f"{n}:{m}", "threads": threads}
+        line = records.of(asked)
+        if (again or line is None) and not table_only:
+            line = records.add(masks(rows=side, columns=side, n=n, m=m, threads=threads, repeats=repeats))
+        for method, found in (line or {"methods": {}})["methods"].items():
+            times = (f"{found['seconds']:.3f}", f"{found['cpu_seconds']:.3f}", str(limits.get(method, "")))
+            table.add_row(asked["matrix"], asked["nm"], method, *times, f"{found['of_exact']:.4%}")
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,47 @@
+"""Result lines: one JSON object each, appended as soon as it is measured, and never measured twice."""
+
+import json
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+from eventrnn.bench import device, versions
+from eventrnn.terminal import as_line
+
+ROOT = Path(__file__).parent.parent
+
+
+class Records:
+    """The lines of a file; `key` names what tells two of them apart, beside the device."""
+
+    def __init__(self, path: Path, key: tuple[str, ...]):
+        self.path, self.key, self.device = path, key, device()
+        self.lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def of(self, asked: dict) -> dict | None:
+        """The latest line of this device that was asked the same."""
+        same = [line for line in self.lines if line["device"] == self.device and self._same(line, asked)]
+        return same[-1] if same else None
+
+    def add(self, line: dict) -> dict:
+        """Append a line, with the commit, the time, the machine and its versions."""
+        stamp = {"commit": commit(), "time": datetime.now(UTC).isoformat(timespec="seconds")}
+        whole = json.loads(as_line(stamp | line | {"device": self.device, "versions": versions()}))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(as_line(whole) + "\n")
+        self.lines.append(whole)
+        return whole
+
+    def _same(self, line: dict, asked: dict) -> bool:
+        return all(line.get(name) == asked[name] for name in self.key)
+
+
+def commit() -> str:
+    """The last commit that changed the package, with a mark where files differ from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+
+    changed = "-changed" if git("status", "--porcelain", "eventrnn") else ""
+    return git("log", "-1", "--format=%h", "--", "eventrnn") + changed

@@ -1,0 +1,115 @@
+"""A small word model of events beside a GRU of the same size, both trained by the same loop.
+
+    python experiments/words.py FOLDER                       # events, then the GRU; appends to results/words.jsonl
+    python experiments/words.py FOLDER --model egru --epochs 4
+
+FOLDER holds ptb.train.txt, ptb.valid.txt and ptb.test.txt (or any three named so). The GRU is `training.GRU`: a unit
+sends its cell at every step, nothing is subtracted; the same parameters but for thresholds, start and noise, but no
+activity cost, which would only shrink it. A run is kept in runs/ and goes on where it was stopped.
+"""
+
+import json
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from eventrnn import Network, bench, plots
+from eventrnn.terminal import as_line, progress
+from eventrnn.text import from_path
+from eventrnn.training import (
+    GRU,
+    LanguageModelling,
+    Model,
+    Regularisers,
+    Schedule,
+    Settings,
+    Trainer,
+    read_log,
+    run,
+)
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results" / "words.jsonl"
+FIGURE = Path(__file__).parent / "figures" / "words.png"
+
+
+def settings(model: str, epochs: int) -> Settings:
+    """What was tried first and kept: nothing is tuned on these texts."""
+    return Settings(
+        epochs=epochs,
+        batch=20,
+        window=35,
+        learning_rate=3e-3,
+        weight_decay=0.0,
+        clip=0.5,
+        activity_cost=1.0 if model == "egru" else 0.0,
+        validate_every=332,
+        schedule=Schedule("cosine", constant=0.2, final=0.02, warmup=100),
+        regularisers=Regularisers(dropout_input=0.1, dropout_top=0.2),
+    )
+
+
+def commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    return found.stdout.strip()
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="The texts.")],
+    model: Annotated[list[str] | None, typer.Option(help="egru or gru; repeat for both. [both]")] = None,
+    hidden: int = 256,
+    epochs: int = 2,
+    runs: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),
+    results: Annotated[Path, typer.Option(help="Lines to append to.")] = RESULTS,
+) -> None:
+    """Train, validate, test, write a line each."""
+    corpus, version = from_path(folder, kind="word"), commit()
+    symbols = len(corpus.vocabulary)
+    for name in model or ["egru", "gru"]:
+        if name not in ("egru", "gru"):
+            raise SystemExit(f"model: got {name!r}, need egru or gru")
+        network = Network.random(
+            [hidden], symbols=symbols, embedding=hidden, tied=True, threshold=0.3, rng=np.random.default_rng(0)
+        )
+        chosen = settings(name, epochs)
+        engine = (GRU if name == "gru" else Model)(network, threads=chosen.threads)
+        trainer = Trainer(network, LanguageModelling(corpus.train, corpus.valid), chosen, model=engine)
+        with progress() as bar:
+
+            def report(p, seconds, name=name, bar=bar):
+                note = f"{p.bits:.3f} bits, activity {p.activity:.1%}, {seconds:.0f} s"
+                bar(name, round(p.share * 1000), 1000, note)
+
+            seconds = run(trainer, runs / f"words-{name}-{hidden}-{epochs}", resume=True, report=report)
+        lines = read_log(runs / f"words-{name}-{hidden}-{epochs}")
+        engine.parameters = trainer.best
+        test = LanguageModelling(corpus.train, corpus.test).evaluate(engine)
+        best = min((line["validation"] for line in lines if line["validation"]), key=lambda v: v["bits"])
+        line = {
+            "experiment": "words", "model": name, "hidden": hidden, "epochs": epochs, "symbols": symbols,
+            "words": len(corpus.train), "perplexity_valid": best["perplexity"], "perplexity_test": test["perplexity"],
+            "activity": test["activity"], "support": lines[-1]["support"], "seconds": seconds,
+            "parameters": sum(p.size for p in engine.parameters.values()),
+            "curve": [[each["step"], each["validation"]["perplexity"], each["validation"]["activity"]]
+                      for each in lines if each["validation"]],
+            "commit": version, "time": datetime.now(UTC).isoformat(timespec="seconds"), "device": bench.device(),
+        }  # fmt: skip
+        results.parent.mkdir(parents=True, exist_ok=True)
+        with open(results, "a", encoding="utf-8") as file:
+            file.write(as_line(line) + "\n")
+        plots.learning_curves(
+            {each["model"]: each["curve"] for each in map(json.loads, results.read_text().splitlines())
+             if (each["hidden"], each["epochs"]) == (hidden, epochs)},
+            title=f"{hidden} units, {epochs} epochs of {len(corpus.train):,} words",
+            path=runs / "words.png" if results != RESULTS else FIGURE,
+        )  # fmt: skip
+        print(json.dumps({key: value for key, value in line.items() if key != "curve"}))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,351 @@
+"""The backward pass over events: against the specification, over formats, modes, threads and noise; its counts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from magnitudes import backward_magnitudes
+from tolerance import U32, central_difference, gamma, sharp
+
+from eventrnn import Cell, Network, State, Surrogate, reference, simulate
+from eventrnn.cells import SURROGATES
+from eventrnn.observe import count_backward
+from eventrnn.training import Model, Noise, thresholds
+from eventrnn.training.sweeps import DENSE, PIECES, SINGLE
+from eventrnn.weights import convert
+
+FORMATS = [
+    ("dense", {}),
+    ("csr", {}),
+    ("block", {"block": (1, 16)}),
+    ("block", {"block": (2, 32)}),
+    ("block", {"block": (3, 5)}),
+    ("block", {"block": (1, 64)}),
+    ("nm", {"nm": (2, 8, "post")}),
+]
+
+
+def pruned(dense: np.ndarray, form: str, options: dict, rng: np.random.Generator):
+    """The matrix in a format, three quarters of its blocks left out."""
+    if form == "nm":
+        n, m, _ = options["nm"]
+        keep = np.zeros(dense.shape, bool)
+        for start in range(0, dense.shape[1], m):
+            keep[:, start : start + n] = True
+        return convert(dense * keep, form, **options)
+    r, c = options.get("block", (1, 1))
+    if form == "dense" or c > dense.shape[1] or r > dense.shape[0]:
+        return convert(dense, "dense")
+    grid = rng.random((-(-dense.shape[0] // r), -(-dense.shape[1] // c))) < 0.25
+    keep = np.repeat(np.repeat(grid, r, axis=0), c, axis=1)[: dense.shape[0], : dense.shape[1]]
+    return convert(dense * keep, form, **options)
+
+
+@st.composite
+def cases(draw, formats=FORMATS):
+    """A layer in some format, a window, its noise and upstream gradients of the output, the events and the cells."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    n, inputs = draw(st.integers(1, 45)), draw(st.integers(1, 20))
+    steps, batch = draw(st.integers(1, 6)), draw(st.sampled_from([1, 2, 5, 12]))
+    kind = draw(st.sampled_from([*sorted(SURROGATES), "triangle", "boxcar"]))
+    cell = Cell(
+        variant=draw(st.sampled_from(["evnn", "paper"])),
+        surrogate=Surrogate(kind, draw(st.sampled_from([0.5, 1.0])), draw(st.sampled_from([0.5, 2.0, 8.0]))),
+    )
+    network = Network.random([n], inputs=inputs, rng=rng, threshold=draw(st.sampled_from([0.05, 0.3])), cell=cell)
+    form, options = draw(st.sampled_from(formats))
+    layer = network.layers[0]
+    network = replace(
+        network,
+        layers=(
+            replace(
+                layer,
+                w_in=pruned(layer.w_in.to_dense(), form, options, rng),
+                w_rec=pruned(layer.w_rec.to_dense(), form, options, rng),
+                bias_in=rng.normal(0, 0.5, 3 * n).astype(np.float32),
+                bias_rec=rng.normal(0, 0.5, 3 * n).astype(np.float32),
+            ),
+        ),
+    )
+    x = (rng.normal(size=(steps, batch, inputs)) * (rng.random((steps, batch, inputs)) < 0.4)).astype(np.float32)
+    y = (rng.random((batch, n)) * (rng.random((batch, n)) < 0.5)).astype(np.float32)
+    state = State((rng.normal(0, 0.3, (batch, n)).astype(np.float32),), (y,))
+
+    def mask(*shape):
+        return (rng.random(shape) < 0.5).astype(np.float32) * np.float32(2)
+
+    noise = Noise(
+        inputs=mask(draw(st.sampled_from([1, batch])), inputs) if draw(st.booleans()) else None,
+        top=mask(draw(st.sampled_from([1, batch])), n) if draw(st.booleans()) else None,
+        recurrent=(mask(n, 3 * n),) if draw(st.booleans()) else (),
+        zoneout=(rng.random((steps, batch, n)) < 0.3,) if draw(st.booleans()) else (),
+    )
+    upstream = rng.normal(size=(3, steps, batch, n)).astype(np.float32)
+    return network, x, state, noise, upstream
+
+
+def specification(model: Model, tape, noise: Noise, upstream: np.ndarray):
+    """Gradients by `reference.backward` in float64 on the same tape, and the magnitudes of what they add up."""
+    layer, cell, p = tape.layers[0], model.cells[0], {}
+    for name in ("w_in", "w_rec", "bias_in", "bias_rec", "threshold"):
+        p[name] = model.parameters[f"layers.0.{name}"].astype(np.float64)
+    dropped = np.ones_like(p["w_rec"]) if not noise.recurrent else noise.recurrent[0]
+    p["w_rec"] = p["w_rec"] * dropped
+    tapes, rule = [], cell.surrogate
+    for t in range(len(layer.v)):
+        wide = [getattr(layer, name)[t].astype(np.float64) for name in ("u", "r", "g", "q", "v")]
+        if cell.variant == "paper":
+            wide[3] = np.zeros_like(wide[3])
+        event = (layer.v[t] > layer.threshold).astype(np.float64)
+        distance = layer.v[t] - layer.threshold
+        slope = reference.cells.surrogate_slope(
+            rule.code, distance, np.float32(rule.dampening), np.float32(rule.support)
+        ).astype(np.float64)
+        before, after = layer.c[t].astype(np.float64), layer.c[t + 1].astype(np.float64)
+        y_before, y = layer.y[t].astype(np.float64), layer.y[t + 1].astype(np.float64)
+        tapes.append(reference.Tape(*wide[:4], before, y_before, wide[4], event, slope, y, after))
+    top = 1 if noise.top is None else noise.top
+    d_y, d_cell = (upstream[0] * top + upstream[1]).astype(np.float64), upstream[2].astype(np.float64)
+    arguments = (cell, p, layer.x.astype(np.float64), tapes, d_y, np.zeros(d_y.shape), d_cell)
+    expected, sizes = reference.backward(*arguments), backward_magnitudes(*arguments)
+    for each in (expected, sizes):
+        each["w_rec"] = each["w_rec"] * dropped
+        each["inputs"] = each.pop("x") * (1 if noise.inputs is None else noise.inputs)
+    return expected, sizes
+
+
+def agree(model: Model, gradients: dict, tape, noise: Noise, upstream: np.ndarray) -> None:
+    """Every gradient within the bound of the specification's; pruned weights have none."""
+    expected, sizes = specification(model, tape, noise, upstream)
+    steps, batch, n = tape.layers[0].v.shape
+    # A path through all steps meets, in each, a product of 3N terms, sixteen lanes, and 80 scalar roundings (what is
+    # known of u, r, g and v is what the tape says); the sums over rows come last.
+    roundings = steps * (3 * n + 112) + steps * batch + len(model.parameters["layers.0.w_in"])
+    for name in ("w_in", "w_rec", "bias_in", "bias_rec", "threshold", "inputs"):
+        gradient = gradients[name if name == "inputs" else f"layers.0.{name}"]
+        mask = model.masks.get(f"layers.0.{name}", np.ones(1))
+        error = np.abs(gradient - expected[name] * mask)
+        assert (error <= gamma(roundings, U32) * sizes[name].max()).all(), name
+
+
+@settings(max_examples=60)
+@given(cases(), st.sampled_from(["auto", "dense", "sparse"]), st.sampled_from([1, 2]))
+def test_gradients_are_the_specification_s(case, mode, threads):
+    network, x, state, noise, upstream = case
+    model = Model(network, backward=mode, threads=threads)
+    _, _, tape = model.forward(x, state, noise)
+    gradients = model.backward(tape, upstream[0], d_events=(upstream[1],), d_cells=(upstream[2],), d_inputs=True)
+    agree(model, gradients, tape, noise, upstream)
+
+
+@settings(max_examples=40)
+@given(cases())
+def test_sparse_is_the_engine_forward_and_the_same_bits_on_two_threads(case):
+    network, x, state, noise, upstream = case
+    one, two = (Model(network, backward="sparse", threads=threads) for threads in (1, 2))
+    tapes = [model.forward(x, state, noise)[2] for model in (one, two)]
+    every, stored = (
+        model.backward(tape, upstream[0], d_inputs=True, stored=which)
+        for model, tape, which in ((one, tapes[0], False), (two, tapes[1], True))
+    )
+    for name, gradient in every.items():
+        mask = one.masks.get(name)
+        assert np.array_equal(gradient if mask is None else gradient[mask], stored[name]), name
+        if mask is not None:
+            assert not gradient[~mask].any()
+    if not (noise.recurrent or noise.zoneout):
+        run = simulate(network, tapes[0].layers[0].x, state=state, record=("events", "states"))
+        assert np.array_equal(tapes[0].layers[0].y[1:], run.events[0].to_dense())
+        assert np.array_equal(tapes[0].layers[0].c[1:], run.states[0])
+
+
+def test_the_layers_below_get_what_they_use():
+    """A stack, sparse and dense: the gradient of what a lower layer sent is made only where it has a use."""
+    rng = np.random.default_rng(7)
+    cell = Cell(surrogate=Surrogate("triangle", 0.7, 6.0))
+    network = Network.random([40, 33, 20], symbols=9, embedding=12, readout=9, rng=rng, threshold=0.1, cell=cell)
+    symbols = rng.integers(0, 9, (12, 5))
+    noise = Noise(words=(rng.random(9) < 0.7).astype(np.float32) * np.float32(2))
+    sparse, dense = (Model(network, backward=mode) for mode in ("sparse", "dense"))
+    output, _, tape = sparse.forward(symbols, State.zeros(network, 5), noise)
+    dense.forward(symbols, State.zeros(network, 5), noise)
+    d_output = rng.normal(size=output.shape).astype(np.float32)
+    ours = sparse.backward(tape, d_output)
+    work = tape.work
+    theirs = dense.backward(tape, d_output)
+    assert 0 < tape.support < 1
+    for k in (1, 2):
+        assert 0 < work[f"layers.{k}.w_in"].dots.sum() < 60 * len(work[f"layers.{k}.w_in"].dots)
+    for name, gradient in theirs.items():
+        # Two float32 evaluations of one sum; 12 steps of products of up to 3 * 40 terms, three layers of them.
+        assert np.abs(ours[name] - gradient).max() <= gamma(3 * 12 * 400, U32) * np.abs(gradient).max(), name
+    unread = noise.words == 0
+    assert not ours["embedding"][unread].any() and ours["embedding"][~unread].any()
+
+
+@settings(max_examples=25)
+@given(cases(), st.sampled_from(["sparse", "dense"]))
+def test_counts_are_those_of_a_walk_over_the_window(case, mode):
+    network, x, state, noise, upstream = case
+    model = Model(network, backward=mode)
+    _, _, tape = model.forward(x, state, noise)
+    model.backward(tape, upstream[0], d_inputs=True)
+    layer, cell, counts = tape.layers[0], model.cells[0], count_backward(tape.work)
+    steps, batch, n = layer.v.shape
+    rule, paper = cell.surrogate, cell.variant == "paper"
+    slope = reference.cells.surrogate_slope(
+        rule.code, layer.v - layer.threshold, np.float32(rule.dampening), np.float32(rule.support)
+    )
+    has_path = (layer.v > layer.threshold) | (slope != 0)
+    assert tape.support == np.count_nonzero(has_path) / has_path.size
+    for name in ("w_in", "w_rec"):
+        weights = model.parameters[f"layers.0.{name}"]
+        kept = model.masks.get(f"layers.0.{name}", np.ones(weights.shape, bool))
+        pattern = model._engines[0].patterns[name]
+        effective = made = dense = 0
+        for t in range(steps):
+            for b in range(batch):
+                sent = layer.x[t, b] if name == "w_in" else layer.y[t, b]
+                # Whose gradient the products of step t make: the inputs' of t, the events' of t - 1.
+                wanted = np.ones(len(weights), bool)
+                if name == "w_rec":
+                    wanted = has_path[t - 1, b] if t else layer.y[0, b] != 0 if paper else np.zeros(n, bool)
+                dense += weights.size * (1 + (name == "w_in" or t > 0 or paper))
+                for j in range(len(weights)):
+                    effective += int(kept[j].sum()) * (int(sent[j] != 0) + int(wanted[j]))
+                    stored = int((pattern.units == j).sum()) * pattern.width
+                    row = weights.shape[1] if pattern.form in (DENSE, SINGLE) else stored
+                    dot = weights.shape[1] if pattern.form == DENSE else stored
+                    made += row * int(sent[j] != 0) + dot * int(wanted[j])
+        assert counts[f"layers.0.{name}"].backward_effective == effective
+        assert counts[f"layers.0.{name}"].backward_dense == dense
+        assert counts[f"layers.0.{name}"].backward_executed == (made if mode == "sparse" else dense)
+
+
+def test_patterns_find_the_widest_pieces():
+    rng = np.random.default_rng(0)
+    for (form, options), expected in zip(FORMATS, (DENSE, SINGLE, PIECES, PIECES, SINGLE, PIECES, SINGLE), strict=True):
+        dense = rng.normal(size=(40, 3 * 40)).astype(np.float32)
+        network = Network.random([40], inputs=40, rng=rng)
+        weights = pruned(dense, form, options, rng)
+        network = replace(network, layers=(replace(network.layers[0], w_in=weights, w_rec=weights),))
+        model = Model(network, backward="sparse")
+        model.forward(np.zeros((1, 1, 40), np.float32), State.zeros(network, 1))
+        pattern = model._engines[0].patterns["w_rec"]
+        assert pattern.form == expected
+        if expected == PIECES:
+            assert pattern.width == options["block"][1]
+            # No piece crosses from the gates to the candidate, whose events differ in the paper's variant.
+            assert not ((pattern.columns < 80) & (pattern.columns + pattern.valid > 80)).any()
+
+
+def test_masks_that_change_are_followed():
+    rng = np.random.default_rng(1)
+    network = Network.random([40], inputs=40, rng=rng, threshold=0.05)
+    model, x = Model(network, backward="sparse"), rng.random((4, 3, 40), np.float32)
+    for density in (0.5, 0.2):
+        for name in ("layers.0.w_in", "layers.0.w_rec"):
+            model.masks[name] = rng.random((40, 120)) < density
+        model.apply_masks()
+        _, _, tape = model.forward(x, State.zeros(network, 3))
+        run = simulate(model.network(), x, record="events")
+        assert np.array_equal(tape.layers[0].y[1:], run.events[0].to_dense())
+        kept = model.backward(tape, np.ones((4, 3, 40), np.float32), stored=True)
+        assert all(kept[name].shape == (mask.sum(),) for name, mask in model.masks.items())
+
+
+@pytest.mark.parametrize("rule", ["positive", "clamped", "sigmoid", "fixed"])
+def test_thresholds_by_their_rule(rule):
+    rng = np.random.default_rng(2)
+    network = Network.random([12], inputs=5, rng=rng, threshold=0.25)
+    model = Model(network, thresholds=rule)
+    theta = network.layers[0].threshold.astype(np.float64)
+    # Through the logit and back: its rounding moves theta by at most a quarter of its size, then 2.5 ulp of sigmoid.
+    assert np.abs(model.network().layers[0].threshold - theta).max() <= 8 * U32
+    _, _, tape = model.forward(rng.random((5, 2, 5), np.float32), State.zeros(network, 2))
+    upstream = np.ones((5, 2, 12), np.float32)
+    gradient = model.backward(tape, upstream)["layers.0.threshold"]
+    bare = Model(network).backward(Model(network).forward(tape.layers[0].x, State.zeros(network, 2))[2], upstream)
+    if rule == "sigmoid":
+        for i in range(12):
+            logit = np.float64(model.parameters["layers.0.threshold"][i])
+            slope = central_difference(lambda h, at=logit: 1 / (1 + np.exp(-(at + h))), 1.0, 8)
+            assert sharp(slope, 1.0)
+            wanted = bare["layers.0.threshold"][i] * slope.value
+            size = np.abs(bare["layers.0.threshold"]).max()
+            assert abs(gradient[i] - wanted) <= size * (slope.bound + gamma(8, U32))
+    elif rule == "fixed":
+        assert not gradient.any()
+    else:
+        assert np.array_equal(gradient, bare["layers.0.threshold"])
+    model.parameters["layers.0.threshold"] += np.float32(5)
+    model.apply_masks()
+    after = model.network().layers[0].threshold
+    highest = {"clamped": 1.0, "sigmoid": 1.0}.get(rule, 6.0)
+    assert (after >= 0).all() and (after <= highest).all() and (after > theta).all()
+
+
+def test_thresholds_begin_as_asked():
+    drawn = thresholds.initial(0.3, 20_000, rng=np.random.default_rng(0))
+    # Beta(9/7, 3) has mean 0.3 and a deviation below a half: five deviations of the mean of 20,000.
+    assert abs(drawn.mean() - 0.3) <= 5 * 0.5 / np.sqrt(20_000) and 0 < drawn.min() and drawn.max() < 1
+    assert np.array_equal(thresholds.initial(0.5, 3), np.full(3, 0.5, np.float32))
+    assert np.array_equal(thresholds.initial([0.1, 0.2], 2), np.array([0.1, 0.2], np.float32))
+    for start, units, rng, message in (
+        ([0.1], 2, None, "each of 2 units"),
+        (-1.0, 2, None, ">= 0"),
+        (1.5, 2, np.random.default_rng(0), "between 0 and 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            thresholds.initial(start, units, rng=rng)
+
+
+def _scaled_twice(self, k, gradients, dropped, stored):
+    gradients[f"layers.{k}.w_rec"] *= dropped > 0
+
+
+def test_a_mask_without_its_rescaling_is_seen(monkeypatch):
+    rng = np.random.default_rng(5)
+    network = Network.random([20], inputs=6, rng=rng, threshold=0.05)
+    noise = Noise(recurrent=((rng.random((20, 60)) < 0.5).astype(np.float32) * np.float32(2),))
+    upstream = rng.normal(size=(3, 5, 4, 20)).astype(np.float32)
+    x, model = rng.random((5, 4, 6), np.float32), Model(network)
+
+    def check():
+        _, _, tape = model.forward(x, State.zeros(network, 4), noise)
+        gradients = model.backward(tape, upstream[0], d_events=(upstream[1],), d_cells=(upstream[2],), d_inputs=True)
+        agree(model, gradients, tape, noise, upstream)
+
+    check()
+    monkeypatch.setattr(Model, "_drop_back", _scaled_twice)
+    with pytest.raises(AssertionError, match="w_rec"):
+        check()
+
+
+def test_refusals():
+    rng = np.random.default_rng(0)
+    network = Network.random([6, 4], inputs=3, rng=rng, threshold=0.1)
+    for changes, message in (
+        ({"backward": "fast"}, "backward"),
+        ({"threads": 0}, "threads"),
+        ({"thresholds": "free"}, "thresholds"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Model(network, **changes)
+    with pytest.raises(ValueError, match="sigmoid needs"):
+        Model(Network.random([6], inputs=3, rng=rng, threshold=0.0), thresholds="sigmoid")
+    model, x, state = Model(network), np.zeros((2, 5, 3), np.float32), State.zeros(network, 5)
+    for noise, message in (
+        (Noise(inputs=np.ones((2, 3), np.float32)), "inputs"),
+        (Noise(between=(None, None)), "between"),
+        (Noise(top=np.ones((1, 5), np.float32)), "top"),
+        (Noise(recurrent=(np.ones((6, 6), np.float32), None)), "recurrent"),
+        (Noise(zoneout=(np.ones((2, 5, 6), np.float32), None)), "zoneout"),
+        (Noise(words=np.ones(3, np.float32)), "words"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.forward(x, state, noise)

@@ -1,0 +1,75 @@
+"""bench training: refusals, figures of the window that was timed, rivals that compute the same."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from eventrnn.bench import TrainingCase, training
+from eventrnn.cli import app
+
+SMALL = {"hidden": 96, "batch": 8, "steps": 12, "repeats": 3, "activity": 0.2, "support": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": 0}, "hidden"),
+        ({"repeats": 2}, "repeats"),
+        ({"activity": 1.0}, "activity"),
+        ({"support": 0.0}, "support"),
+        ({"sparsity": 1.0}, "sparsity"),
+        ({"block": (1, 16)}, "without a sparsity"),
+        ({"backward": "fast"}, "backward"),
+        ({"against": "jax"}, "against"),
+    ],
+)
+def test_refusals(change, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingCase(**change)
+
+
+@pytest.mark.parametrize("changes", [{}, {"sparsity": 0.8, "block": (1, 32)}, {"backward": "dense"}])
+def test_figures_are_of_the_window_that_was_timed(changes):
+    result = training(against="none", **(SMALL | changes))
+    assert result["speedup"] is None and result["ms_per_iteration"] > 0
+    # Within the command's own tolerance of what was asked; a unit that fired or has a slope is one with a path.
+    assert 0.18 <= result["activity"] <= 0.22 and 0.18 <= result["support"] <= 0.22
+    assert max(result["activity"], result["support"]) <= result["open"] <= result["activity"] + result["support"]
+    assert result["effective_per_iteration"] <= result["executed_per_iteration"] <= result["dense_per_iteration"]
+    # Forward, weight gradient and gradient of the inputs of both matrices; the last step's events are read by nobody.
+    rows = 96 * 3 * 96 * 8
+    assert result["dense_per_iteration"] == rows * (12 * 5 + 11)
+    if changes.get("sparsity"):
+        assert 0.79 <= result["sparsity"] <= 0.81
+        assert result["executed_per_iteration"] < 0.3 * result["dense_per_iteration"]
+
+
+@pytest.mark.torch
+def test_rivals_run_and_the_loop_has_our_gradients():
+    pytest.importorskip("torch")
+    result = training(against="torch,torch-loop", **SMALL)
+    assert set(result["against_each"]) == {"torch", "torch-loop"}
+    assert result["speedup"] == result["against_ms_per_iteration"] / result["ms_per_iteration"]
+
+
+def test_the_command_prints_one_object_and_refuses():
+    sizes = [
+        "--hidden",
+        "96",
+        "--batch",
+        "8",
+        "--steps",
+        "12",
+        "--repeats",
+        "3",
+        "--activity",
+        "0.2",
+        "--support",
+        "0.2",
+    ]
+    done = CliRunner().invoke(app, ["bench", "training", *sizes, "--against", "none", "--json"])
+    assert done.exit_code == 0 and json.loads(done.stdout)["threads"] == 1
+    for arguments, named in ((["--backend", "gpu"], "backend"), (["--activity", "2"], "activity")):
+        with pytest.raises(ValueError, match=named):
+            CliRunner().invoke(app, ["bench", "training", *arguments], catch_exceptions=False)

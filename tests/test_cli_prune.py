@@ -1,0 +1,183 @@
+"""`eventrnn prune`, `eventrnn bench pruning`: every method runs, the table is true, the meaningless is refused."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from eventrnn import NM, Network, convert, load, save
+from eventrnn.cli import main
+from eventrnn.cli.prune import WAYS
+from eventrnn.pruning import legal
+from eventrnn.text import Vocabulary
+
+TEXT = "the quick brown fox jumps over the lazy dog\n" * 60
+TUNING = ("--steps", 6, "--batch", 4, "--window", 8)
+
+
+@pytest.fixture
+def prune(monkeypatch, capsys, tmp_path):
+    """`eventrnn prune MODEL` with more arguments; returns (exit code, stdout, stderr)."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    vocabulary = Vocabulary.of(TEXT)
+    network = Network.random(
+        [24], symbols=len(vocabulary), embedding=8, readout=len(vocabulary), rng=np.random.default_rng(0),
+        threshold=0.1, metadata={"vocabulary": vocabulary.to_json()},
+    )  # fmt: skip
+    save(network, tmp_path / "model.safetensors")
+
+    def run(*arguments, verb="prune", model="model.safetensors"):
+        words = ["eventrnn", verb, tmp_path / model, *arguments] if verb == "prune" else ["eventrnn", verb, *arguments]
+        monkeypatch.setattr(sys, "argv", [str(word).format(folder=tmp_path) for word in words])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+def record(result):
+    code, out, err = result
+    assert code == 0, err
+    assert len(out.splitlines()) == 1
+    return json.loads(out)
+
+
+METHODS = {
+    "magnitude": (),
+    "movement": ("--sparsity", 0.5),
+    "threshold": ("--sparsity", 0.5, "--block", "2x4"),
+    "lasso": ("--sparsity", 0.5, "--block", "2x4", "--strength", 0.1),
+    "iterative": ("--sparsity", 0.5, "--rounds", 2),
+    "dynamic": ("--nm", "4:8:both", "--every", 2, "--mask", "greedy"),
+    "regrow": ("--sparsity", 0.5, "--every", 2),
+    "adaprune": ("--nm", "2:4"),
+    "operations": ("--ops-budget", 0.5, "--criterion", "activity"),
+}
+
+
+@pytest.mark.parametrize("method", WAYS)
+def test_every_method_prunes_and_reports_what_is_in_the_file(prune, tmp_path, method):
+    out = tmp_path / "out.safetensors"
+    tuning = TUNING if WAYS[method].trains else ()
+    text = ("--text", "{folder}/text.txt")
+    result = record(prune("--out", out, "--method", method, *METHODS[method], *tuning, *text, "--json"))
+    before, after = load(tmp_path / "model.safetensors"), load(out)
+    for side, network in (("before", before), ("after", after)):
+        assert result[f"weights_{side}"] == sum(w.nnz for w in network.matrices().values())
+    assert result["file_bytes_after"] == out.stat().st_size
+    assert result["weights_after"] < 0.9 * result["weights_before"]
+    assert result["effective_ops_per_step_after"] < 0.9 * result["effective_ops_per_step_before"]
+    assert result["executed_ops_per_step_after"] >= result["effective_ops_per_step_after"]
+    assert result["bits_after"] > 0 and result["method"] == method and not result["dry_run"]
+    read = record(prune("{folder}/out.safetensors", *text, "--part", "valid", "--json", verb="run"))
+    assert read["bits_per_symbol"] == result["bits_after"]
+    reference = record(
+        prune("{folder}/out.safetensors", *text, "--part", "valid", "--backend", "reference", "--json", verb="run")
+    )
+    assert reference["bits_per_symbol"] == read["bits_per_symbol"]
+    if "--nm" in METHODS[method]:
+        axis = "both" if method == "dynamic" else "post"
+        n, m = (4, 8) if method == "dynamic" else (2, 4)
+        for weights in after.matrices().values():
+            assert isinstance(weights, NM) and legal(weights.to_dense() != 0, n, m, axis)
+
+
+def test_a_dry_run_writes_nothing_and_tells_the_size(prune, tmp_path):
+    there = sorted(tmp_path.iterdir())
+    asked = ("--sparsity", 0.75, "--block", "1x4", "--exempt", "readout", "--json")
+    told = record(prune("--dry-run", *asked))
+    assert sorted(tmp_path.iterdir()) == there and told["dry_run"] and told["steps"] == 0
+    # Of a way that trains, too: without the training.
+    trained = record(prune("--dry-run", "--method", "regrow", *TUNING, "--text", "{folder}/text.txt", *asked))
+    assert trained["weights_after"] == told["weights_after"] and trained["bits_after"] > 0
+    done = record(prune("--out", tmp_path / "out.safetensors", *asked))
+    assert {k: v for k, v in told.items() if k != "dry_run"} == {k: v for k, v in done.items() if k != "dry_run"}
+    before, after = load(tmp_path / "model.safetensors"), load(tmp_path / "out.safetensors")
+    assert np.array_equal(before.readout.weights.values, after.readout.weights.values)
+    code, out, _ = prune("--dry-run")
+    assert code == 0 and "nothing is written" in out and "before / after" in out and "give --text" in out
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "int8"])
+@pytest.mark.parametrize("tuning", [(), (*TUNING, "--text", "{folder}/text.txt")], ids=["at once", "trained"])
+def test_narrow_storage_stays(prune, tmp_path, storage, tuning):
+    network = load(tmp_path / "model.safetensors")
+    narrow = network.with_matrices({n: convert(w, "dense", storage=storage) for n, w in network.matrices().items()})
+    save(narrow, tmp_path / "narrow.safetensors")
+    out = tmp_path / "out.safetensors"
+    told = record(prune("--out", out, "--nm", "2:4", *tuning, "--json", model="narrow.safetensors"))
+    assert told["storage"] == storage
+    assert {w.storage for w in load(out).matrices().values()} == {storage}
+
+
+def test_a_picture_of_the_masks(prune, tmp_path):
+    pytest.importorskip("matplotlib", reason="figures need matplotlib, the plots extra")
+    code, _, err = prune("--out", tmp_path / "out.safetensors", "--picture", tmp_path / "masks.png")
+    assert code == 0, err
+    assert (tmp_path / "masks.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--nm", "5:4"), "got 5:4, need n of each m"),
+        (("--nm", "2:64"), "2 <= m <= 32"),
+        (("--nm", "2:4:up"), "nm axis"),
+        (("--nm", "2:4", "--sparsity", 0.5), "target: got --sparsity, --nm for magnitude"),
+        (
+            ("--nm", "2:4", "--method", "movement", "--steps", 4),
+            "target: got --nm for movement, need one of --sparsity",
+        ),
+        (("--nm", "2:4", "--block", "1x4"), "--block means nothing to magnitude with --nm"),
+        (("--mask", "greedy"), "--mask means nothing to magnitude"),
+        (("--nm", "2:4:both", "--mask", "guess"), "method: got 'guess'"),
+        (("--criterion", "activity"), "--criterion means nothing to magnitude"),
+        (("--method", "sieve"), "method: got 'sieve', need one of magnitude"),
+        (("--method", "dynamic", "--nm", "2:4"), "give --steps"),
+        (("--method", "adaprune", "--nm", "2:4", "--steps", 3), "adaprune does not train"),
+        (("--method", "operations"), "needs --ops-budget"),
+        (("--ops-budget", 0), "budget: got 0"),
+        (("--ops-budget", "1e-9", "--text", "{folder}/text.txt"), "of the operations remain"),
+        (("--exempt", "layers.7"), "no matrix 'layers.7'"),
+        (("--sparsity", 0.999, "--block", "8x24"), "leaves nothing"),
+        (("--scope", "layer"), "scope"),
+        (("--gates", "some"), "gates"),
+        (("--rounds", 3), "--rounds means nothing to magnitude"),
+        (("--picture", "{folder}/text.txt"), "--force"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(prune, tmp_path, arguments, message):
+    code, out, err = prune("--out", tmp_path / "new", *arguments)
+    errors = [line for line in err.splitlines() if line.startswith("eventrnn: error: ")]
+    assert code == 2 and out == "" and len(errors) == 1 and message in errors[0]
+    assert not (tmp_path / "new").exists()
+
+
+def test_somewhere_to_write_is_needed(prune):
+    code, _, err = prune("--sparsity", 0.5)
+    assert code == 2 and "or --dry-run" in err
+
+
+def test_bench_pruning_says_how_much_every_method_keeps(prune):
+    sizes = ("--rows", 40, "--columns", 50, "--repeats", 1, "--threads", 2)
+    told = record(prune("pruning", *sizes, "--json", verb="bench"))
+    assert (told["matrix"], told["nm"], told["threads"]) == ("40x50", "4:8", 2)
+    assert told["masks_of_a_tile"]["transposable"] == 116_963_796_250
+    methods = told["methods"]
+    assert list(methods) == ["one axis", "exact", "greedy", "transport"]
+    assert methods["one axis"]["of_exact"] > methods["exact"]["of_exact"] == 1 >= methods["transport"]["of_exact"]
+    assert methods["transport"]["of_exact"] > methods["greedy"]["of_exact"]
+    assert all(line["seconds"] > 0 and 0.4 < line["kept_weights"] <= 0.55 for line in methods.values())
+    code, out, _ = prune("pruning", *sizes, "--methods", "greedy", "--nm", "2:4", verb="bench")
+    assert code == 0 and "Meng et al. 2025" in out and "this run" in out
+    for arguments, message in (
+        (("--methods", "greedy,best"), "methods: got greedy, best"),
+        (("--nm", "2:4:pre"), "leave the axis out"),
+        (("--rows", 0), "rows: got 0"),
+        (("--nm", "9:8"), "got 9:8"),
+    ):
+        code, _, err = prune("pruning", *arguments, verb="bench")
+        assert code == 2 and message in err

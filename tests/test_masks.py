@@ -1,0 +1,214 @@
+"""N:M masks: legal along either axis and both, the heaviest there are, as many as there are."""
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tolerance import GREEDY_FACTOR, TRANSPORT_SHORTFALL, U64, gamma
+
+from eventrnn import NM
+from eventrnn.pruning import NofM, legal, mask_diversity, nm_mask, transposable_mask
+from eventrnn.pruning.nm import METHODS, from_tiles, regular_tiles, to_tiles
+from eventrnn.weights import convert
+
+# Every size class: two and four members, one that is enumerated, powers of two, and sizes that divide nothing.
+GROUPS = ((1, 2), (1, 4), (2, 4), (3, 4), (2, 5), (5, 7), (4, 8), (7, 8), (8, 8), (8, 16), (3, 17))
+
+
+@st.composite
+def matrices(draw, largest=40):
+    shape = draw(st.tuples(st.integers(1, largest), st.integers(1, largest)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    kind = draw(st.sampled_from(("normal", "few values", "half zero", "zero", "tiny")))
+    dense = rng.normal(size=shape)
+    if kind == "few values":
+        dense = rng.integers(-2, 3, shape)
+    elif kind == "half zero":
+        dense *= rng.random(shape) < 0.5
+    elif kind == "tiny":
+        dense *= 1e-42
+    return (dense * (kind != "zero")).astype(np.float32)
+
+
+def kept_weight(dense, mask):
+    """Exact for the sizes drawn here: float32 terms of like size, summed in float64."""
+    return float(np.abs(dense, dtype=np.float64)[mask].sum())
+
+
+def by_groups(mask, m, axis):
+    lines = mask if axis == "post" else mask.T
+    return [line[k : k + m] for line in lines for k in range(0, len(line), m)]
+
+
+@given(matrices(), st.sampled_from(GROUPS), st.sampled_from(("post", "pre")))
+def test_each_group_keeps_its_largest(dense, nm, axis):
+    n, m = nm
+    before = dense.copy()
+    mask = nm_mask(dense, n, m, axis, threads=2)
+    assert np.array_equal(dense, before) and legal(mask, n, m, axis)
+    for kept, values in zip(by_groups(mask, m, axis), by_groups(np.abs(dense), m, axis), strict=True):
+        assert kept.sum() == min(n, len(kept))
+        if not kept.all():
+            assert values[kept].min() >= values[~kept].max()
+    again = nm_mask(dense * mask, n, m, axis)
+    assert np.array_equal(dense * again * mask, dense * mask)
+
+
+# The padding of the tile once took the room of a weight.
+@example(np.array([[0.126, -0.132, 0.64], [0.105, -0.536, 0.362]], np.float32), (3, 4), "transport", 1)
+@given(matrices(), st.sampled_from(GROUPS), st.sampled_from(METHODS), st.integers(1, 3))
+def test_transposable_masks_are_legal_in_rows_and_columns(dense, nm, method, threads):
+    n, m = nm
+    before = dense.copy()
+    mask = transposable_mask(dense, n, m, method=method, threads=threads)
+    assert mask.shape == dense.shape and np.array_equal(dense, before)
+    for axis in ("post", "pre"):
+        assert max(int(group.sum()) for group in by_groups(mask, m, axis)) <= n
+    assert legal(mask, n, m, "both") and dense[mask].all()
+    # Where there is room in a row and in a column, nothing that weighs is left out.
+    for kept, weights in zip(to_tiles(mask, m), to_tiles(np.abs(dense), m), strict=True):
+        kept, weights = kept.reshape(m, m), weights.reshape(m, m)
+        room = np.outer(kept.sum(axis=1) < n, kept.sum(axis=0) < n)
+        assert not (room & ~kept & (weights > 0)).any()
+
+
+@given(matrices(), st.sampled_from(GROUPS), st.sampled_from(METHODS))
+def test_transposable_masks_of_masked_weights_are_the_same(dense, nm, method):
+    n, m = nm
+    once = dense * transposable_mask(dense, n, m, method=method)
+    assert np.array_equal(once, once * transposable_mask(once, n, m, method=method))
+
+
+@given(matrices(24), st.sampled_from([(n, m) for n, m in GROUPS if m <= 8]))
+def test_threads_and_storage_order_change_nothing(dense, nm):
+    for method in METHODS:
+        one = transposable_mask(dense, *nm, method=method)
+        assert np.array_equal(one, transposable_mask(np.asfortranarray(dense), *nm, method=method, threads=5))
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.sampled_from(("normal", "integers")))
+def test_exact_is_the_best_of_all_masks_of_4x4(seed, n, kind):
+    rng = np.random.default_rng(seed)
+    dense = (rng.normal(size=(4, 4)) if kind == "normal" else rng.integers(0, 4, (4, 4))).astype(np.float32)
+    bits = (np.arange(1 << 16)[:, None] >> np.arange(16) & 1).astype(bool).reshape(-1, 4, 4)
+    allowed = bits[(bits.sum(axis=1) <= n).all(axis=1) & (bits.sum(axis=2) <= n).all(axis=1)]
+    best = (allowed * np.abs(dense, dtype=np.float64)).sum(axis=(1, 2)).max()
+    bound = gamma(16, U64) * np.abs(dense).sum()
+    assert abs(kept_weight(dense, transposable_mask(dense, n, 4, method="exact")) - best) <= bound
+    # The same tile by the flow, which larger tiles take: zeros around it change nothing.
+    wide = np.zeros((5, 5), np.float32)
+    wide[:4, :4] = dense
+    assert abs(kept_weight(wide, transposable_mask(wide, n, 5, method="exact")) - best) <= bound
+
+
+@pytest.mark.parametrize(("n", "m", "tiles"), [(4, 8, 12), (1, 8, 6), (6, 8, 6), (3, 5, 12), (8, 16, 2)])
+def test_exact_agrees_with_an_integer_program(n, m, tiles):
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    rng = np.random.default_rng(m)
+    sums = np.concatenate([np.kron(np.eye(m), np.ones(m)), np.kron(np.ones(m), np.eye(m))])
+    for _ in range(tiles):
+        # Whole numbers, so that both sums are exact.
+        dense = rng.integers(-1000, 1001, (m, m)).astype(np.float32)
+        solved = milp(
+            -np.abs(dense).ravel().astype(np.float64), integrality=np.ones(m * m), bounds=Bounds(0, 1),
+            constraints=LinearConstraint(sums, -np.inf, n),
+        )  # fmt: skip
+        assert solved.success
+        assert kept_weight(dense, transposable_mask(dense, n, m, method="exact")) == round(-solved.fun)
+
+
+@given(matrices(33), st.sampled_from(GROUPS))
+def test_no_method_beats_the_exact_one_and_greedy_keeps_its_factor(dense, nm):
+    n, m = nm
+    masks = {method: transposable_mask(dense, n, m, method=method) for method in METHODS}
+    total = kept_weight(dense, np.ones(dense.shape, bool))
+    slack = gamma(4 * dense.size, U64) * total
+    kept = {method: kept_weight(dense, mask) for method, mask in masks.items()}
+    assert max(kept.values()) <= kept["exact"] + slack
+    assert total - kept["greedy"] <= GREEDY_FACTOR * (total - kept["exact"]) + slack
+
+
+@pytest.mark.parametrize("m", [8, 16])
+@pytest.mark.parametrize("source", ["gaussian", "trained"])
+def test_transport_is_close_to_exact_on_average(m, source, trained_matrix):
+    dense = np.random.default_rng(0).normal(size=(40 * m, 10 * m)).astype(np.float32)
+    dense = dense if source == "gaussian" else trained_matrix
+    for n in (m // 2, m // 4):
+        exact, close = (
+            kept_weight(dense, transposable_mask(dense, n, m, method=method)) for method in ("exact", "transport")
+        )
+        assert exact * (1 - TRANSPORT_SHORTFALL) <= close <= exact * (1 + gamma(dense.size, U64))
+
+
+@pytest.fixture(scope="module")
+def trained_matrix():
+    """Recurrent weights of a character model after some training: rows and columns of unlike size."""
+    from eventrnn import Network
+    from eventrnn.training import Settings, Trainer
+
+    network = Network.random([64], symbols=5, embedding=8, readout=5, rng=np.random.default_rng(0), threshold=0.3)
+    text = np.random.default_rng(1).choice(5, p=(0.5, 0.2, 0.1, 0.1, 0.1), size=3000).cumsum() % 5
+    settings = Settings(steps=40, batch=8, window=16, learning_rate=2e-2)
+    trained = Trainer(network, text, settings).run()
+    return trained.layers[0].w_rec.to_dense()
+
+
+def test_a_transposable_mask_tiles_the_matrix_in_two_dimensions():
+    # Two heavy columns beside each other: a mask that folds each row into a square would keep both wherever they are.
+    dense = np.full((8, 8), 0.01, np.float32)
+    dense[:, 3:5] = 1
+    mask = transposable_mask(dense, 4, 8)
+    assert mask[:, 3].sum() == mask[:, 4].sum() == 4
+    stored = NofM(4, 8, "both").store(np.where(mask, dense, np.float32(0)))
+    assert isinstance(stored, NM) and stored.axis == "post"
+    back = stored.transposed()
+    assert (back.axis, back.n, back.m) == ("pre", 4, 8) and np.array_equal(back.to_dense(), stored.to_dense().T)
+    # The transposed matrix, as the backward pass reads it, is N:M along its own outputs, too.
+    assert np.array_equal(convert(back, "nm", nm=(4, 8, "post")).to_dense(), stored.to_dense().T)
+
+
+@given(matrices(), st.sampled_from([2, 3, 8]))
+def test_tiles_there_and_back(dense, m):
+    stack = to_tiles(dense, m)
+    assert np.array_equal(from_tiles(stack, m, dense.shape), dense)
+    assert np.array_equal(stack[0].reshape(m, m)[: dense.shape[0], : dense.shape[1]], dense[:m, :m])
+
+
+def test_how_many_masks_there_are():
+    assert mask_diversity(2, 4) == {
+        "structured": 6**4, "transposable": 90, "transposable_formula": 144, "unstructured": 12870,
+    }  # fmt: skip
+    assert mask_diversity(2, 4, 8)["structured"] == 6**16 == 2_821_109_907_456
+    assert mask_diversity(2, 4, 8)["transposable"] == 90**4
+    eight = mask_diversity(4, 8)
+    assert (eight["transposable"], eight["transposable_formula"]) == (116_963_796_250, 17_557_585_920_000)
+    # Without repetition these are Latin rectangles of one row: permutation matrices.
+    assert [regular_tiles(1, m) for m in (2, 3, 6)] == [2, 6, 720]
+    for n, m in ((1, 3), (2, 3), (2, 4), (3, 4)):
+        bits = (np.arange(1 << m * m)[:, None] >> np.arange(m * m) & 1).reshape(-1, m, m)
+        counted = ((bits.sum(axis=1) == n).all(axis=1) & (bits.sum(axis=2) == n).all(axis=1)).sum()
+        assert regular_tiles(n, m) == counted
+    with pytest.raises(ValueError, match="side: got 6, need a multiple of m, 4"):
+        mask_diversity(2, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda w: nm_mask(w, 5, 4), "got 5:4, need n of each m"),
+        (lambda w: nm_mask(w, 0, 4), "got 0:4"),
+        (lambda w: nm_mask(w, 2, 64), "2 <= m <= 32"),
+        (lambda w: nm_mask(w, 2, 4, "both"), "nm axis"),
+        (lambda w: transposable_mask(w, 9, 8), "got 9:8"),
+        (lambda w: transposable_mask(w, 4, 8, method="best"), "method: got 'best', need one of exact, greedy"),
+        (lambda w: transposable_mask(w, 4, 8, threads=0), "threads: got 0"),
+        (lambda w: transposable_mask(w[0], 4, 8), r"got shape \(8,\)"),
+        (lambda w: transposable_mask(np.where(w > 1, np.nan, w), 4, 8), "nan"),
+        (lambda w: NofM(2, 4, "up"), "nm axis"),
+        (lambda w: NofM(2, 4, method="worst"), "method"),
+    ],
+)
+def test_refusals(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32) + 2)

@@ -1,0 +1,235 @@
+"""Networks pruned at once: right format and storage, the same answer, refitted, or within a budget of operations."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tolerance import U32, U64, gamma
+
+from eventrnn import CSR, NM, BlockCSR, Dense, Network, Simulator, count, simulate
+from eventrnn.pruning import (
+    CRITERIA,
+    Blocks,
+    NofM,
+    adaprune,
+    after_training,
+    legal,
+    mask_diversity,
+    masked,
+    prune,
+    prune_to,
+    prune_to_operations,
+    refit,
+    with_masks,
+)
+from eventrnn.testing import assert_equivalent
+from eventrnn.weights import STORAGES
+
+PATTERNS = (
+    Blocks(0.7),
+    Blocks(0.6, (2, 4), "l2", "each"),
+    NofM(2, 4),
+    NofM(1, 4, "pre"),
+    NofM(4, 8, "both"),
+    NofM(3, 5),
+)
+
+
+def network(seed=0, units=(20, 14), readout=9, threshold=0.2):
+    rng = np.random.default_rng(seed)
+    return Network.random(list(units), inputs=11, readout=readout, rng=rng, threshold=threshold)
+
+
+def inputs(seed=0, steps=30, batch=3):
+    return np.random.default_rng(seed).normal(size=(steps, batch, 11)) * 2
+
+
+def narrowed(net, storage):
+    return net.with_matrices({name: w.stored_as(storage) for name, w in net.matrices().items()})
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_a_pruned_network_keeps_its_weights_storage_and_answer(pattern, storage):
+    net = narrowed(network(), storage)
+    pruned = prune_to(net, pattern, exempt=("layers.1.w_in",))
+    for name, weights in pruned.matrices().items():
+        before = net.matrices()[name]
+        if name == "layers.1.w_in":
+            assert weights is before
+            continue
+        assert weights.storage == storage
+        dense, old = weights.to_dense(), before.to_dense()
+        kept = dense != 0
+        # Bit for bit what they were, int8 codes with their scales as well.
+        assert np.array_equal(dense[kept], old[kept]) and 0 < kept.sum() < kept.size
+        if isinstance(pattern, NofM):
+            assert isinstance(weights, NM) and legal(kept, pattern.n, pattern.m, pattern.axis)
+        else:
+            assert isinstance(weights, CSR if pattern.block == (1, 1) else BlockCSR)
+    x = inputs()
+    assert_equivalent(Simulator(pruned, batch=3), Simulator(pruned.dense(), batch=3), x)
+    assert_equivalent(Simulator(pruned, batch=3), Simulator(pruned, batch=3, backend="reference"), x[:6])
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from(PATTERNS), st.tuples(st.integers(5, 33), st.integers(8, 40)))
+def test_patterns_store_what_they_mask(seed, pattern, shape):
+    rng = np.random.default_rng(seed)
+    dense = Dense.from_dense(rng.normal(size=shape).astype(np.float32))
+    mask = pattern.mask("readout", dense.to_dense())
+    stored = pattern.store(masked(dense, mask))
+    stored.check(full=True)
+    assert np.array_equal(stored.to_dense(), np.where(mask, dense.to_dense(), 0))
+    assert stored.nnz == mask.sum()
+
+
+def test_ties_and_exemptions():
+    rng = np.random.default_rng(0)
+    tied = Network.random([16], symbols=30, embedding=16, tied=True, rng=rng)
+    assert prune_to(tied, NofM(2, 4)).readout is tied.readout
+    with pytest.raises(ValueError, match="tied to the embedding"):
+        prune(tied, 0.5, names=("readout",))
+    net = network()
+    left = prune(net, 0.5, exempt=("layers.0", "readout"))
+    assert all(left.matrices()[n] is net.matrices()[n] for n in ("layers.0.w_in", "layers.0.w_rec", "readout"))
+    assert isinstance(left.layers[1].w_rec, CSR)
+    with pytest.raises(ValueError, match="no layers.8.w_in"):
+        with_masks(net, {"layers.8.w_in": np.ones((2, 2), bool)}, Blocks(0.5))
+    with pytest.raises(ValueError, match="mask: got shape"):
+        masked(net.layers[0].w_in, np.ones((2, 2), bool))
+
+
+def test_after_training_formats_and_storages_are_back():
+    net = narrowed(prune_to(network(), NofM(2, 4), names=("layers.0.w_in",)), "bfloat16")
+    net = prune(net, 0.5, block=(2, 2), names=("readout",))
+    trained = net.dense()
+    masks = {"layers.1.w_rec": np.random.default_rng(0).random((14, 42)) < 0.3}
+    back = after_training(trained, net, masks, Blocks(0.7))
+    kinds = {name: (type(w), w.storage) for name, w in back.matrices().items()}
+    assert {storage for _, storage in kinds.values()} == {"bfloat16"}
+    assert [kinds[n][0] for n in ("layers.0.w_in", "layers.0.w_rec", "layers.1.w_rec", "readout")] == [
+        NM, Dense, CSR, BlockCSR,
+    ]  # fmt: skip
+    assert back.layers[1].w_rec.nnz == masks["layers.1.w_rec"].sum()
+
+
+# --- refitting ----------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**32 - 1), st.booleans())
+def test_refitting_finds_the_least_squares(seed, bias):
+    rng = np.random.default_rng(seed)
+    dense, sent = rng.normal(size=(7, 5)).astype(np.float32), rng.normal(size=(40, 7))
+    sent[:, 6] = 0  # a unit that never fired
+    mask = rng.random((7, 5)) < 0.5
+    weights, shift, fit = refit(dense, mask, sent, bias=bias, tolerance=1e-12)
+    assert not weights[~mask].any() and fit.refitted <= fit.masked
+    assert np.array_equal(weights[6], np.where(mask[6], dense[6], 0))
+    target = sent @ dense.astype(np.float64)
+    for k in range(5):
+        columns = sent[:, mask[:, k]]
+        columns = np.concatenate([columns, np.ones((40, 1))], axis=1) if bias else columns
+        best = np.linalg.lstsq(columns, target[:, k], rcond=None)[0] if columns.shape[1] else np.zeros(0)
+        ours = np.append(weights[mask[:, k], k], shift[k]) if bias else weights[mask[:, k], k]
+        size = np.abs(columns).sum(axis=1) @ np.abs(np.ones(40)) * (1 + np.abs(best).max(initial=0))
+        # Rounding to float32 moves a sum of squares by less than its own rounding and that of the weights' squares.
+        gap = np.sum((columns @ ours - target[:, k]) ** 2) - np.sum((columns @ best - target[:, k]) ** 2)
+        assert gap <= (gamma(64, U32) ** 2 + gamma(4000, U64)) * size**2
+    assert not shift.any() or bias
+
+
+def test_adaprune_makes_up_for_most_of_what_masking_loses():
+    net, x = network(units=(24,), threshold=0.1), inputs(steps=200, batch=4)
+    pattern = NofM(2, 4)
+    refitted, fits = adaprune(net, x, pattern)
+    plain = prune_to(net, pattern)
+    assert set(fits) == set(net.matrices()) and all(fit.refitted < fit.masked for fit in fits.values())
+    fresh = inputs(seed=9, steps=200, batch=4)
+    target = simulate(net, fresh).output
+    errors = [float(np.mean((simulate(each, fresh).output - target) ** 2)) for each in (refitted, plain)]
+    assert errors[0] < errors[1]
+    for name, weights in refitted.matrices().items():
+        assert isinstance(weights, NM)
+        assert np.array_equal(weights.to_dense() != 0, plain.matrices()[name].to_dense() != 0)
+    narrow, _ = adaprune(narrowed(net, "int8"), x, pattern, exempt=("readout",))
+    assert {w.storage for w in narrow.matrices().values()} == {"int8"}
+    masks = {"readout": np.random.default_rng(0).random((24, 9)) < 0.5}
+    given_masks, fits = adaprune(net, x, masks, store=Blocks(0.5), bias=False)
+    assert set(fits) == {"readout"} and given_masks.layers[0].bias_rec is net.layers[0].bias_rec
+    assert not given_masks.readout.weights.to_dense()[~masks["readout"]].any()
+    for bad, message in (
+        ({"pattern": masks}, "store: got none"),
+        ({"pattern": {"readout": masks["readout"][:2]}, "store": Blocks(0.5)}, "shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            adaprune(net, x, **bad)
+
+
+# --- operations ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("block", [(1, 1), (2, 4)])
+def test_a_budget_of_operations_is_met_and_no_weight_changed(criterion, block):
+    net, x = network(threshold=0.1), inputs(steps=60)
+    found = prune_to_operations(net, x, 0.4, criterion=criterion, block=block, exempt=("readout",))
+    counted = {each: count(each, simulate(each, x)).total.effective / (60 * 3) for each in (net, found.network)}
+    assert (counted[net], counted[found.network]) == (found.before, found.measured)
+    assert 0 < found.measured <= found.budget == 0.4 * found.before
+    for name, weights in found.network.matrices().items():
+        before = net.matrices()[name]
+        kept = weights.to_dense() != 0
+        assert kept.any() and np.array_equal(weights.to_dense()[kept], before.to_dense()[kept])
+        assert weights is before if name == "readout" else isinstance(weights, CSR if block == (1, 1) else BlockCSR)
+
+
+def test_busy_units_lose_synapses_first_where_that_is_asked():
+    # No recurrence and no read-out: what a unit costs is how often its input is not zero.
+    net = network(units=(20,), readout=None)
+    x = inputs(steps=400, batch=1) * (np.random.default_rng(5).random((400, 1, 11)) < np.linspace(0.1, 1, 11))
+    kept = {}
+    for criterion in ("magnitude", "activity"):
+        found = prune_to_operations(net, x, 0.7, criterion=criterion, names=("layers.0.w_in",))
+        kept[criterion] = found.network.layers[0].w_in.fan_out()
+    busy, quiet = slice(8, None), slice(0, 3)
+    assert kept["activity"][busy].sum() < kept["magnitude"][busy].sum()
+    assert kept["activity"][quiet].sum() > kept["magnitude"][quiet].sum()
+    # Whole rows of weights saved for fewer operations each: more of them may stay.
+    assert kept["activity"].sum() > kept["magnitude"].sum()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"budget": 0.0}, "budget: got 0.0"),
+        ({"budget": 1.5}, "budget: got 1.5"),
+        ({"budget": 0.5, "criterion": "luck"}, "criterion: got 'luck', need one of magnitude"),
+        ({"budget": 1e-4}, r"budget: got 0.0001, but at least 0\.\d+ of the operations remain"),
+        ({"budget": 0.3, "names": ("readout",)}, "those of matrices that are not pruned"),
+        ({"budget": 0.3, "block": (1, 99)}, "larger than the matrix"),
+        ({"budget": 0.3, "exempt": ("layers.5",)}, "no matrix 'layers.5'"),
+    ],
+)
+def test_budgets_that_cannot_be(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        prune_to_operations(network(), inputs(), **arguments)
+
+
+def test_the_reachable_budget_is_reachable():
+    net, x, next_to_nothing = network(), inputs(steps=60), 2.0**-20
+    with pytest.raises(ValueError, match="at least") as refused:
+        prune_to_operations(net, x, next_to_nothing)
+    least = float(str(refused.value).partition("at least ")[2].split()[0])
+    found = prune_to_operations(net, x, 1.01 * least)
+    assert found.measured <= 1.01 * least * found.before
+    silent = prune_to_operations(net, x, next_to_nothing, allow_empty=True)
+    assert silent.measured <= next_to_nothing * silent.before
+    with pytest.raises(ValueError, match="no operations"):
+        prune_to_operations(network(readout=None), 0 * x[:2], 0.5)
+
+
+def test_counts_of_masks_fit_the_masks():
+    pattern, shape = NofM(4, 8, "both"), (16, 24)
+    mask = pattern.mask("readout", np.random.default_rng(0).normal(size=shape).astype(np.float32))
+    assert mask.sum() <= mask.size * 4 // 8
+    assert mask_diversity(4, 8, 16)["transposable"] == mask_diversity(4, 8)["transposable"] ** 4

@@ -1,0 +1,206 @@
+"""Recipes: presets, TOML there and back, refusals that name the key; training from the command line, stopped or not."""
+
+import json
+import os
+import signal
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from eventrnn import load
+from eventrnn.cli import main
+from eventrnn.config import from_table, merged, parse_setting, read_toml, to_toml
+from eventrnn.recipe import Recipe, load_recipe, presets, train
+from eventrnn.training import read_log
+
+TEXT = "the quick brown fox jumps over the lazy dog\n" * 60
+SMALL = ("--hidden", 12, "--embedding", 5, "--batch", 4, "--window", 8, "--steps", 20)
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Run a command; returns (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["eventrnn", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.mark.parametrize("name", presets())
+def test_presets_are_valid_and_survive_toml(name, tmp_path, text):
+    words = {"characters": []}.get(name, [("data.text", str(text))])
+    recipe = load_recipe(preset=name, settings=words)
+    path = tmp_path / "config.toml"
+    path.write_text(to_toml(recipe))
+    assert load_recipe(path) == recipe
+    assert from_table(Recipe, read_toml(to_toml(recipe), path)) == recipe
+
+
+def test_published_recipes_say_what_was_published():
+    for name, batch, epochs, rate, decay, late in (
+        ("egru-ptb", 64, 1000, 1.2e-3, 0.10, 0.7),
+        ("egru-wt2", 128, 800, 1.0e-3, 0.12, 0.5),
+    ):
+        recipe = load_recipe(preset=name, settings=[("data.text", "anything")])
+        training, noise = recipe.training, recipe.training.regularisers
+        assert (training.batch, training.epochs, training.learning_rate) == (batch, epochs, rate)
+        assert (training.weight_decay, training.schedule.constant, training.schedule.final) == (decay, late, 0)
+        assert (training.optimiser.beta1, training.clip, training.clip_layers) == (0, 0.1, 0.1)
+        assert (noise.dropconnect, noise.dropout_words, noise.dropout_top) == (0.7, 0.1, 0.5)
+        assert recipe.model.hidden == (1350, 1350, 750) and training.thresholds == "fixed"
+
+
+def test_the_seed_and_thresholds_make_the_network(text):
+    base = [("data.text", str(text)), ("model.hidden", [30, 20])]
+    for start, value, expected in (
+        ("constant", 0.25, [{0.25}, {0.25}]),
+        ("constant", [0.25, 0.5], [{0.25}, {0.5}]),
+        ("beta", 0.3, None),
+    ):
+        chosen = [*base, ("model.threshold", value), ("model.threshold_start", start)]
+        one, two = (load_recipe(settings=chosen).trainer()[0].model.network() for _ in "ab")
+        thresholds = [layer.threshold for layer in one.layers]
+        assert all(np.array_equal(a.threshold, b.threshold) for a, b in zip(one.layers, two.layers, strict=True))
+        if expected:
+            assert [set(t.tolist()) for t in thresholds] == expected
+        else:
+            assert all(len(set(t.tolist())) > 15 and 0 < t.min() < t.max() < 1 for t in thresholds)
+
+
+@pytest.mark.parametrize(
+    ("toml", "words"),
+    [
+        ("[training]\nlerning_rate = 1", "unknown key training.lerning_rate; did you mean training.learning_rate?"),
+        ("[training.regulariser]\nzoneout = 0.1", "did you mean training.regularisers?"),
+        ("[training]\nzoneout = 0.1", "did you mean training.regularisers.zoneout?"),
+        ("hidden = [3]", "did you mean model.hidden?"),
+        ("[training]\nbatch = 'many'", "training.batch: got 'many', need a whole number"),
+        ("[training]\nbatch = true", "training.batch: got True, need a whole number"),
+        ("[training]\nbatch = 2.5", "training.batch: got 2.5"),
+        ("[training]\nbatch = 0", "training: batch: got 0"),
+        ("[model]\nhidden = 3", "model.hidden: got 3, need a list"),
+        ("[model]\nhidden = [3, 'x']", "hidden[1]: got 'x'"),
+        ("[model]\nthreshold = [0.1, 0.2]", "need one for each of 1 layers"),
+        ("[model]\nsurrogate = 3", "need a table [model.surrogate]"),
+        ("[model]\ncell = 'lstm'", "need one of egru, gru"),
+        ("[data]\nkind = 'word'", "give --text a file for words"),
+        ("[training.optimiser]\nkind = 'lion'", "training.optimiser: optimiser kind: got 'lion'"),
+        ("training = ", "no valid TOML"),
+    ],
+)
+def test_configurations_are_refused_by_key(tmp_path, toml, words):
+    path = tmp_path / "recipe.toml"
+    path.write_text(toml)
+    with pytest.raises(ValueError) as caught:
+        load_recipe(path)
+    assert words in str(caught.value)
+
+
+def test_settings_of_the_command_line():
+    assert parse_setting("a.b=3") == ("a.b", 3) and parse_setting("a=[1, 2]") == ("a", [1, 2])
+    assert parse_setting("data.text=some/path") == ("data.text", "some/path")
+    assert merged([{"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}]) == {"a": {"b": 3, "c": 2}}
+    with pytest.raises(ValueError, match="need key=value"):
+        parse_setting("training.batch")
+    with pytest.raises(ValueError, match="preset"):
+        load_recipe(preset="gpt")
+
+
+def test_a_run_has_its_configuration_its_log_and_the_best_model(cli, tmp_path, text):
+    out = tmp_path / "m.safetensors"
+    config = tmp_path / "mine.toml"
+    config.write_text("[training]\nvalidate_every = 5\nlearning_rate = 0.5\n[run]\nlog_every = 3\n")
+    code, stdout, err = cli("train", "--out", out, "--text", text, "--config", config, "--set",
+                            "training.learning_rate=1e-2", *SMALL, "--json")  # fmt: skip
+    assert code == 0, err
+    figures = json.loads(stdout)
+    folder = tmp_path / "m.safetensors.run"
+    recipe = load_recipe(folder / "config.toml")
+    assert (recipe.training.learning_rate, recipe.training.validate_every, recipe.run.log_every) == (1e-2, 5, 3)
+    assert recipe.model.hidden == (12,) and recipe.data.text == str(text)
+    lines = read_log(folder)
+    best = min(line["validation"]["bits"] for line in lines if line["validation"])
+    assert figures["bits_per_symbol_best"] == best and lines[-1]["operations"] > 0
+    network = load(out)
+    assert network.layers[0].units == 12 and len(network.metadata["vocabulary"]) > 10
+    for again in ((), ("--force",)):
+        code, _, err = cli("train", "--out", out, "--text", text, *SMALL, *again, "--json")
+        assert code == (0 if again else 2) and (again or "--force" in err)
+
+
+def test_stopped_by_the_user_and_gone_on_with(cli, tmp_path, text, monkeypatch):
+    from eventrnn import recipe as recipes
+
+    arguments = ("--text", text, *SMALL)
+    cli("train", "--out", tmp_path / "whole.safetensors", *arguments)
+    note = recipes.note
+    seen = []
+
+    def interrupting(progress, kind):
+        if not seen and progress.step == 7:
+            seen.append(os.kill(os.getpid(), signal.SIGINT))
+        return note(progress, kind)
+
+    monkeypatch.setattr(recipes, "note", interrupting)
+    out, folder = tmp_path / "part.safetensors", tmp_path / "run"
+    code, stdout, err = cli("train", "--out", out, "--run", folder, *arguments, "--json")
+    assert code == 130 and not stdout and not out.exists()
+    assert f"stopped after step 7, saved in {folder}" in err and f"eventrnn train --resume {folder}" in err
+    for changed, words in (
+        (("--batch", 5), "settings.batch: 4 in the checkpoint, 5 now"),
+        (("--force",), "resume"),
+        (("--set", "training.seed=3"), "settings.seed"),
+    ):
+        code, _, err = cli("train", "--resume", folder, *changed)
+        assert code == 2 and words in err
+    text.write_text(TEXT.replace("fox", "cat"))
+    code, _, err = cli("train", "--resume", folder)
+    assert code == 2 and "in the checkpoint" in err
+    text.write_text(TEXT)
+    code, _, err = cli("train", "--resume", folder)
+    assert code == 0, err
+    assert out.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    code, _, err = cli("train", "--resume", tmp_path)
+    assert code == 2 and "holds no run" in err
+
+
+def test_what_cannot_be_is_refused_before_anything_is_written(cli, tmp_path, text):
+    (tmp_path / "short.txt").write_text("a b c\nd e f\ng h\n" * 2)
+    (tmp_path / "empty.txt").write_text("")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    out = ("--out", tmp_path / "x.safetensors")
+    for arguments, words in (
+        ((), "out"),
+        ((*out, "--text", tmp_path / "short.txt"), "too short"),
+        ((*out, "--text", tmp_path / "empty.txt"), "empty"),
+        ((*out, "--text", text, "--window", 5000), "too few"),
+        ((*out, "--text", text, "--set", "training.windwo=3"), "did you mean training.window?"),
+        ((*out, "--text", text, "--preset", "egru"), "preset"),
+        ((*out, "--text", text, "--config", tmp_path / "no.toml"), "cannot be read"),
+        ((*out, "--kind", "word"), "built-in text"),
+    ):
+        code, _, err = cli("train", *arguments)
+        assert code == 2 and words in err and err.count("\n") == 1, arguments
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_the_dense_twin_trains_by_the_same_recipe(tmp_path, text):
+    recipe = load_recipe(preset="awd-gru", settings=[("data.text", str(text)), ("data.kind", "word")])
+    small = replace(recipe.model, hidden=(10, 6), embedding=6)
+    training = replace(recipe.training, epochs=2, batch=4, window=8, window_jitter=1.0)
+    figures = train(replace(recipe, model=small, training=training), tmp_path / "run")
+    assert np.isfinite(figures["bits_per_symbol_best"]) and "bits_per_symbol_valid" not in figures

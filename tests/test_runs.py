@@ -1,0 +1,296 @@
+"""Runs in a folder: whatever stops one, it goes on to the same bits; what is not the same run is refused."""
+
+import io
+import json
+import os
+import signal
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eventrnn import Network, files
+from eventrnn.pruning import GradualPruning
+from eventrnn.training import (
+    CheckpointError,
+    Diverged,
+    LanguageModelling,
+    Optimiser,
+    Regularisers,
+    Settings,
+    Stopped,
+    Trainer,
+    load_checkpoint,
+    read_log,
+    run,
+    save_checkpoint,
+)
+from eventrnn.training.checkpoint import previous
+
+TEXT = np.random.default_rng(5).integers(0, 6, 900) // 2 * 2 + np.arange(900) % 2
+NOISE = Regularisers(0.3, 0.1, 0.2, 0.1, 0.1, 0.1, activity_rate=0.5, temporal_activation=0.1)
+
+
+def _trainer(seed=0, text=TEXT, pruning=None, layers=(12, 9), **changes):
+    network = Network.random(
+        list(layers), symbols=8, embedding=5, readout=8, threshold=0.1, rng=np.random.default_rng(1)
+    )
+    options = {"steps": 30, "batch": 4, "window": 8, "window_jitter": 2.0, "learning_rate": 1e-2, "validate_every": 7}
+    chosen = Settings(**(options | {"regularisers": NOISE, "seed": seed} | changes))
+    return Trainer(network, LanguageModelling(text[:700], text[700:]), chosen, pruning=pruning)
+
+
+def _bits(trainer):
+    return {name: array.tobytes() for name, array in trainer.arrays().items()} | {"rest": trainer.numbers()}
+
+
+def _kinds():
+    return {
+        "adamw": {},
+        "adam": {"optimiser": Optimiser("adam", beta1=0.0)},
+        "nt-asgd": {"optimiser": Optimiser("nt-asgd", patience=1), "learning_rate": 3.0, "validate_every": 3},
+        "epochs": {"epochs": 1, "validate_every": 0},
+        "sigmoid": {"thresholds": "sigmoid", "optimiser": Optimiser("sgd", momentum=0.5)},
+    }
+
+
+@given(st.sampled_from(sorted(_kinds())), st.integers(1, 29), st.booleans())
+@settings(max_examples=12)
+def test_a_saved_run_continues_to_the_same_bits(tmp_path_factory, kind, stop, pruned):
+    def start():
+        pruning = GradualPruning(0.6, (1, 1), 0, 20, every=3) if pruned else None
+        return _trainer(pruning=pruning, **_kinds()[kind])
+
+    path = tmp_path_factory.mktemp("saved") / "checkpoint.safetensors"
+    whole, first, second = start(), start(), start()
+    for progress in first:
+        if progress.step == stop:
+            break
+    save_checkpoint(first, path, notes={"mine": [1, "two"]})
+    assert load_checkpoint(second, path) == {"mine": [1, "two"]}
+    assert _bits(first) == _bits(second)
+    for each in (whole, second):
+        each.run()
+    assert _bits(whole) == _bits(second)
+
+
+class _Fatal:
+    """Ends the process as by `kill -9` at the n-th moment: a piece of a file written, a file made durable, linked or
+    renamed, or an update done."""
+
+    def __init__(self, at, patch, trainer):
+        self.left = at
+        for name in ("fsync", "link", "replace"):
+            patch.setattr(os, name, self.after(getattr(os, name)))
+        patch.setattr(trainer, "step", self.after(trainer.step))
+        patch.setattr(files, "open", self.open, raising=False)
+
+    def after(self, function):
+        def call(*arguments, **options):
+            self.tick()
+            return function(*arguments, **options)
+
+        return call
+
+    def tick(self):
+        self.left -= 1
+        if self.left <= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def open(self, *arguments):
+        file, fatal = io.FileIO(os.fspath(arguments[0]), arguments[1].removesuffix("b")), self
+
+        class Pieces:
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *error):
+                file.close()
+
+            def write(self, raw):
+                for start in range(0, len(raw), 1 << 12):
+                    fatal.tick()
+                    file.write(raw[start : start + (1 << 12)])
+
+            def __getattr__(self, name):
+                return getattr(file, name)
+
+        return Pieces()
+
+
+def _attempt(folder, at):
+    """A process that continues the run and dies at a moment; whether it came to the end instead."""
+    with warnings.catch_warnings():
+        # The child touches none of the threads that are not in it.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                trainer = _trainer()
+                _Fatal(at, patch, trainer)
+                run(trainer, folder, resume=True, checkpoint_seconds=0, log_every=4)
+            code = 0
+        finally:
+            os._exit(code)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the child failed by itself"
+    return not os.WIFSIGNALED(status)
+
+
+def test_twenty_kills_at_random_moments_and_during_saves_change_no_bit(tmp_path):
+    straight = _trainer()
+    run(straight, tmp_path / "straight", checkpoint_seconds=0, log_every=4)
+    rng, kills, folder = np.random.default_rng(7), 0, tmp_path / "killed"
+    while kills < 20:
+        if _attempt(folder, int(rng.integers(1, 25))):
+            break
+        kills += 1
+    assert kills == 20, "the run came to its end before it was killed often enough"
+    assert _attempt(folder, 1_000_000)
+    ended = _trainer()
+    load_checkpoint(ended, folder / "checkpoint.safetensors")
+    assert _bits(ended) == _bits(straight)
+    lines = [[{k: v for k, v in line.items() if k != "seconds"} for line in read_log(tmp_path / name)]
+             for name in ("straight", "killed")]  # fmt: skip
+    assert lines[0] == lines[1], "the log is that of the uninterrupted run"
+    left = sorted(path.name for path in folder.iterdir())
+    assert left == ["checkpoint.safetensors", "log.jsonl", "previous-checkpoint.safetensors"]
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
+    trainer = _trainer()
+    run(trainer, tmp_path, checkpoint_seconds=0)
+    path = tmp_path / "checkpoint.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-9] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_checkpoint(_trainer(), path)
+    again = _trainer()
+    run(again, tmp_path, resume=True)
+    assert _bits(again) == _bits(trainer)
+    previous(path).write_bytes(b"nothing")
+    path.write_bytes(raw[:50])
+    with pytest.raises(CheckpointError, match="damaged"):
+        run(_trainer(), tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"batch": 5}, "settings.batch: 4 in the checkpoint, 5 now"),
+        ({"learning_rate": 0.5}, "settings.learning_rate: 0.01 in the checkpoint, 0.5 now"),
+        ({"optimiser": Optimiser("adam")}, "settings.optimiser.kind: adamw in the checkpoint, adam now"),
+        ({"text": TEXT[::-1]}, "data"),
+        ({"layers": (12, 10)}, r"model.layers.1.bias_in: \[27\] in the checkpoint, \[30\] now"),
+        ({"pruning": GradualPruning(0.5, end=9)}, "pruning"),
+    ],
+)
+def test_another_run_is_refused_with_what_changed(tmp_path, changed, words):
+    save_checkpoint(_trainer(), tmp_path / "c")
+    other = _trainer(**changed)
+    before = _bits(other)
+    with pytest.raises(CheckpointError, match=words):
+        load_checkpoint(other, tmp_path / "c")
+    assert _bits(other) == before
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_checkpoint(other, tmp_path / "none")
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
+    run(_trainer(steps=2), tmp_path)
+    content = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="holds a run"):
+        run(_trainer(steps=2), tmp_path)
+    assert content == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_it_ends_the_update_saves_and_goes_on_later(tmp_path, number):
+    def interrupt(progress, seconds):
+        if progress.step == 11:
+            os.kill(os.getpid(), number)
+
+    handler = signal.getsignal(number)
+    straight, stopped = _trainer(), _trainer()
+    straight.run()
+    with pytest.raises(Stopped, match="after step 11, saved"):
+        run(stopped, tmp_path, report=interrupt)
+    assert signal.getsignal(number) is handler
+    again = _trainer()
+    run(again, tmp_path, resume=True)
+    assert _bits(again) == _bits(straight)
+
+
+def test_a_loss_that_is_no_number_stops_with_what_is_known(tmp_path):
+    trainer = _trainer()
+
+    def spoil(progress, seconds):
+        if progress.step == 9:
+            trainer.model.parameters["readout"][:] = np.inf
+
+    with np.errstate(all="ignore"), pytest.raises(Diverged) as caught:
+        run(trainer, tmp_path, report=spoil)
+    words = str(caught.value)
+    assert "nan at step 10" in words and "checkpoint.safetensors, step 7" in words
+    assert trainer.largest.split(" ")[0] in trainer.model.parameters and trainer.largest in words
+    again = _trainer()
+    load_checkpoint(again, tmp_path / "checkpoint.safetensors")
+    assert again.steps_done == 7
+
+
+def test_a_gradient_that_is_no_number_is_named():
+    trainer = _trainer(steps=5)
+    backward = trainer.model.backward
+
+    def spoiled(*arguments, **options):
+        gradients = backward(*arguments, **options)
+        gradients["layers.1.w_rec"][0, 0] = np.nan
+        return gradients
+
+    trainer.model.backward = spoiled
+    before = {name: value.copy() for name, value in trainer.model.parameters.items()}
+    with pytest.raises(Diverged, match=r"gradient of layers.1.w_rec is not finite at step 1"):
+        trainer.step()
+    assert all(np.array_equal(before[name], trainer.model.parameters[name]) for name in before)
+
+
+def test_the_best_validation_is_kept_and_patience_stops():
+    trainer = _trainer(steps=400, validate_every=2, patience=3, learning_rate=0.3)
+    values = [p.validation["bits"] for p in trainer if p.validation]
+    assert len(values) < 200 and trainer.finished and trainer.best_value == min(values)
+    assert values.index(min(values)) == len(values) - 4
+    network = trainer.network(best=True)
+    assert np.array_equal(network.embedding, trainer.best["embedding"])
+    assert not np.array_equal(network.embedding, trainer.model.parameters["embedding"])
+
+
+def test_a_full_disk_leaves_the_checkpoints_as_they_were(tmp_path, monkeypatch):
+    trainer = _trainer()
+    path = tmp_path / "c"
+    for _ in range(2):
+        trainer.step()
+        save_checkpoint(trainer, path)
+    content = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(trainer, path)
+    assert content == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+
+def test_the_log_has_means_and_every_validation(tmp_path):
+    steps = []
+    run(_trainer(steps=10), tmp_path, log_every=4, report=lambda p, s: steps.append(p))
+    lines = read_log(tmp_path)
+    assert [line["step"] for line in lines] == [4, 7, 10]
+    assert lines[0]["loss"] == sum(p.loss for p in steps[:4]) / 4
+    assert [bool(line["validation"]) for line in lines] == [False, True, True]
+    assert json.loads(json.dumps(lines)) == lines

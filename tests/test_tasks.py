@@ -1,0 +1,264 @@
+"""Tasks: what is read when, losses and their gradients, validation, and the tool that checks a user's own."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tolerance import U32, cell_bound, gamma
+
+from eventrnn import Cell, Network, State
+from eventrnn.training import (
+    GRU,
+    Batch,
+    Classification,
+    LanguageModelling,
+    Model,
+    Regression,
+    Settings,
+    Task,
+    Trainer,
+    check_gradients,
+    cross_entropy,
+    evaluate,
+    squared_error,
+)
+from eventrnn.training.tasks import going_on
+
+
+def _net(**changes):
+    options = {"symbols": 8, "embedding": 5, "readout": 8, "threshold": 0.1, "rng": np.random.default_rng(0)} | changes
+    return Network.random([20, 16], **options)
+
+
+@given(st.integers(20, 300), st.integers(1, 7), st.integers(1, 12))
+def test_windows_of_an_epoch_read_every_symbol_of_every_stream_once(length, batch, window):
+    text = np.arange(length)
+    task, at, seen = LanguageModelling(text), 0, []
+    while at < task.length(batch):
+        part = task.batch(at, 3, batch, window)
+        assert part.taken == len(part.inputs) <= window and part.carried == "state"
+        assert np.array_equal(part.inputs[1:], part.targets[:-1]), "a target is the next symbol"
+        seen.append(part.targets)
+        at += part.taken
+    streams = text[: length // batch * batch].reshape(batch, -1)
+    assert np.array_equal(np.concatenate(seen).T, streams[:, 1:])
+
+
+def test_validation_is_what_the_event_engine_reads():
+    network, text = _net(), np.random.default_rng(1).integers(0, 8, 600)
+    for batch in (1, 3):
+        figures = LanguageModelling(text, text, valid_batch=batch).evaluate(Model(network))
+        pieces = text[: len(text) // batch * batch].reshape(batch, -1)
+        by_engine = np.mean([evaluate(network, piece) for piece in pieces])
+        # BLAS in training, ascending sums in the engine: within the roundings of a softmax over sums of 16.
+        assert abs(figures["bits"] - by_engine) <= gamma(400, U32) * 8
+        assert 0 < figures["activity"] < 1
+        assert abs(figures["perplexity"] - 2 ** figures["bits"]) <= gamma(8, U32) * figures["perplexity"]
+
+
+def test_cells_are_wiped_between_windows_where_evnn_does():
+    network, text = _net(), np.random.default_rng(1).integers(0, 8, 600)
+    task = LanguageModelling(text, text, carry="events")
+    task.check(network, 4, 10)
+    assert task.batch(0, 0, 4, 10).carried == "events"
+    state = State((np.ones((2, 3), np.float32),), (np.full((2, 3), 2, np.float32),))
+    kept = {carry: going_on(state, carry) for carry in ("state", "events", "")}
+    assert [(s.cells[0].max(), s.outputs[0].max()) for s in kept.values()] == [(1, 2), (0, 2), (0, 0)]
+    wiped, carried = task.evaluate(Model(network)), LanguageModelling(text, text).evaluate(Model(network))
+    assert wiped["bits"] != carried["bits"]
+    Trainer(network, task, Settings(steps=5, batch=4, window=10)).run()
+
+
+def _sequences(kind, rng, count=12, steps=6, **options):
+    inputs = rng.normal(size=(count, steps, 4)).astype(np.float32)
+    if kind is Classification:
+        return kind(inputs, rng.integers(0, 3, count), **options)
+    return kind(inputs, rng.normal(size=(count, 3)).astype(np.float32), **options)
+
+
+@pytest.mark.parametrize("kind", [Classification, Regression])
+def test_an_epoch_shuffles_every_sequence_once_and_depends_on_its_place_alone(kind):
+    task = _sequences(kind, np.random.default_rng(0))
+    epochs = []
+    for epoch in (0, 1, 0):
+        parts = [task.batch(at, epoch, 5, 0) for at in (0, 5, 10)]
+        assert [part.taken for part in parts] == [5, 5, 2]
+        epochs.append(np.concatenate([part.inputs for part in parts], axis=1))
+    assert np.array_equal(epochs[0], epochs[2]) and not np.array_equal(epochs[0], epochs[1])
+    for epoch in epochs:
+        assert {x.tobytes() for x in np.moveaxis(epoch, 1, 0)} == {x.tobytes() for x in task.inputs}
+
+
+@pytest.mark.parametrize("kind", [Classification, Regression])
+@pytest.mark.parametrize("read", ["last", "mean"])
+def test_lengths_read_out_where_a_sequence_ends(kind, read):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 7, 12)
+    task = _sequences(kind, rng, read=read, lengths=lengths)
+    part, output = task.batch(0, 0, 12, 0), rng.normal(size=(6, 12, 3)).astype(np.float32)
+    _, d_output = task.loss(output, part)
+    for b, end in enumerate(part.extra):
+        used = d_output[:, b].any(axis=1)
+        assert used.tolist() == [t == end - 1 if read == "last" else t < end for t in range(6)]
+    shorter = output.copy()
+    for b, end in enumerate(part.extra):
+        shorter[end:, b] = 99
+    assert task.loss(shorter, part)[0] == task.loss(output, part)[0]
+
+
+@pytest.mark.parametrize("variant", ["evnn", "paper"])
+@pytest.mark.parametrize("kind", [Classification, Regression])
+def test_the_check_passes_what_is_right(kind, variant):
+    network = Network.random(
+        [7], inputs=4, readout=3, threshold=0.1, rng=np.random.default_rng(0), cell=Cell(variant=variant)
+    )
+    report = check_gradients(network, _sequences(kind, np.random.default_rng(2), read="mean"), directions=2)
+    assert report.ok and all(row.sharp for row in report.rows), str(report)
+    assert len(report.rows) == 1 + 6 + 5
+    assert check_gradients(_net(), LanguageModelling(np.arange(300) % 8), directions=1).ok
+
+
+def test_the_check_catches_a_wrong_loss_and_a_wrong_surrogate(monkeypatch):
+    network = Network.random([7], inputs=4, readout=3, threshold=0.1, rng=np.random.default_rng(0))
+
+    class Off(Regression):
+        def loss(self, output, batch):
+            loss, d_output = super().loss(output, batch)
+            return loss, d_output * np.float32(1.1)
+
+    rng = np.random.default_rng(2)
+    wrong = check_gradients(network, Off(_sequences(Regression, rng).inputs, rng.normal(size=(12, 3))), directions=2)
+    assert [row.what for row in wrong.rows if not row.ok] == ["Off.loss"] and "WRONG" in str(wrong)
+
+    from eventrnn import cells
+
+    true_step = cells.surrogate_step
+    monkeypatch.setattr(cells, "surrogate_step", lambda *arguments: 1.5 * true_step(*arguments))
+    wrong = check_gradients(network, directions=2)
+    assert not wrong.ok and all("smoothed" in row.what for row in wrong.rows if not row.ok)
+
+
+class Parity(Task):
+    """A user's own: the sum of ones so far, never the same twice."""
+
+    def check(self, network, batch, window):
+        if network.layers[0].inputs != 1:
+            raise ValueError("network: parity reads one input")
+
+    def length(self, batch):
+        return 10
+
+    def batch(self, at, epoch, batch, window):
+        x = np.random.default_rng([epoch, at]).integers(0, 2, (window, batch, 1)).astype(np.float32)
+        return Batch(x, x.cumsum(axis=0) / window, taken=1)
+
+    def loss(self, output, batch):
+        return squared_error(output, batch.targets)
+
+
+def test_a_task_of_one_s_own_trains_and_continues_without_validation():
+    network = Network.random([12], inputs=1, readout=1, threshold=0.1, rng=np.random.default_rng(0))
+    trainer = Trainer(network, Parity(), Settings(steps=60, batch=8, window=12, learning_rate=1e-2))
+    progress = list(trainer)
+    assert progress[-1].loss < progress[0].loss / 2 and progress[-1].epoch == 6
+    assert not progress[-1].validation and not trainer.best
+    with pytest.raises(ValueError, match="parity"):
+        Trainer(_net(), Parity(), Settings())
+
+
+def test_classification_learns_and_counts_its_operations():
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(60, 5, 4)).astype(np.float32)
+    labels = inputs[:, :, :3].sum(axis=1).argmax(axis=1)
+    task = Classification(inputs, labels, (inputs, labels), read="mean")
+    network = Network.random([32], inputs=4, readout=3, threshold=0.1, rng=rng)
+    progress = list(Trainer(network, task, Settings(epochs=25, batch=10, learning_rate=1e-2)))
+    assert progress[-1].validation["accuracy"] > 0.9 and progress[-1].step == 150
+    assert all(a.operations < b.operations for a, b in zip(progress[:-1], progress[1:], strict=True))
+    # Each event meets its fan-out forward and in its gradient, at most every unit has a path back.
+    dense = 150 * 10 * 5 * 3 * (4 * 96 + 32 * 96)
+    assert 0 < progress[-1].operations < dense
+
+
+def test_the_gru_is_the_cell_that_always_sends_and_loses_nothing():
+    """Step by step the cell before the event, with what was kept and what was sent both the value of before."""
+    rng = np.random.default_rng(0)
+    network = Network.random([9], inputs=4, readout=3, rng=rng, threshold=0)
+    x = rng.normal(size=(6, 5, 4)).astype(np.float32)
+    model = GRU(network)
+    _, after, tape = model.forward(x, State.zeros(network, 5))
+    names = ("w_in", "w_rec", "bias_in", "bias_rec", "threshold")
+    parameters = {name: model.parameters[f"layers.0.{name}"].astype(np.float64) for name in names}
+    h = tape.layers[0].y
+    for t in range(len(x)):
+        before = h[t].astype(np.float64)
+        exact = cell_bound("evnn", parameters, x[t].astype(np.float64), before, before)
+        # NumPy's exp and tanh are within 4 ulp, where the bound has 1.5 and more; its drives add the bias last.
+        assert (np.abs(h[t + 1] - exact.value) <= 4 * exact.error).all()
+    assert np.array_equal(after.cells[0], h[-1]) and tape.activity > 0.99
+    with pytest.raises(ValueError, match="no event network"):
+        model.network()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gradients_of_the_gru_are_those_of_its_loss(seed):
+    rng = np.random.default_rng(seed)
+    network = Network.random([6, 5], inputs=4, readout=3, rng=rng, threshold=0.1)
+    model, task = GRU(network), _sequences(Regression, rng, read="mean")
+    part, state = task.batch(0, 0, 5, 0), State.zeros(network, 5)
+    output, _, tape = model.forward(part.inputs, state)
+    loss, d_output = task.loss(output, part)
+    gradients = model.backward(tape, d_output)
+    for name, value in model.parameters.items():
+        if name.endswith("threshold"):
+            assert not gradients[name].any()
+            continue
+        way = rng.normal(size=value.shape).astype(np.float32)
+        way /= np.linalg.norm(way)
+        before, found = value.copy(), {}
+        for h in (-2, -1, 1, 2):
+            value[...] = before + np.float32(h * 2.0**-6) * way
+            found[h] = task.loss(model.forward(part.inputs, state)[0], part)[0]
+        value[...] = before
+        once, twice = (found[1] - found[-1]) * 2**5, (found[2] - found[-2]) * 2**4
+        # Truncation as in `tolerance.central_difference`; float32 losses are off by some 400 roundings.
+        bound = abs(twice - once) + 3 * gamma(400, U32) * (loss + 1) * 2**6
+        assert abs(np.vdot(gradients[name].astype(np.float64), way) - once) <= bound, name
+
+
+def test_losses_by_hand():
+    loss, gradient = cross_entropy(np.zeros((2, 1, 4), np.float32), np.array([[1], [3]]))
+    assert abs(loss - np.log(4)) <= gamma(8, U32)
+    assert gradient.tolist() == [[[0.125, -0.375, 0.125, 0.125]], [[0.125, 0.125, 0.125, -0.375]]]
+    loss, gradient = squared_error(np.array([[1.0, 3.0]], np.float32), np.array([[2.0, 1.0]]))
+    assert loss == 2.5 and gradient.tolist() == [[-1.0, 2.0]]
+    with pytest.raises(ValueError, match="targets"):
+        squared_error(np.zeros((2, 1), np.float32), np.zeros(2))
+    with pytest.raises(ValueError, match="targets"):
+        cross_entropy(np.zeros((2, 4), np.float32), np.array([0, 4]))
+
+
+def test_refusals():
+    text, rng = np.arange(100) % 8, np.random.default_rng(0)
+    with pytest.raises(ValueError, match="too few"):
+        Trainer(_net(), LanguageModelling(text), Settings(batch=10, window=20))
+    with pytest.raises(ValueError, match="valid"):
+        LanguageModelling(text, text[:1])
+    with pytest.raises(ValueError, match="carry"):
+        LanguageModelling(text, carry="cells")
+    with pytest.raises(ValueError, match="symbol"):
+        Trainer(_net(), LanguageModelling(text, text + 1), Settings(batch=2, window=5))
+    task = _sequences(Classification, rng)
+    narrow = Network.random([7], inputs=4, readout=2, threshold=0.1, rng=rng)
+    with pytest.raises(ValueError, match="need classes 0..1"):
+        Trainer(narrow, task, Settings())
+    with pytest.raises(ValueError, match="read-out"):
+        Trainer(replace(narrow, readout=None), task, Settings())
+    with pytest.raises(ValueError, match="read"):
+        Classification(task.inputs, task.targets, read="first")
+    with pytest.raises(ValueError, match="lengths"):
+        Classification(task.inputs, task.targets, lengths=np.full(12, 7))
+    with pytest.raises(ValueError, match="as many sequences"):
+        Regression(task.inputs, np.zeros((3, 3)))
