@@ -7,6 +7,7 @@ multiply-add is made that the source does not write: `-fma=0` lets NVVM emit rou
 from __future__ import annotations
 
 import ctypes
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,15 +20,17 @@ from eventrnn.backend import BackendUnavailable
 
 INSTALL = "pip install 'eventrnn[cuda13]' (driver 580 or newer) or 'eventrnn[cuda12]'"
 
-# numba-cuda 0.30 asks for it at import; NumPy 2.5 has dropped it.
+# numba-cuda 0.30 asks for it at import, NumPy 2.5 has dropped it; and it warns of what a later NumPy will drop.
 vars(np).setdefault("row_stack", np.vstack)
 
 try:
-    from numba import cuda
-    from numba.cuda import compiler as _compiler
-    from numba.cuda import dispatcher as _dispatcher
-    from numba.cuda import libdevice
-    from numba.cuda.extending import intrinsic
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from numba import cuda
+        from numba.cuda import compiler as _compiler
+        from numba.cuda import dispatcher as _dispatcher
+        from numba.cuda import libdevice
+        from numba.cuda.extending import intrinsic
 except ImportError as error:
     raise BackendUnavailable(f"cuda: {error}; {INSTALL}") from None
 
@@ -149,7 +152,7 @@ class Device:
     @contextmanager
     def on_stream(self) -> Iterator[None]:
         """CuPy's work goes on the same stream."""
-        with self.arrays.cuda.ExternalStream(int(self.stream.handle)):
+        with self.arrays.cuda.Stream.from_external(self.stream):
             yield
 
     def put(self, array: np.ndarray) -> Any:
