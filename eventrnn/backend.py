@@ -222,6 +222,7 @@ BACKENDS = {
     "cpu": "eventrnn.cpu:CpuBackend",
     "auto": "eventrnn.crossover:AutoBackend",
     "blas": "eventrnn.blas:BlasBackend",
+    "cuda": "eventrnn.cuda:CudaBackend",
 }
 
 

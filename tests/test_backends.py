@@ -33,6 +33,11 @@ FORMAT_SETS = [(name,) for name in FORMATS] + [tuple(FORMATS)]
 EXACT = [name for name in BACKENDS if get_backend(name).exact]
 
 
+def each(names) -> list:
+    """Names of backends to test, those marked that need more than this machine may have."""
+    return [pytest.param(name, marks=pytest.mark.gpu) if name == "cuda" else name for name in names]
+
+
 @dataclass(frozen=True)
 class Case:
     network: Network
@@ -134,12 +139,12 @@ def part(fed: np.ndarray | Events, steps: slice = slice(None), batch: slice = sl
 
 @pytest.mark.parametrize("formats", FORMAT_SETS, ids="+".join)
 @pytest.mark.parametrize("variant", CELLS["egru"])
-@pytest.mark.parametrize("backend", [name for name in EXACT if name != "reference"])
+@pytest.mark.parametrize("backend", each(name for name in EXACT if name != "reference"))
 @given(data=st.data(), threads=st.integers(1, 3), record=records, carry=carries())
 def test_every_format_equals_the_dense_specification(backend, variant, formats, data, threads, record, carry):
     case = data.draw(cases(formats=formats, variants=[variant]))
     specification = case.simulator("reference", network=case.network.dense(), **carry)
-    tested = case.simulator(backend, threads=threads, **carry)
+    tested = case.simulator(backend, threads=1 if backend == "cuda" else threads, **carry)
     # Both sides must really be two implementations.
     assert type(specification.engine) is not type(tested.engine)
     with unmodified(case):
@@ -157,7 +162,7 @@ def test_mixed_networks_pass_the_public_comparison(case, threads):
     assert compared == steps_of(case.inputs) * case.batch * sum(layer.units for layer in case.network.layers)
 
 
-@pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize("backend", each(EXACT))
 @given(case=cases(max_steps=4))
 def test_signed_starting_outputs(backend, case):
     # No run leaves a negative output, but a caller may hand one in: it is an event like any other.
@@ -169,7 +174,7 @@ def test_signed_starting_outputs(backend, case):
     )
 
 
-@pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize("backend", each(EXACT))
 @given(network=networks(max_units=8), batch=st.integers(1, 3), data=st.data())
 def test_no_steps_change_nothing(backend, network, batch, data):
     state = data.draw(states(network, batch))
@@ -193,10 +198,10 @@ def test_every_format_and_thread_count_equals_dense_on_one_thread(formats, data,
     assert_same(a, b)
 
 
-@pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize("backend", each(EXACT))
 @given(data=st.data(), carry=carries())
 def test_each_sample_alone_equals_the_batch(backend, data, carry):
-    sizes = {"max_units": 60, "max_steps": 100} if backend == "cpu" else {"max_units": 10}
+    sizes = {"max_units": 60, "max_steps": 100} if backend in ("cpu", "cuda") else {"max_units": 10}
     case = data.draw(cases(**sizes))
     whole = case.simulator(backend, **carry).run(case.inputs, record=RECORDABLE)
     for b in range(case.batch):
@@ -211,12 +216,12 @@ def test_each_sample_alone_equals_the_batch(backend, data, carry):
         assert all(same_bits(x.to_dense()[:, sample], y.to_dense()) for x, y in pairs)
 
 
-@pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize("backend", each(EXACT))
 @given(data=st.data(), threads=st.integers(1, 2))
 def test_chunks_and_single_steps_equal_one_run(backend, data, threads):
-    fast = backend == "cpu"
+    fast = backend in ("cpu", "cuda")
     case = data.draw(cases(**({"max_units": 60, "max_steps": 150} if fast else {"max_units": 10})))
-    threads = threads if fast else 1
+    threads = threads if backend == "cpu" else 1
     steps = steps_of(case.inputs)
     cuts = sorted(data.draw(st.lists(st.integers(0, steps), max_size=5)))
     whole = case.simulator(backend).run(case.inputs, record=RECORDABLE)
@@ -251,7 +256,7 @@ def test_events_equal_the_same_as_an_array(case):
     assert_same(results[0], results[2])
 
 
-@pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize("backend", each(EXACT))
 @given(case=cases(embedding=True))
 def test_symbols_equal_their_embeddings(backend, case):
     assert case.network.embedding is not None
@@ -390,7 +395,7 @@ def test_ten_thousand_steps_one_at_a_time(variant):
 # --- against float64 ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", each(BACKENDS))
 @given(case=cases(readout=True, max_units=30, max_steps=6))
 def test_single_drive_within_its_bound(backend, case):
     assert case.network.readout is not None
@@ -403,7 +408,7 @@ def test_single_drive_within_its_bound(backend, case):
     assert (np.abs(result.output - exact) <= bound).all()
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+@pytest.mark.parametrize("backend", each(name for name in BACKENDS if name != "reference"))
 @pytest.mark.parametrize("variant", CELLS["egru"])
 @given(data=st.data())
 def test_events_outside_the_margin_are_those_of_float64(backend, variant, data):

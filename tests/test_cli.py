@@ -276,7 +276,7 @@ def test_bad_model_files(cli, tmp_path, model, text):
         (("bench", "inference", "--activity", "0"), "activity"),
         (("bench", "inference", "--format", "dense", "--sparsity", "0.5"), "sparsity"),
         (("bench", "inference", "--against", "nobody"), "against"),
-        (("bench", "inference", "--backend", "cuda"), "backend"),
+        (("bench", "inference", "--backend", "tpu"), "backend"),
         (("bench", "inference", "--against", "torch,scipy"), "one kind at a time"),
         (("bench", "inference", "--dtype", "float8"), "dtype"),
         (("bench", "inference", "--nm", "2of4"), "nm"),

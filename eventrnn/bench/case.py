@@ -10,6 +10,8 @@ from eventrnn.weights import FORMATS, STORAGES, check_nm
 LAYER_RIVALS = ("torch", "torch-step", "blas")
 PRODUCT_RIVALS = ("scipy", "torch-csr", "mkl", "numpy", "torch-mm", "float32")
 RIVALS = (*LAYER_RIVALS, *PRODUCT_RIVALS, "none")
+#: rivals of a whole layer (or a stack) on a GPU: torch.nn.GRU there, in float32 with and without TF32, and in float16
+GPU_RIVALS = ("cudnn", "none")
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Case:
     format   : of the weights; block, for "block" (None is 1x64); nm, for "nm": (n, m, "post" or "pre")
     dtype    : what weights are stored in
     variant  : equations of the cell
+    backend  : "cpu" or "cuda"
     threads  : of every contestant that can use them
     against  : rivals, separated by commas; the fastest counts. All of `LAYER_RIVALS`, which are timed beside a
                whole layer, or all of `PRODUCT_RIVALS`, beside one product with a (hidden, 3 hidden) matrix
@@ -40,6 +43,7 @@ class Case:
     nm: tuple[int, int, str] | None = None
     dtype: str = "float32"
     variant: str = "evnn"
+    backend: str = "cpu"
     threads: int = 1
     against: str = "torch"
     steps: int = 200
@@ -74,6 +78,14 @@ class Case:
             raise ValueError(f"sparsity: got {self.sparsity}, but {self.nm[0]} of {self.nm[1]} says it; leave it out")
 
     def _check_rivals(self) -> None:
+        if self.backend not in ("cpu", "cuda"):
+            raise ValueError(f"backend: got {self.backend!r}, need cpu or cuda; for BLAS give against='blas'")
+        if self.backend == "cuda":
+            if self.against not in GPU_RIVALS:
+                raise ValueError(f"against: got {self.against!r} on a GPU, need one of {', '.join(GPU_RIVALS)}")
+            if self.threads != 1:
+                raise ValueError(f"threads: got {self.threads}, but the cuda backend brings its own; leave it out")
+            return
         if self.against == "none":
             return
         for rival in self.rivals:
@@ -117,6 +129,8 @@ class Case:
         asked = asdict(self)
         asked["activity_asked"], asked["sparsity_asked"] = asked.pop("activity"), self.left_out
         del asked["sparsity"]
+        if self.backend == "cpu":  # as it was before there was a choice
+            del asked["backend"]
         return asked | {
             "block": f"{self.block[0]}x{self.block[1]}" if self.block else None,
             "nm": ":".join(map(str, self.nm)) if self.nm else None,

@@ -10,6 +10,7 @@ import numpy as np
 
 from eventrnn.backend import State
 from eventrnn.bench import contest as timing
+from eventrnn.bench import gpu
 from eventrnn.bench.case import Case
 from eventrnn.bench.contest import Contest
 from eventrnn.bench.engine import probes, product_reads, rows_read
@@ -36,6 +37,8 @@ def inference(*, report: Report = lambda stage: None, **case: Any) -> dict:
     computes something else, or when our weight bytes per second exceed what the probe could read.
     """
     asked = Case(**case)
+    if asked.backend == "cuda":
+        return gpu.inference(asked, report)
     contest = _product(asked, report) if asked.measures == "product" else _layer(asked, report)
     with limited(asked.threads):
         report("comparing with the rivals")

@@ -87,7 +87,7 @@ def random_network(
     return Network(tuple(layer))
 
 
-def at_activity(network: Network, inputs: Events, activity: float) -> Network:
+def at_activity(network: Network, inputs: Events, activity: float, backend: str = "cpu") -> Network:
     """The network with each layer's common threshold bisected until it fires at the asked rate on these inputs.
 
     For more than `BIASED_ACTIVITY`, candidates are biased upwards. Cost: 14 runs a layer.
@@ -102,7 +102,7 @@ def at_activity(network: Network, inputs: Events, activity: float) -> Network:
         for _ in range(14):
             threshold = np.full(layer.units, (low + high) / 2, np.float32)
             tried = [*layers, replace(layer, threshold=threshold)]
-            measured = simulate(Network(tuple(tried)), inputs).activity[-1]
+            measured = simulate(Network(tuple(tried)), inputs, backend=backend).activity[-1]
             low, high = ((low + high) / 2, high) if measured > activity else (low, (low + high) / 2)
         layers.append(replace(layer, threshold=np.full(layer.units, high, np.float32)))
     return replace(network, layers=tuple(layers))

@@ -283,7 +283,8 @@ def _blas(network: Network, inputs: Events, name: str) -> tuple[Run, Callable[[]
     return (lambda: engine.run(feed, state)), first
 
 
-def _torch_gru(network: Network, inputs: Events, name: str) -> tuple[Run, Callable[[], np.ndarray]]:
+def torch_gru(network: Network) -> Any:
+    """torch.nn.GRU with the network's weights, made dense. Raises ValueError where torch is not installed."""
     torch = import_torch()
     layers = network.layers
     gru = torch.nn.GRU(layers[0].inputs, layers[0].units, len(layers))
@@ -299,6 +300,11 @@ def _torch_gru(network: Network, inputs: Events, name: str) -> tuple[Run, Callab
                 ("bias_hh", layer.bias_rec),
             ):
                 getattr(gru, f"{kind}_l{k}").copy_(torch.from_numpy(np.ascontiguousarray(array[order])))
+    return gru
+
+
+def _torch_gru(network: Network, inputs: Events, name: str) -> tuple[Run, Callable[[], np.ndarray]]:
+    torch, gru = import_torch(), torch_gru(network)
     x = torch.from_numpy(inputs.to_dense())
 
     def sequence():

@@ -17,8 +17,10 @@ from eventrnn.weights import FORMATS, STORAGES
 
 AGAINST = (
     f"Rivals, separated by commas: of the whole layer {', '.join(LAYER_RIVALS)} (torch is nn.GRU); of one product "
-    f"{', '.join(PRODUCT_RIVALS)}; or none."
+    f"{', '.join(PRODUCT_RIVALS)}; on a GPU cudnn; or none. [torch; cudnn]"
 )
+
+OPPONENT = {"cpu": "torch", "cuda": "cudnn"}
 
 bench_app = typer.Typer(rich_markup_mode=None, help="Measure speed, every side in one run.")
 
@@ -30,7 +32,7 @@ def bench() -> None:
 
 @bench_app.command()
 def inference(
-    backend: Annotated[str, typer.Option(help="Engine to time: cpu.")] = "cpu",
+    backend: Annotated[str, typer.Option(help="Engine to time: cpu or cuda.")] = "cpu",
     hidden: Annotated[int, typer.Option(help="Units, and inputs, of a layer.")] = 1350,
     layers: Annotated[int, typer.Option(help="Layers.")] = 1,
     batch: Annotated[int, typer.Option(help="Samples side by side.")] = 1,
@@ -48,22 +50,21 @@ def inference(
     dtype: Annotated[str, typer.Option(help=f"Storage of the weights: {', '.join(STORAGES)}.")] = "float32",
     variant: Annotated[str, typer.Option(help="Equations: evnn or paper.")] = "evnn",
     threads: Threads = 1,
-    against: Annotated[str, typer.Option(help=AGAINST)] = "torch",
+    against: Annotated[str | None, typer.Option(help=AGAINST)] = None,
     steps: Annotated[int, typer.Option(help="Time steps a run.")] = 200,
     repeats: Annotated[int, typer.Option(help="Interleaved rounds; medians are reported.")] = 15,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Time whole sequences of a random network beside its rivals: a dense network, or who does one of its products."""
-    if backend != "cpu":
-        raise ValueError(f"backend: got {backend!r}, need cpu; for BLAS give --against blas")
     from eventrnn import bench
 
     with progress() as report:
         result = bench.inference(
             hidden=hidden, layers=layers, batch=batch, activity=activity, sparsity=sparsity, format=format,
             block=parse_block(block) if block else None, nm=parse_nm(nm) if nm else None, dtype=dtype,
-            variant=variant, threads=threads, against=against, steps=steps, repeats=repeats, seed=seed,
+            variant=variant, backend=backend, threads=threads, against=against or OPPONENT.get(backend, "none"),
+            steps=steps, repeats=repeats, seed=seed,
             report=lambda stage: report(stage, 0, 1, ""),
         )  # fmt: skip
     show("inference", result, as_json)

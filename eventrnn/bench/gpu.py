@@ -1,0 +1,164 @@
+"""`inference` on a GPU: our engine beside cuDNN, GPU time by events, interleaved, medians.
+
+Both sides have their inputs and weights on the GPU and leave their results there; what a run takes that brings NumPy
+arrays there and back is told apart. Ours includes counting; cuDNN does not count.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from eventrnn.backend import State
+from eventrnn.bench.case import Case
+from eventrnn.bench.machine import versions
+from eventrnn.bench.networks import at_activity, random_events, random_network
+from eventrnn.bench.rivals import import_torch, torch_gru
+from eventrnn.events import Events
+from eventrnn.network import Network, simulate
+from eventrnn.observe import count
+
+# How far the measured activity may be from what was asked, as a share of it.
+ACTIVITY_TOLERANCE = 0.1
+# cuDNN is fastest where every dimension is a multiple of this.
+PADDED_TO = 8
+
+Seconds = Callable[[], float]
+
+
+def inference(case: Case, report: Callable[[str], None]) -> dict[str, Any]:
+    """The figures of `eventrnn bench inference --backend cuda`.
+
+    Raises as `bench.inference` does, and BackendUnavailable where there is no GPU.
+    """
+    from eventrnn.cuda.device import current_device
+    from eventrnn.cuda.engine import CudaEngine
+
+    current_device()  # nothing is begun where there is none
+    rng = np.random.default_rng(case.seed)
+    network = random_network(
+        case.hidden, case.layers, sparsity=case.left_out, format=case.format, block=case.block, variant=case.variant,
+        rng=rng, nm=case.nm, dtype=case.dtype,
+    )  # fmt: skip
+    inputs = random_events(case.steps, case.batch, case.hidden, case.activity, rng)
+    report("compiling")
+    started = time.perf_counter()
+    simulate(network, inputs, backend="cuda")
+    compile_seconds = time.perf_counter() - started
+    report("setting the activity")
+    network = at_activity(network, inputs, case.activity, "cuda")
+    simulation = simulate(network, inputs, backend="cuda", record="events")
+    measured = float(np.mean(simulation.activity))
+    if abs(measured - case.activity) > ACTIVITY_TOLERANCE * case.activity:
+        raise ValueError(
+            f"activity: got {case.activity}, but thresholds bring this random network to {measured:.3f} at best; "
+            "ask for less, or use more units"
+        )
+    engine, feed, state = CudaEngine(network), network.feed(inputs), State.zeros(network, case.batch)
+    device, enqueue = engine.device, engine.on_device(feed, state)
+    contestants: dict[str, Seconds] = {"ours": lambda: device.seconds(enqueue)}
+    if case.against == "cudnn":
+        contestants |= _cudnn(network, inputs)
+
+    def run() -> float:
+        started = time.perf_counter()
+        engine.run(feed, state)
+        return time.perf_counter() - started
+
+    contestants["run"] = run
+    report(f"timing {case.repeats} rounds")
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(case.repeats):
+        for name, measure in contestants.items():
+            # As on a CPU: an unmeasured one before, so that clocks and caches are warm on both sides.
+            measure()
+            seconds[name].append(measure())
+    each = {name: float(np.median(s)) / case.steps * 1e6 for name, s in seconds.items()}
+    ours, with_copies = each.pop("ours"), each.pop("run")
+    best = min(each, key=lambda name: each[name]) if each else None
+    total, matrices = count(network, simulation).total, network.matrices().values()
+    stored = sum(w.shape[0] * w.shape[1] for w in matrices)
+    return {
+        "us_per_step": ours,
+        "against_us_per_step": each[best] if best else None,
+        "speedup": each[best] / ours if best else None,
+        "against_variant": best,
+        "against_variants_us_per_step": each,
+        "stream_steps_per_second": case.batch / ours * 1e6,
+        "run_us_per_step": with_copies,
+        "activity": measured,
+        "sparsity": 1 - sum(w.nnz for w in matrices) / stored,
+        "dense_per_step": total.dense // case.steps,
+        "effective_per_step": total.effective / case.steps,
+        "executed_per_step": total.executed / case.steps,
+        "storage_bytes": sum(w.nbytes for w in matrices),
+        "paths": engine.paths(case.batch),
+        "compile_seconds": compile_seconds,
+    } | case.record() | {"device": device.name, "versions": versions()}  # fmt: skip
+
+
+def _cudnn(network: Network, inputs: Events) -> dict[str, Seconds]:
+    """torch.nn.GRU on the GPU, the same weights made dense, padded with zeros to what cuDNN likes best."""
+    torch = import_torch()
+    if not torch.cuda.is_available():
+        raise ValueError("against: this torch has no CUDA; install one that has, or use --against none")
+    plain, x = torch_gru(network).cuda(), torch.from_numpy(inputs.to_dense()).cuda()
+    padded, wide = _padded(torch, plain), -plain.input_size % PADDED_TO
+    padded_x = torch.nn.functional.pad(x, (0, wide))
+
+    def timed(gru, fed, tf32: bool) -> Seconds:
+        def measure() -> float:
+            before = torch.backends.cudnn.allow_tf32
+            torch.backends.cudnn.allow_tf32 = tf32
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            try:
+                with torch.inference_mode():
+                    begin.record()
+                    gru(fed)
+                    end.record()
+                end.synchronize()
+            finally:
+                torch.backends.cudnn.allow_tf32 = before
+            return begin.elapsed_time(end) / 1e3
+
+        return measure
+
+    _check(torch, plain, padded, x, padded_x)
+    half, half_x = _padded(torch, plain).half(), padded_x.half()
+    half.flatten_parameters()
+    return {
+        "cudnn float32": timed(plain, x, False),
+        "cudnn tf32": timed(plain, x, True),
+        "cudnn tf32 padded": timed(padded, padded_x, True),
+        "cudnn float16 padded": timed(half, half_x, True),
+    }
+
+
+def _padded(torch, gru):
+    """The same GRU with inputs and units that are multiples of `PADDED_TO`; the spare ones stay at zero."""
+    inputs, hidden = (-(-n // PADDED_TO) * PADDED_TO for n in (gru.input_size, gru.hidden_size))
+    wide = torch.nn.GRU(inputs, hidden, gru.num_layers).cuda()
+    with torch.no_grad():
+        for name, target in wide.named_parameters():
+            source, gates = getattr(gru, name), target.view(3, hidden, -1)
+            target.zero_()
+            source = source.view(3, gru.hidden_size, -1)
+            gates[:, : source.shape[1], : source.shape[2]] = source
+    wide.flatten_parameters()
+    return wide
+
+
+def _check(torch, plain, padded, x, padded_x) -> None:
+    """The padded GRU must compute the same: one step of both, within the rounding of float32 sums."""
+    with torch.inference_mode():
+        before = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = False
+        try:
+            a, b = plain(x[:1])[0], padded(padded_x[:1])[0][..., : plain.hidden_size]
+        finally:
+            torch.backends.cudnn.allow_tf32 = before
+    if not torch.allclose(a, b, rtol=0, atol=plain.hidden_size * 2.0**-20):
+        raise RuntimeError(f"against cudnn: the padded GRU is {float((a - b).abs().max()):.1e} from the plain one")

@@ -1,0 +1,48 @@
+"""The CUDA engine: the bits of the CPU engine, a whole stack and sequence in one launch.
+
+Same bits: every drive takes its terms in ascending presynaptic order, one FMA a term; the rules of `cells.py` are
+compiled again over CUDA's primitives, with IEEE division and no contraction (`device.compile_ptx`).
+
+One launch: tiles of up to 32 units belong to blocks, all of them resident at once. What a unit sends goes to its own
+word in a record of the run that starts out full of "not sent yet"; whoever needs it looks until it is there
+(`kernels.py`). No grid barrier, no buffer to reuse, no order to keep between layers: a layer follows the one below as
+its events come. The same record gives read-out, counts and what a caller asked to see.
+
+Plans (`plan.py`): one sample has a block a tile, with as little code as can be (`single.py`); many samples are dealt
+out in groups, whose blocks own more tiles each. Weights stay in shared memory where they fit, else in L2. Products that
+need not wait, of the first layer's input and of the read-out, are done for all steps together (`products.py`).
+
+device   : the door to the CUDA packages; compiling, loading, launching
+ptx      : instructions that Numba lacks
+tables   : what the kernels' tables hold
+packing  : weights as strips
+walks    : one strip times one list of events
+kernels  : `layers`, any number of tiles and samples a block;  single: one
+engine   : a network on the GPU
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from eventrnn.cuda.engine import CudaEngine
+    from eventrnn.network import Network
+
+
+class CudaBackend:
+    """One NVIDIA GPU; the exact tier. Opened by the first engine only, so that any machine can name it."""
+
+    name = "cuda"
+    exact = True
+
+    def engine(self, network: Network, *, threads: int = 1) -> CudaEngine:
+        """Pack the weights and put them on the GPU; kernels are compiled at the first run of each plan, in seconds.
+
+        Raises BackendUnavailable with the reason where there is no GPU, and ValueError for `threads` other than 1.
+        """
+        if threads != 1:
+            raise ValueError(f"threads: got {threads}, but the cuda backend brings its own; leave it out")
+        from eventrnn.cuda.engine import CudaEngine
+
+        return CudaEngine(network)

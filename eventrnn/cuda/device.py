@@ -1,0 +1,179 @@
+"""The door to CUDA: the only file that imports its packages. Compiling, loading, launching, memory.
+
+Kernels are compiled here to PTX for a named architecture, which needs no GPU, and loaded by the driver. No fused
+multiply-add is made that the source does not write: `-fma=0` lets NVVM emit rounded `mul.rn` and `add.rn` only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from eventrnn.backend import BackendUnavailable
+
+INSTALL = "pip install 'eventrnn[cuda13]' (driver 580 or newer) or 'eventrnn[cuda12]'"
+
+# numba-cuda 0.30 asks for it at import, NumPy 2.5 has dropped it; and it warns of what a later NumPy will drop.
+vars(np).setdefault("row_stack", np.vstack)
+
+try:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from numba import cuda
+        from numba.cuda import compiler as _compiler
+        from numba.cuda import dispatcher as _dispatcher
+        from numba.cuda import libdevice
+        from numba.cuda.extending import intrinsic
+except ImportError as error:
+    raise BackendUnavailable(f"cuda: {error}; {INSTALL}") from None
+
+#: oldest architecture: `redux` and 128-bit-wide relaxed loads need sm_80, large shared memory is used where it is
+OLDEST = (8, 0)
+
+__all__ = ["Device", "compile_ptx", "cuda", "current_device", "device_function", "intrinsic", "libdevice"]
+
+Blocks = int | tuple[int, int]
+
+device_function = cuda.jit(device=True, forceinline=True)
+
+
+@dataclass(frozen=True)
+class _Target:
+    compute_capability: tuple[int, int]
+
+
+@contextmanager
+def _target(architecture: tuple[int, int]) -> Iterator[None]:
+    """Compile for that architecture, present or not, and without contraction."""
+    compile_before, device_before = _compiler.compile_cuda, _dispatcher.get_current_device
+
+    def compile_cuda(*args, **options):
+        options["nvvm_options"] = {**options["nvvm_options"], "fma": False}
+        return compile_before(*args, **options)
+
+    # Numba asks the driver for the architecture of a device function, whatever the kernel is compiled for.
+    _compiler.compile_cuda = compile_cuda
+    _dispatcher.get_current_device = lambda: _Target(architecture)
+    try:
+        yield
+    finally:
+        _compiler.compile_cuda, _dispatcher.get_current_device = compile_before, device_before
+
+
+def compile_ptx(kernel: Callable[..., None], signature, architecture: tuple[int, int], threads: int) -> str:
+    """PTX of a kernel, for at most `threads` a block. Needs libNVVM, but no GPU. About a second."""
+    threads = int(threads)
+    with _target(architecture):
+        # One block a multiprocessor: its registers are all for us.
+        ptx, _ = cuda.compile(kernel, signature, device=False, abi="numba", cc=architecture, launch_bounds=(threads, 1))
+    return ptx
+
+
+class Device:
+    """The current GPU. Raises BackendUnavailable with the reason and the remedy."""
+
+    def __init__(self):
+        try:
+            import cupy
+            from cuda.core import Device as CoreDevice
+        except ImportError as error:
+            raise BackendUnavailable(f"cuda: {error}; {INSTALL}") from None
+        if not cuda.is_available():
+            raise BackendUnavailable(f"cuda: no GPU with a working driver is here; {INSTALL}, or use backend='cpu'")
+        self.arrays: Any = cupy
+        self.core = CoreDevice()
+        self.core.set_current()
+        major, minor = self.core.compute_capability
+        self.architecture = int(major), int(minor)
+        if self.architecture < OLDEST:
+            have, need = (".".join(map(str, each)) for each in (self.architecture, OLDEST))
+            raise BackendUnavailable(
+                f"cuda: {self.core.name} has compute capability {have}, need {need} or newer; use backend='cpu'"
+            )
+        properties = self.core.properties
+        self.multiprocessors = int(properties.multiprocessor_count)
+        self.shared_bytes = int(properties.max_shared_memory_per_block_optin)
+        self.name = self.core.name
+        self.stream = self.core.create_stream()
+        self._kernels: dict[tuple, Any] = {}
+
+    def kernel(self, key: tuple, make: Callable[[], tuple[Callable[..., None], Any]], threads: int) -> Any:
+        """The loaded kernel of that key; `make` gives function and signature, compiled where it is new."""
+        from cuda.core import ObjectCode
+
+        key = (*key, threads)
+        if key not in self._kernels:
+            function, signature = make()
+            ptx = compile_ptx(function, signature, self.architecture, threads)
+            name = next(line for line in ptx.splitlines() if ".entry" in line).split()[2].rstrip("(")
+            code = ObjectCode.from_ptx(ptx.encode())
+            self._kernels[key] = (code.get_kernel(name), code)
+        return self._kernels[key][0]
+
+    def launch(
+        self,
+        kernel: Any,
+        blocks: int | tuple[int, int],
+        threads: int,
+        *arguments: int,
+        shared: int = 0,
+        together: bool = False,
+    ) -> None:
+        """Put a kernel on the stream; all arguments are int64. `together`: all blocks must be resident at once."""
+        from cuda.bindings import driver
+        from cuda.core import LaunchConfig, launch
+
+        if shared > 48 * 1024:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            (error,) = driver.cuKernelSetAttribute(attribute, shared, int(kernel.handle), self.core.device_id)
+            if int(error):
+                raise RuntimeError(f"cuda: {shared} bytes of shared memory a block were refused ({error})")
+        config = LaunchConfig(grid=blocks, block=threads, shmem_size=shared, is_cooperative=together)
+        launch(self.stream, config, kernel, *(ctypes.c_int64(each) for each in arguments))
+
+    def seconds(self, enqueue: Callable[[], None]) -> float:
+        """GPU time of what a call puts on the stream."""
+        from cuda.core import EventOptions
+
+        begin, end = (self.core.create_event(options=EventOptions(timing_enabled=True)) for _ in range(2))
+        self.stream.record(begin)
+        enqueue()
+        self.stream.record(end)
+        end.sync()
+        return (end - begin) / 1e3
+
+    @contextmanager
+    def on_stream(self) -> Iterator[None]:
+        """CuPy's work goes on the same stream."""
+        with self.arrays.cuda.Stream.from_external(self.stream):
+            yield
+
+    def put(self, array: np.ndarray) -> Any:
+        """A device copy. Raises MemoryError with the needed and the free bytes."""
+        target = self.empty(array.shape, array.dtype)
+        target.set(np.ascontiguousarray(array))
+        return target
+
+    def empty(self, shape, dtype) -> Any:
+        """Device memory as it comes. Raises MemoryError with the needed and the free bytes."""
+        try:
+            return self.arrays.empty(shape, dtype)
+        except self.arrays.cuda.memory.OutOfMemoryError:
+            needed = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            free, _ = self.arrays.cuda.runtime.memGetInfo()
+            raise MemoryError(
+                f"cuda: {needed:,} bytes are needed and {free:,} are free on {self.name}; use a smaller batch"
+            ) from None
+
+
+@cache
+def current_device() -> Device:
+    """The GPU of this process, opened once."""
+    return Device()

@@ -1,0 +1,120 @@
+"""Kernels for what need not wait: products of independent rows, lists of a record's events, counts of them."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import int32, int64, types
+
+from eventrnn.cuda.device import cuda
+from eventrnn.cuda.kernels import copy_in
+from eventrnn.cuda.ptx import add_relaxed, global_float32, global_int32, global_int64, shared_base
+from eventrnn.cuda.tables import HIT_BYTES, KINDS, LANES, LIST_PAD, NARROW, RESIDENT
+from eventrnn.cuda.walks import ALL, count_bits, entry_of, walker
+
+
+def products_kernel(way: int, gates: int):
+    """drive = bias + sum over a row's events of weight * value, for many rows of lists; and its signature.
+
+    A block owns one strip for every `splits`-th lot of rows, a warp a row at a time.
+    """
+    walk = walker(way)
+
+    def products(
+        values_at, table_at, starts_at, bias_at, n_pre, units, width, firsts_at, counts_at, lists_at, row_of_at,
+        rows, splits, out_at, table_bytes,
+    ):  # fmt: skip
+        thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
+        lane, warp, warps = thread & int32(31), thread >> int32(5), threads >> int32(5)
+        strip = cuda.blockIdx.x // splits
+        tile, split = strip // gates, cuda.blockIdx.x - strip * splits
+        gate = strip - tile * gates
+        starts, shared = global_int64(starts_at), shared_base()
+        size = int64(4)
+        if way & NARROW:
+            size = int64(2)
+        values_at += starts[strip] * size
+        table_at += strip * n_pre * 8
+        hits_at = shared + int64(HIT_BYTES) * warp
+        if way & RESIDENT:
+            own = shared + int64(HIT_BYTES) * warps
+            copy_in(own + table_bytes, values_at, (starts[strip + 1] - starts[strip] + LANES) * size, thread, threads)
+            values_at = own + table_bytes
+            if way & KINDS:
+                copy_in(own, table_at, int64(8) * n_pre, thread, threads)
+                table_at = own
+            cuda.syncthreads()
+        unit = int32(tile * width + lane)
+        bias, out = global_float32(bias_at), global_float32(out_at)
+        firsts, counts, row_of = global_int64(firsts_at), global_int32(counts_at), global_int64(row_of_at)
+        row = split * warps + warp
+        while row < rows:
+            source = row
+            if row_of_at != 0:
+                source = row_of[row]
+            acc = walk(
+                bias[strip * LANES + lane], values_at, table_at, int32(width), lane,
+                global_int64(lists_at + 8 * firsts[source]), counts[source], hits_at,
+            )  # fmt: skip
+            if lane < width and unit < units:
+                out[row * (gates * units) + gate * units + unit] = acc
+            row += splits * warps
+
+    return products, types.void(*[types.int64] * 15)
+
+
+def compact_kernel():
+    """Lists of events from rows of a record, a warp a row; and its signature."""
+
+    def compact(record_at, pitch, n, rows, firsts_at, counts_at, lists_at, capacity):
+        thread = int32(cuda.threadIdx.x)
+        lane = thread & int32(31)
+        row = int64(cuda.blockIdx.x) * (cuda.blockDim.x >> 5) + (thread >> int32(5))
+        if row >= rows:
+            return
+        below = int32((int32(1) << lane) - 1)
+        record, entries = global_float32(record_at + 4 * row * pitch), global_int64(lists_at + 8 * row * capacity)
+        count, at = int32(0), int32(0)
+        while at < n:
+            value = np.float32(0)
+            if at + lane < n:
+                value = record[at + lane]
+            found = cuda.ballot_sync(ALL, value != 0)
+            if value != 0:
+                entries[count + count_bits(found & below)] = entry_of(at + lane, value)
+            count = int32(count + count_bits(found))
+            at = int32(at + LANES)
+        if lane < LIST_PAD:
+            entries[count + lane] = int64(0)
+        if lane == 0:
+            global_int64(firsts_at)[row] = row * capacity
+            global_int32(counts_at)[row] = count
+
+    return compact, types.void(*[types.int64] * 8)
+
+
+def tally_kernel():
+    """How often each unit of a record sent a graded or a binary value, added to two int64 vectors; its signature.
+
+    A thread takes one unit and every `gridDim.y`-th row. Whole numbers: the order of adding changes nothing.
+    """
+
+    def tally(record_at, pitch, n, rows, graded_at, binary_at):
+        unit = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
+        if unit >= n:
+            return
+        record = global_float32(record_at)
+        graded = binary = int64(0)
+        row = int64(cuda.blockIdx.y)
+        while row < rows:
+            value = record[row * pitch + unit]
+            if value != 0:
+                # A caller may start from negative outputs, but no unit sends one.
+                if value == 1:
+                    binary += 1
+                else:
+                    graded += 1
+            row += cuda.gridDim.y
+        add_relaxed(graded_at + 8 * unit, graded)
+        add_relaxed(binary_at + 8 * unit, binary)
+
+    return tally, types.void(*[types.int64] * 6)

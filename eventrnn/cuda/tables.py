@@ -1,0 +1,41 @@
+"""The tables that kernels read: which column says what. Plain numbers; knows no CUDA.
+
+Addresses and offsets are bytes. Everything is int64.
+"""
+
+from __future__ import annotations
+
+# Lanes of a warp; units that a warp looks at in one go.
+LANES, SEGMENT = 32, 128
+# How a matrix lies (see `packing.py`); added to it, whether its values are bfloat16, and in shared memory.
+DENSE, MASKED, RUNS = 0, 1, 2
+KINDS, NARROW, RESIDENT = 3, 4, 8
+# Terms that are loaded together; hits of a masked strip that are held before they are walked, and those held at most.
+GROUP, HELD = 16, 160
+# Entries of zero that end a list, so that groups may be read whole.
+LIST_PAD = GROUP
+HIT_BYTES = 12 * (HELD + LIST_PAD)
+
+#: of a layer: numbers, then addresses
+(
+    UNITS, INPUTS, WIDTH, PITCH, X_PITCH,
+    X,  # what the layer below sent, or 0 where DRIVE holds the finished products
+    DRIVE, RECORD, GATED, CELLS, STATES, THRESHOLD, BIAS_IN, BIAS_REC,
+    IN_WAY, IN_VALUES, IN_TABLE, IN_STARTS,
+    REC_WAY, REC_VALUES, REC_TABLE, REC_STARTS,
+    LAYER_FIELDS,
+) = range(23)  # fmt: skip
+
+#: of a block: what it owns, then offsets in its shared memory
+(
+    LAYER, TILE, TILES, SAMPLE, SAMPLES, CAPACITY,
+    AT_VALUES_IN, AT_TABLE_IN, AT_VALUES_REC, AT_TABLE_REC, AT_BASES,
+    AT_LIST, AT_COUNTS, AT_STAGED, AT_TOTALS, AT_HITS,
+    AT_SUMS_IN, AT_SUMS_REC, AT_CELLS, AT_Y, AT_THRESHOLD, AT_BIAS,
+    BLOCK_FIELDS,
+) = range(23)  # fmt: skip
+
+
+def way(kind: int, narrow: bool, resident: bool) -> int:
+    """How a matrix lies, as a number: kind, bfloat16 or not, in shared memory or not."""
+    return int(kind + NARROW * narrow + RESIDENT * resident)

@@ -1,0 +1,286 @@
+"""The CUDA engine: what needs no GPU (packing, plans, compiling), and marked `gpu` what does.
+
+On a GPU the conformance suite of `test_backends.py` runs over this backend too.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eventrnn.backend import BackendUnavailable, State
+from eventrnn.bench.networks import at_activity, random_events, random_network
+from eventrnn.cuda import CudaBackend, tables
+from eventrnn.cuda.packing import Strips, check_format, pack, per_strip, unpack
+from eventrnn.cuda.plan import MOST_WARPS, Chip, LayerShape, blocks_from, plan, tile_width
+from eventrnn.network import Network, Simulator, simulate
+from eventrnn.testing import weights as weights_of
+from eventrnn.weights import CSR, STORAGES, convert
+
+H100 = Chip(132, 232_448)
+HOPPER = (9, 0)
+
+
+# --- packing ------------------------------------------------------------------------------------------------
+
+
+def decoded(strips: Strips) -> np.ndarray:
+    matrix = unpack(strips)
+    return (matrix.astype(np.uint32) << 16).view(np.float32) if matrix.dtype == np.uint16 else matrix
+
+
+@given(data=st.data(), gates=st.sampled_from([1, 3]), units=st.integers(1, 70), n_pre=st.integers(1, 40))
+def test_strips_hold_every_weight_once(data, gates, units, n_pre):
+    weights = data.draw(weights_of((n_pre, gates * units)))
+    width = data.draw(st.integers(1, 32))
+    strips = pack(weights, gates, width)
+    assert np.array_equal(decoded(strips), weights.to_dense())
+    assert (strips.starts[:-1] * strips.values.itemsize % 16 == 0).all()
+    if strips.kind != tables.DENSE:
+        bits = np.unpackbits(np.ascontiguousarray(strips.table[:, :, 0]).view(np.uint8))
+        assert bits.sum() == weights.kept().sum()
+
+
+@given(data=st.data(), units=st.integers(1, 70), n_pre=st.integers(1, 40))
+def test_room_for_strips_and_tiles_is_what_kernels_bring_in(data, units, n_pre):
+    strips = pack(data.draw(weights_of((n_pre, 3 * units))), 3, data.draw(st.integers(1, 32)))
+    size, lengths = strips.values.itemsize, np.diff(strips.starts)
+    table = 0 if strips.kind == tables.DENSE else 8 * n_pre
+    assert strips.one_strip_bytes()[0] - (lengths.max() + tables.LANES) * size in range(16)
+    assert strips.one_strip_bytes()[1] - table in range(16)
+    by_tile = lengths.reshape(-1, 3).sum(axis=1)
+    assert strips.tile_bytes(1)[0] - (by_tile.max() + tables.LANES) * size in range(16)
+    assert strips.tile_bytes(strips.tiles)[0] - (by_tile.sum() + tables.LANES) * size in range(16)
+    assert strips.tile_bytes(2)[1] - 6 * table in range(16)
+
+
+def test_wide_blocks_are_runs_and_single_weights_are_not():
+    rng = np.random.default_rng(0)
+    dense = rng.standard_normal((40, 3 * 50)).astype(np.float32)
+    blocks = convert(dense * np.repeat(rng.random((40, 5)) < 0.4, 32, axis=1)[:, :150], "block", block=(1, 32))
+    assert pack(blocks, 3, 32).kind == tables.RUNS
+    assert pack(CSR.from_dense(dense * (rng.random(dense.shape) < 0.3)), 3, 32).kind == tables.MASKED
+
+
+def test_vectors_lie_by_strip():
+    strips = per_strip(np.arange(1, 11, dtype=np.float32), gates=2, width=3)
+    assert strips.shape == (4, 32)
+    assert strips[:, :3].tolist() == [[1, 2, 3], [6, 7, 8], [4, 5, 0], [9, 10, 0]]
+    assert not strips[:, 3:].any()
+
+
+def test_unknown_format_is_refused_by_name():
+    class Diagonal:
+        pass
+
+    with pytest.raises(TypeError, match="w_rec: the cuda backend cannot run format Diagonal; convert to dense, csr"):
+        check_format("w_rec", Diagonal())  # pyright: ignore[reportArgumentType]
+
+
+# --- plans --------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def shapes(draw) -> list[LayerShape]:
+    rng, found, inputs = np.random.default_rng(draw(st.integers(0, 99))), [], draw(st.integers(1, 300))
+    count = draw(st.integers(1, 4))
+    for number in range(count):
+        units, dense = draw(st.integers(1, 400)), draw(st.booleans())
+        width = tile_width(units, H100.multiprocessors // count, dense)
+
+        def strips(n_pre, units=units, dense=dense, width=width):
+            matrix = (rng.standard_normal((n_pre, 3 * units)) * (rng.random((n_pre, 3 * units)) < 0.2)).astype("f4")
+            return pack(convert(matrix, "dense" if dense else "csr"), 3, width)
+
+        found.append(LayerShape(units, inputs, strips(inputs) if number else None, strips(units)))
+        inputs = units
+    return found
+
+
+@settings(max_examples=20)
+@given(shapes=shapes(), batch=st.integers(1, 300))
+def test_plans_give_every_tile_of_every_sample_one_owner(shapes, batch):
+    found = plan(shapes, batch, H100)
+    owners = {}
+    for first in range(0, batch, found.groups * found.samples):
+        table = blocks_from(found, first, batch)
+        assert len(table) <= H100.multiprocessors
+        for row in table:
+            layer, low = row[tables.LAYER], row[tables.TILE]
+            for tile in range(low, low + row[tables.TILES]):
+                for sample in range(row[tables.SAMPLE], row[tables.SAMPLE] + row[tables.SAMPLES]):
+                    assert owners.setdefault((layer, tile, sample), first) == first
+                    owners[layer, tile, sample] = first
+    assert len(owners) == sum(shape.tiles for shape in shapes) * batch
+    assert found.shared <= H100.shared_bytes
+    assert found.warps <= max(MOST_WARPS, 32)
+
+
+@settings(max_examples=20)
+@given(shapes=shapes(), batch=st.integers(1, 40))
+def test_parts_of_shared_memory_do_not_overlap(shapes, batch):
+    for layer in plan(shapes, batch, H100).layers:
+        offsets = sorted(offset for field, offset in layer.offsets.items() if field != tables.CAPACITY)
+        assert all(offset % 16 == 0 for offset in offsets)
+        assert offsets[-1] <= layer.shared <= H100.shared_bytes
+
+
+def test_too_little_shared_memory_falls_back_to_l2_and_then_is_refused():
+    rng = np.random.default_rng(0)
+    shape = LayerShape(256, 256, None, pack(convert(rng.standard_normal((256, 768)).astype("f4"), "dense"), 3, 8))
+    large, small = (plan([shape], 1, Chip(132, size)).layers[0].way_rec for size in (232_448, 40_000))
+    assert large & tables.RESIDENT and not small & tables.RESIDENT
+    with pytest.raises(ValueError, match=r"cuda: a layer of 256 units .* more shared memory than the 9,000 bytes"):
+        plan([shape], 1, Chip(132, 9_000))
+
+
+# --- without a GPU ------------------------------------------------------------------------------------------
+
+
+def test_naming_the_backend_loads_no_cuda_and_its_absence_is_explained():
+    code = "import sys; from eventrnn.backend import get_backend; b = get_backend('cuda'); print(b.name, b.exact, "
+    code += "[m for m in sys.modules if m.startswith(('numba_cuda', 'cupy'))])"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert finished.stdout.strip() == "cuda True []"
+    network = Network.random([3], inputs=2, rng=np.random.default_rng(0))
+    with pytest.raises(ValueError, match="threads: got 2, but the cuda backend brings its own"):
+        CudaBackend().engine(network, threads=2)
+
+
+def test_without_a_gpu_the_remedy_is_named(monkeypatch):
+    device = pytest.importorskip("eventrnn.cuda.device", exc_type=BackendUnavailable, reason="needs numba-cuda")
+    pytest.importorskip("cupy", reason="needs CuPy")
+    monkeypatch.setattr(device.cuda, "is_available", lambda: False)
+    with pytest.raises(BackendUnavailable, match="no GPU with a working driver is here; pip install"):
+        device.Device()
+
+
+WAYS = [
+    tables.way(kind, narrow, resident)
+    for kind in (tables.DENSE, tables.MASKED, tables.RUNS)
+    for narrow in (False, True)
+    for resident in (False, True)
+]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Compiles for Hopper, with or without a GPU."""
+    device = pytest.importorskip("eventrnn.cuda.device", exc_type=BackendUnavailable, reason="needs numba-cuda")
+    pytest.importorskip("cuda.bindings.nvvm", reason="needs libNVVM")
+    return lambda made: device.compile_ptx(*made, HOPPER, 352)
+
+
+def check_ptx(ptx: str) -> None:
+    """An entry for Hopper in which every product and sum is rounded as written, and no memory is of unknown kind."""
+    assert re.search(r"^\.target sm_90", ptx, re.MULTILINE)
+    assert ".entry" in ptx
+    assert not re.findall(r"\b(?:mul|add|sub)\.f32", ptx)
+    assert not re.findall(r"\b(?:div|rcp|sqrt|ex2)\.approx", ptx)
+    assert not re.findall(r"\s(?:ld|st)\.(?:f32|[us]\d+|b\d+)\b", ptx)
+    # Contraction would add to those that are written.
+    assert "fma.rn.f32" in ptx
+
+
+@pytest.mark.parametrize("variant", ["evnn", "paper"])
+def test_kernels_compile_without_contraction(compiled, variant):
+    from eventrnn.cuda.kernels import layers_kernel
+    from eventrnn.cuda.single import single_kernel
+
+    for make in (layers_kernel, single_kernel):
+        check_ptx(compiled(make(variant, (tables.way(tables.RUNS, True, True),))))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_products_compile_for_every_way_that_weights_lie(compiled, way):
+    from eventrnn.cuda.products import products_kernel
+
+    check_ptx(compiled(products_kernel(way, 3)))
+
+
+def test_mixed_ways_and_the_small_kernels_compile(compiled):
+    from eventrnn.cuda.products import compact_kernel, tally_kernel
+    from eventrnn.cuda.single import single_kernel
+
+    check_ptx(compiled(single_kernel("evnn", tuple(WAYS[:3]))))
+    assert ".entry" in compiled(compact_kernel())
+    assert "red.relaxed.gpu.global.add.u64" in compiled(tally_kernel())
+
+
+# --- on a GPU -----------------------------------------------------------------------------------------------
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return np.array_equal(a.view(np.int32), b.view(np.int32))
+
+
+def layered(variant: str, format: str, batch: int, storage: str) -> tuple[Network, object]:
+    rng = np.random.default_rng(3)
+    block = (1, 32) if format == "block" else None
+    sparsity = 0.0 if format == "dense" else 0.85
+    network = random_network(
+        333, 2, sparsity=sparsity, format=format, block=block, variant=variant, rng=rng, dtype=storage
+    )
+    inputs = random_events(60, batch, 333, 0.1, rng)
+    return at_activity(network, inputs, 0.1), inputs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("format", ["dense", "csr", "block"])
+@pytest.mark.parametrize("variant", ["evnn", "paper"])
+@pytest.mark.parametrize("batch", [1, 5, 150])
+def test_events_states_and_counts_are_those_of_the_cpu(variant, format, storage, batch):
+    network, inputs = layered(variant, format, batch, storage)
+    expected = simulate(network, inputs, record=("events", "states"))
+    got = simulate(network, inputs, backend="cuda", record=("events", "states"))
+    assert all(0.02 < activity < 0.5 for activity in expected.activity)
+    for k in range(2):
+        assert same_bits(expected.states[k], got.states[k])
+        assert same_bits(expected.events[k].to_dense(), got.events[k].to_dense())
+        assert np.array_equal(expected.fired[k].graded, got.fired[k].graded)
+    assert got.paths["layers.0.w_rec"].endswith(("in shared memory", "in L2"))
+
+
+@pytest.mark.gpu
+def test_a_million_steps_in_one_run_and_in_chunks():
+    rng = np.random.default_rng(4)
+    network = Network.random([48], inputs=8, rng=rng, threshold=0.1)
+    network = network.with_matrices({k: CSR.from_dense(3 * w.to_dense()) for k, w in network.matrices().items()})
+    x = (rng.standard_normal((1_000_000, 1, 8)) * (rng.random((1_000_000, 1, 8)) < 0.5)).astype(np.float32)
+    whole, chunked = simulate(network, x, backend="cuda"), Simulator(network, backend="cuda")
+    cuts = [0, *sorted(rng.integers(0, len(x), 9)), len(x)]
+    parts = [chunked.run(x[a:b]).output for a, b in pairwise(cuts)]
+    assert same_bits(whole.output, np.concatenate(parts))
+    assert same_bits(whole.state.cells[0], chunked.state.cells[0])
+    assert 0.02 < whole.activity[0] < 0.98
+
+
+@pytest.mark.gpu
+def test_out_of_memory_names_the_bytes_and_leaves_the_gpu_usable():
+    network = Network.random([64], inputs=8, rng=np.random.default_rng(5))
+    engine = CudaBackend().engine(network)
+    with pytest.raises(MemoryError, match=r"cuda: [\d,]+ bytes are needed and [\d,]+ are free"):
+        engine.device.empty(1 << 46, np.uint8)
+    x = np.ones((3, 1, 8), np.float32)
+    assert same_bits(simulate(network, x).output, simulate(network, x, backend="cuda").output)
+
+
+@pytest.mark.gpu
+def test_a_run_that_goes_through_in_pieces_is_the_same(monkeypatch):
+    from eventrnn.cuda import engine
+
+    network, inputs = layered("evnn", "block", 3, "bfloat16")
+    whole = simulate(network, inputs, backend="cuda")
+    monkeypatch.setattr(engine, "RECORD_BYTES", 1 << 18)
+    pieces = simulate(network, inputs, backend="cuda")
+    assert same_bits(whole.output, pieces.output)
+    assert np.array_equal(whole.fired[1].total, pieces.fired[1].total)
+    assert isinstance(pieces.state, State)
