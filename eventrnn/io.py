@@ -5,7 +5,8 @@ shapes, the network's own metadata) and `sha256`, a digest of the whole file wit
 bit can change unseen. The same network gives the same bytes. Also EvNN's packing of one layer, in and out.
 
 Version 2 adds N:M matrices and narrow values: a matrix says its `n`, `m` and `axis`, and its tensor `values` may be
-U16 (bfloat16) or I8 beside a tensor `scales`. Files of version 1, which have neither, are read as before.
+U16 (bfloat16) or I8 beside a tensor `scales`. Version 3 keeps indices and row pointers in the narrowest unsigned
+integers that hold them. Files of versions 1 and 2 are read as before.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ from eventrnn.network import Layer, Network, Readout
 from eventrnn.weights import FORMATS, Dense, Weights
 
 FORMAT = "eventrnn"
-VERSION = 2
-READABLE = ("1", "2")
+VERSION = 3
+READABLE = ("1", "2", "3")
+# As the formats want them in memory.
+_INDEX = {"indices": np.int32, "indptr": np.int64}
 _UNSIGNED = "0" * 64
 _VECTORS = ("bias_in", "bias_rec", "threshold")
 
@@ -97,7 +100,7 @@ def _to_tensors(network: Network) -> tuple[dict[str, np.ndarray], dict[str, Any]
             continue
         arrays = weights.arrays()
         matrices[name] = {"format": weights.name, "arrays": sorted(arrays)} | weights.options()
-        tensors |= {f"{name}.{key}": array for key, array in arrays.items()}
+        tensors |= {f"{name}.{key}": _narrowed(key, array) for key, array in arrays.items()}
     for k, layer in enumerate(network.layers):
         tensors |= {f"layers.{k}.{key}": getattr(layer, key) for key in _VECTORS}
     if network.embedding is not None:
@@ -111,6 +114,14 @@ def _to_tensors(network: Network) -> tuple[dict[str, np.ndarray], dict[str, Any]
         "metadata": dict(network.metadata),
     }
     return tensors, description
+
+
+def _narrowed(key: str, array: np.ndarray) -> np.ndarray:
+    return array.astype(np.min_scalar_type(array.max())) if key in _INDEX and array.size else array
+
+
+def _widened(key: str, array: np.ndarray) -> np.ndarray:
+    return array.astype(_INDEX[key]) if key in _INDEX and array.dtype.kind == "u" else array
 
 
 def _is_transposed_embedding(network: Network) -> bool:
@@ -133,7 +144,7 @@ def _from_tensors(tensors: dict[str, np.ndarray], description: Mapping[str, Any]
                 raise ModelFileError(f"{name}: is the transposed embedding, but there is none")
             matrices[name] = Dense(np.ascontiguousarray(embedding.T))
             continue
-        arrays = {key: tensors.pop(f"{name}.{key}") for key in spec["arrays"]}
+        arrays = {key: _widened(key, tensors.pop(f"{name}.{key}")) for key in spec["arrays"]}
         options = {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in spec.items()
@@ -188,7 +199,7 @@ def _decode(raw: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     version = metadata.get("version")
     if version not in READABLE:
         raise ModelFileError(
-            f"format version {version}; this eventrnn reads versions {' and '.join(READABLE)}: update eventrnn"
+            f"format version {version}; this eventrnn reads versions {', '.join(READABLE)}: update eventrnn"
         )
     needed = end + _data_size(header)
     if len(raw) < needed:

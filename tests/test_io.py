@@ -232,9 +232,23 @@ def crafted(path, change, version=io.VERSION, network=None):
 
 
 def test_a_newer_version(path):
-    crafted(path, lambda tensors, description: None, version=3)
-    with pytest.raises(io.ModelFileError, match="format version 3; this eventrnn reads versions 1 and 2: update"):
+    crafted(path, lambda tensors, description: None, version=4)
+    with pytest.raises(io.ModelFileError, match="format version 4; this eventrnn reads versions 1, 2, 3: update"):
         io.load(path)
+
+
+def test_indices_are_narrow_in_the_file_and_wide_ones_are_read(path):
+    network = small_network()
+    io.save(network, path)
+    tensors = safetensors.numpy.load(path.read_bytes())
+    narrow = {name: array for name, array in tensors.items() if name.endswith(("indices", "indptr"))}
+    assert narrow and all(array.dtype == np.min_scalar_type(array.max()) for array in narrow.values())
+
+    def widen(tensors, description):
+        tensors |= {name: array.astype(io._INDEX[name.rpartition(".")[2]]) for name, array in narrow.items()}
+
+    crafted(path, widen, version=2)
+    assert contents(io.load(path)) == contents(network)
 
 
 def test_a_file_of_version_1_is_read(path):
