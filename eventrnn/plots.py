@@ -316,6 +316,49 @@ def learning_curves(
     return _saved(figure, path)
 
 
+def pruning_curves(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    dense: float,
+    *,
+    quality: str = "perplexity",
+    title: str | None = None,
+    path: str | os.PathLike | None = None,
+) -> Figure:
+    """What pruning costs: quality over the share of weights pruned, a panel for each way and a line for each block.
+
+    panels : name of a panel -> name of a line -> (share pruned, quality)
+    dense  : quality of the unpruned network, drawn across every panel
+
+    Panels share their axes; that of quality is logarithmic.
+    """
+    points = [point for lines in panels.values() for line in lines.values() for point in line]
+    if not points or not (np.isfinite(np.array(points)).all() and np.isfinite(dense)):
+        raise ValueError(f"panels: got {dict(panels)} beside {dense}, need at least one point, all of them finite")
+    figure = _figure(3.6 * len(panels), 3.4)
+    every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (name, lines) in zip(every, panels.items(), strict=True):
+        axes.axhline(dense, color=GREY, linewidth=1, linestyle="--", label="not pruned")
+        for k, (label, line) in enumerate(lines.items()):
+            share, value = np.asarray(sorted(line), float).T
+            look = {
+                "color": _HUES[k % len(_HUES)],
+                "marker": _MARKS[k % len(_MARKS)],
+                "markersize": 4,
+                "linewidth": 1.2,
+            }
+            axes.plot(100 * share, value, label=label, **look)
+        axes.set(xlabel="weights pruned (%)", yscale="log")
+        axes.set_title(name, loc="left", fontsize=10)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        _plain(axes)
+    every[0].set_ylabel(f"{quality} (test)")
+    every[0].legend(fontsize=8, frameon=False)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return _saved(figure, path)
+
+
 def _limits_panel(axes: Axes, cases: Sequence[Mapping], groups: list) -> None:
     """A line a case, the first on top: how much of the probe's read rate and of the FMA rate it reaches."""
     for k, case in enumerate(reversed(cases)):

@@ -1,4 +1,4 @@
-"""Draw figures/ from results/: measures nothing, computes nothing anew.
+"""Draw figures/ from results/ (bench.py, block_sparse.py): measures nothing, computes nothing anew.
 
     python experiments/plots.py
 
@@ -82,6 +82,19 @@ def points(lines: list[dict]) -> list[dict]:
     return list(seen.values())
 
 
+def draw_blocks(lines: list[dict], path: Path) -> None:
+    """Perplexity over sparsity, by way and block, of the job and device of the last line."""
+    same = [line for line in lines if (line["job"], line["device"]) == (lines[-1]["job"], lines[-1]["device"])]
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {"pruning": {}, "lasso": {}}
+    for line in same:
+        if line["way"] != "dense" and line["larger"] == 1:
+            panels[line["way"]].setdefault(line["block"], []).append((line["share"], line["perplexity"]))
+    (dense,) = {line["perplexity"] for line in same if line["way"] == "dense"}
+    titles = {"pruning": "block pruning", "lasso": "group lasso and block pruning"}
+    plots.pruning_curves({titles[way]: panel for way, panel in panels.items()}, dense, path=path)
+    print(f"wrote {path}: {len(same)} points")
+
+
 def main(
     results: Annotated[Path, typer.Option(help="Lines of bench.py.")] = HERE / "results" / "cpu_inference.jsonl",
     figures: Annotated[Path, typer.Option(help="Folder to draw into.")] = HERE / "figures",
@@ -100,6 +113,9 @@ def main(
         print(f"wrote {figures / 'speedup.png'}: {', '.join(f'{k}, {len(v)} cells' for k, v in panels.items())}")
     else:
         print("speedup.png: not drawn, it needs the lines of bench.py --grid")
+    blocks = results.parent / "block_sparse.jsonl"
+    if blocks.exists():
+        draw_blocks([json.loads(line) for line in blocks.read_text().splitlines()], figures / "blocks.png")
     plots.roofline(points(lines), title="How close to the limits of the machine", path=figures / "roofline.png")
     print(f"wrote {figures / 'roofline.png'}: {len(points(lines))} cases")
 

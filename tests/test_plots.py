@@ -199,6 +199,19 @@ def test_learning_curves(tmp_path):
             plots.learning_curves(bad)
 
 
+def test_pruning_curves(tmp_path):
+    panels = {"one": {"1x1": [(0.9, 80.0), (0.5, 60.0)], "4x4": [(0.5, 70.0)]}, "two": {"1x1": [(0.5, 65.0)]}}
+    figure = plots.pruning_curves(panels, 62.0, title="cost", path=tmp_path / "curves.png")
+    left, right = figure.axes
+    assert [line.get_xdata().tolist() for line in left.lines[1:]] == [[50, 90], [50]]
+    assert [line.get_ydata().tolist() for line in left.lines[1:]] == [[60, 80], [70]]
+    assert len(right.lines) == 2 and set(left.lines[0].get_ydata()) == {62.0}
+    assert left.get_yscale() == "log" and (tmp_path / "curves.png").stat().st_size > 0
+    for bad, dense in (({}, 1.0), ({"a": {"b": []}}, 1.0), (panels, float("nan"))):
+        with pytest.raises(ValueError, match="panels"):
+            plots.pruning_curves(bad, dense)
+
+
 def test_mask_map_draws_the_share_left_of_every_matrix(tmp_path):
     rng = np.random.default_rng(0)
     left = {"layers.0.w_rec": rng.random((6, 12)) < 0.4, "readout": rng.random((600, 5)) < 0.2}
