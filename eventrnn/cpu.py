@@ -10,9 +10,7 @@ bits do not depend on their number. Kernels allocate nothing, but for BLAS. `pac
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from threading import Event
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,7 +39,7 @@ from eventrnn.rows import prefetch
 from eventrnn.simd import LANES
 from eventrnn.steps import send, send_gated, tally, update, update_paper
 from eventrnn.stream import Stepper, first_not_finite, float32_at, int32_at, int64_at
-from eventrnn.team import wait
+from eventrnn.team import started, wait
 from eventrnn.traverse import copy, propagate_all
 
 if TYPE_CHECKING:
@@ -251,21 +249,6 @@ class CpuBackend:
         return CpuEngine(network, threads)
 
 
-def _started(threads: int) -> ThreadPoolExecutor:
-    """A pool whose threads all run: a thread that could not be started in the midst of a run would leave the others
-    waiting at their barrier for ever."""
-    pool, go = ThreadPoolExecutor(threads), Event()
-    try:
-        for _ in range(threads):
-            pool.submit(go.wait)
-    except RuntimeError as error:
-        pool.shutdown(wait=False)
-        raise RuntimeError(f"threads: asked for {threads + 1}, but the system starts no more ({error})") from error
-    finally:
-        go.set()
-    return pool
-
-
 class CpuEngine:
     """A network packed for `run`; keeps its scratch between calls, so one engine serves one run at a time.
 
@@ -287,7 +270,7 @@ class CpuEngine:
         self.layout = Layout(network, threads)
         self.threshold = np.concatenate([layer.threshold for layer in network.layers])
         self.pitch, self.pieces = self.layout.pitch, self.layout.pitch // min(PIECES)
-        self.pool = _started(threads - 1) if threads > 1 else None
+        self.pool = started(threads - 1) if threads > 1 else None
         self.scratch_batch = 0
         # Of the input, then of each layer: events a unit and step. Until something is known, as published networks.
         self.activity = [USUAL_ACTIVITY] * (len(self.units) + 1)

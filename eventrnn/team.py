@@ -1,8 +1,10 @@
-"""What threads need to meet: a counter that all add to, and ways to wait for it."""
+"""What threads need to meet: a pool that is there, a counter that all add to, and ways to wait for it."""
 
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import llvmlite.binding as llvm
 from llvmlite import ir
@@ -74,3 +76,18 @@ def wait(barrier, parts, target):
             if spins > SPINS_BEFORE_YIELD:
                 yield_core()
     return target + parts
+
+
+def started(threads: int) -> ThreadPoolExecutor:
+    """A pool whose threads all run: a thread that could not be started in the midst of a run would leave the others
+    waiting at their barrier for ever."""
+    pool, go = ThreadPoolExecutor(threads), Event()
+    try:
+        for _ in range(threads):
+            pool.submit(go.wait)
+    except RuntimeError as error:
+        pool.shutdown(wait=False)
+        raise RuntimeError(f"threads: asked for {threads + 1}, but the system starts no more ({error})") from error
+    finally:
+        go.set()
+    return pool

@@ -61,7 +61,8 @@ class Model:
     network    : where to start
     backward   : "sparse" takes every product over events, paths and stored weights, "dense" all of them through BLAS,
                  "auto" whichever is faster at the window's activity and support, and the masks' density
-    threads    : of the products over events, whose bits do not depend on it; BLAS has its own setting
+    threads    : of the products over events, whose bits do not depend on it, and of those through BLAS; with 1, BLAS
+                 has its own setting
     thresholds : "positive" (kept at zero or above), "clamped" (to [0, 1], EvNN), "sigmoid" (the parameter is the
                  threshold's logit) or "fixed" (no gradient)
 
@@ -167,7 +168,7 @@ class Model:
         x = _scaled(x, noise.top)
         output = x
         if "readout.bias" in p:
-            flat = x.reshape(-1, x.shape[2]) @ self.readout_weights()
+            flat = self._team.multiply(x.reshape(-1, x.shape[2]), self.readout_weights())
             flat += p["readout.bias"]
             output = flat.reshape(*x.shape[:2], -1)
         return output, State(tuple(cells_after), tuple(outputs_after)), Tape(layers, symbols, x, noise)
@@ -218,10 +219,10 @@ class Model:
         if "readout.bias" in p:
             flat = d_output.reshape(-1, d_output.shape[2])
             top = np.ascontiguousarray(tape.top).reshape(len(flat), -1)
-            d_weights = top.T @ flat
+            d_weights = self._team.multiply(top.T, flat)
             gradients["readout.bias"] = flat.sum(axis=0)
             gradients["embedding" if self.tied else "readout"] = d_weights.T.copy() if self.tied else d_weights
-            d_x = (flat @ self.readout_weights().T).reshape(tape.top.shape)
+            d_x = self._team.multiply(flat, self.readout_weights().T).reshape(tape.top.shape)
         for k in reversed(range(len(self.cells))):
             layer, mask = tape.layers[k], noise.of("between", k) if k + 1 < len(self.cells) else noise.top
             d_y = self._arena.take(*layer.v.shape)

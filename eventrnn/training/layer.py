@@ -8,24 +8,28 @@ anyway, and the events of training are then those of the inference engine, bit f
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import pairwise
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 from eventrnn.backend import BackwardWork
 from eventrnn.cells import Cell
 from eventrnn.plan import scratch_shapes
 from eventrnn.simd import LANES
+from eventrnn.team import started
 from eventrnn.training import kernels, products, sweeps
 from eventrnn.training.matrix import STRIP, Pattern, Windows, windows
 from eventrnn.training.memory import Arena
 from eventrnn.training.sweeps import DENSE, PIECES
 
 F32 = np.float32
-# Shares of events (and of open pairs), times the share of weights that are stored, up to which products do not go
-# through BLAS. From components of a prototype at 1350 units, 20 and 80 samples; not measured on these kernels.
-EVENTS_UP_TO, PATHS_UP_TO = 0.35, 0.4
+# Shares of events (and of open pairs), times the share of weights that are stored, up to which input drives, gradients
+# of weights and of what was sent do not go through BLAS. Measured at 1350 units on one thread of an AVX-512 server: as
+# fast at 0.18, 0.29 and more than 0.6 for 20 samples, at 0.18, 0.29 and 0.36 for 80.
+DRIVES_UP_TO, EVENTS_UP_TO, PATHS_UP_TO = 0.18, 0.29, 0.4
 # What kernels may read past the last row.
 SPARE = 2 * STRIP
 
@@ -35,7 +39,7 @@ class Team:
 
     def __init__(self, threads: int):
         self.threads = threads
-        self.pool = ThreadPoolExecutor(threads - 1) if threads > 1 else None
+        self.pool = started(threads - 1) if threads > 1 else None
 
     def run(self, function: Callable, *arguments, barrier: bool = False) -> None:
         """function(part, threads, [barrier,] *arguments) on every thread; returns when all have."""
@@ -49,6 +53,28 @@ class Team:
         function(0, self.threads, *shared, *arguments)
         for other in others:
             other.result()
+
+    def multiply(self, a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """a @ b through BLAS, a part of the longer side of the result on each thread, and on one thread of BLAS: its
+        own would go on waiting in a loop, after their work, on the cores that the next kernel wants."""
+        out = np.empty((a.shape[0], b.shape[1]), F32) if out is None else out
+        if self.pool is None:
+            return np.matmul(a, b, out=out)
+        rows, columns = out.shape
+        edges = [max(rows, columns) * part // self.threads for part in range(self.threads + 1)]
+        parts = [slice(*edge) for edge in pairwise(edges)]
+        jobs = [(a[p], b, out[p]) if rows >= columns else (a, b[:, p], out[:, p]) for p in parts]
+        with _blas().limit(limits=1, user_api="blas"):
+            others = [self.pool.submit(np.matmul, *job) for job in jobs[1:]]
+            np.matmul(*jobs[0])
+            for other in others:
+                other.result()
+        return out
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 @dataclass
@@ -173,9 +199,9 @@ class LayerEngine:
     def _input_drives(self, p: dict, x: np.ndarray, drive: np.ndarray, pitch: int) -> None:
         w, rows, (n_pre, columns) = p["w_in"], x.shape[0] * x.shape[1], p["w_in"].shape
         pattern, flat = self.patterns["w_in"], np.ascontiguousarray(x).reshape(-1)
-        if not self._sparse(pattern, np.count_nonzero(flat) / max(1, flat.size), EVENTS_UP_TO):
+        if not self._sparse(pattern, np.count_nonzero(flat) / max(1, flat.size), DRIVES_UP_TO):
             out = drive[: rows * pitch].reshape(rows, pitch)[:, :columns]
-            np.matmul(flat.reshape(rows, n_pre), w, out=out)
+            self.team.multiply(flat.reshape(rows, n_pre), w, out)
             out += p["bias_in"]
             return
         take, parts = self.arena.take, self.team.threads
@@ -209,12 +235,12 @@ class LayerEngine:
         for t in range(steps):
             y, at = ys[t * size : (t + 1) * size].reshape(batch, n), t * batch * pitch
             if self.paper:
-                drive[:, : 2 * n] = y @ w_gates + bias[: 2 * n]
+                drive[:, : 2 * n] = self.team.multiply(y, w_gates) + bias[: 2 * n]
                 kernels.reset_all(n, rows, drive_in, at, pitch, drive.reshape(-1), ys, t * size, r, q)
                 sent = q[t * size : (t + 1) * size].reshape(batch, n)
-                drive[:, 2 * n :] = sent @ w_candidate + bias[2 * n :]
+                drive[:, 2 * n :] = self.team.multiply(sent, w_candidate) + bias[2 * n :]
             else:
-                np.matmul(y, w, out=drive)
+                self.team.multiply(y, w, drive)
                 drive += bias
             kernels.update_all(
                 n, rows, self.paper, drive_in, at, pitch, drive.reshape(-1), p["threshold"], held, t * size, *outputs
@@ -333,11 +359,11 @@ class LayerEngine:
             )  # fmt: skip
             rows = d_rec[at : at + batch * pitch].reshape(batch, pitch)
             if self.paper:
-                d_sent = np.ascontiguousarray(rows[:, 2 * n : 3 * n] @ w_candidate.T).reshape(-1)
+                d_sent = self.team.multiply(rows[:, 2 * n : 3 * n], w_candidate.T).reshape(-1)
                 kernels.reset_adjoint_all(n, batch, r, y, s, d_sent, d_in, at, pitch, d_before, d_bias)
             if t > 0:
                 earlier = d_y[s - size : s].reshape(batch, n)
-                earlier += rows[:, :gates] @ w_gates.T
+                earlier += self.team.multiply(rows[:, :gates], w_gates.T)
                 if self.paper:
                     earlier += d_before.reshape(batch, n)
         work = tape.work["w_rec"]
@@ -375,7 +401,7 @@ class LayerEngine:
             flat = delta[: rows * pitch].reshape(rows, pitch)
             gradient = take(n_pre, columns)
             for source, (low, high) in zip(arrived.arrays, ranges, strict=True):
-                gradient[:, low:high] = source.reshape(rows, n_pre).T @ flat[:, low:high]
+                self.team.multiply(source.reshape(rows, n_pre).T, flat[:, low:high], gradient[:, low:high])
             return self._masked(name, gradient, stored)
         lists = arrived.lists
         tiles = (len(lists[0][0]) - 2) // max(1, n_pre)
@@ -436,7 +462,7 @@ class LayerEngine:
             work.dots, work.dots_stored = np.full(n_pre, rows, np.int64), np.full(n_pre, columns, np.int64)
             flat = d_in[: rows * pitch].reshape(rows, pitch)[:, :columns]
             out = self.arena.take(steps, batch, n_pre)
-            np.matmul(flat, w.T, out=out.reshape(rows, n_pre))
+            self.team.multiply(flat, w.T, out.reshape(rows, n_pre))
             return out
         weights, stored_columns = self._stored(pattern, w)
         d_x, made, take = self.arena.take(steps, batch, n_pre), np.zeros(n_pre, np.int64), self.arena.take
