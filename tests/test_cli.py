@@ -263,6 +263,11 @@ def test_bad_model_files(cli, tmp_path, model, text):
         (("run", "{model}", "--text", "{text}", "--backend", "tpu"), "backend"),
         (("run", "{model}", "--text", "{text}", "--threads", "0"), "threads"),
         (("run", "{model}", "--text", "{text}", "--part", "dev"), "part"),
+        (("plot", "{model}", "poster", "--out", "{new}.png"), "what: got 'poster'"),
+        (("plot", "{model}", "weights", "--out", "{new}.gif"), "ends in .png"),
+        (("plot", "{model}", "raster", "--out", "{new}.png", "--text", "{text}", "--layer", "7"), "layer: got 7"),
+        (("plot", "{model}", "raster", "--out", "{new}.png", "--steps", "0"), "steps: got 0"),
+        (("plot", "{model}", "training", "--out", "{new}.png"), "is no folder of a run"),
         (("convert", "{model}", "--out", "{new}", "--to", "block"), "block"),
         (("convert", "{model}", "--out", "{new}", "--to", "nm"), "nm: got None"),
         (("convert", "{model}", "--out", "{new}", "--to", "dense", "--nm", "2:4"), "nm: got (2, 4, 'post') for format"),
@@ -324,6 +329,18 @@ def test_bad_input_is_one_line_and_writes_nothing(cli, tmp_path, model, text, ar
     assert code == 2 and out == ""
     assert err.startswith("eventrnn: error: ") and err.count("\n") == 1 and message.format(**names) in err
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_plot_draws_what_is_asked(cli, tmp_path, text):
+    pytest.importorskip("matplotlib", reason="figures need matplotlib, the plots extra")
+    model = tmp_path / "m.safetensors"
+    sizes = ("--hidden", 12, "--embedding", 4, "--batch", 4, "--window", 16, "--steps", 6)
+    _json(cli("train", "--out", model, "--text", text, *sizes, "--json"))
+    for what, source in (("weights", model), ("raster", model), ("operations", model), ("training", f"{model}.run")):
+        picture = tmp_path / f"{what}.png"
+        assert _json(cli("plot", source, what, "--out", picture, "--text", text, "--json")) == {"wrote": str(picture)}
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert cli("plot", source, what, "--out", picture, "--text", text)[0] == 2, "nothing is overwritten"
 
 
 def test_as_a_program():

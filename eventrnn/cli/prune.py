@@ -15,7 +15,7 @@ from rich.table import Table
 
 from eventrnn import io, pruning
 from eventrnn.cli.options import Force, Json, Model, parse_block, parse_nm, writable_file
-from eventrnn.cli.verbs import _encoded
+from eventrnn.cli.texts import encoded
 from eventrnn.network import Network
 from eventrnn.pruning.magnitude import GATES, SCOPES, STATISTICS
 from eventrnn.pruning.nm import METHODS as MASKS
@@ -119,7 +119,7 @@ def prune(
     network = io.load(model)
     parts = {}
     if steps or way.reads or text is not None:
-        parts = {part: _encoded(network, text or "builtin", part) for part in ("train", "valid")}
+        parts = {part: encoded(network, text or "builtin", part) for part in ("train", "valid")}
     with progress() as report:
         if name == "operations":
             pruned = _to_budget(network, parts["valid"], given, report)

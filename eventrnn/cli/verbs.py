@@ -14,7 +14,6 @@ from rich.table import Table
 
 from eventrnn import io
 from eventrnn.cli.options import (
-    PARTS,
     Backend,
     Block,
     Force,
@@ -31,6 +30,7 @@ from eventrnn.cli.options import (
     writable_file,
     writable_folder,
 )
+from eventrnn.cli.texts import encoded
 from eventrnn.cli.train import train
 from eventrnn.network import Network, simulate
 from eventrnn.terminal import as_line, progress, show
@@ -89,7 +89,7 @@ def run(
     from eventrnn.reading import read, read_narrowed
 
     network = io.load(model)
-    symbols = _encoded(network, text, part)
+    symbols = encoded(network, text, part)
     with progress() as bar:
 
         def report(stage: str, done: int, total: int) -> None:
@@ -116,7 +116,7 @@ def count(
     network = io.load(model)
     if symbols < 1:
         raise ValueError(f"symbols: got {symbols}, need a whole number >= 1")
-    simulation = simulate(network, _encoded(network, text, part)[:symbols, None], record="events")
+    simulation = simulate(network, encoded(network, text, part)[:symbols, None], record="events")
     counts = observe.count(network, simulation)
     audit = observe.audit(network, simulation, counts)
     record = counts.as_dict() | {
@@ -207,29 +207,6 @@ def convert_command(
 
 
 # --- arguments ----------------------------------------------------------------------------------------------
-
-
-def _encoded(network: Network, text: str, part: str) -> np.ndarray:
-    """A part of a text in the model's own symbols."""
-    from eventrnn.text import SPLITS, Vocabulary, python_documentation, read_parts
-
-    if part not in PARTS:
-        raise ValueError(f"part: got {part!r}, need one of {', '.join(PARTS)}")
-    if "vocabulary" not in network.metadata:
-        raise ValueError(
-            "model: has no vocabulary, so it cannot read text: it was not trained by eventrnn train; "
-            "in Python, eventrnn.count(network, run) counts a run on any input"
-        )
-    vocabulary = Vocabulary.from_json(network.metadata["vocabulary"])
-    if text == "builtin":
-        corpus = python_documentation()
-        parts = {name: corpus.vocabulary.decode(getattr(corpus, name)) for name in SPLITS}
-    else:
-        parts = read_parts(text)
-    try:
-        return vocabulary.encode("".join(parts.values()) if part == "all" else parts[part])
-    except ValueError as error:
-        raise ValueError(f"{error} (part {part} of {text})") from None
 
 
 def _arrays(path: Path) -> Mapping[str, np.ndarray]:

@@ -1,0 +1,88 @@
+"""`eventrnn plot`: pictures of a model, of a run over a text, and of its training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eventrnn import io
+from eventrnn.cli.options import Force, Json, Part, Text, writable_file
+from eventrnn.cli.texts import encoded
+from eventrnn.terminal import as_line
+
+# Symbols and rounds that are timed for the picture of operations.
+TIMED, REPEATS = 2000, 7
+WHAT = ("weights", "raster", "operations", "training")
+
+
+def plot(
+    model: Annotated[Path, typer.Argument(help="Model file; for training, the folder of its run.")],
+    what: Annotated[str, typer.Argument(help=f"One of {', '.join(WHAT)}.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Picture to write: .png, .pdf or .svg.")],
+    text: Text = "builtin",
+    part: Part = "test",
+    layer: Annotated[int, typer.Option(help="Of the raster, from 0.")] = 0,
+    start: Annotated[int, typer.Option(help="First step of the raster.")] = 0,
+    steps: Annotated[int, typer.Option(help="Steps of the raster.")] = 200,
+    symbols: Annotated[int, typer.Option(help="Read at most this many symbols to count operations.")] = 10_000,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Draw which weights are left, every event of a run, its operations and time, or a training's validations."""
+    if what not in WHAT:
+        raise ValueError(f"what: got {what!r}, need one of {', '.join(WHAT)}")
+    if out.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"out: got {out}, need a name that ends in .png, .pdf or .svg")
+    for name, value, least in (("layer", layer, 0), ("start", start, 0), ("steps", steps, 1), ("symbols", symbols, 1)):
+        if value < least:
+            raise ValueError(f"{name}: got {value}, need a whole number >= {least}")
+    writable_file(out, force)
+    if what == "training":
+        _training(model, out)
+    elif what == "weights":
+        from eventrnn import plots
+
+        plots.mask_map(io.load(model).matrices(), title=model.name, path=out)
+    else:
+        _run(model, what, text, part, layer, start, steps, symbols, out)
+    print(as_line({"wrote": str(out)}) if as_json else f"wrote {out}")
+
+
+def _training(folder: Path, out: Path) -> None:
+    from eventrnn import plots
+    from eventrnn.training import read_log
+
+    if not folder.is_dir():
+        raise ValueError(f"model: {folder} is no folder of a run; eventrnn train keeps it as MODEL.run")
+    seen = [line for line in read_log(folder) if line["validation"]]
+    if not seen:
+        raise ValueError(f"model: the run in {folder} has not been validated yet")
+    quality = next(name for name in ("perplexity", "bits", "accuracy", "loss") if name in seen[0]["validation"])
+    curve = [(line["step"], line["validation"][quality], line["validation"]["activity"]) for line in seen]
+    plots.learning_curves({folder.name: curve}, quality=quality, path=out)
+
+
+def _run(
+    model: Path, what: str, text: str, part: str, layer: int, start: int, steps: int, symbols: int, out: Path
+) -> None:
+    from eventrnn import observe, plots
+    from eventrnn.bench import interleaved
+    from eventrnn.network import Simulator, simulate
+
+    network = io.load(model)
+    if layer >= len(network.layers):
+        raise ValueError(f"layer: got {layer}, but {model} has {len(network.layers)}, counted from 0")
+    read = encoded(network, text, part)[: start + steps if what == "raster" else symbols, None]
+    run = simulate(network, read, record="events")
+    if what == "raster":
+        plots.raster(run.events[layer], start=start, steps=steps, path=out)
+        return
+    counts = observe.count(network, run)
+    rows, total = counts.steps * counts.batch, counts.total
+    operations = {name: getattr(total, name) / rows for name in ("dense", "effective", "executed")}
+    engines = {name: Simulator(network, backend=name) for name in ("blas", "cpu")}
+    seconds = interleaved({name: lambda s=s: s.run(read[:TIMED]) for name, s in engines.items()}, REPEATS)
+    times = {name: 1e6 * sorted(each)[REPEATS // 2] / len(read[:TIMED]) for name, each in seconds.items()}
+    plots.bars(operations, {"dense (BLAS)": times["blas"], "event-driven": times["cpu"]}, path=out)
