@@ -331,6 +331,8 @@ def pruning_curves(
 
     Panels share their axes; that of quality is logarithmic.
     """
+    from matplotlib.ticker import LogLocator
+
     points = [point for lines in panels.values() for line in lines.values() for point in line]
     if not points or not (np.isfinite(np.array(points)).all() and np.isfinite(dense)):
         raise ValueError(f"panels: got {dict(panels)} beside {dense}, need at least one point, all of them finite")
@@ -349,8 +351,9 @@ def pruning_curves(
             axes.plot(100 * share, value, label=label, **look)
         axes.set(xlabel="weights pruned (%)", yscale="log")
         axes.set_title(name, loc="left", fontsize=10)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8)))
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
         _plain(axes)
     every[0].set_ylabel(f"{quality} (test)")
     every[0].legend(fontsize=8, frameon=False)

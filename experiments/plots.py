@@ -25,11 +25,6 @@ def latest(lines: list[dict]) -> list[dict]:
     return list({case_of(line): line for line in lines if line["device"] == lines[-1]["device"]}.values())
 
 
-def commits(lines: list[dict]) -> str:
-    """Which versions were measured, in the order of the lines."""
-    return ", ".join(dict.fromkeys(line["commit"] for line in lines))
-
-
 def case_of(line: dict) -> str:
     """What was asked, as a name that no other case has."""
     keys = (
@@ -86,9 +81,9 @@ def draw_blocks(lines: list[dict], path: Path) -> None:
     """Perplexity over sparsity, by way and block, of the job and device of the last line."""
     same = [line for line in lines if (line["job"], line["device"]) == (lines[-1]["job"], lines[-1]["device"])]
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {"pruning": {}, "lasso": {}}
-    for line in same:
-        if line["way"] != "dense" and line["larger"] == 1:
-            panels[line["way"]].setdefault(line["block"], []).append((line["share"], line["perplexity"]))
+    pruned = [line for line in same if line["way"] != "dense" and line["larger"] == 1]
+    for line in sorted(pruned, key=lambda line: [int(size) for size in line["block"].split("x")]):
+        panels[line["way"]].setdefault(line["block"], []).append((line["share"], line["perplexity"]))
     (dense,) = {line["perplexity"] for line in same if line["way"] == "dense"}
     titles = {"pruning": "block pruning", "lasso": "group lasso and block pruning"}
     plots.pruning_curves({titles[way]: panel for way, panel in panels.items()}, dense, path=path)
@@ -108,8 +103,9 @@ def main(
     figures.mkdir(parents=True, exist_ok=True)
     panels = map_cells(lines)
     if panels:
-        where = f"1350 units, 1 thread, {lines[-1]['device']}, {commits([line for line in lines if is_plain(line)])}"
-        plots.speedup_map(panels, title=f"Times faster than torch.nn.GRU: {where}", path=figures / "speedup.png")
+        plots.speedup_map(
+            panels, title="Times faster than torch.nn.GRU: 1350 units, 1 thread", path=figures / "speedup.png"
+        )
         print(f"wrote {figures / 'speedup.png'}: {', '.join(f'{k}, {len(v)} cells' for k, v in panels.items())}")
     else:
         print("speedup.png: not drawn, it needs the lines of bench.py --grid")

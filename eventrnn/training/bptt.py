@@ -18,9 +18,10 @@ from eventrnn.cells import Cell
 from eventrnn.cpu import MOST_THREADS
 from eventrnn.network import Layer, Network, Readout
 from eventrnn.training import thresholds as rules
-from eventrnn.training.layer import LayerEngine, LayerTape, Team
+from eventrnn.training.layer import LayerEngine, LayerTape
 from eventrnn.training.memory import Arena
 from eventrnn.training.noise import Noise
+from eventrnn.training.team import Team
 from eventrnn.weights import Dense
 
 F32 = np.float32

@@ -7,23 +7,19 @@ anyway, and the events of training are then those of the inference engine, bit f
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
-from itertools import pairwise
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
 
 from eventrnn.backend import BackwardWork
 from eventrnn.cells import Cell
 from eventrnn.plan import scratch_shapes
 from eventrnn.simd import LANES
-from eventrnn.team import started
 from eventrnn.training import kernels, products, sweeps
 from eventrnn.training.matrix import STRIP, Pattern, Windows, windows
 from eventrnn.training.memory import Arena
 from eventrnn.training.sweeps import DENSE, PIECES
+from eventrnn.training.team import Team
 
 F32 = np.float32
 # Shares of events (and of open pairs), times the share of weights that are stored, up to which input drives, gradients
@@ -32,49 +28,6 @@ F32 = np.float32
 DRIVES_UP_TO, EVENTS_UP_TO, PATHS_UP_TO = 0.18, 0.29, 0.4
 # What kernels may read past the last row.
 SPARE = 2 * STRIP
-
-
-class Team:
-    """Threads that run one compiled function together, each with its part."""
-
-    def __init__(self, threads: int):
-        self.threads = threads
-        self.pool = started(threads - 1) if threads > 1 else None
-
-    def run(self, function: Callable, *arguments, barrier: bool = False) -> None:
-        """function(part, threads, [barrier,] *arguments) on every thread; returns when all have."""
-        shared = (np.zeros(1, np.int64),) if barrier else ()
-        if self.pool is None:
-            function(0, 1, *shared, *arguments)
-            return
-        others = [
-            self.pool.submit(function, part, self.threads, *shared, *arguments) for part in range(1, self.threads)
-        ]
-        function(0, self.threads, *shared, *arguments)
-        for other in others:
-            other.result()
-
-    def multiply(self, a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """a @ b through BLAS, a part of the longer side of the result on each thread, and on one thread of BLAS: its
-        own would go on waiting in a loop, after their work, on the cores that the next kernel wants."""
-        out = np.empty((a.shape[0], b.shape[1]), F32) if out is None else out
-        if self.pool is None:
-            return np.matmul(a, b, out=out)
-        rows, columns = out.shape
-        edges = [max(rows, columns) * part // self.threads for part in range(self.threads + 1)]
-        parts = [slice(*edge) for edge in pairwise(edges)]
-        jobs = [(a[p], b, out[p]) if rows >= columns else (a, b[:, p], out[:, p]) for p in parts]
-        with _blas().limit(limits=1, user_api="blas"):
-            others = [self.pool.submit(np.matmul, *job) for job in jobs[1:]]
-            np.matmul(*jobs[0])
-            for other in others:
-                other.result()
-        return out
-
-
-@cache
-def _blas() -> ThreadpoolController:
-    return ThreadpoolController()
 
 
 @dataclass
@@ -204,14 +157,14 @@ class LayerEngine:
             self.team.multiply(flat.reshape(rows, n_pre), w, out)
             out += p["bias_in"]
             return
-        take, parts = self.arena.take, self.team.threads
+        take = self.arena.take
         ids, sent = take(flat.size + LANES, dtype=np.int32), take(flat.size + LANES)
         if pattern.form == DENSE:
             starts = take(_tiles(n_pre) * rows + 1, dtype=np.int64)
             products.list_by_row(flat, rows, n_pre, products.TILE_ROWS, starts, ids, sent)
             self.team.run(
                 products.input_drives, starts, ids, sent, rows, w.reshape(-1), n_pre, columns, p["bias_in"],
-                drive, pitch, take(parts, n_pre * LANES), take(parts, rows * LANES),
+                drive, pitch, *self._row_scratch(n_pre, rows),
             )  # fmt: skip
             return
         starts = take(rows + 1, dtype=np.int64)
@@ -221,6 +174,10 @@ class LayerEngine:
             products.stored_drives, table.tables[0], table.values, table.index, table.pointers, n_pre,
             ids, sent, starts[:-1], np.diff(starts), rows, p["bias_in"], drive, pitch, *self._scratch(1, 1, table.most),
         )  # fmt: skip
+
+    def _row_scratch(self, m_rows: int, c_rows: int) -> tuple[np.ndarray, ...]:
+        take, parts = self.arena.take, self.team.threads
+        return tuple(take(parts, size) for size in (products.TILE_ROWS * STRIP, m_rows * LANES, c_rows * LANES))
 
     def _sparse(self, pattern: Pattern, share: float, limit: float) -> bool:
         if self.mode != "auto":
@@ -413,7 +370,7 @@ class LayerEngine:
             for each, (low, high) in zip(lists, ranges, strict=True):
                 self.team.run(
                     products.dense_gradient, *each, rows, n_pre, delta, pitch, gradient.reshape(-1), columns, low, high,
-                    take(parts, rows * LANES), take(parts, n_pre * LANES),
+                    *self._row_scratch(rows, n_pre),
                 )  # fmt: skip
             return self._masked(name, gradient, stored)
         out = take(pattern.stored + LANES)
