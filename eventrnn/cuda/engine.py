@@ -10,10 +10,11 @@ import numpy as np
 
 from eventrnn.backend import Feed, FireCounts, State, Trace
 from eventrnn.cuda import tables as k
+from eventrnn.cuda.cluster import cluster_kernel
 from eventrnn.cuda.device import Device, current_device
 from eventrnn.cuda.kernels import NOT_YET, layers_kernel
-from eventrnn.cuda.packing import Strips, check_format, pack, per_strip
-from eventrnn.cuda.plan import Chip, LayerShape, Plan, blocks_from, plan, tile_width
+from eventrnn.cuda.packing import Reached, Strips, check_format, pack, per_strip
+from eventrnn.cuda.plan import CLUSTER_SIZES, Chip, LayerShape, Plan, blocks_from, cluster_plan, plan, tile_width
 from eventrnn.cuda.products import compact_kernel, products_kernel, tally_kernel
 from eventrnn.cuda.single import single_kernel
 from eventrnn.cuda.tables import LANES
@@ -36,12 +37,20 @@ class Matrix:
     table: Any
     starts: Any
     bias: Any
+    reached: Reached | None = None
+    units: Any = None
+    words: Any = None
+    firsts: Any = None
 
     @classmethod
     def of(cls, device: Device, weights: Weights, bias: np.ndarray, gates: int, width: int) -> Matrix:
         strips = pack(weights, gates, width)
         arrays = (strips.values, strips.table, strips.starts, per_strip(bias, gates, width))
-        return cls(strips, *map(device.put, arrays))
+        if strips.kind == k.DENSE:
+            return cls(strips, *map(device.put, arrays))
+        reached = Reached.of(strips)
+        tables = (reached.units, reached.words, reached.firsts)
+        return cls(strips, *map(device.put, arrays), reached, *map(device.put, tables))
 
 
 class CudaEngine:
@@ -57,7 +66,8 @@ class CudaEngine:
             check_format(name, weights)
         self.network, self.device = network, current_device()
         self.units = [layer.units for layer in network.layers]
-        self.chip = Chip(self.device.multiprocessors, self.device.shared_bytes)
+        clusters = {size: self.device.clusters(size) for size in CLUSTER_SIZES}
+        self.chip = Chip(self.device.multiprocessors, self.device.shared_bytes, clusters)
         self.launches = _launches(network, self.chip.multiprocessors)
         with self.device.on_stream():
             self._pack()
@@ -90,10 +100,14 @@ class CudaEngine:
                         self.network.layers[n].inputs,
                         self.w_in[n].strips if n else None,
                         self.w_rec[n].strips,
+                        self.w_in[n].reached if n else None,
+                        self.w_rec[n].reached,
                     )
                     for n in layers
                 ]
-                found.append(plan(shapes, batch, self.chip))
+                paper = self.network.layers[layers.start].cell.variant == "paper"
+                clustered = None if paper else cluster_plan(shapes, batch, self.chip)
+                found.append(clustered or plan(shapes, batch, self.chip))
             self.plans[batch] = found
         return self.plans[batch]
 
@@ -243,6 +257,12 @@ class CudaEngine:
                     k.REC_WAY: way.way_rec, k.REC_VALUES: w_rec.values.data.ptr, k.REC_TABLE: w_rec.table.data.ptr,
                     k.REC_STARTS: w_rec.starts.data.ptr,
                 }  # fmt: skip
+                if each.cluster:
+                    fields |= {k.REC_TABLE: w_rec.words.data.ptr, k.REC_UNITS: w_rec.units.data.ptr}
+                    fields[k.REC_FIRSTS] = w_rec.firsts.data.ptr
+                if each.cluster and n:
+                    fields |= {k.IN_TABLE: w_in.words.data.ptr, k.IN_UNITS: w_in.units.data.ptr}
+                    fields[k.IN_FIRSTS] = w_in.firsts.data.ptr
                 for field, value in fields.items():
                     rows[row, field] = value
             self._launch(each, device.put(rows), layers, feed.steps, batch)
@@ -251,8 +271,13 @@ class CudaEngine:
     def _launch(self, each: Plan, rows, layers: range, steps: int, batch: int) -> None:
         device, threads = self.device, 32 * each.warps
         variant = self.network.layers[layers.start].cell.variant
-        make = single_kernel if each.single else layers_kernel
-        kernel = device.kernel((make.__name__, variant, each.ways), lambda: make(variant, each.ways), threads)
+        if each.cluster:
+            laid = each.layers[-1]
+            arguments = (laid.way_rec, laid.way_in, each.cluster)
+            kernel = device.kernel(("cluster", *arguments), lambda: cluster_kernel(*arguments), threads)
+        else:
+            make = single_kernel if each.single else layers_kernel
+            kernel = device.kernel((make.__name__, variant, each.ways), lambda: make(variant, each.ways), threads)
         for first in range(0, batch, each.groups * each.samples):
             key = (layers.start, batch, first)
             if key not in self.tables:
@@ -261,7 +286,7 @@ class CudaEngine:
             blocks, count = self.tables[key]
             device.launch(
                 kernel, count, threads, rows.data.ptr, blocks.data.ptr, self.faults.data.ptr, steps, batch,
-                shared=each.shared, together=True,
+                shared=each.shared, together=True, cluster=each.cluster,
             )  # fmt: skip
 
     def _products(self, matrix: Matrix, table, rows: int, row_of=None):

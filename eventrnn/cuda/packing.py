@@ -64,6 +64,35 @@ class Strips:
         return _up(most * self.values.itemsize, 16), _up(table, 16)
 
 
+@dataclass(frozen=True)
+class Reached:
+    """Of masked strips, only the units that reach a strip: what is looked up there at every step.
+
+    Attributes
+    ----------
+    units  : (reached,) int32, by strip and ascending: 4 times the unit, its offset in a row of outputs
+    words  : (reached, 2) int32: mask of outputs, and bytes from the strip's start to the first (MASKED) or to where lane
+             0's weight would be (RUNS)
+    firsts : (strips + 1,) int64 where each strip's begin
+    """
+
+    units: np.ndarray
+    words: np.ndarray
+    firsts: np.ndarray
+
+    @classmethod
+    def of(cls, strips: Strips) -> Reached:
+        strip, unit = np.nonzero(strips.table[:, :, 0])
+        words = strips.table[strip, unit]
+        words[:, 1] *= strips.values.itemsize
+        counts = np.bincount(strip, minlength=len(strips.table))
+        return cls((4 * unit).astype(np.int32), words, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
+
+    def share(self, n_pre: int) -> float:
+        """How many of all units a strip has, on average."""
+        return len(self.units) / max(1, (len(self.firsts) - 1) * n_pre)
+
+
 def check_format(name: str, weights: Weights) -> None:
     """Refuse a format that `pack` does not know."""
     if not isinstance(weights, Dense | CSR | BlockCSR | NM):

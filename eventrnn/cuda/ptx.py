@@ -206,3 +206,70 @@ def load_early(typingctx, address):
         return builder.call(ir.InlineAsm(kind, "ld.global.nc.f32 $0, [$1];", "=f,l", side_effect=True), args)
 
     return types.float32(types.int64), generate
+
+# --- clusters: shared memory of several blocks --------------------------------------------------------------
+
+
+def _instruction(text: str, constraints: str, result, *arguments):
+    """An intrinsic for one PTX instruction. Addresses of shared memory are int32, as the instructions take them."""
+    lowered = {types.int32: I32, types.int64: I64, types.float32: FLOAT}
+    signature = result(*arguments)
+    parts = [each for each in (getattr(result, "types", None) or [result]) if each is not types.void]
+    if len(parts) > 1:
+        returned = ir.LiteralStructType([lowered[each] for each in parts])
+    else:
+        returned = lowered[parts[0]] if parts else ir.VoidType()
+
+    def generate(context, builder, signature, args):
+        kind = ir.FunctionType(returned, [lowered[each] for each in arguments])
+        value = builder.call(ir.InlineAsm(kind, text, constraints, side_effect=True), args)
+        if len(parts) > 1:
+            values = [builder.extract_value(value, k) for k in range(len(parts))]
+            return context.make_tuple(builder, signature.return_type, values)
+        return value if parts else context.get_dummy_value()
+
+    makers = {
+        0: lambda typingctx: (signature, generate),
+        1: lambda typingctx, a: (signature, generate),
+        2: lambda typingctx, a, b: (signature, generate),
+        3: lambda typingctx, a, b, c: (signature, generate),
+        6: lambda typingctx, a, b, c, d, e, f: (signature, generate),
+    }
+    return intrinsic(makers[len(arguments)])
+
+
+INT, FLOAT_, NOTHING = types.int32, types.float32, types.void
+FOUR = types.UniTuple(types.int32, 4)
+MEMORY = "~{memory}"
+
+cluster_rank = _instruction("mov.u32 $0, %cluster_ctarank;", "=r", INT)
+cluster_arrive = _instruction("barrier.cluster.arrive.aligned;", MEMORY, NOTHING)
+cluster_wait = _instruction("barrier.cluster.wait.aligned;", MEMORY, NOTHING)
+#: address, rank -> the same address in the block of that rank
+of_rank = _instruction("mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", INT, INT, INT)
+barrier_init = _instruction("mbarrier.init.shared.b64 [$0], $1;", f"r,r,{MEMORY}", NOTHING, INT, INT)
+barrier_init_done = _instruction("fence.mbarrier_init.release.cluster;", MEMORY, NOTHING)
+#: barrier, bytes that the phase under way waits for
+expect = _instruction("mbarrier.arrive.expect_tx.shared.b64 _, [$0], $1;", f"r,r,{MEMORY}", NOTHING, INT, INT)
+#: barrier, parity -> 1 once the phase of that parity is over; waits a while in hardware
+arrived = _instruction(
+    "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [$1], $2; selp.b32 $0, 1, 0, p; }",
+    f"=r,r,r,{MEMORY}", INT, INT, INT,
+)  # fmt: skip
+#: address in some block, four words, that block's barrier, which counts their bytes
+send4 = _instruction(
+    "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [$0], {$1, $2, $3, $4}, [$5];",
+    f"r,r,r,r,r,r,{MEMORY}", NOTHING, INT, INT, INT, INT, INT, INT,
+)  # fmt: skip
+#: number of the barrier, threads that meet there
+meet = _instruction("bar.sync $0, $1;", f"r,r,{MEMORY}", NOTHING, INT, INT)
+
+load_shared = _instruction("ld.shared.b32 $0, [$1];", "=r,r", INT, INT)
+load_shared_float = _instruction("ld.shared.f32 $0, [$1];", "=f,r", FLOAT_, INT)
+load_shared2 = _instruction("ld.shared.v2.b32 {$0, $1}, [$2];", "=r,=r,r", types.UniTuple(types.int32, 2), INT)
+load_shared4 = _instruction("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", FOUR, INT)
+store_shared2 = _instruction("st.shared.v2.b32 [$0], {$1, $2};", f"r,r,r,{MEMORY}", NOTHING, INT, INT, INT)
+store_shared_float = _instruction("st.shared.f32 [$0], $1;", f"r,f,{MEMORY}", NOTHING, INT, FLOAT_)
+load_shared_narrow = _instruction("ld.shared.u16 $0, [$1];", "=r,r", INT, INT)
+load_narrow = _instruction("ld.global.nc.u16 $0, [$1];", "=r,l", INT, types.int64)
+load_relaxed = _instruction("ld.relaxed.gpu.global.b32 $0, [$1];", f"=r,l,{MEMORY}", INT, types.int64)
