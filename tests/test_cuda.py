@@ -199,7 +199,7 @@ def test_clusters_are_for_sparse_weights_on_chips_that_have_them():
     shape = LayerShape(256, 256, None, strips, None, Reached.of(strips))
     assert cluster_plan([shape], 1, H100) is not None
     assert cluster_plan([shape], 1, Chip(132, 232_448)) is None
-    assert cluster_plan([shape], 1, Chip(132, 9_000, H100.clusters)) is None
+    assert cluster_plan([shape], 1, Chip(132, 4_000, H100.clusters)) is None
     dense = pack(convert(weights, "dense"), 3, tables.LANES)
     assert cluster_plan([LayerShape(256, 256, None, dense)], 1, H100) is None
     every = pack(CSR.from_dense(rng.random((256, 768)).astype(np.float32)), 3, tables.LANES)

@@ -80,8 +80,8 @@ def finder(fetch4):
         return int32(held + count_bits(hit))
 
     @device_function
-    def find(row_at, units_at, words_at, at, count, hits_at, held, below, patience):
-        a, b, c, d, came = fetch4(row_at, units_at, at, count, patience)
+    def find(row_at, o, words_at, at, hits_at, held, below, patience):
+        a, b, c, d, came = fetch4(row_at, o[0], o[1], o[2], o[3], patience)
         held = hold(hits_at, held, a, words_at, at, below)
         held = hold(hits_at, held, b, words_at, int32(at + 32), below)
         held = hold(hits_at, held, c, words_at, int32(at + 64), below)
@@ -92,57 +92,67 @@ def finder(fetch4):
 
 
 @device_function
-def unit_at(units_at, at, count):
-    """A table's entry, or its first beyond the end."""
-    if at >= count:
-        at = int32(0)
-    return load_shared(int32(units_at + 4 * at))
+def offset_at(units_at, at, count):
+    """Where a unit of the table is in a row, -1 beyond its end."""
+    offset = int32(-1)
+    if at < count:
+        offset = load_shared(int32(units_at + 4 * at))
+    return offset
 
 
 @device_function
-def own_or_zero(row_at, units_at, at, count):
+def offsets4(units_at, at, count):
+    """Of this lane's next four."""
+    return (
+        offset_at(units_at, at, count), offset_at(units_at, int32(at + 32), count),
+        offset_at(units_at, int32(at + 64), count), offset_at(units_at, int32(at + 96), count),
+    )  # fmt: skip
+
+
+@device_function
+def own_or_zero(row_at, offset):
     """What a unit sent, from this block's shared memory."""
     value = np.float32(0)
-    if at < count:
-        value = load_shared_float(int32(row_at + load_shared(int32(units_at + 4 * at))))
+    if offset >= 0:
+        value = load_shared_float(int32(row_at + offset))
     return value
 
 
 @device_function
-def fetch_shared(row_at, units_at, at, count, patience):
-    """What four units sent, each lane its own; all there."""
-    a = own_or_zero(row_at, units_at, at, count)
-    b = own_or_zero(row_at, units_at, int32(at + 32), count)
-    c = own_or_zero(row_at, units_at, int32(at + 64), count)
-    d = own_or_zero(row_at, units_at, int32(at + 96), count)
-    return a, b, c, d, True
+def fetch_shared(row_at, one, two, three, four, patience):
+    """What four units sent; all there."""
+    return (
+        own_or_zero(row_at, one),
+        own_or_zero(row_at, two),
+        own_or_zero(row_at, three),
+        own_or_zero(row_at, four),
+        True,
+    )
 
 
 @device_function
-def fetch_record(row_at, units_at, at, count, patience):
+def or_zero(word, offset):
+    """An output as it was loaded, zero where there is no unit."""
+    if offset < 0:
+        word = int32(0)
+    return libdevice.int_as_float(word)
+
+
+@device_function
+def fetch_record(row_at, one, two, three, four, patience):
     """The same from a record, looked for until it is there."""
-    one, two = unit_at(units_at, at, count), unit_at(units_at, int32(at + 32), count)
-    three, four = unit_at(units_at, int32(at + 64), count), unit_at(units_at, int32(at + 96), count)
+    nobody = int32(0)
+    at_one, at_two = row_at + max(one, nobody), row_at + max(two, nobody)
+    at_three, at_four = row_at + max(three, nobody), row_at + max(four, nobody)
     tries = int32(0)
     while True:
-        a, b = load_relaxed(row_at + one), load_relaxed(row_at + two)
-        c, d = load_relaxed(row_at + three), load_relaxed(row_at + four)
+        a, b, c, d = load_relaxed(at_one), load_relaxed(at_two), load_relaxed(at_three), load_relaxed(at_four)
         here = a != NOT_YET and b != NOT_YET and c != NOT_YET and d != NOT_YET
         tries = int32(tries + 1)
         if here or tries >= patience:
             break
     cuda.syncwarp(ALL)
-    if at >= count:
-        a = int32(0)
-    if at + 32 >= count:
-        b = int32(0)
-    if at + 64 >= count:
-        c = int32(0)
-    if at + 96 >= count:
-        d = int32(0)
-    return (
-        libdevice.int_as_float(a), libdevice.int_as_float(b), libdevice.int_as_float(c), libdevice.int_as_float(d), here,
-    )  # fmt: skip
+    return or_zero(a, one), or_zero(b, two), or_zero(c, three), or_zero(d, four), here
 
 
 def producter(way: int, fetch4):
@@ -226,12 +236,18 @@ def producter(way: int, fetch4):
         return term(acc, w[7], values[7], words[7], bit)
 
     @device_function
-    def product(acc, row_at, units_at, words_at, values_at, count, hits_at, nothing, lane, below, bit, patience):
+    def product(
+        acc, row_at, o, units_at, words_at, values_at, count, hits_at, nothing, lane, below, bit, patience
+    ):  # fmt: skip
         held, at, came = int32(0), lane, True
+        one, two, three, four = o
         while at - lane < count:
-            held, here = find(row_at, units_at, words_at, at, count, hits_at, held, below, patience)
+            held, here = find(
+                row_at, (one, two, three, four), words_at, at, hits_at, held, below, patience
+            )  # fmt: skip
             came = came and here
             at = int32(at + 32 * LOOKED)
+            one, two, three, four = offsets4(units_at, at, count)
             if held > CLUSTER_HELD - 32 * LOOKED or at - lane >= count:
                 if lane < LIST_PAD:
                     store_shared2(int32(hits_at + HIT_SIZE * (held + lane)), nothing, int32(0))
@@ -382,8 +398,12 @@ def cluster_kernel(way_rec: int, way_in: int, blocks: int):
             if role >= 3:
                 # The input's drives, one step ahead of who needs them.
                 count = int32(firsts_in[strip + 1] - firsts_in[strip])
-                units_at = int32(base + int32(block[k.AT_UNITS_IN]) + int32(4 * (firsts_in[strip] - firsts_in[first_strip])))
-                words_at = int32(base + int32(block[k.AT_TABLE_IN]) + int32(8 * (firsts_in[strip] - firsts_in[first_strip])))
+                units_at = int32(
+                    base + int32(block[k.AT_UNITS_IN]) + int32(4 * (firsts_in[strip] - firsts_in[first_strip]))
+                )
+                words_at = int32(
+                    base + int32(block[k.AT_TABLE_IN]) + int32(8 * (firsts_in[strip] - firsts_in[first_strip]))
+                )
                 if resident_in:
                     values_in = address_in(
                         shared + block[k.AT_VALUES_IN] + size_in * (starts_in[strip] - starts_in[first_strip])
@@ -392,13 +412,14 @@ def cluster_kernel(way_rec: int, way_in: int, blocks: int):
                     values_in = address_in(layer[k.IN_VALUES] + size_in * starts_in[strip])
                 if (way_in & k.KINDS) != MASKED:
                     values_in = address_in(values_in + size_in * lane)
+                begin = offsets4(units_at, lane, count)
                 bias = global_float32(layer[k.BIAS_IN])[strip * LANES + lane]
                 t = int64(0)
                 while t < steps:
                     sample = slot
                     while sample < samples:
                         acc, came = product_in(
-                            bias, x + (t * batch + first + sample) * x_row_bytes, units_at, words_at, values_in, count,
+                            bias, x + (t * batch + first + sample) * x_row_bytes, begin, units_at, words_at, values_in, count,
                             hits_at, nothing, lane, below, bit, patience,
                         )  # fmt: skip
                         if not came:
@@ -422,6 +443,7 @@ def cluster_kernel(way_rec: int, way_in: int, blocks: int):
                     values = address_rec(layer[k.REC_VALUES] + size_rec * starts[strip])
                 if (way_rec & k.KINDS) != MASKED:
                     values = address_rec(values + size_rec * lane)
+                begin = offsets4(units_at, lane, count)
                 bias = global_float32(layer[k.BIAS_REC])[strip * LANES + lane]
                 threshold = global_float32(layer[k.THRESHOLD])[(tile + own) * LANES + lane]
                 cells_at = int32(base + int32(block[k.AT_CELLS]) + int32(TILE_BYTES) * own + 4 * lane)
@@ -453,9 +475,7 @@ def cluster_kernel(way_rec: int, way_in: int, blocks: int):
                             if later < steps:
                                 ahead = load_early(drive_at + (later * batch + first + next_sample) * (12 * int64(n)))
                         else:
-                            drive = load_shared_float(
-                                int32(drives_at + int32(TILE_BYTES) * (gate + 3 * (turn & 1)))
-                            )
+                            drive = load_shared_float(int32(drives_at + int32(TILE_BYTES) * (gate + 3 * (turn & 1))))
                         stream = int32(2 * sample)
                         if t > 0:
                             barrier = int32(base + at_barriers + 8 * (stream + here))
@@ -466,7 +486,7 @@ def cluster_kernel(way_rec: int, way_in: int, blocks: int):
                             if role == 2 and own == 0 and lane == 0:
                                 expect(barrier, row_size)
                         acc, came = product(
-                            bias, int32(base + at_y + (stream + here) * row_size), units_at, words_at, values, count,
+                            bias, int32(base + at_y + (stream + here) * row_size), begin, units_at, words_at, values, count,
                             hits_at, nothing, lane, below, bit, patience,
                         )  # fmt: skip
                         gates = int32(gates_at + int32(2 * TILE_BYTES) * (turn & 1))

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 # What the record of a run may take at a time; longer runs go through in pieces.
 RECORD_BYTES = 1 << 28
-PRODUCT_WARPS = 16
+# Warps of a block of products; masked strips take little shared memory, and many warps hide what each waits for.
+DENSE_WARPS, MASKED_WARPS = 16, 32
 
 
 @dataclass(frozen=True)
@@ -297,14 +298,15 @@ class CudaEngine:
         out = device.empty((rows, gates * units), np.float32)
         if rows == 0:
             return out
-        hits, (values_bytes, table_bytes) = k.HIT_BYTES * PRODUCT_WARPS, strips.one_strip_bytes()
-        resident = self._stays(strips) and rows >= PRODUCT_WARPS
+        warps = _product_warps(strips)
+        hits, (values_bytes, table_bytes) = k.HIT_BYTES * warps, strips.one_strip_bytes()
+        resident = self._stays(strips) and rows >= warps
         way = k.way(strips.kind, strips.values.dtype == np.uint16, resident)
         count = strips.tiles * gates
-        splits = max(1, min(-(-rows // PRODUCT_WARPS), device.multiprocessors // count))
-        kernel = device.kernel(("products", way, gates), lambda: products_kernel(way, gates), 32 * PRODUCT_WARPS)
+        splits = max(1, min(-(-rows // warps), device.multiprocessors // count))
+        kernel = device.kernel(("products", way, gates), lambda: products_kernel(way, gates), 32 * warps)
         device.launch(
-            kernel, count * splits, 32 * PRODUCT_WARPS,
+            kernel, count * splits, 32 * warps,
             matrix.values.data.ptr, matrix.table.data.ptr, matrix.starts.data.ptr, matrix.bias.data.ptr,
             n_pre, units, strips.width, firsts.data.ptr, counts.data.ptr, lists.data.ptr,
             0 if row_of is None else row_of.data.ptr, rows, splits, out.data.ptr, table_bytes,
@@ -314,7 +316,7 @@ class CudaEngine:
 
     def _stays(self, strips: Strips) -> bool:
         """Whether one strip fits in shared memory, for many rows to share."""
-        return k.HIT_BYTES * PRODUCT_WARPS + sum(strips.one_strip_bytes()) <= self.device.shared_bytes
+        return k.HIT_BYTES * _product_warps(strips) + sum(strips.one_strip_bytes()) <= self.device.shared_bytes
 
     def _read_out(self, record, feed: Feed):
         """(steps, batch, V or N) on the device."""
@@ -343,6 +345,10 @@ class CudaEngine:
             kernel, grid, 128, record[1:].data.ptr, _pitch(self.units[n]), self.units[n], rows,
             counts[0].data.ptr, counts[1].data.ptr,
         )  # fmt: skip
+
+
+def _product_warps(strips: Strips) -> int:
+    return DENSE_WARPS if strips.kind == k.DENSE else MASKED_WARPS
 
 
 def _pitch(units: int) -> int:

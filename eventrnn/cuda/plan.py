@@ -91,7 +91,12 @@ class Plan:
     @property
     def single(self) -> bool:
         """Whether every block owns one tile of one sample, and its warps see all units at once."""
-        return not self.cluster and self.samples == 1 and self.widest <= self.warps and all(layer.tiles == 1 for layer in self.layers)
+        return (
+            not self.cluster
+            and self.samples == 1
+            and self.widest <= self.warps
+            and all(layer.tiles == 1 for layer in self.layers)
+        )
 
     @property
     def ways(self) -> tuple[int, ...]:

@@ -207,6 +207,7 @@ def load_early(typingctx, address):
 
     return types.float32(types.int64), generate
 
+
 # --- clusters: shared memory of several blocks --------------------------------------------------------------
 
 
