@@ -1,8 +1,8 @@
 """Who the CUDA engine is timed against, on the same weights.
 
 `cudnn`      : torch.nn.GRU, in its fastest form
-`evnn-style` : what EvNN does: one product for the inputs of all steps, then at each step a dense product and a kernel for
-               the cells; everything in one CUDA graph, so that no launch is waited for
+`evnn-style` : what EvNN does: one product for the inputs of all steps, then at each step a dense product and a kernel
+               for the cells; everything in one CUDA graph, so that no launch is waited for
 `cusparse`   : the same with the recurrent weights in cuSPARSE's CSR
 """
 

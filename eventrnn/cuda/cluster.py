@@ -15,46 +15,34 @@ from numba import int32, int64, types
 
 from eventrnn.cuda import tables as k
 from eventrnn.cuda.device import cuda, device_function, libdevice
-from eventrnn.cuda.kernels import NOT_YET, PATIENCE, copy_in
+from eventrnn.cuda.kernels import PATIENCE, copy_in
+from eventrnn.cuda.lookup import fetch_record, fetch_shared, offsets4, producter
 from eventrnn.cuda.ptx import (
     arrived,
     barrier_init,
     barrier_init_done,
     cluster_arrive,
-    cluster_rank,
     cluster_wait,
+    copies_done,
+    copy_later,
     egru_reset_gate,
     egru_value_of_gates,
     expect,
     global_float32,
     global_int32,
     global_int64,
-    load_early,
-    load_narrow,
-    load_relaxed,
-    load_shared,
-    load_shared2,
-    load_shared4,
     load_shared_float,
-    load_shared_narrow,
     meet,
     of_rank,
     send4,
     shared_base,
     store_relaxed,
-    store_shared2,
     store_shared_float,
 )
-from eventrnn.cuda.tables import CLUSTER_HELD, HIT_SIZE, LANES, LIST_PAD, LOOKED, MASKED, NARROW, RESIDENT
-from eventrnn.cuda.walks import ALL, count_bits
+from eventrnn.cuda.tables import LANES, NARROW, RESIDENT
+from eventrnn.cuda.walks import ALL
 
 TILE_BYTES = 4 * LANES
-
-
-@device_function
-def bits_of(x):
-    """A float as an int32."""
-    return libdevice.float_as_int(x)
 
 
 @device_function
@@ -68,239 +56,32 @@ def wait(barrier, parity, patience):
     return True
 
 
-def finder(fetch4):
-    """The device function that holds the hits among the next 128 units that a strip has."""
+def cluster_kernel(way_rec: int, way_in: int, blocks: int, groups: int):
+    """The kernel for clusters of so many blocks, for matrices that lie in those ways; and its signature.
 
-    @device_function
-    def hold(hits_at, held, value, words_at, at, below):
-        hit = cuda.ballot_sync(ALL, value != 0)
-        if value != 0:
-            p = int32(held + count_bits(hit & below))
-            store_shared2(int32(hits_at + HIT_SIZE * p), int32(words_at + 8 * at), bits_of(value))
-        return int32(held + count_bits(hit))
-
-    @device_function
-    def find(row_at, o, words_at, at, hits_at, held, below, patience):
-        a, b, c, d, came = fetch4(row_at, o[0], o[1], o[2], o[3], patience)
-        held = hold(hits_at, held, a, words_at, at, below)
-        held = hold(hits_at, held, b, words_at, int32(at + 32), below)
-        held = hold(hits_at, held, c, words_at, int32(at + 64), below)
-        held = hold(hits_at, held, d, words_at, int32(at + 96), below)
-        return held, came
-
-    return find
-
-
-@device_function
-def offset_at(units_at, at, count):
-    """Where a unit of the table is in a row, -1 beyond its end."""
-    offset = int32(-1)
-    if at < count:
-        offset = load_shared(int32(units_at + 4 * at))
-    return offset
-
-
-@device_function
-def offsets4(units_at, at, count):
-    """Of this lane's next four."""
-    return (
-        offset_at(units_at, at, count), offset_at(units_at, int32(at + 32), count),
-        offset_at(units_at, int32(at + 64), count), offset_at(units_at, int32(at + 96), count),
-    )  # fmt: skip
-
-
-@device_function
-def own_or_zero(row_at, offset):
-    """What a unit sent, from this block's shared memory."""
-    value = np.float32(0)
-    if offset >= 0:
-        value = load_shared_float(int32(row_at + offset))
-    return value
-
-
-@device_function
-def fetch_shared(row_at, one, two, three, four, patience):
-    """What four units sent; all there."""
-    return (
-        own_or_zero(row_at, one),
-        own_or_zero(row_at, two),
-        own_or_zero(row_at, three),
-        own_or_zero(row_at, four),
-        True,
-    )
-
-
-@device_function
-def or_zero(word, offset):
-    """An output as it was loaded, zero where there is no unit."""
-    if offset < 0:
-        word = int32(0)
-    return libdevice.int_as_float(word)
-
-
-@device_function
-def fetch_record(row_at, one, two, three, four, patience):
-    """The same from a record, looked for until it is there."""
-    nobody = int32(0)
-    at_one, at_two = row_at + max(one, nobody), row_at + max(two, nobody)
-    at_three, at_four = row_at + max(three, nobody), row_at + max(four, nobody)
-    tries = int32(0)
-    while True:
-        a, b, c, d = load_relaxed(at_one), load_relaxed(at_two), load_relaxed(at_three), load_relaxed(at_four)
-        here = a != NOT_YET and b != NOT_YET and c != NOT_YET and d != NOT_YET
-        tries = int32(tries + 1)
-        if here or tries >= patience:
-            break
-    cuda.syncwarp(ALL)
-    return or_zero(a, one), or_zero(b, two), or_zero(c, three), or_zero(d, four), here
-
-
-def producter(way: int, fetch4):
-    """The device function: acc + sum over a strip's units of weight * what they sent, ascending, one FMA a term."""
-    find = finder(fetch4)
-    masked, narrow, resident = (way & k.KINDS) == MASKED, way & NARROW, way & RESIDENT
-    size = 2 if narrow else 4
-    if resident:
-        address = int32
-        if narrow:
-
-            @device_function
-            def weight(at):
-                return libdevice.int_as_float(load_shared_narrow(at) << int32(16))
-        else:
-
-            @device_function
-            def weight(at):
-                return load_shared_float(at)
-    else:
-        address = int64
-        if narrow:
-
-            @device_function
-            def weight(at):
-                return libdevice.int_as_float(load_narrow(at) << int32(16))
-        else:
-
-            @device_function
-            def weight(at):
-                return load_early(at)
-
-    if masked:
-
-        @device_function
-        def placed(values_at, word, below):
-            return weight(address(values_at + word[1] + size * count_bits(word[0] & below)))
-    else:
-
-        @device_function
-        def placed(values_at, word, below):
-            return weight(address(values_at + word[1]))
-
-    @device_function
-    def entries8(at):
-        a, b = load_shared4(at), load_shared4(int32(at + 2 * HIT_SIZE))
-        c, d = load_shared4(int32(at + 4 * HIT_SIZE)), load_shared4(int32(at + 6 * HIT_SIZE))
-        return (a[0], a[2], b[0], b[2], c[0], c[2], d[0], d[2]), (a[1], a[3], b[1], b[3], c[1], c[3], d[1], d[3])
-
-    @device_function
-    def words8(at):
-        return (
-            load_shared2(at[0]), load_shared2(at[1]), load_shared2(at[2]), load_shared2(at[3]),
-            load_shared2(at[4]), load_shared2(at[5]), load_shared2(at[6]), load_shared2(at[7]),
-        )  # fmt: skip
-
-    @device_function
-    def weights8(values_at, words, below):
-        return (
-            placed(values_at, words[0], below), placed(values_at, words[1], below),
-            placed(values_at, words[2], below), placed(values_at, words[3], below),
-            placed(values_at, words[4], below), placed(values_at, words[5], below),
-            placed(values_at, words[6], below), placed(values_at, words[7], below),
-        )  # fmt: skip
-
-    @device_function
-    def term(acc, w, value, word, bit):
-        if word[0] & bit:
-            return cuda.fma(w, libdevice.int_as_float(value), acc)
-        return acc
-
-    @device_function
-    def terms8(acc, w, values, words, bit):
-        acc = term(acc, w[0], values[0], words[0], bit)
-        acc = term(acc, w[1], values[1], words[1], bit)
-        acc = term(acc, w[2], values[2], words[2], bit)
-        acc = term(acc, w[3], values[3], words[3], bit)
-        acc = term(acc, w[4], values[4], words[4], bit)
-        acc = term(acc, w[5], values[5], words[5], bit)
-        acc = term(acc, w[6], values[6], words[6], bit)
-        return term(acc, w[7], values[7], words[7], bit)
-
-    @device_function
-    def product(
-        acc, row_at, o, units_at, words_at, values_at, count, hits_at, nothing, lane, below, bit, patience
-    ):  # fmt: skip
-        held, at, came = int32(0), lane, True
-        one, two, three, four = o
-        while at - lane < count:
-            held, here = find(
-                row_at, (one, two, three, four), words_at, at, hits_at, held, below, patience
-            )  # fmt: skip
-            came = came and here
-            at = int32(at + 32 * LOOKED)
-            one, two, three, four = offsets4(units_at, at, count)
-            if held > CLUSTER_HELD - 32 * LOOKED or at - lane >= count:
-                if lane < LIST_PAD:
-                    store_shared2(int32(hits_at + HIT_SIZE * (held + lane)), nothing, int32(0))
-                cuda.syncwarp(ALL)
-                h = int32(0)
-                while h < held:
-                    at_words, values = entries8(int32(hits_at + HIT_SIZE * h))
-                    words = words8(at_words)
-                    w = weights8(values_at, words, below)
-                    if held - h > 8:
-                        more_at, more_values = entries8(int32(hits_at + HIT_SIZE * (h + 8)))
-                        more_words = words8(more_at)
-                        more = weights8(values_at, more_words, below)
-                        acc = terms8(terms8(acc, w, values, words, bit), more, more_values, more_words, bit)
-                    else:
-                        acc = terms8(acc, w, values, words, bit)
-                    h = int32(h + 16)
-                cuda.syncwarp(ALL)
-                held = int32(0)
-        return acc, came
-
-    return product
-
-
-def cluster_kernel(way_rec: int, way_in: int, blocks: int):
-    """The kernel for clusters of so many blocks, for matrices that lie in those ways; and its signature."""
-    product, product_in = producter(way_rec, fetch_shared), producter(way_in, fetch_record)
+    `groups`: how many times 128 units a recurrent strip has, 0 where that is more than 4.
+    """
+    product, product_in = producter(way_rec, fetch_shared, groups), producter(way_in, fetch_record, 0)
     size_rec, size_in = 2 if way_rec & NARROW else 4, 2 if way_in & NARROW else 4
+    row_rec, row_in = LANES * size_rec, LANES * size_in
     resident_rec, resident_in = bool(way_rec & RESIDENT), bool(way_in & RESIDENT)
     address_rec, address_in = int32 if resident_rec else int64, int32 if resident_in else int64
 
     @device_function
-    def send(base, offset, barrier, lane, a, b, c, d, first):
+    def send_all(one, two, three, four, offset, barrier, lane, y):
         # Eight lanes a block, four blocks at a time.
-        there = of_rank(base, int32(first + (lane >> 3)))
-        send4(int32(there + offset), a, b, c, d, int32(there + barrier))
-
-    @device_function
-    def send_all(base, offset, barrier, lane, y):
         q = int32(4 * (lane & 7))
         offset = int32(offset + 4 * q)
-        word = bits_of(y)
+        word = libdevice.float_as_int(y)
         a, b = cuda.shfl_sync(ALL, word, q), cuda.shfl_sync(ALL, word, int32(q + 1))
         c, d = cuda.shfl_sync(ALL, word, int32(q + 2)), cuda.shfl_sync(ALL, word, int32(q + 3))
-        if blocks >= 4:
-            send(base, offset, barrier, lane, a, b, c, d, int32(0))
-        elif lane < 8 * blocks:
-            send(base, offset, barrier, lane, a, b, c, d, int32(0))
+        if blocks >= 4 or lane < 8 * blocks:
+            send4(int32(one + offset), a, b, c, d, int32(one + barrier))
         if blocks >= 8:
-            send(base, offset, barrier, lane, a, b, c, d, int32(4))
+            send4(int32(two + offset), a, b, c, d, int32(two + barrier))
         if blocks >= 16:
-            send(base, offset, barrier, lane, a, b, c, d, int32(8))
-            send(base, offset, barrier, lane, a, b, c, d, int32(12))
+            send4(int32(three + offset), a, b, c, d, int32(three + barrier))
+            send4(int32(four + offset), a, b, c, d, int32(four + barrier))
 
     def layers(table_at, blocks_at, faults_at, steps, batch):
         thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
@@ -309,10 +90,12 @@ def cluster_kernel(way_rec: int, way_in: int, blocks: int):
         layer = global_int64(table_at + int64(8 * k.LAYER_FIELDS) * block[k.LAYER])
         shared = shared_base()
         base = int32(shared)
-        n, inputs, width = int32(layer[k.UNITS]), int32(layer[k.INPUTS]), int32(LANES)
+        n, width = int32(layer[k.UNITS]), int32(LANES)
         tile, tiles = int32(block[k.TILE]), int32(block[k.TILES])
         first, samples, slots = block[k.SAMPLE], int32(block[k.SAMPLES]), int32(block[k.SLOTS])
+        # A row of outputs is followed by a zero, for who looks beyond the units.
         row_size = int32(block[k.ALL_TILES]) * int32(TILE_BYTES)
+        y_size = int32(row_size + 16)
         record, x, states = layer[k.RECORD], layer[k.X], layer[k.STATES]
         row_bytes, x_row_bytes = 4 * layer[k.PITCH], 4 * layer[k.X_PITCH]
         at_y, at_barriers = int32(block[k.AT_Y]), int32(block[k.AT_BARRIERS])
@@ -320,48 +103,34 @@ def cluster_kernel(way_rec: int, way_in: int, blocks: int):
 
         # Weights and tables of the block's tiles.
         first_strip, last_strip = int64(tile) * 3, int64(tile + tiles) * 3
-        starts, firsts = global_int64(layer[k.REC_STARTS]), global_int64(layer[k.REC_FIRSTS])
-        copy_in(
-            shared + block[k.AT_UNITS_REC], layer[k.REC_UNITS] + 4 * firsts[first_strip],
-            4 * (firsts[last_strip] - firsts[first_strip]), thread, threads,
-        )  # fmt: skip
-        copy_in(
-            shared + block[k.AT_TABLE_REC], layer[k.REC_TABLE] + 8 * firsts[first_strip],
-            8 * (firsts[last_strip] - firsts[first_strip]), thread, threads,
-        )  # fmt: skip
+        firsts = global_int64(layer[k.REC_FIRSTS])
+        from_rec, size = firsts[first_strip], firsts[last_strip] - firsts[first_strip]
+        copy_in(shared + block[k.AT_UNITS_REC], layer[k.REC_UNITS] + 4 * from_rec, 4 * size, thread, threads)
         if resident_rec:
             copy_in(
-                shared + block[k.AT_VALUES_REC], layer[k.REC_VALUES] + size_rec * starts[first_strip],
-                size_rec * (starts[last_strip] - starts[first_strip]), thread, threads,
+                shared + block[k.AT_VALUES_REC], layer[k.REC_ROWS] + row_rec * from_rec, row_rec * size, thread, threads
             )  # fmt: skip
         if x != 0:
-            starts_in, firsts_in = global_int64(layer[k.IN_STARTS]), global_int64(layer[k.IN_FIRSTS])
-            copy_in(
-                shared + block[k.AT_UNITS_IN], layer[k.IN_UNITS] + 4 * firsts_in[first_strip],
-                4 * (firsts_in[last_strip] - firsts_in[first_strip]), thread, threads,
-            )  # fmt: skip
-            copy_in(
-                shared + block[k.AT_TABLE_IN], layer[k.IN_TABLE] + 8 * firsts_in[first_strip],
-                8 * (firsts_in[last_strip] - firsts_in[first_strip]), thread, threads,
-            )  # fmt: skip
+            firsts_in = global_int64(layer[k.IN_FIRSTS])
+            from_in, size = firsts_in[first_strip], firsts_in[last_strip] - firsts_in[first_strip]
+            copy_in(shared + block[k.AT_UNITS_IN], layer[k.IN_UNITS] + 4 * from_in, 4 * size, thread, threads)
             if resident_in:
                 copy_in(
-                    shared + block[k.AT_VALUES_IN], layer[k.IN_VALUES] + size_in * starts_in[first_strip],
-                    size_in * (starts_in[last_strip] - starts_in[first_strip]), thread, threads,
+                    shared + block[k.AT_VALUES_IN], layer[k.IN_ROWS] + row_in * from_in, row_in * size, thread, threads
                 )  # fmt: skip
         # The outputs that the run starts from.
         sample = int32(0)
         while sample < samples:
             word = thread
-            while word < row_size >> 2:
+            while word < y_size >> 2:
                 value = np.float32(0)
                 if word < n:
                     value = global_float32(record + (first + sample) * row_bytes)[word]
-                store_shared_float(int32(base + at_y + 2 * sample * row_size + 4 * word), value)
+                store_shared_float(int32(base + at_y + 2 * sample * y_size + 4 * word), value)
+                store_shared_float(int32(base + at_y + (2 * sample + 1) * y_size + 4 * word), np.float32(0))
                 word = int32(word + threads)
             sample = int32(sample + 1)
         if thread == 0:
-            store_shared2(int32(base + int32(block[k.AT_NOTHING])), int32(0), int32(0))
             sample = int32(0)
             while sample < 2 * samples:
                 barrier_init(int32(base + at_barriers + 8 * sample), int32(1))
@@ -386,41 +155,31 @@ def cluster_kernel(way_rec: int, way_in: int, blocks: int):
                 gate = int32(role - 3)
             strip = int64(tile + own) * 3 + gate
             meeting, meeters = int32(work + 1), int32(32 * roles)
-            below, bit = int32((int32(1) << lane) - 1), int32(int32(1) << lane)
+            below = int32((int32(1) << lane) - 1)
             hits_at = int32(base + int32(block[k.AT_HITS]) + int32(k.CLUSTER_HIT_BYTES) * warp)
             gates_at = int32(base + int32(block[k.AT_SUMS_REC]) + int32(4 * TILE_BYTES) * work + 4 * lane)
             drives_at = int32(base + int32(block[k.AT_SUMS_IN]) + int32(6 * TILE_BYTES) * work + 4 * lane)
-            nothing = int32(base + int32(block[k.AT_NOTHING]))
             unit = int32((tile + own) * width + lane)
             mine = unit < n
             patience = int32(PATIENCE)
             turn = int32(0)
             if role >= 3:
                 # The input's drives, one step ahead of who needs them.
+                begin = firsts_in[strip] - from_in
                 count = int32(firsts_in[strip + 1] - firsts_in[strip])
-                units_at = int32(
-                    base + int32(block[k.AT_UNITS_IN]) + int32(4 * (firsts_in[strip] - firsts_in[first_strip]))
-                )
-                words_at = int32(
-                    base + int32(block[k.AT_TABLE_IN]) + int32(8 * (firsts_in[strip] - firsts_in[first_strip]))
-                )
+                units_at = int32(base + int32(block[k.AT_UNITS_IN]) + int32(4 * begin))
                 if resident_in:
-                    values_in = address_in(
-                        shared + block[k.AT_VALUES_IN] + size_in * (starts_in[strip] - starts_in[first_strip])
-                    )
+                    values_in = address_in(shared + block[k.AT_VALUES_IN] + row_in * begin + size_in * lane)
                 else:
-                    values_in = address_in(layer[k.IN_VALUES] + size_in * starts_in[strip])
-                if (way_in & k.KINDS) != MASKED:
-                    values_in = address_in(values_in + size_in * lane)
-                begin = offsets4(units_at, lane, count)
+                    values_in = address_in(layer[k.IN_ROWS] + row_in * (from_in + begin) + size_in * lane)
                 bias = global_float32(layer[k.BIAS_IN])[strip * LANES + lane]
                 t = int64(0)
                 while t < steps:
                     sample = slot
                     while sample < samples:
                         acc, came = product_in(
-                            bias, x + (t * batch + first + sample) * x_row_bytes, begin, units_at, words_at, values_in, count,
-                            hits_at, nothing, lane, below, bit, patience,
+                            bias, x + (t * batch + first + sample) * x_row_bytes, int32(0), units_at, values_in, count,
+                            hits_at, lane, below, int32(0), patience,
                         )  # fmt: skip
                         if not came:
                             global_int32(faults_at)[0] = 1
@@ -432,18 +191,19 @@ def cluster_kernel(way_rec: int, way_in: int, blocks: int):
                     t += 1
                 meet(meeting, meeters)
             else:
+                begin = firsts[strip] - from_rec
                 count = int32(firsts[strip + 1] - firsts[strip])
-                units_at = int32(base + int32(block[k.AT_UNITS_REC]) + int32(4 * (firsts[strip] - firsts[first_strip])))
-                words_at = int32(base + int32(block[k.AT_TABLE_REC]) + int32(8 * (firsts[strip] - firsts[first_strip])))
+                last = int32(count - 1)
+                units_at = int32(base + int32(block[k.AT_UNITS_REC]) + int32(4 * begin))
                 if resident_rec:
-                    values = address_rec(
-                        shared + block[k.AT_VALUES_REC] + size_rec * (starts[strip] - starts[first_strip])
-                    )
+                    values = address_rec(shared + block[k.AT_VALUES_REC] + row_rec * begin + size_rec * lane)
                 else:
-                    values = address_rec(layer[k.REC_VALUES] + size_rec * starts[strip])
-                if (way_rec & k.KINDS) != MASKED:
-                    values = address_rec(values + size_rec * lane)
-                begin = offsets4(units_at, lane, count)
+                    values = address_rec(layer[k.REC_ROWS] + row_rec * (from_rec + begin) + size_rec * lane)
+                o = (
+                    offsets4(units_at, lane, last, row_size), offsets4(units_at, int32(lane + 128), last, row_size),
+                    offsets4(units_at, int32(lane + 256), last, row_size),
+                    offsets4(units_at, int32(lane + 384), last, row_size),
+                )  # fmt: skip
                 bias = global_float32(layer[k.BIAS_REC])[strip * LANES + lane]
                 threshold = global_float32(layer[k.THRESHOLD])[(tile + own) * LANES + lane]
                 cells_at = int32(base + int32(block[k.AT_CELLS]) + int32(TILE_BYTES) * own + 4 * lane)
@@ -455,11 +215,17 @@ def cluster_kernel(way_rec: int, way_in: int, blocks: int):
                         value = carried[(first + sample) * n + unit]
                     store_shared_float(int32(cells_at + int32(TILE_BYTES) * (sample * tiles)), value)
                     sample = int32(sample + slots)
+                # The blocks that this lane writes to; where there are fewer, some of them again.
+                there = int32(lane >> 3)
+                one, two = of_rank(base, int32(there & (blocks - 1))), of_rank(base, int32((there + 4) & (blocks - 1)))
+                three, four = (
+                    of_rank(base, int32((there + 8) & (blocks - 1))),
+                    of_rank(base, int32((there + 12) & (blocks - 1))),
+                )
                 # Lanes without a unit read the last one's drive.
                 drive_at = layer[k.DRIVE] + 4 * (gate * int64(n) + min(unit, int32(n - 1)))
-                ahead = np.float32(0)
                 if x == 0:
-                    ahead = load_early(drive_at + (first + slot) * (12 * int64(n)))
+                    copy_later(int64(drives_at + int32(TILE_BYTES) * gate), drive_at + (first + slot) * (12 * int64(n)))
                 else:
                     meet(meeting, meeters)
                 t = int32(0)
@@ -468,15 +234,19 @@ def cluster_kernel(way_rec: int, way_in: int, blocks: int):
                     sample = slot
                     while sample < samples:
                         if x == 0:
-                            drive = ahead
-                            later, next_sample = int64(t), int32(sample + slots)
+                            # This turn's drive was asked for a turn ago; the next is on its way until then.
+                            copies_done()
+                            later, next_sample = t, int32(sample + slots)
                             if next_sample >= samples:
-                                later, next_sample = int64(t + 1), slot
-                            if later < steps:
-                                ahead = load_early(drive_at + (later * batch + first + next_sample) * (12 * int64(n)))
-                        else:
-                            drive = load_shared_float(int32(drives_at + int32(TILE_BYTES) * (gate + 3 * (turn & 1))))
+                                later, next_sample = min(int32(t + 1), int32(steps32 - 1)), slot
+                            copy_later(
+                                int64(drives_at + int32(TILE_BYTES) * (gate + 3 * ((turn + 1) & 1))),
+                                drive_at + (int64(later) * batch + first + next_sample) * (12 * int64(n)),
+                            )
+                        drive = load_shared_float(int32(drives_at + int32(TILE_BYTES) * (gate + 3 * (turn & 1))))
                         stream = int32(2 * sample)
+                        cell = int32(cells_at + int32(TILE_BYTES) * (sample * tiles))
+                        c = load_shared_float(cell)
                         if t > 0:
                             barrier = int32(base + at_barriers + 8 * (stream + here))
                             if not wait(barrier, int32(((t - 1) >> 1) & 1), patience):
@@ -486,8 +256,8 @@ def cluster_kernel(way_rec: int, way_in: int, blocks: int):
                             if role == 2 and own == 0 and lane == 0:
                                 expect(barrier, row_size)
                         acc, came = product(
-                            bias, int32(base + at_y + (stream + here) * row_size), begin, units_at, words_at, values, count,
-                            hits_at, nothing, lane, below, bit, patience,
+                            bias, int32(base + at_y + (stream + here) * y_size), o, units_at, values, count,
+                            hits_at, lane, below, row_size, patience,
                         )  # fmt: skip
                         gates = int32(gates_at + int32(2 * TILE_BYTES) * (turn & 1))
                         if gate < 2:
@@ -495,8 +265,6 @@ def cluster_kernel(way_rec: int, way_in: int, blocks: int):
                         meet(meeting, meeters)
                         if gate == 2:
                             zero = np.float32(0)
-                            cell = int32(cells_at + int32(TILE_BYTES) * (sample * tiles))
-                            c = load_shared_float(cell)
                             v, _, _, _ = egru_value_of_gates(
                                 load_shared_float(gates), load_shared_float(int32(gates + int32(TILE_BYTES))),
                                 drive, zero, zero, acc, c,
@@ -506,7 +274,8 @@ def cluster_kernel(way_rec: int, way_in: int, blocks: int):
                                 y, c = v, v - threshold
                             if t + 1 < steps32:
                                 send_all(
-                                    base, int32(at_y + (stream + there) * row_size + int32(TILE_BYTES) * (tile + own)),
+                                    one, two, three, four,
+                                    int32(at_y + (stream + there) * y_size + int32(TILE_BYTES) * (tile + own)),
                                     int32(at_barriers + 8 * (stream + there)), lane, y,
                                 )  # fmt: skip
                             store_shared_float(cell, c)

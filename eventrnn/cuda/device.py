@@ -162,7 +162,7 @@ class Device:
                 raise RuntimeError(f"cuda: {attribute.name} of {value} was refused ({error.name})")
 
     def clusters(self, size: int) -> int:
-        """How many clusters of so many blocks run at once, blocks that fill a multiprocessor; 0 where there are none."""
+        """How many clusters of so many blocks that fill a multiprocessor run at once; 0 where there are none."""
         from cuda.bindings import driver
         from cuda.core import ObjectCode
 

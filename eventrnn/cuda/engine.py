@@ -40,18 +40,19 @@ class Matrix:
     bias: Any
     reached: Reached | None = None
     units: Any = None
-    words: Any = None
+    rows: Any = None
     firsts: Any = None
 
     @classmethod
     def of(cls, device: Device, weights: Weights, bias: np.ndarray, gates: int, width: int) -> Matrix:
         strips = pack(weights, gates, width)
         arrays = (strips.values, strips.table, strips.starts, per_strip(bias, gates, width))
+        values, table, starts, biases = map(device.put, arrays)
         if strips.kind == k.DENSE:
-            return cls(strips, *map(device.put, arrays))
+            return cls(strips, values, table, starts, biases)
         reached = Reached.of(strips)
-        tables = (reached.units, reached.words, reached.firsts)
-        return cls(strips, *map(device.put, arrays), reached, *map(device.put, tables))
+        units, rows, firsts = map(device.put, (reached.units, reached.rows, reached.firsts))
+        return cls(strips, values, table, starts, biases, reached, units, rows, firsts)
 
 
 class CudaEngine:
@@ -259,10 +260,10 @@ class CudaEngine:
                     k.REC_STARTS: w_rec.starts.data.ptr,
                 }  # fmt: skip
                 if each.cluster:
-                    fields |= {k.REC_TABLE: w_rec.words.data.ptr, k.REC_UNITS: w_rec.units.data.ptr}
+                    fields |= {k.REC_UNITS: w_rec.units.data.ptr, k.REC_ROWS: w_rec.rows.data.ptr}
                     fields[k.REC_FIRSTS] = w_rec.firsts.data.ptr
                 if each.cluster and n:
-                    fields |= {k.IN_TABLE: w_in.words.data.ptr, k.IN_UNITS: w_in.units.data.ptr}
+                    fields |= {k.IN_UNITS: w_in.units.data.ptr, k.IN_ROWS: w_in.rows.data.ptr}
                     fields[k.IN_FIRSTS] = w_in.firsts.data.ptr
                 for field, value in fields.items():
                     rows[row, field] = value
@@ -274,7 +275,7 @@ class CudaEngine:
         variant = self.network.layers[layers.start].cell.variant
         if each.cluster:
             laid = each.layers[-1]
-            arguments = (laid.way_rec, laid.way_in, each.cluster)
+            arguments = (laid.way_rec, laid.way_in, each.cluster, each.lookups)
             kernel = device.kernel(("cluster", *arguments), lambda: cluster_kernel(*arguments), threads)
         else:
             make = single_kernel if each.single else layers_kernel

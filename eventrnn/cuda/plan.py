@@ -6,8 +6,9 @@ fewer samples for each block, and fewer blocks (so more weights) for each group.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -32,7 +33,7 @@ class Chip:
 
     multiprocessors: int
     shared_bytes: int
-    clusters: Mapping[int, int] = field(default_factory=dict)
+    clusters: Mapping[int, int] = dataclasses.field(default_factory=dict)
 
 
 def tile_width(units: int, share: int, dense: bool) -> int:
@@ -76,7 +77,8 @@ class LayerPlan:
 class Plan:
     """One launch: its layers, samples of a group, warps of a block, segments of the widest row, and the block table.
 
-    `cluster`: blocks of a cluster, 0 where blocks meet in global memory only.
+    `cluster`: blocks of a cluster, 0 where blocks meet in global memory only. `lookups`: times 128
+    units that a recurrent strip there looks up, 0 for too many to do so at once.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -87,6 +89,7 @@ class Plan:
     widest: int
     blocks: np.ndarray
     cluster: int = 0
+    lookups: int = 0
 
     @property
     def single(self) -> bool:
@@ -264,10 +267,11 @@ CLUSTER_SIZES = (16, 8, 4, 2, 1)
 CLUSTER_WARPS = 32
 # A block has 16 barriers, one of which is everybody's.
 MOST_MEETINGS = 15
+MOST_LOOKUPS = 4
 # Looking up more than this share of all units, strip by strip, costs more than making a list of events once.
 MOST_REACHED = 0.4
-# Cycles, measured on an H100: a send and its arrival, the same a tile; a unit of work from what arrived to what is sent,
-# with weights in L2 more; what its warps keep a multiprocessor from doing for others.
+# Cycles, measured on an H100: a send and its arrival, the same a tile; a unit of work from what arrived to what is
+# sent, with weights in L2 more; what its warps keep a multiprocessor from doing for others.
 EXCHANGE, EXCHANGE_TILE, WORK, WORK_FAR, WORK_ALONE = 350, 10, 900, 600, 220
 
 
@@ -283,7 +287,7 @@ def cluster_plan(shapes: Sequence[LayerShape], batch: int, chip: Chip) -> Plan |
         return None
     inside = [shape.w_in for shape in shapes if shape.w_in is not None]
     for each in (inside, [shape.w_rec for shape in shapes]):
-        if len({(strips.kind, strips.values.dtype) for strips in each}) > 1:
+        if len({strips.values.dtype for strips in each}) > 1:
             return None
     best = None
     for size in CLUSTER_SIZES:
@@ -317,11 +321,14 @@ def cluster_plan(shapes: Sequence[LayerShape], batch: int, chip: Chip) -> Plan |
                 row[[k.LAYER, k.TILE, k.TILES]] = number, begin, end - begin
                 row[[k.SAMPLE, k.SAMPLES, k.SLOTS]] = group * samples, samples, slots
                 row[k.ALL_TILES] = shape.tiles
-                for field_, offset in layer.offsets.items():
-                    row[field_] = offset
+                for field, offset in layer.offsets.items():
+                    row[field] = offset
                 rows.append(row)
     shared = max(layer.shared for layer in layers)
-    return Plan(tuple(layers), samples, groups, warps, shared, 0, np.array(rows), size)
+    most = max(int(np.diff(reached.firsts).max()) for shape in shapes if (reached := shape.reached_rec))
+    lookups = -(-max(most, 1) // (32 * k.LOOKED))
+    lookups = lookups if lookups <= MOST_LOOKUPS else 0
+    return Plan(tuple(layers), samples, groups, warps, shared, 0, np.array(rows), size, lookups)
 
 
 def _edges(tiles: int, size: int) -> np.ndarray:
@@ -350,28 +357,27 @@ def _lay_out_cluster(
     sizes = {
         # At the same place in every block of the cluster.
         k.AT_BARRIERS: 16 * samples,
-        k.AT_NOTHING: 8,
-        k.AT_Y: 2 * samples * shape.tiles * tile_bytes,
+        k.AT_Y: 2 * samples * (shape.tiles * tile_bytes + 16),
         k.AT_HITS: k.CLUSTER_HIT_BYTES * work * roles,
-        k.AT_SUMS_IN: 6 * tile_bytes * work if shape.w_in is not None else 0,
+        k.AT_SUMS_IN: 6 * tile_bytes * work,
         k.AT_SUMS_REC: 4 * tile_bytes * work,
         k.AT_CELLS: samples * tiles * tile_bytes,
     }
     ways = {}
     for name, strips, reached, near, fields in (
-        ("rec", shape.w_rec, shape.reached_rec, near_rec, (k.AT_UNITS_REC, k.AT_TABLE_REC, k.AT_VALUES_REC)),
-        ("in", shape.w_in, shape.reached_in, near_in, (k.AT_UNITS_IN, k.AT_TABLE_IN, k.AT_VALUES_IN)),
+        ("rec", shape.w_rec, shape.reached_rec, near_rec, (k.AT_UNITS_REC, k.AT_VALUES_REC)),
+        ("in", shape.w_in, shape.reached_in, near_in, (k.AT_UNITS_IN, k.AT_VALUES_IN)),
     ):
         if strips is None or reached is None:
             continue
-        ways[name] = k.way(strips.kind, strips.values.dtype == np.uint16, near)
+        narrow = strips.values.dtype == np.uint16
+        # How a row came about makes no difference here.
+        ways[name] = k.way(k.MASKED, narrow, near)
         entries = int(np.diff(reached.firsts[3 * edges]).max())
-        # Lanes without a weight may read a bit around the values.
-        values = (int(np.diff(strips.starts[3 * edges]).max()) + LANES) * strips.values.itemsize
-        sizes |= dict(zip(fields, (4 * entries, 8 * entries, values if near else 0), strict=True))
+        sizes |= dict(zip(fields, (4 * entries, LANES * (2 if narrow else 4) * entries * near), strict=True))
     offsets, at = {}, 0
-    for field_, size_ in sizes.items():
-        offsets[field_], at = at, at + -(-size_ // 16) * 16
+    for field, size_ in sizes.items():
+        offsets[field], at = at, at + -(-size_ // 16) * 16
     return LayerPlan(tiles, ways.get("in", ways["rec"]), ways["rec"], at, offsets)
 
 

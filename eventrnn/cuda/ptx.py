@@ -179,7 +179,9 @@ def copy_later(typingctx, target, source):
     def generate(context, builder, signature, args):
         kind = ir.FunctionType(ir.VoidType(), [I32, I64])
         text = "cp.async.ca.shared.global [$0], [$1], 4;"
-        builder.call(ir.InlineAsm(kind, text, "r,l", side_effect=True), [builder.trunc(args[0], I32), args[1]])
+        builder.call(
+            ir.InlineAsm(kind, text, "r,l,~{memory}", side_effect=True), [builder.trunc(args[0], I32), args[1]]
+        )
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), generate
@@ -191,7 +193,7 @@ def copies_done(typingctx):
 
     def generate(context, builder, signature, args):
         kind = ir.FunctionType(ir.VoidType(), [])
-        builder.call(ir.InlineAsm(kind, "cp.async.wait_all;", "", side_effect=True), [])
+        builder.call(ir.InlineAsm(kind, "cp.async.wait_all;", "~{memory}", side_effect=True), [])
         return context.get_dummy_value()
 
     return types.void(), generate
@@ -239,11 +241,9 @@ def _instruction(text: str, constraints: str, result, *arguments):
     return intrinsic(makers[len(arguments)])
 
 
-INT, FLOAT_, NOTHING = types.int32, types.float32, types.void
-FOUR = types.UniTuple(types.int32, 4)
+INT, NOTHING = types.int32, types.void
 MEMORY = "~{memory}"
 
-cluster_rank = _instruction("mov.u32 $0, %cluster_ctarank;", "=r", INT)
 cluster_arrive = _instruction("barrier.cluster.arrive.aligned;", MEMORY, NOTHING)
 cluster_wait = _instruction("barrier.cluster.wait.aligned;", MEMORY, NOTHING)
 #: address, rank -> the same address in the block of that rank
@@ -254,7 +254,7 @@ barrier_init_done = _instruction("fence.mbarrier_init.release.cluster;", MEMORY,
 expect = _instruction("mbarrier.arrive.expect_tx.shared.b64 _, [$0], $1;", f"r,r,{MEMORY}", NOTHING, INT, INT)
 #: barrier, parity -> 1 once the phase of that parity is over; waits a while in hardware
 arrived = _instruction(
-    "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [$1], $2; selp.b32 $0, 1, 0, p; }",
+    "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [$1], $2; selp.b32 $0, 1, 0, p; }",
     f"=r,r,r,{MEMORY}", INT, INT, INT,
 )  # fmt: skip
 #: address in some block, four words, that block's barrier, which counts their bytes
@@ -265,12 +265,37 @@ send4 = _instruction(
 #: number of the barrier, threads that meet there
 meet = _instruction("bar.sync $0, $1;", f"r,r,{MEMORY}", NOTHING, INT, INT)
 
-load_shared = _instruction("ld.shared.b32 $0, [$1];", "=r,r", INT, INT)
-load_shared_float = _instruction("ld.shared.f32 $0, [$1];", "=f,r", FLOAT_, INT)
-load_shared2 = _instruction("ld.shared.v2.b32 {$0, $1}, [$2];", "=r,=r,r", types.UniTuple(types.int32, 2), INT)
-load_shared4 = _instruction("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", FOUR, INT)
+
+def _shared_load(lowered: ir.Type, kind: types.Type, count: int = 1, widened: bool = False):
+    """An intrinsic: address -> one number or a tuple. Unlike an instruction, the compiler may move it."""
+    result = types.UniTuple(kind, count) if count > 1 else kind
+
+    @intrinsic
+    def load(typingctx, address):
+        def generate(context, builder, signature, args):
+            whole = ir.VectorType(lowered, count) if count > 1 else lowered
+            there = builder.inttoptr(args[0], ir.PointerType(whole, SHARED))
+            value = builder.load(there, align=count * (2 if lowered is I16 else 4))
+            if count > 1:
+                parts = [builder.extract_element(value, ir.Constant(I32, k)) for k in range(count)]
+                return context.make_tuple(builder, signature.return_type, parts)
+            return builder.zext(value, I32) if widened else value
+
+        return result(types.int32), generate
+
+    return load
+
+
+load_shared = _shared_load(I32, types.int32)
+load_shared_float = _shared_load(FLOAT, types.float32)
+load_shared_narrow = _shared_load(I16, types.int32, widened=True)
+load_shared4 = _shared_load(I32, types.int32, 4)
+#: address, a word, a float; stored unless the float is zero
+store_shared_pair = _instruction(
+    "{ .reg .pred p; setp.neu.f32 p, $2, 0f00000000; @p st.shared.v2.b32 [$0], {$1, $2}; }",
+    f"r,r,f,{MEMORY}", NOTHING, INT, INT, types.float32,
+)  # fmt: skip
 store_shared2 = _instruction("st.shared.v2.b32 [$0], {$1, $2};", f"r,r,r,{MEMORY}", NOTHING, INT, INT, INT)
-store_shared_float = _instruction("st.shared.f32 [$0], $1;", f"r,f,{MEMORY}", NOTHING, INT, FLOAT_)
-load_shared_narrow = _instruction("ld.shared.u16 $0, [$1];", "=r,r", INT, INT)
+store_shared_float = _instruction("st.shared.f32 [$0], $1;", f"r,f,{MEMORY}", NOTHING, INT, types.float32)
 load_narrow = _instruction("ld.global.nc.u16 $0, [$1];", "=r,l", INT, types.int64)
 load_relaxed = _instruction("ld.relaxed.gpu.global.b32 $0, [$1];", f"=r,l,{MEMORY}", INT, types.int64)
