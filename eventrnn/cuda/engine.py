@@ -14,8 +14,18 @@ from eventrnn.cuda.cluster import cluster_kernel
 from eventrnn.cuda.device import Device, current_device
 from eventrnn.cuda.kernels import NOT_YET, layers_kernel
 from eventrnn.cuda.packing import Reached, Strips, check_format, pack, per_strip
-from eventrnn.cuda.plan import CLUSTER_SIZES, Chip, LayerShape, Plan, blocks_from, cluster_plan, plan, tile_width
-from eventrnn.cuda.products import compact_kernel, products_kernel, tally_kernel
+from eventrnn.cuda.plan import (
+    CLUSTER_SIZES,
+    MOST_REACHED,
+    Chip,
+    LayerShape,
+    Plan,
+    blocks_from,
+    cluster_plan,
+    plan,
+    tile_width,
+)
+from eventrnn.cuda.products import compact_kernel, products_kernel, reached_products_kernel, tally_kernel
 from eventrnn.cuda.single import single_kernel
 from eventrnn.cuda.tables import LANES
 from eventrnn.weights import Dense, Weights
@@ -48,7 +58,7 @@ class Matrix:
         strips = pack(weights, gates, width)
         arrays = (strips.values, strips.table, strips.starts, per_strip(bias, gates, width))
         values, table, starts, biases = map(device.put, arrays)
-        if strips.kind == k.DENSE:
+        if strips.kind == k.DENSE or (strips.table[:, :, 0] != 0).mean() > MOST_REACHED:
             return cls(strips, values, table, starts, biases)
         reached = Reached.of(strips)
         units, rows, firsts = map(device.put, (reached.units, reached.rows, reached.firsts))
@@ -171,10 +181,10 @@ class CudaEngine:
         for layers, each in zip(self.launches, self._plans(batch), strict=True):
             for n, laid in zip(layers, each.layers, strict=True):
                 found[f"layers.{n}.w_rec"] = _described(self.w_rec[n].strips, bool(laid.way_rec & k.RESIDENT))
-                inside = bool(laid.way_in & k.RESIDENT) if n else self._stays(self.w_in[0].strips)
+                inside = bool(laid.way_in & k.RESIDENT) if n else self._room(self.w_in[0])[0]
                 found[f"layers.{n}.w_in"] = _described(self.w_in[n].strips, inside)
         if self.readout is not None:
-            found["readout"] = _described(self.readout.strips, self._stays(self.readout.strips))
+            found["readout"] = _described(self.readout.strips, self._room(self.readout)[0])
         return found
 
     def on_device(self, feed: Feed, state: State) -> Callable[[], None]:
@@ -299,25 +309,41 @@ class CudaEngine:
         out = device.empty((rows, gates * units), np.float32)
         if rows == 0:
             return out
-        warps = _product_warps(strips)
-        hits, (values_bytes, table_bytes) = k.HIT_BYTES * warps, strips.one_strip_bytes()
-        resident = self._stays(strips) and rows >= warps
-        way = k.way(strips.kind, strips.values.dtype == np.uint16, resident)
+        resident, shared, warps = self._room(matrix)
+        resident = resident and rows >= warps
         count = strips.tiles * gates
         splits = max(1, min(-(-rows // warps), device.multiprocessors // count))
-        kernel = device.kernel(("products", way, gates), lambda: products_kernel(way, gates), 32 * warps)
+        # How a row came about makes no difference.
+        kind = strips.kind if matrix.reached is None else k.MASKED
+        way = k.way(kind, strips.values.dtype == np.uint16, resident)
+        if matrix.reached is None:
+            make = products_kernel
+            weights = (matrix.values, matrix.table, matrix.starts)
+            last = (strips.one_strip_bytes()[1],)
+        else:
+            make, weights, last = reached_products_kernel, (matrix.units, matrix.rows, matrix.firsts), ()
+        kernel = device.kernel((make.__name__, way, gates), lambda: make(way, gates), 32 * warps)
         device.launch(
             kernel, count * splits, 32 * warps,
-            matrix.values.data.ptr, matrix.table.data.ptr, matrix.starts.data.ptr, matrix.bias.data.ptr,
+            *(each.data.ptr for each in weights), matrix.bias.data.ptr,
             n_pre, units, strips.width, firsts.data.ptr, counts.data.ptr, lists.data.ptr,
-            0 if row_of is None else row_of.data.ptr, rows, splits, out.data.ptr, table_bytes,
-            shared=hits + values_bytes + table_bytes if resident else hits,
+            0 if row_of is None else row_of.data.ptr, rows, splits, out.data.ptr, *last,
+            shared=shared[resident],
         )  # fmt: skip
         return out
 
-    def _stays(self, strips: Strips) -> bool:
-        """Whether one strip fits in shared memory, for many rows to share."""
-        return k.HIT_BYTES * _product_warps(strips) + sum(strips.one_strip_bytes()) <= self.device.shared_bytes
+    def _room(self, matrix: Matrix) -> tuple[bool, tuple[int, int], int]:
+        """Whether one strip fits in shared memory, for many rows of products; bytes without it and with it; warps."""
+        strips, reached = matrix.strips, matrix.reached
+        if reached is None:
+            warps = DENSE_WARPS if strips.kind == k.DENSE else MASKED_WARPS
+            least = k.HIT_BYTES * warps
+            most = least + sum(strips.one_strip_bytes())
+        else:
+            warps = MASKED_WARPS
+            least = k.CLUSTER_HIT_BYTES * warps + -(-4 * strips.shape[0] // 16) * 16
+            most = least + LANES * strips.values.itemsize * int(np.diff(reached.firsts).max())
+        return most <= self.device.shared_bytes, (least, most), warps
 
     def _read_out(self, record, feed: Feed):
         """(steps, batch, V or N) on the device."""
@@ -346,10 +372,6 @@ class CudaEngine:
             kernel, grid, 128, record[1:].data.ptr, _pitch(self.units[n]), self.units[n], rows,
             counts[0].data.ptr, counts[1].data.ptr,
         )  # fmt: skip
-
-
-def _product_warps(strips: Strips) -> int:
-    return DENSE_WARPS if strips.kind == k.DENSE else MASKED_WARPS
 
 
 def _pitch(units: int) -> int:

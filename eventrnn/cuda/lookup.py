@@ -13,6 +13,7 @@ from eventrnn.cuda.device import cuda, device_function, libdevice
 from eventrnn.cuda.kernels import NOT_YET
 from eventrnn.cuda.ptx import (
     load_early,
+    load_early2,
     load_narrow,
     load_relaxed,
     load_shared,
@@ -116,13 +117,14 @@ def hold4(hits_at, held, values, hits, before, row, step, below):
     hold(hits_at, int32(held + before[2]), values[3], hits[3], int32(row + 3 * step), below)
 
 
-def producter(way: int, fetch4, groups: int):
-    """The device function: acc + sum over a strip's units of weight * what they sent, ascending, one FMA a term.
+def row_bytes_of(way: int) -> int:
+    """Bytes of a row of weights."""
+    return LANES * (2 if way & NARROW else 4)
 
-    Up to `groups` (at most 4) times 128 units are looked up at once, if no more than `CLUSTER_HELD` of them sent.
-    """
+
+def walker_of_rows(way: int):
+    """The device function: acc + sum over the hits that are held, in order, of weight * value, one FMA a term."""
     narrow, resident = way & NARROW, way & RESIDENT
-    row_bytes = LANES * (2 if narrow else 4)
     if resident:
         address = int32
         if narrow:
@@ -190,6 +192,16 @@ def producter(way: int, fetch4, groups: int):
         cuda.syncwarp(ALL)
         return acc
 
+    return walk
+
+
+def producter(way: int, fetch4, groups: int):
+    """The device function: acc + sum over a strip's units of weight * what they sent, ascending, one FMA a term.
+
+    Up to `groups` (at most 4) times 128 units are looked up at once, if no more than `CLUSTER_HELD` of them sent.
+    """
+    walk, row_bytes = walker_of_rows(way), row_bytes_of(way)
+
     @device_function
     def in_turn(acc, row_at, o, units_at, values_at, count, hits_at, lane, below, beyond, patience):
         """128 units after the other."""
@@ -250,5 +262,42 @@ def producter(way: int, fetch4, groups: int):
         if groups > 3:
             hold4(hits_at, four_from, four, hits_four, before_four, int32(row_bytes * at_four), step, below)
         return walk(acc, values_at, hits_at, held, lane), came
+
+    return product
+
+
+@device_function
+def listed(entry, index_at):
+    """Where a listed unit's row is, and what it sent; zero if it does not reach the strip."""
+    row, value = load_shared(int32(index_at + 4 * entry[0])), libdevice.int_as_float(entry[1])
+    if row < 0:
+        value = np.float32(0)
+    return row, value
+
+
+def lister(way: int):
+    """The same sum over a list of events, ascending, as in `walks.py`, whose units an index of the strip places."""
+    walk = walker_of_rows(way)
+
+    @device_function
+    def product(acc, list_at, count, index_at, values_at, hits_at, lane, below):
+        held, at = int32(0), lane
+        while at - lane < count:
+            # Beyond its end a list has zeros.
+            row_a, a = listed(load_early2(list_at + int64(8) * min(at, count)), index_at)
+            row_b, b = listed(load_early2(list_at + int64(8) * min(int32(at + 32), count)), index_at)
+            row_c, c = listed(load_early2(list_at + int64(8) * min(int32(at + 64), count)), index_at)
+            row_d, d = listed(load_early2(list_at + int64(8) * min(int32(at + 96), count)), index_at)
+            hits, before, found = sent4((a, b, c, d))
+            hold(hits_at, held, a, hits[0], row_a, below)
+            hold(hits_at, int32(held + before[0]), b, hits[1], row_b, below)
+            hold(hits_at, int32(held + before[1]), c, hits[2], row_c, below)
+            hold(hits_at, int32(held + before[2]), d, hits[3], row_d, below)
+            held = int32(held + found)
+            at = int32(at + 32 * LOOKED)
+            if held > CLUSTER_HELD - 32 * LOOKED or at - lane >= count:
+                acc = walk(acc, values_at, hits_at, held, lane)
+                held = int32(0)
+        return acc
 
     return product

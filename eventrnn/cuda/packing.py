@@ -90,10 +90,6 @@ class Reached:
         rows[:-1, : strips.width][kept] = strips.values[at[kept]]
         return cls((4 * unit).astype(np.int32), rows, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
 
-    def share(self, n_pre: int) -> float:
-        """How many of all units a strip has, on average."""
-        return len(self.units) / max(1, (len(self.firsts) - 1) * n_pre)
-
 
 def check_format(name: str, weights: Weights) -> None:
     """Refuse a format that `pack` does not know."""

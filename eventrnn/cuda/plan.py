@@ -283,7 +283,7 @@ def cluster_plan(shapes: Sequence[LayerShape], batch: int, chip: Chip) -> Plan |
         for strips, reached in ((shape.w_in, shape.reached_in), (shape.w_rec, shape.reached_rec))
         if strips is not None
     ]
-    if any(reached is None or reached.share(strips.shape[0]) > MOST_REACHED for strips, reached in matrices):
+    if any(reached is None for _, reached in matrices):
         return None
     inside = [shape.w_in for shape in shapes if shape.w_in is not None]
     for each in (inside, [shape.w_rec for shape in shapes]):

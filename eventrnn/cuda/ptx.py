@@ -299,3 +299,7 @@ store_shared2 = _instruction("st.shared.v2.b32 [$0], {$1, $2};", f"r,r,r,{MEMORY
 store_shared_float = _instruction("st.shared.f32 [$0], $1;", f"r,f,{MEMORY}", NOTHING, INT, types.float32)
 load_narrow = _instruction("ld.global.nc.u16 $0, [$1];", "=r,l", INT, types.int64)
 load_relaxed = _instruction("ld.relaxed.gpu.global.b32 $0, [$1];", f"=r,l,{MEMORY}", INT, types.int64)
+#: two words that nobody writes meanwhile
+load_early2 = _instruction(
+    "ld.global.nc.v2.b32 {$0, $1}, [$2];", "=r,=r,l", types.UniTuple(types.int32, 2), types.int64
+)
