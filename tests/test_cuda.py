@@ -18,13 +18,23 @@ from hypothesis import strategies as st
 from eventrnn.backend import BackendUnavailable, State
 from eventrnn.bench.networks import at_activity, random_events, random_network
 from eventrnn.cuda import CudaBackend, tables
-from eventrnn.cuda.packing import Strips, check_format, pack, per_strip, unpack
-from eventrnn.cuda.plan import MOST_WARPS, Chip, LayerShape, blocks_from, plan, tile_width
+from eventrnn.cuda.packing import Reached, Strips, check_format, pack, per_strip, unpack
+from eventrnn.cuda.plan import (
+    CLUSTER_WARPS,
+    MOST_MEETINGS,
+    MOST_WARPS,
+    Chip,
+    LayerShape,
+    blocks_from,
+    cluster_plan,
+    plan,
+    tile_width,
+)
 from eventrnn.network import Network, Simulator, simulate
 from eventrnn.testing import weights as weights_of
 from eventrnn.weights import CSR, STORAGES, convert
 
-H100 = Chip(132, 232_448)
+H100 = Chip(132, 232_448, {16: 7, 8: 15, 4: 31, 2: 64, 1: 132})
 HOPPER = (9, 0)
 
 
@@ -59,6 +69,21 @@ def test_room_for_strips_and_tiles_is_what_kernels_bring_in(data, units, n_pre):
     assert strips.tile_bytes(1)[0] - (by_tile.max() + tables.LANES) * size in range(16)
     assert strips.tile_bytes(strips.tiles)[0] - (by_tile.sum() + tables.LANES) * size in range(16)
     assert strips.tile_bytes(2)[1] - 6 * table in range(16)
+
+
+@given(data=st.data(), units=st.integers(1, 70), n_pre=st.integers(1, 40))
+def test_reached_units_are_those_with_a_weight_in_the_strip(data, units, n_pre):
+    strips = pack(data.draw(weights_of((n_pre, 3 * units), formats=["csr", "block", "nm"])), 3, tables.LANES)
+    reached = Reached.of(strips)
+    for strip in range(strips.tiles * 3):
+        mine = slice(*reached.firsts[strip : strip + 2])
+        expected = np.flatnonzero(strips.table[strip, :, 0])
+        assert np.array_equal(reached.units[mine], 4 * expected)
+        tile, gate = divmod(strip, 3)
+        columns = gate * units + np.arange(tile * tables.LANES, min((tile + 1) * tables.LANES, units))
+        assert np.array_equal(reached.rows[mine, : len(columns)], unpack(strips)[expected][:, columns])
+        assert not reached.rows[mine, len(columns) :].any()
+    assert len(reached.units) == reached.firsts[-1] == len(reached.rows) - 1
 
 
 def test_wide_blocks_are_runs_and_single_weights_are_not():
@@ -121,6 +146,64 @@ def test_plans_give_every_tile_of_every_sample_one_owner(shapes, batch):
     assert len(owners) == sum(shape.tiles for shape in shapes) * batch
     assert found.shared <= H100.shared_bytes
     assert found.warps <= max(MOST_WARPS, 32)
+
+
+@st.composite
+def sparse_shapes(draw) -> list[LayerShape]:
+    rng, found, inputs = np.random.default_rng(draw(st.integers(0, 99))), [], 0
+    for _ in range(draw(st.integers(1, 4))):
+        units = draw(st.integers(11, 700))
+
+        def strips(n_pre, units=units):
+            kept = np.repeat(rng.random((n_pre, -(-3 * units // 32))) < 0.1, 32, axis=1)[:, : 3 * units]
+            return pack(convert(kept * np.ones(1, np.float32), "block", block=(1, 32)), 3, tables.LANES)
+
+        w_in, w_rec = strips(inputs) if inputs else None, strips(units)
+        found.append(LayerShape(units, inputs, w_in, w_rec, w_in and Reached.of(w_in), Reached.of(w_rec)))
+        inputs = units
+    return found
+
+
+@settings(max_examples=20)
+@given(shapes=sparse_shapes(), batch=st.integers(1, 300))
+def test_cluster_plans_give_every_tile_of_every_sample_one_owner(shapes, batch):
+    found = cluster_plan(shapes, batch, H100)
+    if found is None:
+        return
+    clusters, owners = {}, {}
+    for first in range(0, batch, found.groups * found.samples):
+        table = blocks_from(found, first, batch)
+        assert len(table) % found.cluster == 0
+        assert len(table) // found.cluster <= H100.clusters[found.cluster]
+        for at, row in enumerate(table):
+            layer = row[tables.LAYER]
+            # The blocks of a cluster have the same layer and samples, and together all its tiles in order.
+            same = (first, layer, row[tables.SAMPLE], row[tables.SAMPLES], row[tables.AT_Y], row[tables.AT_BARRIERS])
+            assert clusters.setdefault((first, at // found.cluster), same) == same
+            assert row[tables.ALL_TILES] == shapes[layer].tiles
+            work = row[tables.TILES] * row[tables.SLOTS]
+            assert work <= MOST_MEETINGS and work * (3 + 3 * (layer > 0)) <= found.warps <= CLUSTER_WARPS
+            for tile in range(row[tables.TILE], row[tables.TILE] + row[tables.TILES]):
+                for sample in range(row[tables.SAMPLE], row[tables.SAMPLE] + row[tables.SAMPLES]):
+                    assert (layer, tile, sample) not in owners
+                    owners[layer, tile, sample] = at
+        # Layers wait for lower ones only, which the chip begins with.
+        assert (np.diff(table[:, tables.LAYER]) >= 0).all()
+    assert len(owners) == sum(shape.tiles for shape in shapes) * batch
+    assert found.shared <= H100.shared_bytes
+
+
+def test_clusters_are_for_sparse_weights_on_chips_that_have_them():
+    rng = np.random.default_rng(0)
+    kept = rng.random((256, 24)) < 0.1
+    weights = np.repeat(kept, 32, axis=1) * np.ones(1, np.float32)
+    strips = pack(convert(weights, "block", block=(1, 32)), 3, tables.LANES)
+    shape = LayerShape(256, 256, None, strips, None, Reached.of(strips))
+    assert cluster_plan([shape], 1, H100) is not None
+    assert cluster_plan([shape], 1, Chip(132, 232_448)) is None
+    assert cluster_plan([shape], 1, Chip(132, 4_000, H100.clusters)) is None
+    dense = pack(convert(weights, "dense"), 3, tables.LANES)
+    assert cluster_plan([LayerShape(256, 256, None, dense)], 1, H100) is None
 
 
 @settings(max_examples=20)
@@ -198,11 +281,23 @@ def test_kernels_compile_without_contraction(compiled, variant):
         check_ptx(compiled(make(variant, (tables.way(tables.RUNS, True, True),))))
 
 
+@pytest.mark.parametrize("way", [way for way in WAYS if way & tables.KINDS == tables.MASKED])
+@pytest.mark.parametrize(("blocks", "lookups"), [(2, 0), (16, 3)])
+def test_cluster_kernels_compile_without_contraction(compiled, way, blocks, lookups):
+    from eventrnn.cuda.cluster import cluster_kernel
+
+    ptx = compiled(cluster_kernel(way, WAYS[4], blocks, lookups))
+    check_ptx(ptx)
+    assert ptx.count("st.async.shared::cluster") == max(1, blocks // 4)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_products_compile_for_every_way_that_weights_lie(compiled, way):
-    from eventrnn.cuda.products import products_kernel
+    from eventrnn.cuda.products import products_kernel, reached_products_kernel
 
     check_ptx(compiled(products_kernel(way, 3)))
+    if way & tables.KINDS == tables.MASKED:
+        check_ptx(compiled(reached_products_kernel(way, 3)))
 
 
 def test_mixed_ways_and_the_small_kernels_compile(compiled):

@@ -1,7 +1,7 @@
-"""`inference` on a GPU: our engine beside cuDNN, GPU time by events, interleaved, medians.
+"""`inference` on a GPU: our engine beside a rival, GPU time by events, interleaved, medians.
 
 Both sides have their inputs and weights on the GPU and leave their results there; what a run takes that brings NumPy
-arrays there and back is told apart. Ours includes counting; cuDNN does not count.
+arrays there and back is told apart. Ours includes counting; the others do not count.
 """
 
 from __future__ import annotations
@@ -14,19 +14,14 @@ import numpy as np
 
 from eventrnn.backend import State
 from eventrnn.bench.case import Case
+from eventrnn.bench.gpu_rivals import Seconds, rivals
 from eventrnn.bench.machine import versions
 from eventrnn.bench.networks import at_activity, random_events, random_network
-from eventrnn.bench.rivals import import_torch, torch_gru
-from eventrnn.events import Events
-from eventrnn.network import Network, simulate
+from eventrnn.network import simulate
 from eventrnn.observe import count
 
 # How far the measured activity may be from what was asked, as a share of it.
 ACTIVITY_TOLERANCE = 0.1
-# cuDNN is fastest where every dimension is a multiple of this.
-PADDED_TO = 8
-
-Seconds = Callable[[], float]
 
 
 def inference(case: Case, report: Callable[[str], None]) -> dict[str, Any]:
@@ -60,8 +55,7 @@ def inference(case: Case, report: Callable[[str], None]) -> dict[str, Any]:
     engine, feed, state = CudaEngine(network), network.feed(inputs), State.zeros(network, case.batch)
     device, enqueue = engine.device, engine.on_device(feed, state)
     contestants: dict[str, Seconds] = {"ours": lambda: device.seconds(enqueue)}
-    if case.against == "cudnn":
-        contestants |= _cudnn(network, inputs)
+    contestants |= rivals(case.against, network, inputs)
 
     def run() -> float:
         started = time.perf_counter()
@@ -98,67 +92,3 @@ def inference(case: Case, report: Callable[[str], None]) -> dict[str, Any]:
         "paths": engine.paths(case.batch),
         "compile_seconds": compile_seconds,
     } | case.record() | {"device": device.name, "versions": versions()}  # fmt: skip
-
-
-def _cudnn(network: Network, inputs: Events) -> dict[str, Seconds]:
-    """torch.nn.GRU on the GPU, the same weights made dense, padded with zeros to what cuDNN likes best."""
-    torch = import_torch()
-    if not torch.cuda.is_available():
-        raise ValueError("against: this torch has no CUDA; install one that has, or use --against none")
-    plain, x = torch_gru(network).cuda(), torch.from_numpy(inputs.to_dense()).cuda()
-    padded, wide = _padded(torch, plain), -plain.input_size % PADDED_TO
-    padded_x = torch.nn.functional.pad(x, (0, wide))
-
-    def timed(gru, fed, tf32: bool) -> Seconds:
-        def measure() -> float:
-            before = torch.backends.cudnn.allow_tf32
-            torch.backends.cudnn.allow_tf32 = tf32
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            try:
-                with torch.inference_mode():
-                    begin.record()
-                    gru(fed)
-                    end.record()
-                end.synchronize()
-            finally:
-                torch.backends.cudnn.allow_tf32 = before
-            return begin.elapsed_time(end) / 1e3
-
-        return measure
-
-    _check(torch, plain, padded, x, padded_x)
-    half, half_x = _padded(torch, plain).half(), padded_x.half()
-    half.flatten_parameters()
-    return {
-        "cudnn float32": timed(plain, x, False),
-        "cudnn tf32": timed(plain, x, True),
-        "cudnn tf32 padded": timed(padded, padded_x, True),
-        "cudnn float16 padded": timed(half, half_x, True),
-    }
-
-
-def _padded(torch, gru):
-    """The same GRU with inputs and units that are multiples of `PADDED_TO`; the spare ones stay at zero."""
-    inputs, hidden = (-(-n // PADDED_TO) * PADDED_TO for n in (gru.input_size, gru.hidden_size))
-    wide = torch.nn.GRU(inputs, hidden, gru.num_layers).cuda()
-    with torch.no_grad():
-        for name, target in wide.named_parameters():
-            source, gates = getattr(gru, name), target.view(3, hidden, -1)
-            target.zero_()
-            source = source.view(3, gru.hidden_size, -1)
-            gates[:, : source.shape[1], : source.shape[2]] = source
-    wide.flatten_parameters()
-    return wide
-
-
-def _check(torch, plain, padded, x, padded_x) -> None:
-    """The padded GRU must compute the same: one step of both, within the rounding of float32 sums."""
-    with torch.inference_mode():
-        before = torch.backends.cudnn.allow_tf32
-        torch.backends.cudnn.allow_tf32 = False
-        try:
-            a, b = plain(x[:1])[0], padded(padded_x[:1])[0][..., : plain.hidden_size]
-        finally:
-            torch.backends.cudnn.allow_tf32 = before
-    if not torch.allclose(a, b, rtol=0, atol=plain.hidden_size * 2.0**-20):
-        raise RuntimeError(f"against cudnn: the padded GRU is {float((a - b).abs().max()):.1e} from the plain one")

@@ -8,16 +8,19 @@ word in a record of the run that starts out full of "not sent yet"; whoever need
 (`kernels.py`). No grid barrier, no buffer to reuse, no order to keep between layers: a layer follows the one below as
 its events come. The same record gives read-out, counts and what a caller asked to see.
 
-Plans (`plan.py`): one sample has a block a tile, with as little code as can be (`single.py`); many samples are dealt
-out in groups, whose blocks own more tiles each. Weights stay in shared memory where they fit, else in L2. Products that
-need not wait, of the first layer's input and of the read-out, are done for all steps together (`products.py`).
+Plans (`plan.py`): with sparse weights, a layer of a stream lives in one cluster of blocks, which write what they send
+into each other's shared memory (`cluster.py`); the record then serves the layers above and who reads afterwards. Else
+one sample has a block a tile, with as little code as can be (`single.py`), and many samples are dealt out in groups,
+whose blocks own more tiles each. Weights stay in shared memory where they fit, else in L2. Products that need not wait,
+of the first layer's input and of the read-out, are done for all steps together (`products.py`).
 
 device   : the door to the CUDA packages; compiling, loading, launching
 ptx      : instructions that Numba lacks
 tables   : what the kernels' tables hold
 packing  : weights as strips
 walks    : one strip times one list of events
-kernels  : `layers`, any number of tiles and samples a block;  single: one
+lookup   : one strip times what few units sent
+kernels  : `layers`, any number of tiles and samples a block;  single: one;  cluster: tiles shared out in a cluster
 engine   : a network on the GPU
 """
 

@@ -36,6 +36,9 @@ except ImportError as error:
 
 #: oldest architecture: `redux` and 128-bit-wide relaxed loads need sm_80, large shared memory is used where it is
 OLDEST = (8, 0)
+#: clusters of blocks and their barriers need sm_90; larger ones than this are asked for
+CLUSTERS_FROM, PORTABLE_CLUSTER = (9, 0), 8
+PROBE = b".version 8.0\n.target sm_90\n.address_size 64\n.visible .entry probe() { ret; }\n"
 
 __all__ = ["Device", "compile_ptx", "cuda", "current_device", "device_function", "intrinsic", "libdevice"]
 
@@ -103,6 +106,7 @@ class Device:
         self.name = self.core.name
         self.stream = self.core.create_stream()
         self._kernels: dict[tuple, Any] = {}
+        self._clusters: dict[int, int] = {}
 
     def kernel(self, key: tuple, make: Callable[[], tuple[Callable[..., None], Any]], threads: int) -> Any:
         """The loaded kernel of that key; `make` gives function and signature, compiled where it is new."""
@@ -125,18 +129,62 @@ class Device:
         *arguments: int,
         shared: int = 0,
         together: bool = False,
+        cluster: int = 0,
     ) -> None:
-        """Put a kernel on the stream; all arguments are int64. `together`: all blocks must be resident at once."""
-        from cuda.bindings import driver
+        """Put a kernel on the stream; all arguments are int64. `together`: all blocks must be resident at once.
+
+        `cluster`: so many neighbouring blocks share their memory. Then the caller sees to it that all are resident
+        (`clusters`), for the two kinds of launch do not mix.
+        """
         from cuda.core import LaunchConfig, launch
 
-        if shared > 48 * 1024:
-            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            (error,) = driver.cuKernelSetAttribute(attribute, shared, int(kernel.handle), self.core.device_id)
-            if int(error):
-                raise RuntimeError(f"cuda: {shared} bytes of shared memory a block were refused ({error})")
-        config = LaunchConfig(grid=blocks, block=threads, shmem_size=shared, is_cooperative=together)
+        self._allow(kernel, shared, cluster)
+        if cluster:
+            # `grid` counts clusters.
+            config = LaunchConfig(grid=int(blocks) // cluster, cluster=cluster, block=threads, shmem_size=shared)
+        else:
+            config = LaunchConfig(grid=blocks, block=threads, shmem_size=shared, is_cooperative=together)
         launch(self.stream, config, kernel, *(ctypes.c_int64(each) for each in arguments))
+
+    def _allow(self, kernel: Any, shared: int, cluster: int) -> None:
+        """Lift the limits that a kernel starts out with."""
+        from cuda.bindings import driver
+
+        attributes = driver.CUfunction_attribute
+        wanted = {}
+        if shared > 48 * 1024:
+            wanted[attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES] = shared
+        if cluster > PORTABLE_CLUSTER:
+            wanted[attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED] = 1
+        for attribute, value in wanted.items():
+            (error,) = driver.cuKernelSetAttribute(attribute, value, int(kernel.handle), self.core.device_id)
+            if int(error):
+                raise RuntimeError(f"cuda: {attribute.name} of {value} was refused ({error.name})")
+
+    def clusters(self, size: int) -> int:
+        """How many clusters of so many blocks that fill a multiprocessor run at once; 0 where there are none."""
+        from cuda.bindings import driver
+        from cuda.core import ObjectCode
+
+        if self.architecture < CLUSTERS_FROM:
+            return 0
+        if size not in self._clusters:
+            kernel = ObjectCode.from_ptx(PROBE).get_kernel("probe")
+            self._allow(kernel, self.shared_bytes, size)
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            dimensions = attribute.value.clusterDim
+            dimensions.x, dimensions.y, dimensions.z = size, 1, 1
+            attribute.value.clusterDim = dimensions
+            config = driver.CUlaunchConfig()
+            config.gridDimX, config.gridDimY, config.gridDimZ = size, 1, 1
+            config.blockDimX, config.blockDimY, config.blockDimZ = 1024, 1, 1
+            config.sharedMemBytes, config.attrs, config.numAttrs = self.shared_bytes, [attribute], 1
+            _, function = driver.cuKernelGetFunction(int(kernel.handle))
+            error, count = driver.cuOccupancyMaxActiveClusters(function, config)
+            # A chip that knows no clusters of that size has none.
+            self._clusters[size] = 0 if int(error) else int(count)
+        return self._clusters[size]
 
     def seconds(self, enqueue: Callable[[], None]) -> float:
         """GPU time of what a call puts on the stream."""

@@ -10,11 +10,22 @@ import numpy as np
 
 from eventrnn.backend import Feed, FireCounts, State, Trace
 from eventrnn.cuda import tables as k
+from eventrnn.cuda.cluster import cluster_kernel
 from eventrnn.cuda.device import Device, current_device
 from eventrnn.cuda.kernels import NOT_YET, layers_kernel
-from eventrnn.cuda.packing import Strips, check_format, pack, per_strip
-from eventrnn.cuda.plan import Chip, LayerShape, Plan, blocks_from, plan, tile_width
-from eventrnn.cuda.products import compact_kernel, products_kernel, tally_kernel
+from eventrnn.cuda.packing import Reached, Strips, check_format, pack, per_strip
+from eventrnn.cuda.plan import (
+    CLUSTER_SIZES,
+    MOST_REACHED,
+    Chip,
+    LayerShape,
+    Plan,
+    blocks_from,
+    cluster_plan,
+    plan,
+    tile_width,
+)
+from eventrnn.cuda.products import compact_kernel, products_kernel, reached_products_kernel, tally_kernel
 from eventrnn.cuda.single import single_kernel
 from eventrnn.cuda.tables import LANES
 from eventrnn.weights import Dense, Weights
@@ -24,7 +35,8 @@ if TYPE_CHECKING:
 
 # What the record of a run may take at a time; longer runs go through in pieces.
 RECORD_BYTES = 1 << 28
-PRODUCT_WARPS = 16
+# Warps of a block of products; masked strips take little shared memory, and many warps hide what each waits for.
+DENSE_WARPS, MASKED_WARPS = 16, 32
 
 
 @dataclass(frozen=True)
@@ -36,12 +48,21 @@ class Matrix:
     table: Any
     starts: Any
     bias: Any
+    reached: Reached | None = None
+    units: Any = None
+    rows: Any = None
+    firsts: Any = None
 
     @classmethod
     def of(cls, device: Device, weights: Weights, bias: np.ndarray, gates: int, width: int) -> Matrix:
         strips = pack(weights, gates, width)
         arrays = (strips.values, strips.table, strips.starts, per_strip(bias, gates, width))
-        return cls(strips, *map(device.put, arrays))
+        values, table, starts, biases = map(device.put, arrays)
+        if strips.kind == k.DENSE or (strips.table[:, :, 0] != 0).mean() > MOST_REACHED:
+            return cls(strips, values, table, starts, biases)
+        reached = Reached.of(strips)
+        units, rows, firsts = map(device.put, (reached.units, reached.rows, reached.firsts))
+        return cls(strips, values, table, starts, biases, reached, units, rows, firsts)
 
 
 class CudaEngine:
@@ -57,7 +78,8 @@ class CudaEngine:
             check_format(name, weights)
         self.network, self.device = network, current_device()
         self.units = [layer.units for layer in network.layers]
-        self.chip = Chip(self.device.multiprocessors, self.device.shared_bytes)
+        clusters = {size: self.device.clusters(size) for size in CLUSTER_SIZES}
+        self.chip = Chip(self.device.multiprocessors, self.device.shared_bytes, clusters)
         self.launches = _launches(network, self.chip.multiprocessors)
         with self.device.on_stream():
             self._pack()
@@ -90,10 +112,14 @@ class CudaEngine:
                         self.network.layers[n].inputs,
                         self.w_in[n].strips if n else None,
                         self.w_rec[n].strips,
+                        self.w_in[n].reached if n else None,
+                        self.w_rec[n].reached,
                     )
                     for n in layers
                 ]
-                found.append(plan(shapes, batch, self.chip))
+                paper = self.network.layers[layers.start].cell.variant == "paper"
+                clustered = None if paper else cluster_plan(shapes, batch, self.chip)
+                found.append(clustered or plan(shapes, batch, self.chip))
             self.plans[batch] = found
         return self.plans[batch]
 
@@ -155,10 +181,10 @@ class CudaEngine:
         for layers, each in zip(self.launches, self._plans(batch), strict=True):
             for n, laid in zip(layers, each.layers, strict=True):
                 found[f"layers.{n}.w_rec"] = _described(self.w_rec[n].strips, bool(laid.way_rec & k.RESIDENT))
-                inside = bool(laid.way_in & k.RESIDENT) if n else self._stays(self.w_in[0].strips)
+                inside = bool(laid.way_in & k.RESIDENT) if n else self._room(self.w_in[0])[0]
                 found[f"layers.{n}.w_in"] = _described(self.w_in[n].strips, inside)
         if self.readout is not None:
-            found["readout"] = _described(self.readout.strips, self._stays(self.readout.strips))
+            found["readout"] = _described(self.readout.strips, self._room(self.readout)[0])
         return found
 
     def on_device(self, feed: Feed, state: State) -> Callable[[], None]:
@@ -243,6 +269,12 @@ class CudaEngine:
                     k.REC_WAY: way.way_rec, k.REC_VALUES: w_rec.values.data.ptr, k.REC_TABLE: w_rec.table.data.ptr,
                     k.REC_STARTS: w_rec.starts.data.ptr,
                 }  # fmt: skip
+                if each.cluster:
+                    fields |= {k.REC_UNITS: w_rec.units.data.ptr, k.REC_ROWS: w_rec.rows.data.ptr}
+                    fields[k.REC_FIRSTS] = w_rec.firsts.data.ptr
+                if each.cluster and n:
+                    fields |= {k.IN_UNITS: w_in.units.data.ptr, k.IN_ROWS: w_in.rows.data.ptr}
+                    fields[k.IN_FIRSTS] = w_in.firsts.data.ptr
                 for field, value in fields.items():
                     rows[row, field] = value
             self._launch(each, device.put(rows), layers, feed.steps, batch)
@@ -251,8 +283,13 @@ class CudaEngine:
     def _launch(self, each: Plan, rows, layers: range, steps: int, batch: int) -> None:
         device, threads = self.device, 32 * each.warps
         variant = self.network.layers[layers.start].cell.variant
-        make = single_kernel if each.single else layers_kernel
-        kernel = device.kernel((make.__name__, variant, each.ways), lambda: make(variant, each.ways), threads)
+        if each.cluster:
+            laid = each.layers[-1]
+            arguments = (laid.way_rec, laid.way_in, each.cluster, each.lookups)
+            kernel = device.kernel(("cluster", *arguments), lambda: cluster_kernel(*arguments), threads)
+        else:
+            make = single_kernel if each.single else layers_kernel
+            kernel = device.kernel((make.__name__, variant, each.ways), lambda: make(variant, each.ways), threads)
         for first in range(0, batch, each.groups * each.samples):
             key = (layers.start, batch, first)
             if key not in self.tables:
@@ -261,7 +298,7 @@ class CudaEngine:
             blocks, count = self.tables[key]
             device.launch(
                 kernel, count, threads, rows.data.ptr, blocks.data.ptr, self.faults.data.ptr, steps, batch,
-                shared=each.shared, together=True,
+                shared=each.shared, together=True, cluster=each.cluster,
             )  # fmt: skip
 
     def _products(self, matrix: Matrix, table, rows: int, row_of=None):
@@ -272,24 +309,41 @@ class CudaEngine:
         out = device.empty((rows, gates * units), np.float32)
         if rows == 0:
             return out
-        hits, (values_bytes, table_bytes) = k.HIT_BYTES * PRODUCT_WARPS, strips.one_strip_bytes()
-        resident = self._stays(strips) and rows >= PRODUCT_WARPS
-        way = k.way(strips.kind, strips.values.dtype == np.uint16, resident)
+        resident, shared, warps = self._room(matrix)
+        resident = resident and rows >= warps
         count = strips.tiles * gates
-        splits = max(1, min(-(-rows // PRODUCT_WARPS), device.multiprocessors // count))
-        kernel = device.kernel(("products", way, gates), lambda: products_kernel(way, gates), 32 * PRODUCT_WARPS)
+        splits = max(1, min(-(-rows // warps), device.multiprocessors // count))
+        # How a row came about makes no difference.
+        kind = strips.kind if matrix.reached is None else k.MASKED
+        way = k.way(kind, strips.values.dtype == np.uint16, resident)
+        if matrix.reached is None:
+            make = products_kernel
+            weights = (matrix.values, matrix.table, matrix.starts)
+            last = (strips.one_strip_bytes()[1],)
+        else:
+            make, weights, last = reached_products_kernel, (matrix.units, matrix.rows, matrix.firsts), ()
+        kernel = device.kernel((make.__name__, way, gates), lambda: make(way, gates), 32 * warps)
         device.launch(
-            kernel, count * splits, 32 * PRODUCT_WARPS,
-            matrix.values.data.ptr, matrix.table.data.ptr, matrix.starts.data.ptr, matrix.bias.data.ptr,
+            kernel, count * splits, 32 * warps,
+            *(each.data.ptr for each in weights), matrix.bias.data.ptr,
             n_pre, units, strips.width, firsts.data.ptr, counts.data.ptr, lists.data.ptr,
-            0 if row_of is None else row_of.data.ptr, rows, splits, out.data.ptr, table_bytes,
-            shared=hits + values_bytes + table_bytes if resident else hits,
+            0 if row_of is None else row_of.data.ptr, rows, splits, out.data.ptr, *last,
+            shared=shared[resident],
         )  # fmt: skip
         return out
 
-    def _stays(self, strips: Strips) -> bool:
-        """Whether one strip fits in shared memory, for many rows to share."""
-        return k.HIT_BYTES * PRODUCT_WARPS + sum(strips.one_strip_bytes()) <= self.device.shared_bytes
+    def _room(self, matrix: Matrix) -> tuple[bool, tuple[int, int], int]:
+        """Whether one strip fits in shared memory, for many rows of products; bytes without it and with it; warps."""
+        strips, reached = matrix.strips, matrix.reached
+        if reached is None:
+            warps = DENSE_WARPS if strips.kind == k.DENSE else MASKED_WARPS
+            least = k.HIT_BYTES * warps
+            most = least + sum(strips.one_strip_bytes())
+        else:
+            warps = MASKED_WARPS
+            least = k.CLUSTER_HIT_BYTES * warps + -(-4 * strips.shape[0] // 16) * 16
+            most = least + LANES * strips.values.itemsize * int(np.diff(reached.firsts).max())
+        return most <= self.device.shared_bytes, (least, most), warps
 
     def _read_out(self, record, feed: Feed):
         """(steps, batch, V or N) on the device."""

@@ -64,6 +64,33 @@ class Strips:
         return _up(most * self.values.itemsize, 16), _up(table, 16)
 
 
+@dataclass(frozen=True)
+class Reached:
+    """Masked strips once more: for each only the units that reach it, what is looked up there at every step.
+
+    Attributes
+    ----------
+    units  : (reached,) int32, by strip and ascending: 4 times the unit, its offset in a row of outputs
+    rows   : (reached + 1, 32) values of that unit, zero where nothing is stored, in the type of the strips
+    firsts : (strips + 1,) int64 where each strip's begin
+    """
+
+    units: np.ndarray
+    rows: np.ndarray
+    firsts: np.ndarray
+
+    @classmethod
+    def of(cls, strips: Strips) -> Reached:
+        strip, unit = np.nonzero(strips.table[:, :, 0])
+        counts = np.bincount(strip, minlength=len(strips.table))
+        rows = np.zeros((len(unit) + 1, LANES), strips.values.dtype)
+        kept, rank = _kept(strips)
+        kept, rank = kept[strip, unit], np.broadcast_to(rank, kept.shape)[strip, unit]
+        at = strips.starts[strip][:, None] + strips.table[strip, unit, 1:] + rank
+        rows[:-1, : strips.width][kept] = strips.values[at[kept]]
+        return cls((4 * unit).astype(np.int32), rows, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
+
+
 def check_format(name: str, weights: Weights) -> None:
     """Refuse a format that `pack` does not know."""
     if not isinstance(weights, Dense | CSR | BlockCSR | NM):
@@ -106,13 +133,18 @@ def unpack(strips: Strips) -> np.ndarray:
         rows = strips.starts[:-1, None] + np.arange(n_pre * strips.width)
         dense[:] = strips.values[rows].reshape(dense.shape)
     else:
-        words = np.ascontiguousarray(strips.table[:, :, :1]).view(np.uint8)
-        kept = np.unpackbits(words, axis=2, bitorder="little")[:, :, : strips.width].astype(bool)
-        rank = np.arange(strips.width) if strips.kind == RUNS else np.cumsum(kept, axis=2) - 1
+        kept, rank = _kept(strips)
         at = strips.starts[:-1, None, None] + strips.table[:, :, 1:] + rank
         dense[kept] = strips.values[np.broadcast_to(at, kept.shape)[kept]]
     by_tile = dense.reshape(strips.tiles, gates, n_pre, strips.width).transpose(2, 1, 0, 3)
     return by_tile.reshape(n_pre, gates, strips.tiles * strips.width)[:, :, :units].reshape(n_pre, gates * units)
+
+
+def _kept(strips: Strips) -> tuple[np.ndarray, np.ndarray]:
+    """Of masked strips, by strip, unit and output, which are stored, and how far from where the table points."""
+    words = np.ascontiguousarray(strips.table[:, :, :1]).view(np.uint8)
+    kept = np.unpackbits(words, axis=2, bitorder="little")[:, :, : strips.width].astype(bool)
+    return kept, np.arange(strips.width) if strips.kind == RUNS else np.cumsum(kept, axis=2) - 1
 
 
 def per_strip(vector: np.ndarray, gates: int, width: int) -> np.ndarray:

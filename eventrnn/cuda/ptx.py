@@ -179,7 +179,9 @@ def copy_later(typingctx, target, source):
     def generate(context, builder, signature, args):
         kind = ir.FunctionType(ir.VoidType(), [I32, I64])
         text = "cp.async.ca.shared.global [$0], [$1], 4;"
-        builder.call(ir.InlineAsm(kind, text, "r,l", side_effect=True), [builder.trunc(args[0], I32), args[1]])
+        builder.call(
+            ir.InlineAsm(kind, text, "r,l,~{memory}", side_effect=True), [builder.trunc(args[0], I32), args[1]]
+        )
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), generate
@@ -191,7 +193,7 @@ def copies_done(typingctx):
 
     def generate(context, builder, signature, args):
         kind = ir.FunctionType(ir.VoidType(), [])
-        builder.call(ir.InlineAsm(kind, "cp.async.wait_all;", "", side_effect=True), [])
+        builder.call(ir.InlineAsm(kind, "cp.async.wait_all;", "~{memory}", side_effect=True), [])
         return context.get_dummy_value()
 
     return types.void(), generate
@@ -206,3 +208,98 @@ def load_early(typingctx, address):
         return builder.call(ir.InlineAsm(kind, "ld.global.nc.f32 $0, [$1];", "=f,l", side_effect=True), args)
 
     return types.float32(types.int64), generate
+
+
+# --- clusters: shared memory of several blocks --------------------------------------------------------------
+
+
+def _instruction(text: str, constraints: str, result, *arguments):
+    """An intrinsic for one PTX instruction. Addresses of shared memory are int32, as the instructions take them."""
+    lowered = {types.int32: I32, types.int64: I64, types.float32: FLOAT}
+    signature = result(*arguments)
+    parts = [each for each in (getattr(result, "types", None) or [result]) if each is not types.void]
+    if len(parts) > 1:
+        returned = ir.LiteralStructType([lowered[each] for each in parts])
+    else:
+        returned = lowered[parts[0]] if parts else ir.VoidType()
+
+    def generate(context, builder, signature, args):
+        kind = ir.FunctionType(returned, [lowered[each] for each in arguments])
+        value = builder.call(ir.InlineAsm(kind, text, constraints, side_effect=True), args)
+        if len(parts) > 1:
+            values = [builder.extract_value(value, k) for k in range(len(parts))]
+            return context.make_tuple(builder, signature.return_type, values)
+        return value if parts else context.get_dummy_value()
+
+    makers = {
+        0: lambda typingctx: (signature, generate),
+        1: lambda typingctx, a: (signature, generate),
+        2: lambda typingctx, a, b: (signature, generate),
+        3: lambda typingctx, a, b, c: (signature, generate),
+        6: lambda typingctx, a, b, c, d, e, f: (signature, generate),
+    }
+    return intrinsic(makers[len(arguments)])
+
+
+INT, NOTHING = types.int32, types.void
+MEMORY = "~{memory}"
+
+cluster_arrive = _instruction("barrier.cluster.arrive.aligned;", MEMORY, NOTHING)
+cluster_wait = _instruction("barrier.cluster.wait.aligned;", MEMORY, NOTHING)
+#: address, rank -> the same address in the block of that rank
+of_rank = _instruction("mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", INT, INT, INT)
+barrier_init = _instruction("mbarrier.init.shared.b64 [$0], $1;", f"r,r,{MEMORY}", NOTHING, INT, INT)
+barrier_init_done = _instruction("fence.mbarrier_init.release.cluster;", MEMORY, NOTHING)
+#: barrier, bytes that the phase under way waits for
+expect = _instruction("mbarrier.arrive.expect_tx.shared.b64 _, [$0], $1;", f"r,r,{MEMORY}", NOTHING, INT, INT)
+#: barrier, parity -> 1 once the phase of that parity is over; waits a while in hardware
+arrived = _instruction(
+    "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [$1], $2; selp.b32 $0, 1, 0, p; }",
+    f"=r,r,r,{MEMORY}", INT, INT, INT,
+)  # fmt: skip
+#: address in some block, four words, that block's barrier, which counts their bytes
+send4 = _instruction(
+    "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [$0], {$1, $2, $3, $4}, [$5];",
+    f"r,r,r,r,r,r,{MEMORY}", NOTHING, INT, INT, INT, INT, INT, INT,
+)  # fmt: skip
+#: number of the barrier, threads that meet there
+meet = _instruction("bar.sync $0, $1;", f"r,r,{MEMORY}", NOTHING, INT, INT)
+
+
+def _shared_load(lowered: ir.Type, kind: types.Type, count: int = 1, widened: bool = False):
+    """An intrinsic: address -> one number or a tuple. Unlike an instruction, the compiler may move it."""
+    result = types.UniTuple(kind, count) if count > 1 else kind
+
+    @intrinsic
+    def load(typingctx, address):
+        def generate(context, builder, signature, args):
+            whole = ir.VectorType(lowered, count) if count > 1 else lowered
+            there = builder.inttoptr(args[0], ir.PointerType(whole, SHARED))
+            value = builder.load(there, align=count * (2 if lowered is I16 else 4))
+            if count > 1:
+                parts = [builder.extract_element(value, ir.Constant(I32, k)) for k in range(count)]
+                return context.make_tuple(builder, signature.return_type, parts)
+            return builder.zext(value, I32) if widened else value
+
+        return result(types.int32), generate
+
+    return load
+
+
+load_shared = _shared_load(I32, types.int32)
+load_shared_float = _shared_load(FLOAT, types.float32)
+load_shared_narrow = _shared_load(I16, types.int32, widened=True)
+load_shared4 = _shared_load(I32, types.int32, 4)
+#: address, a word, a float; stored unless the float is zero
+store_shared_pair = _instruction(
+    "{ .reg .pred p; setp.neu.f32 p, $2, 0f00000000; @p st.shared.v2.b32 [$0], {$1, $2}; }",
+    f"r,r,f,{MEMORY}", NOTHING, INT, INT, types.float32,
+)  # fmt: skip
+store_shared2 = _instruction("st.shared.v2.b32 [$0], {$1, $2};", f"r,r,r,{MEMORY}", NOTHING, INT, INT, INT)
+store_shared_float = _instruction("st.shared.f32 [$0], $1;", f"r,f,{MEMORY}", NOTHING, INT, types.float32)
+load_narrow = _instruction("ld.global.nc.u16 $0, [$1];", "=r,l", INT, types.int64)
+load_relaxed = _instruction("ld.relaxed.gpu.global.b32 $0, [$1];", f"=r,l,{MEMORY}", INT, types.int64)
+#: two words that nobody writes meanwhile
+load_early2 = _instruction(
+    "ld.global.nc.v2.b32 {$0, $1}, [$2];", "=r,=r,l", types.UniTuple(types.int32, 2), types.int64
+)

@@ -15,6 +15,10 @@ GROUP, HELD = 16, 160
 # Entries of zero that end a list, so that groups may be read whole.
 LIST_PAD = GROUP
 HIT_BYTES = 12 * (HELD + LIST_PAD)
+# In clusters: rounds of 32 units that are looked up together, bytes of a hit; hits that a warp holds at most.
+LOOKED, HIT_SIZE = 4, 8
+CLUSTER_HELD = 32 * (LOOKED + 1)
+CLUSTER_HIT_BYTES = HIT_SIZE * (CLUSTER_HELD + LIST_PAD)
 
 #: of a layer: numbers, then addresses
 (
@@ -23,8 +27,9 @@ HIT_BYTES = 12 * (HELD + LIST_PAD)
     DRIVE, RECORD, GATED, CELLS, STATES, THRESHOLD, BIAS_IN, BIAS_REC,
     IN_WAY, IN_VALUES, IN_TABLE, IN_STARTS,
     REC_WAY, REC_VALUES, REC_TABLE, REC_STARTS,
+    IN_UNITS, IN_ROWS, IN_FIRSTS, REC_UNITS, REC_ROWS, REC_FIRSTS,  # `packing.Reached`, for clusters
     LAYER_FIELDS,
-) = range(23)  # fmt: skip
+) = range(29)  # fmt: skip
 
 #: of a block: what it owns, then offsets in its shared memory
 (
@@ -32,8 +37,9 @@ HIT_BYTES = 12 * (HELD + LIST_PAD)
     AT_VALUES_IN, AT_TABLE_IN, AT_VALUES_REC, AT_TABLE_REC, AT_BASES,
     AT_LIST, AT_COUNTS, AT_STAGED, AT_TOTALS, AT_HITS,
     AT_SUMS_IN, AT_SUMS_REC, AT_CELLS, AT_Y, AT_THRESHOLD, AT_BIAS,
+    AT_UNITS_IN, AT_UNITS_REC, AT_BARRIERS, SLOTS, ALL_TILES,
     BLOCK_FIELDS,
-) = range(23)  # fmt: skip
+) = range(28)  # fmt: skip
 
 
 def way(kind: int, narrow: bool, resident: bool) -> int:
