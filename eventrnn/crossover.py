@@ -171,17 +171,26 @@ def measure(report: Report = lambda done, total, what: None) -> Crossover:
     """Time every way on the whole grid. About a minute on one core; nothing else should run beside it."""
     from threadpoolctl import threadpool_limits
 
-    jobs = [(way, units, None) for way in DENSE_WAYS for units in UNITS]
-    jobs += [(way, units, d) for way in ("single", *BLOCK_WAYS.values()) for units in UNITS for d in DENSITY]
+    jobs = _jobs()
     times: dict[str, np.ndarray] = {}
     with threadpool_limits(limits=1, user_api="blas"):
         for done, (way, units, density) in enumerate(jobs * ROUNDS):
-            key = f"{way}/{units}" + ("" if density is None else f"/{density}")
+            key = _key(way, units, density)
             report(done, len(jobs) * ROUNDS, key)
             measured = np.array(_measured(way, units, density))
             times[key] = np.minimum(times.get(key, np.inf), measured)
     report(len(jobs) * ROUNDS, len(jobs) * ROUNDS, "done")
     return Crossover({key: table.tolist() for key, table in times.items()})
+
+
+def _jobs() -> list[tuple[str, int, float | None]]:
+    pruned = ("single", *BLOCK_WAYS.values())
+    each = [(way, None) for way in DENSE_WAYS] + [(way, density) for way in pruned for density in DENSITY]
+    return [(way, units, density) for units in UNITS for way, density in each]
+
+
+def _key(way: str, units: int, density: float | None) -> str:
+    return f"{way}/{units}" + ("" if density is None else f"/{density}")
 
 
 class Forced(Choice):
@@ -262,9 +271,18 @@ def load(report: Report = lambda done, total, what: None) -> Crossover:
     """The map in the cache, or a new one, which is then kept there."""
     path = cache_path()
     try:
-        return Crossover(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        return save(measure(report))
+        kept = Crossover(**json.loads(path.read_text()))
+        if _is_whole(kept):
+            return kept
+    except (OSError, ValueError, TypeError, AttributeError):
+        pass
+    return save(measure(report))
+
+
+def _is_whole(crossover: Crossover) -> bool:
+    """Whether a map from a file has every time that may be looked up."""
+    tables = {_key(*job): (len(_rows(job[0])), len(ACTIVITY)) for job in _jobs()}
+    return {key: np.shape(table) for key, table in crossover.times.items()} == tables
 
 
 def save(crossover: Crossover) -> Crossover:

@@ -79,14 +79,18 @@ def points(lines: list[dict]) -> list[dict]:
 
 def draw_blocks(lines: list[dict], path: Path) -> None:
     """Perplexity over sparsity, by way and block, of the job and device of the last line."""
-    same = [line for line in lines if (line["job"], line["device"]) == (lines[-1]["job"], lines[-1]["device"])]
+    keys = ("job", "steps", "tuning", "strength", "device")
+    same = [line for line in lines if all(line[key] == lines[-1][key] for key in keys)]
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {"pruning": {}, "lasso": {}}
     pruned = [line for line in same if line["way"] != "dense" and line["larger"] == 1]
     for line in sorted(pruned, key=lambda line: [int(size) for size in line["block"].split("x")]):
         panels[line["way"]].setdefault(line["block"], []).append((line["share"], line["perplexity"]))
-    (dense,) = {line["perplexity"] for line in same if line["way"] == "dense"}
+    dense = [line["perplexity"] for line in same if line["way"] == "dense"]
+    if not dense:
+        print(f"{path.name}: not drawn, the dense model's line is missing")
+        return
     titles = {"pruning": "block pruning", "lasso": "group lasso and block pruning"}
-    plots.pruning_curves({titles[way]: panel for way, panel in panels.items()}, dense, path=path)
+    plots.pruning_curves({titles[way]: panel for way, panel in panels.items()}, dense[-1], path=path)
     print(f"wrote {path}: {len(same)} points")
 
 

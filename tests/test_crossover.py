@@ -120,6 +120,14 @@ def test_a_map_is_measured_once_and_kept(tmp_path, monkeypatch):
     assert len(measured) == 2
 
 
+def test_a_map_that_lacks_times_is_measured_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("EVENTRNN_CACHE", str(tmp_path))
+    monkeypatch.setattr(maps, "measure", lambda report=None: invented_map())
+    for kept in ('{"times": {}}', '{"times": {"rows/320": [[1]]}}', "[]", '{"times": 3}'):
+        maps.cache_path().write_text(kept)
+        assert maps.load() == invented_map()
+
+
 def test_a_cache_that_cannot_be_written_is_told(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("EVENTRNN_CACHE", str(tmp_path / "file"))

@@ -60,11 +60,21 @@ def test_scores_are_what_they_say(case):
     rules = {"max": np.max, "mean": np.mean, "l2": lambda tile: np.sqrt(np.sum(tile**2))}
     for statistic, rule in rules.items():
         scores = block_scores(dense, block, statistic)
-        padded = np.zeros([-(-s // b) * b for s, b in zip(dense.shape, block, strict=True)], np.float64)
-        padded[: dense.shape[0], : dense.shape[1]] = np.abs(dense)
         for (r, c), score in np.ndenumerate(scores):
-            tile = padded[r * block[0] : (r + 1) * block[0], c * block[1] : (c + 1) * block[1]]
+            # At an edge, of the weights that are there.
+            tile = np.abs(dense.astype(np.float64))[
+                r * block[0] : (r + 1) * block[0], c * block[1] : (c + 1) * block[1]
+            ]
             assert abs(score - rule(tile)) <= gamma(2 * tile.size + 4, U64) * tile.sum()
+
+
+@pytest.mark.parametrize("statistic", ["max", "mean"])
+def test_blocks_at_an_edge_are_ranked_by_what_is_there(statistic):
+    rng = np.random.default_rng(0)
+    dense, importance = rng.normal(size=(32, 100)), -1 - rng.random((32, 100))
+    importance[:, 96:] -= 5
+    masks = magnitude_masks({"a": dense}, 0.5, block=(1, 16), statistic=statistic, importance={"a": importance})
+    assert not masks["a"][:, 96:].any() and masks["a"][:, :96].any()
 
 
 def test_global_scope_ranks_all_matrices_in_their_own_scale():

@@ -23,7 +23,7 @@ from eventrnn.pruning import (
     legal,
 )
 from eventrnn.pruning.threshold import shrink
-from eventrnn.training import Settings, Trainer
+from eventrnn.training import LanguageModelling, Settings, Trainer
 
 STEPS = 12
 RULES = {
@@ -128,7 +128,7 @@ def test_straight_through_moves_dense_weights_as_if_none_were_masked():
 
 
 def test_what_was_pruned_before_stays_so():
-    for name in ("gradual", "dynamic 4:8 both", "threshold, dense", "static"):
+    for name in RULES:
         early = StaticMasks(Blocks(0.5, (1, 1)))
         run = trainer(early)
         run.run()
@@ -139,6 +139,40 @@ def test_what_was_pruned_before_stays_so():
         again.run()
         for matrix, mask in again.model.masks.items():
             assert not (mask & ~before[matrix]).any(), (name, matrix)
+
+
+def validated(pruning, **changes):
+    """A run that validates every few updates."""
+    text = np.random.default_rng(1).integers(0, 6, 700)
+    settings = Settings(**{"steps": 16, "batch": 3, "window": 5, "validate_every": 2, "seed": 3} | changes)
+    return Trainer(network(), LanguageModelling(text[:600], text[600:], valid_batch=2), settings, pruning=pruning)
+
+
+def test_validation_sees_masked_weights_and_no_best_is_older_than_the_final_masks(monkeypatch):
+    for rule in (DynamicMasks(Blocks(0.6, (1, 1)), 0, 8, every=4), GradualPruning(0.6, (1, 1), 0, 8, every=2)):
+        run, seen = validated(rule), []
+        evaluate = run.task.evaluate
+
+        def watched(model, run=run, seen=seen, evaluate=evaluate):
+            share = np.mean([np.mean(w == 0) for name, w in model.parameters.items() if name.endswith("w_rec")])
+            figures = evaluate(model)
+            seen.append((run.steps_done, share, figures["bits"]))
+            return figures
+
+        monkeypatch.setattr(type(run.task), "evaluate", lambda task, model, watched=watched: watched(model))
+        run.run()
+        monkeypatch.undo()
+        assert all(share > 0.3 for step, share, _ in seen if step > 2)
+        final = [bits for step, _, bits in seen if step > rule.end]
+        assert run.best_value == min(final) and all((w == 0).mean() > 0.5 for n, w in run.best.items() if "w_rec" in n)
+
+
+def test_a_run_does_not_stop_early_nor_start_where_masks_would_not_be_final():
+    impatient = validated(GradualPruning(0.6, (1, 1), 0, 12), patience=1, learning_rate=1e-9)
+    impatient.run()
+    assert impatient.steps_done > 12
+    with pytest.raises(ValueError, match="reaches its sparsity at step 500, but training has 80 steps"):
+        validated(GradualPruning(0.6, (1, 1), 0, 500), epochs=2)
 
 
 def test_regrown_masks_keep_their_number_and_grow_where_the_gradient_is_largest():

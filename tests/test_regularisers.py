@@ -5,7 +5,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tolerance import U64, central_difference, sample_mean, sharp
+from tolerance import (
+    RATE_GRADIENT,
+    RATE_GRADIENT_SUM,
+    RATE_REACHED,
+    U32,
+    U64,
+    central_difference,
+    sample_mean,
+    sharp,
+)
 
 from eventrnn import Cell, Network, State, Surrogate
 from eventrnn.training import Model, Noise, Regularisers, Settings, Trainer, check_gradients
@@ -84,7 +93,7 @@ def test_penalties_of_outputs_have_their_derivative(name):
     # The factor of the gradient is a float32 number.
     assert (
         abs(np.vdot(penalty.d_events[1], way) - slope.value)
-        <= slope.bound + 2.0**-24 * np.abs(penalty.d_events[1] * way).sum()
+        <= slope.bound + U32 * np.abs(penalty.d_events[1] * way).sum()
     )
     assert penalty.d_events[0] is None and penalty.d_cells == [None, None] and not penalty.d_thresholds
 
@@ -108,7 +117,7 @@ def test_the_state_term_has_its_derivative_in_cells_and_thresholds():
         size = np.abs(penalty.d_cells[k] * way).sum() + np.abs(penalty.d_thresholds[k] * turn).sum()
         assert sharp(slope, penalty.loss + 1)
         # The factor and the margin are float32 numbers.
-        assert abs(found - slope.value) <= slope.bound + 4 * 2.0**-24 * size
+        assert abs(found - slope.value) <= slope.bound + 4 * U32 * size
 
 
 def test_the_rate_term_pulls_every_unit_towards_the_target_through_the_surrogate():
@@ -121,21 +130,21 @@ def test_the_rate_term_pulls_every_unit_towards_the_target_through_the_surrogate
         expected += 4.0 * np.mean(over**2)
         inside = np.abs(layer.v - layer.threshold) < 1
         exact = 4.0 * 2 * over / layer.v.size * 0.5 * inside
-        assert np.abs(penalty.d_cells[k] - exact).max() <= 2.0**-22 * np.abs(exact).max()
+        assert np.abs(penalty.d_cells[k] - exact).max() <= RATE_GRADIENT * np.abs(exact).max()
         assert (np.sign(penalty.d_cells[k]) == np.sign(over) * inside).all()
-        assert np.abs(penalty.d_thresholds[k] + exact.sum(axis=(0, 1))).max() <= 2.0**-18
+        assert np.abs(penalty.d_thresholds[k] + exact.sum(axis=(0, 1))).max() <= RATE_GRADIENT_SUM
     assert abs(penalty.loss - expected) <= 64 * U64 * max(1, expected)
 
 
 def test_a_target_brings_activity_there_and_learned_thresholds_take_part():
     text = np.random.default_rng(5).integers(0, 8, 3000)
     activity = {}
-    for target in (0.05, 0.5):
+    for target in RATE_REACHED:
         network = Network.random([24], symbols=8, embedding=6, readout=8, threshold=0.1, rng=np.random.default_rng(0))
         rule = Regularisers(activity_rate=50.0, activity_target=target)
         trainer = Trainer(network, text, Settings(steps=120, batch=8, window=8, learning_rate=1e-2, regularisers=rule))
         activity[target] = np.mean([p.activity for p in trainer][-20:])
-    assert abs(activity[0.05] - 0.05) < 0.05 and abs(activity[0.5] - 0.5) < 0.15
+        assert abs(activity[target] - target) < RATE_REACHED[target]
 
 
 def test_refusals_name_the_argument():

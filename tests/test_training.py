@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from magnitudes import backward_magnitudes
-from tolerance import U32, cell_bound, gamma
+from tolerance import CORNER, U32, cell_bound, gamma
 
 from eventrnn import Cell, Network, State, Surrogate, reference, simulate
 from eventrnn.cells import SURROGATES
@@ -67,7 +67,7 @@ def test_gradients_are_the_specification_s(case):
     layer = tape.layers[0]
     # Away from the corners of the surrogate, where one rounding of v may change its slope by a jump.
     distance = np.abs(layer.v - model.parameters["layers.0.threshold"]) * cell.surrogate.support
-    d_y = d_y * (np.abs(distance - 1) > 1e-3)
+    d_y = d_y * (np.abs(distance - 1) > CORNER)
     gradients = model.backward(tape, d_y)
     tapes = _reference_tapes(model, layer, cell)
     upstream, nothing = d_y.astype(np.float64), np.zeros(d_y.shape)

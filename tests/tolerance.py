@@ -54,6 +54,19 @@ HALF_TANH = 4 * U32
 ACTIVITY_RANGE = (0.1, 0.9)
 
 
+#: A gradient of the rate term is a mean over samples (one rounding in float64), cast, times three float32 factors.
+RATE_GRADIENT = 4 * U32
+
+#: The same summed over 100 or so steps and samples of gradients below 1/16, by threshold.
+RATE_GRADIENT_SUM = gamma(1024, U32) / 16
+
+#: How near 0.05, and 0.5, a strong pull brings the activity of 24 units in 120 updates: half a unit's share of one, and
+#: the swing that a rate of 1e-2 leaves.
+RATE_REACHED = {0.05: 0.05, 0.5: 0.15}
+
+#: Further from a corner of the surrogate than any rounding of v: gamma of the drive's 200 terms is 1.2e-5.
+CORNER = 1e-3
+
 #: What the sorted greedy mask prunes, over what an optimal one does: proven by Hubara et al. (2021), and tight.
 GREEDY_FACTOR = 2
 

@@ -53,6 +53,10 @@ class Shadow:
         np.copyto(parameter, np.where(self.masks[name], self.dense[name], np.float32(0)))
         return self.masks[name]
 
+    def shown(self, parameters: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Masked copies of the matrices it keeps dense."""
+        return parameters | {name: parameters[name] * mask for name, mask in self.masks.items()}
+
     def arrays(self) -> dict[str, np.ndarray]:
         """For a checkpoint."""
         kinds = {"dense": self.dense, "mask": self.masks, "before": self.before}
@@ -145,6 +149,10 @@ class DynamicMasks(Pruning):
                 masks[name] = mask
         return last
 
+    def shown(self, parameters: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """With the present masks."""
+        return self._shadow.shown(parameters)
+
     def arrays(self) -> dict[str, np.ndarray]:
         """The dense weights and the present masks."""
         return self._shadow.arrays()
@@ -183,6 +191,8 @@ class RegrownMasks(Pruning, TurnTaking):
     names: tuple[str, ...] | None = None
     exempt: tuple[str, ...] = ()
     _hidden: dict[str, np.ndarray] = field(init=False, repr=False, default_factory=dict)
+    # What was pruned before the first step stays so.
+    _before: dict[str, np.ndarray] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self):
         check_span(self.start, self.end, self.every)
@@ -200,6 +210,8 @@ class RegrownMasks(Pruning, TurnTaking):
         self.updated()
         if step == self.start:
             for name in self.matrices(parameters):
+                if name in masks:
+                    self._before[name] = masks[name]
                 masks[name] = magnitude_mask(
                     parameters[name], self.sparsity, block=self.block, statistic=self.statistic, within=masks.get(name)
                 )
@@ -216,18 +228,32 @@ class RegrownMasks(Pruning, TurnTaking):
         for name, mask in self._hidden.items():
             parameter = parameters[name]
             parameter *= mask
-            masks[name] = self._moved(parameter, gradients[name], mask, fraction)
+            before = self._before.get(name)
+            masks[name] = self._moved(parameter, gradients[name], mask, fraction, before)
+            if before is not None:
+                masks[name] &= before
             parameter *= masks[name]
         self._hidden = {}
 
-    def _moved(self, weights: np.ndarray, gradient: np.ndarray, mask: np.ndarray, fraction: float) -> np.ndarray:
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What was pruned before."""
+        return dict(self._before)
+
+    def restore(self, arrays: Arrays) -> None:
+        """Go on with it."""
+        self._before = {name: array.astype(bool) for name, array in arrays.items()}
+
+    def _moved(
+        self, weights: np.ndarray, gradient: np.ndarray, mask: np.ndarray, fraction: float, before: np.ndarray | None
+    ) -> np.ndarray:
         kept = to_blocks(mask, self.block).any(axis=(1, 3)).ravel()
-        count = min(int(fraction * kept.sum()), int((~kept).sum()))
+        free = ~kept if before is None else ~kept & to_blocks(before, self.block).any(axis=(1, 3)).ravel()
+        count = min(int(fraction * kept.sum()), int(free.sum()))
         size = block_scores(weights, self.block, self.statistic).ravel()
         drop = np.argsort(np.where(kept, size, np.inf), kind="stable")[:count]
         wanted = block_scores(gradient, self.block, self.statistic).ravel()
         # What was dropped may not come back in the same step, or nothing would wander.
-        grow = np.argsort(np.where(kept, -np.inf, wanted), kind="stable")[len(kept) - count :]
+        grow = np.argsort(np.where(free, wanted, -np.inf), kind="stable")[len(kept) - count :]
         kept[drop], kept[grow] = False, True
         grid = [-(-side // b) for side, b in zip(mask.shape, self.block, strict=True)]
         return from_blocks(kept.reshape(grid), self.block, mask.shape)

@@ -30,11 +30,12 @@ def _reduced(values: np.ndarray, block: tuple[int, int], statistic: str) -> np.n
         raise ValueError(f"statistic: got {statistic!r}, need one of {', '.join(STATISTICS)}")
     if block == (1, 1):
         return values.astype(np.float64)
-    tiles = to_blocks(values, block)
+    tiles = to_blocks(values, block, -np.inf if statistic == "max" else 0)
     if statistic == "max":
         return tiles.max(axis=(1, 3))
     if statistic == "mean":
-        return tiles.mean(axis=(1, 3), dtype=np.float64)
+        there = to_blocks(np.ones(values.shape), block).sum(axis=(1, 3))
+        return tiles.sum(axis=(1, 3), dtype=np.float64) / there
     return np.sqrt(np.square(tiles, dtype=np.float64).sum(axis=(1, 3)))
 
 
@@ -156,10 +157,10 @@ def _ranked(
     return [np.where(here, part, -np.inf) for here, part in zip(alive, scores, strict=True)]
 
 
-def to_blocks(array: np.ndarray, block: tuple[int, int]) -> np.ndarray:
-    """(rows, r, columns, c) view of the array padded with zeros to whole blocks."""
+def to_blocks(array: np.ndarray, block: tuple[int, int], padding: float = 0) -> np.ndarray:
+    """(rows, r, columns, c) view of the array padded to whole blocks."""
     (n_pre, n_post), (r, c) = array.shape, block
-    padded = np.zeros((-(-n_pre // r) * r, -(-n_post // c) * c), array.dtype)
+    padded = np.full((-(-n_pre // r) * r, -(-n_post // c) * c), padding, array.dtype)
     padded[:n_pre, :n_post] = array
     return padded.reshape(padded.shape[0] // r, r, padded.shape[1] // c, c)
 

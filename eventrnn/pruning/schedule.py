@@ -53,6 +53,11 @@ class Pruning:
     def after_step(self, step: int, parameters: Arrays, masks: Masks, gradients: Arrays, rate: float) -> None:
         """After the optimiser's step at that learning rate; `gradients` are those it was given."""
 
+    def shown(self, parameters: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Parameters as a forward pass of now would see them, where neither they nor the model's masks say so: what a
+        validation in the midst of training measures."""
+        return parameters
+
     def arrays(self) -> dict[str, np.ndarray]:
         """What it must remember from step to step, for a checkpoint; empty where parameters and masks say all."""
         return {}
@@ -91,6 +96,12 @@ class Combined(Pruning):
         """All parts in order."""
         for part in self.parts:
             part.after_step(step, parameters, masks, gradients, rate)
+
+    def shown(self, parameters: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What all parts leave."""
+        for part in self.parts:
+            parameters = part.shown(parameters)
+        return parameters
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Those of every part, numbered."""

@@ -119,6 +119,10 @@ class ThresholdPruning(Pruning):
                 masks[name] = self._mask(step, name, parameters[name], masks.get(name))
         return last or (due and not self.dense)
 
+    def shown(self, parameters: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """With the present masks."""
+        return self._shadow.shown(parameters)
+
     def arrays(self) -> dict[str, np.ndarray]:
         """Slopes, and the dense weights where there are any."""
         slopes = {f"slope/{name}": np.array(slope) for name, slope in self._slopes.items()}

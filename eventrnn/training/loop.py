@@ -96,9 +96,10 @@ class Trainer:
         )
         settings.regularisers.check(self.model)
         if pruning is not None:
-            if not settings.epochs and pruning.end >= settings.steps:
+            steps = self._updates()
+            if pruning.end >= steps:
                 raise ValueError(
-                    f"pruning: reaches its sparsity at step {pruning.end}, but training has {settings.steps} steps; "
+                    f"pruning: reaches its sparsity at step {pruning.end}, but training has {steps} steps; "
                     "train longer or end the pruning earlier"
                 )
             pruning.check(self.model.parameters)
@@ -127,6 +128,11 @@ class Trainer:
     def finished(self) -> bool:
         """Whether all updates are done, or validation stopped the run early."""
         return self.share >= 1 or bool(self.settings.patience and self.worse >= self.settings.patience)
+
+    @property
+    def masks_are_final(self) -> bool:
+        """Whether pruning is through; until then no validation counts as the best, and none stops the run."""
+        return self.pruning is None or self.steps_done > self.pruning.end
 
     @property
     def share(self) -> float:
@@ -180,13 +186,15 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """Figures of the task's held-out data, with the optimiser's averaged parameters if it has them; a new best
-        is kept in `best`."""
-        with _Borrowed(self.model, self.optimiser.averaged(self.model.parameters)) as model:
+        is kept in `best`, once masks are final."""
+        with _Borrowed(self.model, self._present()) as model:
             figures = self.task.evaluate(model)
             if not figures:
                 return {}
             value = figures[self.task.figure]
             self.optimiser.validated(value, self.model.parameters)
+            if not self.masks_are_final:
+                return figures
             self.worse += 1
             if value < self.best_value:
                 self.best_value, self.worse = value, 0
@@ -196,9 +204,21 @@ class Trainer:
     def network(self, *, best: bool = False) -> Network:
         """The trained network: of the parameters so far (averaged, if the optimiser averages), or of the best
         validation."""
-        chosen = self.best if best and self.best else self.optimiser.averaged(self.model.parameters)
-        with _Borrowed(self.model, chosen) as model:
+        with _Borrowed(self.model, self.best if best and self.best else self._present()) as model:
             return model.network()
+
+    def _present(self) -> dict[str, np.ndarray]:
+        """Parameters as a forward pass of now sees them, averaged if the optimiser averages."""
+        averaged = self.optimiser.averaged(self.model.parameters)
+        return averaged if self.pruning is None else self.pruning.shown(averaged)
+
+    def _updates(self) -> int:
+        """Updates of the whole run; with windows of random length, about."""
+        settings = self.settings
+        if not settings.epochs:
+            return settings.steps
+        taken = self.task.batch(0, 0, settings.batch, settings.window).taken
+        return settings.epochs * -(-self.task.length(settings.batch) // taken)
 
     def _start(self, carried: str, batch: int) -> State:
         if self.position == 0 or not carried or self.state.batch != batch:
