@@ -23,7 +23,7 @@ import numpy as np
 
 from eventrnn.backend import State
 from eventrnn.network import CARRIES, Network
-from eventrnn.training.bptt import Model
+from eventrnn.training.bptt import Model, check_range
 from eventrnn.training.losses import cross_entropy, squared_error
 
 READS = ("last", "mean")
@@ -219,7 +219,9 @@ class Sequences(Task):
     def check(self, network: Network, batch: int, window: int) -> None:
         if network.readout is None:
             raise ValueError("network: needs a read-out to classify or to predict")
-        network.feed(np.moveaxis(self.inputs[:1], 0, 1))
+        for name, inputs in (("train inputs", self.inputs), ("valid inputs", self.valid[0] if self.valid else None)):
+            if inputs is not None:
+                check_inputs(network, name, inputs)
         self._check_targets(network.readout.weights.shape[1])
 
     @abstractmethod
@@ -319,6 +321,27 @@ def streams(symbols: np.ndarray, batch: int) -> np.ndarray:
     """A text as `batch` streams of equal length side by side, (n // batch, batch) int64."""
     length = len(symbols) // batch
     return np.ascontiguousarray(np.asarray(symbols, np.int64)[: length * batch].reshape(batch, length).T)
+
+
+def check_inputs(network: Network, name: str, inputs: np.ndarray) -> None:
+    """Refuse sequences (S, T) or (S, T, I) that the network cannot read, and where among them. Raises ValueError."""
+    if network.embedding is not None:
+        if inputs.ndim != 2:
+            raise ValueError(f"{name}: got shape {inputs.shape}, need symbols (S, T) for the embedding")
+        return check_range(name, inputs, len(network.embedding), "(sequence, step)")
+    size = network.layers[0].inputs
+    if inputs.ndim != 3 or inputs.shape[2] != size or inputs.dtype.kind not in "fiub":
+        raise ValueError(f"{name}: got {inputs.dtype} {inputs.shape}, need numbers (S, T, {size})")
+    # In parts: data sets are large, and as float32 each part is a copy.
+    for at in range(0, len(inputs), 256):
+        with np.errstate(over="ignore"):
+            wrong = ~np.isfinite(inputs[at : at + 256].astype(np.float32))
+        if wrong.any():
+            k, step, unit = map(int, np.argwhere(wrong)[0])
+            value = inputs[at + k, step, unit]
+            raise ValueError(
+                f"{name}: got {value} at (sequence, step, input) {(at + k, step, unit)}, need finite float32"
+            )
 
 
 def check_symbols(network: Network, symbols: np.ndarray) -> None:
