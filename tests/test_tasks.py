@@ -262,3 +262,59 @@ def test_refusals():
         Classification(task.inputs, task.targets, lengths=np.full(12, 7))
     with pytest.raises(ValueError, match="as many sequences"):
         Regression(task.inputs, np.zeros((3, 3)))
+
+
+def _refused_in_check(network, inputs, valid, message):
+    """Where the bad sequence is, refused before any work; the good sequences first."""
+    targets = np.zeros(len(inputs), int)
+    for task in (Classification(inputs, targets), Classification(valid, targets[: len(valid)], (inputs, targets))):
+        with pytest.raises(ValueError, match=message):
+            Trainer(network, task, Settings(steps=1, batch=2))
+
+
+@pytest.mark.parametrize("bad", [-1, -8, 8])
+def test_symbols_out_of_range_are_refused_wherever_they_are(bad):
+    symbols = np.random.default_rng(0).integers(0, 8, (6, 5))
+    wrong = symbols.copy()
+    wrong[4, 2] = bad
+    _refused_in_check(_net(), wrong, symbols, rf"inputs: got symbol {bad} at \(sequence, step\) \(4, 2\), need 0..7")
+    _refused_in_check(_net(), symbols / 2, symbols, "need whole numbers 0..7")
+    _refused_in_check(_net(), symbols[:, :, None], symbols, "need symbols")
+    with pytest.raises(ValueError, match=rf"inputs: got symbol {bad} at \(step, sample\) \(2, 4\), need 0..7"):
+        Model(_net()).forward(wrong.T, State.zeros(_net(), 6))
+    with pytest.raises(ValueError, match="whole numbers"):
+        Model(_net()).forward(symbols.T / 2, State.zeros(_net(), 6))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e300])
+def test_numbers_that_are_none_are_refused_wherever_they_are(bad):
+    network = Network.random([7], inputs=4, readout=3, rng=np.random.default_rng(0), threshold=0.1)
+    inputs = np.random.default_rng(0).normal(size=(300, 5, 4))
+    wrong = inputs.copy()
+    wrong[290, 3, 1] = bad
+    _refused_in_check(network, wrong, inputs, r"\(290, 3, 1\), need finite")
+    _refused_in_check(network, inputs[:, :, :3], inputs, r"need numbers \(S, T, 4\)")
+    with pytest.raises(ValueError, match=r"need \(T, B, 4\) numbers"):
+        Model(network).forward(np.zeros((5, 2, 3), np.float32), State.zeros(network, 2))
+
+
+@pytest.mark.parametrize("variant", ["evnn", "paper"])
+def test_the_check_passes_a_pruned_network_and_catches_a_mask_that_is_not_kept(monkeypatch, variant):
+    from eventrnn.pruning import prune
+
+    rng = np.random.default_rng(0)
+    pruned = prune(
+        Network.random([8], inputs=4, readout=3, threshold=0.1, rng=rng, cell=Cell(variant=variant)), 0.6, block=(2, 2)
+    )
+    assert Model(pruned).masks
+    report = check_gradients(pruned, _sequences(Regression, rng), directions=2)
+    assert report.ok, str(report)
+    backward = Model.backward
+
+    def leaking(self, *arguments, **options):
+        gradients = backward(self, *arguments, **options)
+        return gradients | {"layers.0.w_rec": gradients["layers.0.w_rec"] + np.float32(1)}
+
+    monkeypatch.setattr(Model, "backward", leaking)
+    wrong = check_gradients(pruned, directions=2)
+    assert [row.what for row in wrong.rows if not row.ok] == ["layers.0 engine: w_rec"]
