@@ -108,6 +108,29 @@ def test_lengths_read_out_where_a_sequence_ends(kind, read):
     assert task.loss(shorter, part)[0] == task.loss(output, part)[0]
 
 
+@pytest.mark.parametrize("kind", [Classification, Regression])
+@pytest.mark.parametrize("read", ["last", "mean"])
+def test_validation_reads_out_where_a_sequence_ends(kind, read):
+    rng = np.random.default_rng(0)
+    lengths, padded = rng.integers(1, 6, 12), _sequences(kind, rng).inputs.copy()
+    targets = _sequences(kind, rng).targets
+    other = padded.copy()
+    for k, end in enumerate(lengths):
+        other[k, end:] = 7
+    model = Model(Network.random([7], inputs=4, readout=3, threshold=0.1, rng=rng))
+    figures = [
+        kind(padded, targets, (x, targets, lengths), read=read, lengths=lengths).evaluate(model)
+        for x in (padded, other)
+    ]
+    assert figures[0]["loss"] == figures[1]["loss"], "padding is not read out"
+    with pytest.raises(ValueError, match="valid: got 2 entries"):
+        kind(padded, targets, (padded, targets), lengths=lengths)
+    with pytest.raises(ValueError, match="valid: got 3 entries"):
+        kind(padded, targets, (padded, targets, lengths))
+    with pytest.raises(ValueError, match="valid lengths"):
+        kind(padded, targets, (padded, targets, lengths + 6), lengths=lengths)
+
+
 @pytest.mark.parametrize("variant", ["evnn", "paper"])
 @pytest.mark.parametrize("kind", [Classification, Regression])
 def test_the_check_passes_what_is_right(kind, variant):
