@@ -24,7 +24,8 @@ def check_rule(rule: str) -> None:
 
 
 def to_parameter(rule: str, threshold: np.ndarray) -> np.ndarray:
-    """The parameter of a threshold (N,): itself, or its logit, which moves a threshold within 1.2e-7 of 0 or 1 to there.
+    """The parameter of a threshold (N,): itself, or its logit, kept within 16: a threshold nearer to 0 or 1 than
+    1.2e-7 is moved there.
 
     Raises ValueError for one that the rule excludes.
     """
