@@ -341,3 +341,36 @@ def test_the_check_passes_a_pruned_network_and_catches_a_mask_that_is_not_kept(m
     monkeypatch.setattr(Model, "backward", leaking)
     wrong = check_gradients(pruned, directions=2)
     assert [row.what for row in wrong.rows if not row.ok] == ["layers.0 engine: w_rec"]
+
+
+@pytest.mark.parametrize(("units", "window"), [(8, 6), (256, 3), (8, 40)])
+def test_the_check_catches_a_wrong_gradient_of_w_rec_however_large_the_network(monkeypatch, units, window):
+    network = Network.random([units], inputs=4, readout=3, threshold=0.1, rng=np.random.default_rng(0))
+    options = {"directions": 1, "batch": 2, "window": window}
+    right = check_gradients(network, **options)
+    assert all(row.ok and row.sharp for row in right.rows if "engine" in row.what), str(right)
+    backward = Model.backward
+
+    def off(self, *arguments, **more):
+        gradients = backward(self, *arguments, **more)
+        # A thousandth of the largest entry, in one other.
+        w_rec = gradients["layers.0.w_rec"]
+        w_rec[0, 0] += np.abs(w_rec).max() / 1000
+        return gradients
+
+    monkeypatch.setattr(Model, "backward", off)
+    wrong = check_gradients(network, **options)
+    assert not wrong.ok and [row.what for row in wrong.rows if not row.ok] == ["layers.0 engine: w_rec"]
+
+
+def test_the_check_does_not_pass_where_nothing_could_be_seen():
+    from eventrnn.training.gradcheck import GradientCheck, Row
+
+    blind = Row("layers.0 engine: w_rec", error=0.0, allowed=1.0, size=2.0)
+    seen = Row("layers.0 engine: w_in", error=0.0, allowed=1e-6, size=2.0)
+    zero = Row("layers.0 engine: threshold", error=0.0, allowed=1e-6, size=0.0)
+    assert GradientCheck((seen, zero)).ok
+    for rows in ((blind, seen), (zero,), (blind,)):
+        report = GradientCheck(rows)
+        assert not report.ok and "smaller network or window" in str(report)
+    assert GradientCheck((blind, seen)).coarse == ("layers.0 engine: w_rec",)
