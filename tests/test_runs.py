@@ -12,7 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eventrnn import Network, files
-from eventrnn.pruning import GradualPruning
+from eventrnn.pruning import (
+    Blocks,
+    Combined,
+    DynamicMasks,
+    GradualPruning,
+    MovementPruning,
+    Pruning,
+    RegrownMasks,
+    StaticMasks,
+    ThresholdPruning,
+    cubic_schedule,
+)
+from eventrnn.pruning.schedule import describe
 from eventrnn.training import (
     CheckpointError,
     Diverged,
@@ -21,6 +33,7 @@ from eventrnn.training import (
     Regularisers,
     Settings,
     Stopped,
+    Task,
     Trainer,
     load_checkpoint,
     read_log,
@@ -294,3 +307,87 @@ def test_the_log_has_means_and_every_validation(tmp_path):
     assert lines[0]["loss"] == sum(p.loss for p in steps[:4]) / 4
     assert [bool(line["validation"]) for line in lines] == [False, True, True]
     assert json.loads(json.dumps(lines)) == lines
+
+
+class _Halving(Pruning):
+    """A user's own, without a repr."""
+
+    def __init__(self, matrix, end=9):
+        self.start, self.end, self.matrix, self.sparsity = 1, end, matrix, cubic_schedule(0.5, 0, end)
+        self._seen = 0
+
+    def update(self, step, parameters, masks):
+        self._seen += 1
+        return False
+
+
+def _ways():
+    yield lambda: _Halving(np.arange(3))
+    yield lambda: Combined(GradualPruning(0.5, end=9), _Halving(np.arange(3)))
+    yield lambda: MovementPruning(0.5, start=2, end=9, every=2)
+    yield lambda: StaticMasks(Blocks(0.5))
+    yield lambda: DynamicMasks(Blocks(0.5), end=9, every=2)
+    yield lambda: RegrownMasks(0.5, end=9, every=2)
+
+
+@pytest.mark.parametrize("way", list(_ways()))
+def test_a_run_of_every_way_of_pruning_continues_to_the_same_bits(tmp_path, way):
+    whole, first, second = (_trainer(pruning=way(), steps=11) for _ in range(3))
+    for _ in range(6):
+        first.step()
+    save_checkpoint(first, tmp_path / "c")
+    load_checkpoint(second, tmp_path / "c")
+    while not second.finished:
+        second.step()
+    while not whole.finished:
+        whole.step()
+    assert _bits(whole) == _bits(second)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (_Halving(np.arange(3)), _Halving(np.arange(3) + 1)),
+        (_Halving(np.arange(3)), _Halving(np.arange(3), end=8)),
+        (Combined(_Halving(np.zeros(2))), Combined(_Halving(np.ones(2)))),
+        (ThresholdPruning(trained={"w": np.zeros(9)}), ThresholdPruning(trained={"w": np.ones(9)})),
+        (DynamicMasks(Blocks(0.5)), DynamicMasks(Blocks(0.6))),
+    ],
+)
+def test_another_way_of_pruning_is_another(one, other):
+    assert one.digest() == one.digest() != other.digest()
+    assert " at 0x" not in one.digest()
+
+
+def test_a_user_s_task_is_told_from_another_by_its_data(tmp_path):
+    class Mine(LanguageModelling):
+        digest = Task.digest
+
+    network = Network.random([6], symbols=8, embedding=5, readout=8, threshold=0.1, rng=np.random.default_rng(1))
+    first, same, other = (
+        Trainer(network, Mine(text), Settings(steps=9, batch=4, window=8)) for text in (TEXT, TEXT.copy(), TEXT[::-1])
+    )
+    first.step()
+    save_checkpoint(first, tmp_path / "c")
+    load_checkpoint(same, tmp_path / "c")
+    with pytest.raises(CheckpointError, match="data"):
+        load_checkpoint(other, tmp_path / "c")
+
+
+def test_descriptions_follow_content_not_addresses():
+    def closed(value):
+        return lambda: value
+
+    for value, changed in (
+        (closed(1), closed(2)),
+        ({"a": [np.arange(3)]}, {"a": [np.arange(4)]}),
+        (np.array(["a", None], object), np.array(["b", None], object)),
+        (np.array(["2020-01-01"], "M8[D]"), np.array(["2020-01-02"], "M8[D]")),
+        ({1, 2}, {1, 3}),
+        (Settings, Trainer),
+    ):
+        assert describe(value) == describe(value) != describe(changed)
+    assert describe(object()) == describe(object())
+    around = _Halving(np.zeros(1))
+    around.me = [around]
+    assert "_Halving" in describe(around)

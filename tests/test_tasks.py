@@ -108,6 +108,29 @@ def test_lengths_read_out_where_a_sequence_ends(kind, read):
     assert task.loss(shorter, part)[0] == task.loss(output, part)[0]
 
 
+@pytest.mark.parametrize("kind", [Classification, Regression])
+@pytest.mark.parametrize("read", ["last", "mean"])
+def test_validation_reads_out_where_a_sequence_ends(kind, read):
+    rng = np.random.default_rng(0)
+    lengths, padded = rng.integers(1, 6, 12), _sequences(kind, rng).inputs.copy()
+    targets = _sequences(kind, rng).targets
+    other = padded.copy()
+    for k, end in enumerate(lengths):
+        other[k, end:] = 7
+    model = Model(Network.random([7], inputs=4, readout=3, threshold=0.1, rng=rng))
+    figures = [
+        kind(padded, targets, (x, targets, lengths), read=read, lengths=lengths).evaluate(model)
+        for x in (padded, other)
+    ]
+    assert figures[0]["loss"] == figures[1]["loss"], "padding is not read out"
+    with pytest.raises(ValueError, match="valid: got 2 entries"):
+        kind(padded, targets, (padded, targets), lengths=lengths)
+    with pytest.raises(ValueError, match="valid: got 3 entries"):
+        kind(padded, targets, (padded, targets, lengths))
+    with pytest.raises(ValueError, match="valid lengths"):
+        kind(padded, targets, (padded, targets, lengths + 6), lengths=lengths)
+
+
 @pytest.mark.parametrize("variant", ["evnn", "paper"])
 @pytest.mark.parametrize("kind", [Classification, Regression])
 def test_the_check_passes_what_is_right(kind, variant):
@@ -262,3 +285,92 @@ def test_refusals():
         Classification(task.inputs, task.targets, lengths=np.full(12, 7))
     with pytest.raises(ValueError, match="as many sequences"):
         Regression(task.inputs, np.zeros((3, 3)))
+
+
+def _refused_in_check(network, inputs, valid, message):
+    """Where the bad sequence is, refused before any work; the good sequences first."""
+    targets = np.zeros(len(inputs), int)
+    for task in (Classification(inputs, targets), Classification(valid, targets[: len(valid)], (inputs, targets))):
+        with pytest.raises(ValueError, match=message):
+            Trainer(network, task, Settings(steps=1, batch=2))
+
+
+@pytest.mark.parametrize("bad", [-1, -8, 8])
+def test_symbols_out_of_range_are_refused_wherever_they_are(bad):
+    symbols = np.random.default_rng(0).integers(0, 8, (6, 5))
+    wrong = symbols.copy()
+    wrong[4, 2] = bad
+    _refused_in_check(_net(), wrong, symbols, rf"inputs: got symbol {bad} at \(sequence, step\) \(4, 2\), need 0..7")
+    _refused_in_check(_net(), symbols / 2, symbols, "need whole numbers 0..7")
+    _refused_in_check(_net(), symbols[:, :, None], symbols, "need symbols")
+    with pytest.raises(ValueError, match=rf"inputs: got symbol {bad} at \(step, sample\) \(2, 4\), need 0..7"):
+        Model(_net()).forward(wrong.T, State.zeros(_net(), 6))
+    with pytest.raises(ValueError, match="whole numbers"):
+        Model(_net()).forward(symbols.T / 2, State.zeros(_net(), 6))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e300])
+def test_numbers_that_are_none_are_refused_wherever_they_are(bad):
+    network = Network.random([7], inputs=4, readout=3, rng=np.random.default_rng(0), threshold=0.1)
+    inputs = np.random.default_rng(0).normal(size=(300, 5, 4))
+    wrong = inputs.copy()
+    wrong[290, 3, 1] = bad
+    _refused_in_check(network, wrong, inputs, r"\(290, 3, 1\), need finite")
+    _refused_in_check(network, inputs[:, :, :3], inputs, r"need numbers \(S, T, 4\)")
+    with pytest.raises(ValueError, match=r"need \(T, B, 4\) numbers"):
+        Model(network).forward(np.zeros((5, 2, 3), np.float32), State.zeros(network, 2))
+
+
+@pytest.mark.parametrize("variant", ["evnn", "paper"])
+def test_the_check_passes_a_pruned_network_and_catches_a_mask_that_is_not_kept(monkeypatch, variant):
+    from eventrnn.pruning import prune
+
+    rng = np.random.default_rng(0)
+    pruned = prune(
+        Network.random([8], inputs=4, readout=3, threshold=0.1, rng=rng, cell=Cell(variant=variant)), 0.6, block=(2, 2)
+    )
+    assert Model(pruned).masks
+    report = check_gradients(pruned, _sequences(Regression, rng), directions=2)
+    assert report.ok, str(report)
+    backward = Model.backward
+
+    def leaking(self, *arguments, **options):
+        gradients = backward(self, *arguments, **options)
+        return gradients | {"layers.0.w_rec": gradients["layers.0.w_rec"] + np.float32(1)}
+
+    monkeypatch.setattr(Model, "backward", leaking)
+    wrong = check_gradients(pruned, directions=2)
+    assert [row.what for row in wrong.rows if not row.ok] == ["layers.0 engine: w_rec"]
+
+
+@pytest.mark.parametrize(("units", "window"), [(8, 6), (256, 3), (8, 40)])
+def test_the_check_catches_a_wrong_gradient_of_w_rec_however_large_the_network(monkeypatch, units, window):
+    network = Network.random([units], inputs=4, readout=3, threshold=0.1, rng=np.random.default_rng(0))
+    options = {"directions": 1, "batch": 2, "window": window}
+    right = check_gradients(network, **options)
+    assert all(row.ok and row.sharp for row in right.rows if "engine" in row.what), str(right)
+    backward = Model.backward
+
+    def off(self, *arguments, **more):
+        gradients = backward(self, *arguments, **more)
+        # A thousandth of the largest entry, in one other.
+        w_rec = gradients["layers.0.w_rec"]
+        w_rec[0, 0] += np.abs(w_rec).max() / 1000
+        return gradients
+
+    monkeypatch.setattr(Model, "backward", off)
+    wrong = check_gradients(network, **options)
+    assert not wrong.ok and [row.what for row in wrong.rows if not row.ok] == ["layers.0 engine: w_rec"]
+
+
+def test_the_check_does_not_pass_where_nothing_could_be_seen():
+    from eventrnn.training.gradcheck import GradientCheck, Row
+
+    blind = Row("layers.0 engine: w_rec", error=0.0, allowed=1.0, size=2.0)
+    seen = Row("layers.0 engine: w_in", error=0.0, allowed=1e-6, size=2.0)
+    zero = Row("layers.0 engine: threshold", error=0.0, allowed=1e-6, size=0.0)
+    assert GradientCheck((seen, zero)).ok
+    for rows in ((blind, seen), (zero,), (blind,)):
+        report = GradientCheck(rows)
+        assert not report.ok and "smaller network or window" in str(report)
+    assert GradientCheck((blind, seen)).coarse == ("layers.0 engine: w_rec",)

@@ -13,7 +13,7 @@ from tolerance import CORNER, U32, cell_bound, gamma
 from eventrnn import Cell, Network, State, Surrogate, reference, simulate
 from eventrnn.cells import SURROGATES
 from eventrnn.pruning import GradualPruning
-from eventrnn.training import Model, Noise, Regularisers, Settings, Trainer, evaluate, kernels
+from eventrnn.training import Model, Noise, Regularisers, Settings, Trainer, evaluate, kernels, thresholds
 from eventrnn.training.losses import cross_entropy_bits
 
 
@@ -298,3 +298,24 @@ def test_activity_cost_is_the_gradient_of_the_mean_output():
     quiet = [Trainer(_net(), _text(), _small(steps=60, activity_cost=c)) for c in (0.0, 5.0)]
     loud, silent = ([p.activity for p in trainer][-1] for trainer in quiet)
     assert silent < loud / 2
+
+
+def test_a_sigmoid_threshold_never_saturates_and_comes_back():
+    network = Network.random([6], inputs=3, rng=np.random.default_rng(0), threshold=0.5)
+    model = Model(network, thresholds="sigmoid")
+    logits = model.parameters["layers.0.threshold"]
+    for far in (1e4, -1e4):
+        logits[:] = far
+        model.apply_masks()
+        threshold = model.network().layers[0].threshold
+        assert (threshold > 0).all() and (threshold < 1).all()
+        assert thresholds.gradient("sigmoid", threshold, np.ones(6, np.float32)).all(), "there is a way back"
+        again = Model(model.network(), thresholds="sigmoid")
+        assert np.abs(again.parameters["layers.0.threshold"]).max() <= np.abs(logits).max()
+    # The two numbers next to 0 and 1 are thresholds, too.
+    edges = np.array([np.finfo(np.float32).tiny, 1 - U32], np.float32)
+    layer = replace(network.layers[0], threshold=np.resize(edges, 6))
+    model = Model(replace(network, layers=(layer,)), thresholds="sigmoid")
+    before = model.parameters["layers.0.threshold"].copy()
+    model.apply_masks()
+    assert np.array_equal(before, model.parameters["layers.0.threshold"]), "training begins where it goes on"

@@ -15,7 +15,10 @@ therefore keeps its matrices out of `masks` for as long, and sets the pruned wei
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from types import FunctionType
+from typing import Any
 
 import numpy as np
 
@@ -64,6 +67,14 @@ class Pruning:
 
     def restore(self, arrays: Arrays) -> None:
         """Take up what `arrays` gave."""
+
+    def digest(self) -> str:
+        """What tells one way of pruning from another: a run is continued with the same one only.
+
+        By default the type and all attributes, arrays by their content, without those whose names begin with `_`: keep
+        what changes while training under such names, or give a digest of your own.
+        """
+        return describe(self)
 
 
 class Combined(Pruning):
@@ -129,6 +140,40 @@ class TurnTaking:
         if not self._waiting:
             raise RuntimeError(f"{type(self).__name__}: the training loop called after_step twice for one update")
         self._waiting = False
+
+
+def describe(value: Any, within: tuple[int, ...] = ()) -> str:
+    """A value in words that are the same in another process: arrays by SHA-256, objects by type and attributes.
+
+    Attributes whose names begin with `_` are left out, and what `within` (ids of the objects around it) holds already.
+    Cost: O(bytes of the arrays).
+    """
+    if isinstance(value, np.ndarray):
+        if value.dtype.hasobject:
+            return describe(value.tolist(), within)
+        total = hashlib.sha256(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+        return f"{value.dtype}{value.shape} {total.hexdigest()[:16]}"
+    inner = (*within, id(value))
+    if id(value) in within:
+        return type(value).__qualname__
+    if within and isinstance(value, Pruning):
+        return value.digest()
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{describe(k, inner)}: {describe(v, inner)}' for k, v in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"({', '.join(describe(v, inner) for v in value)})"
+    if isinstance(value, set | frozenset):
+        return f"{{{', '.join(sorted(describe(v, inner) for v in value))}}}"
+    if isinstance(value, FunctionType):
+        # What a closure holds is what tells two made by the same line apart.
+        held = [cell.cell_contents for cell in value.__closure__ or ()]
+        return f"{value.__module__}.{value.__qualname__}{describe((value.__defaults__, held), inner)}"
+    if isinstance(value, type):
+        return f"{value.__module__}.{value.__qualname__}"
+    public = {name: v for name, v in getattr(value, "__dict__", {}).items() if not name.startswith("_")}
+    if not public and " at 0x" not in (text := repr(value)):
+        return text
+    return f"{type(value).__qualname__}({', '.join(f'{k}={describe(v, inner)}' for k, v in public.items())})"
 
 
 def prunable(name: str) -> bool:

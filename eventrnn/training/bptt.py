@@ -140,13 +140,17 @@ class Model:
         inputs : (T, B) symbols or (T, B, I) numbers
         noise  : what is random about this window; none by default
 
-        Returns output (T, B, V) (or the last layer's events), the state after the window, and the tape.
+        Returns output (T, B, V) (or the last layer's events), the state after the window, and the tape. Raises
+        ValueError for inputs of another shape and for symbols that the embedding has not.
         """
         p, noise = self.parameters, noise or Noise()
         symbols = inputs if "embedding" in p else None
-        if inputs.ndim != 2 + (symbols is None):
-            need = "(T, B) symbols" if symbols is not None else "(T, B, I) numbers"
+        if inputs.ndim != 2 + (symbols is None) or (symbols is None and inputs.shape[2] != len(p["layers.0.w_in"])):
+            need = "(T, B) symbols" if symbols is not None else f"(T, B, {len(p['layers.0.w_in'])}) numbers"
             raise ValueError(f"inputs: got shape {inputs.shape}, need {need}")
+        if symbols is not None:
+            # Backward sums rows by symbol in a product that does not check its indices.
+            check_range("inputs", symbols, len(p["embedding"]), "(step, sample)")
         noise.check(inputs.shape[0], inputs.shape[1], *self._sizes())
         if symbols is None:
             x = np.ascontiguousarray(inputs, F32)
@@ -267,6 +271,15 @@ class Model:
         name = f"layers.{k}.w_rec"
         mask = self.masks.get(name)
         gradients[name] *= dropped[mask] if stored and mask is not None else dropped
+
+
+def check_range(name: str, symbols: np.ndarray, size: int, axes: str) -> None:
+    """Refuse what is no symbol, saying where along `axes` the first of them is. Raises ValueError."""
+    if symbols.dtype.kind not in "iu":
+        raise ValueError(f"{name}: got {symbols.dtype}, need whole numbers 0..{size - 1} for the embedding")
+    if symbols.size and not (symbols.min() >= 0 and symbols.max() < size):
+        at = tuple(map(int, np.argwhere((symbols < 0) | (symbols >= size))[0]))
+        raise ValueError(f"{name}: got symbol {symbols[at]} at {axes} {at}, need 0..{size - 1}")
 
 
 def _sum_by_symbol(symbols: np.ndarray, d_x: np.ndarray, size: int) -> np.ndarray:

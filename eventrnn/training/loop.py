@@ -266,7 +266,7 @@ class Trainer:
             | {f"layers.{k}.cell": repr(cell) for k, cell in enumerate(model.cells)},
             "data": self.task.digest(),
             "settings": asdict(self.settings),
-            "pruning": repr(self.pruning),
+            "pruning": "None" if self.pruning is None else self.pruning.digest(),
         }
 
     def arrays(self) -> dict[str, np.ndarray]:

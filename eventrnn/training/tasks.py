@@ -1,4 +1,4 @@
-"""Tasks: what is read, what the loss is, what is validated. Write your own: five short methods.
+"""Tasks: what is read, what the loss is, what is validated. Write your own: four short methods.
 
 The trainer asks for a batch by its place in the data and by nothing else, so that a run can be continued anywhere.
 
@@ -8,7 +8,8 @@ The trainer asks for a batch by its place in the data and by nothing else, so th
         def length(self, batch): return 1000             # places in an epoch
         def batch(self, at, epoch, batch, window):       # draw from (epoch, at), never from a global generator
             x = np.random.default_rng([epoch, at]).normal(size=(window, batch, 1)).astype(np.float32)
-            return Batch(x, np.roll(x, 2, axis=0), taken=1)
+            late = np.concatenate([np.zeros((2, batch, 1), np.float32), x])[:window]
+            return Batch(x, late, taken=1)
         def loss(self, output, batch): return squared_error(output, batch.targets)
 """
 
@@ -23,7 +24,8 @@ import numpy as np
 
 from eventrnn.backend import State
 from eventrnn.network import CARRIES, Network
-from eventrnn.training.bptt import Model
+from eventrnn.pruning.schedule import describe
+from eventrnn.training.bptt import Model, check_range
 from eventrnn.training.losses import cross_entropy, squared_error
 
 READS = ("last", "mean")
@@ -83,8 +85,12 @@ class Task(ABC):
         return {}
 
     def digest(self) -> str:
-        """What tells one data set from another: a run is continued with the same one only."""
-        return type(self).__qualname__
+        """What tells one data set from another: a run is continued with the same one only.
+
+        By default the type and all attributes, arrays by their content, without those whose names begin with `_`: keep
+        what changes while training under such names, or give a digest of your own.
+        """
+        return digest_of(describe(self))
 
 
 def digest_of(*parts: Any) -> str:
@@ -185,7 +191,7 @@ class Sequences(Task):
     ----------
     inputs  : (S, T, I) float32, or (S, T) symbols: S sequences
     targets : one entry a sequence
-    valid   : (inputs, targets) to validate on, or None
+    valid   : (inputs, targets) to validate on, or None; (inputs, targets, lengths) where `lengths` are given
     read    : "last" reads out at the end of a sequence, "mean" takes the mean of the read-out over its steps
     lengths : (S,) steps of each sequence, if they differ; what is beyond is read but not read out
     seed    : of the shuffling
@@ -195,7 +201,7 @@ class Sequences(Task):
         self,
         inputs: np.ndarray,
         targets: np.ndarray,
-        valid: tuple[np.ndarray, np.ndarray] | None = None,
+        valid: tuple[np.ndarray, np.ndarray] | tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
         *,
         read: str = "last",
         lengths: np.ndarray | None = None,
@@ -203,15 +209,12 @@ class Sequences(Task):
     ):
         if read not in READS:
             raise ValueError(f"read: got {read!r}, need one of {', '.join(READS)}")
-        for name, x, y in (("train", inputs, targets), ("valid", *(valid or (inputs, targets)))):
-            if x.ndim not in (2, 3) or len(x) != len(y) or not len(x) or not x.shape[1]:
-                raise ValueError(
-                    f"{name}: got inputs {x.shape} and {len(y)} targets, need as many sequences (S, T, I) as targets"
-                )
-        if lengths is not None and (
-            lengths.shape != (len(inputs),) or lengths.min() < 1 or lengths.max() > inputs.shape[1]
-        ):
-            raise ValueError(f"lengths: need one of 1..{inputs.shape[1]} for each of the {len(inputs)} sequences")
+        if valid is not None and len(valid) != 2 + (lengths is not None):
+            need = "(inputs, targets)" if lengths is None else "(inputs, targets, lengths), as `lengths` are given"
+            raise ValueError(f"valid: got {len(valid)} entries, need {need}")
+        _check_sizes("train", inputs, targets, lengths)
+        if valid is not None:
+            _check_sizes("valid", *valid)
         self.inputs, self.targets, self.valid = inputs, targets, valid
         self.read, self.lengths, self.seed = read, lengths, seed
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
@@ -219,7 +222,9 @@ class Sequences(Task):
     def check(self, network: Network, batch: int, window: int) -> None:
         if network.readout is None:
             raise ValueError("network: needs a read-out to classify or to predict")
-        network.feed(np.moveaxis(self.inputs[:1], 0, 1))
+        for name, inputs in (("train inputs", self.inputs), ("valid inputs", self.valid[0] if self.valid else None)):
+            if inputs is not None:
+                check_inputs(network, name, inputs)
         self._check_targets(network.readout.weights.shape[1])
 
     @abstractmethod
@@ -266,9 +271,10 @@ class Sequences(Task):
     def evaluate(self, model: Model) -> dict[str, float]:
         if self.valid is None:
             return {}
-        read, activity = self.outputs(model, self.valid[0])
-        loss, _ = self._loss(read, self.valid[1])
-        return {"loss": loss, **self._figures(read, self.valid[1]), "activity": activity}
+        inputs, targets, *lengths = self.valid
+        read, activity = self.outputs(model, inputs, *lengths)
+        loss, _ = self._loss(read, targets)
+        return {"loss": loss, **self._figures(read, targets), "activity": activity}
 
     def _figures(self, read: np.ndarray, targets: np.ndarray) -> dict[str, float]:
         return {}
@@ -319,6 +325,43 @@ def streams(symbols: np.ndarray, batch: int) -> np.ndarray:
     """A text as `batch` streams of equal length side by side, (n // batch, batch) int64."""
     length = len(symbols) // batch
     return np.ascontiguousarray(np.asarray(symbols, np.int64)[: length * batch].reshape(batch, length).T)
+
+
+def _check_sizes(name: str, inputs: np.ndarray, targets: np.ndarray, lengths: np.ndarray | None = None) -> None:
+    if inputs.ndim not in (2, 3) or len(inputs) != len(targets) or not len(inputs) or not inputs.shape[1]:
+        raise ValueError(
+            f"{name}: got inputs {inputs.shape} and {len(targets)} targets, need as many sequences (S, T, I) as targets"
+        )
+    if lengths is None:
+        return
+    wrong = lengths.shape != (len(inputs),) or lengths.dtype.kind not in "iu"
+    if wrong or lengths.min() < 1 or lengths.max() > inputs.shape[1]:
+        raise ValueError(
+            f"{name} lengths: got {lengths.dtype} {lengths.shape}, need a whole number 1..{inputs.shape[1]} "
+            f"for each of the {len(inputs)} sequences"
+        )
+
+
+def check_inputs(network: Network, name: str, inputs: np.ndarray) -> None:
+    """Refuse sequences (S, T) or (S, T, I) that the network cannot read, and where among them. Raises ValueError."""
+    if network.embedding is not None:
+        if inputs.ndim != 2:
+            raise ValueError(f"{name}: got shape {inputs.shape}, need symbols (S, T) for the embedding")
+        check_range(name, inputs, len(network.embedding), "(sequence, step)")
+        return
+    size = network.layers[0].inputs
+    if inputs.ndim != 3 or inputs.shape[2] != size or inputs.dtype.kind not in "fiub":
+        raise ValueError(f"{name}: got {inputs.dtype} {inputs.shape}, need numbers (S, T, {size})")
+    # In parts: data sets are large, and as float32 each part is a copy.
+    for at in range(0, len(inputs), 256):
+        with np.errstate(over="ignore"):
+            wrong = ~np.isfinite(inputs[at : at + 256].astype(np.float32))
+        if wrong.any():
+            k, step, unit = map(int, np.argwhere(wrong)[0])
+            value = inputs[at + k, step, unit]
+            raise ValueError(
+                f"{name}: got {value} at (sequence, step, input) {(at + k, step, unit)}, need finite float32"
+            )
 
 
 def check_symbols(network: Network, symbols: np.ndarray) -> None:

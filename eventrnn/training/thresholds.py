@@ -13,6 +13,8 @@ F32 = np.float32
 RULES = ("positive", "clamped", "sigmoid", "fixed")
 # Second parameter of the Beta distribution that thresholds are drawn from (EvNN 0.2).
 BETA = 3.0
+# Logits stay within +-16: beyond 16.7 the float32 threshold is exactly 1, which has no gradient to come back by.
+LARGEST_LOGIT = F32(16)
 
 
 def check_rule(rule: str) -> None:
@@ -22,14 +24,18 @@ def check_rule(rule: str) -> None:
 
 
 def to_parameter(rule: str, threshold: np.ndarray) -> np.ndarray:
-    """The parameter of a threshold (N,): itself, or its logit. Raises ValueError for one that the rule excludes."""
+    """The parameter of a threshold (N,): itself, or its logit, kept within 16: a threshold nearer to 0 or 1 than
+    1.2e-7 is moved there.
+
+    Raises ValueError for one that the rule excludes.
+    """
     if rule == "sigmoid":
         outside = (threshold <= 0) | (threshold >= 1)
         if outside.any():
             i = int(np.argmax(outside))
             raise ValueError(f"thresholds: got {threshold[i]} at unit {i}; sigmoid needs one between 0 and 1")
         wide = threshold.astype(np.float64)
-        return np.log(wide / (1 - wide)).astype(F32)
+        return np.log(wide / (1 - wide)).astype(F32).clip(-LARGEST_LOGIT, LARGEST_LOGIT)
     if rule == "clamped" and (threshold > 1).any():
         i = int(np.argmax(threshold > 1))
         raise ValueError(f"thresholds: got {threshold[i]} at unit {i}; clamped needs one in [0, 1]")
@@ -45,7 +51,9 @@ def clamp(rule: str, parameter: np.ndarray) -> None:
     """Bring a parameter back to where the rule allows it, in place."""
     if rule == "clamped":
         np.clip(parameter, 0, 1, out=parameter)
-    elif rule != "sigmoid":
+    elif rule == "sigmoid":
+        np.clip(parameter, -LARGEST_LOGIT, LARGEST_LOGIT, out=parameter)
+    else:
         np.maximum(parameter, 0, out=parameter)
 
 
