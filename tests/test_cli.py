@@ -159,6 +159,7 @@ def test_tables_are_for_people(cli, model, text):
     for arguments in (("run", model, "--text", text), ("count", model, "--text", text), ("info", model), ("info",)):
         code, out, _ = cli(*arguments)
         assert code == 0 and len(out.splitlines()) > 3 and not out.startswith("{")
+    assert "layers.0.w_rec" in cli("info", model)[1], "the names that --exempt takes"
 
 
 def test_demo_small(cli, tmp_path):
