@@ -135,6 +135,10 @@ class Recipe:
     training: Settings = field(default_factory=Settings)
     run: RunSettings = field(default_factory=RunSettings)
 
+    def __post_init__(self):
+        if self.model.cell == "gru" and self.run.out:
+            raise ValueError(f"out: got {self.run.out} for a gru, which has no model file; give --run a folder instead")
+
     def trainer(self) -> tuple[Trainer, Corpus]:
         """The trainer at the start of the run, and its text. Raises ValueError for what cannot be."""
         corpus, model, training = self.data.corpus(), self.model, self.training
@@ -199,9 +203,12 @@ def train(
 ) -> dict[str, Any]:
     """Train as the recipe says, in a folder, and write the model of the best validation to `recipe.run.out`.
 
-    Returns figures: bits and perplexity of the validation and the test text as the event engine reads them, the
-    validation of the best update, parameters, updates, seconds. Interruptions and errors as `training.run`.
+    Returns figures: bits and perplexity of the validation text as the event engine reads it, in one stream with its
+    state carried whatever `data.carry` says; the best validation while training, which goes by `data.carry`; symbols,
+    parameters, updates, seconds. Interruptions and errors as `training.run`.
     """
+    if recipe.model.cell != "gru" and not recipe.run.out:
+        raise ValueError("out: got none; say in run.out which model file to write")
     folder = Path(folder)
     trainer, corpus = recipe.trainer()
     if not resume:
@@ -234,12 +241,14 @@ def train(
 
 
 def note(progress: Progress, kind: str) -> str:
-    """A line about an update: what the loss is, how many units send, how many gradients pass their threshold."""
+    """A line about an update: what the loss is, how many units send, how many gradients pass their threshold, and the
+    operations of the layers so far."""
     nats = progress.loss
     quality = f"perplexity {np.exp(min(nats, 700.0)):.1f}" if kind == "word" else f"{progress.bits:.3f} bits"
     words = [quality, f"activity {progress.activity:.1%}", f"backward {progress.support:.0%}"]
     if progress.sparsity:
         words.append(f"{progress.sparsity:.0%} pruned")
+    words.append(f"{progress.operations:.2e} operations")
     return ", ".join(words)
 
 

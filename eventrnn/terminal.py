@@ -52,7 +52,8 @@ def show(title: str, figures: Mapping, as_json: bool) -> None:
     table = Table("", "", title=title, show_header=False)
     for name, value in figures.items():
         if value is not None:
-            table.add_row(name.replace("_", " "), _readable(value))
+            # Names of parameters, which have dots, are those of the library and of files.
+            table.add_row(name if "." in name else name.replace("_", " "), _readable(value))
     Console().print(table)
 
 

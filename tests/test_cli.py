@@ -159,6 +159,7 @@ def test_tables_are_for_people(cli, model, text):
     for arguments in (("run", model, "--text", text), ("count", model, "--text", text), ("info", model), ("info",)):
         code, out, _ = cli(*arguments)
         assert code == 0 and len(out.splitlines()) > 3 and not out.startswith("{")
+    assert "layers.0.w_rec" in cli("info", model)[1], "the names that --exempt takes"
 
 
 def test_demo_small(cli, tmp_path):
@@ -294,7 +295,7 @@ def test_bad_model_files(cli, tmp_path, model, text):
         (("prune", "{model}", "--out", "{new}", "--text", "{text}", "--batch", "2"), "nothing is fine-tuned"),
         (
             ("prune", "{model}", "--out", "{new}", "--text", "{text}", "--steps", "1", "--batch", "2"),
-            "training has 1 steps",
+            "steps: got 1, but masks change in the first half of the training; give at least 2",
         ),
         (("run", "{small}", "--text", "{text}"), "read-out predicts 5"),
         (("demo", "--out", "{new}", "--block", "300x8"), "larger than the matrix"),

@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 from eventrnn import NM, Network, convert, load, save
-from eventrnn.cli import main
-from eventrnn.cli.prune import WAYS
+from eventrnn.cli import main, options
+from eventrnn.cli.prune import WAYS, _calibration
+from eventrnn.cli.texts import encoded
+from eventrnn.network import simulate
+from eventrnn.observe import count
 from eventrnn.pruning import legal
 from eventrnn.text import Vocabulary
 
@@ -91,7 +94,9 @@ def test_a_dry_run_writes_nothing_and_tells_the_size(prune, tmp_path):
     told = record(prune("--dry-run", *asked))
     assert sorted(tmp_path.iterdir()) == there and told["dry_run"] and told["steps"] == 0
     # Of a way that trains, too: without the training.
-    trained = record(prune("--dry-run", "--method", "regrow", *TUNING, "--text", "{folder}/text.txt", *asked))
+    trained = record(
+        prune("--dry-run", "--method", "regrow", "--every", 2, *TUNING, "--text", "{folder}/text.txt", *asked)
+    )
     assert trained["weights_after"] == told["weights_after"] and trained["bits_after"] > 0
     done = record(prune("--out", tmp_path / "out.safetensors", *asked))
     assert {k: v for k, v in told.items() if k != "dry_run"} == {k: v for k, v in done.items() if k != "dry_run"}
@@ -120,6 +125,42 @@ def test_a_picture_of_the_masks(prune, tmp_path):
     assert (tmp_path / "masks.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_picture_never_goes_over_a_model(prune, tmp_path, monkeypatch):
+    out, link = tmp_path / "out.png", tmp_path / "link.png"
+    link.symlink_to(tmp_path / "model.safetensors")
+    before = (tmp_path / "model.safetensors").read_bytes()
+    for picture, option in ((tmp_path / "." / out.name, "out"), (link, "model")):
+        code, _, err = prune("--out", out, "--picture", picture, "--force")
+        assert code == 2 and f"is the file of {option}" in err and not out.exists()
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    monkeypatch.setattr(options, "find_spec", lambda name: None)
+    code, _, err = prune("--out", out, "--picture", tmp_path / "a.png")
+    assert code == 2 and "eventrnn[plots]" in err and not out.exists()
+
+
+@pytest.mark.parametrize("steps", [0, 40])
+def test_a_budget_is_measured_again_after_training(prune, tmp_path, steps):
+    out, text = tmp_path / "out.safetensors", ("--text", "{folder}/text.txt")
+    tuning = ("--steps", steps, "--batch", 4, "--window", 8, "--learning-rate", 0.1) if steps else ()
+    asked = ("--out", out, "--ops-budget", 0.5, *text, *tuning)
+    told = record(prune(*asked, "--json"))
+    before, after = load(tmp_path / "model.safetensors"), load(out)
+    valid = _calibration(encoded(before, str(tmp_path / "text.txt"), "valid"))
+    counts = [count(each, simulate(each, valid, record="events")).total.effective for each in (before, after)]
+    assert told["budget_share"] == counts[1] / counts[0] and told["budget"] == 0.5
+    assert told["budget_held"] == (counts[1] <= counts[0] / 2)
+    assert steps or told["budget_held"]
+    code, words, _ = prune(*asked, "--force")
+    assert code == 0 and f"budget held: {'yes' if told['budget_held'] else 'no'}" in words and "50.0% asked" in words
+
+
+@pytest.mark.parametrize("method", [name for name, way in WAYS.items() if way.trains and name != "regrow"])
+def test_as_few_steps_as_the_message_asks_for(prune, tmp_path, method):
+    asked = ("--sparsity", 0.5, "--steps", 2, *TUNING[2:], "--text", "{folder}/text.txt")
+    every = ("--every", 1) if method == "dynamic" else ()
+    assert prune("--out", tmp_path / "out.safetensors", "--method", method, *asked, *every)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -146,13 +187,24 @@ def test_a_picture_of_the_masks(prune, tmp_path):
         (("--scope", "layer"), "scope"),
         (("--gates", "some"), "gates"),
         (("--rounds", 3), "--rounds means nothing to magnitude"),
-        (("--picture", "{folder}/text.txt"), "--force"),
+        (
+            ("--picture", "{folder}/text.txt"),
+            "picture: got {folder}/text.txt, need a name that ends in .png, .pdf or .svg",
+        ),
+        (("--picture", "{folder}/old.png"), "picture: {folder}/old.png exists; use --force"),
+        (("--picture", "{folder}/nowhere/a.png"), "picture: there is no folder"),
+        (("--picture", "{folder}/a.png", "--dry-run"), "picture: a dry run writes nothing"),
+        (("--method", "regrow", "--sparsity", 0.5, *TUNING), "every: got 40, need less than 3"),
+        (("--method", "dynamic", "--nm", "2:4", "--every", 4, *TUNING), "every: got 4, need less than 4"),
+        (("--method", "movement", "--steps", 1), "steps: got 1"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(prune, tmp_path, arguments, message):
+    (tmp_path / "old.png").write_bytes(b"dear")
     code, out, err = prune("--out", tmp_path / "new", *arguments)
     errors = [line for line in err.splitlines() if line.startswith("eventrnn: error: ")]
-    assert code == 2 and out == "" and len(errors) == 1 and message in errors[0]
+    assert code == 2 and out == "" and len(errors) == 1
+    assert message.format(folder=tmp_path) in errors[0] and (tmp_path / "old.png").read_bytes() == b"dear"
     assert not (tmp_path / "new").exists()
 
 

@@ -297,7 +297,7 @@ def test_iterative_pruning_goes_back_to_early_weights(rewind):
 
 
 def test_a_loop_that_forgets_a_call_is_told():
-    for rule in (MovementPruning(0.5, end=4), RegrownMasks(0.5, end=4), GroupLasso(0.1, end=4)):
+    for rule in (MovementPruning(0.5, end=4), RegrownMasks(0.5, end=4, every=2), GroupLasso(0.1, end=4)):
         parameters, masks = {"x.w_in": np.ones((4, 4), np.float32)}, {}
         rule.update(0, parameters, masks)
         with pytest.raises(RuntimeError, match="must call after_step"):
@@ -315,6 +315,9 @@ def test_a_loop_that_forgets_a_call_is_told():
         (lambda: ThresholdPruning(start=5, ramp=5, end=5), "start < end"),
         (lambda: ThresholdPruning(end=9, percentile=0.0), "percentile"),
         (lambda: DynamicMasks(NofM(2, 4), every=0), "every: got 0"),
+        (lambda: DynamicMasks(NofM(2, 4), 2, 9, every=8), "every: got 8, need less than 8"),
+        (lambda: RegrownMasks(0.5, start=2, end=9, every=7), "every: got 7, need less than 7"),
+        (lambda: RegrownMasks(0.5, end=40), "every: got 40"),
         (lambda: DynamicMasks(NofM(2, 4), decay=1.0), "decay"),
         (lambda: RegrownMasks(1.0), "sparsity"),
         (lambda: RegrownMasks(0.5, share=0.0), "share"),
@@ -324,7 +327,7 @@ def test_a_loop_that_forgets_a_call_is_told():
         (lambda: trainer(StaticMasks(NofM(2, 4), exempt=("layers.7",))), "no matrix 'layers.7'"),
         (lambda: trainer(StaticMasks(NofM(2, 4), exempt=("layers.0", "layers.1", "readout"))), "nothing is left"),
         (lambda: trainer(StaticMasks(Blocks(0.5, (64, 64)))), "larger than the matrix"),
-        (lambda: trainer(DynamicMasks(NofM(2, 4), 0, STEPS)), "training has 12 steps"),
+        (lambda: trainer(DynamicMasks(NofM(2, 4), 0, STEPS, every=3)), "training has 12 steps"),
         (lambda: list(iterative_pruning(network(), lambda n: n, 0.5, rounds=0)), "rounds: got 0"),
         (lambda: list(iterative_pruning(network(), lambda n: n, 0.99, block=(6, 6))), "leaves nothing"),
         (lambda: Blocks(0.5, statistic="most"), "statistic"),

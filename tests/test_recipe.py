@@ -146,7 +146,9 @@ def test_stopped_by_the_user_and_gone_on_with(cli, tmp_path, text, monkeypatch):
     from eventrnn import recipe as recipes
 
     arguments = ("--text", text, *SMALL)
-    cli("train", "--out", tmp_path / "whole.safetensors", *arguments)
+    _, _, err = cli("train", "--out", tmp_path / "whole.safetensors", *arguments)
+    operations = read_log(tmp_path / "whole.safetensors.run")[-1]["operations"]
+    assert f"{operations:.2e} operations" in err, "progress says what was done so far"
     note = recipes.note
     seen = []
 
@@ -178,6 +180,57 @@ def test_stopped_by_the_user_and_gone_on_with(cli, tmp_path, text, monkeypatch):
     assert code == 2 and "holds no run" in err
 
 
+def test_another_model_file_is_not_overwritten_by_a_resumed_run(cli, tmp_path, text):
+    own, foreign, folder = tmp_path / "own.safetensors", tmp_path / "foreign", tmp_path / "run"
+    assert cli("train", "--out", own, "--run", folder, "--text", text, *SMALL)[0] == 0
+    foreign.write_bytes(b"dear")
+    before = {path: path.read_bytes() for path in (own, foreign, *folder.iterdir())}
+    for arguments, words in (
+        (("--out", foreign), "--force"),
+        (("--set", f"run.out={foreign}"), "--force"),
+        (("--out", tmp_path / "nowhere" / "x"), "no folder"),
+        (("--preset", "egru-ptb"), "leave out --run, --config, --preset"),
+    ):
+        code, stdout, err = cli("train", "--resume", folder, *arguments)
+        assert code == 2 and not stdout and words in err, arguments
+        assert {path: path.read_bytes() for path in before} == before
+    assert cli("train", "--resume", folder)[0] == 0, "its own file may be written again"
+    assert cli("train", "--resume", folder, "--out", tmp_path / "." / own.name)[0] == 0
+    assert cli("train", "--resume", folder, "--out", foreign, "--force")[0] == 0
+    assert foreign.read_bytes() == own.read_bytes() == before[own]
+
+
+def test_dropout_is_between_layers_wherever_there_are_some(cli, tmp_path, text):
+    stack = tmp_path / "stack.toml"
+    stack.write_text("[model]\nhidden = [10, 8]\n")
+    sizes = ("--embedding", 5, "--batch", 4, "--window", 8, "--steps", 1, "--text", text, "--dropout", 0.25)
+    between = "training.regularisers.dropout_between"
+    for name, arguments, expected in (
+        ("file", ("--config", stack), 0.25),
+        ("set", ("--set", "model.hidden=[10, 8]"), 0.25),
+        ("flags", ("--hidden", 10, "--hidden", 8), 0.25),
+        ("one", ("--hidden", 10), 0.0),
+        ("said", ("--config", stack, "--set", f"{between}=0.125"), 0.125),
+    ):
+        code, _, err = cli("train", "--out", tmp_path / name, *sizes, *arguments)
+        assert code == 0, err
+        noise = load_recipe(tmp_path / f"{name}.run" / "config.toml").training.regularisers
+        assert (noise.dropout_top, noise.dropout_between) == (0.25, expected), name
+
+
+def test_a_gru_is_kept_as_its_run_only(cli, tmp_path, text):
+    gru = ("--set", "model.cell=gru", "--text", text, *SMALL)
+    for arguments, words in ((("--out", tmp_path / "m.safetensors"), "no model file"), ((), "give --run")):
+        code, stdout, err = cli("train", *gru, *arguments)
+        assert code == 2 and not stdout and words in err and sorted(tmp_path.iterdir()) == [text]
+    code, stdout, err = cli("train", *gru, "--run", tmp_path / "run")
+    assert code == 0 and "wrote" in stdout, err
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "run", text]
+    with pytest.raises(ValueError, match="out: got none"):
+        train(load_recipe(), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_what_cannot_be_is_refused_before_anything_is_written(cli, tmp_path, text):
     (tmp_path / "short.txt").write_text("a b c\nd e f\ng h\n" * 2)
     (tmp_path / "empty.txt").write_text("")
@@ -190,6 +243,8 @@ def test_what_cannot_be_is_refused_before_anything_is_written(cli, tmp_path, tex
         ((*out, "--text", text, "--window", 5000), "too few"),
         ((*out, "--text", text, "--set", "training.windwo=3"), "did you mean training.window?"),
         ((*out, "--text", text, "--preset", "egru"), "preset"),
+        ((*out, "--text", text, "--steps", 5, "--epochs", 2), "steps: got 5 and 2 epochs; give one of them"),
+        ((*out, "--text", text, "--steps", 5, "--set", "training.epochs=2"), "give one of them"),
         ((*out, "--text", text, "--config", tmp_path / "no.toml"), "cannot be read"),
         ((*out, "--kind", "word"), "built-in text"),
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,7 @@ Model = Annotated[Path, typer.Argument(help="Model file.")]
 Text = Annotated[
     str, typer.Option("--text", help="'builtin' (Python's documentation), a text file, a folder of text files, or ptb.")
 ]
+PICTURES = (".png", ".pdf", ".svg")
 PARTS = ("train", "valid", "test", "all")
 Part = Annotated[str, typer.Option(help=f"Which part of the text: {', '.join(PARTS)}.")]
 Backend = Annotated[str, typer.Option(help=f"One of {', '.join(BACKENDS)}.")]
@@ -46,13 +48,22 @@ def parse_nm(text: str) -> tuple[int, int, str]:
     return groups
 
 
-def writable_file(path: Path, force: bool) -> None:
+def writable_file(path: Path, force: bool, option: str = "out") -> None:
     """Refuse before any work what would fail at the end."""
     if path.is_dir():
-        raise ValueError(f"out: {path} is a folder; give a file name")
+        raise ValueError(f"{option}: {path} is a folder; give a file name")
     if path.exists() and not force:
-        raise ValueError(f"out: {path} exists; use --force to overwrite it")
-    _probe_folder(path.parent)
+        raise ValueError(f"{option}: {path} exists; use --force to overwrite it")
+    _probe_folder(path.parent, option)
+
+
+def writable_picture(path: Path, force: bool, option: str = "out") -> None:
+    """Likewise for a picture: its ending, and what draws it."""
+    if path.suffix not in PICTURES:
+        raise ValueError(f"{option}: got {path}, need a name that ends in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}")
+    writable_file(path, force, option)
+    if find_spec("matplotlib") is None:
+        raise ImportError(f"{option}: pictures need matplotlib: pip install 'eventrnn[plots]'")
 
 
 def writable_folder(folder: Path, names: tuple[str, ...], force: bool) -> None:
@@ -65,11 +76,11 @@ def writable_folder(folder: Path, names: tuple[str, ...], force: bool) -> None:
     _probe_folder(folder if folder.exists() else folder.absolute().parent)
 
 
-def _probe_folder(folder: Path) -> None:
+def _probe_folder(folder: Path, option: str = "out") -> None:
     if not folder.is_dir():
-        raise ValueError(f"out: there is no folder {folder}")
+        raise ValueError(f"{option}: there is no folder {folder}")
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"out: cannot write into {folder}: {error.strerror}") from None
+        raise ValueError(f"{option}: cannot write into {folder}: {error.strerror}") from None

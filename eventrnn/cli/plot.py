@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from eventrnn import io
-from eventrnn.cli.options import Force, Json, Part, Text, writable_file
+from eventrnn.cli.options import Force, Json, Part, Text, writable_picture
 from eventrnn.cli.texts import encoded
 from eventrnn.terminal import as_line
 
@@ -33,12 +33,10 @@ def plot(
     """Draw which weights are left, every event of a run, its operations and time, or a training's validations."""
     if what not in WHAT:
         raise ValueError(f"what: got {what!r}, need one of {', '.join(WHAT)}")
-    if out.suffix not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"out: got {out}, need a name that ends in .png, .pdf or .svg")
     for name, value, least in (("layer", layer, 0), ("start", start, 0), ("steps", steps, 1), ("symbols", symbols, 1)):
         if value < least:
             raise ValueError(f"{name}: got {value}, need a whole number >= {least}")
-    writable_file(out, force)
+    writable_picture(out, force)
     if what == "training":
         _training(model, out)
     elif what == "weights":

@@ -13,10 +13,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from eventrnn import io, pruning
-from eventrnn.cli.options import Force, Json, Model, parse_block, parse_nm, writable_file
+from eventrnn import io, observe, pruning
+from eventrnn.cli.options import Force, Json, Model, parse_block, parse_nm, writable_file, writable_picture
 from eventrnn.cli.texts import encoded
-from eventrnn.network import Network
+from eventrnn.network import Network, simulate
 from eventrnn.pruning.magnitude import GATES, SCOPES, STATISTICS
 from eventrnn.pruning.nm import METHODS as MASKS
 from eventrnn.pruning.operations import check_budget
@@ -72,7 +72,12 @@ def prune(
         typer.Option("--nm", metavar="N:M[:AXIS]", help="Keep n of each m along post (default), pre or both."),
     ] = None,
     ops_budget: Annotated[
-        float | None, typer.Option("--ops-budget", help="Share of the effective operations that may remain, in (0, 1].")
+        float | None,
+        typer.Option(
+            "--ops-budget",
+            help="Share of the effective operations that may remain, in (0, 1]. Training with --steps afterwards "
+            "changes activity, and with it the operations: the last line says whether the budget still holds.",
+        ),
     ] = None,
     block: Annotated[
         str | None, typer.Option("--block", metavar="RxC", help="Block: presynaptic x postsynaptic. [1x1]")
@@ -86,7 +91,10 @@ def prune(
     ] = None,
     strength: Annotated[float | None, typer.Option(help="Of the group lasso. [0.01]")] = None,
     rounds: Annotated[int | None, typer.Option(help="Of iterative pruning. [5]")] = None,
-    every: Annotated[int | None, typer.Option(help="Steps between two changes of the masks. [40]")] = None,
+    every: Annotated[
+        int | None,
+        typer.Option(help="Steps between two changes of the masks, which settle after half of the training. [40]"),
+    ] = None,
     exempt: Annotated[list[str] | None, typer.Option(help="Leave this matrix, or layer, alone; repeat.")] = None,
     steps: Annotated[int, typer.Option(help="Updates of training, a round if there are rounds; 0 for none.")] = 0,
     text: Annotated[
@@ -100,7 +108,9 @@ def prune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the table, write nothing; prune at once, without the training.")
     ] = False,
-    picture: Annotated[Path | None, typer.Option(help="Draw the masks that are left into this file.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw the masks that are left into this .png, .pdf or .svg.")
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -110,14 +120,16 @@ def prune(
     way = _way(name, given, steps, text)
     if out is None and not dry_run:
         raise ValueError("out: got none; give a file to write, or --dry-run")
-    for path in (out, picture):
-        if path is not None:
-            writable_file(path, force)
+    if out is not None:
+        writable_file(out, force)
+    if picture is not None:
+        _check_picture(picture, given, force)
     pattern = _pattern(given)
+    schedule = _schedule(name, pattern, given, steps) if steps and name not in ("iterative", "operations") else None
     if name == "operations":
         check_budget(given["ops_budget"], given.get("criterion", "return"))
     network = io.load(model)
-    parts = {}
+    parts, budget = {}, {}
     if steps or way.reads or text is not None:
         parts = {part: encoded(network, text or "builtin", part) for part in ("train", "valid")}
     with progress() as report:
@@ -131,9 +143,12 @@ def prune(
         elif dry_run or (not way.trains and not (steps and name == "magnitude")):
             pruned = _at_once(network, pattern, given)
         else:
-            pruned = _trained(name, network, parts["train"], pattern, given, steps, report)
-        if steps and name == "operations" and not dry_run:
-            pruned = _tuned(pruned, parts["train"], None, pattern, given, steps, report)
+            pruned = _trained(name, network, parts["train"], schedule, pattern, given, steps, report)
+        if name == "operations":
+            if steps and not dry_run:
+                pruned = _tuned(pruned, parts["train"], None, pattern, given, steps, report)
+            share = np.divide(*(_operations(each, _calibration(parts["valid"])) for each in (pruned, network)))
+            budget = {"budget": ops_budget, "budget_share": float(share), "budget_held": bool(share <= ops_budget)}
         before, after = (_figures(each, parts.get("valid"), report) for each in (network, pruned))
     before["file_bytes"] = model.stat().st_size
     if out is not None and not dry_run:
@@ -147,7 +162,7 @@ def prune(
         plots.mask_map(pruned.matrices(), title=f"{model.name}, {name}: {pattern}", path=picture)
     words = {"method": name, "format": ", ".join(sorted({w.name for w in pruned.matrices().values()}))}
     words["storage"] = ", ".join(sorted({w.storage for w in pruned.matrices().values()}))
-    _show(words | {"steps": 0 if dry_run else steps, "dry_run": dry_run}, before, after, out, as_json)
+    _show(words | budget | {"steps": 0 if dry_run else steps, "dry_run": dry_run}, before, after, out, as_json)
 
 
 # --- options ------------------------------------------------------------------------------------------------
@@ -182,6 +197,16 @@ def _way(name: str, given: Mapping[str, Any], steps: int, text: str | None) -> W
     if idle:
         raise ValueError(f"{_option(idle[0])} means nothing to {name}{' with --nm' if 'nm' in given else ''}")
     return way
+
+
+def _check_picture(picture: Path, given: Mapping[str, Any], force: bool) -> None:
+    """Refuse a picture that would not be drawn, or would be drawn over a model."""
+    if given["dry_run"]:
+        raise ValueError("picture: a dry run writes nothing; leave out --picture or --dry-run")
+    for option in ("out", "model"):
+        if option in given and given[option].resolve() == picture.resolve():
+            raise ValueError(f"picture: {picture} is the file of {option}; give another")
+    writable_picture(picture, force, "picture")
 
 
 def _option(name: str) -> str:
@@ -224,6 +249,7 @@ def _trained(
     name: str,
     network: Network,
     train: np.ndarray,
+    schedule: pruning.Pruning | None,
     pattern: pruning.Pattern,
     given: Mapping[str, Any],
     steps: int,
@@ -239,17 +265,20 @@ def _trained(
         ):  # fmt: skip
             found = each.network
         return found
-    return _tuned(network, train, _schedule(name, pattern, given, steps), pattern, given, steps, report)
+    return _tuned(network, train, schedule, pattern, given, steps, report)
 
 
 def _schedule(name: str, pattern: pruning.Pattern, given: Mapping[str, Any], steps: int) -> pruning.Pruning:
-    """What the trainer is given."""
-    end, exempt = max(1, int(steps * SETTLED)), _exempt(given)
+    """What the trainer is given. Raises ValueError for too few steps."""
+    end, exempt = int(steps * SETTLED), _exempt(given)
     every = {"every": given["every"]} if "every" in given else {}
+    if name == "magnitude" and not isinstance(pattern, pruning.Blocks):
+        return pruning.StaticMasks(pattern, exempt=exempt)
+    if end < 1:
+        raise ValueError(f"steps: got {steps}, but masks change in the first half of the training; give at least 2")
     if name == "dynamic":
         return pruning.DynamicMasks(pattern, 0, end, exempt=exempt, **every)
-    if not isinstance(pattern, pruning.Blocks):
-        return pruning.StaticMasks(pattern, exempt=exempt)
+    assert isinstance(pattern, pruning.Blocks)
     common = {"block": pattern.block, "start": 0, "end": end, "exempt": exempt}
     ranked = {option: given[option] for option in ("scope", "statistic", "gates") if option in given}
     if name == "magnitude":
@@ -290,6 +319,11 @@ def _calibration(valid: np.ndarray) -> np.ndarray:
     streams = min(CALIBRATION[1], len(valid))
     steps = min(CALIBRATION[0], len(valid) // streams)
     return np.ascontiguousarray(valid[: steps * streams].reshape(streams, steps).T)
+
+
+def _operations(network: Network, inputs: np.ndarray) -> int:
+    """Effective ones, of a run over these inputs."""
+    return observe.count(network, simulate(network, inputs, record="events")).total.effective
 
 
 # --- what came out ------------------------------------------------------------------------------------------
@@ -333,5 +367,10 @@ def _show(words: dict, before: dict, after: dict, out: Path | None, as_json: boo
         table.add_row(name.replace("_", " "), *numbers, f"{before[name] / value:.2f}" if value else "")
     Console().print(table)
     print(f"format: {words['format']}; storage: {words['storage']}")
+    if "budget" in words:
+        held = "yes" if words["budget_held"] else "no"
+        print(
+            f"budget held: {held}, {words['budget_share']:.1%} of the operations measured, {words['budget']:.1%} asked"
+        )
     if "bits" not in after:
         print("give --text to see what it does to bits per symbol, activity and operations")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from eventrnn.cli.options import Force, Json, writable_file, writable_folder
 from eventrnn.terminal import progress, show
+
+if TYPE_CHECKING:
+    from eventrnn.recipe import Recipe
 
 RUN_FILES = ("config.toml", "log.jsonl", "checkpoint.safetensors")
 
@@ -21,8 +24,11 @@ def train(
         typer.Option(help="'builtin' (Python's documentation), a file, a folder, or ptb. [builtin]"),
     ] = None,
     preset: Annotated[
-        str, typer.Option(help="Recipe to start from: characters, egru-ptb, egru-wt2, awd-egru-small, awd-gru.")
-    ] = "characters",
+        str | None,
+        typer.Option(
+            help="Recipe to start from: characters, egru-ptb, egru-wt2, awd-egru-small, awd-gru. [characters]"
+        ),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of a recipe, over the preset.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting of a recipe; repeat for more.")
@@ -78,18 +84,25 @@ def train(
         "run.out": str(out.absolute()) if out else None,
     }
     given = [*recipes.flags_to_settings(flags), *map(parse_setting, settings or [])]
-    if dropout is not None and hidden is not None and len(hidden) > 1:
-        given.append(("training.regularisers.dropout_between", dropout))
     if resume is not None:
-        if folder is not None or config is not None or force:
-            raise ValueError("resume: goes on with the run as it is; leave out --run, --config and --force")
+        if folder is not None or config is not None or preset is not None or (force and out is None):
+            raise ValueError("resume: goes on with the run as it is; leave out --run, --config, --preset and --force")
         if not (resume / recipes.CONFIG).exists():
             raise ValueError(f"resume: {resume} holds no run: it has no {recipes.CONFIG}")
-        recipe, folder = recipes.load_recipe(resume / recipes.CONFIG, settings=given), resume
+        config = resume / recipes.CONFIG
+    recipe = _merged(config, preset or "characters", given, dropout)
+    if steps is not None and recipe.training.epochs:
+        raise ValueError(f"steps: got {steps} and {recipe.training.epochs} epochs; give one of them")
+    if resume is not None:
+        folder = resume
+        if recipe.run.out:
+            own = Path(recipes.load_recipe(config).run.out).resolve() == Path(recipe.run.out).resolve()
+            writable_file(Path(recipe.run.out), force or own)
     else:
-        recipe = recipes.load_recipe(config, preset=preset, settings=given)
-        if not recipe.run.out and (recipe.model.cell != "gru" or folder is None):
-            raise ValueError("out: give --out a model file to write" + (" or --run" if out is None else ""))
+        if recipe.model.cell == "gru" and folder is None:
+            raise ValueError("run: a gru leaves no model file but its run; give --run a folder")
+        if recipe.model.cell != "gru" and not recipe.run.out:
+            raise ValueError("out: give --out a model file to write")
         folder = folder or Path(f"{recipe.run.out}.run")
         if recipe.run.out:
             writable_file(Path(recipe.run.out), force)
@@ -105,3 +118,14 @@ def train(
             print(f"eventrnn: {words}; go on with: eventrnn train --resume {folder}", file=sys.stderr)
             raise typer.Exit(130) from None
     show(f"wrote {recipe.run.out or folder}", figures, as_json)
+
+
+def _merged(config: Path | None, preset: str, given: list[tuple[str, Any]], dropout: float | None) -> Recipe:
+    """The recipe; `dropout` is that between layers, too, where it has more than one and nothing else was given."""
+    from eventrnn.recipe import load_recipe
+
+    recipe = load_recipe(config, preset=preset, settings=given)
+    if dropout is not None and len(recipe.model.hidden) > 1:
+        between = ("training.regularisers.dropout_between", dropout)
+        recipe = load_recipe(config, preset=preset, settings=[between, *given])
+    return recipe

@@ -113,7 +113,7 @@ class DynamicMasks(Pruning):
     ----------
     pattern       : which masks
     start, end    : first step, and the step at which the masks become final
-    every         : steps between two changes; 40 is what the paper takes
+    every         : steps between two changes, no more than there are from `start` to `end`; 40 in the paper
     decay         : share of its value that a pruned weight loses in a step; draws what wavers to one side
                     (Zhou et al. 2021). The optimiser's own decay does not reach pruned weights
     names, exempt : as `Pruning`
@@ -132,6 +132,8 @@ class DynamicMasks(Pruning):
         check_span(self.start, self.end, self.every)
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay: got {self.decay}, need a share in [0, 1)")
+        # One more than the span: here masks change at `end`, too.
+        _check_every(self.every, self.start, self.end, 1 + self.end - self.start)
 
     def check(self, parameters: Arrays) -> None:
         """Refuse what the pattern cannot do to a matrix."""
@@ -176,7 +178,7 @@ class RegrownMasks(Pruning, TurnTaking):
     sparsity   : share of blocks that are pruned, in [0, 1)
     block      : (r, c)
     start, end : steps between which blocks wander
-    every      : steps between two changes
+    every      : steps between two changes, less than there are from `start` to `end`; 100 in the paper
     share      : of the kept blocks, how many move at first; falls to zero at `end` along half a cosine
     statistic  : of a block, for magnitudes and gradients alike (see `block_scores`)
     """
@@ -185,7 +187,7 @@ class RegrownMasks(Pruning, TurnTaking):
     block: tuple[int, int] = (1, 1)
     start: int = 0
     end: int = 1
-    every: int = 100
+    every: int = 40
     share: float = 0.3
     statistic: str = "l2"
     names: tuple[str, ...] | None = None
@@ -199,6 +201,7 @@ class RegrownMasks(Pruning, TurnTaking):
         check_sparsity(self.sparsity)
         if not 0 < self.share <= 1:
             raise ValueError(f"share: got {self.share}, need one in (0, 1]")
+        _check_every(self.every, self.start, self.end, self.end - self.start)
 
     def check(self, parameters: Arrays) -> None:
         """Refuse blocks larger than a matrix and a sparsity that would empty one."""
@@ -257,6 +260,15 @@ class RegrownMasks(Pruning, TurnTaking):
         kept[drop], kept[grow] = False, True
         grid = [-(-side // b) for side, b in zip(mask.shape, self.block, strict=True)]
         return from_blocks(kept.reshape(grid), self.block, mask.shape)
+
+
+def _check_every(every: int, start: int, end: int, too_many: int) -> None:
+    """Refuse masks that would not change between their first step and their last."""
+    if every >= too_many:
+        raise ValueError(
+            f"every: got {every}, need less than {too_many} for masks that move from step {start} to {end}; "
+            "change them more often, or train longer"
+        )
 
 
 def _check(pattern: Pattern, pruning: Pruning, parameters: Arrays) -> None:
