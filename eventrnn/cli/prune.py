@@ -147,8 +147,9 @@ def prune(
         if name == "operations":
             if steps and not dry_run:
                 pruned = _tuned(pruned, parts["train"], None, pattern, given, steps, report)
-            share = np.divide(*(_operations(each, _calibration(parts["valid"])) for each in (pruned, network)))
-            budget = {"budget": ops_budget, "budget_share": float(share), "budget_held": bool(share <= ops_budget)}
+            inputs, asked = _calibration(parts["valid"]), given["ops_budget"]
+            share = _operations(pruned, inputs) / _operations(network, inputs)
+            budget = {"budget": asked, "budget_share": share, "budget_held": share <= asked}
         before, after = (_figures(each, parts.get("valid"), report) for each in (network, pruned))
     before["file_bytes"] = model.stat().st_size
     if out is not None and not dry_run:
