@@ -151,7 +151,7 @@ def describe(value: Any, within: tuple[int, ...] = ()) -> str:
     if isinstance(value, np.ndarray):
         if value.dtype.hasobject:
             return describe(value.tolist(), within)
-        total = hashlib.sha256(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+        total = hashlib.sha256(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
         return f"{value.dtype}{value.shape} {total.hexdigest()[:16]}"
     inner = (*within, id(value))
     if id(value) in within:
