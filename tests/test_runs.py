@@ -328,6 +328,8 @@ def _ways():
     yield lambda: StaticMasks(Blocks(0.5))
     yield lambda: DynamicMasks(Blocks(0.5), end=9, every=2)
     yield lambda: RegrownMasks(0.5, end=9, every=2)
+    yield lambda: ThresholdPruning(end=9, sparsity=0.5)
+    yield lambda: ThresholdPruning(end=9, sparsity=0.5, dense=True)
 
 
 @pytest.mark.parametrize("way", list(_ways()))
@@ -351,7 +353,7 @@ def test_a_run_of_every_way_of_pruning_continues_to_the_same_bits(tmp_path, way)
         (_Halving(np.arange(3)), _Halving(np.arange(3), end=8)),
         (Combined(_Halving(np.zeros(2))), Combined(_Halving(np.ones(2)))),
         (ThresholdPruning(trained={"w": np.zeros(9)}), ThresholdPruning(trained={"w": np.ones(9)})),
-        (DynamicMasks(Blocks(0.5)), DynamicMasks(Blocks(0.6))),
+        (DynamicMasks(Blocks(0.5), end=99), DynamicMasks(Blocks(0.6), end=99)),
     ],
 )
 def test_another_way_of_pruning_is_another(one, other):

@@ -130,7 +130,7 @@ class ThresholdPruning(Pruning):
 
     def restore(self, arrays: Arrays) -> None:
         """Go on with these."""
-        self._slopes = {n.removeprefix("slope/"): float(a) for n, a in arrays.items() if n.startswith("slope/")}
+        self._slopes = {n.removeprefix("slope/"): a.item() for n, a in arrays.items() if n.startswith("slope/")}
         self._shadow.restore(arrays)
 
     def _rise(self, step: int) -> float:
