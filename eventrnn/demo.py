@@ -37,7 +37,7 @@ Report = Callable[[str, int, int, str], None]
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Sizes of the demo; the defaults take about two minutes on two cores."""
+    """Sizes of the demo; the defaults take two to three minutes on two cores."""
 
     hidden: int = 256
     embedding: int = 64
