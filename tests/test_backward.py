@@ -14,7 +14,7 @@ from tolerance import U32, central_difference, gamma, sharp
 from eventrnn import Cell, Network, State, Surrogate, reference, simulate
 from eventrnn.cells import SURROGATES
 from eventrnn.observe import count_backward
-from eventrnn.training import Model, Noise, thresholds
+from eventrnn.training import Model, Noise, dots, thresholds
 from eventrnn.training.sweeps import DENSE, PIECES, SINGLE
 from eventrnn.weights import convert
 
@@ -224,6 +224,42 @@ def test_counts_are_those_of_a_walk_over_the_window(case, mode):
         assert counts[f"layers.0.{name}"].backward_effective == effective
         assert counts[f"layers.0.{name}"].backward_dense == dense
         assert counts[f"layers.0.{name}"].backward_executed == (made if mode == "sparse" else dense)
+
+
+@pytest.mark.parametrize("variant", ["evnn", "paper"])
+@pytest.mark.parametrize("units", [43, 60])
+def test_gradient_of_some_inputs_of_a_long_window(variant, units):
+    """More rows than go together, a last piece of columns that overlaps the one before, and units of two blocks."""
+    steps, batch, inputs = 2 * dots.DOT_GROUPS * dots.DOT_ROWS // 12 + 1, 12, dots.DOT_UNITS + 3
+    assert (3 * units) % dots.DOT_COLUMNS and 3 * units >= dots.DOT_COLUMNS
+    rng = np.random.default_rng(5)
+    network = Network.random([units], inputs=inputs, rng=rng, threshold=0.1, cell=Cell(variant=variant))
+    x = (rng.normal(size=(steps, batch, inputs)) * (rng.random((steps, batch, inputs)) < 0.2)).astype(np.float32)
+    upstream = np.zeros((3, steps, batch, units), np.float32)
+    upstream[0] = rng.normal(size=upstream[0].shape)
+    mask, found = rng.random(x.shape) < 0.15, []
+    for threads in (1, 2):
+        model = Model(network, backward="sparse", threads=threads)
+        _, _, tape = model.forward(x, State.zeros(network, batch))
+        every = model.backward(tape, upstream[0], d_inputs=True)
+        agree(model, every, tape, Noise(), upstream)
+        some = model.backward(tape, upstream[0], d_inputs=mask)["inputs"]
+        assert np.array_equal(some, np.where(mask, every["inputs"], 0))
+        assert tape.layers[0].work["w_in"].dots.sum() == mask.sum()
+        found.append(some)
+    assert np.array_equal(*found)
+    dense = Model(network, backward="dense")
+    _, _, tape = dense.forward(x, State.zeros(network, batch))
+    assert not dense.backward(tape, upstream[0], d_inputs=mask)["inputs"][~mask].any()
+
+
+@pytest.mark.parametrize("got", [np.ones((3, 2, 4), bool), np.ones((3, 2, 5))])
+def test_a_mask_of_inputs_that_does_not_fit_is_refused(got):
+    network = Network.random([4], inputs=5, rng=np.random.default_rng(0))
+    model = Model(network)
+    _, _, tape = model.forward(np.ones((3, 2, 5), np.float32), State.zeros(network, 2))
+    with pytest.raises(ValueError, match="d_inputs"):
+        model.backward(tape, np.ones((3, 2, 4), np.float32), d_inputs=got)
 
 
 def test_patterns_find_the_widest_pieces():

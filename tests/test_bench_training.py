@@ -22,6 +22,7 @@ SMALL = {"hidden": 96, "batch": 8, "steps": 12, "repeats": 3, "activity": 0.2, "
         ({"block": (1, 16)}, "without a sparsity"),
         ({"backward": "fast"}, "backward"),
         ({"against": "jax"}, "against"),
+        ({"input_gradient": "some"}, "input_gradient"),
     ],
 )
 def test_refusals(change, message):
@@ -29,7 +30,10 @@ def test_refusals(change, message):
         TrainingCase(**change)
 
 
-@pytest.mark.parametrize("changes", [{}, {"sparsity": 0.8, "block": (1, 32)}, {"backward": "dense"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"sparsity": 0.8, "block": (1, 32)}, {"backward": "dense"}, {"input_gradient": "all", "backward": "sparse"}],
+)
 def test_figures_are_of_the_window_that_was_timed(changes):
     result = training(against="none", **(SMALL | changes))
     assert result["speedup"] is None and result["ms_per_iteration"] > 0

@@ -22,6 +22,7 @@ from eventrnn.training.bptt import BACKWARDS, Model, Tape
 
 #: torch.nn.GRU, another and dense model of the same size; and this very cell as a PyTorch loop
 TRAINING_RIVALS = ("torch", "torch-loop")
+INPUT_GRADIENTS = ("open", "all", "none")
 # How far gradients of the loop may be from ours over `CHECKED_STEPS`, relative to the largest: float32 products in
 # another order; a dropped term is orders of magnitude more.
 CHECKED_STEPS, SAME_GRADIENT = 2, 1e-3
@@ -41,7 +42,8 @@ class TrainingCase:
     sparsity  : share of blocks left out
     block     : presynaptic x postsynaptic; with a sparsity only
     backward  : "auto", "sparse" or "dense"
-    input_gradient : whether the gradient of the inputs is asked for, of every contestant
+    input_gradient : "open", as by a layer below that fires and has slopes as much as this one; "all" of it, or "none".
+                     PyTorch makes all or none of it
     threads   : of every contestant
     against   : rivals, separated by commas, or "none"; the first is `speedup`'s
     repeats, seed : interleaved rounds, of everything random
@@ -55,7 +57,7 @@ class TrainingCase:
     sparsity: float = 0.0
     block: tuple[int, int] | None = None
     backward: str = "auto"
-    input_gradient: bool = True
+    input_gradient: str = "open"
     threads: int = 1
     against: str = "torch"
     repeats: int = 7
@@ -76,6 +78,8 @@ class TrainingCase:
             raise ValueError(f"block: got {self.block} without a sparsity, so nothing is pruned; give one, or no block")
         if self.backward not in BACKWARDS:
             raise ValueError(f"backward: got {self.backward!r}, need one of {', '.join(BACKWARDS)}")
+        if self.input_gradient not in INPUT_GRADIENTS:
+            raise ValueError(f"input_gradient: got {self.input_gradient!r}, need one of {', '.join(INPUT_GRADIENTS)}")
         for rival in self.rivals:
             if rival not in TRAINING_RIVALS:
                 raise ValueError(f"against: got {rival!r}, need {', '.join(TRAINING_RIVALS)} or none")
@@ -90,7 +94,8 @@ def training(*, report: Report = lambda stage: None, **case: Any) -> dict:
     """Time windows forward and back and return the figures of `eventrnn bench training --json`.
 
     Parameters are the fields of `TrainingCase`. An iteration is a window from its inputs and the gradient of its
-    outputs to the gradients of all parameters (of pruned matrices a list of the kept weights') and of the inputs; no
+    outputs to the gradients of all parameters (of pruned matrices a list of the kept weights') and of the inputs, the
+    layer standing in a stack: where the layer below would have a use for it, unless `input_gradient` says otherwise; no
     optimiser. Inputs are events, graded, at the asked activity. A common threshold brings the units to it, the
     surrogate's width its support to what is asked; both are measured in the timed window, as is `open`, the share of
     (unit, step, sample) that fired or has a slope: what the backward pass cannot skip.
@@ -110,10 +115,13 @@ def training(*, report: Report = lambda stage: None, **case: Any) -> dict:
     d_output = rng.standard_normal((asked.steps, asked.batch, asked.hidden), dtype=np.float32) / np.float32(x.size)
     model = Model(network, backward=asked.backward, threads=asked.threads)
     state = State.zeros(network, asked.batch)
+    d_inputs = asked.input_gradient == "all"
+    if asked.input_gradient == "open":
+        d_inputs = _paths_below(x, _share_open(network, x), rng)
 
     def ours() -> tuple[Tape, dict[str, np.ndarray]]:
         _, _, tape = model.forward(x, state)
-        return tape, model.backward(tape, d_output, d_inputs=asked.input_gradient, stored=block is not None)
+        return tape, model.backward(tape, d_output, d_inputs=d_inputs, stored=block is not None)
 
     with limited(asked.threads):
         report("compiling")
@@ -125,7 +133,7 @@ def training(*, report: Report = lambda stage: None, **case: Any) -> dict:
                 raise RuntimeError(f"benchmark: the gradient of {name} is not finite; use fewer steps")
         figures = _measured(asked, network, tape)
         del tape, gradients
-        rivals = {name: _RIVALS[name](network, x, d_output, asked.input_gradient) for name in asked.rivals}
+        rivals = {name: _RIVALS[name](network, x, d_output, asked.input_gradient != "none") for name in asked.rivals}
         if "torch-loop" in rivals:
             report("comparing gradients")
             _compare(network, x[:CHECKED_STEPS], d_output[:CHECKED_STEPS])
@@ -155,6 +163,20 @@ def at_support(network: Network, x: np.ndarray, support: float) -> Network:
     width = float(np.quantile(distance, support))
     rule = Surrogate("triangle", layer.cell.surrogate.dampening, 1 / max(width, 1e-6))
     return replace(network, layers=(replace(layer, cell=replace(layer.cell, surrogate=rule)),))
+
+
+def _share_open(network: Network, x: np.ndarray) -> float:
+    """Share of units, steps and samples that fire or have a slope."""
+    (layer,) = network.layers
+    _, _, tape = Model(network).forward(x, State.zeros(network, x.shape[1]))
+    v, rule = tape.layers[0].v, layer.cell.surrogate
+    return float(((v > layer.threshold) | (np.abs(v - layer.threshold) < 1 / rule.support)).mean())
+
+
+def _paths_below(x: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
+    """Where a layer that sent x has a path, (T, B, I): at its events and at so many others that `share` has one."""
+    fired = x != 0
+    return fired | (rng.random(x.shape) < max(0.0, share - fired.mean()) / (1 - fired.mean()))
 
 
 def _measured(case: TrainingCase, network: Network, tape: Tape) -> dict:

@@ -84,7 +84,12 @@ def training(
     sparsity: Annotated[float, typer.Option(help="Share of blocks left out.")] = 0.0,
     block: Annotated[str | None, typer.Option("--block", metavar="RxC", help="Block, with a sparsity. [1x64]")] = None,
     backward: Annotated[str, typer.Option(help="Products: auto, sparse or dense.")] = "auto",
-    input_gradient: Annotated[bool, typer.Option(help="Ask everyone for the gradient of the inputs too.")] = True,
+    input_gradient: Annotated[
+        str,
+        typer.Option(
+            help="Of the inputs: open (where a layer below could use it; PyTorch makes all of it), all, none."
+        ),
+    ] = "open",
     threads: Threads = 1,
     against: Annotated[
         str, typer.Option(help="Rivals, separated by commas: torch (nn.GRU), torch-loop (this cell), or none.")

@@ -18,7 +18,7 @@ from eventrnn.cells import Cell
 from eventrnn.cpu import MOST_THREADS
 from eventrnn.network import Layer, Network, Readout
 from eventrnn.training import thresholds as rules
-from eventrnn.training.layer import LayerEngine, LayerTape
+from eventrnn.training.layer import LayerEngine, LayerTape, Paths
 from eventrnn.training.memory import Arena
 from eventrnn.training.noise import Noise
 from eventrnn.training.team import Team
@@ -206,7 +206,7 @@ class Model:
         activity_cost: float = 0.0,
         d_events: tuple[np.ndarray | None, ...] = (),
         d_cells: tuple[np.ndarray | None, ...] = (),
-        d_inputs: bool = False,
+        d_inputs: bool | np.ndarray = False,
         stored: bool = False,
     ) -> dict[str, np.ndarray]:
         """Gradients of all parameters from that of the output (T, B, V). The state before the window is a constant.
@@ -215,11 +215,16 @@ class Model:
                         to the loss
         d_events      : a layer's further gradient of what it sends, `y` (T, B, N), or None; one entry a layer
         d_cells       : likewise of the cell state before the event, `v`
-        d_inputs      : also the gradient of the inputs (T, B, I), as "inputs"; of symbols, that of what they stand for
+        d_inputs      : also the gradient of the inputs (T, B, I), as "inputs"; of symbols, that of what they stand for.
+                        A boolean array (T, B, I): only where it is True, zero elsewhere. So a layer of a stack asks the
+                        one above, where its own units fired or have a slope
         stored        : of a pruned matrix, the gradient of its kept weights only, in the order of `parameter[mask]`;
                         from stored weights no dense one is formed. Otherwise pruned weights get a zero
         """
         p, gradients, noise = self.parameters, {}, tape.noise
+        some = _input_mask(d_inputs, tape)
+        asked = some is not None or d_inputs is True or tape.symbols is not None
+        bottom = Paths.of_mask(some) if some is not None else Paths() if asked else None
         d_x = d_output
         if "readout.bias" in p:
             flat = d_output.reshape(-1, d_output.shape[2])
@@ -236,15 +241,13 @@ class Model:
                 d_y += F32(activity_cost / layer.v.size) * (layer.y[1:] > 0)
             if d_events and (further := d_events[k]) is not None:
                 d_y += further
-            wanted = "open" if k else "all" if tape.symbols is not None or d_inputs else "none"
-            below = (tape.layers[k - 1], self.cells[k - 1]) if k else (None, None)
+            wanted = Paths.of_layer(tape.layers[k - 1], self.cells[k - 1]) if k else bottom
             w_in = self.parameters[f"layers.{k}.w_in"]
             if layer.engine is not self._engines[k]:
                 # A tape of another model of the same network.
                 self._follow_masks(k)
-            result = self._engines[k].backward(
-                {"w_in": w_in}, layer, d_y, d_cells[k] if d_cells else None, wanted, *below, stored
-            )
+            d_cell = d_cells[k] if d_cells else None
+            result = self._engines[k].backward({"w_in": w_in}, layer, d_y, d_cell, wanted, stored)
             # Only the first layer's may be missing.
             d_x = d_x if result.d_x is None else result.d_x
             for name, gradient in result.gradients.items():
@@ -254,9 +257,9 @@ class Model:
             gradients[f"layers.{k}.threshold"] = rules.gradient(
                 self.thresholds, layer.threshold, gradients[f"layers.{k}.threshold"]
             )
-        d_x = _scaled(d_x, noise.inputs) if d_inputs or tape.symbols is not None else d_x
-        if d_inputs:
-            gradients["inputs"] = d_x
+        d_x = _scaled(d_x, noise.inputs) if asked else d_x
+        if d_inputs is not False:
+            gradients["inputs"] = d_x if some is None else np.where(some, d_x, F32(0))
         if tape.symbols is not None:
             if noise.words is not None:
                 d_x = d_x * noise.words[tape.symbols][:, :, None]
@@ -280,6 +283,18 @@ def check_range(name: str, symbols: np.ndarray, size: int, axes: str) -> None:
     if symbols.size and not (symbols.min() >= 0 and symbols.max() < size):
         at = tuple(map(int, np.argwhere((symbols < 0) | (symbols >= size))[0]))
         raise ValueError(f"{name}: got symbol {symbols[at]} at {axes} {at}, need 0..{size - 1}")
+
+
+def _input_mask(d_inputs: bool | np.ndarray, tape: Tape) -> np.ndarray | None:
+    """The mask among what `backward` may be asked for."""
+    if isinstance(d_inputs, bool):
+        return None
+    shape = tape.layers[0].x.shape
+    if tape.symbols is not None:
+        raise ValueError("d_inputs: got a mask for a window of symbols, whose embedding needs all; give True or False")
+    if d_inputs.dtype != bool or d_inputs.shape != shape:
+        raise ValueError(f"d_inputs: got {d_inputs.dtype} {d_inputs.shape}, need True, False or booleans {shape}")
+    return d_inputs
 
 
 def _sum_by_symbol(symbols: np.ndarray, d_x: np.ndarray, size: int) -> np.ndarray:

@@ -51,7 +51,7 @@ class _Engine(LayerEngine):
             h[t + 1] = u[t] * h[t] + (1 - u[t]) * g[t]
         return LayerTape(x, p["w_rec"], u, r, g, q, h[1:], h, h, p["threshold"])
 
-    def backward(self, p, tape, d_y, d_cell, wanted, below=None, below_cell=None, stored=False) -> Adjoint:
+    def backward(self, p, tape, d_y, d_cell, wanted, stored=False) -> Adjoint:
         h, (steps, batch, n) = tape.y, tape.v.shape
         d_in, d_rec = np.empty((steps, batch, 3 * n), F32), np.empty((steps, batch, 3 * n), F32)
         d_later = np.zeros((batch, n), F32)
@@ -83,5 +83,5 @@ class _Engine(LayerEngine):
         }
         for name in ("w_in", "w_rec"):
             gradients[name] = self._masked(name, gradients[name], stored)
-        d_x = None if wanted == "none" else (flat_in @ p["w_in"].T).reshape(steps, batch, -1)
+        d_x = None if wanted is None else (flat_in @ p["w_in"].T).reshape(steps, batch, -1)
         return Adjoint(gradients, d_x)

@@ -15,7 +15,7 @@ from eventrnn.backend import BackwardWork
 from eventrnn.cells import Cell
 from eventrnn.plan import scratch_shapes
 from eventrnn.simd import LANES
-from eventrnn.training import kernels, products, sweeps
+from eventrnn.training import dots, kernels, products, sweeps
 from eventrnn.training.matrix import STRIP, Pattern, Windows, windows
 from eventrnn.training.memory import Arena
 from eventrnn.training.sweeps import DENSE, PIECES
@@ -73,6 +73,27 @@ class Adjoint:
 
     gradients: dict[str, np.ndarray]
     d_x: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where the gradient of what a layer received has a use: everywhere, or, given v of who sent it, where it fired or
+    has a slope. Flat v (rows of units); `rule` is a surrogate's code, dampening and support."""
+
+    v: np.ndarray | None = None
+    threshold: np.ndarray = field(default_factory=lambda: np.zeros(0, F32))
+    rule: tuple = (0, F32(0), F32(1))
+
+    @classmethod
+    def of_layer(cls, tape: LayerTape, cell: Cell) -> Paths:
+        """Of the layer that sent it."""
+        rule = cell.surrogate
+        return cls(tape.v.reshape(-1), tape.threshold, (rule.code, F32(rule.dampening), F32(rule.support)))
+
+    @classmethod
+    def of_mask(cls, mask: np.ndarray) -> Paths:
+        """Where a mask (T, B, I) is True."""
+        return cls(mask.astype(F32).reshape(-1), np.zeros(mask.shape[2], F32))
 
 
 class LayerEngine:
@@ -211,14 +232,12 @@ class LayerEngine:
         tape: LayerTape,
         d_y: np.ndarray,
         d_cell: np.ndarray | None,
-        wanted: str,
-        below: LayerTape | None,
-        below_cell: Cell | None,
+        wanted: Paths | None,
         stored: bool,
     ) -> Adjoint:
         """Gradients from d_y (T, B, N), which is overwritten, and d_cell of v.
 
-        wanted : which gradients of the input: "none", "all", or "open", where the layer `below` has a path
+        wanted : where the gradient of the input is, nowhere for None; elsewhere it may be anything
         stored : gradients of pruned matrices as their kept entries only, in the order of `matrix[mask]`
         """
         steps, batch, n = tape.v.shape
@@ -265,8 +284,8 @@ class LayerEngine:
             "threshold": d_threshold,
         }
         d_x = None
-        if wanted != "none":
-            d_x = self._input_gradient(p["w_in"], d_in, pitch, tape, wanted, below, below_cell)
+        if wanted is not None:
+            d_x = self._input_gradient(p["w_in"], d_in, pitch, tape, wanted)
         return Adjoint(gradients, d_x)
 
     def _open(self, head: tuple, v: np.ndarray, first: int, last: int, n: int) -> np.ndarray:
@@ -403,17 +422,13 @@ class LayerEngine:
         gradient *= mask
         return gradient
 
-    def _input_gradient(self, w, d_in, pitch, tape, wanted, below, below_cell) -> np.ndarray:
+    def _input_gradient(self, w, d_in, pitch, tape, wanted: Paths) -> np.ndarray:
         steps, batch, _ = tape.v.shape
         pattern, rows, (n_pre, columns) = self.patterns["w_in"], steps * batch, w.shape
-        threshold, v, head = np.zeros(n_pre, F32), np.zeros(0, F32), (0, F32(1), F32(1))
         work = tape.work["w_in"]
         work.asked, work.open = rows, np.full(n_pre, rows, np.int64)
-        if wanted == "open" and below is not None and below_cell is not None:
-            rule = below_cell.surrogate
-            threshold, v = below.threshold, below.v.reshape(-1)
-            head = (rule.code, F32(rule.dampening), F32(rule.support))
-            work.open = self._open((*head, threshold), v, 0, rows, n_pre)
+        if wanted.v is not None:
+            work.open = self._open((*wanted.rule, wanted.threshold), wanted.v, 0, rows, n_pre)
         share = work.open.sum() / max(1, rows * n_pre)
         if not self._sparse(pattern, share, PATHS_UP_TO):
             work.dots, work.dots_stored = np.full(n_pre, rows, np.int64), np.full(n_pre, columns, np.int64)
@@ -423,11 +438,14 @@ class LayerEngine:
             return out
         weights, stored_columns = self._stored(pattern, w)
         d_x, made, take = self.arena.take(steps, batch, n_pre), np.zeros(n_pre, np.int64), self.arena.take
+        together, parts = dots.DOT_GROUPS * dots.DOT_ROWS, self.team.threads
+        pairs = dots.DOT_UNITS * together if pattern.form == DENSE else 0
         self.team.run(
             sweeps.gradient_of_inputs, pattern.form, pattern.width, weights, stored_columns,
             pattern.pointers(0, columns), columns, _last(columns), d_in, pitch, rows, n_pre,
-            wanted == "all", *head, threshold, v,
-            take(n_pre * products.DOT_ROWS, dtype=np.int32), take(n_pre, dtype=np.int64), d_x.reshape(-1), made,
+            wanted.v is None, *wanted.rule, wanted.threshold, np.zeros(0, F32) if wanted.v is None else wanted.v,
+            take(n_pre * together, dtype=np.int32), take(n_pre * dots.DOT_GROUPS, dtype=np.int64),
+            take(parts, dots.DOT_ROWS * dots.DOT_COLUMNS), take(parts, pairs * LANES), d_x.reshape(-1), made,
         )  # fmt: skip
         work.dots, work.dots_stored = made, pattern.stored_out()
         return d_x
