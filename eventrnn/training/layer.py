@@ -15,7 +15,7 @@ from eventrnn.backend import BackwardWork
 from eventrnn.cells import Cell
 from eventrnn.plan import scratch_shapes
 from eventrnn.simd import LANES
-from eventrnn.training import dots, kernels, products, sweeps
+from eventrnn.training import kernels, products, sweeps
 from eventrnn.training.matrix import STRIP, Pattern, Windows, windows
 from eventrnn.training.memory import Arena
 from eventrnn.training.sweeps import DENSE, PIECES
@@ -438,14 +438,11 @@ class LayerEngine:
             return out
         weights, stored_columns = self._stored(pattern, w)
         d_x, made, take = self.arena.take(steps, batch, n_pre), np.zeros(n_pre, np.int64), self.arena.take
-        together, parts = dots.DOT_GROUPS * dots.DOT_ROWS, self.team.threads
-        pairs = dots.DOT_UNITS * together if pattern.form == DENSE else 0
         self.team.run(
             sweeps.gradient_of_inputs, pattern.form, pattern.width, weights, stored_columns,
             pattern.pointers(0, columns), columns, _last(columns), d_in, pitch, rows, n_pre,
             wanted.v is None, *wanted.rule, wanted.threshold, np.zeros(0, F32) if wanted.v is None else wanted.v,
-            take(n_pre * together, dtype=np.int32), take(n_pre * dots.DOT_GROUPS, dtype=np.int64),
-            take(parts, dots.DOT_ROWS * dots.DOT_COLUMNS), take(parts, pairs * LANES), d_x.reshape(-1), made,
+            take(n_pre * products.DOT_ROWS, dtype=np.int32), take(n_pre, dtype=np.int64), d_x.reshape(-1), made,
         )  # fmt: skip
         work.dots, work.dots_stored = made, pattern.stored_out()
         return d_x

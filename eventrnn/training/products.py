@@ -1,12 +1,15 @@
-"""The products of training over events, thread by thread: drives and gradients of weights (`dots.py` has the others).
+"""The products of training over events, thread by thread: drives, gradients of weights, gradients of what was sent.
 
 `M` is a matrix of rows (weights by presynaptic unit, or deltas by step and sample), rows `pitch` apart.
 
     add_rows         C[r] += value * M[j] over a list of r's (j, value): drives of a window, and weight gradients
     add_pieces       the same for stored pieces only: weight gradients of pruned matrices
+    dots, dot_pieces, dot_single
+                     d[b, j] += M[j] . delta[b] for listed pairs: gradients of what was sent, where it has a use
 
 Weight gradients add their terms in ascending (step, sample), one FMA a term, so a silent unit that is skipped
-changes no bit.
+changes no bit. Dots add sixteen lanes by themselves (`vectors.dot`): not the order of BLAS, but the same bits for any
+list, any number of threads and any window.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from eventrnn.jit import compiled
 from eventrnn.rows import add_near_rows_1, add_near_rows_2, add_near_rows_4, add_near_rows_8, add_near_rows_16
 from eventrnn.simd import AVX512, LANES, bits, load, lowest_bit, store
 from eventrnn.steps import send
-from eventrnn.training.vectors import everywhere
+from eventrnn.training.vectors import dot, dot_2, dot_4, dot_short, everywhere, gather, sum_lanes
 from eventrnn.traverse import copy, propagate_all
 
 # A tile of M, this many rows and vectors, lies in the L2 cache beside the strip of C that takes its sums. Measured at
@@ -98,6 +101,47 @@ def list_both(part, parts, rows, tile_0, x_0, n_0, starts_0, ids_0, sent_0, tile
         list_by_unit(x_0, rows, n_0, tile_0, starts_0, ids_0, sent_0)
     if part == parts - 1:
         list_by_unit(x_1, rows, n_1, tile_1, starts_1, ids_1, sent_1)
+
+
+@compiled
+def list_open(kind, dampening, support, threshold, v, row, rows, n, low, high, who, counts):
+    """Of rows `row` on, the samples in which units `low` to `high` fired or have a slope; returns how many in all.
+
+    Unit j's are who[j * rows:], `counts[j]` of them, ascending, counted from `row`.
+    """
+    for j in range(low, high):
+        counts[j] = 0
+    whole, found = low + (high - low) // LANES * LANES, 0
+    for b in range(rows):
+        at = (row + b) * n
+        for i in range(low, whole, LANES):
+            value, theta = load(v, at + i), load(threshold, i)
+            slope = cells.surrogate_slope(kind, value - theta, dampening, support)
+            event = cells.select(value > theta, cells.ONE, cells.ZERO)
+            chosen = bits(event + cells.absolute(slope) != cells.ZERO)
+            while chosen != 0:
+                j = i + lowest_bit(chosen)
+                who[j * rows + counts[j]] = b
+                counts[j] += 1
+                found += 1
+                chosen &= chosen - 1
+        for j in range(whole, high):
+            slope = cells.surrogate_slope(kind, v[at + j] - threshold[j], dampening, support)
+            if v[at + j] > threshold[j] or slope != 0:
+                who[j * rows + counts[j]] = b
+                counts[j] += 1
+                found += 1
+    return found
+
+
+@compiled
+def list_all(rows, low, high, who, counts):
+    """`list_open` where every unit of every row is wanted."""
+    for j in range(low, high):
+        counts[j] = rows
+        for b in range(rows):
+            who[j * rows + b] = b
+    return rows * (high - low)
 
 
 # --- sums of rows -------------------------------------------------------------------------------------------
@@ -202,10 +246,112 @@ def add_pieces(order, first, last, units, columns, width, starts, ids, sent, del
             add_near_rows_1(out, at, delta, columns[p], pitch, delta, 0, ids, sent, begin, count)
 
 
+# --- dots ---------------------------------------------------------------------------------------------------
+
+
+@compiled
+def dots(w, pitch, low, count, last, delta, start, d_pitch, first, end, who, counts, most, out, at, n):
+    """out[at + b * n + j] += w[j, low : low + count] . delta[start + b * d_pitch + low :] for listed b of units
+    `first` to `end`; a row of w is read once for all of them."""
+    for j in range(first, end):
+        k, listed, row = 0, counts[j], j * most
+        a, d = j * pitch + low, start + low
+        if count < LANES:
+            for k in range(listed):
+                b = who[row + k]
+                out[at + b * n + j] += dot_short(w, a, delta, d + b * d_pitch, count)
+            continue
+        while k < listed:
+            left = min(listed - k, 4)
+            b0, b1 = np.int64(who[row + k]), np.int64(who[row + k + min(1, left - 1)])
+            if left > 2:
+                # Three are four with the last one twice.
+                b2, b3 = np.int64(who[row + k + 2]), np.int64(who[row + k + left - 1])
+                s0, s1, s2, s3 = dot_4(
+                    w, a, delta, d + b0 * d_pitch, d + b1 * d_pitch, d + b2 * d_pitch, d + b3 * d_pitch, count, last
+                )
+                out[at + b0 * n + j] += s0
+                out[at + b1 * n + j] += s1
+                out[at + b2 * n + j] += s2
+                if left > 3:
+                    out[at + b3 * n + j] += s3
+            elif left == 2:
+                s0, s1 = dot_2(w, a, delta, d + b0 * d_pitch, d + b1 * d_pitch, count, last)
+                out[at + b0 * n + j] += s0
+                out[at + b1 * n + j] += s1
+            else:
+                out[at + b0 * n + j] += dot(w, a, delta, d + b0 * d_pitch, count, last)
+            k += left
+
+
+@compiled
+def dot_pieces(values, pointers, columns, width, delta, start, d_pitch, first, end, who, counts, most, out, at, n):
+    """`dots` over the stored pieces of each unit, `pointers[2j]` to `pointers[2j + 1]`; four samples at a time."""
+    for j in range(first, end):
+        begin, stop, row, k = pointers[2 * j], pointers[2 * j + 1], j * most, 0
+        while k < counts[j]:
+            # Fewer than four are made up with the last one, whose sums are made twice and added once.
+            left = min(counts[j] - k, 4)
+            b0, b1 = np.int64(who[row + k]), np.int64(who[row + k + min(1, left - 1)])
+            b2, b3 = np.int64(who[row + k + min(2, left - 1)]), np.int64(who[row + k + min(3, left - 1)])
+            d0, d1, d2, d3 = start + b0 * d_pitch, start + b1 * d_pitch, start + b2 * d_pitch, start + b3 * d_pitch
+            s0, s1, s2, s3 = (
+                everywhere(cells.ZERO), everywhere(cells.ZERO), everywhere(cells.ZERO), everywhere(cells.ZERO),
+            )  # fmt: skip
+            # A sum waits four cycles for its last term: two sets of them keep the core busy.
+            r0, r1, r2, r3 = s0, s1, s2, s3
+            for p in range(begin, stop):
+                column, piece = np.int64(columns[p]), p * width
+                for i in range(0, width - LANES, 2 * LANES):
+                    w, x = load(values, piece + i), load(values, piece + i + LANES)
+                    c0, c1, c2, c3 = d0 + column + i, d1 + column + i, d2 + column + i, d3 + column + i
+                    s0 = cells.fma(w, load(delta, c0), s0)
+                    s1 = cells.fma(w, load(delta, c1), s1)
+                    s2 = cells.fma(w, load(delta, c2), s2)
+                    s3 = cells.fma(w, load(delta, c3), s3)
+                    r0 = cells.fma(x, load(delta, c0 + LANES), r0)
+                    r1 = cells.fma(x, load(delta, c1 + LANES), r1)
+                    r2 = cells.fma(x, load(delta, c2 + LANES), r2)
+                    r3 = cells.fma(x, load(delta, c3 + LANES), r3)
+                if width == LANES:
+                    w = load(values, piece)
+                    s0 = cells.fma(w, load(delta, d0 + column), s0)
+                    s1 = cells.fma(w, load(delta, d1 + column), s1)
+                    s2 = cells.fma(w, load(delta, d2 + column), s2)
+                    s3 = cells.fma(w, load(delta, d3 + column), s3)
+            s0, s1, s2, s3 = s0 + r0, s1 + r1, s2 + r2, s3 + r3
+            out[at + b0 * n + j] += sum_lanes(s0)
+            if left > 1:
+                out[at + b1 * n + j] += sum_lanes(s1)
+            if left > 2:
+                out[at + b2 * n + j] += sum_lanes(s2)
+            if left > 3:
+                out[at + b3 * n + j] += sum_lanes(s3)
+            k += left
+
+
+@compiled
+def dot_single(values, pointers, columns, delta, start, d_pitch, first, end, who, counts, most, out, at, n):
+    """`dots` over the stored weights of each unit, sixteen gathered at a time."""
+    for j in range(first, end):
+        begin, stop, row = pointers[2 * j], pointers[2 * j + 1], j * most
+        whole = begin + (stop - begin) // LANES * LANES
+        for k in range(counts[j]):
+            b = np.int64(who[row + k])
+            d, total, rest = start + b * d_pitch, everywhere(cells.ZERO), cells.ZERO
+            for p in range(begin, whole, LANES):
+                total = cells.fma(load(values, p), gather(delta, d, columns, p), total)
+            for p in range(whole, stop):
+                rest = cells.fma(values[p], delta[d + columns[p]], rest)
+            out[at + b * n + j] += sum_lanes(total) + rest
+
+
 # --- whole matrices, a thread's share -----------------------------------------------------------------------
 
 # Rows of C that are worked on together: a strip of them, TILE_VECTORS wide, lies in the L2 cache.
 STRIP_ROWS = 512
+# Rows of delta that dots go over together; they lie in the L2 cache while the weights go by.
+DOT_ROWS = 64
 
 
 @compiled

@@ -20,19 +20,8 @@ from eventrnn.rows import prefetch
 from eventrnn.simd import LANES
 from eventrnn.steps import send
 from eventrnn.team import wait
-from eventrnn.training.dots import (
-    DOT_COLUMNS,
-    DOT_GROUPS,
-    DOT_ROWS,
-    dot_pieces,
-    dot_single,
-    dots,
-    dots_of_window,
-    list_all,
-    list_open,
-)
 from eventrnn.training.kernels import adjoint, adjoint_paper, hold, reset_gate, reset_gate_adjoint, update, update_paper
-from eventrnn.training.products import share
+from eventrnn.training.products import DOT_ROWS, dot_pieces, dot_single, dots, list_all, list_open, share
 from eventrnn.traverse import propagate_all
 
 # How weights are stored for the backward pass.
@@ -217,33 +206,23 @@ def list_sent(y, rows, n, low, high, who, counts):
 @compiled
 def gradient_of_inputs(
     part, parts, form, width, weights, columns, pointers, n_post, last, delta, pitch, rows, n_pre,
-    every, kind, dampening, support, threshold, v, who, counts, tile, sums, d_x_out, made_out,
+    every, kind, dampening, support, threshold, v, who, counts, d_x_out, made_out,
 ):  # fmt: skip
     """d_x (rows, n_pre) = delta @ weights.T where it is wanted, zero elsewhere: everywhere, or where the unit below (v)
     fired or has a slope. Splits presynaptic units."""
     low, high = share(n_pre, 1, part, parts), share(n_pre, 1, part + 1, parts)
-    by_window = form == DENSE and n_post >= DOT_COLUMNS
-    together = DOT_GROUPS * DOT_ROWS if by_window else DOT_ROWS
-    for first in range(0, rows, together):
-        end = min(rows, first + together)
-        for b in range(first, end):
+    for first in range(0, rows, DOT_ROWS):
+        some = min(DOT_ROWS, rows - first)
+        for b in range(first, first + some):
             for j in range(b * n_pre + low, b * n_pre + high):
                 d_x_out[j] = cells.ZERO
-        for row in range(first, end, DOT_ROWS):
-            some, at, group = min(DOT_ROWS, end - row), (row - first) * n_pre, (row - first) // DOT_ROWS * n_pre
-            if every:
-                list_all(some, low, high, who[at:], counts[group:])
-            else:
-                list_open(kind, dampening, support, threshold, v, row, some, n_pre, low, high, who[at:], counts[group:])
-            for j in range(low, high):
-                made_out[j] += counts[group + j]
-        if by_window:
-            dots_of_window(
-                weights, n_post, delta, first * pitch, pitch, end - first, low, high, who, counts,
-                d_x_out, first * n_pre, n_pre, tile[part], sums[part],
-            )  # fmt: skip
+        if every:
+            list_all(some, low, high, who, counts)
         else:
-            multiply_back(
-                form, width, weights, columns, pointers, n_post, 0, n_post, last, delta, first * pitch, pitch,
-                low, high, who, counts, end - first, d_x_out, first * n_pre, n_pre,
-            )  # fmt: skip
+            list_open(kind, dampening, support, threshold, v, first, some, n_pre, low, high, who, counts)
+        for j in range(low, high):
+            made_out[j] += counts[j]
+        multiply_back(
+            form, width, weights, columns, pointers, n_post, 0, n_post, last, delta, first * pitch, pitch, low, high,
+            who, counts, some, d_x_out, first * n_pre, n_pre,
+        )  # fmt: skip
