@@ -19,26 +19,44 @@ from eventrnn import bench
 from eventrnn.terminal import progress
 
 RESULTS = Path(__file__).parent / "results" / "cpu_training.jsonl"
-KEY = ("commit", "batch", "sparsity_asked", "threads")
-# Batch, share of blocks pruned, threads; rivals, nn.GRU and this cell as a PyTorch loop, and times faster at least.
+KEY = ("commit", "batch", "sparsity_asked", "threads", "input_gradient")
+# Batch, share of blocks pruned, threads, which gradient of the inputs; rivals, nn.GRU and this cell as a PyTorch loop,
+# and times faster at least.
 CASES = (
-    (20, 0.0, 2, {"torch": 2.5, "torch-loop": 4}),
-    (80, 0.0, 2, {"torch": 3, "torch-loop": 7}),
-    (20, 0.9, 2, {"torch": 8}),
-    (80, 0.9, 2, {"torch": 8}),
-    (20, 0.0, 1, {"torch": ""}),
-    (80, 0.0, 1, {"torch": ""}),
-    (20, 0.9, 1, {"torch": ""}),
-    (80, 0.9, 1, {"torch": ""}),
+    (20, 0.0, 2, "open", {"torch": 2.5, "torch-loop": 4}),
+    (80, 0.0, 2, "open", {"torch": 3, "torch-loop": 7}),
+    (20, 0.9, 2, "open", {"torch": 8}),
+    (80, 0.9, 2, "open", {"torch": 8}),
+    (20, 0.0, 2, "all", {"torch": 2.5}),
+    (80, 0.0, 2, "all", {"torch": 3}),
+    (20, 0.9, 2, "all", {"torch": 8}),
+    (20, 0.0, 1, "open", {"torch": ""}),
+    (80, 0.0, 1, "open", {"torch": ""}),
+    (20, 0.9, 1, "open", {"torch": ""}),
+    (80, 0.9, 1, "open", {"torch": ""}),
 )
 
 
 def show(records: Records) -> Table:
     """A line a case, of the last commit that measured it."""
-    columns = ("batch", "pruned", "threads", "open", "ms", "nn.GRU ms", "faster", "asked", "loop ms", "faster", "asked")
+    columns = (
+        "batch",
+        "pruned",
+        "threads",
+        "d inputs",
+        "open",
+        "ms",
+        "nn.GRU ms",
+        "faster",
+        "asked",
+        "loop ms",
+        "faster",
+        "asked",
+    )
     table = Table(*columns, "operations", title=f"1350 units, 70 steps, 10 % active, 10 % support: {records.device}")
-    for batch, sparsity, threads, asked in CASES:
-        line = records.of({"batch": batch, "sparsity_asked": sparsity, "threads": threads})
+    for batch, sparsity, threads, inputs, asked in CASES:
+        case = {"batch": batch, "sparsity_asked": sparsity, "threads": threads, "input_gradient": inputs}
+        line = records.of(case)
         if line is None:
             continue
         cells = []
@@ -46,7 +64,14 @@ def show(records: Records) -> Table:
             each = line["against_each"].get(rival)
             cells += [f"{each['ms_per_iteration']:.0f}", f"{each['speedup']:.2f}"] if each else ["", ""]
             cells.append(f"{asked.get(rival, '')}")
-        head = (str(batch), f"{sparsity:.0%}", str(threads), f"{line['open']:.1%}", f"{line['ms_per_iteration']:.0f}")
+        head = (
+            str(batch),
+            f"{sparsity:.0%}",
+            str(threads),
+            inputs,
+            f"{line['open']:.1%}",
+            f"{line['ms_per_iteration']:.0f}",
+        )
         share = line["executed_per_iteration"] / line["dense_per_iteration"]
         table.add_row(*head, *cells, f"{line['executed_per_iteration']:.3g} ({share:.1%} of dense)")
     return table
@@ -64,11 +89,11 @@ def main(
         records.as_last()
     else:
         with progress() as report:
-            for done, (batch, sparsity, threads, rivals) in enumerate(CASES):
+            for done, (batch, sparsity, threads, inputs, rivals) in enumerate(CASES):
                 report("cases", done, len(CASES), f"batch {batch}, {sparsity:.0%} pruned, {threads} threads")
-                asked = {"commit": at, "batch": batch, "sparsity_asked": sparsity, "threads": threads}
-                if again or records.of(asked) is None:
-                    case = {"batch": batch, "sparsity": sparsity, "threads": threads, "repeats": repeats}
+                case = {"batch": batch, "threads": threads, "input_gradient": inputs}
+                if again or records.of(case | {"commit": at, "sparsity_asked": sparsity}) is None:
+                    case |= {"sparsity": sparsity, "repeats": repeats}
                     records.add(bench.training(**case, against=",".join(rivals)))
     console = Console(width=150)
     console.print(show(records))
