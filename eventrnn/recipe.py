@@ -153,7 +153,11 @@ class Recipe:
             tied=model.tied,
             threshold=0.0,
             cell=Cell(variant=model.variant, surrogate=model.surrogate),
-            metadata={"vocabulary": corpus.vocabulary.to_json(), "corpus": self.data.text},
+            metadata={
+                "vocabulary": corpus.vocabulary.to_json(),
+                "corpus": self.data.text,
+                "thresholds": training.thresholds,
+            },
         )
         layers = zip(network.layers, model.thresholds(rng), strict=True)
         network = replace(network, layers=tuple(replace(layer, threshold=drawn) for layer, drawn in layers))

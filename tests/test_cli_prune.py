@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -118,6 +119,17 @@ def test_narrow_storage_stays(prune, tmp_path, storage, tuning):
     assert {w.storage for w in load(out).matrices().values()} == {storage}
 
 
+@pytest.mark.parametrize(("kept", "given", "fixed"), [("fixed", (), 1), ("", (), 0), ("", ("fixed",), 1)])
+def test_thresholds_are_learned_as_before_or_as_asked(prune, tmp_path, kept, given, fixed):
+    before = load(tmp_path / "model.safetensors")
+    metadata = {**before.metadata, **({"thresholds": kept} if kept else {})}
+    save(replace(before, metadata=metadata), tmp_path / "model.safetensors", overwrite=True)
+    asked = ("--thresholds", *given) if given else ()
+    record(prune("--out", tmp_path / "new", *asked, *TUNING, "--json", "--text", tmp_path / "text.txt"))
+    after = load(tmp_path / "new")
+    assert np.array_equal(before.layers[0].threshold, after.layers[0].threshold) == bool(fixed)
+
+
 def test_a_picture_of_the_masks(prune, tmp_path):
     pytest.importorskip("matplotlib", reason="figures need matplotlib, the plots extra")
     code, _, err = prune("--out", tmp_path / "out.safetensors", "--picture", tmp_path / "masks.png")
@@ -197,6 +209,8 @@ def test_as_few_steps_as_the_message_asks_for(prune, tmp_path, method):
         (("--method", "regrow", "--sparsity", 0.5, *TUNING), "every: got 40, need less than 3"),
         (("--method", "dynamic", "--nm", "2:4", "--every", 4, *TUNING), "every: got 4, need less than 4"),
         (("--method", "movement", "--steps", 1), "steps: got 1"),
+        (("--thresholds", "sigmoid"), "steps: 0, so nothing is fine-tuned and thresholds mean nothing"),
+        (("--thresholds", "free", *TUNING), "thresholds: got 'free', need one of positive"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(prune, tmp_path, arguments, message):

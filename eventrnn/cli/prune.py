@@ -21,6 +21,7 @@ from eventrnn.pruning.magnitude import GATES, SCOPES, STATISTICS
 from eventrnn.pruning.nm import METHODS as MASKS
 from eventrnn.pruning.operations import check_budget
 from eventrnn.terminal import as_line, progress
+from eventrnn.training.thresholds import RULES, check_rule
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ WAYS = {
         "to a share of the measured operations", ("ops_budget",), ("block", "criterion"), None, reads=True
     ),
 }
-TUNING = ("learning_rate", "activity_cost", "batch", "window", "seed")
+TUNING = ("learning_rate", "activity_cost", "thresholds", "batch", "window", "seed")
 # Of the validation text, on which activity is measured and matrices are refitted: steps, and streams side by side.
 CALIBRATION = (512, 8)
 # The last step at which masks change, as a share of the steps.
@@ -102,6 +103,10 @@ def prune(
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of the training. [0.003]")] = None,
     activity_cost: Annotated[float | None, typer.Option(help="Of the training, as for train. [0]")] = None,
+    thresholds: Annotated[
+        str | None,
+        typer.Option(help=f"How they are learned: {', '.join(RULES)}. [as the model was trained, else {RULES[0]}]"),
+    ] = None,
     batch: Annotated[int | None, typer.Option(help="Of the training, as for train. [32]")] = None,
     window: Annotated[int | None, typer.Option(help="Of the training, as for train. [64]")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the training. [0]")] = None,
@@ -118,6 +123,7 @@ def prune(
     given = {name: value for name, value in locals().items() if value is not None}
     name = method or ("operations" if ops_budget is not None else "magnitude")
     way = _way(name, given, steps, text)
+    check_rule(given.get("thresholds", RULES[0]))
     if out is None and not dry_run:
         raise ValueError("out: got none; give a file to write, or --dry-run")
     if out is not None:
@@ -307,7 +313,8 @@ def _tuned(
     """Trained, in the formats and storages it came in; what the schedule pruned, in the pattern's."""
     from eventrnn.training import Settings, Trainer
 
-    tuning = {"steps": steps, "learning_rate": 3e-3} | {name: given[name] for name in TUNING if name in given}
+    tuning = {"steps": steps, "learning_rate": 3e-3, "thresholds": network.metadata.get("thresholds", RULES[0])}
+    tuning |= {name: given[name] for name in TUNING if name in given}
     trainer = Trainer(network, train, Settings(**tuning), pruning=schedule)
     trained = trainer.run(lambda p: report("pruning", p.step, steps, f"{p.bits:.3f} bits, {p.sparsity:.0%} pruned"))
     chosen = schedule.matrices(trainer.model.parameters) if schedule is not None else ()
