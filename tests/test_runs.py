@@ -133,7 +133,17 @@ class _Fatal:
         return Pieces()
 
 
-def _attempt(folder, at):
+def _pruned_while_training():
+    """What keeps state of its own from step to step: where weights move to, masks that wander, shadows of weights."""
+    return {
+        "nothing": None,
+        "movement": MovementPruning(0.6, (1, 1), 2, 20, every=3),
+        "dynamic": DynamicMasks(Blocks(0.5, (1, 1)), 0, 20, every=4),
+        "regrown": RegrownMasks(0.5, (1, 1), 0, 20, every=4),
+    }
+
+
+def _attempt(folder, at, pruning=None):
     """A process that continues the run and dies at a moment; whether it came to the end instead."""
     with warnings.catch_warnings():
         # The child touches none of the threads that are not in it.
@@ -143,7 +153,7 @@ def _attempt(folder, at):
         code = 1
         try:
             with pytest.MonkeyPatch.context() as patch:
-                trainer = _trainer()
+                trainer = _trainer(pruning=pruning)
                 _Fatal(at, patch, trainer)
                 run(trainer, folder, resume=True, checkpoint_seconds=0, log_every=4)
             code = 0
@@ -154,17 +164,21 @@ def _attempt(folder, at):
     return not os.WIFSIGNALED(status)
 
 
-def test_twenty_kills_at_random_moments_and_during_saves_change_no_bit(tmp_path):
-    straight = _trainer()
+@pytest.mark.parametrize("way", _pruned_while_training())
+def test_twenty_kills_at_random_moments_and_during_saves_change_no_bit(tmp_path, way):
+    def pruning():
+        return _pruned_while_training()[way]
+
+    straight = _trainer(pruning=pruning())
     run(straight, tmp_path / "straight", checkpoint_seconds=0, log_every=4)
     rng, kills, folder = np.random.default_rng(7), 0, tmp_path / "killed"
     while kills < 20:
-        if _attempt(folder, int(rng.integers(1, 25))):
+        if _attempt(folder, int(rng.integers(1, 25)), pruning()):
             break
         kills += 1
     assert kills == 20, "the run came to its end before it was killed often enough"
-    assert _attempt(folder, 1_000_000)
-    ended = _trainer()
+    assert _attempt(folder, 1_000_000, pruning())
+    ended = _trainer(pruning=pruning())
     load_checkpoint(ended, folder / "checkpoint.safetensors")
     assert _bits(ended) == _bits(straight)
     lines = [[{k: v for k, v in line.items() if k != "seconds"} for line in read_log(tmp_path / name)]
@@ -222,19 +236,23 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     assert content == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
+@pytest.mark.parametrize("way", _pruned_while_training())
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_asked_to_stop_it_ends_the_update_saves_and_goes_on_later(tmp_path, number):
+def test_asked_to_stop_it_ends_the_update_saves_and_goes_on_later(tmp_path, number, way):
     def interrupt(progress, seconds):
         if progress.step == 11:
             os.kill(os.getpid(), number)
 
+    def start():
+        return _trainer(pruning=_pruned_while_training()[way])
+
     handler = signal.getsignal(number)
-    straight, stopped = _trainer(), _trainer()
+    straight, stopped = start(), start()
     straight.run()
     with pytest.raises(Stopped, match="after step 11, saved"):
         run(stopped, tmp_path, report=interrupt)
     assert signal.getsignal(number) is handler
-    again = _trainer()
+    again = start()
     run(again, tmp_path, resume=True)
     assert _bits(again) == _bits(straight)
 
