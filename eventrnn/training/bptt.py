@@ -259,7 +259,7 @@ class Model:
             )
         d_x = _scaled(d_x, noise.inputs) if asked else d_x
         if d_inputs is not False:
-            gradients["inputs"] = d_x if some is None else np.where(some, d_x, F32(0))
+            gradients["inputs"] = d_x
         if tape.symbols is not None:
             if noise.words is not None:
                 d_x = d_x * noise.words[tape.symbols][:, :, None]

@@ -83,5 +83,8 @@ class _Engine(LayerEngine):
         }
         for name in ("w_in", "w_rec"):
             gradients[name] = self._masked(name, gradients[name], stored)
-        d_x = None if wanted is None else (flat_in @ p["w_in"].T).reshape(steps, batch, -1)
+        d_x = None
+        if wanted is not None:
+            d_x = (flat_in @ p["w_in"].T).reshape(steps, batch, -1)
+            wanted.zero_elsewhere(d_x)
         return Adjoint(gradients, d_x)

@@ -11,6 +11,10 @@ import numpy as np
 from eventrnn import cells
 from eventrnn.jit import compiled
 from eventrnn.simd import LANES, bits, load, lowest_bit, store
+from eventrnn.training.vectors import everywhere, sum_lanes
+
+# Ones that a float32 lane adds up before all lanes do; sixteen times as many are still exact.
+MOST_COUNTED = 1 << 20
 
 # --- forward: one sample, units `low` to `high`; s is where the sample begins in (B, N) arrays -----------------
 
@@ -248,6 +252,23 @@ def count_open(part, parts, kind, dampening, support, threshold, v, first, last,
         for i in range(whole, high):
             slope = cells.surrogate_slope(kind, v[b * n + i] - threshold[i], dampening, support)
             counts_out[i] += v[b * n + i] > threshold[i] or slope != 0
+
+
+@compiled
+def count_sent(part, parts, x, counts_out):
+    """How many numbers of a thread's share of x are not zero; counts_out (parts,)."""
+    vectors = len(x) // LANES
+    low, high, sent = vectors * part // parts * LANES, vectors * (part + 1) // parts * LANES, everywhere(cells.ZERO)
+    count = 0
+    for first in range(low, high, MOST_COUNTED * LANES):
+        for i in range(first, min(high, first + MOST_COUNTED * LANES), LANES):
+            sent = sent + cells.select(load(x, i) != cells.ZERO, cells.ONE, cells.ZERO)
+        count += np.int64(sum_lanes(sent))
+        sent = everywhere(cells.ZERO)
+    if part == parts - 1:
+        for i in range(vectors * LANES, len(x)):
+            count += x[i] != 0
+    counts_out[part] = count
 
 
 # --- a step of all units, for products by BLAS ---------------------------------------------------------------

@@ -60,12 +60,6 @@ class Arrived:
     share: float
     lists: list[tuple[np.ndarray, ...]] = field(default_factory=list)
 
-    @classmethod
-    def of(cls, x: np.ndarray, gated: np.ndarray | None) -> Arrived:
-        flat = np.ascontiguousarray(x).reshape(-1)
-        share = np.count_nonzero(flat) / max(1, flat.size)
-        return cls((flat,) if gated is None else (flat, gated), share)
-
 
 @dataclass
 class Adjoint:
@@ -78,11 +72,13 @@ class Adjoint:
 @dataclass(frozen=True)
 class Paths:
     """Where the gradient of what a layer received has a use: everywhere, or, given v of who sent it, where it fired or
-    has a slope. Flat v (rows of units); `rule` is a surrogate's code, dampening and support."""
+    has a slope. Flat v (rows of units); `rule` is a surrogate's code, dampening and support; with `zeroed` it is zero
+    elsewhere, where it may else be anything."""
 
     v: np.ndarray | None = None
     threshold: np.ndarray = field(default_factory=lambda: np.zeros(0, F32))
     rule: tuple = (0, F32(0), F32(1))
+    zeroed: bool = False
 
     @classmethod
     def of_layer(cls, tape: LayerTape, cell: Cell) -> Paths:
@@ -93,7 +89,12 @@ class Paths:
     @classmethod
     def of_mask(cls, mask: np.ndarray) -> Paths:
         """Where a mask (T, B, I) is True."""
-        return cls(mask.astype(F32).reshape(-1), np.zeros(mask.shape[2], F32))
+        return cls(mask.astype(F32).reshape(-1), np.zeros(mask.shape[2], F32), zeroed=True)
+
+    def zero_elsewhere(self, d_x: np.ndarray) -> None:
+        """Of a gradient of everything, if that was asked for."""
+        if self.zeroed and self.v is not None:
+            d_x[self.v.reshape(d_x.shape) == 0] = 0
 
 
 class LayerEngine:
@@ -111,7 +112,7 @@ class LayerEngine:
     def pattern(self, name: str, shape: tuple[int, int], mask: np.ndarray | None) -> Pattern:
         """Of the mask of now; made again only when it has changed."""
         before = self.masks.get(name)
-        same = before is None if mask is None else before is not None and np.array_equal(mask, before)
+        same = before is None if mask is None else before is not None and _same(mask, before)
         if name not in self.patterns or not same:
             self.masks[name] = None if mask is None else mask.copy()
             n = shape[1] // 3
@@ -173,7 +174,7 @@ class LayerEngine:
     def _input_drives(self, p: dict, x: np.ndarray, drive: np.ndarray, pitch: int) -> None:
         w, rows, (n_pre, columns) = p["w_in"], x.shape[0] * x.shape[1], p["w_in"].shape
         pattern, flat = self.patterns["w_in"], np.ascontiguousarray(x).reshape(-1)
-        if not self._sparse(pattern, np.count_nonzero(flat) / max(1, flat.size), DRIVES_UP_TO):
+        if not self._sparse(pattern, self._share_sent(flat), DRIVES_UP_TO):
             out = drive[: rows * pitch].reshape(rows, pitch)[:, :columns]
             self.team.multiply(flat.reshape(rows, n_pre), w, out)
             out += p["bias_in"]
@@ -199,6 +200,12 @@ class LayerEngine:
     def _row_scratch(self, m_rows: int, c_rows: int) -> tuple[np.ndarray, ...]:
         take, parts = self.arena.take, self.team.threads
         return tuple(take(parts, size) for size in (products.TILE_ROWS * STRIP, m_rows * LANES, c_rows * LANES))
+
+    def _share_sent(self, flat: np.ndarray) -> float:
+        """Share of numbers that are not zero."""
+        counts = np.empty(self.team.threads, np.int64)
+        self.team.run(kernels.count_sent, flat, counts)
+        return counts.sum() / max(1, flat.size)
 
     def _sparse(self, pattern: Pattern, share: float, limit: float) -> bool:
         if self.mode != "auto":
@@ -237,7 +244,7 @@ class LayerEngine:
     ) -> Adjoint:
         """Gradients from d_y (T, B, N), which is overwritten, and d_cell of v.
 
-        wanted : where the gradient of the input is, nowhere for None; elsewhere it may be anything
+        wanted : where the gradient of the input is, nowhere for None
         stored : gradients of pruned matrices as their kept entries only, in the order of `matrix[mask]`
         """
         steps, batch, n = tape.v.shape
@@ -271,9 +278,10 @@ class LayerEngine:
             self._dense_back(tape, head, arrays, d_cell_flat, flat_y, d_c, d_in, d_rec, pitch, d_threshold, d_bias)
         tape.support = open_share
         gated = tape.q.reshape(-1) if self.paper else None
+        x, y = np.ascontiguousarray(tape.x).reshape(-1), tape.y[:-1].reshape(-1)
         arrived = {
-            "w_in": Arrived.of(tape.x, None),
-            "w_rec": Arrived.of(tape.y[:-1], gated),
+            "w_in": Arrived((x,), self._share_sent(x)),
+            "w_rec": Arrived((y,) if gated is None else (y, gated), self._share_sent(y)),
         }
         self._list(arrived, rows)
         gradients = {
@@ -435,6 +443,7 @@ class LayerEngine:
             flat = d_in[: rows * pitch].reshape(rows, pitch)[:, :columns]
             out = self.arena.take(steps, batch, n_pre)
             self.team.multiply(flat, w.T, out.reshape(rows, n_pre))
+            wanted.zero_elsewhere(out)
             return out
         weights, stored_columns = self._stored(pattern, w)
         d_x, made, take = self.arena.take(steps, batch, n_pre), np.zeros(n_pre, np.int64), self.arena.take
@@ -446,6 +455,13 @@ class LayerEngine:
         )  # fmt: skip
         work.dots, work.dots_stored = made, pattern.stored_out()
         return d_x
+
+
+def _same(mask: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two masks are equal, eight entries at a time where that can be."""
+    if mask.shape == other.shape and mask.flags.c_contiguous and other.flags.c_contiguous and mask.size % 8 == 0:
+        mask, other = mask.reshape(-1).view(np.int64), other.reshape(-1).view(np.int64)
+    return np.array_equal(mask, other)
 
 
 def _pitch(n: int) -> int:
