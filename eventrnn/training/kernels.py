@@ -10,7 +10,7 @@ import numpy as np
 
 from eventrnn import cells
 from eventrnn.jit import compiled
-from eventrnn.simd import LANES, bits, load, lowest_bit, store
+from eventrnn.simd import LANES, load, store
 from eventrnn.training.vectors import everywhere, sum_lanes
 
 # Ones that a float32 lane adds up before all lanes do; sixteen times as many are still exact.
@@ -235,7 +235,8 @@ def reset_gate_adjoint(n, low, high, r, s, y, before, d_sent, at, d_in_out, d, d
 
 @compiled
 def count_open(part, parts, kind, dampening, support, threshold, v, first, last, n, counts_out):
-    """In how many rows `first` to `last` of v (rows, N) each unit fired or has a slope: a thread's units."""
+    """In how many rows `first` to `last` of v (rows, N) each unit fired or has a slope, exact up to 2^24: a thread's
+    units. float32, so that sixteen are counted at once."""
     vectors = -(-n // LANES)
     low, high = min(n, vectors * part // parts * LANES), min(n, vectors * (part + 1) // parts * LANES)
     counts_out[low:high] = 0
@@ -245,13 +246,11 @@ def count_open(part, parts, kind, dampening, support, threshold, v, first, last,
             value, theta = load(v, b * n + i), load(threshold, i)
             slope = cells.surrogate_slope(kind, value - theta, dampening, support)
             event = cells.select(value > theta, cells.ONE, cells.ZERO)
-            chosen = bits(event + cells.absolute(slope) != cells.ZERO)
-            while chosen != 0:
-                counts_out[i + lowest_bit(chosen)] += 1
-                chosen &= chosen - 1
+            found = cells.select(event + cells.absolute(slope) != cells.ZERO, cells.ONE, cells.ZERO)
+            store(counts_out, i, load(counts_out, i) + found)
         for i in range(whole, high):
             slope = cells.surrogate_slope(kind, v[b * n + i] - threshold[i], dampening, support)
-            counts_out[i] += v[b * n + i] > threshold[i] or slope != 0
+            counts_out[i] += cells.ONE if v[b * n + i] > threshold[i] or slope != 0 else cells.ZERO
 
 
 @compiled

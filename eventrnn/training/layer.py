@@ -298,9 +298,9 @@ class LayerEngine:
 
     def _open(self, head: tuple, v: np.ndarray, first: int, last: int, n: int) -> np.ndarray:
         """Of rows `first` to `last` of v, how often each unit fired or has a slope."""
-        counts = np.empty(n, np.int64)
+        counts = np.empty(n, F32)
         self.team.run(kernels.count_open, *head, v, first, last, n, counts)
-        return counts
+        return counts.astype(np.int64)
 
     def _sparse_back(
         self, tape, head, arrays, d_cell, d_y, d_c, d_in, d_rec, pitch, d_threshold, d_bias
@@ -458,10 +458,14 @@ class LayerEngine:
 
 
 def _same(mask: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two masks are equal, eight entries at a time where that can be."""
-    if mask.shape == other.shape and mask.flags.c_contiguous and other.flags.c_contiguous and mask.size % 8 == 0:
-        mask, other = mask.reshape(-1).view(np.int64), other.reshape(-1).view(np.int64)
-    return np.array_equal(mask, other)
+    """Whether two masks are equal, compared eight entries at a time."""
+    if mask.shape != other.shape:
+        return False
+    mask, other = mask.reshape(-1), other.reshape(-1)
+    whole = mask.size // 8 * 8
+    return np.array_equal(mask[:whole].view(np.int64), other[:whole].view(np.int64)) and np.array_equal(
+        mask[whole:], other[whole:]
+    )
 
 
 def _pitch(n: int) -> int:
