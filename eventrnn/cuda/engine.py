@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,58 +10,22 @@ import numpy as np
 from eventrnn.backend import Feed, FireCounts, State, Trace
 from eventrnn.cuda import tables as k
 from eventrnn.cuda.cluster import cluster_kernel
-from eventrnn.cuda.device import Device, current_device
+from eventrnn.cuda.cluster_plan import CLUSTER_SIZES, ClusterShape, cluster_plan
+from eventrnn.cuda.device import current_device
 from eventrnn.cuda.kernels import NOT_YET, layers_kernel
-from eventrnn.cuda.packing import Reached, Strips, check_format, pack, per_strip
-from eventrnn.cuda.plan import (
-    CLUSTER_SIZES,
-    MOST_REACHED,
-    Chip,
-    LayerShape,
-    Plan,
-    blocks_from,
-    cluster_plan,
-    plan,
-    tile_width,
-)
-from eventrnn.cuda.products import compact_kernel, products_kernel, reached_products_kernel, tally_kernel
+from eventrnn.cuda.matrices import Matrix
+from eventrnn.cuda.packing import check_format, per_strip
+from eventrnn.cuda.plan import Chip, LayerShape, Plan, blocks_from, plan, tile_width
+from eventrnn.cuda.products import compact_kernel, tally_kernel
 from eventrnn.cuda.single import single_kernel
 from eventrnn.cuda.tables import LANES
-from eventrnn.weights import Dense, Weights
+from eventrnn.weights import Dense
 
 if TYPE_CHECKING:
     from eventrnn.network import Network
 
 # What the record of a run may take at a time; longer runs go through in pieces.
 RECORD_BYTES = 1 << 28
-# Warps of a block of products; masked strips take little shared memory, and many warps hide what each waits for.
-DENSE_WARPS, MASKED_WARPS = 16, 32
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """Strips on the device."""
-
-    strips: Strips
-    values: Any
-    table: Any
-    starts: Any
-    bias: Any
-    reached: Reached | None = None
-    units: Any = None
-    rows: Any = None
-    firsts: Any = None
-
-    @classmethod
-    def of(cls, device: Device, weights: Weights, bias: np.ndarray, gates: int, width: int) -> Matrix:
-        strips = pack(weights, gates, width)
-        arrays = (strips.values, strips.table, strips.starts, per_strip(bias, gates, width))
-        values, table, starts, biases = map(device.put, arrays)
-        if strips.kind == k.DENSE or (strips.table[:, :, 0] != 0).mean() > MOST_REACHED:
-            return cls(strips, values, table, starts, biases)
-        reached = Reached.of(strips)
-        units, rows, firsts = map(device.put, (reached.units, reached.rows, reached.firsts))
-        return cls(strips, values, table, starts, biases, reached, units, rows, firsts)
 
 
 class CudaEngine:
@@ -93,12 +56,12 @@ class CudaEngine:
             share = self.chip.multiprocessors // next(len(each) for each in self.launches if number in each)
             inside = (layer.w_rec, layer.w_in) if number else (layer.w_rec,)
             width = tile_width(layer.units, share, any(isinstance(w, Dense) for w in inside))
-            self.w_rec.append(Matrix.of(device, layer.w_rec, layer.bias_rec, 3, width))
-            self.w_in.append(Matrix.of(device, layer.w_in, layer.bias_in, 3, width if number else LANES))
+            self.w_rec.append(Matrix(device, layer.w_rec, layer.bias_rec, 3, width))
+            self.w_in.append(Matrix(device, layer.w_in, layer.bias_in, 3, width))
             self.thresholds.append(device.put(per_strip(layer.threshold, 1, width)))
         self.readout = None
         if network.readout is not None:
-            self.readout = Matrix.of(device, network.readout.weights, network.readout.bias, 1, LANES)
+            self.readout = Matrix(device, network.readout.weights, network.readout.bias, 1, LANES)
         self.faults = device.put(np.zeros(1, np.int32))
         self.feed_arrays: tuple[np.ndarray, Any] | None = None
 
@@ -106,22 +69,31 @@ class CudaEngine:
         if batch not in self.plans:
             found = []
             for layers in self.launches:
-                shapes = [
-                    LayerShape(
-                        self.units[n],
-                        self.network.layers[n].inputs,
-                        self.w_in[n].strips if n else None,
-                        self.w_rec[n].strips,
-                        self.w_in[n].reached if n else None,
-                        self.w_rec[n].reached,
-                    )
-                    for n in layers
-                ]
-                paper = self.network.layers[layers.start].cell.variant == "paper"
-                clustered = None if paper else cluster_plan(shapes, batch, self.chip)
-                found.append(clustered or plan(shapes, batch, self.chip))
+                clustered = self._cluster_plan(layers, batch)
+                if clustered is None:
+                    shapes = [
+                        LayerShape(
+                            self.units[n],
+                            self.network.layers[n].inputs,
+                            self.w_in[n].strips if n else None,
+                            self.w_rec[n].strips,
+                        )
+                        for n in layers
+                    ]
+                    clustered = plan(shapes, batch, self.chip)
+                found.append(clustered)
             self.plans[batch] = found
         return self.plans[batch]
+
+    def _cluster_plan(self, layers: range, batch: int) -> Plan | None:
+        matrices = [self.w_rec[n] for n in layers] + [self.w_in[n] for n in layers if n]
+        paper = self.network.layers[layers.start].cell.variant == "paper"
+        if paper or not any(self.chip.clusters.values()) or not all(each.sparse for each in matrices):
+            return None
+        shapes = [
+            ClusterShape(self.units[n], self.w_in[n].columns if n else None, self.w_rec[n].columns) for n in layers
+        ]
+        return cluster_plan(shapes, batch, self.chip)
 
     def stepper(self, state: State) -> None:
         """Single steps are runs."""
@@ -139,7 +111,7 @@ class CudaEngine:
         cells = [device.put(np.asarray(c, np.float32)) for c in state.cells]
         outputs = [device.put(np.asarray(y, np.float32)) for y in state.outputs]
         counts = [device.put(np.zeros((2, n), np.int64)) for n in self.units]
-        size = self.units[-1] if self.readout is None else self.readout.strips.shape[2]
+        size = self.units[-1] if self.readout is None else self.readout.weights.shape[1]
         output = np.empty((feed.steps, batch, size), np.float32)
         wanted = range(len(self.units))
         events = [np.empty((feed.steps, batch, self.units[n]), np.float32) for n in wanted] if record_events else []
@@ -179,12 +151,17 @@ class CudaEngine:
         """By matrix, how its weights lie and where they are read from."""
         found = {}
         for layers, each in zip(self.launches, self._plans(batch), strict=True):
-            for n, laid in zip(layers, each.layers, strict=True):
-                found[f"layers.{n}.w_rec"] = _described(self.w_rec[n].strips, bool(laid.way_rec & k.RESIDENT))
-                inside = bool(laid.way_in & k.RESIDENT) if n else self._room(self.w_in[0])[0]
-                found[f"layers.{n}.w_in"] = _described(self.w_in[n].strips, inside)
+            parts = _parts(layers) if each.cluster else [(n, False) for n in layers]
+            for (n, feeds), laid in zip(parts, each.layers, strict=True):
+                kind = "rows" if each.cluster else ("dense", "masked", "runs")[self.w_rec[n].strips.kind]
+                if not feeds:
+                    found[f"layers.{n}.w_rec"] = self.w_rec[n].described(bool(laid.way_rec & k.RESIDENT), kind)
+                if n == 0:
+                    found["layers.0.w_in"] = self.w_in[0].described(self.w_in[0].room[0])
+                elif feeds or not each.cluster:
+                    found[f"layers.{n}.w_in"] = self.w_in[n].described(bool(laid.way_in & k.RESIDENT), kind)
         if self.readout is not None:
-            found["readout"] = _described(self.readout.strips, self._room(self.readout)[0])
+            found["readout"] = self.readout.described(self.readout.room[0])
         return found
 
     def on_device(self, feed: Feed, state: State) -> Callable[[], None]:
@@ -214,9 +191,10 @@ class CudaEngine:
             _pitch(n) * (1 + (layer.cell.variant == "paper"))
             for n, layer in zip(self.units, self.network.layers, strict=True)
         )
-        row += 3 * self.units[0] + (sum(self.units) if record_states else 0)
+        # Drives of the first layer, and of all where feeders leave them.
+        row += 3 * sum(self.units) + (sum(self.units) if record_states else 0)
         if self.readout is not None:
-            row += 2 * (_pitch(self.units[-1]) + LANES) + self.readout.strips.shape[2]
+            row += 2 * (_pitch(self.units[-1]) + LANES) + self.readout.weights.shape[1]
         return max(1, RECORD_BYTES // (4 * row * batch))
 
     def _feed_table(self, feed: Feed) -> tuple[Any, Any, Any]:
@@ -235,8 +213,8 @@ class CudaEngine:
     def _piece(self, feed: Feed, table, cells, outputs, record_states: bool) -> tuple[list[Any], list[Any]]:
         """Some steps: the record of each layer, (steps + 1, batch, pitch), and its cells where asked for."""
         device, batch = self.device, feed.batch
-        drive = self._products(self.w_in[0], table, feed.steps * batch, device.put(feed.row_of.astype(np.int64)))
-        records, gated, after = [], [], []
+        drive = self.w_in[0].products(table, feed.steps * batch, device.put(feed.row_of.astype(np.int64)))
+        records, gated, after, kept = [], [], [], []
         for n, layer in enumerate(self.network.layers):
             units, shape = self.units[n], (feed.steps + 1, batch, _pitch(self.units[n]))
             record = device.empty(shape, np.float32)
@@ -250,31 +228,40 @@ class CudaEngine:
                 gated.append(None)
             after.append(device.empty((feed.steps, batch, units), np.float32) if record_states else None)
         for layers, each in zip(self.launches, self._plans(batch), strict=True):
-            rows = np.zeros((len(layers), k.LAYER_FIELDS), np.int64)
-            for row, n in enumerate(layers):
+            parts = _parts(layers) if each.cluster else [(n, False) for n in layers]
+            rows, drives = np.zeros((len(parts), k.LAYER_FIELDS), np.int64), drive
+            for row, (n, feeds) in enumerate(parts):
                 w_in, w_rec, way = self.w_in[n], self.w_rec[n], each.layers[row]
-                below = records[n - 1][1:] if n else None
+                below = records[n - 1][1:] if n and (feeds or not each.cluster) else None
+                if feeds:
+                    drives = device.empty((feed.steps * batch, 3 * self.units[n]), np.float32)
+                    drives.view(np.int32).fill(int(NOT_YET))
+                    kept.append(drives)
                 fields = {
-                    k.UNITS: self.units[n], k.INPUTS: self.network.layers[n].inputs, k.WIDTH: w_rec.strips.width,
+                    k.UNITS: self.units[n], k.INPUTS: self.network.layers[n].inputs, k.WIDTH: w_rec.width,
                     k.PITCH: _pitch(self.units[n]),
                     k.X: 0 if below is None else below.data.ptr, k.X_PITCH: 0 if n == 0 else _pitch(self.units[n - 1]),
-                    k.DRIVE: drive.data.ptr, k.RECORD: records[n].data.ptr,
+                    k.DRIVE: drives.data.ptr, k.RECORD: records[n].data.ptr,
                     k.GATED: 0 if gated[n] is None else gated[n].data.ptr,
                     k.CELLS: cells[n].data.ptr, k.STATES: 0 if after[n] is None else after[n].data.ptr,
                     k.THRESHOLD: self.thresholds[n].data.ptr,
-                    # Of the first layer nobody reads it.
-                    k.BIAS_IN: (w_in if n else w_rec).bias.data.ptr, k.BIAS_REC: w_rec.bias.data.ptr,
-                    k.IN_WAY: way.way_in, k.IN_VALUES: w_in.values.data.ptr, k.IN_TABLE: w_in.table.data.ptr,
-                    k.IN_STARTS: w_in.starts.data.ptr,
-                    k.REC_WAY: way.way_rec, k.REC_VALUES: w_rec.values.data.ptr, k.REC_TABLE: w_rec.table.data.ptr,
-                    k.REC_STARTS: w_rec.starts.data.ptr,
                 }  # fmt: skip
                 if each.cluster:
-                    fields |= {k.REC_UNITS: w_rec.units.data.ptr, k.REC_ROWS: w_rec.rows.data.ptr}
-                    fields[k.REC_FIRSTS] = w_rec.firsts.data.ptr
-                if each.cluster and n:
-                    fields |= {k.IN_UNITS: w_in.units.data.ptr, k.IN_ROWS: w_in.rows.data.ptr}
-                    fields[k.IN_FIRSTS] = w_in.firsts.data.ptr
+                    matrix = w_in if feeds else w_rec
+                    fields |= {
+                        k.UNITS_OF: matrix.units.data.ptr, k.ROWS_OF: matrix.rows.data.ptr,
+                        k.FIRSTS_OF: matrix.firsts.data.ptr, k.ROWS_BIAS: matrix.column_bias.data.ptr,
+                    }  # fmt: skip
+                else:
+                    # The input of the first layer nobody reads.
+                    inside = w_in if n else w_rec
+                    fields |= {
+                        k.BIAS_IN: inside.bias.data.ptr, k.BIAS_REC: w_rec.bias.data.ptr,
+                        k.IN_WAY: way.way_in, k.IN_VALUES: inside.values.data.ptr,
+                        k.IN_TABLE: inside.table.data.ptr, k.IN_STARTS: inside.starts.data.ptr,
+                        k.REC_WAY: way.way_rec, k.REC_VALUES: w_rec.values.data.ptr,
+                        k.REC_TABLE: w_rec.table.data.ptr, k.REC_STARTS: w_rec.starts.data.ptr,
+                    }  # fmt: skip
                 for field, value in fields.items():
                     rows[row, field] = value
             self._launch(each, device.put(rows), layers, feed.steps, batch)
@@ -284,8 +271,8 @@ class CudaEngine:
         device, threads = self.device, 32 * each.warps
         variant = self.network.layers[layers.start].cell.variant
         if each.cluster:
-            laid = each.layers[-1]
-            arguments = (laid.way_rec, laid.way_in, each.cluster, each.lookups)
+            # Of several layers, the last two parts are a feeder and the layer it feeds.
+            arguments = (each.layers[-1].way_rec, each.layers[-2:][0].way_in, each.cluster, *each.rounds)
             kernel = device.kernel(("cluster", *arguments), lambda: cluster_kernel(*arguments), threads)
         else:
             make = single_kernel if each.single else layers_kernel
@@ -300,50 +287,6 @@ class CudaEngine:
                 kernel, count, threads, rows.data.ptr, blocks.data.ptr, self.faults.data.ptr, steps, batch,
                 shared=each.shared, together=True, cluster=each.cluster,
             )  # fmt: skip
-
-    def _products(self, matrix: Matrix, table, rows: int, row_of=None):
-        """Drives of independent rows of events, (rows, gates * units)."""
-        device, strips = self.device, matrix.strips
-        n_pre, gates, units = strips.shape
-        firsts, counts, lists = table
-        out = device.empty((rows, gates * units), np.float32)
-        if rows == 0:
-            return out
-        resident, shared, warps = self._room(matrix)
-        resident = resident and rows >= warps
-        count = strips.tiles * gates
-        splits = max(1, min(-(-rows // warps), device.multiprocessors // count))
-        # How a row came about makes no difference.
-        kind = strips.kind if matrix.reached is None else k.MASKED
-        way = k.way(kind, strips.values.dtype == np.uint16, resident)
-        if matrix.reached is None:
-            make = products_kernel
-            weights = (matrix.values, matrix.table, matrix.starts)
-            last = (strips.one_strip_bytes()[1],)
-        else:
-            make, weights, last = reached_products_kernel, (matrix.units, matrix.rows, matrix.firsts), ()
-        kernel = device.kernel((make.__name__, way, gates), lambda: make(way, gates), 32 * warps)
-        device.launch(
-            kernel, count * splits, 32 * warps,
-            *(each.data.ptr for each in weights), matrix.bias.data.ptr,
-            n_pre, units, strips.width, firsts.data.ptr, counts.data.ptr, lists.data.ptr,
-            0 if row_of is None else row_of.data.ptr, rows, splits, out.data.ptr, *last,
-            shared=shared[resident],
-        )  # fmt: skip
-        return out
-
-    def _room(self, matrix: Matrix) -> tuple[bool, tuple[int, int], int]:
-        """Whether one strip fits in shared memory, for many rows of products; bytes without it and with it; warps."""
-        strips, reached = matrix.strips, matrix.reached
-        if reached is None:
-            warps = DENSE_WARPS if strips.kind == k.DENSE else MASKED_WARPS
-            least = k.HIT_BYTES * warps
-            most = least + sum(strips.one_strip_bytes())
-        else:
-            warps = MASKED_WARPS
-            least = k.CLUSTER_HIT_BYTES * warps + -(-4 * strips.shape[0] // 16) * 16
-            most = least + LANES * strips.values.itemsize * int(np.diff(reached.firsts).max())
-        return most <= self.device.shared_bytes, (least, most), warps
 
     def _read_out(self, record, feed: Feed):
         """(steps, batch, V or N) on the device."""
@@ -362,7 +305,7 @@ class CudaEngine:
             kernel, -(-rows // 8), 256, record[1:].data.ptr, pitch, n, rows, *(each.data.ptr for each in table),
             capacity,
         )  # fmt: skip
-        return self._products(self.readout, table, rows).reshape(steps, batch, -1)
+        return self.readout.products(table, rows).reshape(steps, batch, -1)
 
     def _tally(self, record, rows: int, n: int, counts) -> None:
         kernel = self.device.kernel(("tally",), tally_kernel, 128)
@@ -394,7 +337,6 @@ def _launches(network: Network, most: int) -> list[range]:
     return launches
 
 
-def _described(strips: Strips, resident: bool) -> str:
-    kind = ("dense", "masked", "runs")[strips.kind]
-    storage = "bfloat16" if strips.values.dtype == np.uint16 else "float32"
-    return f"{kind} {storage} in {'shared memory' if resident else 'L2'}"
+def _parts(layers: range) -> list[tuple[int, bool]]:
+    """What a launch of clusters consists of, in the order of its plan: which layer, and whether its feeder."""
+    return [(n, feeds) for n in layers for feeds in (True, False) if n or not feeds]

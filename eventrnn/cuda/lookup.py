@@ -1,7 +1,8 @@
 """One strip times what its units sent, by looking up each of them. For strips that few units reach.
 
-A strip has a table of the units that reach it and a row of 32 weights for each. A warp looks up 32 units at a time,
-puts down those that sent, in order, and walks them, a lane an output: acc + weight * value, one FMA a term.
+A strip has a table of the units that reach it and a row of 32 weights for each. A lane looks up a few neighbouring
+units, all lanes together a lot of them; those that sent are put down, in order, and walked, a lane an output:
+acc + weight * value, one FMA a term.
 """
 
 from __future__ import annotations
@@ -23,98 +24,29 @@ from eventrnn.cuda.ptx import (
     store_shared2,
     store_shared_pair,
 )
-from eventrnn.cuda.tables import CLUSTER_HELD, HIT_SIZE, LANES, LIST_PAD, LOOKED, NARROW, RESIDENT
+from eventrnn.cuda.tables import HIT_SIZE, LANES, LIST_PAD, LISTED, MOST_LOOKED, NARROW, RESIDENT
 from eventrnn.cuda.walks import ALL, count_bits
 
-
-@device_function
-def offset_at(units_at, at, last, beyond):
-    """Where a unit of the table is in a row; `beyond` where the table has ended."""
-    offset = int32(beyond)
-    if at <= last:
-        offset = load_shared(int32(units_at + 4 * at))
-    return offset
+assert MOST_LOOKED == 7, "lanes count what they found in three bits"
 
 
 @device_function
-def offsets4(units_at, at, last, beyond):
-    """Of this lane's next four."""
-    return (
-        offset_at(units_at, at, last, beyond), offset_at(units_at, int32(at + 32), last, beyond),
-        offset_at(units_at, int32(at + 64), last, beyond), offset_at(units_at, int32(at + 96), last, beyond),
-    )  # fmt: skip
+def places(found, below):
+    """Where a lane's hits begin among the warp's, and how many there are in all, from how many each lane found."""
+    # Three ballots for all of a lane's units: counting bits is slow, four lanes a cycle.
+    ones, twos = cuda.ballot_sync(ALL, (found & 1) != 0), cuda.ballot_sync(ALL, (found & 2) != 0)
+    fours = cuda.ballot_sync(ALL, (found & 4) != 0)
+    before = int32(count_bits(ones & below) + 2 * count_bits(twos & below) + 4 * count_bits(fours & below))
+    return before, int32(count_bits(ones) + 2 * count_bits(twos) + 4 * count_bits(fours))
 
 
 @device_function
-def value_of(word, at, last):
-    """An output, zero beyond the table's end."""
-    value = libdevice.int_as_float(word)
-    if at > last:
-        value = np.float32(0)
-    return value
-
-
-@device_function
-def values4(words, at, last):
-    """Of four outputs as they were loaded."""
-    return (
-        value_of(words[0], at, last), value_of(words[1], int32(at + 32), last),
-        value_of(words[2], int32(at + 64), last), value_of(words[3], int32(at + 96), last),
-    )  # fmt: skip
-
-
-@device_function
-def sent(row_at, offset):
-    """One output, from this block's memory."""
-    return load_shared_float(int32(row_at + offset))
-
-
-@device_function
-def fetch_shared(row_at, o, at, last, patience):
-    """What four units sent; all there, and a zero beyond the units."""
-    return (sent(row_at, o[0]), sent(row_at, o[1]), sent(row_at, o[2]), sent(row_at, o[3])), True
-
-
-@device_function
-def fetch_record(row_at, o, at, last, patience):
-    """The same from a record, looked for until it is there."""
-    tries = int32(0)
-    while True:
-        a, b = load_relaxed(row_at + o[0]), load_relaxed(row_at + o[1])
-        c, d = load_relaxed(row_at + o[2]), load_relaxed(row_at + o[3])
-        here = a != NOT_YET and b != NOT_YET and c != NOT_YET and d != NOT_YET
-        tries = int32(tries + 1)
-        if here or tries >= patience:
-            break
-    cuda.syncwarp(ALL)
-    return values4((a, b, c, d), at, last), here
-
-
-@device_function
-def sent4(values):
-    """Which lanes' units sent, for each of four rounds, and how many before each round, and in all."""
-    a, b = cuda.ballot_sync(ALL, values[0] != 0), cuda.ballot_sync(ALL, values[1] != 0)
-    c, d = cuda.ballot_sync(ALL, values[2] != 0), cuda.ballot_sync(ALL, values[3] != 0)
-    one = count_bits(a)
-    two = int32(one + count_bits(b))
-    three = int32(two + count_bits(c))
-    return (a, b, c, d), (one, two, three), int32(three + count_bits(d))
-
-
-@device_function
-def hold(hits_at, held, value, hit, row, below):
-    """A hit: where its weights are, and the value."""
-    p = int32(held + count_bits(hit & below))
-    store_shared_pair(int32(hits_at + HIT_SIZE * p), row, value)
-
-
-@device_function
-def hold4(hits_at, held, values, hits, before, row, step, below):
-    """The hits of four rounds, after those that are held."""
-    hold(hits_at, held, values[0], hits[0], row, below)
-    hold(hits_at, int32(held + before[0]), values[1], hits[1], int32(row + step), below)
-    hold(hits_at, int32(held + before[1]), values[2], hits[2], int32(row + 2 * step), below)
-    hold(hits_at, int32(held + before[2]), values[3], hits[3], int32(row + 3 * step), below)
+def hold(at, row, value):
+    """A hit: where its weights are, and the value; returns where the next goes."""
+    store_shared_pair(at, row, value)
+    if value != 0:
+        at = int32(at + HIT_SIZE)
+    return at
 
 
 def row_bytes_of(way: int) -> int:
@@ -185,9 +117,13 @@ def walker_of_rows(way: int):
         h = int32(0)
         while h < held:
             rows, values = entries8(int32(hits_at + HIT_SIZE * h))
-            more_rows, more_values = entries8(int32(hits_at + HIT_SIZE * (h + 8)))
-            w, more = weights8(values_at, rows), weights8(values_at, more_rows)
-            acc = terms8(terms8(acc, w, values), more, more_values)
+            w = weights8(values_at, rows)
+            if held - h > 8:
+                more_rows, more_values = entries8(int32(hits_at + HIT_SIZE * (h + 8)))
+                more = weights8(values_at, more_rows)
+                acc = terms8(terms8(acc, w, values), more, more_values)
+            else:
+                acc = terms8(acc, w, values)
             h = int32(h + 16)
         cuda.syncwarp(ALL)
         return acc
@@ -195,109 +131,185 @@ def walker_of_rows(way: int):
     return walk
 
 
-def producter(way: int, fetch4, groups: int):
-    """The device function: acc + sum over a strip's units of weight * what they sent, ascending, one FMA a term.
+def looker(rounds: int):
+    """The device functions that look up `rounds` (at most `MOST_LOOKED`) neighbouring units of a lane.
 
-    Up to `groups` (at most 4) times 128 units are looked up at once, if no more than `CLUSTER_HELD` of them sent.
+    `offsets`: where they are in a row of outputs, `beyond` after the end of the table.
+    `fetch_shared`: what they sent, from this block's memory; all there, and a zero beyond the units.
+    `fetch_record`: the same from a record, looked for until it is there.
     """
-    walk, row_bytes = walker_of_rows(way), row_bytes_of(way)
-
-    @device_function
-    def in_turn(acc, row_at, o, units_at, values_at, count, hits_at, lane, below, beyond, patience):
-        """128 units after the other."""
-        held, at, came, last = int32(0), lane, True, int32(count - 1)
-        while at - lane < count:
-            values, here = fetch4(row_at, offsets4(units_at, at, last, beyond), at, last, patience)
-            came = came and here
-            hits, before, found = sent4(values)
-            hold4(hits_at, held, values, hits, before, int32(row_bytes * at), int32(32 * row_bytes), below)
-            held = int32(held + found)
-            at = int32(at + 32 * LOOKED)
-            if held > CLUSTER_HELD - 32 * LOOKED or at - lane >= count:
-                acc = walk(acc, values_at, hits_at, held, lane)
-                held = int32(0)
-        return acc, came
-
-    if groups == 0:
-        return in_turn
     none = np.float32(0)
 
     @device_function
-    def product(acc, row_at, o, units_at, values_at, count, hits_at, lane, below, beyond, patience):
-        last = int32(count - 1)
-        offsets_one, offsets_two, offsets_three, offsets_four = o
-        at_two, at_three, at_four = int32(lane + 128), int32(lane + 256), int32(lane + 384)
-        one, came = fetch4(row_at, offsets_one, lane, last, patience)
-        two = three = four = (none, none, none, none)
-        if groups > 1:
-            two, here = fetch4(row_at, offsets_two, at_two, last, patience)
+    def offset(units_at, at, count, beyond):
+        found = int32(beyond)
+        if at < count:
+            found = load_shared(int32(units_at + 4 * at))
+        return found
+
+    @device_function
+    def offsets(units_at, at, count, beyond):
+        b = c = d = e = f = g = int32(beyond)
+        a = offset(units_at, at, count, beyond)
+        if rounds > 1:
+            b = offset(units_at, int32(at + 1), count, beyond)
+        if rounds > 2:
+            c = offset(units_at, int32(at + 2), count, beyond)
+        if rounds > 3:
+            d = offset(units_at, int32(at + 3), count, beyond)
+        if rounds > 4:
+            e = offset(units_at, int32(at + 4), count, beyond)
+        if rounds > 5:
+            f = offset(units_at, int32(at + 5), count, beyond)
+        if rounds > 6:
+            g = offset(units_at, int32(at + 6), count, beyond)
+        return a, b, c, d, e, f, g
+
+    @device_function
+    def fetch_shared(row_at, o, at, count, patience):
+        b = c = d = e = f = g = none
+        a = load_shared_float(int32(row_at + o[0]))
+        if rounds > 1:
+            b = load_shared_float(int32(row_at + o[1]))
+        if rounds > 2:
+            c = load_shared_float(int32(row_at + o[2]))
+        if rounds > 3:
+            d = load_shared_float(int32(row_at + o[3]))
+        if rounds > 4:
+            e = load_shared_float(int32(row_at + o[4]))
+        if rounds > 5:
+            f = load_shared_float(int32(row_at + o[5]))
+        if rounds > 6:
+            g = load_shared_float(int32(row_at + o[6]))
+        return (a, b, c, d, e, f, g), True
+
+    @device_function
+    def value_of(word, at, count):
+        value = libdevice.int_as_float(word)
+        if at >= count:
+            value = none
+        return value
+
+    @device_function
+    def fetch_record(row_at, o, at, count, patience):
+        b = c = d = e = f = g = int32(0)
+        tries = int32(0)
+        while True:
+            a = load_relaxed(row_at + o[0])
+            if rounds > 1:
+                b = load_relaxed(row_at + o[1])
+            if rounds > 2:
+                c = load_relaxed(row_at + o[2])
+            if rounds > 3:
+                d = load_relaxed(row_at + o[3])
+            if rounds > 4:
+                e = load_relaxed(row_at + o[4])
+            if rounds > 5:
+                f = load_relaxed(row_at + o[5])
+            if rounds > 6:
+                g = load_relaxed(row_at + o[6])
+            here = a != NOT_YET and b != NOT_YET and c != NOT_YET and d != NOT_YET
+            here = here and e != NOT_YET and f != NOT_YET and g != NOT_YET
+            tries = int32(tries + 1)
+            if here or tries >= patience:
+                break
+        cuda.syncwarp(ALL)
+        return (
+            value_of(a, at, count), value_of(b, int32(at + 1), count), value_of(c, int32(at + 2), count),
+            value_of(d, int32(at + 3), count), value_of(e, int32(at + 4), count), value_of(f, int32(at + 5), count),
+            value_of(g, int32(at + 6), count),
+        ), here  # fmt: skip
+
+    return offsets, fetch_shared, fetch_record
+
+
+def producter(way: int, rounds: int, record: bool):
+    """The device function: acc + sum over a strip's units of weight * what they sent, ascending, one FMA a term.
+
+    In lots of 32 * rounds units; says whether all of them came. `record`: the row is one of a record, else in shared
+    memory.
+    """
+    walk, row_bytes = walker_of_rows(way), row_bytes_of(way)
+    offsets, fetch_shared, fetch_record = looker(rounds)
+    fetch = fetch_record if record else fetch_shared
+
+    @device_function
+    def product(acc, row_at, units_at, values_at, count, hits_at, lane, below, beyond, patience):
+        at, came = int32(rounds * lane), True
+        while True:
+            v, here = fetch(row_at, offsets(units_at, at, count, beyond), at, count, patience)
             came = came and here
-        if groups > 2:
-            three, here = fetch4(row_at, offsets_three, at_three, last, patience)
-            came = came and here
-        if groups > 3:
-            four, here = fetch4(row_at, offsets_four, at_four, last, patience)
-            came = came and here
-        hits_one, before_one, found_one = sent4(one)
-        hits_two, before_two, found_two = hits_one, before_one, int32(0)
-        hits_three, before_three, found_three = hits_one, before_one, int32(0)
-        hits_four, before_four, found_four = hits_one, before_one, int32(0)
-        if groups > 1:
-            hits_two, before_two, found_two = sent4(two)
-        if groups > 2:
-            hits_three, before_three, found_three = sent4(three)
-        if groups > 3:
-            hits_four, before_four, found_four = sent4(four)
-        two_from, three_from = found_one, int32(found_one + found_two)
-        four_from = int32(three_from + found_three)
-        held = int32(four_from + found_four)
-        if held > CLUSTER_HELD:
-            return in_turn(acc, row_at, o, units_at, values_at, count, hits_at, lane, below, beyond, patience)
-        step = int32(32 * row_bytes)
-        hold4(hits_at, int32(0), one, hits_one, before_one, int32(row_bytes * lane), step, below)
-        if groups > 1:
-            hold4(hits_at, two_from, two, hits_two, before_two, int32(row_bytes * at_two), step, below)
-        if groups > 2:
-            hold4(hits_at, three_from, three, hits_three, before_three, int32(row_bytes * at_three), step, below)
-        if groups > 3:
-            hold4(hits_at, four_from, four, hits_four, before_four, int32(row_bytes * at_four), step, below)
-        return walk(acc, values_at, hits_at, held, lane), came
+            found = int32(int32(v[0] != 0) + int32(v[1] != 0) + int32(v[2] != 0) + int32(v[3] != 0))
+            found = int32(found + int32(v[4] != 0) + int32(v[5] != 0) + int32(v[6] != 0))
+            before, held = places(found, below)
+            p, row = int32(hits_at + HIT_SIZE * before), int32(row_bytes * at)
+            p = hold(p, row, v[0])
+            if rounds > 1:
+                p = hold(p, int32(row + row_bytes), v[1])
+            if rounds > 2:
+                p = hold(p, int32(row + 2 * row_bytes), v[2])
+            if rounds > 3:
+                p = hold(p, int32(row + 3 * row_bytes), v[3])
+            if rounds > 4:
+                p = hold(p, int32(row + 4 * row_bytes), v[4])
+            if rounds > 5:
+                p = hold(p, int32(row + 5 * row_bytes), v[5])
+            if rounds > 6:
+                p = hold(p, int32(row + 6 * row_bytes), v[6])
+            acc = walk(acc, values_at, hits_at, held, lane)
+            at = int32(at + 32 * rounds)
+            if at - rounds * lane >= count:
+                break
+        return acc, came
 
     return product
 
 
 @device_function
-def listed(entry, index_at):
-    """Where a listed unit's row is, and what it sent; zero if it does not reach the strip."""
-    row, value = load_shared(int32(index_at + 4 * entry[0])), libdevice.int_as_float(entry[1])
+def listed(list_at, at, count):
+    """An event of a list: four times its unit, and its value; beyond the end of the list, which has zeros there."""
+    unit, value = load_early2(list_at + int64(8) * min(at, count))
+    return int32(4 * unit), libdevice.int_as_float(value)
+
+
+@device_function
+def listed5(list_at, at, count):
+    """This lane's next five."""
+    return (
+        listed(list_at, at, count), listed(list_at, int32(at + 1), count), listed(list_at, int32(at + 2), count),
+        listed(list_at, int32(at + 3), count), listed(list_at, int32(at + 4), count),
+    )  # fmt: skip
+
+
+@device_function
+def reaching(index_at, event):
+    """Where an event's row of weights is, and its value; zero if it does not reach the strip."""
+    row, value = load_shared(int32(index_at + event[0])), event[1]
     if row < 0:
         value = np.float32(0)
     return row, value
 
 
 def lister(way: int):
-    """The same sum over a list of events, ascending, as in `walks.py`, whose units an index of the strip places."""
+    """The device function: the same sum over at most `LISTED` events of a list, which an index of the strip places.
+
+    `events`: this lane's five of them.
+    """
     walk = walker_of_rows(way)
+    assert LISTED == 5 * LANES
 
     @device_function
-    def product(acc, list_at, count, index_at, values_at, hits_at, lane, below):
-        held, at = int32(0), lane
-        while at - lane < count:
-            # Beyond its end a list has zeros.
-            row_a, a = listed(load_early2(list_at + int64(8) * min(at, count)), index_at)
-            row_b, b = listed(load_early2(list_at + int64(8) * min(int32(at + 32), count)), index_at)
-            row_c, c = listed(load_early2(list_at + int64(8) * min(int32(at + 64), count)), index_at)
-            row_d, d = listed(load_early2(list_at + int64(8) * min(int32(at + 96), count)), index_at)
-            hits, before, found = sent4((a, b, c, d))
-            hold(hits_at, held, a, hits[0], row_a, below)
-            hold(hits_at, int32(held + before[0]), b, hits[1], row_b, below)
-            hold(hits_at, int32(held + before[1]), c, hits[2], row_c, below)
-            hold(hits_at, int32(held + before[2]), d, hits[3], row_d, below)
-            held = int32(held + found)
-            at = int32(at + 32 * LOOKED)
-            if held > CLUSTER_HELD - 32 * LOOKED or at - lane >= count:
-                acc = walk(acc, values_at, hits_at, held, lane)
-                held = int32(0)
-        return acc
+    def product(acc, events, index_at, values_at, hits_at, lane, below):
+        a, b, c = reaching(index_at, events[0]), reaching(index_at, events[1]), reaching(index_at, events[2])
+        d, e = reaching(index_at, events[3]), reaching(index_at, events[4])
+        found = int32(int32(a[1] != 0) + int32(b[1] != 0) + int32(c[1] != 0))
+        found = int32(found + int32(d[1] != 0) + int32(e[1] != 0))
+        before, held = places(found, below)
+        p = hold(int32(hits_at + HIT_SIZE * before), a[0], a[1])
+        p = hold(p, b[0], b[1])
+        p = hold(p, c[0], c[1])
+        p = hold(p, d[0], d[1])
+        p = hold(p, e[0], e[1])
+        return walk(acc, values_at, hits_at, held, lane)
 
     return product

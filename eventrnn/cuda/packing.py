@@ -66,7 +66,7 @@ class Strips:
 
 @dataclass(frozen=True)
 class Reached:
-    """Masked strips once more: for each only the units that reach it, what is looked up there at every step.
+    """Strips once more: for each only the units that reach it, what is looked up there at every step.
 
     Attributes
     ----------
@@ -81,6 +81,13 @@ class Reached:
 
     @classmethod
     def of(cls, strips: Strips) -> Reached:
+        n_pre = strips.shape[0]
+        if strips.kind == DENSE:
+            count = len(strips.starts) - 1
+            rows = np.zeros((count * n_pre + 1, LANES), strips.values.dtype)
+            at = strips.starts[:-1, None] + np.arange(n_pre * strips.width)
+            rows[:-1, : strips.width] = strips.values[at].reshape(-1, strips.width)
+            return cls(np.tile(4 * np.arange(n_pre, dtype=np.int32), count), rows, n_pre * np.arange(count + 1))
         strip, unit = np.nonzero(strips.table[:, :, 0])
         counts = np.bincount(strip, minlength=len(strips.table))
         rows = np.zeros((len(unit) + 1, LANES), strips.values.dtype)

@@ -7,7 +7,7 @@ from numba import int32, int64, types
 
 from eventrnn.cuda.device import cuda
 from eventrnn.cuda.kernels import copy_in
-from eventrnn.cuda.lookup import lister, row_bytes_of
+from eventrnn.cuda.lookup import listed5, lister, row_bytes_of
 from eventrnn.cuda.ptx import (
     add_relaxed,
     egru_value,
@@ -17,112 +17,80 @@ from eventrnn.cuda.ptx import (
     shared_base,
     shared_int32,
 )
-from eventrnn.cuda.tables import CLUSTER_HIT_BYTES, HIT_BYTES, KINDS, LANES, LIST_PAD, NARROW, RESIDENT
-from eventrnn.cuda.walks import ALL, count_bits, entry_of, walker
+from eventrnn.cuda.tables import LANES, LIST_PAD, LISTED, LISTED_BYTES, NARROW, RESIDENT
+from eventrnn.cuda.walks import ALL, count_bits, entry_of
 
 
-def products_kernel(way: int, gates: int):
+def products_kernel(way: int):
     """drive = bias + sum over a row's events of weight * value, for many rows of lists; and its signature.
 
-    A block owns one strip for every `splits`-th lot of rows, a warp a row at a time.
+    Weights as `packing.Reached`. A block owns `together` neighbouring strips for every `splits`-th lot of rows; a warp
+    takes a row at a time, and looks up what it read of the row in all those strips.
     """
-    walk = walker(way)
+    product, row_bytes, size = lister(way), row_bytes_of(way), 2 if way & NARROW else 4
+    resident = bool(way & RESIDENT)
 
     def products(
-        values_at, table_at, starts_at, bias_at, n_pre, units, width, firsts_at, counts_at, lists_at, row_of_at,
-        rows, splits, out_at, table_bytes,
+        reached_at, rows_at, starts_at, bias_at, n_pre, columns, strips, together, firsts_at, counts_at, lists_at,
+        row_of_at, rows, splits, out_at,
     ):  # fmt: skip
         thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
         lane, warp, warps = thread & int32(31), thread >> int32(5), threads >> int32(5)
-        strip = cuda.blockIdx.x // splits
-        tile, split = strip // gates, cuda.blockIdx.x - strip * splits
-        gate = strip - tile * gates
+        lot = cuda.blockIdx.x // splits
+        split = cuda.blockIdx.x - lot * splits
+        strip = lot * together
+        own = int32(min(together, strips - strip))
         starts, shared = global_int64(starts_at), shared_base()
-        size = int64(4)
-        if way & NARROW:
-            size = int64(2)
-        values_at += starts[strip] * size
-        table_at += strip * n_pre * 8
-        hits_at = shared + int64(HIT_BYTES) * warp
-        if way & RESIDENT:
-            own = shared + int64(HIT_BYTES) * warps
-            copy_in(own + table_bytes, values_at, (starts[strip + 1] - starts[strip] + LANES) * size, thread, threads)
-            values_at = own + table_bytes
-            if way & KINDS:
-                copy_in(own, table_at, int64(8) * n_pre, thread, threads)
-                table_at = own
-            cuda.syncthreads()
-        unit = int32(tile * width + lane)
-        bias, out = global_float32(bias_at), global_float32(out_at)
+        index_from, index_bytes = shared + int64(LISTED_BYTES) * warps, int32((4 * n_pre + 15) & -16)
+        rows_from = index_from + int64(index_bytes) * together
+        begin = starts[strip]
+        # Where a unit's row is from the block's first strip on; -1 for units that do not reach the strip.
+        index, at = shared_int32(index_from), thread
+        while at < (index_bytes >> 2) * own:
+            index[at] = int32(-1)
+            at = int32(at + threads)
+        cuda.syncthreads()
+        each = int32(0)
+        while each < own:
+            low, high = int32(starts[strip + each] - begin), int32(starts[strip + each + 1] - begin)
+            at, reached = int32(low + thread), global_int32(reached_at + 4 * begin)
+            while at < high:
+                index[each * (index_bytes >> 2) + (reached[at] >> 2)] = int32(row_bytes * at)
+                at = int32(at + threads)
+            each = int32(each + 1)
+        values_at = rows_at + row_bytes * begin + size * lane
+        if resident:
+            copy_in(
+                rows_from, rows_at + row_bytes * begin, row_bytes * (starts[strip + own] - begin), thread, threads
+            )  # fmt: skip
+            values_at = rows_from + size * lane
+        cuda.syncthreads()
+        hits_at = int32(shared + int64(LISTED_BYTES) * warp)
+        below = int32((int32(1) << lane) - 1)
+        bias, out = global_float32(bias_at + 4 * (strip * LANES + lane)), global_float32(out_at)
         firsts, counts, row_of = global_int64(firsts_at), global_int32(counts_at), global_int64(row_of_at)
         row = split * warps + warp
         while row < rows:
             source = row
             if row_of_at != 0:
                 source = row_of[row]
-            acc = walk(
-                bias[strip * LANES + lane], values_at, table_at, int32(width), lane,
-                global_int64(lists_at + 8 * firsts[source]), counts[source], hits_at,
-            )  # fmt: skip
-            if lane < width and unit < units:
-                out[row * (gates * units) + gate * units + unit] = acc
+            list_at, count = lists_at + 8 * firsts[source], counts[source]
+            events = listed5(list_at, int32(5 * lane), count)
+            each, column = int32(0), strip * LANES + lane
+            while each < own:
+                index_at = int32(index_from + each * index_bytes)
+                acc = product(bias[each * LANES], events, index_at, values_at, hits_at, lane, below)
+                at = int32(LISTED)
+                while at < count:
+                    more = listed5(list_at, int32(at + 5 * lane), count)
+                    acc = product(acc, more, index_at, values_at, hits_at, lane, below)
+                    at = int32(at + LISTED)
+                if column < columns:
+                    out[row * columns + column] = acc
+                each, column = int32(each + 1), column + LANES
             row += splits * warps
 
     return products, types.void(*[types.int64] * 15)
-
-
-def reached_products_kernel(way: int, gates: int):
-    """The same for strips that few units reach (`packing.Reached`), which lie in shared memory or not."""
-    product, row_bytes, size = lister(way), row_bytes_of(way), 2 if way & NARROW else 4
-    resident = bool(way & RESIDENT)
-    address = int32 if resident else int64
-
-    def products(
-        reached_at, rows_at, starts_at, bias_at, n_pre, units, width, firsts_at, counts_at, lists_at, row_of_at,
-        rows, splits, out_at,
-    ):  # fmt: skip
-        thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
-        lane, warp, warps = thread & int32(31), thread >> int32(5), threads >> int32(5)
-        strip = cuda.blockIdx.x // splits
-        tile, split = strip // gates, cuda.blockIdx.x - strip * splits
-        gate = strip - tile * gates
-        starts, shared = global_int64(starts_at), shared_base()
-        begin, count = starts[strip], int32(starts[strip + 1] - starts[strip])
-        reached, index_from = global_int32(reached_at + 4 * begin), shared + int64(CLUSTER_HIT_BYTES) * warps
-        index, own = shared_int32(index_from), index_from + ((4 * n_pre + 15) & -16)
-        unit = thread
-        while unit < n_pre:
-            index[unit] = int32(-1)
-            unit = int32(unit + threads)
-        cuda.syncthreads()
-        at = thread
-        while at < count:
-            index[reached[at] >> 2] = int32(row_bytes * at)
-            at = int32(at + threads)
-        if resident:
-            copy_in(own, rows_at + row_bytes * begin, int64(row_bytes) * count, thread, threads)
-            values_at = address(own + size * lane)
-        else:
-            values_at = address(rows_at + row_bytes * begin + size * lane)
-        cuda.syncthreads()
-        hits_at, index_at = int32(shared + int64(CLUSTER_HIT_BYTES) * warp), int32(index_from)
-        below = int32((int32(1) << lane) - 1)
-        unit = int32(tile * width + lane)
-        bias, out = global_float32(bias_at)[strip * LANES + lane], global_float32(out_at)
-        firsts, counts, row_of = global_int64(firsts_at), global_int32(counts_at), global_int64(row_of_at)
-        row = split * warps + warp
-        while row < rows:
-            source = row
-            if row_of_at != 0:
-                source = row_of[row]
-            acc = product(
-                bias, lists_at + 8 * firsts[source], counts[source], index_at, values_at, hits_at, lane, below
-            )  # fmt: skip
-            if lane < width and unit < units:
-                out[row * (gates * units) + gate * units + unit] = acc
-            row += splits * warps
-
-    return products, types.void(*[types.int64] * 14)
 
 
 def compact_kernel():
