@@ -100,24 +100,23 @@ def cluster_kernel(way: int, way_in: int, blocks: int, rounds: int, rounds_in: i
             send4(int32(four + offset), a, b, c, d, int32(four + barrier))
 
     @device_function
-    def bring_in(layer, block, n, first_unit, last_unit, shared, near, thread, threads):
+    def bring_in(layer, block, n, first_unit, last_unit, shared, near, lot, beyond, thread, threads):
         """The block's strips, gate after gate: their table, units, biases, and rows of weights where they are near.
 
-        Returns how many strips the gates have, and how far a unit's columns are from where its gate's strips begin.
+        Before the table, how many strips the gates have, and how far a unit's columns are from where its gate's strips
+        begin. A strip's units are filled up to whole lots with offsets `beyond` the row.
         """
-        firsts, strips = global_int64(layer[k.FIRSTS_OF]), shared_int32(shared + block[k.AT_STRIPS])
-        base, slot, at, gate = int32(shared), int32(0), int64(0), int32(0)
-        one = two = shift_one = shift_two = int32(0)
+        firsts, strips, units = global_int64(layer[k.FIRSTS_OF]), shared_int32(shared + block[k.AT_STRIPS]), int32(0)
+        table, source = shared_int32(shared + block[k.AT_UNITS]), global_int32(layer[k.UNITS_OF])
+        base, slot, at, gate = int32(shared + block[k.AT_UNITS]), int32(0), int64(0), int32(0)
         while gate < 3:
             begin = int32((gate * n + first_unit) >> 5)
             count = int32(((gate * n + last_unit + 31) >> 5) - begin)
-            if gate == 1:
-                one, shift_one = slot, int32(32 * slot + gate * n + first_unit - 32 * begin)
-            if gate == 2:
-                two, shift_two = slot, int32(32 * slot + gate * n + first_unit - 32 * begin)
+            if thread == 0:
+                strips[1 + 2 * gate] = slot
+                strips[2 + 2 * gate] = int32(32 * slot + gate * n + first_unit - 32 * begin)
             row = firsts[begin]
             size = firsts[begin + count] - row
-            copy_in(shared + block[k.AT_UNITS] + 4 * at, layer[k.UNITS_OF] + 4 * row, 4 * size, thread, threads)
             copy_in(
                 shared + block[k.AT_BIAS] + int64(TILE_BYTES) * slot, layer[k.ROWS_BIAS] + int64(TILE_BYTES) * begin,
                 int64(TILE_BYTES) * count, thread, threads,
@@ -127,19 +126,32 @@ def cluster_kernel(way: int, way_in: int, blocks: int, rounds: int, rounds_in: i
                     shared + block[k.AT_ROWS] + row_bytes * at, layer[k.ROWS_OF] + row_bytes * row,
                     row_bytes * size, thread, threads,
                 )  # fmt: skip
-            if thread < count:
-                own = firsts[begin + thread]
-                entry = int32(4 * (slot + thread))
-                strips[entry] = int32(base + int32(block[k.AT_UNITS]) + 4 * (at + own - row))
-                strips[entry + 1] = int32(firsts[begin + thread + 1] - own)
-                strips[entry + 2] = int32(own)
-                if near:
-                    strips[entry + 2] = int32(at + own - row)
-                strips[entry + 3] = int32(32 * (begin + thread))
+            strip = int32(0)
+            while strip < count:
+                own = firsts[begin + strip]
+                reached = int32(firsts[begin + strip + 1] - own)
+                lots = int32((reached + lot - 1) // lot)
+                if thread == 0:
+                    entry = int32(8 + 4 * (slot + strip))
+                    strips[entry], strips[entry + 1] = int32(base + 4 * units), lots
+                    strips[entry + 2] = int32(own)
+                    if near:
+                        strips[entry + 2] = int32(at + own - row)
+                    strips[entry + 3] = int32(32 * (begin + strip))
+                unit = thread
+                while unit < lots * lot:
+                    offset = int32(beyond)
+                    if unit < reached:
+                        offset = source[own + unit]
+                    table[units + unit] = offset
+                    unit = int32(unit + threads)
+                units = int32(units + lots * lot)
+                strip = int32(strip + 1)
             at += size
             slot = int32(slot + count)
             gate = int32(gate + 1)
-        return slot, one, two, shift_one, shift_two
+        if thread == 0:
+            strips[0] = slot
 
     def layers(table_at, blocks_at, faults_at, steps, batch):
         thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
@@ -158,16 +170,14 @@ def cluster_kernel(way: int, way_in: int, blocks: int, rounds: int, rounds_in: i
         record, x, states = layer[k.RECORD], layer[k.X], layer[k.STATES]
         record_bytes, x_bytes, drive_bytes = 4 * layer[k.PITCH], 4 * layer[k.X_PITCH], 12 * int64(n)
         at_y, at_barriers = int32(block[k.AT_Y]), int32(block[k.AT_BARRIERS])
-        strips_at, bias_at = int32(base + int32(block[k.AT_STRIPS])), int32(base + int32(block[k.AT_BIAS]) + 4 * lane)
-        hits_at = int32(base + int32(block[k.AT_HITS]) + k.HIT_SIZE * (LANES * rounds + k.LIST_PAD) * warp)
+        strips_at = int32(base + int32(block[k.AT_STRIPS]) + 32)
+        bias_at = int32(base + int32(block[k.AT_BIAS]) + 4 * lane)
         steps32, patience = int32(steps), int32(PATIENCE)
-        near = resident
+        near, lot, beyond = resident, int32(LANES * rounds), row_size
         if feeding and x != 0:
-            near = resident_in
-            hits_at = int32(base + int32(block[k.AT_HITS]) + k.HIT_SIZE * (LANES * rounds_in + k.LIST_PAD) * warp)
-        strips, one, two, shift_one, shift_two = bring_in(
-            layer, block, n, first_unit, last_unit, shared, near, thread, threads
-        )
+            near, lot, beyond = resident_in, int32(LANES * rounds_in), int32(-1)
+        hits_at = int32(base + int32(block[k.AT_HITS]) + k.HIT_SIZE * (lot + k.LIST_PAD) * warp)
+        bring_in(layer, block, n, first_unit, last_unit, shared, near, lot, beyond, thread, threads)
         if x == 0:
             copy_in(
                 shared + block[k.AT_THRESHOLD], layer[k.THRESHOLD] + 4 * first_unit,
@@ -196,6 +206,9 @@ def cluster_kernel(way: int, way_in: int, blocks: int, rounds: int, rounds_in: i
         cluster_arrive()
         cluster_wait()
 
+        # Read, so that the compiler does not work them out again each time.
+        strips, _, shift_zero, one = load_shared4(int32(strips_at - 32))
+        shift_one, two, shift_two, _ = load_shared4(int32(strips_at - 16))
         below = int32((int32(1) << lane) - 1)
         columns = int32(3 * n)
         size = int32(row_bytes // LANES)
@@ -215,10 +228,10 @@ def cluster_kernel(way: int, way_in: int, blocks: int, rounds: int, rounds_in: i
                         t += 1
                 if t >= steps:
                     break
-                units_at, count, row, column = load_shared4(int32(strips_at + 16 * slot))
+                units_at, lots, row, column = load_shared4(int32(strips_at + 16 * slot))
                 acc, came = product_in(
                     load_shared_float(int32(bias_at + TILE_BYTES * slot)), x + (t * batch + sample) * x_bytes,
-                    units_at, rows_from + int64(row_bytes) * row, count, hits_at, lane, below, int32(0), patience,
+                    units_at, rows_from + int64(row_bytes) * row, lots, hits_at, lane, below, patience,
                 )  # fmt: skip
                 if not came:
                     global_int32(faults_at)[0] = 1
@@ -252,7 +265,7 @@ def cluster_kernel(way: int, way_in: int, blocks: int, rounds: int, rounds_in: i
             rank_two = of_rank(base, int32((there + 4) & (blocks - 1)))
             rank_three = of_rank(base, int32((there + 8) & (blocks - 1)))
             rank_four = of_rank(base, int32((there + 12) & (blocks - 1)))
-            units_at, count, row, column = load_shared4(int32(strips_at + 16 * warp))
+            units_at, lots, row, column = load_shared4(int32(strips_at + 16 * warp))
             # A turn's drives are asked for a turn ago.
             slot = warp
             while slot < strips:
@@ -302,7 +315,7 @@ def cluster_kernel(way: int, way_in: int, blocks: int, rounds: int, rounds_in: i
                             cuda.syncwarp(ALL)
                         acc, _ = product(
                             load_shared_float(int32(bias_at + TILE_BYTES * slot)), row_at, units_at,
-                            rows_from + int64(row_bytes) * row, count, hits_at, lane, below, row_size, patience,
+                            rows_from + int64(row_bytes) * row, lots, hits_at, lane, below, patience,
                         )  # fmt: skip
                         if slot < two:
                             store_shared_float(int32(gates + TILE_BYTES * slot), egru_reset_gate(drive, acc))
@@ -314,7 +327,7 @@ def cluster_kernel(way: int, way_in: int, blocks: int, rounds: int, rounds_in: i
                             following = slot
                             if slot >= strips:
                                 following = warp
-                            units_at, count, row, column = load_shared4(int32(strips_at + 16 * following))
+                            units_at, lots, row, column = load_shared4(int32(strips_at + 16 * following))
                     cuda.syncthreads()
                     own = warp
                     while own < tiles:

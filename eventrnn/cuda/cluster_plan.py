@@ -61,7 +61,7 @@ def cluster_plan(shapes: Sequence[ClusterShape], batch: int, chip: Chip) -> Plan
             continue
         samples = -(-batch // most)
         while samples:
-            found = _lay_out(parts, size, samples, max(rounds, rounds_in), chip)
+            found = _lay_out(parts, size, samples, (rounds, rounds_in), chip)
             if found is not None:
                 layers, warps, strips = found
                 groups = min(most, -(-batch // samples))
@@ -110,7 +110,7 @@ def rounds_of(matrices: Sequence[Reached]) -> int:
 
 
 def _lay_out(
-    parts: Sequence[tuple[ClusterShape, Reached]], size: int, samples: int, rounds: int, chip: Chip
+    parts: Sequence[tuple[ClusterShape, Reached]], size: int, samples: int, rounds: tuple[int, int], chip: Chip
 ) -> tuple[list[LayerPlan], int, int] | None:
     """The parts with as many of their weights in shared memory as all of them can have there; warps, most strips."""
     owned = [
@@ -121,12 +121,11 @@ def _lay_out(
     # As few as share out the strips evenly.
     warps = -(-strips // -(-strips // CLUSTER_WARPS))
     for near_rec, near_in in ((True, True), (True, False), (False, True), (False, False)):
-        laid = [
-            _lay_out_part(
-                shape, matrix, blocks, size, samples, rounds, warps, (near_rec, near_in)[matrix is shape.w_in]
-            )
-            for (shape, matrix), blocks in zip(parts, owned, strict=True)
-        ]
+        laid = []
+        for (shape, matrix), blocks in zip(parts, owned, strict=True):
+            feeds = matrix is shape.w_in
+            near = (near_rec, near_in)[feeds]
+            laid.append(_lay_out_part(shape, matrix, blocks, size, samples, rounds[feeds], warps, near))
         if max(each.shared for each in laid) <= chip.shared_bytes:
             return laid, warps, strips
     return None
@@ -149,18 +148,21 @@ def _lay_out_part(
     tiles = int(np.diff(edges_of(shape.tiles, size)).max())
     strips = max(sum(end - begin for begin, end in gates) for gates in blocks)
     entries = max(sum(int(matrix.firsts[end] - matrix.firsts[begin]) for begin, end in gates) for gates in blocks)
+    lots = -(-np.diff(matrix.firsts) // (LANES * rounds))
+    units = LANES * rounds * max(sum(int(lots[begin:end].sum()) for begin, end in gates) for gates in blocks)
     sizes = {
         # At the same place in every block of the cluster.
         k.AT_BARRIERS: 16 * samples,
         k.AT_Y: 2 * samples * (shape.tiles * TILE_BYTES + 16),
-        k.AT_STRIPS: 16 * strips,
+        k.AT_STRIPS: 32 + 16 * strips,
         k.AT_BIAS: TILE_BYTES * strips,
         k.AT_THRESHOLD: TILE_BYTES * tiles,
         k.AT_SUMS_IN: 2 * TILE_BYTES * strips,
         k.AT_SUMS_REC: 4 * TILE_BYTES * (strips + 1),
         k.AT_CELLS: TILE_BYTES * samples * tiles,
         k.AT_HITS: k.HIT_SIZE * (LANES * rounds + k.LIST_PAD) * warps,
-        k.AT_UNITS: 4 * entries,
+        # Whole lots.
+        k.AT_UNITS: 4 * units,
         k.AT_ROWS: LANES * matrix.rows.itemsize * entries * near,
     }
     offsets, at = {}, 0

@@ -117,13 +117,9 @@ def walker_of_rows(way: int):
         h = int32(0)
         while h < held:
             rows, values = entries8(int32(hits_at + HIT_SIZE * h))
-            w = weights8(values_at, rows)
-            if held - h > 8:
-                more_rows, more_values = entries8(int32(hits_at + HIT_SIZE * (h + 8)))
-                more = weights8(values_at, more_rows)
-                acc = terms8(terms8(acc, w, values), more, more_values)
-            else:
-                acc = terms8(acc, w, values)
+            more_rows, more_values = entries8(int32(hits_at + HIT_SIZE * (h + 8)))
+            w, more = weights8(values_at, rows), weights8(values_at, more_rows)
+            acc = terms8(terms8(acc, w, values), more, more_values)
             h = int32(h + 16)
         cuda.syncwarp(ALL)
         return acc
@@ -134,39 +130,32 @@ def walker_of_rows(way: int):
 def looker(rounds: int):
     """The device functions that look up `rounds` (at most `MOST_LOOKED`) neighbouring units of a lane.
 
-    `offsets`: where they are in a row of outputs, `beyond` after the end of the table.
-    `fetch_shared`: what they sent, from this block's memory; all there, and a zero beyond the units.
-    `fetch_record`: the same from a record, looked for until it is there.
+    `offsets`: where they are in a row of outputs.
+    `fetch_shared`: what they sent, from this block's memory; all there.
+    `fetch_record`: the same from a record, looked for until it is there; zero where an offset is negative.
     """
     none = np.float32(0)
 
     @device_function
-    def offset(units_at, at, count, beyond):
-        found = int32(beyond)
-        if at < count:
-            found = load_shared(int32(units_at + 4 * at))
-        return found
-
-    @device_function
-    def offsets(units_at, at, count, beyond):
-        b = c = d = e = f = g = int32(beyond)
-        a = offset(units_at, at, count, beyond)
+    def offsets(at):
+        b = c = d = e = f = g = int32(0)
+        a = load_shared(at)
         if rounds > 1:
-            b = offset(units_at, int32(at + 1), count, beyond)
+            b = load_shared(int32(at + 4))
         if rounds > 2:
-            c = offset(units_at, int32(at + 2), count, beyond)
+            c = load_shared(int32(at + 8))
         if rounds > 3:
-            d = offset(units_at, int32(at + 3), count, beyond)
+            d = load_shared(int32(at + 12))
         if rounds > 4:
-            e = offset(units_at, int32(at + 4), count, beyond)
+            e = load_shared(int32(at + 16))
         if rounds > 5:
-            f = offset(units_at, int32(at + 5), count, beyond)
+            f = load_shared(int32(at + 20))
         if rounds > 6:
-            g = offset(units_at, int32(at + 6), count, beyond)
+            g = load_shared(int32(at + 24))
         return a, b, c, d, e, f, g
 
     @device_function
-    def fetch_shared(row_at, o, at, count, patience):
+    def fetch_shared(row_at, o, patience):
         b = c = d = e = f = g = none
         a = load_shared_float(int32(row_at + o[0]))
         if rounds > 1:
@@ -184,30 +173,30 @@ def looker(rounds: int):
         return (a, b, c, d, e, f, g), True
 
     @device_function
-    def value_of(word, at, count):
+    def value_of(word, offset):
         value = libdevice.int_as_float(word)
-        if at >= count:
+        if offset < 0:
             value = none
         return value
 
     @device_function
-    def fetch_record(row_at, o, at, count, patience):
+    def fetch_record(row_at, o, patience):
         b = c = d = e = f = g = int32(0)
         tries = int32(0)
         while True:
-            a = load_relaxed(row_at + o[0])
+            a = load_relaxed(row_at + max(o[0], int32(0)))
             if rounds > 1:
-                b = load_relaxed(row_at + o[1])
+                b = load_relaxed(row_at + max(o[1], int32(0)))
             if rounds > 2:
-                c = load_relaxed(row_at + o[2])
+                c = load_relaxed(row_at + max(o[2], int32(0)))
             if rounds > 3:
-                d = load_relaxed(row_at + o[3])
+                d = load_relaxed(row_at + max(o[3], int32(0)))
             if rounds > 4:
-                e = load_relaxed(row_at + o[4])
+                e = load_relaxed(row_at + max(o[4], int32(0)))
             if rounds > 5:
-                f = load_relaxed(row_at + o[5])
+                f = load_relaxed(row_at + max(o[5], int32(0)))
             if rounds > 6:
-                g = load_relaxed(row_at + o[6])
+                g = load_relaxed(row_at + max(o[6], int32(0)))
             here = a != NOT_YET and b != NOT_YET and c != NOT_YET and d != NOT_YET
             here = here and e != NOT_YET and f != NOT_YET and g != NOT_YET
             tries = int32(tries + 1)
@@ -215,9 +204,8 @@ def looker(rounds: int):
                 break
         cuda.syncwarp(ALL)
         return (
-            value_of(a, at, count), value_of(b, int32(at + 1), count), value_of(c, int32(at + 2), count),
-            value_of(d, int32(at + 3), count), value_of(e, int32(at + 4), count), value_of(f, int32(at + 5), count),
-            value_of(g, int32(at + 6), count),
+            value_of(a, o[0]), value_of(b, o[1]), value_of(c, o[2]), value_of(d, o[3]), value_of(e, o[4]),
+            value_of(f, o[5]), value_of(g, o[6]),
         ), here  # fmt: skip
 
     return offsets, fetch_shared, fetch_record
@@ -226,18 +214,18 @@ def looker(rounds: int):
 def producter(way: int, rounds: int, record: bool):
     """The device function: acc + sum over a strip's units of weight * what they sent, ascending, one FMA a term.
 
-    In lots of 32 * rounds units; says whether all of them came. `record`: the row is one of a record, else in shared
-    memory.
+    In lots of 32 * rounds units, which the table is filled up to; says whether all of them came. `record`: the row is
+    one of a record, else in shared memory.
     """
     walk, row_bytes = walker_of_rows(way), row_bytes_of(way)
     offsets, fetch_shared, fetch_record = looker(rounds)
     fetch = fetch_record if record else fetch_shared
 
     @device_function
-    def product(acc, row_at, units_at, values_at, count, hits_at, lane, below, beyond, patience):
-        at, came = int32(rounds * lane), True
-        while True:
-            v, here = fetch(row_at, offsets(units_at, at, count, beyond), at, count, patience)
+    def product(acc, row_at, units_at, values_at, lots, hits_at, lane, below, patience):
+        came, lot, at = True, int32(0), int32(rounds * lane)
+        while lot < lots:
+            v, here = fetch(row_at, offsets(int32(units_at + 4 * at)), patience)
             came = came and here
             found = int32(int32(v[0] != 0) + int32(v[1] != 0) + int32(v[2] != 0) + int32(v[3] != 0))
             found = int32(found + int32(v[4] != 0) + int32(v[5] != 0) + int32(v[6] != 0))
@@ -257,9 +245,8 @@ def producter(way: int, rounds: int, record: bool):
             if rounds > 6:
                 p = hold(p, int32(row + 6 * row_bytes), v[6])
             acc = walk(acc, values_at, hits_at, held, lane)
-            at = int32(at + 32 * rounds)
-            if at - rounds * lane >= count:
-                break
+            at = int32(at + LANES * rounds)
+            lot = int32(lot + 1)
         return acc, came
 
     return product

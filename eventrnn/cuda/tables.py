@@ -10,10 +10,10 @@ LANES, SEGMENT = 32, 128
 # How a matrix lies (see `packing.py`); added to it, whether its values are bfloat16, and in shared memory.
 DENSE, MASKED, RUNS = 0, 1, 2
 KINDS, NARROW, RESIDENT = 3, 4, 8
-# Terms that are loaded together; hits of a masked strip that are held before they are walked, and those held at most.
-GROUP, HELD = 16, 160
+# Terms that are loaded together, and those of a dense strip; hits of a masked strip held before they are walked.
+GROUP, DENSE_GROUP, HELD = 16, 32, 160
 # Entries of zero that end a list, so that groups may be read whole.
-LIST_PAD = GROUP
+LIST_PAD = DENSE_GROUP
 HIT_BYTES = 12 * (HELD + LIST_PAD)
 # Of strips whose units are looked up: bytes of a hit; units that a lane looks up together at most, and events of a list
 # that a warp does.
