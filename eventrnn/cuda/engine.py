@@ -13,7 +13,7 @@ from eventrnn.cuda.cluster import cluster_kernel
 from eventrnn.cuda.cluster_plan import CLUSTER_SIZES, ClusterShape, cluster_plan
 from eventrnn.cuda.device import current_device
 from eventrnn.cuda.kernels import NOT_YET, layers_kernel
-from eventrnn.cuda.matrices import Matrix
+from eventrnn.cuda.matrix import Matrix
 from eventrnn.cuda.packing import check_format, per_strip
 from eventrnn.cuda.plan import Chip, LayerShape, Plan, blocks_from, plan, tile_width
 from eventrnn.cuda.products import compact_kernel, tally_kernel

@@ -23,11 +23,13 @@ from eventrnn.cuda.ptx import (
     load_shared_narrow,
     store_shared2,
     store_shared_pair,
+    store_shared_pair_if,
 )
-from eventrnn.cuda.tables import HIT_SIZE, LANES, LIST_PAD, LISTED, MOST_LOOKED, NARROW, RESIDENT
+from eventrnn.cuda.tables import HIT_SIZE, LANES, LIST_PAD, LISTED, MOST_LOOKED, MOST_TOGETHER, NARROW, RESIDENT
 from eventrnn.cuda.walks import ALL, count_bits
 
 assert MOST_LOOKED == 7, "lanes count what they found in three bits"
+REACHES = (1 << MOST_TOGETHER) - 1
 
 
 @device_function
@@ -253,50 +255,50 @@ def producter(way: int, rounds: int, record: bool):
 
 
 @device_function
-def listed(list_at, at, count):
-    """An event of a list: four times its unit, and its value; beyond the end of the list, which has zeros there."""
+def listed(list_at, at, count, index_at, row_bytes):
+    """An event of a list: which strips of a lot it reaches, a bit each, where its rows begin, and its value."""
+    # Beyond its end a list has zeros.
     unit, value = load_early2(list_at + int64(8) * min(at, count))
-    return int32(4 * unit), libdevice.int_as_float(value)
-
-
-@device_function
-def listed5(list_at, at, count):
-    """This lane's next five."""
-    return (
-        listed(list_at, at, count), listed(list_at, int32(at + 1), count), listed(list_at, int32(at + 2), count),
-        listed(list_at, int32(at + 3), count), listed(list_at, int32(at + 4), count),
-    )  # fmt: skip
-
-
-@device_function
-def reaching(index_at, event):
-    """Where an event's row of weights is, and its value; zero if it does not reach the strip."""
-    row, value = load_shared(int32(index_at + event[0])), event[1]
-    if row < 0:
-        value = np.float32(0)
-    return row, value
+    word, reaches = load_shared(int32(index_at + 4 * unit)), int32(0)
+    if at < count:
+        reaches = word & int32(REACHES)
+    return reaches, int32((word >> int32(MOST_TOGETHER)) * row_bytes), libdevice.int_as_float(value)
 
 
 def lister(way: int):
-    """The device function: the same sum over at most `LISTED` events of a list, which an index of the strip places.
+    """The device functions for a lot of strips, and at most `LISTED` events of a list, five a lane.
 
-    `events`: this lane's five of them.
+    `listed5`: which strips each reaches, where its rows begin, and its value. `product`: acc + sum over those that
+    reach a strip of weight * value, ascending, one FMA a term; `flags` is 1 for them and 0 for others.
     """
-    walk = walker_of_rows(way)
+    walk, row_bytes = walker_of_rows(way), row_bytes_of(way)
     assert LISTED == 5 * LANES
 
     @device_function
-    def product(acc, events, index_at, values_at, hits_at, lane, below):
-        a, b, c = reaching(index_at, events[0]), reaching(index_at, events[1]), reaching(index_at, events[2])
-        d, e = reaching(index_at, events[3]), reaching(index_at, events[4])
-        found = int32(int32(a[1] != 0) + int32(b[1] != 0) + int32(c[1] != 0))
-        found = int32(found + int32(d[1] != 0) + int32(e[1] != 0))
-        before, held = places(found, below)
-        p = hold(int32(hits_at + HIT_SIZE * before), a[0], a[1])
-        p = hold(p, b[0], b[1])
-        p = hold(p, c[0], c[1])
-        p = hold(p, d[0], d[1])
-        p = hold(p, e[0], e[1])
+    def listed5(list_at, at, count, index_at):
+        a, b = (
+            listed(list_at, at, count, index_at, row_bytes),
+            listed(list_at, int32(at + 1), count, index_at, row_bytes),
+        )
+        c = listed(list_at, int32(at + 2), count, index_at, row_bytes)
+        d = listed(list_at, int32(at + 3), count, index_at, row_bytes)
+        e = listed(list_at, int32(at + 4), count, index_at, row_bytes)
+        return (a[0], b[0], c[0], d[0], e[0]), (a[1], b[1], c[1], d[1], e[1]), (a[2], b[2], c[2], d[2], e[2])
+
+    @device_function
+    def product(acc, flags, rows, values, values_at, hits_at, lane, below):
+        a, b, c, d, e = flags
+        before, held = places(int32(a + b + c + d + e), below)
+        p = int32(hits_at + HIT_SIZE * before)
+        store_shared_pair_if(p, rows[0], values[0], a)
+        p = int32(p + HIT_SIZE * a)
+        store_shared_pair_if(p, rows[1], values[1], b)
+        p = int32(p + HIT_SIZE * b)
+        store_shared_pair_if(p, rows[2], values[2], c)
+        p = int32(p + HIT_SIZE * c)
+        store_shared_pair_if(p, rows[3], values[3], d)
+        p = int32(p + HIT_SIZE * d)
+        store_shared_pair_if(p, rows[4], values[4], e)
         return walk(acc, values_at, hits_at, held, lane)
 
-    return product
+    return listed5, product

@@ -7,7 +7,7 @@ from numba import int32, int64, types
 
 from eventrnn.cuda.device import cuda
 from eventrnn.cuda.kernels import copy_in
-from eventrnn.cuda.lookup import listed5, lister, row_bytes_of
+from eventrnn.cuda.lookup import lister, row_bytes_of
 from eventrnn.cuda.ptx import (
     add_relaxed,
     egru_value,
@@ -15,7 +15,6 @@ from eventrnn.cuda.ptx import (
     global_int32,
     global_int64,
     shared_base,
-    shared_int32,
 )
 from eventrnn.cuda.tables import LANES, LIST_PAD, LISTED, LISTED_BYTES, NARROW, RESIDENT
 from eventrnn.cuda.walks import ALL, count_bits, entry_of
@@ -24,14 +23,14 @@ from eventrnn.cuda.walks import ALL, count_bits, entry_of
 def products_kernel(way: int):
     """drive = bias + sum over a row's events of weight * value, for many rows of lists; and its signature.
 
-    Weights as `packing.Reached`. A block owns `together` neighbouring strips for every `splits`-th lot of rows; a warp
-    takes a row at a time, and looks up what it read of the row in all those strips.
+    Weights as `packing.Lots`. A block owns a lot of neighbouring strips for every `splits`-th set of rows; a warp takes
+    a row at a time, and looks up an event once for all the strips.
     """
-    product, row_bytes, size = lister(way), row_bytes_of(way), 2 if way & NARROW else 4
+    (listed5, product), row_bytes, size = lister(way), row_bytes_of(way), 2 if way & NARROW else 4
     resident = bool(way & RESIDENT)
 
     def products(
-        reached_at, rows_at, starts_at, bias_at, n_pre, columns, strips, together, firsts_at, counts_at, lists_at,
+        index_from, rows_at, starts_at, bias_at, n_pre, columns, strips, together, firsts_at, counts_at, lists_at,
         row_of_at, rows, splits, out_at,
     ):  # fmt: skip
         thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
@@ -41,31 +40,16 @@ def products_kernel(way: int):
         strip = lot * together
         own = int32(min(together, strips - strip))
         starts, shared = global_int64(starts_at), shared_base()
-        index_from, index_bytes = shared + int64(LISTED_BYTES) * warps, int32((4 * n_pre + 15) & -16)
-        rows_from = index_from + int64(index_bytes) * together
-        begin = starts[strip]
-        # Where a unit's row is from the block's first strip on; -1 for units that do not reach the strip.
-        index, at = shared_int32(index_from), thread
-        while at < (index_bytes >> 2) * own:
-            index[at] = int32(-1)
-            at = int32(at + threads)
-        cuda.syncthreads()
-        each = int32(0)
-        while each < own:
-            low, high = int32(starts[strip + each] - begin), int32(starts[strip + each + 1] - begin)
-            at, reached = int32(low + thread), global_int32(reached_at + 4 * begin)
-            while at < high:
-                index[each * (index_bytes >> 2) + (reached[at] >> 2)] = int32(row_bytes * at)
-                at = int32(at + threads)
-            each = int32(each + 1)
+        own_index = shared + int64(LISTED_BYTES) * warps
+        begin = starts[lot]
+        copy_in(own_index, index_from + 4 * n_pre * lot, 4 * n_pre, thread, threads)
         values_at = rows_at + row_bytes * begin + size * lane
         if resident:
-            copy_in(
-                rows_from, rows_at + row_bytes * begin, row_bytes * (starts[strip + own] - begin), thread, threads
-            )  # fmt: skip
-            values_at = rows_from + size * lane
+            own_rows = own_index + ((4 * n_pre + 15) & -16)
+            copy_in(own_rows, rows_at + row_bytes * begin, row_bytes * (starts[lot + 1] - begin), thread, threads)
+            values_at = own_rows + size * lane
         cuda.syncthreads()
-        hits_at = int32(shared + int64(LISTED_BYTES) * warp)
+        hits_at, index_at = int32(shared + int64(LISTED_BYTES) * warp), int32(own_index)
         below = int32((int32(1) << lane) - 1)
         bias, out = global_float32(bias_at + 4 * (strip * LANES + lane)), global_float32(out_at)
         firsts, counts, row_of = global_int64(firsts_at), global_int32(counts_at), global_int64(row_of_at)
@@ -74,20 +58,28 @@ def products_kernel(way: int):
             source = row
             if row_of_at != 0:
                 source = row_of[row]
-            list_at, count = lists_at + 8 * firsts[source], counts[source]
-            events = listed5(list_at, int32(5 * lane), count)
-            each, column = int32(0), strip * LANES + lane
-            while each < own:
-                index_at = int32(index_from + each * index_bytes)
-                acc = product(bias[each * LANES], events, index_at, values_at, hits_at, lane, below)
-                at = int32(LISTED)
-                while at < count:
-                    more = listed5(list_at, int32(at + 5 * lane), count)
-                    acc = product(acc, more, index_at, values_at, hits_at, lane, below)
-                    at = int32(at + LISTED)
-                if column < columns:
-                    out[row * columns + column] = acc
-                each, column = int32(each + 1), column + LANES
+            list_at, count, at = lists_at + 8 * firsts[source], counts[source], int32(0)
+            while True:
+                (a, b, c, d, e), (f, g, h, i, j), values = listed5(list_at, int32(at + 5 * lane), count, index_at)
+                each, column = int32(0), strip * LANES + lane
+                while each < own:
+                    flags = (a & int32(1), b & int32(1), c & int32(1), d & int32(1), e & int32(1))
+                    acc = bias[each * LANES]
+                    if at > 0 and column < columns:
+                        # What the events before have added.
+                        acc = out[row * columns + column]
+                    acc = product(acc, flags, (f, g, h, i, j), values, values_at, hits_at, lane, below)
+                    if column < columns:
+                        out[row * columns + column] = acc
+                    # A unit's rows lie one after the other.
+                    f, g = int32(f + row_bytes * flags[0]), int32(g + row_bytes * flags[1])
+                    h, i = int32(h + row_bytes * flags[2]), int32(i + row_bytes * flags[3])
+                    j = int32(j + row_bytes * flags[4])
+                    a, b, c, d, e = a >> int32(1), b >> int32(1), c >> int32(1), d >> int32(1), e >> int32(1)
+                    each, column = int32(each + 1), column + LANES
+                at = int32(at + LISTED)
+                if at >= count:
+                    break
             row += splits * warps
 
     return products, types.void(*[types.int64] * 15)

@@ -236,6 +236,7 @@ def _instruction(text: str, constraints: str, result, *arguments):
         1: lambda typingctx, a: (signature, generate),
         2: lambda typingctx, a, b: (signature, generate),
         3: lambda typingctx, a, b, c: (signature, generate),
+        4: lambda typingctx, a, b, c, d: (signature, generate),
         6: lambda typingctx, a, b, c, d, e, f: (signature, generate),
     }
     return intrinsic(makers[len(arguments)])
@@ -294,6 +295,11 @@ load_shared4 = _shared_load(I32, types.int32, 4)
 store_shared_pair = _instruction(
     "{ .reg .pred p; setp.neu.f32 p, $2, 0f00000000; @p st.shared.v2.b32 [$0], {$1, $2}; }",
     f"r,r,f,{MEMORY}", NOTHING, INT, INT, types.float32,
+)  # fmt: skip
+#: the same, stored unless the last is zero
+store_shared_pair_if = _instruction(
+    "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.shared.v2.b32 [$0], {$1, $2}; }",
+    f"r,r,f,r,{MEMORY}", NOTHING, INT, INT, types.float32, INT,
 )  # fmt: skip
 store_shared2 = _instruction("st.shared.v2.b32 [$0], {$1, $2};", f"r,r,r,{MEMORY}", NOTHING, INT, INT, INT)
 store_shared_float = _instruction("st.shared.f32 [$0], $1;", f"r,f,{MEMORY}", NOTHING, INT, types.float32)

@@ -16,8 +16,8 @@ GROUP, DENSE_GROUP, HELD = 16, 32, 160
 LIST_PAD = DENSE_GROUP
 HIT_BYTES = 12 * (HELD + LIST_PAD)
 # Of strips whose units are looked up: bytes of a hit; units that a lane looks up together at most, and events of a list
-# that a warp does.
-HIT_SIZE, MOST_LOOKED, LISTED = 8, 7, 160
+# that a warp does; strips of a lot that look up events together.
+HIT_SIZE, MOST_LOOKED, LISTED, MOST_TOGETHER = 8, 7, 160, 8
 LISTED_BYTES = HIT_SIZE * (LISTED + LIST_PAD)
 
 #: of a layer: numbers, then addresses
