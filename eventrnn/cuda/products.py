@@ -171,8 +171,8 @@ def tally_kernel():
         while row < rows:
             value = record[row * pitch + unit]
             if value != 0:
-                # A caller may start from negative outputs, but no unit sends one.
-                if value == 1:
+                # No unit sends a negative value, but an input may have one.
+                if value == 1 or value == -1:
                     binary += 1
                 else:
                     graded += 1
