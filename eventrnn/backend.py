@@ -32,11 +32,11 @@ def on_gpu(array: Any) -> bool:
     """Whether an array lies on a CUDA device: it has `__cuda_array_interface__`, or DLPack says so. Imports nothing."""
     if type(array) in (np.ndarray, Events):
         return False
-    if hasattr(array, "__cuda_array_interface__"):
-        return True
-    # A tensor that has a gradient refuses the interface, but not its device.
+    # Asked first, for a tensor that requires a gradient refuses the other interface.
     where = getattr(array, "__dlpack_device__", None)
-    return where is not None and int(where()[0]) == DLPACK_CUDA
+    if where is not None:
+        return int(where()[0]) == DLPACK_CUDA
+    return hasattr(array, "__cuda_array_interface__")
 
 
 def need_on_host(inputs: Any) -> None:
@@ -241,8 +241,8 @@ class Engine(Protocol):
     `dense` says that it multiplies every weight, whatever fired: its operations are then counted so. (The reference
     does too, but stands for the event-driven run that it specifies.)
 
-    An engine that takes arrays on its GPU has `device_feed(inputs) -> Feed`, which checks them as `Network.feed` does;
-    outputs and records of such a feed are arrays of the same kind there.
+    An engine that takes inputs as they are, those on its GPU for one, has `feed(inputs) -> Feed` in the place of
+    `Network.feed`; it then checks them in the run. Outputs and records of arrays on a GPU are such arrays too.
     """
 
     dense: bool

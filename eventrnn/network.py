@@ -358,8 +358,7 @@ class Simulator:
         record = {record} if isinstance(record, str) else set(record)
         if not record <= set(RECORDABLE):
             raise ValueError(f"record: got {sorted(record)}, need any of {', '.join(RECORDABLE)}")
-        device_feed = getattr(self.engine, "device_feed", None)
-        feed = device_feed(inputs) if device_feed is not None and on_gpu(inputs) else self.network.feed(inputs)
+        feed: Feed = getattr(self.engine, "feed", self.network.feed)(inputs)
         initial, traces, events = self.state, [], []
         for part, wipe in self._pieces(feed, bool(record) and not on_gpu(inputs)):
             if wipe:

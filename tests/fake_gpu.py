@@ -79,6 +79,9 @@ class Array(np.ndarray):
     def __cuda_array_interface__(self) -> dict:
         return self.__array_interface__
 
+    def __dlpack_device__(self):
+        return 2, 0
+
     def get(self) -> np.ndarray:
         return np.array(self.view(np.ndarray))
 

@@ -7,15 +7,16 @@ interfaces that they share their memory by.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from eventrnn.backend import Feed, State
 from eventrnn.cuda.tables import LAST, REPORT_CELLS, REPORT_FAULT, REPORT_INPUT, REPORT_LARGE
+from eventrnn.events import Events
 
 if TYPE_CHECKING:
     from eventrnn.cuda.device import Device
@@ -56,25 +57,60 @@ def borrowed(device: Device, array: Any) -> Any:
     return found
 
 
-def giver(array: Any) -> Callable[[Any], Any]:
-    """What turns CuPy's arrays into the kind of that one, the same memory: torch's tensors for one, else CuPy's."""
-    return sys.modules["torch"].from_dlpack if is_torch(array) else lambda result: result
-
-
 @dataclass(frozen=True)
-class DeviceFeed(Feed):
-    """Input on the GPU. With an embedding the table is the embedding's; else it is made there, a piece at a time.
+class WholeFeed(Feed):
+    """Input as it came, whose events are found and whose numbers are checked on the GPU. The table is an embedding's.
 
-    x    : (steps, batch, I) float32 or (steps, batch) int64, contiguous
-    asked : what the caller handed in
-    give : what turns results into arrays of the caller's kind
+    x     : (steps, batch, I) float32 or (steps, batch) int64, contiguous, NumPy's or on the GPU
     first : rows before this part
     """
 
     x: Any = None
-    asked: Any = None
-    give: Callable[[Any], Any] = lambda result: result
     first: int = 0
+
+    @classmethod
+    def on_host(cls, table: Feed, inputs: np.ndarray) -> WholeFeed:
+        """Of (steps, batch, I) float32."""
+        steps, batch, size = inputs.shape
+        nothing = (table.indptr, table.indices, table.values, table.row_of)
+        return cls(*nothing, steps, batch, size, np.ascontiguousarray(inputs))
+
+    @property
+    def symbols(self) -> bool:
+        """Whether the input is symbols."""
+        return self.x.ndim == 2
+
+    def part(self, start: int, stop: int) -> Self:
+        """Steps `start` to `stop`, in the same memory."""
+        return replace(self, steps=stop - start, x=self.x[start:stop], first=self.first + start * self.batch)
+
+    def events(self) -> Any:
+        """The input as events over all rows."""
+        return Events.from_dense(self.x)
+
+    def put(self, target: Any) -> None:
+        """Copy it to memory on the device of the same size, on CuPy's current stream."""
+        target.data.copy_from_host_async(self.x.ctypes.data, self.x.nbytes)
+
+    def give(self, result: Any) -> Any:
+        """A result on the device as the caller gets it."""
+        return result.get()
+
+    def refuse(self, place: int) -> None:
+        """Raise for the first number that the run found wrong, counted over all parts."""
+        row, column = (place, 0) if self.symbols else divmod(place, self.size)
+        (step, sample), column = divmod(row, self.batch), () if self.symbols else (column,)
+        bad, where = self.x[(step - self.first // self.batch, sample, *column)].item(), (step, sample, *column)
+        if self.symbols:
+            raise ValueError(f"inputs: got symbol {bad} at {where}; need 0..{len(self.indptr) - 2}")
+        raise ValueError(f"inputs: got {bad} at position {where}; need finite numbers")
+
+
+@dataclass(frozen=True)
+class DeviceFeed(WholeFeed):
+    """Input on the GPU; results stay there, in arrays of the kind that `asked` has."""
+
+    asked: Any = None
 
     @classmethod
     def of(cls, device: Device, network: Network, table: Feed, inputs: Any, step: bool) -> DeviceFeed:
@@ -95,22 +131,12 @@ class DeviceFeed(Feed):
             if array.ndim != 3 or array.shape[2] != size or kind not in "fiub":
                 raise ValueError(f"inputs: got {array.dtype} {array.shape}, need numbers (steps, batch, {size})")
             wanted = np.float32
-        with device.on_stream():
-            x = device.arrays.ascontiguousarray(array, wanted)
+        if array.dtype != wanted or not array.flags.c_contiguous:
+            with device.on_stream():
+                array = device.arrays.ascontiguousarray(array, wanted)
         steps, batch = map(int, array.shape[:2])
-        return cls(
-            table.indptr, table.indices, table.values, np.zeros(0, np.int64), steps, batch, size, x, inputs,
-            giver(inputs),
-        )  # fmt: skip
-
-    @property
-    def symbols(self) -> bool:
-        """Whether the input is symbols."""
-        return self.x.ndim == 2
-
-    def part(self, start: int, stop: int) -> DeviceFeed:
-        """Steps `start` to `stop`, in the same memory."""
-        return replace(self, steps=stop - start, x=self.x[start:stop], first=self.first + start * self.batch)
+        nothing = (table.indptr, table.indices, table.values, table.row_of)
+        return cls(*nothing, steps, batch, size, array, 0, inputs)
 
     def uses(self) -> np.ndarray:
         """How often each symbol was read."""
@@ -130,14 +156,13 @@ class DeviceFeed(Feed):
         """The inputs themselves."""
         return self.asked
 
-    def refuse(self, row_and_column: int) -> None:
-        """Raise for the first number that the run found wrong, counted over all parts."""
-        row, column = (row_and_column, 0) if self.symbols else divmod(row_and_column, self.size)
-        (step, sample), column = divmod(row, self.batch), () if self.symbols else (column,)
-        bad, where = self.x[(step - self.first // self.batch, sample, *column)].item(), (step, sample, *column)
-        if self.symbols:
-            raise ValueError(f"inputs: got symbol {bad} at {where}; need 0..{len(self.indptr) - 2}")
-        raise ValueError(f"inputs: got {bad} at position {where}; need finite numbers")
+    def put(self, target: Any) -> None:
+        """Copy it, on CuPy's current stream."""
+        target.data.copy_from_device_async(self.x.data, self.x.nbytes)
+
+    def give(self, result: Any) -> Any:
+        """The same memory: a torch tensor for one, else CuPy's."""
+        return sys.modules["torch"].from_dlpack(result) if is_torch(self.asked) else result
 
 
 class DeviceState(State):
@@ -145,6 +170,11 @@ class DeviceState(State):
 
     flat : (2, batch * units of all layers) float32, cells and outputs, layer after layer; never written to
     """
+
+    device: Device
+    flat: Any
+    units: tuple[int, ...]
+    _batch: int
 
     def __init__(self, device: Device, flat: Any, units: Sequence[int], batch: int):
         for name, value in (("device", device), ("flat", flat), ("units", tuple(units)), ("_batch", batch)):
@@ -197,7 +227,7 @@ def check_report(report: np.ndarray, feed: Feed, state: State) -> None:
         raise RuntimeError(
             "cuda: a block waited for events that never came; another program may hold the GPU's multiprocessors"
         )
-    if report[REPORT_INPUT] and isinstance(feed, DeviceFeed):
+    if report[REPORT_INPUT] and isinstance(feed, WholeFeed):
         feed.refuse(LAST - int(report[REPORT_INPUT]))
     if report[REPORT_LARGE]:
         raise FloatingPointError(

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eventrnn.backend import Feed, FireCounts, State, Trace
+from eventrnn.backend import Feed, FireCounts, State, Trace, on_gpu
 from eventrnn.cuda import tables as k
-from eventrnn.cuda.arrays import DeviceFeed, DeviceState, check_report, flattened
-from eventrnn.cuda.borders import finite_kernel, found_kernel, symbols_kernel
+from eventrnn.cuda.arrays import DeviceFeed, DeviceState, WholeFeed, check_report, flattened
+from eventrnn.cuda.borders import finite_kernel
 from eventrnn.cuda.cluster import cluster_kernel
 from eventrnn.cuda.device import current_device
 from eventrnn.cuda.kernels import layers_kernel
@@ -30,7 +30,7 @@ from eventrnn.cuda.plan import (
 )
 from eventrnn.cuda.products import compact_kernel, tally_kernel
 from eventrnn.cuda.single import single_kernel
-from eventrnn.cuda.stepper import CudaStepper, StepMemory
+from eventrnn.cuda.stepper import CudaStepper, Loop, StepLoop
 from eventrnn.cuda.tables import LANES
 from eventrnn.cuda.tensor import TensorLayer, measured_ways
 from eventrnn.weights import Dense
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 # What the record of a run may take at a time; longer runs go through in pieces.
 RECORD_BYTES = 1 << 28
+# Threads that count the events of one unit.
+MOST_TALLIES = 512
 
 
 class CudaEngine:
@@ -66,7 +68,7 @@ class CudaEngine:
         self.plans: dict[tuple, list[Plan | None]] = {}
         self.tables: dict[tuple, Any] = {}
         self.pieces: dict[tuple[int, int], Piece] = {}
-        self.steps: dict[int, StepMemory] = {}
+        self.steps: dict[int, StepLoop] = {}
         size = (0, 1) if network.embedding is not None else (0, 1, network.layers[0].inputs)
         self.no_input = network.feed(np.zeros(size, np.float32 if len(size) == 3 else np.int64))
 
@@ -129,14 +131,23 @@ class CudaEngine:
         """Single steps, each one launch of a graph; see `backend.Engine`."""
         return CudaStepper(self, state)
 
-    def step_memory(self, batch: int) -> StepMemory:
+    def step_loop(self, batch: int) -> StepLoop:
         """For single steps of that many samples, kept."""
         if batch not in self.steps:
-            self.steps[batch] = StepMemory(self, batch)
+            self.steps[batch] = StepLoop(self, batch)
         return self.steps[batch]
 
+    def feed(self, inputs: Any) -> Feed:
+        """In the place of `Network.feed`: arrays on the GPU stay there, and float32 numbers are looked at there."""
+        if on_gpu(inputs):
+            return self.device_feed(inputs)
+        plain = type(inputs) is np.ndarray and inputs.dtype == np.float32 and self.network.embedding is None
+        if plain and inputs.ndim == 3 and inputs.shape[2] == self.network.layers[0].inputs:
+            return WholeFeed.on_host(self.no_input, inputs)
+        return self.network.feed(inputs)
+
     def device_feed(self, inputs: Any, step: bool = False) -> DeviceFeed:
-        """Inputs that lie on the GPU, or those of a single `step`; see `backend.Engine`."""
+        """Inputs that lie on the GPU, or those of a single `step`."""
         return DeviceFeed.of(self.device, self.network, self.no_input, inputs, step)
 
     def run(self, feed: Feed, state: State, *, record_events: bool = False, record_states: bool = False) -> Trace:
@@ -156,6 +167,30 @@ class CudaEngine:
                 raise
 
     def _run(self, feed: Feed, state: State, record_events: bool, record_states: bool) -> Trace:
+        now, longest = self.flat_state(state), self._longest(feed.batch, record_states)
+        if self.precision and feed.batch not in self.ways and feed.steps:
+            self.ways[feed.batch] = measured_ways(self, feed.part(0, min(feed.steps, longest)), now)
+            # Their graphs go the way of before.
+            self.pieces.clear()
+            self.steps.clear()
+        if isinstance(feed, WholeFeed) and 0 < feed.steps <= longest and not (record_events or record_states):
+            return self._whole_run(feed, now)
+        return self._run_in_pieces(feed, now, longest, record_events, record_states)
+
+    def _whole_run(self, feed: WholeFeed, now: Any) -> Trace:
+        """A run without records that fits: from its second time on, one launch of a graph."""
+        piece = self.piece(feed.steps, feed.batch)
+        if "loop" not in piece.spare:
+            piece.spare["loop"] = Loop(self, piece, counting=True)
+        loop = piece.spare["loop"]
+        feed.put(loop.x)
+        piece.start(now)
+        loop.replay()
+        left = DeviceState(self.device, piece.state.copy(), self.units, feed.batch)
+        output = loop.output.copy() if isinstance(feed, DeviceFeed) else loop.output
+        return self._trace(feed, left, output, loop.report.get(), [], [])
+
+    def _run_in_pieces(self, feed: Feed, now: Any, longest: int, record_events: bool, record_states: bool) -> Trace:
         device, batch, steps = self.device, feed.batch, feed.steps
         here = isinstance(feed, DeviceFeed)
         arrays = device.arrays if here else np
@@ -165,41 +200,39 @@ class CudaEngine:
         states = [arrays.empty((steps, batch, self.units[n]), np.float32) for n in wanted] if record_states else []
         report = self.report
         report.data.memset_async(0, report.nbytes)
-        now, longest = self.flat_state(state), self._longest(batch, record_states)
-        if self.precision and batch not in self.ways:
-            self.ways[batch] = measured_ways(self, feed.part(0, min(steps, longest)), now) if steps else ()
         for begin in range(0, steps, longest):
             end = min(steps, begin + longest)
-            piece = self.piece(end - begin, batch)
-            piece.begin(now)
+            piece, part = self.piece(end - begin, batch), feed.part(begin, end)
+            piece.start(now)
+            piece.begin()
             after = [device.empty((piece.steps, batch, n), np.float32) for n in self.units] if record_states else None
-            part = feed.part(begin, end)
             self.enqueue(piece, *self._table(part, piece), report, after)
+            self.tally(piece, self._input(part, piece), report)
             for n in wanted:
-                sent = piece.sent(n)
-                self._tally(piece, n, report)
-                for whole, found in ((events, sent), (states, after[n] if after else None)):
-                    if whole:
+                for whole, found in ((events, piece.sent(n)), (states, after[n] if after else None)):
+                    if whole and found is not None:
                         whole[n][begin:end] = found if here else found.get()
-            if here:
-                self._tally_inputs(part, report)
             found = self.read_out(piece)
             output[begin:end] = found if here else found.get()
             now = piece.state
         left = DeviceState(device, now.copy(), self.units, batch)
-        counts = report.get()
-        check_report(counts, feed, left)
-        fired = self._fired(counts[k.REPORT_FIELDS :])
-        give = feed.give if here else lambda result: result
-        return Trace(
-            give(output),
-            left,
-            fired[1:],
-            tuple(map(give, events)),
-            tuple(map(give, states)),
-            self.paths(batch),
-            (feed.fire_counts() if feed.symbols else fired[0]) if here else None,
-        )
+        return self._trace(feed, left, output, report.get(), events, states)
+
+    def _trace(self, feed: Feed, left: DeviceState, output, report: np.ndarray, events, states) -> Trace:
+        """What a run leaves behind. Raises for what its report says is wrong."""
+        check_report(report, feed, left)
+        sizes = [self.network.layers[0].inputs, *self.units]
+        counts = np.split(report[k.REPORT_FIELDS :], np.cumsum(np.repeat(sizes, 2))[:-1])
+        fired = tuple(FireCounts(a.copy(), b.copy()) for a, b in zip(counts[::2], counts[1::2], strict=True))
+
+        def give(result):
+            return feed.give(result) if isinstance(feed, WholeFeed) and not isinstance(result, np.ndarray) else result
+
+        input_fired = None
+        if isinstance(feed, WholeFeed):
+            input_fired = feed.fire_counts() if feed.symbols else fired[0]
+        given = tuple(map(give, events)), tuple(map(give, states))
+        return Trace(give(output), left, fired[1:], *given, self.paths(feed.batch), input_fired)
 
     def flat_state(self, state: State | Any) -> Any:
         """A state on the device, or one that is there already; not to be written to."""
@@ -219,12 +252,6 @@ class CudaEngine:
         self.pieces[key] = new
         return new
 
-    def _fired(self, counts: np.ndarray) -> tuple[FireCounts, ...]:
-        """Of the input, then of each layer."""
-        sizes = [self.network.layers[0].inputs, *self.units]
-        parts = np.split(counts, np.cumsum(np.repeat(sizes, 2))[:-1])
-        return tuple(FireCounts(a.copy(), b.copy()) for a, b in zip(parts[::2], parts[1::2], strict=True))
-
     def paths(self, batch: int) -> dict[str, str]:
         """By matrix, how its weights lie and where they are read from."""
         found: dict[str, str] = {}
@@ -243,26 +270,27 @@ class CudaEngine:
             found["readout"] = self.readout.described(self.readout.room(self.device)[0])
         return found
 
-    def on_device(self, feed: Feed, state: State | Any) -> Callable[[], None]:
+    def on_device(self, feed: Feed, state: State | Any, *, counting: bool = True) -> Callable[[], None]:
         """Puts a whole run from that state on the GPU's stream, without copies to or from the host, at each call.
 
-        For timing: nothing comes back.
+        For timing: nothing comes back, and nothing need be counted.
         """
         longest = self._longest(feed.batch, False)
         parts = [feed.part(a, min(feed.steps, a + longest)) for a in range(0, feed.steps, longest)]
         with self.device.on_stream():
             flat = self.flat_state(state)
-            tables = [None if isinstance(feed, DeviceFeed) else self._table(each) for each in parts]
+            tables = [None if isinstance(feed, WholeFeed) else self._table(each) for each in parts]
 
         def enqueue() -> None:
             with self.device.on_stream():
                 now = flat
                 for part, table in zip(parts, tables, strict=True):
                     piece = self.piece(part.steps, part.batch)
-                    piece.begin(now)
+                    piece.start(now)
+                    piece.begin()
                     self.enqueue(piece, *(table or self._table(part, piece)), self.report, None)
-                    for n in range(len(self.units)):
-                        self._tally(piece, n, self.report)
+                    if counting:
+                        self.tally(piece, None, self.report)
                     self.read_out(piece)
                     now = piece.state
 
@@ -293,39 +321,28 @@ class CudaEngine:
             self.feed_arrays = (feed.indices, arrays)
         return self.feed_arrays[1]
 
+    def _input(self, feed: Feed, piece: Piece) -> Any:
+        """The numbers or symbols of a feed on the device; None of one that comes as events."""
+        if not isinstance(feed, WholeFeed) or isinstance(feed, DeviceFeed):
+            return feed.x if isinstance(feed, DeviceFeed) else None
+        return piece.kept("x", feed.x.shape, np.float32)
+
     def _table(self, feed: Feed, piece: Piece | None = None) -> tuple[Any, Any]:
         """The event table on the device, and which row of it each row of the input reads (None: its own)."""
-        if not isinstance(feed, DeviceFeed):
+        if not isinstance(feed, WholeFeed):
             return self.feed_table(feed), self.device.put(feed.row_of.astype(np.int64))
         assert piece is not None
-        if not feed.symbols:
-            return self.found(feed.x, feed.first, piece, self.report), None
-        return self.feed_table(feed), self.row_of(feed.x, feed.first, piece, self.report)
+        x = self._input(feed, piece)
+        if x is not feed.x:
+            feed.put(x)
+        return self.table_of(x, feed.first, piece, self.report)
 
-    def found(self, x, row_0: int, piece: Piece, report) -> tuple[Any, Any, Any]:
-        """Lists of the events of dense rows."""
-        size, rows = self.network.layers[0].inputs, piece.steps * piece.batch
-        table = piece.lists("input", size + LANES)
-        # Few rows are each looked through by as many warps as there can be.
-        threads = 256 if rows > 2 * self.device.multiprocessors or size <= 256 else 1024
-        kernel = self.device.kernel(("found",), found_kernel, threads)
-        self.device.launch(
-            kernel, rows, threads, x.data.ptr, size, row_0, *(each.data.ptr for each in table), size + LANES,
-            report.data.ptr, shared=128,
-        )  # fmt: skip
-        return table
-
-    def row_of(self, symbols, row_0: int, piece: Piece, report):
-        """Rows of the embedding's table, checked."""
-        rows, known = (
-            piece.steps * piece.batch,
-            len(self.network.embedding) if self.network.embedding is not None else 0,
-        )
-        kernel, checked = self.device.kernel(("symbols",), symbols_kernel, 128), piece.checked_rows()
-        self.device.launch(
-            kernel, -(-rows // 128), 128, symbols.data.ptr, rows, row_0, known, checked.data.ptr, report.data.ptr
-        )
-        return checked
+    def table_of(self, x: Any, row_0: int, piece: Piece, report) -> tuple[Any, Any]:
+        """The same of numbers or symbols on the device."""
+        if x.ndim == 2:
+            known = len(self.no_input.indptr) - 1
+            return self.feed_table(self.no_input), piece.checked_rows(x, row_0, known, report)
+        return piece.found(x, row_0, report), None
 
     def enqueue(self, piece: Piece, table, row_of, report, after) -> None:
         """All layers of a piece; their cells after each step into `after`, where asked for."""
@@ -426,22 +443,20 @@ class CudaEngine:
         )  # fmt: skip
         return self.readout.products(device, table, rows, out=out).reshape(steps, batch, -1)
 
-    def _tally(self, piece: Piece, n: int, report) -> None:
-        """Events of layer n, added to the report."""
-        at = k.REPORT_FIELDS + 2 * (self.network.layers[0].inputs + sum(self.units[:n]))
-        self._count(
-            piece.records[n][1:], pitch_of(self.units[n]), self.units[n], piece.steps * piece.batch, report[at:]
-        )
-
-    def _tally_inputs(self, feed: DeviceFeed, report) -> None:
-        """Events of a dense input, added to the report."""
-        if not feed.symbols:
-            self._count(feed.x, feed.size, feed.size, feed.steps * feed.batch, report[k.REPORT_FIELDS :])
+    def tally(self, piece: Piece, x: Any, report) -> None:
+        """Events of every layer, and of a dense input, added to the report."""
+        at, rows, size = k.REPORT_FIELDS, piece.steps * piece.batch, self.network.layers[0].inputs
+        if x is not None and x.ndim == 3:
+            self._count(x, size, size, rows, report[at:])
+        at += 2 * size
+        for n, units in enumerate(self.units):
+            self._count(piece.records[n][1:], pitch_of(units), units, rows, report[at:])
+            at += 2 * units
 
     def _count(self, dense, pitch: int, units: int, rows: int, counts) -> None:
         kernel = self.device.kernel(("tally",), tally_kernel, 128)
-        # Many threads a column, for many rows.
-        grid = (-(-units // 128), max(1, min(256, rows // 64)))
+        # Many threads a column: a row waits for the one before.
+        grid = (-(-units // 128), max(1, min(MOST_TALLIES, -(-rows // 16))))
         self.device.launch(
             kernel, grid, 128, dense.data.ptr, pitch, units, rows, counts.data.ptr, counts[units:].data.ptr,
         )  # fmt: skip

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eventrnn.cuda.arrays import by_layer
+from eventrnn.cuda.borders import found_kernel, symbols_kernel
 from eventrnn.cuda.tables import LANES
 
 if TYPE_CHECKING:
@@ -68,18 +69,39 @@ class Piece:
         first, count, entries = (self.kept((name, part), (size,), dtype) for part, size, dtype in parts)
         return first, count, entries
 
-    def checked_rows(self) -> Any:
-        """(rows,) of the event table."""
-        return self.kept("rows", (self.steps * self.batch,), np.int64)
+    def found(self, x: Any, row_0: int, report: Any) -> tuple[Any, Any, Any]:
+        """Lists of the events of dense rows (steps, batch, I); the first is row `row_0` of the whole input."""
+        device, size, rows = self.device, x.shape[2], self.steps * self.batch
+        table = self.lists("input", size + LANES)
+        # Few rows are each looked through by as many warps as there can be.
+        threads = 256 if rows > 2 * device.multiprocessors or size <= 256 else 1024
+        device.launch(
+            device.kernel(("found",), found_kernel, threads), rows, threads,
+            x.data.ptr, size, row_0, *(each.data.ptr for each in table), size + LANES, report.data.ptr, shared=128,
+        )  # fmt: skip
+        return table
+
+    def checked_rows(self, symbols: Any, row_0: int, known: int, report: Any) -> Any:
+        """(rows,) of the event table, from symbols (steps, batch) of which so many are known."""
+        device, rows = self.device, self.steps * self.batch
+        checked = self.kept("rows", (rows,), np.int64)
+        device.launch(
+            device.kernel(("symbols",), symbols_kernel, 128), -(-rows // 128), 128,
+            symbols.data.ptr, rows, row_0, known, checked.data.ptr, report.data.ptr,
+        )  # fmt: skip
+        return checked
 
     def sent(self, n: int) -> Any:
         """What layer n sent, (steps, batch, units), as it lies."""
         return self.records[n][1:, :, : self.units[n]]
 
-    def begin(self, flat: Any) -> None:
-        """Start from that state: nothing is sent yet."""
+    def start(self, flat: Any) -> None:
+        """Take that state."""
         if flat is not self.state:
             self.state.data.copy_from_device_async(flat.data, self.state.nbytes)
+
+    def begin(self) -> None:
+        """From its state on, nothing is sent yet."""
         for n, units in enumerate(self.units):
             for each in (self.records[n], self.gated[n]):
                 if each is not None:

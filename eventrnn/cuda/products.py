@@ -177,8 +177,10 @@ def tally_kernel():
                 else:
                     graded += 1
             row += cuda.gridDim.y
-        add_relaxed(graded_at + 8 * unit, graded)
-        add_relaxed(binary_at + 8 * unit, binary)
+        if graded != 0:
+            add_relaxed(graded_at + 8 * unit, graded)
+        if binary != 0:
+            add_relaxed(binary_at + 8 * unit, binary)
 
     return tally, types.void(*[types.int64] * 6)
 

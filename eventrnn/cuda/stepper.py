@@ -15,39 +15,59 @@ if TYPE_CHECKING:
     from eventrnn.cuda.engine import CudaEngine
 
 
-class StepMemory:
-    """What the steps of so many samples work in; an engine keeps one for each batch.
+class Loop:
+    """A run of one shape, captured as a graph, and the memory that goes in and out of it.
 
-    x      : (batch, I) float32 or (batch,) int64
-    answer : the report, then the output, so that the host gets both at once
+    x      : (steps, batch, I) float32 or (steps, batch) int64
+    answer : the report, counts of events included where wanted, then the output: the host can get both at once
+    """
+
+    def __init__(self, engine: CudaEngine, piece: Piece, counting: bool):
+        device, network = engine.device, engine.network
+        self.engine, self.piece, self.counting = engine, piece, counting
+        shape = (piece.steps, piece.batch)
+        if network.embedding is not None:
+            self.x = device.empty(shape, np.int64)
+        else:
+            self.x = device.empty((*shape, network.layers[0].inputs), np.float32)
+        size, words = piece.steps * piece.batch * engine.output_size, len(engine.report) if counting else REPORT_FIELDS
+        self.answer = device.empty(words + -(-size // 2), np.int64)
+        self.report = self.answer[:words]
+        self.output = self.answer[words:].view(np.float32)[:size].reshape(*shape, engine.output_size)
+        self.replay = Replay(device.queue, self._enqueue)
+
+    @property
+    def nbytes(self) -> int:
+        """On the device."""
+        return self.x.nbytes + self.answer.nbytes
+
+    def _enqueue(self) -> None:
+        engine, piece = self.engine, self.piece
+        self.report.data.memset_async(0, self.report.nbytes)
+        piece.begin()
+        engine.enqueue(piece, *engine.table_of(self.x, 0, piece, self.report), self.report, None)
+        if self.counting:
+            engine.tally(piece, self.x, self.report)
+        engine.read_out(piece, self.output)
+
+
+class StepLoop(Loop):
+    """A single step, with host memory that the GPU copies by itself; an engine keeps one for each batch.
+
     before : the state before the step under way
     """
 
     def __init__(self, engine: CudaEngine, batch: int):
-        device, network = engine.device, engine.network
-        self.engine, self.piece = engine, Piece(device, network, engine.units, 1, batch)
-        symbols = network.embedding is not None
-        self.x = device.empty((batch,) if symbols else (batch, network.layers[0].inputs), np.int64 if symbols else "f4")
+        device = engine.device
+        super().__init__(engine, Piece(device, engine.network, engine.units, 1, batch), counting=False)
         self.before = device.empty(self.piece.state.shape, np.float32)
-        size = batch * engine.output_size
-        self.answer = device.empty(REPORT_FIELDS + -(-size // 2), np.int64)
-        self.report = self.answer[:REPORT_FIELDS]
-        self.output = self.answer[REPORT_FIELDS:].view(np.float32)[:size].reshape(1, batch, engine.output_size)
-        self.host_x, self.host_answer = (_pinned(device, each) for each in (self.x, self.answer))
-        self.host_output = self.host_answer[REPORT_FIELDS:].view(np.float32)[:size].reshape(batch, engine.output_size)
-        self.replay = Replay(device.queue, self._enqueue)
+        self.host_x, self.host_answer = _pinned(device, self.x[0]), _pinned(device, self.answer)
+        words = self.host_answer[REPORT_FIELDS:].view(np.float32)
+        self.host_output = words[: self.output.size].reshape(self.output.shape[1:])
 
     def _enqueue(self) -> None:
-        engine, piece = self.engine, self.piece
-        self.before.data.copy_from_device_async(piece.state.data, piece.state.nbytes)
-        self.report.data.memset_async(0, self.report.nbytes)
-        piece.begin(piece.state)
-        if self.x.ndim == 1:
-            table, row_of = engine.feed_table(engine.no_input), engine.row_of(self.x, 0, piece, self.report)
-        else:
-            table, row_of = engine.found(self.x, 0, piece, self.report), None
-        engine.enqueue(piece, table, row_of, self.report, None)
-        engine.read_out(piece, self.output)
+        self.before.data.copy_from_device_async(self.piece.state.data, self.piece.state.nbytes)
+        super()._enqueue()
 
 
 class CudaStepper:
@@ -56,42 +76,42 @@ class CudaStepper:
     def __init__(self, engine: CudaEngine, state: State):
         self.engine, self.batch = engine, state.batch
         with engine.device.on_stream():
-            self.memory = engine.step_memory(state.batch)
+            self.loop = engine.step_loop(state.batch)
             flat = engine.flat_state(state)
-            self.memory.piece.state.data.copy_from_device_async(flat.data, flat.nbytes)
+            self.loop.piece.state.data.copy_from_device_async(flat.data, flat.nbytes)
             engine.device.queue.synchronize()
 
     def __call__(self, inputs: Any) -> Any:
         """One step; see `backend.Stepper`. An array on the GPU gives one there."""
-        engine, memory = self.engine, self.memory
+        engine, loop = self.engine, self.loop
         feed = self._fed(inputs) if on_gpu(inputs) else None
         if feed is None:
             self._take(inputs)
         with engine.device.on_stream():
             if feed is None:
-                memory.x.data.copy_from_host_async(memory.host_x.ctypes.data, memory.x.nbytes)
+                loop.x.data.copy_from_host_async(loop.host_x.ctypes.data, loop.x.nbytes)
             else:
-                memory.x.data.copy_from_device_async(feed.x.data, memory.x.nbytes)
-            memory.replay()
-            output, nbytes = None, memory.answer.nbytes
+                feed.put(loop.x)
+            loop.replay()
+            output, nbytes = None, loop.answer.nbytes
             if feed is not None:
-                output, nbytes = memory.output[0].copy(), memory.report.nbytes
-            memory.answer.data.copy_to_host_async(memory.host_answer.ctypes.data, nbytes)
+                output, nbytes = loop.output[0].copy(), loop.report.nbytes
+            loop.answer.data.copy_to_host_async(loop.host_answer.ctypes.data, nbytes)
             engine.device.queue.synchronize()
-        if memory.host_answer[:REPORT_FIELDS].any():
+        if loop.host_answer[:REPORT_FIELDS].any():
             self._refuse(inputs, feed)
-        return memory.host_output.copy() if feed is None else feed.give(output)
+        return loop.host_output.copy() if feed is None else feed.give(output)
 
     def state(self) -> DeviceState:
         """A copy of the state, on the GPU."""
         engine = self.engine
         with engine.device.on_stream():
-            flat = self.memory.piece.state.copy()
+            flat = self.loop.piece.state.copy()
         return DeviceState(engine.device, flat, engine.units, self.batch)
 
     def _take(self, inputs: Any) -> None:
         """Bring a NumPy array of any kind to where the GPU gets it from; single numbers are looked at there."""
-        target = self.memory.host_x
+        target = self.loop.host_x
         if type(inputs) is not np.ndarray or inputs.dtype != target.dtype or inputs.shape != target.shape:
             fed = self.engine.network.feed(np.asarray(inputs)[None])
             self._need_batch(fed.batch)
@@ -109,10 +129,10 @@ class CudaStepper:
 
     def _refuse(self, inputs: Any, feed: DeviceFeed | None) -> None:
         """Say what the step found; the state goes back to before."""
-        engine, memory = self.engine, self.memory
-        left, report = self.state(), memory.host_answer[:REPORT_FIELDS].copy()
+        engine, loop = self.engine, self.loop
+        left, report = self.state(), loop.host_answer[:REPORT_FIELDS].copy()
         with engine.device.on_stream():
-            memory.piece.state.data.copy_from_device_async(memory.before.data, memory.before.nbytes)
+            loop.piece.state.data.copy_from_device_async(loop.before.data, loop.before.nbytes)
             engine.device.queue.synchronize()
         if feed is None and report[REPORT_INPUT]:
             engine.network.feed(np.asarray(inputs)[None])

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eventrnn.backend import BackendUnavailable, Feed
+from eventrnn.backend import Feed
 from eventrnn.cuda.piece import Replay, pitch_of
 from eventrnn.cuda.rounded import BYTES, LARGEST, cells_kernel, narrow_kernel, spread_kernel
 
 if TYPE_CHECKING:
+    from eventrnn.cuda.cublas import Cublas
     from eventrnn.cuda.device import Device
     from eventrnn.cuda.engine import CudaEngine
     from eventrnn.cuda.piece import Piece
@@ -26,10 +27,6 @@ if TYPE_CHECKING:
 PADDED_TO = 8
 # Input drives that are made together should stay in half of an L2 cache of 50 MB.
 DRIVE_BYTES = 24 << 20
-# cuBLAS's names: types of arrays, what is computed in, the algorithm that it chooses.
-FLOAT32, TYPES = 0, {"float16": 2, "bfloat16": 14, "tf32": 0}
-COMPUTE = {"float16": 68, "bfloat16": 68, "tf32": 77}
-DEFAULT = -1
 # Fewer streams are faster by events, whatever the weights: not measured.
 FEWEST_STREAMS = 4
 # What is measured: so many steps, so often.
@@ -42,6 +39,7 @@ class TensorLayer:
     """One layer's weights, rounded and padded, gates apart."""
 
     device: Device
+    cublas: Cublas
     precision: str
     units: int
     inputs: int
@@ -52,14 +50,13 @@ class TensorLayer:
     threshold: Any
 
     @classmethod
-    def of(cls, device: Device, number: int, layer: Layer, precision: str) -> TensorLayer | None:
+    def of(cls, device: Device, cublas: Cublas, number: int, layer: Layer, precision: str) -> TensorLayer | None:
         """None for the paper's variant, whose candidate waits for a gate within the product.
 
-        Raises ValueError for weights that the precision cannot hold, BackendUnavailable without cuBLAS.
+        Raises ValueError for weights that the precision cannot hold.
         """
         if layer.cell.variant == "paper":
             return None
-        _cublas()
         matrices = []
         for name, weights in (("w_in", layer.w_in), ("w_rec", layer.w_rec)):
             dense = weights.to_dense()
@@ -71,7 +68,7 @@ class TensorLayer:
             matrices.append(_rounded(device, _padded(dense), precision))
         vectors = (layer.bias_in, layer.bias_rec, np.broadcast_to(layer.threshold, layer.units))
         arrays = (device.put(np.ascontiguousarray(each, np.float32)) for each in vectors)
-        return cls(device, precision, layer.units, layer.inputs, *matrices, *arrays)
+        return cls(device, cublas, precision, layer.units, layer.inputs, *matrices, *arrays)
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -111,9 +108,9 @@ class TensorLayer:
         grid = (-(-self.units // CELL_THREADS), min(batch, 256))
         for begin in range(0, steps, together):
             rows = min(together, steps - begin) * batch
-            self._product(x[begin * batch :], inputs, self.w_in, drive, rows)
+            self.cublas.product(self.precision, x[begin * batch :], self.w_in, drive, rows, inputs, 3 * units)
             for t in range(begin, begin + rows // batch):
-                self._product(y, units, self.w_rec, rec, batch)
+                self.cublas.product(self.precision, y, self.w_rec, rec, batch, units, 3 * units)
                 self._launch(
                     "cells", cells_kernel, grid, CELL_THREADS,
                     drive[(t - begin) * batch :].data.ptr, rec.data.ptr, self.bias_in.data.ptr,
@@ -121,17 +118,6 @@ class TensorLayer:
                     record[t + 1].data.ptr, 0 if after is None else after[t].data.ptr,
                     self.units, units, pitch_of(self.units), batch, report.data.ptr,
                 )  # fmt: skip
-
-    def _product(self, a, width: int, b, out, rows: int) -> None:
-        """out = a @ b, rows by rows, float32; cuBLAS sees everything transposed."""
-        import cupy
-
-        cublas, columns, kind = _cublas(), b.shape[1], TYPES[self.precision]
-        cublas.gemmEx(
-            cupy.cuda.device.get_cublas_handle(), 0, 0, columns, rows, width, ONE.ctypes.data,
-            b.data.ptr, kind, columns, a.data.ptr, kind, width, ZERO.ctypes.data,
-            out.data.ptr, FLOAT32, columns, COMPUTE[self.precision], DEFAULT,
-        )  # fmt: skip
 
     def _narrow(self, dense, pitch: int, n: int, out, width: int, rows: int, report) -> None:
         self._launch(
@@ -174,19 +160,6 @@ def measured_ways(engine: CudaEngine, feed: Feed, state: Any) -> tuple[int, ...]
     finally:
         del engine.ways[batch]
     return best
-
-
-ONE, ZERO = np.ones(1, np.float32), np.zeros(1, np.float32)
-
-
-def _cublas() -> Any:
-    try:
-        from cupy_backends.cuda.libs import cublas
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"cuda: exact=False needs cuBLAS ({str(error).splitlines()[0]}); pip install nvidia-cublas, or leave it out"
-        ) from None
-    return cublas
 
 
 def _up(size: int) -> int:
