@@ -21,6 +21,10 @@ packing  : weights as strips
 walks    : one strip times one list of events
 lookup   : one strip times what few units sent
 kernels  : `layers`, any number of tiles and samples a block;  single: one;  cluster: tiles shared out in a cluster
+piece    : the memory of a run, kept between runs
+arrays   : arrays and states that stay on the GPU;  borders: kernels that look at what comes and goes
+stepper  : single steps, as a graph
+tensor   : layers of many streams through tensor cores, not exact;  rounded: their kernels
 engine   : a network on the GPU
 """
 
@@ -32,12 +36,23 @@ if TYPE_CHECKING:
     from eventrnn.cuda.engine import CudaEngine
     from eventrnn.network import Network
 
+PRECISIONS = ("float16", "bfloat16", "tf32")
+
 
 class CudaBackend:
-    """One NVIDIA GPU; the exact tier. Opened by the first engine only, so that any machine can name it."""
+    """One NVIDIA GPU. Opened by the first engine only, so that any machine can name it.
+
+    exact     : False lets layers of many streams go through tensor cores, where that is measured to be faster: at the
+                first run of each batch size, on what it is fed. `Simulation.paths` says which
+    precision : of weights and events there, "float16", "bfloat16" or "tf32"; sums are float32, and so are cells
+    """
 
     name = "cuda"
-    exact = True
+
+    def __init__(self, exact: bool = True, precision: str = "float16"):
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision: got {precision!r}, need one of {', '.join(PRECISIONS)}")
+        self.exact, self.precision = exact, precision
 
     def engine(self, network: Network, *, threads: int = 1) -> CudaEngine:
         """Pack the weights and put them on the GPU; kernels are compiled at the first run of each plan, in seconds.
@@ -48,4 +63,4 @@ class CudaBackend:
             raise ValueError(f"threads: got {threads}, but the cuda backend brings its own; leave it out")
         from eventrnn.cuda.engine import CudaEngine
 
-        return CudaEngine(network)
+        return CudaEngine(network, None if self.exact else self.precision)

@@ -1,22 +1,25 @@
-"""A matrix on the device, in the ways that kernels ask for, and products of many independent rows with it."""
+"""A matrix on the GPU, in the ways that kernels ask for, and its products with rows of events that need not wait."""
 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from eventrnn.cuda import tables as k
 from eventrnn.cuda.cluster_plan import MOST_REACHED
-from eventrnn.cuda.device import Device
-from eventrnn.cuda.packing import Reached, Strips, pack, per_strip
+from eventrnn.cuda.packing import Lots, Reached, Strips, pack, per_strip
 from eventrnn.cuda.products import products_kernel
 from eventrnn.cuda.tables import LANES
-from eventrnn.weights import Dense, Weights
+from eventrnn.weights import Dense
 
-# Warps of a block of products, and strips that it looks a row's events up in.
-WARPS, MOST_TOGETHER = 32, 8
+if TYPE_CHECKING:
+    from eventrnn.cuda.device import Device
+    from eventrnn.weights import Weights
+
+# Warps of a block of products.
+WARPS = 32
 
 
 class Matrix:
@@ -24,11 +27,17 @@ class Matrix:
 
     `strips` : by gate and tile of `width` units (`packing.Strips`), with `values`, `table`, `starts`, `bias`
     `columns`: by 32 columns of all gates together (`packing.Reached`), with `units`, `rows`, `firsts`, `column_bias`
+    `lots`   : the same for products (`packing.Lots`), with `index`, `lot_rows`, `lot_firsts`
     """
 
     def __init__(self, device: Device, weights: Weights, bias: np.ndarray, gates: int, width: int):
         self.device, self.weights, self.gates, self.width = device, weights, gates, width
         self.host_bias = bias
+
+    @classmethod
+    def of(cls, device: Device, weights: Weights, bias: np.ndarray, gates: int, width: int) -> Matrix:
+        """That matrix; nothing is put on the GPU yet."""
+        return cls(device, weights, bias, gates, width)
 
     @property
     def narrow(self) -> bool:
@@ -49,6 +58,10 @@ class Matrix:
     @cached_property
     def columns(self) -> Reached:
         return Reached.of(pack(self.weights, 1, LANES))
+
+    @cached_property
+    def lots(self) -> Lots:
+        return Lots.of(self.columns, self.weights.shape[0], self.room(self.device)[1])
 
     def _put(self, array: np.ndarray) -> Any:
         with self.device.on_stream():
@@ -86,41 +99,55 @@ class Matrix:
     def column_bias(self) -> Any:
         return self._put(per_strip(self.host_bias, 1, LANES))
 
+    @cached_property
+    def index(self) -> Any:
+        return self._put(self.lots.index)
+
+    @cached_property
+    def lot_rows(self) -> Any:
+        return self._put(self.lots.rows)
+
+    @cached_property
+    def lot_firsts(self) -> Any:
+        return self._put(self.lots.firsts)
+
     def described(self, resident: bool, kind: str = "rows") -> str:
-        """How the weights lie and where they are read from."""
+        """How it lies and where it is read from, in words."""
         storage = "bfloat16" if self.narrow else "float32"
         return f"{kind} {storage} in {'shared memory' if resident else 'L2'}"
 
-    @cached_property
-    def room(self) -> tuple[bool, int, int]:
-        """Of products of many rows: whether the strips of a block fit in its memory, how many they are, its bytes."""
-        firsts, n_pre = self.columns.firsts, self.weights.shape[0]
-        least = k.LISTED_BYTES * WARPS
-        index = -(-4 * n_pre // 16) * 16
+    def room(self, device: Device) -> tuple[bool, int, int]:
+        """Of products of many rows: whether a lot of strips fits in shared memory, how many they are, and its bytes."""
+        firsts = self.columns.firsts
+        count = len(firsts) - 1
         row_bytes = LANES * self.columns.rows.itemsize
-        found = False, 1, least + index
-        for together in range(1, min(MOST_TOGETHER, len(firsts) - 1) + 1):
-            ends = firsts[np.minimum(np.arange(len(firsts) - 1) + together, len(firsts) - 1)]
-            needed = least + index * together + row_bytes * int((ends - firsts[:-1]).max())
-            if needed <= self.device.shared_bytes:
-                found = True, together, needed
-        return found
+        for together in range(min(k.MOST_TOGETHER, count), 0, -1):
+            edges = np.append(firsts[:-1:together], firsts[-1])
+            needed = self._least + row_bytes * int(np.diff(edges).max(initial=0))
+            if needed <= device.shared_bytes:
+                return True, together, needed
+        return False, min(k.MOST_TOGETHER, count), self._least
 
-    def products(self, table: tuple[Any, Any, Any], rows: int, row_of=None):
+    @property
+    def _least(self) -> int:
+        """Bytes of shared memory that products take without the weights."""
+        return k.LISTED_BYTES * WARPS + -(-4 * self.weights.shape[0] // 16) * 16
+
+    def products(self, device: Device, table, rows: int, row_of=None, out=None):
         """Drives of independent rows of events, (rows, gates * units).
 
         `table`: where each list begins, how long it is, and the lists. `row_of`: the list of each row, if not its own.
         """
-        device = self.device
         n_pre, columns = self.weights.shape
         firsts, counts, lists = table
-        out = device.empty((rows, columns), np.float32)
+        if out is None:
+            out = device.empty((rows, columns), np.float32)
         if rows == 0:
             return out
-        resident, together, shared = self.room
-        if rows < WARPS and resident:
-            # Bringing weights in would cost more than the rows.
-            resident, together, shared = False, 1, k.LISTED_BYTES * WARPS + -(-4 * n_pre // 16) * 16
+        resident, together, shared = self.room(device)
+        if rows < WARPS:
+            # Bringing weights in would take longer than the rows.
+            resident, shared = False, self._least
         strips = len(self.columns.firsts) - 1
         lots = -(-strips // together)
         splits = max(1, min(-(-rows // WARPS), device.multiprocessors // lots))
@@ -128,7 +155,7 @@ class Matrix:
         kernel = device.kernel(("products", way), lambda: products_kernel(way), 32 * WARPS)
         device.launch(
             kernel, lots * splits, 32 * WARPS,
-            self.units.data.ptr, self.rows.data.ptr, self.firsts.data.ptr, self.column_bias.data.ptr,
+            self.index.data.ptr, self.lot_rows.data.ptr, self.lot_firsts.data.ptr, self.column_bias.data.ptr,
             n_pre, columns, strips, together, firsts.data.ptr, counts.data.ptr, lists.data.ptr,
             0 if row_of is None else row_of.data.ptr, rows, splits, out.data.ptr,
             shared=shared,

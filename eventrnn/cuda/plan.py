@@ -257,3 +257,27 @@ def blocks_from(plan: Plan, first: int, batch: int) -> np.ndarray:
     rows = rows[rows[:, k.SAMPLE] < batch]
     rows[:, k.SAMPLES] = np.minimum(rows[:, k.SAMPLES], batch - rows[:, k.SAMPLE])
     return rows
+
+
+# --- launches -----------------------------------------------------------------------------------------------
+
+
+def launches_of(variants: Sequence[str], most: int, ways: tuple[int, ...] = ()) -> list[range]:
+    """Neighbouring layers that run in one launch: of one variant, and no more than there are multiprocessors.
+
+    What is above follows in the next launch; the record holds everything that it needs. Layers in `ways` are alone.
+    """
+    launches: list[range] = []
+    for n, variant in enumerate(variants):
+        last = launches[-1] if launches else None
+        alone = n in ways or n - 1 in ways
+        if last is not None and not alone and len(last) < most and variants[last.start] == variant:
+            launches[-1] = range(last.start, n + 1)
+        else:
+            launches.append(range(n, n + 1))
+    return launches
+
+
+def parts_of(layers: range, each: Plan) -> list[tuple[int, bool]]:
+    """What a launch consists of, in the order of its plan: which layer, and whether its feeder."""
+    return [(n, feeds) for n in layers for feeds in (True, False) if not feeds or (n and each.cluster)]

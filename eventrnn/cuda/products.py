@@ -131,14 +131,16 @@ def tally_kernel():
         while row < rows:
             value = record[row * pitch + unit]
             if value != 0:
-                # A caller may start from negative outputs, but no unit sends one.
-                if value == 1:
+                # No unit sends a negative value, but an input may have one.
+                if value == 1 or value == -1:
                     binary += 1
                 else:
                     graded += 1
             row += cuda.gridDim.y
-        add_relaxed(graded_at + 8 * unit, graded)
-        add_relaxed(binary_at + 8 * unit, binary)
+        if graded != 0:
+            add_relaxed(graded_at + 8 * unit, graded)
+        if binary != 0:
+            add_relaxed(binary_at + 8 * unit, binary)
 
     return tally, types.void(*[types.int64] * 6)
 

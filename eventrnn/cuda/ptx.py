@@ -309,3 +309,8 @@ load_relaxed = _instruction("ld.relaxed.gpu.global.b32 $0, [$1];", f"=r,l,{MEMOR
 load_early2 = _instruction(
     "ld.global.nc.v2.b32 {$0, $1}, [$2];", "=r,=r,l", types.UniTuple(types.int32, 2), types.int64
 )
+store_float = _instruction("st.global.f32 [$0], $1;", f"l,f,{MEMORY}", NOTHING, types.int64, types.float32)
+#: address of an int64, a number that takes its place where it is larger
+max_relaxed = _instruction(
+    "red.relaxed.gpu.global.max.u64 [$0], $1;", f"l,l,{MEMORY}", NOTHING, types.int64, types.int64
+)  # fmt: skip

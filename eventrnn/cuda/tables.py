@@ -41,6 +41,11 @@ LISTED_BYTES = HIT_SIZE * (LISTED + LIST_PAD)
     BLOCK_FIELDS,
 ) = range(28)  # fmt: skip
 
+#: of a run's report: a word that never came; LAST less the first position of an input that is refused; whether cells
+#: are not finite; the same for events and inputs too large for float16. Then counts of events.
+REPORT_FAULT, REPORT_INPUT, REPORT_CELLS, REPORT_LARGE, REPORT_FIELDS = range(5)
+LAST = 1 << 62
+
 
 def way(kind: int, narrow: bool, resident: bool) -> int:
     """How a matrix lies, as a number: kind, bfloat16 or not, in shared memory or not."""
