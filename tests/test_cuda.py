@@ -83,7 +83,7 @@ def test_reached_units_are_those_with_a_weight_in_the_strip(data, units, n_pre):
 def test_lots_lead_from_a_unit_to_its_rows_in_every_strip(data, units, n_pre, together):
     strips = pack(data.draw(weights_of((n_pre, units))), 1, tables.LANES)
     lots = Lots.of(Reached.of(strips), n_pre, together)
-    matrix, used = unpack(strips)[:, 0], 0
+    matrix, used = unpack(strips), 0
     for strip in range(strips.tiles):
         lot, bit = divmod(strip, together)
         columns = matrix[:, strip * tables.LANES : (strip + 1) * tables.LANES]
@@ -203,10 +203,10 @@ def test_cluster_plans_give_every_tile_of_every_sample_one_owner(shapes, batch):
                     assert (part, tile, sample) not in owners
                     owners[part, tile, sample] = at
             # Whole lots of what is looked up fit between their table and the rows.
-            rounds = found.rounds[matrix is shape.w_in]
-            lots = -(-np.diff(matrix.firsts) // (32 * rounds))
-            needed = 4 * 32 * rounds * sum(int(lots[begin:end].sum()) for begin, end in gates)
-            assert row[tables.AT_UNITS] + needed <= row[tables.AT_ROWS]
+            lot = 32 * found.rounds[matrix is shape.w_in]
+            most = max(int(np.diff(matrix.firsts)[begin:end].max(initial=0)) for begin, end in gates)
+            assert row[tables.CAPACITY] % lot == 0 and row[tables.CAPACITY] >= most
+            assert row[tables.AT_UNITS] + 4 * row[tables.CAPACITY] * strips <= row[tables.AT_ROWS]
         # Parts wait for lower ones only, which the chip begins with.
         assert (np.diff(table[:, tables.LAYER]) >= 0).all()
     assert len(owners) == sum(shape.tiles for shape, _ in parts) * batch

@@ -106,7 +106,9 @@ def cluster_kernel(way: int, way_in: int, blocks: int, rounds: int, rounds_in: i
         Before the table, how many strips the gates have, and how far a unit's columns are from where its gate's strips
         begin. A strip's units are filled up to whole lots with offsets `beyond` the row.
         """
-        firsts, strips, units = global_int64(layer[k.FIRSTS_OF]), shared_int32(shared + block[k.AT_STRIPS]), int32(0)
+        firsts, strips = global_int64(layer[k.FIRSTS_OF]), shared_int32(shared + block[k.AT_STRIPS])
+        lane, warp, warps = thread & int32(31), thread >> int32(5), threads >> int32(5)
+        capacity = int32(block[k.CAPACITY])
         table, source = shared_int32(shared + block[k.AT_UNITS]), global_int32(layer[k.UNITS_OF])
         base, slot, at, gate = int32(shared + block[k.AT_UNITS]), int32(0), int64(0), int32(0)
         while gate < 3:
@@ -126,27 +128,27 @@ def cluster_kernel(way: int, way_in: int, blocks: int, rounds: int, rounds_in: i
                     shared + block[k.AT_ROWS] + row_bytes * at, layer[k.ROWS_OF] + row_bytes * row,
                     row_bytes * size, thread, threads,
                 )  # fmt: skip
-            strip = int32(0)
+            # A warp a strip: many short copies, none of which waits for another.
+            strip = warp
             while strip < count:
                 own = firsts[begin + strip]
                 reached = int32(firsts[begin + strip + 1] - own)
-                lots = int32((reached + lot - 1) // lot)
-                if thread == 0:
+                units = int32(capacity * (slot + strip))
+                if lane == 0:
                     entry = int32(8 + 4 * (slot + strip))
-                    strips[entry], strips[entry + 1] = int32(base + 4 * units), lots
+                    strips[entry], strips[entry + 1] = int32(base + 4 * units), int32((reached + lot - 1) // lot)
                     strips[entry + 2] = int32(own)
                     if near:
                         strips[entry + 2] = int32(at + own - row)
                     strips[entry + 3] = int32(32 * (begin + strip))
-                unit = thread
-                while unit < lots * lot:
+                unit = lane
+                while unit < capacity:
                     offset = int32(beyond)
                     if unit < reached:
                         offset = source[own + unit]
                     table[units + unit] = offset
-                    unit = int32(unit + threads)
-                units = int32(units + lots * lot)
-                strip = int32(strip + 1)
+                    unit = int32(unit + LANES)
+                strip = int32(strip + warps)
             at += size
             slot = int32(slot + count)
             gate = int32(gate + 1)

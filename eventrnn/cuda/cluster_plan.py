@@ -148,8 +148,9 @@ def _lay_out_part(
     tiles = int(np.diff(edges_of(shape.tiles, size)).max())
     strips = max(sum(end - begin for begin, end in gates) for gates in blocks)
     entries = max(sum(int(matrix.firsts[end] - matrix.firsts[begin]) for begin, end in gates) for gates in blocks)
-    lots = -(-np.diff(matrix.firsts) // (LANES * rounds))
-    units = LANES * rounds * max(sum(int(lots[begin:end].sum()) for begin, end in gates) for gates in blocks)
+    # Whole lots of what is looked up, as many for every strip.
+    lot = LANES * rounds
+    capacity = lot * max(1, -(-int(np.diff(matrix.firsts).max(initial=0)) // lot))
     sizes = {
         # At the same place in every block of the cluster.
         k.AT_BARRIERS: 16 * samples,
@@ -161,11 +162,10 @@ def _lay_out_part(
         k.AT_SUMS_REC: 4 * TILE_BYTES * (strips + 1),
         k.AT_CELLS: TILE_BYTES * samples * tiles,
         k.AT_HITS: k.HIT_SIZE * (LANES * rounds + k.LIST_PAD) * warps,
-        # Whole lots.
-        k.AT_UNITS: 4 * units,
+        k.AT_UNITS: 4 * capacity * strips,
         k.AT_ROWS: LANES * matrix.rows.itemsize * entries * near,
     }
-    offsets, at = {}, 0
+    offsets, at = {k.CAPACITY: capacity}, 0
     for field, bytes_ in sizes.items():
         offsets[field], at = at, at + -(-bytes_ // 16) * 16
     way = k.way(k.MASKED, matrix.rows.dtype == np.uint16, near)

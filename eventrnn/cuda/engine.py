@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from eventrnn.network import Network
 
 # What the record of a run may take at a time; longer runs go through in pieces.
-RECORD_BYTES = 1 << 28
+RECORD_BYTES = 1 << 29
 # Threads that count the events of one unit.
 MOST_TALLIES = 512
 
