@@ -13,6 +13,7 @@ from eventrnn.cuda import tables as k
 from eventrnn.cuda.arrays import DeviceFeed, DeviceState, WholeFeed, check_report, flattened
 from eventrnn.cuda.borders import finite_kernel
 from eventrnn.cuda.cluster import cluster_kernel
+from eventrnn.cuda.cublas import Cublas
 from eventrnn.cuda.device import current_device
 from eventrnn.cuda.kernels import layers_kernel
 from eventrnn.cuda.matrix import Matrix
@@ -77,9 +78,8 @@ class CudaEngine:
         """Layers as tensor cores take them; None for those that they cannot have."""
         assert self.precision is not None
         with self.device.on_stream():
-            return [
-                TensorLayer.of(self.device, n, layer, self.precision) for n, layer in enumerate(self.network.layers)
-            ]
+            layers, cublas = enumerate(self.network.layers), Cublas(self.device)
+            return [TensorLayer.of(self.device, cublas, n, layer, self.precision) for n, layer in layers]
 
     def launches(self, ways: tuple[int, ...] = ()) -> list[range]:
         """Layers by launch, where those in `ways` go through tensor cores."""

@@ -78,7 +78,7 @@ class TensorLayer:
     def enqueue(self, piece: Piece, n: int, table, row_of, after, report) -> None:
         """All steps of layer n of a piece, from an event table (layer 0) or from what the layer below sent."""
         units, inputs = self.sizes
-        steps, batch, kind = piece.steps, piece.batch, np.dtype((np.void, BYTES[self.precision]))
+        steps, batch, kind = piece.steps, piece.batch, np.uint16 if BYTES[self.precision] == 2 else np.float32
         x = piece.kept(("x", n), (steps * batch, inputs), kind)
         y = piece.kept(("y", n), (batch, units), kind)
         if n == 0:
@@ -177,7 +177,7 @@ def _padded(dense: np.ndarray) -> np.ndarray:
 def _rounded(device: Device, matrix: np.ndarray, precision: str) -> Any:
     """On the device, to the nearest that the precision has, ties to even; for tf32 the product rounds."""
     if precision == "float16":
-        return device.put(matrix.astype(np.float16))
+        return device.put(matrix.astype(np.float16).view(np.uint16))
     if precision == "bfloat16":
         words = matrix.view(np.uint32)
         return device.put(((words + 0x7FFF + ((words >> 16) & 1)) >> 16).astype(np.uint16))
