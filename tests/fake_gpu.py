@@ -243,9 +243,10 @@ def _narrow(precision, blocks, dense_at, pitch, n, width, out_at, report_at):
 
 def _cells(
     precision, blocks, drive_at, rec_at, bias_in_at, bias_rec_at, threshold_at, cells_at, y_at, record_at, after_at,
-    units, padded, pitch, batch, report_at,
+    units, padded, pitch, batch, counts_at, report_at,
 ):  # fmt: skip
-    drive, rec = (floats(at, 3 * padded * batch).reshape(batch, 3, padded)[:, :, :units] for at in (drive_at, rec_at))
+    words = (half(at, 3 * padded * batch, precision) for at in (drive_at, rec_at))
+    drive, rec = (widened(each, precision).reshape(batch, 3, padded)[:, :, :units] for each in words)
     bias_in, bias_rec = (floats(at, 3 * units).reshape(3, units) for at in (bias_in_at, bias_rec_at))
     c, size = floats(cells_at, batch * units).reshape(batch, units), 4 if precision == "tf32" else 2
     u, r = (1 / (1 + np.exp(-(drive[:, g] + rec[:, g] + bias_in[g] + bias_rec[g]))) for g in (0, 1))
@@ -255,6 +256,9 @@ def _cells(
     for b in range(batch):
         floats(record_at + 4 * b * pitch, units)[:] = (fired * v)[b]
         _store(y_at + size * b * padded, (fired * v)[b], precision, report_at)
+    if counts_at:
+        longs(counts_at, units)[:] += ((fired * v != 0) & (v != 1)).sum(axis=0)
+        longs(counts_at + 8 * units, units)[:] += (fired & (v == 1)).sum(axis=0)
     if after_at:
         floats(after_at, batch * units)[:] = c.ravel()
 
@@ -273,7 +277,7 @@ class Cublas:
         self.device.launched.append("gemm")
         left = widened(half(a, rows * width, precision), precision).reshape(rows, width)
         right = widened(half(b, width * columns, precision), precision).reshape(width, columns)
-        floats(out, rows * columns).reshape(rows, columns)[:] = left @ right
+        half(out, rows * columns, precision)[:] = rounded((left @ right).ravel(), precision)
 
 
 ROUNDING = {"spread": _spread, "narrow": _narrow, "cells": _cells}
@@ -324,6 +328,7 @@ class FakeDevice:
     def launch(self, kernel, blocks, threads, *arguments, **options) -> None:
         name, *kind = kernel
         call = partial(ROUNDING[name], *kind) if name in ROUNDING else KERNELS[name]
+        call = np.errstate(all="ignore")(call)
         enqueued(lambda: (self.launched.append(name), call(blocks, *arguments)))()
 
     def seconds(self, enqueue) -> float:

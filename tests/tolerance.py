@@ -195,7 +195,7 @@ def rounded_cell_bound(precision: str, parameters: dict, x: np.ndarray, c: np.nd
     """`cell_bound` of a step through tensor cores, the released variant.
 
     Factors of a drive are rounded, which brings 2 e + e^2 of their product and TINY16 of each factor, and what they
-    bring passes on as any error of the drive does; the bias comes last, one rounding more than n.
+    bring passes on as any error of the drive does; so does rounding the sum. The bias comes last, one rounding more.
     """
     e = ROUNDED[precision]
     tiny = TINY16 if precision == "float16" else 0.0
@@ -204,6 +204,8 @@ def rounded_cell_bound(precision: str, parameters: dict, x: np.ndarray, c: np.nd
         exact, size = bias + values @ weights, np.abs(values) @ np.abs(weights)
         moved = (2 * e + e * e) * size + tiny * (np.abs(values).sum(axis=1)[:, None] + np.abs(weights).sum(axis=0))
         error = moved + drive_bound(weights, np.abs(values) * (1 + e), bias) * (1 + e)
+        # Of the sum without the bias.
+        error = error + (0 if precision == "tf32" else e) * (np.abs(values @ weights) + error) + tiny
         n = weights.shape[1] // 3
         return [Running(exact[:, k : k + n], error[:, k : k + n]) for k in (0, n, 2 * n)]
 
