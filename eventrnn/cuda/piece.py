@@ -38,7 +38,7 @@ class Piece:
         shapes = [(steps + 1, batch, pitch_of(n)) for n in units]
         self.records = [device.empty(shape, np.float32) for shape in shapes]
         papers = [layer.cell.variant == "paper" for layer in network.layers]
-        self.gated = [
+        self.gated: list[Any] = [
             device.empty(shape, np.float32) if paper else None for shape, paper in zip(shapes, papers, strict=True)
         ]
         self.state = device.empty((2, batch * sum(units)), np.float32)
