@@ -192,6 +192,95 @@ def _tally(blocks, record_at, pitch, n, rows, graded_at, binary_at):
         longs(binary_at, n)[:] += np.abs(dense) == 1
 
 
+def half(address: int, count: int, precision: str) -> np.ndarray:
+    """Words of rounded numbers at an address."""
+    kind = ctypes.c_float if precision == "tf32" else ctypes.c_uint16
+    return np.ctypeslib.as_array(ctypes.cast(int(address), ctypes.POINTER(kind)), (int(count),))
+
+
+def rounded(values: np.ndarray, precision: str) -> np.ndarray:
+    """As words."""
+    if precision == "float16":
+        return values.astype(np.float16).view(np.uint16)
+    if precision == "bfloat16":
+        words = np.ascontiguousarray(values, np.float32).view(np.uint32)
+        return ((words + 0x7FFF + ((words >> 16) & 1)) >> 16).astype(np.uint16)
+    return values
+
+
+def widened(words: np.ndarray, precision: str) -> np.ndarray:
+    """As float32."""
+    if precision == "float16":
+        return words.view(np.float16).astype(np.float32)
+    return (words.astype(np.uint32) << 16).view(np.float32) if precision == "bfloat16" else words
+
+
+@np.errstate(over="ignore")
+def _store(address: int, values: np.ndarray, precision: str, report_at: int) -> None:
+    if precision == "float16" and (np.abs(values) > 65504).any():
+        _raise_to(report_at + 8 * k.REPORT_LARGE, 1)
+    half(address, values.size, precision)[:] = rounded(np.ascontiguousarray(values.ravel(), np.float32), precision)
+
+
+def _spread(precision, blocks, firsts_at, counts_at, lists_at, row_of_at, width, out_at, report_at):
+    size = 4 if precision == "tf32" else 2
+    for row in range(blocks):
+        source = int(longs(row_of_at, blocks)[row]) if row_of_at else row
+        count = int(ints(counts_at, source + 1)[source])
+        words = ints(lists_at + 8 * int(longs(firsts_at, source + 1)[source]), 2 * max(count, 1)).reshape(-1, 2)[:count]
+        dense = np.zeros(width, np.float32)
+        dense[words[:, 0]] = words[:, 1].copy().view(np.float32)
+        _store(out_at + size * row * width, dense, precision, report_at)
+
+
+def _narrow(precision, blocks, dense_at, pitch, n, width, out_at, report_at):
+    size = 4 if precision == "tf32" else 2
+    for row in range(blocks):
+        dense = np.zeros(width, np.float32)
+        dense[:n] = floats(dense_at + 4 * row * pitch, n)
+        _store(out_at + size * row * width, dense, precision, report_at)
+
+
+def _cells(
+    precision, blocks, drive_at, rec_at, bias_in_at, bias_rec_at, threshold_at, cells_at, y_at, record_at, after_at,
+    units, padded, pitch, batch, counts_at, report_at,
+):  # fmt: skip
+    words = (half(at, 3 * padded * batch, precision) for at in (drive_at, rec_at))
+    drive, rec = (widened(each, precision).reshape(batch, 3, padded)[:, :, :units] for each in words)
+    bias_in, bias_rec = (floats(at, 3 * units).reshape(3, units) for at in (bias_in_at, bias_rec_at))
+    c, size = floats(cells_at, batch * units).reshape(batch, units), 4 if precision == "tf32" else 2
+    u, r = (1 / (1 + np.exp(-(drive[:, g] + rec[:, g] + bias_in[g] + bias_rec[g]))) for g in (0, 1))
+    v = u * c + (1 - u) * np.tanh(r * (rec[:, 2] + bias_rec[2]) + drive[:, 2] + bias_in[2])
+    fired = v > floats(threshold_at, units)
+    c[:] = v - fired * floats(threshold_at, units)
+    for b in range(batch):
+        floats(record_at + 4 * b * pitch, units)[:] = (fired * v)[b]
+        _store(y_at + size * b * padded, (fired * v)[b], precision, report_at)
+    if counts_at:
+        longs(counts_at, units)[:] += ((fired * v != 0) & (v != 1)).sum(axis=0)
+        longs(counts_at + 8 * units, units)[:] += (fired & (v == 1)).sum(axis=0)
+    if after_at:
+        floats(after_at, batch * units)[:] = c.ravel()
+
+
+class Cublas:
+    """`cublas.Cublas`."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def product(self, precision, a, b, out, rows, width, columns) -> None:
+        enqueued(self._product)(precision, a.data.ptr, b.data.ptr, out.data.ptr, rows, width, columns)
+
+    @np.errstate(all="ignore")
+    def _product(self, precision, a, b, out, rows, width, columns) -> None:
+        self.device.launched.append("gemm")
+        left = widened(half(a, rows * width, precision), precision).reshape(rows, width)
+        right = widened(half(b, width * columns, precision), precision).reshape(width, columns)
+        half(out, rows * columns, precision)[:] = rounded((left @ right).ravel(), precision)
+
+
+ROUNDING = {"spread": _spread, "narrow": _narrow, "cells": _cells}
 KERNELS = {"found": _found, "compact": _compact, "symbols": _symbols, "finite": _finite, "tally": _tally}
 
 
@@ -202,6 +291,7 @@ class FakeDevice:
 
     def __init__(self, room: int = 1 << 40):
         self.room, self.launched, self.allocated = room, [], 0
+        self.timed = len
         self.core = SimpleNamespace(device_id=0)
         self.queue = Queue()
         self.arrays = SimpleNamespace(
@@ -233,11 +323,19 @@ class FakeDevice:
         return 0
 
     def kernel(self, key, make, threads):
-        return key[0]
+        return key
 
     def launch(self, kernel, blocks, threads, *arguments, **options) -> None:
-        self.launched.append(kernel)
-        enqueued(KERNELS[kernel])(blocks, *arguments)
+        name, *kind = kernel
+        call = partial(ROUNDING[name], *kind) if name in ROUNDING else KERNELS[name]
+        call = np.errstate(all="ignore")(call)
+        enqueued(lambda: (self.launched.append(name), call(blocks, *arguments)))()
+
+    def seconds(self, enqueue) -> float:
+        """What the test says that the last thing done took."""
+        self.launched.clear()
+        enqueue()
+        return self.timed(self.launched)
 
     def follow(self, array) -> None:
         return None
@@ -264,14 +362,14 @@ def _copy_rows(target, target_pitch, source, source_pitch, width, rows, kind, st
         ctypes.memmove(target + row * target_pitch, source + row * source_pitch, width)
 
 
-@enqueued
 def _launch_layers(engine, layers, each, piece, drive, report, after) -> None:
     """`CudaEngine._launch_layers` by the specification, from the record below."""
-    with np.errstate(all="ignore"):
-        _run_layers(engine, layers, piece, drive, after)
+    enqueued(_run_layers)(engine, layers, piece, drive, after)
 
 
+@np.errstate(all="ignore")
 def _run_layers(engine, layers, piece, drive, after) -> None:
+    engine.device.launched.append("layers")
     for n in layers:
         layer, units = engine.network.layers[n], engine.units[n]
         parameters = layer_parameters(layer)
@@ -302,7 +400,6 @@ def _run_layers(engine, layers, piece, drive, after) -> None:
 
 def _products(matrix, device, table, rows, row_of=None, out=None):
     """`Matrix.products` by the specification."""
-    device.launched.append("products")
     weights, bias = matrix.origin
     firsts, counts, lists = table
     if out is None:
@@ -332,6 +429,7 @@ def install(monkeypatch, room: int = 1 << 40) -> FakeDevice:
 
     device = FakeDevice(room)
     monkeypatch.setattr(module, "current_device", lambda: device)
+    monkeypatch.setattr(module, "Cublas", Cublas)
     monkeypatch.setattr(module.CudaEngine, "_launch_layers", _launch_layers)
     monkeypatch.setitem(sys.modules, "cupy", device.arrays)
     plain = Matrix.of.__func__

@@ -382,13 +382,18 @@ def test_events_states_and_counts_are_those_of_the_cpu(variant, format, storage,
 
 
 @pytest.mark.gpu
-def test_a_million_steps_in_one_run_and_in_chunks():
+@pytest.mark.parametrize("blocks", [False, True])
+def test_a_million_steps_in_one_run_and_in_chunks(blocks):
     rng = np.random.default_rng(4)
-    network = Network.random([48], inputs=8, rng=rng, threshold=0.1)
+    network = Network.random([96 if blocks else 48], inputs=8, rng=rng, threshold=0.1)
     network = network.with_matrices({k: CSR.from_dense(3 * w.to_dense()) for k, w in network.matrices().items()})
+    if blocks:
+        kept = np.repeat(rng.random((96, 9)) < 0.3, 32, axis=1)
+        thinned = convert(network.layers[0].w_rec.to_dense() * kept, "block", block=(1, 32))
+        network = network.with_matrices({"layers.0.w_rec": thinned})
     x = (rng.standard_normal((1_000_000, 1, 8)) * (rng.random((1_000_000, 1, 8)) < 0.5)).astype(np.float32)
     whole, chunked = simulate(network, x, backend="cuda"), Simulator(network, backend="cuda")
-    cuts = [0, *sorted(rng.integers(0, len(x), 9)), len(x)]
+    cuts = [0, *sorted(rng.integers(0, len(x), 300)), len(x)]
     parts = [chunked.run(x[a:b]).output for a, b in pairwise(cuts)]
     assert same_bits(whole.output, np.concatenate(parts))
     assert same_bits(whole.state.cells[0], chunked.state.cells[0])

@@ -224,3 +224,83 @@ def test_out_of_memory_says_what_is_needed_and_leaves_the_engine_usable(gpu):
 def test_a_precision_that_is_none_is_refused():
     with pytest.raises(ValueError, match="precision: got 'float8', need one of float16, bfloat16, tf32"):
         CudaBackend(exact=False, precision="float8")
+
+
+# --- on a GPU -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cupy():
+    """The package."""
+    return pytest.importorskip("cupy", reason="needs CuPy")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_streams_of_any_mixture_equal_one_run_of_the_cpu(cupy, case):
+    network, x = small(*case)
+    x = np.tile(x, (9, *(1,) * (x.ndim - 1)))
+    expected = simulate(network, x, backend="cpu")
+    simulator, rng = Simulator(network, batch=3, backend="cuda"), np.random.default_rng(0)
+    output, t = [], 0
+    while t < len(x):
+        steps = int(rng.choice([1, 3, 7]))
+        fed = [x[t : t + steps], cupy.asarray(x[t : t + steps])][rng.integers(2)]
+        if rng.random() < 0.5:
+            output += [simulator.run(fed).output]
+        else:
+            output += [simulator.step(each)[None] for each in fed]
+        if rng.random() < 0.2:
+            # Looking at the state, and setting it, changes nothing.
+            simulator.state = simulator.state.copy()
+        t += steps
+    assert same_bits(np.concatenate([cupy.asnumpy(each) for each in output]), expected.output)
+    assert all(same_bits(a, b) for a, b in zip(simulator.state.cells, expected.state.cells, strict=True))
+    assert all(same_bits(a, b) for a, b in zip(simulator.state.outputs, expected.state.outputs, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_arrays_of_cupy_and_torch_go_in_and_come_out(cupy, case):
+    torch = pytest.importorskip("torch", reason="needs PyTorch")
+    network, x = small(*case)
+    expected = simulate(network, x, backend="cpu", record=("events", "states"))
+    for fed, kind in ((cupy.asarray(x), cupy.ndarray), (torch.from_numpy(x).cuda(), torch.Tensor)):
+        got = simulate(network, fed, backend="cuda", record=("events", "states"))
+        assert isinstance(got.output, kind) and isinstance(got.events[0], kind) and isinstance(got.states[1], kind)
+        assert same_bits(cupy.asarray(got.output).get(), expected.output)
+        assert same_bits(cupy.asarray(got.events[0]).get(), expected.events[0].to_dense())
+        assert same_bits(cupy.asarray(got.states[1]).get(), expected.states[1])
+        assert count(network, got) == count(network, expected)
+        assert isinstance(Simulator(network, batch=3, backend="cuda").step(fed[0]), kind)
+        with pytest.raises(TypeError, match="on a GPU, which only backend='cuda' takes"):
+            simulate(network, fed, backend="cpu")
+
+
+@pytest.mark.gpu
+def test_tensors_that_cannot_go_in_are_refused():
+    torch = pytest.importorskip("torch", reason="needs PyTorch")
+    network, x = small()
+    tensor = torch.from_numpy(x).cuda()
+    with pytest.raises(TypeError, match=r"inputs: got torch.bfloat16, .* give x.float\(\), the same numbers"):
+        simulate(network, tensor.bfloat16(), backend="cuda")
+    with pytest.raises(ValueError, match=r"inputs: got a tensor that requires a gradient.* give x.detach\(\)"):
+        simulate(network, tensor.requires_grad_(), backend="cuda")
+
+
+@pytest.mark.gpu
+def test_out_of_memory_in_a_run_leaves_the_simulator_as_it_was(cupy):
+    network, x = small()
+    simulator, pool = Simulator(network, batch=3, backend="cuda"), cupy.get_default_memory_pool()
+    simulator.run(x)
+    before = simulator.state.copy()
+    pool.free_all_blocks()
+    pool.set_limit(size=pool.used_bytes() + (1 << 20))
+    try:
+        for fed in (np.tile(x, (3000, 1, 1)), np.tile(x, (3000, 1, 1)).astype(np.float64)):
+            with pytest.raises(MemoryError, match=r"cuda: [\d,]+ bytes are needed and [\d,]+ are free"):
+                simulator.run(fed)
+    finally:
+        pool.set_limit(size=0)
+    assert all(same_bits(a, b) for a, b in zip(simulator.state.cells, before.cells, strict=True))
+    assert same_bits(simulator.run(x).output, simulate(network, x, state=before, backend="cpu").output)

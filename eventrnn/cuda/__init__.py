@@ -8,18 +8,19 @@ word in a record of the run that starts out full of "not sent yet"; whoever need
 (`kernels.py`). No grid barrier, no buffer to reuse, no order to keep between layers: a layer follows the one below as
 its events come. The same record gives read-out, counts and what a caller asked to see.
 
-Plans (`plan.py`): with sparse weights, a layer of a stream lives in one cluster of blocks, which write what they send
-into each other's shared memory (`cluster.py`); the record then serves the layers above and who reads afterwards. Else
-one sample has a block a tile, with as little code as can be (`single.py`), and many samples are dealt out in groups,
+Plans: with sparse weights, a layer of a stream lives in one cluster of blocks, which write what they send into each
+other's shared memory (`cluster_plan.py`, `cluster.py`); the record then serves the layers above and who reads
+afterwards, and what a layer adds to the drives of the next is worked out by a cluster of its own. Else (`plan.py`) one
+sample has a block a tile, with as little code as can be (`single.py`), and many samples are dealt out in groups,
 whose blocks own more tiles each. Weights stay in shared memory where they fit, else in L2. Products that need not wait,
 of the first layer's input and of the read-out, are done for all steps together (`products.py`).
 
 device   : the door to the CUDA packages; compiling, loading, launching
 ptx      : instructions that Numba lacks
 tables   : what the kernels' tables hold
-packing  : weights as strips
+packing  : weights as strips;  matrix: one on the GPU, and its products
 walks    : one strip times one list of events
-lookup   : one strip times what few units sent
+lookup   : one strip times what those few units sent that reach it
 kernels  : `layers`, any number of tiles and samples a block;  single: one;  cluster: tiles shared out in a cluster
 piece    : the memory of a run, kept between runs
 arrays   : arrays and states that stay on the GPU;  borders: kernels that look at what comes and goes

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from eventrnn.cuda.device import Device
 
 # cuBLAS's numbers: types of arrays, what sums are made in, not transposed, the algorithm that it finds best.
-FLOAT32, TYPES = 0, {"float16": 2, "bfloat16": 14, "tf32": 0}
+TYPES = {"float16": 2, "bfloat16": 14, "tf32": 0}
 SUMS = {"float16": 68, "bfloat16": 68, "tf32": 77}
 PLAIN, DEFAULT = 0, -1
 # What NVIDIA recommends for Hopper.
@@ -45,10 +45,10 @@ class Cublas:
             raise RuntimeError(f"cuda: {name} failed with status {status}")
 
     def product(self, precision: str, a: Any, b: Any, out: Any, rows: int, width: int, columns: int) -> None:
-        """out (rows, columns) float32 = a (rows, width) @ b (width, columns); cuBLAS sees everything transposed."""
+        """out (rows, columns) = a (rows, width) @ b (width, columns), all rounded; cuBLAS sees it transposed."""
         kind, pointer = TYPES[precision], ctypes.c_void_p
         self._call(
             "cublasGemmEx", self.handle, PLAIN, PLAIN, columns, rows, width, ctypes.byref(self.one),
             pointer(b.data.ptr), kind, columns, pointer(a.data.ptr), kind, width, ctypes.byref(self.zero),
-            pointer(out.data.ptr), FLOAT32, columns, SUMS[precision], DEFAULT,
+            pointer(out.data.ptr), kind, columns, SUMS[precision], DEFAULT,
         )  # fmt: skip

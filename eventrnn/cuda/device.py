@@ -80,6 +80,16 @@ def compile_ptx(kernel: Callable[..., None], signature, architecture: tuple[int,
     return ptx
 
 
+@dataclass(frozen=True)
+class _Foreign:
+    """Somebody's stream, by the protocol that CuPy takes it with."""
+
+    handle: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.handle
+
+
 class Device:
     """The current GPU. Raises BackendUnavailable with the reason and the remedy."""
 
@@ -214,7 +224,8 @@ class Device:
         cuda_, torch = self.arrays.cuda, sys.modules.get("torch")
         waited = [cuda_.get_current_stream()]
         if torch is not None and isinstance(array, torch.Tensor):
-            waited.append(cuda_.ExternalStream(torch.cuda.current_stream(array.device).cuda_stream))
+            theirs = _Foreign(torch.cuda.current_stream(array.device).cuda_stream)
+            waited.append(cuda_.Stream.from_external(theirs))
         for each in waited:
             if each.ptr != self.queue.ptr:
                 self.queue.wait_event(each.record())

@@ -14,6 +14,7 @@ from eventrnn.cuda.arrays import DeviceFeed, DeviceState, WholeFeed, check_repor
 from eventrnn.cuda.borders import finite_kernel
 from eventrnn.cuda.cluster import cluster_kernel
 from eventrnn.cuda.cluster_plan import CLUSTER_SIZES, ClusterShape, cluster_plan
+from eventrnn.cuda.cublas import Cublas
 from eventrnn.cuda.device import current_device
 from eventrnn.cuda.kernels import layers_kernel
 from eventrnn.cuda.matrix import Matrix
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from eventrnn.network import Network
 
 # What the record of a run may take at a time; longer runs go through in pieces.
-RECORD_BYTES = 1 << 29
+RECORD_BYTES = 1 << 30
 # Threads that count the events of one unit.
 MOST_TALLIES = 512
 
@@ -69,9 +70,8 @@ class CudaEngine:
         """Layers as tensor cores take them; None for those that they cannot have."""
         assert self.precision is not None
         with self.device.on_stream():
-            return [
-                TensorLayer.of(self.device, n, layer, self.precision) for n, layer in enumerate(self.network.layers)
-            ]
+            layers, cublas = enumerate(self.network.layers), Cublas(self.device)
+            return [TensorLayer.of(self.device, cublas, n, layer, self.precision) for n, layer in layers]
 
     def launches(self, ways: tuple[int, ...] = ()) -> list[range]:
         """Layers by launch, where those in `ways` go through tensor cores."""
@@ -206,10 +206,10 @@ class CudaEngine:
             end = min(steps, begin + longest)
             piece, part = self.piece(end - begin, batch), feed.part(begin, end)
             piece.start(now)
-            piece.begin()
+            piece.begin(self.settled(batch))
             after = [device.empty((piece.steps, batch, n), np.float32) for n in self.units] if record_states else None
-            self.enqueue(piece, *self._table(part, piece), report, after)
-            self.tally(piece, self._input(part, piece), report)
+            self.enqueue(piece, *self._table(part, piece), report, after, counting=True)
+            self.count_inputs(piece, self._input(part, piece), report)
             for n in wanted:
                 for whole, found in ((events, piece.sent(n)), (states, after[n] if after else None)):
                     if whole and found is not None:
@@ -293,10 +293,8 @@ class CudaEngine:
                 for part, table in zip(parts, tables, strict=True):
                     piece = self.piece(part.steps, part.batch)
                     piece.start(now)
-                    piece.begin()
-                    self.enqueue(piece, *(table or self._table(part, piece)), self.report, None)
-                    if counting:
-                        self.tally(piece, None, self.report)
+                    piece.begin(self.settled(part.batch))
+                    self.enqueue(piece, *(table or self._table(part, piece)), self.report, None, counting)
                     self.read_out(piece)
                     now = piece.state
 
@@ -351,8 +349,11 @@ class CudaEngine:
             return self.feed_table(self.no_input), piece.checked_rows(x, row_0, known, report)
         return piece.found(x, row_0, report), None
 
-    def enqueue(self, piece: Piece, table, row_of, report, after) -> None:
-        """All layers of a piece; their cells after each step into `after`, where asked for."""
+    def enqueue(self, piece: Piece, table, row_of, report, after, counting: bool) -> None:
+        """All layers of a piece; their cells after each step into `after`, where asked for.
+
+        With `counting` their events are added to the report.
+        """
         device, batch, steps = self.device, piece.batch, piece.steps
         ways = self.ways.get(batch, ())
         drive = None
@@ -361,7 +362,9 @@ class CudaEngine:
         for layers, each in zip(self.launches(ways), self._plans(batch), strict=True):
             if each is None:
                 n = layers.start
-                self.tensors[n].enqueue(piece, n, table, row_of, after[n] if after else None, report)
+                layer, counts = self.tensors[n], report[self._counts_from(n) :].data.ptr if counting else 0
+                assert layer is not None
+                layer.enqueue(piece, n, table, row_of, after[n] if after else None, counts, report)
                 continue
             self._launch_layers(layers, each, piece, drive, report, after)
         device.launch(
@@ -369,6 +372,19 @@ class CudaEngine:
             piece.state.data.ptr, piece.state[0].size, report.data.ptr,
         )  # fmt: skip
         piece.end()
+        for n in range(len(self.units)) if counting else ():
+            if n not in ways:
+                at, units = self._counts_from(n), self.units[n]
+                self._count(piece.records[n][1:], pitch_of(units), units, steps * batch, report[at:])
+
+    def settled(self, batch: int) -> tuple[int, ...]:
+        """Layers whose record nobody reads while it is written: tensor cores', but below one that goes by events."""
+        ways = self.ways.get(batch, ())
+        return tuple(n for n in ways if n + 1 in (*ways, len(self.units)))
+
+    def _counts_from(self, n: int) -> int:
+        """Where in a report the counts of layer n begin."""
+        return k.REPORT_FIELDS + 2 * (self.network.layers[0].inputs + sum(self.units[:n]))
 
     def _launch_layers(self, layers: range, each: Plan, piece: Piece, drive, report, after) -> None:
         """Neighbouring layers in one launch."""
@@ -452,7 +468,7 @@ class CudaEngine:
         steps, batch, n = piece.steps, piece.batch, self.units[-1]
         if self.readout is None:
             if out is None:
-                return piece.sent(len(self.units) - 1).copy()
+                out = self.device.empty((steps, batch, n), np.float32)
             copy_rows(out, n, piece.sent(len(self.units) - 1), pitch_of(n), n, steps * batch)
             return out
         device, rows, pitch = self.device, steps * batch, pitch_of(n)
@@ -464,15 +480,10 @@ class CudaEngine:
         )  # fmt: skip
         return self.readout.products(device, table, rows, out=out).reshape(steps, batch, -1)
 
-    def tally(self, piece: Piece, x: Any, report) -> None:
-        """Events of every layer, and of a dense input, added to the report."""
-        at, rows, size = k.REPORT_FIELDS, piece.steps * piece.batch, self.network.layers[0].inputs
+    def count_inputs(self, piece: Piece, x: Any, report) -> None:
+        """Events of a dense input, added to the report."""
         if x is not None and x.ndim == 3:
-            self._count(x, size, size, rows, report[at:])
-        at += 2 * size
-        for n, units in enumerate(self.units):
-            self._count(piece.records[n][1:], pitch_of(units), units, rows, report[at:])
-            at += 2 * units
+            self._count(x, x.shape[2], x.shape[2], piece.steps * piece.batch, report[k.REPORT_FIELDS :])
 
     def _count(self, dense, pitch: int, units: int, rows: int, counts) -> None:
         kernel = self.device.kernel(("tally",), tally_kernel, 128)

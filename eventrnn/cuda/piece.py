@@ -38,7 +38,7 @@ class Piece:
         shapes = [(steps + 1, batch, pitch_of(n)) for n in units]
         self.records = [device.empty(shape, np.float32) for shape in shapes]
         papers = [layer.cell.variant == "paper" for layer in network.layers]
-        self.gated = [
+        self.gated: list[Any] = [
             device.empty(shape, np.float32) if paper else None for shape, paper in zip(shapes, papers, strict=True)
         ]
         self.state = device.empty((2, batch * sum(units)), np.float32)
@@ -100,11 +100,11 @@ class Piece:
         if flat is not self.state:
             self.state.data.copy_from_device_async(flat.data, self.state.nbytes)
 
-    def begin(self) -> None:
-        """From its state on, nothing is sent yet."""
+    def begin(self, settled: Sequence[int] = ()) -> None:
+        """From its state on, nothing is sent yet. Records of the layers `settled` are left as they are."""
         for n, units in enumerate(self.units):
             for each in (self.records[n], self.gated[n]):
-                if each is not None:
+                if each is not None and n not in settled:
                     each.data.memset_async(NOT_YET_BYTE, each.nbytes)
             copy_rows(self.records[n], pitch_of(units), self.outputs[n], units, units, self.batch)
 

@@ -127,16 +127,27 @@ def tally_kernel():
             return
         record = global_float32(record_at)
         graded = binary = int64(0)
-        row = int64(cuda.blockIdx.y)
+        row, stride = int64(cuda.blockIdx.y), int64(cuda.gridDim.y)
         while row < rows:
-            value = record[row * pitch + unit]
-            if value != 0:
-                # No unit sends a negative value, but an input may have one.
-                if value == 1 or value == -1:
-                    binary += 1
-                else:
-                    graded += 1
-            row += cuda.gridDim.y
+            # Four at a time, so that they are waited for together.
+            a = record[row * pitch + unit]
+            b = c = d = np.float32(0)
+            if row + stride < rows:
+                b = record[(row + stride) * pitch + unit]
+            if row + 2 * stride < rows:
+                c = record[(row + 2 * stride) * pitch + unit]
+            if row + 3 * stride < rows:
+                d = record[(row + 3 * stride) * pitch + unit]
+            # No unit sends a negative value, but an input may have one.
+            ones = (
+                int64(a == 1 or a == -1)
+                + int64(b == 1 or b == -1)
+                + int64(c == 1 or c == -1)
+                + int64(d == 1 or d == -1)
+            )
+            graded += int64(a != 0) + int64(b != 0) + int64(c != 0) + int64(d != 0) - ones
+            binary += ones
+            row += 4 * stride
         if graded != 0:
             add_relaxed(graded_at + 8 * unit, graded)
         if binary != 0:

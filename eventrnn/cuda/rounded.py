@@ -14,6 +14,7 @@ from eventrnn.cuda.ptx import (
     MEMORY,
     NOTHING,
     _instruction,
+    add_relaxed,
     fma,
     global_float32,
     global_int32,
@@ -42,6 +43,18 @@ _STORES = {
         f"l,f,{MEMORY}", NOTHING, types.int64, types.float32,
     ),
     "tf32": store_float,
+}  # fmt: skip
+
+
+_LOADS = {
+    "float16": _instruction(
+        "{ .reg .b16 h; ld.global.b16 h, [$1]; cvt.f32.f16 $0, h; }", f"=f,l,{MEMORY}", types.float32, types.int64
+    ),
+    "bfloat16": _instruction(
+        "{ .reg .b16 h; .reg .b16 z; mov.b16 z, 0; ld.global.b16 h, [$1]; mov.b32 $0, {z, h}; }",
+        f"=f,l,{MEMORY}", types.float32, types.int64,
+    ),
+    "tf32": _instruction("ld.global.f32 $0, [$1];", f"=f,l,{MEMORY}", types.float32, types.int64),
 }  # fmt: skip
 
 
@@ -75,9 +88,9 @@ def spread_kernel(precision: str):
         if row_of_at != 0:
             source = global_int64(row_of_at)[row]
         to = out_at + size * row * width
-        at = thread
-        while at < width:
-            store(to + size * at, np.float32(0), report_at)
+        at, words = thread, global_int64(to)
+        while at < width * size // 8:
+            words[at] = int64(0)
             at += threads
         cuda.syncthreads()
         begin = lists_at + 8 * global_int64(firsts_at)[source]
@@ -111,14 +124,15 @@ def narrow_kernel(precision: str):
 def cells_kernel(precision: str):
     """Cells and events of one step from its two products, a thread a unit, some samples each; and its signature.
 
-    drive, rec : (batch, 3 padded), gates apart
+    drive, rec : (batch, 3 padded), rounded as well, gates apart
     record     : (batch, pitch); after : (batch, units), or address 0
+    counts     : of graded, then of binary events, (units,) int64 each, added to; or address 0
     """
-    store, size = storer(precision), BYTES[precision]
+    store, load, size = storer(precision), _LOADS[precision], BYTES[precision]
 
     def cells(
         drive_at, rec_at, bias_in_at, bias_rec_at, threshold_at, cells_at, y_at, record_at, after_at,
-        units, padded, pitch, batch, report_at,
+        units, padded, pitch, batch, counts_at, report_at,
     ):  # fmt: skip
         unit = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
         if unit >= units:
@@ -129,13 +143,15 @@ def cells_kernel(precision: str):
         bias_g, bias_rec_g = bias_in[2 * units + unit], bias_rec[2 * units + unit]
         threshold = global_float32(threshold_at)[unit]
         carried, record, after = global_float32(cells_at), global_float32(record_at), global_float32(after_at)
-        drive, rec = global_float32(drive_at), global_float32(rec_at)
+        graded = binary = int64(0)
         sample = int64(cuda.blockIdx.y)
         while sample < batch:
-            at = sample * 3 * padded + unit
-            u = quick_sigmoid((drive[at] + rec[at]) + bias_u)
-            r = quick_sigmoid((drive[at + padded] + rec[at + padded]) + bias_r)
-            inside = fma(r, rec[at + 2 * padded] + bias_rec_g, drive[at + 2 * padded] + bias_g)
+            at, gate = size * (sample * 3 * padded + unit), size * padded
+            drive_u, drive_r, drive_g = load(drive_at + at), load(drive_at + at + gate), load(drive_at + at + 2 * gate)
+            rec_u, rec_r, rec_g = load(rec_at + at), load(rec_at + at + gate), load(rec_at + at + 2 * gate)
+            u = quick_sigmoid((drive_u + rec_u) + bias_u)
+            r = quick_sigmoid((drive_r + rec_r) + bias_r)
+            inside = fma(r, rec_g + bias_rec_g, drive_g + bias_g)
             g = fma(TWO, quick_sigmoid(TWO * inside), -ONE)
             own = sample * units + unit
             v = fma(u, carried[own], (ONE - u) * g)
@@ -143,11 +159,20 @@ def cells_kernel(precision: str):
             if v > threshold:
                 value = v
                 v = v - threshold
+                if value == 1:
+                    binary += 1
+                elif value != 0:
+                    graded += 1
             carried[own] = v
             record[sample * pitch + unit] = value
             if after_at != 0:
                 after[own] = v
             store(y_at + size * (sample * padded + unit), value, report_at)
             sample += cuda.gridDim.y
+        if counts_at != 0:
+            if graded != 0:
+                add_relaxed(counts_at + 8 * unit, graded)
+            if binary != 0:
+                add_relaxed(counts_at + 8 * (units + unit), binary)
 
-    return cells, types.void(*[types.int64] * 14)
+    return cells, types.void(*[types.int64] * 15)

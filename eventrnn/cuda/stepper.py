@@ -44,10 +44,11 @@ class Loop:
     def _enqueue(self) -> None:
         engine, piece = self.engine, self.piece
         self.report.data.memset_async(0, self.report.nbytes)
-        piece.begin()
-        engine.enqueue(piece, *engine.table_of(self.x, 0, piece, self.report), self.report, None)
+        piece.begin(engine.settled(piece.batch))
+        table = engine.table_of(self.x, 0, piece, self.report)
+        engine.enqueue(piece, *table, self.report, None, self.counting)
         if self.counting:
-            engine.tally(piece, self.x, self.report)
+            engine.count_inputs(piece, self.x, self.report)
         engine.read_out(piece, self.output)
 
 

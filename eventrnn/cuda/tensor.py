@@ -1,8 +1,8 @@
 """Layers through tensor cores, for many streams: dense products in half precision, cells and events in float32.
 
-Not exact: weights, inputs and events are rounded to `precision` and summed by cuBLAS in float32, in its own order. A
-step is one product and one kernel for the cells; the products of the input are made for some steps together, as many
-as stay in the L2 cache.
+Not exact: weights, inputs and events are rounded to `precision` and summed by cuBLAS in float32, in its own order; the
+sums are rounded again. A step is one product and one kernel for the cells, which also counts; the products of the input
+are made for some steps together, as many as stay in the L2 cache.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ FEWEST_STREAMS = 4
 # What is measured: so many steps, so often.
 MEASURED_STEPS, MEASURED_RUNS = 16, 3
 CELL_THREADS, ROW_THREADS = 128, 256
+# Groups of samples whose cells are updated side by side.
+MOST_GROUPS = 512
 
 
 @dataclass
@@ -75,10 +77,13 @@ class TensorLayer:
         """Units and inputs, padded."""
         return _up(self.units), _up(self.inputs)
 
-    def enqueue(self, piece: Piece, n: int, table, row_of, after, report) -> None:
-        """All steps of layer n of a piece, from an event table (layer 0) or from what the layer below sent."""
+    def enqueue(self, piece: Piece, n: int, table, row_of, after, counts: int, report) -> None:
+        """All steps of layer n of a piece, from an event table (layer 0) or from what the layer below sent.
+
+        `counts`: where events are counted, an address, 0 for nowhere.
+        """
         units, inputs = self.sizes
-        steps, batch, kind = piece.steps, piece.batch, np.dtype((np.void, BYTES[self.precision]))
+        steps, batch, kind = piece.steps, piece.batch, np.uint16 if BYTES[self.precision] == 2 else np.float32
         x = piece.kept(("x", n), (steps * batch, inputs), kind)
         y = piece.kept(("y", n), (batch, units), kind)
         if n == 0:
@@ -92,20 +97,20 @@ class TensorLayer:
             self._narrow(below, pitch_of(self.inputs), self.inputs, x, inputs, steps * batch, report)
         self._narrow(piece.outputs[n], self.units, self.units, y, units, batch, report)
         if after is not None:
-            self._steps(piece, n, x, y, after, report)
+            self._steps(piece, n, x, y, after, counts, report)
             return
-        key = ("replay", n, report.data.ptr)
+        key = ("replay", n, counts, report.data.ptr)
         if key not in piece.tables:
-            piece.tables[key] = Replay(self.device.queue, lambda: self._steps(piece, n, x, y, None, report))
+            piece.tables[key] = Replay(self.device.queue, lambda: self._steps(piece, n, x, y, None, counts, report))
         piece.tables[key]()
 
-    def _steps(self, piece: Piece, n: int, x, y, after, report) -> None:
+    def _steps(self, piece: Piece, n: int, x, y, after, counts: int, report) -> None:
         units, inputs = self.sizes
         steps, batch, record = piece.steps, piece.batch, piece.records[n]
-        together = max(1, min(steps, DRIVE_BYTES // (12 * units * batch)))
-        drive = piece.kept(("drive", n), (together * batch, 3 * units), np.float32)
-        rec = piece.kept(("rec", n), (batch, 3 * units), np.float32)
-        grid = (-(-self.units // CELL_THREADS), min(batch, 256))
+        together = max(1, min(steps, DRIVE_BYTES // (3 * BYTES[self.precision] * units * batch)))
+        drive = piece.kept(("drive", n), (together * batch, 3 * units), x.dtype)
+        rec = piece.kept(("rec", n), (batch, 3 * units), x.dtype)
+        grid = (-(-self.units // CELL_THREADS), min(batch, MOST_GROUPS))
         for begin in range(0, steps, together):
             rows = min(together, steps - begin) * batch
             self.cublas.product(self.precision, x[begin * batch :], self.w_in, drive, rows, inputs, 3 * units)
@@ -116,7 +121,7 @@ class TensorLayer:
                     drive[(t - begin) * batch :].data.ptr, rec.data.ptr, self.bias_in.data.ptr,
                     self.bias_rec.data.ptr, self.threshold.data.ptr, piece.cells[n].data.ptr, y.data.ptr,
                     record[t + 1].data.ptr, 0 if after is None else after[t].data.ptr,
-                    self.units, units, pitch_of(self.units), batch, report.data.ptr,
+                    self.units, units, pitch_of(self.units), batch, counts, report.data.ptr,
                 )  # fmt: skip
 
     def _narrow(self, dense, pitch: int, n: int, out, width: int, rows: int, report) -> None:
@@ -177,7 +182,7 @@ def _padded(dense: np.ndarray) -> np.ndarray:
 def _rounded(device: Device, matrix: np.ndarray, precision: str) -> Any:
     """On the device, to the nearest that the precision has, ties to even; for tf32 the product rounds."""
     if precision == "float16":
-        return device.put(matrix.astype(np.float16))
+        return device.put(matrix.astype(np.float16).view(np.uint16))
     if precision == "bfloat16":
         words = matrix.view(np.uint32)
         return device.put(((words + 0x7FFF + ((words >> 16) & 1)) >> 16).astype(np.uint16))
