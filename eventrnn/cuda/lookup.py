@@ -13,6 +13,7 @@ from numba import int32, int64
 from eventrnn.cuda.device import cuda, device_function, libdevice
 from eventrnn.cuda.kernels import NOT_YET
 from eventrnn.cuda.ptx import (
+    at_most_one,
     load_early,
     load_early2,
     load_narrow,
@@ -22,7 +23,6 @@ from eventrnn.cuda.ptx import (
     load_shared_float,
     load_shared_narrow,
     store_shared2,
-    store_shared_pair,
     store_shared_pair_if,
 )
 from eventrnn.cuda.tables import HIT_SIZE, LANES, LIST_PAD, LISTED, MOST_LOOKED, MOST_TOGETHER, NARROW, RESIDENT
@@ -43,12 +43,16 @@ def places(found, below):
 
 
 @device_function
-def hold(at, row, value):
-    """A hit: where its weights are, and the value; returns where the next goes."""
-    store_shared_pair(at, row, value)
-    if value != 0:
-        at = int32(at + HIT_SIZE)
-    return at
+def flag(value):
+    """1 for a value that was sent, 0 for none. A zero that has a sign counts, and adds nothing."""
+    return at_most_one(libdevice.float_as_int(value))
+
+
+@device_function
+def hold(at, row, value, flag):
+    """A hit, if the flag is 1: where its weights are, and the value; returns where the next goes."""
+    store_shared_pair_if(at, row, value, flag)
+    return int32(at + HIT_SIZE * flag)
 
 
 def row_bytes_of(way: int) -> int:
@@ -229,23 +233,23 @@ def producter(way: int, rounds: int, record: bool):
         while lot < lots:
             v, here = fetch(row_at, offsets(int32(units_at + 4 * at)), patience)
             came = came and here
-            found = int32(int32(v[0] != 0) + int32(v[1] != 0) + int32(v[2] != 0) + int32(v[3] != 0))
-            found = int32(found + int32(v[4] != 0) + int32(v[5] != 0) + int32(v[6] != 0))
-            before, held = places(found, below)
+            a, b, c, d = flag(v[0]), flag(v[1]), flag(v[2]), flag(v[3])
+            e, f, g = flag(v[4]), flag(v[5]), flag(v[6])
+            before, held = places(int32(a + b + c + d + e + f + g), below)
             p, row = int32(hits_at + HIT_SIZE * before), int32(row_bytes * at)
-            p = hold(p, row, v[0])
+            p = hold(p, row, v[0], a)
             if rounds > 1:
-                p = hold(p, int32(row + row_bytes), v[1])
+                p = hold(p, int32(row + row_bytes), v[1], b)
             if rounds > 2:
-                p = hold(p, int32(row + 2 * row_bytes), v[2])
+                p = hold(p, int32(row + 2 * row_bytes), v[2], c)
             if rounds > 3:
-                p = hold(p, int32(row + 3 * row_bytes), v[3])
+                p = hold(p, int32(row + 3 * row_bytes), v[3], d)
             if rounds > 4:
-                p = hold(p, int32(row + 4 * row_bytes), v[4])
+                p = hold(p, int32(row + 4 * row_bytes), v[4], e)
             if rounds > 5:
-                p = hold(p, int32(row + 5 * row_bytes), v[5])
+                p = hold(p, int32(row + 5 * row_bytes), v[5], f)
             if rounds > 6:
-                p = hold(p, int32(row + 6 * row_bytes), v[6])
+                p = hold(p, int32(row + 6 * row_bytes), v[6], g)
             acc = walk(acc, values_at, hits_at, held, lane)
             at = int32(at + LANES * rounds)
             lot = int32(lot + 1)
@@ -289,16 +293,11 @@ def lister(way: int):
     def product(acc, flags, rows, values, values_at, hits_at, lane, below):
         a, b, c, d, e = flags
         before, held = places(int32(a + b + c + d + e), below)
-        p = int32(hits_at + HIT_SIZE * before)
-        store_shared_pair_if(p, rows[0], values[0], a)
-        p = int32(p + HIT_SIZE * a)
-        store_shared_pair_if(p, rows[1], values[1], b)
-        p = int32(p + HIT_SIZE * b)
-        store_shared_pair_if(p, rows[2], values[2], c)
-        p = int32(p + HIT_SIZE * c)
-        store_shared_pair_if(p, rows[3], values[3], d)
-        p = int32(p + HIT_SIZE * d)
-        store_shared_pair_if(p, rows[4], values[4], e)
+        p = hold(int32(hits_at + HIT_SIZE * before), rows[0], values[0], a)
+        p = hold(p, rows[1], values[1], b)
+        p = hold(p, rows[2], values[2], c)
+        p = hold(p, rows[3], values[3], d)
+        p = hold(p, rows[4], values[4], e)
         return walk(acc, values_at, hits_at, held, lane)
 
     return listed5, product

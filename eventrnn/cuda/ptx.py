@@ -291,12 +291,9 @@ load_shared = _shared_load(I32, types.int32)
 load_shared_float = _shared_load(FLOAT, types.float32)
 load_shared_narrow = _shared_load(I16, types.int32, widened=True)
 load_shared4 = _shared_load(I32, types.int32, 4)
-#: address, a word, a float; stored unless the float is zero
-store_shared_pair = _instruction(
-    "{ .reg .pred p; setp.neu.f32 p, $2, 0f00000000; @p st.shared.v2.b32 [$0], {$1, $2}; }",
-    f"r,r,f,{MEMORY}", NOTHING, INT, INT, types.float32,
-)  # fmt: skip
-#: the same, stored unless the last is zero
+#: a word without a sign -> 0 or 1; written out, because the compiler makes more instructions of it
+at_most_one = _instruction("min.u32 $0, $1, 1;", "=r,r", INT, INT)
+#: address, a word, a float, a flag; stored unless the flag is zero
 store_shared_pair_if = _instruction(
     "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.shared.v2.b32 [$0], {$1, $2}; }",
     f"r,r,f,r,{MEMORY}", NOTHING, INT, INT, types.float32, INT,
