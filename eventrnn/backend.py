@@ -7,9 +7,9 @@ All backends of the exact tier give the same bits: events, states, outputs and f
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -19,13 +19,42 @@ if TYPE_CHECKING:
     from eventrnn.network import Network
 
 
+DLPACK_CUDA = 2
+#: how ways begin, in `Trace.paths`, that sum in an order of their own
+INEXACT = ("blas", "tensor")
+
+
 class BackendUnavailable(RuntimeError):
     """The backend exists but cannot run here; the message says why and what to install."""
 
 
+def on_gpu(array: Any) -> bool:
+    """Whether an array lies on a CUDA device: it has `__cuda_array_interface__`, or DLPack says so. Imports nothing."""
+    if type(array) in (np.ndarray, Events):
+        return False
+    # Asked first, for a tensor that requires a gradient refuses the other interface.
+    where = getattr(array, "__dlpack_device__", None)
+    if where is not None:
+        return int(where()[0]) == DLPACK_CUDA
+    return hasattr(array, "__cuda_array_interface__")
+
+
+def need_on_host(inputs: Any) -> None:
+    """Refuse an array on a GPU. Raises TypeError."""
+    if on_gpu(inputs):
+        kind = f"{type(inputs).__module__.partition('.')[0]}.{type(inputs).__name__}"
+        raise TypeError(
+            f"inputs: got a {kind} on a GPU, which only backend='cuda' takes; copy it to the host: x.get() of CuPy, "
+            "x.cpu().numpy() of torch"
+        )
+
+
 @dataclass(frozen=True)
 class State:
-    """What a network carries between steps: per layer the cells `c` and the last outputs `y`, (batch, N) float32."""
+    """What a network carries between steps: per layer the cells `c` and the last outputs `y`, (batch, N) float32.
+
+    NumPy arrays. The state of a run on a GPU lies there until one of them is asked for.
+    """
 
     cells: tuple[np.ndarray, ...]
     outputs: tuple[np.ndarray, ...]
@@ -44,6 +73,10 @@ class State:
     @property
     def batch(self) -> int:
         return self.cells[0].shape[0]
+
+    def need_finite(self) -> None:
+        """Refuse cells that overflowed. Raises FloatingPointError."""
+        need_finite_cells(self.cells)
 
 
 @dataclass(frozen=True)
@@ -68,15 +101,28 @@ class Feed:
 
     def fire_counts(self) -> FireCounts:
         """How often each input was not zero. O(table + rows)."""
-        uses = np.bincount(self.row_of, minlength=len(self.indptr) - 1)
-        per_entry = np.repeat(uses, np.diff(self.indptr))
+        per_entry = np.repeat(self.uses(), np.diff(self.indptr))
         counts = FireCounts.zeros(self.size)
         graded = np.abs(self.values) != 1
         np.add.at(counts.graded, self.indices[graded], per_entry[graded])
         np.add.at(counts.binary, self.indices[~graded], per_entry[~graded])
         return counts
 
-    def events(self) -> Events:
+    def uses(self) -> np.ndarray:
+        """How often each row of the table is read."""
+        return np.bincount(self.row_of, minlength=len(self.indptr) - 1)
+
+    def keep(self, dense: Any) -> Any:
+        """What a recorded run keeps of a layer's (steps, batch, N) outputs: of a long quiet run only the events."""
+        return Events.from_dense(dense)
+
+    def join(self, parts: Sequence[Any]) -> Any:
+        """Parts of a record, or of an output, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        return Events.concatenate(list(parts)) if isinstance(parts[0], Events) else np.concatenate(parts)
+
+    def events(self) -> Any:
         """The input as events over all rows. O(events)."""
         lengths = np.diff(self.indptr)[self.row_of]
         indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -151,6 +197,7 @@ class Trace:
     events : per layer (steps, batch, N) outputs, where asked for
     states : per layer (steps, batch, N) cells after the event, where asked for
     paths  : by matrix, how its products went, where the engine had a choice
+    input_fired : how often each input was not zero, where the engine counted them; else the feed does
     """
 
     output: np.ndarray
@@ -159,6 +206,7 @@ class Trace:
     events: tuple[np.ndarray, ...] = ()
     states: tuple[np.ndarray, ...] = field(default=())
     paths: Mapping[str, str] = field(default_factory=dict)
+    input_fired: FireCounts | None = None
 
 
 class Stepper(Protocol):
@@ -192,6 +240,9 @@ class Engine(Protocol):
 
     `dense` says that it multiplies every weight, whatever fired: its operations are then counted so. (The reference
     does too, but stands for the event-driven run that it specifies.)
+
+    An engine that takes inputs as they are, those on its GPU for one, has `feed(inputs) -> Feed` in the place of
+    `Network.feed`; it then checks them in the run. Outputs and records of arrays on a GPU are such arrays too.
     """
 
     dense: bool
@@ -227,15 +278,20 @@ BACKENDS = {
 
 
 def get_backend(backend: str | Backend, exact: bool = True) -> Backend:
-    """The backend of that name, or the object itself. `exact=False` lets "auto" use BLAS."""
+    """The backend of that name, or the object itself.
+
+    `exact=False` lets "auto" use BLAS, and "cuda" tensor cores.
+    """
     if not isinstance(backend, str):
         return backend
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, need one of {', '.join(BACKENDS)}")
     module, _, name = BACKENDS[backend].partition(":")
     kind = getattr(importlib.import_module(module), name)
-    if backend == "auto":
+    if backend in ("auto", "cuda"):
         return kind(exact=exact)
     if not exact and kind.exact:
-        raise ValueError(f"exact: got False, but backend {backend!r} has exact paths only; use 'auto', or leave it out")
+        raise ValueError(
+            f"exact: got False, but backend {backend!r} has exact paths only; use 'auto' or 'cuda', or leave it out"
+        )
     return kind()

@@ -8,11 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import add
 
 import numpy as np
 
-from eventrnn.backend import Backend, Feed, FireCounts, State, Stepper, Trace, get_backend, need_finite_cells
+from eventrnn.backend import (
+    INEXACT,
+    Backend,
+    Feed,
+    FireCounts,
+    State,
+    Stepper,
+    Trace,
+    get_backend,
+    need_on_host,
+    on_gpu,
+)
 from eventrnn.cells import Cell
 from eventrnn.events import Events, check_finite
 from eventrnn.layers import Layer, Readout, need_float32
@@ -168,7 +180,10 @@ class Network:
         """Check inputs and lay them out for an engine. Dense: O(size); index input: O(steps * batch).
 
         inputs : (steps, batch, I) float array or `Events`; with an embedding, (steps, batch) integers.
+
+        Raises ValueError for inputs of another shape or kind, and TypeError for an array on a GPU.
         """
+        need_on_host(inputs)
         if self.embedding is not None:
             return self._index_feed(inputs)
         size = self.layers[0].inputs
@@ -219,7 +234,8 @@ class Simulation:
 
     Attributes
     ----------
-    output      : (steps, batch, V) read-out, or the last layer's (steps, batch, N) events
+    output      : (steps, batch, V) read-out, or the last layer's (steps, batch, N) events; an array on the GPU, and so
+                  the records, where the inputs were: a torch tensor for one, else CuPy's
     backend     : the name of the backend
     exact       : whether these are the bits of the exact tier
     dense       : whether the engine multiplied every weight, events or not
@@ -228,10 +244,10 @@ class Simulation:
     input_fired : how often each input of layer 0 was not zero
     fired       : per layer, how many events each unit sent
     steps, batch
-    inputs      : the input as `Events`, with record="events"
-    events      : per layer `Events`, with record="events"
+    inputs      : the input as `Events`, with record="events"; on a GPU the array itself
+    events      : per layer `Events`, with record="events"; on a GPU per layer the (steps, batch, N) outputs
     states      : per layer (steps, batch, N) cells after the event, with record="states"
-    paths       : by matrix, how its products went, where the backend had a choice ("auto" has)
+    paths       : by matrix, how its products went, where the backend had a choice ("auto" and "cuda" have)
     """
 
     output: np.ndarray
@@ -265,7 +281,8 @@ class Simulator:
     batch   : samples side by side
     backend : a name in `BACKENDS` or a `Backend`; "auto" takes the fastest way of each product, as measured once on
               this machine
-    exact   : False lets "auto" use BLAS, which sums in its own order
+    exact   : False lets "auto" use BLAS, and "cuda" tensor cores with float16 weights and events: sums in another
+              order, chosen where measured faster, and named in `Simulation.paths`
     threads : split over postsynaptic units; never changes a bit
     carry   : "state" carries cells and outputs. "events" zeroes the cells at the start of every `run` and every
               `window` steps and carries only outputs, as the released EvNN code does between windows
@@ -297,7 +314,10 @@ class Simulator:
 
     @property
     def state(self) -> State:
-        """What is carried to the next step. May be set, to a state of the right sizes."""
+        """What is carried to the next step. May be set, to a state of the right sizes.
+
+        With "cuda" it stays on the GPU; its arrays are copied to the host where they are looked at.
+        """
         if self._stepper is not None:
             self.state = self._stepper.state()
         return self._state
@@ -313,13 +333,15 @@ class Simulator:
     def step(self, inputs: np.ndarray) -> np.ndarray:
         """One time step: (batch, I) numbers or (batch,) symbols in, (batch, V or N) out. State advances.
 
-        Cost: the kernel, and one or two microseconds for float32 numbers or int64 symbols, contiguous.
+        Cost: the kernel, and one or two microseconds for float32 numbers or int64 symbols, contiguous. With "cuda",
+        arrays on the GPU give arrays there, as of `run`.
         """
         if self._stepper is None:
             if self.carry != "state":
                 raise ValueError("step: carry='events' zeroes the cells at every call; use run, or carry='state'")
             self._stepper = self.engine.stepper(self._state)
             if self._stepper is None:
+                need_on_host(inputs)
                 return self._advance(self.network.feed(np.asarray(inputs)[None]), False, False).output[0]
         return self._stepper(inputs)
 
@@ -328,18 +350,22 @@ class Simulator:
 
         `record` holds any of "events", "states". Without a record the whole run is one compiled call; memory
         then grows with the output only.
+
+        With "cuda", inputs may lie on its GPU: CuPy arrays, torch tensors, or whatever has `__cuda_array_interface__`
+        or DLPack. Float32 numbers and int64 symbols that are contiguous are used where they are; other numbers are
+        converted there, exactly as NumPy's would be. Output and records then stay there too.
         """
         record = {record} if isinstance(record, str) else set(record)
         if not record <= set(RECORDABLE):
             raise ValueError(f"record: got {sorted(record)}, need any of {', '.join(RECORDABLE)}")
-        feed = self.network.feed(inputs)
+        feed: Feed = getattr(self.engine, "feed", self.network.feed)(inputs)
         initial, traces, events = self.state, [], []
-        for part, wipe in self._pieces(feed, bool(record)):
+        for part, wipe in self._pieces(feed, bool(record) and not on_gpu(inputs)):
             if wipe:
                 self.state = State(State.zeros(self.network, self.batch).cells, self.state.outputs)
             trace = self._advance(part, "events" in record, "states" in record)
-            # Dense records go as they come: of a long quiet run only the events are kept.
-            events.append([Events.from_dense(dense) for dense in trace.events])
+            # Dense records go as they come.
+            events.append([feed.keep(dense) for dense in trace.events])
             traces.append(replace(trace, events=()))
         return self._joined(feed, traces, events, initial, record)
 
@@ -358,34 +384,34 @@ class Simulator:
         if feed.batch != self.batch:
             raise ValueError(f"inputs: got a batch of {feed.batch}, but the simulator was made for {self.batch}")
         trace = self.engine.run(feed, self.state, record_events=events, record_states=states)
-        need_finite_cells(trace.state.cells)
+        trace.state.need_finite()
         self.state = trace.state
         return trace
 
     def _joined(
         self, feed: Feed, traces: list[Trace], events: list[list[Events]], initial: State, record: set[str]
     ) -> Simulation:
-        fired = list(traces[0].fired)
+        fired, counted = list(traces[0].fired), [trace.input_fired for trace in traces if trace.input_fired]
         for trace in traces[1:]:
             fired = [a + b for a, b in zip(fired, trace.fired, strict=True)]
         layers = range(len(self.network.layers))
         # Where a backend had a choice, what it chose decides.
         paths = {name for trace in traces for name in trace.paths.values()}
-        exact = self.backend.exact or (bool(paths) and "blas" not in paths)
+        exact = self.backend.exact or (bool(paths) and not any(name.startswith(INEXACT) for name in paths))
         return Simulation(
-            traces[0].output if len(traces) == 1 else np.concatenate([t.output for t in traces]),
+            feed.join([t.output for t in traces]),
             self.backend.name,
             exact,
             self.engine.dense,
             initial,
             traces[-1].state,
-            feed.fire_counts(),
+            reduce(add, counted) if counted else feed.fire_counts(),
             tuple(fired),
             feed.steps,
             feed.batch,
             feed.events() if "events" in record else None,
-            tuple(Events.concatenate([piece[k] for piece in events]) for k in layers) if "events" in record else (),
-            tuple(np.concatenate([t.states[k] for t in traces]) for k in layers) if "states" in record else (),
+            tuple(feed.join([piece[k] for piece in events]) for k in layers) if "events" in record else (),
+            tuple(feed.join([t.states[k] for t in traces]) for k in layers) if "states" in record else (),
             traces[-1].paths,
         )
 
@@ -407,12 +433,13 @@ def simulate(
     >>> result = simulate(network, inputs, record="events")
     >>> result.output, result.activity, result.events[0]
     """
-    if not isinstance(inputs, Events):
+    if not isinstance(inputs, Events) and not on_gpu(inputs):
         inputs = np.asarray(inputs)
-    batch = inputs.shape[1] if len(inputs.shape) > 1 else 1
+    shape = inputs.shape
     simulator = Simulator(
-        network, batch=batch, backend=backend, exact=exact, threads=threads, state=state, carry=carry, window=window
-    )
+        network, batch=shape[1] if len(shape) > 1 else 1, backend=backend, exact=exact, threads=threads, state=state,
+        carry=carry, window=window,
+    )  # fmt: skip
     return simulator.run(inputs, record=record)
 
 

@@ -350,6 +350,8 @@ def senders(network: Network, simulation: Simulation) -> dict[str, tuple[Weights
     """Every matrix by name with the events that it receives, step by step; needs record="events"."""
     if simulation.inputs is None:
         raise ValueError('simulation: has no recorded events; run with record="events"')
+    if not isinstance(simulation.inputs, Events):
+        raise TypeError("simulation: its events are arrays on a GPU; run it with NumPy inputs for figures of each step")
     pairs, below = {}, simulation.inputs
     for k, layer in enumerate(network.layers):
         sent = simulation.events[k]

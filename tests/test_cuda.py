@@ -18,18 +18,9 @@ from hypothesis import strategies as st
 from eventrnn.backend import BackendUnavailable, State
 from eventrnn.bench.networks import at_activity, random_events, random_network
 from eventrnn.cuda import CudaBackend, tables
-from eventrnn.cuda.packing import Reached, Strips, check_format, pack, per_strip, unpack
-from eventrnn.cuda.plan import (
-    CLUSTER_WARPS,
-    MOST_MEETINGS,
-    MOST_WARPS,
-    Chip,
-    LayerShape,
-    blocks_from,
-    cluster_plan,
-    plan,
-    tile_width,
-)
+from eventrnn.cuda.cluster_plan import CLUSTER_WARPS, ClusterShape, cluster_plan, rounds_of, strips_of
+from eventrnn.cuda.packing import Lots, Reached, Strips, check_format, pack, per_strip, unpack
+from eventrnn.cuda.plan import MOST_WARPS, Chip, LayerShape, blocks_from, plan, tile_width
 from eventrnn.network import Network, Simulator, simulate
 from eventrnn.testing import weights as weights_of
 from eventrnn.weights import CSR, STORAGES, convert
@@ -84,6 +75,27 @@ def test_reached_units_are_those_with_a_weight_in_the_strip(data, units, n_pre):
         assert np.array_equal(reached.rows[mine, : len(columns)], unpack(strips)[expected][:, columns])
         assert not reached.rows[mine, len(columns) :].any()
     assert len(reached.units) == reached.firsts[-1] == len(reached.rows) - 1
+
+
+@given(
+    data=st.data(), units=st.integers(1, 70), n_pre=st.integers(1, 40), together=st.integers(1, tables.MOST_TOGETHER)
+)
+def test_lots_lead_from_a_unit_to_its_rows_in_every_strip(data, units, n_pre, together):
+    strips = pack(data.draw(weights_of((n_pre, units))), 1, tables.LANES)
+    lots = Lots.of(Reached.of(strips), n_pre, together)
+    matrix, used = unpack(strips), 0
+    for strip in range(strips.tiles):
+        lot, bit = divmod(strip, together)
+        columns = matrix[:, strip * tables.LANES : (strip + 1) * tables.LANES]
+        for unit, word in enumerate(lots.index[lot].tolist()):
+            mask = word & ((1 << tables.MOST_TOGETHER) - 1)
+            if not mask >> bit & 1:
+                assert not columns[unit].any()
+                continue
+            row = (word >> tables.MOST_TOGETHER) + (mask & ((1 << bit) - 1)).bit_count()
+            assert np.array_equal(lots.rows[lots.firsts[lot] + row, : columns.shape[1]], columns[unit])
+            used += 1
+    assert used == len(lots.rows) - 1 == lots.firsts[-1]
 
 
 def test_wide_blocks_are_runs_and_single_weights_are_not():
@@ -149,17 +161,16 @@ def test_plans_give_every_tile_of_every_sample_one_owner(shapes, batch):
 
 
 @st.composite
-def sparse_shapes(draw) -> list[LayerShape]:
+def sparse_shapes(draw) -> list[ClusterShape]:
     rng, found, inputs = np.random.default_rng(draw(st.integers(0, 99))), [], 0
     for _ in range(draw(st.integers(1, 4))):
         units = draw(st.integers(11, 700))
 
-        def strips(n_pre, units=units):
+        def columns(n_pre, units=units):
             kept = np.repeat(rng.random((n_pre, -(-3 * units // 32))) < 0.1, 32, axis=1)[:, : 3 * units]
-            return pack(convert(kept * np.ones(1, np.float32), "block", block=(1, 32)), 3, tables.LANES)
+            return Reached.of(pack(convert(kept * np.ones(1, np.float32), "block", block=(1, 32)), 1, tables.LANES))
 
-        w_in, w_rec = strips(inputs) if inputs else None, strips(units)
-        found.append(LayerShape(units, inputs, w_in, w_rec, w_in and Reached.of(w_in), Reached.of(w_rec)))
+        found.append(ClusterShape(units, columns(inputs) if inputs else None, columns(units)))
         inputs = units
     return found
 
@@ -171,39 +182,67 @@ def test_cluster_plans_give_every_tile_of_every_sample_one_owner(shapes, batch):
     if found is None:
         return
     clusters, owners = {}, {}
+    parts = [(shape, matrix) for shape in shapes for matrix in shape.parts()]
     for first in range(0, batch, found.groups * found.samples):
         table = blocks_from(found, first, batch)
         assert len(table) % found.cluster == 0
         assert len(table) // found.cluster <= H100.clusters[found.cluster]
         for at, row in enumerate(table):
-            layer = row[tables.LAYER]
-            # The blocks of a cluster have the same layer and samples, and together all its tiles in order.
-            same = (first, layer, row[tables.SAMPLE], row[tables.SAMPLES], row[tables.AT_Y], row[tables.AT_BARRIERS])
+            part = row[tables.LAYER]
+            # The blocks of a cluster have the same part and samples, and together all its tiles in order.
+            same = (first, part, row[tables.SAMPLE], row[tables.SAMPLES], row[tables.AT_Y], row[tables.AT_BARRIERS])
             assert clusters.setdefault((first, at // found.cluster), same) == same
-            assert row[tables.ALL_TILES] == shapes[layer].tiles
-            work = row[tables.TILES] * row[tables.SLOTS]
-            assert work <= MOST_MEETINGS and work * (3 + 3 * (layer > 0)) <= found.warps <= CLUSTER_WARPS
+            shape, matrix = parts[part]
+            assert row[tables.ALL_TILES] == shape.tiles
+            gates = strips_of(shape.units, row[tables.TILE], row[tables.TILES])
+            strips = sum(end - begin for begin, end in gates)
+            # A warp that has no strip would read beyond their table.
+            assert found.warps <= min(strips, CLUSTER_WARPS) or strips < found.warps <= CLUSTER_WARPS
             for tile in range(row[tables.TILE], row[tables.TILE] + row[tables.TILES]):
                 for sample in range(row[tables.SAMPLE], row[tables.SAMPLE] + row[tables.SAMPLES]):
-                    assert (layer, tile, sample) not in owners
-                    owners[layer, tile, sample] = at
-        # Layers wait for lower ones only, which the chip begins with.
+                    assert (part, tile, sample) not in owners
+                    owners[part, tile, sample] = at
+            # Whole lots of what is looked up fit between their table and the rows.
+            lot = 32 * found.rounds[matrix is shape.w_in]
+            most = max(int(np.diff(matrix.firsts)[begin:end].max(initial=0)) for begin, end in gates)
+            assert row[tables.CAPACITY] % lot == 0 and row[tables.CAPACITY] >= most
+            assert row[tables.AT_UNITS] + 4 * row[tables.CAPACITY] * strips <= row[tables.AT_ROWS]
+        # Parts wait for lower ones only, which the chip begins with.
         assert (np.diff(table[:, tables.LAYER]) >= 0).all()
-    assert len(owners) == sum(shape.tiles for shape in shapes) * batch
+    assert len(owners) == sum(shape.tiles for shape, _ in parts) * batch
     assert found.shared <= H100.shared_bytes
 
 
-def test_clusters_are_for_sparse_weights_on_chips_that_have_them():
+@given(units=st.integers(1, 300), tile=st.integers(0, 9), tiles=st.integers(1, 9))
+def test_strips_cover_the_columns_of_their_units(units, tile, tiles):
+    first, last = 32 * tile, min(units, 32 * (tile + tiles))
+    for gate, (begin, end) in enumerate(strips_of(units, tile, tiles)):
+        if first < last:
+            assert 0 <= gate * units + first - 32 * begin < 32
+            assert 0 <= 32 * end - (gate * units + last) < 32
+
+
+def test_lanes_look_up_no_more_than_they_must():
+    def reached(most):
+        return Reached(np.zeros(most, np.int32), np.zeros((most + 1, 32), np.float32), np.array([0, most]))
+
+    assert [rounds_of([reached(most)]) for most in (1, 32, 33, 164, 224, 225, 460)] == [1, 1, 2, 6, 7, 4, 5]
+    assert rounds_of([]) == 0
+
+
+def test_clusters_are_for_chips_that_have_them_and_one_type_of_weights():
     rng = np.random.default_rng(0)
-    kept = rng.random((256, 24)) < 0.1
-    weights = np.repeat(kept, 32, axis=1) * np.ones(1, np.float32)
-    strips = pack(convert(weights, "block", block=(1, 32)), 3, tables.LANES)
-    shape = LayerShape(256, 256, None, strips, None, Reached.of(strips))
+    weights = np.repeat(rng.random((256, 24)) < 0.1, 32, axis=1) * np.ones(1, np.float32)
+    wide, narrow = (
+        Reached.of(pack(convert(weights, "block", block=(1, 32), storage=storage), 1, tables.LANES))
+        for storage in ("float32", "bfloat16")
+    )
+    shape = ClusterShape(256, None, wide)
     assert cluster_plan([shape], 1, H100) is not None
     assert cluster_plan([shape], 1, Chip(132, 232_448)) is None
     assert cluster_plan([shape], 1, Chip(132, 4_000, H100.clusters)) is None
-    dense = pack(convert(weights, "dense"), 3, tables.LANES)
-    assert cluster_plan([LayerShape(256, 256, None, dense)], 1, H100) is None
+    assert cluster_plan([shape, ClusterShape(256, wide, wide)], 1, H100) is not None
+    assert cluster_plan([shape, ClusterShape(256, wide, narrow)], 1, H100) is None
 
 
 @settings(max_examples=20)
@@ -282,22 +321,20 @@ def test_kernels_compile_without_contraction(compiled, variant):
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way & tables.KINDS == tables.MASKED])
-@pytest.mark.parametrize(("blocks", "lookups"), [(2, 0), (16, 3)])
-def test_cluster_kernels_compile_without_contraction(compiled, way, blocks, lookups):
+@pytest.mark.parametrize(("blocks", "rounds", "rounds_in"), [(2, 1, 0), (16, 7, 2)])
+def test_cluster_kernels_compile_without_contraction(compiled, way, blocks, rounds, rounds_in):
     from eventrnn.cuda.cluster import cluster_kernel
 
-    ptx = compiled(cluster_kernel(way, WAYS[4], blocks, lookups))
+    ptx = compiled(cluster_kernel(way, way, blocks, rounds, rounds_in))
     check_ptx(ptx)
     assert ptx.count("st.async.shared::cluster") == max(1, blocks // 4)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [way for way in WAYS if way & tables.KINDS == tables.MASKED])
 def test_products_compile_for_every_way_that_weights_lie(compiled, way):
-    from eventrnn.cuda.products import products_kernel, reached_products_kernel
+    from eventrnn.cuda.products import products_kernel
 
-    check_ptx(compiled(products_kernel(way, 3)))
-    if way & tables.KINDS == tables.MASKED:
-        check_ptx(compiled(reached_products_kernel(way, 3)))
+    check_ptx(compiled(products_kernel(way)))
 
 
 def test_mixed_ways_and_the_small_kernels_compile(compiled):
@@ -345,13 +382,18 @@ def test_events_states_and_counts_are_those_of_the_cpu(variant, format, storage,
 
 
 @pytest.mark.gpu
-def test_a_million_steps_in_one_run_and_in_chunks():
+@pytest.mark.parametrize("blocks", [False, True])
+def test_a_million_steps_in_one_run_and_in_chunks(blocks):
     rng = np.random.default_rng(4)
-    network = Network.random([48], inputs=8, rng=rng, threshold=0.1)
+    network = Network.random([96 if blocks else 48], inputs=8, rng=rng, threshold=0.1)
     network = network.with_matrices({k: CSR.from_dense(3 * w.to_dense()) for k, w in network.matrices().items()})
+    if blocks:
+        kept = np.repeat(rng.random((96, 9)) < 0.3, 32, axis=1)
+        thinned = convert(network.layers[0].w_rec.to_dense() * kept, "block", block=(1, 32))
+        network = network.with_matrices({"layers.0.w_rec": thinned})
     x = (rng.standard_normal((1_000_000, 1, 8)) * (rng.random((1_000_000, 1, 8)) < 0.5)).astype(np.float32)
     whole, chunked = simulate(network, x, backend="cuda"), Simulator(network, backend="cuda")
-    cuts = [0, *sorted(rng.integers(0, len(x), 9)), len(x)]
+    cuts = [0, *sorted(rng.integers(0, len(x), 300)), len(x)]
     parts = [chunked.run(x[a:b]).output for a, b in pairwise(cuts)]
     assert same_bits(whole.output, np.concatenate(parts))
     assert same_bits(whole.state.cells[0], chunked.state.cells[0])

@@ -179,6 +179,49 @@ def cell_bound(variant: str, parameters: dict, x: np.ndarray, c: np.ndarray, y: 
     return u.fma(Running(c), (one - u) * g) - Running(y)
 
 
+#: Error of a factor that the products of tensor cores take, with 11, 8 and 11 significant bits; of the last the rest is
+#: cut off, not rounded. float16 has no normal numbers below 2^-14: there the error is half of 2^-24.
+ROUNDED = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "tf32": 2.0**-10}
+TINY16 = 2.0**-25
+
+#: The quick sigmoid. ex2.approx is within 2^-22 of its size, its argument, rounded twice, brings |x| 2^-23 more; this
+#: passes s (1 - s), which is below 1/4, and with |x| below 0.23. Then a rounded sum and rcp.approx, 2^-23 each, twice
+#: over. The quick tanh is twice as much and a rounding.
+QUICK_SIGMOID = 2.0**-22 / 4 + 0.23 * 2.0**-23 + 3 * 2.0**-23
+QUICK_TANH = 2 * QUICK_SIGMOID + 2.0**-24
+
+
+def rounded_cell_bound(precision: str, parameters: dict, x: np.ndarray, c: np.ndarray, y: np.ndarray) -> Running:
+    """`cell_bound` of a step through tensor cores, the released variant.
+
+    Factors of a drive are rounded, which brings 2 e + e^2 of their product and TINY16 of each factor, and what they
+    bring passes on as any error of the drive does; so does rounding the sum. The bias comes last, one rounding more.
+    """
+    e = ROUNDED[precision]
+    tiny = TINY16 if precision == "float16" else 0.0
+
+    def drive(weights, values, bias) -> list[Running]:
+        exact, size = bias + values @ weights, np.abs(values) @ np.abs(weights)
+        moved = (2 * e + e * e) * size + tiny * (np.abs(values).sum(axis=1)[:, None] + np.abs(weights).sum(axis=0))
+        error = moved + drive_bound(weights, np.abs(values) * (1 + e), bias) * (1 + e)
+        # Of the sum without the bias.
+        error = error + (0 if precision == "tf32" else e) * (np.abs(values @ weights) + error) + tiny
+        n = weights.shape[1] // 3
+        return [Running(exact[:, k : k + n], error[:, k : k + n]) for k in (0, n, 2 * n)]
+
+    inside = drive(parameters["w_in"], x, parameters["bias_in"])
+    rec = drive(parameters["w_rec"], y, parameters["bias_rec"])
+
+    def gate(k: int) -> Running:
+        total = inside[k] + rec[k]
+        return Running(1 / (1 + np.exp(-total.value)), total.error / 4 + QUICK_SIGMOID)
+
+    u, r = gate(0), gate(1)
+    total = r.fma(rec[2], inside[2])
+    g = Running(np.tanh(total.value), total.error + QUICK_TANH)
+    return u.fma(Running(c), (Running(np.ones_like(c)) - u) * g)
+
+
 # --- finite differences -------------------------------------------------------------------------------------
 
 

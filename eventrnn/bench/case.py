@@ -27,6 +27,7 @@ class Case:
     dtype    : what weights are stored in
     variant  : equations of the cell
     backend  : "cpu" or "cuda"
+    exact    : False lets "cuda" use tensor cores where it measures them to be faster
     threads  : of every contestant that can use them
     against  : rivals, separated by commas; the fastest counts. All of `LAYER_RIVALS`, which are timed beside a
                whole layer, or all of `PRODUCT_RIVALS`, beside one product with a (hidden, 3 hidden) matrix
@@ -44,6 +45,7 @@ class Case:
     dtype: str = "float32"
     variant: str = "evnn"
     backend: str = "cpu"
+    exact: bool = True
     threads: int = 1
     against: str = "torch"
     steps: int = 200
@@ -86,6 +88,8 @@ class Case:
             if self.threads != 1:
                 raise ValueError(f"threads: got {self.threads}, but the cuda backend brings its own; leave it out")
             return
+        if not self.exact:
+            raise ValueError("exact: got False, but only --backend cuda has another way here; see bench crossover")
         if self.against == "none":
             return
         for rival in self.rivals:
@@ -131,6 +135,8 @@ class Case:
         del asked["sparsity"]
         if self.backend == "cpu":  # as it was before there was a choice
             del asked["backend"]
+        if self.exact:
+            del asked["exact"]
         return asked | {
             "block": f"{self.block[0]}x{self.block[1]}" if self.block else None,
             "nm": ":".join(map(str, self.nm)) if self.nm else None,

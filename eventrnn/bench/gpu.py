@@ -1,7 +1,7 @@
 """`inference` on a GPU: our engine beside a rival, GPU time by events, interleaved, medians.
 
-Both sides have their inputs and weights on the GPU and leave their results there; what a run takes that brings NumPy
-arrays there and back is told apart. Ours includes counting; the others do not count.
+Both sides have their inputs and weights on the GPU and leave their results there. Ours includes counting; the others do
+not count. Told apart, by the clock: a run that brings NumPy arrays there and back, chunks and single steps of a stream.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from eventrnn.bench.case import Case
 from eventrnn.bench.gpu_rivals import Seconds, rivals
 from eventrnn.bench.machine import versions
 from eventrnn.bench.networks import at_activity, random_events, random_network
-from eventrnn.network import simulate
+from eventrnn.cuda import CudaBackend
+from eventrnn.network import Simulator, simulate
 from eventrnn.observe import count
 
+# Steps of a stream's chunk.
+CHUNK = 100
 # How far the measured activity may be from what was asked, as a share of it.
 ACTIVITY_TOLERANCE = 0.1
 
@@ -30,7 +33,6 @@ def inference(case: Case, report: Callable[[str], None]) -> dict[str, Any]:
     Raises as `bench.inference` does, and BackendUnavailable where there is no GPU.
     """
     from eventrnn.cuda.device import current_device
-    from eventrnn.cuda.engine import CudaEngine
 
     current_device()  # nothing is begun where there is none
     rng = np.random.default_rng(case.seed)
@@ -45,24 +47,28 @@ def inference(case: Case, report: Callable[[str], None]) -> dict[str, Any]:
     compile_seconds = time.perf_counter() - started
     report("setting the activity")
     network = at_activity(network, inputs, case.activity, "cuda")
-    simulation = simulate(network, inputs, backend="cuda", record="events")
+    backend = CudaBackend(exact=case.exact)
+    simulation = simulate(network, inputs, backend=backend, record="events")
     measured = float(np.mean(simulation.activity))
     if abs(measured - case.activity) > ACTIVITY_TOLERANCE * case.activity:
         raise ValueError(
             f"activity: got {case.activity}, but thresholds bring this random network to {measured:.3f} at best; "
             "ask for less, or use more units"
         )
-    engine, feed, state = CudaEngine(network), network.feed(inputs), State.zeros(network, case.batch)
+    engine, feed, state = backend.engine(network), network.feed(inputs), State.zeros(network, case.batch)
+    engine.run(feed, state)  # chooses
     device, enqueue = engine.device, engine.on_device(feed, state)
-    contestants: dict[str, Seconds] = {"ours": lambda: device.seconds(enqueue)}
+    uncounted = engine.on_device(feed, state, counting=False)
+    contestants: dict[str, Seconds] = {
+        "ours": lambda: device.seconds(enqueue),
+        "uncounted": lambda: device.seconds(uncounted),
+    }
     contestants |= rivals(case.against, network, inputs)
-
-    def run() -> float:
-        started = time.perf_counter()
-        engine.run(feed, state)
-        return time.perf_counter() - started
-
-    contestants["run"] = run
+    contestants["run"] = lambda: _clocked(lambda: engine.run(feed, state))
+    stream, x = Simulator(network, batch=case.batch, backend=backend), device.put(inputs.to_dense()[:CHUNK])
+    stream.run(x)  # chooses too
+    contestants["chunk"] = lambda: _clocked(lambda: stream.run(x)) / len(x) * case.steps
+    contestants["call"] = lambda: _clocked(lambda: [stream.step(each) for each in x]) / len(x) * case.steps
     report(f"timing {case.repeats} rounds")
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(case.repeats):
@@ -71,7 +77,7 @@ def inference(case: Case, report: Callable[[str], None]) -> dict[str, Any]:
             measure()
             seconds[name].append(measure())
     each = {name: float(np.median(s)) / case.steps * 1e6 for name, s in seconds.items()}
-    ours, with_copies = each.pop("ours"), each.pop("run")
+    ours, uncounted_us, *clocked = (each.pop(name) for name in ("ours", "uncounted", "run", "chunk", "call"))
     best = min(each, key=lambda name: each[name]) if each else None
     total, matrices = count(network, simulation).total, network.matrices().values()
     stored = sum(w.shape[0] * w.shape[1] for w in matrices)
@@ -82,7 +88,8 @@ def inference(case: Case, report: Callable[[str], None]) -> dict[str, Any]:
         "against_variant": best,
         "against_variants_us_per_step": each,
         "stream_steps_per_second": case.batch / ours * 1e6,
-        "run_us_per_step": with_copies,
+        **dict(zip(("run_us_per_step", "chunk_us_per_step", "call_us_per_step"), clocked, strict=True)),
+        "counting_share": 1 - uncounted_us / ours,
         "activity": measured,
         "sparsity": 1 - sum(w.nnz for w in matrices) / stored,
         "dense_per_step": total.dense // case.steps,
@@ -92,3 +99,9 @@ def inference(case: Case, report: Callable[[str], None]) -> dict[str, Any]:
         "paths": engine.paths(case.batch),
         "compile_seconds": compile_seconds,
     } | case.record() | {"device": device.name, "versions": versions()}  # fmt: skip
+
+
+def _clocked(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started

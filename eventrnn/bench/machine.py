@@ -17,6 +17,7 @@ import numpy as np
 from eventrnn.bench.kernels import CHAINS, multiply_add
 from eventrnn.simd import LANES
 
+GPU_PACKAGES = ("numba-cuda", "cupy-cuda12x", "cupy-cuda13x", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 # A few milliseconds.
 PEAK_ROUNDS, PEAK_REPEATS = 1_000_000, 5
 
@@ -37,7 +38,7 @@ def device() -> str:
 def versions() -> dict[str, str]:
     """Versions of this package and what its speed, or a rival's, depends on."""
     found = {"python": platform.python_version()}
-    for name in ("eventrnn", "numba", "llvmlite", "numpy", "scipy", "torch", "mkl", "sparse_dot_mkl"):
+    for name in ("eventrnn", "numba", "llvmlite", "numpy", "scipy", "torch", "mkl", "sparse_dot_mkl", *GPU_PACKAGES):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

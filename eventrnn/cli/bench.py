@@ -50,6 +50,7 @@ def inference(
     ] = None,
     dtype: Annotated[str, typer.Option(help=f"Storage of the weights: {', '.join(STORAGES)}.")] = "float32",
     variant: Annotated[str, typer.Option(help="Equations: evnn or paper.")] = "evnn",
+    exact: Annotated[bool, typer.Option(help="On a GPU: without it, tensor cores where measured faster.")] = True,
     threads: Threads = 1,
     against: Annotated[str | None, typer.Option(help=AGAINST)] = None,
     steps: Annotated[int, typer.Option(help="Time steps a run.")] = 200,
@@ -64,7 +65,8 @@ def inference(
         result = bench.inference(
             hidden=hidden, layers=layers, batch=batch, activity=activity, sparsity=sparsity, format=format,
             block=parse_block(block) if block else None, nm=parse_nm(nm) if nm else None, dtype=dtype,
-            variant=variant, backend=backend, threads=threads, against=against or OPPONENT.get(backend, "none"),
+            variant=variant, backend=backend, exact=exact, threads=threads,
+            against=against or OPPONENT.get(backend, "none"),
             steps=steps, repeats=repeats, seed=seed,
             report=lambda stage: report(stage, 0, 1, ""),
         )  # fmt: skip

@@ -8,19 +8,24 @@ word in a record of the run that starts out full of "not sent yet"; whoever need
 (`kernels.py`). No grid barrier, no buffer to reuse, no order to keep between layers: a layer follows the one below as
 its events come. The same record gives read-out, counts and what a caller asked to see.
 
-Plans (`plan.py`): with sparse weights, a layer of a stream lives in one cluster of blocks, which write what they send
-into each other's shared memory (`cluster.py`); the record then serves the layers above and who reads afterwards. Else
-one sample has a block a tile, with as little code as can be (`single.py`), and many samples are dealt out in groups,
+Plans: with sparse weights, a layer of a stream lives in one cluster of blocks, which write what they send into each
+other's shared memory (`cluster_plan.py`, `cluster.py`); the record then serves the layers above and who reads
+afterwards, and what a layer adds to the drives of the next is worked out by a cluster of its own. Else (`plan.py`) one
+sample has a block a tile, with as little code as can be (`single.py`), and many samples are dealt out in groups,
 whose blocks own more tiles each. Weights stay in shared memory where they fit, else in L2. Products that need not wait,
 of the first layer's input and of the read-out, are done for all steps together (`products.py`).
 
 device   : the door to the CUDA packages; compiling, loading, launching
 ptx      : instructions that Numba lacks
 tables   : what the kernels' tables hold
-packing  : weights as strips
+packing  : weights as strips;  matrix: one on the GPU, and its products
 walks    : one strip times one list of events
-lookup   : one strip times what few units sent
+lookup   : one strip times what those few units sent that reach it
 kernels  : `layers`, any number of tiles and samples a block;  single: one;  cluster: tiles shared out in a cluster
+piece    : the memory of a run, kept between runs
+arrays   : arrays and states that stay on the GPU;  borders: kernels that look at what comes and goes
+stepper  : single steps, as a graph
+tensor   : layers of many streams through tensor cores, not exact;  rounded: their kernels
 engine   : a network on the GPU
 """
 
@@ -32,12 +37,23 @@ if TYPE_CHECKING:
     from eventrnn.cuda.engine import CudaEngine
     from eventrnn.network import Network
 
+PRECISIONS = ("float16", "bfloat16", "tf32")
+
 
 class CudaBackend:
-    """One NVIDIA GPU; the exact tier. Opened by the first engine only, so that any machine can name it."""
+    """One NVIDIA GPU. Opened by the first engine only, so that any machine can name it.
+
+    exact     : False lets layers of many streams go through tensor cores, where that is measured to be faster: at the
+                first run of each batch size, on what it is fed. `Simulation.paths` says which
+    precision : of weights and events there, "float16", "bfloat16" or "tf32"; sums are float32, and so are cells
+    """
 
     name = "cuda"
-    exact = True
+
+    def __init__(self, exact: bool = True, precision: str = "float16"):
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision: got {precision!r}, need one of {', '.join(PRECISIONS)}")
+        self.exact, self.precision = exact, precision
 
     def engine(self, network: Network, *, threads: int = 1) -> CudaEngine:
         """Pack the weights and put them on the GPU; kernels are compiled at the first run of each plan, in seconds.
@@ -48,4 +64,4 @@ class CudaBackend:
             raise ValueError(f"threads: got {threads}, but the cuda backend brings its own; leave it out")
         from eventrnn.cuda.engine import CudaEngine
 
-        return CudaEngine(network)
+        return CudaEngine(network, None if self.exact else self.precision)

@@ -7,6 +7,7 @@ multiply-add is made that the source does not write: `-fma=0` lets NVVM emit rou
 from __future__ import annotations
 
 import ctypes
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -79,6 +80,16 @@ def compile_ptx(kernel: Callable[..., None], signature, architecture: tuple[int,
     return ptx
 
 
+@dataclass(frozen=True)
+class _Foreign:
+    """Somebody's stream, by the protocol that CuPy takes it with."""
+
+    handle: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.handle
+
+
 class Device:
     """The current GPU. Raises BackendUnavailable with the reason and the remedy."""
 
@@ -105,6 +116,8 @@ class Device:
         self.shared_bytes = int(properties.max_shared_memory_per_block_optin)
         self.name = self.core.name
         self.stream = self.core.create_stream()
+        #: the same stream, for CuPy
+        self.queue = cupy.cuda.Stream.from_external(self.stream)
         self._kernels: dict[tuple, Any] = {}
         self._clusters: dict[int, int] = {}
 
@@ -199,9 +212,23 @@ class Device:
 
     @contextmanager
     def on_stream(self) -> Iterator[None]:
-        """CuPy's work goes on the same stream."""
-        with self.arrays.cuda.Stream.from_external(self.stream):
-            yield
+        """CuPy's work goes on the same stream. Raises MemoryError with the needed and the free bytes."""
+        try:
+            with self.queue:
+                yield
+        except self.arrays.cuda.memory.OutOfMemoryError as error:
+            raise self._out_of_memory(int(getattr(error, "_size", 0))) from None
+
+    def follow(self, array: Any) -> None:
+        """What comes on the stream waits for what the caller's own streams have been given so far."""
+        cuda_, torch = self.arrays.cuda, sys.modules.get("torch")
+        waited = [cuda_.get_current_stream()]
+        if torch is not None and isinstance(array, torch.Tensor):
+            theirs = _Foreign(torch.cuda.current_stream(array.device).cuda_stream)
+            waited.append(cuda_.Stream.from_external(theirs))
+        for each in waited:
+            if each.ptr != self.queue.ptr:
+                self.queue.wait_event(each.record())
 
     def put(self, array: np.ndarray) -> Any:
         """A device copy. Raises MemoryError with the needed and the free bytes."""
@@ -214,11 +241,17 @@ class Device:
         try:
             return self.arrays.empty(shape, dtype)
         except self.arrays.cuda.memory.OutOfMemoryError:
-            needed = int(np.prod(shape)) * np.dtype(dtype).itemsize
-            free, _ = self.arrays.cuda.runtime.memGetInfo()
-            raise MemoryError(
-                f"cuda: {needed:,} bytes are needed and {free:,} are free on {self.name}; use a smaller batch"
-            ) from None
+            raise self._out_of_memory(int(np.prod(shape)) * np.dtype(dtype).itemsize) from None
+
+    def _out_of_memory(self, needed: int) -> MemoryError:
+        pool = self.arrays.get_default_memory_pool()
+        free = self.arrays.cuda.runtime.memGetInfo()[0] + pool.free_bytes()
+        if pool.get_limit():
+            free = min(free, pool.get_limit() - pool.used_bytes())
+        return MemoryError(
+            f"cuda: {needed:,} bytes are needed and {free:,} are free on {self.name}; use a smaller batch, or fewer "
+            "steps at a time"
+        )
 
 
 @cache

@@ -3,66 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eventrnn.backend import Feed, FireCounts, State, Trace
+from eventrnn.backend import Feed, FireCounts, State, Trace, on_gpu
 from eventrnn.cuda import tables as k
+from eventrnn.cuda.arrays import DeviceFeed, DeviceState, WholeFeed, check_report, flattened
+from eventrnn.cuda.borders import finite_kernel
 from eventrnn.cuda.cluster import cluster_kernel
-from eventrnn.cuda.device import Device, current_device
-from eventrnn.cuda.kernels import NOT_YET, layers_kernel
-from eventrnn.cuda.packing import Reached, Strips, check_format, pack, per_strip
-from eventrnn.cuda.plan import (
-    CLUSTER_SIZES,
-    MOST_REACHED,
-    Chip,
-    LayerShape,
-    Plan,
-    blocks_from,
-    cluster_plan,
-    plan,
-    tile_width,
-)
-from eventrnn.cuda.products import compact_kernel, products_kernel, reached_products_kernel, tally_kernel
+from eventrnn.cuda.cluster_plan import CLUSTER_SIZES, ClusterShape, cluster_plan
+from eventrnn.cuda.cublas import Cublas
+from eventrnn.cuda.device import current_device
+from eventrnn.cuda.kernels import layers_kernel
+from eventrnn.cuda.matrix import Matrix
+from eventrnn.cuda.packing import check_format, per_strip
+from eventrnn.cuda.piece import NOT_YET_BYTE, Piece, copy_rows, pitch_of
+from eventrnn.cuda.plan import Chip, LayerShape, Plan, blocks_from, launches_of, parts_of, plan, tile_width
+from eventrnn.cuda.products import compact_kernel, tally_kernel
 from eventrnn.cuda.single import single_kernel
+from eventrnn.cuda.stepper import CudaStepper, Loop, StepLoop
 from eventrnn.cuda.tables import LANES
-from eventrnn.weights import Dense, Weights
+from eventrnn.cuda.tensor import TensorLayer, measured_ways
+from eventrnn.weights import Dense
 
 if TYPE_CHECKING:
     from eventrnn.network import Network
 
 # What the record of a run may take at a time; longer runs go through in pieces.
-RECORD_BYTES = 1 << 28
-# Warps of a block of products; masked strips take little shared memory, and many warps hide what each waits for.
-DENSE_WARPS, MASKED_WARPS = 16, 32
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """Strips on the device."""
-
-    strips: Strips
-    values: Any
-    table: Any
-    starts: Any
-    bias: Any
-    reached: Reached | None = None
-    units: Any = None
-    rows: Any = None
-    firsts: Any = None
-
-    @classmethod
-    def of(cls, device: Device, weights: Weights, bias: np.ndarray, gates: int, width: int) -> Matrix:
-        strips = pack(weights, gates, width)
-        arrays = (strips.values, strips.table, strips.starts, per_strip(bias, gates, width))
-        values, table, starts, biases = map(device.put, arrays)
-        if strips.kind == k.DENSE or (strips.table[:, :, 0] != 0).mean() > MOST_REACHED:
-            return cls(strips, values, table, starts, biases)
-        reached = Reached.of(strips)
-        units, rows, firsts = map(device.put, (reached.units, reached.rows, reached.firsts))
-        return cls(strips, values, table, starts, biases, reached, units, rows, firsts)
+RECORD_BYTES = 1 << 30
+# Threads that count the events of one unit.
+MOST_TALLIES = 512
 
 
 class CudaEngine:
@@ -73,153 +45,275 @@ class CudaEngine:
 
     dense = False
 
-    def __init__(self, network: Network):
+    def __init__(self, network: Network, precision: str | None = None):
         for name, weights in network.matrices().items():
             check_format(name, weights)
         self.network, self.device = network, current_device()
         self.units = [layer.units for layer in network.layers]
         clusters = {size: self.device.clusters(size) for size in CLUSTER_SIZES}
         self.chip = Chip(self.device.multiprocessors, self.device.shared_bytes, clusters)
-        self.launches = _launches(network, self.chip.multiprocessors)
+        self.output_size = self.units[-1] if network.readout is None else network.readout.weights.shape[1]
+        #: for products on tensor cores, and by batch the layers that go so; None and nobody in exact runs
+        self.precision = precision
+        self.ways: dict[int, tuple[int, ...]] = {}
         with self.device.on_stream():
             self._pack()
-        self.plans: dict[int, list[Plan]] = {}
+        self.plans: dict[tuple, list[Plan | None]] = {}
         self.tables: dict[tuple, Any] = {}
+        self.pieces: dict[tuple[int, int], Piece] = {}
+        self.steps: dict[int, StepLoop] = {}
+        size = (0, 1) if network.embedding is not None else (0, 1, network.layers[0].inputs)
+        self.no_input = network.feed(np.zeros(size, np.float32 if len(size) == 3 else np.int64))
+
+    @cached_property
+    def tensors(self) -> list[TensorLayer | None]:
+        """Layers as tensor cores take them; None for those that they cannot have."""
+        assert self.precision is not None
+        with self.device.on_stream():
+            layers, cublas = enumerate(self.network.layers), Cublas(self.device)
+            return [TensorLayer.of(self.device, cublas, n, layer, self.precision) for n, layer in layers]
+
+    def launches(self, ways: tuple[int, ...] = ()) -> list[range]:
+        """Layers by launch, where those in `ways` go through tensor cores."""
+        variants = [layer.cell.variant for layer in self.network.layers]
+        return launches_of(variants, self.chip.multiprocessors, ways)
 
     def _pack(self) -> None:
         network, device = self.network, self.device
         self.w_in, self.w_rec, self.thresholds = [], [], []
         for number, layer in enumerate(network.layers):
-            share = self.chip.multiprocessors // next(len(each) for each in self.launches if number in each)
+            share = self.chip.multiprocessors // next(len(each) for each in self.launches() if number in each)
             inside = (layer.w_rec, layer.w_in) if number else (layer.w_rec,)
             width = tile_width(layer.units, share, any(isinstance(w, Dense) for w in inside))
             self.w_rec.append(Matrix.of(device, layer.w_rec, layer.bias_rec, 3, width))
-            self.w_in.append(Matrix.of(device, layer.w_in, layer.bias_in, 3, width if number else LANES))
+            self.w_in.append(Matrix.of(device, layer.w_in, layer.bias_in, 3, width))
             self.thresholds.append(device.put(per_strip(layer.threshold, 1, width)))
         self.readout = None
         if network.readout is not None:
             self.readout = Matrix.of(device, network.readout.weights, network.readout.bias, 1, LANES)
-        self.faults = device.put(np.zeros(1, np.int32))
+        counted = 2 * (network.layers[0].inputs + sum(self.units))
+        self.report = device.put(np.zeros(k.REPORT_FIELDS + counted, np.int64))
         self.feed_arrays: tuple[np.ndarray, Any] | None = None
 
-    def _plans(self, batch: int) -> list[Plan]:
-        if batch not in self.plans:
-            found = []
-            for layers in self.launches:
-                shapes = [
-                    LayerShape(
-                        self.units[n],
-                        self.network.layers[n].inputs,
-                        self.w_in[n].strips if n else None,
-                        self.w_rec[n].strips,
-                        self.w_in[n].reached if n else None,
-                        self.w_rec[n].reached,
-                    )
-                    for n in layers
-                ]
-                paper = self.network.layers[layers.start].cell.variant == "paper"
-                clustered = None if paper else cluster_plan(shapes, batch, self.chip)
-                found.append(clustered or plan(shapes, batch, self.chip))
-            self.plans[batch] = found
-        return self.plans[batch]
+    def _plans(self, batch: int) -> list[Plan | None]:
+        ways = self.ways.get(batch, ())
+        key = (batch, ways)
+        if key not in self.plans:
+            self.plans[key] = [
+                None if layers.start in ways else self._plan(layers, batch) for layers in self.launches(ways)
+            ]
+        return self.plans[key]
 
-    def stepper(self, state: State) -> None:
-        """Single steps are runs."""
-        return
+    def _plan(self, layers: range, batch: int) -> Plan:
+        clustered = self._cluster_plan(layers, batch)
+        if clustered is not None:
+            return clustered
+        shapes = [
+            LayerShape(
+                self.units[n],
+                self.network.layers[n].inputs,
+                self.w_in[n].strips if n else None,
+                self.w_rec[n].strips,
+            )
+            for n in layers
+        ]
+        return plan(shapes, batch, self.chip)
+
+    def _cluster_plan(self, layers: range, batch: int) -> Plan | None:
+        matrices = [self.w_rec[n] for n in layers] + [self.w_in[n] for n in layers if n]
+        paper = self.network.layers[layers.start].cell.variant == "paper"
+        if paper or not any(self.chip.clusters.values()) or not all(each.sparse for each in matrices):
+            return None
+        shapes = [
+            ClusterShape(self.units[n], self.w_in[n].columns if n else None, self.w_rec[n].columns) for n in layers
+        ]
+        return cluster_plan(shapes, batch, self.chip)
+
+    def stepper(self, state: State) -> CudaStepper:
+        """Single steps, each one launch of a graph; see `backend.Engine`."""
+        return CudaStepper(self, state)
+
+    def step_loop(self, batch: int) -> StepLoop:
+        """For single steps of that many samples, kept."""
+        if batch not in self.steps:
+            self.steps[batch] = StepLoop(self, batch)
+        return self.steps[batch]
+
+    def feed(self, inputs: Any) -> Feed:
+        """In the place of `Network.feed`: arrays on the GPU stay there, and float32 numbers are looked at there."""
+        if on_gpu(inputs):
+            return self.device_feed(inputs)
+        plain = type(inputs) is np.ndarray and inputs.dtype == np.float32 and self.network.embedding is None
+        if plain and inputs.ndim == 3 and inputs.shape[2] == self.network.layers[0].inputs:
+            return WholeFeed.on_host(self.no_input, inputs)
+        return self.network.feed(inputs)
+
+    def device_feed(self, inputs: Any, step: bool = False) -> DeviceFeed:
+        """Inputs that lie on the GPU, or those of a single `step`."""
+        return DeviceFeed.of(self.device, self.network, self.no_input, inputs, step)
 
     def run(self, feed: Feed, state: State, *, record_events: bool = False, record_states: bool = False) -> Trace:
-        """See `backend.Engine`. Runs whose record takes more than `RECORD_BYTES` go through in pieces."""
+        """See `backend.Engine`. Runs whose record takes more than `RECORD_BYTES` go through in pieces.
+
+        The state stays on the GPU. Raises MemoryError with the needed and the free bytes; all is then as it was.
+        """
         if feed.batch < 1:
             raise ValueError("inputs: got a batch of 0, need at least one sample")
         with self.device.on_stream():
-            return self._run(feed, state, record_events, record_states)
+            try:
+                return self._run(feed, state, record_events, record_states)
+            except MemoryError:
+                # Nothing is kept that somebody may need the room of.
+                self.pieces.clear()
+                self.steps.clear()
+                raise
 
     def _run(self, feed: Feed, state: State, record_events: bool, record_states: bool) -> Trace:
-        device, batch = self.device, feed.batch
-        cells = [device.put(np.asarray(c, np.float32)) for c in state.cells]
-        outputs = [device.put(np.asarray(y, np.float32)) for y in state.outputs]
-        counts = [device.put(np.zeros((2, n), np.int64)) for n in self.units]
-        size = self.units[-1] if self.readout is None else self.readout.strips.shape[2]
-        output = np.empty((feed.steps, batch, size), np.float32)
+        now, longest = self.flat_state(state), self._longest(feed.batch, record_states)
+        if self.precision and feed.batch not in self.ways and feed.steps:
+            self.ways[feed.batch] = measured_ways(self, feed.part(0, min(feed.steps, longest)), now)
+            # Their graphs go the way of before.
+            self.pieces.clear()
+            self.steps.clear()
+        if isinstance(feed, WholeFeed) and 0 < feed.steps <= longest and not (record_events or record_states):
+            return self._whole_run(feed, now)
+        return self._run_in_pieces(feed, now, longest, record_events, record_states)
+
+    def _whole_run(self, feed: WholeFeed, now: Any) -> Trace:
+        """A run without records that fits: from its second time on, one launch of a graph."""
+        piece = self.piece(feed.steps, feed.batch)
+        if "loop" not in piece.spare:
+            piece.spare["loop"] = Loop(self, piece, counting=True)
+        loop = piece.spare["loop"]
+        feed.put(loop.x)
+        piece.start(now)
+        loop.replay()
+        left = DeviceState(self.device, piece.state.copy(), self.units, feed.batch)
+        output = loop.output.copy() if isinstance(feed, DeviceFeed) else loop.output
+        return self._trace(feed, left, output, loop.report.get(), [], [])
+
+    def _run_in_pieces(self, feed: Feed, now: Any, longest: int, record_events: bool, record_states: bool) -> Trace:
+        device, batch, steps = self.device, feed.batch, feed.steps
+        here = isinstance(feed, DeviceFeed)
+        arrays = device.arrays if here else np
         wanted = range(len(self.units))
-        events = [np.empty((feed.steps, batch, self.units[n]), np.float32) for n in wanted] if record_events else []
-        states = [np.empty((feed.steps, batch, self.units[n]), np.float32) for n in wanted] if record_states else []
-        longest = self._longest(batch, record_states)
-        table = self._feed_table(feed)
-        for begin in range(0, feed.steps, longest):
-            piece = feed.part(begin, min(feed.steps, begin + longest))
-            end = begin + piece.steps
-            records, after = self._piece(piece, table, cells, outputs, record_states)
+        output = arrays.empty((steps, batch, self.output_size), np.float32)
+        events = [arrays.empty((steps, batch, self.units[n]), np.float32) for n in wanted] if record_events else []
+        states = [arrays.empty((steps, batch, self.units[n]), np.float32) for n in wanted] if record_states else []
+        report = self.report
+        report.data.memset_async(0, report.nbytes)
+        for begin in range(0, steps, longest):
+            end = min(steps, begin + longest)
+            piece, part = self.piece(end - begin, batch), feed.part(begin, end)
+            piece.start(now)
+            piece.begin(self.settled(batch))
+            after = [device.empty((piece.steps, batch, n), np.float32) for n in self.units] if record_states else None
+            self.enqueue(piece, *self._table(part, piece), report, after, counting=True)
+            self.count_inputs(piece, self._input(part, piece), report)
             for n in wanted:
-                sent = records[n][1:, :, : self.units[n]]
-                outputs[n] = sent[-1].copy()
-                self._tally(records[n], piece.steps * batch, n, counts[n])
-                if record_events:
-                    events[n][begin:end] = sent.get()
-                if record_states:
-                    states[n][begin:end] = after[n].get()
-            output[begin:end] = self._read_out(records[-1], piece).get()
-        self.device.stream.sync()
-        if int(self.faults.get()[0]):
-            self.faults.fill(0)
-            raise RuntimeError(
-                "cuda: a block waited for events that never came; another program may hold the GPU's multiprocessors"
-            )
-        totals = [each.get() for each in counts]
-        return Trace(
-            output,
-            State(tuple(c.get() for c in cells), tuple(y.get() for y in outputs)),
-            tuple(FireCounts(each[0], each[1]) for each in totals),
-            tuple(events),
-            tuple(states),
-            self.paths(batch),
-        )
+                for whole, found in ((events, piece.sent(n)), (states, after[n] if after else None)):
+                    if whole and found is not None:
+                        whole[n][begin:end] = found if here else found.get()
+            found = self.read_out(piece)
+            output[begin:end] = found if here else found.get()
+            now = piece.state
+        left = DeviceState(device, now.copy(), self.units, batch)
+        return self._trace(feed, left, output, report.get(), events, states)
+
+    def _trace(self, feed: Feed, left: DeviceState, output, report: np.ndarray, events, states) -> Trace:
+        """What a run leaves behind. Raises for what its report says is wrong."""
+        check_report(report, feed, left)
+        sizes = [self.network.layers[0].inputs, *self.units]
+        counts = np.split(report[k.REPORT_FIELDS :], np.cumsum(np.repeat(sizes, 2))[:-1])
+        fired = tuple(FireCounts(a.copy(), b.copy()) for a, b in zip(counts[::2], counts[1::2], strict=True))
+
+        def give(result):
+            return feed.give(result) if isinstance(feed, WholeFeed) and not isinstance(result, np.ndarray) else result
+
+        input_fired = None
+        if isinstance(feed, WholeFeed):
+            input_fired = feed.fire_counts() if feed.symbols else fired[0]
+        given = tuple(map(give, events)), tuple(map(give, states))
+        return Trace(give(output), left, fired[1:], *given, self.paths(feed.batch), input_fired)
+
+    def flat_state(self, state: State | Any) -> Any:
+        """A state on the device, or one that is there already; not to be written to."""
+        if isinstance(state, DeviceState):
+            return state.flat
+        return self.device.put(flattened(state)) if isinstance(state, State) else state
+
+    def piece(self, steps: int, batch: int) -> Piece:
+        """Memory for a run of that shape, kept for the next one."""
+        key = (steps, batch)
+        if key in self.pieces:
+            self.pieces[key] = self.pieces.pop(key)
+            return self.pieces[key]
+        new = Piece(self.device, self.network, self.units, steps, batch)
+        while self.pieces and new.nbytes + sum(each.nbytes for each in self.pieces.values()) > 2 * RECORD_BYTES:
+            del self.pieces[next(iter(self.pieces))]
+        self.pieces[key] = new
+        return new
 
     def paths(self, batch: int) -> dict[str, str]:
         """By matrix, how its weights lie and where they are read from."""
-        found = {}
-        for layers, each in zip(self.launches, self._plans(batch), strict=True):
-            for n, laid in zip(layers, each.layers, strict=True):
-                found[f"layers.{n}.w_rec"] = _described(self.w_rec[n].strips, bool(laid.way_rec & k.RESIDENT))
-                inside = bool(laid.way_in & k.RESIDENT) if n else self._room(self.w_in[0])[0]
-                found[f"layers.{n}.w_in"] = _described(self.w_in[n].strips, inside)
+        found: dict[str, str] = {}
+        ways = self.ways.get(batch, ())
+        for layers, each in zip(self.launches(ways), self._plans(batch), strict=True):
+            if each is None:
+                found |= dict.fromkeys(
+                    (f"layers.{layers.start}.{w}" for w in ("w_rec", "w_in")), f"tensor {self.precision}"
+                )
+                continue
+            for (n, feeds), laid in zip(parts_of(layers, each), each.layers, strict=True):
+                kind = "rows" if each.cluster else ("dense", "masked", "runs")[self.w_rec[n].strips.kind]
+                if not feeds:
+                    found[f"layers.{n}.w_rec"] = self.w_rec[n].described(bool(laid.way_rec & k.RESIDENT), kind)
+                if n == 0:
+                    found["layers.0.w_in"] = self.w_in[0].described(self.w_in[0].room(self.device)[0])
+                elif feeds or not each.cluster:
+                    found[f"layers.{n}.w_in"] = self.w_in[n].described(bool(laid.way_in & k.RESIDENT), kind)
         if self.readout is not None:
-            found["readout"] = _described(self.readout.strips, self._room(self.readout)[0])
+            found["readout"] = self.readout.described(self.readout.room(self.device)[0])
         return found
 
-    def on_device(self, feed: Feed, state: State) -> Callable[[], None]:
+    def on_device(self, feed: Feed, state: State | Any, *, counting: bool = True) -> Callable[[], None]:
         """Puts a whole run from that state on the GPU's stream, without copies to or from the host, at each call.
 
-        For timing: nothing comes back. Raises ValueError for a run that does not go through in one piece.
+        For timing: nothing comes back, and nothing need be counted.
         """
         longest = self._longest(feed.batch, False)
-        if feed.steps > longest:
-            raise ValueError(f"steps: got {feed.steps}, but only {longest} fit in a piece; time fewer")
+        parts = [feed.part(a, min(feed.steps, a + longest)) for a in range(0, feed.steps, longest)]
         with self.device.on_stream():
-            table = self._feed_table(feed)
-            cells, outputs = ([self.device.put(a) for a in arrays] for arrays in (state.cells, state.outputs))
-            counts = [self.device.put(np.zeros((2, n), np.int64)) for n in self.units]
+            flat = self.flat_state(state)
+            tables = [None if isinstance(feed, WholeFeed) else self._table(each) for each in parts]
 
         def enqueue() -> None:
             with self.device.on_stream():
-                records, _ = self._piece(feed, table, [c.copy() for c in cells], outputs, False)
-                for n, record in enumerate(records):
-                    self._tally(record, feed.steps * feed.batch, n, counts[n])
-                self._read_out(records[-1], feed)
+                now = flat
+                for part, table in zip(parts, tables, strict=True):
+                    piece = self.piece(part.steps, part.batch)
+                    piece.start(now)
+                    piece.begin(self.settled(part.batch))
+                    self.enqueue(piece, *(table or self._table(part, piece)), self.report, None, counting)
+                    self.read_out(piece)
+                    now = piece.state
 
         return enqueue
 
     def _longest(self, batch: int, record_states: bool) -> int:
         row = sum(
-            _pitch(n) * (1 + (layer.cell.variant == "paper"))
+            pitch_of(n) * (1 + (layer.cell.variant == "paper"))
             for n, layer in zip(self.units, self.network.layers, strict=True)
         )
-        row += 3 * self.units[0] + (sum(self.units) if record_states else 0)
+        # Drives of the first layer, and of all where feeders leave them.
+        row += 3 * sum(self.units) + (sum(self.units) if record_states else 0)
+        # Lists of the input's events, where they are found here.
+        row += 2 * (self.network.layers[0].inputs + LANES)
         if self.readout is not None:
-            row += 2 * (_pitch(self.units[-1]) + LANES) + self.readout.strips.shape[2]
+            row += 2 * (pitch_of(self.units[-1]) + LANES) + self.readout.weights.shape[1]
         return max(1, RECORD_BYTES // (4 * row * batch))
 
-    def _feed_table(self, feed: Feed) -> tuple[Any, Any, Any]:
+    def feed_table(self, feed: Feed) -> tuple[Any, Any, Any]:
         """The event table on the device; an embedding's stays there."""
         if self.feed_arrays is None or self.feed_arrays[0] is not feed.indices:
             counts = np.diff(feed.indptr)
@@ -232,169 +326,169 @@ class CudaEngine:
             self.feed_arrays = (feed.indices, arrays)
         return self.feed_arrays[1]
 
-    def _piece(self, feed: Feed, table, cells, outputs, record_states: bool) -> tuple[list[Any], list[Any]]:
-        """Some steps: the record of each layer, (steps + 1, batch, pitch), and its cells where asked for."""
-        device, batch = self.device, feed.batch
-        drive = self._products(self.w_in[0], table, feed.steps * batch, device.put(feed.row_of.astype(np.int64)))
-        records, gated, after = [], [], []
-        for n, layer in enumerate(self.network.layers):
-            units, shape = self.units[n], (feed.steps + 1, batch, _pitch(self.units[n]))
-            record = device.empty(shape, np.float32)
-            record.view(np.int32).fill(int(NOT_YET))
-            record[0, :, :units] = outputs[n]
-            records.append(record)
-            if layer.cell.variant == "paper":
-                gated.append(device.empty(shape, np.float32))
-                gated[-1].view(np.int32).fill(int(NOT_YET))
+    def _input(self, feed: Feed, piece: Piece) -> Any:
+        """The numbers or symbols of a feed on the device; None of one that comes as events."""
+        if not isinstance(feed, WholeFeed) or isinstance(feed, DeviceFeed):
+            return feed.x if isinstance(feed, DeviceFeed) else None
+        return piece.kept("x", feed.x.shape, np.float32)
+
+    def _table(self, feed: Feed, piece: Piece | None = None) -> tuple[Any, Any]:
+        """The event table on the device, and which row of it each row of the input reads (None: its own)."""
+        if not isinstance(feed, WholeFeed):
+            return self.feed_table(feed), self.device.put(feed.row_of.astype(np.int64))
+        assert piece is not None
+        x = self._input(feed, piece)
+        if x is not feed.x:
+            feed.put(x)
+        return self.table_of(x, feed.first, piece, self.report)
+
+    def table_of(self, x: Any, row_0: int, piece: Piece, report) -> tuple[Any, Any]:
+        """The same of numbers or symbols on the device."""
+        if x.ndim == 2:
+            known = len(self.no_input.indptr) - 1
+            return self.feed_table(self.no_input), piece.checked_rows(x, row_0, known, report)
+        return piece.found(x, row_0, report), None
+
+    def enqueue(self, piece: Piece, table, row_of, report, after, counting: bool) -> None:
+        """All layers of a piece; their cells after each step into `after`, where asked for.
+
+        With `counting` their events are added to the report.
+        """
+        device, batch, steps = self.device, piece.batch, piece.steps
+        ways = self.ways.get(batch, ())
+        drive = None
+        if 0 not in ways:
+            drive = self.w_in[0].products(device, table, steps * batch, row_of, out=piece.drive(3 * self.units[0]))
+        for layers, each in zip(self.launches(ways), self._plans(batch), strict=True):
+            if each is None:
+                n = layers.start
+                layer, counts = self.tensors[n], report[self._counts_from(n) :].data.ptr if counting else 0
+                assert layer is not None
+                layer.enqueue(piece, n, table, row_of, after[n] if after else None, counts, report)
+                continue
+            self._launch_layers(layers, each, piece, drive, report, after)
+        device.launch(
+            device.kernel(("finite",), finite_kernel, 256), -(-piece.state[0].size // 256), 256,
+            piece.state.data.ptr, piece.state[0].size, report.data.ptr,
+        )  # fmt: skip
+        piece.end()
+        for n in range(len(self.units)) if counting else ():
+            if n not in ways:
+                at, units = self._counts_from(n), self.units[n]
+                self._count(piece.records[n][1:], pitch_of(units), units, steps * batch, report[at:])
+
+    def settled(self, batch: int) -> tuple[int, ...]:
+        """Layers whose record nobody reads while it is written: tensor cores', but below one that goes by events."""
+        ways = self.ways.get(batch, ())
+        return tuple(n for n in ways if n + 1 in (*ways, len(self.units)))
+
+    def _counts_from(self, n: int) -> int:
+        """Where in a report the counts of layer n begin."""
+        return k.REPORT_FIELDS + 2 * (self.network.layers[0].inputs + sum(self.units[:n]))
+
+    def _launch_layers(self, layers: range, each: Plan, piece: Piece, drive, report, after) -> None:
+        """Neighbouring layers in one launch."""
+        key = (layers, self.ways.get(piece.batch, ()))
+        if after is not None or key not in piece.tables:
+            piece.tables[key] = self.device.put(self._layer_rows(layers, each, piece, drive, after))
+        for n, feeds in parts_of(layers, each):
+            if feeds:
+                drives = self._fed(piece, n)
+                drives.data.memset_async(NOT_YET_BYTE, drives.nbytes)
+        self._launch(each, piece.tables[key], layers, piece.steps, piece.batch, report)
+        if after is not None:
+            # It names an array that is somebody else's now.
+            del piece.tables[key]
+
+    def _layer_rows(self, layers: range, each: Plan, piece: Piece, drive, after) -> np.ndarray:
+        """What the kernel has to know of each layer."""
+        records, gated, cells = piece.records, piece.gated, piece.cells
+        parts = parts_of(layers, each)
+        rows = np.zeros((len(parts), k.LAYER_FIELDS), np.int64)
+        for row, (n, feeds) in enumerate(parts):
+            w_in, w_rec, way = self.w_in[n], self.w_rec[n], each.layers[row]
+            below = records[n - 1][1:] if n and (feeds or not each.cluster) else None
+            drives = self._fed(piece, n) if n and each.cluster else drive
+            fields = {
+                k.UNITS: self.units[n], k.INPUTS: self.network.layers[n].inputs, k.WIDTH: w_rec.width,
+                k.PITCH: pitch_of(self.units[n]),
+                k.X: 0 if below is None else below.data.ptr, k.X_PITCH: 0 if n == 0 else pitch_of(self.units[n - 1]),
+                k.DRIVE: 0 if drives is None else drives.data.ptr, k.RECORD: records[n].data.ptr,
+                k.GATED: 0 if gated[n] is None else gated[n].data.ptr,
+                k.CELLS: cells[n].data.ptr, k.STATES: 0 if after is None else after[n].data.ptr,
+                k.THRESHOLD: self.thresholds[n].data.ptr,
+            }  # fmt: skip
+            if each.cluster:
+                matrix = w_in if feeds else w_rec
+                fields |= {
+                    k.UNITS_OF: matrix.units.data.ptr, k.ROWS_OF: matrix.rows.data.ptr,
+                    k.FIRSTS_OF: matrix.firsts.data.ptr, k.ROWS_BIAS: matrix.column_bias.data.ptr,
+                }  # fmt: skip
             else:
-                gated.append(None)
-            after.append(device.empty((feed.steps, batch, units), np.float32) if record_states else None)
-        for layers, each in zip(self.launches, self._plans(batch), strict=True):
-            rows = np.zeros((len(layers), k.LAYER_FIELDS), np.int64)
-            for row, n in enumerate(layers):
-                w_in, w_rec, way = self.w_in[n], self.w_rec[n], each.layers[row]
-                below = records[n - 1][1:] if n else None
-                fields = {
-                    k.UNITS: self.units[n], k.INPUTS: self.network.layers[n].inputs, k.WIDTH: w_rec.strips.width,
-                    k.PITCH: _pitch(self.units[n]),
-                    k.X: 0 if below is None else below.data.ptr, k.X_PITCH: 0 if n == 0 else _pitch(self.units[n - 1]),
-                    k.DRIVE: drive.data.ptr, k.RECORD: records[n].data.ptr,
-                    k.GATED: 0 if gated[n] is None else gated[n].data.ptr,
-                    k.CELLS: cells[n].data.ptr, k.STATES: 0 if after[n] is None else after[n].data.ptr,
-                    k.THRESHOLD: self.thresholds[n].data.ptr,
-                    # Of the first layer nobody reads it.
-                    k.BIAS_IN: (w_in if n else w_rec).bias.data.ptr, k.BIAS_REC: w_rec.bias.data.ptr,
-                    k.IN_WAY: way.way_in, k.IN_VALUES: w_in.values.data.ptr, k.IN_TABLE: w_in.table.data.ptr,
-                    k.IN_STARTS: w_in.starts.data.ptr,
+                # That of the first layer nobody reads.
+                inside = w_in if n else w_rec
+                fields |= {
+                    k.BIAS_IN: inside.bias.data.ptr, k.BIAS_REC: w_rec.bias.data.ptr,
+                    k.IN_WAY: way.way_in, k.IN_VALUES: inside.values.data.ptr, k.IN_TABLE: inside.table.data.ptr,
+                    k.IN_STARTS: inside.starts.data.ptr,
                     k.REC_WAY: way.way_rec, k.REC_VALUES: w_rec.values.data.ptr, k.REC_TABLE: w_rec.table.data.ptr,
                     k.REC_STARTS: w_rec.starts.data.ptr,
                 }  # fmt: skip
-                if each.cluster:
-                    fields |= {k.REC_UNITS: w_rec.units.data.ptr, k.REC_ROWS: w_rec.rows.data.ptr}
-                    fields[k.REC_FIRSTS] = w_rec.firsts.data.ptr
-                if each.cluster and n:
-                    fields |= {k.IN_UNITS: w_in.units.data.ptr, k.IN_ROWS: w_in.rows.data.ptr}
-                    fields[k.IN_FIRSTS] = w_in.firsts.data.ptr
-                for field, value in fields.items():
-                    rows[row, field] = value
-            self._launch(each, device.put(rows), layers, feed.steps, batch)
-        return records, after
+            for field, value in fields.items():
+                rows[row, field] = value
+        return rows
 
-    def _launch(self, each: Plan, rows, layers: range, steps: int, batch: int) -> None:
+    def _fed(self, piece: Piece, n: int) -> Any:
+        """Where a layer's feeder leaves drives: (rows, 3 * units)."""
+        return piece.kept(("fed", n), (piece.steps * piece.batch, 3 * self.units[n]), np.float32)
+
+    def _launch(self, each: Plan, rows, layers: range, steps: int, batch: int, report) -> None:
         device, threads = self.device, 32 * each.warps
         variant = self.network.layers[layers.start].cell.variant
         if each.cluster:
-            laid = each.layers[-1]
-            arguments = (laid.way_rec, laid.way_in, each.cluster, each.lookups)
+            # Of several layers, the last two parts are a feeder and the layer it feeds.
+            arguments = (each.layers[-1].way_rec, each.layers[-2:][0].way_in, each.cluster, *each.rounds)
             kernel = device.kernel(("cluster", *arguments), lambda: cluster_kernel(*arguments), threads)
         else:
             make = single_kernel if each.single else layers_kernel
             kernel = device.kernel((make.__name__, variant, each.ways), lambda: make(variant, each.ways), threads)
         for first in range(0, batch, each.groups * each.samples):
-            key = (layers.start, batch, first)
+            key = (layers, batch, first)
             if key not in self.tables:
                 table = blocks_from(each, first, batch)
                 self.tables[key] = device.put(table), len(table)
             blocks, count = self.tables[key]
             device.launch(
-                kernel, count, threads, rows.data.ptr, blocks.data.ptr, self.faults.data.ptr, steps, batch,
+                kernel, count, threads, rows.data.ptr, blocks.data.ptr, report[k.REPORT_FAULT :].data.ptr, steps, batch,
                 shared=each.shared, together=True, cluster=each.cluster,
             )  # fmt: skip
 
-    def _products(self, matrix: Matrix, table, rows: int, row_of=None):
-        """Drives of independent rows of events, (rows, gates * units)."""
-        device, strips = self.device, matrix.strips
-        n_pre, gates, units = strips.shape
-        firsts, counts, lists = table
-        out = device.empty((rows, gates * units), np.float32)
-        if rows == 0:
-            return out
-        resident, shared, warps = self._room(matrix)
-        resident = resident and rows >= warps
-        count = strips.tiles * gates
-        splits = max(1, min(-(-rows // warps), device.multiprocessors // count))
-        # How a row came about makes no difference.
-        kind = strips.kind if matrix.reached is None else k.MASKED
-        way = k.way(kind, strips.values.dtype == np.uint16, resident)
-        if matrix.reached is None:
-            make = products_kernel
-            weights = (matrix.values, matrix.table, matrix.starts)
-            last = (strips.one_strip_bytes()[1],)
-        else:
-            make, weights, last = reached_products_kernel, (matrix.units, matrix.rows, matrix.firsts), ()
-        kernel = device.kernel((make.__name__, way, gates), lambda: make(way, gates), 32 * warps)
-        device.launch(
-            kernel, count * splits, 32 * warps,
-            *(each.data.ptr for each in weights), matrix.bias.data.ptr,
-            n_pre, units, strips.width, firsts.data.ptr, counts.data.ptr, lists.data.ptr,
-            0 if row_of is None else row_of.data.ptr, rows, splits, out.data.ptr, *last,
-            shared=shared[resident],
-        )  # fmt: skip
-        return out
-
-    def _room(self, matrix: Matrix) -> tuple[bool, tuple[int, int], int]:
-        """Whether one strip fits in shared memory, for many rows of products; bytes without it and with it; warps."""
-        strips, reached = matrix.strips, matrix.reached
-        if reached is None:
-            warps = DENSE_WARPS if strips.kind == k.DENSE else MASKED_WARPS
-            least = k.HIT_BYTES * warps
-            most = least + sum(strips.one_strip_bytes())
-        else:
-            warps = MASKED_WARPS
-            least = k.CLUSTER_HIT_BYTES * warps + -(-4 * strips.shape[0] // 16) * 16
-            most = least + LANES * strips.values.itemsize * int(np.diff(reached.firsts).max())
-        return most <= self.device.shared_bytes, (least, most), warps
-
-    def _read_out(self, record, feed: Feed):
-        """(steps, batch, V or N) on the device."""
-        steps, batch, n = feed.steps, feed.batch, self.units[-1]
+    def read_out(self, piece: Piece, out=None):
+        """(steps, batch, V or N) on the device, in memory of its own or that given."""
+        steps, batch, n = piece.steps, piece.batch, self.units[-1]
         if self.readout is None:
-            return self.device.arrays.ascontiguousarray(record[1:, :, :n])
-        device, rows, pitch = self.device, steps * batch, _pitch(n)
-        capacity = pitch + LANES
-        table = (
-            device.empty(rows, np.int64),
-            device.empty(rows, np.int32),
-            device.empty(rows * capacity, np.int64),
-        )
+            if out is None:
+                out = self.device.empty((steps, batch, n), np.float32)
+            copy_rows(out, n, piece.sent(len(self.units) - 1), pitch_of(n), n, steps * batch)
+            return out
+        device, rows, pitch = self.device, steps * batch, pitch_of(n)
+        table, record = piece.lists("output", pitch + LANES), piece.records[-1][1:]
         kernel = device.kernel(("compact",), compact_kernel, 256)
         device.launch(
-            kernel, -(-rows // 8), 256, record[1:].data.ptr, pitch, n, rows, *(each.data.ptr for each in table),
-            capacity,
+            kernel, -(-rows // 8), 256, record.data.ptr, pitch, n, rows, *(each.data.ptr for each in table),
+            pitch + LANES,
         )  # fmt: skip
-        return self._products(self.readout, table, rows).reshape(steps, batch, -1)
+        return self.readout.products(device, table, rows, out=out).reshape(steps, batch, -1)
 
-    def _tally(self, record, rows: int, n: int, counts) -> None:
+    def count_inputs(self, piece: Piece, x: Any, report) -> None:
+        """Events of a dense input, added to the report."""
+        if x is not None and x.ndim == 3:
+            self._count(x, x.shape[2], x.shape[2], piece.steps * piece.batch, report[k.REPORT_FIELDS :])
+
+    def _count(self, dense, pitch: int, units: int, rows: int, counts) -> None:
         kernel = self.device.kernel(("tally",), tally_kernel, 128)
-        # Many threads a column, for many rows.
-        grid = (-(-self.units[n] // 128), max(1, min(256, rows // 64)))
+        # Many threads a column: a row waits for the one before.
+        grid = (-(-units // 128), max(1, min(MOST_TALLIES, -(-rows // 16))))
         self.device.launch(
-            kernel, grid, 128, record[1:].data.ptr, _pitch(self.units[n]), self.units[n], rows,
-            counts[0].data.ptr, counts[1].data.ptr,
+            kernel, grid, 128, dense.data.ptr, pitch, units, rows, counts.data.ptr, counts[units:].data.ptr,
         )  # fmt: skip
-
-
-def _pitch(units: int) -> int:
-    """From one row of a record to the next: whole cache lines."""
-    return -(-units // LANES) * LANES
-
-
-def _launches(network: Network, most: int) -> list[range]:
-    """Neighbouring layers that run in one launch: of one variant, and no more than there are multiprocessors.
-
-    What is above follows in the next launch; the record holds everything that it needs.
-    """
-    launches: list[range] = []
-    for n, layer in enumerate(network.layers):
-        last = launches[-1] if launches else None
-        if last is not None and len(last) < most and network.layers[last.start].cell.variant == layer.cell.variant:
-            launches[-1] = range(last.start, n + 1)
-        else:
-            launches.append(range(n, n + 1))
-    return launches
-
-
-def _described(strips: Strips, resident: bool) -> str:
-    kind = ("dense", "masked", "runs")[strips.kind]
-    storage = "bfloat16" if strips.values.dtype == np.uint16 else "float32"
-    return f"{kind} {storage} in {'shared memory' if resident else 'L2'}"

@@ -1,7 +1,8 @@
 """One strip times what its units sent, by looking up each of them. For strips that few units reach.
 
-A strip has a table of the units that reach it and a row of 32 weights for each. A warp looks up 32 units at a time,
-puts down those that sent, in order, and walks them, a lane an output: acc + weight * value, one FMA a term.
+A strip has a table of the units that reach it and a row of 32 weights for each. A lane looks up a few neighbouring
+units, all lanes together a lot of them; those that sent are put down, in order, and walked, a lane an output:
+acc + weight * value, one FMA a term.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from numba import int32, int64
 from eventrnn.cuda.device import cuda, device_function, libdevice
 from eventrnn.cuda.kernels import NOT_YET
 from eventrnn.cuda.ptx import (
+    at_most_one,
     load_early,
     load_early2,
     load_narrow,
@@ -21,100 +23,36 @@ from eventrnn.cuda.ptx import (
     load_shared_float,
     load_shared_narrow,
     store_shared2,
-    store_shared_pair,
+    store_shared_pair_if,
 )
-from eventrnn.cuda.tables import CLUSTER_HELD, HIT_SIZE, LANES, LIST_PAD, LOOKED, NARROW, RESIDENT
+from eventrnn.cuda.tables import HIT_SIZE, LANES, LIST_PAD, LISTED, MOST_LOOKED, MOST_TOGETHER, NARROW, RESIDENT
 from eventrnn.cuda.walks import ALL, count_bits
 
-
-@device_function
-def offset_at(units_at, at, last, beyond):
-    """Where a unit of the table is in a row; `beyond` where the table has ended."""
-    offset = int32(beyond)
-    if at <= last:
-        offset = load_shared(int32(units_at + 4 * at))
-    return offset
+assert MOST_LOOKED == 7, "lanes count what they found in three bits"
+REACHES = (1 << MOST_TOGETHER) - 1
 
 
 @device_function
-def offsets4(units_at, at, last, beyond):
-    """Of this lane's next four."""
-    return (
-        offset_at(units_at, at, last, beyond), offset_at(units_at, int32(at + 32), last, beyond),
-        offset_at(units_at, int32(at + 64), last, beyond), offset_at(units_at, int32(at + 96), last, beyond),
-    )  # fmt: skip
+def places(found, below):
+    """Where a lane's hits begin among the warp's, and how many there are in all, from how many each lane found."""
+    # Three ballots for all of a lane's units: counting bits is slow, four lanes a cycle.
+    ones, twos = cuda.ballot_sync(ALL, (found & 1) != 0), cuda.ballot_sync(ALL, (found & 2) != 0)
+    fours = cuda.ballot_sync(ALL, (found & 4) != 0)
+    before = int32(count_bits(ones & below) + 2 * count_bits(twos & below) + 4 * count_bits(fours & below))
+    return before, int32(count_bits(ones) + 2 * count_bits(twos) + 4 * count_bits(fours))
 
 
 @device_function
-def value_of(word, at, last):
-    """An output, zero beyond the table's end."""
-    value = libdevice.int_as_float(word)
-    if at > last:
-        value = np.float32(0)
-    return value
+def flag(value):
+    """1 for a value that was sent, 0 for none. A zero that has a sign counts, and adds nothing."""
+    return at_most_one(libdevice.float_as_int(value))
 
 
 @device_function
-def values4(words, at, last):
-    """Of four outputs as they were loaded."""
-    return (
-        value_of(words[0], at, last), value_of(words[1], int32(at + 32), last),
-        value_of(words[2], int32(at + 64), last), value_of(words[3], int32(at + 96), last),
-    )  # fmt: skip
-
-
-@device_function
-def sent(row_at, offset):
-    """One output, from this block's memory."""
-    return load_shared_float(int32(row_at + offset))
-
-
-@device_function
-def fetch_shared(row_at, o, at, last, patience):
-    """What four units sent; all there, and a zero beyond the units."""
-    return (sent(row_at, o[0]), sent(row_at, o[1]), sent(row_at, o[2]), sent(row_at, o[3])), True
-
-
-@device_function
-def fetch_record(row_at, o, at, last, patience):
-    """The same from a record, looked for until it is there."""
-    tries = int32(0)
-    while True:
-        a, b = load_relaxed(row_at + o[0]), load_relaxed(row_at + o[1])
-        c, d = load_relaxed(row_at + o[2]), load_relaxed(row_at + o[3])
-        here = a != NOT_YET and b != NOT_YET and c != NOT_YET and d != NOT_YET
-        tries = int32(tries + 1)
-        if here or tries >= patience:
-            break
-    cuda.syncwarp(ALL)
-    return values4((a, b, c, d), at, last), here
-
-
-@device_function
-def sent4(values):
-    """Which lanes' units sent, for each of four rounds, and how many before each round, and in all."""
-    a, b = cuda.ballot_sync(ALL, values[0] != 0), cuda.ballot_sync(ALL, values[1] != 0)
-    c, d = cuda.ballot_sync(ALL, values[2] != 0), cuda.ballot_sync(ALL, values[3] != 0)
-    one = count_bits(a)
-    two = int32(one + count_bits(b))
-    three = int32(two + count_bits(c))
-    return (a, b, c, d), (one, two, three), int32(three + count_bits(d))
-
-
-@device_function
-def hold(hits_at, held, value, hit, row, below):
-    """A hit: where its weights are, and the value."""
-    p = int32(held + count_bits(hit & below))
-    store_shared_pair(int32(hits_at + HIT_SIZE * p), row, value)
-
-
-@device_function
-def hold4(hits_at, held, values, hits, before, row, step, below):
-    """The hits of four rounds, after those that are held."""
-    hold(hits_at, held, values[0], hits[0], row, below)
-    hold(hits_at, int32(held + before[0]), values[1], hits[1], int32(row + step), below)
-    hold(hits_at, int32(held + before[1]), values[2], hits[2], int32(row + 2 * step), below)
-    hold(hits_at, int32(held + before[2]), values[3], hits[3], int32(row + 3 * step), below)
+def hold(at, row, value, flag):
+    """A hit, if the flag is 1: where its weights are, and the value; returns where the next goes."""
+    store_shared_pair_if(at, row, value, flag)
+    return int32(at + HIT_SIZE * flag)
 
 
 def row_bytes_of(way: int) -> int:
@@ -195,109 +133,171 @@ def walker_of_rows(way: int):
     return walk
 
 
-def producter(way: int, fetch4, groups: int):
-    """The device function: acc + sum over a strip's units of weight * what they sent, ascending, one FMA a term.
+def looker(rounds: int):
+    """The device functions that look up `rounds` (at most `MOST_LOOKED`) neighbouring units of a lane.
 
-    Up to `groups` (at most 4) times 128 units are looked up at once, if no more than `CLUSTER_HELD` of them sent.
+    `offsets`: where they are in a row of outputs.
+    `fetch_shared`: what they sent, from this block's memory; all there.
+    `fetch_record`: the same from a record, looked for until it is there; zero where an offset is negative.
     """
-    walk, row_bytes = walker_of_rows(way), row_bytes_of(way)
-
-    @device_function
-    def in_turn(acc, row_at, o, units_at, values_at, count, hits_at, lane, below, beyond, patience):
-        """128 units after the other."""
-        held, at, came, last = int32(0), lane, True, int32(count - 1)
-        while at - lane < count:
-            values, here = fetch4(row_at, offsets4(units_at, at, last, beyond), at, last, patience)
-            came = came and here
-            hits, before, found = sent4(values)
-            hold4(hits_at, held, values, hits, before, int32(row_bytes * at), int32(32 * row_bytes), below)
-            held = int32(held + found)
-            at = int32(at + 32 * LOOKED)
-            if held > CLUSTER_HELD - 32 * LOOKED or at - lane >= count:
-                acc = walk(acc, values_at, hits_at, held, lane)
-                held = int32(0)
-        return acc, came
-
-    if groups == 0:
-        return in_turn
     none = np.float32(0)
 
     @device_function
-    def product(acc, row_at, o, units_at, values_at, count, hits_at, lane, below, beyond, patience):
-        last = int32(count - 1)
-        offsets_one, offsets_two, offsets_three, offsets_four = o
-        at_two, at_three, at_four = int32(lane + 128), int32(lane + 256), int32(lane + 384)
-        one, came = fetch4(row_at, offsets_one, lane, last, patience)
-        two = three = four = (none, none, none, none)
-        if groups > 1:
-            two, here = fetch4(row_at, offsets_two, at_two, last, patience)
+    def offsets(at):
+        b = c = d = e = f = g = int32(0)
+        a = load_shared(at)
+        if rounds > 1:
+            b = load_shared(int32(at + 4))
+        if rounds > 2:
+            c = load_shared(int32(at + 8))
+        if rounds > 3:
+            d = load_shared(int32(at + 12))
+        if rounds > 4:
+            e = load_shared(int32(at + 16))
+        if rounds > 5:
+            f = load_shared(int32(at + 20))
+        if rounds > 6:
+            g = load_shared(int32(at + 24))
+        return a, b, c, d, e, f, g
+
+    @device_function
+    def fetch_shared(row_at, o, patience):
+        b = c = d = e = f = g = none
+        a = load_shared_float(int32(row_at + o[0]))
+        if rounds > 1:
+            b = load_shared_float(int32(row_at + o[1]))
+        if rounds > 2:
+            c = load_shared_float(int32(row_at + o[2]))
+        if rounds > 3:
+            d = load_shared_float(int32(row_at + o[3]))
+        if rounds > 4:
+            e = load_shared_float(int32(row_at + o[4]))
+        if rounds > 5:
+            f = load_shared_float(int32(row_at + o[5]))
+        if rounds > 6:
+            g = load_shared_float(int32(row_at + o[6]))
+        return (a, b, c, d, e, f, g), True
+
+    @device_function
+    def value_of(word, offset):
+        value = libdevice.int_as_float(word)
+        if offset < 0:
+            value = none
+        return value
+
+    @device_function
+    def fetch_record(row_at, o, patience):
+        b = c = d = e = f = g = int32(0)
+        tries = int32(0)
+        while True:
+            a = load_relaxed(row_at + max(o[0], int32(0)))
+            if rounds > 1:
+                b = load_relaxed(row_at + max(o[1], int32(0)))
+            if rounds > 2:
+                c = load_relaxed(row_at + max(o[2], int32(0)))
+            if rounds > 3:
+                d = load_relaxed(row_at + max(o[3], int32(0)))
+            if rounds > 4:
+                e = load_relaxed(row_at + max(o[4], int32(0)))
+            if rounds > 5:
+                f = load_relaxed(row_at + max(o[5], int32(0)))
+            if rounds > 6:
+                g = load_relaxed(row_at + max(o[6], int32(0)))
+            here = a != NOT_YET and b != NOT_YET and c != NOT_YET and d != NOT_YET
+            here = here and e != NOT_YET and f != NOT_YET and g != NOT_YET
+            tries = int32(tries + 1)
+            if here or tries >= patience:
+                break
+        cuda.syncwarp(ALL)
+        return (
+            value_of(a, o[0]), value_of(b, o[1]), value_of(c, o[2]), value_of(d, o[3]), value_of(e, o[4]),
+            value_of(f, o[5]), value_of(g, o[6]),
+        ), here  # fmt: skip
+
+    return offsets, fetch_shared, fetch_record
+
+
+def producter(way: int, rounds: int, record: bool):
+    """The device function: acc + sum over a strip's units of weight * what they sent, ascending, one FMA a term.
+
+    In lots of 32 * rounds units, which the table is filled up to; says whether all of them came. `record`: the row is
+    one of a record, else in shared memory.
+    """
+    walk, row_bytes = walker_of_rows(way), row_bytes_of(way)
+    offsets, fetch_shared, fetch_record = looker(rounds)
+    fetch = fetch_record if record else fetch_shared
+
+    @device_function
+    def product(acc, row_at, units_at, values_at, lots, hits_at, lane, below, patience):
+        came, lot, at = True, int32(0), int32(rounds * lane)
+        while lot < lots:
+            v, here = fetch(row_at, offsets(int32(units_at + 4 * at)), patience)
             came = came and here
-        if groups > 2:
-            three, here = fetch4(row_at, offsets_three, at_three, last, patience)
-            came = came and here
-        if groups > 3:
-            four, here = fetch4(row_at, offsets_four, at_four, last, patience)
-            came = came and here
-        hits_one, before_one, found_one = sent4(one)
-        hits_two, before_two, found_two = hits_one, before_one, int32(0)
-        hits_three, before_three, found_three = hits_one, before_one, int32(0)
-        hits_four, before_four, found_four = hits_one, before_one, int32(0)
-        if groups > 1:
-            hits_two, before_two, found_two = sent4(two)
-        if groups > 2:
-            hits_three, before_three, found_three = sent4(three)
-        if groups > 3:
-            hits_four, before_four, found_four = sent4(four)
-        two_from, three_from = found_one, int32(found_one + found_two)
-        four_from = int32(three_from + found_three)
-        held = int32(four_from + found_four)
-        if held > CLUSTER_HELD:
-            return in_turn(acc, row_at, o, units_at, values_at, count, hits_at, lane, below, beyond, patience)
-        step = int32(32 * row_bytes)
-        hold4(hits_at, int32(0), one, hits_one, before_one, int32(row_bytes * lane), step, below)
-        if groups > 1:
-            hold4(hits_at, two_from, two, hits_two, before_two, int32(row_bytes * at_two), step, below)
-        if groups > 2:
-            hold4(hits_at, three_from, three, hits_three, before_three, int32(row_bytes * at_three), step, below)
-        if groups > 3:
-            hold4(hits_at, four_from, four, hits_four, before_four, int32(row_bytes * at_four), step, below)
-        return walk(acc, values_at, hits_at, held, lane), came
+            a, b, c, d = flag(v[0]), flag(v[1]), flag(v[2]), flag(v[3])
+            e, f, g = flag(v[4]), flag(v[5]), flag(v[6])
+            before, held = places(int32(a + b + c + d + e + f + g), below)
+            p, row = int32(hits_at + HIT_SIZE * before), int32(row_bytes * at)
+            p = hold(p, row, v[0], a)
+            if rounds > 1:
+                p = hold(p, int32(row + row_bytes), v[1], b)
+            if rounds > 2:
+                p = hold(p, int32(row + 2 * row_bytes), v[2], c)
+            if rounds > 3:
+                p = hold(p, int32(row + 3 * row_bytes), v[3], d)
+            if rounds > 4:
+                p = hold(p, int32(row + 4 * row_bytes), v[4], e)
+            if rounds > 5:
+                p = hold(p, int32(row + 5 * row_bytes), v[5], f)
+            if rounds > 6:
+                p = hold(p, int32(row + 6 * row_bytes), v[6], g)
+            acc = walk(acc, values_at, hits_at, held, lane)
+            at = int32(at + LANES * rounds)
+            lot = int32(lot + 1)
+        return acc, came
 
     return product
 
 
 @device_function
-def listed(entry, index_at):
-    """Where a listed unit's row is, and what it sent; zero if it does not reach the strip."""
-    row, value = load_shared(int32(index_at + 4 * entry[0])), libdevice.int_as_float(entry[1])
-    if row < 0:
-        value = np.float32(0)
-    return row, value
+def listed(list_at, at, count, index_at, row_bytes):
+    """An event of a list: which strips of a lot it reaches, a bit each, where its rows begin, and its value."""
+    # Beyond its end a list has zeros.
+    unit, value = load_early2(list_at + int64(8) * min(at, count))
+    word, reaches = load_shared(int32(index_at + 4 * unit)), int32(0)
+    if at < count:
+        reaches = word & int32(REACHES)
+    return reaches, int32((word >> int32(MOST_TOGETHER)) * row_bytes), libdevice.int_as_float(value)
 
 
 def lister(way: int):
-    """The same sum over a list of events, ascending, as in `walks.py`, whose units an index of the strip places."""
-    walk = walker_of_rows(way)
+    """The device functions for a lot of strips, and at most `LISTED` events of a list, five a lane.
+
+    `listed5`: which strips each reaches, where its rows begin, and its value. `product`: acc + sum over those that
+    reach a strip of weight * value, ascending, one FMA a term; `flags` is 1 for them and 0 for others.
+    """
+    walk, row_bytes = walker_of_rows(way), row_bytes_of(way)
+    assert LISTED == 5 * LANES
 
     @device_function
-    def product(acc, list_at, count, index_at, values_at, hits_at, lane, below):
-        held, at = int32(0), lane
-        while at - lane < count:
-            # Beyond its end a list has zeros.
-            row_a, a = listed(load_early2(list_at + int64(8) * min(at, count)), index_at)
-            row_b, b = listed(load_early2(list_at + int64(8) * min(int32(at + 32), count)), index_at)
-            row_c, c = listed(load_early2(list_at + int64(8) * min(int32(at + 64), count)), index_at)
-            row_d, d = listed(load_early2(list_at + int64(8) * min(int32(at + 96), count)), index_at)
-            hits, before, found = sent4((a, b, c, d))
-            hold(hits_at, held, a, hits[0], row_a, below)
-            hold(hits_at, int32(held + before[0]), b, hits[1], row_b, below)
-            hold(hits_at, int32(held + before[1]), c, hits[2], row_c, below)
-            hold(hits_at, int32(held + before[2]), d, hits[3], row_d, below)
-            held = int32(held + found)
-            at = int32(at + 32 * LOOKED)
-            if held > CLUSTER_HELD - 32 * LOOKED or at - lane >= count:
-                acc = walk(acc, values_at, hits_at, held, lane)
-                held = int32(0)
-        return acc
+    def listed5(list_at, at, count, index_at):
+        a, b = (
+            listed(list_at, at, count, index_at, row_bytes),
+            listed(list_at, int32(at + 1), count, index_at, row_bytes),
+        )
+        c = listed(list_at, int32(at + 2), count, index_at, row_bytes)
+        d = listed(list_at, int32(at + 3), count, index_at, row_bytes)
+        e = listed(list_at, int32(at + 4), count, index_at, row_bytes)
+        return (a[0], b[0], c[0], d[0], e[0]), (a[1], b[1], c[1], d[1], e[1]), (a[2], b[2], c[2], d[2], e[2])
 
-    return product
+    @device_function
+    def product(acc, flags, rows, values, values_at, hits_at, lane, below):
+        a, b, c, d, e = flags
+        before, held = places(int32(a + b + c + d + e), below)
+        p = hold(int32(hits_at + HIT_SIZE * before), rows[0], values[0], a)
+        p = hold(p, rows[1], values[1], b)
+        p = hold(p, rows[2], values[2], c)
+        p = hold(p, rows[3], values[3], d)
+        p = hold(p, rows[4], values[4], e)
+        return walk(acc, values_at, hits_at, held, lane)
+
+    return listed5, product

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eventrnn.cuda.tables import DENSE, LANES, MASKED, RUNS
+from eventrnn.cuda.tables import DENSE, LANES, MASKED, MOST_TOGETHER, RUNS
 from eventrnn.weights import CSR, NM, BlockCSR, Dense, Weights
 
 # Values that a strip begins at multiples of: 16 bytes of the narrowest.
@@ -66,7 +66,7 @@ class Strips:
 
 @dataclass(frozen=True)
 class Reached:
-    """Masked strips once more: for each only the units that reach it, what is looked up there at every step.
+    """Strips once more: for each only the units that reach it, what is looked up there at every step.
 
     Attributes
     ----------
@@ -81,6 +81,13 @@ class Reached:
 
     @classmethod
     def of(cls, strips: Strips) -> Reached:
+        n_pre = strips.shape[0]
+        if strips.kind == DENSE:
+            count = len(strips.starts) - 1
+            rows = np.zeros((count * n_pre + 1, LANES), strips.values.dtype)
+            at = strips.starts[:-1, None] + np.arange(n_pre * strips.width)
+            rows[:-1, : strips.width] = strips.values[at].reshape(-1, strips.width)
+            return cls(np.tile(4 * np.arange(n_pre, dtype=np.int32), count), rows, n_pre * np.arange(count + 1))
         strip, unit = np.nonzero(strips.table[:, :, 0])
         counts = np.bincount(strip, minlength=len(strips.table))
         rows = np.zeros((len(unit) + 1, LANES), strips.values.dtype)
@@ -89,6 +96,38 @@ class Reached:
         at = strips.starts[strip][:, None] + strips.table[strip, unit, 1:] + rank
         rows[:-1, : strips.width][kept] = strips.values[at[kept]]
         return cls((4 * unit).astype(np.int32), rows, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
+
+
+@dataclass(frozen=True)
+class Lots:
+    """The same weights by lots of neighbouring strips, for who looks a unit up once for all strips of a lot.
+
+    Attributes
+    ----------
+    index  : (lots, n_pre) int32; from bit `MOST_TOGETHER` on, which of the lot's rows is the unit's first; below, a bit
+             for each of the lot's strips that it reaches
+    rows   : (reached + 1, 32) values, by lot, unit and strip
+    firsts : (lots + 1,) int64 where each lot's rows begin
+    """
+
+    index: np.ndarray
+    rows: np.ndarray
+    firsts: np.ndarray
+
+    @classmethod
+    def of(cls, reached: Reached, n_pre: int, together: int) -> Lots:
+        count = len(reached.firsts) - 1
+        strip = np.repeat(np.arange(count), np.diff(reached.firsts))
+        lot, unit = strip // together, reached.units // 4
+        order = np.lexsort((strip, unit, lot))
+        firsts = np.append(reached.firsts[:-1:together], reached.firsts[-1])
+        index = np.zeros((len(firsts) - 1, n_pre), np.int32)
+        # Backwards, so that what stays is the first of a unit's rows.
+        last_first = order[::-1]
+        rank = (np.arange(len(order)) - firsts[lot[order]])[::-1]
+        index[lot[last_first], unit[last_first]] = rank << MOST_TOGETHER
+        np.add.at(index, (lot, unit), np.left_shift(1, strip % together))
+        return cls(index, reached.rows[np.append(order, len(order))], firsts)
 
 
 def check_format(name: str, weights: Weights) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from eventrnn.cuda import tables as k
-from eventrnn.cuda.packing import Reached, Strips
+from eventrnn.cuda.packing import Strips
 from eventrnn.cuda.tables import LANES
 
 NARROWEST = 8
@@ -51,8 +51,6 @@ class LayerShape:
     inputs: int
     w_in: Strips | None
     w_rec: Strips
-    reached_in: Reached | None = None
-    reached_rec: Reached | None = None
 
     @property
     def tiles(self) -> int:
@@ -77,8 +75,8 @@ class LayerPlan:
 class Plan:
     """One launch: its layers, samples of a group, warps of a block, segments of the widest row, and the block table.
 
-    `cluster`: blocks of a cluster, 0 where blocks meet in global memory only. `lookups`: times 128
-    units that a recurrent strip there looks up, 0 for too many to do so at once.
+    `cluster`: blocks of a cluster, 0 where blocks meet in global memory only. `rounds`: how many units a lane looks up
+    together there, in recurrent strips and in those of the input.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -89,7 +87,7 @@ class Plan:
     widest: int
     blocks: np.ndarray
     cluster: int = 0
-    lookups: int = 0
+    rounds: tuple[int, int] = (0, 0)
 
     @property
     def single(self) -> bool:
@@ -261,132 +259,25 @@ def blocks_from(plan: Plan, first: int, batch: int) -> np.ndarray:
     return rows
 
 
-# --- clusters -----------------------------------------------------------------------------------------------
-
-CLUSTER_SIZES = (16, 8, 4, 2, 1)
-CLUSTER_WARPS = 32
-# A block has 16 barriers, one of which is everybody's.
-MOST_MEETINGS = 15
-MOST_LOOKUPS = 4
-# Looking up more than this share of all units, strip by strip, costs more than making a list of events once.
-MOST_REACHED = 0.4
-# Cycles, measured on an H100: a send and its arrival, the same a tile; a unit of work from what arrived to what is
-# sent, with weights in L2 more; what its warps keep a multiprocessor from doing for others.
-EXCHANGE, EXCHANGE_TILE, WORK, WORK_FAR, WORK_ALONE = 350, 10, 900, 600, 220
+# --- launches -----------------------------------------------------------------------------------------------
 
 
-def cluster_plan(shapes: Sequence[LayerShape], batch: int, chip: Chip) -> Plan | None:
-    """The launch of some layers where a stream's layer lives in one cluster; None where that cannot be."""
-    matrices = [
-        (strips, reached)
-        for shape in shapes
-        for strips, reached in ((shape.w_in, shape.reached_in), (shape.w_rec, shape.reached_rec))
-        if strips is not None
-    ]
-    if any(reached is None for _, reached in matrices):
-        return None
-    inside = [shape.w_in for shape in shapes if shape.w_in is not None]
-    for each in (inside, [shape.w_rec for shape in shapes]):
-        if len({strips.values.dtype for strips in each}) > 1:
-            return None
-    best = None
-    for size in CLUSTER_SIZES:
-        most = chip.clusters.get(size, 0) // len(shapes)
-        if most == 0 or size > min(shape.tiles for shape in shapes):
-            continue
-        tiles = max(-(-shape.tiles // size) for shape in shapes)
-        roles = 6 if inside else 3
-        samples = -(-batch // most)
-        while samples:
-            slots = min(samples, CLUSTER_WARPS // (roles * tiles), MOST_MEETINGS // tiles)
-            found = _lay_out_clusters(shapes, size, samples, slots, chip) if slots else None
-            if found is not None:
-                groups = min(most, -(-batch // samples))
-                far = not found[0].way_rec & k.RESIDENT
-                cost = _cluster_cost(shapes, tiles, roles, samples, slots, far) * -(-batch // (groups * samples))
-                if best is None or cost < best[0]:
-                    best = cost, size, samples, slots, groups, roles * tiles * slots, found
-                break
-            samples //= 2
-    if best is None:
-        return None
-    _, size, samples, slots, groups, warps, layers = best
-    rows = []
-    # Lower layers first: they wait for nobody above.
-    for number, (shape, layer) in enumerate(zip(shapes, layers, strict=True)):
-        edges = _edges(shape.tiles, size)
-        for group in range(groups):
-            for begin, end in zip(edges[:-1], edges[1:], strict=True):
-                row = np.zeros(k.BLOCK_FIELDS, np.int64)
-                row[[k.LAYER, k.TILE, k.TILES]] = number, begin, end - begin
-                row[[k.SAMPLE, k.SAMPLES, k.SLOTS]] = group * samples, samples, slots
-                row[k.ALL_TILES] = shape.tiles
-                for field, offset in layer.offsets.items():
-                    row[field] = offset
-                rows.append(row)
-    shared = max(layer.shared for layer in layers)
-    most = max(int(np.diff(reached.firsts).max()) for shape in shapes if (reached := shape.reached_rec))
-    lookups = -(-max(most, 1) // (32 * k.LOOKED))
-    lookups = lookups if lookups <= MOST_LOOKUPS else 0
-    return Plan(tuple(layers), samples, groups, warps, shared, 0, np.array(rows), size, lookups)
+def launches_of(variants: Sequence[str], most: int, ways: tuple[int, ...] = ()) -> list[range]:
+    """Neighbouring layers that run in one launch: of one variant, and no more than there are multiprocessors.
+
+    What is above follows in the next launch; the record holds everything that it needs. Layers in `ways` are alone.
+    """
+    launches: list[range] = []
+    for n, variant in enumerate(variants):
+        last = launches[-1] if launches else None
+        alone = n in ways or n - 1 in ways
+        if last is not None and not alone and len(last) < most and variants[last.start] == variant:
+            launches[-1] = range(last.start, n + 1)
+        else:
+            launches.append(range(n, n + 1))
+    return launches
 
 
-def _edges(tiles: int, size: int) -> np.ndarray:
-    """Where each block's tiles begin, as even as can be, and where the last one's end."""
-    return np.arange(size + 1) * tiles // size
-
-
-def _lay_out_clusters(
-    shapes: Sequence[LayerShape], size: int, samples: int, slots: int, chip: Chip
-) -> list[LayerPlan] | None:
-    """The layers with as many of their weights in shared memory as all of them can have there."""
-    for near_rec, near_in in ((True, True), (True, False), (False, False)):
-        laid = [_lay_out_cluster(shape, size, samples, slots, near_rec, near_in) for shape in shapes]
-        if max(each.shared for each in laid) <= chip.shared_bytes:
-            return laid
-    return None
-
-
-def _lay_out_cluster(
-    shape: LayerShape, size: int, samples: int, slots: int, near_rec: bool, near_in: bool
-) -> LayerPlan:
-    edges = _edges(shape.tiles, size)
-    tiles = int(np.diff(edges).max())
-    work, roles = tiles * slots, 3 if shape.w_in is None else 6
-    tile_bytes = 4 * LANES
-    sizes = {
-        # At the same place in every block of the cluster.
-        k.AT_BARRIERS: 16 * samples,
-        k.AT_Y: 2 * samples * (shape.tiles * tile_bytes + 16),
-        k.AT_HITS: k.CLUSTER_HIT_BYTES * work * roles,
-        k.AT_SUMS_IN: 6 * tile_bytes * work,
-        k.AT_SUMS_REC: 4 * tile_bytes * work,
-        k.AT_CELLS: samples * tiles * tile_bytes,
-    }
-    ways = {}
-    for name, strips, reached, near, fields in (
-        ("rec", shape.w_rec, shape.reached_rec, near_rec, (k.AT_UNITS_REC, k.AT_VALUES_REC)),
-        ("in", shape.w_in, shape.reached_in, near_in, (k.AT_UNITS_IN, k.AT_VALUES_IN)),
-    ):
-        if strips is None or reached is None:
-            continue
-        narrow = strips.values.dtype == np.uint16
-        # How a row came about makes no difference here.
-        ways[name] = k.way(k.MASKED, narrow, near)
-        entries = int(np.diff(reached.firsts[3 * edges]).max())
-        sizes |= dict(zip(fields, (4 * entries, LANES * (2 if narrow else 4) * entries * near), strict=True))
-    offsets, at = {}, 0
-    for field, size_ in sizes.items():
-        offsets[field], at = at, at + -(-size_ // 16) * 16
-    return LayerPlan(tiles, ways.get("in", ways["rec"]), ways["rec"], at, offsets)
-
-
-def _cluster_cost(shapes: Sequence[LayerShape], tiles: int, roles: int, samples: int, slots: int, far: bool) -> float:
-    """Cycles of a step."""
-    widest = max(shape.tiles for shape in shapes)
-    work = WORK + WORK_FAR * far
-    alone = samples * tiles * WORK_ALONE * roles / 3
-    turns = -(-samples // slots)
-    return max(EXCHANGE + EXCHANGE_TILE * widest + work + alone / samples, turns * work, alone) + (
-        (samples - 1) * widest * EXCHANGE_TILE
-    )
+def parts_of(layers: range, each: Plan) -> list[tuple[int, bool]]:
+    """What a launch consists of, in the order of its plan: which layer, and whether its feeder."""
+    return [(n, feeds) for n in layers for feeds in (True, False) if not feeds or (n and each.cluster)]

@@ -15,114 +15,74 @@ from eventrnn.cuda.ptx import (
     global_int32,
     global_int64,
     shared_base,
-    shared_int32,
 )
-from eventrnn.cuda.tables import CLUSTER_HIT_BYTES, HIT_BYTES, KINDS, LANES, LIST_PAD, NARROW, RESIDENT
-from eventrnn.cuda.walks import ALL, count_bits, entry_of, walker
+from eventrnn.cuda.tables import LANES, LIST_PAD, LISTED, LISTED_BYTES, NARROW, RESIDENT
+from eventrnn.cuda.walks import ALL, count_bits, entry_of
 
 
-def products_kernel(way: int, gates: int):
+def products_kernel(way: int):
     """drive = bias + sum over a row's events of weight * value, for many rows of lists; and its signature.
 
-    A block owns one strip for every `splits`-th lot of rows, a warp a row at a time.
+    Weights as `packing.Lots`. A block owns a lot of neighbouring strips for every `splits`-th set of rows; a warp takes
+    a row at a time, and looks up an event once for all the strips.
     """
-    walk = walker(way)
+    (listed5, product), row_bytes, size = lister(way), row_bytes_of(way), 2 if way & NARROW else 4
+    resident = bool(way & RESIDENT)
 
     def products(
-        values_at, table_at, starts_at, bias_at, n_pre, units, width, firsts_at, counts_at, lists_at, row_of_at,
-        rows, splits, out_at, table_bytes,
+        index_from, rows_at, starts_at, bias_at, n_pre, columns, strips, together, firsts_at, counts_at, lists_at,
+        row_of_at, rows, splits, out_at,
     ):  # fmt: skip
         thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
         lane, warp, warps = thread & int32(31), thread >> int32(5), threads >> int32(5)
-        strip = cuda.blockIdx.x // splits
-        tile, split = strip // gates, cuda.blockIdx.x - strip * splits
-        gate = strip - tile * gates
+        lot = cuda.blockIdx.x // splits
+        split = cuda.blockIdx.x - lot * splits
+        strip = lot * together
+        own = int32(min(together, strips - strip))
         starts, shared = global_int64(starts_at), shared_base()
-        size = int64(4)
-        if way & NARROW:
-            size = int64(2)
-        values_at += starts[strip] * size
-        table_at += strip * n_pre * 8
-        hits_at = shared + int64(HIT_BYTES) * warp
-        if way & RESIDENT:
-            own = shared + int64(HIT_BYTES) * warps
-            copy_in(own + table_bytes, values_at, (starts[strip + 1] - starts[strip] + LANES) * size, thread, threads)
-            values_at = own + table_bytes
-            if way & KINDS:
-                copy_in(own, table_at, int64(8) * n_pre, thread, threads)
-                table_at = own
-            cuda.syncthreads()
-        unit = int32(tile * width + lane)
-        bias, out = global_float32(bias_at), global_float32(out_at)
+        own_index = shared + int64(LISTED_BYTES) * warps
+        begin = starts[lot]
+        copy_in(own_index, index_from + 4 * n_pre * lot, 4 * n_pre, thread, threads)
+        values_at = rows_at + row_bytes * begin + size * lane
+        if resident:
+            own_rows = own_index + ((4 * n_pre + 15) & -16)
+            copy_in(own_rows, rows_at + row_bytes * begin, row_bytes * (starts[lot + 1] - begin), thread, threads)
+            values_at = own_rows + size * lane
+        cuda.syncthreads()
+        hits_at, index_at = int32(shared + int64(LISTED_BYTES) * warp), int32(own_index)
+        below = int32((int32(1) << lane) - 1)
+        bias, out = global_float32(bias_at + 4 * (strip * LANES + lane)), global_float32(out_at)
         firsts, counts, row_of = global_int64(firsts_at), global_int32(counts_at), global_int64(row_of_at)
         row = split * warps + warp
         while row < rows:
             source = row
             if row_of_at != 0:
                 source = row_of[row]
-            acc = walk(
-                bias[strip * LANES + lane], values_at, table_at, int32(width), lane,
-                global_int64(lists_at + 8 * firsts[source]), counts[source], hits_at,
-            )  # fmt: skip
-            if lane < width and unit < units:
-                out[row * (gates * units) + gate * units + unit] = acc
+            list_at, count, at = lists_at + 8 * firsts[source], counts[source], int32(0)
+            while True:
+                (a, b, c, d, e), (f, g, h, i, j), values = listed5(list_at, int32(at + 5 * lane), count, index_at)
+                each, column = int32(0), strip * LANES + lane
+                while each < own:
+                    flags = (a & int32(1), b & int32(1), c & int32(1), d & int32(1), e & int32(1))
+                    acc = bias[each * LANES]
+                    if at > 0 and column < columns:
+                        # What the events before have added.
+                        acc = out[row * columns + column]
+                    acc = product(acc, flags, (f, g, h, i, j), values, values_at, hits_at, lane, below)
+                    if column < columns:
+                        out[row * columns + column] = acc
+                    # A unit's rows lie one after the other.
+                    f, g = int32(f + row_bytes * flags[0]), int32(g + row_bytes * flags[1])
+                    h, i = int32(h + row_bytes * flags[2]), int32(i + row_bytes * flags[3])
+                    j = int32(j + row_bytes * flags[4])
+                    a, b, c, d, e = a >> int32(1), b >> int32(1), c >> int32(1), d >> int32(1), e >> int32(1)
+                    each, column = int32(each + 1), column + LANES
+                at = int32(at + LISTED)
+                if at >= count:
+                    break
             row += splits * warps
 
     return products, types.void(*[types.int64] * 15)
-
-
-def reached_products_kernel(way: int, gates: int):
-    """The same for strips that few units reach (`packing.Reached`), which lie in shared memory or not."""
-    product, row_bytes, size = lister(way), row_bytes_of(way), 2 if way & NARROW else 4
-    resident = bool(way & RESIDENT)
-    address = int32 if resident else int64
-
-    def products(
-        reached_at, rows_at, starts_at, bias_at, n_pre, units, width, firsts_at, counts_at, lists_at, row_of_at,
-        rows, splits, out_at,
-    ):  # fmt: skip
-        thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
-        lane, warp, warps = thread & int32(31), thread >> int32(5), threads >> int32(5)
-        strip = cuda.blockIdx.x // splits
-        tile, split = strip // gates, cuda.blockIdx.x - strip * splits
-        gate = strip - tile * gates
-        starts, shared = global_int64(starts_at), shared_base()
-        begin, count = starts[strip], int32(starts[strip + 1] - starts[strip])
-        reached, index_from = global_int32(reached_at + 4 * begin), shared + int64(CLUSTER_HIT_BYTES) * warps
-        index, own = shared_int32(index_from), index_from + ((4 * n_pre + 15) & -16)
-        unit = thread
-        while unit < n_pre:
-            index[unit] = int32(-1)
-            unit = int32(unit + threads)
-        cuda.syncthreads()
-        at = thread
-        while at < count:
-            index[reached[at] >> 2] = int32(row_bytes * at)
-            at = int32(at + threads)
-        if resident:
-            copy_in(own, rows_at + row_bytes * begin, int64(row_bytes) * count, thread, threads)
-            values_at = address(own + size * lane)
-        else:
-            values_at = address(rows_at + row_bytes * begin + size * lane)
-        cuda.syncthreads()
-        hits_at, index_at = int32(shared + int64(CLUSTER_HIT_BYTES) * warp), int32(index_from)
-        below = int32((int32(1) << lane) - 1)
-        unit = int32(tile * width + lane)
-        bias, out = global_float32(bias_at)[strip * LANES + lane], global_float32(out_at)
-        firsts, counts, row_of = global_int64(firsts_at), global_int32(counts_at), global_int64(row_of_at)
-        row = split * warps + warp
-        while row < rows:
-            source = row
-            if row_of_at != 0:
-                source = row_of[row]
-            acc = product(
-                bias, lists_at + 8 * firsts[source], counts[source], index_at, values_at, hits_at, lane, below
-            )  # fmt: skip
-            if lane < width and unit < units:
-                out[row * (gates * units) + gate * units + unit] = acc
-            row += splits * warps
-
-    return products, types.void(*[types.int64] * 14)
 
 
 def compact_kernel():
@@ -167,18 +127,31 @@ def tally_kernel():
             return
         record = global_float32(record_at)
         graded = binary = int64(0)
-        row = int64(cuda.blockIdx.y)
+        row, stride = int64(cuda.blockIdx.y), int64(cuda.gridDim.y)
         while row < rows:
-            value = record[row * pitch + unit]
-            if value != 0:
-                # A caller may start from negative outputs, but no unit sends one.
-                if value == 1:
-                    binary += 1
-                else:
-                    graded += 1
-            row += cuda.gridDim.y
-        add_relaxed(graded_at + 8 * unit, graded)
-        add_relaxed(binary_at + 8 * unit, binary)
+            # Four at a time, so that they are waited for together.
+            a = record[row * pitch + unit]
+            b = c = d = np.float32(0)
+            if row + stride < rows:
+                b = record[(row + stride) * pitch + unit]
+            if row + 2 * stride < rows:
+                c = record[(row + 2 * stride) * pitch + unit]
+            if row + 3 * stride < rows:
+                d = record[(row + 3 * stride) * pitch + unit]
+            # No unit sends a negative value, but an input may have one.
+            ones = (
+                int64(a == 1 or a == -1)
+                + int64(b == 1 or b == -1)
+                + int64(c == 1 or c == -1)
+                + int64(d == 1 or d == -1)
+            )
+            graded += int64(a != 0) + int64(b != 0) + int64(c != 0) + int64(d != 0) - ones
+            binary += ones
+            row += 4 * stride
+        if graded != 0:
+            add_relaxed(graded_at + 8 * unit, graded)
+        if binary != 0:
+            add_relaxed(binary_at + 8 * unit, binary)
 
     return tally, types.void(*[types.int64] * 6)
 

@@ -236,6 +236,7 @@ def _instruction(text: str, constraints: str, result, *arguments):
         1: lambda typingctx, a: (signature, generate),
         2: lambda typingctx, a, b: (signature, generate),
         3: lambda typingctx, a, b, c: (signature, generate),
+        4: lambda typingctx, a, b, c, d: (signature, generate),
         6: lambda typingctx, a, b, c, d, e, f: (signature, generate),
     }
     return intrinsic(makers[len(arguments)])
@@ -290,10 +291,12 @@ load_shared = _shared_load(I32, types.int32)
 load_shared_float = _shared_load(FLOAT, types.float32)
 load_shared_narrow = _shared_load(I16, types.int32, widened=True)
 load_shared4 = _shared_load(I32, types.int32, 4)
-#: address, a word, a float; stored unless the float is zero
-store_shared_pair = _instruction(
-    "{ .reg .pred p; setp.neu.f32 p, $2, 0f00000000; @p st.shared.v2.b32 [$0], {$1, $2}; }",
-    f"r,r,f,{MEMORY}", NOTHING, INT, INT, types.float32,
+#: a word without a sign -> 0 or 1; written out, because the compiler makes more instructions of it
+at_most_one = _instruction("min.u32 $0, $1, 1;", "=r,r", INT, INT)
+#: address, a word, a float, a flag; stored unless the flag is zero
+store_shared_pair_if = _instruction(
+    "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.shared.v2.b32 [$0], {$1, $2}; }",
+    f"r,r,f,r,{MEMORY}", NOTHING, INT, INT, types.float32, INT,
 )  # fmt: skip
 store_shared2 = _instruction("st.shared.v2.b32 [$0], {$1, $2};", f"r,r,r,{MEMORY}", NOTHING, INT, INT, INT)
 store_shared_float = _instruction("st.shared.f32 [$0], $1;", f"r,f,{MEMORY}", NOTHING, INT, types.float32)
@@ -303,3 +306,8 @@ load_relaxed = _instruction("ld.relaxed.gpu.global.b32 $0, [$1];", f"=r,l,{MEMOR
 load_early2 = _instruction(
     "ld.global.nc.v2.b32 {$0, $1}, [$2];", "=r,=r,l", types.UniTuple(types.int32, 2), types.int64
 )
+store_float = _instruction("st.global.f32 [$0], $1;", f"l,f,{MEMORY}", NOTHING, types.int64, types.float32)
+#: address of an int64, a number that takes its place where it is larger
+max_relaxed = _instruction(
+    "red.relaxed.gpu.global.max.u64 [$0], $1;", f"l,l,{MEMORY}", NOTHING, types.int64, types.int64
+)  # fmt: skip

@@ -10,15 +10,15 @@ LANES, SEGMENT = 32, 128
 # How a matrix lies (see `packing.py`); added to it, whether its values are bfloat16, and in shared memory.
 DENSE, MASKED, RUNS = 0, 1, 2
 KINDS, NARROW, RESIDENT = 3, 4, 8
-# Terms that are loaded together; hits of a masked strip that are held before they are walked, and those held at most.
-GROUP, HELD = 16, 160
+# Terms that are loaded together, and those of a dense strip; hits of a masked strip held before they are walked.
+GROUP, DENSE_GROUP, HELD = 16, 32, 160
 # Entries of zero that end a list, so that groups may be read whole.
-LIST_PAD = GROUP
+LIST_PAD = DENSE_GROUP
 HIT_BYTES = 12 * (HELD + LIST_PAD)
-# In clusters: rounds of 32 units that are looked up together, bytes of a hit; hits that a warp holds at most.
-LOOKED, HIT_SIZE = 4, 8
-CLUSTER_HELD = 32 * (LOOKED + 1)
-CLUSTER_HIT_BYTES = HIT_SIZE * (CLUSTER_HELD + LIST_PAD)
+# Of strips whose units are looked up: bytes of a hit; units that a lane looks up together at most, and events of a list
+# that a warp does; strips of a lot that look up events together.
+HIT_SIZE, MOST_LOOKED, LISTED, MOST_TOGETHER = 8, 7, 160, 8
+LISTED_BYTES = HIT_SIZE * (LISTED + LIST_PAD)
 
 #: of a layer: numbers, then addresses
 (
@@ -27,9 +27,9 @@ CLUSTER_HIT_BYTES = HIT_SIZE * (CLUSTER_HELD + LIST_PAD)
     DRIVE, RECORD, GATED, CELLS, STATES, THRESHOLD, BIAS_IN, BIAS_REC,
     IN_WAY, IN_VALUES, IN_TABLE, IN_STARTS,
     REC_WAY, REC_VALUES, REC_TABLE, REC_STARTS,
-    IN_UNITS, IN_ROWS, IN_FIRSTS, REC_UNITS, REC_ROWS, REC_FIRSTS,  # `packing.Reached`, for clusters
+    UNITS_OF, ROWS_OF, FIRSTS_OF, ROWS_BIAS,  # `packing.Reached` and biases by column, for clusters
     LAYER_FIELDS,
-) = range(29)  # fmt: skip
+) = range(27)  # fmt: skip
 
 #: of a block: what it owns, then offsets in its shared memory
 (
@@ -37,9 +37,14 @@ CLUSTER_HIT_BYTES = HIT_SIZE * (CLUSTER_HELD + LIST_PAD)
     AT_VALUES_IN, AT_TABLE_IN, AT_VALUES_REC, AT_TABLE_REC, AT_BASES,
     AT_LIST, AT_COUNTS, AT_STAGED, AT_TOTALS, AT_HITS,
     AT_SUMS_IN, AT_SUMS_REC, AT_CELLS, AT_Y, AT_THRESHOLD, AT_BIAS,
-    AT_UNITS_IN, AT_UNITS_REC, AT_BARRIERS, SLOTS, ALL_TILES,
+    AT_UNITS, AT_ROWS, AT_STRIPS, AT_BARRIERS, ALL_TILES,
     BLOCK_FIELDS,
 ) = range(28)  # fmt: skip
+
+#: of a run's report: a word that never came; LAST less the first position of an input that is refused; whether cells
+#: are not finite; the same for events and inputs too large for float16. Then counts of events.
+REPORT_FAULT, REPORT_INPUT, REPORT_CELLS, REPORT_LARGE, REPORT_FIELDS = range(5)
+LAST = 1 << 62
 
 
 def way(kind: int, narrow: bool, resident: bool) -> int:

@@ -19,7 +19,7 @@ from eventrnn.cuda.ptx import (
     shared_int64,
     shared_uint16,
 )
-from eventrnn.cuda.tables import DENSE, GROUP, HELD, KINDS, LANES, LIST_PAD, NARROW, RESIDENT, RUNS
+from eventrnn.cuda.tables import DENSE, DENSE_GROUP, GROUP, HELD, KINDS, LANES, LIST_PAD, NARROW, RESIDENT, RUNS
 
 ALL = np.uint32(0xFFFFFFFF)
 ROUNDS = 4
@@ -112,9 +112,12 @@ def walker(way: int):
         e = int32(0)
         while e < count:
             one, two = load8(entries, e), load8(entries, int32(e + 8))
-            weights, more = row_weights(values, one, width, lane), row_weights(values, two, width, lane)
-            acc = add_entries(add_entries(acc, weights, one), more, two)
-            e = int32(e + GROUP)
+            three, four = load8(entries, int32(e + 16)), load8(entries, int32(e + 24))
+            w_one, w_two = row_weights(values, one, width, lane), row_weights(values, two, width, lane)
+            w_three, w_four = row_weights(values, three, width, lane), row_weights(values, four, width, lane)
+            acc = add_entries(add_entries(acc, w_one, one), w_two, two)
+            acc = add_entries(add_entries(acc, w_three, three), w_four, four)
+            e = int32(e + DENSE_GROUP)
         return acc
 
     if kind == RUNS:

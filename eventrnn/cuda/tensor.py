@@ -1,0 +1,189 @@
+"""Layers through tensor cores, for many streams: dense products in half precision, cells and events in float32.
+
+Not exact: weights, inputs and events are rounded to `precision` and summed by cuBLAS in float32, in its own order; the
+sums are rounded again. A step is one product and one kernel for the cells, which also counts; the products of the input
+are made for some steps together, as many as stay in the L2 cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from eventrnn.backend import Feed
+from eventrnn.cuda.piece import Replay, pitch_of
+from eventrnn.cuda.rounded import BYTES, LARGEST, cells_kernel, narrow_kernel, spread_kernel
+
+if TYPE_CHECKING:
+    from eventrnn.cuda.cublas import Cublas
+    from eventrnn.cuda.device import Device
+    from eventrnn.cuda.engine import CudaEngine
+    from eventrnn.cuda.piece import Piece
+    from eventrnn.layers import Layer
+
+# Tensor cores, and rows of 16 bytes, want every dimension to be a multiple of this.
+PADDED_TO = 8
+# Input drives that are made together should stay in half of an L2 cache of 50 MB.
+DRIVE_BYTES = 24 << 20
+# Fewer streams are faster by events, whatever the weights: not measured.
+FEWEST_STREAMS = 4
+# What is measured: so many steps, so often.
+MEASURED_STEPS, MEASURED_RUNS = 16, 3
+CELL_THREADS, ROW_THREADS = 128, 256
+# Groups of samples whose cells are updated side by side.
+MOST_GROUPS = 512
+
+
+@dataclass
+class TensorLayer:
+    """One layer's weights, rounded and padded, gates apart."""
+
+    device: Device
+    cublas: Cublas
+    precision: str
+    units: int
+    inputs: int
+    w_in: Any
+    w_rec: Any
+    bias_in: Any
+    bias_rec: Any
+    threshold: Any
+
+    @classmethod
+    def of(cls, device: Device, cublas: Cublas, number: int, layer: Layer, precision: str) -> TensorLayer | None:
+        """None for the paper's variant, whose candidate waits for a gate within the product.
+
+        Raises ValueError for weights that the precision cannot hold.
+        """
+        if layer.cell.variant == "paper":
+            return None
+        matrices = []
+        for name, weights in (("w_in", layer.w_in), ("w_rec", layer.w_rec)):
+            dense = weights.to_dense()
+            if precision == "float16" and np.abs(dense).max(initial=0) > LARGEST:
+                raise ValueError(
+                    f"layers.{number}.{name}: has weights beyond {LARGEST:,.0f}, which float16 cannot hold; use "
+                    "CudaBackend(exact=False, precision='bfloat16') or 'tf32'"
+                )
+            matrices.append(_rounded(device, _padded(dense), precision))
+        vectors = (layer.bias_in, layer.bias_rec, np.broadcast_to(layer.threshold, layer.units))
+        arrays = (device.put(np.ascontiguousarray(each, np.float32)) for each in vectors)
+        return cls(device, cublas, precision, layer.units, layer.inputs, *matrices, *arrays)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Units and inputs, padded."""
+        return _up(self.units), _up(self.inputs)
+
+    def enqueue(self, piece: Piece, n: int, table, row_of, after, counts: int, report) -> None:
+        """All steps of layer n of a piece, from an event table (layer 0) or from what the layer below sent.
+
+        `counts`: where events are counted, an address, 0 for nowhere.
+        """
+        units, inputs = self.sizes
+        steps, batch, kind = piece.steps, piece.batch, np.uint16 if BYTES[self.precision] == 2 else np.float32
+        x = piece.kept(("x", n), (steps * batch, inputs), kind)
+        y = piece.kept(("y", n), (batch, units), kind)
+        if n == 0:
+            self._launch(
+                "spread", spread_kernel, steps * batch, ROW_THREADS,
+                *(each.data.ptr for each in table), 0 if row_of is None else row_of.data.ptr, inputs, x.data.ptr,
+                report.data.ptr,
+            )  # fmt: skip
+        else:
+            below = piece.records[n - 1][1:]
+            self._narrow(below, pitch_of(self.inputs), self.inputs, x, inputs, steps * batch, report)
+        self._narrow(piece.outputs[n], self.units, self.units, y, units, batch, report)
+        if after is not None:
+            self._steps(piece, n, x, y, after, counts, report)
+            return
+        key = ("replay", n, counts, report.data.ptr)
+        if key not in piece.tables:
+            piece.tables[key] = Replay(self.device.queue, lambda: self._steps(piece, n, x, y, None, counts, report))
+        piece.tables[key]()
+
+    def _steps(self, piece: Piece, n: int, x, y, after, counts: int, report) -> None:
+        units, inputs = self.sizes
+        steps, batch, record = piece.steps, piece.batch, piece.records[n]
+        together = max(1, min(steps, DRIVE_BYTES // (3 * BYTES[self.precision] * units * batch)))
+        drive = piece.kept(("drive", n), (together * batch, 3 * units), x.dtype)
+        rec = piece.kept(("rec", n), (batch, 3 * units), x.dtype)
+        grid = (-(-self.units // CELL_THREADS), min(batch, MOST_GROUPS))
+        for begin in range(0, steps, together):
+            rows = min(together, steps - begin) * batch
+            self.cublas.product(self.precision, x[begin * batch :], self.w_in, drive, rows, inputs, 3 * units)
+            for t in range(begin, begin + rows // batch):
+                self.cublas.product(self.precision, y, self.w_rec, rec, batch, units, 3 * units)
+                self._launch(
+                    "cells", cells_kernel, grid, CELL_THREADS,
+                    drive[(t - begin) * batch :].data.ptr, rec.data.ptr, self.bias_in.data.ptr,
+                    self.bias_rec.data.ptr, self.threshold.data.ptr, piece.cells[n].data.ptr, y.data.ptr,
+                    record[t + 1].data.ptr, 0 if after is None else after[t].data.ptr,
+                    self.units, units, pitch_of(self.units), batch, counts, report.data.ptr,
+                )  # fmt: skip
+
+    def _narrow(self, dense, pitch: int, n: int, out, width: int, rows: int, report) -> None:
+        self._launch(
+            "narrow", narrow_kernel, rows, ROW_THREADS, dense.data.ptr, pitch, n, width, out.data.ptr, report.data.ptr
+        )
+
+    def _launch(self, name: str, make, blocks, threads: int, *arguments: int) -> None:
+        if min(blocks if isinstance(blocks, tuple) else (blocks,)):
+            kernel = self.device.kernel((name, self.precision), lambda: make(self.precision), threads)
+            self.device.launch(kernel, blocks, threads, *arguments)
+
+
+def measured_ways(engine: CudaEngine, feed: Feed, state: Any) -> tuple[int, ...]:
+    """Layers that are faster through tensor cores, by timing some steps of this input from this state on.
+
+    All by events, all through tensor cores, then from the better one layer after the other changed where that is
+    faster: neighbouring layers in one launch hide behind each other, so a layer alone would not tell.
+    """
+    batch, able = feed.batch, [n for n, each in enumerate(engine.tensors) if each is not None]
+    if batch < FEWEST_STREAMS or not able:
+        return ()
+    some = feed.part(0, min(feed.steps, MEASURED_STEPS))
+
+    def seconds(ways: tuple[int, ...]) -> float:
+        engine.ways[batch] = ways
+        enqueue = engine.on_device(some, state)
+        # Compiles, and captures what is to be replayed.
+        enqueue()
+        enqueue()
+        return min(engine.device.seconds(enqueue) for _ in range(MEASURED_RUNS))
+
+    try:
+        times = {ways: seconds(ways) for ways in ((), tuple(able))}
+        best = min(times, key=lambda ways: times[ways])
+        for n in able if len(able) > 1 else ():
+            tried = tuple(sorted(set(best) ^ {n}))
+            if tried not in times:
+                times[tried] = seconds(tried)
+            best = min(best, tried, key=lambda ways: times[ways])
+    finally:
+        del engine.ways[batch]
+    return best
+
+
+def _up(size: int) -> int:
+    return -(-size // PADDED_TO) * PADDED_TO
+
+
+def _padded(dense: np.ndarray) -> np.ndarray:
+    """(n_pre, 3N), rows and each gate's columns padded with zeros."""
+    n_pre, units = dense.shape[0], dense.shape[1] // 3
+    padded = np.zeros((_up(n_pre), 3, _up(units)), np.float32)
+    padded[:n_pre, :, :units] = dense.reshape(n_pre, 3, units)
+    return padded.reshape(len(padded), -1)
+
+
+def _rounded(device: Device, matrix: np.ndarray, precision: str) -> Any:
+    """On the device, to the nearest that the precision has, ties to even; for tf32 the product rounds."""
+    if precision == "float16":
+        return device.put(matrix.astype(np.float16).view(np.uint16))
+    if precision == "bfloat16":
+        words = matrix.view(np.uint32)
+        return device.put(((words + 0x7FFF + ((words >> 16) & 1)) >> 16).astype(np.uint16))
+    return device.put(matrix)

@@ -1,0 +1,447 @@
+"""A GPU made of NumPy: host memory for its memory, plain Python for its kernels.
+
+For what surrounds the kernels: which memory is kept, what is copied where, in which order, what is refused. It looks at
+addresses as the kernels do, so that a wrong one shows. Layers run as `reference.py` has them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from contextlib import contextmanager
+from functools import partial, wraps
+from types import SimpleNamespace
+
+import numpy as np
+
+from eventrnn.backend import State
+from eventrnn.cuda import tables as k
+from eventrnn.reference import forward, layer_parameters, propagate
+
+
+class OutOfMemoryError(MemoryError):
+    """CuPy's."""
+
+    def __init__(self, size: int):
+        super().__init__(size)
+        self._size = size
+
+
+#: what is being captured as a graph, if anything is
+captured: list | None = None
+
+
+def enqueued(call):
+    """Done now, or when the graph that is being captured is launched."""
+
+    @wraps(call)
+    def wrapped(*arguments):
+        if captured is None:
+            call(*arguments)
+        else:
+            captured.append(partial(call, *arguments))
+
+    return wrapped
+
+
+class Pointer:
+    """CuPy's `ndarray.data`."""
+
+    def __init__(self, array: np.ndarray):
+        self.ptr = array.ctypes.data
+
+    @enqueued
+    def memset_async(self, value: int, nbytes: int) -> None:
+        ctypes.memset(self.ptr, value, nbytes)
+
+    @enqueued
+    def copy_from_device_async(self, source: Pointer, nbytes: int) -> None:
+        ctypes.memmove(self.ptr, source.ptr, nbytes)
+
+    @enqueued
+    def copy_from_host_async(self, source: int, nbytes: int) -> None:
+        ctypes.memmove(self.ptr, source, nbytes)
+
+    @enqueued
+    def copy_to_host_async(self, target: int, nbytes: int) -> None:
+        ctypes.memmove(target, self.ptr, nbytes)
+
+
+class Array(np.ndarray):
+    """CuPy's array."""
+
+    device = SimpleNamespace(id=0)
+
+    @property
+    def data(self) -> Pointer:
+        return Pointer(self)
+
+    @property
+    def __cuda_array_interface__(self) -> dict:
+        return self.__array_interface__
+
+    def __dlpack_device__(self):
+        return 2, 0
+
+    def get(self) -> np.ndarray:
+        return np.array(self.view(np.ndarray))
+
+    def set(self, array: np.ndarray) -> None:
+        self[...] = array
+
+
+class Graph:
+    """What was captured, done again."""
+
+    def __init__(self, calls):
+        self.calls = calls
+
+    def launch(self, queue) -> None:
+        for call in self.calls:
+            call()
+
+
+class Queue:
+    """CuPy's stream."""
+
+    ptr = 7
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return None
+
+    def synchronize(self) -> None:
+        return None
+
+    def wait_event(self, event) -> None:
+        return None
+
+    def is_capturing(self) -> bool:
+        return captured is not None
+
+    def begin_capture(self) -> None:
+        global captured  # noqa: PLW0603 (one GPU, one stream)
+        captured = []
+
+    def end_capture(self) -> Graph:
+        global captured
+        graph, captured = Graph(captured), None
+        return graph
+
+
+def floats(address: int, count: int) -> np.ndarray:
+    """float32 at an address."""
+    return np.ctypeslib.as_array(ctypes.cast(int(address), ctypes.POINTER(ctypes.c_float)), (int(count),))
+
+
+def longs(address: int, count: int) -> np.ndarray:
+    """int64 at an address."""
+    return np.ctypeslib.as_array(ctypes.cast(int(address), ctypes.POINTER(ctypes.c_int64)), (int(count),))
+
+
+def ints(address: int, count: int) -> np.ndarray:
+    """int32 at an address."""
+    return np.ctypeslib.as_array(ctypes.cast(int(address), ctypes.POINTER(ctypes.c_int32)), (int(count),))
+
+
+def _raise_to(address: int, value: int) -> None:
+    word = longs(address, 1)
+    word[0] = max(word[0], value)
+
+
+def _list_row(dense: np.ndarray, row: int, firsts_at, counts_at, lists_at, capacity: int) -> None:
+    at = np.flatnonzero(dense)
+    longs(firsts_at, row + 1)[row] = row * capacity
+    ints(counts_at, row + 1)[row] = len(at)
+    words = ints(lists_at + 8 * row * capacity, 2 * len(at)).reshape(-1, 2) if len(at) else np.zeros((0, 2), np.int32)
+    words[:, 0], words[:, 1] = at, dense[at].view(np.int32)
+
+
+def _found(blocks, x_at, n, row_0, firsts_at, counts_at, lists_at, capacity, report_at):
+    for row in range(blocks):
+        dense = floats(x_at + 4 * row * n, n)
+        bad = np.flatnonzero(~np.isfinite(dense))
+        if len(bad):
+            _raise_to(report_at + 8 * k.REPORT_INPUT, k.LAST - ((row_0 + row) * n + int(bad[0])))
+        _list_row(dense, row, firsts_at, counts_at, lists_at, capacity)
+
+
+def _compact(blocks, record_at, pitch, n, rows, firsts_at, counts_at, lists_at, capacity):
+    for row in range(rows):
+        _list_row(floats(record_at + 4 * row * pitch, n), row, firsts_at, counts_at, lists_at, capacity)
+
+
+def _symbols(blocks, symbols_at, rows, row_0, size, row_of_at, report_at):
+    for row, symbol in enumerate(longs(symbols_at, rows)):
+        good = 0 <= symbol < size
+        if not good:
+            _raise_to(report_at + 8 * k.REPORT_INPUT, k.LAST - (row_0 + row))
+        longs(row_of_at, rows)[row] = symbol if good else 0
+
+
+def _finite(blocks, values_at, count, report_at):
+    if not np.isfinite(floats(values_at, count)).all():
+        _raise_to(report_at + 8 * k.REPORT_CELLS, 1)
+
+
+def _tally(blocks, record_at, pitch, n, rows, graded_at, binary_at):
+    for row in range(rows):
+        dense = floats(record_at + 4 * row * pitch, n)
+        longs(graded_at, n)[:] += (dense != 0) & (np.abs(dense) != 1)
+        longs(binary_at, n)[:] += np.abs(dense) == 1
+
+
+def half(address: int, count: int, precision: str) -> np.ndarray:
+    """Words of rounded numbers at an address."""
+    kind = ctypes.c_float if precision == "tf32" else ctypes.c_uint16
+    return np.ctypeslib.as_array(ctypes.cast(int(address), ctypes.POINTER(kind)), (int(count),))
+
+
+def rounded(values: np.ndarray, precision: str) -> np.ndarray:
+    """As words."""
+    if precision == "float16":
+        return values.astype(np.float16).view(np.uint16)
+    if precision == "bfloat16":
+        words = np.ascontiguousarray(values, np.float32).view(np.uint32)
+        return ((words + 0x7FFF + ((words >> 16) & 1)) >> 16).astype(np.uint16)
+    return values
+
+
+def widened(words: np.ndarray, precision: str) -> np.ndarray:
+    """As float32."""
+    if precision == "float16":
+        return words.view(np.float16).astype(np.float32)
+    return (words.astype(np.uint32) << 16).view(np.float32) if precision == "bfloat16" else words
+
+
+@np.errstate(over="ignore")
+def _store(address: int, values: np.ndarray, precision: str, report_at: int) -> None:
+    if precision == "float16" and (np.abs(values) > 65504).any():
+        _raise_to(report_at + 8 * k.REPORT_LARGE, 1)
+    half(address, values.size, precision)[:] = rounded(np.ascontiguousarray(values.ravel(), np.float32), precision)
+
+
+def _spread(precision, blocks, firsts_at, counts_at, lists_at, row_of_at, width, out_at, report_at):
+    size = 4 if precision == "tf32" else 2
+    for row in range(blocks):
+        source = int(longs(row_of_at, blocks)[row]) if row_of_at else row
+        count = int(ints(counts_at, source + 1)[source])
+        words = ints(lists_at + 8 * int(longs(firsts_at, source + 1)[source]), 2 * max(count, 1)).reshape(-1, 2)[:count]
+        dense = np.zeros(width, np.float32)
+        dense[words[:, 0]] = words[:, 1].copy().view(np.float32)
+        _store(out_at + size * row * width, dense, precision, report_at)
+
+
+def _narrow(precision, blocks, dense_at, pitch, n, width, out_at, report_at):
+    size = 4 if precision == "tf32" else 2
+    for row in range(blocks):
+        dense = np.zeros(width, np.float32)
+        dense[:n] = floats(dense_at + 4 * row * pitch, n)
+        _store(out_at + size * row * width, dense, precision, report_at)
+
+
+def _cells(
+    precision, blocks, drive_at, rec_at, bias_in_at, bias_rec_at, threshold_at, cells_at, y_at, record_at, after_at,
+    units, padded, pitch, batch, counts_at, report_at,
+):  # fmt: skip
+    words = (half(at, 3 * padded * batch, precision) for at in (drive_at, rec_at))
+    drive, rec = (widened(each, precision).reshape(batch, 3, padded)[:, :, :units] for each in words)
+    bias_in, bias_rec = (floats(at, 3 * units).reshape(3, units) for at in (bias_in_at, bias_rec_at))
+    c, size = floats(cells_at, batch * units).reshape(batch, units), 4 if precision == "tf32" else 2
+    u, r = (1 / (1 + np.exp(-(drive[:, g] + rec[:, g] + bias_in[g] + bias_rec[g]))) for g in (0, 1))
+    v = u * c + (1 - u) * np.tanh(r * (rec[:, 2] + bias_rec[2]) + drive[:, 2] + bias_in[2])
+    fired = v > floats(threshold_at, units)
+    c[:] = v - fired * floats(threshold_at, units)
+    for b in range(batch):
+        floats(record_at + 4 * b * pitch, units)[:] = (fired * v)[b]
+        _store(y_at + size * b * padded, (fired * v)[b], precision, report_at)
+    if counts_at:
+        longs(counts_at, units)[:] += ((fired * v != 0) & (v != 1)).sum(axis=0)
+        longs(counts_at + 8 * units, units)[:] += (fired & (v == 1)).sum(axis=0)
+    if after_at:
+        floats(after_at, batch * units)[:] = c.ravel()
+
+
+class Cublas:
+    """`cublas.Cublas`."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def product(self, precision, a, b, out, rows, width, columns) -> None:
+        enqueued(self._product)(precision, a.data.ptr, b.data.ptr, out.data.ptr, rows, width, columns)
+
+    @np.errstate(all="ignore")
+    def _product(self, precision, a, b, out, rows, width, columns) -> None:
+        self.device.launched.append("gemm")
+        left = widened(half(a, rows * width, precision), precision).reshape(rows, width)
+        right = widened(half(b, width * columns, precision), precision).reshape(width, columns)
+        half(out, rows * columns, precision)[:] = rounded((left @ right).ravel(), precision)
+
+
+ROUNDING = {"spread": _spread, "narrow": _narrow, "cells": _cells}
+KERNELS = {"found": _found, "compact": _compact, "symbols": _symbols, "finite": _finite, "tally": _tally}
+
+
+class FakeDevice:
+    """`device.Device`. `room`: bytes that one array may have."""
+
+    name, architecture, multiprocessors, shared_bytes = "fake", (9, 0), 132, 232_448
+
+    def __init__(self, room: int = 1 << 40):
+        self.room, self.launched, self.allocated = room, [], 0
+        self.timed = len
+        self.core = SimpleNamespace(device_id=0)
+        self.queue = Queue()
+        self.arrays = SimpleNamespace(
+            empty=self._empty,
+            ndarray=Array,
+            asarray=lambda a: a.view(Array),
+            ascontiguousarray=lambda a, dtype: np.ascontiguousarray(a, dtype).view(Array),
+            bincount=lambda a, minlength: np.bincount(a, minlength=minlength).view(Array),
+            concatenate=lambda parts: np.concatenate(parts).view(Array),
+            cuda=SimpleNamespace(
+                memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
+                alloc_pinned_memory=bytearray,
+                get_current_stream=lambda: SimpleNamespace(ptr=0),
+                runtime=SimpleNamespace(memcpy2DAsync=_copy_rows, memcpyDeviceToDevice=3),
+            ),
+        )
+
+    def _empty(self, shape, dtype) -> Array:
+        assert captured is None, "a graph must not hold memory that is not kept"
+        array = np.zeros(shape, dtype).view(Array)
+        if array.nbytes > self.room:
+            raise OutOfMemoryError(array.nbytes)
+        self.allocated += 1
+        # What nobody writes must not look like a result.
+        ctypes.memset(array.ctypes.data, 0x5A, array.nbytes)
+        return array
+
+    def clusters(self, size: int) -> int:
+        return 0
+
+    def kernel(self, key, make, threads):
+        return key
+
+    def launch(self, kernel, blocks, threads, *arguments, **options) -> None:
+        name, *kind = kernel
+        call = partial(ROUNDING[name], *kind) if name in ROUNDING else KERNELS[name]
+        call = np.errstate(all="ignore")(call)
+        enqueued(lambda: (self.launched.append(name), call(blocks, *arguments)))()
+
+    def seconds(self, enqueue) -> float:
+        """What the test says that the last thing done took."""
+        self.launched.clear()
+        enqueue()
+        return self.timed(self.launched)
+
+    def follow(self, array) -> None:
+        return None
+
+    @contextmanager
+    def on_stream(self):
+        yield
+
+    def put(self, array) -> Array:
+        target = self.empty(np.shape(array), array.dtype)
+        target.set(array)
+        return target
+
+    def empty(self, shape, dtype) -> Array:
+        try:
+            return self._empty(shape, dtype)
+        except OutOfMemoryError as error:
+            raise MemoryError(f"cuda: {error._size:,} bytes are needed") from None
+
+
+@enqueued
+def _copy_rows(target, target_pitch, source, source_pitch, width, rows, kind, stream) -> None:
+    for row in range(rows):
+        ctypes.memmove(target + row * target_pitch, source + row * source_pitch, width)
+
+
+def _launch_layers(engine, layers, each, piece, drive, report, after) -> None:
+    """`CudaEngine._launch_layers` by the specification, from the record below."""
+    enqueued(_run_layers)(engine, layers, piece, drive, after)
+
+
+@np.errstate(all="ignore")
+def _run_layers(engine, layers, piece, drive, after) -> None:
+    engine.device.launched.append("layers")
+    for n in layers:
+        layer, units = engine.network.layers[n], engine.units[n]
+        parameters = layer_parameters(layer)
+        carried = np.array(piece.records[n][0, :, :units])
+        if n == 0:
+            # The drive holds the input's products: they go in through the biases, with no weights.
+            x = np.zeros((piece.steps, piece.batch, 0), np.float32)
+            drives = np.array(drive).reshape(piece.steps, piece.batch, -1)
+        else:
+            x, drives = np.array(piece.sent(n - 1)), None
+        c, y = np.array(piece.cells[n]), carried
+        for t in range(piece.steps):
+            if drives is not None:
+                ys, cs = [], []
+                for b in range(piece.batch):
+                    own = parameters | {"w_in": np.zeros((0, 3 * units), np.float32), "bias_in": drives[t, b]}
+                    tape = forward(layer.cell, own, x[t : t + 1, b : b + 1], c[b : b + 1], y[b : b + 1])[0]
+                    ys.append(tape.y), cs.append(tape.c)
+                y, c = np.concatenate(ys), np.concatenate(cs)
+            else:
+                tape = forward(layer.cell, parameters, x[t : t + 1], c, y)[0]
+                y, c = tape.y, tape.c
+            piece.records[n][t + 1, :, :units] = y
+            if after is not None:
+                after[n][t] = c
+        piece.cells[n][...] = c
+
+
+def _products(matrix, device, table, rows, row_of=None, out=None):
+    """`Matrix.products` by the specification."""
+    weights, bias = matrix.origin
+    firsts, counts, lists = table
+    if out is None:
+        out = device.empty((rows, weights.shape[1]), np.float32)
+    _multiply(weights, bias, firsts, counts, lists, rows, row_of, out)
+    return out
+
+
+@enqueued
+@np.errstate(all="ignore")
+def _multiply(weights, bias, firsts, counts, lists, rows, row_of, out) -> None:
+    words = np.array(lists).view(np.int32).reshape(-1, 2)
+    for row in range(rows):
+        source = row if row_of is None else int(row_of[row])
+        mine = words[int(firsts[source]) :][: int(counts[source])]
+        values = np.zeros((1, weights.shape[0]), np.float32)
+        values[0, mine[:, 0]] = mine[:, 1].copy().view(np.float32)
+        out.reshape(rows, -1)[row] = propagate(weights, values, bias)[0]
+
+
+def install(monkeypatch, room: int = 1 << 40) -> FakeDevice:
+    """Let the engine run on a fake."""
+    import sys
+
+    from eventrnn.cuda import engine as module
+    from eventrnn.cuda.matrix import Matrix
+
+    device = FakeDevice(room)
+    monkeypatch.setattr(module, "current_device", lambda: device)
+    monkeypatch.setattr(module, "Cublas", Cublas)
+    monkeypatch.setattr(module.CudaEngine, "_launch_layers", _launch_layers)
+    monkeypatch.setitem(sys.modules, "cupy", device.arrays)
+    plain = Matrix.of.__func__
+
+    def of(cls, device, weights, bias, gates, width):
+        made = plain(cls, device, weights, bias, gates, width)
+        object.__setattr__(made, "origin", (weights.to_dense(), bias))
+        return made
+
+    monkeypatch.setattr(Matrix, "of", classmethod(of))
+    monkeypatch.setattr(Matrix, "products", _products)
+    return device
+
+
+__all__ = ["Array", "FakeDevice", "State", "install"]

@@ -1,0 +1,128 @@
+"""Many streams through tensor cores: close to float64 by a derived bound, marked inexact, chosen where faster."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tolerance
+from fake_gpu import install
+
+from eventrnn.backend import BackendUnavailable, get_backend
+from eventrnn.cells import Cell
+from eventrnn.cuda import PRECISIONS, CudaBackend
+from eventrnn.network import Network, Simulator, simulate
+from eventrnn.reference import layer_parameters
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A fake device."""
+    pytest.importorskip("eventrnn.cuda.device", exc_type=BackendUnavailable, reason="needs numba-cuda")
+    return install(monkeypatch)
+
+
+def streams(units=(13, 9), variant="evnn", batch=6, steps=7) -> tuple[Network, np.ndarray]:
+    rng = np.random.default_rng(2)
+    network = Network.random(list(units), inputs=11, rng=rng, threshold=0.2, cell=Cell(variant=variant))
+    x = rng.standard_normal((steps, batch, 11)) * (rng.random((steps, batch, 11)) < 0.3)
+    return network, x.astype(np.float32)
+
+
+def through_tensor_cores(network: Network, batch: int, precision: str = "float16") -> Simulator:
+    """A simulator that has measured that everything is faster so."""
+    simulator = Simulator(network, batch=batch, backend=CudaBackend(exact=False, precision=precision))
+    simulator.engine.ways[batch] = tuple(range(len(network.layers)))
+    return simulator
+
+
+def check_bound(precision: str, network: Network, x: np.ndarray) -> None:
+    """Every step from the cells and outputs that the last one left, against float64."""
+    batch = x.shape[1]
+    result = through_tensor_cores(network, batch, precision).run(x, record=("events", "states"))
+    assert not result.exact
+    assert set(result.paths.values()) == {f"tensor {precision}"}
+    sent = [x, *(each.to_dense() for each in result.events)]
+    inside = total = 0
+    for n, layer in enumerate(network.layers):
+        parameters = layer_parameters(layer, np.float64)
+        c = y = np.zeros((batch, layer.units))
+        for t in range(len(x)):
+            v = tolerance.rounded_cell_bound(precision, parameters, sent[n][t].astype(np.float64), c, y)
+            near = np.abs(v.value - parameters["threshold"]) <= v.error
+            c, y = result.states[n][t].astype(np.float64), sent[n + 1][t].astype(np.float64)
+            fired = v.value > parameters["threshold"]
+            assert np.array_equal((y != 0)[~near], fired[~near])
+            error = v.error + tolerance.U32 * (np.abs(v.value) + v.error + parameters["threshold"])
+            assert (np.abs(c - (v.value - fired * parameters["threshold"])) <= error)[~near].all()
+            assert (np.abs(y - fired * v.value) <= error)[~near].all()
+            inside, total = inside + near.sum(), total + near.size
+    assert 0.02 < np.mean(result.activity) < 0.98
+    if precision == "float16":
+        assert inside <= tolerance.INSIDE_MARGIN * total
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_steps_are_within_the_bound_of_float64(gpu, precision):
+    check_bound(precision, *streams(steps=40))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("batch", [5, 64])
+def test_steps_on_a_gpu_are_within_the_bound_of_float64(precision, batch):
+    check_bound(precision, *streams(units=(45, 33), steps=30, batch=batch))
+
+
+@pytest.mark.parametrize("faster", ["layers", "gemm"])
+def test_the_way_that_is_measured_to_be_faster_is_taken_and_named(gpu, faster):
+    network, x = streams()
+    gpu.timed = lambda launched: 1.0 if faster in launched else 2.0
+    result = simulate(network, x, backend="cuda", exact=False)
+    expected = simulate(network, x, backend="reference")
+    assert result.exact == (faster == "layers")
+    assert all(name.startswith("tensor float16") == (faster == "gemm") for name in result.paths.values())
+    if faster == "layers":
+        assert np.array_equal(result.output, expected.output)
+
+
+def test_each_layer_has_its_way(gpu):
+    network, x = streams(units=(13, 9, 7))
+    # As if only the middle one were faster in products: that makes fewest of everything.
+    gpu.timed = lambda launched: abs(launched.count("gemm") - len(x) - 1)
+    result = simulate(network, x, backend="cuda", exact=False)
+    ways = [result.paths[f"layers.{n}.w_rec"].startswith("tensor") for n in range(3)]
+    assert sum(ways) == 1 and not result.exact
+    simulator = Simulator(network, batch=6, backend=CudaBackend(exact=False))
+    simulator.engine.ways[6] = (1,)
+    mixed = simulator.run(x, record="events")
+    exact = simulate(network, x, backend="reference", record="events")
+    assert np.array_equal(mixed.events[0].to_dense(), exact.events[0].to_dense())
+    again = Simulator(network, batch=6, backend=CudaBackend(exact=False))
+    again.engine.ways[6] = (1,)
+    parts = [again.run(x[:3]).output, again.run(x[3:6]).output, again.step(x[6])[None]]
+    assert np.array_equal(np.concatenate(parts), mixed.output)
+
+
+def test_few_streams_and_the_papers_variant_stay_exact(gpu):
+    for network, x in (streams(batch=2), streams(variant="paper")):
+        gpu.timed = lambda launched: 1.0 if "gemm" in launched else 2.0
+        result = simulate(network, x, backend="cuda", exact=False)
+        assert result.exact
+        assert np.array_equal(result.output, simulate(network, x, backend="reference").output)
+
+
+def test_what_float16_cannot_hold_is_refused(gpu):
+    network, x = streams()
+    x[3, 2, 1] = 1e5
+    with pytest.raises(FloatingPointError, match="too large for float16; use CudaBackend"):
+        through_tensor_cores(network, 6).run(x)
+    assert np.isfinite(through_tensor_cores(network, 6, "bfloat16").run(x).output).all()
+    network.layers[1].w_rec.values[0, 0] = 1e5
+    with pytest.raises(ValueError, match=r"layers.1.w_rec: has weights beyond 65,504, which float16 cannot hold"):
+        through_tensor_cores(network, 6).run(x)
+
+
+def test_inexact_is_asked_for_by_name():
+    backend = get_backend("cuda", exact=False)
+    assert isinstance(backend, CudaBackend) and not backend.exact and backend.precision == "float16"
+    assert get_backend("cuda").exact

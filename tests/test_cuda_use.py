@@ -1,0 +1,306 @@
+"""The CUDA engine from its users' side: streams, arrays on the GPU, faults; on a GPU made of NumPy and on real ones."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+from fake_gpu import Array, install
+
+from eventrnn.backend import BackendUnavailable, State, on_gpu
+from eventrnn.cells import Cell
+from eventrnn.cuda import CudaBackend
+from eventrnn.network import Network, Simulator
+from eventrnn.network import simulate as simulate_on
+from eventrnn.observe import count, count_per_step
+
+
+def simulate(*arguments, backend="reference", **options):
+    """By the specification, where no other backend is named."""
+    return simulate_on(*arguments, backend=backend, **options)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A fake device."""
+    pytest.importorskip("eventrnn.cuda.device", exc_type=BackendUnavailable, reason="needs numba-cuda")
+    return install(monkeypatch)
+
+
+def same_bits(a, b) -> bool:
+    a, b = (np.array(getattr(x, "get", lambda x=x: x)()) for x in (a, b))
+    return a.dtype == b.dtype and np.array_equal(a.view(np.int32), b.view(np.int32))
+
+
+def there(array) -> Array:
+    """A copy on the fake GPU."""
+    return np.array(array).view(Array)
+
+
+def small(variant: str = "evnn", readout: int | None = 4, symbols: bool = False) -> tuple[Network, np.ndarray]:
+    rng = np.random.default_rng(1)
+    size = {"symbols": 9, "embedding": 6} if symbols else {"inputs": 6}
+    network = Network.random([7, 5], readout=readout, rng=rng, threshold=0.1, cell=Cell(variant=variant), **size)
+    x = rng.integers(0, 9, (11, 3)) if symbols else rng.standard_normal((11, 3, 6)) * (rng.random((11, 3, 6)) < 0.5)
+    return network, x if symbols else x.astype(np.float32)
+
+
+CASES = [("evnn", 4, False), ("paper", None, False), ("evnn", None, True), ("evnn", 4, True)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_chunks_and_steps_on_the_gpu_equal_one_run_on_the_cpu(gpu, case):
+    network, x = small(*case)
+    expected = simulate(network, x, record=("events", "states"))
+    simulator = Simulator(network, batch=3, backend="cuda")
+    parts = [simulator.run(x[:4], record="events"), simulator.run(x[4:4]), simulator.run(x[4:5]), simulator.run(x[5:7])]
+    steps = [simulator.step(each) for each in x[7:]]
+    output = np.concatenate([*(part.output for part in parts), np.array(steps)])
+    assert same_bits(expected.output, output)
+    for name in ("cells", "outputs"):
+        pairs = zip(getattr(expected.state, name), getattr(simulator.state, name), strict=True)
+        assert all(same_bits(a, b) for a, b in pairs)
+    assert np.array_equal(sum(p.fired[0].total for p in parts), simulate(network, x[:7]).fired[0].total)
+    simulator.reset()
+    assert same_bits(simulator.run(x).output, expected.output)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_arrays_on_the_gpu_stay_there_and_give_the_same(gpu, case):
+    network, x = small(*case)
+    expected = simulate(network, x, record=("events", "states"))
+    got = simulate(network, there(x), backend="cuda", record=("events", "states"))
+    assert on_gpu(got.output) and all(map(on_gpu, (*got.events, *got.states)))
+    assert same_bits(got.output, expected.output)
+    for n in range(2):
+        assert same_bits(got.events[n], expected.events[n].to_dense())
+        assert same_bits(got.states[n], expected.states[n])
+    assert count(network, got) == count(network, expected)
+    with pytest.raises(TypeError, match="events are arrays on a GPU; run it with NumPy inputs"):
+        count_per_step(network, got)
+    simulator = Simulator(network, batch=3, backend="cuda")
+    steps = [simulator.step(there(each)) for each in x]
+    assert all(map(on_gpu, steps))
+    assert same_bits(np.array([each.get() for each in steps]), expected.output)
+
+
+def test_a_run_in_pieces_and_windows_is_the_same(gpu, monkeypatch):
+    from eventrnn.cuda import engine
+
+    network, x = small()
+    expected = simulate(network, x, record=("events", "states"), carry="events", window=4)
+    monkeypatch.setattr(engine, "RECORD_BYTES", 1 << 13)
+    for fed in (x, there(x)):
+        got = simulate(network, fed, backend="cuda", record=("events", "states"), carry="events", window=4)
+        assert same_bits(got.output, expected.output)
+        assert same_bits(got.states[1], expected.states[1])
+        assert count(network, got) == count(network, expected)
+
+
+def test_numbers_of_other_kinds_are_converted_there(gpu):
+    network, x = small()
+    expected = simulate(network, x).output
+    for fed in (x.astype(np.float64), np.asfortranarray(x), np.repeat(x, 2, axis=0)[::2]):
+        assert same_bits(simulate(network, there(fed), backend="cuda").output, expected)
+    signs = np.sign(x).astype(np.int8)
+    expected = simulate(network, signs)
+    got = simulate(network, there(signs), backend="cuda")
+    assert same_bits(got.output, expected.output) and np.array_equal(
+        got.input_fired.binary, expected.input_fired.binary
+    )
+
+
+def test_the_state_stays_on_the_gpu_until_it_is_looked_at(gpu, monkeypatch):
+    network, x = small()
+    fetched = []
+    monkeypatch.setattr(Array, "get", lambda self, get=Array.get: fetched.append(self.shape) or get(self))
+    simulator = Simulator(network, batch=3, backend="cuda")
+    simulator.run(there(x))
+    flat = (2, 3 * 12)
+    assert flat not in fetched
+    before = simulator.run(there(x)).initial
+    assert flat not in fetched and before.batch == 3
+    assert same_bits(before.cells[1], simulate(network, x).state.cells[1]) and fetched.count(flat) == 1
+    assert isinstance(pickle.loads(pickle.dumps(before)), State) and fetched.count(flat) == 1
+
+
+def test_memory_is_kept_between_runs_and_steps(gpu):
+    network, x = small(readout=None)
+    simulator = Simulator(network, batch=3, backend="cuda")
+    device_x = there(x)
+    for _ in range(2):
+        simulator.run(device_x)
+        simulator.step(device_x[0])
+    made = gpu.allocated
+    simulator.run(device_x)
+    assert gpu.allocated == made
+    made = gpu.allocated
+    simulator.step(x[0])
+    simulator.step(x[0])
+    assert gpu.allocated == made
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_not_finite_are_refused_by_position_and_change_nothing(gpu, bad):
+    network, x = small()
+    simulator = Simulator(network, batch=3, backend="cuda")
+    simulator.run(x)
+    before = simulator.state
+    x[5, 2, 1] = bad
+    with pytest.raises(ValueError, match=rf"inputs: got {bad} at position \(5, 2, 1\); need finite numbers"):
+        simulator.run(there(x))
+    for fed in (x[5], there(x[5])):
+        with pytest.raises(ValueError, match=rf"inputs: got {bad} at position \(0, 2, 1\); need finite numbers"):
+            simulator.step(fed)
+    assert same_bits(simulator.state.cells[0], before.cells[0])
+    assert same_bits(simulator.state.outputs[1], before.outputs[1])
+
+
+def test_symbols_that_are_none_are_refused_by_position(gpu):
+    network, x = small(symbols=True)
+    for bad in (9, -1):
+        x[3, 1] = bad
+        with pytest.raises(ValueError, match=rf"inputs: got symbol {bad} at \(3, 1\); need 0..8"):
+            simulate(network, there(x), backend="cuda")
+
+
+def test_cells_that_overflow_are_named(gpu):
+    network, x = small()
+    state = State.zeros(network, 3)
+    state.cells[1][2, 4] = 3e38
+    network.layers[1].bias_in[:5] = 1e9
+    network.layers[1].threshold[4] = -3e38
+    with pytest.raises(FloatingPointError, match="layer 1: the cell of unit 4 is"):
+        Simulator(network, batch=3, backend="cuda", state=state).run(x)
+
+
+@pytest.mark.parametrize(
+    ("fed", "message"),
+    [
+        (np.zeros((11, 3, 5), np.float32), r"inputs: got float32 \(11, 3, 5\), need numbers \(steps, batch, 6\)"),
+        (np.zeros((11, 6), np.float32), r"inputs: got float32 \(11, 6\), need numbers"),
+        (np.zeros((11, 3, 6), np.complex64), "inputs: got complex64"),
+        (np.zeros((11, 2, 6), np.float32), "inputs: got a batch of 2, but the simulator was made for 3"),
+    ],
+)
+def test_arrays_of_another_shape_or_kind_are_refused(gpu, fed, message):
+    with pytest.raises(ValueError, match=message):
+        Simulator(small()[0], batch=3, backend="cuda").run(there(fed))
+    if fed.shape[1:] == (2, 6):
+        with pytest.raises(ValueError, match=message):
+            Simulator(small()[0], batch=3, backend="cuda").step(there(fed[0]))
+
+
+def test_arrays_on_another_gpu_are_refused(gpu, monkeypatch):
+    network, x = small()
+    monkeypatch.setattr(gpu.core, "device_id", 1)
+    with pytest.raises(ValueError, match="inputs: got an array on GPU 0, but the network is on GPU 1; copy it there"):
+        simulate(network, there(x), backend="cuda")
+
+
+def test_backends_of_the_host_refuse_arrays_of_a_gpu():
+    class Elsewhere:
+        shape, __cuda_array_interface__ = (11, 3, 6), {}
+
+    for backend in ("cpu", "reference", "blas"):
+        with pytest.raises(TypeError, match="on a GPU, which only backend='cuda' takes; copy it to the host"):
+            simulate(small()[0], Elsewhere(), backend=backend)
+        with pytest.raises(TypeError, match="on a GPU, which only backend='cuda' takes"):
+            Simulator(small()[0], batch=3, backend=backend).step(Elsewhere())
+
+
+def test_out_of_memory_says_what_is_needed_and_leaves_the_engine_usable(gpu):
+    network, x = small()
+    simulator = Simulator(network, batch=3, backend="cuda")
+    expected = simulator.run(x).output
+    simulator.reset()
+    gpu.room = 40_000
+    with pytest.raises(MemoryError, match=r"cuda: [\d,]+ bytes are needed"):
+        simulator.run(np.tile(x, (100, 1, 1)))
+    assert same_bits(simulator.run(x).output, expected)
+
+
+def test_a_precision_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="precision: got 'float8', need one of float16, bfloat16, tf32"):
+        CudaBackend(exact=False, precision="float8")
+
+
+# --- on a GPU -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cupy():
+    """The package."""
+    return pytest.importorskip("cupy", reason="needs CuPy")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_streams_of_any_mixture_equal_one_run_of_the_cpu(cupy, case):
+    network, x = small(*case)
+    x = np.tile(x, (9, *(1,) * (x.ndim - 1)))
+    expected = simulate(network, x, backend="cpu")
+    simulator, rng = Simulator(network, batch=3, backend="cuda"), np.random.default_rng(0)
+    output, t = [], 0
+    while t < len(x):
+        steps = int(rng.choice([1, 3, 7]))
+        fed = [x[t : t + steps], cupy.asarray(x[t : t + steps])][rng.integers(2)]
+        if rng.random() < 0.5:
+            output += [simulator.run(fed).output]
+        else:
+            output += [simulator.step(each)[None] for each in fed]
+        if rng.random() < 0.2:
+            # Looking at the state, and setting it, changes nothing.
+            simulator.state = simulator.state.copy()
+        t += steps
+    assert same_bits(np.concatenate([cupy.asnumpy(each) for each in output]), expected.output)
+    assert all(same_bits(a, b) for a, b in zip(simulator.state.cells, expected.state.cells, strict=True))
+    assert all(same_bits(a, b) for a, b in zip(simulator.state.outputs, expected.state.outputs, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_arrays_of_cupy_and_torch_go_in_and_come_out(cupy, case):
+    torch = pytest.importorskip("torch", reason="needs PyTorch")
+    network, x = small(*case)
+    expected = simulate(network, x, backend="cpu", record=("events", "states"))
+    for fed, kind in ((cupy.asarray(x), cupy.ndarray), (torch.from_numpy(x).cuda(), torch.Tensor)):
+        got = simulate(network, fed, backend="cuda", record=("events", "states"))
+        assert isinstance(got.output, kind) and isinstance(got.events[0], kind) and isinstance(got.states[1], kind)
+        assert same_bits(cupy.asarray(got.output).get(), expected.output)
+        assert same_bits(cupy.asarray(got.events[0]).get(), expected.events[0].to_dense())
+        assert same_bits(cupy.asarray(got.states[1]).get(), expected.states[1])
+        assert count(network, got) == count(network, expected)
+        assert isinstance(Simulator(network, batch=3, backend="cuda").step(fed[0]), kind)
+        with pytest.raises(TypeError, match="on a GPU, which only backend='cuda' takes"):
+            simulate(network, fed, backend="cpu")
+
+
+@pytest.mark.gpu
+def test_tensors_that_cannot_go_in_are_refused():
+    torch = pytest.importorskip("torch", reason="needs PyTorch")
+    network, x = small()
+    tensor = torch.from_numpy(x).cuda()
+    with pytest.raises(TypeError, match=r"inputs: got torch.bfloat16, .* give x.float\(\), the same numbers"):
+        simulate(network, tensor.bfloat16(), backend="cuda")
+    with pytest.raises(ValueError, match=r"inputs: got a tensor that requires a gradient.* give x.detach\(\)"):
+        simulate(network, tensor.requires_grad_(), backend="cuda")
+
+
+@pytest.mark.gpu
+def test_out_of_memory_in_a_run_leaves_the_simulator_as_it_was(cupy):
+    network, x = small()
+    simulator, pool = Simulator(network, batch=3, backend="cuda"), cupy.get_default_memory_pool()
+    simulator.run(x)
+    before = simulator.state.copy()
+    pool.free_all_blocks()
+    pool.set_limit(size=pool.used_bytes() + (1 << 20))
+    try:
+        for fed in (np.tile(x, (3000, 1, 1)), np.tile(x, (3000, 1, 1)).astype(np.float64)):
+            with pytest.raises(MemoryError, match=r"cuda: [\d,]+ bytes are needed and [\d,]+ are free"):
+                simulator.run(fed)
+    finally:
+        pool.set_limit(size=0)
+    assert all(same_bits(a, b) for a, b in zip(simulator.state.cells, before.cells, strict=True))
+    assert same_bits(simulator.run(x).output, simulate(network, x, state=before, backend="cpu").output)
