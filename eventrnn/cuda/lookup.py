@@ -29,6 +29,7 @@ from eventrnn.cuda.tables import HIT_SIZE, LANES, LIST_PAD, LISTED, MOST_LOOKED,
 from eventrnn.cuda.walks import ALL, count_bits
 
 assert MOST_LOOKED == 7, "lanes count what they found in three bits"
+# The bits of an index that say which strips of a lot a unit reaches (`packing.Lots`).
 REACHES = (1 << MOST_TOGETHER) - 1
 
 

@@ -48,12 +48,6 @@ class Strips:
     def tiles(self) -> int:
         return -(-self.shape[2] // self.width)
 
-    def one_strip_bytes(self) -> tuple[int, int]:
-        """Most bytes of values and of table that one strip has, both multiples of 16."""
-        most = int(np.diff(self.starts).max(initial=0)) + LANES
-        table = 8 * self.shape[0] if self.kind != DENSE else 0
-        return _up(most * self.values.itemsize, 16), _up(table, 16)
-
     def tile_bytes(self, tiles: int) -> tuple[int, int]:
         """Most bytes of values and of table that so many neighbouring tiles have, both multiples of 16."""
         gates = self.shape[1]
