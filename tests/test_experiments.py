@@ -204,9 +204,9 @@ def test_every_training_case_gets_one_line_a_commit(monkeypatch, tmp_path):
     module, asked, path = script("bench_training", monkeypatch), [], tmp_path / "lines.jsonl"
     each = {"ms_per_iteration": 10.0, "speedup": 2.0}
 
-    def training(*, batch, sparsity, threads, against, repeats):
-        asked.append(bench.TrainingCase(batch=batch, sparsity=sparsity, threads=threads, against=against))
-        line = {"batch": batch, "sparsity_asked": sparsity, "threads": threads, "repeats": repeats, "open": 0.1}
+    def training(*, sparsity, against, repeats, **case):
+        asked.append(bench.TrainingCase(sparsity=sparsity, against=against, **case))
+        line = case | {"sparsity_asked": sparsity, "repeats": repeats, "open": 0.1}
         work = {"ms_per_iteration": 5.0, "executed_per_iteration": 1e6, "dense_per_iteration": 1e8}
         return line | work | {"against_each": dict.fromkeys(against.split(","), each)}
 
