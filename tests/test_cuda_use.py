@@ -111,6 +111,33 @@ def test_numbers_of_other_kinds_are_converted_there(gpu):
     )
 
 
+def interrupt(patch, owner, name: str) -> None:
+    """Ctrl-C when that method is called next."""
+
+    def interrupted(*arguments):
+        patch.undo()
+        raise KeyboardInterrupt
+
+    patch.setattr(owner, name, interrupted)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("calls", [1])
+def test_an_interrupted_run_or_step_can_be_made_again(gpu, calls, size):
+    network, x = small()
+    expected, at = simulate(network, x).output, calls * size
+    simulator = Simulator(network, batch=3, backend="cuda")
+    take = (lambda part: simulator.run(part).output) if size > 1 else (lambda part: simulator.step(part[0])[None])
+    for begin in range(0, at, size):
+        take(x[begin : begin + size])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        # The third call launches a graph, then waits.
+        interrupt(patch, *((simulator.engine, "read_out") if calls < 2 else (gpu.queue, "synchronize")))
+        take(x[at : at + size])
+    for begin in range(at, 10, size):
+        assert same_bits(take(x[begin : begin + size]), expected[begin : begin + size])
+
+
 def test_the_state_stays_on_the_gpu_until_it_is_looked_at(gpu, monkeypatch):
     network, x = small()
     fetched = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -135,26 +136,43 @@ def copy_rows(target: Any, target_pitch: int, source: Any, source_pitch: int, wi
 class Replay:
     """Work on a stream, always the same: done at its first run, captured as a graph at the second, replayed then.
 
-    What it launches must read nothing but memory that stays.
+    What it launches must read nothing but memory that stays. After an exception it starts over.
+
+    begun : whether the latest call may have put work on the stream
     """
 
     def __init__(self, queue: Any, enqueue: Callable[[], None]):
         self.queue, self.enqueue = queue, enqueue
-        self.runs, self.graph = 0, None
+        self.runs, self.graph, self.begun = 0, None, False
 
     def __call__(self) -> None:
         """Put it on the stream once."""
+        self.begun = False
+        try:
+            self._put()
+        except BaseException:
+            self.runs, self.graph = 0, None
+            raise
+
+    def _put(self) -> None:
         self.runs += 1
-        if self.runs == 1:
-            self.enqueue()
-            return
-        if self.queue.is_capturing():
+        if self.runs == 1 or self.queue.is_capturing():
+            self.begun = True
             self.enqueue()
             return
         if self.graph is None:
-            self.queue.begin_capture()
-            try:
-                self.enqueue()
-            finally:
-                self.graph = self.queue.end_capture()
+            self.graph = self._captured()
+        self.begun = True
         self.graph.launch(self.queue)
+
+    def _captured(self) -> Any:
+        """The work as a graph. A capture that an exception cut short is ended, and what it has is dropped."""
+        try:
+            self.queue.begin_capture()
+            self.enqueue()
+        except BaseException:
+            # What a broken capture says of itself must not hide why it broke.
+            with suppress(Exception):
+                self.queue.end_capture()
+            raise
+        return self.queue.end_capture()
