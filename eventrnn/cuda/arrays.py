@@ -97,10 +97,10 @@ class WholeFeed(Feed):
         return result.get()
 
     def refuse(self, place: int) -> None:
-        """Raise for the first number that the run found wrong, counted over all parts."""
+        """Raise for the first number that the run found wrong, counted from the first of this feed."""
         row, column = (place, 0) if self.symbols else divmod(place, self.size)
         (step, sample), column = divmod(row, self.batch), () if self.symbols else (column,)
-        bad, where = self.x[(step - self.first // self.batch, sample, *column)].item(), (step, sample, *column)
+        bad, where = self.x[(step, sample, *column)].item(), (step + self.first // self.batch, sample, *column)
         if self.symbols:
             raise ValueError(f"inputs: got symbol {bad} at {where}; need 0..{len(self.indptr) - 2}")
         raise ValueError(f"inputs: got {bad} at position {where}; need finite numbers")

@@ -208,7 +208,7 @@ class CudaEngine:
             piece.start(now)
             piece.begin(self.settled(batch))
             after = [device.empty((piece.steps, batch, n), np.float32) for n in self.units] if record_states else None
-            self.enqueue(piece, *self._table(part, piece), report, after, counting=True)
+            self.enqueue(piece, *self._table(part, piece, begin * batch), report, after, counting=True)
             self.count_inputs(piece, self._input(part, piece), report)
             for n in wanted:
                 for whole, found in ((events, piece.sent(n)), (states, after[n] if after else None)):
@@ -332,7 +332,7 @@ class CudaEngine:
             return feed.x if isinstance(feed, DeviceFeed) else None
         return piece.kept("x", feed.x.shape, np.float32)
 
-    def _table(self, feed: Feed, piece: Piece | None = None) -> tuple[Any, Any]:
+    def _table(self, feed: Feed, piece: Piece | None = None, row_0: int = 0) -> tuple[Any, Any]:
         """The event table on the device, and which row of it each row of the input reads (None: its own)."""
         if not isinstance(feed, WholeFeed):
             return self.feed_table(feed), self.device.put(feed.row_of.astype(np.int64))
@@ -340,7 +340,7 @@ class CudaEngine:
         x = self._input(feed, piece)
         if x is not feed.x:
             feed.put(x)
-        return self.table_of(x, feed.first, piece, self.report)
+        return self.table_of(x, row_0, piece, self.report)
 
     def table_of(self, x: Any, row_0: int, piece: Piece, report) -> tuple[Any, Any]:
         """The same of numbers or symbols on the device."""
