@@ -346,7 +346,7 @@ class Simulator:
         return self._stepper(inputs)
 
     def run(self, inputs: np.ndarray | Events, *, record: Collection[str] = ()) -> Simulation:
-        """All steps of `inputs` (see `Network.feed`) from the current state on. State advances.
+        """All steps of `inputs` (see `Network.feed`) from the current state on. State advances; not where it raises.
 
         `record` holds any of "events", "states". Without a record the whole run is one compiled call; memory
         then grows with the output only.
@@ -360,14 +360,18 @@ class Simulator:
             raise ValueError(f"record: got {sorted(record)}, need any of {', '.join(RECORDABLE)}")
         feed: Feed = getattr(self.engine, "feed", self.network.feed)(inputs)
         initial, traces, events = self.state, [], []
-        for part, wipe in self._pieces(feed, bool(record) and not on_gpu(inputs)):
-            if wipe:
-                self.state = State(State.zeros(self.network, self.batch).cells, self.state.outputs)
-            trace = self._advance(part, "events" in record, "states" in record)
-            # Dense records go as they come.
-            events.append([feed.keep(dense) for dense in trace.events])
-            traces.append(replace(trace, events=()))
-        return self._joined(feed, traces, events, initial, record)
+        try:
+            for part, wipe in self._pieces(feed, bool(record) and not on_gpu(inputs)):
+                if wipe:
+                    self.state = State(State.zeros(self.network, self.batch).cells, self.state.outputs)
+                trace = self._advance(part, "events" in record, "states" in record)
+                # Dense records go as they come.
+                events.append([feed.keep(dense) for dense in trace.events])
+                traces.append(replace(trace, events=()))
+            return self._joined(feed, traces, events, initial, record)
+        except BaseException:
+            self.state = initial
+            raise
 
     def _pieces(self, feed: Feed, recording: bool) -> list[tuple[Feed, bool]]:
         """Parts of the feed in order, each with whether the cells are zeroed before it."""

@@ -122,7 +122,7 @@ def interrupt(patch, owner, name: str) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("calls", [1])
+@pytest.mark.parametrize("calls", [0, 1, 2])
 def test_an_interrupted_run_or_step_can_be_made_again(gpu, calls, size):
     network, x = small()
     expected, at = simulate(network, x).output, calls * size
@@ -131,8 +131,9 @@ def test_an_interrupted_run_or_step_can_be_made_again(gpu, calls, size):
     for begin in range(0, at, size):
         take(x[begin : begin + size])
     with pytest.MonkeyPatch.context() as patch:
-        # The third call launches a graph, then waits.
-        interrupt(patch, *((simulator.engine, "read_out") if calls < 2 else (gpu.queue, "synchronize")))
+        # The third call launches a graph, and then it is interrupted.
+        late = (simulator.engine, "_trace") if size > 1 else (gpu.queue, "synchronize")
+        interrupt(patch, *((simulator.engine, "read_out") if calls < 2 else late))
         with pytest.raises(KeyboardInterrupt):
             take(x[at : at + size])
     for begin in range(at, 10, size):
@@ -200,11 +201,16 @@ def test_bad_input_in_a_later_part_of_a_run_is_named_as_the_reference_names_it(
     options = {"carry": "events", "window": window} if window else {}
     with pytest.raises(ValueError, match=r"at (position )?\(9, 2") as reference:
         simulate(network, x, **options)
+    simulator = Simulator(network, batch=3, backend="cuda", **options)
+    simulator.run(x[:4])
+    before = simulator.state
     for fed in (x, there(x)):
         for record in ((), "events"):
             with pytest.raises(ValueError, match="inputs") as found:
-                simulate(network, fed, backend="cuda", record=record, **options)
+                simulator.run(fed, record=record)
             assert str(found.value) == str(reference.value)
+            assert same_bits(simulator.state.cells[0], before.cells[0])
+            assert same_bits(simulator.state.outputs[1], before.outputs[1])
 
 
 def test_symbols_that_are_none_are_refused_by_position(gpu):

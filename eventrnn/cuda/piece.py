@@ -138,7 +138,7 @@ class Replay:
 
     What it launches must read nothing but memory that stays. After an exception it starts over.
 
-    begun : whether the latest call may have put work on the stream
+    begun : set where a call may have put work on the stream; who asks clears it before
     """
 
     def __init__(self, queue: Any, enqueue: Callable[[], None]):
@@ -147,7 +147,6 @@ class Replay:
 
     def __call__(self) -> None:
         """Put it on the stream once."""
-        self.begun = False
         try:
             self._put()
         except BaseException:
