@@ -153,11 +153,7 @@ class Recipe:
             tied=model.tied,
             threshold=0.0,
             cell=Cell(variant=model.variant, surrogate=model.surrogate),
-            metadata={
-                "vocabulary": corpus.vocabulary.to_json(),
-                "corpus": self.data.text,
-                "thresholds": training.thresholds,
-            },
+            metadata={"vocabulary": corpus.vocabulary.to_json(), "corpus": self.data.text},
         )
         layers = zip(network.layers, model.thresholds(rng), strict=True)
         network = replace(network, layers=tuple(replace(layer, threshold=drawn) for layer, drawn in layers))

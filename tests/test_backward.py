@@ -251,13 +251,16 @@ def test_gradient_of_some_inputs_of_a_long_window(variant):
     assert not dense.backward(tape, upstream[0], d_inputs=mask)["inputs"][~mask].any()
 
 
-@pytest.mark.parametrize("got", [np.ones((3, 2, 4), bool), np.ones((3, 2, 5))])
+@pytest.mark.parametrize("got", [np.ones((3, 2, 4), bool), np.ones((3, 2, 5)), 1, None, [True], "x"])
 def test_a_mask_of_inputs_that_does_not_fit_is_refused(got):
     network = Network.random([4], inputs=5, rng=np.random.default_rng(0))
     model = Model(network)
     _, _, tape = model.forward(np.ones((3, 2, 5), np.float32), State.zeros(network, 2))
-    with pytest.raises(ValueError, match="d_inputs"):
+    with pytest.raises(ValueError, match=r"d_inputs: got .*, need True, False or"):
         model.backward(tape, np.ones((3, 2, 4), np.float32), d_inputs=got)
+    every = model.backward(tape, np.ones((3, 2, 4), np.float32), d_inputs=np.True_)
+    assert every["inputs"].shape == (3, 2, 5)
+    assert "inputs" not in model.backward(tape, np.ones((3, 2, 4), np.float32), d_inputs=np.False_)
 
 
 def test_patterns_find_the_widest_pieces():

@@ -128,6 +128,18 @@ def test_thresholds_are_learned_as_before_or_as_asked(prune, tmp_path, kept, giv
     record(prune("--out", tmp_path / "new", *asked, *TUNING, "--json", "--text", tmp_path / "text.txt"))
     after = load(tmp_path / "new")
     assert np.array_equal(before.layers[0].threshold, after.layers[0].threshold) == bool(fixed)
+    assert after.metadata["thresholds"] == (given[0] if given else kept or "positive")
+
+
+def test_a_rule_for_thresholds_that_a_file_has_wrong_is_its_fault(prune, tmp_path):
+    before = load(tmp_path / "model.safetensors")
+    save(
+        replace(before, metadata={**before.metadata, "thresholds": "learned"}),
+        tmp_path / "model.safetensors",
+        overwrite=True,
+    )
+    code, _, err = prune("--out", tmp_path / "new", *TUNING, "--text", tmp_path / "text.txt")
+    assert code == 2 and "the model file says 'learned'; give --thresholds" in err
 
 
 def test_a_picture_of_the_masks(prune, tmp_path):

@@ -115,9 +115,7 @@ def training(*, report: Report = lambda stage: None, **case: Any) -> dict:
     d_output = rng.standard_normal((asked.steps, asked.batch, asked.hidden), dtype=np.float32) / np.float32(x.size)
     model = Model(network, backward=asked.backward, threads=asked.threads)
     state = State.zeros(network, asked.batch)
-    d_inputs = asked.input_gradient == "all"
-    if asked.input_gradient == "open":
-        d_inputs = _paths_below(x, _share_open(network, x), rng)
+    d_inputs: bool | np.ndarray = asked.input_gradient != "none"
 
     def ours() -> tuple[Tape, dict[str, np.ndarray]]:
         _, _, tape = model.forward(x, state)
@@ -127,6 +125,9 @@ def training(*, report: Report = lambda stage: None, **case: Any) -> dict:
         report("compiling")
         started = time.perf_counter()
         tape, gradients = ours()
+        if asked.input_gradient == "open":
+            d_inputs = _paths_below(x, tape.support, rng)
+            tape, gradients = ours()
         compile_seconds = time.perf_counter() - started
         for name, gradient in gradients.items():
             if not np.isfinite(gradient).all():
@@ -163,14 +164,6 @@ def at_support(network: Network, x: np.ndarray, support: float) -> Network:
     width = float(np.quantile(distance, support))
     rule = Surrogate("triangle", layer.cell.surrogate.dampening, 1 / max(width, 1e-6))
     return replace(network, layers=(replace(layer, cell=replace(layer.cell, surrogate=rule)),))
-
-
-def _share_open(network: Network, x: np.ndarray) -> float:
-    """Share of units, steps and samples that fire or have a slope."""
-    (layer,) = network.layers
-    _, _, tape = Model(network).forward(x, State.zeros(network, x.shape[1]))
-    v, rule = tape.layers[0].v, layer.cell.surrogate
-    return float(((v > layer.threshold) | (np.abs(v - layer.threshold) < 1 / rule.support)).mean())
 
 
 def _paths_below(x: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:

@@ -105,7 +105,9 @@ def prune(
     activity_cost: Annotated[float | None, typer.Option(help="Of the training, as for train. [0]")] = None,
     thresholds: Annotated[
         str | None,
-        typer.Option(help=f"How they are learned: {', '.join(RULES)}. [as the model was trained, else {RULES[0]}]"),
+        typer.Option(
+            help=f"How the training learns thresholds: {', '.join(RULES)}. [as before, else {RULES[0]}]",
+        ),
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Of the training, as for train. [32]")] = None,
     window: Annotated[int | None, typer.Option(help="Of the training, as for train. [64]")] = None,
@@ -313,9 +315,15 @@ def _tuned(
     """Trained, in the formats and storages it came in; what the schedule pruned, in the pattern's."""
     from eventrnn.training import Settings, Trainer
 
-    tuning = {"steps": steps, "learning_rate": 3e-3, "thresholds": network.metadata.get("thresholds", RULES[0])}
+    before = network.metadata.get("thresholds", RULES[0])
+    tuning = {"steps": steps, "learning_rate": 3e-3, "thresholds": before}
     tuning |= {name: given[name] for name in TUNING if name in given}
-    trainer = Trainer(network, train, Settings(**tuning), pruning=schedule)
+    try:
+        trainer = Trainer(network, train, Settings(**tuning), pruning=schedule)
+    except ValueError as error:
+        if "thresholds" in given or not str(error).startswith("thresholds: "):
+            raise
+        raise ValueError(f"{error} (the model file says {before!r}; give --thresholds)") from None
     trained = trainer.run(lambda p: report("pruning", p.step, steps, f"{p.bits:.3f} bits, {p.sparsity:.0%} pruned"))
     chosen = schedule.matrices(trainer.model.parameters) if schedule is not None else ()
     masks = {name: trainer.model.masks[name] for name in chosen}

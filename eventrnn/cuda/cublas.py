@@ -29,7 +29,7 @@ class Cublas:
         except (ImportError, RuntimeError, OSError) as error:
             why = str(error).splitlines()[0]
             raise BackendUnavailable(
-                f"cuda: exact=False needs cuBLAS ({why}); the extras cuda12 and cuda13 bring it, or leave exact=False out"
+                f"cuda: exact=False needs cuBLAS ({why}); the extras cuda12 and cuda13 bring it"
             ) from None
         self.library = ctypes.CDLL(found.abs_path or "libcublas.so")
         self.workspace = device.empty(WORKSPACE_BYTES, "u1")

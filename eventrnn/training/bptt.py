@@ -223,7 +223,8 @@ class Model:
         """
         p, gradients, noise = self.parameters, {}, tape.noise
         some = _input_mask(d_inputs, tape)
-        asked = some is not None or d_inputs is True or tape.symbols is not None
+        whole = some is None and bool(d_inputs)
+        asked = some is not None or whole or tape.symbols is not None
         bottom = Paths.of_mask(some) if some is not None else Paths() if asked else None
         d_x = d_output
         if "readout.bias" in p:
@@ -258,7 +259,7 @@ class Model:
                 self.thresholds, layer.threshold, gradients[f"layers.{k}.threshold"]
             )
         d_x = _scaled(d_x, noise.inputs) if asked else d_x
-        if d_inputs is not False:
+        if whole or some is not None:
             gradients["inputs"] = d_x
         if tape.symbols is not None:
             if noise.words is not None:
@@ -287,9 +288,11 @@ def check_range(name: str, symbols: np.ndarray, size: int, axes: str) -> None:
 
 def _input_mask(d_inputs: bool | np.ndarray, tape: Tape) -> np.ndarray | None:
     """The mask among what `backward` may be asked for."""
-    if isinstance(d_inputs, bool):
+    if isinstance(d_inputs, bool | np.bool_):
         return None
     shape = tape.layers[0].x.shape
+    if not isinstance(d_inputs, np.ndarray):
+        raise ValueError(f"d_inputs: got {d_inputs!r}, need True, False or an array of booleans {shape}")
     if tape.symbols is not None:
         raise ValueError("d_inputs: got a mask for a window of symbols, whose embedding needs all; give True or False")
     if d_inputs.dtype != bool or d_inputs.shape != shape:

@@ -203,9 +203,10 @@ class Trainer:
 
     def network(self, *, best: bool = False) -> Network:
         """The trained network: of the parameters so far (averaged, if the optimiser averages), or of the best
-        validation."""
+        validation. How its thresholds were learned stands in `metadata["thresholds"]`."""
         with _Borrowed(self.model, self.best if best and self.best else self._present()) as model:
-            return model.network()
+            network = model.network()
+        return replace(network, metadata={**network.metadata, "thresholds": model.thresholds})
 
     def _present(self) -> dict[str, np.ndarray]:
         """Parameters as a forward pass of now sees them, averaged if the optimiser averages."""
