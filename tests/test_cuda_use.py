@@ -282,6 +282,15 @@ def test_a_precision_that_is_none_is_refused():
         CudaBackend(exact=False, precision="float8")
 
 
+@pytest.mark.parametrize("precision", ["float16", "tf32"])
+def test_a_precision_that_an_exact_run_would_not_use_is_refused(precision):
+    with pytest.raises(
+        ValueError, match=f"precision: got '{precision}', but exact runs round nothing; give exact=False"
+    ):
+        CudaBackend(precision=precision)
+    assert CudaBackend(exact=False).precision == "float16" and CudaBackend().precision is None
+
+
 # --- on a GPU -----------------------------------------------------------------------------------------------
 
 
