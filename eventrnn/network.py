@@ -281,8 +281,9 @@ class Simulator:
     batch   : samples side by side
     backend : a name in `BACKENDS` or a `Backend`; "auto" takes the fastest way of each product, as measured once on
               this machine
-    exact   : False lets "auto" use BLAS, and "cuda" tensor cores with float16 weights and events: sums in another
-              order, chosen where measured faster, and named in `Simulation.paths`
+    exact   : False lets "auto" use BLAS, and "cuda", from 4 samples on, tensor cores with float16 weights and events:
+              sums in another order, chosen where measured faster, and named in `Simulation.paths`. "cuda" measures at
+              the first `run`, and a `step` before it is exact
     threads : split over postsynaptic units; never changes a bit
     carry   : "state" carries cells and outputs. "events" zeroes the cells at the start of every `run` and every
               `window` steps and carries only outputs, as the released EvNN code does between windows

@@ -43,10 +43,12 @@ PRECISIONS = ("float16", "bfloat16", "tf32")
 class CudaBackend:
     """One NVIDIA GPU. Opened by the first engine only, so that any machine can name it.
 
-    exact     : False lets layers of many streams go through tensor cores, where that is measured to be faster: at the
-                first run of each batch size, on what it is fed. `Simulation.paths` says which
-    precision : of weights and events there, "float16" (where none is given), "bfloat16" or "tf32"; sums are float32, and
-                so are cells. Only with exact=False
+    exact     : False lets layers of 4 streams or more go through tensor cores, where that is measured to be faster: at
+                the first run of each batch size, on what it is fed; steps measure nothing, and go as the last run of
+                their batch size went, exactly before one. `Simulation.paths` says which. Layers of the paper's variant,
+                and those with weights that float16 cannot hold where that is asked for, stay exact
+    precision : of weights and events there, "float16" (where none is given), "bfloat16" or "tf32"; sums and cells are
+                float32. Only with exact=False
 
     Raises ValueError for a precision that is none of these, or that an exact run would not use.
     """

@@ -25,7 +25,7 @@ from eventrnn.cuda.products import compact_kernel, tally_kernel
 from eventrnn.cuda.single import single_kernel
 from eventrnn.cuda.stepper import CudaStepper, Loop, StepLoop
 from eventrnn.cuda.tables import LANES
-from eventrnn.cuda.tensor import TensorLayer, measured_ways
+from eventrnn.cuda.tensor import TensorLayer, fits, measured_ways
 from eventrnn.weights import Dense
 
 if TYPE_CHECKING:
@@ -68,10 +68,13 @@ class CudaEngine:
     @cached_property
     def tensors(self) -> list[TensorLayer | None]:
         """Layers as tensor cores take them; None for those that they cannot have."""
-        assert self.precision is not None
-        with self.device.on_stream():
-            layers, cublas = enumerate(self.network.layers), Cublas(self.device)
-            return [TensorLayer.of(self.device, cublas, n, layer, self.precision) for n, layer in layers]
+        precision, device, layers = self.precision, self.device, self.network.layers
+        assert precision is not None
+        able = [fits(layer, precision) for layer in layers]
+        with device.on_stream():
+            cublas = Cublas(device) if any(able) else None
+            made = zip(layers, able, strict=True)
+            return [TensorLayer.of(device, cublas, each, precision) if cublas and can else None for each, can in made]
 
     def launches(self, ways: tuple[int, ...] = ()) -> list[range]:
         """Layers by launch, where those in `ways` go through tensor cores."""
