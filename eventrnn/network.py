@@ -21,6 +21,7 @@ from eventrnn.backend import (
     State,
     Stepper,
     Trace,
+    as_array,
     get_backend,
     need_on_host,
     on_gpu,
@@ -181,14 +182,14 @@ class Network:
 
         inputs : (steps, batch, I) float array or `Events`; with an embedding, (steps, batch) integers.
 
-        Raises ValueError for inputs of another shape or kind, and TypeError for an array on a GPU.
+        Raises ValueError for inputs of another shape or kind, and TypeError for an array on a GPU or nowhere.
         """
         need_on_host(inputs)
         if self.embedding is not None:
             return self._index_feed(inputs)
         size = self.layers[0].inputs
         if not isinstance(inputs, Events):
-            array = np.asarray(inputs)
+            array = as_array(inputs)
             if array.ndim != 3 or array.shape[2] != size or array.dtype.kind not in "fiub":
                 raise ValueError(f"inputs: got {array.dtype} {array.shape}, need numbers (steps, batch, {size})")
             check_finite("inputs", array)
@@ -216,7 +217,7 @@ class Network:
         symbols, size = self.embedding.shape
         if isinstance(inputs, Events):
             raise ValueError("inputs: got Events, but the network has an embedding; give symbols (steps, batch)")
-        array = np.asarray(inputs)
+        array = as_array(inputs)
         if array.ndim != 2 or array.dtype.kind not in "iu":
             raise ValueError(f"inputs: got {array.dtype} {array.shape}, need integers (steps, batch) for the embedding")
         if array.size and not (0 <= array.min() and array.max() < symbols):
@@ -343,7 +344,7 @@ class Simulator:
             self._stepper = self.engine.stepper(self._state)
             if self._stepper is None:
                 need_on_host(inputs)
-                return self._advance(self.network.feed(np.asarray(inputs)[None]), False, False).output[0]
+                return self._advance(self.network.feed(as_array(inputs)[None]), False, False).output[0]
         return self._stepper(inputs)
 
     def run(self, inputs: np.ndarray | Events, *, record: Collection[str] = ()) -> Simulation:
@@ -439,12 +440,14 @@ def simulate(
     >>> result.output, result.activity, result.events[0]
     """
     if not isinstance(inputs, Events) and not on_gpu(inputs):
-        inputs = np.asarray(inputs)
-    shape = inputs.shape
+        inputs = as_array(inputs)
+    shape = getattr(inputs, "shape", ())
     simulator = Simulator(
         network, batch=shape[1] if len(shape) > 1 else 1, backend=backend, exact=exact, threads=threads, state=state,
         carry=carry, window=window,
     )  # fmt: skip
+    if not hasattr(inputs, "shape") and hasattr(simulator.engine, "feed"):
+        raise TypeError(f"inputs: got a {type(inputs).__name__} without a shape; give a CuPy array or a torch tensor")
     return simulator.run(inputs, record=record)
 
 

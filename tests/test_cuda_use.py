@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+from functools import partial
+from itertools import product
 
 import numpy as np
 import pytest
@@ -259,11 +261,45 @@ def test_backends_of_the_host_refuse_arrays_of_a_gpu():
     class Elsewhere:
         shape, __cuda_array_interface__ = (11, 3, 6), {}
 
-    for backend in ("cpu", "reference", "blas"):
+    class Managed:
+        """CUDA's managed memory, by DLPack, which has no shape."""
+
+        def __dlpack_device__(self):
+            return 13, 0
+
+    for backend, kind in product(("cpu", "reference", "blas"), (Elsewhere, Managed)):
         with pytest.raises(TypeError, match="on a GPU, which only backend='cuda' takes; copy it to the host"):
-            simulate(small()[0], Elsewhere(), backend=backend)
+            simulate(small()[0], kind(), backend=backend)
         with pytest.raises(TypeError, match="on a GPU, which only backend='cuda' takes"):
-            Simulator(small()[0], batch=3, backend=backend).step(Elsewhere())
+            Simulator(small()[0], batch=3, backend=backend).step(kind())
+
+
+def test_arrays_without_a_shape_are_refused(gpu):
+    class Shapeless:
+        def __dlpack_device__(self):
+            return 2, 0
+
+    with pytest.raises(TypeError, match="inputs: got a Shapeless without a shape; give a CuPy array or a torch tensor"):
+        simulate(small()[0], Shapeless(), backend="cuda")
+
+
+def test_tensors_without_memory_are_refused(gpu):
+    class Meta:
+        """As torch's meta tensors."""
+
+        shape = (11, 3, 6)
+
+        def __dlpack_device__(self):
+            raise ValueError("Unknown device type meta for Dlpack")
+
+        def __array__(self, dtype=None, copy=None):
+            raise TypeError("can't convert meta device type tensor to numpy")
+
+    for backend in ("cpu", "reference", "cuda"):
+        simulator = Simulator(small()[0], batch=3, backend=backend)
+        for take in (simulator.run, simulator.step, partial(simulate_on, small()[0], backend=backend)):
+            with pytest.raises(TypeError, match=r"inputs: NumPy cannot read this \w+.Meta \(can't convert meta"):
+                take(Meta())
 
 
 def test_out_of_memory_says_what_is_needed_and_leaves_the_engine_usable(gpu):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eventrnn.backend import State, on_gpu
+from eventrnn.backend import State, as_array, on_gpu
 from eventrnn.cuda.arrays import DeviceFeed, DeviceState, check_report
 from eventrnn.cuda.piece import Piece, Replay
 from eventrnn.cuda.tables import REPORT_FIELDS, REPORT_INPUT
@@ -135,7 +135,7 @@ class CudaStepper:
         """Bring a NumPy array of any kind to where the GPU gets it from; single numbers are looked at there."""
         target = self.loop.host_x
         if type(inputs) is not np.ndarray or inputs.dtype != target.dtype or inputs.shape != target.shape:
-            fed = self.engine.network.feed(np.asarray(inputs)[None])
+            fed = self.engine.network.feed(as_array(inputs)[None])
             self._need_batch(fed.batch)
             inputs = fed.row_of if target.ndim == 1 else fed.events().to_dense()[0]
         np.copyto(target, inputs)
@@ -153,7 +153,7 @@ class CudaStepper:
         """Raise for what the step found."""
         engine, report = self.engine, self.loop.host_answer[:REPORT_FIELDS]
         if feed is None and report[REPORT_INPUT]:
-            engine.network.feed(np.asarray(inputs)[None])
+            engine.network.feed(as_array(inputs)[None])
         check_report(report, feed or engine.no_input, self.state())
 
 

@@ -123,7 +123,7 @@ class TensorLayer:
 
 
 def fits(layer: Layer, precision: str) -> bool:
-    """Not the paper's variant, whose candidate waits for a gate within the product, nor weights too large for float16."""
+    """Not the paper's variant, whose candidate waits for a gate within the product, nor weights beyond float16."""
     if layer.cell.variant == "paper":
         return False
     weights = (layer.w_in.floats(), layer.w_rec.floats())
