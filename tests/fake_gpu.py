@@ -422,8 +422,6 @@ def _multiply(weights, bias, firsts, counts, lists, rows, row_of, out) -> None:
 
 def install(monkeypatch, room: int = 1 << 40) -> FakeDevice:
     """Let the engine run on a fake."""
-    import sys
-
     from eventrnn.cuda import engine as module
     from eventrnn.cuda.matrix import Matrix
 
@@ -431,7 +429,6 @@ def install(monkeypatch, room: int = 1 << 40) -> FakeDevice:
     monkeypatch.setattr(module, "current_device", lambda: device)
     monkeypatch.setattr(module, "Cublas", Cublas)
     monkeypatch.setattr(module.CudaEngine, "_launch_layers", _launch_layers)
-    monkeypatch.setitem(sys.modules, "cupy", device.arrays)
     plain = Matrix.of.__func__
 
     def of(cls, device, weights, bias, gates, width):

@@ -108,9 +108,13 @@ class WholeFeed(Feed):
 
 @dataclass(frozen=True)
 class DeviceFeed(WholeFeed):
-    """Input on the GPU; results stay there, in arrays of the kind that `asked` has."""
+    """Input on the GPU; results stay there, in arrays of the kind that `asked` has.
+
+    arrays : the device's package for them
+    """
 
     asked: Any = None
+    arrays: Any = None
 
     @classmethod
     def of(cls, device: Device, network: Network, table: Feed, inputs: Any, step: bool) -> DeviceFeed:
@@ -136,11 +140,11 @@ class DeviceFeed(WholeFeed):
                 array = device.arrays.ascontiguousarray(array, wanted)
         steps, batch = map(int, array.shape[:2])
         nothing = (table.indptr, table.indices, table.values, table.row_of)
-        return cls(*nothing, steps, batch, size, array, 0, inputs)
+        return cls(*nothing, steps, batch, size, array, 0, inputs, device.arrays)
 
     def uses(self) -> np.ndarray:
         """How often each symbol was read."""
-        return sys.modules["cupy"].bincount(self.x.ravel(), minlength=len(self.indptr) - 1).get()
+        return self.arrays.bincount(self.x.ravel(), minlength=len(self.indptr) - 1).get()
 
     def keep(self, dense: Any) -> Any:
         """Records stay dense."""
@@ -150,7 +154,7 @@ class DeviceFeed(WholeFeed):
         """One after the other."""
         if len(parts) == 1:
             return parts[0]
-        return sys.modules["torch"].cat(list(parts)) if is_torch(parts[0]) else sys.modules["cupy"].concatenate(parts)
+        return sys.modules["torch"].cat(list(parts)) if is_torch(parts[0]) else self.arrays.concatenate(parts)
 
     def events(self) -> Any:
         """The inputs themselves."""

@@ -472,7 +472,7 @@ class CudaEngine:
         if self.readout is None:
             if out is None:
                 out = self.device.empty((steps, batch, n), np.float32)
-            copy_rows(out, n, piece.sent(len(self.units) - 1), pitch_of(n), n, steps * batch)
+            copy_rows(self.device, out, n, piece.sent(len(self.units) - 1), pitch_of(n), n, steps * batch)
             return out
         device, rows, pitch = self.device, steps * batch, pitch_of(n)
         table, record = piece.lists("output", pitch + LANES), piece.records[-1][1:]

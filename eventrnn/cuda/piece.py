@@ -107,12 +107,14 @@ class Piece:
             for each in (self.records[n], self.gated[n]):
                 if each is not None and n not in settled:
                     each.data.memset_async(NOT_YET_BYTE, each.nbytes)
-            copy_rows(self.records[n], pitch_of(units), self.outputs[n], units, units, self.batch)
+            copy_rows(self.device, self.records[n], pitch_of(units), self.outputs[n], units, units, self.batch)
 
     def end(self) -> None:
         """The last step's outputs are the state's."""
         for n, units in enumerate(self.units):
-            copy_rows(self.outputs[n], units, self.records[n][self.steps :], pitch_of(units), units, self.batch)
+            copy_rows(
+                self.device, self.outputs[n], units, self.records[n][self.steps :], pitch_of(units), units, self.batch
+            )
 
 
 def pitch_of(units: int) -> int:
@@ -120,16 +122,17 @@ def pitch_of(units: int) -> int:
     return -(-units // LANES) * LANES
 
 
-def copy_rows(target: Any, target_pitch: int, source: Any, source_pitch: int, width: int, rows: int) -> None:
+def copy_rows(
+    device: Device, target: Any, target_pitch: int, source: Any, source_pitch: int, width: int, rows: int
+) -> None:
     """Rows of float32 from one array on the device to another, on CuPy's current stream; pitches in numbers."""
-    import cupy
-
     if rows == 0:
         return
-    runtime = cupy.cuda.runtime
+    cuda = device.arrays.cuda
+    runtime = cuda.runtime
     runtime.memcpy2DAsync(
         target.data.ptr, 4 * target_pitch, source.data.ptr, 4 * source_pitch, 4 * width, rows,
-        runtime.memcpyDeviceToDevice, cupy.cuda.get_current_stream().ptr,
+        runtime.memcpyDeviceToDevice, cuda.get_current_stream().ptr,
     )  # fmt: skip
 
 
