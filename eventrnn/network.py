@@ -245,7 +245,7 @@ class Simulation:
     input_fired : how often each input of layer 0 was not zero
     fired       : per layer, how many events each unit sent
     steps, batch
-    inputs      : the input as `Events`, with record="events"; on a GPU the array itself
+    inputs      : the input as `Events`, with record="events"; on a GPU a copy of the array
     events      : per layer `Events`, with record="events"; on a GPU per layer the (steps, batch, N) outputs
     states      : per layer (steps, batch, N) cells after the event, with record="states"
     paths       : by matrix, how its products went, where the backend had a choice ("auto" and "cuda" have)

@@ -298,7 +298,7 @@ class FakeDevice:
             empty=self._empty,
             ndarray=Array,
             asarray=lambda a: a.view(Array),
-            ascontiguousarray=lambda a, dtype: np.ascontiguousarray(a, dtype).view(Array),
+            ascontiguousarray=np.errstate(over="ignore")(lambda a, dtype: np.ascontiguousarray(a, dtype).view(Array)),
             bincount=lambda a, minlength: np.bincount(a, minlength=minlength).view(Array),
             concatenate=lambda parts: np.concatenate(parts).view(Array),
             cuda=SimpleNamespace(

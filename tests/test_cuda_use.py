@@ -223,6 +223,32 @@ def test_symbols_that_are_none_are_refused_by_position(gpu):
             simulate(network, there(x), backend="cuda")
 
 
+def test_input_is_refused_as_what_it_was_before_it_was_converted(gpu):
+    reading, x = small(symbols=True)
+    symbols = x.astype(np.uint64)
+    symbols[9, 1] = 2**63 + 1
+    numbers = np.zeros((11, 3, 6))
+    numbers[9, 2, 1] = 1e300
+    for network, fed in ((reading, symbols), (small()[0], numbers)):
+        with pytest.raises(ValueError, match="inputs") as reference:
+            simulate(network, fed)
+        for options in ({}, {"carry": "events", "window": 4}):
+            with pytest.raises(ValueError, match="inputs") as found:
+                simulate(network, there(fed), backend="cuda", **options)
+            assert str(found.value) == str(reference.value)
+        with pytest.raises(ValueError, match="inputs as float32: got inf|got symbol 9223372036854775809"):
+            Simulator(network, batch=3, backend="cuda").step(there(fed[9]))
+
+
+def test_recorded_inputs_are_a_copy_of_the_same_kind(gpu):
+    network, x = small()
+    for kind in (np.float32, np.float64):
+        fed = there(x.astype(kind))
+        kept = simulate(network, fed, backend="cuda", record="events").inputs
+        fed[...] = 0
+        assert on_gpu(kept) and kept.dtype == kind and np.array_equal(kept.get(), x)
+
+
 def test_cells_that_overflow_are_named(gpu):
     network, x = small()
     state = State.zeros(network, 3)
