@@ -336,7 +336,9 @@ class Simulator:
         """One time step: (batch, I) numbers or (batch,) symbols in, (batch, V or N) out. State advances.
 
         Cost: the kernel, and one or two microseconds for float32 numbers or int64 symbols, contiguous. With "cuda",
-        arrays on the GPU give arrays there, as of `run`.
+        arrays on the GPU give arrays there, as of `run`; there a call takes 90 to 130 microseconds by the clock (H100,
+        1 to 64 samples), of which the GPU works a few: in a `run` of 100 steps each takes 4 to 14, so give it chunks
+        where latency allows.
         """
         if self._stepper is None:
             if self.carry != "state":
