@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from eventrnn.backend import State
 from eventrnn.cuda import tables as k
 from eventrnn.reference import forward, layer_parameters, propagate
 
@@ -439,6 +438,3 @@ def install(monkeypatch, room: int = 1 << 40) -> FakeDevice:
     monkeypatch.setattr(Matrix, "of", classmethod(of))
     monkeypatch.setattr(Matrix, "products", _products)
     return device
-
-
-__all__ = ["Array", "FakeDevice", "State", "install"]
