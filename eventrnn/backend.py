@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from eventrnn.network import Network
 
 
-DLPACK_CUDA = 2
+#: DLPack's kinds of device whose memory is a GPU's: CUDA, and CUDA managed
+DLPACK_CUDA = (2, 13)
 #: how ways begin, in `Trace.paths`, that sum in an order of their own
 INEXACT = ("blas", "tensor")
 
@@ -35,18 +36,34 @@ def on_gpu(array: Any) -> bool:
     # Asked first, for a tensor that requires a gradient refuses the other interface.
     where = getattr(array, "__dlpack_device__", None)
     if where is not None:
-        return int(where()[0]) == DLPACK_CUDA
+        try:
+            return int(where()[0]) in DLPACK_CUDA
+        except (TypeError, ValueError, RuntimeError, BufferError):
+            # It lies nowhere that DLPack knows, as torch's meta tensors do.
+            pass
     return hasattr(array, "__cuda_array_interface__")
 
 
 def need_on_host(inputs: Any) -> None:
     """Refuse an array on a GPU. Raises TypeError."""
     if on_gpu(inputs):
-        kind = f"{type(inputs).__module__.partition('.')[0]}.{type(inputs).__name__}"
+        kind = _kind(inputs)
         raise TypeError(
             f"inputs: got a {kind} on a GPU, which only backend='cuda' takes; copy it to the host: x.get() of CuPy, "
             "x.cpu().numpy() of torch"
         )
+
+
+def as_array(inputs: Any) -> np.ndarray:
+    """As NumPy has it. Raises TypeError for what it cannot read."""
+    try:
+        return np.asarray(inputs)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"inputs: NumPy cannot read this {_kind(inputs)} ({error}); give a NumPy array") from None
+
+
+def _kind(inputs: Any) -> str:
+    return f"{type(inputs).__module__.partition('.')[0]}.{type(inputs).__name__}"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from eventrnn.backend import Feed, FireCounts, State, Trace, need_on_host
+from eventrnn.backend import Feed, FireCounts, State, Trace, as_array, need_on_host
 from eventrnn.jit import compiled
 from eventrnn.packing import PIECES, aligned_zeros, check_format
 from eventrnn.plan import (
@@ -401,7 +401,7 @@ class CpuEngine:
 
         def check(inputs) -> np.ndarray:
             need_on_host(inputs)
-            fed = network.feed(np.asarray(inputs)[None])
+            fed = network.feed(as_array(inputs)[None])
             if fed.batch != batch:
                 raise ValueError(f"inputs: got a batch of {fed.batch}, but the simulator was made for {batch}")
             return fed.row_of if symbols else fed.events().to_dense()[0]

@@ -101,10 +101,15 @@ class Stepper:
         ):
             inputs = self.check(inputs)
         output = np.empty(self.output_shape, np.float32)
-        if self.takes_symbols:
-            refused = self.kernel(self.table, NO_NUMBERS, inputs, output)
-        else:
-            refused = self.kernel(self.table, inputs, NO_SYMBOLS, output)
+        try:
+            if self.takes_symbols:
+                refused = self.kernel(self.table, NO_NUMBERS, inputs, output)
+            else:
+                refused = self.kernel(self.table, inputs, NO_SYMBOLS, output)
+        except KeyboardInterrupt:
+            # It is raised when the kernel returns.
+            self._undo(inputs)
+            raise
         if refused:
             self._refuse(inputs)
         return output
@@ -117,5 +122,13 @@ class Stepper:
         """Say what the kernel found; the state goes back to before."""
         self.check(inputs)
         cells = self.state().cells
-        self.c[:], self.y[:] = self.before
+        self._undo(inputs)
         need_finite_cells(cells)
+
+    def _undo(self, inputs: np.ndarray) -> None:
+        """Back to the state before the last step. Bad input was none."""
+        try:
+            self.check(inputs)
+        except ValueError:
+            return
+        self.c[:], self.y[:] = self.before

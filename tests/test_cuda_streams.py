@@ -117,9 +117,41 @@ def test_what_float16_cannot_hold_is_refused(gpu):
     with pytest.raises(FloatingPointError, match="too large for float16; use CudaBackend"):
         through_tensor_cores(network, 6).run(x)
     assert np.isfinite(through_tensor_cores(network, 6, "bfloat16").run(x).output).all()
+
+
+def test_a_layer_with_weights_that_float16_cannot_hold_stays_exact(gpu):
+    network, x = streams()
+    gpu.timed = lambda launched: 1.0 if "gemm" in launched else 2.0
     network.layers[1].w_rec.values[0, 0] = 1e5
-    with pytest.raises(ValueError, match=r"layers.1.w_rec: has weights beyond 65,504, which float16 cannot hold"):
-        through_tensor_cores(network, 6).run(x)
+    for precision, inexact in (("float16", [True, False]), ("bfloat16", [True, True])):
+        paths = simulate(network, x, backend=CudaBackend(exact=False, precision=precision)).paths
+        assert [paths[f"layers.{n}.w_rec"] == f"tensor {precision}" for n in range(2)] == inexact
+
+
+def test_nothing_is_made_for_tensor_cores_that_no_layer_can_use(gpu, monkeypatch):
+    from eventrnn.cuda import engine
+
+    def none(device):
+        raise BackendUnavailable("cuda: exact=False needs cuBLAS")
+
+    monkeypatch.setattr(engine, "Cublas", none)
+    for network, x in (streams(batch=3), streams(variant="paper")):
+        assert simulate(network, x, backend="cuda", exact=False).exact
+    with pytest.raises(BackendUnavailable):
+        simulate(*streams(batch=4), backend="cuda", exact=False)
+
+
+def test_steps_go_as_the_run_before_them_was_measured(gpu):
+    network, x = streams()
+    gpu.timed = lambda launched: 1.0 if "gemm" in launched else 2.0
+    simulator = Simulator(network, batch=6, backend="cuda", exact=False)
+    expected = simulate(network, x, backend="reference")
+    assert np.array_equal(simulator.step(x[0]), expected.output[0])
+    assert "gemm" not in gpu.launched
+    simulator.run(x[1:3])
+    gpu.launched.clear()
+    simulator.step(x[3])
+    assert "gemm" in gpu.launched
 
 
 def test_inexact_is_asked_for_by_name():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+from functools import partial
+from itertools import product
 
 import numpy as np
 import pytest
@@ -111,6 +113,35 @@ def test_numbers_of_other_kinds_are_converted_there(gpu):
     )
 
 
+def interrupt(patch, owner, name: str) -> None:
+    """Ctrl-C when that method is called next."""
+
+    def interrupted(*arguments):
+        patch.undo()
+        raise KeyboardInterrupt
+
+    patch.setattr(owner, name, interrupted)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("calls", [0, 1, 2])
+def test_an_interrupted_run_or_step_can_be_made_again(gpu, calls, size):
+    network, x = small()
+    expected, at = simulate(network, x).output, calls * size
+    simulator = Simulator(network, batch=3, backend="cuda")
+    take = (lambda part: simulator.run(part).output) if size > 1 else (lambda part: simulator.step(part[0])[None])
+    for begin in range(0, at, size):
+        take(x[begin : begin + size])
+    with pytest.MonkeyPatch.context() as patch:
+        # The third call launches a graph, and then it is interrupted.
+        late = (simulator.engine, "_trace") if size > 1 else (gpu.queue, "synchronize")
+        interrupt(patch, *((simulator.engine, "read_out") if calls < 2 else late))
+        with pytest.raises(KeyboardInterrupt):
+            take(x[at : at + size])
+    for begin in range(at, 10, size):
+        assert same_bits(take(x[begin : begin + size]), expected[begin : begin + size])
+
+
 def test_the_state_stays_on_the_gpu_until_it_is_looked_at(gpu, monkeypatch):
     network, x = small()
     fetched = []
@@ -157,12 +188,65 @@ def test_numbers_that_are_not_finite_are_refused_by_position_and_change_nothing(
     assert same_bits(simulator.state.outputs[1], before.outputs[1])
 
 
+@pytest.mark.parametrize("pieces", [False, True])
+@pytest.mark.parametrize("window", [4, 6, None])
+@pytest.mark.parametrize("symbols", [False, True])
+def test_bad_input_in_a_later_part_of_a_run_is_named_as_the_reference_names_it(
+    gpu, monkeypatch, pieces, window, symbols
+):
+    from eventrnn.cuda import engine
+
+    if pieces:
+        monkeypatch.setattr(engine, "RECORD_BYTES", 1 << 13)
+    network, x = small(symbols=symbols)
+    x[(9, 2) if symbols else (9, 2, 1)] = 9 if symbols else np.nan
+    options = {"carry": "events", "window": window} if window else {}
+    with pytest.raises(ValueError, match=r"at (position )?\(9, 2") as reference:
+        simulate(network, x, **options)
+    simulator = Simulator(network, batch=3, backend="cuda", **options)
+    simulator.run(x[:4])
+    before = simulator.state
+    for fed in (x, there(x)):
+        for record in ((), "events"):
+            with pytest.raises(ValueError, match="inputs") as found:
+                simulator.run(fed, record=record)
+            assert str(found.value) == str(reference.value)
+            assert same_bits(simulator.state.cells[0], before.cells[0])
+            assert same_bits(simulator.state.outputs[1], before.outputs[1])
+
+
 def test_symbols_that_are_none_are_refused_by_position(gpu):
     network, x = small(symbols=True)
     for bad in (9, -1):
         x[3, 1] = bad
         with pytest.raises(ValueError, match=rf"inputs: got symbol {bad} at \(3, 1\); need 0..8"):
             simulate(network, there(x), backend="cuda")
+
+
+def test_input_is_refused_as_what_it_was_before_it_was_converted(gpu):
+    reading, x = small(symbols=True)
+    symbols = x.astype(np.uint64)
+    symbols[9, 1] = 2**63 + 1
+    numbers = np.zeros((11, 3, 6))
+    numbers[9, 2, 1] = 1e300
+    for network, fed in ((reading, symbols), (small()[0], numbers)):
+        with pytest.raises(ValueError, match="inputs") as reference:
+            simulate(network, fed)
+        for options in ({}, {"carry": "events", "window": 4}):
+            with pytest.raises(ValueError, match="inputs") as found:
+                simulate(network, there(fed), backend="cuda", **options)
+            assert str(found.value) == str(reference.value)
+        with pytest.raises(ValueError, match="inputs as float32: got inf|got symbol 9223372036854775809"):
+            Simulator(network, batch=3, backend="cuda").step(there(fed[9]))
+
+
+def test_recorded_inputs_are_a_copy_of_the_same_kind(gpu):
+    network, x = small()
+    for kind in (np.float32, np.float64):
+        fed = there(x.astype(kind))
+        kept = simulate(network, fed, backend="cuda", record="events").inputs
+        fed[...] = 0
+        assert on_gpu(kept) and kept.dtype == kind and np.array_equal(kept.get(), x)
 
 
 def test_cells_that_overflow_are_named(gpu):
@@ -203,11 +287,45 @@ def test_backends_of_the_host_refuse_arrays_of_a_gpu():
     class Elsewhere:
         shape, __cuda_array_interface__ = (11, 3, 6), {}
 
-    for backend in ("cpu", "reference", "blas"):
+    class Managed:
+        """CUDA's managed memory, by DLPack, which has no shape."""
+
+        def __dlpack_device__(self):
+            return 13, 0
+
+    for backend, kind in product(("cpu", "reference", "blas"), (Elsewhere, Managed)):
         with pytest.raises(TypeError, match="on a GPU, which only backend='cuda' takes; copy it to the host"):
-            simulate(small()[0], Elsewhere(), backend=backend)
+            simulate(small()[0], kind(), backend=backend)
         with pytest.raises(TypeError, match="on a GPU, which only backend='cuda' takes"):
-            Simulator(small()[0], batch=3, backend=backend).step(Elsewhere())
+            Simulator(small()[0], batch=3, backend=backend).step(kind())
+
+
+def test_arrays_without_a_shape_are_refused(gpu):
+    class Shapeless:
+        def __dlpack_device__(self):
+            return 2, 0
+
+    with pytest.raises(TypeError, match="inputs: got a Shapeless without a shape; give a CuPy array or a torch tensor"):
+        simulate(small()[0], Shapeless(), backend="cuda")
+
+
+def test_tensors_without_memory_are_refused(gpu):
+    class Meta:
+        """As torch's meta tensors."""
+
+        shape = (11, 3, 6)
+
+        def __dlpack_device__(self):
+            raise ValueError("Unknown device type meta for Dlpack")
+
+        def __array__(self, dtype=None, copy=None):
+            raise TypeError("can't convert meta device type tensor to numpy")
+
+    for backend in ("cpu", "reference", "cuda"):
+        simulator = Simulator(small()[0], batch=3, backend=backend)
+        for take in (simulator.run, simulator.step, partial(simulate_on, small()[0], backend=backend)):
+            with pytest.raises(TypeError, match=r"inputs: NumPy cannot read this \w+.Meta \(can't convert meta"):
+                take(Meta())
 
 
 def test_out_of_memory_says_what_is_needed_and_leaves_the_engine_usable(gpu):
@@ -224,6 +342,15 @@ def test_out_of_memory_says_what_is_needed_and_leaves_the_engine_usable(gpu):
 def test_a_precision_that_is_none_is_refused():
     with pytest.raises(ValueError, match="precision: got 'float8', need one of float16, bfloat16, tf32"):
         CudaBackend(exact=False, precision="float8")
+
+
+@pytest.mark.parametrize("precision", ["float16", "tf32"])
+def test_a_precision_that_an_exact_run_would_not_use_is_refused(precision):
+    with pytest.raises(
+        ValueError, match=f"precision: got '{precision}', but exact runs round nothing; give exact=False"
+    ):
+        CudaBackend(precision=precision)
+    assert CudaBackend(exact=False).precision == "float16" and CudaBackend().precision is None
 
 
 # --- on a GPU -----------------------------------------------------------------------------------------------

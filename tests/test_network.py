@@ -331,6 +331,51 @@ def test_state_is_kept_and_reset():
     assert np.array_equal(simulate(simulator.network, x, state=first.state).output, second.output)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu", "blas"])
+@pytest.mark.parametrize("options", [{}, {"carry": "events", "window": 3}])
+def test_a_run_that_fails_leaves_the_state_as_it_was(backend, options, monkeypatch):
+    monkeypatch.setattr("eventrnn.network.RECORD_BYTES", 500)
+    network, x = lively(), np.random.default_rng(0).standard_normal((8, 3, 2)).astype(np.float32)
+    simulator = Simulator(network, batch=3, backend=backend, **options)
+    simulator.run(x)
+    before, run, parts = simulator.state, simulator.engine.run, []
+
+    def interrupted(*arguments, **keywords):
+        parts.append(run(*arguments, **keywords))
+        if len(parts) == 2:
+            raise KeyboardInterrupt
+        return parts[-1]
+
+    monkeypatch.setattr(simulator.engine, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        simulator.run(x, record="events")
+    for name in ("cells", "outputs"):
+        assert all(map(np.array_equal, getattr(simulator.state, name), getattr(before, name)))
+
+
+@pytest.mark.parametrize("symbols", [False, True])
+def test_a_step_that_is_interrupted_leaves_the_state_as_it_was(symbols, monkeypatch):
+    network = lively(inputs=None, symbols=4, embedding=2) if symbols else lively()
+    x = np.array([[1, 2, 3], [3, 0, 1]]) if symbols else np.ones((2, 3, 2), np.float32)
+    simulator = Simulator(network, batch=3)
+    for each in x:
+        simulator.step(each)
+    stepper, before = simulator._stepper, simulator._stepper.state()
+    kernel = stepper.kernel
+
+    def interrupted(*arguments):
+        kernel(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stepper, "kernel", interrupted)
+    # Of the first, the kernel leaves everything as it was.
+    for fed in (np.full_like(x[0], 9 if symbols else np.nan), x[0]):
+        with pytest.raises(KeyboardInterrupt):
+            simulator.step(fed)
+        for name in ("cells", "outputs"):
+            assert all(map(np.array_equal, getattr(stepper.state(), name), getattr(before, name)))
+
+
 def test_a_given_state_is_copied():
     network = small()
     state = State.zeros(network, 1)

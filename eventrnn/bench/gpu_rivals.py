@@ -104,10 +104,9 @@ def _check(torch, plain, padded, x, padded_x) -> None:
 def _stepwise(torch, network: Network, inputs: Events, sparse: bool) -> Seconds:
     """A graph of all layers and steps, float32 with TF32 allowed."""
     from eventrnn.cuda.device import current_device
-    from eventrnn.cuda.products import cells_kernel
 
     device = current_device()
-    kernel = device.kernel(("cells",), cells_kernel, CELL_THREADS)
+    kernel = device.kernel(("cells",), _cells_kernel, CELL_THREADS)
     stream = torch.cuda.ExternalStream(int(device.stream.handle))
     x = torch.from_numpy(inputs.to_dense()).cuda()
     steps, batch, _ = x.shape
@@ -189,3 +188,41 @@ class _Stepped:
         got = got.T if self.sparse else got
         if not (np.abs(got - y @ dense) <= product_bound(dense, y)).all():
             raise RuntimeError("against: a rival's product is not that of the weights; is TF32 forced on?")
+
+
+def _cells_kernel():
+    """Cells and events of one step whose drives lie ready, a thread a unit; its signature.
+
+    `sample_stride`, `row_stride`: floats from one sample and from one gate row to the next of the recurrent drive.
+    """
+    from numba import int64, types
+
+    from eventrnn.cuda import device, ptx
+
+    # What Numba compiles has no Python types.
+    cuda: Any = device.cuda
+    egru_value: Any = ptx.egru_value
+    global_float32: Any = ptx.global_float32
+
+    def cells(
+        drive_at, rec_at, sample_stride, row_stride, bias_at, threshold_at, cells_at, sent_at, units, batch
+    ):  # fmt: skip
+        at = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
+        if at >= units * batch:
+            return
+        sample = at // units
+        unit = at - sample * units
+        drive, bias = global_float32(drive_at + 12 * sample * units), global_float32(bias_at)
+        rec, carried = global_float32(rec_at + 4 * sample * sample_stride), global_float32(cells_at)
+        v, _, _, _ = egru_value(
+            drive[unit], drive[units + unit], drive[2 * units + unit],
+            rec[unit * row_stride] + bias[unit], rec[(units + unit) * row_stride] + bias[units + unit],
+            rec[(2 * units + unit) * row_stride] + bias[2 * units + unit], carried[at],
+        )  # fmt: skip
+        threshold, value = global_float32(threshold_at)[unit], np.float32(0)
+        if v > threshold:
+            value = v
+            v = v - threshold
+        carried[at], global_float32(sent_at)[at] = v, value
+
+    return cells, types.void(*[types.int64] * 10)

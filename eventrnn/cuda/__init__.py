@@ -43,17 +43,26 @@ PRECISIONS = ("float16", "bfloat16", "tf32")
 class CudaBackend:
     """One NVIDIA GPU. Opened by the first engine only, so that any machine can name it.
 
-    exact     : False lets layers of many streams go through tensor cores, where that is measured to be faster: at the
-                first run of each batch size, on what it is fed. `Simulation.paths` says which
-    precision : of weights and events there, "float16", "bfloat16" or "tf32"; sums are float32, and so are cells
+    exact     : False lets layers of 4 streams or more go through tensor cores, where that is measured to be faster: at
+                the first run of each batch size, on what it is fed; steps measure nothing, and go as the last run of
+                their batch size went, exactly before one. `Simulation.paths` says which. Layers of the paper's variant,
+                and those with weights that float16 cannot hold where that is asked for, stay exact
+    precision : of weights and events there, "float16" (where none is given), "bfloat16" or "tf32"; sums and cells are
+                float32. Only with exact=False
+
+    Raises ValueError for a precision that is none of these, or that an exact run would not use.
     """
 
     name = "cuda"
 
-    def __init__(self, exact: bool = True, precision: str = "float16"):
-        if precision not in PRECISIONS:
+    def __init__(self, exact: bool = True, precision: str | None = None):
+        if precision is not None and precision not in PRECISIONS:
             raise ValueError(f"precision: got {precision!r}, need one of {', '.join(PRECISIONS)}")
-        self.exact, self.precision = exact, precision
+        if exact and precision is not None:
+            raise ValueError(
+                f"precision: got {precision!r}, but exact runs round nothing; give exact=False with it, or leave it out"
+            )
+        self.exact, self.precision = exact, None if exact else precision or PRECISIONS[0]
 
     def engine(self, network: Network, *, threads: int = 1) -> CudaEngine:
         """Pack the weights and put them on the GPU; kernels are compiled at the first run of each plan, in seconds.
@@ -64,4 +73,4 @@ class CudaBackend:
             raise ValueError(f"threads: got {threads}, but the cuda backend brings its own; leave it out")
         from eventrnn.cuda.engine import CudaEngine
 
-        return CudaEngine(network, None if self.exact else self.precision)
+        return CudaEngine(network, self.precision)

@@ -97,20 +97,34 @@ class WholeFeed(Feed):
         return result.get()
 
     def refuse(self, place: int) -> None:
-        """Raise for the first number that the run found wrong, counted over all parts."""
+        """Raise for the first number that the run found wrong, counted from the first of this feed."""
         row, column = (place, 0) if self.symbols else divmod(place, self.size)
         (step, sample), column = divmod(row, self.batch), () if self.symbols else (column,)
-        bad, where = self.x[(step - self.first // self.batch, sample, *column)].item(), (step, sample, *column)
+        at, where = (step, sample, *column), (step + self.first // self.batch, sample, *column)
+        bad = self._came()[at].item()
         if self.symbols:
             raise ValueError(f"inputs: got symbol {bad} at {where}; need 0..{len(self.indptr) - 2}")
-        raise ValueError(f"inputs: got {bad} at position {where}; need finite numbers")
+        name = "inputs"
+        if np.isfinite(bad):
+            name, bad = "inputs as float32", self.x[at].item()
+        raise ValueError(f"{name}: got {bad} at position {where}; need finite numbers")
+
+    def _came(self) -> Any:
+        """`x` before it was converted."""
+        return self.x
 
 
 @dataclass(frozen=True)
 class DeviceFeed(WholeFeed):
-    """Input on the GPU; results stay there, in arrays of the kind that `asked` has."""
+    """Input on the GPU; results stay there, in arrays of the kind that `asked` has.
+
+    arrays : the device's package for them
+    given  : `x` as it came, CuPy's
+    """
 
     asked: Any = None
+    arrays: Any = None
+    given: Any = None
 
     @classmethod
     def of(cls, device: Device, network: Network, table: Feed, inputs: Any, step: bool) -> DeviceFeed:
@@ -119,7 +133,7 @@ class DeviceFeed(WholeFeed):
         `table` is the feed of no input; with `step`, the inputs have no dimension of time.
         """
         array, size = borrowed(device, inputs), network.layers[0].inputs
-        array = array[None] if step else array
+        given = array = array[None] if step else array
         kind = array.dtype.kind
         if network.embedding is not None:
             if array.ndim != 2 or kind not in "iu":
@@ -136,11 +150,18 @@ class DeviceFeed(WholeFeed):
                 array = device.arrays.ascontiguousarray(array, wanted)
         steps, batch = map(int, array.shape[:2])
         nothing = (table.indptr, table.indices, table.values, table.row_of)
-        return cls(*nothing, steps, batch, size, array, 0, inputs)
+        return cls(*nothing, steps, batch, size, array, 0, inputs, device.arrays, given)
+
+    def part(self, start: int, stop: int) -> Self:
+        """Steps `start` to `stop`, in the same memory."""
+        return replace(super().part(start, stop), given=self.given[start:stop])
+
+    def _came(self) -> Any:
+        return self.given
 
     def uses(self) -> np.ndarray:
         """How often each symbol was read."""
-        return sys.modules["cupy"].bincount(self.x.ravel(), minlength=len(self.indptr) - 1).get()
+        return self.arrays.bincount(self.x.ravel(), minlength=len(self.indptr) - 1).get()
 
     def keep(self, dense: Any) -> Any:
         """Records stay dense."""
@@ -150,11 +171,11 @@ class DeviceFeed(WholeFeed):
         """One after the other."""
         if len(parts) == 1:
             return parts[0]
-        return sys.modules["torch"].cat(list(parts)) if is_torch(parts[0]) else sys.modules["cupy"].concatenate(parts)
+        return sys.modules["torch"].cat(list(parts)) if is_torch(parts[0]) else self.arrays.concatenate(parts)
 
     def events(self) -> Any:
-        """The inputs themselves."""
-        return self.asked
+        """A copy of the inputs: what they lie in is the caller's, who may fill it anew."""
+        return self.give(self.given.copy())
 
     def put(self, target: Any) -> None:
         """Copy it, on CuPy's current stream."""

@@ -23,15 +23,12 @@ class Cublas:
 
     def __init__(self, device: Device):
         try:
-            from cuda.pathfinder import load_nvidia_dynamic_lib
-
-            found = load_nvidia_dynamic_lib("cublas")
+            self.library = device.library("cublas")
         except (ImportError, RuntimeError, OSError) as error:
             why = str(error).splitlines()[0]
             raise BackendUnavailable(
                 f"cuda: exact=False needs cuBLAS ({why}); the extras cuda12 and cuda13 bring it"
             ) from None
-        self.library = ctypes.CDLL(found.abs_path or "libcublas.so")
         self.workspace = device.empty(WORKSPACE_BYTES, "u1")
         self.handle, self.one, self.zero = ctypes.c_void_p(), ctypes.c_float(1), ctypes.c_float(0)
         self._call("cublasCreate_v2", ctypes.byref(self.handle))

@@ -199,6 +199,15 @@ class Device:
             self._clusters[size] = 0 if int(error) else int(count)
         return self._clusters[size]
 
+    def library(self, name: str) -> ctypes.CDLL:
+        """One of NVIDIA's libraries, found where their packages or the system have it. Raises as `ctypes.CDLL` does,
+        ImportError and RuntimeError.
+        """
+        from cuda.pathfinder import load_nvidia_dynamic_lib
+
+        found = load_nvidia_dynamic_lib(name)
+        return ctypes.CDLL(found.abs_path or f"lib{name}.so")
+
     def seconds(self, enqueue: Callable[[], None]) -> float:
         """GPU time of what a call puts on the stream."""
         from cuda.core import EventOptions

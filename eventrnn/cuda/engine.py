@@ -25,7 +25,7 @@ from eventrnn.cuda.products import compact_kernel, tally_kernel
 from eventrnn.cuda.single import single_kernel
 from eventrnn.cuda.stepper import CudaStepper, Loop, StepLoop
 from eventrnn.cuda.tables import LANES
-from eventrnn.cuda.tensor import TensorLayer, measured_ways
+from eventrnn.cuda.tensor import TensorLayer, fits, measured_ways
 from eventrnn.weights import Dense
 
 if TYPE_CHECKING:
@@ -68,10 +68,13 @@ class CudaEngine:
     @cached_property
     def tensors(self) -> list[TensorLayer | None]:
         """Layers as tensor cores take them; None for those that they cannot have."""
-        assert self.precision is not None
-        with self.device.on_stream():
-            layers, cublas = enumerate(self.network.layers), Cublas(self.device)
-            return [TensorLayer.of(self.device, cublas, n, layer, self.precision) for n, layer in layers]
+        precision, device, layers = self.precision, self.device, self.network.layers
+        assert precision is not None
+        able = [fits(layer, precision) for layer in layers]
+        with device.on_stream():
+            cublas = Cublas(device) if any(able) else None
+            made = zip(layers, able, strict=True)
+            return [TensorLayer.of(device, cublas, each, precision) if cublas and can else None for each, can in made]
 
     def launches(self, ways: tuple[int, ...] = ()) -> list[range]:
         """Layers by launch, where those in `ways` go through tensor cores."""
@@ -208,7 +211,7 @@ class CudaEngine:
             piece.start(now)
             piece.begin(self.settled(batch))
             after = [device.empty((piece.steps, batch, n), np.float32) for n in self.units] if record_states else None
-            self.enqueue(piece, *self._table(part, piece), report, after, counting=True)
+            self.enqueue(piece, *self._table(part, piece, begin * batch), report, after, counting=True)
             self.count_inputs(piece, self._input(part, piece), report)
             for n in wanted:
                 for whole, found in ((events, piece.sent(n)), (states, after[n] if after else None)):
@@ -332,7 +335,7 @@ class CudaEngine:
             return feed.x if isinstance(feed, DeviceFeed) else None
         return piece.kept("x", feed.x.shape, np.float32)
 
-    def _table(self, feed: Feed, piece: Piece | None = None) -> tuple[Any, Any]:
+    def _table(self, feed: Feed, piece: Piece | None = None, row_0: int = 0) -> tuple[Any, Any]:
         """The event table on the device, and which row of it each row of the input reads (None: its own)."""
         if not isinstance(feed, WholeFeed):
             return self.feed_table(feed), self.device.put(feed.row_of.astype(np.int64))
@@ -340,7 +343,7 @@ class CudaEngine:
         x = self._input(feed, piece)
         if x is not feed.x:
             feed.put(x)
-        return self.table_of(x, feed.first, piece, self.report)
+        return self.table_of(x, row_0, piece, self.report)
 
     def table_of(self, x: Any, row_0: int, piece: Piece, report) -> tuple[Any, Any]:
         """The same of numbers or symbols on the device."""
@@ -469,7 +472,7 @@ class CudaEngine:
         if self.readout is None:
             if out is None:
                 out = self.device.empty((steps, batch, n), np.float32)
-            copy_rows(out, n, piece.sent(len(self.units) - 1), pitch_of(n), n, steps * batch)
+            copy_rows(self.device, out, n, piece.sent(len(self.units) - 1), pitch_of(n), n, steps * batch)
             return out
         device, rows, pitch = self.device, steps * batch, pitch_of(n)
         table, record = piece.lists("output", pitch + LANES), piece.records[-1][1:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -106,12 +107,14 @@ class Piece:
             for each in (self.records[n], self.gated[n]):
                 if each is not None and n not in settled:
                     each.data.memset_async(NOT_YET_BYTE, each.nbytes)
-            copy_rows(self.records[n], pitch_of(units), self.outputs[n], units, units, self.batch)
+            copy_rows(self.device, self.records[n], pitch_of(units), self.outputs[n], units, units, self.batch)
 
     def end(self) -> None:
         """The last step's outputs are the state's."""
         for n, units in enumerate(self.units):
-            copy_rows(self.outputs[n], units, self.records[n][self.steps :], pitch_of(units), units, self.batch)
+            copy_rows(
+                self.device, self.outputs[n], units, self.records[n][self.steps :], pitch_of(units), units, self.batch
+            )
 
 
 def pitch_of(units: int) -> int:
@@ -119,42 +122,59 @@ def pitch_of(units: int) -> int:
     return -(-units // LANES) * LANES
 
 
-def copy_rows(target: Any, target_pitch: int, source: Any, source_pitch: int, width: int, rows: int) -> None:
+def copy_rows(
+    device: Device, target: Any, target_pitch: int, source: Any, source_pitch: int, width: int, rows: int
+) -> None:
     """Rows of float32 from one array on the device to another, on CuPy's current stream; pitches in numbers."""
-    import cupy
-
     if rows == 0:
         return
-    runtime = cupy.cuda.runtime
+    cuda = device.arrays.cuda
+    runtime = cuda.runtime
     runtime.memcpy2DAsync(
         target.data.ptr, 4 * target_pitch, source.data.ptr, 4 * source_pitch, 4 * width, rows,
-        runtime.memcpyDeviceToDevice, cupy.cuda.get_current_stream().ptr,
+        runtime.memcpyDeviceToDevice, cuda.get_current_stream().ptr,
     )  # fmt: skip
 
 
 class Replay:
     """Work on a stream, always the same: done at its first run, captured as a graph at the second, replayed then.
 
-    What it launches must read nothing but memory that stays.
+    What it launches must read nothing but memory that stays. After an exception it starts over.
+
+    begun : set where a call may have put work on the stream; who asks clears it before
     """
 
     def __init__(self, queue: Any, enqueue: Callable[[], None]):
         self.queue, self.enqueue = queue, enqueue
-        self.runs, self.graph = 0, None
+        self.runs, self.graph, self.begun = 0, None, False
 
     def __call__(self) -> None:
         """Put it on the stream once."""
+        try:
+            self._put()
+        except BaseException:
+            self.runs, self.graph = 0, None
+            raise
+
+    def _put(self) -> None:
         self.runs += 1
-        if self.runs == 1:
-            self.enqueue()
-            return
-        if self.queue.is_capturing():
+        if self.runs == 1 or self.queue.is_capturing():
+            self.begun = True
             self.enqueue()
             return
         if self.graph is None:
-            self.queue.begin_capture()
-            try:
-                self.enqueue()
-            finally:
-                self.graph = self.queue.end_capture()
+            self.graph = self._captured()
+        self.begun = True
         self.graph.launch(self.queue)
+
+    def _captured(self) -> Any:
+        """The work as a graph. A capture that an exception cut short is ended, and what it has is dropped."""
+        try:
+            self.queue.begin_capture()
+            self.enqueue()
+        except BaseException:
+            # What a broken capture says of itself must not hide why it broke.
+            with suppress(Exception):
+                self.queue.end_capture()
+            raise
+        return self.queue.end_capture()

@@ -10,7 +10,6 @@ from eventrnn.cuda.kernels import copy_in
 from eventrnn.cuda.lookup import lister, row_bytes_of
 from eventrnn.cuda.ptx import (
     add_relaxed,
-    egru_value,
     global_float32,
     global_int32,
     global_int64,
@@ -154,33 +153,3 @@ def tally_kernel():
             add_relaxed(binary_at + 8 * unit, binary)
 
     return tally, types.void(*[types.int64] * 6)
-
-
-def cells_kernel():
-    """Cells and events of one step whose drives lie ready, a thread a unit; its signature. For rivals of the engine.
-
-    `sample_stride`, `row_stride`: floats from one sample and from one gate row to the next of the recurrent drive.
-    """
-
-    def cells(
-        drive_at, rec_at, sample_stride, row_stride, bias_at, threshold_at, cells_at, sent_at, units, batch
-    ):  # fmt: skip
-        at = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
-        if at >= units * batch:
-            return
-        sample = at // units
-        unit = at - sample * units
-        drive, bias = global_float32(drive_at + 12 * sample * units), global_float32(bias_at)
-        rec, carried = global_float32(rec_at + 4 * sample * sample_stride), global_float32(cells_at)
-        v, _, _, _ = egru_value(
-            drive[unit], drive[units + unit], drive[2 * units + unit],
-            rec[unit * row_stride] + bias[unit], rec[(units + unit) * row_stride] + bias[units + unit],
-            rec[(2 * units + unit) * row_stride] + bias[2 * units + unit], carried[at],
-        )  # fmt: skip
-        threshold, value = global_float32(threshold_at)[unit], np.float32(0)
-        if v > threshold:
-            value = v
-            v = v - threshold
-        carried[at], global_float32(sent_at)[at] = v, value
-
-    return cells, types.void(*[types.int64] * 10)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eventrnn.backend import State, on_gpu
+from eventrnn.backend import State, as_array, on_gpu
 from eventrnn.cuda.arrays import DeviceFeed, DeviceState, check_report
 from eventrnn.cuda.piece import Piece, Replay
 from eventrnn.cuda.tables import REPORT_FIELDS, REPORT_INPUT
@@ -55,7 +55,7 @@ class Loop:
 class StepLoop(Loop):
     """A single step, with host memory that the GPU copies by itself; an engine keeps one for each batch.
 
-    before : the state before the step under way
+    before : the state before the step under way, or before the first one
     """
 
     def __init__(self, engine: CudaEngine, batch: int):
@@ -79,16 +79,30 @@ class CudaStepper:
         with engine.device.on_stream():
             self.loop = engine.step_loop(state.batch)
             flat = engine.flat_state(state)
-            self.loop.piece.state.data.copy_from_device_async(flat.data, flat.nbytes)
+            for target in (self.loop.piece.state, self.loop.before):
+                target.data.copy_from_device_async(flat.data, flat.nbytes)
             engine.device.queue.synchronize()
 
     def __call__(self, inputs: Any) -> Any:
         """One step; see `backend.Stepper`. An array on the GPU gives one there."""
-        engine, loop = self.engine, self.loop
+        loop = self.loop
         feed = self._fed(inputs) if on_gpu(inputs) else None
         if feed is None:
             self._take(inputs)
-        with engine.device.on_stream():
+        loop.replay.begun = False
+        try:
+            output = self._step(feed)
+            if loop.host_answer[:REPORT_FIELDS].any():
+                self._refuse(inputs, feed)
+        except BaseException:
+            self._undo()
+            raise
+        return loop.host_output.copy() if feed is None else feed.give(output)
+
+    def _step(self, feed: DeviceFeed | None) -> Any:
+        """The step, with what is to stay on the GPU; the rest is in the host memory."""
+        loop, queue = self.loop, self.engine.device.queue
+        with self.engine.device.on_stream():
             if feed is None:
                 loop.x.data.copy_from_host_async(loop.host_x.ctypes.data, loop.x.nbytes)
             else:
@@ -98,10 +112,17 @@ class CudaStepper:
             if feed is not None:
                 output, nbytes = loop.output[0].copy(), loop.report.nbytes
             loop.answer.data.copy_to_host_async(loop.host_answer.ctypes.data, nbytes)
-            engine.device.queue.synchronize()
-        if loop.host_answer[:REPORT_FIELDS].any():
-            self._refuse(inputs, feed)
-        return loop.host_output.copy() if feed is None else feed.give(output)
+            queue.synchronize()
+        return output
+
+    def _undo(self) -> None:
+        """Back to the state before the step under way, as far as that came."""
+        state, before = self.loop.piece.state, self.loop.before
+        # What was not begun has left them as they were, and `before` a step behind.
+        target, source = (state, before) if self.loop.replay.begun else (before, state)
+        with self.engine.device.on_stream():
+            target.data.copy_from_device_async(source.data, source.nbytes)
+            self.engine.device.queue.synchronize()
 
     def state(self) -> DeviceState:
         """A copy of the state, on the GPU."""
@@ -114,7 +135,7 @@ class CudaStepper:
         """Bring a NumPy array of any kind to where the GPU gets it from; single numbers are looked at there."""
         target = self.loop.host_x
         if type(inputs) is not np.ndarray or inputs.dtype != target.dtype or inputs.shape != target.shape:
-            fed = self.engine.network.feed(np.asarray(inputs)[None])
+            fed = self.engine.network.feed(as_array(inputs)[None])
             self._need_batch(fed.batch)
             inputs = fed.row_of if target.ndim == 1 else fed.events().to_dense()[0]
         np.copyto(target, inputs)
@@ -129,15 +150,11 @@ class CudaStepper:
             raise ValueError(f"inputs: got a batch of {batch}, but the simulator was made for {self.batch}")
 
     def _refuse(self, inputs: Any, feed: DeviceFeed | None) -> None:
-        """Say what the step found; the state goes back to before."""
-        engine, loop = self.engine, self.loop
-        left, report = self.state(), loop.host_answer[:REPORT_FIELDS].copy()
-        with engine.device.on_stream():
-            loop.piece.state.data.copy_from_device_async(loop.before.data, loop.before.nbytes)
-            engine.device.queue.synchronize()
+        """Raise for what the step found."""
+        engine, report = self.engine, self.loop.host_answer[:REPORT_FIELDS]
         if feed is None and report[REPORT_INPUT]:
-            engine.network.feed(np.asarray(inputs)[None])
-        check_report(report, feed or engine.no_input, left)
+            engine.network.feed(as_array(inputs)[None])
+        check_report(report, feed or engine.no_input, self.state())
 
 
 def _pinned(device: Any, array: Any) -> np.ndarray:

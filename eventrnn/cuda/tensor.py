@@ -52,22 +52,9 @@ class TensorLayer:
     threshold: Any
 
     @classmethod
-    def of(cls, device: Device, cublas: Cublas, number: int, layer: Layer, precision: str) -> TensorLayer | None:
-        """None for the paper's variant, whose candidate waits for a gate within the product.
-
-        Raises ValueError for weights that the precision cannot hold.
-        """
-        if layer.cell.variant == "paper":
-            return None
-        matrices = []
-        for name, weights in (("w_in", layer.w_in), ("w_rec", layer.w_rec)):
-            dense = weights.to_dense()
-            if precision == "float16" and np.abs(dense).max(initial=0) > LARGEST:
-                raise ValueError(
-                    f"layers.{number}.{name}: has weights beyond {LARGEST:,.0f}, which float16 cannot hold; use "
-                    "CudaBackend(exact=False, precision='bfloat16') or 'tf32'"
-                )
-            matrices.append(_rounded(device, _padded(dense), precision))
+    def of(cls, device: Device, cublas: Cublas, layer: Layer, precision: str) -> TensorLayer:
+        """Of a layer that `fits`."""
+        matrices = (_rounded(device, _padded(each.to_dense()), precision) for each in (layer.w_in, layer.w_rec))
         vectors = (layer.bias_in, layer.bias_rec, np.broadcast_to(layer.threshold, layer.units))
         arrays = (device.put(np.ascontiguousarray(each, np.float32)) for each in vectors)
         return cls(device, cublas, precision, layer.units, layer.inputs, *matrices, *arrays)
@@ -135,14 +122,25 @@ class TensorLayer:
             self.device.launch(kernel, blocks, threads, *arguments)
 
 
+def fits(layer: Layer, precision: str) -> bool:
+    """Not the paper's variant, whose candidate waits for a gate within the product, nor weights beyond float16."""
+    if layer.cell.variant == "paper":
+        return False
+    weights = (layer.w_in.floats(), layer.w_rec.floats())
+    return precision != "float16" or all(np.abs(each).max(initial=0) <= LARGEST for each in weights)
+
+
 def measured_ways(engine: CudaEngine, feed: Feed, state: Any) -> tuple[int, ...]:
     """Layers that are faster through tensor cores, by timing some steps of this input from this state on.
 
     All by events, all through tensor cores, then from the better one layer after the other changed where that is
     faster: neighbouring layers in one launch hide behind each other, so a layer alone would not tell.
     """
-    batch, able = feed.batch, [n for n, each in enumerate(engine.tensors) if each is not None]
-    if batch < FEWEST_STREAMS or not able:
+    batch = feed.batch
+    if batch < FEWEST_STREAMS:
+        return ()
+    able = [n for n, each in enumerate(engine.tensors) if each is not None]
+    if not able:
         return ()
     some = feed.part(0, min(feed.steps, MEASURED_STEPS))
 
