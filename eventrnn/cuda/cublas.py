@@ -23,7 +23,7 @@ class Cublas:
 
     def __init__(self, device: Device):
         try:
-            self.library = device.library("cublas")
+            self.functions = device.load_library("cublas")
         except (ImportError, RuntimeError, OSError) as error:
             why = str(error).splitlines()[0]
             raise BackendUnavailable(
@@ -37,7 +37,7 @@ class Cublas:
         self._call("cublasSetWorkspace_v2", self.handle, *workspace)
 
     def _call(self, name: str, *arguments: Any) -> None:
-        status = getattr(self.library, name)(*arguments)
+        status = getattr(self.functions, name)(*arguments)
         if status:
             raise RuntimeError(f"cuda: {name} failed with status {status}")
 

@@ -199,7 +199,7 @@ class Device:
             self._clusters[size] = 0 if int(error) else int(count)
         return self._clusters[size]
 
-    def library(self, name: str) -> ctypes.CDLL:
+    def load_library(self, name: str) -> ctypes.CDLL:
         """One of NVIDIA's libraries, found where their packages or the system have it. Raises as `ctypes.CDLL` does,
         ImportError and RuntimeError.
         """
