@@ -40,19 +40,9 @@ CASES = (
 def show(records: Records) -> Table:
     """A line a case, of the last commit that measured it."""
     columns = (
-        "batch",
-        "pruned",
-        "threads",
-        "d inputs",
-        "open",
-        "ms",
-        "nn.GRU ms",
-        "faster",
+        "batch", "pruned", "threads", "d inputs", "open", "ms", "nn.GRU ms", "faster", "asked", "loop ms", "faster",
         "asked",
-        "loop ms",
-        "faster",
-        "asked",
-    )
+    )  # fmt: skip
     table = Table(*columns, "operations", title=f"1350 units, 70 steps, 10 % active, 10 % support: {records.device}")
     for batch, sparsity, threads, inputs, asked in CASES:
         case = {"batch": batch, "sparsity_asked": sparsity, "threads": threads, "input_gradient": inputs}
@@ -64,16 +54,10 @@ def show(records: Records) -> Table:
             each = line["against_each"].get(rival)
             cells += [f"{each['ms_per_iteration']:.0f}", f"{each['speedup']:.2f}"] if each else ["", ""]
             cells.append(f"{asked.get(rival, '')}")
-        head = (
-            str(batch),
-            f"{sparsity:.0%}",
-            str(threads),
-            inputs,
-            f"{line['open']:.1%}",
-            f"{line['ms_per_iteration']:.0f}",
-        )
+        head = (str(batch), f"{sparsity:.0%}", str(threads), inputs)
+        cells = [*head, f"{line['open']:.1%}", f"{line['ms_per_iteration']:.0f}", *cells]
         share = line["executed_per_iteration"] / line["dense_per_iteration"]
-        table.add_row(*head, *cells, f"{line['executed_per_iteration']:.3g} ({share:.1%} of dense)")
+        table.add_row(*cells, f"{line['executed_per_iteration']:.3g} ({share:.1%} of dense)")
     return table
 
 

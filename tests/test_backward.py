@@ -138,8 +138,15 @@ def test_gradients_are_the_specification_s(case, mode, threads):
     network, x, state, noise, upstream = case
     model = Model(network, backward=mode, threads=threads)
     _, _, tape = model.forward(x, state, noise)
-    gradients = model.backward(tape, upstream[0], d_events=(upstream[1],), d_cells=(upstream[2],), d_inputs=True)
+    further = {"d_events": (upstream[1],), "d_cells": (upstream[2],)}
+    gradients = model.backward(tape, upstream[0], **further, d_inputs=True)
     agree(model, gradients, tape, noise, upstream)
+    mask = np.random.default_rng(x.size).random(x.shape) < 0.3
+    some = model.backward(tape, upstream[0], **further, d_inputs=mask)["inputs"]
+    assert not some[~mask].any()
+    # The gradients that are asked for decide which products "auto" takes.
+    if mode != "auto":
+        assert np.array_equal(some, np.where(mask, gradients["inputs"], 0))
 
 
 @settings(max_examples=40)
