@@ -473,12 +473,19 @@ def _prefetch(builder, pointer, cache: int = L1):
     call(builder, "llvm.prefetch.p0", ir.VoidType(), [byte, I32(0), I32(cache), I32(1)])
 
 
-@intrinsic
-def prefetch(typingctx, array, index):
-    """Ask for the cache line of array[index]."""
+def _asks(cache: int):
+    @intrinsic
+    def asks(typingctx, array, index):
+        """Ask for the cache line of array[index]."""
 
-    def generate(context, builder, signature, args):
-        _prefetch(builder, address(context, builder, signature.args[0], args[0], args[1]))
-        return context.get_dummy_value()
+        def generate(context, builder, signature, args):
+            _prefetch(builder, address(context, builder, signature.args[0], args[0], args[1]), cache)
+            return context.get_dummy_value()
 
-    return types.void(array, index), generate
+        return types.void(array, index), generate
+
+    return asks
+
+
+# Into the L1 cache; no nearer than the L2 cache.
+prefetch, prefetch_far = _asks(L1), _asks(L2)

@@ -14,7 +14,7 @@ from tolerance import U32, central_difference, gamma, sharp
 from eventrnn import Cell, Network, State, Surrogate, reference, simulate
 from eventrnn.cells import SURROGATES
 from eventrnn.observe import count_backward
-from eventrnn.training import Model, Noise, products, thresholds
+from eventrnn.training import Model, Noise, lists, products, sweeps, thresholds
 from eventrnn.training.sweeps import DENSE, PIECES, SINGLE
 from eventrnn.weights import convert
 
@@ -49,7 +49,8 @@ def pruned(dense: np.ndarray, form: str, options: dict, rng: np.random.Generator
 def cases(draw, formats=FORMATS):
     """A layer in some format, a window, its noise and upstream gradients of the output, the events and the cells."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    n, inputs = draw(st.integers(1, 45)), draw(st.integers(1, 20))
+    # From 43 units on, rows of weights are more than one chunk.
+    n, inputs = draw(st.integers(1, 45) | st.sampled_from([86, 100])), draw(st.integers(1, 20))
     steps, batch = draw(st.integers(1, 6)), draw(st.sampled_from([1, 2, 5, 12]))
     kind = draw(st.sampled_from([*sorted(SURROGATES), "triangle", "boxcar"]))
     cell = Cell(
@@ -236,14 +237,15 @@ def test_counts_are_those_of_a_walk_over_the_window(case, mode):
 @pytest.mark.parametrize("variant", ["evnn", "paper"])
 def test_gradient_of_some_inputs_of_a_long_window(variant):
     """More rows than go together."""
-    steps, batch, inputs, units = 2 * products.DOT_ROWS // 12 + 1, 12, 37, 30
+    steps, batch, inputs, units = 2 * sweeps.WINDOW_ROWS // 12 + 1, 12, 37, 30
     rng = np.random.default_rng(5)
     network = Network.random([units], inputs=inputs, rng=rng, threshold=0.1, cell=Cell(variant=variant))
     x = (rng.normal(size=(steps, batch, inputs)) * (rng.random((steps, batch, inputs)) < 0.2)).astype(np.float32)
     upstream = np.zeros((3, steps, batch, units), np.float32)
     upstream[0] = rng.normal(size=upstream[0].shape)
     mask, found = rng.random(x.shape) < 0.15, []
-    for threads in (1, 2):
+    # Threads go through the window by themselves, so that one may be far ahead.
+    for threads in (1, 2, 2, 2):
         model = Model(network, backward="sparse", threads=threads)
         _, _, tape = model.forward(x, State.zeros(network, batch))
         every = model.backward(tape, upstream[0], d_inputs=True)
@@ -252,10 +254,35 @@ def test_gradient_of_some_inputs_of_a_long_window(variant):
         assert np.array_equal(some, np.where(mask, every["inputs"], 0))
         assert tape.layers[0].work["w_in"].dots.sum() == mask.sum()
         found.append(some)
-    assert np.array_equal(*found)
+    assert all(np.array_equal(found[0], each) for each in found[1:])
     dense = Model(network, backward="dense")
     _, _, tape = dense.forward(x, State.zeros(network, batch))
     assert not dense.backward(tape, upstream[0], d_inputs=mask)["inputs"][~mask].any()
+
+
+@pytest.mark.parametrize("variant", ["evnn", "paper"])
+@pytest.mark.parametrize("form", [0, 5])
+def test_more_samples_than_a_tile_has(variant, form):
+    """Tiles of a step, of a strip of drives and of a window, none of them full."""
+    steps, batch, inputs, units = 9, 2 * lists.TILE_ROWS + 7, lists.TILE_ROWS + 9, 90
+    assert steps * batch > products.STRIP_ROWS > units
+    rng = np.random.default_rng(6)
+    network = Network.random([units], inputs=inputs, rng=rng, threshold=0.1, cell=Cell(variant=variant))
+    layer = network.layers[0]
+    w_in, w_rec = (pruned(w.to_dense(), *FORMATS[form], rng) for w in (layer.w_in, layer.w_rec))
+    network = replace(network, layers=(replace(layer, w_in=w_in, w_rec=w_rec),))
+    x = (rng.normal(size=(steps, batch, inputs)) * (rng.random((steps, batch, inputs)) < 0.1)).astype(np.float32)
+    upstream, found = rng.normal(size=(3, steps, batch, units)).astype(np.float32), []
+    for threads in (1, 2):
+        model = Model(network, backward="sparse", threads=threads)
+        _, _, tape = model.forward(x, State.zeros(network, batch))
+        run = simulate(network, x, record=("events", "states"))
+        assert np.array_equal(tape.layers[0].y[1:], run.events[0].to_dense())
+        assert np.array_equal(tape.layers[0].c[1:], run.states[0])
+        further = {"d_events": (upstream[1],), "d_cells": (upstream[2],)}
+        found.append(model.backward(tape, upstream[0], **further, d_inputs=True))
+        agree(model, found[-1], tape, Noise(), upstream)
+    assert all(np.array_equal(gradient, found[1][name]) for name, gradient in found[0].items())
 
 
 @pytest.mark.parametrize("got", [np.ones((3, 2, 4), bool), np.ones((3, 2, 5)), 1, None, [True], "x"])

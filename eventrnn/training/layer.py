@@ -13,11 +13,12 @@ import numpy as np
 
 from eventrnn.backend import BackwardWork
 from eventrnn.cells import Cell
-from eventrnn.plan import scratch_shapes
 from eventrnn.simd import LANES
-from eventrnn.training import kernels, products, sweeps
-from eventrnn.training.matrix import STRIP, Pattern, Windows, windows
+from eventrnn.training import kernels, lists, products, sweeps
+from eventrnn.training.matrix import Pattern, Windows, windows
 from eventrnn.training.memory import Arena
+from eventrnn.training.products import STRIP
+from eventrnn.training.scratch import Lists, Scratch
 from eventrnn.training.sweeps import DENSE, PIECES
 from eventrnn.training.team import Team
 
@@ -58,7 +59,7 @@ class Arrived:
 
     arrays: tuple[np.ndarray, ...]
     share: float
-    lists: list[tuple[np.ndarray, ...]] = field(default_factory=list)
+    lists: list[Lists] = field(default_factory=list)
 
 
 @dataclass
@@ -102,6 +103,7 @@ class LayerEngine:
 
     def __init__(self, cell: Cell, mode: str, team: Team, arena: Arena):
         self.cell, self.mode, self.team, self.arena = cell, mode, team, arena
+        self.scratch = Scratch(arena, team.threads)
         self.paper = cell.variant == "paper"
         self.masks: dict[str, np.ndarray | None] = {}
         self.patterns: dict[str, Pattern] = {}
@@ -134,11 +136,7 @@ class LayerEngine:
 
     def _edges(self, n: int) -> list[tuple[int, int]]:
         parts = self.team.threads
-        return [(products.share(n, LANES, k, parts), products.share(n, LANES, k + 1, parts)) for k in range(parts)]
-
-    def _scratch(self, inputs: int, rows: int, most: int) -> tuple[np.ndarray, ...]:
-        shapes = scratch_shapes(self.team.threads, inputs, rows, most, 0)
-        return tuple(self.arena.take(*shape, dtype=dtype) for shape, dtype in shapes)
+        return [(lists.share(n, LANES, k, parts), lists.share(n, LANES, k + 1, parts)) for k in range(parts)]
 
     # --- forward ------------------------------------------------------------------------------------------------
 
@@ -167,7 +165,7 @@ class LayerEngine:
             drive_in, pitch, held_flat,
             take(parts, batch * pitch + SPARE), take(rows * wide + LANES, dtype=np.int32), take(rows * wide + LANES),
             take(rows * parts, dtype=np.int64), take(rows * parts, dtype=np.int64),
-            *self._scratch(n, batch, table.most), *outputs, barrier=True,
+            *self.scratch.engine(n, batch, table.most), *outputs, barrier=True,
         )  # fmt: skip
         return tape
 
@@ -179,27 +177,22 @@ class LayerEngine:
             self.team.multiply(flat.reshape(rows, n_pre), w, out)
             out += p["bias_in"]
             return
-        take = self.arena.take
-        ids, sent = take(flat.size + LANES, dtype=np.int32), take(flat.size + LANES)
+        take, parts = self.arena.take, self.team.threads
         if pattern.form == DENSE:
-            starts = take(_tiles(n_pre) * rows + 1, dtype=np.int64)
-            products.list_by_row(flat, rows, n_pre, products.TILE_ROWS, starts, ids, sent)
+            strip = min(products.STRIP_ROWS, rows)
             self.team.run(
-                products.input_drives, starts, ids, sent, rows, w.reshape(-1), n_pre, columns, p["bias_in"],
-                drive, pitch, *self._row_scratch(n_pre, rows),
+                products.input_drives, flat, rows, w.reshape(-1), n_pre, columns, p["bias_in"], drive, pitch,
+                *self.scratch.events(n_pre, strip, parts), take(parts, strip, dtype=np.int64), self.scratch.bins(),
+                *self.scratch.strip(strip),
             )  # fmt: skip
             return
-        starts = take(rows + 1, dtype=np.int64)
-        products.list_by_row(flat, rows, n_pre, n_pre, starts, ids, sent)
         table = self._windows("w_in", [(0, columns // 3)], 1, w)
+        most = flat.size + parts * LANES
         self.team.run(
-            products.stored_drives, table.tables[0], table.values, table.index, table.pointers, n_pre,
-            ids, sent, starts[:-1], np.diff(starts), rows, p["bias_in"], drive, pitch, *self._scratch(1, 1, table.most),
+            products.stored_drives, flat, table.tables[0], table.values, table.index, table.pointers, n_pre, rows,
+            p["bias_in"], drive, pitch, take(most, dtype=np.int32), take(most), take(rows, dtype=np.int64),
+            take(rows, dtype=np.int64), *self.scratch.engine(1, 1, table.most),
         )  # fmt: skip
-
-    def _row_scratch(self, m_rows: int, c_rows: int) -> tuple[np.ndarray, ...]:
-        take, parts = self.arena.take, self.team.threads
-        return tuple(take(parts, size) for size in (products.TILE_ROWS * STRIP, m_rows * LANES, c_rows * LANES))
 
     def _share_sent(self, flat: np.ndarray) -> float:
         """Share of numbers that are not zero."""
@@ -311,10 +304,9 @@ class LayerEngine:
         weights, columns = self._stored(pattern, tape.w_rec)
         self.team.run(
             sweeps.backward, self.paper, steps, batch, n, *head,
-            pattern.form, pattern.width, weights, columns, pattern.pointers(0, gates), _last(gates),
-            pattern.pointers(2 * n, 3 * n), _last(n),
+            pattern.form, pattern.width, weights, columns, pattern.pointers(0, gates), pattern.pointers(2 * n, 3 * n),
             *arrays, d_cell, d_y, d_c,
-            take(n * batch, dtype=np.int32), take(n, dtype=np.int64), take(2 * batch * n),
+            *self.scratch.pairs(pattern.form == DENSE, n, batch, gates, 3 * n - gates), take(2 * batch * n),
             d_in, d_rec, pitch, d_threshold, d_bias, tape.work["w_rec"].dots, barrier=True,
         )  # fmt: skip
         tape.work["w_rec"].dots_stored = pattern.stored_out()
@@ -354,27 +346,22 @@ class LayerEngine:
         work.dots, work.dots_stored = np.full(n, work.asked), np.full(n, 3 * n)
 
     def _list(self, arrived: dict[str, Arrived], rows: int) -> None:
-        """Events by unit of what goes over events, two arrays at a time."""
-        jobs = []
+        """Events by unit of what goes over events."""
         for name, source in arrived.items():
             pattern = self.patterns[name]
             if not self._sparse(pattern, source.share, EVENTS_UP_TO):
                 continue
-            n, tile = pattern.shape[0], max(1, rows) if pattern.form == PIECES else products.TILE_ROWS
+            pieces, n = pattern.form == PIECES, pattern.shape[0]
+            tile = products.PIECE_ROWS if pieces else lists.TILE_ROWS
+            counts = self.arena.take(self.team.threads, n, dtype=np.int64)
             for x in source.arrays:
-                tiles, most, take = -(-rows // tile), rows * n + LANES, self.arena.take
-                lists = (take(tiles * n + 2, dtype=np.int64), take(most, dtype=np.int32), take(most))
-                jobs.append((tile, x, n, *lists))
-                source.lists.append(lists)
-        for k in range(0, len(jobs) - 1, 2):
-            self.team.run(products.list_both, rows, *jobs[k], *jobs[k + 1])
-        if len(jobs) % 2:
-            tile, x, n, *lists = jobs[-1]
-            products.list_by_unit(x, rows, n, tile, *lists)
+                found = self.scratch.events(rows, n, tile=tile)
+                self.team.run(lists.list_by_unit, x, rows, n, tile, not pieces, *found, counts, self.scratch.bins())
+                source.lists.append(found)
 
     def _gradient(self, name: str, arrived: Arrived, rows: int, delta, pitch: int, tape, stored: bool) -> np.ndarray:
         """Of a weight matrix from what arrived and the deltas."""
-        pattern, take, parts = self.patterns[name], self.arena.take, self.team.threads
+        pattern, take = self.patterns[name], self.arena.take
         (n_pre, columns), cut = pattern.shape, pattern.cut
         ranges = [(0, columns)] if len(arrived.arrays) == 1 else [(0, cut), (cut, columns)]
         work = tape.work.setdefault(name, BackwardWork.none(pattern.kept, columns, rows))
@@ -387,31 +374,34 @@ class LayerEngine:
             for source, (low, high) in zip(arrived.arrays, ranges, strict=True):
                 self.team.multiply(source.reshape(rows, n_pre).T, flat[:, low:high], gradient[:, low:high])
             return self._masked(name, gradient, stored)
-        lists = arrived.lists
-        tiles = (len(lists[0][0]) - 2) // max(1, n_pre)
-        starts = lists[0][0][: tiles * n_pre + 1]
-        work.fired = work.gradient_rows = np.diff(starts).reshape(tiles, n_pre).sum(axis=0)
-        work.gradient_stored = pattern.stored_out()
+        order, starts = arrived.lists[0][:2]
+        amounts = np.diff(starts.reshape(-1, n_pre + 1), axis=1)
+        if pattern.form == PIECES:
+            work.fired = amounts.sum(axis=0)
+        else:
+            work.fired = np.bincount(order, amounts.reshape(-1), n_pre).astype(np.int64)
+        work.gradient_rows, work.gradient_stored = work.fired, pattern.stored_out()
+        scratch = self.scratch.strip(n_pre)
         if pattern.form == DENSE:
             gradient = take(n_pre, columns)
-            for each, (low, high) in zip(lists, ranges, strict=True):
+            for each, (low, high) in zip(arrived.lists, ranges, strict=True):
                 self.team.run(
                     products.dense_gradient, *each, rows, n_pre, delta, pitch, gradient.reshape(-1), columns, low, high,
-                    *self._row_scratch(rows, n_pre),
+                    *scratch,
                 )  # fmt: skip
             return self._masked(name, gradient, stored)
         out = take(pattern.stored + LANES)
-        for each, (low, high), order in zip(lists, ranges, pattern.orders(ranges), strict=True):
+        for each, (low, high), chosen in zip(arrived.lists, ranges, pattern.orders(ranges), strict=True):
+            which = (chosen, pattern.units, pattern.columns)
             if pattern.form == PIECES:
                 self.team.run(
-                    products.piece_gradient, order, pattern.units, pattern.columns, pattern.width,
-                    *each, delta, pitch, out,
-                )  # fmt: skip
+                    products.piece_gradient, *which, pattern.width, *each, rows, n_pre, delta, pitch, scratch[0], out
+                )
             else:
-                strips = np.searchsorted(pattern.columns[order], np.append(np.arange(low, high, STRIP), high))
+                strips = np.searchsorted(pattern.columns[chosen], np.append(np.arange(low, high, STRIP), high))
                 self.team.run(
-                    products.single_gradient, order, strips, low, high, pattern.units, pattern.columns, *each, rows,
-                    n_pre, delta, pitch, take(parts, n_pre * STRIP), out,
+                    products.single_gradient, chosen, strips, low, high, *which[1:], *each, rows, n_pre, delta, pitch,
+                    *scratch, out,
                 )  # fmt: skip
                 work.gradient_stored = np.full(n_pre, columns, np.int64)
         if stored:
@@ -446,12 +436,14 @@ class LayerEngine:
             wanted.zero_elsewhere(out)
             return out
         weights, stored_columns = self._stored(pattern, w)
-        d_x, made, take = self.arena.take(steps, batch, n_pre), np.zeros(n_pre, np.int64), self.arena.take
+        d_x, made = self.arena.take(steps, batch, n_pre), np.zeros(n_pre, np.int64)
+        together = min(rows, sweeps.WINDOW_ROWS if pattern.form == DENSE else sweeps.STORED_ROWS)
         self.team.run(
             sweeps.gradient_of_inputs, pattern.form, pattern.width, weights, stored_columns,
-            pattern.pointers(0, columns), columns, _last(columns), d_in, pitch, rows, n_pre,
-            wanted.v is None, *wanted.rule, wanted.threshold, np.zeros(0, F32) if wanted.v is None else wanted.v,
-            take(n_pre * products.DOT_ROWS, dtype=np.int32), take(n_pre, dtype=np.int64), d_x.reshape(-1), made,
+            pattern.pointers(0, columns), columns, d_in, pitch, rows, n_pre,
+            lists.ALL if wanted.v is None else lists.OPEN, *wanted.rule, wanted.threshold,
+            np.zeros(0, F32) if wanted.v is None else wanted.v,
+            *self.scratch.pairs(pattern.form == DENSE, n_pre, together, columns), d_x.reshape(-1), made,
         )  # fmt: skip
         work.dots, work.dots_stored = made, pattern.stored_out()
         return d_x
@@ -471,15 +463,6 @@ def _same(mask: np.ndarray, other: np.ndarray) -> bool:
 def _pitch(n: int) -> int:
     """From one row of drives or deltas to the next."""
     return -(-3 * n // LANES) * LANES + 4 * LANES
-
-
-def _tiles(n: int) -> int:
-    return -(-n // products.TILE_ROWS)
-
-
-def _last(count: int) -> np.ndarray:
-    """1 in the lanes of the last, overlapping vector that no other covers (see `vectors.dot`)."""
-    return (np.arange(LANES) >= LANES - count % LANES).astype(F32)
 
 
 def split_gates(cell: Cell, w_rec: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

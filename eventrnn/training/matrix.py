@@ -31,7 +31,6 @@ from eventrnn.training.sweeps import DENSE, PIECES, SINGLE
 WIDTHS = (64, 32, 16)
 # Above these shares of kept weights, all of them are worked on. Rules of thumb, not measured.
 PIECES_UP_TO, SINGLE_UP_TO = 0.5, 0.15
-STRIP = products.TILE_VECTORS * LANES
 # Drives of a step share rows from one event a unit on, at the activity that networks are trained to.
 USUAL_ACTIVITY = 0.1
 

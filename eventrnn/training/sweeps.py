@@ -20,12 +20,16 @@ from eventrnn.rows import prefetch
 from eventrnn.simd import LANES
 from eventrnn.steps import send
 from eventrnn.team import wait
+from eventrnn.training.dots import dot_pieces, dot_single, dots, pack_chunks
 from eventrnn.training.kernels import adjoint, adjoint_paper, hold, reset_gate, reset_gate_adjoint, update, update_paper
-from eventrnn.training.products import DOT_ROWS, dot_pieces, dot_single, dots, list_all, list_open, share
+from eventrnn.training.lists import OPEN, SENT, TILE_ROWS, list_pairs, share, tile_rows
 from eventrnn.traverse import propagate_all
 
 # How weights are stored for the backward pass.
 DENSE, PIECES, SINGLE = range(3)
+# Rows of delta that dots of a window go over together, with all weights and with stored ones: a chunk of the weights,
+# or the rows, lie in the L2 cache meanwhile.
+WINDOW_ROWS, STORED_ROWS = 6 * TILE_ROWS, 64
 
 
 @compiled
@@ -95,7 +99,7 @@ def forward(
                 )  # fmt: skip
             else:
                 update(
-                    n, low, high, drive_in, a, drive, b * pitch, threshold, c_out, s, s,
+                    n, pitch, low, high, drive_in, a, drive, b * pitch, threshold, c_out, s, s,
                     u_out, r_out, g_out, q_out, v_out, y_out, c_out, s + size,
                 )  # fmt: skip
             if len(held) > 0:
@@ -108,30 +112,34 @@ def forward(
 
 @compiled
 def multiply_back(
-    form, width, weights, columns, pointers, columns_of, low, count, last, delta, start, pitch, first, end,
-    who, counts, most, out, at, n,
+    form, width, weights, columns, pointers, low, count, delta, start, pitch, rows, first, end, n,
+    who, counts, starts, amounts, pairs, sums, tile, out, at,
 ):  # fmt: skip
-    """out[at + b * n + j] += weights[j, low : low + count] . delta of row b, for the listed samples of units `first` to
-    `end`; stored weights have two pointers a unit, to their first and past their last from column `low` on."""
+    """out[at + b * n + j] += weights[j, low : low + count] . delta of row b, for the pairs of units `first` to `end`
+    that `list_pairs` listed. Weights: chunks of these columns, if all are there; stored ones have two pointers a unit,
+    to their first and past their last from column `low` on."""
     if form == DENSE:
-        dots(weights, columns_of, low, count, last, delta, start, pitch, first, end, who, counts, most, out, at, n)
+        dots(
+            weights, low, count, delta, start, pitch, rows, tile_rows(rows), first, end,
+            starts, amounts, pairs, sums, tile, out, at, n,
+        )  # fmt: skip
     elif form == PIECES:
-        dot_pieces(weights, pointers, columns, width, delta, start, pitch, first, end, who, counts, most, out, at, n)
+        dot_pieces(weights, pointers, columns, width, delta, start, pitch, first, end, who, counts, rows, out, at, n)
     else:
-        dot_single(weights, pointers, columns, delta, start, pitch, first, end, who, counts, most, out, at, n)
+        dot_single(weights, pointers, columns, delta, start, pitch, first, end, who, counts, rows, out, at, n)
 
 
 @compiled
 def backward(
     part, parts, barrier, paper, steps, batch, n, kind, dampening, support, threshold,
     # weights; the candidate's pointers are apart in the paper's variant
-    form, width, weights, columns, pointers, last, candidate_pointers, candidate_last,
+    form, width, weights, columns, pointers, candidate_pointers,
     # in
     u, r, g, q, v, y, c, d_cell,
     # updated: gradient of what was sent, of the cell after the window
     d_y, d_c,
     # scratch
-    who, counts, d_sent,
+    chunks, who, counts, starts, amounts, pairs, sums, tiles, d_sent,
     # out
     d_in_out, d_rec_out, pitch, d_threshold, d_bias, made_out,
 ):  # fmt: skip
@@ -143,6 +151,11 @@ def backward(
     low, high = share(n, LANES, part, parts), share(n, LANES, part + 1, parts)
     size, target, gates = batch * n, parts, 2 * n if paper else 3 * n
     each_cell = size if len(d_cell) > size else 0
+    lists, stored, stored_candidate = (starts, amounts, pairs[part]), weights, weights
+    if form == DENSE:
+        stored, stored_candidate = chunks[0], chunks[1]
+        pack_chunks(weights, 3 * n, 0, gates, low, high, n, stored)
+        pack_chunks(weights, 3 * n, gates, 3 * n - gates, low, high, n, stored_candidate)
     for t in range(steps - 1, -1, -1):
         for b in range(batch):
             s, d = t * size + b * n, (t * batch + b) * pitch
@@ -154,27 +167,27 @@ def backward(
                 )  # fmt: skip
             else:
                 adjoint(
-                    n, low, high, kind, dampening, support, threshold,
+                    n, pitch, low, high, kind, dampening, support, threshold,
                     u, r, g, q, v, s, c, s, d_y, d_cell, t * each_cell + b * n,
                     d_c, b * n, d_in_out, d_rec_out, d, d_threshold, d_bias,
                 )  # fmt: skip
         target = wait(barrier, parts, target)
         start, before = t * batch * pitch, (t - 1) * size
-        if t > 0:
-            list_open(kind, dampening, support, threshold, v, (t - 1) * batch, batch, n, low, high, who, counts)
-        elif paper:
-            list_sent(y, batch, n, low, high, who, counts)
-        else:
+        if t == 0 and not paper:
             continue
-        for j in range(low, high):
-            made_out[j] += counts[j]
+        list_pairs(
+            OPEN if t > 0 else SENT, form == DENSE, kind, dampening, support, threshold,
+            v if t > 0 else y, max(0, t - 1) * batch, batch, n, low, high,
+            who[part], counts, made_out, *lists,
+        )  # fmt: skip
         if paper:
             for b in range(batch):
                 for i in range(b * n + low, b * n + high):
                     d_sent[i] = cells.ZERO
             multiply_back(
-                form, width, weights, columns, candidate_pointers, 3 * n, 2 * n, n, candidate_last,
-                d_in_out, start, pitch, low, high, who, counts, batch, d_sent, 0, n,
+                form, width, stored_candidate, columns, candidate_pointers, 2 * n, n,
+                d_in_out, start, pitch, batch, low, high, n,
+                who[part], counts, *lists, sums[part], tiles[part], d_sent, 0,
             )  # fmt: skip
             for b in range(batch):
                 s = t * size + b * n
@@ -186,43 +199,35 @@ def backward(
             target = wait(barrier, parts, target)
         if t > 0:
             multiply_back(
-                form, width, weights, columns, pointers, 3 * n, 0, gates, last,
-                d_in_out if paper else d_rec_out, start, pitch, low, high, who, counts, batch, d_y, before, n,
+                form, width, stored, columns, pointers, 0, gates,
+                d_in_out if paper else d_rec_out, start, pitch, batch, low, high, n,
+                who[part], counts, *lists, sums[part], tiles[part], d_y, before,
             )  # fmt: skip
 
 
 @compiled
-def list_sent(y, rows, n, low, high, who, counts):
-    """`list_open` of what the state before the window sent."""
-    for j in range(low, high):
-        counts[j] = 0
-    for b in range(rows):
-        for j in range(low, high):
-            if y[b * n + j] != 0:
-                who[j * rows + counts[j]] = b
-                counts[j] += 1
-
-
-@compiled
 def gradient_of_inputs(
-    part, parts, form, width, weights, columns, pointers, n_post, last, delta, pitch, rows, n_pre,
-    every, kind, dampening, support, threshold, v, who, counts, d_x_out, made_out,
+    part, parts, form, width, weights, columns, pointers, n_post, delta, pitch, rows, n_pre,
+    source, kind, dampening, support, threshold, v,
+    chunks, who, counts, starts, amounts, pairs, sums, tiles, d_x_out, made_out,
 ):  # fmt: skip
     """d_x (rows, n_pre) = delta @ weights.T where it is wanted, zero elsewhere: everywhere, or where the unit below (v)
     fired or has a slope. Splits presynaptic units."""
     low, high = share(n_pre, 1, part, parts), share(n_pre, 1, part + 1, parts)
-    for first in range(0, rows, DOT_ROWS):
-        some = min(DOT_ROWS, rows - first)
+    together, stored = STORED_ROWS, weights
+    if form == DENSE:
+        together, stored = WINDOW_ROWS, chunks[0]
+        pack_chunks(weights, n_post, 0, n_post, low, high, n_pre, stored)
+    for first in range(0, rows, together):
+        some = min(together, rows - first)
         for b in range(first, first + some):
             for j in range(b * n_pre + low, b * n_pre + high):
                 d_x_out[j] = cells.ZERO
-        if every:
-            list_all(some, low, high, who, counts)
-        else:
-            list_open(kind, dampening, support, threshold, v, first, some, n_pre, low, high, who, counts)
-        for j in range(low, high):
-            made_out[j] += counts[j]
+        list_pairs(
+            source, form == DENSE, kind, dampening, support, threshold, v, first, some, n_pre, low, high,
+            who[part], counts, made_out, starts, amounts, pairs[part],
+        )  # fmt: skip
         multiply_back(
-            form, width, weights, columns, pointers, n_post, 0, n_post, last, delta, first * pitch, pitch, low, high,
-            who, counts, some, d_x_out, first * n_pre, n_pre,
+            form, width, stored, columns, pointers, 0, n_post, delta, first * pitch, pitch, some, low, high, n_pre,
+            who[part], counts, starts, amounts, pairs[part], sums[part], tiles[part], d_x_out, first * n_pre,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the products of training need of sixteen lanes beyond `simd.py`: sums over lanes, and gathers."""
+"""What the products of training need of sixteen lanes beyond `simd.py`: sums over lanes, short dots, and gathers."""
 
 from __future__ import annotations
 
@@ -6,9 +6,21 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from eventrnn import cells
-from eventrnn.jit import compiled
-from eventrnn.simd import AVX512, I1, I32, I64, LANES, VECTOR, address, call, lanes, load, splat
+from eventrnn.simd import (
+    AVX512,
+    I1,
+    I32,
+    I64,
+    LANES,
+    VECTOR,
+    address,
+    call,
+    fma_vector,
+    lanes,
+    load_vector,
+    splat,
+    store_vector,
+)
 
 _INTS = ir.VectorType(I32, LANES)
 
@@ -40,6 +52,64 @@ def sum_lanes(typingctx, vector):
         return builder.extract_element(total, I32(0))
 
     return types.float32(vector), generate
+
+
+def _sums_of_four(builder, vectors):
+    """`sum_lanes` of four vectors at once, in a vector of four."""
+
+    def shuffled(a, b, lanes_of_both):
+        return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes_of_both)), lanes_of_both))
+
+    def halved(a, b, width):
+        """Runs of 2 * `width` lanes of both, each run's halves added."""
+        low = [k + i for k in range(0, 2 * LANES, 2 * width) for i in range(width)]
+        return builder.fadd(shuffled(a, b, low), shuffled(a, b, [k + width for k in low]))
+
+    def folded(a, width):
+        """The same of one vector; every run has its sums twice."""
+        return builder.fadd(a, shuffled(a, a, [k ^ width for k in range(LANES)]))
+
+    a, b, c, d = vectors
+    fours = halved(halved(a, b, LANES // 2), halved(c, d, LANES // 2), LANES // 4)
+    ones = folded(folded(fours, 2), 1)
+    return shuffled(ones, ones, [0, 4, 8, 12])
+
+
+def _dots(context, builder, signature, values, samples):
+    """The body of `quad_of_dots`, for so many samples; writes four sums, whatever their number."""
+    kinds, weights, totals = signature.args, values[1 + samples : 9 + samples], []
+    for k in range(samples):
+        row = address(context, builder, kinds[0], values[0], values[1 + k])
+        terms = [load_vector(builder, builder.gep(row, [I64(i * LANES)])) for i in range(8)]
+        total = builder.fmul(weights[0], terms[0])
+        for w, x in zip(weights[1:], terms[1:], strict=True):
+            total = fma_vector(builder, w, x, total)
+        totals.append(total)
+    target = address(context, builder, kinds[-2], values[-2], values[-1])
+    sums = _sums_of_four(builder, [*totals, *totals[-1:] * (4 - samples)])
+    store_vector(builder, builder.fadd(load_vector(builder, target, 4), sums), target)
+    return context.get_dummy_value()
+
+
+@intrinsic
+def quad_of_dots(typingctx, tile, t0, t1, t2, t3, w0, w1, w2, w3, w4, w5, w6, w7, sums, p):
+    """To sums[p] … sums[p + 3]: 128 weights times tile[t0:] … tile[t3:]. Each lane takes its eight terms in order, then
+    halves of the lanes are added to halves."""
+
+    def generate(context, builder, signature, values):
+        return _dots(context, builder, signature, values, 4)
+
+    return types.void(tile, t0, t1, t2, t3, w0, w1, w2, w3, w4, w5, w6, w7, sums, p), generate
+
+
+@intrinsic
+def pair_of_dots(typingctx, tile, t0, t1, w0, w1, w2, w3, w4, w5, w6, w7, sums, p):
+    """`quad_of_dots` of two; adds anything to the sums after them."""
+
+    def generate(context, builder, signature, values):
+        return _dots(context, builder, signature, values, 2)
+
+    return types.void(tile, t0, t1, w0, w1, w2, w3, w4, w5, w6, w7, sums, p), generate
 
 
 @intrinsic
@@ -75,92 +145,3 @@ def _gather_portable(typingctx, array, at, index, first):
 
 
 gather = _gather_avx512 if AVX512 else _gather_portable
-
-
-@compiled
-def dot(a, at, b, b_at, count, last):
-    """Sum of a[at + i] * b[b_at + i], i < count, each of 16 lanes in ascending order, then over lanes.
-
-    `last` holds 1 in the lanes of the last, overlapping vector that the others left out; needs count >= 16.
-    """
-    first, second = everywhere(cells.ZERO), everywhere(cells.ZERO)
-    whole = count // LANES
-    for k in range(0, whole - 1, 2):
-        i = k * LANES
-        first = cells.fma(load(a, at + i), load(b, b_at + i), first)
-        second = cells.fma(load(a, at + i + LANES), load(b, b_at + i + LANES), second)
-    if whole % 2:
-        i = (whole - 1) * LANES
-        first = cells.fma(load(a, at + i), load(b, b_at + i), first)
-    if count % LANES:
-        i = count - LANES
-        second = cells.fma(load(a, at + i) * load(last, 0), load(b, b_at + i), second)
-    return sum_lanes(first + second)
-
-
-@compiled
-def dot_2(a, at, b, b0, b1, count, last):
-    """`dot` of one a with two b, the same bits each."""
-    p0, p1, q0, q1 = everywhere(cells.ZERO), everywhere(cells.ZERO), everywhere(cells.ZERO), everywhere(cells.ZERO)
-    whole = count // LANES
-    for k in range(0, whole - 1, 2):
-        i = k * LANES
-        w, x = load(a, at + i), load(a, at + i + LANES)
-        p0 = cells.fma(w, load(b, b0 + i), p0)
-        p1 = cells.fma(w, load(b, b1 + i), p1)
-        q0 = cells.fma(x, load(b, b0 + i + LANES), q0)
-        q1 = cells.fma(x, load(b, b1 + i + LANES), q1)
-    if whole % 2:
-        i = (whole - 1) * LANES
-        w = load(a, at + i)
-        p0 = cells.fma(w, load(b, b0 + i), p0)
-        p1 = cells.fma(w, load(b, b1 + i), p1)
-    if count % LANES:
-        i = count - LANES
-        w = load(a, at + i) * load(last, 0)
-        q0 = cells.fma(w, load(b, b0 + i), q0)
-        q1 = cells.fma(w, load(b, b1 + i), q1)
-    return sum_lanes(p0 + q0), sum_lanes(p1 + q1)
-
-
-@compiled
-def dot_4(a, at, b, b0, b1, b2, b3, count, last):
-    """`dot` of one a with four b, the same bits each; a is read once."""
-    p0, p1, p2, p3 = everywhere(cells.ZERO), everywhere(cells.ZERO), everywhere(cells.ZERO), everywhere(cells.ZERO)
-    q0, q1, q2, q3 = everywhere(cells.ZERO), everywhere(cells.ZERO), everywhere(cells.ZERO), everywhere(cells.ZERO)
-    whole = count // LANES
-    for k in range(0, whole - 1, 2):
-        i = k * LANES
-        w, x = load(a, at + i), load(a, at + i + LANES)
-        p0 = cells.fma(w, load(b, b0 + i), p0)
-        p1 = cells.fma(w, load(b, b1 + i), p1)
-        p2 = cells.fma(w, load(b, b2 + i), p2)
-        p3 = cells.fma(w, load(b, b3 + i), p3)
-        q0 = cells.fma(x, load(b, b0 + i + LANES), q0)
-        q1 = cells.fma(x, load(b, b1 + i + LANES), q1)
-        q2 = cells.fma(x, load(b, b2 + i + LANES), q2)
-        q3 = cells.fma(x, load(b, b3 + i + LANES), q3)
-    if whole % 2:
-        i = (whole - 1) * LANES
-        w = load(a, at + i)
-        p0 = cells.fma(w, load(b, b0 + i), p0)
-        p1 = cells.fma(w, load(b, b1 + i), p1)
-        p2 = cells.fma(w, load(b, b2 + i), p2)
-        p3 = cells.fma(w, load(b, b3 + i), p3)
-    if count % LANES:
-        i = count - LANES
-        w = load(a, at + i) * load(last, 0)
-        q0 = cells.fma(w, load(b, b0 + i), q0)
-        q1 = cells.fma(w, load(b, b1 + i), q1)
-        q2 = cells.fma(w, load(b, b2 + i), q2)
-        q3 = cells.fma(w, load(b, b3 + i), q3)
-    return sum_lanes(p0 + q0), sum_lanes(p1 + q1), sum_lanes(p2 + q2), sum_lanes(p3 + q3)
-
-
-@compiled
-def dot_short(a, at, b, b_at, count):
-    """`dot` of fewer than 16 terms, in ascending order."""
-    total = cells.ZERO
-    for i in range(count):
-        total = cells.fma(a[at + i], b[b_at + i], total)
-    return total
