@@ -34,8 +34,9 @@ SPARE = 2 * STRIP
 @dataclass
 class LayerTape:
     """One layer over a window, all the backward pass needs. (T, B, N) arrays; `y` and `c` have T + 1 steps, the
-    first being the state before the window. `w_rec` are the weights that were used, DropConnect included; `support`,
-    known after the backward pass, is the share of units that fired or were within their surrogate's support."""
+    first being the state before the window. `w_rec` are the weights that were used, DropConnect included; `share_in` of
+    x is not zero; `support`, known after the backward pass, is the share of units that fired or were within their
+    surrogate's support."""
 
     x: np.ndarray
     w_rec: np.ndarray
@@ -47,6 +48,7 @@ class LayerTape:
     y: np.ndarray
     c: np.ndarray
     threshold: np.ndarray
+    share_in: float = float("nan")
     support: float = float("nan")
     work: dict[str, BackwardWork] = field(default_factory=dict)
     engine: LayerEngine | None = field(default=None, repr=False)
@@ -114,7 +116,7 @@ class LayerEngine:
     def pattern(self, name: str, shape: tuple[int, int], mask: np.ndarray | None) -> Pattern:
         """Of the mask of now; made again only when it has changed."""
         before = self.masks.get(name)
-        same = before is None if mask is None else before is not None and _same(mask, before)
+        same = before is None if mask is None else before is not None and self._equal(mask, before)
         if name not in self.patterns or not same:
             self.masks[name] = None if mask is None else mask.copy()
             n = shape[1] // 3
@@ -125,13 +127,22 @@ class LayerEngine:
             self.windows = {key: kept for key, kept in self.windows.items() if key[0] != name}
         return self.patterns[name]
 
+    def _equal(self, mask: np.ndarray, other: np.ndarray) -> bool:
+        """Whether two masks are equal; eight entries are compared at a time."""
+        if mask.shape != other.shape:
+            return False
+        mask, other = mask.reshape(-1), other.reshape(-1)
+        whole, found = mask.size // 8 * 8, np.empty(self.team.threads, bool)
+        self.team.run(products.find_difference, mask[:whole].view(np.int64), other[:whole].view(np.int64), found)
+        return not found.any() and np.array_equal(mask[whole:], other[whole:])
+
     def _windows(self, name: str, edges: list[tuple[int, int]], rows: int, w: np.ndarray) -> Windows:
         key = (name, len(edges), rows)
         if key not in self.windows:
             # Another batch replaces the one before: its packed weights are as large as the matrix.
             self.windows = {k: kept for k, kept in self.windows.items() if k[0] != name}
             self.windows[key] = windows(self.patterns[name], edges, rows)
-        self.windows[key].fill(w)
+        self.windows[key].fill(self.team, w)
         return self.windows[key]
 
     def _edges(self, n: int) -> list[tuple[int, int]]:
@@ -150,7 +161,7 @@ class LayerEngine:
         ys[0], cs[0] = y, c
         tape = LayerTape(x, p["w_rec"], u, r, g, q, v, ys, cs, p["threshold"], engine=self)
         drive_in = take(steps * batch * pitch + SPARE)
-        self._input_drives(p, x, drive_in, pitch)
+        tape.share_in = self._input_drives(p, x, drive_in, pitch)
         held_flat = np.zeros(0, bool) if held is None else np.ascontiguousarray(held).reshape(-1)
         outputs = tuple(a.reshape(-1) for a in (u, r, g, q, v, ys, cs))
         if self.mode == "dense":
@@ -169,14 +180,16 @@ class LayerEngine:
         )  # fmt: skip
         return tape
 
-    def _input_drives(self, p: dict, x: np.ndarray, drive: np.ndarray, pitch: int) -> None:
+    def _input_drives(self, p: dict, x: np.ndarray, drive: np.ndarray, pitch: int) -> float:
+        """Writes them; returns the share of x that is not zero."""
         w, rows, (n_pre, columns) = p["w_in"], x.shape[0] * x.shape[1], p["w_in"].shape
         pattern, flat = self.patterns["w_in"], np.ascontiguousarray(x).reshape(-1)
-        if not self._sparse(pattern, self._share_sent(flat), DRIVES_UP_TO):
+        sent = self._share_sent(flat)
+        if not self._sparse(pattern, sent, DRIVES_UP_TO):
             out = drive[: rows * pitch].reshape(rows, pitch)[:, :columns]
             self.team.multiply(flat.reshape(rows, n_pre), w, out)
             out += p["bias_in"]
-            return
+            return sent
         take, parts = self.arena.take, self.team.threads
         if pattern.form == DENSE:
             strip = min(products.STRIP_ROWS, rows)
@@ -185,7 +198,7 @@ class LayerEngine:
                 *self.scratch.events(n_pre, strip, parts), take(parts, strip, dtype=np.int64), self.scratch.bins(),
                 *self.scratch.strip(strip),
             )  # fmt: skip
-            return
+            return sent
         table = self._windows("w_in", [(0, columns // 3)], 1, w)
         most = flat.size + parts * LANES
         self.team.run(
@@ -193,6 +206,7 @@ class LayerEngine:
             p["bias_in"], drive, pitch, take(most, dtype=np.int32), take(most), take(rows, dtype=np.int64),
             take(rows, dtype=np.int64), *self.scratch.engine(1, 1, table.most),
         )  # fmt: skip
+        return sent
 
     def _share_sent(self, flat: np.ndarray) -> float:
         """Share of numbers that are not zero."""
@@ -273,7 +287,7 @@ class LayerEngine:
         gated = tape.q.reshape(-1) if self.paper else None
         x, y = np.ascontiguousarray(tape.x).reshape(-1), tape.y[:-1].reshape(-1)
         arrived = {
-            "w_in": Arrived((x,), self._share_sent(x)),
+            "w_in": Arrived((x,), tape.share_in),
             "w_rec": Arrived((y,) if gated is None else (y, gated), self._share_sent(y)),
         }
         self._list(arrived, rows)
@@ -319,7 +333,7 @@ class LayerEngine:
         if pattern.form == PIECES:
             # Padding must be zero; the memory may hold what was there.
             values[:] = 0
-        pattern.pick(w, values)
+        pattern.pick(self.team, w, values)
         return values, pattern.columns
 
     def _dense_back(self, tape, head, arrays, d_cell, d_y, d_c, d_in, d_rec, pitch, d_threshold, d_bias) -> None:
@@ -354,9 +368,10 @@ class LayerEngine:
             pieces, n = pattern.form == PIECES, pattern.shape[0]
             tile = products.PIECE_ROWS if pieces else lists.TILE_ROWS
             counts = self.arena.take(self.team.threads, n, dtype=np.int64)
+            further = self.scratch.bins(), *self.scratch.row(n)
             for x in source.arrays:
                 found = self.scratch.events(rows, n, tile=tile)
-                self.team.run(lists.list_by_unit, x, rows, n, tile, not pieces, *found, counts, self.scratch.bins())
+                self.team.run(lists.list_by_unit, x, rows, n, tile, not pieces, *found, counts, *further)
                 source.lists.append(found)
 
     def _gradient(self, name: str, arrived: Arrived, rows: int, delta, pitch: int, tape, stored: bool) -> np.ndarray:
@@ -405,10 +420,10 @@ class LayerEngine:
                 )  # fmt: skip
                 work.gradient_stored = np.full(n_pre, columns, np.int64)
         if stored:
-            return pattern.compact(out)
+            return pattern.compact(self.team, out)
         gradient = take(n_pre, columns)
         gradient[:] = 0
-        pattern.spread(out, gradient)
+        pattern.spread(self.team, out, gradient)
         return gradient
 
     def _masked(self, name: str, gradient: np.ndarray, stored: bool) -> np.ndarray:
@@ -447,17 +462,6 @@ class LayerEngine:
         )  # fmt: skip
         work.dots, work.dots_stored = made, pattern.stored_out()
         return d_x
-
-
-def _same(mask: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two masks are equal, compared eight entries at a time."""
-    if mask.shape != other.shape:
-        return False
-    mask, other = mask.reshape(-1), other.reshape(-1)
-    whole = mask.size // 8 * 8
-    return np.array_equal(mask[:whole].view(np.int64), other[:whole].view(np.int64)) and np.array_equal(
-        mask[whole:], other[whole:]
-    )
 
 
 def _pitch(n: int) -> int:

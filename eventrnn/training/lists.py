@@ -8,9 +8,9 @@ events, the longer lists of a tile come last: loops over lists of one length hav
 from __future__ import annotations
 
 from eventrnn import cells
-from eventrnn.jit import compiled
-from eventrnn.simd import LANES, bits, load, lowest_bit
-from eventrnn.steps import send
+from eventrnn.jit import compiled, inlined
+from eventrnn.simd import LANES, load
+from eventrnn.steps import compress, send
 from eventrnn.training.vectors import everywhere, sum_lanes
 
 # Rows of a tile; with 8 vectors of columns, 40 KiB. Measured as above: 52 ms with 64 rows, 50 with 80 and with 96.
@@ -71,22 +71,19 @@ def list_by_row(x, x_at, rows, n, tile, order, starts, ids, sent, counts, bins):
 
 
 @compiled
-def list_by_unit(part, parts, x, rows, n, tile, sort, order, starts, ids, sent, counts, bins):
+def list_by_unit(part, parts, x, rows, n, tile, sort, order, starts, ids, sent, counts, bins, found, values):
     """Non-zero x (rows, n) by tile of rows, then unit; `ids` are rows, ascending. As `list_by_row`; without `sort` list
-    q is of unit q, and `order` stays as it is. Splits tiles. Scratch, a row a thread: counts (n,), bins (tile + 2,)."""
-    whole, count = n // LANES * LANES, counts[part]
+    q is of unit q, and `order` stays as it is. Splits tiles. Scratch, a row a thread: counts (n,), bins (tile + 2,),
+    found and values (n + 16,)."""
+    count, units, numbers = counts[part], found[part], values[part]
     for k in range(part, -(-rows // tile), parts):
         first, last, start = k * tile, min(rows, k * tile + tile), k * (n + 1)
         for i in range(n):
             count[i] = 0
         for r in range(first, last):
-            for i in range(0, whole, LANES):
-                chosen = bits(load(x, r * n + i) != cells.ZERO)
-                while chosen != 0:
-                    count[i + lowest_bit(chosen)] += 1
-                    chosen &= chosen - 1
-            for i in range(whole, n):
-                count[i] += x[r * n + i] != 0
+            # One list a row: its length is foreseen more often than that of one vector.
+            for e in range(send(x, r * n, 0, n, units, numbers, 0)):
+                count[units[e]] += 1
         if sort:
             by_count(count, 0, n, tile, bins[part], order, k * n)
         end = k * (tile * n + LANES)
@@ -97,60 +94,53 @@ def list_by_unit(part, parts, x, rows, n, tile, sort, order, starts, ids, sent, 
             end, count[unit] = end + count[unit], end
         starts[start + n] = end
         for r in range(first, last):
-            for i in range(0, whole, LANES):
-                chosen = bits(load(x, r * n + i) != cells.ZERO)
-                while chosen != 0:
-                    j = i + lowest_bit(chosen)
-                    to = count[j]
-                    ids[to], sent[to], count[j] = r, x[r * n + j], to + 1
-                    chosen &= chosen - 1
-            for j in range(whole, n):
-                if x[r * n + j] != 0:
-                    to = count[j]
-                    ids[to], sent[to], count[j] = r, x[r * n + j], to + 1
+            for e in range(send(x, r * n, 0, n, units, numbers, 0)):
+                to = count[units[e]]
+                ids[to], sent[to], count[units[e]] = r, numbers[e], to + 1
 
 
 # --- pairs of a sample and a unit ---------------------------------------------------------------------------
 
 
 @compiled
-def list_open(kind, dampening, support, threshold, v, row, rows, n, low, high, who, counts):
+def list_open(kind, dampening, support, threshold, v, row, rows, n, low, high, who, counts, found, values):
     """Of rows `row` on, the samples in which units `low` to `high` fired or have a slope.
 
-    Unit j's are who[j * rows:], `counts[j]` of them, ascending, counted from `row`.
+    Unit j's are who[j * rows:], `counts[j]` of them, ascending, counted from `row`. Scratch: found, values (n + 16,).
     """
     for j in range(low, high):
         counts[j] = 0
     whole = low + (high - low) // LANES * LANES
     for b in range(rows):
-        at = (row + b) * n
+        at, listed = (row + b) * n, 0
         for i in range(low, whole, LANES):
             value, theta = load(v, at + i), load(threshold, i)
             slope = cells.surrogate_slope(kind, value - theta, dampening, support)
             event = cells.select(value > theta, cells.ONE, cells.ZERO)
-            chosen = bits(event + cells.absolute(slope) != cells.ZERO)
-            while chosen != 0:
-                j = i + lowest_bit(chosen)
-                who[j * rows + counts[j]] = b
-                counts[j] += 1
-                chosen &= chosen - 1
+            listed += compress(found, values, listed, i, event + cells.absolute(slope) != cells.ZERO, value)
         for j in range(whole, high):
             slope = cells.surrogate_slope(kind, v[at + j] - threshold[j], dampening, support)
             if v[at + j] > threshold[j] or slope != 0:
-                who[j * rows + counts[j]] = b
-                counts[j] += 1
+                found[listed] = j
+                listed += 1
+        _append(found, listed, b, rows, who, counts)
+
+
+@inlined
+def _append(found, listed, b, rows, who, counts):
+    for e in range(listed):
+        j = found[e]
+        who[j * rows + counts[j]] = b
+        counts[j] += 1
 
 
 @compiled
-def list_sent(y, row, rows, n, low, high, who, counts):
+def list_sent(y, row, rows, n, low, high, who, counts, found, values):
     """`list_open` of what was sent: where y is not zero."""
     for j in range(low, high):
         counts[j] = 0
     for b in range(rows):
-        for j in range(low, high):
-            if y[(row + b) * n + j] != 0:
-                who[j * rows + counts[j]] = b
-                counts[j] += 1
+        _append(found, send(y, (row + b) * n, low, high, found, values, 0), b, rows, who, counts)
 
 
 @compiled
@@ -171,7 +161,7 @@ def tile_rows(rows):
 @compiled
 def list_pairs(
     source, tiled, kind, dampening, support, threshold, v, row, rows, n, low, high,
-    who, counts, made_out, starts, amounts, pairs,
+    who, counts, found, values, made_out, starts, amounts, pairs,
 ):  # fmt: skip
     """The pairs of `rows` rows from `row` on that `source` says, as `list_open` leaves them, or, `tiled`, by tile of
     `tile_rows(rows)` rows: tile k and unit j have amounts[k * n + j] rows, counted from the tile's first, in `pairs`
@@ -181,9 +171,9 @@ def list_pairs(
     for k in range(-(-rows // max(1, together))):
         first, some = row + k * together, min(together, rows - k * together)
         if source == OPEN:
-            list_open(kind, dampening, support, threshold, v, first, some, n, low, high, who, counts)
+            list_open(kind, dampening, support, threshold, v, first, some, n, low, high, who, counts, found, values)
         elif source == SENT:
-            list_sent(v, first, some, n, low, high, who, counts)
+            list_sent(v, first, some, n, low, high, who, counts, found, values)
         else:
             list_all(some, low, high, who, counts)
         for j in range(low, high):

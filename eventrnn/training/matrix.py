@@ -26,6 +26,7 @@ from eventrnn.plan import SHARED_EVENTS
 from eventrnn.simd import LANES
 from eventrnn.training import products
 from eventrnn.training.sweeps import DENSE, PIECES, SINGLE
+from eventrnn.training.team import Team
 
 # Pieces are the widest of these that the mask is made of.
 WIDTHS = (64, 32, 16)
@@ -106,22 +107,26 @@ class Pattern:
             self.made["pointers", low, high] = both
         return self.made["pointers", low, high]
 
-    def pick(self, w: np.ndarray, out: np.ndarray) -> None:
+    def pick(self, team: Team, w: np.ndarray, out: np.ndarray) -> None:
         """Stored weights of a matrix; padding stays as it is in `out`."""
         args = (w.reshape(-1), self.shape[1], self.units, self.columns, self.valid, self.width)
-        products.pack_pieces(*args, 0, len(self.units), out)
+        team.run(products.pack_pieces, *args, out)
 
-    def spread(self, values: np.ndarray, out: np.ndarray) -> None:
+    def spread(self, team: Team, values: np.ndarray, out: np.ndarray) -> None:
         """Stored values into a matrix; the rest stays as it is."""
         args = (values, self.shape[1], self.units, self.columns, self.valid, self.width)
-        products.unpack_pieces(*args, 0, len(self.units), out.reshape(-1))
+        team.run(products.unpack_pieces, *args, out.reshape(-1))
 
-    def compact(self, values: np.ndarray) -> np.ndarray:
+    def compact(self, team: Team, values: np.ndarray) -> np.ndarray:
         """Stored values without padding: by unit, then column, as `matrix[mask]`."""
         if self.width == 1:
             return values[: len(self.units)].copy()
-        values = values[: len(self.units) * self.width].reshape(-1, self.width)
-        return values[np.arange(values.shape[1]) < self.valid[:, None]]
+        if "ends" not in self.made:
+            self.made["ends"] = np.cumsum(self.valid, dtype=np.int64)
+        ends = self.made["ends"]
+        out = np.empty(self.valid.sum(), np.float32)
+        team.run(products.join_pieces, values, self.valid, ends, self.width, out)
+        return out
 
     def orders(self, ranges: list[tuple[int, int]]) -> list[np.ndarray]:
         """Entries in each range of columns by column, then unit."""
@@ -165,15 +170,14 @@ class Windows:
     most: int
     source: tuple = field(repr=False)
 
-    def fill(self, w: np.ndarray) -> None:
+    def fill(self, team: Team, w: np.ndarray) -> None:
         """Copy the weights of now. One pass over what is stored."""
+        flat, (n, columns) = w.reshape(-1), self.pattern.shape
         if self.pattern.form == DENSE:
             for table in self.source:
-                products.pack_tiles(w.reshape(-1), self.pattern.shape[1], table, 0, len(table), len(w), self.values)
+                team.run(products.pack_tiles, flat, columns, table, n, self.values)
         else:
-            units, columns, valid = self.source
-            width = self.pattern.width
-            products.pack_pieces(w.reshape(-1), w.shape[1], units, columns, valid, width, 0, len(units), self.values)
+            team.run(products.pack_pieces, flat, columns, *self.source, self.pattern.width, self.values)
 
 
 def windows(pattern: Pattern, edges: list[tuple[int, int]], rows: int) -> Windows:

@@ -204,27 +204,44 @@ def single_gradient(
 
 
 @compiled
-def pack_tiles(w, columns, table, first, last, n, values):
-    """The columns of tile windows `first` to `last` of a table (`packing.ROW_TILES`) from w (n, columns)."""
-    for j in range(n):
-        for k in range(first, last):
+def pack_tiles(part, parts, w, columns, table, n, values):
+    """The columns of the tile windows of a table (`packing.ROW_TILES`) from w (n, columns). Splits rows."""
+    for j in range(share(n, 1, part, parts), share(n, 1, part + 1, parts)):
+        for k in range(len(table)):
             low, width = table[k, 0], table[k, 1]
             at = table[k, 2] + j * table[k, 3]
             copy(w, j * columns + low, values, at, width)
 
 
 @compiled
-def pack_pieces(w, columns, units, starts, valid, width, first, last, values):
-    """Pieces `first` to `last` from w (n, columns): `valid` columns of each, from `starts` on; the rest stays."""
-    for p in range(first, last):
+def pack_pieces(part, parts, w, columns, units, starts, valid, width, values):
+    """Pieces from w (n, columns): `valid` columns of each, from `starts` on; the rest stays. Splits pieces."""
+    for p in range(share(len(units), 1, part, parts), share(len(units), 1, part + 1, parts)):
         copy(w, np.int64(units[p]) * columns + starts[p], values, p * width, np.int64(valid[p]))
 
 
 @compiled
-def unpack_pieces(values, columns, units, starts, valid, width, first, last, out):
+def unpack_pieces(part, parts, values, columns, units, starts, valid, width, out):
     """`pack_pieces` the other way, into a matrix (n, columns)."""
-    for p in range(first, last):
+    for p in range(share(len(units), 1, part, parts), share(len(units), 1, part + 1, parts)):
         copy(values, p * width, out, np.int64(units[p]) * columns + starts[p], np.int64(valid[p]))
+
+
+@compiled
+def join_pieces(part, parts, values, valid, ends, width, out):
+    """The `valid` columns of pieces one after another; piece p ends at ends[p]. Splits pieces."""
+    for p in range(share(len(valid), 1, part, parts), share(len(valid), 1, part + 1, parts)):
+        copy(values, p * width, out, ends[p] - valid[p], np.int64(valid[p]))
+
+
+@compiled
+def find_difference(part, parts, a, b, found_out):
+    """found_out[part]: whether a differs from b in a thread's share."""
+    found_out[part] = False
+    for i in range(share(len(a), 1, part, parts), share(len(a), 1, part + 1, parts)):
+        if a[i] != b[i]:
+            found_out[part] = True
+            return
 
 
 @compiled

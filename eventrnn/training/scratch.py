@@ -38,6 +38,10 @@ class Scratch:
         """To sort the lists of a tile by their lengths."""
         return self.take(self.threads, products.PIECE_ROWS + 2, dtype=np.int64)
 
+    def row(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """For the events of one row of n numbers: which, and what."""
+        return self.take(self.threads, n + LANES, dtype=np.int32), self.take(self.threads, n + LANES)
+
     def strip(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
         """A tile of the rows that are added, and a strip of so many sums."""
         return self.take(self.threads, lists.TILE_ROWS * products.STRIP), self.take(self.threads, rows * products.STRIP)
@@ -50,7 +54,7 @@ class Scratch:
         pairs, chunks = every * (step + lists.PAIRS), max(-(-columns // dots.CHUNK) for columns in ranges)
         return (
             take(len(ranges), chunks * units * dots.CHUNK),
-            take(parts, n * (step if tiled else rows), dtype=np.int32), take(n, dtype=np.int64),
+            take(parts, n * (step if tiled else rows), dtype=np.int32), take(n, dtype=np.int64), *self.row(n),
             take(every, dtype=np.int64), take(every, dtype=np.int64), take(parts, pairs, dtype=np.int32),
             take(parts, pairs), take(parts, step * dots.CHUNK),
         )  # fmt: skip

@@ -139,7 +139,7 @@ def backward(
     # updated: gradient of what was sent, of the cell after the window
     d_y, d_c,
     # scratch
-    chunks, who, counts, starts, amounts, pairs, sums, tiles, d_sent,
+    chunks, who, counts, found, values, starts, amounts, pairs, sums, tiles, d_sent,
     # out
     d_in_out, d_rec_out, pitch, d_threshold, d_bias, made_out,
 ):  # fmt: skip
@@ -178,7 +178,7 @@ def backward(
         list_pairs(
             OPEN if t > 0 else SENT, form == DENSE, kind, dampening, support, threshold,
             v if t > 0 else y, max(0, t - 1) * batch, batch, n, low, high,
-            who[part], counts, made_out, *lists,
+            who[part], counts, found[part], values[part], made_out, *lists,
         )  # fmt: skip
         if paper:
             for b in range(batch):
@@ -209,7 +209,7 @@ def backward(
 def gradient_of_inputs(
     part, parts, form, width, weights, columns, pointers, n_post, delta, pitch, rows, n_pre,
     source, kind, dampening, support, threshold, v,
-    chunks, who, counts, starts, amounts, pairs, sums, tiles, d_x_out, made_out,
+    chunks, who, counts, found, values, starts, amounts, pairs, sums, tiles, d_x_out, made_out,
 ):  # fmt: skip
     """d_x (rows, n_pre) = delta @ weights.T where it is wanted, zero elsewhere: everywhere, or where the unit below (v)
     fired or has a slope. Splits presynaptic units."""
@@ -225,7 +225,7 @@ def gradient_of_inputs(
                 d_x_out[j] = cells.ZERO
         list_pairs(
             source, form == DENSE, kind, dampening, support, threshold, v, first, some, n_pre, low, high,
-            who[part], counts, made_out, starts, amounts, pairs[part],
+            who[part], counts, found[part], values[part], made_out, starts, amounts, pairs[part],
         )  # fmt: skip
         multiply_back(
             form, width, stored, columns, pointers, 0, n_post, delta, first * pitch, pitch, some, low, high, n_pre,
