@@ -9,8 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from eventrnn import cells
-from eventrnn.jit import compiled, inlined
-from eventrnn.rows import prefetch_far
+from eventrnn.jit import compiled
 from eventrnn.simd import LANES, load, store
 from eventrnn.training.vectors import everywhere, sum_lanes
 
@@ -20,20 +19,12 @@ MOST_COUNTED = 1 << 20
 # --- forward: one sample, units `low` to `high`; s is where the sample begins in (B, N) arrays -----------------
 
 
-@inlined
-def _ask_gates(array, at, n):
-    for gate in range(3):
-        prefetch_far(array, at + gate * n)
-
-
 @compiled
 def update(
-    n, pitch, low, high, drive_in, a, drive_rec, b, threshold, c, c_at, s,
+    n, low, high, drive_in, a, drive_rec, b, threshold, c, c_at, s,
     u_out, r_out, g_out, q_out, v_out, y_out, c_out, to,
 ):  # fmt: skip
-    """Released variant. `q_out` keeps the recurrent candidate drive; y and c of the step go to `to`. Meanwhile the
-    next sample's rows are asked for, `pitch` further on in `drive_in`: they are too short for the processor to foresee.
-    """
+    """Released variant. `q_out` keeps the recurrent candidate drive; y and c of the step go to `to`."""
     whole = low + (high - low) // LANES * LANES
     for i in range(low, whole, LANES):
         q, theta = load(drive_rec, b + 2 * n + i), load(threshold, i)
@@ -53,14 +44,6 @@ def update(
         store(v_out, s + i, v)
         store(y_out, to + i, cells.select(v > theta, v, cells.ZERO))
         store(c_out, to + i, cells.select(v > theta, v - theta, v))
-        _ask_gates(drive_in, a + pitch + i, n)
-        prefetch_far(u_out, s + n + i)
-        prefetch_far(r_out, s + n + i)
-        prefetch_far(g_out, s + n + i)
-        prefetch_far(q_out, s + n + i)
-        prefetch_far(v_out, s + n + i)
-        prefetch_far(y_out, to + n + i)
-        prefetch_far(c_out, to + n + i)
     for i in range(whole, high):
         q = drive_rec[b + 2 * n + i]
         v, u, r, g = cells.egru_value(
@@ -142,13 +125,12 @@ def hold(low, high, held, paper, threshold, before, s, u_out, v_out, y_out, c_ou
 
 @compiled
 def adjoint(
-    n, pitch, low, high, kind, dampening, support, threshold,
+    n, low, high, kind, dampening, support, threshold,
     u, r, g, q, v, s, c, before, d_y, d_cell, d_cell_at,
     d_c, at, d_in_out, d_rec_out, d, d_threshold, d_bias,
 ):  # fmt: skip
     """Adjoint of `update`. `d_c` is read and overwritten with the gradient one step before; `d_threshold` (N,) and
-    `d_bias` (4N: u, r, g, recurrent g) are added to; rows of `d_in_out` and `d_rec_out` begin at d, the next ones
-    `pitch` further on; what the next sample needs is asked for (70 steps of 80 samples of 1350 units: 41 ms, 33 so).
+    `d_bias` (4N: u, r, g, recurrent g) are added to; rows of `d_in_out` and `d_rec_out` begin at d.
     """
     whole = low + (high - low) // LANES * LANES
     for i in range(low, whole, LANES):
@@ -176,15 +158,6 @@ def adjoint(
         store(d_rec_out, d + n + i, d_r)
         store(d_rec_out, d + 2 * n + i, d_q)
         store(d_c, at + i, d_before)
-        prefetch_far(u, s + n + i)
-        prefetch_far(r, s + n + i)
-        prefetch_far(g, s + n + i)
-        prefetch_far(q, s + n + i)
-        prefetch_far(v, s + n + i)
-        prefetch_far(d_y, s + n + i)
-        prefetch_far(c, before + n + i)
-        _ask_gates(d_in_out, d + pitch + i, n)
-        _ask_gates(d_rec_out, d + pitch + i, n)
         store(d_threshold, i, load(d_threshold, i) + d_theta)
         store(d_bias, i, load(d_bias, i) + d_u)
         store(d_bias, n + i, load(d_bias, n + i) + d_r)
@@ -315,7 +288,7 @@ def update_all(
             )  # fmt: skip
         else:
             update(
-                n, pitch, 0, n, drive_in, d, drive_rec, b * 3 * n, threshold, c_out, at, at,
+                n, 0, n, drive_in, d, drive_rec, b * 3 * n, threshold, c_out, at, at,
                 u_out, r_out, g_out, q_out, v_out, y_out, c_out, to,
             )  # fmt: skip
         if len(held) > 0:
@@ -345,7 +318,7 @@ def adjoint_all(
             )  # fmt: skip
         else:
             adjoint(
-                n, pitch, 0, n, kind, dampening, support, threshold, u, r, g, q, v, at, c, at, d_y, d_cell,
+                n, 0, n, kind, dampening, support, threshold, u, r, g, q, v, at, c, at, d_y, d_cell,
                 d_cell_at + b * n, d_c, b * n, d_in_out, d_rec_out, d, d_threshold, d_bias,
             )  # fmt: skip
 

@@ -99,7 +99,7 @@ def forward(
                 )  # fmt: skip
             else:
                 update(
-                    n, pitch, low, high, drive_in, a, drive, b * pitch, threshold, c_out, s, s,
+                    n, low, high, drive_in, a, drive, b * pitch, threshold, c_out, s, s,
                     u_out, r_out, g_out, q_out, v_out, y_out, c_out, s + size,
                 )  # fmt: skip
             if len(held) > 0:
@@ -167,7 +167,7 @@ def backward(
                 )  # fmt: skip
             else:
                 adjoint(
-                    n, pitch, low, high, kind, dampening, support, threshold,
+                    n, low, high, kind, dampening, support, threshold,
                     u, r, g, q, v, s, c, s, d_y, d_cell, t * each_cell + b * n,
                     d_c, b * n, d_in_out, d_rec_out, d, d_threshold, d_bias,
                 )  # fmt: skip
