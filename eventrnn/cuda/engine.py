@@ -193,7 +193,7 @@ class CudaEngine:
     def _run_in_pieces(self, feed: Feed, now: Any, longest: int, record_events: bool, record_states: bool) -> Trace:
         device, batch, steps = self.device, feed.batch, feed.steps
         here = isinstance(feed, DeviceFeed)
-        arrays = device.arrays if here else np
+        arrays: Any = device.arrays if here else np
         wanted = range(len(self.units))
         output = arrays.empty((steps, batch, self.output_size), np.float32)
         events = [arrays.empty((steps, batch, self.units[n]), np.float32) for n in wanted] if record_events else []
@@ -212,8 +212,9 @@ class CudaEngine:
                 for whole, found in ((events, piece.sent(n)), (states, after[n] if after else None)):
                     if whole and found is not None:
                         whole[n][begin:end] = found if here else found.get()
-            found = self.read_out(piece)
-            output[begin:end] = found if here else found.get()
+            made = device.empty((piece.steps, batch, self.output_size), np.float32)
+            self.read_out(piece, made)
+            output[begin:end] = made if here else made.get()
             now = piece.state
         left = DeviceState(device, now.copy(), self.units, batch)
         return self._trace(feed, left, output, report.get(), events, states)
@@ -288,8 +289,8 @@ class CudaEngine:
                     piece = self.piece(part.steps, part.batch)
                     piece.start(now)
                     piece.begin(self.settled(part.batch))
-                    self.enqueue(piece, *(table or self._table(part, piece)), self.report, None, counting)
-                    self.read_out(piece)
+                    out = self.device.empty((part.steps, part.batch, self.output_size), np.float32)
+                    self.enqueue(piece, *(table or self._table(part, piece)), self.report, None, counting, out)
                     now = piece.state
 
         return enqueue
@@ -342,14 +343,16 @@ class CudaEngine:
             return self.feed_table(self.no_input), piece.checked_rows(x, row_0, known, report)
         return piece.found(x, row_0, report), None
 
-    def enqueue(self, piece: Piece, table, row_of, report, after, counting: bool) -> None:
-        """All layers of a piece; their cells after each step into `after`, where asked for.
+    def enqueue(self, piece: Piece, table, row_of, report, after, counting: bool, out: Any = None) -> None:
+        """All layers of a piece; their cells after each step into `after`, where asked for, the output into `out`.
 
         With `counting` their events are added to the report.
         """
         device, batch, steps = self.device, piece.batch, piece.steps
         ways = self.ways.get(batch, ())
-        drive = None
+        drive, last = None, len(self.units) - 1
+        # What the last layer sends need not be recorded first.
+        direct = out is not None and self.readout is None and last in ways
         if 0 not in ways:
             drive = self.w_in[0].products(device, table, steps * batch, row_of, out=piece.drive(3 * self.units[0]))
         for layers, each in zip(self.launches(ways), self._plans(batch), strict=True):
@@ -357,14 +360,18 @@ class CudaEngine:
                 n = layers.start
                 layer, counts = self.tensors[n], report[self._counts_from(n) :].data.ptr if counting else 0
                 assert layer is not None
-                layer.enqueue(piece, n, table, row_of, after[n] if after else None, counts, report)
+                to = out if direct and n == last else piece.records[n][1:]
+                sent = to.data.ptr, to.shape[2]
+                layer.enqueue(piece, n, table, row_of, after[n] if after else None, sent, counts, report)
                 continue
             self._launch_layers(layers, each, piece, drive, report, after)
         device.launch(
             device.kernel(("finite",), finite_kernel, 256), -(-piece.state[0].size // 256), 256,
             piece.state.data.ptr, piece.state[0].size, report.data.ptr,
         )  # fmt: skip
-        piece.end()
+        piece.end(out if direct else None)
+        if out is not None and not direct:
+            self.read_out(piece, out)
         for n in range(len(self.units)) if counting else ():
             if n not in ways:
                 at, units = self._counts_from(n), self.units[n]
@@ -442,22 +449,20 @@ class CudaEngine:
                 shared=each.shared, together=True, cluster=each.cluster,
             )  # fmt: skip
 
-    def read_out(self, piece: Piece, out=None):
-        """(steps, batch, V or N) on the device, in memory of its own or that given."""
-        steps, batch, n = piece.steps, piece.batch, self.units[-1]
+    def read_out(self, piece: Piece, out) -> None:
+        """(steps, batch, V or N) of a piece's record."""
+        n, rows = self.units[-1], piece.steps * piece.batch
         if self.readout is None:
-            if out is None:
-                out = self.device.empty((steps, batch, n), np.float32)
-            copy_rows(out, n, piece.sent(len(self.units) - 1), pitch_of(n), n, steps * batch)
-            return out
-        device, rows, pitch = self.device, steps * batch, pitch_of(n)
+            copy_rows(out, n, piece.sent(len(self.units) - 1), pitch_of(n), n, rows)
+            return
+        device, pitch = self.device, pitch_of(n)
         table, record = piece.lists("output", pitch + LANES), piece.records[-1][1:]
         kernel = device.kernel(("compact",), compact_kernel, 256)
         device.launch(
             kernel, -(-rows // 8), 256, record.data.ptr, pitch, n, rows, *(each.data.ptr for each in table),
             pitch + LANES,
         )  # fmt: skip
-        return self.readout.products(device, table, rows, out=out).reshape(steps, batch, -1)
+        self.readout.products(device, table, rows, out=out)
 
     def count_inputs(self, piece: Piece, x: Any, report) -> None:
         """Events of a dense input, added to the report."""
