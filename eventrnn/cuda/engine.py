@@ -360,7 +360,7 @@ class CudaEngine:
                 n = layers.start
                 layer, counts = self.tensors[n], report[self._counts_from(n) :].data.ptr if counting else 0
                 assert layer is not None
-                to = out if direct and n == last else piece.records[n][1:]
+                to: Any = out if direct and n == last else piece.records[n][1:]
                 sent = to.data.ptr, to.shape[2]
                 layer.enqueue(piece, n, table, row_of, after[n] if after else None, sent, counts, report)
                 continue
