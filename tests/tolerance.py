@@ -191,6 +191,11 @@ QUICK_SIGMOID = 2.0**-22 / 4 + 0.23 * 2.0**-23 + 3 * 2.0**-23
 QUICK_TANH = 2 * QUICK_SIGMOID + 2.0**-24
 
 
+def two_roundings(precision: str) -> float:
+    """What two float32 results below 4 may be apart once both are rounded: their own difference can turn either."""
+    return 2 * 4 * ROUNDED[precision]
+
+
 def rounded_cell_bound(precision: str, parameters: dict, x: np.ndarray, c: np.ndarray, y: np.ndarray) -> Running:
     """`cell_bound` of a step through tensor cores, the released variant.
 

@@ -1,0 +1,184 @@
+"""Kernels without exchange between threads, run as the Python that they are written in, one thread of one block.
+
+What their instructions do is said here once more in NumPy. Kernels whose warps vote, shuffle or wait for each other
+have no such run, nor would they in Numba's simulator, which knows none of these instructions: they are compared on a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from types import CellType, FunctionType, SimpleNamespace
+
+import numpy as np
+import pytest
+import tolerance
+from fake_gpu import ROUNDING, floats, half, longs, rounded, widened
+
+from eventrnn.backend import BackendUnavailable
+from eventrnn.cuda import PRECISIONS, tables
+
+KINDS = {"global_float32": (ctypes.c_float, np.float32), "global_int64": (ctypes.c_int64, np.int64)}
+KINDS["global_int32"] = (ctypes.c_int32, np.int32)
+
+
+class Pointed:
+    """Numbers at an address."""
+
+    def __init__(self, address: int, kind: tuple):
+        self.at, self.kind = ctypes.cast(int(address), ctypes.POINTER(kind[0])), kind[1]
+
+    def __getitem__(self, k):
+        return self.kind(self.at[int(k)])
+
+    def __setitem__(self, k, value):
+        self.at[int(k)] = self.kind(value).item()
+
+
+def _raise_to(address, value):
+    longs(address, 1)[0] = max(longs(address, 1)[0], value)
+
+
+def _add(address, value):
+    longs(address, 1)[0] += value
+
+
+def in_python(function, grid: tuple[int, int]):
+    """The same function over memory of the host, for one thread; `grid`: blocks along x and y, which come in turn."""
+    from eventrnn.cuda import ptx
+    from eventrnn.cuda import rounded as module
+
+    block = SimpleNamespace(x=0, y=0)
+    there = SimpleNamespace(
+        threadIdx=SimpleNamespace(x=0), blockIdx=block, blockDim=SimpleNamespace(x=1),
+        gridDim=SimpleNamespace(x=grid[0], y=grid[1]), syncthreads=lambda: None,
+    )  # fmt: skip
+    fakes = {id(getattr(ptx, name)): lambda at, kind=kind: Pointed(at, kind) for name, kind in KINDS.items()}
+    fakes |= {id(ptx.max_relaxed): _raise_to, id(ptx.add_relaxed): _add, id(ptx.cuda): there}
+    fakes[id(ptx.fma)] = lambda a, b, c: np.float32(np.float64(a) * np.float64(b) + np.float64(c))
+    fakes[id(module._power)] = lambda x: np.exp2(np.float32(x))
+    fakes[id(module._reciprocal)] = lambda x: np.float32(1) / np.float32(x)
+    for name in PRECISIONS:
+        fakes[id(module._LOADS[name])] = lambda at, p=name: tuple(widened(half(at, 2, p).copy(), p))
+        fakes[id(module._STORES[name])] = lambda at, a, p=name: _store(at, [a], p)
+        fakes[id(module._PAIR_STORES[name])] = lambda at, a, b, p=name: _store(at, [a, b], p)
+    made: dict[int, FunctionType] = {}
+
+    def plain(value):
+        if id(value) in fakes:
+            return fakes[id(value)]
+        value = getattr(value, "py_func", value)
+        if not isinstance(value, FunctionType) or not (value.__module__ or "").startswith("eventrnn.cuda"):
+            return value
+        if id(value) not in made:
+            names = dict(value.__globals__)
+            names |= {name: plain(names[name]) for name in value.__code__.co_names if name in names}
+            cells = tuple(CellType(plain(each.cell_contents)) for each in value.__closure__ or ())
+            made[id(value)] = FunctionType(value.__code__, names, value.__name__, value.__defaults__, cells)
+        return made[id(value)]
+
+    kernel = plain(function)
+
+    def run(*arguments):
+        with np.errstate(all="ignore"):
+            for block.y in range(grid[1]):
+                for block.x in range(grid[0]):
+                    kernel(*map(np.int64, arguments))
+
+    return run
+
+
+def _store(address, values, precision):
+    half(address, len(values), precision)[:] = rounded(np.array(values, np.float32), precision)
+
+
+@pytest.fixture
+def kernels():
+    """The modules that write kernels, for which numba-cuda is needed."""
+    pytest.importorskip("eventrnn.cuda.device", exc_type=BackendUnavailable, reason="needs numba-cuda")
+    from eventrnn.cuda import borders, products, rounded
+
+    return SimpleNamespace(borders=borders, products=products, rounded=rounded)
+
+
+def at(array: np.ndarray) -> int:
+    return array.ctypes.data
+
+
+def words(shape, precision, rng) -> np.ndarray:
+    return np.ascontiguousarray(rounded(rng.standard_normal(shape).astype(np.float32), precision))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("units", "counting"), [(13, True), (8, False), (1, True)])
+def test_cells_of_a_step(kernels, precision, units, counting):
+    rng, batch, padded, pitch = np.random.default_rng(units), 5, -(-units // 8) * 8, 32
+    drive, rec = (words((batch, 3, padded), precision, rng) for _ in range(2))
+    bias_in, bias_rec = (rng.standard_normal(3 * units).astype(np.float32) for _ in range(2))
+    threshold, c = np.full(units, 0.1, np.float32), rng.standard_normal((batch, units)).astype(np.float32)
+    results = []
+    for fake in (False, True):
+        cells, y = c.copy(), np.zeros((batch, padded), drive.dtype)
+        sent, after = np.full((batch, pitch), 7, np.float32), np.zeros((batch, units), np.float32)
+        counts, report = np.zeros((2, units), np.int64), np.zeros(tables.REPORT_FIELDS, np.int64)
+        arguments = (
+            *map(at, (drive, rec, bias_in, bias_rec, threshold, cells, y, sent, after)),
+            units, padded, pitch, batch, at(counts) if counting else 0, at(report),
+        )  # fmt: skip
+        if fake:
+            ROUNDING["cells"](precision, None, *arguments)
+        else:
+            in_python(kernels.rounded.cells_kernel(precision)[0], (-(-units // 2), 3))(*arguments)
+        results.append((cells, widened(y, precision), sent, after, counts, report))
+    ours, theirs = results
+    # The rules of the fake are those of `reference.py` in NumPy's own exponentials.
+    for mine, its in zip(ours[:4], theirs[:4], strict=True):
+        assert np.array_equal(mine != 0, its != 0)
+        assert np.abs(mine.astype(np.float64) - its).max() <= tolerance.two_roundings(precision)
+    assert np.array_equal(ours[4], theirs[4]) and ours[4].any() == counting
+    assert np.array_equal(ours[2][:, units:], np.full((batch, pitch - units), 7)) and not ours[5].any()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_rows_are_rounded_and_padded(kernels, precision):
+    rng = np.random.default_rng(0)
+    dense, report = rng.standard_normal((4, 9)).astype(np.float32), np.zeros(tables.REPORT_FIELDS, np.int64)
+    out = np.full((4, 16), 3, rounded(dense, precision).dtype)
+    in_python(kernels.rounded.narrow_kernel(precision)[0], (4, 1))(at(dense), 9, 7, 16, at(out), at(report))
+    assert np.array_equal(out[:, :7], rounded(dense[:, :7].copy(), precision)) and not out[:, 7:].any()
+    firsts, counts = np.array([2, 0]), np.array([2, 1], np.int32)
+    entries = np.array([[5, 0], [0, 0], [1, 0], [15, 0]], np.int32)
+    entries[:, 1] = np.array([1.5, 0, -2.25, 1e5], np.float32).view(np.int32)
+    rows, out = np.array([1, 0, 0]), np.full((3, 16), 3, out.dtype)
+    spread = in_python(kernels.rounded.spread_kernel(precision)[0], (3, 1))
+    spread(at(firsts), at(counts), at(entries), at(rows), 16, at(out), at(report))
+    expected = np.zeros((3, 16), np.float32)
+    expected[0, 5], expected[1:, 1], expected[1:, 15] = 1.5, -2.25, 1e5
+    with np.errstate(over="ignore"):
+        assert np.array_equal(out, rounded(expected, precision))
+    assert bool(report[tables.REPORT_LARGE]) == (precision == "float16")
+
+
+def test_what_is_wrong_is_reported_by_its_first_place(kernels):
+    report, row_of = np.zeros(tables.REPORT_FIELDS, np.int64), np.zeros(5, np.int64)
+    in_python(kernels.borders.symbols_kernel()[0], (5, 1))(
+        at(np.array([3, 9, 0, -1, 8])), 5, 100, 9, at(row_of), at(report)
+    )
+    assert row_of.tolist() == [3, 0, 0, 0, 8] and tables.LAST - report[tables.REPORT_INPUT] == 101
+    finite = in_python(kernels.borders.finite_kernel()[0], (3, 1))
+    values = np.array([1, -3e38, 0], np.float32)
+    finite(at(values), 3, at(report))
+    assert not report[tables.REPORT_CELLS]
+    values[2] = np.inf
+    finite(at(values), 3, at(report))
+    assert report[tables.REPORT_CELLS]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7, 40])
+def test_tallies_tell_graded_from_binary(kernels, rows):
+    rng = np.random.default_rng(rows)
+    dense = rng.choice(np.array([0, 0, 1, -1, 0.5], np.float32), (rows, 8))
+    counts = np.zeros((2, 6), np.int64)
+    in_python(kernels.products.tally_kernel()[0], (6, 3))(at(dense), 8, 6, rows, at(counts[0]), at(counts[1]))
+    assert np.array_equal(counts[1], (np.abs(dense[:, :6]) == 1).sum(axis=0))
+    assert np.array_equal(counts.sum(axis=0), (dense[:, :6] != 0).sum(axis=0))
+    assert floats(at(dense), dense.size).shape == (dense.size,)
