@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -160,7 +161,10 @@ class _Stepped:
         self.torch, self.units, self.sparse = torch, layer.units, sparse
         dense = layer.w_rec.to_dense()
         self.w_in, self.bias_in, self.bias_rec = map(put, (layer.w_in.to_dense(), layer.bias_in, layer.bias_rec))
-        self.w_rec = put(dense.T).to_sparse_csr() if sparse else put(dense)
+        with warnings.catch_warnings():
+            # PyTorch calls its CSR a beta, once.
+            warnings.simplefilter("ignore", UserWarning)
+            self.w_rec = put(dense.T).to_sparse_csr() if sparse else put(dense)
         self.threshold = put(np.broadcast_to(layer.threshold, layer.units).astype(np.float32))
         self.drive = torch.empty(steps * batch, 3 * layer.units, device="cuda")
         self.rec = torch.empty((3 * layer.units, batch) if sparse else (batch, 3 * layer.units), device="cuda")

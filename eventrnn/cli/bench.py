@@ -17,7 +17,7 @@ from eventrnn.weights import FORMATS, STORAGES
 
 AGAINST = (
     f"Rivals, separated by commas: of the whole layer {', '.join(LAYER_RIVALS)} (torch is nn.GRU); of one product "
-    f"{', '.join(PRODUCT_RIVALS)}; on a GPU cudnn, or evnn-style and cusparse (not yet tried on one); or "
+    f"{', '.join(PRODUCT_RIVALS)}; on a GPU cudnn, evnn-style or cusparse; or "
     "none. [torch; cudnn]"
 )
 
