@@ -362,7 +362,7 @@ def _copy_rows(target, target_pitch, source, source_pitch, width, rows, kind, st
 
 
 def _launch_layers(engine, layers, each, piece, drive, report, after) -> None:
-    """`CudaEngine._launch_layers` by the specification, from the record below."""
+    """`launch.launch_layers` by the specification, from the record below."""
     enqueued(_run_layers)(engine, layers, piece, drive, after)
 
 
@@ -427,7 +427,7 @@ def install(monkeypatch, room: int = 1 << 40) -> FakeDevice:
     device = FakeDevice(room)
     monkeypatch.setattr(module, "current_device", lambda: device)
     monkeypatch.setattr(module, "Cublas", Cublas)
-    monkeypatch.setattr(module.CudaEngine, "_launch_layers", _launch_layers)
+    monkeypatch.setattr(module, "launch_layers", _launch_layers)
     plain = Matrix.of.__func__
 
     def of(cls, device, weights, bias, gates, width):

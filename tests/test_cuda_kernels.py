@@ -59,8 +59,9 @@ def in_python(function, grid: tuple[int, int]):
     fakes[id(module._power)] = lambda x: np.exp2(np.float32(x))
     fakes[id(module._reciprocal)] = lambda x: np.float32(1) / np.float32(x)
     for name in PRECISIONS:
-        fakes[id(module._LOADS[name])] = lambda at, p=name: widened(half(at, 1, p).copy(), p)[0]
+        fakes[id(module._LOADS[name])] = lambda at, p=name: tuple(widened(half(at, 2, p).copy(), p))
         fakes[id(module._STORES[name])] = lambda at, a, p=name: _store(at, [a], p)
+        fakes[id(module._PAIR_STORES[name])] = lambda at, a, b, p=name: _store(at, [a, b], p)
     made: dict[int, FunctionType] = {}
 
     def plain(value):
@@ -129,7 +130,7 @@ def test_cells_of_a_step(kernels, precision, units, counting):
         if fake:
             ROUNDING["cells"](precision, None, *arguments)
         else:
-            in_python(kernels.rounded.cells_kernel(precision)[0], (units, 3))(*arguments)
+            in_python(kernels.rounded.cells_kernel(precision)[0], (-(-units // 2), 3))(*arguments)
         results.append((cells, widened(y, precision), sent, after, counts, report))
     ours, theirs = results
     # The rules of the fake are those of `reference.py` in NumPy's own exponentials.

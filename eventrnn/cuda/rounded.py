@@ -46,15 +46,31 @@ _STORES = {
 }  # fmt: skip
 
 
+PAIR = types.UniTuple(types.float32, 2)
+#: address -> two neighbouring numbers; address, two numbers
 _LOADS = {
     "float16": _instruction(
-        "{ .reg .b16 h; ld.global.b16 h, [$1]; cvt.f32.f16 $0, h; }", f"=f,l,{MEMORY}", types.float32, types.int64
+        "{ .reg .b16 a; .reg .b16 b; ld.global.v2.b16 {a, b}, [$2]; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }",
+        f"=f,=f,l,{MEMORY}",
+        PAIR,
+        types.int64,
     ),
     "bfloat16": _instruction(
-        "{ .reg .b16 h; .reg .b16 z; mov.b16 z, 0; ld.global.b16 h, [$1]; mov.b32 $0, {z, h}; }",
-        f"=f,l,{MEMORY}", types.float32, types.int64,
+        "{ .reg .b16 a; .reg .b16 b; .reg .b16 z; ld.global.v2.b16 {a, b}, [$2]; mov.b16 z, 0; "
+        "mov.b32 $0, {z, a}; mov.b32 $1, {z, b}; }",
+        f"=f,=f,l,{MEMORY}",
+        PAIR,
+        types.int64,
     ),
-    "tf32": _instruction("ld.global.f32 $0, [$1];", f"=f,l,{MEMORY}", types.float32, types.int64),
+    "tf32": _instruction("ld.global.v2.f32 {$0, $1}, [$2];", f"=f,=f,l,{MEMORY}", PAIR, types.int64),
+}
+_PAIR_STORES = {
+    precision: _instruction(text, f"l,f,f,{MEMORY}", NOTHING, types.int64, types.float32, types.float32)
+    for precision, text in {
+        "float16": "{ .reg .b32 w; cvt.rn.f16x2.f32 w, $2, $1; st.global.b32 [$0], w; }",
+        "bfloat16": "{ .reg .b32 w; cvt.rn.bf16x2.f32 w, $2, $1; st.global.b32 [$0], w; }",
+        "tf32": "st.global.v2.f32 [$0], {$1, $2};",
+    }.items()
 }  # fmt: skip
 
 
@@ -121,58 +137,101 @@ def narrow_kernel(precision: str):
     return narrow, types.void(*[types.int64] * 6)
 
 
+@device_function
+def _cell(inside_u, inside_r, inside_g, rec_u, rec_r, rec_g, bias_u, bias_r, bias_g, bias_rec_g, carried):
+    """Cell before the event, the released variant (`cells.egru_value`)."""
+    u = quick_sigmoid((inside_u + rec_u) + bias_u)
+    r = quick_sigmoid((inside_r + rec_r) + bias_r)
+    g = fma(TWO, quick_sigmoid(TWO * fma(r, rec_g + bias_rec_g, inside_g + bias_g)), -ONE)
+    return fma(u, carried, (ONE - u) * g)
+
+
 def cells_kernel(precision: str):
-    """Cells and events of one step from its two products, a thread a unit, some samples each; and its signature.
+    """Cells and events of one step from its two products, a thread two units, some samples each; and its signature.
 
     drive, rec : (batch, 3 padded), rounded as well, gates apart
-    record     : (batch, pitch); after : (batch, units), or address 0
+    sent       : (batch, pitch); after : (batch, units), or address 0
     counts     : of graded, then of binary events, (units,) int64 each, added to; or address 0
     """
-    store, load, size = storer(precision), _LOADS[precision], BYTES[precision]
+    load, store, size = _LOADS[precision], _PAIR_STORES[precision], BYTES[precision]
+    limit = np.float32(LARGEST if precision == "float16" else np.inf)
 
     def cells(
-        drive_at, rec_at, bias_in_at, bias_rec_at, threshold_at, cells_at, y_at, record_at, after_at,
+        drive_at, rec_at, bias_in_at, bias_rec_at, threshold_at, cells_at, y_at, sent_at, after_at,
         units, padded, pitch, batch, counts_at, report_at,
     ):  # fmt: skip
-        unit = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
+        unit = 2 * (int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x)
         if unit >= units:
             return
+        # The last of an odd number is alone: its neighbour then is itself, and is not written.
+        both = unit + 1 < units
+        other = unit
+        if both:
+            other = unit + 1
         bias_in, bias_rec = global_float32(bias_in_at), global_float32(bias_rec_at)
-        bias_u = bias_in[unit] + bias_rec[unit]
-        bias_r = bias_in[units + unit] + bias_rec[units + unit]
-        bias_g, bias_rec_g = bias_in[2 * units + unit], bias_rec[2 * units + unit]
-        threshold = global_float32(threshold_at)[unit]
-        carried, record, after = global_float32(cells_at), global_float32(record_at), global_float32(after_at)
-        graded = binary = int64(0)
+        thresholds = global_float32(threshold_at)
+        bias_u0, bias_u1 = bias_in[unit] + bias_rec[unit], bias_in[other] + bias_rec[other]
+        bias_r0, bias_r1 = (
+            bias_in[units + unit] + bias_rec[units + unit],
+            bias_in[units + other] + bias_rec[units + other],
+        )
+        bias_g0, bias_g1 = bias_in[2 * units + unit], bias_in[2 * units + other]
+        bias_rec_g0, bias_rec_g1 = bias_rec[2 * units + unit], bias_rec[2 * units + other]
+        threshold0, threshold1 = thresholds[unit], thresholds[other]
+        carried, sent, after = global_float32(cells_at), global_float32(sent_at), global_float32(after_at)
+        fired0 = fired1 = binary0 = binary1 = int64(0)
+        gate, large = size * padded, False
         sample = int64(cuda.blockIdx.y)
         while sample < batch:
-            at, gate = size * (sample * 3 * padded + unit), size * padded
-            drive_u, drive_r, drive_g = load(drive_at + at), load(drive_at + at + gate), load(drive_at + at + 2 * gate)
-            rec_u, rec_r, rec_g = load(rec_at + at), load(rec_at + at + gate), load(rec_at + at + 2 * gate)
-            u = quick_sigmoid((drive_u + rec_u) + bias_u)
-            r = quick_sigmoid((drive_r + rec_r) + bias_r)
-            inside = fma(r, rec_g + bias_rec_g, drive_g + bias_g)
-            g = fma(TWO, quick_sigmoid(TWO * inside), -ONE)
-            own = sample * units + unit
-            v = fma(u, carried[own], (ONE - u) * g)
-            value = np.float32(0)
-            if v > threshold:
-                value = v
-                v = v - threshold
-                if value == 1:
-                    binary += 1
-                elif value != 0:
-                    graded += 1
-            carried[own] = v
-            record[sample * pitch + unit] = value
+            at = size * (sample * 3 * padded + unit)
+            in_u0, in_u1 = load(drive_at + at)
+            in_r0, in_r1 = load(drive_at + at + gate)
+            in_g0, in_g1 = load(drive_at + at + 2 * gate)
+            rec_u0, rec_u1 = load(rec_at + at)
+            rec_r0, rec_r1 = load(rec_at + at + gate)
+            rec_g0, rec_g1 = load(rec_at + at + 2 * gate)
+            row = sample * units
+            v0 = _cell(
+                in_u0, in_r0, in_g0, rec_u0, rec_r0, rec_g0, bias_u0, bias_r0, bias_g0, bias_rec_g0, carried[row + unit]
+            )
+            v1 = _cell(
+                in_u1, in_r1, in_g1, rec_u1, rec_r1, rec_g1, bias_u1, bias_r1, bias_g1, bias_rec_g1,
+                carried[row + other],
+            )  # fmt: skip
+            value0 = value1 = np.float32(0)
+            if v0 > threshold0:
+                value0 = v0
+                v0 = v0 - threshold0
+            if both and v1 > threshold1:
+                value1 = v1
+                v1 = v1 - threshold1
+            fired0 += int64(value0 != 0)
+            fired1 += int64(value1 != 0)
+            binary0 += int64(value0 == 1)
+            binary1 += int64(value1 == 1)
+            large = large or abs(value0) > limit or abs(value1) > limit
+            carried[row + unit] = v0
+            sent[sample * pitch + unit] = value0
             if after_at != 0:
-                after[own] = v
-            store(y_at + size * (sample * padded + unit), value, report_at)
+                after[row + unit] = v0
+            if both:
+                carried[row + other] = v1
+                sent[sample * pitch + other] = value1
+                if after_at != 0:
+                    after[row + other] = v1
+            store(y_at + size * (sample * padded + unit), value0, value1)
             sample += cuda.gridDim.y
+        if large:
+            max_relaxed(report_at + 8 * REPORT_LARGE, int64(1))
         if counts_at != 0:
-            if graded != 0:
-                add_relaxed(counts_at + 8 * unit, graded)
-            if binary != 0:
-                add_relaxed(counts_at + 8 * (units + unit), binary)
+            graded, binary = counts_at + 8 * unit, counts_at + 8 * (units + unit)
+            if fired0 != binary0:
+                add_relaxed(graded, fired0 - binary0)
+            if fired1 != binary1:
+                add_relaxed(graded + 8, fired1 - binary1)
+            if binary0 != 0:
+                add_relaxed(binary, binary0)
+            if binary1 != 0:
+                add_relaxed(binary + 8, binary1)
 
     return cells, types.void(*[types.int64] * 15)

@@ -46,10 +46,9 @@ class Loop:
         self.report.data.memset_async(0, self.report.nbytes)
         piece.begin(engine.settled(piece.batch))
         table = engine.table_of(self.x, 0, piece, self.report)
-        engine.enqueue(piece, *table, self.report, None, self.counting)
+        engine.enqueue(piece, *table, self.report, None, self.counting, self.output)
         if self.counting:
             engine.count_inputs(piece, self.x, self.report)
-        engine.read_out(piece, self.output)
 
 
 class StepLoop(Loop):

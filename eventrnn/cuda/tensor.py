@@ -32,6 +32,8 @@ FEWEST_STREAMS = 4
 # What is measured: so many steps, so often.
 MEASURED_STEPS, MEASURED_RUNS = 16, 3
 CELL_THREADS, ROW_THREADS = 128, 256
+# Graphs of a piece and layer that are kept.
+MOST_REPLAYS = 4
 # Groups of samples whose cells are updated side by side.
 MOST_GROUPS = 512
 
@@ -64,10 +66,11 @@ class TensorLayer:
         """Units and inputs, padded."""
         return _up(self.units), _up(self.inputs)
 
-    def enqueue(self, piece: Piece, n: int, table, row_of, after, counts: int, report) -> None:
+    def enqueue(self, piece: Piece, n: int, table, row_of, after, sent: tuple[int, int], counts: int, report) -> None:
         """All steps of layer n of a piece, from an event table (layer 0) or from what the layer below sent.
 
-        `counts`: where events are counted, an address, 0 for nowhere.
+        sent   : (steps, batch, pitch) of what is sent: its address and the pitch. No array, so that nobody keeps it
+        counts : where events are counted, an address, 0 for nowhere
         """
         units, inputs = self.sizes
         steps, batch, kind = piece.steps, piece.batch, np.uint16 if BYTES[self.precision] == 2 else np.float32
@@ -84,20 +87,25 @@ class TensorLayer:
             self._narrow(below, pitch_of(self.inputs), self.inputs, x, inputs, steps * batch, report)
         self._narrow(piece.outputs[n], self.units, self.units, y, units, batch, report)
         if after is not None:
-            self._steps(piece, n, x, y, after, counts, report)
+            self._steps(piece, n, x, y, after, sent, counts, report)
             return
-        key = ("replay", n, counts, report.data.ptr)
+        key = ("replay", n, sent, counts, report.data.ptr)
         if key not in piece.tables:
-            piece.tables[key] = Replay(self.device.queue, lambda: self._steps(piece, n, x, y, None, counts, report))
+            # Those of memory that is somebody else's now go.
+            for old in [each for each in piece.tables if each[:2] == key[:2]][: -MOST_REPLAYS + 1]:
+                del piece.tables[old]
+            piece.tables[key] = Replay(
+                self.device.queue, lambda: self._steps(piece, n, x, y, None, sent, counts, report)
+            )
         piece.tables[key]()
 
-    def _steps(self, piece: Piece, n: int, x, y, after, counts: int, report) -> None:
+    def _steps(self, piece: Piece, n: int, x, y, after, sent: tuple[int, int], counts: int, report) -> None:
         units, inputs = self.sizes
-        steps, batch, record = piece.steps, piece.batch, piece.records[n]
+        steps, batch, (sent_at, pitch) = piece.steps, piece.batch, sent
         together = max(1, min(steps, DRIVE_BYTES // (3 * BYTES[self.precision] * units * batch)))
         drive = piece.kept(("drive", n), (together * batch, 3 * units), x.dtype)
         rec = piece.kept(("rec", n), (batch, 3 * units), x.dtype)
-        grid = (-(-self.units // CELL_THREADS), min(batch, MOST_GROUPS))
+        grid = (-(-self.units // (2 * CELL_THREADS)), min(batch, MOST_GROUPS))
         for begin in range(0, steps, together):
             rows = min(together, steps - begin) * batch
             self.cublas.product(self.precision, x[begin * batch :], self.w_in, drive, rows, inputs, 3 * units)
@@ -107,8 +115,8 @@ class TensorLayer:
                     "cells", cells_kernel, grid, CELL_THREADS,
                     drive[(t - begin) * batch :].data.ptr, rec.data.ptr, self.bias_in.data.ptr,
                     self.bias_rec.data.ptr, self.threshold.data.ptr, piece.cells[n].data.ptr, y.data.ptr,
-                    record[t + 1].data.ptr, 0 if after is None else after[t].data.ptr,
-                    self.units, units, pitch_of(self.units), batch, counts, report.data.ptr,
+                    sent_at + 4 * t * batch * pitch, 0 if after is None else after[t].data.ptr,
+                    self.units, units, pitch, batch, counts, report.data.ptr,
                 )  # fmt: skip
 
     def _narrow(self, dense, pitch: int, n: int, out, width: int, rows: int, report) -> None:
