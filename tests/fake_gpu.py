@@ -241,25 +241,39 @@ def _narrow(precision, blocks, dense_at, pitch, n, width, out_at, report_at):
 
 
 def _cells(
-    precision, blocks, drive_at, rec_at, bias_in_at, bias_rec_at, threshold_at, cells_at, y_at, record_at, after_at,
-    units, padded, pitch, batch, counts_at, report_at,
+    precision, blocks, drive_at, rec_at, vectors_at, cells_at, y_at, sent_at, after_at, units, padded, pitch, batch,
+    flags_at, report_at,
 ):  # fmt: skip
     words = (half(at, 3 * padded * batch, precision) for at in (drive_at, rec_at))
     drive, rec = (widened(each, precision).reshape(batch, 3, padded)[:, :, :units] for each in words)
-    bias_in, bias_rec = (floats(at, 3 * units).reshape(3, units) for at in (bias_in_at, bias_rec_at))
+    bias_u, bias_r, bias_g, bias_rec_g, threshold = floats(vectors_at, 5 * padded).reshape(5, padded)[:, :units]
     c, size = floats(cells_at, batch * units).reshape(batch, units), 4 if precision == "tf32" else 2
-    u, r = (1 / (1 + np.exp(-(drive[:, g] + rec[:, g] + bias_in[g] + bias_rec[g]))) for g in (0, 1))
-    v = u * c + (1 - u) * np.tanh(r * (rec[:, 2] + bias_rec[2]) + drive[:, 2] + bias_in[2])
-    fired = v > floats(threshold_at, units)
-    c[:] = v - fired * floats(threshold_at, units)
+    u, r = (1 / (1 + np.exp(-(drive[:, g] + rec[:, g] + bias))) for g, bias in enumerate((bias_u, bias_r)))
+    v = u * c + (1 - u) * np.tanh(r * (rec[:, 2] + bias_rec_g) + drive[:, 2] + bias_g)
+    fired = v > threshold
+    sent = (fired * v).astype(np.float32)
+    c[:] = v - fired * threshold
     for b in range(batch):
-        floats(record_at + 4 * b * pitch, units)[:] = (fired * v)[b]
-        _store(y_at + size * b * padded, (fired * v)[b], precision, report_at)
-    if counts_at:
-        longs(counts_at, units)[:] += ((fired * v != 0) & (v != 1)).sum(axis=0)
-        longs(counts_at + 8 * units, units)[:] += (fired & (v == 1)).sum(axis=0)
+        floats(sent_at + 4 * b * pitch, units)[:] = sent[b]
+        _store(y_at + size * b * padded, sent[b], precision, report_at)
+    if flags_at:
+        pairs = np.zeros((2, batch, -(-units // 2), 2), np.uint8)
+        pairs.reshape(2, batch, -1)[:, :, :units] = sent != 0, sent == 1
+        kind = ctypes.POINTER(ctypes.c_uint8)
+        flags = np.ctypeslib.as_array(ctypes.cast(int(flags_at), kind), pairs.shape[1:3])
+        flags[:] = pairs[0] @ [1, 2] + pairs[1] @ [4, 8]
     if after_at:
         floats(after_at, batch * units)[:] = c.ravel()
+
+
+def _tally_pairs(blocks, flags_at, pairs, rows, graded_at, binary_at):
+    words = np.ctypeslib.as_array(ctypes.cast(int(flags_at), ctypes.POINTER(ctypes.c_uint8)), (rows, pairs))
+    found = ((words[:, :, None] >> np.arange(4)) & 1).sum(axis=0)
+    sent, binary = found[:, :2].ravel(), found[:, 2:].ravel()
+    # The last pair may be half a one.
+    units = 2 * pairs - (not sent[-1])
+    longs(graded_at, units)[:] += (sent - binary)[:units]
+    longs(binary_at, units)[:] += binary[:units]
 
 
 class Cublas:
@@ -280,7 +294,14 @@ class Cublas:
 
 
 ROUNDING = {"spread": _spread, "narrow": _narrow, "cells": _cells}
-KERNELS = {"found": _found, "compact": _compact, "symbols": _symbols, "finite": _finite, "tally": _tally}
+KERNELS = {
+    "found": _found,
+    "compact": _compact,
+    "symbols": _symbols,
+    "finite": _finite,
+    "tally": _tally,
+    "tally_pairs": _tally_pairs,
+}
 
 
 class FakeDevice:

@@ -20,7 +20,7 @@ from eventrnn.cuda.matrix import Matrix
 from eventrnn.cuda.packing import check_format, per_strip
 from eventrnn.cuda.piece import Piece, copy_rows, pitch_of
 from eventrnn.cuda.plan import Chip, LayerShape, Plan, launches_of, parts_of, plan, tile_width
-from eventrnn.cuda.products import compact_kernel, tally_kernel
+from eventrnn.cuda.products import compact_kernel, tallies, tally_kernel
 from eventrnn.cuda.stepper import CudaStepper, Loop, StepLoop
 from eventrnn.cuda.tables import LANES
 from eventrnn.cuda.tensor import TensorLayer, fits, measured_ways
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 # What the record of a run may take at a time; longer runs go through in pieces.
 RECORD_BYTES = 1 << 30
-# Threads that count the events of one unit.
-MOST_TALLIES = 512
 
 
 class CudaEngine:
@@ -309,6 +307,8 @@ class CudaEngine:
         )
         # Drives of the first layer, and of all where feeders leave them.
         row += 3 * sum(self.units) + (sum(self.units) if record_states else 0)
+        # Bytes that tensor cores' events are counted from.
+        row += sum(self.units) // 8 if self.precision else 0
         # Lists of the input's events, where they are found here.
         row += 2 * (self.network.layers[0].inputs + LANES)
         if self.readout is not None:
@@ -416,8 +416,7 @@ class CudaEngine:
 
     def _count(self, dense, pitch: int, units: int, rows: int, counts) -> None:
         kernel = self.device.kernel(("tally",), tally_kernel, 128)
-        # Many threads a column: a row waits for the one before.
-        grid = (-(-units // 128), max(1, min(MOST_TALLIES, -(-rows // 16))))
         self.device.launch(
-            kernel, grid, 128, dense.data.ptr, pitch, units, rows, counts.data.ptr, counts[units:].data.ptr,
+            kernel, (-(-units // 128), tallies(rows)), 128,
+            dense.data.ptr, pitch, units, rows, counts.data.ptr, counts[units:].data.ptr,
         )  # fmt: skip

@@ -14,11 +14,11 @@ from eventrnn.cuda.ptx import (
     MEMORY,
     NOTHING,
     _instruction,
-    add_relaxed,
     fma,
     global_float32,
     global_int32,
     global_int64,
+    global_uint8,
     max_relaxed,
     store_float,
 )
@@ -30,6 +30,8 @@ BYTES = {"float16": 2, "bfloat16": 2, "tf32": 4}
 LARGEST = 65504.0
 LOG2_E = np.float32(1.4426950408889634)
 ONE, TWO = np.float32(1), np.float32(2)
+#: of a unit: what is added to the drives of u, r, g and to the recurrent one of g, and its threshold
+VECTORS = 5
 
 _power = _instruction("ex2.approx.ftz.f32 $0, $1;", "=f,f", types.float32, types.float32)
 _reciprocal = _instruction("rcp.approx.ftz.f32 $0, $1;", "=f,f", types.float32, types.float32)
@@ -47,6 +49,10 @@ _STORES = {
 
 
 PAIR = types.UniTuple(types.float32, 2)
+load_pair = _instruction("ld.global.v2.f32 {$0, $1}, [$2];", f"=f,=f,l,{MEMORY}", PAIR, types.int64)
+store_pair = _instruction(
+    "st.global.v2.f32 [$0], {$1, $2};", f"l,f,f,{MEMORY}", NOTHING, types.int64, types.float32, types.float32
+)
 #: address -> two neighbouring numbers; address, two numbers
 _LOADS = {
     "float16": _instruction(
@@ -62,16 +68,15 @@ _LOADS = {
         PAIR,
         types.int64,
     ),
-    "tf32": _instruction("ld.global.v2.f32 {$0, $1}, [$2];", f"=f,=f,l,{MEMORY}", PAIR, types.int64),
+    "tf32": load_pair,
 }
-_PAIR_STORES = {
+_PAIR_STORES = {"tf32": store_pair} | {
     precision: _instruction(text, f"l,f,f,{MEMORY}", NOTHING, types.int64, types.float32, types.float32)
     for precision, text in {
         "float16": "{ .reg .b32 w; cvt.rn.f16x2.f32 w, $2, $1; st.global.b32 [$0], w; }",
         "bfloat16": "{ .reg .b32 w; cvt.rn.bf16x2.f32 w, $2, $1; st.global.b32 [$0], w; }",
-        "tf32": "st.global.v2.f32 [$0], {$1, $2};",
     }.items()
-}  # fmt: skip
+}
 
 
 @device_function
@@ -146,92 +151,97 @@ def _cell(inside_u, inside_r, inside_g, rec_u, rec_r, rec_g, bias_u, bias_r, bia
     return fma(u, carried, (ONE - u) * g)
 
 
+@device_function
+def _loaded(address, both, even):
+    """Two neighbouring numbers, or one twice; `even`: the address is a multiple of 8."""
+    if even:
+        return load_pair(address)
+    numbers = global_float32(address)
+    a = b = numbers[0]
+    if both:
+        b = numbers[1]
+    return a, b
+
+
+@device_function
+def _stored(address, a, b, both, even):
+    """The same the other way."""
+    if even:
+        store_pair(address, a, b)
+    else:
+        numbers = global_float32(address)
+        numbers[0] = a
+        if both:
+            numbers[1] = b
+
+
 def cells_kernel(precision: str):
     """Cells and events of one step from its two products, a thread two units, some samples each; and its signature.
 
     drive, rec : (batch, 3 padded), rounded as well, gates apart
+    vectors    : (5, padded) float32, `VECTORS`
     sent       : (batch, pitch); after : (batch, units), or address 0
-    counts     : of graded, then of binary events, (units,) int64 each, added to; or address 0
+    flags      : (batch, pairs of units) bytes, what a tally needs (`products.tally_pairs_kernel`), or address 0
     """
     load, store, size = _LOADS[precision], _PAIR_STORES[precision], BYTES[precision]
     limit = np.float32(LARGEST if precision == "float16" else np.inf)
 
     def cells(
-        drive_at, rec_at, bias_in_at, bias_rec_at, threshold_at, cells_at, y_at, sent_at, after_at,
-        units, padded, pitch, batch, counts_at, report_at,
+        drive_at, rec_at, vectors_at, cells_at, y_at, sent_at, after_at, units, padded, pitch, batch, flags_at,
+        report_at,
     ):  # fmt: skip
-        unit = 2 * (int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x)
+        pair = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
+        unit = 2 * pair
         if unit >= units:
             return
-        # The last of an odd number is alone: its neighbour then is itself, and is not written.
-        both = unit + 1 < units
-        other = unit
-        if both:
-            other = unit + 1
-        bias_in, bias_rec = global_float32(bias_in_at), global_float32(bias_rec_at)
-        thresholds = global_float32(threshold_at)
-        bias_u0, bias_u1 = bias_in[unit] + bias_rec[unit], bias_in[other] + bias_rec[other]
-        bias_r0, bias_r1 = (
-            bias_in[units + unit] + bias_rec[units + unit],
-            bias_in[units + other] + bias_rec[units + other],
-        )
-        bias_g0, bias_g1 = bias_in[2 * units + unit], bias_in[2 * units + other]
-        bias_rec_g0, bias_rec_g1 = bias_rec[2 * units + unit], bias_rec[2 * units + other]
-        threshold0, threshold1 = thresholds[unit], thresholds[other]
-        carried, sent, after = global_float32(cells_at), global_float32(sent_at), global_float32(after_at)
-        fired0 = fired1 = binary0 = binary1 = int64(0)
-        gate, large = size * padded, False
-        sample = int64(cuda.blockIdx.y)
+        # The last of an odd number is alone.
+        both, pairs = unit + 1 < units, (units + 1) >> 1
+        even = ((cells_at | sent_at | after_at | (4 * units) | (4 * pitch)) & 7) == 0
+        vectors, line = vectors_at + 4 * unit, 4 * padded
+        bias_u0, bias_u1 = load_pair(vectors)
+        bias_r0, bias_r1 = load_pair(vectors + line)
+        bias_g0, bias_g1 = load_pair(vectors + 2 * line)
+        bias_rec_g0, bias_rec_g1 = load_pair(vectors + 3 * line)
+        threshold0, threshold1 = load_pair(vectors + 4 * line)
+        sample, stride, large = int64(cuda.blockIdx.y), int64(cuda.gridDim.y), False
+        at, gate = size * (sample * 3 * padded + unit), size * padded
+        drive_at, rec_at = drive_at + at, rec_at + at
+        cells_at += 4 * (sample * units + unit)
+        after = after_at + 4 * (sample * units + unit)
+        sent_at += 4 * (sample * pitch + unit)
+        y_at += size * (sample * padded + unit)
+        flags = global_uint8(flags_at + sample * pairs + pair)
+        flags_size, own = stride * pairs, int64(0)
         while sample < batch:
-            at = size * (sample * 3 * padded + unit)
-            in_u0, in_u1 = load(drive_at + at)
-            in_r0, in_r1 = load(drive_at + at + gate)
-            in_g0, in_g1 = load(drive_at + at + 2 * gate)
-            rec_u0, rec_u1 = load(rec_at + at)
-            rec_r0, rec_r1 = load(rec_at + at + gate)
-            rec_g0, rec_g1 = load(rec_at + at + 2 * gate)
-            row = sample * units
-            v0 = _cell(
-                in_u0, in_r0, in_g0, rec_u0, rec_r0, rec_g0, bias_u0, bias_r0, bias_g0, bias_rec_g0, carried[row + unit]
-            )
-            v1 = _cell(
-                in_u1, in_r1, in_g1, rec_u1, rec_r1, rec_g1, bias_u1, bias_r1, bias_g1, bias_rec_g1,
-                carried[row + other],
-            )  # fmt: skip
-            value0 = value1 = np.float32(0)
+            in_u0, in_u1 = load(drive_at)
+            rec_u0, rec_u1 = load(rec_at)
+            in_r0, in_r1 = load(drive_at + gate)
+            rec_r0, rec_r1 = load(rec_at + gate)
+            in_g0, in_g1 = load(drive_at + 2 * gate)
+            rec_g0, rec_g1 = load(rec_at + 2 * gate)
+            c0, c1 = _loaded(cells_at, both, even)
+            v0 = _cell(in_u0, in_r0, in_g0, rec_u0, rec_r0, rec_g0, bias_u0, bias_r0, bias_g0, bias_rec_g0, c0)
+            v1 = _cell(in_u1, in_r1, in_g1, rec_u1, rec_r1, rec_g1, bias_u1, bias_r1, bias_g1, bias_rec_g1, c1)
+            y0 = y1 = np.float32(0)
             if v0 > threshold0:
-                value0 = v0
+                y0 = v0
                 v0 = v0 - threshold0
             if both and v1 > threshold1:
-                value1 = v1
+                y1 = v1
                 v1 = v1 - threshold1
-            fired0 += int64(value0 != 0)
-            fired1 += int64(value1 != 0)
-            binary0 += int64(value0 == 1)
-            binary1 += int64(value1 == 1)
-            large = large or abs(value0) > limit or abs(value1) > limit
-            carried[row + unit] = v0
-            sent[sample * pitch + unit] = value0
+            large = large or abs(y0) > limit or abs(y1) > limit
+            _stored(cells_at, v0, v1, both, even)
+            _stored(sent_at, y0, y1, both, even)
             if after_at != 0:
-                after[row + unit] = v0
-            if both:
-                carried[row + other] = v1
-                sent[sample * pitch + other] = value1
-                if after_at != 0:
-                    after[row + other] = v1
-            store(y_at + size * (sample * padded + unit), value0, value1)
-            sample += cuda.gridDim.y
+                _stored(after, v0, v1, both, even)
+            store(y_at, y0, y1)
+            if flags_at != 0:
+                flags[own] = int64(y0 != 0) + 2 * int64(y1 != 0) + 4 * int64(y0 == 1) + 8 * int64(y1 == 1)
+            sample += stride
+            drive_at, rec_at = drive_at + 3 * stride * gate, rec_at + 3 * stride * gate
+            cells_at, after = cells_at + 4 * stride * units, after + 4 * stride * units
+            sent_at, y_at, own = sent_at + 4 * stride * pitch, y_at + stride * gate, own + flags_size
         if large:
             max_relaxed(report_at + 8 * REPORT_LARGE, int64(1))
-        if counts_at != 0:
-            graded, binary = counts_at + 8 * unit, counts_at + 8 * (units + unit)
-            if fired0 != binary0:
-                add_relaxed(graded, fired0 - binary0)
-            if fired1 != binary1:
-                add_relaxed(graded + 8, fired1 - binary1)
-            if binary0 != 0:
-                add_relaxed(binary, binary0)
-            if binary1 != 0:
-                add_relaxed(binary + 8, binary1)
 
-    return cells, types.void(*[types.int64] * 15)
+    return cells, types.void(*[types.int64] * 13)

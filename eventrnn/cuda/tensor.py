@@ -14,7 +14,8 @@ import numpy as np
 
 from eventrnn.backend import Feed
 from eventrnn.cuda.piece import Replay, pitch_of
-from eventrnn.cuda.rounded import BYTES, LARGEST, cells_kernel, narrow_kernel, spread_kernel
+from eventrnn.cuda.products import tallies, tally_pairs_kernel
+from eventrnn.cuda.rounded import BYTES, LARGEST, VECTORS, cells_kernel, narrow_kernel, spread_kernel
 
 if TYPE_CHECKING:
     from eventrnn.cuda.cublas import Cublas
@@ -34,8 +35,8 @@ MEASURED_STEPS, MEASURED_RUNS = 16, 3
 CELL_THREADS, ROW_THREADS = 128, 256
 # Graphs of a piece and layer that are kept.
 MOST_REPLAYS = 4
-# Groups of samples whose cells are updated side by side.
-MOST_GROUPS = 512
+# Blocks of cells that find room on a multiprocessor.
+CELL_BLOCKS = 8
 
 
 @dataclass
@@ -49,17 +50,17 @@ class TensorLayer:
     inputs: int
     w_in: Any
     w_rec: Any
-    bias_in: Any
-    bias_rec: Any
-    threshold: Any
+    vectors: Any
 
     @classmethod
     def of(cls, device: Device, cublas: Cublas, layer: Layer, precision: str) -> TensorLayer:
         """Of a layer that `fits`."""
         matrices = (_rounded(device, _padded(each.to_dense()), precision) for each in (layer.w_in, layer.w_rec))
-        vectors = (layer.bias_in, layer.bias_rec, np.broadcast_to(layer.threshold, layer.units))
-        arrays = (device.put(np.ascontiguousarray(each, np.float32)) for each in vectors)
-        return cls(device, cublas, precision, layer.units, layer.inputs, *matrices, *arrays)
+        bias_in, bias_rec = (each.reshape(3, -1) for each in (layer.bias_in, layer.bias_rec))
+        vectors = np.zeros((VECTORS, _up(layer.units)), np.float32)
+        vectors[:2, : layer.units] = bias_in[:2] + bias_rec[:2]
+        vectors[2:, : layer.units] = bias_in[2], bias_rec[2], np.broadcast_to(layer.threshold, layer.units)
+        return cls(device, cublas, precision, layer.units, layer.inputs, *matrices, device.put(vectors))
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -105,7 +106,13 @@ class TensorLayer:
         together = max(1, min(steps, DRIVE_BYTES // (3 * BYTES[self.precision] * units * batch)))
         drive = piece.kept(("drive", n), (together * batch, 3 * units), x.dtype)
         rec = piece.kept(("rec", n), (batch, 3 * units), x.dtype)
-        grid = (-(-self.units // (2 * CELL_THREADS)), min(batch, MOST_GROUPS))
+        pairs = -(-self.units // 2)
+        blocks = -(-pairs // CELL_THREADS)
+        # As many samples for each thread as all blocks at once leave it, shared out evenly.
+        each = -(-batch * blocks // (CELL_BLOCKS * self.device.multiprocessors))
+        grid, flags = (blocks, -(-batch // each)), 0
+        if counts:
+            flags = piece.kept(("flags", n), (steps * batch, pairs), np.uint8).data.ptr
         for begin in range(0, steps, together):
             rows = min(together, steps - begin) * batch
             self.cublas.product(self.precision, x[begin * batch :], self.w_in, drive, rows, inputs, 3 * units)
@@ -113,11 +120,17 @@ class TensorLayer:
                 self.cublas.product(self.precision, y, self.w_rec, rec, batch, units, 3 * units)
                 self._launch(
                     "cells", cells_kernel, grid, CELL_THREADS,
-                    drive[(t - begin) * batch :].data.ptr, rec.data.ptr, self.bias_in.data.ptr,
-                    self.bias_rec.data.ptr, self.threshold.data.ptr, piece.cells[n].data.ptr, y.data.ptr,
-                    sent_at + 4 * t * batch * pitch, 0 if after is None else after[t].data.ptr,
-                    self.units, units, pitch, batch, counts, report.data.ptr,
+                    drive[(t - begin) * batch :].data.ptr, rec.data.ptr, self.vectors.data.ptr,
+                    piece.cells[n].data.ptr, y.data.ptr, sent_at + 4 * t * batch * pitch,
+                    0 if after is None else after[t].data.ptr, self.units, units, pitch, batch,
+                    flags and flags + t * batch * pairs, report.data.ptr,
                 )  # fmt: skip
+        if counts:
+            kernel = self.device.kernel(("tally_pairs",), tally_pairs_kernel, CELL_THREADS)
+            self.device.launch(
+                kernel, (blocks, tallies(steps * batch)), CELL_THREADS,
+                flags, pairs, steps * batch, counts, counts + 8 * self.units,
+            )  # fmt: skip
 
     def _narrow(self, dense, pitch: int, n: int, out, width: int, rows: int, report) -> None:
         self._launch(
