@@ -55,12 +55,12 @@ class TensorLayer:
     @classmethod
     def of(cls, device: Device, cublas: Cublas, layer: Layer, precision: str) -> TensorLayer:
         """Of a layer that `fits`."""
-        matrices = (_rounded(device, _padded(each.to_dense()), precision) for each in (layer.w_in, layer.w_rec))
+        w_in, w_rec = (_rounded(device, _padded(w.to_dense()), precision) for w in (layer.w_in, layer.w_rec))
         bias_in, bias_rec = (each.reshape(3, -1) for each in (layer.bias_in, layer.bias_rec))
         vectors = np.zeros((VECTORS, _up(layer.units)), np.float32)
         vectors[:2, : layer.units] = bias_in[:2] + bias_rec[:2]
         vectors[2:, : layer.units] = bias_in[2], bias_rec[2], np.broadcast_to(layer.threshold, layer.units)
-        return cls(device, cublas, precision, layer.units, layer.inputs, *matrices, device.put(vectors))
+        return cls(device, cublas, precision, layer.units, layer.inputs, w_in, w_rec, device.put(vectors))
 
     @property
     def sizes(self) -> tuple[int, int]:
