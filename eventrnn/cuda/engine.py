@@ -18,7 +18,7 @@ from eventrnn.cuda.device import current_device
 from eventrnn.cuda.launch import launch_layers
 from eventrnn.cuda.matrix import Matrix
 from eventrnn.cuda.packing import check_format, per_strip
-from eventrnn.cuda.piece import Piece, copy_rows, pitch_of
+from eventrnn.cuda.piece import Piece, Replay, copy_rows, pitch_of
 from eventrnn.cuda.plan import Chip, LayerShape, Plan, launches_of, parts_of, plan, tile_width
 from eventrnn.cuda.products import compact_kernel, tallies, tally_kernel
 from eventrnn.cuda.stepper import CudaStepper, Loop, StepLoop
@@ -113,6 +113,7 @@ class CudaEngine:
                 self.network.layers[n].inputs,
                 self.w_in[n].strips if n else None,
                 self.w_rec[n].strips,
+                None if n else lambda: self.w_in[0].strips,
             )
             for n in layers
         ]
@@ -207,8 +208,10 @@ class CudaEngine:
             piece.start(now)
             piece.begin(self.settled(batch))
             after = [device.empty((piece.steps, batch, n), np.float32) for n in self.units] if record_states else None
-            self.enqueue(piece, *self._table(part, piece, begin * batch), report, after, counting=True)
-            self.count_inputs(piece, self._input(part, piece), report)
+            x = self._input(part, piece)
+            table = self._table(part) if x is None else self.table_of(x, begin * batch, piece, report)
+            self.enqueue(piece, *table, report, after, counting=True)
+            self.count_inputs(piece, x, report)
             for n in wanted:
                 for whole, found in ((events, piece.sent(n)), (states, after[n] if after else None)):
                     if whole and found is not None:
@@ -265,13 +268,12 @@ class CudaEngine:
                 )
                 continue
             for (n, feeds), laid in zip(parts_of(layers, each), each.layers, strict=True):
-                kind = "rows" if each.cluster else ("dense", "masked", "runs")[self.w_rec[n].strips.kind]
                 if not feeds:
-                    found[f"layers.{n}.w_rec"] = self.w_rec[n].described(bool(laid.way_rec & k.RESIDENT), kind)
-                if n == 0:
+                    found[f"layers.{n}.w_rec"] = self.w_rec[n].described_way(laid.way_rec, each.cluster)
+                if n == 0 and not each.feeders:
                     found["layers.0.w_in"] = self.w_in[0].described(self.w_in[0].room(self.device)[0])
                 elif feeds or not each.cluster:
-                    found[f"layers.{n}.w_in"] = self.w_in[n].described(bool(laid.way_in & k.RESIDENT), kind)
+                    found[f"layers.{n}.w_in"] = self.w_in[n].described_way(laid.way_in, each.cluster)
         if self.readout is not None:
             found["readout"] = self.readout.described(self.readout.room(self.device)[0])
         return found
@@ -279,26 +281,33 @@ class CudaEngine:
     def on_device(self, feed: Feed, state: State | Any, *, counting: bool = True) -> Callable[[], None]:
         """Puts a whole run from that state on the GPU's stream, without copies to or from the host, at each call.
 
-        For timing: nothing comes back, and nothing need be counted.
+        For timing: nothing comes back, and nothing need be counted. From the second call on, one launch of a graph.
         """
         longest = self._longest(feed.batch, False)
         parts = [feed.part(a, min(feed.steps, a + longest)) for a in range(0, feed.steps, longest)]
         with self.device.on_stream():
             flat = self.flat_state(state)
-            tables = [None if isinstance(feed, WholeFeed) else self._table(each) for each in parts]
+            pieces = [self.piece(part.steps, part.batch) for part in parts]
+            tables = [None if isinstance(feed, WholeFeed) else self._table(part) for part in parts]
+            inputs = [self._input(part, None) for part in parts]
+            out = self.device.empty((min(feed.steps, longest), feed.batch, self.output_size), np.float32)
 
         def enqueue() -> None:
-            with self.device.on_stream():
-                now = flat
-                for part, table in zip(parts, tables, strict=True):
-                    piece = self.piece(part.steps, part.batch)
-                    piece.start(now)
-                    piece.begin(self.settled(part.batch))
-                    out = self.device.empty((part.steps, part.batch, self.output_size), np.float32)
-                    self.enqueue(piece, *(table or self._table(part, piece)), self.report, None, counting, out)
-                    now = piece.state
+            now = flat
+            for part, piece, table, x in zip(parts, pieces, tables, inputs, strict=True):
+                piece.start(now)
+                piece.begin(self.settled(part.batch))
+                found = table or self.table_of(x, 0, piece, self.report)
+                self.enqueue(piece, *found, self.report, None, counting, out[: part.steps])
+                now = piece.state
 
-        return enqueue
+        replay = Replay(self.device.queue, enqueue)
+
+        def put() -> None:
+            with self.device.on_stream():
+                replay()
+
+        return put
 
     def _longest(self, batch: int, record_states: bool) -> int:
         row = sum(
@@ -328,24 +337,20 @@ class CudaEngine:
             self.feed_arrays = (feed.indices, arrays)
         return self.feed_arrays[1]
 
-    def _input(self, feed: Feed, piece: Piece) -> Any:
-        """The numbers or symbols of a feed on the device; None of one that comes as events."""
+    def _input(self, feed: Feed, piece: Piece | None) -> Any:
+        """The numbers or symbols of a feed on the device, in a piece's memory or their own; None of one of events."""
         if not isinstance(feed, WholeFeed) or isinstance(feed, DeviceFeed):
             return feed.x if isinstance(feed, DeviceFeed) else None
-        return piece.kept("x", feed.x.shape, np.float32)
+        x = piece.kept("x", feed.x.shape, np.float32) if piece else self.device.empty(feed.x.shape, np.float32)
+        feed.put(x)
+        return x
 
-    def _table(self, feed: Feed, piece: Piece | None = None, row_0: int = 0) -> tuple[Any, Any]:
-        """The event table on the device, and which row of it each row of the input reads (None: its own)."""
-        if not isinstance(feed, WholeFeed):
-            return self.feed_table(feed), self.device.put(feed.row_of.astype(np.int64))
-        assert piece is not None
-        x = self._input(feed, piece)
-        if x is not feed.x:
-            feed.put(x)
-        return self.table_of(x, row_0, piece, self.report)
+    def _table(self, feed: Feed) -> tuple[Any, Any]:
+        """The event table of a feed on the device, and which row of it each row of the input reads."""
+        return self.feed_table(feed), self.device.put(feed.row_of.astype(np.int64))
 
     def table_of(self, x: Any, row_0: int, piece: Piece, report) -> tuple[Any, Any]:
-        """The same of numbers or symbols on the device."""
+        """The same of numbers or symbols on the device; None: each row reads its own."""
         if x.ndim == 2:
             known = len(self.no_input.indptr) - 1
             return self.feed_table(self.no_input), piece.checked_rows(x, row_0, known, report)
@@ -361,7 +366,8 @@ class CudaEngine:
         drive, last = None, len(self.units) - 1
         # What the last layer sends need not be recorded first.
         direct = out is not None and self.readout is None and last in ways
-        if 0 not in ways:
+        first = self._plans(batch)[0]
+        if first is not None and not first.feeders:
             drive = self.w_in[0].products(device, table, steps * batch, row_of, out=piece.drive(3 * self.units[0]))
         for layers, each in zip(self.launches(ways), self._plans(batch), strict=True):
             if each is None:
@@ -372,7 +378,7 @@ class CudaEngine:
                 sent = to.data.ptr, to.shape[2]
                 layer.enqueue(piece, n, table, row_of, after[n] if after else None, sent, counts, report)
                 continue
-            launch_layers(self, layers, each, piece, drive, report, after)
+            launch_layers(self, layers, each, piece, drive, (table, row_of), report, after)
         device.launch(
             device.kernel(("finite",), finite_kernel, 256), -(-piece.state[0].size // 256), 256,
             piece.state.data.ptr, piece.state[0].size, report.data.ptr,

@@ -7,7 +7,7 @@ fewer samples for each block, and fewer blocks (so more weights) for each group.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,8 @@ WARPS = (8, 12, 16, 24, 32)
 MOST_WARPS = 16
 # Segments that the lanes of one warp can add up.
 MOST_SINGLE = 32
+# Warps beside which feeders leave a thread the registers it needs.
+MOST_FED = 12
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,13 @@ def tile_width(units: int, share: int, dense: bool) -> int:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One layer as the plan sees it. `w_in` is None where the input's drives are made beforehand."""
+    """One layer as the plan sees it. `w_in` is None of the first: `fed` gives its weights, where feeders walk them."""
 
     units: int
     inputs: int
     w_in: Strips | None
     w_rec: Strips
+    fed: Callable[[], Strips] | None = None
 
     @property
     def tiles(self) -> int:
@@ -76,7 +79,8 @@ class Plan:
     """One launch: its layers, samples of a group, warps of a block, segments of the widest row, and the block table.
 
     `cluster`: blocks of a cluster, 0 where blocks meet in global memory only. `rounds`: how many units a lane looks up
-    together there, in recurrent strips and in those of the input.
+    together there, in recurrent strips and in those of the input. `feeders`: warps beside the others that work out what
+    the network's input adds; without them that is made beforehand.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -88,6 +92,7 @@ class Plan:
     blocks: np.ndarray
     cluster: int = 0
     rounds: tuple[int, int] = (0, 0)
+    feeders: int = 0
 
     @property
     def single(self) -> bool:
@@ -101,11 +106,21 @@ class Plan:
 
     @property
     def ways(self) -> tuple[int, ...]:
-        return tuple(sorted({way for layer in self.layers for way in (layer.way_in, layer.way_rec)}))
+        return tuple(sorted({*self.ways_rec, *self.ways_in}))
+
+    @property
+    def ways_rec(self) -> tuple[int, ...]:
+        return tuple(sorted({layer.way_rec for layer in self.layers}))
+
+    @property
+    def ways_in(self) -> tuple[int, ...]:
+        return tuple(sorted({layer.way_in for layer in self.layers}))
 
 
-def lay_out(shape: LayerShape, tiles: int, samples: int, warps: int, chip: Chip) -> LayerPlan | None:
+def lay_out(shape: LayerShape, tiles: int, samples: int, warps: int, chip: Chip, feeders: int = 0) -> LayerPlan | None:
     """A layer with so many tiles a block, as much of it in shared memory as fits; None where not even the lists do."""
+    fed = shape.fed() if feeders and shape.fed is not None else None
+    masked = any(strips is not None and strips.kind != k.DENSE for strips in (shape.w_rec, shape.w_in, fed))
     widest = max(shape.units, shape.inputs if shape.w_in is not None else 0)
     segments = -(-widest // k.SEGMENT)
     capacity = segments * k.SEGMENT + k.LIST_PAD
@@ -117,7 +132,8 @@ def lay_out(shape: LayerShape, tiles: int, samples: int, warps: int, chip: Chip)
         k.AT_STAGED: 4 * samples * segments * k.SEGMENT,
         k.AT_TOTALS: max(256, 4 * samples * segments),
         k.AT_BASES: 2 * 4 * 3 * tiles,
-        k.AT_HITS: k.HIT_BYTES * warps,
+        k.AT_HITS: k.HIT_BYTES * (warps + feeders) * masked,
+        k.AT_BARRIERS: 16 * feeders,
         k.AT_SUMS_IN: 2 * sums,
         k.AT_SUMS_REC: sums,
         k.AT_CELLS: sums // 3,
@@ -151,7 +167,9 @@ def lay_out(shape: LayerShape, tiles: int, samples: int, warps: int, chip: Chip)
             for field, size in zip(fields, needed, strict=True):
                 place(field, size)
         ways[name] = k.way(strips.kind, strips.values.dtype == np.uint16, resident)
-    if shape.w_in is None:
+    if fed is not None:
+        ways["in"] = k.way(fed.kind, fed.values.dtype == np.uint16, False)
+    elif shape.w_in is None:
         ways["in"] = ways["rec"]
     return LayerPlan(tiles, ways["in"], ways["rec"], at, offsets)
 
@@ -173,18 +191,18 @@ def plan(shapes: Sequence[LayerShape], batch: int, chip: Chip) -> Plan:
                 # Fewer blocks a group make room for more groups.
                 continue
             warps = _warps(shapes, samples, max(tiles))
-            laid = [lay_out(shape, t, samples, warps, chip) for shape, t in zip(shapes, tiles, strict=True)]
+            feeders = _feeders(shapes, samples, max(tiles), warps)
+            laid = [lay_out(shape, t, samples, warps, chip, feeders) for shape, t in zip(shapes, tiles, strict=True)]
             if None in laid:
                 continue
             layers = [each for each in laid if each is not None]
             cost = _cost(shapes, layers, samples) * -(-batch // (groups * samples))
             if best is None or cost < best[0]:
-                best = cost, samples, groups, warps, layers
+                best = cost, samples, groups, warps, layers, feeders
             break
     if best is None:
         return _smallest(shapes, batch, chip)
-    _, samples, groups, warps, layers = best
-    return _table(shapes, layers, samples, groups, warps)
+    return _table(shapes, *best[1:])
 
 
 def _samples(batch: int) -> list[int]:
@@ -218,7 +236,7 @@ def _smallest(shapes: Sequence[LayerShape], batch: int, chip: Chip) -> Plan:
             )
     layers = [each for each in laid if each is not None]
     blocks = sum(layer.blocks(shape) for shape, layer in zip(shapes, layers, strict=True))
-    return _table(shapes, layers, 1, min(batch, max(1, chip.multiprocessors // blocks)), warps)
+    return _table(shapes, 1, min(batch, max(1, chip.multiprocessors // blocks)), warps, layers)
 
 
 def _warps(shapes: Sequence[LayerShape], samples: int, tiles: int) -> int:
@@ -235,7 +253,15 @@ def _segments(shape: LayerShape) -> int:
     return -(-max(shape.units, shape.inputs if shape.w_in is not None else 0) // k.SEGMENT)
 
 
-def _table(shapes: Sequence[LayerShape], layers: Sequence[LayerPlan], samples: int, groups: int, warps: int) -> Plan:
+def _feeders(shapes: Sequence[LayerShape], samples: int, tiles: int, warps: int) -> int:
+    """Warps that work out what the input adds, beside those of `single` blocks."""
+    single = samples == tiles == 1 and max(map(_segments, shapes)) <= warps <= MOST_FED
+    return k.FEEDERS if single and shapes[0].fed is not None else 0
+
+
+def _table(
+    shapes: Sequence[LayerShape], samples: int, groups: int, warps: int, layers: Sequence[LayerPlan], feeders: int = 0
+) -> Plan:
     rows = []
     for group in range(groups):
         for number, (shape, layer) in enumerate(zip(shapes, layers, strict=True)):
@@ -247,7 +273,8 @@ def _table(shapes: Sequence[LayerShape], layers: Sequence[LayerPlan], samples: i
                     row[field] = offset
                 rows.append(row)
     shared = max(layer.shared for layer in layers)
-    return Plan(tuple(layers), samples, groups, warps, shared, max(map(_segments, shapes)), np.array(rows))
+    widest = max(map(_segments, shapes))
+    return Plan(tuple(layers), samples, groups, warps, shared, widest, np.array(rows), feeders=feeders)
 
 
 def blocks_from(plan: Plan, first: int, batch: int) -> np.ndarray:

@@ -20,6 +20,10 @@ HIT_BYTES = 12 * (HELD + LIST_PAD)
 HIT_SIZE, MOST_LOOKED, LISTED, MOST_TOGETHER = 8, 7, 160, 8
 LISTED_BYTES = HIT_SIZE * (LISTED + LIST_PAD)
 
+# Warps that work out the first layer's drives beside a block's others: three gates, so many steps at a time.
+AHEAD = 2
+FEEDERS = 3 * AHEAD
+
 #: of a layer: numbers, then addresses
 (
     UNITS, INPUTS, WIDTH, PITCH, X_PITCH,
@@ -28,8 +32,9 @@ LISTED_BYTES = HIT_SIZE * (LISTED + LIST_PAD)
     IN_WAY, IN_VALUES, IN_TABLE, IN_STARTS,
     REC_WAY, REC_VALUES, REC_TABLE, REC_STARTS,
     UNITS_OF, ROWS_OF, FIRSTS_OF, ROWS_BIAS,  # `packing.Reached` and biases by column, for clusters
+    LIST_FIRSTS, LIST_COUNTS, LISTS, LIST_OF,  # events of the input, where a block's own feeders walk them
     LAYER_FIELDS,
-) = range(27)  # fmt: skip
+) = range(31)  # fmt: skip
 
 #: of a block: what it owns, then offsets in its shared memory
 (
