@@ -369,6 +369,13 @@ class FakeDevice:
         target.set(array)
         return target
 
+    def fetch(self, array, target) -> None:
+        assert target.flags.c_contiguous
+        target[...] = array
+
+    def send(self, array, target) -> None:
+        target.data.copy_from_host_async(array.ctypes.data, array.nbytes)
+
     def empty(self, shape, dtype) -> Array:
         try:
             return self._empty(shape, dtype)

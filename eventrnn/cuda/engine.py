@@ -185,7 +185,7 @@ class CudaEngine:
         if "loop" not in piece.spare:
             piece.spare["loop"] = Loop(self, piece, counting=True)
         loop = piece.spare["loop"]
-        feed.put(loop.x)
+        feed.put(self.device, loop.x)
         piece.start(now)
         loop.replay()
         left = DeviceState(self.device, piece.state.copy(), self.units, feed.batch)
@@ -202,6 +202,13 @@ class CudaEngine:
         states = [arrays.empty((steps, batch, self.units[n]), np.float32) for n in wanted] if record_states else []
         report = self.report
         report.data.memset_async(0, report.nbytes)
+
+        def take(found: Any, target: Any) -> None:
+            if here:
+                target[...] = found
+            else:
+                device.fetch(found, target)
+
         for begin in range(0, steps, longest):
             end = min(steps, begin + longest)
             piece, part = self.piece(end - begin, batch), feed.part(begin, end)
@@ -215,10 +222,10 @@ class CudaEngine:
             for n in wanted:
                 for whole, found in ((events, piece.sent(n)), (states, after[n] if after else None)):
                     if whole and found is not None:
-                        whole[n][begin:end] = found if here else found.get()
+                        take(found, whole[n][begin:end])
             made = device.empty((piece.steps, batch, self.output_size), np.float32)
             self.read_out(piece, made)
-            output[begin:end] = made if here else made.get()
+            take(made, output[begin:end])
             now = piece.state
         left = DeviceState(device, now.copy(), self.units, batch)
         return self._trace(feed, left, output, report.get(), events, states)
@@ -231,7 +238,11 @@ class CudaEngine:
         fired = tuple(FireCounts(a.copy(), b.copy()) for a, b in zip(counts[::2], counts[1::2], strict=True))
 
         def give(result):
-            return feed.give(result) if isinstance(feed, WholeFeed) and not isinstance(result, np.ndarray) else result
+            return (
+                feed.give(self.device, result)
+                if isinstance(feed, WholeFeed) and not isinstance(result, np.ndarray)
+                else result
+            )
 
         input_fired = None
         if isinstance(feed, WholeFeed):
@@ -342,7 +353,7 @@ class CudaEngine:
         if not isinstance(feed, WholeFeed) or isinstance(feed, DeviceFeed):
             return feed.x if isinstance(feed, DeviceFeed) else None
         x = piece.kept("x", feed.x.shape, np.float32) if piece else self.device.empty(feed.x.shape, np.float32)
-        feed.put(x)
+        feed.put(self.device, x)
         return x
 
     def _table(self, feed: Feed) -> tuple[Any, Any]:
