@@ -221,10 +221,10 @@ def _store(address: int, values: np.ndarray, precision: str, report_at: int) -> 
     half(address, values.size, precision)[:] = rounded(np.ascontiguousarray(values.ravel(), np.float32), precision)
 
 
-def _spread(precision, blocks, firsts_at, counts_at, lists_at, row_of_at, width, out_at, report_at):
+def _spread(precision, blocks, firsts_at, counts_at, lists_at, row_of_at, rows, width, out_at, report_at):
     size = 4 if precision == "tf32" else 2
-    for row in range(blocks):
-        source = int(longs(row_of_at, blocks)[row]) if row_of_at else row
+    for row in range(rows):
+        source = int(longs(row_of_at, rows)[row]) if row_of_at else row
         count = int(ints(counts_at, source + 1)[source])
         words = ints(lists_at + 8 * int(longs(firsts_at, source + 1)[source]), 2 * max(count, 1)).reshape(-1, 2)[:count]
         dense = np.zeros(width, np.float32)

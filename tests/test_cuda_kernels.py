@@ -51,7 +51,7 @@ def in_python(function, grid: tuple[int, int]):
     block = SimpleNamespace(x=0, y=0)
     there = SimpleNamespace(
         threadIdx=SimpleNamespace(x=0), blockIdx=block, blockDim=SimpleNamespace(x=1),
-        gridDim=SimpleNamespace(x=grid[0], y=grid[1]), syncthreads=lambda: None,
+        gridDim=SimpleNamespace(x=grid[0], y=grid[1]), syncwarp=lambda mask: None,
     )  # fmt: skip
     fakes = {id(getattr(ptx, name)): lambda at, kind=kind: Pointed(at, kind) for name, kind in KINDS.items()}
     fakes |= {id(ptx.max_relaxed): _raise_to, id(ptx.add_relaxed): _add, id(ptx.cuda): there}
@@ -159,7 +159,7 @@ def test_rows_are_rounded_and_padded(kernels, precision):
     entries[:, 1] = np.array([1.5, 0, -2.25, 1e5], np.float32).view(np.int32)
     rows, out = np.array([1, 0, 0]), np.full((3, 16), 3, out.dtype)
     spread = in_python(kernels.rounded.spread_kernel(precision)[0], (3, 1))
-    spread(at(firsts), at(counts), at(entries), at(rows), 16, at(out), at(report))
+    spread(at(firsts), at(counts), at(entries), at(rows), 3, 16, at(out), at(report))
     expected = np.zeros((3, 16), np.float32)
     expected[0, 5], expected[1:, 1], expected[1:, 15] = 1.5, -2.25, 1e5
     with np.errstate(over="ignore"):

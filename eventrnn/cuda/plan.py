@@ -129,7 +129,7 @@ def lay_out(shape: LayerShape, tiles: int, samples: int, warps: int, chip: Chip,
         # A single sample's kernel has a list of each kind.
         k.AT_LIST: 8 * capacity * (samples + (samples == 1 and shape.w_in is not None)),
         k.AT_COUNTS: 4 * samples,
-        k.AT_STAGED: 4 * samples * segments * k.SEGMENT,
+        k.AT_STAGED: max(4 * samples * segments * k.SEGMENT, 8 * feeders * (k.FED + k.LIST_PAD)),
         k.AT_TOTALS: max(256, 4 * samples * segments),
         k.AT_BASES: 2 * 4 * 3 * tiles,
         k.AT_HITS: k.HIT_BYTES * (warps + feeders) * masked,

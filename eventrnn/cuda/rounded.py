@@ -7,7 +7,7 @@ less than what rounding the products' factors has cost before.
 from __future__ import annotations
 
 import numpy as np
-from numba import int64, types
+from numba import int32, int64, types
 
 from eventrnn.cuda.device import cuda, device_function
 from eventrnn.cuda.ptx import (
@@ -22,7 +22,8 @@ from eventrnn.cuda.ptx import (
     max_relaxed,
     store_float,
 )
-from eventrnn.cuda.tables import REPORT_LARGE
+from eventrnn.cuda.tables import LANES, REPORT_LARGE
+from eventrnn.cuda.walks import ALL
 
 #: of a number
 BYTES = {"float16": 2, "bfloat16": 2, "tf32": 4}
@@ -100,29 +101,32 @@ def storer(precision: str):
 
 
 def spread_kernel(precision: str):
-    """Dense rounded rows from lists of events, a block a row; and its signature."""
+    """Dense rounded rows from lists of events, a warp a row; and its signature."""
     store, size = storer(precision), BYTES[precision]
 
-    def spread(firsts_at, counts_at, lists_at, row_of_at, width, out_at, report_at):
-        thread, threads = int64(cuda.threadIdx.x), int64(cuda.blockDim.x)
-        row = source = int64(cuda.blockIdx.x)
+    def spread(firsts_at, counts_at, lists_at, row_of_at, rows, width, out_at, report_at):
+        threads = int64(min(cuda.blockDim.x, LANES))
+        thread, rank = int64(cuda.threadIdx.x) % threads, int64(cuda.threadIdx.x) // threads
+        row = source = int64(cuda.blockIdx.x) * (cuda.blockDim.x // threads) + rank
+        if row >= rows:
+            return
         if row_of_at != 0:
             source = global_int64(row_of_at)[row]
+        begin = lists_at + 8 * global_int64(firsts_at)[source]
+        count = int64(global_int32(counts_at)[source])
         to = out_at + size * row * width
         at, words = thread, global_int64(to)
         while at < width * size // 8:
             words[at] = int64(0)
             at += threads
-        cuda.syncthreads()
-        begin = lists_at + 8 * global_int64(firsts_at)[source]
-        count = int64(global_int32(counts_at)[source])
+        cuda.syncwarp(ALL)
         at = thread
         while at < count:
             unit = int64(global_int32(begin + 8 * at)[0])
             store(to + size * unit, global_float32(begin + 8 * at + 4)[0], report_at)
             at += threads
 
-    return spread, types.void(*[types.int64] * 7)
+    return spread, types.void(*[types.int64] * 8)
 
 
 def narrow_kernel(precision: str):
@@ -236,7 +240,7 @@ def cells_kernel(precision: str):
                 _stored(after, v0, v1, both, even)
             store(y_at, y0, y1)
             if flags_at != 0:
-                flags[own] = int64(y0 != 0) + 2 * int64(y1 != 0) + 4 * int64(y0 == 1) + 8 * int64(y1 == 1)
+                flags[own] = int32(y0 != 0) | int32(y1 != 0) << 1 | int32(y0 == 1) << 2 | int32(y1 == 1) << 3
             sample += stride
             drive_at, rec_at = drive_at + 3 * stride * gate, rec_at + 3 * stride * gate
             cells_at, after = cells_at + 4 * stride * units, after + 4 * stride * units

@@ -16,6 +16,8 @@ from eventrnn.cuda.kernels import PATIENCE, bring_in, look
 from eventrnn.cuda.ptx import (
     arrive,
     barrier_init,
+    copies_done,
+    copy_later,
     egru_paper_value_of_gates,
     egru_reset_gate,
     egru_value_of_gates,
@@ -33,7 +35,7 @@ from eventrnn.cuda.ptx import (
     store_relaxed,
     sum_of_warp,
 )
-from eventrnn.cuda.tables import AHEAD, FEEDERS, LANES, LIST_PAD, SEGMENT
+from eventrnn.cuda.tables import AHEAD, FED, FEEDERS, LANES, LIST_PAD, SEGMENT
 from eventrnn.cuda.walks import ALL, chooser, count_bits, entry_of
 
 # The hardware barrier of all warps but the feeders.
@@ -179,7 +181,7 @@ def single_kernel(variant: str, ways_rec: tuple[int, ...], ways_in: tuple[int, .
             )  # fmt: skip
         barriers = int32(shared + block[k.AT_BARRIERS])
         if feeding and thread < 2 * FEEDERS:
-            barrier_init(int32(barriers + 8 * thread), int32(1))
+            barrier_init(int32(barriers + 8 * thread), int32(LANES))
         cuda.syncthreads()
         if feeding and thread >= threads:
             feeder, ahead = int32((thread - threads) >> 5), int32(0)
@@ -187,6 +189,8 @@ def single_kernel(variant: str, ways_rec: tuple[int, ...], ways_in: tuple[int, .
             if feeder >= 3:
                 gate, ahead = int32(feeder - 3), int32(1)
             full = int32(barriers + 16 * feeder)
+            own_at = shared + block[k.AT_STAGED] + int64(8 * (FED + LIST_PAD)) * feeder
+            own = shared_int64(own_at)
             bias = global_float32(layer[k.BIAS_IN])[(tile * 3 + gate) * LANES + lane]
             in_values += shared_int32(bases_in_at)[gate]
             in_table += int64(8) * (gate * inputs)
@@ -197,16 +201,23 @@ def single_kernel(variant: str, ways_rec: tuple[int, ...], ways_in: tuple[int, .
                 source = step * batch + sample
                 if list_of != 0:
                     source = global_int64(list_of)[source]
-                drive = walk_in(
-                    way_in, bias, in_values, in_table, width, lane, global_int64(lists + int64(8) * firsts[source]),
-                    int32(counts[source]), hits_at,
-                )  # fmt: skip
+                drive, left, begin = bias, int32(counts[source]), lists + int64(8) * firsts[source]
+                # By way of this warp's own list: all that it has goes out together.
+                while left > 0:
+                    count, word = min(left, int32(FED)), lane
+                    while word < 2 * count:
+                        copy_later(own_at + 4 * word, begin + 4 * word)
+                        word = int32(word + LANES)
+                    own[count + lane] = int64(0)
+                    copies_done()
+                    cuda.syncwarp(ALL)
+                    drive = walk_in(way_in, drive, in_values, in_table, width, lane, own, count, hits_at)
+                    cuda.syncwarp(ALL)
+                    left, begin = int32(left - FED), begin + 8 * FED
                 if turn > 0 and not over(int32(full + 8), int32(turn - 1) & int32(1)):
                     return
                 drives[feeder * LANES + lane] = drive
-                cuda.syncwarp(ALL)
-                if lane == 0:
-                    arrive(full)
+                arrive(full)
                 step += AHEAD
                 turn = int32(turn + 1)
             return
@@ -272,9 +283,7 @@ def single_kernel(variant: str, ways_rec: tuple[int, ...], ways_in: tuple[int, .
                         full = int32(barriers + (ahead >> int32(1)) + 16 * warp)
                         lost = not over(full, int32((t - 1) >> 1) & int32(1))
                         drive = drives[ahead + spot]
-                        cuda.syncwarp(ALL)
-                        if lane == 0:
-                            arrive(int32(full + 8))
+                        arrive(int32(full + 8))
                     elif mine:
                         drive = load_early(drive_at)
                         drive_at += drive_bytes

@@ -2,7 +2,7 @@
 
 Not exact: weights, inputs and events are rounded to `precision` and summed by cuBLAS in float32, in its own order; the
 sums are rounded again. A step is one product and one kernel for the cells, which also counts; the products of the input
-are made for some steps together, as many as stay in the L2 cache.
+are made for many steps together.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from eventrnn.backend import Feed
 from eventrnn.cuda.piece import Replay, pitch_of
 from eventrnn.cuda.products import tallies, tally_pairs_kernel
 from eventrnn.cuda.rounded import BYTES, LARGEST, VECTORS, cells_kernel, narrow_kernel, spread_kernel
+from eventrnn.cuda.tables import LANES
 
 if TYPE_CHECKING:
     from eventrnn.cuda.cublas import Cublas
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 # Tensor cores, and rows of 16 bytes, want every dimension to be a multiple of this.
 PADDED_TO = 8
-# Input drives that are made together should stay in half of an L2 cache of 50 MB.
-DRIVE_BYTES = 24 << 20
+# Input drives that are made together: on an H100 large products save more than drives gain that stay in the L2 cache.
+DRIVE_BYTES = 256 << 20
 # Fewer streams are faster by events, whatever the weights: not measured.
 FEWEST_STREAMS = 4
 # What is measured: so many steps, so often.
@@ -79,9 +80,9 @@ class TensorLayer:
         y = piece.kept(("y", n), (batch, units), kind)
         if n == 0:
             self._launch(
-                "spread", spread_kernel, steps * batch, ROW_THREADS,
-                *(each.data.ptr for each in table), 0 if row_of is None else row_of.data.ptr, inputs, x.data.ptr,
-                report.data.ptr,
+                "spread", spread_kernel, -(-steps * batch // (ROW_THREADS // LANES)), ROW_THREADS,
+                *(each.data.ptr for each in table), 0 if row_of is None else row_of.data.ptr, steps * batch, inputs,
+                x.data.ptr, report.data.ptr,
             )  # fmt: skip
         else:
             below = piece.records[n - 1][1:]
