@@ -23,7 +23,7 @@ from eventrnn.cuda.plan import Chip, LayerShape, Plan, launches_of, parts_of, pl
 from eventrnn.cuda.products import compact_kernel, tallies, tally_kernel
 from eventrnn.cuda.stepper import CudaStepper, Loop, StepLoop
 from eventrnn.cuda.tables import LANES
-from eventrnn.cuda.tensor import TensorLayer, fits, measured_ways
+from eventrnn.cuda.tensor import FEWEST_STREAMS, TensorLayer, exact_because, measured_ways
 from eventrnn.weights import Dense
 
 if TYPE_CHECKING:
@@ -62,14 +62,20 @@ class CudaEngine:
         self.no_input = network.feed(np.zeros(size, np.float32 if len(size) == 3 else np.int64))
 
     @cached_property
+    def exact_because(self) -> list[str | None]:
+        """Why layers cannot go through tensor cores; None for those that can."""
+        assert self.precision is not None
+        return [exact_because(layer, self.precision) for layer in self.network.layers]
+
+    @cached_property
     def tensors(self) -> list[TensorLayer | None]:
         """Layers as tensor cores take them; None for those that they cannot have."""
-        precision, device, layers = self.precision, self.device, self.network.layers
+        precision, device = self.precision, self.device
         assert precision is not None
-        able = [fits(layer, precision) for layer in layers]
+        able = [reason is None for reason in self.exact_because]
         with device.on_stream():
             cublas = Cublas(device) if any(able) else None
-            made = zip(layers, able, strict=True)
+            made = zip(self.network.layers, able, strict=True)
             return [TensorLayer.of(device, cublas, each, precision) if cublas and can else None for each, can in made]
 
     def launches(self, ways: tuple[int, ...] = ()) -> list[range]:
@@ -285,6 +291,10 @@ class CudaEngine:
                     found["layers.0.w_in"] = self.w_in[0].described(self.w_in[0].room(self.device)[0])
                 elif feeds or not each.cluster:
                     found[f"layers.{n}.w_in"] = self.w_in[n].described_way(laid.way_in, each.cluster)
+        if self.precision and batch >= FEWEST_STREAMS:
+            for n, reason in enumerate(self.exact_because):
+                for name in (f"layers.{n}.w_rec", f"layers.{n}.w_in") if reason else ():
+                    found[name] += f", exact: {reason}"
         if self.readout is not None:
             found["readout"] = self.readout.described(self.readout.room(self.device)[0])
         return found

@@ -20,8 +20,8 @@ HIT_BYTES = 12 * (HELD + LIST_PAD)
 HIT_SIZE, MOST_LOOKED, LISTED, MOST_TOGETHER = 8, 7, 160, 8
 LISTED_BYTES = HIT_SIZE * (LISTED + LIST_PAD)
 
-# Warps that work out the first layer's drives beside a block's others: three gates, so many steps at a time; events that
-# each of them brings in together.
+# Warps that work out the first layer's drives beside a block's others: three gates, so many steps at a time; how many
+# events each of them brings in together.
 AHEAD = 2
 FEEDERS, FED = 3 * AHEAD, 160
 

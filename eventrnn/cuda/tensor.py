@@ -55,7 +55,7 @@ class TensorLayer:
 
     @classmethod
     def of(cls, device: Device, cublas: Cublas, layer: Layer, precision: str) -> TensorLayer:
-        """Of a layer that `fits`."""
+        """Of a layer that can go so (`exact_because`)."""
         w_in, w_rec = (_rounded(device, _padded(w.to_dense()), precision) for w in (layer.w_in, layer.w_rec))
         bias_in, bias_rec = (each.reshape(3, -1) for each in (layer.bias_in, layer.bias_rec))
         vectors = np.zeros((VECTORS, _up(layer.units)), np.float32)
@@ -144,12 +144,14 @@ class TensorLayer:
             self.device.launch(kernel, blocks, threads, *arguments)
 
 
-def fits(layer: Layer, precision: str) -> bool:
-    """Not the paper's variant, whose candidate waits for a gate within the product, nor weights beyond float16."""
+def exact_because(layer: Layer, precision: str) -> str | None:
+    """Why a layer cannot go through tensor cores; None where it can."""
     if layer.cell.variant == "paper":
-        return False
+        return "the paper's candidate waits for a gate within its product"
     weights = (layer.w_in.floats(), layer.w_rec.floats())
-    return precision != "float16" or all(np.abs(each).max(initial=0) <= LARGEST for each in weights)
+    if precision == "float16" and any(np.abs(each).max(initial=0) > LARGEST for each in weights):
+        return "float16 cannot hold its weights"
+    return None
 
 
 def measured_ways(engine: CudaEngine, feed: Feed, state: Any) -> tuple[int, ...]:
