@@ -389,12 +389,8 @@ def _copy_rows(target, target_pitch, source, source_pitch, width, rows, kind, st
         ctypes.memmove(target + row * target_pitch, source + row * source_pitch, width)
 
 
-def _launch_layers(engine, layers, each, piece, drive, fed, report, after) -> None:
+def _launch_layers(engine, layers, each, piece, drive, report, after) -> None:
     """`launch.launch_layers` by the specification, from the record below."""
-    if each.feeders:
-        drive = piece.kept("fake drive", (piece.steps * piece.batch, 3 * engine.units[0]), np.float32)
-        table, row_of = fed
-        enqueued(_multiply)(*engine.w_in[0].origin, *table, len(drive), row_of, drive)
     enqueued(_run_layers)(engine, layers, piece, drive, after)
 
 

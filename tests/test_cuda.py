@@ -255,10 +255,10 @@ def test_parts_of_shared_memory_do_not_overlap(shapes, batch):
 def test_too_little_shared_memory_falls_back_to_l2_and_then_is_refused():
     rng = np.random.default_rng(0)
     shape = LayerShape(256, 256, None, pack(convert(rng.standard_normal((256, 768)).astype("f4"), "dense"), 3, 8))
-    large, small = (plan([shape], 1, Chip(132, size)).layers[0].way_rec for size in (232_448, 25_000))
+    large, small = (plan([shape], 1, Chip(132, size)).layers[0].way_rec for size in (232_448, 40_000))
     assert large & tables.RESIDENT and not small & tables.RESIDENT
-    with pytest.raises(ValueError, match=r"cuda: a layer of 256 units .* more shared memory than the 5,000 bytes"):
-        plan([shape], 1, Chip(132, 5_000))
+    with pytest.raises(ValueError, match=r"cuda: a layer of 256 units .* more shared memory than the 9,000 bytes"):
+        plan([shape], 1, Chip(132, 9_000))
 
 
 # --- without a GPU ------------------------------------------------------------------------------------------
@@ -314,9 +314,8 @@ def test_kernels_compile_without_contraction(compiled, variant):
     from eventrnn.cuda.kernels import layers_kernel
     from eventrnn.cuda.single import single_kernel
 
-    ways = (tables.way(tables.RUNS, True, True),)
-    for kernel in (layers_kernel(variant, ways), single_kernel(variant, ways, ways, False)):
-        check_ptx(compiled(kernel))
+    for make in (layers_kernel, single_kernel):
+        check_ptx(compiled(make(variant, (tables.way(tables.RUNS, True, True),))))
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way & tables.KINDS == tables.MASKED])
@@ -341,7 +340,7 @@ def test_mixed_ways_and_the_small_kernels_compile(compiled):
     from eventrnn.cuda.rounded import cells_kernel
     from eventrnn.cuda.single import single_kernel
 
-    check_ptx(compiled(single_kernel("evnn", tuple(WAYS[:3]), tuple(WAYS[2:4]), True)))
+    check_ptx(compiled(single_kernel("evnn", tuple(WAYS[:3]))))
     assert ".entry" in compiled(compact_kernel())
     for each in (tally_kernel(), tally_pairs_kernel()):
         assert "red.relaxed.gpu.global.add.u64" in compiled(each)

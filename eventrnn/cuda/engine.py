@@ -119,7 +119,6 @@ class CudaEngine:
                 self.network.layers[n].inputs,
                 self.w_in[n].strips if n else None,
                 self.w_rec[n].strips,
-                None if n else lambda: self.w_in[0].strips,
             )
             for n in layers
         ]
@@ -287,7 +286,7 @@ class CudaEngine:
             for (n, feeds), laid in zip(parts_of(layers, each), each.layers, strict=True):
                 if not feeds:
                     found[f"layers.{n}.w_rec"] = self.w_rec[n].described_way(laid.way_rec, each.cluster)
-                if n == 0 and not each.feeders:
+                if n == 0:
                     found["layers.0.w_in"] = self.w_in[0].described(self.w_in[0].room(self.device)[0])
                 elif feeds or not each.cluster:
                     found[f"layers.{n}.w_in"] = self.w_in[n].described_way(laid.way_in, each.cluster)
@@ -387,8 +386,7 @@ class CudaEngine:
         drive, last = None, len(self.units) - 1
         # What the last layer sends need not be recorded first.
         direct = out is not None and self.readout is None and last in ways
-        first = self._plans(batch)[0]
-        if first is not None and not first.feeders:
+        if 0 not in ways:
             drive = self.w_in[0].products(device, table, steps * batch, row_of, out=piece.drive(3 * self.units[0]))
         for layers, each in zip(self.launches(ways), self._plans(batch), strict=True):
             if each is None:
@@ -399,7 +397,7 @@ class CudaEngine:
                 sent = to.data.ptr, to.shape[2]
                 layer.enqueue(piece, n, table, row_of, after[n] if after else None, sent, counts, report)
                 continue
-            launch_layers(self, layers, each, piece, drive, (table, row_of), report, after)
+            launch_layers(self, layers, each, piece, drive, report, after)
         device.launch(
             device.kernel(("finite",), finite_kernel, 256), -(-piece.state[0].size // 256), 256,
             piece.state.data.ptr, piece.state[0].size, report.data.ptr,

@@ -16,25 +16,12 @@ from eventrnn.cuda.single import single_kernel
 if TYPE_CHECKING:
     from eventrnn.cuda.engine import CudaEngine
 
-# What launches of the same layers were told, that is kept.
-MOST_TABLES = 4
 
-
-def launch_layers(engine: CudaEngine, layers: range, each: Plan, piece: Piece, drive, fed, report, after) -> None:
-    """Neighbouring layers in one launch. What the input adds to the first one is in `drive`, or in lists of events.
-
-    fed : where each list begins, how long it is, the lists; and the list of each row, None where it has its own
-    """
-    lists: tuple[int, ...] = ()
-    if each.feeders:
-        (firsts, counts, entries), row_of = fed
-        lists = firsts.data.ptr, counts.data.ptr, entries.data.ptr, 0 if row_of is None else row_of.data.ptr
-    key = (layers, engine.ways.get(piece.batch, ()), lists)
+def launch_layers(engine: CudaEngine, layers: range, each: Plan, piece: Piece, drive, report, after) -> None:
+    """Neighbouring layers in one launch."""
+    key = (layers, engine.ways.get(piece.batch, ()))
     if after is not None or key not in piece.tables:
-        # Those of lists that are gone by now go.
-        for old in [other for other in piece.tables if other[:2] == key[:2]][: -MOST_TABLES + 1]:
-            del piece.tables[old]
-        piece.tables[key] = engine.device.put(_layer_rows(engine, layers, each, piece, drive, lists, after))
+        piece.tables[key] = engine.device.put(_layer_rows(engine, layers, each, piece, drive, after))
     for n, feeds in parts_of(layers, each):
         if feeds:
             drives = _fed(engine, piece, n)
@@ -45,9 +32,7 @@ def launch_layers(engine: CudaEngine, layers: range, each: Plan, piece: Piece, d
         del piece.tables[key]
 
 
-def _layer_rows(
-    engine: CudaEngine, layers: range, each: Plan, piece: Piece, drive, lists: tuple[int, ...], after
-) -> np.ndarray:
+def _layer_rows(engine: CudaEngine, layers: range, each: Plan, piece: Piece, drive, after) -> np.ndarray:
     """What the kernel has to know of each layer."""
     records, gated, cells = piece.records, piece.gated, piece.cells
     parts = parts_of(layers, each)
@@ -72,9 +57,8 @@ def _layer_rows(
                 k.FIRSTS_OF: matrix.firsts.data.ptr, k.ROWS_BIAS: matrix.column_bias.data.ptr,
             }  # fmt: skip
         else:
-            # That of the first layer nobody reads where its drives are made beforehand.
-            inside = w_in if n or lists else w_rec
-            fields |= dict(zip((k.LIST_FIRSTS, k.LIST_COUNTS, k.LISTS, k.LIST_OF), lists, strict=False))
+            # That of the first layer nobody reads.
+            inside = w_in if n else w_rec
             fields |= {
                 k.BIAS_IN: inside.bias.data.ptr, k.BIAS_REC: w_rec.bias.data.ptr,
                 k.IN_WAY: way.way_in, k.IN_VALUES: inside.values.data.ptr, k.IN_TABLE: inside.table.data.ptr,
@@ -93,17 +77,15 @@ def _fed(engine: CudaEngine, piece: Piece, n: int) -> Any:
 
 
 def _launch(engine: CudaEngine, each: Plan, rows, layers: range, steps: int, batch: int, report) -> None:
-    device, threads = engine.device, 32 * (each.warps + each.feeders)
+    device, threads = engine.device, 32 * each.warps
     variant = engine.network.layers[layers.start].cell.variant
     if each.cluster:
         # Of several layers, the last two parts are a feeder and the layer it feeds.
         arguments = (each.layers[-1].way_rec, each.layers[-2:][0].way_in, each.cluster, *each.rounds)
         kernel = device.kernel(("cluster", *arguments), lambda: cluster_kernel(*arguments), threads)
-    elif each.single:
-        arguments = (variant, each.ways_rec, each.ways_in, each.feeders > 0)
-        kernel = device.kernel(("single", *arguments), lambda: single_kernel(*arguments), threads)
     else:
-        kernel = device.kernel(("layers", variant, each.ways), lambda: layers_kernel(variant, each.ways), threads)
+        make = single_kernel if each.single else layers_kernel
+        kernel = device.kernel((make.__name__, variant, each.ways), lambda: make(variant, each.ways), threads)
     for first in range(0, batch, each.groups * each.samples):
         key = (layers, batch, first)
         if key not in engine.tables:

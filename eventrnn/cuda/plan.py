@@ -7,7 +7,7 @@ fewer samples for each block, and fewer blocks (so more weights) for each group.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,8 +22,6 @@ WARPS = (8, 12, 16, 24, 32)
 MOST_WARPS = 16
 # Segments that the lanes of one warp can add up.
 MOST_SINGLE = 32
-# Warps beside which feeders leave a thread the registers it needs.
-MOST_FED = 12
 
 
 @dataclass(frozen=True)
@@ -47,13 +45,12 @@ def tile_width(units: int, share: int, dense: bool) -> int:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One layer as the plan sees it. `w_in` is None of the first: `fed` gives its weights, where feeders walk them."""
+    """One layer as the plan sees it. `w_in` is None where the input's drives are made beforehand."""
 
     units: int
     inputs: int
     w_in: Strips | None
     w_rec: Strips
-    fed: Callable[[], Strips] | None = None
 
     @property
     def tiles(self) -> int:
@@ -79,8 +76,7 @@ class Plan:
     """One launch: its layers, samples of a group, warps of a block, segments of the widest row, and the block table.
 
     `cluster`: blocks of a cluster, 0 where blocks meet in global memory only. `rounds`: how many units a lane looks up
-    together there, in recurrent strips and in those of the input. `feeders`: warps beside the others that work out what
-    the network's input adds; without them that is made beforehand.
+    together there, in recurrent strips and in those of the input.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -92,7 +88,6 @@ class Plan:
     blocks: np.ndarray
     cluster: int = 0
     rounds: tuple[int, int] = (0, 0)
-    feeders: int = 0
 
     @property
     def single(self) -> bool:
@@ -106,21 +101,11 @@ class Plan:
 
     @property
     def ways(self) -> tuple[int, ...]:
-        return tuple(sorted({*self.ways_rec, *self.ways_in}))
-
-    @property
-    def ways_rec(self) -> tuple[int, ...]:
-        return tuple(sorted({layer.way_rec for layer in self.layers}))
-
-    @property
-    def ways_in(self) -> tuple[int, ...]:
-        return tuple(sorted({layer.way_in for layer in self.layers}))
+        return tuple(sorted({way for layer in self.layers for way in (layer.way_in, layer.way_rec)}))
 
 
-def lay_out(shape: LayerShape, tiles: int, samples: int, warps: int, chip: Chip, feeders: int = 0) -> LayerPlan | None:
+def lay_out(shape: LayerShape, tiles: int, samples: int, warps: int, chip: Chip) -> LayerPlan | None:
     """A layer with so many tiles a block, as much of it in shared memory as fits; None where not even the lists do."""
-    fed = shape.fed() if feeders and shape.fed is not None else None
-    masked = any(strips is not None and strips.kind != k.DENSE for strips in (shape.w_rec, shape.w_in, fed))
     widest = max(shape.units, shape.inputs if shape.w_in is not None else 0)
     segments = -(-widest // k.SEGMENT)
     capacity = segments * k.SEGMENT + k.LIST_PAD
@@ -129,11 +114,10 @@ def lay_out(shape: LayerShape, tiles: int, samples: int, warps: int, chip: Chip,
         # A single sample's kernel has a list of each kind.
         k.AT_LIST: 8 * capacity * (samples + (samples == 1 and shape.w_in is not None)),
         k.AT_COUNTS: 4 * samples,
-        k.AT_STAGED: max(4 * samples * segments * k.SEGMENT, 8 * feeders * (k.FED + k.LIST_PAD)),
+        k.AT_STAGED: 4 * samples * segments * k.SEGMENT,
         k.AT_TOTALS: max(256, 4 * samples * segments),
         k.AT_BASES: 2 * 4 * 3 * tiles,
-        k.AT_HITS: k.HIT_BYTES * (warps + feeders) * masked,
-        k.AT_BARRIERS: 16 * feeders,
+        k.AT_HITS: k.HIT_BYTES * warps,
         k.AT_SUMS_IN: 2 * sums,
         k.AT_SUMS_REC: sums,
         k.AT_CELLS: sums // 3,
@@ -167,9 +151,7 @@ def lay_out(shape: LayerShape, tiles: int, samples: int, warps: int, chip: Chip,
             for field, size in zip(fields, needed, strict=True):
                 place(field, size)
         ways[name] = k.way(strips.kind, strips.values.dtype == np.uint16, resident)
-    if fed is not None:
-        ways["in"] = k.way(fed.kind, fed.values.dtype == np.uint16, False)
-    elif shape.w_in is None:
+    if shape.w_in is None:
         ways["in"] = ways["rec"]
     return LayerPlan(tiles, ways["in"], ways["rec"], at, offsets)
 
@@ -191,18 +173,18 @@ def plan(shapes: Sequence[LayerShape], batch: int, chip: Chip) -> Plan:
                 # Fewer blocks a group make room for more groups.
                 continue
             warps = _warps(shapes, samples, max(tiles))
-            feeders = _feeders(shapes, samples, max(tiles), warps)
-            laid = [lay_out(shape, t, samples, warps, chip, feeders) for shape, t in zip(shapes, tiles, strict=True)]
+            laid = [lay_out(shape, t, samples, warps, chip) for shape, t in zip(shapes, tiles, strict=True)]
             if None in laid:
                 continue
             layers = [each for each in laid if each is not None]
             cost = _cost(shapes, layers, samples) * -(-batch // (groups * samples))
             if best is None or cost < best[0]:
-                best = cost, samples, groups, warps, layers, feeders
+                best = cost, samples, groups, warps, layers
             break
     if best is None:
         return _smallest(shapes, batch, chip)
-    return _table(shapes, *best[1:])
+    _, samples, groups, warps, layers = best
+    return _table(shapes, layers, samples, groups, warps)
 
 
 def _samples(batch: int) -> list[int]:
@@ -236,7 +218,7 @@ def _smallest(shapes: Sequence[LayerShape], batch: int, chip: Chip) -> Plan:
             )
     layers = [each for each in laid if each is not None]
     blocks = sum(layer.blocks(shape) for shape, layer in zip(shapes, layers, strict=True))
-    return _table(shapes, 1, min(batch, max(1, chip.multiprocessors // blocks)), warps, layers)
+    return _table(shapes, layers, 1, min(batch, max(1, chip.multiprocessors // blocks)), warps)
 
 
 def _warps(shapes: Sequence[LayerShape], samples: int, tiles: int) -> int:
@@ -253,15 +235,7 @@ def _segments(shape: LayerShape) -> int:
     return -(-max(shape.units, shape.inputs if shape.w_in is not None else 0) // k.SEGMENT)
 
 
-def _feeders(shapes: Sequence[LayerShape], samples: int, tiles: int, warps: int) -> int:
-    """Warps that work out what the input adds, beside those of `single` blocks."""
-    single = samples == tiles == 1 and max(map(_segments, shapes)) <= warps <= MOST_FED
-    return k.FEEDERS if single and shapes[0].fed is not None else 0
-
-
-def _table(
-    shapes: Sequence[LayerShape], samples: int, groups: int, warps: int, layers: Sequence[LayerPlan], feeders: int = 0
-) -> Plan:
+def _table(shapes: Sequence[LayerShape], layers: Sequence[LayerPlan], samples: int, groups: int, warps: int) -> Plan:
     rows = []
     for group in range(groups):
         for number, (shape, layer) in enumerate(zip(shapes, layers, strict=True)):
@@ -273,8 +247,7 @@ def _table(
                     row[field] = offset
                 rows.append(row)
     shared = max(layer.shared for layer in layers)
-    widest = max(map(_segments, shapes))
-    return Plan(tuple(layers), samples, groups, warps, shared, widest, np.array(rows), feeders=feeders)
+    return Plan(tuple(layers), samples, groups, warps, shared, max(map(_segments, shapes)), np.array(rows))
 
 
 def blocks_from(plan: Plan, first: int, batch: int) -> np.ndarray:

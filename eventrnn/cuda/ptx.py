@@ -266,18 +266,6 @@ send4 = _instruction(
 )  # fmt: skip
 #: number of the barrier, threads that meet there
 meet = _instruction("bar.sync $0, $1;", f"r,r,{MEMORY}", NOTHING, INT, INT)
-#: the same, and a word -> 1 where it is not zero for any of them
-meet_or = _instruction(
-    "{ .reg .pred p; .reg .pred q; setp.ne.s32 q, $3, 0; bar.red.or.pred p, $1, $2, q; selp.b32 $0, 1, 0, p; }",
-    f"=r,r,r,r,{MEMORY}", INT, INT, INT, INT,
-)  # fmt: skip
-#: barrier in shared memory; done by one thread
-arrive = _instruction("{ .reg .b64 s; mbarrier.arrive.shared.b64 s, [$0]; }", f"r,{MEMORY}", NOTHING, INT)
-#: barrier, parity -> 1 once the phase of that parity is over; does not wait
-passed = _instruction(
-    "{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [$1], $2; selp.b32 $0, 1, 0, p; }",
-    f"=r,r,r,{MEMORY}", INT, INT, INT,
-)  # fmt: skip
 
 
 def _shared_load(lowered: ir.Type, kind: types.Type, count: int = 1, widened: bool = False):

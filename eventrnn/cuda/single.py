@@ -1,8 +1,8 @@
 """The kernel `layers` for blocks that own one tile of one sample: nothing to take turns in, so little code.
 
 It is what a single stream waits for. A warp looks at one segment of units and keeps what it saw; three warps walk the
-strips and work out their gates; the third keeps cells and outputs in its registers. Six more, the feeders, walk what
-the network's input sends, some steps ahead of the others. Everything else is as in `kernels.py`.
+strips and work out their gates; the third keeps cells and outputs in its registers. Everything else is as in
+`kernels.py`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,8 @@ from numba import int32, int64, types
 
 from eventrnn.cuda import tables as k
 from eventrnn.cuda.device import cuda, device_function
-from eventrnn.cuda.kernels import PATIENCE, bring_in, look
+from eventrnn.cuda.kernels import bring_in, look
 from eventrnn.cuda.ptx import (
-    arrive,
-    barrier_init,
-    copies_done,
-    copy_later,
     egru_paper_value_of_gates,
     egru_reset_gate,
     egru_value_of_gates,
@@ -25,9 +21,6 @@ from eventrnn.cuda.ptx import (
     global_int32,
     global_int64,
     load_early,
-    meet,
-    meet_or,
-    passed,
     shared_base,
     shared_float32,
     shared_int32,
@@ -35,11 +28,8 @@ from eventrnn.cuda.ptx import (
     store_relaxed,
     sum_of_warp,
 )
-from eventrnn.cuda.tables import AHEAD, FED, FEEDERS, LANES, LIST_PAD, SEGMENT
+from eventrnn.cuda.tables import LANES, LIST_PAD, SEGMENT
 from eventrnn.cuda.walks import ALL, chooser, count_bits, entry_of
-
-# The hardware barrier of all warps but the feeders.
-MAINS = 1
 
 
 @device_function
@@ -96,63 +86,42 @@ def enlist(entries, totals, segments, a, b, c, d, found, ones, twos, fours, lane
 
 
 @device_function
-def gather_row(row_at, n, segments, entries, totals, lane, warp, threads, lost):
-    """The list of who sent what from one row of a record: its length, or -1 where some word never came, or is `lost`.
-
-    All threads but the feeders' take part, so many.
-    """
+def gather_row(row_at, n, segments, entries, totals, lane, warp):
+    """The list of who sent what from one row of a record: its length, or -1 where some word never came."""
     a, b, c, d, found, here = see(row_at, n, lane, warp)
     ones, twos, fours = ballots(found, totals, lane, warp)
-    if meet_or(MAINS, threads, int32(lost or not here)) != 0:
+    if cuda.syncthreads_or(int32(not here)):
         return int32(-1)
     count = enlist(entries, totals, segments, a, b, c, d, found, ones, twos, fours, lane, warp)
-    meet(MAINS, threads)
+    cuda.syncthreads()
     return count
 
 
 @device_function
 def gather_rows(
-    row_at, n, segments, entries, totals, x_at, inputs, x_segments, x_entries, x_totals, lane, warp, threads
+    row_at, n, segments, entries, totals, x_at, inputs, x_segments, x_entries, x_totals, lane, warp
 ):  # fmt: skip
     """`gather_row` of two rows at once. The second, of the layer below, is most likely there already."""
     e, f, g, h, x_found, x_here = see(x_at, inputs, lane, warp)
     a, b, c, d, found, here = see(row_at, n, lane, warp)
     ones, twos, fours = ballots(found, totals, lane, warp)
     x_ones, x_twos, x_fours = ballots(x_found, x_totals, lane, warp)
-    if meet_or(MAINS, threads, int32(not (here and x_here))) != 0:
+    if cuda.syncthreads_or(int32(not (here and x_here))):
         return int32(-1), int32(-1)
     count = enlist(entries, totals, segments, a, b, c, d, found, ones, twos, fours, lane, warp)
     x_count = enlist(x_entries, x_totals, x_segments, e, f, g, h, x_found, x_ones, x_twos, x_fours, lane, warp)
-    meet(MAINS, threads)
+    cuda.syncthreads()
     return count, x_count
 
 
-@device_function
-def over(barrier, parity):
-    """Waits until the phase of that parity is over; False where it never was."""
-    tries = int32(0)
-    while passed(barrier, parity) == 0:
-        tries = int32(tries + 1)
-        if tries >= PATIENCE:
-            return False
-    return True
-
-
-def single_kernel(variant: str, ways_rec: tuple[int, ...], ways_in: tuple[int, ...], feeding: bool):
-    """The kernel of a variant for networks whose matrices lie in those ways; and its signature.
-
-    `feeding`: blocks have `FEEDERS` warps more, which work out the first layer's drives from lists of its input's
-    events. Each of them works for one gate at every `AHEAD`-th step, and has two barriers: drives are there, and taken.
-    """
-    walk, walk_in = chooser(ways_rec), chooser(ways_in)
+def single_kernel(variant: str, ways: tuple[int, ...]):
+    """The kernel of a variant for networks whose matrices lie in those ways; and its signature."""
+    walk = chooser(ways)
     paper = variant == "paper"
     cut = 2 if paper else 3
 
     def layers(table_at, blocks_at, faults_at, steps, batch):
-        thread, everyone = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
-        threads = everyone
-        if feeding:
-            threads = int32(everyone - LANES * FEEDERS)
+        thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
         lane, warp = thread & int32(31), thread >> int32(5)
         block = global_int64(blocks_at + int64(8 * k.BLOCK_FIELDS) * cuda.blockIdx.x)
         layer = global_int64(table_at + int64(8 * k.LAYER_FIELDS) * block[k.LAYER])
@@ -171,56 +140,15 @@ def single_kernel(variant: str, ways_rec: tuple[int, ...], ways_in: tuple[int, .
         way_in, way_rec = int32(layer[k.IN_WAY]), int32(layer[k.REC_WAY])
         rec_values, rec_table = bring_in(
             way_rec, layer[k.REC_VALUES], layer[k.REC_TABLE], layer[k.REC_STARTS], tile, int64(1), n,
-            shared + block[k.AT_VALUES_REC], shared + block[k.AT_TABLE_REC], bases_rec_at, thread, everyone,
+            shared + block[k.AT_VALUES_REC], shared + block[k.AT_TABLE_REC], bases_rec_at, thread, threads,
         )  # fmt: skip
         in_values = in_table = int64(0)
-        if x != 0 or feeding:
+        if x != 0:
             in_values, in_table = bring_in(
                 way_in, layer[k.IN_VALUES], layer[k.IN_TABLE], layer[k.IN_STARTS], tile, int64(1), inputs,
-                shared + block[k.AT_VALUES_IN], shared + block[k.AT_TABLE_IN], bases_in_at, thread, everyone,
+                shared + block[k.AT_VALUES_IN], shared + block[k.AT_TABLE_IN], bases_in_at, thread, threads,
             )  # fmt: skip
-        barriers = int32(shared + block[k.AT_BARRIERS])
-        if feeding and thread < 2 * FEEDERS:
-            barrier_init(int32(barriers + 8 * thread), int32(LANES))
         cuda.syncthreads()
-        if feeding and thread >= threads:
-            feeder, ahead = int32((thread - threads) >> 5), int32(0)
-            gate = feeder
-            if feeder >= 3:
-                gate, ahead = int32(feeder - 3), int32(1)
-            full = int32(barriers + 16 * feeder)
-            own_at = shared + block[k.AT_STAGED] + int64(8 * (FED + LIST_PAD)) * feeder
-            own = shared_int64(own_at)
-            bias = global_float32(layer[k.BIAS_IN])[(tile * 3 + gate) * LANES + lane]
-            in_values += shared_int32(bases_in_at)[gate]
-            in_table += int64(8) * (gate * inputs)
-            lists, list_of = layer[k.LISTS], layer[k.LIST_OF]
-            firsts, counts = global_int64(layer[k.LIST_FIRSTS]), global_int32(layer[k.LIST_COUNTS])
-            step, turn = int64(ahead), int32(0)
-            while x == 0 and step < steps:
-                source = step * batch + sample
-                if list_of != 0:
-                    source = global_int64(list_of)[source]
-                drive, left, begin = bias, int32(counts[source]), lists + int64(8) * firsts[source]
-                # By way of this warp's own list: all that it has goes out together.
-                while left > 0:
-                    count, word = min(left, int32(FED)), lane
-                    while word < 2 * count:
-                        copy_later(own_at + 4 * word, begin + 4 * word)
-                        word = int32(word + LANES)
-                    own[count + lane] = int64(0)
-                    copies_done()
-                    cuda.syncwarp(ALL)
-                    drive = walk_in(way_in, drive, in_values, in_table, width, lane, own, count, hits_at)
-                    cuda.syncwarp(ALL)
-                    left, begin = int32(left - FED), begin + 8 * FED
-                if turn > 0 and not over(int32(full + 8), int32(turn - 1) & int32(1)):
-                    return
-                drives[feeder * LANES + lane] = drive
-                arrive(full)
-                step += AHEAD
-                turn = int32(turn + 1)
-            return
 
         # The strip that this warp walks: three warps recurrent ones, three those of the input.
         unit = int32(tile * width + lane)
@@ -240,7 +168,6 @@ def single_kernel(variant: str, ways_rec: tuple[int, ...], ways_in: tuple[int, .
             states + 4 * (sample * n + unit),
             4 * int64(n) * batch,
         )
-        lost = False
         if warp < 6:
             strip = (tile * 3 + gate) * LANES + lane
             bias_in = global_float32(layer[k.BIAS_IN])[strip]
@@ -256,12 +183,12 @@ def single_kernel(variant: str, ways_rec: tuple[int, ...], ways_in: tuple[int, .
         drive = drive_rec = np.float32(0)
         ahead, spot = int32(0), int32(gate * LANES + lane)
         if x != 0:
-            count = gather_row(x_at, inputs, x_segments, x_entries, x_totals, lane, warp, threads, lost)
+            count = gather_row(x_at, inputs, x_segments, x_entries, x_totals, lane, warp)
             if count < 0:
                 global_int32(faults_at)[0] = 1
                 return
             if 3 <= warp < 6:
-                drives[spot] = walk_in(way_in, bias_in, in_values, in_table, width, lane, x_entries, count, hits_at)
+                drives[spot] = walk(way_in, bias_in, in_values, in_table, width, lane, x_entries, count, hits_at)
 
         t = int64(0)
         while t < steps:
@@ -270,24 +197,17 @@ def single_kernel(variant: str, ways_rec: tuple[int, ...], ways_in: tuple[int, .
                 # With what this step waits for, the input of the next.
                 x_at += x_row_bytes
                 count, x_count = gather_rows(
-                    record_at, n, segments, entries, totals, x_at, inputs, x_segments, x_entries, x_totals, lane, warp,
-                    threads,
-                )  # fmt: skip
+                    record_at, n, segments, entries, totals, x_at, inputs, x_segments, x_entries, x_totals, lane, warp
+                )
                 if 3 <= warp < 6 and count >= 0:
-                    drives[3 * LANES - ahead + spot] = walk_in(
+                    drives[3 * LANES - ahead + spot] = walk(
                         way_in, bias_in, in_values, in_table, width, lane, x_entries, x_count, hits_at
                     )
             else:
-                if x == 0 and warp < 3:
-                    if feeding:
-                        full = int32(barriers + (ahead >> int32(1)) + 16 * warp)
-                        lost = not over(full, int32((t - 1) >> 1) & int32(1))
-                        drive = drives[ahead + spot]
-                        arrive(int32(full + 8))
-                    elif mine:
-                        drive = load_early(drive_at)
-                        drive_at += drive_bytes
-                count = gather_row(record_at, n, segments, entries, totals, lane, warp, threads, lost)
+                if x == 0 and warp < 3 and mine:
+                    drive = load_early(drive_at)
+                    drive_at += drive_bytes
+                count = gather_row(record_at, n, segments, entries, totals, lane, warp)
             if count < 0:
                 global_int32(faults_at)[0] = 1
                 return
@@ -299,14 +219,14 @@ def single_kernel(variant: str, ways_rec: tuple[int, ...], ways_in: tuple[int, .
             # Each gate by its own warp; the candidate's does the rest.
             if warp < 2:
                 gates[warp * LANES + lane] = egru_reset_gate(drive, drive_rec)
-            meet(MAINS, threads)
+            cuda.syncthreads()
             if paper:
                 if warp == 2 and mine:
                     value = np.float32(0)
                     if y != 0:
                         value = gates[LANES + lane] * y
                     store_relaxed(gated_at + int64(4) * unit, value)
-                count = gather_row(gated_at, n, segments, entries, totals, lane, warp, threads, lost)
+                count = gather_row(gated_at, n, segments, entries, totals, lane, warp)
                 if count < 0:
                     global_int32(faults_at)[0] = 1
                     return

@@ -20,11 +20,6 @@ HIT_BYTES = 12 * (HELD + LIST_PAD)
 HIT_SIZE, MOST_LOOKED, LISTED, MOST_TOGETHER = 8, 7, 160, 8
 LISTED_BYTES = HIT_SIZE * (LISTED + LIST_PAD)
 
-# Warps that work out the first layer's drives beside a block's others: three gates, so many steps at a time; how many
-# events each of them brings in together.
-AHEAD = 2
-FEEDERS, FED = 3 * AHEAD, 160
-
 #: of a layer: numbers, then addresses
 (
     UNITS, INPUTS, WIDTH, PITCH, X_PITCH,
@@ -33,9 +28,8 @@ FEEDERS, FED = 3 * AHEAD, 160
     IN_WAY, IN_VALUES, IN_TABLE, IN_STARTS,
     REC_WAY, REC_VALUES, REC_TABLE, REC_STARTS,
     UNITS_OF, ROWS_OF, FIRSTS_OF, ROWS_BIAS,  # `packing.Reached` and biases by column, for clusters
-    LIST_FIRSTS, LIST_COUNTS, LISTS, LIST_OF,  # events of the input, where a block's own feeders walk them
     LAYER_FIELDS,
-) = range(31)  # fmt: skip
+) = range(27)  # fmt: skip
 
 #: of a block: what it owns, then offsets in its shared memory
 (
