@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import int32, int64, types
 
-from eventrnn.cuda.device import cuda, device_function
+from eventrnn.cuda.device import cuda
 from eventrnn.cuda.kernels import copy_in
 from eventrnn.cuda.lookup import lister, row_bytes_of
 from eventrnn.cuda.ptx import (
@@ -163,15 +163,6 @@ def tally_kernel():
     return tally, types.void(*[types.int64] * 6)
 
 
-@device_function
-def _byte(flags, pairs, row, rows):
-    """A row's byte of the pair that `flags` begins with; zero beyond the last row."""
-    found = int32(0)
-    if row < rows:
-        found = int32(flags[row * pairs])
-    return found
-
-
 def tally_pairs_kernel():
     """The same from bytes of two units each: who sent (1, 2), and who of them sent a 1 (4, 8); and its signature."""
 
@@ -183,16 +174,20 @@ def tally_pairs_kernel():
         sent0 = sent1 = binary0 = binary1 = int64(0)
         row, stride = int64(cuda.blockIdx.y), int64(cuda.gridDim.y)
         while row < rows:
-            # Eight at a time, so that they are waited for together.
-            a, b = _byte(flags, pairs, row, rows), _byte(flags, pairs, row + stride, rows)
-            c, d = _byte(flags, pairs, row + 2 * stride, rows), _byte(flags, pairs, row + 3 * stride, rows)
-            e, f = _byte(flags, pairs, row + 4 * stride, rows), _byte(flags, pairs, row + 5 * stride, rows)
-            g, h = _byte(flags, pairs, row + 6 * stride, rows), _byte(flags, pairs, row + 7 * stride, rows)
-            sent0 += (a & 1) + (b & 1) + (c & 1) + (d & 1) + (e & 1) + (f & 1) + (g & 1) + (h & 1)
-            sent1 += (a & 2) + (b & 2) + (c & 2) + (d & 2) + (e & 2) + (f & 2) + (g & 2) + (h & 2)
-            binary0 += (a & 4) + (b & 4) + (c & 4) + (d & 4) + (e & 4) + (f & 4) + (g & 4) + (h & 4)
-            binary1 += (a & 8) + (b & 8) + (c & 8) + (d & 8) + (e & 8) + (f & 8) + (g & 8) + (h & 8)
-            row += 8 * stride
+            # Four at a time, so that they are waited for together.
+            a = int32(flags[row * pairs])
+            b = c = d = int32(0)
+            if row + stride < rows:
+                b = int32(flags[(row + stride) * pairs])
+            if row + 2 * stride < rows:
+                c = int32(flags[(row + 2 * stride) * pairs])
+            if row + 3 * stride < rows:
+                d = int32(flags[(row + 3 * stride) * pairs])
+            sent0 += (a & 1) + (b & 1) + (c & 1) + (d & 1)
+            sent1 += (a & 2) + (b & 2) + (c & 2) + (d & 2)
+            binary0 += (a & 4) + (b & 4) + (c & 4) + (d & 4)
+            binary1 += (a & 8) + (b & 8) + (c & 8) + (d & 8)
+            row += 4 * stride
         sent1, binary0, binary1 = sent1 >> 1, binary0 >> 2, binary1 >> 3
         at = 16 * pair
         if sent0 != binary0:
