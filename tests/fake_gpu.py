@@ -221,10 +221,10 @@ def _store(address: int, values: np.ndarray, precision: str, report_at: int) -> 
     half(address, values.size, precision)[:] = rounded(np.ascontiguousarray(values.ravel(), np.float32), precision)
 
 
-def _spread(precision, blocks, firsts_at, counts_at, lists_at, row_of_at, width, out_at, report_at):
+def _spread(precision, blocks, firsts_at, counts_at, lists_at, row_of_at, rows, width, out_at, report_at):
     size = 4 if precision == "tf32" else 2
-    for row in range(blocks):
-        source = int(longs(row_of_at, blocks)[row]) if row_of_at else row
+    for row in range(rows):
+        source = int(longs(row_of_at, rows)[row]) if row_of_at else row
         count = int(ints(counts_at, source + 1)[source])
         words = ints(lists_at + 8 * int(longs(firsts_at, source + 1)[source]), 2 * max(count, 1)).reshape(-1, 2)[:count]
         dense = np.zeros(width, np.float32)
@@ -241,25 +241,39 @@ def _narrow(precision, blocks, dense_at, pitch, n, width, out_at, report_at):
 
 
 def _cells(
-    precision, blocks, drive_at, rec_at, bias_in_at, bias_rec_at, threshold_at, cells_at, y_at, record_at, after_at,
-    units, padded, pitch, batch, counts_at, report_at,
+    precision, blocks, drive_at, rec_at, vectors_at, cells_at, y_at, sent_at, after_at, units, padded, pitch, batch,
+    flags_at, report_at,
 ):  # fmt: skip
     words = (half(at, 3 * padded * batch, precision) for at in (drive_at, rec_at))
     drive, rec = (widened(each, precision).reshape(batch, 3, padded)[:, :, :units] for each in words)
-    bias_in, bias_rec = (floats(at, 3 * units).reshape(3, units) for at in (bias_in_at, bias_rec_at))
+    bias_u, bias_r, bias_g, bias_rec_g, threshold = floats(vectors_at, 5 * padded).reshape(5, padded)[:, :units]
     c, size = floats(cells_at, batch * units).reshape(batch, units), 4 if precision == "tf32" else 2
-    u, r = (1 / (1 + np.exp(-(drive[:, g] + rec[:, g] + bias_in[g] + bias_rec[g]))) for g in (0, 1))
-    v = u * c + (1 - u) * np.tanh(r * (rec[:, 2] + bias_rec[2]) + drive[:, 2] + bias_in[2])
-    fired = v > floats(threshold_at, units)
-    c[:] = v - fired * floats(threshold_at, units)
+    u, r = (1 / (1 + np.exp(-(drive[:, g] + rec[:, g] + bias))) for g, bias in enumerate((bias_u, bias_r)))
+    v = u * c + (1 - u) * np.tanh(r * (rec[:, 2] + bias_rec_g) + drive[:, 2] + bias_g)
+    fired = v > threshold
+    sent = (fired * v).astype(np.float32)
+    c[:] = v - fired * threshold
     for b in range(batch):
-        floats(record_at + 4 * b * pitch, units)[:] = (fired * v)[b]
-        _store(y_at + size * b * padded, (fired * v)[b], precision, report_at)
-    if counts_at:
-        longs(counts_at, units)[:] += ((fired * v != 0) & (v != 1)).sum(axis=0)
-        longs(counts_at + 8 * units, units)[:] += (fired & (v == 1)).sum(axis=0)
+        floats(sent_at + 4 * b * pitch, units)[:] = sent[b]
+        _store(y_at + size * b * padded, sent[b], precision, report_at)
+    if flags_at:
+        pairs = np.zeros((2, batch, -(-units // 2), 2), np.uint8)
+        pairs.reshape(2, batch, -1)[:, :, :units] = sent != 0, sent == 1
+        kind = ctypes.POINTER(ctypes.c_uint8)
+        flags = np.ctypeslib.as_array(ctypes.cast(int(flags_at), kind), pairs.shape[1:3])
+        flags[:] = pairs[0] @ [1, 2] + pairs[1] @ [4, 8]
     if after_at:
         floats(after_at, batch * units)[:] = c.ravel()
+
+
+def _tally_pairs(blocks, flags_at, pairs, rows, graded_at, binary_at):
+    words = np.ctypeslib.as_array(ctypes.cast(int(flags_at), ctypes.POINTER(ctypes.c_uint8)), (rows, pairs))
+    found = ((words[:, :, None] >> np.arange(4)) & 1).sum(axis=0)
+    sent, binary = found[:, :2].ravel(), found[:, 2:].ravel()
+    # The last pair may be half a one.
+    units = 2 * pairs - (not sent[-1])
+    longs(graded_at, units)[:] += (sent - binary)[:units]
+    longs(binary_at, units)[:] += binary[:units]
 
 
 class Cublas:
@@ -280,7 +294,14 @@ class Cublas:
 
 
 ROUNDING = {"spread": _spread, "narrow": _narrow, "cells": _cells}
-KERNELS = {"found": _found, "compact": _compact, "symbols": _symbols, "finite": _finite, "tally": _tally}
+KERNELS = {
+    "found": _found,
+    "compact": _compact,
+    "symbols": _symbols,
+    "finite": _finite,
+    "tally": _tally,
+    "tally_pairs": _tally_pairs,
+}
 
 
 class FakeDevice:
@@ -348,6 +369,13 @@ class FakeDevice:
         target.set(array)
         return target
 
+    def fetch(self, array, target) -> None:
+        assert target.flags.c_contiguous
+        target[...] = array
+
+    def send(self, array, target) -> None:
+        target.data.copy_from_host_async(array.ctypes.data, array.nbytes)
+
     def empty(self, shape, dtype) -> Array:
         try:
             return self._empty(shape, dtype)
@@ -362,7 +390,7 @@ def _copy_rows(target, target_pitch, source, source_pitch, width, rows, kind, st
 
 
 def _launch_layers(engine, layers, each, piece, drive, report, after) -> None:
-    """`CudaEngine._launch_layers` by the specification, from the record below."""
+    """`launch.launch_layers` by the specification, from the record below."""
     enqueued(_run_layers)(engine, layers, piece, drive, after)
 
 
@@ -427,7 +455,7 @@ def install(monkeypatch, room: int = 1 << 40) -> FakeDevice:
     device = FakeDevice(room)
     monkeypatch.setattr(module, "current_device", lambda: device)
     monkeypatch.setattr(module, "Cublas", Cublas)
-    monkeypatch.setattr(module.CudaEngine, "_launch_layers", _launch_layers)
+    monkeypatch.setattr(module, "launch_layers", _launch_layers)
     plain = Matrix.of.__func__
 
     def of(cls, device, weights, bias, gates, width):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from eventrnn.backend import BackendUnavailable, State
 from eventrnn.bench.networks import at_activity, random_events, random_network
-from eventrnn.cuda import CudaBackend, tables
+from eventrnn.cuda import PRECISIONS, CudaBackend, tables
 from eventrnn.cuda.cluster_plan import CLUSTER_WARPS, ClusterShape, cluster_plan, rounds_of, strips_of
 from eventrnn.cuda.packing import Lots, Reached, Strips, check_format, pack, per_strip, unpack
 from eventrnn.cuda.plan import MOST_WARPS, Chip, LayerShape, blocks_from, plan, tile_width
@@ -336,12 +336,16 @@ def test_products_compile_for_every_way_that_weights_lie(compiled, way):
 
 
 def test_mixed_ways_and_the_small_kernels_compile(compiled):
-    from eventrnn.cuda.products import compact_kernel, tally_kernel
+    from eventrnn.cuda.products import compact_kernel, tally_kernel, tally_pairs_kernel
+    from eventrnn.cuda.rounded import cells_kernel
     from eventrnn.cuda.single import single_kernel
 
     check_ptx(compiled(single_kernel("evnn", tuple(WAYS[:3]))))
     assert ".entry" in compiled(compact_kernel())
-    assert "red.relaxed.gpu.global.add.u64" in compiled(tally_kernel())
+    for each in (tally_kernel(), tally_pairs_kernel()):
+        assert "red.relaxed.gpu.global.add.u64" in compiled(each)
+    for precision in PRECISIONS:
+        assert "ex2.approx" in compiled(cells_kernel(precision))
 
 
 # --- on a GPU -----------------------------------------------------------------------------------------------

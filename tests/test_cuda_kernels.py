@@ -13,13 +13,13 @@ from types import CellType, FunctionType, SimpleNamespace
 import numpy as np
 import pytest
 import tolerance
-from fake_gpu import ROUNDING, floats, half, longs, rounded, widened
+from fake_gpu import ROUNDING, half, longs, rounded, widened
 
 from eventrnn.backend import BackendUnavailable
 from eventrnn.cuda import PRECISIONS, tables
 
 KINDS = {"global_float32": (ctypes.c_float, np.float32), "global_int64": (ctypes.c_int64, np.int64)}
-KINDS["global_int32"] = (ctypes.c_int32, np.int32)
+KINDS |= {"global_int32": (ctypes.c_int32, np.int32), "global_uint8": (ctypes.c_uint8, np.uint8)}
 
 
 class Pointed:
@@ -51,7 +51,7 @@ def in_python(function, grid: tuple[int, int]):
     block = SimpleNamespace(x=0, y=0)
     there = SimpleNamespace(
         threadIdx=SimpleNamespace(x=0), blockIdx=block, blockDim=SimpleNamespace(x=1),
-        gridDim=SimpleNamespace(x=grid[0], y=grid[1]), syncthreads=lambda: None,
+        gridDim=SimpleNamespace(x=grid[0], y=grid[1]), syncwarp=lambda mask: None,
     )  # fmt: skip
     fakes = {id(getattr(ptx, name)): lambda at, kind=kind: Pointed(at, kind) for name, kind in KINDS.items()}
     fakes |= {id(ptx.max_relaxed): _raise_to, id(ptx.add_relaxed): _add, id(ptx.cuda): there}
@@ -59,8 +59,9 @@ def in_python(function, grid: tuple[int, int]):
     fakes[id(module._power)] = lambda x: np.exp2(np.float32(x))
     fakes[id(module._reciprocal)] = lambda x: np.float32(1) / np.float32(x)
     for name in PRECISIONS:
-        fakes[id(module._LOADS[name])] = lambda at, p=name: widened(half(at, 1, p).copy(), p)[0]
+        fakes[id(module._LOADS[name])] = lambda at, p=name: tuple(widened(_pair(at, p), p))
         fakes[id(module._STORES[name])] = lambda at, a, p=name: _store(at, [a], p)
+        fakes[id(module._PAIR_STORES[name])] = lambda at, a, b, p=name: _store(at, [a, b], p)
     made: dict[int, FunctionType] = {}
 
     def plain(value):
@@ -87,7 +88,13 @@ def in_python(function, grid: tuple[int, int]):
     return run
 
 
+def _pair(address, precision):
+    assert address % (2 * half(address, 1, precision).itemsize) == 0, "neighbours are loaded and stored as one word"
+    return half(address, 2, precision).copy()
+
+
 def _store(address, values, precision):
+    assert address % (len(values) * half(address, 1, precision).itemsize) == 0
     half(address, len(values), precision)[:] = rounded(np.array(values, np.float32), precision)
 
 
@@ -113,30 +120,30 @@ def words(shape, precision, rng) -> np.ndarray:
 def test_cells_of_a_step(kernels, precision, units, counting):
     rng, batch, padded, pitch = np.random.default_rng(units), 5, -(-units // 8) * 8, 32
     drive, rec = (words((batch, 3, padded), precision, rng) for _ in range(2))
-    bias_in, bias_rec = (rng.standard_normal(3 * units).astype(np.float32) for _ in range(2))
-    threshold, c = np.full(units, 0.1, np.float32), rng.standard_normal((batch, units)).astype(np.float32)
+    vectors, c = rng.standard_normal((5, padded)).astype(np.float32), rng.standard_normal((batch, units))
+    vectors[4], c = 0.1, c.astype(np.float32)
     # Of the first sample all is kept, and sent as a 1.
     drive[0, 0], c[0] = rounded(np.full(padded, 100, np.float32), precision), 1
     results = []
     for fake in (False, True):
         cells, y = c.copy(), np.zeros((batch, padded), drive.dtype)
         sent, after = np.full((batch, pitch), 7, np.float32), np.zeros((batch, units), np.float32)
-        counts, report = np.zeros((2, units), np.int64), np.zeros(tables.REPORT_FIELDS, np.int64)
+        flags, report = np.zeros((batch, -(-units // 2)), np.uint8), np.zeros(tables.REPORT_FIELDS, np.int64)
         arguments = (
-            *map(at, (drive, rec, bias_in, bias_rec, threshold, cells, y, sent, after)),
-            units, padded, pitch, batch, at(counts) if counting else 0, at(report),
+            *map(at, (drive, rec, vectors, cells, y, sent, after)),
+            units, padded, pitch, batch, at(flags) if counting else 0, at(report),
         )  # fmt: skip
         if fake:
             ROUNDING["cells"](precision, None, *arguments)
         else:
-            in_python(kernels.rounded.cells_kernel(precision)[0], (units, 3))(*arguments)
-        results.append((cells, widened(y, precision), sent, after, counts, report))
+            in_python(kernels.rounded.cells_kernel(precision)[0], (-(-units // 2), 3))(*arguments)
+        results.append((cells, widened(y, precision), sent, after, flags, report))
     ours, theirs = results
     # The rules of the fake are those of `reference.py` in NumPy's own exponentials.
     for mine, its in zip(ours[:4], theirs[:4], strict=True):
         assert np.array_equal(mine != 0, its != 0)
         assert np.abs(mine.astype(np.float64) - its).max() <= tolerance.two_roundings(precision)
-    assert np.array_equal(ours[4], theirs[4]) and ours[4][1].all() == counting
+    assert np.array_equal(ours[4], theirs[4]) and (ours[4][0] & 12).all() == counting
     assert np.array_equal(ours[2][:, units:], np.full((batch, pitch - units), 7)) and not ours[5].any()
 
 
@@ -152,7 +159,7 @@ def test_rows_are_rounded_and_padded(kernels, precision):
     entries[:, 1] = np.array([1.5, 0, -2.25, 1e5], np.float32).view(np.int32)
     rows, out = np.array([1, 0, 0]), np.full((3, 16), 3, out.dtype)
     spread = in_python(kernels.rounded.spread_kernel(precision)[0], (3, 1))
-    spread(at(firsts), at(counts), at(entries), at(rows), 16, at(out), at(report))
+    spread(at(firsts), at(counts), at(entries), at(rows), 3, 16, at(out), at(report))
     expected = np.zeros((3, 16), np.float32)
     expected[0, 5], expected[1:, 1], expected[1:, 15] = 1.5, -2.25, 1e5
     with np.errstate(over="ignore"):
@@ -183,4 +190,8 @@ def test_tallies_tell_graded_from_binary(kernels, rows):
     in_python(kernels.products.tally_kernel()[0], (6, 3))(at(dense), 8, 6, rows, at(counts[0]), at(counts[1]))
     assert np.array_equal(counts[1], (np.abs(dense[:, :6]) == 1).sum(axis=0))
     assert np.array_equal(counts.sum(axis=0), (dense[:, :6] != 0).sum(axis=0))
-    assert floats(at(dense), dense.size).shape == (dense.size,)
+    flags = (dense != 0)[:, ::2] + 2 * (dense != 0)[:, 1::2] + 4 * (dense == 1)[:, ::2] + 8 * (dense == 1)[:, 1::2]
+    flags, counts = np.ascontiguousarray(flags, np.uint8), np.zeros((2, 8), np.int64)
+    in_python(kernels.products.tally_pairs_kernel()[0], (4, 3))(at(flags), 4, rows, at(counts[0]), at(counts[1]))
+    assert np.array_equal(counts[1], (dense == 1).sum(axis=0))
+    assert np.array_equal(counts.sum(axis=0), (dense != 0).sum(axis=0))

@@ -126,6 +126,8 @@ def test_a_layer_with_weights_that_float16_cannot_hold_stays_exact(gpu):
     for precision, inexact in (("float16", [True, False]), ("bfloat16", [True, True])):
         paths = simulate(network, x, backend=CudaBackend(exact=False, precision=precision)).paths
         assert [paths[f"layers.{n}.w_rec"] == f"tensor {precision}" for n in range(2)] == inexact
+        reasons = [path.endswith("exact: float16 cannot hold its weights") for path in paths.values()]
+        assert sum(reasons) == 2 * inexact.count(False)
 
 
 def test_nothing_is_made_for_tensor_cores_that_no_layer_can_use(gpu, monkeypatch):

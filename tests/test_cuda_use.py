@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from functools import partial
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -431,3 +432,27 @@ def test_out_of_memory_in_a_run_leaves_the_simulator_as_it_was(cupy):
         pool.set_limit(size=0)
     assert all(same_bits(a, b) for a, b in zip(simulator.state.cells, before.cells, strict=True))
     assert same_bits(simulator.run(x).output, simulate(network, x, state=before, backend="cpu").output)
+
+
+@pytest.mark.parametrize("size", [0, 5, 64, 1000])
+def test_large_copies_go_through_pinned_pieces(monkeypatch, size):
+    from eventrnn.cuda import transfer
+
+    events = []
+
+    class Queue:
+        def record(self):
+            events.append(SimpleNamespace(synchronize=lambda: None))
+            return events[-1]
+
+    monkeypatch.setattr(transfer, "PIECE", 64)
+    pinned = SimpleNamespace(cuda=SimpleNamespace(alloc_pinned_memory=bytearray))
+    ferry = transfer.Ferry(SimpleNamespace(arrays=pinned, queue=Queue()))
+    source = np.arange(size, dtype=np.float32)
+    there, back = np.zeros(size, np.float32).view(Array), np.zeros(size, np.float32)
+    for _ in range(2):
+        ferry.send(source, there)
+        ferry.fetch(there, back)
+        assert np.array_equal(back, source)
+        source += 1
+    assert len(events) == 4 * -(-4 * size // 64)

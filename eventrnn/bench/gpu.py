@@ -1,8 +1,9 @@
 """`inference` on a GPU: our engine beside a rival, GPU time by events, interleaved, medians.
 
-Both sides have their inputs and weights on the GPU and leave their results there. Ours includes counting; the others do
-not count. Told apart, by the clock: a run of an event table that the GPU has already, whose rows are sent there and
-whose results come back as NumPy arrays; chunks and single steps of a stream that lies on the GPU.
+Both sides have their inputs and weights on the GPU and leave their results there. Ours is one launch of a graph, as
+every run is from its second time on, and includes counting; the others do not count. Told apart, by the clock: a run of
+an event table that the GPU has already, whose rows are sent there and whose results come back as NumPy arrays; chunks
+and single steps of a stream that lies on the GPU.
 """
 
 from __future__ import annotations

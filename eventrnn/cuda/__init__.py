@@ -15,13 +15,14 @@ sample has a block a tile, with as little code as can be (`single.py`), and many
 whose blocks own more tiles each. Weights stay in shared memory where they fit, else in L2. Products that need not wait,
 of the first layer's input and of the read-out, are done for all steps together (`products.py`).
 
-device   : the door to the CUDA packages; compiling, loading, launching
+device   : the door to the CUDA packages; compiling, loading, launching;  transfer: large copies to and from the host
 ptx      : instructions that Numba lacks
 tables   : what the kernels' tables hold
 packing  : weights as strips;  matrix: one on the GPU, and its products
 walks    : one strip times one list of events
 lookup   : one strip times what those few units sent that reach it
 kernels  : `layers`, any number of tiles and samples a block;  single: one;  cluster: tiles shared out in a cluster
+launch   : what these are told, and which of them it is
 piece    : the memory of a run, kept between runs
 arrays   : arrays and states that stay on the GPU;  borders: kernels that look at what comes and goes
 stepper  : single steps, as a graph

@@ -88,13 +88,15 @@ class WholeFeed(Feed):
         """The input as events over all rows."""
         return Events.from_dense(self.x)
 
-    def put(self, target: Any) -> None:
-        """Copy it to memory on the device of the same size, on CuPy's current stream."""
-        target.data.copy_from_host_async(self.x.ctypes.data, self.x.nbytes)
+    def put(self, device: Device, target: Any) -> None:
+        """Copy it to memory on the device of the same size, on its stream."""
+        device.send(self.x, target)
 
-    def give(self, result: Any) -> Any:
+    def give(self, device: Device, result: Any) -> Any:
         """A result on the device as the caller gets it."""
-        return result.get()
+        target = np.empty(result.shape, result.dtype)
+        device.fetch(result, target)
+        return target
 
     def refuse(self, place: int) -> None:
         """Raise for the first number that the run found wrong, counted from the first of this feed."""
@@ -175,14 +177,17 @@ class DeviceFeed(WholeFeed):
 
     def events(self) -> Any:
         """A copy of the inputs: what they lie in is the caller's, who may fill it anew."""
-        return self.give(self.given.copy())
+        return self._as_asked(self.given.copy())
 
-    def put(self, target: Any) -> None:
-        """Copy it, on CuPy's current stream."""
+    def put(self, device: Device, target: Any) -> None:
+        """Copy it, on the device's stream."""
         target.data.copy_from_device_async(self.x.data, self.x.nbytes)
 
-    def give(self, result: Any) -> Any:
+    def give(self, device: Device, result: Any) -> Any:
         """The same memory: a torch tensor for one, else CuPy's."""
+        return self._as_asked(result)
+
+    def _as_asked(self, result: Any) -> Any:
         return sys.modules["torch"].from_dlpack(result) if is_torch(self.asked) else result
 
 

@@ -12,12 +12,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
 
 from eventrnn.backend import BackendUnavailable
+from eventrnn.cuda.transfer import LARGE, Ferry
 
 INSTALL = "pip install 'eventrnn[cuda13]' (driver 580 or newer) or 'eventrnn[cuda12]'"
 
@@ -244,6 +245,25 @@ class Device:
         target = self.empty(array.shape, array.dtype)
         target.set(np.ascontiguousarray(array))
         return target
+
+    def fetch(self, array: Any, target: np.ndarray) -> None:
+        """Copy it to contiguous memory of the host; done on return."""
+        array = self.arrays.ascontiguousarray(array)
+        if array.nbytes < LARGE:
+            array.get(out=target)
+        else:
+            self._ferry.fetch(array, target)
+
+    def send(self, array: np.ndarray, target: Any) -> None:
+        """Copy contiguous memory of the host to the device, on its stream."""
+        if array.nbytes < LARGE:
+            target.data.copy_from_host_async(array.ctypes.data, array.nbytes)
+        else:
+            self._ferry.send(array, target)
+
+    @cached_property
+    def _ferry(self) -> Ferry:
+        return Ferry(self)
 
     def empty(self, shape, dtype) -> Any:
         """Device memory as it comes. Raises MemoryError with the needed and the free bytes."""

@@ -12,20 +12,18 @@ from eventrnn.backend import Feed, FireCounts, State, Trace, on_gpu
 from eventrnn.cuda import tables as k
 from eventrnn.cuda.arrays import DeviceFeed, DeviceState, WholeFeed, check_report, flattened
 from eventrnn.cuda.borders import finite_kernel
-from eventrnn.cuda.cluster import cluster_kernel
 from eventrnn.cuda.cluster_plan import CLUSTER_SIZES, ClusterShape, cluster_plan
 from eventrnn.cuda.cublas import Cublas
 from eventrnn.cuda.device import current_device
-from eventrnn.cuda.kernels import layers_kernel
+from eventrnn.cuda.launch import launch_layers
 from eventrnn.cuda.matrix import Matrix
 from eventrnn.cuda.packing import check_format, per_strip
-from eventrnn.cuda.piece import NOT_YET_BYTE, Piece, copy_rows, pitch_of
-from eventrnn.cuda.plan import Chip, LayerShape, Plan, blocks_from, launches_of, parts_of, plan, tile_width
-from eventrnn.cuda.products import compact_kernel, tally_kernel
-from eventrnn.cuda.single import single_kernel
+from eventrnn.cuda.piece import Piece, Replay, copy_rows, pitch_of
+from eventrnn.cuda.plan import Chip, LayerShape, Plan, launches_of, parts_of, plan, tile_width
+from eventrnn.cuda.products import compact_kernel, tallies, tally_kernel
 from eventrnn.cuda.stepper import CudaStepper, Loop, StepLoop
 from eventrnn.cuda.tables import LANES
-from eventrnn.cuda.tensor import TensorLayer, fits, measured_ways
+from eventrnn.cuda.tensor import FEWEST_STREAMS, TensorLayer, exact_because, measured_ways
 from eventrnn.weights import Dense
 
 if TYPE_CHECKING:
@@ -33,8 +31,6 @@ if TYPE_CHECKING:
 
 # What the record of a run may take at a time; longer runs go through in pieces.
 RECORD_BYTES = 1 << 30
-# Threads that count the events of one unit.
-MOST_TALLIES = 512
 
 
 class CudaEngine:
@@ -66,14 +62,20 @@ class CudaEngine:
         self.no_input = network.feed(np.zeros(size, np.float32 if len(size) == 3 else np.int64))
 
     @cached_property
+    def exact_because(self) -> list[str | None]:
+        """Why layers cannot go through tensor cores; None for those that can."""
+        assert self.precision is not None
+        return [exact_because(layer, self.precision) for layer in self.network.layers]
+
+    @cached_property
     def tensors(self) -> list[TensorLayer | None]:
         """Layers as tensor cores take them; None for those that they cannot have."""
-        precision, device, layers = self.precision, self.device, self.network.layers
+        precision, device = self.precision, self.device
         assert precision is not None
-        able = [fits(layer, precision) for layer in layers]
+        able = [reason is None for reason in self.exact_because]
         with device.on_stream():
             cublas = Cublas(device) if any(able) else None
-            made = zip(layers, able, strict=True)
+            made = zip(self.network.layers, able, strict=True)
             return [TensorLayer.of(device, cublas, each, precision) if cublas and can else None for each, can in made]
 
     def launches(self, ways: tuple[int, ...] = ()) -> list[range]:
@@ -188,7 +190,7 @@ class CudaEngine:
         if "loop" not in piece.spare:
             piece.spare["loop"] = Loop(self, piece, counting=True)
         loop = piece.spare["loop"]
-        feed.put(loop.x)
+        feed.put(self.device, loop.x)
         piece.start(now)
         loop.replay()
         left = DeviceState(self.device, piece.state.copy(), self.units, feed.batch)
@@ -198,27 +200,37 @@ class CudaEngine:
     def _run_in_pieces(self, feed: Feed, now: Any, longest: int, record_events: bool, record_states: bool) -> Trace:
         device, batch, steps = self.device, feed.batch, feed.steps
         here = isinstance(feed, DeviceFeed)
-        arrays = device.arrays if here else np
+        arrays: Any = device.arrays if here else np
         wanted = range(len(self.units))
         output = arrays.empty((steps, batch, self.output_size), np.float32)
         events = [arrays.empty((steps, batch, self.units[n]), np.float32) for n in wanted] if record_events else []
         states = [arrays.empty((steps, batch, self.units[n]), np.float32) for n in wanted] if record_states else []
         report = self.report
         report.data.memset_async(0, report.nbytes)
+
+        def take(found: Any, target: Any) -> None:
+            if here:
+                target[...] = found
+            else:
+                device.fetch(found, target)
+
         for begin in range(0, steps, longest):
             end = min(steps, begin + longest)
             piece, part = self.piece(end - begin, batch), feed.part(begin, end)
             piece.start(now)
             piece.begin(self.settled(batch))
             after = [device.empty((piece.steps, batch, n), np.float32) for n in self.units] if record_states else None
-            self.enqueue(piece, *self._table(part, piece, begin * batch), report, after, counting=True)
-            self.count_inputs(piece, self._input(part, piece), report)
+            x = self._input(part, piece)
+            table = self._table(part) if x is None else self.table_of(x, begin * batch, piece, report)
+            self.enqueue(piece, *table, report, after, counting=True)
+            self.count_inputs(piece, x, report)
             for n in wanted:
                 for whole, found in ((events, piece.sent(n)), (states, after[n] if after else None)):
                     if whole and found is not None:
-                        whole[n][begin:end] = found if here else found.get()
-            found = self.read_out(piece)
-            output[begin:end] = found if here else found.get()
+                        take(found, whole[n][begin:end])
+            made = device.empty((piece.steps, batch, self.output_size), np.float32)
+            self.read_out(piece, made)
+            take(made, output[begin:end])
             now = piece.state
         left = DeviceState(device, now.copy(), self.units, batch)
         return self._trace(feed, left, output, report.get(), events, states)
@@ -231,7 +243,11 @@ class CudaEngine:
         fired = tuple(FireCounts(a.copy(), b.copy()) for a, b in zip(counts[::2], counts[1::2], strict=True))
 
         def give(result):
-            return feed.give(result) if isinstance(feed, WholeFeed) and not isinstance(result, np.ndarray) else result
+            return (
+                feed.give(self.device, result)
+                if isinstance(feed, WholeFeed) and not isinstance(result, np.ndarray)
+                else result
+            )
 
         input_fired = None
         if isinstance(feed, WholeFeed):
@@ -268,13 +284,16 @@ class CudaEngine:
                 )
                 continue
             for (n, feeds), laid in zip(parts_of(layers, each), each.layers, strict=True):
-                kind = "rows" if each.cluster else ("dense", "masked", "runs")[self.w_rec[n].strips.kind]
                 if not feeds:
-                    found[f"layers.{n}.w_rec"] = self.w_rec[n].described(bool(laid.way_rec & k.RESIDENT), kind)
+                    found[f"layers.{n}.w_rec"] = self.w_rec[n].described_way(laid.way_rec, each.cluster)
                 if n == 0:
                     found["layers.0.w_in"] = self.w_in[0].described(self.w_in[0].room(self.device)[0])
                 elif feeds or not each.cluster:
-                    found[f"layers.{n}.w_in"] = self.w_in[n].described(bool(laid.way_in & k.RESIDENT), kind)
+                    found[f"layers.{n}.w_in"] = self.w_in[n].described_way(laid.way_in, each.cluster)
+        if self.precision and batch >= FEWEST_STREAMS:
+            for n, reason in enumerate(self.exact_because):
+                for name in (f"layers.{n}.w_rec", f"layers.{n}.w_in") if reason else ():
+                    found[name] += f", exact: {reason}"
         if self.readout is not None:
             found["readout"] = self.readout.described(self.readout.room(self.device)[0])
         return found
@@ -282,26 +301,33 @@ class CudaEngine:
     def on_device(self, feed: Feed, state: State | Any, *, counting: bool = True) -> Callable[[], None]:
         """Puts a whole run from that state on the GPU's stream, without copies to or from the host, at each call.
 
-        For timing: nothing comes back, and nothing need be counted.
+        For timing: nothing comes back, and nothing need be counted. From the second call on, one launch of a graph.
         """
         longest = self._longest(feed.batch, False)
         parts = [feed.part(a, min(feed.steps, a + longest)) for a in range(0, feed.steps, longest)]
         with self.device.on_stream():
             flat = self.flat_state(state)
-            tables = [None if isinstance(feed, WholeFeed) else self._table(each) for each in parts]
+            pieces = [self.piece(part.steps, part.batch) for part in parts]
+            tables = [None if isinstance(feed, WholeFeed) else self._table(part) for part in parts]
+            inputs = [self._input(part, None) for part in parts]
+            out = self.device.empty((min(feed.steps, longest), feed.batch, self.output_size), np.float32)
 
         def enqueue() -> None:
-            with self.device.on_stream():
-                now = flat
-                for part, table in zip(parts, tables, strict=True):
-                    piece = self.piece(part.steps, part.batch)
-                    piece.start(now)
-                    piece.begin(self.settled(part.batch))
-                    self.enqueue(piece, *(table or self._table(part, piece)), self.report, None, counting)
-                    self.read_out(piece)
-                    now = piece.state
+            now = flat
+            for part, piece, table, x in zip(parts, pieces, tables, inputs, strict=True):
+                piece.start(now)
+                piece.begin(self.settled(part.batch))
+                found = table or self.table_of(x, 0, piece, self.report)
+                self.enqueue(piece, *found, self.report, None, counting, out[: part.steps])
+                now = piece.state
 
-        return enqueue
+        replay = Replay(self.device.queue, enqueue)
+
+        def put() -> None:
+            with self.device.on_stream():
+                replay()
+
+        return put
 
     def _longest(self, batch: int, record_states: bool) -> int:
         row = sum(
@@ -310,6 +336,8 @@ class CudaEngine:
         )
         # Drives of the first layer, and of all where feeders leave them.
         row += 3 * sum(self.units) + (sum(self.units) if record_states else 0)
+        # Bytes that tensor cores' events are counted from.
+        row += sum(self.units) // 8 if self.precision else 0
         # Lists of the input's events, where they are found here.
         row += 2 * (self.network.layers[0].inputs + LANES)
         if self.readout is not None:
@@ -329,37 +357,35 @@ class CudaEngine:
             self.feed_arrays = (feed.indices, arrays)
         return self.feed_arrays[1]
 
-    def _input(self, feed: Feed, piece: Piece) -> Any:
-        """The numbers or symbols of a feed on the device; None of one that comes as events."""
+    def _input(self, feed: Feed, piece: Piece | None) -> Any:
+        """The numbers or symbols of a feed on the device, in a piece's memory or their own; None of one of events."""
         if not isinstance(feed, WholeFeed) or isinstance(feed, DeviceFeed):
             return feed.x if isinstance(feed, DeviceFeed) else None
-        return piece.kept("x", feed.x.shape, np.float32)
+        x = piece.kept("x", feed.x.shape, np.float32) if piece else self.device.empty(feed.x.shape, np.float32)
+        feed.put(self.device, x)
+        return x
 
-    def _table(self, feed: Feed, piece: Piece | None = None, row_0: int = 0) -> tuple[Any, Any]:
-        """The event table on the device, and which row of it each row of the input reads (None: its own)."""
-        if not isinstance(feed, WholeFeed):
-            return self.feed_table(feed), self.device.put(feed.row_of.astype(np.int64))
-        assert piece is not None
-        x = self._input(feed, piece)
-        if x is not feed.x:
-            feed.put(x)
-        return self.table_of(x, row_0, piece, self.report)
+    def _table(self, feed: Feed) -> tuple[Any, Any]:
+        """The event table of a feed on the device, and which row of it each row of the input reads."""
+        return self.feed_table(feed), self.device.put(feed.row_of.astype(np.int64))
 
     def table_of(self, x: Any, row_0: int, piece: Piece, report) -> tuple[Any, Any]:
-        """The same of numbers or symbols on the device."""
+        """The same of numbers or symbols on the device; None: each row reads its own."""
         if x.ndim == 2:
             known = len(self.no_input.indptr) - 1
             return self.feed_table(self.no_input), piece.checked_rows(x, row_0, known, report)
         return piece.found(x, row_0, report), None
 
-    def enqueue(self, piece: Piece, table, row_of, report, after, counting: bool) -> None:
-        """All layers of a piece; their cells after each step into `after`, where asked for.
+    def enqueue(self, piece: Piece, table, row_of, report, after, counting: bool, out: Any = None) -> None:
+        """All layers of a piece; their cells after each step into `after`, where asked for, the output into `out`.
 
         With `counting` their events are added to the report.
         """
         device, batch, steps = self.device, piece.batch, piece.steps
         ways = self.ways.get(batch, ())
-        drive = None
+        drive, last = None, len(self.units) - 1
+        # What the last layer sends need not be recorded first.
+        direct = out is not None and self.readout is None and last in ways
         if 0 not in ways:
             drive = self.w_in[0].products(device, table, steps * batch, row_of, out=piece.drive(3 * self.units[0]))
         for layers, each in zip(self.launches(ways), self._plans(batch), strict=True):
@@ -367,14 +393,18 @@ class CudaEngine:
                 n = layers.start
                 layer, counts = self.tensors[n], report[self._counts_from(n) :].data.ptr if counting else 0
                 assert layer is not None
-                layer.enqueue(piece, n, table, row_of, after[n] if after else None, counts, report)
+                to: Any = out if direct and n == last else piece.records[n][1:]
+                sent = to.data.ptr, to.shape[2]
+                layer.enqueue(piece, n, table, row_of, after[n] if after else None, sent, counts, report)
                 continue
-            self._launch_layers(layers, each, piece, drive, report, after)
+            launch_layers(self, layers, each, piece, drive, report, after)
         device.launch(
             device.kernel(("finite",), finite_kernel, 256), -(-piece.state[0].size // 256), 256,
             piece.state.data.ptr, piece.state[0].size, report.data.ptr,
         )  # fmt: skip
-        piece.end()
+        piece.end(out if direct else None)
+        if out is not None and not direct:
+            self.read_out(piece, out)
         for n in range(len(self.units)) if counting else ():
             if n not in ways:
                 at, units = self._counts_from(n), self.units[n]
@@ -389,99 +419,20 @@ class CudaEngine:
         """Where in a report the counts of layer n begin."""
         return k.REPORT_FIELDS + 2 * (self.network.layers[0].inputs + sum(self.units[:n]))
 
-    def _launch_layers(self, layers: range, each: Plan, piece: Piece, drive, report, after) -> None:
-        """Neighbouring layers in one launch."""
-        key = (layers, self.ways.get(piece.batch, ()))
-        if after is not None or key not in piece.tables:
-            piece.tables[key] = self.device.put(self._layer_rows(layers, each, piece, drive, after))
-        for n, feeds in parts_of(layers, each):
-            if feeds:
-                drives = self._fed(piece, n)
-                drives.data.memset_async(NOT_YET_BYTE, drives.nbytes)
-        self._launch(each, piece.tables[key], layers, piece.steps, piece.batch, report)
-        if after is not None:
-            # It names an array that is somebody else's now.
-            del piece.tables[key]
-
-    def _layer_rows(self, layers: range, each: Plan, piece: Piece, drive, after) -> np.ndarray:
-        """What the kernel has to know of each layer."""
-        records, gated, cells = piece.records, piece.gated, piece.cells
-        parts = parts_of(layers, each)
-        rows = np.zeros((len(parts), k.LAYER_FIELDS), np.int64)
-        for row, (n, feeds) in enumerate(parts):
-            w_in, w_rec, way = self.w_in[n], self.w_rec[n], each.layers[row]
-            below = records[n - 1][1:] if n and (feeds or not each.cluster) else None
-            drives = self._fed(piece, n) if n and each.cluster else drive
-            fields = {
-                k.UNITS: self.units[n], k.INPUTS: self.network.layers[n].inputs, k.WIDTH: w_rec.width,
-                k.PITCH: pitch_of(self.units[n]),
-                k.X: 0 if below is None else below.data.ptr, k.X_PITCH: 0 if n == 0 else pitch_of(self.units[n - 1]),
-                k.DRIVE: 0 if drives is None else drives.data.ptr, k.RECORD: records[n].data.ptr,
-                k.GATED: 0 if gated[n] is None else gated[n].data.ptr,
-                k.CELLS: cells[n].data.ptr, k.STATES: 0 if after is None else after[n].data.ptr,
-                k.THRESHOLD: self.thresholds[n].data.ptr,
-            }  # fmt: skip
-            if each.cluster:
-                matrix = w_in if feeds else w_rec
-                fields |= {
-                    k.UNITS_OF: matrix.units.data.ptr, k.ROWS_OF: matrix.rows.data.ptr,
-                    k.FIRSTS_OF: matrix.firsts.data.ptr, k.ROWS_BIAS: matrix.column_bias.data.ptr,
-                }  # fmt: skip
-            else:
-                # That of the first layer nobody reads.
-                inside = w_in if n else w_rec
-                fields |= {
-                    k.BIAS_IN: inside.bias.data.ptr, k.BIAS_REC: w_rec.bias.data.ptr,
-                    k.IN_WAY: way.way_in, k.IN_VALUES: inside.values.data.ptr, k.IN_TABLE: inside.table.data.ptr,
-                    k.IN_STARTS: inside.starts.data.ptr,
-                    k.REC_WAY: way.way_rec, k.REC_VALUES: w_rec.values.data.ptr, k.REC_TABLE: w_rec.table.data.ptr,
-                    k.REC_STARTS: w_rec.starts.data.ptr,
-                }  # fmt: skip
-            for field, value in fields.items():
-                rows[row, field] = value
-        return rows
-
-    def _fed(self, piece: Piece, n: int) -> Any:
-        """Where a layer's feeder leaves drives: (rows, 3 * units)."""
-        return piece.kept(("fed", n), (piece.steps * piece.batch, 3 * self.units[n]), np.float32)
-
-    def _launch(self, each: Plan, rows, layers: range, steps: int, batch: int, report) -> None:
-        device, threads = self.device, 32 * each.warps
-        variant = self.network.layers[layers.start].cell.variant
-        if each.cluster:
-            # Of several layers, the last two parts are a feeder and the layer it feeds.
-            arguments = (each.layers[-1].way_rec, each.layers[-2:][0].way_in, each.cluster, *each.rounds)
-            kernel = device.kernel(("cluster", *arguments), lambda: cluster_kernel(*arguments), threads)
-        else:
-            make = single_kernel if each.single else layers_kernel
-            kernel = device.kernel((make.__name__, variant, each.ways), lambda: make(variant, each.ways), threads)
-        for first in range(0, batch, each.groups * each.samples):
-            key = (layers, batch, first)
-            if key not in self.tables:
-                table = blocks_from(each, first, batch)
-                self.tables[key] = device.put(table), len(table)
-            blocks, count = self.tables[key]
-            device.launch(
-                kernel, count, threads, rows.data.ptr, blocks.data.ptr, report[k.REPORT_FAULT :].data.ptr, steps, batch,
-                shared=each.shared, together=True, cluster=each.cluster,
-            )  # fmt: skip
-
-    def read_out(self, piece: Piece, out=None):
-        """(steps, batch, V or N) on the device, in memory of its own or that given."""
-        steps, batch, n = piece.steps, piece.batch, self.units[-1]
+    def read_out(self, piece: Piece, out) -> None:
+        """(steps, batch, V or N) of a piece's record."""
+        n, rows = self.units[-1], piece.steps * piece.batch
         if self.readout is None:
-            if out is None:
-                out = self.device.empty((steps, batch, n), np.float32)
-            copy_rows(self.device, out, n, piece.sent(len(self.units) - 1), pitch_of(n), n, steps * batch)
-            return out
-        device, rows, pitch = self.device, steps * batch, pitch_of(n)
+            copy_rows(self.device, out, n, piece.sent(len(self.units) - 1), pitch_of(n), n, rows)
+            return
+        device, pitch = self.device, pitch_of(n)
         table, record = piece.lists("output", pitch + LANES), piece.records[-1][1:]
         kernel = device.kernel(("compact",), compact_kernel, 256)
         device.launch(
             kernel, -(-rows // 8), 256, record.data.ptr, pitch, n, rows, *(each.data.ptr for each in table),
             pitch + LANES,
         )  # fmt: skip
-        return self.readout.products(device, table, rows, out=out).reshape(steps, batch, -1)
+        self.readout.products(device, table, rows, out=out)
 
     def count_inputs(self, piece: Piece, x: Any, report) -> None:
         """Events of a dense input, added to the report."""
@@ -490,8 +441,7 @@ class CudaEngine:
 
     def _count(self, dense, pitch: int, units: int, rows: int, counts) -> None:
         kernel = self.device.kernel(("tally",), tally_kernel, 128)
-        # Many threads a column: a row waits for the one before.
-        grid = (-(-units // 128), max(1, min(MOST_TALLIES, -(-rows // 16))))
         self.device.launch(
-            kernel, grid, 128, dense.data.ptr, pitch, units, rows, counts.data.ptr, counts[units:].data.ptr,
+            kernel, (-(-units // 128), tallies(rows)), 128,
+            dense.data.ptr, pitch, units, rows, counts.data.ptr, counts[units:].data.ptr,
         )  # fmt: skip

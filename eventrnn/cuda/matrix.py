@@ -116,6 +116,11 @@ class Matrix:
         storage = "bfloat16" if self.narrow else "float32"
         return f"{kind} {storage} in {'shared memory' if resident else 'L2'}"
 
+    def described_way(self, way: int, cluster: int) -> str:
+        """The same of one that kernels of layers take that way."""
+        kind = "rows" if cluster else ("dense", "masked", "runs")[way & k.KINDS]
+        return self.described(bool(way & k.RESIDENT), kind)
+
     def room(self, device: Device) -> tuple[bool, int, int]:
         """Of products of many rows: whether a lot of strips fits in shared memory, how many they are, and its bytes."""
         firsts = self.columns.firsts

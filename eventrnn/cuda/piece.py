@@ -109,12 +109,11 @@ class Piece:
                     each.data.memset_async(NOT_YET_BYTE, each.nbytes)
             copy_rows(self.device, self.records[n], pitch_of(units), self.outputs[n], units, units, self.batch)
 
-    def end(self) -> None:
-        """The last step's outputs are the state's."""
+    def end(self, sent: Any = None) -> None:
+        """The last step's outputs are the state's; the last layer's are in `sent`, where that is given."""
         for n, units in enumerate(self.units):
-            copy_rows(
-                self.device, self.outputs[n], units, self.records[n][self.steps :], pitch_of(units), units, self.batch
-            )
+            record = self.records[n][1:] if sent is None or n + 1 < len(self.units) else sent
+            copy_rows(self.device, self.outputs[n], units, record[self.steps - 1 :], record.shape[2], units, self.batch)
 
 
 def pitch_of(units: int) -> int:

@@ -13,10 +13,13 @@ from eventrnn.cuda.ptx import (
     global_float32,
     global_int32,
     global_int64,
+    global_uint8,
     shared_base,
 )
 from eventrnn.cuda.tables import LANES, LIST_PAD, LISTED, LISTED_BYTES, NARROW, RESIDENT
 from eventrnn.cuda.walks import ALL, count_bits, entry_of
+
+MOST_TALLIES = 512
 
 
 def products_kernel(way: int):
@@ -114,6 +117,11 @@ def compact_kernel():
     return compact, types.void(*[types.int64] * 8)
 
 
+def tallies(rows: int) -> int:
+    """Threads that count the events of one unit: many, for a row waits for the one before."""
+    return max(1, min(MOST_TALLIES, -(-rows // 16)))
+
+
 def tally_kernel():
     """How often each unit of a record sent a graded or a binary value, added to two int64 vectors; its signature.
 
@@ -153,3 +161,42 @@ def tally_kernel():
             add_relaxed(binary_at + 8 * unit, binary)
 
     return tally, types.void(*[types.int64] * 6)
+
+
+def tally_pairs_kernel():
+    """The same from bytes of two units each: who sent (1, 2), and who of them sent a 1 (4, 8); and its signature."""
+
+    def tally_pairs(flags_at, pairs, rows, graded_at, binary_at):
+        pair = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
+        if pair >= pairs:
+            return
+        flags = global_uint8(flags_at + pair)
+        sent0 = sent1 = binary0 = binary1 = int64(0)
+        row, stride = int64(cuda.blockIdx.y), int64(cuda.gridDim.y)
+        while row < rows:
+            # Four at a time, so that they are waited for together.
+            a = int32(flags[row * pairs])
+            b = c = d = int32(0)
+            if row + stride < rows:
+                b = int32(flags[(row + stride) * pairs])
+            if row + 2 * stride < rows:
+                c = int32(flags[(row + 2 * stride) * pairs])
+            if row + 3 * stride < rows:
+                d = int32(flags[(row + 3 * stride) * pairs])
+            sent0 += (a & 1) + (b & 1) + (c & 1) + (d & 1)
+            sent1 += (a & 2) + (b & 2) + (c & 2) + (d & 2)
+            binary0 += (a & 4) + (b & 4) + (c & 4) + (d & 4)
+            binary1 += (a & 8) + (b & 8) + (c & 8) + (d & 8)
+            row += 4 * stride
+        sent1, binary0, binary1 = sent1 >> 1, binary0 >> 2, binary1 >> 3
+        at = 16 * pair
+        if sent0 != binary0:
+            add_relaxed(graded_at + at, sent0 - binary0)
+        if binary0 != 0:
+            add_relaxed(binary_at + at, binary0)
+        if sent1 != binary1:
+            add_relaxed(graded_at + at + 8, sent1 - binary1)
+        if binary1 != 0:
+            add_relaxed(binary_at + at + 8, binary1)
+
+    return tally_pairs, types.void(*[types.int64] * 5)

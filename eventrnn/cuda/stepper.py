@@ -46,10 +46,9 @@ class Loop:
         self.report.data.memset_async(0, self.report.nbytes)
         piece.begin(engine.settled(piece.batch))
         table = engine.table_of(self.x, 0, piece, self.report)
-        engine.enqueue(piece, *table, self.report, None, self.counting)
+        engine.enqueue(piece, *table, self.report, None, self.counting, self.output)
         if self.counting:
             engine.count_inputs(piece, self.x, self.report)
-        engine.read_out(piece, self.output)
 
 
 class StepLoop(Loop):
@@ -97,7 +96,7 @@ class CudaStepper:
         except BaseException:
             self._undo()
             raise
-        return loop.host_output.copy() if feed is None else feed.give(output)
+        return loop.host_output.copy() if feed is None else feed.give(self.engine.device, output)
 
     def _step(self, feed: DeviceFeed | None) -> Any:
         """The step, with what is to stay on the GPU; the rest is in the host memory."""
@@ -106,7 +105,7 @@ class CudaStepper:
             if feed is None:
                 loop.x.data.copy_from_host_async(loop.host_x.ctypes.data, loop.x.nbytes)
             else:
-                feed.put(loop.x)
+                feed.put(self.engine.device, loop.x)
             loop.replay()
             output, nbytes = None, loop.answer.nbytes
             if feed is not None:

@@ -2,7 +2,7 @@
 
 Not exact: weights, inputs and events are rounded to `precision` and summed by cuBLAS in float32, in its own order; the
 sums are rounded again. A step is one product and one kernel for the cells, which also counts; the products of the input
-are made for some steps together, as many as stay in the L2 cache.
+are made for many steps together.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import numpy as np
 
 from eventrnn.backend import Feed
 from eventrnn.cuda.piece import Replay, pitch_of
-from eventrnn.cuda.rounded import BYTES, LARGEST, cells_kernel, narrow_kernel, spread_kernel
+from eventrnn.cuda.products import tallies, tally_pairs_kernel
+from eventrnn.cuda.rounded import BYTES, LARGEST, VECTORS, cells_kernel, narrow_kernel, spread_kernel
+from eventrnn.cuda.tables import LANES
 
 if TYPE_CHECKING:
     from eventrnn.cuda.cublas import Cublas
@@ -25,15 +27,17 @@ if TYPE_CHECKING:
 
 # Tensor cores, and rows of 16 bytes, want every dimension to be a multiple of this.
 PADDED_TO = 8
-# Input drives that are made together should stay in half of an L2 cache of 50 MB.
-DRIVE_BYTES = 24 << 20
+# Input drives that are made together: on an H100 large products save more than drives gain that stay in the L2 cache.
+DRIVE_BYTES = 256 << 20
 # Fewer streams are faster by events, whatever the weights: not measured.
 FEWEST_STREAMS = 4
 # What is measured: so many steps, so often.
 MEASURED_STEPS, MEASURED_RUNS = 16, 3
 CELL_THREADS, ROW_THREADS = 128, 256
-# Groups of samples whose cells are updated side by side.
-MOST_GROUPS = 512
+# Graphs of a piece and layer that are kept.
+MOST_REPLAYS = 4
+# Blocks of cells that find room on a multiprocessor.
+CELL_BLOCKS = 8
 
 
 @dataclass
@@ -47,27 +51,28 @@ class TensorLayer:
     inputs: int
     w_in: Any
     w_rec: Any
-    bias_in: Any
-    bias_rec: Any
-    threshold: Any
+    vectors: Any
 
     @classmethod
     def of(cls, device: Device, cublas: Cublas, layer: Layer, precision: str) -> TensorLayer:
-        """Of a layer that `fits`."""
-        matrices = (_rounded(device, _padded(each.to_dense()), precision) for each in (layer.w_in, layer.w_rec))
-        vectors = (layer.bias_in, layer.bias_rec, np.broadcast_to(layer.threshold, layer.units))
-        arrays = (device.put(np.ascontiguousarray(each, np.float32)) for each in vectors)
-        return cls(device, cublas, precision, layer.units, layer.inputs, *matrices, *arrays)
+        """Of a layer that can go so (`exact_because`)."""
+        w_in, w_rec = (_rounded(device, _padded(w.to_dense()), precision) for w in (layer.w_in, layer.w_rec))
+        bias_in, bias_rec = (each.reshape(3, -1) for each in (layer.bias_in, layer.bias_rec))
+        vectors = np.zeros((VECTORS, _up(layer.units)), np.float32)
+        vectors[:2, : layer.units] = bias_in[:2] + bias_rec[:2]
+        vectors[2:, : layer.units] = bias_in[2], bias_rec[2], np.broadcast_to(layer.threshold, layer.units)
+        return cls(device, cublas, precision, layer.units, layer.inputs, w_in, w_rec, device.put(vectors))
 
     @property
     def sizes(self) -> tuple[int, int]:
         """Units and inputs, padded."""
         return _up(self.units), _up(self.inputs)
 
-    def enqueue(self, piece: Piece, n: int, table, row_of, after, counts: int, report) -> None:
+    def enqueue(self, piece: Piece, n: int, table, row_of, after, sent: tuple[int, int], counts: int, report) -> None:
         """All steps of layer n of a piece, from an event table (layer 0) or from what the layer below sent.
 
-        `counts`: where events are counted, an address, 0 for nowhere.
+        sent   : (steps, batch, pitch) of what is sent: its address and the pitch. No array, so that nobody keeps it
+        counts : where events are counted, an address, 0 for nowhere
         """
         units, inputs = self.sizes
         steps, batch, kind = piece.steps, piece.batch, np.uint16 if BYTES[self.precision] == 2 else np.float32
@@ -75,29 +80,40 @@ class TensorLayer:
         y = piece.kept(("y", n), (batch, units), kind)
         if n == 0:
             self._launch(
-                "spread", spread_kernel, steps * batch, ROW_THREADS,
-                *(each.data.ptr for each in table), 0 if row_of is None else row_of.data.ptr, inputs, x.data.ptr,
-                report.data.ptr,
+                "spread", spread_kernel, -(-steps * batch // (ROW_THREADS // LANES)), ROW_THREADS,
+                *(each.data.ptr for each in table), 0 if row_of is None else row_of.data.ptr, steps * batch, inputs,
+                x.data.ptr, report.data.ptr,
             )  # fmt: skip
         else:
             below = piece.records[n - 1][1:]
             self._narrow(below, pitch_of(self.inputs), self.inputs, x, inputs, steps * batch, report)
         self._narrow(piece.outputs[n], self.units, self.units, y, units, batch, report)
         if after is not None:
-            self._steps(piece, n, x, y, after, counts, report)
+            self._steps(piece, n, x, y, after, sent, counts, report)
             return
-        key = ("replay", n, counts, report.data.ptr)
+        key = ("replay", n, sent, counts, report.data.ptr)
         if key not in piece.tables:
-            piece.tables[key] = Replay(self.device.queue, lambda: self._steps(piece, n, x, y, None, counts, report))
+            # Those of memory that is somebody else's now go.
+            for old in [each for each in piece.tables if each[:2] == key[:2]][: -MOST_REPLAYS + 1]:
+                del piece.tables[old]
+            piece.tables[key] = Replay(
+                self.device.queue, lambda: self._steps(piece, n, x, y, None, sent, counts, report)
+            )
         piece.tables[key]()
 
-    def _steps(self, piece: Piece, n: int, x, y, after, counts: int, report) -> None:
+    def _steps(self, piece: Piece, n: int, x, y, after, sent: tuple[int, int], counts: int, report) -> None:
         units, inputs = self.sizes
-        steps, batch, record = piece.steps, piece.batch, piece.records[n]
+        steps, batch, (sent_at, pitch) = piece.steps, piece.batch, sent
         together = max(1, min(steps, DRIVE_BYTES // (3 * BYTES[self.precision] * units * batch)))
         drive = piece.kept(("drive", n), (together * batch, 3 * units), x.dtype)
         rec = piece.kept(("rec", n), (batch, 3 * units), x.dtype)
-        grid = (-(-self.units // CELL_THREADS), min(batch, MOST_GROUPS))
+        pairs = -(-self.units // 2)
+        blocks = -(-pairs // CELL_THREADS)
+        # As many samples for each thread as all blocks at once leave it, shared out evenly.
+        each = -(-batch * blocks // (CELL_BLOCKS * self.device.multiprocessors))
+        grid, flags = (blocks, -(-batch // each)), 0
+        if counts:
+            flags = piece.kept(("flags", n), (steps * batch, pairs), np.uint8).data.ptr
         for begin in range(0, steps, together):
             rows = min(together, steps - begin) * batch
             self.cublas.product(self.precision, x[begin * batch :], self.w_in, drive, rows, inputs, 3 * units)
@@ -105,11 +121,17 @@ class TensorLayer:
                 self.cublas.product(self.precision, y, self.w_rec, rec, batch, units, 3 * units)
                 self._launch(
                     "cells", cells_kernel, grid, CELL_THREADS,
-                    drive[(t - begin) * batch :].data.ptr, rec.data.ptr, self.bias_in.data.ptr,
-                    self.bias_rec.data.ptr, self.threshold.data.ptr, piece.cells[n].data.ptr, y.data.ptr,
-                    record[t + 1].data.ptr, 0 if after is None else after[t].data.ptr,
-                    self.units, units, pitch_of(self.units), batch, counts, report.data.ptr,
+                    drive[(t - begin) * batch :].data.ptr, rec.data.ptr, self.vectors.data.ptr,
+                    piece.cells[n].data.ptr, y.data.ptr, sent_at + 4 * t * batch * pitch,
+                    0 if after is None else after[t].data.ptr, self.units, units, pitch, batch,
+                    flags and flags + t * batch * pairs, report.data.ptr,
                 )  # fmt: skip
+        if counts:
+            kernel = self.device.kernel(("tally_pairs",), tally_pairs_kernel, CELL_THREADS)
+            self.device.launch(
+                kernel, (blocks, tallies(steps * batch)), CELL_THREADS,
+                flags, pairs, steps * batch, counts, counts + 8 * self.units,
+            )  # fmt: skip
 
     def _narrow(self, dense, pitch: int, n: int, out, width: int, rows: int, report) -> None:
         self._launch(
@@ -122,12 +144,14 @@ class TensorLayer:
             self.device.launch(kernel, blocks, threads, *arguments)
 
 
-def fits(layer: Layer, precision: str) -> bool:
-    """Not the paper's variant, whose candidate waits for a gate within the product, nor weights beyond float16."""
+def exact_because(layer: Layer, precision: str) -> str | None:
+    """Why a layer cannot go through tensor cores; None where it can."""
     if layer.cell.variant == "paper":
-        return False
+        return "the paper's candidate waits for a gate within its product"
     weights = (layer.w_in.floats(), layer.w_rec.floats())
-    return precision != "float16" or all(np.abs(each).max(initial=0) <= LARGEST for each in weights)
+    if precision == "float16" and any(np.abs(each).max(initial=0) > LARGEST for each in weights):
+        return "float16 cannot hold its weights"
+    return None
 
 
 def measured_ways(engine: CudaEngine, feed: Feed, state: Any) -> tuple[int, ...]:
