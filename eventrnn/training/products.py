@@ -16,9 +16,10 @@ import numpy as np
 from eventrnn import cells
 from eventrnn.jit import compiled, inlined
 from eventrnn.rows import add_near_rows_1, add_near_rows_2, add_near_rows_4, add_near_rows_8, prefetch, prefetch_far
-from eventrnn.simd import AVX512, LANES
+from eventrnn.simd import AVX512, LANES, load
 from eventrnn.steps import send
 from eventrnn.training.lists import TILE_ROWS, list_by_row, share
+from eventrnn.training.vectors import store_past
 from eventrnn.traverse import copy, propagate_all
 
 # Vectors of columns that go together: sums stay in registers, a tile of M of so many columns in the L1 cache.
@@ -115,7 +116,8 @@ def input_drives(
     order, starts, ids, sent, counts, bins, m_tile, strip,
 ):  # fmt: skip
     """Drives of all rows of x (rows, n_pre) from dense weights: the bias, then the events' terms in ascending unit.
-    Splits rows; scratch is a thread's own, lists and strip for STRIP_ROWS rows."""
+    Splits rows; scratch is a thread's own, lists and strip for STRIP_ROWS rows. Rows of `drive_out` begin on cache
+    lines."""
     end = share(rows, 1, part + 1, parts)
     for first in range(share(rows, 1, part, parts), end, STRIP_ROWS):
         some = min(STRIP_ROWS, end - first)
@@ -126,8 +128,13 @@ def input_drives(
             for r in range(some):
                 copy(bias, column, strip[part], r * STRIP, width)
             add_rows(*lists, some, w, n_pre, columns, column, width, m_tile[part], strip[part])
+            whole = width // LANES * LANES
             for r in range(some):
-                copy(strip[part], r * STRIP, drive_out, (first + r) * pitch + column, width)
+                at = (first + r) * pitch + column
+                # A window's drives are more than the caches hold.
+                for i in range(0, whole, LANES):
+                    store_past(drive_out, at + i, load(strip[part], r * STRIP + i))
+                copy(strip[part], r * STRIP + whole, drive_out, at + whole, width - whole)
 
 
 @compiled

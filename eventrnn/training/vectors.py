@@ -54,6 +54,19 @@ def sum_lanes(typingctx, vector):
     return types.float32(vector), generate
 
 
+@intrinsic
+def store_past(typingctx, array, index, vector):
+    """`store` at the beginning of a cache line, past the caches: the line is not read first."""
+
+    def generate(context, builder, signature, args):
+        pointer = address(context, builder, signature.args[0], args[0], args[1])
+        stored = builder.store(args[2], builder.bitcast(pointer, VECTOR.as_pointer()), align=64)
+        stored.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
+        return context.get_dummy_value()
+
+    return types.void(array, index, vector), generate
+
+
 def _sums_of_four(builder, vectors):
     """`sum_lanes` of four vectors at once, in a vector of four."""
 
