@@ -242,7 +242,7 @@ def _narrow(precision, blocks, dense_at, pitch, n, width, out_at, report_at):
 
 def _cells(
     precision, blocks, drive_at, rec_at, vectors_at, cells_at, y_at, sent_at, after_at, units, padded, pitch, batch,
-    flags_at, report_at,
+    sums_at, sums_pitch, report_at,
 ):  # fmt: skip
     words = (half(at, 3 * padded * batch, precision) for at in (drive_at, rec_at))
     drive, rec = (widened(each, precision).reshape(batch, 3, padded)[:, :, :units] for each in words)
@@ -256,19 +256,20 @@ def _cells(
     for b in range(batch):
         floats(sent_at + 4 * b * pitch, units)[:] = sent[b]
         _store(y_at + size * b * padded, sent[b], precision, report_at)
-    if flags_at:
-        pairs = np.zeros((2, batch, -(-units // 2), 2), np.uint8)
-        pairs.reshape(2, batch, -1)[:, :, :units] = sent != 0, sent == 1
-        kind = ctypes.POINTER(ctypes.c_uint8)
-        flags = np.ctypeslib.as_array(ctypes.cast(int(flags_at), kind), pairs.shape[1:3])
-        flags[:] = pairs[0] @ [1, 2] + pairs[1] @ [4, 8]
+    if sums_at:
+        for part in range(blocks[1]):
+            found = np.zeros((2, -(-units // 2), 2), int)
+            found.reshape(2, -1)[:, :units] = [each[part :: blocks[1]].sum(axis=0) for each in (sent != 0, sent == 1)]
+            assert found.max() < 16, "a sum has four bits"
+            own = half(sums_at + 2 * part * sums_pitch, found.shape[1], "float16")
+            own[:] = found[0] @ [1, 1 << 4] + found[1] @ [1 << 8, 1 << 12]
     if after_at:
         floats(after_at, batch * units)[:] = c.ravel()
 
 
-def _tally_pairs(blocks, flags_at, pairs, rows, graded_at, binary_at):
-    words = np.ctypeslib.as_array(ctypes.cast(int(flags_at), ctypes.POINTER(ctypes.c_uint8)), (rows, pairs))
-    found = ((words[:, :, None] >> np.arange(4)) & 1).sum(axis=0)
+def _tally_pairs(blocks, sums_at, pairs, pitch, rows, graded_at, binary_at):
+    words = half(sums_at, rows * pitch, "float16").reshape(rows, pitch)[:, :pairs]
+    found = ((words[:, :, None] >> np.arange(0, 16, 4)) & 15).sum(axis=0)
     sent, binary = found[:, :2].ravel(), found[:, 2:].ravel()
     # The last pair may be half a one.
     units = 2 * pairs - (not sent[-1])

@@ -19,7 +19,7 @@ from eventrnn.backend import BackendUnavailable
 from eventrnn.cuda import PRECISIONS, tables
 
 KINDS = {"global_float32": (ctypes.c_float, np.float32), "global_int64": (ctypes.c_int64, np.int64)}
-KINDS |= {"global_int32": (ctypes.c_int32, np.int32), "global_uint8": (ctypes.c_uint8, np.uint8)}
+KINDS |= {"global_int32": (ctypes.c_int32, np.int32), "global_uint16": (ctypes.c_uint16, np.uint16)}
 
 
 class Pointed:
@@ -119,6 +119,7 @@ def words(shape, precision, rng) -> np.ndarray:
 @pytest.mark.parametrize(("units", "counting"), [(13, True), (8, False), (1, True)])
 def test_cells_of_a_step(kernels, precision, units, counting):
     rng, batch, padded, pitch = np.random.default_rng(units), 5, -(-units // 8) * 8, 32
+    pairs, parts = -(-units // 2), 3
     drive, rec = (words((batch, 3, padded), precision, rng) for _ in range(2))
     vectors, c = rng.standard_normal((5, padded)).astype(np.float32), rng.standard_normal((batch, units))
     vectors[4], c = 0.1, c.astype(np.float32)
@@ -128,22 +129,22 @@ def test_cells_of_a_step(kernels, precision, units, counting):
     for fake in (False, True):
         cells, y = c.copy(), np.zeros((batch, padded), drive.dtype)
         sent, after = np.full((batch, pitch), 7, np.float32), np.zeros((batch, units), np.float32)
-        flags, report = np.zeros((batch, -(-units // 2)), np.uint8), np.zeros(tables.REPORT_FIELDS, np.int64)
+        sums, report = np.zeros((parts, pairs + 1), np.uint16), np.zeros(tables.REPORT_FIELDS, np.int64)
         arguments = (
             *map(at, (drive, rec, vectors, cells, y, sent, after)),
-            units, padded, pitch, batch, at(flags) if counting else 0, at(report),
+            units, padded, pitch, batch, at(sums) if counting else 0, pairs + 1, at(report),
         )  # fmt: skip
         if fake:
-            ROUNDING["cells"](precision, None, *arguments)
+            ROUNDING["cells"](precision, (pairs, parts), *arguments)
         else:
-            in_python(kernels.rounded.cells_kernel(precision)[0], (-(-units // 2), 3))(*arguments)
-        results.append((cells, widened(y, precision), sent, after, flags, report))
+            in_python(kernels.rounded.cells_kernel(precision)[0], (pairs, parts))(*arguments)
+        results.append((cells, widened(y, precision), sent, after, sums, report))
     ours, theirs = results
     # The rules of the fake are those of `reference.py` in NumPy's own exponentials.
     for mine, its in zip(ours[:4], theirs[:4], strict=True):
         assert np.array_equal(mine != 0, its != 0)
         assert np.abs(mine.astype(np.float64) - its).max() <= tolerance.two_roundings(precision)
-    assert np.array_equal(ours[4], theirs[4]) and (ours[4][0] & 12).all() == counting
+    assert np.array_equal(ours[4], theirs[4]) and (ours[4][0, :pairs] & 0xF00).all() == counting
     assert np.array_equal(ours[2][:, units:], np.full((batch, pitch - units), 7)) and not ours[5].any()
 
 
@@ -190,8 +191,9 @@ def test_tallies_tell_graded_from_binary(kernels, rows):
     in_python(kernels.products.tally_kernel()[0], (6, 3))(at(dense), 8, 6, rows, at(counts[0]), at(counts[1]))
     assert np.array_equal(counts[1], (np.abs(dense[:, :6]) == 1).sum(axis=0))
     assert np.array_equal(counts.sum(axis=0), (dense[:, :6] != 0).sum(axis=0))
-    flags = (dense != 0)[:, ::2] + 2 * (dense != 0)[:, 1::2] + 4 * (dense == 1)[:, ::2] + 8 * (dense == 1)[:, 1::2]
-    flags, counts = np.ascontiguousarray(flags, np.uint8), np.zeros((2, 8), np.int64)
-    in_python(kernels.products.tally_pairs_kernel()[0], (4, 3))(at(flags), 4, rows, at(counts[0]), at(counts[1]))
-    assert np.array_equal(counts[1], (dense == 1).sum(axis=0))
-    assert np.array_equal(counts.sum(axis=0), (dense != 0).sum(axis=0))
+    # Sums up to the largest that four bits hold, of units that sent more often than they sent a 1.
+    sent = rng.integers(0, tables.MOST_SUMMED + 1, (rows, 8))
+    binary, counts, sums = rng.integers(0, sent + 1), np.zeros((2, 8), np.int64), np.zeros((rows, 5), np.uint16)
+    sums[:, :4] = sent[:, ::2] + (sent[:, 1::2] << 4) + (binary[:, ::2] << 8) + (binary[:, 1::2] << 12)
+    in_python(kernels.products.tally_pairs_kernel()[0], (4, 3))(at(sums), 4, 5, rows, at(counts[0]), at(counts[1]))
+    assert np.array_equal(counts[1], binary.sum(axis=0)) and np.array_equal(counts.sum(axis=0), sent.sum(axis=0))

@@ -73,6 +73,38 @@ def test_steps_on_a_gpu_are_within_the_bound_of_float64(precision, batch):
     check_bound(precision, *streams(units=(45, 33), steps=30, batch=batch))
 
 
+def check_counts(units: tuple[int, ...], batch: int) -> None:
+    """What the cells' threads sum up is what the record of events says, also where a unit sends 1s."""
+    network, x = streams(units=units, batch=batch, steps=5)
+    for layer in network.layers:
+        # u is 0 and g is 1 there, so the cell is 1.
+        layer.bias_in[:2], layer.bias_in[2 * layer.units :][:2] = -200, 200
+    simulator = through_tensor_cores(network, batch)
+    counted, recorded = simulator.run(x), simulator.run(x, record="events")
+    simulator.reset()
+    again = simulator.run(x, record="events")
+    for n, fired in enumerate(counted.fired):
+        for result, own in ((again, fired), (recorded, recorded.fired[n])):
+            sent = result.events[n].to_dense()
+            assert np.array_equal(own.binary, (sent == 1).sum(axis=(0, 1)))
+            assert np.array_equal(own.total, (sent != 0).sum(axis=(0, 1)))
+        assert (fired.binary[:2] == 5 * batch).all() and fired.graded.any()
+
+
+@pytest.mark.parametrize("batch", [6, 120, 121])
+def test_counts_are_those_of_the_events(gpu, batch):
+    # A thread has 1 sample, 15, and 8 where it would have 16.
+    gpu.multiprocessors = 1
+    check_counts((13, 9), batch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("units", "batch"), [((45, 33), 7), ((300, 9), 2200)])
+def test_counts_on_a_gpu_are_those_of_the_events(monkeypatch, units, batch):
+    monkeypatch.setattr("eventrnn.cuda.tensor.CELL_BLOCKS", 1)
+    check_counts(units, batch)
+
+
 @pytest.mark.parametrize("faster", ["layers", "gemm"])
 def test_the_way_that_is_measured_to_be_faster_is_taken_and_named(gpu, faster):
     network, x = streams()

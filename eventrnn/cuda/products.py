@@ -13,13 +13,15 @@ from eventrnn.cuda.ptx import (
     global_float32,
     global_int32,
     global_int64,
-    global_uint8,
+    global_uint16,
     shared_base,
 )
-from eventrnn.cuda.tables import LANES, LIST_PAD, LISTED, LISTED_BYTES, NARROW, RESIDENT
+from eventrnn.cuda.tables import LANES, LIST_PAD, LISTED, LISTED_BYTES, NARROW, RESIDENT, SUM_BITS
 from eventrnn.cuda.walks import ALL, count_bits, entry_of
 
 MOST_TALLIES = 512
+# Of four sums of `SUM_BITS` each every second one, in twice the room.
+ALTERNATE, WIDE = 0x0F0F, 0xFF
 
 
 def products_kernel(way: int):
@@ -164,31 +166,32 @@ def tally_kernel():
 
 
 def tally_pairs_kernel():
-    """The same from bytes of two units each: who sent (1, 2), and who of them sent a 1 (4, 8); and its signature."""
+    """The same from sums over some samples of two units each (`rounded.cells_kernel`); and its signature."""
 
-    def tally_pairs(flags_at, pairs, rows, graded_at, binary_at):
+    def tally_pairs(sums_at, pairs, pitch, rows, graded_at, binary_at):
         pair = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
         if pair >= pairs:
             return
-        flags = global_uint8(flags_at + pair)
+        sums = global_uint16(sums_at + 2 * pair)
         sent0 = sent1 = binary0 = binary1 = int64(0)
         row, stride = int64(cuda.blockIdx.y), int64(cuda.gridDim.y)
         while row < rows:
             # Four at a time, so that they are waited for together.
-            a = int32(flags[row * pairs])
+            a = int32(sums[row * pitch])
             b = c = d = int32(0)
             if row + stride < rows:
-                b = int32(flags[(row + stride) * pairs])
+                b = int32(sums[(row + stride) * pitch])
             if row + 2 * stride < rows:
-                c = int32(flags[(row + 2 * stride) * pairs])
+                c = int32(sums[(row + 2 * stride) * pitch])
             if row + 3 * stride < rows:
-                d = int32(flags[(row + 3 * stride) * pairs])
-            sent0 += (a & 1) + (b & 1) + (c & 1) + (d & 1)
-            sent1 += (a & 2) + (b & 2) + (c & 2) + (d & 2)
-            binary0 += (a & 4) + (b & 4) + (c & 4) + (d & 4)
-            binary1 += (a & 8) + (b & 8) + (c & 8) + (d & 8)
+                d = int32(sums[(row + 3 * stride) * pitch])
+            # With twice the room for each sum, four fit.
+            first = (a & ALTERNATE) + (b & ALTERNATE) + (c & ALTERNATE) + (d & ALTERNATE)
+            a, b, c, d = a >> SUM_BITS, b >> SUM_BITS, c >> SUM_BITS, d >> SUM_BITS
+            second = (a & ALTERNATE) + (b & ALTERNATE) + (c & ALTERNATE) + (d & ALTERNATE)
+            sent0, binary0 = sent0 + (first & WIDE), binary0 + (first >> 2 * SUM_BITS)
+            sent1, binary1 = sent1 + (second & WIDE), binary1 + (second >> 2 * SUM_BITS)
             row += 4 * stride
-        sent1, binary0, binary1 = sent1 >> 1, binary0 >> 2, binary1 >> 3
         at = 16 * pair
         if sent0 != binary0:
             add_relaxed(graded_at + at, sent0 - binary0)
@@ -199,4 +202,4 @@ def tally_pairs_kernel():
         if binary1 != 0:
             add_relaxed(binary_at + at + 8, binary1)
 
-    return tally_pairs, types.void(*[types.int64] * 5)
+    return tally_pairs, types.void(*[types.int64] * 6)

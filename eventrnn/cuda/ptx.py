@@ -98,7 +98,6 @@ def _pointer(space: int, kind: types.Type, lowered: ir.Type):
 
 
 global_float32 = _pointer(GLOBAL, types.float32, FLOAT)
-global_uint8 = _pointer(GLOBAL, types.uint8, I8)
 global_uint16 = _pointer(GLOBAL, types.uint16, I16)
 global_int32 = _pointer(GLOBAL, types.int32, I32)
 global_int64 = _pointer(GLOBAL, types.int64, I64)

@@ -18,11 +18,11 @@ from eventrnn.cuda.ptx import (
     global_float32,
     global_int32,
     global_int64,
-    global_uint8,
+    global_uint16,
     max_relaxed,
     store_float,
 )
-from eventrnn.cuda.tables import LANES, REPORT_LARGE
+from eventrnn.cuda.tables import LANES, REPORT_LARGE, SUM_BITS
 from eventrnn.cuda.walks import ALL
 
 #: of a number
@@ -185,21 +185,22 @@ def cells_kernel(precision: str):
     drive, rec : (batch, 3 padded), rounded as well, gates apart
     vectors    : (5, padded) float32, `VECTORS`
     sent       : (batch, pitch); after : (batch, units), or address 0
-    flags      : (batch, pairs of units) bytes, what a tally needs (`products.tally_pairs_kernel`), or address 0
+    sums       : (gridDim.y, sums_pitch) uint16, or address 0: of a thread's samples, `MOST_SUMMED` at most, in how many
+                 its units sent something (bits 0 to 3, 4 to 7), and a 1 (8 to 11, 12 to 15)
     """
     load, store, size = _LOADS[precision], _PAIR_STORES[precision], BYTES[precision]
     limit = np.float32(LARGEST if precision == "float16" else np.inf)
 
     def cells(
-        drive_at, rec_at, vectors_at, cells_at, y_at, sent_at, after_at, units, padded, pitch, batch, flags_at,
-        report_at,
+        drive_at, rec_at, vectors_at, cells_at, y_at, sent_at, after_at, units, padded, pitch, batch, sums_at,
+        sums_pitch, report_at,
     ):  # fmt: skip
         pair = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
         unit = 2 * pair
         if unit >= units:
             return
         # The last of an odd number is alone.
-        both, pairs = unit + 1 < units, (units + 1) >> 1
+        both = unit + 1 < units
         even = ((cells_at | sent_at | after_at | (4 * units) | (4 * pitch)) & 7) == 0
         vectors, line = vectors_at + 4 * unit, 4 * padded
         bias_u0, bias_u1 = load_pair(vectors)
@@ -214,8 +215,7 @@ def cells_kernel(precision: str):
         after = after_at + 4 * (sample * units + unit)
         sent_at += 4 * (sample * pitch + unit)
         y_at += size * (sample * padded + unit)
-        flags = global_uint8(flags_at + sample * pairs + pair)
-        flags_size, own = stride * pairs, int64(0)
+        sums = int32(0)
         while sample < batch:
             in_u0, in_u1 = load(drive_at)
             rec_u0, rec_u1 = load(rec_at)
@@ -239,13 +239,16 @@ def cells_kernel(precision: str):
             if after_at != 0:
                 _stored(after, v0, v1, both, even)
             store(y_at, y0, y1)
-            if flags_at != 0:
-                flags[own] = int32(y0 != 0) | int32(y1 != 0) << 1 | int32(y0 == 1) << 2 | int32(y1 == 1) << 3
+            if sums_at != 0:
+                sent, binary = int32(y0 != 0) | int32(y1 != 0) << SUM_BITS, int32(y0 == 1) | int32(y1 == 1) << SUM_BITS
+                sums = int32(sums + (sent | binary << 2 * SUM_BITS))
             sample += stride
             drive_at, rec_at = drive_at + 3 * stride * gate, rec_at + 3 * stride * gate
             cells_at, after = cells_at + 4 * stride * units, after + 4 * stride * units
-            sent_at, y_at, own = sent_at + 4 * stride * pitch, y_at + stride * gate, own + flags_size
+            sent_at, y_at = sent_at + 4 * stride * pitch, y_at + stride * gate
+        if sums_at != 0:
+            global_uint16(sums_at)[int64(cuda.blockIdx.y) * sums_pitch + pair] = sums
         if large:
             max_relaxed(report_at + 8 * REPORT_LARGE, int64(1))
 
-    return cells, types.void(*[types.int64] * 13)
+    return cells, types.void(*[types.int64] * 14)

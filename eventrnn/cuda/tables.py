@@ -19,6 +19,9 @@ HIT_BYTES = 12 * (HELD + LIST_PAD)
 # that a warp does; strips of a lot that look up events together.
 HIT_SIZE, MOST_LOOKED, LISTED, MOST_TOGETHER = 8, 7, 160, 8
 LISTED_BYTES = HIT_SIZE * (LISTED + LIST_PAD)
+# Bits that a thread has for how many of its samples sent, and so how many samples it may have.
+SUM_BITS = 4
+MOST_SUMMED = (1 << SUM_BITS) - 1
 
 #: of a layer: numbers, then addresses
 (

@@ -16,7 +16,7 @@ from eventrnn.backend import Feed
 from eventrnn.cuda.piece import Replay, pitch_of
 from eventrnn.cuda.products import tallies, tally_pairs_kernel
 from eventrnn.cuda.rounded import BYTES, LARGEST, VECTORS, cells_kernel, narrow_kernel, spread_kernel
-from eventrnn.cuda.tables import LANES
+from eventrnn.cuda.tables import LANES, MOST_SUMMED
 
 if TYPE_CHECKING:
     from eventrnn.cuda.cublas import Cublas
@@ -109,28 +109,28 @@ class TensorLayer:
         rec = piece.kept(("rec", n), (batch, 3 * units), x.dtype)
         pairs = -(-self.units // 2)
         blocks = -(-pairs // CELL_THREADS)
-        # As many samples for each thread as all blocks at once leave it, shared out evenly.
-        each = -(-batch * blocks // (CELL_BLOCKS * self.device.multiprocessors))
-        grid, flags = (blocks, -(-batch // each)), 0
+        parts = -(-batch // _samples(batch * blocks, CELL_BLOCKS * self.device.multiprocessors))
+        # What a warp writes shares no sector of memory with another's.
+        sums, sums_pitch = 0, -(-pairs // LANES) * LANES
         if counts:
-            flags = piece.kept(("flags", n), (steps * batch, pairs), np.uint8).data.ptr
+            sums = piece.kept(("sums", n), (steps * parts, sums_pitch), np.uint16).data.ptr
         for begin in range(0, steps, together):
             rows = min(together, steps - begin) * batch
             self.cublas.product(self.precision, x[begin * batch :], self.w_in, drive, rows, inputs, 3 * units)
             for t in range(begin, begin + rows // batch):
                 self.cublas.product(self.precision, y, self.w_rec, rec, batch, units, 3 * units)
                 self._launch(
-                    "cells", cells_kernel, grid, CELL_THREADS,
+                    "cells", cells_kernel, (blocks, parts), CELL_THREADS,
                     drive[(t - begin) * batch :].data.ptr, rec.data.ptr, self.vectors.data.ptr,
                     piece.cells[n].data.ptr, y.data.ptr, sent_at + 4 * t * batch * pitch,
                     0 if after is None else after[t].data.ptr, self.units, units, pitch, batch,
-                    flags and flags + t * batch * pairs, report.data.ptr,
+                    sums and sums + 2 * t * parts * sums_pitch, sums_pitch, report.data.ptr,
                 )  # fmt: skip
         if counts:
             kernel = self.device.kernel(("tally_pairs",), tally_pairs_kernel, CELL_THREADS)
             self.device.launch(
-                kernel, (blocks, tallies(steps * batch)), CELL_THREADS,
-                flags, pairs, steps * batch, counts, counts + 8 * self.units,
+                kernel, (blocks, tallies(steps * parts)), CELL_THREADS,
+                sums, pairs, sums_pitch, steps * parts, counts, counts + 8 * self.units,
             )  # fmt: skip
 
     def _narrow(self, dense, pitch: int, n: int, out, width: int, rows: int, report) -> None:
@@ -187,6 +187,12 @@ def measured_ways(engine: CudaEngine, feed: Feed, state: Any) -> tuple[int, ...]
     finally:
         del engine.ways[batch]
     return best
+
+
+def _samples(items: int, blocks: int) -> int:
+    """Of one thread of the cells: what all blocks at once leave it, shared out evenly, in turns if it could not sum."""
+    turns = -(-items // (blocks * MOST_SUMMED))
+    return -(-items // (blocks * turns))
 
 
 def _up(size: int) -> int:
