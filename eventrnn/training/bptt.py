@@ -17,6 +17,7 @@ from eventrnn.backend import BackwardWork, State
 from eventrnn.cells import Cell
 from eventrnn.cpu import MOST_THREADS
 from eventrnn.network import Layer, Network, Readout
+from eventrnn.training import kernels
 from eventrnn.training import thresholds as rules
 from eventrnn.training.layer import LayerEngine, LayerTape, Paths
 from eventrnn.training.memory import Arena
@@ -225,7 +226,7 @@ class Model:
         some = _input_mask(d_inputs, tape)
         whole = some is None and bool(d_inputs)
         asked = some is not None or whole or tape.symbols is not None
-        bottom = Paths.of_mask(some) if some is not None else Paths() if asked else None
+        bottom = Paths.of_mask(some, self._team, self._arena) if some is not None else Paths() if asked else None
         d_x = d_output
         if "readout.bias" in p:
             flat = d_output.reshape(-1, d_output.shape[2])
@@ -237,7 +238,10 @@ class Model:
         for k in reversed(range(len(self.cells))):
             layer, mask = tape.layers[k], noise.of("between", k) if k + 1 < len(self.cells) else noise.top
             d_y = self._arena.take(*layer.v.shape)
-            np.multiply(d_x, F32(1) if mask is None else mask, out=d_y)
+            if mask is None:
+                self._team.run(kernels.copy_all, np.ascontiguousarray(d_x).reshape(-1), d_y.reshape(-1))
+            else:
+                np.multiply(d_x, mask, out=d_y)
             if activity_cost:
                 d_y += F32(activity_cost / layer.v.size) * (layer.y[1:] > 0)
             if d_events and (further := d_events[k]) is not None:

@@ -331,6 +331,13 @@ def reset_adjoint_all(n, rows, r, y, s, d_sent, d_in_out, a, pitch, d_y_before, 
         reset_gate_adjoint(n, 0, n, r, at, y, at, d_sent, b * n, d_in_out, a + b * pitch, d_y_before, b * n, d_bias)
 
 
+@compiled
+def copy_all(part, parts, source, target):
+    """target[:] = source, as float32, a thread's share."""
+    for i in range(len(source) * part // parts, len(source) * (part + 1) // parts):
+        target[i] = source[i]
+
+
 # --- loss and optimiser ----------------------------------------------------------------------------------------
 
 

@@ -90,9 +90,11 @@ class Paths:
         return cls(tape.v.reshape(-1), tape.threshold, (rule.code, F32(rule.dampening), F32(rule.support)))
 
     @classmethod
-    def of_mask(cls, mask: np.ndarray) -> Paths:
+    def of_mask(cls, mask: np.ndarray, team: Team, arena: Arena) -> Paths:
         """Where a mask (T, B, I) is True."""
-        return cls(mask.astype(F32).reshape(-1), np.zeros(mask.shape[2], F32), zeroed=True)
+        v = arena.take(mask.size)
+        team.run(kernels.copy_all, np.ascontiguousarray(mask).reshape(-1), v)
+        return cls(v, np.zeros(mask.shape[2], F32), zeroed=True)
 
     def zero_elsewhere(self, d_x: np.ndarray) -> None:
         """Of a gradient of everything, if that was asked for."""
