@@ -25,8 +25,8 @@ from eventrnn.training.team import Team
 F32 = np.float32
 # Shares of events (and of open pairs), times the share of weights that are stored, up to which input drives, gradients
 # of weights and of what was sent do not go through BLAS. Measured at 1350 units on one thread of an AVX-512 server: as
-# fast at 0.18, 0.29 and more than 0.6 for 20 samples, at 0.18, 0.29 and 0.36 for 80.
-DRIVES_UP_TO, EVENTS_UP_TO, PATHS_UP_TO = 0.18, 0.29, 0.4
+# fast at 0.63, 0.55 and 0.41 for 20 samples, at 0.62, 0.61 and 0.38 for 80.
+DRIVES_UP_TO, EVENTS_UP_TO, PATHS_UP_TO = 0.55, 0.5, 0.4
 # What kernels may read past the last row.
 SPARE = 2 * STRIP
 
