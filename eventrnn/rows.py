@@ -173,8 +173,8 @@ def add_near_rows_fetching(typingctx, drive, at, weights, start, pitch, scales, 
     return types.void(drive, at, weights, start, pitch, scales, s0, ids, values, first, count, coming), generate
 
 
-add_near_rows_16, add_near_rows_8, add_near_rows_4, add_near_rows_2, add_near_rows_1 = (
-    _add_rows(vectors, far=False) for vectors in (16, 8, 4, 2, 1)
+add_near_rows_8, add_near_rows_4, add_near_rows_2, add_near_rows_1 = (
+    _add_rows(vectors, far=False) for vectors in (8, 4, 2, 1)
 )
 add_rows_tile, add_rows_8, add_rows_4, add_rows_2, add_rows_1 = (_add_rows(vectors) for vectors in (TILE, 8, 4, 2, 1))
 

@@ -1,7 +1,7 @@
 """One number for everything that a fixed set of networks does; run as a script, it tells which kernels computed it.
 
-Every format, storage and variant, one drive and many, one thread and two, and every kind of traversal: two processes
-with other kernels, for another processor, must print the same.
+Every format, storage and variant, one drive and many, one thread and two, and every kind of traversal, and windows of
+training: two processes with other kernels, for another processor, must print the same.
 """
 
 from __future__ import annotations
@@ -9,13 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Iterator
 from unittest.mock import patch
 
 import numpy as np
 
 from eventrnn import packing, simd
+from eventrnn.backend import State
 from eventrnn.cells import CELLS, Cell
 from eventrnn.network import Network, simulate
+from eventrnn.training import Model
 from eventrnn.weights import FORMATS, STORAGES, convert
 
 #: What `convert` needs, by format: wide, narrow and odd blocks among them.
@@ -69,7 +72,32 @@ def digest() -> str:
                                 parts = [run.output, *run.states, *(each.to_dense() for each in run.events)]
                                 for array in (*parts, *run.state.cells, *run.state.outputs):
                                     total.update(np.ascontiguousarray(array).tobytes())
+    for gradients in windows():
+        for name in sorted(gradients):
+            total.update(np.ascontiguousarray(gradients[name]).tobytes())
     return total.hexdigest()
+
+
+def windows() -> Iterator[dict[str, np.ndarray]]:
+    """Gradients of windows with more rows than go together, all weights, pieces of them and single ones."""
+    rng = np.random.default_rng(22)
+    for variant in CELLS["egru"]:
+        for name, options, density in (("dense", {}, 1), ("block", {"block": (1, 64)}, 0.4), ("csr", {}, 0.1)):
+            drawn = Network.random([72], inputs=21, rng=rng, threshold=0.05, cell=Cell(variant=variant))
+            matrices = {}
+            for key, weights in drawn.matrices().items():
+                width = options.get("block", (1, 1))[1]
+                kept = np.repeat(rng.random((weights.shape[0], -(-weights.shape[1] // width))) < density, width, axis=1)
+                values = 2 * weights.to_dense() * kept[:, : weights.shape[1]]
+                matrices[key] = convert(values.astype(np.float32), name, **options)
+            drawn = drawn.with_matrices(matrices)
+            x = (rng.standard_normal((3, 85, 21)) * (rng.random((3, 85, 21)) < 0.4)).astype(np.float32)
+            upstream = rng.standard_normal((3, 85, 72), dtype=np.float32)
+            for threads in (1, 2):
+                model = Model(drawn, backward="sparse", threads=threads)
+                for _ in range(2):
+                    _, _, tape = model.forward(x, State.zeros(drawn, 85))
+                    yield model.backward(tape, upstream, d_inputs=True)
 
 
 if __name__ == "__main__":

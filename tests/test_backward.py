@@ -285,6 +285,28 @@ def test_more_samples_than_a_tile_has(variant, form):
     assert all(np.array_equal(gradient, found[1][name]) for name, gradient in found[0].items())
 
 
+@pytest.mark.parametrize("units", [1, 16, 17])
+@pytest.mark.parametrize("variant", ["evnn", "paper"])
+def test_more_threads_than_shares_of_units(variant, units):
+    """A thread without units leaves the lists of the others alone, in steps of more than one tile too."""
+    rng = np.random.default_rng(units)
+    for steps, batch, inputs in ((3, 81, 1), (4, 161, 43)):
+        network = Network.random([units], inputs=inputs, rng=rng, threshold=0.05, cell=Cell(variant=variant))
+        x = (rng.normal(size=(steps, batch, inputs)) * (rng.random((steps, batch, inputs)) < 0.4)).astype(np.float32)
+        mask, upstream = rng.random(x.shape) < 0.3, np.zeros((3, steps, batch, units), np.float32)
+        upstream[0] = rng.normal(size=upstream[0].shape)
+        found = []
+        for threads in (1, 2, 3):
+            model = Model(network, backward="sparse", threads=threads)
+            for _ in range(3):
+                _, _, tape = model.forward(x, State.zeros(network, batch))
+                found.append(model.backward(tape, upstream[0], d_inputs=mask))
+        agree_inputs = model.backward(tape, upstream[0], d_inputs=True)
+        agree(model, agree_inputs, tape, Noise(), upstream)
+        for each in found[1:]:
+            assert all(np.array_equal(gradient, each[name]) for name, gradient in found[0].items())
+
+
 @pytest.mark.parametrize("got", [np.ones((3, 2, 4), bool), np.ones((3, 2, 5)), 1, None, [True], "x"])
 def test_a_mask_of_inputs_that_does_not_fit_is_refused(got):
     network = Network.random([4], inputs=5, rng=np.random.default_rng(0))

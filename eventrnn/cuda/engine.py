@@ -336,8 +336,8 @@ class CudaEngine:
         )
         # Drives of the first layer, and of all where feeders leave them.
         row += 3 * sum(self.units) + (sum(self.units) if record_states else 0)
-        # Bytes that tensor cores' events are counted from.
-        row += sum(self.units) // 8 if self.precision else 0
+        # What events of tensor-core layers are counted from: two bytes for two units and no more than one sample each.
+        row += sum(-(-n // (2 * LANES)) * LANES // 2 for n in self.units) if self.precision else 0
         # Lists of the input's events, where they are found here.
         row += 2 * (self.network.layers[0].inputs + LANES)
         if self.readout is not None:

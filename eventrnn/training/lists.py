@@ -154,8 +154,8 @@ def list_all(rows, low, high, who, counts):
 
 @compiled
 def tile_rows(rows):
-    """Rows of a tile when there are so many: even shares, no more than TILE_ROWS."""
-    return -(-rows // max(1, -(-rows // TILE_ROWS)))
+    """Rows of a tile when there are so many: even shares, no more than TILE_ROWS, one at least."""
+    return max(1, -(-rows // max(1, -(-rows // TILE_ROWS))))
 
 
 @compiled
@@ -167,8 +167,8 @@ def list_pairs(
     `tile_rows(rows)` rows: tile k and unit j have amounts[k * n + j] rows, counted from the tile's first, in `pairs`
     from starts[k * n + j] on, filled up to a multiple of PAIRS. `made_out` (n,) counts them.
     """
-    together = tile_rows(rows) if tiled else rows
-    for k in range(-(-rows // max(1, together))):
+    together = tile_rows(rows) if tiled else max(1, rows)
+    for k in range(-(-rows // together)):
         first, some = row + k * together, min(together, rows - k * together)
         if source == OPEN:
             list_open(kind, dampening, support, threshold, v, first, some, n, low, high, who, counts, found, values)

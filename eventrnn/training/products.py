@@ -177,7 +177,7 @@ def dense_gradient(
 
 @compiled
 def piece_gradient(
-    part, parts, chosen, units, columns, width, order, starts, ids, sent, rows, n_pre, delta, pitch, m_tile, out
+    part, parts, chosen, units, columns, width, starts, ids, sent, rows, n_pre, delta, pitch, m_tile, out
 ):
     """Gradients of the pieces `chosen`, by column. Splits pieces."""
     first, last = share(len(chosen), 1, part, parts), share(len(chosen), 1, part + 1, parts)

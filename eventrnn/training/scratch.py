@@ -42,6 +42,10 @@ class Scratch:
         """For the events of one row of n numbers: which, and what."""
         return self.take(self.threads, n + LANES, dtype=np.int32), self.take(self.threads, n + LANES)
 
+    def piece_tile(self, width: int) -> np.ndarray:
+        """A tile of so many columns of the rows that are added to pieces."""
+        return self.take(self.threads, products.PIECE_ROWS * width)
+
     def strip(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
         """A tile of the rows that are added, and a strip of so many sums."""
         return self.take(self.threads, lists.TILE_ROWS * products.STRIP), self.take(self.threads, rows * products.STRIP)
@@ -50,11 +54,11 @@ class Scratch:
         """What `sweeps` lists the pairs of `rows` rows and n units in; `tiled`, also their tiles and sums, and the
         units' weights in chunks, for ranges of so many columns. Threads need not be at the same rows."""
         take, parts, units, step = self.take, self.threads, n if tiled else 0, lists.tile_rows(rows)
-        every = -(-rows // max(1, step)) * units
+        every = -(-rows // step) * units
         pairs, chunks = every * (step + lists.PAIRS), max(-(-columns // dots.CHUNK) for columns in ranges)
         return (
             take(len(ranges), chunks * units * dots.CHUNK),
             take(parts, n * (step if tiled else rows), dtype=np.int32), take(n, dtype=np.int64), *self.row(n),
-            take(every, dtype=np.int64), take(every, dtype=np.int64), take(parts, pairs, dtype=np.int32),
-            take(parts, pairs), take(parts, step * dots.CHUNK),
+            take(parts, every, dtype=np.int64), take(parts, every, dtype=np.int64),
+            take(parts, pairs, dtype=np.int32), take(parts, pairs), take(parts, step * dots.CHUNK),
         )  # fmt: skip

@@ -151,7 +151,7 @@ def backward(
     low, high = share(n, LANES, part, parts), share(n, LANES, part + 1, parts)
     size, target, gates = batch * n, parts, 2 * n if paper else 3 * n
     each_cell = size if len(d_cell) > size else 0
-    lists, stored, stored_candidate = (starts, amounts, pairs[part]), weights, weights
+    lists, stored, stored_candidate = (starts[part], amounts[part], pairs[part]), weights, weights
     if form == DENSE:
         stored, stored_candidate = chunks[0], chunks[1]
         pack_chunks(weights, 3 * n, 0, gates, low, high, n, stored)
@@ -225,9 +225,10 @@ def gradient_of_inputs(
                 d_x_out[j] = cells.ZERO
         list_pairs(
             source, form == DENSE, kind, dampening, support, threshold, v, first, some, n_pre, low, high,
-            who[part], counts, found[part], values[part], made_out, starts, amounts, pairs[part],
+            who[part], counts, found[part], values[part], made_out, starts[part], amounts[part], pairs[part],
         )  # fmt: skip
         multiply_back(
             form, width, stored, columns, pointers, 0, n_post, delta, first * pitch, pitch, some, low, high, n_pre,
-            who[part], counts, starts, amounts, pairs[part], sums[part], tiles[part], d_x_out, first * n_pre,
+            who[part], counts, starts[part], amounts[part], pairs[part], sums[part], tiles[part],
+            d_x_out, first * n_pre,
         )  # fmt: skip

@@ -56,7 +56,8 @@ def sum_lanes(typingctx, vector):
 
 @intrinsic
 def store_past(typingctx, array, index, vector):
-    """`store` at the beginning of a cache line, past the caches: the line is not read first."""
+    """`store` at the beginning of a cache line, past the caches: the line is not read first. Other threads see it once
+    they have waited for this one: what wakes them orders such stores too."""
 
     def generate(context, builder, signature, args):
         pointer = address(context, builder, signature.args[0], args[0], args[1])
