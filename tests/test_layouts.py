@@ -255,18 +255,28 @@ def test_a_plan_holds_the_weights_once():
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no large pages")
 def test_large_pages_are_asked_for_and_may_be_refused():
-    asked = []
+    asked, kinds = [], []
 
     class Refusing(mmap.mmap):
+        def __new__(cls, *arguments, flags=mmap.MAP_SHARED):
+            kinds.append(flags)
+            return super().__new__(cls, *arguments, flags=flags)
+
         def madvise(self, option):
             asked.append(option)
             raise OSError(22, "Invalid argument")
 
     with patch.object(packing, "LARGE_PAGE", 1 << 12), patch.object(packing.mmap, "mmap", Refusing):
-        zeros = packing.aligned_zeros(5_000, np.float32)
-    assert asked == [mmap.MADV_HUGEPAGE]
-    assert zeros.shape == (5_000,) and not zeros.any() and zeros.ctypes.data % (1 << 12) == 0
-    zeros[:] = 1
+        arrays = [packing.aligned_zeros(5_000, np.float32) for _ in range(200)]
+    assert asked == [mmap.MADV_HUGEPAGE] * 200
+    # Memory that may be shared with other processes gets no large pages.
+    assert all(kind & mmap.MAP_PRIVATE and kind & mmap.MAP_ANONYMOUS for kind in kinds)
+    places = {zeros.ctypes.data % packing.APART for zeros in arrays}
+    assert len(places) > 20 and all(place % 64 == 0 for place in places)
+    for k, zeros in enumerate(arrays):
+        assert zeros.shape == (5_000,) and not zeros.any()
+        zeros[:] = k + 1
+    assert all((zeros == k + 1).all() for k, zeros in enumerate(arrays))
 
 
 @pytest.mark.parametrize("variant", CELLS["egru"])
