@@ -170,7 +170,7 @@ def scratch_shapes(parts: int, inputs: int, rows: int, pieces: int, blas: int) -
     `blas` columns)."""
     most, listed = rows * inputs + LANES, LISTED_PIECES + pieces + LANES
     return (
-        ((parts, rows * (-(-inputs // PANEL) + 1)), np.int64),
+        ((parts, rows * -(-inputs // PANEL) + 1), np.int64),
         ((parts, most), np.int32),
         ((parts, most), np.float32),
         ((parts, 2, listed), np.int32),

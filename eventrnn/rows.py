@@ -33,8 +33,6 @@ from eventrnn.simd import (
 # As many accumulators as stay in registers beside the weights: 16 of 32 on AVX-512, 4 (8 AVX registers) elsewhere.
 TILE = 16 if AVX512 else 4
 PREFETCH_ROWS = 4
-# Lines of coming weights asked for at each event.
-LINES_AN_EVENT = 2
 # Bytes of a cache line; where a prefetch brings it.
 LINE = 64
 L1, L2 = 3, 2
@@ -150,27 +148,6 @@ def _add_rows(vectors: int, far: bool = True):
         return types.void(drive, at, weights, start, pitch, scales, s0, ids, values, first, count), generate
 
     return add_rows
-
-
-@intrinsic
-def add_near_rows_fetching(typingctx, drive, at, weights, start, pitch, scales, s0, ids, values, first, count, coming):
-    """`add_near_rows_4`; meanwhile each event asks for the next `LINES_AN_EVENT` lines of the weights from `coming` on.
-
-    A few at a time: more than there are free buffers would stand in the way.
-    """
-
-    def generate(context, builder, signature, args):
-        kinds = signature.args
-        lines, line = address(context, builder, kinds[2], args[2], args[11]), LINE // kinds[2].dtype.bitwidth * 8
-
-        def fetch(event, row):
-            for k in range(LINES_AN_EVENT):
-                at_line = builder.add(builder.mul(event, I64(LINES_AN_EVENT * line)), I64(k * line))
-                _prefetch(builder, builder.gep(lines, [at_line]), L2)
-
-        return _sum_rows(context, builder, kinds, args, 4, fetch)
-
-    return types.void(drive, at, weights, start, pitch, scales, s0, ids, values, first, count, coming), generate
 
 
 add_near_rows_8, add_near_rows_4, add_near_rows_2, add_near_rows_1 = (

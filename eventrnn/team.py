@@ -78,6 +78,26 @@ def wait(barrier, parts, target):
     return target + parts
 
 
+@compiled
+def take(queue):
+    """The next number from 0 on; no two threads get the same."""
+    return atomic_add(queue, 1)
+
+
+@compiled
+def take_piece(queue, size, most, least, parts):
+    """The next piece of `size` that no thread has: its first and how many, none when all are given out.
+
+    `most` at a time; towards the end fewer, down to `least`, so that threads end together though one core is slower.
+    """
+    first, count = 0, 0
+    for _ in range(take(queue) + 1):
+        first += count
+        fair = (size - first) // (parts + 1) if parts > 1 else most
+        count = min(size - first, max(least, min(most, fair)))
+    return first, count
+
+
 def started(threads: int) -> ThreadPoolExecutor:
     """A pool whose threads all run: a thread that could not be started in the midst of a run would leave the others
     waiting at their barrier for ever."""

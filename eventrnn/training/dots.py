@@ -13,7 +13,7 @@ from eventrnn import cells
 from eventrnn.jit import compiled
 from eventrnn.rows import prefetch, prefetch_far
 from eventrnn.simd import LANES, load
-from eventrnn.training.lists import PAIRS
+from eventrnn.training.lists import PAIRS, share
 from eventrnn.training.vectors import everywhere, gather, pair_of_dots, quad_of_dots, sum_lanes
 from eventrnn.traverse import copy
 
@@ -33,6 +33,12 @@ def pack_chunks(w, pitch, low, count, first, end, n, chunks):
             copy(w, j * pitch + low + column, chunks, to, width)
             for i in range(to + width, to + CHUNK):
                 chunks[i] = cells.ZERO
+
+
+@compiled
+def pack_all_chunks(part, parts, w, n, columns, chunks):
+    """`pack_chunks` of a whole matrix (n, columns). Splits units."""
+    pack_chunks(w, columns, 0, columns, share(n, 1, part, parts), share(n, 1, part + 1, parts), n, chunks)
 
 
 @compiled

@@ -14,12 +14,12 @@ import numpy as np
 from eventrnn.backend import BackwardWork
 from eventrnn.cells import Cell
 from eventrnn.simd import LANES
-from eventrnn.training import kernels, lists, products, sweeps
+from eventrnn.training import dots, kernels, lists, products, sweeps
 from eventrnn.training.matrix import Pattern, Windows, windows
 from eventrnn.training.memory import Arena
 from eventrnn.training.products import STRIP
 from eventrnn.training.scratch import Lists, Scratch
-from eventrnn.training.sweeps import DENSE, PIECES
+from eventrnn.training.sweeps import DENSE, PIECES, STORED_ROWS, WINDOW_ROWS
 from eventrnn.training.team import Team
 
 F32 = np.float32
@@ -178,7 +178,7 @@ class LayerEngine:
             drive_in, pitch, held_flat,
             take(parts, batch * pitch + SPARE), take(rows * wide + LANES, dtype=np.int32), take(rows * wide + LANES),
             take(rows * parts, dtype=np.int64), take(rows * parts, dtype=np.int64),
-            *self.scratch.engine(n, batch, table.most), *outputs, barrier=True,
+            *self.scratch.engine(n, batch, table.most), *outputs, counter=True,
         )  # fmt: skip
         return tape
 
@@ -198,15 +198,17 @@ class LayerEngine:
             self.team.run(
                 products.input_drives, flat, rows, w.reshape(-1), n_pre, columns, p["bias_in"], drive, pitch,
                 *self.scratch.events(n_pre, strip, parts), take(parts, strip, dtype=np.int64), self.scratch.bins(),
-                *self.scratch.strip(strip),
+                *self.scratch.strip(strip), counter=True,
             )  # fmt: skip
             return sent
         table = self._windows("w_in", [(0, columns // 3)], 1, w)
-        most = flat.size + parts * LANES
+        some = min(rows, products.LEAST_ROWS)
+        most = some * n_pre + LANES
         self.team.run(
             products.stored_drives, flat, table.tables[0], table.values, table.index, table.pointers, n_pre, rows,
-            p["bias_in"], drive, pitch, take(most, dtype=np.int32), take(most), take(rows, dtype=np.int64),
-            take(rows, dtype=np.int64), *self.scratch.engine(1, 1, table.most),
+            p["bias_in"], drive, pitch, take(parts, most, dtype=np.int32), take(parts, most),
+            take(parts, some, dtype=np.int64), take(parts, some, dtype=np.int64),
+            *self.scratch.engine(1, 1, table.most), counter=True,
         )  # fmt: skip
         return sent
 
@@ -323,7 +325,7 @@ class LayerEngine:
             pattern.form, pattern.width, weights, columns, pattern.pointers(0, gates), pattern.pointers(2 * n, 3 * n),
             *arrays, d_cell, d_y, d_c,
             *self.scratch.pairs(pattern.form == DENSE, n, batch, gates, 3 * n - gates), take(2 * batch * n),
-            d_in, d_rec, pitch, d_threshold, d_bias, tape.work["w_rec"].dots, barrier=True,
+            d_in, d_rec, pitch, d_threshold, d_bias, tape.work["w_rec"].dots, counter=True,
         )  # fmt: skip
         tape.work["w_rec"].dots_stored = pattern.stored_out()
 
@@ -373,7 +375,7 @@ class LayerEngine:
             further = self.scratch.bins(), *self.scratch.row(n)
             for x in source.arrays:
                 found = self.scratch.events(rows, n, tile=tile)
-                self.team.run(lists.list_by_unit, x, rows, n, tile, not pieces, *found, counts, *further)
+                self.team.run(lists.list_by_unit, x, rows, n, tile, not pieces, *found, counts, *further, counter=True)
                 source.lists.append(found)
 
     def _gradient(self, name: str, arrived: Arrived, rows: int, delta, pitch: int, tape, stored: bool) -> np.ndarray:
@@ -404,7 +406,7 @@ class LayerEngine:
             for each, (low, high) in zip(arrived.lists, ranges, strict=True):
                 self.team.run(
                     products.dense_gradient, *each, rows, n_pre, delta, pitch, gradient.reshape(-1), columns, low, high,
-                    *scratch,
+                    *scratch, counter=True,
                 )  # fmt: skip
             return self._masked(name, gradient, stored)
         out = take(pattern.stored + LANES)
@@ -413,13 +415,14 @@ class LayerEngine:
             if pattern.form == PIECES:
                 tile = self.scratch.piece_tile(pattern.width)
                 self.team.run(
-                    products.piece_gradient, *which, pattern.width, *each[1:], rows, n_pre, delta, pitch, tile, out
-                )
+                    products.piece_gradient, *which, pattern.width, *each[1:], rows, n_pre, delta, pitch, tile, out,
+                    counter=True,
+                )  # fmt: skip
             else:
                 strips = np.searchsorted(pattern.columns[chosen], np.append(np.arange(low, high, STRIP), high))
                 self.team.run(
                     products.single_gradient, chosen, strips, low, high, *which[1:], *each, rows, n_pre, delta, pitch,
-                    *scratch, out,
+                    *scratch, out, counter=True,
                 )  # fmt: skip
                 work.gradient_stored = np.full(n_pre, columns, np.int64)
         if stored:
@@ -454,16 +457,18 @@ class LayerEngine:
             wanted.zero_elsewhere(out)
             return out
         weights, stored_columns = self._stored(pattern, w)
-        d_x, made = self.arena.take(steps, batch, n_pre), np.zeros(n_pre, np.int64)
-        together = min(rows, sweeps.WINDOW_ROWS if pattern.form == DENSE else sweeps.STORED_ROWS)
+        d_x, made = self.arena.take(steps, batch, n_pre), np.zeros((self.team.threads, n_pre), np.int64)
+        dense = pattern.form == DENSE
+        scratch = self.scratch.pairs(dense, n_pre, min(rows, WINDOW_ROWS if dense else STORED_ROWS), columns)
+        if dense:
+            self.team.run(dots.pack_all_chunks, weights, n_pre, columns, scratch[0][0])
         self.team.run(
             sweeps.gradient_of_inputs, pattern.form, pattern.width, weights, stored_columns,
             pattern.pointers(0, columns), columns, d_in, pitch, rows, n_pre,
             lists.ALL if wanted.v is None else lists.OPEN, *wanted.rule, wanted.threshold,
-            np.zeros(0, F32) if wanted.v is None else wanted.v,
-            *self.scratch.pairs(pattern.form == DENSE, n_pre, together, columns), d_x.reshape(-1), made,
+            np.zeros(0, F32) if wanted.v is None else wanted.v, *scratch, d_x.reshape(-1), made, counter=True,
         )  # fmt: skip
-        work.dots, work.dots_stored = made, pattern.stored_out()
+        work.dots, work.dots_stored = made.sum(axis=0), pattern.stored_out()
         return d_x
 
 

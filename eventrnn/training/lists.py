@@ -11,6 +11,7 @@ from eventrnn import cells
 from eventrnn.jit import compiled, inlined
 from eventrnn.simd import LANES, load
 from eventrnn.steps import compress, send
+from eventrnn.team import take
 from eventrnn.training.vectors import everywhere, sum_lanes
 
 # Rows of a tile; with 8 vectors of columns, 40 KiB. Measured as above: 52 ms with 64 rows, 50 with 80 and with 96.
@@ -71,12 +72,13 @@ def list_by_row(x, x_at, rows, n, tile, order, starts, ids, sent, counts, bins):
 
 
 @compiled
-def list_by_unit(part, parts, x, rows, n, tile, sort, order, starts, ids, sent, counts, bins, found, values):
+def list_by_unit(part, parts, queue, x, rows, n, tile, sort, order, starts, ids, sent, counts, bins, found, values):
     """Non-zero x (rows, n) by tile of rows, then unit; `ids` are rows, ascending. As `list_by_row`; without `sort` list
-    q is of unit q, and `order` stays as it is. Splits tiles. Scratch, a row a thread: counts (n,), bins (tile + 2,),
-    found and values (n + 16,)."""
+    q is of unit q, and `order` stays as it is. Threads take tiles. Scratch, a row a thread: counts (n,), bins
+    (tile + 2,), found and values (n + 16,)."""
     count, units, numbers = counts[part], found[part], values[part]
-    for k in range(part, -(-rows // tile), parts):
+    k = take(queue)
+    while k < -(-rows // tile):
         first, last, start = k * tile, min(rows, k * tile + tile), k * (n + 1)
         for i in range(n):
             count[i] = 0
@@ -97,6 +99,7 @@ def list_by_unit(part, parts, x, rows, n, tile, sort, order, starts, ids, sent, 
             for e in range(send(x, r * n, 0, n, units, numbers, 0)):
                 to = count[units[e]]
                 ids[to], sent[to], count[units[e]] = r, numbers[e], to + 1
+        k = take(queue)
 
 
 # --- pairs of a sample and a unit ---------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from eventrnn.jit import compiled, inlined
 from eventrnn.rows import add_near_rows_1, add_near_rows_2, add_near_rows_4, add_near_rows_8, prefetch, prefetch_far
 from eventrnn.simd import AVX512, LANES, load
 from eventrnn.steps import send
+from eventrnn.team import take, take_piece
 from eventrnn.training.lists import TILE_ROWS, list_by_row, share
 from eventrnn.training.vectors import store_past
 from eventrnn.traverse import copy, propagate_all
@@ -106,21 +107,22 @@ def add_pieces(chosen, first, last, units, columns, width, starts, ids, sent, ro
 
 # --- whole matrices, a thread's share -----------------------------------------------------------------------
 
-# Drives that are worked on together: a strip of them lies in the L2 cache.
-STRIP_ROWS = 1024
+# Drives that are worked on together: a strip of them lies in the L2 cache. The last ones are fewer, not to wait long.
+STRIP_ROWS, LEAST_ROWS = 1024, 128
+# Pieces of a weight gradient that are worked on together, at least: some share the columns of delta that they read.
+LEAST_PIECES = 64
 
 
 @compiled
 def input_drives(
-    part, parts, x, rows, w, n_pre, columns, bias, drive_out, pitch,
+    part, parts, queue, x, rows, w, n_pre, columns, bias, drive_out, pitch,
     order, starts, ids, sent, counts, bins, m_tile, strip,
 ):  # fmt: skip
     """Drives of all rows of x (rows, n_pre) from dense weights: the bias, then the events' terms in ascending unit.
-    Splits rows; scratch is a thread's own, lists and strip for STRIP_ROWS rows. Rows of `drive_out` begin on cache
-    lines."""
-    end = share(rows, 1, part + 1, parts)
-    for first in range(share(rows, 1, part, parts), end, STRIP_ROWS):
-        some = min(STRIP_ROWS, end - first)
+    Threads take rows; scratch is a thread's own, lists and strip for STRIP_ROWS rows. Rows of `drive_out` begin on
+    cache lines."""
+    first, some = take_piece(queue, rows, STRIP_ROWS, LEAST_ROWS, parts)
+    while some > 0:
         lists = order[part], starts[part], ids[part], sent[part]
         list_by_row(x, first * n_pre, some, n_pre, TILE_ROWS, *lists, counts[part], bins[part])
         for column in range(0, columns, STRIP):
@@ -135,37 +137,40 @@ def input_drives(
                 for i in range(0, whole, LANES):
                     store_past(drive_out, at + i, load(strip[part], r * STRIP + i))
                 copy(strip[part], r * STRIP + whole, drive_out, at + whole, width - whole)
+        first, some = take_piece(queue, rows, STRIP_ROWS, LEAST_ROWS, parts)
 
 
 @compiled
 def stored_drives(
-    part, parts, x, windows, values, index, pointers, n_pre, rows, bias, drive_out, pitch,
+    part, parts, queue, x, windows, values, index, pointers, n_pre, rows, bias, drive_out, pitch,
     ids, sent, firsts, counts, cuts, own_ids, own_sent, lists, amounts, scratch, tile, product,
 ):  # fmt: skip
-    """`input_drives` from stored pieces or single weights. Room for lists: a vector a thread more than x."""
-    low, high = share(rows, 1, part, parts), share(rows, 1, part + 1, parts)
-    to = low * n_pre + part * LANES
-    for r in range(low, high):
-        firsts[r], counts[r] = to, send(x, r * n_pre, 0, n_pre, ids, sent, to)
-        to += counts[r]
-    propagate_all(
-        windows, 0, len(windows), values, index, pointers, bias, 0, n_pre,
-        ids, sent, firsts, counts, low, 1, high - low,
-        cuts[part], own_ids[part], own_sent[part], lists[part], amounts[part],
-        scratch[part], tile[part], product[part], drive_out[low * pitch :], pitch,
-    )  # fmt: skip
+    """`input_drives` from stored pieces or single weights. Lists, a thread's own, for LEAST_ROWS rows."""
+    first, some = take_piece(queue, rows, LEAST_ROWS, 1, parts)
+    while some > 0:
+        to = 0
+        for r in range(some):
+            firsts[part, r], counts[part, r] = to, send(x, (first + r) * n_pre, 0, n_pre, ids[part], sent[part], to)
+            to += counts[part, r]
+        propagate_all(
+            windows, 0, len(windows), values, index, pointers, bias, 0, n_pre,
+            ids[part], sent[part], firsts[part], counts[part], 0, 1, some,
+            cuts[part], own_ids[part], own_sent[part], lists[part], amounts[part],
+            scratch[part], tile[part], product[part], drive_out[first * pitch :], pitch,
+        )  # fmt: skip
+        first, some = take_piece(queue, rows, LEAST_ROWS, 1, parts)
 
 
 @compiled
 def dense_gradient(
-    part, parts, order, starts, ids, sent, rows, n_pre, delta, pitch, gradient_out, columns, low, high, m_tile, strip
-):
-    """Columns `low` to `high` of a weight gradient (n_pre, columns), all of them written. Splits columns; scratch is a
-    thread's own, strip for n_pre rows."""
-    size = high - low
-    end = low + share(size, STRIP, part + 1, parts)
-    for column in range(low + share(size, STRIP, part, parts), end, STRIP):
-        width = min(STRIP, end - column)
+    part, parts, queue, order, starts, ids, sent, rows, n_pre, delta, pitch, gradient_out, columns, low, high,
+    m_tile, strip,
+):  # fmt: skip
+    """Columns `low` to `high` of a weight gradient (n_pre, columns), all of them written. Threads take strips; scratch
+    is a thread's own, strip for n_pre rows."""
+    column = low + take(queue) * STRIP
+    while column < high:
+        width = min(STRIP, high - column)
         for i in range(n_pre * STRIP):
             strip[part, i] = cells.ZERO
         add_rows(
@@ -173,30 +178,36 @@ def dense_gradient(
         )  # fmt: skip
         for r in range(n_pre):
             copy(strip[part], r * STRIP, gradient_out, r * columns + column, width)
+        column = low + take(queue) * STRIP
 
 
 @compiled
 def piece_gradient(
-    part, parts, chosen, units, columns, width, starts, ids, sent, rows, n_pre, delta, pitch, m_tile, out
+    part, parts, queue, chosen, units, columns, width, starts, ids, sent, rows, n_pre, delta, pitch, m_tile, out
 ):
-    """Gradients of the pieces `chosen`, by column. Splits pieces."""
-    first, last = share(len(chosen), 1, part, parts), share(len(chosen), 1, part + 1, parts)
-    add_pieces(
-        chosen, first, last, units, columns, width, starts, ids, sent, rows, n_pre, delta, pitch, m_tile[part], out
-    )
+    """Gradients of the pieces `chosen`, by column. Threads take pieces."""
+    most = max(LEAST_PIECES, len(chosen) // (4 * parts))
+    first, some = take_piece(queue, len(chosen), most, LEAST_PIECES, parts)
+    while some > 0:
+        add_pieces(
+            chosen, first, first + some, units, columns, width, starts, ids, sent, rows, n_pre, delta, pitch,
+            m_tile[part], out,
+        )  # fmt: skip
+        first, some = take_piece(queue, len(chosen), most, LEAST_PIECES, parts)
 
 
 @compiled
 def single_gradient(
-    part, parts, chosen, strips, low, high, units, columns, order, starts, ids, sent, rows, n_pre, delta, pitch,
+    part, parts, queue, chosen, strips, low, high, units, columns, order, starts, ids, sent, rows, n_pre, delta, pitch,
     m_tile, strip, out,
 ):  # fmt: skip
     """Gradients of the single weights `chosen`, those of strip k between `strips[k]` and `strips[k + 1]`.
 
     A strip, from column `low` on, is formed for all units that fired, and what is stored is picked from it; gathering
-    from delta would read the same cache lines. Splits strips.
+    from delta would read the same cache lines. Threads take strips.
     """
-    for k in range(share(len(strips) - 1, 1, part, parts), share(len(strips) - 1, 1, part + 1, parts)):
+    k = take(queue)
+    while k < len(strips) - 1:
         column = low + k * STRIP
         for i in range(n_pre * STRIP):
             strip[part, i] = cells.ZERO
@@ -205,6 +216,7 @@ def single_gradient(
             m_tile[part], strip[part],
         )  # fmt: skip
         pick_strip(strip[part], column, chosen, strips[k], strips[k + 1], units, columns, out)
+        k = take(queue)
 
 
 # --- between parameters and what the products read ----------------------------------------------------------

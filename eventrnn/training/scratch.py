@@ -58,7 +58,7 @@ class Scratch:
         pairs, chunks = every * (step + lists.PAIRS), max(-(-columns // dots.CHUNK) for columns in ranges)
         return (
             take(len(ranges), chunks * units * dots.CHUNK),
-            take(parts, n * (step if tiled else rows), dtype=np.int32), take(n, dtype=np.int64), *self.row(n),
+            take(parts, n * (step if tiled else rows), dtype=np.int32), take(parts, n, dtype=np.int64), *self.row(n),
             take(parts, every, dtype=np.int64), take(parts, every, dtype=np.int64),
             take(parts, pairs, dtype=np.int32), take(parts, pairs), take(parts, step * dots.CHUNK),
         )  # fmt: skip

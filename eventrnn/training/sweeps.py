@@ -19,7 +19,7 @@ from eventrnn.jit import compiled
 from eventrnn.rows import prefetch
 from eventrnn.simd import LANES
 from eventrnn.steps import send
-from eventrnn.team import wait
+from eventrnn.team import take_piece, wait
 from eventrnn.training.dots import dot_pieces, dot_single, dots, pack_chunks
 from eventrnn.training.kernels import adjoint, adjoint_paper, hold, reset_gate, reset_gate_adjoint, update, update_paper
 from eventrnn.training.lists import OPEN, SENT, TILE_ROWS, list_pairs, share, tile_rows
@@ -178,7 +178,7 @@ def backward(
         list_pairs(
             OPEN if t > 0 else SENT, form == DENSE, kind, dampening, support, threshold,
             v if t > 0 else y, max(0, t - 1) * batch, batch, n, low, high,
-            who[part], counts, found[part], values[part], made_out, *lists,
+            who[part], counts[part], found[part], values[part], made_out, *lists,
         )  # fmt: skip
         if paper:
             for b in range(batch):
@@ -187,7 +187,7 @@ def backward(
             multiply_back(
                 form, width, stored_candidate, columns, candidate_pointers, 2 * n, n,
                 d_in_out, start, pitch, batch, low, high, n,
-                who[part], counts, *lists, sums[part], tiles[part], d_sent, 0,
+                who[part], counts[part], *lists, sums[part], tiles[part], d_sent, 0,
             )  # fmt: skip
             for b in range(batch):
                 s = t * size + b * n
@@ -201,34 +201,35 @@ def backward(
             multiply_back(
                 form, width, stored, columns, pointers, 0, gates,
                 d_in_out if paper else d_rec_out, start, pitch, batch, low, high, n,
-                who[part], counts, *lists, sums[part], tiles[part], d_y, before,
+                who[part], counts[part], *lists, sums[part], tiles[part], d_y, before,
             )  # fmt: skip
 
 
 @compiled
 def gradient_of_inputs(
-    part, parts, form, width, weights, columns, pointers, n_post, delta, pitch, rows, n_pre,
+    part, parts, queue, form, width, weights, columns, pointers, n_post, delta, pitch, rows, n_pre,
     source, kind, dampening, support, threshold, v,
     chunks, who, counts, found, values, starts, amounts, pairs, sums, tiles, d_x_out, made_out,
 ):  # fmt: skip
     """d_x (rows, n_pre) = delta @ weights.T where it is wanted, zero elsewhere: everywhere, or where the unit below (v)
-    fired or has a slope. Splits presynaptic units."""
-    low, high = share(n_pre, 1, part, parts), share(n_pre, 1, part + 1, parts)
-    together, stored = STORED_ROWS, weights
+    fired or has a slope. Threads take rows; `made_out` (parts, n_pre). Dense weights come in chunks already."""
+    unit, most, stored = 1, STORED_ROWS, weights
     if form == DENSE:
-        together, stored = WINDOW_ROWS, chunks[0]
-        pack_chunks(weights, n_post, 0, n_post, low, high, n_pre, stored)
-    for first in range(0, rows, together):
-        some = min(together, rows - first)
-        for b in range(first, first + some):
-            for j in range(b * n_pre + low, b * n_pre + high):
-                d_x_out[j] = cells.ZERO
+        unit, stored = tile_rows(min(rows, WINDOW_ROWS)), chunks[0]
+        most = -(-min(rows, WINDOW_ROWS) // unit)
+    first, some = take_piece(queue, -(-rows // unit), most, 1, parts)
+    while some > 0:
+        first, some = first * unit, min(some * unit, rows - first * unit)
+        for i in range(first * n_pre, (first + some) * n_pre):
+            d_x_out[i] = cells.ZERO
         list_pairs(
-            source, form == DENSE, kind, dampening, support, threshold, v, first, some, n_pre, low, high,
-            who[part], counts, found[part], values[part], made_out, starts[part], amounts[part], pairs[part],
+            source, form == DENSE, kind, dampening, support, threshold, v, first, some, n_pre, 0, n_pre,
+            who[part], counts[part], found[part], values[part], made_out[part],
+            starts[part], amounts[part], pairs[part],
         )  # fmt: skip
         multiply_back(
-            form, width, stored, columns, pointers, 0, n_post, delta, first * pitch, pitch, some, low, high, n_pre,
-            who[part], counts, starts[part], amounts[part], pairs[part], sums[part], tiles[part],
+            form, width, stored, columns, pointers, 0, n_post, delta, first * pitch, pitch, some, 0, n_pre, n_pre,
+            who[part], counts[part], starts[part], amounts[part], pairs[part], sums[part], tiles[part],
             d_x_out, first * n_pre,
         )  # fmt: skip
+        first, some = take_piece(queue, -(-rows // unit), most, 1, parts)

@@ -19,9 +19,10 @@ class Team:
         self.threads = threads
         self.pool = started(threads - 1) if threads > 1 else None
 
-    def run(self, function: Callable, *arguments, barrier: bool = False) -> None:
-        """function(part, threads, [barrier,] *arguments) on every thread; returns when all have."""
-        shared = (np.zeros(1, np.int64),) if barrier else ()
+    def run(self, function: Callable, *arguments, counter: bool = False) -> None:
+        """function(part, threads, [counter,] *arguments) on every thread; returns when all have. A counter, shared and
+        zero at first, is a barrier to meet at or a queue to take work from (`eventrnn.team`)."""
+        shared = (np.zeros(1, np.int64),) if counter else ()
         if self.pool is None:
             function(0, 1, *shared, *arguments)
             return
