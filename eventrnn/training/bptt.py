@@ -17,7 +17,6 @@ from eventrnn.backend import BackwardWork, State
 from eventrnn.cells import Cell
 from eventrnn.cpu import MOST_THREADS
 from eventrnn.network import Layer, Network, Readout
-from eventrnn.training import kernels
 from eventrnn.training import thresholds as rules
 from eventrnn.training.layer import LayerEngine, LayerTape, Paths
 from eventrnn.training.memory import Arena
@@ -237,15 +236,12 @@ class Model:
             d_x = self._team.multiply(flat, self.readout_weights().T).reshape(tape.top.shape)
         for k in reversed(range(len(self.cells))):
             layer, mask = tape.layers[k], noise.of("between", k) if k + 1 < len(self.cells) else noise.top
-            d_y = self._arena.take(*layer.v.shape)
-            if mask is None:
-                self._team.run(kernels.copy_all, np.ascontiguousarray(d_x).reshape(-1), d_y.reshape(-1))
-            else:
-                np.multiply(d_x, mask, out=d_y)
+            d_y = _scaled(d_x, mask)
             if activity_cost:
-                d_y += F32(activity_cost / layer.v.size) * (layer.y[1:] > 0)
+                d_y = d_y + F32(activity_cost / layer.v.size) * (layer.y[1:] > 0)
             if d_events and (further := d_events[k]) is not None:
-                d_y += further
+                d_y = d_y + further
+            d_y = np.ascontiguousarray(d_y, F32)
             wanted = Paths.of_layer(tape.layers[k - 1], self.cells[k - 1]) if k else bottom
             w_in = self.parameters[f"layers.{k}.w_in"]
             if layer.engine is not self._engines[k]:

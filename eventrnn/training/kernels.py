@@ -129,8 +129,9 @@ def adjoint(
     u, r, g, q, v, s, c, before, d_y, d_cell, d_cell_at,
     d_c, at, d_in_out, d_rec_out, d, d_threshold, d_bias,
 ):  # fmt: skip
-    """Adjoint of `update`. `d_c` is read and overwritten with the gradient one step before; `d_threshold` (N,) and
-    `d_bias` (4N: u, r, g, recurrent g) are added to; rows of `d_in_out` and `d_rec_out` begin at d.
+    """Adjoint of `update`. `d_y` and `d_c` are of this step alone, at `at`; `d_c` is overwritten with the gradient one
+    step before; `d_threshold` (N,) and `d_bias` (4N: u, r, g, recurrent g) are added to; rows of `d_in_out` and
+    `d_rec_out` begin at d.
     """
     whole = low + (high - low) // LANES * LANES
     for i in range(low, whole, LANES):
@@ -147,7 +148,7 @@ def adjoint(
             event,
             slope,
             theta,
-            load(d_y, s + i),
+            load(d_y, at + i),
             load(d_c, at + i),
             load(d_cell, d_cell_at + i),
         )
@@ -168,7 +169,7 @@ def adjoint(
         event = cells.select(v[s + i] > threshold[i], cells.ONE, cells.ZERO)
         d_u, d_r, d_g, d_q, d_before, d_theta = cells.egru_backward(
             u[s + i], r[s + i], g[s + i], q[s + i], c[before + i], v[s + i], event, slope, threshold[i],
-            d_y[s + i], d_c[at + i], d_cell[d_cell_at + i],
+            d_y[at + i], d_c[at + i], d_cell[d_cell_at + i],
         )  # fmt: skip
         d_in_out[d + i], d_in_out[d + n + i], d_in_out[d + 2 * n + i] = d_u, d_r, d_g
         d_rec_out[d + i], d_rec_out[d + n + i], d_rec_out[d + 2 * n + i] = d_u, d_r, d_q
@@ -199,7 +200,7 @@ def adjoint_paper(
             value,
             event,
             slope,
-            load(d_y, s + i),
+            load(d_y, at + i),
             load(d_c, at + i),
             load(d_cell, d_cell_at + i),
         )
@@ -214,7 +215,7 @@ def adjoint_paper(
         slope = cells.surrogate_slope(kind, v[s + i] - threshold[i], dampening, support)
         event = cells.select(v[s + i] > threshold[i], cells.ONE, cells.ZERO)
         d_u, d_g, d_before, d_y_before, d_theta = cells.egru_paper_backward(
-            u[s + i], g[s + i], c[before + i], v[s + i], event, slope, d_y[s + i], d_c[at + i], d_cell[d_cell_at + i]
+            u[s + i], g[s + i], c[before + i], v[s + i], event, slope, d_y[at + i], d_c[at + i], d_cell[d_cell_at + i]
         )
         d_in_out[d + i], d_in_out[d + 2 * n + i] = d_u, d_g
         d_c[at + i], d_y_before_out[to + i] = d_before, d_y_before

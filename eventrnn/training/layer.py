@@ -253,7 +253,7 @@ class LayerEngine:
         wanted: Paths | None,
         stored: bool,
     ) -> Adjoint:
-        """Gradients from d_y (T, B, N), which is overwritten, and d_cell of v.
+        """Gradients from d_y (T, B, N), contiguous float32, and d_cell of v.
 
         wanted : where the gradient of the input is, nowhere for None
         stored : gradients of pruned matrices as their kept entries only, in the order of `matrix[mask]`
@@ -323,7 +323,7 @@ class LayerEngine:
         self.team.run(
             sweeps.backward, self.paper, steps, batch, n, *head,
             pattern.form, pattern.width, weights, columns, pattern.pointers(0, gates), pattern.pointers(2 * n, 3 * n),
-            *arrays, d_cell, d_y, d_c,
+            *arrays, d_cell, d_y, d_c, take(batch * n),
             *self.scratch.pairs(pattern.form == DENSE, n, batch, gates, 3 * n - gates), take(2 * batch * n),
             d_in, d_rec, pitch, d_threshold, d_bias, tape.work["w_rec"].dots, counter=True,
         )  # fmt: skip
@@ -345,21 +345,22 @@ class LayerEngine:
         u, r, g, q, v, y, c = arrays
         w_gates, w_candidate = split_gates(self.cell, tape.w_rec)
         gates, size, d_before = w_gates.shape[1], batch * n, np.zeros(batch * n, F32)
+        d_y = d_y.reshape(steps, batch, n)
+        d_sum = d_y[-1]
         for t in reversed(range(steps)):
             at, s = t * batch * pitch, t * size
             kernels.adjoint_all(
-                n, batch, self.paper, *head, u, r, g, q, v, c, s, d_y, d_cell, s if len(d_cell) > size else 0,
-                d_c, d_before, d_in, d_rec, at, pitch, d_threshold, d_bias,
+                n, batch, self.paper, *head, u, r, g, q, v, c, s, d_sum.reshape(-1),
+                d_cell, s if len(d_cell) > size else 0, d_c, d_before, d_in, d_rec, at, pitch, d_threshold, d_bias,
             )  # fmt: skip
             rows = d_rec[at : at + batch * pitch].reshape(batch, pitch)
             if self.paper:
                 d_sent = self.team.multiply(rows[:, 2 * n : 3 * n], w_candidate.T).reshape(-1)
                 kernels.reset_adjoint_all(n, batch, r, y, s, d_sent, d_in, at, pitch, d_before, d_bias)
             if t > 0:
-                earlier = d_y[s - size : s].reshape(batch, n)
-                earlier += self.team.multiply(rows[:, :gates], w_gates.T)
+                d_sum = self.team.multiply(rows[:, :gates], w_gates.T) + d_y[t - 1]
                 if self.paper:
-                    earlier += d_before.reshape(batch, n)
+                    d_sum += d_before.reshape(batch, n)
         work = tape.work["w_rec"]
         work.dots, work.dots_stored = np.full(n, work.asked), np.full(n, 3 * n)
 

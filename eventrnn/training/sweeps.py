@@ -23,7 +23,7 @@ from eventrnn.team import take_piece, wait
 from eventrnn.training.dots import dot_pieces, dot_single, dots, pack_chunks
 from eventrnn.training.kernels import adjoint, adjoint_paper, hold, reset_gate, reset_gate_adjoint, update, update_paper
 from eventrnn.training.lists import OPEN, SENT, TILE_ROWS, list_pairs, share, tile_rows
-from eventrnn.traverse import propagate_all
+from eventrnn.traverse import copy, propagate_all
 
 # How weights are stored for the backward pass.
 DENSE, PIECES, SINGLE = range(3)
@@ -135,17 +135,18 @@ def backward(
     # weights; the candidate's pointers are apart in the paper's variant
     form, width, weights, columns, pointers, candidate_pointers,
     # in
-    u, r, g, q, v, y, c, d_cell,
-    # updated: gradient of what was sent, of the cell after the window
-    d_y, d_c,
+    u, r, g, q, v, y, c, d_cell, d_y,
+    # updated: gradient of the cell after the window
+    d_c,
     # scratch
-    chunks, who, counts, found, values, starts, amounts, pairs, sums, tiles, d_sent,
+    d_sum, chunks, who, counts, found, values, starts, amounts, pairs, sums, tiles, d_sent,
     # out
     d_in_out, d_rec_out, pitch, d_threshold, d_bias, made_out,
 ):  # fmt: skip
     """All steps back: deltas of both drives (one and the same in the paper's variant), rows `pitch` apart.
 
-    `d_y` (T, B, N) comes with what the layer above and the loss say, and takes the recurrent part.
+    `d_y` (T, B, N) is what the layer above and the loss say of what was sent; `d_sum` (B, N) takes the recurrent part
+    of one step beside it.
     `made_out` (N,) counts how often a unit's dot was made.
     """
     low, high = share(n, LANES, part, parts), share(n, LANES, part + 1, parts)
@@ -156,25 +157,29 @@ def backward(
         stored, stored_candidate = chunks[0], chunks[1]
         pack_chunks(weights, 3 * n, 0, gates, low, high, n, stored)
         pack_chunks(weights, 3 * n, gates, 3 * n - gates, low, high, n, stored_candidate)
+    for b in range(batch):
+        copy(d_y, (steps - 1) * size + b * n + low, d_sum, b * n + low, high - low)
     for t in range(steps - 1, -1, -1):
         for b in range(batch):
             s, d = t * size + b * n, (t * batch + b) * pitch
             if paper:
                 adjoint_paper(
                     n, low, high, kind, dampening, support, threshold,
-                    u, g, v, s, c, s, d_y, d_cell, t * each_cell + b * n,
+                    u, g, v, s, c, s, d_sum, d_cell, t * each_cell + b * n,
                     d_c, b * n, d_sent, size + b * n, d_in_out, d, d_threshold, d_bias,
                 )  # fmt: skip
             else:
                 adjoint(
                     n, low, high, kind, dampening, support, threshold,
-                    u, r, g, q, v, s, c, s, d_y, d_cell, t * each_cell + b * n,
+                    u, r, g, q, v, s, c, s, d_sum, d_cell, t * each_cell + b * n,
                     d_c, b * n, d_in_out, d_rec_out, d, d_threshold, d_bias,
                 )  # fmt: skip
         target = wait(barrier, parts, target)
-        start, before = t * batch * pitch, (t - 1) * size
+        start = t * batch * pitch
         if t == 0 and not paper:
             continue
+        for b in range(batch if t > 0 else 0):
+            copy(d_y, (t - 1) * size + b * n + low, d_sum, b * n + low, high - low)
         list_pairs(
             OPEN if t > 0 else SENT, form == DENSE, kind, dampening, support, threshold,
             v if t > 0 else y, max(0, t - 1) * batch, batch, n, low, high,
@@ -195,13 +200,13 @@ def backward(
                     n, low, high, r, s, y, s, d_sent, b * n, d_in_out, start + b * pitch, d_sent, size + b * n, d_bias
                 )
                 for i in range(low, high if t > 0 else low):
-                    d_y[before + b * n + i] += d_sent[size + b * n + i]
+                    d_sum[b * n + i] += d_sent[size + b * n + i]
             target = wait(barrier, parts, target)
         if t > 0:
             multiply_back(
                 form, width, stored, columns, pointers, 0, gates,
                 d_in_out if paper else d_rec_out, start, pitch, batch, low, high, n,
-                who[part], counts[part], *lists, sums[part], tiles[part], d_y, before,
+                who[part], counts[part], *lists, sums[part], tiles[part], d_sum, 0,
             )  # fmt: skip
 
 
