@@ -65,16 +65,23 @@ def yield_core(typingctx):
 
 
 @compiled
-def wait(barrier, parts, target):
-    """Come to the barrier and wait until `target` arrivals were made in all; returns the next target."""
+def meet(barrier, parts, target):
+    """Come to the barrier and wait until `target` arrivals were made in all; returns for how many turns of a loop."""
+    spins = 0
     if parts > 1:
         atomic_add(barrier, 1)
-        spins = 0
         while atomic_load(barrier) < target:
             spins += 1
             pause()
             if spins > SPINS_BEFORE_YIELD:
                 yield_core()
+    return spins
+
+
+@compiled
+def wait(barrier, parts, target):
+    """`meet`; returns the next target."""
+    meet(barrier, parts, target)
     return target + parts
 
 

@@ -374,45 +374,45 @@ def _add_panels(matrix, weights, scales, n_pre, cuts, ids, sent, rows, tile):
 
     Meanwhile the next panel is asked for, some lines a drive.
     """
-    start, width, s0 = _values_at(matrix, weights), matrix[WIDTH], matrix[SCALES]
-    size, line = PANEL * width, LINE // weights.itemsize
-    some, last = -(-size // (rows * line)) * line, start + n_pre * width
+    start, pitch, s0 = _values_at(matrix, weights), matrix[PITCH], matrix[SCALES]
+    size, line = PANEL * pitch, LINE // weights.itemsize
+    some, last = -(-size // (rows * line)) * line, start + n_pre * pitch
     for panel in range((n_pre + PANEL - 1) // PANEL):
         coming = start + (panel + 1) * size
         for k in range(rows):
             for i in range(coming, min(last, coming + some), line):
                 prefetch_far(weights, i)
             coming += some
-            first, at, row, left = cuts[panel * rows + k], k * ROW_TILE, start, width // LANES
+            first, at, row, left = cuts[panel * rows + k], k * ROW_TILE, start, matrix[WIDTH] // LANES
             count = cuts[panel * rows + k + 1] - first
             if left >= 4:
-                add_near_rows_4(tile, at, weights, row, width, scales, s0, ids, sent, first, count)
+                add_near_rows_4(tile, at, weights, row, pitch, scales, s0, ids, sent, first, count)
                 left, at, row = left - 4, at + 4 * LANES, row + 4 * LANES
             if left >= 2:
-                add_near_rows_2(tile, at, weights, row, width, scales, s0, ids, sent, first, count)
+                add_near_rows_2(tile, at, weights, row, pitch, scales, s0, ids, sent, first, count)
                 left, at, row = left - 2, at + 2 * LANES, row + 2 * LANES
             if left >= 1:
-                add_near_rows_1(tile, at, weights, row, width, scales, s0, ids, sent, first, count)
+                add_near_rows_1(tile, at, weights, row, pitch, scales, s0, ids, sent, first, count)
 
 
 @compiled
 def _multiply(matrix, weights, scales, n_pre, x, rows, tile):
     """Every unit, active or not: some drives and outputs stay in registers."""
-    start, width, s0 = _values_at(matrix, weights), matrix[WIDTH], matrix[SCALES]
+    start, width, pitch, s0 = _values_at(matrix, weights), matrix[WIDTH], matrix[PITCH], matrix[SCALES]
     wide, many = MULTIPLY_VECTORS * LANES, rows // MULTIPLY_ROWS * MULTIPLY_ROWS
     for j in range(0, n_pre, MULTIPLY_UNITS):
         units = min(MULTIPLY_UNITS, n_pre - j)
         for i in range(0, width // wide * wide, wide):
             for k in range(0, many, MULTIPLY_ROWS):
                 at, row = i + k * ROW_TILE, k * n_pre
-                multiply_tile(tile, at, ROW_TILE, weights, start + i, width, scales, s0, x, row, n_pre, j, units)
+                multiply_tile(tile, at, ROW_TILE, weights, start + i, pitch, scales, s0, x, row, n_pre, j, units)
             for k in range(many, rows):
                 at, row = i + k * ROW_TILE, k * n_pre
-                multiply_row(tile, at, ROW_TILE, weights, start + i, width, scales, s0, x, row, n_pre, j, units)
+                multiply_row(tile, at, ROW_TILE, weights, start + i, pitch, scales, s0, x, row, n_pre, j, units)
         for i in range(width // wide * wide, width, LANES):
             for k in range(rows):
                 at, row = i + k * ROW_TILE, k * n_pre
-                multiply_edge(tile, at, ROW_TILE, weights, start + i, width, scales, s0, x, row, n_pre, j, units)
+                multiply_edge(tile, at, ROW_TILE, weights, start + i, pitch, scales, s0, x, row, n_pre, j, units)
 
 
 # --- the probe ----------------------------------------------------------------------------------------------

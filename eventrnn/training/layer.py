@@ -170,12 +170,15 @@ class LayerEngine:
             self._dense_steps(p, drive_in, pitch, held_flat, steps, batch, outputs)
             return tape
         parts = self.team.threads
-        table = self._windows("w_rec", self._edges(n), batch, p["w_rec"])
+        dense = self.patterns["w_rec"].form == DENSE
+        table = self._windows("w_rec", [(0, n)] if dense else self._edges(n), batch, p["w_rec"])
+        whole, fields = table.tables[0], table.tables.shape[2]
+        windows = take(parts, len(whole), fields, dtype=np.int64) if dense else table.tables
         rows, wide = 3 * batch, n + LANES * parts
         self.team.run(
             sweeps.forward, self.paper, steps, batch, n,
-            table.tables, table.cut, table.values, table.index, table.pointers, p["bias_rec"], p["threshold"],
-            drive_in, pitch, held_flat,
+            whole if dense else whole[:0], windows, table.cut, table.values, table.index, table.pointers,
+            p["bias_rec"], p["threshold"], drive_in, pitch, held_flat, *self.scratch.shares(),
             take(parts, batch * pitch + SPARE), take(rows * wide + LANES, dtype=np.int32), take(rows * wide + LANES),
             take(rows * parts, dtype=np.int64), take(rows * parts, dtype=np.int64),
             *self.scratch.engine(n, batch, table.most), *outputs, counter=True,
@@ -323,7 +326,7 @@ class LayerEngine:
         self.team.run(
             sweeps.backward, self.paper, steps, batch, n, *head,
             pattern.form, pattern.width, weights, columns, pattern.pointers(0, gates), pattern.pointers(2 * n, 3 * n),
-            *arrays, d_cell, d_y, d_c, take(batch * n),
+            *arrays, d_cell, d_y, d_c, *self.scratch.shares(), take(batch * n),
             *self.scratch.pairs(pattern.form == DENSE, n, batch, gates, 3 * n - gates), take(2 * batch * n),
             d_in, d_rec, pitch, d_threshold, d_bias, tape.work["w_rec"].dots, counter=True,
         )  # fmt: skip

@@ -25,6 +25,10 @@ class Scratch:
             self.take(*shape, dtype=kind) for shape, kind in scratch_shapes(self.threads, inputs, rows, most, 0)
         )
 
+    def shares(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of `balance`: how long threads waited, and where each thread's shares begin and end."""
+        return np.zeros((2, self.threads), np.int64), np.zeros((self.threads, self.threads + 1), np.int64)
+
     def events(self, m_rows: int, c_rows: int, *threads: int, tile: int = lists.TILE_ROWS) -> Lists:
         """For the events of `c_rows` sums, in tiles of the `m_rows` rows that are added."""
         take, tiles = self.take, -(-m_rows // tile)

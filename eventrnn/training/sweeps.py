@@ -20,9 +20,10 @@ from eventrnn.rows import prefetch
 from eventrnn.simd import LANES
 from eventrnn.steps import send
 from eventrnn.team import take_piece, wait
+from eventrnn.training.balance import cut_windows, even_shares, meet_and_move
 from eventrnn.training.dots import dot_pieces, dot_single, dots, pack_chunks
 from eventrnn.training.kernels import adjoint, adjoint_paper, hold, reset_gate, reset_gate_adjoint, update, update_paper
-from eventrnn.training.lists import OPEN, SENT, TILE_ROWS, list_pairs, share, tile_rows
+from eventrnn.training.lists import OPEN, SENT, TILE_ROWS, list_pairs, tile_rows
 from eventrnn.traverse import copy, propagate_all
 
 # How weights are stored for the backward pass.
@@ -36,21 +37,29 @@ WINDOW_ROWS, STORED_ROWS = 6 * TILE_ROWS, 64
 def forward(
     part, parts, barrier, paper, steps, batch, n,
     # weights
-    windows, cut, values, index, pointers, bias, threshold,
+    table, windows, cut, values, index, pointers, bias, threshold,
     # in
     drive_in, pitch, held,
     # scratch
-    drives, ids, sent, firsts, counts, cuts, own_ids, own_sent, lists, amounts, x, tile, product,
+    waited, edges, drives, ids, sent, firsts, counts, cuts, own_ids, own_sent, lists, amounts, x, tile, product,
     # out; y and c have the state before the window in front
     u_out, r_out, g_out, q_out, v_out, y_out, c_out,
 ):  # fmt: skip
     """All steps of a layer from its input drives, which hold their bias; same bits as the inference engine.
 
+    Windows are those of a thread's units, the first `cut` of the gates u and r; or threads cut theirs out of a `table`
+    of all units' rows, and share the units as they get on.
     Event lists: buffers 0 and 1 in turn hold y of the step before, buffer 2 what the paper's reset gate lets through;
     row b of a buffer has a segment a thread.
     """
-    low, high = share(n, LANES, part, parts), share(n, LANES, part + 1, parts)
-    size, wide, drive = batch * n, n + LANES * parts, drives[part]
+    size, wide, drive, mine = batch * n, n + LANES * parts, drives[part], windows[part]
+    even_shares(n, parts, edges[part])
+    low, high, last = edges[part, part], edges[part, part + 1], len(mine)
+    if len(table) > 0:
+        gates = cut_windows(table, 0, cut, n, low, high, mine, 0)
+        last = cut_windows(table, cut, len(table), n, low, high, mine, gates)
+    else:
+        gates = cut
     scratch = (
         cuts[part],
         own_ids[part],
@@ -75,7 +84,7 @@ def forward(
                 prefetch(ids, e)
                 prefetch(sent, e)
         propagate_all(
-            windows[part], 0, cut if paper else windows.shape[1], values, index, pointers, bias, 0, n,
+            mine, 0, gates if paper else last, values, index, pointers, bias, 0, n,
             ids, sent, firsts, counts, buffer * parts, parts, batch, *scratch, drive, pitch,
         )  # fmt: skip
         if paper:
@@ -87,7 +96,7 @@ def forward(
                 counts[slot] = send(q_out, s, low, high, ids, sent, first)
             target = wait(barrier, parts, target)
             propagate_all(
-                windows[part], cut, windows.shape[1], values, index, pointers, bias, 0, n,
+                mine, gates, last, values, index, pointers, bias, 0, n,
                 ids, sent, firsts, counts, 2 * batch * parts, parts, batch, *scratch, drive, pitch,
             )  # fmt: skip
         for b in range(batch):
@@ -107,7 +116,15 @@ def forward(
             slot, first = (following + b) * parts + part, (following + b) * wide + own
             firsts[slot] = first
             counts[slot] = send(y_out, s + size, low, high, ids, sent, first)
-        target = wait(barrier, parts, target)
+        if len(table) == 0:
+            target = wait(barrier, parts, target)
+            continue
+        target = meet_and_move(barrier, part, parts, target, t, waited, edges[part])
+        if low != edges[part, part] or high != edges[part, part + 1]:
+            low, high = edges[part, part], edges[part, part + 1]
+            own = low + LANES * part
+            gates = cut_windows(table, 0, cut, n, low, high, mine, 0)
+            last = cut_windows(table, cut, len(table), n, low, high, mine, gates)
 
 
 @compiled
@@ -139,7 +156,7 @@ def backward(
     # updated: gradient of the cell after the window
     d_c,
     # scratch
-    d_sum, chunks, who, counts, found, values, starts, amounts, pairs, sums, tiles, d_sent,
+    waited, edges, d_sum, chunks, who, counts, found, values, starts, amounts, pairs, sums, tiles, d_sent,
     # out
     d_in_out, d_rec_out, pitch, d_threshold, d_bias, made_out,
 ):  # fmt: skip
@@ -149,7 +166,8 @@ def backward(
     of one step beside it.
     `made_out` (N,) counts how often a unit's dot was made.
     """
-    low, high = share(n, LANES, part, parts), share(n, LANES, part + 1, parts)
+    even_shares(n, parts, edges[part])
+    low, high = edges[part, part], edges[part, part + 1]
     size, target, gates = batch * n, parts, 2 * n if paper else 3 * n
     each_cell = size if len(d_cell) > size else 0
     lists, stored, stored_candidate = (starts[part], amounts[part], pairs[part]), weights, weights
@@ -174,7 +192,8 @@ def backward(
                     u, r, g, q, v, s, c, s, d_sum, d_cell, t * each_cell + b * n,
                     d_c, b * n, d_in_out, d_rec_out, d, d_threshold, d_bias,
                 )  # fmt: skip
-        target = wait(barrier, parts, target)
+        target = meet_and_move(barrier, part, parts, target, t, waited, edges[part])
+        low, high = edges[part, part], edges[part, part + 1]
         start = t * batch * pitch
         if t == 0 and not paper:
             continue
