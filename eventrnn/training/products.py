@@ -15,7 +15,7 @@ import numpy as np
 
 from eventrnn import cells
 from eventrnn.jit import compiled, inlined
-from eventrnn.rows import add_near_rows_1, add_near_rows_2, add_near_rows_4, add_near_rows_8, prefetch, prefetch_far
+from eventrnn.rows import add_near_rows_1, add_near_rows_2, add_near_rows_4, add_near_rows_8, prefetch_far
 from eventrnn.simd import AVX512, LANES, load
 from eventrnn.steps import send
 from eventrnn.team import take, take_piece
@@ -72,9 +72,6 @@ def add_rows(order, starts, ids, sent, rows, m, m_rows, m_pitch, column, width, 
             at = starts[k * (rows + 1) + q]
             count = starts[k * (rows + 1) + q + 1] - at
             if count > 0:
-                ahead = order[k * rows + min(q + 1, rows - 1)] * STRIP
-                for i in range(ahead, ahead + STRIP, LANES):
-                    prefetch(strip, i)
                 row = order[k * rows + q] * STRIP
                 _add_vectors(TILE_VECTORS, strip, row, m_tile, -base * STRIP, ids, sent, at, count)
 
