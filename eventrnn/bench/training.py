@@ -20,8 +20,9 @@ from eventrnn.network import Network
 from eventrnn.observe import BackwardCounts, Counts, count_backward
 from eventrnn.training.bptt import BACKWARDS, Model, Tape
 
-#: torch.nn.GRU, another and dense model of the same size; and this very cell as a PyTorch loop
-TRAINING_RIVALS = ("torch", "torch-loop")
+#: torch.nn.GRU, another and dense model of the same size; this very cell as a PyTorch loop, written with care for its
+#: gradient; and as the published plain path (EvNN's `EGRUScript`) goes over the steps
+TRAINING_RIVALS = ("torch", "torch-loop", "torch-loop-indexed")
 INPUT_GRADIENTS = ("open", "all", "none")
 # How far gradients of the loop may be from ours over `CHECKED_STEPS`, relative to the largest: float32 products in
 # another order; a dropped term is orders of magnitude more.
@@ -134,10 +135,12 @@ def training(*, report: Report = lambda stage: None, **case: Any) -> dict:
                 raise RuntimeError(f"benchmark: the gradient of {name} is not finite; use fewer steps")
         figures = _measured(asked, network, tape)
         del tape, gradients
-        rivals = {name: _RIVALS[name](network, x, d_output, asked.input_gradient != "none") for name in asked.rivals}
-        if "torch-loop" in rivals:
-            report("comparing gradients")
-            _compare(network, x[:CHECKED_STEPS], d_output[:CHECKED_STEPS])
+        whole = asked.input_gradient != "none"
+        rivals = {name: _rival(name, network, x, d_output, whole) for name in asked.rivals}
+        for name in rivals:
+            if name in LOOPS:
+                report(f"comparing gradients with {name}")
+                _compare(name, network, x[:CHECKED_STEPS], d_output[:CHECKED_STEPS])
         report(f"timing {asked.repeats} rounds")
         seconds = interleaved({"ours": ours} | rivals, asked.repeats)
     medians = {name: float(np.median(each)) for name, each in seconds.items()}
@@ -216,14 +219,14 @@ def _torch_gru(network: Network, x: np.ndarray, d_output: np.ndarray, input_grad
     return run
 
 
-def _torch_loop(network: Network, x: np.ndarray, d_output: np.ndarray, input_gradient: bool) -> Run:
-    return torch_loop(network, x, d_output, input_gradient)[0]
-
-
 def torch_loop(
-    network: Network, x: np.ndarray, d_output: np.ndarray, input_gradient: bool
+    network: Network, x: np.ndarray, d_output: np.ndarray, input_gradient: bool, indexed: bool
 ) -> tuple[Run, Callable[[], dict[str, np.ndarray]]]:
-    """The layer as a PyTorch loop, the input product hoisted; how to run it, and its gradients by our names."""
+    """The layer as a PyTorch loop, the input product hoisted; how to run it, and its gradients by our names.
+
+    The steps come from one operation, whose gradient is made once; `indexed`, each from `drives[t]`, whose gradient is
+    an array of all steps, zero but for one, at every step.
+    """
     torch = import_torch()
     (layer,) = network.layers
     n, rule = layer.units, layer.cell.surrogate
@@ -252,7 +255,7 @@ def torch_loop(
         drives = (given.reshape(-1, given.shape[2]) @ p["w_in"] + p["bias_in"]).reshape(*x.shape[:2], 3 * n)
         c = y = torch.zeros(x.shape[1], n)
         outputs = []
-        for drive in drives.unbind(0):
+        for drive in (drives[t] for t in range(len(drives))) if indexed else drives.unbind(0):
             rec = torch.addmm(p["bias_rec"], y, p["w_rec"])
             u = torch.sigmoid(drive[:, :n] + rec[:, :n])
             r = torch.sigmoid(drive[:, n : 2 * n] + rec[:, n : 2 * n])
@@ -270,16 +273,23 @@ def torch_loop(
     return run, gradients
 
 
-_RIVALS = {"torch": _torch_gru, "torch-loop": _torch_loop}
+#: Rivals whose gradients are compared with ours, and whether they index the steps.
+LOOPS = {"torch-loop": False, "torch-loop-indexed": True}
 
 
-def _compare(network: Network, x: np.ndarray, d_output: np.ndarray) -> None:
+def _rival(name: str, network: Network, x: np.ndarray, d_output: np.ndarray, input_gradient: bool) -> Run:
+    if name in LOOPS:
+        return torch_loop(network, x, d_output, input_gradient, LOOPS[name])[0]
+    return _torch_gru(network, x, d_output, input_gradient)
+
+
+def _compare(name: str, network: Network, x: np.ndarray, d_output: np.ndarray) -> None:
     """Refuse to time a loop that computes something else."""
     model = Model(network)
     _, _, tape = model.forward(x, State.zeros(network, x.shape[1]))
-    ours, theirs = model.backward(tape, d_output), torch_loop(network, x, d_output, False)[1]()
-    for name, gradient in theirs.items():
-        gradient = gradient * model.masks[name] if name in model.masks else gradient
-        apart, size = np.abs(ours[name] - gradient).max(), np.abs(gradient).max()
+    ours, theirs = model.backward(tape, d_output), torch_loop(network, x, d_output, False, LOOPS[name])[1]()
+    for parameter, gradient in theirs.items():
+        gradient = gradient * model.masks[parameter] if parameter in model.masks else gradient
+        apart, size = np.abs(ours[parameter] - gradient).max(), np.abs(gradient).max()
         if apart > SAME_GRADIENT * size:
-            raise RuntimeError(f"against torch-loop: the gradient of {name} differs by {apart:.1e} of {size:.1e}")
+            raise RuntimeError(f"against {name}: the gradient of {parameter} differs by {apart:.1e} of {size:.1e}")

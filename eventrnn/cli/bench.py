@@ -94,7 +94,10 @@ def training(
     ] = "open",
     threads: Threads = 1,
     against: Annotated[
-        str, typer.Option(help="Rivals, separated by commas: torch (nn.GRU), torch-loop (this cell), or none.")
+        str,
+        typer.Option(
+            help="Rivals, separated by commas: torch (nn.GRU), torch-loop, torch-loop-indexed (this cell), or none."
+        ),
     ] = "torch",
     repeats: Annotated[int, typer.Option(help="Interleaved rounds; medians are reported.")] = 7,
     seed: Seed = 0,
