@@ -1,0 +1,140 @@
+"""Who does what: pieces of work from a queue, borders that move between threads, windows cut at them."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_backward import FORMATS, pruned
+
+from eventrnn.backend import State
+from eventrnn.cells import Cell
+from eventrnn.network import Network
+from eventrnn.packing import FIELDS, HIGH, LOW, VALUES
+from eventrnn.simd import LANES
+from eventrnn.team import take_piece
+from eventrnn.training import Model
+from eventrnn.training.balance import SLACK, cut_windows, even_shares, meet_and_move
+from eventrnn.training.lists import TILE_ROWS, tile_rows
+from eventrnn.training.matrix import Pattern, windows
+from eventrnn.training.scratch import Scratch
+from eventrnn.training.sweeps import WINDOW_ROWS
+
+
+@given(
+    size=st.integers(0, 3000), most=st.integers(1, 500), least=st.integers(1, 50), parts=st.integers(1, 5)
+)  # fmt: skip
+def test_a_queue_gives_everything_out_once(size, most, least, parts):
+    queue, end, sizes = np.zeros(1, np.int64), 0, []
+    while True:
+        first, count = take_piece(queue, size, max(most, least), least, parts)
+        if count == 0:
+            break
+        assert first == end and count <= max(most, least)
+        end, sizes = first + count, [*sizes, count]
+    assert end == size
+    assert sizes[:-1] == sorted(sizes[:-1], reverse=True) and all(each >= least for each in sizes[:-1])
+
+
+def test_tiles_of_a_piece_are_no_longer_than_those_that_there_is_room_for():
+    for rows in range(1, 2 * WINDOW_ROWS):
+        unit = tile_rows(min(rows, WINDOW_ROWS))
+        assert unit <= TILE_ROWS
+        for units in range(1, -(-min(rows, WINDOW_ROWS) // unit) + 1):
+            for some in {
+                units * unit,
+                *(rows - first for first in range(0, rows, unit) if rows - first < units * unit),
+            }:
+                tile = tile_rows(min(some, rows))
+                assert tile <= unit and -(-min(some, rows) // tile) <= units
+
+
+def moved(edges, waited, turns=1):
+    """The borders of every thread after it was alone at so many barriers."""
+    parts = len(edges) - 1
+    rows, waits = np.tile(np.array(edges), (parts, 1)), np.zeros((2, parts), np.int64)
+    for turn in range(turns):
+        waits[(turn + 1) % 2] = waited
+        before = waits.copy()
+        for part in range(parts):
+            waits[:] = before
+            # A target that the arrival of one thread reaches.
+            assert meet_and_move(np.zeros(1, np.int64), part, parts, 1, turn, waits, rows[part]) == 1 + parts
+            assert waits[turn % 2, part] == 0
+    assert (rows == rows[0]).all()
+    return rows[0].tolist()
+
+
+def test_whoever_waits_takes_units_from_its_neighbours():
+    edges = np.zeros(4, np.int64)
+    even_shares(150, 3, edges)
+    assert edges.tolist() == [0, 64, 112, 150]
+    assert moved(edges, [SLACK + 1, 0, 0]) == [0, 64 + LANES, 112, 150]
+    assert moved(edges, [0, SLACK + 1, 0]) == [0, 64 - LANES, 112 + LANES, 150]
+    assert moved(edges, [SLACK, 0, SLACK]) == edges.tolist()
+    # Everyone keeps something.
+    assert moved(edges, [SLACK + 1, 0, SLACK + 1], turns=20) == [0, 64 + LANES, 64 + 2 * LANES, 150]
+    assert moved([0, 16, 24], [0, SLACK + 1], turns=3) == [0, 16, 24]
+
+
+@given(
+    n=st.integers(1, 200), rows=st.sampled_from([1, 40]), border=st.integers(0, 12), paper=st.booleans()
+)  # fmt: skip
+def test_windows_cut_at_a_border_are_the_whole(n, rows, border, paper):
+    pattern = Pattern.of(None, (3, 3 * n), 2 * n)
+    table = windows(pattern, [(0, n)], rows)
+    whole, edges = table.tables[0], sorted({0, min(n, border * LANES), n})
+    first, last = (0, table.cut) if not paper else (table.cut, len(whole))
+    columns, places = [], []
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        mine = np.zeros((len(whole) + 1, FIELDS), np.int64)
+        end = cut_windows(whole, first, last, n, low, high, mine, 0)
+        assert not mine[end:].any()
+        for window in mine[:end]:
+            covered = np.arange(window[LOW], window[HIGH])
+            assert (covered % n >= low).all() and (covered % n < high).all()
+            columns.append(covered)
+            places.append(window[VALUES] + covered - window[LOW])
+    order = np.argsort(np.concatenate(columns))
+    of_whole = [np.arange(w[LOW], w[HIGH]) for w in whole[first:last]]
+    at_whole = [w[VALUES] + np.arange(w[HIGH] - w[LOW]) for w in whole[first:last]]
+    assert np.array_equal(np.concatenate(columns)[order], np.concatenate(of_whole))
+    assert np.array_equal(np.concatenate(places)[order], np.concatenate(at_whole))
+
+
+@pytest.mark.parametrize("variant", ["evnn", "paper"])
+@pytest.mark.parametrize(("form", "batch"), [(0, 2), (0, 40), (1, 3), (5, 3)])
+def test_bits_do_not_depend_on_who_has_a_unit(variant, form, batch, monkeypatch):
+    rng = np.random.default_rng(batch)
+    steps, units = 6, 150
+    network = Network.random([units], inputs=30, rng=rng, threshold=0.05, cell=Cell(variant=variant))
+    layer = network.layers[0]
+    w_rec = pruned(layer.w_rec.to_dense(), *FORMATS[form], rng)
+    network = replace(network, layers=(replace(layer, w_rec=w_rec),))
+    x = (rng.normal(size=(steps, batch, 30)) * (rng.random((steps, batch, 30)) < 0.3)).astype(np.float32)
+    upstream = rng.normal(size=(steps, batch, units)).astype(np.float32)
+    waits, given = {1: [0], 2: [0, 9 * SLACK], 3: [0, 9 * SLACK, 0]}, []
+
+    def shares(scratch):
+        # As if a thread had waited before the first barrier.
+        parts = scratch.threads
+        given.append(np.zeros((parts, parts + 1), np.int64))
+        return np.array([waits[parts]] * 2, np.int64), given[-1]
+
+    monkeypatch.setattr(Scratch, "shares", shares)
+    found = []
+    for threads in (1, 2, 3):
+        model = Model(network, backward="sparse", threads=threads)
+        output, state, tape = model.forward(x, State.zeros(network, batch))
+        gradients = model.backward(tape, upstream, d_inputs=True)
+        found.append({**gradients, "output": output, "cells": state.cells[0]})
+    for each in found[1:]:
+        assert all(np.array_equal(value, each[name]) for name, value in found[0].items())
+    # One step has one barrier, after which nobody moves back: borders do move in both sweeps, where they can.
+    _, _, tape = model.forward(x[:1], State.zeros(network, batch))
+    model.backward(tape, upstream[:1])
+    even, there = np.zeros(4, np.int64), [0, 48, 128, 150]
+    even_shares(units, 3, even)
+    forward, backward = given[-2:]
+    assert (forward == (there if form == 0 else even)).all() and (backward == there).all()
