@@ -126,7 +126,9 @@ def test_bits_do_not_depend_on_who_has_a_unit(variant, form, batch, monkeypatch)
     found = []
     for threads in (1, 2, 3):
         model = Model(network, backward="sparse", threads=threads)
-        output, state, tape = model.forward(x, State.zeros(network, batch))
+        # All units fire for some steps: lists are as long as there is room for.
+        full = State((np.full((batch, units), 5, np.float32),), (np.ones((batch, units), np.float32),))
+        output, state, tape = model.forward(x, full)
         gradients = model.backward(tape, upstream, d_inputs=True)
         found.append({**gradients, "output": output, "cells": state.cells[0]})
     for each in found[1:]:
