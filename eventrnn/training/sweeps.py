@@ -1,7 +1,8 @@
 """Through time, a layer at once: all steps of a window forward, and back, inside one compiled call a thread.
 
-A thread owns some units: their drives, cells and deltas. Threads meet at a barrier where one needs what all units sent
-(forward) or all units' deltas (backward); no sum is ever split, so the bits do not depend on their number.
+A thread has some units: their drives, cells and deltas. Threads meet at a barrier where one needs what all units sent
+(forward) or all units' deltas (backward), and there pass units on to whoever waited (`balance`); no sum is ever split,
+so the bits depend neither on their number nor on who had a unit when.
 
 What may be skipped. In the released variant the gradient of v is `event * d_y + slope * (v * d_y - threshold * d_c) +
 d_c`. Its last term goes through the keep gate at every unit, so deltas are dense; they are zero only for a unit that
