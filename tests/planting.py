@@ -157,8 +157,8 @@ KERNEL_FAULTS: dict[str, tuple[str, dict[str, str]]] = {
         "traverse",
         {"value, scale = sent[e], scales[s0 + unit]": "value, scale = sent[e], scales[s0 + max(unit - ON, 0)]"},
     ),
-    "scale of another unit, panels": ("traverse", {"matrix[SCALES]\n    panels": "matrix[SCALES] + ON\n    panels"}),
-    "last event of a panel": ("traverse", {"panel + 1] - first\n": "panel + 1] - first - ON\n"}),
+    "scale of another unit, panels": ("traverse", {"matrix[SCALES]\n    size": "matrix[SCALES] + ON\n    size"}),
+    "last event of a panel": ("traverse", {"k + 1] - first\n": "k + 1] - first - ON\n"}),
     "unit skipped": (
         "traverse",
         {"units = min(MULTIPLY_UNITS, n_pre - j)": "units = min(MULTIPLY_UNITS, n_pre - j) - ON"},
@@ -169,7 +169,7 @@ KERNEL_FAULTS: dict[str, tuple[str, dict[str, str]]] = {
         {
             "                own_ids[to], own_sent[to] = unit, sent[e]\n": (
                 "                own_ids[to], own_sent[to] = unit, sent[e]\n"
-                "                if ON == 1 and to == cuts[at] + 1:\n"
+                "                if ON == 1 and to == cuts[panel * rows + k] + 1:\n"
                 "                    own_ids[to - 1], own_sent[to - 1], own_ids[to], own_sent[to] = (\n"
                 "                        unit, sent[e], own_ids[to - 1], own_sent[to - 1]\n"
                 "                    )\n"
