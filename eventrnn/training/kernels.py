@@ -235,14 +235,14 @@ def reset_gate_adjoint(n, low, high, r, s, y, before, d_sent, at, d_in_out, d, d
 
 
 @compiled
-def count_open(part, parts, kind, dampening, support, threshold, v, first, last, n, counts_out):
-    """In how many rows `first` to `last` of v (rows, N) each unit fired or has a slope, exact up to 2^24: a thread's
-    units. float32, so that sixteen are counted at once."""
+def count_open(part, parts, kind, dampening, support, threshold, v, first, last, step, n, counts_out):
+    """In how many of every `step`-th of the rows `first` to `last` of v (rows, N) each unit fired or has a slope, exact
+    up to 2^24: a thread's units. float32, so that sixteen are counted at once."""
     vectors = -(-n // LANES)
     low, high = min(n, vectors * part // parts * LANES), min(n, vectors * (part + 1) // parts * LANES)
     counts_out[low:high] = 0
     whole = low + (high - low) // LANES * LANES
-    for b in range(first, last):
+    for b in range(first, last, step):
         for i in range(low, whole, LANES):
             value, theta = load(v, b * n + i), load(threshold, i)
             slope = cells.surrogate_slope(kind, value - theta, dampening, support)

@@ -27,6 +27,8 @@ F32 = np.float32
 # of weights and of what was sent do not go through BLAS. Measured at 1350 units on one thread of an AVX-512 server: as
 # fast at 0.63, 0.55 and 0.41 for 20 samples, at 0.62, 0.61 and 0.38 for 80.
 DRIVES_UP_TO, EVENTS_UP_TO, PATHS_UP_TO = 0.55, 0.5, 0.4
+# Rows, about, that are looked at to tell how many pairs are open.
+SAMPLED_ROWS = 512
 # Numbers that kernels may read past the last row, in whole vectors.
 SPARE = 16 * LANES
 
@@ -278,19 +280,16 @@ class LayerEngine:
         tape.work = {}
         work = tape.work["w_rec"] = BackwardWork.none(pattern.kept, 3 * n, rows)
         work.asked = max(0, steps - 1 + self.paper) * batch
-        # What the last step sent has no use: nothing reads it within the window.
-        earlier = max(0, rows - batch)
-        work.open = self._open(head, arrays[4], 0, earlier, n)
-        open_share = float((work.open + self._open(head, arrays[4], earlier, rows, n)).sum()) / max(1, rows * n)
-        if self.paper:
-            work.open += np.count_nonzero(tape.y[0], axis=0)
-        by_paths = self._sparse(pattern, open_share, PATHS_UP_TO)
+        by_paths = self._sparse(pattern, self._open_share(head, arrays[4], rows, n), PATHS_UP_TO)
         d_c, flat_y = np.zeros(batch * n, F32), d_y.reshape(-1)
-        if by_paths:
-            self._sparse_back(tape, head, arrays, d_cell_flat, flat_y, d_c, d_in, d_rec, pitch, d_threshold, d_bias)
-        else:
-            self._dense_back(tape, head, arrays, d_cell_flat, flat_y, d_c, d_in, d_rec, pitch, d_threshold, d_bias)
-        tape.support = open_share
+        sweep = self._sparse_back if by_paths else self._dense_back
+        sweep(tape, head, arrays, d_cell_flat, flat_y, d_c, d_in, d_rec, pitch, d_threshold, d_bias)
+        # What the last step sent has no use: nothing reads it within the window. What was sent before it, in the
+        # paper's variant, has.
+        earlier, before = max(0, rows - batch), np.count_nonzero(tape.y[0], axis=0) if self.paper else 0
+        work.open = work.dots.copy() if by_paths else self._open(head, arrays[4], 0, earlier, n) + before
+        last = self._open(head, arrays[4], earlier, rows, n)
+        tape.support = float((work.open - before + last).sum()) / max(1, rows * n)
         gated = tape.q.reshape(-1) if self.paper else None
         x, y = np.ascontiguousarray(tape.x).reshape(-1), tape.y[:-1].reshape(-1)
         arrived = {
@@ -310,11 +309,17 @@ class LayerEngine:
             d_x = self._input_gradient(p["w_in"], d_in, pitch, tape, wanted)
         return Adjoint(gradients, d_x)
 
-    def _open(self, head: tuple, v: np.ndarray, first: int, last: int, n: int) -> np.ndarray:
-        """Of rows `first` to `last` of v, how often each unit fired or has a slope."""
+    def _open(self, head: tuple, v: np.ndarray, first: int, last: int, n: int, step: int = 1) -> np.ndarray:
+        """Of every `step`-th of the rows `first` to `last` of v, how often each unit fired or has a slope."""
         counts = np.empty(n, F32)
-        self.team.run(kernels.count_open, *head, v, first, last, n, counts)
+        self.team.run(kernels.count_open, *head, v, first, last, step, n, counts)
         return counts.astype(np.int64)
+
+    def _open_share(self, head: tuple, v: np.ndarray, rows: int, n: int) -> float:
+        """Share of units that fired or have a slope, of rows of v that stand for all of them."""
+        # Odd: not the same samples of each step.
+        step = rows // SAMPLED_ROWS | 1
+        return float(self._open(head, v, 0, rows, n, step).sum()) / max(1, -(-rows // step) * n)
 
     def _sparse_back(
         self, tape, head, arrays, d_cell, d_y, d_c, d_in, d_rec, pitch, d_threshold, d_bias
@@ -449,12 +454,14 @@ class LayerEngine:
         steps, batch, _ = tape.v.shape
         pattern, rows, (n_pre, columns) = self.patterns["w_in"], steps * batch, w.shape
         work = tape.work["w_in"]
-        work.asked, work.open = rows, np.full(n_pre, rows, np.int64)
+        head, share = (*wanted.rule, wanted.threshold), 1.0
+        work.asked = rows
         if wanted.v is not None:
-            work.open = self._open((*wanted.rule, wanted.threshold), wanted.v, 0, rows, n_pre)
-        share = work.open.sum() / max(1, rows * n_pre)
+            share = self._open_share(head, wanted.v, rows, n_pre)
         if not self._sparse(pattern, share, PATHS_UP_TO):
-            work.dots, work.dots_stored = np.full(n_pre, rows, np.int64), np.full(n_pre, columns, np.int64)
+            every = np.full(n_pre, rows, np.int64)
+            work.open = every if wanted.v is None else self._open(head, wanted.v, 0, rows, n_pre)
+            work.dots, work.dots_stored = every, np.full(n_pre, columns, np.int64)
             flat = d_in[: rows * pitch].reshape(rows, pitch)[:, :columns]
             out = self.arena.take(steps, batch, n_pre)
             self.team.multiply(flat, w.T, out.reshape(rows, n_pre))
@@ -469,10 +476,11 @@ class LayerEngine:
         self.team.run(
             sweeps.gradient_of_inputs, pattern.form, pattern.width, weights, stored_columns,
             pattern.pointers(0, columns), columns, d_in, pitch, rows, n_pre,
-            lists.ALL if wanted.v is None else lists.OPEN, *wanted.rule, wanted.threshold,
+            lists.ALL if wanted.v is None else lists.OPEN, *head,
             np.zeros(0, F32) if wanted.v is None else wanted.v, *scratch, d_x.reshape(-1), made, counter=True,
         )  # fmt: skip
-        work.dots, work.dots_stored = made.sum(axis=0), pattern.stored_out()
+        work.open = work.dots = made.sum(axis=0)
+        work.dots_stored = pattern.stored_out()
         return d_x
 
 
