@@ -250,6 +250,8 @@ def propagate_all(
     (rows, ROW_TILE); `product` (rows, columns), for BLAS only.
     """
     every = False
+    if first_window >= last_window:
+        return
     if windows[first_window, KIND] == ROW_TILES:
         events = 0
         for q in range(slot, slot + rows * segments):

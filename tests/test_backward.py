@@ -307,6 +307,27 @@ def test_more_threads_than_shares_of_units(variant, units):
             assert all(np.array_equal(gradient, each[name]) for name, gradient in found[0].items())
 
 
+@pytest.mark.parametrize("variant", ["evnn", "paper"])
+@pytest.mark.parametrize("mode", ["sparse", "dense", "auto"])
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_a_window_of_nothing_has_gradients_of_nothing(variant, mode, shape):
+    network = Network.random([40], inputs=5, rng=np.random.default_rng(0), cell=Cell(variant=variant))
+    for threads in (1, 2):
+        model = Model(network, backward=mode, threads=threads)
+        _, _, tape = model.forward(np.zeros((*shape, 5), np.float32), State.zeros(network, shape[1]))
+        gradients = model.backward(tape, np.zeros((*shape, 40), np.float32), d_inputs=True)
+        assert gradients["inputs"].shape == (*shape, 5)
+        assert not any(gradient.any() for gradient in gradients.values())
+
+
+def test_a_gradient_that_does_not_fit_the_output_is_refused():
+    network = Network.random([4], inputs=5, rng=np.random.default_rng(0))
+    model = Model(network)
+    _, _, tape = model.forward(np.ones((3, 2, 5), np.float32), State.zeros(network, 2))
+    with pytest.raises(ValueError, match=r"d_output: got \(2, 2, 4\), need the output's shape \(3, 2, 4\)"):
+        model.backward(tape, np.ones((2, 2, 4), np.float32))
+
+
 @pytest.mark.parametrize("got", [np.ones((3, 2, 4), bool), np.ones((3, 2, 5)), 1, None, [True], "x"])
 def test_a_mask_of_inputs_that_does_not_fit_is_refused(got):
     network = Network.random([4], inputs=5, rng=np.random.default_rng(0))

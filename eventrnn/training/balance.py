@@ -12,7 +12,8 @@ from eventrnn.simd import LANES
 from eventrnn.team import meet
 from eventrnn.training.lists import share
 
-# Turns of the waiting loop that two threads may be apart: a microsecond or two.
+# Turns of the waiting loop that two threads may be apart. Less than a vector of units takes, so that between equals a
+# border goes to and fro by one; what a turn takes differs by processor.
 SLACK = 32
 
 
@@ -45,8 +46,8 @@ def meet_and_move(barrier, part, parts, target, turn, waited, edges):
 
 @compiled
 def cut_windows(table, first, last, n, low, high, table_out, to):
-    """The windows `first` to `last` of dense rows, each of one gate's columns, as far as units `low` to `high` go, from
-    row `to` of another table on; returns where it ends. `low` is a whole number of vectors."""
+    """The windows `first` to `last` of dense float32 rows, each of one gate's columns, as far as units `low` to `high`
+    go, from row `to` of another table on; returns where it ends. `low` is a whole number of vectors."""
     for w in range(first, last):
         gate = table[w, LOW] // n * n
         a, b = max(table[w, LOW], gate + low), min(table[w, HIGH], gate + high)

@@ -222,6 +222,9 @@ class Model:
                         from stored weights no dense one is formed. Otherwise pruned weights get a zero
         """
         p, gradients, noise = self.parameters, {}, tape.noise
+        expected = (*tape.top.shape[:2], *(p["readout.bias"].shape if "readout.bias" in p else tape.top.shape[2:]))
+        if d_output.shape != expected:
+            raise ValueError(f"d_output: got {d_output.shape}, need the output's shape {expected}")
         some = _input_mask(d_inputs, tape)
         whole = some is None and bool(d_inputs)
         asked = some is not None or whole or tape.symbols is not None

@@ -175,11 +175,11 @@ class LayerEngine:
         dense = self.patterns["w_rec"].form == DENSE
         table = self._windows("w_rec", [(0, n)] if dense else self._edges(n), batch, p["w_rec"])
         whole, fields = table.tables[0], table.tables.shape[2]
-        windows = take(parts, len(whole), fields, dtype=np.int64) if dense else table.tables
+        own_windows = take(parts, len(whole), fields, dtype=np.int64) if dense else table.tables
         rows, wide = 3 * batch, n + LANES * parts
         self.team.run(
             sweeps.forward, self.paper, steps, batch, n,
-            whole if dense else whole[:0], windows, table.cut, table.values, table.index, table.pointers,
+            whole if dense else whole[:0], own_windows, table.cut, table.values, table.index, table.pointers,
             p["bias_rec"], p["threshold"], drive_in, pitch, held_flat, *self.scratch.shares(),
             take(parts, batch * pitch + SPARE), take(rows * wide + LANES, dtype=np.int32), take(rows * wide + LANES),
             take(rows * parts, dtype=np.int64), take(rows * parts, dtype=np.int64),
@@ -207,7 +207,7 @@ class LayerEngine:
             )  # fmt: skip
             return sent
         table = self._windows("w_in", [(0, columns // 3)], 1, w)
-        some = min(rows, products.LEAST_ROWS)
+        some = min(rows, products.LISTED_ROWS)
         most = some * n_pre + LANES
         self.team.run(
             products.stored_drives, flat, table.tables[0], table.values, table.index, table.pointers, n_pre, rows,
@@ -354,7 +354,7 @@ class LayerEngine:
         w_gates, w_candidate = split_gates(self.cell, tape.w_rec)
         gates, size, d_before = w_gates.shape[1], batch * n, np.zeros(batch * n, F32)
         d_y = d_y.reshape(steps, batch, n)
-        d_sum = d_y[-1]
+        d_sum = d_y[-1] if steps else d_y
         for t in reversed(range(steps)):
             at, s = t * batch * pitch, t * size
             kernels.adjoint_all(

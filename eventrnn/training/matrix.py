@@ -156,9 +156,9 @@ def _blocks(mask: np.ndarray, width: int) -> np.ndarray | None:
 
 @dataclass
 class Windows:
-    """Tables for `traverse.propagate_all`, a thread's share each, and the pools that they point into.
+    """Tables for `traverse.propagate_all`, one for each range of units asked for, and the pools that they point into.
 
-    tables : (parts, windows, FIELDS); the first `cut` are of the gates u and r, the others of the candidate
+    tables : (ranges, windows, FIELDS); the first `cut` are of the gates u and r, the others of the candidate
     """
 
     pattern: Pattern

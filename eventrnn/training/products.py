@@ -102,10 +102,12 @@ def add_pieces(chosen, first, last, units, columns, width, starts, ids, sent, ro
         k = end
 
 
-# --- whole matrices, a thread's share -----------------------------------------------------------------------
+# --- whole matrices, by all threads -------------------------------------------------------------------------
 
 # Drives that are worked on together: a strip of them lies in the L2 cache. The last ones are fewer, not to wait long.
 STRIP_ROWS, LEAST_ROWS = 1024, 128
+# The same from stored weights, where nothing is read twice.
+LISTED_ROWS = 128
 # Pieces of a weight gradient that are worked on together, at least: some share the columns of delta that they read.
 LEAST_PIECES = 64
 
@@ -142,8 +144,8 @@ def stored_drives(
     part, parts, queue, x, windows, values, index, pointers, n_pre, rows, bias, drive_out, pitch,
     ids, sent, firsts, counts, cuts, own_ids, own_sent, lists, amounts, scratch, tile, product,
 ):  # fmt: skip
-    """`input_drives` from stored pieces or single weights. Lists, a thread's own, for LEAST_ROWS rows."""
-    first, some = take_piece(queue, rows, LEAST_ROWS, 1, parts)
+    """`input_drives` from stored pieces or single weights. Lists, a thread's own, for LISTED_ROWS rows."""
+    first, some = take_piece(queue, rows, LISTED_ROWS, 1, parts)
     while some > 0:
         to = 0
         for r in range(some):
@@ -155,7 +157,7 @@ def stored_drives(
             cuts[part], own_ids[part], own_sent[part], lists[part], amounts[part],
             scratch[part], tile[part], product[part], drive_out[first * pitch :], pitch,
         )  # fmt: skip
-        first, some = take_piece(queue, rows, LEAST_ROWS, 1, parts)
+        first, some = take_piece(queue, rows, LISTED_ROWS, 1, parts)
 
 
 @compiled

@@ -48,8 +48,9 @@ def forward(
 ):  # fmt: skip
     """All steps of a layer from its input drives, which hold their bias; same bits as the inference engine.
 
-    Windows are those of a thread's units, the first `cut` of the gates u and r; or threads cut theirs out of a `table`
-    of all units' rows, and share the units as they get on.
+    `windows` are those of a thread's units, the first `cut` of the gates u and r. Given a `table` of all units'
+    windows, in that order, threads write to `windows` what they cut out of it, and share the units as they get on.
+
     Event lists: buffers 0 and 1 in turn hold y of the step before, buffer 2 what the paper's reset gate lets through;
     row b of a buffer has a segment a thread.
     """
@@ -176,7 +177,7 @@ def backward(
         stored, stored_candidate = chunks[0], chunks[1]
         pack_chunks(weights, 3 * n, 0, gates, low, high, n, stored)
         pack_chunks(weights, 3 * n, gates, 3 * n - gates, low, high, n, stored_candidate)
-    for b in range(batch):
+    for b in range(batch if steps > 0 else 0):
         copy(d_y, (steps - 1) * size + b * n + low, d_sum, b * n + low, high - low)
     for t in range(steps - 1, -1, -1):
         for b in range(batch):
