@@ -1,7 +1,8 @@
 """Which units a thread has, step by step: whoever waits at the barrier takes some from a neighbour.
 
 Cores of one machine are seldom equally fast, by design or because of what else runs on them, and at every step all wait
-for the slowest. Who computes a unit changes no bit.
+for the slowest. Who computes a unit changes no bit. Of the two barriers of a step in the paper's variant one is looked
+at.
 """
 
 from __future__ import annotations
