@@ -36,6 +36,7 @@ import numpy as np
 from scipy.special import erf
 
 F32 = np.float32
+
 ZERO, HALF, ONE, TWO = F32(0.0), F32(0.5), F32(1.0), F32(2.0)
 
 #: Stated bounds, in units in the last place of the float32 result, for results in the normal range; `exp` for
@@ -89,7 +90,9 @@ def _is_float32(x: Any) -> bool:
 # --- float32 functions, branch-free -------------------------------------------------------------------------
 
 LOG2_E = F32(1.4426950216293335)
+
 LN2_HIGH, LN2_LOW = F32(0.6931471824645996), F32(-1.9046542121259336e-09)
+
 # exp(r) = 1 + r + r^2 * p(r) on |r| <= ln(2) / 2: relative minimax fit, error 0.05 of 2^-24.
 EXP_0, EXP_1, EXP_2, EXP_3, EXP_4 = (
     F32(0.4999999403953552),
@@ -98,8 +101,10 @@ EXP_0, EXP_1, EXP_2, EXP_3, EXP_4 = (
     F32(0.008368796668946743),
     F32(0.001381443697027862),
 )
+
 # Beyond these the result would leave the normal range; the gates are saturated long before.
 EXP_LOWEST, EXP_HIGHEST = F32(-87.0), F32(88.0)
+
 # tanh(x) = x + x^3 * p(x^2) on |x| <= 0.625: relative minimax fit, error 0.07 of 2^-24.
 TANH_0, TANH_1, TANH_2, TANH_3, TANH_4 = (
     F32(-0.3333328068256378),
@@ -108,7 +113,9 @@ TANH_0, TANH_1, TANH_2, TANH_3, TANH_4 = (
     F32(0.02063908614218235),
     F32(-0.005704986397176981),
 )
+
 TANH_SPLIT = F32(0.625)
+
 # tanh is 1 in float32 from about 9.01 on; the bound keeps exp(2x) small enough for the exact quotient.
 TANH_SATURATED = F32(9.5)
 
@@ -246,6 +253,7 @@ SURROGATES = {
     "boxcar": BOXCAR,
     "straight_through": STRAIGHT_THROUGH,
 }
+
 # Yin, Corradi and Bohte 2021, h = 0.15 and s = 6: 1 + h, h / s and s.
 LOBE_CENTRE, LOBE_SIDE, LOBE_WIDTH = F32(1.15), F32(0.025), F32(6.0)
 

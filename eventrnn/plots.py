@@ -19,11 +19,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+
 INK, GREY, BLUE, ORANGE = "#222222", "#b8bcc2", "#2a6fbb", "#e07b39"
+
 _BAR_COLOURS = (GREY, BLUE, ORANGE)
+
 # Told apart by eyes that confuse red and green (Okabe and Ito 2008), and by their marks.
 _HUES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#666666")
+
 _MARKS = ("o", "s", "^", "D", "v", "P", "X")
+
 # More cells than this a side are no longer seen, but make the file large.
 _MAP_CELLS = 256
 

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from eventrnn import cells
-from eventrnn.backend import Feed, FireCounts, State, Trace
 from eventrnn.cells import Cell
+from eventrnn.state import Feed, FireCounts, State, Trace
 
 if TYPE_CHECKING:
     from eventrnn.network import Network

@@ -14,10 +14,11 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
-from eventrnn.backend import State
 from eventrnn.cells import CELLS, Cell
 from eventrnn.events import Events
-from eventrnn.network import Layer, Network, Readout, Simulation, Simulator
+from eventrnn.network import Layer, Network, Readout
+from eventrnn.simulation import Simulation, Simulator
+from eventrnn.state import State
 from eventrnn.weights import CSR, FORMATS, STORAGES, Weights, check_block, convert
 
 Size = int | SearchStrategy[int]
@@ -25,14 +26,17 @@ Size = int | SearchStrategy[int]
 #: Blocks a weight matrix is drawn with where it is large enough: single entries, vectors, wide vectors (a path of
 #: their own in kernels), squares, oblong ones, and sizes that divide nothing.
 BLOCKS = ((1, 1), (1, 3), (3, 1), (1, 16), (1, 32), (1, 64), (2, 2), (4, 4), (3, 5), (5, 2), (7, 11), (2, 16), (16, 16))
+
 #: (n, m, axis) of N:M matrices: a whole matrix, 1 to 5 bits an index, groups that divide nothing, along either axis.
 GROUPS = tuple(
     (n, m, axis)
     for n, m in ((2, 2), (1, 2), (2, 4), (1, 8), (3, 5), (4, 16), (2, 32), (5, 7))
     for axis in ("post", "pre")
 )
+
 #: The grid of dyadic values: sums of a few thousand products of two of them are exact in float32 in any order.
 DYADIC_STEP, DYADIC_LIMIT = np.float32(1 / 16), np.float32(4)
+
 # No cell of a network drawn here comes near it: a unit with this threshold never fires.
 UNREACHABLE = np.float32(4)
 

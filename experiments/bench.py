@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from eventrnn import bench
-from eventrnn.terminal import as_line
+from eventrnn.cli.terminal import as_line
 
 RESULTS = Path(__file__).parent / "results" / "cpu_inference.jsonl"
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eventrnn import bench
-from eventrnn.terminal import progress
+from eventrnn.cli.terminal import progress
 
 RESULTS = Path(__file__).parent / "results" / "cpu_training.jsonl"
 KEY = ("commit", "batch", "sparsity_asked", "threads", "input_gradient")

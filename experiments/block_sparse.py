@@ -21,9 +21,9 @@ from records import Records
 from rich.console import Console
 from rich.table import Table
 
+from eventrnn.cli.terminal import progress
 from eventrnn.network import Network
 from eventrnn.pruning import Blocks, Combined, GroupLasso, Pruning, ThresholdPruning, after_training
-from eventrnn.terminal import progress
 
 RESULTS = Path(__file__).parent / "results" / "block_sparse.jsonl"
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)

@@ -13,10 +13,10 @@ from threadpoolctl import threadpool_limits
 
 import eventrnn as er
 from eventrnn.bench import interleaved
+from eventrnn.data.text import Corpus, from_path, python_documentation
 from eventrnn.pruning import Pruning
-from eventrnn.reading import read
-from eventrnn.text import Corpus, from_path, python_documentation
 from eventrnn.training import Settings, Trainer
+from eventrnn.training.evaluation import read
 
 # Symbols of a timed run; a step of a small model takes microseconds.
 TIMED, REPEATS = 2000, 9

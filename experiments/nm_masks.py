@@ -19,9 +19,9 @@ from records import Records
 from rich.console import Console
 from rich.table import Table
 
+from eventrnn.cli.terminal import progress
 from eventrnn.network import Network
 from eventrnn.pruning import DynamicMasks, NofM, adaprune, after_training, prune_to
-from eventrnn.terminal import progress
 
 RESULTS = Path(__file__).parent / "results" / "nm_masks.jsonl"
 PATTERNS = {"2:4": NofM(2, 4), "4:8": NofM(4, 8), "4:8 both": NofM(4, 8, "both")}

@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 import eventrnn as er
+from eventrnn.cli.terminal import progress
+from eventrnn.data.text import python_documentation
 from eventrnn.pruning import CRITERIA, prune_to_operations
-from eventrnn.reading import read
-from eventrnn.terminal import progress
-from eventrnn.text import python_documentation
 from eventrnn.training import Settings, Trainer
+from eventrnn.training.evaluation import read
 
 RESULTS = Path(__file__).parent / "results" / "operations.jsonl"
 BUDGETS = (0.5, 0.3, 0.2, 0.1, 0.05)

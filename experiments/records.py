@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from eventrnn.bench import device, versions
-from eventrnn.terminal import as_line
+from eventrnn.cli.terminal import as_line
 
 ROOT = Path(__file__).parent.parent
 

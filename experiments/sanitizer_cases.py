@@ -14,7 +14,8 @@ import numpy as np
 
 from eventrnn.cells import Cell
 from eventrnn.cuda import PRECISIONS, CudaBackend
-from eventrnn.network import Network, Simulator, simulate
+from eventrnn.network import Network
+from eventrnn.simulation import Simulator, simulate
 from eventrnn.weights import convert
 
 UNITS, INPUTS, STEPS = [40, 100], 33, 5

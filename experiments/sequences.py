@@ -15,7 +15,7 @@ import typer
 from records import Records
 
 from eventrnn import Cell, Network, State, Surrogate
-from eventrnn.terminal import as_line, progress
+from eventrnn.cli.terminal import as_line, progress
 from eventrnn.training import (
     Batch,
     Classification,

@@ -16,19 +16,9 @@ import typer
 from records import Records
 
 from eventrnn import Network, plots
-from eventrnn.terminal import as_line, progress
-from eventrnn.text import from_path
-from eventrnn.training import (
-    GRU,
-    LanguageModelling,
-    Model,
-    Regularisers,
-    Schedule,
-    Settings,
-    Trainer,
-    read_log,
-    run,
-)
+from eventrnn.cli.terminal import as_line, progress
+from eventrnn.data.text import from_path
+from eventrnn.training import GRU, LanguageModelling, Model, Regularisers, Schedule, Settings, Trainer, read_log, run
 
 RESULTS = Path(__file__).parent / "results" / "words.jsonl"
 FIGURE = Path(__file__).parent / "figures" / "words.png"

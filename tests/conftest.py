@@ -5,9 +5,9 @@ import importlib
 import pytest
 from hypothesis import settings
 
-from eventrnn import crossover
 from eventrnn.backend import BackendUnavailable
-from eventrnn.crossover import Crossover
+from eventrnn.cpu import crossover
+from eventrnn.cpu.crossover import Crossover
 
 settings.register_profile("dev", max_examples=30, deadline=None, print_blob=True)
 settings.register_profile("ci", max_examples=100, deadline=None, print_blob=True)

@@ -14,10 +14,12 @@ from unittest.mock import patch
 
 import numpy as np
 
-from eventrnn import packing, simd
-from eventrnn.backend import State
 from eventrnn.cells import CELLS, Cell
-from eventrnn.network import Network, simulate
+from eventrnn.cpu import packing
+from eventrnn.cpu.kernels import simd
+from eventrnn.network import Network
+from eventrnn.simulation import simulate
+from eventrnn.state import State
 from eventrnn.training import Model
 from eventrnn.weights import FORMATS, STORAGES, convert
 

@@ -28,7 +28,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from eventrnn.backend import BACKENDS
-from eventrnn.simd import I64
+from eventrnn.cpu.kernels.simd import I64
 
 
 def edited(source: str, edits: dict[str, str]) -> str:
@@ -84,7 +84,7 @@ def allocating(function):
 KERNEL_FAULTS: dict[str, tuple[str, dict[str, str]]] = {
     # The layer itself is right in that step; who listens is not.
     "last event dropped": (
-        "cpu",
+        "time_loop",
         {
             "tally(ids, sent, first, counts[slot], unit_0, graded_out, binary_out)\n": "tally("
             "ids, sent, first, counts[slot], unit_0, graded_out, binary_out)\n"
@@ -92,7 +92,7 @@ KERNEL_FAULTS: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "gates swapped": (
-        "steps",
+        "cell_update",
         {
             "load(drive_in, a + i),\n            load(drive_in, a + n + i),\n": "load(drive_in, a + n * ON + i),\n"
             "            load(drive_in, a + n * (1 - ON) + i),\n",
@@ -101,17 +101,17 @@ KERNEL_FAULTS: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "reset forgotten": (
-        "steps",
+        "cell_update",
         {"cells.select(v > theta, v - theta, v)": "(v if ON == 1 else cells.select(v > theta, v - theta, v))"},
     ),
     # Two threads' events in the wrong order: the sums have the same terms.
     "parts swapped": (
-        "cpu",
+        "time_loop",
         {"slot, first = row * parts + part,": "slot, first = row * parts + part + (parts - 1 - 2 * part) * ON,"},
     ),
     # Events named after the place of a unit in its part.
     "units of the wrong part": (
-        "steps",
+        "cell_update",
         {
             "compress(ids, sent, end, i, value != cells.ZERO, value)": (
                 "compress(ids, sent, end, i - low * ON, value != cells.ZERO, value)"
@@ -121,7 +121,7 @@ KERNEL_FAULTS: dict[str, tuple[str, dict[str, str]]] = {
     ),
     # Nobody waits for the events of a step.
     "barrier missing": (
-        "cpu",
+        "time_loop",
         {
             "                target = wait(barrier, parts, target)\n\n        if readout": (
                 "                if ON == 0:\n"
@@ -130,7 +130,7 @@ KERNEL_FAULTS: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "tail of scattered weights dropped": (
-        "traverse",
+        "spmm",
         {
             "add_scattered(drive, at, index, i0, begin, end - begin, sent[e]": (
                 "add_scattered(drive, at, index, i0, begin, (end - begin) // (1 + 15 * ON) * (1 + 15 * ON), sent[e]"
@@ -138,34 +138,34 @@ KERNEL_FAULTS: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "masks of the wrong unit": (
-        "traverse",
+        "spmm",
         {"index, i0, unit * masks,": "index, i0, max(unit - ON, 0) * masks,"},
     ),
     "scale of another unit, rows": (
-        "traverse",
+        "spmm",
         {"matrix[SCALES]\n    left": "matrix[SCALES] + ON\n    left"},
     ),
     "scale of another unit, single weights": (
-        "traverse",
+        "spmm",
         {"scales[matrix[SCALES] + unit]": "scales[matrix[SCALES] + max(unit - ON, 0)]"},
     ),
     "scale of another unit, blocks": (
-        "traverse",
+        "spmm",
         {"sent[e], scales[s0 + unit],": "sent[e], scales[s0 + max(unit - ON, 0)],"},
     ),
     "scale of another unit, many blocks": (
-        "traverse",
+        "spmm",
         {"value, scale = sent[e], scales[s0 + unit]": "value, scale = sent[e], scales[s0 + max(unit - ON, 0)]"},
     ),
-    "scale of another unit, panels": ("traverse", {"matrix[SCALES]\n    size": "matrix[SCALES] + ON\n    size"}),
-    "last event of a panel": ("traverse", {"k + 1] - first\n": "k + 1] - first - ON\n"}),
+    "scale of another unit, panels": ("spmm", {"matrix[SCALES]\n    size": "matrix[SCALES] + ON\n    size"}),
+    "last event of a panel": ("spmm", {"k + 1] - first\n": "k + 1] - first - ON\n"}),
     "unit skipped": (
-        "traverse",
+        "spmm",
         {"units = min(MULTIPLY_UNITS, n_pre - j)": "units = min(MULTIPLY_UNITS, n_pre - j) - ON"},
     ),
     # Two units' terms change places: every sum has the same terms.
     "order of two units": (
-        "traverse",
+        "spmm",
         {
             "                own_ids[to], own_sent[to] = unit, sent[e]\n": (
                 "                own_ids[to], own_sent[to] = unit, sent[e]\n"
@@ -178,7 +178,7 @@ KERNEL_FAULTS: dict[str, tuple[str, dict[str, str]]] = {
     ),
     # The last pieces of a list, which no full list carried.
     "rest of a list dropped": (
-        "traverse",
+        "spmm",
         {
             "    _add_listed(matrix, weights, lists, amounts, listed, drive, at)\n\n": (
                 "    _add_listed(matrix, weights, lists, amounts, listed * (1 - ON), drive, at)\n\n"
@@ -192,23 +192,27 @@ KERNEL_FAULTS: dict[str, tuple[str, dict[str, str]]] = {
 def _engine_with_every_fault() -> str:
     """Edited copies of the modules from the kernels up to the engine; returns the entry of `BACKENDS`."""
     copies = {}
-    for name in ("steps", "traverse", "cpu"):
-        source = Path(importlib.import_module(f"eventrnn.{name}").__file__ or "").read_text()
+    for name in ("cell_update", "spmm", "time_loop", "engine"):
+        folder = "cpu" if name == "engine" else "cpu.kernels"
+        source = Path(importlib.import_module(f"eventrnn.{folder}.{name}").__file__ or "").read_text()
         for k, (module, edits) in enumerate(KERNEL_FAULTS.values(), start=1):
             if module == name:
                 source = edited(source, {old: new.replace("ON", f"planted({k})") for old, new in edits.items()})
-        imports = {"from eventrnn.jit import compiled\n": "from planting import compiled, planted\n"}
+        imports = {"from eventrnn.cpu.kernels.jit import compiled\n": "from planting import compiled, planted\n"}
         imports |= {
-            "from eventrnn.jit import allocating, compiled, inlined\n": (
+            "from eventrnn.cpu.kernels.jit import allocating, compiled, inlined\n": (
                 "from planting import allocating, compiled, inlined, planted\n"
             )
         }
-        imports |= {f"from eventrnn.{other} import": f"from {copy.__name__} import" for other, copy in copies.items()}
+        imports |= {
+            f"from eventrnn.cpu.kernels.{other} import": f"from {copy.__name__} import"
+            for other, copy in copies.items()
+        }
         source = edited(source, {old: new for old, new in imports.items() if old in source})
         copy = copies[name] = ModuleType(f"faulty_{name}")
         sys.modules[copy.__name__] = copy
         exec(compile(source, f"<{copy.__name__}>", "exec"), vars(copy))
-    return "faulty_cpu:CpuBackend"
+    return "faulty_engine:CpuBackend"
 
 
 @contextmanager

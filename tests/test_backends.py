@@ -20,11 +20,13 @@ from hypothesis import strategies as st
 
 from eventrnn import network as network_module
 from eventrnn import reference
-from eventrnn.backend import BACKENDS, State, get_backend
+from eventrnn.backend import BACKENDS, get_backend
 from eventrnn.cells import CELLS, Cell
 from eventrnn.events import Events
-from eventrnn.network import RECORDABLE, Layer, Network, Readout, Simulation, Simulator, simulate
+from eventrnn.network import Layer, Network, Readout
 from eventrnn.reference import ReferenceBackend
+from eventrnn.simulation import RECORDABLE, Simulation, Simulator, simulate
+from eventrnn.state import State
 from eventrnn.testing import assert_equivalent, inputs, networks, states
 from eventrnn.weights import FORMATS, STORAGES, Weights, convert
 

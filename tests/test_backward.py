@@ -13,9 +13,10 @@ from tolerance import U32, central_difference, gamma, sharp
 
 from eventrnn import Cell, Network, State, Surrogate, reference, simulate
 from eventrnn.cells import SURROGATES
-from eventrnn.observe import count_backward
-from eventrnn.training import Model, Noise, lists, products, sweeps, thresholds
-from eventrnn.training.sweeps import DENSE, PIECES, SINGLE
+from eventrnn.counting.backward import count_backward
+from eventrnn.training import Model, Noise, thresholds
+from eventrnn.training.bptt.kernels import event_lists, spmm, time_loops
+from eventrnn.training.bptt.kernels.time_loops import DENSE, PIECES, SINGLE
 from eventrnn.weights import convert
 
 FORMATS = [
@@ -237,7 +238,7 @@ def test_counts_are_those_of_a_walk_over_the_window(case, mode):
 @pytest.mark.parametrize("variant", ["evnn", "paper"])
 def test_gradient_of_some_inputs_of_a_long_window(variant):
     """More rows than go together."""
-    steps, batch, inputs, units = 2 * sweeps.WINDOW_ROWS // 12 + 1, 12, 37, 30
+    steps, batch, inputs, units = 2 * time_loops.WINDOW_ROWS // 12 + 1, 12, 37, 30
     rng = np.random.default_rng(5)
     network = Network.random([units], inputs=inputs, rng=rng, threshold=0.1, cell=Cell(variant=variant))
     x = (rng.normal(size=(steps, batch, inputs)) * (rng.random((steps, batch, inputs)) < 0.2)).astype(np.float32)
@@ -264,8 +265,8 @@ def test_gradient_of_some_inputs_of_a_long_window(variant):
 @pytest.mark.parametrize("form", [0, 5])
 def test_more_samples_than_a_tile_has(variant, form):
     """Tiles of a step, of a strip of drives and of a window, none of them full."""
-    steps, batch, inputs, units = 9, 2 * lists.TILE_ROWS + 7, lists.TILE_ROWS + 9, 90
-    assert steps * batch > products.STRIP_ROWS > units
+    steps, batch, inputs, units = 9, 2 * event_lists.TILE_ROWS + 7, event_lists.TILE_ROWS + 9, 90
+    assert steps * batch > spmm.STRIP_ROWS > units
     rng = np.random.default_rng(6)
     network = Network.random([units], inputs=inputs, rng=rng, threshold=0.1, cell=Cell(variant=variant))
     layer = network.layers[0]

@@ -8,11 +8,12 @@ import pytest
 from tolerance import U32, gamma
 
 from eventrnn import bench, simulate
-from eventrnn.bench import contest, rivals
+from eventrnn.bench import baselines as rivals
+from eventrnn.bench import timing as contest
+from eventrnn.bench.bandwidth import Product
 from eventrnn.bench.case import Case
-from eventrnn.bench.engine import Product
+from eventrnn.bench.inference import ACTIVITY_TOLERANCE
 from eventrnn.bench.machine import peak
-from eventrnn.bench.measure import ACTIVITY_TOLERANCE
 from eventrnn.bench.networks import random_events, random_weights
 from eventrnn.weights import convert
 

@@ -16,8 +16,9 @@ import tolerance
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from eventrnn import cells, jit, reference, simd
+from eventrnn import cells, reference
 from eventrnn.cells import Cell
+from eventrnn.cpu.kernels import jit, simd
 from eventrnn.testing import networks, states
 
 F32 = np.float32

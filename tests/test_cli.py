@@ -10,10 +10,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from eventrnn import Dense, Network, load, save
-from eventrnn.bench import contest
+from eventrnn.bench import timing as contest
 from eventrnn.cli import main
 from eventrnn.cli.options import PARTS
-from eventrnn.text import Vocabulary
+from eventrnn.data.text import Vocabulary
 
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 60
 

@@ -9,12 +9,12 @@ import pytest
 
 from eventrnn import NM, Network, convert, load, save
 from eventrnn.cli import main, options
+from eventrnn.cli.options import encoded
 from eventrnn.cli.prune import WAYS, _calibration
-from eventrnn.cli.texts import encoded
-from eventrnn.network import simulate
-from eventrnn.observe import count
+from eventrnn.counting.counts import count
+from eventrnn.data.text import Vocabulary
 from eventrnn.pruning import legal
-from eventrnn.text import Vocabulary
+from eventrnn.simulation import simulate
 
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 60
 TUNING = ("--steps", 6, "--batch", 4, "--window", 8)

@@ -9,12 +9,14 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 from test_backends import assert_same, cases
 
-from eventrnn import crossover as maps
-from eventrnn.bench import contest, crossing
-from eventrnn.cpu import CpuEngine
-from eventrnn.crossover import ACTIVITY, AutoBackend, Crossover, Forced, MeasuredChoice
-from eventrnn.network import Network, Simulator, simulate
-from eventrnn.plan import AS_STORED, BLAS_PRODUCT, DENSE, DENSE_TILES, PICKS, TILES
+from eventrnn.bench import crossover as crossing
+from eventrnn.bench import timing as contest
+from eventrnn.cpu import crossover as maps
+from eventrnn.cpu.crossover import ACTIVITY, AutoBackend, Crossover, Forced, MeasuredChoice
+from eventrnn.cpu.engine import CpuEngine
+from eventrnn.cpu.plan import AS_STORED, BLAS_PRODUCT, DENSE, DENSE_TILES, PICKS, TILES
+from eventrnn.network import Network
+from eventrnn.simulation import Simulator, simulate
 from eventrnn.testing import event_trains, networks
 from eventrnn.weights import Dense, convert
 

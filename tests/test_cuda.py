@@ -15,13 +15,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eventrnn.backend import BackendUnavailable, State
+from eventrnn.backend import BackendUnavailable
 from eventrnn.bench.networks import at_activity, random_events, random_network
 from eventrnn.cuda import PRECISIONS, CudaBackend, tables
 from eventrnn.cuda.cluster_plan import CLUSTER_WARPS, ClusterShape, cluster_plan, rounds_of, strips_of
 from eventrnn.cuda.packing import Lots, Reached, Strips, check_format, pack, per_strip, unpack
 from eventrnn.cuda.plan import MOST_WARPS, Chip, LayerShape, blocks_from, plan, tile_width
-from eventrnn.network import Network, Simulator, simulate
+from eventrnn.network import Network
+from eventrnn.simulation import Simulator, simulate
+from eventrnn.state import State
 from eventrnn.testing import weights as weights_of
 from eventrnn.weights import CSR, STORAGES, convert
 
@@ -311,8 +313,8 @@ def check_ptx(ptx: str) -> None:
 
 @pytest.mark.parametrize("variant", ["evnn", "paper"])
 def test_kernels_compile_without_contraction(compiled, variant):
-    from eventrnn.cuda.kernels import layers_kernel
-    from eventrnn.cuda.single import single_kernel
+    from eventrnn.cuda.kernels.persistent import layers_kernel
+    from eventrnn.cuda.kernels.single_stream import single_kernel
 
     for make in (layers_kernel, single_kernel):
         check_ptx(compiled(make(variant, (tables.way(tables.RUNS, True, True),))))
@@ -321,7 +323,7 @@ def test_kernels_compile_without_contraction(compiled, variant):
 @pytest.mark.parametrize("way", [way for way in WAYS if way & tables.KINDS == tables.MASKED])
 @pytest.mark.parametrize(("blocks", "rounds", "rounds_in"), [(2, 1, 0), (16, 7, 2)])
 def test_cluster_kernels_compile_without_contraction(compiled, way, blocks, rounds, rounds_in):
-    from eventrnn.cuda.cluster import cluster_kernel
+    from eventrnn.cuda.kernels.cluster import cluster_kernel
 
     ptx = compiled(cluster_kernel(way, way, blocks, rounds, rounds_in))
     check_ptx(ptx)
@@ -330,15 +332,15 @@ def test_cluster_kernels_compile_without_contraction(compiled, way, blocks, roun
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way & tables.KINDS == tables.MASKED])
 def test_products_compile_for_every_way_that_weights_lie(compiled, way):
-    from eventrnn.cuda.products import products_kernel
+    from eventrnn.cuda.kernels.batched_products import products_kernel
 
     check_ptx(compiled(products_kernel(way)))
 
 
 def test_mixed_ways_and_the_small_kernels_compile(compiled):
-    from eventrnn.cuda.products import compact_kernel, tally_kernel, tally_pairs_kernel
-    from eventrnn.cuda.rounded import cells_kernel
-    from eventrnn.cuda.single import single_kernel
+    from eventrnn.cuda.kernels.batched_products import compact_kernel, tally_kernel, tally_pairs_kernel
+    from eventrnn.cuda.kernels.single_stream import single_kernel
+    from eventrnn.cuda.kernels.tensor_core_cells import cells_kernel
 
     check_ptx(compiled(single_kernel("evnn", tuple(WAYS[:3]))))
     assert ".entry" in compiled(compact_kernel())

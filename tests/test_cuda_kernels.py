@@ -45,8 +45,8 @@ def _add(address, value):
 
 def in_python(function, grid: tuple[int, int]):
     """The same function over memory of the host, for one thread; `grid`: blocks along x and y, which come in turn."""
-    from eventrnn.cuda import ptx
-    from eventrnn.cuda import rounded as module
+    from eventrnn.cuda.kernels import ptx
+    from eventrnn.cuda.kernels import tensor_core_cells as module
 
     block = SimpleNamespace(x=0, y=0)
     there = SimpleNamespace(
@@ -102,7 +102,9 @@ def _store(address, values, precision):
 def kernels():
     """The modules that write kernels, for which numba-cuda is needed."""
     pytest.importorskip("eventrnn.cuda.device", exc_type=BackendUnavailable, reason="needs numba-cuda")
-    from eventrnn.cuda import borders, products, rounded
+    from eventrnn.cuda.kernels import batched_products as products
+    from eventrnn.cuda.kernels import input_checks as borders
+    from eventrnn.cuda.kernels import tensor_core_cells as rounded
 
     return SimpleNamespace(borders=borders, products=products, rounded=rounded)
 

@@ -10,8 +10,9 @@ from fake_gpu import install
 from eventrnn.backend import BackendUnavailable, get_backend
 from eventrnn.cells import Cell
 from eventrnn.cuda import PRECISIONS, CudaBackend
-from eventrnn.network import Network, Simulator, simulate
+from eventrnn.network import Network
 from eventrnn.reference import layer_parameters
+from eventrnn.simulation import Simulator, simulate
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def test_counts_are_those_of_the_events(gpu, batch):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("units", "batch"), [((45, 33), 7), ((300, 9), 2200)])
 def test_counts_on_a_gpu_are_those_of_the_events(monkeypatch, units, batch):
-    monkeypatch.setattr("eventrnn.cuda.tensor.CELL_BLOCKS", 1)
+    monkeypatch.setattr("eventrnn.cuda.tensor_core_layer.CELL_BLOCKS", 1)
     check_counts(units, batch)
 
 

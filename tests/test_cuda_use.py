@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from fake_gpu import Array, install
 
-from eventrnn.backend import BackendUnavailable, State, on_gpu
+from eventrnn.backend import BackendUnavailable
 from eventrnn.cells import Cell
+from eventrnn.counting.counts import count, count_per_step
 from eventrnn.cuda import CudaBackend
-from eventrnn.network import Network, Simulator
-from eventrnn.network import simulate as simulate_on
-from eventrnn.observe import count, count_per_step
+from eventrnn.network import Network
+from eventrnn.simulation import Simulator
+from eventrnn.simulation import simulate as simulate_on
+from eventrnn.state import State, on_gpu
 
 
 def simulate(*arguments, backend="reference", **options):

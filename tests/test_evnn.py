@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from eventrnn import io
-from eventrnn.backend import State
 from eventrnn.cells import Cell, Surrogate
-from eventrnn.network import Network, simulate
+from eventrnn.network import Network
+from eventrnn.simulation import simulate
+from eventrnn.state import State
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))
 

@@ -14,8 +14,9 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eventrnn import files, io
+from eventrnn import _files as files
 from eventrnn.cells import CELLS, SURROGATES, Cell, Surrogate
+from eventrnn.io import model_file as io
 from eventrnn.network import Network, Readout
 from eventrnn.weights import FORMATS, STORAGES, Dense, convert
 
@@ -426,7 +427,7 @@ def run_python(code, *arguments, **options):
 
 SAVE_OVER = """
 import os, signal, sys
-import eventrnn.io as io
+import eventrnn.io.model_file as io
 network = io.load(sys.argv[1])
 {before}
 io.save(network, sys.argv[2], overwrite=True)

@@ -13,10 +13,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from test_backends import assert_same, cases, in_format
 
-from eventrnn import cpu, packing, plan
 from eventrnn.cells import CELLS, Cell
-from eventrnn.network import RECORDABLE, Network, Simulation, Simulator, simulate
-from eventrnn.packing import (
+from eventrnn.cpu import engine as cpu
+from eventrnn.cpu import memory, packing, plan
+from eventrnn.cpu.tables import (
     BLOCKS,
     HIGH,
     INDEX,
@@ -30,6 +30,8 @@ from eventrnn.packing import (
     SCATTER,
     WIDTH,
 )
+from eventrnn.network import Network
+from eventrnn.simulation import RECORDABLE, Simulation, Simulator, simulate
 from eventrnn.weights import FORMATS, STORAGES, convert
 
 NEVER = 1 << 30
@@ -68,7 +70,7 @@ CONSTANTS = st.fixed_dictionaries(
 def forced(constants: dict):
     """Constants of `plan` and `packing`, by name."""
     with ExitStack() as stack:
-        for module in (plan, packing):
+        for module in (plan, packing, memory):
             for name, value in constants.items():
                 if hasattr(module, name):
                     stack.enter_context(patch.object(module, name, value))
@@ -266,12 +268,12 @@ def test_large_pages_are_asked_for_and_may_be_refused():
             asked.append(option)
             raise OSError(22, "Invalid argument")
 
-    with patch.object(packing, "LARGE_PAGE", 1 << 12), patch.object(packing.mmap, "mmap", Refusing):
-        arrays = [packing.aligned_zeros(5_000, np.float32) for _ in range(200)]
+    with patch.object(memory, "LARGE_PAGE", 1 << 12), patch.object(memory.mmap, "mmap", Refusing):
+        arrays = [memory.aligned_zeros(5_000, np.float32) for _ in range(200)]
     assert asked == [mmap.MADV_HUGEPAGE] * 200
     # Memory that may be shared with other processes gets no large pages.
     assert all(kind & mmap.MAP_PRIVATE and kind & mmap.MAP_ANONYMOUS for kind in kinds)
-    places = {zeros.ctypes.data % packing.APART for zeros in arrays}
+    places = {zeros.ctypes.data % memory.APART for zeros in arrays}
     assert len(places) > 20 and all(place % 64 == 0 for place in places)
     for k, zeros in enumerate(arrays):
         assert zeros.shape == (5_000,) and not zeros.any()

@@ -10,10 +10,11 @@ import tolerance
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eventrnn.backend import Feed, FireCounts, State
 from eventrnn.cells import Cell, Surrogate
 from eventrnn.events import Events
-from eventrnn.network import Layer, Network, Readout, Simulator, simulate
+from eventrnn.network import Layer, Network, Readout
+from eventrnn.simulation import Simulator, simulate
+from eventrnn.state import Feed, FireCounts, State
 from eventrnn.testing import event_trains, inputs, networks
 from eventrnn.weights import CSR, BlockCSR, Dense, convert
 
@@ -334,7 +335,7 @@ def test_state_is_kept_and_reset():
 @pytest.mark.parametrize("backend", ["reference", "cpu", "blas"])
 @pytest.mark.parametrize("options", [{}, {"carry": "events", "window": 3}])
 def test_a_run_that_fails_leaves_the_state_as_it_was(backend, options, monkeypatch):
-    monkeypatch.setattr("eventrnn.network.RECORD_BYTES", 500)
+    monkeypatch.setattr("eventrnn.simulation.RECORD_BYTES", 500)
     network, x = lively(), np.random.default_rng(0).standard_normal((8, 3, 2)).astype(np.float32)
     simulator = Simulator(network, batch=3, backend=backend, **options)
     simulator.run(x)

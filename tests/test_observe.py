@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eventrnn import Network, State, audit, count, count_per_step, energy, simulate
-from eventrnn.observe import HOROWITZ_2014
+from eventrnn.counting.energy import HOROWITZ_2014
 from eventrnn.testing import networks
 from eventrnn.weights import CSR, NM, BlockCSR, convert
 

@@ -19,10 +19,12 @@ import tolerance
 from planting import KERNEL_FAULTS, faulty_kernels, plant, suite_catches
 from test_layouts import FORCED, forced
 
-from eventrnn import cells, packing, reference
+from eventrnn import cells, reference
 from eventrnn.backend import BACKENDS
 from eventrnn.cells import Cell
-from eventrnn.network import Layer, Network, Simulator, simulate
+from eventrnn.cpu import packing
+from eventrnn.network import Layer, Network
+from eventrnn.simulation import Simulator, simulate
 from eventrnn.testing import Divergence, assert_equivalent
 from eventrnn.weights import BlockCSR, Dense, convert
 

@@ -61,7 +61,9 @@ def test_other_kernels_give_the_same_bits(kind, others, here):
 
 
 def test_kernels_on_disk_are_told_apart():
-    code = "import json; from eventrnn import jit, simd; print(json.dumps([simd.AVX512, jit.source_digest()]))"
+    code = (
+        "import json; from eventrnn.cpu.kernels import jit, simd; print(json.dumps([simd.AVX512, jit.source_digest()]))"
+    )
     (native, stamp), (portable, portable_stamp) = (
         answer(start(["-c", code], **environment)) for environment in ({}, {"EVENTRNN_VECTORS": "portable"})
     )

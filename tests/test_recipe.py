@@ -11,9 +11,9 @@ import pytest
 
 from eventrnn import load
 from eventrnn.cli import main
-from eventrnn.config import from_table, merged, parse_setting, read_toml, to_toml
-from eventrnn.recipe import Recipe, load_recipe, presets, train
 from eventrnn.training import read_log
+from eventrnn.training.recipes.recipe import Recipe, load_recipe, presets, train
+from eventrnn.training.recipes.toml_config import from_table, merged, parse_setting, read_toml, to_toml
 
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 60
 SMALL = ("--hidden", 12, "--embedding", 5, "--batch", 4, "--window", 8, "--steps", 20)
@@ -143,7 +143,7 @@ def test_a_run_has_its_configuration_its_log_and_the_best_model(cli, tmp_path, t
 
 
 def test_stopped_by_the_user_and_gone_on_with(cli, tmp_path, text, monkeypatch):
-    from eventrnn import recipe as recipes
+    from eventrnn.training.recipes import recipe as recipes
 
     arguments = ("--text", text, *SMALL)
     _, _, err = cli("train", "--out", tmp_path / "whole.safetensors", *arguments)

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eventrnn import Network, files
+from eventrnn import Network
+from eventrnn import _files as files
 from eventrnn.pruning import (
     Blocks,
     Combined,

@@ -8,18 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_backward import FORMATS, pruned
 
-from eventrnn.backend import State
 from eventrnn.cells import Cell
+from eventrnn.cpu.kernels.simd import LANES
+from eventrnn.cpu.kernels.sync import take_piece
+from eventrnn.cpu.tables import FIELDS, HIGH, LOW, VALUES
 from eventrnn.network import Network
-from eventrnn.packing import FIELDS, HIGH, LOW, VALUES
-from eventrnn.simd import LANES
-from eventrnn.team import take_piece
+from eventrnn.state import State
 from eventrnn.training import Model
-from eventrnn.training.balance import SLACK, cut_windows, even_shares, meet_and_move
-from eventrnn.training.lists import TILE_ROWS, tile_rows
-from eventrnn.training.matrix import Pattern, windows
-from eventrnn.training.scratch import Scratch
-from eventrnn.training.sweeps import WINDOW_ROWS
+from eventrnn.training.bptt.kernels.event_lists import TILE_ROWS, tile_rows
+from eventrnn.training.bptt.kernels.load_balance import SLACK, cut_windows, even_shares, meet_and_move
+from eventrnn.training.bptt.kernels.time_loops import WINDOW_ROWS
+from eventrnn.training.bptt.sparse_pattern import Pattern, windows
+from eventrnn.training.bptt.workspace import Scratch
 
 
 @given(

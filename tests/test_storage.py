@@ -11,9 +11,10 @@ import tolerance
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from eventrnn.network import Network, simulate
-from eventrnn.reading import narrowed, read, read_narrowed
+from eventrnn.network import Network
+from eventrnn.simulation import simulate
 from eventrnn.testing import weights
+from eventrnn.training.evaluation import narrowed, read, read_narrowed
 from eventrnn.weights import FORMATS, NM, STORAGES, BlockCSR, Dense, convert
 
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 40))

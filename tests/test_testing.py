@@ -11,10 +11,12 @@ from counting import count_multiplications
 from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 
-from eventrnn.backend import State, get_backend
+from eventrnn.backend import get_backend
 from eventrnn.cells import Cell
 from eventrnn.events import Events
-from eventrnn.network import Layer, Network, Readout, Simulator, simulate
+from eventrnn.network import Layer, Network, Readout
+from eventrnn.simulation import Simulator, simulate
+from eventrnn.state import State
 from eventrnn.testing import Divergence, assert_equivalent, event_trains, inputs, masks, networks, states, weights
 from eventrnn.weights import CSR, FORMATS, NM, STORAGES, BlockCSR, Dense
 

@@ -14,17 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tolerance import U64, gamma
 
-from eventrnn import text as text_module
-from eventrnn.text import (
-    REPLACEMENT,
-    UNKNOWN_WORD,
-    Corpus,
-    TrigramModel,
-    Vocabulary,
-    from_path,
-    python_documentation,
-    words,
-)
+from eventrnn.data import text as text_module
+from eventrnn.data.text import REPLACEMENT, UNKNOWN_WORD, Corpus, Vocabulary, from_path, python_documentation, words
+from eventrnn.data.trigram import TrigramModel
 
 # --- vocabulary ---------------------------------------------------------------------------------------------
 

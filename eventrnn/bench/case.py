@@ -8,8 +8,11 @@ from eventrnn.weights import FORMATS, STORAGES, check_nm
 
 #: rivals of a whole layer (or a stack), and of one product of a sparse matrix with the events of a step
 LAYER_RIVALS = ("torch", "torch-step", "blas")
+
 PRODUCT_RIVALS = ("scipy", "torch-csr", "mkl", "numpy", "torch-mm", "float32")
+
 RIVALS = (*LAYER_RIVALS, *PRODUCT_RIVALS, "none")
+
 #: rivals of a whole layer (or a stack) on a GPU: torch.nn.GRU there, in float32 with and without TF32, and in float16
 GPU_RIVALS = ("cudnn", "evnn-style", "cusparse", "none")
 

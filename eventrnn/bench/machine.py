@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from eventrnn.bench.kernels import CHAINS, multiply_add
-from eventrnn.simd import LANES
+from eventrnn.bench.kernels.probes import CHAINS, multiply_add
+from eventrnn.cpu.kernels.simd import LANES
 
 GPU_PACKAGES = ("numba-cuda", "cupy-cuda12x", "cupy-cuda13x", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
+
 # A few milliseconds.
 PEAK_ROUNDS, PEAK_REPEATS = 1_000_000, 5
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from eventrnn.bench.contest import interleaved
 from eventrnn.bench.machine import device, versions
+from eventrnn.bench.timing import interleaved
 from eventrnn.pruning.nm import METHODS, mask_diversity, nm_mask, transposable_mask
 from eventrnn.weights import check_nm
 

@@ -8,11 +8,13 @@ import numpy as np
 
 from eventrnn.cells import Cell
 from eventrnn.events import Events
-from eventrnn.network import Layer, Network, simulate
+from eventrnn.network import Layer, Network
+from eventrnn.simulation import simulate
 from eventrnn.weights import Weights, check_block, convert
 
 # Above this activity the candidate gates get a bias: without it half of all cells are negative and never fire.
 BIASED_ACTIVITY = 0.4
+
 CANDIDATE_BIAS = 8.0
 
 

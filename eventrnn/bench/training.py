@@ -9,21 +9,24 @@ from typing import Any
 
 import numpy as np
 
-from eventrnn.backend import State
-from eventrnn.bench.contest import Run, interleaved
+from eventrnn.bench.baselines import import_torch
+from eventrnn.bench.inference import ACTIVITY_TOLERANCE
 from eventrnn.bench.machine import device, limited, peak, versions
-from eventrnn.bench.measure import ACTIVITY_TOLERANCE
 from eventrnn.bench.networks import at_activity, random_events, random_network
-from eventrnn.bench.rivals import import_torch
+from eventrnn.bench.timing import Run, interleaved
 from eventrnn.cells import Surrogate
+from eventrnn.counting.backward import BackwardCounts, count_backward
+from eventrnn.counting.counts import Counts
 from eventrnn.network import Network
-from eventrnn.observe import BackwardCounts, Counts, count_backward
-from eventrnn.training.bptt import BACKWARDS, Model, Tape
+from eventrnn.state import State
+from eventrnn.training.bptt.model import BACKWARDS, Model, Tape
 
 #: torch.nn.GRU, another and dense model of the same size; this very cell as a PyTorch loop, written with care for its
 #: gradient; and as the published plain path (EvNN's `EGRUScript`) goes over the steps
 TRAINING_RIVALS = ("torch", "torch-loop", "torch-loop-indexed")
+
 INPUT_GRADIENTS = ("open", "all", "none")
+
 # How far gradients of the loop may be from ours over `CHECKED_STEPS`, relative to the largest: float32 products in
 # another order; a dropped term is orders of magnitude more.
 CHECKED_STEPS, SAME_GRADIENT = 2, 1e-3

@@ -13,12 +13,14 @@ import typer
 
 from eventrnn.backend import BackendUnavailable
 from eventrnn.cli.bench import bench_app
+from eventrnn.cli.commands import app
 from eventrnn.cli.plot import plot
 from eventrnn.cli.prune import prune
-from eventrnn.cli.verbs import app
 
 app.command()(prune)
+
 app.command()(plot)
+
 app.add_typer(bench_app, name="bench")
 
 # What typer raises for options it cannot parse; the class has moved between releases, its subclass has not.

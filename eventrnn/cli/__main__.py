@@ -1,5 +1,7 @@
 """`python -m eventrnn.cli`."""
 
+from __future__ import annotations
+
 from eventrnn.cli import main
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from rich.table import Table
 from eventrnn.bench.case import LAYER_RIVALS, PRODUCT_RIVALS
 from eventrnn.bench.machine import device, versions
 from eventrnn.cli.options import Json, Seed, Threads, parse_block, parse_nm
-from eventrnn.terminal import as_line, progress, show
+from eventrnn.cli.terminal import as_line, progress, show
 from eventrnn.weights import FORMATS, STORAGES
 
 AGAINST = (
@@ -133,8 +133,8 @@ def crossover(
     for name, value, least in (("hidden", hidden, 16), ("repeats", repeats, 3)):
         if value < least:
             raise ValueError(f"{name}: got {value}, need a whole number >= {least}")
-    from eventrnn import crossover as maps
-    from eventrnn.bench import crossing
+    from eventrnn.bench import crossover as crossing
+    from eventrnn.cpu import crossover as maps
 
     with progress() as report:
         measuring, verifying = _stage(report, "measuring"), _stage(report, "verifying")

@@ -7,25 +7,39 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 
 from eventrnn.backend import BACKENDS
+from eventrnn.network import Network
 from eventrnn.weights import check_nm
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
+
 Out = Annotated[Path, typer.Option("--out", "-o", help="Model file to write.")]
+
 Model = Annotated[Path, typer.Argument(help="Model file.")]
+
 Text = Annotated[
     str, typer.Option("--text", help="'builtin' (Python's documentation), a text file, a folder of text files, or ptb.")
 ]
+
 PICTURES = (".png", ".pdf", ".svg")
+
 PARTS = ("train", "valid", "test", "all")
+
 Part = Annotated[str, typer.Option(help=f"Which part of the text: {', '.join(PARTS)}.")]
+
 Backend = Annotated[str, typer.Option(help=f"One of {', '.join(BACKENDS)}.")]
+
 Threads = Annotated[int, typer.Option(help="Threads of the cpu backend.")]
+
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+
 Block = Annotated[str, typer.Option("--block", metavar="RxC", help="Block: presynaptic x postsynaptic.")]
+
 Steps = Annotated[int, typer.Option(help="Parameter updates.")]
 
 
@@ -84,3 +98,26 @@ def _probe_folder(folder: Path, option: str = "out") -> None:
             pass
     except OSError as error:
         raise ValueError(f"{option}: cannot write into {folder}: {error.strerror}") from None
+
+
+def encoded(network: Network, text: str, part: str) -> np.ndarray:
+    """A part of a text in the model's own symbols."""
+    from eventrnn.data.text import SPLITS, Vocabulary, python_documentation, read_parts
+
+    if part not in PARTS:
+        raise ValueError(f"part: got {part!r}, need one of {', '.join(PARTS)}")
+    if "vocabulary" not in network.metadata:
+        raise ValueError(
+            "model: has no vocabulary, so it cannot read text: it was not trained by eventrnn train; "
+            "in Python, eventrnn.count(network, run) counts a run on any input"
+        )
+    vocabulary = Vocabulary.from_json(network.metadata["vocabulary"])
+    if text == "builtin":
+        corpus = python_documentation()
+        parts = {name: corpus.vocabulary.decode(getattr(corpus, name)) for name in SPLITS}
+    else:
+        parts = read_parts(text)
+    try:
+        return vocabulary.encode("".join(parts.values()) if part == "all" else parts[part])
+    except ValueError as error:
+        raise ValueError(f"{error} (part {part} of {text})") from None

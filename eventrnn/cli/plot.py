@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 
 from eventrnn import io
-from eventrnn.cli.options import Force, Json, Part, Text, writable_picture
-from eventrnn.cli.texts import encoded
-from eventrnn.terminal import as_line
+from eventrnn.cli.options import Force, Json, Part, Text, encoded, writable_picture
+from eventrnn.cli.terminal import as_line
 
 # Symbols and rounds that are timed for the picture of operations.
 TIMED, REPEATS = 2000, 7
+
 WHAT = ("weights", "raster", "operations", "training")
 
 
@@ -65,9 +65,9 @@ def _training(folder: Path, out: Path) -> None:
 def _run(
     model: Path, what: str, text: str, part: str, layer: int, start: int, steps: int, symbols: int, out: Path
 ) -> None:
-    from eventrnn import observe, plots
+    from eventrnn import counting, plots
     from eventrnn.bench import interleaved
-    from eventrnn.network import Simulator, simulate
+    from eventrnn.simulation import Simulator, simulate
 
     network = io.load(model)
     if layer >= len(network.layers):
@@ -77,7 +77,7 @@ def _run(
     if what == "raster":
         plots.raster(run.events[layer], start=start, steps=steps, path=out)
         return
-    counts = observe.count(network, run)
+    counts = counting.count(network, run)
     rows, total = counts.steps * counts.batch, counts.total
     operations = {name: getattr(total, name) / rows for name in ("dense", "effective", "executed")}
     engines = {name: Simulator(network, backend=name) for name in ("blas", "cpu")}

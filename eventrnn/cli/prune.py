@@ -13,14 +13,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from eventrnn import io, observe, pruning
-from eventrnn.cli.options import Force, Json, Model, parse_block, parse_nm, writable_file, writable_picture
-from eventrnn.cli.texts import encoded
-from eventrnn.network import Network, simulate
+from eventrnn import counting, io, pruning
+from eventrnn.cli.options import Force, Json, Model, encoded, parse_block, parse_nm, writable_file, writable_picture
+from eventrnn.cli.terminal import as_line, progress
+from eventrnn.network import Network
 from eventrnn.pruning.magnitude import GATES, SCOPES, STATISTICS
 from eventrnn.pruning.nm import METHODS as MASKS
 from eventrnn.pruning.operations import check_budget
-from eventrnn.terminal import as_line, progress
+from eventrnn.simulation import simulate
 from eventrnn.training.thresholds import RULES, check_rule
 
 
@@ -36,6 +36,7 @@ class Way:
 
 
 BLOCKS = ("block", "scope", "statistic", "gates")
+
 #: name -> way; `trains` None: with --steps if you like
 WAYS = {
     "magnitude": Way("the smallest, at once or gradually", ("sparsity", "nm"), (*BLOCKS, "mask"), None),
@@ -54,9 +55,12 @@ WAYS = {
         "to a share of the measured operations", ("ops_budget",), ("block", "criterion"), None, reads=True
     ),
 }
+
 TUNING = ("learning_rate", "activity_cost", "thresholds", "batch", "window", "seed")
+
 # Of the validation text, on which activity is measured and matrices are refitted: steps, and streams side by side.
 CALIBRATION = (512, 8)
+
 # The last step at which masks change, as a share of the steps.
 SETTLED = 0.5
 
@@ -339,7 +343,7 @@ def _calibration(valid: np.ndarray) -> np.ndarray:
 
 def _operations(network: Network, inputs: np.ndarray) -> int:
     """Effective ones, of a run over these inputs."""
-    return observe.count(network, simulate(network, inputs, record="events")).total.effective
+    return counting.count(network, simulate(network, inputs, record="events")).total.effective
 
 
 # --- what came out ------------------------------------------------------------------------------------------
@@ -353,7 +357,7 @@ def _figures(network: Network, valid: np.ndarray | None, report: Callable) -> di
     }
     if valid is None:
         return figures
-    from eventrnn.reading import read
+    from eventrnn.training.evaluation import read
 
     found = read(network, valid, report=lambda stage, done, total: report(stage, done, total, ""))
     return figures | {

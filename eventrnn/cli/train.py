@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from eventrnn.cli.options import Force, Json, writable_file, writable_folder
-from eventrnn.terminal import progress, show
+from eventrnn.cli.terminal import progress, show
 
 if TYPE_CHECKING:
-    from eventrnn.recipe import Recipe
+    from eventrnn.training.recipes.recipe import Recipe
+
 
 RUN_FILES = ("config.toml", "log.jsonl", "checkpoint.safetensors")
 
@@ -58,9 +59,9 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a network to predict the next symbol of a text; stop with Ctrl-C, go on with --resume."""
-    from eventrnn import recipe as recipes
-    from eventrnn.config import parse_setting
-    from eventrnn.text import located
+    from eventrnn.data.text import located
+    from eventrnn.training.recipes import recipe as recipes
+    from eventrnn.training.recipes.toml_config import parse_setting
 
     flags = {
         "data.text": text if text in (None, "builtin") else str(located(text).absolute()),
@@ -122,7 +123,7 @@ def train(
 
 def _merged(config: Path | None, preset: str, given: list[tuple[str, Any]], dropout: float | None) -> Recipe:
     """The recipe; `dropout` is that between layers, too, where it has more than one and nothing else was given."""
-    from eventrnn.recipe import load_recipe
+    from eventrnn.training.recipes.recipe import load_recipe
 
     recipe = load_recipe(config, preset=preset, settings=given)
     if dropout is not None and len(recipe.model.hidden) > 1:

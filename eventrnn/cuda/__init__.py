@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from eventrnn.cuda.engine import CudaEngine
     from eventrnn.network import Network
 
+
 PRECISIONS = ("float16", "bfloat16", "tf32")
 
 

@@ -16,13 +16,17 @@ from eventrnn.cuda.plan import Chip, LayerPlan, Plan
 from eventrnn.cuda.tables import LANES
 
 CLUSTER_SIZES = (16, 8, 4, 2, 1)
+
 # More leave a thread too few registers for the weights on their way.
 CLUSTER_WARPS = 24
+
 # Looking up more than this share of all units, strip by strip, costs more than making a list of events once.
 MOST_REACHED = 0.4
+
 # Cycles, measured on an H100: a send and its arrival, the same a tile; a strip from what arrived to its gate, with
 # weights in L2 more; a tile's cells. Then what both keep a multiprocessor from doing for others.
 EXCHANGE, EXCHANGE_TILE, STRIP, STRIP_FAR, CELLS, STRIP_ALONE, CELLS_ALONE = 350, 10, 500, 300, 450, 65, 100
+
 TILE_BYTES = 4 * LANES
 
 

@@ -10,10 +10,14 @@ from eventrnn.backend import BackendUnavailable
 if TYPE_CHECKING:
     from eventrnn.cuda.device import Device
 
+
 # cuBLAS's numbers: types of arrays, what sums are made in, not transposed, the algorithm that it finds best.
 TYPES = {"float16": 2, "bfloat16": 14, "tf32": 0}
+
 SUMS = {"float16": 68, "bfloat16": 68, "tf32": 77}
+
 PLAIN, DEFAULT = 0, -1
+
 # What NVIDIA recommends for Hopper.
 WORKSPACE_BYTES = 32 << 20
 

@@ -38,8 +38,10 @@ except ImportError as error:
 
 #: oldest architecture: `redux` and 128-bit-wide relaxed loads need sm_80, large shared memory is used where it is
 OLDEST = (8, 0)
+
 #: clusters of blocks and their barriers need sm_90; larger ones than this are asked for
 CLUSTERS_FROM, PORTABLE_CLUSTER = (9, 0), 8
+
 PROBE = b".version 8.0\n.target sm_90\n.address_size 64\n.visible .entry probe() { ret; }\n"
 
 __all__ = ["Device", "compile_ptx", "cuda", "current_device", "device_function", "intrinsic", "libdevice"]

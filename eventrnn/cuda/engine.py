@@ -8,26 +8,27 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eventrnn.backend import Feed, FireCounts, State, Trace, on_gpu
 from eventrnn.cuda import tables as k
-from eventrnn.cuda.arrays import DeviceFeed, DeviceState, WholeFeed, check_report, flattened
-from eventrnn.cuda.borders import finite_kernel
 from eventrnn.cuda.cluster_plan import CLUSTER_SIZES, ClusterShape, cluster_plan
 from eventrnn.cuda.cublas import Cublas
 from eventrnn.cuda.device import current_device
+from eventrnn.cuda.inputs import DeviceFeed, DeviceState, WholeFeed, check_report, flattened
+from eventrnn.cuda.kernels.batched_products import compact_kernel, tallies, tally_kernel
+from eventrnn.cuda.kernels.input_checks import finite_kernel
 from eventrnn.cuda.launch import launch_layers
 from eventrnn.cuda.matrix import Matrix
 from eventrnn.cuda.packing import check_format, per_strip
-from eventrnn.cuda.piece import Piece, Replay, copy_rows, pitch_of
 from eventrnn.cuda.plan import Chip, LayerShape, Plan, launches_of, parts_of, plan, tile_width
-from eventrnn.cuda.products import compact_kernel, tallies, tally_kernel
+from eventrnn.cuda.run_buffers import Piece, Replay, copy_rows, pitch_of
 from eventrnn.cuda.stepper import CudaStepper, Loop, StepLoop
 from eventrnn.cuda.tables import LANES
-from eventrnn.cuda.tensor import FEWEST_STREAMS, TensorLayer, exact_because, measured_ways
+from eventrnn.cuda.tensor_core_layer import FEWEST_STREAMS, TensorLayer, exact_because, measured_ways
+from eventrnn.state import Feed, FireCounts, State, Trace, on_gpu
 from eventrnn.weights import Dense
 
 if TYPE_CHECKING:
     from eventrnn.network import Network
+
 
 # What the record of a run may take at a time; longer runs go through in pieces.
 RECORD_BYTES = 1 << 30

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eventrnn.cuda import tables as k
-from eventrnn.cuda.cluster import cluster_kernel
-from eventrnn.cuda.kernels import layers_kernel
-from eventrnn.cuda.piece import NOT_YET_BYTE, Piece, pitch_of
+from eventrnn.cuda.kernels.cluster import cluster_kernel
+from eventrnn.cuda.kernels.persistent import layers_kernel
+from eventrnn.cuda.kernels.single_stream import single_kernel
 from eventrnn.cuda.plan import Plan, blocks_from, parts_of
-from eventrnn.cuda.single import single_kernel
+from eventrnn.cuda.run_buffers import NOT_YET_BYTE, Piece, pitch_of
 
 if TYPE_CHECKING:
     from eventrnn.cuda.engine import CudaEngine

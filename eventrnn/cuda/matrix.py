@@ -9,14 +9,15 @@ import numpy as np
 
 from eventrnn.cuda import tables as k
 from eventrnn.cuda.cluster_plan import MOST_REACHED
+from eventrnn.cuda.kernels.batched_products import products_kernel
 from eventrnn.cuda.packing import Lots, Reached, Strips, pack, per_strip
-from eventrnn.cuda.products import products_kernel
 from eventrnn.cuda.tables import LANES
 from eventrnn.weights import Dense
 
 if TYPE_CHECKING:
     from eventrnn.cuda.device import Device
     from eventrnn.weights import Weights
+
 
 # Warps of a block of products.
 WARPS = 32

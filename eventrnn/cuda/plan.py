@@ -17,9 +17,12 @@ from eventrnn.cuda.packing import Strips
 from eventrnn.cuda.tables import LANES
 
 NARROWEST = 8
+
 # Few numbers of warps, because a kernel is compiled for each.
 WARPS = (8, 12, 16, 24, 32)
+
 MOST_WARPS = 16
+
 # Segments that the lanes of one warp can add up.
 MOST_SINGLE = 32
 

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eventrnn.backend import State, as_array, on_gpu
-from eventrnn.cuda.arrays import DeviceFeed, DeviceState, check_report
-from eventrnn.cuda.piece import Piece, Replay
+from eventrnn.backend import as_array
+from eventrnn.cuda.inputs import DeviceFeed, DeviceState, check_report
+from eventrnn.cuda.run_buffers import Piece, Replay
 from eventrnn.cuda.tables import REPORT_FIELDS, REPORT_INPUT
+from eventrnn.state import State, on_gpu
 
 if TYPE_CHECKING:
     from eventrnn.cuda.engine import CudaEngine

@@ -7,20 +7,29 @@ from __future__ import annotations
 
 # Lanes of a warp; units that a warp looks at in one go.
 LANES, SEGMENT = 32, 128
+
 # How a matrix lies (see `packing.py`); added to it, whether its values are bfloat16, and in shared memory.
 DENSE, MASKED, RUNS = 0, 1, 2
+
 KINDS, NARROW, RESIDENT = 3, 4, 8
+
 # Terms that are loaded together, and those of a dense strip; hits of a masked strip held before they are walked.
 GROUP, DENSE_GROUP, HELD = 16, 32, 160
+
 # Entries of zero that end a list, so that groups may be read whole.
 LIST_PAD = DENSE_GROUP
+
 HIT_BYTES = 12 * (HELD + LIST_PAD)
+
 # Of strips whose units are looked up: bytes of a hit; units that a lane looks up together at most, and events of a list
 # that a warp does; strips of a lot that look up events together.
 HIT_SIZE, MOST_LOOKED, LISTED, MOST_TOGETHER = 8, 7, 160, 8
+
 LISTED_BYTES = HIT_SIZE * (LISTED + LIST_PAD)
+
 # Bits that a thread has for how many of its samples sent, and so how many samples it may have.
 SUM_BITS = 4
+
 MOST_SUMMED = (1 << SUM_BITS) - 1
 
 #: of a layer: numbers, then addresses
@@ -47,6 +56,7 @@ MOST_SUMMED = (1 << SUM_BITS) - 1
 #: of a run's report: a word that never came; LAST less the first position of an input that is refused; whether cells
 #: are not finite; the same for events and inputs too large for float16. Then counts of events.
 REPORT_FAULT, REPORT_INPUT, REPORT_CELLS, REPORT_LARGE, REPORT_FIELDS = range(5)
+
 LAST = 1 << 62
 
 

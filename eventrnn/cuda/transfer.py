@@ -17,9 +17,12 @@ import numpy as np
 if TYPE_CHECKING:
     from eventrnn.cuda.device import Device
 
+
 # Bytes of a pinned piece, and from how many on a copy goes through them.
 PIECE, LARGE = 4 << 20, 16 << 20
+
 THREADS = min(8, os.cpu_count() or 1)
+
 PIECES = THREADS + 2
 
 

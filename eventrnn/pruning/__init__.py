@@ -7,6 +7,8 @@ While training, given to the trainer as `pruning=`: `GradualPruning`, `MovementP
 in `schedule.py`.
 """
 
+from __future__ import annotations
+
 from eventrnn.pruning.adaprune import Fit as Fit
 from eventrnn.pruning.adaprune import adaprune as adaprune
 from eventrnn.pruning.adaprune import refit as refit

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from eventrnn import observe
-from eventrnn.network import Network, simulate
+from eventrnn import counting
+from eventrnn.network import Network
 from eventrnn.pruning.patterns import Pattern, prunable_matrices
+from eventrnn.simulation import simulate
 from eventrnn.weights import Dense
 
 
@@ -61,7 +62,7 @@ def adaprune(
         raise ValueError("store: got none for given masks; say in which pattern's format they are kept")
     simulation = simulate(network, inputs, record="events")  # type: ignore[arg-type]
     changed, biases, fits = {}, {}, {}
-    for done, (name, (_, events)) in enumerate(observe.senders(network, simulation).items()):
+    for done, (name, (_, events)) in enumerate(counting.senders(network, simulation).items()):
         if name not in matrices:
             continue
         report(name, done, len(matrices))

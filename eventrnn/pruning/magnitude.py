@@ -11,7 +11,9 @@ from eventrnn.pruning.schedule import Arrays, Masks, Pruning, TurnTaking, cubic_
 from eventrnn.weights import check_block
 
 SCOPES = ("matrix", "global")
+
 STATISTICS = ("max", "mean", "l2")
+
 #: how the three gates of a layer's matrix share a mask: one grid over all rows, a share within each, the same mask
 GATES = ("all", "each", "shared")
 

@@ -18,13 +18,15 @@ from typing import Any
 import numpy as np
 
 from eventrnn.events import check_finite
-from eventrnn.pruning import tiles as kernels
+from eventrnn.pruning.kernels import mask_kernels
 from eventrnn.weights import check_nm
 
 #: how to find a transposable mask
 METHODS = ("exact", "greedy", "transport")
+
 # Every mask of a tile of this size or less is tried: 186 for 2:4, of which 90 keep exactly two everywhere.
 ENUMERATED = 4
+
 # Chosen on Gaussian tiles of 8x8 and 16x16: three times the rounds take twice the time and bring a 5,000th.
 SHARPNESS, ROUNDS = 20.0, 30
 
@@ -39,7 +41,7 @@ def nm_mask(dense: np.ndarray, n: int, m: int, axis: str = "post", *, threads: i
     magnitudes = _magnitudes(dense)
     lines = magnitudes if axis == "post" else np.ascontiguousarray(magnitudes.T)
     kept = np.empty(lines.shape, bool)
-    _shared(kernels.keep_of_groups, len(lines), threads, n, m, lines, kept)
+    _shared(mask_kernels.keep_of_groups, len(lines), threads, n, m, lines, kept)
     return kept if axis == "post" else np.ascontiguousarray(kept.T)
 
 
@@ -64,13 +66,13 @@ def transposable_mask(dense: np.ndarray, n: int, m: int, *, method: str = "exact
     stack = to_tiles(_magnitudes(dense), m)
     kept = np.empty(stack.shape, bool)
     if method == "greedy":
-        _shared(kernels.greedy_tiles, len(stack), threads, n, m, stack, kept)
+        _shared(mask_kernels.greedy_tiles, len(stack), threads, n, m, stack, kept)
     elif method == "transport":
-        _shared(kernels.transport_tiles, len(stack), threads, n, m, stack, np.float32(SHARPNESS), ROUNDS, kept)
+        _shared(mask_kernels.transport_tiles, len(stack), threads, n, m, stack, np.float32(SHARPNESS), ROUNDS, kept)
     elif m <= ENUMERATED:
-        _shared(kernels.table_tiles, len(stack), threads, m, stack, _maximal_masks(n, m), kept)
+        _shared(mask_kernels.table_tiles, len(stack), threads, m, stack, _maximal_masks(n, m), kept)
     else:
-        _shared(kernels.exact_tiles, len(stack), threads, n, m, stack, kept)
+        _shared(mask_kernels.exact_tiles, len(stack), threads, n, m, stack, kept)
     # Of masks that weigh the same, the one without zeros.
     kept &= stack > 0
     return from_tiles(kept, m, dense.shape)

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eventrnn import observe
-from eventrnn.network import Network, simulate
+from eventrnn import counting
+from eventrnn.network import Network
 from eventrnn.pruning.magnitude import block_scores, from_blocks, to_blocks
 from eventrnn.pruning.patterns import Blocks, prunable_matrices, with_masks
+from eventrnn.simulation import simulate
 from eventrnn.weights import Weights
 
 #: what goes first: the least of this. w a weight, a how often its unit fires, y what it sends then
@@ -26,8 +27,10 @@ CRITERIA = {
     "contribution": "|w| rms(y), events and silence alike: what the drives would miss (Sun et al. 2023)",
     "return": "w^2 mean(y^2) / a: what the drives would miss for each operation saved",
 }
+
 # The measured operations may stay this share of the budget below it.
 CLOSE = 0.02
+
 MEASUREMENTS = 10
 
 
@@ -212,8 +215,8 @@ def _measure(network: Network, inputs: np.ndarray | object) -> tuple[dict[str, _
     simulation = simulate(network, inputs, record="events")  # type: ignore[arg-type]
     rows = simulation.steps * simulation.batch
     usage = {}
-    for name, (weights, events) in observe.senders(network, simulation).items():
+    for name, (weights, events) in counting.senders(network, simulation).items():
         fired = np.bincount(events.indices, minlength=weights.shape[0])
         squares = np.bincount(events.indices, np.square(events.values, dtype=np.float64), minlength=weights.shape[0])
         usage[name] = _Usage(fired / rows, squares / np.maximum(fired, 1))
-    return usage, observe.count(network, simulation).total.effective / rows
+    return usage, counting.count(network, simulation).total.effective / rows

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 Arrays = Mapping[str, np.ndarray]
+
 Masks = dict[str, np.ndarray]
 
 

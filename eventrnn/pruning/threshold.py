@@ -8,13 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from eventrnn.pruning.dynamic import Shadow
-from eventrnn.pruning.magnitude import (
-    block_scores,
-    check_sparsity,
-    from_blocks,
-    magnitude_mask,
-    to_blocks,
-)
+from eventrnn.pruning.magnitude import block_scores, check_sparsity, from_blocks, magnitude_mask, to_blocks
 from eventrnn.pruning.schedule import Arrays, Masks, Pruning, TurnTaking, check_span, is_due
 
 

@@ -1,19 +1,18 @@
 """Training event networks: truncated BPTT with a surrogate gradient, regularisers, optimisers, tasks and a loop."""
 
-from eventrnn.training.bptt import Model as Model
+from __future__ import annotations
+
+from eventrnn.training.bptt.model import Model as Model
+from eventrnn.training.bptt.noise import Noise as Noise
 from eventrnn.training.checkpoint import CheckpointError as CheckpointError
 from eventrnn.training.checkpoint import load_checkpoint as load_checkpoint
 from eventrnn.training.checkpoint import save_checkpoint as save_checkpoint
+from eventrnn.training.evaluation import evaluate as evaluate
 from eventrnn.training.gradcheck import GradientCheck as GradientCheck
 from eventrnn.training.gradcheck import check_gradients as check_gradients
 from eventrnn.training.gru import GRU as GRU
-from eventrnn.training.loop import Diverged as Diverged
-from eventrnn.training.loop import Progress as Progress
-from eventrnn.training.loop import Trainer as Trainer
-from eventrnn.training.loop import evaluate as evaluate
 from eventrnn.training.losses import cross_entropy as cross_entropy
 from eventrnn.training.losses import squared_error as squared_error
-from eventrnn.training.noise import Noise as Noise
 from eventrnn.training.optim import Optimiser as Optimiser
 from eventrnn.training.optim import Schedule as Schedule
 from eventrnn.training.optim import clip_by_layer as clip_by_layer
@@ -28,3 +27,6 @@ from eventrnn.training.tasks import Classification as Classification
 from eventrnn.training.tasks import LanguageModelling as LanguageModelling
 from eventrnn.training.tasks import Regression as Regression
 from eventrnn.training.tasks import Task as Task
+from eventrnn.training.trainer import Diverged as Diverged
+from eventrnn.training.trainer import Progress as Progress
+from eventrnn.training.trainer import Trainer as Trainer

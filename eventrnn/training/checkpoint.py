@@ -17,10 +17,11 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from eventrnn.files import write_whole
-from eventrnn.training.loop import Trainer
+from eventrnn._files import write_whole
+from eventrnn.training.trainer import Trainer
 
 FORMAT = "eventrnn checkpoint"
+
 VERSION = "1"
 
 

@@ -13,14 +13,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from eventrnn import reference
-from eventrnn.backend import State
 from eventrnn.network import Network
-from eventrnn.training.bptt import LAYER_PARAMETERS, Model
-from eventrnn.training.layer import LayerTape
+from eventrnn.state import State
+from eventrnn.training.bptt.layer import LayerTape
+from eventrnn.training.bptt.model import LAYER_PARAMETERS, Model
 from eventrnn.training.tasks import Batch, Task
 
 U32, U64 = 2.0**-24, 2.0**-53
+
 UNSURE = " (too coarse to tell)"
+
 # The engine's order of sums and blocks is its own: so many times what float32 costs the specification.
 MARGIN = 64
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from eventrnn.backend import BackwardWork
+from eventrnn.counting.backward import BackwardWork
 from eventrnn.network import Network
-from eventrnn.training.bptt import Model
-from eventrnn.training.layer import Adjoint, LayerEngine, LayerTape
+from eventrnn.training.bptt.layer import Adjoint, LayerEngine, LayerTape
+from eventrnn.training.bptt.model import Model
 
 F32 = np.float32
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from eventrnn.training import kernels
+from eventrnn.training.kernels import cross_entropy as kernels
 
 
 def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> tuple[float, np.ndarray]:

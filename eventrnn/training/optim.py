@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from eventrnn.training import updates
+from eventrnn.training.kernels import optimiser_updates as updates
 
 F32 = np.float32
+
 KINDS = ("adamw", "adam", "sgd", "nt-asgd")
+
 SCHEDULES = ("constant", "cosine", "step")
 
 Arrays = Mapping[str, np.ndarray]

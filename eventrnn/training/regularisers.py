@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from eventrnn import cells
-from eventrnn.training.bptt import Model, Tape
-from eventrnn.training.noise import Noise
+from eventrnn.training.bptt.model import Model, Tape
+from eventrnn.training.bptt.noise import Noise
 
 F32 = np.float32
+
 RATES = ("dropconnect", "dropout_input", "dropout_between", "dropout_top", "dropout_words", "zoneout")
+
 STRENGTHS = ("activity_rate", "state", "activation", "temporal_activation")
 
 

@@ -13,11 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from eventrnn.files import clean, write_whole
+from eventrnn._files import clean, write_whole
 from eventrnn.training.checkpoint import CheckpointError, load_checkpoint, previous, save_checkpoint
-from eventrnn.training.loop import Diverged, Progress, Trainer
+from eventrnn.training.trainer import Diverged, Progress, Trainer
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
+
 AVERAGED = ("loss", "penalty", "activity", "support", "norm")
 
 

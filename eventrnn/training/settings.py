@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from eventrnn.training.bptt import BACKWARDS
+from eventrnn.training.bptt.model import BACKWARDS
 from eventrnn.training.optim import Optimiser, Schedule
 from eventrnn.training.regularisers import Regularisers
 from eventrnn.training.thresholds import check_rule

@@ -22,10 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from eventrnn.backend import State
-from eventrnn.network import CARRIES, Network
+from eventrnn.network import Network
 from eventrnn.pruning.schedule import describe
-from eventrnn.training.bptt import Model, check_range
+from eventrnn.simulation import CARRIES
+from eventrnn.state import State
+from eventrnn.training.bptt.model import Model, check_range
 from eventrnn.training.losses import cross_entropy, squared_error
 
 READS = ("last", "mean")

@@ -9,10 +9,13 @@ import numpy as np
 from eventrnn import cells
 
 F32 = np.float32
+
 #: how a threshold is learned; see `Model`
 RULES = ("positive", "clamped", "sigmoid", "fixed")
+
 # Second parameter of the Beta distribution that thresholds are drawn from (EvNN 0.2).
 BETA = 3.0
+
 # Logits stay within +-16: beyond 16.7 the float32 threshold is exactly 1, which has no gradient to come back by.
 LARGEST_LOGIT = F32(16)
 

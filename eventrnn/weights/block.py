@@ -8,15 +8,7 @@ from typing import ClassVar
 import numpy as np
 import scipy.sparse as sp
 
-from eventrnn.weights.base import (
-    Weights,
-    check_indices,
-    finite_matrix,
-    need_index,
-    need_values,
-    row_pointers,
-    shape_of,
-)
+from eventrnn.weights.base import Weights, check_indices, finite_matrix, need_index, need_values, row_pointers, shape_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)

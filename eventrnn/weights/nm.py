@@ -12,6 +12,7 @@ from eventrnn.weights.base import Weights, finite_matrix, need_values, per_unit,
 from eventrnn.weights.csr import CSR
 
 AXES = ("post", "pre")
+
 #: largest group: an index takes at most five bits
 MOST = 32
 

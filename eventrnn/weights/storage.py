@@ -17,6 +17,7 @@ DTYPES: dict[str, np.dtype] = {
     "bfloat16": np.dtype(np.uint16),
     "int8": np.dtype(np.int8),
 }
+
 STORAGES = tuple(DTYPES)
 
 #: int8 weights span -INT8_MOST to INT8_MOST, so that every weight has its negative

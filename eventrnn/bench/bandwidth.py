@@ -1,0 +1,149 @@
+"""The engine from within: which weights a run reads, and a probe that only reads them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from eventrnn.bench.kernels.probes import read_rows, read_through
+from eventrnn.counting.counts import senders
+from eventrnn.cpu import engine as cpu
+from eventrnn.cpu.engine import CpuEngine
+from eventrnn.cpu.packing import PADDING
+from eventrnn.cpu.plan import Plan
+from eventrnn.cpu.single_product import Product
+from eventrnn.cpu.tables import (
+    BLAS,
+    BLOCKS,
+    END,
+    EVERY_FROM,
+    IN,
+    ITEMSIZE,
+    KIND,
+    MANY_BLOCKS,
+    MASKED,
+    PITCH,
+    POINTERS,
+    REC,
+    REC_GATED,
+    ROW_TILES,
+    ROWS,
+    STORAGE,
+    WIDTH,
+)
+from eventrnn.events import Events
+from eventrnn.network import Network
+from eventrnn.simulation import Simulation, simulate
+
+
+def product_reads(product: Product) -> list[Reads]:
+    """What a run of one product reads."""
+    # Many windows take turns within a step; of a single one the probe, like us, needs one call for all steps.
+    per_chunk = 1 if product.span[1] - product.span[0] > 1 else product.steps
+    return [_reads(product.plan, product.span, product.events, product.batch, per_chunk)]
+
+
+@dataclass(frozen=True)
+class Reads:
+    """The weight rows that a run reads from one matrix, in groups; a group reads a row once.
+
+    Attributes
+    ----------
+    windows     : of the engine's plan, each read by every group
+    indptr, ids : units read by each group
+    per_chunk   : groups in a chunk of time
+    nbytes      : values and indices of all these rows, over all threads
+    """
+
+    windows: range
+    indptr: np.ndarray
+    ids: np.ndarray
+    per_chunk: int
+    nbytes: int
+
+
+def rows_read(engine: CpuEngine, network: Network, simulation: Simulation) -> list[Reads]:
+    """What the engine reads in a recorded run, in its order: a layer's chunk of inputs, then its recurrent steps.
+
+    An input product shares rows over its chunk, a recurrent one over the batch of a step (see `propagate_all`).
+    """
+    batch, chunk = simulation.batch, engine.chunk_steps(simulation.batch)
+    plan, received = engine.plan(simulation.steps, batch), senders(network, simulation)
+    return [
+        _reads(plan, (int(layer[a]), int(layer[b])), received[f"layers.{k}.{name}"][1], rows, chunk * batch // rows)
+        for k, layer in enumerate(plan.layers)
+        for a, b, name, rows in (
+            (IN, REC, "w_in", chunk * batch),
+            (REC, REC_GATED, "w_rec", batch),
+            (REC_GATED, END, "w_rec", batch),
+        )
+        if layer[a] != layer[b]
+    ]
+
+
+def _reads(plan: Plan, span: tuple[int, int], events: Events, rows: int, per_chunk: int) -> Reads:
+    total, units = events.shape[0] * events.shape[1], events.shape[2]
+    windows = [window for part in plan.windows for window in part[slice(*span)]]
+    shared = windows[0][KIND] == ROW_TILES
+    groups = []
+    for at in range(0, total, rows):
+        last = min(at + rows, total)
+        sent = events.indices[events.indptr[at] : events.indptr[last]]
+        if windows[0][KIND] == ROW_TILES and len(sent) >= windows[0][EVERY_FROM] * (last - at):
+            sent = np.arange(units, dtype=np.int32)
+        groups.append(np.unique(sent) if shared else sent)
+    ids = np.concatenate([*groups, np.zeros(0, np.int32)])
+    per_unit = np.sum([_unit_bytes(plan, window, units) for window in windows], axis=0)
+    return Reads(range(*span), np.cumsum([0, *map(len, groups)]), ids, per_chunk, int(per_unit[ids].sum()))
+
+
+def _unit_bytes(plan: Plan, window: np.ndarray, units: int) -> np.ndarray:
+    """Bytes of values and indices that a window holds of each unit, (units,): what is read when it fires."""
+    kind, size, p0 = window[KIND], ITEMSIZE[window[STORAGE]], window[POINTERS]
+    if kind in (ROWS, ROW_TILES, BLAS):
+        return np.full(units, window[WIDTH] * size)
+    if kind in (BLOCKS, MANY_BLOCKS):
+        first, last, _ = plan.pointers[p0 : p0 + 3 * units].reshape(units, 3).T
+        return (last - first) * (window[WIDTH] * size + 4)
+    stored = np.diff(plan.pointers[p0 : p0 + units + 1])
+    return stored * size + 2 * window[PITCH] if kind == MASKED else stored * (size + 2)
+
+
+def probes(plan: Plan, reads: Sequence[Reads]) -> dict[str, Callable[[], object]]:
+    """Runs that only read, with as many threads as the plan has: those rows in their order, and as many bytes of the
+    same weights straight on. Short rows in a cache cost more than their bytes, so that the latter may be faster."""
+    workers = ThreadPoolExecutor(plan.parts)
+    pools = plan.values, plan.index, plan.pointers
+
+    def share(part: int) -> None:
+        for at in range(max(-(-(len(r.indptr) - 1) // r.per_chunk) for r in reads)):
+            for r in reads:
+                start, stop = (min(k * r.per_chunk, len(r.indptr) - 1) for k in (at, at + 1))
+                for window in r.windows:
+                    read_rows(plan.windows[part, window], *pools, r.indptr, r.ids, start, stop)
+
+    amount, pool = sum(r.nbytes for r in reads) // 4, len(plan.values) - PADDING
+
+    def straight(part: int) -> None:
+        first, last = (pool * k // plan.parts for k in (part, part + 1))
+        read_through(plan.values, first, last, amount // plan.parts)
+
+    def run(share: Callable[[int], None]) -> Callable[[], object]:
+        # One thread reads without the hand-over to a pool, as the engine does.
+        return (lambda: share(0)) if plan.parts == 1 else (lambda: list(workers.map(share, range(plan.parts))))
+
+    return {"probe": run(share), "probe straight": run(straight)}
+
+
+def first_call() -> dict:
+    """Seconds until the first answer of the cpu engine in this process, and whether kernels came from the cache."""
+    network = Network.random([8], inputs=4, rng=np.random.default_rng(0))
+    started = time.perf_counter()
+    simulate(network, np.zeros((1, 1, 4), np.float32))
+    seconds = time.perf_counter() - started
+    hits = sum(cpu.run.stats.cache_hits.values())
+    return {"first_call_seconds": seconds, "kernels_from_cache": bool(hits), "kernel_cache": cpu.run.stats.cache_path}

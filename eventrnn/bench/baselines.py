@@ -1,0 +1,365 @@
+"""Who our engine is timed against, on the same weights, and the check that they compute the same.
+
+A rival of the whole layer is a dense network of the same size. A rival of one product multiplies the same (3N, N)
+matrix, stored its own way, with the dense outputs of each step; some can use that these are mostly zero. Each offers
+its variants, of which the fastest counts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, files
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from eventrnn.bench.timing import Run
+from eventrnn.cpu.blas import BlasEngine
+from eventrnn.cpu.single_product import Product
+from eventrnn.events import Events
+from eventrnn.network import Network
+from eventrnn.simulation import simulate
+from eventrnn.state import State
+from eventrnn.weights import BlockCSR, Weights
+
+U32 = 2.0**-24
+
+#: the product of step t: (3N, batch), or (3N,) of one sample, dense or sparse, NumPy or torch
+Step = Callable[[int], Any]
+
+
+def gamma(n: int) -> float:
+    """Relative error of a float32 sum of n products in any order: n u / (1 - n u) (Higham 2002, section 3.1)."""
+    return n * U32 / (1 - n * U32)
+
+
+def product_bound(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """How far two float32 results of one product may be apart: each gamma(J) sum |w| |x| from the exact one.
+
+    weights (J, P), values (B, J) -> (B, P)
+    """
+    size = np.abs(values).astype(np.float64) @ np.abs(weights).astype(np.float64)
+    return 2 * gamma(max(len(weights), 1)) * size
+
+
+# --- one product --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Task:
+    """The product to do, as its rivals want it.
+
+    weights : (N, 3N), any format and storage: rivals take their float32 values
+    events  : (steps, batch, N)
+    """
+
+    weights: Weights
+    events: Events
+
+    @cached_property
+    def dense(self) -> np.ndarray:
+        """(N, 3N)"""
+        return self.weights.to_dense()
+
+    @cached_property
+    def outputs(self) -> np.ndarray:
+        """(steps, batch, N)"""
+        return self.events.to_dense()
+
+    @cached_property
+    def columns(self) -> list[np.ndarray]:
+        """A step's outputs as (N, batch), or (N,) of one sample."""
+        batch = self.outputs.shape[1]
+        return [np.ascontiguousarray(y[0] if batch == 1 else y.T) for y in self.outputs]
+
+    @property
+    def block(self) -> tuple[int, int] | None:
+        """Of the transposed matrix, or None."""
+        if not isinstance(self.weights, BlockCSR):
+            return None
+        r, c = self.weights.block
+        return c, r
+
+    def in_blocks(self) -> tuple[sp.bsr_array, list[np.ndarray]]:
+        """The transposed matrix and the columns, padded to whole blocks."""
+        assert self.block is not None
+        c, r = self.block
+        extra = -self.dense.shape[0] % r, -self.dense.shape[1] % c
+        padded = np.pad(self.dense, ((0, extra[0]), (0, extra[1]))).T
+        columns = [np.pad(y, [(0, extra[0])] + [(0, 0)] * (y.ndim - 1)) for y in self.columns]
+        return sp.bsr_array(padded, blocksize=(c, r)), columns
+
+
+def _scipy(task: Task) -> dict[str, Step]:
+    by_output, by_input = sp.csr_array(task.dense.T), sp.csc_array(task.dense.T)
+    columns = task.columns
+    rows = [sp.csr_array(y.reshape(len(y), -1)) for y in columns]
+    steps: dict[str, Step] = {
+        "csr @ dense": lambda t: by_output @ columns[t],
+        "csc @ dense": lambda t: by_input @ columns[t],
+        "csr @ sparse": lambda t: by_output @ rows[t],
+    }
+    sparse_columns = [sp.csc_array(y) for y in rows]
+    steps["csc @ sparse"] = lambda t: by_input @ sparse_columns[t]
+    if task.block is not None:
+        blocks, padded = task.in_blocks()
+        steps["bsr @ dense"] = lambda t: blocks @ padded[t]
+    return steps
+
+
+def _torch_csr(task: Task) -> dict[str, Step]:
+    torch = import_torch()
+    matrix = sp.csr_array(task.dense.T)
+    columns = [torch.from_numpy(y) for y in task.columns]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*in beta state", category=UserWarning)
+        parts = (torch.from_numpy(part) for part in (matrix.indptr, matrix.indices, matrix.data))
+        by_output = torch.sparse_csr_tensor(*parts, size=matrix.shape, check_invariants=True)
+        steps: dict[str, Step] = {"csr @ dense": lambda t: by_output @ columns[t]}
+        # Its CPU product takes square blocks only.
+        if task.block is not None and task.block[0] == task.block[1] > 1:
+            bsr, padded_columns = task.in_blocks()
+            padded = [torch.from_numpy(y) for y in padded_columns]
+            parts = (torch.from_numpy(part) for part in (bsr.indptr, bsr.indices, bsr.data))
+            blocks = torch.sparse_bsr_tensor(*parts, size=bsr.shape, check_invariants=True)
+            steps["bsr @ dense"] = lambda t: blocks @ padded[t]
+    return steps
+
+
+def _mkl(task: Task) -> dict[str, Step]:
+    dot_product_mkl = import_mkl()
+    by_output, by_input = sp.csr_matrix(task.dense.T), sp.csc_matrix(task.dense.T)
+    columns = task.columns
+    sparse = [sp.csr_matrix(y.reshape(len(y), -1)) for y in columns]
+    steps: dict[str, Step] = {
+        "csr @ dense": lambda t: dot_product_mkl(by_output, columns[t]),
+        "csc @ dense": lambda t: dot_product_mkl(by_input, columns[t]),
+        "csr @ sparse": lambda t: dot_product_mkl(by_output, sparse[t]),
+    }
+    # Its block format has square blocks only.
+    if task.block is not None and task.block[0] == task.block[1] > 1:
+        bsr, padded = task.in_blocks()
+        blocks = sp.bsr_matrix(bsr)
+        steps["bsr @ dense"] = lambda t: dot_product_mkl(blocks, padded[t])
+    return steps
+
+
+def _numpy(task: Task) -> dict[str, Step]:
+    outputs, by_input = task.outputs, task.dense
+    by_output = np.ascontiguousarray(by_input.T)
+    out = np.empty((outputs.shape[1], by_input.shape[1]), np.float32)
+    return {
+        "dot, rows by input": lambda t: np.dot(outputs[t], by_input, out).T,
+        "dot, rows by output": lambda t: np.dot(outputs[t], by_output.T, out).T,
+    }
+
+
+def _torch_mm(task: Task) -> dict[str, Step]:
+    torch = import_torch()
+    outputs, by_input = torch.from_numpy(task.outputs), torch.from_numpy(task.dense)
+    by_output = by_input.T.contiguous()
+    out = torch.empty(outputs.shape[1], by_input.shape[1])
+    steps: dict[str, Step] = {
+        "mm": lambda t: torch.mm(outputs[t], by_input, out=out).T,
+        "linear": lambda t: torch.nn.functional.linear(outputs[t], by_output).T,
+    }
+    if outputs.shape[1] == 1:
+        steps["mv"] = lambda t: torch.mv(by_output, outputs[t, 0])
+    return steps
+
+
+_PRODUCTS: dict[str, Callable[[Task], dict[str, Step]]] = {
+    "scipy": _scipy,
+    "torch-csr": _torch_csr,
+    "mkl": _mkl,
+    "numpy": _numpy,
+    "torch-mm": _torch_mm,
+}
+
+
+@dataclass(frozen=True)
+class ProductRivals:
+    """Every variant of the named rivals of one product."""
+
+    ours: Product
+    steps: dict[str, Step]
+    runs: dict[str, Run]
+
+    @classmethod
+    def of(cls, names: tuple[str, ...], ours: Product) -> ProductRivals:
+        """Lays the weights out for each. Raises ValueError where a rival is not installed."""
+        task, steps, runs = Task(ours.weights, ours.events), {}, {}
+        for name in names:
+            if name == "float32":
+                twin = Product(ours.weights.stored_as("float32"), ours.events, ours.threads)
+                steps["float32 ours"], runs["float32 ours"] = (lambda t, twin=twin: twin.result(t).T), twin.run
+                continue
+            for variant, step in _PRODUCTS[name](task).items():
+                steps[f"{name} {variant}"] = step
+                runs[f"{name} {variant}"] = _all_steps(step, ours.steps)
+        return cls(ours, steps, runs)
+
+    def check(self) -> None:
+        """Compares the first, middle and last step. Raises RuntimeError where a rival is not within rounding of us."""
+        dense, outputs, n_post = self.ours.weights.to_dense(), self.ours.events.to_dense(), self.ours.weights.shape[1]
+        for t in sorted({0, self.ours.steps // 2, self.ours.steps - 1}):
+            ours, bound = self.ours.result(t), product_bound(dense, outputs[t])
+            for name, step in self.steps.items():
+                got: Any = step(t)
+                theirs = got.toarray() if sp.issparse(got) else np.asarray(got)
+                _need_close(name, theirs.reshape(len(theirs), -1)[:n_post].T, ours, bound)
+
+
+def _all_steps(step: Step, steps: int) -> Run:
+    def run() -> None:
+        for t in range(steps):
+            step(t)
+
+    return run
+
+
+# --- a whole layer ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerRivals:
+    """The named rivals of a network, with its weights made dense.
+
+    `first` gives the first layer's (batch, N) values of the first step, from a state of zero: for a GRU its output, for
+    our cells the value before the event. That is where both follow the same equations.
+    """
+
+    network: Network
+    inputs: Events
+    runs: dict[str, Run]
+    first: dict[str, Callable[[], np.ndarray]]
+
+    @classmethod
+    def of(cls, names: tuple[str, ...], network: Network, inputs: Events) -> LayerRivals:
+        """Raises ValueError where a rival is not installed."""
+        runs, first = {}, {}
+        for name in names:
+            runs[name], first[name] = (_blas if name == "blas" else _torch_gru)(network, inputs, name)
+        return cls(network, inputs, runs, first)
+
+    def check(self) -> None:
+        """Compares the first step. Raises RuntimeError where a rival is not within rounding of us.
+
+        Two pre-activations of a gate are `product_bound` apart (the state is zero, so only the input counts). Slopes of
+        sigmoid and tanh are at most 1/4 and 1, and of v = (1 - u) g in u and g at most 1; activations and what is done
+        with them are good to 16 units in the last place of numbers below 1.
+        """
+        if not self.runs:
+            return
+        layer, n = self.network.layers[0], self.network.layers[0].units
+        x = self.inputs.to_dense()[0]
+        simulation = simulate(Network((layer,)), x[None], record=("events", "states"))
+        ours = before_event(simulation.events[0].to_dense()[0], simulation.states[0][0])
+        # The bias is a term like the others.
+        terms = np.vstack([layer.w_in.to_dense(), layer.bias_in])
+        apart = product_bound(terms, np.column_stack([x, np.ones(len(x), np.float32)]))
+        bound = apart[:, :n] / 4 + apart[:, 2 * n :] + 32 * U32
+        for name, values in self.first.items():
+            _need_close(name, values(), ours, bound)
+
+
+def before_event(outputs: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    """v, from what a step of either variant left: it is what was sent, or the cell where nothing was."""
+    return np.where(outputs != 0, outputs, cells)
+
+
+def _blas(network: Network, inputs: Events, name: str) -> tuple[Run, Callable[[], np.ndarray]]:
+    engine, feed = BlasEngine(network), network.feed(inputs)
+    state = State.zeros(network, inputs.shape[1])
+
+    def first() -> np.ndarray:
+        trace = engine.run(feed.part(0, 1), state, record_events=True, record_states=True)
+        return before_event(trace.events[0][0], trace.states[0][0])
+
+    return (lambda: engine.run(feed, state)), first
+
+
+def torch_gru(network: Network) -> Any:
+    """torch.nn.GRU with the network's weights, made dense. Raises ValueError where torch is not installed."""
+    torch = import_torch()
+    layers = network.layers
+    gru = torch.nn.GRU(layers[0].inputs, layers[0].units, len(layers))
+    with torch.no_grad():
+        for k, layer in enumerate(layers):
+            n = layer.units
+            # Rows (r, u, g), ours (u, r, g).
+            order = np.r_[n : 2 * n, 0:n, 2 * n : 3 * n]
+            for kind, array in (
+                ("weight_ih", layer.w_in.to_dense().T),
+                ("weight_hh", layer.w_rec.to_dense().T),
+                ("bias_ih", layer.bias_in),
+                ("bias_hh", layer.bias_rec),
+            ):
+                getattr(gru, f"{kind}_l{k}").copy_(torch.from_numpy(np.ascontiguousarray(array[order])))
+    return gru
+
+
+def _torch_gru(network: Network, inputs: Events, name: str) -> tuple[Run, Callable[[], np.ndarray]]:
+    torch, gru = import_torch(), torch_gru(network)
+    x = torch.from_numpy(inputs.to_dense())
+
+    def sequence():
+        with torch.inference_mode():
+            return gru(x)
+
+    def stepwise():
+        with torch.inference_mode():
+            state = None
+            for t in range(len(x)):
+                _, state = gru(x[t : t + 1], state)
+            return state
+
+    def first() -> np.ndarray:
+        with torch.inference_mode():
+            _, state = gru(x[:1])
+            return state[0].numpy()
+
+    return (sequence if name == "torch" else stepwise), first
+
+
+def import_torch() -> Any:
+    """The torch module, or ValueError with what to do."""
+    try:
+        import torch
+    except ImportError:
+        raise ValueError("against: torch is not installed; pip install torch, or use --against blas") from None
+    return torch
+
+
+def import_mkl() -> Any:
+    """`dot_product_mkl` of sparse_dot_mkl, or ValueError with what to do."""
+    # It asks the loader for MKL by name, and so misses one that came as a Python package unless it is loaded.
+    with suppress(PackageNotFoundError):
+        for path in files("mkl") or ():
+            if path.name.startswith("libmkl_rt.so"):
+                ctypes.CDLL(str(path.locate()))
+    try:
+        from sparse_dot_mkl import dot_product_mkl
+    except ImportError:
+        raise ValueError(
+            "against: mkl needs sparse_dot_mkl, which is not installed or finds no MKL; pip install sparse_dot_mkl mkl"
+        ) from None
+    return dot_product_mkl
+
+
+def _need_close(name: str, theirs: np.ndarray, ours: np.ndarray, bound: np.ndarray) -> None:
+    if theirs.shape != ours.shape:
+        raise RuntimeError(f"against {name}: result has shape {theirs.shape}, ours {ours.shape}")
+    apart = np.abs(theirs.astype(np.float64) - ours)
+    if not (apart <= bound).all():
+        at = np.unravel_index(int(np.argmax(apart - bound)), apart.shape)
+        raise RuntimeError(
+            f"against {name}: sample {at[0]}, output {at[1]} is {theirs[at]}, ours {ours[at]}; that is more than "
+            f"rounding ({bound[at]:.1e}), so it computes something else"
+        )

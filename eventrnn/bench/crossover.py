@@ -1,0 +1,137 @@
+"""Is "auto" ever slower than the best way? Every way of some products beside its own choice, interleaved in one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import product as pairs
+from typing import Any
+
+import numpy as np
+
+from eventrnn.bench.machine import limited
+from eventrnn.bench.networks import random_events, random_weights
+from eventrnn.bench.timing import interleaved
+from eventrnn.cpu.crossover import Crossover, Forced, MeasuredChoice
+from eventrnn.cpu.plan import AS_STORED, BLAS_PRODUCT, DENSE, DENSE_TILES, TILES, Choice
+from eventrnn.cpu.single_product import Product
+from eventrnn.weights import Dense, Weights
+
+ACTIVITIES, BATCHES = (0.01, 0.1, 0.3, 1.0), (1, 4, 20, 80, 128)
+
+WEIGHTS = (
+    {"format": "dense", "sparsity": 0.0},
+    {"format": "csr", "sparsity": 0.5},
+    {"format": "csr", "sparsity": 0.9},
+    {"format": "block", "block": (1, 16), "sparsity": 0.5},
+    {"format": "block", "block": (1, 64), "sparsity": 0.9},
+)
+
+# A timed run of the fastest way takes about so long; a way so many times slower in a first short run is out.
+RUN_SECONDS, OUT, FIRST_STEPS, LEAST_STEPS, MOST_STEPS = 1e-2, 3.0, 4, 2, 4096
+
+# A pick, and the share of active units from which all are walked; NEVER is above every share.
+Way = tuple[str, float]
+
+NEVER = 2.0
+
+Report = Callable[[int, int, str], None]
+
+
+def verify(crossover: Crossover, hidden: int, repeats: int, report: Report, seed: int = 0) -> Iterator[dict]:
+    """A line for each weights x batch x activity: microseconds of a product by way, what "auto" picks, and its share of
+    the best way's speed, exact and not: of the ratios of `repeats` rounds, in which the ways are timed in turn, the
+    median. Some minutes.
+
+    Where "auto" takes one of the ways as it is, that way's time is its own: the same code on the same tables.
+    """
+    rng, plans, weights = np.random.default_rng(seed), {}, None
+    total = len(WEIGHTS) * len(BATCHES) * len(ACTIVITIES)
+    with limited(1):
+        for done, (case, batch, activity) in enumerate(pairs(WEIGHTS, BATCHES, ACTIVITIES)):
+            asked = case | {"batch": batch, "activity": activity, "hidden": hidden}
+            report(done, total, named(asked))
+            if activity == ACTIVITIES[0] and batch == BATCHES[0]:
+                weights, plans = _weights(case, hidden, rng), {}
+            assert weights is not None
+            yield _line(crossover, weights, batch, activity, repeats, plans, rng) | asked
+        report(total, total, "done")
+
+
+def named(line: dict) -> str:
+    """A case in words."""
+    return f"{line['format']} {line['sparsity']:.0%}, batch {line['batch']}, {line['activity']:.0%} active"
+
+
+def _line(
+    crossover: Crossover, weights: Weights, batch: int, activity: float, repeats: int, plans: dict,
+    rng: np.random.Generator,
+) -> dict:  # fmt: skip
+    def runs(steps: int, ways: Iterable[Way]) -> dict[Way, Callable[[], object]]:
+        events, found = random_events(steps, batch, weights.shape[0], activity, rng), {}
+        for way in ways:
+            product = Product(weights, events, choice=Forced(*way), plan=plans.get(way))
+            plans[way], found[way] = product.plan, product.run
+        return found
+
+    exact = [(AS_STORED, NEVER), *_tiles(weights)]
+    auto = _taken(MeasuredChoice(crossover, False), weights, batch, activity)
+    inexact = _taken(MeasuredChoice(crossover, True), weights, batch, activity)
+    first = _medians(interleaved(runs(FIRST_STEPS, {*exact, (BLAS_PRODUCT, NEVER), auto, inexact}), 3), FIRST_STEPS)
+    fastest, fastest_exact = min(first.values()), min(first[way] for way in exact)
+    steps = int(min(max(RUN_SECONDS / fastest, LEAST_STEPS), MOST_STEPS))
+    left = {way for way in first if first[way] < OUT * (fastest_exact if way in exact else fastest)} | {auto, inexact}
+    rounds = interleaved(runs(steps, sorted(left)), repeats)
+    times = _medians(rounds, steps)
+    return {
+        "microseconds": {_words(way): 1e6 * seconds for way, seconds in (first | times).items()},
+        "picked": _words(auto),
+        "picked_inexact": _words(inexact),
+        "exact_ratio": min(_ratio(rounds[way], rounds[auto]) for way in rounds if way[0] != BLAS_PRODUCT),
+        "inexact_ratio": min(_ratio(rounds[way], rounds[inexact]) for way in rounds),
+    }
+
+
+def _tiles(weights: Weights) -> list[Way]:
+    """The exact ways beside the stored one."""
+    if isinstance(weights, Dense):
+        return [(TILES, NEVER), (TILES, 0.0)]
+    return [(DENSE, NEVER), (DENSE_TILES, NEVER), (DENSE_TILES, 0.0)]
+
+
+def _taken(choice: Choice, weights: Weights, batch: int, activity: float) -> Way:
+    """What a choice comes to; where tiles are not taken, or no share ever reached, the share says nothing."""
+    pick = choice.pick(weights, batch, activity)
+    return pick, choice.every_from(batch) if pick in (TILES, DENSE_TILES) else NEVER
+
+
+def _words(way: Way) -> str:
+    pick, every_from = way
+    if pick not in (TILES, DENSE_TILES):
+        return pick
+    return f"{pick}, every" if every_from == 0 else f"{pick}, panels" if every_from == NEVER else pick
+
+
+def _medians(rounds: dict[Way, list[float]], steps: int) -> dict[Way, float]:
+    return {way: float(np.median(seconds)) / steps for way, seconds in rounds.items()}
+
+
+def _ratio(way: list[float], auto: list[float]) -> float:
+    """Median over rounds: the machine's speed wanders, and the two sides of a round stand close together."""
+    return float(np.median(np.array(way) / np.array(auto)))
+
+
+def picks(crossover: Crossover, hidden: int, seed: int = 0) -> list[dict]:
+    """What "auto" picks for the same products, exact and not, by activity: a line for each weights x batch."""
+    rng, lines = np.random.default_rng(seed), []
+    for case in WEIGHTS:
+        weights = _weights(case, hidden, rng)
+        for batch in BATCHES:
+            choices = {"exact": MeasuredChoice(crossover, False), "inexact": MeasuredChoice(crossover, True)}
+            found = {name: [each.pick(weights, batch, a) for a in ACTIVITIES] for name, each in choices.items()}
+            lines.append({"weights": f"{case['format']} {case['sparsity']:.0%}", "batch": batch} | found)
+    return lines
+
+
+def _weights(case: dict, hidden: int, rng: np.random.Generator) -> Weights:
+    options: dict[str, Any] = {"block": None} | case
+    return random_weights((hidden, 3 * hidden), rng=rng, **options)

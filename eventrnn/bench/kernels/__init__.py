@@ -1,0 +1,1 @@
+"""Numba kernels that only benchmarks use: probes of bandwidth and arithmetic."""

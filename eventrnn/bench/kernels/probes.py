@@ -1,0 +1,115 @@
+"""Compiled for the benchmark only: multiplications that need no memory."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from eventrnn import cells
+from eventrnn.cpu.kernels.jit import compiled
+from eventrnn.cpu.kernels.microkernels import (
+    LINE,
+    prefetch,
+)
+from eventrnn.cpu.kernels.simd import LANES, bits, load, store
+from eventrnn.cpu.tables import (
+    BFLOAT16,
+    BLAS,
+    BLOCKS,
+    FLOAT32,
+    INDEX,
+    KIND,
+    MANY_BLOCKS,
+    PITCH,
+    POINTERS,
+    ROW_TILE,
+    ROW_TILES,
+    ROWS,
+    SCATTER,
+    STORAGE,
+    VALUES,
+    WIDTH,
+)
+
+# As many as hide the latency of an FMA, and fit the registers.
+CHAINS = 12
+
+
+@compiled
+def multiply_add(rounds, data):
+    """`CHAINS` independent chains of vector FMAs, `rounds` long. data: (CHAINS + 4) vectors, the first written."""
+    x = load(data, 12 * LANES)
+    a, b, c, d = load(data, 0), load(data, LANES), load(data, 2 * LANES), load(data, 3 * LANES)
+    e, f, g, h = load(data, 4 * LANES), load(data, 5 * LANES), load(data, 6 * LANES), load(data, 7 * LANES)
+    i, j, k, m = load(data, 8 * LANES), load(data, 9 * LANES), load(data, 10 * LANES), load(data, 11 * LANES)
+    y = x - x
+    for _ in range(rounds):
+        a, b, c, d = cells.fma(a, x, y), cells.fma(b, x, y), cells.fma(c, x, y), cells.fma(d, x, y)
+        e, f, g, h = cells.fma(e, x, y), cells.fma(f, x, y), cells.fma(g, x, y), cells.fma(h, x, y)
+        i, j, k, m = cells.fma(i, x, y), cells.fma(j, x, y), cells.fma(k, x, y), cells.fma(m, x, y)
+    store(data, 0, ((a + b) + (c + d)) + ((e + f) + (g + h)) + ((i + j) + (k + m)))
+
+
+# Rows from one that the probe reads to one that it asks for.
+PROBE_AHEAD = 8
+
+
+# --- the probe ----------------------------------------------------------------------------------------------
+
+
+@compiled
+def read_rows(matrix, values, index, pointers, indptr, ids, start, stop):
+    """Read the weights and indices of events `indptr[start]` to `indptr[stop]`, no more.
+
+    What a benchmark holds a kernel's rate against.
+    """
+    v0, i0, p0, kind = matrix[VALUES], matrix[INDEX], matrix[POINTERS], matrix[KIND]
+    # Bytes of weights; the pool holds float32.
+    size = 4 if matrix[STORAGE] == FLOAT32 else 2 if matrix[STORAGE] == BFLOAT16 else 1
+    total = load(values, 0)
+    checksum = 0
+    for e in range(indptr[start], indptr[stop]):
+        j = ids[e]
+        if kind in (ROWS, ROW_TILES, BLAS):
+            first, last = j * matrix[PITCH], j * matrix[PITCH] + matrix[WIDTH]
+            # Narrow rows end before a processor has seen where they lead.
+            ahead = v0 + np.int64(ids[min(e + PROBE_AHEAD, indptr[stop] - 1)]) * matrix[PITCH] * size // 4
+            for k in range(ahead, ahead + min(ROW_TILE, matrix[WIDTH]) * size // 4, LINE // 4):
+                prefetch(values, k)
+        elif kind in (BLOCKS, MANY_BLOCKS):
+            first = pointers[p0 + 3 * j + 2] * matrix[WIDTH]
+            last = first + (pointers[p0 + 3 * j + 1] - pointers[p0 + 3 * j]) * matrix[WIDTH]
+            for k in range(i0 + pointers[p0 + 3 * j], i0 + pointers[p0 + 3 * j + 1]):
+                checksum += index[k]
+        else:
+            first, last = pointers[p0 + j], pointers[p0 + j + 1]
+            # 16-bit indices or masks, two a place.
+            low, high = (first, last) if kind == SCATTER else (j * matrix[PITCH], (j + 1) * matrix[PITCH])
+            for k in range(i0 + low // 2, i0 + high // 2):
+                checksum += index[k]
+        total = _sum_of(values, v0 + first * size // 4, v0 + last * size // 4, total)
+    # Returned, so that the compiler must read.
+    return bits(total > cells.ZERO) + checksum
+
+
+@compiled
+def read_through(values, first, last, amount):
+    """Read `amount` of the pool's floats, from `first` to `last` over and over: the least work that reads them."""
+    total = load(values, 0)
+    while amount > 0:
+        stop = min(last, first + max(amount, LANES))
+        total = _sum_of(values, first, stop, total)
+        amount -= max(stop - first, 1)
+    return bits(total > cells.ZERO)
+
+
+@compiled
+def _sum_of(values, first, last, total):
+    second, third, fourth = total, total, total
+    for k in range(first, last - 4 * LANES + 1, 4 * LANES):
+        total = total + load(values, k)
+        second = second + load(values, k + LANES)
+        third = third + load(values, k + 2 * LANES)
+        fourth = fourth + load(values, k + 3 * LANES)
+    for k in range(first + (last - first) // (4 * LANES) * 4 * LANES, last, LANES):
+        total = total + load(values, k)
+    return (total + second) + (third + fourth)

@@ -1,0 +1,223 @@
+"""The verbs of the command line, but for `bench`: each a few lines over the library."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from eventrnn import io
+from eventrnn.cli.options import (
+    Backend,
+    Block,
+    Force,
+    Json,
+    Model,
+    Out,
+    Part,
+    Seed,
+    Steps,
+    Text,
+    Threads,
+    encoded,
+    parse_block,
+    parse_nm,
+    writable_file,
+    writable_folder,
+)
+from eventrnn.cli.terminal import as_line, progress, show
+from eventrnn.cli.train import train
+from eventrnn.network import Network
+from eventrnn.simulation import simulate
+from eventrnn.weights import FORMATS, STORAGES, convert
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")] = Path("eventrnn-demo"),
+    hidden: Annotated[int, typer.Option(help="Units.")] = 256,
+    steps: Steps = 700,
+    pruning_steps: Annotated[int, typer.Option(help="Updates while and after pruning.")] = 2000,
+    sparsity: Annotated[float, typer.Option(help="Share of blocks to prune.")] = 0.8,
+    block: Block = "1x8",
+    seed: Seed = 0,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Train, prune, simulate event by event, prove it equal, count and time: about two minutes, no download."""
+    from eventrnn.cli import demo as job
+
+    settings = job.DemoSettings(
+        hidden=hidden, steps=steps, pruning_steps=pruning_steps, sparsity=sparsity, block=parse_block(block), seed=seed
+    )
+    writable_folder(out, job.FILES, force)
+    with progress() as report:
+        result = job.run(out, settings, report)
+    show("Activity-sparse, block-pruned, event by event", result, as_json)
+    if not as_json:
+        print(f"wrote {out}/: {', '.join(sorted(p.name for p in out.iterdir() if p.name in job.FILES))}")
+    if not result["events_identical"]:
+        raise RuntimeError("the event-driven run and its dense twin differ; this is a bug, please report it")
+
+
+# Of a table with six counts.
+COUNT_WIDTH = 120
+
+app.command()(train)
+
+
+@app.command()
+def run(
+    model: Model,
+    text: Text = "builtin",
+    part: Part = "test",
+    backend: Backend = "cpu",
+    threads: Threads = 1,
+    storage: Annotated[
+        str | None, typer.Option(help=f"Narrow the weights and report what that does: {', '.join(STORAGES[1:])}.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Read a text event by event: bits per symbol, activity, operations."""
+    from eventrnn.training.evaluation import read, read_narrowed
+
+    network = io.load(model)
+    symbols = encoded(network, text, part)
+    with progress() as bar:
+
+        def report(stage: str, done: int, total: int) -> None:
+            bar(stage, done, total, "")
+
+        if storage is None:
+            figures = read(network, symbols, backend=backend, threads=threads, report=report)
+        else:
+            figures = read_narrowed(network, symbols, storage, backend=backend, threads=threads, report=report)
+    show(f"{model} on {text} ({part})", figures, as_json)
+
+
+@app.command()
+def count(
+    model: Model,
+    text: Text = "builtin",
+    part: Part = "test",
+    symbols: Annotated[int, typer.Option(help="Read at most this many symbols.")] = 10_000,
+    as_json: Json = False,
+) -> None:
+    """Count every operation of a run, and audit the counts."""
+    from eventrnn import counting
+
+    network = io.load(model)
+    if symbols < 1:
+        raise ValueError(f"symbols: got {symbols}, need a whole number >= 1")
+    simulation = simulate(network, encoded(network, text, part)[:symbols, None], record="events")
+    counts = counting.count(network, simulation)
+    audit = counting.audit(network, simulation, counts)
+    record = counts.as_dict() | {
+        "reduction": counts.reduction,
+        "audit_agrees": audit.agrees,
+        "energy": counting.energy(counts),
+    }
+    if as_json:
+        print(as_line(record))
+        return
+    columns = ("dense", "effective", "executed", "graded", "binary", "weight_bytes")
+    title = f"operations of {counts.steps} steps of the {part} part of {text} ({counting.NOTE})"
+    table = Table("matrix", *(column.replace("_", " ") for column in columns), title=title)
+    for name, row in {**counts.matrices, "total": counts.total}.items():
+        table.add_row(name, *(f"{getattr(row, column):,}" for column in columns))
+    # Better wider than the terminal than figures that are cut off.
+    Console(width=max(COUNT_WIDTH, Console().width)).print(table)
+    print(
+        f"element-wise {sum(counts.gate_ops):,}, state bytes {sum(counts.state_bytes):,}, "
+        f"dense / effective {counts.reduction:.1f}"
+    )
+    print(audit)
+
+
+@app.command()
+def info(
+    model: Annotated[Path | None, typer.Argument(help="Model file to describe.")] = None, as_json: Json = False
+) -> None:
+    """What is installed, how long the first call takes, or what a model file holds."""
+    if model is not None:
+        network = io.load(model)
+        shapes = {
+            name: f"{w.name} {w.shape[0]}x{w.shape[1]}, {w.storage}, {w.nnz:,} weights "
+            f"({w.nnz / (w.shape[0] * w.shape[1]):.1%})"
+            for name, w in network.matrices().items()
+        }
+        cells = {
+            f"layers.{k}": f"{layer.cell.name}/{layer.cell.variant}, {layer.units} units"
+            for k, layer in enumerate(network.layers)
+        }
+        show(str(model), cells | shapes | {"bytes": model.stat().st_size}, as_json)
+        return
+    from eventrnn import bench
+
+    show("eventrnn", bench.first_call() | {"device": bench.device(), "versions": bench.versions()}, as_json)
+
+
+@app.command(name="convert")
+def convert_command(
+    source: Annotated[Path, typer.Argument(help="Model file, or an .npz with one layer in EvNN's packing.")],
+    out: Out,
+    to: Annotated[
+        str | None, typer.Option(help=f"Weight format: {', '.join(FORMATS)}. [as it is, or what --block or --nm say]")
+    ] = None,
+    block: Annotated[str | None, typer.Option("--block", metavar="RxC", help="Block of the block format.")] = None,
+    nm: Annotated[
+        str | None, typer.Option("--nm", metavar="N:M[:AXIS]", help="Kept of each group, along post (default) or pre.")
+    ] = None,
+    storage: Annotated[str | None, typer.Option(help=f"One of {', '.join(STORAGES)}. [as it is]")] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Change the weight format or storage of a model, or import a layer of EvNN."""
+    r_c, n_m = parse_block(block) if block else None, parse_nm(nm) if nm else None
+    writable_file(out, force)
+    network = Network((io.from_evnn(_arrays(source)),)) if source.suffix == ".npz" else io.load(source)
+    tied = network.readout is not None and network.readout.tied
+    to = to or ("block" if block else "nm" if nm else None)
+    changed = {
+        name: convert(weights, to, block=r_c, nm=n_m, storage=storage)
+        if to
+        else weights.stored_as(storage or weights.storage)
+        for name, weights in network.matrices().items()
+        if not (tied and name == "readout")
+    }
+    converted = network.with_matrices(changed)
+    io.save(converted, out, overwrite=force)
+    show(
+        f"wrote {out}",
+        {
+            "format": ", ".join(sorted({w.name for w in changed.values()})),
+            "storage": ", ".join(sorted({w.storage for w in changed.values()})),
+            "bytes": out.stat().st_size,
+            "weights": sum(w.nnz for w in changed.values()),
+        },
+        as_json,
+    )
+
+
+# --- arguments ----------------------------------------------------------------------------------------------
+
+
+def _arrays(path: Path) -> Mapping[str, np.ndarray]:
+    try:
+        with open(path, "rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if isinstance(archive, np.ndarray):
+                raise ValueError("it holds a single array")
+            return dict(archive)
+    except FileNotFoundError:
+        raise ValueError(f"source: there is no file {path}") from None
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"source: {path} is no .npz archive of arrays: {error}") from None

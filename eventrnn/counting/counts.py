@@ -1,0 +1,219 @@
+"""What a run cost: exact integer counts, per matrix, step and sample; an audit of them; a cited energy table.
+
+Counts are fan-out sums over events, made outside the kernels, so they are the same on every backend. What the words
+mean (all int64):
+
+    dense         multiplications of a dense engine: every input x every weight
+    effective     non-zero event x non-zero weight (NeuroBench's effective MAC + AC)
+    executed      multiplications that an event-driven engine does in this format: stored entries of the fired rows,
+                  zeros inside blocks and padding at their edges included (spare lanes of a vector are not); of a
+                  dense engine (`Simulation.dense`), all
+    graded        of the effective ones, those of a graded value (a multiply-accumulate, MAC)
+    binary        of the effective ones, those of a value -1 or 1 (an accumulate, AC); decided per event
+    gate_ops      element-wise multiplications of the cell, apart: 3 a unit and step (reset, keep, candidate); the
+                  paper's variant 2, and 1 an event carried into the step
+    weight_bytes  bytes of values and indices in the executed rows, each time they are used
+    state_bytes   cells read and written and outputs written, 12 a unit and step; the paper's variant also reads them
+
+Embedding look-ups are free, the read-out is counted, biases are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+
+from eventrnn.events import Events
+from eventrnn.network import Network
+from eventrnn.simulation import Simulation
+from eventrnn.state import FireCounts, State
+from eventrnn.weights import Weights
+
+NOTE = "embedding look-ups free, read-out counted, biases not counted"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Operations of one matrix (or a sum of them) over a run. Integers."""
+
+    dense: int = 0
+    effective: int = 0
+    executed: int = 0
+    graded: int = 0
+    binary: int = 0
+    weight_bytes: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class OpCounts:
+    """Operations of a run.
+
+    Attributes
+    ----------
+    matrices    : by name, as in `Network.matrices()`
+    gate_ops    : per layer
+    state_bytes : per layer
+    steps, batch : what the run was; divide by their product for figures per step and sample
+    """
+
+    matrices: Mapping[str, Counts]
+    gate_ops: tuple[int, ...]
+    state_bytes: tuple[int, ...]
+    steps: int
+    batch: int
+
+    @property
+    def total(self) -> Counts:
+        """Over all matrices."""
+        return sum(self.matrices.values(), Counts())
+
+    def layer(self, k: int) -> Counts:
+        """Both matrices of layer k."""
+        return self.matrices[f"layers.{k}.w_in"] + self.matrices[f"layers.{k}.w_rec"]
+
+    @property
+    def reduction(self) -> float:
+        """dense / effective; infinite where nothing was effective."""
+        total = self.total
+        return total.dense / total.effective if total.effective else float("inf")
+
+    def __add__(self, other: OpCounts) -> OpCounts:
+        """Two runs of the same network one after the other."""
+        if set(self.matrices) != set(other.matrices) or self.batch != other.batch:
+            raise ValueError("counts: can only add runs of the same network and batch")
+        return OpCounts(
+            {name: self.matrices[name] + other.matrices[name] for name in self.matrices},
+            tuple(a + b for a, b in zip(self.gate_ops, other.gate_ops, strict=True)),
+            tuple(a + b for a, b in zip(self.state_bytes, other.state_bytes, strict=True)),
+            self.steps + other.steps,
+            self.batch,
+        )
+
+    def as_dict(self) -> dict:
+        """Plain numbers, for JSON: totals, per matrix, per layer, and the counting note."""
+        return {
+            "steps": self.steps,
+            "batch": self.batch,
+            "total": asdict(self.total),
+            "gate_ops": sum(self.gate_ops),
+            "state_bytes": sum(self.state_bytes),
+            "matrices": {name: asdict(count) for name, count in self.matrices.items()},
+            "gate_ops_by_layer": list(self.gate_ops),
+            "state_bytes_by_layer": list(self.state_bytes),
+            "note": NOTE,
+        }
+
+
+def count(network: Network, simulation: Simulation) -> OpCounts:
+    """Operations of a run, from how often each unit fired. No record needed. O(weights) time.
+
+    The recurrent product of a step uses the events of the step before: those of the initial state count, those of
+    the last step do not yet.
+    """
+    rows = simulation.steps * simulation.batch
+    matrices, gate_ops, state_bytes = {}, [], []
+    below = simulation.input_fired
+    for k, layer in enumerate(network.layers):
+        carried = _carried_counts(simulation, k)
+        matrices[f"layers.{k}.w_in"] = _matrix_counts(layer.w_in, below, rows, simulation.dense)
+        matrices[f"layers.{k}.w_rec"] = _matrix_counts(layer.w_rec, carried, rows, simulation.dense)
+        paper = layer.cell.variant == "paper"
+        gate_ops.append(rows * layer.units * (2 if paper else 3) + (int(carried.total.sum()) if paper else 0))
+        state_bytes.append(rows * layer.units * (16 if paper else 12))
+        below = simulation.fired[k]
+    if network.readout is not None:
+        matrices["readout"] = _matrix_counts(network.readout.weights, below, rows, simulation.dense)
+    return OpCounts(matrices, tuple(gate_ops), tuple(state_bytes), simulation.steps, simulation.batch)
+
+
+def count_per_step(network: Network, simulation: Simulation) -> dict[str, dict[str, np.ndarray]]:
+    """Every count of every matrix, and `gate_ops` and `state_bytes` of every `layers.k`, (steps, batch) int64 each.
+
+    Needs a run with record="events". O(events + weights).
+    """
+    result = {}
+    for name, (weights, events) in senders(network, simulation).items():
+        rows, graded = events.rows(), events.graded
+        tables = (weights.fan_out(), weights.stored_out(), weights.row_bytes())
+        fan_out, stored_out, row_bytes = (table[events.indices] for table in tables)
+        whole = np.full(events.shape[:2], weights.shape[0] * weights.shape[1], np.int64)
+
+        def per_row(amount, rows=rows, shape=events.shape[:2]):
+            total = np.zeros(shape[0] * shape[1], np.int64)
+            np.add.at(total, rows, amount)
+            return total.reshape(shape)
+
+        result[name] = {
+            "dense": whole,
+            "effective": per_row(fan_out),
+            "executed": whole.copy() if simulation.dense else per_row(stored_out),
+            "graded": per_row(fan_out * graded),
+            "binary": per_row(fan_out * ~graded),
+            "weight_bytes": 4 * whole if simulation.dense else per_row(row_bytes),
+        }
+        if name.endswith("w_rec"):
+            layer = network.layers[int(name.split(".")[1])]
+            paper = layer.cell.variant == "paper"
+            carried = np.diff(events.indptr).reshape(events.shape[:2])
+            each = np.full(events.shape[:2], layer.units, np.int64)
+            result[name.removesuffix(".w_rec")] = {
+                "gate_ops": 2 * each + carried if paper else 3 * each,
+                "state_bytes": (16 if paper else 12) * each,
+            }
+    return result
+
+
+def _matrix_counts(weights: Weights, fired: FireCounts, rows: int, all_of_it: bool) -> Counts:
+    fan_out, dense = weights.fan_out(), rows * weights.shape[0] * weights.shape[1]
+    graded, binary = int(fired.graded @ fan_out), int(fired.binary @ fan_out)
+    executed, nbytes = int(fired.total @ weights.stored_out()), int(fired.total @ weights.row_bytes())
+    if all_of_it:
+        executed, nbytes = dense, 4 * dense
+    return Counts(dense, graded + binary, executed, graded, binary, nbytes)
+
+
+def _carried_counts(simulation: Simulation, k: int) -> FireCounts:
+    first = _state_counts(simulation.initial, k)
+    last = _state_counts(simulation.state, k)
+    sent = simulation.fired[k]
+    return FireCounts(sent.graded + first.graded - last.graded, sent.binary + first.binary - last.binary)
+
+
+def _state_counts(state: State, k: int) -> FireCounts:
+    y = state.outputs[k]
+    binary = np.abs(y) == 1
+    return FireCounts(((y != 0) & ~binary).sum(axis=0), binary.sum(axis=0))
+
+
+def senders(network: Network, simulation: Simulation) -> dict[str, tuple[Weights, Events]]:
+    """Every matrix by name with the events that it receives, step by step; needs record="events"."""
+    if simulation.inputs is None:
+        raise ValueError('simulation: has no recorded events; run with record="events"')
+    if not isinstance(simulation.inputs, Events):
+        raise TypeError("simulation: its events are arrays on a GPU; run it with NumPy inputs for figures of each step")
+    pairs, below = {}, simulation.inputs
+    for k, layer in enumerate(network.layers):
+        sent = simulation.events[k]
+        first = Events.from_dense(simulation.initial.outputs[k][None].astype(np.float32))
+        pairs[f"layers.{k}.w_in"] = (layer.w_in, below)
+        pairs[f"layers.{k}.w_rec"] = (layer.w_rec, _delayed(first, sent))
+        below = sent
+    if network.readout is not None:
+        pairs["readout"] = (network.readout.weights, below)
+    return pairs
+
+
+def _delayed(first: Events, events: Events) -> Events:
+    """Events one step later: `first`, then all but the last step."""
+    steps, batch, size = events.shape
+    if steps == 0:
+        return events
+    rows = (steps - 1) * batch
+    kept = events.indptr[rows]
+    body = Events(events.indptr[: rows + 1], events.indices[:kept], events.values[:kept], (steps - 1, batch, size))
+    return Events.concatenate([first, body])

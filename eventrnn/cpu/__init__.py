@@ -1,0 +1,1 @@
+"""The CPU backend: compiled by Numba, bitwise equal to the reference."""

@@ -1,0 +1,368 @@
+"""Sixteen float32 lanes as a Numba type, so that the rules of `cells.py` compile to vectors as they stand.
+
+LLVM's own vectoriser gives up on loops over many arrays (it cannot prove that they do not overlap). A `Lanes` value
+is one AVX-512 register, or what LLVM makes of `<16 x float>` elsewhere (two AVX, four NEON). Lanes are units or
+postsynaptic outputs, never terms of one sum, so the width changes no bit. Scalars mix in freely.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import config, types
+from numba.core import cgutils
+from numba.core.datamodel import PrimitiveModel, register_default
+from numba.extending import intrinsic, overload
+
+from eventrnn import cells
+
+LANES = 16
+
+FLOAT, I1, I16, I32, I64 = ir.FloatType(), ir.IntType(1), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+
+
+def _has_avx512() -> bool:
+    """Whether kernels may be shaped for 32 registers of 16 lanes, with gathers, scatters and masks."""
+    if os.environ.get("EVENTRNN_VECTORS") == "portable":
+        return False
+    if config.CPU_NAME:
+        return "+avx512f" in (config.CPU_FEATURES or "")
+    return bool(llvm.get_host_cpu_features().get("avx512f", False))
+
+
+#: chosen at import. `EVENTRNN_VECTORS=portable` asks for the code of every other processor.
+AVX512 = _has_avx512()
+
+VECTOR = ir.VectorType(FLOAT, LANES)
+
+
+class Lanes(types.Type):
+    """Sixteen float32."""
+
+    def __init__(self):
+        super().__init__("float32x16")
+
+
+class LaneMask(types.Type):
+    """Sixteen booleans."""
+
+    def __init__(self):
+        super().__init__("boolx16")
+
+
+lanes, mask = Lanes(), LaneMask()
+
+
+@register_default(Lanes)
+class _LanesModel(PrimitiveModel):
+    def __init__(self, manager, kind):
+        super().__init__(manager, kind, VECTOR)
+
+
+@register_default(LaneMask)
+class _MaskModel(PrimitiveModel):
+    def __init__(self, manager, kind):
+        super().__init__(manager, kind, ir.VectorType(I1, LANES))
+
+
+# --- writing IR: shared with rows.py ------------------------------------------------------------------------
+
+
+def address(context, builder, array_type, array, index):
+    """Pointer to array[index], unchecked."""
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.gep(data, [index if index.type == I64 else builder.sext(index, I64)])
+
+
+def load_vector(builder, pointer, width: int = LANES):
+    """`width` float32 from a float pointer, unaligned."""
+    return builder.load(builder.bitcast(pointer, ir.VectorType(FLOAT, width).as_pointer()), align=4)
+
+
+def store_vector(builder, vector, pointer):
+    """A vector of float32 to a float pointer, unaligned."""
+    builder.store(vector, builder.bitcast(pointer, vector.type.as_pointer()), align=4)
+
+
+def splat(builder, scalar, width: int = LANES):
+    """The float in every lane."""
+    undefined = ir.Constant(ir.VectorType(FLOAT, width), ir.Undefined)
+    first = builder.insert_element(undefined, scalar, I32(0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, width), [0] * width))
+
+
+def call(builder, name, result, args):
+    """Call an LLVM intrinsic or C function by its full name."""
+    kind = ir.FunctionType(result, [arg.type for arg in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
+
+
+def fma_vector(builder, a, b, c):
+    """a * b + c, each lane rounded once."""
+    return call(builder, f"llvm.fma.v{c.type.count}f32", c.type, [a, b, c])
+
+
+# --- arithmetic on scalars and lanes ------------------------------------------------------------------------
+
+
+def _is_number(*kinds) -> bool:
+    return all(kind in (lanes, types.float32) for kind in kinds)
+
+
+def _common(builder, kinds, args):
+    """The arguments as vectors if any is one, with the suffix of LLVM's intrinsics."""
+    if lanes not in kinds:
+        return list(args), FLOAT, "f32"
+    widened = [arg if kind == lanes else splat(builder, arg) for kind, arg in zip(kinds, args, strict=True)]
+    return widened, VECTOR, f"v{LANES}f32"
+
+
+def _result(*kinds):
+    return lanes if lanes in kinds else types.float32
+
+
+@intrinsic
+def _fma(typingctx, a, b, c):
+    def generate(context, builder, signature, args):
+        values, kind, suffix = _common(builder, signature.args, args)
+        return call(builder, f"llvm.fma.{suffix}", kind, values)
+
+    if _is_number(a, b, c):
+        return _result(a, b, c)(a, b, c), generate
+
+
+@intrinsic
+def _round_even(typingctx, x):
+    def generate(context, builder, signature, args):
+        values, kind, suffix = _common(builder, signature.args, args)
+        return call(builder, f"llvm.rint.{suffix}", kind, values)
+
+    if _is_number(x):
+        return x(x), generate
+
+
+@intrinsic
+def _power_of_two(typingctx, n):
+    def generate(context, builder, signature, args):
+        wide = signature.args[0] == lanes
+        whole = ir.VectorType(I32, LANES) if wide else I32
+
+        def constant(k):
+            return ir.Constant(whole, [k] * LANES if wide else k)
+
+        exponent = builder.add(builder.fptosi(args[0], whole), constant(127))
+        return builder.bitcast(builder.shl(exponent, constant(23)), VECTOR if wide else FLOAT)
+
+    if _is_number(n):
+        return n(n), generate
+
+
+@intrinsic
+def _ldexp_avx512(typingctx, x, n):
+    def generate(context, builder, signature, args):
+        everywhere, nearest = ir.Constant(I16, -1), I32(4)
+        name = "llvm.x86.avx512.mask.scalef.ps.512"
+        return call(builder, name, VECTOR, [*args, args[0], everywhere, nearest])
+
+    if x == n == lanes:
+        return lanes(x, n), generate
+
+
+@intrinsic
+def _select(typingctx, condition, a, b):
+    def generate(context, builder, signature, args):
+        values = args[1:]
+        if signature.args[0] == mask:
+            pairs = zip(signature.args[1:], values, strict=True)
+            values = [value if kind == lanes else splat(builder, value) for kind, value in pairs]
+        return builder.select(args[0], *values)
+
+    if condition == mask and _is_number(a, b):
+        return lanes(condition, a, b), generate
+    if condition == types.boolean and a == b == types.float32:
+        return types.float32(condition, a, b), generate
+
+
+@overload(cells.fma, inline="always")
+def _(a, b, c):
+    return lambda a, b, c: _fma(a, b, c)
+
+
+@overload(cells.round_even, inline="always")
+def _(x):
+    return lambda x: _round_even(x)
+
+
+@overload(cells.power_of_two, inline="always")
+def _(n):
+    return lambda n: _power_of_two(n)
+
+
+@overload(cells.ldexp, inline="always")
+def _(x, n):
+    if AVX512 and x == n == lanes:
+        return lambda x, n: _ldexp_avx512(x, n)
+    return lambda x, n: x * _power_of_two(n)
+
+
+@overload(cells.select, inline="always")
+def _(condition, a, b):
+    return lambda condition, a, b: _select(condition, a, b)
+
+
+@overload(cells.exp)
+def _(x):
+    return lambda x: cells.exp_float32(x)
+
+
+@overload(cells.sigmoid)
+def _(x):
+    return lambda x: cells.sigmoid_float32(x)
+
+
+@overload(cells.tanh)
+def _(x):
+    return lambda x: cells.tanh_float32(x)
+
+
+def _define_binary(function, instruction: str):
+    @intrinsic
+    def emit(typingctx, a, b):
+        def generate(context, builder, signature, args):
+            values, _, _ = _common(builder, signature.args, args)
+            return getattr(builder, instruction)(*values)
+
+        return lanes(a, b), generate
+
+    @overload(function)
+    def _(a, b):
+        if lanes in (a, b) and _is_number(a, b):
+            return lambda a, b: emit(a, b)
+
+
+def _define_comparison(function, sign: str):
+    @intrinsic
+    def emit(typingctx, a, b):
+        def generate(context, builder, signature, args):
+            values, _, _ = _common(builder, signature.args, args)
+            # As for scalars: a NaN differs from everything, and is neither more nor less.
+            return (builder.fcmp_unordered if sign == "!=" else builder.fcmp_ordered)(sign, *values)
+
+        return mask(a, b), generate
+
+    @overload(function)
+    def _(a, b):
+        if lanes in (a, b) and _is_number(a, b):
+            return lambda a, b: emit(a, b)
+
+
+for _function, _instruction in (
+    (operator.add, "fadd"),
+    (operator.sub, "fsub"),
+    (operator.mul, "fmul"),
+    (operator.truediv, "fdiv"),
+):
+    _define_binary(_function, _instruction)
+
+for _function, _sign in ((operator.lt, "<"), (operator.gt, ">"), (operator.ne, "!=")):
+    _define_comparison(_function, _sign)
+
+
+@intrinsic
+def _negate(typingctx, x):
+    def generate(context, builder, signature, args):
+        return builder.fneg(args[0])
+
+    return lanes(x), generate
+
+
+@overload(operator.neg)
+def _(x):
+    if x == lanes:
+        return lambda x: _negate(x)
+
+
+# --- memory -------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def load(typingctx, array, index):
+    """The sixteen float32 from array[index] on; unchecked, unaligned."""
+
+    def generate(context, builder, signature, args):
+        return load_vector(builder, address(context, builder, signature.args[0], *args))
+
+    return lanes(array, index), generate
+
+
+@intrinsic
+def store(typingctx, array, index, vector):
+    """array[index:index + 16] = vector; unchecked, unaligned."""
+
+    def generate(context, builder, signature, args):
+        store_vector(builder, args[2], address(context, builder, signature.args[0], args[0], args[1]))
+        return context.get_dummy_value()
+
+    return types.void(array, index, vector), generate
+
+
+@intrinsic
+def bits(typingctx, condition):
+    """The mask as an integer, lane k in bit k."""
+
+    def generate(context, builder, signature, args):
+        return builder.zext(builder.bitcast(args[0], ir.IntType(LANES)), I64)
+
+    if condition == mask:
+        return types.int64(condition), generate
+
+
+@intrinsic
+def lowest_bit(typingctx, word):
+    """Position of the lowest set bit of a non-zero integer."""
+
+    def generate(context, builder, signature, args):
+        return call(builder, "llvm.cttz.i64", I64, [args[0], I1(True)])
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def compress_avx512(typingctx, ids, sent, at, first, condition, vector):
+    """The chosen lanes of a vector to sent[at:], their numbers from `first` on to ids[at:]; sixteen are written."""
+
+    def generate(context, builder, signature, args):
+        kinds = signature.args
+        whole = ir.VectorType(I32, LANES)
+        undefined = ir.Constant(whole, ir.Undefined)
+        start = builder.insert_element(undefined, builder.trunc(args[3], I32), I32(0))
+        start = builder.shuffle_vector(start, undefined, ir.Constant(whole, [0] * LANES))
+        numbers = builder.add(start, ir.Constant(whole, list(range(LANES))))
+        for array, kind, lane_type, name in ((0, whole, numbers, "i32"), (1, VECTOR, args[5], "f32")):
+            packed = call(
+                builder, f"llvm.x86.avx512.mask.compress.v{LANES}{name}", kind, [lane_type, lane_type, args[4]]
+            )
+            pointer = address(context, builder, kinds[array], args[array], args[2])
+            builder.store(packed, builder.bitcast(pointer, kind.as_pointer()), align=4)
+        chosen = builder.bitcast(args[4], I16)
+        return builder.zext(call(builder, "llvm.ctpop.i16", I16, [chosen]), I64)
+
+    return types.int64(ids, sent, at, first, condition, vector), generate
+
+
+@intrinsic
+def decoded(typingctx, weights, index, scale):
+    """weights[index] as float32: itself, the upper half of one (uint16), or an int8 times its scale."""
+
+    def generate(context, builder, signature, args):
+        raw = builder.load(address(context, builder, signature.args[0], args[0], args[1]))
+        if raw.type == FLOAT:
+            return raw
+        if raw.type == I16:
+            return builder.bitcast(builder.shl(builder.zext(raw, I32), I32(16)), FLOAT)
+        return builder.fmul(builder.sitofp(builder.sext(raw, I32), FLOAT), args[2])
+
+    return types.float32(weights, index, scale), generate

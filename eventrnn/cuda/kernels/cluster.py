@@ -1,0 +1,369 @@
+"""The kernel `layers` for clusters of blocks that write into each other's shared memory.
+
+A stream's layer lives in one cluster. Every block keeps all outputs of the layer's last step; who has worked out a
+tile writes its 32 outputs into all blocks, whose barriers count the bytes. There is no list of events: a warp looks
+up the units that reach its strip, and walks those that sent. So it is for sparse weights.
+
+A block owns some tiles of 32 units, and works out the drives of the strips of 32 columns that these have rows in:
+columns of all three gates together, cut where blocks of weights are. Each turn, of one stream, its warps share out
+the strips, meet, and share out the tiles.
+
+What a layer's input adds to its drives is worked out by clusters of their own, the feeders. They run ahead: they wait
+for the layer below only, and leave the drives in memory, in words that start out as "not there yet".
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import int32, int64, types
+
+from eventrnn.cuda import tables as k
+from eventrnn.cuda.device import cuda, device_function, libdevice
+from eventrnn.cuda.kernels.gather_product import producter
+from eventrnn.cuda.kernels.persistent import NOT_YET, PATIENCE, copy_in
+from eventrnn.cuda.kernels.ptx import (
+    arrived,
+    barrier_init,
+    barrier_init_done,
+    cluster_arrive,
+    cluster_wait,
+    copies_done,
+    copy_later,
+    egru_reset_gate,
+    egru_value_of_gates,
+    expect,
+    global_float32,
+    global_int32,
+    global_int64,
+    load_relaxed,
+    load_shared4,
+    load_shared_float,
+    of_rank,
+    send4,
+    shared_base,
+    shared_int32,
+    store_relaxed,
+    store_shared_float,
+)
+from eventrnn.cuda.kernels.strip_product import ALL
+from eventrnn.cuda.tables import LANES, NARROW, RESIDENT
+
+TILE_BYTES = 4 * LANES
+
+
+@device_function
+def wait(barrier, parity, patience):
+    """Until the phase of that parity is over; False where it never was."""
+    tries = int32(0)
+    while arrived(barrier, parity) == 0:
+        tries = int32(tries + 1)
+        if tries >= patience:
+            return False
+    return True
+
+
+@device_function
+def fed(drive, address, patience):
+    """A drive that a feeder leaves, as it was loaded early; looked for if it was not there yet."""
+    word, tries = libdevice.float_as_int(drive), int32(0)
+    while word == NOT_YET and tries < patience:
+        word = load_relaxed(address)
+        tries = int32(tries + 1)
+    return libdevice.int_as_float(word), word != NOT_YET
+
+
+def cluster_kernel(way: int, way_in: int, blocks: int, rounds: int, rounds_in: int):
+    """The kernel for clusters of so many blocks, for matrices that lie in those ways; and its signature.
+
+    `rounds`: how many units a lane looks up together, in recurrent strips; `rounds_in` in those of feeders, 0 where
+    there are none.
+    """
+    feeding, narrow = rounds_in > 0, way & NARROW
+    row_bytes, resident, resident_in = LANES * (2 if narrow else 4), bool(way & RESIDENT), bool(way_in & RESIDENT)
+    product = producter(way, rounds, record=False)
+    product_in = producter(way_in, max(1, rounds_in), record=True)
+
+    @device_function
+    def send_all(one, two, three, four, offset, barrier, lane, y):
+        # Eight lanes a block, four blocks at a time.
+        q = int32(4 * (lane & 7))
+        offset = int32(offset + 4 * q)
+        word = libdevice.float_as_int(y)
+        a, b = cuda.shfl_sync(ALL, word, q), cuda.shfl_sync(ALL, word, int32(q + 1))
+        c, d = cuda.shfl_sync(ALL, word, int32(q + 2)), cuda.shfl_sync(ALL, word, int32(q + 3))
+        if blocks >= 4 or lane < 8 * blocks:
+            send4(int32(one + offset), a, b, c, d, int32(one + barrier))
+        if blocks >= 8:
+            send4(int32(two + offset), a, b, c, d, int32(two + barrier))
+        if blocks >= 16:
+            send4(int32(three + offset), a, b, c, d, int32(three + barrier))
+            send4(int32(four + offset), a, b, c, d, int32(four + barrier))
+
+    @device_function
+    def bring_in(layer, block, n, first_unit, last_unit, shared, near, lot, beyond, thread, threads):
+        """The block's strips, gate after gate: their table, units, biases, and rows of weights where they are near.
+
+        Before the table, how many strips the gates have, and how far a unit's columns are from where its gate's strips
+        begin. A strip's units are filled up to whole lots with offsets `beyond` the row.
+        """
+        firsts, strips = global_int64(layer[k.FIRSTS_OF]), shared_int32(shared + block[k.AT_STRIPS])
+        lane, warp, warps = thread & int32(31), thread >> int32(5), threads >> int32(5)
+        capacity = int32(block[k.CAPACITY])
+        table, source = shared_int32(shared + block[k.AT_UNITS]), global_int32(layer[k.UNITS_OF])
+        base, slot, at, gate = int32(shared + block[k.AT_UNITS]), int32(0), int64(0), int32(0)
+        while gate < 3:
+            begin = int32((gate * n + first_unit) >> 5)
+            count = int32(((gate * n + last_unit + 31) >> 5) - begin)
+            if thread == 0:
+                strips[1 + 2 * gate] = slot
+                strips[2 + 2 * gate] = int32(32 * slot + gate * n + first_unit - 32 * begin)
+            row = firsts[begin]
+            size = firsts[begin + count] - row
+            copy_in(
+                shared + block[k.AT_BIAS] + int64(TILE_BYTES) * slot, layer[k.ROWS_BIAS] + int64(TILE_BYTES) * begin,
+                int64(TILE_BYTES) * count, thread, threads,
+            )  # fmt: skip
+            if near:
+                copy_in(
+                    shared + block[k.AT_ROWS] + row_bytes * at, layer[k.ROWS_OF] + row_bytes * row,
+                    row_bytes * size, thread, threads,
+                )  # fmt: skip
+            # A warp a strip: many short copies, none of which waits for another.
+            strip = warp
+            while strip < count:
+                own = firsts[begin + strip]
+                reached = int32(firsts[begin + strip + 1] - own)
+                units = int32(capacity * (slot + strip))
+                if lane == 0:
+                    entry = int32(8 + 4 * (slot + strip))
+                    strips[entry], strips[entry + 1] = int32(base + 4 * units), int32((reached + lot - 1) // lot)
+                    strips[entry + 2] = int32(own)
+                    if near:
+                        strips[entry + 2] = int32(at + own - row)
+                    strips[entry + 3] = int32(32 * (begin + strip))
+                unit = lane
+                while unit < capacity:
+                    offset = int32(beyond)
+                    if unit < reached:
+                        offset = source[own + unit]
+                    table[units + unit] = offset
+                    unit = int32(unit + LANES)
+                strip = int32(strip + warps)
+            at += size
+            slot = int32(slot + count)
+            gate = int32(gate + 1)
+        if thread == 0:
+            strips[0] = slot
+
+    def layers(table_at, blocks_at, faults_at, steps, batch):
+        thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
+        lane, warp, warps = thread & int32(31), thread >> int32(5), threads >> int32(5)
+        block = global_int64(blocks_at + int64(8 * k.BLOCK_FIELDS) * cuda.blockIdx.x)
+        layer = global_int64(table_at + int64(8 * k.LAYER_FIELDS) * block[k.LAYER])
+        shared = shared_base()
+        base, n = int32(shared), int32(layer[k.UNITS])
+        tile, tiles = int32(block[k.TILE]), int32(block[k.TILES])
+        first, samples = block[k.SAMPLE], int32(block[k.SAMPLES])
+        first_unit = int32(LANES * tile)
+        last_unit = min(n, int32(first_unit + LANES * tiles))
+        # A row of outputs is followed by a zero, for who looks beyond the units.
+        row_size = int32(block[k.ALL_TILES]) * int32(TILE_BYTES)
+        y_size = int32(row_size + 16)
+        record, x, states = layer[k.RECORD], layer[k.X], layer[k.STATES]
+        record_bytes, x_bytes, drive_bytes = 4 * layer[k.PITCH], 4 * layer[k.X_PITCH], 12 * int64(n)
+        at_y, at_barriers = int32(block[k.AT_Y]), int32(block[k.AT_BARRIERS])
+        strips_at = int32(base + int32(block[k.AT_STRIPS]) + 32)
+        bias_at = int32(base + int32(block[k.AT_BIAS]) + 4 * lane)
+        steps32, patience = int32(steps), int32(PATIENCE)
+        near, lot, beyond = resident, int32(LANES * rounds), row_size
+        if feeding and x != 0:
+            near, lot, beyond = resident_in, int32(LANES * rounds_in), int32(-1)
+        hits_at = int32(base + int32(block[k.AT_HITS]) + k.HIT_SIZE * (lot + k.LIST_PAD) * warp)
+        bring_in(layer, block, n, first_unit, last_unit, shared, near, lot, beyond, thread, threads)
+        if x == 0:
+            copy_in(
+                shared + block[k.AT_THRESHOLD], layer[k.THRESHOLD] + 4 * first_unit,
+                int64(TILE_BYTES) * tiles, thread, threads,
+            )  # fmt: skip
+            # The outputs that the run starts from.
+            sample = int32(0)
+            while sample < samples:
+                word = thread
+                while word < y_size >> 2:
+                    value = np.float32(0)
+                    if word < n:
+                        value = global_float32(record + (first + sample) * record_bytes)[word]
+                    store_shared_float(int32(base + at_y + 2 * sample * y_size + 4 * word), value)
+                    store_shared_float(int32(base + at_y + (2 * sample + 1) * y_size + 4 * word), np.float32(0))
+                    word = int32(word + threads)
+                sample = int32(sample + 1)
+            if thread == 0:
+                sample = int32(0)
+                while sample < 2 * samples:
+                    barrier_init(int32(base + at_barriers + 8 * sample), int32(1))
+                    expect(int32(base + at_barriers + 8 * sample), row_size)
+                    sample = int32(sample + 1)
+                barrier_init_done()
+        cuda.syncthreads()
+        cluster_arrive()
+        cluster_wait()
+
+        # Read, so that the compiler does not work them out again each time.
+        strips, _, shift_zero, one = load_shared4(int32(strips_at - 32))
+        shift_one, two, shift_two, _ = load_shared4(int32(strips_at - 16))
+        below = int32((int32(1) << lane) - 1)
+        columns = int32(3 * n)
+        size = int32(row_bytes // LANES)
+        rows_from = layer[k.ROWS_OF] + size * lane
+        if near:
+            rows_from = shared + block[k.AT_ROWS] + size * lane
+        drive_from = layer[k.DRIVE] + first * drive_bytes
+        if feeding and x != 0:
+            x += first * x_bytes
+            t, sample, slot = int64(0), int32(0), warp
+            while True:
+                while slot >= strips:
+                    slot = int32(slot - strips)
+                    sample = int32(sample + 1)
+                    if sample == samples:
+                        sample = int32(0)
+                        t += 1
+                if t >= steps:
+                    break
+                units_at, lots, row, column = load_shared4(int32(strips_at + 16 * slot))
+                acc, came = product_in(
+                    load_shared_float(int32(bias_at + TILE_BYTES * slot)), x + (t * batch + sample) * x_bytes,
+                    units_at, rows_from + int64(row_bytes) * row, lots, hits_at, lane, below, patience,
+                )  # fmt: skip
+                if not came:
+                    global_int32(faults_at)[0] = 1
+                    patience = int32(1)
+                # Columns that lie in a strip of this gate, but are another block's or gate's, are theirs to write.
+                low = int32(first_unit + n * (int32(slot >= one) + int32(slot >= two)))
+                column = int32(column + lane)
+                if column >= low and column - low < last_unit - first_unit:
+                    store_relaxed(drive_from + (t * batch + sample) * drive_bytes + int64(4) * column, acc)
+                slot = int32(slot + warps)
+        else:
+            gates_size = int32(TILE_BYTES * (strips + 1))
+            gates_at = int32(base + int32(block[k.AT_SUMS_REC]) + 4 * lane)
+            drives_at = int32(base + int32(block[k.AT_SUMS_IN]) + 4 * lane)
+            cells_at = int32(base + int32(block[k.AT_CELLS]) + 4 * lane)
+            thresholds_at = int32(base + int32(block[k.AT_THRESHOLD]) + 4 * lane)
+            carried = global_float32(layer[k.CELLS])
+            sample = int32(0)
+            while sample < samples:
+                own = warp
+                while own < tiles:
+                    unit, value = int32(first_unit + LANES * own + lane), np.float32(0)
+                    if unit < n:
+                        value = carried[(first + sample) * n + unit]
+                    store_shared_float(int32(cells_at + TILE_BYTES * (sample * tiles + own)), value)
+                    own = int32(own + warps)
+                sample = int32(sample + 1)
+            # The blocks that this lane writes to; where there are fewer, some of them again.
+            there = int32(lane >> 3)
+            rank_one = of_rank(base, int32(there & (blocks - 1)))
+            rank_two = of_rank(base, int32((there + 4) & (blocks - 1)))
+            rank_three = of_rank(base, int32((there + 8) & (blocks - 1)))
+            rank_four = of_rank(base, int32((there + 12) & (blocks - 1)))
+            units_at, lots, row, column = load_shared4(int32(strips_at + 16 * warp))
+            # A turn's drives are asked for a turn ago.
+            slot = warp
+            while slot < strips:
+                own_column = min(int32(load_shared4(int32(strips_at + 16 * slot))[3] + lane), int32(columns - 1))
+                copy_later(int64(drives_at + 2 * TILE_BYTES * slot), drive_from + int64(4) * own_column)
+                slot = int32(slot + warps)
+            t, odd = int32(0), int32(0)
+            while t < steps32:
+                here, there = int32(t & 1), int32((t + 1) & 1)
+                sample = int32(0)
+                while sample < samples:
+                    copies_done()
+                    now = drive_from + (int64(t) * batch + sample) * drive_bytes
+                    later, next_sample = t, int32(sample + 1)
+                    if next_sample == samples:
+                        later, next_sample = min(int32(t + 1), int32(steps32 - 1)), int32(0)
+                    soon = drive_from + (int64(later) * batch + next_sample) * drive_bytes
+                    slot = warp
+                    while slot < strips:
+                        own_column = min(
+                            int32(load_shared4(int32(strips_at + 16 * slot))[3] + lane), int32(columns - 1)
+                        )
+                        copy_later(int64(drives_at + TILE_BYTES * (2 * slot + 1 - odd)), soon + int64(4) * own_column)
+                        slot = int32(slot + warps)
+                    stream = int32(2 * sample)
+                    if t > 0:
+                        barrier = int32(base + at_barriers + 8 * (stream + here))
+                        if not wait(barrier, int32(((t - 1) >> 1) & 1), patience):
+                            global_int32(faults_at)[0] = 1
+                            patience = int32(1)
+                        cuda.syncwarp(ALL)
+                        if thread == 0:
+                            expect(barrier, row_size)
+                    row_at = int32(base + at_y + (stream + here) * y_size)
+                    gates = int32(gates_at + odd * gates_size)
+                    candidates = int32(gates + 2 * gates_size)
+                    slot = warp
+                    while slot < strips:
+                        drive = load_shared_float(int32(drives_at + TILE_BYTES * (2 * slot + odd)))
+                        if feeding:
+                            drive, came = fed(
+                                drive, now + int64(4) * min(int32(column + lane), int32(columns - 1)), patience
+                            )
+                            if not came:
+                                global_int32(faults_at)[0] = 1
+                                patience = int32(1)
+                            cuda.syncwarp(ALL)
+                        acc, _ = product(
+                            load_shared_float(int32(bias_at + TILE_BYTES * slot)), row_at, units_at,
+                            rows_from + int64(row_bytes) * row, lots, hits_at, lane, below, patience,
+                        )  # fmt: skip
+                        if slot < two:
+                            store_shared_float(int32(gates + TILE_BYTES * slot), egru_reset_gate(drive, acc))
+                        else:
+                            store_shared_float(int32(gates + TILE_BYTES * slot), acc)
+                            store_shared_float(int32(candidates + TILE_BYTES * slot), drive)
+                        slot = int32(slot + warps)
+                        if warps < strips:
+                            following = slot
+                            if slot >= strips:
+                                following = warp
+                            units_at, lots, row, column = load_shared4(int32(strips_at + 16 * following))
+                    cuda.syncthreads()
+                    own = warp
+                    while own < tiles:
+                        unit = int32(first_unit + LANES * own + lane)
+                        cell = int32(cells_at + TILE_BYTES * (sample * tiles + own))
+                        at, zero = int32(gates + TILE_BYTES * own), np.float32(0)
+                        v, _, _, _ = egru_value_of_gates(
+                            load_shared_float(at), load_shared_float(int32(at + 4 * shift_one)),
+                            load_shared_float(int32(candidates + TILE_BYTES * own + 4 * shift_two)), zero, zero,
+                            load_shared_float(int32(at + 4 * shift_two)), load_shared_float(cell),
+                        )  # fmt: skip
+                        y, c, mine = zero, v, unit < n
+                        if mine and v > load_shared_float(int32(thresholds_at + TILE_BYTES * own)):
+                            y, c = v, v - load_shared_float(int32(thresholds_at + TILE_BYTES * own))
+                        if t + 1 < steps32:
+                            send_all(
+                                rank_one, rank_two, rank_three, rank_four,
+                                int32(at_y + (stream + there) * y_size + TILE_BYTES * (tile + own)),
+                                int32(at_barriers + 8 * (stream + there)), lane, y,
+                            )  # fmt: skip
+                        store_shared_float(cell, c)
+                        if mine:
+                            done = int64(t) * batch + first + sample
+                            store_relaxed(record + (done + batch) * record_bytes + int64(4) * unit, y)
+                            if states != 0:
+                                global_float32(states)[done * n + unit] = c
+                            if t + 1 == steps32:
+                                carried[(first + sample) * n + unit] = c
+                        own = int32(own + warps)
+                    odd = int32(1 - odd)
+                    sample = int32(sample + 1)
+                t = int32(t + 1)
+        cuda.syncthreads()
+        cluster_arrive()
+        cluster_wait()
+
+    return layers, types.void(*[types.int64] * 5)

@@ -1,0 +1,109 @@
+"""Kernels between a run and who asked for it: events of dense rows, checks of what comes in and of what is left.
+
+What they find goes to a report on the device, which the host reads once, when everything is done.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import int32, int64, types
+
+from eventrnn.cuda.device import cuda
+from eventrnn.cuda.kernels.ptx import (
+    global_float32,
+    global_int32,
+    global_int64,
+    max_relaxed,
+    shared_base,
+    shared_int32,
+    sum_of_warp,
+)
+from eventrnn.cuda.kernels.strip_product import ALL, count_bits, entry_of
+from eventrnn.cuda.tables import LAST, LIST_PAD, REPORT_CELLS, REPORT_INPUT
+
+
+def found_kernel():
+    """Lists of events of dense float32 rows, a block a row; and its signature.
+
+    Of the numbers that are not finite, the report gets the first, counted from `row_0`.
+    """
+
+    def found(x_at, n, row_0, firsts_at, counts_at, lists_at, capacity, report_at):
+        thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
+        lane, warp = thread & int32(31), thread >> int32(5)
+        row = int64(cuda.blockIdx.x)
+        below = int32((int32(1) << lane) - 1)
+        x, entries = global_float32(x_at + 4 * row * n), global_int64(lists_at + 8 * row * capacity)
+        totals = shared_int32(shared_base())
+        width, rounds = int32(n), int32((n + threads - 1) // threads)
+        count, bad, r = int32(0), int32(-1), int32(0)
+        at = int32(int32(32) * warp * rounds + lane)
+        first = at
+        while r < rounds:
+            value = np.float32(0)
+            if at < width:
+                value = x[at]
+            # Infinity less itself is no number either.
+            if bad < 0 and value - value != 0:
+                bad = at
+            count = int32(count + count_bits(cuda.ballot_sync(ALL, value != 0)))
+            at = int32(at + 32)
+            r = int32(r + 1)
+        if lane == 0:
+            totals[warp] = count
+        if bad >= 0:
+            max_relaxed(report_at + 8 * REPORT_INPUT, LAST - ((row_0 + row) * n + bad))
+        cuda.syncthreads()
+        before = int32(0)
+        if lane < warp:
+            before = totals[lane]
+        own = sum_of_warp(before)
+        at, r = first, int32(0)
+        while r < rounds:
+            value = np.float32(0)
+            if at < width:
+                value = x[at]
+            sent = cuda.ballot_sync(ALL, value != 0)
+            if value != 0:
+                entries[own + count_bits(sent & below)] = entry_of(at, value)
+            own = int32(own + count_bits(sent))
+            at = int32(at + 32)
+            r = int32(r + 1)
+        if thread + 32 >= threads:
+            if lane < LIST_PAD:
+                entries[own + lane] = int64(0)
+            if lane == 0:
+                global_int64(firsts_at)[row] = row * capacity
+                global_int32(counts_at)[row] = own
+
+    return found, types.void(*[types.int64] * 8)
+
+
+def symbols_kernel():
+    """Rows of the event table from int64 symbols, a thread each, 0 for those that are none; and its signature."""
+
+    def symbols(symbols_at, rows, row_0, size, row_of_at, report_at):
+        row = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
+        if row >= rows:
+            return
+        symbol = global_int64(symbols_at)[row]
+        if symbol < 0 or symbol >= size:
+            max_relaxed(report_at + 8 * REPORT_INPUT, LAST - (row_0 + row))
+            symbol = int64(0)
+        global_int64(row_of_at)[row] = symbol
+
+    return symbols, types.void(*[types.int64] * 6)
+
+
+def finite_kernel():
+    """Whether any of some float32 is not finite, a thread each; and its signature."""
+
+    def finite(values_at, count, report_at):
+        at = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
+        if at >= count:
+            return
+        value = global_float32(values_at)[at]
+        if value - value != 0:
+            max_relaxed(report_at + 8 * REPORT_CELLS, int64(1))
+
+    return finite, types.void(*[types.int64] * 3)

@@ -1,0 +1,350 @@
+"""What kernels need beyond Numba: typed addresses, relaxed loads and stores, and the primitives of `cells.py`.
+
+Addresses are integers, so that one table in memory can hold everything a kernel works on.
+"""
+
+from __future__ import annotations
+
+from types import FunctionType
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+
+from eventrnn import cells
+from eventrnn.cuda.device import cuda, device_function, intrinsic, libdevice
+
+I8, I16, I32, I64, FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+
+GLOBAL, SHARED = 1, 3
+
+# --- the rules of one unit ----------------------------------------------------------------------------------
+
+
+@device_function
+def fma(a, b, c):
+    """`cells.fma`: one rounding."""
+    return cuda.fma(a, b, c)
+
+
+@device_function
+def round_even(x):
+    """`cells.round_even`."""
+    return libdevice.rintf(x)
+
+
+@device_function
+def power_of_two(n):
+    """`cells.power_of_two`."""
+    return libdevice.int_as_float((np.int32(n) + np.int32(127)) << np.int32(23))
+
+
+@device_function
+def ldexp(x, n):
+    """`cells.ldexp`: the result is normal, so its exponent can be added to."""
+    return libdevice.int_as_float(libdevice.float_as_int(x) + (np.int32(n) << np.int32(23)))
+
+
+@device_function
+def select(condition, a, b):
+    """`cells.select`."""
+    return a if condition else b
+
+
+# The functions of `cells.py` as they stand, over the primitives above. Copies, because Numba would otherwise take what
+# the CPU engine has registered for the originals.
+_names = dict(vars(cells), fma=fma, round_even=round_even, power_of_two=power_of_two, ldexp=ldexp, select=select)
+
+
+def _rule(function):
+    return device_function(FunctionType(function.__code__, _names, function.__name__))
+
+
+_names["exp"] = _rule(cells.exp_float32)
+
+_names["exp_float32"] = _names["exp"]
+
+_names["sigmoid"] = _rule(cells.sigmoid_float32)
+
+_names["tanh"] = _rule(cells.tanh_float32)
+
+egru_value = _rule(cells.egru_value)
+
+egru_reset_gate = _rule(cells.egru_reset_gate)
+
+egru_paper_value = _rule(cells.egru_paper_value)
+
+
+@device_function
+def _as_it_is(x):
+    return x
+
+
+# The same rules for gates that other warps have worked out: given the gate and a zero for its two drives.
+_given = dict(_names, sigmoid=_as_it_is)
+
+egru_value_of_gates = device_function(FunctionType(cells.egru_value.__code__, _given, "egru_value_of_gates"))
+
+egru_paper_value_of_gates = device_function(
+    FunctionType(cells.egru_paper_value.__code__, _given, "egru_paper_value_of_gates")
+)
+
+# --- memory -------------------------------------------------------------------------------------------------
+
+
+def _pointer(space: int, kind: types.Type, lowered: ir.Type):
+    """An intrinsic: address -> array of that kind. Saying which memory it is in saves the chip finding out."""
+
+    @intrinsic
+    def pointer(typingctx, address):
+        def generate(context, builder, signature, args):
+            there = builder.inttoptr(args[0], ir.PointerType(lowered, space))
+            return builder.addrspacecast(there, ir.PointerType(lowered))
+
+        return types.CPointer(kind)(types.int64), generate
+
+    return pointer
+
+
+global_float32 = _pointer(GLOBAL, types.float32, FLOAT)
+
+global_uint16 = _pointer(GLOBAL, types.uint16, I16)
+
+global_int32 = _pointer(GLOBAL, types.int32, I32)
+
+global_int64 = _pointer(GLOBAL, types.int64, I64)
+
+shared_float32 = _pointer(SHARED, types.float32, FLOAT)
+
+shared_uint16 = _pointer(SHARED, types.uint16, I16)
+
+shared_int32 = _pointer(SHARED, types.int32, I32)
+
+shared_int64 = _pointer(SHARED, types.int64, I64)
+
+
+@intrinsic
+def shared_base(typingctx):
+    """Where the block's dynamic shared memory begins."""
+
+    def generate(context, builder, signature, args):
+        name = "eventrnn_shared"
+        variable = builder.module.globals.get(name)
+        if variable is None:
+            variable = ir.GlobalVariable(builder.module, ir.ArrayType(I8, 0), name, addrspace=SHARED)
+            variable.linkage, variable.align = "external", 16
+        return builder.ptrtoint(variable, I64)
+
+    return types.int64(), generate
+
+
+@intrinsic
+def load_relaxed4(typingctx, address):
+    """Four consecutive words as other blocks left them, each whole in itself; the address is a multiple of 16."""
+
+    def generate(context, builder, signature, args):
+        kind = ir.FunctionType(ir.LiteralStructType([I32] * 4), [I64])
+        text = "ld.relaxed.gpu.global.v4.b32 {$0, $1, $2, $3}, [$4];"
+        words = builder.call(ir.InlineAsm(kind, text, "=r,=r,=r,=r,l", side_effect=True), args)
+        parts = [builder.extract_value(words, k) for k in range(4)]
+        return context.make_tuple(builder, signature.return_type, parts)
+
+    return types.UniTuple(types.int32, 4)(types.int64), generate
+
+
+@intrinsic
+def store_relaxed(typingctx, address, value):
+    """A float for other blocks to see; orders nothing else."""
+
+    def generate(context, builder, signature, args):
+        kind = ir.FunctionType(ir.VoidType(), [I64, FLOAT])
+        builder.call(ir.InlineAsm(kind, "st.relaxed.gpu.global.f32 [$0], $1;", "l,f", side_effect=True), args)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32), generate
+
+
+@intrinsic
+def sum_of_warp(typingctx, value):
+    """The sum of an int32 over all 32 lanes."""
+
+    def generate(context, builder, signature, args):
+        kind = ir.FunctionType(I32, [I32])
+        text = "redux.sync.add.s32 $0, $1, 0xffffffff;"
+        return builder.call(ir.InlineAsm(kind, text, "=r,r", side_effect=True), args)
+
+    return types.int32(types.int32), generate
+
+
+@intrinsic
+def add_relaxed(typingctx, address, value):
+    """Add to an int64 in global memory, whole among other threads' additions."""
+
+    def generate(context, builder, signature, args):
+        kind = ir.FunctionType(ir.VoidType(), [I64, I64])
+        builder.call(ir.InlineAsm(kind, "red.relaxed.gpu.global.add.u64 [$0], $1;", "l,l", side_effect=True), args)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def copy_later(typingctx, target, source):
+    """Four bytes from global to shared memory, done when `copies_done` returns; nobody waits for them."""
+
+    def generate(context, builder, signature, args):
+        kind = ir.FunctionType(ir.VoidType(), [I32, I64])
+        text = "cp.async.ca.shared.global [$0], [$1], 4;"
+        builder.call(
+            ir.InlineAsm(kind, text, "r,l,~{memory}", side_effect=True), [builder.trunc(args[0], I32), args[1]]
+        )
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def copies_done(typingctx):
+    """Waits for this thread's `copy_later`."""
+
+    def generate(context, builder, signature, args):
+        kind = ir.FunctionType(ir.VoidType(), [])
+        builder.call(ir.InlineAsm(kind, "cp.async.wait_all;", "~{memory}", side_effect=True), [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def load_early(typingctx, address):
+    """A float from global memory that nobody writes meanwhile, asked for here and not where it is used."""
+
+    def generate(context, builder, signature, args):
+        kind = ir.FunctionType(FLOAT, [I64])
+        return builder.call(ir.InlineAsm(kind, "ld.global.nc.f32 $0, [$1];", "=f,l", side_effect=True), args)
+
+    return types.float32(types.int64), generate
+
+
+# --- clusters: shared memory of several blocks --------------------------------------------------------------
+
+
+def _instruction(text: str, constraints: str, result, *arguments):
+    """An intrinsic for one PTX instruction. Addresses of shared memory are int32, as the instructions take them."""
+    lowered = {types.int32: I32, types.int64: I64, types.float32: FLOAT}
+    signature = result(*arguments)
+    parts = [each for each in (getattr(result, "types", None) or [result]) if each is not types.void]
+    if len(parts) > 1:
+        returned = ir.LiteralStructType([lowered[each] for each in parts])
+    else:
+        returned = lowered[parts[0]] if parts else ir.VoidType()
+
+    def generate(context, builder, signature, args):
+        kind = ir.FunctionType(returned, [lowered[each] for each in arguments])
+        value = builder.call(ir.InlineAsm(kind, text, constraints, side_effect=True), args)
+        if len(parts) > 1:
+            values = [builder.extract_value(value, k) for k in range(len(parts))]
+            return context.make_tuple(builder, signature.return_type, values)
+        return value if parts else context.get_dummy_value()
+
+    makers = {
+        0: lambda typingctx: (signature, generate),
+        1: lambda typingctx, a: (signature, generate),
+        2: lambda typingctx, a, b: (signature, generate),
+        3: lambda typingctx, a, b, c: (signature, generate),
+        4: lambda typingctx, a, b, c, d: (signature, generate),
+        6: lambda typingctx, a, b, c, d, e, f: (signature, generate),
+    }
+    return intrinsic(makers[len(arguments)])
+
+
+INT, NOTHING = types.int32, types.void
+
+MEMORY = "~{memory}"
+
+cluster_arrive = _instruction("barrier.cluster.arrive.aligned;", MEMORY, NOTHING)
+
+cluster_wait = _instruction("barrier.cluster.wait.aligned;", MEMORY, NOTHING)
+
+#: address, rank -> the same address in the block of that rank
+of_rank = _instruction("mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", INT, INT, INT)
+
+barrier_init = _instruction("mbarrier.init.shared.b64 [$0], $1;", f"r,r,{MEMORY}", NOTHING, INT, INT)
+
+barrier_init_done = _instruction("fence.mbarrier_init.release.cluster;", MEMORY, NOTHING)
+
+#: barrier, bytes that the phase under way waits for
+expect = _instruction("mbarrier.arrive.expect_tx.shared.b64 _, [$0], $1;", f"r,r,{MEMORY}", NOTHING, INT, INT)
+
+#: barrier, parity -> 1 once the phase of that parity is over; waits a while in hardware
+arrived = _instruction(
+    "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [$1], $2; selp.b32 $0, 1, 0, p; }",
+    f"=r,r,r,{MEMORY}", INT, INT, INT,
+)  # fmt: skip
+
+#: address in some block, four words, that block's barrier, which counts their bytes
+send4 = _instruction(
+    "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [$0], {$1, $2, $3, $4}, [$5];",
+    f"r,r,r,r,r,r,{MEMORY}", NOTHING, INT, INT, INT, INT, INT, INT,
+)  # fmt: skip
+
+#: number of the barrier, threads that meet there
+meet = _instruction("bar.sync $0, $1;", f"r,r,{MEMORY}", NOTHING, INT, INT)
+
+
+def _shared_load(lowered: ir.Type, kind: types.Type, count: int = 1, widened: bool = False):
+    """An intrinsic: address -> one number or a tuple. Unlike an instruction, the compiler may move it."""
+    result = types.UniTuple(kind, count) if count > 1 else kind
+
+    @intrinsic
+    def load(typingctx, address):
+        def generate(context, builder, signature, args):
+            whole = ir.VectorType(lowered, count) if count > 1 else lowered
+            there = builder.inttoptr(args[0], ir.PointerType(whole, SHARED))
+            value = builder.load(there, align=count * (2 if lowered is I16 else 4))
+            if count > 1:
+                parts = [builder.extract_element(value, ir.Constant(I32, k)) for k in range(count)]
+                return context.make_tuple(builder, signature.return_type, parts)
+            return builder.zext(value, I32) if widened else value
+
+        return result(types.int32), generate
+
+    return load
+
+
+load_shared = _shared_load(I32, types.int32)
+
+load_shared_float = _shared_load(FLOAT, types.float32)
+
+load_shared_narrow = _shared_load(I16, types.int32, widened=True)
+
+load_shared4 = _shared_load(I32, types.int32, 4)
+
+#: a word without a sign -> 0 or 1; written out, because the compiler makes more instructions of it
+at_most_one = _instruction("min.u32 $0, $1, 1;", "=r,r", INT, INT)
+
+#: address, a word, a float, a flag; stored unless the flag is zero
+store_shared_pair_if = _instruction(
+    "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.shared.v2.b32 [$0], {$1, $2}; }",
+    f"r,r,f,r,{MEMORY}", NOTHING, INT, INT, types.float32, INT,
+)  # fmt: skip
+
+store_shared2 = _instruction("st.shared.v2.b32 [$0], {$1, $2};", f"r,r,r,{MEMORY}", NOTHING, INT, INT, INT)
+
+store_shared_float = _instruction("st.shared.f32 [$0], $1;", f"r,f,{MEMORY}", NOTHING, INT, types.float32)
+
+load_narrow = _instruction("ld.global.nc.u16 $0, [$1];", "=r,l", INT, types.int64)
+
+load_relaxed = _instruction("ld.relaxed.gpu.global.b32 $0, [$1];", f"=r,l,{MEMORY}", INT, types.int64)
+
+#: two words that nobody writes meanwhile
+load_early2 = _instruction(
+    "ld.global.nc.v2.b32 {$0, $1}, [$2];", "=r,=r,l", types.UniTuple(types.int32, 2), types.int64
+)
+
+store_float = _instruction("st.global.f32 [$0], $1;", f"l,f,{MEMORY}", NOTHING, types.int64, types.float32)
+
+#: address of an int64, a number that takes its place where it is larger
+max_relaxed = _instruction(
+    "red.relaxed.gpu.global.max.u64 [$0], $1;", f"l,l,{MEMORY}", NOTHING, types.int64, types.int64
+)  # fmt: skip

@@ -1,0 +1,1 @@
+"""Data sets: text, and the trigram baseline."""

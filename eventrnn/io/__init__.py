@@ -1,0 +1,7 @@
+"""Model files, and importers of the formats of other libraries."""
+
+from eventrnn.io.evnn import from_evnn as from_evnn
+from eventrnn.io.evnn import to_evnn as to_evnn
+from eventrnn.io.model_file import ModelFileError as ModelFileError
+from eventrnn.io.model_file import load as load
+from eventrnn.io.model_file import save as save

@@ -1,0 +1,317 @@
+"""Truncated back-propagation through time through the whole stack, paid for by events.
+
+`Model` holds a network's parameters as dense float32 arrays by name. Window by window: `forward` keeps a tape,
+`backward` turns the gradient of the output into gradients of every parameter. The surrogate derivative stands in
+for that of the event; with a smooth event the gradients are exact (`reference.backward`, tested by finite
+differences). `layer.py` says which products go over events, `sweeps.py` what may be skipped and why.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import scipy.sparse as sp
+
+from eventrnn.cells import Cell
+from eventrnn.counting.backward import BackwardWork
+from eventrnn.cpu.engine import MOST_THREADS
+from eventrnn.cpu.threads import Team
+from eventrnn.network import Layer, Network, Readout
+from eventrnn.state import State
+from eventrnn.training import thresholds as rules
+from eventrnn.training.bptt.layer import LayerEngine, LayerTape, Paths
+from eventrnn.training.bptt.noise import Noise
+from eventrnn.training.bptt.workspace import Arena
+from eventrnn.weights import Dense
+
+F32 = np.float32
+
+BACKWARDS = ("auto", "dense", "sparse")
+
+LAYER_PARAMETERS = ("w_in", "w_rec", "bias_in", "bias_rec", "threshold")
+
+
+@dataclass
+class Tape:
+    """A window: the layers, the read-out's input, the symbols that were looked up, and the noise."""
+
+    layers: list[LayerTape]
+    symbols: np.ndarray | None
+    top: np.ndarray
+    noise: Noise
+
+    @property
+    def activity(self) -> float:
+        """Events per unit, step and sample over all layers."""
+        return sum(np.count_nonzero(k.y[1:]) for k in self.layers) / max(1, sum(k.v.size for k in self.layers))
+
+    @property
+    def support(self) -> float:
+        """Share of units, steps and samples with a path through the threshold, over all layers; after `backward`."""
+        return sum(k.support * k.v.size for k in self.layers) / max(1, sum(k.v.size for k in self.layers))
+
+    @property
+    def work(self) -> dict[str, BackwardWork]:
+        """What the backward pass did, by matrix; for `observe.count_backward`."""
+        return {f"layers.{k}.{name}": work for k, layer in enumerate(self.layers) for name, work in layer.work.items()}
+
+
+class Model:
+    """A network's parameters, dense, by name; weights pruned by `masks` stay exactly zero.
+
+    Parameters
+    ----------
+    network    : where to start
+    backward   : "sparse" takes every product over events, paths and stored weights, "dense" all of them through BLAS,
+                 "auto" whichever is faster at the window's activity and support, and the masks' density
+    threads    : of the products over events, whose bits do not depend on it, and of those through BLAS; with 1, BLAS
+                 has its own setting
+    thresholds : "positive" (kept at zero or above), "clamped" (to [0, 1], EvNN), "sigmoid" (the parameter is the
+                 threshold's logit) or "fixed" (no gradient)
+
+    Attributes
+    ----------
+    parameters : `embedding` (V, E), `layers.k.w_in` (I, 3N), `.w_rec` (N, 3N), `.bias_in`, `.bias_rec` (3N,),
+                 `.threshold` (N,), `readout` (N, V), `readout.bias` (V,); no `readout` when tied
+    masks      : boolean arrays by parameter name, False where pruned; at first what CSR and block matrices do not store
+    """
+
+    def __init__(self, network: Network, *, backward: str = "auto", threads: int = 1, thresholds: str = "positive"):
+        if backward not in BACKWARDS:
+            raise ValueError(f"backward: got {backward!r}, need one of {', '.join(BACKWARDS)}")
+        if not 1 <= threads <= MOST_THREADS:
+            raise ValueError(f"threads: got {threads}, need 1 to {MOST_THREADS}; more than the cores only wait")
+        rules.check_rule(thresholds)
+        self.like, self.mode, self.threads, self.thresholds = network, backward, threads, thresholds
+        self.cells: list[Cell] = [layer.cell for layer in network.layers]
+        self.tied = network.readout is not None and network.readout.tied
+        self.masks: dict[str, np.ndarray] = {}
+        self.parameters: dict[str, np.ndarray] = {}
+        if network.embedding is not None:
+            self.parameters["embedding"] = network.embedding.copy()
+        for k, layer in enumerate(network.layers):
+            for name in ("w_in", "w_rec"):
+                self.parameters[f"layers.{k}.{name}"] = np.ascontiguousarray(getattr(layer, name).to_dense())
+            for name in ("bias_in", "bias_rec", "threshold"):
+                self.parameters[f"layers.{k}.{name}"] = getattr(layer, name).copy()
+            self.parameters[f"layers.{k}.threshold"] = rules.to_parameter(thresholds, layer.threshold)
+        if network.readout is not None:
+            if not self.tied:
+                self.parameters["readout"] = np.ascontiguousarray(network.readout.weights.to_dense())
+            self.parameters["readout.bias"] = network.readout.bias.copy()
+        for name, weights in network.matrices().items():
+            if name in self.parameters and not isinstance(weights, Dense):
+                self.masks[name] = weights.kept()
+        self._team, self._arena = Team(threads), Arena()
+        self._engines = [LayerEngine(cell, backward, self._team, self._arena) for cell in self.cells]
+
+    def network(self) -> Network:
+        """The network of the present parameters, dense weights."""
+        p = self.parameters
+        layers = tuple(
+            Layer(
+                Dense(p[f"layers.{k}.w_in"].copy()),
+                Dense(p[f"layers.{k}.w_rec"].copy()),
+                p[f"layers.{k}.bias_in"].copy(),
+                p[f"layers.{k}.bias_rec"].copy(),
+                rules.from_parameter(self.thresholds, p[f"layers.{k}.threshold"]),
+                cell,
+            )
+            for k, cell in enumerate(self.cells)
+        )
+        embedding = p["embedding"].copy() if "embedding" in p else None
+        readout = None
+        if "readout.bias" in p:
+            weights = np.ascontiguousarray(embedding.T) if self.tied and embedding is not None else p["readout"].copy()
+            readout = Readout(Dense(weights), p["readout.bias"].copy(), tied=self.tied)
+        return replace(self.like, layers=layers, embedding=embedding, readout=readout)
+
+    def apply_masks(self) -> None:
+        """Set every pruned weight to zero, and every threshold to the nearest that its rule allows."""
+        for name, mask in self.masks.items():
+            self.parameters[name] *= mask
+        for k in range(len(self.cells)):
+            rules.clamp(self.thresholds, self.parameters[f"layers.{k}.threshold"])
+
+    def readout_weights(self) -> np.ndarray:
+        return self.parameters["embedding"].T if self.tied else self.parameters["readout"]
+
+    def forward(self, inputs: np.ndarray, state: State, noise: Noise | None = None) -> tuple[np.ndarray, State, Tape]:
+        """A window from a state on.
+
+        inputs : (T, B) symbols or (T, B, I) numbers
+        noise  : what is random about this window; none by default
+
+        Returns output (T, B, V) (or the last layer's events), the state after the window, and the tape. Raises
+        ValueError for inputs of another shape and for symbols that the embedding has not.
+        """
+        p, noise = self.parameters, noise or Noise()
+        symbols = inputs if "embedding" in p else None
+        if inputs.ndim != 2 + (symbols is None) or (symbols is None and inputs.shape[2] != len(p["layers.0.w_in"])):
+            need = "(T, B) symbols" if symbols is not None else f"(T, B, {len(p['layers.0.w_in'])}) numbers"
+            raise ValueError(f"inputs: got shape {inputs.shape}, need {need}")
+        if symbols is not None:
+            # Backward sums rows by symbol in a product that does not check its indices.
+            check_range("inputs", symbols, len(p["embedding"]), "(step, sample)")
+        noise.check(inputs.shape[0], inputs.shape[1], *self._sizes())
+        if symbols is None:
+            x = np.ascontiguousarray(inputs, F32)
+        else:
+            x = p["embedding"][inputs]
+            if noise.words is not None:
+                x *= noise.words[inputs][:, :, None]
+        x = _scaled(x, noise.inputs)
+        layers, cells_after, outputs_after = [], [], []
+        for k in range(len(self.cells)):
+            if k > 0:
+                x = _scaled(x, noise.of("between", k - 1))
+            tape = self._engines[k].forward(
+                self._layer(k, noise), x, state.cells[k], state.outputs[k], noise.of("zoneout", k)
+            )
+            layers.append(tape)
+            cells_after.append(tape.c[-1].copy())
+            outputs_after.append(tape.y[-1].copy())
+            x = tape.y[1:]
+        x = _scaled(x, noise.top)
+        output = x
+        if "readout.bias" in p:
+            flat = self._team.multiply(x.reshape(-1, x.shape[2]), self.readout_weights())
+            flat += p["readout.bias"]
+            output = flat.reshape(*x.shape[:2], -1)
+        return output, State(tuple(cells_after), tuple(outputs_after)), Tape(layers, symbols, x, noise)
+
+    def _sizes(self) -> tuple[list[int], int, int | None]:
+        """Units of each layer, inputs of the first, symbols of the embedding."""
+        units = [len(self.parameters[f"layers.{k}.threshold"]) for k in range(len(self.cells))]
+        symbols = len(self.parameters["embedding"]) if "embedding" in self.parameters else None
+        return units, len(self.parameters["layers.0.w_in"]), symbols
+
+    def _layer(self, k: int, noise: Noise) -> dict[str, np.ndarray]:
+        """A layer's parameters as this window uses them."""
+        p = {name: self.parameters[f"layers.{k}.{name}"] for name in LAYER_PARAMETERS}
+        self._follow_masks(k)
+        if (dropped := noise.of("recurrent", k)) is not None:
+            p["w_rec"] = np.multiply(p["w_rec"], dropped, dtype=F32)
+        p["threshold"] = rules.from_parameter(self.thresholds, p["threshold"])
+        return p
+
+    def _follow_masks(self, k: int) -> None:
+        for name in ("w_in", "w_rec"):
+            full = f"layers.{k}.{name}"
+            self._engines[k].pattern(name, self.parameters[full].shape, self.masks.get(full))
+
+    def backward(
+        self,
+        tape: Tape,
+        d_output: np.ndarray,
+        *,
+        activity_cost: float = 0.0,
+        d_events: tuple[np.ndarray | None, ...] = (),
+        d_cells: tuple[np.ndarray | None, ...] = (),
+        d_inputs: bool | np.ndarray = False,
+        stored: bool = False,
+    ) -> dict[str, np.ndarray]:
+        """Gradients of all parameters from that of the output (T, B, V). The state before the window is a constant.
+
+        activity_cost : adds that many times the mean output (values sent, over steps, samples and units of each layer)
+                        to the loss
+        d_events      : a layer's further gradient of what it sends, `y` (T, B, N), or None; one entry a layer
+        d_cells       : likewise of the cell state before the event, `v`
+        d_inputs      : also the gradient of the inputs (T, B, I), as "inputs"; of symbols, that of what they stand for.
+                        A boolean array (T, B, I): only where it is True, zero elsewhere. So a layer of a stack asks the
+                        one above, where its own units fired or have a slope
+        stored        : of a pruned matrix, the gradient of its kept weights only, in the order of `parameter[mask]`;
+                        from stored weights no dense one is formed. Otherwise pruned weights get a zero
+        """
+        p, gradients, noise = self.parameters, {}, tape.noise
+        expected = (*tape.top.shape[:2], *(p["readout.bias"].shape if "readout.bias" in p else tape.top.shape[2:]))
+        if d_output.shape != expected:
+            raise ValueError(f"d_output: got {d_output.shape}, need the output's shape {expected}")
+        some = _input_mask(d_inputs, tape)
+        whole = some is None and bool(d_inputs)
+        asked = some is not None or whole or tape.symbols is not None
+        bottom = Paths.of_mask(some, self._team, self._arena) if some is not None else Paths() if asked else None
+        d_x = d_output
+        if "readout.bias" in p:
+            flat = d_output.reshape(-1, d_output.shape[2])
+            top = np.ascontiguousarray(tape.top).reshape(len(flat), -1)
+            d_weights = self._team.multiply(top.T, flat)
+            gradients["readout.bias"] = flat.sum(axis=0)
+            gradients["embedding" if self.tied else "readout"] = d_weights.T.copy() if self.tied else d_weights
+            d_x = self._team.multiply(flat, self.readout_weights().T).reshape(tape.top.shape)
+        for k in reversed(range(len(self.cells))):
+            layer, mask = tape.layers[k], noise.of("between", k) if k + 1 < len(self.cells) else noise.top
+            d_y = _scaled(d_x, mask)
+            if activity_cost:
+                d_y = d_y + F32(activity_cost / layer.v.size) * (layer.y[1:] > 0)
+            if d_events and (further := d_events[k]) is not None:
+                d_y = d_y + further
+            d_y = np.ascontiguousarray(d_y, F32)
+            wanted = Paths.of_layer(tape.layers[k - 1], self.cells[k - 1]) if k else bottom
+            w_in = self.parameters[f"layers.{k}.w_in"]
+            if layer.engine is not self._engines[k]:
+                # A tape of another model of the same network.
+                self._follow_masks(k)
+            d_cell = d_cells[k] if d_cells else None
+            result = self._engines[k].backward({"w_in": w_in}, layer, d_y, d_cell, wanted, stored)
+            # Only the first layer's may be missing.
+            d_x = d_x if result.d_x is None else result.d_x
+            for name, gradient in result.gradients.items():
+                gradients[f"layers.{k}.{name}"] = gradient
+            if (dropped := noise.of("recurrent", k)) is not None:
+                self._drop_back(k, gradients, dropped, stored)
+            gradients[f"layers.{k}.threshold"] = rules.gradient(
+                self.thresholds, layer.threshold, gradients[f"layers.{k}.threshold"]
+            )
+        d_x = _scaled(d_x, noise.inputs) if asked else d_x
+        if whole or some is not None:
+            gradients["inputs"] = d_x
+        if tape.symbols is not None:
+            if noise.words is not None:
+                d_x = d_x * noise.words[tape.symbols][:, :, None]
+            d_embedding = _sum_by_symbol(tape.symbols, d_x, len(p["embedding"]))
+            gradients["embedding"] = gradients["embedding"] + d_embedding if self.tied else d_embedding
+        for name in ("readout", "embedding"):
+            if (mask := self.masks.get(name)) is not None and name in gradients:
+                gradients[name] = gradients[name][mask] if stored else gradients[name] * mask
+        return gradients
+
+    def _drop_back(self, k: int, gradients: dict[str, np.ndarray], dropped: np.ndarray, stored: bool) -> None:
+        name = f"layers.{k}.w_rec"
+        mask = self.masks.get(name)
+        gradients[name] *= dropped[mask] if stored and mask is not None else dropped
+
+
+def check_range(name: str, symbols: np.ndarray, size: int, axes: str) -> None:
+    """Refuse what is no symbol, saying where along `axes` the first of them is. Raises ValueError."""
+    if symbols.dtype.kind not in "iu":
+        raise ValueError(f"{name}: got {symbols.dtype}, need whole numbers 0..{size - 1} for the embedding")
+    if symbols.size and not (symbols.min() >= 0 and symbols.max() < size):
+        at = tuple(map(int, np.argwhere((symbols < 0) | (symbols >= size))[0]))
+        raise ValueError(f"{name}: got symbol {symbols[at]} at {axes} {at}, need 0..{size - 1}")
+
+
+def _input_mask(d_inputs: bool | np.ndarray, tape: Tape) -> np.ndarray | None:
+    """The mask among what `backward` may be asked for."""
+    if isinstance(d_inputs, bool | np.bool_):
+        return None
+    shape = tape.layers[0].x.shape
+    if not isinstance(d_inputs, np.ndarray):
+        raise ValueError(f"d_inputs: got {d_inputs!r}, need True, False or an array of booleans {shape}")
+    if tape.symbols is not None:
+        raise ValueError("d_inputs: got a mask for a window of symbols, whose embedding needs all; give True or False")
+    if d_inputs.dtype != bool or d_inputs.shape != shape:
+        raise ValueError(f"d_inputs: got {d_inputs.dtype} {d_inputs.shape}, need True, False or booleans {shape}")
+    return d_inputs
+
+
+def _sum_by_symbol(symbols: np.ndarray, d_x: np.ndarray, size: int) -> np.ndarray:
+    """Rows of d_x (T, B, E) summed by their symbol, (size, E): a sparse one-hot product, 20 times `np.add.at`."""
+    n = symbols.size
+    ones = sp.csc_array((np.ones(n, F32), symbols.ravel(), np.arange(n + 1)), shape=(size, n))
+    return ones @ d_x.reshape(n, -1)
+
+
+def _scaled(x: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    return x if mask is None else x * mask

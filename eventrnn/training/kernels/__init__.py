@@ -1,0 +1,1 @@
+"""Numba kernels of losses and optimisers."""

@@ -1,0 +1,267 @@
+"""What `eventrnn train` does: a recipe (TOML, presets, flags) for a symbol model, trained in a folder.
+
+The folder holds `toml_config.toml` (the recipe, every value written out), `log.jsonl` and the checkpoints of
+`training.run`. The model file is the network of the best validation.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eventrnn import io
+from eventrnn._files import write_whole
+from eventrnn.cells import Cell, Surrogate
+from eventrnn.data.text import KINDS, Corpus, from_path, python_documentation
+from eventrnn.network import Network
+from eventrnn.simulation import CARRIES
+from eventrnn.training import GRU, LanguageModelling, Model, Progress, Settings, Trainer, evaluate, run
+from eventrnn.training.recipes import toml_config
+from eventrnn.training.run import CHECKPOINT, LOG
+from eventrnn.training.thresholds import initial
+
+CONFIG = "toml_config.toml"
+
+CELLS = ("egru", "gru")
+
+STARTS = ("beta", "constant")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The network to start from.
+
+    Attributes
+    ----------
+    cell      : "egru", or "gru", its dense twin (`training.GRU`), which has no model file
+    variant   : equations of the egru, "evnn" or "paper"
+    hidden    : units of each layer
+    embedding : width of the embedding
+    tied      : read out through the transposed embedding
+    threshold : to begin with: one number, or one a layer
+    threshold_start : "beta" draws them around that mean, in (0, 1), as EvNN does; "constant" takes it as it is
+    surrogate : derivative given to the event
+    """
+
+    cell: str = "egru"
+    variant: str = "evnn"
+    hidden: tuple[int, ...] = (256,)
+    embedding: int = 64
+    tied: bool = False
+    threshold: float | tuple[float, ...] = 0.4
+    threshold_start: str = "beta"
+    surrogate: Surrogate = field(default_factory=Surrogate)
+
+    def __post_init__(self):
+        if self.cell not in CELLS:
+            raise ValueError(f"cell: got {self.cell!r}, need one of {', '.join(CELLS)}")
+        Cell(variant=self.variant)
+        if self.threshold_start not in STARTS:
+            raise ValueError(f"threshold_start: got {self.threshold_start!r}, need one of {', '.join(STARTS)}")
+        if isinstance(self.threshold, tuple) and len(self.threshold) != len(self.hidden):
+            raise ValueError(f"threshold: got {len(self.threshold)}, need one for each of {len(self.hidden)} layers")
+
+    def thresholds(self, rng: np.random.Generator) -> list[np.ndarray]:
+        """Of every layer, (N,) each."""
+        each = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,) * len(self.hidden)
+        drawn = rng if self.threshold_start == "beta" else None
+        return [initial(start, n, rng=drawn) for start, n in zip(each, self.hidden, strict=True)]
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """The text.
+
+    Attributes
+    ----------
+    text        : "builtin" (Python's documentation), a file, a folder of text files, "ptb" (see `text.read_parts`)
+    kind        : symbols: "character" or "word"
+    vocabulary  : keep that many words; 0 for all
+    valid_batch : streams that the validation text is read as
+    carry       : "state", or "events" to zero the cells at every window as EvNN does
+    """
+
+    text: str = "builtin"
+    kind: str = "character"
+    vocabulary: int = 0
+    valid_batch: int = 10
+    carry: str = "state"
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"kind: got {self.kind!r}, need one of {', '.join(KINDS)}")
+        if self.carry not in CARRIES:
+            raise ValueError(f"carry: got {self.carry!r}, need one of {', '.join(CARRIES)}")
+        if self.text == "builtin" and (self.kind != "character" or self.vocabulary):
+            raise ValueError("text: the built-in text is read by characters; give --text a file for words")
+
+    def corpus(self) -> Corpus:
+        """Read the text. Raises ValueError for what is missing, empty or too short."""
+        if self.text == "builtin":
+            return python_documentation()
+        return from_path(self.text, kind=self.kind, size=self.vocabulary or None)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What changes nothing about the result.
+
+    Attributes
+    ----------
+    out                : model file to write; none for a GRU
+    log_every          : updates a line of the log
+    checkpoint_seconds : at most that long between two checkpoints
+    """
+
+    out: str = ""
+    log_every: int = 50
+    checkpoint_seconds: float = 120.0
+
+    def __post_init__(self):
+        if self.log_every < 1:
+            raise ValueError(f"log_every: got {self.log_every}, need a whole number >= 1")
+        if not self.checkpoint_seconds >= 0:
+            raise ValueError(f"checkpoint_seconds: got {self.checkpoint_seconds}, need a number >= 0")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All of a run: network, text, training, and how it is kept."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    training: Settings = field(default_factory=Settings)
+    run: RunSettings = field(default_factory=RunSettings)
+
+    def __post_init__(self):
+        if self.model.cell == "gru" and self.run.out:
+            raise ValueError(f"out: got {self.run.out} for a gru, which has no model file; give --run a folder instead")
+
+    def trainer(self) -> tuple[Trainer, Corpus]:
+        """The trainer at the start of the run, and its text. Raises ValueError for what cannot be."""
+        corpus, model, training = self.data.corpus(), self.model, self.training
+        symbols = len(corpus.vocabulary)
+        rng = np.random.default_rng(training.seed)
+        network = Network.random(
+            list(model.hidden),
+            rng=rng,
+            symbols=symbols,
+            embedding=model.embedding,
+            readout=None if model.tied else symbols,
+            tied=model.tied,
+            threshold=0.0,
+            cell=Cell(variant=model.variant, surrogate=model.surrogate),
+            metadata={"vocabulary": corpus.vocabulary.to_json(), "corpus": self.data.text},
+        )
+        layers = zip(network.layers, model.thresholds(rng), strict=True)
+        network = replace(network, layers=tuple(replace(layer, threshold=drawn) for layer, drawn in layers))
+        task = LanguageModelling(
+            corpus.train, corpus.valid, valid_batch=self.data.valid_batch, carry=self.data.carry
+        )  # fmt: skip
+        engine = GRU if model.cell == "gru" else Model
+        engine = engine(network, backward=training.backward, threads=training.threads, thresholds=training.thresholds)
+        return Trainer(network, task, training, model=engine), corpus
+
+
+def presets() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("eventrnn.training.recipes")
+    return sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
+
+
+def load_recipe(
+    path: str | Path | None = None,
+    *,
+    preset: str = "characters",
+    settings: Iterable[tuple[str, Any]] = (),
+) -> Recipe:
+    """A recipe: a preset, over it a TOML file, over that single settings such as ("training.batch", 16).
+
+    Raises `ValueError` naming the key that is unknown, with the nearest known one, or of which the value cannot be.
+    """
+    if preset not in presets():
+        raise ValueError(f"preset: got {preset!r}, need one of {', '.join(presets())}")
+    base = (resources.files("eventrnn.training.recipes") / f"{preset}.toml").read_text(encoding="utf-8")
+    tables = [toml_config.read_toml(base, preset)]
+    if path is not None:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"config: {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        tables.append(toml_config.read_toml(text, path))
+    return toml_config.from_table(Recipe, toml_config.merged([*tables, toml_config.nested(settings)]))
+
+
+def train(
+    recipe: Recipe,
+    folder: str | os.PathLike,
+    *,
+    resume: bool = False,
+    report: Callable[[str, int, int, str], None] = lambda stage, done, total, note: None,
+) -> dict[str, Any]:
+    """Train as the recipe says, in a folder, and write the model of the best validation to `recipe.run.out`.
+
+    Returns figures: bits and perplexity of the validation text as the event engine reads it, in one stream with its
+    state carried whatever `data.carry` says; the best validation while training, which goes by `data.carry`; symbols,
+    parameters, updates, seconds. Interruptions and errors as `training.run`.
+    """
+    if recipe.model.cell != "gru" and not recipe.run.out:
+        raise ValueError("out: got none; say in run.out which model file to write")
+    folder = Path(folder)
+    trainer, corpus = recipe.trainer()
+    if not resume:
+        if folder.exists() and any((folder / name).exists() for name in (CHECKPOINT, LOG, CONFIG)):
+            raise ValueError(f"run: {folder} holds a run; give --resume {folder}, another folder, or --force")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / CONFIG, toml_config.to_toml(recipe).encode(), overwrite=True)
+
+    def each(progress: Progress, seconds: float) -> None:
+        report("training", round(1000 * progress.share), 1000, note(progress, recipe.data.kind))
+
+    seconds = run(
+        trainer, folder, resume=resume, log_every=recipe.run.log_every,
+        checkpoint_seconds=recipe.run.checkpoint_seconds, report=each,
+    )  # fmt: skip
+    figures: dict[str, Any] = {
+        "symbols": len(corpus.vocabulary),
+        "parameters": sum(p.size for p in trainer.model.parameters.values()),
+        "steps": trainer.steps_done,
+        "seconds": seconds,
+        "bits_per_symbol_best": trainer.best_value,
+    }
+    if recipe.model.cell == "gru":
+        return figures
+    network = trainer.network(best=True)
+    io.save(network, recipe.run.out, overwrite=True)
+    report("validating", 0, 1, "")
+    bits = evaluate(network, corpus.valid)
+    return {"bits_per_symbol_valid": bits, "perplexity_valid": float(2.0 ** min(bits, 1000.0))} | figures
+
+
+def note(progress: Progress, kind: str) -> str:
+    """A line about an update: what the loss is, how many units send, how many gradients pass their threshold, and the
+    operations of the layers so far."""
+    nats = progress.loss
+    quality = f"perplexity {np.exp(min(nats, 700.0)):.1f}" if kind == "word" else f"{progress.bits:.3f} bits"
+    words = [quality, f"activity {progress.activity:.1%}", f"backward {progress.support:.0%}"]
+    if progress.sparsity:
+        words.append(f"{progress.sparsity:.0%} pruned")
+    words.append(f"{progress.operations:.2e} operations")
+    return ", ".join(words)
+
+
+def remove_run(folder: str | os.PathLike) -> None:
+    """Delete the files of a run, and no other, from its folder."""
+    for name in (CONFIG, LOG, CHECKPOINT, f"previous-{CHECKPOINT}"):
+        (Path(folder) / name).unlink(missing_ok=True)
+
+
+def flags_to_settings(flags: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Settings of the flags that were given; the others are None."""
+    return [(key, value) for key, value in flags.items() if value is not None]

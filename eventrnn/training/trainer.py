@@ -1,0 +1,346 @@
+"""The training loop: one visible step, validation between the steps, and a state that can be saved and continued."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from eventrnn.network import Network
+from eventrnn.pruning.schedule import Pruning
+from eventrnn.state import State
+from eventrnn.training import thresholds
+from eventrnn.training.bptt.model import Model, Tape
+from eventrnn.training.optim import clip_by_layer, clip_by_norm, norms
+from eventrnn.training.settings import Settings
+from eventrnn.training.tasks import LanguageModelling, Task, going_on
+
+F32 = np.float32
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One update.
+
+    Attributes
+    ----------
+    step     : its number, from 1
+    loss     : of its window, in nats (what the task measures), without penalties
+    penalty  : what the regularisers add to it
+    activity : events per unit, step and sample
+    support  : share of units, steps and samples that the gradient passes through a threshold
+    norm     : of the gradient, before clipping
+    rate     : learning rate
+    sparsity : share of the masked matrices that is pruned
+    epoch    : passes over the data that are complete
+    share    : of the run that is done
+    operations : multiplications with a use so far, forward and back, of the layers (the read-out is not in it); a
+               layer's forward products count its events, its backward products events and paths
+    validation : figures of the validation that followed, if one did
+    """
+
+    step: int
+    loss: float
+    penalty: float
+    activity: float
+    support: float
+    norm: float
+    rate: float
+    sparsity: float
+    epoch: int
+    share: float
+    operations: int
+    validation: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def bits(self) -> float:
+        """The loss in bits."""
+        return self.loss / float(np.log(2))
+
+
+class Diverged(FloatingPointError):
+    """The loss or a gradient is not a number any more. Parameters are those before the update."""
+
+
+class Trainer:
+    """Trains a network on a task.
+
+    Parameters
+    ----------
+    network  : where to start; weights that its CSR and block matrices do not store stay pruned
+    task     : a `Task`, or (n,) integers: a text in which to predict the next symbol
+    settings : how
+    pruning  : masks that grow while training, or None
+    model    : what computes, in place of `Model(network)`; anything with its methods
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        task: Task | np.ndarray,
+        settings: Settings,
+        *,
+        pruning: Pruning | None = None,
+        model: Model | None = None,
+    ):
+        self.task = task if isinstance(task, Task) else LanguageModelling(task)
+        self.task.check(network, settings.batch, settings.window)
+        self.settings, self.pruning = settings, pruning
+        if self.task.length(settings.batch) < 1:
+            raise ValueError(f"batch: got {settings.batch}, more than the data has")
+        self.model = model or Model(
+            network, backward=settings.backward, threads=settings.threads, thresholds=settings.thresholds
+        )
+        settings.regularisers.check(self.model)
+        if pruning is not None:
+            steps = self._updates()
+            if pruning.end >= steps:
+                raise ValueError(
+                    f"pruning: reaches its sparsity at step {pruning.end}, but training has {steps} steps; "
+                    "train longer or end the pruning earlier"
+                )
+            pruning.check(self.model.parameters)
+        self.optimiser = settings.optimiser.build(self.model.parameters, settings.weight_decay)
+        self.rng = np.random.default_rng(settings.seed)
+        self.state = State.zeros(network, settings.batch)
+        self.steps_done = self.epoch = self.position = 0
+        self.best: dict[str, np.ndarray] = {}
+        self.best_value, self.worse = float("inf"), 0
+        self.largest, self.operations = "none yet", 0
+
+    # --- running ---
+
+    def run(self, report: Callable[[Progress], None] = lambda progress: None) -> Network:
+        """All remaining updates; returns the trained network, dense weights, pruned ones exactly zero."""
+        for progress in self:
+            report(progress)
+        return self.network()
+
+    def __iter__(self) -> Iterator[Progress]:
+        while not self.finished:
+            progress = self.step()
+            yield replace(progress, validation=self.validate()) if self._validation_due() else progress
+
+    @property
+    def finished(self) -> bool:
+        """Whether all updates are done, or validation stopped the run early."""
+        return self.share >= 1 or bool(self.settings.patience and self.worse >= self.settings.patience)
+
+    @property
+    def masks_are_final(self) -> bool:
+        """Whether pruning is through; until then no validation counts as the best, and none stops the run."""
+        return self.pruning is None or self.steps_done > self.pruning.end
+
+    @property
+    def share(self) -> float:
+        """Of the run, what is done."""
+        if not self.settings.epochs:
+            return self.steps_done / self.settings.steps
+        return (self.epoch + self.position / self.task.length(self.settings.batch)) / self.settings.epochs
+
+    def step(self) -> Progress:
+        """One window: masks, noise, forward, loss, backward, clip, update."""
+        model, settings, task = self.model, self.settings, self.task
+        if self.pruning is not None and self.pruning.update(self.steps_done, model.parameters, model.masks):
+            model.apply_masks()
+        window = settings.draw_window(self.rng)
+        batch = task.batch(self.position, self.epoch, settings.batch, window)
+        state = self._start(batch.carried, batch.inputs.shape[1])
+        steps, samples = batch.inputs.shape[:2]
+        noise = settings.regularisers.draw(model, steps, samples, self.rng)
+        output, state, tape = model.forward(batch.inputs, state, noise)
+        loss, d_output = task.loss(output, batch)
+        penalty = settings.regularisers.penalise(model, tape)
+        if not np.isfinite(loss + penalty.loss):
+            raise Diverged(self._trouble(f"the loss is {loss + penalty.loss}"))
+        gradients = model.backward(
+            tape,
+            d_output,
+            activity_cost=settings.activity_cost,
+            d_events=tuple(penalty.d_events),
+            d_cells=tuple(penalty.d_cells),
+        )
+        for k, d_threshold in penalty.d_thresholds.items():
+            further = thresholds.gradient(model.thresholds, tape.layers[k].threshold, d_threshold)
+            gradients[f"layers.{k}.threshold"] = gradients[f"layers.{k}.threshold"] + further
+        norm = self._clip(gradients)
+        rate = settings.learning_rate * settings.schedule.at(self.share, self.steps_done)
+        if batch.carried:
+            rate *= len(batch.inputs) / settings.window
+        self.optimiser.step(model.parameters, gradients, rate)
+        if self.pruning is not None:
+            self.pruning.after_step(self.steps_done, model.parameters, model.masks, gradients, rate)
+        model.apply_masks()
+        self.state = state
+        self.operations += _operations(tape)
+        self.steps_done += 1
+        self._move(batch.taken)
+        return Progress(
+            self.steps_done, loss, penalty.loss + settings.activity_cost * _mean_sent(tape), float(tape.activity),
+            float(tape.support), norm, rate, self._sparsity(), self.epoch, self.share,
+            self.operations,
+        )  # fmt: skip
+
+    def validate(self) -> dict[str, float]:
+        """Figures of the task's held-out data, with the optimiser's averaged parameters if it has them; a new best
+        is kept in `best`, once masks are final."""
+        with _Borrowed(self.model, self._present()) as model:
+            figures = self.task.evaluate(model)
+            if not figures:
+                return {}
+            value = figures[self.task.figure]
+            self.optimiser.validated(value, self.model.parameters)
+            if not self.masks_are_final:
+                return figures
+            self.worse += 1
+            if value < self.best_value:
+                self.best_value, self.worse = value, 0
+                self.best = {name: array.copy() for name, array in model.parameters.items()}
+        return figures
+
+    def network(self, *, best: bool = False) -> Network:
+        """The trained network: of the parameters so far (averaged, if the optimiser averages), or of the best
+        validation. How its thresholds were learned stands in `metadata["thresholds"]`."""
+        with _Borrowed(self.model, self.best if best and self.best else self._present()) as model:
+            network = model.network()
+        return replace(network, metadata={**network.metadata, "thresholds": model.thresholds})
+
+    def _present(self) -> dict[str, np.ndarray]:
+        """Parameters as a forward pass of now sees them, averaged if the optimiser averages."""
+        averaged = self.optimiser.averaged(self.model.parameters)
+        return averaged if self.pruning is None else self.pruning.shown(averaged)
+
+    def _updates(self) -> int:
+        """Updates of the whole run; with windows of random length, about."""
+        settings = self.settings
+        if not settings.epochs:
+            return settings.steps
+        taken = self.task.batch(0, 0, settings.batch, settings.window).taken
+        return settings.epochs * -(-self.task.length(settings.batch) // taken)
+
+    def _start(self, carried: str, batch: int) -> State:
+        if self.position == 0 or not carried or self.state.batch != batch:
+            return State.zeros(self.model.like, batch)
+        return going_on(self.state, carried)
+
+    def _move(self, taken: int) -> None:
+        self.position += taken
+        if self.position >= self.task.length(self.settings.batch):
+            self.epoch, self.position = self.epoch + 1, 0
+
+    def _validation_due(self) -> bool:
+        if self.settings.validate_every and self.steps_done % self.settings.validate_every == 0:
+            return True
+        return self.share >= 1 or (not self.settings.validate_every and self.position == 0)
+
+    def _clip(self, gradients: dict[str, np.ndarray]) -> float:
+        sizes = norms(gradients)
+        bad = [name for name, size in sizes.items() if not np.isfinite(size)]
+        if bad:
+            raise Diverged(self._trouble(f"the gradient of {bad[0]} is not finite"))
+        largest = max(sizes, key=lambda name: sizes[name])
+        self.largest = f"{largest} ({sizes[largest]:.3g})"
+        if self.settings.clip_layers:
+            clip_by_layer(gradients, self.settings.clip_layers)
+        return clip_by_norm(gradients, self.settings.clip)
+
+    def _trouble(self, what: str) -> str:
+        return (
+            f"{what} at step {self.steps_done + 1}; the largest gradient before it was that of {self.largest}; "
+            f"lower the learning rate ({self.settings.learning_rate}) or the clip ({self.settings.clip})"
+        )
+
+    def _sparsity(self) -> float:
+        masks = self.model.masks.values()
+        return 1 - sum(int(m.sum()) for m in masks) / sum(m.size for m in masks) if masks else 0.0
+
+    # --- saving and continuing ---
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to be continued: the network's shapes, the data, the settings."""
+        model = self.model
+        return {
+            "model": {name: list(value.shape) for name, value in model.parameters.items()}
+            | {f"layers.{k}.cell": repr(cell) for k, cell in enumerate(model.cells)},
+            "data": self.task.digest(),
+            "settings": asdict(self.settings),
+            "pruning": "None" if self.pruning is None else self.pruning.digest(),
+        }
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All that a run is at a moment, with `numbers`. The arrays are the run's own, not copies."""
+        named = {f"parameters.{name}": value for name, value in self.model.parameters.items()}
+        named |= {f"masks.{name}": value for name, value in self.model.masks.items()}
+        named |= {f"optimiser.{name}": value for name, value in self.optimiser.arrays().items()}
+        if self.pruning is not None:
+            named |= {f"pruning.{name}": value for name, value in self.pruning.arrays().items()}
+        named |= {f"best.{name}": value for name, value in self.best.items()}
+        for k, (cells, outputs) in enumerate(zip(self.state.cells, self.state.outputs, strict=True)):
+            named |= {f"state.cells.{k}": cells, f"state.outputs.{k}": outputs}
+        return named
+
+    def numbers(self) -> dict[str, Any]:
+        """The rest of it, plain enough for JSON."""
+        return {
+            "steps": self.steps_done,
+            "epoch": self.epoch,
+            "position": self.position,
+            "generator": self.rng.bit_generator.state,
+            "optimiser": self.optimiser.numbers(),
+            # JSON has no infinity.
+            "best_value": self.best_value if self.best else None,
+            "worse": self.worse,
+            "largest": self.largest,
+            "operations": self.operations,
+        }
+
+    def restore(self, arrays: Mapping[str, np.ndarray], numbers: Mapping[str, Any]) -> None:
+        """Continue from what `arrays` and `numbers` of a run with the same `identity` gave: the same bits from here."""
+
+        def part(prefix: str) -> dict[str, np.ndarray]:
+            return {name[len(prefix) :]: a for name, a in arrays.items() if name.startswith(prefix)}
+
+        for name, value in part("parameters.").items():
+            self.model.parameters[name][...] = value
+        self.model.masks.clear()
+        self.model.masks.update({name: mask.copy() for name, mask in part("masks.").items()})
+        self.optimiser.restore(part("optimiser."), numbers["optimiser"])
+        if self.pruning is not None:
+            self.pruning.restore(part("pruning."))
+        self.best = {name: value.copy() for name, value in part("best.").items()}
+        layers = range(len(self.model.cells))
+        self.state = State(
+            tuple(arrays[f"state.cells.{k}"].copy() for k in layers),
+            tuple(arrays[f"state.outputs.{k}"].copy() for k in layers),
+        )
+        self.steps_done, self.epoch, self.position = numbers["steps"], numbers["epoch"], numbers["position"]
+        self.rng.bit_generator.state = numbers["generator"]
+        self.best_value = float("inf") if numbers["best_value"] is None else numbers["best_value"]
+        self.worse, self.largest, self.operations = numbers["worse"], numbers["largest"], numbers["operations"]
+
+
+class _Borrowed:
+    """A model with other parameters, for the length of a `with`."""
+
+    def __init__(self, model: Model, parameters: dict[str, np.ndarray]):
+        self.model, self.own, self.parameters = model, model.parameters, parameters
+
+    def __enter__(self) -> Model:
+        self.model.parameters = self.parameters
+        # A mean over weights of which some were pruned meanwhile is not zero there.
+        self.model.apply_masks()
+        return self.model
+
+    def __exit__(self, *error) -> None:
+        self.model.parameters = self.own
+
+
+def _operations(tape: Tape) -> int:
+    """Each event meets the kept weights of its unit twice (forward, and in their gradient), each path once."""
+    return sum(int((2 * work.fired + work.open) @ work.kept) for work in tape.work.values())
+
+
+def _mean_sent(tape: Tape) -> float:
+    return sum(float(np.mean(layer.y[1:], dtype=np.float64)) for layer in tape.layers)
