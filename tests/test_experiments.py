@@ -256,3 +256,20 @@ def test_words_trains_events_and_their_dense_twin(monkeypatch, tmp_path):
     lines = [json.loads(each) for each in (tmp_path / "lines.jsonl").read_text().splitlines()]
     assert [each["model"] for each in lines] == ["egru", "gru"] and lines[1]["activity"] > 0.99
     assert all(each["perplexity_test"] > 1 and each["curve"] for each in lines)
+
+
+def test_the_page_of_results_is_what_its_lines_give(monkeypatch):
+    module = script("tables", monkeypatch)
+    assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run python experiments/tables.py"
+
+
+def test_a_table_names_the_commit_of_every_row_and_the_machine_of_every_line(monkeypatch):
+    module = script("tables", monkeypatch)
+    lines = [{"commit": c, "device": d, "versions": {"numpy": "2.0"}} for c, d in (("a1", "one"), ("b2", "two"))]
+    text = module.table(("case", "ms"), [(("first", "1.0"), lines[:1]), (("second", "2.0"), lines)])
+    assert "| first | 1.0 | a1 |" in text and "| second | 2.0 | a1, b2 |" in text
+    assert "Measured on one; numpy 2.0." in text and "Measured on two; numpy 2.0." in text
+    found = module.last(
+        [{"batch": 1, "id": 0}, {"batch": 1, "id": 1}, {"batch": 1, "exact": False}], batch=1, exact=True
+    )
+    assert found == {"batch": 1, "id": 1} and module.last([], batch=1) is None
