@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-import tolerance
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
@@ -29,6 +28,7 @@ from eventrnn.simulation import RECORDABLE, Simulation, Simulator, simulate
 from eventrnn.state import State
 from eventrnn.testing import assert_equivalent, inputs, networks, states
 from eventrnn.weights import FORMATS, STORAGES, Weights, convert
+from support import tolerance
 
 #: Each format alone, and all mixed within a network.
 FORMAT_SETS = [(name,) for name in FORMATS] + [tuple(FORMATS)]

@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from magnitudes import backward_magnitudes
-from tolerance import U32, central_difference, gamma, sharp
 
 from eventrnn import Cell, Network, State, Surrogate, reference, simulate
 from eventrnn.cells import SURROGATES
@@ -18,6 +16,8 @@ from eventrnn.training import Model, Noise, thresholds
 from eventrnn.training.bptt.kernels import event_lists, spmm, time_loops
 from eventrnn.training.bptt.kernels.time_loops import DENSE, PIECES, SINGLE
 from eventrnn.weights import convert
+from support.magnitudes import backward_magnitudes
+from support.tolerance import U32, central_difference, gamma, sharp
 
 FORMATS = [
     ("dense", {}),

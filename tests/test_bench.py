@@ -5,7 +5,6 @@ import sys
 
 import numpy as np
 import pytest
-from tolerance import U32, gamma
 
 from eventrnn import bench, simulate
 from eventrnn.bench import baselines as rivals
@@ -16,6 +15,7 @@ from eventrnn.bench.inference import ACTIVITY_TOLERANCE
 from eventrnn.bench.machine import peak
 from eventrnn.bench.networks import random_events, random_weights
 from eventrnn.weights import convert
+from support.tolerance import U32, gamma
 
 NEEDS = {"torch": "torch", "torch-step": "torch", "torch-csr": "torch", "torch-mm": "torch", "mkl": "sparse_dot_mkl"}
 SMALL = {"hidden": 48, "steps": 12, "repeats": 3, "activity": 0.2, "sparsity": 0.5}

@@ -12,7 +12,6 @@ from fractions import Fraction
 import mpmath
 import numpy as np
 import pytest
-import tolerance
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -20,6 +19,7 @@ from eventrnn import cells, reference
 from eventrnn.cells import Cell
 from eventrnn.cpu.kernels import jit, simd
 from eventrnn.testing import networks, states
+from support import tolerance
 
 F32 = np.float32
 LN2, LN3 = math.log(2), math.log(3)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import invented_map
 from hypothesis import event, given
 from hypothesis import strategies as st
-from test_backends import assert_same, cases
 
+from conftest import invented_map
 from eventrnn.bench import crossover as crossing
 from eventrnn.bench import timing as contest
 from eventrnn.cpu import crossover as maps
@@ -19,6 +18,7 @@ from eventrnn.network import Network
 from eventrnn.simulation import Simulator, simulate
 from eventrnn.testing import event_trains, networks
 from eventrnn.weights import Dense, convert
+from test_backends import assert_same, cases
 
 
 class ForcedBackend:

@@ -12,11 +12,11 @@ from types import CellType, FunctionType, SimpleNamespace
 
 import numpy as np
 import pytest
-import tolerance
-from fake_gpu import ROUNDING, half, longs, rounded, widened
 
 from eventrnn.backend import BackendUnavailable
 from eventrnn.cuda import PRECISIONS, tables
+from support import tolerance
+from support.fake_gpu import ROUNDING, half, longs, rounded, widened
 
 KINDS = {"global_float32": (ctypes.c_float, np.float32), "global_int64": (ctypes.c_int64, np.int64)}
 KINDS |= {"global_int32": (ctypes.c_int32, np.int32), "global_uint16": (ctypes.c_uint16, np.uint16)}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import tolerance
-from fake_gpu import install
 
 from eventrnn.backend import BackendUnavailable, get_backend
 from eventrnn.cells import Cell
@@ -13,6 +11,8 @@ from eventrnn.cuda import PRECISIONS, CudaBackend
 from eventrnn.network import Network
 from eventrnn.reference import layer_parameters
 from eventrnn.simulation import Simulator, simulate
+from support import tolerance
+from support.fake_gpu import install
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fake_gpu import Array, install
 
 from eventrnn.backend import BackendUnavailable
 from eventrnn.cells import Cell
@@ -19,6 +18,7 @@ from eventrnn.network import Network
 from eventrnn.simulation import Simulator
 from eventrnn.simulation import simulate as simulate_on
 from eventrnn.state import State, on_gpu
+from support.fake_gpu import Array, install
 
 
 def simulate(*arguments, backend="reference", **options):

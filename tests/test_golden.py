@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tolerance
 
 from eventrnn import reference
 from eventrnn.cells import Cell, Surrogate
+from support import tolerance
 
 FILES = sorted((Path(__file__).parent / "golden").glob("*.npz"))
 

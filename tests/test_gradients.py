@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import tolerance
 
 from eventrnn import cells, reference
 from eventrnn.cells import CELLS, SURROGATES, Cell, Surrogate
+from support import tolerance
 
 #: Where a surrogate's slope has a corner or a jump, in units of its half width.
 KINKS = {"triangle": (-1, 0, 1), "fast_sigmoid": (0,), "boxcar": (-1, 1)}

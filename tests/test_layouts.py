@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from test_backends import assert_same, cases, in_format
 
 from eventrnn.cells import CELLS, Cell
 from eventrnn.cpu import engine as cpu
@@ -33,6 +32,7 @@ from eventrnn.cpu.tables import (
 from eventrnn.network import Network
 from eventrnn.simulation import RECORDABLE, Simulation, Simulator, simulate
 from eventrnn.weights import FORMATS, STORAGES, convert
+from test_backends import assert_same, cases, in_format
 
 NEVER = 1 << 30
 FEW, MANY = {"SHARED_EVENTS": NEVER}, {"SHARED_EVENTS": 0}

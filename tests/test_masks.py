@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tolerance import GREEDY_FACTOR, TRANSPORT_SHORTFALL, U64, gamma
 
 from eventrnn import NM
 from eventrnn.pruning import NofM, legal, mask_diversity, nm_mask, transposable_mask
 from eventrnn.pruning.nm import METHODS, from_tiles, regular_tiles, to_tiles
 from eventrnn.weights import convert
+from support.tolerance import GREEDY_FACTOR, TRANSPORT_SHORTFALL, U64, gamma
 
 # Every size class: two and four members, one that is enumerated, powers of two, and sizes that divide nothing.
 GROUPS = ((1, 2), (1, 4), (2, 4), (3, 4), (2, 5), (5, 7), (4, 8), (7, 8), (8, 8), (8, 16), (3, 17))

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import tolerance
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +16,7 @@ from eventrnn.simulation import Simulator, simulate
 from eventrnn.state import Feed, FireCounts, State
 from eventrnn.testing import event_trains, inputs, networks
 from eventrnn.weights import CSR, BlockCSR, Dense, convert
+from support import tolerance
 
 
 def zeros(*shape) -> np.ndarray:

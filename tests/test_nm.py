@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from counting import nm_places
 from hypothesis import given
 from hypothesis import strategies as st
 
 from eventrnn.testing import GROUPS, weights
 from eventrnn.weights import CSR, NM, STORAGES, check_nm, convert
+from support.counting import nm_places
 
 shapes = st.tuples(st.integers(1, 70), st.integers(1, 70))
 drawn = shapes.flatmap(lambda shape: weights(shape, formats=["nm"]))

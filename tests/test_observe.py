@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from counting import count_multiplications, nm_places
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,6 +11,7 @@ from eventrnn import Network, State, audit, count, count_per_step, energy, simul
 from eventrnn.counting.energy import HOROWITZ_2014
 from eventrnn.testing import networks
 from eventrnn.weights import CSR, NM, BlockCSR, convert
+from support.counting import count_multiplications, nm_places
 
 
 def _inputs(network, rng, steps, batch):

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerance import U32, gamma
 
 from eventrnn.training import Optimiser, Schedule, clip_by_layer, clip_by_norm
 from eventrnn.training.optim import KINDS, norms
+from support.tolerance import U32, gamma
 
 
 def _case(seed=0):

@@ -11,14 +11,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 import test_backends
 import test_cells
 import test_golden
 import test_layouts
-import tolerance
-from planting import KERNEL_FAULTS, faulty_kernels, plant, suite_catches
-from test_layouts import FORCED, forced
-
 from eventrnn import cells, reference
 from eventrnn.backend import BACKENDS
 from eventrnn.cells import Cell
@@ -27,6 +24,9 @@ from eventrnn.network import Layer, Network
 from eventrnn.simulation import Simulator, simulate
 from eventrnn.testing import Divergence, assert_equivalent
 from eventrnn.weights import BlockCSR, Dense, convert
+from support import tolerance
+from support.planting import KERNEL_FAULTS, faulty_kernels, plant, suite_catches
+from test_layouts import FORCED, forced
 
 UNITS, INPUTS, BATCH, STEPS = 10, 6, 3, 12
 RECORD = ("events", "states")

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from digest import digest
 
 ROOT = Path(__file__).parent.parent

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerance import U64, gamma
 
 from eventrnn import CSR, BlockCSR, Network
 from eventrnn.pruning import block_scores, cubic_schedule, magnitude_mask, prune
 from eventrnn.pruning.magnitude import STATISTICS, magnitude_masks
+from support.tolerance import U64, gamma
 
 
 @st.composite

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerance import U32, U64, gamma
 
 from eventrnn import CSR, NM, BlockCSR, Dense, Network, Simulator, count, simulate
 from eventrnn.pruning import (
@@ -24,6 +23,7 @@ from eventrnn.pruning import (
 )
 from eventrnn.testing import assert_equivalent
 from eventrnn.weights import STORAGES
+from support.tolerance import U32, U64, gamma
 
 PATTERNS = (
     Blocks(0.7),

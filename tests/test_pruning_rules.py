@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerance import U32, gamma
 
 from eventrnn import CSR, BlockCSR, Network
 from eventrnn.pruning import (
@@ -24,6 +23,7 @@ from eventrnn.pruning import (
 )
 from eventrnn.pruning.threshold import shrink
 from eventrnn.training import LanguageModelling, Settings, Trainer
+from support.tolerance import U32, gamma
 
 STEPS = 12
 RULES = {

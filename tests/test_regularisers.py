@@ -5,7 +5,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tolerance import (
+
+from eventrnn import Cell, Network, State, Surrogate
+from eventrnn.training import Model, Noise, Regularisers, Settings, Trainer, check_gradients
+from eventrnn.training.regularisers import RATES
+from support.tolerance import (
     RATE_GRADIENT,
     RATE_GRADIENT_SUM,
     RATE_REACHED,
@@ -15,10 +19,6 @@ from tolerance import (
     sample_mean,
     sharp,
 )
-
-from eventrnn import Cell, Network, State, Surrogate
-from eventrnn.training import Model, Noise, Regularisers, Settings, Trainer, check_gradients
-from eventrnn.training.regularisers import RATES
 
 STEPS, BATCH = 7, 5
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_backward import FORMATS, pruned
 
 from eventrnn.cells import Cell
 from eventrnn.cpu.kernels.simd import LANES
@@ -20,6 +19,7 @@ from eventrnn.training.bptt.kernels.load_balance import SLACK, cut_windows, even
 from eventrnn.training.bptt.kernels.time_loops import WINDOW_ROWS
 from eventrnn.training.bptt.sparse_pattern import Pattern, windows
 from eventrnn.training.bptt.workspace import Scratch
+from test_backward import FORMATS, pruned
 
 
 @given(

@@ -7,7 +7,6 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-import tolerance
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from eventrnn.simulation import simulate
 from eventrnn.testing import weights
 from eventrnn.training.evaluation import narrowed, read, read_narrowed
 from eventrnn.weights import FORMATS, NM, STORAGES, BlockCSR, Dense, convert
+from support import tolerance
 
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 40))
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False)

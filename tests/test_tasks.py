@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerance import U32, cell_bound, gamma
 
 from eventrnn import Cell, Network, State
 from eventrnn.training import (
@@ -25,6 +24,7 @@ from eventrnn.training import (
     squared_error,
 )
 from eventrnn.training.tasks import going_on
+from support.tolerance import U32, cell_bound, gamma
 
 
 def _net(**changes):

@@ -6,8 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import tolerance
-from counting import count_multiplications
 from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +17,8 @@ from eventrnn.simulation import Simulator, simulate
 from eventrnn.state import State
 from eventrnn.testing import Divergence, assert_equivalent, event_trains, inputs, masks, networks, states, weights
 from eventrnn.weights import CSR, FORMATS, NM, STORAGES, BlockCSR, Dense
+from support import tolerance
+from support.counting import count_multiplications
 
 # Looking for one example of a kind takes no shrinking and leaves nothing behind.
 LOOK = settings(max_examples=3000, database=None, phases=[Phase.generate], deadline=None)

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerance import U64, gamma
 
 from eventrnn.data import text as text_module
 from eventrnn.data.text import REPLACEMENT, UNKNOWN_WORD, Corpus, Vocabulary, from_path, python_documentation, words
 from eventrnn.data.trigram import TrigramModel
+from support.tolerance import U64, gamma
 
 # --- vocabulary ---------------------------------------------------------------------------------------------
 

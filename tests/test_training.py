@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from magnitudes import backward_magnitudes
-from tolerance import CORNER, U32, cell_bound, gamma
 
 from eventrnn import Cell, Network, State, Surrogate, reference, simulate
 from eventrnn.cells import SURROGATES
@@ -16,6 +14,8 @@ from eventrnn.pruning import GradualPruning
 from eventrnn.training import Model, Noise, Regularisers, Settings, Trainer, evaluate, thresholds
 from eventrnn.training.bptt.kernels import cell_update
 from eventrnn.training.losses import cross_entropy_bits
+from support.magnitudes import backward_magnitudes
+from support.tolerance import CORNER, U32, cell_bound, gamma
 
 
 @st.composite

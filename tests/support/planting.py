@@ -20,13 +20,13 @@ from unittest.mock import patch
 import numba
 import numpy as np
 import pytest
-import test_backends
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+import test_backends
 from eventrnn.backend import BACKENDS
 from eventrnn.cpu.kernels.simd import I64
 
@@ -198,10 +198,12 @@ def _engine_with_every_fault() -> str:
         for k, (module, edits) in enumerate(KERNEL_FAULTS.values(), start=1):
             if module == name:
                 source = edited(source, {old: new.replace("ON", f"planted({k})") for old, new in edits.items()})
-        imports = {"from eventrnn.cpu.kernels.jit import compiled\n": "from planting import compiled, planted\n"}
+        imports = {
+            "from eventrnn.cpu.kernels.jit import compiled\n": "from support.planting import compiled, planted\n"
+        }
         imports |= {
             "from eventrnn.cpu.kernels.jit import allocating, compiled, inlined\n": (
-                "from planting import allocating, compiled, inlined, planted\n"
+                "from support.planting import allocating, compiled, inlined, planted\n"
             )
         }
         imports |= {

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
-import tolerance
 
 from eventrnn import reference
 from eventrnn.weights import NM
+from support import tolerance
 
 
 @dataclass
