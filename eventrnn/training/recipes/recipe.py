@@ -1,6 +1,6 @@
 """What `eventrnn train` does: a recipe (TOML, presets, flags) for a symbol model, trained in a folder.
 
-The folder holds `toml_config.toml` (the recipe, every value written out), `log.jsonl` and the checkpoints of
+The folder holds `config.toml` (the recipe, every value written out), `log.jsonl` and the checkpoints of
 `training.run`. The model file is the network of the best validation.
 """
 
@@ -26,7 +26,7 @@ from eventrnn.training.recipes import toml_config
 from eventrnn.training.run import CHECKPOINT, LOG
 from eventrnn.training.thresholds import initial
 
-CONFIG = "toml_config.toml"
+CONFIG = "config.toml"
 
 CELLS = ("egru", "gru")
 
