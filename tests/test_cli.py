@@ -274,7 +274,10 @@ def test_bad_model_files(cli, tmp_path, model, text):
         (("convert", "{model}", "--out", "{new}", "--to", "dense", "--nm", "2:4"), "nm: got (2, 4, 'post') for format"),
         (("convert", "{model}", "--out", "{new}", "--nm", "2:4"), "has 4 non-zero weights"),
         (("convert", "{model}", "--out", "{new}", "--to", "nm", "--nm", "2:4"), "has 4 non-zero weights"),
-        (("convert", "{model}", "--out", "{new}", "--to", "nm", "--nm", "2of4"), "nm: got '2of4', need kept:group"),
+        (
+            ("convert", "{model}", "--out", "{new}", "--to", "nm", "--nm", "2of4"),
+            "nm: got '2of4', need N:M or N:M:AXIS",
+        ),
         (("convert", "{model}", "--out", "{new}", "--to", "nm", "--nm", "2:4:both"), "nm axis: got 'both'"),
         (("convert", "{model}", "--out", "{new}", "--storage", "int4"), "storage: got 'int4'"),
         (("run", "{model}", "--text", "{text}", "--storage", "float32"), "need one of bfloat16, int8"),

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from eventrnn import NM
 from eventrnn.pruning import NofM, legal, mask_diversity, nm_mask, transposable_mask
 from eventrnn.pruning.nm import METHODS, from_tiles, regular_tiles, to_tiles
+from eventrnn.pruning.patterns import parse_nm
 from eventrnn.weights import convert
-from support.tolerance import GREEDY_FACTOR, TRANSPORT_SHORTFALL, U64, gamma
+from support.tolerance import GREEDY_FACTOR, U64, gamma
 
 # Every size class: two and four members, one that is enumerated, powers of two, and sizes that divide nothing.
 GROUPS = ((1, 2), (1, 4), (2, 4), (3, 4), (2, 5), (5, 7), (4, 8), (7, 8), (8, 8), (8, 16), (3, 17))
@@ -54,8 +55,8 @@ def test_each_group_keeps_its_largest(dense, nm, axis):
     assert np.array_equal(dense * again * mask, dense * mask)
 
 
-# The padding of the tile once took the room of a weight.
-@example(np.array([[0.126, -0.132, 0.64], [0.105, -0.536, 0.362]], np.float32), (3, 4), "transport", 1)
+# Here the padding of a tile once took the place of a weight.
+@example(np.array([[0.126, -0.132, 0.64], [0.105, -0.536, 0.362]], np.float32), (3, 4), "greedy", 1)
 @given(matrices(), st.sampled_from(GROUPS), st.sampled_from(METHODS), st.integers(1, 3))
 def test_transposable_masks_are_legal_in_rows_and_columns(dense, nm, method, threads):
     n, m = nm
@@ -129,31 +130,6 @@ def test_no_method_beats_the_exact_one_and_greedy_keeps_its_factor(dense, nm):
     assert total - kept["greedy"] <= GREEDY_FACTOR * (total - kept["exact"]) + slack
 
 
-@pytest.mark.parametrize("m", [8, 16])
-@pytest.mark.parametrize("source", ["gaussian", "trained"])
-def test_transport_is_close_to_exact_on_average(m, source, trained_matrix):
-    dense = np.random.default_rng(0).normal(size=(40 * m, 10 * m)).astype(np.float32)
-    dense = dense if source == "gaussian" else trained_matrix
-    for n in (m // 2, m // 4):
-        exact, close = (
-            kept_weight(dense, transposable_mask(dense, n, m, method=method)) for method in ("exact", "transport")
-        )
-        assert exact * (1 - TRANSPORT_SHORTFALL) <= close <= exact * (1 + gamma(dense.size, U64))
-
-
-@pytest.fixture(scope="module")
-def trained_matrix():
-    """Recurrent weights of a character model after some training: rows and columns of unlike size."""
-    from eventrnn import Network
-    from eventrnn.training import Settings, Trainer
-
-    network = Network.random([64], symbols=5, embedding=8, readout=5, rng=np.random.default_rng(0), threshold=0.3)
-    text = np.random.default_rng(1).choice(5, p=(0.5, 0.2, 0.1, 0.1, 0.1), size=3000).cumsum() % 5
-    settings = Settings(steps=40, batch=8, window=16, learning_rate=2e-2)
-    trained = Trainer(network, text, settings).run()
-    return trained.layers[0].w_rec.to_dense()
-
-
 def test_a_transposable_mask_tiles_the_matrix_in_two_dimensions():
     # Two heavy columns beside each other: a mask that folds each row into a square would keep both wherever they are.
     dense = np.full((8, 8), 0.01, np.float32)
@@ -191,6 +167,23 @@ def test_how_many_masks_there_are():
         assert regular_tiles(n, m) == counted
     with pytest.raises(ValueError, match="side: got 6, need a multiple of m, 4"):
         mask_diversity(2, 4, 6)
+
+
+def test_nm_text_is_read_with_its_axis():
+    assert parse_nm("2:4") == parse_nm("2:4:post") == (2, 4, "post")
+    assert parse_nm("4:8:pre") == (4, 8, "pre")
+    assert parse_nm("4:8:both") == (4, 8, "both")
+
+
+@pytest.mark.parametrize("text", ["", "4", "4:", "4:8:", "4:8::both", "4:8:pre:both", "4:8:both:pre", "-4:8", "4x8"])
+def test_other_nm_text_is_refused(text):
+    with pytest.raises(ValueError, match=f"nm: got '{text}', need N:M or N:M:AXIS"):
+        parse_nm(text)
+
+
+def test_nm_text_with_an_axis_that_is_not_allowed_is_refused():
+    with pytest.raises(ValueError, match="nm axis: got 'both', need one of post, pre"):
+        parse_nm("4:8:both", ("post", "pre"))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Ways of pruning while training: masks on time, weights where they belong, the loop's calls in turn, checkpoints."""
 
+import inspect
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -21,6 +23,7 @@ from eventrnn.pruning import (
     iterative_pruning,
     legal,
 )
+from eventrnn.pruning.methods import METHODS, training_schedule
 from eventrnn.pruning.threshold import shrink
 from eventrnn.training import LanguageModelling, Settings, Trainer
 from support.tolerance import U32, gamma
@@ -337,3 +340,25 @@ def test_a_loop_that_forgets_a_call_is_told():
 def test_refusals(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_options_of_a_method_are_parameters_of_its_implementation(name):
+    method = METHODS[name]
+    of_patterns = {*inspect.signature(Blocks).parameters, "mask"}
+    for option in method.options:
+        taken = [option in inspect.signature(each).parameters for each in method.implementations]
+        assert any(taken) or option in of_patterns
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_training_schedule_ends_in_the_first_half_of_the_training(name):
+    options = {"exempt": ("layers.0",), "every": 2}
+    schedule = training_schedule(name, Blocks(0.5, (1, 2)), 20, options)
+    if name in ("iterative", "adaprune", "operations"):
+        assert schedule is None
+        return
+    assert schedule.end == 10
+    assert all(part.exempt == ("layers.0",) for part in getattr(schedule, "parts", (schedule,)))
+    with pytest.raises(ValueError, match="steps: got 1, but masks change in the first half"):
+        training_schedule(name, Blocks(0.5, (1, 2)), 1, options)

@@ -11,9 +11,11 @@ from rich.table import Table
 
 from eventrnn.bench.case import LAYER_RIVALS, PRODUCT_RIVALS
 from eventrnn.bench.machine import device, versions
-from eventrnn.cli.options import Json, Seed, Threads, parse_block, parse_nm
+from eventrnn.cli.options import Json, Seed, Threads, parse_block
 from eventrnn.cli.terminal import as_line, progress, show
+from eventrnn.pruning.patterns import parse_nm
 from eventrnn.weights import FORMATS, STORAGES
+from eventrnn.weights.nm import AXES
 
 AGAINST = (
     f"Rivals, separated by commas: of the whole layer {', '.join(LAYER_RIVALS)} (torch is nn.GRU); of one product "
@@ -64,7 +66,7 @@ def inference(
     with progress() as report:
         result = bench.inference(
             hidden=hidden, layers=layers, batch=batch, activity=activity, sparsity=sparsity, format=format,
-            block=parse_block(block) if block else None, nm=parse_nm(nm) if nm else None, dtype=dtype,
+            block=parse_block(block) if block else None, nm=parse_nm(nm, AXES) if nm else None, dtype=dtype,
             variant=variant, backend=backend, exact=exact, threads=threads,
             against=against or OPPONENT.get(backend, "none"),
             steps=steps, repeats=repeats, seed=seed,
@@ -174,9 +176,7 @@ def pruning(
     rows: Annotated[int, typer.Option(help="Presynaptic units of the matrix.")] = 4096,
     columns: Annotated[int, typer.Option(help="Postsynaptic rows of the matrix.")] = 4096,
     nm: Annotated[str, typer.Option("--nm", metavar="N:M", help="Kept of each m, in rows and columns.")] = "4:8",
-    methods: Annotated[str, typer.Option(help="Of exact, greedy, transport; separated by commas.")] = (
-        "exact,greedy,transport"
-    ),
+    methods: Annotated[str, typer.Option(help="Of exact, greedy; separated by commas.")] = "exact,greedy",
     threads: Threads = 1,
     repeats: Annotated[int, typer.Option(help="Interleaved rounds; medians are reported.")] = 3,
     seed: Seed = 0,

@@ -27,15 +27,16 @@ from eventrnn.cli.options import (
     Threads,
     encoded,
     parse_block,
-    parse_nm,
     writable_file,
     writable_folder,
 )
 from eventrnn.cli.terminal import as_line, progress, show
 from eventrnn.cli.train import train
 from eventrnn.network import Network
+from eventrnn.pruning.patterns import parse_nm
 from eventrnn.simulation import simulate
 from eventrnn.weights import FORMATS, STORAGES, convert
+from eventrnn.weights.nm import AXES
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -181,7 +182,7 @@ def convert_command(
     as_json: Json = False,
 ) -> None:
     """Change the weight format or storage of a model, or import a layer of EvNN."""
-    r_c, n_m = parse_block(block) if block else None, parse_nm(nm) if nm else None
+    r_c, n_m = parse_block(block) if block else None, parse_nm(nm, AXES) if nm else None
     writable_file(out, force)
     network = Network((io.from_evnn(_arrays(source)),)) if source.suffix == ".npz" else io.load(source)
     tied = network.readout is not None and network.readout.tied

@@ -12,7 +12,6 @@ import typer
 
 from eventrnn.backend import BACKENDS
 from eventrnn.network import Network
-from eventrnn.weights import check_nm
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
@@ -49,17 +48,6 @@ def parse_block(text: str) -> tuple[int, int]:
     if not (cross and rows.isdigit() and columns.isdigit() and int(rows) and int(columns)):
         raise ValueError(f"block: got {text!r}, need two sizes >= 1 such as 1x16")
     return int(rows), int(columns)
-
-
-def parse_nm(text: str) -> tuple[int, int, str]:
-    """(2, 4, "post") from "2:4", (2, 4, "pre") from "2:4:pre"."""
-    kept, _, rest = text.partition(":")
-    group, _, axis = rest.partition(":")
-    if not (kept.isdigit() and group.isdigit()):
-        raise ValueError(f"nm: got {text!r}, need kept:group such as 2:4, or 2:4:pre")
-    groups = int(kept), int(group), axis or "post"
-    check_nm(*groups)
-    return groups
 
 
 def writable_file(path: Path, force: bool, option: str = "out") -> None:

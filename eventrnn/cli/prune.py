@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from eventrnn import counting, io, pruning
-from eventrnn.cli.options import Force, Json, Model, encoded, parse_block, parse_nm, writable_file, writable_picture
+from eventrnn.cli.options import Force, Json, Model, encoded, parse_block, writable_file, writable_picture
 from eventrnn.cli.terminal import as_line, progress
 from eventrnn.network import Network
 from eventrnn.pruning.magnitude import GATES, SCOPES, STATISTICS
 from eventrnn.pruning.nm import METHODS as MASKS
 from eventrnn.pruning.operations import check_budget
+from eventrnn.pruning.patterns import parse_nm
 from eventrnn.simulation import simulate
 from eventrnn.training.thresholds import RULES, check_rule
 
@@ -228,9 +229,7 @@ def _option(name: str) -> str:
 
 def _pattern(given: Mapping[str, Any]) -> pruning.Pattern:
     if "nm" in given:
-        text, both = given["nm"], given["nm"].endswith(":both")
-        n, m, axis = parse_nm(text.removesuffix(":both"))
-        return pruning.NofM(n, m, "both" if both else axis, given.get("mask", "exact"))
+        return pruning.NofM(*parse_nm(given["nm"]), given.get("mask", "exact"))
     blocks = {name: given[name] for name in ("statistic", "gates") if name in given}
     sparsity = 0.0 if "ops_budget" in given else given.get("sparsity", 0.8)
     return pruning.Blocks(sparsity, parse_block(given.get("block", "1x1")), **blocks)

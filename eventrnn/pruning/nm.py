@@ -22,13 +22,10 @@ from eventrnn.pruning.kernels import mask_kernels
 from eventrnn.weights import check_nm
 
 #: how to find a transposable mask
-METHODS = ("exact", "greedy", "transport")
+METHODS = ("exact", "greedy")
 
 # Every mask of a tile of this size or less is tried: 186 for 2:4, of which 90 keep exactly two everywhere.
 ENUMERATED = 4
-
-# Chosen on Gaussian tiles of 8x8 and 16x16: three times the rounds take twice the time and bring a 5,000th.
-SHARPNESS, ROUNDS = 20.0, 30
 
 
 def nm_mask(dense: np.ndarray, n: int, m: int, axis: str = "post", *, threads: int = 1) -> np.ndarray:
@@ -67,8 +64,6 @@ def transposable_mask(dense: np.ndarray, n: int, m: int, *, method: str = "exact
     kept = np.empty(stack.shape, bool)
     if method == "greedy":
         _shared(mask_kernels.greedy_tiles, len(stack), threads, n, m, stack, kept)
-    elif method == "transport":
-        _shared(mask_kernels.transport_tiles, len(stack), threads, n, m, stack, np.float32(SHARPNESS), ROUNDS, kept)
     elif m <= ENUMERATED:
         _shared(mask_kernels.table_tiles, len(stack), threads, m, stack, _maximal_masks(n, m), kept)
     else:

@@ -6,6 +6,7 @@ bfloat16 or int8 stays so, code by code.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -94,6 +95,29 @@ class NofM(Pattern):
     def store(self, weights: Weights | np.ndarray) -> Weights:
         """N of each M."""
         return convert(weights, "nm", nm=(self.n, self.m, "post" if self.axis == "both" else self.axis))
+
+
+#: Axes of an N:M pattern. "both" is a transposable mask; the `NM` weight format itself has only the other two.
+NM_AXES = ("post", "pre", "both")
+
+
+def parse_nm(text: str, axes: tuple[str, ...] = NM_AXES) -> tuple[int, int, str]:
+    """Read N:M or N:M:AXIS, the way an N:M pattern is written in text: (4, 8, "both") from "4:8:both".
+
+    axes : the axes that are allowed here; without an axis in the text it is "post"
+
+    Raises ValueError for any other text, and for an N and M that the `NM` format does not have.
+    """
+    found = re.fullmatch(r"(\d+):(\d+)(?::(\w+))?", text, re.ASCII)
+    if found is None:
+        raise ValueError(
+            f"nm: got {text!r}, need N:M or N:M:AXIS, such as 2:4 or 2:4:pre, with one axis of {', '.join(axes)}"
+        )
+    n, m, axis = int(found[1]), int(found[2]), found[3] or "post"
+    if axis not in axes:
+        raise ValueError(f"nm axis: got {axis!r}, need one of {', '.join(axes)}")
+    check_nm(n, m, "post")
+    return n, m, axis
 
 
 def compress(weights: Weights | np.ndarray, block: tuple[int, int]) -> Weights:

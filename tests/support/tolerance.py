@@ -70,9 +70,6 @@ CORNER = 1e-3
 #: What the sorted greedy mask prunes, over what an optimal one does: proven by Hubara et al. (2021), and tight.
 GREEDY_FACTOR = 2
 
-#: What rounded optimal transport may keep less than an optimal mask, on average over tiles: what is promised of it.
-TRANSPORT_SHORTFALL = 0.01
-
 
 def sample_mean(n: int, deviation: float = 0.5) -> float:
     """Five deviations of the mean of n draws; numbers within [0, 1] or a narrower range deviate by at most 0.5."""
