@@ -19,7 +19,7 @@ from eventrnn.backend import BackendUnavailable
 from eventrnn.bench.networks import at_activity, random_events, random_network
 from eventrnn.cuda import PRECISIONS, CudaBackend, tables
 from eventrnn.cuda.cluster_plan import CLUSTER_WARPS, ClusterShape, cluster_plan, rounds_of, strips_of
-from eventrnn.cuda.packing import Lots, Reached, Strips, check_format, pack, per_strip, unpack
+from eventrnn.cuda.packing import CompactStrips, GroupedStrips, Strips, check_format, pack, per_strip, unpack
 from eventrnn.cuda.plan import MOST_WARPS, Chip, LayerShape, blocks_from, plan, tile_width
 from eventrnn.network import Network
 from eventrnn.simulation import Simulator, simulate
@@ -65,7 +65,7 @@ def test_room_for_tiles_is_what_kernels_bring_in(data, units, n_pre):
 @given(data=st.data(), units=st.integers(1, 70), n_pre=st.integers(1, 40))
 def test_reached_units_are_those_with_a_weight_in_the_strip(data, units, n_pre):
     strips = pack(data.draw(weights_of((n_pre, 3 * units), formats=["csr", "block", "nm"])), 3, tables.LANES)
-    reached = Reached.of(strips)
+    reached = CompactStrips.of(strips)
     for strip in range(strips.tiles * 3):
         mine = slice(*reached.firsts[strip : strip + 2])
         expected = np.flatnonzero(strips.table[strip, :, 0])
@@ -78,21 +78,21 @@ def test_reached_units_are_those_with_a_weight_in_the_strip(data, units, n_pre):
 
 
 @given(
-    data=st.data(), units=st.integers(1, 70), n_pre=st.integers(1, 40), together=st.integers(1, tables.MOST_TOGETHER)
+    data=st.data(), units=st.integers(1, 70), n_pre=st.integers(1, 40), together=st.integers(1, tables.STRIPS_PER_GROUP)
 )
 def test_lots_lead_from_a_unit_to_its_rows_in_every_strip(data, units, n_pre, together):
     strips = pack(data.draw(weights_of((n_pre, units))), 1, tables.LANES)
-    lots = Lots.of(Reached.of(strips), n_pre, together)
+    lots = GroupedStrips.of(CompactStrips.of(strips), n_pre, together)
     matrix, used = unpack(strips), 0
     for strip in range(strips.tiles):
         lot, bit = divmod(strip, together)
         columns = matrix[:, strip * tables.LANES : (strip + 1) * tables.LANES]
         for unit, word in enumerate(lots.index[lot].tolist()):
-            mask = word & ((1 << tables.MOST_TOGETHER) - 1)
+            mask = word & ((1 << tables.STRIPS_PER_GROUP) - 1)
             if not mask >> bit & 1:
                 assert not columns[unit].any()
                 continue
-            row = (word >> tables.MOST_TOGETHER) + (mask & ((1 << bit) - 1)).bit_count()
+            row = (word >> tables.STRIPS_PER_GROUP) + (mask & ((1 << bit) - 1)).bit_count()
             assert np.array_equal(lots.rows[lots.firsts[lot] + row, : columns.shape[1]], columns[unit])
             used += 1
     assert used == len(lots.rows) - 1 == lots.firsts[-1]
@@ -168,7 +168,9 @@ def sparse_shapes(draw) -> list[ClusterShape]:
 
         def columns(n_pre, units=units):
             kept = np.repeat(rng.random((n_pre, -(-3 * units // 32))) < 0.1, 32, axis=1)[:, : 3 * units]
-            return Reached.of(pack(convert(kept * np.ones(1, np.float32), "block", block=(1, 32)), 1, tables.LANES))
+            return CompactStrips.of(
+                pack(convert(kept * np.ones(1, np.float32), "block", block=(1, 32)), 1, tables.LANES)
+            )
 
         found.append(ClusterShape(units, columns(inputs) if inputs else None, columns(units)))
         inputs = units
@@ -224,7 +226,7 @@ def test_strips_cover_the_columns_of_their_units(units, tile, tiles):
 
 def test_lanes_look_up_no_more_than_they_must():
     def reached(most):
-        return Reached(np.zeros(most, np.int32), np.zeros((most + 1, 32), np.float32), np.array([0, most]))
+        return CompactStrips(np.zeros(most, np.int32), np.zeros((most + 1, 32), np.float32), np.array([0, most]))
 
     assert [rounds_of([reached(most)]) for most in (1, 32, 33, 164, 224, 225, 460)] == [1, 1, 2, 6, 7, 4, 5]
     assert rounds_of([]) == 0
@@ -234,7 +236,7 @@ def test_clusters_are_for_chips_that_have_them_and_one_type_of_weights():
     rng = np.random.default_rng(0)
     weights = np.repeat(rng.random((256, 24)) < 0.1, 32, axis=1) * np.ones(1, np.float32)
     wide, narrow = (
-        Reached.of(pack(convert(weights, "block", block=(1, 32), storage=storage), 1, tables.LANES))
+        CompactStrips.of(pack(convert(weights, "block", block=(1, 32), storage=storage), 1, tables.LANES))
         for storage in ("float32", "bfloat16")
     )
     shape = ClusterShape(256, None, wide)
@@ -338,13 +340,13 @@ def test_products_compile_for_every_way_that_weights_lie(compiled, way):
 
 
 def test_mixed_ways_and_the_small_kernels_compile(compiled):
-    from eventrnn.cuda.kernels.batched_products import compact_kernel, tally_kernel, tally_pairs_kernel
+    from eventrnn.cuda.kernels.batched_products import count_events_kernel, count_pairs_kernel, log_events_kernel
     from eventrnn.cuda.kernels.single_stream import single_kernel
     from eventrnn.cuda.kernels.tensor_core_cells import cells_kernel
 
     check_ptx(compiled(single_kernel("evnn", tuple(WAYS[:3]))))
-    assert ".entry" in compiled(compact_kernel())
-    for each in (tally_kernel(), tally_pairs_kernel()):
+    assert ".entry" in compiled(log_events_kernel())
+    for each in (count_events_kernel(), count_pairs_kernel()):
         assert "red.relaxed.gpu.global.add.u64" in compiled(each)
     for precision in PRECISIONS:
         assert "ex2.approx" in compiled(cells_kernel(precision))

@@ -131,16 +131,16 @@ def test_cells_of_a_step(kernels, precision, units, counting):
     for fake in (False, True):
         cells, y = c.copy(), np.zeros((batch, padded), drive.dtype)
         sent, after = np.full((batch, pitch), 7, np.float32), np.zeros((batch, units), np.float32)
-        sums, report = np.zeros((parts, pairs + 1), np.uint16), np.zeros(tables.REPORT_FIELDS, np.int64)
+        sums, status = np.zeros((parts, pairs + 1), np.uint16), np.zeros(tables.STATUS_FIELDS, np.int64)
         arguments = (
             *map(at, (drive, rec, vectors, cells, y, sent, after)),
-            units, padded, pitch, batch, at(sums) if counting else 0, pairs + 1, at(report),
+            units, padded, pitch, batch, at(sums) if counting else 0, pairs + 1, at(status),
         )  # fmt: skip
         if fake:
             ROUNDING["cells"](precision, (pairs, parts), *arguments)
         else:
             in_python(kernels.rounded.cells_kernel(precision)[0], (pairs, parts))(*arguments)
-        results.append((cells, widened(y, precision), sent, after, sums, report))
+        results.append((cells, widened(y, precision), sent, after, sums, status))
     ours, theirs = results
     # The rules of the fake are those of `reference.py` in NumPy's own exponentials.
     for mine, its in zip(ours[:4], theirs[:4], strict=True):
@@ -153,36 +153,36 @@ def test_cells_of_a_step(kernels, precision, units, counting):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_rows_are_rounded_and_padded(kernels, precision):
     rng = np.random.default_rng(0)
-    dense, report = rng.standard_normal((4, 9)).astype(np.float32), np.zeros(tables.REPORT_FIELDS, np.int64)
+    dense, status = rng.standard_normal((4, 9)).astype(np.float32), np.zeros(tables.STATUS_FIELDS, np.int64)
     out = np.full((4, 16), 3, rounded(dense, precision).dtype)
-    in_python(kernels.rounded.narrow_kernel(precision)[0], (4, 1))(at(dense), 9, 7, 16, at(out), at(report))
+    in_python(kernels.rounded.narrow_kernel(precision)[0], (4, 1))(at(dense), 9, 7, 16, at(out), at(status))
     assert np.array_equal(out[:, :7], rounded(dense[:, :7].copy(), precision)) and not out[:, 7:].any()
     firsts, counts = np.array([2, 0]), np.array([2, 1], np.int32)
     entries = np.array([[5, 0], [0, 0], [1, 0], [15, 0]], np.int32)
     entries[:, 1] = np.array([1.5, 0, -2.25, 1e5], np.float32).view(np.int32)
     rows, out = np.array([1, 0, 0]), np.full((3, 16), 3, out.dtype)
     spread = in_python(kernels.rounded.spread_kernel(precision)[0], (3, 1))
-    spread(at(firsts), at(counts), at(entries), at(rows), 3, 16, at(out), at(report))
+    spread(at(firsts), at(counts), at(entries), at(rows), 3, 16, at(out), at(status))
     expected = np.zeros((3, 16), np.float32)
     expected[0, 5], expected[1:, 1], expected[1:, 15] = 1.5, -2.25, 1e5
     with np.errstate(over="ignore"):
         assert np.array_equal(out, rounded(expected, precision))
-    assert bool(report[tables.REPORT_LARGE]) == (precision == "float16")
+    assert bool(status[tables.STATUS_LARGE]) == (precision == "float16")
 
 
 def test_what_is_wrong_is_reported_by_its_first_place(kernels):
-    report, row_of = np.zeros(tables.REPORT_FIELDS, np.int64), np.zeros(5, np.int64)
+    status, row_of = np.zeros(tables.STATUS_FIELDS, np.int64), np.zeros(5, np.int64)
     in_python(kernels.borders.symbols_kernel()[0], (5, 1))(
-        at(np.array([3, 9, 0, -1, 8])), 5, 100, 9, at(row_of), at(report)
+        at(np.array([3, 9, 0, -1, 8])), 5, 100, 9, at(row_of), at(status)
     )
-    assert row_of.tolist() == [3, 0, 0, 0, 8] and tables.LAST - report[tables.REPORT_INPUT] == 101
+    assert row_of.tolist() == [3, 0, 0, 0, 8] and tables.LAST - status[tables.STATUS_INPUT] == 101
     finite = in_python(kernels.borders.finite_kernel()[0], (3, 1))
     values = np.array([1, -3e38, 0], np.float32)
-    finite(at(values), 3, at(report))
-    assert not report[tables.REPORT_CELLS]
+    finite(at(values), 3, at(status))
+    assert not status[tables.STATUS_CELLS]
     values[2] = np.inf
-    finite(at(values), 3, at(report))
-    assert report[tables.REPORT_CELLS]
+    finite(at(values), 3, at(status))
+    assert status[tables.STATUS_CELLS]
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 40])
@@ -190,12 +190,12 @@ def test_tallies_tell_graded_from_binary(kernels, rows):
     rng = np.random.default_rng(rows)
     dense = rng.choice(np.array([0, 0, 1, -1, 0.5], np.float32), (rows, 8))
     counts = np.zeros((2, 6), np.int64)
-    in_python(kernels.products.tally_kernel()[0], (6, 3))(at(dense), 8, 6, rows, at(counts[0]), at(counts[1]))
+    in_python(kernels.products.count_events_kernel()[0], (6, 3))(at(dense), 8, 6, rows, at(counts[0]), at(counts[1]))
     assert np.array_equal(counts[1], (np.abs(dense[:, :6]) == 1).sum(axis=0))
     assert np.array_equal(counts.sum(axis=0), (dense[:, :6] != 0).sum(axis=0))
     # Sums up to the largest that four bits hold, of units that sent more often than they sent a 1.
-    sent = rng.integers(0, tables.MOST_SUMMED + 1, (rows, 8))
+    sent = rng.integers(0, tables.MAX_SUMMED + 1, (rows, 8))
     binary, counts, sums = rng.integers(0, sent + 1), np.zeros((2, 8), np.int64), np.zeros((rows, 5), np.uint16)
     sums[:, :4] = sent[:, ::2] + (sent[:, 1::2] << 4) + (binary[:, ::2] << 8) + (binary[:, 1::2] << 12)
-    in_python(kernels.products.tally_pairs_kernel()[0], (4, 3))(at(sums), 4, 5, rows, at(counts[0]), at(counts[1]))
+    in_python(kernels.products.count_pairs_kernel()[0], (4, 3))(at(sums), 4, 5, rows, at(counts[0]), at(counts[1]))
     assert np.array_equal(counts[1], binary.sum(axis=0)) and np.array_equal(counts.sum(axis=0), sent.sum(axis=0))

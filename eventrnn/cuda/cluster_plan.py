@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eventrnn.cuda import tables as k
-from eventrnn.cuda.packing import Reached
+from eventrnn.cuda import tables
+from eventrnn.cuda.packing import CompactStrips
 from eventrnn.cuda.plan import Chip, LayerPlan, Plan
 from eventrnn.cuda.tables import LANES
 
@@ -35,14 +35,14 @@ class ClusterShape:
     """One layer as the plan sees it. `w_in` is None where the input's drives are made beforehand."""
 
     units: int
-    w_in: Reached | None
-    w_rec: Reached
+    w_in: CompactStrips | None
+    w_rec: CompactStrips
 
     @property
     def tiles(self) -> int:
         return -(-self.units // LANES)
 
-    def parts(self) -> list[Reached]:
+    def parts(self) -> list[CompactStrips]:
         """Feeder first: it waits for the layer below only."""
         return [self.w_rec] if self.w_in is None else [self.w_in, self.w_rec]
 
@@ -83,9 +83,9 @@ def cluster_plan(shapes: Sequence[ClusterShape], batch: int, chip: Chip) -> Plan
         edges = edges_of(shape.tiles, size)
         for group in range(groups):
             for begin, end in zip(edges[:-1], edges[1:], strict=True):
-                row = np.zeros(k.BLOCK_FIELDS, np.int64)
-                row[[k.LAYER, k.TILE, k.TILES]] = number, begin, end - begin
-                row[[k.SAMPLE, k.SAMPLES, k.ALL_TILES]] = group * samples, samples, shape.tiles
+                row = np.zeros(tables.BLOCK_FIELDS, np.int64)
+                row[[tables.LAYER, tables.TILE, tables.TILES]] = number, begin, end - begin
+                row[[tables.SAMPLE, tables.SAMPLES, tables.ALL_TILES]] = group * samples, samples, shape.tiles
                 for field, offset in layer.offsets.items():
                     row[field] = offset
                 table.append(row)
@@ -104,17 +104,17 @@ def strips_of(units: int, tile: int, tiles: int) -> list[tuple[int, int]]:
     return [((gate * units + first) // LANES, -(-(gate * units + last) // LANES)) for gate in range(3)]
 
 
-def rounds_of(matrices: Sequence[Reached]) -> int:
+def rounds_of(matrices: Sequence[CompactStrips]) -> int:
     """How many units a lane looks up together, so that no lot is emptier than it must be; 0 for no matrix."""
     if not matrices:
         return 0
     most = max(1, *(int(np.diff(matrix.firsts).max(initial=1)) for matrix in matrices))
-    lots = -(-most // (LANES * k.MOST_LOOKED))
+    lots = -(-most // (LANES * tables.MAX_UNITS_PER_LANE))
     return -(-most // (LANES * lots))
 
 
 def _lay_out(
-    parts: Sequence[tuple[ClusterShape, Reached]], size: int, samples: int, rounds: tuple[int, int], chip: Chip
+    parts: Sequence[tuple[ClusterShape, CompactStrips]], size: int, samples: int, rounds: tuple[int, int], chip: Chip
 ) -> tuple[list[LayerPlan], int, int] | None:
     """The parts with as many of their weights in shared memory as all of them can have there; warps, most strips."""
     owned = [
@@ -127,9 +127,9 @@ def _lay_out(
     for near_rec, near_in in ((True, True), (True, False), (False, True), (False, False)):
         laid = []
         for (shape, matrix), blocks in zip(parts, owned, strict=True):
-            feeds = matrix is shape.w_in
-            near = (near_rec, near_in)[feeds]
-            laid.append(_lay_out_part(shape, matrix, blocks, size, samples, rounds[feeds], warps, near))
+            is_input = matrix is shape.w_in
+            near = (near_rec, near_in)[is_input]
+            laid.append(_lay_out_part(shape, matrix, blocks, size, samples, rounds[is_input], warps, near))
         if max(each.shared for each in laid) <= chip.shared_bytes:
             return laid, warps, strips
     return None
@@ -141,7 +141,7 @@ def _pairs(edges: np.ndarray) -> list[tuple[int, int]]:
 
 def _lay_out_part(
     shape: ClusterShape,
-    matrix: Reached,
+    matrix: CompactStrips,
     blocks: Sequence[Sequence[tuple[int, int]]],
     size: int,
     samples: int,
@@ -157,29 +157,29 @@ def _lay_out_part(
     capacity = lot * max(1, -(-int(np.diff(matrix.firsts).max(initial=0)) // lot))
     sizes = {
         # At the same place in every block of the cluster.
-        k.AT_BARRIERS: 16 * samples,
-        k.AT_Y: 2 * samples * (shape.tiles * TILE_BYTES + 16),
-        k.AT_STRIPS: 32 + 16 * strips,
-        k.AT_BIAS: TILE_BYTES * strips,
-        k.AT_THRESHOLD: TILE_BYTES * tiles,
-        k.AT_SUMS_IN: 2 * TILE_BYTES * strips,
-        k.AT_SUMS_REC: 4 * TILE_BYTES * (strips + 1),
-        k.AT_CELLS: TILE_BYTES * samples * tiles,
-        k.AT_HITS: k.HIT_SIZE * (LANES * rounds + k.LIST_PAD) * warps,
-        k.AT_UNITS: 4 * capacity * strips,
-        k.AT_ROWS: LANES * matrix.rows.itemsize * entries * near,
+        tables.AT_BARRIERS: 16 * samples,
+        tables.AT_Y: 2 * samples * (shape.tiles * TILE_BYTES + 16),
+        tables.AT_STRIPS: 32 + 16 * strips,
+        tables.AT_BIAS: TILE_BYTES * strips,
+        tables.AT_THRESHOLD: TILE_BYTES * tiles,
+        tables.AT_SUMS_IN: 2 * TILE_BYTES * strips,
+        tables.AT_SUMS_REC: 4 * TILE_BYTES * (strips + 1),
+        tables.AT_CELLS: TILE_BYTES * samples * tiles,
+        tables.AT_HITS: tables.HIT_BYTES * (LANES * rounds + tables.LIST_PAD) * warps,
+        tables.AT_UNITS: 4 * capacity * strips,
+        tables.AT_ROWS: LANES * matrix.rows.itemsize * entries * near,
     }
-    offsets, at = {k.CAPACITY: capacity}, 0
+    offsets, at = {tables.CAPACITY: capacity}, 0
     for field, bytes_ in sizes.items():
         offsets[field], at = at, at + -(-bytes_ // 16) * 16
-    way = k.way(k.MASKED, matrix.rows.dtype == np.uint16, near)
+    way = tables.way(tables.MASKED, matrix.rows.dtype == np.uint16, near)
     return LayerPlan(tiles, way, way, at, offsets)
 
 
 def _cost(shapes: Sequence[ClusterShape], layers: Sequence[LayerPlan], samples: int, warps: int, strips: int) -> float:
     """Cycles of a step."""
     widest, tiles = max(shape.tiles for shape in shapes), max(layer.tiles for layer in layers)
-    far = not layers[-1].way_rec & k.RESIDENT
+    far = not layers[-1].way_rec & tables.RESIDENT
     # One turn after the other, as its warps wait for each other, and as their instructions fill the multiprocessor.
     waits = -(-strips // warps) * (STRIP + STRIP_FAR * far) + -(-tiles // warps) * CELLS
     turn = max(waits, strips * STRIP_ALONE + tiles * CELLS_ALONE)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eventrnn.cuda import tables as k
+from eventrnn.cuda import tables
 from eventrnn.cuda.cluster_plan import CLUSTER_SIZES, ClusterShape, cluster_plan
 from eventrnn.cuda.cublas import Cublas
 from eventrnn.cuda.device import current_device
-from eventrnn.cuda.inputs import DeviceFeed, DeviceState, WholeFeed, check_report, flattened
-from eventrnn.cuda.kernels.batched_products import compact_kernel, tallies, tally_kernel
+from eventrnn.cuda.inputs import DeviceFeed, DeviceState, WholeFeed, check_status, flattened
+from eventrnn.cuda.kernels.batched_products import count_events_kernel, count_threads, log_events_kernel
 from eventrnn.cuda.kernels.input_checks import finite_kernel
 from eventrnn.cuda.launch import launch_layers
 from eventrnn.cuda.matrix import Matrix
@@ -98,7 +98,7 @@ class CudaEngine:
         if network.readout is not None:
             self.readout = Matrix.of(device, network.readout.weights, network.readout.bias, 1, LANES)
         counted = 2 * (network.layers[0].inputs + sum(self.units))
-        self.report = device.put(np.zeros(k.REPORT_FIELDS + counted, np.int64))
+        self.status = device.put(np.zeros(tables.STATUS_FIELDS + counted, np.int64))
         self.feed_arrays: tuple[np.ndarray, Any] | None = None
 
     def _plans(self, batch: int) -> list[Plan | None]:
@@ -196,7 +196,7 @@ class CudaEngine:
         loop.replay()
         left = DeviceState(self.device, piece.state.copy(), self.units, feed.batch)
         output = loop.output.copy() if isinstance(feed, DeviceFeed) else loop.output
-        return self._trace(feed, left, output, loop.report.get(), [], [])
+        return self._trace(feed, left, output, loop.status.get(), [], [])
 
     def _run_in_pieces(self, feed: Feed, now: Any, longest: int, record_events: bool, record_states: bool) -> Trace:
         device, batch, steps = self.device, feed.batch, feed.steps
@@ -206,8 +206,8 @@ class CudaEngine:
         output = arrays.empty((steps, batch, self.output_size), np.float32)
         events = [arrays.empty((steps, batch, self.units[n]), np.float32) for n in wanted] if record_events else []
         states = [arrays.empty((steps, batch, self.units[n]), np.float32) for n in wanted] if record_states else []
-        report = self.report
-        report.data.memset_async(0, report.nbytes)
+        status = self.status
+        status.data.memset_async(0, status.nbytes)
 
         def take(found: Any, target: Any) -> None:
             if here:
@@ -222,9 +222,9 @@ class CudaEngine:
             piece.begin(self.settled(batch))
             after = [device.empty((piece.steps, batch, n), np.float32) for n in self.units] if record_states else None
             x = self._input(part, piece)
-            table = self._table(part) if x is None else self.table_of(x, begin * batch, piece, report)
-            self.enqueue(piece, *table, report, after, counting=True)
-            self.count_inputs(piece, x, report)
+            table = self._table(part) if x is None else self.table_of(x, begin * batch, piece, status)
+            self.enqueue(piece, *table, status, after, counting=True)
+            self.count_inputs(piece, x, status)
             for n in wanted:
                 for whole, found in ((events, piece.sent(n)), (states, after[n] if after else None)):
                     if whole and found is not None:
@@ -234,13 +234,13 @@ class CudaEngine:
             take(made, output[begin:end])
             now = piece.state
         left = DeviceState(device, now.copy(), self.units, batch)
-        return self._trace(feed, left, output, report.get(), events, states)
+        return self._trace(feed, left, output, status.get(), events, states)
 
-    def _trace(self, feed: Feed, left: DeviceState, output, report: np.ndarray, events, states) -> Trace:
+    def _trace(self, feed: Feed, left: DeviceState, output, status: np.ndarray, events, states) -> Trace:
         """What a run leaves behind. Raises for what its report says is wrong."""
-        check_report(report, feed, left)
+        check_status(status, feed, left)
         sizes = [self.network.layers[0].inputs, *self.units]
-        counts = np.split(report[k.REPORT_FIELDS :], np.cumsum(np.repeat(sizes, 2))[:-1])
+        counts = np.split(status[tables.STATUS_FIELDS :], np.cumsum(np.repeat(sizes, 2))[:-1])
         fired = tuple(FireCounts(a.copy(), b.copy()) for a, b in zip(counts[::2], counts[1::2], strict=True))
 
         def give(result):
@@ -309,17 +309,17 @@ class CudaEngine:
         with self.device.on_stream():
             flat = self.flat_state(state)
             pieces = [self.piece(part.steps, part.batch) for part in parts]
-            tables = [None if isinstance(feed, WholeFeed) else self._table(part) for part in parts]
+            event_tables = [None if isinstance(feed, WholeFeed) else self._table(part) for part in parts]
             inputs = [self._input(part, None) for part in parts]
             out = self.device.empty((min(feed.steps, longest), feed.batch, self.output_size), np.float32)
 
         def enqueue() -> None:
             now = flat
-            for part, piece, table, x in zip(parts, pieces, tables, inputs, strict=True):
+            for part, piece, table, x in zip(parts, pieces, event_tables, inputs, strict=True):
                 piece.start(now)
                 piece.begin(self.settled(part.batch))
-                found = table or self.table_of(x, 0, piece, self.report)
-                self.enqueue(piece, *found, self.report, None, counting, out[: part.steps])
+                found = table or self.table_of(x, 0, piece, self.status)
+                self.enqueue(piece, *found, self.status, None, counting, out[: part.steps])
                 now = piece.state
 
         replay = Replay(self.device.queue, enqueue)
@@ -349,9 +349,9 @@ class CudaEngine:
         """The event table on the device; an embedding's stays there."""
         if self.feed_arrays is None or self.feed_arrays[0] is not feed.indices:
             counts = np.diff(feed.indptr)
-            firsts = feed.indptr[:-1] + k.LIST_PAD * np.arange(len(counts))
+            firsts = feed.indptr[:-1] + tables.LIST_PAD * np.arange(len(counts))
             at = np.arange(len(feed.indices)) + np.repeat(firsts - feed.indptr[:-1], counts)
-            entries = np.zeros((len(feed.indices) + k.LIST_PAD * (len(counts) + 1), 2), np.int32)
+            entries = np.zeros((len(feed.indices) + tables.LIST_PAD * (len(counts) + 1), 2), np.int32)
             entries[at, 0], entries[at, 1] = feed.indices, feed.values.view(np.int32)
             arrays = (firsts.astype(np.int64), counts.astype(np.int32), entries.view(np.int64).ravel())
             arrays = tuple(map(self.device.put, arrays))
@@ -370,14 +370,14 @@ class CudaEngine:
         """The event table of a feed on the device, and which row of it each row of the input reads."""
         return self.feed_table(feed), self.device.put(feed.row_of.astype(np.int64))
 
-    def table_of(self, x: Any, row_0: int, piece: Piece, report) -> tuple[Any, Any]:
+    def table_of(self, x: Any, row_0: int, piece: Piece, status) -> tuple[Any, Any]:
         """The same of numbers or symbols on the device; None: each row reads its own."""
         if x.ndim == 2:
             known = len(self.no_input.indptr) - 1
-            return self.feed_table(self.no_input), piece.checked_rows(x, row_0, known, report)
-        return piece.found(x, row_0, report), None
+            return self.feed_table(self.no_input), piece.checked_rows(x, row_0, known, status)
+        return piece.found(x, row_0, status), None
 
-    def enqueue(self, piece: Piece, table, row_of, report, after, counting: bool, out: Any = None) -> None:
+    def enqueue(self, piece: Piece, table, row_of, status, after, counting: bool, out: Any = None) -> None:
         """All layers of a piece; their cells after each step into `after`, where asked for, the output into `out`.
 
         With `counting` their events are added to the report.
@@ -392,16 +392,16 @@ class CudaEngine:
         for layers, each in zip(self.launches(ways), self._plans(batch), strict=True):
             if each is None:
                 n = layers.start
-                layer, counts = self.tensors[n], report[self._counts_from(n) :].data.ptr if counting else 0
+                layer, counts = self.tensors[n], status[self._counts_from(n) :].data.ptr if counting else 0
                 assert layer is not None
-                to: Any = out if direct and n == last else piece.records[n][1:]
+                to: Any = out if direct and n == last else piece.event_logs[n][1:]
                 sent = to.data.ptr, to.shape[2]
-                layer.enqueue(piece, n, table, row_of, after[n] if after else None, sent, counts, report)
+                layer.enqueue(piece, n, table, row_of, after[n] if after else None, sent, counts, status)
                 continue
-            launch_layers(self, layers, each, piece, drive, report, after)
+            launch_layers(self, layers, each, piece, drive, status, after)
         device.launch(
             device.kernel(("finite",), finite_kernel, 256), -(-piece.state[0].size // 256), 256,
-            piece.state.data.ptr, piece.state[0].size, report.data.ptr,
+            piece.state.data.ptr, piece.state[0].size, status.data.ptr,
         )  # fmt: skip
         piece.end(out if direct else None)
         if out is not None and not direct:
@@ -409,7 +409,7 @@ class CudaEngine:
         for n in range(len(self.units)) if counting else ():
             if n not in ways:
                 at, units = self._counts_from(n), self.units[n]
-                self._count(piece.records[n][1:], pitch_of(units), units, steps * batch, report[at:])
+                self._count(piece.event_logs[n][1:], pitch_of(units), units, steps * batch, status[at:])
 
     def settled(self, batch: int) -> tuple[int, ...]:
         """Layers whose record nobody reads while it is written: tensor cores', but below one that goes by events."""
@@ -418,7 +418,7 @@ class CudaEngine:
 
     def _counts_from(self, n: int) -> int:
         """Where in a report the counts of layer n begin."""
-        return k.REPORT_FIELDS + 2 * (self.network.layers[0].inputs + sum(self.units[:n]))
+        return tables.STATUS_FIELDS + 2 * (self.network.layers[0].inputs + sum(self.units[:n]))
 
     def read_out(self, piece: Piece, out) -> None:
         """(steps, batch, V or N) of a piece's record."""
@@ -427,22 +427,22 @@ class CudaEngine:
             copy_rows(self.device, out, n, piece.sent(len(self.units) - 1), pitch_of(n), n, rows)
             return
         device, pitch = self.device, pitch_of(n)
-        table, record = piece.lists("output", pitch + LANES), piece.records[-1][1:]
-        kernel = device.kernel(("compact",), compact_kernel, 256)
+        table, event_log = piece.lists("output", pitch + LANES), piece.event_logs[-1][1:]
+        kernel = device.kernel(("log_events",), log_events_kernel, 256)
         device.launch(
-            kernel, -(-rows // 8), 256, record.data.ptr, pitch, n, rows, *(each.data.ptr for each in table),
+            kernel, -(-rows // 8), 256, event_log.data.ptr, pitch, n, rows, *(each.data.ptr for each in table),
             pitch + LANES,
         )  # fmt: skip
         self.readout.products(device, table, rows, out=out)
 
-    def count_inputs(self, piece: Piece, x: Any, report) -> None:
+    def count_inputs(self, piece: Piece, x: Any, status) -> None:
         """Events of a dense input, added to the report."""
         if x is not None and x.ndim == 3:
-            self._count(x, x.shape[2], x.shape[2], piece.steps * piece.batch, report[k.REPORT_FIELDS :])
+            self._count(x, x.shape[2], x.shape[2], piece.steps * piece.batch, status[tables.STATUS_FIELDS :])
 
     def _count(self, dense, pitch: int, units: int, rows: int, counts) -> None:
-        kernel = self.device.kernel(("tally",), tally_kernel, 128)
+        kernel = self.device.kernel(("count_events",), count_events_kernel, 128)
         self.device.launch(
-            kernel, (-(-units // 128), tallies(rows)), 128,
+            kernel, (-(-units // 128), count_threads(rows)), 128,
             dense.data.ptr, pitch, units, rows, counts.data.ptr, counts[units:].data.ptr,
         )  # fmt: skip

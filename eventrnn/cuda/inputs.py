@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from eventrnn.cuda.tables import LAST, REPORT_CELLS, REPORT_FAULT, REPORT_INPUT, REPORT_LARGE
+from eventrnn.cuda.tables import LAST, STATUS_CELLS, STATUS_FAULT, STATUS_INPUT, STATUS_LARGE
 from eventrnn.events import Events
 from eventrnn.state import Feed, State
 
@@ -247,18 +247,18 @@ def flattened(state: State) -> np.ndarray:
     return np.stack(list(lines))
 
 
-def check_report(report: np.ndarray, feed: Feed, state: State) -> None:
+def check_status(status: np.ndarray, feed: Feed, state: State) -> None:
     """Raise for what a run has found wrong; `state` is the one that it left."""
-    if report[REPORT_FAULT]:
+    if status[STATUS_FAULT]:
         raise RuntimeError(
             "cuda: a block waited for events that never came; another program may hold the GPU's multiprocessors"
         )
-    if report[REPORT_INPUT] and isinstance(feed, WholeFeed):
-        feed.refuse(LAST - int(report[REPORT_INPUT]))
-    if report[REPORT_LARGE]:
+    if status[STATUS_INPUT] and isinstance(feed, WholeFeed):
+        feed.refuse(LAST - int(status[STATUS_INPUT]))
+    if status[STATUS_LARGE]:
         raise FloatingPointError(
             "cuda: an input or output is too large for float16; use CudaBackend(exact=False, precision='bfloat16') or "
             "'tf32'"
         )
-    if report[REPORT_CELLS]:
+    if status[STATUS_CELLS]:
         State(state.cells, state.outputs).need_finite()

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eventrnn.cuda import tables as k
+from eventrnn.cuda import tables
 from eventrnn.cuda.cluster_plan import MOST_REACHED
 from eventrnn.cuda.kernels.batched_products import products_kernel
-from eventrnn.cuda.packing import Lots, Reached, Strips, pack, per_strip
+from eventrnn.cuda.packing import CompactStrips, GroupedStrips, Strips, pack, per_strip
 from eventrnn.cuda.tables import LANES
 from eventrnn.weights import Dense
 
@@ -27,8 +27,8 @@ class Matrix:
     """Weights and biases, (n_pre, gates * units), each layout made when it is first asked for.
 
     `strips` : by gate and tile of `width` units (`packing.Strips`), with `values`, `table`, `starts`, `bias`
-    `columns`: by 32 columns of all gates together (`packing.Reached`), with `units`, `rows`, `firsts`, `column_bias`
-    `lots`   : the same for products (`packing.Lots`), with `index`, `lot_rows`, `lot_firsts`
+    `columns`: by 32 columns of all gates (`packing.CompactStrips`), with `units`, `rows`, `firsts`, `column_bias`
+    `lots`   : the same for products (`packing.GroupedStrips`), with `index`, `lot_rows`, `lot_firsts`
     """
 
     def __init__(self, device: Device, weights: Weights, bias: np.ndarray, gates: int, width: int):
@@ -57,12 +57,12 @@ class Matrix:
         return pack(self.weights, self.gates, self.width)
 
     @cached_property
-    def columns(self) -> Reached:
-        return Reached.of(pack(self.weights, 1, LANES))
+    def columns(self) -> CompactStrips:
+        return CompactStrips.of(pack(self.weights, 1, LANES))
 
     @cached_property
-    def lots(self) -> Lots:
-        return Lots.of(self.columns, self.weights.shape[0], self.room(self.device)[1])
+    def lots(self) -> GroupedStrips:
+        return GroupedStrips.of(self.columns, self.weights.shape[0], self.room(self.device)[1])
 
     def _put(self, array: np.ndarray) -> Any:
         with self.device.on_stream():
@@ -119,25 +119,25 @@ class Matrix:
 
     def described_way(self, way: int, cluster: int) -> str:
         """The same of one that kernels of layers take that way."""
-        kind = "rows" if cluster else ("dense", "masked", "runs")[way & k.KINDS]
-        return self.described(bool(way & k.RESIDENT), kind)
+        kind = "rows" if cluster else ("dense", "masked", "runs")[way & tables.KINDS]
+        return self.described(bool(way & tables.RESIDENT), kind)
 
     def room(self, device: Device) -> tuple[bool, int, int]:
         """Of products of many rows: whether a lot of strips fits in shared memory, how many they are, and its bytes."""
         firsts = self.columns.firsts
         count = len(firsts) - 1
         row_bytes = LANES * self.columns.rows.itemsize
-        for together in range(min(k.MOST_TOGETHER, count), 0, -1):
+        for together in range(min(tables.STRIPS_PER_GROUP, count), 0, -1):
             edges = np.append(firsts[:-1:together], firsts[-1])
             needed = self._least + row_bytes * int(np.diff(edges).max(initial=0))
             if needed <= device.shared_bytes:
                 return True, together, needed
-        return False, min(k.MOST_TOGETHER, count), self._least
+        return False, min(tables.STRIPS_PER_GROUP, count), self._least
 
     @property
     def _least(self) -> int:
         """Bytes of shared memory that products take without the weights."""
-        return k.LISTED_BYTES * WARPS + -(-4 * self.weights.shape[0] // 16) * 16
+        return tables.GATHER_BUFFER_BYTES * WARPS + -(-4 * self.weights.shape[0] // 16) * 16
 
     def products(self, device: Device, table, rows: int, row_of=None, out=None):
         """Drives of independent rows of events, (rows, gates * units).
@@ -157,7 +157,7 @@ class Matrix:
         strips = len(self.columns.firsts) - 1
         lots = -(-strips // together)
         splits = max(1, min(-(-rows // WARPS), device.multiprocessors // lots))
-        way = k.way(k.MASKED, self.narrow, resident)
+        way = tables.way(tables.MASKED, self.narrow, resident)
         kernel = device.kernel(("products", way), lambda: products_kernel(way), 32 * WARPS)
         device.launch(
             kernel, lots * splits, 32 * WARPS,

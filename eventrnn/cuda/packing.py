@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eventrnn.cuda.tables import DENSE, LANES, MASKED, MOST_TOGETHER, RUNS
+from eventrnn.cuda.tables import DENSE, LANES, MASKED, RUNS, STRIPS_PER_GROUP
 from eventrnn.weights import CSR, NM, BlockCSR, Dense, Weights
 
 # Values that a strip begins at multiples of: 16 bytes of the narrowest.
@@ -59,7 +59,7 @@ class Strips:
 
 
 @dataclass(frozen=True)
-class Reached:
+class CompactStrips:
     """Strips once more: for each only the units that reach it, what is looked up there at every step.
 
     Attributes
@@ -74,7 +74,7 @@ class Reached:
     firsts: np.ndarray
 
     @classmethod
-    def of(cls, strips: Strips) -> Reached:
+    def of(cls, strips: Strips) -> CompactStrips:
         n_pre = strips.shape[0]
         if strips.kind == DENSE:
             count = len(strips.starts) - 1
@@ -93,13 +93,13 @@ class Reached:
 
 
 @dataclass(frozen=True)
-class Lots:
+class GroupedStrips:
     """The same weights by lots of neighbouring strips, for who looks a unit up once for all strips of a lot.
 
     Attributes
     ----------
-    index  : (lots, n_pre) int32; from bit `MOST_TOGETHER` on, which of the lot's rows is the unit's first; below, a bit
-             for each of the lot's strips that it reaches
+    index  : (lots, n_pre) int32; from bit `STRIPS_PER_GROUP` on, which of the lot's rows is the unit's first; below,
+             a bit for each of the lot's strips that it reaches
     rows   : (reached + 1, 32) values, by lot, unit and strip
     firsts : (lots + 1,) int64 where each lot's rows begin
     """
@@ -109,7 +109,7 @@ class Lots:
     firsts: np.ndarray
 
     @classmethod
-    def of(cls, reached: Reached, n_pre: int, together: int) -> Lots:
+    def of(cls, reached: CompactStrips, n_pre: int, together: int) -> GroupedStrips:
         count = len(reached.firsts) - 1
         strip = np.repeat(np.arange(count), np.diff(reached.firsts))
         lot, unit = strip // together, reached.units // 4
@@ -119,7 +119,7 @@ class Lots:
         # Backwards, so that what stays is the first of a unit's rows.
         last_first = order[::-1]
         rank = (np.arange(len(order)) - firsts[lot[order]])[::-1]
-        index[lot[last_first], unit[last_first]] = rank << MOST_TOGETHER
+        index[lot[last_first], unit[last_first]] = rank << STRIPS_PER_GROUP
         np.add.at(index, (lot, unit), np.left_shift(1, strip % together))
         return cls(index, reached.rows[np.append(order, len(order))], firsts)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eventrnn.cuda import tables as k
+from eventrnn.cuda import tables
 from eventrnn.cuda.packing import Strips
 from eventrnn.cuda.tables import LANES
 
@@ -110,25 +110,25 @@ class Plan:
 def lay_out(shape: LayerShape, tiles: int, samples: int, warps: int, chip: Chip) -> LayerPlan | None:
     """A layer with so many tiles a block, as much of it in shared memory as fits; None where not even the lists do."""
     widest = max(shape.units, shape.inputs if shape.w_in is not None else 0)
-    segments = -(-widest // k.SEGMENT)
-    capacity = segments * k.SEGMENT + k.LIST_PAD
+    segments = -(-widest // tables.SEGMENT)
+    capacity = segments * tables.SEGMENT + tables.LIST_PAD
     sums = 4 * 3 * LANES * samples * tiles
     sizes = {
         # A single sample's kernel has a list of each kind.
-        k.AT_LIST: 8 * capacity * (samples + (samples == 1 and shape.w_in is not None)),
-        k.AT_COUNTS: 4 * samples,
-        k.AT_STAGED: 4 * samples * segments * k.SEGMENT,
-        k.AT_TOTALS: max(256, 4 * samples * segments),
-        k.AT_BASES: 2 * 4 * 3 * tiles,
-        k.AT_HITS: k.HIT_BYTES * warps,
-        k.AT_SUMS_IN: 2 * sums,
-        k.AT_SUMS_REC: sums,
-        k.AT_CELLS: sums // 3,
-        k.AT_Y: sums // 3,
-        k.AT_THRESHOLD: 4 * LANES * tiles,
-        k.AT_BIAS: 2 * 4 * 3 * LANES * tiles,
+        tables.AT_LIST: 8 * capacity * (samples + (samples == 1 and shape.w_in is not None)),
+        tables.AT_COUNTS: 4 * samples,
+        tables.AT_STAGED: 4 * samples * segments * tables.SEGMENT,
+        tables.AT_TOTALS: max(256, 4 * samples * segments),
+        tables.AT_BASES: 2 * 4 * 3 * tiles,
+        tables.AT_HITS: tables.HIT_BUFFER_BYTES * warps,
+        tables.AT_SUMS_IN: 2 * sums,
+        tables.AT_SUMS_REC: sums,
+        tables.AT_CELLS: sums // 3,
+        tables.AT_Y: sums // 3,
+        tables.AT_THRESHOLD: 4 * LANES * tiles,
+        tables.AT_BIAS: 2 * 4 * 3 * LANES * tiles,
     }
-    offsets, at = {k.CAPACITY: capacity}, 0
+    offsets, at = {tables.CAPACITY: capacity}, 0
 
     def place(field: int, size: int) -> None:
         nonlocal at
@@ -141,8 +141,8 @@ def lay_out(shape: LayerShape, tiles: int, samples: int, warps: int, chip: Chip)
     ways = {}
     # What the next step waits for comes first.
     for name, strips, fields in (
-        ("rec", shape.w_rec, (k.AT_VALUES_REC, k.AT_TABLE_REC)),
-        ("in", shape.w_in, (k.AT_VALUES_IN, k.AT_TABLE_IN)),
+        ("rec", shape.w_rec, (tables.AT_VALUES_REC, tables.AT_TABLE_REC)),
+        ("in", shape.w_in, (tables.AT_VALUES_IN, tables.AT_TABLE_IN)),
     ):
         ways[name] = 0
         offsets |= dict.fromkeys(fields, 0)
@@ -153,7 +153,7 @@ def lay_out(shape: LayerShape, tiles: int, samples: int, warps: int, chip: Chip)
         if resident:
             for field, size in zip(fields, needed, strict=True):
                 place(field, size)
-        ways[name] = k.way(strips.kind, strips.values.dtype == np.uint16, resident)
+        ways[name] = tables.way(strips.kind, strips.values.dtype == np.uint16, resident)
     if shape.w_in is None:
         ways["in"] = ways["rec"]
     return LayerPlan(tiles, ways["in"], ways["rec"], at, offsets)
@@ -201,8 +201,8 @@ def _cost(shapes: Sequence[LayerShape], layers: Sequence[LayerPlan], samples: in
     for shape, layer in zip(shapes, layers, strict=True):
         strips = 3 * layer.tiles * samples
         rounds = -(-strips // MOST_WARPS)
-        far = 1.0 if layer.way_rec & k.RESIDENT else 3.0
-        lists = samples * -(-shape.units // k.SEGMENT) / MOST_WARPS
+        far = 1.0 if layer.way_rec & tables.RESIDENT else 3.0
+        lists = samples * -(-shape.units // tables.SEGMENT) / MOST_WARPS
         slowest = max(slowest, 1.0 + 0.3 * far * rounds + 0.3 * lists)
     return slowest
 
@@ -235,7 +235,7 @@ def _warps(shapes: Sequence[LayerShape], samples: int, tiles: int) -> int:
 
 def _segments(shape: LayerShape) -> int:
     """Segments of the widest row that the layer gathers."""
-    return -(-max(shape.units, shape.inputs if shape.w_in is not None else 0) // k.SEGMENT)
+    return -(-max(shape.units, shape.inputs if shape.w_in is not None else 0) // tables.SEGMENT)
 
 
 def _table(shapes: Sequence[LayerShape], layers: Sequence[LayerPlan], samples: int, groups: int, warps: int) -> Plan:
@@ -243,9 +243,9 @@ def _table(shapes: Sequence[LayerShape], layers: Sequence[LayerPlan], samples: i
     for group in range(groups):
         for number, (shape, layer) in enumerate(zip(shapes, layers, strict=True)):
             for tile in range(0, shape.tiles, layer.tiles):
-                row = np.zeros(k.BLOCK_FIELDS, np.int64)
-                row[[k.LAYER, k.TILE, k.TILES]] = number, tile, min(layer.tiles, shape.tiles - tile)
-                row[[k.SAMPLE, k.SAMPLES]] = group * samples, samples
+                row = np.zeros(tables.BLOCK_FIELDS, np.int64)
+                row[[tables.LAYER, tables.TILE, tables.TILES]] = number, tile, min(layer.tiles, shape.tiles - tile)
+                row[[tables.SAMPLE, tables.SAMPLES]] = group * samples, samples
                 for field, offset in layer.offsets.items():
                     row[field] = offset
                 rows.append(row)
@@ -256,9 +256,9 @@ def _table(shapes: Sequence[LayerShape], layers: Sequence[LayerPlan], samples: i
 def blocks_from(plan: Plan, first: int, batch: int) -> np.ndarray:
     """The block table for samples `first` on; blocks without a sample are left out."""
     rows = plan.blocks.copy()
-    rows[:, k.SAMPLE] += first
-    rows = rows[rows[:, k.SAMPLE] < batch]
-    rows[:, k.SAMPLES] = np.minimum(rows[:, k.SAMPLES], batch - rows[:, k.SAMPLE])
+    rows[:, tables.SAMPLE] += first
+    rows = rows[rows[:, tables.SAMPLE] < batch]
+    rows[:, tables.SAMPLES] = np.minimum(rows[:, tables.SAMPLES], batch - rows[:, tables.SAMPLE])
     return rows
 
 
@@ -283,4 +283,4 @@ def launches_of(variants: Sequence[str], most: int, ways: tuple[int, ...] = ()) 
 
 def parts_of(layers: range, each: Plan) -> list[tuple[int, bool]]:
     """What a launch consists of, in the order of its plan: which layer, and whether its feeder."""
-    return [(n, feeds) for n in layers for feeds in (True, False) if not feeds or (n and each.cluster)]
+    return [(n, is_input) for n in layers for is_input in (True, False) if not is_input or (n and each.cluster)]

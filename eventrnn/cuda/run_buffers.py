@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eventrnn.cuda.inputs import by_layer
-from eventrnn.cuda.kernels.input_checks import found_kernel, symbols_kernel
+from eventrnn.cuda.kernels.input_checks import dense_events_kernel, symbols_kernel
 from eventrnn.cuda.tables import LANES
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from eventrnn.network import Network
 
 
-# Every byte of "not sent yet" (`kernels.NOT_YET`).
-NOT_YET_BYTE = 0xFF
+# Every byte of "not sent yet" (`kernels.UNWRITTEN`).
+UNWRITTEN_BYTE = 0xFF
 
 
 class Piece:
@@ -38,7 +38,7 @@ class Piece:
     def __init__(self, device: Device, network: Network, units: Sequence[int], steps: int, batch: int):
         self.device, self.units, self.steps, self.batch = device, units, steps, batch
         shapes = [(steps + 1, batch, pitch_of(n)) for n in units]
-        self.records = [device.empty(shape, np.float32) for shape in shapes]
+        self.event_logs = [device.empty(shape, np.float32) for shape in shapes]
         papers = [layer.cell.variant == "paper" for layer in network.layers]
         self.gated: list[Any] = [
             device.empty(shape, np.float32) if paper else None for shape, paper in zip(shapes, papers, strict=True)
@@ -51,7 +51,7 @@ class Piece:
     @property
     def nbytes(self) -> int:
         """Of everything that is kept."""
-        found = [*self.records, *(each for each in self.gated if each is not None), self.state]
+        found = [*self.event_logs, *(each for each in self.gated if each is not None), self.state]
         return sum(each.nbytes for each in found) + sum(each.nbytes for each in self.spare.values())
 
     def kept(self, name: Any, shape: tuple[int, ...], dtype) -> Any:
@@ -71,31 +71,31 @@ class Piece:
         first, count, entries = (self.kept((name, part), (size,), dtype) for part, size, dtype in parts)
         return first, count, entries
 
-    def found(self, x: Any, row_0: int, report: Any) -> tuple[Any, Any, Any]:
+    def found(self, x: Any, row_0: int, status: Any) -> tuple[Any, Any, Any]:
         """Lists of the events of dense rows (steps, batch, I); the first is row `row_0` of the whole input."""
         device, size, rows = self.device, x.shape[2], self.steps * self.batch
         table = self.lists("input", size + LANES)
         # Few rows are each looked through by as many warps as there can be.
         threads = 256 if rows > 2 * device.multiprocessors or size <= 256 else 1024
         device.launch(
-            device.kernel(("found",), found_kernel, threads), rows, threads,
-            x.data.ptr, size, row_0, *(each.data.ptr for each in table), size + LANES, report.data.ptr, shared=128,
+            device.kernel(("dense_events",), dense_events_kernel, threads), rows, threads,
+            x.data.ptr, size, row_0, *(each.data.ptr for each in table), size + LANES, status.data.ptr, shared=128,
         )  # fmt: skip
         return table
 
-    def checked_rows(self, symbols: Any, row_0: int, known: int, report: Any) -> Any:
+    def checked_rows(self, symbols: Any, row_0: int, known: int, status: Any) -> Any:
         """(rows,) of the event table, from symbols (steps, batch) of which so many are known."""
         device, rows = self.device, self.steps * self.batch
         checked = self.kept("rows", (rows,), np.int64)
         device.launch(
             device.kernel(("symbols",), symbols_kernel, 128), -(-rows // 128), 128,
-            symbols.data.ptr, rows, row_0, known, checked.data.ptr, report.data.ptr,
+            symbols.data.ptr, rows, row_0, known, checked.data.ptr, status.data.ptr,
         )  # fmt: skip
         return checked
 
     def sent(self, n: int) -> Any:
         """What layer n sent, (steps, batch, units), as it lies."""
-        return self.records[n][1:, :, : self.units[n]]
+        return self.event_logs[n][1:, :, : self.units[n]]
 
     def start(self, flat: Any) -> None:
         """Take that state."""
@@ -105,16 +105,18 @@ class Piece:
     def begin(self, settled: Sequence[int] = ()) -> None:
         """From its state on, nothing is sent yet. Records of the layers `settled` are left as they are."""
         for n, units in enumerate(self.units):
-            for each in (self.records[n], self.gated[n]):
+            for each in (self.event_logs[n], self.gated[n]):
                 if each is not None and n not in settled:
-                    each.data.memset_async(NOT_YET_BYTE, each.nbytes)
-            copy_rows(self.device, self.records[n], pitch_of(units), self.outputs[n], units, units, self.batch)
+                    each.data.memset_async(UNWRITTEN_BYTE, each.nbytes)
+            copy_rows(self.device, self.event_logs[n], pitch_of(units), self.outputs[n], units, units, self.batch)
 
     def end(self, sent: Any = None) -> None:
         """The last step's outputs are the state's; the last layer's are in `sent`, where that is given."""
         for n, units in enumerate(self.units):
-            record = self.records[n][1:] if sent is None or n + 1 < len(self.units) else sent
-            copy_rows(self.device, self.outputs[n], units, record[self.steps - 1 :], record.shape[2], units, self.batch)
+            event_log = self.event_logs[n][1:] if sent is None or n + 1 < len(self.units) else sent
+            copy_rows(
+                self.device, self.outputs[n], units, event_log[self.steps - 1 :], event_log.shape[2], units, self.batch
+            )
 
 
 def pitch_of(units: int) -> int:

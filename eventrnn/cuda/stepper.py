@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eventrnn.backend import as_array
-from eventrnn.cuda.inputs import DeviceFeed, DeviceState, check_report
+from eventrnn.cuda.inputs import DeviceFeed, DeviceState, check_status
 from eventrnn.cuda.run_buffers import Piece, Replay
-from eventrnn.cuda.tables import REPORT_FIELDS, REPORT_INPUT
+from eventrnn.cuda.tables import STATUS_FIELDS, STATUS_INPUT
 from eventrnn.state import State, on_gpu
 
 if TYPE_CHECKING:
@@ -31,9 +31,9 @@ class Loop:
             self.x = device.empty(shape, np.int64)
         else:
             self.x = device.empty((*shape, network.layers[0].inputs), np.float32)
-        size, words = piece.steps * piece.batch * engine.output_size, len(engine.report) if counting else REPORT_FIELDS
+        size, words = piece.steps * piece.batch * engine.output_size, len(engine.status) if counting else STATUS_FIELDS
         self.answer = device.empty(words + -(-size // 2), np.int64)
-        self.report = self.answer[:words]
+        self.status = self.answer[:words]
         self.output = self.answer[words:].view(np.float32)[:size].reshape(*shape, engine.output_size)
         self.replay = Replay(device.queue, self._enqueue)
 
@@ -44,12 +44,12 @@ class Loop:
 
     def _enqueue(self) -> None:
         engine, piece = self.engine, self.piece
-        self.report.data.memset_async(0, self.report.nbytes)
+        self.status.data.memset_async(0, self.status.nbytes)
         piece.begin(engine.settled(piece.batch))
-        table = engine.table_of(self.x, 0, piece, self.report)
-        engine.enqueue(piece, *table, self.report, None, self.counting, self.output)
+        table = engine.table_of(self.x, 0, piece, self.status)
+        engine.enqueue(piece, *table, self.status, None, self.counting, self.output)
         if self.counting:
-            engine.count_inputs(piece, self.x, self.report)
+            engine.count_inputs(piece, self.x, self.status)
 
 
 class StepLoop(Loop):
@@ -63,7 +63,7 @@ class StepLoop(Loop):
         super().__init__(engine, Piece(device, engine.network, engine.units, 1, batch), counting=False)
         self.before = device.empty(self.piece.state.shape, np.float32)
         self.host_x, self.host_answer = _pinned(device, self.x[0]), _pinned(device, self.answer)
-        words = self.host_answer[REPORT_FIELDS:].view(np.float32)
+        words = self.host_answer[STATUS_FIELDS:].view(np.float32)
         self.host_output = words[: self.output.size].reshape(self.output.shape[1:])
 
     def _enqueue(self) -> None:
@@ -92,7 +92,7 @@ class CudaStepper:
         loop.replay.begun = False
         try:
             output = self._step(feed)
-            if loop.host_answer[:REPORT_FIELDS].any():
+            if loop.host_answer[:STATUS_FIELDS].any():
                 self._refuse(inputs, feed)
         except BaseException:
             self._undo()
@@ -110,7 +110,7 @@ class CudaStepper:
             loop.replay()
             output, nbytes = None, loop.answer.nbytes
             if feed is not None:
-                output, nbytes = loop.output[0].copy(), loop.report.nbytes
+                output, nbytes = loop.output[0].copy(), loop.status.nbytes
             loop.answer.data.copy_to_host_async(loop.host_answer.ctypes.data, nbytes)
             queue.synchronize()
         return output
@@ -151,10 +151,10 @@ class CudaStepper:
 
     def _refuse(self, inputs: Any, feed: DeviceFeed | None) -> None:
         """Raise for what the step found."""
-        engine, report = self.engine, self.loop.host_answer[:REPORT_FIELDS]
-        if feed is None and report[REPORT_INPUT]:
+        engine, status = self.engine, self.loop.host_answer[:STATUS_FIELDS]
+        if feed is None and status[STATUS_INPUT]:
             engine.network.feed(as_array(inputs)[None])
-        check_report(report, feed or engine.no_input, self.state())
+        check_status(status, feed or engine.no_input, self.state())
 
 
 def _pinned(device: Any, array: Any) -> np.ndarray:

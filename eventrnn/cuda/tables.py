@@ -14,32 +14,32 @@ DENSE, MASKED, RUNS = 0, 1, 2
 KINDS, NARROW, RESIDENT = 3, 4, 8
 
 # Terms that are loaded together, and those of a dense strip; hits of a masked strip held before they are walked.
-GROUP, DENSE_GROUP, HELD = 16, 32, 160
+GROUP, DENSE_GROUP, MAX_HITS = 16, 32, 160
 
 # Entries of zero that end a list, so that groups may be read whole.
 LIST_PAD = DENSE_GROUP
 
-HIT_BYTES = 12 * (HELD + LIST_PAD)
+HIT_BUFFER_BYTES = 12 * (MAX_HITS + LIST_PAD)
 
 # Of strips whose units are looked up: bytes of a hit; units that a lane looks up together at most, and events of a list
 # that a warp does; strips of a lot that look up events together.
-HIT_SIZE, MOST_LOOKED, LISTED, MOST_TOGETHER = 8, 7, 160, 8
+HIT_BYTES, MAX_UNITS_PER_LANE, EVENTS_PER_WARP, STRIPS_PER_GROUP = 8, 7, 160, 8
 
-LISTED_BYTES = HIT_SIZE * (LISTED + LIST_PAD)
+GATHER_BUFFER_BYTES = HIT_BYTES * (EVENTS_PER_WARP + LIST_PAD)
 
 # Bits that a thread has for how many of its samples sent, and so how many samples it may have.
 SUM_BITS = 4
 
-MOST_SUMMED = (1 << SUM_BITS) - 1
+MAX_SUMMED = (1 << SUM_BITS) - 1
 
 #: of a layer: numbers, then addresses
 (
     UNITS, INPUTS, WIDTH, PITCH, X_PITCH,
     X,  # what the layer below sent, or 0 where DRIVE holds the finished products
-    DRIVE, RECORD, GATED, CELLS, STATES, THRESHOLD, BIAS_IN, BIAS_REC,
+    DRIVE, EVENT_LOG, GATED, CELLS, STATES, THRESHOLD, BIAS_IN, BIAS_REC,
     IN_WAY, IN_VALUES, IN_TABLE, IN_STARTS,
     REC_WAY, REC_VALUES, REC_TABLE, REC_STARTS,
-    UNITS_OF, ROWS_OF, FIRSTS_OF, ROWS_BIAS,  # `packing.Reached` and biases by column, for clusters
+    UNITS_OF, ROWS_OF, FIRSTS_OF, ROWS_BIAS,  # `packing.CompactStrips` and biases by column, for clusters
     LAYER_FIELDS,
 ) = range(27)  # fmt: skip
 
@@ -55,7 +55,7 @@ MOST_SUMMED = (1 << SUM_BITS) - 1
 
 #: of a run's report: a word that never came; LAST less the first position of an input that is refused; whether cells
 #: are not finite; the same for events and inputs too large for float16. Then counts of events.
-REPORT_FAULT, REPORT_INPUT, REPORT_CELLS, REPORT_LARGE, REPORT_FIELDS = range(5)
+STATUS_FAULT, STATUS_INPUT, STATUS_CELLS, STATUS_LARGE, STATUS_FIELDS = range(5)
 
 LAST = 1 << 62
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eventrnn.cuda.kernels.batched_products import tallies, tally_pairs_kernel
+from eventrnn.cuda.kernels.batched_products import count_pairs_kernel, count_threads
 from eventrnn.cuda.kernels.tensor_core_cells import BYTES, LARGEST, VECTORS, cells_kernel, narrow_kernel, spread_kernel
 from eventrnn.cuda.run_buffers import Replay, pitch_of
-from eventrnn.cuda.tables import LANES, MOST_SUMMED
+from eventrnn.cuda.tables import LANES, MAX_SUMMED
 from eventrnn.state import Feed
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class TensorLayer:
         """Units and inputs, padded."""
         return _up(self.units), _up(self.inputs)
 
-    def enqueue(self, piece: Piece, n: int, table, row_of, after, sent: tuple[int, int], counts: int, report) -> None:
+    def enqueue(self, piece: Piece, n: int, table, row_of, after, sent: tuple[int, int], counts: int, status) -> None:
         """All steps of layer n of a piece, from an event table (layer 0) or from what the layer below sent.
 
         sent   : (steps, batch, pitch) of what is sent: its address and the pitch. No array, so that nobody keeps it
@@ -89,26 +89,26 @@ class TensorLayer:
             self._launch(
                 "spread", spread_kernel, -(-steps * batch // (ROW_THREADS // LANES)), ROW_THREADS,
                 *(each.data.ptr for each in table), 0 if row_of is None else row_of.data.ptr, steps * batch, inputs,
-                x.data.ptr, report.data.ptr,
+                x.data.ptr, status.data.ptr,
             )  # fmt: skip
         else:
-            below = piece.records[n - 1][1:]
-            self._narrow(below, pitch_of(self.inputs), self.inputs, x, inputs, steps * batch, report)
-        self._narrow(piece.outputs[n], self.units, self.units, y, units, batch, report)
+            below = piece.event_logs[n - 1][1:]
+            self._narrow(below, pitch_of(self.inputs), self.inputs, x, inputs, steps * batch, status)
+        self._narrow(piece.outputs[n], self.units, self.units, y, units, batch, status)
         if after is not None:
-            self._steps(piece, n, x, y, after, sent, counts, report)
+            self._steps(piece, n, x, y, after, sent, counts, status)
             return
-        key = ("replay", n, sent, counts, report.data.ptr)
+        key = ("replay", n, sent, counts, status.data.ptr)
         if key not in piece.tables:
             # Those of memory that is somebody else's now go.
             for old in [each for each in piece.tables if each[:2] == key[:2]][: -MOST_REPLAYS + 1]:
                 del piece.tables[old]
             piece.tables[key] = Replay(
-                self.device.queue, lambda: self._steps(piece, n, x, y, None, sent, counts, report)
+                self.device.queue, lambda: self._steps(piece, n, x, y, None, sent, counts, status)
             )
         piece.tables[key]()
 
-    def _steps(self, piece: Piece, n: int, x, y, after, sent: tuple[int, int], counts: int, report) -> None:
+    def _steps(self, piece: Piece, n: int, x, y, after, sent: tuple[int, int], counts: int, status) -> None:
         units, inputs = self.sizes
         steps, batch, (sent_at, pitch) = piece.steps, piece.batch, sent
         together = max(1, min(steps, DRIVE_BYTES // (3 * BYTES[self.precision] * units * batch)))
@@ -131,18 +131,18 @@ class TensorLayer:
                     drive[(t - begin) * batch :].data.ptr, rec.data.ptr, self.vectors.data.ptr,
                     piece.cells[n].data.ptr, y.data.ptr, sent_at + 4 * t * batch * pitch,
                     0 if after is None else after[t].data.ptr, self.units, units, pitch, batch,
-                    sums and sums + 2 * t * parts * sums_pitch, sums_pitch, report.data.ptr,
+                    sums and sums + 2 * t * parts * sums_pitch, sums_pitch, status.data.ptr,
                 )  # fmt: skip
         if counts:
-            kernel = self.device.kernel(("tally_pairs",), tally_pairs_kernel, CELL_THREADS)
+            kernel = self.device.kernel(("count_pairs",), count_pairs_kernel, CELL_THREADS)
             self.device.launch(
-                kernel, (blocks, tallies(steps * parts)), CELL_THREADS,
+                kernel, (blocks, count_threads(steps * parts)), CELL_THREADS,
                 sums, pairs, sums_pitch, steps * parts, counts, counts + 8 * self.units,
             )  # fmt: skip
 
-    def _narrow(self, dense, pitch: int, n: int, out, width: int, rows: int, report) -> None:
+    def _narrow(self, dense, pitch: int, n: int, out, width: int, rows: int, status) -> None:
         self._launch(
-            "narrow", narrow_kernel, rows, ROW_THREADS, dense.data.ptr, pitch, n, width, out.data.ptr, report.data.ptr
+            "narrow", narrow_kernel, rows, ROW_THREADS, dense.data.ptr, pitch, n, width, out.data.ptr, status.data.ptr
         )
 
     def _launch(self, name: str, make, blocks, threads: int, *arguments: int) -> None:
@@ -198,7 +198,7 @@ def measured_ways(engine: CudaEngine, feed: Feed, state: Any) -> tuple[int, ...]
 
 def _samples(items: int, blocks: int) -> int:
     """Of one thread of the cells: what all blocks at once leave it, shared out evenly, in turns if it could not sum."""
-    turns = -(-items // (blocks * MOST_SUMMED))
+    turns = -(-items // (blocks * MAX_SUMMED))
     return -(-items // (blocks * turns))
 
 

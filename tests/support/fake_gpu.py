@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from eventrnn.cuda import tables as k
+from eventrnn.cuda import tables
 from eventrnn.reference import forward, layer_parameters, propagate
 
 
@@ -157,12 +157,12 @@ def _list_row(dense: np.ndarray, row: int, firsts_at, counts_at, lists_at, capac
     words[:, 0], words[:, 1] = at, dense[at].view(np.int32)
 
 
-def _found(blocks, x_at, n, row_0, firsts_at, counts_at, lists_at, capacity, report_at):
+def _found(blocks, x_at, n, row_0, firsts_at, counts_at, lists_at, capacity, status_at):
     for row in range(blocks):
         dense = floats(x_at + 4 * row * n, n)
         bad = np.flatnonzero(~np.isfinite(dense))
         if len(bad):
-            _raise_to(report_at + 8 * k.REPORT_INPUT, k.LAST - ((row_0 + row) * n + int(bad[0])))
+            _raise_to(status_at + 8 * tables.STATUS_INPUT, tables.LAST - ((row_0 + row) * n + int(bad[0])))
         _list_row(dense, row, firsts_at, counts_at, lists_at, capacity)
 
 
@@ -171,17 +171,17 @@ def _compact(blocks, record_at, pitch, n, rows, firsts_at, counts_at, lists_at, 
         _list_row(floats(record_at + 4 * row * pitch, n), row, firsts_at, counts_at, lists_at, capacity)
 
 
-def _symbols(blocks, symbols_at, rows, row_0, size, row_of_at, report_at):
+def _symbols(blocks, symbols_at, rows, row_0, size, row_of_at, status_at):
     for row, symbol in enumerate(longs(symbols_at, rows)):
         good = 0 <= symbol < size
         if not good:
-            _raise_to(report_at + 8 * k.REPORT_INPUT, k.LAST - (row_0 + row))
+            _raise_to(status_at + 8 * tables.STATUS_INPUT, tables.LAST - (row_0 + row))
         longs(row_of_at, rows)[row] = symbol if good else 0
 
 
-def _finite(blocks, values_at, count, report_at):
+def _finite(blocks, values_at, count, status_at):
     if not np.isfinite(floats(values_at, count)).all():
-        _raise_to(report_at + 8 * k.REPORT_CELLS, 1)
+        _raise_to(status_at + 8 * tables.STATUS_CELLS, 1)
 
 
 def _tally(blocks, record_at, pitch, n, rows, graded_at, binary_at):
@@ -215,13 +215,13 @@ def widened(words: np.ndarray, precision: str) -> np.ndarray:
 
 
 @np.errstate(over="ignore")
-def _store(address: int, values: np.ndarray, precision: str, report_at: int) -> None:
+def _store(address: int, values: np.ndarray, precision: str, status_at: int) -> None:
     if precision == "float16" and (np.abs(values) > 65504).any():
-        _raise_to(report_at + 8 * k.REPORT_LARGE, 1)
+        _raise_to(status_at + 8 * tables.STATUS_LARGE, 1)
     half(address, values.size, precision)[:] = rounded(np.ascontiguousarray(values.ravel(), np.float32), precision)
 
 
-def _spread(precision, blocks, firsts_at, counts_at, lists_at, row_of_at, rows, width, out_at, report_at):
+def _spread(precision, blocks, firsts_at, counts_at, lists_at, row_of_at, rows, width, out_at, status_at):
     size = 4 if precision == "tf32" else 2
     for row in range(rows):
         source = int(longs(row_of_at, rows)[row]) if row_of_at else row
@@ -229,20 +229,20 @@ def _spread(precision, blocks, firsts_at, counts_at, lists_at, row_of_at, rows, 
         words = ints(lists_at + 8 * int(longs(firsts_at, source + 1)[source]), 2 * max(count, 1)).reshape(-1, 2)[:count]
         dense = np.zeros(width, np.float32)
         dense[words[:, 0]] = words[:, 1].copy().view(np.float32)
-        _store(out_at + size * row * width, dense, precision, report_at)
+        _store(out_at + size * row * width, dense, precision, status_at)
 
 
-def _narrow(precision, blocks, dense_at, pitch, n, width, out_at, report_at):
+def _narrow(precision, blocks, dense_at, pitch, n, width, out_at, status_at):
     size = 4 if precision == "tf32" else 2
     for row in range(blocks):
         dense = np.zeros(width, np.float32)
         dense[:n] = floats(dense_at + 4 * row * pitch, n)
-        _store(out_at + size * row * width, dense, precision, report_at)
+        _store(out_at + size * row * width, dense, precision, status_at)
 
 
 def _cells(
     precision, blocks, drive_at, rec_at, vectors_at, cells_at, y_at, sent_at, after_at, units, padded, pitch, batch,
-    sums_at, sums_pitch, report_at,
+    sums_at, sums_pitch, status_at,
 ):  # fmt: skip
     words = (half(at, 3 * padded * batch, precision) for at in (drive_at, rec_at))
     drive, rec = (widened(each, precision).reshape(batch, 3, padded)[:, :, :units] for each in words)
@@ -255,7 +255,7 @@ def _cells(
     c[:] = v - fired * threshold
     for b in range(batch):
         floats(sent_at + 4 * b * pitch, units)[:] = sent[b]
-        _store(y_at + size * b * padded, sent[b], precision, report_at)
+        _store(y_at + size * b * padded, sent[b], precision, status_at)
     if sums_at:
         for part in range(blocks[1]):
             found = np.zeros((2, -(-units // 2), 2), int)
@@ -296,12 +296,12 @@ class Cublas:
 
 ROUNDING = {"spread": _spread, "narrow": _narrow, "cells": _cells}
 KERNELS = {
-    "found": _found,
-    "compact": _compact,
+    "dense_events": _found,
+    "log_events": _compact,
     "symbols": _symbols,
     "finite": _finite,
-    "tally": _tally,
-    "tally_pairs": _tally_pairs,
+    "count_events": _tally,
+    "count_pairs": _tally_pairs,
 }
 
 
@@ -390,7 +390,7 @@ def _copy_rows(target, target_pitch, source, source_pitch, width, rows, kind, st
         ctypes.memmove(target + row * target_pitch, source + row * source_pitch, width)
 
 
-def _launch_layers(engine, layers, each, piece, drive, report, after) -> None:
+def _launch_layers(engine, layers, each, piece, drive, status, after) -> None:
     """`launch.launch_layers` by the specification, from the record below."""
     enqueued(_run_layers)(engine, layers, piece, drive, after)
 
@@ -401,7 +401,7 @@ def _run_layers(engine, layers, piece, drive, after) -> None:
     for n in layers:
         layer, units = engine.network.layers[n], engine.units[n]
         parameters = layer_parameters(layer)
-        carried = np.array(piece.records[n][0, :, :units])
+        carried = np.array(piece.event_logs[n][0, :, :units])
         if n == 0:
             # The drive holds the input's products: they go in through the biases, with no weights.
             x = np.zeros((piece.steps, piece.batch, 0), np.float32)
@@ -420,7 +420,7 @@ def _run_layers(engine, layers, piece, drive, after) -> None:
             else:
                 tape = forward(layer.cell, parameters, x[t : t + 1], c, y)[0]
                 y, c = tape.y, tape.c
-            piece.records[n][t + 1, :, :units] = y
+            piece.event_logs[n][t + 1, :, :units] = y
             if after is not None:
                 after[n][t] = c
         piece.cells[n][...] = c

@@ -17,9 +17,9 @@ from eventrnn.cuda.kernels.ptx import (
     shared_base,
 )
 from eventrnn.cuda.kernels.strip_product import ALL, count_bits, entry_of
-from eventrnn.cuda.tables import LANES, LIST_PAD, LISTED, LISTED_BYTES, NARROW, RESIDENT, SUM_BITS
+from eventrnn.cuda.tables import EVENTS_PER_WARP, GATHER_BUFFER_BYTES, LANES, LIST_PAD, NARROW, RESIDENT, SUM_BITS
 
-MOST_TALLIES = 512
+MAX_COUNT_THREADS = 512
 
 # Of four sums of `SUM_BITS` each every second one, in twice the room.
 ALTERNATE, WIDE = 0x0F0F, 0xFF
@@ -28,8 +28,8 @@ ALTERNATE, WIDE = 0x0F0F, 0xFF
 def products_kernel(way: int):
     """drive = bias + sum over a row's events of weight * value, for many rows of lists; and its signature.
 
-    Weights as `packing.Lots`. A block owns a lot of neighbouring strips for every `splits`-th set of rows; a warp takes
-    a row at a time, and looks up an event once for all the strips.
+    Weights as `packing.GroupedStrips`. A block owns a lot of neighbouring strips for every `splits`-th set of rows;
+    a warp takes a row at a time, and looks up an event once for all the strips.
     """
     (listed5, product), row_bytes, size = lister(way), row_bytes_of(way), 2 if way & NARROW else 4
     resident = bool(way & RESIDENT)
@@ -45,7 +45,7 @@ def products_kernel(way: int):
         strip = lot * together
         own = int32(min(together, strips - strip))
         starts, shared = global_int64(starts_at), shared_base()
-        own_index = shared + int64(LISTED_BYTES) * warps
+        own_index = shared + int64(GATHER_BUFFER_BYTES) * warps
         begin = starts[lot]
         copy_in(own_index, index_from + 4 * n_pre * lot, 4 * n_pre, thread, threads)
         values_at = rows_at + row_bytes * begin + size * lane
@@ -54,7 +54,7 @@ def products_kernel(way: int):
             copy_in(own_rows, rows_at + row_bytes * begin, row_bytes * (starts[lot + 1] - begin), thread, threads)
             values_at = own_rows + size * lane
         cuda.syncthreads()
-        hits_at, index_at = int32(shared + int64(LISTED_BYTES) * warp), int32(own_index)
+        hits_at, index_at = int32(shared + int64(GATHER_BUFFER_BYTES) * warp), int32(own_index)
         below = int32((int32(1) << lane) - 1)
         bias, out = global_float32(bias_at + 4 * (strip * LANES + lane)), global_float32(out_at)
         firsts, counts, row_of = global_int64(firsts_at), global_int32(counts_at), global_int64(row_of_at)
@@ -82,7 +82,7 @@ def products_kernel(way: int):
                     j = int32(j + row_bytes * flags[4])
                     a, b, c, d, e = a >> int32(1), b >> int32(1), c >> int32(1), d >> int32(1), e >> int32(1)
                     each, column = int32(each + 1), column + LANES
-                at = int32(at + LISTED)
+                at = int32(at + EVENTS_PER_WARP)
                 if at >= count:
                     break
             row += splits * warps
@@ -90,7 +90,7 @@ def products_kernel(way: int):
     return products, types.void(*[types.int64] * 15)
 
 
-def compact_kernel():
+def log_events_kernel():
     """Lists of events from rows of a record, a warp a row; and its signature."""
 
     def compact(record_at, pitch, n, rows, firsts_at, counts_at, lists_at, capacity):
@@ -120,12 +120,12 @@ def compact_kernel():
     return compact, types.void(*[types.int64] * 8)
 
 
-def tallies(rows: int) -> int:
+def count_threads(rows: int) -> int:
     """Threads that count the events of one unit: many, for a row waits for the one before."""
-    return max(1, min(MOST_TALLIES, -(-rows // 16)))
+    return max(1, min(MAX_COUNT_THREADS, -(-rows // 16)))
 
 
-def tally_kernel():
+def count_events_kernel():
     """How often each unit of a record sent a graded or a binary value, added to two int64 vectors; its signature.
 
     A thread takes one unit and every `gridDim.y`-th row. Whole numbers: the order of adding changes nothing.
@@ -166,7 +166,7 @@ def tally_kernel():
     return tally, types.void(*[types.int64] * 6)
 
 
-def tally_pairs_kernel():
+def count_pairs_kernel():
     """The same from sums over some samples of two units each (`rounded.cells_kernel`); and its signature."""
 
     def tally_pairs(sums_at, pairs, pitch, rows, graded_at, binary_at):

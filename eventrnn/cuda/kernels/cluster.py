@@ -17,10 +17,10 @@ from __future__ import annotations
 import numpy as np
 from numba import int32, int64, types
 
-from eventrnn.cuda import tables as k
+from eventrnn.cuda import tables
 from eventrnn.cuda.device import cuda, device_function, libdevice
 from eventrnn.cuda.kernels.gather_product import producter
-from eventrnn.cuda.kernels.persistent import NOT_YET, PATIENCE, copy_in
+from eventrnn.cuda.kernels.persistent import MAX_POLLS, UNWRITTEN, copy_in
 from eventrnn.cuda.kernels.ptx import (
     arrived,
     barrier_init,
@@ -52,24 +52,24 @@ TILE_BYTES = 4 * LANES
 
 
 @device_function
-def wait(barrier, parity, patience):
+def wait(barrier, parity, max_polls):
     """Until the phase of that parity is over; False where it never was."""
     tries = int32(0)
     while arrived(barrier, parity) == 0:
         tries = int32(tries + 1)
-        if tries >= patience:
+        if tries >= max_polls:
             return False
     return True
 
 
 @device_function
-def fed(drive, address, patience):
+def fed(drive, address, max_polls):
     """A drive that a feeder leaves, as it was loaded early; looked for if it was not there yet."""
     word, tries = libdevice.float_as_int(drive), int32(0)
-    while word == NOT_YET and tries < patience:
+    while word == UNWRITTEN and tries < max_polls:
         word = load_relaxed(address)
         tries = int32(tries + 1)
-    return libdevice.int_as_float(word), word != NOT_YET
+    return libdevice.int_as_float(word), word != UNWRITTEN
 
 
 def cluster_kernel(way: int, way_in: int, blocks: int, rounds: int, rounds_in: int):
@@ -106,11 +106,11 @@ def cluster_kernel(way: int, way_in: int, blocks: int, rounds: int, rounds_in: i
         Before the table, how many strips the gates have, and how far a unit's columns are from where its gate's strips
         begin. A strip's units are filled up to whole lots with offsets `beyond` the row.
         """
-        firsts, strips = global_int64(layer[k.FIRSTS_OF]), shared_int32(shared + block[k.AT_STRIPS])
+        firsts, strips = global_int64(layer[tables.FIRSTS_OF]), shared_int32(shared + block[tables.AT_STRIPS])
         lane, warp, warps = thread & int32(31), thread >> int32(5), threads >> int32(5)
-        capacity = int32(block[k.CAPACITY])
-        table, source = shared_int32(shared + block[k.AT_UNITS]), global_int32(layer[k.UNITS_OF])
-        base, slot, at, gate = int32(shared + block[k.AT_UNITS]), int32(0), int64(0), int32(0)
+        capacity = int32(block[tables.CAPACITY])
+        table, source = shared_int32(shared + block[tables.AT_UNITS]), global_int32(layer[tables.UNITS_OF])
+        base, slot, at, gate = int32(shared + block[tables.AT_UNITS]), int32(0), int64(0), int32(0)
         while gate < 3:
             begin = int32((gate * n + first_unit) >> 5)
             count = int32(((gate * n + last_unit + 31) >> 5) - begin)
@@ -120,14 +120,20 @@ def cluster_kernel(way: int, way_in: int, blocks: int, rounds: int, rounds_in: i
             row = firsts[begin]
             size = firsts[begin + count] - row
             copy_in(
-                shared + block[k.AT_BIAS] + int64(TILE_BYTES) * slot, layer[k.ROWS_BIAS] + int64(TILE_BYTES) * begin,
-                int64(TILE_BYTES) * count, thread, threads,
-            )  # fmt: skip
+                shared + block[tables.AT_BIAS] + int64(TILE_BYTES) * slot,
+                layer[tables.ROWS_BIAS] + int64(TILE_BYTES) * begin,
+                int64(TILE_BYTES) * count,
+                thread,
+                threads,
+            )
             if near:
                 copy_in(
-                    shared + block[k.AT_ROWS] + row_bytes * at, layer[k.ROWS_OF] + row_bytes * row,
-                    row_bytes * size, thread, threads,
-                )  # fmt: skip
+                    shared + block[tables.AT_ROWS] + row_bytes * at,
+                    layer[tables.ROWS_OF] + row_bytes * row,
+                    row_bytes * size,
+                    thread,
+                    threads,
+                )
             # A warp a strip: many short copies, none of which waits for another.
             strip = warp
             while strip < count:
@@ -158,33 +164,36 @@ def cluster_kernel(way: int, way_in: int, blocks: int, rounds: int, rounds_in: i
     def layers(table_at, blocks_at, faults_at, steps, batch):
         thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
         lane, warp, warps = thread & int32(31), thread >> int32(5), threads >> int32(5)
-        block = global_int64(blocks_at + int64(8 * k.BLOCK_FIELDS) * cuda.blockIdx.x)
-        layer = global_int64(table_at + int64(8 * k.LAYER_FIELDS) * block[k.LAYER])
+        block = global_int64(blocks_at + int64(8 * tables.BLOCK_FIELDS) * cuda.blockIdx.x)
+        layer = global_int64(table_at + int64(8 * tables.LAYER_FIELDS) * block[tables.LAYER])
         shared = shared_base()
-        base, n = int32(shared), int32(layer[k.UNITS])
-        tile, tiles = int32(block[k.TILE]), int32(block[k.TILES])
-        first, samples = block[k.SAMPLE], int32(block[k.SAMPLES])
+        base, n = int32(shared), int32(layer[tables.UNITS])
+        tile, tiles = int32(block[tables.TILE]), int32(block[tables.TILES])
+        first, samples = block[tables.SAMPLE], int32(block[tables.SAMPLES])
         first_unit = int32(LANES * tile)
         last_unit = min(n, int32(first_unit + LANES * tiles))
         # A row of outputs is followed by a zero, for who looks beyond the units.
-        row_size = int32(block[k.ALL_TILES]) * int32(TILE_BYTES)
+        row_size = int32(block[tables.ALL_TILES]) * int32(TILE_BYTES)
         y_size = int32(row_size + 16)
-        record, x, states = layer[k.RECORD], layer[k.X], layer[k.STATES]
-        record_bytes, x_bytes, drive_bytes = 4 * layer[k.PITCH], 4 * layer[k.X_PITCH], 12 * int64(n)
-        at_y, at_barriers = int32(block[k.AT_Y]), int32(block[k.AT_BARRIERS])
-        strips_at = int32(base + int32(block[k.AT_STRIPS]) + 32)
-        bias_at = int32(base + int32(block[k.AT_BIAS]) + 4 * lane)
-        steps32, patience = int32(steps), int32(PATIENCE)
+        record, x, states = layer[tables.EVENT_LOG], layer[tables.X], layer[tables.STATES]
+        record_bytes, x_bytes, drive_bytes = 4 * layer[tables.PITCH], 4 * layer[tables.X_PITCH], 12 * int64(n)
+        at_y, at_barriers = int32(block[tables.AT_Y]), int32(block[tables.AT_BARRIERS])
+        strips_at = int32(base + int32(block[tables.AT_STRIPS]) + 32)
+        bias_at = int32(base + int32(block[tables.AT_BIAS]) + 4 * lane)
+        steps32, max_polls = int32(steps), int32(MAX_POLLS)
         near, lot, beyond = resident, int32(LANES * rounds), row_size
         if feeding and x != 0:
             near, lot, beyond = resident_in, int32(LANES * rounds_in), int32(-1)
-        hits_at = int32(base + int32(block[k.AT_HITS]) + k.HIT_SIZE * (lot + k.LIST_PAD) * warp)
+        hits_at = int32(base + int32(block[tables.AT_HITS]) + tables.HIT_BYTES * (lot + tables.LIST_PAD) * warp)
         bring_in(layer, block, n, first_unit, last_unit, shared, near, lot, beyond, thread, threads)
         if x == 0:
             copy_in(
-                shared + block[k.AT_THRESHOLD], layer[k.THRESHOLD] + 4 * first_unit,
-                int64(TILE_BYTES) * tiles, thread, threads,
-            )  # fmt: skip
+                shared + block[tables.AT_THRESHOLD],
+                layer[tables.THRESHOLD] + 4 * first_unit,
+                int64(TILE_BYTES) * tiles,
+                thread,
+                threads,
+            )
             # The outputs that the run starts from.
             sample = int32(0)
             while sample < samples:
@@ -214,10 +223,10 @@ def cluster_kernel(way: int, way_in: int, blocks: int, rounds: int, rounds_in: i
         below = int32((int32(1) << lane) - 1)
         columns = int32(3 * n)
         size = int32(row_bytes // LANES)
-        rows_from = layer[k.ROWS_OF] + size * lane
+        rows_from = layer[tables.ROWS_OF] + size * lane
         if near:
-            rows_from = shared + block[k.AT_ROWS] + size * lane
-        drive_from = layer[k.DRIVE] + first * drive_bytes
+            rows_from = shared + block[tables.AT_ROWS] + size * lane
+        drive_from = layer[tables.DRIVE] + first * drive_bytes
         if feeding and x != 0:
             x += first * x_bytes
             t, sample, slot = int64(0), int32(0), warp
@@ -232,12 +241,19 @@ def cluster_kernel(way: int, way_in: int, blocks: int, rounds: int, rounds_in: i
                     break
                 units_at, lots, row, column = load_shared4(int32(strips_at + 16 * slot))
                 acc, came = product_in(
-                    load_shared_float(int32(bias_at + TILE_BYTES * slot)), x + (t * batch + sample) * x_bytes,
-                    units_at, rows_from + int64(row_bytes) * row, lots, hits_at, lane, below, patience,
-                )  # fmt: skip
+                    load_shared_float(int32(bias_at + TILE_BYTES * slot)),
+                    x + (t * batch + sample) * x_bytes,
+                    units_at,
+                    rows_from + int64(row_bytes) * row,
+                    lots,
+                    hits_at,
+                    lane,
+                    below,
+                    max_polls,
+                )
                 if not came:
                     global_int32(faults_at)[0] = 1
-                    patience = int32(1)
+                    max_polls = int32(1)
                 # Columns that lie in a strip of this gate, but are another block's or gate's, are theirs to write.
                 low = int32(first_unit + n * (int32(slot >= one) + int32(slot >= two)))
                 column = int32(column + lane)
@@ -246,11 +262,11 @@ def cluster_kernel(way: int, way_in: int, blocks: int, rounds: int, rounds_in: i
                 slot = int32(slot + warps)
         else:
             gates_size = int32(TILE_BYTES * (strips + 1))
-            gates_at = int32(base + int32(block[k.AT_SUMS_REC]) + 4 * lane)
-            drives_at = int32(base + int32(block[k.AT_SUMS_IN]) + 4 * lane)
-            cells_at = int32(base + int32(block[k.AT_CELLS]) + 4 * lane)
-            thresholds_at = int32(base + int32(block[k.AT_THRESHOLD]) + 4 * lane)
-            carried = global_float32(layer[k.CELLS])
+            gates_at = int32(base + int32(block[tables.AT_SUMS_REC]) + 4 * lane)
+            drives_at = int32(base + int32(block[tables.AT_SUMS_IN]) + 4 * lane)
+            cells_at = int32(base + int32(block[tables.AT_CELLS]) + 4 * lane)
+            thresholds_at = int32(base + int32(block[tables.AT_THRESHOLD]) + 4 * lane)
+            carried = global_float32(layer[tables.CELLS])
             sample = int32(0)
             while sample < samples:
                 own = warp
@@ -295,9 +311,9 @@ def cluster_kernel(way: int, way_in: int, blocks: int, rounds: int, rounds_in: i
                     stream = int32(2 * sample)
                     if t > 0:
                         barrier = int32(base + at_barriers + 8 * (stream + here))
-                        if not wait(barrier, int32(((t - 1) >> 1) & 1), patience):
+                        if not wait(barrier, int32(((t - 1) >> 1) & 1), max_polls):
                             global_int32(faults_at)[0] = 1
-                            patience = int32(1)
+                            max_polls = int32(1)
                         cuda.syncwarp(ALL)
                         if thread == 0:
                             expect(barrier, row_size)
@@ -309,16 +325,23 @@ def cluster_kernel(way: int, way_in: int, blocks: int, rounds: int, rounds_in: i
                         drive = load_shared_float(int32(drives_at + TILE_BYTES * (2 * slot + odd)))
                         if feeding:
                             drive, came = fed(
-                                drive, now + int64(4) * min(int32(column + lane), int32(columns - 1)), patience
+                                drive, now + int64(4) * min(int32(column + lane), int32(columns - 1)), max_polls
                             )
                             if not came:
                                 global_int32(faults_at)[0] = 1
-                                patience = int32(1)
+                                max_polls = int32(1)
                             cuda.syncwarp(ALL)
                         acc, _ = product(
-                            load_shared_float(int32(bias_at + TILE_BYTES * slot)), row_at, units_at,
-                            rows_from + int64(row_bytes) * row, lots, hits_at, lane, below, patience,
-                        )  # fmt: skip
+                            load_shared_float(int32(bias_at + TILE_BYTES * slot)),
+                            row_at,
+                            units_at,
+                            rows_from + int64(row_bytes) * row,
+                            lots,
+                            hits_at,
+                            lane,
+                            below,
+                            max_polls,
+                        )
                         if slot < two:
                             store_shared_float(int32(gates + TILE_BYTES * slot), egru_reset_gate(drive, acc))
                         else:
@@ -337,19 +360,28 @@ def cluster_kernel(way: int, way_in: int, blocks: int, rounds: int, rounds_in: i
                         cell = int32(cells_at + TILE_BYTES * (sample * tiles + own))
                         at, zero = int32(gates + TILE_BYTES * own), np.float32(0)
                         v, _, _, _ = egru_value_of_gates(
-                            load_shared_float(at), load_shared_float(int32(at + 4 * shift_one)),
-                            load_shared_float(int32(candidates + TILE_BYTES * own + 4 * shift_two)), zero, zero,
-                            load_shared_float(int32(at + 4 * shift_two)), load_shared_float(cell),
-                        )  # fmt: skip
+                            load_shared_float(at),
+                            load_shared_float(int32(at + 4 * shift_one)),
+                            load_shared_float(int32(candidates + TILE_BYTES * own + 4 * shift_two)),
+                            zero,
+                            zero,
+                            load_shared_float(int32(at + 4 * shift_two)),
+                            load_shared_float(cell),
+                        )
                         y, c, mine = zero, v, unit < n
                         if mine and v > load_shared_float(int32(thresholds_at + TILE_BYTES * own)):
                             y, c = v, v - load_shared_float(int32(thresholds_at + TILE_BYTES * own))
                         if t + 1 < steps32:
                             send_all(
-                                rank_one, rank_two, rank_three, rank_four,
+                                rank_one,
+                                rank_two,
+                                rank_three,
+                                rank_four,
                                 int32(at_y + (stream + there) * y_size + TILE_BYTES * (tile + own)),
-                                int32(at_barriers + 8 * (stream + there)), lane, y,
-                            )  # fmt: skip
+                                int32(at_barriers + 8 * (stream + there)),
+                                lane,
+                                y,
+                            )
                         store_shared_float(cell, c)
                         if mine:
                             done = int64(t) * batch + first + sample

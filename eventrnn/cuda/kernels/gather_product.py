@@ -11,7 +11,7 @@ import numpy as np
 from numba import int32, int64
 
 from eventrnn.cuda.device import cuda, device_function, libdevice
-from eventrnn.cuda.kernels.persistent import NOT_YET
+from eventrnn.cuda.kernels.persistent import UNWRITTEN
 from eventrnn.cuda.kernels.ptx import (
     at_most_one,
     load_early,
@@ -26,12 +26,21 @@ from eventrnn.cuda.kernels.ptx import (
     store_shared_pair_if,
 )
 from eventrnn.cuda.kernels.strip_product import ALL, count_bits
-from eventrnn.cuda.tables import HIT_SIZE, LANES, LIST_PAD, LISTED, MOST_LOOKED, MOST_TOGETHER, NARROW, RESIDENT
+from eventrnn.cuda.tables import (
+    EVENTS_PER_WARP,
+    HIT_BYTES,
+    LANES,
+    LIST_PAD,
+    MAX_UNITS_PER_LANE,
+    NARROW,
+    RESIDENT,
+    STRIPS_PER_GROUP,
+)
 
-assert MOST_LOOKED == 7, "lanes count what they found in three bits"
+assert MAX_UNITS_PER_LANE == 7, "lanes count what they found in three bits"
 
-# The bits of an index that say which strips of a lot a unit reaches (`packing.Lots`).
-REACHES = (1 << MOST_TOGETHER) - 1
+# The bits of an index that say which strips of a lot a unit reaches (`packing.GroupedStrips`).
+REACHES = (1 << STRIPS_PER_GROUP) - 1
 
 
 @device_function
@@ -54,7 +63,7 @@ def flag(value):
 def hold(at, row, value, flag):
     """A hit, if the flag is 1: where its weights are, and the value; returns where the next goes."""
     store_shared_pair_if(at, row, value, flag)
-    return int32(at + HIT_SIZE * flag)
+    return int32(at + HIT_BYTES * flag)
 
 
 def row_bytes_of(way: int) -> int:
@@ -92,8 +101,8 @@ def walker_of_rows(way: int):
 
     @device_function
     def entries8(at):
-        a, b = load_shared4(at), load_shared4(int32(at + 2 * HIT_SIZE))
-        c, d = load_shared4(int32(at + 4 * HIT_SIZE)), load_shared4(int32(at + 6 * HIT_SIZE))
+        a, b = load_shared4(at), load_shared4(int32(at + 2 * HIT_BYTES))
+        c, d = load_shared4(int32(at + 4 * HIT_BYTES)), load_shared4(int32(at + 6 * HIT_BYTES))
         return (a[0], a[2], b[0], b[2], c[0], c[2], d[0], d[2]), (a[1], a[3], b[1], b[3], c[1], c[3], d[1], d[3])
 
     @device_function
@@ -120,12 +129,12 @@ def walker_of_rows(way: int):
     def walk(acc, values_at, hits_at, held, lane):
         # Beyond the list: a zero times the first row.
         if lane < LIST_PAD:
-            store_shared2(int32(hits_at + HIT_SIZE * (held + lane)), int32(0), int32(0))
+            store_shared2(int32(hits_at + HIT_BYTES * (held + lane)), int32(0), int32(0))
         cuda.syncwarp(ALL)
         h = int32(0)
         while h < held:
-            rows, values = entries8(int32(hits_at + HIT_SIZE * h))
-            more_rows, more_values = entries8(int32(hits_at + HIT_SIZE * (h + 8)))
+            rows, values = entries8(int32(hits_at + HIT_BYTES * h))
+            more_rows, more_values = entries8(int32(hits_at + HIT_BYTES * (h + 8)))
             w, more = weights8(values_at, rows), weights8(values_at, more_rows)
             acc = terms8(terms8(acc, w, values), more, more_values)
             h = int32(h + 16)
@@ -136,7 +145,7 @@ def walker_of_rows(way: int):
 
 
 def looker(rounds: int):
-    """The device functions that look up `rounds` (at most `MOST_LOOKED`) neighbouring units of a lane.
+    """The device functions that look up `rounds` (at most `MAX_UNITS_PER_LANE`) neighbouring units of a lane.
 
     `offsets`: where they are in a row of outputs.
     `fetch_shared`: what they sent, from this block's memory; all there.
@@ -163,7 +172,7 @@ def looker(rounds: int):
         return a, b, c, d, e, f, g
 
     @device_function
-    def fetch_shared(row_at, o, patience):
+    def fetch_shared(row_at, o, max_polls):
         b = c = d = e = f = g = none
         a = load_shared_float(int32(row_at + o[0]))
         if rounds > 1:
@@ -188,7 +197,7 @@ def looker(rounds: int):
         return value
 
     @device_function
-    def fetch_record(row_at, o, patience):
+    def fetch_record(row_at, o, max_polls):
         b = c = d = e = f = g = int32(0)
         tries = int32(0)
         while True:
@@ -205,10 +214,10 @@ def looker(rounds: int):
                 f = load_relaxed(row_at + max(o[5], int32(0)))
             if rounds > 6:
                 g = load_relaxed(row_at + max(o[6], int32(0)))
-            here = a != NOT_YET and b != NOT_YET and c != NOT_YET and d != NOT_YET
-            here = here and e != NOT_YET and f != NOT_YET and g != NOT_YET
+            here = a != UNWRITTEN and b != UNWRITTEN and c != UNWRITTEN and d != UNWRITTEN
+            here = here and e != UNWRITTEN and f != UNWRITTEN and g != UNWRITTEN
             tries = int32(tries + 1)
-            if here or tries >= patience:
+            if here or tries >= max_polls:
                 break
         cuda.syncwarp(ALL)
         return (
@@ -230,15 +239,15 @@ def producter(way: int, rounds: int, record: bool):
     fetch = fetch_record if record else fetch_shared
 
     @device_function
-    def product(acc, row_at, units_at, values_at, lots, hits_at, lane, below, patience):
+    def product(acc, row_at, units_at, values_at, lots, hits_at, lane, below, max_polls):
         came, lot, at = True, int32(0), int32(rounds * lane)
         while lot < lots:
-            v, here = fetch(row_at, offsets(int32(units_at + 4 * at)), patience)
+            v, here = fetch(row_at, offsets(int32(units_at + 4 * at)), max_polls)
             came = came and here
             a, b, c, d = flag(v[0]), flag(v[1]), flag(v[2]), flag(v[3])
             e, f, g = flag(v[4]), flag(v[5]), flag(v[6])
             before, held = places(int32(a + b + c + d + e + f + g), below)
-            p, row = int32(hits_at + HIT_SIZE * before), int32(row_bytes * at)
+            p, row = int32(hits_at + HIT_BYTES * before), int32(row_bytes * at)
             p = hold(p, row, v[0], a)
             if rounds > 1:
                 p = hold(p, int32(row + row_bytes), v[1], b)
@@ -268,17 +277,17 @@ def listed(list_at, at, count, index_at, row_bytes):
     word, reaches = load_shared(int32(index_at + 4 * unit)), int32(0)
     if at < count:
         reaches = word & int32(REACHES)
-    return reaches, int32((word >> int32(MOST_TOGETHER)) * row_bytes), libdevice.int_as_float(value)
+    return reaches, int32((word >> int32(STRIPS_PER_GROUP)) * row_bytes), libdevice.int_as_float(value)
 
 
 def lister(way: int):
-    """The device functions for a lot of strips, and at most `LISTED` events of a list, five a lane.
+    """The device functions for a lot of strips, and at most `EVENTS_PER_WARP` events of a list, five a lane.
 
     `listed5`: which strips each reaches, where its rows begin, and its value. `product`: acc + sum over those that
     reach a strip of weight * value, ascending, one FMA a term; `flags` is 1 for them and 0 for others.
     """
     walk, row_bytes = walker_of_rows(way), row_bytes_of(way)
-    assert LISTED == 5 * LANES
+    assert EVENTS_PER_WARP == 5 * LANES
 
     @device_function
     def listed5(list_at, at, count, index_at):
@@ -295,7 +304,7 @@ def lister(way: int):
     def product(acc, flags, rows, values, values_at, hits_at, lane, below):
         a, b, c, d, e = flags
         before, held = places(int32(a + b + c + d + e), below)
-        p = hold(int32(hits_at + HIT_SIZE * before), rows[0], values[0], a)
+        p = hold(int32(hits_at + HIT_BYTES * before), rows[0], values[0], a)
         p = hold(p, rows[1], values[1], b)
         p = hold(p, rows[2], values[2], c)
         p = hold(p, rows[3], values[3], d)

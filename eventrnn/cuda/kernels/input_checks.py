@@ -19,16 +19,16 @@ from eventrnn.cuda.kernels.ptx import (
     sum_of_warp,
 )
 from eventrnn.cuda.kernels.strip_product import ALL, count_bits, entry_of
-from eventrnn.cuda.tables import LAST, LIST_PAD, REPORT_CELLS, REPORT_INPUT
+from eventrnn.cuda.tables import LAST, LIST_PAD, STATUS_CELLS, STATUS_INPUT
 
 
-def found_kernel():
+def dense_events_kernel():
     """Lists of events of dense float32 rows, a block a row; and its signature.
 
     Of the numbers that are not finite, the report gets the first, counted from `row_0`.
     """
 
-    def found(x_at, n, row_0, firsts_at, counts_at, lists_at, capacity, report_at):
+    def found(x_at, n, row_0, firsts_at, counts_at, lists_at, capacity, status_at):
         thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
         lane, warp = thread & int32(31), thread >> int32(5)
         row = int64(cuda.blockIdx.x)
@@ -52,7 +52,7 @@ def found_kernel():
         if lane == 0:
             totals[warp] = count
         if bad >= 0:
-            max_relaxed(report_at + 8 * REPORT_INPUT, LAST - ((row_0 + row) * n + bad))
+            max_relaxed(status_at + 8 * STATUS_INPUT, LAST - ((row_0 + row) * n + bad))
         cuda.syncthreads()
         before = int32(0)
         if lane < warp:
@@ -82,13 +82,13 @@ def found_kernel():
 def symbols_kernel():
     """Rows of the event table from int64 symbols, a thread each, 0 for those that are none; and its signature."""
 
-    def symbols(symbols_at, rows, row_0, size, row_of_at, report_at):
+    def symbols(symbols_at, rows, row_0, size, row_of_at, status_at):
         row = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
         if row >= rows:
             return
         symbol = global_int64(symbols_at)[row]
         if symbol < 0 or symbol >= size:
-            max_relaxed(report_at + 8 * REPORT_INPUT, LAST - (row_0 + row))
+            max_relaxed(status_at + 8 * STATUS_INPUT, LAST - (row_0 + row))
             symbol = int64(0)
         global_int64(row_of_at)[row] = symbol
 
@@ -98,12 +98,12 @@ def symbols_kernel():
 def finite_kernel():
     """Whether any of some float32 is not finite, a thread each; and its signature."""
 
-    def finite(values_at, count, report_at):
+    def finite(values_at, count, status_at):
         at = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
         if at >= count:
             return
         value = global_float32(values_at)[at]
         if value - value != 0:
-            max_relaxed(report_at + 8 * REPORT_CELLS, int64(1))
+            max_relaxed(status_at + 8 * STATUS_CELLS, int64(1))
 
     return finite, types.void(*[types.int64] * 3)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numba import int32, int64, types
 
-from eventrnn.cuda import tables as k
+from eventrnn.cuda import tables
 from eventrnn.cuda.device import cuda, device_function, libdevice
 from eventrnn.cuda.kernels.ptx import (
     copies_done,
@@ -35,10 +35,10 @@ from eventrnn.cuda.kernels.strip_product import ALL, chooser, count_bits, entry_
 from eventrnn.cuda.tables import LANES, LIST_PAD, SEGMENT
 
 # A NaN that no arithmetic of the GPU makes (its own is 0x7FFFFFFF) and no input may be: "not sent yet".
-NOT_YET = np.int32(-1)
+UNWRITTEN = np.int32(-1)
 
 # Looks for one word; then the run is given up rather than hang. Seconds.
-PATIENCE = np.int32(1 << 23)
+MAX_POLLS = np.int32(1 << 23)
 
 
 @device_function
@@ -53,9 +53,9 @@ def look(address, left):
             c = int32(0)
         if left < 4:
             d = int32(0)
-        here = a != NOT_YET and b != NOT_YET and c != NOT_YET and d != NOT_YET
+        here = a != UNWRITTEN and b != UNWRITTEN and c != UNWRITTEN and d != UNWRITTEN
         tries = int32(tries + 1)
-        if here or tries >= PATIENCE:
+        if here or tries >= MAX_POLLS:
             return (
                 libdevice.int_as_float(a), libdevice.int_as_float(b),
                 libdevice.int_as_float(c), libdevice.int_as_float(d), here,
@@ -159,7 +159,7 @@ def bring_in(way, values_at, table_at, starts_at, tile, tiles, n_pre, own_values
     starts, bases = global_int64(starts_at), shared_int32(bases_at)
     first, last = tile * 3, (tile + tiles) * 3
     size = int64(4)
-    if way & k.NARROW:
+    if way & tables.NARROW:
         size = int64(2)
     begin = starts[first]
     strip = thread
@@ -168,10 +168,10 @@ def bring_in(way, values_at, table_at, starts_at, tile, tiles, n_pre, own_values
         strip = int32(strip + threads)
     values_at += begin * size
     table_at += first * n_pre * 8
-    if way & k.RESIDENT:
+    if way & tables.RESIDENT:
         copy_in(own_values, values_at, (starts[last] - begin + LANES) * size, thread, threads)
         values_at = own_values
-        if way & k.KINDS:
+        if way & tables.KINDS:
             copy_in(own_table, table_at, (last - first) * n_pre * 8, thread, threads)
             table_at = own_table
     return values_at, table_at
@@ -212,46 +212,57 @@ def layers_kernel(variant: str, ways: tuple[int, ...]):
     def layers(table_at, blocks_at, faults_at, steps, batch):
         thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
         lane, warp, warps = thread & int32(31), thread >> int32(5), threads >> int32(5)
-        block = global_int64(blocks_at + int64(8 * k.BLOCK_FIELDS) * cuda.blockIdx.x)
-        layer = global_int64(table_at + int64(8 * k.LAYER_FIELDS) * block[k.LAYER])
+        block = global_int64(blocks_at + int64(8 * tables.BLOCK_FIELDS) * cuda.blockIdx.x)
+        layer = global_int64(table_at + int64(8 * tables.LAYER_FIELDS) * block[tables.LAYER])
         shared = shared_base()
-        n, inputs, width = int32(layer[k.UNITS]), int32(layer[k.INPUTS]), int32(layer[k.WIDTH])
-        tile, tiles, first, samples = block[k.TILE], int32(block[k.TILES]), block[k.SAMPLE], int32(block[k.SAMPLES])
-        record, gated, drive, x, states = layer[k.RECORD], layer[k.GATED], layer[k.DRIVE], layer[k.X], layer[k.STATES]
-        row_bytes, x_row_bytes = 4 * layer[k.PITCH], 4 * layer[k.X_PITCH]
+        n, inputs, width = int32(layer[tables.UNITS]), int32(layer[tables.INPUTS]), int32(layer[tables.WIDTH])
+        tile, tiles, first, samples = (
+            block[tables.TILE],
+            int32(block[tables.TILES]),
+            block[tables.SAMPLE],
+            int32(block[tables.SAMPLES]),
+        )
+        record, gated, drive, x, states = (
+            layer[tables.EVENT_LOG],
+            layer[tables.GATED],
+            layer[tables.DRIVE],
+            layer[tables.X],
+            layer[tables.STATES],
+        )
+        row_bytes, x_row_bytes = 4 * layer[tables.PITCH], 4 * layer[tables.X_PITCH]
         segments, x_segments = int32((n + SEGMENT - 1) >> 7), int32((inputs + SEGMENT - 1) >> 7)
         list_at, counts_at, staged_at = (
-            shared + block[k.AT_LIST],
-            shared + block[k.AT_COUNTS],
-            shared + block[k.AT_STAGED],
+            shared + block[tables.AT_LIST],
+            shared + block[tables.AT_COUNTS],
+            shared + block[tables.AT_STAGED],
         )
-        totals_at, capacity = shared + block[k.AT_TOTALS], int32(block[k.CAPACITY])
-        hits_at = shared + block[k.AT_HITS] + int64(k.HIT_BYTES) * warp
-        sums_in_at, sums_rec_at = shared + block[k.AT_SUMS_IN], shared + block[k.AT_SUMS_REC]
+        totals_at, capacity = shared + block[tables.AT_TOTALS], int32(block[tables.CAPACITY])
+        hits_at = shared + block[tables.AT_HITS] + int64(tables.HIT_BUFFER_BYTES) * warp
+        sums_in_at, sums_rec_at = shared + block[tables.AT_SUMS_IN], shared + block[tables.AT_SUMS_REC]
         sums_in, sums_rec = shared_float32(sums_in_at), shared_float32(sums_rec_at)
         sums_size = int32(samples * tiles * (3 * LANES))
-        c, y = shared_float32(shared + block[k.AT_CELLS]), shared_float32(shared + block[k.AT_Y])
-        theta_at, bias_in_at = shared + block[k.AT_THRESHOLD], shared + block[k.AT_BIAS]
+        c, y = shared_float32(shared + block[tables.AT_CELLS]), shared_float32(shared + block[tables.AT_Y])
+        theta_at, bias_in_at = shared + block[tables.AT_THRESHOLD], shared + block[tables.AT_BIAS]
         bias_rec_at = bias_in_at + int64(12 * LANES) * tiles
         theta = shared_float32(theta_at)
-        bases_rec_at = shared + block[k.AT_BASES]
+        bases_rec_at = shared + block[tables.AT_BASES]
         bases_in_at = bases_rec_at + int64(12) * tiles
 
-        copy_in(bias_in_at, layer[k.BIAS_IN] + tile * (12 * LANES), int64(tiles) * (12 * LANES), thread, threads)
-        copy_in(bias_rec_at, layer[k.BIAS_REC] + tile * (12 * LANES), int64(tiles) * (12 * LANES), thread, threads)
-        copy_in(theta_at, layer[k.THRESHOLD] + tile * (4 * LANES), int64(tiles) * (4 * LANES), thread, threads)
-        way_in, way_rec = int32(layer[k.IN_WAY]), int32(layer[k.REC_WAY])
+        copy_in(bias_in_at, layer[tables.BIAS_IN] + tile * (12 * LANES), int64(tiles) * (12 * LANES), thread, threads)
+        copy_in(bias_rec_at, layer[tables.BIAS_REC] + tile * (12 * LANES), int64(tiles) * (12 * LANES), thread, threads)
+        copy_in(theta_at, layer[tables.THRESHOLD] + tile * (4 * LANES), int64(tiles) * (4 * LANES), thread, threads)
+        way_in, way_rec = int32(layer[tables.IN_WAY]), int32(layer[tables.REC_WAY])
         rec_values, rec_table = bring_in(
-            way_rec, layer[k.REC_VALUES], layer[k.REC_TABLE], layer[k.REC_STARTS], tile, tiles, n,
-            shared + block[k.AT_VALUES_REC], shared + block[k.AT_TABLE_REC], bases_rec_at, thread, threads,
+            way_rec, layer[tables.REC_VALUES], layer[tables.REC_TABLE], layer[tables.REC_STARTS], tile, tiles, n,
+            shared + block[tables.AT_VALUES_REC], shared + block[tables.AT_TABLE_REC], bases_rec_at, thread, threads,
         )  # fmt: skip
         in_values = in_table = int64(0)
         if x != 0:
             in_values, in_table = bring_in(
-                way_in, layer[k.IN_VALUES], layer[k.IN_TABLE], layer[k.IN_STARTS], tile, tiles, inputs,
-                shared + block[k.AT_VALUES_IN], shared + block[k.AT_TABLE_IN], bases_in_at, thread, threads,
+                way_in, layer[tables.IN_VALUES], layer[tables.IN_TABLE], layer[tables.IN_STARTS], tile, tiles, inputs,
+                shared + block[tables.AT_VALUES_IN], shared + block[tables.AT_TABLE_IN], bases_in_at, thread, threads,
             )  # fmt: skip
-        carried = global_float32(layer[k.CELLS])
+        carried = global_float32(layer[tables.CELLS])
         sample, own, item = int32(0), warp, warp
         while True:
             while own >= tiles:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import int32, int64, types
 
-from eventrnn.cuda import tables as k
+from eventrnn.cuda import tables
 from eventrnn.cuda.device import cuda, device_function
 from eventrnn.cuda.kernels.persistent import bring_in, look
 from eventrnn.cuda.kernels.ptx import (
@@ -98,9 +98,7 @@ def gather_row(row_at, n, segments, entries, totals, lane, warp):
 
 
 @device_function
-def gather_rows(
-    row_at, n, segments, entries, totals, x_at, inputs, x_segments, x_entries, x_totals, lane, warp
-):  # fmt: skip
+def gather_rows(row_at, n, segments, entries, totals, x_at, inputs, x_segments, x_entries, x_totals, lane, warp):
     """`gather_row` of two rows at once. The second, of the layer below, is most likely there already."""
     e, f, g, h, x_found, x_here = see(x_at, inputs, lane, warp)
     a, b, c, d, found, here = see(row_at, n, lane, warp)
@@ -123,31 +121,57 @@ def single_kernel(variant: str, ways: tuple[int, ...]):
     def layers(table_at, blocks_at, faults_at, steps, batch):
         thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
         lane, warp = thread & int32(31), thread >> int32(5)
-        block = global_int64(blocks_at + int64(8 * k.BLOCK_FIELDS) * cuda.blockIdx.x)
-        layer = global_int64(table_at + int64(8 * k.LAYER_FIELDS) * block[k.LAYER])
+        block = global_int64(blocks_at + int64(8 * tables.BLOCK_FIELDS) * cuda.blockIdx.x)
+        layer = global_int64(table_at + int64(8 * tables.LAYER_FIELDS) * block[tables.LAYER])
         shared = shared_base()
-        n, inputs, width = int32(layer[k.UNITS]), int32(layer[k.INPUTS]), int32(layer[k.WIDTH])
-        tile, sample = block[k.TILE], block[k.SAMPLE]
-        x, states = layer[k.X], layer[k.STATES]
+        n, inputs, width = int32(layer[tables.UNITS]), int32(layer[tables.INPUTS]), int32(layer[tables.WIDTH])
+        tile, sample = block[tables.TILE], block[tables.SAMPLE]
+        x, states = layer[tables.X], layer[tables.STATES]
         segments, x_segments = int32((n + SEGMENT - 1) >> 7), int32((inputs + SEGMENT - 1) >> 7)
-        entries = shared_int64(shared + block[k.AT_LIST])
-        x_entries = shared_int64(shared + block[k.AT_LIST] + 8 * block[k.CAPACITY])
-        totals, x_totals = shared_int32(shared + block[k.AT_TOTALS]), shared_int32(shared + block[k.AT_TOTALS] + 128)
-        hits_at = shared + block[k.AT_HITS] + int64(k.HIT_BYTES) * warp
-        gates, drives = shared_float32(shared + block[k.AT_SUMS_REC]), shared_float32(shared + block[k.AT_SUMS_IN])
-        bases_rec_at = shared + block[k.AT_BASES]
+        entries = shared_int64(shared + block[tables.AT_LIST])
+        x_entries = shared_int64(shared + block[tables.AT_LIST] + 8 * block[tables.CAPACITY])
+        totals, x_totals = (
+            shared_int32(shared + block[tables.AT_TOTALS]),
+            shared_int32(shared + block[tables.AT_TOTALS] + 128),
+        )
+        hits_at = shared + block[tables.AT_HITS] + int64(tables.HIT_BUFFER_BYTES) * warp
+        gates, drives = (
+            shared_float32(shared + block[tables.AT_SUMS_REC]),
+            shared_float32(shared + block[tables.AT_SUMS_IN]),
+        )
+        bases_rec_at = shared + block[tables.AT_BASES]
         bases_in_at = bases_rec_at + int64(12)
-        way_in, way_rec = int32(layer[k.IN_WAY]), int32(layer[k.REC_WAY])
+        way_in, way_rec = int32(layer[tables.IN_WAY]), int32(layer[tables.REC_WAY])
         rec_values, rec_table = bring_in(
-            way_rec, layer[k.REC_VALUES], layer[k.REC_TABLE], layer[k.REC_STARTS], tile, int64(1), n,
-            shared + block[k.AT_VALUES_REC], shared + block[k.AT_TABLE_REC], bases_rec_at, thread, threads,
-        )  # fmt: skip
+            way_rec,
+            layer[tables.REC_VALUES],
+            layer[tables.REC_TABLE],
+            layer[tables.REC_STARTS],
+            tile,
+            int64(1),
+            n,
+            shared + block[tables.AT_VALUES_REC],
+            shared + block[tables.AT_TABLE_REC],
+            bases_rec_at,
+            thread,
+            threads,
+        )
         in_values = in_table = int64(0)
         if x != 0:
             in_values, in_table = bring_in(
-                way_in, layer[k.IN_VALUES], layer[k.IN_TABLE], layer[k.IN_STARTS], tile, int64(1), inputs,
-                shared + block[k.AT_VALUES_IN], shared + block[k.AT_TABLE_IN], bases_in_at, thread, threads,
-            )  # fmt: skip
+                way_in,
+                layer[tables.IN_VALUES],
+                layer[tables.IN_TABLE],
+                layer[tables.IN_STARTS],
+                tile,
+                int64(1),
+                inputs,
+                shared + block[tables.AT_VALUES_IN],
+                shared + block[tables.AT_TABLE_IN],
+                bases_in_at,
+                thread,
+                threads,
+            )
         cuda.syncthreads()
 
         # The strip that this warp walks: three warps recurrent ones, three those of the input.
@@ -157,12 +181,12 @@ def single_kernel(variant: str, ways: tuple[int, ...]):
         if warp >= 3:
             gate = int32(warp - 3)
         bias_in = bias_rec = threshold = c = y = np.float32(0)
-        carried = layer[k.CELLS] + 4 * (sample * n + unit)
-        row_bytes, x_row_bytes = 4 * layer[k.PITCH] * batch, 4 * layer[k.X_PITCH] * batch
-        record_at, gated_at = layer[k.RECORD] + sample * (4 * layer[k.PITCH]), layer[k.GATED]
-        gated_at += sample * (4 * layer[k.PITCH])
-        x_at = x + sample * (4 * layer[k.X_PITCH])
-        drive_at = layer[k.DRIVE] + 4 * (sample * (3 * n) + gate * n + unit)
+        carried = layer[tables.CELLS] + 4 * (sample * n + unit)
+        row_bytes, x_row_bytes = 4 * layer[tables.PITCH] * batch, 4 * layer[tables.X_PITCH] * batch
+        record_at, gated_at = layer[tables.EVENT_LOG] + sample * (4 * layer[tables.PITCH]), layer[tables.GATED]
+        gated_at += sample * (4 * layer[tables.PITCH])
+        x_at = x + sample * (4 * layer[tables.X_PITCH])
+        drive_at = layer[tables.DRIVE] + 4 * (sample * (3 * n) + gate * n + unit)
         drive_bytes, state_at, state_bytes = (
             12 * int64(n) * batch,
             states + 4 * (sample * n + unit),
@@ -170,15 +194,15 @@ def single_kernel(variant: str, ways: tuple[int, ...]):
         )
         if warp < 6:
             strip = (tile * 3 + gate) * LANES + lane
-            bias_in = global_float32(layer[k.BIAS_IN])[strip]
-            bias_rec = global_float32(layer[k.BIAS_REC])[strip]
+            bias_in = global_float32(layer[tables.BIAS_IN])[strip]
+            bias_rec = global_float32(layer[tables.BIAS_REC])[strip]
             rec_values += shared_int32(bases_rec_at)[gate]
             rec_table += int64(8) * (gate * n)
             if x != 0:
                 in_values += shared_int32(bases_in_at)[gate]
                 in_table += int64(8) * (gate * inputs)
         if mine:
-            threshold = global_float32(layer[k.THRESHOLD])[tile * LANES + lane]
+            threshold = global_float32(layer[tables.THRESHOLD])[tile * LANES + lane]
             c, y = global_float32(carried)[0], global_float32(record_at)[unit]
         drive = drive_rec = np.float32(0)
         ahead, spot = int32(0), int32(gate * LANES + lane)

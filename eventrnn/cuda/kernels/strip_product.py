@@ -19,7 +19,7 @@ from eventrnn.cuda.kernels.ptx import (
     shared_int64,
     shared_uint16,
 )
-from eventrnn.cuda.tables import DENSE, DENSE_GROUP, GROUP, HELD, KINDS, LANES, LIST_PAD, NARROW, RESIDENT, RUNS
+from eventrnn.cuda.tables import DENSE, DENSE_GROUP, GROUP, KINDS, LANES, LIST_PAD, MAX_HITS, NARROW, RESIDENT, RUNS
 
 ALL = np.uint32(0xFFFFFFFF)
 
@@ -181,7 +181,7 @@ def walker(way: int):
     @device_function
     def masked(acc, values_at, table_at, width, lane, entries, count, hits_at):
         values, table = pointer(values_at), words_of(table_at)
-        words, sizes = shared_int64(hits_at), shared_float32(hits_at + int64(8 * (HELD + LIST_PAD)))
+        words, sizes = shared_int64(hits_at), shared_float32(hits_at + int64(8 * (MAX_HITS + LIST_PAD)))
         below = int32((int32(1) << lane) - 1)
         held, e = int32(0), lane
         while e - lane < count:
@@ -194,7 +194,7 @@ def walker(way: int):
             held = hold(words, sizes, held, word_c, entry_c, below)
             held = hold(words, sizes, held, word_d, entry_d, below)
             e = int32(e + ROUNDS * LANES)
-            if held > HELD - ROUNDS * LANES or e - lane >= count:
+            if held > MAX_HITS - ROUNDS * LANES or e - lane >= count:
                 if lane < LIST_PAD:
                     words[held + lane], sizes[held + lane] = int64(0), np.float32(0)
                 cuda.syncwarp(ALL)

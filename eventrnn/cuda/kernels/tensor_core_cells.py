@@ -23,7 +23,7 @@ from eventrnn.cuda.kernels.ptx import (
     store_float,
 )
 from eventrnn.cuda.kernels.strip_product import ALL
-from eventrnn.cuda.tables import LANES, REPORT_LARGE, SUM_BITS
+from eventrnn.cuda.tables import LANES, STATUS_LARGE, SUM_BITS
 
 #: of a number
 BYTES = {"float16": 2, "bfloat16": 2, "tf32": 4}
@@ -101,10 +101,10 @@ def storer(precision: str):
     store, limit = _STORES[precision], np.float32(LARGEST if precision == "float16" else np.inf)
 
     @device_function
-    def rounded(address, value, report_at):
+    def rounded(address, value, status_at):
         # What is not finite the run reports by itself.
         if value > limit or value < -limit:
-            max_relaxed(report_at + 8 * REPORT_LARGE, int64(1))
+            max_relaxed(status_at + 8 * STATUS_LARGE, int64(1))
         store(address, value)
 
     return rounded
@@ -114,7 +114,7 @@ def spread_kernel(precision: str):
     """Dense rounded rows from lists of events, a warp a row; and its signature."""
     store, size = storer(precision), BYTES[precision]
 
-    def spread(firsts_at, counts_at, lists_at, row_of_at, rows, width, out_at, report_at):
+    def spread(firsts_at, counts_at, lists_at, row_of_at, rows, width, out_at, status_at):
         threads = int64(min(cuda.blockDim.x, LANES))
         thread, rank = int64(cuda.threadIdx.x) % threads, int64(cuda.threadIdx.x) // threads
         row = source = int64(cuda.blockIdx.x) * (cuda.blockDim.x // threads) + rank
@@ -133,7 +133,7 @@ def spread_kernel(precision: str):
         at = thread
         while at < count:
             unit = int64(global_int32(begin + 8 * at)[0])
-            store(to + size * unit, global_float32(begin + 8 * at + 4)[0], report_at)
+            store(to + size * unit, global_float32(begin + 8 * at + 4)[0], status_at)
             at += threads
 
     return spread, types.void(*[types.int64] * 8)
@@ -143,14 +143,14 @@ def narrow_kernel(precision: str):
     """Rounded rows of `width`, zero from `n` on, from float32 rows `pitch` apart, a block a row; and its signature."""
     store, size = storer(precision), BYTES[precision]
 
-    def narrow(dense_at, pitch, n, width, out_at, report_at):
+    def narrow(dense_at, pitch, n, width, out_at, status_at):
         row, at = int64(cuda.blockIdx.x), int64(cuda.threadIdx.x)
         dense, to = global_float32(dense_at + 4 * row * pitch), out_at + size * row * width
         while at < width:
             value = np.float32(0)
             if at < n:
                 value = dense[at]
-            store(to + size * at, value, report_at)
+            store(to + size * at, value, status_at)
             at += cuda.blockDim.x
 
     return narrow, types.void(*[types.int64] * 6)
@@ -195,7 +195,7 @@ def cells_kernel(precision: str):
     drive, rec : (batch, 3 padded), rounded as well, gates apart
     vectors    : (5, padded) float32, `VECTORS`
     sent       : (batch, pitch); after : (batch, units), or address 0
-    sums       : (gridDim.y, sums_pitch) uint16, or address 0: of a thread's samples, `MOST_SUMMED` at most, in how many
+    sums       : (gridDim.y, sums_pitch) uint16, or address 0: of a thread's samples, `MAX_SUMMED` at most, in how many
                  its units sent something (bits 0 to 3, 4 to 7), and a 1 (8 to 11, 12 to 15)
     """
     load, store, size = _LOADS[precision], _PAIR_STORES[precision], BYTES[precision]
@@ -203,7 +203,7 @@ def cells_kernel(precision: str):
 
     def cells(
         drive_at, rec_at, vectors_at, cells_at, y_at, sent_at, after_at, units, padded, pitch, batch, sums_at,
-        sums_pitch, report_at,
+        sums_pitch, status_at,
     ):  # fmt: skip
         pair = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
         unit = 2 * pair
@@ -259,6 +259,6 @@ def cells_kernel(precision: str):
         if sums_at != 0:
             global_uint16(sums_at)[int64(cuda.blockIdx.y) * sums_pitch + pair] = sums
         if large:
-            max_relaxed(report_at + 8 * REPORT_LARGE, int64(1))
+            max_relaxed(status_at + 8 * STATUS_LARGE, int64(1))
 
     return cells, types.void(*[types.int64] * 14)
