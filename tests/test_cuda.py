@@ -287,7 +287,7 @@ def test_without_a_gpu_the_remedy_is_named(monkeypatch):
 
 
 WAYS = [
-    tables.way(kind, narrow, resident)
+    tables.layout_code(kind, narrow, resident)
     for kind in (tables.DENSE, tables.MASKED, tables.RUNS)
     for narrow in (False, True)
     for resident in (False, True)
@@ -319,7 +319,7 @@ def test_kernels_compile_without_contraction(compiled, variant):
     from eventrnn.cuda.kernels.single_stream import single_kernel
 
     for make in (layers_kernel, single_kernel):
-        check_ptx(compiled(make(variant, (tables.way(tables.RUNS, True, True),))))
+        check_ptx(compiled(make(variant, (tables.layout_code(tables.RUNS, True, True),))))
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way & tables.KINDS == tables.MASKED])

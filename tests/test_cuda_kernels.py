@@ -56,8 +56,8 @@ def in_python(function, grid: tuple[int, int]):
     fakes = {id(getattr(ptx, name)): lambda at, kind=kind: Pointed(at, kind) for name, kind in KINDS.items()}
     fakes |= {id(ptx.max_relaxed): _raise_to, id(ptx.add_relaxed): _add, id(ptx.cuda): there}
     fakes[id(ptx.fma)] = lambda a, b, c: np.float32(np.float64(a) * np.float64(b) + np.float64(c))
-    fakes[id(module._power)] = lambda x: np.exp2(np.float32(x))
-    fakes[id(module._reciprocal)] = lambda x: np.float32(1) / np.float32(x)
+    fakes[id(module.power_of_two_approx)] = lambda x: np.exp2(np.float32(x))
+    fakes[id(module.reciprocal_approx)] = lambda x: np.float32(1) / np.float32(x)
     for name in PRECISIONS:
         fakes[id(module._LOADS[name])] = lambda at, p=name: tuple(widened(_pair(at, p), p))
         fakes[id(module._STORES[name])] = lambda at, a, p=name: _store(at, [a], p)
@@ -155,13 +155,13 @@ def test_rows_are_rounded_and_padded(kernels, precision):
     rng = np.random.default_rng(0)
     dense, status = rng.standard_normal((4, 9)).astype(np.float32), np.zeros(tables.STATUS_FIELDS, np.int64)
     out = np.full((4, 16), 3, rounded(dense, precision).dtype)
-    in_python(kernels.rounded.narrow_kernel(precision)[0], (4, 1))(at(dense), 9, 7, 16, at(out), at(status))
+    in_python(kernels.rounded.round_rows_kernel(precision)[0], (4, 1))(at(dense), 9, 7, 16, at(out), at(status))
     assert np.array_equal(out[:, :7], rounded(dense[:, :7].copy(), precision)) and not out[:, 7:].any()
     firsts, counts = np.array([2, 0]), np.array([2, 1], np.int32)
     entries = np.array([[5, 0], [0, 0], [1, 0], [15, 0]], np.int32)
     entries[:, 1] = np.array([1.5, 0, -2.25, 1e5], np.float32).view(np.int32)
     rows, out = np.array([1, 0, 0]), np.full((3, 16), 3, out.dtype)
-    spread = in_python(kernels.rounded.spread_kernel(precision)[0], (3, 1))
+    spread = in_python(kernels.rounded.densify_kernel(precision)[0], (3, 1))
     spread(at(firsts), at(counts), at(entries), at(rows), 3, 16, at(out), at(status))
     expected = np.zeros((3, 16), np.float32)
     expected[0, 5], expected[1:, 1], expected[1:, 15] = 1.5, -2.25, 1e5

@@ -172,7 +172,7 @@ def _lay_out_part(
     offsets, at = {tables.CAPACITY: capacity}, 0
     for field, bytes_ in sizes.items():
         offsets[field], at = at, at + -(-bytes_ // 16) * 16
-    way = tables.way(tables.MASKED, matrix.rows.dtype == np.uint16, near)
+    way = tables.layout_code(tables.MASKED, matrix.rows.dtype == np.uint16, near)
     return LayerPlan(tiles, way, way, at, offsets)
 
 

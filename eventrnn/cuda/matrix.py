@@ -157,7 +157,7 @@ class Matrix:
         strips = len(self.columns.firsts) - 1
         lots = -(-strips // together)
         splits = max(1, min(-(-rows // WARPS), device.multiprocessors // lots))
-        way = tables.way(tables.MASKED, self.narrow, resident)
+        way = tables.layout_code(tables.MASKED, self.narrow, resident)
         kernel = device.kernel(("products", way), lambda: products_kernel(way), 32 * WARPS)
         device.launch(
             kernel, lots * splits, 32 * WARPS,

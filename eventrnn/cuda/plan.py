@@ -153,7 +153,7 @@ def lay_out(shape: LayerShape, tiles: int, samples: int, warps: int, chip: Chip)
         if resident:
             for field, size in zip(fields, needed, strict=True):
                 place(field, size)
-        ways[name] = tables.way(strips.kind, strips.values.dtype == np.uint16, resident)
+        ways[name] = tables.layout_code(strips.kind, strips.values.dtype == np.uint16, resident)
     if shape.w_in is None:
         ways["in"] = ways["rec"]
     return LayerPlan(tiles, ways["in"], ways["rec"], at, offsets)

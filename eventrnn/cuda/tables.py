@@ -14,10 +14,10 @@ DENSE, MASKED, RUNS = 0, 1, 2
 KINDS, NARROW, RESIDENT = 3, 4, 8
 
 # Terms that are loaded together, and those of a dense strip; hits of a masked strip held before they are walked.
-GROUP, DENSE_GROUP, MAX_HITS = 16, 32, 160
+TERMS_PER_GROUP, DENSE_TERMS_PER_GROUP, MAX_HITS = 16, 32, 160
 
 # Entries of zero that end a list, so that groups may be read whole.
-LIST_PAD = DENSE_GROUP
+LIST_PAD = DENSE_TERMS_PER_GROUP
 
 HIT_BUFFER_BYTES = 12 * (MAX_HITS + LIST_PAD)
 
@@ -34,11 +34,11 @@ MAX_SUMMED = (1 << SUM_BITS) - 1
 
 #: of a layer: numbers, then addresses
 (
-    UNITS, INPUTS, WIDTH, PITCH, X_PITCH,
-    X,  # what the layer below sent, or 0 where DRIVE holds the finished products
+    UNITS, INPUTS, WIDTH, PITCH, INPUT_PITCH,
+    INPUT_LOG,  # what the layer below sent, or 0 where DRIVE holds the finished products
     DRIVE, EVENT_LOG, GATED, CELLS, STATES, THRESHOLD, BIAS_IN, BIAS_REC,
-    IN_WAY, IN_VALUES, IN_TABLE, IN_STARTS,
-    REC_WAY, REC_VALUES, REC_TABLE, REC_STARTS,
+    IN_LAYOUT, IN_VALUES, IN_TABLE, IN_STARTS,
+    REC_LAYOUT, REC_VALUES, REC_TABLE, REC_STARTS,
     UNITS_OF, ROWS_OF, FIRSTS_OF, ROWS_BIAS,  # `packing.CompactStrips` and biases by column, for clusters
     LAYER_FIELDS,
 ) = range(27)  # fmt: skip
@@ -60,6 +60,6 @@ STATUS_FAULT, STATUS_INPUT, STATUS_CELLS, STATUS_LARGE, STATUS_FIELDS = range(5)
 LAST = 1 << 62
 
 
-def way(kind: int, narrow: bool, resident: bool) -> int:
+def layout_code(kind: int, narrow: bool, resident: bool) -> int:
     """How a matrix lies, as a number: kind, bfloat16 or not, in shared memory or not."""
     return int(kind + NARROW * narrow + RESIDENT * resident)

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eventrnn.cuda.kernels.batched_products import count_pairs_kernel, count_threads
-from eventrnn.cuda.kernels.tensor_core_cells import BYTES, LARGEST, VECTORS, cells_kernel, narrow_kernel, spread_kernel
+from eventrnn.cuda.kernels.tensor_core_cells import (
+    BYTES,
+    FLOAT16_MAX,
+    VECTORS,
+    cells_kernel,
+    densify_kernel,
+    round_rows_kernel,
+)
 from eventrnn.cuda.run_buffers import Replay, pitch_of
 from eventrnn.cuda.tables import LANES, MAX_SUMMED
 from eventrnn.state import Feed
@@ -87,7 +94,7 @@ class TensorLayer:
         y = piece.kept(("y", n), (batch, units), kind)
         if n == 0:
             self._launch(
-                "spread", spread_kernel, -(-steps * batch // (ROW_THREADS // LANES)), ROW_THREADS,
+                "densify", densify_kernel, -(-steps * batch // (ROW_THREADS // LANES)), ROW_THREADS,
                 *(each.data.ptr for each in table), 0 if row_of is None else row_of.data.ptr, steps * batch, inputs,
                 x.data.ptr, status.data.ptr,
             )  # fmt: skip
@@ -142,7 +149,16 @@ class TensorLayer:
 
     def _narrow(self, dense, pitch: int, n: int, out, width: int, rows: int, status) -> None:
         self._launch(
-            "narrow", narrow_kernel, rows, ROW_THREADS, dense.data.ptr, pitch, n, width, out.data.ptr, status.data.ptr
+            "round_rows",
+            round_rows_kernel,
+            rows,
+            ROW_THREADS,
+            dense.data.ptr,
+            pitch,
+            n,
+            width,
+            out.data.ptr,
+            status.data.ptr,
         )
 
     def _launch(self, name: str, make, blocks, threads: int, *arguments: int) -> None:
@@ -156,7 +172,7 @@ def exact_because(layer: Layer, precision: str) -> str | None:
     if layer.cell.variant == "paper":
         return "the paper's candidate waits for a gate within its product"
     weights = (layer.w_in.floats(), layer.w_rec.floats())
-    if precision == "float16" and any(np.abs(each).max(initial=0) > LARGEST for each in weights):
+    if precision == "float16" and any(np.abs(each).max(initial=0) > FLOAT16_MAX for each in weights):
         return "float16 cannot hold its weights"
     return None
 

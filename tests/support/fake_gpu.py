@@ -294,7 +294,7 @@ class Cublas:
         half(out, rows * columns, precision)[:] = rounded((left @ right).ravel(), precision)
 
 
-ROUNDING = {"spread": _spread, "narrow": _narrow, "cells": _cells}
+ROUNDING = {"densify": _spread, "round_rows": _narrow, "cells": _cells}
 KERNELS = {
     "dense_events": _found,
     "log_events": _compact,

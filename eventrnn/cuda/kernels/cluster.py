@@ -19,88 +19,88 @@ from numba import int32, int64, types
 
 from eventrnn.cuda import tables
 from eventrnn.cuda.device import cuda, device_function, libdevice
-from eventrnn.cuda.kernels.gather_product import producter
-from eventrnn.cuda.kernels.persistent import MAX_POLLS, UNWRITTEN, copy_in
+from eventrnn.cuda.kernels.gather_product import make_gather_product
+from eventrnn.cuda.kernels.persistent import MAX_POLLS, UNWRITTEN, copy_to_shared
 from eventrnn.cuda.kernels.ptx import (
-    arrived,
+    barrier_expect_bytes,
     barrier_init,
     barrier_init_done,
+    barrier_try_wait,
     cluster_arrive,
     cluster_wait,
-    copies_done,
-    copy_later,
+    copy_async,
     egru_reset_gate,
     egru_value_of_gates,
-    expect,
     global_float32,
     global_int32,
     global_int64,
     load_relaxed,
     load_shared4,
     load_shared_float,
-    of_rank,
-    send4,
+    map_to_rank,
     shared_base,
     shared_int32,
+    store_async4,
     store_relaxed,
     store_shared_float,
+    wait_for_copies,
 )
-from eventrnn.cuda.kernels.strip_product import ALL
+from eventrnn.cuda.kernels.strip_product import FULL_WARP
 from eventrnn.cuda.tables import LANES, NARROW, RESIDENT
 
 TILE_BYTES = 4 * LANES
 
 
 @device_function
-def wait(barrier, parity, max_polls):
+def wait_for_phase(barrier, parity, max_polls):
     """Until the phase of that parity is over; False where it never was."""
-    tries = int32(0)
-    while arrived(barrier, parity) == 0:
-        tries = int32(tries + 1)
-        if tries >= max_polls:
+    polls = int32(0)
+    while barrier_try_wait(barrier, parity) == 0:
+        polls = int32(polls + 1)
+        if polls >= max_polls:
             return False
     return True
 
 
 @device_function
-def fed(drive, address, max_polls):
+def poll_drive(drive, address, max_polls):
     """A drive that a feeder leaves, as it was loaded early; looked for if it was not there yet."""
-    word, tries = libdevice.float_as_int(drive), int32(0)
-    while word == UNWRITTEN and tries < max_polls:
+    word, polls = libdevice.float_as_int(drive), int32(0)
+    while word == UNWRITTEN and polls < max_polls:
         word = load_relaxed(address)
-        tries = int32(tries + 1)
+        polls = int32(polls + 1)
     return libdevice.int_as_float(word), word != UNWRITTEN
 
 
-def cluster_kernel(way: int, way_in: int, blocks: int, rounds: int, rounds_in: int):
+def cluster_kernel(layout: int, layout_in: int, blocks: int, units_per_lane: int, units_per_lane_in: int):
     """The kernel for clusters of so many blocks, for matrices that lie in those ways; and its signature.
 
     `rounds`: how many units a lane looks up together, in recurrent strips; `rounds_in` in those of feeders, 0 where
     there are none.
     """
-    feeding, narrow = rounds_in > 0, way & NARROW
-    row_bytes, resident, resident_in = LANES * (2 if narrow else 4), bool(way & RESIDENT), bool(way_in & RESIDENT)
-    product = producter(way, rounds, record=False)
-    product_in = producter(way_in, max(1, rounds_in), record=True)
+    has_input_clusters, narrow = units_per_lane_in > 0, layout & NARROW
+    row_bytes, resident, resident_in = LANES * (2 if narrow else 4), bool(layout & RESIDENT), bool(layout_in & RESIDENT)
+    gather_product = make_gather_product(layout, units_per_lane, event_log=False)
+    gather_product_in = make_gather_product(layout_in, max(1, units_per_lane_in), event_log=True)
 
     @device_function
-    def send_all(one, two, three, four, offset, barrier, lane, y):
+    def broadcast_tile(one, two, three, four, offset, barrier, lane, y):
         # Eight lanes a block, four blocks at a time.
         q = int32(4 * (lane & 7))
         offset = int32(offset + 4 * q)
         word = libdevice.float_as_int(y)
-        a, b = cuda.shfl_sync(ALL, word, q), cuda.shfl_sync(ALL, word, int32(q + 1))
-        c, d = cuda.shfl_sync(ALL, word, int32(q + 2)), cuda.shfl_sync(ALL, word, int32(q + 3))
+        a, b = cuda.shfl_sync(FULL_WARP, word, q), cuda.shfl_sync(FULL_WARP, word, int32(q + 1))
+        c, d = cuda.shfl_sync(FULL_WARP, word, int32(q + 2)), cuda.shfl_sync(FULL_WARP, word, int32(q + 3))
         if blocks >= 4 or lane < 8 * blocks:
-            send4(int32(one + offset), a, b, c, d, int32(one + barrier))
+            store_async4(int32(one + offset), a, b, c, d, int32(one + barrier))
         if blocks >= 8:
-            send4(int32(two + offset), a, b, c, d, int32(two + barrier))
+            store_async4(int32(two + offset), a, b, c, d, int32(two + barrier))
         if blocks >= 16:
-            send4(int32(three + offset), a, b, c, d, int32(three + barrier))
-            send4(int32(four + offset), a, b, c, d, int32(four + barrier))
+            store_async4(int32(three + offset), a, b, c, d, int32(three + barrier))
+            store_async4(int32(four + offset), a, b, c, d, int32(four + barrier))
 
     @device_function
-    def bring_in(layer, block, n, first_unit, last_unit, shared, near, lot, beyond, thread, threads):
+    def load_strips(layer, block, n, first_unit, last_unit, shared, in_shared, chunk, beyond, thread, threads):
         """The block's strips, gate after gate: their table, units, biases, and rows of weights where they are near.
 
         Before the table, how many strips the gates have, and how far a unit's columns are from where its gate's strips
@@ -119,15 +119,15 @@ def cluster_kernel(way: int, way_in: int, blocks: int, rounds: int, rounds_in: i
                 strips[2 + 2 * gate] = int32(32 * slot + gate * n + first_unit - 32 * begin)
             row = firsts[begin]
             size = firsts[begin + count] - row
-            copy_in(
+            copy_to_shared(
                 shared + block[tables.AT_BIAS] + int64(TILE_BYTES) * slot,
                 layer[tables.ROWS_BIAS] + int64(TILE_BYTES) * begin,
                 int64(TILE_BYTES) * count,
                 thread,
                 threads,
             )
-            if near:
-                copy_in(
+            if in_shared:
+                copy_to_shared(
                     shared + block[tables.AT_ROWS] + row_bytes * at,
                     layer[tables.ROWS_OF] + row_bytes * row,
                     row_bytes * size,
@@ -142,9 +142,9 @@ def cluster_kernel(way: int, way_in: int, blocks: int, rounds: int, rounds_in: i
                 units = int32(capacity * (slot + strip))
                 if lane == 0:
                     entry = int32(8 + 4 * (slot + strip))
-                    strips[entry], strips[entry + 1] = int32(base + 4 * units), int32((reached + lot - 1) // lot)
+                    strips[entry], strips[entry + 1] = int32(base + 4 * units), int32((reached + chunk - 1) // chunk)
                     strips[entry + 2] = int32(own)
-                    if near:
+                    if in_shared:
                         strips[entry + 2] = int32(at + own - row)
                     strips[entry + 3] = int32(32 * (begin + strip))
                 unit = lane
@@ -175,19 +175,23 @@ def cluster_kernel(way: int, way_in: int, blocks: int, rounds: int, rounds_in: i
         # A row of outputs is followed by a zero, for who looks beyond the units.
         row_size = int32(block[tables.ALL_TILES]) * int32(TILE_BYTES)
         y_size = int32(row_size + 16)
-        record, x, states = layer[tables.EVENT_LOG], layer[tables.X], layer[tables.STATES]
-        record_bytes, x_bytes, drive_bytes = 4 * layer[tables.PITCH], 4 * layer[tables.X_PITCH], 12 * int64(n)
+        event_log, input_log, states = layer[tables.EVENT_LOG], layer[tables.INPUT_LOG], layer[tables.STATES]
+        log_row_bytes, input_row_bytes, drive_bytes = (
+            4 * layer[tables.PITCH],
+            4 * layer[tables.INPUT_PITCH],
+            12 * int64(n),
+        )
         at_y, at_barriers = int32(block[tables.AT_Y]), int32(block[tables.AT_BARRIERS])
         strips_at = int32(base + int32(block[tables.AT_STRIPS]) + 32)
         bias_at = int32(base + int32(block[tables.AT_BIAS]) + 4 * lane)
         steps32, max_polls = int32(steps), int32(MAX_POLLS)
-        near, lot, beyond = resident, int32(LANES * rounds), row_size
-        if feeding and x != 0:
-            near, lot, beyond = resident_in, int32(LANES * rounds_in), int32(-1)
-        hits_at = int32(base + int32(block[tables.AT_HITS]) + tables.HIT_BYTES * (lot + tables.LIST_PAD) * warp)
-        bring_in(layer, block, n, first_unit, last_unit, shared, near, lot, beyond, thread, threads)
-        if x == 0:
-            copy_in(
+        in_shared, chunk, beyond = resident, int32(LANES * units_per_lane), row_size
+        if has_input_clusters and input_log != 0:
+            in_shared, chunk, beyond = resident_in, int32(LANES * units_per_lane_in), int32(-1)
+        hits_at = int32(base + int32(block[tables.AT_HITS]) + tables.HIT_BYTES * (chunk + tables.LIST_PAD) * warp)
+        load_strips(layer, block, n, first_unit, last_unit, shared, in_shared, chunk, beyond, thread, threads)
+        if input_log == 0:
+            copy_to_shared(
                 shared + block[tables.AT_THRESHOLD],
                 layer[tables.THRESHOLD] + 4 * first_unit,
                 int64(TILE_BYTES) * tiles,
@@ -201,7 +205,7 @@ def cluster_kernel(way: int, way_in: int, blocks: int, rounds: int, rounds_in: i
                 while word < y_size >> 2:
                     value = np.float32(0)
                     if word < n:
-                        value = global_float32(record + (first + sample) * record_bytes)[word]
+                        value = global_float32(event_log + (first + sample) * log_row_bytes)[word]
                     store_shared_float(int32(base + at_y + 2 * sample * y_size + 4 * word), value)
                     store_shared_float(int32(base + at_y + (2 * sample + 1) * y_size + 4 * word), np.float32(0))
                     word = int32(word + threads)
@@ -210,7 +214,7 @@ def cluster_kernel(way: int, way_in: int, blocks: int, rounds: int, rounds_in: i
                 sample = int32(0)
                 while sample < 2 * samples:
                     barrier_init(int32(base + at_barriers + 8 * sample), int32(1))
-                    expect(int32(base + at_barriers + 8 * sample), row_size)
+                    barrier_expect_bytes(int32(base + at_barriers + 8 * sample), row_size)
                     sample = int32(sample + 1)
                 barrier_init_done()
         cuda.syncthreads()
@@ -220,15 +224,15 @@ def cluster_kernel(way: int, way_in: int, blocks: int, rounds: int, rounds_in: i
         # Read, so that the compiler does not work them out again each time.
         strips, _, shift_zero, one = load_shared4(int32(strips_at - 32))
         shift_one, two, shift_two, _ = load_shared4(int32(strips_at - 16))
-        below = int32((int32(1) << lane) - 1)
+        lanes_below = int32((int32(1) << lane) - 1)
         columns = int32(3 * n)
         size = int32(row_bytes // LANES)
         rows_from = layer[tables.ROWS_OF] + size * lane
-        if near:
+        if in_shared:
             rows_from = shared + block[tables.AT_ROWS] + size * lane
         drive_from = layer[tables.DRIVE] + first * drive_bytes
-        if feeding and x != 0:
-            x += first * x_bytes
+        if has_input_clusters and input_log != 0:
+            input_log += first * input_row_bytes
             t, sample, slot = int64(0), int32(0), warp
             while True:
                 while slot >= strips:
@@ -239,25 +243,25 @@ def cluster_kernel(way: int, way_in: int, blocks: int, rounds: int, rounds_in: i
                         t += 1
                 if t >= steps:
                     break
-                units_at, lots, row, column = load_shared4(int32(strips_at + 16 * slot))
-                acc, came = product_in(
+                units_at, chunks, row, column = load_shared4(int32(strips_at + 16 * slot))
+                acc, came = gather_product_in(
                     load_shared_float(int32(bias_at + TILE_BYTES * slot)),
-                    x + (t * batch + sample) * x_bytes,
+                    input_log + (t * batch + sample) * input_row_bytes,
                     units_at,
                     rows_from + int64(row_bytes) * row,
-                    lots,
+                    chunks,
                     hits_at,
                     lane,
-                    below,
+                    lanes_below,
                     max_polls,
                 )
                 if not came:
                     global_int32(faults_at)[0] = 1
                     max_polls = int32(1)
                 # Columns that lie in a strip of this gate, but are another block's or gate's, are theirs to write.
-                low = int32(first_unit + n * (int32(slot >= one) + int32(slot >= two)))
+                low_word = int32(first_unit + n * (int32(slot >= one) + int32(slot >= two)))
                 column = int32(column + lane)
-                if column >= low and column - low < last_unit - first_unit:
+                if column >= low_word and column - low_word < last_unit - first_unit:
                     store_relaxed(drive_from + (t * batch + sample) * drive_bytes + int64(4) * column, acc)
                 slot = int32(slot + warps)
         else:
@@ -279,23 +283,23 @@ def cluster_kernel(way: int, way_in: int, blocks: int, rounds: int, rounds_in: i
                 sample = int32(sample + 1)
             # The blocks that this lane writes to; where there are fewer, some of them again.
             there = int32(lane >> 3)
-            rank_one = of_rank(base, int32(there & (blocks - 1)))
-            rank_two = of_rank(base, int32((there + 4) & (blocks - 1)))
-            rank_three = of_rank(base, int32((there + 8) & (blocks - 1)))
-            rank_four = of_rank(base, int32((there + 12) & (blocks - 1)))
-            units_at, lots, row, column = load_shared4(int32(strips_at + 16 * warp))
+            rank_one = map_to_rank(base, int32(there & (blocks - 1)))
+            rank_two = map_to_rank(base, int32((there + 4) & (blocks - 1)))
+            rank_three = map_to_rank(base, int32((there + 8) & (blocks - 1)))
+            rank_four = map_to_rank(base, int32((there + 12) & (blocks - 1)))
+            units_at, chunks, row, column = load_shared4(int32(strips_at + 16 * warp))
             # A turn's drives are asked for a turn ago.
             slot = warp
             while slot < strips:
                 own_column = min(int32(load_shared4(int32(strips_at + 16 * slot))[3] + lane), int32(columns - 1))
-                copy_later(int64(drives_at + 2 * TILE_BYTES * slot), drive_from + int64(4) * own_column)
+                copy_async(int64(drives_at + 2 * TILE_BYTES * slot), drive_from + int64(4) * own_column)
                 slot = int32(slot + warps)
             t, odd = int32(0), int32(0)
             while t < steps32:
                 here, there = int32(t & 1), int32((t + 1) & 1)
                 sample = int32(0)
                 while sample < samples:
-                    copies_done()
+                    wait_for_copies()
                     now = drive_from + (int64(t) * batch + sample) * drive_bytes
                     later, next_sample = t, int32(sample + 1)
                     if next_sample == samples:
@@ -306,40 +310,40 @@ def cluster_kernel(way: int, way_in: int, blocks: int, rounds: int, rounds_in: i
                         own_column = min(
                             int32(load_shared4(int32(strips_at + 16 * slot))[3] + lane), int32(columns - 1)
                         )
-                        copy_later(int64(drives_at + TILE_BYTES * (2 * slot + 1 - odd)), soon + int64(4) * own_column)
+                        copy_async(int64(drives_at + TILE_BYTES * (2 * slot + 1 - odd)), soon + int64(4) * own_column)
                         slot = int32(slot + warps)
                     stream = int32(2 * sample)
                     if t > 0:
                         barrier = int32(base + at_barriers + 8 * (stream + here))
-                        if not wait(barrier, int32(((t - 1) >> 1) & 1), max_polls):
+                        if not wait_for_phase(barrier, int32(((t - 1) >> 1) & 1), max_polls):
                             global_int32(faults_at)[0] = 1
                             max_polls = int32(1)
-                        cuda.syncwarp(ALL)
+                        cuda.syncwarp(FULL_WARP)
                         if thread == 0:
-                            expect(barrier, row_size)
+                            barrier_expect_bytes(barrier, row_size)
                     row_at = int32(base + at_y + (stream + here) * y_size)
                     gates = int32(gates_at + odd * gates_size)
                     candidates = int32(gates + 2 * gates_size)
                     slot = warp
                     while slot < strips:
                         drive = load_shared_float(int32(drives_at + TILE_BYTES * (2 * slot + odd)))
-                        if feeding:
-                            drive, came = fed(
+                        if has_input_clusters:
+                            drive, came = poll_drive(
                                 drive, now + int64(4) * min(int32(column + lane), int32(columns - 1)), max_polls
                             )
                             if not came:
                                 global_int32(faults_at)[0] = 1
                                 max_polls = int32(1)
-                            cuda.syncwarp(ALL)
-                        acc, _ = product(
+                            cuda.syncwarp(FULL_WARP)
+                        acc, _ = gather_product(
                             load_shared_float(int32(bias_at + TILE_BYTES * slot)),
                             row_at,
                             units_at,
                             rows_from + int64(row_bytes) * row,
-                            lots,
+                            chunks,
                             hits_at,
                             lane,
-                            below,
+                            lanes_below,
                             max_polls,
                         )
                         if slot < two:
@@ -352,7 +356,7 @@ def cluster_kernel(way: int, way_in: int, blocks: int, rounds: int, rounds_in: i
                             following = slot
                             if slot >= strips:
                                 following = warp
-                            units_at, lots, row, column = load_shared4(int32(strips_at + 16 * following))
+                            units_at, chunks, row, column = load_shared4(int32(strips_at + 16 * following))
                     cuda.syncthreads()
                     own = warp
                     while own < tiles:
@@ -372,7 +376,7 @@ def cluster_kernel(way: int, way_in: int, blocks: int, rounds: int, rounds_in: i
                         if mine and v > load_shared_float(int32(thresholds_at + TILE_BYTES * own)):
                             y, c = v, v - load_shared_float(int32(thresholds_at + TILE_BYTES * own))
                         if t + 1 < steps32:
-                            send_all(
+                            broadcast_tile(
                                 rank_one,
                                 rank_two,
                                 rank_three,
@@ -385,7 +389,7 @@ def cluster_kernel(way: int, way_in: int, blocks: int, rounds: int, rounds_in: i
                         store_shared_float(cell, c)
                         if mine:
                             done = int64(t) * batch + first + sample
-                            store_relaxed(record + (done + batch) * record_bytes + int64(4) * unit, y)
+                            store_relaxed(event_log + (done + batch) * log_row_bytes + int64(4) * unit, y)
                             if states != 0:
                                 global_float32(states)[done * n + unit] = c
                             if t + 1 == steps32:

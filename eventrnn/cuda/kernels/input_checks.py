@@ -18,7 +18,7 @@ from eventrnn.cuda.kernels.ptx import (
     shared_int32,
     sum_of_warp,
 )
-from eventrnn.cuda.kernels.strip_product import ALL, count_bits, entry_of
+from eventrnn.cuda.kernels.strip_product import FULL_WARP, pack_event, popcount
 from eventrnn.cuda.tables import LAST, LIST_PAD, STATUS_CELLS, STATUS_INPUT
 
 
@@ -28,11 +28,11 @@ def dense_events_kernel():
     Of the numbers that are not finite, the report gets the first, counted from `row_0`.
     """
 
-    def found(x_at, n, row_0, firsts_at, counts_at, lists_at, capacity, status_at):
+    def dense_events(x_at, n, first_row, firsts_at, counts_at, lists_at, capacity, status_at):
         thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
         lane, warp = thread & int32(31), thread >> int32(5)
         row = int64(cuda.blockIdx.x)
-        below = int32((int32(1) << lane) - 1)
+        lanes_below = int32((int32(1) << lane) - 1)
         x, entries = global_float32(x_at + 4 * row * n), global_int64(lists_at + 8 * row * capacity)
         totals = shared_int32(shared_base())
         width, rounds = int32(n), int32((n + threads - 1) // threads)
@@ -46,13 +46,13 @@ def dense_events_kernel():
             # Infinity less itself is no number either.
             if bad < 0 and value - value != 0:
                 bad = at
-            count = int32(count + count_bits(cuda.ballot_sync(ALL, value != 0)))
+            count = int32(count + popcount(cuda.ballot_sync(FULL_WARP, value != 0)))
             at = int32(at + 32)
             r = int32(r + 1)
         if lane == 0:
             totals[warp] = count
         if bad >= 0:
-            max_relaxed(status_at + 8 * STATUS_INPUT, LAST - ((row_0 + row) * n + bad))
+            max_relaxed(status_at + 8 * STATUS_INPUT, LAST - ((first_row + row) * n + bad))
         cuda.syncthreads()
         before = int32(0)
         if lane < warp:
@@ -63,10 +63,10 @@ def dense_events_kernel():
             value = np.float32(0)
             if at < width:
                 value = x[at]
-            sent = cuda.ballot_sync(ALL, value != 0)
+            sent = cuda.ballot_sync(FULL_WARP, value != 0)
             if value != 0:
-                entries[own + count_bits(sent & below)] = entry_of(at, value)
-            own = int32(own + count_bits(sent))
+                entries[own + popcount(sent & lanes_below)] = pack_event(at, value)
+            own = int32(own + popcount(sent))
             at = int32(at + 32)
             r = int32(r + 1)
         if thread + 32 >= threads:
@@ -76,19 +76,19 @@ def dense_events_kernel():
                 global_int64(firsts_at)[row] = row * capacity
                 global_int32(counts_at)[row] = own
 
-    return found, types.void(*[types.int64] * 8)
+    return dense_events, types.void(*[types.int64] * 8)
 
 
 def symbols_kernel():
     """Rows of the event table from int64 symbols, a thread each, 0 for those that are none; and its signature."""
 
-    def symbols(symbols_at, rows, row_0, size, row_of_at, status_at):
+    def symbols(symbols_at, rows, first_row, size, row_of_at, status_at):
         row = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
         if row >= rows:
             return
         symbol = global_int64(symbols_at)[row]
         if symbol < 0 or symbol >= size:
-            max_relaxed(status_at + 8 * STATUS_INPUT, LAST - (row_0 + row))
+            max_relaxed(status_at + 8 * STATUS_INPUT, LAST - (first_row + row))
             symbol = int64(0)
         global_int64(row_of_at)[row] = symbol
 

@@ -76,17 +76,17 @@ egru_paper_value = _rule(cells.egru_paper_value)
 
 
 @device_function
-def _as_it_is(x):
+def identity(x):
     return x
 
 
 # The same rules for gates that other warps have worked out: given the gate and a zero for its two drives.
-_given = dict(_names, sigmoid=_as_it_is)
+_names_of_gates = dict(_names, sigmoid=identity)
 
-egru_value_of_gates = device_function(FunctionType(cells.egru_value.__code__, _given, "egru_value_of_gates"))
+egru_value_of_gates = device_function(FunctionType(cells.egru_value.__code__, _names_of_gates, "egru_value_of_gates"))
 
 egru_paper_value_of_gates = device_function(
-    FunctionType(cells.egru_paper_value.__code__, _given, "egru_paper_value_of_gates")
+    FunctionType(cells.egru_paper_value.__code__, _names_of_gates, "egru_paper_value_of_gates")
 )
 
 # --- memory -------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def add_relaxed(typingctx, address, value):
 
 
 @intrinsic
-def copy_later(typingctx, target, source):
+def copy_async(typingctx, target, source):
     """Four bytes from global to shared memory, done when `copies_done` returns; nobody waits for them."""
 
     def generate(context, builder, signature, args):
@@ -204,7 +204,7 @@ def copy_later(typingctx, target, source):
 
 
 @intrinsic
-def copies_done(typingctx):
+def wait_for_copies(typingctx):
     """Waits for this thread's `copy_later`."""
 
     def generate(context, builder, signature, args):
@@ -216,7 +216,7 @@ def copies_done(typingctx):
 
 
 @intrinsic
-def load_early(typingctx, address):
+def load_readonly(typingctx, address):
     """A float from global memory that nobody writes meanwhile, asked for here and not where it is used."""
 
     def generate(context, builder, signature, args):
@@ -229,7 +229,7 @@ def load_early(typingctx, address):
 # --- clusters: shared memory of several blocks --------------------------------------------------------------
 
 
-def _instruction(text: str, constraints: str, result, *arguments):
+def instruction(text: str, constraints: str, result, *arguments):
     """An intrinsic for one PTX instruction. Addresses of shared memory are int32, as the instructions take them."""
     lowered = {types.int32: I32, types.int64: I64, types.float32: FLOAT}
     signature = result(*arguments)
@@ -262,34 +262,46 @@ INT, NOTHING = types.int32, types.void
 
 MEMORY = "~{memory}"
 
-cluster_arrive = _instruction("barrier.cluster.arrive.aligned;", MEMORY, NOTHING)
+cluster_arrive = instruction("barrier.cluster.arrive.aligned;", MEMORY, NOTHING)
 
-cluster_wait = _instruction("barrier.cluster.wait.aligned;", MEMORY, NOTHING)
+cluster_wait = instruction("barrier.cluster.wait.aligned;", MEMORY, NOTHING)
 
 #: address, rank -> the same address in the block of that rank
-of_rank = _instruction("mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", INT, INT, INT)
+map_to_rank = instruction("mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", INT, INT, INT)
 
-barrier_init = _instruction("mbarrier.init.shared.b64 [$0], $1;", f"r,r,{MEMORY}", NOTHING, INT, INT)
+barrier_init = instruction("mbarrier.init.shared.b64 [$0], $1;", f"r,r,{MEMORY}", NOTHING, INT, INT)
 
-barrier_init_done = _instruction("fence.mbarrier_init.release.cluster;", MEMORY, NOTHING)
+barrier_init_done = instruction("fence.mbarrier_init.release.cluster;", MEMORY, NOTHING)
 
 #: barrier, bytes that the phase under way waits for
-expect = _instruction("mbarrier.arrive.expect_tx.shared.b64 _, [$0], $1;", f"r,r,{MEMORY}", NOTHING, INT, INT)
+barrier_expect_bytes = instruction(
+    "mbarrier.arrive.expect_tx.shared.b64 _, [$0], $1;", f"r,r,{MEMORY}", NOTHING, INT, INT
+)
 
 #: barrier, parity -> 1 once the phase of that parity is over; waits a while in hardware
-arrived = _instruction(
+barrier_try_wait = instruction(
     "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [$1], $2; selp.b32 $0, 1, 0, p; }",
-    f"=r,r,r,{MEMORY}", INT, INT, INT,
-)  # fmt: skip
+    f"=r,r,r,{MEMORY}",
+    INT,
+    INT,
+    INT,
+)
 
 #: address in some block, four words, that block's barrier, which counts their bytes
-send4 = _instruction(
+store_async4 = instruction(
     "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [$0], {$1, $2, $3, $4}, [$5];",
-    f"r,r,r,r,r,r,{MEMORY}", NOTHING, INT, INT, INT, INT, INT, INT,
-)  # fmt: skip
+    f"r,r,r,r,r,r,{MEMORY}",
+    NOTHING,
+    INT,
+    INT,
+    INT,
+    INT,
+    INT,
+    INT,
+)
 
 #: number of the barrier, threads that meet there
-meet = _instruction("bar.sync $0, $1;", f"r,r,{MEMORY}", NOTHING, INT, INT)
+barrier_sync = instruction("bar.sync $0, $1;", f"r,r,{MEMORY}", NOTHING, INT, INT)
 
 
 def _shared_load(lowered: ir.Type, kind: types.Type, count: int = 1, widened: bool = False):
@@ -316,35 +328,40 @@ load_shared = _shared_load(I32, types.int32)
 
 load_shared_float = _shared_load(FLOAT, types.float32)
 
-load_shared_narrow = _shared_load(I16, types.int32, widened=True)
+load_shared_uint16 = _shared_load(I16, types.int32, widened=True)
 
 load_shared4 = _shared_load(I32, types.int32, 4)
 
 #: a word without a sign -> 0 or 1; written out, because the compiler makes more instructions of it
-at_most_one = _instruction("min.u32 $0, $1, 1;", "=r,r", INT, INT)
+at_most_one = instruction("min.u32 $0, $1, 1;", "=r,r", INT, INT)
 
 #: address, a word, a float, a flag; stored unless the flag is zero
-store_shared_pair_if = _instruction(
+store_shared_pair_if = instruction(
     "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.shared.v2.b32 [$0], {$1, $2}; }",
-    f"r,r,f,r,{MEMORY}", NOTHING, INT, INT, types.float32, INT,
-)  # fmt: skip
+    f"r,r,f,r,{MEMORY}",
+    NOTHING,
+    INT,
+    INT,
+    types.float32,
+    INT,
+)
 
-store_shared2 = _instruction("st.shared.v2.b32 [$0], {$1, $2};", f"r,r,r,{MEMORY}", NOTHING, INT, INT, INT)
+store_shared2 = instruction("st.shared.v2.b32 [$0], {$1, $2};", f"r,r,r,{MEMORY}", NOTHING, INT, INT, INT)
 
-store_shared_float = _instruction("st.shared.f32 [$0], $1;", f"r,f,{MEMORY}", NOTHING, INT, types.float32)
+store_shared_float = instruction("st.shared.f32 [$0], $1;", f"r,f,{MEMORY}", NOTHING, INT, types.float32)
 
-load_narrow = _instruction("ld.global.nc.u16 $0, [$1];", "=r,l", INT, types.int64)
+load_readonly_uint16 = instruction("ld.global.nc.u16 $0, [$1];", "=r,l", INT, types.int64)
 
-load_relaxed = _instruction("ld.relaxed.gpu.global.b32 $0, [$1];", f"=r,l,{MEMORY}", INT, types.int64)
+load_relaxed = instruction("ld.relaxed.gpu.global.b32 $0, [$1];", f"=r,l,{MEMORY}", INT, types.int64)
 
 #: two words that nobody writes meanwhile
-load_early2 = _instruction(
+load_readonly2 = instruction(
     "ld.global.nc.v2.b32 {$0, $1}, [$2];", "=r,=r,l", types.UniTuple(types.int32, 2), types.int64
 )
 
-store_float = _instruction("st.global.f32 [$0], $1;", f"l,f,{MEMORY}", NOTHING, types.int64, types.float32)
+store_float = instruction("st.global.f32 [$0], $1;", f"l,f,{MEMORY}", NOTHING, types.int64, types.float32)
 
 #: address of an int64, a number that takes its place where it is larger
-max_relaxed = _instruction(
+max_relaxed = instruction(
     "red.relaxed.gpu.global.max.u64 [$0], $1;", f"l,l,{MEMORY}", NOTHING, types.int64, types.int64
-)  # fmt: skip
+)

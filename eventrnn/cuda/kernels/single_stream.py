@@ -12,7 +12,7 @@ from numba import int32, int64, types
 
 from eventrnn.cuda import tables
 from eventrnn.cuda.device import cuda, device_function
-from eventrnn.cuda.kernels.persistent import bring_in, look
+from eventrnn.cuda.kernels.persistent import load_weights, poll_event_log
 from eventrnn.cuda.kernels.ptx import (
     egru_paper_value_of_gates,
     egru_reset_gate,
@@ -20,7 +20,7 @@ from eventrnn.cuda.kernels.ptx import (
     global_float32,
     global_int32,
     global_int64,
-    load_early,
+    load_readonly,
     shared_base,
     shared_float32,
     shared_int32,
@@ -28,93 +28,122 @@ from eventrnn.cuda.kernels.ptx import (
     store_relaxed,
     sum_of_warp,
 )
-from eventrnn.cuda.kernels.strip_product import ALL, chooser, count_bits, entry_of
+from eventrnn.cuda.kernels.strip_product import FULL_WARP, dispatch, pack_event, popcount
 from eventrnn.cuda.tables import LANES, LIST_PAD, SEGMENT
 
 
 @device_function
-def see(row_at, n, lane, warp):
+def load_segment(row_at, n, lane, warp):
     """This lane's four units of a row, how many of them sent, and whether all words came."""
     at = int32(warp * SEGMENT + 4 * lane)
     a = b = c = d = np.float32(0)
-    here = True
+    complete = True
     if at < n:
-        a, b, c, d, here = look(row_at + int64(4) * at, int32(n - at))
-    found = int32(int32(a != 0) + int32(b != 0) + int32(c != 0) + int32(d != 0))
-    return a, b, c, d, found, here
+        a, b, c, d, complete = poll_event_log(row_at + int64(4) * at, int32(n - at))
+    n_events = int32(int32(a != 0) + int32(b != 0) + int32(c != 0) + int32(d != 0))
+    return a, b, c, d, n_events, complete
 
 
 @device_function
-def ballots(found, totals, lane, warp):
+def warp_ballots(n_events, segment_counts, lane, warp):
     """Who of the warp found one, two, four; their sum goes to `totals`."""
-    ones = cuda.ballot_sync(ALL, (found & 1) != 0)
-    twos = cuda.ballot_sync(ALL, (found & 2) != 0)
-    fours = cuda.ballot_sync(ALL, (found & 4) != 0)
+    ones = cuda.ballot_sync(FULL_WARP, (n_events & 1) != 0)
+    twos = cuda.ballot_sync(FULL_WARP, (n_events & 2) != 0)
+    fours = cuda.ballot_sync(FULL_WARP, (n_events & 4) != 0)
     if lane == 0:
-        totals[warp] = int32(count_bits(ones) + 2 * count_bits(twos) + 4 * count_bits(fours))
+        segment_counts[warp] = int32(popcount(ones) + 2 * popcount(twos) + 4 * popcount(fours))
     return ones, twos, fours
 
 
 @device_function
-def enlist(entries, totals, segments, a, b, c, d, found, ones, twos, fours, lane, warp):
+def append_events(entries, segment_counts, segments, a, b, c, d, n_events, ones, twos, fours, lane, warp):
     """Write what this lane saw where it belongs in the list; returns the length of the list."""
     each = int32(0)
     if lane < segments:
-        each = totals[lane]
+        each = segment_counts[lane]
     earlier = each
     if lane >= warp:
         earlier = int32(0)
     count, p = sum_of_warp(each), sum_of_warp(earlier)
-    if found:
+    if n_events:
         at = int32(warp * SEGMENT + 4 * lane)
-        below = int32((int32(1) << lane) - 1)
-        p = int32(p + count_bits(ones & below) + 2 * count_bits(twos & below) + 4 * count_bits(fours & below))
+        lanes_below = int32((int32(1) << lane) - 1)
+        p = int32(
+            p + popcount(ones & lanes_below) + 2 * popcount(twos & lanes_below) + 4 * popcount(fours & lanes_below)
+        )
         if a != 0:
-            entries[p] = entry_of(at, a)
+            entries[p] = pack_event(at, a)
             p = int32(p + 1)
         if b != 0:
-            entries[p] = entry_of(at + 1, b)
+            entries[p] = pack_event(at + 1, b)
             p = int32(p + 1)
         if c != 0:
-            entries[p] = entry_of(at + 2, c)
+            entries[p] = pack_event(at + 2, c)
             p = int32(p + 1)
         if d != 0:
-            entries[p] = entry_of(at + 3, d)
+            entries[p] = pack_event(at + 3, d)
     if warp == 0 and lane < LIST_PAD:
         entries[count + lane] = int64(0)
     return count
 
 
 @device_function
-def gather_row(row_at, n, segments, entries, totals, lane, warp):
+def collect_row(row_at, n, segments, entries, segment_counts, lane, warp):
     """The list of who sent what from one row of a record: its length, or -1 where some word never came."""
-    a, b, c, d, found, here = see(row_at, n, lane, warp)
-    ones, twos, fours = ballots(found, totals, lane, warp)
-    if cuda.syncthreads_or(int32(not here)):
+    a, b, c, d, n_events, complete = load_segment(row_at, n, lane, warp)
+    ones, twos, fours = warp_ballots(n_events, segment_counts, lane, warp)
+    if cuda.syncthreads_or(int32(not complete)):
         return int32(-1)
-    count = enlist(entries, totals, segments, a, b, c, d, found, ones, twos, fours, lane, warp)
+    count = append_events(entries, segment_counts, segments, a, b, c, d, n_events, ones, twos, fours, lane, warp)
     cuda.syncthreads()
     return count
 
 
 @device_function
-def gather_rows(row_at, n, segments, entries, totals, x_at, inputs, x_segments, x_entries, x_totals, lane, warp):
+def collect_rows(
+    row_at,
+    n,
+    segments,
+    entries,
+    segment_counts,
+    input_at,
+    inputs,
+    input_segments,
+    input_entries,
+    input_counts,
+    lane,
+    warp,
+):
     """`gather_row` of two rows at once. The second, of the layer below, is most likely there already."""
-    e, f, g, h, x_found, x_here = see(x_at, inputs, lane, warp)
-    a, b, c, d, found, here = see(row_at, n, lane, warp)
-    ones, twos, fours = ballots(found, totals, lane, warp)
-    x_ones, x_twos, x_fours = ballots(x_found, x_totals, lane, warp)
-    if cuda.syncthreads_or(int32(not (here and x_here))):
+    e, f, g, h, n_inputs, input_complete = load_segment(input_at, inputs, lane, warp)
+    a, b, c, d, n_events, complete = load_segment(row_at, n, lane, warp)
+    ones, twos, fours = warp_ballots(n_events, segment_counts, lane, warp)
+    input_ones, input_twos, input_fours = warp_ballots(n_inputs, input_counts, lane, warp)
+    if cuda.syncthreads_or(int32(not (complete and input_complete))):
         return int32(-1), int32(-1)
-    count = enlist(entries, totals, segments, a, b, c, d, found, ones, twos, fours, lane, warp)
-    x_count = enlist(x_entries, x_totals, x_segments, e, f, g, h, x_found, x_ones, x_twos, x_fours, lane, warp)
+    count = append_events(entries, segment_counts, segments, a, b, c, d, n_events, ones, twos, fours, lane, warp)
+    input_count = append_events(
+        input_entries,
+        input_counts,
+        input_segments,
+        e,
+        f,
+        g,
+        h,
+        n_inputs,
+        input_ones,
+        input_twos,
+        input_fours,
+        lane,
+        warp,
+    )
     cuda.syncthreads()
-    return count, x_count
+    return count, input_count
 
 
-def single_kernel(variant: str, ways: tuple[int, ...]):
+def single_kernel(variant: str, layouts: tuple[int, ...]):
     """The kernel of a variant for networks whose matrices lie in those ways; and its signature."""
-    walk = chooser(ways)
+    strip_product = dispatch(layouts)
     paper = variant == "paper"
     cut = 2 if paper else 3
 
@@ -126,11 +155,11 @@ def single_kernel(variant: str, ways: tuple[int, ...]):
         shared = shared_base()
         n, inputs, width = int32(layer[tables.UNITS]), int32(layer[tables.INPUTS]), int32(layer[tables.WIDTH])
         tile, sample = block[tables.TILE], block[tables.SAMPLE]
-        x, states = layer[tables.X], layer[tables.STATES]
-        segments, x_segments = int32((n + SEGMENT - 1) >> 7), int32((inputs + SEGMENT - 1) >> 7)
+        input_log, states = layer[tables.INPUT_LOG], layer[tables.STATES]
+        segments, input_segments = int32((n + SEGMENT - 1) >> 7), int32((inputs + SEGMENT - 1) >> 7)
         entries = shared_int64(shared + block[tables.AT_LIST])
-        x_entries = shared_int64(shared + block[tables.AT_LIST] + 8 * block[tables.CAPACITY])
-        totals, x_totals = (
+        input_entries = shared_int64(shared + block[tables.AT_LIST] + 8 * block[tables.CAPACITY])
+        segment_counts, input_counts = (
             shared_int32(shared + block[tables.AT_TOTALS]),
             shared_int32(shared + block[tables.AT_TOTALS] + 128),
         )
@@ -141,9 +170,9 @@ def single_kernel(variant: str, ways: tuple[int, ...]):
         )
         bases_rec_at = shared + block[tables.AT_BASES]
         bases_in_at = bases_rec_at + int64(12)
-        way_in, way_rec = int32(layer[tables.IN_WAY]), int32(layer[tables.REC_WAY])
-        rec_values, rec_table = bring_in(
-            way_rec,
+        layout_in, layout_rec = int32(layer[tables.IN_LAYOUT]), int32(layer[tables.REC_LAYOUT])
+        rec_values, rec_table = load_weights(
+            layout_rec,
             layer[tables.REC_VALUES],
             layer[tables.REC_TABLE],
             layer[tables.REC_STARTS],
@@ -157,9 +186,9 @@ def single_kernel(variant: str, ways: tuple[int, ...]):
             threads,
         )
         in_values = in_table = int64(0)
-        if x != 0:
-            in_values, in_table = bring_in(
-                way_in,
+        if input_log != 0:
+            in_values, in_table = load_weights(
+                layout_in,
                 layer[tables.IN_VALUES],
                 layer[tables.IN_TABLE],
                 layer[tables.IN_STARTS],
@@ -182,10 +211,10 @@ def single_kernel(variant: str, ways: tuple[int, ...]):
             gate = int32(warp - 3)
         bias_in = bias_rec = threshold = c = y = np.float32(0)
         carried = layer[tables.CELLS] + 4 * (sample * n + unit)
-        row_bytes, x_row_bytes = 4 * layer[tables.PITCH] * batch, 4 * layer[tables.X_PITCH] * batch
-        record_at, gated_at = layer[tables.EVENT_LOG] + sample * (4 * layer[tables.PITCH]), layer[tables.GATED]
+        row_bytes, input_row_bytes = 4 * layer[tables.PITCH] * batch, 4 * layer[tables.INPUT_PITCH] * batch
+        log_at, gated_at = layer[tables.EVENT_LOG] + sample * (4 * layer[tables.PITCH]), layer[tables.GATED]
         gated_at += sample * (4 * layer[tables.PITCH])
-        x_at = x + sample * (4 * layer[tables.X_PITCH])
+        input_at = input_log + sample * (4 * layer[tables.INPUT_PITCH])
         drive_at = layer[tables.DRIVE] + 4 * (sample * (3 * n) + gate * n + unit)
         drive_bytes, state_at, state_bytes = (
             12 * int64(n) * batch,
@@ -198,47 +227,62 @@ def single_kernel(variant: str, ways: tuple[int, ...]):
             bias_rec = global_float32(layer[tables.BIAS_REC])[strip]
             rec_values += shared_int32(bases_rec_at)[gate]
             rec_table += int64(8) * (gate * n)
-            if x != 0:
+            if input_log != 0:
                 in_values += shared_int32(bases_in_at)[gate]
                 in_table += int64(8) * (gate * inputs)
         if mine:
             threshold = global_float32(layer[tables.THRESHOLD])[tile * LANES + lane]
-            c, y = global_float32(carried)[0], global_float32(record_at)[unit]
+            c, y = global_float32(carried)[0], global_float32(log_at)[unit]
         drive = drive_rec = np.float32(0)
         ahead, spot = int32(0), int32(gate * LANES + lane)
-        if x != 0:
-            count = gather_row(x_at, inputs, x_segments, x_entries, x_totals, lane, warp)
+        if input_log != 0:
+            count = collect_row(input_at, inputs, input_segments, input_entries, input_counts, lane, warp)
             if count < 0:
                 global_int32(faults_at)[0] = 1
                 return
             if 3 <= warp < 6:
-                drives[spot] = walk(way_in, bias_in, in_values, in_table, width, lane, x_entries, count, hits_at)
+                drives[spot] = strip_product(
+                    layout_in, bias_in, in_values, in_table, width, lane, input_entries, count, hits_at
+                )
 
         t = int64(0)
         while t < steps:
             t += 1
-            if x != 0 and t < steps:
+            if input_log != 0 and t < steps:
                 # With what this step waits for, the input of the next.
-                x_at += x_row_bytes
-                count, x_count = gather_rows(
-                    record_at, n, segments, entries, totals, x_at, inputs, x_segments, x_entries, x_totals, lane, warp
+                input_at += input_row_bytes
+                count, input_count = collect_rows(
+                    log_at,
+                    n,
+                    segments,
+                    entries,
+                    segment_counts,
+                    input_at,
+                    inputs,
+                    input_segments,
+                    input_entries,
+                    input_counts,
+                    lane,
+                    warp,
                 )
                 if 3 <= warp < 6 and count >= 0:
-                    drives[3 * LANES - ahead + spot] = walk(
-                        way_in, bias_in, in_values, in_table, width, lane, x_entries, x_count, hits_at
+                    drives[3 * LANES - ahead + spot] = strip_product(
+                        layout_in, bias_in, in_values, in_table, width, lane, input_entries, input_count, hits_at
                     )
             else:
-                if x == 0 and warp < 3 and mine:
-                    drive = load_early(drive_at)
+                if input_log == 0 and warp < 3 and mine:
+                    drive = load_readonly(drive_at)
                     drive_at += drive_bytes
-                count = gather_row(record_at, n, segments, entries, totals, lane, warp)
+                count = collect_row(log_at, n, segments, entries, segment_counts, lane, warp)
             if count < 0:
                 global_int32(faults_at)[0] = 1
                 return
-            record_at += row_bytes
+            log_at += row_bytes
             if warp < cut:
-                drive_rec = walk(way_rec, bias_rec, rec_values, rec_table, width, lane, entries, count, hits_at)
-            if x != 0 and warp < 3:
+                drive_rec = strip_product(
+                    layout_rec, bias_rec, rec_values, rec_table, width, lane, entries, count, hits_at
+                )
+            if input_log != 0 and warp < 3:
                 drive = drives[ahead + spot]
             # Each gate by its own warp; the candidate's does the rest.
             if warp < 2:
@@ -250,13 +294,15 @@ def single_kernel(variant: str, ways: tuple[int, ...]):
                     if y != 0:
                         value = gates[LANES + lane] * y
                     store_relaxed(gated_at + int64(4) * unit, value)
-                count = gather_row(gated_at, n, segments, entries, totals, lane, warp)
+                count = collect_row(gated_at, n, segments, entries, segment_counts, lane, warp)
                 if count < 0:
                     global_int32(faults_at)[0] = 1
                     return
                 gated_at += row_bytes
                 if warp == 2:
-                    drive_rec = walk(way_rec, bias_rec, rec_values, rec_table, width, lane, entries, count, hits_at)
+                    drive_rec = strip_product(
+                        layout_rec, bias_rec, rec_values, rec_table, width, lane, entries, count, hits_at
+                    )
 
             # Cells and events.
             if warp == 2 and mine:
@@ -270,7 +316,7 @@ def single_kernel(variant: str, ways: tuple[int, ...]):
                     y = v
                     if not paper:
                         c = v - threshold
-                store_relaxed(record_at + int64(4) * unit, y)
+                store_relaxed(log_at + int64(4) * unit, y)
                 if states != 0:
                     global_float32(state_at)[0] = c
                     state_at += state_bytes

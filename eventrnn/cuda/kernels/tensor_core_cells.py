@@ -13,23 +13,23 @@ from eventrnn.cuda.device import cuda, device_function
 from eventrnn.cuda.kernels.ptx import (
     MEMORY,
     NOTHING,
-    _instruction,
     fma,
     global_float32,
     global_int32,
     global_int64,
     global_uint16,
+    instruction,
     max_relaxed,
     store_float,
 )
-from eventrnn.cuda.kernels.strip_product import ALL
+from eventrnn.cuda.kernels.strip_product import FULL_WARP
 from eventrnn.cuda.tables import LANES, STATUS_LARGE, SUM_BITS
 
 #: of a number
 BYTES = {"float16": 2, "bfloat16": 2, "tf32": 4}
 
 #: that float16 holds
-LARGEST = 65504.0
+FLOAT16_MAX = 65504.0
 
 LOG2_E = np.float32(1.4426950408889634)
 
@@ -38,40 +38,46 @@ ONE, TWO = np.float32(1), np.float32(2)
 #: of a unit: what is added to the drives of u, r, g and to the recurrent one of g, and its threshold
 VECTORS = 5
 
-_power = _instruction("ex2.approx.ftz.f32 $0, $1;", "=f,f", types.float32, types.float32)
+power_of_two_approx = instruction("ex2.approx.ftz.f32 $0, $1;", "=f,f", types.float32, types.float32)
 
-_reciprocal = _instruction("rcp.approx.ftz.f32 $0, $1;", "=f,f", types.float32, types.float32)
+reciprocal_approx = instruction("rcp.approx.ftz.f32 $0, $1;", "=f,f", types.float32, types.float32)
 
 _STORES = {
-    "float16": _instruction(
+    "float16": instruction(
         "{ .reg .b16 h; cvt.rn.f16.f32 h, $1; st.global.b16 [$0], h; }",
-        f"l,f,{MEMORY}", NOTHING, types.int64, types.float32,
+        f"l,f,{MEMORY}",
+        NOTHING,
+        types.int64,
+        types.float32,
     ),
-    "bfloat16": _instruction(
+    "bfloat16": instruction(
         "{ .reg .b16 h; cvt.rn.bf16.f32 h, $1; st.global.b16 [$0], h; }",
-        f"l,f,{MEMORY}", NOTHING, types.int64, types.float32,
+        f"l,f,{MEMORY}",
+        NOTHING,
+        types.int64,
+        types.float32,
     ),
     "tf32": store_float,
-}  # fmt: skip
+}
 
 
 PAIR = types.UniTuple(types.float32, 2)
 
-load_pair = _instruction("ld.global.v2.f32 {$0, $1}, [$2];", f"=f,=f,l,{MEMORY}", PAIR, types.int64)
+load_pair = instruction("ld.global.v2.f32 {$0, $1}, [$2];", f"=f,=f,l,{MEMORY}", PAIR, types.int64)
 
-store_pair = _instruction(
+store_pair = instruction(
     "st.global.v2.f32 [$0], {$1, $2};", f"l,f,f,{MEMORY}", NOTHING, types.int64, types.float32, types.float32
 )
 
 #: address -> two neighbouring numbers; address, two numbers
 _LOADS = {
-    "float16": _instruction(
+    "float16": instruction(
         "{ .reg .b16 a; .reg .b16 b; ld.global.v2.b16 {a, b}, [$2]; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }",
         f"=f,=f,l,{MEMORY}",
         PAIR,
         types.int64,
     ),
-    "bfloat16": _instruction(
+    "bfloat16": instruction(
         "{ .reg .b16 a; .reg .b16 b; .reg .b16 z; ld.global.v2.b16 {a, b}, [$2]; mov.b16 z, 0; "
         "mov.b32 $0, {z, a}; mov.b32 $1, {z, b}; }",
         f"=f,=f,l,{MEMORY}",
@@ -82,7 +88,7 @@ _LOADS = {
 }
 
 _PAIR_STORES = {"tf32": store_pair} | {
-    precision: _instruction(text, f"l,f,f,{MEMORY}", NOTHING, types.int64, types.float32, types.float32)
+    precision: instruction(text, f"l,f,f,{MEMORY}", NOTHING, types.int64, types.float32, types.float32)
     for precision, text in {
         "float16": "{ .reg .b32 w; cvt.rn.f16x2.f32 w, $2, $1; st.global.b32 [$0], w; }",
         "bfloat16": "{ .reg .b32 w; cvt.rn.bf16x2.f32 w, $2, $1; st.global.b32 [$0], w; }",
@@ -91,30 +97,30 @@ _PAIR_STORES = {"tf32": store_pair} | {
 
 
 @device_function
-def quick_sigmoid(x):
+def fast_sigmoid(x):
     """1 / (1 + exp(-x)) within a few units in the last place."""
-    return _reciprocal(ONE + _power(-LOG2_E * x))
+    return reciprocal_approx(ONE + power_of_two_approx(-LOG2_E * x))
 
 
-def storer(precision: str):
+def make_store(precision: str):
     """store(address, value, report): rounded; too large for float16 is reported."""
-    store, limit = _STORES[precision], np.float32(LARGEST if precision == "float16" else np.inf)
+    store, limit = _STORES[precision], np.float32(FLOAT16_MAX if precision == "float16" else np.inf)
 
     @device_function
-    def rounded(address, value, status_at):
+    def checked_store(address, value, status_at):
         # What is not finite the run reports by itself.
         if value > limit or value < -limit:
             max_relaxed(status_at + 8 * STATUS_LARGE, int64(1))
         store(address, value)
 
-    return rounded
+    return checked_store
 
 
-def spread_kernel(precision: str):
+def densify_kernel(precision: str):
     """Dense rounded rows from lists of events, a warp a row; and its signature."""
-    store, size = storer(precision), BYTES[precision]
+    store, size = make_store(precision), BYTES[precision]
 
-    def spread(firsts_at, counts_at, lists_at, row_of_at, rows, width, out_at, status_at):
+    def densify(firsts_at, counts_at, lists_at, row_of_at, rows, width, out_at, status_at):
         threads = int64(min(cuda.blockDim.x, LANES))
         thread, rank = int64(cuda.threadIdx.x) % threads, int64(cuda.threadIdx.x) // threads
         row = source = int64(cuda.blockIdx.x) * (cuda.blockDim.x // threads) + rank
@@ -129,21 +135,21 @@ def spread_kernel(precision: str):
         while at < width * size // 8:
             words[at] = int64(0)
             at += threads
-        cuda.syncwarp(ALL)
+        cuda.syncwarp(FULL_WARP)
         at = thread
         while at < count:
             unit = int64(global_int32(begin + 8 * at)[0])
             store(to + size * unit, global_float32(begin + 8 * at + 4)[0], status_at)
             at += threads
 
-    return spread, types.void(*[types.int64] * 8)
+    return densify, types.void(*[types.int64] * 8)
 
 
-def narrow_kernel(precision: str):
+def round_rows_kernel(precision: str):
     """Rounded rows of `width`, zero from `n` on, from float32 rows `pitch` apart, a block a row; and its signature."""
-    store, size = storer(precision), BYTES[precision]
+    store, size = make_store(precision), BYTES[precision]
 
-    def narrow(dense_at, pitch, n, width, out_at, status_at):
+    def round_rows(dense_at, pitch, n, width, out_at, status_at):
         row, at = int64(cuda.blockIdx.x), int64(cuda.threadIdx.x)
         dense, to = global_float32(dense_at + 4 * row * pitch), out_at + size * row * width
         while at < width:
@@ -153,20 +159,20 @@ def narrow_kernel(precision: str):
             store(to + size * at, value, status_at)
             at += cuda.blockDim.x
 
-    return narrow, types.void(*[types.int64] * 6)
+    return round_rows, types.void(*[types.int64] * 6)
 
 
 @device_function
-def _cell(inside_u, inside_r, inside_g, rec_u, rec_r, rec_g, bias_u, bias_r, bias_g, bias_rec_g, carried):
+def cell_before_event(inside_u, inside_r, inside_g, rec_u, rec_r, rec_g, bias_u, bias_r, bias_g, bias_rec_g, carried):
     """Cell before the event, the released variant (`cells.egru_value`)."""
-    u = quick_sigmoid((inside_u + rec_u) + bias_u)
-    r = quick_sigmoid((inside_r + rec_r) + bias_r)
-    g = fma(TWO, quick_sigmoid(TWO * fma(r, rec_g + bias_rec_g, inside_g + bias_g)), -ONE)
+    u = fast_sigmoid((inside_u + rec_u) + bias_u)
+    r = fast_sigmoid((inside_r + rec_r) + bias_r)
+    g = fma(TWO, fast_sigmoid(TWO * fma(r, rec_g + bias_rec_g, inside_g + bias_g)), -ONE)
     return fma(u, carried, (ONE - u) * g)
 
 
 @device_function
-def _loaded(address, both, even):
+def load_neighbours(address, both, even):
     """Two neighbouring numbers, or one twice; `even`: the address is a multiple of 8."""
     if even:
         return load_pair(address)
@@ -178,7 +184,7 @@ def _loaded(address, both, even):
 
 
 @device_function
-def _stored(address, a, b, both, even):
+def store_neighbours(address, a, b, both, even):
     """The same the other way."""
     if even:
         store_pair(address, a, b)
@@ -199,12 +205,24 @@ def cells_kernel(precision: str):
                  its units sent something (bits 0 to 3, 4 to 7), and a 1 (8 to 11, 12 to 15)
     """
     load, store, size = _LOADS[precision], _PAIR_STORES[precision], BYTES[precision]
-    limit = np.float32(LARGEST if precision == "float16" else np.inf)
+    limit = np.float32(FLOAT16_MAX if precision == "float16" else np.inf)
 
     def cells(
-        drive_at, rec_at, vectors_at, cells_at, y_at, sent_at, after_at, units, padded, pitch, batch, sums_at,
-        sums_pitch, status_at,
-    ):  # fmt: skip
+        drive_at,
+        rec_at,
+        vectors_at,
+        cells_at,
+        y_at,
+        sent_at,
+        after_at,
+        units,
+        padded,
+        pitch,
+        batch,
+        sums_at,
+        sums_pitch,
+        status_at,
+    ):
         pair = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
         unit = 2 * pair
         if unit >= units:
@@ -233,9 +251,13 @@ def cells_kernel(precision: str):
             rec_r0, rec_r1 = load(rec_at + gate)
             in_g0, in_g1 = load(drive_at + 2 * gate)
             rec_g0, rec_g1 = load(rec_at + 2 * gate)
-            c0, c1 = _loaded(cells_at, both, even)
-            v0 = _cell(in_u0, in_r0, in_g0, rec_u0, rec_r0, rec_g0, bias_u0, bias_r0, bias_g0, bias_rec_g0, c0)
-            v1 = _cell(in_u1, in_r1, in_g1, rec_u1, rec_r1, rec_g1, bias_u1, bias_r1, bias_g1, bias_rec_g1, c1)
+            c0, c1 = load_neighbours(cells_at, both, even)
+            v0 = cell_before_event(
+                in_u0, in_r0, in_g0, rec_u0, rec_r0, rec_g0, bias_u0, bias_r0, bias_g0, bias_rec_g0, c0
+            )
+            v1 = cell_before_event(
+                in_u1, in_r1, in_g1, rec_u1, rec_r1, rec_g1, bias_u1, bias_r1, bias_g1, bias_rec_g1, c1
+            )
             y0 = y1 = np.float32(0)
             if v0 > threshold0:
                 y0 = v0
@@ -244,10 +266,10 @@ def cells_kernel(precision: str):
                 y1 = v1
                 v1 = v1 - threshold1
             large = large or abs(y0) > limit or abs(y1) > limit
-            _stored(cells_at, v0, v1, both, even)
-            _stored(sent_at, y0, y1, both, even)
+            store_neighbours(cells_at, v0, v1, both, even)
+            store_neighbours(sent_at, y0, y1, both, even)
             if after_at != 0:
-                _stored(after, v0, v1, both, even)
+                store_neighbours(after, v0, v1, both, even)
             store(y_at, y0, y1)
             if sums_at != 0:
                 sent, binary = int32(y0 != 0) | int32(y1 != 0) << SUM_BITS, int32(y0 == 1) | int32(y1 == 1) << SUM_BITS
