@@ -7,7 +7,7 @@ from hypothesis import settings
 
 from eventrnn.backend import BackendUnavailable
 from eventrnn.cpu import crossover
-from eventrnn.cpu.crossover import Crossover
+from support.crossover_map import invented_map
 
 settings.register_profile("dev", max_examples=30, deadline=None, print_blob=True)
 settings.register_profile("ci", max_examples=100, deadline=None, print_blob=True)
@@ -31,24 +31,6 @@ def pytest_collection_modifyitems(items):
     except BackendUnavailable as error:
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=str(error)))
-
-
-def invented_map() -> Crossover:
-    """A crossover map of round numbers, in which every way is the fastest somewhere. Nothing is measured for it."""
-    times = {}
-    for units in crossover.UNITS:
-        weight = 1e-10 * 3 * units * units
-        shared = {
-            "panels": [[weight * (0.5 + 0.3 * rows * a) for a in crossover.ACTIVITY] for rows in crossover.ROWS],
-            "every": [[weight * (0.6 + 0.05 * rows)] * len(crossover.ACTIVITY) for rows in crossover.ROWS],
-            "blas": [[weight * (0.5 + 0.06 * rows)] * len(crossover.ACTIVITY) for rows in crossover.ROWS],
-        }
-        rows = [[weight * rows * a for a in crossover.ACTIVITY] for rows in crossover.EACH_ROWS]
-        times |= {f"{way}/{units}": table for way, table in (shared | {"rows": rows}).items()}
-        for way, price in (("single", 3.0), ("block4", 2.0), ("block16", 1.2), ("block64", 1.0)):
-            for density in crossover.DENSITY:
-                times[f"{way}/{units}/{density}"] = [[price * density * x for x in line] for line in rows]
-    return Crossover(times)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,134 +6,48 @@ unit, is tested in `test_cells.py`.
 
 from __future__ import annotations
 
-import copy
 import gc
 import tracemalloc
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import event, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eventrnn import network as network_module
 from eventrnn import reference
-from eventrnn.backend import BACKENDS, get_backend
+from eventrnn.backend import BACKENDS
 from eventrnn.cells import CELLS, Cell
 from eventrnn.events import Events
-from eventrnn.network import Layer, Network, Readout
+from eventrnn.network import Network
 from eventrnn.reference import ReferenceBackend
-from eventrnn.simulation import RECORDABLE, Simulation, Simulator, simulate
+from eventrnn.simulation import RECORDABLE, Simulator, simulate
 from eventrnn.state import State
 from eventrnn.testing import assert_equivalent, inputs, networks, states
-from eventrnn.weights import FORMATS, STORAGES, Weights, convert
+from eventrnn.weights import FORMATS, STORAGES, Weights
 from support import tolerance
+from support.conformance import (
+    EXACT,
+    assert_same,
+    assert_same_state,
+    carries,
+    cases,
+    check_chunks,
+    check_formats,
+    check_threads_do_not_race,
+    each,
+    in_format,
+    large_network,
+    part,
+    records,
+    same_bits,
+    steps_of,
+    unmodified,
+)
 
 #: Each format alone, and all mixed within a network.
 FORMAT_SETS = [(name,) for name in FORMATS] + [tuple(FORMATS)]
-EXACT = [name for name in BACKENDS if get_backend(name).exact]
-
-
-def each(names) -> list:
-    """Names of backends to test, those marked that need more than this machine may have."""
-    return [pytest.param(name, marks=pytest.mark.gpu) if name == "cuda" else name for name in names]
-
-
-@dataclass(frozen=True)
-class Case:
-    network: Network
-    inputs: np.ndarray | Events
-    state: State
-
-    @property
-    def batch(self) -> int:
-        return self.state.batch
-
-    def simulator(self, backend="cpu", *, network: Network | None = None, **options) -> Simulator:
-        return Simulator(network or self.network, batch=self.batch, backend=backend, state=self.state, **options)
-
-
-@st.composite
-def cases(draw, *, max_batch=5, max_steps=8, **options) -> Case:
-    """A network, what it is fed and where it starts; `options` go to `networks`."""
-    network, batch = draw(networks(**options)), draw(st.integers(1, max_batch))
-    return Case(network, draw(inputs(network, st.integers(1, max_steps), batch)), draw(states(network, batch)))
-
-
-@st.composite
-def carries(draw) -> dict:
-    if draw(st.booleans()):
-        return {"carry": "state"}
-    return {"carry": "events", "window": draw(st.integers(1, 5))}
-
-
-records = st.sets(st.sampled_from(RECORDABLE))
-
-
-def bits(array: np.ndarray) -> np.ndarray:
-    return array.view(np.int32 if array.dtype == np.float32 else array.dtype)
-
-
-def same_bits(a, b) -> bool:
-    return a.dtype == b.dtype and np.array_equal(bits(a), bits(b))
-
-
-def same_events(a: Events, b: Events) -> bool:
-    arrays = ((a.indptr, b.indptr), (a.indices, b.indices), (a.values, b.values))
-    return a.shape == b.shape and all(same_bits(x, y) for x, y in arrays)
-
-
-def assert_same(a: Simulation, b: Simulation, record=RECORDABLE) -> None:
-    """Everything a run returns is equal; events, cells and state bit by bit."""
-    if "events" in record:
-        assert a.inputs is not None
-        assert b.inputs is not None
-        assert all(same_events(x, y) for x, y in zip((a.inputs, *a.events), (b.inputs, *b.events), strict=True))
-    if "states" in record:
-        assert all(same_bits(x, y) for x, y in zip(a.states, b.states, strict=True))
-    assert a.output.dtype == b.output.dtype
-    assert np.array_equal(a.output, b.output)
-    for x, y in zip((a.input_fired, *a.fired), (b.input_fired, *b.fired), strict=True):
-        assert np.array_equal(x.graded, y.graded)
-        assert np.array_equal(x.binary, y.binary)
-    assert_same_state(a.state, b.state)
-
-
-def assert_same_state(a: State, b: State) -> None:
-    for name in ("cells", "outputs"):
-        assert all(same_bits(x, y) for x, y in zip(getattr(a, name), getattr(b, name), strict=True)), name
-
-
-@contextmanager
-def unmodified(case: Case):
-    """Nothing handed to the library may change."""
-
-    def arrays() -> list[np.ndarray]:
-        network = case.network
-        found = [array for matrix in network.matrices().values() for array in matrix.arrays().values()]
-        for layer in network.layers:
-            found += [layer.bias_in, layer.bias_rec, layer.threshold]
-        found += [] if network.embedding is None else [network.embedding]
-        found += [] if network.readout is None else [network.readout.bias]
-        fed = case.inputs
-        found += [fed.indptr, fed.indices, fed.values] if isinstance(fed, Events) else [fed]
-        return [*found, *case.state.cells, *case.state.outputs]
-
-    before = copy.deepcopy(arrays())
-    yield
-    assert all(x.tobytes() == y.tobytes() for x, y in zip(before, arrays(), strict=True))
-
-
-def steps_of(fed: np.ndarray | Events) -> int:
-    return fed.shape[0]
-
-
-def part(fed: np.ndarray | Events, steps: slice = slice(None), batch: slice = slice(None)) -> np.ndarray | Events:
-    """Some steps and samples of an input, of the same kind."""
-    if isinstance(fed, Events):
-        return Events.from_dense(fed.to_dense()[steps, batch])
-    return fed[steps, batch]
 
 
 # --- against the specification ------------------------------------------------------------------------------
@@ -144,18 +58,7 @@ def part(fed: np.ndarray | Events, steps: slice = slice(None), batch: slice = sl
 @pytest.mark.parametrize("backend", each(name for name in EXACT if name != "reference"))
 @given(data=st.data(), threads=st.integers(1, 3), record=records, carry=carries())
 def test_every_format_equals_the_dense_specification(backend, variant, formats, data, threads, record, carry):
-    case = data.draw(cases(formats=formats, variants=[variant]))
-    specification = case.simulator("reference", network=case.network.dense(), **carry)
-    tested = case.simulator(backend, threads=1 if backend == "cuda" else threads, **carry)
-    # Both sides must really be two implementations.
-    assert type(specification.engine) is not type(tested.engine)
-    with unmodified(case):
-        expected = specification.run(case.inputs, record=RECORDABLE)
-        got = tested.run(case.inputs, record=record)
-    event(f"active: {0 < np.mean(expected.activity) < 1}")
-    assert_same(expected, got, record)
-    assert bool(got.events) == ("events" in record)
-    assert bool(got.states) == ("states" in record)
+    check_formats(backend, variant, formats, data, threads, record, carry)
 
 
 @given(case=cases(max_batch=3), threads=st.integers(1, 3))
@@ -221,30 +124,7 @@ def test_each_sample_alone_equals_the_batch(backend, data, carry):
 @pytest.mark.parametrize("backend", each(EXACT))
 @given(data=st.data(), threads=st.integers(1, 2))
 def test_chunks_and_single_steps_equal_one_run(backend, data, threads):
-    fast = backend in ("cpu", "cuda")
-    case = data.draw(cases(**({"max_units": 60, "max_steps": 150} if fast else {"max_units": 10})))
-    threads = threads if backend == "cpu" else 1
-    steps = steps_of(case.inputs)
-    cuts = sorted(data.draw(st.lists(st.integers(0, steps), max_size=5)))
-    whole = case.simulator(backend).run(case.inputs, record=RECORDABLE)
-
-    chunked = case.simulator(backend, threads=threads)
-    parts = [
-        chunked.run(part(case.inputs, slice(a, b)), record=RECORDABLE)
-        for a, b in zip([0, *cuts], [*cuts, steps], strict=True)
-    ]
-    assert np.array_equal(whole.output, np.concatenate([p.output for p in parts]))
-    for k in range(len(case.network.layers)):
-        assert same_events(whole.events[k], Events.concatenate([p.events[k] for p in parts]))
-        assert same_bits(whole.states[k], np.concatenate([p.states[k] for p in parts]))
-        assert np.array_equal(whole.fired[k].total, sum(p.fired[k].total for p in parts))
-    assert_same_state(whole.state, chunked.state)
-
-    stepped = case.simulator(backend, threads=threads)
-    dense = case.inputs.to_dense() if isinstance(case.inputs, Events) else case.inputs
-    for t in range(steps):
-        assert np.array_equal(stepped.step(dense[t]), whole.output[t])
-    assert_same_state(whole.state, stepped.state)
+    check_chunks(backend, data, threads)
 
 
 @given(case=cases(max_units=40, max_steps=20, embedding=False))
@@ -295,27 +175,6 @@ def test_carrying_events_only_is_wiping_the_cells(case, window):
 # --- large: full register tiles, their tails, several chunks of time ----------------------------------------
 
 
-def large_network(variant: str, units: int, inputs: int, seed: int) -> Network:
-    rng = np.random.default_rng(seed)
-
-    def pruned(n_pre, n_post):
-        kept = rng.random((-(-n_pre // 16), -(-n_post // 64))) < 0.4
-        values = rng.standard_normal((n_pre, n_post)) * 2 / np.sqrt(n_pre)
-        return convert((values * np.kron(kept, np.ones((16, 64)))[:n_pre, :n_post]).astype(np.float32), "dense")
-
-    rows = 3 * units
-    biases = (rng.standard_normal((2, rows)) / 4).astype(np.float32)
-    bias_out = rng.standard_normal(131).astype(np.float32)
-    threshold = rng.uniform(0.05, 0.5, units).astype(np.float32)
-    layer = Layer(pruned(inputs, rows), pruned(units, rows), *biases, threshold, Cell(variant=variant))
-    return Network((layer,), None, Readout(pruned(units, 131), bias_out))
-
-
-def in_format(network: Network, name: str, block: tuple[int, int] | None = None, **options) -> Network:
-    matrices = network.matrices().items()
-    return network.with_matrices({key: convert(w, name, block=block, **options) for key, w in matrices})
-
-
 LAYOUTS = [("dense", None), ("csr", None), ("block", (1, 64)), ("block", (16, 16)), ("block", (32, 32))]
 
 
@@ -357,13 +216,7 @@ def test_large_narrow_network_in_every_format(storage):
 
 
 def test_threads_never_write_over_each_other():
-    # Windows of gate rows that start off the vector grid, many times over: a race shows only now and then.
-    for units in (20, 23, 44):
-        case = large_network("paper", units, 40, seed=units)
-        x = np.random.default_rng(units).standard_normal((600, 1, 40)).astype(np.float32)
-        for network in (case, in_format(case, "block", (1, 16)), in_format(case, "csr")):
-            expected = simulate(network, x).output
-            assert all(np.array_equal(expected, simulate(network, x, threads=n).output) for n in (2, 3, 2, 3))
+    check_threads_do_not_race("cpu")
 
 
 # --- streaming ----------------------------------------------------------------------------------------------

@@ -20,14 +20,21 @@ from eventrnn.cells import Cell
 from eventrnn.cpu.kernels import jit, simd
 from eventrnn.testing import networks, states
 from support import tolerance
+from support.conformance import bits
+from support.worked_steps import (
+    LN2,
+    LN3,
+    always_firing,
+    check_equality_and_leak,
+    check_paper_step,
+    check_plain_gru,
+    check_released_step,
+    close,
+    random_parameters,
+)
 
 F32 = np.float32
-LN2, LN3 = math.log(2), math.log(3)
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
-
-
-def bits(array) -> np.ndarray:
-    return np.asarray(array, F32).view(np.int32)
 
 
 # --- the FMA ------------------------------------------------------------------------------------------------
@@ -194,36 +201,6 @@ def test_tanh_is_odd(x):
 # sigmoid(ln 3) = 3/4, sigmoid(-ln 3) = 1/4, tanh(ln 2) = (4 - 1) / (4 + 1) = 3/5, tanh(ln 3) = (9 - 1) / (9 + 1) = 4/5.
 # Two units, one input x = 1. Unit 0 sent 1/2 in the step before, unit 1 nothing. Columns: u0 u1  r0 r1  g0 g1.
 
-HAND = {
-    "w_in": np.array([[-LN3, 0.0, LN3, LN3, 0.0, 0.0]]),
-    "bias_in": np.array([0.0, 0.0, 0.0, 0.0, 0.0, LN3]),
-    "bias_rec": np.array([0.0, LN3, 0.0, 0.0, 0.0, 0.0]),
-}
-
-
-def close(got, expected) -> bool:
-    return bool(np.abs(np.asarray(got, np.float64).ravel() - np.asarray(expected)).max() <= tolerance.HAND_WORKED)
-
-
-def check_released_step():
-    # Recurrent drive of g: unit 0 sends 1/2 * w to both: 4/3 ln 2 and 0.
-    w_rec = np.array([[0, 0, 0, 0, 8 / 3 * LN2, 0], [9.0, 9, 9, 9, 9, 9]])
-    parameters = HAND | {"w_rec": w_rec, "threshold": np.array([0.5, 0.25])}
-    c, y = np.array([[0.4, -0.2]]), np.array([[0.5, 0.0]])
-    tape = reference.step(Cell(), parameters, np.array([[1.0]]), c, y)
-    # u = sigmoid(-ln 3), sigmoid(ln 3);  r = sigmoid(ln 3) twice
-    assert close(tape.u, [0.25, 0.75])
-    assert close(tape.r, [0.75, 0.75])
-    # g0 = tanh(0 + 3/4 * 4/3 ln 2) = 3/5;  g1 = tanh(ln 3 + 3/4 * 0) = 4/5
-    assert close(tape.g, [0.6, 0.8])
-    # v0 = 1/4 * 0.4 + 3/4 * 3/5 = 0.1 + 0.45;  v1 = 3/4 * -0.2 + 1/4 * 4/5 = -0.15 + 0.2
-    assert close(tape.v, [0.55, 0.05])
-    # 0.55 > 0.5 fires and keeps 0.05;  0.05 <= 0.25 does not
-    assert tape.event.tolist() == [[1, 0]]
-    assert close(tape.y, [0.55, 0])
-    assert close(tape.c, [0.05, 0.05])
-    return parameters, tape
-
 
 def test_released_step_by_hand():
     check_released_step()
@@ -257,25 +234,6 @@ def test_released_step_backward_by_hand():
     assert close(got["y"], [8 / 3 * LN2 * 0.97227, 9 * sum(recurrent)])
 
 
-def check_paper_step():
-    # The reset gate goes before the matrix: unit 0 sends 3/4 * 1/2 = 3/8 to the candidates.
-    w_rec = np.array([[0, 0, 0, 0, 8 / 3 * LN2, 0], [9.0, 9, 9, 9, 9, 9]])
-    parameters = HAND | {"w_rec": w_rec, "threshold": np.array([0.04, 0.25])}
-    c, y = np.array([[0.4, -0.2]]), np.array([[0.5, 0.0]])
-    tape = reference.step(Cell(variant="paper"), parameters, np.array([[1.0]]), c, y)
-    assert close(tape.r, [0.75, 0.75])
-    # rec_g0 = 8/3 ln 2 * 3/8 = ln 2
-    assert close(tape.rec_g, [LN2, 0])
-    assert close(tape.g, [0.6, 0.8])
-    # v0 = 0.55 - y0 = 0.05;  v1 = 0.05 - 0
-    assert close(tape.v, [0.05, 0.05])
-    # 0.05 > 0.04 fires, and the cell keeps it until the next step subtracts it
-    assert tape.event.tolist() == [[1, 0]]
-    assert close(tape.y, [0.05, 0])
-    assert close(tape.c, [0.05, 0.05])
-    return parameters, tape
-
-
 def test_paper_step_by_hand():
     check_paper_step()
 
@@ -305,36 +263,10 @@ def test_paper_step_backward_by_hand():
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_no_event_at_equality_and_leak_in_closed_form(dtype):
-    # All drives zero: u = r = 1/2 and g = 0, so that v = c / 2, exactly, in either precision.
-    n, ones = 3, np.ones((1, 3), dtype)
-    parameters = {
-        "w_in": np.zeros((1, 3 * n), dtype),
-        "w_rec": np.zeros((n, 3 * n), dtype),
-        "bias_in": np.zeros(3 * n, dtype),
-        "bias_rec": np.zeros(3 * n, dtype),
-        "threshold": np.array([0.5, np.nextafter(dtype(0.5), dtype(0)), 2.0], dtype),
-    }
-    tapes = reference.forward(Cell(), parameters, np.zeros((4, 1, 1), dtype), ones, 0 * ones)
-    # v = 1/2: not above 1/2, but above the number below it, whose subtraction leaves the difference.
-    assert tapes[0].event.tolist() == [[0, 1, 0]]
-    assert tapes[0].c[0, 1] == dtype(0.5) - parameters["threshold"][1]
-    assert [float(tape.c[0, 2]) for tape in tapes] == [0.5, 0.25, 0.125, 0.0625]
-    assert all(tape.c.dtype == dtype for tape in tapes)
+    check_equality_and_leak(dtype)
 
 
 # --- symmetries and limits of the specification -------------------------------------------------------------
-
-
-def random_parameters(rng, inputs: int, units: int, dtype=np.float64) -> dict:
-    rows = 3 * units
-    arrays = {
-        "w_in": rng.standard_normal((inputs, rows)) / np.sqrt(inputs),
-        "w_rec": rng.standard_normal((units, rows)) / np.sqrt(units),
-        "bias_in": rng.standard_normal(rows) / 2,
-        "bias_rec": rng.standard_normal(rows) / 2,
-        "threshold": rng.uniform(0, 0.3, units),
-    }
-    return {name: array.astype(dtype) for name, array in arrays.items()}
 
 
 def permuted(parameters: dict, order: np.ndarray) -> dict:
@@ -398,37 +330,9 @@ def test_splitting_batch_and_time_of_the_specification(variant, dtype, seed, cut
         assert np.array_equal([tape.y[b] for tape in whole], [tape.y[0] for tape in alone])
 
 
-def always_firing(rng, inputs: int, units: int) -> dict:
-    """A layer without thresholds whose candidates, and so cells, stay positive: a plain GRU."""
-    parameters = random_parameters(rng, inputs, units)
-    parameters["w_rec"] = rng.uniform(-1, 1, (units, 3 * units)) / units
-    parameters["bias_in"][2 * units :] = 3.0
-    parameters["bias_rec"][2 * units :] = 0.1
-    parameters["w_in"] = rng.uniform(-1, 1, (inputs, 3 * units)) / inputs
-    return parameters | {"threshold": np.zeros(units)}
-
-
-def plain_gru(parameters: dict, x, h) -> np.ndarray:
-    """A gated recurrent unit, reset gate after the matrix, as in cuDNN. Nothing of the package."""
-    w_in, w_rec, b_in, b_rec = (parameters[name] for name in ("w_in", "w_rec", "bias_in", "bias_rec"))
-    hidden = []
-    for x_t in x:
-        a_u, a_r, a_g = np.split(x_t @ w_in + b_in, 3, axis=1)
-        h_u, h_r, h_g = np.split(h @ w_rec + b_rec, 3, axis=1)
-        keep, reset = 1 / (1 + np.exp(-a_u - h_u)), 1 / (1 + np.exp(-a_r - h_r))
-        h = keep * h + (1 - keep) * np.tanh(a_g + reset * h_g)
-        hidden.append(h)
-    return np.array(hidden)
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_no_threshold_and_positive_cells_are_a_gru(seed):
-    rng = np.random.default_rng(seed)
-    parameters, x, h = always_firing(rng, 4, 6), rng.uniform(-1, 1, (8, 3, 4)), rng.uniform(0, 1, (3, 6))
-    tapes = reference.forward(Cell(), parameters, x, h, h)
-    assert all((tape.v > 0).all() for tape in tapes)
-    difference = np.array([tape.y for tape in tapes]) - plain_gru(parameters, x, h)
-    assert np.abs(difference).max() <= tolerance.torch_gru(6, len(x))
+    check_plain_gru(seed)
 
 
 @pytest.mark.torch

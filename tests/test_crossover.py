@@ -7,7 +7,6 @@ import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from conftest import invented_map
 from eventrnn.bench import crossover as crossing
 from eventrnn.bench import timing as contest
 from eventrnn.cpu import crossover as maps
@@ -18,7 +17,8 @@ from eventrnn.network import Network
 from eventrnn.simulation import Simulator, simulate
 from eventrnn.testing import event_trains, networks
 from eventrnn.weights import Dense, convert
-from test_backends import assert_same, cases
+from support.conformance import assert_same, cases
+from support.crossover_map import invented_map
 
 
 class ForcedBackend:

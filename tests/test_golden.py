@@ -1,26 +1,11 @@
 """Recorded runs of the published code (EvNN 0.2, float64), which nobody here wrote."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from eventrnn import reference
-from eventrnn.cells import Cell, Surrogate
 from support import tolerance
-
-FILES = sorted((Path(__file__).parent / "golden").glob("*.npz"))
-
-#: our name of a gradient -> the recorded one
-GRADIENTS = {
-    "x": "d_x",
-    "y": "d_y0",
-    "w_in": "d_kernel",
-    "w_rec": "d_recurrent_kernel",
-    "bias_in": "d_bias",
-    "bias_rec": "d_recurrent_bias",
-    "threshold": "d_threshold",
-}
+from support.recorded_runs import FILES, GRADIENTS, check_outputs, replay
 
 
 @pytest.fixture(params=FILES, ids=lambda path: path.stem)
@@ -29,30 +14,8 @@ def recorded(request):
         return dict(file)
 
 
-def replay(recorded):
-    cell = Cell(surrogate=Surrogate("triangle", float(recorded["gamma"]), float(recorded["support"])))
-    parameters = {
-        "w_in": recorded["kernel"],
-        "w_rec": recorded["recurrent_kernel"],
-        "bias_in": recorded["bias"],
-        "bias_rec": recorded["recurrent_bias"],
-        "threshold": recorded["threshold"],
-    }
-    y0 = recorded["y0"]
-    return cell, parameters, reference.forward(cell, parameters, recorded["x"], np.zeros_like(y0), y0)
-
-
-def test_three_runs_are_there():
-    assert len(FILES) == 3
-
-
 def test_outputs_cells_and_events(recorded):
-    _, _, tapes = replay(recorded)
-    assert np.array_equal([tape.event for tape in tapes], recorded["o"])
-    assert np.abs(np.array([tape.y for tape in tapes]) - recorded["y"]).max() <= tolerance.GOLDEN
-    assert np.abs(np.array([tape.c for tape in tapes]) - recorded["h"]).max() <= tolerance.GOLDEN
-    # Neither silence nor saturation: the recording exercises the threshold.
-    assert 0 < recorded["o"].mean() < 1
+    check_outputs(recorded)
 
 
 def test_every_gradient(recorded):

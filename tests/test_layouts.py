@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import threading
-from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
 import numpy as np
@@ -17,41 +16,20 @@ from eventrnn.cpu import engine as cpu
 from eventrnn.cpu import memory, packing, plan
 from eventrnn.cpu.tables import (
     BLOCKS,
-    HIGH,
     INDEX,
     KIND,
     LOW,
     MANY_BLOCKS,
-    MASKED,
     POINTERS,
-    ROW_TILES,
-    ROWS,
     SCATTER,
     WIDTH,
 )
 from eventrnn.network import Network
-from eventrnn.simulation import RECORDABLE, Simulation, Simulator, simulate
+from eventrnn.simulation import RECORDABLE, Simulator, simulate
 from eventrnn.weights import FORMATS, STORAGES, convert
-from test_backends import assert_same, cases, in_format
+from support.conformance import assert_same, cases, in_format
+from support.layouts import FEW, FORCED, INDICES, MANY, MASKS, NEVER, check_layout, forced, simulated
 
-NEVER = 1 << 30
-FEW, MANY = {"SHARED_EVENTS": NEVER}, {"SHARED_EVENTS": 0}
-# Processors with no use for masks can read them.
-MASKS, INDICES = {"AVX512": True, "MASKED_FROM": 0}, {"MASKED_FROM": 2}
-NARROW = {"WIDEST_SCATTER": 16}
-#: name -> constants of the modules, the formats that they decide upon, and the kinds of window that must come out
-FORCED = {
-    "rows": (FEW, ("dense",), {ROWS}),
-    "panels": ({**MANY, "EVERY_FROM_SHARE": 2}, ("dense",), {ROW_TILES}),
-    "every unit": ({**MANY, "EVERY_FROM_SHARE": 0}, ("dense",), {ROW_TILES}),
-    "masks": (MASKS, ("csr", "nm"), {MASKED}),
-    "indices": (INDICES, ("csr", "nm"), {SCATTER}),
-    "narrow masks": ({**MASKS, **NARROW}, ("csr", "nm"), {MASKED}),
-    "narrow indices": ({**INDICES, **NARROW}, ("csr", "nm"), {SCATTER}),
-    "blocks": ({**MANY, **INDICES, "MANY_PIECES": NEVER}, ("block",), {BLOCKS, SCATTER}),
-    "many blocks": ({**MANY, **INDICES, "MANY_PIECES": 0}, ("block",), {MANY_BLOCKS, BLOCKS, SCATTER}),
-    "blocks of single weights": ({**MANY, **MASKS, **NARROW}, ("block",), {BLOCKS, MASKED, SCATTER}),
-}
 # Any of them at once.
 CONSTANTS = st.fixed_dictionaries(
     {
@@ -66,40 +44,11 @@ CONSTANTS = st.fixed_dictionaries(
 )
 
 
-@contextmanager
-def forced(constants: dict):
-    """Constants of `plan` and `packing`, by name."""
-    with ExitStack() as stack:
-        for module in (plan, packing, memory):
-            for name, value in constants.items():
-                if hasattr(module, name):
-                    stack.enter_context(patch.object(module, name, value))
-        yield
-
-
-def kinds(engine) -> set[int]:
-    """The kinds of all windows of an engine that hold something."""
-    windows = np.concatenate([each.windows.reshape(-1, packing.FIELDS) for each in engine.plans.values()])
-    return {int(kind) for kind in windows[windows[:, HIGH] > windows[:, LOW], KIND]}
-
-
-def simulated(case, **options) -> Simulation:
-    return simulate(case.network, case.inputs, state=case.state, record=RECORDABLE, **options)
-
-
 @pytest.mark.parametrize("backend", ["cpu"])
 @pytest.mark.parametrize("layout", FORCED)
 @given(data=st.data(), threads=st.integers(1, 3))
 def test_every_layout_gives_the_specification_s_bits(backend, layout, data, threads):
-    constants, formats, expected = FORCED[layout]
-    case = data.draw(cases(formats=formats))
-    with forced(constants):
-        tested = case.simulator(backend, threads=threads)
-        got = tested.run(case.inputs, record=RECORDABLE)
-    found = kinds(tested.engine)
-    # A block matrix is cut into pieces or, where no piece divides its blocks, into single weights.
-    assert found == expected or ("block" in formats and found <= expected)
-    assert_same(simulated(case, backend="reference"), got)
+    check_layout(backend, layout, data, threads)
 
 
 @pytest.mark.parametrize(("block", "kind"), [((1, 64), BLOCKS), ((2, 4), BLOCKS), ((3, 5), SCATTER), ((1, 1), SCATTER)])

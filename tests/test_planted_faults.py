@@ -12,12 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-import test_backends
-import test_cells
-import test_golden
-import test_layouts
 from eventrnn import cells, reference
-from eventrnn.backend import BACKENDS
 from eventrnn.cells import Cell
 from eventrnn.cpu import packing
 from eventrnn.network import Layer, Network
@@ -25,15 +20,14 @@ from eventrnn.simulation import Simulator, simulate
 from eventrnn.testing import Divergence, assert_equivalent
 from eventrnn.weights import BlockCSR, Dense, convert
 from support import tolerance
+from support.conformance import check_chunks, check_formats, check_threads_do_not_race
+from support.layouts import FORCED, check_layout, forced
 from support.planting import KERNEL_FAULTS, faulty_kernels, plant, suite_catches
-from test_layouts import FORCED, forced
+from support.recorded_runs import FILES, check_outputs
+from support.worked_steps import check_equality_and_leak, check_paper_step, check_plain_gru, check_released_step
 
 UNITS, INPUTS, BATCH, STEPS = 10, 6, 3, 12
 RECORD = ("events", "states")
-
-
-CONFORMANCE = test_backends.test_every_format_equals_the_dense_specification
-LAYOUT = test_layouts.test_every_layout_gives_the_specification_s_bits
 
 
 def network(
@@ -146,7 +140,7 @@ def test_dropped_last_event_in_the_specification(monkeypatch):
     found = divergence("cpu", "reference")
     # Someone sends something in the first step.
     assert place(found)[:3] == (0, 0, int(np.argmax(signal()[0].any(axis=1))))
-    suite_catches(CONFORMANCE, backend="cpu", variant="evnn", formats=("csr",))
+    suite_catches(check_formats, backend="cpu", variant="evnn", formats=("csr",))
 
 
 def test_dropped_last_event_in_the_kernel():
@@ -160,7 +154,7 @@ def test_dropped_last_event_in_the_kernel():
         found = divergence("reference", faulty)
         assert (found.step, found.layer, found.sample) == (step + 1, 0, sample)
         for formats in (("dense",), ("csr",), ("block",)):
-            suite_catches(CONFORMANCE, backend=faulty, variant="paper", formats=formats)
+            suite_catches(check_formats, backend=faulty, variant="paper", formats=formats)
 
 
 # --- a block's padding is read ------------------------------------------------------------------------------
@@ -211,7 +205,7 @@ def test_read_padding_rows(monkeypatch, padded):
     step, sample = np.argwhere(sent[:, :, UNITS - 1])[0]
     assert (found.step, found.layer, found.sample) == (step + 1, 0, sample)
     suite_catches(
-        CONFORMANCE,
+        check_formats,
         backend="cpu", variant="evnn", formats=("block",),
     )  # fmt: skip
 
@@ -224,7 +218,7 @@ def test_read_padding_columns(monkeypatch, padded):
     step, sample, _ = first_event(padded)
     assert place(found)[:3] == (step + 1, 0, sample)
     # A tied network may find its own read-out changed.
-    suite_catches(CONFORMANCE, by=(AssertionError, ValueError), backend="cpu", variant="evnn", formats=("block",))
+    suite_catches(check_formats, by=(AssertionError, ValueError), backend="cpu", variant="evnn", formats=("block",))
 
 
 # --- two gates are swapped ----------------------------------------------------------------------------------
@@ -233,8 +227,8 @@ def test_read_padding_columns(monkeypatch, padded):
 def test_swapped_gates_in_the_specification(monkeypatch):
     plant(monkeypatch, reference, "step", {"in_u, in_r, in_g = np.split(": "in_r, in_u, in_g = np.split("})
     assert place(divergence("reference", "cpu")) == (0, 0, 0, 0)
-    suite_catches(test_cells.test_released_step_by_hand)
-    suite_catches(test_cells.test_paper_step_by_hand)
+    suite_catches(check_released_step)
+    suite_catches(check_paper_step)
 
 
 def test_swapped_gates_in_a_weight_file():
@@ -252,7 +246,7 @@ def test_swapped_gates_in_the_kernel():
     with faulty_kernels("gates swapped") as faulty:
         assert place(divergence("reference", faulty)) == (0, 0, 0, 0)
         assert place(divergence("reference", faulty, net=network(units=40))) == (0, 0, 0, 0)
-        suite_catches(CONFORMANCE, backend=faulty, variant="evnn", formats=("dense",))
+        suite_catches(check_formats, backend=faulty, variant="evnn", formats=("dense",))
 
 
 def test_swapped_gates_in_the_rule_that_all_backends_share(monkeypatch):
@@ -260,9 +254,9 @@ def test_swapped_gates_in_the_rule_that_all_backends_share(monkeypatch):
     plant(
         monkeypatch, cells, "egru_value", {"return fma(u, c, (ONE - u) * g), u": "return fma(r, c, (ONE - r) * g), u"}
     )
-    suite_catches(test_cells.test_no_threshold_and_positive_cells_are_a_gru, seed=0)
-    with np.load(test_golden.FILES[0]) as recorded:
-        suite_catches(test_golden.test_outputs_cells_and_events, recorded=dict(recorded))
+    suite_catches(check_plain_gru, seed=0)
+    with np.load(FILES[0]) as recorded:
+        suite_catches(check_outputs, recorded=dict(recorded))
 
 
 # --- a reset is forgotten -----------------------------------------------------------------------------------
@@ -283,15 +277,15 @@ def check_forgotten_reset(found: Divergence, net: Network) -> None:
 def test_forgotten_reset_in_the_specification(monkeypatch):
     plant(monkeypatch, reference, "step", {'v - event * threshold if cell.variant == "evnn" else v': "v"})
     check_forgotten_reset(divergence("cpu", "reference"), network())
-    suite_catches(test_cells.test_released_step_by_hand)
-    suite_catches(test_cells.test_no_event_at_equality_and_leak_in_closed_form, dtype=np.float64)
-    suite_catches(CONFORMANCE, backend="cpu", variant="evnn", formats=("csr",))
+    suite_catches(check_released_step)
+    suite_catches(check_equality_and_leak, dtype=np.float64)
+    suite_catches(check_formats, backend="cpu", variant="evnn", formats=("csr",))
 
 
 def test_forgotten_reset_in_the_kernel():
     with faulty_kernels("reset forgotten") as faulty:
         check_forgotten_reset(divergence("reference", faulty), network())
-        suite_catches(CONFORMANCE, backend=faulty, variant="evnn", formats=("block",))
+        suite_catches(check_formats, backend=faulty, variant="evnn", formats=("block",))
 
 
 def test_forgotten_reset_of_the_papers_variant(monkeypatch):
@@ -302,7 +296,7 @@ def test_forgotten_reset_of_the_papers_variant(monkeypatch):
     # One step after the first event, the unit that sent it; its siblings have been told the same.
     assert found.what in ("cell", "event")
     assert place(found) == (step + 1, 0, sample, unit)
-    suite_catches(test_cells.test_paper_step_by_hand)
+    suite_catches(check_paper_step)
 
 
 # --- a state is lost between calls --------------------------------------------------------------------------
@@ -312,7 +306,7 @@ def test_state_lost_between_calls(monkeypatch):
     # What the released code does between windows, and calls by default.
     wiping = {"self.state = trace.state": "self.state = State(self.state.cells, trace.state.outputs)"}
     plant(monkeypatch, Simulator, "_advance", wiping)
-    suite_catches(test_backends.test_chunks_and_single_steps_equal_one_run, backend="cpu")
+    suite_catches(check_chunks, backend="cpu")
 
 
 # --- a traversal goes wrong ---------------------------------------------------------------------------------
@@ -353,11 +347,11 @@ def test_faults_of_the_traversals(fault):
     assert found.step <= first_event(net)[0] + 1
     with faulty_kernels(fault) as faulty:
         # What lies past the weights may be no number.
-        suite_catches(LAYOUT, by=(AssertionError, FloatingPointError), backend=faulty, layout=layout)
+        suite_catches(check_layout, by=(AssertionError, FloatingPointError), backend=faulty, layout=layout)
 
 
 @pytest.mark.parametrize("fault", TEAMS)
-def test_faults_of_a_team(monkeypatch, fault):
+def test_faults_of_a_team(fault):
     net = network(units=40)
     with faulty_kernels(fault) as faulty:
         # Alone, nobody notices.
@@ -366,10 +360,9 @@ def test_faults_of_a_team(monkeypatch, fault):
         if fault != "barrier missing":
             found = divergence(faulty, "reference", net=net, threads=2)
             assert (found.step, found.layer) == (first_event(net)[0] + 1, 0)
-            suite_catches(CONFORMANCE, backend=faulty, variant="evnn", formats=("dense",))
+            suite_catches(check_formats, backend=faulty, variant="evnn", formats=("dense",))
         # A race shows sooner or later; here, in some of many thousand steps.
-        monkeypatch.setitem(BACKENDS, "cpu", BACKENDS[faulty])
-        suite_catches(test_backends.test_threads_never_write_over_each_other)
+        suite_catches(check_threads_do_not_race, backend=faulty)
 
 
 # --- weights are packed wrong -------------------------------------------------------------------------------
@@ -408,4 +401,4 @@ def test_faults_of_packing(monkeypatch, function, layout, net, edits):
         # Of two threads, whose shares cut blocks.
         found = divergence("cpu", "reference", net=net, threads=2)
     assert found.layer == 0
-    suite_catches(LAYOUT, backend="cpu", layout=layout)
+    suite_catches(check_layout, backend="cpu", layout=layout)

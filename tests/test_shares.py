@@ -19,7 +19,7 @@ from eventrnn.training.bptt.kernels.load_balance import SLACK, cut_windows, even
 from eventrnn.training.bptt.kernels.time_loops import WINDOW_ROWS
 from eventrnn.training.bptt.sparse_pattern import Pattern, windows
 from eventrnn.training.bptt.workspace import Scratch
-from test_backward import FORMATS, pruned
+from support.pruned_weights import FORMATS, pruned
 
 
 @given(

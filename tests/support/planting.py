@@ -26,9 +26,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-import test_backends
 from eventrnn.backend import BACKENDS
 from eventrnn.cpu.kernels.simd import I64
+from support import conformance
 
 
 def edited(source: str, edits: dict[str, str]) -> str:
@@ -240,27 +240,24 @@ FAULTS = settings(
     report_multiple_bugs=False,
     print_blob=False,
 )
-#: What the properties below draw by themselves.
+#: What a check of `support` may be given; `suite_catches` draws whatever the caller leaves out.
 DRAWN = {
     "data": st.data(),
     "threads": st.integers(1, 3),
-    "record": test_backends.records,
-    "carry": test_backends.carries(),
+    "record": conformance.records,
+    "carry": conformance.carries(),
 }
 
 
-def suite_catches(test, *, by: type[Exception] | tuple[type[Exception], ...] = AssertionError, **arguments) -> None:
-    """Run a test of the suite, a property with examples of its own, and demand that it fails."""
-    if hasattr(test, "hypothesis"):
-        inner = test.hypothesis.inner_test
-        drawn = {name: DRAWN[name] for name in inspect.signature(inner).parameters if name not in arguments}
+def suite_catches(check, *, by: type[Exception] | tuple[type[Exception], ...] = AssertionError, **arguments) -> None:
+    """Run a check of the suite with drawn examples and demand that it fails.
 
-        @FAULTS
-        @given(**drawn)
-        def test(**examples):
-            inner(**examples)
-
-        inner = functools.partial(inner, **arguments)
-        arguments = {}
+    check: a function with parameters among those of `DRAWN` and of `arguments`. Parameters that are not given are
+    drawn; a check without any left is called once.
+    """
+    drawn = {name: DRAWN[name] for name in inspect.signature(check).parameters if name not in arguments}
+    test = functools.partial(check, **arguments)
+    if drawn:
+        test = FAULTS(given(**drawn)(lambda **examples: check(**arguments, **examples)))
     with pytest.raises(by):
-        test(**arguments)
+        test()
