@@ -118,7 +118,7 @@ def lay_out(shape: LayerShape, tiles: int, samples: int, warps: int, chip: Chip)
         tables.AT_LIST: 8 * capacity * (samples + (samples == 1 and shape.w_in is not None)),
         tables.AT_COUNTS: 4 * samples,
         tables.AT_STAGED: 4 * samples * segments * tables.SEGMENT,
-        tables.AT_TOTALS: max(256, 4 * samples * segments),
+        tables.AT_SEGMENT_COUNTS: max(256, 4 * samples * segments),
         tables.AT_BASES: 2 * 4 * 3 * tiles,
         tables.AT_HITS: tables.HIT_BUFFER_BYTES * warps,
         tables.AT_SUMS_IN: 2 * sums,

@@ -1,15 +1,45 @@
-"""The kernel `layers` for clusters of blocks that write into each other's shared memory.
+"""The cluster plan: one layer of a stream lives in one thread-block cluster; for sparse weights, released variant.
 
-A stream's layer lives in one cluster. Every block keeps all outputs of the layer's last step; who has worked out a
-tile writes its 32 outputs into all blocks, whose barriers count the bytes. There is no list of events: a warp looks
-up the units that reach its strip, and walks those that sent. So it is for sparse weights.
+Blocks of a cluster exchange outputs through distributed shared memory: a warp that has updated a tile writes its 32
+outputs into the shared memory of every block of the cluster, and transaction barriers there count the arriving bytes.
+There are no lists of events: a warp gathers the outputs of the units that reach its strip (`gather_product.py`).
 
-A block owns some tiles of 32 units, and works out the drives of the strips of 32 columns that these have rows in:
-columns of all three gates together, cut where blocks of weights are. Each turn, of one stream, its warps share out
-the strips, meet, and share out the tiles.
+Cluster : has one role for one layer and some samples. RECURRENT: recurrent drives, cells, events. INPUT (all
+          layers but the first): the layer's input drives, which depend on the layer below only. An input cluster runs
+          ahead and writes the drives to global memory, in words that are UNWRITTEN before the launch.
+Block   : owns `tiles` neighbouring tiles of 32 units (one row of the block table). It computes the strips that contain
+          gate rows of these units. Strips are 32 neighbouring columns of the (3 * units) gate rows, so that they
+          coincide with blocks of weights, and two blocks may both compute a strip that both need.
+Warp    : for one sample after the other, every `warps`-th strip of the block, then every `warps`-th tile.
+Thread  : one column of a strip; one unit of a tile.
 
-What a layer's input adds to its drives is worked out by clusters of their own, the feeders. They run ahead: they wait
-for the layer below only, and leave the drives in memory, in words that start out as "not there yet".
+Each step equals `reference.step` with variant "evnn": the drives equal `reference.propagate`, terms in ascending
+presynaptic order with one FMA per term.
+
+============ ======== ==========================================================================================
+array        memory   shape, dtype, contents
+============ ======== ==========================================================================================
+event log    global   (steps + 1, batch, pitch) float32, as in `persistent.py`; written for the layers above and the
+                      host, read by input clusters
+input drives global   (steps * batch, 3 * units) float32
+cells        global   (batch, units) float32, read at the start and written at the end; states as in `persistent.py`
+y            shared   (samples, 2, row + 4) float32, all outputs of the layer after even and odd steps; the 16 bytes
+                      after a row are zero and serve the padding of the tables
+barriers     shared   (samples, 2) mbarriers, one per row of y; at the same address in all blocks of the cluster
+strips       shared   (8,) int32: number of strips, then per gate its first strip and the shift from a unit to its
+                      column; then per strip 4 int32: address of its units, chunks, row of its weights, first column
+units        shared   (strips, capacity) int32, byte offsets of units in a row of y, padded to whole chunks
+rows         shared   (entries, 32) float32 or uint16 weights; in global memory (L2) if they do not fit
+bias         shared   (strips, 32) float32
+drives       shared   (strips, 2, 32) float32, input drives of this turn and of the next one
+gates        shared   (2, 2, strips + 1, 32) float32: gates u and r and the recurrent drive of the candidate, then the
+                      input drive of the candidate; each for even and odd turns
+c, threshold shared   (samples, tiles, 32) and (tiles, 32) float32
+hits         shared   per warp, scratch of `gather_product.py`
+============ ======== ==========================================================================================
+
+Barriers: an mbarrier phase before the outputs of the last step are read, one block barrier between strips and tiles,
+cluster barriers at the start and the end, because no block may write into one that has not started or has ended.
 """
 
 from __future__ import annotations
@@ -48,12 +78,13 @@ from eventrnn.cuda.kernels.ptx import (
 from eventrnn.cuda.kernels.strip_product import FULL_WARP
 from eventrnn.cuda.tables import LANES, NARROW, RESIDENT
 
+# Bytes of one float32 per lane.
 TILE_BYTES = 4 * LANES
 
 
 @device_function
 def wait_for_phase(barrier, parity, max_polls):
-    """Until the phase of that parity is over; False where it never was."""
+    """Wait until the barrier's phase of that parity is complete; False if it was not within `max_polls` polls."""
     polls = int32(0)
     while barrier_try_wait(barrier, parity) == 0:
         polls = int32(polls + 1)
@@ -64,7 +95,10 @@ def wait_for_phase(barrier, parity, max_polls):
 
 @device_function
 def poll_drive(drive, address, max_polls):
-    """A drive that a feeder leaves, as it was loaded early; looked for if it was not there yet."""
+    """An input drive, and whether it was written in time.
+
+    drive   : its word as it was loaded ahead of time; if it was UNWRITTEN, the word at `address` is polled
+    """
     word, polls = libdevice.float_as_int(drive), int32(0)
     while word == UNWRITTEN and polls < max_polls:
         word = load_relaxed(address)
@@ -73,10 +107,12 @@ def poll_drive(drive, address, max_polls):
 
 
 def cluster_kernel(layout: int, layout_in: int, blocks: int, units_per_lane: int, units_per_lane_in: int):
-    """The kernel for clusters of so many blocks, for matrices that lie in those ways; and its signature.
+    """The kernel of the cluster plan and its signature.
 
-    `rounds`: how many units a lane looks up together, in recurrent strips; `rounds_in` in those of feeders, 0 where
-    there are none.
+    layout, layout_in  : layout codes of recurrent and input matrices
+    blocks             : blocks per cluster: 1, 2, 4, 8 or 16
+    units_per_lane     : units that a lane gathers together in recurrent strips
+    units_per_lane_in  : the same for input strips, 0 if the launch has no input clusters
     """
     has_input_clusters, narrow = units_per_lane_in > 0, layout & NARROW
     row_bytes, resident, resident_in = LANES * (2 if narrow else 4), bool(layout & RESIDENT), bool(layout_in & RESIDENT)
@@ -84,27 +120,31 @@ def cluster_kernel(layout: int, layout_in: int, blocks: int, units_per_lane: int
     gather_product_in = make_gather_product(layout_in, max(1, units_per_lane_in), event_log=True)
 
     @device_function
-    def broadcast_tile(one, two, three, four, offset, barrier, lane, y):
-        # Eight lanes a block, four blocks at a time.
+    def broadcast_tile(block_0, block_1, block_2, block_3, offset, barrier, lane, y):
+        """Write the tile's outputs `y`, one per lane, to all blocks of the cluster and count the bytes there.
+
+        block_0, ... : where shared memory of the lane's target blocks begins; offset, barrier : offsets in it
+        """
+        # Eight lanes write the 32 outputs to one block; four blocks are written at a time.
         q = int32(4 * (lane & 7))
         offset = int32(offset + 4 * q)
         word = libdevice.float_as_int(y)
         a, b = cuda.shfl_sync(FULL_WARP, word, q), cuda.shfl_sync(FULL_WARP, word, int32(q + 1))
         c, d = cuda.shfl_sync(FULL_WARP, word, int32(q + 2)), cuda.shfl_sync(FULL_WARP, word, int32(q + 3))
         if blocks >= 4 or lane < 8 * blocks:
-            store_async4(int32(one + offset), a, b, c, d, int32(one + barrier))
+            store_async4(int32(block_0 + offset), a, b, c, d, int32(block_0 + barrier))
         if blocks >= 8:
-            store_async4(int32(two + offset), a, b, c, d, int32(two + barrier))
+            store_async4(int32(block_1 + offset), a, b, c, d, int32(block_1 + barrier))
         if blocks >= 16:
-            store_async4(int32(three + offset), a, b, c, d, int32(three + barrier))
-            store_async4(int32(four + offset), a, b, c, d, int32(four + barrier))
+            store_async4(int32(block_2 + offset), a, b, c, d, int32(block_2 + barrier))
+            store_async4(int32(block_3 + offset), a, b, c, d, int32(block_3 + barrier))
 
     @device_function
     def load_strips(layer, block, n, first_unit, last_unit, shared, in_shared, chunk, beyond, thread, threads):
-        """The block's strips, gate after gate: their table, units, biases, and rows of weights where they are near.
+        """Fill `strips`, `units`, `bias` and, if `in_shared`, `rows` of this block, one gate after the other.
 
-        Before the table, how many strips the gates have, and how far a unit's columns are from where its gate's strips
-        begin. A strip's units are filled up to whole lots with offsets `beyond` the row.
+        chunk  : units of a chunk, to a multiple of which the units of a strip are padded
+        beyond : byte offset of the padding: of the zero after a row of y, or -1 for a row of an event log
         """
         firsts, strips = global_int64(layer[tables.FIRSTS_OF]), shared_int32(shared + block[tables.AT_STRIPS])
         lane, warp, warps = thread & int32(31), thread >> int32(5), threads >> int32(5)
@@ -134,7 +174,7 @@ def cluster_kernel(layout: int, layout_in: int, blocks: int, units_per_lane: int
                     thread,
                     threads,
                 )
-            # A warp a strip: many short copies, none of which waits for another.
+            # One warp per strip, because these are many short and independent copies.
             strip = warp
             while strip < count:
                 own = firsts[begin + strip]
@@ -172,7 +212,7 @@ def cluster_kernel(layout: int, layout_in: int, blocks: int, units_per_lane: int
         first, samples = block[tables.SAMPLE], int32(block[tables.SAMPLES])
         first_unit = int32(LANES * tile)
         last_unit = min(n, int32(first_unit + LANES * tiles))
-        # A row of outputs is followed by a zero, for who looks beyond the units.
+        # The padding of the tables of units refers to the zero after a row of outputs.
         row_size = int32(block[tables.ALL_TILES]) * int32(TILE_BYTES)
         y_size = int32(row_size + 16)
         event_log, input_log, states = layer[tables.EVENT_LOG], layer[tables.INPUT_LOG], layer[tables.STATES]
@@ -198,7 +238,7 @@ def cluster_kernel(layout: int, layout_in: int, blocks: int, units_per_lane: int
                 thread,
                 threads,
             )
-            # The outputs that the run starts from.
+            # The outputs of the state before the run.
             sample = int32(0)
             while sample < samples:
                 word = thread
@@ -221,9 +261,9 @@ def cluster_kernel(layout: int, layout_in: int, blocks: int, units_per_lane: int
         cluster_arrive()
         cluster_wait()
 
-        # Read, so that the compiler does not work them out again each time.
-        strips, _, shift_zero, one = load_shared4(int32(strips_at - 32))
-        shift_one, two, shift_two, _ = load_shared4(int32(strips_at - 16))
+        # These values are loaded, so that the compiler does not recompute them in every turn.
+        strips, _, _, strip_r = load_shared4(int32(strips_at - 32))
+        shift_r, strip_g, shift_g, _ = load_shared4(int32(strips_at - 16))
         lanes_below = int32((int32(1) << lane) - 1)
         columns = int32(3 * n)
         size = int32(row_bytes // LANES)
@@ -244,7 +284,7 @@ def cluster_kernel(layout: int, layout_in: int, blocks: int, units_per_lane: int
                 if t >= steps:
                     break
                 units_at, chunks, row, column = load_shared4(int32(strips_at + 16 * slot))
-                acc, came = gather_product_in(
+                acc, complete = gather_product_in(
                     load_shared_float(int32(bias_at + TILE_BYTES * slot)),
                     input_log + (t * batch + sample) * input_row_bytes,
                     units_at,
@@ -255,13 +295,13 @@ def cluster_kernel(layout: int, layout_in: int, blocks: int, units_per_lane: int
                     lanes_below,
                     max_polls,
                 )
-                if not came:
+                if not complete:
                     global_int32(faults_at)[0] = 1
                     max_polls = int32(1)
-                # Columns that lie in a strip of this gate, but are another block's or gate's, are theirs to write.
-                low_word = int32(first_unit + n * (int32(slot >= one) + int32(slot >= two)))
+                # A strip may contain columns of other units or of the next gate; only own_tile columns are written.
+                first_column = int32(first_unit + n * (int32(slot >= strip_r) + int32(slot >= strip_g)))
                 column = int32(column + lane)
-                if column >= low_word and column - low_word < last_unit - first_unit:
+                if column >= first_column and column - first_column < last_unit - first_unit:
                     store_relaxed(drive_from + (t * batch + sample) * drive_bytes + int64(4) * column, acc)
                 slot = int32(slot + warps)
         else:
@@ -273,22 +313,22 @@ def cluster_kernel(layout: int, layout_in: int, blocks: int, units_per_lane: int
             carried = global_float32(layer[tables.CELLS])
             sample = int32(0)
             while sample < samples:
-                own = warp
-                while own < tiles:
-                    unit, value = int32(first_unit + LANES * own + lane), np.float32(0)
+                own_tile = warp
+                while own_tile < tiles:
+                    unit, value = int32(first_unit + LANES * own_tile + lane), np.float32(0)
                     if unit < n:
                         value = carried[(first + sample) * n + unit]
-                    store_shared_float(int32(cells_at + TILE_BYTES * (sample * tiles + own)), value)
-                    own = int32(own + warps)
+                    store_shared_float(int32(cells_at + TILE_BYTES * (sample * tiles + own_tile)), value)
+                    own_tile = int32(own_tile + warps)
                 sample = int32(sample + 1)
-            # The blocks that this lane writes to; where there are fewer, some of them again.
-            there = int32(lane >> 3)
-            rank_one = map_to_rank(base, int32(there & (blocks - 1)))
-            rank_two = map_to_rank(base, int32((there + 4) & (blocks - 1)))
-            rank_three = map_to_rank(base, int32((there + 8) & (blocks - 1)))
-            rank_four = map_to_rank(base, int32((there + 12) & (blocks - 1)))
+            # The four blocks that this lane writes to. Ranks wrap around in clusters of fewer than 16 blocks.
+            rank = int32(lane >> 3)
+            block_0 = map_to_rank(base, int32(rank & (blocks - 1)))
+            block_1 = map_to_rank(base, int32((rank + 4) & (blocks - 1)))
+            block_2 = map_to_rank(base, int32((rank + 8) & (blocks - 1)))
+            block_3 = map_to_rank(base, int32((rank + 12) & (blocks - 1)))
             units_at, chunks, row, column = load_shared4(int32(strips_at + 16 * warp))
-            # A turn's drives are asked for a turn ago.
+            # The drives of a turn (one step of one sample) are copied to shared memory one turn ahead.
             slot = warp
             while slot < strips:
                 own_column = min(int32(load_shared4(int32(strips_at + 16 * slot))[3] + lane), int32(columns - 1))
@@ -296,42 +336,44 @@ def cluster_kernel(layout: int, layout_in: int, blocks: int, units_per_lane: int
                 slot = int32(slot + warps)
             t, odd = int32(0), int32(0)
             while t < steps32:
-                here, there = int32(t & 1), int32((t + 1) & 1)
+                parity, next_parity = int32(t & 1), int32((t + 1) & 1)
                 sample = int32(0)
                 while sample < samples:
                     wait_for_copies()
-                    now = drive_from + (int64(t) * batch + sample) * drive_bytes
-                    later, next_sample = t, int32(sample + 1)
+                    drives = drive_from + (int64(t) * batch + sample) * drive_bytes
+                    next_t, next_sample = t, int32(sample + 1)
                     if next_sample == samples:
-                        later, next_sample = min(int32(t + 1), int32(steps32 - 1)), int32(0)
-                    soon = drive_from + (int64(later) * batch + next_sample) * drive_bytes
+                        next_t, next_sample = min(int32(t + 1), int32(steps32 - 1)), int32(0)
+                    next_drives = drive_from + (int64(next_t) * batch + next_sample) * drive_bytes
                     slot = warp
                     while slot < strips:
                         own_column = min(
                             int32(load_shared4(int32(strips_at + 16 * slot))[3] + lane), int32(columns - 1)
                         )
-                        copy_async(int64(drives_at + TILE_BYTES * (2 * slot + 1 - odd)), soon + int64(4) * own_column)
+                        copy_async(
+                            int64(drives_at + TILE_BYTES * (2 * slot + 1 - odd)), next_drives + int64(4) * own_column
+                        )
                         slot = int32(slot + warps)
-                    stream = int32(2 * sample)
+                    rows = int32(2 * sample)
                     if t > 0:
-                        barrier = int32(base + at_barriers + 8 * (stream + here))
+                        barrier = int32(base + at_barriers + 8 * (rows + parity))
                         if not wait_for_phase(barrier, int32(((t - 1) >> 1) & 1), max_polls):
                             global_int32(faults_at)[0] = 1
                             max_polls = int32(1)
                         cuda.syncwarp(FULL_WARP)
                         if thread == 0:
                             barrier_expect_bytes(barrier, row_size)
-                    row_at = int32(base + at_y + (stream + here) * y_size)
+                    row_at = int32(base + at_y + (rows + parity) * y_size)
                     gates = int32(gates_at + odd * gates_size)
                     candidates = int32(gates + 2 * gates_size)
                     slot = warp
                     while slot < strips:
                         drive = load_shared_float(int32(drives_at + TILE_BYTES * (2 * slot + odd)))
                         if has_input_clusters:
-                            drive, came = poll_drive(
-                                drive, now + int64(4) * min(int32(column + lane), int32(columns - 1)), max_polls
+                            drive, complete = poll_drive(
+                                drive, drives + int64(4) * min(int32(column + lane), int32(columns - 1)), max_polls
                             )
-                            if not came:
+                            if not complete:
                                 global_int32(faults_at)[0] = 1
                                 max_polls = int32(1)
                             cuda.syncwarp(FULL_WARP)
@@ -346,7 +388,7 @@ def cluster_kernel(layout: int, layout_in: int, blocks: int, units_per_lane: int
                             lanes_below,
                             max_polls,
                         )
-                        if slot < two:
+                        if slot < strip_g:
                             store_shared_float(int32(gates + TILE_BYTES * slot), egru_reset_gate(drive, acc))
                         else:
                             store_shared_float(int32(gates + TILE_BYTES * slot), acc)
@@ -358,31 +400,31 @@ def cluster_kernel(layout: int, layout_in: int, blocks: int, units_per_lane: int
                                 following = warp
                             units_at, chunks, row, column = load_shared4(int32(strips_at + 16 * following))
                     cuda.syncthreads()
-                    own = warp
-                    while own < tiles:
-                        unit = int32(first_unit + LANES * own + lane)
-                        cell = int32(cells_at + TILE_BYTES * (sample * tiles + own))
-                        at, zero = int32(gates + TILE_BYTES * own), np.float32(0)
+                    own_tile = warp
+                    while own_tile < tiles:
+                        unit = int32(first_unit + LANES * own_tile + lane)
+                        cell = int32(cells_at + TILE_BYTES * (sample * tiles + own_tile))
+                        at, zero = int32(gates + TILE_BYTES * own_tile), np.float32(0)
                         v, _, _, _ = egru_value_of_gates(
                             load_shared_float(at),
-                            load_shared_float(int32(at + 4 * shift_one)),
-                            load_shared_float(int32(candidates + TILE_BYTES * own + 4 * shift_two)),
+                            load_shared_float(int32(at + 4 * shift_r)),
+                            load_shared_float(int32(candidates + TILE_BYTES * own_tile + 4 * shift_g)),
                             zero,
                             zero,
-                            load_shared_float(int32(at + 4 * shift_two)),
+                            load_shared_float(int32(at + 4 * shift_g)),
                             load_shared_float(cell),
                         )
                         y, c, mine = zero, v, unit < n
-                        if mine and v > load_shared_float(int32(thresholds_at + TILE_BYTES * own)):
-                            y, c = v, v - load_shared_float(int32(thresholds_at + TILE_BYTES * own))
+                        if mine and v > load_shared_float(int32(thresholds_at + TILE_BYTES * own_tile)):
+                            y, c = v, v - load_shared_float(int32(thresholds_at + TILE_BYTES * own_tile))
                         if t + 1 < steps32:
                             broadcast_tile(
-                                rank_one,
-                                rank_two,
-                                rank_three,
-                                rank_four,
-                                int32(at_y + (stream + there) * y_size + TILE_BYTES * (tile + own)),
-                                int32(at_barriers + 8 * (stream + there)),
+                                block_0,
+                                block_1,
+                                block_2,
+                                block_3,
+                                int32(at_y + (rows + next_parity) * y_size + TILE_BYTES * (tile + own_tile)),
+                                int32(at_barriers + 8 * (rows + next_parity)),
                                 lane,
                                 y,
                             )
@@ -394,7 +436,7 @@ def cluster_kernel(layout: int, layout_in: int, blocks: int, units_per_lane: int
                                 global_float32(states)[done * n + unit] = c
                             if t + 1 == steps32:
                                 carried[(first + sample) * n + unit] = c
-                        own = int32(own + warps)
+                        own_tile = int32(own_tile + warps)
                     odd = int32(1 - odd)
                     sample = int32(sample + 1)
                 t = int32(t + 1)

@@ -1,8 +1,24 @@
-"""One strip times what its units sent, by looking up each of them. For strips that few units reach.
+"""Product of one strip of weights with the outputs of the few units that reach it, found by a gather.
 
-A strip has a table of the units that reach it and a row of 32 weights for each. A lane looks up a few neighbouring
-units, all lanes together a lot of them; those that sent are put down, in order, and walked, a lane an output:
-acc + weight * value, one FMA a term.
+These are device functions for sparse weights. One warp computes one strip of 32 outputs, one lane computes one output.
+Instead of walking a list of events, a warp gathers the outputs of all units that have weights in its strip. In one
+chunk every lane gathers `units_per_lane` neighbouring units of the strip's table. The units that sent an event are
+appended to a list of hits in ascending order, and the warp multiplies their rows of weights: the result equals the
+columns of the strip in `reference.propagate`, one FMA per term.
+
+=========== ================= ====================================================================================
+array       memory            contents
+=========== ================= ====================================================================================
+acc         register          float32, one output per lane
+units       shared            (chunks * 32 * units_per_lane,) int32 byte offsets of units in a row of outputs
+                              (`packing.CompactStrips.units`, padded by the caller)
+values      shared or global  (units, 32) float32 or uint16 bits of bfloat16, one row of weights per unit
+row         shared or global  (n_pre,) float32 outputs of one step: of this cluster, or a row of an event log
+hits        shared, per warp  (hits + LIST_PAD, 2): int32 byte offset of the row of weights, float32 value
+index       shared            (n_pre,) int32 of a group of strips (`packing.GroupedStrips.index`), for event lists
+=========== ================= ====================================================================================
+
+Barriers: warps synchronise only with themselves (`syncwarp`), before and after they read `hits`.
 """
 
 from __future__ import annotations
@@ -25,7 +41,7 @@ from eventrnn.cuda.kernels.ptx import (
     store_shared2,
     store_shared_pair_if,
 )
-from eventrnn.cuda.kernels.strip_product import FULL_WARP, popcount
+from eventrnn.cuda.kernels.strip_product import FULL_WARP, make_add8, make_load8, popcount
 from eventrnn.cuda.tables import (
     EVENTS_PER_WARP,
     HIT_BYTES,
@@ -35,44 +51,52 @@ from eventrnn.cuda.tables import (
     NARROW,
     RESIDENT,
     STRIPS_PER_GROUP,
+    TERMS_PER_GROUP,
 )
 
-assert MAX_UNITS_PER_LANE == 7, "lanes count what they found in three bits"
+assert MAX_UNITS_PER_LANE == 7, "a lane counts its events in three bits"
 
-# The bits of an index that say which strips of a lot a unit reaches (`packing.GroupedStrips`).
+# The bits of an index word that mark which strips of the group a unit reaches (`packing.GroupedStrips`).
 REACHES = (1 << STRIPS_PER_GROUP) - 1
 
 
 @device_function
-def hit_offsets(found, lanes_below):
-    """Where a lane's hits begin among the warp's, and how many there are in all, from how many each lane found."""
-    # Three ballots for all of a lane's units: counting bits is slow, four lanes a cycle.
-    ones, twos = cuda.ballot_sync(FULL_WARP, (found & 1) != 0), cuda.ballot_sync(FULL_WARP, (found & 2) != 0)
-    fours = cuda.ballot_sync(FULL_WARP, (found & 4) != 0)
+def hit_offsets(n_hits, lanes_below):
+    """Exclusive prefix sum of `n_hits` (at most 7 per lane) over the lanes of the warp, and the sum over all lanes."""
+    # Three ballots, one per bit, serve all units of a lane: popc runs on four lanes per cycle only.
+    ones, twos = cuda.ballot_sync(FULL_WARP, (n_hits & 1) != 0), cuda.ballot_sync(FULL_WARP, (n_hits & 2) != 0)
+    fours = cuda.ballot_sync(FULL_WARP, (n_hits & 4) != 0)
     before = int32(popcount(ones & lanes_below) + 2 * popcount(twos & lanes_below) + 4 * popcount(fours & lanes_below))
     return before, int32(popcount(ones) + 2 * popcount(twos) + 4 * popcount(fours))
 
 
 @device_function
 def event_flag(value):
-    """1 for a value that was sent, 0 for none. A zero that has a sign counts, and adds nothing."""
+    """1 for an event, 0 for no event. A negative zero counts as an event; it adds nothing to the sum."""
     return at_most_one(libdevice.float_as_int(value))
 
 
 @device_function
-def append_hit(at, row, value, event_flag):
-    """A hit, if the flag is 1: where its weights are, and the value; returns where the next goes."""
-    store_shared_pair_if(at, row, value, event_flag)
-    return int32(at + HIT_BYTES * event_flag)
+def append_hit(at, row, value, flag):
+    """Store the hit (byte offset of its row of weights, value) at address `at` if `flag` is 1.
+
+    Returns the address of the next hit.
+    """
+    store_shared_pair_if(at, row, value, flag)
+    return int32(at + HIT_BYTES * flag)
 
 
 def row_bytes_of(layout: int) -> int:
-    """Bytes of a row of weights."""
+    """Bytes of a row of 32 weights."""
     return LANES * (2 if layout & NARROW else 4)
 
 
 def make_hit_product(layout: int):
-    """The device function: acc + sum over the hits that are held, in order, of weight * value, one FMA a term."""
+    """The device function hit_product: acc + sum over the list of hits, in order, of weight * value, one FMA per term.
+
+    hit_product(acc, values_at, hits_at, hits, lane) -> acc, with byte addresses and the number of hits. `values_at`
+    includes the lane's offset in a row.
+    """
     narrow, resident = layout & NARROW, layout & RESIDENT
     if resident:
         address = int32
@@ -106,32 +130,14 @@ def make_hit_product(layout: int):
         return (a[0], a[2], b[0], b[2], c[0], c[2], d[0], d[2]), (a[1], a[3], b[1], b[3], c[1], c[3], d[1], d[3])
 
     @device_function
-    def weights8(values_at, rows):
-        return (
-            weight(address(values_at + rows[0])),
-            weight(address(values_at + rows[1])),
-            weight(address(values_at + rows[2])),
-            weight(address(values_at + rows[3])),
-            weight(address(values_at + rows[4])),
-            weight(address(values_at + rows[5])),
-            weight(address(values_at + rows[6])),
-            weight(address(values_at + rows[7])),
-        )
+    def row_weight(values_at, row):
+        return weight(address(values_at + row))
 
-    @device_function
-    def terms8(acc, w, values):
-        acc = cuda.fma(w[0], libdevice.int_as_float(values[0]), acc)
-        acc = cuda.fma(w[1], libdevice.int_as_float(values[1]), acc)
-        acc = cuda.fma(w[2], libdevice.int_as_float(values[2]), acc)
-        acc = cuda.fma(w[3], libdevice.int_as_float(values[3]), acc)
-        acc = cuda.fma(w[4], libdevice.int_as_float(values[4]), acc)
-        acc = cuda.fma(w[5], libdevice.int_as_float(values[5]), acc)
-        acc = cuda.fma(w[6], libdevice.int_as_float(values[6]), acc)
-        return cuda.fma(w[7], libdevice.int_as_float(values[7]), acc)
+    row_weights, add8 = make_load8(row_weight), make_add8(libdevice.int_as_float)
 
     @device_function
     def hit_product(acc, values_at, hits_at, hits, lane):
-        # Beyond the list: a zero times the first row.
+        # The padding of the list adds zero times the first row.
         if lane < LIST_PAD:
             store_shared2(int32(hits_at + HIT_BYTES * (hits + lane)), int32(0), int32(0))
         cuda.syncwarp(FULL_WARP)
@@ -139,85 +145,95 @@ def make_hit_product(layout: int):
         while h < hits:
             rows, values = entries8(int32(hits_at + HIT_BYTES * h))
             more_rows, more_values = entries8(int32(hits_at + HIT_BYTES * (h + 8)))
-            w, more = weights8(values_at, rows), weights8(values_at, more_rows)
-            acc = terms8(terms8(acc, w, values), more, more_values)
-            h = int32(h + 16)
+            w, more = row_weights(values_at, rows), row_weights(values_at, more_rows)
+            acc = add8(add8(acc, w, values), more, more_values)
+            h = int32(h + TERMS_PER_GROUP)
         cuda.syncwarp(FULL_WARP)
         return acc
 
     return hit_product
 
 
-def make_gather(units_per_lane: int):
-    """The device functions that look up `rounds` (at most `MAX_UNITS_PER_LANE`) neighbouring units of a lane.
+def make_unrolled(load, units_per_lane: int, fill):
+    """The device function unrolled(base, offsets): `load(base, offset)` of the first `units_per_lane` of 7 offsets.
 
-    `offsets`: where they are in a row of outputs.
-    `fetch_shared`: what they sent, from this block's memory; all there.
-    `fetch_record`: the same from a record, looked for until it is there; zero where an offset is negative.
+    The other elements of the result are `fill`. It is written out, because a tuple stays in registers.
     """
-    none = np.float32(0)
+
+    @device_function
+    def unrolled(base, offsets):
+        b = c = d = e = f = g = fill
+        a = load(base, offsets[0])
+        if units_per_lane > 1:
+            b = load(base, offsets[1])
+        if units_per_lane > 2:
+            c = load(base, offsets[2])
+        if units_per_lane > 3:
+            d = load(base, offsets[3])
+        if units_per_lane > 4:
+            e = load(base, offsets[4])
+        if units_per_lane > 5:
+            f = load(base, offsets[5])
+        if units_per_lane > 6:
+            g = load(base, offsets[6])
+        return a, b, c, d, e, f, g
+
+    return unrolled
+
+
+@device_function
+def load_offset(at, offset):
+    """An int32 of shared memory."""
+    return load_shared(int32(at + offset))
+
+
+@device_function
+def load_output(row_at, offset):
+    """A float32 of a row of outputs in shared memory."""
+    return load_shared_float(int32(row_at + offset))
+
+
+@device_function
+def load_logged(row_at, offset):
+    """The word of an event log at that offset; the first word of the row for a negative offset."""
+    return load_relaxed(row_at + max(offset, int32(0)))
+
+
+@device_function
+def value_of(word, offset):
+    """The float32 of a word of an event log; zero for a negative offset, which marks padding."""
+    value = libdevice.int_as_float(word)
+    if offset < 0:
+        value = np.float32(0)
+    return value
+
+
+def make_gather(units_per_lane: int):
+    """The device functions that gather up to `MAX_UNITS_PER_LANE` neighbouring units of a strip's table per lane.
+
+    load_offsets(at)                               -> byte offsets of the units in a row of outputs, int32
+    gather_shared(row_at, offsets, max_polls)      -> their outputs from shared memory, True
+    gather_event_log(row_at, offsets, max_polls)   -> their outputs from a row of an event log, polled until all are
+                                                      written, and whether that happened within `max_polls` polls;
+                                                      zero for a negative offset
+    """
+    load_all_offsets = make_unrolled(load_offset, units_per_lane, np.int32(0))
+    load_outputs = make_unrolled(load_output, units_per_lane, np.float32(0))
+    load_log = make_unrolled(load_logged, units_per_lane, np.int32(0))
 
     @device_function
     def load_offsets(at):
-        b = c = d = e = f = g = int32(0)
-        a = load_shared(at)
-        if units_per_lane > 1:
-            b = load_shared(int32(at + 4))
-        if units_per_lane > 2:
-            c = load_shared(int32(at + 8))
-        if units_per_lane > 3:
-            d = load_shared(int32(at + 12))
-        if units_per_lane > 4:
-            e = load_shared(int32(at + 16))
-        if units_per_lane > 5:
-            f = load_shared(int32(at + 20))
-        if units_per_lane > 6:
-            g = load_shared(int32(at + 24))
-        return a, b, c, d, e, f, g
+        return load_all_offsets(at, (0, 4, 8, 12, 16, 20, 24))
 
     @device_function
     def gather_shared(row_at, offsets, max_polls):
-        b = c = d = e = f = g = none
-        a = load_shared_float(int32(row_at + offsets[0]))
-        if units_per_lane > 1:
-            b = load_shared_float(int32(row_at + offsets[1]))
-        if units_per_lane > 2:
-            c = load_shared_float(int32(row_at + offsets[2]))
-        if units_per_lane > 3:
-            d = load_shared_float(int32(row_at + offsets[3]))
-        if units_per_lane > 4:
-            e = load_shared_float(int32(row_at + offsets[4]))
-        if units_per_lane > 5:
-            f = load_shared_float(int32(row_at + offsets[5]))
-        if units_per_lane > 6:
-            g = load_shared_float(int32(row_at + offsets[6]))
-        return (a, b, c, d, e, f, g), True
-
-    @device_function
-    def value_of(word, offset):
-        value = libdevice.int_as_float(word)
-        if offset < 0:
-            value = none
-        return value
+        return load_outputs(row_at, offsets), True
 
     @device_function
     def gather_event_log(row_at, offsets, max_polls):
-        b = c = d = e = f = g = int32(0)
         polls = int32(0)
         while True:
-            a = load_relaxed(row_at + max(offsets[0], int32(0)))
-            if units_per_lane > 1:
-                b = load_relaxed(row_at + max(offsets[1], int32(0)))
-            if units_per_lane > 2:
-                c = load_relaxed(row_at + max(offsets[2], int32(0)))
-            if units_per_lane > 3:
-                d = load_relaxed(row_at + max(offsets[3], int32(0)))
-            if units_per_lane > 4:
-                e = load_relaxed(row_at + max(offsets[4], int32(0)))
-            if units_per_lane > 5:
-                f = load_relaxed(row_at + max(offsets[5], int32(0)))
-            if units_per_lane > 6:
-                g = load_relaxed(row_at + max(offsets[6], int32(0)))
+            a, b, c, d, e, f, g = load_log(row_at, offsets)
             complete = a != UNWRITTEN and b != UNWRITTEN and c != UNWRITTEN and d != UNWRITTEN
             complete = complete and e != UNWRITTEN and f != UNWRITTEN and g != UNWRITTEN
             polls = int32(polls + 1)
@@ -238,21 +254,24 @@ def make_gather(units_per_lane: int):
 
 
 def make_gather_product(layout: int, units_per_lane: int, event_log: bool):
-    """The device function: acc + sum over a strip's units of weight * what they sent, ascending, one FMA a term.
+    """The device function gather_product: acc + sum over a strip's units of weight * output, one FMA per term.
 
-    In lots of 32 * rounds units, which the table is filled up to; says whether all of them came. `record`: the row is
-    one of a record, else in shared memory.
+    gather_product(acc, row_at, units_at, values_at, chunks, hits_at, lane, lanes_below, max_polls) -> acc, complete
+
+    The terms are in ascending presynaptic order. `chunks`: chunks of 32 * units_per_lane units, to which the caller
+    pads the table. `complete`: whether all outputs were written in time. `event_log`: the row of outputs is a row of an
+    event log in global memory; otherwise it is in shared memory and complete.
     """
     hit_product, row_bytes = make_hit_product(layout), row_bytes_of(layout)
     load_offsets, gather_shared, gather_event_log = make_gather(units_per_lane)
     gather = gather_event_log if event_log else gather_shared
 
     @device_function
-    def product(acc, row_at, units_at, values_at, chunks, hits_at, lane, lanes_below, max_polls):
+    def gather_product(acc, row_at, units_at, values_at, chunks, hits_at, lane, lanes_below, max_polls):
         complete, chunk, at = True, int32(0), int32(units_per_lane * lane)
         while chunk < chunks:
-            v, complete = gather(row_at, load_offsets(int32(units_at + 4 * at)), max_polls)
-            complete = complete and complete
+            v, chunk_complete = gather(row_at, load_offsets(int32(units_at + 4 * at)), max_polls)
+            complete = complete and chunk_complete
             a, b, c, d = event_flag(v[0]), event_flag(v[1]), event_flag(v[2]), event_flag(v[3])
             e, f, g = event_flag(v[4]), event_flag(v[5]), event_flag(v[6])
             before, hits = hit_offsets(int32(a + b + c + d + e + f + g), lanes_below)
@@ -275,13 +294,13 @@ def make_gather_product(layout: int, units_per_lane: int, event_log: bool):
             chunk = int32(chunk + 1)
         return acc, complete
 
-    return product
+    return gather_product
 
 
 @device_function
 def find_event(list_at, at, count, index_at, row_bytes):
-    """An event of a list: which strips of a lot it reaches, a bit each, where its rows begin, and its value."""
-    # Beyond its end a list has zeros.
+    """Event `at` of a list: mask of the strips of the group that it reaches, byte offset of its first row, value."""
+    # A list ends with zeros, so the load beyond its end is valid.
     unit, value = load_readonly2(list_at + int64(8) * min(at, count))
     word, reaches = load_shared(int32(index_at + 4 * unit)), int32(0)
     if at < count:
@@ -290,27 +309,26 @@ def find_event(list_at, at, count, index_at, row_bytes):
 
 
 def make_list_product(layout: int):
-    """The device functions for a lot of strips, and at most `EVENTS_PER_WARP` events of a list, five a lane.
+    """The device functions for a group of strips and at most `EVENTS_PER_WARP` events of a list, five per lane.
 
-    `listed5`: which strips each reaches, where its rows begin, and its value. `product`: acc + sum over those that
-    reach a strip of weight * value, ascending, one FMA a term; `flags` is 1 for them and 0 for others.
+    find_events(list_at, at, count, index_at) -> masks, rows, values, five each: see `find_event`
+    list_product(acc, flags, rows, values, values_at, hits_at, lane, lanes_below) -> acc + sum of weight * value over
+    the events whose flag is 1 (0 otherwise), in ascending order, one FMA per term
     """
     hit_product, row_bytes = make_hit_product(layout), row_bytes_of(layout)
     assert EVENTS_PER_WARP == 5 * LANES
 
     @device_function
     def find_events(list_at, at, count, index_at):
-        a, b = (
-            find_event(list_at, at, count, index_at, row_bytes),
-            find_event(list_at, int32(at + 1), count, index_at, row_bytes),
-        )
+        a = find_event(list_at, at, count, index_at, row_bytes)
+        b = find_event(list_at, int32(at + 1), count, index_at, row_bytes)
         c = find_event(list_at, int32(at + 2), count, index_at, row_bytes)
         d = find_event(list_at, int32(at + 3), count, index_at, row_bytes)
         e = find_event(list_at, int32(at + 4), count, index_at, row_bytes)
         return (a[0], b[0], c[0], d[0], e[0]), (a[1], b[1], c[1], d[1], e[1]), (a[2], b[2], c[2], d[2], e[2])
 
     @device_function
-    def product(acc, flags, rows, values, values_at, hits_at, lane, lanes_below):
+    def list_product(acc, flags, rows, values, values_at, hits_at, lane, lanes_below):
         a, b, c, d, e = flags
         before, hits = hit_offsets(int32(a + b + c + d + e), lanes_below)
         p = append_hit(int32(hits_at + HIT_BYTES * before), rows[0], values[0], a)
@@ -320,4 +338,4 @@ def make_list_product(layout: int):
         p = append_hit(p, rows[4], values[4], e)
         return hit_product(acc, values_at, hits_at, hits, lane)
 
-    return find_events, product
+    return find_events, list_product

@@ -1,13 +1,49 @@
-"""The kernel `layers`: all layers and steps in one launch.
+"""The general plan: one persistent kernel for all layers and steps, any number of tiles and samples per block.
 
-Nobody waits at a grid barrier. What a unit sends at step t goes to its own word in a record of the whole run, which
-starts out full of a value that no unit can send; who needs the word looks until it is there. So there is nothing to
-take back, nothing to overwrite too early, and layers follow each other as fast as their data comes.
+The kernel needs no grid barrier. Every output has its own word in an event log of the whole run, which is filled with
+UNWRITTEN before the launch. A warp that needs a word polls it until it is written. No word is written twice, so no
+buffer is recycled, and a layer follows the layer below as fast as its events arrive. All blocks must be resident at
+the same time (cooperative launch).
 
-Warps take samples, tiles, gates in turn and never divide: counters of where they are move on by fixed strides.
+Block  : owns `tiles` neighbouring tiles of up to 32 units of one layer, for `samples` samples (one row of the block
+         table, `tables.LAYER` and following). It works out one step of all of them, then the next step.
+Warp   : collects events of every `warps`-th (sample, segment of 128 units); computes every `warps`-th strip, that is
+         (sample, tile, gate); updates every `warps`-th (sample, tile). These loops never divide: `next_item` carries
+         from the inner counter to the outer one.
+Thread : one of 32 outputs of a strip, one unit of a tile, four neighbouring units of a segment.
+
+Each step equals `reference.step`: the drives equal `reference.propagate`, terms in ascending presynaptic order with
+one FMA per term; cells and events follow the rules of `cells.py`, compiled for the GPU in `ptx.py`.
+
+============= ======== =========================================================================================
+array         memory   shape, dtype, contents
+============= ======== =========================================================================================
+event log     global   (steps + 1, batch, pitch) float32; row 0 is the state before the run, row t + 1 the output of
+                       step t
+gated         global   the same for r * y of the paper's variant; row t belongs to step t
+drive         global   (steps * batch, 3 * units) float32, input drives of the first layer, complete before the launch
+cells         global   (batch, units) float32, state of the cells: read at the start, written at the end
+states        global   (steps, batch, units) float32 cells after each step, or address 0
+weights       shared   values and table of the block's strips (`packing.Strips`); in global memory (L2) if they do not
+                       fit
+bases         shared   (2, 3 * tiles) int32, byte offset of each strip's values: recurrent, input
+entries       shared   (samples, capacity) int64 event lists (`strip_product.py`); counts (samples,) int32
+staged        shared   (samples * segments, 128) float32, outputs on their way from the event log to the lists
+segment       shared   (samples * segments,) int32, number of events per segment
+counts
+hits          shared   per warp, scratch of `strip_product.py`
+sums_in       shared   (2, samples, tiles, 3, 32) float32, input drives of this step and of the next one
+sums_rec      shared   (samples, tiles, 3, 32) float32, recurrent drives
+c, y          shared   (samples, tiles, 32) float32, cells and outputs
+theta, bias   shared   (tiles, 32) and (2, tiles, 3, 32) float32, thresholds and biases of both drives
+============= ======== =========================================================================================
+
+Barriers: block barriers around the two phases of `collect_events` and after every phase that other warps read.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import int32, int64, types
@@ -34,16 +70,77 @@ from eventrnn.cuda.kernels.ptx import (
 from eventrnn.cuda.kernels.strip_product import FULL_WARP, dispatch, pack_event, popcount
 from eventrnn.cuda.tables import LANES, LIST_PAD, SEGMENT
 
-# A NaN that no arithmetic of the GPU makes (its own is 0x7FFFFFFF) and no input may be: "not sent yet".
+# The word of an event log that has not been written yet: a NaN that no GPU arithmetic produces (the GPU's own NaN is
+# 0x7FFFFFFF) and that inputs may not contain.
 UNWRITTEN = np.int32(-1)
 
-# Looks for one word; then the run is given up rather than hang. Seconds.
+# Polls of one word before the kernel sets the fault flag and stops instead of hanging; they take a few seconds.
 MAX_POLLS = np.int32(1 << 23)
+
+
+class Lane(NamedTuple):
+    """Place of a thread in its block, int32 each."""
+
+    #: lane of its warp, 0 to 31
+    lane: Any
+    #: warp of its block
+    warp: Any
+    #: warps of its block
+    warps: Any
+
+
+class EventLists(NamedTuple):
+    """Addresses of the event lists of a block in shared memory; shapes are in the module docstring."""
+
+    #: int64, address of `entries`
+    entries_at: Any
+    #: int64, address of `counts`
+    counts_at: Any
+    #: int64, address of `staged`
+    staged_at: Any
+    #: int64, address of the segment counts
+    segment_counts_at: Any
+    #: int32, entries that one sample's list has room for
+    capacity: Any
+
+
+class BlockWeights(NamedTuple):
+    """The strips of one matrix that a block owns."""
+
+    #: int32, layout code (`tables.layout_code`)
+    layout: Any
+    #: int64, address of the values, in shared or global memory
+    values_at: Any
+    #: int64, address of the table, in shared or global memory
+    table_at: Any
+    #: int64, address of `bases` in shared memory
+    bases_at: Any
+    #: int64, address of the biases in shared memory
+    bias_at: Any
+    #: int32, presynaptic units
+    n_pre: Any
+    #: int32, units per tile
+    width: Any
+
+
+@device_function
+def next_item(outer, inner, size):
+    """Carry from the inner counter to the outer one: (outer, inner) with 0 <= inner < size.
+
+    A warp that adds a fixed stride to `inner` visits its share of (outer, inner) pairs without a division.
+    """
+    while inner >= size:
+        inner = int32(inner - size)
+        outer = int32(outer + 1)
+    return outer, inner
 
 
 @device_function
 def poll_event_log(address, left):
-    """The first `left` of four words of a record once they are there, zeros after them; and whether they came."""
+    """Poll four neighbouring words of an event log until the first `left` of them are written.
+
+    Returns the four values, zero from `left` on, and whether all were written within MAX_POLLS polls.
+    """
     polls = int32(0)
     while True:
         a, b, c, d = load_relaxed4(address)
@@ -66,20 +163,47 @@ def poll_event_log(address, left):
 
 
 @device_function
-def collect_events(
-    row_at, pitch_bytes, n, samples, segments, list_at, counts_at, staged_at, totals_at, capacity, lane, warp, warps
-):
-    """Lists of who sent what, from `samples` rows of a record from `row_at` on, ascending; in shared memory.
+def append_four(entries, p, at, a, b, c, d):
+    """Write the non-zero of four neighbouring outputs, of units `at` to `at + 3`, as events from entries[p] on."""
+    if a != 0:
+        entries[p] = pack_event(at, a)
+        p = int32(p + 1)
+    if b != 0:
+        entries[p] = pack_event(at + 1, b)
+        p = int32(p + 1)
+    if c != 0:
+        entries[p] = pack_event(at + 2, c)
+        p = int32(p + 1)
+    if d != 0:
+        entries[p] = pack_event(at + 3, d)
 
-    Returns whether some word never came. Every thread of the block takes part; lists are complete afterwards.
+
+@device_function
+def count_four(a, b, c, d):
+    """How many of four outputs are events."""
+    return int32(int32(a != 0) + int32(b != 0) + int32(c != 0) + int32(d != 0))
+
+
+@device_function
+def collect_events(row_at, pitch_bytes, n, samples, segments, lists, me):
+    """Compact `samples` rows of an event log into lists of events in shared memory, in ascending order of units.
+
+    row_at, pitch_bytes : address of the first row, bytes from one row to the next
+    n, segments         : units of a row, segments of 128 units that they fill
+    lists               : `EventLists`
+    me                  : `Lane`
+
+    Returns whether a word was not written in time. All threads of the block must call it; the lists are complete when
+    it returns.
     """
-    entries, counts, segment_counts = shared_int64(list_at), shared_int32(counts_at), shared_int32(totals_at)
-    staged = shared_float32(staged_at)
+    lane, warp, warps = me
+    capacity = lists.capacity
+    entries, counts = shared_int64(lists.entries_at), shared_int32(lists.counts_at)
+    segment_counts, staged = shared_int32(lists.segment_counts_at), shared_float32(lists.staged_at)
+    # First phase: wait for the outputs, keep them, count the events of each segment.
     missing, sample, segment, item = int32(0), int32(0), warp, warp
     while True:
-        while segment >= segments:
-            segment = int32(segment - segments)
-            sample = int32(sample + 1)
+        sample, segment = next_item(sample, segment, segments)
         if sample >= samples:
             break
         at = int32(segment * SEGMENT + 4 * lane)
@@ -88,22 +212,20 @@ def collect_events(
             a, b, c, d, complete = poll_event_log(row_at + sample * pitch_bytes + int64(4) * at, int32(n - at))
             if not complete:
                 missing = int32(1)
-        tile = int32(item * SEGMENT + lane)
-        staged[tile], staged[tile + 32], staged[tile + 64], staged[tile + 96] = a, b, c, d
-        n_events = int32(int32(a != 0) + int32(b != 0) + int32(c != 0) + int32(d != 0))
-        total = sum_of_warp(n_events)
+        own = int32(item * SEGMENT + lane)
+        staged[own], staged[own + 32], staged[own + 64], staged[own + 96] = a, b, c, d
+        total = sum_of_warp(count_four(a, b, c, d))
         if lane == 0:
             segment_counts[item] = total
         segment = int32(segment + warps)
         item = int32(item + warps)
     if cuda.syncthreads_or(missing):
         return True
+    # Second phase: each lane writes its events behind those of earlier segments and of lower lanes.
     lanes_below = int32((int32(1) << lane) - 1)
     sample, segment, item = int32(0), warp, warp
     while True:
-        while segment >= segments:
-            segment = int32(segment - segments)
-            sample = int32(sample + 1)
+        sample, segment = next_item(sample, segment, segments)
         if sample >= samples:
             break
         before, s = int32(0), lane
@@ -111,9 +233,9 @@ def collect_events(
             before = int32(before + segment_counts[item - segment + s])
             s = int32(s + LANES)
         before = sum_of_warp(before)
-        tile = int32(item * SEGMENT + lane)
-        a, b, c, d = staged[tile], staged[tile + 32], staged[tile + 64], staged[tile + 96]
-        n_events = int32(int32(a != 0) + int32(b != 0) + int32(c != 0) + int32(d != 0))
+        own = int32(item * SEGMENT + lane)
+        a, b, c, d = staged[own], staged[own + 32], staged[own + 64], staged[own + 96]
+        n_events = count_four(a, b, c, d)
         p = int32(
             sample * capacity
             + before
@@ -121,18 +243,7 @@ def collect_events(
             + 2 * popcount(cuda.ballot_sync(FULL_WARP, (n_events & 2) != 0) & lanes_below)
             + 4 * popcount(cuda.ballot_sync(FULL_WARP, (n_events & 4) != 0) & lanes_below)
         )
-        at = int32(segment * SEGMENT + 4 * lane)
-        if a != 0:
-            entries[p] = pack_event(at, a)
-            p = int32(p + 1)
-        if b != 0:
-            entries[p] = pack_event(at + 1, b)
-            p = int32(p + 1)
-        if c != 0:
-            entries[p] = pack_event(at + 2, c)
-            p = int32(p + 1)
-        if d != 0:
-            entries[p] = pack_event(at + 3, d)
+        append_four(entries, p, int32(segment * SEGMENT + 4 * lane), a, b, c, d)
         if segment == segments - 1:
             count = int32(before + segment_counts[item])
             if lane == 0:
@@ -147,7 +258,7 @@ def collect_events(
 
 @device_function
 def copy_to_shared(target_at, source_at, size, thread, threads):
-    """So many bytes, a multiple of 4, from global to shared memory."""
+    """Copy `size` bytes, a multiple of 4, from global to shared memory; all threads of the block take part."""
     target, source = shared_int32(target_at), global_int32(source_at)
     word = thread
     while word < size >> 2:
@@ -159,81 +270,70 @@ def copy_to_shared(target_at, source_at, size, thread, threads):
 def load_weights(
     layout, values_at, table_at, starts_at, first_tile, tiles, n_pre, own_values, own_table, bases_at, thread, threads
 ):
-    """Where the weights of the block's tiles begin, those that stay in shared memory brought there: values, table.
+    """Copy the weights of the block's tiles to shared memory if their layout is RESIDENT.
 
-    `bases`: bytes from there to each strip's values.
+    values_at, table_at, starts_at : addresses of the arrays of `packing.Strips` in global memory
+    own_values, own_table          : addresses for them in shared memory
+    bases_at                       : receives the byte offset of each strip's values from the first
+
+    Returns the addresses of the block's values and table, wherever they are.
     """
     starts, bases = global_int64(starts_at), shared_int32(bases_at)
-    first_sample, last = first_tile * 3, (first_tile + tiles) * 3
+    first, last = first_tile * 3, (first_tile + tiles) * 3
     size = int64(4)
     if layout & tables.NARROW:
         size = int64(2)
-    begin = starts[first_sample]
+    begin = starts[first]
     strip = thread
-    while strip < last - first_sample:
-        bases[strip] = int32((starts[first_sample + strip] - begin) * size)
+    while strip < last - first:
+        bases[strip] = int32((starts[first + strip] - begin) * size)
         strip = int32(strip + threads)
     values_at += begin * size
-    table_at += first_sample * n_pre * 8
+    table_at += first * n_pre * 8
     if layout & tables.RESIDENT:
         copy_to_shared(own_values, values_at, (starts[last] - begin + LANES) * size, thread, threads)
         values_at = own_values
         if layout & tables.KINDS:
-            copy_to_shared(own_table, table_at, (last - first_sample) * n_pre * 8, thread, threads)
+            copy_to_shared(own_table, table_at, (last - first) * n_pre * 8, thread, threads)
             table_at = own_table
     return values_at, table_at
 
 
 def layers_kernel(variant: str, layouts: tuple[int, ...]):
-    """The kernel of a variant for networks whose matrices lie in those ways; and its signature."""
+    """The kernel of the general plan and its signature.
+
+    variant : "evnn" or "paper", the variant of all layers of the launch
+    layouts : layout codes of their matrices
+    """
     strip_product = dispatch(layouts)
     paper = variant == "paper"
-    first_cut = 2 if paper else 3
+    # Gates whose recurrent drive uses the outputs of the step before; the paper's candidate uses r * y instead.
+    gates_from_outputs = 2 if paper else 3
 
     @device_function
-    def add_products(
-        layout,
-        values_at,
-        table_at,
-        bases_at,
-        tiles,
-        first_gate,
-        gates,
-        samples,
-        n_pre,
-        width,
-        bias_at,
-        sums_at,
-        list_at,
-        counts_at,
-        capacity,
-        hits_at,
-        lane,
-        warp,
-        warps,
-    ):
-        """The drives of some gates of the block's tiles, from the lists that were gathered last."""
-        bias, sums = shared_float32(bias_at), shared_float32(sums_at)
-        bases, counts = shared_int32(bases_at), shared_int32(counts_at)
+    def add_products(weights, sums_at, lists, first_gate, gates, tiles, samples, hits_at, me):
+        """Drives of gates `first_gate` to `first_gate + gates - 1` of the block's tiles, from the current lists.
+
+        weights : `BlockWeights`; lists : `EventLists`; sums_at : address of (samples, tiles, 3, 32) float32
+        """
+        lane, warp, warps = me
+        bias, sums = shared_float32(weights.bias_at), shared_float32(sums_at)
+        bases, counts = shared_int32(weights.bases_at), shared_int32(lists.counts_at)
         sample, tile, gate = int32(0), int32(0), warp
         while True:
-            while gate >= gates:
-                gate = int32(gate - gates)
-                tile = int32(tile + 1)
-            while tile >= tiles:
-                tile = int32(tile - tiles)
-                sample = int32(sample + 1)
+            tile, gate = next_item(tile, gate, gates)
+            sample, tile = next_item(sample, tile, tiles)
             if sample >= samples:
                 break
             strip = int32(tile * 3 + gate + first_gate)
             acc = strip_product(
-                layout,
+                weights.layout,
                 bias[strip * LANES + lane],
-                values_at + bases[strip],
-                table_at + int64(8) * (strip * n_pre),
-                width,
+                weights.values_at + bases[strip],
+                weights.table_at + int64(8) * (strip * weights.n_pre),
+                weights.width,
                 lane,
-                shared_int64(list_at + int64(8) * (sample * capacity)),
+                shared_int64(lists.entries_at + int64(8) * (sample * lists.capacity)),
                 counts[sample],
                 hits_at,
             )
@@ -243,31 +343,24 @@ def layers_kernel(variant: str, layouts: tuple[int, ...]):
     def layers(table_at, blocks_at, faults_at, steps, batch):
         thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
         lane, warp, warps = thread & int32(31), thread >> int32(5), threads >> int32(5)
+        me = Lane(lane, warp, warps)
         block = global_int64(blocks_at + int64(8 * tables.BLOCK_FIELDS) * cuda.blockIdx.x)
         layer = global_int64(table_at + int64(8 * tables.LAYER_FIELDS) * block[tables.LAYER])
         shared = shared_base()
         n, inputs, width = int32(layer[tables.UNITS]), int32(layer[tables.INPUTS]), int32(layer[tables.WIDTH])
-        first_tile, tiles, first_sample, samples = (
-            block[tables.TILE],
-            int32(block[tables.TILES]),
-            block[tables.SAMPLE],
-            int32(block[tables.SAMPLES]),
-        )
-        event_log, gated, drive, input_log, states = (
-            layer[tables.EVENT_LOG],
-            layer[tables.GATED],
-            layer[tables.DRIVE],
-            layer[tables.INPUT_LOG],
-            layer[tables.STATES],
-        )
+        first_tile, tiles = block[tables.TILE], int32(block[tables.TILES])
+        first_sample, samples = block[tables.SAMPLE], int32(block[tables.SAMPLES])
+        event_log, gated, input_log = layer[tables.EVENT_LOG], layer[tables.GATED], layer[tables.INPUT_LOG]
+        drive, states = layer[tables.DRIVE], layer[tables.STATES]
         row_bytes, input_row_bytes = 4 * layer[tables.PITCH], 4 * layer[tables.INPUT_PITCH]
         segments, input_segments = int32((n + SEGMENT - 1) >> 7), int32((inputs + SEGMENT - 1) >> 7)
-        list_at, counts_at, staged_at = (
+        lists = EventLists(
             shared + block[tables.AT_LIST],
             shared + block[tables.AT_COUNTS],
             shared + block[tables.AT_STAGED],
+            shared + block[tables.AT_SEGMENT_COUNTS],
+            int32(block[tables.CAPACITY]),
         )
-        totals_at, capacity = shared + block[tables.AT_TOTALS], int32(block[tables.CAPACITY])
         hits_at = shared + block[tables.AT_HITS] + int64(tables.HIT_BUFFER_BYTES) * warp
         sums_in_at, sums_rec_at = shared + block[tables.AT_SUMS_IN], shared + block[tables.AT_SUMS_REC]
         sums_in, sums_rec = shared_float32(sums_in_at), shared_float32(sums_rec_at)
@@ -279,16 +372,9 @@ def layers_kernel(variant: str, layouts: tuple[int, ...]):
         bases_rec_at = shared + block[tables.AT_BASES]
         bases_in_at = bases_rec_at + int64(12) * tiles
 
-        copy_to_shared(
-            bias_in_at, layer[tables.BIAS_IN] + first_tile * (12 * LANES), int64(tiles) * (12 * LANES), thread, threads
-        )
-        copy_to_shared(
-            bias_rec_at,
-            layer[tables.BIAS_REC] + first_tile * (12 * LANES),
-            int64(tiles) * (12 * LANES),
-            thread,
-            threads,
-        )
+        bias_bytes = int64(tiles) * (12 * LANES)
+        copy_to_shared(bias_in_at, layer[tables.BIAS_IN] + first_tile * (12 * LANES), bias_bytes, thread, threads)
+        copy_to_shared(bias_rec_at, layer[tables.BIAS_REC] + first_tile * (12 * LANES), bias_bytes, thread, threads)
         copy_to_shared(
             theta_at, layer[tables.THRESHOLD] + first_tile * (4 * LANES), int64(tiles) * (4 * LANES), thread, threads
         )
@@ -323,12 +409,12 @@ def layers_kernel(variant: str, layouts: tuple[int, ...]):
                 thread,
                 threads,
             )
+        w_rec = BlockWeights(layout_rec, rec_values, rec_table, bases_rec_at, bias_rec_at, n, width)
+        w_in = BlockWeights(layout_in, in_values, in_table, bases_in_at, bias_in_at, inputs, width)
         carried = global_float32(layer[tables.CELLS])
         sample, tile, item = int32(0), warp, warp
         while True:
-            while tile >= tiles:
-                tile = int32(tile - tiles)
-                sample = int32(sample + 1)
+            sample, tile = next_item(sample, tile, tiles)
             if sample >= samples:
                 break
             unit = int32((first_tile + tile) * width + lane)
@@ -342,54 +428,18 @@ def layers_kernel(variant: str, layouts: tuple[int, ...]):
         while t < steps:
             row = t * batch + first_sample
             if t >= 0:
-                # The recurrent drive of this step.
-                if collect_events(
-                    event_log + row * row_bytes,
-                    row_bytes,
-                    n,
-                    samples,
-                    segments,
-                    list_at,
-                    counts_at,
-                    staged_at,
-                    totals_at,
-                    capacity,
-                    lane,
-                    warp,
-                    warps,
-                ):
+                # The recurrent drives of this step.
+                if collect_events(event_log + row * row_bytes, row_bytes, n, samples, segments, lists, me):
                     global_int32(faults_at)[0] = 1
                     return
-                add_products(
-                    layout_rec,
-                    rec_values,
-                    rec_table,
-                    bases_rec_at,
-                    tiles,
-                    0,
-                    first_cut,
-                    samples,
-                    n,
-                    width,
-                    bias_rec_at,
-                    sums_rec_at,
-                    list_at,
-                    counts_at,
-                    capacity,
-                    hits_at,
-                    lane,
-                    warp,
-                    warps,
-                )
+                add_products(w_rec, sums_rec_at, lists, 0, gates_from_outputs, tiles, samples, hits_at, me)
                 wait_for_copies()
                 cuda.syncthreads()
                 flip = int32((t & 1) * sums_size)
                 if paper:
                     sample, tile, item = int32(0), warp, warp
                     while True:
-                        while tile >= tiles:
-                            tile = int32(tile - tiles)
-                            sample = int32(sample + 1)
+                        sample, tile = next_item(sample, tile, tiles)
                         if sample >= samples:
                             break
                         unit = int32((first_tile + tile) * width + lane)
@@ -400,52 +450,16 @@ def layers_kernel(variant: str, layouts: tuple[int, ...]):
                                 value = egru_reset_gate(sums_in[flip + s + LANES], sums_rec[s + LANES]) * before
                             store_relaxed(gated + (row + sample) * row_bytes + int64(4) * unit, value)
                         tile, item = int32(tile + warps), int32(item + warps)
-                    if collect_events(
-                        gated + row * row_bytes,
-                        row_bytes,
-                        n,
-                        samples,
-                        segments,
-                        list_at,
-                        counts_at,
-                        staged_at,
-                        totals_at,
-                        capacity,
-                        lane,
-                        warp,
-                        warps,
-                    ):
+                    if collect_events(gated + row * row_bytes, row_bytes, n, samples, segments, lists, me):
                         global_int32(faults_at)[0] = 1
                         return
-                    add_products(
-                        layout_rec,
-                        rec_values,
-                        rec_table,
-                        bases_rec_at,
-                        tiles,
-                        2,
-                        1,
-                        samples,
-                        n,
-                        width,
-                        bias_rec_at,
-                        sums_rec_at,
-                        list_at,
-                        counts_at,
-                        capacity,
-                        hits_at,
-                        lane,
-                        warp,
-                        warps,
-                    )
+                    add_products(w_rec, sums_rec_at, lists, 2, 1, tiles, samples, hits_at, me)
                     cuda.syncthreads()
 
-                # Cells and events.
+                # Cells and events of this step.
                 sample, tile, item = int32(0), warp, warp
                 while True:
-                    while tile >= tiles:
-                        tile = int32(tile - tiles)
-                        sample = int32(sample + 1)
+                    sample, tile = next_item(sample, tile, tiles)
                     if sample >= samples:
                         break
                     unit = int32((first_tile + tile) * width + lane)
@@ -481,59 +495,23 @@ def layers_kernel(variant: str, layouts: tuple[int, ...]):
                             global_float32(states)[(row + sample) * n + unit] = after
                     tile, item = int32(tile + warps), int32(item + warps)
 
-            # The input drive of the next step, while the others' events are on their way.
+            # The input drives of the next step: worked out while the outputs of the other blocks are under way.
             t += 1
             if t < steps:
                 flip = int32((t & 1) * sums_size)
                 row = t * batch + first_sample
                 if input_log != 0:
                     if collect_events(
-                        input_log + row * input_row_bytes,
-                        input_row_bytes,
-                        inputs,
-                        samples,
-                        input_segments,
-                        list_at,
-                        counts_at,
-                        staged_at,
-                        totals_at,
-                        capacity,
-                        lane,
-                        warp,
-                        warps,
+                        input_log + row * input_row_bytes, input_row_bytes, inputs, samples, input_segments, lists, me
                     ):
                         global_int32(faults_at)[0] = 1
                         return
-                    add_products(
-                        layout_in,
-                        in_values,
-                        in_table,
-                        bases_in_at,
-                        tiles,
-                        0,
-                        3,
-                        samples,
-                        inputs,
-                        width,
-                        bias_in_at,
-                        sums_in_at + int64(4) * flip,
-                        list_at,
-                        counts_at,
-                        capacity,
-                        hits_at,
-                        lane,
-                        warp,
-                        warps,
-                    )
+                    add_products(w_in, sums_in_at + int64(4) * flip, lists, 0, 3, tiles, samples, hits_at, me)
                 else:
                     sample, tile, gate, item = int32(0), int32(0), warp, warp
                     while True:
-                        while gate >= 3:
-                            gate = int32(gate - 3)
-                            tile = int32(tile + 1)
-                        while tile >= tiles:
-                            tile = int32(tile - tiles)
-                            sample = int32(sample + 1)
+                        tile, gate = next_item(tile, gate, 3)
+                        sample, tile = next_item(sample, tile, tiles)
                         if sample >= samples:
                             break
                         unit = int32((first_tile + tile) * width + lane)
@@ -546,9 +524,7 @@ def layers_kernel(variant: str, layouts: tuple[int, ...]):
 
         sample, tile, item = int32(0), warp, warp
         while True:
-            while tile >= tiles:
-                tile = int32(tile - tiles)
-                sample = int32(sample + 1)
+            sample, tile = next_item(sample, tile, tiles)
             if sample >= samples:
                 break
             unit = int32((first_tile + tile) * width + lane)

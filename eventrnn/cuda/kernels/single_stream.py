@@ -1,8 +1,33 @@
-"""The kernel `layers` for blocks that own one tile of one sample: nothing to take turns in, so little code.
+"""The single-stream plan: the persistent kernel of `persistent.py` for blocks that own one tile of one sample.
 
-It is what a single stream waits for. A warp looks at one segment of units and keeps what it saw; three warps walk the
-strips and work out their gates; the third keeps cells and outputs in its registers. Everything else is as in
-`kernels.py`.
+A single stream is bound by latency, so this kernel has no loops over samples and tiles and keeps as much as possible
+in registers. The exchange of events through an event log, the results and the barriers' purpose are those of
+`persistent.py`; each step equals `reference.step`.
+
+Block  : owns one tile of up to 32 units of one layer, for one sample.
+Warp   : w loads the segment of units 128 * w to 128 * w + 127 of a row of the event log. Warps 0, 1, 2 compute the
+         recurrent strips of the gates u, r, g, warps 3, 4, 5 the input strips of the same gates. Warps 0 and 1 evaluate
+         their gates, warp 2 the candidate, the cells and the events. A plan has at least six warps, and one for every
+         segment of the widest row.
+Thread : four neighbouring units of a segment; one output of a strip; in warp 2, one unit, whose cell and output stay
+         in registers.
+
+============== ======== ========================================================================================
+array          memory   shape, dtype, contents
+============== ======== ========================================================================================
+event log      global   (steps + 1, batch, pitch) float32; gated, drive, cells, states: see `persistent.py`
+entries        shared   (capacity,) int64 events of the own layer (`strip_product.py`)
+input_entries  shared   (capacity,) int64 events of the layer below
+segment_counts shared   (32,) int32 events per segment of the own layer; input_counts: of the layer below
+weights        shared   strips of the tile, in global memory (L2) if they do not fit; bases (2, 3) int32
+gates          shared   (2, 32) float32, gates u and r
+drives         shared   (2, 3, 32) float32, input drives of this step and of the next one
+hits           shared   per warp, scratch of `strip_product.py`
+c, y           register float32, one unit per lane of warp 2
+============== ======== ========================================================================================
+
+Barriers per step: one after the words have been polled and counted, one after the lists have been written, one after
+the gates have been evaluated; two more for the list of r * y in the paper's variant.
 """
 
 from __future__ import annotations
@@ -12,7 +37,7 @@ from numba import int32, int64, types
 
 from eventrnn.cuda import tables
 from eventrnn.cuda.device import cuda, device_function
-from eventrnn.cuda.kernels.persistent import load_weights, poll_event_log
+from eventrnn.cuda.kernels.persistent import append_four, count_four, load_weights, poll_event_log
 from eventrnn.cuda.kernels.ptx import (
     egru_paper_value_of_gates,
     egru_reset_gate,
@@ -28,25 +53,24 @@ from eventrnn.cuda.kernels.ptx import (
     store_relaxed,
     sum_of_warp,
 )
-from eventrnn.cuda.kernels.strip_product import FULL_WARP, dispatch, pack_event, popcount
+from eventrnn.cuda.kernels.strip_product import FULL_WARP, dispatch, popcount
 from eventrnn.cuda.tables import LANES, LIST_PAD, SEGMENT
 
 
 @device_function
 def load_segment(row_at, n, lane, warp):
-    """This lane's four units of a row, how many of them sent, and whether all words came."""
+    """Poll this lane's four units of a row: their outputs, the number of events, whether all words were written."""
     at = int32(warp * SEGMENT + 4 * lane)
     a = b = c = d = np.float32(0)
     complete = True
     if at < n:
         a, b, c, d, complete = poll_event_log(row_at + int64(4) * at, int32(n - at))
-    n_events = int32(int32(a != 0) + int32(b != 0) + int32(c != 0) + int32(d != 0))
-    return a, b, c, d, n_events, complete
+    return a, b, c, d, count_four(a, b, c, d), complete
 
 
 @device_function
 def warp_ballots(n_events, segment_counts, lane, warp):
-    """Who of the warp found one, two, four; their sum goes to `totals`."""
+    """Votes of the warp on bits 0, 1 and 2 of each lane's number of events; their sum goes to `segment_counts`."""
     ones = cuda.ballot_sync(FULL_WARP, (n_events & 1) != 0)
     twos = cuda.ballot_sync(FULL_WARP, (n_events & 2) != 0)
     fours = cuda.ballot_sync(FULL_WARP, (n_events & 4) != 0)
@@ -56,8 +80,14 @@ def warp_ballots(n_events, segment_counts, lane, warp):
 
 
 @device_function
-def append_events(entries, segment_counts, segments, a, b, c, d, n_events, ones, twos, fours, lane, warp):
-    """Write what this lane saw where it belongs in the list; returns the length of the list."""
+def append_events(entries, segment_counts, segments, outputs, n_events, votes, lane, warp):
+    """Write this lane's events to their place in the list; returns the length of the list.
+
+    outputs : the four outputs of `load_segment`
+    votes   : the three votes of `warp_ballots`
+    """
+    a, b, c, d = outputs
+    ones, twos, fours = votes
     each = int32(0)
     if lane < segments:
         each = segment_counts[lane]
@@ -66,22 +96,11 @@ def append_events(entries, segment_counts, segments, a, b, c, d, n_events, ones,
         earlier = int32(0)
     count, p = sum_of_warp(each), sum_of_warp(earlier)
     if n_events:
-        at = int32(warp * SEGMENT + 4 * lane)
         lanes_below = int32((int32(1) << lane) - 1)
         p = int32(
             p + popcount(ones & lanes_below) + 2 * popcount(twos & lanes_below) + 4 * popcount(fours & lanes_below)
         )
-        if a != 0:
-            entries[p] = pack_event(at, a)
-            p = int32(p + 1)
-        if b != 0:
-            entries[p] = pack_event(at + 1, b)
-            p = int32(p + 1)
-        if c != 0:
-            entries[p] = pack_event(at + 2, c)
-            p = int32(p + 1)
-        if d != 0:
-            entries[p] = pack_event(at + 3, d)
+        append_four(entries, p, int32(warp * SEGMENT + 4 * lane), a, b, c, d)
     if warp == 0 and lane < LIST_PAD:
         entries[count + lane] = int64(0)
     return count
@@ -89,12 +108,15 @@ def append_events(entries, segment_counts, segments, a, b, c, d, n_events, ones,
 
 @device_function
 def collect_row(row_at, n, segments, entries, segment_counts, lane, warp):
-    """The list of who sent what from one row of a record: its length, or -1 where some word never came."""
+    """Compact one row of an event log into a list of events.
+
+    Returns the length of the list, or -1 if a word was not written in time. All threads of the block must call it.
+    """
     a, b, c, d, n_events, complete = load_segment(row_at, n, lane, warp)
-    ones, twos, fours = warp_ballots(n_events, segment_counts, lane, warp)
+    votes = warp_ballots(n_events, segment_counts, lane, warp)
     if cuda.syncthreads_or(int32(not complete)):
         return int32(-1)
-    count = append_events(entries, segment_counts, segments, a, b, c, d, n_events, ones, twos, fours, lane, warp)
+    count = append_events(entries, segment_counts, segments, (a, b, c, d), n_events, votes, lane, warp)
     cuda.syncthreads()
     return count
 
@@ -114,38 +136,34 @@ def collect_rows(
     lane,
     warp,
 ):
-    """`gather_row` of two rows at once. The second, of the layer below, is most likely there already."""
+    """`collect_row` of two rows with one pair of barriers: the own layer's and the layer below's.
+
+    The row of the layer below is loaded first, because it has most likely been written already.
+    """
     e, f, g, h, n_inputs, input_complete = load_segment(input_at, inputs, lane, warp)
     a, b, c, d, n_events, complete = load_segment(row_at, n, lane, warp)
-    ones, twos, fours = warp_ballots(n_events, segment_counts, lane, warp)
-    input_ones, input_twos, input_fours = warp_ballots(n_inputs, input_counts, lane, warp)
+    votes = warp_ballots(n_events, segment_counts, lane, warp)
+    input_votes = warp_ballots(n_inputs, input_counts, lane, warp)
     if cuda.syncthreads_or(int32(not (complete and input_complete))):
         return int32(-1), int32(-1)
-    count = append_events(entries, segment_counts, segments, a, b, c, d, n_events, ones, twos, fours, lane, warp)
+    count = append_events(entries, segment_counts, segments, (a, b, c, d), n_events, votes, lane, warp)
     input_count = append_events(
-        input_entries,
-        input_counts,
-        input_segments,
-        e,
-        f,
-        g,
-        h,
-        n_inputs,
-        input_ones,
-        input_twos,
-        input_fours,
-        lane,
-        warp,
+        input_entries, input_counts, input_segments, (e, f, g, h), n_inputs, input_votes, lane, warp
     )
     cuda.syncthreads()
     return count, input_count
 
 
 def single_kernel(variant: str, layouts: tuple[int, ...]):
-    """The kernel of a variant for networks whose matrices lie in those ways; and its signature."""
+    """The kernel of the single-stream plan and its signature.
+
+    variant : "evnn" or "paper", the variant of all layers of the launch
+    layouts : layout codes of their matrices
+    """
     strip_product = dispatch(layouts)
     paper = variant == "paper"
-    cut = 2 if paper else 3
+    # Gates whose recurrent drive uses the outputs of the step before; the paper's candidate uses r * y instead.
+    gates_from_outputs = 2 if paper else 3
 
     def layers(table_at, blocks_at, faults_at, steps, batch):
         thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
@@ -160,8 +178,8 @@ def single_kernel(variant: str, layouts: tuple[int, ...]):
         entries = shared_int64(shared + block[tables.AT_LIST])
         input_entries = shared_int64(shared + block[tables.AT_LIST] + 8 * block[tables.CAPACITY])
         segment_counts, input_counts = (
-            shared_int32(shared + block[tables.AT_TOTALS]),
-            shared_int32(shared + block[tables.AT_TOTALS] + 128),
+            shared_int32(shared + block[tables.AT_SEGMENT_COUNTS]),
+            shared_int32(shared + block[tables.AT_SEGMENT_COUNTS] + 128),
         )
         hits_at = shared + block[tables.AT_HITS] + int64(tables.HIT_BUFFER_BYTES) * warp
         gates, drives = (
@@ -203,7 +221,7 @@ def single_kernel(variant: str, layouts: tuple[int, ...]):
             )
         cuda.syncthreads()
 
-        # The strip that this warp walks: three warps recurrent ones, three those of the input.
+        # The strip of this warp: a recurrent one for warps 0 to 2, an input strip for warps 3 to 5.
         unit = int32(tile * width + lane)
         mine = lane < width and unit < n
         gate = warp
@@ -249,7 +267,7 @@ def single_kernel(variant: str, layouts: tuple[int, ...]):
         while t < steps:
             t += 1
             if input_log != 0 and t < steps:
-                # With what this step waits for, the input of the next.
+                # Poll the outputs that this step waits for together with the input of the next step.
                 input_at += input_row_bytes
                 count, input_count = collect_rows(
                     log_at,
@@ -278,13 +296,13 @@ def single_kernel(variant: str, layouts: tuple[int, ...]):
                 global_int32(faults_at)[0] = 1
                 return
             log_at += row_bytes
-            if warp < cut:
+            if warp < gates_from_outputs:
                 drive_rec = strip_product(
                     layout_rec, bias_rec, rec_values, rec_table, width, lane, entries, count, hits_at
                 )
             if input_log != 0 and warp < 3:
                 drive = drives[ahead + spot]
-            # Each gate by its own warp; the candidate's does the rest.
+            # Warps 0 and 1 evaluate their gates; warp 2 keeps the drives of the candidate.
             if warp < 2:
                 gates[warp * LANES + lane] = egru_reset_gate(drive, drive_rec)
             cuda.syncthreads()
@@ -304,7 +322,7 @@ def single_kernel(variant: str, layouts: tuple[int, ...]):
                         layout_rec, bias_rec, rec_values, rec_table, width, lane, entries, count, hits_at
                     )
 
-            # Cells and events.
+            # Cells and events of this step.
             if warp == 2 and mine:
                 zero = np.float32(0)
                 if paper:

@@ -1,8 +1,24 @@
-"""Walking one strip of weights: acc + sum over events of weight * value, ascending, one FMA a term.
+"""Product of one strip of weights with one list of events: acc + sum over the events of weight * value.
 
-A list is an array of int64: the unit in the lower half, the bits of the value in the upper; `LIST_PAD` entries of zero
-end it, which add nothing. A warp walks, a lane an output. The loads of a group of terms go out together, so that only
-their FMAs wait for each other.
+These are device functions. One warp computes one strip, one lane computes one output of the strip. The result equals
+the columns of the strip in `reference.propagate`: terms are added in ascending presynaptic index, one FMA per term.
+The loads of a group of terms are issued together, so that only the FMAs form a dependent chain.
+
+=========== ================= ====================================================================================
+array       memory            contents
+=========== ================= ====================================================================================
+acc         register          float32, one output per lane
+entries     shared            (count + LIST_PAD,) int64 events: unit in the lower half, bits of the float32 value in
+                              the upper half; the LIST_PAD entries at the end are zero and add nothing
+values      shared or global  weights of the strip, float32 or uint16 bits of bfloat16 (`packing.Strips.values`)
+table       shared or global  (n_pre,) int64 for MASKED and RUNS: mask of outputs in the lower half, position of the
+                              weights in the upper half (`packing.Strips.table`)
+hits        shared, per warp  (MAX_HITS + LIST_PAD,) int64 table words, then as many float32 values: the events that
+                              have a weight in this strip
+=========== ================= ====================================================================================
+
+Barriers: warps synchronise only with themselves (`syncwarp`), before and after they read `hits`. The caller
+synchronises the block after `entries` has been written.
 """
 
 from __future__ import annotations
@@ -32,44 +48,97 @@ from eventrnn.cuda.tables import (
     TERMS_PER_GROUP,
 )
 
+# The mask of a full warp, for votes and warp barriers.
 FULL_WARP = np.uint32(0xFFFFFFFF)
 
+# List entries whose table words one lane loads before the hits are appended.
 ENTRIES_PER_LANE = 4
 
 
 @device_function
 def low_word(entry):
-    """Lower half of an int64."""
+    """Lower half of an int64, as int32."""
     return int32(entry)
 
 
 @device_function
 def high_word(entry):
-    """Upper half of an int64."""
+    """Upper half of an int64, as int32."""
     return int32(entry >> int64(32))
 
 
 @device_function
 def pack_words(lower, upper):
-    """An int64 of two halves."""
+    """An int64 made of two int32 halves."""
     return (int64(upper) << int64(32)) | (int64(lower) & int64(0xFFFFFFFF))
 
 
 @device_function
 def pack_event(unit, value):
-    """A list entry."""
+    """The int64 list entry of an event: unit index and float32 value."""
     return pack_words(unit, libdevice.float_as_int(value))
 
 
 @device_function
 def popcount(word):
-    """Set bits of an int32."""
+    """Number of set bits of an int32."""
     return int32(cuda.popc(np.uint32(word)))
+
+
+def make_load8(load):
+    """The device function load8(base, terms, *rest): `load(base, term, *rest)` of eight terms.
+
+    It is written out, because a tuple stays in registers.
+    """
+
+    @device_function
+    def load8(base, terms, *rest):
+        return (
+            load(base, terms[0], *rest),
+            load(base, terms[1], *rest),
+            load(base, terms[2], *rest),
+            load(base, terms[3], *rest),
+            load(base, terms[4], *rest),
+            load(base, terms[5], *rest),
+            load(base, terms[6], *rest),
+            load(base, terms[7], *rest),
+        )
+
+    return load8
+
+
+def make_add8(value_of):
+    """The device function add8(acc, weights, terms): acc + sum of weight * value_of(term), eight FMAs in order."""
+
+    @device_function
+    def add8(acc, weights, terms):
+        acc = cuda.fma(weights[0], value_of(terms[0]), acc)
+        acc = cuda.fma(weights[1], value_of(terms[1]), acc)
+        acc = cuda.fma(weights[2], value_of(terms[2]), acc)
+        acc = cuda.fma(weights[3], value_of(terms[3]), acc)
+        acc = cuda.fma(weights[4], value_of(terms[4]), acc)
+        acc = cuda.fma(weights[5], value_of(terms[5]), acc)
+        acc = cuda.fma(weights[6], value_of(terms[6]), acc)
+        return cuda.fma(weights[7], value_of(terms[7]), acc)
+
+    return add8
+
+
+@device_function
+def value_of_event(entry):
+    """The float32 value of a list entry."""
+    return libdevice.int_as_float(high_word(entry))
+
+
+@device_function
+def unchanged(value):
+    """The value itself."""
+    return value
 
 
 @device_function
 def load8(array, at):
-    """Eight numbers from `at` on. Half a group, written out: a tuple stays in registers."""
+    """Eight neighbouring elements of an array, from `at` on. They are written out: a tuple stays in registers."""
     return (
         array[at],
         array[int32(at + 1)],
@@ -82,14 +151,22 @@ def load8(array, at):
     )
 
 
+add_events8, add_values8 = make_add8(value_of_event), make_add8(unchanged)
+
+
 def make_strip_product(layout: int):
-    """The device function for matrices that lie that way."""
+    """The device function strip_product for matrices of one layout (`tables.layout_code`).
+
+    strip_product(acc, values_at, table_at, width, lane, entries, count, hits_at) -> acc, with byte addresses
+    `values_at`, `table_at`, `hits_at`, `width` outputs per strip and `count` events in `entries`.
+    """
     narrow, resident, kind = layout & NARROW, layout & RESIDENT, layout & KINDS
     if narrow:
         pointer = shared_uint16 if resident else global_uint16
 
         @device_function
         def weight(values, at):
+            # The upper half of a float32 is a bfloat16.
             return libdevice.int_as_float(int32(values[at]) << int32(16))
     else:
         pointer = shared_float32 if resident else global_float32
@@ -104,29 +181,7 @@ def make_strip_product(layout: int):
     def row_weight(values, entry, width, lane):
         return weight(values, int32(low_word(entry) * width + lane))
 
-    @device_function
-    def row_weights(values, e, width, lane):
-        return (
-            row_weight(values, e[0], width, lane),
-            row_weight(values, e[1], width, lane),
-            row_weight(values, e[2], width, lane),
-            row_weight(values, e[3], width, lane),
-            row_weight(values, e[4], width, lane),
-            row_weight(values, e[5], width, lane),
-            row_weight(values, e[6], width, lane),
-            row_weight(values, e[7], width, lane),
-        )
-
-    @device_function
-    def add_entries(acc, w, e):
-        acc = cuda.fma(w[0], libdevice.int_as_float(high_word(e[0])), acc)
-        acc = cuda.fma(w[1], libdevice.int_as_float(high_word(e[1])), acc)
-        acc = cuda.fma(w[2], libdevice.int_as_float(high_word(e[2])), acc)
-        acc = cuda.fma(w[3], libdevice.int_as_float(high_word(e[3])), acc)
-        acc = cuda.fma(w[4], libdevice.int_as_float(high_word(e[4])), acc)
-        acc = cuda.fma(w[5], libdevice.int_as_float(high_word(e[5])), acc)
-        acc = cuda.fma(w[6], libdevice.int_as_float(high_word(e[6])), acc)
-        return cuda.fma(w[7], libdevice.int_as_float(high_word(e[7])), acc)
+    row_weights = make_load8(row_weight)
 
     @device_function
     def dense_strip_product(acc, values_at, table_at, width, lane, entries, count, hits_at):
@@ -137,57 +192,35 @@ def make_strip_product(layout: int):
             three, four = load8(entries, int32(e + 16)), load8(entries, int32(e + 24))
             w_one, w_two = row_weights(values, one, width, lane), row_weights(values, two, width, lane)
             w_three, w_four = row_weights(values, three, width, lane), row_weights(values, four, width, lane)
-            acc = add_entries(add_entries(acc, w_one, one), w_two, two)
-            acc = add_entries(add_entries(acc, w_three, three), w_four, four)
+            acc = add_events8(add_events8(acc, w_one, one), w_two, two)
+            acc = add_events8(add_events8(acc, w_three, three), w_four, four)
             e = int32(e + DENSE_TERMS_PER_GROUP)
         return acc
 
     if kind == RUNS:
 
         @device_function
-        def place(word, lane, lanes_below):
+        def position(word, lane, lanes_below):
             return int32(high_word(word) + lane)
     else:
 
         @device_function
-        def place(word, lane, lanes_below):
+        def position(word, lane, lanes_below):
             return int32(high_word(word) + popcount(low_word(word) & lanes_below))
 
     @device_function
     def hit_weight(values, word, lane, lanes_below):
-        # A lane without a weight reads what lies there, and multiplies by zero.
-        value = weight(values, place(word, lane, lanes_below))
+        # The load is unconditional: a lane without a weight reads a neighbour's and replaces it by zero.
+        value = weight(values, position(word, lane, lanes_below))
         if (low_word(word) >> lane) & 1:
             return value
         return np.float32(0)
 
-    @device_function
-    def hit_weights(values, w, lane, lanes_below):
-        return (
-            hit_weight(values, w[0], lane, lanes_below),
-            hit_weight(values, w[1], lane, lanes_below),
-            hit_weight(values, w[2], lane, lanes_below),
-            hit_weight(values, w[3], lane, lanes_below),
-            hit_weight(values, w[4], lane, lanes_below),
-            hit_weight(values, w[5], lane, lanes_below),
-            hit_weight(values, w[6], lane, lanes_below),
-            hit_weight(values, w[7], lane, lanes_below),
-        )
-
-    @device_function
-    def add_hits(acc, w, s):
-        acc = cuda.fma(w[0], s[0], acc)
-        acc = cuda.fma(w[1], s[1], acc)
-        acc = cuda.fma(w[2], s[2], acc)
-        acc = cuda.fma(w[3], s[3], acc)
-        acc = cuda.fma(w[4], s[4], acc)
-        acc = cuda.fma(w[5], s[5], acc)
-        acc = cuda.fma(w[6], s[6], acc)
-        return cuda.fma(w[7], s[7], acc)
+    hit_weights = make_load8(hit_weight)
 
     @device_function
     def load_table_word(table, entries, e, count):
-        """The table's word for an entry of the list, and the entry; zeros beyond its end."""
+        """The table word of list entry `e`, and the entry; zeros beyond the end of the list."""
         entry = word = int64(0)
         if e < count:
             entry = entries[e]
@@ -196,11 +229,11 @@ def make_strip_product(layout: int):
 
     @device_function
     def append_hits(words, values_of_hits, hits, word, entry, lanes_below):
-        """Append the warp's hits; returns how many are held."""
+        """Append the entries of this warp that have weights in the strip, in order of lanes; returns the new count."""
         hit = cuda.ballot_sync(FULL_WARP, low_word(word) != 0)
         if low_word(word) != 0:
             p = int32(hits + popcount(hit & lanes_below))
-            words[p], values_of_hits[p] = word, libdevice.int_as_float(high_word(entry))
+            words[p], values_of_hits[p] = word, value_of_event(entry)
         return int32(hits + popcount(hit))
 
     @device_function
@@ -220,6 +253,7 @@ def make_strip_product(layout: int):
             hits = append_hits(words, values_of_hits, hits, word_d, entry_d, lanes_below)
             e = int32(e + ENTRIES_PER_LANE * LANES)
             if hits > MAX_HITS - ENTRIES_PER_LANE * LANES or e - lane >= count:
+                # The buffer may not hold another round, or the list has ended: multiply what it holds.
                 if lane < LIST_PAD:
                     words[hits + lane], values_of_hits[hits + lane] = int64(0), np.float32(0)
                 cuda.syncwarp(FULL_WARP)
@@ -230,10 +264,10 @@ def make_strip_product(layout: int):
                     if hits - h > 8:
                         two = load8(words, int32(h + 8))
                         more = hit_weights(values, two, lane, lanes_below)
-                        acc = add_hits(acc, weights, load8(values_of_hits, h))
-                        acc = add_hits(acc, more, load8(values_of_hits, int32(h + 8)))
+                        acc = add_values8(acc, weights, load8(values_of_hits, h))
+                        acc = add_values8(acc, more, load8(values_of_hits, int32(h + 8)))
                     else:
-                        acc = add_hits(acc, weights, load8(values_of_hits, h))
+                        acc = add_values8(acc, weights, load8(values_of_hits, h))
                     h = int32(h + TERMS_PER_GROUP)
                 cuda.syncwarp(FULL_WARP)
                 hits = int32(0)
@@ -243,7 +277,7 @@ def make_strip_product(layout: int):
 
 
 def dispatch(layouts: tuple[int, ...]):
-    """The device function for matrices that lie in any of those ways: its first argument says which."""
+    """The device function strip_product for matrices of several layouts; its first argument is the layout code."""
     strip_product = make_strip_product(layouts[0])
     if len(layouts) == 1:
 
