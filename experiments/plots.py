@@ -1,32 +1,42 @@
-"""Draw figures/ from results/ (bench.py, block_sparse.py): measures nothing, computes nothing anew.
+"""Draw figures/ from the lines in results/ that bench.py and block_sparse.py wrote. Nothing is measured.
 
     python experiments/plots.py
 
-Of each case the last line of the device that was measured last counts. speedup.png needs `bench.py --grid`.
+Of each case the last line counts that was measured on the machine of the file's last line. speedup.png needs the lines
+of `bench.py --grid`.
 """
 
-import json
-from pathlib import Path
-from typing import Annotated
+from __future__ import annotations
 
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
 import typer
 
-from eventrnn import plots
+from eventrnn.plots import BLUE, GREY, HUES, INK, MARKS, ORANGE, new_figure, plain_axes, saved
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
-# Of bench.py's grid; every other case is repeated more often.
+# At most so many repeats: a case of bench.py's grid. Every other case is repeated more often.
 GRID_REPEATS = 7
-# A layer of which only what the grid varies was varied: activity, sparsity and batch.
+# Values of the options that the grid does not vary. It varies activity, sparsity and batch.
 PLAIN = {"against": "torch", "hidden": 1350, "layers": 1, "variant": "evnn", "threads": 1, "dtype": "float32"}
 
 
 def latest(lines: list[dict]) -> list[dict]:
-    """The lines measured on the device of the last one; of each case the last."""
+    """The last line of each case, of the lines measured on the machine of the last one."""
     return list({case_of(line): line for line in lines if line["device"] == lines[-1]["device"]}.values())
 
 
 def case_of(line: dict) -> str:
-    """What was asked, as a name that no other case has."""
+    """The options of a line as a string: equal for two measurements of the same case."""
     keys = (
         "measures", "hidden", "layers", "batch", "activity_asked", "sparsity_asked", "format", "block", "nm", "dtype",
         "variant", "threads", "against", "steps", "repeats",
@@ -35,13 +45,13 @@ def case_of(line: dict) -> str:
 
 
 def is_plain(line: dict) -> bool:
-    """Whether the case has its place on the map: a plain layer, dense or in blocks of 1x64."""
+    """Whether the case belongs on the map: a layer with the options of `PLAIN`, dense or in blocks of 1x64."""
     weights = (line["format"], line["block"], line["sparsity_asked"] > 0)
     return all(line[k] == v for k, v in PLAIN.items()) and weights in (("dense", None, False), ("block", "1x64", True))
 
 
 def map_cells(lines: list[dict]) -> dict[str, dict[tuple[float, float], float]]:
-    """Speed-ups by batch, activity and sparsity, of plain layers."""
+    """Speed-ups of the cases that belong on the map: panel per batch -> (activity, sparsity) -> speed-up."""
     panels: dict[str, dict[tuple[float, float], float]] = {}
     for line in sorted(filter(is_plain, lines), key=lambda line: line["batch"]):
         panel = panels.setdefault(f"batch {line['batch']}", {})
@@ -50,7 +60,7 @@ def map_cells(lines: list[dict]) -> dict[str, dict[tuple[float, float], float]]:
 
 
 def points(lines: list[dict]) -> list[dict]:
-    """Every line as the roofline wants it; the cases of the grid have no name and so no bar."""
+    """The cases for `roofline`. Those of the grid get no name, and so no bar."""
     found = []
     for line in lines:
         weights = line["block"] or (line["nm"] and line["nm"].removesuffix(":post")) or line["format"]
@@ -70,7 +80,7 @@ def points(lines: list[dict]) -> list[dict]:
                 "name": ", ".join(word for word in words if word) if line["repeats"] > GRID_REPEATS else "",
             }
         )
-    # Against another rival the same case was measured again: one bar is enough.
+    # The same case may have been measured beside several baselines: one bar is enough.
     seen: dict[str, dict] = {}
     for line in found:
         seen.setdefault(line["name"] or case_of(line), line)
@@ -78,7 +88,7 @@ def points(lines: list[dict]) -> list[dict]:
 
 
 def draw_blocks(lines: list[dict], path: Path) -> None:
-    """Perplexity over sparsity, by way and block, of the job and device of the last line."""
+    """Draw perplexity over sparsity by method and block, for the job and the machine of the last line."""
     keys = ("job", "steps", "tuning", "strength", "device")
     same = [line for line in lines if all(line[key] == lines[-1][key] for key in keys)]
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {"pruning": {}, "lasso": {}}
@@ -90,7 +100,7 @@ def draw_blocks(lines: list[dict], path: Path) -> None:
         print(f"{path.name}: not drawn, the dense model's line is missing")
         return
     titles = {"pruning": "block pruning", "lasso": "group lasso and block pruning"}
-    plots.pruning_curves({titles[way]: panel for way, panel in panels.items()}, dense[-1], path=path)
+    pruning_curves({titles[way]: panel for way, panel in panels.items()}, dense[-1], path=path)
     print(f"wrote {path}: {len(same)} points")
 
 
@@ -98,7 +108,7 @@ def main(
     results: Annotated[Path, typer.Option(help="Lines of bench.py.")] = HERE / "results" / "cpu_inference.jsonl",
     figures: Annotated[Path, typer.Option(help="Folder to draw into.")] = HERE / "figures",
 ) -> None:
-    """Draw what the lines suffice for, and name the rest."""
+    """Draw every figure for which there are lines, and name the others."""
     every = [json.loads(line) for line in results.read_text().splitlines()]
     lines = [line for line in every if "measures" in line]
     if not lines:
@@ -107,17 +117,186 @@ def main(
     figures.mkdir(parents=True, exist_ok=True)
     panels = map_cells(lines)
     if panels:
-        plots.speedup_map(
-            panels, title="Times faster than torch.nn.GRU: 1350 units, 1 thread", path=figures / "speedup.png"
-        )
+        speedup_map(panels, title="Times faster than torch.nn.GRU: 1350 units, 1 thread", path=figures / "speedup.png")
         print(f"wrote {figures / 'speedup.png'}: {', '.join(f'{k}, {len(v)} cells' for k, v in panels.items())}")
     else:
         print("speedup.png: not drawn, it needs the lines of bench.py --grid")
     blocks = results.parent / "block_sparse.jsonl"
     if blocks.exists():
         draw_blocks([json.loads(line) for line in blocks.read_text().splitlines()], figures / "blocks.png")
-    plots.roofline(points(lines), title="How close to the limits of the machine", path=figures / "roofline.png")
+    roofline(points(lines), title="How close to the limits of the machine", path=figures / "roofline.png")
     print(f"wrote {figures / 'roofline.png'}: {len(points(lines))} cases")
+
+
+def speedup_map(
+    panels: Mapping[str, Mapping[tuple[float, float], float]],
+    *,
+    across: str = "activity",
+    down: str = "sparsity",
+    title: str | None = None,
+    path: str | os.PathLike | None = None,
+) -> Figure:
+    """Speed-ups as a heat map: one cell per measured pair, one panel per name, one logarithmic scale centred on 1.
+
+    panels       : name -> {(share across, share down): speed-up, > 0}; pairs that were not measured are hatched
+    across, down : names of the two shares, which lie in [0, 1]
+
+    Raises ValueError where nothing was measured or a speed-up is not a positive finite number.
+    """
+    cells = [value for panel in panels.values() for value in panel.values()]
+    if not cells or not all(np.isfinite(value) and value > 0 for value in cells):
+        raise ValueError("panels: need at least one measured pair, every speed-up finite and above 0")
+    from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+
+    columns, rows = (sorted({pair[k] for panel in panels.values() for pair in panel}) for k in (0, 1))
+    figure = new_figure(1.6 + len(panels) * (0.6 + 0.5 * len(columns)), 1.5 + 0.42 * len(rows))
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    # White at 1 and darker to both sides, so that slower and faster differ in brightness as well as in colour.
+    shades = [(0, "#8c3a06"), (0.25, ORANGE), (0.5, "#ffffff"), (0.65, "#8fbce6"), (0.82, BLUE), (1, "#0b2c56")]
+    scale = LinearSegmentedColormap.from_list("times faster", shades)
+    slowest, fastest = np.log10(min(0.25, *cells)), np.log10(max(4.0, *cells))
+    norm = TwoSlopeNorm(0, slowest, fastest)
+    for panel_axes, (name, panel) in zip(axes, panels.items(), strict=True):
+        grid = np.array([[panel.get((x, y), np.nan) for x in columns] for y in rows])
+        panel_axes.set_facecolor("#f3f4f6")
+        panel_axes.patch.set(hatch="////", edgecolor=GREY)
+        powers = np.ma.masked_invalid(np.log10(grid))
+        image = panel_axes.pcolormesh(powers, cmap=scale, norm=norm, edgecolors="white", linewidth=1)
+        for (y, x), value in np.ndenumerate(grid):
+            if np.isfinite(value):
+                dark = abs(norm(np.log10(value)) - 0.5) > 0.25
+                text = f"{value:.0f}" if value >= 9.95 else f"{value:.1f}" if value >= 0.995 else f"{value:.2f}"
+                panel_axes.text(
+                    x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=8, color="white" if dark else INK
+                )
+        for axis, shares in ((panel_axes.xaxis, columns), (panel_axes.yaxis, rows)):
+            axis.set_ticks(np.arange(len(shares)) + 0.5, [f"{100 * share:g}" for share in shares])
+            axis.set_tick_params(length=0)
+        panel_axes.set_title(name, loc="left", fontsize=10)
+        panel_axes.set_xlabel(f"{across} (%)")
+        plain_axes(panel_axes)
+        panel_axes.spines[["left", "bottom"]].set_visible(False)
+    axes[0].set_ylabel(f"{down} (%)")
+    marks = [1, *(step * 10.0**k for k in range(-3, 5) for step in (1, 2, 5))]
+    shown = sorted({mark for mark in marks if slowest <= np.log10(mark) <= fastest})
+    bar = figure.colorbar(image, ax=axes, pad=0.02, label="times faster")
+    bar.set_ticks(np.log10(shown).tolist(), labels=[f"{mark:g}" for mark in shown])
+    bar.ax.tick_params(labelsize=8)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return saved(figure, path)
+
+
+def roofline(
+    cases: Sequence[Mapping],
+    *,
+    title: str | None = None,
+    path: str | os.PathLike | None = None,
+) -> Figure:
+    """Roofline: operations per second over operations per byte of weights, below the limits of the machine.
+
+    cases : each with `gflop_s` (two per executed multiplication), `bandwidth_gb_s`, `probe_gb_s` (the fastest read of
+            the same bytes), `fma_gflop_s` (FMA in registers only), `group` (colour and marker) and, for a bar of its
+            own on the right, `name`. A bar shows the shares of the read rate and of the FMA rate that were reached
+
+    Raises ValueError where there is no case.
+    """
+    if not cases:
+        raise ValueError("cases: got none, need at least one")
+    named = [case for case in cases if case.get("name")]
+    figure = new_figure(12.5 if named else 6.6, max(4.6, 1.2 + 0.24 * len(named)))
+    left, *right = figure.subplots(1, 2 if named else 1, width_ratios=[1.15, 1] if named else None, squeeze=False)[0]
+    intensity = np.array([case["gflop_s"] / case["bandwidth_gb_s"] for case in cases])
+    rate = np.array([case["gflop_s"] for case in cases])
+    probes, peaks = (np.array([case[key] for case in cases]) for key in ("probe_gb_s", "fma_gflop_s"))
+    x = np.geomspace(intensity.min() / 1.6, max(intensity.max() * 1.6, 2 * peaks.max() / probes.min()), 200)
+    roofs = [np.minimum(x * reads, peaks.max()) for reads in (probes.min(), probes.max())]
+    left.fill_between(x, *roofs, color=GREY, alpha=0.35, linewidth=0, label="what the probe reads, slowest to fastest")
+    left.plot(x, roofs[1], color=INK, linewidth=1, label=f"fastest FMA, {peaks.max():,.0f} GFLOP/s, and fastest read")
+    groups = list(dict.fromkeys(case["group"] for case in cases))
+    for k, group in enumerate(groups):
+        of_group = np.array([case["group"] == group for case in cases])
+        left.scatter(
+            intensity[of_group], rate[of_group], s=26, edgecolors="white", linewidths=0.5, zorder=3, label=group,
+            color=HUES[k % len(HUES)], marker=MARKS[(k + k // len(HUES)) % len(MARKS)],
+        )  # fmt: skip
+    left.set(xscale="log", yscale="log", xlabel="operations per byte of weights (FLOP/B)", ylabel="GFLOP/s")
+    left.set_ylim(rate.min() / 2, peaks.max() * 1.6)
+    left.yaxis.set_major_formatter("{x:g}")
+    left.xaxis.set_major_formatter("{x:g}")
+    left.legend(fontsize=7, frameon=False, loc="lower right")
+    for axes in right:
+        _limits_panel(axes, named, groups)
+    for axes in (left, *right):
+        plain_axes(axes)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return saved(figure, path)
+
+
+def pruning_curves(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    dense: float,
+    *,
+    quality: str = "perplexity",
+    title: str | None = None,
+    path: str | os.PathLike | None = None,
+) -> Figure:
+    """Quality over the share of weights pruned: one panel per method, one line per block.
+
+    panels : name of a panel -> name of a line -> (share pruned, quality)
+    dense  : quality of the unpruned network, a horizontal line in every panel
+
+    The panels share their axes; the axis of quality is logarithmic. Raises ValueError where there is no point or a
+    value is not finite.
+    """
+    from matplotlib.ticker import LogLocator
+
+    points = [point for lines in panels.values() for line in lines.values() for point in line]
+    if not points or not (np.isfinite(np.array(points)).all() and np.isfinite(dense)):
+        raise ValueError(f"panels: got {dict(panels)} beside {dense}, need at least one point, all of them finite")
+    figure = new_figure(3.6 * len(panels), 3.4)
+    every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (name, lines) in zip(every, panels.items(), strict=True):
+        axes.axhline(dense, color=GREY, linewidth=1, linestyle="--", label="not pruned")
+        for k, (label, line) in enumerate(lines.items()):
+            share, value = np.asarray(sorted(line), float).T
+            look = {
+                "color": HUES[k % len(HUES)],
+                "marker": MARKS[k % len(MARKS)],
+                "markersize": 4,
+                "linewidth": 1.2,
+            }
+            axes.plot(100 * share, value, label=label, **look)
+        axes.set(xlabel="weights pruned (%)", yscale="log")
+        axes.set_title(name, loc="left", fontsize=10)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+        plain_axes(axes)
+    every[0].set_ylabel(f"{quality} (test)")
+    every[0].legend(fontsize=8, frameon=False)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return saved(figure, path)
+
+
+def _limits_panel(axes: Axes, cases: Sequence[Mapping], groups: list) -> None:
+    """One line per case, the first on top: the shares of the probe's read rate and of the FMA rate that it reaches."""
+    for k, case in enumerate(reversed(cases)):
+        colour = HUES[groups.index(case["group"]) % len(HUES)]
+        reads, multiplies = (
+            100 * case["bandwidth_gb_s"] / case["probe_gb_s"],
+            100 * case["gflop_s"] / case["fma_gflop_s"],
+        )
+        axes.barh(k, reads, height=0.62, color=colour, alpha=0.85)
+        axes.plot(multiplies, k, "|", color=INK, markersize=9, markeredgewidth=1.6)
+        axes.text(102, k, f"{case['bandwidth_gb_s']:.0f} GB/s, {case['gflop_s']:.0f} GFLOP/s", va="center", fontsize=7)
+    axes.set_yticks(range(len(cases)), [case["name"] for case in reversed(cases)])
+    axes.axvline(100, color=INK, linewidth=0.8)
+    axes.set(xlim=(0, 142), ylim=(-0.7, len(cases) - 0.3), xlabel="share of the limit (%)")
+    axes.set_xticks(range(0, 101, 20))
+    axes.set_title("bar: of the probe's read rate; tick: of the FMA rate", loc="left", fontsize=9)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -273,3 +274,78 @@ def test_a_table_names_the_commit_of_every_row_and_the_machine_of_every_line(mon
         [{"batch": 1, "id": 0}, {"batch": 1, "id": 1}, {"batch": 1, "exact": False}], batch=1, exact=True
     )
     assert found == {"batch": 1, "id": 1} and module.last([], batch=1) is None
+
+
+@pytest.fixture
+def drawing(monkeypatch):
+    """The script that draws figures."""
+    pytest.importorskip("matplotlib", reason="figures need matplotlib, the plots extra")
+    return script("plots", monkeypatch)
+
+
+def labels(figure):
+    """Every label of an axis."""
+    return {text for axes in figure.axes for text in (axes.get_xlabel(), axes.get_ylabel())}
+
+
+def test_speedup_map_writes_every_number_into_its_cell(drawing):
+    panels = {"batch 1": {(0.1, 0.9): 41.2, (0.5, 0.9): 9.94, (0.1, 0.0): 5.5}, "batch 20": {(1.0, 0.0): 0.514}}
+    figure = drawing.speedup_map(panels, title="Faster")
+    first, second, bar = figure.axes
+    assert [text.get_text() for text in first.texts] == ["5.5", "41", "9.9"]
+    assert [text.get_text() for text in second.texts] == ["0.51"]
+    assert [tick.get_text() for tick in first.get_xticklabels()] == ["10", "50", "100"]
+    assert [tick.get_text() for tick in first.get_yticklabels()] == ["0", "90"]
+    (mesh,) = first.collections
+    powers = np.ma.masked_array(np.log10([[5.5, 1, 1], [41.2, 9.94, 1]]), [[0, 1, 1], [0, 0, 1]])
+    assert np.array_equal(mesh.get_array().mask, powers.mask) and (mesh.get_array() == powers).all()
+    assert mesh.norm(0) == 0.5, "white is where nobody is faster"
+    assert {"activity (%)", "sparsity (%)", "times faster"} <= labels(figure)
+    assert (first.get_title(loc="left"), figure.get_suptitle()) == ("batch 1", "Faster")
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan"), None])
+def test_speedup_map_refuses_what_is_no_ratio(drawing, value):
+    with pytest.raises(ValueError, match="panels: need at least one measured pair"):
+        drawing.speedup_map({"batch 1": {} if value is None else {(0.1, 0.9): value}})
+
+
+def case(**changes):
+    figures = {"gflop_s": 12.0, "bandwidth_gb_s": 24.0, "probe_gb_s": 30.0, "fma_gflop_s": 180.0, "group": "dense"}
+    return figures | changes
+
+
+def test_roofline_places_cases_under_both_limits(drawing):
+    cases = [case(name="one"), case(group="block", gflop_s=90.0, bandwidth_gb_s=10.0, name="two"), case(gflop_s=6.0)]
+    figure = drawing.roofline(cases, title="Limits")
+    left, right = figure.axes
+    spots = np.concatenate([marks.get_offsets() for marks in left.collections[1:]])
+    assert spots.tolist() == [[0.5, 12], [0.25, 6], [9, 90]]
+    (roof,) = left.lines
+    x, y = roof.get_data()
+    assert np.array_equal(y, np.minimum(30 * x, 180))
+    assert [bar.get_width() for bar in right.patches] == [100 * 10 / 30, 100 * 24 / 30]
+    assert [tick.get_text() for tick in right.get_yticklabels()] == ["two", "one"]
+    assert [text.get_text() for text in right.texts] == ["10 GB/s, 90 GFLOP/s", "24 GB/s, 12 GFLOP/s"]
+    words = [text.get_text() for text in left.get_legend().get_texts()]
+    assert words[-2:] == ["dense", "block"] and "180 GFLOP/s" in words[1]
+    assert {"operations per byte of weights (FLOP/B)", "GFLOP/s", "share of the limit (%)"} <= labels(figure)
+
+
+def test_roofline_without_names_has_one_panel_and_without_cases_none(drawing):
+    assert len(drawing.roofline([case()]).axes) == 1
+    with pytest.raises(ValueError, match="cases: got none"):
+        drawing.roofline([])
+
+
+def test_pruning_curves(drawing, tmp_path):
+    panels = {"one": {"1x1": [(0.9, 80.0), (0.5, 60.0)], "4x4": [(0.5, 70.0)]}, "two": {"1x1": [(0.5, 65.0)]}}
+    figure = drawing.pruning_curves(panels, 62.0, title="cost", path=tmp_path / "curves.png")
+    left, right = figure.axes
+    assert [line.get_xdata().tolist() for line in left.lines[1:]] == [[50, 90], [50]]
+    assert [line.get_ydata().tolist() for line in left.lines[1:]] == [[60, 80], [70]]
+    assert len(right.lines) == 2 and set(left.lines[0].get_ydata()) == {62.0}
+    assert left.get_yscale() == "log" and (tmp_path / "curves.png").stat().st_size > 0
+    for bad, dense in (({}, 1.0), ({"a": {"b": []}}, 1.0), (panels, float("nan"))):
+        with pytest.raises(ValueError, match="panels"):
+            drawing.pruning_curves(bad, dense)

@@ -78,87 +78,6 @@ def test_bars_refuse_what_is_no_number(values):
         plots.bars({"dense": 1}, values)
 
 
-@pytest.mark.parametrize(
-    ("to", "block", "shape", "tile"),
-    [
-        ("block", (2, 3), (5, 9), (2, 3)),
-        ("block", (4, 4), (6, 6), (4, 4)),
-        ("block", (1, 2), (300, 12), (2, 2)),
-        ("csr", None, (5, 9), (1, 1)),
-        ("dense", None, (600, 3), (3, 1)),
-    ],
-)
-def test_block_map_draws_the_mean_magnitude_of_every_tile(to, block, shape, tile):
-    rng = np.random.default_rng(0)
-    # Multiples of 1/8 add up exactly, whatever the order.
-    dense = (rng.integers(-8, 9, shape) / 8 * (rng.random(shape) < 0.3)).astype(np.float32)
-    figure = plots.block_map(convert(dense, to, block=block), gates=3 if shape[1] % 3 == 0 else 1)
-    (mesh,) = figure.axes[0].collections
-    (r, c), (n_pre, n_post) = tile, shape
-    magnitude = np.abs(dense).astype(np.float64)
-    tiles = [[magnitude[i : i + r, j : j + c].mean() for j in range(0, n_post, c)] for i in range(0, n_pre, r)]
-    assert np.array_equal(mesh.get_array().filled(0), tiles)
-    assert {"postsynaptic row", "presynaptic unit", "mean magnitude of the weights"} <= labels(figure)
-
-
-def test_block_map_of_nothing():
-    assert len(plots.block_map(convert(np.zeros((4, 6)), "block", block=(2, 2))).axes) == 1
-    with pytest.raises(ValueError, match="need at least one weight"):
-        plots.block_map(convert(np.zeros((0, 6)), "dense"))
-    with pytest.raises(ValueError, match="gates: got 4, need a divisor of the 6"):
-        plots.block_map(convert(np.zeros((4, 6)), "dense"), gates=4)
-
-
-def test_speedup_map_writes_every_number_into_its_cell():
-    panels = {"batch 1": {(0.1, 0.9): 41.2, (0.5, 0.9): 9.94, (0.1, 0.0): 5.5}, "batch 20": {(1.0, 0.0): 0.514}}
-    figure = plots.speedup_map(panels, title="Faster")
-    first, second, bar = figure.axes
-    assert [text.get_text() for text in first.texts] == ["5.5", "41", "9.9"]
-    assert [text.get_text() for text in second.texts] == ["0.51"]
-    assert [tick.get_text() for tick in first.get_xticklabels()] == ["10", "50", "100"]
-    assert [tick.get_text() for tick in first.get_yticklabels()] == ["0", "90"]
-    (mesh,) = first.collections
-    powers = np.ma.masked_array(np.log10([[5.5, 1, 1], [41.2, 9.94, 1]]), [[0, 1, 1], [0, 0, 1]])
-    assert np.array_equal(mesh.get_array().mask, powers.mask) and (mesh.get_array() == powers).all()
-    assert mesh.norm(0) == 0.5, "white is where nobody is faster"
-    assert {"activity (%)", "sparsity (%)", "times faster"} <= labels(figure)
-    assert (first.get_title(loc="left"), figure.get_suptitle()) == ("batch 1", "Faster")
-
-
-@pytest.mark.parametrize("value", [0, -1, float("nan"), None])
-def test_speedup_map_refuses_what_is_no_ratio(value):
-    with pytest.raises(ValueError, match="panels: need at least one measured pair"):
-        plots.speedup_map({"batch 1": {} if value is None else {(0.1, 0.9): value}})
-
-
-def case(**changes):
-    figures = {"gflop_s": 12.0, "bandwidth_gb_s": 24.0, "probe_gb_s": 30.0, "fma_gflop_s": 180.0, "group": "dense"}
-    return figures | changes
-
-
-def test_roofline_places_cases_under_both_limits():
-    cases = [case(name="one"), case(group="block", gflop_s=90.0, bandwidth_gb_s=10.0, name="two"), case(gflop_s=6.0)]
-    figure = plots.roofline(cases, title="Limits")
-    left, right = figure.axes
-    spots = np.concatenate([marks.get_offsets() for marks in left.collections[1:]])
-    assert spots.tolist() == [[0.5, 12], [0.25, 6], [9, 90]]
-    (roof,) = left.lines
-    x, y = roof.get_data()
-    assert np.array_equal(y, np.minimum(30 * x, 180))
-    assert [bar.get_width() for bar in right.patches] == [100 * 10 / 30, 100 * 24 / 30]
-    assert [tick.get_text() for tick in right.get_yticklabels()] == ["two", "one"]
-    assert [text.get_text() for text in right.texts] == ["10 GB/s, 90 GFLOP/s", "24 GB/s, 12 GFLOP/s"]
-    words = [text.get_text() for text in left.get_legend().get_texts()]
-    assert words[-2:] == ["dense", "block"] and "180 GFLOP/s" in words[1]
-    assert {"operations a byte of weights (FLOP/B)", "GFLOP/s", "share of the limit (%)"} <= labels(figure)
-
-
-def test_roofline_without_names_has_one_panel_and_without_cases_none():
-    assert len(plots.roofline([case()]).axes) == 1
-    with pytest.raises(ValueError, match="cases: got none"):
-        plots.roofline([])
-
-
 @pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
 def test_figures_are_written_by_ending(tmp_path, ending):
     path = tmp_path / f"figure.{ending}"
@@ -197,19 +116,6 @@ def test_learning_curves(tmp_path):
     for bad in ({}, {"a": []}, {"a": [(1, float("nan"), 0.1)]}):
         with pytest.raises(ValueError, match="curves"):
             plots.learning_curves(bad)
-
-
-def test_pruning_curves(tmp_path):
-    panels = {"one": {"1x1": [(0.9, 80.0), (0.5, 60.0)], "4x4": [(0.5, 70.0)]}, "two": {"1x1": [(0.5, 65.0)]}}
-    figure = plots.pruning_curves(panels, 62.0, title="cost", path=tmp_path / "curves.png")
-    left, right = figure.axes
-    assert [line.get_xdata().tolist() for line in left.lines[1:]] == [[50, 90], [50]]
-    assert [line.get_ydata().tolist() for line in left.lines[1:]] == [[60, 80], [70]]
-    assert len(right.lines) == 2 and set(left.lines[0].get_ydata()) == {62.0}
-    assert left.get_yscale() == "log" and (tmp_path / "curves.png").stat().st_size > 0
-    for bad, dense in (({}, 1.0), ({"a": {"b": []}}, 1.0), (panels, float("nan"))):
-        with pytest.raises(ValueError, match="panels"):
-            plots.pruning_curves(bad, dense)
 
 
 def test_mask_map_draws_the_share_left_of_every_matrix(tmp_path):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from eventrnn.bench.case import LAYER_RIVALS, PRODUCT_RIVALS
 from eventrnn.bench.machine import device, versions
-from eventrnn.cli.options import Json, Seed, Threads, parse_block
+from eventrnn.cli.options import Json, Seed, Threads, parse_block, takes
 from eventrnn.cli.terminal import as_line, progress, show
 from eventrnn.pruning.patterns import parse_nm
 from eventrnn.weights import FORMATS, STORAGES
@@ -33,91 +34,102 @@ def bench() -> None:
     """Measure speed, every side in one run."""
 
 
-@bench_app.command()
-def inference(
-    backend: Annotated[str, typer.Option(help="Engine to time: cpu or cuda.")] = "cpu",
-    hidden: Annotated[int, typer.Option(help="Units, and inputs, of a layer.")] = 1350,
-    layers: Annotated[int, typer.Option(help="Layers.")] = 1,
-    batch: Annotated[int, typer.Option(help="Samples side by side.")] = 1,
-    activity: Annotated[float, typer.Option(help="Share of units that fire; thresholds are set to reach it.")] = 0.1,
+@dataclass(frozen=True)
+class InferenceOptions:
+    """Options of `eventrnn bench inference`; the fields of `bench.Case`, sizes as text."""
+
+    backend: Annotated[str, typer.Option(help="Engine to time: cpu or cuda.")] = "cpu"
+    hidden: Annotated[int, typer.Option(help="Units, and inputs, of a layer.")] = 1350
+    layers: Annotated[int, typer.Option(help="Layers.")] = 1
+    batch: Annotated[int, typer.Option(help="Samples side by side.")] = 1
+    activity: Annotated[float, typer.Option(help="Share of units that fire; thresholds are set to reach it.")] = 0.1
     sparsity: Annotated[
         float | None, typer.Option(help="Share of blocks or weights left out. [0.9; what dense and nm say themselves]")
-    ] = None,
-    format: Annotated[str, typer.Option(help=f"Weight format: {', '.join(FORMATS)}.")] = "block",
-    block: Annotated[
-        str | None, typer.Option("--block", metavar="RxC", help="Block of the block format. [1x64]")
-    ] = None,
+    ] = None
+    format: Annotated[str, typer.Option(help=f"Weight format: {', '.join(FORMATS)}.")] = "block"
+    block: Annotated[str | None, typer.Option("--block", metavar="RxC", help="Block of the block format. [1x64]")] = (
+        None
+    )
     nm: Annotated[
         str | None, typer.Option("--nm", metavar="N:M[:pre]", help="Of the nm format: n kept of each m, and the axis.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help=f"Storage of the weights: {', '.join(STORAGES)}.")] = "float32",
-    variant: Annotated[str, typer.Option(help="Equations: evnn or paper.")] = "evnn",
-    exact: Annotated[bool, typer.Option(help="On a GPU: without it, tensor cores where measured faster.")] = True,
-    threads: Threads = 1,
-    against: Annotated[str | None, typer.Option(help=AGAINST)] = None,
-    steps: Annotated[int, typer.Option(help="Time steps a run.")] = 200,
-    repeats: Annotated[int, typer.Option(help="Interleaved rounds; medians are reported.")] = 15,
-    seed: Seed = 0,
-    as_json: Json = False,
-) -> None:
+    ] = None
+    dtype: Annotated[str, typer.Option(help=f"Storage of the weights: {', '.join(STORAGES)}.")] = "float32"
+    variant: Annotated[str, typer.Option(help="Equations: evnn or paper.")] = "evnn"
+    exact: Annotated[bool, typer.Option(help="On a GPU: without it, tensor cores where measured faster.")] = True
+    threads: Threads = 1
+    against: Annotated[str | None, typer.Option(help=AGAINST)] = None
+    steps: Annotated[int, typer.Option(help="Time steps a run.")] = 200
+    repeats: Annotated[int, typer.Option(help="Interleaved rounds; medians are reported.")] = 15
+    seed: Seed = 0
+    as_json: Json = False
+
+
+@bench_app.command()
+@takes(InferenceOptions)
+def inference(given: InferenceOptions) -> None:
     """Time whole sequences of a random network beside its rivals: a dense network, or who does one of its products."""
     from eventrnn import bench
 
+    case = _case(given) | {"against": given.against or OPPONENT.get(given.backend, "none")}
+    case["nm"] = parse_nm(given.nm, AXES) if given.nm else None
     with progress() as report:
-        result = bench.inference(
-            hidden=hidden, layers=layers, batch=batch, activity=activity, sparsity=sparsity, format=format,
-            block=parse_block(block) if block else None, nm=parse_nm(nm, AXES) if nm else None, dtype=dtype,
-            variant=variant, backend=backend, exact=exact, threads=threads,
-            against=against or OPPONENT.get(backend, "none"),
-            steps=steps, repeats=repeats, seed=seed,
-            report=lambda stage: report(stage, 0, 1, ""),
-        )  # fmt: skip
-    show("inference", result, as_json)
+        result = bench.inference(report=lambda stage: report(stage, 0, 1, ""), **case)
+    show("inference", result, given.as_json)
 
 
-@bench_app.command()
-def training(
-    backend: Annotated[str, typer.Option(help="Engine to time: cpu.")] = "cpu",
-    hidden: Annotated[int, typer.Option(help="Units, and inputs, of the layer.")] = 1350,
-    batch: Annotated[int, typer.Option(help="Samples side by side.")] = 20,
-    steps: Annotated[int, typer.Option(help="Time steps of a window.")] = 70,
-    activity: Annotated[float, typer.Option(help="Share of units that fire; thresholds are set to reach it.")] = 0.1,
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Options of `eventrnn bench training`; the fields of `bench.TrainingCase`, sizes as text, and the engine."""
+
+    backend: Annotated[str, typer.Option(help="Engine to time: cpu.")] = "cpu"
+    hidden: Annotated[int, typer.Option(help="Units, and inputs, of the layer.")] = 1350
+    batch: Annotated[int, typer.Option(help="Samples side by side.")] = 20
+    steps: Annotated[int, typer.Option(help="Time steps of a window.")] = 70
+    activity: Annotated[float, typer.Option(help="Share of units that fire; thresholds are set to reach it.")] = 0.1
     support: Annotated[
         float, typer.Option(help="Share of units with a slope in a step; the surrogate's width is set to reach it.")
-    ] = 0.1,
-    sparsity: Annotated[float, typer.Option(help="Share of blocks left out.")] = 0.0,
-    block: Annotated[str | None, typer.Option("--block", metavar="RxC", help="Block, with a sparsity. [1x64]")] = None,
-    backward: Annotated[str, typer.Option(help="Products: auto, sparse or dense.")] = "auto",
+    ] = 0.1
+    sparsity: Annotated[float, typer.Option(help="Share of blocks left out.")] = 0.0
+    block: Annotated[str | None, typer.Option("--block", metavar="RxC", help="Block, with a sparsity. [1x64]")] = None
+    backward: Annotated[str, typer.Option(help="Products: auto, sparse or dense.")] = "auto"
     input_gradient: Annotated[
         str,
         typer.Option(
             help="Of the inputs: open (where a layer below could use it; PyTorch makes all of it), all, none."
         ),
-    ] = "open",
-    threads: Threads = 1,
+    ] = "open"
+    threads: Threads = 1
     against: Annotated[
         str,
         typer.Option(
             help="Rivals, separated by commas: torch (nn.GRU), torch-loop, torch-loop-indexed (this cell), or none."
         ),
-    ] = "torch",
-    repeats: Annotated[int, typer.Option(help="Interleaved rounds; medians are reported.")] = 7,
-    seed: Seed = 0,
-    as_json: Json = False,
-) -> None:
+    ] = "torch"
+    repeats: Annotated[int, typer.Option(help="Interleaved rounds; medians are reported.")] = 7
+    seed: Seed = 0
+    as_json: Json = False
+
+
+@bench_app.command()
+@takes(TrainingOptions)
+def training(given: TrainingOptions) -> None:
     """Time a window forward and back, one random layer, beside PyTorch; all gradients, no optimiser."""
-    if backend != "cpu":
-        raise ValueError(f"backend: got {backend!r}, need cpu")
+    if given.backend != "cpu":
+        raise ValueError(f"backend: got {given.backend!r}, need cpu")
     from eventrnn import bench
 
+    case = _case(given)
+    del case["backend"]
     with progress() as report:
-        result = bench.training(
-            hidden=hidden, batch=batch, steps=steps, activity=activity, support=support, sparsity=sparsity,
-            block=parse_block(block) if block else None, backward=backward, input_gradient=input_gradient,
-            threads=threads, against=against, repeats=repeats, seed=seed,
-            report=lambda stage: report(stage, 0, 1, ""),
-        )  # fmt: skip
-    show("training", result, as_json)
+        result = bench.training(report=lambda stage: report(stage, 0, 1, ""), **case)
+    show("training", result, given.as_json)
+
+
+def _case(given: InferenceOptions | TrainingOptions) -> dict[str, Any]:
+    """The options as keyword arguments of the library, the block parsed, without `as_json`."""
+    case = asdict(given)
+    del case["as_json"]
+    return case | {"block": parse_block(given.block) if given.block else None}
 
 
 @bench_app.command()

@@ -1,11 +1,15 @@
-"""Options that several commands share, and how sizes are written on the command line."""
+"""What the commands share: options, commands that take a record of options, sizes, checks of paths, texts."""
 
 from __future__ import annotations
 
+import inspect
 import tempfile
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import numpy as np
 import typer
@@ -40,6 +44,39 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Block = Annotated[str, typer.Option("--block", metavar="RxC", help="Block: presynaptic x postsynaptic.")]
 
 Steps = Annotated[int, typer.Option(help="Parameter updates.")]
+
+Options = TypeVar("Options")
+
+
+def takes(record: type[Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
+    """Turn a function of one record into a command with one option per field of the record.
+
+    Typer makes one option of each parameter of a command. The decorated function keeps its name and its docstring,
+    which is the help text, and gets one keyword parameter per field, with the annotation and the default of the field.
+
+    record : dataclass whose fields are annotated as parameters of a Typer command are: `Annotated[int, typer.Option()]`
+    """
+    types = get_type_hints(record, include_extras=True)
+
+    def decorate(command: Callable[[Options], None]) -> Callable[..., None]:
+        @wraps(command)
+        def with_options(**values: Any) -> None:
+            command(record(**values))
+
+        parameters = [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if field.default is MISSING else field.default,
+                annotation=types[field.name],
+            )
+            for field in fields(record)  # pyright: ignore[reportArgumentType]
+        ]
+        with_options.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]
+        with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return with_options
+
+    return decorate
 
 
 def parse_block(text: str) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +14,16 @@ from rich.console import Console
 from rich.table import Table
 
 from eventrnn import counting, io, pruning
-from eventrnn.cli.options import Force, Json, Model, encoded, parse_block, writable_file, writable_picture
+from eventrnn.cli.options import (
+    Force,
+    Json,
+    Model,
+    encoded,
+    parse_block,
+    takes,
+    writable_file,
+    writable_picture,
+)
 from eventrnn.cli.terminal import as_line, progress
 from eventrnn.network import Network
 from eventrnn.pruning.magnitude import GATES, SCOPES, STATISTICS
@@ -66,17 +75,20 @@ CALIBRATION = (512, 8)
 SETTLED = 0.5
 
 
-def prune(
-    model: Model,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Model file to write.")] = None,
+@dataclass(frozen=True)
+class PruneOptions:
+    """Options of `eventrnn prune`. None: the option was not given."""
+
+    model: Model
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Model file to write.")] = None
     method: Annotated[
         str | None, typer.Option(help=f"{'; '.join(f'{name}: {way.words}' for name, way in WAYS.items())}. [magnitude]")
-    ] = None,
-    sparsity: Annotated[float | None, typer.Option(help="Share of blocks to prune, in [0, 1). [0.8]")] = None,
+    ] = None
+    sparsity: Annotated[float | None, typer.Option(help="Share of blocks to prune, in [0, 1). [0.8]")] = None
     nm: Annotated[
         str | None,
         typer.Option("--nm", metavar="N:M[:AXIS]", help="Keep n of each m along post (default), pre or both."),
-    ] = None,
+    ] = None
     ops_budget: Annotated[
         float | None,
         typer.Option(
@@ -84,67 +96,74 @@ def prune(
             help="Share of the effective operations that may remain, in (0, 1]. Training with --steps afterwards "
             "changes activity, and with it the operations: the last line says whether the budget still holds.",
         ),
-    ] = None,
+    ] = None
     block: Annotated[
         str | None, typer.Option("--block", metavar="RxC", help="Block: presynaptic x postsynaptic. [1x1]")
-    ] = None,
-    scope: Annotated[str | None, typer.Option(help=f"Share of each matrix or of all: {', '.join(SCOPES)}.")] = None,
-    statistic: Annotated[str | None, typer.Option(help=f"Rank blocks by: {', '.join(STATISTICS)}.")] = None,
-    gates: Annotated[str | None, typer.Option(help=f"Blocks over gates: {', '.join(GATES)}.")] = None,
-    mask: Annotated[str | None, typer.Option(help=f"How to find masks along both: {', '.join(MASKS)}.")] = None,
-    criterion: Annotated[
-        str | None, typer.Option(help=f"What goes first: {', '.join(pruning.CRITERIA)}. [return]")
-    ] = None,
-    strength: Annotated[float | None, typer.Option(help="Of the group lasso. [0.01]")] = None,
-    rounds: Annotated[int | None, typer.Option(help="Of iterative pruning. [5]")] = None,
+    ] = None
+    scope: Annotated[str | None, typer.Option(help=f"Share of each matrix or of all: {', '.join(SCOPES)}.")] = None
+    statistic: Annotated[str | None, typer.Option(help=f"Rank blocks by: {', '.join(STATISTICS)}.")] = None
+    gates: Annotated[str | None, typer.Option(help=f"Blocks over gates: {', '.join(GATES)}.")] = None
+    mask: Annotated[str | None, typer.Option(help=f"How to find masks along both: {', '.join(MASKS)}.")] = None
+    criterion: Annotated[str | None, typer.Option(help=f"What goes first: {', '.join(pruning.CRITERIA)}. [return]")] = (
+        None
+    )
+    strength: Annotated[float | None, typer.Option(help="Of the group lasso. [0.01]")] = None
+    rounds: Annotated[int | None, typer.Option(help="Of iterative pruning. [5]")] = None
     every: Annotated[
         int | None,
         typer.Option(help="Steps between two changes of the masks, which settle after half of the training. [40]"),
-    ] = None,
-    exempt: Annotated[list[str] | None, typer.Option(help="Leave this matrix, or layer, alone; repeat.")] = None,
-    steps: Annotated[int, typer.Option(help="Updates of training, a round if there are rounds; 0 for none.")] = 0,
+    ] = None
+    exempt: Annotated[list[str] | None, typer.Option(help="Leave this matrix, or layer, alone; repeat.")] = None
+    steps: Annotated[int, typer.Option(help="Updates of training, a round if there are rounds; 0 for none.")] = 0
     text: Annotated[
         str | None, typer.Option("--text", help="To train, calibrate and measure on, as for train. [builtin]")
-    ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of the training. [0.003]")] = None,
-    activity_cost: Annotated[float | None, typer.Option(help="Of the training, as for train. [0]")] = None,
+    ] = None
+    learning_rate: Annotated[float | None, typer.Option(help="Of the training. [0.003]")] = None
+    activity_cost: Annotated[float | None, typer.Option(help="Of the training, as for train. [0]")] = None
     thresholds: Annotated[
         str | None,
         typer.Option(
             help=f"How the training learns thresholds: {', '.join(RULES)}. [as before, else {RULES[0]}]",
         ),
-    ] = None,
-    batch: Annotated[int | None, typer.Option(help="Of the training, as for train. [32]")] = None,
-    window: Annotated[int | None, typer.Option(help="Of the training, as for train. [64]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the training. [0]")] = None,
+    ] = None
+    batch: Annotated[int | None, typer.Option(help="Of the training, as for train. [32]")] = None
+    window: Annotated[int | None, typer.Option(help="Of the training, as for train. [64]")] = None
+    seed: Annotated[int | None, typer.Option(help="Of the training. [0]")] = None
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the table, write nothing; prune at once, without the training.")
-    ] = False,
-    picture: Annotated[
-        Path | None, typer.Option(help="Draw the masks that are left into this .png, .pdf or .svg.")
-    ] = None,
-    force: Force = False,
-    as_json: Json = False,
-) -> None:
+    ] = False
+    picture: Annotated[Path | None, typer.Option(help="Draw the masks that are left into this .png, .pdf or .svg.")] = (
+        None
+    )
+    force: Force = False
+    as_json: Json = False
+
+
+@takes(PruneOptions)
+def prune(options: PruneOptions) -> None:
     """Prune a model: at once, while training, to N of each M, or to a budget of operations."""
-    given = {name: value for name, value in locals().items() if value is not None}
-    name = method or ("operations" if ops_budget is not None else "magnitude")
-    way = _way(name, given, steps, text)
+    given = {name: value for name, value in asdict(options).items() if value is not None}
+    name = options.method or ("operations" if options.ops_budget is not None else "magnitude")
+    way = _way(name, given, options.steps, options.text)
     check_rule(given.get("thresholds", RULES[0]))
-    if out is None and not dry_run:
+    if options.out is None and not options.dry_run:
         raise ValueError("out: got none; give a file to write, or --dry-run")
-    if out is not None:
-        writable_file(out, force)
-    if picture is not None:
-        _check_picture(picture, given, force)
+    if options.out is not None:
+        writable_file(options.out, options.force)
+    if options.picture is not None:
+        _check_picture(options.picture, given, options.force)
     pattern = _pattern(given)
-    schedule = _schedule(name, pattern, given, steps) if steps and name not in ("iterative", "operations") else None
+    schedule = (
+        _schedule(name, pattern, given, options.steps)
+        if options.steps and name not in ("iterative", "operations")
+        else None
+    )
     if name == "operations":
         check_budget(given["ops_budget"], given.get("criterion", "return"))
-    network = io.load(model)
+    network = io.load(options.model)
     parts, budget = {}, {}
-    if steps or way.reads or text is not None:
-        parts = {part: encoded(network, text or "builtin", part) for part in ("train", "valid")}
+    if options.steps or way.reads or options.text is not None:
+        parts = {part: encoded(network, options.text or "builtin", part) for part in ("train", "valid")}
     with progress() as report:
         if name == "operations":
             pruned = _to_budget(network, parts["valid"], given, report)
@@ -153,30 +172,36 @@ def prune(
                 network, _calibration(parts["valid"]), pattern, exempt=_exempt(given),
                 report=lambda matrix, done, total: report("refitting", done, total, matrix),
             )  # fmt: skip
-        elif dry_run or (not way.trains and not (steps and name == "magnitude")):
+        elif options.dry_run or (not way.trains and not (options.steps and name == "magnitude")):
             pruned = _at_once(network, pattern, given)
         else:
-            pruned = _trained(name, network, parts["train"], schedule, pattern, given, steps, report)
+            pruned = _trained(name, network, parts["train"], schedule, pattern, given, options.steps, report)
         if name == "operations":
-            if steps and not dry_run:
-                pruned = _tuned(pruned, parts["train"], None, pattern, given, steps, report)
+            if options.steps and not options.dry_run:
+                pruned = _tuned(pruned, parts["train"], None, pattern, given, options.steps, report)
             inputs, asked = _calibration(parts["valid"]), given["ops_budget"]
             share = _operations(pruned, inputs) / _operations(network, inputs)
             budget = {"budget": asked, "budget_share": share, "budget_held": share <= asked}
         before, after = (_figures(each, parts.get("valid"), report) for each in (network, pruned))
-    before["file_bytes"] = model.stat().st_size
-    if out is not None and not dry_run:
-        io.save(pruned, out, overwrite=force)
-        after["file_bytes"] = out.stat().st_size
+    before["file_bytes"] = options.model.stat().st_size
+    if options.out is not None and not options.dry_run:
+        io.save(pruned, options.out, overwrite=options.force)
+        after["file_bytes"] = options.out.stat().st_size
     else:
         after["file_bytes"] = _file_size(pruned)
-    if picture is not None:
+    if options.picture is not None:
         from eventrnn import plots
 
-        plots.mask_map(pruned.matrices(), title=f"{model.name}, {name}: {pattern}", path=picture)
+        plots.mask_map(pruned.matrices(), title=f"{options.model.name}, {name}: {pattern}", path=options.picture)
     words = {"method": name, "format": ", ".join(sorted({w.name for w in pruned.matrices().values()}))}
     words["storage"] = ", ".join(sorted({w.storage for w in pruned.matrices().values()}))
-    _show(words | budget | {"steps": 0 if dry_run else steps, "dry_run": dry_run}, before, after, out, as_json)
+    _show(
+        words | budget | {"steps": 0 if options.dry_run else options.steps, "dry_run": options.dry_run},
+        before,
+        after,
+        options.out,
+        options.as_json,
+    )
 
 
 # --- options ------------------------------------------------------------------------------------------------

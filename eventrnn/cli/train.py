@@ -1,14 +1,15 @@
-"""`eventrnn train`: flags into a recipe, and the recipe into a model."""
+"""`eventrnn train`: options become settings of a recipe, and the recipe is trained."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from eventrnn.cli.options import Force, Json, writable_file, writable_folder
+from eventrnn.cli.options import Force, Json, takes, writable_file, writable_folder
 from eventrnn.cli.terminal import progress, show
 
 if TYPE_CHECKING:
@@ -18,115 +19,159 @@ if TYPE_CHECKING:
 RUN_FILES = ("config.toml", "log.jsonl", "checkpoint.safetensors")
 
 
-def train(
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Model file to write.")] = None,
+#: option -> setting of the recipe
+FLAGS = {
+    "text": "data.text",
+    "kind": "data.kind",
+    "vocabulary": "data.vocabulary",
+    "hidden": "model.hidden",
+    "embedding": "model.embedding",
+    "tied": "model.tied",
+    "variant": "model.variant",
+    "threshold": "model.threshold",
+    "steps": "training.steps",
+    "epochs": "training.epochs",
+    "batch": "training.batch",
+    "window": "training.window",
+    "learning_rate": "training.learning_rate",
+    "weight_decay": "training.weight_decay",
+    "activity_cost": "training.activity_cost",
+    "dropout": "training.regularisers.dropout_top",
+    "threads": "training.threads",
+    "seed": "training.seed",
+    "out": "run.out",
+}
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Options of `eventrnn train`. None: the option was not given, and the recipe decides."""
+
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Model file to write.")] = None
     text: Annotated[
         str | None,
         typer.Option(help="'builtin' (Python's documentation), a file, a folder, or ptb. [builtin]"),
-    ] = None,
+    ] = None
     preset: Annotated[
         str | None,
         typer.Option(
             help="Recipe to start from: characters, egru-ptb, egru-wt2, awd-egru-small, awd-gru. [characters]"
         ),
-    ] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file of a recipe, over the preset.")] = None,
+    ] = None
+    config: Annotated[Path | None, typer.Option(help="TOML file of a recipe, over the preset.")] = None
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting of a recipe; repeat for more.")
-    ] = None,
+    ] = None
     folder: Annotated[
         Path | None, typer.Option("--run", help="Folder of log, configuration and checkpoints. [OUT.run]")
-    ] = None,
-    resume: Annotated[Path | None, typer.Option(help="Folder of a run to go on with.")] = None,
-    kind: Annotated[str | None, typer.Option(help="Symbols: character or word.")] = None,
-    vocabulary: Annotated[int | None, typer.Option(help="Keep this many words (word kind only).")] = None,
-    hidden: Annotated[list[int] | None, typer.Option(help="Units of a layer; repeat for a stack.")] = None,
-    embedding: Annotated[int | None, typer.Option(help="Width of the embedding.")] = None,
-    tied: Annotated[bool, typer.Option("--tied", help="Read out through the transposed embedding.")] = False,
-    variant: Annotated[str | None, typer.Option(help="Equations: evnn or paper.")] = None,
-    threshold: Annotated[float | None, typer.Option(help="Mean of the initial thresholds.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Parameter updates.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the text, in place of --steps.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Streams side by side.")] = None,
-    window: Annotated[int | None, typer.Option(help="Time steps a window.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Before its schedule.")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Decoupled, or L2 if the optimiser is not adamw.")] = None,
-    activity_cost: Annotated[float | None, typer.Option(help="Weight of the mean output in the loss.")] = None,
-    dropout: Annotated[float | None, typer.Option(help="Between layers and before the read-out.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of the training kernels.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
-    force: Force = False,
-    as_json: Json = False,
-) -> None:
+    ] = None
+    resume: Annotated[Path | None, typer.Option(help="Folder of a run to go on with.")] = None
+    kind: Annotated[str | None, typer.Option(help="Symbols: character or word.")] = None
+    vocabulary: Annotated[int | None, typer.Option(help="Keep this many words (word kind only).")] = None
+    hidden: Annotated[list[int] | None, typer.Option(help="Units of a layer; repeat for a stack.")] = None
+    embedding: Annotated[int | None, typer.Option(help="Width of the embedding.")] = None
+    tied: Annotated[bool, typer.Option("--tied", help="Read out through the transposed embedding.")] = False
+    variant: Annotated[str | None, typer.Option(help="Equations: evnn or paper.")] = None
+    threshold: Annotated[float | None, typer.Option(help="Mean of the initial thresholds.")] = None
+    steps: Annotated[int | None, typer.Option(help="Parameter updates.")] = None
+    epochs: Annotated[int | None, typer.Option(help="Passes over the text, in place of --steps.")] = None
+    batch: Annotated[int | None, typer.Option(help="Streams side by side.")] = None
+    window: Annotated[int | None, typer.Option(help="Time steps a window.")] = None
+    learning_rate: Annotated[float | None, typer.Option(help="Before its schedule.")] = None
+    weight_decay: Annotated[float | None, typer.Option(help="Decoupled, or L2 if the optimiser is not adamw.")] = None
+    activity_cost: Annotated[float | None, typer.Option(help="Weight of the mean output in the loss.")] = None
+    dropout: Annotated[float | None, typer.Option(help="Between layers and before the read-out.")] = None
+    threads: Annotated[int | None, typer.Option(help="Threads of the training kernels.")] = None
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None
+    force: Force = False
+    as_json: Json = False
+
+
+@takes(TrainOptions)
+def train(given: TrainOptions) -> None:
     """Train a network to predict the next symbol of a text; stop with Ctrl-C, go on with --resume."""
-    from eventrnn.data.text import located
     from eventrnn.training.recipes import recipe as recipes
     from eventrnn.training.recipes.toml_config import parse_setting
 
-    flags = {
-        "data.text": text if text in (None, "builtin") else str(located(text).absolute()),
-        "data.kind": kind,
-        "data.vocabulary": vocabulary,
-        "model.hidden": hidden,
-        "model.embedding": embedding,
-        "model.tied": tied or None,
-        "model.variant": variant,
-        "model.threshold": threshold,
-        "training.steps": steps,
-        "training.epochs": epochs if steps is None else epochs or 0,
-        "training.batch": batch,
-        "training.window": window,
-        "training.learning_rate": learning_rate,
-        "training.weight_decay": weight_decay,
-        "training.activity_cost": activity_cost,
-        "training.regularisers.dropout_top": dropout,
-        "training.threads": threads,
-        "training.seed": seed,
-        "run.out": str(out.absolute()) if out else None,
-    }
-    given = [*recipes.flags_to_settings(flags), *map(parse_setting, settings or [])]
-    if resume is not None:
-        if folder is not None or config is not None or preset is not None or (force and out is None):
-            raise ValueError("resume: goes on with the run as it is; leave out --run, --config, --preset and --force")
-        if not (resume / recipes.CONFIG).exists():
-            raise ValueError(f"resume: {resume} holds no run: it has no {recipes.CONFIG}")
-        config = resume / recipes.CONFIG
-    recipe = _merged(config, preset or "characters", given, dropout)
-    if steps is not None and recipe.training.epochs:
-        raise ValueError(f"steps: got {steps} and {recipe.training.epochs} epochs; give one of them")
-    if resume is not None:
-        folder = resume
-        if recipe.run.out:
-            own = Path(recipes.load_recipe(config).run.out).resolve() == Path(recipe.run.out).resolve()
-            writable_file(Path(recipe.run.out), force or own)
+    settings = [*recipes.flags_to_settings(_flags(given)), *map(parse_setting, given.settings or [])]
+    if given.resume is None:
+        recipe = _merged(given.config, given, settings)
+        folder = _new_run(recipe, given)
     else:
-        if recipe.model.cell == "gru" and folder is None:
-            raise ValueError("run: a gru leaves no model file but its run; give --run a folder")
-        if recipe.model.cell != "gru" and not recipe.run.out:
-            raise ValueError("out: give --out a model file to write")
-        folder = folder or Path(f"{recipe.run.out}.run")
-        if recipe.run.out:
-            writable_file(Path(recipe.run.out), force)
-        writable_folder(folder, RUN_FILES, force)
-        recipe.trainer()
-        recipes.remove_run(folder)
+        folder = given.resume
+        recipe = _resumed(folder, given, settings)
     with progress() as report:
         try:
-            figures = recipes.train(recipe, folder, resume=resume is not None, report=report)
+            figures = recipes.train(recipe, folder, resume=given.resume is not None, report=report)
         except KeyboardInterrupt as stop:
-            # Click would turn the interrupt into one without words.
+            # Click would replace the interrupt by one without a message.
             words = str(stop) or f"stopped at once; the last checkpoint is in {folder}"
             print(f"eventrnn: {words}; go on with: eventrnn train --resume {folder}", file=sys.stderr)
             raise typer.Exit(130) from None
-    show(f"wrote {recipe.run.out or folder}", figures, as_json)
+    show(f"wrote {recipe.run.out or folder}", figures, given.as_json)
 
 
-def _merged(config: Path | None, preset: str, given: list[tuple[str, Any]], dropout: float | None) -> Recipe:
-    """The recipe; `dropout` is that between layers, too, where it has more than one and nothing else was given."""
+def _flags(given: TrainOptions) -> dict[str, Any]:
+    """Settings of the recipe by name; None where the option was not given."""
+    from eventrnn.data.text import located
+
+    flags = {setting: getattr(given, option) for option, setting in FLAGS.items()}
+    # --steps replaces the epochs of a preset.
+    epochs = given.epochs if given.steps is None else given.epochs or 0
+    return flags | {
+        "data.text": given.text if given.text in (None, "builtin") else str(located(given.text).absolute()),
+        "model.tied": given.tied or None,
+        "training.epochs": epochs,
+        "run.out": str(given.out.absolute()) if given.out else None,
+    }
+
+
+def _new_run(recipe: Recipe, given: TrainOptions) -> Path:
+    """The folder of a new run, cleared, after every check that needs no training."""
+    from eventrnn.training.recipes import recipe as recipes
+
+    folder = given.folder
+    if recipe.model.cell == "gru" and folder is None:
+        raise ValueError("run: a GRU has no model file, only the folder of its run; give --run a folder")
+    if recipe.model.cell != "gru" and not recipe.run.out:
+        raise ValueError("out: give --out a model file to write")
+    folder = folder or Path(f"{recipe.run.out}.run")
+    if recipe.run.out:
+        writable_file(Path(recipe.run.out), given.force)
+    writable_folder(folder, RUN_FILES, given.force)
+    recipe.trainer()
+    recipes.remove_run(folder)
+    return folder
+
+
+def _resumed(folder: Path, given: TrainOptions, settings: list[tuple[str, Any]]) -> Recipe:
+    """The recipe of the run in the folder, with what was given besides."""
+    from eventrnn.training.recipes import recipe as recipes
+
+    if given.folder or given.config or given.preset is not None or (given.force and given.out is None):
+        raise ValueError("resume: continues the run unchanged; leave out --run, --config, --preset and --force")
+    config = folder / recipes.CONFIG
+    if not config.exists():
+        raise ValueError(f"resume: {folder} holds no run: it has no {recipes.CONFIG}")
+    recipe = _merged(config, given, settings)
+    if recipe.run.out:
+        own = Path(recipes.load_recipe(config).run.out).resolve() == Path(recipe.run.out).resolve()
+        writable_file(Path(recipe.run.out), given.force or own)
+    return recipe
+
+
+def _merged(config: Path | None, given: TrainOptions, settings: list[tuple[str, Any]]) -> Recipe:
+    """The recipe of the preset, the file and the settings, in this order.
+
+    In a network of several layers `--dropout` also sets the dropout between layers, unless a setting says otherwise.
+    """
     from eventrnn.training.recipes.recipe import load_recipe
 
-    recipe = load_recipe(config, preset=preset, settings=given)
-    if dropout is not None and len(recipe.model.hidden) > 1:
-        between = ("training.regularisers.dropout_between", dropout)
-        recipe = load_recipe(config, preset=preset, settings=[between, *given])
+    preset = given.preset or "characters"
+    recipe = load_recipe(config, preset=preset, settings=settings)
+    if given.dropout is not None and len(recipe.model.hidden) > 1:
+        between = ("training.regularisers.dropout_between", given.dropout)
+        recipe = load_recipe(config, preset=preset, settings=[between, *settings])
+    if given.steps is not None and recipe.training.epochs:
+        raise ValueError(f"steps: got {given.steps} and {recipe.training.epochs} epochs; give one of them")
     return recipe
