@@ -1,4 +1,18 @@
-"""Kernels for what need not wait: products of independent rows, lists of a record's events, counts of them."""
+"""Kernels for work without a recurrence: products of independent rows, event lists and event counts of an event log.
+
+The rows of an input or of an event log do not depend on each other, so these kernels handle all steps of a run at once.
+All arrays are in global memory unless stated otherwise; arguments named `*_at` are byte addresses.
+
+products    : `reference.propagate` of many rows of event lists (`gather_product.py`): input drives of the first layer
+              and read-out. A block owns one group of neighbouring strips and every `splits`-th set of rows, a warp
+              one row at a time, a lane one output per strip. Barrier: one block barrier after the weights are loaded.
+log_events  : event lists of rows of an event log. A warp owns a row, a lane every 32nd unit. No barriers.
+count_events: `state.FireCounts` of a dense array of events. A thread owns one unit and every gridDim.y-th row.
+count_pairs : the same from sums that `tensor_core_cells.cells_kernel` has written. A thread owns two units.
+
+An event list set is three arrays: firsts (rows,) int64, where each row's list begins in `lists`; counts (rows,) int32;
+lists, int64 events (`strip_product.py`), each list followed by LIST_PAD zeros.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +33,31 @@ from eventrnn.cuda.kernels.ptx import (
 from eventrnn.cuda.kernels.strip_product import FULL_WARP, pack_event, popcount
 from eventrnn.cuda.tables import EVENTS_PER_WARP, GATHER_BUFFER_BYTES, LANES, LIST_PAD, NARROW, RESIDENT, SUM_BITS
 
+# Threads that count the events of one unit, at most.
 MAX_COUNT_THREADS = 512
 
-# Of four sums of `SUM_BITS` each every second one, in twice the room.
-ALTERNATE, WIDE = 0x0F0F, 0xFF
+# Mask of every second one of four sums of SUM_BITS bits, which leaves each of the two twice as many bits.
+ALTERNATE_SUMS = 0x0F0F
+
+# Mask of one sum of twice SUM_BITS bits.
+WIDE_SUM = 0xFF
 
 
 def products_kernel(layout: int):
-    """drive = bias + sum over a row's events of weight * value, for many rows of lists; and its signature.
+    """The kernel out[row] = bias + sum over the row's events of weight * value, one FMA per term; and its signature.
 
-    Weights as `packing.GroupedStrips`. A block owns a lot of neighbouring strips for every `splits`-th set of rows;
-    a warp takes a row at a time, and looks up an event once for all the strips.
+    index_from   : (groups, n_pre) int32, `packing.GroupedStrips.index`; copied to shared memory
+    rows_at      : (entries + 1, 32) float32 or uint16 weights, `packing.GroupedStrips.rows`; copied to shared memory if
+                   the layout is RESIDENT
+    starts_at    : (groups + 1,) int64, first row of weights of each group
+    bias_at      : (strips, 32) float32
+    firsts_at, counts_at, lists_at : the event list set
+    row_of_at    : (rows,) int64, the list of each row, or address 0 for the list of the same number
+    splits       : blocks that share the rows of one group
+    out_at       : (rows, columns) float32
     """
-    (find_events, product), row_bytes, size = (
-        make_list_product(layout),
-        row_bytes_of(layout),
-        2 if layout & NARROW else 4,
-    )
+    find_events, list_product = make_list_product(layout)
+    row_bytes, size = row_bytes_of(layout), 2 if layout & NARROW else 4
     resident = bool(layout & RESIDENT)
 
     def products(
@@ -60,7 +82,7 @@ def products_kernel(layout: int):
         group = cuda.blockIdx.x // splits
         split = cuda.blockIdx.x - group * splits
         strip = group * strips_per_group
-        own = int32(min(strips_per_group, strips - strip))
+        n_strips = int32(min(strips_per_group, strips - strip))
         starts, shared = global_int64(starts_at), shared_base()
         own_index = shared + int64(GATHER_BUFFER_BYTES) * warps
         begin = starts[group]
@@ -85,22 +107,22 @@ def products_kernel(layout: int):
             list_at, count, at = lists_at + 8 * firsts[source], counts[source], int32(0)
             while True:
                 (a, b, c, d, e), (f, g, h, i, j), values = find_events(list_at, int32(at + 5 * lane), count, index_at)
-                each, column = int32(0), strip * LANES + lane
-                while each < own:
+                strip_of_group, column = int32(0), strip * LANES + lane
+                while strip_of_group < n_strips:
                     flags = (a & int32(1), b & int32(1), c & int32(1), d & int32(1), e & int32(1))
-                    acc = bias[each * LANES]
+                    acc = bias[strip_of_group * LANES]
                     if at > 0 and column < columns:
-                        # What the events before have added.
+                        # Continue the sum over earlier events of a long list.
                         acc = out[row * columns + column]
-                    acc = product(acc, flags, (f, g, h, i, j), values, values_at, hits_at, lane, lanes_below)
+                    acc = list_product(acc, flags, (f, g, h, i, j), values, values_at, hits_at, lane, lanes_below)
                     if column < columns:
                         out[row * columns + column] = acc
-                    # A unit's rows lie one after the other.
+                    # The rows of a unit are stored one after the other.
                     f, g = int32(f + row_bytes * flags[0]), int32(g + row_bytes * flags[1])
                     h, i = int32(h + row_bytes * flags[2]), int32(i + row_bytes * flags[3])
                     j = int32(j + row_bytes * flags[4])
                     a, b, c, d, e = a >> int32(1), b >> int32(1), c >> int32(1), d >> int32(1), e >> int32(1)
-                    each, column = int32(each + 1), column + LANES
+                    strip_of_group, column = int32(strip_of_group + 1), column + LANES
                 at = int32(at + EVENTS_PER_WARP)
                 if at >= count:
                     break
@@ -110,7 +132,10 @@ def products_kernel(layout: int):
 
 
 def log_events_kernel():
-    """Lists of events from rows of a record, a warp a row; and its signature."""
+    """The kernel that compacts rows of an event log into event lists, and its signature.
+
+    log_at : (rows, pitch) float32, of which the first n of each row are units; list `row` begins at row * capacity
+    """
 
     def log_events(log_at, pitch, n, rows, firsts_at, counts_at, lists_at, capacity):
         thread = int32(cuda.threadIdx.x)
@@ -140,14 +165,15 @@ def log_events_kernel():
 
 
 def count_threads(rows: int) -> int:
-    """Threads that count the events of one unit: many, for a row waits for the one before."""
+    """Threads that count the events of one unit: many, because one thread waits for every load of a row."""
     return max(1, min(MAX_COUNT_THREADS, -(-rows // 16)))
 
 
 def count_events_kernel():
-    """How often each unit of a record sent a graded or a binary value, added to two int64 vectors; its signature.
+    """The kernel that counts graded and binary events per unit, and its signature.
 
-    A thread takes one unit and every `gridDim.y`-th row. Whole numbers: the order of adding changes nothing.
+    log_at : (rows, pitch) float32, of which the first n of each row are units
+    graded_at, binary_at : (n,) int64, to which the counts are added; the order of adding integers changes nothing
     """
 
     def count_events(log_at, pitch, n, rows, graded_at, binary_at):
@@ -158,7 +184,7 @@ def count_events_kernel():
         graded = binary = int64(0)
         row, stride = int64(cuda.blockIdx.y), int64(cuda.gridDim.y)
         while row < rows:
-            # Four at a time, so that they are waited for together.
+            # Four loads are under way at the same time.
             a = event_log[row * pitch + unit]
             b = c = d = np.float32(0)
             if row + stride < rows:
@@ -167,7 +193,7 @@ def count_events_kernel():
                 c = event_log[(row + 2 * stride) * pitch + unit]
             if row + 3 * stride < rows:
                 d = event_log[(row + 3 * stride) * pitch + unit]
-            # No unit sends a negative value, but an input may have one.
+            # The value -1 is binary as well: units do not send it, but inputs may contain it.
             ones = (
                 int64(a == 1 or a == -1)
                 + int64(b == 1 or b == -1)
@@ -186,7 +212,11 @@ def count_events_kernel():
 
 
 def count_pairs_kernel():
-    """The same from sums over some samples of two units each (`rounded.cells_kernel`); and its signature."""
+    """The kernel that counts events of pairs of units from packed sums over samples, and its signature.
+
+    sums_at : (rows, pitch) uint16, one per pair of units, as `tensor_core_cells.cells_kernel` describes them
+    graded_at, binary_at : (2 * pairs,) int64, to which the counts are added
+    """
 
     def count_pairs(sums_at, pairs, pitch, rows, graded_at, binary_at):
         pair = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
@@ -196,7 +226,7 @@ def count_pairs_kernel():
         sent0 = sent1 = binary0 = binary1 = int64(0)
         row, stride = int64(cuda.blockIdx.y), int64(cuda.gridDim.y)
         while row < rows:
-            # Four at a time, so that they are waited for together.
+            # Four loads are under way at the same time.
             a = int32(sums[row * pitch])
             b = c = d = int32(0)
             if row + stride < rows:
@@ -205,12 +235,12 @@ def count_pairs_kernel():
                 c = int32(sums[(row + 2 * stride) * pitch])
             if row + 3 * stride < rows:
                 d = int32(sums[(row + 3 * stride) * pitch])
-            # With twice the room for each sum, four fit.
-            first = (a & ALTERNATE) + (b & ALTERNATE) + (c & ALTERNATE) + (d & ALTERNATE)
+            # Sums of four rows fit in twice SUM_BITS bits.
+            first = (a & ALTERNATE_SUMS) + (b & ALTERNATE_SUMS) + (c & ALTERNATE_SUMS) + (d & ALTERNATE_SUMS)
             a, b, c, d = a >> SUM_BITS, b >> SUM_BITS, c >> SUM_BITS, d >> SUM_BITS
-            second = (a & ALTERNATE) + (b & ALTERNATE) + (c & ALTERNATE) + (d & ALTERNATE)
-            sent0, binary0 = sent0 + (first & WIDE), binary0 + (first >> 2 * SUM_BITS)
-            sent1, binary1 = sent1 + (second & WIDE), binary1 + (second >> 2 * SUM_BITS)
+            second = (a & ALTERNATE_SUMS) + (b & ALTERNATE_SUMS) + (c & ALTERNATE_SUMS) + (d & ALTERNATE_SUMS)
+            sent0, binary0 = sent0 + (first & WIDE_SUM), binary0 + (first >> 2 * SUM_BITS)
+            sent1, binary1 = sent1 + (second & WIDE_SUM), binary1 + (second >> 2 * SUM_BITS)
             row += 4 * stride
         at = 16 * pair
         if sent0 != binary0:

@@ -1,6 +1,8 @@
-"""Kernels between a run and who asked for it: events of dense rows, checks of what comes in and of what is left.
+"""Kernels at the boundary of a run: compact dense inputs into event lists, check inputs, symbols and final cells.
 
-What they find goes to a report on the device, which the host reads once, when everything is done.
+They never stop a run. They write what they find to the status vector on the device (`tables.STATUS_INPUT` and
+following), which the host reads once after the run. All arrays are in global memory unless stated otherwise; arguments
+named `*_at` are byte addresses. The results equal `Events.from_dense` and `Network.feed` on the host.
 """
 
 from __future__ import annotations
@@ -23,9 +25,16 @@ from eventrnn.cuda.tables import LAST, LIST_PAD, STATUS_CELLS, STATUS_INPUT
 
 
 def dense_events_kernel():
-    """Lists of events of dense float32 rows, a block a row; and its signature.
+    """The kernel that compacts dense rows into event lists and checks that they are finite; and its signature.
 
-    Of the numbers that are not finite, the report gets the first, counted from `row_0`.
+    Block  : one row. Warp: a contiguous range of columns. Thread: every 32nd column of that range.
+    Memory : `totals` (32,) int32 in shared memory, the number of events per warp
+    Barrier: one block barrier, after which the warps know where their events begin
+
+    x_at      : (rows, n) float32
+    first_row : index of the first row in the whole input; STATUS_INPUT receives the smallest index of a value that is
+                not finite, counted over the whole input
+    firsts_at, counts_at, lists_at, capacity : the event list set (`batched_products.py`), list `row` at row * capacity
     """
 
     def dense_events(x_at, n, first_row, firsts_at, counts_at, lists_at, capacity, status_at):
@@ -43,7 +52,7 @@ def dense_events_kernel():
             value = np.float32(0)
             if at < width:
                 value = x[at]
-            # Infinity less itself is no number either.
+            # Infinity minus infinity is NaN as well.
             if bad < 0 and value - value != 0:
                 bad = at
             count = int32(count + popcount(cuda.ballot_sync(FULL_WARP, value != 0)))
@@ -80,7 +89,11 @@ def dense_events_kernel():
 
 
 def symbols_kernel():
-    """Rows of the event table from int64 symbols, a thread each, 0 for those that are none; and its signature."""
+    """The kernel that range-checks symbols and turns them into rows of the event table; and its signature.
+
+    One thread per symbol. symbols_at, row_of_at : (rows,) int64; a symbol outside 0 .. size - 1 becomes 0, and the
+    smallest index of one, counted from `first_row`, goes to STATUS_INPUT.
+    """
 
     def symbols(symbols_at, rows, first_row, size, row_of_at, status_at):
         row = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
@@ -96,7 +109,10 @@ def symbols_kernel():
 
 
 def finite_kernel():
-    """Whether any of some float32 is not finite, a thread each; and its signature."""
+    """The kernel that sets STATUS_CELLS if any of (count,) float32 is not finite, and its signature.
+
+    One thread per value.
+    """
 
     def finite(values_at, count, status_at):
         at = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x

@@ -1,6 +1,11 @@
-"""What kernels need beyond Numba: typed addresses, relaxed loads and stores, and the primitives of `cells.py`.
+"""Device functions and PTX instructions that Numba lacks: typed addresses, memory ordering, clusters, cell rules.
 
-Addresses are integers, so that one table in memory can hold everything a kernel works on.
+Each is inlined into its caller and works on one thread's registers, unless it names a warp, a block or a cluster.
+Addresses are integers: int64 for global memory and for the start of shared memory, int32 in the instructions that take
+a shared address. One int64 table in memory can therefore hold everything that a kernel works on.
+
+The cell rules are the functions of `cells.py` (the same that `reference.step` calls), compiled over the primitives
+`fma`, `round_even`, `power_of_two`, `ldexp` and `select` defined here.
 """
 
 from __future__ import annotations
@@ -14,16 +19,21 @@ from numba import types
 from eventrnn import cells
 from eventrnn.cuda.device import cuda, device_function, intrinsic, libdevice
 
+# LLVM types.
 I8, I16, I32, I64, FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
-GLOBAL, SHARED = 1, 3
+# Address space of global memory in LLVM's NVPTX target.
+GLOBAL = 1
 
-# --- the rules of one unit ----------------------------------------------------------------------------------
+# Address space of shared memory.
+SHARED = 3
+
+# --- cell rules of one unit ----------------------------------------------------------------------------------
 
 
 @device_function
 def fma(a, b, c):
-    """`cells.fma`: one rounding."""
+    """`cells.fma`: a * b + c with one rounding."""
     return cuda.fma(a, b, c)
 
 
@@ -41,7 +51,7 @@ def power_of_two(n):
 
 @device_function
 def ldexp(x, n):
-    """`cells.ldexp`: the result is normal, so its exponent can be added to."""
+    """`cells.ldexp`: adds to the exponent bits, because the result is a normal number."""
     return libdevice.int_as_float(libdevice.float_as_int(x) + (np.int32(n) << np.int32(23)))
 
 
@@ -51,8 +61,8 @@ def select(condition, a, b):
     return a if condition else b
 
 
-# The functions of `cells.py` as they stand, over the primitives above. Copies, because Numba would otherwise take what
-# the CPU engine has registered for the originals.
+# The functions of `cells.py`, unchanged, over the primitives above. They are copies, because Numba would otherwise use
+# the implementations that the CPU engine has registered for the originals.
 _names = dict(vars(cells), fma=fma, round_even=round_even, power_of_two=power_of_two, ldexp=ldexp, select=select)
 
 
@@ -77,10 +87,12 @@ egru_paper_value = _rule(cells.egru_paper_value)
 
 @device_function
 def identity(x):
+    """The value itself."""
     return x
 
 
-# The same rules for gates that other warps have worked out: given the gate and a zero for its two drives.
+# The same rules for gates that other warps have evaluated: the sigmoid is the identity, so the caller passes the gate
+# as one drive and zero as the other.
 _names_of_gates = dict(_names, sigmoid=identity)
 
 egru_value_of_gates = device_function(FunctionType(cells.egru_value.__code__, _names_of_gates, "egru_value_of_gates"))
@@ -93,7 +105,7 @@ egru_paper_value_of_gates = device_function(
 
 
 def _pointer(space: int, kind: types.Type, lowered: ir.Type):
-    """An intrinsic: address -> array of that kind. Saying which memory it is in saves the chip finding out."""
+    """An intrinsic: address -> array of that kind. The known address space avoids slower generic loads and stores."""
 
     @intrinsic
     def pointer(typingctx, address):
@@ -125,7 +137,7 @@ shared_int64 = _pointer(SHARED, types.int64, I64)
 
 @intrinsic
 def shared_base(typingctx):
-    """Where the block's dynamic shared memory begins."""
+    """Address of the block's dynamic shared memory, int64."""
 
     def generate(context, builder, signature, args):
         name = "eventrnn_shared"
@@ -140,7 +152,7 @@ def shared_base(typingctx):
 
 @intrinsic
 def load_relaxed4(typingctx, address):
-    """Four consecutive words as other blocks left them, each whole in itself; the address is a multiple of 16."""
+    """Four neighbouring words that other blocks may be writing; each is read whole. The address is a multiple of 16."""
 
     def generate(context, builder, signature, args):
         kind = ir.FunctionType(ir.LiteralStructType([I32] * 4), [I64])
@@ -154,7 +166,7 @@ def load_relaxed4(typingctx, address):
 
 @intrinsic
 def store_relaxed(typingctx, address, value):
-    """A float for other blocks to see; orders nothing else."""
+    """Store a float32 visibly to other blocks; other memory operations are not ordered by it."""
 
     def generate(context, builder, signature, args):
         kind = ir.FunctionType(ir.VoidType(), [I64, FLOAT])
@@ -166,7 +178,7 @@ def store_relaxed(typingctx, address, value):
 
 @intrinsic
 def sum_of_warp(typingctx, value):
-    """The sum of an int32 over all 32 lanes."""
+    """The sum of an int32 over all 32 lanes of the warp."""
 
     def generate(context, builder, signature, args):
         kind = ir.FunctionType(I32, [I32])
@@ -178,7 +190,7 @@ def sum_of_warp(typingctx, value):
 
 @intrinsic
 def add_relaxed(typingctx, address, value):
-    """Add to an int64 in global memory, whole among other threads' additions."""
+    """Add atomically to an int64 in global memory."""
 
     def generate(context, builder, signature, args):
         kind = ir.FunctionType(ir.VoidType(), [I64, I64])
@@ -190,7 +202,7 @@ def add_relaxed(typingctx, address, value):
 
 @intrinsic
 def copy_async(typingctx, target, source):
-    """Four bytes from global to shared memory, done when `copies_done` returns; nobody waits for them."""
+    """Start copying four bytes from global to shared memory; complete after `wait_for_copies` of the same thread."""
 
     def generate(context, builder, signature, args):
         kind = ir.FunctionType(ir.VoidType(), [I32, I64])
@@ -205,7 +217,7 @@ def copy_async(typingctx, target, source):
 
 @intrinsic
 def wait_for_copies(typingctx):
-    """Waits for this thread's `copy_later`."""
+    """Wait for all `copy_async` of this thread."""
 
     def generate(context, builder, signature, args):
         kind = ir.FunctionType(ir.VoidType(), [])
@@ -217,7 +229,10 @@ def wait_for_copies(typingctx):
 
 @intrinsic
 def load_readonly(typingctx, address):
-    """A float from global memory that nobody writes meanwhile, asked for here and not where it is used."""
+    """A float32 of global memory that is read-only during the kernel.
+
+    The load is issued here; the compiler does not move it to where the value is used.
+    """
 
     def generate(context, builder, signature, args):
         kind = ir.FunctionType(FLOAT, [I64])
@@ -226,11 +241,14 @@ def load_readonly(typingctx, address):
     return types.float32(types.int64), generate
 
 
-# --- clusters: shared memory of several blocks --------------------------------------------------------------
+# --- clusters and barriers --------------------------------------------------------------
 
 
 def instruction(text: str, constraints: str, result, *arguments):
-    """An intrinsic for one PTX instruction. Addresses of shared memory are int32, as the instructions take them."""
+    """An intrinsic for one PTX instruction: its text, operand constraints, result type and argument types.
+
+    Addresses of shared memory are int32, as the instructions take them.
+    """
     lowered = {types.int32: I32, types.int64: I64, types.float32: FLOAT}
     signature = result(*arguments)
     parts = [each for each in (getattr(result, "types", None) or [result]) if each is not types.void]
@@ -258,27 +276,33 @@ def instruction(text: str, constraints: str, result, *arguments):
     return intrinsic(makers[len(arguments)])
 
 
+# Result and argument types of the instructions below.
 INT, NOTHING = types.int32, types.void
 
+# Constraint of instructions that read or write memory, which the compiler must not move across other accesses.
 MEMORY = "~{memory}"
 
+#: arrive at the barrier of the cluster
 cluster_arrive = instruction("barrier.cluster.arrive.aligned;", MEMORY, NOTHING)
 
+#: wait at the barrier of the cluster
 cluster_wait = instruction("barrier.cluster.wait.aligned;", MEMORY, NOTHING)
 
-#: address, rank -> the same address in the block of that rank
+#: shared address, rank -> the same address in the block of that rank of the cluster
 map_to_rank = instruction("mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", INT, INT, INT)
 
+#: barrier, number of arrivals per phase
 barrier_init = instruction("mbarrier.init.shared.b64 [$0], $1;", f"r,r,{MEMORY}", NOTHING, INT, INT)
 
+#: makes initialised barriers visible to the cluster
 barrier_init_done = instruction("fence.mbarrier_init.release.cluster;", MEMORY, NOTHING)
 
-#: barrier, bytes that the phase under way waits for
+#: barrier, bytes: arrive at the barrier, whose current phase then waits for that many bytes
 barrier_expect_bytes = instruction(
     "mbarrier.arrive.expect_tx.shared.b64 _, [$0], $1;", f"r,r,{MEMORY}", NOTHING, INT, INT
 )
 
-#: barrier, parity -> 1 once the phase of that parity is over; waits a while in hardware
+#: barrier, parity -> 1 once the phase of that parity is complete; the hardware waits for a limited time
 barrier_try_wait = instruction(
     "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [$1], $2; selp.b32 $0, 1, 0, p; }",
     f"=r,r,r,{MEMORY}",
@@ -287,7 +311,7 @@ barrier_try_wait = instruction(
     INT,
 )
 
-#: address in some block, four words, that block's barrier, which counts their bytes
+#: shared address in a block of the cluster, four words, barrier of that block, which counts their 16 bytes
 store_async4 = instruction(
     "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [$0], {$1, $2, $3, $4}, [$5];",
     f"r,r,r,r,r,r,{MEMORY}",
@@ -300,12 +324,9 @@ store_async4 = instruction(
     INT,
 )
 
-#: number of the barrier, threads that meet there
-barrier_sync = instruction("bar.sync $0, $1;", f"r,r,{MEMORY}", NOTHING, INT, INT)
-
 
 def _shared_load(lowered: ir.Type, kind: types.Type, count: int = 1, widened: bool = False):
-    """An intrinsic: address -> one number or a tuple. Unlike an instruction, the compiler may move it."""
+    """An intrinsic: shared address -> one number or a tuple. The compiler may move it, unlike an `instruction`."""
     result = types.UniTuple(kind, count) if count > 1 else kind
 
     @intrinsic
@@ -324,18 +345,22 @@ def _shared_load(lowered: ir.Type, kind: types.Type, count: int = 1, widened: bo
     return load
 
 
+#: shared address -> int32
 load_shared = _shared_load(I32, types.int32)
 
+#: shared address -> float32
 load_shared_float = _shared_load(FLOAT, types.float32)
 
+#: shared address -> uint16 as int32
 load_shared_uint16 = _shared_load(I16, types.int32, widened=True)
 
+#: shared address, a multiple of 16 -> four int32
 load_shared4 = _shared_load(I32, types.int32, 4)
 
-#: a word without a sign -> 0 or 1; written out, because the compiler makes more instructions of it
+#: min(unsigned word, 1); written as PTX, because the compiler generates more instructions for it
 at_most_one = instruction("min.u32 $0, $1, 1;", "=r,r", INT, INT)
 
-#: address, a word, a float, a flag; stored unless the flag is zero
+#: shared address, word, float32, flag: stores the pair unless the flag is zero
 store_shared_pair_if = instruction(
     "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.shared.v2.b32 [$0], {$1, $2}; }",
     f"r,r,f,r,{MEMORY}",
@@ -346,22 +371,27 @@ store_shared_pair_if = instruction(
     INT,
 )
 
+#: shared address, a multiple of 8, and two words
 store_shared2 = instruction("st.shared.v2.b32 [$0], {$1, $2};", f"r,r,r,{MEMORY}", NOTHING, INT, INT, INT)
 
+#: shared address and a float32
 store_shared_float = instruction("st.shared.f32 [$0], $1;", f"r,f,{MEMORY}", NOTHING, INT, types.float32)
 
+#: uint16 of global memory that is read-only during the kernel, as int32
 load_readonly_uint16 = instruction("ld.global.nc.u16 $0, [$1];", "=r,l", INT, types.int64)
 
+#: one word of global memory that other blocks may be writing
 load_relaxed = instruction("ld.relaxed.gpu.global.b32 $0, [$1];", f"=r,l,{MEMORY}", INT, types.int64)
 
-#: two words that nobody writes meanwhile
+#: two neighbouring words of global memory that are read-only during the kernel
 load_readonly2 = instruction(
     "ld.global.nc.v2.b32 {$0, $1}, [$2];", "=r,=r,l", types.UniTuple(types.int32, 2), types.int64
 )
 
+#: global address and a float32
 store_float = instruction("st.global.f32 [$0], $1;", f"l,f,{MEMORY}", NOTHING, types.int64, types.float32)
 
-#: address of an int64, a number that takes its place where it is larger
+#: address of an unsigned int64 and a number: atomic maximum
 max_relaxed = instruction(
     "red.relaxed.gpu.global.max.u64 [$0], $1;", f"l,l,{MEMORY}", NOTHING, types.int64, types.int64
 )

@@ -1,7 +1,13 @@
-"""Kernels of the layers that go through tensor cores: rounding what they take, and the cells of a step.
+"""Kernels for layers on tensor cores: round what cuBLAS multiplies, and update the cells of one step.
 
-Sigmoid and tanh come from the GPU's own powers of two and reciprocals, some units in the last place off float32's:
-less than what rounding the products' factors has cost before.
+Not exact: operands have the rounded type `precision` ("float16", "bfloat16" or "tf32"), and sigmoid and tanh use the
+GPU's approximate exponential and reciprocal, whose errors of a few ulp are smaller than those of the rounded operands.
+The rules are those of `reference.step` with variant "evnn". All arrays are in global memory; arguments named `*_at` are
+byte addresses. There are no barriers between threads but one warp barrier in `densify`.
+
+densify    : a warp owns one row of the event lists.
+round_rows : a block owns one row, a thread every blockDim.x-th column.
+cells      : a thread owns two neighbouring units and every gridDim.y-th sample.
 """
 
 from __future__ import annotations
@@ -25,17 +31,20 @@ from eventrnn.cuda.kernels.ptx import (
 from eventrnn.cuda.kernels.strip_product import FULL_WARP
 from eventrnn.cuda.tables import LANES, STATUS_LARGE, SUM_BITS
 
-#: of a number
+#: bytes per number of each precision
 BYTES = {"float16": 2, "bfloat16": 2, "tf32": 4}
 
-#: that float16 holds
+#: the largest finite float16
 FLOAT16_MAX = 65504.0
 
+#: log2(e)
 LOG2_E = np.float32(1.4426950408889634)
 
-ONE, TWO = np.float32(1), np.float32(2)
+ONE = np.float32(1)
 
-#: of a unit: what is added to the drives of u, r, g and to the recurrent one of g, and its threshold
+TWO = np.float32(2)
+
+#: parameter vectors per unit: biases of u, r, g, recurrent bias of g, threshold
 VECTORS = 5
 
 power_of_two_approx = instruction("ex2.approx.ftz.f32 $0, $1;", "=f,f", types.float32, types.float32)
@@ -69,7 +78,7 @@ store_pair = instruction(
     "st.global.v2.f32 [$0], {$1, $2};", f"l,f,f,{MEMORY}", NOTHING, types.int64, types.float32, types.float32
 )
 
-#: address -> two neighbouring numbers; address, two numbers
+#: per precision: address -> two neighbouring numbers as float32
 _LOADS = {
     "float16": instruction(
         "{ .reg .b16 a; .reg .b16 b; ld.global.v2.b16 {a, b}, [$2]; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }",
@@ -87,6 +96,7 @@ _LOADS = {
     "tf32": load_pair,
 }
 
+#: per precision: address, two float32, stored rounded as neighbours
 _PAIR_STORES = {"tf32": store_pair} | {
     precision: instruction(text, f"l,f,f,{MEMORY}", NOTHING, types.int64, types.float32, types.float32)
     for precision, text in {
@@ -98,17 +108,20 @@ _PAIR_STORES = {"tf32": store_pair} | {
 
 @device_function
 def fast_sigmoid(x):
-    """1 / (1 + exp(-x)) within a few units in the last place."""
+    """1 / (1 + exp(-x)) within a few ulp."""
     return reciprocal_approx(ONE + power_of_two_approx(-LOG2_E * x))
 
 
 def make_store(precision: str):
-    """store(address, value, report): rounded; too large for float16 is reported."""
+    """The device function checked_store(address, value, status_at): store `value` rounded.
+
+    A finite value beyond the float16 range sets STATUS_LARGE.
+    """
     store, limit = _STORES[precision], np.float32(FLOAT16_MAX if precision == "float16" else np.inf)
 
     @device_function
     def checked_store(address, value, status_at):
-        # What is not finite the run reports by itself.
+        # NaN passes: `input_checks.py` detects values that are not finite.
         if value > limit or value < -limit:
             max_relaxed(status_at + 8 * STATUS_LARGE, int64(1))
         store(address, value)
@@ -117,7 +130,12 @@ def make_store(precision: str):
 
 
 def densify_kernel(precision: str):
-    """Dense rounded rows from lists of events, a warp a row; and its signature."""
+    """The kernel that writes event lists as dense rounded rows, and its signature.
+
+    firsts_at, counts_at, lists_at : an event list set (`batched_products.py`)
+    row_of_at : (rows,) int64, the list of each row, or address 0 for the list of the same number
+    out_at    : (rows, width), rounded
+    """
     store, size = make_store(precision), BYTES[precision]
 
     def densify(firsts_at, counts_at, lists_at, row_of_at, rows, width, out_at, status_at):
@@ -146,7 +164,10 @@ def densify_kernel(precision: str):
 
 
 def round_rows_kernel(precision: str):
-    """Rounded rows of `width`, zero from `n` on, from float32 rows `pitch` apart, a block a row; and its signature."""
+    """The kernel that rounds dense rows, and its signature.
+
+    dense_at : (rows, pitch) float32; out_at : (rows, width) rounded, the first n columns copied, the others zero
+    """
     store, size = make_store(precision), BYTES[precision]
 
     def round_rows(dense_at, pitch, n, width, out_at, status_at):
@@ -164,7 +185,7 @@ def round_rows_kernel(precision: str):
 
 @device_function
 def cell_before_event(inside_u, inside_r, inside_g, rec_u, rec_r, rec_g, bias_u, bias_r, bias_g, bias_rec_g, carried):
-    """Cell before the event, the released variant (`cells.egru_value`)."""
+    """Cell state before the event: `cells.egru_value`, with the approximate sigmoid and tanh."""
     u = fast_sigmoid((inside_u + rec_u) + bias_u)
     r = fast_sigmoid((inside_r + rec_r) + bias_r)
     g = fma(TWO, fast_sigmoid(TWO * fma(r, rec_g + bias_rec_g, inside_g + bias_g)), -ONE)
@@ -173,7 +194,7 @@ def cell_before_event(inside_u, inside_r, inside_g, rec_u, rec_r, rec_g, bias_u,
 
 @device_function
 def load_neighbours(address, both, even):
-    """Two neighbouring numbers, or one twice; `even`: the address is a multiple of 8."""
+    """Two neighbouring float32, or the first one twice unless `both`. `even`: the address is a multiple of 8."""
     if even:
         return load_pair(address)
     numbers = global_float32(address)
@@ -185,7 +206,7 @@ def load_neighbours(address, both, even):
 
 @device_function
 def store_neighbours(address, a, b, both, even):
-    """The same the other way."""
+    """Store `a` and, if `both`, `b` as neighbouring float32. `even`: the address is a multiple of 8."""
     if even:
         store_pair(address, a, b)
     else:
@@ -196,13 +217,17 @@ def store_neighbours(address, a, b, both, even):
 
 
 def cells_kernel(precision: str):
-    """Cells and events of one step from its two products, a thread two units, some samples each; and its signature.
+    """The kernel that updates cells and events of one step from its two products, and its signature.
 
-    drive, rec : (batch, 3 padded), rounded as well, gates apart
-    vectors    : (5, padded) float32, `VECTORS`
-    sent       : (batch, pitch); after : (batch, units), or address 0
-    sums       : (gridDim.y, sums_pitch) uint16, or address 0: of a thread's samples, `MAX_SUMMED` at most, in how many
-                 its units sent something (bits 0 to 3, 4 to 7), and a 1 (8 to 11, 12 to 15)
+    drive_at, rec_at : (batch, 3 * padded) rounded, input and recurrent products, gates u, r, g one after the other
+    vectors_at       : (VECTORS, padded) float32 parameters
+    cells_at         : (batch, units) float32, updated in place
+    y_at             : (batch, padded) rounded outputs, the operand of the next step's product
+    sent_at          : (batch, pitch) float32 outputs
+    after_at         : (batch, units) float32 cells after the step, or address 0
+    sums_at          : (gridDim.y, sums_pitch) uint16, or address 0. Per pair of units four sums over the samples of a
+                       thread (at most MAX_SUMMED), SUM_BITS bits each: events of both units, then events of value 1
+    status_at        : the status vector; an event beyond the float16 range sets STATUS_LARGE
     """
     load, store, size = _LOADS[precision], _PAIR_STORES[precision], BYTES[precision]
     limit = np.float32(FLOAT16_MAX if precision == "float16" else np.inf)
@@ -227,7 +252,7 @@ def cells_kernel(precision: str):
         unit = 2 * pair
         if unit >= units:
             return
-        # The last of an odd number is alone.
+        # The last unit of an odd number has no neighbour.
         both = unit + 1 < units
         even = ((cells_at | sent_at | after_at | (4 * units) | (4 * pitch)) & 7) == 0
         vectors, line = vectors_at + 4 * unit, 4 * padded
