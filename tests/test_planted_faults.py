@@ -21,8 +21,9 @@ from eventrnn.testing import Divergence, assert_equivalent
 from eventrnn.weights import BlockCSR, Dense, convert
 from support import tolerance
 from support.conformance import check_chunks, check_formats, check_threads_do_not_race
+from support.kernel_faults import KERNEL_FAULTS
 from support.layouts import FORCED, check_layout, forced
-from support.planting import KERNEL_FAULTS, faulty_kernels, plant, suite_catches
+from support.planting import faulty_kernels, marked_faults, plant, suite_catches
 from support.recorded_runs import FILES, check_outputs
 from support.worked_steps import check_equality_and_leak, check_paper_step, check_plain_gru, check_released_step
 
@@ -135,7 +136,8 @@ def first_difference(a, b) -> tuple[int, int, int, int]:
 
 
 def test_dropped_last_event_in_the_specification(monkeypatch):
-    dropping = {"drive = cells.fma(": "if j < max(np.flatnonzero(values.any(axis=0)), default=-1): drive = cells.fma("}
+    term = "cells.fma(weights[j][None, :], values[:, j, None], drive)"
+    dropping = {term: f"{term} if j < max(np.flatnonzero(values.any(axis=0)), default=-1) else drive"}
     plant(monkeypatch, reference, "propagate", dropping)
     found = divergence("cpu", "reference")
     # Someone sends something in the first step.
@@ -197,7 +199,7 @@ def test_read_padding_rows(monkeypatch, padded):
     # The last unit takes the row after its own: the first one of the padding.
     last = "(unit == weights.shape[0] - 1)"
     taken = f"np.minimum(np.flatnonzero(there) + {last}[there] * {last}.sum(), len(there) - 1)"
-    reading = {"reshape(-1, width)[there]": f"reshape(-1, width)[{taken}]"}
+    reading = {"weights.values.reshape(-1, width)[there]": f"weights.values.reshape(-1, width)[{taken}]"}
     plant(monkeypatch, packing._Entries, "of_blocks", reading)
     found = divergence("reference", "cpu", net=padded)
     # The step after the last unit first sent something.
@@ -212,7 +214,7 @@ def test_read_padding_rows(monkeypatch, padded):
 
 def test_read_padding_columns(monkeypatch, padded):
     # The padded matrix cut at the wrong end.
-    reading = {"[: self.shape[0], : self.shape[1]]": "[-self.shape[0] :, -self.shape[1] :]"}
+    reading = {"self._padded()[: self.shape[0], : self.shape[1]]": "self._padded()[-self.shape[0] :, -self.shape[1] :]"}
     plant(monkeypatch, BlockCSR, "to_dense", reading)
     found = divergence("cpu", "reference", net=padded)
     step, sample, _ = first_event(padded)
@@ -225,7 +227,7 @@ def test_read_padding_columns(monkeypatch, padded):
 
 
 def test_swapped_gates_in_the_specification(monkeypatch):
-    plant(monkeypatch, reference, "step", {"in_u, in_r, in_g = np.split(": "in_r, in_u, in_g = np.split("})
+    plant(monkeypatch, reference, "step", {"(in_u, in_r, in_g)": "(in_r, in_u, in_g)"})
     assert place(divergence("reference", "cpu")) == (0, 0, 0, 0)
     suite_catches(check_released_step)
     suite_catches(check_paper_step)
@@ -251,9 +253,7 @@ def test_swapped_gates_in_the_kernel():
 
 def test_swapped_gates_in_the_rule_that_all_backends_share(monkeypatch):
     # Backends would agree on it: the steps worked by hand and the recorded runs are there for this.
-    plant(
-        monkeypatch, cells, "egru_value", {"return fma(u, c, (ONE - u) * g), u": "return fma(r, c, (ONE - r) * g), u"}
-    )
+    plant(monkeypatch, cells, "egru_value", {"fma(u, c, (ONE - u) * g)": "fma(r, c, (ONE - r) * g)"})
     suite_catches(check_plain_gru, seed=0)
     with np.load(FILES[0]) as recorded:
         suite_catches(check_outputs, recorded=dict(recorded))
@@ -275,7 +275,7 @@ def check_forgotten_reset(found: Divergence, net: Network) -> None:
 
 
 def test_forgotten_reset_in_the_specification(monkeypatch):
-    plant(monkeypatch, reference, "step", {'v - event * threshold if cell.variant == "evnn" else v': "v"})
+    plant(monkeypatch, reference, "step", {"v - event * threshold if cell.variant == 'evnn' else v": "v"})
     check_forgotten_reset(divergence("cpu", "reference"), network())
     suite_catches(check_released_step)
     suite_catches(check_equality_and_leak, dtype=np.float64)
@@ -289,7 +289,7 @@ def test_forgotten_reset_in_the_kernel():
 
 
 def test_forgotten_reset_of_the_papers_variant(monkeypatch):
-    plant(monkeypatch, cells, "egru_paper_value", {"(ONE - u) * g) - y, u, g": "(ONE - u) * g), u, g"})
+    plant(monkeypatch, cells, "egru_paper_value", {"fma(u, c, (ONE - u) * g) - y": "fma(u, c, (ONE - u) * g)"})
     net = network("paper")
     step, sample, unit = first_event(net)
     found = divergence("cpu", "reference", net=net)
@@ -304,7 +304,7 @@ def test_forgotten_reset_of_the_papers_variant(monkeypatch):
 
 def test_state_lost_between_calls(monkeypatch):
     # What the released code does between windows, and calls by default.
-    wiping = {"self.state = trace.state": "self.state = State(self.state.cells, trace.state.outputs)"}
+    wiping = {"trace.state": "State(self.state.cells, trace.state.outputs)"}
     plant(monkeypatch, Simulator, "_advance", wiping)
     suite_catches(check_chunks, backend="cpu")
 
@@ -329,8 +329,10 @@ TRAVERSALS = {
 TEAMS = ("parts swapped", "units of the wrong part", "barrier missing")
 
 
-def test_every_fault_of_the_kernels_is_met_here():
-    assert set(KERNEL_FAULTS) == {*TRAVERSALS, *TEAMS, "last event dropped", "gates swapped", "reset forgotten"}
+def test_every_fault_of_the_kernels_is_marked_and_tested():
+    tested = {*TRAVERSALS, *TEAMS, "last event dropped", "gates swapped", "reset forgotten"}
+    marked = {fault for faults in marked_faults().values() for fault in faults}
+    assert tested == marked == set(KERNEL_FAULTS)
 
 
 @pytest.mark.parametrize("fault", TRAVERSALS)
@@ -368,37 +370,44 @@ def test_faults_of_a_team(fault):
 # --- weights are packed wrong -------------------------------------------------------------------------------
 
 CUT = network(fmt="block", block=(3, 16), units=40)
+SPARSE = network(fmt="csr", share=0.5)
+PLACED = (packing._Entries, "placed")
+
+#: fault -> the function that packs, the layout that it is for, a network that shows it, and the edit
+PACKING = {
+    # A block segment cut on its left begins a place too early.
+    "cut column": (PLACED, "blocks", CUT, {"self.column[inside] + left": "self.column[inside] + left - (left > 0)"}),
+    # It keeps what was cut off on its left.
+    "cut start": (
+        PLACED,
+        "blocks",
+        CUT,
+        {"left[cut, None] + np.arange(self.width)": "0 * left[cut, None] + np.arange(self.width)"},
+    ),
+    # It keeps what was cut off on its right.
+    "cut end": (PLACED, "blocks", CUT, {"source < right[cut, None]": "source < self.width"}),
+    "mask off by one": (
+        (packing, "_pack_masked"),
+        "masks",
+        SPARSE,
+        {"kept[entries.unit, entries.column]": "kept[entries.unit, (entries.column + 1) % kept.shape[1]]"},
+    ),
+    "columns reversed": (
+        (packing, "_pack_scatter"),
+        "indices",
+        SPARSE,
+        {"entries.column": "entries.column[::-1]"},
+    ),
+    "rows reversed": ((packing, "_pack_rows"), "panels", network(), {"values[:, a:b]": "values[:, a:b][:, ::-1]"}),
+}
 
 
-@pytest.mark.parametrize(
-    ("function", "layout", "net", "edits"),
-    [
-        # A piece cut on its left begins a place too early.
-        (
-            (packing._Entries, "placed"), "blocks", CUT,
-            {"self.column[inside] + left -": "self.column[inside] + left - (left > 0) -"},
-        ),
-        # ... or keeps what was cut off.
-        ((packing._Entries, "placed"), "blocks", CUT, {"source = left[cut, None] +": "source = 0 * left[cut, None] +"}),
-        # ... or, cut on its right, what lies past its end.
-        ((packing._Entries, "placed"), "blocks", CUT, {"source < right[cut, None]": "source < self.width"}),
-        (
-            (packing, "_pack_masked"), "masks", network(fmt="csr", share=0.5),
-            {"kept[entries.unit, entries.column] = True": "kept[entries.unit, entries.column] = True\n    "
-             "kept = np.roll(kept, 1, axis=1)"},
-        ),
-        (
-            (packing, "_pack_scatter"), "indices", network(fmt="csr", share=0.5),
-            {"entries.column.astype": "entries.column[::-1].astype"},
-        ),
-        ((packing, "_pack_rows"), "panels", network(), {"= values[:, a:b]": "= values[:, a:b][:, ::-1]"}),
-    ],
-    ids=["cut column", "cut start", "cut end", "mask off by one", "columns reversed", "rows reversed"],
-)  # fmt: skip
-def test_faults_of_packing(monkeypatch, function, layout, net, edits):
+@pytest.mark.parametrize("fault", PACKING)
+def test_faults_of_packing(monkeypatch, fault):
+    function, layout, net, edits = PACKING[fault]
     plant(monkeypatch, *function, edits)
     with forced(FORCED[layout][0]):
-        # Of two threads, whose shares cut blocks.
+        # Two threads divide the columns between them, so that blocks are cut.
         found = divergence("cpu", "reference", net=net, threads=2)
     assert found.layer == 0
     suite_catches(check_layout, backend="cpu", layout=layout)

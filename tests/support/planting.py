@@ -1,13 +1,13 @@
-"""Plants faults in the library's own code, for tests that must catch them. A fault is an edit of the source.
+"""Plants faults in the library's own code, for tests that must catch them. A fault is an edit of the syntax tree.
 
-Python is edited in place. Kernels are compiled once, with every fault in them, and a switch that a running kernel
-reads says which one acts: none, and the edited engine is as healthy as the real one.
+A Python function is edited in place. The kernels of the CPU engine are copied and compiled once, with every fault in
+them. A switch that the running kernels read says which fault acts. While none acts, the copy works as the original.
 """
 
 from __future__ import annotations
 
+import ast
 import functools
-import importlib
 import inspect
 import sys
 import textwrap
@@ -26,26 +26,24 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from eventrnn import cpu
 from eventrnn.backend import BACKENDS
 from eventrnn.cpu.kernels.simd import I64
 from support import conformance
-
-
-def edited(source: str, edits: dict[str, str]) -> str:
-    for old, new in edits.items():
-        assert old in source, f"nothing to plant a fault in: {old}"
-        source = source.replace(old, new)
-    return source
+from support.kernel_faults import KERNEL_FAULTS
+from support.syntax_edits import edited_at_marks, marks, replaced, switched
 
 
 def plant(monkeypatch, owner, name: str, edits: dict[str, str]) -> None:
-    """Put an edited copy of a function, or of a method of a class, in its place."""
+    """Put an edited copy of a function, or of a method of a class, in its place.
+
+    edits: expressions of the function -> what stands in their place.
+    """
     module = sys.modules[owner.__module__] if isinstance(owner, type) else owner
-    source = edited(textwrap.dedent(inspect.getsource(getattr(owner, name))), edits)
+    tree = replaced(ast.parse(textwrap.dedent(inspect.getsource(getattr(owner, name)))), edits)
     # The names of the module stay live, so that two plants in one module meet.
     namespace = vars(module).copy()
-    code = compile("from __future__ import annotations\n" + source, f"<fault in {name}>", "exec")
-    exec(code, namespace)
+    exec(compile(tree, f"<fault in {name}>", "exec"), namespace)
     monkeypatch.setattr(owner, name, namespace[name])
 
 
@@ -80,140 +78,57 @@ def allocating(function):
     return numba.njit(nogil=True, error_model="numpy", _nrt=True)(function)
 
 
-#: fault -> module, and its edits; ON is 1 while it acts, else 0.
-KERNEL_FAULTS: dict[str, tuple[str, dict[str, str]]] = {
-    # The layer itself is right in that step; who listens is not.
-    "last event dropped": (
-        "time_loop",
-        {
-            "tally(ids, sent, first, counts[slot], unit_0, graded_out, binary_out)\n": "tally("
-            "ids, sent, first, counts[slot], unit_0, graded_out, binary_out)\n"
-            "                    counts[slot] = max(counts[slot] - ON, 0)\n"
-        },
-    ),
-    "gates swapped": (
-        "cell_update",
-        {
-            "load(drive_in, a + i),\n            load(drive_in, a + n + i),\n": "load(drive_in, a + n * ON + i),\n"
-            "            load(drive_in, a + n * (1 - ON) + i),\n",
-            "drive_in[a + i],\n            drive_in[a + n + i],\n": "drive_in[a + n * ON + i],\n"
-            "            drive_in[a + n * (1 - ON) + i],\n",
-        },
-    ),
-    "reset forgotten": (
-        "cell_update",
-        {"cells.select(v > theta, v - theta, v)": "(v if ON == 1 else cells.select(v > theta, v - theta, v))"},
-    ),
-    # Two threads' events in the wrong order: the sums have the same terms.
-    "parts swapped": (
-        "time_loop",
-        {"slot, first = row * parts + part,": "slot, first = row * parts + part + (parts - 1 - 2 * part) * ON,"},
-    ),
-    # Events named after the place of a unit in its part.
-    "units of the wrong part": (
-        "cell_update",
-        {
-            "compress(ids, sent, end, i, value != cells.ZERO, value)": (
-                "compress(ids, sent, end, i - low * ON, value != cells.ZERO, value)"
-            ),
-            "ids[end], sent[end] = i, y[at + i]": "ids[end], sent[end] = i - low * ON, y[at + i]",
-        },
-    ),
-    # Nobody waits for the events of a step.
-    "barrier missing": (
-        "time_loop",
-        {
-            "                target = wait(barrier, parts, target)\n\n        if readout": (
-                "                if ON == 0:\n"
-                "                    target = wait(barrier, parts, target)\n\n        if readout"
-            )
-        },
-    ),
-    "tail of scattered weights dropped": (
-        "spmm",
-        {
-            "add_scattered(drive, at, index, i0, begin, end - begin, sent[e]": (
-                "add_scattered(drive, at, index, i0, begin, (end - begin) // (1 + 15 * ON) * (1 + 15 * ON), sent[e]"
-            )
-        },
-    ),
-    "masks of the wrong unit": (
-        "spmm",
-        {"index, i0, unit * masks,": "index, i0, max(unit - ON, 0) * masks,"},
-    ),
-    "scale of another unit, rows": (
-        "spmm",
-        {"matrix[SCALES]\n    left": "matrix[SCALES] + ON\n    left"},
-    ),
-    "scale of another unit, single weights": (
-        "spmm",
-        {"scales[matrix[SCALES] + unit]": "scales[matrix[SCALES] + max(unit - ON, 0)]"},
-    ),
-    "scale of another unit, blocks": (
-        "spmm",
-        {"sent[e], scales[s0 + unit],": "sent[e], scales[s0 + max(unit - ON, 0)],"},
-    ),
-    "scale of another unit, many blocks": (
-        "spmm",
-        {"value, scale = sent[e], scales[s0 + unit]": "value, scale = sent[e], scales[s0 + max(unit - ON, 0)]"},
-    ),
-    "scale of another unit, panels": ("spmm", {"matrix[SCALES]\n    size": "matrix[SCALES] + ON\n    size"}),
-    "last event of a panel": ("spmm", {"k + 1] - first\n": "k + 1] - first - ON\n"}),
-    "unit skipped": (
-        "spmm",
-        {"units = min(MULTIPLY_UNITS, n_pre - j)": "units = min(MULTIPLY_UNITS, n_pre - j) - ON"},
-    ),
-    # Two units' terms change places: every sum has the same terms.
-    "order of two units": (
-        "spmm",
-        {
-            "                own_ids[to], own_sent[to] = unit, sent[e]\n": (
-                "                own_ids[to], own_sent[to] = unit, sent[e]\n"
-                "                if ON == 1 and to == cuts[panel * rows + k] + 1:\n"
-                "                    own_ids[to - 1], own_sent[to - 1], own_ids[to], own_sent[to] = (\n"
-                "                        unit, sent[e], own_ids[to - 1], own_sent[to - 1]\n"
-                "                    )\n"
-            )
-        },
-    ),
-    # The last pieces of a list, which no full list carried.
-    "rest of a list dropped": (
-        "spmm",
-        {
-            "    _add_listed(matrix, weights, lists, amounts, listed, drive, at)\n\n": (
-                "    _add_listed(matrix, weights, lists, amounts, listed * (1 - ON), drive, at)\n\n"
-            )
-        },
-    ),
-}
+def _imports(tree: ast.Module) -> set[str]:
+    return {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+
+
+def _cpu_modules() -> dict[str, Path]:
+    """Name -> file of every module of the CPU engine."""
+    package = Path(cpu.__path__[0])
+    files = sorted(package.rglob("*.py"))
+    return {".".join((cpu.__name__, *file.relative_to(package).with_suffix("").parts)): file for file in files}
+
+
+def marked_faults() -> dict[str, list[str]]:
+    """Module of the CPU engine -> the faults that are marked in it, for modules with marks."""
+    found = {name: [*marks(path.read_text()).values()] for name, path in _cpu_modules().items()}
+    return {name: faults for name, faults in found.items() if faults}
+
+
+def _copied(trees: dict[str, ast.Module], faulty: set[str]) -> list[str]:
+    """The faulty kernels, the kernels that call them, and the engine, each module after those that it imports.
+
+    Modules between the kernels and the engine are shared with the healthy engine: tests patch their constants.
+    """
+    order: list[str] = []
+
+    def visit(name: str) -> bool:
+        """Whether a module is to be copied. Appends it, and what it needs, to `order`."""
+        kernels = {each for each in _imports(trees[name]) if each in trees and ".kernels." in each}
+        # Every import is visited, so that all copies are in the order.
+        if any([visit(each) for each in sorted(kernels)]) or name in faulty:
+            order.extend({name} - {*order})
+        return name in order
+
+    visit("eventrnn.cpu.engine")
+    return order
 
 
 @functools.cache
 def _engine_with_every_fault() -> str:
     """Edited copies of the modules from the kernels up to the engine; returns the entry of `BACKENDS`."""
-    copies = {}
-    for name in ("cell_update", "spmm", "time_loop", "engine"):
-        folder = "cpu" if name == "engine" else "cpu.kernels"
-        source = Path(importlib.import_module(f"eventrnn.{folder}.{name}").__file__ or "").read_text()
-        for k, (module, edits) in enumerate(KERNEL_FAULTS.values(), start=1):
-            if module == name:
-                source = edited(source, {old: new.replace("ON", f"planted({k})") for old, new in edits.items()})
-        imports = {
-            "from eventrnn.cpu.kernels.jit import compiled\n": "from support.planting import compiled, planted\n"
-        }
-        imports |= {
-            "from eventrnn.cpu.kernels.jit import allocating, compiled, inlined\n": (
-                "from support.planting import allocating, compiled, inlined, planted\n"
-            )
-        }
-        imports |= {
-            f"from eventrnn.cpu.kernels.{other} import": f"from {copy.__name__} import"
-            for other, copy in copies.items()
-        }
-        source = edited(source, {old: new for old, new in imports.items() if old in source})
-        copy = copies[name] = ModuleType(f"faulty_{name}")
-        sys.modules[copy.__name__] = copy
-        exec(compile(source, f"<{copy.__name__}>", "exec"), vars(copy))
+    numbers = {fault: number for number, fault in enumerate(KERNEL_FAULTS, start=1)}
+    edits = {fault: switched(edit, f"planted({numbers[fault]})") for fault, edit in KERNEL_FAULTS.items()}
+    trees = {name: edited_at_marks(path.read_text(), edits) for name, path in _cpu_modules().items()}
+    copies = {"eventrnn.cpu.kernels.jit": "support.planting"}
+    for name in _copied(trees, set(marked_faults())):
+        copy = ModuleType("faulty_" + name.removeprefix("eventrnn.cpu.").replace(".", "_"))
+        for node in ast.walk(trees[name]):
+            if isinstance(node, ast.ImportFrom):
+                node.module = copies.get(node.module or "", node.module)
+        sys.modules[copy.__name__], copies[name] = copy, copy.__name__
+        vars(copy)["planted"] = planted
+        exec(compile(trees[name], f"<{copy.__name__}>", "exec"), vars(copy))
     return "faulty_engine:CpuBackend"
 
 

@@ -38,9 +38,11 @@ def send(y, at, low, high, ids, sent, to):
     whole = low + (high - low) // LANES * LANES
     for i in range(low, whole, LANES):
         value = load(y, at + i)
+        # planted fault: units of the wrong part
         end += compress(ids, sent, end, i, value != cells.ZERO, value)
     for i in range(whole, high):
         if y[at + i] != 0:
+            # planted fault: units of the wrong part
             ids[end], sent[end] = i, y[at + i]
             end += 1
     return end - to
@@ -68,6 +70,7 @@ def update(n, drive_in, a, drive_rec, b, threshold, p, c, y, s):
     """Released variant: cells and outputs of n units, in place. Their drives (u, r, g) begin at a and b."""
     whole = n // LANES * LANES
     for i in range(0, whole, LANES):
+        # planted fault: gates swapped
         v, _, _, _ = cells.egru_value(
             load(drive_in, a + i),
             load(drive_in, a + n + i),
@@ -79,8 +82,10 @@ def update(n, drive_in, a, drive_rec, b, threshold, p, c, y, s):
         )
         theta = load(threshold, p + i)
         store(y, s + i, cells.select(v > theta, v, cells.ZERO))
+        # planted fault: reset forgotten
         store(c, s + i, cells.select(v > theta, v - theta, v))
     for i in range(whole, n):
+        # planted fault: gates swapped
         v, _, _, _ = cells.egru_value(
             drive_in[a + i],
             drive_in[a + n + i],
@@ -92,6 +97,7 @@ def update(n, drive_in, a, drive_rec, b, threshold, p, c, y, s):
         )
         theta = threshold[p + i]
         y[s + i] = cells.select(v > theta, v, cells.ZERO)
+        # planted fault: reset forgotten
         c[s + i] = cells.select(v > theta, v - theta, v)
 
 

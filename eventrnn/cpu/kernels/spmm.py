@@ -128,6 +128,7 @@ def _values_at(matrix, weights):
 @inlined
 def _add_dense_rows(matrix, weights, scales, ids, sent, first, count, drive, at):
     """A register tile of outputs walks the events, then the next tile."""
+    # planted fault: scale of another unit, rows
     pitch, start, s0 = matrix[PITCH], _values_at(matrix, weights), matrix[SCALES]
     left, at = matrix[WIDTH] // LANES, at + matrix[LOW]
     while left >= TILE:
@@ -180,10 +181,13 @@ def _add_single(matrix, weights, scales, index, pointers, ids, sent, first, coun
     masks = matrix[PITCH]
     for e in range(first, first + count):
         unit = np.int64(ids[e])
+        # planted fault: scale of another unit, single weights
         begin, end, scale = pointers[p0 + unit], pointers[p0 + unit + 1], scales[matrix[SCALES] + unit]
         if matrix[KIND] == MASKED:
+            # planted fault: masks of the wrong unit
             add_masked(drive, at, index, i0, unit * masks, masks, sent[e], scale, weights, v0 + begin)
         else:
+            # planted fault: tail of scattered weights dropped
             add_scattered(drive, at, index, i0, begin, end - begin, sent[e], scale, weights, v0)
 
 
@@ -195,6 +199,7 @@ def _add_blocks(matrix, weights, scales, index, pointers, ids, sent, first, coun
     for e in range(first, first + count):
         unit = np.int64(ids[e])
         begin, end, number = pointers[p0 + 3 * unit], pointers[p0 + 3 * unit + 1], pointers[p0 + 3 * unit + 2]
+        # planted fault: scale of another unit, blocks
         list_blocks(
             weights, index, i0 + begin, end - begin, number, sent[e], scales[s0 + unit],
             lists[0], lists[1], amounts[0], amounts[1], listed,
@@ -203,6 +208,7 @@ def _add_blocks(matrix, weights, scales, index, pointers, ids, sent, first, coun
         if listed >= LISTED_PIECES:
             _add_listed(matrix, weights, lists, amounts, listed, drive, at)
             listed = 0
+    # planted fault: rest of a list dropped
     _add_listed(matrix, weights, lists, amounts, listed, drive, at)
 
 
@@ -214,18 +220,21 @@ def _add_many_blocks(matrix, weights, scales, index, pointers, ids, sent, first,
         for e in range(first, first + count):
             unit = np.int64(ids[e])
             begin, end, piece = pointers[p0 + 3 * unit], pointers[p0 + 3 * unit + 1], pointers[p0 + 3 * unit + 2]
+            # planted fault: scale of another unit, many blocks
             value, scale = sent[e], scales[s0 + unit]
             add_blocks_16(drive, at, index, i0 + begin, end - begin, value, scale, weights, v0 + piece * 16)
     elif matrix[WIDTH] == 8:
         for e in range(first, first + count):
             unit = np.int64(ids[e])
             begin, end, piece = pointers[p0 + 3 * unit], pointers[p0 + 3 * unit + 1], pointers[p0 + 3 * unit + 2]
+            # planted fault: scale of another unit, many blocks
             value, scale = sent[e], scales[s0 + unit]
             add_blocks_8(drive, at, index, i0 + begin, end - begin, value, scale, weights, v0 + piece * 8)
     else:
         for e in range(first, first + count):
             unit = np.int64(ids[e])
             begin, end, piece = pointers[p0 + 3 * unit], pointers[p0 + 3 * unit + 1], pointers[p0 + 3 * unit + 2]
+            # planted fault: scale of another unit, many blocks
             value, scale = sent[e], scales[s0 + unit]
             add_blocks_4(drive, at, index, i0 + begin, end - begin, value, scale, weights, v0 + piece * 4)
 
@@ -355,6 +364,7 @@ def _cut(n_pre, ids, sent, firsts, counts, slot, segments, rows, cuts, own_ids, 
                 while unit >= (panel + 1) * PANEL:
                     panel += 1
                     to = cuts[panel * rows + k]
+                # planted fault: order of two units
                 own_ids[to], own_sent[to] = unit, sent[e]
                 to += 1
 
@@ -393,6 +403,7 @@ def _add_panels(matrix, weights, scales, n_pre, cuts, ids, sent, rows, tile):
 
     Meanwhile the next panel is asked for, some lines a drive.
     """
+    # planted fault: scale of another unit, panels
     start, pitch, s0 = _values_at(matrix, weights), matrix[PITCH], matrix[SCALES]
     size, line = PANEL * pitch, LINE // weights.itemsize
     some, last = -(-size // (rows * line)) * line, start + n_pre * pitch
@@ -403,6 +414,7 @@ def _add_panels(matrix, weights, scales, n_pre, cuts, ids, sent, rows, tile):
                 prefetch_far(weights, i)
             coming += some
             first, at, row, left = cuts[panel * rows + k], k * ROW_TILE, start, matrix[WIDTH] // LANES
+            # planted fault: last event of a panel
             count = cuts[panel * rows + k + 1] - first
             if left >= 4:
                 add_near_rows_4(tile, at, weights, row, pitch, scales, s0, ids, sent, first, count)
@@ -420,6 +432,7 @@ def _multiply(matrix, weights, scales, n_pre, x, rows, tile):
     start, width, pitch, s0 = _values_at(matrix, weights), matrix[WIDTH], matrix[PITCH], matrix[SCALES]
     wide, many = MULTIPLY_VECTORS * LANES, rows // MULTIPLY_ROWS * MULTIPLY_ROWS
     for j in range(0, n_pre, MULTIPLY_UNITS):
+        # planted fault: unit skipped
         units = min(MULTIPLY_UNITS, n_pre - j)
         for i in range(0, width // wide * wide, wide):
             for k in range(0, many, MULTIPLY_ROWS):

@@ -129,9 +129,11 @@ def run(
                         update(
                             high - low, drive_in, a, drive_rec, b * pitch + base, threshold, unit_0 + low, c, y, s + low
                         )
+                    # planted fault: parts swapped
                     slot, first = row * parts + part, row * wide + own
                     firsts[slot] = first
                     counts[slot] = send(y, s, low, high, ids, sent, first)
+                    # planted fault: last event dropped
                     tally(ids, sent, first, counts[slot], unit_0, graded_out, binary_out)
                     at = unit_0 * steps * batch + ((t0 + t) * batch + b) * n + low
                     if len(events_out) > 0:
@@ -140,6 +142,7 @@ def run(
                         copy(c, s + low, states_out, at, high - low)
                     if readout < 0 and layer == n_layers - 1:
                         copy(y, s + low, output_out, ((t0 + t) * batch + b) * n + low, high - low)
+                # planted fault: barrier missing
                 target = wait(barrier, parts, target)
 
         if readout >= 0:
