@@ -105,8 +105,8 @@ def _copied(trees: dict[str, ast.Module], faulty: set[str]) -> list[str]:
     def visit(name: str) -> bool:
         """Whether a module is to be copied. Appends it, and what it needs, to `order`."""
         kernels = {each for each in _imports(trees[name]) if each in trees and ".kernels." in each}
-        # Every import is visited, so that all copies are in the order.
-        if any([visit(each) for each in sorted(kernels)]) or name in faulty:
+        below = [visit(each) for each in sorted(kernels)]
+        if any(below) or name in faulty:
             order.extend({name} - {*order})
         return name in order
 
