@@ -19,7 +19,7 @@ from eventrnn.backend import BackendUnavailable
 from eventrnn.bench.networks import at_activity, random_events, random_network
 from eventrnn.cuda import PRECISIONS, CudaBackend, tables
 from eventrnn.cuda.cluster_plan import CLUSTER_WARPS, ClusterShape, cluster_plan, rounds_of, strips_of
-from eventrnn.cuda.packing import CompactStrips, GroupedStrips, Strips, check_format, pack, per_strip, unpack
+from eventrnn.cuda.packing import CompactStrips, GroupedStrips, Strips, check_format, pack, per_strip, stored_mask
 from eventrnn.cuda.plan import MOST_WARPS, Chip, LayerShape, blocks_from, plan, tile_width
 from eventrnn.network import Network
 from eventrnn.simulation import Simulator, simulate
@@ -32,6 +32,21 @@ HOPPER = (9, 0)
 
 
 # --- packing ------------------------------------------------------------------------------------------------
+
+
+def unpack(strips: Strips) -> np.ndarray:
+    """The (n_pre, gates * units) matrix of strips, zero where nothing is stored, in the type of the values."""
+    n_pre, gates, units = strips.shape
+    dense = np.zeros((strips.tiles * gates, n_pre, strips.width), strips.values.dtype)
+    if strips.kind == tables.DENSE:
+        rows = strips.starts[:-1, None] + np.arange(n_pre * strips.width)
+        dense[:] = strips.values[rows].reshape(dense.shape)
+    else:
+        stored, rank = stored_mask(strips)
+        at = strips.starts[:-1, None, None] + strips.table[:, :, 1:] + rank
+        dense[stored] = strips.values[np.broadcast_to(at, stored.shape)[stored]]
+    by_tile = dense.reshape(strips.tiles, gates, n_pre, strips.width).transpose(2, 1, 0, 3)
+    return by_tile.reshape(n_pre, gates, strips.tiles * strips.width)[:, :, :units].reshape(n_pre, gates * units)
 
 
 def decoded(strips: Strips) -> np.ndarray:

@@ -1,13 +1,15 @@
-"""Weights as the kernels walk them: strips of one gate of a few units, by presynaptic unit.
+"""Weights packed for the CUDA kernels: strips of one gate of a few units, by presynaptic unit. Plain NumPy, no CUDA.
 
-A tile is `width` (at most 32) neighbouring units, a strip one gate of a tile: strip `tile * gates + gate`. A warp walks
-a strip, a lane an output, events in ascending order. Plain NumPy; knows no CUDA.
+A tile is `width` (at most 32) neighbouring units. A strip is one gate of a tile and has number `tile * gates + gate`.
+One warp multiplies one strip, one lane computes one output, events come in ascending order.
 
-Dense   : a strip holds rows of `width` weights, row j of presynaptic unit j.
-Masked  : a strip holds, for presynaptic unit j, a word that says which outputs it reaches and where those weights
-          begin; weights lie without gaps. Serves CSR, blocks of any shape and N:M alike; only stored weights count.
-Runs    : masked, where all the outputs that a unit reaches in a strip are neighbours, as in wide blocks. The second
-          half of the word then says where lane 0's weight would be, and nobody has to count bits.
+Strips have one of three layouts:
+
+- DENSE  : rows of `width` weights, row j of presynaptic unit j.
+- MASKED : for each presynaptic unit a mask of the outputs that it reaches and the position of those weights; weights
+           are stored without gaps. Serves CSR, blocks of any shape and N:M; only stored weights count.
+- RUNS   : MASKED, if all outputs that a unit reaches in a strip are neighbours, as in wide blocks. The position is
+           then that of lane 0's weight, so that lanes need not count bits of the mask.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import numpy as np
 from eventrnn.cuda.tables import DENSE, LANES, MASKED, RUNS, STRIPS_PER_GROUP
 from eventrnn.weights import CSR, NM, BlockCSR, Dense, Weights
 
-# Values that a strip begins at multiples of: 16 bytes of the narrowest.
+# The values of a strip begin at a multiple of this number: 16 bytes of bfloat16.
 ALIGNED = 8
 
 
@@ -31,10 +33,11 @@ class Strips:
     ----------
     kind   : DENSE, MASKED or RUNS
     values : (stored,) float32, or uint16 bits of bfloat16; int8 is decoded to float32
-    table  : (strips, n_pre, 2) int32: mask of outputs, and where from the strip's start on; empty for DENSE
-    starts : (strips + 1,) int64 where each strip's values begin
+    table  : (strips, n_pre, 2) int32, mask of outputs and position of the weights after the strip's start; empty for
+             DENSE
+    starts : (strips + 1,) int64, position of each strip's values
     shape  : (n_pre, gates, units)
-    width  : units of a tile
+    width  : units per tile
     """
 
     kind: int
@@ -46,27 +49,28 @@ class Strips:
 
     @property
     def tiles(self) -> int:
+        """Number of tiles."""
         return -(-self.shape[2] // self.width)
 
     def tile_bytes(self, tiles: int) -> tuple[int, int]:
-        """Most bytes of values and of table that so many neighbouring tiles have, both multiples of 16."""
+        """Bytes of values and of table of any `tiles` neighbouring tiles, at most; both multiples of 16."""
         gates = self.shape[1]
         edges = self.starts[::gates]
         ends = edges[np.minimum(np.arange(self.tiles) + tiles, self.tiles)]
         most = int((ends - edges[:-1]).max(initial=0)) + LANES
         table = 8 * self.shape[0] * gates * tiles if self.kind != DENSE else 0
-        return _up(most * self.values.itemsize, 16), _up(table, 16)
+        return _round_up(most * self.values.itemsize, 16), _round_up(table, 16)
 
 
 @dataclass(frozen=True)
 class CompactStrips:
-    """Strips once more: for each only the units that reach it, what is looked up there at every step.
+    """Strips that list only the presynaptic units that have weights in them; kernels gather the outputs of these units.
 
     Attributes
     ----------
-    units  : (reached,) int32, by strip and ascending: 4 times the unit, its offset in a row of outputs
-    rows   : (reached + 1, 32) values of that unit, zero where nothing is stored, in the type of the strips
-    firsts : (strips + 1,) int64 where each strip's begin
+    units  : (entries,) int32, by strip and ascending: 4 times the unit, its byte offset in a row of float32 outputs
+    rows   : (entries + 1, 32) weights of that unit, zero where nothing is stored, in the type of `Strips.values`
+    firsts : (strips + 1,) int64, first entry of each strip
     """
 
     units: np.ndarray
@@ -75,6 +79,7 @@ class CompactStrips:
 
     @classmethod
     def of(cls, strips: Strips) -> CompactStrips:
+        """The same matrix as `strips`. O(stored weights)."""
         n_pre = strips.shape[0]
         if strips.kind == DENSE:
             count = len(strips.starts) - 1
@@ -85,23 +90,23 @@ class CompactStrips:
         strip, unit = np.nonzero(strips.table[:, :, 0])
         counts = np.bincount(strip, minlength=len(strips.table))
         rows = np.zeros((len(unit) + 1, LANES), strips.values.dtype)
-        kept, rank = _kept(strips)
-        kept, rank = kept[strip, unit], np.broadcast_to(rank, kept.shape)[strip, unit]
+        stored, rank = stored_mask(strips)
+        stored, rank = stored[strip, unit], np.broadcast_to(rank, stored.shape)[strip, unit]
         at = strips.starts[strip][:, None] + strips.table[strip, unit, 1:] + rank
-        rows[:-1, : strips.width][kept] = strips.values[at[kept]]
+        rows[:-1, : strips.width][stored] = strips.values[at[stored]]
         return cls((4 * unit).astype(np.int32), rows, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
 
 
 @dataclass(frozen=True)
 class GroupedStrips:
-    """The same weights by lots of neighbouring strips, for who looks a unit up once for all strips of a lot.
+    """The entries of `CompactStrips` by groups of neighbouring strips, so that one look-up of a unit serves a group.
 
     Attributes
     ----------
-    index  : (lots, n_pre) int32; from bit `STRIPS_PER_GROUP` on, which of the lot's rows is the unit's first; below,
-             a bit for each of the lot's strips that it reaches
-    rows   : (reached + 1, 32) values, by lot, unit and strip
-    firsts : (lots + 1,) int64 where each lot's rows begin
+    index  : (groups, n_pre) int32; bit k below bit STRIPS_PER_GROUP: whether the unit reaches strip k of the group; the
+             bits from there on: the first of the unit's rows, counted from the group's first row
+    rows   : (entries + 1, 32) weights, by group, unit and strip
+    firsts : (groups + 1,) int64, first row of each group
     """
 
     index: np.ndarray
@@ -109,23 +114,24 @@ class GroupedStrips:
     firsts: np.ndarray
 
     @classmethod
-    def of(cls, reached: CompactStrips, n_pre: int, together: int) -> GroupedStrips:
-        count = len(reached.firsts) - 1
-        strip = np.repeat(np.arange(count), np.diff(reached.firsts))
-        lot, unit = strip // together, reached.units // 4
-        order = np.lexsort((strip, unit, lot))
-        firsts = np.append(reached.firsts[:-1:together], reached.firsts[-1])
+    def of(cls, compact: CompactStrips, n_pre: int, strips_per_group: int) -> GroupedStrips:
+        """The same matrix as `compact`, of `n_pre` presynaptic units. O(entries)."""
+        count = len(compact.firsts) - 1
+        strip = np.repeat(np.arange(count), np.diff(compact.firsts))
+        group, unit = strip // strips_per_group, compact.units // 4
+        order = np.lexsort((strip, unit, group))
+        firsts = np.append(compact.firsts[:-1:strips_per_group], compact.firsts[-1])
         index = np.zeros((len(firsts) - 1, n_pre), np.int32)
-        # Backwards, so that what stays is the first of a unit's rows.
-        last_first = order[::-1]
-        rank = (np.arange(len(order)) - firsts[lot[order]])[::-1]
-        index[lot[last_first], unit[last_first]] = rank << STRIPS_PER_GROUP
-        np.add.at(index, (lot, unit), np.left_shift(1, strip % together))
-        return cls(index, reached.rows[np.append(order, len(order))], firsts)
+        # The assignment goes backwards, so that the first of a unit's rows is written last.
+        backwards = order[::-1]
+        rank = (np.arange(len(order)) - firsts[group[order]])[::-1]
+        index[group[backwards], unit[backwards]] = rank << STRIPS_PER_GROUP
+        np.add.at(index, (group, unit), np.left_shift(1, strip % strips_per_group))
+        return cls(index, compact.rows[np.append(order, len(order))], firsts)
 
 
 def check_format(name: str, weights: Weights) -> None:
-    """Refuse a format that `pack` does not know."""
+    """Raise TypeError for a format that `pack` cannot pack."""
     if not isinstance(weights, Dense | CSR | BlockCSR | NM):
         raise TypeError(
             f"{name}: the cuda backend cannot run format {type(weights).__name__}; convert to dense, csr, block or nm"
@@ -133,7 +139,7 @@ def check_format(name: str, weights: Weights) -> None:
 
 
 def pack(weights: Weights, gates: int, width: int) -> Strips:
-    """A (n_pre, gates * units) matrix in strips. O(size of the matrix)."""
+    """Pack a (n_pre, gates * units) matrix into strips. O(n_pre * gates * units) time and memory."""
     n_pre, n_post = weights.shape
     units = n_post // gates
     values = weights.to_dense()
@@ -143,45 +149,33 @@ def pack(weights: Weights, gates: int, width: int) -> Strips:
         strips = _in_strips(values, gates, width)
         flat, starts = _aligned(strips.ravel(), np.full(len(strips), n_pre * width))
         return Strips(DENSE, flat, np.zeros(0, np.int32), starts, (n_pre, gates, units), width)
-    kept, strips = _in_strips(weights.kept(), gates, width), _in_strips(values, gates, width)
-    stored = kept.sum(axis=2)
-    firsts = np.cumsum(stored, axis=1) - stored
-    flat, starts = _aligned(strips[kept], stored.sum(axis=1))
-    masks = np.zeros((*kept.shape[:2], LANES), bool)
-    masks[:, :, :width] = kept
+    stored, strips = _in_strips(weights.kept(), gates, width), _in_strips(values, gates, width)
+    n_stored = stored.sum(axis=2)
+    firsts = np.cumsum(n_stored, axis=1) - n_stored
+    flat, starts = _aligned(strips[stored], n_stored.sum(axis=1))
+    masks = np.zeros((*stored.shape[:2], LANES), bool)
+    masks[:, :, :width] = stored
     words = np.packbits(masks, axis=2, bitorder="little").view(np.int32)
-    first_lane, last_lane = kept.argmax(axis=2), width - 1 - kept[:, :, ::-1].argmax(axis=2)
-    runs = bool((stored == last_lane - first_lane + 1)[stored > 0].all())
+    first_lane, last_lane = stored.argmax(axis=2), width - 1 - stored[:, :, ::-1].argmax(axis=2)
+    runs = bool((n_stored == last_lane - first_lane + 1)[n_stored > 0].all())
     if runs:
         firsts = firsts - first_lane
     table = np.concatenate([words, firsts[:, :, None].astype(np.int32)], axis=2)
     return Strips(RUNS if runs else MASKED, flat, np.ascontiguousarray(table), starts, (n_pre, gates, units), width)
 
 
-def unpack(strips: Strips) -> np.ndarray:
-    """The (n_pre, gates * units) matrix again, zero where nothing is stored, in the type of the values."""
-    n_pre, gates, units = strips.shape
-    dense = np.zeros((strips.tiles * gates, n_pre, strips.width), strips.values.dtype)
-    if strips.kind == DENSE:
-        rows = strips.starts[:-1, None] + np.arange(n_pre * strips.width)
-        dense[:] = strips.values[rows].reshape(dense.shape)
-    else:
-        kept, rank = _kept(strips)
-        at = strips.starts[:-1, None, None] + strips.table[:, :, 1:] + rank
-        dense[kept] = strips.values[np.broadcast_to(at, kept.shape)[kept]]
-    by_tile = dense.reshape(strips.tiles, gates, n_pre, strips.width).transpose(2, 1, 0, 3)
-    return by_tile.reshape(n_pre, gates, strips.tiles * strips.width)[:, :, :units].reshape(n_pre, gates * units)
+def stored_mask(strips: Strips) -> tuple[np.ndarray, np.ndarray]:
+    """Which weights of MASKED or RUNS strips are stored, and their distance from the position in the table.
 
-
-def _kept(strips: Strips) -> tuple[np.ndarray, np.ndarray]:
-    """Of masked strips, by strip, unit and output, which are stored, and how far from where the table points."""
+    Both have the axes (strip, presynaptic unit, output); the distance may have fewer, and is valid where one is stored.
+    """
     words = np.ascontiguousarray(strips.table[:, :, :1]).view(np.uint8)
-    kept = np.unpackbits(words, axis=2, bitorder="little")[:, :, : strips.width].astype(bool)
-    return kept, np.arange(strips.width) if strips.kind == RUNS else np.cumsum(kept, axis=2) - 1
+    stored = np.unpackbits(words, axis=2, bitorder="little")[:, :, : strips.width].astype(bool)
+    return stored, np.arange(strips.width) if strips.kind == RUNS else np.cumsum(stored, axis=2) - 1
 
 
 def per_strip(vector: np.ndarray, gates: int, width: int) -> np.ndarray:
-    """A (gates * units,) vector as (strips, 32), zero in the lanes beyond."""
+    """A (gates * units,) vector as (strips, 32), zero in the lanes beyond the tile."""
     strips = _in_strips(vector[None, :], gates, width)[:, 0]
     padded = np.zeros((len(strips), LANES), vector.dtype)
     padded[:, :width] = strips
@@ -189,8 +183,11 @@ def per_strip(vector: np.ndarray, gates: int, width: int) -> np.ndarray:
 
 
 def _aligned(values: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Stretches of so many values, each from a whole 16 bytes on, and where; lanes may read a bit around them."""
-    padded = _up(lengths, ALIGNED)
+    """Values of strips of the given lengths, each aligned to 16 bytes, and where each begins.
+
+    Zeros before the first and after the last strip allow lanes to read beyond them.
+    """
+    padded = _round_up(lengths, ALIGNED)
     starts = LANES + np.concatenate([[0], np.cumsum(padded)]).astype(np.int64)
     flat = np.zeros(starts[-1] + LANES, values.dtype)
     flat[np.arange(len(values)) + np.repeat(starts[:-1] - (np.cumsum(lengths) - lengths), lengths)] = values
@@ -198,7 +195,7 @@ def _aligned(values: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def _in_strips(matrix: np.ndarray, gates: int, width: int) -> np.ndarray:
-    """(n_pre, gates * units) as (strips, n_pre, width), zero beyond the last unit."""
+    """A (n_pre, gates * units) matrix as (strips, n_pre, width), zero beyond the last unit."""
     n_pre, n_post = matrix.shape
     units = n_post // gates
     tiles = -(-units // width)
@@ -208,5 +205,6 @@ def _in_strips(matrix: np.ndarray, gates: int, width: int) -> np.ndarray:
     return np.ascontiguousarray(by_tile).reshape(tiles * gates, n_pre, width)
 
 
-def _up(size, multiple: int):
+def _round_up(size, multiple: int):
+    """`size` rounded up to a multiple."""
     return -(-size // multiple) * multiple

@@ -1,65 +1,149 @@
-"""The tables that kernels read: which column says what. Plain numbers; knows no CUDA.
+"""Constants that kernels and their callers share, and the columns of the tables that kernels read.
 
-Addresses and offsets are bytes. Everything is int64.
+Plain numbers; knows no CUDA. A kernel reads two int64 tables in global memory: one row per role of a layer
+(LAYER_FIELDS columns) and one row per block (BLOCK_FIELDS columns). Addresses and offsets are in bytes.
 """
 
 from __future__ import annotations
 
-# Lanes of a warp; units that a warp looks at in one go.
-LANES, SEGMENT = 32, 128
+# Lanes of a warp, outputs of a strip.
+LANES = 32
 
-# How a matrix lies (see `packing.py`); added to it, whether its values are bfloat16, and in shared memory.
-DENSE, MASKED, RUNS = 0, 1, 2
+# Neighbouring units whose outputs a warp loads together, four per lane.
+SEGMENT = 128
 
-KINDS, NARROW, RESIDENT = 3, 4, 8
+# Layout of a matrix (`packing.Strips.kind`): all weights of a strip are stored.
+DENSE = 0
 
-# Terms that are loaded together, and those of a dense strip; hits of a masked strip held before they are walked.
-TERMS_PER_GROUP, DENSE_TERMS_PER_GROUP, MAX_HITS = 16, 32, 160
+# Layout: each unit has a mask of the outputs that it reaches in the strip.
+MASKED = 1
 
-# Entries of zero that end a list, so that groups may be read whole.
+# Layout: MASKED, and the outputs that a unit reaches in a strip are neighbours.
+RUNS = 2
+
+# Mask of the layout kind in a layout code.
+KINDS = 3
+
+# Flag of a layout code: values are bfloat16.
+NARROW = 4
+
+# Flag of a layout code: values and table are in shared memory.
+RESIDENT = 8
+
+# Terms of a sum that are loaded together, in sparse strips.
+TERMS_PER_GROUP = 16
+
+# Terms of a sum that are loaded together, in dense strips.
+DENSE_TERMS_PER_GROUP = 32
+
+# Events with a weight in a masked strip that are kept before their products are added.
+MAX_HITS = 160
+
+# Zero entries after the end of an event list, so that whole groups can be read.
 LIST_PAD = DENSE_TERMS_PER_GROUP
 
+# Bytes of shared memory per warp for the hits of a masked strip: int64 table word and float32 value each.
 HIT_BUFFER_BYTES = 12 * (MAX_HITS + LIST_PAD)
 
-# Of strips whose units are looked up: bytes of a hit; units that a lane looks up together at most, and events of a list
-# that a warp does; strips of a lot that look up events together.
-HIT_BYTES, MAX_UNITS_PER_LANE, EVENTS_PER_WARP, STRIPS_PER_GROUP = 8, 7, 160, 8
+# Bytes of a hit of a gather: int32 row offset and float32 value.
+HIT_BYTES = 8
 
+# Units that a lane gathers together, at most.
+MAX_UNITS_PER_LANE = 7
+
+# Events of a list that a warp looks up together, five per lane.
+EVENTS_PER_WARP = 160
+
+# Neighbouring strips that share the look-up of an event, at most; also the bits of the mask in a word of
+# `packing.GroupedStrips.index`.
+STRIPS_PER_GROUP = 8
+
+# Bytes of shared memory per warp for the hits among the events that it looks up together.
 GATHER_BUFFER_BYTES = HIT_BYTES * (EVENTS_PER_WARP + LIST_PAD)
 
-# Bits that a thread has for how many of its samples sent, and so how many samples it may have.
+# Bits of a sum over the samples of a thread of `tensor_core_cells.cells_kernel`.
 SUM_BITS = 4
 
+# Samples of such a thread, at most.
 MAX_SUMMED = (1 << SUM_BITS) - 1
 
-#: of a layer: numbers, then addresses
+# Columns of the layer table. An address of 0 means that the array is absent.
 (
-    UNITS, INPUTS, WIDTH, PITCH, INPUT_PITCH,
-    INPUT_LOG,  # what the layer below sent, or 0 where DRIVE holds the finished products
-    DRIVE, EVENT_LOG, GATED, CELLS, STATES, THRESHOLD, BIAS_IN, BIAS_REC,
-    IN_LAYOUT, IN_VALUES, IN_TABLE, IN_STARTS,
-    REC_LAYOUT, REC_VALUES, REC_TABLE, REC_STARTS,
-    UNITS_OF, ROWS_OF, FIRSTS_OF, ROWS_BIAS,  # `packing.CompactStrips` and biases by column, for clusters
-    LAYER_FIELDS,
-) = range(27)  # fmt: skip
+    UNITS,  # units of the layer
+    INPUTS,  # presynaptic units of the input matrix
+    WIDTH,  # units per tile
+    PITCH,  # float32 from one row of the event log to the next
+    INPUT_PITCH,  # the same of the event log of the layer below
+    INPUT_LOG,  # event log of the layer below, from step 0 on, or 0 if DRIVE holds the finished input drives
+    DRIVE,  # (steps * batch, 3 * units) float32 input drives
+    EVENT_LOG,  # (steps + 1, batch, pitch) float32
+    GATED,  # the same for r * y of the paper's variant
+    CELLS,  # (batch, units) float32
+    STATES,  # (steps, batch, units) float32 cells after each step, or 0
+    THRESHOLD,  # (tiles, 32) float32
+    BIAS_IN,  # (strips, 32) float32
+    BIAS_REC,  # (strips, 32) float32
+    IN_LAYOUT,  # layout code of the input matrix
+    IN_VALUES,  # `packing.Strips.values` of the input matrix
+    IN_TABLE,  # `packing.Strips.table`
+    IN_STARTS,  # `packing.Strips.starts`
+    REC_LAYOUT,  # layout code of the recurrent matrix
+    REC_VALUES,  # `packing.Strips.values` of the recurrent matrix
+    REC_TABLE,  # `packing.Strips.table`
+    REC_STARTS,  # `packing.Strips.starts`
+    UNITS_OF,  # `packing.CompactStrips.units`, for clusters
+    ROWS_OF,  # `packing.CompactStrips.rows`
+    FIRSTS_OF,  # `packing.CompactStrips.firsts`
+    ROWS_BIAS,  # (strips, 32) float32 biases of strips of 32 columns
+    LAYER_FIELDS,  # number of columns
+) = range(27)
 
-#: of a block: what it owns, then offsets in its shared memory
+# Columns of the block table: what a block owns, then byte offsets of arrays in its shared memory. The docstrings of the
+# kernels `persistent`, `single_stream` and `cluster` describe the arrays.
 (
-    LAYER, TILE, TILES, SAMPLE, SAMPLES, CAPACITY,
-    AT_VALUES_IN, AT_TABLE_IN, AT_VALUES_REC, AT_TABLE_REC, AT_BASES,
-    AT_LIST, AT_COUNTS, AT_STAGED, AT_SEGMENT_COUNTS, AT_HITS,
-    AT_SUMS_IN, AT_SUMS_REC, AT_CELLS, AT_Y, AT_THRESHOLD, AT_BIAS,
-    AT_UNITS, AT_ROWS, AT_STRIPS, AT_BARRIERS, ALL_TILES,
-    BLOCK_FIELDS,
-) = range(28)  # fmt: skip
+    LAYER,  # row of the layer table
+    TILE,  # first tile
+    TILES,  # number of tiles
+    SAMPLE,  # first sample
+    SAMPLES,  # number of samples
+    CAPACITY,  # entries of an event list, or of a strip's table of units in clusters
+    AT_VALUES_IN,
+    AT_TABLE_IN,
+    AT_VALUES_REC,
+    AT_TABLE_REC,
+    AT_BASES,
+    AT_LIST,
+    AT_COUNTS,
+    AT_STAGED,
+    AT_SEGMENT_COUNTS,
+    AT_HITS,
+    AT_SUMS_IN,
+    AT_SUMS_REC,
+    AT_CELLS,
+    AT_Y,
+    AT_THRESHOLD,
+    AT_BIAS,
+    AT_UNITS,
+    AT_ROWS,
+    AT_STRIPS,
+    AT_BARRIERS,
+    ALL_TILES,  # tiles of the layer, for clusters
+    BLOCK_FIELDS,  # number of columns
+) = range(28)
 
-#: of a run's report: a word that never came; LAST less the first position of an input that is refused; whether cells
-#: are not finite; the same for events and inputs too large for float16. Then counts of events.
-STATUS_FAULT, STATUS_INPUT, STATUS_CELLS, STATUS_LARGE, STATUS_FIELDS = range(5)
+# Entries of the int64 status vector of a run. Counts of events follow after the first STATUS_FIELDS entries.
+(
+    STATUS_FAULT,  # 1 if a word was not written in time
+    STATUS_INPUT,  # LAST minus the first position of an invalid input, or 0
+    STATUS_CELLS,  # 1 if a cell is not finite
+    STATUS_LARGE,  # 1 if an event or an input is beyond the float16 range
+    STATUS_FIELDS,  # number of entries
+) = range(5)
 
+# Larger than any position of an input, so that an atomic maximum of LAST - position finds the first one.
 LAST = 1 << 62
 
 
 def layout_code(kind: int, narrow: bool, resident: bool) -> int:
-    """How a matrix lies, as a number: kind, bfloat16 or not, in shared memory or not."""
+    """Layout of a matrix as one number: DENSE, MASKED or RUNS, bfloat16 or not, in shared memory or not."""
     return int(kind + NARROW * narrow + RESIDENT * resident)
