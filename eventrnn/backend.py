@@ -1,30 +1,33 @@
-"""What a backend must answer, and the names by which backends are found. Imports none of them.
+"""The protocols that a backend implements, the shared check of inputs, and the registry of backends. Imports no backend.
 
-A backend turns a network into an `Engine` once; the engine runs whole sequences, state in and state out.
-All backends of the exact tier give the same bits: events, states, outputs and fire counts.
+A `Backend` turns a network into an `Engine` once; the engine runs whole sequences from a state to a state. All exact
+backends return the same bits: events, states, outputs and fire counts.
 """
 
 from __future__ import annotations
 
 import importlib
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from eventrnn.events import Events, check_finite
+from eventrnn.state import InputKind, Inputs, State, Trace, on_gpu
+
 if TYPE_CHECKING:
     from eventrnn.network import Network
-from eventrnn.state import Feed, State, Trace, on_gpu
 
-#: how ways begin, in `Trace.paths`, that sum in an order of their own
+#: prefixes of the kernel names in `Trace.paths` whose products sum in another order than the exact tier
 INEXACT = ("blas", "tensor")
 
 
 class BackendUnavailable(RuntimeError):
-    """The backend exists but cannot run here; the message says why and what to install."""
+    """The backend exists but cannot run on this machine. The message gives the reason and the remedy."""
 
 
 def need_on_host(inputs: Any) -> None:
-    """Refuse an array on a GPU. Raises TypeError."""
+    """Raise TypeError for an array on a GPU."""
     if on_gpu(inputs):
         kind = _kind(inputs)
         raise TypeError(
@@ -34,7 +37,7 @@ def need_on_host(inputs: Any) -> None:
 
 
 def as_array(inputs: Any) -> np.ndarray:
-    """As NumPy has it. Raises TypeError for what it cannot read."""
+    """The inputs as a NumPy array. Raises TypeError where NumPy cannot read them."""
     try:
         return np.asarray(inputs)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -45,15 +48,78 @@ def _kind(inputs: Any) -> str:
     return f"{type(inputs).__module__.partition('.')[0]}.{type(inputs).__name__}"
 
 
-class Stepper(Protocol):
-    """One time step after the other from a state on, with as little between calls and kernel as can be.
+class HostInputs:
+    """The check and the layout of inputs for engines whose inputs lie on the host; one for each engine.
 
-    Raises as `Network.feed` does for bad input, and FloatingPointError for a cell that is not finite; the state then
-    stays what it was.
+    dense : whether the engine wants numbers as dense arrays; otherwise it gets them as events
+    """
+
+    def __init__(self, network: Network, *, dense: bool = False):
+        self.network, self.size, self.dense = network, network.layers[0].inputs, dense
+
+    @cached_property
+    def symbol_events(self) -> Events:
+        """The rows of the embedding as events of shape (symbols, 1, size). O(size of the embedding), once."""
+        embedding = self.network.embedding
+        assert embedding is not None
+        return Events.from_dense(embedding[:, None, :])
+
+    def prepare(self, inputs: Any) -> Inputs:
+        """See `Engine.prepare`. Numbers: O(size of the input); symbols: O(steps * batch)."""
+        need_on_host(inputs)
+        if self.network.embedding is not None:
+            return self._symbols(inputs)
+        if not isinstance(inputs, Events):
+            dense = self._dense(inputs)
+            if self.dense:
+                # A dense engine must see +0 where an event list has nothing, so that -0 becomes +0.
+                return Inputs(InputKind.DENSE, *dense.shape, values=np.ascontiguousarray(dense) + np.float32(0))
+            events = Events.from_dense(dense)
+        else:
+            if inputs.shape[2] != self.size:
+                raise ValueError(f"inputs: got events of {inputs.shape[2]} units, need {self.size}")
+            inputs.check()
+            # Kernels take an address and a length, so the arrays have to be contiguous.
+            events = Events(*map(np.ascontiguousarray, (inputs.indptr, inputs.indices, inputs.values)), inputs.shape)
+        return Inputs(InputKind.EVENTS, *events.shape, table=events)
+
+    def _dense(self, inputs: Any) -> np.ndarray:
+        array = as_array(inputs)
+        if array.ndim != 3 or array.shape[2] != self.size or array.dtype.kind not in "fiub":
+            raise ValueError(f"inputs: got {array.dtype} {array.shape}, need numbers (steps, batch, {self.size})")
+        check_finite("inputs", array)
+        if array.dtype != np.float32:
+            with np.errstate(over="ignore"):
+                array = array.astype(np.float32)
+            check_finite("inputs as float32", array)
+        return array
+
+    def _symbols(self, inputs: Any) -> Inputs:
+        table = self.symbol_events
+        symbols = table.shape[0]
+        if isinstance(inputs, Events):
+            raise ValueError("inputs: got Events, but the network has an embedding; give symbols (steps, batch)")
+        array = as_array(inputs)
+        if array.ndim != 2 or array.dtype.kind not in "iu":
+            raise ValueError(f"inputs: got {array.dtype} {array.shape}, need integers (steps, batch) for the embedding")
+        if array.size and not (0 <= array.min() and array.max() < symbols):
+            bad = np.argwhere((array < 0) | (array >= symbols))[0]
+            raise ValueError(f"inputs: got symbol {array[tuple(bad)]} at {tuple(map(int, bad))}; need 0..{symbols - 1}")
+        steps, batch = map(int, array.shape)
+        return Inputs(
+            InputKind.SYMBOLS, steps, batch, self.size, values=np.ascontiguousarray(array, np.int64), table=table
+        )
+
+
+class Stepper(Protocol):
+    """Single time steps from a state on, with as little work as possible between the call and the kernel.
+
+    Raises as `Engine.prepare` does for bad input, and FloatingPointError for a cell state that is not finite. The
+    state then stays as it was.
     """
 
     def __call__(self, inputs: np.ndarray) -> np.ndarray:
-        """(batch, I) numbers or (batch,) symbols in, (batch, V or N) out, an array of its own."""
+        """(batch, I) numbers or (batch,) symbols in; a new array (batch, V or N) out."""
         ...
 
     def state(self) -> State:
@@ -62,38 +128,51 @@ class Stepper(Protocol):
 
 
 class Engine(Protocol):
-    """A network made ready to run. The inputs are never modified.
+    """A network made ready to run. An engine never modifies its inputs.
 
-    `dense` says that it multiplies every weight, whatever fired: its operations are then counted so. (The reference
-    does too, but stands for the event-driven run that it specifies.)
-
-    An engine that takes inputs as they are, those on its GPU for one, has `feed(inputs) -> Feed` in the place of
-    `Network.feed`; it then checks them in the run. Outputs and records of arrays on a GPU are such arrays too.
+    dense : True where the engine multiplies every weight at every step, whether or not a unit fired; the operations
+            of its runs are then counted as dense ones. (The reference also multiplies every weight, but it specifies
+            the event-driven run and is counted as one.)
     """
 
     dense: bool
 
-    def run(self, feed: Feed, state: State, *, record_events: bool = False, record_states: bool = False) -> Trace:
-        """All steps of the feed from `state` on. `feed.batch` must equal `state.batch`."""
+    def prepare(self, inputs: Any) -> Inputs:
+        """Check inputs and bring them into the layout of this engine. Engines on the host use `HostInputs`.
+
+        inputs : (steps, batch, I) numbers or `Events`; for a network with an embedding, (steps, batch) integers.
+                 An engine on a GPU also takes arrays that lie there; its outputs and records are then such arrays too.
+
+        Raises ValueError for inputs of another shape or dtype and for numbers that are not finite, and TypeError for an
+        array that this engine cannot read. An engine may leave the check of single numbers to the run
+        (`Inputs.checked`).
+        """
+        ...
+
+    def run(self, inputs: Inputs, state: State, *, record_events: bool = False, record_states: bool = False) -> Trace:
+        """All steps of prepared inputs from `state` on. `inputs.batch` must equal `state.batch`."""
         ...
 
     def stepper(self, state: State) -> Stepper | None:
-        """For single steps, from that state on; None where they are runs of one step."""
+        """A stepper that starts from this state; None where single steps are runs of one step."""
         ...
 
 
 class Backend(Protocol):
-    """Makes engines. `exact` backends all give the same bits; the others are close, and say so."""
+    """A factory of engines.
+
+    exact : True where the engines return the bits of the exact tier. Others say in `Trace.paths` where they do not.
+    """
 
     name: str
     exact: bool
 
     def engine(self, network: Network, *, threads: int = 1) -> Engine:
-        """Pack the weights for this backend. Cost: one pass over them."""
+        """Pack the weights for this backend. Cost: one pass over the weights."""
         ...
 
 
-#: name -> where it lives; imported on first use
+#: backend name -> module and class, imported at the first use
 BACKENDS = {
     "reference": "eventrnn.reference:ReferenceBackend",
     "cpu": "eventrnn.cpu.engine:CpuBackend",
@@ -104,9 +183,11 @@ BACKENDS = {
 
 
 def get_backend(backend: str | Backend, exact: bool = True) -> Backend:
-    """The backend of that name, or the object itself.
+    """The backend of that name; an object that is a backend already is returned as it is.
 
-    `exact=False` lets "auto" use BLAS, and "cuda" tensor cores.
+    exact : False lets "auto" use BLAS and "cuda" use tensor cores
+
+    Raises ValueError for an unknown name, and for `exact=False` with a backend that has exact kernels only.
     """
     if not isinstance(backend, str):
         return backend

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import numpy as np
 
-from eventrnn.backend import as_array, need_on_host
 from eventrnn.cells import Cell
-from eventrnn.events import Events, check_finite
-from eventrnn.state import Feed
-from eventrnn.weights import Dense, Weights
+from eventrnn.events import check_finite
+from eventrnn.weights import Dense, MatrixId, Weights
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -68,14 +65,17 @@ class Network:
         ends += "" if self.readout is None else f", readout={self.readout.weights!r}"
         return f"Network({', '.join(map(repr, self.layers))}{ends})"
 
-    def matrices(self) -> dict[str, Weights]:
-        """Every weight matrix by name: `layers.0.w_in`, `layers.0.w_rec`, …, `readout`."""
-        named: dict[str, Weights] = {}
+    def matrices(self) -> dict[MatrixId, Weights]:
+        """Every weight matrix by name: `layers.0.w_in`, `layers.0.w_rec`, …, `readout`.
+
+        The names are strings that also carry `layer` and `role`.
+        """
+        named: dict[MatrixId, Weights] = {}
         for k, layer in enumerate(self.layers):
-            named[f"layers.{k}.w_in"] = layer.w_in
-            named[f"layers.{k}.w_rec"] = layer.w_rec
+            named[MatrixId.of(k, "w_in")] = layer.w_in
+            named[MatrixId.of(k, "w_rec")] = layer.w_rec
         if self.readout is not None:
-            named["readout"] = self.readout.weights
+            named[MatrixId("readout")] = self.readout.weights
         return named
 
     def with_matrices(self, matrices: Mapping[str, Weights]) -> Network:
@@ -158,57 +158,6 @@ class Network:
         elif readout is not None:
             out = Readout(Dense(_xavier(rng, units[-1], readout)), np.zeros(readout, np.float32))
         return cls(tuple(layers), table, out, dict(metadata or {}))
-
-    def feed(self, inputs: np.ndarray | Events) -> Feed:
-        """Check inputs and lay them out for an engine. Dense: O(size); index input: O(steps * batch).
-
-        inputs : (steps, batch, I) float array or `Events`; with an embedding, (steps, batch) integers.
-
-        Raises ValueError for inputs of another shape or kind, and TypeError for an array on a GPU or nowhere.
-        """
-        need_on_host(inputs)
-        if self.embedding is not None:
-            return self._index_feed(inputs)
-        size = self.layers[0].inputs
-        if not isinstance(inputs, Events):
-            array = as_array(inputs)
-            if array.ndim != 3 or array.shape[2] != size or array.dtype.kind not in "fiub":
-                raise ValueError(f"inputs: got {array.dtype} {array.shape}, need numbers (steps, batch, {size})")
-            check_finite("inputs", array)
-            if array.dtype != np.float32:
-                with np.errstate(over="ignore"):
-                    array = array.astype(np.float32)
-                check_finite("inputs as float32", array)
-            inputs = Events.from_dense(array)
-        elif inputs.shape[2] != size:
-            raise ValueError(f"inputs: got events of {inputs.shape[2]} units, need {size}")
-        else:
-            inputs.check()
-        steps, batch, _ = inputs.shape
-        # Kernels walk memory, not strides.
-        table = map(np.ascontiguousarray, (inputs.indptr, inputs.indices, inputs.values))
-        return Feed(*table, np.arange(steps * batch), steps, batch, size)  # pyright: ignore[reportCallIssue]
-
-    @cached_property
-    def _symbol_events(self) -> Events:
-        assert self.embedding is not None
-        return Events.from_dense(self.embedding[:, None, :])
-
-    def _index_feed(self, inputs) -> Feed:
-        assert self.embedding is not None
-        symbols, size = self.embedding.shape
-        if isinstance(inputs, Events):
-            raise ValueError("inputs: got Events, but the network has an embedding; give symbols (steps, batch)")
-        array = as_array(inputs)
-        if array.ndim != 2 or array.dtype.kind not in "iu":
-            raise ValueError(f"inputs: got {array.dtype} {array.shape}, need integers (steps, batch) for the embedding")
-        if array.size and not (0 <= array.min() and array.max() < symbols):
-            bad = np.argwhere((array < 0) | (array >= symbols))[0]
-            raise ValueError(f"inputs: got symbol {array[tuple(bad)]} at {tuple(map(int, bad))}; need 0..{symbols - 1}")
-        table = self._symbol_events
-        rows = np.ascontiguousarray(array, np.int64).ravel()
-        steps, batch = map(int, array.shape)
-        return Feed(table.indptr, table.indices, table.values, rows, steps, batch, size)
 
 
 def _need_sizes(**sizes: int | Sequence[int] | None) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from eventrnn.events import Events
-from eventrnn.weights import Weights
+from eventrnn.weights import MatrixId, Weights
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -137,7 +137,7 @@ def mask_map(
         )
         axes.invert_yaxis()
         axes.set_ylabel("unit")
-        for k in range(1, 3 if name.endswith(("w_in", "w_rec")) else 1):
+        for k in range(1, 3 if MatrixId(name).gated else 1):
             axes.axvline(k * n_post / 3, color=ORANGE, linewidth=0.8)
         left = 100 * weights.nnz / max(1, n_pre * n_post)
         axes.set_title(f"{name}: {n_pre} × {n_post}, {weights.name}, {left:.1f} % of the weights left", loc="left")

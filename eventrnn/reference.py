@@ -9,14 +9,15 @@ must equal.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from eventrnn import cells
+from eventrnn.backend import HostInputs
 from eventrnn.cells import Cell
-from eventrnn.state import Feed, FireCounts, State, Trace
+from eventrnn.state import FireCounts, Inputs, State, Trace
 
 if TYPE_CHECKING:
     from eventrnn.network import Network
@@ -164,7 +165,7 @@ class ReferenceEngine:
     dense = False
 
     def __init__(self, network: Network, dtype: np.dtype):
-        self.dtype = dtype
+        self.dtype, self.host_inputs = dtype, HostInputs(network, dense=True)
         self.cells = [layer.cell for layer in network.layers]
         self.parameters = [layer_parameters(layer, dtype) for layer in network.layers]
         self.readout = None
@@ -172,30 +173,34 @@ class ReferenceEngine:
             self.readout = (network.readout.weights.to_dense().astype(dtype), network.readout.bias.astype(dtype))
 
     def stepper(self, state: State) -> None:
-        """Single steps are runs."""
+        """None: single steps are runs of one step."""
         return
 
-    def run(self, feed: Feed, state: State, *, record_events: bool = False, record_states: bool = False) -> Trace:
-        x = feed.events().to_dense().astype(self.dtype)
+    def prepare(self, inputs: Any) -> Inputs:
+        """See `backend.Engine`. Numbers stay dense arrays."""
+        return self.host_inputs.prepare(inputs)
+
+    def run(self, inputs: Inputs, state: State, *, record_events: bool = False, record_states: bool = False) -> Trace:
+        """See `backend.Engine`."""
+        steps, batch = inputs.steps, inputs.batch
+        x = inputs.to_dense().astype(self.dtype)
         cells_after, outputs_after, fired, events, states = [], [], [], [], []
         with np.errstate(over="ignore", invalid="ignore"):
             for cell, parameters, c, y in zip(self.cells, self.parameters, state.cells, state.outputs, strict=True):
                 c, y = c.astype(self.dtype), y.astype(self.dtype)
                 tapes = forward(cell, parameters, x, c, y)
-                x = np.array([tape.y for tape in tapes], self.dtype).reshape(feed.steps, feed.batch, y.shape[1])
+                x = np.array([tape.y for tape in tapes], self.dtype).reshape(steps, batch, y.shape[1])
                 all_cells = np.array([tape.c for tape in tapes], self.dtype).reshape(x.shape)
-                cells_after.append(all_cells[-1] if feed.steps else c)
-                outputs_after.append(x[-1] if feed.steps else y)
-                fired.append(
-                    FireCounts(((x != 0) & (np.abs(x) != 1)).sum(axis=(0, 1)), (np.abs(x) == 1).sum(axis=(0, 1)))
-                )
+                cells_after.append(all_cells[-1] if steps else c)
+                outputs_after.append(x[-1] if steps else y)
+                fired.append(FireCounts.of(x))
                 events.append(x)
                 states.append(all_cells)
             output = x
             if self.readout is not None:
                 weights, bias = self.readout
-                rows = x.reshape(feed.steps * feed.batch, x.shape[2])
-                output = propagate(weights, rows, bias).reshape(feed.steps, feed.batch, len(bias))
+                rows = x.reshape(steps * batch, x.shape[2])
+                output = propagate(weights, rows, bias).reshape(steps, batch, len(bias))
         return Trace(
             output,
             State(tuple(cells_after), tuple(outputs_after)),

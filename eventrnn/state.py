@@ -1,50 +1,71 @@
-"""MOVED."""
+"""The records that enter and leave an engine: inputs, states, event counts and the trace of a run.
+
+`Inputs` is what `Engine.prepare` makes of a caller's array; `Engine.run` takes it together with a `State` and returns
+a `Trace`. Nothing here knows a network or an engine.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Any, Protocol
 
 import numpy as np
 
 from eventrnn.events import Events
 
-if TYPE_CHECKING:
-    from eventrnn.network import Network
-
-
-#: DLPack's kinds of device whose memory is a GPU's: CUDA, and CUDA managed
+#: DLPack device types whose memory belongs to a GPU: CUDA and CUDA managed memory
 DLPACK_CUDA = (2, 13)
 
 
 def on_gpu(array: Any) -> bool:
-    """Whether an array lies on a CUDA device: it has `__cuda_array_interface__`, or DLPack says so. Imports nothing."""
+    """Whether an array lies on a CUDA device, by `__dlpack_device__` or `__cuda_array_interface__`. Imports nothing."""
     if type(array) in (np.ndarray, Events):
         return False
-    # Asked first, for a tensor that requires a gradient refuses the other interface.
+    # DLPack comes first, because a tensor that requires a gradient refuses the other interface.
     where = getattr(array, "__dlpack_device__", None)
     if where is not None:
         try:
             return int(where()[0]) in DLPACK_CUDA
         except (TypeError, ValueError, RuntimeError, BufferError):
-            # It lies nowhere that DLPack knows, as torch's meta tensors do.
+            # DLPack has no name for this device; torch's meta tensors are an example.
             pass
     return hasattr(array, "__cuda_array_interface__")
 
 
+class _LayerSize(Protocol):
+    """A layer, as far as `State.zeros` needs it."""
+
+    @property
+    def units(self) -> int: ...
+
+
+class _Stack(Protocol):
+    """A network, as far as `State.zeros` needs it."""
+
+    @property
+    def layers(self) -> Sequence[_LayerSize]: ...
+
+
 @dataclass(frozen=True)
 class State:
-    """What a network carries between steps: per layer the cells `c` and the last outputs `y`, (batch, N) float32.
+    """The state that a network carries between time steps.
 
-    NumPy arrays. The state of a run on a GPU lies there until one of them is asked for.
+    Attributes
+    ----------
+    cells   : per layer (batch, N) float32, the cell state c after the event
+    outputs : per layer (batch, N) float32, the last output y
+
+    Both are tuples of NumPy arrays. After a run on a GPU the state stays there until one of them is read.
     """
 
     cells: tuple[np.ndarray, ...]
     outputs: tuple[np.ndarray, ...]
 
     @classmethod
-    def zeros(cls, network: Network, batch: int) -> State:
+    def zeros(cls, network: _Stack, batch: int) -> State:
+        """The zero state of a network for `batch` samples."""
         sizes = [layer.units for layer in network.layers]
         return cls(
             tuple(np.zeros((batch, n), np.float32) for n in sizes),
@@ -52,82 +73,161 @@ class State:
         )
 
     def copy(self) -> State:
+        """A state that shares no memory with this one."""
         return State(tuple(c.copy() for c in self.cells), tuple(y.copy() for y in self.outputs))
 
     @property
     def batch(self) -> int:
+        """The number of samples."""
         return self.cells[0].shape[0]
 
     def need_finite(self) -> None:
-        """Refuse cells that overflowed. Raises FloatingPointError."""
+        """Raise FloatingPointError where a cell state has overflowed."""
         need_finite_cells(self.cells)
 
 
-@dataclass(frozen=True)
-class Feed:
-    """The input of a run: time-major row `t * batch + b` reads row `row_of[t * batch + b]` of an event table.
+class InputKind(Enum):
+    """How `Inputs` holds its numbers."""
 
-    Dense input has one table row a step and sample; index input has one a symbol, its embedding.
+    DENSE = "dense"  # an array (steps, batch, size)
+    EVENTS = "events"  # an event list of the whole input
+    SYMBOLS = "symbols"  # integers that select rows of an embedding
+
+
+class ArrayLibrary(Protocol):
+    """The library of a caller's arrays on a GPU. Outputs and records of a run are arrays of the same library."""
+
+    def wrap(self, array: Any) -> Any:
+        """An array of the engine as one of the caller's library, in the same memory."""
+        ...
+
+    def concatenate(self, arrays: Sequence[Any]) -> Any:
+        """The caller's arrays one after the other along the first axis."""
+        ...
+
+    def bincount(self, values: Any, size: int) -> np.ndarray:
+        """How often each of the integers 0 to `size - 1` occurs in an array on the GPU; (size,) on the host."""
+        ...
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The input of a run, or of some of its time steps, in the layout that an engine asked for.
+
+    Row `t * batch + b` is the input of sample b in step t.
+
+    Attributes
+    ----------
+    kind       : which of the fields below hold the numbers
+    steps, batch, size : the number of time steps, of samples and of input units
+    values     : DENSE: (steps, batch, size) float32; SYMBOLS: (steps, batch) int64; EVENTS: None. C-contiguous
+    table      : EVENTS: the events of the whole input; SYMBOLS: the events of every embedding row, with shape
+                 (symbols, 1, size); DENSE: None
+    first_step : the step of the caller's input at which this part of it begins
+    checked    : False where the engine still has to find numbers that are not finite and symbols that do not exist
+    library    : the caller's array library where `values` lie on a GPU, else None
+    given      : the caller's numbers before they were converted to `values`, on the same GPU; None on the host
     """
 
-    indptr: np.ndarray
-    indices: np.ndarray
-    values: np.ndarray
-    row_of: np.ndarray
+    kind: InputKind
     steps: int
     batch: int
     size: int
+    values: Any = None
+    table: Events | None = None
+    first_step: int = 0
+    checked: bool = True
+    library: ArrayLibrary | None = None
+    given: Any = None
 
-    def part(self, start: int, stop: int) -> Feed:
-        """Steps `start` to `stop`, sharing the table."""
-        rows = self.row_of[start * self.batch : stop * self.batch]
-        return Feed(self.indptr, self.indices, self.values, rows, stop - start, self.batch, self.size)
+    @property
+    def rows(self) -> np.ndarray:
+        """The row of `table` that each row of the input reads, (steps * batch,) int64. Not for DENSE."""
+        if self.kind is InputKind.SYMBOLS:
+            return self.values.ravel()
+        first = self.first_step * self.batch
+        return np.arange(first, first + self.steps * self.batch)
 
-    def fire_counts(self) -> FireCounts:
-        """How often each input was not zero. O(table + rows)."""
-        per_entry = np.repeat(self.uses(), np.diff(self.indptr))
-        counts = FireCounts.zeros(self.size)
-        graded = np.abs(self.values) != 1
-        np.add.at(counts.graded, self.indices[graded], per_entry[graded])
-        np.add.at(counts.binary, self.indices[~graded], per_entry[~graded])
-        return counts
+    @property
+    def event_table(self) -> Events:
+        """`table`, of an input that has one. Raises TypeError for DENSE."""
+        if self.table is None:
+            raise TypeError(f"inputs: {self.kind.value} inputs have no event table")
+        return self.table
 
-    def uses(self) -> np.ndarray:
-        """How often each row of the table is read."""
-        return np.bincount(self.row_of, minlength=len(self.indptr) - 1)
+    def chunk(self, start: int, stop: int) -> Inputs:
+        """Steps `start` to `stop - 1`, in the same memory."""
+        values, given = (None if each is None else each[start:stop] for each in (self.values, self.given))
+        return replace(self, steps=stop - start, values=values, given=given, first_step=self.first_step + start)
 
-    def keep(self, dense: Any) -> Any:
-        """What a recorded run keeps of a layer's (steps, batch, N) outputs: of a long quiet run only the events."""
-        return Events.from_dense(dense)
-
-    def join(self, parts: Sequence[Any]) -> Any:
-        """Parts of a record, or of an output, one after the other."""
-        if len(parts) == 1:
-            return parts[0]
-        return Events.concatenate(list(parts)) if isinstance(parts[0], Events) else np.concatenate(parts)
-
-    def events(self) -> Any:
-        """The input as events over all rows. O(events)."""
-        lengths = np.diff(self.indptr)[self.row_of]
+    def to_events(self) -> Events:
+        """A host input as events of shape (steps, batch, size). O(numbers) for DENSE, else O(events)."""
+        if self.kind is InputKind.DENSE:
+            return Events.from_dense(self.values)
+        table, rows = self.event_table, self.rows
+        lengths = np.diff(table.indptr)[rows]
         indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         within = np.arange(indptr[-1]) - np.repeat(indptr[:-1], lengths)
-        entries = np.repeat(self.indptr[self.row_of], lengths) + within
-        return Events(indptr, self.indices[entries], self.values[entries], (self.steps, self.batch, self.size))
+        entries = np.repeat(table.indptr[rows], lengths) + within
+        return Events(indptr, table.indices[entries], table.values[entries], (self.steps, self.batch, self.size))
+
+    def to_dense(self) -> np.ndarray:
+        """A host input as an array (steps, batch, size) float32. DENSE inputs are returned as they are."""
+        return self.values if self.kind is InputKind.DENSE else self.to_events().to_dense()
+
+    def record(self) -> Any:
+        """The input for `Simulation.inputs`: events, or a copy of the caller's array where that lies on a GPU."""
+        if self.library is not None:
+            # The caller may reuse the memory of the inputs.
+            return self.library.wrap(self.given.copy())
+        return self.to_events()
+
+    def row_uses(self) -> np.ndarray:
+        """How often each row of `table` is read, (rows of the table,) int64. Not for DENSE."""
+        size = len(self.event_table.indptr) - 1
+        if self.library is not None:
+            return self.library.bincount(self.rows, size)
+        return np.bincount(self.rows, minlength=size)
+
+    def fire_counts(self) -> FireCounts:
+        """How often each input unit was not zero. O(numbers) for DENSE, else O(table + rows)."""
+        if self.kind is InputKind.DENSE:
+            return FireCounts.of(self.values)
+        table = self.event_table
+        uses = np.repeat(self.row_uses(), np.diff(table.indptr))
+        counts, graded = FireCounts.zeros(self.size), table.graded
+        np.add.at(counts.graded, table.indices[graded], uses[graded])
+        np.add.at(counts.binary, table.indices[~graded], uses[~graded])
+        return counts
 
 
 @dataclass(frozen=True)
 class FireCounts:
-    """Events each unit sent over a run, apart by value: graded, or binary (-1 or 1). (size,) int64 each."""
+    """The number of events that each unit sent during a run, by kind of value.
+
+    Attributes
+    ----------
+    graded : (size,) int64, events whose value is neither -1 nor 1
+    binary : (size,) int64, events whose value is -1 or 1
+    """
 
     graded: np.ndarray
     binary: np.ndarray
 
     @classmethod
     def zeros(cls, size: int) -> FireCounts:
+        """The counts of `size` units that sent nothing."""
         return cls(np.zeros(size, np.int64), np.zeros(size, np.int64))
+
+    @classmethod
+    def of(cls, outputs: np.ndarray) -> FireCounts:
+        """The counts of an array (steps, batch, size) of outputs, zero where a unit sent nothing."""
+        unit = np.abs(outputs) == 1
+        return cls(((outputs != 0) & ~unit).sum(axis=(0, 1)), unit.sum(axis=(0, 1)))
 
     @property
     def total(self) -> np.ndarray:
+        """Events of both kinds, (size,) int64."""
         return self.graded + self.binary
 
     def __add__(self, other: FireCounts) -> FireCounts:
@@ -136,17 +236,17 @@ class FireCounts:
 
 @dataclass(frozen=True)
 class Trace:
-    """What a run leaves behind.
+    """The result of `Engine.run`.
 
     Attributes
     ----------
-    output : (steps, batch, V) read-out, or the last layer's (steps, batch, N) events where there is no read-out
-    state  : the state after the last step
-    fired  : per layer, events sent
-    events : per layer (steps, batch, N) outputs, where asked for
-    states : per layer (steps, batch, N) cells after the event, where asked for
-    paths  : by matrix, how its products went, where the engine had a choice
-    input_fired : how often each input was not zero, where the engine counted them; else the feed does
+    output      : (steps, batch, V) read-out, or the last layer's outputs (steps, batch, N) without a read-out
+    state       : the state after the last step
+    fired       : per layer, the number of events of each unit
+    events      : per layer (steps, batch, N) outputs, where `record_events` was set
+    states      : per layer (steps, batch, N) cells after the event, where `record_states` was set
+    paths       : by matrix, the kernel of its products, where the engine had a choice
+    input_fired : how often each input unit was not zero; None where `Inputs.fire_counts` has to count
     """
 
     output: np.ndarray
@@ -159,10 +259,11 @@ class Trace:
 
 
 def need_finite_cells(cells: tuple[np.ndarray, ...]) -> None:
-    """Refuse cells that overflowed. Raises FloatingPointError."""
+    """Raise FloatingPointError where a cell state has overflowed; `cells` holds per layer (batch, N)."""
     for k, layer in enumerate(cells):
         if not np.isfinite(layer).all():
             unit = int(np.argmin(np.isfinite(layer).all(axis=0)))
             raise FloatingPointError(
-                f"layer {k}: the cell of unit {unit} is {layer[:, unit]} after this run; weights are huge"
+                f"layer {k}: the cell state of unit {unit} is not finite after this run ({layer[:, unit]}); check the "
+                "scale of the weights"
             )

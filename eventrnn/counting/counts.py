@@ -29,7 +29,7 @@ from eventrnn.events import Events
 from eventrnn.network import Network
 from eventrnn.simulation import Simulation
 from eventrnn.state import FireCounts, State
-from eventrnn.weights import Weights
+from eventrnn.weights import MatrixId, Weights
 
 NOTE = "embedding look-ups free, read-out counted, biases not counted"
 
@@ -156,8 +156,8 @@ def count_per_step(network: Network, simulation: Simulation) -> dict[str, dict[s
             "binary": per_row(fan_out * ~graded),
             "weight_bytes": 4 * whole if simulation.dense else per_row(row_bytes),
         }
-        if name.endswith("w_rec"):
-            layer = network.layers[int(name.split(".")[1])]
+        if name.layer is not None and name.recurrent:
+            layer = network.layers[name.layer]
             paper = layer.cell.variant == "paper"
             carried = np.diff(events.indptr).reshape(events.shape[:2])
             each = np.full(events.shape[:2], layer.units, np.int64)
@@ -190,21 +190,22 @@ def _state_counts(state: State, k: int) -> FireCounts:
     return FireCounts(((y != 0) & ~binary).sum(axis=0), binary.sum(axis=0))
 
 
-def senders(network: Network, simulation: Simulation) -> dict[str, tuple[Weights, Events]]:
+def senders(network: Network, simulation: Simulation) -> dict[MatrixId, tuple[Weights, Events]]:
     """Every matrix by name with the events that it receives, step by step; needs record="events"."""
     if simulation.inputs is None:
         raise ValueError('simulation: has no recorded events; run with record="events"')
     if not isinstance(simulation.inputs, Events):
         raise TypeError("simulation: its events are arrays on a GPU; run it with NumPy inputs for figures of each step")
-    pairs, below = {}, simulation.inputs
+    pairs: dict[MatrixId, tuple[Weights, Events]] = {}
+    below = simulation.inputs
     for k, layer in enumerate(network.layers):
         sent = simulation.events[k]
         first = Events.from_dense(simulation.initial.outputs[k][None].astype(np.float32))
-        pairs[f"layers.{k}.w_in"] = (layer.w_in, below)
-        pairs[f"layers.{k}.w_rec"] = (layer.w_rec, _delayed(first, sent))
+        pairs[MatrixId.of(k, "w_in")] = (layer.w_in, below)
+        pairs[MatrixId.of(k, "w_rec")] = (layer.w_rec, _delayed(first, sent))
         below = sent
     if network.readout is not None:
-        pairs["readout"] = (network.readout.weights, below)
+        pairs[MatrixId("readout")] = (network.readout.weights, below)
     return pairs
 
 

@@ -6,11 +6,12 @@ its own order, so events may differ where a cell comes within rounding of its th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eventrnn.state import Feed, FireCounts, State, Trace
+from eventrnn.backend import HostInputs
+from eventrnn.state import FireCounts, Inputs, State, Trace
 
 if TYPE_CHECKING:
     from eventrnn.network import Network
@@ -39,7 +40,7 @@ class BlasEngine:
     dense = True
 
     def __init__(self, network: Network):
-        self.layers = network.layers
+        self.layers, self.host_inputs = network.layers, HostInputs(network, dense=True)
         self.w_in = [layer.w_in.to_dense() for layer in network.layers]
         self.w_rec = []
         for layer in network.layers:
@@ -54,24 +55,28 @@ class BlasEngine:
         """Single steps are runs."""
         return
 
-    def run(self, feed: Feed, state: State, *, record_events: bool = False, record_states: bool = False) -> Trace:
+    def prepare(self, inputs: Any) -> Inputs:
+        """See `backend.Engine`. Numbers stay dense arrays."""
+        return self.host_inputs.prepare(inputs)
+
+    def run(self, inputs: Inputs, state: State, *, record_events: bool = False, record_states: bool = False) -> Trace:
         """See `backend.Engine`."""
         c = [np.array(x, np.float32) for x in state.cells]
         y = [np.array(x, np.float32) for x in state.outputs]
-        length = max(1, CHUNK_ROWS // max(1, feed.batch))
+        length = max(1, CHUNK_ROWS // max(1, inputs.batch))
         outputs, events, states = [], [[] for _ in c], [[] for _ in c]
         fired = [FireCounts.zeros(layer.units) for layer in self.layers]
-        for start in range(0, feed.steps, length):
-            x = feed.part(start, min(start + length, feed.steps)).events().to_dense()
+        for start in range(0, inputs.steps, length):
+            x = inputs.chunk(start, min(start + length, inputs.steps)).to_dense()
             for k, layer in enumerate(self.layers):
                 drive = x.reshape(-1, x.shape[2]) @ self.w_in[k] + layer.bias_in
-                ys, cs = (np.empty((len(x), feed.batch * layer.units), np.float32) for _ in range(2))
+                ys, cs = (np.empty((len(x), inputs.batch * layer.units), np.float32) for _ in range(2))
                 loop = steps if layer.cell.variant == "evnn" else paper_steps
                 loop(
-                    layer.units, feed.batch, len(x), drive.ravel(), *self.w_rec[k], layer.bias_rec, layer.threshold,
+                    layer.units, inputs.batch, len(x), drive.ravel(), *self.w_rec[k], layer.bias_rec, layer.threshold,
                     c[k].reshape(-1), y[k].reshape(-1), ys, cs,
                 )  # fmt: skip
-                x = ys.reshape(len(x), feed.batch, layer.units)
+                x = ys.reshape(len(x), inputs.batch, layer.units)
                 graded = np.count_nonzero((x != 0) & (x != 1), axis=(0, 1))
                 fired[k] = fired[k] + FireCounts(graded, np.count_nonzero(x == 1, axis=(0, 1)))
                 if record_events:
@@ -83,13 +88,13 @@ class BlasEngine:
                 x = (x.reshape(-1, x.shape[2]) @ weights + bias).reshape(*x.shape[:2], -1)
             outputs.append(x)
         size = self.layers[-1].units if self.readout is None else len(self.readout[1])
-        empty = np.zeros((0, feed.batch, size), np.float32)
+        empty = np.zeros((0, inputs.batch, size), np.float32)
         return Trace(
             np.concatenate([empty, *outputs]),
             State(tuple(c), tuple(y)),
             tuple(fired),
-            _joined(self.layers, feed.batch, events) if record_events else (),
-            _joined(self.layers, feed.batch, states) if record_states else (),
+            _joined(self.layers, inputs.batch, events) if record_events else (),
+            _joined(self.layers, inputs.batch, states) if record_states else (),
         )
 
 

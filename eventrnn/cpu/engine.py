@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from eventrnn.backend import as_array, need_on_host
+from eventrnn.backend import HostInputs, as_array, need_on_host
 from eventrnn.cpu.kernels.simd import LANES
 from eventrnn.cpu.memory import aligned_zeros
 from eventrnn.cpu.packing import check_format
@@ -24,7 +24,7 @@ from eventrnn.cpu.plan import BLAS_PRODUCT, Choice, Layout, Plan, product_scratc
 from eventrnn.cpu.stepper import Stepper
 from eventrnn.cpu.tables import PIECES
 from eventrnn.cpu.threads import started
-from eventrnn.state import Feed, FireCounts, State, Trace
+from eventrnn.state import FireCounts, Inputs, State, Trace
 
 if TYPE_CHECKING:
     from eventrnn.network import Network
@@ -72,6 +72,7 @@ class CpuEngine:
         for name, weights in network.matrices().items():
             check_format(name, weights)
         self.network, self.parts, self.choice = network, threads, choice or Choice()
+        self.host_inputs = HostInputs(network)
         self.units = [layer.units for layer in network.layers]
         self.output_size = self.units[-1] if network.readout is None else network.readout.weights.shape[1]
         self.plans: dict[tuple, Plan] = {}
@@ -88,8 +89,8 @@ class CpuEngine:
         many, last = min(steps, self.chunk_steps(batch)) * batch, len(self.units)
         matrices, rows, active = self.network.matrices(), {}, {}
         for name in matrices:
-            k = last if name == "readout" else int(name.split(".")[1]) + name.endswith("w_rec")
-            rows[name], active[name] = batch if name.endswith("w_rec") else many, self.activity[k]
+            k = last if name.layer is None else name.layer + name.recurrent
+            rows[name], active[name] = batch if name.recurrent else many, self.activity[k]
         picks = {name: self.choice.pick(w, rows[name], active[name]) for name, w in matrices.items()}
         every_from = {name: self.choice.every_from(rows[name]) for name in matrices}
         key = (*picks.values(), *every_from.values())
@@ -130,9 +131,14 @@ class CpuEngine:
             self.chunk, self.scratch_batch = chunk, batch
         return self.scratch
 
-    def run(self, feed: Feed, state: State, *, record_events: bool = False, record_states: bool = False) -> Trace:
+    def prepare(self, inputs: Any) -> Inputs:
+        """See `backend.Engine`. Numbers become events."""
+        return self.host_inputs.prepare(inputs)
+
+    def run(self, inputs: Inputs, state: State, *, record_events: bool = False, record_states: bool = False) -> Trace:
         """See `backend.Engine`. Memory beyond the outputs does not depend on the number of steps."""
-        rows, total = feed.steps * feed.batch, sum(self.units)
+        rows, total = inputs.steps * inputs.batch, sum(self.units)
+        table, row_of = inputs.event_table, inputs.rows
         # Copies: the kernel works in place.
         c = np.concatenate([x.ravel() for x in state.cells], dtype=np.float32)
         y = np.concatenate([x.ravel() for x in state.outputs], dtype=np.float32)
@@ -140,30 +146,30 @@ class CpuEngine:
         events = np.empty(rows * total if record_events else 0, np.float32)
         states = np.empty(rows * total if record_states else 0, np.float32)
         graded, binary = np.zeros(total, np.int64), np.zeros(total, np.int64)
-        scratch, layout, paths = self._scratch(feed.batch), self.layout, {}
+        scratch, layout, paths = self._scratch(inputs.batch), self.layout, {}
         if rows:
-            self.activity[0] = float(np.diff(feed.indptr)[feed.row_of].mean()) / max(1, feed.size)
+            self.activity[0] = float(np.diff(table.indptr)[row_of].mean()) / max(1, inputs.size)
         begin, ahead = 0, self.chunk
-        while begin < feed.steps:
-            end = min(feed.steps, begin + ahead)
-            plan = self.plan(end - begin, feed.batch)
+        while begin < inputs.steps:
+            end = min(inputs.steps, begin + ahead)
+            plan = self.plan(end - begin, inputs.batch)
             self._run(
                 BLAS_PRODUCT in plan.picks.values(),
                 *(plan.layers, plan.windows, plan.values, plan.index, plan.pointers, layout.biases, self.threshold),
-                *(plan.readout, layout.starts[-1], feed.indptr, feed.indices, feed.values, feed.row_of),
-                *(feed.steps, begin, end, feed.batch, self.chunk, layout.edges, layout.bases, self.pitch, *scratch),
+                *(plan.readout, layout.starts[-1], table.indptr, table.indices, table.values, row_of),
+                *(inputs.steps, begin, end, inputs.batch, self.chunk, layout.edges, layout.bases, self.pitch, *scratch),
                 *(c, y, output, events, states, graded, binary),
             )
             fired = self._by_layer(graded + binary)
-            self.activity[1:] = [float(f.sum()) / (end * feed.batch * len(f)) for f in fired]
+            self.activity[1:] = [float(f.sum()) / (end * inputs.batch * len(f)) for f in fired]
             paths.update(plan.picks)
             begin, ahead = end, RECHECK * self.chunk
         return Trace(
-            output.reshape(feed.steps, feed.batch, self.output_size),
-            State(self._by_layer(c, feed.batch), self._by_layer(y, feed.batch)),
+            output.reshape(inputs.steps, inputs.batch, self.output_size),
+            State(self._by_layer(c, inputs.batch), self._by_layer(y, inputs.batch)),
             tuple(map(FireCounts, self._by_layer(graded), self._by_layer(binary))),
-            self._by_layer(events, feed.steps, feed.batch) if record_events else (),
-            self._by_layer(states, feed.steps, feed.batch) if record_states else (),
+            self._by_layer(events, inputs.steps, inputs.batch) if record_events else (),
+            self._by_layer(states, inputs.steps, inputs.batch) if record_states else (),
             paths,
         )
 
@@ -194,25 +200,27 @@ class CpuEngine:
             [batch, self.chunk, self.pitch, len(self.units), plan.windows.shape[1], plan.readout, layout.starts[-1]]
         )
         if symbols:
-            table = network.feed(np.zeros((1, batch), np.int64))
-            feed = (table.indptr, table.indices, table.values)
+            table = self.host_inputs.symbol_events
+            lists = (table.indptr, table.indices, table.values)
         else:
             most = batch * size + LANES
-            feed = (np.zeros(batch + 1, np.int64), np.zeros(most, np.int32), np.zeros(most, np.float32))
+            lists = (np.zeros(batch + 1, np.int64), np.zeros(most, np.int32), np.zeros(most, np.float32))
         before = np.empty_like(c), np.empty_like(y)
         arrays = [
             *(numbers, np.zeros(1, np.int64), plan.layers, plan.windows, plan.values, plan.index, plan.pointers),
             *(layout.biases, self.threshold, layout.edges, layout.bases, *scratch[:10]),
             *(np.zeros(total, np.int64), np.zeros(total, np.int64), np.arange(batch), c, y, *before),
-            *(np.zeros(0, np.float32), *scratch[10:], *feed),
+            *(np.zeros(0, np.float32), *scratch[10:], *lists),
         ]
+
+        dense_inputs = HostInputs(network, dense=True)
 
         def check(inputs) -> np.ndarray:
             need_on_host(inputs)
-            fed = network.feed(as_array(inputs)[None])
-            if fed.batch != batch:
-                raise ValueError(f"inputs: got a batch of {fed.batch}, but the simulator was made for {batch}")
-            return fed.row_of if symbols else fed.events().to_dense()[0]
+            prepared = dense_inputs.prepare(as_array(inputs)[None])
+            if prepared.batch != batch:
+                raise ValueError(f"inputs: got a batch of {prepared.batch}, but the simulator was made for {batch}")
+            return prepared.values[0]
 
         return Stepper(
             step, arrays, c, y, before,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from eventrnn.pruning.schedule import Arrays, Masks, Pruning, TurnTaking, cubic_schedule, is_due
-from eventrnn.weights import check_block
+from eventrnn.weights import MatrixId, check_block
 
 SCOPES = ("matrix", "global")
 
@@ -130,7 +130,7 @@ def check_sparsity(sparsity: float, allow_empty: bool = False) -> None:
 
 def _gates(name: str, gates: str) -> tuple[int, bool]:
     """Into how many parts the postsynaptic rows fall, and whether these have one mask."""
-    layered = name.endswith(("w_in", "w_rec")) and gates != "all"
+    layered = MatrixId(name).gated and gates != "all"
     return (3, gates == "shared") if layered else (1, False)
 
 

@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from eventrnn.weights import MatrixId
+
 Arrays = Mapping[str, np.ndarray]
 
 Masks = dict[str, np.ndarray]
@@ -179,7 +181,7 @@ def describe(value: Any, within: tuple[int, ...] = ()) -> str:
 
 def prunable(name: str) -> bool:
     """Whether a parameter is a weight matrix that pruning takes by default."""
-    return name.endswith(("w_in", "w_rec")) or name == "readout"
+    return MatrixId(name).gated or name == "readout"
 
 
 def choose(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from eventrnn.training.kernels import optimiser_updates as updates
+from eventrnn.weights import MatrixId
 
 F32 = np.float32
 
@@ -83,12 +84,12 @@ class Optimiser:
 
 def is_threshold(name: str) -> bool:
     """Whether a parameter of that name is a layer's thresholds."""
-    return name.endswith("threshold")
+    return MatrixId(name).role == "threshold"
 
 
 def is_bias(name: str) -> bool:
     """Whether a parameter of that name is a bias, of a layer or of the read-out."""
-    return "bias" in name
+    return "bias" in MatrixId(name).role
 
 
 class Rule(ABC):
@@ -242,10 +243,11 @@ def clip_by_norm(gradients: Arrays, limit: float) -> float:
 def clip_by_layer(gradients: Arrays, limit: float) -> None:
     """Scale the gradients of each layer in place so that their joint 2-norm is at most `limit`, as EvNN does inside
     its operator; embedding and read-out are left alone."""
-    layers: dict[str, dict[str, np.ndarray]] = {}
+    layers: dict[int, dict[str, np.ndarray]] = {}
     for name, gradient in gradients.items():
-        if name.startswith("layers."):
-            layers.setdefault(name.rpartition(".")[0], {})[name] = gradient
+        layer = MatrixId(name).layer
+        if layer is not None:
+            layers.setdefault(layer, {})[name] = gradient
     for each in layers.values():
         clip_by_norm(each, limit)
 

@@ -20,6 +20,7 @@ from eventrnn.weights.block import BlockCSR as BlockCSR
 from eventrnn.weights.block import check_block as check_block
 from eventrnn.weights.csr import CSR as CSR
 from eventrnn.weights.dense import Dense as Dense
+from eventrnn.weights.matrix_id import MatrixId as MatrixId
 from eventrnn.weights.nm import NM as NM
 from eventrnn.weights.nm import check_nm as check_nm
 from eventrnn.weights.storage import STORAGES as STORAGES
