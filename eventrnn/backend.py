@@ -1,4 +1,4 @@
-"""The protocols that a backend implements, the shared check of inputs, and the registry of backends. Imports no backend.
+"""The protocols that a backend implements, the shared check of inputs, and the registry. Imports no backend.
 
 A `Backend` turns a network into an `Engine` once; the engine runs whole sequences from a state to a state. All exact
 backends return the same bits: events, states, outputs and fire counts.

@@ -65,12 +65,12 @@ class Network:
         ends += "" if self.readout is None else f", readout={self.readout.weights!r}"
         return f"Network({', '.join(map(repr, self.layers))}{ends})"
 
-    def matrices(self) -> dict[MatrixId, Weights]:
+    def matrices(self) -> dict[str, Weights]:
         """Every weight matrix by name: `layers.0.w_in`, `layers.0.w_rec`, …, `readout`.
 
-        The names are strings that also carry `layer` and `role`.
+        The names are of type `MatrixId`, strings that also carry `layer` and `role`.
         """
-        named: dict[MatrixId, Weights] = {}
+        named: dict[str, Weights] = {}
         for k, layer in enumerate(self.layers):
             named[MatrixId.of(k, "w_in")] = layer.w_in
             named[MatrixId.of(k, "w_rec")] = layer.w_rec

@@ -1,47 +1,54 @@
-"""MOVED."""
+"""Running a network over a sequence, whole or step by step. Start reading here.
+
+The path of one time step is three files long: this one, then `cpu/kernels/time_loop.py` (or `reference.py`, or
+`cuda/kernels/`), then `cells.py`. `simulate` runs one sequence; a `Simulator` keeps the state between calls.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
+from typing import Any
 
 import numpy as np
 
 from eventrnn.backend import INEXACT, Backend, Stepper, as_array, get_backend, need_on_host
 from eventrnn.events import Events, check_finite
 from eventrnn.network import Network, _need_sizes
-from eventrnn.state import Feed, FireCounts, State, Trace, on_gpu
+from eventrnn.state import FireCounts, Inputs, State, Trace, on_gpu
 
 RECORDABLE = ("events", "states")
 
 CARRIES = ("state", "events")
 
-# A recorded run goes through the engine in pieces whose dense record stays below this.
+# A recorded run goes through the engine in chunks of time whose dense records stay below this number of bytes.
 RECORD_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """A finished run.
+    """The result of a run.
+
+    Where the inputs were arrays on a GPU, the output and the records are arrays there too: torch tensors for torch
+    inputs, else CuPy arrays.
 
     Attributes
     ----------
-    output      : (steps, batch, V) read-out, or the last layer's (steps, batch, N) events; an array on the GPU, and so
-                  the records, where the inputs were: a torch tensor for one, else CuPy's
+    output      : (steps, batch, V) float32 read-out; without a read-out the last layer's outputs (steps, batch, N)
     backend     : the name of the backend
-    exact       : whether these are the bits of the exact tier
-    dense       : whether the engine multiplied every weight, events or not
-    initial     : the state that the run started from
-    state       : to continue from
+    exact       : whether the results have the bits of the exact tier
+    dense       : whether the engine multiplied every weight at every step, whether or not a unit fired
+    initial     : the state from which the run started
+    state       : the state after the last step, from which the next run can continue
     input_fired : how often each input of layer 0 was not zero
-    fired       : per layer, how many events each unit sent
-    steps, batch
-    inputs      : the input as `Events`, with record="events"; on a GPU a copy of the array
-    events      : per layer `Events`, with record="events"; on a GPU per layer the (steps, batch, N) outputs
-    states      : per layer (steps, batch, N) cells after the event, with record="states"
-    paths       : by matrix, how its products went, where the backend had a choice ("auto" and "cuda" have)
+    fired       : per layer, the number of events of each unit
+    steps, batch : the number of time steps and of samples
+    inputs      : with record="events", the input as `Events`; of inputs on a GPU a copy of the array
+    events      : with record="events", per layer `Events`; of inputs on a GPU per layer (steps, batch, N) outputs
+    states      : with record="states", per layer (steps, batch, N) float32 cells after the event
+    paths       : by matrix, the kernel of its products, where the backend had a choice ("auto" and "cuda" have)
     """
 
     output: np.ndarray
@@ -67,21 +74,27 @@ class Simulation:
 
 
 class Simulator:
-    """A network that keeps its state: whole sequences, chunks, or one step at a time, all the same bits.
+    """A network with a state that is carried from call to call.
+
+    A sequence gives the same bits as one `run`, as several runs of consecutive chunks, and as single `step` calls.
 
     Parameters
     ----------
-    network : what to run
-    batch   : samples side by side
-    backend : a name in `BACKENDS` or a `Backend`; "auto" takes the fastest way of each product, as measured once on
-              this machine
-    exact   : False lets "auto" use BLAS, and "cuda", from 4 samples on, tensor cores with float16 weights and events:
-              sums in another order, chosen where measured faster, and named in `Simulation.paths`. "cuda" measures at
-              the first `run`, and a `step` before it is exact
-    threads : split over postsynaptic units; never changes a bit
+    network : the network to run
+    batch   : the number of samples that run side by side
+    backend : a name in `BACKENDS` or a `Backend`; "auto" takes, for every matrix, the kernel that was measured once to
+              be the fastest on this machine
+    exact   : False lets "auto" use BLAS, and "cuda", from 4 samples on, tensor cores with float16 weights and events.
+              Their sums are made in another order; they are used where they were measured to be faster, and
+              `Simulation.paths` names them. "cuda" measures at the first `run`; a `step` before it is exact
+    threads : threads of the engine; their number never changes a bit
+    state   : the state to start from; None is the zero state
     carry   : "state" carries cells and outputs. "events" zeroes the cells at the start of every `run` and every
-              `window` steps and carries only outputs, as the released EvNN code does between windows
-    window  : steps, for carry="events"
+              `window` steps and carries only the outputs, as the released EvNN code does between windows
+    window  : time steps between two such resets, for carry="events"
+
+    Raises ValueError for options outside these, for a state of another shape and for one that is not finite, and
+    BackendUnavailable where the backend cannot run on this machine.
     """
 
     def __init__(
@@ -109,9 +122,9 @@ class Simulator:
 
     @property
     def state(self) -> State:
-        """What is carried to the next step. May be set, to a state of the right sizes.
+        """The state that the next step starts from. It may be set to a state of the right shapes.
 
-        With "cuda" it stays on the GPU; its arrays are copied to the host where they are looked at.
+        With "cuda" it stays on the GPU; its arrays are copied to the host when they are read.
         """
         if self._stepper is not None:
             self.state = self._stepper.state()
@@ -122,16 +135,18 @@ class Simulator:
         self._state, self._stepper = state, None
 
     def reset(self) -> None:
-        """Back to the zero state."""
+        """Return to the zero state."""
         self.state = State.zeros(self.network, self.batch)
 
     def step(self, inputs: np.ndarray) -> np.ndarray:
-        """One time step: (batch, I) numbers or (batch,) symbols in, (batch, V or N) out. State advances.
+        """One time step: (batch, I) numbers or (batch,) symbols in, (batch, V or N) out. The state advances.
 
-        Cost: the kernel, and one or two microseconds for float32 numbers or int64 symbols, contiguous. With "cuda",
-        arrays on the GPU give arrays there, as of `run`; there a call takes 90 to 130 microseconds by the clock (H100,
-        1 to 64 samples), of which the GPU works a few: in a `run` of 100 steps each takes 4 to 14, so give it chunks
-        where latency allows.
+        Cost: the kernel, and one or two microseconds for contiguous float32 numbers or int64 symbols. With "cuda",
+        arrays on the GPU give arrays there, as in `run`. There a call takes 90 to 130 microseconds of wall-clock time
+        (H100, 1 to 64 samples), of which the GPU works a few; within a `run` of 100 steps a step takes 4 to 14. Use
+        chunks of several steps where latency allows.
+
+        Raises as `run` does; the state then stays as it was.
         """
         if self._stepper is None:
             if self.carry != "state":
@@ -139,82 +154,104 @@ class Simulator:
             self._stepper = self.engine.stepper(self._state)
             if self._stepper is None:
                 need_on_host(inputs)
-                return self._advance(self.network.feed(as_array(inputs)[None]), False, False).output[0]
+                return self._advance(self.engine.prepare(as_array(inputs)[None]), False, False).output[0]
         return self._stepper(inputs)
 
     def run(self, inputs: np.ndarray | Events, *, record: Collection[str] = ()) -> Simulation:
-        """All steps of `inputs` (see `Network.feed`) from the current state on. State advances; not where it raises.
+        """All steps of `inputs` from the current state on. The state advances, unless the run raises.
 
-        `record` holds any of "events", "states". Without a record the whole run is one compiled call; memory
-        then grows with the output only.
+        Parameters
+        ----------
+        inputs : (steps, batch, I) numbers or `Events`; for a network with an embedding, (steps, batch) integers
+        record : any of "events" and "states". Without a record the whole run is one compiled call, and its memory
+                 grows with the output only
 
-        With "cuda", inputs may lie on its GPU: CuPy arrays, torch tensors, or whatever has `__cuda_array_interface__`
-        or DLPack. Float32 numbers and int64 symbols that are contiguous are used where they are; other numbers are
-        converted there, exactly as NumPy's would be. Output and records then stay there too.
+        With "cuda", inputs may also lie on its GPU: CuPy arrays, torch tensors, or any array with
+        `__cuda_array_interface__` or DLPack. Contiguous float32 numbers and int64 symbols are used where they are;
+        other numbers are converted there, to the values that NumPy would give. The output and the records then stay on
+        the GPU too.
+
+        Raises ValueError for inputs of another shape, dtype or batch and for numbers that are not finite, TypeError for
+        an array that the backend cannot read, and FloatingPointError where a cell state overflows.
         """
         record = {record} if isinstance(record, str) else set(record)
         if not record <= set(RECORDABLE):
             raise ValueError(f"record: got {sorted(record)}, need any of {', '.join(RECORDABLE)}")
-        feed: Feed = getattr(self.engine, "feed", self.network.feed)(inputs)
+        prepared = self.engine.prepare(inputs)
         initial, traces, events = self.state, [], []
         try:
-            for part, wipe in self._pieces(feed, bool(record) and not on_gpu(inputs)):
-                if wipe:
+            for chunk, zero_cells in self._time_chunks(prepared, bool(record) and prepared.library is None):
+                if zero_cells:
                     self.state = State(State.zeros(self.network, self.batch).cells, self.state.outputs)
-                trace = self._advance(part, "events" in record, "states" in record)
-                # Dense records go as they come.
-                events.append([feed.keep(dense) for dense in trace.events])
+                trace = self._advance(chunk, "events" in record, "states" in record)
+                # A host keeps the events of a record only, so that a long quiet run needs little memory.
+                on_host = prepared.library is None
+                events.append([Events.from_dense(dense) if on_host else dense for dense in trace.events])
                 traces.append(replace(trace, events=()))
-            return self._joined(feed, traces, events, initial, record)
+            return self._simulation(prepared, traces, events, initial, record)
         except BaseException:
             self.state = initial
             raise
 
-    def _pieces(self, feed: Feed, recording: bool) -> list[tuple[Feed, bool]]:
-        """Parts of the feed in order, each with whether the cells are zeroed before it."""
-        longest = max(feed.steps, 1)
-        if recording:
-            row_bytes = 8 * feed.batch * sum(layer.units for layer in self.network.layers)
-            longest = max(1, min(longest, RECORD_BYTES // max(row_bytes, 1)))
-        windows = set(range(0, feed.steps, self.window)) if self.window is not None else set()
-        starts = sorted(windows | set(range(0, feed.steps, longest))) or [0]
-        ends = [*starts[1:], feed.steps]
-        return [(feed.part(a, b), a in windows) for a, b in zip(starts, ends, strict=True)]
+    def _time_chunks(self, inputs: Inputs, limited: bool) -> list[tuple[Inputs, bool]]:
+        """Consecutive chunks of the inputs, and for each whether the cells are zeroed before it.
 
-    def _advance(self, feed: Feed, events: bool, states: bool) -> Trace:
-        if feed.batch != self.batch:
-            raise ValueError(f"inputs: got a batch of {feed.batch}, but the simulator was made for {self.batch}")
-        trace = self.engine.run(feed, self.state, record_events=events, record_states=states)
+        limited : whether the dense records of a chunk must stay below RECORD_BYTES
+        """
+        longest = max(inputs.steps, 1)
+        if limited:
+            row_bytes = 8 * inputs.batch * sum(layer.units for layer in self.network.layers)
+            longest = max(1, min(longest, RECORD_BYTES // max(row_bytes, 1)))
+        windows = set(range(0, inputs.steps, self.window)) if self.window is not None else set()
+        starts = sorted(windows | set(range(0, inputs.steps, longest))) or [0]
+        ends = [*starts[1:], inputs.steps]
+        return [(inputs.chunk(a, b), a in windows) for a, b in zip(starts, ends, strict=True)]
+
+    def _advance(self, inputs: Inputs, record_events: bool, record_states: bool) -> Trace:
+        if inputs.batch != self.batch:
+            raise ValueError(f"inputs: got a batch of {inputs.batch}, but the simulator was made for {self.batch}")
+        trace = self.engine.run(inputs, self.state, record_events=record_events, record_states=record_states)
         trace.state.need_finite()
         self.state = trace.state
         return trace
 
-    def _joined(
-        self, feed: Feed, traces: list[Trace], events: list[list[Events]], initial: State, record: set[str]
+    def _simulation(
+        self, inputs: Inputs, traces: list[Trace], events: list[list[Any]], initial: State, record: set[str]
     ) -> Simulation:
+        """The result of a run from the traces of its chunks and, per chunk, the recorded events of each layer."""
         fired, counted = list(traces[0].fired), [trace.input_fired for trace in traces if trace.input_fired]
         for trace in traces[1:]:
             fired = [a + b for a, b in zip(fired, trace.fired, strict=True)]
         layers = range(len(self.network.layers))
-        # Where a backend had a choice, what it chose decides.
+        # Of a backend that has a choice, the chosen kernels decide.
         paths = {name for trace in traces for name in trace.paths.values()}
         exact = self.backend.exact or (bool(paths) and not any(name.startswith(INEXACT) for name in paths))
+        record_events, record_states = "events" in record, "states" in record
         return Simulation(
-            feed.join([t.output for t in traces]),
-            self.backend.name,
-            exact,
-            self.engine.dense,
-            initial,
-            traces[-1].state,
-            reduce(add, counted) if counted else feed.fire_counts(),
-            tuple(fired),
-            feed.steps,
-            feed.batch,
-            feed.events() if "events" in record else None,
-            tuple(feed.join([piece[k] for piece in events]) for k in layers) if "events" in record else (),
-            tuple(feed.join([t.states[k] for t in traces]) for k in layers) if "states" in record else (),
-            traces[-1].paths,
+            output=_concatenated(inputs, [t.output for t in traces]),
+            backend=self.backend.name,
+            exact=exact,
+            dense=self.engine.dense,
+            initial=initial,
+            state=traces[-1].state,
+            input_fired=reduce(add, counted) if counted else inputs.fire_counts(),
+            fired=tuple(fired),
+            steps=inputs.steps,
+            batch=inputs.batch,
+            inputs=inputs.record() if record_events else None,
+            events=tuple(_concatenated(inputs, [e[k] for e in events]) for k in layers) if record_events else (),
+            states=tuple(_concatenated(inputs, [t.states[k] for t in traces]) for k in layers) if record_states else (),
+            paths=traces[-1].paths,
         )
+
+
+def _concatenated(inputs: Inputs, chunks: Sequence[Any]) -> Any:
+    """The chunks of an output or of a record, one after the other in time."""
+    if len(chunks) == 1:
+        return chunks[0]
+    if inputs.library is not None:
+        return inputs.library.concatenate(chunks)
+    return Events.concatenate(list(chunks)) if isinstance(chunks[0], Events) else np.concatenate(chunks)
 
 
 def simulate(
@@ -229,7 +266,26 @@ def simulate(
     carry: str = "state",
     window: int | None = None,
 ) -> Simulation:
-    """Run a network over a sequence. Parameters as of `Simulator`, `Simulator.run` and `Network.feed`.
+    """Run a network over a sequence.
+
+    Parameters
+    ----------
+    network : the network to run
+    inputs  : (steps, batch, I) numbers or `Events`; for a network with an embedding, (steps, batch) integers. With
+              backend="cuda" also arrays on its GPU (CuPy, torch, DLPack); output and records then stay there
+    state   : the state to start from; None is the zero state
+    backend : a name in `BACKENDS` ("cpu", "auto", "cuda", "blas", "reference") or a `Backend`
+    exact   : False lets "auto" use BLAS and "cuda" use tensor cores, where they were measured to be faster
+    threads : threads of the engine; their number never changes a bit
+    record  : any of "events" (every event of every layer, and the input) and "states" (every cell at every step)
+    carry   : "state", or "events" to zero the cells every `window` steps as the released EvNN code does
+    window  : time steps between two such resets, for carry="events"
+
+    Returns a `Simulation`. `Simulator` explains `exact`, `carry` and `window`, and keeps the state between calls.
+
+    Raises ValueError for options, inputs or a state of another shape or dtype and for numbers that are not finite,
+    TypeError for an array that the backend cannot read, FloatingPointError where a cell state overflows, and
+    BackendUnavailable where the backend cannot run on this machine.
 
     >>> result = simulate(network, inputs, record="events")
     >>> result.output, result.activity, result.events[0]
@@ -238,15 +294,24 @@ def simulate(
         inputs = as_array(inputs)
     shape = getattr(inputs, "shape", ())
     simulator = Simulator(
-        network, batch=shape[1] if len(shape) > 1 else 1, backend=backend, exact=exact, threads=threads, state=state,
-        carry=carry, window=window,
-    )  # fmt: skip
-    if not hasattr(inputs, "shape") and hasattr(simulator.engine, "feed"):
+        network,
+        batch=shape[1] if len(shape) > 1 else 1,
+        backend=backend,
+        exact=exact,
+        threads=threads,
+        state=state,
+        carry=carry,
+        window=window,
+    )
+    if not hasattr(inputs, "shape"):
+        if simulator.backend.name != "cuda":
+            need_on_host(inputs)
         raise TypeError(f"inputs: got a {type(inputs).__name__} without a shape; give a CuPy array or a torch tensor")
     return simulator.run(inputs, record=record)
 
 
 def _checked_state(network: Network, batch: int, state: State) -> State:
+    """The state in float32, as the engines hold it and the counts read it. Raises ValueError for a bad state."""
     if len(state.cells) != len(network.layers) or len(state.outputs) != len(network.layers):
         raise ValueError(f"state: got {len(state.cells)} layers, the network has {len(network.layers)}")
     for k, layer in enumerate(network.layers):
@@ -257,6 +322,5 @@ def _checked_state(network: Network, batch: int, state: State) -> State:
                 )
             with np.errstate(over="ignore"):
                 check_finite(f"state {name} of layer {k}", array.astype(np.float32))
-    # In float32 from here on, as the engines hold it and the counts read it.
     as_float32 = (tuple(np.array(a, np.float32) for a in arrays) for arrays in (state.cells, state.outputs))
     return State(*as_float32)

@@ -258,7 +258,7 @@ def test_cells_that_overflow_are_named(gpu):
     state.cells[1][2, 4] = 3e38
     network.layers[1].bias_in[:5] = 1e9
     network.layers[1].threshold[4] = -3e38
-    with pytest.raises(FloatingPointError, match="layer 1: the cell of unit 4 is"):
+    with pytest.raises(FloatingPointError, match="layer 1: the cell state of unit 4 is"):
         Simulator(network, batch=3, backend="cuda", state=state).run(x)
 
 

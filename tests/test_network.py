@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eventrnn.backend import get_backend
 from eventrnn.cells import Cell, Surrogate
 from eventrnn.events import Events
 from eventrnn.network import Layer, Network, Readout
 from eventrnn.simulation import Simulator, simulate
-from eventrnn.state import Feed, FireCounts, State
+from eventrnn.state import FireCounts, State
 from eventrnn.testing import event_trains, inputs, networks
 from eventrnn.weights import CSR, BlockCSR, Dense, convert
 from support import tolerance
@@ -261,20 +262,22 @@ def test_symbols_refused(fed, message):
 
 
 @given(networks(), st.data())
-def test_feed_is_the_input(network, data):
+def test_prepared_inputs_are_the_input(network, data):
     fed = data.draw(inputs(network, st.integers(1, 6), st.integers(1, 3)))
-    feed = network.feed(fed)
+    engine = get_backend("cpu").engine(network)
+    prepared = engine.prepare(fed)
     if network.embedding is not None:
         dense = network.embedding[fed]
     else:
         dense = fed.to_dense() if isinstance(fed, Events) else fed
-    assert np.array_equal(feed.events().to_dense(), dense)
-    counts = feed.fire_counts()
+    assert np.array_equal(prepared.to_events().to_dense(), dense)
+    counts = prepared.fire_counts()
     assert np.array_equal(counts.total, np.count_nonzero(dense, axis=(0, 1)))
     assert np.array_equal(counts.binary, np.count_nonzero(np.abs(dense) == 1, axis=(0, 1)))
-    middle = feed.part(1, feed.steps)
-    assert isinstance(middle, Feed)
-    assert np.array_equal(middle.events().to_dense(), dense[1:])
+    later = prepared.chunk(1, prepared.steps)
+    assert np.array_equal(later.to_events().to_dense(), dense[1:])
+    for name in ("reference", "blas"):
+        assert np.array_equal(get_backend(name).engine(network).prepare(fed).to_dense(), dense)
 
 
 def test_fire_counts_add():

@@ -15,6 +15,7 @@ import pytest
 from eventrnn import cells, reference
 from eventrnn.cells import Cell
 from eventrnn.cpu import packing
+from eventrnn.events import Events
 from eventrnn.network import Layer, Network
 from eventrnn.simulation import Simulator, simulate
 from eventrnn.testing import Divergence, assert_equivalent
@@ -94,12 +95,16 @@ class DroppingEngine:
     def __init__(self, engine, row: int):
         self.engine, self.row = engine, row
 
-    def run(self, feed, state, **record):
-        events = feed.events()
+    def prepare(self, inputs):
+        return self.engine.prepare(inputs)
+
+    def run(self, inputs, state, **record):
+        events = inputs.to_events()
         last = int(events.indptr[self.row + 1]) - 1
         indptr = events.indptr - (np.arange(len(events.indptr)) > self.row)
         rest = [np.delete(array, last) for array in (events.indices, events.values)]
-        cut = replace(feed, indptr=indptr, indices=rest[0], values=rest[1])
+        table = Events(indptr, *rest, events.shape)
+        cut = replace(inputs, table=table, values=None if inputs.values is None else table.to_dense())
         return self.engine.run(cut, state, **record)
 
 

@@ -271,8 +271,11 @@ class Tampering:
         class Engine:
             dense = False
 
-            def run(self, feed, state, **record):
-                return change(healthy.run(feed, state, **record))
+            def prepare(self, inputs):
+                return healthy.prepare(inputs)
+
+            def run(self, inputs, state, **record):
+                return change(healthy.run(inputs, state, **record))
 
         return Engine()
 

@@ -275,14 +275,15 @@ def before_event(outputs: np.ndarray, cells: np.ndarray) -> np.ndarray:
 
 
 def _blas(network: Network, inputs: Events, name: str) -> tuple[Run, Callable[[], np.ndarray]]:
-    engine, feed = BlasEngine(network), network.feed(inputs)
+    engine = BlasEngine(network)
+    prepared = engine.prepare(inputs)
     state = State.zeros(network, inputs.shape[1])
 
     def first() -> np.ndarray:
-        trace = engine.run(feed.part(0, 1), state, record_events=True, record_states=True)
+        trace = engine.run(prepared.chunk(0, 1), state, record_events=True, record_states=True)
         return before_event(trace.events[0][0], trace.states[0][0])
 
-    return (lambda: engine.run(feed, state)), first
+    return (lambda: engine.run(prepared, state)), first
 
 
 def torch_gru(network: Network) -> Any:

@@ -58,16 +58,17 @@ def inference(case: Case, report: Callable[[str], None]) -> dict[str, Any]:
             f"activity: got {case.activity}, but thresholds bring this random network to {measured:.3f} at best; "
             "ask for less, or use more units"
         )
-    engine, feed, state = backend.engine(network), network.feed(inputs), State.zeros(network, case.batch)
-    engine.run(feed, state)  # chooses
-    device, enqueue = engine.device, engine.on_device(feed, state)
-    uncounted = engine.on_device(feed, state, counting=False)
+    engine, state = backend.engine(network), State.zeros(network, case.batch)
+    prepared = engine.prepare(inputs)
+    engine.run(prepared, state)  # chooses
+    device, enqueue = engine.device, engine.on_device(prepared, state)
+    uncounted = engine.on_device(prepared, state, counting=False)
     contestants: dict[str, Seconds] = {
         "ours": lambda: device.seconds(enqueue),
         "uncounted": lambda: device.seconds(uncounted),
     }
     contestants |= rivals(case.against, network, inputs)
-    contestants["run"] = lambda: _clocked(lambda: engine.run(feed, state))
+    contestants["run"] = lambda: _clocked(lambda: engine.run(prepared, state))
     stream, x = Simulator(network, batch=case.batch, backend=backend), device.put(inputs.to_dense()[:CHUNK])
     stream.run(x)  # chooses too
     contestants["chunk"] = lambda: _clocked(lambda: stream.run(x)) / len(x) * case.steps

@@ -71,10 +71,11 @@ def _layer(case: Case, report: Report) -> Contest:
             "ask for less, or use more units"
         )
     counts = count(network, simulation)
-    engine, feed, state = CpuEngine(network, case.threads), network.feed(inputs), State.zeros(network, case.batch)
+    engine, state = CpuEngine(network, case.threads), State.zeros(network, case.batch)
+    prepared = engine.prepare(inputs)
     reads, rivals = rows_read(engine, network, simulation), LayerRivals.of(case.rivals, network, inputs)
     return Contest(
-        ours=lambda: engine.run(feed, state),
+        ours=lambda: engine.run(prepared, state),
         probes=probes(engine.plan(case.steps, case.batch), reads),
         rivals=rivals.runs,
         check=rivals.check,

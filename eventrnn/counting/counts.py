@@ -156,8 +156,9 @@ def count_per_step(network: Network, simulation: Simulation) -> dict[str, dict[s
             "binary": per_row(fan_out * ~graded),
             "weight_bytes": 4 * whole if simulation.dense else per_row(row_bytes),
         }
-        if name.layer is not None and name.recurrent:
-            layer = network.layers[name.layer]
+        matrix = MatrixId(name)
+        if matrix.layer is not None and matrix.recurrent:
+            layer = network.layers[matrix.layer]
             paper = layer.cell.variant == "paper"
             carried = np.diff(events.indptr).reshape(events.shape[:2])
             each = np.full(events.shape[:2], layer.units, np.int64)
@@ -190,13 +191,13 @@ def _state_counts(state: State, k: int) -> FireCounts:
     return FireCounts(((y != 0) & ~binary).sum(axis=0), binary.sum(axis=0))
 
 
-def senders(network: Network, simulation: Simulation) -> dict[MatrixId, tuple[Weights, Events]]:
+def senders(network: Network, simulation: Simulation) -> dict[str, tuple[Weights, Events]]:
     """Every matrix by name with the events that it receives, step by step; needs record="events"."""
     if simulation.inputs is None:
         raise ValueError('simulation: has no recorded events; run with record="events"')
     if not isinstance(simulation.inputs, Events):
         raise TypeError("simulation: its events are arrays on a GPU; run it with NumPy inputs for figures of each step")
-    pairs: dict[MatrixId, tuple[Weights, Events]] = {}
+    pairs: dict[str, tuple[Weights, Events]] = {}
     below = simulation.inputs
     for k, layer in enumerate(network.layers):
         sent = simulation.events[k]

@@ -25,6 +25,7 @@ from eventrnn.cpu.stepper import Stepper
 from eventrnn.cpu.tables import PIECES
 from eventrnn.cpu.threads import started
 from eventrnn.state import FireCounts, Inputs, State, Trace
+from eventrnn.weights import MatrixId
 
 if TYPE_CHECKING:
     from eventrnn.network import Network
@@ -88,7 +89,7 @@ class CpuEngine:
         """The weights as a run of that size wants them."""
         many, last = min(steps, self.chunk_steps(batch)) * batch, len(self.units)
         matrices, rows, active = self.network.matrices(), {}, {}
-        for name in matrices:
+        for name in map(MatrixId, matrices):
             k = last if name.layer is None else name.layer + name.recurrent
             rows[name], active[name] = batch if name.recurrent else many, self.activity[k]
         picks = {name: self.choice.pick(w, rows[name], active[name]) for name, w in matrices.items()}

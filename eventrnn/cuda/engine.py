@@ -8,11 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from eventrnn.backend import HostInputs
 from eventrnn.cuda import tables
 from eventrnn.cuda.cluster_plan import CLUSTER_SIZES, ClusterShape, cluster_plan
 from eventrnn.cuda.cublas import Cublas
 from eventrnn.cuda.device import current_device
-from eventrnn.cuda.inputs import DeviceFeed, DeviceState, WholeFeed, check_status, flattened
+from eventrnn.cuda.inputs import (
+    DeviceState,
+    check_status,
+    copy_values,
+    dense_host_inputs,
+    flattened,
+    gpu_inputs,
+    result_for,
+)
 from eventrnn.cuda.kernels.batched_products import count_events_kernel, count_threads, log_events_kernel
 from eventrnn.cuda.kernels.input_checks import finite_kernel
 from eventrnn.cuda.launch import launch_layers
@@ -23,7 +32,8 @@ from eventrnn.cuda.run_buffers import Piece, Replay, copy_rows, pitch_of
 from eventrnn.cuda.stepper import CudaStepper, Loop, StepLoop
 from eventrnn.cuda.tables import LANES
 from eventrnn.cuda.tensor_core_layer import FEWEST_STREAMS, TensorLayer, exact_because, measured_ways
-from eventrnn.state import Feed, FireCounts, State, Trace, on_gpu
+from eventrnn.events import Events
+from eventrnn.state import FireCounts, InputKind, Inputs, State, Trace, on_gpu
 from eventrnn.weights import Dense
 
 if TYPE_CHECKING:
@@ -59,8 +69,7 @@ class CudaEngine:
         self.tables: dict[tuple, Any] = {}
         self.pieces: dict[tuple[int, int], Piece] = {}
         self.steps: dict[int, StepLoop] = {}
-        size = (0, 1) if network.embedding is not None else (0, 1, network.layers[0].inputs)
-        self.no_input = network.feed(np.zeros(size, np.float32 if len(size) == 3 else np.int64))
+        self.host_inputs = HostInputs(network)
 
     @cached_property
     def exact_because(self) -> list[str | None]:
@@ -145,20 +154,21 @@ class CudaEngine:
             self.steps[batch] = StepLoop(self, batch)
         return self.steps[batch]
 
-    def feed(self, inputs: Any) -> Feed:
-        """In the place of `Network.feed`: arrays on the GPU stay there, and float32 numbers are looked at there."""
+    def prepare(self, inputs: Any) -> Inputs:
+        """See `backend.Engine`. Arrays on the GPU stay there; the run checks float32 numbers on the GPU."""
         if on_gpu(inputs):
-            return self.device_feed(inputs)
+            return self.gpu_inputs(inputs)
         plain = type(inputs) is np.ndarray and inputs.dtype == np.float32 and self.network.embedding is None
         if plain and inputs.ndim == 3 and inputs.shape[2] == self.network.layers[0].inputs:
-            return WholeFeed.on_host(self.no_input, inputs)
-        return self.network.feed(inputs)
+            return dense_host_inputs(inputs)
+        return self.host_inputs.prepare(inputs)
 
-    def device_feed(self, inputs: Any, step: bool = False) -> DeviceFeed:
+    def gpu_inputs(self, inputs: Any, step: bool = False) -> Inputs:
         """Inputs that lie on the GPU, or those of a single `step`."""
-        return DeviceFeed.of(self.device, self.network, self.no_input, inputs, step)
+        symbol_events = None if self.network.embedding is None else self.host_inputs.symbol_events
+        return gpu_inputs(self.device, self.network, symbol_events, inputs, step)
 
-    def run(self, feed: Feed, state: State, *, record_events: bool = False, record_states: bool = False) -> Trace:
+    def run(self, feed: Inputs, state: State, *, record_events: bool = False, record_states: bool = False) -> Trace:
         """See `backend.Engine`. Runs whose record takes more than `RECORD_BYTES` go through in pieces.
 
         The state stays on the GPU. Raises MemoryError with the needed and the free bytes; all is then as it was.
@@ -174,33 +184,33 @@ class CudaEngine:
                 self.steps.clear()
                 raise
 
-    def _run(self, feed: Feed, state: State, record_events: bool, record_states: bool) -> Trace:
+    def _run(self, feed: Inputs, state: State, record_events: bool, record_states: bool) -> Trace:
         now, longest = self.flat_state(state), self._longest(feed.batch, record_states)
         if self.precision and feed.batch not in self.ways and feed.steps:
-            self.ways[feed.batch] = measured_ways(self, feed.part(0, min(feed.steps, longest)), now)
+            self.ways[feed.batch] = measured_ways(self, feed.chunk(0, min(feed.steps, longest)), now)
             # Their graphs go the way of before.
             self.pieces.clear()
             self.steps.clear()
-        if isinstance(feed, WholeFeed) and 0 < feed.steps <= longest and not (record_events or record_states):
+        if not feed.checked and 0 < feed.steps <= longest and not (record_events or record_states):
             return self._whole_run(feed, now)
         return self._run_in_pieces(feed, now, longest, record_events, record_states)
 
-    def _whole_run(self, feed: WholeFeed, now: Any) -> Trace:
+    def _whole_run(self, feed: Inputs, now: Any) -> Trace:
         """A run without records that fits: from its second time on, one launch of a graph."""
         piece = self.piece(feed.steps, feed.batch)
         if "loop" not in piece.spare:
             piece.spare["loop"] = Loop(self, piece, counting=True)
         loop = piece.spare["loop"]
-        feed.put(self.device, loop.x)
+        copy_values(self.device, feed, loop.x)
         piece.start(now)
         loop.replay()
         left = DeviceState(self.device, piece.state.copy(), self.units, feed.batch)
-        output = loop.output.copy() if isinstance(feed, DeviceFeed) else loop.output
+        output = loop.output if feed.library is None else loop.output.copy()
         return self._trace(feed, left, output, loop.status.get(), [], [])
 
-    def _run_in_pieces(self, feed: Feed, now: Any, longest: int, record_events: bool, record_states: bool) -> Trace:
+    def _run_in_pieces(self, feed: Inputs, now: Any, longest: int, record_events: bool, record_states: bool) -> Trace:
         device, batch, steps = self.device, feed.batch, feed.steps
-        here = isinstance(feed, DeviceFeed)
+        here = feed.library is not None
         arrays: Any = device.arrays if here else np
         wanted = range(len(self.units))
         output = arrays.empty((steps, batch, self.output_size), np.float32)
@@ -217,7 +227,7 @@ class CudaEngine:
 
         for begin in range(0, steps, longest):
             end = min(steps, begin + longest)
-            piece, part = self.piece(end - begin, batch), feed.part(begin, end)
+            piece, part = self.piece(end - begin, batch), feed.chunk(begin, end)
             piece.start(now)
             piece.begin(self.settled(batch))
             after = [device.empty((piece.steps, batch, n), np.float32) for n in self.units] if record_states else None
@@ -236,25 +246,24 @@ class CudaEngine:
         left = DeviceState(device, now.copy(), self.units, batch)
         return self._trace(feed, left, output, status.get(), events, states)
 
-    def _trace(self, feed: Feed, left: DeviceState, output, status: np.ndarray, events, states) -> Trace:
+    def _trace(self, feed: Inputs, left: DeviceState, output, status: np.ndarray, events, states) -> Trace:
         """What a run leaves behind. Raises for what its report says is wrong."""
         check_status(status, feed, left)
         sizes = [self.network.layers[0].inputs, *self.units]
         counts = np.split(status[tables.STATUS_FIELDS :], np.cumsum(np.repeat(sizes, 2))[:-1])
         fired = tuple(FireCounts(a.copy(), b.copy()) for a, b in zip(counts[::2], counts[1::2], strict=True))
 
-        def give(result):
-            return (
-                feed.give(self.device, result)
-                if isinstance(feed, WholeFeed) and not isinstance(result, np.ndarray)
-                else result
-            )
-
-        input_fired = None
-        if isinstance(feed, WholeFeed):
-            input_fired = feed.fire_counts() if feed.symbols else fired[0]
-        given = tuple(map(give, events)), tuple(map(give, states))
-        return Trace(give(output), left, fired[1:], *given, self.paths(feed.batch), input_fired)
+        output, *records = (result_for(self.device, feed, each) for each in (output, *events, *states))
+        return Trace(
+            output,
+            left,
+            fired[1:],
+            tuple(records[: len(events)]),
+            tuple(records[len(events) :]),
+            self.paths(feed.batch),
+            # The run counts the events of numbers that it checked.
+            fired[0] if feed.kind is InputKind.DENSE else None,
+        )
 
     def flat_state(self, state: State | Any) -> Any:
         """A state on the device, or one that is there already; not to be written to."""
@@ -299,17 +308,17 @@ class CudaEngine:
             found["readout"] = self.readout.described(self.readout.room(self.device)[0])
         return found
 
-    def on_device(self, feed: Feed, state: State | Any, *, counting: bool = True) -> Callable[[], None]:
+    def on_device(self, feed: Inputs, state: State | Any, *, counting: bool = True) -> Callable[[], None]:
         """Puts a whole run from that state on the GPU's stream, without copies to or from the host, at each call.
 
         For timing: nothing comes back, and nothing need be counted. From the second call on, one launch of a graph.
         """
         longest = self._longest(feed.batch, False)
-        parts = [feed.part(a, min(feed.steps, a + longest)) for a in range(0, feed.steps, longest)]
+        parts = [feed.chunk(a, min(feed.steps, a + longest)) for a in range(0, feed.steps, longest)]
         with self.device.on_stream():
             flat = self.flat_state(state)
             pieces = [self.piece(part.steps, part.batch) for part in parts]
-            event_tables = [None if isinstance(feed, WholeFeed) else self._table(part) for part in parts]
+            event_tables = [self._table(part) if feed.checked else None for part in parts]
             inputs = [self._input(part, None) for part in parts]
             out = self.device.empty((min(feed.steps, longest), feed.batch, self.output_size), np.float32)
 
@@ -345,36 +354,37 @@ class CudaEngine:
             row += 2 * (pitch_of(self.units[-1]) + LANES) + self.readout.weights.shape[1]
         return max(1, RECORD_BYTES // (4 * row * batch))
 
-    def feed_table(self, feed: Feed) -> tuple[Any, Any, Any]:
-        """The event table on the device; an embedding's stays there."""
-        if self.feed_arrays is None or self.feed_arrays[0] is not feed.indices:
-            counts = np.diff(feed.indptr)
-            firsts = feed.indptr[:-1] + tables.LIST_PAD * np.arange(len(counts))
-            at = np.arange(len(feed.indices)) + np.repeat(firsts - feed.indptr[:-1], counts)
-            entries = np.zeros((len(feed.indices) + tables.LIST_PAD * (len(counts) + 1), 2), np.int32)
-            entries[at, 0], entries[at, 1] = feed.indices, feed.values.view(np.int32)
+    def feed_table(self, events: Events) -> tuple[Any, Any, Any]:
+        """The rows of events as lists on the device: where each begins, its length, and the entries. Kept."""
+        if self.feed_arrays is None or self.feed_arrays[0] is not events.indices:
+            counts = np.diff(events.indptr)
+            firsts = events.indptr[:-1] + tables.LIST_PAD * np.arange(len(counts))
+            at = np.arange(len(events.indices)) + np.repeat(firsts - events.indptr[:-1], counts)
+            entries = np.zeros((len(events.indices) + tables.LIST_PAD * (len(counts) + 1), 2), np.int32)
+            entries[at, 0], entries[at, 1] = events.indices, events.values.view(np.int32)
             arrays = (firsts.astype(np.int64), counts.astype(np.int32), entries.view(np.int64).ravel())
             arrays = tuple(map(self.device.put, arrays))
-            self.feed_arrays = (feed.indices, arrays)
+            self.feed_arrays = (events.indices, arrays)
         return self.feed_arrays[1]
 
-    def _input(self, feed: Feed, piece: Piece | None) -> Any:
+    def _input(self, feed: Inputs, piece: Piece | None) -> Any:
         """The numbers or symbols of a feed on the device, in a piece's memory or their own; None of one of events."""
-        if not isinstance(feed, WholeFeed) or isinstance(feed, DeviceFeed):
-            return feed.x if isinstance(feed, DeviceFeed) else None
-        x = piece.kept("x", feed.x.shape, np.float32) if piece else self.device.empty(feed.x.shape, np.float32)
-        feed.put(self.device, x)
+        if feed.checked or feed.library is not None:
+            return None if feed.checked else feed.values
+        shape = feed.values.shape
+        x = piece.kept("x", shape, np.float32) if piece else self.device.empty(shape, np.float32)
+        copy_values(self.device, feed, x)
         return x
 
-    def _table(self, feed: Feed) -> tuple[Any, Any]:
+    def _table(self, feed: Inputs) -> tuple[Any, Any]:
         """The event table of a feed on the device, and which row of it each row of the input reads."""
-        return self.feed_table(feed), self.device.put(feed.row_of.astype(np.int64))
+        return self.feed_table(feed.event_table), self.device.put(feed.rows)
 
     def table_of(self, x: Any, row_0: int, piece: Piece, status) -> tuple[Any, Any]:
         """The same of numbers or symbols on the device; None: each row reads its own."""
         if x.ndim == 2:
-            known = len(self.no_input.indptr) - 1
-            return self.feed_table(self.no_input), piece.checked_rows(x, row_0, known, status)
+            events = self.host_inputs.symbol_events
+            return self.feed_table(events), piece.checked_rows(x, row_0, events.shape[0], status)
         return piece.found(x, row_0, status), None
 
     def enqueue(self, piece: Piece, table, row_of, status, after, counting: bool, out: Any = None) -> None:

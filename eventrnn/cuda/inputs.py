@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from eventrnn.cuda.tables import LAST, STATUS_CELLS, STATUS_FAULT, STATUS_INPUT, STATUS_LARGE
 from eventrnn.events import Events
-from eventrnn.state import Feed, State
+from eventrnn.state import InputKind, Inputs, State
 
 if TYPE_CHECKING:
     from eventrnn.cuda.device import Device
@@ -58,137 +58,112 @@ def borrowed(device: Device, array: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class WholeFeed(Feed):
-    """Input as it came, whose events are found and whose numbers are checked on the GPU. The table is an embedding's.
+class CupyLibrary:
+    """`state.ArrayLibrary` of callers with CuPy arrays, and of those whose array type is not known."""
 
-    x     : (steps, batch, I) float32 or (steps, batch) int64, contiguous, NumPy's or on the GPU
-    first : rows before this part
-    """
+    cupy: Any
 
-    x: Any = None
-    first: int = 0
+    def wrap(self, array: Any) -> Any:
+        """The array itself."""
+        return array
 
-    @classmethod
-    def on_host(cls, table: Feed, inputs: np.ndarray) -> WholeFeed:
-        """Of (steps, batch, I) float32."""
-        steps, batch, size = inputs.shape
-        nothing = (table.indptr, table.indices, table.values, table.row_of)
-        return cls(*nothing, steps, batch, size, np.ascontiguousarray(inputs))
+    def concatenate(self, arrays: Sequence[Any]) -> Any:
+        """See `state.ArrayLibrary`."""
+        return self.cupy.concatenate(arrays)
 
-    @property
-    def symbols(self) -> bool:
-        """Whether the input is symbols."""
-        return self.x.ndim == 2
-
-    def part(self, start: int, stop: int) -> Self:
-        """Steps `start` to `stop`, in the same memory."""
-        return replace(self, steps=stop - start, x=self.x[start:stop], first=self.first + start * self.batch)
-
-    def events(self) -> Any:
-        """The input as events over all rows."""
-        return Events.from_dense(self.x)
-
-    def put(self, device: Device, target: Any) -> None:
-        """Copy it to memory on the device of the same size, on its stream."""
-        device.send(self.x, target)
-
-    def give(self, device: Device, result: Any) -> Any:
-        """A result on the device as the caller gets it."""
-        target = np.empty(result.shape, result.dtype)
-        device.fetch(result, target)
-        return target
-
-    def refuse(self, place: int) -> None:
-        """Raise for the first number that the run found wrong, counted from the first of this feed."""
-        row, column = (place, 0) if self.symbols else divmod(place, self.size)
-        (step, sample), column = divmod(row, self.batch), () if self.symbols else (column,)
-        at, where = (step, sample, *column), (step + self.first // self.batch, sample, *column)
-        bad = self._came()[at].item()
-        if self.symbols:
-            raise ValueError(f"inputs: got symbol {bad} at {where}; need 0..{len(self.indptr) - 2}")
-        name = "inputs"
-        if np.isfinite(bad):
-            name, bad = "inputs as float32", self.x[at].item()
-        raise ValueError(f"{name}: got {bad} at position {where}; need finite numbers")
-
-    def _came(self) -> Any:
-        """`x` before it was converted."""
-        return self.x
+    def bincount(self, values: Any, size: int) -> np.ndarray:
+        """See `state.ArrayLibrary`."""
+        return self.cupy.bincount(values, minlength=size).get()
 
 
 @dataclass(frozen=True)
-class DeviceFeed(WholeFeed):
-    """Input on the GPU; results stay there, in arrays of the kind that `asked` has.
+class TorchLibrary(CupyLibrary):
+    """`state.ArrayLibrary` of callers with torch tensors."""
 
-    arrays : the device's package for them
-    given  : `x` as it came, CuPy's
+    def wrap(self, array: Any) -> Any:
+        """A tensor in the same memory."""
+        return sys.modules["torch"].from_dlpack(array)
+
+    def concatenate(self, arrays: Sequence[Any]) -> Any:
+        """See `state.ArrayLibrary`."""
+        return sys.modules["torch"].cat(list(arrays))
+
+
+def dense_host_inputs(array: np.ndarray) -> Inputs:
+    """(steps, batch, I) float32 on the host; the run finds its events, and numbers that are not finite, on the GPU."""
+    steps, batch, size = array.shape
+    return Inputs(InputKind.DENSE, steps, batch, size, values=np.ascontiguousarray(array), checked=False)
+
+
+def gpu_inputs(device: Device, network: Network, symbol_events: Events | None, array: Any, step: bool) -> Inputs:
+    """Inputs that lie on the GPU, used where they are if their type fits, else converted there.
+
+    symbol_events : the embedding's rows as events; None without an embedding
+    step          : whether `array` is a single step, without the dimension of time
+
+    Raises as `Engine.prepare` does, except for single numbers, which the run checks.
     """
+    given, size = borrowed(device, array), network.layers[0].inputs
+    given = given[None] if step else given
+    kind = given.dtype.kind
+    if symbol_events is not None:
+        if given.ndim != 2 or kind not in "iu":
+            raise ValueError(f"inputs: got {given.dtype} {given.shape}, need integers (steps, batch) for the embedding")
+        wanted = np.int64
+    else:
+        if given.ndim != 3 or given.shape[2] != size or kind not in "fiub":
+            raise ValueError(f"inputs: got {given.dtype} {given.shape}, need numbers (steps, batch, {size})")
+        wanted = np.float32
+    values = given
+    if given.dtype != wanted or not given.flags.c_contiguous:
+        with device.on_stream():
+            values = device.arrays.ascontiguousarray(given, wanted)
+    steps, batch = map(int, given.shape[:2])
+    return Inputs(
+        InputKind.DENSE if symbol_events is None else InputKind.SYMBOLS,
+        steps,
+        batch,
+        size,
+        values=values,
+        table=symbol_events,
+        checked=False,
+        library=(TorchLibrary if is_torch(array) else CupyLibrary)(device.arrays),
+        given=given,
+    )
 
-    asked: Any = None
-    arrays: Any = None
-    given: Any = None
 
-    @classmethod
-    def of(cls, device: Device, network: Network, table: Feed, inputs: Any, step: bool) -> DeviceFeed:
-        """Raises as `Network.feed` does, but for single numbers, which the run itself looks at.
+def copy_values(device: Device, inputs: Inputs, target: Any) -> None:
+    """Copy the numbers or symbols of inputs to device memory of the same size, on the device's stream."""
+    if inputs.library is None:
+        device.send(inputs.values, target)
+    else:
+        target.data.copy_from_device_async(inputs.values.data, inputs.values.nbytes)
 
-        `table` is the feed of no input; with `step`, the inputs have no dimension of time.
-        """
-        array, size = borrowed(device, inputs), network.layers[0].inputs
-        given = array = array[None] if step else array
-        kind = array.dtype.kind
-        if network.embedding is not None:
-            if array.ndim != 2 or kind not in "iu":
-                raise ValueError(
-                    f"inputs: got {array.dtype} {array.shape}, need integers (steps, batch) for the embedding"
-                )
-            wanted = np.int64
-        else:
-            if array.ndim != 3 or array.shape[2] != size or kind not in "fiub":
-                raise ValueError(f"inputs: got {array.dtype} {array.shape}, need numbers (steps, batch, {size})")
-            wanted = np.float32
-        if array.dtype != wanted or not array.flags.c_contiguous:
-            with device.on_stream():
-                array = device.arrays.ascontiguousarray(array, wanted)
-        steps, batch = map(int, array.shape[:2])
-        nothing = (table.indptr, table.indices, table.values, table.row_of)
-        return cls(*nothing, steps, batch, size, array, 0, inputs, device.arrays, given)
 
-    def part(self, start: int, stop: int) -> Self:
-        """Steps `start` to `stop`, in the same memory."""
-        return replace(super().part(start, stop), given=self.given[start:stop])
+def result_for(device: Device, inputs: Inputs, result: Any) -> Any:
+    """A result as the caller of these inputs gets it: on the GPU in the caller's library, else in host memory."""
+    if inputs.library is not None:
+        return inputs.library.wrap(result)
+    if type(result) is np.ndarray:
+        return result
+    target = np.empty(result.shape, result.dtype)
+    device.fetch(result, target)
+    return target
 
-    def _came(self) -> Any:
-        return self.given
 
-    def uses(self) -> np.ndarray:
-        """How often each symbol was read."""
-        return self.arrays.bincount(self.x.ravel(), minlength=len(self.indptr) - 1).get()
-
-    def keep(self, dense: Any) -> Any:
-        """Records stay dense."""
-        return dense
-
-    def join(self, parts: Sequence[Any]) -> Any:
-        """One after the other."""
-        if len(parts) == 1:
-            return parts[0]
-        return sys.modules["torch"].cat(list(parts)) if is_torch(parts[0]) else self.arrays.concatenate(parts)
-
-    def events(self) -> Any:
-        """A copy of the inputs: what they lie in is the caller's, who may fill it anew."""
-        return self._as_asked(self.given.copy())
-
-    def put(self, device: Device, target: Any) -> None:
-        """Copy it, on the device's stream."""
-        target.data.copy_from_device_async(self.x.data, self.x.nbytes)
-
-    def give(self, device: Device, result: Any) -> Any:
-        """The same memory: a torch tensor for one, else CuPy's."""
-        return self._as_asked(result)
-
-    def _as_asked(self, result: Any) -> Any:
-        return sys.modules["torch"].from_dlpack(result) if is_torch(self.asked) else result
+def raise_for_input(inputs: Inputs, place: int) -> None:
+    """Raise ValueError for the number or symbol at flat position `place` of these inputs."""
+    symbols = inputs.kind is InputKind.SYMBOLS
+    row, column = (place, 0) if symbols else divmod(place, inputs.size)
+    (step, sample), column = divmod(row, inputs.batch), () if symbols else (column,)
+    at, where = (step, sample, *column), (step + inputs.first_step, sample, *column)
+    bad = (inputs.values if inputs.given is None else inputs.given)[at].item()
+    if symbols:
+        raise ValueError(f"inputs: got symbol {bad} at {where}; need 0..{inputs.event_table.shape[0] - 1}")
+    name = "inputs"
+    if np.isfinite(bad):
+        name, bad = "inputs as float32", inputs.values[at].item()
+    raise ValueError(f"{name}: got {bad} at position {where}; need finite numbers")
 
 
 class DeviceState(State):
@@ -247,14 +222,22 @@ def flattened(state: State) -> np.ndarray:
     return np.stack(list(lines))
 
 
-def check_status(status: np.ndarray, feed: Feed, state: State) -> None:
-    """Raise for what a run has found wrong; `state` is the one that it left."""
+def check_status(status: np.ndarray, inputs: Inputs | None, state: State) -> None:
+    """Raise for the faults that a run has reported.
+
+    status : (STATUS_FIELDS + ...,) int64, the status words of the run
+    inputs : the inputs of the run; None where the caller has checked them
+    state  : the state that the run left
+
+    Raises RuntimeError for events that never arrived, ValueError for bad inputs, and FloatingPointError for numbers too
+    large for float16 and for cell states that are not finite.
+    """
     if status[STATUS_FAULT]:
         raise RuntimeError(
             "cuda: a block waited for events that never came; another program may hold the GPU's multiprocessors"
         )
-    if status[STATUS_INPUT] and isinstance(feed, WholeFeed):
-        feed.refuse(LAST - int(status[STATUS_INPUT]))
+    if status[STATUS_INPUT] and inputs is not None and not inputs.checked:
+        raise_for_input(inputs, LAST - int(status[STATUS_INPUT]))
     if status[STATUS_LARGE]:
         raise FloatingPointError(
             "cuda: an input or output is too large for float16; use CudaBackend(exact=False, precision='bfloat16') or "

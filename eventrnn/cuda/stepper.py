@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eventrnn.backend import as_array
-from eventrnn.cuda.inputs import DeviceFeed, DeviceState, check_status
+from eventrnn.backend import HostInputs, as_array
+from eventrnn.cuda.inputs import DeviceState, check_status, copy_values, result_for
 from eventrnn.cuda.run_buffers import Piece, Replay
 from eventrnn.cuda.tables import STATUS_FIELDS, STATUS_INPUT
-from eventrnn.state import State, on_gpu
+from eventrnn.state import Inputs, State, on_gpu
 
 if TYPE_CHECKING:
     from eventrnn.cuda.engine import CudaEngine
@@ -76,6 +76,7 @@ class CudaStepper:
 
     def __init__(self, engine: CudaEngine, state: State):
         self.engine, self.batch = engine, state.batch
+        self.host_inputs = HostInputs(engine.network, dense=True)
         with engine.device.on_stream():
             self.loop = engine.step_loop(state.batch)
             flat = engine.flat_state(state)
@@ -97,16 +98,16 @@ class CudaStepper:
         except BaseException:
             self._undo()
             raise
-        return loop.host_output.copy() if feed is None else feed.give(self.engine.device, output)
+        return loop.host_output.copy() if feed is None else result_for(self.engine.device, feed, output)
 
-    def _step(self, feed: DeviceFeed | None) -> Any:
+    def _step(self, feed: Inputs | None) -> Any:
         """The step, with what is to stay on the GPU; the rest is in the host memory."""
         loop, queue = self.loop, self.engine.device.queue
         with self.engine.device.on_stream():
             if feed is None:
                 loop.x.data.copy_from_host_async(loop.host_x.ctypes.data, loop.x.nbytes)
             else:
-                feed.put(self.engine.device, loop.x)
+                copy_values(self.engine.device, feed, loop.x)
             loop.replay()
             output, nbytes = None, loop.answer.nbytes
             if feed is not None:
@@ -135,13 +136,13 @@ class CudaStepper:
         """Bring a NumPy array of any kind to where the GPU gets it from; single numbers are looked at there."""
         target = self.loop.host_x
         if type(inputs) is not np.ndarray or inputs.dtype != target.dtype or inputs.shape != target.shape:
-            fed = self.engine.network.feed(as_array(inputs)[None])
-            self._need_batch(fed.batch)
-            inputs = fed.row_of if target.ndim == 1 else fed.events().to_dense()[0]
+            prepared = self.host_inputs.prepare(as_array(inputs)[None])
+            self._need_batch(prepared.batch)
+            inputs = prepared.values[0]
         np.copyto(target, inputs)
 
-    def _fed(self, inputs: Any) -> DeviceFeed:
-        feed = self.engine.device_feed(inputs, step=True)
+    def _fed(self, inputs: Any) -> Inputs:
+        feed = self.engine.gpu_inputs(inputs, step=True)
         self._need_batch(feed.batch)
         return feed
 
@@ -149,12 +150,12 @@ class CudaStepper:
         if batch != self.batch:
             raise ValueError(f"inputs: got a batch of {batch}, but the simulator was made for {self.batch}")
 
-    def _refuse(self, inputs: Any, feed: DeviceFeed | None) -> None:
+    def _refuse(self, inputs: Any, feed: Inputs | None) -> None:
         """Raise for what the step found."""
-        engine, status = self.engine, self.loop.host_answer[:STATUS_FIELDS]
+        status = self.loop.host_answer[:STATUS_FIELDS]
         if feed is None and status[STATUS_INPUT]:
-            engine.network.feed(as_array(inputs)[None])
-        check_status(status, feed or engine.no_input, self.state())
+            self.host_inputs.prepare(as_array(inputs)[None])
+        check_status(status, feed, self.state())
 
 
 def _pinned(device: Any, array: Any) -> np.ndarray:

@@ -23,7 +23,7 @@ from eventrnn.cuda.kernels.tensor_core_cells import (
 )
 from eventrnn.cuda.run_buffers import Replay, pitch_of
 from eventrnn.cuda.tables import LANES, MAX_SUMMED
-from eventrnn.state import Feed
+from eventrnn.state import Inputs
 
 if TYPE_CHECKING:
     from eventrnn.cuda.cublas import Cublas
@@ -177,7 +177,7 @@ def exact_because(layer: Layer, precision: str) -> str | None:
     return None
 
 
-def measured_ways(engine: CudaEngine, feed: Feed, state: Any) -> tuple[int, ...]:
+def measured_ways(engine: CudaEngine, feed: Inputs, state: Any) -> tuple[int, ...]:
     """Layers that are faster through tensor cores, by timing some steps of this input from this state on.
 
     All by events, all through tensor cores, then from the better one layer after the other changed where that is
@@ -189,7 +189,7 @@ def measured_ways(engine: CudaEngine, feed: Feed, state: Any) -> tuple[int, ...]
     able = [n for n, each in enumerate(engine.tensors) if each is not None]
     if not able:
         return ()
-    some = feed.part(0, min(feed.steps, MEASURED_STEPS))
+    some = feed.chunk(0, min(feed.steps, MEASURED_STEPS))
 
     def seconds(ways: tuple[int, ...]) -> float:
         engine.ways[batch] = ways
