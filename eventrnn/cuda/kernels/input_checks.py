@@ -2,7 +2,7 @@
 
 They never stop a run. They write what they find to the status vector on the device (`tables.STATUS_INPUT` and
 following), which the host reads once after the run. All arrays are in global memory unless stated otherwise; arguments
-named `*_at` are byte addresses. The results equal `Events.from_dense` and `Network.feed` on the host.
+named `*_at` are byte addresses. The results equal `Events.from_dense` and `backend.HostInputs` on the host.
 """
 
 from __future__ import annotations
