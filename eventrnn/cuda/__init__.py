@@ -1,33 +1,42 @@
-"""The CUDA engine: the bits of the CPU engine, a whole stack and sequence in one launch.
+"""The CUDA engine: whole runs of a network on one NVIDIA GPU, with the bits of the CPU engine.
 
-Same bits: every drive takes its terms in ascending presynaptic order, one FMA a term; the rules of `cells.py` are
-compiled again over CUDA's primitives, with IEEE division and no contraction (`device.compile_ptx`).
+Same bits. Every drive adds its terms in ascending presynaptic order, one FMA per term. The rules of `cells.py` are
+compiled over CUDA's primitives (`kernels/ptx.py`), with IEEE division and without contraction (`device.compile_ptx`).
 
-One launch: tiles of up to 32 units belong to blocks, all of them resident at once. What a unit sends goes to its own
-word in a record of the run that starts out full of "not sent yet"; whoever needs it looks until it is there
-(`kernels.py`). No grid barrier, no buffer to reuse, no order to keep between layers: a layer follows the one below as
-its events come. The same record gives read-out, counts and what a caller asked to see.
+No grid barrier. Neighbouring layers run in one launch that covers all steps, with all of its blocks resident. Each
+output has its own word in an event log of the run. The log is filled with UNWRITTEN before the launch, and a warp that
+needs a word polls it until it is written. So no buffer is recycled, and a layer follows the layer below as its events
+arrive. Read-out, counts and recorded events are computed from the same log after the launch.
 
-Plans: with sparse weights, a layer of a stream lives in one cluster of blocks, which write what they send into each
-other's shared memory (`cluster_plan.py`, `cluster.py`); the record then serves the layers above and who reads
-afterwards, and what a layer adds to the drives of the next is worked out by a cluster of its own. Else (`plan.py`) one
-sample has a block a tile, with as little code as can be (`single.py`), and many samples are dealt out in groups,
-whose blocks own more tiles each. Weights stay in shared memory where they fit, else in L2. Products that need not wait,
-of the first layer's input and of the read-out, are done for all steps together (`products.py`).
+A launch follows one of three plans:
 
-device   : the door to the CUDA packages; compiling, loading, launching;  transfer: large copies to and from the host
-ptx      : instructions that Numba lacks
-tables   : what the kernels' tables hold
-packing  : weights as strips;  matrix: one on the GPU, and its products
-walks    : one strip times one list of events
-lookup   : one strip times what those few units sent that reach it
-kernels  : `layers`, any number of tiles and samples a block;  single: one;  cluster: tiles shared out in a cluster
-launch   : what these are told, and which of them it is
-piece    : the memory of a run, kept between runs
-arrays   : arrays and states that stay on the GPU;  borders: kernels that look at what comes and goes
-stepper  : single steps, as a graph
-tensor   : layers of many streams through tensor cores, not exact;  rounded: their kernels
-engine   : a network on the GPU
+- Cluster plan (`cluster_plan.py`, `kernels/cluster.py`): sparse weights, released variant. One layer of a stream lives
+  in one thread-block cluster, whose blocks exchange outputs through distributed shared memory. Input drives of all
+  layers but the first are computed by clusters of their own. Weights are in shared memory if they fit, otherwise in L2.
+- Single-stream plan (`plan.py`, `kernels/single_stream.py`): batch 1, one tile of units per block. Blocks exchange
+  outputs through the event log. Weights are in shared memory if they fit, otherwise in L2.
+- General plan (`plan.py`, `kernels/persistent.py`): several samples and tiles per block. Samples are divided into
+  groups; more groups mean fewer samples but more tiles per block. Weights are in shared memory if they fit, otherwise
+  in L2.
+
+Two kinds of work need no plan. Products without a recurrence (input drives of the first layer, read-out) are computed
+for all steps at once (`kernels/batched_products.py`). With exact=False, layers of many streams can use tensor cores
+(`tensor_core_layer.py`, `kernels/tensor_core_cells.py`).
+
+Modules, from the GPU upwards:
+
+device            : the only import of the CUDA packages; compiling, loading, launching, memory
+transfer, cublas  : large copies to and from the host; dense products
+tables            : constants and table columns that kernels and their callers share
+packing, matrix   : weights as strips; one matrix on the GPU and its products
+plan, cluster_plan: which block owns which tiles and samples, and what lies in shared memory
+run_buffers       : memory of a run, kept between runs; graphs
+inputs            : inputs and states on the GPU
+launch            : kernel arguments and kernel selection
+tensor_core_layer : layers on tensor cores
+stepper           : single steps, captured as a graph
+engine            : a network on the GPU, and its runs
+kernels/          : device code; each file says what a thread, a warp and a block own
 """
 
 from __future__ import annotations
@@ -39,20 +48,22 @@ if TYPE_CHECKING:
     from eventrnn.network import Network
 
 
+# Types to which tensor-core layers can round weights and events.
 PRECISIONS = ("float16", "bfloat16", "tf32")
 
 
 class CudaBackend:
-    """One NVIDIA GPU. Opened by the first engine only, so that any machine can name it.
+    """One NVIDIA GPU. The driver is opened by the first engine, so the backend can be named on any machine.
 
-    exact     : False lets layers of 4 streams or more go through tensor cores, where that is measured to be faster: at
-                the first run of each batch size, on what it is fed; steps measure nothing, and go as the last run of
-                their batch size went, exactly before one. `Simulation.paths` says which. Layers of the paper's variant,
-                and those with weights that float16 cannot hold where that is asked for, stay exact
-    precision : of weights and events there, "float16" (where none is given), "bfloat16" or "tf32"; sums and cells are
-                float32. Only with exact=False
+    exact     : False allows layers of 4 or more streams to use tensor cores where that is measured to be faster. The
+                measurement takes place at the first run of each batch size, on its inputs; `Simulation.paths` reports
+                the choice. Single steps measure nothing: they use the choice of the last run of their batch size, and
+                are exact before one. Layers of the paper's variant stay exact, and so do layers with weights beyond the
+                float16 range if the precision is "float16"
+    precision : type of weights and events in those layers: "float16" (the default), "bfloat16" or "tf32"; sums and
+                cells are float32. Only with exact=False
 
-    Raises ValueError for a precision that is none of these, or that an exact run would not use.
+    Raises ValueError for an unknown precision, and for a precision together with exact=True.
     """
 
     name = "cuda"
@@ -67,9 +78,9 @@ class CudaBackend:
         self.exact, self.precision = exact, None if exact else precision or PRECISIONS[0]
 
     def engine(self, network: Network, *, threads: int = 1) -> CudaEngine:
-        """Pack the weights and put them on the GPU; kernels are compiled at the first run of each plan, in seconds.
+        """Pack the weights and copy them to the GPU. Kernels are compiled at the first run of each plan, in seconds.
 
-        Raises BackendUnavailable with the reason where there is no GPU, and ValueError for `threads` other than 1.
+        Raises BackendUnavailable with the reason if there is no usable GPU, and ValueError for `threads` other than 1.
         """
         if threads != 1:
             raise ValueError(f"threads: got {threads}, but the cuda backend brings its own; leave it out")

@@ -1,7 +1,7 @@
-"""The door to CUDA: the only file that imports its packages. Compiling, loading, launching, memory.
+"""Access to CUDA: the only file that imports its packages. Compiling, loading, launching, memory.
 
-Kernels are compiled here to PTX for a named architecture, which needs no GPU, and loaded by the driver. No fused
-multiply-add is made that the source does not write: `-fma=0` lets NVVM emit rounded `mul.rn` and `add.rn` only.
+Kernels are compiled to PTX for a given architecture, which needs no GPU, and loaded by the driver. The compiler must
+not fuse multiplications and additions that the source does not fuse: with `-fma=0` NVVM emits `mul.rn` and `add.rn`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import numpy as np
 from eventrnn.backend import BackendUnavailable
 from eventrnn.cuda.transfer import LARGE, Ferry
 
+# The remedy that error messages name.
 INSTALL = "pip install 'eventrnn[cuda13]' (driver 580 or newer) or 'eventrnn[cuda12]'"
 
-# numba-cuda 0.30 asks for it at import, NumPy 2.5 has dropped it; and it warns of what a later NumPy will drop.
+# numba-cuda 0.30 uses `np.row_stack` at import, which NumPy 2.5 has removed, and causes deprecation warnings.
 vars(np).setdefault("row_stack", np.vstack)
 
 try:
@@ -36,36 +37,44 @@ try:
 except ImportError as error:
     raise BackendUnavailable(f"cuda: {error}; {INSTALL}") from None
 
-#: oldest architecture: `redux` and 128-bit-wide relaxed loads need sm_80, large shared memory is used where it is
+#: oldest supported compute capability: `redux` and 128-bit relaxed loads need sm_80
 OLDEST = (8, 0)
 
-#: clusters of blocks and their barriers need sm_90; larger ones than this are asked for
-CLUSTERS_FROM, PORTABLE_CLUSTER = (9, 0), 8
+#: compute capability from which thread-block clusters exist
+CLUSTERS_FROM = (9, 0)
 
+#: blocks per cluster up to which no special permission is needed
+PORTABLE_CLUSTER = 8
+
+#: bytes of shared memory per block up to which no special permission is needed
+DEFAULT_SHARED_BYTES = 48 * 1024
+
+#: an empty kernel, for questions about occupancy
 PROBE = b".version 8.0\n.target sm_90\n.address_size 64\n.visible .entry probe() { ret; }\n"
 
 __all__ = ["Device", "compile_ptx", "cuda", "current_device", "device_function", "intrinsic", "libdevice"]
 
-Blocks = int | tuple[int, int]
-
+#: decorator of device functions; they are always inlined
 device_function = cuda.jit(device=True, forceinline=True)
 
 
 @dataclass(frozen=True)
 class _Target:
+    """A device as far as Numba's compiler needs one."""
+
     compute_capability: tuple[int, int]
 
 
 @contextmanager
 def _target(architecture: tuple[int, int]) -> Iterator[None]:
-    """Compile for that architecture, present or not, and without contraction."""
+    """Within the context Numba compiles for that architecture, even without such a GPU, and without contraction."""
     compile_before, device_before = _compiler.compile_cuda, _dispatcher.get_current_device
 
     def compile_cuda(*args, **options):
         options["nvvm_options"] = {**options["nvvm_options"], "fma": False}
         return compile_before(*args, **options)
 
-    # Numba asks the driver for the architecture of a device function, whatever the kernel is compiled for.
+    # For device functions Numba takes the architecture from the current device, not from the kernel being compiled.
     _compiler.compile_cuda = compile_cuda
     _dispatcher.get_current_device = lambda: _Target(architecture)
     try:
@@ -75,17 +84,20 @@ def _target(architecture: tuple[int, int]) -> Iterator[None]:
 
 
 def compile_ptx(kernel: Callable[..., None], signature, architecture: tuple[int, int], threads: int) -> str:
-    """PTX of a kernel, for at most `threads` a block. Needs libNVVM, but no GPU. About a second."""
+    """PTX of a kernel for at most `threads` threads per block. Needs libNVVM, but no GPU. Takes seconds.
+
+    kernel, signature : a Python function and its Numba signature, as the factories in `kernels/` return them
+    """
     threads = int(threads)
     with _target(architecture):
-        # One block a multiprocessor: its registers are all for us.
+        # One block per multiprocessor, so that it can use all registers.
         ptx, _ = cuda.compile(kernel, signature, device=False, abi="numba", cc=architecture, launch_bounds=(threads, 1))
     return ptx
 
 
 @dataclass(frozen=True)
-class _Foreign:
-    """Somebody's stream, by the protocol that CuPy takes it with."""
+class _ForeignStream:
+    """A stream of another library, in the protocol that CuPy accepts."""
 
     handle: int
 
@@ -94,7 +106,13 @@ class _Foreign:
 
 
 class Device:
-    """The current GPU. Raises BackendUnavailable with the reason and the remedy."""
+    """The current GPU and one stream on it. Raises BackendUnavailable with the reason and the remedy.
+
+    architecture    : compute capability (major, minor)
+    multiprocessors : number of multiprocessors
+    shared_bytes    : bytes of shared memory that a block can have
+    arrays          : the CuPy module
+    """
 
     def __init__(self):
         try:
@@ -125,7 +143,7 @@ class Device:
         self._clusters: dict[int, int] = {}
 
     def kernel(self, key: tuple, make: Callable[[], tuple[Callable[..., None], Any]], threads: int) -> Any:
-        """The loaded kernel of that key; `make` gives function and signature, compiled where it is new."""
+        """The loaded kernel of that key; for a new key, `make` returns the function and signature to compile."""
         from cuda.core import ObjectCode
 
         key = (*key, threads)
@@ -144,31 +162,33 @@ class Device:
         threads: int,
         *arguments: int,
         shared: int = 0,
-        together: bool = False,
+        cooperative: bool = False,
         cluster: int = 0,
     ) -> None:
-        """Put a kernel on the stream; all arguments are int64. `together`: all blocks must be resident at once.
+        """Launch a kernel on the stream. All arguments are passed as int64.
 
-        `cluster`: so many neighbouring blocks share their memory. Then the caller sees to it that all are resident
-        (`clusters`), for the two kinds of launch do not mix.
+        shared      : bytes of dynamic shared memory per block
+        cooperative : all blocks must be resident at the same time
+        cluster     : blocks per cluster, 0 without clusters. A cluster launch is not cooperative, so the caller must
+                      make sure that all clusters are resident (`clusters`)
         """
         from cuda.core import LaunchConfig, launch
 
         self._allow(kernel, shared, cluster)
         if cluster:
-            # `grid` counts clusters.
+            # With a cluster, `grid` counts clusters.
             config = LaunchConfig(grid=int(blocks) // cluster, cluster=cluster, block=threads, shmem_size=shared)
         else:
-            config = LaunchConfig(grid=blocks, block=threads, shmem_size=shared, is_cooperative=together)
+            config = LaunchConfig(grid=blocks, block=threads, shmem_size=shared, is_cooperative=cooperative)
         launch(self.stream, config, kernel, *(ctypes.c_int64(each) for each in arguments))
 
     def _allow(self, kernel: Any, shared: int, cluster: int) -> None:
-        """Lift the limits that a kernel starts out with."""
+        """Request the permissions that a kernel needs. Raises RuntimeError if one is refused."""
         from cuda.bindings import driver
 
         attributes = driver.CUfunction_attribute
         wanted = {}
-        if shared > 48 * 1024:
+        if shared > DEFAULT_SHARED_BYTES:
             wanted[attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES] = shared
         if cluster > PORTABLE_CLUSTER:
             wanted[attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED] = 1
@@ -178,7 +198,7 @@ class Device:
                 raise RuntimeError(f"cuda: {attribute.name} of {value} was refused ({error.name})")
 
     def clusters(self, size: int) -> int:
-        """How many clusters of so many blocks that fill a multiprocessor run at once; 0 where there are none."""
+        """Clusters of `size` blocks, each block filling a multiprocessor, that can be resident; 0 without clusters."""
         from cuda.bindings import driver
         from cuda.core import ObjectCode
 
@@ -198,13 +218,14 @@ class Device:
             config.sharedMemBytes, config.attrs, config.numAttrs = self.shared_bytes, [attribute], 1
             _, function = driver.cuKernelGetFunction(int(kernel.handle))
             error, count = driver.cuOccupancyMaxActiveClusters(function, config)
-            # A chip that knows no clusters of that size has none.
+            # The driver reports an error for a cluster size that the GPU does not support.
             self._clusters[size] = 0 if int(error) else int(count)
         return self._clusters[size]
 
     def load_library(self, name: str) -> ctypes.CDLL:
-        """One of NVIDIA's libraries, found where their packages or the system have it. Raises as `ctypes.CDLL` does,
-        ImportError and RuntimeError.
+        """Load one of NVIDIA's libraries from its Python package or from the system.
+
+        Raises OSError, ImportError or RuntimeError if it is not found.
         """
         from cuda.pathfinder import load_nvidia_dynamic_lib
 
@@ -212,7 +233,7 @@ class Device:
         return ctypes.CDLL(found.abs_path or f"lib{name}.so")
 
     def seconds(self, enqueue: Callable[[], None]) -> float:
-        """GPU time of what a call puts on the stream."""
+        """GPU time in seconds of the work that `enqueue` puts on the stream."""
         from cuda.core import EventOptions
 
         begin, end = (self.core.create_event(options=EventOptions(timing_enabled=True)) for _ in range(2))
@@ -224,7 +245,7 @@ class Device:
 
     @contextmanager
     def on_stream(self) -> Iterator[None]:
-        """CuPy's work goes on the same stream. Raises MemoryError with the needed and the free bytes."""
+        """Within the context CuPy uses the same stream. Raises MemoryError with the needed and the free bytes."""
         try:
             with self.queue:
                 yield
@@ -232,24 +253,27 @@ class Device:
             raise self._out_of_memory(int(getattr(error, "_size", 0))) from None
 
     def follow(self, array: Any) -> None:
-        """What comes on the stream waits for what the caller's own streams have been given so far."""
+        """Make later work on the stream wait for the caller's work so far.
+
+        That is the work on CuPy's current stream and, for a torch tensor, on torch's current stream.
+        """
         cuda_, torch = self.arrays.cuda, sys.modules.get("torch")
         waited = [cuda_.get_current_stream()]
         if torch is not None and isinstance(array, torch.Tensor):
-            theirs = _Foreign(torch.cuda.current_stream(array.device).cuda_stream)
+            theirs = _ForeignStream(torch.cuda.current_stream(array.device).cuda_stream)
             waited.append(cuda_.Stream.from_external(theirs))
         for each in waited:
             if each.ptr != self.queue.ptr:
                 self.queue.wait_event(each.record())
 
     def put(self, array: np.ndarray) -> Any:
-        """A device copy. Raises MemoryError with the needed and the free bytes."""
+        """Copy an array to the device. Raises MemoryError with the needed and the free bytes."""
         target = self.empty(array.shape, array.dtype)
         target.set(np.ascontiguousarray(array))
         return target
 
     def fetch(self, array: Any, target: np.ndarray) -> None:
-        """Copy it to contiguous memory of the host; done on return."""
+        """Copy a device array to contiguous host memory; complete on return."""
         array = self.arrays.ascontiguousarray(array)
         if array.nbytes < LARGE:
             array.get(out=target)
@@ -257,7 +281,7 @@ class Device:
             self._ferry.fetch(array, target)
 
     def send(self, array: np.ndarray, target: Any) -> None:
-        """Copy contiguous memory of the host to the device, on its stream."""
+        """Copy contiguous host memory to the device, on the stream."""
         if array.nbytes < LARGE:
             target.data.copy_from_host_async(array.ctypes.data, array.nbytes)
         else:
@@ -268,7 +292,7 @@ class Device:
         return Ferry(self)
 
     def empty(self, shape, dtype) -> Any:
-        """Device memory as it comes. Raises MemoryError with the needed and the free bytes."""
+        """Uninitialised device memory. Raises MemoryError with the needed and the free bytes."""
         try:
             return self.arrays.empty(shape, dtype)
         except self.arrays.cuda.memory.OutOfMemoryError:
@@ -287,5 +311,5 @@ class Device:
 
 @cache
 def current_device() -> Device:
-    """The GPU of this process, opened once."""
+    """The GPU of this process; it is opened once."""
     return Device()

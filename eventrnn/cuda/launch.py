@@ -114,6 +114,6 @@ def _launch(engine: CudaEngine, each: Plan, rows, layers: range, steps: int, bat
             steps,
             batch,
             shared=each.shared,
-            together=True,
+            cooperative=True,
             cluster=each.cluster,
         )
