@@ -1,6 +1,10 @@
-"""Hypothesis profiles: `--hypothesis-profile=ci` draws more, `few` less; `dev` is the default."""
+"""Profiles of Hypothesis, what is skipped where, and the fixtures of several test modules.
+
+`--hypothesis-profile=ci` draws more examples than the default, `dev`; `few` draws less.
+"""
 
 import importlib
+import sys
 
 import pytest
 from hypothesis import settings
@@ -8,6 +12,7 @@ from hypothesis import settings
 from eventrnn.backend import BackendUnavailable
 from eventrnn.cpu import crossover
 from support.crossover_map import invented_map
+from support.texts import TEXT
 
 settings.register_profile("dev", max_examples=30, deadline=None, print_blob=True)
 settings.register_profile("ci", max_examples=100, deadline=None, print_blob=True)
@@ -17,12 +22,12 @@ settings.load_profile("dev")
 
 
 def pytest_configure(config):
-    """A drawn network prints at length when a test fails: that must not hide the failure behind a warning."""
+    """Where a property fails, Hypothesis prints the drawn network and warns of its length. The warning is no error."""
     config.addinivalue_line("filterwarnings", "ignore:Generating overly large repr")
 
 
 def pytest_collection_modifyitems(items):
-    """What needs a GPU is skipped where there is none, with the reason that the library gives."""
+    """Skip tests that need a GPU where there is none, with the library's own reason."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
@@ -35,8 +40,32 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def _crossover_map(tmp_path_factory):
-    """No test measures this machine, and none touches the user's cache."""
+    """Keep the tests from measuring this machine and from touching the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EVENTRNN_CACHE", str(tmp_path_factory.mktemp("cache")))
         crossover.save(invented_map())
         yield
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """A function that runs a command: cli("bench", "inference") returns (exit code, stdout, stderr)."""
+    # Imported here, because the command line takes long to import and few tests need it.
+    from eventrnn.cli import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["eventrnn", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A file with the text `TEXT`."""
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path

@@ -11,32 +11,9 @@ from safetensors.numpy import save_file
 
 from eventrnn import Dense, Network, load, save
 from eventrnn.bench import timing as contest
-from eventrnn.cli import main
 from eventrnn.cli.options import PARTS
 from eventrnn.data.text import Vocabulary
-
-TEXT = "the quick brown fox jumps over the lazy dog\n" * 60
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """Run a command; returns (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["eventrnn", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return stop.value.code or 0, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT)
-    return path
+from support.texts import TEXT
 
 
 @pytest.fixture

@@ -1,29 +1,27 @@
 """`eventrnn prune`, `eventrnn bench pruning`: every method runs, the table is true, the meaningless is refused."""
 
 import json
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from eventrnn import NM, Network, convert, load, save
-from eventrnn.cli import main, options
+from eventrnn.cli import options
 from eventrnn.cli.options import encoded
 from eventrnn.cli.prune import WAYS, _calibration
 from eventrnn.counting.counts import count
 from eventrnn.data.text import Vocabulary
 from eventrnn.pruning import legal
 from eventrnn.simulation import simulate
+from support.texts import TEXT
 
-TEXT = "the quick brown fox jumps over the lazy dog\n" * 60
 TUNING = ("--steps", 6, "--batch", 4, "--window", 8)
 
 
 @pytest.fixture
-def prune(monkeypatch, capsys, tmp_path):
+def prune(cli, text, tmp_path):
     """`eventrnn prune MODEL` with more arguments; returns (exit code, stdout, stderr)."""
-    (tmp_path / "text.txt").write_text(TEXT)
     vocabulary = Vocabulary.of(TEXT)
     network = Network.random(
         [24], symbols=len(vocabulary), embedding=8, readout=len(vocabulary), rng=np.random.default_rng(0),
@@ -32,12 +30,8 @@ def prune(monkeypatch, capsys, tmp_path):
     save(network, tmp_path / "model.safetensors")
 
     def run(*arguments, verb="prune", model="model.safetensors"):
-        words = ["eventrnn", verb, tmp_path / model, *arguments] if verb == "prune" else ["eventrnn", verb, *arguments]
-        monkeypatch.setattr(sys, "argv", [str(word).format(folder=tmp_path) for word in words])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return stop.value.code or 0, captured.out, captured.err
+        words = [verb, tmp_path / model, *arguments] if verb == "prune" else [verb, *arguments]
+        return cli(*(str(word).format(folder=tmp_path) for word in words))
 
     return run
 

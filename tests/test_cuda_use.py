@@ -390,6 +390,7 @@ def test_streams_of_any_mixture_equal_one_run_of_the_cpu(cupy, case):
 
 
 @pytest.mark.gpu
+@pytest.mark.torch
 @pytest.mark.parametrize("case", CASES)
 def test_arrays_of_cupy_and_torch_go_in_and_come_out(cupy, case):
     torch = pytest.importorskip("torch", reason="needs PyTorch")
@@ -408,6 +409,7 @@ def test_arrays_of_cupy_and_torch_go_in_and_come_out(cupy, case):
 
 
 @pytest.mark.gpu
+@pytest.mark.torch
 def test_tensors_that_cannot_go_in_are_refused():
     torch = pytest.importorskip("torch", reason="needs PyTorch")
     network, x = small()

@@ -1,10 +1,13 @@
-"""Rules of the house that a linter can check."""
+"""Rules of this project that no linter has: imports, compiled code, sizes, documentation and tests."""
 
 import ast
+import io
 import json
 import re
 import subprocess
 import sys
+import tokenize
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "eventrnn").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 SCRIPTS = sorted((ROOT / "experiments").rglob("*.py"))
-CUDA_DOOR = ROOT / "eventrnn" / "cuda" / "device.py"
+CUDA_IMPORTS = ROOT / "eventrnn" / "cuda" / "device.py"
 OPTIONAL = ("torch", "matplotlib", "hypothesis", "cupy", "numba.cuda", "numba_cuda", "pooch", "joblib", "dask")
 
 
@@ -40,22 +43,58 @@ def run_python(code):
     return json.loads(finished.stdout)
 
 
-def test_only_one_file_opens_the_door_to_cuda():
+def functions(path):
+    """Every function and method of a file, nested ones included."""
+    return [node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+# --- imports ------------------------------------------------------------------------------------------------
+
+
+def test_cuda_packages_are_imported_by_one_file():
     packages = re.compile(r"(numba\.cuda|numba_cuda|cupy|cuda)\b")
 
-    def opens(path) -> bool:
-        # Asked for by name, a package that somebody else has imported is another door.
-        asked = [
+    def imports_cuda(path) -> bool:
+        # `sys.modules["cupy"]` reaches a package as an import does.
+        subscripts = [
             node.slice.value
             for node in ast.walk(tree(path))
             if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant)
         ]
-        return any(packages.match(str(name)) for name in (*imported(path), *asked))
+        return any(packages.match(str(name)) for name in (*imported(path), *subscripts))
 
-    assert [path for path in PACKAGE if opens(path)] == [CUDA_DOOR]
+    assert [path for path in PACKAGE if imports_cuda(path)] == [CUDA_IMPORTS]
 
 
-def test_no_arithmetic_is_left_to_the_compilers_discretion():
+def test_test_modules_import_no_other_test_module():
+    shared = re.compile(r"(test_\w+|conftest)\b")
+    assert not [f"{path.name}: {name}" for path in TESTS for name in imported(path) if shared.match(name)]
+
+
+def test_import_eventrnn_compiles_nothing():
+    """`import eventrnn` compiles nothing and imports numpy, scipy and safetensors, but no other package."""
+    heavy = (*OPTIONAL, "numba", "llvmlite", "rich", "typer", "threadpoolctl")
+    code = f"import json, sys, eventrnn; print(json.dumps([name for name in {heavy} if name in sys.modules]))"
+    assert run_python(code) == []
+
+
+def test_modules_import_without_optional_packages():
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in PACKAGE]
+    # These modules exist for users of an optional package.
+    bridges = re.compile(r"eventrnn\.(cuda|testing)\b")
+    code = f"""
+import importlib, json, sys
+for name in {[name for name in names if not bridges.match(name)]}:
+    importlib.import_module(name)
+print(json.dumps([name for name in {OPTIONAL} if name in sys.modules]))
+"""
+    assert run_python(code) == []
+
+
+# --- compiled code ------------------------------------------------------------------------------------------
+
+
+def test_no_compiler_flag_loosens_arithmetic():
     loose = {"fastmath", "fast", "reassoc", "contract", "arcp", "afn", "nnan", "ninf", "nsz"}
     found = []
     for path in PACKAGE + SCRIPTS:
@@ -66,6 +105,34 @@ def test_no_arithmetic_is_left_to_the_compilers_discretion():
     assert not found
 
 
+def decorator_name(node) -> str:
+    """`compiled` for each of @compiled, @jit.compiled and @compiled(...)."""
+    call = node.func if isinstance(node, ast.Call) else node
+    return getattr(call, "attr", getattr(call, "id", ""))
+
+
+#: Decorators of functions that Numba compiles, on a CPU and on a GPU.
+COMPILING = {
+    *("compiled", "inlined", "allocating", "intrinsic", "overload", "register_jitable", "njit", "jit", "vectorize"),
+    *("guvectorize", "cfunc", "device_function", "kernel"),
+}
+
+
+def test_compiled_functions_live_in_kernels_folders():
+    # `cuda/device.py` defines the decorators for GPUs and compiles nothing else.
+    outside = [path for path in PACKAGE if "kernels" not in path.parts and path != CUDA_IMPORTS]
+    found = [
+        place(path, function)
+        for path in outside
+        for function in functions(path)
+        if COMPILING & {decorator_name(each) for each in function.decorator_list}
+    ]
+    assert not found
+
+
+# --- sizes and types ----------------------------------------------------------------------------------------
+
+
 def test_no_file_is_longer_than_600_lines():
     # A file should hold one idea in up to about 500 lines. At 600 it is time to look for the second idea.
     lengths = {
@@ -74,35 +141,85 @@ def test_no_file_is_longer_than_600_lines():
     assert not {name: lines for name, lines in lengths.items() if lines > 600}
 
 
-def test_no_test_module_imports_another():
-    shared = re.compile(r"(test_\w+|conftest)\b")
-    assert not [f"{path.name}: {name}" for path in TESTS for name in imported(path) if shared.match(name)]
+MOST_PARAMETERS, MOST_KERNEL_PARAMETERS = 12, 50
 
 
-def test_nothing_is_left_to_do():
+def test_no_function_takes_too_many_parameters():
+    found = []
+    for path in PACKAGE:
+        most = MOST_KERNEL_PARAMETERS if "kernels" in path.parts else MOST_PARAMETERS
+        for function in functions(path):
+            given = function.args
+            names = [*given.posonlyargs, *given.args, *given.kwonlyargs, *filter(None, (given.vararg, given.kwarg))]
+            found += [f"{place(path, function)} {function.name}: {len(names)}"] if len(names) > most else []
+    assert not found
+
+
+def test_type_checker_skips_at_most_three_patterns():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pyright"]
+    assert settings["include"] == ["eventrnn"]
+    assert len(settings["ignore"]) <= 3
+
+
+# --- prose --------------------------------------------------------------------------------------------------
+
+
+def test_no_unfinished_code():
     marks = re.compile("|".join(("TO" + "DO", "FIX" + "ME", "XX" + "X", "NotImplemented" + "Error", "x" + "fail")))
     found = [path.relative_to(ROOT) for path in PACKAGE + TESTS + SCRIPTS if marks.search(path.read_text())]
     assert not found
 
 
-def test_import_is_light():
-    """It compiles nothing and brings in no package but numpy, scipy and the model file's."""
-    heavy = (*OPTIONAL, "numba", "llvmlite", "rich", "typer", "threadpoolctl")
-    code = f"import json, sys, eventrnn; print(json.dumps([name for name in {heavy} if name in sys.modules]))"
-    assert run_python(code) == []
+def public(body):
+    return [node for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")]
 
 
-def test_no_module_needs_an_optional_package_to_be_imported():
-    names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in PACKAGE]
-    # Bridges to a package, and what draws examples, are imported by those who have it.
-    bridges = re.compile(r"eventrnn\.(cuda|torch|testing)\b")
-    code = f"""
-import importlib, json, sys
-for name in {[name for name in names if not bridges.match(name)]}:
-    importlib.import_module(name)
-print(json.dumps([name for name in {OPTIONAL} if name in sys.modules]))
-"""
-    assert run_python(code) == []
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_public_names_have_docstrings(path):
+    module = tree(path)
+    assert ast.get_docstring(module) or not module.body
+    assert not [place(path, node) for node in public(module.body) if not ast.get_docstring(node)]
+
+
+def prose(path):
+    """(line, text) of every comment and docstring of a file."""
+    text = path.read_text(encoding="utf-8")
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.start[0], token.string
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(node)
+            if docstring:
+                yield node.body[0].lineno, docstring
+
+
+def test_files_named_in_comments_and_docstrings_exist():
+    sources = PACKAGE + TESTS + SCRIPTS
+    existing = [f"/{path.relative_to(ROOT).as_posix()}" for path in sources]
+    missing = []
+    for path in sources:
+        for line, text in prose(path):
+            named = re.findall(r"[\w./]*\w\.py\b", text)
+            wrong = [name for name in named if not any(each.endswith(f"/{name}") for each in existing)]
+            missing += [f"{path.relative_to(ROOT)}:{line}: {name}" for name in wrong]
+    # Names of files before the folders were made.
+    renamed = {
+        "rivals.py",
+        "contest.py",
+        "measure.py",
+        "cpu.py",
+        "rows.py",
+        "kernels.py",
+        "single.py",
+        "products.py",
+        "transposable.py",
+        "sweeps.py",
+    }
+    assert not [each for each in missing if each.split()[-1] not in renamed]
+
+
+# --- tests --------------------------------------------------------------------------------------------------
 
 
 def is_number(node):
@@ -117,7 +234,7 @@ def is_number(node):
 COMPARERS = {"approx", "allclose", "isclose", "assert_allclose", "assert_almost_equal", "assert_array_almost_equal"}
 
 
-def test_tolerances_live_in_one_file():
+def test_tolerances_are_numbers_of_one_file_only():
     found = []
     for path in TESTS:
         if path.name == "tolerance.py":
@@ -125,7 +242,7 @@ def test_tolerances_live_in_one_file():
         for node in ast.walk(tree(path)):
             if isinstance(node, ast.keyword) and node.arg in ("atol", "rtol", "abs", "rel") and is_number(node.value):
                 found.append(place(path, node.value))
-            # Without a tolerance given, these bring their own.
+            # Without a given tolerance, these functions use a default of their own.
             if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in COMPARERS:
                 found.append(place(path, node))
             if isinstance(node, ast.Compare):
@@ -134,17 +251,17 @@ def test_tolerances_live_in_one_file():
     assert not found
 
 
-def public(body):
-    return [node for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")]
+def test_tests_that_need_torch_are_marked():
+    found = []
+    for path in TESTS:
+        for function in functions(path):
+            calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
+            needs = any(ast.unparse(call).startswith("pytest.importorskip('torch'") for call in calls)
+            marked = any(ast.unparse(each) == "pytest.mark.torch" for each in function.decorator_list)
+            found += [place(path, function)] if needs and not marked else []
+    assert not found
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_what_is_public_is_documented(path):
-    module = tree(path)
-    assert ast.get_docstring(module) or not module.body
-    assert not [place(path, node) for node in public(module.body) if not ast.get_docstring(node)]
-
-
-def test_recorded_runs_are_here():
+def test_recorded_runs_are_complete():
     recorded = {file.name for file in (ROOT / "tests" / "golden").glob("*.npz")}
     assert recorded == {"evnn_a.npz", "evnn_b.npz", "evnn_zero_threshold.npz"}

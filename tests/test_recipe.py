@@ -3,41 +3,18 @@
 import json
 import os
 import signal
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from eventrnn import load
-from eventrnn.cli import main
 from eventrnn.training import read_log
 from eventrnn.training.recipes.recipe import Recipe, load_recipe, presets, train
 from eventrnn.training.recipes.toml_config import from_table, merged, parse_setting, read_toml, to_toml
+from support.texts import TEXT
 
-TEXT = "the quick brown fox jumps over the lazy dog\n" * 60
 SMALL = ("--hidden", 12, "--embedding", 5, "--batch", 4, "--window", 8, "--steps", 20)
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """Run a command; returns (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["eventrnn", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return stop.value.code or 0, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT)
-    return path
 
 
 @pytest.mark.parametrize("name", presets())
