@@ -1,10 +1,10 @@
-"""The README is true: its example runs, its commands exist."""
+"""The README: its example runs, it stays short, and it names two commands to start with.
+
+`test_docs.py` checks its links, names and commands together with those of `docs/`.
+"""
 
 import re
-import shlex
 from pathlib import Path
-
-from eventrnn.cli import app
 
 README = Path(__file__).parent.parent / "README.md"
 TEXT = README.read_text()
@@ -12,32 +12,16 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
 COMMANDS = [body for language, body in BLOCKS if not language]
 
 
-def test_the_examples_run(tmp_path, monkeypatch, capsys):
+def test_the_example_runs(tmp_path, monkeypatch, capsys):
+    (example,) = (body for language, body in BLOCKS if language == "python")
     monkeypatch.chdir(tmp_path)
-    names: dict = {}
-    for example in (body for language, body in BLOCKS if language == "python"):
-        exec(compile(example, "README.md", "exec"), names)
-    assert {path.name for path in (tmp_path / "runs" / "mine").iterdir()} >= {"log.jsonl"}
+    exec(compile(example, "README.md", "exec"), {})
     assert "times fewer multiplications" in capsys.readouterr().out
     assert (tmp_path / "model.safetensors").exists()
 
 
-def test_the_commands_exist():
-    import typer
-
-    command = typer.main.get_command(app)
-    lines = re.findall(r"`eventrnn ([a-z][^`]*)`", TEXT) + re.findall(r"&& eventrnn (.*)", TEXT)
-    assert len(lines) >= 8
-    for line in lines:
-        words = shlex.split(line)
-        node = command
-        while words and not words[0].startswith("-") and hasattr(node, "commands"):
-            if words[0] not in node.commands:
-                break
-            node = node.commands[words.pop(0)]
-        assert node is not command, f"no command: {line}"
-        known = {name for parameter in node.params for name in parameter.opts}
-        assert {word for word in words if word.startswith("--")} <= known, line
+def test_the_readme_stays_short():
+    assert len(TEXT.splitlines()) <= 130
 
 
 def test_exactly_two_commands_to_start():
