@@ -1,7 +1,7 @@
-"""Kernels without exchange between threads, run as the Python that they are written in, one thread of one block.
+"""Kernels whose threads do not communicate, run as plain Python: one thread per block, one block after the other.
 
-What their instructions do is said here once more in NumPy. Kernels whose warps vote, shuffle or wait for each other
-have no such run, nor would they in Numba's simulator, which knows none of these instructions: those are compared on a
+The PTX instructions that they use are replaced by NumPy. Kernels whose warps vote, shuffle or wait for each other
+cannot be run like this, nor in Numba's simulator, which lacks these instructions; `test_cuda.py` compares them on a
 GPU.
 """
 
@@ -23,7 +23,7 @@ KINDS |= {"global_int32": (ctypes.c_int32, np.int32), "global_uint16": (ctypes.c
 
 
 class Pointed:
-    """Numbers at an address."""
+    """An array of numbers at an address, like the typed pointers of `ptx.py`."""
 
     def __init__(self, address: int, kind: tuple):
         self.at, self.kind = ctypes.cast(int(address), ctypes.POINTER(kind[0])), kind[1]
@@ -44,7 +44,7 @@ def _add(address, value):
 
 
 def in_python(function, grid: tuple[int, int]):
-    """The same function over memory of the host, for one thread; `grid`: blocks along x and y, which come in turn."""
+    """A kernel as a Python function on host memory, one thread per block; `grid`: number of blocks along x and y."""
     from eventrnn.cuda.kernels import ptx
     from eventrnn.cuda.kernels import tensor_core_cells as module
 
@@ -100,13 +100,13 @@ def _store(address, values, precision):
 
 @pytest.fixture
 def kernels():
-    """The modules that write kernels, for which numba-cuda is needed."""
+    """The kernel modules; they need numba-cuda."""
     pytest.importorskip("eventrnn.cuda.device", exc_type=BackendUnavailable, reason="needs numba-cuda")
-    from eventrnn.cuda.kernels import batched_products as products
-    from eventrnn.cuda.kernels import input_checks as borders
-    from eventrnn.cuda.kernels import tensor_core_cells as rounded
+    from eventrnn.cuda.kernels import batched_products, input_checks, tensor_core_cells
 
-    return SimpleNamespace(borders=borders, products=products, rounded=rounded)
+    return SimpleNamespace(
+        input_checks=input_checks, batched_products=batched_products, tensor_core_cells=tensor_core_cells
+    )
 
 
 def at(array: np.ndarray) -> int:
@@ -119,13 +119,13 @@ def words(shape, precision, rng) -> np.ndarray:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(("units", "counting"), [(13, True), (8, False), (1, True)])
-def test_cells_of_a_step(kernels, precision, units, counting):
+def test_cells_kernel_equals_the_fake(kernels, precision, units, counting):
     rng, batch, padded, pitch = np.random.default_rng(units), 5, -(-units // 8) * 8, 32
     pairs, parts = -(-units // 2), 3
     drive, rec = (words((batch, 3, padded), precision, rng) for _ in range(2))
     vectors, c = rng.standard_normal((5, padded)).astype(np.float32), rng.standard_normal((batch, units))
     vectors[4], c = 0.1, c.astype(np.float32)
-    # Of the first sample all is kept, and sent as a 1.
+    # The first sample keeps its cells, which are 1, and all its units send a 1.
     drive[0, 0], c[0] = rounded(np.full(padded, 100, np.float32), precision), 1
     results = []
     for fake in (False, True):
@@ -139,10 +139,10 @@ def test_cells_of_a_step(kernels, precision, units, counting):
         if fake:
             ROUNDING["cells"](precision, (pairs, parts), *arguments)
         else:
-            in_python(kernels.rounded.cells_kernel(precision)[0], (pairs, parts))(*arguments)
+            in_python(kernels.tensor_core_cells.cells_kernel(precision)[0], (pairs, parts))(*arguments)
         results.append((cells, widened(y, precision), sent, after, sums, status))
     ours, theirs = results
-    # The rules of the fake are those of `reference.py` in NumPy's own exponentials.
+    # The fake follows `reference.py`, with NumPy's exponential.
     for mine, its in zip(ours[:4], theirs[:4], strict=True):
         assert np.array_equal(mine != 0, its != 0)
         assert np.abs(mine.astype(np.float64) - its).max() <= tolerance.two_roundings(precision)
@@ -155,14 +155,16 @@ def test_rows_are_rounded_and_padded(kernels, precision):
     rng = np.random.default_rng(0)
     dense, status = rng.standard_normal((4, 9)).astype(np.float32), np.zeros(tables.STATUS_FIELDS, np.int64)
     out = np.full((4, 16), 3, rounded(dense, precision).dtype)
-    in_python(kernels.rounded.round_rows_kernel(precision)[0], (4, 1))(at(dense), 9, 7, 16, at(out), at(status))
+    in_python(kernels.tensor_core_cells.round_rows_kernel(precision)[0], (4, 1))(
+        at(dense), 9, 7, 16, at(out), at(status)
+    )
     assert np.array_equal(out[:, :7], rounded(dense[:, :7].copy(), precision)) and not out[:, 7:].any()
     firsts, counts = np.array([2, 0]), np.array([2, 1], np.int32)
     entries = np.array([[5, 0], [0, 0], [1, 0], [15, 0]], np.int32)
     entries[:, 1] = np.array([1.5, 0, -2.25, 1e5], np.float32).view(np.int32)
     rows, out = np.array([1, 0, 0]), np.full((3, 16), 3, out.dtype)
-    spread = in_python(kernels.rounded.densify_kernel(precision)[0], (3, 1))
-    spread(at(firsts), at(counts), at(entries), at(rows), 3, 16, at(out), at(status))
+    densify = in_python(kernels.tensor_core_cells.densify_kernel(precision)[0], (3, 1))
+    densify(at(firsts), at(counts), at(entries), at(rows), 3, 16, at(out), at(status))
     expected = np.zeros((3, 16), np.float32)
     expected[0, 5], expected[1:, 1], expected[1:, 15] = 1.5, -2.25, 1e5
     with np.errstate(over="ignore"):
@@ -170,13 +172,13 @@ def test_rows_are_rounded_and_padded(kernels, precision):
     assert bool(status[tables.STATUS_LARGE]) == (precision == "float16")
 
 
-def test_what_is_wrong_is_reported_by_its_first_place(kernels):
+def test_checks_report_the_first_invalid_position(kernels):
     status, row_of = np.zeros(tables.STATUS_FIELDS, np.int64), np.zeros(5, np.int64)
-    in_python(kernels.borders.symbols_kernel()[0], (5, 1))(
+    in_python(kernels.input_checks.symbols_kernel()[0], (5, 1))(
         at(np.array([3, 9, 0, -1, 8])), 5, 100, 9, at(row_of), at(status)
     )
     assert row_of.tolist() == [3, 0, 0, 0, 8] and tables.LAST - status[tables.STATUS_INPUT] == 101
-    finite = in_python(kernels.borders.finite_kernel()[0], (3, 1))
+    finite = in_python(kernels.input_checks.finite_kernel()[0], (3, 1))
     values = np.array([1, -3e38, 0], np.float32)
     finite(at(values), 3, at(status))
     assert not status[tables.STATUS_CELLS]
@@ -186,16 +188,20 @@ def test_what_is_wrong_is_reported_by_its_first_place(kernels):
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 40])
-def test_tallies_tell_graded_from_binary(kernels, rows):
+def test_counts_distinguish_graded_from_binary_events(kernels, rows):
     rng = np.random.default_rng(rows)
     dense = rng.choice(np.array([0, 0, 1, -1, 0.5], np.float32), (rows, 8))
     counts = np.zeros((2, 6), np.int64)
-    in_python(kernels.products.count_events_kernel()[0], (6, 3))(at(dense), 8, 6, rows, at(counts[0]), at(counts[1]))
+    in_python(kernels.batched_products.count_events_kernel()[0], (6, 3))(
+        at(dense), 8, 6, rows, at(counts[0]), at(counts[1])
+    )
     assert np.array_equal(counts[1], (np.abs(dense[:, :6]) == 1).sum(axis=0))
     assert np.array_equal(counts.sum(axis=0), (dense[:, :6] != 0).sum(axis=0))
-    # Sums up to the largest that four bits hold, of units that sent more often than they sent a 1.
+    # Sums up to the largest that four bits hold; a unit has at least as many events as events of value 1.
     sent = rng.integers(0, tables.MAX_SUMMED + 1, (rows, 8))
     binary, counts, sums = rng.integers(0, sent + 1), np.zeros((2, 8), np.int64), np.zeros((rows, 5), np.uint16)
     sums[:, :4] = sent[:, ::2] + (sent[:, 1::2] << 4) + (binary[:, ::2] << 8) + (binary[:, 1::2] << 12)
-    in_python(kernels.products.count_pairs_kernel()[0], (4, 3))(at(sums), 4, 5, rows, at(counts[0]), at(counts[1]))
+    in_python(kernels.batched_products.count_pairs_kernel()[0], (4, 3))(
+        at(sums), 4, 5, rows, at(counts[0]), at(counts[1])
+    )
     assert np.array_equal(counts[1], binary.sum(axis=0)) and np.array_equal(counts.sum(axis=0), sent.sum(axis=0))

@@ -7,7 +7,7 @@ in registers. The exchange of events through an event log, the results and the b
 Block  : owns one tile of up to 32 units of one layer, for one sample.
 Warp   : w loads the segment of units 128 * w to 128 * w + 127 of a row of the event log. Warps 0, 1, 2 compute the
          recurrent strips of the gates u, r, g, warps 3, 4, 5 the input strips of the same gates. Warps 0 and 1 evaluate
-         their gates, warp 2 the candidate, the cells and the events. A plan has at least six warps, and one for every
+         their gates, warp 2 the candidate, the cells and the events. A plan has at least eight warps, and one per
          segment of the widest row.
 Thread : four neighbouring units of a segment; one output of a strip; in warp 2, one unit, whose cell and output stay
          in registers.
