@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and survive a power cut once written; and where caches lie."""
+"""Atomic, durable file writes, and the cache folder of the package."""
 
 from __future__ import annotations
 
@@ -9,20 +9,26 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Where the package keeps what can be made again; `EVENTRNN_CACHE` names another folder. It need not exist."""
+    """Folder for files that can be made again.
+
+    The environment variable `EVENTRNN_CACHE` overrides it. It may not exist.
+    """
     named = os.environ.get("EVENTRNN_CACHE")
     return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eventrnn"
 
 
 def write_whole(target: Path, raw: bytes, *, overwrite: bool = False, keep: Path | None = None) -> None:
-    """Write a file under another name, onto the disk, then give it its name: a reader sees the old file or the new.
+    """Write a file atomically: under a temporary name, flushed to disk, then renamed.
 
-    overwrite : else a file that is there, or comes meanwhile, is left alone: `FileExistsError`
-    keep      : a name for the file that was there; there is one under `target` at every moment
+    A reader sees the old file or the new one.
 
-    Raises `OSError` of the disk, the old file as it was. A process killed half-way leaves a hidden `.tmp` file.
+    overwrite : replace an existing file; otherwise raise `FileExistsError`, also for a file that appears meanwhile
+    keep      : path under which the existing file is kept; a file exists under `target` at every moment
+
+    Raises `OSError` of the disk; the old file is then unchanged. A process that is killed meanwhile leaves a hidden
+    `.tmp` file.
     """
-    # In the same folder, or the rename would not be atomic.
+    # The temporary file is in the same folder, because a rename is atomic only within a file system.
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -36,7 +42,7 @@ def write_whole(target: Path, raw: bytes, *, overwrite: bool = False, keep: Path
         if overwrite:
             os.replace(temporary, target)
         else:
-            # Unlike a rename, a link does not replace a file that came meanwhile.
+            # Unlike a rename, a link fails if a file with that name has appeared meanwhile.
             os.link(temporary, target)
             temporary.unlink()
     except BaseException:
@@ -46,13 +52,13 @@ def write_whole(target: Path, raw: bytes, *, overwrite: bool = False, keep: Path
 
 
 def clean(folder: Path) -> None:
-    """Remove what killed writers left in a folder."""
+    """Remove the temporary files that killed processes left in a folder."""
     for file in folder.glob(".*.tmp"):
         file.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
-    # So that the rename itself survives a power cut; the file is complete either way, so a refusal is no failure.
+    # Makes the rename itself durable. Some file systems refuse it; the file is complete all the same.
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -136,14 +136,14 @@ class Network:
         layers = []
         for n in units:
             rows = cell.gates * n
-            drawn = rng.beta(3 * threshold / (1 - threshold), 3, n) if threshold else np.zeros(n)
+            drawn = draw_thresholds(threshold, n, rng) if threshold else np.zeros(n, np.float32)
             layers.append(
                 Layer(
                     Dense(_xavier(rng, fan_in or 0, rows)),
                     Dense(_xavier(rng, n, rows)),
                     np.zeros(rows, np.float32),
                     np.zeros(rows, np.float32),
-                    drawn.astype(np.float32),
+                    drawn,
                     cell,
                 )
             )
@@ -167,6 +167,11 @@ def _need_sizes(**sizes: int | Sequence[int] | None) -> None:
         each = list(size) if isinstance(size, Sequence | np.ndarray) else [size]
         if not each or any(not isinstance(n, int | np.integer) or n < 1 for n in each):
             raise ValueError(f"{name}: got {size}, need whole numbers >= 1")
+
+
+def draw_thresholds(mean: float, units: int, rng: np.random.Generator) -> np.ndarray:
+    """Thresholds (units,) float32 drawn from Beta(3m / (1 - m), 3), which has the mean m in (0, 1), as in EvNN 0.2."""
+    return rng.beta(3 * mean / (1 - mean), 3, units).astype(np.float32)
 
 
 def _xavier(rng: np.random.Generator, fan_in: int, fan_out: int) -> np.ndarray:

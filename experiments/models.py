@@ -16,7 +16,7 @@ from eventrnn.bench import interleaved
 from eventrnn.data.text import Corpus, from_path, python_documentation
 from eventrnn.pruning import Pruning
 from eventrnn.training import Settings, Trainer
-from eventrnn.training.evaluation import read
+from eventrnn.training.evaluation import evaluate_text
 
 # Symbols of a timed run; a step of a small model takes microseconds.
 TIMED, REPEATS = 2000, 9
@@ -119,7 +119,7 @@ def timed_steps(trainer: Trainer, steps: int, report: Callable) -> float:
 def figures(network: er.Network, job: Job, limit: int | None) -> dict:
     """Quality on the test text (its first symbols, where limited), work, sizes, time a step beside the dense twin."""
     symbols = job.corpus.test[:limit]
-    found = read(network, symbols)
+    found = evaluate_text(network, symbols)
     engines = {"own": er.Simulator(network), "dense": er.Simulator(network.dense())}
     part = symbols[:TIMED, None]
     seconds = interleaved({name: lambda s=s: s.run(part) for name, s in engines.items()}, REPEATS)

@@ -23,7 +23,7 @@ from eventrnn.cli.terminal import progress
 from eventrnn.data.text import python_documentation
 from eventrnn.pruning import CRITERIA, prune_to_operations
 from eventrnn.training import Settings, Trainer
-from eventrnn.training.evaluation import read
+from eventrnn.training.evaluation import evaluate_text
 
 RESULTS = Path(__file__).parent / "results" / "operations.jsonl"
 BUDGETS = (0.5, 0.3, 0.2, 0.1, 0.05)
@@ -54,7 +54,7 @@ def trained(path: Path, steps: int, seed: int, report) -> er.Network:
 
 def figures(network: er.Network, symbols: np.ndarray) -> dict:
     """Bits, operations a step and activity on a text."""
-    found = read(network, symbols)
+    found = evaluate_text(network, symbols)
     return {
         "bits": found["bits_per_symbol"],
         "operations": found["effective_ops_per_step"],

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from eventrnn.network import Network
 from eventrnn.simulation import simulate
 from eventrnn.testing import weights
-from eventrnn.training.evaluation import narrowed, read, read_narrowed
+from eventrnn.training.evaluation import compare_storage, evaluate_text, with_storage
 from eventrnn.weights import FORMATS, NM, STORAGES, BlockCSR, Dense, convert
 from support import tolerance
 
@@ -262,19 +262,19 @@ def test_reading_with_narrow_weights():
     network = _text_network(readout=6)
     symbols = np.random.default_rng(1).integers(0, 6, 300)
     stages = []
-    told = read_narrowed(
+    told = compare_storage(
         network, symbols, "int8", report=lambda stage, done, total: stages.append((stage, done, total))
     )
     assert stages == [("reading with int8", 299, 299), ("reading with float32", 299, 299)]
-    assert told["bits_per_symbol"] == read(narrowed(network, "int8"), symbols)["bits_per_symbol"]
-    assert told["bits_per_symbol_float32"] == read(network, symbols)["bits_per_symbol"]
+    assert told["bits_per_symbol"] == evaluate_text(with_storage(network, "int8"), symbols)["bits_per_symbol"]
+    assert told["bits_per_symbol_float32"] == evaluate_text(network, symbols)["bits_per_symbol"]
     assert told["bits_per_symbol_added"] == told["bits_per_symbol"] - told["bits_per_symbol_float32"] != 0
     assert told["weight_bytes"] < told["weight_bytes_float32"] == sum(4 * w.stored for w in network.matrices().values())
 
 
 def test_a_tied_readout_stays_the_embedding():
     network = Network.random([5], symbols=6, embedding=5, tied=True, rng=np.random.default_rng(0))
-    narrow = narrowed(network, "bfloat16").matrices()
+    narrow = with_storage(network, "bfloat16").matrices()
     assert {name: w.storage for name, w in narrow.items()} == {
         "layers.0.w_in": "bfloat16",
         "layers.0.w_rec": "bfloat16",
@@ -286,13 +286,13 @@ def test_what_is_narrow_is_not_narrowed_again():
     network = _text_network(readout=6)
     for storage in ("float32", "int4"):
         with pytest.raises(ValueError, match=f"storage: got '{storage}', need one of bfloat16, int8"):
-            narrowed(network, storage)
+            with_storage(network, storage)
     with pytest.raises(ValueError, match="storage: the weights are stored as int8 already; read them as they are"):
-        narrowed(narrowed(network, "int8"), "bfloat16")
+        with_storage(with_storage(network, "int8"), "bfloat16")
 
 
 def test_a_network_speaks_of_decoded_weights():
-    network = narrowed(_text_network(readout=6), "int8")
+    network = with_storage(_text_network(readout=6), "int8")
     symbols = np.random.default_rng(1).integers(0, 6, (40, 2))
     twin = network.dense()
     assert all(w.storage == "float32" for w in twin.matrices().values())

@@ -23,7 +23,7 @@ from eventrnn.training import (
     evaluate,
     squared_error,
 )
-from eventrnn.training.tasks import going_on
+from eventrnn.training.tasks import carry_state
 from support.tolerance import U32, cell_bound, gamma
 
 
@@ -64,7 +64,7 @@ def test_cells_are_wiped_between_windows_where_evnn_does():
     task.check(network, 4, 10)
     assert task.batch(0, 0, 4, 10).carried == "events"
     state = State((np.ones((2, 3), np.float32),), (np.full((2, 3), 2, np.float32),))
-    kept = {carry: going_on(state, carry) for carry in ("state", "events", "")}
+    kept = {carry: carry_state(state, carry) for carry in ("state", "events", "")}
     assert [(s.cells[0].max(), s.outputs[0].max()) for s in kept.values()] == [(1, 2), (0, 2), (0, 0)]
     wiped, carried = task.evaluate(Model(network)), LanguageModelling(text, text).evaluate(Model(network))
     assert wiped["bits"] != carried["bits"]

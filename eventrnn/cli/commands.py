@@ -88,7 +88,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Read a text event by event: bits per symbol, activity, operations."""
-    from eventrnn.training.evaluation import read, read_narrowed
+    from eventrnn.training.evaluation import compare_storage, evaluate_text
 
     network = io.load(model)
     symbols = encoded(network, text, part)
@@ -98,9 +98,9 @@ def run(
             bar(stage, done, total, "")
 
         if storage is None:
-            figures = read(network, symbols, backend=backend, threads=threads, report=report)
+            figures = evaluate_text(network, symbols, backend=backend, threads=threads, report=report)
         else:
-            figures = read_narrowed(network, symbols, storage, backend=backend, threads=threads, report=report)
+            figures = compare_storage(network, symbols, storage, backend=backend, threads=threads, report=report)
     show(f"{model} on {text} ({part})", figures, as_json)
 
 

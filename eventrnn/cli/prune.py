@@ -381,9 +381,9 @@ def _figures(network: Network, valid: np.ndarray | None, report: Callable) -> di
     }
     if valid is None:
         return figures
-    from eventrnn.training.evaluation import read
+    from eventrnn.training.evaluation import evaluate_text
 
-    found = read(network, valid, report=lambda stage, done, total: report(stage, done, total, ""))
+    found = evaluate_text(network, valid, report=lambda stage, done, total: report(stage, done, total, ""))
     return figures | {
         "bits": found["bits_per_symbol"],
         "activity": found["activity"],

@@ -9,10 +9,10 @@ import numpy as np
 
 from eventrnn.pruning.magnitude import block_scores, check_sparsity, from_blocks, magnitude_mask, to_blocks
 from eventrnn.pruning.patterns import Pattern
-from eventrnn.pruning.schedule import Arrays, Masks, Pruning, TurnTaking, check_span, is_due
+from eventrnn.pruning.schedule import Arrays, CallOrderCheck, Masks, Pruning, check_span, is_due
 
 
-class Shadow:
+class DenseShadowWeights:
     """Dense weights behind masked parameters, which the gradient of the masked ones moves: straight-through.
 
     While it is in use its matrices are not in the model's masks, so that the optimiser moves every entry. Where the
@@ -43,7 +43,7 @@ class Shadow:
             self.dense[name] *= self.before[name]
         return self.dense[name]
 
-    def show(self, name: str, parameter: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    def write_masked(self, name: str, parameter: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         """Let the parameter be the dense weights where the mask holds, zero elsewhere; None keeps the mask it had.
 
         Returns the mask, without what was pruned before.
@@ -53,7 +53,7 @@ class Shadow:
         np.copyto(parameter, np.where(self.masks[name], self.dense[name], np.float32(0)))
         return self.masks[name]
 
-    def shown(self, parameters: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def masked_view(self, parameters: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Masked copies of the matrices it keeps dense."""
         return parameters | {name: parameters[name] * mask for name, mask in self.masks.items()}
 
@@ -126,7 +126,7 @@ class DynamicMasks(Pruning):
     decay: float = 0.0
     names: tuple[str, ...] | None = None
     exempt: tuple[str, ...] = ()
-    _shadow: Shadow = field(init=False, repr=False, default_factory=Shadow)
+    _shadow: DenseShadowWeights = field(init=False, repr=False, default_factory=DenseShadowWeights)
 
     def __post_init__(self):
         check_span(self.start, self.end, self.every)
@@ -146,14 +146,14 @@ class DynamicMasks(Pruning):
         due, last = is_due(step, self.start, self.end, self.every), step == self.end
         for name in self.matrices(parameters):
             dense = self._shadow.absorb(name, parameters[name], masks, self.decay)
-            mask = self._shadow.show(name, parameters[name], self.pattern.mask(name, dense) if due else None)
+            mask = self._shadow.write_masked(name, parameters[name], self.pattern.mask(name, dense) if due else None)
             if last:
                 masks[name] = mask
         return last
 
-    def shown(self, parameters: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def masked_view(self, parameters: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """With the present masks."""
-        return self._shadow.shown(parameters)
+        return self._shadow.masked_view(parameters)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The dense weights and the present masks."""
@@ -165,7 +165,7 @@ class DynamicMasks(Pruning):
 
 
 @dataclass
-class RegrownMasks(Pruning, TurnTaking):
+class RegrownMasks(Pruning, CallOrderCheck):
     """A fixed number of blocks that wander: the smallest are dropped, and as many grown where the gradient is largest
     (RigL, Evci et al. 2020).
 
@@ -210,7 +210,7 @@ class RegrownMasks(Pruning, TurnTaking):
 
     def update(self, step: int, parameters: Arrays, masks: Masks) -> bool:
         """At `start` the masks by magnitude; in steps after which they change, none, so that every gradient comes."""
-        self.updated()
+        self.note_update()
         if step == self.start:
             for name in self.matrices(parameters):
                 if name in masks:
@@ -226,7 +226,7 @@ class RegrownMasks(Pruning, TurnTaking):
 
     def after_step(self, step: int, parameters: Arrays, masks: Masks, gradients: Arrays, rate: float) -> None:
         """Drop and grow, where it is due."""
-        self.stepped()
+        self.note_step()
         fraction = self.share * (1 + cos(pi * (step - self.start) / (self.end - self.start or 1))) / 2
         for name, mask in self._hidden.items():
             parameter = parameters[name]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from eventrnn.pruning.schedule import Arrays, Masks, Pruning, TurnTaking, cubic_schedule, is_due
+from eventrnn.pruning.schedule import Arrays, CallOrderCheck, Masks, Pruning, cubic_schedule, is_due
 from eventrnn.weights import MatrixId, check_block
 
 SCOPES = ("matrix", "global")
@@ -232,7 +232,7 @@ class GradualPruning(Pruning):
 
 
 @dataclass
-class MovementPruning(GradualPruning, TurnTaking):
+class MovementPruning(GradualPruning, CallOrderCheck):
     """Gradual pruning of the weights that training moves towards zero (Sanh et al. 2020): ranked by the running sum of
     `-w dL/dw`, taken after each step, in place of |w|. Blocks by "max" or "mean". Masks only shrink, unlike theirs.
 
@@ -243,12 +243,12 @@ class MovementPruning(GradualPruning, TurnTaking):
 
     def update(self, step: int, parameters: Arrays, masks: Masks) -> bool:
         """As `GradualPruning`. Raises RuntimeError where steps were made of which it was not told."""
-        self.updated()
+        self.note_update()
         return super().update(step, parameters, masks)
 
     def after_step(self, step: int, parameters: Arrays, masks: Masks, gradients: Arrays, rate: float) -> None:
         """Add this step's movement."""
-        self.stepped()
+        self.note_step()
         for name in self.matrices(parameters):
             moved = gradients[name] * parameters[name]
             self._scores[name] = self._scores[name] - moved if name in self._scores else -moved

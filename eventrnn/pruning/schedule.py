@@ -59,7 +59,7 @@ class Pruning:
     def after_step(self, step: int, parameters: Arrays, masks: Masks, gradients: Arrays, rate: float) -> None:
         """After the optimiser's step at that learning rate; `gradients` are those it was given."""
 
-    def shown(self, parameters: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def masked_view(self, parameters: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Parameters as a forward pass of now would see them, where neither they nor the model's masks say so: what a
         validation in the midst of training measures."""
         return parameters
@@ -111,10 +111,10 @@ class Combined(Pruning):
         for part in self.parts:
             part.after_step(step, parameters, masks, gradients, rate)
 
-    def shown(self, parameters: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def masked_view(self, parameters: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """What all parts leave."""
         for part in self.parts:
-            parameters = part.shown(parameters)
+            parameters = part.masked_view(parameters)
         return parameters
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -127,18 +127,18 @@ class Combined(Pruning):
             part.restore({n.partition("/")[2]: a for n, a in arrays.items() if n.partition("/")[0] == str(k)})
 
 
-class TurnTaking:
+class CallOrderCheck:
     """Sees to it that `update` and `after_step` are called in turn: rules that need both would do nothing, unheard."""
 
     _waiting = False
 
-    def updated(self) -> None:
+    def note_update(self) -> None:
         """`update` was called. Raises RuntimeError if `after_step` was not since the last time."""
         if self._waiting:
             raise RuntimeError(f"{type(self).__name__}: the training loop must call after_step after each update")
         self._waiting = True
 
-    def stepped(self) -> None:
+    def note_step(self) -> None:
         """`after_step` was called. Raises RuntimeError if `update` was not since the last time."""
         if not self._waiting:
             raise RuntimeError(f"{type(self).__name__}: the training loop called after_step twice for one update")

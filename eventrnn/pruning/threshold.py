@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from eventrnn.pruning.dynamic import Shadow
+from eventrnn.pruning.dynamic import DenseShadowWeights
 from eventrnn.pruning.magnitude import block_scores, check_sparsity, from_blocks, magnitude_mask, to_blocks
-from eventrnn.pruning.schedule import Arrays, Masks, Pruning, TurnTaking, check_span, is_due
+from eventrnn.pruning.schedule import Arrays, CallOrderCheck, Masks, Pruning, check_span, is_due
 
 
 @dataclass
@@ -59,7 +59,7 @@ class ThresholdPruning(Pruning):
     names: tuple[str, ...] | None = None
     exempt: tuple[str, ...] = ()
     _slopes: dict[str, float] = field(init=False, repr=False, default_factory=dict)
-    _shadow: Shadow = field(init=False, repr=False, default_factory=Shadow)
+    _shadow: DenseShadowWeights = field(init=False, repr=False, default_factory=DenseShadowWeights)
 
     def __post_init__(self):
         check_span(self.start, self.end, self.every)
@@ -106,16 +106,16 @@ class ThresholdPruning(Pruning):
             if self.dense:
                 weights = self._shadow.absorb(name, parameters[name], masks)
                 mask = self._mask(step, name, weights, None) if due else None
-                mask = self._shadow.show(name, parameters[name], mask)
+                mask = self._shadow.write_masked(name, parameters[name], mask)
                 if last:
                     masks[name] = mask
             elif due:
                 masks[name] = self._mask(step, name, parameters[name], masks.get(name))
         return last or (due and not self.dense)
 
-    def shown(self, parameters: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def masked_view(self, parameters: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """With the present masks."""
-        return self._shadow.shown(parameters)
+        return self._shadow.masked_view(parameters)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Slopes, and the dense weights where there are any."""
@@ -156,7 +156,7 @@ class ThresholdPruning(Pruning):
 
 
 @dataclass
-class GroupLasso(Pruning, TurnTaking):
+class GroupLasso(Pruning, CallOrderCheck):
     """A cost of `strength` times the sum of all blocks' norms, by its proximal step after each of the optimiser's:
 
         block <- block max(0, 1 - rate strength size / |block|),     size = sqrt(r c) if scaled, else 1
@@ -195,7 +195,7 @@ class GroupLasso(Pruning, TurnTaking):
 
     def update(self, step: int, parameters: Arrays, masks: Masks) -> bool:
         """At `end`, prune the blocks that are zero. Raises ValueError where a matrix has no others."""
-        self.updated()
+        self.note_update()
         if step != self.end:
             return False
         for name in self.matrices(parameters):
@@ -205,7 +205,7 @@ class GroupLasso(Pruning, TurnTaking):
 
     def after_step(self, step: int, parameters: Arrays, masks: Masks, gradients: Arrays, rate: float) -> None:
         """The proximal step. Raises ValueError where it leaves nothing of a matrix."""
-        self.stepped()
+        self.note_step()
         if not self.start <= step < self.end:
             return
         size = float(np.sqrt(self.block[0] * self.block[1])) if self.scaled else 1.0

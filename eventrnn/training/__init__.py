@@ -1,4 +1,4 @@
-"""Training event networks: truncated BPTT with a surrogate gradient, regularisers, optimisers, tasks and a loop."""
+"""Training: truncated BPTT with surrogate gradients, regularisers, optimisers, tasks, the training loop and runs."""
 
 from __future__ import annotations
 

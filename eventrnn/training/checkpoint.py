@@ -1,7 +1,7 @@
-"""Checkpoints: a run at a moment in one file, from which it continues bit for bit.
+"""Checkpoints: the state of a run in one file, from which the run continues bit for bit.
 
-A safetensors file of the trainer's arrays. Its metadata hold the trainer's numbers, what must be the same for the run
-to be continued, and a digest of all of it.
+A checkpoint is a safetensors file with the arrays of the trainer. Its metadata hold the trainer's numbers, its identity
+(what must be equal for the run to be continued) and a SHA-256 over both and all arrays.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ VERSION = "1"
 
 
 class CheckpointError(ValueError):
-    """The file is missing, damaged, or of another run; the message says which."""
+    """The file is missing, damaged, or belongs to another run; the message says which."""
 
 
 def save_checkpoint(trainer: Trainer, path: str | os.PathLike, *, notes: Mapping[str, Any] | None = None) -> None:
-    """Write a checkpoint, atomically and onto the disk; the one that was there is kept as `previous-…` beside it.
+    """Write a checkpoint atomically and flush it to disk. The previous checkpoint is kept as `previous-…` beside it.
 
-    notes : whatever else must travel with it, plain enough for JSON
+    notes : further values to save, which JSON must be able to hold
 
-    Raises `OSError` of the disk (full, not writable), both older files as they were. Cost: two copies of the arrays in
-    memory.
+    Raises `OSError` if the disk is full or not writable; both older files are then unchanged. Cost: two copies of the
+    arrays in memory.
     """
     path = Path(path)
     arrays = {name: np.ascontiguousarray(array) for name, array in trainer.arrays().items()}
@@ -46,10 +46,10 @@ def save_checkpoint(trainer: Trainer, path: str | os.PathLike, *, notes: Mapping
 
 
 def load_checkpoint(trainer: Trainer, path: str | os.PathLike) -> dict[str, Any]:
-    """Bring a trainer, built as at the start of the run, to the moment of a checkpoint; returns its notes.
+    """Restore the state of a checkpoint in a trainer that is in its initial state. Returns the notes.
 
-    Raises `CheckpointError` for a file that is missing, foreign or damaged, and for a run with another model, data or
-    settings, naming what changed. The trainer is then untouched.
+    Raises `CheckpointError` for a file that is missing, damaged or not a checkpoint, and for a run with another model,
+    data or settings; the message names the differences. The trainer is then unchanged.
     """
     arrays, record = read_checkpoint(path)
     changed = differences(json.loads(json.dumps(trainer.identity())), record["identity"])
@@ -82,12 +82,12 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dic
 
 
 def previous(path: Path) -> Path:
-    """Where the checkpoint before this one is kept."""
+    """Path of the checkpoint before this one."""
     return path.with_name(f"previous-{path.name}")
 
 
 def differences(now: Any, then: Any, name: str = "") -> list[str]:
-    """Where two records differ, as lines such as `settings.batch: 32 in the checkpoint, 16 now`."""
+    """The differences of two records, as lines such as `settings.batch: 32 in the checkpoint, 16 now`."""
     if isinstance(now, dict) and isinstance(then, dict):
         found = []
         for key in sorted(now.keys() | then.keys()):

@@ -1,27 +1,57 @@
-"""Reading a text event by event: how well a model predicts it, at what cost, and what narrow weights change in that.
+"""Evaluation of language models: bits per symbol, activity and operations of a text that the event engine reads.
 
-Stands above `observe` and `training`, which do not know each other.
+The text is read as one stream from the zero state, and every symbol but the first is predicted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from eventrnn import counting
 from eventrnn.network import Network
-from eventrnn.simulation import Simulator
+from eventrnn.simulation import Simulation, Simulator
 from eventrnn.training.losses import cross_entropy_bits
 from eventrnn.training.tasks import check_symbols
 from eventrnn.weights import STORAGES
 
-# Steps between two reports; bounds the memory.
+# Steps per simulator call of `evaluate_text`. The outputs of one call are held in memory, and progress is reported
+# once per call.
 CHUNK = 2048
 
 
-def read(
+def evaluate(
+    network: Network,
+    symbols: np.ndarray,
+    *,
+    backend: str = "cpu",
+    threads: int = 1,
+    chunk: int = 4096,
+    report: Callable[[int], None] = lambda done: None,
+) -> float:
+    """Bits per symbol of a text: the mean of -log2 p(next symbol).
+
+    Parameters
+    ----------
+    network : a network with an embedding and a read-out over the same symbols
+    symbols : (n,) integers, n >= 2; the first symbol is given, the others are predicted
+    chunk   : steps per simulator call; the outputs of so many steps are in memory. The events do not depend on it
+    report  : called after every chunk with the number of symbols predicted so far
+
+    Raises ValueError for symbols that the network cannot read. Cost: one run.
+    """
+    symbols = np.asarray(symbols)
+    check_symbols(network, symbols)
+    total = 0.0
+    for done, bits, _ in _chunks(Simulator(network, backend=backend, threads=threads), symbols, chunk):
+        total += bits
+        report(done)
+    return total / (len(symbols) - 1)
+
+
+def evaluate_text(
     network: Network,
     symbols: np.ndarray,
     *,
@@ -30,31 +60,30 @@ def read(
     report: Callable[[str, int, int], None] = lambda stage, done, total: None,
     stage: str = "reading",
 ) -> dict[str, Any]:
-    """Predict every symbol of a text from those before it.
+    """Quality and cost of reading a text.
 
     Parameters
     ----------
-    network : with an embedding and a read-out over the same symbols
-    symbols : (steps,) integers, at least two
-    report  : called with the `stage`, the steps done and all steps
+    network : a network with an embedding and a read-out over the same symbols
+    symbols : (n,) integers, n >= 2; the first symbol is given, the others are predicted
+    report  : called after every chunk with `stage`, the steps done and the steps in all
 
-    Returns bits per symbol, perplexity, activity (share of units that fire in a step), effective and executed
-    operations a step, dense / effective, and the backend. Raises ValueError for symbols that the network cannot read.
-    Cost: one run; memory for `CHUNK` steps of output.
+    Returns bits per symbol, perplexity, activity (share of units that send an event, per step), effective and executed
+    operations per step, the reduction (dense / effective), and the backend. Raises ValueError for symbols that the
+    network cannot read. Cost: one run, and memory for the outputs of `CHUNK` steps.
     """
+    symbols = np.asarray(symbols)
     check_symbols(network, symbols)
     simulator = Simulator(network, backend=backend, threads=threads)
-    bits, counts, fired = 0.0, None, 0
-    for start in range(0, len(symbols) - 1, CHUNK):
-        stop = min(start + CHUNK, len(symbols) - 1)
-        piece = simulator.run(symbols[start:stop, None])
-        bits += cross_entropy_bits(piece.output[:, 0], symbols[start + 1 : stop + 1])
-        cost = counting.count(network, piece)
-        counts = cost if counts is None else counts + cost
-        fired += sum(int(f.total.sum()) for f in piece.fired)
-        report(stage, stop, len(symbols) - 1)
+    bits, counts, fired, steps = 0.0, None, 0, len(symbols) - 1
+    for done, chunk_bits, simulation in _chunks(simulator, symbols, CHUNK):
+        bits += chunk_bits
+        chunk_counts = counting.count(network, simulation)
+        counts = chunk_counts if counts is None else counts + chunk_counts
+        fired += sum(int(layer.total.sum()) for layer in simulation.fired)
+        report(stage, done, steps)
     assert counts is not None
-    bits /= len(symbols) - 1
+    bits /= steps
     return {
         "symbols": len(symbols),
         "bits_per_symbol": bits,
@@ -68,7 +97,16 @@ def read(
     }
 
 
-def read_narrowed(
+def _chunks(simulator: Simulator, symbols: np.ndarray, chunk: int) -> Iterator[tuple[int, float, Simulation]]:
+    """Run the simulator over a text; per chunk: the steps done so far, the bits of its symbols, and the simulation."""
+    steps = len(symbols) - 1
+    for start in range(0, steps, chunk):
+        stop = min(start + chunk, steps)
+        simulation = simulator.run(symbols[start:stop, None])
+        yield stop, cross_entropy_bits(simulation.output[:, 0], symbols[start + 1 : stop + 1]), simulation
+
+
+def compare_storage(
     network: Network,
     symbols: np.ndarray,
     storage: str,
@@ -77,17 +115,18 @@ def read_narrowed(
     threads: int = 1,
     report: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> dict[str, Any]:
-    """`read` with the weights stored narrow, and beside it the bits per symbol and bytes of the float32 weights.
+    """`evaluate_text` with weights in a narrow storage, compared with the float32 weights.
 
     storage : "bfloat16" or "int8"
 
-    Adds `bits_per_symbol_float32`, `bits_per_symbol_added` (the difference), `weight_bytes` and
-    `weight_bytes_float32`: of all matrices, indices and scales included, the embedding not. Raises ValueError where the
-    network is narrow already. Cost: two runs.
+    Returns the figures of the narrow weights and, in addition, `bits_per_symbol_float32`, `bits_per_symbol_added` (the
+    difference), `weight_bytes` and `weight_bytes_float32`. The bytes are those of all matrices, with indices and
+    scales; the embedding is not included. Raises ValueError for weights that are in a narrow storage already. Cost: two
+    runs.
     """
-    narrow = narrowed(network, storage)
+    narrow = with_storage(network, storage)
     figures, wide = (
-        read(net, symbols, backend=backend, threads=threads, report=report, stage=f"reading with {name}")
+        evaluate_text(net, symbols, backend=backend, threads=threads, report=report, stage=f"reading with {name}")
         for net, name in ((narrow, storage), (network, "float32"))
     )
     return figures | {
@@ -99,11 +138,13 @@ def read_narrowed(
     }
 
 
-def narrowed(network: Network, storage: str) -> Network:
-    """The network with every matrix stored narrow, but for a tied read-out, which stays the float32 embedding.
+def with_storage(network: Network, storage: str) -> Network:
+    """The network with every matrix in a narrow storage. A tied read-out stays the float32 embedding.
 
-    Raises ValueError for a storage that is not narrow and for a network that is narrow already: what it lost, float32
-    cannot show.
+    storage : "bfloat16" or "int8"
+
+    Raises ValueError for another storage, and for a network whose weights are narrow already: a comparison with
+    float32 could not show what they lost.
     """
     narrow = STORAGES[1:]
     if storage not in narrow:
@@ -115,30 +156,3 @@ def narrowed(network: Network, storage: str) -> Network:
     return network.with_matrices(
         {name: w.stored_as(storage) for name, w in network.matrices().items() if not (tied and name == "readout")}
     )
-
-
-def evaluate(
-    network: Network,
-    symbols: np.ndarray,
-    *,
-    backend: str = "cpu",
-    threads: int = 1,
-    chunk: int = 4096,
-    report: Callable[[int], None] = lambda done: None,
-) -> float:
-    """Bits per symbol of a text read as one stream, event by event: mean of -log2 p(next symbol).
-
-    symbols : (n,) integers, n >= 2; the first is given, the others are predicted
-    report  : called with the number of symbols done after every chunk
-    """
-    symbols = np.asarray(symbols)
-    check_symbols(network, symbols)
-    simulator = Simulator(network, backend=backend, threads=threads)
-    total = 0.0
-    for start in range(0, len(symbols) - 1, chunk):
-        stop = min(start + chunk, len(symbols) - 1)
-        output = simulator.run(symbols[start:stop, None]).output
-        targets = symbols[start + 1 : stop + 1].astype(np.int64)
-        total += cross_entropy_bits(output[:, 0], targets)
-        report(stop)
-    return total / (len(symbols) - 1)

@@ -1,8 +1,11 @@
-"""Are the gradients right? For those who write a task, a cell or a surrogate.
+"""Gradient checks for authors of tasks, cells and surrogates.
 
-Three questions, each answered by another means than the code it asks about: is the task's gradient the derivative of
-its loss; is the cell's backward rule the derivative of the smoothed cell (the surrogate's own smooth step in place of
-the event, where a surrogate gradient is an exact one); and does the engine compute what the specification says.
+Three comparisons, each with code that is independent of the code under test:
+
+- the gradient of a task with finite differences of its loss;
+- the backward rule of a cell with finite differences of the smoothed cell, in which the event is replaced by the
+  integral of its surrogate derivative, so that the surrogate gradient is the exact gradient;
+- the gradients of the training engine with those of the specification (`reference.py`).
 """
 
 from __future__ import annotations
@@ -23,13 +26,22 @@ U32, U64 = 2.0**-24, 2.0**-53
 
 UNSURE = " (too coarse to tell)"
 
-# The engine's order of sums and blocks is its own: so many times what float32 costs the specification.
+# Allowed error of the engine, as a multiple of the float32 rounding error of the specification: the engine sums in
+# another order.
 MARGIN = 64
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison: the largest `error` found, and what is `allowed`; a share of `size`, the largest derivative."""
+    """One comparison.
+
+    Attributes
+    ----------
+    what    : the arrays that were compared
+    error   : largest absolute difference
+    allowed : largest difference that rounding and truncation explain
+    size    : largest derivative, or the norm along the direction of comparison
+    """
 
     what: str
     error: float
@@ -38,32 +50,37 @@ class Row:
 
     @property
     def ok(self) -> bool:
+        """Whether the error is within its bound."""
         return self.error <= self.allowed
 
     @property
     def kind(self) -> str:
-        """What was compared, of which layer, without the array's name."""
+        """The comparison and its layer, without the name of the array."""
         return self.what.partition(":")[0]
 
     @property
     def sharp(self) -> bool:
-        """Whether the comparison could tell a wrong derivative."""
+        """Whether the bound is tight enough to detect a wrong derivative (below 1 % of the derivative)."""
         return self.allowed < self.size / 100
 
 
 @dataclass(frozen=True)
 class GradientCheck:
-    """All comparisons; `ok` if every one holds and could have told a wrong derivative. Print it."""
+    """The result of all comparisons; its text form is a table with one line per comparison."""
 
     rows: tuple[Row, ...]
 
     @property
     def ok(self) -> bool:
+        """Whether every comparison is within its bound and tight enough to detect a wrong derivative."""
         return not self.coarse and all(row.ok for row in self.rows)
 
     @property
     def coarse(self) -> tuple[str, ...]:
-        """The comparisons that could tell nothing. A derivative of zero is one only where all of its kind are zero."""
+        """The comparisons that could not detect a wrong derivative.
+
+        A derivative of zero is listed only if no comparison of its kind is sharp.
+        """
         kinds = {row.kind for row in self.rows if row.sharp}
         return tuple(row.what for row in self.rows if not row.sharp and (row.size > 0 or row.kind not in kinds))
 
@@ -85,10 +102,19 @@ class GradientCheck:
 def check_gradients(
     network: Network, task: Task | None = None, *, batch: int = 3, window: int = 6, directions: int = 6, seed: int = 0
 ) -> GradientCheck:
-    """Check a network's cells and, given a task, its loss; three samples and six steps of it by default.
+    """Check the gradients of a network's cells, of the training engine and, if a task is given, of its loss.
 
-    Derivatives are compared along random directions (or element by element, for the engine). Cost: 4 runs of the
-    specification a direction and array; keep the network small.
+    Parameters
+    ----------
+    task       : a task to check, or None; without one the inputs are random
+    batch      : number of samples
+    window     : number of time steps
+    directions : random directions per array along which derivatives are compared; the engine is compared element by
+                 element
+    seed       : seed of directions and inputs
+
+    Raises ValueError for a task that does not fit the network. Cost: 4 runs of the specification per direction and
+    array, so the network should be small.
     """
     rng = np.random.default_rng(seed)
     model = Model(network)
@@ -118,15 +144,18 @@ def _inputs(network: Network, batch: int, window: int, rng: np.random.Generator)
 
 
 def _slope(function: Callable[[float], float], step: float, noise: float) -> tuple[float, float]:
-    """Derivative at 0 by central differences and a bound on its error: the difference between two steps, which is
-    three times the truncation error of the finer one, and the noise of four values."""
+    """Derivative of a function at 0 by central differences, and a bound on its error.
+
+    The bound is the difference between steps h and 2h, which is three times the truncation error of the finer one, plus
+    the rounding noise of four function values.
+    """
     once = (function(step) - function(-step)) / (2 * step)
     twice = (function(2 * step) - function(-2 * step)) / (4 * step)
     return once, abs(twice - once) + 3 * noise / step
 
 
 def _loss(task: Task, drawn: Batch, output: np.ndarray, directions: int, rng: np.random.Generator) -> Row:
-    # float32 losses: a step of 2^-7 balances its truncation, h^2, and roundings, u / h.
+    # Losses are float32: a step of 2^-7 balances the truncation error, h^2, with the rounding error, u / h.
     value, d_output = task.loss(output.copy(), drawn)
     errors, bounds, sizes = [], [], []
     for _ in range(directions):
@@ -159,7 +188,7 @@ def _smoothed(model: Model, k: int, tape: LayerTape, directions: int, rng: np.ra
 
     parameters = {name: case[name] for name in LAYER_PARAMETERS}
     gradients = reference.backward(cell, parameters, case["x"], run(case), d_y, d_c)
-    # Each value adds up as many numbers as the weights of the loss, each after some hundred roundings a step.
+    # Rounding noise of the loss: a sum over all entries of d_y and d_c, each after some hundred roundings per step.
     noise = 200 * len(d_y) * U64 * float(np.abs(d_y).sum() + np.abs(d_c).sum())
     rows = []
     for name in (*LAYER_PARAMETERS, "x"):
@@ -169,7 +198,7 @@ def _smoothed(model: Model, k: int, tape: LayerTape, directions: int, rng: np.ra
             way /= np.linalg.norm(way)
             found, bound = _slope(lambda h, n=name, w=way: loss(case | {n: case[n] + h * w}), 2.0**-17, noise)
             error, size = abs(float(np.vdot(gradients[name], way)) - found), float(np.linalg.norm(gradients[name]))
-            # A direction that is wrong, the worst of them; else the one that tells most.
+            # Report the worst of the wrong directions; if none is wrong, the direction with the tightest bound.
             wrong = error > bound
             worse = error - bound > worst.error - worst.allowed if wrong else worst.ok and bound < worst.allowed
             if worst.what == "" or (wrong and worst.ok) or worse:
@@ -181,12 +210,12 @@ def _smoothed(model: Model, k: int, tape: LayerTape, directions: int, rng: np.ra
 def _engine(
     model: Model, k: int, tape: LayerTape, d_y: np.ndarray, d_cell: np.ndarray, gradients: dict[str, np.ndarray]
 ) -> tuple[list[Row], np.ndarray]:
-    """Rows of a layer's parameters, and the gradient of its input by the specification."""
+    """Comparisons of one layer's parameter gradients, and the gradient of its input by the specification."""
     expected, single = (_specified(model, k, tape, d_y, d_cell, kind) for kind in (np.float64, np.float32))
     sizes = {name: float(np.abs(expected[name]).max(initial=0.0)) for name in LAYER_PARAMETERS}
-    # Bounds that hold always grow with units and steps until they allow anything; what float32 costs here is measured
-    # on the specification, over all arrays since one may be lucky. An event that falls otherwise in float32 makes the
-    # comparison coarse.
+    # A bound that always holds would grow with units and steps until it allows any error. The rounding error is
+    # measured instead: the specification in float32 against float64, the largest over all arrays, since one array may
+    # be exact by chance. An event that differs between the two makes the bound large and the comparison coarse.
     costs = [np.abs(single[name] - expected[name]).max(initial=0.0) / (sizes[name] or 1) for name in LAYER_PARAMETERS]
     allowed = MARGIN * max(U32, *map(float, costs))
     rows = []
@@ -199,7 +228,7 @@ def _engine(
 def _specified(
     model: Model, k: int, tape: LayerTape, d_y: np.ndarray, d_cell: np.ndarray, kind: type[np.floating]
 ) -> dict[str, np.ndarray]:
-    """A layer's gradients by the specification in this precision; of pruned weights zero, as they are no parameters."""
+    """Gradients of one layer by the specification in the given precision. Pruned weights have gradient zero."""
     cell, x = model.cells[k], tape.x.astype(kind)
     parameters = {name: value.astype(kind) for name, value in _float64(model, k, tape).items()}
     tapes = reference.forward(cell, parameters, x, tape.c[0].astype(kind), tape.y[0].astype(kind))
@@ -212,7 +241,7 @@ def _specified(
 
 
 def _arrived(model: Model, tape, d_output: np.ndarray) -> np.ndarray:
-    """Gradient of what the last layer sends, float64."""
+    """Gradient of the output of the last layer, (T, B, N) float64."""
     if "readout.bias" not in model.parameters:
         return d_output.astype(np.float64)
     return d_output.astype(np.float64) @ model.readout_weights().astype(np.float64).T

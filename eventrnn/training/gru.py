@@ -1,7 +1,8 @@
-"""The dense twin to compare with: a GRU in the same loop, every unit sends its cell at every step.
+"""The dense baseline: a GRU (Cho et al. 2014) that is trained by the same loop as an event network.
 
-That is the event cell of `cells.py` with an event always and nothing subtracted, `y = c = v` (reset gate after the
-matrix, as cuDNN's GRU). It has no event network: use it to learn what events cost in quality, not to run.
+It equals the event cell of `cells.py` with an event at every step and no reset, `y = c = v`. The reset gate is applied
+after the matrix product, as in cuDNN. There is no event network for it, so it serves to measure the cost of events in
+quality.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ F32 = np.float32
 
 
 class GRU(Model):
-    """A `Model` whose layers are GRUs. Thresholds and surrogates of the network given mean nothing and get no gradient.
+    """A `Model` whose layers are GRUs. Parameters: see `Model`.
 
-    Source: Cho et al. 2014, arXiv 1406.1078v1, with u the gate that keeps.
+    Thresholds and surrogates of the network are not used, and the gradient of the thresholds is zero. Source: Cho et
+    al. 2014, arXiv 1406.1078v1, where u is the gate that keeps the old state.
     """
 
     def __init__(self, network: Network, *, backward: str = "auto", threads: int = 1, thresholds: str = "positive"):
@@ -27,12 +29,12 @@ class GRU(Model):
         self._engines = [_Engine(cell, "dense", self._team, self._arena) for cell in self.cells]
 
     def network(self) -> Network:
-        """Refused: no event network computes what a GRU does. Raises ValueError."""
-        raise ValueError("network: a GRU sends every value and has no event network; its numbers are in `parameters`")
+        """Raises ValueError: no event network has the outputs of a GRU."""
+        raise ValueError("network: a GRU has no event network; its weights are in `parameters`")
 
 
 class _Engine(LayerEngine):
-    """One GRU layer in NumPy: next to the products, whose cost is BLAS's, the rest is small."""
+    """One GRU layer in NumPy. Nearly all of its time is spent in the matrix products, which BLAS does."""
 
     def forward(self, p, x, c, y, held) -> LayerTape:
         (steps, batch), n = x.shape[:2], len(p["w_rec"])

@@ -1,8 +1,7 @@
 """Optimisers, clipping and learning-rate schedules.
 
-An optimiser changes parameters in place, `step(parameters, gradients, rate)`. What it remembers is `arrays()` and
-`numbers()`, from which `restore` continues bit for bit. `Model.apply_masks` brings
-thresholds back to where they may be.
+An optimiser changes parameters in place: `step(parameters, gradients, rate)`. Its state is `arrays()` and `numbers()`,
+from which `restore` continues bit for bit. `Model.apply_masks` enforces masks and the bounds of thresholds after each step.
 """
 
 from __future__ import annotations
@@ -28,19 +27,21 @@ Arrays = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Optimiser:
-    """Which update rule, and how the groups of parameters differ.
+    """The update rule and its settings for the groups of parameters (weights, biases, thresholds).
 
     Attributes
     ----------
-    kind            : "adamw" decays weights apart from the gradient, "adam", "sgd" and "nt-asgd" add L2 to it
-    beta1, beta2    : of Adam; beta1 = 0 keeps no first moment in memory
-    epsilon         : of Adam
-    momentum        : of SGD
-    patience        : n of NT-ASGD: averaging starts after the first validation that is worse than the best of those
-                      more than n before it (Merity et al. 2017; the trigger as in their released code)
-    threshold_rate  : times the learning rate, for thresholds; 0 keeps them as they are
-    bias_rate       : likewise for biases
-    decay_biases    : whether biases are decayed too; thresholds never are
+    kind            : "adamw" (decoupled weight decay), "adam", "sgd" or "nt-asgd" (L2 regularisation)
+    beta1, beta2    : decay rates of Adam's moments; with beta1 = 0 no first moment is stored
+    epsilon         : constant in the denominator of Adam
+    momentum        : momentum of SGD
+    patience        : n of NT-ASGD. Averaging starts after the first validation loss that is larger than the smallest
+                      one more than n validations ago (Merity et al. 2017; the trigger is that of their code)
+    threshold_rate  : factor on the learning rate of thresholds; 0 leaves them unchanged
+    bias_rate       : factor on the learning rate of biases; 0 leaves them unchanged
+    decay_biases    : whether weight decay applies to biases; it never applies to thresholds
+
+    Raises ValueError for a value outside its range, and for a momentum with another kind than "sgd".
     """
 
     kind: str = "adamw"
@@ -70,37 +71,38 @@ class Optimiser:
             raise ValueError(f"optimiser momentum: got {self.momentum} with {self.kind}; it belongs to sgd")
 
     def build(self, parameters: Arrays, weight_decay: float) -> Rule:
-        """The rule at its start."""
+        """The update rule in its initial state."""
         rule = {"adamw": Adam, "adam": Adam, "sgd": Descent, "nt-asgd": AveragedDescent}[self.kind]
         return rule(self, parameters, weight_decay)
 
     def rate_of(self, name: str) -> float:
-        """What the learning rate is multiplied by for the parameter of that name."""
+        """Factor on the learning rate of the parameter with that name."""
         return self.threshold_rate if is_threshold(name) else self.bias_rate if is_bias(name) else 1.0
 
     def decays(self, name: str) -> bool:
+        """Whether weight decay applies to the parameter with that name."""
         return not is_threshold(name) and (self.decay_biases or not is_bias(name))
 
 
 def is_threshold(name: str) -> bool:
-    """Whether a parameter of that name is a layer's thresholds."""
+    """Whether the parameter with that name holds the thresholds of a layer."""
     return MatrixId(name).role == "threshold"
 
 
 def is_bias(name: str) -> bool:
-    """Whether a parameter of that name is a bias, of a layer or of the read-out."""
+    """Whether the parameter with that name is a bias of a layer or of the read-out."""
     return "bias" in MatrixId(name).role
 
 
 class Rule(ABC):
-    """What the three rules share: groups, decay, and the state as arrays and numbers."""
+    """Base class of the update rules: parameter groups, weight decay, and the state as arrays and numbers."""
 
     def __init__(self, settings: Optimiser, parameters: Arrays, weight_decay: float):
         self.settings, self.weight_decay = settings, weight_decay
         self.steps = 0
 
     def step(self, parameters: Arrays, gradients: Arrays, rate: float) -> None:
-        """Update the parameters in place. O(parameters)."""
+        """Update all parameters in place with their gradients. Cost: O(number of parameters)."""
         self.steps += 1
         for name, value in parameters.items():
             own = F32(rate * self.settings.rate_of(name))
@@ -112,26 +114,29 @@ class Rule(ABC):
 
     @abstractmethod
     def _update(self, name, value, gradient, rate, decay, l2) -> None:
-        """Change one parameter, flat, in place."""
+        """Update one parameter in place;
+
+        `value` and `gradient` are flat, `decay` is decoupled, `l2` adds to the gradient.
+        """
 
     def validated(self, loss: float, parameters: Arrays) -> bool:
-        """Told after every validation; only NT-ASGD listens. Says whether averaging begins."""
+        """Called after every validation with its loss. Returns whether averaging starts now (NT-ASGD only)."""
         return False
 
     def averaged(self, parameters: Arrays) -> dict[str, np.ndarray]:
-        """The parameters to validate and to save: for most rules those of the last step."""
+        """The parameters to validate and to save: those of the last step, or their running mean (NT-ASGD)."""
         return dict(parameters)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """State by name, for a checkpoint."""
+        """The arrays of the state by name, for a checkpoint."""
         return {}
 
     def numbers(self) -> dict[str, Any]:
-        """The rest of the state, plain enough for JSON."""
+        """The rest of the state, as values that JSON can hold."""
         return {"steps": self.steps}
 
     def restore(self, arrays: Arrays, numbers: Mapping[str, Any]) -> None:
-        """Continue from what `arrays` and `numbers` gave."""
+        """Continue from the `arrays` and `numbers` of the same rule."""
         self.steps = numbers["steps"]
         for name, own in self.arrays().items():
             own[...] = arrays[name]
@@ -183,8 +188,11 @@ class Descent(Rule):
 
 
 class AveragedDescent(Descent):
-    """NT-ASGD (Merity et al. 2017, algorithm 1): SGD until validation stalls, from then on also the running mean of
-    the parameters, which is what is validated and saved. The steps themselves stay those of SGD."""
+    """Non-monotonically triggered averaged SGD (NT-ASGD; Merity et al. 2017, algorithm 1).
+
+    The steps are those of SGD. Once the validation loss stops falling, the running mean of the parameters is kept as
+    well; it is the mean that is validated and saved.
+    """
 
     def __init__(self, settings: Optimiser, parameters: Arrays, weight_decay: float):
         super().__init__(settings, parameters, weight_decay)
@@ -200,7 +208,7 @@ class AveragedDescent(Descent):
                 updates.average(mean.reshape(-1), parameters[name].reshape(-1), F32(1 / self.counted))
 
     def validated(self, loss: float, parameters: Arrays) -> bool:
-        # As released: compared before the present loss joins the history, and strictly worse.
+        # As in the code of Merity et al.: the present loss is not yet in the history, and must be strictly larger.
         n = self.settings.patience
         triggered = not self.mean and len(self.history) > n and loss > min(self.history[:-n])
         if triggered:
@@ -227,12 +235,12 @@ class AveragedDescent(Descent):
 
 
 def norms(gradients: Arrays) -> dict[str, float]:
-    """2-norm of every gradient."""
+    """The 2-norm of every gradient, by name."""
     return {name: float(np.sqrt(np.dot(g.reshape(-1), g.reshape(-1)))) for name, g in gradients.items()}
 
 
 def clip_by_norm(gradients: Arrays, limit: float) -> float:
-    """Scale all gradients in place so that their joint 2-norm is at most `limit`; returns the norm before."""
+    """Scale all gradients in place so that their joint 2-norm is at most `limit`. Returns the norm before."""
     norm = float(np.sqrt(sum(float(np.dot(g.ravel(), g.ravel())) for g in gradients.values())))
     if norm > limit:
         for gradient in gradients.values():
@@ -241,8 +249,10 @@ def clip_by_norm(gradients: Arrays, limit: float) -> float:
 
 
 def clip_by_layer(gradients: Arrays, limit: float) -> None:
-    """Scale the gradients of each layer in place so that their joint 2-norm is at most `limit`, as EvNN does inside
-    its operator; embedding and read-out are left alone."""
+    """Scale the gradients of each layer in place so that their joint 2-norm is at most `limit`.
+
+    EvNN does so inside its operator. Gradients of the embedding and of the read-out are not changed.
+    """
     layers: dict[int, dict[str, np.ndarray]] = {}
     for name, gradient in gradients.items():
         layer = MatrixId(name).layer
@@ -257,15 +267,18 @@ def clip_by_layer(gradients: Arrays, limit: float) -> None:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What the learning rate is multiplied by, over the course of a run.
+    """Factor on the learning rate over the course of a run.
 
     Attributes
     ----------
-    kind     : "constant"; "cosine": 1 for the first `constant` share of the run, then half a cosine down to `final`;
-               "step": times `factor` after every `every` share of the run
-    constant, final : of the cosine
-    every, factor   : of the steps
-    warmup   : updates over which the rate first rises linearly
+    kind     : "constant" (factor 1), "cosine" or "step"
+    constant : share of the run with factor 1 before the cosine starts
+    final    : factor at the end of the half cosine
+    every    : share of the run between two steps
+    factor   : factor of each step
+    warmup   : number of updates at the start over which the factor rises linearly
+
+    Raises ValueError for a value outside its range.
     """
 
     kind: str = "cosine"
@@ -287,12 +300,12 @@ class Schedule:
             raise ValueError(f"schedule warmup: got {self.warmup}, need a number of updates >= 0")
 
     def at(self, progress: float, step: int) -> float:
-        """The factor when the share `progress` of the run and `step` updates are done."""
+        """The factor after `step` updates, when the share `progress` of the run is done."""
         rising = min(1.0, (step + 1) / (self.warmup + 1))
         if self.kind == "constant":
             return rising
         if self.kind == "step":
-            # A share such as 3 * 0.1 is a hair below 0.3.
+            # Rounding: a share such as 3 * 0.1 can be slightly below 0.3.
             return rising * self.factor ** int(progress / self.every + 1e-9)
         if progress <= self.constant:
             return rising

@@ -1,6 +1,7 @@
-"""Regularisers: the noise of a window, drawn from the run's generator, and penalties with their gradients.
+"""Regularisers: random masks (dropout, zoneout) and penalties with their gradients.
 
-A penalty is differentiated here; `Model.backward` carries its gradient through time. What is 0 costs nothing.
+A penalty is differentiated here with respect to outputs and cells; `Model.backward` propagates its gradient through
+time. A regulariser with rate or strength 0 costs no work.
 """
 
 from __future__ import annotations
@@ -22,27 +23,33 @@ STRENGTHS = ("activity_rate", "state", "activation", "temporal_activation")
 
 @dataclass(frozen=True)
 class Regularisers:
-    """Noise rates in [0, 1) and strengths of penalties, all 0 unless given.
+    """Rates of dropout and zoneout in [0, 1), and strengths of penalties; all are 0 by default.
+
+    Kept entries are scaled by 1 / (1 - rate) in all kinds of dropout and in dropconnect.
 
     Attributes
     ----------
-    dropconnect     : of recurrent weights; one mask a window, survivors scaled up (Merity et al. 2017)
-    dropout_input   : of what the first layer reads; one mask a window, shared over time, survivors scaled up (locked
-                      dropout; Gal and Ghahramani 2016). So are the next two
-    dropout_between : between layers
-    dropout_top     : before the read-out
-    dropout_words   : of whole rows of the embedding, where they are looked up
-    zoneout         : units that keep their cell state for a step (Krueger et al. 2017). Training only: the trained
-                      network is run without it, not with its expectation, which the event equations cannot express
-    mask_sharing    : "time", or "batch": the three dropouts draw a mask a step, the same for all samples, as EvNN's
-                      language model does
-    activity_rate   : times the mean over units of (rate - activity_target)^2, the rate being a unit's events a step;
-                      the event has its surrogate derivative here too
-    activity_target : events a unit and step to aim for
-    state           : times the mean of (v - threshold + state_margin)^2: pulls cells to just under their threshold
-    state_margin    : how far under
-    activation      : AR, times the mean square of the last layer's output after dropout
-    temporal_activation : TAR, times the mean square of that output's change from step to step, before dropout
+    dropconnect         : rate for recurrent weights; one mask per window (Merity et al. 2017)
+    dropout_input       : rate for the inputs of the first layer; one mask per window, shared by its steps (locked
+                          dropout; Gal and Ghahramani 2016)
+    dropout_between     : rate for the outputs between two layers, with locked masks
+    dropout_top         : rate for the inputs of the read-out, with locked masks
+    dropout_words       : rate for whole rows of the embedding
+    zoneout             : rate at which a unit keeps its cell state for a step (Krueger et al. 2017). It acts in
+                          training only: the event equations have no expectation of it that the trained network could
+                          use
+    mask_sharing        : "time" shares the locked masks between steps; "batch" draws one mask per step that is shared
+                          by all samples, as in EvNN's language model
+    activity_rate       : strength of the mean over units of (rate - activity_target)^2, where the rate is a unit's
+                          events per step and the event has its surrogate derivative
+    activity_target     : target of the rate, events per unit and step
+    state               : strength of the mean of (v - threshold + state_margin)^2, which pulls cells towards a value
+                          just below their threshold
+    state_margin        : distance of that value from the threshold
+    activation          : strength of the mean square of the last layer's output after dropout (AR)
+    temporal_activation : strength of the mean square of that output's change between steps, before dropout (TAR)
+
+    Raises ValueError for a value outside its range.
     """
 
     dropconnect: float = 0.0
@@ -72,14 +79,14 @@ class Regularisers:
             raise ValueError(f"regularisers mask_sharing: got {self.mask_sharing!r}, need time or batch")
 
     def check(self, model: Model) -> None:
-        """Refuse what the network has no place for."""
+        """Raise ValueError for a regulariser that does not apply to the network."""
         if self.dropout_words and "embedding" not in model.parameters:
             raise ValueError(f"regularisers dropout_words: got {self.dropout_words}, but the network has no embedding")
         if self.dropout_between and len(model.cells) == 1:
             raise ValueError(f"regularisers dropout_between: got {self.dropout_between}, but there is one layer only")
 
     def draw(self, model: Model, steps: int, batch: int, rng: np.random.Generator) -> Noise:
-        """The noise of one window; the generator moves by what is drawn and no more."""
+        """Draw the masks of one window. A mask with rate 0 is not drawn and does not advance the generator."""
         p, units = model.parameters, _units(model)
         locked = (steps, 1) if self.mask_sharing == "batch" else (batch,)
 
@@ -98,7 +105,7 @@ class Regularisers:
         )
 
     def penalise(self, model: Model, tape: Tape) -> Penalty:
-        """The penalties of a window."""
+        """The penalties of a window and their gradients."""
         penalty = Penalty(0.0, [None] * len(tape.layers), [None] * len(tape.layers))
         for k in range(len(tape.layers)):
             if self.activity_rate:
@@ -140,8 +147,15 @@ class Regularisers:
 
 @dataclass
 class Penalty:
-    """What penalties add to the loss, and their gradients by layer: of outputs y, of cells v before the event (each
-    (T, B, N) or None), and of thresholds, where v enters as its distance to them."""
+    """Sum of the penalties of a window, and their gradients per layer.
+
+    Attributes
+    ----------
+    loss         : sum of the penalties
+    d_events     : per layer, gradient with respect to the outputs y, (T, B, N) float32 or None
+    d_cells      : per layer, gradient with respect to the cells v before the event, (T, B, N) float32 or None
+    d_thresholds : layer -> gradient with respect to the thresholds, (N,) float32, of penalties on v - threshold
+    """
 
     loss: float
     d_events: list[np.ndarray | None]
@@ -149,12 +163,12 @@ class Penalty:
     d_thresholds: dict[int, np.ndarray] = field(default_factory=dict)
 
     def events(self, k: int, d_y: np.ndarray) -> None:
-        """Add a gradient of layer k's output."""
+        """Add to the gradient of the output of layer k."""
         before = self.d_events[k]
         self.d_events[k] = d_y if before is None else before + d_y
 
     def cells(self, k: int, d_distance: np.ndarray) -> None:
-        """Add a gradient of layer k's `v - threshold`."""
+        """Add to the gradient of `v - threshold` of layer k."""
         before = self.d_cells[k]
         self.d_cells[k] = d_distance if before is None else before + d_distance
         self.d_thresholds[k] = self.d_thresholds.get(k, F32(0)) - d_distance.sum(axis=(0, 1))

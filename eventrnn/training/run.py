@@ -1,4 +1,4 @@
-"""A run in a folder: its log, its checkpoints, and going on after whatever stopped it."""
+"""A training run in a folder: log, checkpoints, and continuation after an interruption."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from eventrnn.training.trainer import Diverged, Progress, Trainer
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 
+# Figures of the log that are means over the updates since the previous line.
 AVERAGED = ("loss", "penalty", "activity", "support", "norm")
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was asked to stop (Ctrl-C, or SIGTERM) and has been saved; the message says how far it is."""
+    """The run was interrupted by Ctrl-C or SIGTERM and has been saved; the message names the step and the file."""
 
 
 def run(
@@ -35,17 +36,22 @@ def run(
     checkpoint_seconds: float = 120.0,
     report: Callable[[Progress, float], None] = lambda progress, seconds: None,
 ) -> float:
-    """Train to the end, with a log and checkpoints in a folder; returns the seconds of training, stops not counted.
+    """Train to the end, with a log and checkpoints in a folder. Returns the seconds of training without interruptions.
 
-    trainer    : as at the start of the run, also when it is continued
-    folder     : is made; `log.jsonl` gets a line every `log_every` updates (means over them) and at every validation,
-                 `checkpoint.safetensors` is written every `checkpoint_seconds`, at every validation and at the end
-    resume     : continue from the checkpoint in the folder, bit for bit; a folder without one starts at the start
-    report     : called after every update with the seconds of training so far
+    Parameters
+    ----------
+    trainer            : a trainer in its initial state, also for a run that is continued
+    folder             : is created. `log.jsonl` gets one line per `log_every` updates (with means over them) and one
+                         per validation; `checkpoint.safetensors` is written every `checkpoint_seconds`, at every
+                         validation and at the end
+    resume             : continue bit for bit from the checkpoint in the folder; without a checkpoint, start anew
+    log_every          : updates per line of the log
+    checkpoint_seconds : seconds between two checkpoints
+    report             : called after every update with its figures and the seconds of training so far
 
-    A first Ctrl-C (or SIGTERM) ends the update at hand, saves and raises `Stopped`; a second one stops at once. Raises
-    `ValueError` for a folder that holds a run when not resuming, `CheckpointError` when the run in it is another one,
-    `Diverged` with the place of the last checkpoint.
+    After a first Ctrl-C (or SIGTERM) the current update is finished, the run is saved and `Stopped` is raised; a second
+    one interrupts at once. Raises `ValueError` if the folder holds a run and `resume` is not set, `CheckpointError` if
+    the run in it is another one, and `Diverged` with the path of the last checkpoint.
     """
     folder = Path(folder)
     path = folder / CHECKPOINT
@@ -82,7 +88,7 @@ def run(
 
 
 def _load(trainer: Trainer, path: Path) -> dict[str, Any]:
-    """Notes of the checkpoint in the folder, or of the one before it where the last is damaged."""
+    """Notes of the checkpoint in the folder, or of the previous one if the last is damaged; empty if there is none."""
     if not path.exists():
         return {}
     try:
@@ -94,7 +100,7 @@ def _load(trainer: Trainer, path: Path) -> dict[str, Any]:
 
 
 class _Book:
-    """The log: sums since the last line, and the lines on disk."""
+    """The log: the file, and the sums since its last line."""
 
     def __init__(self, path: Path, every: int):
         if every < 1:
@@ -120,7 +126,10 @@ class _Book:
         return {"seconds": self.seconds, "count": self.count, "sums": self.sums}
 
     def restore(self, notes: dict[str, Any], step: int) -> None:
-        """As it was at the checkpoint; lines of updates after it, which come again, are dropped."""
+        """Go back to the state at a checkpoint.
+
+        Lines of later updates are removed; these updates will be logged again.
+        """
         if notes:
             self.seconds, self.count, self.sums = notes["seconds"], notes["count"], dict(notes["sums"])
         lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else []
@@ -129,13 +138,13 @@ class _Book:
 
 
 def read_log(folder: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a run's log."""
+    """The lines of the log of a run."""
     return [json.loads(line) for line in (Path(folder) / LOG).read_text(encoding="utf-8").splitlines()]
 
 
 @contextmanager
 def _asked_to_stop() -> Iterator[list[int]]:
-    """A list that is no longer empty once a signal asked to stop; the same signal again is the usual interrupt."""
+    """A list that is filled by the first SIGINT or SIGTERM; a second signal raises KeyboardInterrupt."""
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield asked

@@ -1,4 +1,4 @@
-"""How to train: everything that a run is a function of, but for the network and the data."""
+"""Settings of a training run: all that determines its result, except the network, the data and the pruning method."""
 
 from __future__ import annotations
 
@@ -14,28 +14,33 @@ from eventrnn.training.thresholds import check_rule
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train.
+    """Settings of a training run.
 
     Attributes
     ----------
-    steps         : parameter updates, unless `epochs` is given
-    epochs        : passes over the data, in place of `steps`; 0 for none given
-    batch         : streams or sequences side by side
-    window        : time steps a window of a text; gradients stop at its edge, the state goes on
-    window_jitter : deviation in steps of a window's random length, 0 for none. Then the length is drawn around
-                    `window`, one time in 20 around half of it, never below 5 (Merity et al. 2017)
-    learning_rate : before its schedule; a window shorter or longer than `window` learns in proportion
-    weight_decay  : decoupled with adamw, otherwise L2
-    clip          : bound on the joint gradient norm
-    clip_layers   : bound on the joint norm of each layer's gradients, before `clip`; 0 for none
-    activity_cost : weight of the mean output in the loss, which quietens units
-    validate_every: updates between two validations; 0 for one an epoch and one at the end
-    patience      : stop after that many validations without a new best; 0 for never
-    seed          : the run is a function of it, bit for bit (on one machine and BLAS thread count)
-    thresholds    : how they are learned: positive, clamped (to [0, 1]), sigmoid or fixed, see `Model`
-    backward      : how the backward pass goes, see `Model`
-    threads       : of the training kernels
-    optimiser, schedule, regularisers : see there
+    steps          : number of parameter updates; not used when `epochs` is given
+    epochs         : number of passes over the data, in place of `steps`; 0 to use `steps`
+    batch          : number of streams (of a text) or of sequences per update
+    window         : time steps per window of a text. The gradient stops at the edge of a window; the state is carried
+    window_jitter  : standard deviation in steps of a random window length, 0 for windows of equal length. The length
+                     is drawn around `window`, in 5 % of the windows around half of it, and is at least 5 (Merity et
+                     al. 2017)
+    learning_rate  : learning rate before its schedule; for a text it is scaled by the length of the window / `window`
+    weight_decay   : decoupled weight decay with adamw, L2 regularisation with the other optimisers
+    clip           : upper bound on the 2-norm of all gradients together
+    clip_layers    : upper bound on the 2-norm of the gradients of each layer, applied before `clip`; 0 for none
+    activity_cost  : weight of the mean output of the units in the loss; it lowers the activity
+    validate_every : updates between two validations; 0 to validate after each epoch and at the end
+    patience       : end the run after this many validations without a new best; 0 for never
+    seed           : seed of the run, which is reproducible bit for bit on one machine with one number of BLAS threads
+    thresholds     : rule for learning thresholds: positive, clamped (to [0, 1]), sigmoid or fixed, see `Model`
+    backward       : kernels of the backward pass, see `Model`
+    threads        : number of threads of the training kernels
+    optimiser      : see `Optimiser`
+    schedule       : see `Schedule`
+    regularisers   : see `Regularisers`
+
+    Raises ValueError for a value outside its range.
     """
 
     steps: int = 1000
@@ -76,7 +81,7 @@ class Settings:
             raise ValueError(f"backward: got {self.backward!r}, need one of {', '.join(BACKWARDS)}")
 
     def draw_window(self, rng: np.random.Generator) -> int:
-        """Steps of the next window. The generator is not touched where nothing is random."""
+        """Number of steps of the next window. Without jitter the generator is not used."""
         if not self.window_jitter:
             return self.window
         base = self.window if rng.random() < 0.95 else self.window / 2

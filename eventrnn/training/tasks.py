@@ -1,12 +1,12 @@
-"""Tasks: what is read, what the loss is, what is validated. Write your own: four short methods.
+"""Tasks: the inputs of a run, its loss and its validation. A task of your own needs four short methods.
 
-The trainer asks for a batch by its place in the data and by nothing else, so that a run can be continued anywhere.
+A batch is a function of its position in the data, so that a run can be continued from any update.
 
-    class Echo(Task):                                    # say the input again two steps later
+    class Echo(Task):                                    # repeat the input two steps later
         figure = "loss"
-        def check(self, network, batch, window): ...     # refuse what does not fit, before any work
-        def length(self, batch): return 1000             # places in an epoch
-        def batch(self, at, epoch, batch, window):       # draw from (epoch, at), never from a global generator
+        def check(self, network, batch, window): ...     # raise ValueError if the network does not fit
+        def length(self, batch): return 1000             # positions per epoch
+        def batch(self, at, epoch, batch, window):       # depends on (epoch, at) only, never on a global generator
             x = np.random.default_rng([epoch, at]).normal(size=(window, batch, 1)).astype(np.float32)
             late = np.concatenate([np.zeros((2, batch, 1), np.float32), x])[:window]
             return Batch(x, late, taken=1)
@@ -34,15 +34,16 @@ READS = ("last", "mean")
 
 @dataclass(frozen=True)
 class Batch:
-    """What one update learns from.
+    """The data of one update.
 
     Attributes
     ----------
     inputs  : (T, B) symbols or (T, B, I) float32
-    targets : whatever the task's loss needs
-    taken   : how far the place in the data moves
-    carried : "state" goes on from the batch before, "events" only from the outputs it ended with, "" from zero
-    extra   : further numbers for the loss
+    targets : the targets, in the form that the loss of the task needs
+    taken   : number of positions by which the update advances in the data
+    carried : initial state: "state" is the final state of the previous batch, "events" its final outputs with cells at
+              zero, "" is the zero state
+    extra   : further data for the loss, or None
     """
 
     inputs: np.ndarray
@@ -53,49 +54,52 @@ class Batch:
 
 
 class Task(ABC):
-    """What to learn; see the head of this file.
+    """The data and the loss of a run; the head of this file has an example.
 
     Attributes
     ----------
-    figure : the name of the figure, among those that `evaluate` gives, that is best when lowest
+    figure : name of the figure of `evaluate` that is to be minimised
     """
 
     figure: str = "loss"
 
     @abstractmethod
     def check(self, network: Network, batch: int, window: int) -> None:
-        """Refuse a network that cannot do the task, or too little data. Raises ValueError."""
+        """Raise ValueError for a network that does not fit the task, and for too little data."""
 
     @abstractmethod
     def length(self, batch: int) -> int:
-        """Places in an epoch, at `batch` samples side by side."""
+        """Number of positions per epoch, with `batch` samples per update."""
 
     @abstractmethod
     def batch(self, at: int, epoch: int, batch: int, window: int) -> Batch:
-        """The batch at place `at` of an epoch: a function of its arguments and of the data, of nothing else.
+        """The batch at position `at` of an epoch. It depends on the arguments and on the data only.
 
-        batch, window : samples side by side and steps, where the task has a choice
+        batch, window : number of samples and of time steps, for tasks that can choose them
         """
 
     @abstractmethod
     def loss(self, output: np.ndarray, batch: Batch) -> tuple[float, np.ndarray]:
-        """Mean loss in nats (or what the task measures) and its gradient; output (T, B, V) of the read-out."""
+        """Mean loss, in nats or in the unit of the task, and its gradient (T, B, V).
+
+        output : (T, B, V) float32, the output of the read-out
+        """
 
     def evaluate(self, model: Model) -> dict[str, float]:
-        """Figures on held-out data, `figure` among them; empty where nothing is held out."""
+        """Figures on held-out data, with `figure` among them; empty if the task holds nothing out."""
         return {}
 
     def digest(self) -> str:
-        """What tells one data set from another: a run is continued with the same one only.
+        """Identifies the data and the settings of the task; a run continues only with a task of the same digest.
 
-        By default the type and all attributes, arrays by their content, without those whose names begin with `_`: keep
-        what changes while training under such names, or give a digest of your own.
+        By default it covers the type and all attributes (arrays by content) except those whose names begin with `_`.
+        Use such names for attributes that change while training, or override this method.
         """
         return digest_of(describe(self))
 
 
 def digest_of(*parts: Any) -> str:
-    """SHA-256 over arrays (type, shape, bytes) and anything that prints."""
+    """SHA-256 of arrays (dtype, shape, bytes) and of the `repr` of all other values."""
     total = hashlib.sha256()
     for part in parts:
         if isinstance(part, np.ndarray):
@@ -107,14 +111,17 @@ def digest_of(*parts: Any) -> str:
 
 
 class LanguageModelling(Task):
-    """Predict the next symbol of a text that is read as parallel streams, the state carried from window to window.
+    """Predict the next symbol of a text. The text is read as parallel streams; windows carry the state.
 
     Parameters
     ----------
-    train : (n,) symbols, cut into streams of equal length; at most `batch` symbols at the end are left over
-    valid : (m,) symbols to validate on, or None
-    valid_batch : streams that the validation text is cut into; each starts from the zero state
-    carry : "state", or "events": cells start from zero in every window, as EvNN trains and evaluates
+    train       : (n,) symbols, cut into `batch` streams of equal length; fewer than `batch` symbols at the end are not
+                  used
+    valid       : (m,) symbols to validate on, or None
+    valid_batch : number of streams of the validation text; each starts from the zero state
+    carry       : "state", or "events": cells start from zero in every window, as in EvNN's training and evaluation
+
+    Raises ValueError for texts that are not rows of at least two integers and for unknown options.
     """
 
     figure = "bits"
@@ -133,7 +140,7 @@ class LanguageModelling(Task):
         if carry not in CARRIES:
             raise ValueError(f"carry: got {carry!r}, need one of {', '.join(CARRIES)}")
         self.carry, self.window = carry, 0
-        # A short text is read as fewer streams rather than refused.
+        # A short validation text is read as fewer streams; it is not an error.
         self.valid_batch = valid_batch if self.valid is None else min(valid_batch, len(self.valid) // 2)
         self._streams: dict[int, np.ndarray] = {}
 
@@ -165,12 +172,12 @@ class LanguageModelling(Task):
             return {}
         text = streams(self.valid, self.valid_batch)
         state, total, sent, places = State.zeros(model.like, self.valid_batch), 0.0, 0.0, len(text) - 1
-        # The read-out of a piece stays below 64 MB.
+        # Bounds the output of the read-out of one forward pass to 64 MB.
         piece = max(1, min(256, (1 << 24) // (self.valid_batch * model.parameters["readout.bias"].size)))
         if self.carry == "events":
             piece = self.window
         for at in range(0, places, piece):
-            part, state = text[at : at + piece + 1], going_on(state, self.carry)
+            part, state = text[at : at + piece + 1], carry_state(state, self.carry)
             output, state, tape = model.forward(part[:-1], state)
             total += cross_entropy(output, part[1:])[0] * (len(part) - 1)
             sent += tape.activity * (len(part) - 1)
@@ -186,16 +193,18 @@ class LanguageModelling(Task):
 
 
 class Sequences(Task):
-    """What classification and regression share: whole sequences, shuffled every epoch, each from the zero state.
+    """Base class of sequence tasks: whole sequences, shuffled in every epoch, each from the zero state.
 
     Parameters
     ----------
-    inputs  : (S, T, I) float32, or (S, T) symbols: S sequences
-    targets : one entry a sequence
-    valid   : (inputs, targets) to validate on, or None; (inputs, targets, lengths) where `lengths` are given
-    read    : "last" reads out at the end of a sequence, "mean" takes the mean of the read-out over its steps
-    lengths : (S,) steps of each sequence, if they differ; what is beyond is read but not read out
-    seed    : of the shuffling
+    inputs  : S sequences, (S, T, I) float32 or (S, T) symbols
+    targets : one target per sequence
+    valid   : (inputs, targets) to validate on, or None; (inputs, targets, lengths) if `lengths` are given
+    read    : "last" uses the output of the last step of a sequence, "mean" the mean output over its steps
+    lengths : (S,) number of steps of each sequence, if they differ; the steps after it do not enter the loss
+    seed    : seed of the shuffling
+
+    Raises ValueError for sizes that do not fit each other.
     """
 
     def __init__(
@@ -251,7 +260,7 @@ class Sequences(Task):
         return loss, d_read * shares
 
     def _shares(self, steps: int, batch: int, lengths: np.ndarray | None) -> np.ndarray:
-        """How much each step (T, B) counts in what is read out."""
+        """Weight of each step in the output of its sequence, (T, B) float32."""
         ends = np.full(batch, steps) if lengths is None else lengths
         step = np.arange(steps)[:, None]
         if self.read == "last":
@@ -259,7 +268,7 @@ class Sequences(Task):
         return (step < ends).astype(np.float32) / ends.astype(np.float32)
 
     def outputs(self, model: Model, inputs: np.ndarray, lengths: np.ndarray | None = None) -> tuple[np.ndarray, float]:
-        """What is read out for each of S sequences, (S, V), and the activity."""
+        """Output of each of S sequences, (S, V), and the activity (events per unit, step and sample)."""
         read, sent = [], 0.0
         for at in range(0, len(inputs), 256):
             part = np.ascontiguousarray(np.moveaxis(inputs[at : at + 256], 0, 1))
@@ -288,7 +297,7 @@ class Sequences(Task):
 
 
 class Classification(Sequences):
-    """Sequence classification by cross-entropy; targets (S,) whole numbers. Other parameters as `Sequences`."""
+    """Sequence classification with cross-entropy; targets (S,) integers. Other parameters: see `Sequences`."""
 
     def _check_targets(self, size: int) -> None:
         for name, targets in (("train", self.targets), ("valid", self.valid[1] if self.valid else self.targets)):
@@ -303,7 +312,7 @@ class Classification(Sequences):
 
 
 class Regression(Sequences):
-    """Sequence regression by mean squared error; targets (S, V) numbers. Other parameters as `Sequences`."""
+    """Sequence regression with the mean squared error; targets (S, V). Other parameters: see `Sequences`."""
 
     def _check_targets(self, size: int) -> None:
         for name, targets in (("train", self.targets), ("valid", self.valid[1] if self.valid else self.targets)):
@@ -314,8 +323,8 @@ class Regression(Sequences):
         return squared_error(output, targets)
 
 
-def going_on(state: State, carry: str) -> State:
-    """What a window starts from, of the state that the one before ended with."""
+def carry_state(state: State, carry: str) -> State:
+    """Initial state of a window, from the final state of the previous one and a mode of carry (see `Batch.carried`)."""
     if carry == "state":
         return state
     outputs = state.outputs if carry == "events" else tuple(np.zeros_like(y) for y in state.outputs)
@@ -323,7 +332,7 @@ def going_on(state: State, carry: str) -> State:
 
 
 def streams(symbols: np.ndarray, batch: int) -> np.ndarray:
-    """A text as `batch` streams of equal length side by side, (n // batch, batch) int64."""
+    """A text (n,) cut into `batch` streams of equal length, one per column: (n // batch, batch) int64."""
     length = len(symbols) // batch
     return np.ascontiguousarray(np.asarray(symbols, np.int64)[: length * batch].reshape(batch, length).T)
 
@@ -344,7 +353,7 @@ def _check_sizes(name: str, inputs: np.ndarray, targets: np.ndarray, lengths: np
 
 
 def check_inputs(network: Network, name: str, inputs: np.ndarray) -> None:
-    """Refuse sequences (S, T) or (S, T, I) that the network cannot read, and where among them. Raises ValueError."""
+    """Raise ValueError with the position of the fault for sequences (S, T) or (S, T, I) that the network cannot read."""
     if network.embedding is not None:
         if inputs.ndim != 2:
             raise ValueError(f"{name}: got shape {inputs.shape}, need symbols (S, T) for the embedding")
@@ -353,7 +362,7 @@ def check_inputs(network: Network, name: str, inputs: np.ndarray) -> None:
     size = network.layers[0].inputs
     if inputs.ndim != 3 or inputs.shape[2] != size or inputs.dtype.kind not in "fiub":
         raise ValueError(f"{name}: got {inputs.dtype} {inputs.shape}, need numbers (S, T, {size})")
-    # In parts: data sets are large, and as float32 each part is a copy.
+    # In slices of 256 sequences: the conversion to float32 copies, and data sets are large.
     for at in range(0, len(inputs), 256):
         with np.errstate(over="ignore"):
             wrong = ~np.isfinite(inputs[at : at + 256].astype(np.float32))
@@ -366,7 +375,7 @@ def check_inputs(network: Network, name: str, inputs: np.ndarray) -> None:
 
 
 def check_symbols(network: Network, symbols: np.ndarray) -> None:
-    """Refuse symbols that the network cannot read and predict, and a network that cannot predict symbols."""
+    """Raise ValueError for symbols that the network cannot read, and for a network that cannot predict symbols."""
     if network.embedding is None or network.readout is None:
         raise ValueError("network: needs an embedding and a read-out to read and predict symbols")
     size, known = network.readout.weights.shape[1], len(network.embedding)

@@ -1,4 +1,4 @@
-"""Thresholds in training: which numbers they may be, how a parameter stands for one, and how they begin."""
+"""Learned thresholds: the rules that bound them, the parameter that represents a threshold, and initial values."""
 
 from __future__ import annotations
 
@@ -7,30 +7,29 @@ from collections.abc import Sequence
 import numpy as np
 
 from eventrnn import cells
+from eventrnn.network import draw_thresholds
 
 F32 = np.float32
 
-#: how a threshold is learned; see `Model`
+#: Rules for learning thresholds: kept >= 0, kept in [0, 1], the sigmoid of a logit, or not learned. See `Model`.
 RULES = ("positive", "clamped", "sigmoid", "fixed")
 
-# Second parameter of the Beta distribution that thresholds are drawn from (EvNN 0.2).
-BETA = 3.0
-
-# Logits stay within +-16: beyond 16.7 the float32 threshold is exactly 1, which has no gradient to come back by.
+# Bound on the magnitude of a logit. Beyond 16.7 the float32 threshold is exactly 1 and its gradient is exactly 0, so
+# that it could not change again.
 LARGEST_LOGIT = F32(16)
 
 
 def check_rule(rule: str) -> None:
-    """Refuse what is no rule."""
+    """Raise ValueError for a name that is not one of `RULES`."""
     if rule not in RULES:
         raise ValueError(f"thresholds: got {rule!r}, need one of {', '.join(RULES)}")
 
 
 def to_parameter(rule: str, threshold: np.ndarray) -> np.ndarray:
-    """The parameter of a threshold (N,): itself, or its logit, kept within 16: a threshold nearer to 0 or 1 than
-    1.2e-7 is moved there.
+    """The parameter (N,) that represents thresholds (N,): a copy of them, or their logits for "sigmoid".
 
-    Raises ValueError for one that the rule excludes.
+    Logits are clipped to +-16, which moves a threshold that is nearer to 0 or 1 than 1.2e-7. Raises ValueError for a
+    threshold that the rule excludes.
     """
     if rule == "sigmoid":
         outside = (threshold <= 0) | (threshold >= 1)
@@ -46,12 +45,12 @@ def to_parameter(rule: str, threshold: np.ndarray) -> np.ndarray:
 
 
 def from_parameter(rule: str, parameter: np.ndarray) -> np.ndarray:
-    """The threshold that a parameter stands for, a copy."""
+    """The thresholds (N,) that a parameter (N,) represents, as a new array."""
     return cells.sigmoid_float32(parameter) if rule == "sigmoid" else parameter.copy()
 
 
 def clamp(rule: str, parameter: np.ndarray) -> None:
-    """Bring a parameter back to where the rule allows it, in place."""
+    """Clip a parameter in place to the range that the rule allows."""
     if rule == "clamped":
         np.clip(parameter, 0, 1, out=parameter)
     elif rule == "sigmoid":
@@ -61,22 +60,25 @@ def clamp(rule: str, parameter: np.ndarray) -> None:
 
 
 def gradient(rule: str, threshold: np.ndarray, d_threshold: np.ndarray) -> np.ndarray:
-    """Of the parameter, from that of the threshold it stood for."""
+    """Gradient of the parameter, from the threshold and its gradient (chain rule); all (N,)."""
     if rule == "fixed":
         return np.zeros_like(d_threshold)
     return d_threshold * threshold * (1 - threshold) if rule == "sigmoid" else d_threshold
 
 
 def initial(start: float | Sequence[float], units: int, *, rng: np.random.Generator | None = None) -> np.ndarray:
-    """Thresholds to begin with, (units,): one number for all, a list, or drawn where `rng` is given.
+    """Initial thresholds (units,) float32.
 
-    Drawn ones are Beta(3m / (1 - m), 3) with mean m = `start` in (0, 1), as of EvNN 0.2.
+    start : one number for all units, or one number per unit; with `rng`, the mean of the distribution, in (0, 1)
+    rng   : draw the thresholds, see `network.draw_thresholds`
+
+    Raises ValueError for a mean outside (0, 1), and for numbers that are negative, not finite or of another count.
     """
     if rng is not None:
         mean = float(np.asarray(start))
         if not 0 < mean < 1:
             raise ValueError(f"threshold mean: got {mean}, need a number between 0 and 1")
-        return rng.beta(BETA * mean / (1 - mean), BETA, units).astype(F32)
+        return draw_thresholds(mean, units, rng)
     given = np.asarray(start, F32)
     if given.shape not in ((), (units,)) or not (np.isfinite(given) & (given >= 0)).all():
         raise ValueError(f"thresholds: got {start!r}, need one number >= 0, or one for each of {units} units")

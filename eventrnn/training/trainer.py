@@ -1,8 +1,9 @@
-"""The training loop: one visible step, validation between the steps, and a state that can be saved and continued."""
+"""The training loop: updates, validation between them, and a state that can be saved and continued."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -15,30 +16,30 @@ from eventrnn.training import thresholds
 from eventrnn.training.bptt.model import Model, Tape
 from eventrnn.training.optim import clip_by_layer, clip_by_norm, norms
 from eventrnn.training.settings import Settings
-from eventrnn.training.tasks import LanguageModelling, Task, going_on
+from eventrnn.training.tasks import LanguageModelling, Task, carry_state
 
 F32 = np.float32
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One update.
+    """The figures of one update.
 
     Attributes
     ----------
-    step     : its number, from 1
-    loss     : of its window, in nats (what the task measures), without penalties
-    penalty  : what the regularisers add to it
-    activity : events per unit, step and sample
-    support  : share of units, steps and samples that the gradient passes through a threshold
-    norm     : of the gradient, before clipping
-    rate     : learning rate
-    sparsity : share of the masked matrices that is pruned
-    epoch    : passes over the data that are complete
-    share    : of the run that is done
-    operations : multiplications with a use so far, forward and back, of the layers (the read-out is not in it); a
-               layer's forward products count its events, its backward products events and paths
-    validation : figures of the validation that followed, if one did
+    step       : number of the update, from 1
+    loss       : loss of the window in nats (or in the unit of the task), without penalties
+    penalty    : sum of the penalties of the regularisers and of the activity cost
+    activity   : events per unit, step and sample
+    support    : share of (step, sample, unit) entries whose surrogate derivative is not zero
+    norm       : 2-norm of the gradient before clipping
+    rate       : learning rate
+    sparsity   : share of the weights of masked matrices that is pruned
+    epoch      : number of complete passes over the data
+    share      : share of the run that is done, in [0, 1]
+    operations : effective multiplications of the layers so far, forward and backward, without the read-out. Forward
+                 products count events; backward products count events and entries with a surrogate derivative
+    validation : figures of the validation after this update; empty if there was none
     """
 
     step: int
@@ -61,7 +62,7 @@ class Progress:
 
 
 class Diverged(FloatingPointError):
-    """The loss or a gradient is not a number any more. Parameters are those before the update."""
+    """The loss or a gradient is not finite. The parameters are those before the update."""
 
 
 class Trainer:
@@ -69,11 +70,14 @@ class Trainer:
 
     Parameters
     ----------
-    network  : where to start; weights that its CSR and block matrices do not store stay pruned
-    task     : a `Task`, or (n,) integers: a text in which to predict the next symbol
-    settings : how
-    pruning  : masks that grow while training, or None
-    model    : what computes, in place of `Model(network)`; anything with its methods
+    network  : the network to start from; weights that its sparse matrices do not store stay pruned
+    task     : a `Task`, or a text of (n,) integers in which the next symbol is predicted
+    settings : the settings of the run
+    pruning  : a pruning method that runs while training, or None
+    model    : the model that computes outputs and gradients, in place of `Model(network)`
+
+    Raises ValueError for a task that does not fit the network, for a batch larger than the data, and for a pruning
+    method that does not end within the run.
     """
 
     def __init__(
@@ -113,7 +117,7 @@ class Trainer:
     # --- running ---
 
     def run(self, report: Callable[[Progress], None] = lambda progress: None) -> Network:
-        """All remaining updates; returns the trained network, dense weights, pruned ones exactly zero."""
+        """Do all remaining updates. Returns the trained network with dense weights; pruned weights are exactly zero."""
         for progress in self:
             report(progress)
         return self.network()
@@ -125,23 +129,26 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether all updates are done, or validation stopped the run early."""
+        """Whether all updates are done, or `patience` validations without a new best ended the run."""
         return self.share >= 1 or bool(self.settings.patience and self.worse >= self.settings.patience)
 
     @property
     def masks_are_final(self) -> bool:
-        """Whether pruning is through; until then no validation counts as the best, and none stops the run."""
+        """Whether pruning is over. Until then no validation counts as the best one, and none ends the run."""
         return self.pruning is None or self.steps_done > self.pruning.end
 
     @property
     def share(self) -> float:
-        """Of the run, what is done."""
+        """The share of the run that is done, in [0, 1]."""
         if not self.settings.epochs:
             return self.steps_done / self.settings.steps
         return (self.epoch + self.position / self.task.length(self.settings.batch)) / self.settings.epochs
 
     def step(self) -> Progress:
-        """One window: masks, noise, forward, loss, backward, clip, update."""
+        """One update on one window: masks, noise, forward, loss, backward, clip, optimiser.
+
+        Raises `Diverged` where the loss or a gradient is not finite.
+        """
         model, settings, task = self.model, self.settings, self.task
         if self.pruning is not None and self.pruning.update(self.steps_done, model.parameters, model.masks):
             model.apply_masks()
@@ -154,7 +161,7 @@ class Trainer:
         loss, d_output = task.loss(output, batch)
         penalty = settings.regularisers.penalise(model, tape)
         if not np.isfinite(loss + penalty.loss):
-            raise Diverged(self._trouble(f"the loss is {loss + penalty.loss}"))
+            raise Diverged(self._divergence_message(f"the loss is {loss + penalty.loss}"))
         gradients = model.backward(
             tape,
             d_output,
@@ -176,7 +183,7 @@ class Trainer:
         self.state = state
         self.operations += _operations(tape)
         self.steps_done += 1
-        self._move(batch.taken)
+        self._advance(batch.taken)
         return Progress(
             self.steps_done, loss, penalty.loss + settings.activity_cost * _mean_sent(tape), float(tape.activity),
             float(tape.support), norm, rate, self._sparsity(), self.epoch, self.share,
@@ -184,9 +191,12 @@ class Trainer:
         )  # fmt: skip
 
     def validate(self) -> dict[str, float]:
-        """Figures of the task's held-out data, with the optimiser's averaged parameters if it has them; a new best
-        is kept in `best`, once masks are final."""
-        with _Borrowed(self.model, self._present()) as model:
+        """The task's figures on held-out data; empty where the task holds nothing out.
+
+        The parameters are those of a forward pass, averaged if the optimiser averages. Once masks are final, the
+        parameters of a new best validation are copied to `best`.
+        """
+        with _swapped_parameters(self.model, self._eval_parameters()) as model:
             figures = self.task.evaluate(model)
             if not figures:
                 return {}
@@ -201,19 +211,22 @@ class Trainer:
         return figures
 
     def network(self, *, best: bool = False) -> Network:
-        """The trained network: of the parameters so far (averaged, if the optimiser averages), or of the best
-        validation. How its thresholds were learned stands in `metadata["thresholds"]`."""
-        with _Borrowed(self.model, self.best if best and self.best else self._present()) as model:
+        """The trained network, with the rule of its thresholds in `metadata["thresholds"]`.
+
+        best : use the parameters of the best validation, if there was one; otherwise the present parameters, averaged
+               if the optimiser averages
+        """
+        with _swapped_parameters(self.model, self.best if best and self.best else self._eval_parameters()) as model:
             network = model.network()
         return replace(network, metadata={**network.metadata, "thresholds": model.thresholds})
 
-    def _present(self) -> dict[str, np.ndarray]:
-        """Parameters as a forward pass of now sees them, averaged if the optimiser averages."""
+    def _eval_parameters(self) -> dict[str, np.ndarray]:
+        """The parameters that a forward pass would use now, averaged if the optimiser averages."""
         averaged = self.optimiser.averaged(self.model.parameters)
-        return averaged if self.pruning is None else self.pruning.shown(averaged)
+        return averaged if self.pruning is None else self.pruning.masked_view(averaged)
 
     def _updates(self) -> int:
-        """Updates of the whole run; with windows of random length, about."""
+        """Number of updates of the whole run. It is an estimate where windows have random lengths."""
         settings = self.settings
         if not settings.epochs:
             return settings.steps
@@ -223,9 +236,9 @@ class Trainer:
     def _start(self, carried: str, batch: int) -> State:
         if self.position == 0 or not carried or self.state.batch != batch:
             return State.zeros(self.model.like, batch)
-        return going_on(self.state, carried)
+        return carry_state(self.state, carried)
 
-    def _move(self, taken: int) -> None:
+    def _advance(self, taken: int) -> None:
         self.position += taken
         if self.position >= self.task.length(self.settings.batch):
             self.epoch, self.position = self.epoch + 1, 0
@@ -239,14 +252,14 @@ class Trainer:
         sizes = norms(gradients)
         bad = [name for name, size in sizes.items() if not np.isfinite(size)]
         if bad:
-            raise Diverged(self._trouble(f"the gradient of {bad[0]} is not finite"))
+            raise Diverged(self._divergence_message(f"the gradient of {bad[0]} is not finite"))
         largest = max(sizes, key=lambda name: sizes[name])
         self.largest = f"{largest} ({sizes[largest]:.3g})"
         if self.settings.clip_layers:
             clip_by_layer(gradients, self.settings.clip_layers)
         return clip_by_norm(gradients, self.settings.clip)
 
-    def _trouble(self, what: str) -> str:
+    def _divergence_message(self, what: str) -> str:
         return (
             f"{what} at step {self.steps_done + 1}; the largest gradient before it was that of {self.largest}; "
             f"lower the learning rate ({self.settings.learning_rate}) or the clip ({self.settings.clip})"
@@ -259,7 +272,7 @@ class Trainer:
     # --- saving and continuing ---
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a run to be continued: the network's shapes, the data, the settings."""
+        """What must be equal for a run to be continued: shapes and cells of the network, data, settings and pruning."""
         model = self.model
         return {
             "model": {name: list(value.shape) for name, value in model.parameters.items()}
@@ -270,7 +283,7 @@ class Trainer:
         }
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All that a run is at a moment, with `numbers`. The arrays are the run's own, not copies."""
+        """The arrays of the state of the run, by name. They are the arrays of the run itself, not copies."""
         named = {f"parameters.{name}": value for name, value in self.model.parameters.items()}
         named |= {f"masks.{name}": value for name, value in self.model.masks.items()}
         named |= {f"optimiser.{name}": value for name, value in self.optimiser.arrays().items()}
@@ -282,7 +295,7 @@ class Trainer:
         return named
 
     def numbers(self) -> dict[str, Any]:
-        """The rest of it, plain enough for JSON."""
+        """The rest of the state of the run, as values that JSON can hold."""
         return {
             "steps": self.steps_done,
             "epoch": self.epoch,
@@ -297,7 +310,7 @@ class Trainer:
         }
 
     def restore(self, arrays: Mapping[str, np.ndarray], numbers: Mapping[str, Any]) -> None:
-        """Continue from what `arrays` and `numbers` of a run with the same `identity` gave: the same bits from here."""
+        """Continue from the `arrays` and `numbers` of a run with the same `identity`, bit for bit."""
 
         def part(prefix: str) -> dict[str, np.ndarray]:
             return {name[len(prefix) :]: a for name, a in arrays.items() if name.startswith(prefix)}
@@ -321,24 +334,25 @@ class Trainer:
         self.worse, self.largest, self.operations = numbers["worse"], numbers["largest"], numbers["operations"]
 
 
-class _Borrowed:
-    """A model with other parameters, for the length of a `with`."""
-
-    def __init__(self, model: Model, parameters: dict[str, np.ndarray]):
-        self.model, self.own, self.parameters = model, model.parameters, parameters
-
-    def __enter__(self) -> Model:
-        self.model.parameters = self.parameters
-        # A mean over weights of which some were pruned meanwhile is not zero there.
-        self.model.apply_masks()
-        return self.model
-
-    def __exit__(self, *error) -> None:
-        self.model.parameters = self.own
+@contextmanager
+def _swapped_parameters(model: Model, parameters: dict[str, np.ndarray]) -> Iterator[Model]:
+    """The model with other parameters; its own parameters are put back at the end of the `with` block."""
+    own = model.parameters
+    model.parameters = parameters
+    try:
+        # The running mean of a weight that was pruned meanwhile is not zero.
+        model.apply_masks()
+        yield model
+    finally:
+        model.parameters = own
 
 
 def _operations(tape: Tape) -> int:
-    """Each event meets the kept weights of its unit twice (forward, and in their gradient), each path once."""
+    """Effective multiplications of a window.
+
+    An event is multiplied by the kept weights of its unit in the forward pass and in the weight gradient; an open entry
+    (non-zero surrogate derivative) is multiplied by them once, in the input gradient.
+    """
     return sum(int((2 * work.fired + work.open) @ work.kept) for work in tape.work.values())
 
 

@@ -1,7 +1,7 @@
-"""What `eventrnn train` does: a recipe (TOML, presets, flags) for a symbol model, trained in a folder.
+"""Recipes: a whole training run of a language model as one record, read from presets, TOML files and flags.
 
-The folder holds `config.toml` (the recipe, every value written out), `log.jsonl` and the checkpoints of
-`training.run`. The model file is the network of the best validation.
+A run has a folder with `config.toml` (the recipe with every value written out), `log.jsonl` and the checkpoints of
+`training.run`. The model file holds the network of the best validation. `eventrnn train` is a thin layer over `train`.
 """
 
 from __future__ import annotations
@@ -39,14 +39,15 @@ class ModelSettings:
 
     Attributes
     ----------
-    cell      : "egru", or "gru", its dense twin (`training.GRU`), which has no model file
-    variant   : equations of the egru, "evnn" or "paper"
-    hidden    : units of each layer
-    embedding : width of the embedding
-    tied      : read out through the transposed embedding
-    threshold : to begin with: one number, or one a layer
-    threshold_start : "beta" draws them around that mean, in (0, 1), as EvNN does; "constant" takes it as it is
-    surrogate : derivative given to the event
+    cell            : "egru", or "gru" for the dense baseline (`training.GRU`), which has no model file
+    variant         : equations of the egru, "evnn" or "paper"
+    hidden          : number of units of each layer
+    embedding       : width of the embedding
+    tied            : use the transposed embedding as the read-out
+    threshold       : initial threshold, one number or one per layer
+    threshold_start : "beta" draws the thresholds of a layer from a distribution with that mean, in (0, 1), as EvNN
+                      does; "constant" gives every unit that number
+    surrogate       : surrogate derivative of the event
     """
 
     cell: str = "egru"
@@ -68,7 +69,7 @@ class ModelSettings:
             raise ValueError(f"threshold: got {len(self.threshold)}, need one for each of {len(self.hidden)} layers")
 
     def thresholds(self, rng: np.random.Generator) -> list[np.ndarray]:
-        """Of every layer, (N,) each."""
+        """Initial thresholds of every layer, (N,) float32 each."""
         each = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,) * len(self.hidden)
         drawn = rng if self.threshold_start == "beta" else None
         return [initial(start, n, rng=drawn) for start, n in zip(each, self.hidden, strict=True)]
@@ -76,15 +77,15 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """The text.
+    """The text and how it is read.
 
     Attributes
     ----------
-    text        : "builtin" (Python's documentation), a file, a folder of text files, "ptb" (see `text.read_parts`)
-    kind        : symbols: "character" or "word"
-    vocabulary  : keep that many words; 0 for all
-    valid_batch : streams that the validation text is read as
-    carry       : "state", or "events" to zero the cells at every window as EvNN does
+    text        : "builtin" (Python's documentation), a file, a folder of text files, or "ptb"; see `data.read_parts`
+    kind        : kind of the symbols, "character" or "word"
+    vocabulary  : number of words to keep, 0 for all
+    valid_batch : number of streams of the validation text
+    carry       : "state", or "events" to set the cells to zero at the start of every window, as EvNN does
     """
 
     text: str = "builtin"
@@ -102,7 +103,7 @@ class DataSettings:
             raise ValueError("text: the built-in text is read by characters; give --text a file for words")
 
     def corpus(self) -> Corpus:
-        """Read the text. Raises ValueError for what is missing, empty or too short."""
+        """Read the text. Raises ValueError for a text that is missing, empty or too short."""
         if self.text == "builtin":
             return python_documentation()
         return from_path(self.text, kind=self.kind, size=self.vocabulary or None)
@@ -110,13 +111,13 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What changes nothing about the result.
+    """Settings that do not change the trained network.
 
     Attributes
     ----------
-    out                : model file to write; none for a GRU
-    log_every          : updates a line of the log
-    checkpoint_seconds : at most that long between two checkpoints
+    out                : model file to write; empty for a GRU
+    log_every          : updates per line of the log
+    checkpoint_seconds : seconds between two checkpoints
     """
 
     out: str = ""
@@ -132,7 +133,7 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All of a run: network, text, training, and how it is kept."""
+    """A whole training run: network, text, training settings, and files."""
 
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
@@ -144,7 +145,10 @@ class Recipe:
             raise ValueError(f"out: got {self.run.out} for a gru, which has no model file; give --run a folder instead")
 
     def trainer(self) -> tuple[Trainer, Corpus]:
-        """The trainer at the start of the run, and its text. Raises ValueError for what cannot be."""
+        """The trainer in its initial state, and its corpus.
+
+        Raises ValueError for settings that contradict each other.
+        """
         corpus, model, training = self.data.corpus(), self.model, self.training
         symbols = len(corpus.vocabulary)
         rng = np.random.default_rng(training.seed)
@@ -170,7 +174,7 @@ class Recipe:
 
 
 def presets() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """Names of the recipes in the package."""
     folder = resources.files("eventrnn.training.recipes")
     return sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
 
@@ -181,9 +185,9 @@ def load_recipe(
     preset: str = "characters",
     settings: Iterable[tuple[str, Any]] = (),
 ) -> Recipe:
-    """A recipe: a preset, over it a TOML file, over that single settings such as ("training.batch", 16).
+    """A recipe from a preset, a TOML file and single settings such as ("training.batch", 16); later ones win.
 
-    Raises `ValueError` naming the key that is unknown, with the nearest known one, or of which the value cannot be.
+    Raises `ValueError` for an unknown key, with the most similar known key, and for a value that is not allowed.
     """
     if preset not in presets():
         raise ValueError(f"preset: got {preset!r}, need one of {', '.join(presets())}")
@@ -205,14 +209,19 @@ def train(
     resume: bool = False,
     report: Callable[[str, int, int, str], None] = lambda stage, done, total, note: None,
 ) -> dict[str, Any]:
-    """Train as the recipe says, in a folder, and write the model of the best validation to `recipe.run.out`.
+    """Train a recipe in a folder, and write the network of the best validation to `recipe.run.out`.
 
-    Returns figures: bits and perplexity of the validation text as the event engine reads it, in one stream with its
-    state carried whatever `data.carry` says; the best validation while training, which goes by `data.carry`; symbols,
-    parameters, updates, seconds. Interruptions and errors as `training.run`.
+    folder : folder of the run, created if it is missing
+    resume : continue the run in the folder
+    report : called with the stage, the amount done, the whole amount, and a note
+
+    Returns bits and perplexity of the validation text when the event engine reads it (one stream, state carried even if
+    `data.carry` is "events"), the best validation of the training (which follows `data.carry`), and the numbers of
+    symbols, parameters, updates and seconds. Raises ValueError for a folder that holds a run when `resume` is not set;
+    interruptions and other errors: see `training.run`.
     """
     if recipe.model.cell != "gru" and not recipe.run.out:
-        raise ValueError("out: got none; say in run.out which model file to write")
+        raise ValueError("out: got none; set run.out to the model file to write")
     folder = Path(folder)
     trainer, corpus = recipe.trainer()
     if not resume:
@@ -245,8 +254,7 @@ def train(
 
 
 def note(progress: Progress, kind: str) -> str:
-    """A line about an update: what the loss is, how many units send, how many gradients pass their threshold, and the
-    operations of the layers so far."""
+    """One line about an update: quality, activity, surrogate support, sparsity and the operations so far."""
     nats = progress.loss
     quality = f"perplexity {np.exp(min(nats, 700.0)):.1f}" if kind == "word" else f"{progress.bits:.3f} bits"
     words = [quality, f"activity {progress.activity:.1%}", f"backward {progress.support:.0%}"]
@@ -257,11 +265,11 @@ def note(progress: Progress, kind: str) -> str:
 
 
 def remove_run(folder: str | os.PathLike) -> None:
-    """Delete the files of a run, and no other, from its folder."""
+    """Delete the files of a run from its folder. Other files are not touched."""
     for name in (CONFIG, LOG, CHECKPOINT, f"previous-{CHECKPOINT}"):
         (Path(folder) / name).unlink(missing_ok=True)
 
 
 def flags_to_settings(flags: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Settings of the flags that were given; the others are None."""
+    """The settings of the flags that were given. A flag that was not given is None."""
     return [(key, value) for key, value in flags.items() if value is not None]

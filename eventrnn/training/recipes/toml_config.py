@@ -1,5 +1,7 @@
-"""Configurations: nested frozen dataclasses from TOML tables and back, with errors that name the key and the nearest
-known one. Knows nothing of what they configure."""
+"""Configurations: nested frozen dataclasses from TOML tables, and back.
+
+Errors name the key, and for an unknown key the most similar known one. The module does not depend on the dataclasses.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,12 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+# Names of TOML types in error messages.
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text in quotes"}
 
 
 def read_toml(text: str, source: str | Path) -> dict[str, Any]:
-    """Tables of a TOML text; `ValueError` with the place of a mistake in it."""
+    """The tables of a TOML text. Raises `ValueError` with the position of a syntax error."""
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -25,7 +28,7 @@ def read_toml(text: str, source: str | Path) -> dict[str, Any]:
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
-    """("training.batch", 16) from "training.batch=16"; the value as in TOML, bare words as text."""
+    """("training.batch", 16) from "training.batch=16". The value is TOML; a value that is not valid TOML is text."""
     key, sign, value = text.partition("=")
     if not sign or not key.strip():
         raise ValueError(f"set: got {text!r}, need key=value such as training.batch=16")
@@ -36,7 +39,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 
 def merged(tables: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """One table of several, those that come later winning key by key."""
+    """Merge tables into one. For a key in several tables the value of the last one is used; inner tables are merged."""
     result: dict[str, Any] = {}
     for table in tables:
         for key, value in table.items():
@@ -47,7 +50,7 @@ def merged(tables: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def nested(settings: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Tables of dotted keys."""
+    """Nested tables from pairs of dotted keys and values."""
     tables = []
     for key, value in settings:
         for part in reversed(key.split(".")):
@@ -57,10 +60,10 @@ def nested(settings: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def from_table(cls: Any, table: Mapping[str, Any], where: str = "") -> Any:
-    """A dataclass from a table; what is not in the table keeps its default.
+    """A dataclass from a table. Fields that are not in the table have their default values.
 
-    Raises `ValueError` for an unknown key (naming the nearest), for a value of another type, and for what the dataclass
-    itself refuses.
+    Raises `ValueError` for an unknown key (with the most similar known one), for a value of another type, and for a
+    value that the dataclass refuses.
     """
     hints = typing.get_type_hints(cls)
     known = [field.name for field in fields(cls)]
@@ -77,7 +80,7 @@ def from_table(cls: Any, table: Mapping[str, Any], where: str = "") -> Any:
 
 
 def to_toml(config: Any) -> str:
-    """A dataclass as TOML, every key written out; `read_toml` and `from_table` give the same one back."""
+    """A dataclass as TOML with every key written out. `read_toml` and `from_table` restore it."""
     return "\n".join(_lines(config, "")) + "\n"
 
 
@@ -130,7 +133,7 @@ def _nearest(key: str, known: list[str], cls: Any, where: str) -> str:
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if close:
         return f"did you mean {f'{where}.' if where else ''}{close[0]}?"
-    # A key that stands in another table is the commonest mistake.
+    # The most common mistake is a known key in the wrong table.
     for name, hint in typing.get_type_hints(cls).items():
         if is_dataclass(hint) and key in (field.name for field in fields(hint)):  # pyright: ignore[reportArgumentType]
             return f"did you mean {f'{where}.' if where else ''}{name}.{key}?"
