@@ -1,7 +1,7 @@
 """Event-driven recurrent networks: work that is not done is not paid for.
 
 The public names. Training, pruning, text, plots and test strategies are modules of their own:
-`eventrnn.training`, `eventrnn.pruning`, `eventrnn.text`, `eventrnn.plots`, `eventrnn.testing`.
+`eventrnn.training`, `eventrnn.pruning`, `eventrnn.data`, `eventrnn.plots`, `eventrnn.testing`.
 """
 
 from __future__ import annotations

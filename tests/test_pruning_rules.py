@@ -230,7 +230,7 @@ def test_group_lasso_takes_its_step_after_the_optimiser_and_prunes_what_reached_
     assert np.all(np.abs(parameters["x.w_in"][0, :2] - expected) <= gamma(12, U32) * expected)
     strong = GroupLasso(100.0, (1, 2), 0, 3)
     strong.update(0, parameters, {})
-    with pytest.raises(ValueError, match=r"strength 100.0 left nothing of x.w_in at step 0"):
+    with pytest.raises(ValueError, match=r"strength 100.0 made all of x.w_in zero at step 0"):
         strong.after_step(0, parameters, {}, {}, 1.0)
 
 
@@ -324,7 +324,7 @@ def test_a_loop_that_forgets_a_call_is_told():
         (lambda: DynamicMasks(NofM(2, 4), decay=1.0), "decay"),
         (lambda: RegrownMasks(1.0), "sparsity"),
         (lambda: RegrownMasks(0.5, share=0.0), "share"),
-        (Combined, "no way of pruning"),
+        (Combined, "got no pruning method"),
         (lambda: trainer(ThresholdPruning((2, 4), 0, 2, 8, percentile=100.0, growth=2.0)), "would empty layers.0.w_in"),
         (lambda: trainer(GradualPruning(0.5, end=4, names=("embedding.x",))), "no matrix 'embedding.x'"),
         (lambda: trainer(StaticMasks(NofM(2, 4), exempt=("layers.7",))), "no matrix 'layers.7'"),

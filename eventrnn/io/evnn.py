@@ -1,4 +1,7 @@
-"""MOVED."""
+"""Conversion of a layer from and to the parameters of `EGRU` in EvNN.
+
+EvNN packs gate columns as (z, r, g). Its z is the gate that keeps the state, our u, so columns keep their order.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,7 @@ from eventrnn.events import check_finite
 from eventrnn.network import Layer
 from eventrnn.weights import Dense
 
-# --- EvNN ---------------------------------------------------------------------------------------------------
-
-# Here -> what EvNN's parameter is called, then what its papers and recordings say.
+# Name here -> names of EvNN: the parameter of its code first, then the name in its papers and recorded runs.
 _EVNN_ARRAYS = {
     "kernel": ("kernel",),
     "recurrent_kernel": ("recurrent_kernel",),
@@ -29,20 +30,20 @@ _EVNN_SCALARS = {"dampening": ("dampening_factor", "gamma"), "support": ("pseudo
 def from_evnn(
     arrays: Mapping[str, Any], *, threshold: Any = None, dampening: float | None = None, support: float | None = None
 ) -> Layer:
-    """A layer from the parameters of EvNN's `EGRU` (its `state_dict()` as arrays), cast to float32.
+    """A layer from the parameters of EvNN's `EGRU`, that is its `state_dict()` as arrays, converted to float32.
 
-    Columns are packed (z, r, g) there; z keeps, so it is our u and nothing moves. EvNN drops connections and zones
-    out in training only; neither travels.
+    Dropconnect and zoneout of EvNN act in training only and are not imported.
 
     Parameters
     ----------
     arrays    : kernel (I, 3H), recurrent_kernel (H, 3H), bias and recurrent_bias (3H,); threshold (H,), named
-                `threshold` or `thr`; scalars `gamma` or `dampening_factor`, `support` or
-                `pseudo_derivative_support`. Other names are left alone
-    threshold : (H,) or a number, in place of the one in `arrays`
-    dampening, support : likewise; 0.7 and 1.0, EvNN's defaults, where neither is given
+                `threshold` or `thr`; scalars `gamma` or `dampening_factor`, `support` or `pseudo_derivative_support`.
+                Other names are ignored
+    threshold : (H,) or a number, replaces the threshold in `arrays`
+    dampening : replaces the dampening in `arrays`; 0.7, EvNN's default, if it is in neither
+    support   : replaces the support in `arrays`; 1.0, EvNN's default, if it is in neither
 
-    Raises `ValueError` for what is missing, for shapes that do not fit, and for NaN or infinity.
+    Raises `ValueError` for a missing array, for shapes that do not fit, and for NaN or infinity.
     """
     given = {"threshold": threshold, "dampening": dampening, "support": support}
     overrides = {key: np.asarray(value) for key, value in given.items() if value is not None}
@@ -64,7 +65,7 @@ def from_evnn(
     for key, shape in needed.items():
         if found[key].shape != shape or not units:
             raise ValueError(f"{key}: got shape {found[key].shape}, need {shape} for {units} units")
-    with np.errstate(over="ignore"):  # an overflow becomes an infinity, which is refused by name
+    with np.errstate(over="ignore"):  # an overflow becomes an infinity, which `check_finite` reports
         single = {key: np.array(found[key], np.float32, order="C") for key in needed}
     for key, array in single.items():
         check_finite(key, array)
@@ -81,11 +82,11 @@ def from_evnn(
 
 
 def to_evnn(layer: Layer) -> dict[str, np.ndarray]:
-    """The layer as EvNN's `EGRU` names and shapes its parameters, float32: what its `load_state_dict` takes.
+    """The parameters of a layer for `load_state_dict` of EvNN's `EGRU`, as float32 arrays.
 
-    Keys: kernel (I, 3H), recurrent_kernel (H, 3H), bias, recurrent_bias (3H,), thr (H,), dampening_factor (1,),
-    pseudo_derivative_support (1,). Raises `ValueError` for the paper's variant and for other surrogates, which EvNN
-    does not have.
+    Keys: kernel (I, 3H), recurrent_kernel (H, 3H), bias and recurrent_bias (3H,), thr (H,), dampening_factor (1,),
+    pseudo_derivative_support (1,). Raises `ValueError` for the paper's variant and for surrogates other than the
+    triangle, which EvNN does not have.
     """
     cell = layer.cell
     if cell.variant != "evnn" or cell.surrogate.kind != "triangle":
@@ -105,5 +106,5 @@ def to_evnn(layer: Layer) -> dict[str, np.ndarray]:
 
 
 def _first(arrays: Mapping[str, Any], names: tuple[str, ...]) -> Any:
-    """The array under the first of the names that is there, or None."""
+    """The array with the first of `names` that is in `arrays`, or None."""
     return next((np.asarray(arrays[name]) for name in names if name in arrays), None)

@@ -1,12 +1,12 @@
-"""Model files: a network and all that belongs to it in one safetensors file, written whole or not at all.
+"""Model files: one network with its metadata in one safetensors file, written atomically.
 
-Every matrix keeps its own format. The header's metadata hold `format`, `version`, `network` (JSON: cells, formats,
-shapes, the network's own metadata) and `sha256`, a digest of the whole file with the digest's own place zeroed: no
-bit can change unseen. The same network gives the same bytes. Also EvNN's packing of one layer, in and out.
+Every matrix is stored in its own format. The metadata in the header of the file are `format`, `version`, `network`
+(JSON: cells, formats, shapes, metadata of the network) and `sha256`, a digest of the whole file with zeros in place of
+the digest, which detects a change of any bit. Equal networks give equal bytes.
 
-Version 2 adds N:M matrices and narrow values: a matrix says its `n`, `m` and `axis`, and its tensor `values` may be
-U16 (bfloat16) or I8 beside a tensor `scales`. Version 3 keeps indices and row pointers in the narrowest unsigned
-integers that hold them. Files of versions 1 and 2 are read as before.
+Version 2 added N:M matrices and narrow values: a matrix has `n`, `m` and `axis`, and its tensor `values` can be U16
+(bfloat16) or I8 with a tensor `scales`. Version 3 stores indices and row pointers as the narrowest unsigned integers
+that hold them. Files of versions 1 and 2 can still be read.
 """
 
 from __future__ import annotations
@@ -34,23 +34,27 @@ VERSION = 3
 
 READABLE = ("1", "2", "3")
 
-# As the formats want them in memory.
+# Types of index arrays in memory.
 _INDEX = {"indices": np.int32, "indptr": np.int64}
 
+# Placeholder for the digest while the digest is computed.
 _UNSIGNED = "0" * 64
 
 _VECTORS = ("bias_in", "bias_rec", "threshold")
 
 
 class ModelFileError(ValueError):
-    """The file is missing, is no model file, is damaged, or holds what no network can be; the message says which."""
+    """The file is missing, is not a model file, is damaged, or holds no valid network; the message says which."""
 
 
 def save(network: Network, path: str | os.PathLike, *, overwrite: bool = False) -> None:
-    """Write a network to `path`, atomically: whatever fails, an old file stays as it was and no other is left.
+    """Write a network to `path` atomically: after an error an old file is unchanged and no new file is left.
 
-    Raises `FileExistsError` where the path exists and `overwrite` is not set, and any `OSError` of the disk (full,
-    not writable). A tied read-out is stored once. Cost: three copies of the weights in memory.
+    overwrite : replace an existing file
+
+    Raises `FileExistsError` if the path exists and `overwrite` is not set, `ModelFileError` for a path that is not a
+    regular file, and `OSError` if the disk is full or not writable. A tied read-out is stored once. Cost: three copies
+    of the weights in memory.
     """
     target = Path(os.path.realpath(path))
     if target.exists():
@@ -62,15 +66,16 @@ def save(network: Network, path: str | os.PathLike, *, overwrite: bool = False) 
     try:
         write_whole(target, raw, overwrite=overwrite)
     except OSError as error:
-        # The failing call knows the temporary file's name at best.
+        # The error names the temporary file; name the path that was given instead.
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 def load(path: str | os.PathLike) -> Network:
-    """Read a network that `save` wrote: the same formats and the same bits.
+    """Read a network that `save` wrote, with the same formats and the same bits.
 
-    Raises `ModelFileError` for a file that is missing, foreign, truncated, changed in any bit, of a newer version,
-    or inconsistent; every check is made before the network is returned. Cost: two copies of the weights in memory.
+    Raises `ModelFileError` for a file that is missing, not a model file, truncated, changed in any bit, of a newer
+    version, or inconsistent. All checks are made before the network is returned. Cost: two copies of the weights in
+    memory.
     """
     try:
         raw = Path(path).read_bytes()
@@ -129,7 +134,7 @@ def _widened(key: str, array: np.ndarray) -> np.ndarray:
 
 
 def _is_transposed_embedding(network: Network) -> bool:
-    """Whether the read-out can be rebuilt from the embedding, bit for bit (a zero may differ in sign, or be pruned)."""
+    """Whether a tied read-out equals the transposed embedding bit for bit; pruning or the sign of a zero can differ."""
     readout, embedding = network.readout, network.embedding
     if readout is None or embedding is None or not readout.tied or not isinstance(readout.weights, Dense):
         return False
@@ -180,9 +185,9 @@ def _encode(tensors: dict[str, np.ndarray], description: Mapping[str, Any], *, v
         "network": json.dumps(description, sort_keys=True),
         "sha256": _UNSIGNED,
     }
-    # The library writes memory as it lies, so a transposed array must be laid in order first.
+    # safetensors writes the memory of an array without regard to its strides, so arrays must be contiguous.
     raw = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in tensors.items()}, metadata)
-    # Its metadata come in an order that changes from run to run; sorted, equal networks are equal files.
+    # The order of the metadata differs between runs; the header is sorted, so that equal networks give equal files.
     end = 8 + int.from_bytes(raw[:8], "little")
     header = json.dumps(json.loads(raw[8:end]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
@@ -191,7 +196,7 @@ def _encode(tensors: dict[str, np.ndarray], description: Mapping[str, Any], *, v
 
 
 def _signature(digest: str) -> bytes:
-    # Inside the description every quote is escaped, so this stands in the header once.
+    # Quotes are escaped inside the JSON of the network, so these bytes occur once in the header.
     return b'"sha256":"' + digest.encode() + b'"'
 
 
@@ -218,7 +223,7 @@ def _decode(raw: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def _header(raw: bytes) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file and where it ends."""
+    """The header of a safetensors file and the position at which it ends."""
     end = 8 + int.from_bytes(raw[:8], "little")
     if raw[8:9] != b"{":
         raise ModelFileError(f"not a model file, or cut off within its first bytes ({len(raw)} bytes)")
@@ -229,7 +234,7 @@ def _header(raw: bytes) -> tuple[dict[str, Any], int]:
     except (ValueError, RecursionError):
         raise ModelFileError("not a model file, or damaged: its header cannot be read") from None
     if not isinstance(header, dict):
-        raise ModelFileError("not a model file: its header is no table")
+        raise ModelFileError("not a model file: its header is not a JSON object")
     return header, end
 
 

@@ -1,10 +1,12 @@
-"""Removing weights: which, when, and the formats that make the holes pay.
+"""Pruning: which weights are removed, when, and in which format the remaining weights are stored.
 
-At once: `prune` (magnitude, singly or in blocks), `prune_to` a pattern (`Blocks`, `NofM`), `adaprune` (refitted on
-calibration inputs), `prune_to_operations` (to a budget of measured work), `iterative_pruning` (with rewinding).
-While training, given to the trainer as `pruning=`: `GradualPruning`, `MovementPruning`, `ThresholdPruning`,
-`GroupLasso`, `StaticMasks`, `DynamicMasks`, `RegrownMasks`, or several of them `Combined`; what the loop owes them is
-in `schedule.py`.
+Functions that prune a network once: `prune` (by magnitude, single weights or blocks), `prune_to` (to a pattern,
+`Blocks` or `NofM`), `adaprune` (refits the remaining weights on calibration inputs), `prune_to_operations` (to a budget
+of measured operations) and `iterative_pruning` (rounds of training and pruning).
+
+Classes that prune during training, passed to the trainer as `pruning=`: `GradualPruning`, `MovementPruning`,
+`ThresholdPruning`, `GroupLasso`, `StaticMasks`, `DynamicMasks`, `RegrownMasks`, and `Combined` for several of them. The
+protocol between them and the training loop is in `schedule.py`. `methods.py` lists all methods by name.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""AdaPrune: what stays makes up for what goes, matrix by matrix, on a few calibration inputs and with no training.
+"""AdaPrune: refit the kept weights of a pruned matrix on calibration inputs, without training (Hubara et al. 2021).
 
-Of each product X W of the network as it was, the pruned matrix keeps what it can: least squares on the weights that
-its mask keeps (Hubara et al. 2021, there by Adam). Matrices do not know of each other; the events X are those of the
-network before pruning.
+The kept weights minimise |X W' - X W|^2, where X are the events that the matrix receives in the network before pruning
+and W are its weights before pruning. Each matrix is refitted independently. The least-squares problem is solved by
+conjugate gradients; the paper uses Adam.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ from eventrnn.weights import Dense
 
 @dataclass(frozen=True)
 class Fit:
-    """How well one matrix was made up for: |X W' - X W|^2 / |X W|^2 with weights only masked, and refitted."""
+    """Relative error |X W' - X W|^2 / |X W|^2 of one matrix.
+
+    Attributes
+    ----------
+    masked    : with the masked weights
+    refitted  : with the refitted weights
+    """
 
     masked: float
     refitted: float
@@ -40,26 +46,28 @@ def adaprune(
     iterations: int = 200,
     report: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> tuple[Network, dict[str, Fit]]:
-    """The network pruned to a pattern by magnitude and refitted, in the pattern's format; and how well that went.
+    """Prune a network to a pattern by magnitude and refit the kept weights. Returns it and the fit of each matrix.
 
     Parameters
     ----------
-    inputs     : what `simulate` takes; a few thousand steps times samples. Unknowns should be fewer than these
-    pattern    : of every matrix; or masks by matrix name, then `store` says in which format they are kept
-    names      : and `exempt`: which matrices, as `Pruning`
-    bias       : refit each matrix's bias with it
-    tolerance  : of the gradient of each output's squares, as a share of what it was
-    iterations : of conjugate gradients at most, a product of (n_pre, n_pre) and (n_pre, n_post) each
-    report     : called with the matrix, how many are done, and of how many
+    inputs        : inputs for `simulate`; steps times samples should exceed the number of presynaptic units, a few
+                    thousand for example
+    pattern       : pattern of every matrix; or masks by matrix name, which need `store`
+    store         : pattern in whose format given masks are stored
+    names, exempt : see `Pruning`
+    bias          : refit the bias of each matrix as well
+    tolerance     : the iteration ends when the norm of the gradient of each output has fallen by this factor
+    iterations    : most iterations of conjugate gradients; each multiplies (n_pre, n_pre) by (n_pre, n_post)
+    report        : called with the name of the matrix, the number of matrices done and their total number
 
-    Of the paper's variant, whose candidate takes `r y`, the recurrent matrix is refitted for `y` all the same.
-    Narrow storage is kept; int8 takes new scales, since weights grow. A matrix already pruned is not filled again.
-    Raises ValueError for inputs that the network cannot take and for masks of another shape.
+    In the paper's variant the candidate takes `r y`; the recurrent matrix is refitted for `y` there, too. Storage is
+    kept; int8 weights get new scales, because weights grow. Weights that were pruned before stay pruned. Raises
+    ValueError for inputs that the network cannot take, for masks of another shape and for masks without `store`.
     """
     matrices = prunable_matrices(network, names if isinstance(pattern, Pattern) else tuple(pattern), exempt)
     keeper = store if store is not None else pattern
     if not isinstance(keeper, Pattern):
-        raise ValueError("store: got none for given masks; say in which pattern's format they are kept")
+        raise ValueError("store: got none, but masks are given; give the pattern in whose format they are stored")
     simulation = simulate(network, inputs, record="events")  # type: ignore[arg-type]
     changed, biases, fits = {}, {}, {}
     for done, (name, (_, events)) in enumerate(counting.senders(network, simulation).items()):
@@ -89,14 +97,17 @@ def refit(
     tolerance: float = 1e-5,
     iterations: int = 200,
 ) -> tuple[np.ndarray, np.ndarray, Fit]:
-    """Weights within a mask, and what to add to a bias, that come nearest to `sent @ dense`.
+    """Weights within a mask, and a change of the bias, that minimise the squared error to `sent @ dense`.
 
+    Parameters
+    ----------
     dense, mask : (n_pre, n_post)
-    sent        : (samples, n_pre)
+    sent        : (samples, n_pre) values that the matrix receives
+    others      : see `adaprune`
 
-    Conjugate gradients on the normal equations of every output at once, in float64, from the masked weights; where
-    `sent` does not say (a unit that never fired), weights stay as they were. Returns (n_pre, n_post) float32,
-    (n_post,) float32 (zeros without `bias`), and the fit.
+    Returns weights (n_pre, n_post) float32, the change of the bias (n_post,) float32 (zeros without `bias`), and the
+    fit. Conjugate gradients on the normal equations of all outputs at once, in float64, starting from the masked
+    weights. Weights that `sent` does not determine, those of a unit without events, keep their values.
     """
     samples = np.concatenate([sent, np.ones((len(sent), 1))], axis=1) if bias else sent
     squares = samples.T.astype(np.float64) @ samples
@@ -133,7 +144,7 @@ def refit(
 
 
 def _with_biases(network: Network, shifts: Mapping[str, np.ndarray]) -> Network:
-    """The network with these added to the biases that belong to the matrices."""
+    """The network with `shifts`, by name of the matrix, added to the biases of the matrices."""
     layers = list(network.layers)
     for k, layer in enumerate(layers):
         changed = {

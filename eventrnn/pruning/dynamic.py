@@ -1,4 +1,4 @@
-"""Masks that follow the weights: static, recomputed while training with straight-through gradients, or regrown."""
+"""Masks during training: set once, recomputed with straight-through gradients, or fixed in number with regrowth."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from eventrnn.pruning.schedule import Arrays, CallOrderCheck, Masks, Pruning, ch
 
 
 class DenseShadowWeights:
-    """Dense weights behind masked parameters, which the gradient of the masked ones moves: straight-through.
+    """A dense copy of masked parameters that is trained with straight-through gradients.
 
-    While it is in use its matrices are not in the model's masks, so that the optimiser moves every entry. Where the
-    mask is False the parameter was zero before the step; what stands there after it is the step, and is added to the
-    shadow.
+    Its matrices are not in the model's masks, so that the optimiser updates every entry. A pruned entry of the
+    parameter is zero before the step, so its value after the step is the update, which is added to the dense copy.
+
+    Attributes
+    ----------
+    dense  : name -> dense weights, float32
+    masks  : name -> present mask
+    before : name -> mask of weights that were pruned before the method started; these stay pruned
     """
 
     def __init__(self):
@@ -26,10 +31,10 @@ class DenseShadowWeights:
         self.before: dict[str, np.ndarray] = {}
 
     def absorb(self, name: str, parameter: np.ndarray, masks: Masks, decay: float = 0.0) -> np.ndarray:
-        """Take over what the last step did; the dense weights of the matrix.
+        """Add the last optimiser step to the dense weights of a matrix. Returns these.
 
-        masks : the model's, which lose this one; what it pruned before stays zero
-        decay : share of its value that a pruned weight loses
+        masks : masks of the model; the one of this matrix is removed, and weights that it prunes stay zero
+        decay : share of its value that a pruned weight loses per step
         """
         if name in masks:
             self.before[name] = masks.pop(name)
@@ -44,9 +49,11 @@ class DenseShadowWeights:
         return self.dense[name]
 
     def write_masked(self, name: str, parameter: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-        """Let the parameter be the dense weights where the mask holds, zero elsewhere; None keeps the mask it had.
+        """Set the parameter to the dense weights where the mask is True, and to zero elsewhere.
 
-        Returns the mask, without what was pruned before.
+        mask : new mask, or None to keep the present one
+
+        Returns the mask, in which weights that were pruned before the method started are False.
         """
         if mask is not None:
             self.masks[name] = mask & self.before[name] if name in self.before else mask
@@ -54,16 +61,16 @@ class DenseShadowWeights:
         return self.masks[name]
 
     def masked_view(self, parameters: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Masked copies of the matrices it keeps dense."""
+        """The parameters, with the matrices that have a dense copy masked."""
         return parameters | {name: parameters[name] * mask for name, mask in self.masks.items()}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """For a checkpoint."""
+        """The arrays of the state, for a checkpoint."""
         kinds = {"dense": self.dense, "mask": self.masks, "before": self.before}
         return {f"{kind}/{name}": a.copy() for kind, arrays in kinds.items() for name, a in arrays.items()}
 
     def restore(self, arrays: Arrays) -> None:
-        """From a checkpoint; keys of other kinds are left alone."""
+        """Restore the state from a checkpoint. Other keys are ignored."""
         kinds = {"dense": self.dense, "mask": self.masks, "before": self.before}
         for key, array in arrays.items():
             kind, _, name = key.partition("/")
@@ -73,7 +80,14 @@ class DenseShadowWeights:
 
 @dataclass
 class StaticMasks(Pruning):
-    """The pattern's masks of the weights as they are at one step, and no others: prune, then train what is left."""
+    """Prune to a pattern at one step of the training, then train the kept weights.
+
+    Attributes
+    ----------
+    pattern       : pattern of the masks
+    start         : step at which the masks are made, from the weights at that step
+    names, exempt : see `Pruning`
+    """
 
     pattern: Pattern
     start: int = 0
@@ -85,15 +99,15 @@ class StaticMasks(Pruning):
 
     @property
     def end(self) -> int:
-        """The same step."""
+        """The last step at which masks change: `start`."""
         return self.start
 
     def check(self, parameters: Arrays) -> None:
-        """Refuse what the pattern cannot do to a matrix."""
+        """Raise ValueError for a matrix that cannot have the pattern."""
         _check(self.pattern, self, parameters)
 
     def update(self, step: int, parameters: Arrays, masks: Masks) -> bool:
-        """At its step, the masks; a weight pruned before stays pruned."""
+        """Make the masks at step `start`. Weights that were pruned before stay pruned."""
         if step != self.start:
             return False
         for name in self.matrices(parameters):
@@ -104,19 +118,21 @@ class StaticMasks(Pruning):
 
 @dataclass
 class DynamicMasks(Pruning):
-    """Masks recomputed every few steps from dense weights that straight-through gradients move (Hubara et al. 2021).
+    """Masks that are recomputed every few steps from dense weights with straight-through gradients (Hubara et al.
+    2021).
 
-    The forward and backward pass see masked weights, the optimiser moves every weight as if it were there. From `end`
-    on the masks are those of the model and stay; until then it does not know of any, and reports no sparsity.
+    The forward and the backward pass use masked weights; the optimiser updates all weights. Before `end` the model has
+    no masks for these matrices, so no sparsity is reported. From `end` on the masks belong to the model and do not
+    change.
 
     Attributes
     ----------
-    pattern       : which masks
+    pattern       : pattern of the masks
     start, end    : first step, and the step at which the masks become final
-    every         : steps between two changes, no more than there are from `start` to `end`; 40 in the paper
-    decay         : share of its value that a pruned weight loses in a step; draws what wavers to one side
-                    (Zhou et al. 2021). The optimiser's own decay does not reach pruned weights
-    names, exempt : as `Pruning`
+    every         : steps between two changes, at most end - start; 40 in the paper
+    decay         : share of its value that a pruned weight loses per step, which keeps weights from alternating between
+                    kept and pruned (Zhou et al. 2021). The weight decay of the optimiser does not act on pruned weights
+    names, exempt : see `Pruning`
     """
 
     pattern: Pattern
@@ -132,15 +148,15 @@ class DynamicMasks(Pruning):
         check_span(self.start, self.end, self.every)
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay: got {self.decay}, need a share in [0, 1)")
-        # One more than the span: here masks change at `end`, too.
+        # One more than the span, because masks change at `end` as well.
         _check_every(self.every, self.start, self.end, 1 + self.end - self.start)
 
     def check(self, parameters: Arrays) -> None:
-        """Refuse what the pattern cannot do to a matrix."""
+        """Raise ValueError for a matrix that cannot have the pattern."""
         _check(self.pattern, self, parameters)
 
     def update(self, step: int, parameters: Arrays, masks: Masks) -> bool:
-        """Masked weights in place of what the optimiser made of them; at `end`, the final masks."""
+        """Set the parameters to masked weights, with new masks if they are due; at `end` the masks go to the model."""
         if not self.start <= step <= self.end:
             return False
         due, last = is_due(step, self.start, self.end, self.every), step == self.end
@@ -152,35 +168,37 @@ class DynamicMasks(Pruning):
         return last
 
     def masked_view(self, parameters: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """With the present masks."""
+        """The parameters with the present masks applied."""
         return self._shadow.masked_view(parameters)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The dense weights and the present masks."""
+        """The dense weights and their masks."""
         return self._shadow.arrays()
 
     def restore(self, arrays: Arrays) -> None:
-        """Go on with these."""
+        """Restore the dense weights and their masks."""
         self._shadow.restore(arrays)
 
 
 @dataclass
 class RegrownMasks(Pruning, CallOrderCheck):
-    """A fixed number of blocks that wander: the smallest are dropped, and as many grown where the gradient is largest
-    (RigL, Evci et al. 2020).
+    """Dynamic sparse training with a fixed number of blocks (RigL; Evci et al. 2020).
 
-    In the step before masks change, the matrices are not in the model's masks, so that pruned weights have a gradient;
-    they are back at zero before the next forward pass. What is grown starts from zero. The optimiser's moments of
-    pruned weights see the gradients of these steps only.
+    At each change the kept blocks of smallest magnitude are dropped, and as many pruned blocks with the largest
+    gradient are grown; grown weights start from zero. In the step before a change the matrices are not in the model's
+    masks, so that pruned weights have a gradient; they are set to zero before the next forward pass. The optimiser's
+    moments of pruned weights contain the gradients of these steps only.
 
     Attributes
     ----------
-    sparsity   : share of blocks that are pruned, in [0, 1)
-    block      : (r, c)
-    start, end : steps between which blocks wander
-    every      : steps between two changes, less than there are from `start` to `end`; 100 in the paper
-    share      : of the kept blocks, how many move at first; falls to zero at `end` along half a cosine
-    statistic  : of a block, for magnitudes and gradients alike (see `block_scores`)
+    sparsity      : share of pruned blocks, in [0, 1)
+    block         : (r, c), presynaptic x postsynaptic
+    start, end    : first and last step of the changes
+    every         : steps between two changes, less than end - start; 100 in the paper
+    share         : share of the kept blocks that are replaced at the first change; it falls to zero at `end` along half
+                    a cosine
+    statistic     : score of a block, for magnitudes and for gradients (see `block_scores`)
+    names, exempt : see `Pruning`
     """
 
     sparsity: float
@@ -193,7 +211,7 @@ class RegrownMasks(Pruning, CallOrderCheck):
     names: tuple[str, ...] | None = None
     exempt: tuple[str, ...] = ()
     _hidden: dict[str, np.ndarray] = field(init=False, repr=False, default_factory=dict)
-    # What was pruned before the first step stays so.
+    # Masks of weights that were pruned before `start`; these stay pruned.
     _before: dict[str, np.ndarray] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self):
@@ -204,12 +222,12 @@ class RegrownMasks(Pruning, CallOrderCheck):
         _check_every(self.every, self.start, self.end, self.end - self.start)
 
     def check(self, parameters: Arrays) -> None:
-        """Refuse blocks larger than a matrix and a sparsity that would empty one."""
+        """Raise ValueError for blocks larger than a matrix and for a sparsity that empties a matrix."""
         for name in self.matrices(parameters):
             magnitude_mask(parameters[name], self.sparsity, block=self.block, statistic=self.statistic)
 
     def update(self, step: int, parameters: Arrays, masks: Masks) -> bool:
-        """At `start` the masks by magnitude; in steps after which they change, none, so that every gradient comes."""
+        """Make masks by magnitude at `start`; remove them for a step after which they change, to get all gradients."""
         self.note_update()
         if step == self.start:
             for name in self.matrices(parameters):
@@ -225,7 +243,7 @@ class RegrownMasks(Pruning, CallOrderCheck):
         return False
 
     def after_step(self, step: int, parameters: Arrays, masks: Masks, gradients: Arrays, rate: float) -> None:
-        """Drop and grow, where it is due."""
+        """Drop and grow blocks, if a change is due after this step."""
         self.note_step()
         fraction = self.share * (1 + cos(pi * (step - self.start) / (self.end - self.start or 1))) / 2
         for name, mask in self._hidden.items():
@@ -239,11 +257,11 @@ class RegrownMasks(Pruning, CallOrderCheck):
         self._hidden = {}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What was pruned before."""
+        """The masks of weights that were pruned before `start`."""
         return dict(self._before)
 
     def restore(self, arrays: Arrays) -> None:
-        """Go on with it."""
+        """Restore these masks."""
         self._before = {name: array.astype(bool) for name, array in arrays.items()}
 
     def _moved(
@@ -255,7 +273,7 @@ class RegrownMasks(Pruning, CallOrderCheck):
         size = block_scores(weights, self.block, self.statistic).ravel()
         drop = np.argsort(np.where(kept, size, np.inf), kind="stable")[:count]
         wanted = block_scores(gradient, self.block, self.statistic).ravel()
-        # What was dropped may not come back in the same step, or nothing would wander.
+        # A block that was dropped in this change is not grown again, since otherwise nothing might change.
         grow = np.argsort(np.where(free, wanted, -np.inf), kind="stable")[len(kept) - count :]
         kept[drop], kept[grow] = False, True
         grid = [-(-side // b) for side, b in zip(mask.shape, self.block, strict=True)]
@@ -263,7 +281,7 @@ class RegrownMasks(Pruning, CallOrderCheck):
 
 
 def _check_every(every: int, start: int, end: int, too_many: int) -> None:
-    """Refuse masks that would not change between their first step and their last."""
+    """Raise ValueError if masks would not change between their first and their last step."""
     if every >= too_many:
         raise ValueError(
             f"every: got {every}, need less than {too_many} for masks that move from step {start} to {end}; "
@@ -272,6 +290,6 @@ def _check_every(every: int, start: int, end: int, too_many: int) -> None:
 
 
 def _check(pattern: Pattern, pruning: Pruning, parameters: Arrays) -> None:
-    """Ask the pattern for each mask once: cheap beside training."""
+    """Make each mask once, so that the pattern raises ValueError before the training for a matrix that does not fit."""
     for name in pruning.matrices(parameters):
         pattern.mask(name, parameters[name])

@@ -1,4 +1,4 @@
-"""Magnitude pruning: single weights (block 1x1) or r x c blocks, at once or gradually while training."""
+"""Magnitude pruning of single weights (1x1 blocks) or r x c blocks, in one step or gradually during training."""
 
 from __future__ import annotations
 
@@ -10,18 +10,24 @@ import numpy as np
 from eventrnn.pruning.schedule import Arrays, CallOrderCheck, Masks, Pruning, cubic_schedule, is_due
 from eventrnn.weights import MatrixId, check_block
 
+#: "matrix" prunes the same share of every matrix, "global" ranks the blocks of all matrices together.
 SCOPES = ("matrix", "global")
 
+#: Score of a block: largest magnitude, mean magnitude, or root of the sum of squares.
 STATISTICS = ("max", "mean", "l2")
 
-#: how the three gates of a layer's matrix share a mask: one grid over all rows, a share within each, the same mask
+#: Masks of the three gates of a layer's matrix: one grid of blocks over all gates, one grid per gate with the same
+#: share pruned in each, or one mask for all gates.
 GATES = ("all", "each", "shared")
 
 
 def block_scores(dense: np.ndarray, block: tuple[int, int], statistic: str = "max") -> np.ndarray:
-    """Importance of every r x c block, (ceil(n_pre / r), ceil(n_post / c)); padding counts as 0.
+    """Score of every r x c block of a matrix (n_pre, n_post): (ceil(n_pre / r), ceil(n_post / c)).
 
-    `statistic`: "max" of |w| (Narang et al. 2017), "mean" of |w|, or "l2", the root of the sum of squares.
+    statistic : "max" of |w| (Narang et al. 2017), "mean" of |w|, or "l2", the root of the sum of squares
+
+    Blocks at an edge are scored by the entries that they have. Raises ValueError for a block larger than the matrix and
+    for an unknown statistic.
     """
     return _reduced(np.abs(dense), block, statistic)
 
@@ -50,15 +56,19 @@ def magnitude_mask(
     within: np.ndarray | None = None,
     allow_empty: bool = False,
 ) -> np.ndarray:
-    """Boolean mask of the weights to keep: the `sparsity` share of blocks with the smallest score is False.
+    """Boolean mask of the weights to keep; it is False in the blocks with the smallest scores.
 
+    Parameters
+    ----------
     dense       : (n_pre, n_post)
+    sparsity    : share of blocks to prune, in [0, 1)
+    block       : (r, c), presynaptic x postsynaptic
     statistic   : see `block_scores`
-    within      : a mask of before; blocks that it pruned go first, so that masks only shrink
-    allow_empty : whether nothing may be left
+    within      : an earlier mask; its pruned blocks are pruned first and stay pruned
+    allow_empty : allow a mask that keeps nothing
 
-    Exactly `round(sparsity * number of blocks)` blocks are pruned, or as many as in `within`; ties go in storage order.
-    A sparsity that would leave no block is refused, unless asked for. O(n log n).
+    Exactly `round(sparsity * number of blocks)` blocks are pruned, or more if `within` has more; equal scores are
+    ordered by position. Raises ValueError for a sparsity that leaves no block, unless `allow_empty`. Cost: O(n log n).
     """
     masks = {} if within is None else {"matrix": within}
     options = {"block": block, "statistic": statistic, "within": masks, "allow_empty": allow_empty}
@@ -77,16 +87,20 @@ def magnitude_masks(
     importance: Arrays | None = None,
     allow_empty: bool = False,
 ) -> Masks:
-    """Masks of several matrices; `scope="matrix"` prunes the share in each, `"global"` ranks all blocks together.
+    """Masks of several matrices by magnitude.
 
-    With the global scope, scores are compared in units of their matrix's root mean square, so that a matrix is not
-    emptied for its scale.
+    Parameters
+    ----------
+    matrices   : name -> (n_pre, n_post)
+    scope      : "matrix" prunes the share of blocks in each matrix; "global" ranks the blocks of all matrices together,
+                 with scores divided by the root mean square of their matrix, so that the scale of a matrix does not
+                 matter
+    gates      : for matrices of layers (names that end in w_in or w_rec): "all" is one grid of blocks over the 3N gate
+                 rows, "each" prunes the share in every gate on its own grid, "shared" gives all gates the same mask
+    importance : name -> numbers of either sign that rank the weights in place of |w|; not with "l2"
+    others     : see `magnitude_mask`
 
-    gates      : of a layer's matrices (names ending in w_in or w_rec), "all" lays one grid of blocks over the 3N rows,
-                 "each" prunes the share within every gate, on a grid of its own, "shared" gives the gates one mask
-    importance : what to rank by in place of |w|, a number a weight of either sign; "l2" is for magnitudes only
-
-    Other parameters as `magnitude_mask`.
+    Raises ValueError for an unknown option, and for a sparsity that leaves no block of a matrix, unless `allow_empty`.
     """
     check_sparsity(sparsity, allow_empty)
     if scope not in SCOPES:
@@ -123,13 +137,13 @@ def magnitude_masks(
 
 
 def check_sparsity(sparsity: float, allow_empty: bool = False) -> None:
-    """Refuse what is no share below 1, or up to 1 where everything may go."""
+    """Raise ValueError unless 0 <= sparsity < 1; with `allow_empty` 1 is allowed."""
     if not (0 <= sparsity < 1 or (allow_empty and sparsity == 1)):
         raise ValueError(f"sparsity: got {sparsity}, need a share in [0, 1)")
 
 
 def _gates(name: str, gates: str) -> tuple[int, bool]:
-    """Into how many parts the postsynaptic rows fall, and whether these have one mask."""
+    """Number of parts into which the postsynaptic rows are divided, and whether these share one mask."""
     layered = MatrixId(name).gated and gates != "all"
     return (3, gates == "shared") if layered else (1, False)
 
@@ -142,7 +156,7 @@ def _ranked(
     within: np.ndarray | None,
     importance: np.ndarray | None,
 ) -> list[np.ndarray]:
-    """Scores of each grid in units of the matrix's scale; blocks pruned before come first."""
+    """Scores of each grid of blocks divided by the root mean square of the matrix; -inf for blocks pruned before."""
     if importance is not None and statistic == "l2":
         raise ValueError("statistic: got 'l2', which is for magnitudes; rank by max or mean here")
     values = np.abs(dense) if importance is None else importance
@@ -160,7 +174,7 @@ def _ranked(
 
 
 def to_blocks(array: np.ndarray, block: tuple[int, int], padding: float = 0) -> np.ndarray:
-    """(rows, r, columns, c) view of the array padded to whole blocks."""
+    """The array padded to whole blocks, as (rows of blocks, r, columns of blocks, c)."""
     (n_pre, n_post), (r, c) = array.shape, block
     padded = np.full((-(-n_pre // r) * r, -(-n_post // c) * c), padding, array.dtype)
     padded[:n_pre, :n_post] = array
@@ -168,26 +182,24 @@ def to_blocks(array: np.ndarray, block: tuple[int, int], padding: float = 0) -> 
 
 
 def from_blocks(scores: np.ndarray, block: tuple[int, int], shape: tuple[int, ...]) -> np.ndarray:
-    """A number a block, at each of its entries: (rows, columns) to `shape`."""
+    """Repeat one number per block over the entries of the block; the inverse of a reduction of `to_blocks`."""
     whole = np.repeat(np.repeat(scores, block[0], axis=0), block[1], axis=1)
     return np.ascontiguousarray(whole[: shape[0], : shape[1]])
 
 
 @dataclass
 class GradualPruning(Pruning):
-    """Masks that grow along a cubic schedule while training.
+    """Magnitude pruning during training, with a sparsity that rises along a cubic schedule (Zhu and Gupta 2017).
 
     Attributes
     ----------
-    sparsity   : share of blocks pruned at the end, in [0, 1)
-    block      : (r, c), presynaptic x postsynaptic
-    start, end : steps between which the masks grow
-    every      : steps between two changes
-    scope      : "matrix" prunes the share in each matrix, "global" over all of them (see `magnitude_masks`)
-    statistic  : what a block is ranked by (see `block_scores`)
-    names      : which matrices; None for all weights of layers and an untied read-out
-    exempt     : of these, the ones to leave alone
-    gates      : how gates share a mask (see `magnitude_masks`)
+    sparsity      : share of blocks that is pruned at the end, in [0, 1)
+    block         : (r, c), presynaptic x postsynaptic
+    start, end    : first and last step of the schedule
+    every         : steps between two changes
+    scope, gates  : see `magnitude_masks`
+    statistic     : score of a block, see `block_scores`
+    names, exempt : see `Pruning`
     """
 
     sparsity: float
@@ -209,11 +221,11 @@ class GradualPruning(Pruning):
         self._schedule = cubic_schedule(self.sparsity, self.start, self.end)
 
     def check(self, parameters: Arrays) -> None:
-        """Refuse unknown names, blocks larger than a matrix and a sparsity that would empty one, before any work."""
+        """Raise ValueError for unknown names, a block larger than a matrix and a sparsity that empties a matrix."""
         self._masks(self.sparsity, parameters, {})
 
     def update(self, step: int, parameters: Arrays, masks: Masks) -> bool:
-        """Renew `masks` in place if a change is due at this step; says whether it was."""
+        """Update `masks` in place if a change is due at this step. Returns whether it was."""
         if not is_due(step, self.start, self.end, self.every):
             return False
         masks.update(self._masks(self._schedule(step), parameters, masks))
@@ -222,43 +234,50 @@ class GradualPruning(Pruning):
     def _masks(self, sparsity: float, parameters: Arrays, masks: Mapping[str, np.ndarray]) -> Masks:
         chosen = {name: parameters[name] for name in self.matrices(parameters)}
         return magnitude_masks(
-            chosen, sparsity, block=self.block, scope=self.scope, statistic=self.statistic, gates=self.gates,
-            within=masks, importance=self._importance(chosen),
-        )  # fmt: skip
+            chosen,
+            sparsity,
+            block=self.block,
+            scope=self.scope,
+            statistic=self.statistic,
+            gates=self.gates,
+            within=masks,
+            importance=self._importance(chosen),
+        )
 
     def _importance(self, parameters: Arrays) -> Arrays | None:
-        """What to rank by in place of |w|."""
+        """Numbers that rank the weights in place of |w|, or None."""
         return None
 
 
 @dataclass
 class MovementPruning(GradualPruning, CallOrderCheck):
-    """Gradual pruning of the weights that training moves towards zero (Sanh et al. 2020): ranked by the running sum of
-    `-w dL/dw`, taken after each step, in place of |w|. Blocks by "max" or "mean". Masks only shrink, unlike theirs.
+    """Movement pruning (Sanh et al. 2020): weights are ranked by the running sum of `-w dL/dw` in place of |w|.
 
-    Nothing has moved at the first step: let `start` come some steps later.
+    The sum is taken after each optimiser step, and is small for weights that training moves towards zero. The statistic
+    is "max" or "mean". Unlike in the paper, a pruned weight stays pruned. The sum is zero at the first step, so `start`
+    should be some steps later. Attributes: see `GradualPruning`.
     """
 
     _scores: dict[str, np.ndarray] = field(init=False, repr=False, default_factory=dict)
 
     def update(self, step: int, parameters: Arrays, masks: Masks) -> bool:
-        """As `GradualPruning`. Raises RuntimeError where steps were made of which it was not told."""
+        """See `GradualPruning`. Raises RuntimeError if the training loop did not call `after_step`."""
         self.note_update()
         return super().update(step, parameters, masks)
 
     def after_step(self, step: int, parameters: Arrays, masks: Masks, gradients: Arrays, rate: float) -> None:
-        """Add this step's movement."""
+        """Add the movement of this step to the scores."""
         self.note_step()
         for name in self.matrices(parameters):
             moved = gradients[name] * parameters[name]
             self._scores[name] = self._scores[name] - moved if name in self._scores else -moved
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The scores so far."""
+        """The scores."""
         return dict(self._scores)
 
     def restore(self, arrays: Arrays) -> None:
-        """Go on with these scores."""
+        """Restore the scores."""
         self._scores = {name: array.copy() for name, array in arrays.items()}
 
     def _importance(self, parameters: Arrays) -> Arrays | None:

@@ -1,9 +1,8 @@
-"""N:M masks: at most n weights of each m consecutive places, along outputs, along units, or along both.
+"""N:M masks: at most n of each m consecutive weights are kept, along one axis of a matrix or along both.
 
-Groups and tiles lie on a grid from entry [0, 0]; at an edge they have fewer members. Of a *transposable* mask every
-m x m tile of the matrix keeps at most n in each of its rows and columns, so that the matrix and its transpose are both
-N:M: the product of the forward pass and that of the input gradient (Hubara et al. 2021). A tile is a piece of the
-matrix in both directions, not m^2 consecutive weights of a row.
+Groups and tiles lie on a grid that starts at entry [0, 0]; those at an edge are smaller. In a *transposable* mask every
+m x m tile keeps at most n weights in each of its rows and columns. The matrix and its transpose are then both N:M, and
+so are the product of the forward pass and that of the input gradient (Hubara et al. 2021).
 """
 
 from __future__ import annotations
@@ -21,41 +20,52 @@ from eventrnn.events import check_finite
 from eventrnn.pruning.kernels import mask_kernels
 from eventrnn.weights import check_nm
 
-#: how to find a transposable mask
+#: Algorithms for transposable masks.
 METHODS = ("exact", "greedy")
 
-# Every mask of a tile of this size or less is tried: 186 for 2:4, of which 90 keep exactly two everywhere.
+# For tiles up to this size the exact method tries all maximal masks: 186 for 2:4, of which 90 keep exactly two in every
+# row and column.
 ENUMERATED = 4
 
 
 def nm_mask(dense: np.ndarray, n: int, m: int, axis: str = "post", *, threads: int = 1) -> np.ndarray:
-    """Keep the n largest magnitudes of each m consecutive outputs of a unit ("post") or units of an output ("pre").
-
-    dense : (n_pre, n_post), finite; the mask has its shape. Of equals the later ones are kept. A last group of g < m
-    members keeps min(n, g). O(size * m). Raises ValueError for an n, m or axis that the `NM` format cannot have.
-    """
-    check_nm(n, m, axis)
-    magnitudes = _magnitudes(dense)
-    lines = magnitudes if axis == "post" else np.ascontiguousarray(magnitudes.T)
-    kept = np.empty(lines.shape, bool)
-    _shared(mask_kernels.keep_of_groups, len(lines), threads, n, m, lines, kept)
-    return kept if axis == "post" else np.ascontiguousarray(kept.T)
-
-
-def transposable_mask(dense: np.ndarray, n: int, m: int, *, method: str = "exact", threads: int = 1) -> np.ndarray:
-    """Keep at most n in every row and column of every m x m tile, so that the kept magnitudes add up to the most.
+    """Mask of the n largest magnitudes in each group of m consecutive weights.
 
     Parameters
     ----------
     dense   : (n_pre, n_post), finite
     n, m    : 1 <= n <= m, 2 <= m <= 32
-    method  : "exact", the optimum: min-cost flow, or for m <= 4 every mask tried; "greedy", sorted, the pruned
-              magnitudes at most twice the optimum's; "transport", entropy-regularised optimal transport, rounded and
-              improved by swaps, within a thousandth of the optimum on Gaussian tiles
-    threads : tiles are shared among so many; the mask does not depend on it
+    axis    : "post" groups the weights of a presynaptic unit, "pre" those of an output
+    threads : number of threads; the mask does not depend on it
 
-    No zero is kept. Exact masks may keep fewer than n somewhere: n in every row and column can cost more than it
-    brings. Cost a tile: O(n m^3), O(m^2 log m), O(m^2 (rounds + log m)). Raises ValueError.
+    Returns a boolean array of the shape of `dense`. Of equal magnitudes the later one is kept. A last group of g < m
+    weights keeps min(n, g). Raises ValueError for an n, m or axis that the `NM` format does not have, and for weights
+    that are not finite. Cost: O(size * m).
+    """
+    check_nm(n, m, axis)
+    magnitudes = _magnitudes(dense)
+    lines = magnitudes if axis == "post" else np.ascontiguousarray(magnitudes.T)
+    kept = np.empty(lines.shape, bool)
+    _run_in_threads(mask_kernels.keep_of_groups, len(lines), threads, n, m, lines, kept)
+    return kept if axis == "post" else np.ascontiguousarray(kept.T)
+
+
+def transposable_mask(dense: np.ndarray, n: int, m: int, *, method: str = "exact", threads: int = 1) -> np.ndarray:
+    """Transposable N:M mask of large magnitude: at most n weights in every row and column of every m x m tile.
+
+    Parameters
+    ----------
+    dense   : (n_pre, n_post), finite
+    n, m    : 1 <= n <= m, 2 <= m <= 32
+    method  : "exact" maximises the sum of the kept magnitudes, by min-cost flow or, for m <= 4, by trying all maximal
+              masks; "greedy" goes through the sorted magnitudes, and the sum that it prunes is at most twice the
+              smallest possible one (Hubara et al. 2021)
+    threads : number of threads; the mask does not depend on it
+
+    Returns a boolean array of the shape of `dense`. Zero weights are never kept. An exact mask can keep fewer than n
+    weights in a row or column, where n would force out larger ones. Raises ValueError for an unknown method, for an n
+    or m out of range, and for weights that are not finite. Cost per tile: O(n m^3) for "exact", O(m^2 log m) for
+    "greedy".
     """
     check_nm(n, m, "post")
     if method not in METHODS:
@@ -63,18 +73,18 @@ def transposable_mask(dense: np.ndarray, n: int, m: int, *, method: str = "exact
     stack = to_tiles(_magnitudes(dense), m)
     kept = np.empty(stack.shape, bool)
     if method == "greedy":
-        _shared(mask_kernels.greedy_tiles, len(stack), threads, n, m, stack, kept)
+        _run_in_threads(mask_kernels.greedy_tiles, len(stack), threads, n, m, stack, kept)
     elif m <= ENUMERATED:
-        _shared(mask_kernels.table_tiles, len(stack), threads, m, stack, _maximal_masks(n, m), kept)
+        _run_in_threads(mask_kernels.table_tiles, len(stack), threads, m, stack, _maximal_masks(n, m), kept)
     else:
-        _shared(mask_kernels.exact_tiles, len(stack), threads, n, m, stack, kept)
-    # Of masks that weigh the same, the one without zeros.
+        _run_in_threads(mask_kernels.exact_tiles, len(stack), threads, n, m, stack, kept)
+    # A zero weight adds nothing to the sum, so masks with and without it are equal in magnitude.
     kept &= stack > 0
     return from_tiles(kept, m, dense.shape)
 
 
 def to_tiles(array: np.ndarray, m: int) -> np.ndarray:
-    """(tiles, m * m) copy of the array's m x m tiles, row by row of tiles, padded with zeros."""
+    """The m x m tiles of an array in row-major order, padded with zeros, as a new array (tiles, m * m)."""
     rows, columns = (-(-size // m) for size in array.shape)
     padded = np.zeros((rows * m, columns * m), array.dtype)
     padded[: array.shape[0], : array.shape[1]] = array
@@ -83,14 +93,14 @@ def to_tiles(array: np.ndarray, m: int) -> np.ndarray:
 
 
 def from_tiles(stack: np.ndarray, m: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The array of that shape whose tiles these are."""
+    """The array of shape `shape` from its tiles (tiles, m * m): the inverse of `to_tiles`."""
     rows, columns = (-(-size // m) for size in shape)
     whole = stack.reshape(rows, columns, m, m).transpose(0, 2, 1, 3).reshape(rows * m, columns * m)
     return np.ascontiguousarray(whole[: shape[0], : shape[1]])
 
 
 def legal(mask: np.ndarray, n: int, m: int, axis: str) -> bool:
-    """Whether no group along "post", "pre" or "both" keeps more than n of each m."""
+    """Whether a mask keeps at most n of each m weights along an axis, "post", "pre" or "both"."""
     check_nm(n, m, "post" if axis == "both" else axis)
     if axis == "both":
         return legal(mask, n, m, "post") and legal(mask, n, m, "pre")
@@ -100,18 +110,23 @@ def legal(mask: np.ndarray, n: int, m: int, axis: str) -> bool:
     )
 
 
-# --- how many masks there are -------------------------------------------------------------------------------
+# --- counting masks -----------------------------------------------------------------------------------------
 
 
 def mask_diversity(n: int, m: int, side: int | None = None) -> dict[str, int]:
-    """How many masks keep exactly n of each m in a side x side matrix (m x m if not given): exact whole numbers.
+    """Numbers of masks that keep exactly n of each m weights in a side x side matrix, as exact integers.
 
-    structured           : n of each m along one axis
-    transposable         : n in each row and column of every m x m tile, counted
-    transposable_formula : M! (M-1)! ... (M-N+1)! a tile, as Hubara et al. 2021 have it; too many: 144 for the 90 of 2:4
-    unstructured         : any mask that keeps as many weights
+    side : a multiple of m; m if not given
 
-    `side` must be a multiple of m. Raises ValueError.
+    Returns a dictionary:
+
+    structured           : masks with n of each m along one axis
+    transposable         : masks with n in each row and column of every m x m tile
+    transposable_formula : M! (M-1)! ... (M-N+1)! per tile, the count of Hubara et al. 2021. It is too large: 144
+                           instead of 90 for 2:4
+    unstructured         : all masks that keep the same number of weights
+
+    Raises ValueError for a side that is not a multiple of m.
     """
     check_nm(n, m, "post")
     side = m if side is None else side
@@ -128,14 +143,15 @@ def mask_diversity(n: int, m: int, side: int | None = None) -> dict[str, int]:
 
 @cache
 def regular_tiles(n: int, m: int) -> int:
-    """How many m x m matrices of 0 and 1 have n ones in every row and every column.
+    """Number of m x m matrices of zeros and ones with n ones in every row and column.
 
-    Row by row; columns that lack the same number of ones are alike, so the state is how many lack how many.
+    Dynamic programming over rows. Columns that lack the same number of ones are interchangeable, so the state is the
+    number of columns per number of lacking ones.
     """
 
     @cache
     def ways(rows: int, lacking: tuple[int, ...]) -> int:
-        # lacking[k]: columns that lack k ones still.
+        # lacking[k] is the number of columns that still lack k ones.
         if rows == 0:
             return int(not any(lacking[1:]))
         total = 0
@@ -153,7 +169,7 @@ def regular_tiles(n: int, m: int) -> int:
 
 
 def _splits(total: int, limits: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """All ways to write a total as a sum of whole numbers within limits."""
+    """All tuples of integers between 0 and `limits` with the sum `total`."""
     if not limits:
         return [()] if total == 0 else []
     return [(first, *rest) for first in range(min(total, limits[0]) + 1) for rest in _splits(total - first, limits[1:])]
@@ -161,9 +177,9 @@ def _splits(total: int, limits: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 @cache
 def _maximal_masks(n: int, m: int) -> np.ndarray:
-    """Every legal mask of a tile that no entry can be added to, (masks, m) row bits; the fullest first.
+    """All masks of a tile that satisfy n:m and to which no entry can be added, largest first.
 
-    For 2:4 these are 90 masks with two everywhere and 96 with one fewer.
+    Returns (masks, m) int64: the bits of each row. For 2:4 there are 90 masks with eight entries and 96 with seven.
     """
     rows = [bits for bits in range(1 << m) if bits.bit_count() <= n]
     found = []
@@ -179,7 +195,7 @@ def _maximal_masks(n: int, m: int) -> np.ndarray:
 
 
 def _magnitudes(dense: np.ndarray) -> np.ndarray:
-    """Contiguous float32 |w|; ValueError for what is no finite matrix."""
+    """|w| as a contiguous float32 matrix. Raises ValueError for an array that is not a finite matrix."""
     dense = np.asarray(dense)
     if dense.ndim != 2:
         raise ValueError(f"weights: got shape {dense.shape}, need (n_pre, n_post)")
@@ -187,8 +203,8 @@ def _magnitudes(dense: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.abs(dense), np.float32)
 
 
-def _shared(kernel: Callable[..., Any], count: int, threads: int, *arguments: Any) -> None:
-    """Run a kernel over 0..count - 1, in equal ranges on so many threads."""
+def _run_in_threads(kernel: Callable[..., Any], count: int, threads: int, *arguments: Any) -> None:
+    """Run `kernel(first, last, *arguments)` over the range 0..count in equal parts, one per thread."""
     if threads < 1:
         raise ValueError(f"threads: got {threads}, need a whole number >= 1")
     edges = np.linspace(0, count, min(threads, max(1, count)) + 1).astype(int)

@@ -1,8 +1,8 @@
-"""Pruning to a budget of measured operations: a weight costs what its unit fires, not one.
+"""Pruning to a budget of measured operations.
 
-The effective multiplications of a run are, over all weights, how often the presynaptic unit sent an event. Weights are
-pruned in the order of what they are worth for what they cost, until no more than the budget is left; then activity is
-measured anew, for pruning changes it.
+A weight costs one multiplication per event of its presynaptic unit, so the cost of a weight is the activity of that
+unit. Weights are pruned in the order of a criterion until the operations are within the budget. Pruning changes the
+activity, therefore it is measured again and the plan is corrected.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from eventrnn.pruning.patterns import Blocks, prunable_matrices, with_masks
 from eventrnn.simulation import simulate
 from eventrnn.weights import Weights
 
-#: what goes first: the least of this. w a weight, a how often its unit fires, y what it sends then
+#: Criteria: weights with the smallest value are pruned first. w is the weight, a the events per step of its presynaptic
+#: unit, y the values of these events.
 CRITERIA = {
     "magnitude": "|w|",
     "activity": "|w| / a: busy units lose synapses first",
@@ -28,7 +29,7 @@ CRITERIA = {
     "return": "w^2 mean(y^2) / a: what the drives would miss for each operation saved",
 }
 
-# The measured operations may stay this share of the budget below it.
+# The search ends when the measured operations are at most this share of the budget below it.
 CLOSE = 0.02
 
 MEASUREMENTS = 10
@@ -36,8 +37,17 @@ MEASUREMENTS = 10
 
 @dataclass(frozen=True)
 class Budgeted:
-    """The pruned network and its effective operations a step and sample: before, asked for, planned with the activity
-    of before, and measured after; and how often it was measured."""
+    """The result of `prune_to_operations`. Operations are effective multiplications per step and sample.
+
+    Attributes
+    ----------
+    network      : the pruned network
+    before       : operations before pruning
+    budget       : operations allowed by the budget
+    planned      : operations of the final masks with the activity before pruning
+    measured     : operations of the pruned network
+    measurements : number of runs of a pruned network
+    """
 
     network: Network
     before: float
@@ -49,7 +59,13 @@ class Budgeted:
 
 @dataclass(frozen=True)
 class _Usage:
-    """Of one matrix: how often each presynaptic unit fires in a step, and the mean square of what it sends then."""
+    """Use of one matrix, per presynaptic unit.
+
+    Attributes
+    ----------
+    activity : (n_pre,) events per step
+    power    : (n_pre,) mean square of the values of these events
+    """
 
     activity: np.ndarray
     power: np.ndarray
@@ -67,20 +83,22 @@ def prune_to_operations(
     allow_empty: bool = False,
     report: Callable[[int, float], None] = lambda measurement, operations: None,
 ) -> Budgeted:
-    """The network with so many of its blocks removed that a run does at most `budget` of its effective operations.
+    """Prune blocks until a run does at most the share `budget` of its effective operations.
 
     Parameters
     ----------
-    inputs    : what `simulate` takes; activity and operations are measured on them
-    budget    : share of the operations of all matrices, those exempt and a tied read-out too, in (0, 1]
-    criterion : one of `CRITERIA`, compared over all matrices, w in units of its matrix's root mean square
-    block     : (r, c); a block costs what its weights cost
-    names     : and `exempt`: which matrices, as `Pruning`
-    report    : called after each measurement with its number and the operations a step
+    inputs        : inputs for `simulate`, on which activity and operations are measured
+    budget        : share of the operations of all matrices, in (0, 1]; matrices that are not pruned are included
+    criterion     : one of `CRITERIA`; weights of different matrices are compared after division by the root mean square
+                    of their matrix
+    block         : (r, c), presynaptic x postsynaptic; the cost of a block is the sum over its weights
+    names, exempt : see `Pruning`
+    allow_empty   : allow that a matrix loses all blocks; otherwise every matrix keeps its best block
+    report        : called after each measurement with its number and the operations per step
 
-    As units fall silent with their inputs, operations fall by more than is pruned: the plan is corrected until the
-    measured ones lie within 2 % below the budget, or ten measurements were made. Every matrix keeps its best
-    block. Raises ValueError for a budget that cannot be met, with the one that can. Cost: a run a measurement.
+    Units with fewer inputs send fewer events, so operations fall by more than the plan says. The plan is corrected
+    until the measured operations are within 2 % below the budget, or after ten measurements. Raises ValueError for a
+    budget that cannot be met, with the smallest one that can. Cost: one run per measurement.
     """
     check_budget(budget, criterion)
     matrices = prunable_matrices(network, names, exempt)
@@ -110,7 +128,8 @@ def prune_to_operations(
             high = plan
         if best is not None and best.measured >= (1 - CLOSE) * budget * before:
             break
-        # In proportion first, to the middle of what is close; where that leaves the bracket, halve it.
+        # First a proportional correction that aims at the middle of the accepted range; bisection if it leaves the
+        # bracket.
         plan *= (1 - CLOSE / 2) * budget * before / max(measured, ranking.least + others, 1e-9 * before)
         if not low < plan < high:
             plan = (low + high) / 2
@@ -123,7 +142,7 @@ def prune_to_operations(
 
 
 def check_budget(budget: float, criterion: str) -> None:
-    """Refuse what is no share of the operations, and an unknown criterion."""
+    """Raise ValueError for a budget outside (0, 1] and for an unknown criterion."""
     if not 0 < budget <= 1:
         raise ValueError(f"budget: got {budget}, need a share of the operations in (0, 1]")
     if criterion not in CRITERIA:
@@ -132,7 +151,19 @@ def check_budget(budget: float, criterion: str) -> None:
 
 @dataclass(frozen=True)
 class _Ranking:
-    """All blocks of all matrices, worst first, and what each costs in operations a step."""
+    """The blocks of all matrices in the order in which they are pruned.
+
+    Attributes
+    ----------
+    names     : names of the matrices
+    block     : (r, c)
+    sizes     : number of blocks per matrix
+    order     : indices of all blocks, in the order in which they are pruned
+    cost      : operations per step of every block
+    total     : operations per step of all blocks
+    least     : operations per step of the blocks that are never pruned
+    removable : number of blocks that can be pruned
+    """
 
     names: tuple[str, ...]
     block: tuple[int, int]
@@ -152,22 +183,22 @@ class _Ranking:
         block: tuple[int, int],
         allow_empty: bool,
     ) -> _Ranking:
-        worth, cost, firsts = [], [], []
+        values, cost, firsts = [], [], []
         for name, weights in dense.items():
-            scores, price = _judged(weights, usage[name], criterion, block)
+            scores, costs = _values_and_costs(weights, usage[name], criterion, block)
             if not allow_empty:
-                best = int(np.argmax(np.where(price > 0, scores, -np.inf)))
+                best = int(np.argmax(np.where(costs > 0, scores, -np.inf)))
                 scores[best] = np.inf
-                firsts.append(price[best])
-            worth.append(scores)
-            cost.append(price)
-        # What saves nothing is left alone.
+                firsts.append(costs[best])
+            values.append(scores)
+            cost.append(costs)
+        # A block without cost saves nothing and is not pruned.
         prices = np.concatenate(cost)
-        flat = np.where(prices > 0, np.concatenate(worth), np.inf)
+        flat = np.where(prices > 0, np.concatenate(values), np.inf)
         return cls(
             names=tuple(dense),
             block=block,
-            sizes=tuple(len(w) for w in worth),
+            sizes=tuple(len(w) for w in values),
             order=np.argsort(flat, kind="stable"),
             cost=prices,
             total=float(prices.sum()),
@@ -176,7 +207,7 @@ class _Ranking:
         )
 
     def masks(self, budget: float, matrices: dict[str, Weights]) -> dict[str, np.ndarray]:
-        """The best blocks that cost no more than the budget together, pruned weights excepted."""
+        """Masks that keep the last blocks of the order whose cost, in operations per step, is within the budget."""
         left = self.total - np.cumsum(self.cost[self.order])
         gone = int(np.searchsorted(-left, -max(budget, self.least), side="left")) + 1 if self.total > budget else 0
         kept = np.ones(len(self.order), bool)
@@ -189,10 +220,10 @@ class _Ranking:
         return found
 
 
-def _judged(
+def _values_and_costs(
     weights: np.ndarray, usage: _Usage, criterion: str, block: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Worth and cost of every block, flat."""
+    """Value by the criterion and cost in operations per step of every block, both flat."""
     activity, power = usage.activity[:, None], usage.power[:, None]
     size = np.abs(weights, dtype=np.float64)
     fired = np.where(activity > 0, activity, 1)
@@ -201,17 +232,17 @@ def _judged(
         "activity": lambda: size / fired,
         "root": lambda: size / np.sqrt(fired),
         "contribution": lambda: size * np.sqrt(activity * power),
-        # A root, so that blocks are ranked in units of a weight, as by the others.
+        # The square root of the criterion: same order, and in units of a weight as the other criteria.
         "return": lambda: size * np.sqrt(power),
     }[criterion]()
-    # Of the weights, not of their worth: else a few units that hardly fire would set the scale of all others.
+    # The scale is that of the weights. The scale of the values would depend on a few units that are hardly active.
     scale = float(np.sqrt(np.mean(np.square(size)))) or 1.0
     cost = to_blocks(np.where(weights != 0, activity, 0), block).sum(axis=(1, 3))
     return block_scores(value, block, "l2").ravel() / scale, cost.ravel()
 
 
 def _measure(network: Network, inputs: np.ndarray | object) -> tuple[dict[str, _Usage], float]:
-    """How units are used, and the effective operations a step and sample."""
+    """Use of every matrix, and the effective operations per step and sample of the network."""
     simulation = simulate(network, inputs, record="events")  # type: ignore[arg-type]
     rows = simulation.steps * simulation.batch
     usage = {}

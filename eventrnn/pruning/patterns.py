@@ -1,7 +1,7 @@
-"""What a mask may look like, and networks pruned to it at once, in the format that stores it.
+"""Sparsity patterns, and functions that prune a network to a pattern in one step.
 
-A pattern says which weights of a matrix stay, and in which format they are kept. Pruning changes no storage: what was
-bfloat16 or int8 stays so, code by code.
+A pattern determines which weights of a matrix are kept and in which format they are stored. Pruning does not change the
+storage: bfloat16 and int8 values keep their codes.
 """
 
 from __future__ import annotations
@@ -21,23 +21,28 @@ from eventrnn.weights import NM, BlockCSR, Weights, check_nm, convert
 
 
 class Pattern(ABC):
-    """Which weights of a matrix stay."""
+    """A rule for the weights of a matrix that are kept, and the format that stores them."""
 
     @abstractmethod
     def mask(self, name: str, dense: np.ndarray) -> np.ndarray:
-        """True where a weight stays; the shape of `dense` (n_pre, n_post). `name` as in `Network.matrices()`.
+        """Boolean mask of the weights to keep, of the shape of `dense` (n_pre, n_post).
 
-        Raises ValueError where the matrix cannot have this pattern.
+        name : name of the matrix, as in `Network.matrices()`
+
+        Raises ValueError for a matrix that cannot have this pattern.
         """
 
     @abstractmethod
     def store(self, weights: Weights | np.ndarray) -> Weights:
-        """Weights that have this pattern, in its format; storage and scales stay."""
+        """Weights with this pattern in the format of the pattern. Storage and scales do not change."""
 
 
 @dataclass(frozen=True)
 class Blocks(Pattern):
-    """A share of the blocks of each matrix pruned by magnitude, as `magnitude_masks`: CSR for 1x1, else blocks."""
+    """The largest blocks of each matrix by magnitude, in CSR for 1x1 blocks, otherwise in the block format.
+
+    The fields are parameters of `magnitude_masks`; `sparsity` is the share of blocks that is pruned.
+    """
 
     sparsity: float
     block: tuple[int, int] = (1, 1)
@@ -54,22 +59,22 @@ class Blocks(Pattern):
         return f"{self.sparsity:.0%} of {self.block[0]}x{self.block[1]}"
 
     def mask(self, name: str, dense: np.ndarray) -> np.ndarray:
-        """The largest blocks."""
+        """Mask of the largest blocks."""
         return magnitude_masks(
             {name: dense}, self.sparsity, block=self.block, statistic=self.statistic, gates=self.gates
         )[name]
 
     def store(self, weights: Weights | np.ndarray) -> Weights:
-        """CSR or blocks."""
+        """The weights in CSR or in the block format."""
         return compress(weights, self.block)
 
 
 @dataclass(frozen=True)
 class NofM(Pattern):
-    """At most n of each m: along "post", "pre" or "both" (transposable), in the NM format.
+    """At most n of each m weights along "post", "pre" or "both" (transposable), in the NM format.
 
-    A transposable mask is stored along "post"; `NM.transposed()` is then legal as well. method, threads: of
-    `transposable_mask`.
+    A transposable mask is stored along "post", and `NM.transposed()` satisfies n:m as well. `method` and `threads` are
+    parameters of `transposable_mask`.
     """
 
     n: int
@@ -87,13 +92,13 @@ class NofM(Pattern):
         return f"{self.n}:{self.m} {self.axis}"
 
     def mask(self, name: str, dense: np.ndarray) -> np.ndarray:
-        """The largest of each group, or the heaviest transposable mask."""
+        """Mask of the largest weights of each group, or a transposable mask."""
         if self.axis == "both":
             return transposable_mask(dense, self.n, self.m, method=self.method, threads=self.threads)
         return nm_mask(dense, self.n, self.m, self.axis, threads=self.threads)
 
     def store(self, weights: Weights | np.ndarray) -> Weights:
-        """N of each M."""
+        """The weights in the NM format."""
         return convert(weights, "nm", nm=(self.n, self.m, "post" if self.axis == "both" else self.axis))
 
 
@@ -121,12 +126,15 @@ def parse_nm(text: str, axes: tuple[str, ...] = NM_AXES) -> tuple[int, int, str]
 
 
 def compress(weights: Weights | np.ndarray, block: tuple[int, int]) -> Weights:
-    """A pruned matrix in the format of its blocks: CSR for 1x1, else block. Storage and scales stay."""
+    """A pruned matrix in CSR for 1x1 blocks, otherwise in the block format. Storage and scales do not change."""
     return convert(weights, "csr") if block == (1, 1) else convert(weights, "block", block=block)
 
 
 def masked(weights: Weights, mask: np.ndarray) -> Weights:
-    """The weights where the mask holds, zero elsewhere, as dense weights of the same storage and scales."""
+    """Dense weights that are zero where the mask is False, with the same storage and scales.
+
+    Raises ValueError for a mask of another shape.
+    """
     if mask.shape != weights.shape:
         raise ValueError(f"mask: got shape {mask.shape}, need that of the weights, {weights.shape}")
     dense = convert(weights, "dense")
@@ -136,9 +144,9 @@ def masked(weights: Weights, mask: np.ndarray) -> Weights:
 def prunable_matrices(
     network: Network, names: tuple[str, ...] | None = None, exempt: tuple[str, ...] = ()
 ) -> dict[str, Weights]:
-    """The matrices of a network that are to be pruned: those named, or all but a tied read-out; not those exempt.
+    """The matrices of a network to prune: those in `names` (by default all except a tied read-out) without `exempt`.
 
-    Raises ValueError for names that there are not, and for a tied read-out, whose weights are the embedding's.
+    Raises ValueError for an unknown name, and for a tied read-out, whose weights are those of the embedding.
     """
     matrices = network.matrices()
     tied = network.readout is not None and network.readout.tied
@@ -159,10 +167,12 @@ def prune(
     names: tuple[str, ...] | None = None,
     exempt: tuple[str, ...] = (),
 ) -> Network:
-    """The network with the smallest blocks removed at once, in CSR (1x1) or block format.
+    """Prune the smallest blocks of a network in one step. Returns it with matrices in CSR (1x1 blocks) or block format.
 
-    A tied read-out is left alone: its weights are the embedding's. Matrices not named, and those exempt, keep their
-    record. Storage stays as it is. Parameters as `magnitude_masks`, `names` and `exempt` as `Pruning`.
+    A tied read-out is not pruned, because its weights are those of the embedding. Other matrices that are not pruned
+    are not changed, and the storage of values does not change. Parameters: see `magnitude_masks`; `names` and `exempt`:
+    see `Pruning`. Raises ValueError for unknown names, a block larger than a matrix and a sparsity that empties a
+    matrix.
     """
     matrices = prunable_matrices(network, names, exempt)
     dense = {name: weights.to_dense() for name, weights in matrices.items()}
@@ -173,15 +183,20 @@ def prune(
 def prune_to(
     network: Network, pattern: Pattern, *, names: tuple[str, ...] | None = None, exempt: tuple[str, ...] = ()
 ) -> Network:
-    """The network with its matrices pruned to a pattern by magnitude, in the pattern's format. As `prune`."""
+    """Prune the matrices of a network to a pattern in one step, in the format of the pattern.
+
+    Other rules: see `prune`.
+    """
     matrices = prunable_matrices(network, names, exempt)
     return with_masks(network, {name: pattern.mask(name, w.to_dense()) for name, w in matrices.items()}, pattern)
 
 
 def with_masks(network: Network, masks: Mapping[str, np.ndarray], pattern: Pattern) -> Network:
-    """The network with only the weights that masks keep, in the pattern's format; other matrices keep their record.
+    """Apply masks to matrices of a network and store them in the format of the pattern; other matrices do not change.
 
-    masks : name -> boolean array, as `Model.masks` holds them after training
+    masks : name -> boolean array, as in `Model.masks` after training
+
+    Raises ValueError for an unknown name and for a mask of another shape.
     """
     matrices = network.matrices()
     unknown = set(masks) - set(matrices)
@@ -191,12 +206,13 @@ def with_masks(network: Network, masks: Mapping[str, np.ndarray], pattern: Patte
 
 
 def after_training(trained: Network, before: Network, masks: Mapping[str, np.ndarray], pattern: Pattern) -> Network:
-    """What a trainer returns, dense and float32, in the formats and storages of before, but for what it pruned.
+    """Put the dense float32 network of a trainer back into the formats and storages of the network before training.
 
-    trained : weights that masks leave out are zero
-    masks   : of the matrices that were pruned, which take the pattern's format
+    trained : network of the trainer; weights that the masks prune are zero
+    before  : network before training
+    masks   : masks of the matrices that were pruned in training; these take the format of the pattern
 
-    Narrow weights have moved, so int8 takes new scales.
+    int8 weights get new scales, because training changed the values.
     """
     changed = {}
     for name, old in before.matrices().items():

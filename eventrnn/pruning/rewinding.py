@@ -1,4 +1,4 @@
-"""Iterative pruning with rewinding: train, prune a part, go back to early weights, train what is left, and again."""
+"""Iterative magnitude pruning with rewinding (the lottery ticket procedure): rounds of training and pruning."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from eventrnn.pruning.patterns import Blocks, prunable_matrices, with_masks
 
 @dataclass(frozen=True)
 class Round:
-    """One round: its number from 0 (nothing pruned), the share of blocks pruned, the network trained with that mask."""
+    """The result of one round.
+
+    Attributes
+    ----------
+    number   : number of the round; in round 0 nothing is pruned
+    sparsity : share of blocks that is pruned
+    network  : the network that was trained with these masks
+    """
 
     number: int
     sparsity: float
@@ -34,26 +41,30 @@ def iterative_pruning(
     names: tuple[str, ...] | None = None,
     exempt: tuple[str, ...] = (),
 ) -> Iterator[Round]:
-    """Prune the same share of what is left in every round, each after a training (Frankle and Carbin 2019; Han 2015).
+    """Train and prune in rounds, with the same share of the remaining blocks pruned in each.
 
     Parameters
     ----------
-    early    : the network to go back to: as it was drawn, or after some training (Frankle et al. 2020)
-    train    : takes a network whose pruned weights are not stored and returns it trained, those weights still zero
-    sparsity : share of blocks pruned after the last round, in [0, 1)
-    rounds   : of pruning; `train` is called once more than that
-    rewind   : go back to the weights of `early` after each pruning, else train on (iterative fine-tuning)
-    others   : as `prune`
+    early    : the network to go back to, at initialisation (Frankle and Carbin 2019) or after some training (Frankle et
+               al. 2020)
+    train    : function that trains a network and returns it; pruned weights are not stored in its argument, and must be
+               zero in its result
+    sparsity : share of blocks that is pruned after the last round, in [0, 1)
+    rounds   : rounds of pruning; `train` is called rounds + 1 times
+    rewind   : go back to the weights of `early` after each pruning; otherwise continue from the trained weights (Han et
+               al. 2015). Thresholds, biases and the embedding are rewound as well
+    others   : see `prune`
 
-    Yields rounds + 1 times; the last is the result. Thresholds, biases and the embedding are rewound as well.
-    Raises ValueError for a share that would empty a matrix.
+    Yields rounds + 1 results, of which the last has the full sparsity. Raises ValueError for a sparsity that empties a
+    matrix.
     """
     check_sparsity(sparsity)
     if rounds < 1:
         raise ValueError(f"rounds: got {rounds}, need a whole number >= 1")
     start = {name: weights.to_dense() for name, weights in prunable_matrices(early, names, exempt).items()}
     ranking = {"block": block, "scope": scope, "statistic": statistic}
-    magnitude_masks(start, sparsity, **ranking)  # refuses now what the last round would
+    # Raises the errors of the last round before the first training.
+    magnitude_masks(start, sparsity, **ranking)
     pattern, masks = Blocks(sparsity, block, statistic), {name: np.ones(w.shape, bool) for name, w in start.items()}
     network = early
     for number in range(rounds + 1):

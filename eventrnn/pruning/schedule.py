@@ -1,16 +1,16 @@
-"""What the training loop and a way of pruning say to each other, and schedules of sparsity.
+"""The protocol between the training loop and a pruning method, and schedules of sparsity.
 
-The loop calls a `Pruning` object twice a step:
+The training loop calls a `Pruning` object twice per step:
 
     if pruning.update(step, parameters, masks):                          before the forward pass
         parameters[name] *= mask for every mask
     ... forward, backward, clip, optimiser ...
     pruning.after_step(step, parameters, masks, gradients, rate)         after the optimiser, before masks are applied
 
-`parameters` and `masks` are the model's own dictionaries, changed in place: float32 arrays and boolean arrays by the
-same names. A weight whose matrix is in `masks` gets no gradient where the mask is False; a matrix that is not in
-`masks` gets its whole gradient. A rule that needs the gradient of pruned weights (straight-through, regrowth)
-therefore keeps its matrices out of `masks` for as long, and sets the pruned weights to zero itself.
+`parameters` (float32 arrays) and `masks` (boolean arrays) are dictionaries of the model with the same names; both are
+changed in place. A matrix in `masks` has gradient zero where its mask is False. A matrix that is not in `masks` has its
+full gradient. A method that needs the gradient of pruned weights (straight-through, regrowth) therefore removes its
+matrices from `masks` for these steps, and sets the pruned weights to zero itself.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ Masks = dict[str, np.ndarray]
 
 
 class Pruning:
-    """A way of pruning while training; subclasses say when and what.
+    """Base class of the methods that prune during training.
 
     Attributes
     ----------
-    start, end : first and last step at which it may change something; after `end` masks stay as they are
-    names      : which matrices; None for all weights of layers and an untied read-out
-    exempt     : of these, the ones to leave alone: whole names, or a layer (`layers.0`)
+    start, end : first and last step at which the method acts; masks do not change after `end`
+    names      : matrices to prune; None for all weights of layers and the read-out if it is not tied
+    exempt     : matrices among these that are not pruned: a full name, or a layer (`layers.0`)
     """
 
     start: int
@@ -45,47 +45,49 @@ class Pruning:
     exempt: tuple[str, ...] = ()
 
     def matrices(self, parameters: Arrays) -> tuple[str, ...]:
-        """The names of the matrices that it prunes, in the order of the parameters. Raises ValueError."""
+        """Names of the matrices to prune, in the order of the parameters. Raises ValueError for unknown names."""
         return choose(filter(prunable, parameters), self.names, self.exempt)
 
     def check(self, parameters: Arrays) -> None:
-        """Refuse, before any work, what cannot be done to these parameters. Raises ValueError."""
+        """Raise ValueError, before the training, for parameters to which the method does not apply."""
         self.matrices(parameters)
 
     def update(self, step: int, parameters: Arrays, masks: Masks) -> bool:
-        """Before the forward pass of a step, numbered from 0; says whether `masks` changed."""
-        raise TypeError(f"{type(self).__name__} has no update of its own")
+        """Called before the forward pass of a step, numbered from 0. Returns whether `masks` changed."""
+        raise TypeError(f"{type(self).__name__} must implement update()")
 
     def after_step(self, step: int, parameters: Arrays, masks: Masks, gradients: Arrays, rate: float) -> None:
-        """After the optimiser's step at that learning rate; `gradients` are those it was given."""
+        """Called after the optimiser's step, with its gradients and its learning rate, before masks are applied."""
 
     def masked_view(self, parameters: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Parameters as a forward pass of now would see them, where neither they nor the model's masks say so: what a
-        validation in the midst of training measures."""
+        """The parameters that a forward pass would use now; a validation during training measures these.
+
+        They differ from `parameters` for methods whose masks are not in the model's masks.
+        """
         return parameters
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What it must remember from step to step, for a checkpoint; empty where parameters and masks say all."""
+        """The state of the method beside parameters and masks, for a checkpoint; empty if it has none."""
         return {}
 
     def restore(self, arrays: Arrays) -> None:
-        """Take up what `arrays` gave."""
+        """Restore the state from `arrays`."""
 
     def digest(self) -> str:
-        """What tells one way of pruning from another: a run is continued with the same one only.
+        """Identifies the method and its settings; a run continues only with a method of the same digest.
 
-        By default the type and all attributes, arrays by their content, without those whose names begin with `_`: keep
-        what changes while training under such names, or give a digest of your own.
+        By default it covers the type and all attributes (arrays by content) except those whose names begin with `_`.
+        Use such names for attributes that change while training, or override this method.
         """
         return describe(self)
 
 
 class Combined(Pruning):
-    """Several ways of pruning one after the other in every step, such as group lasso and block pruning."""
+    """Several methods, applied one after the other in every step; for example group lasso and block pruning."""
 
     def __init__(self, *parts: Pruning):
         if not parts:
-            raise ValueError("combined: got no way of pruning, need at least one")
+            raise ValueError("combined: got no pruning method, need at least one")
         self.parts = parts
         self.start, self.end = min(p.start for p in parts), max(p.end for p in parts)
 
@@ -93,63 +95,67 @@ class Combined(Pruning):
         return f"Combined({', '.join(map(repr, self.parts))})"
 
     def matrices(self, parameters: Arrays) -> tuple[str, ...]:
-        """Those of any part."""
+        """The matrices of all parts."""
         return tuple(dict.fromkeys(name for part in self.parts for name in part.matrices(parameters)))
 
     def check(self, parameters: Arrays) -> None:
-        """Refuse what any part refuses."""
+        """Check all parts."""
         for part in self.parts:
             part.check(parameters)
 
     def update(self, step: int, parameters: Arrays, masks: Masks) -> bool:
-        """All parts in order; each sees the masks of those before it."""
+        """Update all parts in order; each part gets the masks of the parts before it."""
         changed = [part.update(step, parameters, masks) for part in self.parts]
         return any(changed)
 
     def after_step(self, step: int, parameters: Arrays, masks: Masks, gradients: Arrays, rate: float) -> None:
-        """All parts in order."""
+        """Call all parts in order."""
         for part in self.parts:
             part.after_step(step, parameters, masks, gradients, rate)
 
     def masked_view(self, parameters: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """What all parts leave."""
+        """The view of all parts, one applied after the other."""
         for part in self.parts:
             parameters = part.masked_view(parameters)
         return parameters
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Those of every part, numbered."""
+        """The state of every part; names begin with the number of the part."""
         return {f"{k}/{name}": a for k, part in enumerate(self.parts) for name, a in part.arrays().items()}
 
     def restore(self, arrays: Arrays) -> None:
-        """Give every part its own."""
+        """Restore every part."""
         for k, part in enumerate(self.parts):
             part.restore({n.partition("/")[2]: a for n, a in arrays.items() if n.partition("/")[0] == str(k)})
 
 
 class CallOrderCheck:
-    """Sees to it that `update` and `after_step` are called in turn: rules that need both would do nothing, unheard."""
+    """Checks that the training loop calls `update` and `after_step` alternately.
+
+    A method that needs both calls would otherwise fail silently.
+    """
 
     _waiting = False
 
     def note_update(self) -> None:
-        """`update` was called. Raises RuntimeError if `after_step` was not since the last time."""
+        """Record a call of `update`. Raises RuntimeError if `after_step` was not called since the last one."""
         if self._waiting:
             raise RuntimeError(f"{type(self).__name__}: the training loop must call after_step after each update")
         self._waiting = True
 
     def note_step(self) -> None:
-        """`after_step` was called. Raises RuntimeError if `update` was not since the last time."""
+        """Record a call of `after_step`. Raises RuntimeError if `update` was not called since the last one."""
         if not self._waiting:
             raise RuntimeError(f"{type(self).__name__}: the training loop called after_step twice for one update")
         self._waiting = False
 
 
 def describe(value: Any, within: tuple[int, ...] = ()) -> str:
-    """A value in words that are the same in another process: arrays by SHA-256, objects by type and attributes.
+    """A description of a value that is the same in every process: arrays by SHA-256, objects by type and attributes.
 
-    Attributes whose names begin with `_` are left out, and what `within` (ids of the objects around it) holds already.
-    Cost: O(bytes of the arrays).
+    within : ids of the enclosing objects; a reference to one of them is described by its type only
+
+    Attributes whose names begin with `_` are left out. Cost: O(bytes of the arrays).
     """
     if isinstance(value, np.ndarray):
         if value.dtype.hasobject:
@@ -168,7 +174,7 @@ def describe(value: Any, within: tuple[int, ...] = ()) -> str:
     if isinstance(value, set | frozenset):
         return f"{{{', '.join(sorted(describe(v, inner) for v in value))}}}"
     if isinstance(value, FunctionType):
-        # What a closure holds is what tells two made by the same line apart.
+        # Two functions of the same source line differ in their defaults and in the variables of their closure.
         held = [cell.cell_contents for cell in value.__closure__ or ()]
         return f"{value.__module__}.{value.__qualname__}{describe((value.__defaults__, held), inner)}"
     if isinstance(value, type):
@@ -180,16 +186,17 @@ def describe(value: Any, within: tuple[int, ...] = ()) -> str:
 
 
 def prunable(name: str) -> bool:
-    """Whether a parameter is a weight matrix that pruning takes by default."""
+    """Whether the parameter with that name is a weight matrix that is pruned by default."""
     return MatrixId(name).gated or name == "readout"
 
 
 def choose(
     available: Iterable[str], names: tuple[str, ...] | None = None, exempt: tuple[str, ...] = ()
 ) -> tuple[str, ...]:
-    """Of the matrices there are, those named and not exempt; `layers.0` exempts both matrices of that layer.
+    """The matrices among `available` that are in `names` (None for all) and not in `exempt`.
 
-    Raises ValueError for names that there are not, and where nothing is left.
+    The name of a layer in `exempt`, `layers.0`, stands for both of its matrices. Raises ValueError for an unknown name,
+    and if no matrix remains.
     """
     there = tuple(available)
     for asked in (*(names or ()), *exempt):
@@ -202,7 +209,7 @@ def choose(
 
 
 def check_span(start: int, end: int, every: int = 1) -> None:
-    """Refuse a schedule that ends before it starts, and one that is never due."""
+    """Raise ValueError unless 0 <= start <= end and every >= 1."""
     if not 0 <= start <= end:
         raise ValueError(f"pruning schedule: got start {start} and end {end}, need 0 <= start <= end")
     if every < 1:
@@ -210,13 +217,16 @@ def check_span(start: int, end: int, every: int = 1) -> None:
 
 
 def is_due(step: int, start: int, end: int, every: int) -> bool:
-    """Every so many steps from `start` on, and at `end`."""
+    """Whether masks change at this step: every `every` steps from `start` on, and at `end`."""
     return step == end or (start <= step < end and (step - start) % every == 0)
 
 
 def cubic_schedule(final: float, start: int, end: int, *, initial: float = 0.0) -> Callable[[int], float]:
-    """Sparsity over steps: `initial` until `start`, `final` from `end` on, fast first and slow last between
-    (Zhu and Gupta 2017, eq. 1)."""
+    """Sparsity as a function of the step: cubic from `initial` at `start` to `final` at `end` (Zhu and Gupta 2017, eq.
+    1).
+
+    Raises ValueError unless 0 <= start < end.
+    """
     if not 0 <= start < end:
         raise ValueError(f"pruning schedule: got start {start} and end {end}, need 0 <= start < end")
 

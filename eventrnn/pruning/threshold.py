@@ -1,4 +1,4 @@
-"""Block pruning by a rising threshold, and group lasso over the same blocks (Narang et al. 2017)."""
+"""Block pruning with a rising threshold, and group lasso on the same blocks (Narang et al. 2017)."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from eventrnn.pruning.schedule import Arrays, CallOrderCheck, Masks, Pruning, ch
 
 @dataclass
 class ThresholdPruning(Pruning):
-    """Blocks whose largest weight lies below a threshold are pruned; the threshold rises slowly, then faster.
+    """Prune the blocks whose largest magnitude is below a threshold that rises slowly, then faster.
 
-    With k = `every`, at the steps start, start + k, ... and at `end` (Narang et al. 2017, the schedule as given for
-    its unstructured predecessor):
+    With k = `every`, at the steps start, start + k, ... and at `end` (Narang et al. 2017, with the schedule of the
+    unstructured method before it):
 
         threshold = slope (step - start + 1) / k                                          before `ramp`
         threshold = (slope (ramp - start + 1) + steep * slope (step - ramp + 1)) / k      from `ramp` on
         slope     = 2 q k / (2 (ramp - start) + 3 (end - ramp)) * (r c)^growth
 
-    q is the `percentile` of |w| of a trained dense matrix. The power of the block's size is our choice, and yours, not
-    the paper's: the largest of many weights is larger. With `sparsity`, the slope is solved for instead: the last
-    threshold is the one that prunes that share of the blocks of the trained matrix; no more are pruned on the way, and
-    at `end` exactly so many are.
+    where q is the `percentile` of |w| of a trained dense matrix. The factor (r c)^growth is not in the paper; it
+    accounts for the maximum of a larger block being larger. If `sparsity` is given, the slope follows from it: the last
+    threshold prunes that share of the blocks of the trained matrix. Before `end` no larger share is pruned, and at
+    `end` exactly that share.
 
     Attributes
     ----------
-    block            : (r, c)
-    start, ramp, end : steps, start <= ramp <= end, start < end
+    block            : (r, c), presynaptic x postsynaptic
+    start, ramp, end : steps, with start <= ramp <= end and start < end
     every            : steps between two changes
-    sparsity         : share of blocks to arrive at, or None for the paper's slope
-    percentile       : of q
-    steep            : slope after the ramp over that before
-    growth           : exponent of the block's size
-    statistic        : of a block (see `block_scores`)
-    dense            : whether the threshold looks at dense weights behind the masked ones, which straight-through
-                       gradients move, so that a block may return; else what is pruned stays pruned
-    trained          : name -> trained dense matrix that q is taken from; where missing, the matrix at `start`
-    names, exempt    : as `Pruning`
+    sparsity         : share of blocks that is pruned at `end`, or None for the slope of the paper
+    percentile       : percentile that gives q, in (0, 100]
+    steep            : ratio of the slopes after and before `ramp`, >= 1
+    growth           : exponent of the block size
+    statistic        : score of a block (see `block_scores`)
+    dense            : compare the threshold with a dense copy of the weights that is trained with straight-through
+                       gradients, so that a block can return; otherwise a pruned block stays pruned
+    trained          : name -> trained dense matrix for q; a matrix that is missing is taken from the model at `start`
+    names, exempt    : see `Pruning`
     """
 
     block: tuple[int, int] = (1, 1)
@@ -74,7 +74,7 @@ class ThresholdPruning(Pruning):
             raise ValueError(f"percentile, steep: got {self.percentile} and {self.steep}, need (0, 100] and >= 1")
 
     def check(self, parameters: Arrays) -> None:
-        """Refuse what the last threshold would empty, as the weights are now."""
+        """Raise ValueError if the last threshold would empty a matrix with its present weights."""
         for name in self.matrices(parameters):
             weights = self.trained.get(name, parameters[name])
             if weights.shape != parameters[name].shape:
@@ -89,14 +89,14 @@ class ThresholdPruning(Pruning):
                 )
 
     def thresholds(self, step: int, parameters: Arrays) -> dict[str, float]:
-        """Of each matrix, once its slope is known: from the first update on, or of these parameters."""
+        """Threshold of each matrix at a step. Before the first update the slope follows from these parameters."""
         return {
             name: self._rise(step) * self._slopes.get(name, self._slope(self.trained.get(name, parameters[name])))
             for name in self.matrices(parameters)
         }
 
     def update(self, step: int, parameters: Arrays, masks: Masks) -> bool:
-        """Prune what lies below the threshold, where it is due. The largest block of a matrix is never pruned."""
+        """Prune the blocks below the threshold if a change is due. The largest block of a matrix is never pruned."""
         if not self.start <= step <= self.end:
             return False
         due, last = is_due(step, self.start, self.end, self.every), step == self.end
@@ -114,21 +114,21 @@ class ThresholdPruning(Pruning):
         return last or (due and not self.dense)
 
     def masked_view(self, parameters: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """With the present masks."""
+        """The parameters with the present masks applied."""
         return self._shadow.masked_view(parameters)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Slopes, and the dense weights where there are any."""
+        """The slopes, and the dense copies of the weights if there are any."""
         slopes = {f"slope/{name}": np.array(slope) for name, slope in self._slopes.items()}
         return slopes | self._shadow.arrays()
 
     def restore(self, arrays: Arrays) -> None:
-        """Go on with these."""
+        """Restore slopes and dense copies."""
         self._slopes = {n.removeprefix("slope/"): a.item() for n, a in arrays.items() if n.startswith("slope/")}
         self._shadow.restore(arrays)
 
     def _rise(self, step: int) -> float:
-        """The threshold in slopes."""
+        """The threshold at a step, divided by the slope."""
         if step < self.ramp:
             return (step - self.start + 1) / self.every
         return (self.ramp - self.start + 1 + self.steep * (step - self.ramp + 1)) / self.every
@@ -157,22 +157,24 @@ class ThresholdPruning(Pruning):
 
 @dataclass
 class GroupLasso(Pruning, CallOrderCheck):
-    """A cost of `strength` times the sum of all blocks' norms, by its proximal step after each of the optimiser's:
+    """Group lasso: a cost of `strength` times the sum of the 2-norms of all blocks.
+
+    It acts by a proximal step after each step of the optimiser:
 
         block <- block max(0, 1 - rate strength size / |block|),     size = sqrt(r c) if scaled, else 1
 
-    A block that reaches zero is exactly zero, which a gradient of the cost would not do (Yuan and Lin 2006; Parikh and
-    Boyd 2014, section 6.5.4). Alone, the blocks that are zero at `end` are pruned there for good; together with block
-    pruning (`Combined(GroupLasso(...), ThresholdPruning(...))`) a small strength does (Narang et al. 2017).
-    The step is taken in the rate of the schedule, apart from the optimiser's scaling, as decoupled weight decay is.
+    Unlike a step along the gradient of the cost, it makes blocks exactly zero (Yuan and Lin 2006; Parikh and Boyd 2014,
+    section 6.5.4). The blocks that are zero at `end` are pruned. A small strength is enough together with block
+    pruning, `Combined(GroupLasso(...), ThresholdPruning(...))` (Narang et al. 2017). The step uses the learning rate of
+    the schedule without the scaling of the optimiser, like decoupled weight decay.
 
     Attributes
     ----------
-    strength      : > 0
-    block         : (r, c)
-    start, end    : steps between which the cost is there
-    scaled        : whether it grows with the block as its norm does, so that one strength serves all block sizes
-    names, exempt : as `Pruning`
+    strength      : factor of the cost, > 0
+    block         : (r, c), presynaptic x postsynaptic
+    start, end    : first step with the cost, and the step at which it ends
+    scaled        : multiply the cost of a block by sqrt(r c), so that one strength suits all block sizes
+    names, exempt : see `Pruning`
     """
 
     strength: float
@@ -189,12 +191,12 @@ class GroupLasso(Pruning, CallOrderCheck):
             raise ValueError(f"strength: got {self.strength}, need a positive number")
 
     def check(self, parameters: Arrays) -> None:
-        """Refuse blocks larger than a matrix."""
+        """Raise ValueError for blocks larger than a matrix."""
         for name in self.matrices(parameters):
             block_scores(parameters[name], self.block)
 
     def update(self, step: int, parameters: Arrays, masks: Masks) -> bool:
-        """At `end`, prune the blocks that are zero. Raises ValueError where a matrix has no others."""
+        """Prune the blocks that are zero at `end`."""
         self.note_update()
         if step != self.end:
             return False
@@ -204,7 +206,7 @@ class GroupLasso(Pruning, CallOrderCheck):
         return True
 
     def after_step(self, step: int, parameters: Arrays, masks: Masks, gradients: Arrays, rate: float) -> None:
-        """The proximal step. Raises ValueError where it leaves nothing of a matrix."""
+        """Do the proximal step. Raises ValueError if it makes all weights of a matrix zero."""
         self.note_step()
         if not self.start <= step < self.end:
             return
@@ -216,12 +218,12 @@ class GroupLasso(Pruning, CallOrderCheck):
             shrink(parameter, self.block, rate * self.strength * size)
             if not parameter.any():
                 raise ValueError(
-                    f"group lasso: strength {self.strength} left nothing of {name} at step {step}; use a lower one"
+                    f"group lasso: strength {self.strength} made all of {name} zero at step {step}; use a lower one"
                 )
 
 
 def shrink(array: np.ndarray, block: tuple[int, int], amount: float) -> None:
-    """Bring every block nearer to zero by `amount` in its 2-norm, in place; what is within is zero. O(size)."""
+    """Lower the 2-norm of every block by `amount`, in place; a block with a smaller norm becomes zero. O(size)."""
     norms = block_scores(array, block, "l2")
     factors = np.maximum(0, 1 - amount / np.where(norms > 0, norms, 1))
     array *= from_blocks(factors.astype(np.float32), block, array.shape)

@@ -125,14 +125,14 @@ def check_gradients(
         drawn = task.batch(0, 0, batch, window)
         inputs, batch = drawn.inputs, drawn.inputs.shape[1]
     output, _, tape = model.forward(inputs, State.zeros(network, batch))
-    rows = [] if task is None else [_loss(task, drawn, output, directions, rng)]
+    rows = [] if task is None else [_check_loss(task, drawn, output, directions, rng)]
     d_output = rng.normal(size=output.shape).astype(np.float32)
     d_cells = tuple(rng.normal(size=layer.v.shape).astype(np.float32) for layer in tape.layers)
     gradients = model.backward(tape, d_output, d_cells=d_cells, d_inputs=True)
-    arrived = _arrived(model, tape, d_output)
+    d_sent = _output_gradient(model, tape, d_output)
     for k in reversed(range(len(model.cells))):
-        rows += _smoothed(model, k, tape.layers[k], directions, rng)
-        own, arrived = _engine(model, k, tape.layers[k], arrived, d_cells[k], gradients)
+        rows += _check_smoothed_cell(model, k, tape.layers[k], directions, rng)
+        own, d_sent = _check_engine(model, k, tape.layers[k], d_sent, d_cells[k], gradients)
         rows += own
     return GradientCheck(tuple(rows))
 
@@ -143,7 +143,7 @@ def _inputs(network: Network, batch: int, window: int, rng: np.random.Generator)
     return rng.normal(size=(window, batch, network.layers[0].inputs)).astype(np.float32)
 
 
-def _slope(function: Callable[[float], float], step: float, noise: float) -> tuple[float, float]:
+def _derivative(function: Callable[[float], float], step: float, noise: float) -> tuple[float, float]:
     """Derivative of a function at 0 by central differences, and a bound on its error.
 
     The bound is the difference between steps h and 2h, which is three times the truncation error of the finer one, plus
@@ -154,25 +154,25 @@ def _slope(function: Callable[[float], float], step: float, noise: float) -> tup
     return once, abs(twice - once) + 3 * noise / step
 
 
-def _loss(task: Task, drawn: Batch, output: np.ndarray, directions: int, rng: np.random.Generator) -> Row:
+def _check_loss(task: Task, drawn: Batch, output: np.ndarray, directions: int, rng: np.random.Generator) -> Row:
     # Losses are float32: a step of 2^-7 balances the truncation error, h^2, with the rounding error, u / h.
     value, d_output = task.loss(output.copy(), drawn)
     errors, bounds, sizes = [], [], []
     for _ in range(directions):
-        way = rng.normal(size=output.shape).astype(np.float32)
-        found, bound = _slope(
-            lambda h, way=way: task.loss((output + np.float32(h) * way).astype(np.float32), drawn)[0],
+        direction = rng.normal(size=output.shape).astype(np.float32)
+        found, bound = _derivative(
+            lambda h, direction=direction: task.loss((output + np.float32(h) * direction).astype(np.float32), drawn)[0],
             2.0**-7,
             16 * U32 * (abs(value) + float(np.abs(d_output * output).sum()) + 1),
         )
-        errors.append(abs(float(np.vdot(d_output.astype(np.float64), way)) - found))
+        errors.append(abs(float(np.vdot(d_output.astype(np.float64), direction)) - found))
         bounds.append(bound)
-        sizes.append(float(np.linalg.norm(d_output) * np.linalg.norm(way)))
+        sizes.append(float(np.linalg.norm(d_output) * np.linalg.norm(direction)))
     worst = int(np.argmax(np.array(errors) - np.array(bounds)))
     return Row(f"{type(task).__name__}.loss", errors[worst], bounds[worst], sizes[worst])
 
 
-def _smoothed(model: Model, k: int, tape: LayerTape, directions: int, rng: np.random.Generator) -> list[Row]:
+def _check_smoothed_cell(model: Model, k: int, tape: LayerTape, directions: int, rng: np.random.Generator) -> list[Row]:
     cell = model.cells[k]
     case = _float64(model, k, tape) | {"x": tape.x.astype(np.float64)}
     case |= {"c": tape.c[0].astype(np.float64), "y": tape.y[0].astype(np.float64)}
@@ -194,10 +194,15 @@ def _smoothed(model: Model, k: int, tape: LayerTape, directions: int, rng: np.ra
     for name in (*LAYER_PARAMETERS, "x"):
         worst = Row("", 0.0, 0.0, 0.0)
         for _ in range(directions):
-            way = rng.normal(size=case[name].shape)
-            way /= np.linalg.norm(way)
-            found, bound = _slope(lambda h, n=name, w=way: loss(case | {n: case[n] + h * w}), 2.0**-17, noise)
-            error, size = abs(float(np.vdot(gradients[name], way)) - found), float(np.linalg.norm(gradients[name]))
+            direction = rng.normal(size=case[name].shape)
+            direction /= np.linalg.norm(direction)
+            found, bound = _derivative(
+                lambda h, n=name, w=direction: loss(case | {n: case[n] + h * w}), 2.0**-17, noise
+            )
+            error, size = (
+                abs(float(np.vdot(gradients[name], direction)) - found),
+                float(np.linalg.norm(gradients[name])),
+            )
             # Report the worst of the wrong directions; if none is wrong, the direction with the tightest bound.
             wrong = error > bound
             worse = error - bound > worst.error - worst.allowed if wrong else worst.ok and bound < worst.allowed
@@ -207,11 +212,11 @@ def _smoothed(model: Model, k: int, tape: LayerTape, directions: int, rng: np.ra
     return rows
 
 
-def _engine(
+def _check_engine(
     model: Model, k: int, tape: LayerTape, d_y: np.ndarray, d_cell: np.ndarray, gradients: dict[str, np.ndarray]
 ) -> tuple[list[Row], np.ndarray]:
     """Comparisons of one layer's parameter gradients, and the gradient of its input by the specification."""
-    expected, single = (_specified(model, k, tape, d_y, d_cell, kind) for kind in (np.float64, np.float32))
+    expected, single = (_reference_gradients(model, k, tape, d_y, d_cell, kind) for kind in (np.float64, np.float32))
     sizes = {name: float(np.abs(expected[name]).max(initial=0.0)) for name in LAYER_PARAMETERS}
     # A bound that always holds would grow with units and steps until it allows any error. The rounding error is
     # measured instead: the specification in float32 against float64, the largest over all arrays, since one array may
@@ -225,7 +230,7 @@ def _engine(
     return rows, expected["x"]
 
 
-def _specified(
+def _reference_gradients(
     model: Model, k: int, tape: LayerTape, d_y: np.ndarray, d_cell: np.ndarray, kind: type[np.floating]
 ) -> dict[str, np.ndarray]:
     """Gradients of one layer by the specification in the given precision. Pruned weights have gradient zero."""
@@ -240,7 +245,7 @@ def _specified(
     return gradients
 
 
-def _arrived(model: Model, tape, d_output: np.ndarray) -> np.ndarray:
+def _output_gradient(model: Model, tape, d_output: np.ndarray) -> np.ndarray:
     """Gradient of the output of the last layer, (T, B, N) float64."""
     if "readout.bias" not in model.parameters:
         return d_output.astype(np.float64)

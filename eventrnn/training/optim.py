@@ -1,7 +1,8 @@
 """Optimisers, clipping and learning-rate schedules.
 
 An optimiser changes parameters in place: `step(parameters, gradients, rate)`. Its state is `arrays()` and `numbers()`,
-from which `restore` continues bit for bit. `Model.apply_masks` enforces masks and the bounds of thresholds after each step.
+from which `restore` continues bit for bit. After each step
+`Model.apply_masks` enforces masks and the bounds of thresholds.
 """
 
 from __future__ import annotations
@@ -159,9 +160,7 @@ class Adam(Rule):
             updates.adam_without_first(value, gradient, second, rate, beta2, correction2, epsilon, decay, l2)
             return
         first, beta1 = self.first[name].reshape(-1), F32(s.beta1)
-        updates.adam(
-            value, gradient, first, second, rate, beta1, beta2, correction1, correction2, epsilon, decay, l2
-        )  # fmt: skip
+        updates.adam(value, gradient, first, second, rate, beta1, beta2, correction1, correction2, epsilon, decay, l2)
 
     def arrays(self) -> dict[str, np.ndarray]:
         moments = {f"first.{name}": value for name, value in self.first.items()}

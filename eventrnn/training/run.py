@@ -59,32 +59,32 @@ def run(
         raise ValueError(f"folder: {folder} holds a run; resume it, or give another folder")
     folder.mkdir(parents=True, exist_ok=True)
     clean(folder)
-    book = _Book(folder / LOG, log_every)
+    log = _Log(folder / LOG, log_every)
     if resume:
-        book.restore(_load(trainer, path), trainer.steps_done)
-    saved_at, start = trainer.steps_done, time.perf_counter() - book.seconds
+        log.restore(_load(trainer, path), trainer.steps_done)
+    saved_at, start = trainer.steps_done, time.perf_counter() - log.seconds
 
     def save() -> None:
-        save_checkpoint(trainer, path, notes=book.notes())
+        save_checkpoint(trainer, path, notes=log.notes())
 
-    with _asked_to_stop() as asked:
+    with _stop_requests() as requests:
         last_save = time.perf_counter()
         try:
             for progress in trainer:
-                book.seconds = time.perf_counter() - start
-                book.add(progress)
-                report(progress, book.seconds)
+                log.seconds = time.perf_counter() - start
+                log.add(progress)
+                report(progress, log.seconds)
                 due = time.perf_counter() - last_save >= checkpoint_seconds
-                if due or progress.validation or asked:
+                if due or progress.validation or requests:
                     save()
                     saved_at, last_save = trainer.steps_done, time.perf_counter()
-                if asked:
+                if requests:
                     raise Stopped(f"stopped after step {trainer.steps_done}, saved in {path}")
         except Diverged as error:
             where = f"{path}, step {saved_at}" if path.exists() else "none, nothing was saved yet"
             raise Diverged(f"{error}; last good checkpoint: {where}") from None
         save()
-    return book.seconds
+    return log.seconds
 
 
 def _load(trainer: Trainer, path: Path) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def _load(trainer: Trainer, path: Path) -> dict[str, Any]:
         return load_checkpoint(trainer, previous(path))
 
 
-class _Book:
+class _Log:
     """The log: the file, and the sums since its last line."""
 
     def __init__(self, path: Path, every: int):
@@ -143,21 +143,21 @@ def read_log(folder: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _asked_to_stop() -> Iterator[list[int]]:
+def _stop_requests() -> Iterator[list[int]]:
     """A list that is filled by the first SIGINT or SIGTERM; a second signal raises KeyboardInterrupt."""
-    asked: list[int] = []
+    requests: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield requests
         return
 
     def note(number: int, frame: Any) -> None:
-        if asked:
+        if requests:
             raise KeyboardInterrupt
-        asked.append(number)
+        requests.append(number)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked
+        yield requests
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

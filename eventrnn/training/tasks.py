@@ -173,11 +173,11 @@ class LanguageModelling(Task):
         text = streams(self.valid, self.valid_batch)
         state, total, sent, places = State.zeros(model.like, self.valid_batch), 0.0, 0.0, len(text) - 1
         # Bounds the output of the read-out of one forward pass to 64 MB.
-        piece = max(1, min(256, (1 << 24) // (self.valid_batch * model.parameters["readout.bias"].size)))
+        chunk = max(1, min(256, (1 << 24) // (self.valid_batch * model.parameters["readout.bias"].size)))
         if self.carry == "events":
-            piece = self.window
-        for at in range(0, places, piece):
-            part, state = text[at : at + piece + 1], carry_state(state, self.carry)
+            chunk = self.window
+        for at in range(0, places, chunk):
+            part, state = text[at : at + chunk + 1], carry_state(state, self.carry)
             output, state, tape = model.forward(part[:-1], state)
             total += cross_entropy(output, part[1:])[0] * (len(part) - 1)
             sent += tape.activity * (len(part) - 1)
@@ -291,9 +291,7 @@ class Sequences(Task):
 
     def digest(self) -> str:
         valid = self.valid or (None, None)
-        return digest_of(
-            type(self).__name__, self.inputs, self.targets, *valid, self.read, self.lengths, self.seed
-        )  # fmt: skip
+        return digest_of(type(self).__name__, self.inputs, self.targets, *valid, self.read, self.lengths, self.seed)
 
 
 class Classification(Sequences):
@@ -353,7 +351,7 @@ def _check_sizes(name: str, inputs: np.ndarray, targets: np.ndarray, lengths: np
 
 
 def check_inputs(network: Network, name: str, inputs: np.ndarray) -> None:
-    """Raise ValueError with the position of the fault for sequences (S, T) or (S, T, I) that the network cannot read."""
+    """Raise ValueError, with the position of the fault, for sequences (S, T) or (S, T, I) that cannot be read."""
     if network.embedding is not None:
         if inputs.ndim != 2:
             raise ValueError(f"{name}: got shape {inputs.shape}, need symbols (S, T) for the embedding")

@@ -185,10 +185,18 @@ class Trainer:
         self.steps_done += 1
         self._advance(batch.taken)
         return Progress(
-            self.steps_done, loss, penalty.loss + settings.activity_cost * _mean_sent(tape), float(tape.activity),
-            float(tape.support), norm, rate, self._sparsity(), self.epoch, self.share,
-            self.operations,
-        )  # fmt: skip
+            step=self.steps_done,
+            loss=loss,
+            penalty=penalty.loss + settings.activity_cost * _mean_sent(tape),
+            activity=float(tape.activity),
+            support=float(tape.support),
+            norm=norm,
+            rate=rate,
+            sparsity=self._sparsity(),
+            epoch=self.epoch,
+            share=self.share,
+            operations=self.operations,
+        )
 
     def validate(self) -> dict[str, float]:
         """The task's figures on held-out data; empty where the task holds nothing out.
@@ -357,4 +365,5 @@ def _operations(tape: Tape) -> int:
 
 
 def _mean_sent(tape: Tape) -> float:
+    """Mean output of the units, summed over layers."""
     return sum(float(np.mean(layer.y[1:], dtype=np.float64)) for layer in tape.layers)

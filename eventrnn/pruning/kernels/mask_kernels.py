@@ -1,9 +1,14 @@
-"""Kernels over groups and square tiles of magnitudes: which weights an N:M mask keeps.
+"""CPU kernels for N:M masks (called by `pruning/nm.py`).
 
-Each kernel fills `kept_out` for tiles (or lines) first..last - 1 and touches nothing else, so that threads may share
-the work by ranges. A tile is M x M magnitudes, flat, row by row; at most `n` of each row and of each column are kept.
-Magnitudes are finite and >= 0: their float32 bits then sort as integers, and ties go in storage order. Only
-`transposable.py` calls these.
+Each call fills `kept_out` for the lines or tiles first..last - 1 and writes nothing else, so that threads can share the
+work by ranges. There is no counterpart in `reference.py`; the tests compare the exact masks with an integer program.
+
+    magnitudes : (lines, length) float32, finite and >= 0
+    tiles      : (tiles, M * M) float32, finite and >= 0; one M x M tile per line, row by row
+    kept_out   : boolean array of the shape of `magnitudes` or `tiles`
+
+The bits of non-negative float32 numbers sort as integers. Sorting keys hold these bits above the index of the entry, so
+that equal magnitudes are ordered by index.
 """
 
 from __future__ import annotations
@@ -12,20 +17,20 @@ import numpy as np
 
 from eventrnn.cpu.kernels.jit import allocating, compiled
 
-# Place of an entry within its tile, in the low bits of a sorting key: 32 x 32 fits.
+# Low bits of a sorting key that hold the index of an entry in its tile; 32 x 32 entries fit.
 _PLACE_BITS = 16
 
 _PLACE = (1 << _PLACE_BITS) - 1
 
-# Ciura 2001: the best gaps known for sorting a few thousand numbers.
+# Gaps of shell sort: those of Ciura (2001), chosen for few comparisons at up to a few thousand elements.
 _GAPS = (701, 301, 132, 57, 23, 10, 4, 1)
 
 
 @compiled
 def keep_of_groups(first, last, n, m, magnitudes, kept_out):
-    """The n largest of every m consecutive magnitudes of a line; the last group of a line may be shorter.
+    """Keep the n largest of every m consecutive magnitudes of a line; the last group of a line may be shorter.
 
-    magnitudes, kept_out : (lines, length)
+    The rank of a magnitude is the number of larger ones in its group, plus the number of equal ones after it.
     """
     length = magnitudes.shape[1]
     for line in range(first, last):
@@ -42,7 +47,7 @@ def keep_of_groups(first, last, n, m, magnitudes, kept_out):
 
 @compiled
 def _sort(keys):
-    """Ascending, in place: shell sort, for there is nothing to allocate."""
+    """Sort int64 keys in ascending order, in place. Shell sort needs no allocation."""
     for gap in _GAPS:
         for k in range(gap, len(keys)):
             key = keys[k]
@@ -55,9 +60,11 @@ def _sort(keys):
 
 @compiled
 def _refill(n, m, keys, rows, columns, kept):
-    """Keep, heaviest first, what both its row and its column have room for; no zero. `rows`, `columns`: how many are.
+    """Keep further entries, largest first, whose row and column both have fewer than n; entries of zero are skipped.
 
-    keys : bits of a magnitude, or of any number that is only zero where it is, above the place
+    keys          : (M * M,) int64 sorting keys, ascending
+    rows, columns : (M,) int64, number of kept entries per row and column, updated
+    kept          : (M * M,) boolean, updated
     """
     for k in range(len(keys) - 1, -1, -1):
         place = keys[k] & _PLACE
@@ -70,9 +77,10 @@ def _refill(n, m, keys, rows, columns, kept):
 
 @allocating
 def greedy_tiles(first, last, n, m, tiles, kept_out):
-    """Sorted greedy (Hubara et al. 2021): prune the lightest whose row or column has too many, then refill.
+    """Sorted greedy masks (Hubara et al. 2021): prune the smallest entry of an over-full row or column, then refill.
 
-    What is pruned weighs at most twice what an optimal mask prunes; refilling only lessens it. O(M^2 log M) a tile.
+    The sum of the pruned magnitudes is at most twice that of an optimal mask; refilling only lowers it. Cost per tile:
+    O(M^2 log M).
     """
     bits = tiles.view(np.int32)
     keys = np.empty(m * m, np.int64)
@@ -87,7 +95,7 @@ def greedy_tiles(first, last, n, m, tiles, kept_out):
         for key in keys:
             place = key & _PLACE
             i, j = place // m, place % m
-            # A zero, such as padding, is pruned first and for nothing: it must not take the room of a weight.
+            # A zero (padding, for example) is always pruned; it must not take the place of a weight.
             prune = key <= _PLACE or rows[i] > n or columns[j] > n
             kept[place] = not prune
             rows[i] -= prune
@@ -97,10 +105,12 @@ def greedy_tiles(first, last, n, m, tiles, kept_out):
 
 @allocating
 def exact_tiles(first, last, n, m, tiles, kept_out):
-    """The heaviest legal mask: min-cost flow by successive shortest paths (Dijkstra with potentials), float64.
+    """Masks of maximal magnitude by min-cost flow: successive shortest paths (Dijkstra with potentials), float64.
 
-    Each row sends n units, each over a free entry of its row into a column with room for n, at the cost of minus the
-    magnitude, or to nowhere at no cost; a unit may push others aside. O(n M^3) a tile.
+    The flow network: each row is a source of n units, each entry is an edge of capacity 1 from its row to its column
+    with cost -magnitude, each column leads to the sink with capacity n at no cost, and each row leads to the sink
+    directly at no cost. Nodes 0..M - 1 are the rows, M..2M - 1 the columns. `kept` holds the edges with flow; the
+    residual edge of a kept entry leads from its column back to its row. Cost per tile: O(n M^3).
     """
     infinite = np.inf
     row_price, column_price = np.empty(m), np.empty(m)
@@ -170,9 +180,9 @@ def exact_tiles(first, last, n, m, tiles, kept_out):
 
 @allocating
 def table_tiles(first, last, m, tiles, table, kept_out):
-    """The heaviest of a table of masks, every one tried; float64 sums, the first of equals.
+    """The mask of maximal magnitude in a table, by trying all of them with float64 sums; the first of equal ones wins.
 
-    table : (masks, M), the bits of each row
+    table : (masks, M) int64, bit j of table[k, i] says whether mask k keeps entry (i, j)
     """
     patterns = 1 << m
     sums = np.empty((m, patterns))

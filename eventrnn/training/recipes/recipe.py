@@ -165,9 +165,7 @@ class Recipe:
         )
         layers = zip(network.layers, model.thresholds(rng), strict=True)
         network = replace(network, layers=tuple(replace(layer, threshold=drawn) for layer, drawn in layers))
-        task = LanguageModelling(
-            corpus.train, corpus.valid, valid_batch=self.data.valid_batch, carry=self.data.carry
-        )  # fmt: skip
+        task = LanguageModelling(corpus.train, corpus.valid, valid_batch=self.data.valid_batch, carry=self.data.carry)
         engine = GRU if model.cell == "gru" else Model
         engine = engine(network, backward=training.backward, threads=training.threads, thresholds=training.thresholds)
         return Trainer(network, task, training, model=engine), corpus
@@ -234,9 +232,13 @@ def train(
         report("training", round(1000 * progress.share), 1000, note(progress, recipe.data.kind))
 
     seconds = run(
-        trainer, folder, resume=resume, log_every=recipe.run.log_every,
-        checkpoint_seconds=recipe.run.checkpoint_seconds, report=each,
-    )  # fmt: skip
+        trainer,
+        folder,
+        resume=resume,
+        log_every=recipe.run.log_every,
+        checkpoint_seconds=recipe.run.checkpoint_seconds,
+        report=each,
+    )
     figures: dict[str, Any] = {
         "symbols": len(corpus.vocabulary),
         "parameters": sum(p.size for p in trainer.model.parameters.values()),
