@@ -44,7 +44,7 @@ def exact(network: Network, batch: int, rng: np.random.Generator, backend: str) 
 def inexact(network: Network, precision: str, rng: np.random.Generator) -> bool:
     """Whether layers went through tensor cores, as they are made to."""
     simulator = Simulator(network, batch=9, backend=CudaBackend(exact=False, precision=precision))
-    simulator.engine.ways[9] = tuple(range(len(UNITS)))
+    simulator.engine.tensor_layers[9] = tuple(range(len(UNITS)))
     paths = simulator.run(rng.standard_normal((STEPS, 9, INPUTS)).astype(np.float32)).paths
     return paths["layers.0.w_rec"] == f"tensor {precision}"
 

@@ -32,7 +32,7 @@ def streams(units=(13, 9), variant="evnn", batch=6, steps=7) -> tuple[Network, n
 def through_tensor_cores(network: Network, batch: int, precision: str = "float16") -> Simulator:
     """A simulator that has measured that everything is faster so."""
     simulator = Simulator(network, batch=batch, backend=CudaBackend(exact=False, precision=precision))
-    simulator.engine.ways[batch] = tuple(range(len(network.layers)))
+    simulator.engine.tensor_layers[batch] = tuple(range(len(network.layers)))
     return simulator
 
 
@@ -126,12 +126,12 @@ def test_each_layer_has_its_way(gpu):
     ways = [result.paths[f"layers.{n}.w_rec"].startswith("tensor") for n in range(3)]
     assert sum(ways) == 1 and not result.exact
     simulator = Simulator(network, batch=6, backend=CudaBackend(exact=False))
-    simulator.engine.ways[6] = (1,)
+    simulator.engine.tensor_layers[6] = (1,)
     mixed = simulator.run(x, record="events")
     exact = simulate(network, x, backend="reference", record="events")
     assert np.array_equal(mixed.events[0].to_dense(), exact.events[0].to_dense())
     again = Simulator(network, batch=6, backend=CudaBackend(exact=False))
-    again.engine.ways[6] = (1,)
+    again.engine.tensor_layers[6] = (1,)
     parts = [again.run(x[:3]).output, again.run(x[3:6]).output, again.step(x[6])[None]]
     assert np.array_equal(np.concatenate(parts), mixed.output)
 
@@ -164,12 +164,12 @@ def test_a_layer_with_weights_that_float16_cannot_hold_stays_exact(gpu):
 
 
 def test_nothing_is_made_for_tensor_cores_that_no_layer_can_use(gpu, monkeypatch):
-    from eventrnn.cuda import engine
+    from eventrnn.cuda import device_network
 
     def none(device):
         raise BackendUnavailable("cuda: exact=False needs cuBLAS")
 
-    monkeypatch.setattr(engine, "Cublas", none)
+    monkeypatch.setattr(device_network, "Cublas", none)
     for network, x in (streams(batch=3), streams(variant="paper")):
         assert simulate(network, x, backend="cuda", exact=False).exact
     with pytest.raises(BackendUnavailable):

@@ -129,6 +129,8 @@ def interrupt(patch, owner, name: str) -> None:
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("calls", [0, 1, 2])
 def test_an_interrupted_run_or_step_can_be_made_again(gpu, calls, size):
+    from eventrnn.cuda.run import Run
+
     network, x = small()
     expected, at = simulate(network, x).output, calls * size
     simulator = Simulator(network, batch=3, backend="cuda")
@@ -138,7 +140,7 @@ def test_an_interrupted_run_or_step_can_be_made_again(gpu, calls, size):
     with pytest.MonkeyPatch.context() as patch:
         # The third call launches a graph, and then it is interrupted.
         late = (simulator.engine, "_trace") if size > 1 else (gpu.queue, "synchronize")
-        interrupt(patch, *((simulator.engine, "read_out") if calls < 2 else late))
+        interrupt(patch, *((Run, "read_out") if calls < 2 else late))
         with pytest.raises(KeyboardInterrupt):
             take(x[at : at + size])
     for begin in range(at, 10, size):
@@ -449,14 +451,14 @@ def test_large_copies_go_through_pinned_pieces(monkeypatch, size):
             events.append(SimpleNamespace(synchronize=lambda: None))
             return events[-1]
 
-    monkeypatch.setattr(transfer, "PIECE", 64)
+    monkeypatch.setattr(transfer, "STAGING_BYTES", 64)
     pinned = SimpleNamespace(cuda=SimpleNamespace(alloc_pinned_memory=bytearray))
-    ferry = transfer.Ferry(SimpleNamespace(arrays=pinned, queue=Queue()))
+    copier = transfer.StagedCopier(pinned, Queue())
     source = np.arange(size, dtype=np.float32)
     there, back = np.zeros(size, np.float32).view(Array), np.zeros(size, np.float32)
     for _ in range(2):
-        ferry.send(source, there)
-        ferry.fetch(there, back)
+        copier.send(source, there)
+        copier.fetch(there, back)
         assert np.array_equal(back, source)
         source += 1
     assert len(events) == 4 * -(-4 * size // 64)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from eventrnn.backend import BackendUnavailable
-from eventrnn.cuda.transfer import LARGE, Ferry
+from eventrnn.cuda.transfer import LARGE, StagedCopier
 
 # The remedy that error messages name.
 INSTALL = "pip install 'eventrnn[cuda13]' (driver 580 or newer) or 'eventrnn[cuda12]'"
@@ -278,18 +278,18 @@ class Device:
         if array.nbytes < LARGE:
             array.get(out=target)
         else:
-            self._ferry.fetch(array, target)
+            self._copier.fetch(array, target)
 
     def send(self, array: np.ndarray, target: Any) -> None:
         """Copy contiguous host memory to the device, on the stream."""
         if array.nbytes < LARGE:
             target.data.copy_from_host_async(array.ctypes.data, array.nbytes)
         else:
-            self._ferry.send(array, target)
+            self._copier.send(array, target)
 
     @cached_property
-    def _ferry(self) -> Ferry:
-        return Ferry(self)
+    def _copier(self) -> StagedCopier:
+        return StagedCopier(self.arrays, self.queue)
 
     def empty(self, shape, dtype) -> Any:
         """Uninitialised device memory. Raises MemoryError with the needed and the free bytes."""

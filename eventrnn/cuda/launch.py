@@ -11,49 +11,49 @@ from eventrnn.cuda.kernels.cluster import cluster_kernel
 from eventrnn.cuda.kernels.persistent import layers_kernel
 from eventrnn.cuda.kernels.single_stream import single_kernel
 from eventrnn.cuda.plan import Plan, blocks_from, parts_of
-from eventrnn.cuda.run_buffers import UNWRITTEN_BYTE, Piece, pitch_of
+from eventrnn.cuda.run_buffers import UNWRITTEN_BYTE, RunBuffers, pitch_of
 
 if TYPE_CHECKING:
-    from eventrnn.cuda.engine import CudaEngine
+    from eventrnn.cuda.device_network import DeviceNetwork
 
 
-def launch_layers(engine: CudaEngine, layers: range, each: Plan, piece: Piece, drive, status, after) -> None:
+def launch_layers(network: DeviceNetwork, layers: range, each: Plan, buffers: RunBuffers, drive, status, after) -> None:
     """Neighbouring layers in one launch."""
-    key = (layers, engine.ways.get(piece.batch, ()))
-    if after is not None or key not in piece.tables:
-        piece.tables[key] = engine.device.put(_layer_rows(engine, layers, each, piece, drive, after))
-    for n, is_input in parts_of(layers, each):
+    key = (layers,)
+    if after is not None or key not in buffers.tables:
+        buffers.tables[key] = network.device.put(_layer_rows(network, layers, each, buffers, drive, after))
+    for k, is_input in parts_of(layers, each):
         if is_input:
-            drives = _input_drives(engine, piece, n)
+            drives = _input_drives(network, buffers, k)
             drives.data.memset_async(UNWRITTEN_BYTE, drives.nbytes)
-    _launch(engine, each, piece.tables[key], layers, piece.steps, piece.batch, status)
+    _launch(network, each, buffers.tables[key], layers, buffers.steps, buffers.batch, status)
     if after is not None:
-        # It names an array that is somebody else's now.
-        del piece.tables[key]
+        # The table holds the addresses of `after`, which the caller frees.
+        del buffers.tables[key]
 
 
-def _layer_rows(engine: CudaEngine, layers: range, each: Plan, piece: Piece, drive, after) -> np.ndarray:
+def _layer_rows(network: DeviceNetwork, layers: range, each: Plan, buffers: RunBuffers, drive, after) -> np.ndarray:
     """What the kernel has to know of each layer."""
-    event_logs, gated, cells = piece.event_logs, piece.gated, piece.cells
+    event_logs, gated, cells = buffers.event_logs, buffers.gated, buffers.cells
     parts = parts_of(layers, each)
     rows = np.zeros((len(parts), tables.LAYER_FIELDS), np.int64)
-    for row, (n, is_input) in enumerate(parts):
-        w_in, w_rec, way = engine.w_in[n], engine.w_rec[n], each.layers[row]
-        below = event_logs[n - 1][1:] if n and (is_input or not each.cluster) else None
-        drives = _input_drives(engine, piece, n) if n and each.cluster else drive
+    for row, (k, is_input) in enumerate(parts):
+        w_in, w_rec, way = network.w_in[k], network.w_rec[k], each.layers[row]
+        below = event_logs[k - 1][1:] if k and (is_input or not each.cluster) else None
+        drives = _input_drives(network, buffers, k) if k and each.cluster else drive
         fields = {
-            tables.UNITS: engine.units[n],
-            tables.INPUTS: engine.network.layers[n].inputs,
+            tables.UNITS: network.units[k],
+            tables.INPUTS: network.network.layers[k].inputs,
             tables.WIDTH: w_rec.width,
-            tables.PITCH: pitch_of(engine.units[n]),
+            tables.PITCH: pitch_of(network.units[k]),
             tables.INPUT_LOG: 0 if below is None else below.data.ptr,
-            tables.INPUT_PITCH: 0 if n == 0 else pitch_of(engine.units[n - 1]),
+            tables.INPUT_PITCH: 0 if k == 0 else pitch_of(network.units[k - 1]),
             tables.DRIVE: 0 if drives is None else drives.data.ptr,
-            tables.EVENT_LOG: event_logs[n].data.ptr,
-            tables.GATED: 0 if gated[n] is None else gated[n].data.ptr,
-            tables.CELLS: cells[n].data.ptr,
-            tables.STATES: 0 if after is None else after[n].data.ptr,
-            tables.THRESHOLD: engine.thresholds[n].data.ptr,
+            tables.EVENT_LOG: event_logs[k].data.ptr,
+            tables.GATED: 0 if gated[k] is None else gated[k].data.ptr,
+            tables.CELLS: cells[k].data.ptr,
+            tables.STATES: 0 if after is None else after[k].data.ptr,
+            tables.THRESHOLD: network.thresholds[k].data.ptr,
         }
         if each.cluster:
             matrix = w_in if is_input else w_rec
@@ -65,7 +65,7 @@ def _layer_rows(engine: CudaEngine, layers: range, each: Plan, piece: Piece, dri
             }
         else:
             # That of the first layer nobody reads.
-            inside = w_in if n else w_rec
+            inside = w_in if k else w_rec
             fields |= {
                 tables.BIAS_IN: inside.bias.data.ptr,
                 tables.BIAS_REC: w_rec.bias.data.ptr,
@@ -83,14 +83,14 @@ def _layer_rows(engine: CudaEngine, layers: range, each: Plan, piece: Piece, dri
     return rows
 
 
-def _input_drives(engine: CudaEngine, piece: Piece, n: int) -> Any:
+def _input_drives(network: DeviceNetwork, buffers: RunBuffers, k: int) -> Any:
     """Where a layer's feeder leaves drives: (rows, 3 * units)."""
-    return piece.kept(("fed", n), (piece.steps * piece.batch, 3 * engine.units[n]), np.float32)
+    return buffers.kept(("input drives", k), (buffers.steps * buffers.batch, 3 * network.units[k]), np.float32)
 
 
-def _launch(engine: CudaEngine, each: Plan, rows, layers: range, steps: int, batch: int, status) -> None:
-    device, threads = engine.device, 32 * each.warps
-    variant = engine.network.layers[layers.start].cell.variant
+def _launch(network: DeviceNetwork, each: Plan, rows, layers: range, steps: int, batch: int, status) -> None:
+    device, threads = network.device, 32 * each.warps
+    variant = network.network.layers[layers.start].cell.variant
     if each.cluster:
         # Of several layers, the last two parts are a feeder and the layer it feeds.
         arguments = (each.layers[-1].way_rec, each.layers[-2:][0].way_in, each.cluster, *each.rounds)
@@ -100,10 +100,10 @@ def _launch(engine: CudaEngine, each: Plan, rows, layers: range, steps: int, bat
         kernel = device.kernel((make.__name__, variant, each.ways), lambda: make(variant, each.ways), threads)
     for first in range(0, batch, each.groups * each.samples):
         key = (layers, batch, first)
-        if key not in engine.tables:
+        if key not in network.block_tables:
             table = blocks_from(each, first, batch)
-            engine.tables[key] = device.put(table), len(table)
-        blocks, count = engine.tables[key]
+            network.block_tables[key] = device.put(table), len(table)
+        blocks, count = network.block_tables[key]
         device.launch(
             kernel,
             count,

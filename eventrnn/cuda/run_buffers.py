@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 UNWRITTEN_BYTE = 0xFF
 
 
-class Piece:
+class RunBuffers:
     """So many steps of so many samples.
 
     Attributes

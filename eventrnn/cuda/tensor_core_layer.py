@@ -7,6 +7,7 @@ are made for many steps together.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +24,11 @@ from eventrnn.cuda.kernels.tensor_core_cells import (
 )
 from eventrnn.cuda.run_buffers import Replay, pitch_of
 from eventrnn.cuda.tables import LANES, MAX_SUMMED
-from eventrnn.state import Inputs
 
 if TYPE_CHECKING:
     from eventrnn.cuda.cublas import Cublas
     from eventrnn.cuda.device import Device
-    from eventrnn.cuda.engine import CudaEngine
-    from eventrnn.cuda.run_buffers import Piece
+    from eventrnn.cuda.run_buffers import RunBuffers
     from eventrnn.network import Layer
 
 
@@ -82,52 +81,54 @@ class TensorLayer:
         """Units and inputs, padded."""
         return _up(self.units), _up(self.inputs)
 
-    def enqueue(self, piece: Piece, n: int, table, row_of, after, sent: tuple[int, int], counts: int, status) -> None:
+    def enqueue(
+        self, buffers: RunBuffers, k: int, table, row_of, after, sent: tuple[int, int], counts: int, status
+    ) -> None:
         """All steps of layer n of a piece, from an event table (layer 0) or from what the layer below sent.
 
         sent   : (steps, batch, pitch) of what is sent: its address and the pitch. No array, so that nobody keeps it
         counts : where events are counted, an address, 0 for nowhere
         """
         units, inputs = self.sizes
-        steps, batch, kind = piece.steps, piece.batch, np.uint16 if BYTES[self.precision] == 2 else np.float32
-        x = piece.kept(("x", n), (steps * batch, inputs), kind)
-        y = piece.kept(("y", n), (batch, units), kind)
-        if n == 0:
+        steps, batch, kind = buffers.steps, buffers.batch, np.uint16 if BYTES[self.precision] == 2 else np.float32
+        x = buffers.kept(("x", k), (steps * batch, inputs), kind)
+        y = buffers.kept(("y", k), (batch, units), kind)
+        if k == 0:
             self._launch(
                 "densify", densify_kernel, -(-steps * batch // (ROW_THREADS // LANES)), ROW_THREADS,
                 *(each.data.ptr for each in table), 0 if row_of is None else row_of.data.ptr, steps * batch, inputs,
                 x.data.ptr, status.data.ptr,
             )  # fmt: skip
         else:
-            below = piece.event_logs[n - 1][1:]
+            below = buffers.event_logs[k - 1][1:]
             self._narrow(below, pitch_of(self.inputs), self.inputs, x, inputs, steps * batch, status)
-        self._narrow(piece.outputs[n], self.units, self.units, y, units, batch, status)
+        self._narrow(buffers.outputs[k], self.units, self.units, y, units, batch, status)
         if after is not None:
-            self._steps(piece, n, x, y, after, sent, counts, status)
+            self._steps(buffers, k, x, y, after, sent, counts, status)
             return
-        key = ("replay", n, sent, counts, status.data.ptr)
-        if key not in piece.tables:
-            # Those of memory that is somebody else's now go.
-            for old in [each for each in piece.tables if each[:2] == key[:2]][: -MOST_REPLAYS + 1]:
-                del piece.tables[old]
-            piece.tables[key] = Replay(
-                self.device.queue, lambda: self._steps(piece, n, x, y, None, sent, counts, status)
+        key = ("replay", k, sent, counts, status.data.ptr)
+        if key not in buffers.tables:
+            # Evict graphs of output buffers that are no longer in use.
+            for old in [each for each in buffers.tables if each[:2] == key[:2]][: -MOST_REPLAYS + 1]:
+                del buffers.tables[old]
+            buffers.tables[key] = Replay(
+                self.device.queue, lambda: self._steps(buffers, k, x, y, None, sent, counts, status)
             )
-        piece.tables[key]()
+        buffers.tables[key]()
 
-    def _steps(self, piece: Piece, n: int, x, y, after, sent: tuple[int, int], counts: int, status) -> None:
+    def _steps(self, buffers: RunBuffers, k: int, x, y, after, sent: tuple[int, int], counts: int, status) -> None:
         units, inputs = self.sizes
-        steps, batch, (sent_at, pitch) = piece.steps, piece.batch, sent
+        steps, batch, (sent_at, pitch) = buffers.steps, buffers.batch, sent
         together = max(1, min(steps, DRIVE_BYTES // (3 * BYTES[self.precision] * units * batch)))
-        drive = piece.kept(("drive", n), (together * batch, 3 * units), x.dtype)
-        rec = piece.kept(("rec", n), (batch, 3 * units), x.dtype)
+        drive = buffers.kept(("drive", k), (together * batch, 3 * units), x.dtype)
+        rec = buffers.kept(("rec", k), (batch, 3 * units), x.dtype)
         pairs = -(-self.units // 2)
         blocks = -(-pairs // CELL_THREADS)
         parts = -(-batch // _samples(batch * blocks, CELL_BLOCKS * self.device.multiprocessors))
         # What a warp writes shares no sector of memory with another's.
         sums, sums_pitch = 0, -(-pairs // LANES) * LANES
         if counts:
-            sums = piece.kept(("sums", n), (steps * parts, sums_pitch), np.uint16).data.ptr
+            sums = buffers.kept(("sums", k), (steps * parts, sums_pitch), np.uint16).data.ptr
         for begin in range(0, steps, together):
             rows = min(together, steps - begin) * batch
             self.cublas.product(self.precision, x[begin * batch :], self.w_in, drive, rows, inputs, 3 * units)
@@ -136,7 +137,7 @@ class TensorLayer:
                 self._launch(
                     "cells", cells_kernel, (blocks, parts), CELL_THREADS,
                     drive[(t - begin) * batch :].data.ptr, rec.data.ptr, self.vectors.data.ptr,
-                    piece.cells[n].data.ptr, y.data.ptr, sent_at + 4 * t * batch * pitch,
+                    buffers.cells[k].data.ptr, y.data.ptr, sent_at + 4 * t * batch * pitch,
                     0 if after is None else after[t].data.ptr, self.units, units, pitch, batch,
                     sums and sums + 2 * t * parts * sums_pitch, sums_pitch, status.data.ptr,
                 )  # fmt: skip
@@ -177,38 +178,25 @@ def exact_because(layer: Layer, precision: str) -> str | None:
     return None
 
 
-def measured_ways(engine: CudaEngine, feed: Inputs, state: Any) -> tuple[int, ...]:
-    """Layers that are faster through tensor cores, by timing some steps of this input from this state on.
+def fastest_layers(able: Sequence[int], seconds: Callable[[tuple[int, ...]], float]) -> tuple[int, ...]:
+    """The layers that are faster through tensor cores.
 
-    All by events, all through tensor cores, then from the better one layer after the other changed where that is
-    faster: neighbouring layers in one launch hide behind each other, so a layer alone would not tell.
+    able    : the layers that can go through them
+    seconds : times a run in which the given layers go through tensor cores and the others by events
+
+    The search times all layers by events and all able ones through tensor cores. From the faster of the two it then
+    changes one layer after the other where that is faster. Neighbouring layers in one launch hide each other's
+    latency, so that the time of a layer alone would not tell.
     """
-    batch = feed.batch
-    if batch < FEWEST_STREAMS:
-        return ()
-    able = [n for n, each in enumerate(engine.tensors) if each is not None]
     if not able:
         return ()
-    some = feed.chunk(0, min(feed.steps, MEASURED_STEPS))
-
-    def seconds(ways: tuple[int, ...]) -> float:
-        engine.ways[batch] = ways
-        enqueue = engine.on_device(some, state)
-        # Compiles, and captures what is to be replayed.
-        enqueue()
-        enqueue()
-        return min(engine.device.seconds(enqueue) for _ in range(MEASURED_RUNS))
-
-    try:
-        times = {ways: seconds(ways) for ways in ((), tuple(able))}
-        best = min(times, key=lambda ways: times[ways])
-        for n in able if len(able) > 1 else ():
-            tried = tuple(sorted(set(best) ^ {n}))
-            if tried not in times:
-                times[tried] = seconds(tried)
-            best = min(best, tried, key=lambda ways: times[ways])
-    finally:
-        del engine.ways[batch]
+    times = {layers: seconds(layers) for layers in ((), tuple(able))}
+    best = min(times, key=lambda layers: times[layers])
+    for k in able if len(able) > 1 else ():
+        tried = tuple(sorted(set(best) ^ {k}))
+        if tried not in times:
+            times[tried] = seconds(tried)
+        best = min(best, tried, key=lambda layers: times[layers])
     return best
 
 

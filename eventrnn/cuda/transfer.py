@@ -10,43 +10,39 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from eventrnn.cuda.device import Device
-
-
-# Bytes of a pinned piece, and from how many on a copy goes through them.
-PIECE, LARGE = 4 << 20, 16 << 20
+# Bytes of a pinned buffer, and from how many on a copy goes through them.
+STAGING_BYTES, LARGE = 4 << 20, 16 << 20
 
 THREADS = min(8, os.cpu_count() or 1)
 
-PIECES = THREADS + 2
+BUFFERS = THREADS + 2
 
 
-class Ferry:
+class StagedCopier:
     """Pinned pieces, kept, and where on the stream each was last used."""
 
-    def __init__(self, device: Device):
-        self.device = device
-        pinned = device.arrays.cuda.alloc_pinned_memory
-        self.pieces = [np.frombuffer(pinned(PIECE), np.uint8, PIECE) for _ in range(PIECES)]
-        self.used: list[Any] = [None] * PIECES
+    def __init__(self, arrays: Any, queue: Any):
+        self.queue = queue
+        pinned = arrays.cuda.alloc_pinned_memory
+        self.buffers = [np.frombuffer(pinned(STAGING_BYTES), np.uint8, STAGING_BYTES) for _ in range(BUFFERS)]
+        self.used: list[Any] = [None] * BUFFERS
 
     def fetch(self, source: Any, target: np.ndarray) -> None:
         """From the GPU to the host, both contiguous, on the device's stream; done on return."""
         there, here = source.view(np.uint8).ravel(), target.reshape(-1).view(np.uint8)
         with self._threads() as start:
-            pending: list[Future | None] = [None] * PIECES
+            pending: list[Future | None] = [None] * BUFFERS
             for number, (begin, end) in enumerate(_cuts(len(here))):
-                own = number % PIECES
+                own = number % BUFFERS
                 _finish(pending[own])
-                piece = self.pieces[own][: end - begin]
-                there[begin:end].data.copy_to_host_async(piece.ctypes.data, end - begin)
-                self.used[own] = self.device.queue.record()
-                pending[own] = start(_after, self.used[own], here[begin:end], piece)
+                buffer = self.buffers[own][: end - begin]
+                there[begin:end].data.copy_to_host_async(buffer.ctypes.data, end - begin)
+                self.used[own] = self.queue.record()
+                pending[own] = start(_after, self.used[own], here[begin:end], buffer)
             for each in pending:
                 _finish(each)
 
@@ -55,18 +51,18 @@ class Ferry:
         here, there = source.reshape(-1).view(np.uint8), target.view(np.uint8).ravel()
         with self._threads() as start:
             cuts = list(_cuts(len(here)))
-            filled: list[Future | None] = [None] * PIECES
-            for number in range(len(cuts) + PIECES):
-                own = number % PIECES
-                if number >= PIECES:
+            filled: list[Future | None] = [None] * BUFFERS
+            for number in range(len(cuts) + BUFFERS):
+                own = number % BUFFERS
+                if number >= BUFFERS:
                     # The copy of a piece begins once it is full, in order.
-                    begin, end = cuts[number - PIECES]
+                    begin, end = cuts[number - BUFFERS]
                     _finish(filled[own])
-                    there[begin:end].data.copy_from_host_async(self.pieces[own].ctypes.data, end - begin)
-                    self.used[own] = self.device.queue.record()
+                    there[begin:end].data.copy_from_host_async(self.buffers[own].ctypes.data, end - begin)
+                    self.used[own] = self.queue.record()
                 if number < len(cuts):
                     begin, end = cuts[number]
-                    filled[own] = start(_after, self.used[own], self.pieces[own][: end - begin], here[begin:end])
+                    filled[own] = start(_after, self.used[own], self.buffers[own][: end - begin], here[begin:end])
 
     @contextmanager
     def _threads(self) -> Iterator[Callable[..., Future]]:
@@ -87,5 +83,5 @@ def _finish(task: Future | None) -> None:
 
 
 def _cuts(size: int) -> Iterator[tuple[int, int]]:
-    for begin in range(0, size, PIECE):
-        yield begin, min(size, begin + PIECE)
+    for begin in range(0, size, STAGING_BYTES):
+        yield begin, min(size, begin + STAGING_BYTES)

@@ -390,29 +390,29 @@ def _copy_rows(target, target_pitch, source, source_pitch, width, rows, kind, st
         ctypes.memmove(target + row * target_pitch, source + row * source_pitch, width)
 
 
-def _launch_layers(engine, layers, each, piece, drive, status, after) -> None:
+def _launch_layers(network, layers, each, buffers, drive, status, after) -> None:
     """`launch.launch_layers` by the specification, from the record below."""
-    enqueued(_run_layers)(engine, layers, piece, drive, after)
+    enqueued(_run_layers)(network, layers, buffers, drive, after)
 
 
 @np.errstate(all="ignore")
-def _run_layers(engine, layers, piece, drive, after) -> None:
-    engine.device.launched.append("layers")
+def _run_layers(network, layers, buffers, drive, after) -> None:
+    network.device.launched.append("layers")
     for n in layers:
-        layer, units = engine.network.layers[n], engine.units[n]
+        layer, units = network.network.layers[n], network.units[n]
         parameters = layer_parameters(layer)
-        carried = np.array(piece.event_logs[n][0, :, :units])
+        carried = np.array(buffers.event_logs[n][0, :, :units])
         if n == 0:
             # The drive holds the input's products: they go in through the biases, with no weights.
-            x = np.zeros((piece.steps, piece.batch, 0), np.float32)
-            drives = np.array(drive).reshape(piece.steps, piece.batch, -1)
+            x = np.zeros((buffers.steps, buffers.batch, 0), np.float32)
+            drives = np.array(drive).reshape(buffers.steps, buffers.batch, -1)
         else:
-            x, drives = np.array(piece.sent(n - 1)), None
-        c, y = np.array(piece.cells[n]), carried
-        for t in range(piece.steps):
+            x, drives = np.array(buffers.sent(n - 1)), None
+        c, y = np.array(buffers.cells[n]), carried
+        for t in range(buffers.steps):
             if drives is not None:
                 ys, cs = [], []
-                for b in range(piece.batch):
+                for b in range(buffers.batch):
                     own = parameters | {"w_in": np.zeros((0, 3 * units), np.float32), "bias_in": drives[t, b]}
                     tape = forward(layer.cell, own, x[t : t + 1, b : b + 1], c[b : b + 1], y[b : b + 1])[0]
                     ys.append(tape.y), cs.append(tape.c)
@@ -420,10 +420,10 @@ def _run_layers(engine, layers, piece, drive, after) -> None:
             else:
                 tape = forward(layer.cell, parameters, x[t : t + 1], c, y)[0]
                 y, c = tape.y, tape.c
-            piece.event_logs[n][t + 1, :, :units] = y
+            buffers.event_logs[n][t + 1, :, :units] = y
             if after is not None:
                 after[n][t] = c
-        piece.cells[n][...] = c
+        buffers.cells[n][...] = c
 
 
 def _products(matrix, device, table, rows, row_of=None, out=None):
@@ -450,13 +450,13 @@ def _multiply(weights, bias, firsts, counts, lists, rows, row_of, out) -> None:
 
 def install(monkeypatch, room: int = 1 << 40) -> FakeDevice:
     """Let the engine run on a fake."""
-    from eventrnn.cuda import engine as module
+    from eventrnn.cuda import device_network, engine, run
     from eventrnn.cuda.matrix import Matrix
 
     device = FakeDevice(room)
-    monkeypatch.setattr(module, "current_device", lambda: device)
-    monkeypatch.setattr(module, "Cublas", Cublas)
-    monkeypatch.setattr(module, "launch_layers", _launch_layers)
+    monkeypatch.setattr(engine, "current_device", lambda: device)
+    monkeypatch.setattr(device_network, "Cublas", Cublas)
+    monkeypatch.setattr(run, "launch_layers", _launch_layers)
     plain = Matrix.of.__func__
 
     def of(cls, device, weights, bias, gates, width):

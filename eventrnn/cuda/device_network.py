@@ -1,0 +1,165 @@
+"""A network packed for one GPU: matrices, thresholds, read-out, and the launch plans of its layers."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from eventrnn.cuda import tables
+from eventrnn.cuda.cluster_plan import CLUSTER_SIZES, ClusterShape, cluster_plan
+from eventrnn.cuda.cublas import Cublas
+from eventrnn.cuda.matrix import Matrix
+from eventrnn.cuda.packing import check_format, per_strip
+from eventrnn.cuda.plan import Chip, LayerShape, Plan, launches_of, parts_of, plan, tile_width
+from eventrnn.cuda.tables import LANES
+from eventrnn.cuda.tensor_core_layer import FEWEST_STREAMS, TensorLayer, exact_because
+from eventrnn.weights import Dense, MatrixId
+
+if TYPE_CHECKING:
+    from eventrnn.cuda.device import Device
+    from eventrnn.network import Network
+
+
+class DeviceNetwork:
+    """The part of an engine that no run changes. Plans and device tables are made at their first use and kept.
+
+    `tensor_layers`, in the methods below, are the layers that go through tensor cores; the others go by events.
+
+    Attributes
+    ----------
+    network     : the network on the host
+    device      : the GPU
+    precision   : of the products on tensor cores; None where every layer stays exact
+    units       : per layer, the number of units
+    output_size : columns of the output: V of a read-out, else the units of the last layer
+    w_in, w_rec : per layer, the weights of the input and of the recurrent product
+    thresholds  : per layer, the thresholds in strips, on the device
+    readout     : the weights of the read-out, or None
+    block_tables : by (layers, batch, first sample), what the blocks of a launch own, on the device, and their number
+    """
+
+    def __init__(self, network: Network, device: Device, precision: str | None):
+        for name, weights in network.matrices().items():
+            check_format(name, weights)
+        self.network, self.device, self.precision = network, device, precision
+        self.units = [layer.units for layer in network.layers]
+        clusters = {size: device.clusters(size) for size in CLUSTER_SIZES}
+        self.chip = Chip(device.multiprocessors, device.shared_bytes, clusters)
+        self.output_size = self.units[-1] if network.readout is None else network.readout.weights.shape[1]
+        self.w_in: list[Matrix] = []
+        self.w_rec: list[Matrix] = []
+        self.thresholds: list[Any] = []
+        self.readout: Matrix | None = None
+        self.block_tables: dict[tuple, tuple[Any, int]] = {}
+        self._plans: dict[tuple, list[Plan | None]] = {}
+        with device.on_stream():
+            self._pack()
+
+    def _pack(self) -> None:
+        network, device = self.network, self.device
+        for k, layer in enumerate(network.layers):
+            share = self.chip.multiprocessors // next(len(each) for each in self.launches() if k in each)
+            inside = (layer.w_rec, layer.w_in) if k else (layer.w_rec,)
+            width = tile_width(layer.units, share, any(isinstance(w, Dense) for w in inside))
+            self.w_rec.append(Matrix.of(device, layer.w_rec, layer.bias_rec, 3, width))
+            self.w_in.append(Matrix.of(device, layer.w_in, layer.bias_in, 3, width))
+            self.thresholds.append(device.put(per_strip(layer.threshold, 1, width)))
+        if network.readout is not None:
+            self.readout = Matrix.of(device, network.readout.weights, network.readout.bias, 1, LANES)
+
+    # --- tensor cores ---
+
+    @cached_property
+    def exact_because(self) -> list[str | None]:
+        """Per layer, the reason why it cannot go through tensor cores; None where it can."""
+        assert self.precision is not None
+        return [exact_because(layer, self.precision) for layer in self.network.layers]
+
+    @cached_property
+    def tensors(self) -> list[TensorLayer | None]:
+        """Per layer, its rounded weights for tensor cores; None where it cannot go through them."""
+        precision, device = self.precision, self.device
+        assert precision is not None
+        able = [reason is None for reason in self.exact_because]
+        with device.on_stream():
+            cublas = Cublas(device) if any(able) else None
+            made = zip(self.network.layers, able, strict=True)
+            return [TensorLayer.of(device, cublas, each, precision) if cublas and can else None for each, can in made]
+
+    # --- plans ---
+
+    def launches(self, tensor_layers: tuple[int, ...] = ()) -> list[range]:
+        """The layers of each launch, from the input to the output."""
+        variants = [layer.cell.variant for layer in self.network.layers]
+        return launches_of(variants, self.chip.multiprocessors, tensor_layers)
+
+    def plans(self, batch: int, tensor_layers: tuple[int, ...]) -> list[Plan | None]:
+        """The plan of each launch for `batch` samples; None for a layer that goes through tensor cores."""
+        key = (batch, tensor_layers)
+        if key not in self._plans:
+            self._plans[key] = [
+                None if layers.start in tensor_layers else self._plan(layers, batch)
+                for layers in self.launches(tensor_layers)
+            ]
+        return self._plans[key]
+
+    def _plan(self, layers: range, batch: int) -> Plan:
+        clustered = self._cluster_plan(layers, batch)
+        if clustered is not None:
+            return clustered
+        shapes = [
+            LayerShape(
+                self.units[k],
+                self.network.layers[k].inputs,
+                self.w_in[k].strips if k else None,
+                self.w_rec[k].strips,
+            )
+            for k in layers
+        ]
+        return plan(shapes, batch, self.chip)
+
+    def _cluster_plan(self, layers: range, batch: int) -> Plan | None:
+        matrices = [self.w_rec[k] for k in layers] + [self.w_in[k] for k in layers if k]
+        paper = self.network.layers[layers.start].cell.variant == "paper"
+        if paper or not any(self.chip.clusters.values()) or not all(each.sparse for each in matrices):
+            return None
+        shapes = [
+            ClusterShape(self.units[k], self.w_in[k].columns if k else None, self.w_rec[k].columns) for k in layers
+        ]
+        return cluster_plan(shapes, batch, self.chip)
+
+    def paths(self, batch: int, tensor_layers: tuple[int, ...]) -> dict[str, str]:
+        """By matrix, the layout of its weights and the memory that they are read from."""
+        found: dict[str, str] = {}
+        plans = self.plans(batch, tensor_layers)
+        for layers, each in zip(self.launches(tensor_layers), plans, strict=True):
+            if each is None:
+                names = (MatrixId.of(layers.start, role) for role in ("w_rec", "w_in"))
+                found |= dict.fromkeys(names, f"tensor {self.precision}")
+                continue
+            for (k, is_input), layout in zip(parts_of(layers, each), each.layers, strict=True):
+                w_in, w_rec = MatrixId.of(k, "w_in"), MatrixId.of(k, "w_rec")
+                if not is_input:
+                    found[w_rec] = self.w_rec[k].described_way(layout.way_rec, each.cluster)
+                if k == 0:
+                    found[w_in] = self.w_in[0].described(self.w_in[0].room(self.device)[0])
+                elif is_input or not each.cluster:
+                    found[w_in] = self.w_in[k].described_way(layout.way_in, each.cluster)
+        if self.precision and batch >= FEWEST_STREAMS:
+            for k, reason in enumerate(self.exact_because):
+                for role in ("w_rec", "w_in") if reason else ():
+                    found[MatrixId.of(k, role)] += f", exact: {reason}"
+        if self.readout is not None:
+            found[MatrixId("readout")] = self.readout.described(self.readout.room(self.device)[0])
+        return found
+
+    # --- status words ---
+
+    @property
+    def status_words(self) -> int:
+        """The int64 words of a status array: faults, then the event counts of the input and of every layer."""
+        return self.counts_from(len(self.units))
+
+    def counts_from(self, k: int) -> int:
+        """The status word at which the event counts of layer k begin: graded events per unit, then binary ones."""
+        return tables.STATUS_FIELDS + 2 * (self.network.layers[0].inputs + sum(self.units[:k]))
