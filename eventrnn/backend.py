@@ -80,7 +80,8 @@ class HostInputs:
                 raise ValueError(f"inputs: got events of {inputs.shape[2]} units, need {self.size}")
             inputs.check()
             # Kernels take an address and a length, so the arrays have to be contiguous.
-            events = Events(*map(np.ascontiguousarray, (inputs.indptr, inputs.indices, inputs.values)), inputs.shape)
+            indptr, indices, values = map(np.ascontiguousarray, (inputs.indptr, inputs.indices, inputs.values))
+            events = Events(indptr, indices, values, inputs.shape)
         return Inputs(InputKind.EVENTS, *events.shape, table=events)
 
     def _dense(self, inputs: Any) -> np.ndarray:
