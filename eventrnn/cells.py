@@ -180,8 +180,8 @@ def tanh(x: Any) -> Any:
 def egru_value(in_u, in_r, in_g, rec_u, rec_r, rec_g, c):
     """Cell before the event, the released code's variant: reset gate after the matrix.
 
-    Returns `(v, u, r, g)`. Source: Subramoney et al. 2023, eq. 1-2, as released in EvNN 0.2 (DESIGN of this
-    package: u keeps). The caller thresholds `v` and subtracts the threshold in the same step.
+    Returns `(v, u, r, g)`. Source: Subramoney et al. 2023, eq. 1-2, as released in EvNN 0.2, where u is the keep gate
+    (1 - u of the paper). The caller thresholds `v` and subtracts the threshold in the same step.
     """
     u = sigmoid(in_u + rec_u)
     r = sigmoid(in_r + rec_r)

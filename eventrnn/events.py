@@ -1,6 +1,6 @@
-"""Events: which units sent a value, and which value, per time step and sample. Encoders; validation.
+"""Event lists: which units sent a value, and which value, per time step and sample. Encoders and validation.
 
-Knows nothing of networks or backends.
+This file knows nothing of networks and backends.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Events:
             raise ValueError("events indices: not strictly ascending within a row")
         check_finite("events values", self.values)
         if (self.values == 0).any():
-            raise ValueError("events values: a zero is no event; leave it out")
+            raise ValueError("events values: contains zeros; store non-zero values only")
 
     @classmethod
     def from_dense(cls, dense: np.ndarray) -> Events:
@@ -70,7 +70,7 @@ class Events:
             raise ValueError(f"dense events: got shape {dense.shape}, need (steps, batch, size)")
         steps, batch, size = dense.shape
         flat = dense.reshape(steps * batch, size)
-        if len(flat) == 1:  # a streaming step, whose overhead is felt
+        if len(flat) == 1:  # a single step of one sample, where the call overhead matters
             columns = flat[0].nonzero()[0]
             return cls(np.array([0, len(columns)]), columns.astype(np.int32), flat[0, columns], (steps, batch, size))
         rows, columns = np.nonzero(flat)
@@ -105,7 +105,7 @@ class Events:
 
     @classmethod
     def concatenate(cls, parts: list[Events]) -> Events:
-        """One train of the parts in time order; batch and size must agree."""
+        """The parts one after the other in time. Raises ValueError where batch or size differ."""
         _, batch, size = parts[0].shape
         if any(part.shape[1:] != (batch, size) for part in parts):
             raise ValueError(f"events: cannot join shapes {[part.shape for part in parts]}; batch and size differ")
@@ -120,7 +120,7 @@ class Events:
 
 
 def check_finite(name: str, array: np.ndarray) -> None:
-    """Refuse NaN and infinity, naming the first position. One pass over the array."""
+    """Raise ValueError for NaN and infinity, with the first position. One pass over the array."""
     finite = np.isfinite(array)
     if not finite.all():
         position = tuple(int(k) for k in np.argwhere(~finite)[0])

@@ -1,7 +1,6 @@
-"""Networks of event layers, their state, and running them: start reading here.
+"""Networks: layers of event-based GRU units, an optional embedding and read-out, and the initialisation of weights.
 
-`simulate(network, inputs)` runs a whole sequence; `Simulator` keeps state for streaming. The path of one time
-step: here -> `cpu.py` (or `reference.py`) -> `cells.py`.
+A `Network` is a frozen record; `simulation.py` runs it.
 """
 
 from __future__ import annotations

@@ -31,7 +31,9 @@ DOTTED = re.compile(r"eventrnn(\.\w+)+")
 NAMED = re.compile(r"((?:`[A-Za-z_][\w.]*(?:\(\))?`(?:, and |, | and | or )?)+)\s(?:in|of)\s`([\w/]+\.py)`")
 
 #: Files that a user or a run writes, and `kernels/`, which many folders contain.
-EXAMPLES = re.compile(r"(^kernels/$|my_|runs/|recipe\.toml|config\.toml|log\.jsonl|out/|build/|picture|docs/_build/|checkpoints/)")
+EXAMPLES = re.compile(
+    r"(^kernels/$|my_|runs/|recipe\.toml|config\.toml|log\.jsonl|out/|build/|picture|docs/_build/|checkpoints/)"
+)
 
 
 def identify(path):

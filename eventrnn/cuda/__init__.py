@@ -34,8 +34,10 @@ run_buffers       : memory of a run, kept between runs; graphs
 inputs            : inputs and states on the GPU
 launch            : kernel arguments and kernel selection
 tensor_core_layer : layers on tensor cores
+device_network    : a network packed for one GPU, and the plans of its launches
+run               : a run of one shape: its memory, the work that it enqueues, and its graph
 stepper           : single steps, captured as a graph
-engine            : a network on the GPU, and its runs
+engine            : inputs, whole sequences in chunks of time, and the memory that is kept between runs
 kernels/          : device code; each file says what a thread, a warp and a block own
 """
 

@@ -1,12 +1,22 @@
-"""Weight formats, stored by presynaptic unit: what leaves unit `j` lies together.
+"""Weight formats, stored by presynaptic unit: the weights that leave unit `j` lie together.
 
-A format is a frozen record of named arrays over a matrix of shape `(n_pre, n_post)`; `n_post` counts gate rows
-(3N for an EGRU layer). Entry `[j, i]` is the weight from `j` to `i`: the transpose of the W of the equations.
-Knows nothing of backends: each backend has one traversal a format.
+A format is a frozen record of named arrays over a matrix of shape `(n_pre, n_post)`, where `n_post` counts gate rows
+(3N for an EGRU layer). Entry `[j, i]` is the weight from unit j to gate row i: the transpose of W in the equations.
+Formats know nothing of backends.
 
 Each format offers `check(full)`, `to_dense`, `from_dense`, `fan_out`, `stored_out`, `nnz`, `stored`, `nbytes`, and
-may be stored narrow (`storage`, `floats`, `stored_as`). `nnz` counts non-zero weights, `stored` what a kernel walks:
-zeros inside blocks and groups and padding at the edges included.
+can store its values as bfloat16 or int8 (`storage`, `floats`, `stored_as`). `nnz` counts the non-zero weights;
+`stored` counts the entries that a kernel multiplies, zeros inside blocks and groups and padding at the edges included.
+
+A new format is added in these places:
+
+- a file here with a subclass of `Weights`, its name in `FORMATS`, and its line in `convert`
+- `cpu/packing.py`: the packed table for the CPU kernels (`cpu/kernels/spmm.py`), and `check_format`
+- `cuda/packing.py`: the strips for the GPU kernels, and `check_format`
+- `counting/audit.py` (the mask of stored entries) and `pruning/patterns.py` (storing a pruned matrix in its old format)
+
+Training needs no change, because it reads the mask of a matrix only (`Weights.kept`). Neither do model files, which hold
+the fields of the record (`Weights.arrays`, `Weights.options`), nor the tests, which draw their formats from `FORMATS`.
 """
 
 from __future__ import annotations
@@ -26,7 +36,7 @@ from eventrnn.weights.nm import check_nm as check_nm
 from eventrnn.weights.storage import STORAGES as STORAGES
 from eventrnn.weights.storage import check_storage as check_storage
 
-#: format name -> record
+#: format name -> class of its records
 FORMATS: dict[str, type[Weights]] = {"dense": Dense, "csr": CSR, "block": BlockCSR, "nm": NM}
 
 
@@ -48,7 +58,8 @@ def convert(
     nm      : (n, m, axis), for "nm" only
     storage : one of `STORAGES`; None keeps that of `weights` exactly, int8 with its scales, and is float32 for an array
 
-    Raises ValueError for what is not in these tables, and as `from_dense` of the format and `stored_as` do.
+    Raises ValueError for an unknown format or storage and for options of another format, and as `from_dense` of the
+    format and `stored_as` do.
     """
     if to not in FORMATS:
         raise ValueError(f"format: got {to!r}, need one of {', '.join(FORMATS)}")

@@ -13,11 +13,11 @@ from eventrnn.weights.base import Weights, check_indices, finite_matrix, need_in
 
 @dataclass(frozen=True, eq=False, repr=False)
 class BlockCSR(Weights):
-    """Blocks of `block = (r, c)`: r presynaptic by c postsynaptic, on a grid from entry [0, 0].
+    """Blocks of `block = (r, c)` entries, r presynaptic by c postsynaptic, on a grid that starts at entry [0, 0].
 
-    A matrix that is no multiple of the block is padded with zeros at its far edges; padding is stored and
-    counted as executed. Values are unit-major, so that what one unit sends is contiguous: unit `k * r + s` of
-    block row `k` finds its values of the row's blocks at `(indptr[k] * r + s * n_k) * c`, `n_k` blocks of c.
+    A matrix whose size is not a multiple of the block is padded with zeros at its far edges. Padding is stored and
+    counted as executed. The values of one presynaptic unit are contiguous: for unit `k * r + s`, in block row k with
+    `n_k` blocks, they begin at `(indptr[k] * r + s * n_k) * c` and are `n_k * c` long.
 
     Attributes
     ----------
@@ -26,7 +26,16 @@ class BlockCSR(Weights):
     values  : (n_blocks * r * c,)
     shape   : (n_pre, n_post), unpadded
     block   : (r, c)
-    scales  : (n_pre,) float32 for int8, one a unit and not a block; else None
+    scales  : (n_pre,) float32 for int8, one per unit and not per block; else None
+
+    Examples
+    --------
+    >>> dense = np.array([[0, 2, 0, 0], [1, 0, 0, 3]], np.float32)  # two units, four outputs
+    >>> weights = BlockCSR.from_dense(dense, block=(1, 2))
+    >>> weights.indptr.tolist(), weights.indices.tolist(), weights.values.tolist()
+    ([0, 1, 3], [0, 0, 1], [0.0, 2.0, 1.0, 0.0, 0.0, 3.0])
+    >>> weights.stored, weights.nnz  # zeros inside blocks are stored
+    (6, 3)
     """
 
     indptr: np.ndarray

@@ -22,7 +22,7 @@ from eventrnn.weights.base import (
 
 @dataclass(frozen=True, eq=False, repr=False)
 class CSR(Weights):
-    """Single entries, compressed by presynaptic unit.
+    """Single entries in compressed rows, one row per presynaptic unit.
 
     Attributes
     ----------
@@ -31,6 +31,15 @@ class CSR(Weights):
     values  : (stored,)
     shape   : (n_pre, n_post)
     scales  : (n_pre,) float32 for int8, else None
+
+    Examples
+    --------
+    >>> dense = np.array([[0, 2, 0, 0], [1, 0, 0, 3]], np.float32)  # two units, four outputs
+    >>> weights = CSR.from_dense(dense)
+    >>> weights.indptr.tolist(), weights.indices.tolist(), weights.values.tolist()
+    ([0, 1, 3], [1, 0, 3], [2.0, 1.0, 3.0])
+    >>> weights.fan_out().tolist()
+    [1, 2]
     """
 
     indptr: np.ndarray

@@ -12,12 +12,19 @@ from eventrnn.weights.base import Weights, finite_matrix, need_values
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Dense(Weights):
-    """All entries.
+    """Every entry of the matrix, zeros included.
 
     Attributes
     ----------
     values : (n_pre, n_post), C-contiguous
     scales : (n_pre,) float32 for int8, else None
+
+    Examples
+    --------
+    >>> dense = np.array([[0, 2, 0, 0], [1, 0, 0, 3]], np.float32)  # two units, four outputs
+    >>> weights = Dense.from_dense(dense)
+    >>> weights.stored, weights.nnz
+    (8, 3)
     """
 
     values: np.ndarray

@@ -1,4 +1,4 @@
-"""N of each M: the same small number of weights in every group of consecutive places, with packed indices."""
+"""N:M sparsity: the same number of weights in every group of consecutive entries, with packed indices."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ MOST = 32
 
 @dataclass(frozen=True, eq=False, repr=False)
 class NM(Weights):
-    """n weights kept of each m: of m consecutive outputs of a unit ("post") or of m consecutive units of an output.
+    """n weights of each m: of m consecutive outputs of a unit ("post"), or of m consecutive units of an output ("pre").
 
-    Groups lie on a grid from entry [0, 0]; the last along the axis may have g < m members and keeps min(n, g). Every
-    group stores exactly that many weights, zeros where there are fewer. `codes` holds their places within their group,
-    ascending, as a stream of `bits` each, least significant bit first, unused bits of the last byte zero. The stream
-    goes through the groups in the order (unit, group) for "post" and (group, output) for "pre".
+    The groups lie on a grid that starts at entry [0, 0]. The last group along the axis may have g < m members and then
+    stores min(n, g) weights. Every group stores exactly that many, zeros where it has fewer. `codes` holds the place of
+    each stored weight within its group, ascending, as a stream of `bits` bits per weight, least significant bit first;
+    unused bits of the last byte are zero. The stream visits the groups in the order (unit, group) for "post" and
+    (group, output) for "pre".
 
     Attributes
     ----------
@@ -32,8 +33,17 @@ class NM(Weights):
     values : (stored,), by presynaptic unit, outputs ascending within a unit
     shape  : (n_pre, n_post)
     n, m   : 1 <= n <= m, 2 <= m <= 32
-    axis   : "post" or "pre", along which groups lie
+    axis   : "post" or "pre", the axis along which groups lie
     scales : (n_pre,) float32 for int8, else None
+
+    Examples
+    --------
+    >>> dense = np.array([[0, 2, 0, 0], [1, 0, 0, 3]], np.float32)  # two units, four outputs
+    >>> weights = NM.from_dense(dense, 1, 2, "post")
+    >>> weights.values.tolist(), bin(weights.codes[0])  # places 1, 0, 0 and 1, one bit each
+    ([2.0, 0.0, 1.0, 3.0], '0b1001')
+    >>> weights.stored, weights.nnz
+    (4, 3)
     """
 
     codes: np.ndarray
