@@ -13,10 +13,10 @@ A new format is added in these places:
 - a file here with a subclass of `Weights`, its name in `FORMATS`, and its line in `convert`
 - `cpu/packing.py`: the packed table for the CPU kernels (`cpu/kernels/spmm.py`), and `check_format`
 - `cuda/packing.py`: the strips for the GPU kernels, and `check_format`
-- `counting/audit.py` (the mask of stored entries) and `pruning/patterns.py` (storing a pruned matrix in its old format)
+- `counting/audit.py` (the mask of stored entries) and `pruning/patterns.py` (storing a matrix in its old format)
 
-Training needs no change, because it reads the mask of a matrix only (`Weights.kept`). Neither do model files, which hold
-the fields of the record (`Weights.arrays`, `Weights.options`), nor the tests, which draw their formats from `FORMATS`.
+Training needs no change, because it reads the mask of a matrix only (`Weights.kept`). Neither do model files, which
+hold the fields of the record (`Weights.arrays`, `Weights.options`), nor the tests, which draw from `FORMATS`.
 """
 
 from __future__ import annotations
