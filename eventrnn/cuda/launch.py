@@ -1,4 +1,4 @@
-"""The launches of layers that go by events: what kernels are told, and which kernel it is."""
+"""Launches of event-driven layers: kernel arguments and kernel selection."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def launch_layers(network: DeviceNetwork, layers: range, each: Plan, buffers: Ru
 
 
 def _layer_rows(network: DeviceNetwork, layers: range, each: Plan, buffers: RunBuffers, drive, after) -> np.ndarray:
-    """What the kernel has to know of each layer."""
+    """The table of a launch: one row of `tables.LAYER_FIELDS` int64 fields for each part of the plan."""
     event_logs, gated, cells = buffers.event_logs, buffers.gated, buffers.cells
     parts = parts_of(layers, each)
     rows = np.zeros((len(parts), tables.LAYER_FIELDS), np.int64)

@@ -1,4 +1,4 @@
-"""The memory of a run, or of a part of a long one: kept, so that the next run of that shape allocates nothing."""
+"""The device memory of a run, kept so that the next run of that shape allocates nothing; captured graphs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ UNWRITTEN_BYTE = 0xFF
 
 
 class RunBuffers:
-    """So many steps of so many samples.
+    """The device memory of a run of `steps` steps and `batch` samples.
 
     Attributes
     ----------

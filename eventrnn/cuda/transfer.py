@@ -1,7 +1,7 @@
-"""Large copies between the host's arrays and the GPU's.
+"""Large copies between host memory and GPU memory.
 
-The driver copies ordinary memory by one thread, through pinned memory of its own. Here threads fill and empty pinned
-pieces beside each other, and beside the GPU: on an H100 thirty gigabytes a second into a new array instead of two.
+The driver copies pageable memory with one thread, through pinned memory of its own. Here several threads fill and empty
+pinned staging buffers while the GPU copies others: 30 gigabytes per second into a new array on an H100, instead of two.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-# Bytes of a pinned buffer, and from how many on a copy goes through them.
+# Bytes of a staging buffer, and the size from which a copy goes through staging buffers.
 STAGING_BYTES, LARGE = 4 << 20, 16 << 20
 
 THREADS = min(8, os.cpu_count() or 1)
@@ -23,7 +23,7 @@ BUFFERS = THREADS + 2
 
 
 class StagedCopier:
-    """Pinned pieces, kept, and where on the stream each was last used."""
+    """Pinned staging buffers, kept between copies, and the event on the stream after the last use of each."""
 
     def __init__(self, arrays: Any, queue: Any):
         self.queue = queue
@@ -32,7 +32,7 @@ class StagedCopier:
         self.used: list[Any] = [None] * BUFFERS
 
     def fetch(self, source: Any, target: np.ndarray) -> None:
-        """From the GPU to the host, both contiguous, on the device's stream; done on return."""
+        """Copy from the GPU to the host on the stream; complete on return. Both arrays are contiguous."""
         there, here = source.view(np.uint8).ravel(), target.reshape(-1).view(np.uint8)
         with self._threads() as start:
             pending: list[Future | None] = [None] * BUFFERS
@@ -47,7 +47,7 @@ class StagedCopier:
                 _finish(each)
 
     def send(self, source: np.ndarray, target: Any) -> None:
-        """From the host to the GPU, both contiguous, on the device's stream; the source may change on return."""
+        """Copy from the host to the GPU on the stream; the source may change on return. Both arrays are contiguous."""
         here, there = source.reshape(-1).view(np.uint8), target.view(np.uint8).ravel()
         with self._threads() as start:
             cuts = list(_cuts(len(here)))
@@ -55,7 +55,7 @@ class StagedCopier:
             for number in range(len(cuts) + BUFFERS):
                 own = number % BUFFERS
                 if number >= BUFFERS:
-                    # The copy of a piece begins once it is full, in order.
+                    # The copies are enqueued in order, each once its buffer is full.
                     begin, end = cuts[number - BUFFERS]
                     _finish(filled[own])
                     there[begin:end].data.copy_from_host_async(self.buffers[own].ctypes.data, end - begin)
@@ -66,7 +66,7 @@ class StagedCopier:
 
     @contextmanager
     def _threads(self) -> Iterator[Callable[..., Future]]:
-        # Whatever happens, no thread writes to anybody's memory any more afterwards.
+        # Leaving the pool waits for its threads, so that none writes to the caller's memory afterwards.
         with ThreadPoolExecutor(THREADS) as pool:
             yield pool.submit
 
