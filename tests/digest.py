@@ -1,7 +1,7 @@
-"""One number for everything that a fixed set of networks does; run as a script, it tells which kernels computed it.
+"""A digest of the results of a fixed set of networks. As a script, it prints the digest and whether AVX-512 was used.
 
-Every format, storage and variant, one drive and many, one thread and two, and every kind of traversal, and windows of
-training: two processes with other kernels, for another processor, must print the same.
+The networks have every format, storage and variant. They run with one drive and many, on one thread and two, with every
+kind of kernel, and in windows of training. Processes with kernels for different processors must print the same digest.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from eventrnn.state import State
 from eventrnn.training import Model
 from eventrnn.weights import FORMATS, STORAGES, convert
 
-#: What `convert` needs, by format: wide, narrow and odd blocks among them.
+#: Format -> options of `convert`. Blocks are wide, narrow and of odd sizes.
 OPTIONS = {
     "dense": ({},),
     "csr": ({},),
     "block": ({"block": (1, 64)}, {"block": (2, 16)}, {"block": (1, 4)}, {"block": (3, 5)}),
     "nm": ({"nm": (2, 4)},),
 }
-# By mask and by index; walking the active units and all of them. Processors with no use for masks can read them.
+# Weights by mask and by index; products over the active units and over all. Masks work without AVX-512, but slowly.
 CHOICES = (
     {"AVX512": True, "MASKED_FROM": 0, "EVERY_FROM_SHARE": 0},
     {"MASKED_FROM": 2, "EVERY_FROM_SHARE": 2},
@@ -45,14 +45,14 @@ def network(variant: str, name: str, storage: str, options: dict) -> Network:
         kept = rng.random(weights.shape) < 0.4
         values = (3 * weights.to_dense() * kept).astype(np.float32)
         if name == "nm":
-            # Two of each four, by place.
+            # At most two of each four weights are non-zero.
             values[:, 1::2] = 0
         matrices[key] = convert(values, name, storage=storage, **options)
     return drawn.with_matrices(matrices)
 
 
 def digest() -> str:
-    """sha256 of outputs, cells, events and final states, in a fixed order."""
+    """SHA-256 of outputs, cells, events, final states and gradients, in a fixed order."""
     total = hashlib.sha256()
     rng = np.random.default_rng(21)
     inputs = [
@@ -81,7 +81,7 @@ def digest() -> str:
 
 
 def windows() -> Iterator[dict[str, np.ndarray]]:
-    """Gradients of windows with more rows than go together, all weights, pieces of them and single ones."""
+    """Gradients of windows with more rows than a tile, with dense, blocked and single weights."""
     rng = np.random.default_rng(22)
     for variant in CELLS["egru"]:
         for name, options, density in (("dense", {}, 1), ("block", {"block": (1, 64)}, 0.4), ("csr", {}, 0.1)):

@@ -27,7 +27,7 @@ EXACT = [name for name in BACKENDS if get_backend(name).exact]
 
 
 def each(names) -> list:
-    """Names of backends to test, those marked that need more than this machine may have."""
+    """Names of backends as parameters of a test. The CUDA backend carries the mark `gpu`."""
     return [pytest.param(name, marks=pytest.mark.gpu) if name == "cuda" else name for name in names]
 
 
@@ -47,7 +47,7 @@ class Case:
 
 @st.composite
 def cases(draw, *, max_batch=5, max_steps=8, **options) -> Case:
-    """A network, what it is fed and where it starts; `options` go to `networks`."""
+    """A network, its inputs and its initial state. `options` are those of `networks`."""
     network, batch = draw(networks(**options)), draw(st.integers(1, max_batch))
     return Case(network, draw(inputs(network, st.integers(1, max_steps), batch)), draw(states(network, batch)))
 
@@ -76,7 +76,7 @@ def same_events(a: Events, b: Events) -> bool:
 
 
 def assert_same(a: Simulation, b: Simulation, record=RECORDABLE) -> None:
-    """Everything a run returns is equal; events, cells and state bit by bit."""
+    """Demand that two runs returned equal results. Events, cells and states must have equal bits."""
     if "events" in record:
         assert a.inputs is not None
         assert b.inputs is not None
@@ -98,7 +98,7 @@ def assert_same_state(a: State, b: State) -> None:
 
 @contextmanager
 def unmodified(case: Case):
-    """Nothing handed to the library may change."""
+    """Demand that no array of a case changes within the context."""
 
     def arrays() -> list[np.ndarray]:
         network = case.network
@@ -121,7 +121,7 @@ def steps_of(fed: np.ndarray | Events) -> int:
 
 
 def part(fed: np.ndarray | Events, steps: slice = slice(None), batch: slice = slice(None)) -> np.ndarray | Events:
-    """Some steps and samples of an input, of the same kind."""
+    """Some steps and samples of an input, as an array or as events like the input."""
     if isinstance(fed, Events):
         return Events.from_dense(fed.to_dense()[steps, batch])
     return fed[steps, batch]

@@ -1,4 +1,4 @@
-"""A scalar that counts: runs the specification's own loops and counts what they multiply."""
+"""Numbers that count multiplications: the loops of the specification run with them and are counted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support import tolerance
 
 @dataclass
 class Tally:
-    """Multiplications seen: all of them, and those of two non-zero numbers."""
+    """Number of multiplications: all of them, and those of two non-zero numbers."""
 
     dense: int = 0
     effective: int = 0
@@ -22,7 +22,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Counted:
-    """A number that adds and multiplies, and counts products in its tally."""
+    """A number that adds and multiplies, and counts its products in a tally."""
 
     value: float
     tally: Tally = field(compare=False)
@@ -42,7 +42,7 @@ def counted(array: np.ndarray, tally: Tally) -> np.ndarray:
 
 
 def nm_places(weights: NM) -> list[tuple[int, int]]:
-    """(unit, output) of every stored weight of an N:M matrix, read off its stream of codes bit by bit."""
+    """Sorted (unit, output) of every stored weight of an N:M matrix, decoded from its codes bit by bit."""
     n_pre, n_post = weights.shape
     post = weights.axis == "post"
     length, lines = (n_post, n_pre) if post else (n_pre, n_post)
@@ -60,14 +60,15 @@ def nm_places(weights: NM) -> list[tuple[int, int]]:
 
 
 def count_multiplications(weights: np.ndarray, values: np.ndarray) -> tuple[int, int]:
-    """Run `reference.propagate` on counting numbers: (dense, effective) multiplications.
+    """Run `reference.propagate` on counting numbers and return the (dense, effective) multiplications.
 
-    weights (J, P), values (B, J); dense counts every weight by every value, effective those where neither is zero.
+    weights (J, P), values (B, J). Dense counts the product of every weight and every value, effective only the
+    products of two non-zero numbers.
     """
     tally = Tally()
     bias = counted(np.zeros(weights.shape[1]), tally)
     drive = reference.propagate(counted(weights, tally), counted(values, tally), bias)
-    # What was counted must be the product, or the count would be of something else.
+    # The counted operations must have computed the product. Otherwise the count is of something else.
     products = np.frompyfunc(lambda number: number.value, 1, 1)(drive).astype(np.float64)
     expected = values.astype(np.float64) @ weights.astype(np.float64)
     bound = tolerance.drive_bound(weights, values, np.zeros(weights.shape[1]), tolerance.U64)

@@ -14,7 +14,7 @@ from support.conformance import assert_same, cases
 
 NEVER = 1 << 30
 FEW, MANY = {"SHARED_EVENTS": NEVER}, {"SHARED_EVENTS": 0}
-# Processors with no use for masks can read them.
+# Without AVX-512 the kernels read masks as well, only slower.
 MASKS, INDICES = {"AVX512": True, "MASKED_FROM": 0}, {"MASKED_FROM": 2}
 NARROW = {"WIDEST_SCATTER": 16}
 #: name -> constants of the modules, the formats that they decide upon, and the kinds of window that must come out
@@ -34,7 +34,7 @@ FORCED = {
 
 @contextmanager
 def forced(constants: dict):
-    """Constants of `plan` and `packing`, by name."""
+    """Set constants of `plan`, `packing` and `memory`, by name."""
     with ExitStack() as stack:
         for module in (plan, packing, memory):
             for name, value in constants.items():
@@ -44,7 +44,7 @@ def forced(constants: dict):
 
 
 def kinds(engine) -> set[int]:
-    """The kinds of all windows of an engine that hold something."""
+    """The kinds of all non-empty column windows of an engine."""
     windows = np.concatenate([each.windows.reshape(-1, packing.FIELDS) for each in engine.plans.values()])
     return {int(kind) for kind in windows[windows[:, HIGH] > windows[:, LOW], KIND]}
 

@@ -1,12 +1,12 @@
-"""What a backward pass adds up, in magnitudes: the S of the bound gamma(n) S for gradients (see tolerance.py)."""
+"""Sums of the magnitudes that a backward pass adds up: S in the error bound gamma(n) S of tolerance.py."""
 
 import numpy as np
 
 
 def backward_magnitudes(cell, parameters: dict, x, tapes, d_y, d_c, d_cell=None) -> dict:
-    """`reference.backward` with every term replaced by its magnitude and every difference by a sum, float64.
+    """`reference.backward` in float64 with every term replaced by its magnitude and every difference by a sum.
 
-    Covers the rounding of each intermediate result: none is larger than its magnitude here.
+    No intermediate result of a backward pass exceeds its value here, so that the sums cover the rounding of each.
     """
     size = {name: np.abs(value) for name, value in parameters.items()}
     w_rec, threshold, n = size["w_rec"], size["threshold"], len(size["threshold"])

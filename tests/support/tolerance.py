@@ -1,4 +1,4 @@
-"""Every tolerance of the test suite, with its derivation. Exact tiers have none: they compare with `==`.
+"""Every tolerance of the test suite, with its derivation. Exact comparisons need none: they use `==`.
 
 Notation: u is the unit roundoff of the format. A sum of n fused multiply-adds, or of n products and n additions of
 magnitudes that add up to S, is off by at most gamma(n) S, gamma(n) = n u / (1 - n u) (Higham 2002, section 3.1).
@@ -14,7 +14,7 @@ import numpy as np
 from eventrnn import cells
 
 U32, U64 = 2.0**-24, 2.0**-53
-# Half the spacing of subnormal float32: what a result below the normal range may be off by, whatever its size.
+# Bounds the absolute error of a float32 result below the normal range: it exceeds half the spacing of subnormals.
 TINY32 = 2.0**-126
 
 
@@ -29,68 +29,69 @@ def gamma(n: int, u: float) -> float:
 #: over 100 rows: 1,300 roundings, gamma = 1.44e-13. Magnitudes in these sums add to below 7.
 GOLDEN = 1e-12
 
-#: A step worked by hand, float64: under 64 roundings of numbers below 4, the constants (logarithms) included.
+#: A step worked by hand in float64: fewer than 64 roundings of numbers below 4, including the logarithms.
 HAND_WORKED = 4 * gamma(64, U64)
 
-#: The float64 functions of the C library, which stand in for exact values where there are millions, are off by less
-#: than an ulp of float64, which is 2^-29 ulp of float32.
+#: Where millions of values are tested, the float64 functions of the C library stand for the exact ones. Their error is
+#: below one ulp of float64, which is 2^-29 ulp of float32.
 LIBM_ULP = 2.0**-29
 
-#: Bytes that 2,000 steps of a stream may add, in the quietest of four such intervals: the rest of the process allocates
-#: now and then, but a leak shows in every one. An object kept a step, the smallest being 16 bytes, would add 32,000.
+#: Bytes by which memory may grow in 2,000 steps of a stream, in the best of four such intervals. Other parts of the
+#: process allocate occasionally, but a leak shows in every interval: one object of 16 bytes per step would add 32,000.
 STREAM_BYTES = 4_000
 
 #: At most this share of units may lie so close to their threshold that rounding could move the event.
 INSIDE_MARGIN = 0.01
 
-#: The bound on v must be able to tell something. In the test's network the magnitudes of a drive's 160 terms add up to
-#: about 20: gamma(160) 20 = 2e-4, a quarter of which passes a sigmoid. A 1,000th of a typical threshold is
+#: The largest bound on v in the test's network, so that the bound can separate right from wrong. The magnitudes of the
+#: 160 terms of a drive add up to about 20: gamma(160) 20 = 2e-4, of which a sigmoid passes a quarter. The limit is a
+#: 1,000th of a typical threshold.
 SHARPEST_MARGIN = 1e-4
 
-#: float32 v = tanh(2) / 2: 1.5 ulp of tanh, halved, and the decimal thresholds it is compared with, each off by u / 2.
+#: float32 v = tanh(2) / 2: half of 1.5 ulp of tanh, and the rounding of the decimal thresholds, u / 2 each.
 HALF_TANH = 4 * U32
 
-#: Average activity of drawn networks: some units fire, some do not, far from both ends.
+#: Average activity of drawn networks. Some units fire and some do not.
 ACTIVITY_RANGE = (0.1, 0.9)
 
 
-#: A gradient of the rate term is a mean over samples (one rounding in float64), cast, times three float32 factors.
+#: A gradient of the rate term: a mean over samples in float64, rounded to float32 and multiplied by three factors.
 RATE_GRADIENT = 4 * U32
 
-#: The same summed over 100 or so steps and samples of gradients below 1/16, by threshold.
+#: The sum of about 100 such gradients, each below 1/16, over steps and samples, per threshold.
 RATE_GRADIENT_SUM = gamma(1024, U32) / 16
 
-#: How near 0.05, and 0.5, a strong pull brings the activity of 24 units in 120 updates: half a unit's share of one, and
-#: the swing that a rate of 1e-2 leaves.
+#: Target activity -> largest distance from it after 120 updates of 24 units with a strong rate term. The distance
+#: allows for half the activity of one unit and for the oscillation at a learning rate of 1e-2.
 RATE_REACHED = {0.05: 0.05, 0.5: 0.15}
 
-#: Further from a corner of the surrogate than any rounding of v: gamma of the drive's 200 terms is 1.2e-5.
+#: Distance from a corner of the surrogate that exceeds every rounding error of v: gamma of 200 terms is 1.2e-5.
 CORNER = 1e-3
 
-#: What the sorted greedy mask prunes, over what an optimal one does: proven by Hubara et al. (2021), and tight.
+#: The greedy mask prunes at most this factor more magnitude than the optimal mask: Hubara et al. (2021). It is tight.
 GREEDY_FACTOR = 2
 
 
 def sample_mean(n: int, deviation: float = 0.5) -> float:
-    """Five deviations of the mean of n draws; numbers within [0, 1] or a narrower range deviate by at most 0.5."""
+    """Five standard deviations of the mean of n draws. Numbers within [0, 1] have a deviation of at most 0.5."""
     return 5 * deviation / np.sqrt(n)
 
 
 def int8_error(scales: np.ndarray) -> np.ndarray:
-    """How far a weight may be from the one that int8 stores for it, with its scale.
+    """Largest difference between a weight and its decoded int8 code, for scales of any shape.
 
-    Half a scale to the nearest code. Its decoding rounds once: u of at most 128 scales.
+    The nearest code is within half a scale. Decoding rounds once, which adds u times at most 128 scales.
     """
     return scales.astype(np.float64) * (0.5 + 128 * U32)
 
 
 def torch_gru(n: int, steps: int) -> float:
-    """float64 GRU of n units against torch, whose products sum in another order.
+    """Bound on the difference of a float64 GRU of n units from PyTorch's, whose products sum in another order.
 
-    The test draws recurrent weights whose magnitudes add to at most 1 a gate row, and outputs stay within [-1, 1].
-    Then a step, as a function of h, stretches an error by at most 3: u <= 1 directly, |h - g| / 4 <= 1/2 through u,
-    and r + |rec_g| / 4 <= 3/2 through the candidate, rec_g within [-2, 2]. A step adds at most gamma(2n + 16) 8: sums
-    of magnitude below 8 in no more than 2n + 16 roundings. Over the steps this adds up to less than
+    The test draws recurrent weights whose magnitudes add up to at most 1 per gate row. Outputs stay within [-1, 1].
+    Then one step, as a function of h, multiplies an error by at most 3: u <= 1 directly, |h - g| / 4 <= 1/2 through u,
+    and r + |rec_g| / 4 <= 3/2 through the candidate, with rec_g within [-2, 2]. A step adds at most gamma(2n + 16) 8:
+    sums of magnitude below 8 in at most 2n + 16 roundings. The result bounds the sum over all steps.
     """
     return 3.0**steps * gamma(2 * n + 16, U64) * 8
 
@@ -99,10 +100,10 @@ def torch_gru(n: int, steps: int) -> float:
 
 
 def drive_bound(weights: np.ndarray, values: np.ndarray, bias: np.ndarray, u: float = U32) -> np.ndarray:
-    """Error of one drive: gamma_n (|b| + sum |w| |x|), n the number of terms and one for a bias added at the end.
+    """Error bound of one drive in any order of summation: gamma_n (|b| + sum |w| |x|).
 
-    weights (J, P), values (B, J), bias (P,) -> (B, P). In any order of summation. Twice gamma of u64 covers the float64
-    sum that it is compared with, and this one.
+    weights (J, P), values (B, J), bias (P,) -> (B, P). n is the number of terms, plus one for a bias that is added at
+    the end. Twice gamma of u64 covers the float64 sum of the comparison and the sum computed here.
     """
     size = np.abs(bias) + np.abs(values).astype(np.float64) @ np.abs(weights).astype(np.float64)
     n = len(weights) + 1
@@ -113,8 +114,8 @@ def drive_bound(weights: np.ndarray, values: np.ndarray, bias: np.ndarray, u: fl
 class Running:
     """A value known in float64 and a bound on the error of its float32 twin (running error analysis, Higham 3.3).
 
-    Every operation adds the roundoff of its float32 result, u (|value| + error); float64's own is below u 2^-28 and
-    goes under in a factor of 1 + 2^-20.
+    Every operation adds the roundoff of its float32 result, u (|value| + error). The roundoff of float64 is below
+    u 2^-28, which a factor of 1 + 2^-20 covers.
     """
 
     value: np.ndarray
@@ -159,7 +160,10 @@ def _drive(weights, values: Running, bias) -> Running:
 
 
 def cell_bound(variant: str, parameters: dict, x: np.ndarray, c: np.ndarray, y: np.ndarray) -> Running:
-    """One step from a common state: v in float64, and how far float32 may be from it. All arrays float64."""
+    """v of one step in float64, with a bound on the error of a float32 step from the same state.
+
+    x (B, I), c and y (B, N), and the parameters are float64.
+    """
     n = len(parameters["threshold"])
     w_rec, bias_rec = parameters["w_rec"], parameters["bias_rec"]
     one = Running(np.ones_like(c))
@@ -176,28 +180,32 @@ def cell_bound(variant: str, parameters: dict, x: np.ndarray, c: np.ndarray, y: 
     return u.fma(Running(c), (one - u) * g) - Running(y)
 
 
-#: Error of a factor that the products of tensor cores take, with 11, 8 and 11 significant bits; of the last the rest is
-#: cut off, not rounded. float16 has no normal numbers below 2^-14: there the error is half of 2^-24.
+#: Relative error of a factor of a tensor-core product, which has 11, 8 or 11 significant bits. float16 and bfloat16 are
+#: rounded, tf32 is truncated. Below 2^-14 float16 has no normal numbers, and its absolute error is TINY16 = 2^-24 / 2.
 ROUNDED = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "tf32": 2.0**-10}
 TINY16 = 2.0**-25
 
-#: The quick sigmoid. ex2.approx is within 2^-22 of its size, its argument, rounded twice, brings |x| 2^-23 more; this
-#: passes s (1 - s), which is below 1/4, and with |x| below 0.23. Then a rounded sum and rcp.approx, 2^-23 each, twice
-#: over. The quick tanh is twice as much and a rounding.
+#: Absolute errors of the approximate sigmoid and tanh on a GPU. ex2.approx has a relative error of 2^-22. Its argument
+#: is rounded twice, which adds |x| 2^-23. The sigmoid multiplies both by s (1 - s), which
+#: is below 1/4; |x| s (1 - s) is below 0.23. The rounded sum and rcp.approx have errors of 2^-23 each; the bound takes three of them.
+#: tanh doubles the error and rounds once more.
 QUICK_SIGMOID = 2.0**-22 / 4 + 0.23 * 2.0**-23 + 3 * 2.0**-23
 QUICK_TANH = 2 * QUICK_SIGMOID + 2.0**-24
 
 
 def two_roundings(precision: str) -> float:
-    """What two float32 results below 4 may be apart once both are rounded: their own difference can turn either."""
+    """Largest difference of two nearly equal results below 4 after each was rounded to the precision.
+
+    Their own difference can change the rounding of both.
+    """
     return 2 * 4 * ROUNDED[precision]
 
 
 def rounded_cell_bound(precision: str, parameters: dict, x: np.ndarray, c: np.ndarray, y: np.ndarray) -> Running:
-    """`cell_bound` of a step through tensor cores, the released variant.
+    """`cell_bound` of a step with tensor-core products, for the released variant.
 
-    Factors of a drive are rounded, which brings 2 e + e^2 of their product and TINY16 of each factor, and what they
-    bring passes on as any error of the drive does; so does rounding the sum. The bias comes last, one rounding more.
+    The factors of a drive are rounded. This adds 2 e + e^2 of their product, and TINY16 of each factor. The sum is
+    rounded too. The bias is added last, with one more rounding. All of this is an error of the drive.
     """
     e = ROUNDED[precision]
     tiny = TINY16 if precision == "float16" else 0.0
@@ -206,7 +214,7 @@ def rounded_cell_bound(precision: str, parameters: dict, x: np.ndarray, c: np.nd
         exact, size = bias + values @ weights, np.abs(values) @ np.abs(weights)
         moved = (2 * e + e * e) * size + tiny * (np.abs(values).sum(axis=1)[:, None] + np.abs(weights).sum(axis=0))
         error = moved + drive_bound(weights, np.abs(values) * (1 + e), bias) * (1 + e)
-        # Of the sum without the bias.
+        # The rounding of the sum without the bias.
         error = error + (0 if precision == "tf32" else e) * (np.abs(values @ weights) + error) + tiny
         n = weights.shape[1] // 3
         return [Running(exact[:, k : k + n], error[:, k : k + n]) for k in (0, n, 2 * n)]
@@ -227,7 +235,7 @@ def rounded_cell_bound(precision: str, parameters: dict, x: np.ndarray, c: np.nd
 # --- finite differences -------------------------------------------------------------------------------------
 
 
-#: Step of a central difference, relative to numbers of order 1: about u64^(1/3), where truncation and roundoff balance.
+#: Step of a central difference for numbers of order 1: about u64^(1/3), where truncation and roundoff are equal.
 DIFFERENCE_STEP = 2.0**-17
 
 
@@ -243,10 +251,10 @@ def central_difference(function: Callable[[float], np.ndarray], size: float, rou
     """Derivative at 0 of a function evaluated in float64, three times differentiable within two steps of 0.
 
     With D(h) = (f(h) - f(-h)) / 2h, D(h) = f' + k h^2 + O(h^4), so that D(2h) - D(h) = 3 k h^2: the truncation error of
-    D(h) is a third of the difference; we allow the whole, which leaves room for the next term. Roundoff: each
-    evaluation is off by gamma(roundings) `size`, `size` the sum of the magnitudes that f adds up; two of them over 2h,
-    in both D(h) and the difference. A function with a kink within the two steps has a large difference and so
-    a useless bound: `sharp` tells.
+    D(h) is a third of the difference; the bound takes the whole difference, which also covers the next term.
+    Roundoff: each evaluation has an error of gamma(roundings) `size`, where `size` is the sum of the magnitudes that f
+    adds up. Two evaluations are divided by 2h, in D(h) and in the difference. A function with a kink within the two
+    steps has a large difference and so a useless bound, which `sharp` detects.
     """
     h = DIFFERENCE_STEP
     once = (function(h) - function(-h)) / (2 * h)
@@ -255,5 +263,5 @@ def central_difference(function: Callable[[float], np.ndarray], size: float, rou
 
 
 def sharp(slope: Slope, size: float) -> bool:
-    """Whether the bound could tell a wrong derivative: below a 10,000th of the function's size."""
+    """Whether the bound is small enough to detect a wrong derivative: below a 10,000th of the function's size."""
     return bool(np.all(slope.bound < size / 10_000))
