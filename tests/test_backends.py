@@ -62,14 +62,14 @@ def test_every_format_equals_the_dense_specification(backend, variant, formats, 
 
 
 @given(case=cases(max_batch=3), threads=st.integers(1, 3))
-def test_mixed_networks_pass_the_public_comparison(case, threads):
+def test_assert_equivalent_mixed_formats_finds_no_difference(case, threads):
     compared = assert_equivalent(case.simulator("reference"), case.simulator("cpu", threads=threads), case.inputs)
     assert compared == steps_of(case.inputs) * case.batch * sum(layer.units for layer in case.network.layers)
 
 
 @pytest.mark.parametrize("backend", each(EXACT))
 @given(case=cases(max_steps=4))
-def test_signed_starting_outputs(backend, case):
+def test_simulate_negative_initial_outputs_equals_specification(backend, case):
     # No run leaves a negative output, but a caller may hand one in: it is an event like any other.
     outputs = tuple(np.where(y > 0.5, -y, y) for y in case.state.outputs)
     signed = replace(case, state=State(case.state.cells, outputs))
@@ -81,7 +81,7 @@ def test_signed_starting_outputs(backend, case):
 
 @pytest.mark.parametrize("backend", each(EXACT))
 @given(network=networks(max_units=8), batch=st.integers(1, 3), data=st.data())
-def test_no_steps_change_nothing(backend, network, batch, data):
+def test_simulate_zero_steps_keeps_the_state(backend, network, batch, data):
     state = data.draw(states(network, batch))
     nothing = part(data.draw(inputs(network, 1, batch)), slice(0))
     result = simulate(network, nothing, state=state, backend=backend, record=RECORDABLE)
@@ -128,7 +128,7 @@ def test_chunks_and_single_steps_equal_one_run(backend, data, threads):
 
 
 @given(case=cases(max_units=40, max_steps=20, embedding=False))
-def test_events_equal_the_same_as_an_array(case):
+def test_simulate_events_and_arrays_give_equal_results(case):
     dense = case.inputs.to_dense() if isinstance(case.inputs, Events) else case.inputs
     results = [
         case.simulator().run(fed, record=RECORDABLE)
@@ -152,7 +152,7 @@ def test_symbols_equal_their_embeddings(backend, case):
 
 @settings(max_examples=15)
 @given(case=cases(max_units=40, max_steps=60), record=records, carry=carries(), limit=st.sampled_from([1, 600, 20_000]))
-def test_recording_in_pieces_changes_nothing(case, record, carry, limit):
+def test_record_in_several_parts_equals_one_part(case, record, carry, limit):
     whole = case.simulator(**carry).run(case.inputs, record=RECORDABLE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(network_module, "RECORD_BYTES", limit)
@@ -160,7 +160,7 @@ def test_recording_in_pieces_changes_nothing(case, record, carry, limit):
 
 
 @given(case=cases(max_units=30, max_steps=30), window=st.integers(1, 6))
-def test_carrying_events_only_is_wiping_the_cells(case, window):
+def test_carry_events_resets_cells_at_every_window(case, window):
     whole = case.simulator(carry="events", window=window).run(case.inputs)
     state, outputs = case.state, []
     for start in range(0, steps_of(case.inputs), window):
@@ -215,7 +215,7 @@ def test_large_narrow_network_in_every_format(storage):
     assert_same(expected, simulate(groups, x, threads=2, record=RECORDABLE))
 
 
-def test_threads_never_write_over_each_other():
+def test_threads_two_or_three_equal_one():
     check_threads_do_not_race("cpu")
 
 
@@ -223,7 +223,7 @@ def test_threads_never_write_over_each_other():
 
 
 @pytest.mark.parametrize("variant", CELLS["egru"])
-def test_ten_thousand_steps_one_at_a_time(variant):
+def test_step_ten_thousand_times_equals_run_without_leaks(variant):
     rng = np.random.default_rng(10)
     network = Network.random([24, 17], inputs=9, readout=5, rng=rng, threshold=0.1, cell=Cell(variant=variant))
     network = in_format(
@@ -252,7 +252,7 @@ def test_ten_thousand_steps_one_at_a_time(variant):
 
 @pytest.mark.parametrize("backend", each(BACKENDS))
 @given(case=cases(readout=True, max_units=30, max_steps=6))
-def test_single_drive_within_its_bound(backend, case):
+def test_one_drive_is_within_its_float64_bound(backend, case):
     assert case.network.readout is not None
     result = case.simulator(backend).run(case.inputs, record="events")
     sent = result.events[-1].to_dense().astype(np.float64)
@@ -326,7 +326,7 @@ def test_dyadic_drives_are_exact_in_any_order(network, seed):
 # --- refusals -----------------------------------------------------------------------------------------------
 
 
-def test_unknown_backend_and_threads_of_the_specification():
+def test_simulator_refuses_unknown_backend_and_threads_of_reference():
     network = Network.random([3], inputs=2, rng=np.random.default_rng(0))
     with pytest.raises(ValueError, match="backend: got 'gpu9', need one of reference, cpu, "):
         Simulator(network, backend="gpu9")
@@ -334,7 +334,7 @@ def test_unknown_backend_and_threads_of_the_specification():
         Simulator(network, backend="reference", threads=2)
 
 
-def test_format_unknown_to_the_cpu_backend():
+def test_cpu_backend_refuses_unknown_format():
     class Diagonal(Weights):
         name, shape, values = "diagonal", (2, 6), np.ones(2, np.float32)
 

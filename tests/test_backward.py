@@ -110,7 +110,7 @@ def agree(model: Model, gradients: dict, tape, noise: Noise, upstream: np.ndarra
 
 @settings(max_examples=60)
 @given(cases(), st.sampled_from(["auto", "dense", "sparse"]), st.sampled_from([1, 2]))
-def test_gradients_are_the_specification_s(case, mode, threads):
+def test_backward_equals_specification_within_bounds(case, mode, threads):
     network, x, state, noise, upstream = case
     model = Model(network, backward=mode, threads=threads)
     _, _, tape = model.forward(x, state, noise)
@@ -127,7 +127,7 @@ def test_gradients_are_the_specification_s(case, mode, threads):
 
 @settings(max_examples=40)
 @given(cases())
-def test_sparse_is_the_engine_forward_and_the_same_bits_on_two_threads(case):
+def test_sparse_forward_equals_engine_on_one_and_two_threads(case):
     network, x, state, noise, upstream = case
     one, two = (Model(network, backward="sparse", threads=threads) for threads in (1, 2))
     tapes = [model.forward(x, state, noise)[2] for model in (one, two)]
@@ -146,7 +146,7 @@ def test_sparse_is_the_engine_forward_and_the_same_bits_on_two_threads(case):
         assert np.array_equal(tapes[0].layers[0].c[1:], run.states[0])
 
 
-def test_the_layers_below_get_what_they_use():
+def test_backward_masks_gradients_for_the_layer_below():
     """A stack, sparse and dense: the gradient of what a lower layer sent is made only where it has a use."""
     rng = np.random.default_rng(7)
     cell = Cell(surrogate=Surrogate("triangle", 0.7, 6.0))
@@ -172,7 +172,7 @@ def test_the_layers_below_get_what_they_use():
 
 @settings(max_examples=25)
 @given(cases(), st.sampled_from(["sparse", "dense"]))
-def test_counts_are_those_of_a_walk_over_the_window(case, mode):
+def test_count_backward_equals_brute_force(case, mode):
     network, x, state, noise, upstream = case
     model = Model(network, backward=mode)
     _, _, tape = model.forward(x, state, noise)
@@ -237,7 +237,7 @@ def test_gradient_of_some_inputs_of_a_long_window(variant):
 
 @pytest.mark.parametrize("variant", ["evnn", "paper"])
 @pytest.mark.parametrize("form", [0, 5])
-def test_more_samples_than_a_tile_has(variant, form):
+def test_backward_batch_larger_than_a_tile(variant, form):
     """Tiles of a step, of a strip of drives and of a window, none of them full."""
     steps, batch, inputs, units = 9, 2 * event_lists.TILE_ROWS + 7, event_lists.TILE_ROWS + 9, 90
     assert steps * batch > spmm.STRIP_ROWS > units
@@ -262,7 +262,7 @@ def test_more_samples_than_a_tile_has(variant, form):
 
 @pytest.mark.parametrize("units", [1, 16, 17])
 @pytest.mark.parametrize("variant", ["evnn", "paper"])
-def test_more_threads_than_shares_of_units(variant, units):
+def test_backward_more_threads_than_unit_groups(variant, units):
     """A thread without units leaves the lists of the others alone, in steps of more than one tile too."""
     rng = np.random.default_rng(units)
     for steps, batch, inputs in ((3, 81, 1), (4, 161, 43)):
@@ -285,7 +285,7 @@ def test_more_threads_than_shares_of_units(variant, units):
 @pytest.mark.parametrize("variant", ["evnn", "paper"])
 @pytest.mark.parametrize("mode", ["sparse", "dense", "auto"])
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
-def test_a_window_of_nothing_has_gradients_of_nothing(variant, mode, shape):
+def test_backward_empty_window_gives_zero_gradients(variant, mode, shape):
     network = Network.random([40], inputs=5, rng=np.random.default_rng(0), cell=Cell(variant=variant))
     for threads in (1, 2):
         model = Model(network, backward=mode, threads=threads)
@@ -315,7 +315,7 @@ def test_a_mask_of_inputs_that_does_not_fit_is_refused(got):
     assert "inputs" not in model.backward(tape, np.ones((3, 2, 4), np.float32), d_inputs=np.False_)
 
 
-def test_patterns_find_the_widest_pieces():
+def test_pattern_selects_the_widest_block_segments():
     rng = np.random.default_rng(0)
     for (form, options), expected in zip(FORMATS, (DENSE, SINGLE, PIECES, PIECES, SINGLE, PIECES, SINGLE), strict=True):
         dense = rng.normal(size=(40, 3 * 40)).astype(np.float32)
@@ -332,7 +332,7 @@ def test_patterns_find_the_widest_pieces():
             assert not ((pattern.columns < 80) & (pattern.columns + pattern.valid > 80)).any()
 
 
-def test_masks_that_change_are_followed():
+def test_model_follows_changed_masks():
     rng = np.random.default_rng(1)
     network = Network.random([40], inputs=40, rng=rng, threshold=0.05)
     model, x = Model(network, backward="sparse"), rng.random((4, 3, 40), np.float32)
@@ -378,7 +378,7 @@ def test_thresholds_by_their_rule(rule):
     assert (after >= 0).all() and (after <= highest).all() and (after > theta).all()
 
 
-def test_thresholds_begin_as_asked():
+def test_thresholds_start_at_the_given_values():
     drawn = thresholds.initial(0.3, 20_000, rng=np.random.default_rng(0))
     # Beta(9/7, 3) has mean 0.3 and a deviation below a half: five deviations of the mean of 20,000.
     assert abs(drawn.mean() - 0.3) <= 5 * 0.5 / np.sqrt(20_000) and 0 < drawn.min() and drawn.max() < 1
@@ -397,7 +397,7 @@ def _scaled_twice(self, k, gradients, dropped, stored):
     gradients[f"layers.{k}.w_rec"] *= dropped > 0
 
 
-def test_a_mask_without_its_rescaling_is_seen(monkeypatch):
+def test_dropout_mask_without_rescaling_is_detected(monkeypatch):
     rng = np.random.default_rng(5)
     network = Network.random([20], inputs=6, rng=rng, threshold=0.05)
     noise = Noise(recurrent=((rng.random((20, 60)) < 0.5).astype(np.float32) * np.float32(2),))
@@ -415,7 +415,7 @@ def test_a_mask_without_its_rescaling_is_seen(monkeypatch):
         check()
 
 
-def test_refusals():
+def test_backward_refuses_invalid_arguments():
     rng = np.random.default_rng(0)
     network = Network.random([6, 4], inputs=3, rng=rng, threshold=0.1)
     for changes, message in (

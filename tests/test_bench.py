@@ -60,7 +60,7 @@ WEIGHTS = [
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 @pytest.mark.parametrize("batch", [1, 3, 20])
 @pytest.mark.parametrize("rival", PRODUCTS)
-def test_rivals_of_a_product_compute_it(clock, rival, batch, weights):
+def test_product_baselines_compute_the_product(clock, rival, batch, weights):
     line = bench.inference(**SMALL | weights | {"batch": batch, "against": rival})
     assert line["measures"] == "product" and line["against_variant"].startswith(rival)
     assert line["speedup"] == 4 and line["against_us_per_step"] == 8 / 12 * 1e6
@@ -70,7 +70,7 @@ def test_rivals_of_a_product_compute_it(clock, rival, batch, weights):
 @pytest.mark.parametrize("variant", ["evnn", "paper"])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("rival", LAYERS)
-def test_rivals_of_a_layer_follow_our_first_step(clock, rival, batch, variant):
+def test_layer_baselines_agree_on_the_first_step(clock, rival, batch, variant):
     case = {"layers": 2, "batch": batch, "variant": variant, "against": rival, "hidden": 96, "block": (1, 16)}
     line = bench.inference(**SMALL | case | {"steps": 40, "repeats": 3})
     assert line["measures"] == "layer" and line["against_variant"] == rival and line["speedup"] == 4
@@ -79,7 +79,7 @@ def test_rivals_of_a_layer_follow_our_first_step(clock, rival, batch, variant):
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(("form", "block"), [("dense", None), ("csr", None), ("block", (1, 64)), ("block", (4, 4))])
 @pytest.mark.parametrize("batch", [1, 40])
-def test_a_product_by_itself_keeps_the_contract(batch, form, block, threads):
+def test_single_product_keeps_the_contract(batch, form, block, threads):
     """Right within rounding, and the bits of the dense twin on one thread."""
     rng = np.random.default_rng(0)
     weights = random_weights((64, 192), sparsity=0.0 if form == "dense" else 0.5, format=form, block=block, rng=rng)
@@ -104,7 +104,7 @@ def test_narrow_weights_against_float32(clock, weights, dtype, batch):
     assert line["bytes_per_step"] < wide["bytes_per_step"]
 
 
-def test_what_computes_something_else_is_never_timed(clock, monkeypatch):
+def test_wrong_result_is_never_timed(clock, monkeypatch):
     def off_by_one_step(task):
         return {"late": lambda t: task.dense.T @ task.columns[max(t - 1, 0)]}
 
@@ -121,7 +121,7 @@ def test_bound_of_a_product_is_twice_gamma():
     assert np.array_equal(rivals.product_bound(weights, values), 2 * gamma(2, U32) * np.array([[2.5, 4]]))
 
 
-def test_a_line_says_what_was_asked_and_what_was_found(clock):
+def test_result_line_holds_request_and_result(clock):
     line = bench.inference(**SMALL | {"against": "numpy,scipy", "block": (1, 16), "batch": 2})
     assert {key: line[key] for key in ("measures", "dtype", "format", "block", "nm", "against", "seed")} == {
         "measures": "product", "dtype": "float32", "format": "block", "block": "1x16", "nm": None,
@@ -138,11 +138,11 @@ def test_a_line_says_what_was_asked_and_what_was_found(clock):
     assert Case(**SMALL | {"against": "numpy,scipy", "block": (1, 16), "batch": 2}).record().items() <= line.items()
 
 
-def test_two_threads_bring_a_probe_of_the_second_core():
+def test_two_threads_add_a_probe_of_the_second_core():
     assert peak(1)["fma_scaling"] is None and peak(2)["fma_scaling"] > 0
 
 
-def test_none_is_a_rival_too(clock):
+def test_against_none_times_only_this_package(clock):
     line = bench.inference(**SMALL | {"against": "none", "hidden": 96, "steps": 40, "block": (1, 16)})
     assert line["measures"] == "layer" and line["speedup"] is None and line["against_variants_us_per_step"] == {}
 
@@ -187,7 +187,7 @@ def test_random_groups_keep_n_of_m(n, m, shape, axis):
         ({"batch": 0}, "batch: got 0"),
     ],
 )
-def test_what_does_not_go_together_is_refused(case, message):
+def test_bench_refuses_conflicting_options(case, message):
     with pytest.raises(ValueError, match=message):
         Case(**case)
 

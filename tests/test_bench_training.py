@@ -25,7 +25,7 @@ SMALL = {"hidden": 96, "batch": 8, "steps": 12, "repeats": 3, "activity": 0.2, "
         ({"input_gradient": "some"}, "input_gradient"),
     ],
 )
-def test_refusals(change, message):
+def test_bench_training_refuses_invalid_arguments(change, message):
     with pytest.raises(ValueError, match=message):
         TrainingCase(**change)
 
@@ -34,7 +34,7 @@ def test_refusals(change, message):
     "changes",
     [{}, {"sparsity": 0.8, "block": (1, 32)}, {"backward": "dense"}, {"input_gradient": "all", "backward": "sparse"}],
 )
-def test_figures_are_of_the_window_that_was_timed(changes):
+def test_reported_counts_belong_to_the_timed_window(changes):
     result = training(against="none", **(SMALL | changes))
     assert result["speedup"] is None and result["ms_per_iteration"] > 0
     # Within the command's own tolerance of what was asked; a unit that fired or has a slope is one with a path.
@@ -50,7 +50,7 @@ def test_figures_are_of_the_window_that_was_timed(changes):
 
 
 @pytest.mark.torch
-def test_rivals_run_and_the_loops_have_our_gradients():
+def test_baselines_run_and_loops_agree_on_gradients():
     pytest.importorskip("torch")
     result = training(against=",".join(TRAINING_RIVALS), **SMALL)
     assert tuple(result["against_each"]) == TRAINING_RIVALS

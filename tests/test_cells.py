@@ -70,21 +70,21 @@ def test_emulated_fma_rounds_once(a, b, c):
 )
 # Half an ulp less 2^-70 on an odd float32: rounding in float64 first makes a tie of it.
 @example(F32(1 + 2**-23), 1, -1, 1)
-def test_emulated_fma_near_halfway(c, j, k, sign):
+def test_emulated_fma_near_a_tie_rounds_once(c, j, k, sign):
     half = 0.5 * float(np.spacing(F32(abs(c))))
     a, b = F32(sign * half * (1 + j * 2**-23)), F32(1 + k * 2**-23)
     assert cells.fma(a, b, F32(c)) == exact_fma(a, b, c)
 
 
 @given(floats.filter(lambda a: 2**-60 < abs(a) < 2**60), st.integers(0, 2**23 - 1), st.integers(-3, 3))
-def test_emulated_fma_under_cancellation(a, mantissa, off):
+def test_emulated_fma_with_cancellation_rounds_once(a, mantissa, off):
     b = F32(1 + mantissa * 2**-23)
     c = -F32(a) * b
     c = F32(c + off * np.spacing(np.abs(c)))
     assert cells.fma(F32(a), b, c) == exact_fma(a, b, c)
 
 
-def test_fma_on_other_numbers_is_python():
+def test_fma_of_python_numbers_uses_python_arithmetic():
     assert cells.fma(0.1, 0.2, 0.3) == 0.1 * 0.2 + 0.3
     assert cells.fma(Fraction(1, 3), 3, Fraction(1, 7)) == Fraction(8, 7)
 
@@ -150,7 +150,7 @@ def ulp(value: float) -> float:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_stated_error_against_mpmath(name):
+def test_functions_are_within_stated_ulps_of_mpmath(name):
     ours, exact, _, (low, high) = FUNCTIONS[name]
     rng = np.random.default_rng(2)
     x = np.concatenate([rng.normal(0, 3, 2000), rng.uniform(-90, 90, 1000), 10.0 ** rng.uniform(-30, 2, 1000)])
@@ -164,7 +164,7 @@ def test_stated_error_against_mpmath(name):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_stated_error_over_a_million_floats(name):
+def test_functions_are_within_stated_ulps_of_libm(name):
     ours, _, libm, (low, high) = FUNCTIONS[name]
     # A prime stride, so that every exponent and no pattern of mantissas is met.
     x = np.arange(0, 2**32, 4093, dtype=np.int64).astype(np.uint32).view(F32)
@@ -262,7 +262,7 @@ def test_paper_step_backward_by_hand():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_no_event_at_equality_and_leak_in_closed_form(dtype):
+def test_step_at_threshold_sends_nothing_and_cells_decay(dtype):
     check_equality_and_leak(dtype)
 
 
@@ -313,7 +313,7 @@ def test_permuting_units_of_a_dyadic_step(network, seed, data):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("variant", cells.CELLS["egru"])
 @given(seed=st.integers(0, 2**32 - 1), cut=st.integers(0, 6))
-def test_splitting_batch_and_time_of_the_specification(variant, dtype, seed, cut):
+def test_reference_split_in_batch_and_time_is_equal(variant, dtype, seed, cut):
     rng = np.random.default_rng(seed)
     parameters, cell = random_parameters(rng, 3, 5, dtype), Cell(variant=variant)
     x, c = rng.standard_normal((6, 3, 3)).astype(dtype), rng.standard_normal((3, 5)).astype(dtype)
@@ -331,12 +331,12 @@ def test_splitting_batch_and_time_of_the_specification(variant, dtype, seed, cut
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_no_threshold_and_positive_cells_are_a_gru(seed):
+def test_reference_without_thresholds_equals_plain_gru(seed):
     check_plain_gru(seed)
 
 
 @pytest.mark.torch
-def test_no_threshold_and_positive_cells_are_torch_gru():
+def test_reference_without_thresholds_equals_torch_gru():
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     rng = np.random.default_rng(4)
     n = 6

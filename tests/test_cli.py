@@ -111,7 +111,7 @@ def test_convert_to_groups_and_narrow_storage(cli, tmp_path, model, text):
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "int8"])
-def test_run_reports_what_narrowing_did(cli, tmp_path, model, text, storage):
+def test_run_reports_the_effect_of_narrow_storage(cli, tmp_path, model, text, storage):
     plain = _json(cli("run", model, "--text", text, "--json"))
     told = _json(cli("run", model, "--text", text, "--storage", storage, "--json"))
     assert told["storage"] == storage
@@ -132,14 +132,14 @@ def test_run_reports_what_narrowing_did(cli, tmp_path, model, text, storage):
     assert code == 2 and not out and f"stored as {storage} already" in err
 
 
-def test_tables_are_for_people(cli, model, text):
+def test_tables_are_printed_without_json(cli, model, text):
     for arguments in (("run", model, "--text", text), ("count", model, "--text", text), ("info", model), ("info",)):
         code, out, _ = cli(*arguments)
         assert code == 0 and len(out.splitlines()) > 3 and not out.startswith("{")
     assert "layers.0.w_rec" in cli("info", model)[1], "the names that --exempt takes"
 
 
-def test_demo_small(cli, tmp_path):
+def test_demo_small_model_runs(cli, tmp_path):
     folder = tmp_path / "demo"
     sizes = ("--hidden", 32, "--steps", 6, "--pruning-steps", 6, "--block", "1x8")
     result = _json(cli("demo", "--out", folder, *sizes, "--json"))
@@ -193,7 +193,7 @@ def test_bench_of_one_product(cli, clock):
     assert result["dense_per_step"] == 2 * 3 * 64 * 64
 
 
-def test_a_rate_above_the_probe_is_an_error_not_a_result(cli, clock):
+def test_bench_rate_above_the_probe_is_an_error(cli, clock):
     clock(ours=1.0, probe=2.0, against=8.0)
     code, out, err = cli("bench", "inference", *BENCH, "--json")
     assert code == 1 and out == "" and "GB/s" in err.splitlines()[-1]
@@ -312,7 +312,7 @@ def test_bad_input_is_one_line_and_writes_nothing(cli, tmp_path, model, text, ar
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_plot_draws_what_is_asked(cli, tmp_path, text):
+def test_plot_draws_the_requested_figure(cli, tmp_path, text):
     pytest.importorskip("matplotlib", reason="figures need matplotlib, the plots extra")
     model = tmp_path / "m.safetensors"
     sizes = ("--hidden", 12, "--embedding", 4, "--batch", 4, "--window", 16, "--steps", 6)
@@ -324,12 +324,12 @@ def test_plot_draws_what_is_asked(cli, tmp_path, text):
         assert cli("plot", source, what, "--out", picture, "--text", text)[0] == 2, "nothing is overwritten"
 
 
-def test_as_a_program():
+def test_program_runs_as_a_process():
     done = subprocess.run([sys.executable, "-m", "eventrnn.cli", "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "demo" in done.stdout
 
 
-def test_crossover_says_what_auto_picks(cli):
+def test_crossover_reports_the_kernels_of_auto(cli):
     code, out, _ = cli("bench", "crossover", "--hidden", "32", "--json")
     record = json.loads(out)
     assert code == 0

@@ -83,7 +83,7 @@ def test_every_method_prunes_and_reports_what_is_in_the_file(prune, tmp_path, me
             assert isinstance(weights, NM) and legal(weights.to_dense() != 0, n, m, axis)
 
 
-def test_a_dry_run_writes_nothing_and_tells_the_size(prune, tmp_path):
+def test_dry_run_writes_nothing_and_reports_the_size(prune, tmp_path):
     there = sorted(tmp_path.iterdir())
     asked = ("--sparsity", 0.75, "--block", "1x4", "--exempt", "readout", "--json")
     told = record(prune("--dry-run", *asked))
@@ -103,7 +103,7 @@ def test_a_dry_run_writes_nothing_and_tells_the_size(prune, tmp_path):
 
 @pytest.mark.parametrize("storage", ["bfloat16", "int8"])
 @pytest.mark.parametrize("tuning", [(), (*TUNING, "--text", "{folder}/text.txt")], ids=["at once", "trained"])
-def test_narrow_storage_stays(prune, tmp_path, storage, tuning):
+def test_prune_keeps_narrow_storage(prune, tmp_path, storage, tuning):
     network = load(tmp_path / "model.safetensors")
     narrow = network.with_matrices({n: convert(w, "dense", storage=storage) for n, w in network.matrices().items()})
     save(narrow, tmp_path / "narrow.safetensors")
@@ -125,7 +125,7 @@ def test_thresholds_are_learned_as_before_or_as_asked(prune, tmp_path, kept, giv
     assert after.metadata["thresholds"] == (given[0] if given else kept or "positive")
 
 
-def test_a_rule_for_thresholds_that_a_file_has_wrong_is_its_fault(prune, tmp_path):
+def test_invalid_threshold_rule_in_a_file_is_an_error_of_the_file(prune, tmp_path):
     before = load(tmp_path / "model.safetensors")
     save(
         replace(before, metadata={**before.metadata, "thresholds": "learned"}),
@@ -136,14 +136,14 @@ def test_a_rule_for_thresholds_that_a_file_has_wrong_is_its_fault(prune, tmp_pat
     assert code == 2 and "the model file says 'learned'; give --thresholds" in err
 
 
-def test_a_picture_of_the_masks(prune, tmp_path):
+def test_prune_draws_the_masks(prune, tmp_path):
     pytest.importorskip("matplotlib", reason="figures need matplotlib, the plots extra")
     code, _, err = prune("--out", tmp_path / "out.safetensors", "--picture", tmp_path / "masks.png")
     assert code == 0, err
     assert (tmp_path / "masks.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_picture_never_goes_over_a_model(prune, tmp_path, monkeypatch):
+def test_prune_figure_never_overwrites_a_model(prune, tmp_path, monkeypatch):
     out, link = tmp_path / "out.png", tmp_path / "link.png"
     link.symlink_to(tmp_path / "model.safetensors")
     before = (tmp_path / "model.safetensors").read_bytes()
@@ -173,7 +173,7 @@ def test_a_budget_is_measured_again_after_training(prune, tmp_path, steps):
 
 
 @pytest.mark.parametrize("method", [name for name, way in WAYS.items() if way.trains and name != "regrow"])
-def test_as_few_steps_as_the_message_asks_for(prune, tmp_path, method):
+def test_fewest_steps_named_by_the_message_suffice(prune, tmp_path, method):
     asked = ("--sparsity", 0.5, "--steps", 2, *TUNING[2:], "--text", "{folder}/text.txt")
     every = ("--every", 1) if method == "dynamic" else ()
     assert prune("--out", tmp_path / "out.safetensors", "--method", method, *asked, *every)[0] == 0
@@ -234,7 +234,7 @@ def test_bad_input_is_one_line_and_writes_nothing(prune, tmp_path, arguments, me
     assert not (tmp_path / "new").exists()
 
 
-def test_somewhere_to_write_is_needed(prune):
+def test_prune_without_output_is_refused(prune):
     code, _, err = prune("--sparsity", 0.5)
     assert code == 2 and "or --dry-run" in err
 

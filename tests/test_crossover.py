@@ -33,7 +33,7 @@ class ForcedBackend:
 
 @pytest.mark.parametrize("pick", [pick for pick in PICKS if pick != BLAS_PRODUCT])
 @given(case=cases(), threads=st.integers(1, 3), every_from=st.sampled_from((0.0, 0.3, 2.0)))
-def test_every_exact_way_gives_the_specification_s_bits(pick, case, threads, every_from):
+def test_every_exact_kernel_gives_the_bits_of_the_specification(pick, case, threads, every_from):
     options = {"state": case.state, "record": ("events", "states")}
     forced = simulate(case.network, case.inputs, backend=ForcedBackend(pick, every_from), threads=threads, **options)
     assert_same(forced, simulate(case.network, case.inputs, backend="reference", **options))
@@ -41,7 +41,7 @@ def test_every_exact_way_gives_the_specification_s_bits(pick, case, threads, eve
 
 
 @given(case=cases(max_batch=20))
-def test_auto_goes_different_ways_and_gives_the_same_bits(case):
+def test_auto_selects_different_kernels_with_equal_bits(case):
     options = {"state": case.state, "record": ("events", "states")}
     auto = simulate(case.network, case.inputs, backend="auto", **options)
     for way in auto.paths.values():
@@ -61,7 +61,7 @@ def test_blas_products_are_right(data, batch, threads):
     assert np.array_equal(ours.output, simulate(network, numbers, backend="reference").output)
 
 
-def test_inexact_auto_says_where_it_used_blas():
+def test_inexact_auto_reports_where_it_used_blas():
     crossover = invented_map()
     cheap = {key: [[1e-9] * len(line) for line in table] for key, table in crossover.times.items() if "blas" in key}
     backend = AutoBackend(exact=False, crossover=Crossover({**crossover.times, **cheap}))
@@ -99,7 +99,7 @@ def test_choices_follow_the_map():
     assert 0 < choice.every_from(64) <= 1
 
 
-def test_the_way_changes_with_the_activity_of_a_run():
+def test_selected_kernel_changes_with_activity():
     """Quiet at first, then everybody: the engine notices between pieces of a run."""
     rng = np.random.default_rng(0)
     network = Network.random([64], inputs=64, rng=rng)
@@ -122,7 +122,7 @@ def test_a_map_is_measured_once_and_kept(tmp_path, monkeypatch):
     assert len(measured) == 2
 
 
-def test_a_map_that_lacks_times_is_measured_again(tmp_path, monkeypatch):
+def test_incomplete_map_is_measured_again(tmp_path, monkeypatch):
     monkeypatch.setenv("EVENTRNN_CACHE", str(tmp_path))
     monkeypatch.setattr(maps, "measure", lambda report=None: invented_map())
     for kept in ('{"times": {}}', '{"times": {"rows/320": [[1]]}}', "[]", '{"times": 3}'):
@@ -130,7 +130,7 @@ def test_a_map_that_lacks_times_is_measured_again(tmp_path, monkeypatch):
         assert maps.load() == invented_map()
 
 
-def test_a_cache_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+def test_unwritable_cache_is_reported(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("EVENTRNN_CACHE", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="crossover map not kept"):

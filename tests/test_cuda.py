@@ -67,7 +67,7 @@ def test_strips_hold_every_weight_once(data, gates, units, n_pre):
 
 
 @given(data=st.data(), units=st.integers(1, 70), n_pre=st.integers(1, 40))
-def test_room_for_tiles_is_what_kernels_bring_in(data, units, n_pre):
+def test_tile_memory_holds_what_kernels_load(data, units, n_pre):
     strips = pack(data.draw(weights_of((n_pre, 3 * units))), 3, data.draw(st.integers(1, 32)))
     size, lengths = strips.values.itemsize, np.diff(strips.starts)
     table = 0 if strips.kind == tables.DENSE else 8 * n_pre
@@ -121,7 +121,7 @@ def test_wide_blocks_are_runs_and_single_weights_are_not():
     assert pack(CSR.from_dense(dense * (rng.random(dense.shape) < 0.3)), 3, 32).kind == tables.MASKED
 
 
-def test_vectors_lie_by_strip():
+def test_vectors_are_ordered_by_strip():
     strips = per_strip(np.arange(1, 11, dtype=np.float32), gates=2, width=3)
     assert strips.shape == (4, 32)
     assert strips[:, :3].tolist() == [[1, 2, 3], [6, 7, 8], [4, 5, 0], [9, 10, 0]]
@@ -239,7 +239,7 @@ def test_strips_cover_the_columns_of_their_units(units, tile, tiles):
             assert 0 <= 32 * end - (gate * units + last) < 32
 
 
-def test_lanes_look_up_no_more_than_they_must():
+def test_lanes_look_up_only_needed_entries():
     def reached(most):
         return CompactStrips(np.zeros(most, np.int32), np.zeros((most + 1, 32), np.float32), np.array([0, most]))
 
@@ -264,14 +264,14 @@ def test_clusters_are_for_chips_that_have_them_and_one_type_of_weights():
 
 @settings(max_examples=20)
 @given(shapes=shapes(), batch=st.integers(1, 40))
-def test_parts_of_shared_memory_do_not_overlap(shapes, batch):
+def test_shared_memory_arrays_do_not_overlap(shapes, batch):
     for layer in plan(shapes, batch, H100).layers:
         offsets = sorted(offset for field, offset in layer.offsets.items() if field != tables.CAPACITY)
         assert all(offset % 16 == 0 for offset in offsets)
         assert offsets[-1] <= layer.shared <= H100.shared_bytes
 
 
-def test_too_little_shared_memory_falls_back_to_l2_and_then_is_refused():
+def test_too_little_shared_memory_uses_l2_then_is_refused():
     rng = np.random.default_rng(0)
     shape = LayerShape(256, 256, None, pack(convert(rng.standard_normal((256, 768)).astype("f4"), "dense"), 3, 8))
     large, small = (plan([shape], 1, Chip(132, size)).layers[0].way_rec for size in (232_448, 40_000))
@@ -293,7 +293,7 @@ def test_naming_the_backend_loads_no_cuda_and_its_absence_is_explained():
         CudaBackend().engine(network, threads=2)
 
 
-def test_without_a_gpu_the_remedy_is_named(monkeypatch):
+def test_error_without_a_gpu_names_the_remedy(monkeypatch):
     device = pytest.importorskip("eventrnn.cuda.device", exc_type=BackendUnavailable, reason="needs numba-cuda")
     pytest.importorskip("cupy", reason="needs CuPy")
     monkeypatch.setattr(device.cuda, "is_available", lambda: False)
@@ -348,13 +348,13 @@ def test_cluster_kernels_compile_without_contraction(compiled, way, blocks, roun
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way & tables.KINDS == tables.MASKED])
-def test_products_compile_for_every_way_that_weights_lie(compiled, way):
+def test_products_compile_for_every_weight_layout(compiled, way):
     from eventrnn.cuda.kernels.batched_products import products_kernel
 
     check_ptx(compiled(products_kernel(way)))
 
 
-def test_mixed_ways_and_the_small_kernels_compile(compiled):
+def test_mixed_layouts_and_small_kernels_compile(compiled):
     from eventrnn.cuda.kernels.batched_products import count_events_kernel, count_pairs_kernel, log_events_kernel
     from eventrnn.cuda.kernels.single_stream import single_kernel
     from eventrnn.cuda.kernels.tensor_core_cells import cells_kernel
@@ -432,7 +432,7 @@ def test_out_of_memory_names_the_bytes_and_leaves_the_gpu_usable():
 
 
 @pytest.mark.gpu
-def test_a_run_that_goes_through_in_pieces_is_the_same(monkeypatch):
+def test_run_in_several_parts_equals_one_run(monkeypatch):
     from eventrnn.cuda import engine
 
     network, inputs = layered("evnn", "block", 3, "bfloat16")

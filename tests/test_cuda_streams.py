@@ -107,7 +107,7 @@ def test_counts_on_a_gpu_are_those_of_the_events(monkeypatch, units, batch):
 
 
 @pytest.mark.parametrize("faster", ["layers", "gemm"])
-def test_the_way_that_is_measured_to_be_faster_is_taken_and_named(gpu, faster):
+def test_faster_measured_plan_is_used_and_reported(gpu, faster):
     network, x = streams()
     gpu.timed = lambda launched: 1.0 if faster in launched else 2.0
     result = simulate(network, x, backend="cuda", exact=False)
@@ -118,7 +118,7 @@ def test_the_way_that_is_measured_to_be_faster_is_taken_and_named(gpu, faster):
         assert np.array_equal(result.output, expected.output)
 
 
-def test_each_layer_has_its_way(gpu):
+def test_each_layer_selects_its_own_plan(gpu):
     network, x = streams(units=(13, 9, 7))
     # As if only the middle one were faster in products: that makes fewest of everything.
     gpu.timed = lambda launched: abs(launched.count("gemm") - len(x) - 1)
@@ -144,7 +144,7 @@ def test_few_streams_and_the_papers_variant_stay_exact(gpu):
         assert np.array_equal(result.output, simulate(network, x, backend="reference").output)
 
 
-def test_what_float16_cannot_hold_is_refused(gpu):
+def test_values_beyond_float16_are_refused(gpu):
     network, x = streams()
     x[3, 2, 1] = 1e5
     with pytest.raises(FloatingPointError, match="too large for float16; use CudaBackend"):
@@ -163,7 +163,7 @@ def test_a_layer_with_weights_that_float16_cannot_hold_stays_exact(gpu):
         assert sum(reasons) == 2 * inexact.count(False)
 
 
-def test_nothing_is_made_for_tensor_cores_that_no_layer_can_use(gpu, monkeypatch):
+def test_no_tensor_core_tables_without_a_layer_that_uses_them(gpu, monkeypatch):
     from eventrnn.cuda import device_network
 
     def none(device):
@@ -176,7 +176,7 @@ def test_nothing_is_made_for_tensor_cores_that_no_layer_can_use(gpu, monkeypatch
         simulate(*streams(batch=4), backend="cuda", exact=False)
 
 
-def test_steps_go_as_the_run_before_them_was_measured(gpu):
+def test_steps_use_the_plan_of_the_last_run(gpu):
     network, x = streams()
     gpu.timed = lambda launched: 1.0 if "gemm" in launched else 2.0
     simulator = Simulator(network, batch=6, backend="cuda", exact=False)
@@ -189,7 +189,7 @@ def test_steps_go_as_the_run_before_them_was_measured(gpu):
     assert "gemm" in gpu.launched
 
 
-def test_inexact_is_asked_for_by_name():
+def test_inexact_backend_must_be_named():
     backend = get_backend("cuda", exact=False)
     assert isinstance(backend, CudaBackend) and not backend.exact and backend.precision == "float16"
     assert get_backend("cuda").exact

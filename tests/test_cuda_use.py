@@ -90,7 +90,7 @@ def test_arrays_on_the_gpu_stay_there_and_give_the_same(gpu, case):
     assert same_bits(np.array([each.get() for each in steps]), expected.output)
 
 
-def test_a_run_in_pieces_and_windows_is_the_same(gpu, monkeypatch):
+def test_run_in_parts_and_windows_equals_one_run(gpu, monkeypatch):
     from eventrnn.cuda import engine
 
     network, x = small()
@@ -103,7 +103,7 @@ def test_a_run_in_pieces_and_windows_is_the_same(gpu, monkeypatch):
         assert count(network, got) == count(network, expected)
 
 
-def test_numbers_of_other_kinds_are_converted_there(gpu):
+def test_other_dtypes_are_converted_on_the_gpu(gpu):
     network, x = small()
     expected = simulate(network, x).output
     for fed in (x.astype(np.float64), np.asfortranarray(x), np.repeat(x, 2, axis=0)[::2]):
@@ -147,7 +147,7 @@ def test_an_interrupted_run_or_step_can_be_made_again(gpu, calls, size):
         assert same_bits(take(x[begin : begin + size]), expected[begin : begin + size])
 
 
-def test_the_state_stays_on_the_gpu_until_it_is_looked_at(gpu, monkeypatch):
+def test_state_stays_on_the_gpu_until_it_is_read(gpu, monkeypatch):
     network, x = small()
     fetched = []
     monkeypatch.setattr(Array, "get", lambda self, get=Array.get: fetched.append(self.shape) or get(self))
@@ -220,7 +220,7 @@ def test_bad_input_in_a_later_part_of_a_run_is_named_as_the_reference_names_it(
             assert same_bits(simulator.state.outputs[1], before.outputs[1])
 
 
-def test_symbols_that_are_none_are_refused_by_position(gpu):
+def test_symbols_out_of_range_are_refused_by_position(gpu):
     network, x = small(symbols=True)
     for bad in (9, -1):
         x[3, 1] = bad
@@ -228,7 +228,7 @@ def test_symbols_that_are_none_are_refused_by_position(gpu):
             simulate(network, there(x), backend="cuda")
 
 
-def test_input_is_refused_as_what_it_was_before_it_was_converted(gpu):
+def test_refusal_names_the_input_before_its_conversion(gpu):
     reading, x = small(symbols=True)
     symbols = x.astype(np.uint64)
     symbols[9, 1] = 2**63 + 1
@@ -344,7 +344,7 @@ def test_out_of_memory_says_what_is_needed_and_leaves_the_engine_usable(gpu):
     assert same_bits(simulator.run(x).output, expected)
 
 
-def test_a_precision_that_is_none_is_refused():
+def test_unknown_precision_is_refused():
     with pytest.raises(ValueError, match="precision: got 'float8', need one of float16, bfloat16, tf32"):
         CudaBackend(exact=False, precision="float8")
 
@@ -394,7 +394,7 @@ def test_streams_of_any_mixture_equal_one_run_of_the_cpu(cupy, case):
 @pytest.mark.gpu
 @pytest.mark.torch
 @pytest.mark.parametrize("case", CASES)
-def test_arrays_of_cupy_and_torch_go_in_and_come_out(cupy, case):
+def test_cupy_and_torch_arrays_are_taken_and_returned(cupy, case):
     torch = pytest.importorskip("torch", reason="needs PyTorch")
     network, x = small(*case)
     expected = simulate(network, x, backend="cpu", record=("events", "states"))
@@ -412,7 +412,7 @@ def test_arrays_of_cupy_and_torch_go_in_and_come_out(cupy, case):
 
 @pytest.mark.gpu
 @pytest.mark.torch
-def test_tensors_that_cannot_go_in_are_refused():
+def test_unsupported_torch_tensors_are_refused():
     torch = pytest.importorskip("torch", reason="needs PyTorch")
     network, x = small()
     tensor = torch.from_numpy(x).cuda()
@@ -441,7 +441,7 @@ def test_out_of_memory_in_a_run_leaves_the_simulator_as_it_was(cupy):
 
 
 @pytest.mark.parametrize("size", [0, 5, 64, 1000])
-def test_large_copies_go_through_pinned_pieces(monkeypatch, size):
+def test_large_copies_use_pinned_buffers(monkeypatch, size):
     from eventrnn.cuda import transfer
 
     events = []

@@ -29,7 +29,7 @@ def test_dense_and_back(events):
 
 
 @given(trains)
-def test_rows_and_graded(events):
+def test_rows_and_graded_values(events):
     steps, batch, size = events.shape
     flat = events.to_dense().reshape(steps * batch, size)
     assert np.array_equal(flat[events.rows(), events.indices], events.values)
@@ -37,7 +37,7 @@ def test_rows_and_graded(events):
 
 
 @given(trains, st.data())
-def test_cutting_and_joining(events, data):
+def test_slice_and_concatenate_are_inverse(events, data):
     cut = data.draw(st.integers(0, events.shape[0]))
     dense = events.to_dense()
     joined = Events.concatenate([Events.from_dense(dense[:cut]), Events.from_dense(dense[cut:])])
@@ -46,7 +46,7 @@ def test_cutting_and_joining(events, data):
     assert np.array_equal(joined.to_dense(), dense)
 
 
-def test_joining_refuses_other_sizes():
+def test_concatenate_refuses_other_sizes():
     parts = [Events.from_dense(np.ones((2, 1, 3))), Events.from_dense(np.ones((2, 1, 4)))]
     with pytest.raises(ValueError, match="cannot join shapes"):
         Events.concatenate(parts)
@@ -81,7 +81,7 @@ def test_a_valid_record():
         ({"values": np.ones(2, np.float32)}, ValueError, r"\(2,\) values"),
     ],
 )
-def test_refused_at_once(changes, error, message):
+def test_events_refused_by_the_cheap_check(changes, error, message):
     with pytest.raises(error, match=message):
         an_event(**changes)
 
@@ -98,7 +98,7 @@ def test_refused_at_once(changes, error, message):
         ({"values": np.array([1, 0, 1], np.float32)}, "contains zeros"),
     ],
 )
-def test_refused_by_the_full_check(changes, message):
+def test_events_refused_by_the_full_check(changes, message):
     with pytest.raises(ValueError, match=message):
         an_event(**changes).check()
 
@@ -155,7 +155,7 @@ def test_delta_encoder_by_hand():
 
 
 @pytest.mark.parametrize("encode", [encode_threshold, encode_delta])
-def test_encoders_refuse(encode):
+def test_encoders_refuse_invalid_arguments(encode):
     with pytest.raises(ValueError, match=r"signal: got shape \(3,\), need \(steps, batch, size\)"):
         encode(np.ones(3), 0.1)
     for threshold in (-0.1, np.nan):

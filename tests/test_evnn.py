@@ -40,7 +40,7 @@ def test_an_imported_layer_fires_as_the_published_code_did(recorded, backend):
     assert np.array_equal(events_of(io.from_evnn(recorded), recorded, backend), recorded["o"])
 
 
-def test_the_recorded_events_notice_swapped_gates(recorded):
+def test_recorded_events_detect_swapped_gates(recorded):
     def swapped(array):
         z, r, g = np.split(array, 3, axis=-1)
         return np.concatenate([r, z, g], axis=-1)
@@ -71,14 +71,14 @@ def test_to_evnn_and_back(recorded):
         assert array.dtype == np.float32 and np.array_equal(array, exported[name]), name
 
 
-def test_to_evnn_refuses_what_evnn_has_not():
+def test_to_evnn_refuses_unsupported_networks():
     rng = np.random.default_rng(0)
     for cell in (Cell(variant="paper"), Cell(surrogate=Surrogate("gaussian"))):
         with pytest.raises(ValueError, match="EvNN has 'evnn' with 'triangle'"):
             io.to_evnn(Network.random([3], rng=rng, inputs=2, cell=cell).layers[0])
 
 
-def test_from_evnn_takes_threshold_and_surrogate_apart():
+def test_from_evnn_separates_threshold_and_surrogate():
     arrays = {
         "kernel": np.zeros((2, 9)),
         "recurrent_kernel": np.zeros((3, 9)),

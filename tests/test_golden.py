@@ -14,11 +14,11 @@ def recorded(request):
         return dict(file)
 
 
-def test_outputs_cells_and_events(recorded):
+def test_reference_outputs_cells_and_events_equal_recorded_runs(recorded):
     check_outputs(recorded)
 
 
-def test_every_gradient(recorded):
+def test_reference_gradients_equal_recorded_runs(recorded):
     cell, parameters, tapes = replay(recorded)
     gradients = reference.backward(cell, parameters, recorded["x"], tapes, recorded["grad_y"], recorded["grad_h"])
     assert {name for name in recorded if name.startswith("d_")} == set(GRADIENTS.values())

@@ -150,7 +150,7 @@ cells_backward = cells.egru_backward
 
 
 @pytest.mark.parametrize("fault", [_without_reset, _wrong_gate_order, _without_cell_term])
-def test_planted_faults_of_the_backward_step_are_seen(monkeypatch, fault):
+def test_faults_of_the_backward_step_are_caught(monkeypatch, fault):
     monkeypatch.setattr(cells, "egru_backward", fault)
     with pytest.raises(AssertionError):
         test_backward_is_the_derivative_of_the_smoothed_model("evnn", "arctan")

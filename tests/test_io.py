@@ -156,12 +156,12 @@ def test_metadata_must_be_text(path):
 # --- files that are refused ---------------------------------------------------------------------------------
 
 
-def test_missing_file(path):
+def test_load_refuses_a_missing_file(path):
     with pytest.raises(io.ModelFileError, match=r"model\.safetensors: no such file"):
         io.load(path)
 
 
-def test_a_folder_is_no_file(tmp_path):
+def test_load_refuses_a_folder(tmp_path):
     with pytest.raises(io.ModelFileError, match="cannot be read"):
         io.load(tmp_path)
     with pytest.raises(io.ModelFileError, match="not a regular file"):
@@ -169,7 +169,7 @@ def test_a_folder_is_no_file(tmp_path):
 
 
 @given(st.binary(max_size=200))
-def test_random_bytes_are_no_model(tmp_path_factory, raw):
+def test_load_refuses_random_bytes(tmp_path_factory, raw):
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
     path.write_bytes(raw)
     with pytest.raises(io.ModelFileError):
@@ -179,7 +179,7 @@ def test_random_bytes_are_no_model(tmp_path_factory, raw):
 @pytest.mark.parametrize(
     "body", [b"{", b"[[" * 5000, b"{" + b'"a":[' * 100_000, b"{}", b'{"__metadata__":3}', b"\x80{"]
 )
-def test_headers_that_are_none(path, body):
+def test_load_refuses_invalid_headers(path, body):
     path.write_bytes(len(body).to_bytes(8, "little") + body)
     with pytest.raises(io.ModelFileError, match="not a model file"):
         io.load(path)
@@ -232,7 +232,7 @@ def crafted(path, change, version=io.VERSION, network=None):
     path.write_bytes(io._encode(tensors, description, version=version))
 
 
-def test_a_newer_version(path):
+def test_load_refuses_a_newer_version(path):
     crafted(path, lambda tensors, description: None, version=4)
     with pytest.raises(io.ModelFileError, match="format version 4; this eventrnn reads versions 1, 2, 3: update"):
         io.load(path)
@@ -303,7 +303,7 @@ def test_an_empty_tied_readout_keeps_its_storage(path, storage):
 
 @pytest.mark.parametrize("name", ["layers.0.w_rec.values", "layers.1.threshold", "readout.bias", "embedding"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_refused_with_its_position(path, name, value):
+def test_non_finite_weights_are_refused_by_position(path, name, value):
     def change(tensors, description):
         tensors[name].flat[2] = value
 
@@ -345,7 +345,7 @@ def describe(change):
         (describe(lambda d: d.update(cells=3)), "holds no valid network"),
     ],
 )
-def test_contents_that_are_no_network(path, change, message):
+def test_load_refuses_invalid_contents(path, change, message):
     crafted(path, change)
     with pytest.raises(io.ModelFileError, match=message):
         io.load(path)
@@ -366,7 +366,7 @@ def test_contents_that_are_no_network(path, change, message):
         (describe(lambda d: d["matrices"]["layers.0.w_in"].pop("m")), "holds no valid network"),
     ],
 )
-def test_narrow_contents_that_are_no_network(path, change, message):
+def test_load_refuses_invalid_narrow_contents(path, change, message):
     crafted(path, change, network=narrow_network())
     with pytest.raises(io.ModelFileError, match=message):
         io.load(path)
@@ -375,7 +375,7 @@ def test_narrow_contents_that_are_no_network(path, change, message):
 # --- writing that fails -------------------------------------------------------------------------------------
 
 
-def test_an_existing_file_is_kept_unless_asked(path):
+def test_save_keeps_an_existing_file_by_default(path):
     io.save(small_network(0), path)
     old = path.read_bytes()
     with pytest.raises(FileExistsError, match="overwrite=True"):
@@ -466,12 +466,12 @@ def test_killed_before_the_rename_leaves_the_old_file_and_blocks_nothing(path):
     assert contents(io.load(path)) == contents(small_network(1))
 
 
-def test_a_missing_folder(tmp_path):
+def test_save_refuses_a_missing_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere/model\.safetensors"):
         io.save(small_network(), tmp_path / "nowhere" / "model.safetensors")
 
 
-def test_an_unwritable_folder(tmp_path, monkeypatch):
+def test_save_refuses_an_unwritable_folder(tmp_path, monkeypatch):
     if os.geteuid() == 0:  # root may write everywhere, so the refusal is put into its mouth
 
         def refuse(name, mode):

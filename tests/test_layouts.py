@@ -47,12 +47,12 @@ CONSTANTS = st.fixed_dictionaries(
 @pytest.mark.parametrize("backend", ["cpu"])
 @pytest.mark.parametrize("layout", FORCED)
 @given(data=st.data(), threads=st.integers(1, 3))
-def test_every_layout_gives_the_specification_s_bits(backend, layout, data, threads):
+def test_every_layout_gives_the_bits_of_the_specification(backend, layout, data, threads):
     check_layout(backend, layout, data, threads)
 
 
 @pytest.mark.parametrize(("block", "kind"), [((1, 64), BLOCKS), ((2, 4), BLOCKS), ((3, 5), SCATTER), ((1, 1), SCATTER)])
-def test_the_width_of_a_block_decides_how_it_lies(block, kind):
+def test_block_width_decides_the_layout(block, kind):
     network = in_format(Network.random([24], inputs=9, rng=np.random.default_rng(0)), "block", block)
     with forced(INDICES):
         engine = cpu.CpuEngine(network, 1)
@@ -63,7 +63,7 @@ def test_the_width_of_a_block_decides_how_it_lies(block, kind):
 
 @pytest.mark.parametrize("backend", ["cpu"])
 @given(case=cases(), threads=st.integers(1, 3), constants=CONSTANTS)
-def test_any_mix_of_layouts_gives_the_specification_s_bits(backend, case, threads, constants):
+def test_any_mix_of_layouts_gives_the_bits_of_the_specification(backend, case, threads, constants):
     with forced(constants):
         got = simulated(case, threads=threads, backend=backend)
     assert_same(simulated(case, backend="reference"), got)
@@ -71,7 +71,7 @@ def test_any_mix_of_layouts_gives_the_specification_s_bits(backend, case, thread
 
 @pytest.mark.parametrize("units", [1, 15, 16, 17, 31, 33])
 @pytest.mark.parametrize("variant", CELLS["egru"])
-def test_parts_without_a_unit(variant, units):
+def test_threads_without_units_give_equal_bits(variant, units):
     # Parts are whole vectors: of three, one or two own nothing here.
     rng = np.random.default_rng(units)
     drawn = Network.random([units], inputs=7, readout=units, rng=rng, threshold=0.05, cell=Cell(variant=variant))
@@ -102,7 +102,7 @@ def test_parts_without_a_unit(variant, units):
 
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("units", [plan.PANEL, plan.PANEL + 1, 3 * plan.PANEL - 5])
-def test_panels_of_units_give_the_specification_s_bits(units, storage):
+def test_panels_of_units_give_the_bits_of_the_specification(units, storage):
     # A unit next to each edge fires, and one sample is silent.
     rng = np.random.default_rng(units)
     network = in_format(
@@ -154,7 +154,7 @@ def test_more_columns_than_an_index_counts(columns, block, share, threads):
 @given(st.integers(2, 40), st.integers(1, 3), st.integers(1, 120))
 @example(34, 1, 101)
 @example(34, 3, 101)
-def test_padding_stays_within_a_part_s_share_of_a_drive(units, threads, width):
+def test_block_padding_stays_within_the_columns_of_a_thread(units, threads, width):
     # Other threads, or other memory, follow.
     drawn = Network.random([units], inputs=3, rng=np.random.default_rng(units))
     network = in_format(drawn, "block", (1, min(width, 3 * units)))
@@ -189,7 +189,7 @@ def test_a_batch_whose_drives_cannot_be_addressed_is_refused():
         engine._scratch(1 << 30)
 
 
-def test_a_run_for_which_memory_was_short_can_be_run_again():
+def test_run_after_memory_error_succeeds():
     network = Network.random([20], inputs=3, rng=np.random.default_rng(0), threshold=0.02)
     x = np.random.default_rng(1).standard_normal((9, 40, 3)).astype(np.float32)
     simulator = Simulator(network, batch=40)

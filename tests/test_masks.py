@@ -145,13 +145,13 @@ def test_a_transposable_mask_tiles_the_matrix_in_two_dimensions():
 
 
 @given(matrices(), st.sampled_from([2, 3, 8]))
-def test_tiles_there_and_back(dense, m):
+def test_tiles_round_trip(dense, m):
     stack = to_tiles(dense, m)
     assert np.array_equal(from_tiles(stack, m, dense.shape), dense)
     assert np.array_equal(stack[0].reshape(m, m)[: dense.shape[0], : dense.shape[1]], dense[:m, :m])
 
 
-def test_how_many_masks_there_are():
+def test_number_of_transposable_masks():
     assert mask_diversity(2, 4) == {
         "structured": 6**4, "transposable": 90, "transposable_formula": 144, "unstructured": 12870,
     }  # fmt: skip
@@ -202,6 +202,6 @@ def test_nm_text_with_an_axis_that_is_not_allowed_is_refused():
         (lambda w: NofM(2, 4, method="worst"), "method"),
     ],
 )
-def test_refusals(call, message):
+def test_masks_refuse_invalid_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call(np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32) + 2)

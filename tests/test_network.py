@@ -139,7 +139,7 @@ def test_cell_and_surrogate_refuse():
 
 
 @given(networks())
-def test_matrices_in_and_out(network):
+def test_matrices_round_trip(network):
     names = list(network.matrices())
     assert names[:2] == ["layers.0.w_in", "layers.0.w_rec"]
     assert ("readout" in names) == (network.readout is not None)
@@ -391,7 +391,7 @@ def test_a_given_state_is_copied():
 
 
 @given(event_trains(2, st.integers(1, 8), st.integers(1, 3)))
-def test_what_a_run_reports(events):
+def test_simulation_reports_activity_and_counts(events):
     network = lively()
     result = simulate(network, events, record={"events", "states"})
     steps, batch, _ = events.shape

@@ -73,7 +73,7 @@ def test_codes_of_5_bits_cross_bytes():
 
 
 @given(drawn)
-def test_the_stream_says_where_the_weights_are(matrix):
+def test_codes_hold_the_positions_of_the_weights(matrix):
     places = nm_places(matrix)
     assert np.argwhere(matrix.kept()).tolist() == [list(place) for place in places]
     assert np.array_equal(matrix.to_dense()[tuple(np.array(places, int).reshape(-1, 2).T)], matrix.floats())
@@ -199,7 +199,7 @@ def with_codes(*codes) -> np.ndarray:
 RIGHT = (0, 2, 4, 0, 1, 2, 1, 3, 4, 0, 1, 2)
 
 
-def test_the_record_of_the_refusals_is_valid():
+def test_base_record_of_the_refusals_is_valid():
     three_of_five().check(full=True)
     assert np.array_equal(three_of_five().codes, with_codes(*RIGHT))
 
@@ -217,7 +217,7 @@ def test_the_record_of_the_refusals_is_valid():
         ({"scales": np.ones(2, np.float32)}, TypeError, "got float32 for float32 values, need None"),
     ],
 )
-def test_refused_at_once(changes, error, message):
+def test_nm_refused_by_the_cheap_check(changes, error, message):
     with pytest.raises(error, match=message):
         three_of_five(**changes)
 

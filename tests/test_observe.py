@@ -154,7 +154,7 @@ def test_bytes_of_narrow_weights(form):
             assert matrix.weight_bytes == (size + index) * matrix.executed + scales
 
 
-def test_an_audit_finds_a_wrong_count():
+def test_audit_detects_a_wrong_count():
     network = _network(0.05)
     simulation = simulate(network, np.ones((9, 3, 5), np.float32), record="events")
     counts = count(network, simulation)

@@ -58,7 +58,7 @@ def test_biases_are_decayed_where_asked_and_thresholds_never():
         assert np.abs(value - kept * before[name]).max() <= gamma(4, U32)
 
 
-def test_a_rate_of_zero_freezes_and_costs_no_memory():
+def test_learning_rate_zero_freezes_without_memory():
     parameters, gradients = _case()
     before = parameters["layers.0.threshold"].copy()
     rule = Optimiser("adamw", threshold_rate=0.0).build(parameters, 0.1)
@@ -80,7 +80,7 @@ def test_descent_follows_its_definition(momentum):
     _close(parameters, wide, 4 * 8 * 4)
 
 
-def test_nt_asgd_averages_after_the_first_validation_worse_than_the_best_of_those_before_the_last_n():
+def test_nt_asgd_starts_averaging_when_validation_stops_improving():
     parameters, gradients = _case()
     rule = Optimiser("nt-asgd", patience=2).build(parameters, 0.0)
     # Worse than the one before does not count, nor do fewer than three validations.
@@ -120,7 +120,7 @@ def test_state_restores_bit_for_bit(kind):
     assert rule.numbers() == again.numbers()
 
 
-def test_clipping():
+def test_clipping_bounds_the_global_norm():
     gradients = {"a": np.array([3.0], np.float32), "b": np.array([[4.0]], np.float32)}
     assert norms(gradients) == {"a": 3.0, "b": 4.0}
     assert clip_by_norm(gradients, 10.0) == 5.0 and gradients["a"][0] == 3.0
@@ -140,7 +140,7 @@ def test_clipping_by_layer_takes_each_layer_for_itself():
 
 
 @given(st.floats(0, 0.9), st.floats(0, 1), st.integers(0, 20))
-def test_cosine_starts_late_falls_and_ends_where_asked(constant, final, warmup):
+def test_cosine_schedule_starts_and_ends_as_configured(constant, final, warmup):
     schedule = Schedule("cosine", constant=constant, final=final, warmup=warmup)
     late = [schedule.at(k / 100, warmup + k) for k in range(101)]
     assert late[0] == 1 and all(a >= b for a, b in zip(late[:-1], late[1:], strict=True))

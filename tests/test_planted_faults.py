@@ -77,7 +77,7 @@ def first_event(net: Network, layer: int = 0) -> tuple[int, int, int]:
     return int(step), int(sample), int(unit)
 
 
-def test_the_cases_are_healthy():
+def test_cases_without_faults_are_equivalent():
     for net in (network(), network("paper"), network(fmt="block", block=(4, 7)), network(layers=2)):
         a, b = (Simulator(net, batch=BATCH, backend=name) for name in ("reference", "cpu"))
         assert assert_equivalent(a, b, signal()) == STEPS * BATCH * UNITS * len(net.layers)
@@ -109,7 +109,7 @@ class DroppingEngine:
 
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])
-def test_dropped_input_event(name):
+def test_dropped_input_event_is_caught(name):
     step, sample = 5, 1
     x = signal()
     assert np.count_nonzero(x[step, sample]) > 1
@@ -200,7 +200,7 @@ def test_padding_is_never_read(padded):
         assert assert_equivalent(a, Simulator(padded, batch=BATCH, backend="reference"), signal()) > 0
 
 
-def test_read_padding_rows(monkeypatch, padded):
+def test_read_padding_rows_is_caught(monkeypatch, padded):
     # The last unit takes the row after its own: the first one of the padding.
     last = "(unit == weights.shape[0] - 1)"
     taken = f"np.minimum(np.flatnonzero(there) + {last}[there] * {last}.sum(), len(there) - 1)"
@@ -217,7 +217,7 @@ def test_read_padding_rows(monkeypatch, padded):
     )  # fmt: skip
 
 
-def test_read_padding_columns(monkeypatch, padded):
+def test_read_padding_columns_is_caught(monkeypatch, padded):
     # The padded matrix cut at the wrong end.
     reading = {"self._padded()[: self.shape[0], : self.shape[1]]": "self._padded()[-self.shape[0] :, -self.shape[1] :]"}
     plant(monkeypatch, BlockCSR, "to_dense", reading)
@@ -307,7 +307,7 @@ def test_forgotten_reset_of_the_papers_variant(monkeypatch):
 # --- a state is lost between calls --------------------------------------------------------------------------
 
 
-def test_state_lost_between_calls(monkeypatch):
+def test_state_lost_between_calls_is_caught(monkeypatch):
     # What the released code does between windows, and calls by default.
     wiping = {"trace.state": "State(self.state.cells, trace.state.outputs)"}
     plant(monkeypatch, Simulator, "_advance", wiping)
@@ -341,7 +341,7 @@ def test_every_fault_of_the_kernels_is_marked_and_tested():
 
 
 @pytest.mark.parametrize("fault", TRAVERSALS)
-def test_faults_of_the_traversals(fault):
+def test_faults_of_products_are_caught(fault):
     layout, net = TRAVERSALS[fault]
     with forced(FORCED[layout][0]):
         with faulty_kernels(None) as healthy:
@@ -358,7 +358,7 @@ def test_faults_of_the_traversals(fault):
 
 
 @pytest.mark.parametrize("fault", TEAMS)
-def test_faults_of_a_team(fault):
+def test_faults_of_threads_are_caught(fault):
     net = network(units=40)
     with faulty_kernels(fault) as faulty:
         # Alone, nobody notices.
@@ -408,7 +408,7 @@ PACKING = {
 
 
 @pytest.mark.parametrize("fault", PACKING)
-def test_faults_of_packing(monkeypatch, fault):
+def test_faults_of_packing_are_caught(monkeypatch, fault):
     function, layout, net, edits = PACKING[fault]
     plant(monkeypatch, *function, edits)
     with forced(FORCED[layout][0]):

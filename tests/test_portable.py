@@ -56,12 +56,12 @@ def here() -> str:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_other_kernels_give_the_same_bits(kind, others, here):
+def test_kernels_for_other_processors_give_equal_bits(kind, others, here):
     assert not others[kind]["avx512"]
     assert others[kind]["digest"] == here
 
 
-def test_kernels_on_disk_are_told_apart():
+def test_kernel_cache_separates_processors():
     code = (
         "import json; from eventrnn.cpu.kernels import jit, simd; print(json.dumps([simd.AVX512, jit.source_digest()]))"
     )

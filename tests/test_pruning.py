@@ -33,7 +33,7 @@ def _kept_blocks(mask, block):
 
 
 @given(cases())
-def test_exactly_the_smallest_blocks_go(case):
+def test_prune_removes_exactly_the_smallest_blocks(case):
     dense, block, sparsity, statistic = case
     mask = magnitude_mask(dense, sparsity, block=block, statistic=statistic)
     kept = _kept_blocks(mask, block)
@@ -55,7 +55,7 @@ def test_masks_only_shrink_and_pruning_again_changes_nothing(case):
 
 
 @given(cases())
-def test_scores_are_what_they_say(case):
+def test_scores_equal_their_definitions(case):
     dense, block, _, _ = case
     rules = {"max": np.max, "mean": np.mean, "l2": lambda tile: np.sqrt(np.sum(tile**2))}
     for statistic, rule in rules.items():
@@ -99,7 +99,7 @@ def test_schedule():
             cubic_schedule(0.5, start, end)
 
 
-def test_prune_a_network_touches_only_what_it_is_told():
+def test_prune_changes_only_the_named_matrices():
     network = Network.random([20, 12], symbols=30, embedding=16, readout=30, rng=np.random.default_rng(0))
     pruned = prune(network, 0.75, block=(2, 8), names=("layers.0.w_rec", "layers.1.w_in"))
     for name, weights in pruned.matrices().items():
@@ -128,7 +128,7 @@ def test_prune_a_network_touches_only_what_it_is_told():
         ({"sparsity": 0.5, "statistic": "median"}, "statistic"),
     ],
 )
-def test_refusals(arguments, message):
+def test_pruning_refuses_invalid_arguments(arguments, message):
     network = Network.random([8], inputs=8, rng=np.random.default_rng(0))
     with pytest.raises(ValueError, match=message):
         prune(network, **arguments)

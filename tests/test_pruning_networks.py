@@ -183,7 +183,7 @@ def test_a_budget_of_operations_is_met_and_no_weight_changed(criterion, block):
         assert weights is before if name == "readout" else isinstance(weights, CSR if block == (1, 1) else BlockCSR)
 
 
-def test_busy_units_lose_synapses_first_where_that_is_asked():
+def test_activity_weighted_pruning_prefers_busy_units():
     # No recurrence and no read-out: what a unit costs is how often its input is not zero.
     net = network(units=(20,), readout=None)
     x = inputs(steps=400, batch=1) * (np.random.default_rng(5).random((400, 1, 11)) < np.linspace(0.1, 1, 11))
@@ -210,7 +210,7 @@ def test_busy_units_lose_synapses_first_where_that_is_asked():
         ({"budget": 0.3, "exempt": ("layers.5",)}, "no matrix 'layers.5'"),
     ],
 )
-def test_budgets_that_cannot_be(arguments, message):
+def test_impossible_budgets_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         prune_to_operations(network(), inputs(), **arguments)
 

@@ -130,7 +130,7 @@ def test_straight_through_moves_dense_weights_as_if_none_were_masked():
     assert np.array_equal(masks["a.w_in"], mask)
 
 
-def test_what_was_pruned_before_stays_so():
+def test_pruned_weights_stay_pruned():
     for name in RULES:
         early = StaticMasks(Blocks(0.5, (1, 1)))
         run = trainer(early)
@@ -299,7 +299,7 @@ def test_iterative_pruning_goes_back_to_early_weights(rewind):
     assert found[0].network.layers[0].w_rec.kept().all()
 
 
-def test_a_loop_that_forgets_a_call_is_told():
+def test_missing_callback_is_reported():
     for rule in (MovementPruning(0.5, end=4), RegrownMasks(0.5, end=4, every=2), GroupLasso(0.1, end=4)):
         parameters, masks = {"x.w_in": np.ones((4, 4), np.float32)}, {}
         rule.update(0, parameters, masks)
@@ -337,7 +337,7 @@ def test_a_loop_that_forgets_a_call_is_told():
         (lambda: Blocks(0.5, gates="none"), "gates"),
     ],
 )
-def test_refusals(make, message):
+def test_pruning_rules_refuse_invalid_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 

@@ -119,7 +119,7 @@ def test_a_run_has_its_configuration_its_log_and_the_best_model(cli, tmp_path, t
         assert code == (0 if again else 2) and (again or "--force" in err)
 
 
-def test_stopped_by_the_user_and_gone_on_with(cli, tmp_path, text, monkeypatch):
+def test_interrupted_run_resumes(cli, tmp_path, text, monkeypatch):
     from eventrnn.training.recipes import recipe as recipes
 
     arguments = ("--text", text, *SMALL)
@@ -208,7 +208,7 @@ def test_a_gru_is_kept_as_its_run_only(cli, tmp_path, text):
     assert not (tmp_path / "new").exists()
 
 
-def test_what_cannot_be_is_refused_before_anything_is_written(cli, tmp_path, text):
+def test_impossible_recipes_are_refused_before_writing(cli, tmp_path, text):
     (tmp_path / "short.txt").write_text("a b c\nd e f\ng h\n" * 2)
     (tmp_path / "empty.txt").write_text("")
     before = sorted(path.name for path in tmp_path.iterdir())

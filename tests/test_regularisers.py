@@ -54,7 +54,7 @@ def test_masks_have_the_documented_shapes_and_scales(sharing):
     assert all(np.isfinite(g).all() for g in model.backward(tape, np.ones_like(output)).values())
 
 
-def test_rates_are_those_asked_for():
+def test_rates_equal_the_requested_rates():
     noise = Regularisers(dropconnect=0.7, zoneout=0.2).draw(_model(), 200, 50, np.random.default_rng(3))
     dropped = np.concatenate([mask.ravel() == 0 for mask in noise.recurrent])
     assert abs(dropped.mean() - 0.7) <= sample_mean(len(dropped))

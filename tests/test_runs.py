@@ -189,7 +189,7 @@ def test_twenty_kills_at_random_moments_and_during_saves_change_no_bit(tmp_path,
     assert left == ["checkpoint.safetensors", "log.jsonl", "previous-checkpoint.safetensors"]
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
+def test_damaged_checkpoint_falls_back_to_the_previous(tmp_path):
     trainer = _trainer()
     run(trainer, tmp_path, checkpoint_seconds=0)
     path = tmp_path / "checkpoint.safetensors"
@@ -239,7 +239,7 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
 
 @pytest.mark.parametrize("way", _pruned_while_training())
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_asked_to_stop_it_ends_the_update_saves_and_goes_on_later(tmp_path, number, way):
+def test_stop_request_finishes_the_update_saves_and_resumes(tmp_path, number, way):
     def interrupt(progress, seconds):
         if progress.step == 11:
             os.kill(os.getpid(), number)
@@ -258,7 +258,7 @@ def test_asked_to_stop_it_ends_the_update_saves_and_goes_on_later(tmp_path, numb
     assert _bits(again) == _bits(straight)
 
 
-def test_a_loss_that_is_no_number_stops_with_what_is_known(tmp_path):
+def test_non_finite_loss_stops_with_a_report(tmp_path):
     trainer = _trainer()
 
     def spoil(progress, seconds):
@@ -275,7 +275,7 @@ def test_a_loss_that_is_no_number_stops_with_what_is_known(tmp_path):
     assert again.steps_done == 7
 
 
-def test_a_gradient_that_is_no_number_is_named():
+def test_non_finite_gradient_is_named():
     trainer = _trainer(steps=5)
     backward = trainer.model.backward
 
@@ -375,12 +375,12 @@ def test_a_run_of_every_way_of_pruning_continues_to_the_same_bits(tmp_path, way)
         (DynamicMasks(Blocks(0.5), end=99), DynamicMasks(Blocks(0.6), end=99)),
     ],
 )
-def test_another_way_of_pruning_is_another(one, other):
+def test_other_pruning_is_another_run(one, other):
     assert one.digest() == one.digest() != other.digest()
     assert " at 0x" not in one.digest()
 
 
-def test_a_user_s_task_is_told_from_another_by_its_data(tmp_path):
+def test_user_tasks_differ_by_their_data(tmp_path):
     class Mine(LanguageModelling):
         digest = Task.digest
 

@@ -25,7 +25,7 @@ from support.pruned_weights import FORMATS, pruned
 @given(
     size=st.integers(0, 3000), most=st.integers(1, 500), least=st.integers(1, 50), parts=st.integers(1, 5)
 )  # fmt: skip
-def test_a_queue_gives_everything_out_once(size, most, least, parts):
+def test_queue_hands_out_every_item_once(size, most, least, parts):
     queue, end, sizes = np.zeros(1, np.int64), 0, []
     while True:
         first, count = take_piece(queue, size, max(most, least), least, parts)
@@ -37,7 +37,7 @@ def test_a_queue_gives_everything_out_once(size, most, least, parts):
     assert sizes[:-1] == sorted(sizes[:-1], reverse=True) and all(each >= least for each in sizes[:-1])
 
 
-def test_tiles_of_a_piece_are_no_longer_than_those_that_there_is_room_for():
+def test_tiles_never_exceed_their_scratch_memory():
     for rows in range(1, 2 * WINDOW_ROWS):
         unit = tile_rows(min(rows, WINDOW_ROWS))
         assert unit <= TILE_ROWS
@@ -66,7 +66,7 @@ def moved(edges, waited, turns=1):
     return rows[0].tolist()
 
 
-def test_whoever_waits_takes_units_from_its_neighbours():
+def test_waiting_thread_takes_units_from_its_neighbours():
     edges = np.zeros(4, np.int64)
     even_shares(150, 3, edges)
     assert edges.tolist() == [0, 64, 112, 150]
@@ -105,7 +105,7 @@ def test_windows_cut_at_a_border_are_the_whole(n, rows, border, paper):
 
 @pytest.mark.parametrize("variant", ["evnn", "paper"])
 @pytest.mark.parametrize(("form", "batch"), [(0, 2), (0, 40), (1, 3), (5, 3)])
-def test_bits_do_not_depend_on_who_has_a_unit(variant, form, batch, monkeypatch):
+def test_results_do_not_depend_on_the_owner_of_a_unit(variant, form, batch, monkeypatch):
     rng = np.random.default_rng(batch)
     steps, units = 6, 150
     network = Network.random([units], inputs=30, rng=rng, threshold=0.05, cell=Cell(variant=variant))

@@ -179,7 +179,7 @@ def test_one_matrix_narrows_to_the_same_weights_in_every_format(shape, storage, 
             assert np.array_equal(convert(odd, other, storage="float32", **its).to_dense(), odd.to_dense())
 
 
-def test_what_a_row_reads():
+def test_row_bytes_of_narrow_storage():
     dense = np.array([[1, 0, 2, 3], [0, 0, 0, 0], [0, 4, 0, 0]], np.float32)
     expected = {
         "dense": {"float32": [16, 16, 16], "bfloat16": [8, 8, 8], "int8": [8, 8, 8]},
@@ -220,7 +220,7 @@ ONES = np.ones((2, 3), np.int8)
         (ONES[0], np.ones(1, np.float32), "got int8 with 1 dimensions, need int8 with 2"),
     ],
 )
-def test_refused_at_once(values, scales, message):
+def test_storage_refused_by_the_cheap_check(values, scales, message):
     with pytest.raises(TypeError, match=message):
         Dense(values, scales)
 
@@ -237,14 +237,14 @@ def test_refused_at_once(values, scales, message):
         (ONES.astype(np.uint16) * 0x7FC0, None, r"weight: got nan at position \(0, 0\)"),
     ],
 )
-def test_refused_by_the_full_check(values, scales, message):
+def test_storage_refused_by_the_full_check(values, scales, message):
     matrix = Dense(values, None if scales is None else np.array(scales, np.float32))
     matrix.check()
     with pytest.raises(ValueError, match=message):
         matrix.check(full=True)
 
 
-def test_no_other_storage():
+def test_unknown_storage_is_refused():
     with pytest.raises(ValueError, match="storage: got 'float16', need one of float32, bfloat16, int8"):
         Dense(np.ones((1, 1), np.float32)).stored_as("float16")
     with pytest.raises(ValueError, match=r"weight: got inf at position \(0, 1\)"):
@@ -282,7 +282,7 @@ def test_a_tied_readout_stays_the_embedding():
     }
 
 
-def test_what_is_narrow_is_not_narrowed_again():
+def test_narrow_weights_are_not_narrowed_again():
     network = _text_network(readout=6)
     for storage in ("float32", "int4"):
         with pytest.raises(ValueError, match=f"storage: got '{storage}', need one of bfloat16, int8"):
@@ -291,7 +291,7 @@ def test_what_is_narrow_is_not_narrowed_again():
         with_storage(with_storage(network, "int8"), "bfloat16")
 
 
-def test_a_network_speaks_of_decoded_weights():
+def test_network_reports_decoded_weights():
     network = with_storage(_text_network(readout=6), "int8")
     symbols = np.random.default_rng(1).integers(0, 6, (40, 2))
     twin = network.dense()

@@ -133,7 +133,7 @@ def test_validation_reads_out_where_a_sequence_ends(kind, read):
 
 @pytest.mark.parametrize("variant", ["evnn", "paper"])
 @pytest.mark.parametrize("kind", [Classification, Regression])
-def test_the_check_passes_what_is_right(kind, variant):
+def test_check_gradients_passes_correct_code(kind, variant):
     network = Network.random(
         [7], inputs=4, readout=3, threshold=0.1, rng=np.random.default_rng(0), cell=Cell(variant=variant)
     )
@@ -143,7 +143,7 @@ def test_the_check_passes_what_is_right(kind, variant):
     assert check_gradients(_net(), LanguageModelling(np.arange(300) % 8), directions=1).ok
 
 
-def test_the_check_catches_a_wrong_loss_and_a_wrong_surrogate(monkeypatch):
+def test_check_gradients_detects_wrong_loss_and_surrogate(monkeypatch):
     network = Network.random([7], inputs=4, readout=3, threshold=0.1, rng=np.random.default_rng(0))
 
     class Off(Regression):
@@ -263,7 +263,7 @@ def test_losses_by_hand():
         cross_entropy(np.zeros((2, 4), np.float32), np.array([0, 4]))
 
 
-def test_refusals():
+def test_tasks_refuse_invalid_arguments():
     text, rng = np.arange(100) % 8, np.random.default_rng(0)
     with pytest.raises(ValueError, match="too few"):
         Trainer(_net(), LanguageModelling(text), Settings(batch=10, window=20))
@@ -296,7 +296,7 @@ def _refused_in_check(network, inputs, valid, message):
 
 
 @pytest.mark.parametrize("bad", [-1, -8, 8])
-def test_symbols_out_of_range_are_refused_wherever_they_are(bad):
+def test_symbols_out_of_range_are_refused_at_any_position(bad):
     symbols = np.random.default_rng(0).integers(0, 8, (6, 5))
     wrong = symbols.copy()
     wrong[4, 2] = bad
@@ -310,7 +310,7 @@ def test_symbols_out_of_range_are_refused_wherever_they_are(bad):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e300])
-def test_numbers_that_are_none_are_refused_wherever_they_are(bad):
+def test_non_finite_inputs_are_refused_at_any_position(bad):
     network = Network.random([7], inputs=4, readout=3, rng=np.random.default_rng(0), threshold=0.1)
     inputs = np.random.default_rng(0).normal(size=(300, 5, 4))
     wrong = inputs.copy()
@@ -363,7 +363,7 @@ def test_the_check_catches_a_wrong_gradient_of_w_rec_however_large_the_network(m
     assert not wrong.ok and [row.what for row in wrong.rows if not row.ok] == ["layers.0 engine: w_rec"]
 
 
-def test_the_check_does_not_pass_where_nothing_could_be_seen():
+def test_check_gradients_without_a_sharp_row_fails():
     from eventrnn.training.gradcheck import GradientCheck, Row
 
     blind = Row("layers.0 engine: w_rec", error=0.0, allowed=1.0, size=2.0)

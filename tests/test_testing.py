@@ -31,7 +31,7 @@ def exists(strategy, condition) -> None:
 # --- strategies ---------------------------------------------------------------------------------------------
 
 
-def test_drawn_networks_are_lively():
+def test_drawn_networks_are_active():
     activities = []
 
     @settings(LOOK, max_examples=150)
@@ -76,7 +76,7 @@ def test_tied_networks(tied, untied):
     assert untied.readout is None or not untied.readout.tied
 
 
-def test_tied_needs_both_ends():
+def test_tied_networks_need_embedding_and_readout():
     for options in ({"embedding": False}, {"readout": False}):
         with pytest.raises(ValueError, match="networks: tied needs an embedding and a read-out"):
             find(networks(tied=True, **options), bool)
@@ -127,7 +127,7 @@ def test_blocks_that_divide_nothing_are_drawn():
     exists(weights((9, 22), formats=["block"]), odd)
 
 
-def test_masks_from_everything_to_nothing():
+def test_drawn_masks_range_from_full_to_empty():
     for condition in (np.all, lambda m: not m.any(), lambda m: (~m.any(axis=1)).any() and m.any()):
         exists(masks((8, 12), (2, 5)), condition)
     with pytest.raises(ValueError, match="block: 9x1 is larger than the matrix 8x12"):
@@ -205,7 +205,7 @@ def quiet_network(threshold: float) -> Network:
     return Network((Layer(Dense(w_in), Dense(np.zeros((5, rows), np.float32)), *biases, thresholds),))
 
 
-def test_names_the_first_divergence_and_the_margin():
+def test_assert_equivalent_names_first_divergence_and_margin():
     # Unit 3 of sample 1 receives 1 in step 2: v = tanh(2) / 2 = 0.482 exceeds 0.4 and not 0.6.
     x = np.zeros((5, 3, 5), np.float32)
     x[2, 1, 3] = 1
@@ -320,7 +320,7 @@ def test_everything_a_run_returns_is_compared(change, what, place):
     assert str(found).startswith(f"{what}s differ")
 
 
-def test_what_cannot_be_compared_is_refused():
+def test_assert_equivalent_refuses_incomparable_simulators():
     rng = np.random.default_rng(0)
     network, other = (Network.random([n], inputs=3, rng=rng) for n in (4, 5))
     x = np.zeros((1, 1, 3))

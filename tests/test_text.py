@@ -93,12 +93,12 @@ def test_an_unknown_word_is_named_with_its_place():
         (lambda: Vocabulary(("a", "b")).decode([0.5]), "need whole numbers"),
     ],
 )
-def test_vocabularies_that_are_refused(make, message):
+def test_invalid_vocabularies_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_nothing_is_a_text():
+def test_empty_text_is_valid():
     assert Vocabulary.of("abc").encode("").tolist() == []
     assert Vocabulary.of("abc").decode([]) == ""
 
@@ -203,7 +203,7 @@ def refused(path, message, **options):
         from_path(path, **options)
 
 
-def test_text_that_is_refused(tmp_path):
+def test_invalid_text_is_refused(tmp_path):
     refused(tmp_path / "none.txt", r"text: .*none\.txt: no such file")
     refused(tmp_path, "has no .*txt file")
     file = tmp_path / "book.txt"

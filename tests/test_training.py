@@ -62,7 +62,7 @@ def _float64(model):
 
 
 @given(windows())
-def test_gradients_are_the_specification_s(case):
+def test_model_gradients_equal_specification_within_bounds(case):
     model, x, state, d_y = case
     cell, parameters = model.cells[0], _float64(model)
     _, _, tape = model.forward(x, state)
@@ -145,7 +145,7 @@ def _net(seed: int = 0, **changes) -> Network:
     return Network.random([20, 16], rng=np.random.default_rng(seed), **options)
 
 
-def test_the_seed_makes_the_run():
+def test_seed_determines_the_run():
     runs = [
         Trainer(_net(), _text(), _small(regularisers=Regularisers(dropout_top=0.2), seed=seed)) for seed in (7, 7, 8)
     ]
@@ -200,7 +200,7 @@ def test_masks_stay_masks_through_the_optimiser(block):
         assert trainer.model.parameters[name][mask].all()
 
 
-def test_masks_of_the_noise_scale_what_they_say():
+def test_noise_masks_scale_as_documented():
     network = _net()
     model, rng = Model(network), np.random.default_rng(1)
     masks = [(rng.random((4, n)) < 0.5).astype(np.float32) * 2 for n in (20, 16)]
@@ -246,7 +246,7 @@ def test_settings_refuse(change):
         _small(**change)
 
 
-def test_refusals():
+def test_training_refuses_invalid_arguments():
     with pytest.raises(ValueError, match="too few"):
         Trainer(_net(), _text(30), _small())
     with pytest.raises(ValueError, match="embedding"):

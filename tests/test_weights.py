@@ -196,7 +196,7 @@ def test_records_of_the_refusals_are_valid():
         (block_csr, {"values": np.ones(8, np.float32)}, ValueError, "over 3 indices and 2 stored"),
     ],
 )
-def test_refused_at_once(make, changes, error, message):
+def test_weights_refused_by_the_cheap_check(make, changes, error, message):
     with pytest.raises(error, match=message):
         make(**changes)
 
@@ -213,7 +213,7 @@ def test_refused_at_once(make, changes, error, message):
         (block_csr, {"indices": np.array([2, 0, 1], np.int32)}, "not strictly ascending"),
     ],
 )
-def test_refused_by_the_full_check(make, changes, message):
+def test_weights_refused_by_the_full_check(make, changes, message):
     matrix = make(**changes)
     matrix.check()
     with pytest.raises(ValueError, match=message):
@@ -272,7 +272,7 @@ def test_records_are_frozen(name):
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("storage", STORAGES)
-def test_the_arrays_and_options_of_a_record_make_it_again(name, storage):
+def test_arrays_and_options_rebuild_the_record(name, storage):
     matrix = convert(np.eye(5), name, **options(name, m=3), storage=storage)
     again: Weights = type(matrix)(**matrix.arrays(), **matrix.options())
     again.check(full=True)
