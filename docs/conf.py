@@ -110,6 +110,12 @@ def _process_docstring(app, what, name, obj, options, lines: list[str]) -> None:
     lines[:] = to_restructured_text(lines)
 
 
+def _process_signature(app, what, name, obj, options, signature, returned):
+    """A default that a dataclass makes anew, shown as `...`: Sphinx cannot parse `<factory>`."""
+    return (signature.replace("<factory>", "...") if signature else signature), returned
+
+
 def setup(app) -> None:
     """Called by Sphinx."""
+    app.connect("autodoc-process-signature", _process_signature)
     app.connect("autodoc-process-docstring", _process_docstring)
