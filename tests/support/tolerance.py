@@ -186,9 +186,9 @@ ROUNDED = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "tf32": 2.0**-10}
 TINY16 = 2.0**-25
 
 #: Absolute errors of the approximate sigmoid and tanh on a GPU. ex2.approx has a relative error of 2^-22. Its argument
-#: is rounded twice, which adds |x| 2^-23. The sigmoid multiplies both by s (1 - s), which
-#: is below 1/4; |x| s (1 - s) is below 0.23. The rounded sum and rcp.approx have errors of 2^-23 each; the bound takes three of them.
-#: tanh doubles the error and rounds once more.
+#: is rounded twice, which adds |x| 2^-23. The sigmoid multiplies both by s (1 - s), which is below 1/4; |x| s (1 - s)
+#: is below 0.23. The rounded sum and rcp.approx have errors of 2^-23 each; the bound takes three of them. tanh doubles
+#: the error and rounds once more.
 QUICK_SIGMOID = 2.0**-22 / 4 + 0.23 * 2.0**-23 + 3 * 2.0**-23
 QUICK_TANH = 2 * QUICK_SIGMOID + 2.0**-24
 
