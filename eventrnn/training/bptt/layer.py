@@ -1,13 +1,15 @@
-"""One layer through a window, forward and back: which products go over events and which through BLAS.
+"""One layer through a window, forward and backward, and the choice between sparse products and BLAS.
 
-The choice is a function of the window alone (its activity, its support and the masks), never of what was before, so a
-resumed run makes the same one. Recurrent drives always go over events: with many of them the kernel walks every unit
-anyway, and the events of training are then those of the inference engine, bit for bit.
+The choice depends on the window alone (its activity, its active pairs and the masks), not on earlier windows, so that a
+resumed run makes the same one. Recurrent drives always go over events: at high activity the kernel reads the weights of
+every unit anyway, and the events of training are then those of the inference engine, bit for bit.
+
+Equations: `reference.forward` and `reference.backward`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,125 +18,99 @@ from eventrnn.counting.backward import BackwardWork
 from eventrnn.cpu.kernels.simd import LANES
 from eventrnn.cpu.threads import Team
 from eventrnn.training.bptt.kernels import cell_update, event_lists, sddmm, spmm, time_loops
+from eventrnn.training.bptt.kernels.records import (
+    ACTIVE,
+    ALL,
+    EVERY,
+    SEGMENTS,
+    Deltas,
+    PackedWeights,
+    SampledWeights,
+    StoredEntries,
+    SurrogateParameters,
+    TapeArrays,
+    Upstream,
+    WindowShape,
+)
 from eventrnn.training.bptt.kernels.spmm import STRIP
-from eventrnn.training.bptt.kernels.time_loops import DENSE, PIECES, STORED_ROWS, WINDOW_ROWS
-from eventrnn.training.bptt.sparse_pattern import Pattern, Windows, windows
-from eventrnn.training.bptt.workspace import Arena, Lists, Scratch
+from eventrnn.training.bptt.kernels.time_loops import STORED_ROWS, WINDOW_ROWS
+from eventrnn.training.bptt.sparse_pattern import PackedMatrix, Pattern, pack_matrix
+from eventrnn.training.bptt.tape import (
+    GradientMask,
+    LayerGradients,
+    LayerTape,
+    MatrixInputs,
+    surrogate_parameters,
+)
+from eventrnn.training.bptt.workspace import Arena, Workspace
 
 F32 = np.float32
 
-# Shares of events (and of open pairs), times the share of weights that are stored, up to which input drives, gradients
-# of weights and of what was sent do not go through BLAS. Measured at 1350 units on one thread of an AVX-512 server: as
-# fast at 0.63, 0.55 and 0.41 for 20 samples, at 0.62, 0.61 and 0.38 for 80.
-DRIVES_UP_TO, EVENTS_UP_TO, PATHS_UP_TO = 0.55, 0.5, 0.4
+# Products go over events up to these shares of non-zero inputs (or of active pairs), multiplied by the share of weights
+# that are stored: input drives, weight gradients, and gradients of what was sent. Measured at 1350 units on one thread
+# of an AVX-512 server, events and BLAS are equally fast at 0.63, 0.55 and 0.41 for 20 samples, at 0.62, 0.61 and 0.38
+# for 80.
+DRIVES_UP_TO, EVENTS_UP_TO, PAIRS_UP_TO = 0.55, 0.5, 0.4
 
-# Rows, about, that are looked at to tell how many pairs are open.
+# About how many rows are sampled to estimate the share of active pairs.
 SAMPLED_ROWS = 512
 
-# Numbers that kernels may read past the last row, in whole vectors.
+# Floats that kernels may read past the last row.
 SPARE = 16 * LANES
 
 
 @dataclass
-class LayerTape:
-    """One layer over a window, all the backward pass needs. (T, B, N) arrays; `y` and `c` have T + 1 steps, the
-    first being the state before the window. `w_rec` are the weights that were used, DropConnect included; `share_in` of
-    x is not zero; `support`, known after the backward pass, is the share of units that fired or were within their
-    surrogate's support."""
+class _Sweep:
+    """The records of one backward pass, in the order in which kernels take them."""
 
-    x: np.ndarray
-    w_rec: np.ndarray
-    u: np.ndarray
-    r: np.ndarray
-    g: np.ndarray
-    q: np.ndarray
-    v: np.ndarray
-    y: np.ndarray
-    c: np.ndarray
-    threshold: np.ndarray
-    share_in: float = float("nan")
-    support: float = float("nan")
-    work: dict[str, BackwardWork] = field(default_factory=dict)
-    engine: LayerEngine | None = field(default=None, repr=False)
+    shape: WindowShape
+    surrogate: SurrogateParameters
+    tape: TapeArrays
+    upstream: Upstream
+    deltas: Deltas
 
-
-@dataclass
-class Arrived:
-    """What a matrix received over a window, flat (rows, n_pre) each: one array, or what the gates and, in the paper's
-    variant, what the candidate did. `share` of it is not zero; `lists` are its events by unit, once listed."""
-
-    arrays: tuple[np.ndarray, ...]
-    share: float
-    lists: list[Lists] = field(default_factory=list)
-
-
-@dataclass
-class Adjoint:
-    """What a layer's backward pass gives: gradients by name (`w_in`, `w_rec`, …), and of its input (T, B, I)."""
-
-    gradients: dict[str, np.ndarray]
-    d_x: np.ndarray | None
-
-
-@dataclass(frozen=True)
-class Paths:
-    """Where the gradient of what a layer received has a use: everywhere, or, given v of who sent it, where it fired or
-    has a slope. Flat v (rows of units); `rule` is a surrogate's code, dampening and support; with `zeroed` it is zero
-    elsewhere, where it may else be anything."""
-
-    v: np.ndarray | None = None
-    threshold: np.ndarray = field(default_factory=lambda: np.zeros(0, F32))
-    rule: tuple = (0, F32(0), F32(1))
-    zeroed: bool = False
-
-    @classmethod
-    def of_layer(cls, tape: LayerTape, cell: Cell) -> Paths:
-        """Of the layer that sent it."""
-        rule = cell.surrogate
-        return cls(tape.v.reshape(-1), tape.threshold, (rule.code, F32(rule.dampening), F32(rule.support)))
-
-    @classmethod
-    def of_mask(cls, mask: np.ndarray, team: Team, arena: Arena) -> Paths:
-        """Where a mask (T, B, I) is True."""
-        v = arena.take(mask.size)
-        team.run(cell_update.copy_all, np.ascontiguousarray(mask).reshape(-1), v)
-        return cls(v, np.zeros(mask.shape[2], F32), zeroed=True)
-
-    def zero_elsewhere(self, d_x: np.ndarray) -> None:
-        """Of a gradient of everything, if that was asked for."""
-        if self.zeroed and self.v is not None:
-            d_x[self.v.reshape(d_x.shape) == 0] = 0
+    @property
+    def rows(self) -> int:
+        return self.shape.steps * self.shape.batch
 
 
 class LayerEngine:
-    """Runs one layer. Keeps patterns while masks last, and memory between windows."""
+    """Runs one layer. Keeps sparse patterns while masks last, and memory between windows.
 
-    def __init__(self, cell: Cell, mode: str, team: Team, arena: Arena):
-        self.cell, self.mode, self.team, self.arena = cell, mode, team, arena
-        self.scratch = Scratch(arena, team.threads)
+    Parameters
+    ----------
+    cell          : variant and surrogate
+    backward_mode : "auto", "dense" or "sparse", see `Model`
+    team          : threads
+    arena         : memory, shared by the layers of a model
+    """
+
+    def __init__(self, cell: Cell, backward_mode: str, team: Team, arena: Arena):
+        self.cell, self.backward_mode, self.team, self.arena = cell, backward_mode, team, arena
+        self.workspace = Workspace(arena, team.threads)
         self.paper = cell.variant == "paper"
         self.masks: dict[str, np.ndarray | None] = {}
         self.patterns: dict[str, Pattern] = {}
-        self.windows: dict[tuple, Windows] = {}
+        self.packed: dict[tuple, PackedMatrix] = {}
 
     # --- patterns -----------------------------------------------------------------------------------------------
 
     def pattern(self, name: str, shape: tuple[int, int], mask: np.ndarray | None) -> Pattern:
-        """Of the mask of now; made again only when it has changed."""
+        """The pattern of a mask, made again only when the mask has changed."""
         before = self.masks.get(name)
         same = before is None if mask is None else before is not None and self._equal(mask, before)
         if name not in self.patterns or not same:
             self.masks[name] = None if mask is None else mask.copy()
-            n = shape[1] // 3
-            pattern = Pattern.of(None if self.mode == "dense" else mask, shape, 2 * n, always=self.mode == "sparse")
+            dense, sparse = self.backward_mode == "dense", self.backward_mode == "sparse"
+            pattern = Pattern.of(None if dense else mask, shape, 2 * shape[1] // 3, always=sparse)
             if mask is not None:
                 pattern.kept[:] = mask.sum(axis=1)
             self.patterns[name] = pattern
-            self.windows = {key: kept for key, kept in self.windows.items() if key[0] != name}
+            self.packed = {key: kept for key, kept in self.packed.items() if key[0] != name}
         return self.patterns[name]
 
     def _equal(self, mask: np.ndarray, other: np.ndarray) -> bool:
-        """Whether two masks are equal; eight entries are compared at a time."""
+        """Whether two masks are equal; compares eight elements at a time."""
         if mask.shape != other.shape:
             return False
         mask, other = mask.reshape(-1), other.reshape(-1)
@@ -142,113 +118,139 @@ class LayerEngine:
         self.team.run(spmm.find_difference, mask[:whole].view(np.int64), other[:whole].view(np.int64), found)
         return not found.any() and np.array_equal(mask[whole:], other[whole:])
 
-    def _windows(self, name: str, edges: list[tuple[int, int]], rows: int, w: np.ndarray) -> Windows:
-        key = (name, len(edges), rows)
-        if key not in self.windows:
-            # Another batch replaces the one before: its packed weights are as large as the matrix.
-            self.windows = {k: kept for k, kept in self.windows.items() if k[0] != name}
-            self.windows[key] = windows(self.patterns[name], edges, rows)
-        self.windows[key].fill(self.team, w)
-        return self.windows[key]
+    def _packed(self, name: str, unit_ranges: list[tuple[int, int]], rows: int, w: np.ndarray) -> PackedMatrix:
+        """The matrix packed for products of `rows` drives, filled with the weights w."""
+        key = (name, len(unit_ranges), rows)
+        if key not in self.packed:
+            # Keep one batch size only: packed weights take as much memory as the matrix.
+            self.packed = {k: kept for k, kept in self.packed.items() if k[0] != name}
+            self.packed[key] = pack_matrix(self.patterns[name], unit_ranges, rows)
+        self.packed[key].fill(self.team, w)
+        return self.packed[key]
 
-    def _edges(self, n: int) -> list[tuple[int, int]]:
-        parts = self.team.threads
-        return [
-            (event_lists.share(n, LANES, k, parts), event_lists.share(n, LANES, k + 1, parts)) for k in range(parts)
-        ]
+    def _unit_ranges(self, n: int) -> list[tuple[int, int]]:
+        """Equal shares of the units, one per thread."""
+        threads = self.team.threads
+        bounds = [event_lists.share(n, LANES, k, threads) for k in range(threads + 1)]
+        return list(zip(bounds[:-1], bounds[1:], strict=True))
 
     # --- forward ------------------------------------------------------------------------------------------------
 
-    def forward(self, p: dict, x: np.ndarray, c: np.ndarray, y: np.ndarray, held: np.ndarray | None) -> LayerTape:
-        """A window from a state. p: `w_in`, `w_rec`, `bias_in`, `bias_rec`, `threshold`; x (T, B, I)."""
+    def forward(
+        self, p: dict, x: np.ndarray, c: np.ndarray, y: np.ndarray, zoneout_mask: np.ndarray | None
+    ) -> LayerTape:
+        """Run a window from a state.
+
+        p            : `w_in` (I, 3N), `w_rec` (N, 3N), `bias_in` and `bias_rec` (3N,), `threshold` (N,)
+        x            : (T, B, I) inputs
+        c, y         : (B, N) state
+        zoneout_mask : (T, B, N) bool, or None
+        """
         (steps, batch), n = x.shape[:2], len(p["threshold"])
-        pitch = _pitch(n)
-        take = self.arena.take
+        shape, pitch, take = WindowShape(self.paper, steps, batch, n), _pitch(n), self.arena.take
         u, r, g, q, v = (take(steps, batch, n) for _ in range(5))
         ys, cs = take(steps + 1, batch, n), take(steps + 1, batch, n)
         ys[0], cs[0] = y, c
         tape = LayerTape(x, p["w_rec"], u, r, g, q, v, ys, cs, p["threshold"], engine=self)
         drive_in = take(steps * batch * pitch + SPARE)
         tape.share_in = self._input_drives(p, x, drive_in, pitch)
-        held_flat = np.zeros(0, bool) if held is None else np.ascontiguousarray(held).reshape(-1)
-        outputs = tuple(a.reshape(-1) for a in (u, r, g, q, v, ys, cs))
-        if self.mode == "dense":
-            self._dense_steps(p, drive_in, pitch, held_flat, steps, batch, outputs)
+        held = np.zeros(0, bool) if zoneout_mask is None else np.ascontiguousarray(zoneout_mask).reshape(-1)
+        if self.backward_mode == "dense":
+            self._forward_by_blas(shape, p, drive_in, pitch, held, tape.arrays())
             return tape
-        parts = self.team.threads
-        dense = self.patterns["w_rec"].form == DENSE
-        table = self._windows("w_rec", [(0, n)] if dense else self._edges(n), batch, p["w_rec"])
-        whole, fields = table.tables[0], table.tables.shape[2]
-        own_windows = take(parts, len(whole), fields, dtype=np.int64) if dense else table.tables
-        rows, wide = 3 * batch, n + LANES * parts
+        threads, movable = self.team.threads, self.patterns["w_rec"].layout == ALL
+        packed = self._packed("w_rec", [(0, n)] if movable else self._unit_ranges(n), batch, p["w_rec"])
+        weights, shared_tiles = packed.record(p["bias_rec"]), packed.tiles[0]
+        if movable:
+            # The threads cut their own tiles out of the shared ones.
+            weights = weights._replace(tiles=take(threads, *shared_tiles.shape, dtype=np.int64))
+        else:
+            shared_tiles = shared_tiles[:0]
         self.team.run(
-            time_loops.forward, self.paper, steps, batch, n,
-            whole if dense else whole[:0], own_windows, table.cut, table.values, table.index, table.pointers,
-            p["bias_rec"], p["threshold"], drive_in, pitch, held_flat, *self.scratch.shares(),
-            take(parts, batch * pitch + SPARE), take(rows * wide + LANES, dtype=np.int32), take(rows * wide + LANES),
-            take(rows * parts, dtype=np.int64), take(rows * parts, dtype=np.int64),
-            *self.scratch.engine(n, batch, table.most), *outputs, counter=True,
-        )  # fmt: skip
+            time_loops.forward,
+            shape,
+            shared_tiles,
+            weights,
+            p["threshold"],
+            drive_in,
+            pitch,
+            held,
+            self.workspace.rebalancing(),
+            take(threads, batch * pitch + SPARE),
+            self.workspace.step_events(n, batch),
+            self.workspace.product(n, batch, packed.most),
+            tape.arrays(),
+            counter=True,
+        )
         return tape
 
     def _input_drives(self, p: dict, x: np.ndarray, drive: np.ndarray, pitch: int) -> float:
-        """Writes them; returns the share of x that is not zero."""
+        """Write the input drives of all rows; returns the share of x that is not zero."""
         w, rows, (n_pre, columns) = p["w_in"], x.shape[0] * x.shape[1], p["w_in"].shape
-        pattern, flat = self.patterns["w_in"], np.ascontiguousarray(x).reshape(-1)
-        sent = self._share_sent(flat)
-        if not self._sparse(pattern, sent, DRIVES_UP_TO):
+        pattern, flat, workspace = self.patterns["w_in"], np.ascontiguousarray(x).reshape(-1), self.workspace
+        share = self._nonzero_share(flat)
+        if not self._sparse(pattern, share, DRIVES_UP_TO):
             out = drive[: rows * pitch].reshape(rows, pitch)[:, :columns]
             self.team.multiply(flat.reshape(rows, n_pre), w, out)
             out += p["bias_in"]
-            return sent
-        take, parts = self.arena.take, self.team.threads
-        if pattern.form == DENSE:
-            strip = min(spmm.STRIP_ROWS, rows)
+        elif pattern.layout == ALL:
+            some = min(spmm.STRIP_ROWS, rows)
             self.team.run(
-                spmm.input_drives, flat, rows, w.reshape(-1), n_pre, columns, p["bias_in"], drive, pitch,
-                *self.scratch.events(n_pre, strip, parts), take(parts, strip, dtype=np.int64), self.scratch.bins(),
-                *self.scratch.strip(strip), counter=True,
-            )  # fmt: skip
-            return sent
-        table = self._windows("w_in", [(0, columns // 3)], 1, w)
-        some = min(rows, spmm.LISTED_ROWS)
-        most = some * n_pre + LANES
-        self.team.run(
-            spmm.stored_drives, flat, table.tables[0], table.values, table.index, table.pointers, n_pre, rows,
-            p["bias_in"], drive, pitch, take(parts, most, dtype=np.int32), take(parts, most),
-            take(parts, some, dtype=np.int64), take(parts, some, dtype=np.int64),
-            *self.scratch.engine(1, 1, table.most), counter=True,
-        )  # fmt: skip
-        return sent
+                spmm.input_drives,
+                flat,
+                rows,
+                w.reshape(-1),
+                n_pre,
+                columns,
+                p["bias_in"],
+                drive,
+                pitch,
+                workspace.event_lists(n_pre, some, self.team.threads),
+                workspace.list_scratch(some),
+                workspace.strip(some),
+                counter=True,
+            )
+        else:
+            packed = self._packed("w_in", [(0, columns // 3)], 1, w)
+            events = workspace.row_events(n_pre, min(rows, spmm.LISTED_ROWS))
+            scratch = workspace.product(1, 1, packed.most)
+            weights = packed.record(p["bias_in"])
+            self.team.run(
+                spmm.stored_drives, flat, weights, n_pre, rows, drive, pitch, events, scratch, counter=True
+            )
+        return share
 
-    def _share_sent(self, flat: np.ndarray) -> float:
-        """Share of numbers that are not zero."""
+    def _nonzero_share(self, flat: np.ndarray) -> float:
+        """Share of elements that are not zero."""
         counts = np.empty(self.team.threads, np.int64)
-        self.team.run(cell_update.count_sent, flat, counts)
+        self.team.run(cell_update.count_nonzero, flat, counts)
         return counts.sum() / max(1, flat.size)
 
     def _sparse(self, pattern: Pattern, share: float, limit: float) -> bool:
-        if self.mode != "auto":
-            return self.mode == "sparse"
+        """Whether a product goes over events (or active pairs) that make up so large a share."""
+        if self.backward_mode != "auto":
+            return self.backward_mode == "sparse"
         return share * pattern.stored <= limit * pattern.shape[0] * pattern.shape[1]
 
-    def _dense_steps(self, p: dict, drive_in, pitch: int, held, steps: int, batch: int, outputs) -> None:
-        n, w, bias = len(p["threshold"]), p["w_rec"], p["bias_rec"]
-        u, r, g, q, v, ys, cs = outputs
+    def _forward_by_blas(
+        self, shape: WindowShape, p: dict, drive_in: np.ndarray, pitch: int, held: np.ndarray, tape: TapeArrays
+    ) -> None:
+        """All steps, with the recurrent products through BLAS."""
+        n, batch, w, bias = shape.units, shape.batch, p["w_rec"], p["bias_rec"]
         w_gates, w_candidate = split_gates(self.cell, w)
-        drive, rows, size = np.empty((batch, 3 * n), F32), batch, batch * n
-        for t in range(steps):
-            y, at = ys[t * size : (t + 1) * size].reshape(batch, n), t * batch * pitch
+        drive, size = np.empty((batch, 3 * n), F32), batch * n
+        for t in range(shape.steps):
+            y, at = tape.y[t * size : (t + 1) * size].reshape(batch, n), t * batch * pitch
             if self.paper:
                 drive[:, : 2 * n] = self.team.multiply(y, w_gates) + bias[: 2 * n]
-                cell_update.reset_all(n, rows, drive_in, at, pitch, drive.reshape(-1), ys, t * size, r, q)
-                sent = q[t * size : (t + 1) * size].reshape(batch, n)
+                cell_update.reset_gate_batch(shape, drive_in, at, pitch, drive.reshape(-1), tape, t * size)
+                sent = tape.q[t * size : (t + 1) * size].reshape(batch, n)
                 drive[:, 2 * n :] = self.team.multiply(sent, w_candidate) + bias[2 * n :]
             else:
                 self.team.multiply(y, w, drive)
                 drive += bias
-            cell_update.update_all(
-                n, rows, self.paper, drive_in, at, pitch, drive.reshape(-1), p["threshold"], held, t * size, *outputs
+            cell_update.update_batch(
+                shape, drive_in, at, pitch, drive.reshape(-1), p["threshold"], held, tape, t * size
             )
 
     # --- backward -----------------------------------------------------------------------------------------------
@@ -259,186 +261,222 @@ class LayerEngine:
         tape: LayerTape,
         d_y: np.ndarray,
         d_cell: np.ndarray | None,
-        wanted: Paths | None,
+        input_mask: GradientMask | None,
         stored: bool,
-    ) -> Adjoint:
-        """Gradients from d_y (T, B, N), contiguous float32, and d_cell of v.
+    ) -> LayerGradients:
+        """Gradients of the parameters, and of the input.
 
-        wanted : where the gradient of the input is, nowhere for None
-        stored : gradients of pruned matrices as their kept entries only, in the order of `matrix[mask]`
+        p          : `w_in` (I, 3N)
+        d_y        : (T, B, N) contiguous float32, gradient of the output
+        d_cell     : (T, B, N) gradient of the cell state before the event, or None
+        input_mask : where the gradient of the input is needed; None: nowhere
+        stored     : return gradients of pruned matrices as their kept elements only, in the order of `matrix[mask]`
         """
         steps, batch, n = tape.v.shape
-        pitch, take, rows = _pitch(n), self.arena.take, steps * batch
-        d_in = take(rows * pitch + SPARE)
-        d_rec = d_in if self.paper else take(rows * pitch + SPARE)
-        for delta in (d_in, d_rec):
-            # Read with padding of pieces, whose weights are zero: must be a number.
-            delta[: rows * pitch].reshape(rows, pitch)[:, 3 * n :] = 0
-            delta[rows * pitch :] = 0
-        d_threshold, d_bias = np.zeros(n, F32), np.zeros(4 * n, F32)
-        d_cell_flat = np.zeros(batch * n, F32) if d_cell is None else np.ascontiguousarray(d_cell, F32).reshape(-1)
-        rule = self.cell.surrogate
-        head = (rule.code, F32(rule.dampening), F32(rule.support), tape.threshold)
-        arrays = tuple(a.reshape(-1) for a in (tape.u, tape.r, tape.g, tape.q, tape.v, tape.y, tape.c))
-        pattern = self.patterns["w_rec"]
+        rows, pattern = steps * batch, self.patterns["w_rec"]
         tape.work = {}
         work = tape.work["w_rec"] = BackwardWork.none(pattern.kept, 3 * n, rows)
-        work.asked = max(0, steps - 1 + self.paper) * batch
-        by_paths = self._sparse(pattern, self._open_share(head, arrays[4], rows, n), PATHS_UP_TO)
-        d_c, flat_y = np.zeros(batch * n, F32), d_y.reshape(-1)
-        sweep = self._sparse_back if by_paths else self._dense_back
-        sweep(tape, head, arrays, d_cell_flat, flat_y, d_c, d_in, d_rec, pitch, d_threshold, d_bias)
-        # What the last step sent has no use: nothing reads it within the window. What was sent before it, in the
-        # paper's variant, has.
-        earlier, before = max(0, rows - batch), np.count_nonzero(tape.y[0], axis=0) if self.paper else 0
-        work.open = work.dots.copy() if by_paths else self._open(head, arrays[4], 0, earlier, n) + before
-        last = self._open(head, arrays[4], earlier, rows, n)
-        tape.support = float((work.open - before + last).sum()) / max(1, rows * n)
-        gated = tape.q.reshape(-1) if self.paper else None
+        work.input_gradient_rows = max(0, steps - 1 + self.paper) * batch
+        sweep = self._sweep(tape, d_y, d_cell)
+        surrogate, v = sweep.surrogate, sweep.tape.v
+        over_pairs = self._sparse(pattern, self._active_share(surrogate, v, rows, n), PAIRS_UP_TO)
+        (self._sweep_over_pairs if over_pairs else self._sweep_by_blas)(tape, sweep)
+        # Nothing within the window reads the output of the last step. In the paper's variant the reset gate of the first
+        # step reads the output before the window.
+        last, before = max(0, rows - batch), np.count_nonzero(tape.y[0], axis=0) if self.paper else 0
+        work.active_pairs = work.dots.copy() if over_pairs else self._count_active(surrogate, v, 0, last, n) + before
+        active = work.active_pairs - before + self._count_active(surrogate, v, last, rows, n)
+        tape.support = float(active.sum()) / max(1, rows * n)
         x, y = np.ascontiguousarray(tape.x).reshape(-1), tape.y[:-1].reshape(-1)
-        arrived = {
-            "w_in": Arrived((x,), tape.share_in),
-            "w_rec": Arrived((y,) if gated is None else (y, gated), self._share_sent(y)),
+        inputs = {
+            "w_in": MatrixInputs((x,), tape.share_in),
+            "w_rec": MatrixInputs((y, sweep.tape.q) if self.paper else (y,), self._nonzero_share(y)),
         }
-        self._list(arrived, rows)
+        self._list_events(inputs, rows)
+        deltas = sweep.deltas
+        d_threshold, d_bias = deltas.d_threshold, deltas.d_bias
         gradients = {
-            "w_in": self._gradient("w_in", arrived["w_in"], rows, d_in, pitch, tape, stored),
-            "w_rec": self._gradient("w_rec", arrived["w_rec"], rows, d_rec, pitch, tape, stored),
+            "w_in": self._gradient("w_in", inputs["w_in"], rows, deltas.d_in, deltas.pitch, tape, stored),
+            "w_rec": self._gradient("w_rec", inputs["w_rec"], rows, deltas.d_rec, deltas.pitch, tape, stored),
             "bias_in": d_bias[: 3 * n].copy(),
             "bias_rec": d_bias[: 3 * n].copy() if self.paper else np.concatenate([d_bias[: 2 * n], d_bias[3 * n :]]),
             "threshold": d_threshold,
         }
         d_x = None
-        if wanted is not None:
-            d_x = self._input_gradient(p["w_in"], d_in, pitch, tape, wanted)
-        return Adjoint(gradients, d_x)
+        if input_mask is not None:
+            d_x = self._input_gradient(p["w_in"], deltas.d_in, deltas.pitch, tape, input_mask)
+        return LayerGradients(gradients, d_x)
 
-    def _open(self, head: tuple, v: np.ndarray, first: int, last: int, n: int, step: int = 1) -> np.ndarray:
-        """Of every `step`-th of the rows `first` to `last` of v, how often each unit fired or has a slope."""
+    def _sweep(self, tape: LayerTape, d_y: np.ndarray, d_cell: np.ndarray | None) -> _Sweep:
+        """The records that the backward kernels take; deltas are not written yet."""
+        steps, batch, n = tape.v.shape
+        rows, pitch, take = steps * batch, _pitch(n), self.arena.take
+        d_in = take(rows * pitch + SPARE)
+        d_rec = d_in if self.paper else take(rows * pitch + SPARE)
+        for delta in (d_in, d_rec):
+            # Segments may be padded with zero weights beyond the last column, where deltas must be finite.
+            delta[: rows * pitch].reshape(rows, pitch)[:, 3 * n :] = 0
+            delta[rows * pitch :] = 0
+        no_cells = np.zeros(batch * n, F32)
+        d_cells = no_cells if d_cell is None else np.ascontiguousarray(d_cell, F32).reshape(-1)
+        return _Sweep(
+            WindowShape(self.paper, steps, batch, n),
+            surrogate_parameters(self.cell, tape.threshold),
+            tape.arrays(),
+            Upstream(d_y.reshape(-1), d_cells, np.zeros(batch * n, F32)),
+            Deltas(d_in, d_rec, pitch, np.zeros(n, F32), np.zeros(4 * n, F32)),
+        )
+
+    def _count_active(
+        self, surrogate: SurrogateParameters, v: np.ndarray, first: int, last: int, n: int, step: int = 1
+    ) -> np.ndarray:
+        """In how many of every `step`-th of the rows `first` to `last` of v each unit fired or has a slope, (N,)."""
         counts = np.empty(n, F32)
-        self.team.run(cell_update.count_open, *head, v, first, last, step, n, counts)
+        self.team.run(cell_update.count_active, surrogate, v, first, last, step, n, counts)
         return counts.astype(np.int64)
 
-    def _open_share(self, head: tuple, v: np.ndarray, rows: int, n: int) -> float:
-        """Share of units that fired or have a slope, of rows of v that stand for all of them."""
-        # Odd: not the same samples of each step.
+    def _active_share(self, surrogate: SurrogateParameters, v: np.ndarray, rows: int, n: int) -> float:
+        """Estimated share of active pairs, from a sample of the rows of v."""
+        # An odd step does not pick the same samples of each time step.
         step = rows // SAMPLED_ROWS | 1
-        return float(self._open(head, v, 0, rows, n, step).sum()) / max(1, -(-rows // step) * n)
+        return float(self._count_active(surrogate, v, 0, rows, n, step).sum()) / max(1, -(-rows // step) * n)
 
-    def _sparse_back(
-        self, tape, head, arrays, d_cell, d_y, d_c, d_in, d_rec, pitch, d_threshold, d_bias
-    ) -> None:  # fmt: skip
-        steps, batch, n = tape.v.shape
-        pattern, take = self.patterns["w_rec"], self.arena.take
+    def _sweep_over_pairs(self, tape: LayerTape, sweep: _Sweep) -> None:
+        """All steps back, with the recurrent products at active pairs only."""
+        batch, n, take, workspace = sweep.shape.batch, sweep.shape.units, self.arena.take, self.workspace
+        pattern, work = self.patterns["w_rec"], tape.work["w_rec"]
         gates = 2 * n if self.paper else 3 * n
-        weights, columns = self._stored(pattern, tape.w_rec)
+        stored = np.zeros(0, F32) if pattern.layout == ALL else self._stored(pattern, tape.w_rec)
         self.team.run(
-            time_loops.backward, self.paper, steps, batch, n, *head,
-            pattern.form, pattern.width, weights, columns, pattern.pointers(0, gates), pattern.pointers(2 * n, 3 * n),
-            *arrays, d_cell, d_y, d_c, *self.scratch.shares(), take(batch * n),
-            *self.scratch.pairs(pattern.form == DENSE, n, batch, gates, 3 * n - gates), take(2 * batch * n),
-            d_in, d_rec, pitch, d_threshold, d_bias, tape.work["w_rec"].dots, counter=True,
-        )  # fmt: skip
-        tape.work["w_rec"].dots_stored = pattern.stored_out()
+            time_loops.backward,
+            sweep.shape,
+            sweep.surrogate,
+            tape.w_rec.reshape(-1),
+            self._sampled(pattern, stored, 0, gates),
+            self._sampled(pattern, stored, gates, 3 * n),
+            sweep.tape,
+            sweep.upstream,
+            workspace.rebalancing(),
+            workspace.pairs(pattern.layout == ALL, n, batch),
+            take(batch * n),
+            take(2 * batch * n),
+            sweep.deltas,
+            work.dots,
+            counter=True,
+        )
+        work.dots_stored = pattern.stored_out()
 
-    def _stored(self, pattern: Pattern, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What dots read: all weights, or the stored ones, and their columns."""
-        if pattern.form == DENSE:
-            return w.reshape(-1), pattern.columns
+    def _sampled(self, pattern: Pattern, stored: np.ndarray, low: int, high: int) -> SampledWeights:
+        """The columns `low` to `high` of a matrix for sampled products. For the layout ALL, `values` has space for the
+        packed chunks."""
+        values = self.workspace.chunks(pattern.shape[0], high - low) if pattern.layout == ALL else stored
+        bounds = pattern.bounds(low, high)
+        return SampledWeights(pattern.layout, pattern.width, values, pattern.columns, bounds, low, high - low)
+
+    def _stored(self, pattern: Pattern, w: np.ndarray) -> np.ndarray:
+        """The stored weights of a matrix, segments padded with zeros."""
         values = self.arena.take(pattern.stored + SPARE)
-        if pattern.form == PIECES:
-            # Padding must be zero; the memory may hold what was there.
+        if pattern.layout == SEGMENTS:
+            # Memory of the arena may hold anything, and the padding is multiplied.
             values[:] = 0
         pattern.pick(self.team, w, values)
-        return values, pattern.columns
+        return values
 
-    def _dense_back(self, tape, head, arrays, d_cell, d_y, d_c, d_in, d_rec, pitch, d_threshold, d_bias) -> None:
+    def _sweep_by_blas(self, tape: LayerTape, sweep: _Sweep) -> None:
+        """All steps back, with the recurrent products through BLAS."""
         steps, batch, n = tape.v.shape
-        u, r, g, q, v, y, c = arrays
+        shape, surrogate, arrays, deltas = sweep.shape, sweep.surrogate, sweep.tape, sweep.deltas
         w_gates, w_candidate = split_gates(self.cell, tape.w_rec)
-        gates, size, d_before = w_gates.shape[1], batch * n, np.zeros(batch * n, F32)
-        d_y = d_y.reshape(steps, batch, n)
+        gates, size, d_before, pitch = w_gates.shape[1], batch * n, np.zeros(batch * n, F32), deltas.pitch
+        d_y, d_cell_step = sweep.upstream.d_y.reshape(steps, batch, n), size if len(sweep.upstream.d_cell) > size else 0
         d_sum = d_y[-1] if steps else d_y
         for t in reversed(range(steps)):
             at, s = t * batch * pitch, t * size
-            cell_update.adjoint_all(
-                n, batch, self.paper, *head, u, r, g, q, v, c, s, d_sum.reshape(-1),
-                d_cell, s if len(d_cell) > size else 0, d_c, d_before, d_in, d_rec, at, pitch, d_threshold, d_bias,
-            )  # fmt: skip
-            rows = d_rec[at : at + batch * pitch].reshape(batch, pitch)
+            cell_update.adjoint_batch(
+                shape,
+                surrogate,
+                arrays,
+                s,
+                d_sum.reshape(-1),
+                sweep.upstream,
+                t * d_cell_step,
+                d_before,
+                deltas,
+                at,
+            )
+            rows = deltas.d_rec[at : at + batch * pitch].reshape(batch, pitch)
             if self.paper:
                 d_sent = self.team.multiply(rows[:, 2 * n : 3 * n], w_candidate.T).reshape(-1)
-                cell_update.reset_adjoint_all(n, batch, r, y, s, d_sent, d_in, at, pitch, d_before, d_bias)
+                cell_update.reset_gate_adjoint_batch(shape, arrays, s, d_sent, deltas, at, d_before)
             if t > 0:
                 d_sum = self.team.multiply(rows[:, :gates], w_gates.T) + d_y[t - 1]
                 if self.paper:
                     d_sum += d_before.reshape(batch, n)
         work = tape.work["w_rec"]
-        work.dots, work.dots_stored = np.full(n, work.asked), np.full(n, 3 * n)
+        work.dots, work.dots_stored = np.full(n, work.input_gradient_rows), np.full(n, 3 * n)
 
-    def _list(self, arrived: dict[str, Arrived], rows: int) -> None:
-        """Events by unit of what goes over events."""
-        for name, source in arrived.items():
+    def _list_events(self, inputs: dict[str, MatrixInputs], rows: int) -> None:
+        """List the events by unit of every matrix whose weight gradient goes over events."""
+        for name, source in inputs.items():
             pattern = self.patterns[name]
             if not self._sparse(pattern, source.share, EVENTS_UP_TO):
                 continue
-            pieces, n = pattern.form == PIECES, pattern.shape[0]
-            tile = spmm.PIECE_ROWS if pieces else event_lists.TILE_ROWS
-            counts = self.arena.take(self.team.threads, n, dtype=np.int64)
-            further = self.scratch.bins(), *self.scratch.row(n)
+            segments, n = pattern.layout == SEGMENTS, pattern.shape[0]
+            tile = spmm.SEGMENT_ROWS if segments else event_lists.TILE_ROWS
+            scratch = self.workspace.list_scratch(n)
             for x in source.arrays:
-                found = self.scratch.events(rows, n, tile=tile)
-                self.team.run(
-                    event_lists.list_by_unit, x, rows, n, tile, not pieces, *found, counts, *further, counter=True
-                )
-                source.lists.append(found)
+                lists = self.workspace.event_lists(rows, n, tile=tile)
+                self.team.run(event_lists.events_csc, x, rows, n, tile, not segments, lists, scratch, counter=True)
+                source.lists.append(lists)
 
-    def _gradient(self, name: str, arrived: Arrived, rows: int, delta, pitch: int, tape, stored: bool) -> np.ndarray:
-        """Of a weight matrix from what arrived and the deltas."""
-        pattern, take = self.patterns[name], self.arena.take
+    def _gradient(
+        self,
+        name: str,
+        inputs: MatrixInputs,
+        rows: int,
+        delta: np.ndarray,
+        pitch: int,
+        tape: LayerTape,
+        stored: bool,
+    ) -> np.ndarray:
+        """Gradient of a weight matrix from its inputs and the deltas of its drives."""
+        pattern, take, workspace = self.patterns[name], self.arena.take, self.workspace
         (n_pre, columns), cut = pattern.shape, pattern.cut
-        ranges = [(0, columns)] if len(arrived.arrays) == 1 else [(0, cut), (cut, columns)]
+        ranges = [(0, columns)] if len(inputs.arrays) == 1 else [(0, cut), (cut, columns)]
         work = tape.work.setdefault(name, BackwardWork.none(pattern.kept, columns, rows))
-        if not arrived.lists:
-            x = arrived.arrays[0].reshape(rows, n_pre)
+        if not inputs.lists:
+            x = inputs.arrays[0].reshape(rows, n_pre)
             work.fired = np.count_nonzero(x, axis=0)
             work.gradient_rows, work.gradient_stored = np.full(n_pre, rows, np.int64), np.full(n_pre, columns, np.int64)
             flat = delta[: rows * pitch].reshape(rows, pitch)
             gradient = take(n_pre, columns)
-            for source, (low, high) in zip(arrived.arrays, ranges, strict=True):
+            for source, (low, high) in zip(inputs.arrays, ranges, strict=True):
                 self.team.multiply(source.reshape(rows, n_pre).T, flat[:, low:high], gradient[:, low:high])
             return self._masked(name, gradient, stored)
-        order, starts = arrived.lists[0][:2]
-        amounts = np.diff(starts.reshape(-1, n_pre + 1), axis=1)
-        if pattern.form == PIECES:
-            work.fired = amounts.sum(axis=0)
+        counts = np.diff(inputs.lists[0].indptr.reshape(-1, n_pre + 1), axis=1)
+        if pattern.layout == SEGMENTS:
+            work.fired = counts.sum(axis=0)
         else:
-            work.fired = np.bincount(order, amounts.reshape(-1), n_pre).astype(np.int64)
+            work.fired = np.bincount(inputs.lists[0].order, counts.reshape(-1), n_pre).astype(np.int64)
         work.gradient_rows, work.gradient_stored = work.fired, pattern.stored_out()
-        scratch = self.scratch.strip(n_pre)
-        if pattern.form == DENSE:
+        scratch = workspace.strip(n_pre)
+        if pattern.layout == ALL:
             gradient = take(n_pre, columns)
-            for each, (low, high) in zip(arrived.lists, ranges, strict=True):
-                self.team.run(
-                    spmm.dense_gradient, *each, rows, n_pre, delta, pitch, gradient.reshape(-1), columns, low, high,
-                    *scratch, counter=True,
-                )  # fmt: skip
+            for lists, (low, high) in zip(inputs.lists, ranges, strict=True):
+                arguments = lists, rows, n_pre, delta, pitch, gradient.reshape(-1), columns, low, high, scratch
+                self.team.run(spmm.dense_gradient, *arguments, counter=True)
             return self._masked(name, gradient, stored)
         out = take(pattern.stored + LANES)
-        for each, (low, high), chosen in zip(arrived.lists, ranges, pattern.orders(ranges), strict=True):
-            which = (chosen, pattern.units, pattern.columns)
-            if pattern.form == PIECES:
-                tile = self.scratch.piece_tile(pattern.width)
-                self.team.run(
-                    spmm.piece_gradient, *which, pattern.width, *each[1:], rows, n_pre, delta, pitch, tile, out,
-                    counter=True,
-                )  # fmt: skip
+        for lists, (low, high), chosen in zip(inputs.lists, ranges, pattern.orders(ranges), strict=True):
+            entries = StoredEntries(chosen, pattern.units, pattern.columns, pattern.width)
+            if pattern.layout == SEGMENTS:
+                tile = workspace.segment_tile(pattern.width)
+                arguments = entries, lists, rows, n_pre, delta, pitch, tile, out
+                self.team.run(spmm.segment_gradient, *arguments, counter=True)
             else:
                 strips = np.searchsorted(pattern.columns[chosen], np.append(np.arange(low, high, STRIP), high))
-                self.team.run(
-                    spmm.single_gradient, chosen, strips, low, high, *which[1:], *each, rows, n_pre, delta, pitch,
-                    *scratch, out, counter=True,
-                )  # fmt: skip
+                arguments = entries, strips, low, high, lists, rows, n_pre, delta, pitch, scratch, out
+                self.team.run(spmm.single_gradient, *arguments, counter=True)
                 work.gradient_stored = np.full(n_pre, columns, np.int64)
         if stored:
             return pattern.compact(self.team, out)
@@ -448,6 +486,7 @@ class LayerEngine:
         return gradient
 
     def _masked(self, name: str, gradient: np.ndarray, stored: bool) -> np.ndarray:
+        """A dense gradient without that of pruned weights: those elements left out (`stored`), or zero."""
         mask = self.masks[name]
         if mask is None:
             return gradient
@@ -456,47 +495,57 @@ class LayerEngine:
         gradient *= mask
         return gradient
 
-    def _input_gradient(self, w, d_in, pitch, tape, wanted: Paths) -> np.ndarray:
+    def _input_gradient(
+        self, w: np.ndarray, d_in: np.ndarray, pitch: int, tape: LayerTape, input_mask: GradientMask
+    ) -> np.ndarray:
+        """Gradient of the inputs (T, B, I), where the mask needs it."""
         steps, batch, _ = tape.v.shape
         pattern, rows, (n_pre, columns) = self.patterns["w_in"], steps * batch, w.shape
-        work = tape.work["w_in"]
-        head, share = (*wanted.rule, wanted.threshold), 1.0
-        work.asked = rows
-        if wanted.v is not None:
-            share = self._open_share(head, wanted.v, rows, n_pre)
-        if not self._sparse(pattern, share, PATHS_UP_TO):
+        work, surrogate, v = tape.work["w_in"], input_mask.surrogate, input_mask.v
+        work.input_gradient_rows = rows
+        share = 1.0 if v is None else self._active_share(surrogate, v, rows, n_pre)
+        d_x = self.arena.take(steps, batch, n_pre)
+        if not self._sparse(pattern, share, PAIRS_UP_TO):
             every = np.full(n_pre, rows, np.int64)
-            work.open = every if wanted.v is None else self._open(head, wanted.v, 0, rows, n_pre)
+            work.active_pairs = every if v is None else self._count_active(surrogate, v, 0, rows, n_pre)
             work.dots, work.dots_stored = every, np.full(n_pre, columns, np.int64)
             flat = d_in[: rows * pitch].reshape(rows, pitch)[:, :columns]
-            out = self.arena.take(steps, batch, n_pre)
-            self.team.multiply(flat, w.T, out.reshape(rows, n_pre))
-            wanted.zero_elsewhere(out)
-            return out
-        weights, stored_columns = self._stored(pattern, w)
-        d_x, made = self.arena.take(steps, batch, n_pre), np.zeros((self.team.threads, n_pre), np.int64)
-        dense = pattern.form == DENSE
-        scratch = self.scratch.pairs(dense, n_pre, min(rows, WINDOW_ROWS if dense else STORED_ROWS), columns)
-        if dense:
-            self.team.run(sddmm.pack_all_chunks, weights, n_pre, columns, scratch[0][0])
+            self.team.multiply(flat, w.T, d_x.reshape(rows, n_pre))
+            input_mask.zero_elsewhere(d_x)
+            return d_x
+        tiled = pattern.layout == ALL
+        weights = self._sampled(pattern, np.zeros(0, F32) if tiled else self._stored(pattern, w), 0, columns)
+        if tiled:
+            self.team.run(sddmm.pack_matrix_chunks, w.reshape(-1), n_pre, columns, weights.values)
+        dots = np.zeros((self.team.threads, n_pre), np.int64)
         self.team.run(
-            time_loops.gradient_of_inputs, pattern.form, pattern.width, weights, stored_columns,
-            pattern.pointers(0, columns), columns, d_in, pitch, rows, n_pre,
-            event_lists.ALL if wanted.v is None else event_lists.OPEN, *head,
-            np.zeros(0, F32) if wanted.v is None else wanted.v, *scratch, d_x.reshape(-1), made, counter=True,
-        )  # fmt: skip
-        work.open = work.dots = made.sum(axis=0)
+            time_loops.gradient_of_inputs,
+            weights,
+            d_in,
+            pitch,
+            rows,
+            n_pre,
+            EVERY if v is None else ACTIVE,
+            surrogate,
+            np.zeros(0, F32) if v is None else v,
+            self.workspace.pairs(tiled, n_pre, min(rows, WINDOW_ROWS if tiled else STORED_ROWS)),
+            d_x.reshape(-1),
+            dots,
+            counter=True,
+        )
+        work.active_pairs = work.dots = dots.sum(axis=0)
         work.dots_stored = pattern.stored_out()
         return d_x
 
 
 def _pitch(n: int) -> int:
-    """From one row of drives or deltas to the next."""
+    """Floats from one row of drives or deltas to the next."""
     return -(-3 * n // LANES) * LANES + 4 * LANES
 
 
 def split_gates(cell: Cell, w_rec: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Paper's variant: the (u, r) rows and the candidate rows, contiguous for BLAS."""
+    """The columns of the gates u and r, and those of the candidate, contiguous for BLAS. In the released variant, all
+    columns twice."""
     n = len(w_rec)
     if cell.variant == "evnn":
         return w_rec, w_rec

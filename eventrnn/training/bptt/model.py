@@ -1,9 +1,10 @@
-"""Truncated back-propagation through time through the whole stack, paid for by events.
+"""Truncated backpropagation through time, through all layers of a network, at a cost in proportion to its events.
 
-`Model` holds a network's parameters as dense float32 arrays by name. Window by window: `forward` keeps a tape,
-`backward` turns the gradient of the output into gradients of every parameter. The surrogate derivative stands in
-for that of the event; with a smooth event the gradients are exact (`reference.backward`, tested by finite
-differences). `layer.py` says which products go over events, `sweeps.py` what may be skipped and why.
+`Model` holds a network's parameters as dense float32 arrays by name. For each window, `forward` returns a tape, and
+`backward` turns the gradient of the output into gradients of every parameter. A surrogate derivative replaces that of
+the event; with a smooth event the gradients are exact (`reference.backward`, tested by finite differences). `layer.py`
+chooses which products go over events; `kernels/time_loops.py` says which work is skipped, and why the result is the
+same.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from eventrnn.cpu.threads import Team
 from eventrnn.network import Layer, Network, Readout
 from eventrnn.state import State
 from eventrnn.training import thresholds as rules
-from eventrnn.training.bptt.layer import LayerEngine, LayerTape, Paths
+from eventrnn.training.bptt.layer import LayerEngine
 from eventrnn.training.bptt.noise import Noise
+from eventrnn.training.bptt.tape import GradientMask, LayerTape
 from eventrnn.training.bptt.workspace import Arena
 from eventrnn.weights import Dense
 
@@ -34,7 +36,15 @@ LAYER_PARAMETERS = ("w_in", "w_rec", "bias_in", "bias_rec", "threshold")
 
 @dataclass
 class Tape:
-    """A window: the layers, the read-out's input, the symbols that were looked up, and the noise."""
+    """What the backward pass needs of a window.
+
+    Attributes
+    ----------
+    layers  : a `LayerTape` per layer
+    symbols : (T, B) symbols that the embedding looked up, or None
+    top     : (T, B, N) input of the read-out, after noise
+    noise   : the noise that was applied
+    """
 
     layers: list[LayerTape]
     symbols: np.ndarray | None
@@ -43,47 +53,55 @@ class Tape:
 
     @property
     def activity(self) -> float:
-        """Events per unit, step and sample over all layers."""
+        """Events per unit, step and sample, over all layers."""
         return sum(np.count_nonzero(k.y[1:]) for k in self.layers) / max(1, sum(k.v.size for k in self.layers))
 
     @property
     def support(self) -> float:
-        """Share of units, steps and samples with a path through the threshold, over all layers; after `backward`."""
+        """Share of (step, sample, unit) triples, over all layers, where the unit fired or its surrogate slope is not zero.
+        Known after `backward`; NaN before."""
         return sum(k.support * k.v.size for k in self.layers) / max(1, sum(k.v.size for k in self.layers))
 
     @property
     def work(self) -> dict[str, BackwardWork]:
-        """What the backward pass did, by matrix; for `observe.count_backward`."""
+        """Operations of the backward pass by matrix, for `counting.count_backward`."""
         return {f"layers.{k}.{name}": work for k, layer in enumerate(self.layers) for name, work in layer.work.items()}
 
 
 class Model:
-    """A network's parameters, dense, by name; weights pruned by `masks` stay exactly zero.
+    """The parameters of a network as dense arrays, with a forward and a backward pass over windows.
+
+    Weights that `masks` prune stay exactly zero.
 
     Parameters
     ----------
-    network    : where to start
-    backward   : "sparse" takes every product over events, paths and stored weights, "dense" all of them through BLAS,
-                 "auto" whichever is faster at the window's activity and support, and the masks' density
-    threads    : of the products over events, whose bits do not depend on it, and of those through BLAS; with 1, BLAS
-                 has its own setting
-    thresholds : "positive" (kept at zero or above), "clamped" (to [0, 1], EvNN), "sigmoid" (the parameter is the
+    network    : its parameters are copied
+    backward   : "sparse": every product goes over events, active pairs and stored weights; "dense": every product goes
+                 through BLAS; "auto": each product goes the faster way, as estimated from the window's activity, its
+                 share of active pairs and the density of the masks
+    threads    : number of threads, 1 to the number of cores. The bits of products over events do not depend on it.
+                 With 1, BLAS keeps its own number of threads
+    thresholds : "positive" (kept at zero or above), "clamped" (to [0, 1], as in EvNN), "sigmoid" (the parameter is the
                  threshold's logit) or "fixed" (no gradient)
 
     Attributes
     ----------
     parameters : `embedding` (V, E), `layers.k.w_in` (I, 3N), `.w_rec` (N, 3N), `.bias_in`, `.bias_rec` (3N,),
-                 `.threshold` (N,), `readout` (N, V), `readout.bias` (V,); no `readout` when tied
-    masks      : boolean arrays by parameter name, False where pruned; at first what CSR and block matrices do not store
+                 `.threshold` (N,), `readout` (N, V), `readout.bias` (V,); no `readout` when it is tied to the
+                 embedding
+    masks      : boolean arrays by parameter name, False where pruned. At first, weights that a sparse matrix of the
+                 network does not store are pruned
+
+    Raises ValueError for an unknown `backward` or `thresholds`, and for a number of threads out of range.
     """
 
     def __init__(self, network: Network, *, backward: str = "auto", threads: int = 1, thresholds: str = "positive"):
         if backward not in BACKWARDS:
             raise ValueError(f"backward: got {backward!r}, need one of {', '.join(BACKWARDS)}")
         if not 1 <= threads <= MOST_THREADS:
-            raise ValueError(f"threads: got {threads}, need 1 to {MOST_THREADS}; more than the cores only wait")
+            raise ValueError(f"threads: got {threads}, need 1 to {MOST_THREADS}; more threads than cores only wait")
         rules.check_rule(thresholds)
-        self.like, self.mode, self.threads, self.thresholds = network, backward, threads, thresholds
+        self.template, self.backward_mode, self.threads, self.thresholds = network, backward, threads, thresholds
         self.cells: list[Cell] = [layer.cell for layer in network.layers]
         self.tied = network.readout is not None and network.readout.tied
         self.masks: dict[str, np.ndarray] = {}
@@ -107,7 +125,7 @@ class Model:
         self._engines = [LayerEngine(cell, backward, self._team, self._arena) for cell in self.cells]
 
     def network(self) -> Network:
-        """The network of the present parameters, dense weights."""
+        """A network with copies of the present parameters, all weights dense."""
         p = self.parameters
         layers = tuple(
             Layer(
@@ -125,26 +143,29 @@ class Model:
         if "readout.bias" in p:
             weights = np.ascontiguousarray(embedding.T) if self.tied and embedding is not None else p["readout"].copy()
             readout = Readout(Dense(weights), p["readout.bias"].copy(), tied=self.tied)
-        return replace(self.like, layers=layers, embedding=embedding, readout=readout)
+        return replace(self.template, layers=layers, embedding=embedding, readout=readout)
 
     def apply_masks(self) -> None:
-        """Set every pruned weight to zero, and every threshold to the nearest that its rule allows."""
+        """Set every pruned weight to zero, and every threshold to the nearest value that its rule allows. In place."""
         for name, mask in self.masks.items():
             self.parameters[name] *= mask
         for k in range(len(self.cells)):
             rules.clamp(self.thresholds, self.parameters[f"layers.{k}.threshold"])
 
     def readout_weights(self) -> np.ndarray:
+        """Weights of the read-out (N, V), a view; the transposed embedding when tied."""
         return self.parameters["embedding"].T if self.tied else self.parameters["readout"]
 
     def forward(self, inputs: np.ndarray, state: State, noise: Noise | None = None) -> tuple[np.ndarray, State, Tape]:
-        """A window from a state on.
+        """Run a window of T steps and B samples.
 
-        inputs : (T, B) symbols or (T, B, I) numbers
-        noise  : what is random about this window; none by default
+        inputs : (T, B) symbols, or (T, B, I) numbers for a network without embedding
+        state  : state before the window
+        noise  : masks of dropout and zoneout; none by default
 
-        Returns output (T, B, V) (or the last layer's events), the state after the window, and the tape. Raises
-        ValueError for inputs of another shape and for symbols that the embedding has not.
+        Returns the output (T, B, V), or the outputs (T, B, N) of the last layer without a read-out; the state after the
+        window; and the tape. Raises ValueError for inputs or noise of the wrong shape, and for symbols outside the
+        embedding.
         """
         p, noise = self.parameters, noise or Noise()
         symbols = inputs if "embedding" in p else None
@@ -152,7 +173,7 @@ class Model:
             need = "(T, B) symbols" if symbols is not None else f"(T, B, {len(p['layers.0.w_in'])}) numbers"
             raise ValueError(f"inputs: got shape {inputs.shape}, need {need}")
         if symbols is not None:
-            # Backward sums rows by symbol in a product that does not check its indices.
+            # The backward pass sums rows by symbol in a product that does not check its indices.
             check_range("inputs", symbols, len(p["embedding"]), "(step, sample)")
         noise.check(inputs.shape[0], inputs.shape[1], *self._sizes())
         if symbols is None:
@@ -182,13 +203,13 @@ class Model:
         return output, State(tuple(cells_after), tuple(outputs_after)), Tape(layers, symbols, x, noise)
 
     def _sizes(self) -> tuple[list[int], int, int | None]:
-        """Units of each layer, inputs of the first, symbols of the embedding."""
+        """Units of each layer, inputs of the first layer, symbols of the embedding or None."""
         units = [len(self.parameters[f"layers.{k}.threshold"]) for k in range(len(self.cells))]
         symbols = len(self.parameters["embedding"]) if "embedding" in self.parameters else None
         return units, len(self.parameters["layers.0.w_in"]), symbols
 
     def _layer(self, k: int, noise: Noise) -> dict[str, np.ndarray]:
-        """A layer's parameters as this window uses them."""
+        """Parameters of a layer as this window uses them: DropConnect applied, thresholds instead of their logits."""
         p = {name: self.parameters[f"layers.{k}.{name}"] for name in LAYER_PARAMETERS}
         self._follow_masks(k)
         if (dropped := noise.of("recurrent", k)) is not None:
@@ -197,6 +218,7 @@ class Model:
         return p
 
     def _follow_masks(self, k: int) -> None:
+        """Update the sparse patterns of a layer to the masks."""
         for name in ("w_in", "w_rec"):
             full = f"layers.{k}.{name}"
             self._engines[k].pattern(name, self.parameters[full].shape, self.masks.get(full))
@@ -212,26 +234,35 @@ class Model:
         d_inputs: bool | np.ndarray = False,
         stored: bool = False,
     ) -> dict[str, np.ndarray]:
-        """Gradients of all parameters from that of the output (T, B, V). The state before the window is a constant.
+        """Gradients of all parameters, by name. The state before the window counts as constant.
 
-        activity_cost : adds that many times the mean output (values sent, over steps, samples and units of each layer)
-                        to the loss
-        d_events      : a layer's further gradient of what it sends, `y` (T, B, N), or None; one entry a layer
-        d_cells       : likewise of the cell state before the event, `v`
-        d_inputs      : also the gradient of the inputs (T, B, I), as "inputs"; of symbols, that of what they stand for.
-                        A boolean array (T, B, I): only where it is True, zero elsewhere. So a layer of a stack asks the
-                        one above, where its own units fired or have a slope
-        stored        : of a pruned matrix, the gradient of its kept weights only, in the order of `parameter[mask]`;
-                        from stored weights no dense one is formed. Otherwise pruned weights get a zero
+        tape          : the window, from `forward`
+        d_output      : (T, B, V) gradient of the output
+        activity_cost : add this factor times the mean output of each layer, over its steps, samples and units, to the
+                        loss
+        d_events      : for each layer a further gradient of its output `y` (T, B, N), or None; empty for none at all
+        d_cells       : the same for the cell state before the event, `v`
+        d_inputs      : True: return the gradient of the inputs (T, B, I) too, as "inputs"; for symbols, that of the
+                        embedding's rows that were read. A boolean array (T, B, I): compute it only where the array is
+                        True; it is zero elsewhere
+        stored        : for a pruned matrix, return the gradient of the kept weights only, in the order of
+                        `parameter[mask]`. Where products use stored weights, no dense gradient is then formed. If
+                        False, pruned weights have a gradient of zero
+
+        The cost grows with the number of events (weight gradients) and of active pairs (gradients between layers and
+        steps); `tape.work` has the counts. Raises ValueError for `d_output` or `d_inputs` of the wrong shape.
         """
         p, gradients, noise = self.parameters, {}, tape.noise
         expected = (*tape.top.shape[:2], *(p["readout.bias"].shape if "readout.bias" in p else tape.top.shape[2:]))
         if d_output.shape != expected:
             raise ValueError(f"d_output: got {d_output.shape}, need the output's shape {expected}")
-        some = _input_mask(d_inputs, tape)
-        whole = some is None and bool(d_inputs)
-        asked = some is not None or whole or tape.symbols is not None
-        bottom = Paths.of_mask(some, self._team, self._arena) if some is not None else Paths() if asked else None
+        mask = _input_mask(d_inputs, tape)
+        return_inputs = mask is not None or bool(d_inputs)
+        bottom = None
+        if mask is not None:
+            bottom = GradientMask.of_mask(mask, self._team, self._arena)
+        elif return_inputs or tape.symbols is not None:
+            bottom = GradientMask()
         d_x = d_output
         if "readout.bias" in p:
             flat = d_output.reshape(-1, d_output.shape[2])
@@ -241,21 +272,21 @@ class Model:
             gradients["embedding" if self.tied else "readout"] = d_weights.T.copy() if self.tied else d_weights
             d_x = self._team.multiply(flat, self.readout_weights().T).reshape(tape.top.shape)
         for k in reversed(range(len(self.cells))):
-            layer, mask = tape.layers[k], noise.of("between", k) if k + 1 < len(self.cells) else noise.top
-            d_y = _scaled(d_x, mask)
+            layer, scale = tape.layers[k], noise.of("between", k) if k + 1 < len(self.cells) else noise.top
+            d_y = _scaled(d_x, scale)
             if activity_cost:
                 d_y = d_y + F32(activity_cost / layer.v.size) * (layer.y[1:] > 0)
             if d_events and (further := d_events[k]) is not None:
                 d_y = d_y + further
             d_y = np.ascontiguousarray(d_y, F32)
-            wanted = Paths.of_layer(tape.layers[k - 1], self.cells[k - 1]) if k else bottom
+            below = GradientMask.of_layer(tape.layers[k - 1], self.cells[k - 1]) if k else bottom
             w_in = self.parameters[f"layers.{k}.w_in"]
             if layer.engine is not self._engines[k]:
-                # A tape of another model of the same network.
+                # The tape was written by another model of the same network.
                 self._follow_masks(k)
             d_cell = d_cells[k] if d_cells else None
-            result = self._engines[k].backward({"w_in": w_in}, layer, d_y, d_cell, wanted, stored)
-            # Only the first layer's may be missing.
+            result = self._engines[k].backward({"w_in": w_in}, layer, d_y, d_cell, below, stored)
+            # Only the first layer may return none.
             d_x = d_x if result.d_x is None else result.d_x
             for name, gradient in result.gradients.items():
                 gradients[f"layers.{k}.{name}"] = gradient
@@ -264,8 +295,8 @@ class Model:
             gradients[f"layers.{k}.threshold"] = rules.gradient(
                 self.thresholds, layer.threshold, gradients[f"layers.{k}.threshold"]
             )
-        d_x = _scaled(d_x, noise.inputs) if asked else d_x
-        if whole or some is not None:
+        d_x = _scaled(d_x, noise.inputs) if bottom is not None else d_x
+        if return_inputs:
             gradients["inputs"] = d_x
         if tape.symbols is not None:
             if noise.words is not None:
@@ -293,7 +324,7 @@ def check_range(name: str, symbols: np.ndarray, size: int, axes: str) -> None:
 
 
 def _input_mask(d_inputs: bool | np.ndarray, tape: Tape) -> np.ndarray | None:
-    """The mask among what `backward` may be asked for."""
+    """`d_inputs` if it is a mask, None if it is True or False. Raises ValueError for anything else."""
     if isinstance(d_inputs, bool | np.bool_):
         return None
     shape = tape.layers[0].x.shape
@@ -307,7 +338,8 @@ def _input_mask(d_inputs: bool | np.ndarray, tape: Tape) -> np.ndarray | None:
 
 
 def _sum_by_symbol(symbols: np.ndarray, d_x: np.ndarray, size: int) -> np.ndarray:
-    """Rows of d_x (T, B, E) summed by their symbol, (size, E): a sparse one-hot product, 20 times `np.add.at`."""
+    """Rows of d_x (T, B, E) summed by their symbol, (size, E): a sparse one-hot product, 20 times as fast as
+    `np.add.at`."""
     n = symbols.size
     ones = sp.csc_array((np.ones(n, F32), symbols.ravel(), np.arange(n + 1)), shape=(size, n))
     return ones @ d_x.reshape(n, -1)

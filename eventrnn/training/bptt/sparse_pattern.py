@@ -1,7 +1,7 @@
-"""A weight matrix as training's products want it: which weights are there, and where they lie.
+"""The sparsity pattern of a weight matrix, and the matrix packed for the kernels of training.
 
-A `Pattern` is made of a mask once, and lasts until the mask changes. Parameters stay dense arrays; what the products
-read is copied from them each window, the stored weights only.
+A `Pattern` is made of a mask, and lasts until the mask changes. Parameters stay dense arrays; in each window the stored
+weights are copied from them into a `PackedMatrix`, in the layout of `cpu/packing.py`.
 """
 
 from __future__ import annotations
@@ -14,63 +14,88 @@ from eventrnn.cpu.kernels.simd import LANES
 from eventrnn.cpu.memory import aligned_zeros
 from eventrnn.cpu.packing import EVERY_FROM_SHARE, empty_window
 from eventrnn.cpu.plan import SHARED_EVENTS
-from eventrnn.cpu.tables import BLOCKS, FIELDS, FLOAT32, ROW_TILE, ROW_TILES, ROWS, SCATTER
+from eventrnn.cpu.tables import (
+    BLOCKS,
+    EVERY_FROM,
+    FIELDS,
+    FLOAT32,
+    HIGH,
+    INDEX,
+    KIND,
+    LOW,
+    PITCH,
+    POINTERS,
+    ROW_TILE,
+    ROW_TILES,
+    ROWS,
+    SCATTER,
+    STORAGE,
+    VALUES,
+    WIDTH,
+)
 from eventrnn.cpu.threads import Team
 from eventrnn.training.bptt.kernels import spmm
-from eventrnn.training.bptt.kernels.time_loops import DENSE, PIECES, SINGLE
+from eventrnn.training.bptt.kernels.records import ALL, SEGMENTS, SINGLE, PackedWeights
 
-# Pieces are the widest of these that the mask is made of.
-WIDTHS = (64, 32, 16)
+# Segments are as wide as the widest of these that the mask is made of.
+SEGMENT_WIDTHS = (64, 32, 16)
 
-# Above these shares of kept weights, all of them are worked on. Rules of thumb, not measured.
-PIECES_UP_TO, SINGLE_UP_TO = 0.5, 0.15
+# Above these shares of kept weights, products work on all weights. Rules of thumb, not measured.
+SEGMENTS_UP_TO, SINGLE_UP_TO = 0.5, 0.15
 
-# Drives of a step share rows from one event a unit on, at the activity that networks are trained to.
+# Drives of a step share the rows that they read from one event per unit on, at the activity that networks are usually
+# trained to.
 USUAL_ACTIVITY = 0.1
 
 
 @dataclass
 class Pattern:
-    """Which weights of a matrix (n_pre, columns) products work on, and those that are kept.
+    """Which weights of a matrix (n_pre, columns) products work on, and which weights are kept.
 
     Attributes
     ----------
-    form     : DENSE (all), PIECES (of `width` neighbouring columns each) or SINGLE
-    units, columns, valid : (stored,) presynaptic unit, first column and number of columns of each piece; by unit, then
-               column. No piece crosses `cut`, where the candidate's columns begin
-    kept     : (n_pre,) kept weights a unit; what is counted as effective
+    shape   : (n_pre, columns)
+    cut     : first column of the candidate
+    layout  : ALL, SEGMENTS (of `width` neighbouring columns each) or SINGLE
+    width   : columns of a segment; 1 for SINGLE, 0 for ALL
+    units, columns, valid : (stored,) int32 presynaptic unit, first column and number of columns of each stored entry, in
+              the order unit, column; empty for ALL. No entry crosses `cut`
+    kept    : (n_pre,) int64 kept weights per unit, which count as effective
     """
 
     shape: tuple[int, int]
     cut: int
-    form: int
+    layout: int
     width: int
     units: np.ndarray
     columns: np.ndarray
     valid: np.ndarray
     kept: np.ndarray
-    # What follows from the above, made when first asked for.
-    made: dict = field(default_factory=dict, repr=False)
+    # Indices that follow from the above, computed at their first use.
+    cached: dict = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, mask: np.ndarray | None, shape: tuple[int, int], cut: int, always: bool = False) -> Pattern:
-        """`mask` None keeps all. `always`: no dense form for a mask, however many weights it keeps."""
+        """The pattern of a boolean mask; None keeps all weights.
+
+        always : do not choose the layout ALL for a mask, however many weights it keeps
+        """
         none = np.zeros(0, np.int32)
         if mask is None:
-            return cls(shape, cut, DENSE, 0, none, none, none, np.full(shape[0], shape[1], np.int64))
+            return cls(shape, cut, ALL, 0, none, none, none, np.full(shape[0], shape[1], np.int64))
         kept = mask.sum(axis=1, dtype=np.int64)
         density = kept.sum() / max(1, mask.size)
-        for width in WIDTHS:
-            grid = _blocks(mask, width)
+        for width in SEGMENT_WIDTHS:
+            grid = _segments(mask, width)
             if grid is not None:
-                form = PIECES
+                layout = SEGMENTS
                 break
         else:
-            width, grid, form = 1, mask, SINGLE
-        if not always and density > (PIECES_UP_TO if form == PIECES else SINGLE_UP_TO):
-            return cls(shape, cut, DENSE, 0, none, none, none, kept)
-        units, blocks = np.nonzero(grid)
-        starts = blocks * width
+            width, grid, layout = 1, mask, SINGLE
+        if not always and density > (SEGMENTS_UP_TO if layout == SEGMENTS else SINGLE_UP_TO):
+            return cls(shape, cut, ALL, 0, none, none, none, kept)
+        units, numbers = np.nonzero(grid)
+        starts = numbers * width
         stops = np.minimum(starts + width, shape[1])
         crossing = (starts < cut) & (stops > cut)
         units = np.concatenate([units, units[crossing]])
@@ -78,60 +103,61 @@ class Pattern:
         ends = np.concatenate([np.where(crossing, cut, stops), stops[crossing]])
         order = np.lexsort((columns, units))
         units, columns, valid = (a[order].astype(np.int32) for a in (units, columns, ends - columns))
-        return cls(shape, cut, form, width, units, columns, valid, kept)
+        return cls(shape, cut, layout, width, units, columns, valid, kept)
 
     @property
     def stored(self) -> int:
-        """Weights that a product may touch, padding of pieces included."""
-        return self.shape[0] * self.shape[1] if self.form == DENSE else len(self.units) * self.width
+        """Weights that a product may touch, the padding of segments included."""
+        return self.shape[0] * self.shape[1] if self.layout == ALL else len(self.units) * self.width
 
     def stored_out(self) -> np.ndarray:
-        """The same of each presynaptic unit, (n_pre,) int64."""
-        if self.form == DENSE:
+        """`stored` of each presynaptic unit, (n_pre,) int64."""
+        if self.layout == ALL:
             return np.full(self.shape[0], self.shape[1], np.int64)
         return np.bincount(self.units, minlength=self.shape[0]).astype(np.int64) * self.width
 
-    def pointers(self, low: int, high: int) -> np.ndarray:
-        """First and past-the-last entry of each unit whose columns lie in `low` to `high`, (2 * n_pre,)."""
-        if ("pointers", low, high) not in self.made:
+    def bounds(self, low: int, high: int) -> np.ndarray:
+        """First and past-the-last entry of each unit among those whose columns lie in `low` to `high`, (2 * n_pre,)."""
+        if ("bounds", low, high) not in self.cached:
             key = self.units.astype(np.int64) * (self.shape[1] + 1) + self.columns
             unit = np.arange(self.shape[0], dtype=np.int64) * (self.shape[1] + 1)
             both = np.stack([np.searchsorted(key, unit + low), np.searchsorted(key, unit + high)], axis=1).ravel()
-            self.made["pointers", low, high] = both
-        return self.made["pointers", low, high]
+            self.cached["bounds", low, high] = both
+        return self.cached["bounds", low, high]
 
     def pick(self, team: Team, w: np.ndarray, out: np.ndarray) -> None:
-        """Stored weights of a matrix; padding stays as it is in `out`."""
+        """Copy the stored weights of a matrix into `out` (stored,); the padding of segments is not written."""
         args = (w.reshape(-1), self.shape[1], self.units, self.columns, self.valid, self.width)
-        team.run(spmm.pack_pieces, *args, out)
+        team.run(spmm.pack_segments, *args, out)
 
     def spread(self, team: Team, values: np.ndarray, out: np.ndarray) -> None:
-        """Stored values into a matrix; the rest stays as it is."""
+        """Copy stored values into a matrix; its other elements are not written."""
         args = (values, self.shape[1], self.units, self.columns, self.valid, self.width)
-        team.run(spmm.unpack_pieces, *args, out.reshape(-1))
+        team.run(spmm.unpack_segments, *args, out.reshape(-1))
 
     def compact(self, team: Team, values: np.ndarray) -> np.ndarray:
-        """Stored values without padding: by unit, then column, as `matrix[mask]`."""
+        """Stored values without padding, in the order unit, column, as `matrix[mask]`."""
         if self.width == 1:
             return values[: len(self.units)].copy()
-        if "ends" not in self.made:
-            self.made["ends"] = np.cumsum(self.valid, dtype=np.int64)
-        ends = self.made["ends"]
+        if "ends" not in self.cached:
+            self.cached["ends"] = np.cumsum(self.valid, dtype=np.int64)
+        ends = self.cached["ends"]
         out = np.empty(self.valid.sum(), np.float32)
-        team.run(spmm.join_pieces, values, self.valid, ends, self.width, out)
+        team.run(spmm.join_segments, values, self.valid, ends, self.width, out)
         return out
 
     def orders(self, ranges: list[tuple[int, int]]) -> list[np.ndarray]:
-        """Entries in each range of columns by column, then unit."""
-        if "by column" not in self.made:
-            self.made["by column"] = np.lexsort((self.units, self.columns)).astype(np.int32)
-        by_column = self.made["by column"]
+        """The entries within each range of columns, in the order column, unit."""
+        if "by column" not in self.cached:
+            self.cached["by column"] = np.lexsort((self.units, self.columns)).astype(np.int32)
+        by_column = self.cached["by column"]
         columns = self.columns[by_column]
         return [by_column[(columns >= low) & (columns < high)] for low, high in ranges]
 
 
-def _blocks(mask: np.ndarray, width: int) -> np.ndarray | None:
-    """(n_pre, blocks) which runs of `width` columns are kept; None if one is kept in part, or a run is too wide."""
+def _segments(mask: np.ndarray, width: int) -> np.ndarray | None:
+    """(n_pre, segments) which runs of `width` columns are kept; None where a run is kept in part, or is wider than the
+    matrix."""
     n, columns = mask.shape
     if columns < width:
         return None
@@ -148,15 +174,21 @@ def _blocks(mask: np.ndarray, width: int) -> np.ndarray | None:
 
 
 @dataclass
-class Windows:
-    """Tables for `traverse.propagate_all`, one for each range of units asked for, and the pools that they point into.
+class PackedMatrix:
+    """A matrix packed for `propagate_all`: a table of column tiles per range of units, and the pools they point into.
 
-    tables : (ranges, windows, FIELDS); the first `cut` are of the gates u and r, the others of the candidate
+    Attributes
+    ----------
+    tiles  : (ranges, tiles, FIELDS) int64; the first `n_gate_tiles` are of the gates u and r, the others of the candidate
+    values, index, pointers : pools, see `cpu/packing.py`
+    most   : most stored segments of one unit, 0 for the layout ALL
+    source : what `fill` needs to copy the weights: for ALL, per range a table as of `spmm.pack_tiles`; otherwise unit,
+             first column and number of columns of each stored entry
     """
 
     pattern: Pattern
-    tables: np.ndarray
-    cut: int
+    tiles: np.ndarray
+    n_gate_tiles: int
     values: np.ndarray
     index: np.ndarray
     pointers: np.ndarray
@@ -164,27 +196,60 @@ class Windows:
     source: tuple = field(repr=False)
 
     def fill(self, team: Team, w: np.ndarray) -> None:
-        """Copy the weights of now. One pass over what is stored."""
+        """Copy the weights w into `values`, in one pass over the stored weights."""
         flat, (n, columns) = w.reshape(-1), self.pattern.shape
-        if self.pattern.form == DENSE:
+        if self.pattern.layout == ALL:
             for table in self.source:
                 team.run(spmm.pack_tiles, flat, columns, table, n, self.values)
         else:
-            team.run(spmm.pack_pieces, flat, columns, *self.source, self.pattern.width, self.values)
+            team.run(spmm.pack_segments, flat, columns, *self.source, self.pattern.width, self.values)
 
 
-def windows(pattern: Pattern, edges: list[tuple[int, int]], rows: int) -> Windows:
-    """The windows of a matrix (n_pre, 3N) for threads that own units `edges[part]`, for products of `rows` drives."""
+    def record(self, bias: np.ndarray) -> PackedWeights:
+        """What kernels take."""
+        return PackedWeights(self.tiles, self.n_gate_tiles, self.values, self.index, self.pointers, bias)
+
+
+def pack_matrix(pattern: Pattern, unit_ranges: list[tuple[int, int]], rows: int) -> PackedMatrix:
+    """Lay out a matrix (n_pre, 3N) for threads that own the units of `unit_ranges`, for products of `rows` drives. The
+    weights are copied by `PackedMatrix.fill`."""
     n = pattern.shape[1] // 3
-    build = _tile_windows if pattern.form == DENSE else _piece_windows if pattern.form == PIECES else _single_windows
-    return build(pattern, edges, n, rows)
+    if pattern.layout == ALL:
+        return _pack_all(pattern, unit_ranges, n, rows)
+    return (_pack_segments if pattern.layout == SEGMENTS else _pack_single)(pattern, unit_ranges, n)
 
 
-def _tile_windows(pattern: Pattern, edges, n: int, rows: int) -> Windows:
+def _tile(kind: int, low: int, high: int, **fields: int) -> list[int]:
+    """A row of the table: a column tile of float32 weights, for columns `low` to `high`; fields by name, others zero."""
+    row = [0] * FIELDS
+    row[KIND], row[STORAGE], row[LOW], row[HIGH] = kind, FLOAT32, low, high
+    for name, value in fields.items():
+        row[_FIELD[name]] = value
+    return row
+
+
+_FIELD = {"values": VALUES, "index": INDEX, "pointers": POINTERS, "width": WIDTH, "pitch": PITCH, "every": EVERY_FROM}
+
+
+def _tables(groups: list[list[list[list[int]]]]) -> tuple[np.ndarray, int]:
+    """One table per range of units, and where the candidate's tiles begin. `groups` holds, for the gates u and r and for
+    the candidate, the tiles of each range. Groups are padded with empty tiles to the same length in all ranges."""
+    lengths = [max(map(len, group)) for group in groups]
+    ranges = len(groups[0])
+    rows = [
+        group[k] + [empty_window()] * (length - len(group[k]))
+        for k in range(ranges)
+        for group, length in zip(groups, lengths, strict=True)
+    ]
+    return np.array([row for table in rows for row in table], np.int64).reshape(ranges, -1, FIELDS), lengths[0]
+
+
+def _pack_all(pattern: Pattern, unit_ranges: list[tuple[int, int]], n: int, rows: int) -> PackedMatrix:
+    """Column tiles of dense rows, one gate's columns each."""
     kind = ROW_TILES if rows * USUAL_ACTIVITY >= SHARED_EVENTS else ROWS
     every, at, sources = int(np.ceil(EVERY_FROM_SHARE * pattern.shape[0])), 0, []
     groups: list[list[list[list[int]]]] = [[], []]
-    for low, high in edges:
+    for low, high in unit_ranges:
         source = []
         for group, gates in zip(groups, ((0, 1), (2,)), strict=True):
             table = []
@@ -193,37 +258,24 @@ def _tile_windows(pattern: Pattern, edges, n: int, rows: int) -> Windows:
                 for a in range(gate * n + low, gate * n + high, step):
                     b = min(a + step, gate * n + high)
                     pitch = -(-(b - a) // LANES) * LANES
-                    table.append([kind, FLOAT32, a, b, at, 0, 0, pitch, pitch, 0, every])
+                    table.append(_tile(kind, a, b, values=at, width=pitch, pitch=pitch, every=every))
                     source.append([a, b - a, at, pitch])
                     at += pitch * pattern.shape[0]
             group.append(table)
         sources.append(np.array(source, np.int64).reshape(-1, 4))
-    tables, cut = _join(groups)
+    tiles, n_gate_tiles = _tables(groups)
     values = aligned_zeros(at + 4 * LANES, np.float32)
-    return Windows(pattern, tables, cut, values, np.zeros(1, np.int32), np.zeros(1, np.int64), 0, tuple(sources))
+    nothing = np.zeros(1, np.int32), np.zeros(1, np.int64)
+    return PackedMatrix(pattern, tiles, n_gate_tiles, values, *nothing, 0, tuple(sources))
 
 
-def _join(groups) -> tuple[np.ndarray, int]:
-    """Tables of all parts, of one length: each group is filled up with empty windows."""
-    lengths = [max(map(len, group)) for group in groups]
-    parts = len(groups[0])
-    rows = [
-        [row for group, length in zip(groups, lengths, strict=True) for row in _filled(group[part], length)]
-        for part in range(parts)
-    ]
-    return np.array(rows, np.int64).reshape(parts, -1, FIELDS), lengths[0]
-
-
-def _filled(table, length: int):
-    return table + [empty_window()] * (length - len(table))
-
-
-def _piece_windows(pattern: Pattern, edges, n: int, rows: int) -> Windows:
+def _pack_segments(pattern: Pattern, unit_ranges: list[tuple[int, int]], n: int) -> PackedMatrix:
+    """Stored segments by unit. A segment that overlaps two ranges of units is in the tables of both."""
     unit_range, groups = np.arange(pattern.shape[0]), [[], []]
-    chosen, tables, at, p_at, most = [], [], 0, 0, 1
-    for low, high in edges:
+    starts, ends = pattern.columns.astype(np.int64), pattern.columns.astype(np.int64) + pattern.valid
+    chosen, pointers, at, p_at, most = [], [], 0, 0, 1
+    for low, high in unit_ranges:
         for group, (first, last) in zip(groups, ((0, 2 * n), (2 * n, 3 * n)), strict=True):
-            starts, ends = pattern.columns.astype(np.int64), pattern.columns.astype(np.int64) + pattern.valid
             mine = np.zeros(len(starts), bool)
             for gate in range(first // n, last // n):
                 mine |= (starts < gate * n + high) & (ends > gate * n + low)
@@ -231,40 +283,46 @@ def _piece_windows(pattern: Pattern, edges, n: int, rows: int) -> Windows:
             entries = np.flatnonzero(mine)
             begin = np.searchsorted(pattern.units[entries], unit_range)
             end = np.searchsorted(pattern.units[entries], unit_range + 1)
-            tables.append(np.stack([begin, end, begin], axis=1).ravel())
+            # Per unit: first and past-the-last index, and the first segment, which is the first index here.
+            pointers.append(np.stack([begin, end, begin], axis=1).ravel())
             most = max(most, int((end - begin).max(initial=0)))
-            row = [BLOCKS, FLOAT32, first, last, at * pattern.width, at, p_at, pattern.width, 0, 0, 0]
-            group.append([row])
+            width = pattern.width
+            group.append([_tile(BLOCKS, first, last, values=at * width, index=at, pointers=p_at, width=width)])
             chosen.append(entries)
-            at, p_at = at + len(entries), p_at + len(tables[-1])
-    joined, cut = _join(groups)
-    entries = np.concatenate(chosen)
-    source = tuple(a[entries] for a in (pattern.units, pattern.columns, pattern.valid))
+            at, p_at = at + len(entries), p_at + len(pointers[-1])
+    tiles, n_gate_tiles = _tables(groups)
+    source = _source(pattern, chosen)
     index = np.concatenate([source[1], np.zeros(4 * LANES, np.int32)])
     values = aligned_zeros(at * pattern.width + 4 * LANES, np.float32)
-    return Windows(pattern, joined, cut, values, index, np.concatenate(tables), most, source)
+    return PackedMatrix(pattern, tiles, n_gate_tiles, values, index, np.concatenate(pointers), most, source)
 
 
-def _single_windows(pattern: Pattern, edges, n: int, rows: int) -> Windows:
-    unit_range, groups = np.arange(pattern.shape[0]), [[], []]
-    chosen, tables, shorts, at, p_at, i_at = [], [], [], 0, 0, 0
-    for low, high in edges:
+def _pack_single(pattern: Pattern, unit_ranges: list[tuple[int, int]], n: int) -> PackedMatrix:
+    """Single weights by unit, one gate's columns per tile, with 16-bit columns."""
+    unit_bounds, groups = np.arange(pattern.shape[0] + 1), [[], []]
+    chosen, pointers, columns, at, p_at, i_at = [], [], [], 0, 0, 0
+    for low, high in unit_ranges:
         for group, gates in zip(groups, ((0, 1), (2,)), strict=True):
             table = []
             for gate in gates:
                 first, last = gate * n + low, gate * n + high
                 entries = np.flatnonzero((pattern.columns >= first) & (pattern.columns < last))
-                tables.append(np.searchsorted(pattern.units[entries], np.append(unit_range, pattern.shape[0])))
+                pointers.append(np.searchsorted(pattern.units[entries], unit_bounds))
                 short = np.zeros(len(entries) + len(entries) % 2, np.uint16)
                 short[: len(entries)] = pattern.columns[entries] - first
-                shorts.append(short.view(np.int32))
-                table.append([SCATTER, FLOAT32, first, last, at, i_at, p_at, 1, 0, 0, 0])
+                columns.append(short.view(np.int32))
+                table.append(_tile(SCATTER, first, last, values=at, index=i_at, pointers=p_at, width=1))
                 chosen.append(entries)
-                at, p_at, i_at = at + len(entries), p_at + len(tables[-1]), i_at + len(shorts[-1])
+                at, p_at, i_at = at + len(entries), p_at + len(pointers[-1]), i_at + len(columns[-1])
             group.append(table)
-    joined, cut = _join(groups)
-    entries = np.concatenate(chosen)
-    source = tuple(a[entries] for a in (pattern.units, pattern.columns, pattern.valid))
-    index = np.concatenate([*shorts, np.zeros(4 * LANES, np.int32)])
+    tiles, n_gate_tiles = _tables(groups)
+    index = np.concatenate([*columns, np.zeros(4 * LANES, np.int32)])
     values = aligned_zeros(at + 4 * LANES, np.float32)
-    return Windows(pattern, joined, cut, values, index, np.concatenate(tables), 1, source)
+    source = _source(pattern, chosen)
+    return PackedMatrix(pattern, tiles, n_gate_tiles, values, index, np.concatenate(pointers), 1, source)
+
+
+def _source(pattern: Pattern, chosen: list[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """Unit, first column and number of columns of the chosen entries."""
+    entries = np.concatenate(chosen)
+    return tuple(a[entries] for a in (pattern.units, pattern.columns, pattern.valid))

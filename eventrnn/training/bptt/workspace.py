@@ -1,4 +1,4 @@
-"""What the products of training work in: a window's, out of memory that the next one gets again."""
+"""Memory of the training kernels: scratch arrays by the shapes that the kernels need, from an arena that reuses them."""
 
 from __future__ import annotations
 
@@ -12,92 +12,151 @@ from eventrnn.cpu.kernels.simd import LANES
 from eventrnn.cpu.memory import aligned_zeros
 from eventrnn.cpu.plan import scratch_shapes
 from eventrnn.training.bptt.kernels import event_lists, sddmm, spmm
+from eventrnn.training.bptt.kernels.load_balance import SLACK
+from eventrnn.training.bptt.kernels.records import (
+    ActivePairs,
+    EventLists,
+    ListScratch,
+    Rebalancing,
+    SegmentedEvents,
+    StripScratch,
+)
 
-# Events by row or by unit, as `lists` has them: order, starts, ids, sent.
-Lists = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
-
-class Scratch:
-    """Arrays of the shapes that the kernels ask for, a row for each of so many threads where they need their own."""
+class Workspace:
+    """Builds the scratch records of `kernels/records.py` for so many threads, out of an arena."""
 
     def __init__(self, arena: Arena, threads: int):
         self.take, self.threads = arena.take, threads
 
-    def engine(self, inputs: int, rows: int, most: int) -> tuple[np.ndarray, ...]:
-        """Of `traverse.propagate_all`: `rows` drives, units that store up to `most` pieces."""
+    def product(self, inputs: int, rows: int, most: int) -> tuple[np.ndarray, ...]:
+        """Scratch of `propagate_all` for `rows` drives and up to `most` stored segments per unit."""
         return tuple(
             self.take(*shape, dtype=kind) for shape, kind in scratch_shapes(self.threads, inputs, rows, most, 0)
         )
 
-    def shares(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of `balance`: how long threads waited, and where each thread's shares begin and end."""
-        return np.zeros((2, self.threads), np.int64), np.zeros((self.threads, self.threads + 1), np.int64)
+    def rebalancing(self) -> Rebalancing:
+        """Waits of zero and bounds that the time loops set; see `load_balance.py`."""
+        threads = self.threads
+        return Rebalancing(np.zeros((2, threads), np.int64), np.zeros((threads, threads + 1), np.int64), SLACK)
 
-    def events(self, m_rows: int, c_rows: int, *threads: int, tile: int = event_lists.TILE_ROWS) -> Lists:
-        """For the events of `c_rows` sums, in tiles of the `m_rows` rows that are added."""
+    def step_events(self, n: int, batch: int) -> SegmentedEvents:
+        """Three buffers of `batch` rows with a segment per thread, each with space for a vector past its last event."""
+        take, rows = self.take, 3 * batch
+        size = rows * (n + LANES * self.threads) + LANES
+        slots = rows * self.threads
+        return SegmentedEvents(
+            take(size, dtype=np.int32), take(size), take(slots, dtype=np.int64), take(slots, dtype=np.int64)
+        )
+
+    def row_events(self, n: int, rows: int) -> SegmentedEvents:
+        """For each thread, `rows` rows of n elements."""
+        take, threads, size = self.take, self.threads, rows * n + LANES
+        return SegmentedEvents(
+            take(threads, size, dtype=np.int32),
+            take(threads, size),
+            take(threads, rows, dtype=np.int64),
+            take(threads, rows, dtype=np.int64),
+        )
+
+    def event_lists(self, m_rows: int, c_rows: int, *threads: int, tile: int = event_lists.TILE_ROWS) -> EventLists:
+        """Lists for `c_rows` sums over `m_rows` rows, in tiles of `tile` of the rows that are added; `threads` is a
+        leading axis, or nothing."""
         take, tiles = self.take, -(-m_rows // tile)
         most = tiles * (c_rows * tile + LANES)
-        return (
-            take(*threads, tiles * c_rows, dtype=np.int32), take(*threads, tiles * (c_rows + 1), dtype=np.int64),
-            take(*threads, most, dtype=np.int32), take(*threads, most),
-        )  # fmt: skip
+        return EventLists(
+            take(*threads, tiles * c_rows, dtype=np.int32),
+            take(*threads, tiles * (c_rows + 1), dtype=np.int64),
+            take(*threads, most, dtype=np.int32),
+            take(*threads, most),
+        )
 
-    def bins(self) -> np.ndarray:
-        """To sort the lists of a tile by their lengths."""
-        return self.take(self.threads, spmm.PIECE_ROWS + 2, dtype=np.int64)
+    def list_scratch(self, n: int) -> ListScratch:
+        """For event lists of n rows or units."""
+        take, threads = self.take, self.threads
+        return ListScratch(
+            take(threads, n, dtype=np.int64),
+            take(threads, spmm.SEGMENT_ROWS + 2, dtype=np.int64),
+            take(threads, n + LANES, dtype=np.int32),
+            take(threads, n + LANES),
+        )
 
-    def row(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """For the events of one row of n numbers: which, and what."""
-        return self.take(self.threads, n + LANES, dtype=np.int32), self.take(self.threads, n + LANES)
+    def segment_tile(self, width: int) -> np.ndarray:
+        """A tile of delta for each thread, as wide as a segment."""
+        return self.take(self.threads, spmm.SEGMENT_ROWS * width)
 
-    def piece_tile(self, width: int) -> np.ndarray:
-        """A tile of so many columns of the rows that are added to pieces."""
-        return self.take(self.threads, spmm.PIECE_ROWS * width)
+    def strip(self, rows: int) -> StripScratch:
+        """A tile of the rows that are added, and a strip of `rows` sums."""
+        return StripScratch(
+            self.take(self.threads, event_lists.TILE_ROWS * spmm.STRIP), self.take(self.threads, rows * spmm.STRIP)
+        )
 
-    def strip(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """A tile of the rows that are added, and a strip of so many sums."""
-        return self.take(self.threads, event_lists.TILE_ROWS * spmm.STRIP), self.take(self.threads, rows * spmm.STRIP)
+    def pairs(self, tiled: bool, n: int, rows: int) -> ActivePairs:
+        """Lists of the active pairs of `rows` rows and n units; `tiled`, also tile by tile. Threads may be at different
+        rows, so each has its own."""
+        take, threads, step = self.take, self.threads, event_lists.tile_rows(rows)
+        lists = -(-rows // step) * n if tiled else 0
+        size = lists * (step + event_lists.PAIRS)
+        return ActivePairs(
+            samples=take(threads, n * (step if tiled else rows), dtype=np.int32),
+            counts=take(threads, n, dtype=np.int64),
+            hit_units=take(threads, n + LANES, dtype=np.int32),
+            hit_values=take(threads, n + LANES),
+            tile_begins=take(threads, lists, dtype=np.int64),
+            tile_counts=take(threads, lists, dtype=np.int64),
+            tile_samples=take(threads, size, dtype=np.int32),
+            sums=take(threads, size),
+            delta_tile=take(threads, step * sddmm.CHUNK),
+        )
 
-    def pairs(self, tiled: bool, n: int, rows: int, *ranges: int) -> tuple[np.ndarray, ...]:
-        """What `sweeps` lists the pairs of `rows` rows and n units in; `tiled`, also their tiles and sums, and the
-        units' weights in chunks, for ranges of so many columns. Threads need not be at the same rows."""
-        take, parts, units, step = self.take, self.threads, n if tiled else 0, event_lists.tile_rows(rows)
-        every = -(-rows // step) * units
-        pairs, chunks = every * (step + event_lists.PAIRS), max(-(-columns // sddmm.CHUNK) for columns in ranges)
-        return (
-            take(len(ranges), chunks * units * sddmm.CHUNK),
-            take(parts, n * (step if tiled else rows), dtype=np.int32), take(parts, n, dtype=np.int64), *self.row(n),
-            take(parts, every, dtype=np.int64), take(parts, every, dtype=np.int64),
-            take(parts, pairs, dtype=np.int32), take(parts, pairs), take(parts, step * sddmm.CHUNK),
-        )  # fmt: skip
+    def chunks(self, n: int, columns: int) -> np.ndarray:
+        """Packed weights of n units for `sddmm_dense`."""
+        return self.take(-(-columns // sddmm.CHUNK) * n * sddmm.CHUNK)
 
 
-# Of one size: a stack's tapes, and those of a window before.
+# Most buffers of one size and dtype that are kept; a stack's tapes and those of the window before need fewer.
 MOST_BUFFERS = 256
 
 
 class Arena:
-    """Hands out arrays, and the same memory again once nothing refers to an array or a view of it any more."""
+    """Hands out arrays, and hands out their memory again once no array or view refers to it.
+
+    A training window allocates hundreds of megabytes; fresh pages would cost more than the kernels that fill them. The
+    lifetime of a tape is not known here (a caller may keep several windows), so the arena cannot reset itself per
+    window. Instead it counts the references to the object that owns the memory.
+
+    This depends on CPython: `sys.getrefcount` is exact only where all references are counted at once, that is with the
+    GIL. NumPy makes this owner the base of every view, also of a view of a view, so the count exceeds its idle value
+    exactly as long as a view is alive. Kernels take no references of their own, and their callers hold the arrays until
+    all threads are done. Without the GIL (free-threaded builds), or on another interpreter, no buffer is used again:
+    every array is then new memory, which is slower and correct.
+    """
 
     def __init__(self):
         self.buffers: dict[tuple, list[_Buffer]] = {}
 
     def take(self, *shape: int, dtype: DTypeLike = np.float32) -> np.ndarray:
-        """An array of a shape, its content whatever was there."""
+        """An uninitialised array. It may contain anything, also values that are not finite."""
         size = math.prod(shape)
+        if not _COUNTS_ARE_EXACT:
+            return aligned_zeros(size, dtype).reshape(shape)
         kept = self.buffers.setdefault((size, np.dtype(dtype)), [])
         for buffer in kept:
             if buffer.references() == buffer.idle:
                 return buffer.array.reshape(shape)
         if len(kept) == MOST_BUFFERS:
-            # Whoever still has it keeps it alive.
+            # The arrays that refer to it keep the memory alive.
             del kept[0]
         kept.append(_Buffer(size, dtype))
         return kept[-1].array.reshape(shape)
 
 
+# CPython with the GIL. `sys._is_gil_enabled` is new in Python 3.13; before it, there is always a GIL.
+_COUNTS_ARE_EXACT = sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabled", lambda: True)()
+
+
 class _Buffer:
-    """Memory and the array that owns it, which is the base of every view."""
+    """Memory, and the array that owns it, which is the base of every view."""
 
     def __init__(self, size: int, dtype: DTypeLike):
         self.array = aligned_zeros(size, dtype)

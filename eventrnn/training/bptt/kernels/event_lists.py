@@ -1,8 +1,15 @@
-"""Lists of what the products of training go over: events by row or by unit, and pairs whose dots are wanted.
+"""Lists that the sparse products of training go over: non-zero elements by row or by unit, and active pairs.
 
-Lists are made tile by tile, a tile being as many rows of a matrix as lie in the L1 cache, a strip of columns wide. Of
-events, the longer lists of a tile come last: loops over lists of one length have branches that the processor foresees
-(1350 units, 5600 rows, 10 % active, weight gradients: 53 ms as the units come, 44 by length).
+An event list is a compressed sparse matrix in SciPy's terms (`indptr`, `indices`, `values`), one per tile. A tile is as
+many rows of the other operand as fit in the L1 cache, a strip of columns wide. Within a tile, `order` puts the longer
+lists last: loops over lists of equal length have predictable branches (weight gradients of 1350 units, 5600 rows, 10 %
+active: 53 ms with the lists by unit, 44 ms with the lists by length).
+
+An active pair is a (sample, unit) pair where the unit fired or its surrogate slope is not zero: only there does
+`reference.backward` multiply the gradient of the unit's output by something other than zero.
+
+Ownership: `events_csc` takes tiles from a counter that all threads share; the other kernels run within one thread, on
+the scratch of that thread. Shapes and dtypes are in `records.py`.
 """
 
 from __future__ import annotations
@@ -13,27 +20,28 @@ from eventrnn.cpu.kernels.jit import compiled, inlined
 from eventrnn.cpu.kernels.simd import LANES, load
 from eventrnn.cpu.kernels.simd_reductions import everywhere, sum_lanes
 from eventrnn.cpu.kernels.sync import take
+from eventrnn.training.bptt.kernels.records import ACTIVE, FIRED, ActivePairs
 
 # Rows of a tile; with 8 vectors of columns, 40 KiB. Measured as above: 52 ms with 64 rows, 50 with 80 and with 96.
 TILE_ROWS = 80
 
-# A list of pairs is filled up to a multiple of this.
+# The tiled list of a unit's samples is padded to a multiple of this.
 PAIRS = 4
 
-# Which pairs: of units that fired or have a slope, of units that fired, all.
-OPEN, SENT, ALL = range(3)
-
 
 @compiled
-def share(size, unit, part, parts):
-    """The first of a thread's share of `size`, in whole units; the share of `part + 1` begins where it ends."""
+def share(size, unit, thread, n_threads):
+    """Where a thread's share of `size` begins, in multiples of `unit`; it ends where that of `thread + 1` begins."""
     whole = -(-size // unit)
-    return min(size, unit * (-(-whole * part // parts)))
+    return min(size, unit * (-(-whole * thread // n_threads)))
 
 
 @compiled
-def by_count(counts, first, last, most, bins, order, at):
-    """order[at:] = `first` to `last`, those with few counts first, else as they come. bins: scratch (most + 2,)."""
+def order_by_count(counts, first, last, most, bins, order, at):
+    """order[at:] = the numbers `first` to `last`, sorted by their counts (0 to `most`); a stable counting sort.
+
+    bins : scratch (most + 2,)
+    """
     for c in range(most + 2):
         bins[c] = 0
     for k in range(first, last):
@@ -49,11 +57,11 @@ def by_count(counts, first, last, most, bins, order, at):
 
 
 @compiled
-def list_by_row(x, x_at, rows, n, tile, order, starts, ids, sent, counts, bins):
-    """Non-zero x (rows, n), which begins at `x_at`, by tile of units, then row; `ids` (int32) are units.
+def events_csr(x, x_at, rows, n, tile, order, indptr, indices, values, counts, bins):
+    """Non-zero elements of x (rows, n), which begins at `x_at`, by tile of units, then row; `indices` are units.
 
-    Tile k: its q-th list is of row order[k * rows + q], from starts[k * (rows + 1) + q] on to where the next begins.
-    A tile has rows * tile + 16 entries to itself. Scratch: counts (rows,), bins (tile + 2,).
+    List q of tile k belongs to row order[k * rows + q] and begins at indptr[k * (rows + 1) + q]. A tile has space for
+    rows * tile + 16 entries. Scratch: counts (rows,), bins (tile + 2,).
     """
     for k in range(-(-n // tile)):
         low, high = k * tile, min(n, k * tile + tile)
@@ -65,131 +73,156 @@ def list_by_row(x, x_at, rows, n, tile, order, starts, ids, sent, counts, bins):
             counts[r] = int(sum_lanes(found))
             for i in range(whole, high):
                 counts[r] += x[at + i] != 0
-        by_count(counts, 0, rows, tile, bins, order, k * rows)
+        order_by_count(counts, 0, rows, tile, bins, order, k * rows)
         end, start = k * (rows * tile + LANES), k * (rows + 1)
         for q in range(rows):
-            starts[start + q] = end
-            end += send(x, x_at + order[k * rows + q] * n, low, high, ids, sent, end)
-        starts[start + rows] = end
+            indptr[start + q] = end
+            end += send(x, x_at + order[k * rows + q] * n, low, high, indices, values, end)
+        indptr[start + rows] = end
 
 
 @compiled
-def list_by_unit(part, parts, queue, x, rows, n, tile, sort, order, starts, ids, sent, counts, bins, found, values):
-    """Non-zero x (rows, n) by tile of rows, then unit; `ids` are rows, ascending. As `list_by_row`; without `sort` list
-    q is of unit q, and `order` stays as it is. Threads take tiles. Scratch, a row a thread: counts (n,), bins
-    (tile + 2,), found and values (n + 16,)."""
-    count, units, numbers = counts[part], found[part], values[part]
-    k = take(queue)
+def events_csc(thread, n_threads, counter, x, rows, n, tile, sort, lists, scratch):
+    """Non-zero elements of x (rows, n) by tile of rows, then unit; `indices` are rows, ascending.
+
+    The layout is that of `events_csr`. Without `sort`, list q belongs to unit q, and `order` is not written.
+    """
+    order, indptr, indices, values = lists.order, lists.indptr, lists.indices, lists.values
+    count, bins = scratch.counts[thread], scratch.bins[thread]
+    hit_units, hit_values = scratch.hit_units[thread], scratch.hit_values[thread]
+    k = take(counter)
     while k < -(-rows // tile):
         first, last, start = k * tile, min(rows, k * tile + tile), k * (n + 1)
         for i in range(n):
             count[i] = 0
         for r in range(first, last):
-            # One list a row: its length is foreseen more often than that of one vector.
-            for e in range(send(x, r * n, 0, n, units, numbers, 0)):
-                count[units[e]] += 1
+            # A list per row: its length is predicted more often than the number of hits of one vector.
+            for e in range(send(x, r * n, 0, n, hit_units, hit_values, 0)):
+                count[hit_units[e]] += 1
         if sort:
-            by_count(count, 0, n, tile, bins[part], order, k * n)
+            order_by_count(count, 0, n, tile, bins, order, k * n)
         end = k * (tile * n + LANES)
         for q in range(n):
             unit = order[k * n + q] if sort else q
-            starts[start + q] = end
-            # From here on where the unit's next event goes.
+            indptr[start + q] = end
+            # From here on, where the unit's next event goes.
             end, count[unit] = end + count[unit], end
-        starts[start + n] = end
+        indptr[start + n] = end
         for r in range(first, last):
-            for e in range(send(x, r * n, 0, n, units, numbers, 0)):
-                to = count[units[e]]
-                ids[to], sent[to], count[units[e]] = r, numbers[e], to + 1
-        k = take(queue)
+            for e in range(send(x, r * n, 0, n, hit_units, hit_values, 0)):
+                to = count[hit_units[e]]
+                indices[to], values[to], count[hit_units[e]] = r, hit_values[e], to + 1
+        k = take(counter)
 
 
-# --- pairs of a sample and a unit ---------------------------------------------------------------------------
+# --- active pairs -------------------------------------------------------------------------------------------
+
+
+@inlined
+def pairs_of_thread(pairs, thread):
+    """One thread's rows of the arrays of `ActivePairs`."""
+    return ActivePairs(
+        pairs.samples[thread],
+        pairs.counts[thread],
+        pairs.hit_units[thread],
+        pairs.hit_values[thread],
+        pairs.tile_begins[thread],
+        pairs.tile_counts[thread],
+        pairs.tile_samples[thread],
+        pairs.sums[thread],
+        pairs.delta_tile[thread],
+    )
 
 
 @compiled
-def list_open(kind, dampening, support, threshold, v, row, rows, n, low, high, who, counts, found, values):
-    """Of rows `row` on, the samples in which units `low` to `high` fired or have a slope.
+def list_active(surrogate, v, row, rows, n, low, high, pairs):
+    """The samples, among `rows` rows of v from `row` on, in which units `low` to `high` fired or have a slope.
 
-    Unit j's are who[j * rows:], `counts[j]` of them, ascending, counted from `row`. Scratch: found, values (n + 16,).
+    Unit j has `pairs.counts[j]` of them, ascending and counted from `row`, in `pairs.samples` from j * rows on.
     """
+    hit_units, hit_values, threshold = pairs.hit_units, pairs.hit_values, surrogate.threshold
     for j in range(low, high):
-        counts[j] = 0
+        pairs.counts[j] = 0
     whole = low + (high - low) // LANES * LANES
     for b in range(rows):
         at, listed = (row + b) * n, 0
         for i in range(low, whole, LANES):
             value, theta = load(v, at + i), load(threshold, i)
-            slope = cells.surrogate_slope(kind, value - theta, dampening, support)
+            slope = cells.surrogate_slope(surrogate.kind, value - theta, surrogate.dampening, surrogate.support)
             event = cells.select(value > theta, cells.ONE, cells.ZERO)
-            listed += compress(found, values, listed, i, event + cells.absolute(slope) != cells.ZERO, value)
+            active = event + cells.absolute(slope) != cells.ZERO
+            listed += compress(hit_units, hit_values, listed, i, active, value)
         for j in range(whole, high):
-            slope = cells.surrogate_slope(kind, v[at + j] - threshold[j], dampening, support)
-            if v[at + j] > threshold[j] or slope != 0:
-                found[listed] = j
+            value, theta = v[at + j], threshold[j]
+            slope = cells.surrogate_slope(surrogate.kind, value - theta, surrogate.dampening, surrogate.support)
+            if value > theta or slope != 0:
+                hit_units[listed] = j
                 listed += 1
-        _append(found, listed, b, rows, who, counts)
+        _append_sample(hit_units, listed, b, rows, pairs.samples, pairs.counts)
 
 
 @inlined
-def _append(found, listed, b, rows, who, counts):
+def _append_sample(hit_units, listed, b, rows, samples, counts):
     for e in range(listed):
-        j = found[e]
-        who[j * rows + counts[j]] = b
+        j = hit_units[e]
+        samples[j * rows + counts[j]] = b
         counts[j] += 1
 
 
 @compiled
-def list_sent(y, row, rows, n, low, high, who, counts, found, values):
-    """`list_open` of what was sent: where y is not zero."""
+def list_fired(y, row, rows, n, low, high, pairs):
+    """`list_active` for the pairs where y is not zero."""
     for j in range(low, high):
-        counts[j] = 0
+        pairs.counts[j] = 0
     for b in range(rows):
-        _append(found, send(y, (row + b) * n, low, high, found, values, 0), b, rows, who, counts)
+        listed = send(y, (row + b) * n, low, high, pairs.hit_units, pairs.hit_values, 0)
+        _append_sample(pairs.hit_units, listed, b, rows, pairs.samples, pairs.counts)
 
 
 @compiled
-def list_all(rows, low, high, who, counts):
-    """`list_open` where every unit of every row is wanted."""
+def list_every(rows, low, high, pairs):
+    """`list_active` for all pairs."""
     for j in range(low, high):
-        counts[j] = rows
+        pairs.counts[j] = rows
         for b in range(rows):
-            who[j * rows + b] = b
+            pairs.samples[j * rows + b] = b
 
 
 @compiled
 def tile_rows(rows):
-    """Rows of a tile when there are so many: even shares, no more than TILE_ROWS, one at least."""
+    """Rows of a tile of so many rows: equal shares, at most TILE_ROWS and at least one."""
     return max(1, -(-rows // max(1, -(-rows // TILE_ROWS))))
 
 
 @compiled
-def list_pairs(
-    source, tiled, kind, dampening, support, threshold, v, row, rows, n, low, high,
-    who, counts, found, values, made_out, starts, amounts, pairs,
-):  # fmt: skip
-    """The pairs of `rows` rows from `row` on that `source` says, as `list_open` leaves them, or, `tiled`, by tile of
-    `tile_rows(rows)` rows: tile k and unit j have amounts[k * n + j] rows, counted from the tile's first, in `pairs`
-    from starts[k * n + j] on, filled up to a multiple of PAIRS. `made_out` (n,) counts them.
+def list_pairs(source, tiled, surrogate, v, row, rows, n, low, high, pairs, listed_out):
+    """List the pairs of units `low` to `high` in `rows` rows from `row` on.
+
+    source     : ACTIVE, FIRED (then v is the output y) or EVERY
+    tiled      : also write the lists tile by tile, as `sddmm_dense` reads them: the list of tile k and unit j has
+                 tile_counts[k * n + j] rows, counted from the first row of the tile, and is padded to a multiple of
+                 PAIRS with a row that was already listed
+    pairs      : one thread's rows of `ActivePairs`
+    listed_out : (n,) int64, to which the number of pairs of each unit is added
     """
     together = tile_rows(rows) if tiled else max(1, rows)
     for k in range(-(-rows // together)):
         first, some = row + k * together, min(together, rows - k * together)
-        if source == OPEN:
-            list_open(kind, dampening, support, threshold, v, first, some, n, low, high, who, counts, found, values)
-        elif source == SENT:
-            list_sent(v, first, some, n, low, high, who, counts, found, values)
+        if source == ACTIVE:
+            list_active(surrogate, v, first, some, n, low, high, pairs)
+        elif source == FIRED:
+            list_fired(v, first, some, n, low, high, pairs)
         else:
-            list_all(some, low, high, who, counts)
+            list_every(some, low, high, pairs)
         for j in range(low, high):
-            made_out[j] += counts[j]
+            listed_out[j] += pairs.counts[j]
         to = (k * n + low) * (together + PAIRS)
         for j in range(low, high if tiled else low):
-            count = counts[j]
-            filled = to + -(-count // PAIRS) * PAIRS
-            starts[k * n + j], amounts[k * n + j] = to, count
+            count = pairs.counts[j]
+            padded = to + -(-count // PAIRS) * PAIRS
+            pairs.tile_begins[k * n + j], pairs.tile_counts[k * n + j] = to, count
             for q in range(count):
-                pairs[to + q] = who[j * some + q]
-            for q in range(to + count, filled):
-                pairs[q] = pairs[to]
-            to = filled
+                pairs.tile_samples[to + q] = pairs.samples[j * some + q]
+            for q in range(to + count, padded):
+                pairs.tile_samples[q] = pairs.tile_samples[to]
+            to = padded

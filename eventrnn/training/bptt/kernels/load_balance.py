@@ -1,8 +1,15 @@
-"""Which units a thread has, step by step: whoever waits at the barrier takes some from a neighbour.
+"""Load balancing between threads: at each barrier, a vector of units moves to a thread that waited longer.
 
-Cores of one machine are seldom equally fast, by design or because of what else runs on them, and at every step all wait
-for the slowest. Who computes a unit changes no bit. Of the two barriers of a step in the paper's variant one is looked
-at.
+Within a time step every thread owns some units, and at the end of the step all threads wait for the slowest one. Cores
+of a machine differ in speed, by design or because of other processes. The bounds between the threads' units therefore
+move, by one vector of units per step, towards the thread that arrived later at the barrier of the step before. Sums are
+never split, so the owner of a unit does not affect any bit of the result. In the paper's variant, which has two
+barriers per step, only the second one is used.
+
+GAIN
+
+Every thread keeps its own copy of the bounds (`Rebalancing.unit_bounds`), and all threads compute the same update from
+the shared waiting times, so the exchange needs no further barrier. There is no counterpart in `reference.py`.
 """
 
 from __future__ import annotations
@@ -13,50 +20,53 @@ from eventrnn.cpu.kernels.sync import meet
 from eventrnn.cpu.tables import HIGH, LOW, VALUES, WIDTH
 from eventrnn.training.bptt.kernels.event_lists import share
 
-# Turns of the waiting loop that two threads may be apart. Less than a vector of units takes, so that between equals a
-# border goes to and fro by one; what a turn takes differs by processor.
+# Turns of the waiting loop by which two threads may differ. This is less than the time that a vector of units takes, so
+# that between equal threads a bound moves by one vector at most; the length of a turn depends on the processor.
 SLACK = 32
 
 
 @compiled
-def even_shares(n, parts, edges_out):
-    """Thread p has units edges[p] to edges[p + 1], in whole vectors, as nearly as many as the others."""
-    for p in range(parts + 1):
-        edges_out[p] = share(n, LANES, p, parts)
+def even_bounds(n, n_threads, unit_bounds_out):
+    """Thread p owns units unit_bounds[p] to unit_bounds[p + 1]: equal shares, in whole vectors."""
+    for p in range(n_threads + 1):
+        unit_bounds_out[p] = share(n, LANES, p, n_threads)
 
 
 @compiled
-def meet_and_move(barrier, part, parts, target, turn, waited, edges):
-    """Wait at the `turn`-th barrier, then move a vector of units across each border between threads of which one waited
-    longer the time before. Returns the next target; every thread moves its own `edges` (parts + 1), all alike.
+def barrier_and_rebalance(barrier, thread, n_threads, target, turn, balance):
+    """Wait at the barrier of step `turn`, then move the bounds of this thread's copy. Returns the next target.
 
-    `waited` (2, parts) is shared: what was written before this barrier can be read now, and is overwritten after the
-    next.
+    A bound moves by one vector if the waits of the two threads beside it differed by more than the slack at the barrier
+    before; every thread keeps at least one unit. A thread's wait is written after this barrier, read after the next
+    one, and overwritten after the one that follows it: two rows suffice.
     """
-    spins = meet(barrier, parts, target)
-    before = waited[(turn + 1) % 2]
-    for p in range(1, parts):
-        ahead = before[p - 1] - before[p]
-        if ahead > SLACK and edges[p] + LANES < edges[p + 1]:
-            edges[p] += LANES
-        elif ahead < -SLACK and edges[p] - LANES > edges[p - 1]:
-            edges[p] -= LANES
-    waited[turn % 2, part] = spins
-    return target + parts
+    spins = meet(barrier, n_threads, target)
+    before, bounds = balance.waited[(turn + 1) % 2], balance.unit_bounds[thread]
+    for p in range(1, n_threads):
+        difference = before[p - 1] - before[p]
+        if difference > balance.slack and bounds[p] + LANES < bounds[p + 1]:
+            bounds[p] += LANES
+        elif difference < -balance.slack and bounds[p] - LANES > bounds[p - 1]:
+            bounds[p] -= LANES
+    balance.waited[turn % 2, thread] = spins
+    return target + n_threads
 
 
 @compiled
-def cut_windows(table, first, last, n, low, high, table_out, to):
-    """The windows `first` to `last` of dense float32 rows, each of one gate's columns, as far as units `low` to `high`
-    go, from row `to` of another table on; returns where it ends. `low` is a whole number of vectors."""
+def cut_tiles(tiles, first, last, n, low, high, tiles_out, to):
+    """Restrict the column tiles `first` to `last` of dense float32 rows to units `low` to `high`.
+
+    A tile holds columns of one gate; `low` is a multiple of the vector length. The restricted tiles go to `tiles_out`
+    from row `to` on. Returns the row after the last one.
+    """
     for w in range(first, last):
-        gate = table[w, LOW] // n * n
-        a, b = max(table[w, LOW], gate + low), min(table[w, HIGH], gate + high)
+        gate = tiles[w, LOW] // n * n
+        a, b = max(tiles[w, LOW], gate + low), min(tiles[w, HIGH], gate + high)
         if a < b:
-            for field in range(table.shape[1]):
-                table_out[to, field] = table[w, field]
-            table_out[to, LOW], table_out[to, HIGH] = a, b
-            table_out[to, VALUES] += a - table[w, LOW]
-            table_out[to, WIDTH] = -(-(b - a) // LANES) * LANES
+            for field in range(tiles.shape[1]):
+                tiles_out[to, field] = tiles[w, field]
+            tiles_out[to, LOW], tiles_out[to, HIGH] = a, b
+            tiles_out[to, VALUES] += a - tiles[w, LOW]
+            tiles_out[to, WIDTH] = -(-(b - a) // LANES) * LANES
             to += 1
     return to

@@ -1,16 +1,26 @@
-"""Through time, a layer at once: all steps of a window forward, and back, inside one compiled call a thread.
+"""All time steps of one layer, forward and backward, in one compiled call per thread.
 
-A thread has some units: their drives, cells and deltas. Threads meet at a barrier where one needs what all units sent
-(forward) or all units' deltas (backward), and there pass units on to whoever waited (`balance`); no sum is ever split,
-so the bits depend neither on their number nor on who had a unit when.
+A thread owns some units: their drives, cells and deltas, for all samples. Threads meet at a barrier where a step needs
+what all units sent (forward) or the deltas of all units (backward), and may then hand units to each other
+(`load_balance.py`). No sum is ever split between threads, so the bits depend neither on their number nor on the owner
+of a unit. Arrays, with shapes and dtypes, are named in `records.py`: weights and the tape are shared, event lists are
+written by all threads and read by all, scratch is each thread's own.
 
-What may be skipped. In the released variant the gradient of v is `event * d_y + slope * (v * d_y - threshold * d_c) +
-d_c`. Its last term goes through the keep gate at every unit, so deltas are dense; they are zero only for a unit that
-no path has reached since the window's end, and nobody looks for those. But `d_y`, the product of the next step's
-deltas with the recurrent weights, counts only where a unit fired or has a slope: `backward` makes the dots of those
-(unit, sample) pairs and of no others. In the paper's variant the gradient of `r * y_before` is wanted by the
-same pairs, as a unit that fired is one of them. Either way what is left out is multiplied by an exact zero. Weight
-gradients are outer products with what was sent: no event, no row.
+    forward                `reference.forward`
+    backward               the loop over steps of `reference.backward`: deltas, and the gradients of bias and threshold
+    gradient_of_inputs     `d_x` of `reference.backward`
+
+Weight gradients are products over the whole window and stand in `spmm.py`.
+
+What the backward pass may skip. In the released variant the gradient of v is
+
+    event * d_y + slope * (v * d_y - threshold * d_c) + d_c
+
+Its last term passes the keep gate at every unit, so the deltas are dense. But `d_y`, the product of the next step's
+deltas with the recurrent weights, is multiplied by `event` and `slope`. It matters only for active pairs, those (sample,
+unit) pairs where the unit fired or the slope is not zero, and `backward` computes it for these alone. In the paper's
+variant the gradient of `r * y` of the step before is needed at the same pairs, because a unit that fired is an active
+one. In both variants what is left out would be multiplied by an exact zero.
 """
 
 from __future__ import annotations
@@ -25,246 +35,257 @@ from eventrnn.cpu.kernels.sync import take_piece, wait
 from eventrnn.training.bptt.kernels.cell_update import (
     adjoint,
     adjoint_paper,
-    hold,
+    apply_zoneout,
     reset_gate,
     reset_gate_adjoint,
     update,
     update_paper,
 )
-from eventrnn.training.bptt.kernels.event_lists import OPEN, SENT, TILE_ROWS, list_pairs, tile_rows
-from eventrnn.training.bptt.kernels.load_balance import cut_windows, even_shares, meet_and_move
-from eventrnn.training.bptt.kernels.sddmm import dot_pieces, dot_single, dots, pack_chunks
+from eventrnn.training.bptt.kernels.event_lists import TILE_ROWS, list_pairs, pairs_of_thread, tile_rows
+from eventrnn.training.bptt.kernels.load_balance import barrier_and_rebalance, cut_tiles, even_bounds
+from eventrnn.training.bptt.kernels.records import ACTIVE, ALL, FIRED
+from eventrnn.training.bptt.kernels.sddmm import pack_chunks, sddmm
 
-# How weights are stored for the backward pass.
-DENSE, PIECES, SINGLE = range(3)
-
-# Rows of delta that dots of a window go over together, with all weights and with stored ones: a chunk of the weights,
-# or the rows, lie in the L2 cache meanwhile.
+# Rows of delta that the input gradient handles together, with all weights and with stored ones. Meanwhile a chunk of
+# the weights, or the rows of delta, stay in the L2 cache.
 WINDOW_ROWS, STORED_ROWS = 6 * TILE_ROWS, 64
 
 
 @compiled
 def forward(
-    part, parts, barrier, paper, steps, batch, n,
-    # weights
-    table, windows, cut, values, index, pointers, bias, threshold,
-    # in
-    drive_in, pitch, held,
-    # scratch
-    waited, edges, drives, ids, sent, firsts, counts, cuts, own_ids, own_sent, lists, amounts, x, tile, product,
-    # out; y and c have the state before the window in front
-    u_out, r_out, g_out, q_out, v_out, y_out, c_out,
-):  # fmt: skip
-    """All steps of a layer from its input drives, which hold their bias; same bits as the inference engine.
+    thread,
+    n_threads,
+    barrier,
+    shape,
+    shared_tiles,
+    weights,
+    threshold,
+    drive_in,
+    pitch,
+    zoneout_mask,
+    balance,
+    drives,
+    events,
+    scratch,
+    tape,
+):
+    """All steps of a layer from its input drives; the same bits as the inference engine.
 
-    `windows` are those of a thread's units, the first `cut` of the gates u and r. Given a `table` of all units'
-    windows, in that order, threads write to `windows` what they cut out of it, and share the units as they get on.
-
-    Event lists: buffers 0 and 1 in turn hold y of the step before, buffer 2 what the paper's reset gate lets through;
-    row b of a buffer has a segment a thread.
+    shape        : WindowShape
+    shared_tiles : (tiles, FIELDS) column tiles of all units, out of which threads cut their own, so that units can move
+                   between threads; no rows where they do not
+    weights      : PackedWeights; `tiles` of each thread's units, written by the threads where `shared_tiles` has rows
+    drive_in     : (R, pitch), the input drives, bias included
+    zoneout_mask : (T, B, N) bool, or empty
+    balance      : Rebalancing
+    drives       : (threads, B * pitch), the recurrent drives of one step; a thread writes those of its units
+    events       : SegmentedEvents, scratch
+    scratch      : what `propagate_all` needs
+    tape         : TapeArrays, written; `y` and `c` hold the state before the window in front
     """
-    size, wide, drive, mine = batch * n, n + LANES * parts, drives[part], windows[part]
-    even_shares(n, parts, edges[part])
-    low, high, last = edges[part, part], edges[part, part + 1], len(mine)
-    if len(table) > 0:
-        gates = cut_windows(table, 0, cut, n, low, high, mine, 0)
-        last = cut_windows(table, cut, len(table), n, low, high, mine, gates)
+    steps, batch, n, paper = shape.steps, shape.batch, shape.units, shape.paper
+    cut, bounds = weights.n_gate_tiles, balance.unit_bounds[thread]
+    indices, values, begins, counts = events.indices, events.values, events.begins, events.counts
+    size, wide, drive, mine = batch * n, n + LANES * n_threads, drives[thread], weights.tiles[thread]
+    even_bounds(n, n_threads, bounds)
+    low, high, last = bounds[thread], bounds[thread + 1], len(mine)
+    if len(shared_tiles) > 0:
+        gates = cut_tiles(shared_tiles, 0, cut, n, low, high, mine, 0)
+        last = cut_tiles(shared_tiles, cut, len(shared_tiles), n, low, high, mine, gates)
     else:
         gates = cut
-    scratch = (
-        cuts[part],
-        own_ids[part],
-        own_sent[part],
-        lists[part],
-        amounts[part],
-        x[part],
-        tile[part],
-        product[part],
+    own_scratch = (
+        scratch[0][thread],
+        scratch[1][thread],
+        scratch[2][thread],
+        scratch[3][thread],
+        scratch[4][thread],
+        scratch[5][thread],
+        scratch[6][thread],
+        scratch[7][thread],
     )
-    own, target = low + LANES * part, parts
+    own, target = low + LANES * thread, n_threads
     for b in range(batch):
-        slot, first = b * parts + part, b * wide + own
-        firsts[slot] = first
-        counts[slot] = send(y_out, b * n, low, high, ids, sent, first)
-    target = wait(barrier, parts, target)
+        slot, first = b * n_threads + thread, b * wide + own
+        begins[slot] = first
+        counts[slot] = send(tape.y, b * n, low, high, indices, values, first)
+    target = wait(barrier, n_threads, target)
     for t in range(steps):
         buffer, following = (t % 2) * batch, ((t + 1) % 2) * batch
-        for q in range(buffer * parts, (buffer + batch) * parts if parts > 1 else 0):
-            # All lines at once: another core has them.
-            for e in range(firsts[q], firsts[q] + counts[q], LANES):
-                prefetch(ids, e)
-                prefetch(sent, e)
+        for q in range(buffer * n_threads, (buffer + batch) * n_threads if n_threads > 1 else 0):
+            # Prefetch all lines at once, since they lie in the cache of another core.
+            for e in range(begins[q], begins[q] + counts[q], LANES):
+                prefetch(indices, e)
+                prefetch(values, e)
         propagate_all(
-            mine, 0, gates if paper else last, values, index, pointers, bias, 0, n,
-            ids, sent, firsts, counts, buffer * parts, parts, batch, *scratch, drive, pitch,
+            mine, 0, gates if paper else last, weights.values, weights.index, weights.pointers, weights.bias, 0, n,
+            indices, values, begins, counts, buffer * n_threads, n_threads, batch, *own_scratch, drive, pitch,
         )  # fmt: skip
         if paper:
             for b in range(batch):
                 s = t * size + b * n
-                reset_gate(n, low, high, drive_in, (t * batch + b) * pitch, drive, b * pitch, y_out, s, s, r_out, q_out)
-                slot, first = (2 * batch + b) * parts + part, (2 * batch + b) * wide + own
-                firsts[slot] = first
-                counts[slot] = send(q_out, s, low, high, ids, sent, first)
-            target = wait(barrier, parts, target)
+                reset_gate(n, low, high, drive_in, (t * batch + b) * pitch, drive, b * pitch, tape, s)
+                slot, first = (2 * batch + b) * n_threads + thread, (2 * batch + b) * wide + own
+                begins[slot] = first
+                counts[slot] = send(tape.q, s, low, high, indices, values, first)
+            target = wait(barrier, n_threads, target)
             propagate_all(
-                mine, gates, last, values, index, pointers, bias, 0, n,
-                ids, sent, firsts, counts, 2 * batch * parts, parts, batch, *scratch, drive, pitch,
+                mine, gates, last, weights.values, weights.index, weights.pointers, weights.bias, 0, n,
+                indices, values, begins, counts, 2 * batch * n_threads, n_threads, batch, *own_scratch, drive, pitch,
             )  # fmt: skip
         for b in range(batch):
             s, a = t * size + b * n, (t * batch + b) * pitch
             if paper:
-                update_paper(
-                    n, low, high, drive_in, a, drive, b * pitch, threshold, c_out, y_out, s, s,
-                    u_out, g_out, v_out, y_out, c_out, s + size,
-                )  # fmt: skip
+                update_paper(n, low, high, drive_in, a, drive, b * pitch, threshold, tape, s, s + size)
             else:
-                update(
-                    n, low, high, drive_in, a, drive, b * pitch, threshold, c_out, s, s,
-                    u_out, r_out, g_out, q_out, v_out, y_out, c_out, s + size,
-                )  # fmt: skip
-            if len(held) > 0:
-                hold(low, high, held, paper, threshold, s, s, u_out, v_out, y_out, c_out, s + size)
-            slot, first = (following + b) * parts + part, (following + b) * wide + own
-            firsts[slot] = first
-            counts[slot] = send(y_out, s + size, low, high, ids, sent, first)
-        if len(table) == 0:
-            target = wait(barrier, parts, target)
+                update(n, low, high, drive_in, a, drive, b * pitch, threshold, tape, s, s + size)
+            if len(zoneout_mask) > 0:
+                apply_zoneout(low, high, zoneout_mask, paper, threshold, tape, s, s + size)
+            slot, first = (following + b) * n_threads + thread, (following + b) * wide + own
+            begins[slot] = first
+            counts[slot] = send(tape.y, s + size, low, high, indices, values, first)
+        if len(shared_tiles) == 0:
+            target = wait(barrier, n_threads, target)
             continue
-        target = meet_and_move(barrier, part, parts, target, t, waited, edges[part])
-        if low != edges[part, part] or high != edges[part, part + 1]:
-            low, high = edges[part, part], edges[part, part + 1]
-            own = low + LANES * part
-            gates = cut_windows(table, 0, cut, n, low, high, mine, 0)
-            last = cut_windows(table, cut, len(table), n, low, high, mine, gates)
-
-
-@compiled
-def multiply_back(
-    form, width, weights, columns, pointers, low, count, delta, start, pitch, rows, first, end, n,
-    who, counts, starts, amounts, pairs, sums, tile, out, at,
-):  # fmt: skip
-    """out[at + b * n + j] += weights[j, low : low + count] . delta of row b, for the pairs of units `first` to `end`
-    that `list_pairs` listed. Weights: chunks of these columns, if all are there; stored ones have two pointers a unit,
-    to their first and past their last from column `low` on."""
-    if form == DENSE:
-        dots(
-            weights, low, count, delta, start, pitch, rows, tile_rows(rows), first, end,
-            starts, amounts, pairs, sums, tile, out, at, n,
-        )  # fmt: skip
-    elif form == PIECES:
-        dot_pieces(weights, pointers, columns, width, delta, start, pitch, first, end, who, counts, rows, out, at, n)
-    else:
-        dot_single(weights, pointers, columns, delta, start, pitch, first, end, who, counts, rows, out, at, n)
+        target = barrier_and_rebalance(barrier, thread, n_threads, target, t, balance)
+        if low != bounds[thread] or high != bounds[thread + 1]:
+            low, high = bounds[thread], bounds[thread + 1]
+            own = low + LANES * thread
+            gates = cut_tiles(shared_tiles, 0, cut, n, low, high, mine, 0)
+            last = cut_tiles(shared_tiles, cut, len(shared_tiles), n, low, high, mine, gates)
 
 
 @compiled
 def backward(
-    part, parts, barrier, paper, steps, batch, n, kind, dampening, support, threshold,
-    # weights; the candidate's pointers are apart in the paper's variant
-    form, width, weights, columns, pointers, candidate_pointers,
-    # in
-    u, r, g, q, v, y, c, d_cell, d_y,
-    # updated: gradient of the cell after the window
-    d_c,
-    # scratch
-    waited, edges, d_sum, chunks, who, counts, found, values, starts, amounts, pairs, sums, tiles, d_sent,
-    # out
-    d_in_out, d_rec_out, pitch, d_threshold, d_bias, made_out,
-):  # fmt: skip
-    """All steps back: deltas of both drives (one and the same in the paper's variant), rows `pitch` apart.
+    thread,
+    n_threads,
+    barrier,
+    shape,
+    surrogate,
+    w_rec,
+    gate_weights,
+    candidate_weights,
+    tape,
+    upstream,
+    balance,
+    all_pairs,
+    d_y_step,
+    d_sent,
+    deltas,
+    dots_out,
+):
+    """The deltas of all steps, from the last to the first, and the gradients of bias and threshold.
 
-    `d_y` (T, B, N) is what the layer above and the loss say of what was sent; `d_sum` (B, N) takes the recurrent part
-    of one step beside it.
-    `made_out` (N,) counts how often a unit's dot was made.
+    surrogate         : SurrogateParameters
+    w_rec             : (N, 3N), read for the layout ALL only, where each thread packs its units' weights into
+                        `gate_weights.values` and `candidate_weights.values`
+    gate_weights      : SampledWeights of all gates, or, in the paper's variant, of u and r
+    candidate_weights : SampledWeights of the candidate in the paper's variant; else a range without columns
+    upstream          : Upstream
+    all_pairs         : ActivePairs of all threads
+    d_y_step          : (B, N) scratch, gradient of one step's output: the upstream part, then the recurrent part added
+    d_sent            : (2, B, N) scratch of the paper's variant: gradient of r * y, and of the output one step before
+                        through all but the recurrent weights of u and r
+    deltas            : Deltas, written; in the paper's variant both drives have the same
+    dots_out          : (N,) int64, to which the number of dot products of each unit is added
     """
-    even_shares(n, parts, edges[part])
-    low, high = edges[part, part], edges[part, part + 1]
-    size, target, gates = batch * n, parts, 2 * n if paper else 3 * n
+    steps, batch, n, paper = shape.steps, shape.batch, shape.units, shape.paper
+    bounds, pitch, d_in, d_rec = balance.unit_bounds[thread], deltas.pitch, deltas.d_in, deltas.d_rec
+    d_y, d_cell, d_c, pairs = upstream.d_y, upstream.d_cell, upstream.d_c, pairs_of_thread(all_pairs, thread)
+    even_bounds(n, n_threads, bounds)
+    low, high = bounds[thread], bounds[thread + 1]
+    size, target, gates, tiled = batch * n, n_threads, gate_weights.n_columns, gate_weights.layout == ALL
     each_cell = size if len(d_cell) > size else 0
-    lists, stored, stored_candidate = (starts[part], amounts[part], pairs[part]), weights, weights
-    if form == DENSE:
-        stored, stored_candidate = chunks[0], chunks[1]
-        pack_chunks(weights, 3 * n, 0, gates, low, high, n, stored)
-        pack_chunks(weights, 3 * n, gates, 3 * n - gates, low, high, n, stored_candidate)
+    if tiled:
+        pack_chunks(w_rec, 3 * n, 0, gates, low, high, n, gate_weights.values)
+        pack_chunks(w_rec, 3 * n, gates, 3 * n - gates, low, high, n, candidate_weights.values)
     for b in range(batch if steps > 0 else 0):
-        copy(d_y, (steps - 1) * size + b * n + low, d_sum, b * n + low, high - low)
+        copy(d_y, (steps - 1) * size + b * n + low, d_y_step, b * n + low, high - low)
     for t in range(steps - 1, -1, -1):
         for b in range(batch):
-            s, d = t * size + b * n, (t * batch + b) * pitch
+            s, row, cell_at, d = t * size + b * n, b * n, t * each_cell + b * n, (t * batch + b) * pitch
             if paper:
                 adjoint_paper(
-                    n, low, high, kind, dampening, support, threshold,
-                    u, g, v, s, c, s, d_sum, d_cell, t * each_cell + b * n,
-                    d_c, b * n, d_sent, size + b * n, d_in_out, d, d_threshold, d_bias,
-                )  # fmt: skip
+                    n,
+                    low,
+                    high,
+                    surrogate,
+                    tape,
+                    s,
+                    d_y_step,
+                    d_cell,
+                    cell_at,
+                    d_c,
+                    row,
+                    d_sent,
+                    size + row,
+                    deltas,
+                    d,
+                )
             else:
-                adjoint(
-                    n, low, high, kind, dampening, support, threshold,
-                    u, r, g, q, v, s, c, s, d_sum, d_cell, t * each_cell + b * n,
-                    d_c, b * n, d_in_out, d_rec_out, d, d_threshold, d_bias,
-                )  # fmt: skip
-        target = meet_and_move(barrier, part, parts, target, t, waited, edges[part])
-        low, high = edges[part, part], edges[part, part + 1]
+                adjoint(n, low, high, surrogate, tape, s, d_y_step, d_cell, cell_at, d_c, row, deltas, d)
+        target = barrier_and_rebalance(barrier, thread, n_threads, target, t, balance)
+        low, high = bounds[thread], bounds[thread + 1]
         start = t * batch * pitch
         if t == 0 and not paper:
             continue
         for b in range(batch if t > 0 else 0):
-            copy(d_y, (t - 1) * size + b * n + low, d_sum, b * n + low, high - low)
-        list_pairs(
-            OPEN if t > 0 else SENT, form == DENSE, kind, dampening, support, threshold,
-            v if t > 0 else y, max(0, t - 1) * batch, batch, n, low, high,
-            who[part], counts[part], found[part], values[part], made_out, *lists,
-        )  # fmt: skip
+            copy(d_y, (t - 1) * size + b * n + low, d_y_step, b * n + low, high - low)
+        # The state before the window has no slope: only its events pass a gradient on to the reset gate.
+        source, listed = (ACTIVE, tape.v) if t > 0 else (FIRED, tape.y)
+        list_pairs(source, tiled, surrogate, listed, max(0, t - 1) * batch, batch, n, low, high, pairs, dots_out)
         if paper:
             for b in range(batch):
                 for i in range(b * n + low, b * n + high):
                     d_sent[i] = cells.ZERO
-            multiply_back(
-                form, width, stored_candidate, columns, candidate_pointers, 2 * n, n,
-                d_in_out, start, pitch, batch, low, high, n,
-                who[part], counts[part], *lists, sums[part], tiles[part], d_sent, 0,
-            )  # fmt: skip
+            sddmm(candidate_weights, d_in, start, pitch, batch, low, high, n, pairs, d_sent, 0)
             for b in range(batch):
-                s = t * size + b * n
+                s, row = t * size + b * n, b * n
                 reset_gate_adjoint(
-                    n, low, high, r, s, y, s, d_sent, b * n, d_in_out, start + b * pitch, d_sent, size + b * n, d_bias
+                    n, low, high, tape, s, d_sent, row, deltas, start + b * pitch, d_sent, size + row
                 )
                 for i in range(low, high if t > 0 else low):
-                    d_sum[b * n + i] += d_sent[size + b * n + i]
-            target = wait(barrier, parts, target)
+                    d_y_step[row + i] += d_sent[size + row + i]
+            target = wait(barrier, n_threads, target)
         if t > 0:
-            multiply_back(
-                form, width, stored, columns, pointers, 0, gates,
-                d_in_out if paper else d_rec_out, start, pitch, batch, low, high, n,
-                who[part], counts[part], *lists, sums[part], tiles[part], d_sum, 0,
-            )  # fmt: skip
+            sddmm(gate_weights, d_rec, start, pitch, batch, low, high, n, pairs, d_y_step, 0)
 
 
 @compiled
 def gradient_of_inputs(
-    part, parts, queue, form, width, weights, columns, pointers, n_post, delta, pitch, rows, n_pre,
-    source, kind, dampening, support, threshold, v,
-    chunks, who, counts, found, values, starts, amounts, pairs, sums, tiles, d_x_out, made_out,
-):  # fmt: skip
-    """d_x (rows, n_pre) = delta @ weights.T where it is wanted, zero elsewhere: everywhere, or where the unit below (v)
-    fired or has a slope. Threads take rows; `made_out` (parts, n_pre). Dense weights come in chunks already."""
-    unit, most, stored = 1, STORED_ROWS, weights
-    if form == DENSE:
-        unit, stored = tile_rows(min(rows, WINDOW_ROWS)), chunks[0]
+    thread,
+    n_threads,
+    counter,
+    weights,
+    delta,
+    pitch,
+    rows,
+    n_pre,
+    source,
+    surrogate,
+    v,
+    all_pairs,
+    d_x_out,
+    dots_out,
+):
+    """d_x (rows, n_pre) = delta @ W.T at the pairs that `source` names, and zero elsewhere.
+
+    source    : EVERY, or ACTIVE for the pairs where the unit below, with cell state v, fired or has a slope
+    weights   : SampledWeights of w_in; for the layout ALL, packed already
+    dots_out  : (threads, n_pre) int64, to which the number of dot products of each input is added
+
+    Threads take rows from a counter.
+    """
+    unit, most, tiled = 1, STORED_ROWS, weights.layout == ALL
+    pairs = pairs_of_thread(all_pairs, thread)
+    if tiled:
+        unit = tile_rows(min(rows, WINDOW_ROWS))
         most = -(-min(rows, WINDOW_ROWS) // unit)
-    first, some = take_piece(queue, -(-rows // unit), most, 1, parts)
+    first, some = take_piece(counter, -(-rows // unit), most, 1, n_threads)
     while some > 0:
         first, some = first * unit, min(some * unit, rows - first * unit)
         for i in range(first * n_pre, (first + some) * n_pre):
             d_x_out[i] = cells.ZERO
-        list_pairs(
-            source, form == DENSE, kind, dampening, support, threshold, v, first, some, n_pre, 0, n_pre,
-            who[part], counts[part], found[part], values[part], made_out[part],
-            starts[part], amounts[part], pairs[part],
-        )  # fmt: skip
-        multiply_back(
-            form, width, stored, columns, pointers, 0, n_post, delta, first * pitch, pitch, some, 0, n_pre, n_pre,
-            who[part], counts[part], starts[part], amounts[part], pairs[part], sums[part], tiles[part],
-            d_x_out, first * n_pre,
-        )  # fmt: skip
-        first, some = take_piece(queue, -(-rows // unit), most, 1, parts)
+        list_pairs(source, tiled, surrogate, v, first, some, n_pre, 0, n_pre, pairs, dots_out[thread])
+        sddmm(weights, delta, first * pitch, pitch, some, 0, n_pre, n_pre, pairs, d_x_out, first * n_pre)
+        first, some = take_piece(counter, -(-rows // unit), most, 1, n_threads)

@@ -1,0 +1,164 @@
+"""Named tuples of arrays that the training kernels take. Numba unpacks them; a field costs what an array argument costs.
+
+Letters: T steps and B samples of the window, N units of the layer, I inputs of a matrix, R = T * B rows. Arrays are flat
+and C-ordered unless a field says otherwise; a shape such as (T, B, N) then names the order of the elements. Values,
+weights and gradients have no unit of measure. "Scratch" has no meaning between two calls. A field with a leading axis
+`threads` gives one row to each thread.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+# Which weights of a matrix a product reads: all of them; segments of neighbouring columns; single weights.
+ALL, SEGMENTS, SINGLE = range(3)
+
+# Which (sample, unit) pairs are listed: units that fired or whose surrogate slope is not zero; units that fired; all.
+ACTIVE, FIRED, EVERY = range(3)
+
+
+class WindowShape(NamedTuple):
+    """Size of a window, and which variant of the cell it runs."""
+
+    paper: bool  # True for the paper's variant (reset gate before the recurrent product)
+    steps: int  # T
+    batch: int  # B
+    units: int  # N
+
+
+class SurrogateParameters(NamedTuple):
+    """The surrogate derivative of an event (`cells.surrogate_slope`) and the thresholds that it is centred on."""
+
+    kind: int  # code of `cells.SURROGATES`
+    dampening: np.float32  # height of the slope
+    support: np.float32  # inverse of the half width, per unit of cell state
+    threshold: np.ndarray  # (N,) float32, in units of the cell state
+
+
+class TapeArrays(NamedTuple):
+    """What the forward pass keeps of a layer. `y` and `c` begin with the state before the window."""
+
+    u: np.ndarray  # (T, B, N) float32, keep gate
+    r: np.ndarray  # (T, B, N) float32, reset gate
+    g: np.ndarray  # (T, B, N) float32, candidate
+    q: np.ndarray  # (T, B, N) float32: recurrent drive of the candidate; in the paper's variant r * y of the step before
+    v: np.ndarray  # (T, B, N) float32, cell state before the event
+    y: np.ndarray  # (T + 1, B, N) float32, output
+    c: np.ndarray  # (T + 1, B, N) float32, cell state after the event
+
+
+class PackedWeights(NamedTuple):
+    """A packed matrix as `propagate_all` reads it (laid out by `cpu/packing.py`), and the bias of its drives."""
+
+    tiles: np.ndarray  # (threads, tiles, FIELDS) int64, column tiles of each thread's units
+    n_gate_tiles: int  # the first so many tiles hold columns of the gates u and r, the others those of the candidate
+    values: np.ndarray  # float32, weights
+    index: np.ndarray  # int32
+    pointers: np.ndarray  # int64
+    bias: np.ndarray  # (columns,) float32
+
+
+class SegmentedEvents(NamedTuple):
+    """Event lists of some rows, each in one or several segments, as `propagate_all` reads them.
+
+    In `time_loops.forward`: three buffers of B rows, with one segment per thread and row. Buffers 0 and 1 in turn hold
+    the output of the step before; buffer 2 holds r * y (paper's variant). All threads read all segments. In
+    `spmm.stored_drives` each array has a leading axis `threads`, and a row has one segment.
+    """
+
+    indices: np.ndarray  # int32, units that fired
+    values: np.ndarray  # float32, what they sent
+    begins: np.ndarray  # int64, first entry of each segment
+    counts: np.ndarray  # int64, entries of each segment
+
+
+class Rebalancing(NamedTuple):
+    """Which units each thread owns, and how long it waited at the last two barriers (`load_balance.py`)."""
+
+    waited: np.ndarray  # (2, threads) int64, turns of the waiting loop; row t % 2 belongs to step t
+    unit_bounds: np.ndarray  # (threads, threads + 1) int64; each thread has its own copy of the bounds
+    slack: int  # difference of two threads' waits, in turns, from which on units move
+
+
+class SampledWeights(NamedTuple):
+    """A matrix (n_pre, columns) as the sampled product reads it, or a range of its columns."""
+
+    layout: int  # ALL, SEGMENTS or SINGLE
+    width: int  # columns of a segment; 0 for ALL
+    values: np.ndarray  # float32; for ALL: (chunks, n_pre, CHUNK), else (stored, width), by unit, then column
+    columns: np.ndarray  # (stored,) int32, first column of each entry
+    bounds: np.ndarray  # (n_pre, 2) int64, first and past-the-last entry of each unit within the range of columns
+    first_column: int  # where the range begins
+    n_columns: int  # columns of the range
+
+
+class ActivePairs(NamedTuple):
+    """Lists of (sample, unit) pairs whose gradient is computed, and the scratch of the sampled product.
+
+    In time loops and kernels that take rows from a counter, every array has a leading axis `threads`;
+    `pairs_of_thread` gives one thread's rows. Tile k covers `tile_rows(rows)` rows of the deltas.
+    """
+
+    samples: np.ndarray  # (n * rows,) int32: those of unit j begin at j * rows
+    counts: np.ndarray  # (n,) int64, samples of each unit
+    hit_units: np.ndarray  # (n + 16,) int32, scratch
+    hit_values: np.ndarray  # (n + 16,) float32, scratch
+    tile_begins: np.ndarray  # (tiles * n,) int64, where the list of tile k and unit j begins in `tile_samples`
+    tile_counts: np.ndarray  # (tiles * n,) int64, its length without the padding to a multiple of PAIRS
+    tile_samples: np.ndarray  # int32, rows counted from the first row of the tile
+    sums: np.ndarray  # as `tile_samples`, float32, scratch
+    delta_tile: np.ndarray  # (tile_rows * CHUNK,) float32, scratch
+
+
+class Upstream(NamedTuple):
+    """Gradients that reach a layer from outside of its recurrence."""
+
+    d_y: np.ndarray  # (T, B, N) float32, of the output
+    d_cell: np.ndarray  # (T, B, N) float32, of the cell state before the event; (B, N) zeros where there is none
+    d_c: np.ndarray  # (B, N) float32, of the cell state after the window; updated in place, step by step
+
+
+class Deltas(NamedTuple):
+    """Gradients of the drives, and the sums over the window that are formed beside them."""
+
+    d_in: np.ndarray  # (R, pitch) float32, of the input drives; the first 3N columns hold the gates (u, r, g)
+    d_rec: np.ndarray  # the same of the recurrent drives; in the paper's variant the same array
+    pitch: int  # floats from one row to the next
+    d_threshold: np.ndarray  # (N,) float32
+    d_bias: np.ndarray  # (4N,) float32: u, r, g of the input drive, g of the recurrent drive
+
+
+class EventLists(NamedTuple):
+    """Non-zero elements of a matrix, tile by tile, compressed by row or by unit (`event_lists.py`)."""
+
+    order: np.ndarray  # int32, the row (or unit) of each list of a tile
+    indptr: np.ndarray  # int64, where each list begins; one more than there are lists, per tile
+    indices: np.ndarray  # int32, the unit (or row) of each event
+    values: np.ndarray  # float32, what was sent
+
+
+class ListScratch(NamedTuple):
+    """What a thread needs to build event lists."""
+
+    counts: np.ndarray  # (threads, n) int64
+    bins: np.ndarray  # (threads, tile + 2) int64
+    hit_units: np.ndarray  # (threads, n + 16) int32; unused by `events_csr`
+    hit_values: np.ndarray  # (threads, n + 16) float32; unused by `events_csr`
+
+
+class StripScratch(NamedTuple):
+    """What a thread needs to add rows of a matrix, a strip of columns wide."""
+
+    tile: np.ndarray  # (threads, TILE_ROWS * STRIP) float32, a tile of the matrix
+    strip: np.ndarray  # (threads, rows * STRIP) float32, the sums
+
+
+class StoredEntries(NamedTuple):
+    """Stored weights of a pruned matrix whose gradient is formed together, in the order column, then unit."""
+
+    chosen: np.ndarray  # (entries,) int32, which of the stored entries
+    units: np.ndarray  # (stored,) int32, presynaptic unit of each
+    columns: np.ndarray  # (stored,) int32, first column of each
+    width: int  # columns of each; 1 for single weights
