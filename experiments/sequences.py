@@ -64,7 +64,7 @@ class Adding(Task):
     def evaluate(self, model: Model) -> dict[str, float]:
         # Epochs count from 0: this one is never trained on.
         held_out = self.batch(0, 2**32 - 1, 1000, 0)
-        output, _, tape = model.forward(held_out.inputs, State.zeros(model.like, 1000))
+        output, _, tape = model.forward(held_out.inputs, State.zeros(model.template, 1000))
         return {"loss": self.loss(output, held_out)[0], "activity": float(tape.activity)}
 
     def digest(self) -> str:

@@ -14,7 +14,7 @@ from eventrnn.cells import SURROGATES
 from eventrnn.counting.backward import count_backward
 from eventrnn.training import Model, Noise, thresholds
 from eventrnn.training.bptt.kernels import event_lists, spmm, time_loops
-from eventrnn.training.bptt.kernels.time_loops import DENSE, PIECES, SINGLE
+from eventrnn.training.bptt.kernels.records import ALL, SEGMENTS, SINGLE
 from support.magnitudes import backward_magnitudes
 from support.pruned_weights import FORMATS, pruned
 from support.tolerance import U32, central_difference, gamma, sharp
@@ -201,8 +201,8 @@ def test_count_backward_equals_brute_force(case, mode):
                 for j in range(len(weights)):
                     effective += int(kept[j].sum()) * (int(sent[j] != 0) + int(wanted[j]))
                     stored = int((pattern.units == j).sum()) * pattern.width
-                    row = weights.shape[1] if pattern.form in (DENSE, SINGLE) else stored
-                    dot = weights.shape[1] if pattern.form == DENSE else stored
+                    row = weights.shape[1] if pattern.layout in (ALL, SINGLE) else stored
+                    dot = weights.shape[1] if pattern.layout == ALL else stored
                     made += row * int(sent[j] != 0) + dot * int(wanted[j])
         assert counts[f"layers.0.{name}"].backward_effective == effective
         assert counts[f"layers.0.{name}"].backward_dense == dense
@@ -317,7 +317,9 @@ def test_a_mask_of_inputs_that_does_not_fit_is_refused(got):
 
 def test_pattern_selects_the_widest_block_segments():
     rng = np.random.default_rng(0)
-    for (form, options), expected in zip(FORMATS, (DENSE, SINGLE, PIECES, PIECES, SINGLE, PIECES, SINGLE), strict=True):
+    for (form, options), expected in zip(
+        FORMATS, (ALL, SINGLE, SEGMENTS, SEGMENTS, SINGLE, SEGMENTS, SINGLE), strict=True
+    ):
         dense = rng.normal(size=(40, 3 * 40)).astype(np.float32)
         network = Network.random([40], inputs=40, rng=rng)
         weights = pruned(dense, form, options, rng)
@@ -325,8 +327,8 @@ def test_pattern_selects_the_widest_block_segments():
         model = Model(network, backward="sparse")
         model.forward(np.zeros((1, 1, 40), np.float32), State.zeros(network, 1))
         pattern = model._engines[0].patterns["w_rec"]
-        assert pattern.form == expected
-        if expected == PIECES:
+        assert pattern.layout == expected
+        if expected == SEGMENTS:
             assert pattern.width == options["block"][1]
             # No piece crosses from the gates to the candidate, whose events differ in the paper's variant.
             assert not ((pattern.columns < 80) & (pattern.columns + pattern.valid > 80)).any()

@@ -49,7 +49,7 @@ def test_masks_have_the_documented_shapes_and_scales(sharing):
     for mask in (noise.inputs, noise.top, *noise.between, *noise.recurrent, noise.words):
         assert mask.dtype == np.float32 and set(np.unique(mask)) <= {0.0, 2.0}
     symbols = np.random.default_rng(0).integers(0, 11, (STEPS, BATCH))
-    output, _, tape = model.forward(symbols, State.zeros(model.like, BATCH), noise)
+    output, _, tape = model.forward(symbols, State.zeros(model.template, BATCH), noise)
     assert np.array_equal(tape.top, tape.layers[1].y[1:] * noise.top)
     assert all(np.isfinite(g).all() for g in model.backward(tape, np.ones_like(output)).values())
 

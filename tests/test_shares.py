@@ -1,4 +1,4 @@
-"""Who does what: pieces of work from a queue, borders that move between threads, windows cut at them."""
+"""Work sharing between threads: chunks from a counter, unit bounds that move, column tiles cut at the bounds."""
 
 from dataclasses import replace
 
@@ -15,20 +15,21 @@ from eventrnn.network import Network
 from eventrnn.state import State
 from eventrnn.training import Model
 from eventrnn.training.bptt.kernels.event_lists import TILE_ROWS, tile_rows
-from eventrnn.training.bptt.kernels.load_balance import SLACK, cut_windows, even_shares, meet_and_move
+from eventrnn.training.bptt.kernels.load_balance import SLACK, barrier_and_rebalance, cut_tiles, even_bounds
+from eventrnn.training.bptt.kernels.records import Rebalancing
 from eventrnn.training.bptt.kernels.time_loops import WINDOW_ROWS
-from eventrnn.training.bptt.sparse_pattern import Pattern, windows
-from eventrnn.training.bptt.workspace import Scratch
+from eventrnn.training.bptt.sparse_pattern import Pattern, pack_matrix
+from eventrnn.training.bptt.workspace import Workspace
 from support.pruned_weights import FORMATS, pruned
 
 
 @given(
     size=st.integers(0, 3000), most=st.integers(1, 500), least=st.integers(1, 50), parts=st.integers(1, 5)
 )  # fmt: skip
-def test_queue_hands_out_every_item_once(size, most, least, parts):
-    queue, end, sizes = np.zeros(1, np.int64), 0, []
+def test_a_counter_gives_out_every_chunk_once(size, most, least, parts):
+    counter, end, sizes = np.zeros(1, np.int64), 0, []
     while True:
-        first, count = take_piece(queue, size, max(most, least), least, parts)
+        first, count = take_piece(counter, size, max(most, least), least, parts)
         if count == 0:
             break
         assert first == end and count <= max(most, least)
@@ -37,7 +38,7 @@ def test_queue_hands_out_every_item_once(size, most, least, parts):
     assert sizes[:-1] == sorted(sizes[:-1], reverse=True) and all(each >= least for each in sizes[:-1])
 
 
-def test_tiles_never_exceed_their_scratch_memory():
+def test_tiles_of_a_chunk_fit_the_space_for_them():
     for rows in range(1, 2 * WINDOW_ROWS):
         unit = tile_rows(min(rows, WINDOW_ROWS))
         assert unit <= TILE_ROWS
@@ -50,30 +51,31 @@ def test_tiles_never_exceed_their_scratch_memory():
                 assert tile <= unit and -(-min(some, rows) // tile) <= units
 
 
-def moved(edges, waited, turns=1):
-    """The borders of every thread after it was alone at so many barriers."""
-    parts = len(edges) - 1
-    rows, waits = np.tile(np.array(edges), (parts, 1)), np.zeros((2, parts), np.int64)
+def moved(bounds, waited, turns=1):
+    """The unit bounds of every thread after it was alone at so many barriers."""
+    threads = len(bounds) - 1
+    balance = Rebalancing(np.zeros((2, threads), np.int64), np.tile(np.array(bounds), (threads, 1)), SLACK)
     for turn in range(turns):
-        waits[(turn + 1) % 2] = waited
-        before = waits.copy()
-        for part in range(parts):
-            waits[:] = before
-            # A target that the arrival of one thread reaches.
-            assert meet_and_move(np.zeros(1, np.int64), part, parts, 1, turn, waits, rows[part]) == 1 + parts
-            assert waits[turn % 2, part] == 0
-    assert (rows == rows[0]).all()
-    return rows[0].tolist()
+        balance.waited[(turn + 1) % 2] = waited
+        before = balance.waited.copy()
+        for thread in range(threads):
+            balance.waited[:] = before
+            # The arrival of one thread reaches the target.
+            barrier = np.zeros(1, np.int64)
+            assert barrier_and_rebalance(barrier, thread, threads, 1, turn, balance) == 1 + threads
+            assert balance.waited[turn % 2, thread] == 0
+    assert (balance.unit_bounds == balance.unit_bounds[0]).all()
+    return balance.unit_bounds[0].tolist()
 
 
-def test_waiting_thread_takes_units_from_its_neighbours():
+def test_a_thread_that_waited_longer_gets_units_from_its_neighbours():
     edges = np.zeros(4, np.int64)
-    even_shares(150, 3, edges)
+    even_bounds(150, 3, edges)
     assert edges.tolist() == [0, 64, 112, 150]
     assert moved(edges, [SLACK + 1, 0, 0]) == [0, 64 + LANES, 112, 150]
     assert moved(edges, [0, SLACK + 1, 0]) == [0, 64 - LANES, 112 + LANES, 150]
     assert moved(edges, [SLACK, 0, SLACK]) == edges.tolist()
-    # Everyone keeps something.
+    # Every thread keeps at least one unit.
     assert moved(edges, [SLACK + 1, 0, SLACK + 1], turns=20) == [0, 64 + LANES, 64 + 2 * LANES, 150]
     assert moved([0, 16, 24], [0, SLACK + 1], turns=3) == [0, 16, 24]
 
@@ -81,15 +83,15 @@ def test_waiting_thread_takes_units_from_its_neighbours():
 @given(
     n=st.integers(1, 200), rows=st.sampled_from([1, 40]), border=st.integers(0, 12), paper=st.booleans()
 )  # fmt: skip
-def test_windows_cut_at_a_border_are_the_whole(n, rows, border, paper):
+def test_tiles_cut_at_a_bound_are_the_whole(n, rows, border, paper):
     pattern = Pattern.of(None, (3, 3 * n), 2 * n)
-    table = windows(pattern, [(0, n)], rows)
-    whole, edges = table.tables[0], sorted({0, min(n, border * LANES), n})
-    first, last = (0, table.cut) if not paper else (table.cut, len(whole))
+    table = pack_matrix(pattern, [(0, n)], rows)
+    whole, edges = table.tiles[0], sorted({0, min(n, border * LANES), n})
+    first, last = (0, table.n_gate_tiles) if not paper else (table.n_gate_tiles, len(whole))
     columns, places = [], []
     for low, high in zip(edges[:-1], edges[1:], strict=True):
         mine = np.zeros((len(whole) + 1, FIELDS), np.int64)
-        end = cut_windows(whole, first, last, n, low, high, mine, 0)
+        end = cut_tiles(whole, first, last, n, low, high, mine, 0)
         assert not mine[end:].any()
         for window in mine[:end]:
             covered = np.arange(window[LOW], window[HIGH])
@@ -105,7 +107,7 @@ def test_windows_cut_at_a_border_are_the_whole(n, rows, border, paper):
 
 @pytest.mark.parametrize("variant", ["evnn", "paper"])
 @pytest.mark.parametrize(("form", "batch"), [(0, 2), (0, 40), (1, 3), (5, 3)])
-def test_results_do_not_depend_on_the_owner_of_a_unit(variant, form, batch, monkeypatch):
+def test_bits_do_not_depend_on_the_owner_of_a_unit(variant, form, batch, monkeypatch):
     rng = np.random.default_rng(batch)
     steps, units = 6, 150
     network = Network.random([units], inputs=30, rng=rng, threshold=0.05, cell=Cell(variant=variant))
@@ -116,13 +118,13 @@ def test_results_do_not_depend_on_the_owner_of_a_unit(variant, form, batch, monk
     upstream = rng.normal(size=(steps, batch, units)).astype(np.float32)
     waits, given = {1: [0], 2: [0, 9 * SLACK], 3: [0, 9 * SLACK, 0]}, []
 
-    def shares(scratch):
+    def rebalancing(workspace):
         # As if a thread had waited before the first barrier.
-        parts = scratch.threads
-        given.append(np.zeros((parts, parts + 1), np.int64))
-        return np.array([waits[parts]] * 2, np.int64), given[-1]
+        threads = workspace.threads
+        given.append(np.zeros((threads, threads + 1), np.int64))
+        return Rebalancing(np.array([waits[threads]] * 2, np.int64), given[-1], SLACK)
 
-    monkeypatch.setattr(Scratch, "shares", shares)
+    monkeypatch.setattr(Workspace, "rebalancing", rebalancing)
     found = []
     for threads in (1, 2, 3):
         model = Model(network, backward="sparse", threads=threads)
@@ -133,10 +135,10 @@ def test_results_do_not_depend_on_the_owner_of_a_unit(variant, form, batch, monk
         found.append({**gradients, "output": output, "cells": state.cells[0]})
     for each in found[1:]:
         assert all(np.array_equal(value, each[name]) for name, value in found[0].items())
-    # One step has one barrier, after which nobody moves back: borders do move in both sweeps, where they can.
+    # One step has one barrier, after which no bound moves back: bounds do move in both passes, where they can.
     _, _, tape = model.forward(x[:1], State.zeros(network, batch))
     model.backward(tape, upstream[:1])
     even, there = np.zeros(4, np.int64), [0, 48, 128, 150]
-    even_shares(units, 3, even)
+    even_bounds(units, 3, even)
     forward, backward = given[-2:]
     assert (forward == (there if form == 0 else even)).all() and (backward == there).all()

@@ -12,7 +12,7 @@ from eventrnn import Cell, Network, State, Surrogate, reference, simulate
 from eventrnn.cells import SURROGATES
 from eventrnn.pruning import GradualPruning
 from eventrnn.training import Model, Noise, Regularisers, Settings, Trainer, evaluate, thresholds
-from eventrnn.training.bptt.kernels import cell_update
+from eventrnn.training.kernels import cross_entropy
 from eventrnn.training.evaluation import evaluate_text
 from eventrnn.training.losses import cross_entropy_bits
 from support.magnitudes import backward_magnitudes
@@ -216,7 +216,7 @@ def test_softmax_cross_entropy(size, rows, seed):
     logits = rng.normal(0, 3, (rows, size)).astype(np.float32)
     targets = rng.integers(0, size, rows)
     gradient = np.empty(rows * size, np.float32)
-    total = cell_update.softmax_cross_entropy(rows, size, logits.ravel(), targets, 0.5, gradient)
+    total = cross_entropy.softmax_cross_entropy(rows, size, logits.ravel(), targets, 0.5, gradient)
     wide = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
     share = wide / wide.sum(axis=1, keepdims=True)
     # exp is off by 1 ulp and its argument, up to 30, by half of one more: relative 32 u; then two roundings.

@@ -15,36 +15,43 @@ from dataclasses import fields
 
 @dataclass
 class BackwardWork:
-    """What the backward pass of a window did with one matrix; by presynaptic unit, (n_pre,) int64, unless said.
+    """What the backward pass of a window did with one matrix.
+
+    Two products use the matrix: the weight gradient, to which each event at its input adds one row, and the gradient of
+    its input, one dot product per presynaptic unit, step and sample. An active pair is a unit, at a step and sample,
+    that fired or whose surrogate slope is not zero: elsewhere the gradient of the input is multiplied by zero.
+
+    Arrays are (n_pre,) int64, by presynaptic unit; the others are single integers.
 
     Attributes
     ----------
-    kept            : weights that are not pruned
-    columns         : of the matrix, a number
-    rows            : samples and steps of the window, a number
-    asked           : of them, those for which a dense engine would make the gradient of what was sent, a number
-    fired           : events that arrived: each has a use for a row of the weight gradient
-    gradient_rows   : rows that were added, zeros of BLAS included
-    gradient_stored : weights that such a row touches
-    open            : samples and steps whose gradient of what was sent has a use
-    dots            : those that were made
-    dots_stored     : weights that such a dot touches
+    kept                : weights that are not pruned
+    columns             : columns of the matrix
+    rows                : steps times samples of the window
+    input_gradient_rows : rows for which a dense engine computes the gradient of the input. Recurrent matrices need it
+                          for all steps but the first, the first layer only where the gradient of its input is returned
+    fired               : events at the input
+    gradient_rows       : rows that were added to the weight gradient; through BLAS, all rows
+    gradient_stored     : weights that such a row touches
+    active_pairs        : steps and samples where the gradient of the input is needed
+    dots                : dot products that were computed
+    dots_stored         : weights that such a dot product touches
     """
 
     kept: np.ndarray
     columns: int
     rows: int
-    asked: int
+    input_gradient_rows: int
     fired: np.ndarray
     gradient_rows: np.ndarray
     gradient_stored: np.ndarray
-    open: np.ndarray
+    active_pairs: np.ndarray
     dots: np.ndarray
     dots_stored: np.ndarray
 
     @classmethod
     def none(cls, kept: np.ndarray, columns: int, rows: int) -> BackwardWork:
-        """Nothing done yet."""
+        """A record of no work."""
         return cls(kept, columns, rows, 0, *(np.zeros(len(kept), np.int64) for _ in range(6)))
 
 
@@ -78,8 +85,8 @@ def count_backward(work: Mapping[str, BackwardWork]) -> dict[str, BackwardCounts
     for name, w in work.items():
         dots = int(w.dots @ w.dots_stored)
         counts[name] = BackwardCounts(
-            (w.rows + w.asked) * len(w.kept) * w.columns,
-            int((w.fired + w.open) @ w.kept),
+            (w.rows + w.input_gradient_rows) * len(w.kept) * w.columns,
+            int((w.fired + w.active_pairs) @ w.kept),
             int(w.gradient_rows @ w.gradient_stored) + dots,
             4 * dots,
         )

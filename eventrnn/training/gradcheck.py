@@ -18,8 +18,8 @@ import numpy as np
 from eventrnn import reference
 from eventrnn.network import Network
 from eventrnn.state import State
-from eventrnn.training.bptt.layer import LayerTape
 from eventrnn.training.bptt.model import LAYER_PARAMETERS, Model
+from eventrnn.training.bptt.tape import LayerTape
 from eventrnn.training.tasks import Batch, Task
 
 U32, U64 = 2.0**-24, 2.0**-53

@@ -11,8 +11,9 @@ import numpy as np
 
 from eventrnn.counting.backward import BackwardWork
 from eventrnn.network import Network
-from eventrnn.training.bptt.layer import Adjoint, LayerEngine, LayerTape
+from eventrnn.training.bptt.layer import LayerEngine
 from eventrnn.training.bptt.model import Model
+from eventrnn.training.bptt.tape import LayerGradients, LayerTape
 
 F32 = np.float32
 
@@ -36,7 +37,7 @@ class GRU(Model):
 class _Engine(LayerEngine):
     """One GRU layer in NumPy. Nearly all of its time is spent in the matrix products, which BLAS does."""
 
-    def forward(self, p, x, c, y, held) -> LayerTape:
+    def forward(self, p, x, c, y, zoneout_mask) -> LayerTape:
         (steps, batch), n = x.shape[:2], len(p["w_rec"])
         drive_in = np.ascontiguousarray(x).reshape(steps * batch, -1) @ p["w_in"] + p["bias_in"]
         drive_in = drive_in.reshape(steps, batch, 3 * n)
@@ -48,12 +49,12 @@ class _Engine(LayerEngine):
             gates = 1 / (1 + np.exp(-np.clip(drive_in[t, :, : 2 * n] + drive_rec[:, : 2 * n], -80, 80)))
             u[t], r[t], q[t] = gates[:, :n], gates[:, n:], drive_rec[:, 2 * n :]
             g[t] = np.tanh(drive_in[t, :, 2 * n :] + r[t] * q[t])
-            if held is not None:
-                u[t][held[t]] = 1
+            if zoneout_mask is not None:
+                u[t][zoneout_mask[t]] = 1
             h[t + 1] = u[t] * h[t] + (1 - u[t]) * g[t]
         return LayerTape(x, p["w_rec"], u, r, g, q, h[1:], h, h, p["threshold"])
 
-    def backward(self, p, tape, d_y, d_cell, wanted, stored=False) -> Adjoint:
+    def backward(self, p, tape, d_y, d_cell, input_mask, stored=False) -> LayerGradients:
         h, (steps, batch, n) = tape.y, tape.v.shape
         d_in, d_rec = np.empty((steps, batch, 3 * n), F32), np.empty((steps, batch, 3 * n), F32)
         d_later = np.zeros((batch, n), F32)
@@ -72,9 +73,9 @@ class _Engine(LayerEngine):
         tape.support, rows = 1.0, steps * batch
         for name, columns in (("w_in", tape.x.shape[2]), ("w_rec", n)):
             work = tape.work[name] = BackwardWork.none(self.patterns[name].kept, 3 * n, rows)
-            work.fired = work.open = work.gradient_rows = work.dots = np.full(columns, rows, np.int64)
+            work.fired = work.active_pairs = work.gradient_rows = work.dots = np.full(columns, rows, np.int64)
             work.gradient_stored = work.dots_stored = np.full(columns, 3 * n, np.int64)
-            work.asked = rows
+            work.input_gradient_rows = rows
         flat_in, flat_rec = d_in.reshape(-1, 3 * n), d_rec.reshape(-1, 3 * n)
         gradients = {
             "w_in": np.ascontiguousarray(tape.x).reshape(rows, -1).T @ flat_in,
@@ -86,7 +87,7 @@ class _Engine(LayerEngine):
         for name in ("w_in", "w_rec"):
             gradients[name] = self._masked(name, gradients[name], stored)
         d_x = None
-        if wanted is not None:
+        if input_mask is not None:
             d_x = (flat_in @ p["w_in"].T).reshape(steps, batch, -1)
-            wanted.zero_elsewhere(d_x)
-        return Adjoint(gradients, d_x)
+            input_mask.zero_elsewhere(d_x)
+        return LayerGradients(gradients, d_x)

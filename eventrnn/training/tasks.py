@@ -171,7 +171,7 @@ class LanguageModelling(Task):
         if self.valid is None:
             return {}
         text = streams(self.valid, self.valid_batch)
-        state, total, sent, places = State.zeros(model.like, self.valid_batch), 0.0, 0.0, len(text) - 1
+        state, total, sent, places = State.zeros(model.template, self.valid_batch), 0.0, 0.0, len(text) - 1
         # Bounds the output of the read-out of one forward pass to 64 MB.
         chunk = max(1, min(256, (1 << 24) // (self.valid_batch * model.parameters["readout.bias"].size)))
         if self.carry == "events":
@@ -272,7 +272,7 @@ class Sequences(Task):
         read, sent = [], 0.0
         for at in range(0, len(inputs), 256):
             part = np.ascontiguousarray(np.moveaxis(inputs[at : at + 256], 0, 1))
-            output, _, tape = model.forward(part, State.zeros(model.like, part.shape[1]))
+            output, _, tape = model.forward(part, State.zeros(model.template, part.shape[1]))
             ends = None if lengths is None else lengths[at : at + 256]
             read.append((output * self._shares(len(output), output.shape[1], ends)[:, :, None]).sum(axis=0))
             sent += tape.activity * part.shape[1]

@@ -243,7 +243,7 @@ class Trainer:
 
     def _start(self, carried: str, batch: int) -> State:
         if self.position == 0 or not carried or self.state.batch != batch:
-            return State.zeros(self.model.like, batch)
+            return State.zeros(self.model.template, batch)
         return carry_state(self.state, carried)
 
     def _advance(self, taken: int) -> None:
@@ -361,7 +361,7 @@ def _operations(tape: Tape) -> int:
     An event is multiplied by the kept weights of its unit in the forward pass and in the weight gradient; an open entry
     (non-zero surrogate derivative) is multiplied by them once, in the input gradient.
     """
-    return sum(int((2 * work.fired + work.open) @ work.kept) for work in tape.work.values())
+    return sum(int((2 * work.fired + work.active_pairs) @ work.kept) for work in tape.work.values())
 
 
 def _mean_sent(tape: Tape) -> float:

@@ -24,7 +24,6 @@ from eventrnn.training.bptt.kernels.records import (
     EVERY,
     SEGMENTS,
     Deltas,
-    PackedWeights,
     SampledWeights,
     StoredEntries,
     SurrogateParameters,
@@ -215,9 +214,7 @@ class LayerEngine:
             events = workspace.row_events(n_pre, min(rows, spmm.LISTED_ROWS))
             scratch = workspace.product(1, 1, packed.most)
             weights = packed.record(p["bias_in"])
-            self.team.run(
-                spmm.stored_drives, flat, weights, n_pre, rows, drive, pitch, events, scratch, counter=True
-            )
+            self.team.run(spmm.stored_drives, flat, weights, n_pre, rows, drive, pitch, events, scratch, counter=True)
         return share
 
     def _nonzero_share(self, flat: np.ndarray) -> float:
@@ -281,8 +278,8 @@ class LayerEngine:
         surrogate, v = sweep.surrogate, sweep.tape.v
         over_pairs = self._sparse(pattern, self._active_share(surrogate, v, rows, n), PAIRS_UP_TO)
         (self._sweep_over_pairs if over_pairs else self._sweep_by_blas)(tape, sweep)
-        # Nothing within the window reads the output of the last step. In the paper's variant the reset gate of the first
-        # step reads the output before the window.
+        # Nothing within the window reads the output of the last step. In the paper's variant the reset gate of the
+        # first step reads the output before the window.
         last, before = max(0, rows - batch), np.count_nonzero(tape.y[0], axis=0) if self.paper else 0
         work.active_pairs = work.dots.copy() if over_pairs else self._count_active(surrogate, v, 0, last, n) + before
         active = work.active_pairs - before + self._count_active(surrogate, v, last, rows, n)

@@ -58,8 +58,8 @@ class Tape:
 
     @property
     def support(self) -> float:
-        """Share of (step, sample, unit) triples, over all layers, where the unit fired or its surrogate slope is not zero.
-        Known after `backward`; NaN before."""
+        """Share of (step, sample, unit) triples, over all layers, where the unit fired or its surrogate slope is not
+        zero. Known after `backward`; NaN before."""
         return sum(k.support * k.v.size for k in self.layers) / max(1, sum(k.v.size for k in self.layers))
 
     @property

@@ -58,8 +58,8 @@ class Pattern:
     cut     : first column of the candidate
     layout  : ALL, SEGMENTS (of `width` neighbouring columns each) or SINGLE
     width   : columns of a segment; 1 for SINGLE, 0 for ALL
-    units, columns, valid : (stored,) int32 presynaptic unit, first column and number of columns of each stored entry, in
-              the order unit, column; empty for ALL. No entry crosses `cut`
+    units, columns, valid : (stored,) int32 presynaptic unit, first column and number of columns of each stored entry,
+              in the order unit, column; empty for ALL. No entry crosses `cut`
     kept    : (n_pre,) int64 kept weights per unit, which count as effective
     """
 
@@ -179,7 +179,8 @@ class PackedMatrix:
 
     Attributes
     ----------
-    tiles  : (ranges, tiles, FIELDS) int64; the first `n_gate_tiles` are of the gates u and r, the others of the candidate
+    tiles  : (ranges, tiles, FIELDS) int64; the first `n_gate_tiles` are of the gates u and r, the others of
+             the candidate
     values, index, pointers : pools, see `cpu/packing.py`
     most   : most stored segments of one unit, 0 for the layout ALL
     source : what `fill` needs to copy the weights: for ALL, per range a table as of `spmm.pack_tiles`; otherwise unit,
@@ -204,7 +205,6 @@ class PackedMatrix:
         else:
             team.run(spmm.pack_segments, flat, columns, *self.source, self.pattern.width, self.values)
 
-
     def record(self, bias: np.ndarray) -> PackedWeights:
         """What kernels take."""
         return PackedWeights(self.tiles, self.n_gate_tiles, self.values, self.index, self.pointers, bias)
@@ -220,7 +220,7 @@ def pack_matrix(pattern: Pattern, unit_ranges: list[tuple[int, int]], rows: int)
 
 
 def _tile(kind: int, low: int, high: int, **fields: int) -> list[int]:
-    """A row of the table: a column tile of float32 weights, for columns `low` to `high`; fields by name, others zero."""
+    """A table row: a tile of float32 weights for columns `low` to `high`. Fields that are not named are zero."""
     row = [0] * FIELDS
     row[KIND], row[STORAGE], row[LOW], row[HIGH] = kind, FLOAT32, low, high
     for name, value in fields.items():
@@ -232,8 +232,8 @@ _FIELD = {"values": VALUES, "index": INDEX, "pointers": POINTERS, "width": WIDTH
 
 
 def _tables(groups: list[list[list[list[int]]]]) -> tuple[np.ndarray, int]:
-    """One table per range of units, and where the candidate's tiles begin. `groups` holds, for the gates u and r and for
-    the candidate, the tiles of each range. Groups are padded with empty tiles to the same length in all ranges."""
+    """One table per range of units, and where the candidate's tiles begin. `groups` holds, for the gates u and r and
+    for the candidate, the tiles of each range. Groups are padded with empty tiles to the same length in all ranges."""
     lengths = [max(map(len, group)) for group in groups]
     ranges = len(groups[0])
     rows = [

@@ -24,7 +24,7 @@ class LayerTape:
     ----------
     x         : (T, B, I) inputs
     w_rec     : (N, 3N) recurrent weights that were used, DropConnect included
-    u, r, g, q, v : (T, B, N) gates, candidate's recurrent drive (r * y in the paper's variant) and cell before the event
+    u, r, g, q, v : (T, B, N) gates, candidate's recurrent drive (r * y in the paper's variant), cell before the event
     y, c      : (T + 1, B, N) output and cell after the event; the first step is the state before the window
     threshold : (N,)
     share_in  : share of x that is not zero

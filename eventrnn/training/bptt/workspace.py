@@ -1,4 +1,4 @@
-"""Memory of the training kernels: scratch arrays by the shapes that the kernels need, from an arena that reuses them."""
+"""Memory of the training kernels: scratch arrays in the shapes that kernels need, from an arena that reuses them."""
 
 from __future__ import annotations
 

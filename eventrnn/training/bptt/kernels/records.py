@@ -1,9 +1,9 @@
-"""Named tuples of arrays that the training kernels take. Numba unpacks them; a field costs what an array argument costs.
+"""Named tuples of arrays that the training kernels take. Numba unpacks them: a field costs what an argument costs.
 
-Letters: T steps and B samples of the window, N units of the layer, I inputs of a matrix, R = T * B rows. Arrays are flat
-and C-ordered unless a field says otherwise; a shape such as (T, B, N) then names the order of the elements. Values,
-weights and gradients have no unit of measure. "Scratch" has no meaning between two calls. A field with a leading axis
-`threads` gives one row to each thread.
+Letters: T steps and B samples of the window, N units of the layer, I inputs of a matrix, R = T * B rows. Arrays are
+flat and C-ordered, and a shape such as (T, B, N) names the order of their elements; only a leading axis `threads` is an
+axis of the array, and gives one row to each thread. Values, weights and gradients have no unit of measure. "Scratch"
+has no meaning between two calls.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class TapeArrays(NamedTuple):
     u: np.ndarray  # (T, B, N) float32, keep gate
     r: np.ndarray  # (T, B, N) float32, reset gate
     g: np.ndarray  # (T, B, N) float32, candidate
-    q: np.ndarray  # (T, B, N) float32: recurrent drive of the candidate; in the paper's variant r * y of the step before
+    q: (
+        np.ndarray
+    )  # (T, B, N) float32: recurrent drive of the candidate; in the paper's variant r * y of the step before
     v: np.ndarray  # (T, B, N) float32, cell state before the event
     y: np.ndarray  # (T + 1, B, N) float32, output
     c: np.ndarray  # (T + 1, B, N) float32, cell state after the event

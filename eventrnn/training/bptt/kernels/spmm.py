@@ -148,7 +148,12 @@ def input_drives(
     drive_out : (rows, pitch); rows begin on cache lines
     lists     : EventLists with a leading axis `threads`, for STRIP_ROWS rows each
     """
-    order, indptr, indices, values = lists.order[thread], lists.indptr[thread], lists.indices[thread], lists.values[thread]
+    order, indptr, indices, values = (
+        lists.order[thread],
+        lists.indptr[thread],
+        lists.indices[thread],
+        lists.values[thread],
+    )
     counts, bins = list_scratch.counts[thread], list_scratch.bins[thread]
     tile, strip = strip_scratch.tile[thread], strip_scratch.strip[thread]
     first, some = take_piece(counter, rows, STRIP_ROWS, LEAST_ROWS, n_threads)
@@ -170,9 +175,7 @@ def input_drives(
 
 
 @compiled
-def stored_drives(
-    thread, n_threads, counter, x, weights, n_pre, rows, drive_out, pitch, events, scratch
-):
+def stored_drives(thread, n_threads, counter, x, weights, n_pre, rows, drive_out, pitch, events, scratch):
     """`input_drives` from stored segments or single weights, by the product of the inference engine.
 
     weights : PackedWeights, of which the tiles of thread 0 hold all columns
@@ -210,7 +213,18 @@ def dense_gradient(
         for i in range(n_pre * STRIP):
             strip[i] = cells.ZERO
         add_rows(
-            lists.order, lists.indptr, lists.indices, lists.values, n_pre, delta, rows, pitch, column, width, tile, strip
+            lists.order,
+            lists.indptr,
+            lists.indices,
+            lists.values,
+            n_pre,
+            delta,
+            rows,
+            pitch,
+            column,
+            width,
+            tile,
+            strip,
         )
         for r in range(n_pre):
             copy(strip, r * STRIP, gradient_out, r * columns + column, width)
@@ -247,7 +261,18 @@ def single_gradient(
             strip[i] = cells.ZERO
         width = min(STRIP, high - column)
         add_rows(
-            lists.order, lists.indptr, lists.indices, lists.values, n_pre, delta, rows, pitch, column, width, tile, strip
+            lists.order,
+            lists.indptr,
+            lists.indices,
+            lists.values,
+            n_pre,
+            delta,
+            rows,
+            pitch,
+            column,
+            width,
+            tile,
+            strip,
         )
         for e in range(strips[k], strips[k + 1]):
             p = chosen[e]
