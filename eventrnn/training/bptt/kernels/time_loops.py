@@ -17,8 +17,8 @@ What the backward pass may skip. In the released variant the gradient of v is
     event * d_y + slope * (v * d_y - threshold * d_c) + d_c
 
 Its last term passes the keep gate at every unit, so the deltas are dense. But `d_y`, the product of the next step's
-deltas with the recurrent weights, is multiplied by `event` and `slope`. It matters only for active pairs, the
-(sample, unit) pairs where the unit fired or the slope is not zero, and `backward` computes it for these alone. In the paper's
+deltas with the recurrent weights, is multiplied by `event` and `slope`. It matters only for active pairs, the (sample,
+unit) pairs where the unit fired or the slope is not zero, and `backward` computes it for these alone. In the paper's
 variant the gradient of `r * y` of the step before is needed at the same pairs, because a unit that fired is an active
 one. In both variants what is left out would be multiplied by an exact zero.
 """
