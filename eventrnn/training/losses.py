@@ -1,4 +1,4 @@
-"""Losses: each gives the mean over its rows and the gradient of that mean."""
+"""Losses: each function returns the mean over its rows, and the gradient of that mean."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from eventrnn.training.kernels import cross_entropy as kernels
 
 
 def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> tuple[float, np.ndarray]:
-    """Mean of -ln softmax(logits)[target] and its gradient.
+    """Mean of -ln softmax(logits)[target], in nats per row, and its gradient.
 
-    logits : (..., V) float32, targets : (...) whole numbers in 0..V - 1
+    logits  : (..., V) float32
+    targets : (...) integers in 0..V - 1
+
+    Returns the mean, and the gradient of the logits, of their shape, float32. Raises ValueError for targets of another
+    shape or out of range.
     """
     size, targets = logits.shape[-1], np.ascontiguousarray(targets, np.int64)
     if targets.shape != logits.shape[:-1] or (targets.size and not 0 <= targets.min() <= targets.max() < size):
@@ -24,7 +28,7 @@ def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> tuple[float, np.nd
 
 
 def squared_error(output: np.ndarray, targets: np.ndarray) -> tuple[float, np.ndarray]:
-    """Mean over all numbers of (output - target)^2 and its gradient; both of one shape."""
+    """Mean over all elements of (output - target)^2, and its gradient. Raises ValueError for shapes that differ."""
     if output.shape != targets.shape:
         raise ValueError(f"targets: got shape {targets.shape}, need {output.shape}")
     error = output - targets.astype(np.float32)
@@ -33,5 +37,5 @@ def squared_error(output: np.ndarray, targets: np.ndarray) -> tuple[float, np.nd
 
 
 def cross_entropy_bits(logits: np.ndarray, targets: np.ndarray) -> float:
-    """Sum over rows of -log2 softmax(logits)[target]; logits (rows, V), targets (rows,) integers in 0..V - 1."""
+    """Sum over rows of -log2 softmax(logits)[target], in bits; logits (rows, V), targets (rows,) integers in 0..V - 1."""
     return cross_entropy(logits, targets)[0] * len(logits) / float(np.log(2))

@@ -1,6 +1,7 @@
-"""Everything random of one training window, drawn beforehand: the model only applies it.
+"""The random masks of one training window: dropout, DropConnect, zoneout and word dropout.
 
-So a window is a function of its noise, and whoever draws it (a regulariser) keeps the generator.
+A regulariser draws them beforehand and keeps the random generator; the model only applies them. The result of a window
+is therefore a function of its inputs and its noise.
 """
 
 from __future__ import annotations
@@ -12,20 +13,20 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Noise:
-    """Masks of one window. B samples, T steps; 1 in place of B shares a mask over the batch. None: no noise there.
+    """Masks of a window of T steps and B samples. A 1 in place of B shares a mask over the batch; None applies no mask.
 
-    Scales are float32 and already rescaled (0, or 1 / (1 - rate) where kept). `inputs`, `between` and `top` may also be
-    (T, 1, size): a mask a step, shared over the batch.
+    Scales are float32, and 0 or 1 / (1 - rate). `inputs`, `between` and `top` may also have shape (T, 1, size): one
+    mask per step, shared over the batch.
 
     Attributes
     ----------
-    inputs    : (B or 1, I) scale of what the first layer reads, shared over time (locked dropout)
-    between   : one (B or 1, N) scale a gap between layers, or nothing
-    top       : (B or 1, N) scale of what the read-out reads
-    recurrent : one (N, 3N) scale of `w_rec` a layer, or nothing (DropConnect; Wan et al. 2013)
-    zoneout   : one boolean (T, B, N) a layer, or nothing: True holds a unit's keep gate at 1, so that it keeps its
-                previous cell state (Krueger et al. 2017); applied before the threshold
-    words     : (V,) scale of the embedding's rows when they are looked up (word dropout)
+    inputs    : (B or 1, I) scale of the first layer's inputs, shared over time (locked dropout)
+    between   : for each pair of neighbouring layers a scale (B or 1, N) of the lower layer's output; or empty
+    top       : (B or 1, N) scale of the read-out's input
+    recurrent : for each layer a scale (N, 3N) of `w_rec` (DropConnect; Wan et al. 2013); or empty
+    zoneout   : for each layer a boolean (T, B, N); or empty. Where True, the keep gate is 1 and the unit keeps its
+                cell state of the step before (Krueger et al. 2017); applied before the threshold
+    words     : (V,) scale of the embedding's rows (word dropout)
     """
 
     inputs: np.ndarray | None = None
@@ -41,7 +42,12 @@ class Noise:
         return each[k] if each else None
 
     def check(self, steps: int, batch: int, sizes: list[int], inputs: int, symbols: int | None) -> None:
-        """Refuse what does not fit a window; `sizes` are the layers' units, `inputs` what the first layer reads.
+        """Check the shapes of all masks.
+
+        steps, batch : of the window
+        sizes        : units of each layer
+        inputs       : inputs of the first layer
+        symbols      : symbols of the embedding, or None without one
 
         Raises ValueError naming the field.
         """

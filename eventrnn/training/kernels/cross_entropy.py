@@ -1,4 +1,9 @@
-"""MOVED."""
+"""Softmax cross-entropy and its gradient, in one call on one thread.
+
+The caller owns all arrays: logits and gradient (rows, size) float32, flat; targets (rows,) int64. The value is that of
+`losses.cross_entropy` before the mean: the sum over rows of ln(sum_i exp(logit_i)) - logit_target, in natural units.
+The exponential is the float32 polynomial of `cells.py`; sums are float64.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +13,11 @@ from eventrnn import cells
 from eventrnn.cpu.kernels.jit import compiled
 from eventrnn.cpu.kernels.simd import LANES, load, store
 
-# --- loss and optimiser ----------------------------------------------------------------------------------------
-
 
 @compiled
 def softmax_cross_entropy(rows, size, logits, targets, scale, d_logits_out):
-    """Sum of -ln softmax(logits)[target] over rows, in float64; `d_logits_out` gets its gradient times `scale`."""
+    """Returns the sum of -ln softmax(logits)[target] over rows, in float64. Writes its gradient, multiplied by `scale`, to
+    `d_logits_out`."""
     total = 0.0
     whole = size // LANES * LANES
     for row in range(rows):

