@@ -1,4 +1,4 @@
-"""MOVED."""
+"""Multiplications of the backward pass, from what the training engine recorded of a window."""
 
 from __future__ import annotations
 

@@ -37,5 +37,5 @@ def squared_error(output: np.ndarray, targets: np.ndarray) -> tuple[float, np.nd
 
 
 def cross_entropy_bits(logits: np.ndarray, targets: np.ndarray) -> float:
-    """Sum over rows of -log2 softmax(logits)[target], in bits; logits (rows, V), targets (rows,) integers in 0..V - 1."""
+    """Sum over rows of -log2 softmax(logits)[target], in bits; logits (rows, V), targets (rows,) integers."""
     return cross_entropy(logits, targets)[0] * len(logits) / float(np.log(2))

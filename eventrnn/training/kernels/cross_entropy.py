@@ -16,7 +16,7 @@ from eventrnn.cpu.kernels.simd import LANES, load, store
 
 @compiled
 def softmax_cross_entropy(rows, size, logits, targets, scale, d_logits_out):
-    """Returns the sum of -ln softmax(logits)[target] over rows, in float64. Writes its gradient, multiplied by `scale`, to
+    """Returns the sum of -ln softmax(logits)[target] over rows, in float64. Its gradient times `scale` goes to
     `d_logits_out`."""
     total = 0.0
     whole = size // LANES * LANES
