@@ -12,8 +12,8 @@ from eventrnn import Cell, Network, State, Surrogate, reference, simulate
 from eventrnn.cells import SURROGATES
 from eventrnn.pruning import GradualPruning
 from eventrnn.training import Model, Noise, Regularisers, Settings, Trainer, evaluate, thresholds
-from eventrnn.training.kernels import cross_entropy
 from eventrnn.training.evaluation import evaluate_text
+from eventrnn.training.kernels import cross_entropy
 from eventrnn.training.losses import cross_entropy_bits
 from support.magnitudes import backward_magnitudes
 from support.tolerance import CORNER, U32, U64, cell_bound, gamma
