@@ -26,7 +26,7 @@ from support.pruned_weights import FORMATS, pruned
 @given(
     size=st.integers(0, 3000), most=st.integers(1, 500), least=st.integers(1, 50), parts=st.integers(1, 5)
 )  # fmt: skip
-def test_a_counter_gives_out_every_chunk_once(size, most, least, parts):
+def test_queue_hands_out_every_item_once(size, most, least, parts):
     counter, end, sizes = np.zeros(1, np.int64), 0, []
     while True:
         first, count = take_piece(counter, size, max(most, least), least, parts)
@@ -38,7 +38,7 @@ def test_a_counter_gives_out_every_chunk_once(size, most, least, parts):
     assert sizes[:-1] == sorted(sizes[:-1], reverse=True) and all(each >= least for each in sizes[:-1])
 
 
-def test_tiles_of_a_chunk_fit_the_space_for_them():
+def test_tiles_never_exceed_their_scratch_memory():
     for rows in range(1, 2 * WINDOW_ROWS):
         unit = tile_rows(min(rows, WINDOW_ROWS))
         assert unit <= TILE_ROWS
@@ -68,7 +68,7 @@ def moved(bounds, waited, turns=1):
     return balance.unit_bounds[0].tolist()
 
 
-def test_a_thread_that_waited_longer_gets_units_from_its_neighbours():
+def test_waiting_thread_takes_units_from_its_neighbours():
     edges = np.zeros(4, np.int64)
     even_bounds(150, 3, edges)
     assert edges.tolist() == [0, 64, 112, 150]
@@ -107,7 +107,7 @@ def test_tiles_cut_at_a_bound_are_the_whole(n, rows, border, paper):
 
 @pytest.mark.parametrize("variant", ["evnn", "paper"])
 @pytest.mark.parametrize(("form", "batch"), [(0, 2), (0, 40), (1, 3), (5, 3)])
-def test_bits_do_not_depend_on_the_owner_of_a_unit(variant, form, batch, monkeypatch):
+def test_results_do_not_depend_on_the_owner_of_a_unit(variant, form, batch, monkeypatch):
     rng = np.random.default_rng(batch)
     steps, units = 6, 150
     network = Network.random([units], inputs=30, rng=rng, threshold=0.05, cell=Cell(variant=variant))
