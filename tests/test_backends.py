@@ -1,7 +1,7 @@
 """The conformance suite: every backend, format, split and thread count gives the bits of the specification.
 
-`==` between exact paths; derived bounds (`tolerance.py`) against float64. What all backends share, the rules of one
-unit, is tested in `test_cells.py`.
+Exact backends are compared with `==`. Comparisons with float64 use the bounds of `tolerance.py`. The equations of one
+unit, which all backends share, are tested in `test_cells.py`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def test_assert_equivalent_mixed_formats_finds_no_difference(case, threads):
 @pytest.mark.parametrize("backend", each(EXACT))
 @given(case=cases(max_steps=4))
 def test_simulate_negative_initial_outputs_equals_specification(backend, case):
-    # No run leaves a negative output, but a caller may hand one in: it is an event like any other.
+    # No run produces a negative output. A caller may pass one, and it is an event like any other.
     outputs = tuple(np.where(y > 0.5, -y, y) for y in case.state.outputs)
     signed = replace(case, state=State(case.state.cells, outputs))
     assert_same(
@@ -205,7 +205,7 @@ def test_larger_network_in_every_format_and_split(variant):
 
 @pytest.mark.parametrize("storage", STORAGES[1:])
 def test_large_narrow_network_in_every_format(storage):
-    # The same weights have the same scales in every format, so that all are one dense twin.
+    # Equal weights have equal scales in every format, so that one dense network is the reference of all.
     network = large_network("evnn", units=301, inputs=70, seed=13)
     x = np.random.default_rng(14).standard_normal((40, 2, 70)).astype(np.float32)
     expected = simulate(in_format(network, "dense", storage=storage).dense(), x, record=RECORDABLE)
@@ -267,7 +267,7 @@ def test_one_drive_is_within_its_float64_bound(backend, case):
 @pytest.mark.parametrize("variant", CELLS["egru"])
 @given(data=st.data())
 def test_events_outside_the_margin_are_those_of_float64(backend, variant, data):
-    # Step by step from the state of the float32 run, so that the bound is that of one step and stays sharp.
+    # Every step starts from the state of the float32 run, so that the bound is that of one step and stays small.
     case = data.draw(cases(variants=[variant], max_units=40, max_inputs=30, layers=st.integers(1, 2)))
     with unmodified(case):
         run = case.simulator(backend).run(case.inputs, record=RECORDABLE)
@@ -286,12 +286,12 @@ def test_events_outside_the_margin_are_those_of_float64(backend, variant, data):
             near = np.abs(v.value - parameters["threshold"]) <= v.error
             c, y = run.states[k][t], sent[k + 1][t]
             assert np.array_equal((y != 0)[~near], (exact.output[0] != 0)[~near])
-            # The subtraction of the threshold rounds once more.
+            # Subtracting the threshold rounds once more.
             error = v.error + tolerance.U32 * (np.abs(v.value) + v.error + parameters["threshold"])
             assert (np.abs(y - exact.output[0]) <= error)[~near].all()
             assert (np.abs(c - exact.states[0][0]) <= error)[~near].all()
             inside, total = inside + near.sum(), total + near.size
-    # A single unit on its threshold is within the share where there are few units.
+    # With few units, one unit near its threshold is allowed.
     assert inside <= max(1, tolerance.INSIDE_MARGIN * total)
 
 

@@ -1,6 +1,6 @@
-"""What conformance cannot see, because every backend shares it: float32 arithmetic and the rules of one unit.
+"""Float32 arithmetic and the equations of one unit, which all backends share and which no comparison of backends tests.
 
-Gradients have a file of their own, `test_gradients.py`.
+Gradients are tested in `test_gradients.py`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
 def exact_fma(a, b, c) -> np.float32:
-    """a * b + c rounded once to float32, ties to even, by integers."""
+    """a * b + c, rounded once to float32 with ties to even, in integer arithmetic."""
     exact = Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c))
     if exact == 0:
         return F32(0)
@@ -68,7 +68,7 @@ def test_emulated_fma_rounds_once(a, b, c):
 @given(
     floats.filter(lambda c: 2**-80 < abs(c) < 2**100), st.integers(-4, 4), st.integers(-4, 4), st.sampled_from([-1, 1])
 )
-# Half an ulp less 2^-70 on an odd float32: rounding in float64 first makes a tie of it.
+# An odd float32 plus half an ulp less 2^-70. Rounding to float64 first makes it a tie.
 @example(F32(1 + 2**-23), 1, -1, 1)
 def test_emulated_fma_near_a_tie_rounds_once(c, j, k, sign):
     half = 0.5 * float(np.spacing(F32(abs(c))))
@@ -112,7 +112,7 @@ def run_lanes(a, b, c, out):
 
 
 def every_kind_of_float(n: int) -> np.ndarray:
-    """n float32 (a multiple of the lanes): any bit pattern but NaN, and dense where gates live."""
+    """n float32, n a multiple of the lanes: any bit pattern but NaN, with many values in the range of gate drives."""
     rng = np.random.default_rng(1)
     any_bits = rng.integers(0, 2**32, 4 * n, dtype=np.uint32).view(F32)
     special = np.array([0, -0.0, np.inf, -np.inf, 1e-45, -1e-45, 0.625, -0.625, 9.5, 87, 88, -87, -88, 3.4e38], F32)
@@ -166,7 +166,7 @@ def test_functions_are_within_stated_ulps_of_mpmath(name):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_are_within_stated_ulps_of_libm(name):
     ours, _, libm, (low, high) = FUNCTIONS[name]
-    # A prime stride, so that every exponent and no pattern of mantissas is met.
+    # The stride is prime, so that all exponents and varied mantissas occur.
     x = np.arange(0, 2**32, 4093, dtype=np.int64).astype(np.uint32).view(F32)
     x = x[(low <= x) & (x <= high)]
     with np.errstate(all="ignore"):
@@ -282,7 +282,7 @@ def permuted(parameters: dict, order: np.ndarray) -> dict:
 def test_permuting_units_permutes_the_run(variant, seed, n):
     rng = np.random.default_rng(seed)
     parameters = random_parameters(rng, 4, n, F32)
-    # One source a target: no sum over units, whose order would change with their names.
+    # One source per target: a sum over units would change its order with the permutation.
     source = rng.integers(0, n, 3 * n)
     parameters["w_rec"] *= np.arange(n)[:, None] == source[None, :]
     order = rng.permutation(n)
@@ -298,7 +298,7 @@ def test_permuting_units_permutes_the_run(variant, seed, n):
 
 @given(networks(layers=1, variants=["evnn"], dyadic=True, embedding=False), st.integers(0, 2**32 - 1), st.data())
 def test_permuting_units_of_a_dyadic_step(network, seed, data):
-    # Sums of dyadic numbers are exact in any order, so that here every weight may take part.
+    # Sums of dyadic numbers are exact in any order, so that no weight has to be zero here.
     rng = np.random.default_rng(seed)
     layer = network.layers[0]
     parameters, order = reference.layer_parameters(layer), rng.permutation(layer.units)

@@ -1,4 +1,4 @@
-"""Recorded runs of the published code (EvNN 0.2, float64), which nobody here wrote."""
+"""The specification against recorded runs of the published code (EvNN 0.2, float64)."""
 
 import numpy as np
 import pytest

@@ -1,8 +1,8 @@
 """Faults planted in the library's own code, each of which the suite must catch.
 
-A fault is an edit of the source (`planting.py`), so that a change of the code that makes a plant meaningless fails
-here. Each plant is met twice: by `assert_equivalent`, which must name the first divergence, and by the property of the
-suite that is there to catch it.
+A fault is an edit of the code (`support/planting.py`). If the code changes so that an edit no longer fits, a test here
+fails. Each fault must be found twice: by `assert_equivalent`, which must name the first divergence, and by a check of
+the suite.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ RECORD = ("events", "states")
 def network(
     variant: str = "evnn", fmt: str = "dense", layers: int = 1, *, units: int = UNITS, share: float = 1.0, **options
 ) -> Network:
-    """Every weight non-zero, so that every event reaches every unit; or a share of them. `options` go to `convert`."""
+    """A network in which a share of the weights is non-zero. `options` are those of `convert`.
+
+    By default every weight is non-zero, so that every event reaches every unit.
+    """
     rng = np.random.default_rng(2)
 
     def matrix(n_pre):
@@ -59,7 +62,7 @@ def signal() -> np.ndarray:
 
 
 def divergence(a, b, *, x=None, net: Network | None = None, **options) -> Divergence:
-    """How two backends differ, as `assert_equivalent` tells."""
+    """The first difference of two backends, as `assert_equivalent` reports it."""
     net, x = net or network(), signal() if x is None else x
     with pytest.raises(Divergence) as caught:
         assert_equivalent(Simulator(net, batch=BATCH, backend=a, **options), Simulator(net, batch=BATCH, backend=b), x)
@@ -88,7 +91,7 @@ def test_cases_without_faults_are_equivalent():
 
 
 class DroppingEngine:
-    """Loses the last event of one row of the input."""
+    """An engine that loses the last event of one row of the input."""
 
     dense = False
 
@@ -117,7 +120,7 @@ def test_dropped_input_event_is_caught(name):
     faulty.engine = DroppingEngine(faulty.engine, step * BATCH + sample)
     with pytest.raises(Divergence) as caught:
         assert_equivalent(healthy, faulty, x)
-    # The reference is told what the engine was not: its first difference, by itself.
+    # The same input without that event must have its first difference at the same place.
     without = x.copy()
     without[step, sample, np.flatnonzero(x[step, sample])[-1]] = 0
     runs = [simulate(network(), fed, record=RECORD) for fed in (x, without)]
@@ -126,7 +129,7 @@ def test_dropped_input_event_is_caught(name):
 
 
 def first_difference(a, b) -> tuple[int, int, int, int]:
-    """By brute force, without the code under test."""
+    """The first difference of two runs by brute force, without the code under test."""
     for t in range(a.steps):
         for k in range(len(a.states)):
             x, y = a.events[k].to_dense()[t], b.events[k].to_dense()[t]
@@ -145,18 +148,18 @@ def test_dropped_last_event_in_the_specification(monkeypatch):
     dropping = {term: f"{term} if j < max(np.flatnonzero(values.any(axis=0)), default=-1) else drive"}
     plant(monkeypatch, reference, "propagate", dropping)
     found = divergence("cpu", "reference")
-    # Someone sends something in the first step.
+    # At least one unit sends an event in the first step.
     assert place(found)[:3] == (0, 0, int(np.argmax(signal()[0].any(axis=1))))
     suite_catches(check_formats, backend="cpu", variant="evnn", formats=("csr",))
 
 
 def test_dropped_last_event_in_the_kernel():
     with faulty_kernels("last event dropped") as faulty:
-        # The layer itself is right in that step; who listens is not: the layer above in the same step ...
+        # The layer itself is right in that step. The layer above receives too few events in the same step ...
         step, sample, _ = first_event(network(layers=2))
         found = divergence("reference", faulty, net=network(layers=2))
         assert (found.step, found.layer, found.sample) == (step, 1, sample)
-        # ... or, where there is none, the layer in the next.
+        # ... or, without a layer above, the layer itself in the next step.
         step, sample, _ = first_event(network())
         found = divergence("reference", faulty)
         assert (found.step, found.layer, found.sample) == (step + 1, 0, sample)
@@ -168,7 +171,7 @@ def test_dropped_last_event_in_the_kernel():
 
 
 def with_garbage_in_padding(matrix: BlockCSR) -> BlockCSR:
-    """Anything may stand in the padding of a faulty file or format; nobody may read it."""
+    """A copy of the matrix with non-zero padding, which a faulty file could hold. Kernels must never read it."""
     (r, c), (n_pre, n_post) = matrix.block, matrix.shape
     blocks = matrix.blocks()
     row = np.repeat(np.arange(len(matrix.indptr) - 1), np.diff(matrix.indptr))
@@ -184,7 +187,7 @@ def with_garbage_in_padding(matrix: BlockCSR) -> BlockCSR:
 
 @pytest.fixture(params=[(4, 7), (3, 16), (4, 1)], ids=str)
 def padded(request) -> Network:
-    """A network whose recurrent blocks have padding full of garbage. Past the front door, which refuses it."""
+    """A network whose recurrent blocks have non-zero padding. It is set behind the check that refuses it."""
     net = network(fmt="block", block=request.param)
     net = net.with_matrices({"layers.0.w_in": Dense(net.layers[0].w_in.to_dense())})
     layer = net.layers[0]
@@ -201,7 +204,7 @@ def test_padding_is_never_read(padded):
 
 
 def test_read_padding_rows_is_caught(monkeypatch, padded):
-    # The last unit takes the row after its own: the first one of the padding.
+    # The last unit takes the next row, which is the first row of the padding.
     last = "(unit == weights.shape[0] - 1)"
     taken = f"np.minimum(np.flatnonzero(there) + {last}[there] * {last}.sum(), len(there) - 1)"
     reading = {"weights.values.reshape(-1, width)[there]": f"weights.values.reshape(-1, width)[{taken}]"}
@@ -218,13 +221,13 @@ def test_read_padding_rows_is_caught(monkeypatch, padded):
 
 
 def test_read_padding_columns_is_caught(monkeypatch, padded):
-    # The padded matrix cut at the wrong end.
+    # The padded matrix is cut at the wrong end.
     reading = {"self._padded()[: self.shape[0], : self.shape[1]]": "self._padded()[-self.shape[0] :, -self.shape[1] :]"}
     plant(monkeypatch, BlockCSR, "to_dense", reading)
     found = divergence("cpu", "reference", net=padded)
     step, sample, _ = first_event(padded)
     assert place(found)[:3] == (step + 1, 0, sample)
-    # A tied network may find its own read-out changed.
+    # A network with a tied read-out may raise ValueError, because its read-out no longer equals the embedding.
     suite_catches(check_formats, by=(AssertionError, ValueError), backend="cpu", variant="evnn", formats=("block",))
 
 
@@ -239,7 +242,7 @@ def test_swapped_gates_in_the_specification(monkeypatch):
 
 
 def test_swapped_gates_in_a_weight_file():
-    # The recurrent columns of u and r: nothing shows until somebody has sent something.
+    # The recurrent columns of u and r: the first difference is in the step after the first event.
     net = network()
     swapped = net.layers[0].w_rec.to_dense()[:, [*range(UNITS, 2 * UNITS), *range(UNITS), *range(2 * UNITS, 3 * UNITS)]]
     other = net.with_matrices({"layers.0.w_rec": Dense(np.ascontiguousarray(swapped))})
@@ -257,7 +260,7 @@ def test_swapped_gates_in_the_kernel():
 
 
 def test_swapped_gates_in_the_rule_that_all_backends_share(monkeypatch):
-    # Backends would agree on it: the steps worked by hand and the recorded runs are there for this.
+    # All backends share this rule and agree. The steps worked by hand and the recorded runs detect the fault.
     plant(monkeypatch, cells, "egru_value", {"fma(u, c, (ONE - u) * g)": "fma(r, c, (ONE - r) * g)"})
     suite_catches(check_plain_gru, seed=0)
     with np.load(FILES[0]) as recorded:
@@ -268,14 +271,14 @@ def test_swapped_gates_in_the_rule_that_all_backends_share(monkeypatch):
 
 
 def check_forgotten_reset(found: Divergence, net: Network) -> None:
-    """Exactly the first event's cell keeps its threshold."""
+    """Demand that the cell of the first event, and no other before it, keeps its threshold."""
     step, sample, unit = first_event(net)
     assert found.what == "cell"
     assert place(found) == (step, 0, sample, unit)
     healthy = simulate(net, signal(), record=RECORD)
     threshold, sent = net.layers[0].threshold[unit], healthy.events[0].to_dense()[step, sample, unit]
     assert found.values == (sent - threshold, sent)
-    # The healthy unit's margin is what it passed its threshold by.
+    # The margin of the healthy unit is the distance by which it passed its threshold.
     assert abs(found.margins[0] - float(sent - threshold)) <= tolerance.U32
 
 
@@ -298,7 +301,7 @@ def test_forgotten_reset_of_the_papers_variant(monkeypatch):
     net = network("paper")
     step, sample, unit = first_event(net)
     found = divergence("cpu", "reference", net=net)
-    # One step after the first event, the unit that sent it; its siblings have been told the same.
+    # The first difference is one step after the first event, in the unit that sent it.
     assert found.what in ("cell", "event")
     assert place(found) == (step + 1, 0, sample, unit)
     suite_catches(check_paper_step)
@@ -308,15 +311,15 @@ def test_forgotten_reset_of_the_papers_variant(monkeypatch):
 
 
 def test_state_lost_between_calls_is_caught(monkeypatch):
-    # What the released code does between windows, and calls by default.
+    # This is what the released code does between windows by default.
     wiping = {"trace.state": "State(self.state.cells, trace.state.outputs)"}
     plant(monkeypatch, Simulator, "_advance", wiping)
     suite_catches(check_chunks, backend="cpu")
 
 
-# --- a traversal goes wrong ---------------------------------------------------------------------------------
+# --- a product goes wrong -----------------------------------------------------------------------------------
 
-#: fault -> the layout it is forced to act on, and a network that it shows in
+#: fault -> the forced layout on which it acts, and a network that shows it
 TRAVERSALS = {
     "tail of scattered weights dropped": ("indices", network(fmt="csr")),
     "masks of the wrong unit": ("masks", network(fmt="csr", share=0.5)),
@@ -330,7 +333,7 @@ TRAVERSALS = {
     "order of two units": ("panels", network()),
     "rest of a list dropped": ("blocks", network(fmt="block", block=(2, 4))),
 }
-#: and those that show only where there are threads
+#: faults that need several threads
 TEAMS = ("parts swapped", "units of the wrong part", "barrier missing")
 
 
@@ -349,11 +352,11 @@ def test_faults_of_products_are_caught(fault):
             assert assert_equivalent(*sims, signal()) > 0
         with faulty_kernels(fault) as faulty:
             found = divergence("reference", faulty, net=net)
-    # Where somebody sent something, at the latest in the first step.
+    # The first difference is at the latest in the step after the first event.
     assert (found.what, found.layer) in (("event", 0), ("cell", 0))
     assert found.step <= first_event(net)[0] + 1
     with faulty_kernels(fault) as faulty:
-        # What lies past the weights may be no number.
+        # A value behind the last weight may be NaN, which the simulator refuses.
         suite_catches(check_layout, by=(AssertionError, FloatingPointError), backend=faulty, layout=layout)
 
 
@@ -361,14 +364,14 @@ def test_faults_of_products_are_caught(fault):
 def test_faults_of_threads_are_caught(fault):
     net = network(units=40)
     with faulty_kernels(fault) as faulty:
-        # Alone, nobody notices.
+        # A single thread is not affected.
         sims = [Simulator(net, batch=BATCH, backend=name) for name in ("reference", faulty)]
         assert assert_equivalent(*sims, signal()) > 0
         if fault != "barrier missing":
             found = divergence(faulty, "reference", net=net, threads=2)
             assert (found.step, found.layer) == (first_event(net)[0] + 1, 0)
             suite_catches(check_formats, backend=faulty, variant="evnn", formats=("dense",))
-        # A race shows sooner or later; here, in some of many thousand steps.
+        # A race does not show in every step, so that many thousand steps are run.
         suite_catches(check_threads_do_not_race, backend=faulty)
 
 

@@ -1,6 +1,6 @@
-"""Code for other processors gives the same bits; the kernels on disk are never mistaken for each other.
+"""Kernels for other processors give the same bits, and the kernel cache on disk keeps them apart.
 
-Kernels are shaped for a processor when they are imported, so that each kind needs a process of its own.
+Kernels are chosen for a processor when they are imported, so that each kind needs a process of its own.
 """
 
 import json
@@ -17,7 +17,7 @@ from digest import digest
 ROOT = Path(__file__).parent.parent
 KINDS = {"portable": {"EVENTRNN_VECTORS": "portable"}}
 if platform.machine() in ("x86_64", "AMD64"):
-    # An older processor: LLVM has no wider registers or masks to choose either.
+    # An older processor, for which LLVM uses neither wider registers nor masks.
     KINDS["haswell"] = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma"}
 
 
@@ -41,7 +41,7 @@ def answer(process: subprocess.Popen) -> dict:
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory) -> dict[str, dict]:
-    """What processes with kernels of another shape print; they compile at the same time, each from nothing."""
+    """Output of `digest.py` for each other kind of processor. The processes run at the same time, with empty caches."""
     script = str(Path(__file__).with_name("digest.py"))
     processes = {
         kind: start([script], NUMBA_CACHE_DIR=str(tmp_path_factory.mktemp(kind)), **environment)

@@ -76,7 +76,7 @@ def random_parameters(rng, inputs: int, units: int, dtype=np.float64) -> dict:
 
 
 def always_firing(rng, inputs: int, units: int) -> dict:
-    """A layer without thresholds whose candidates, and so cells, stay positive: a plain GRU."""
+    """Parameters of a layer with zero thresholds and positive candidates. Its cells stay positive, as in a plain GRU."""
     parameters = random_parameters(rng, inputs, units)
     parameters["w_rec"] = rng.uniform(-1, 1, (units, 3 * units)) / units
     parameters["bias_in"][2 * units :] = 3.0
@@ -86,7 +86,7 @@ def always_firing(rng, inputs: int, units: int) -> dict:
 
 
 def plain_gru(parameters: dict, x, h) -> np.ndarray:
-    """A gated recurrent unit, reset gate after the matrix, as in cuDNN. Nothing of the package."""
+    """A gated recurrent unit with the reset gate after the matrix, as in cuDNN. It uses no code of the package."""
     w_in, w_rec, b_in, b_rec = (parameters[name] for name in ("w_in", "w_rec", "bias_in", "bias_rec"))
     hidden = []
     for x_t in x:
