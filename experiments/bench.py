@@ -171,11 +171,11 @@ def table(rows: list[Row], lines: list[dict], refused: dict[str, str]) -> Table:
         if line is None:
             shown.add_row(row.name, *[""] * 6, refused.get(row.name, "not measured"))
             continue
-        rival = line["against_us_per_step"]
+        baseline = line["against_us_per_step"]
         shown.add_row(
             row.name,
             f"{line['us_per_step']:,.1f}",
-            "" if rival is None else f"{rival:,.1f}",
+            "" if baseline is None else f"{baseline:,.1f}",
             line["against_variant"],
             f"{line[row.figure]:.2f}",
             "" if row.at_least is None else f"{row.at_least:g}",

@@ -20,8 +20,7 @@ from eventrnn.cli.terminal import progress
 
 RESULTS = Path(__file__).parent / "results" / "cpu_training.jsonl"
 KEY = ("commit", "batch", "sparsity_asked", "threads", "input_gradient")
-# Batch, share of blocks pruned, threads, which gradient of the inputs; rivals, nn.GRU and this cell as a PyTorch loop
-# (written with care, and with indexed steps as published), and times faster at least.
+# Batch, share of blocks pruned, threads, gradient of the inputs, and baseline -> speed-up to reach, "" for none.
 CASES = (
     (20, 0.0, 2, "open", {"torch": 2.5, "torch-loop": "", "torch-loop-indexed": 4}),
     (80, 0.0, 2, "open", {"torch": 3, "torch-loop": "", "torch-loop-indexed": 7}),
@@ -50,11 +49,11 @@ def show(records: Records) -> Table:
         if line is None:
             continue
         cells = []
-        for rival in ("torch", "torch-loop", "torch-loop-indexed"):
-            each = line["against_each"].get(rival)
+        for baseline in ("torch", "torch-loop", "torch-loop-indexed"):
+            each = line["against_each"].get(baseline)
             cells += [f"{each['ms_per_iteration']:.0f}", f"{each['speedup']:.2f}"] if each else ["", ""]
-            if rival != "torch-loop":
-                cells.append(f"{asked.get(rival, '')}")
+            if baseline != "torch-loop":
+                cells.append(f"{asked.get(baseline, '')}")
         head = (str(batch), f"{sparsity:.0%}", str(threads), inputs)
         cells = [*head, f"{line['open']:.1%}", f"{line['ms_per_iteration']:.0f}", *cells]
         share = line["executed_per_iteration"] / line["dense_per_iteration"]
@@ -74,12 +73,12 @@ def main(
         records.as_last()
     else:
         with progress() as report:
-            for done, (batch, sparsity, threads, inputs, rivals) in enumerate(CASES):
+            for done, (batch, sparsity, threads, inputs, baselines) in enumerate(CASES):
                 report("cases", done, len(CASES), f"batch {batch}, {sparsity:.0%} pruned, {threads} threads")
                 case = {"batch": batch, "threads": threads, "input_gradient": inputs}
                 if again or records.of(case | {"commit": at, "sparsity_asked": sparsity}) is None:
                     case |= {"sparsity": sparsity, "repeats": repeats}
-                    records.add(bench.training(**case, against=",".join(rivals)))
+                    records.add(bench.training(**case, against=",".join(baselines)))
     console = Console(width=170)
     console.print(show(records))
 

@@ -201,7 +201,7 @@ def cuda() -> str:
             cells = (number(line["us_per_step"]), number(line["against_us_per_step"]), line["against_variant"])
             rows.append(((name, *cells, times(line["speedup"]), *clock, share), [line]))
     columns = (
-        "network", "µs per step", "rival, µs", "fastest rival", "times faster", "run", "chunk", "call",
+        "network", "µs per step", "baseline, µs", "fastest baseline", "times faster", "run", "chunk", "call",
         "share of counting",
     )  # fmt: skip
     return table(columns, rows)
@@ -222,8 +222,8 @@ def training() -> str:
             continue
         cells = ["90 % of 1x64 blocks pruned" if sparsity else "dense", str(batch), str(threads), inputs]
         cells.append(number(line["ms_per_iteration"]))
-        for rival in ("torch", "torch-loop", "torch-loop-indexed"):
-            each = line["against_each"].get(rival)
+        for baseline in ("torch", "torch-loop", "torch-loop-indexed"):
+            each = line["against_each"].get(baseline)
             cells += [number(each["ms_per_iteration"]), times(each["speedup"])] if each else ["", ""]
         cells.append(f"{line['executed_per_iteration'] / line['dense_per_iteration']:.1%}")
         rows.append((cells, [line]))

@@ -1,4 +1,4 @@
-"""The benchmark: what goes together, that every rival computes what we do, what a result says. No timing decides."""
+"""The benchmark: what goes together, that every baseline computes what we do, what a result says. No timing decides."""
 
 import importlib.util
 import sys
@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from eventrnn import bench, simulate
-from eventrnn.bench import baselines as rivals
-from eventrnn.bench import timing as contest
+from eventrnn.bench import baselines, timing
 from eventrnn.bench.bandwidth import Product
 from eventrnn.bench.case import Case
 from eventrnn.bench.inference import ACTIVITY_TOLERANCE
@@ -22,7 +21,7 @@ SMALL = {"hidden": 48, "steps": 12, "repeats": 3, "activity": 0.2, "sparsity": 0
 
 
 def needing(name):
-    """The rival as a parameter, skipped where its package is missing."""
+    """The baseline as a parameter, skipped where its package is missing."""
     package = NEEDS.get(name)
     missing = package is not None and importlib.util.find_spec(package) is None
     marks = [pytest.mark.skipif(missing, reason=f"needs {package}")]
@@ -31,21 +30,21 @@ def needing(name):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Run every contestant once and say how many seconds it took: 2 for ours, 1 for the probe, then 8, 9, 10 …"""
+    """Run every run once and say how many seconds it took: 2 for ours, 1 for the probe, then 8, 9, 10 …"""
 
-    def interleaved(contestants, repeats):
+    def interleaved(runs, repeats):
         taken = {"ours": 2.0, "probe": 1.0, "probe straight": 1.0}
-        for run in contestants.values():
+        for run in runs.values():
             run()
-        for k, name in enumerate(contestants):
+        for k, name in enumerate(runs):
             taken.setdefault(name, 5.0 + k)
-        return {name: [taken[name]] * repeats for name in contestants}
+        return {name: [taken[name]] * repeats for name in runs}
 
-    monkeypatch.setattr(contest, "interleaved", interleaved)
+    monkeypatch.setattr(timing, "interleaved", interleaved)
 
 
-LAYERS = [needing(name) for name in bench.LAYER_RIVALS]
-PRODUCTS = [needing(name) for name in bench.PRODUCT_RIVALS if name != "float32"]
+LAYERS = [needing(name) for name in bench.LAYER_BASELINES]
+PRODUCTS = [needing(name) for name in bench.PRODUCT_BASELINES if name != "float32"]
 WEIGHTS = [
     {"format": "block", "block": (1, 16)},
     {"format": "block", "block": (4, 4)},
@@ -59,21 +58,21 @@ WEIGHTS = [
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 @pytest.mark.parametrize("batch", [1, 3, 20])
-@pytest.mark.parametrize("rival", PRODUCTS)
-def test_product_baselines_compute_the_product(clock, rival, batch, weights):
-    line = bench.inference(**SMALL | weights | {"batch": batch, "against": rival})
-    assert line["measures"] == "product" and line["against_variant"].startswith(rival)
+@pytest.mark.parametrize("baseline", PRODUCTS)
+def test_product_baselines_compute_the_product(clock, baseline, batch, weights):
+    line = bench.inference(**SMALL | weights | {"batch": batch, "against": baseline})
+    assert line["measures"] == "product" and line["against_variant"].startswith(baseline)
     assert line["speedup"] == 4 and line["against_us_per_step"] == 8 / 12 * 1e6
     assert set(line["against_variants_us_per_step"]) >= {line["against_variant"]}
 
 
 @pytest.mark.parametrize("variant", ["evnn", "paper"])
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("rival", LAYERS)
-def test_layer_baselines_agree_on_the_first_step(clock, rival, batch, variant):
-    case = {"layers": 2, "batch": batch, "variant": variant, "against": rival, "hidden": 96, "block": (1, 16)}
+@pytest.mark.parametrize("baseline", LAYERS)
+def test_layer_baselines_agree_on_the_first_step(clock, baseline, batch, variant):
+    case = {"layers": 2, "batch": batch, "variant": variant, "against": baseline, "hidden": 96, "block": (1, 16)}
     line = bench.inference(**SMALL | case | {"steps": 40, "repeats": 3})
-    assert line["measures"] == "layer" and line["against_variant"] == rival and line["speedup"] == 4
+    assert line["measures"] == "layer" and line["against_variant"] == baseline and line["speedup"] == 4
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -108,17 +107,17 @@ def test_wrong_result_is_never_timed(clock, monkeypatch):
     def off_by_one_step(task):
         return {"late": lambda t: task.dense.T @ task.columns[max(t - 1, 0)]}
 
-    monkeypatch.setitem(rivals._PRODUCTS, "scipy", off_by_one_step)
+    monkeypatch.setitem(baselines._PRODUCTS, "scipy", off_by_one_step)
     with pytest.raises(RuntimeError, match=r"against scipy late: sample 0, output \d+ .* computes something else"):
         bench.inference(**SMALL | {"against": "scipy", "block": (1, 16)})
-    monkeypatch.setitem(rivals._PRODUCTS, "scipy", lambda task: {"narrow": lambda t: task.columns[t]})
+    monkeypatch.setitem(baselines._PRODUCTS, "scipy", lambda task: {"narrow": lambda t: task.columns[t]})
     with pytest.raises(RuntimeError, match=r"shape \(1, 48\), ours \(1, 144\)"):
         bench.inference(**SMALL | {"against": "scipy", "block": (1, 16)})
 
 
 def test_bound_of_a_product_is_twice_gamma():
     weights, values = np.array([[1.0, -2], [3, 4]], np.float32), np.array([[-1.0, 0.5]], np.float32)
-    assert np.array_equal(rivals.product_bound(weights, values), 2 * gamma(2, U32) * np.array([[2.5, 4]]))
+    assert np.array_equal(baselines.product_bound(weights, values), 2 * gamma(2, U32) * np.array([[2.5, 4]]))
 
 
 def test_result_line_holds_request_and_result(clock):
@@ -173,15 +172,15 @@ def test_random_groups_keep_n_of_m(n, m, shape, axis):
         ({"against": "torch,scipy"}, "one kind at a time"),
         ({"against": "scipy,nobody"}, "against: got 'nobody', need one of torch"),
         ({"against": "none,torch"}, "against: got 'none'"),
-        ({"against": "float32"}, "rival for narrower weights"),
-        ({"against": "scipy", "layers": 2}, "layers: got 2, but scipy is a rival of one product"),
+        ({"against": "float32"}, "baseline for narrower weights"),
+        ({"against": "scipy", "layers": 2}, "layers: got 2, but scipy is a baseline of one product"),
         ({"against": "mkl", "variant": "paper"}, "variant: got 'paper', but mkl"),
         ({"format": "csr", "block": (1, 16)}, "block: got .* for format 'csr', which takes none"),
         ({"format": "csr", "nm": (2, 4, "post")}, "nm: got .* for format 'csr'"),
         ({"format": "sieve"}, "format: got 'sieve'"),
         ({"format": "nm"}, "nm: got None for format 'nm'"),
         ({"format": "nm", "nm": (5, 4, "pre")}, "nm: got 5:4"),
-        ({"format": "nm", "nm": (2, 4, "pre"), "sparsity": 0.5}, "2 of 4 says it"),
+        ({"format": "nm", "nm": (2, 4, "pre"), "sparsity": 0.5}, "nm=2:4 fixes it"),
         ({"dtype": "float8"}, "dtype: got 'float8', need one of float32"),
         ({"repeats": 2}, "repeats: got 2"),
         ({"batch": 0}, "batch: got 0"),
@@ -192,11 +191,11 @@ def test_bench_refuses_conflicting_options(case, message):
         Case(**case)
 
 
-@pytest.mark.parametrize("rival", ["torch", "torch-csr", "mkl"])
-def test_a_missing_package_is_named(monkeypatch, rival):
-    monkeypatch.setitem(sys.modules, NEEDS[rival], None)
-    with pytest.raises(ValueError, match=f"{NEEDS[rival]}.* not installed"):
-        bench.inference(**SMALL | {"against": rival, "block": (1, 16)})
+@pytest.mark.parametrize("baseline", ["torch", "torch-csr", "mkl"])
+def test_a_missing_package_is_named(monkeypatch, baseline):
+    monkeypatch.setitem(sys.modules, NEEDS[baseline], None)
+    with pytest.raises(ValueError, match=f"{NEEDS[baseline]}.* not installed"):
+        bench.inference(**SMALL | {"against": baseline, "block": (1, 16)})
 
 
 def test_sparsity_follows_the_format_where_it_is_not_given():

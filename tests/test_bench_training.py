@@ -1,11 +1,11 @@
-"""bench training: refusals, figures of the window that was timed, rivals that compute the same."""
+"""bench training: refusals, figures of the window that was timed, baselines that compute the same."""
 
 import json
 
 import pytest
 from typer.testing import CliRunner
 
-from eventrnn.bench import TRAINING_RIVALS, TrainingCase, training
+from eventrnn.bench import TRAINING_BASELINES, TrainingCase, training
 from eventrnn.cli import app
 
 SMALL = {"hidden": 96, "batch": 8, "steps": 12, "repeats": 3, "activity": 0.2, "support": 0.2}
@@ -52,8 +52,8 @@ def test_reported_counts_belong_to_the_timed_window(changes):
 @pytest.mark.torch
 def test_baselines_run_and_loops_agree_on_gradients():
     pytest.importorskip("torch")
-    result = training(against=",".join(TRAINING_RIVALS), **SMALL)
-    assert tuple(result["against_each"]) == TRAINING_RIVALS
+    result = training(against=",".join(TRAINING_BASELINES), **SMALL)
+    assert tuple(result["against_each"]) == TRAINING_BASELINES
     assert result["speedup"] == result["against_ms_per_iteration"] / result["ms_per_iteration"]
 
 

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from eventrnn import Dense, Network, load, save
-from eventrnn.bench import timing as contest
+from eventrnn.bench import timing
 from eventrnn.cli.options import PARTS
 from eventrnn.data.text import Vocabulary
 from support.texts import TEXT
@@ -165,7 +165,7 @@ def clock(monkeypatch):
                 run()
             return {name: [seconds.get(name.partition(" ")[0], seconds["against"])] * repeats for name in contestants}
 
-        monkeypatch.setattr(contest, "interleaved", interleaved)
+        monkeypatch.setattr(timing, "interleaved", interleaved)
 
     return set_to
 

@@ -8,11 +8,12 @@ import pytest
 
 from eventrnn import NM, Network, convert, load, save
 from eventrnn.cli import options
-from eventrnn.cli.options import encoded
-from eventrnn.cli.prune import WAYS, _calibration
+from eventrnn.cli.options import load_symbols
+from eventrnn.cli.prune import _calibration
 from eventrnn.counting.counts import count
 from eventrnn.data.text import Vocabulary
 from eventrnn.pruning import legal
+from eventrnn.pruning.methods import METHODS as KNOWN
 from eventrnn.simulation import simulate
 from support.texts import TEXT
 
@@ -56,10 +57,10 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", WAYS)
+@pytest.mark.parametrize("method", KNOWN)
 def test_every_method_prunes_and_reports_what_is_in_the_file(prune, tmp_path, method):
     out = tmp_path / "out.safetensors"
-    tuning = TUNING if WAYS[method].trains else ()
+    tuning = TUNING if KNOWN[method].trains else ()
     text = ("--text", "{folder}/text.txt")
     result = record(prune("--out", out, "--method", method, *METHODS[method], *tuning, *text, "--json"))
     before, after = load(tmp_path / "model.safetensors"), load(out)
@@ -163,7 +164,7 @@ def test_a_budget_is_measured_again_after_training(prune, tmp_path, steps):
     asked = ("--out", out, "--ops-budget", 0.5, *text, *tuning)
     told = record(prune(*asked, "--json"))
     before, after = load(tmp_path / "model.safetensors"), load(out)
-    valid = _calibration(encoded(before, str(tmp_path / "text.txt"), "valid"))
+    valid = _calibration(load_symbols(before, str(tmp_path / "text.txt"), "valid"))
     counts = [count(each, simulate(each, valid, record="events")).total.effective for each in (before, after)]
     assert told["budget_share"] == counts[1] / counts[0] and told["budget"] == 0.5
     assert told["budget_held"] == (counts[1] <= counts[0] / 2)
@@ -172,7 +173,7 @@ def test_a_budget_is_measured_again_after_training(prune, tmp_path, steps):
     assert code == 0 and f"budget held: {'yes' if told['budget_held'] else 'no'}" in words and "50.0% asked" in words
 
 
-@pytest.mark.parametrize("method", [name for name, way in WAYS.items() if way.trains and name != "regrow"])
+@pytest.mark.parametrize("method", [name for name, way in KNOWN.items() if way.trains and name != "regrow"])
 def test_fewest_steps_named_by_the_message_suffice(prune, tmp_path, method):
     asked = ("--sparsity", 0.5, "--steps", 2, *TUNING[2:], "--text", "{folder}/text.txt")
     every = ("--every", 1) if method == "dynamic" else ()
@@ -196,10 +197,10 @@ def test_fewest_steps_named_by_the_message_suffice(prune, tmp_path, method):
             ("--nm", "2:4", "--method", "movement", "--steps", 4),
             "target: got --nm for movement, need one of --sparsity",
         ),
-        (("--nm", "2:4", "--block", "1x4"), "--block means nothing to magnitude with --nm"),
-        (("--mask", "greedy"), "--mask means nothing to magnitude"),
+        (("--nm", "2:4", "--block", "1x4"), "--block: not an option of --method magnitude with --nm; it takes --mask"),
+        (("--mask", "greedy"), "--mask: not an option of --method magnitude; it takes --block"),
         (("--nm", "2:4:both", "--mask", "guess"), "method: got 'guess'"),
-        (("--criterion", "activity"), "--criterion means nothing to magnitude"),
+        (("--criterion", "activity"), "--criterion: not an option of --method magnitude; it takes --block"),
         (("--method", "sieve"), "method: got 'sieve', need one of magnitude"),
         (("--method", "dynamic", "--nm", "2:4"), "give --steps"),
         (("--method", "adaprune", "--nm", "2:4", "--steps", 3), "adaprune does not train"),
@@ -210,7 +211,7 @@ def test_fewest_steps_named_by_the_message_suffice(prune, tmp_path, method):
         (("--sparsity", 0.999, "--block", "8x24"), "leaves nothing"),
         (("--scope", "layer"), "scope"),
         (("--gates", "some"), "gates"),
-        (("--rounds", 3), "--rounds means nothing to magnitude"),
+        (("--rounds", 3), "--rounds: not an option of --method magnitude; it takes --block"),
         (
             ("--picture", "{folder}/text.txt"),
             "picture: got {folder}/text.txt, need a name that ends in .png, .pdf or .svg",
@@ -221,7 +222,7 @@ def test_fewest_steps_named_by_the_message_suffice(prune, tmp_path, method):
         (("--method", "regrow", "--sparsity", 0.5, *TUNING), "every: got 40, need less than 3"),
         (("--method", "dynamic", "--nm", "2:4", "--every", 4, *TUNING), "every: got 4, need less than 4"),
         (("--method", "movement", "--steps", 1), "steps: got 1"),
-        (("--thresholds", "sigmoid"), "steps: 0, so nothing is fine-tuned and thresholds mean nothing"),
+        (("--thresholds", "sigmoid"), "--thresholds: only with training; give --steps"),
         (("--thresholds", "free", *TUNING), "thresholds: got 'free', need one of positive"),
     ],
 )

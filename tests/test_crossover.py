@@ -8,7 +8,7 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 
 from eventrnn.bench import crossover as crossing
-from eventrnn.bench import timing as contest
+from eventrnn.bench import timing
 from eventrnn.cpu import crossover as maps
 from eventrnn.cpu.crossover import ACTIVITY, AutoBackend, Crossover, Forced, MeasuredChoice
 from eventrnn.cpu.engine import CpuEngine
@@ -154,7 +154,7 @@ def test_verify_times_what_auto_takes_beside_the_other_ways(monkeypatch):
     monkeypatch.setattr(crossing, "WEIGHTS", ({"format": "dense", "sparsity": 0.0}, {"format": "csr", "sparsity": 0.5}))
     monkeypatch.setattr(crossing, "BATCHES", (1, 20))
     monkeypatch.setattr(crossing, "ACTIVITIES", (0.1, 1.0))
-    monkeypatch.setattr(contest, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "SETTLE_SECONDS", 0.0)
     seen = []
     lines = list(crossing.verify(invented_map(), 32, 3, lambda done, total, what: seen.append((done, total)), seed=3))
     assert len(lines) == 8 and seen == [(k, 8) for k in range(9)]

@@ -1,4 +1,7 @@
-"""The engine from within: which weights a run reads, and a probe that only reads them."""
+"""Read bandwidth: which weights a run of the CPU engine reads, and a probe that only reads the same weights.
+
+This is the only file of the benchmarks that knows the plan and the packed tables of the CPU engine.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from eventrnn.bench.kernels.probes import read_rows, read_through
-from eventrnn.counting.counts import senders
+from eventrnn.counting.counts import events_by_matrix
 from eventrnn.cpu import engine as cpu
 from eventrnn.cpu.engine import CpuEngine
 from eventrnn.cpu.packing import PADDING
@@ -41,22 +44,22 @@ from eventrnn.simulation import Simulation, simulate
 
 
 def product_reads(product: Product) -> list[Reads]:
-    """What a run of one product reads."""
-    # Many windows take turns within a step; of a single one the probe, like us, needs one call for all steps.
+    """The weight rows that a run of one product reads."""
+    # Several column tiles take turns within a step. A single one is read in one call for all steps, as in the engine.
     per_chunk = 1 if product.span[1] - product.span[0] > 1 else product.steps
     return [_reads(product.plan, product.span, product.events, product.batch, per_chunk)]
 
 
 @dataclass(frozen=True)
 class Reads:
-    """The weight rows that a run reads from one matrix, in groups; a group reads a row once.
+    """The weight rows that a run reads from one matrix, in groups. A group reads a row at most once.
 
     Attributes
     ----------
-    windows     : of the engine's plan, each read by every group
-    indptr, ids : units read by each group
-    per_chunk   : groups in a chunk of time
-    nbytes      : values and indices of all these rows, over all threads
+    windows     : indices of the matrix's windows in the engine's plan; every group reads all of them
+    indptr, ids : ids[indptr[g] : indptr[g + 1]] are the units whose rows group g reads
+    per_chunk   : groups per chunk of time
+    nbytes      : bytes of values and indices of all these rows, over all threads
     """
 
     windows: range
@@ -67,12 +70,13 @@ class Reads:
 
 
 def rows_read(engine: CpuEngine, network: Network, simulation: Simulation) -> list[Reads]:
-    """What the engine reads in a recorded run, in its order: a layer's chunk of inputs, then its recurrent steps.
+    """The rows that the engine reads in a recorded run, in its order: per layer the input product, then the recurrent.
 
-    An input product shares rows over its chunk, a recurrent one over the batch of a step (see `propagate_all`).
+    The input product reads a row once per chunk of time, the recurrent product once per step of the batch (see
+    `propagate_all` in cpu/kernels/spmm.py). Needs record="events".
     """
     batch, chunk = simulation.batch, engine.chunk_steps(simulation.batch)
-    plan, received = engine.plan(simulation.steps, batch), senders(network, simulation)
+    plan, received = engine.plan(simulation.steps, batch), events_by_matrix(network, simulation)
     return [
         _reads(plan, (int(layer[a]), int(layer[b])), received[f"layers.{k}.{name}"][1], rows, chunk * batch // rows)
         for k, layer in enumerate(plan.layers)
@@ -102,7 +106,7 @@ def _reads(plan: Plan, span: tuple[int, int], events: Events, rows: int, per_chu
 
 
 def _unit_bytes(plan: Plan, window: np.ndarray, units: int) -> np.ndarray:
-    """Bytes of values and indices that a window holds of each unit, (units,): what is read when it fires."""
+    """Bytes of values and indices of each unit in a window, (units,): what is read when the unit fires."""
     kind, size, p0 = window[KIND], ITEMSIZE[window[STORAGE]], window[POINTERS]
     if kind in (ROWS, ROW_TILES, BLAS):
         return np.full(units, window[WIDTH] * size)
@@ -114,8 +118,11 @@ def _unit_bytes(plan: Plan, window: np.ndarray, units: int) -> np.ndarray:
 
 
 def probes(plan: Plan, reads: Sequence[Reads]) -> dict[str, Callable[[], object]]:
-    """Runs that only read, with as many threads as the plan has: those rows in their order, and as many bytes of the
-    same weights straight on. Short rows in a cache cost more than their bytes, so that the latter may be faster."""
+    """Two runs that only read, with the threads of the plan: "probe" and "probe straight".
+
+    The first reads the given rows in their order. The second reads as many bytes of the same weights sequentially; it
+    can be faster, because short rows cost more than their bytes.
+    """
     workers = ThreadPoolExecutor(plan.parts)
     pools = plan.values, plan.index, plan.pointers
 
@@ -133,14 +140,14 @@ def probes(plan: Plan, reads: Sequence[Reads]) -> dict[str, Callable[[], object]
         read_through(plan.values, first, last, amount // plan.parts)
 
     def run(share: Callable[[int], None]) -> Callable[[], object]:
-        # One thread reads without the hand-over to a pool, as the engine does.
+        # With one thread there is no hand-over to a thread pool, as in the engine.
         return (lambda: share(0)) if plan.parts == 1 else (lambda: list(workers.map(share, range(plan.parts))))
 
     return {"probe": run(share), "probe straight": run(straight)}
 
 
 def first_call() -> dict:
-    """Seconds until the first answer of the cpu engine in this process, and whether kernels came from the cache."""
+    """Seconds of the first simulation in this process, and whether its kernels came from the cache."""
     network = Network.random([8], inputs=4, rng=np.random.default_rng(0))
     started = time.perf_counter()
     simulate(network, np.zeros((1, 1, 4), np.float32))

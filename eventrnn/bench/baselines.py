@@ -1,8 +1,8 @@
-"""Who our engine is timed against, on the same weights, and the check that they compute the same.
+"""Baselines on a CPU: other libraries on the same weights, and the check that they compute the same.
 
-A rival of the whole layer is a dense network of the same size. A rival of one product multiplies the same (3N, N)
-matrix, stored its own way, with the dense outputs of each step; some can use that these are mostly zero. Each offers
-its variants, of which the fastest counts.
+A layer baseline is a dense network of the same size. A product baseline multiplies the same (3N, N) matrix, in its own
+format, by the outputs of each step, as a dense or a sparse vector. A baseline has one or several variants; the
+fastest variant counts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from eventrnn.weights import BlockCSR, Weights
 
 U32 = 2.0**-24
 
-#: the product of step t: (3N, batch), or (3N,) of one sample, dense or sparse, NumPy or torch
+#: step t -> its product: (3N, batch), or (3N,) for one sample; dense or sparse, of NumPy, SciPy or torch
 Step = Callable[[int], Any]
 
 
@@ -40,9 +40,12 @@ def gamma(n: int) -> float:
 
 
 def product_bound(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """How far two float32 results of one product may be apart: each gamma(J) sum |w| |x| from the exact one.
+    """Largest difference of two float32 results of one product, (B, P).
 
-    weights (J, P), values (B, J) -> (B, P)
+    Each result is within gamma(J) sum |w| |x| of the exact product (Higham 2002, section 3.1).
+
+    weights : (J, P)
+    values  : (B, J)
     """
     size = np.abs(values).astype(np.float64) @ np.abs(weights).astype(np.float64)
     return 2 * gamma(max(len(weights), 1)) * size
@@ -52,10 +55,10 @@ def product_bound(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 @dataclass
-class Task:
-    """The product to do, as its rivals want it.
+class ProductTask:
+    """The product to compute, in the layouts that the baselines need.
 
-    weights : (N, 3N), any format and storage: rivals take their float32 values
+    weights : (N, 3N), any format and storage; baselines use the float32 values
     events  : (steps, batch, N)
     """
 
@@ -64,30 +67,30 @@ class Task:
 
     @cached_property
     def dense(self) -> np.ndarray:
-        """(N, 3N)"""
+        """The weights, (N, 3N) float32."""
         return self.weights.to_dense()
 
     @cached_property
     def outputs(self) -> np.ndarray:
-        """(steps, batch, N)"""
+        """The outputs, (steps, batch, N) float32."""
         return self.events.to_dense()
 
     @cached_property
     def columns(self) -> list[np.ndarray]:
-        """A step's outputs as (N, batch), or (N,) of one sample."""
+        """The outputs of each step, (N, batch), or (N,) for one sample."""
         batch = self.outputs.shape[1]
         return [np.ascontiguousarray(y[0] if batch == 1 else y.T) for y in self.outputs]
 
     @property
     def block(self) -> tuple[int, int] | None:
-        """Of the transposed matrix, or None."""
+        """Block of the transposed matrix; None where the weights are not stored in blocks."""
         if not isinstance(self.weights, BlockCSR):
             return None
         r, c = self.weights.block
         return c, r
 
     def in_blocks(self) -> tuple[sp.bsr_array, list[np.ndarray]]:
-        """The transposed matrix and the columns, padded to whole blocks."""
+        """The transposed matrix as BSR, and the columns, both padded to whole blocks."""
         assert self.block is not None
         c, r = self.block
         extra = -self.dense.shape[0] % r, -self.dense.shape[1] % c
@@ -96,7 +99,7 @@ class Task:
         return sp.bsr_array(padded, blocksize=(c, r)), columns
 
 
-def _scipy(task: Task) -> dict[str, Step]:
+def _scipy(task: ProductTask) -> dict[str, Step]:
     by_output, by_input = sp.csr_array(task.dense.T), sp.csc_array(task.dense.T)
     columns = task.columns
     rows = [sp.csr_array(y.reshape(len(y), -1)) for y in columns]
@@ -113,7 +116,7 @@ def _scipy(task: Task) -> dict[str, Step]:
     return steps
 
 
-def _torch_csr(task: Task) -> dict[str, Step]:
+def _torch_csr(task: ProductTask) -> dict[str, Step]:
     torch = import_torch()
     matrix = sp.csr_array(task.dense.T)
     columns = [torch.from_numpy(y) for y in task.columns]
@@ -122,7 +125,7 @@ def _torch_csr(task: Task) -> dict[str, Step]:
         parts = (torch.from_numpy(part) for part in (matrix.indptr, matrix.indices, matrix.data))
         by_output = torch.sparse_csr_tensor(*parts, size=matrix.shape, check_invariants=True)
         steps: dict[str, Step] = {"csr @ dense": lambda t: by_output @ columns[t]}
-        # Its CPU product takes square blocks only.
+        # torch's product on a CPU supports square blocks only.
         if task.block is not None and task.block[0] == task.block[1] > 1:
             bsr, padded_columns = task.in_blocks()
             padded = [torch.from_numpy(y) for y in padded_columns]
@@ -132,7 +135,7 @@ def _torch_csr(task: Task) -> dict[str, Step]:
     return steps
 
 
-def _mkl(task: Task) -> dict[str, Step]:
+def _mkl(task: ProductTask) -> dict[str, Step]:
     dot_product_mkl = import_mkl()
     by_output, by_input = sp.csr_matrix(task.dense.T), sp.csc_matrix(task.dense.T)
     columns = task.columns
@@ -142,7 +145,7 @@ def _mkl(task: Task) -> dict[str, Step]:
         "csc @ dense": lambda t: dot_product_mkl(by_input, columns[t]),
         "csr @ sparse": lambda t: dot_product_mkl(by_output, sparse[t]),
     }
-    # Its block format has square blocks only.
+    # MKL's block format has square blocks only.
     if task.block is not None and task.block[0] == task.block[1] > 1:
         bsr, padded = task.in_blocks()
         blocks = sp.bsr_matrix(bsr)
@@ -150,7 +153,7 @@ def _mkl(task: Task) -> dict[str, Step]:
     return steps
 
 
-def _numpy(task: Task) -> dict[str, Step]:
+def _numpy(task: ProductTask) -> dict[str, Step]:
     outputs, by_input = task.outputs, task.dense
     by_output = np.ascontiguousarray(by_input.T)
     out = np.empty((outputs.shape[1], by_input.shape[1]), np.float32)
@@ -160,7 +163,7 @@ def _numpy(task: Task) -> dict[str, Step]:
     }
 
 
-def _torch_mm(task: Task) -> dict[str, Step]:
+def _torch_mm(task: ProductTask) -> dict[str, Step]:
     torch = import_torch()
     outputs, by_input = torch.from_numpy(task.outputs), torch.from_numpy(task.dense)
     by_output = by_input.T.contiguous()
@@ -174,7 +177,7 @@ def _torch_mm(task: Task) -> dict[str, Step]:
     return steps
 
 
-_PRODUCTS: dict[str, Callable[[Task], dict[str, Step]]] = {
+_PRODUCTS: dict[str, Callable[[ProductTask], dict[str, Step]]] = {
     "scipy": _scipy,
     "torch-csr": _torch_csr,
     "mkl": _mkl,
@@ -184,17 +187,22 @@ _PRODUCTS: dict[str, Callable[[Task], dict[str, Step]]] = {
 
 
 @dataclass(frozen=True)
-class ProductRivals:
-    """Every variant of the named rivals of one product."""
+class ProductBaselines:
+    """Every variant of the named baselines of one product.
+
+    ours  : our own product
+    steps : variant -> product of one step
+    runs  : variant -> products of all steps
+    """
 
     ours: Product
     steps: dict[str, Step]
     runs: dict[str, Run]
 
     @classmethod
-    def of(cls, names: tuple[str, ...], ours: Product) -> ProductRivals:
-        """Lays the weights out for each. Raises ValueError where a rival is not installed."""
-        task, steps, runs = Task(ours.weights, ours.events), {}, {}
+    def of(cls, names: tuple[str, ...], ours: Product) -> ProductBaselines:
+        """Convert the weights for every baseline. Raises ValueError where a package is not installed."""
+        task, steps, runs = ProductTask(ours.weights, ours.events), {}, {}
         for name in names:
             if name == "float32":
                 twin = Product(ours.weights.stored_as("float32"), ours.events, ours.threads)
@@ -206,7 +214,10 @@ class ProductRivals:
         return cls(ours, steps, runs)
 
     def check(self) -> None:
-        """Compares the first, middle and last step. Raises RuntimeError where a rival is not within rounding of us."""
+        """Compare the first, the middle and the last step.
+
+        Raises RuntimeError where the result of a baseline differs from ours by more than rounding.
+        """
         dense, outputs, n_post = self.ours.weights.to_dense(), self.ours.events.to_dense(), self.ours.weights.shape[1]
         for t in sorted({0, self.ours.steps // 2, self.ours.steps - 1}):
             ours, bound = self.ours.result(t), product_bound(dense, outputs[t])
@@ -228,11 +239,12 @@ def _all_steps(step: Step, steps: int) -> Run:
 
 
 @dataclass(frozen=True)
-class LayerRivals:
-    """The named rivals of a network, with its weights made dense.
+class LayerBaselines:
+    """The named baselines of a network, with its weights made dense.
 
-    `first` gives the first layer's (batch, N) values of the first step, from a state of zero: for a GRU its output, for
-    our cells the value before the event. That is where both follow the same equations.
+    runs  : baseline -> run of the whole sequence
+    first : baseline -> values of the first layer in the first step from a zero state, (batch, N): the output of a GRU,
+            the cell value before the event of our cells. Both follow the same equations up to there
     """
 
     network: Network
@@ -241,19 +253,19 @@ class LayerRivals:
     first: dict[str, Callable[[], np.ndarray]]
 
     @classmethod
-    def of(cls, names: tuple[str, ...], network: Network, inputs: Events) -> LayerRivals:
-        """Raises ValueError where a rival is not installed."""
+    def of(cls, names: tuple[str, ...], network: Network, inputs: Events) -> LayerBaselines:
+        """Prepare every baseline. Raises ValueError where a package is not installed."""
         runs, first = {}, {}
         for name in names:
             runs[name], first[name] = (_blas if name == "blas" else _torch_gru)(network, inputs, name)
         return cls(network, inputs, runs, first)
 
     def check(self) -> None:
-        """Compares the first step. Raises RuntimeError where a rival is not within rounding of us.
+        """Compare the first step. Raises RuntimeError where a baseline differs from us by more than rounding.
 
-        Two pre-activations of a gate are `product_bound` apart (the state is zero, so only the input counts). Slopes of
-        sigmoid and tanh are at most 1/4 and 1, and of v = (1 - u) g in u and g at most 1; activations and what is done
-        with them are good to 16 units in the last place of numbers below 1.
+        The bound: two pre-activations of a gate differ by at most `product_bound`; the state is zero, so only the
+        input contributes. The slopes of sigmoid and tanh are at most 1/4 and 1, those of v = (1 - u) g in u and in g
+        at most 1. Activations and products of numbers below 1 are exact to 16 units in the last place.
         """
         if not self.runs:
             return
@@ -261,7 +273,7 @@ class LayerRivals:
         x = self.inputs.to_dense()[0]
         simulation = simulate(Network((layer,)), x[None], record=("events", "states"))
         ours = before_event(simulation.events[0].to_dense()[0], simulation.states[0][0])
-        # The bias is a term like the others.
+        # The bias is one more term of the sum.
         terms = np.vstack([layer.w_in.to_dense(), layer.bias_in])
         apart = product_bound(terms, np.column_stack([x, np.ones(len(x), np.float32)]))
         bound = apart[:, :n] / 4 + apart[:, 2 * n :] + 32 * U32
@@ -270,7 +282,8 @@ class LayerRivals:
 
 
 def before_event(outputs: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """v, from what a step of either variant left: it is what was sent, or the cell where nothing was."""
+    """Cell value v before the event, from the outputs and cells after a step: the output where there is an event, else
+    the cell. Holds for both variants."""
     return np.where(outputs != 0, outputs, cells)
 
 
@@ -287,14 +300,14 @@ def _blas(network: Network, inputs: Events, name: str) -> tuple[Run, Callable[[]
 
 
 def torch_gru(network: Network) -> Any:
-    """torch.nn.GRU with the network's weights, made dense. Raises ValueError where torch is not installed."""
+    """torch.nn.GRU with the weights of the network made dense. Raises ValueError where torch is not installed."""
     torch = import_torch()
     layers = network.layers
     gru = torch.nn.GRU(layers[0].inputs, layers[0].units, len(layers))
     with torch.no_grad():
         for k, layer in enumerate(layers):
             n = layer.units
-            # Rows (r, u, g), ours (u, r, g).
+            # torch orders the gates (r, u, g), we order them (u, r, g).
             order = np.r_[n : 2 * n, 0:n, 2 * n : 3 * n]
             for kind, array in (
                 ("weight_ih", layer.w_in.to_dense().T),
@@ -330,7 +343,7 @@ def _torch_gru(network: Network, inputs: Events, name: str) -> tuple[Run, Callab
 
 
 def import_torch() -> Any:
-    """The torch module, or ValueError with what to do."""
+    """The torch module. Raises ValueError where it is not installed."""
     try:
         import torch
     except ImportError:
@@ -339,8 +352,8 @@ def import_torch() -> Any:
 
 
 def import_mkl() -> Any:
-    """`dot_product_mkl` of sparse_dot_mkl, or ValueError with what to do."""
-    # It asks the loader for MKL by name, and so misses one that came as a Python package unless it is loaded.
+    """`dot_product_mkl` of sparse_dot_mkl. Raises ValueError where it is not installed or finds no MKL."""
+    # sparse_dot_mkl loads MKL by file name. It finds the library of the Python package `mkl` only if that is loaded.
     with suppress(PackageNotFoundError):
         for path in files("mkl") or ():
             if path.name.startswith("libmkl_rt.so"):
@@ -361,6 +374,6 @@ def _need_close(name: str, theirs: np.ndarray, ours: np.ndarray, bound: np.ndarr
     if not (apart <= bound).all():
         at = np.unravel_index(int(np.argmax(apart - bound)), apart.shape)
         raise RuntimeError(
-            f"against {name}: sample {at[0]}, output {at[1]} is {theirs[at]}, ours {ours[at]}; that is more than "
+            f"against {name}: sample {at[0]}, output {at[1]} is {theirs[at]}, ours {ours[at]}; the difference exceeds "
             f"rounding ({bound[at]:.1e}), so it computes something else"
         )

@@ -1,4 +1,4 @@
-"""What a benchmark measures: the sizes, the options, and which of them go together."""
+"""The case of an inference benchmark: sizes and options, and which of them fit together."""
 
 from __future__ import annotations
 
@@ -6,35 +6,43 @@ from dataclasses import asdict, dataclass
 
 from eventrnn.weights import FORMATS, STORAGES, check_nm
 
-#: rivals of a whole layer (or a stack), and of one product of a sparse matrix with the events of a step
-LAYER_RIVALS = ("torch", "torch-step", "blas")
+#: baselines of a whole layer or a stack of layers
+LAYER_BASELINES = ("torch", "torch-step", "blas")
 
-PRODUCT_RIVALS = ("scipy", "torch-csr", "mkl", "numpy", "torch-mm", "float32")
+#: baselines of one product of a weight matrix with the events of a step
+PRODUCT_BASELINES = ("scipy", "torch-csr", "mkl", "numpy", "torch-mm", "float32")
 
-RIVALS = (*LAYER_RIVALS, *PRODUCT_RIVALS, "none")
+BASELINES = (*LAYER_BASELINES, *PRODUCT_BASELINES, "none")
 
-#: rivals of a whole layer (or a stack) on a GPU: torch.nn.GRU there, in float32 with and without TF32, and in float16
-GPU_RIVALS = ("cudnn", "evnn-style", "cusparse", "none")
+#: baselines of a whole layer or a stack of layers on a GPU
+GPU_BASELINES = ("cudnn", "evnn-style", "cusparse", "none")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure. Raises ValueError for what does not go together, before any work.
+    """One case to measure. Raises ValueError for options that do not fit together, before any work.
 
     Attributes
     ----------
-    hidden, layers, batch : units (and inputs) of a layer, layers, samples side by side
+    hidden   : units, and inputs, of a layer
+    layers   : layers
+    batch    : samples
     activity : share of units that send an event in a step, in (0, 1]
-    sparsity : share of blocks or weights left out; None is 0.9, or what the format says (dense, nm)
-    format   : of the weights; block, for "block" (None is 1x64); nm, for "nm": (n, m, "post" or "pre")
-    dtype    : what weights are stored in
+    sparsity : share of blocks or weights left out; None is 0.9, or the value that the format implies (dense, nm)
+    format   : weight format
+    block    : block of the format "block"; None is 1x64
+    nm       : (n, m, "post" or "pre") of the format "nm"
+    dtype    : storage of the weights
     variant  : equations of the cell
     backend  : "cpu" or "cuda"
     exact    : False lets "cuda" use tensor cores where it measures them to be faster
-    threads  : of every contestant that can use them
-    against  : rivals, separated by commas; the fastest counts. All of `LAYER_RIVALS`, which are timed beside a
-               whole layer, or all of `PRODUCT_RIVALS`, beside one product with a (hidden, 3 hidden) matrix
-    steps, repeats, seed : steps a run, interleaved rounds, of everything random
+    threads  : threads of ours and of every baseline that can use them
+    against  : baselines, separated by commas, of which the fastest counts. All of them from `LAYER_BASELINES`, which
+               are timed beside a whole layer, or all from `PRODUCT_BASELINES`, which are timed beside one product with
+               a (hidden, 3 hidden) matrix
+    steps    : time steps per run
+    repeats  : interleaved rounds
+    seed     : seed of everything random
     """
 
     hidden: int = 1350
@@ -64,7 +72,7 @@ class Case:
         if not 0 < self.activity <= 1:
             raise ValueError(f"activity: got {self.activity}, need a share in (0, 1]")
         self._check_format()
-        self._check_rivals()
+        self._check_baselines()
 
     def _check_format(self) -> None:
         if self.format not in FORMATS:
@@ -80,51 +88,51 @@ class Case:
         if self.nm is not None:
             check_nm(*self.nm)
         if self.nm is not None and self.sparsity is not None:
-            raise ValueError(f"sparsity: got {self.sparsity}, but {self.nm[0]} of {self.nm[1]} says it; leave it out")
+            raise ValueError(f"sparsity: got {self.sparsity}, but nm={self.nm[0]}:{self.nm[1]} fixes it; leave it out")
 
-    def _check_rivals(self) -> None:
+    def _check_baselines(self) -> None:
         if self.backend not in ("cpu", "cuda"):
             raise ValueError(f"backend: got {self.backend!r}, need cpu or cuda; for BLAS give against='blas'")
         if self.backend == "cuda":
-            if self.against not in GPU_RIVALS:
-                raise ValueError(f"against: got {self.against!r} on a GPU, need one of {', '.join(GPU_RIVALS)}")
+            if self.against not in GPU_BASELINES:
+                raise ValueError(f"against: got {self.against!r} on a GPU, need one of {', '.join(GPU_BASELINES)}")
             if self.threads != 1:
-                raise ValueError(f"threads: got {self.threads}, but the cuda backend brings its own; leave it out")
+                raise ValueError(f"threads: got {self.threads}, but it is an option of the cpu backend; leave it out")
             return
         if not self.exact:
-            raise ValueError("exact: got False, but only --backend cuda has another way here; see bench crossover")
+            raise ValueError("exact: got False, but only --backend cuda has inexact kernels here; see bench crossover")
         if self.against == "none":
             return
-        for rival in self.rivals:
-            if rival not in RIVALS[:-1]:
-                raise ValueError(f"against: got {rival!r}, need one of {', '.join(RIVALS)}")
-        if len({rival in LAYER_RIVALS for rival in self.rivals}) > 1:
+        for baseline in self.baselines:
+            if baseline not in BASELINES[:-1]:
+                raise ValueError(f"against: got {baseline!r}, need one of {', '.join(BASELINES)}")
+        if len({baseline in LAYER_BASELINES for baseline in self.baselines}) > 1:
             raise ValueError(
-                f"against: got {self.against}, but {', '.join(LAYER_RIVALS)} run a whole layer and the others one "
-                "product; ask for one kind at a time"
+                f"against: got {self.against}, but {', '.join(LAYER_BASELINES)} run a whole layer and the others one "
+                "product; give one kind at a time"
             )
-        if "float32" in self.rivals and self.dtype == "float32":
-            raise ValueError("against: float32 is our own engine, a rival for narrower weights; give --dtype")
+        if "float32" in self.baselines and self.dtype == "float32":
+            raise ValueError("against: float32 is our own engine, a baseline for narrower weights; give --dtype")
         if self.measures == "product":
             for name, asked, only in (("layers", self.layers, 1), ("variant", self.variant, "evnn")):
                 if asked != only:
                     raise ValueError(
-                        f"{name}: got {asked!r}, but {self.against} is a rival of one product; need {only}"
+                        f"{name}: got {asked!r}, but {self.against} is a baseline of one product; need {only}"
                     )
 
     @property
-    def rivals(self) -> tuple[str, ...]:
-        """Names in `against`, none for "none"."""
+    def baselines(self) -> tuple[str, ...]:
+        """The names in `against`; empty for "none"."""
         return () if self.against == "none" else tuple(self.against.split(","))
 
     @property
     def measures(self) -> str:
-        """What is timed: "layer", or "product" where the rivals do just that."""
-        return "product" if set(self.rivals) & set(PRODUCT_RIVALS) else "layer"
+        """What is timed: "product" where the baselines compute one product, else "layer"."""
+        return "product" if set(self.baselines) & set(PRODUCT_BASELINES) else "layer"
 
     @property
     def left_out(self) -> float:
-        """Share of blocks or weights that random weights leave out."""
+        """Share of the blocks or weights that are left out of random weights."""
         if self.nm is not None:
             return 1 - self.nm[0] / self.nm[1]
         if self.sparsity is None:
@@ -132,11 +140,11 @@ class Case:
         return self.sparsity
 
     def record(self) -> dict:
-        """The case in JSON's terms: two equal records are the same measurement."""
+        """The case as JSON values. Equal records describe the same measurement."""
         asked = asdict(self)
         asked["activity_asked"], asked["sparsity_asked"] = asked.pop("activity"), self.left_out
         del asked["sparsity"]
-        if self.backend == "cpu":  # as it was before there was a choice
+        if self.backend == "cpu":  # recorded lines that are older than this option have no backend
             del asked["backend"]
         if self.exact:
             del asked["exact"]

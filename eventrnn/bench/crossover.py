@@ -1,4 +1,4 @@
-"""Is "auto" ever slower than the best way? Every way of some products beside its own choice, interleaved in one run."""
+"""Verification of backend="auto": every kernel for a set of products beside the one that auto picks, interleaved."""
 
 from __future__ import annotations
 
@@ -26,11 +26,14 @@ WEIGHTS = (
     {"format": "block", "block": (1, 64), "sparsity": 0.9},
 )
 
-# A timed run of the fastest way takes about so long; a way so many times slower in a first short run is out.
+# A first run of FIRST_STEPS steps drops kernels that are OUT times slower than the fastest. The timed runs then have
+# as many steps, between LEAST_STEPS and MOST_STEPS, as the fastest kernel does in RUN_SECONDS.
 RUN_SECONDS, OUT, FIRST_STEPS, LEAST_STEPS, MOST_STEPS = 1e-2, 3.0, 4, 2, 4096
 
-# A pick, and the share of active units from which all are walked; NEVER is above every share.
+#: a kernel name of cpu/plan.py, and the share of active units from which a tiled kernel multiplies all units
 Way = tuple[str, float]
+
+# No share of active units is as large.
 
 NEVER = 2.0
 
@@ -38,18 +41,18 @@ Report = Callable[[int, int, str], None]
 
 
 def verify(crossover: Crossover, hidden: int, repeats: int, report: Report, seed: int = 0) -> Iterator[dict]:
-    """A line for each weights x batch x activity: microseconds of a product by way, what "auto" picks, and its share of
-    the best way's speed, exact and not: of the ratios of `repeats` rounds, in which the ways are timed in turn, the
-    median. Some minutes.
+    """Time every kernel for each weights x batch x activity, beside the pick of "auto". Takes some minutes.
 
-    Where "auto" takes one of the ways as it is, that way's time is its own: the same code on the same tables.
+    Yields one record per case: microseconds of a product by kernel, the picks of "auto" (exact and inexact), and the
+    speed of each pick as a share of the fastest kernel's: the median of the ratios of `repeats` interleaved rounds.
+    Where "auto" picks one of the timed kernels unchanged, that kernel's time is used for both.
     """
     rng, plans, weights = np.random.default_rng(seed), {}, None
     total = len(WEIGHTS) * len(BATCHES) * len(ACTIVITIES)
     with limited(1):
         for done, (case, batch, activity) in enumerate(pairs(WEIGHTS, BATCHES, ACTIVITIES)):
             asked = case | {"batch": batch, "activity": activity, "hidden": hidden}
-            report(done, total, named(asked))
+            report(done, total, case_name(asked))
             if activity == ACTIVITIES[0] and batch == BATCHES[0]:
                 weights, plans = _weights(case, hidden, rng), {}
             assert weights is not None
@@ -57,15 +60,20 @@ def verify(crossover: Crossover, hidden: int, repeats: int, report: Report, seed
         report(total, total, "done")
 
 
-def named(line: dict) -> str:
-    """A case in words."""
+def case_name(line: dict) -> str:
+    """The name of a case for people."""
     return f"{line['format']} {line['sparsity']:.0%}, batch {line['batch']}, {line['activity']:.0%} active"
 
 
 def _line(
-    crossover: Crossover, weights: Weights, batch: int, activity: float, repeats: int, plans: dict,
+    crossover: Crossover,
+    weights: Weights,
+    batch: int,
+    activity: float,
+    repeats: int,
+    plans: dict,
     rng: np.random.Generator,
-) -> dict:  # fmt: skip
+) -> dict:
     def runs(steps: int, ways: Iterable[Way]) -> dict[Way, Callable[[], object]]:
         events, found = random_events(steps, batch, weights.shape[0], activity, rng), {}
         for way in ways:
@@ -92,14 +100,14 @@ def _line(
 
 
 def _tiles(weights: Weights) -> list[Way]:
-    """The exact ways beside the stored one."""
+    """The exact kernels apart from that of the stored format."""
     if isinstance(weights, Dense):
         return [(TILES, NEVER), (TILES, 0.0)]
     return [(DENSE, NEVER), (DENSE_TILES, NEVER), (DENSE_TILES, 0.0)]
 
 
 def _taken(choice: Choice, weights: Weights, batch: int, activity: float) -> Way:
-    """What a choice comes to; where tiles are not taken, or no share ever reached, the share says nothing."""
+    """The kernel that a policy picks. The share is `NEVER` where the kernel is not tiled and so does not use it."""
     pick = choice.pick(weights, batch, activity)
     return pick, choice.every_from(batch) if pick in (TILES, DENSE_TILES) else NEVER
 
@@ -116,12 +124,12 @@ def _medians(rounds: dict[Way, list[float]], steps: int) -> dict[Way, float]:
 
 
 def _ratio(way: list[float], auto: list[float]) -> float:
-    """Median over rounds: the machine's speed wanders, and the two sides of a round stand close together."""
+    """Median over rounds of the ratio within a round, because the speed of the machine drifts between rounds."""
     return float(np.median(np.array(way) / np.array(auto)))
 
 
 def picks(crossover: Crossover, hidden: int, seed: int = 0) -> list[dict]:
-    """What "auto" picks for the same products, exact and not, by activity: a line for each weights x batch."""
+    """The picks of "auto" for the same products by activity, exact and inexact: one record per weights x batch."""
     rng, lines = np.random.default_rng(seed), []
     for case in WEIGHTS:
         weights = _weights(case, hidden, rng)

@@ -1,9 +1,9 @@
-"""Who the CUDA engine is timed against, on the same weights.
+"""Baselines on a GPU, on the same weights.
 
-`cudnn`      : torch.nn.GRU, in its fastest form
-`evnn-style` : what EvNN does: one product for the inputs of all steps, then at each step a dense product and a kernel
-               for the cells; everything in one CUDA graph, so that no launch is waited for
-`cusparse`   : the same with the recurrent weights in cuSPARSE's CSR
+`cudnn`      : torch.nn.GRU (cuDNN), in the fastest of float32, TF32, padded TF32 and padded float16
+`evnn-style` : the method of EvNN: one product for the inputs of all steps, then per step a dense product and a kernel
+               for the cells; all in one CUDA graph, so that there is no launch latency
+`cusparse`   : the same with the recurrent weights as CSR in cuSPARSE
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from eventrnn.bench.baselines import import_torch, product_bound, torch_gru
 from eventrnn.events import Events
 from eventrnn.network import Layer, Network
 
-# cuDNN is fastest where every dimension is a multiple of this.
+# cuDNN is fastest where every dimension is a multiple of this number.
 PADDED_TO = 8
 
 CELL_THREADS = 128
@@ -26,8 +26,8 @@ CELL_THREADS = 128
 Seconds = Callable[[], float]
 
 
-def rivals(name: str, network: Network, inputs: Events) -> dict[str, Seconds]:
-    """By variant, what measures one run on the GPU. Raises ValueError where torch has no CUDA."""
+def baselines(name: str, network: Network, inputs: Events) -> dict[str, Seconds]:
+    """Variant -> function that returns the GPU seconds of one run. Raises ValueError where torch has no CUDA."""
     if name == "none":
         return {}
     torch = import_torch()
@@ -39,7 +39,7 @@ def rivals(name: str, network: Network, inputs: Events) -> dict[str, Seconds]:
 
 
 def _cudnn(torch, network: Network, inputs: Events) -> dict[str, Seconds]:
-    """torch.nn.GRU on the GPU, the same weights made dense, padded with zeros to what cuDNN likes best."""
+    """torch.nn.GRU on the GPU with the same weights made dense, plain and padded with zeros to multiples of 8."""
     plain, x = torch_gru(network).cuda(), torch.from_numpy(inputs.to_dense()).cuda()
     padded, wide = _padded(torch, plain), -plain.input_size % PADDED_TO
     padded_x = torch.nn.functional.pad(x, (0, wide))
@@ -73,7 +73,7 @@ def _cudnn(torch, network: Network, inputs: Events) -> dict[str, Seconds]:
 
 
 def _padded(torch, gru):
-    """The same GRU with inputs and units that are multiples of `PADDED_TO`; the spare ones stay at zero."""
+    """The same GRU with inputs and units padded to multiples of `PADDED_TO`; padding units stay at zero."""
     inputs, hidden = (-(-n // PADDED_TO) * PADDED_TO for n in (gru.input_size, gru.hidden_size))
     wide = torch.nn.GRU(inputs, hidden, gru.num_layers).cuda()
     with torch.no_grad():
@@ -87,7 +87,7 @@ def _padded(torch, gru):
 
 
 def _check(torch, plain, padded, x, padded_x) -> None:
-    """The padded GRU must compute the same: one step of both, within the rounding of float32 sums."""
+    """Compare one step of the plain and the padded GRU, within the rounding of float32 sums. Raises RuntimeError."""
     with torch.inference_mode():
         before = torch.backends.cudnn.allow_tf32
         torch.backends.cudnn.allow_tf32 = False
@@ -103,7 +103,7 @@ def _check(torch, plain, padded, x, padded_x) -> None:
 
 
 def _stepwise(torch, network: Network, inputs: Events, sparse: bool) -> Seconds:
-    """A graph of all layers and steps, float32 with TF32 allowed."""
+    """One CUDA graph of all layers and steps, float32 with TF32 allowed."""
     from eventrnn.cuda.device import current_device
 
     device = current_device()
@@ -152,7 +152,13 @@ def _stepwise(torch, network: Network, inputs: Events, sparse: bool) -> Seconds:
 
 
 class _Stepped:
-    """One layer on the GPU, and what its steps work in."""
+    """One layer on the GPU, with the buffers of its steps.
+
+    drive : input drives of all steps, (steps * batch, 3 N)
+    rec   : recurrent drives of one step, (batch, 3 N), or (3 N, batch) for cuSPARSE
+    sent  : outputs, (steps, batch, N)
+    cells : cells, (batch, N)
+    """
 
     def __init__(self, torch, layer: Layer, steps: int, batch: int, sparse: bool):
         def put(array: np.ndarray) -> Any:
@@ -162,7 +168,7 @@ class _Stepped:
         dense = layer.w_rec.to_dense()
         self.w_in, self.bias_in, self.bias_rec = map(put, (layer.w_in.to_dense(), layer.bias_in, layer.bias_rec))
         with warnings.catch_warnings():
-            # PyTorch calls its CSR a beta, once.
+            # PyTorch warns once that its CSR support is in beta.
             warnings.simplefilter("ignore", UserWarning)
             self.w_rec = put(dense.T).to_sparse_csr() if sparse else put(dense)
         self.threshold = put(np.broadcast_to(layer.threshold, layer.units).astype(np.float32))
@@ -173,7 +179,10 @@ class _Stepped:
         self._check(dense, batch)
 
     def product(self, sent) -> tuple[int, int]:
-        """The recurrent product of one step, without its bias; from one sample and one row to the next in it."""
+        """Compute the recurrent product of one step into `rec`, without bias.
+
+        Returns the strides of `rec`, in floats, from one sample and from one gate row to the next.
+        """
         if self.sparse:
             self.torch.mm(self.w_rec, sent.T, out=self.rec)
             return 1, self.rec.shape[1]
@@ -181,20 +190,21 @@ class _Stepped:
         return self.rec.shape[1], 1
 
     def _check(self, dense: np.ndarray, batch: int) -> None:
-        """The product must be the same within the rounding of float32 sums."""
+        """Compare the product with NumPy's, within the rounding of float32 sums. Raises RuntimeError."""
         y = np.random.default_rng(0).standard_normal((batch, self.units)).astype(np.float32)
         with self.torch.inference_mode():
             self.product(self.torch.from_numpy(y).cuda())
         got = self.rec.cpu().numpy()
         got = got.T if self.sparse else got
         if not (np.abs(got - y @ dense) <= product_bound(dense, y)).all():
-            raise RuntimeError("against: a rival's product is not that of the weights; is TF32 forced on?")
+            raise RuntimeError("against: a baseline computes another product than ours; is TF32 forced on?")
 
 
 def _cells_kernel():
-    """Cells and events of one step whose drives lie ready, a thread a unit; its signature.
+    """The kernel that updates cells and sends events in one step from ready drives, and its signature.
 
-    `sample_stride`, `row_stride`: floats from one sample and from one gate row to the next of the recurrent drive.
+    One thread per unit and sample. All arrays are float32 in global memory, given by address: drive (batch, 3 N), rec
+    with the strides `sample_stride` and `row_stride` in floats, bias (3 N), threshold (N), cells and sent (batch, N).
     """
     from numba import int64, types
 

@@ -1,4 +1,4 @@
-"""What the figures were measured on: processor, versions, threads, and how fast it multiplies."""
+"""The machine of a measurement: processor, package versions, threads, and the rate of FMA in registers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from eventrnn.cpu.kernels.simd import LANES
 
 GPU_PACKAGES = ("numba-cuda", "cupy-cuda12x", "cupy-cuda13x", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 
-# A few milliseconds.
+# Rounds of FMA per run, a few milliseconds, and runs.
 PEAK_ROUNDS, PEAK_REPEATS = 1_000_000, 5
 
 
@@ -37,7 +37,7 @@ def device() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package and what its speed, or a rival's, depends on."""
+    """Versions of this package and of the packages that its speed, or that of a baseline, depends on."""
     found = {"python": platform.python_version()}
     for name in ("eventrnn", "numba", "llvmlite", "numpy", "scipy", "torch", "mkl", "sparse_dot_mkl", *GPU_PACKAGES):
         try:
@@ -49,7 +49,7 @@ def versions() -> dict[str, str]:
 
 @contextmanager
 def limited(threads: int) -> Iterator[None]:
-    """BLAS, OpenMP and torch, as far as they are loaded, use that many threads."""
+    """Limit BLAS, OpenMP and torch, where they are loaded, to that many threads."""
     from threadpoolctl import threadpool_limits
 
     torch = sys.modules.get("torch")
@@ -65,11 +65,11 @@ def limited(threads: int) -> Iterator[None]:
 
 
 def peak(threads: int) -> dict[str, float | None]:
-    """float32 FMA operations a second in registers (two an FMA): all threads, and as a multiple of one thread.
+    """Peak float32 rate in registers: GFLOP/s of all threads (two operations per FMA), and as a multiple of one thread.
 
-    A multiple well below the number of threads says that they shared a core while this was measured.
+    A multiple well below the number of threads shows that threads shared a core during the measurement.
     """
-    # Each thread its own cache lines.
+    # Every thread gets its own cache lines.
     data = [np.ones((CHAINS + 4) * LANES, np.float32) for _ in range(threads)]
     multiply_add(1, data[0])
 

@@ -1,4 +1,4 @@
-"""How long masks take and how much they keep: every method on one matrix, interleaved in one run."""
+"""Time and kept magnitude of transposable N:M masks: every method on one matrix, interleaved in one run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from eventrnn.bench.timing import interleaved
 from eventrnn.pruning.nm import METHODS, mask_diversity, nm_mask, transposable_mask
 from eventrnn.weights import check_nm
 
-#: what others report, on machines of theirs: whose, method, side of the matrix, n:m, seconds, on what
+#: published times on other machines: source, method, side of the matrix, n:m, seconds, machine
 LITERATURE = (
     ("Meng et al. 2025", "min-cost flow", 512, "8:16", 1.82, "CPU"),
     ("Meng et al. 2025", "2-approximation", 512, "8:16", 0.13, "CPU"),
@@ -35,12 +35,12 @@ def masks(
     seed: int = 0,
     report: Callable[[str], None] = lambda stage: None,
 ) -> dict:
-    """Time transposable n:m masks of a Gaussian matrix and say what they keep, beside a mask along one axis.
+    """Time transposable n:m masks of a Gaussian matrix, beside a mask along one axis.
 
-    Returns the figures of `eventrnn bench pruning --json`. Of each method: the median seconds, and those of processors,
-    which others on the machine hardly lengthen; microseconds of processors a tile; the share of the magnitude that it
-    keeps, that over the exact one's where that was run, and the share of weights kept. And how many masks a tile has.
-    Compiling is not timed. Raises ValueError for a case that cannot be.
+    Returns the figures of `eventrnn bench pruning --json`. For each method: median seconds; median processor seconds,
+    which other load on the machine hardly changes; processor microseconds per tile; the share of the magnitude that
+    the mask keeps, also relative to the exact method where that was run; and the share of weights kept. Also the
+    number of valid masks of a tile. Compilation is not timed. Raises ValueError for an impossible case.
     """
     check_nm(n, m, "post")
     for name, value in (("rows", rows), ("columns", columns), ("threads", threads), ("repeats", repeats)):

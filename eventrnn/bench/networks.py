@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from eventrnn.backend import Backend
+from eventrnn.bench.case import Case
 from eventrnn.cells import Cell
 from eventrnn.events import Events
 from eventrnn.network import Layer, Network
-from eventrnn.simulation import simulate
+from eventrnn.simulation import Simulation, simulate
 from eventrnn.weights import Weights, check_block, convert
 
-# Above this activity the candidate gates get a bias: without it half of all cells are negative and never fire.
+# Above this activity the candidate gates get a positive bias. Without it half of all cells are negative and never fire.
 BIASED_ACTIVITY = 0.4
 
 CANDIDATE_BIAS = 8.0
+
+# Largest difference of the measured from the requested activity, as a share of the requested one.
+ACTIVITY_TOLERANCE = 0.1
 
 
 def random_weights(
@@ -28,9 +35,10 @@ def random_weights(
     dtype: str = "float32",
     rng: np.random.Generator,
 ) -> Weights:
-    """Gaussian weights (n_pre, n_post); `sparsity` of the blocks (or weights) left out, or n random ones of m kept.
+    """Gaussian weights (n_pre, n_post) with a share `sparsity` of the blocks or weights left out, or n of each m kept.
 
-    Scaled so that a drive's deviation does not depend on size and sparsity. O(size of the matrix).
+    The scale makes the deviation of a drive independent of size and sparsity. O(n_pre * n_post). Raises ValueError for
+    a sparsity outside [0, 1), and for one with the dense format.
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity: got {sparsity}, need a share in [0, 1)")
@@ -58,7 +66,7 @@ def _nm_mask(shape: tuple[int, int], n: int, m: int, axis: str, rng: np.random.G
     if axis == "pre":
         return _nm_mask((shape[1], shape[0]), n, m, "post", rng).T
     groups = -(-shape[1] // m)
-    scores = np.full((shape[0], groups * m), 2.0)  # what pads the last group comes last
+    scores = np.full((shape[0], groups * m), 2.0)  # padding of the last group is never among the n smallest
     scores[:, : shape[1]] = rng.random(shape)
     ranks = scores.reshape(shape[0], groups, m).argsort(axis=2).argsort(axis=2)
     return (ranks < n).reshape(shape[0], -1)[:, : shape[1]]
@@ -76,7 +84,7 @@ def random_network(
     nm: tuple[int, int, str] | None = None,
     dtype: str = "float32",
 ) -> Network:
-    """Layers of `hidden` units on `hidden` inputs, biases and thresholds zero; weights as of `random_weights`."""
+    """Layers of `hidden` units on `hidden` inputs, with `random_weights`, and zero biases and thresholds."""
 
     def weights() -> Weights:
         return random_weights(
@@ -90,9 +98,9 @@ def random_network(
 
 
 def at_activity(network: Network, inputs: Events, activity: float, backend: str = "cpu") -> Network:
-    """The network with each layer's common threshold bisected until it fires at the asked rate on these inputs.
+    """The network with one threshold per layer, found by bisection, so that it has this activity on these inputs.
 
-    For more than `BIASED_ACTIVITY`, candidates are biased upwards. Cost: 14 runs a layer.
+    Above `BIASED_ACTIVITY` the candidate gates get a positive bias. Cost: 14 runs per layer.
     """
     layers: list[Layer] = []
     for layer in network.layers:
@@ -111,6 +119,61 @@ def at_activity(network: Network, inputs: Events, activity: float, backend: str 
 
 
 def random_events(steps: int, batch: int, size: int, activity: float, rng: np.random.Generator) -> Events:
-    """Graded events, each unit at each step with probability `activity`, values in [0.25, 1)."""
+    """Graded events (steps, batch, size) in [0.25, 1); each unit fires in each step with probability `activity`."""
     fired = rng.random((steps, batch, size)) < activity
     return Events.from_dense(np.where(fired, rng.uniform(0.25, 1, fired.shape), 0).astype(np.float32))
+
+
+@dataclass(frozen=True)
+class PreparedNetwork:
+    """A random network at the activity of its case.
+
+    Attributes
+    ----------
+    network, inputs : the network, and its input events (steps, batch, hidden)
+    simulation      : its recorded run over the inputs
+    activity        : measured activity, the mean over the layers
+    compile_seconds : seconds of the first run
+    """
+
+    network: Network
+    inputs: Events
+    simulation: Simulation
+    activity: float
+    compile_seconds: float
+
+
+def prepare_network(case: Case, backend: str | Backend, report: Callable[[str], None]) -> PreparedNetwork:
+    """Draw the network and the inputs of a case, compile, and set the thresholds for the activity of the case.
+
+    backend : runs the recorded simulation; the thresholds are searched with the default backend of the case's device
+
+    Raises ValueError where no threshold brings the measured activity within `ACTIVITY_TOLERANCE` of the case's.
+    """
+    rng = np.random.default_rng(case.seed)
+    network = random_network(
+        case.hidden,
+        case.layers,
+        sparsity=case.left_out,
+        format=case.format,
+        block=case.block,
+        variant=case.variant,
+        rng=rng,
+        nm=case.nm,
+        dtype=case.dtype,
+    )
+    inputs = random_events(case.steps, case.batch, case.hidden, case.activity, rng)
+    report("compiling")
+    started = time.perf_counter()
+    simulate(network, inputs, backend=case.backend)
+    compile_seconds = time.perf_counter() - started
+    report("setting the activity")
+    network = at_activity(network, inputs, case.activity, case.backend)
+    simulation = simulate(network, inputs, backend=backend, record="events")
+    measured = float(np.mean(simulation.activity))
+    if abs(measured - case.activity) > ACTIVITY_TOLERANCE * case.activity:
+        raise ValueError(
+            f"activity: got {case.activity}, but thresholds bring this random network to {measured:.3f} at best; "
+            "use a lower activity or more units"
+        )
+    return PreparedNetwork(network, inputs, simulation, measured, compile_seconds)

@@ -1,7 +1,7 @@
-"""Timing side by side: every contestant in turn in one run, medians, and the bytes held against a probe.
+"""Interleaved timing, and the figures of a timed case.
 
-Probes do nothing but read the same weights, in the same order or straight on: a rate above the faster one's means that
-the benchmark is wrong, and is an error.
+All sides are timed in turn, round after round, and medians are compared. A probe reads the same weights and does
+nothing else; a measured read rate above that of the probe means that the benchmark is wrong, and is an error.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from eventrnn.counting.counts import Counts
 from eventrnn.weights import Weights
 
+# Pause before every timed run.
 SETTLE_SECONDS = 0.05
 
 Run = Callable[[], object]
@@ -24,24 +25,26 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Contest:
-    """One case made ready. Every run does all steps.
+class PreparedCase:
+    """One case ready to be timed. Every run covers all steps.
 
     Attributes
     ----------
-    ours, probes, rivals : what to time; rivals by variant
-    check       : compares every rival's result with ours; raises RuntimeError where one computes something else
-    counts      : operations of a run of ours
-    read_bytes  : what it reads of the weights, and each probe too
-    state_bytes : bytes of cells and outputs of a run
-    weights     : every matrix
-    activity    : as measured
-    compile_seconds : of the first run
+    ours        : our run
+    probes      : name -> run that only reads the weights
+    baselines   : variant -> run of a baseline
+    check       : compares the results of the baselines with ours; raises RuntimeError where one differs
+    counts      : operations of our run
+    read_bytes  : bytes of weights that our run, and each probe, reads
+    state_bytes : bytes of cells and outputs of our run
+    weights     : the weight matrices
+    activity    : measured activity
+    compile_seconds : seconds of the first run
     """
 
     ours: Run
     probes: dict[str, Run]
-    rivals: dict[str, Run]
+    baselines: dict[str, Run]
     check: Run
     counts: Counts
     read_bytes: int
@@ -51,14 +54,14 @@ class Contest:
     compile_seconds: float
 
 
-def interleaved(contestants: dict[Name, Run], repeats: int) -> dict[Name, list[float]]:
-    """Seconds of every contestant, in turn, `repeats` times; each timed run follows an unmeasured one of the same."""
-    seconds: dict[Name, list[float]] = {name: [] for name in contestants}
+def interleaved(runs: dict[Name, Run], repeats: int) -> dict[Name, list[float]]:
+    """Seconds of every run, `repeats` times in turn. Every timed call follows an untimed call of the same run."""
+    seconds: dict[Name, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
-        for name, run in contestants.items():
-            # Worker threads of BLAS and OpenMP go on spinning for a while after their work, on our cores.
+        for name, run in runs.items():
+            # Worker threads of BLAS and OpenMP keep spinning for a while after a call and would compete for the cores.
             time.sleep(SETTLE_SECONDS)
-            # A rested core is slow at first, and its caches are full of somebody else's data.
+            # The untimed call raises the clock rate of an idle core and fills its caches.
             run()
             started = time.perf_counter()
             run()
@@ -66,38 +69,38 @@ def interleaved(contestants: dict[Name, Run], repeats: int) -> dict[Name, list[f
     return seconds
 
 
-def figures(contest: Contest, seconds: dict[str, list[float]], steps: int) -> dict:
-    """What a timed contest says, a step. Raises RuntimeError where ours reads faster than the probe can."""
+def figures(case: PreparedCase, seconds: dict[str, list[float]], steps: int) -> dict:
+    """The figures per step of a timed case. Raises RuntimeError where our run reads faster than the probes."""
     ours = float(np.median(seconds["ours"])) / steps
-    rate = contest.read_bytes / steps / ours / 1e9
-    probe_rate = contest.read_bytes / min(min(seconds[name]) for name in contest.probes) / 1e9
+    rate = case.read_bytes / steps / ours / 1e9
+    probe_rate = case.read_bytes / min(min(seconds[name]) for name in case.probes) / 1e9
     if rate > probe_rate:
         raise RuntimeError(
             f"benchmark: {rate:.1f} GB/s of weights read, but a probe reads them at {probe_rate:.1f} GB/s at best; "
             "the machine is too noisy or the kernel skips work"
         )
-    counts, stored = contest.counts, sum(w.shape[0] * w.shape[1] for w in contest.weights)
+    counts, stored = case.counts, sum(w.shape[0] * w.shape[1] for w in case.weights)
     result = {
         "us_per_step": ours * 1e6,
         "against_us_per_step": None,
         "speedup": None,
         "against_variant": None,
         "against_variants_us_per_step": {},
-        "activity": contest.activity,
-        "sparsity": 1 - sum(w.nnz for w in contest.weights) / stored,
+        "activity": case.activity,
+        "sparsity": 1 - sum(w.nnz for w in case.weights) / stored,
         "dense_per_step": counts.dense // steps,
         "effective_per_step": counts.effective / steps,
         "executed_per_step": counts.executed / steps,
-        "bytes_per_step": (contest.read_bytes + contest.state_bytes) / steps,
-        "storage_bytes": sum(w.nbytes for w in contest.weights),
+        "bytes_per_step": (case.read_bytes + case.state_bytes) / steps,
+        "storage_bytes": sum(w.nbytes for w in case.weights),
         "bandwidth_gb_s": rate,
         "probe_gb_s": probe_rate,
         "bandwidth_fraction": rate / probe_rate,
         "gflop_s": 2 * counts.executed / steps / ours / 1e9,
-        "compile_seconds": contest.compile_seconds,
+        "compile_seconds": case.compile_seconds,
     }
-    if contest.rivals:
-        each = {name: float(np.median(seconds[name])) / steps for name in contest.rivals}
+    if case.baselines:
+        each = {name: float(np.median(seconds[name])) / steps for name in case.baselines}
         best = min(each, key=lambda name: each[name])
         result |= {
             "against_us_per_step": each[best] * 1e6,

@@ -1,4 +1,4 @@
-"""`training`: a window forward and back, ours beside PyTorch, interleaved in one run."""
+"""The training benchmark: one window, forward and backward, beside PyTorch, interleaved in one run."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from eventrnn.bench.baselines import import_torch
-from eventrnn.bench.inference import ACTIVITY_TOLERANCE
+from eventrnn.bench.baselines import import_torch, torch_gru
 from eventrnn.bench.machine import device, limited, peak, versions
-from eventrnn.bench.networks import at_activity, random_events, random_network
+from eventrnn.bench.networks import ACTIVITY_TOLERANCE, at_activity, random_events, random_network
 from eventrnn.bench.timing import Run, interleaved
 from eventrnn.cells import Surrogate
 from eventrnn.counting.backward import BackwardCounts, count_backward
@@ -21,14 +20,15 @@ from eventrnn.network import Network
 from eventrnn.state import State
 from eventrnn.training.bptt.model import BACKWARDS, Model, Tape
 
-#: torch.nn.GRU, another and dense model of the same size; this very cell as a PyTorch loop, written with care for its
-#: gradient; and as the published plain path (EvNN's `EGRUScript`) goes over the steps
-TRAINING_RIVALS = ("torch", "torch-loop", "torch-loop-indexed")
+#: "torch": torch.nn.GRU, a dense model of the same size; "torch-loop": the same cell as a PyTorch loop whose drives of
+#: all steps come from one operation; "torch-loop-indexed": the loop of the published code (EvNN's `EGRUScript`), which
+#: indexes the drives in every step
+TRAINING_BASELINES = ("torch", "torch-loop", "torch-loop-indexed")
 
 INPUT_GRADIENTS = ("open", "all", "none")
 
-# How far gradients of the loop may be from ours over `CHECKED_STEPS`, relative to the largest: float32 products in
-# another order; a dropped term is orders of magnitude more.
+# Largest difference of the loop's gradients from ours over `CHECKED_STEPS`, relative to the largest gradient. It
+# covers float32 products in another order; a missing term is orders of magnitude larger.
 CHECKED_STEPS, SAME_GRADIENT = 2, 1e-3
 
 Report = Callable[[str], None]
@@ -36,21 +36,24 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class TrainingCase:
-    """One thing to measure. Raises ValueError for what does not go together, before any work.
+    """One case to measure. Raises ValueError for options that do not fit together, before any work.
 
     Attributes
     ----------
-    hidden, batch, steps : units (and inputs) of the layer, samples side by side, steps of a window
+    hidden    : units, and inputs, of the layer
+    batch     : samples
+    steps     : steps of the window
     activity  : share of units, and of inputs, that send an event in a step
-    support   : share of (unit, step, sample) that the surrogate's slope is not zero for, whether it fired or not
+    support   : share of (unit, step, sample) with a non-zero surrogate derivative, whether the unit fired or not
     sparsity  : share of blocks left out
-    block     : presynaptic x postsynaptic; with a sparsity only
+    block     : (presynaptic, postsynaptic) sizes of a block; only with a sparsity
     backward  : "auto", "sparse" or "dense"
-    input_gradient : "open", as by a layer below that fires and has slopes as much as this one; "all" of it, or "none".
-                     PyTorch makes all or none of it
-    threads   : of every contestant
-    against   : rivals, separated by commas, or "none"; the first is `speedup`'s
-    repeats, seed : interleaved rounds, of everything random
+    input_gradient : "open": only where a layer below with the same activity and support could use it; "all"; or "none".
+                     PyTorch computes all of it or none
+    threads   : threads of every side
+    against   : baselines, separated by commas, or "none"; `speedup` refers to the first
+    repeats   : interleaved rounds
+    seed      : seed of everything random
     """
 
     hidden: int = 1350
@@ -84,25 +87,28 @@ class TrainingCase:
             raise ValueError(f"backward: got {self.backward!r}, need one of {', '.join(BACKWARDS)}")
         if self.input_gradient not in INPUT_GRADIENTS:
             raise ValueError(f"input_gradient: got {self.input_gradient!r}, need one of {', '.join(INPUT_GRADIENTS)}")
-        for rival in self.rivals:
-            if rival not in TRAINING_RIVALS:
-                raise ValueError(f"against: got {rival!r}, need {', '.join(TRAINING_RIVALS)} or none")
+        for baseline in self.baselines:
+            if baseline not in TRAINING_BASELINES:
+                raise ValueError(f"against: got {baseline!r}, need {', '.join(TRAINING_BASELINES)} or none")
 
     @property
-    def rivals(self) -> tuple[str, ...]:
-        """Names in `against`, none for "none"."""
+    def baselines(self) -> tuple[str, ...]:
+        """The names in `against`; empty for "none"."""
         return () if self.against == "none" else tuple(self.against.split(","))
 
 
 def training(*, report: Report = lambda stage: None, **case: Any) -> dict:
-    """Time windows forward and back and return the figures of `eventrnn bench training --json`.
+    """Time windows forward and backward and return the figures of `eventrnn bench training --json`.
 
-    Parameters are the fields of `TrainingCase`. An iteration is a window from its inputs and the gradient of its
-    outputs to the gradients of all parameters (of pruned matrices a list of the kept weights') and of the inputs, the
-    layer standing in a stack: where the layer below would have a use for it, unless `input_gradient` says otherwise; no
-    optimiser. Inputs are events, graded, at the asked activity. A common threshold brings the units to it, the
-    surrogate's width its support to what is asked; both are measured in the timed window, as is `open`, the share of
-    (unit, step, sample) that fired or has a slope: what the backward pass cannot skip.
+    Parameters are the fields of `TrainingCase`; `report` is called with the name of each stage. An iteration goes from
+    the inputs of a window and the gradient of its outputs to the gradients of all parameters and of the inputs. The
+    gradient of a pruned matrix is a list of the kept weights' gradients. There is no optimiser. Inputs are graded
+    events at the requested activity. A common threshold sets the activity of the units, and the width of the surrogate
+    sets the support. Both are measured in the timed window. `open` is the share of (unit, step, sample)
+    that fired or has a non-zero surrogate derivative: the part that the backward pass cannot skip.
+
+    Raises ValueError for an impossible case, RuntimeError where a gradient is not finite or a loop's gradient differs
+    from ours.
     """
     asked = TrainingCase(**case)
     rng = np.random.default_rng(asked.seed)
@@ -139,21 +145,21 @@ def training(*, report: Report = lambda stage: None, **case: Any) -> dict:
         figures = _measured(asked, network, tape)
         del tape, gradients
         whole = asked.input_gradient != "none"
-        rivals = {name: _rival(name, network, x, d_output, whole) for name in asked.rivals}
-        for name in rivals:
+        baselines = {name: _baseline(name, network, x, d_output, whole) for name in asked.baselines}
+        for name in baselines:
             if name in LOOPS:
                 report(f"comparing gradients with {name}")
                 _compare(name, network, x[:CHECKED_STEPS], d_output[:CHECKED_STEPS])
         report(f"timing {asked.repeats} rounds")
-        seconds = interleaved({"ours": ours} | rivals, asked.repeats)
+        seconds = interleaved({"ours": ours} | baselines, asked.repeats)
     medians = {name: float(np.median(each)) for name, each in seconds.items()}
     result = {"ms_per_iteration": medians["ours"] * 1e3, "against_ms_per_iteration": None, "speedup": None}
-    if asked.rivals:
-        first = medians[asked.rivals[0]]
+    if asked.baselines:
+        first = medians[asked.baselines[0]]
         result |= {"against_ms_per_iteration": first * 1e3, "speedup": first / medians["ours"]}
     result["against_each"] = {
         name: {"ms_per_iteration": medians[name] * 1e3, "speedup": medians[name] / medians["ours"]}
-        for name in asked.rivals
+        for name in asked.baselines
     }
     record = asdict(asked)
     record["activity_asked"], record["support_asked"] = record.pop("activity"), record.pop("support")
@@ -163,7 +169,8 @@ def training(*, report: Report = lambda stage: None, **case: Any) -> dict:
 
 
 def at_support(network: Network, x: np.ndarray, support: float) -> Network:
-    """The network with its surrogate as wide as the asked share of units, steps and samples is near its threshold."""
+    """The one-layer network with a surrogate so wide that its derivative is non-zero for a share `support` of
+    (unit, step, sample) on inputs x, (T, B, I)."""
     (layer,) = network.layers
     _, _, tape = Model(network).forward(x, State.zeros(network, x.shape[1]))
     distance = np.abs(tape.layers[0].v - layer.threshold)
@@ -173,13 +180,14 @@ def at_support(network: Network, x: np.ndarray, support: float) -> Network:
 
 
 def _paths_below(x: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
-    """Where a layer that sent x has a path, (T, B, I): at its events and at so many others that `share` has one."""
+    """Where a layer below that sent x could use a gradient, bool (T, B, I): at its events and at random other places,
+    a share `share` of all."""
     fired = x != 0
     return fired | (rng.random(x.shape) < max(0.0, share - fired.mean()) / (1 - fired.mean()))
 
 
 def _measured(case: TrainingCase, network: Network, tape: Tape) -> dict:
-    """What the window was like, and its operations."""
+    """Measured activity, support and sparsity of the window, and its operations."""
     (layer,), kept = tape.layers, network.layers[0]
     activity, slopes = tape.activity, np.abs(layer.v - kept.threshold) < 1 / kept.cell.surrogate.support
     support = float(slopes.mean())
@@ -205,13 +213,11 @@ def _measured(case: TrainingCase, network: Network, tape: Tape) -> dict:
     }
 
 
-# --- rivals -------------------------------------------------------------------------------------------------
+# --- baselines -------------------------------------------------------------------------------------------------
 
 
-def _torch_gru(network: Network, x: np.ndarray, d_output: np.ndarray, input_gradient: bool) -> Run:
-    torch = import_torch()
-    layer = network.layers[0]
-    gru = torch.nn.GRU(layer.inputs, layer.units)
+def _gru_window(network: Network, x: np.ndarray, d_output: np.ndarray, input_gradient: bool) -> Run:
+    torch, gru = import_torch(), torch_gru(network)
     given, upstream = torch.from_numpy(x).requires_grad_(input_gradient), torch.from_numpy(d_output)
 
     def run() -> None:
@@ -225,10 +231,10 @@ def _torch_gru(network: Network, x: np.ndarray, d_output: np.ndarray, input_grad
 def torch_loop(
     network: Network, x: np.ndarray, d_output: np.ndarray, input_gradient: bool, indexed: bool
 ) -> tuple[Run, Callable[[], dict[str, np.ndarray]]]:
-    """The layer as a PyTorch loop, the input product hoisted; how to run it, and its gradients by our names.
+    """The layer as a PyTorch loop with one input product for all steps: a run, and its gradients by our names.
 
-    The steps come from one operation, whose gradient is made once; `indexed`, each from `drives[t]`, whose gradient is
-    an array of all steps, zero but for one, at every step.
+    indexed : take the drives of a step by `drives[t]`, whose gradient is an array of all steps in every step. Otherwise
+              one `unbind` yields the drives of all steps, and its gradient is computed once
     """
     torch = import_torch()
     (layer,) = network.layers
@@ -246,9 +252,12 @@ def torch_loop(
             return upstream * rule.dampening * torch.relu(1 - rule.support * distance.abs())
 
     arrays = {
-        "w_in": layer.w_in.to_dense(), "w_rec": layer.w_rec.to_dense(), "bias_in": layer.bias_in,
-        "bias_rec": layer.bias_rec, "threshold": layer.threshold,
-    }  # fmt: skip
+        "w_in": layer.w_in.to_dense(),
+        "w_rec": layer.w_rec.to_dense(),
+        "bias_in": layer.bias_in,
+        "bias_rec": layer.bias_rec,
+        "threshold": layer.threshold,
+    }
     p = {name: torch.from_numpy(np.array(value)).requires_grad_() for name, value in arrays.items()}
     given, upstream = torch.from_numpy(np.array(x)).requires_grad_(input_gradient), torch.from_numpy(d_output)
 
@@ -276,18 +285,18 @@ def torch_loop(
     return run, gradients
 
 
-#: Rivals whose gradients are compared with ours, and whether they index the steps.
+#: baselines whose gradients are compared with ours -> whether they index the steps
 LOOPS = {"torch-loop": False, "torch-loop-indexed": True}
 
 
-def _rival(name: str, network: Network, x: np.ndarray, d_output: np.ndarray, input_gradient: bool) -> Run:
+def _baseline(name: str, network: Network, x: np.ndarray, d_output: np.ndarray, input_gradient: bool) -> Run:
     if name in LOOPS:
         return torch_loop(network, x, d_output, input_gradient, LOOPS[name])[0]
-    return _torch_gru(network, x, d_output, input_gradient)
+    return _gru_window(network, x, d_output, input_gradient)
 
 
 def _compare(name: str, network: Network, x: np.ndarray, d_output: np.ndarray) -> None:
-    """Refuse to time a loop that computes something else."""
+    """Compare the gradients of a loop with ours over a few steps. Raises RuntimeError where they differ."""
     model = Model(network)
     _, _, tape = model.forward(x, State.zeros(network, x.shape[1]))
     ours, theirs = model.backward(tape, d_output), torch_loop(network, x, d_output, False, LOOPS[name])[1]()

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from eventrnn.bench.case import LAYER_RIVALS, PRODUCT_RIVALS
+from eventrnn.bench.case import LAYER_BASELINES, PRODUCT_BASELINES
 from eventrnn.bench.machine import device, versions
 from eventrnn.cli.options import Json, Seed, Threads, parse_block, takes
 from eventrnn.cli.terminal import as_line, progress, show
@@ -19,12 +19,12 @@ from eventrnn.weights import FORMATS, STORAGES
 from eventrnn.weights.nm import AXES
 
 AGAINST = (
-    f"Rivals, separated by commas: of the whole layer {', '.join(LAYER_RIVALS)} (torch is nn.GRU); of one product "
-    f"{', '.join(PRODUCT_RIVALS)}; on a GPU cudnn, evnn-style or cusparse; or "
+    f"Rivals, separated by commas: of the whole layer {', '.join(LAYER_BASELINES)} (torch is nn.GRU); of one product "
+    f"{', '.join(PRODUCT_BASELINES)}; on a GPU cudnn, evnn-style or cusparse; or "
     "none. [torch; cudnn]"
 )
 
-OPPONENT = {"cpu": "torch", "cuda": "cudnn"}
+DEFAULT_BASELINE = {"cpu": "torch", "cuda": "cudnn"}
 
 bench_app = typer.Typer(rich_markup_mode=None, help="Measure speed, every side in one run.")
 
@@ -70,7 +70,7 @@ def inference(given: InferenceOptions) -> None:
     """Time whole sequences of a random network beside its rivals: a dense network, or who does one of its products."""
     from eventrnn import bench
 
-    case = _case(given) | {"against": given.against or OPPONENT.get(given.backend, "none")}
+    case = _case(given) | {"against": given.against or DEFAULT_BASELINE.get(given.backend, "none")}
     case["nm"] = parse_nm(given.nm, AXES) if given.nm else None
     with progress() as report:
         result = bench.inference(report=lambda stage: report(stage, 0, 1, ""), **case)
@@ -135,7 +135,7 @@ def _case(given: InferenceOptions | TrainingOptions) -> dict[str, Any]:
 @bench_app.command()
 def crossover(
     measure: Annotated[bool, typer.Option("--measure", help="Measure again, whatever is in the cache.")] = False,
-    verify: Annotated[
+    check: Annotated[
         bool, typer.Option("--verify", help="Time every way beside what auto picks; some minutes.")
     ] = False,
     hidden: Annotated[int, typer.Option(help="Units of the products in the table, and of --verify.")] = 1350,
@@ -147,25 +147,25 @@ def crossover(
     for name, value, least in (("hidden", hidden, 16), ("repeats", repeats, 3)):
         if value < least:
             raise ValueError(f"{name}: got {value}, need a whole number >= {least}")
-    from eventrnn.bench import crossover as crossing
-    from eventrnn.cpu import crossover as maps
+    from eventrnn.bench.crossover import ACTIVITIES, case_name, picks, verify
+    from eventrnn.cpu import crossover as crossover_map
 
     with progress() as report:
         measuring, verifying = _stage(report, "measuring"), _stage(report, "verifying")
-        found = maps.save(maps.measure(measuring)) if measure else maps.load(measuring)
+        found = crossover_map.save(crossover_map.measure(measuring)) if measure else crossover_map.load(measuring)
         checked = []
-        for line in crossing.verify(found, hidden, repeats, verifying, seed) if verify else ():
+        for line in verify(found, hidden, repeats, verifying, seed) if check else ():
             checked.append(line)
             ratios = f"exact {line['exact_ratio']:.2f} ({line['picked']})"
             ratios += f", not exact {line['inexact_ratio']:.2f} ({line['picked_inexact']})"
-            print(f"{crossing.named(line)}: {ratios}", file=sys.stderr)
-    picks = crossing.picks(found, hidden)
+            print(f"{case_name(line)}: {ratios}", file=sys.stderr)
+    picked = picks(found, hidden)
     if as_json:
-        record = {"cache": str(maps.cache_path()), "times": found.times, "picks": picks, "verified": checked}
+        record = {"cache": str(crossover_map.cache_path()), "times": found.times, "picks": picked, "verified": checked}
         print(as_line(record | {"device": device(), "versions": versions()}))
         return
-    table = Table("weights", "drives", *(f"{a:.0%}" for a in crossing.ACTIVITIES), title="what auto picks, by activity")
-    for line in picks:
+    table = Table("weights", "drives", *(f"{a:.0%}" for a in ACTIVITIES), title="what auto picks, by activity")
+    for line in picked:
         table.add_row(line["weights"], str(line["batch"]), *line["exact"])
     Console().print(table)
     if checked:
@@ -173,10 +173,10 @@ def crossover(
         for kind, line in worst.items():
             short = sum(each[kind] < 0.95 for each in checked)
             print(
-                f"{kind.replace('_', ' ')}: {line[kind]:.2f} of the best way at worst ({crossing.named(line)}); "
+                f"{kind.replace('_', ' ')}: {line[kind]:.2f} of the best way at worst ({case_name(line)}); "
                 f"{short} of {len(checked)} below 0.95"
             )
-    print(f"map: {maps.cache_path()}")
+    print(f"map: {crossover_map.cache_path()}")
 
 
 def _stage(report, stage: str):

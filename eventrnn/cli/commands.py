@@ -25,7 +25,7 @@ from eventrnn.cli.options import (
     Steps,
     Text,
     Threads,
-    encoded,
+    load_symbols,
     parse_block,
     writable_file,
     writable_folder,
@@ -91,7 +91,7 @@ def run(
     from eventrnn.training.evaluation import compare_storage, evaluate_text
 
     network = io.load(model)
-    symbols = encoded(network, text, part)
+    symbols = load_symbols(network, text, part)
     with progress() as bar:
 
         def report(stage: str, done: int, total: int) -> None:
@@ -118,7 +118,7 @@ def count(
     network = io.load(model)
     if symbols < 1:
         raise ValueError(f"symbols: got {symbols}, need a whole number >= 1")
-    simulation = simulate(network, encoded(network, text, part)[:symbols, None], record="events")
+    simulation = simulate(network, load_symbols(network, text, part)[:symbols, None], record="events")
     counts = counting.count(network, simulation)
     audit = counting.audit(network, simulation, counts)
     record = counts.as_dict() | {

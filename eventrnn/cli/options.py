@@ -125,7 +125,7 @@ def _probe_folder(folder: Path, option: str = "out") -> None:
         raise ValueError(f"{option}: cannot write into {folder}: {error.strerror}") from None
 
 
-def encoded(network: Network, text: str, part: str) -> np.ndarray:
+def load_symbols(network: Network, text: str, part: str) -> np.ndarray:
     """A part of a text in the model's own symbols."""
     from eventrnn.data.text import SPLITS, Vocabulary, python_documentation, read_parts
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from eventrnn import io
-from eventrnn.cli.options import Force, Json, Part, Text, encoded, writable_picture
+from eventrnn.cli.options import Force, Json, Part, Text, load_symbols, writable_picture
 from eventrnn.cli.terminal import as_line
 
 # Symbols and rounds that are timed for the picture of operations.
@@ -72,7 +72,7 @@ def _run(
     network = io.load(model)
     if layer >= len(network.layers):
         raise ValueError(f"layer: got {layer}, but {model} has {len(network.layers)}, counted from 0")
-    read = encoded(network, text, part)[: start + steps if what == "raster" else symbols, None]
+    read = load_symbols(network, text, part)[: start + steps if what == "raster" else symbols, None]
     run = simulate(network, read, record="events")
     if what == "raster":
         plots.raster(run.events[layer], start=start, steps=steps, path=out)

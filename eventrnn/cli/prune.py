@@ -1,9 +1,9 @@
-"""`eventrnn prune`: every way of pruning, with a table of what it changed."""
+"""`eventrnn prune`: every pruning method, with a table of what it changed."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +18,7 @@ from eventrnn.cli.options import (
     Force,
     Json,
     Model,
-    encoded,
+    load_symbols,
     parse_block,
     takes,
     writable_file,
@@ -27,52 +27,20 @@ from eventrnn.cli.options import (
 from eventrnn.cli.terminal import as_line, progress
 from eventrnn.network import Network
 from eventrnn.pruning.magnitude import GATES, SCOPES, STATISTICS
+from eventrnn.pruning.methods import BLOCK_OPTIONS, METHODS, NM_OPTIONS, Method, training_schedule
 from eventrnn.pruning.nm import METHODS as MASKS
-from eventrnn.pruning.operations import check_budget
+from eventrnn.pruning.operations import MEASUREMENTS, check_budget
 from eventrnn.pruning.patterns import parse_nm
 from eventrnn.simulation import simulate
 from eventrnn.training.thresholds import RULES, check_rule
 
-
-@dataclass(frozen=True)
-class Way:
-    """One method: what it does, what says how far it goes, the options it knows, and whether it trains."""
-
-    words: str
-    targets: tuple[str, ...]
-    options: tuple[str, ...] = ()
-    trains: bool | None = False
-    reads: bool = False
-
-
-BLOCKS = ("block", "scope", "statistic", "gates")
-
-#: name -> way; `trains` None: with --steps if you like
-WAYS = {
-    "magnitude": Way("the smallest, at once or gradually", ("sparsity", "nm"), (*BLOCKS, "mask"), None),
-    "movement": Way("what training moves towards zero", ("sparsity",), BLOCKS, True),
-    "threshold": Way("blocks under a rising threshold", ("sparsity",), ("block", "statistic"), True),
-    "lasso": Way("group lasso, then that", ("sparsity",), ("block", "statistic", "strength"), True),
-    "iterative": Way("in rounds, rewound after each", ("sparsity",), ("block", "scope", "statistic", "rounds"), True),
-    "dynamic": Way(
-        "masks that follow the weights", ("nm", "sparsity"), ("block", "statistic", "gates", "mask", "every"), True
-    ),
-    "regrow": Way("dropped here, regrown there", ("sparsity",), ("block", "statistic", "every"), True),
-    "adaprune": Way(
-        "what stays makes up for what goes", ("nm", "sparsity"), ("block", "statistic", "gates", "mask"), reads=True
-    ),
-    "operations": Way(
-        "to a share of the measured operations", ("ops_budget",), ("block", "criterion"), None, reads=True
-    ),
-}
-
+#: options of the training
 TUNING = ("learning_rate", "activity_cost", "thresholds", "batch", "window", "seed")
 
-# Of the validation text, on which activity is measured and matrices are refitted: steps, and streams side by side.
+# Part of the validation text on which activity is measured and matrices are refitted: steps, and parallel streams.
 CALIBRATION = (512, 8)
 
-# The last step at which masks change, as a share of the steps.
-SETTLED = 0.5
+Report = Callable[[str, int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -82,7 +50,8 @@ class PruneOptions:
     model: Model
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Model file to write.")] = None
     method: Annotated[
-        str | None, typer.Option(help=f"{'; '.join(f'{name}: {way.words}' for name, way in WAYS.items())}. [magnitude]")
+        str | None,
+        typer.Option(help=f"{'; '.join(f'{name}: {each.summary}' for name, each in METHODS.items())}. [magnitude]"),
     ] = None
     sparsity: Annotated[float | None, typer.Option(help="Share of blocks to prune, in [0, 1). [0.8]")] = None
     nm: Annotated[
@@ -139,49 +108,47 @@ class PruneOptions:
     as_json: Json = False
 
 
+@dataclass(frozen=True)
+class Request:
+    """One pruning, checked before any work.
+
+    Attributes
+    ----------
+    name, method : entry of `pruning.methods.METHODS`
+    pattern      : what to prune to
+    steps        : updates of the training, 0 for none
+    schedule     : what the trainer is given; None without training and for methods that train otherwise
+    given        : every option that was given, by name
+    """
+
+    name: str
+    method: Method
+    pattern: pruning.Pattern
+    steps: int
+    schedule: pruning.Pruning | None
+    given: Mapping[str, Any]
+
+    @property
+    def exempt(self) -> tuple[str, ...]:
+        return tuple(self.given.get("exempt", ()))
+
+    def some(self, *options: str) -> dict[str, Any]:
+        """Those of the named options that were given, as keyword arguments."""
+        return {option: self.given[option] for option in options if option in self.given}
+
+
 @takes(PruneOptions)
 def prune(options: PruneOptions) -> None:
     """Prune a model: at once, while training, to N of each M, or to a budget of operations."""
-    given = {name: value for name, value in asdict(options).items() if value is not None}
-    name = options.method or ("operations" if options.ops_budget is not None else "magnitude")
-    way = _way(name, given, options.steps, options.text)
-    check_rule(given.get("thresholds", RULES[0]))
-    if options.out is None and not options.dry_run:
-        raise ValueError("out: got none; give a file to write, or --dry-run")
-    if options.out is not None:
-        writable_file(options.out, options.force)
-    if options.picture is not None:
-        _check_picture(options.picture, given, options.force)
-    pattern = _pattern(given)
-    schedule = (
-        _schedule(name, pattern, given, options.steps)
-        if options.steps and name not in ("iterative", "operations")
-        else None
-    )
-    if name == "operations":
-        check_budget(given["ops_budget"], given.get("criterion", "return"))
+    request = _request(options)
     network = io.load(options.model)
     parts, budget = {}, {}
-    if options.steps or way.reads or options.text is not None:
-        parts = {part: encoded(network, options.text or "builtin", part) for part in ("train", "valid")}
+    if request.steps or request.method.calibrates or options.text is not None:
+        parts = {part: load_symbols(network, options.text or "builtin", part) for part in ("train", "valid")}
     with progress() as report:
-        if name == "operations":
-            pruned = _to_budget(network, parts["valid"], given, report)
-        elif name == "adaprune":
-            pruned, _ = pruning.adaprune(
-                network, _calibration(parts["valid"]), pattern, exempt=_exempt(given),
-                report=lambda matrix, done, total: report("refitting", done, total, matrix),
-            )  # fmt: skip
-        elif options.dry_run or (not way.trains and not (options.steps and name == "magnitude")):
-            pruned = _at_once(network, pattern, given)
-        else:
-            pruned = _trained(name, network, parts["train"], schedule, pattern, given, options.steps, report)
-        if name == "operations":
-            if options.steps and not options.dry_run:
-                pruned = _tuned(pruned, parts["train"], None, pattern, given, options.steps, report)
-            inputs, asked = _calibration(parts["valid"]), given["ops_budget"]
-            share = _operations(pruned, inputs) / _operations(network, inputs)
-            budget = {"budget": asked, "budget_share": share, "budget_held": share <= asked}
+        pruned = _pruned(request, network, parts, report)
+        if request.name == "operations":
+            budget = _budget(request, network, pruned, parts["valid"])
         before, after = (_figures(each, parts.get("valid"), report) for each in (network, pruned))
     before["file_bytes"] = options.model.stat().st_size
     if options.out is not None and not options.dry_run:
@@ -192,64 +159,82 @@ def prune(options: PruneOptions) -> None:
     if options.picture is not None:
         from eventrnn import plots
 
-        plots.mask_map(pruned.matrices(), title=f"{options.model.name}, {name}: {pattern}", path=options.picture)
-    words = {"method": name, "format": ", ".join(sorted({w.name for w in pruned.matrices().values()}))}
-    words["storage"] = ", ".join(sorted({w.storage for w in pruned.matrices().values()}))
-    _show(
-        words | budget | {"steps": 0 if options.dry_run else options.steps, "dry_run": options.dry_run},
-        before,
-        after,
-        options.out,
-        options.as_json,
-    )
+        title = f"{options.model.name}, {request.name}: {request.pattern}"
+        plots.mask_map(pruned.matrices(), title=title, path=options.picture)
+    matrices = pruned.matrices().values()
+    summary = {
+        "method": request.name,
+        "format": ", ".join(sorted({w.name for w in matrices})),
+        "storage": ", ".join(sorted({w.storage for w in matrices})),
+        **budget,
+        "steps": 0 if options.dry_run else request.steps,
+        "dry_run": options.dry_run,
+    }
+    _show(summary, before, after, options)
 
 
 # --- options ------------------------------------------------------------------------------------------------
 
 
-def _way(name: str, given: Mapping[str, Any], steps: int, text: str | None) -> Way:
-    """The method, if all that was given means something to it. Raises ValueError."""
-    if name not in WAYS:
-        raise ValueError(f"method: got {name!r}, need one of {', '.join(WAYS)}")
-    way = WAYS[name]
+def _request(options: PruneOptions) -> Request:
+    """The pruning that the options describe. Raises ValueError for options that do not fit together."""
+    given = {name: value for name, value in asdict(options).items() if value is not None}
+    name = options.method or ("operations" if options.ops_budget is not None else "magnitude")
+    method = _method(name, given, options.steps)
+    check_rule(given.get("thresholds", RULES[0]))
+    if options.out is None and not options.dry_run:
+        raise ValueError("out: got none; give a file to write, or --dry-run")
+    if options.out is not None:
+        writable_file(options.out, options.force)
+    if options.picture is not None:
+        _check_picture(options.picture, given, options.force)
+    pattern = _pattern(given)
+    schedule = training_schedule(name, pattern, options.steps, given) if options.steps else None
+    if name == "operations":
+        check_budget(given["ops_budget"], given.get("criterion", "return"))
+    return Request(name, method, pattern, options.steps, schedule, given)
+
+
+def _method(name: str, given: Mapping[str, Any], steps: int) -> Method:
+    """The method of that name. Raises ValueError where it does not take an option that was given."""
+    if name not in METHODS:
+        raise ValueError(f"method: got {name!r}, need one of {', '.join(METHODS)}")
+    method = METHODS[name]
     targets = [target for target in ("sparsity", "nm", "ops_budget") if target in given]
-    if len(targets) > 1 or any(target not in way.targets for target in targets):
-        raise ValueError(
-            f"target: got {', '.join(_option(t) for t in targets)} for {name}, need one of "
-            f"{', '.join(_option(t) for t in way.targets)}"
-        )
+    if len(targets) > 1 or any(target not in method.targets for target in targets):
+        raise ValueError(f"target: got {_listed(targets)} for {name}, need one of {_listed(method.targets)}")
     if name == "operations" and not targets:
         raise ValueError("target: operations needs --ops-budget, the share of operations that may remain")
-    if steps < 0 or (way.trains and not steps):
+    if steps < 0 or (method.trains and not steps):
         raise ValueError(f"steps: got {steps}, but {name} prunes while it trains; give --steps")
-    if way.trains is False and steps:
+    if method.trains is False and steps:
         raise ValueError(f"steps: got {steps}, but {name} does not train; leave --steps out")
-    known = {*way.options, *(TUNING if steps else ())}
-    if "nm" in given:
-        known -= set(BLOCKS)
-    else:
-        known -= {"mask"}
-    every = {option for each in WAYS.values() for option in each.options} | set(TUNING)
-    idle = [option for option in given if option in every - known]
-    if not steps and any(option in TUNING for option in idle):
-        raise ValueError(f"steps: 0, so nothing is fine-tuned and {', '.join(idle)} mean nothing; give --steps")
-    if idle:
-        raise ValueError(f"{_option(idle[0])} means nothing to {name}{' with --nm' if 'nm' in given else ''}")
-    return way
+    taken = set(method.options) - set(BLOCK_OPTIONS if "nm" in given else NM_OPTIONS)
+    every = {option for each in METHODS.values() for option in each.options}
+    tuning = [option for option in TUNING if option in given]
+    if tuning and not steps:
+        raise ValueError(f"{_listed(tuning)}: only with training; give --steps")
+    unknown = [option for option in given if option in every - taken]
+    if unknown:
+        pattern = " with --nm" if "nm" in given else ""
+        takes = f"it takes {_listed(sorted(taken))}" if taken else "it takes no further option"
+        raise ValueError(f"{_listed(unknown[:1])}: not an option of --method {name}{pattern}; {takes}")
+    return method
+
+
+def _listed(options: Iterable[str]) -> str:
+    """Names of fields as they are written on the command line."""
+    return ", ".join("--" + option.replace("_", "-") for option in options)
 
 
 def _check_picture(picture: Path, given: Mapping[str, Any], force: bool) -> None:
-    """Refuse a picture that would not be drawn, or would be drawn over a model."""
+    """Refuse a picture that would not be drawn, or that would overwrite a model."""
     if given["dry_run"]:
         raise ValueError("picture: a dry run writes nothing; leave out --picture or --dry-run")
     for option in ("out", "model"):
         if option in given and given[option].resolve() == picture.resolve():
             raise ValueError(f"picture: {picture} is the file of {option}; give another")
     writable_picture(picture, force, "picture")
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _pattern(given: Mapping[str, Any]) -> pruning.Pattern:
@@ -260,117 +245,110 @@ def _pattern(given: Mapping[str, Any]) -> pruning.Pattern:
     return pruning.Blocks(sparsity, parse_block(given.get("block", "1x1")), **blocks)
 
 
-def _exempt(given: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(given.get("exempt", ()))
+# --- pruning ------------------------------------------------------------------------------------------------
 
 
-# --- the ways -----------------------------------------------------------------------------------------------
+def _pruned(request: Request, network: Network, parts: Mapping[str, np.ndarray], report: Report) -> Network:
+    """The pruned network; of a method that trains also trained, except in a dry run.
+
+    parts : symbols of the train and the valid part of the text, where the request needs them
+    """
+    trains = request.steps > 0 and not request.given["dry_run"]
+    if request.name == "operations":
+        pruned = _to_budget(request, network, parts["valid"], report)
+        return _trained(request, pruned, parts["train"], report) if trains else pruned
+    if request.name == "adaprune":
+        return pruning.adaprune(
+            network,
+            _calibration(parts["valid"]),
+            request.pattern,
+            exempt=request.exempt,
+            report=lambda matrix, done, total: report("refitting", done, total, matrix),
+        )[0]
+    if not trains:
+        return _at_once(request, network)
+    if request.name == "iterative":
+        return _in_rounds(request, network, parts["train"], report)
+    return _trained(request, network, parts["train"], report)
 
 
-def _at_once(network: Network, pattern: pruning.Pattern, given: Mapping[str, Any]) -> Network:
+def _at_once(request: Request, network: Network) -> Network:
+    pattern = request.pattern
     if isinstance(pattern, pruning.Blocks):
-        options = {name: given[name] for name in ("scope", "statistic", "gates") if name in given}
-        return pruning.prune(network, pattern.sparsity, block=pattern.block, exempt=_exempt(given), **options)
-    return pruning.prune_to(network, pattern, exempt=_exempt(given))
+        options = request.some("scope", "statistic", "gates")
+        return pruning.prune(network, pattern.sparsity, block=pattern.block, exempt=request.exempt, **options)
+    return pruning.prune_to(network, pattern, exempt=request.exempt)
 
 
-def _to_budget(network: Network, valid: np.ndarray, given: Mapping[str, Any], report: Callable) -> Network:
+def _to_budget(request: Request, network: Network, valid: np.ndarray, report: Report) -> Network:
+    assert isinstance(request.pattern, pruning.Blocks)
     return pruning.prune_to_operations(
-        network, _calibration(valid), given["ops_budget"], criterion=given.get("criterion", "return"),
-        block=parse_block(given.get("block", "1x1")), exempt=_exempt(given),
-        report=lambda k, operations: report("measuring", k, 10, f"{operations:,.0f} operations a step"),
-    ).network  # fmt: skip
+        network,
+        _calibration(valid),
+        request.given["ops_budget"],
+        block=request.pattern.block,
+        exempt=request.exempt,
+        report=lambda k, operations: report("measuring", k, MEASUREMENTS, f"{operations:,.0f} operations per step"),
+        **request.some("criterion"),
+    ).network
 
 
-def _trained(
-    name: str,
-    network: Network,
-    train: np.ndarray,
-    schedule: pruning.Pruning | None,
-    pattern: pruning.Pattern,
-    given: Mapping[str, Any],
-    steps: int,
-    report: Callable,
-) -> Network:
-    if name == "iterative":
-        assert isinstance(pattern, pruning.Blocks)
-        options = {option: given[option] for option in ("scope", "statistic", "rounds") if option in given}
-        found = network
-        for each in pruning.iterative_pruning(
-            network, lambda net: _tuned(net, train, None, pattern, given, steps, report), pattern.sparsity,
-            block=pattern.block, exempt=_exempt(given), **options,
-        ):  # fmt: skip
-            found = each.network
-        return found
-    return _tuned(network, train, schedule, pattern, given, steps, report)
-
-
-def _schedule(name: str, pattern: pruning.Pattern, given: Mapping[str, Any], steps: int) -> pruning.Pruning:
-    """What the trainer is given. Raises ValueError for too few steps."""
-    end, exempt = int(steps * SETTLED), _exempt(given)
-    every = {"every": given["every"]} if "every" in given else {}
-    if name == "magnitude" and not isinstance(pattern, pruning.Blocks):
-        return pruning.StaticMasks(pattern, exempt=exempt)
-    if end < 1:
-        raise ValueError(f"steps: got {steps}, but masks change in the first half of the training; give at least 2")
-    if name == "dynamic":
-        return pruning.DynamicMasks(pattern, 0, end, exempt=exempt, **every)
+def _in_rounds(request: Request, network: Network, train: np.ndarray, report: Report) -> Network:
+    pattern = request.pattern
     assert isinstance(pattern, pruning.Blocks)
-    common = {"block": pattern.block, "start": 0, "end": end, "exempt": exempt}
-    ranked = {option: given[option] for option in ("scope", "statistic", "gates") if option in given}
-    if name == "magnitude":
-        return pruning.GradualPruning(pattern.sparsity, **common, **ranked)
-    if name == "movement":
-        start = min(end - 1, max(1, end // 4))
-        return pruning.MovementPruning(pattern.sparsity, **common | {"start": start}, **ranked)
-    if name == "regrow":
-        return pruning.RegrownMasks(pattern.sparsity, **common, **ranked, **every)
-    threshold = pruning.ThresholdPruning(ramp=end // 2, sparsity=pattern.sparsity, **common, **ranked)
-    if name == "threshold":
-        return threshold
-    return pruning.Combined(pruning.GroupLasso(given.get("strength", 0.01), **common), threshold)
+    rounds = pruning.iterative_pruning(
+        network,
+        lambda each: _trained(request, each, train, report),
+        pattern.sparsity,
+        block=pattern.block,
+        exempt=request.exempt,
+        **request.some("scope", "statistic", "rounds"),
+    )
+    for each in rounds:
+        network = each.network
+    return network
 
 
-def _tuned(
-    network: Network,
-    train: np.ndarray,
-    schedule: pruning.Pruning | None,
-    pattern: pruning.Pattern,
-    given: Mapping[str, Any],
-    steps: int,
-    report: Callable,
-) -> Network:
-    """Trained, in the formats and storages it came in; what the schedule pruned, in the pattern's."""
+def _trained(request: Request, network: Network, train: np.ndarray, report: Report) -> Network:
+    """The trained network. Matrices that the schedule pruned are in the format of the pattern, others unchanged."""
     from eventrnn.training import Settings, Trainer
 
     before = network.metadata.get("thresholds", RULES[0])
-    tuning = {"steps": steps, "learning_rate": 3e-3, "thresholds": before}
-    tuning |= {name: given[name] for name in TUNING if name in given}
+    tuning = {"steps": request.steps, "learning_rate": 3e-3, "thresholds": before} | request.some(*TUNING)
     try:
-        trainer = Trainer(network, train, Settings(**tuning), pruning=schedule)
+        trainer = Trainer(network, train, Settings(**tuning), pruning=request.schedule)
     except ValueError as error:
-        if "thresholds" in given or not str(error).startswith("thresholds: "):
+        if "thresholds" in request.given or not str(error).startswith("thresholds: "):
             raise
         raise ValueError(f"{error} (the model file says {before!r}; give --thresholds)") from None
-    trained = trainer.run(lambda p: report("pruning", p.step, steps, f"{p.bits:.3f} bits, {p.sparsity:.0%} pruned"))
-    chosen = schedule.matrices(trainer.model.parameters) if schedule is not None else ()
+    trained = trainer.run(
+        lambda p: report("pruning", p.step, request.steps, f"{p.bits:.3f} bits, {p.sparsity:.0%} pruned")
+    )
+    chosen = request.schedule.matrices(trainer.model.parameters) if request.schedule is not None else ()
     masks = {name: trainer.model.masks[name] for name in chosen}
-    return pruning.after_training(trained, network, masks, pattern)
+    return pruning.after_training(trained, network, masks, request.pattern)
 
 
 def _calibration(valid: np.ndarray) -> np.ndarray:
-    """(steps, streams) of the text, as many as there are."""
+    """(steps, streams): the beginning of the validation text in parallel streams, less where the text is short."""
     streams = min(CALIBRATION[1], len(valid))
     steps = min(CALIBRATION[0], len(valid) // streams)
     return np.ascontiguousarray(valid[: steps * streams].reshape(streams, steps).T)
 
 
+# --- results ------------------------------------------------------------------------------------------------
+
+
+def _budget(request: Request, network: Network, pruned: Network, valid: np.ndarray) -> dict[str, Any]:
+    """The share of the effective operations that remains, and whether it is within the budget."""
+    inputs, budget = _calibration(valid), request.given["ops_budget"]
+    share = _operations(pruned, inputs) / _operations(network, inputs)
+    return {"budget": budget, "budget_share": share, "budget_held": share <= budget}
+
+
 def _operations(network: Network, inputs: np.ndarray) -> int:
-    """Effective ones, of a run over these inputs."""
+    """Effective operations of a run over these inputs."""
     return counting.count(network, simulate(network, inputs, record="events")).total.effective
-
-
-# --- what came out ------------------------------------------------------------------------------------------
 
 
 def _figures(network: Network, valid: np.ndarray | None, report: Callable) -> dict[str, Any]:
@@ -399,22 +377,21 @@ def _file_size(network: Network) -> int:
         return path.stat().st_size
 
 
-def _show(words: dict, before: dict, after: dict, out: Path | None, as_json: bool) -> None:
-    if as_json:
+def _show(summary: dict, before: dict, after: dict, options: PruneOptions) -> None:
+    if options.as_json:
         sides = {f"{name}_{side}": fs[name] for name in after for side, fs in (("before", before), ("after", after))}
-        print(as_line(words | sides))
+        print(as_line(summary | sides))
         return
-    title = "dry run: nothing is written, nothing was trained" if words["dry_run"] else f"wrote {out}"
-    table = Table("", "before", "after", "before / after", title=f"{title} ({words['method']})")
+    title = "dry run: nothing is written, nothing was trained" if summary["dry_run"] else f"wrote {options.out}"
+    table = Table("", "before", "after", "before / after", title=f"{title} ({summary['method']})")
     for name, value in after.items():
         numbers = [f"{x:,}" if isinstance(x, int) else f"{x:,.4g}" for x in (before[name], value)]
         table.add_row(name.replace("_", " "), *numbers, f"{before[name] / value:.2f}" if value else "")
     Console().print(table)
-    print(f"format: {words['format']}; storage: {words['storage']}")
-    if "budget" in words:
-        held = "yes" if words["budget_held"] else "no"
-        print(
-            f"budget held: {held}, {words['budget_share']:.1%} of the operations measured, {words['budget']:.1%} asked"
-        )
+    print(f"format: {summary['format']}; storage: {summary['storage']}")
+    if "budget" in summary:
+        held = "yes" if summary["budget_held"] else "no"
+        share, budget = summary["budget_share"], summary["budget"]
+        print(f"budget held: {held}, {share:.1%} of the operations measured, {budget:.1%} asked")
     if "bits" not in after:
         print("give --text to see what it does to bits per symbol, activity and operations")

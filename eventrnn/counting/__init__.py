@@ -10,6 +10,6 @@ from eventrnn.counting.counts import Counts as Counts
 from eventrnn.counting.counts import OpCounts as OpCounts
 from eventrnn.counting.counts import count as count
 from eventrnn.counting.counts import count_per_step as count_per_step
-from eventrnn.counting.counts import senders as senders
+from eventrnn.counting.counts import events_by_matrix as events_by_matrix
 from eventrnn.counting.energy import HOROWITZ_2014 as HOROWITZ_2014
 from eventrnn.counting.energy import energy as energy

@@ -1,4 +1,10 @@
-"""MOVED."""
+"""Audit: recompute the counts of a run by independent means and compare.
+
+`count` multiplies how often each unit fired by the number of weights in its row. The audit instead builds dense 0/1
+matrices of the weights and walks over the recorded events. Where NeuroBench is installed, its `single_layer_MACs`
+(Yik et al., NeuroBench, Nature Communications 2025: effective MACs and ACs are multiplications of a non-zero
+activation by a non-zero weight) is compared as well, and `NEUROBENCH_DIFFERENCES` names where its definitions differ.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eventrnn.counting.counts import Counts, OpCounts, count, count_per_step, senders
+from eventrnn.counting.counts import Counts, OpCounts, count, count_per_step, events_by_matrix
 from eventrnn.events import Events
 from eventrnn.network import Network
 from eventrnn.simulation import Simulation
@@ -15,13 +21,13 @@ from eventrnn.weights import CSR, NM, BlockCSR, Weights
 
 @dataclass(frozen=True)
 class Audit:
-    """The outcome of `audit`: per matrix, the counts and the same by other means.
+    """The result of `audit`.
 
     Attributes
     ----------
-    rows        : (matrix, quantity, counted, recomputed, source); `source` is "formula" (from dense masks and
-                  events), "per step" (summed over steps) or "neurobench"
-    differences : where NeuroBench was asked, the known differences of definition, in words
+    rows        : (matrix or layer, quantity, counted, recomputed, source). `source` is "formula" (dense masks times
+                  events), "per step" (the sum of `count_per_step`) or "neurobench"
+    differences : known differences of definition, in words; empty where NeuroBench was not used
     """
 
     rows: tuple[tuple[str, str, int, int, str], ...]
@@ -29,6 +35,7 @@ class Audit:
 
     @property
     def agrees(self) -> bool:
+        """Whether every recomputed number equals the counted one."""
         return all(counted == recomputed for _, _, counted, recomputed, _ in self.rows)
 
     def __str__(self) -> str:
@@ -38,15 +45,21 @@ class Audit:
 
 
 def audit(network: Network, simulation: Simulation, counts: OpCounts | None = None) -> Audit:
-    """Recompute the counts of a run from its recorded events and the bare weight matrices, and compare.
+    """Recompute the counts of a run from its recorded events and the weight matrices, and compare.
 
-    Another route than `count`: dense 0/1 matrices and a walk over the events, no fan-out table, no fire counters.
-    With neurobench installed, its `single_layer_MACs` is asked too. Needs record="events". O(events x fan-out).
+    Parameters
+    ----------
+    network, simulation : the network and its run, recorded with record="events"
+    counts : the counts to check; by default those of `count`
+
+    The recomputation uses dense 0/1 matrices and the recorded events, neither fan-out tables nor fire counters. Where
+    neurobench is installed, its `single_layer_MACs` is compared too. Cost: O(size of every matrix) memory and time.
+    Raises ValueError where events were not recorded, TypeError where they are arrays on a GPU.
     """
     counts = counts or count(network, simulation)
     differences: tuple[str, ...] = ()
     rows: list[tuple[str, str, int, int, str]] = []
-    for name, (weights, events) in senders(network, simulation).items():
+    for name, (weights, events) in events_by_matrix(network, simulation).items():
         counted = counts.matrices[name]
         there = weights.to_dense() != 0
         stored = _stored_mask(weights)
@@ -75,14 +88,15 @@ def audit(network: Network, simulation: Simulation, counts: OpCounts | None = No
 
 
 NEUROBENCH_DIFFERENCES = (
-    "NeuroBench calls a whole layer call MAC if one value in the batch is graded; here each event decides for itself",
+    "NeuroBench counts a whole layer call as MACs if one value in the batch is graded; here each event is classified alone",
     "NeuroBench adds the element-wise work of recurrent cells to the synaptic operations; here it is gate_ops",
     "NeuroBench sums in the tensor's precision (float32 rounds above 2^24); here counts are integers",
-    "NeuroBench has no word for executed operations (padding and zeros inside blocks)",
+    "NeuroBench does not define executed operations (with padding and zeros inside blocks)",
 )
 
 
 def _neurobench_rows(name: str, weights: Weights, events: Events, counted: Counts) -> list:
+    """Rows of the audit by NeuroBench for one matrix; none where it is not installed."""
     try:
         import torch
         from neurobench.metrics.utils.layers import single_layer_MACs
@@ -99,7 +113,7 @@ def _neurobench_rows(name: str, weights: Weights, events: Events, counted: Count
 
 
 def _stored_mask(weights: Weights) -> np.ndarray:
-    """(n_pre, columns) 0/1: what is stored, padding columns included."""
+    """(n_pre, columns) 0/1: the entries that the format stores, padding columns included."""
     n_pre, n_post = weights.shape
     if isinstance(weights, CSR):
         mask = np.zeros((n_pre, n_post), np.int64)

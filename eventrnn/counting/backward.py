@@ -1,16 +1,22 @@
-"""Multiplications of the backward pass, from what the training engine recorded of a window."""
+"""Operation counts of the backward pass of one window of training.
+
+Each weight matrix takes part in two products (Subramoney et al. 2023, sparse back-propagation through time):
+
+- the weight gradient: one row per event that arrived, because a silent unit contributes an exact zero;
+- the gradient of the presynaptic outputs: one dot product per (unit, sample, step) that fired or whose surrogate
+  derivative is not zero (an active pair), because any other gradient is multiplied by an exact zero.
+
+The engine records its work as `BackwardWork`; `count_backward` turns it into `BackwardCounts`. The definitions are
+those of the forward pass in `counts.py`: `dense` is the work of a dense engine, `effective` the products that can be
+non-zero, `executed` the multiplications of the kernels. The element-wise work and the read-out are not counted.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
 
 import numpy as np
-
-if TYPE_CHECKING:
-    pass
-from dataclasses import fields
 
 
 @dataclass
@@ -57,17 +63,14 @@ class BackwardWork:
 
 @dataclass(frozen=True)
 class BackwardCounts:
-    """Multiplications of a window's backward pass with one matrix (or a sum of them). Integers.
-
-    Two products: the weight gradient, a row for every event that arrived, and the gradient of what was sent, a dot for
-    every (unit, sample, step) that fired or has a slope. The element-wise work is not in it.
+    """Multiplications of the backward pass of a window with one matrix, or with several. Integers.
 
     Attributes
     ----------
-    backward_dense     : of a dense engine: every sample and step x every weight, in both products
-    backward_effective : with a use: event x kept weight, and open path x kept weight
-    backward_executed  : made, padding of pieces and zeros of BLAS included
-    backward_weight_bytes : of weights read by the dots
+    backward_dense     : of a dense engine: every row (step, sample) x every weight, in both products
+    backward_effective : event x kept weight, and open output gradient x kept weight
+    backward_executed  : multiplications of the kernels, with padding of blocks and zeros that BLAS multiplies
+    backward_weight_bytes : bytes of weights read by the dot products
     """
 
     backward_dense: int = 0
@@ -80,7 +83,7 @@ class BackwardCounts:
 
 
 def count_backward(work: Mapping[str, BackwardWork]) -> dict[str, BackwardCounts]:
-    """Operations of a window's backward pass by matrix, from `Tape.work`. The read-out is dense and not in it."""
+    """Counts of the backward pass of a window by matrix, from `Tape.work`. The read-out is dense and not included."""
     counts = {}
     for name, w in work.items():
         dots = int(w.dots @ w.dots_stored)

@@ -1,21 +1,24 @@
-"""What a run cost: exact integer counts, per matrix, step and sample; an audit of them; a cited energy table.
+"""Exact operation counts of a run: integers per matrix, layer, step and sample.
 
-Counts are fan-out sums over events, made outside the kernels, so they are the same on every backend. What the words
-mean (all int64):
+Counts are sums of row sizes over events. They are computed from how often each unit fired, outside the kernels, and so
+are the same on every backend. Definitions (all int64):
 
-    dense         multiplications of a dense engine: every input x every weight
-    effective     non-zero event x non-zero weight (NeuroBench's effective MAC + AC)
-    executed      multiplications that an event-driven engine does in this format: stored entries of the fired rows,
-                  zeros inside blocks and padding at their edges included (spare lanes of a vector are not); of a
-                  dense engine (`Simulation.dense`), all
-    graded        of the effective ones, those of a graded value (a multiply-accumulate, MAC)
-    binary        of the effective ones, those of a value -1 or 1 (an accumulate, AC); decided per event
-    gate_ops      element-wise multiplications of the cell, apart: 3 a unit and step (reset, keep, candidate); the
-                  paper's variant 2, and 1 an event carried into the step
-    weight_bytes  bytes of values and indices in the executed rows, each time they are used
-    state_bytes   cells read and written and outputs written, 12 a unit and step; the paper's variant also reads them
+| count          | definition                                                                                     |
+| -------------- | ---------------------------------------------------------------------------------------------- |
+| `dense`        | multiplications of a dense engine: every input x every weight                                  |
+| `effective`    | non-zero event x non-zero weight: the effective MACs and ACs of NeuroBench (Yik et al. 2025)   |
+| `executed`     | multiplications of an event-driven engine in the format of the matrix: the stored entries of   |
+|                | the rows of fired units, with zeros and padding inside blocks, without spare vector lanes. Of  |
+|                | a dense engine (`Simulation.dense`): all                                                       |
+| `graded`       | effective multiplications by a graded value: multiply-accumulates (MAC)                        |
+| `binary`       | effective multiplications by -1 or 1: accumulates (AC); decided per event                      |
+| `gate_ops`     | element-wise multiplications of the cell: 3 per unit and step (reset, keep, candidate). In the |
+|                | paper's variant 2 per unit and step, and 1 per event carried into the step                     |
+| `weight_bytes` | bytes of values and indices of the executed rows, each time they are used                      |
+| `state_bytes`  | bytes of cells read and written and of outputs written: 12 per unit and step. The paper's      |
+|                | variant also reads the outputs: 16                                                             |
 
-Embedding look-ups are free, the read-out is counted, biases are not.
+Embedding look-ups are free, the read-out is counted, biases are not. `backward.py` defines the counts of training.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ NOTE = "embedding look-ups free, read-out counted, biases not counted"
 
 @dataclass(frozen=True)
 class Counts:
-    """Operations of one matrix (or a sum of them) over a run. Integers."""
+    """Operations of one matrix, or of several, over a run. Integers; the head of this file defines them."""
 
     dense: int = 0
     effective: int = 0
@@ -55,10 +58,10 @@ class OpCounts:
 
     Attributes
     ----------
-    matrices    : by name, as in `Network.matrices()`
-    gate_ops    : per layer
-    state_bytes : per layer
-    steps, batch : what the run was; divide by their product for figures per step and sample
+    matrices     : name of a matrix, as in `Network.matrices()` -> its counts
+    gate_ops     : element-wise multiplications by layer
+    state_bytes  : bytes of cells and outputs by layer
+    steps, batch : size of the run; divide by their product for figures per step and sample
     """
 
     matrices: Mapping[str, Counts]
@@ -69,21 +72,21 @@ class OpCounts:
 
     @property
     def total(self) -> Counts:
-        """Over all matrices."""
+        """Sum over all matrices."""
         return sum(self.matrices.values(), Counts())
 
     def layer(self, k: int) -> Counts:
-        """Both matrices of layer k."""
+        """Sum of both matrices of layer k."""
         return self.matrices[f"layers.{k}.w_in"] + self.matrices[f"layers.{k}.w_rec"]
 
     @property
     def reduction(self) -> float:
-        """dense / effective; infinite where nothing was effective."""
+        """dense / effective; infinite where there was no effective operation."""
         total = self.total
         return total.dense / total.effective if total.effective else float("inf")
 
     def __add__(self, other: OpCounts) -> OpCounts:
-        """Two runs of the same network one after the other."""
+        """The counts of two consecutive runs. Raises ValueError where their matrices or batches differ."""
         if set(self.matrices) != set(other.matrices) or self.batch != other.batch:
             raise ValueError("counts: can only add runs of the same network and batch")
         return OpCounts(
@@ -95,7 +98,7 @@ class OpCounts:
         )
 
     def as_dict(self) -> dict:
-        """Plain numbers, for JSON: totals, per matrix, per layer, and the counting note."""
+        """The counts as JSON values: totals, by matrix, by layer, and the note on what is counted."""
         return {
             "steps": self.steps,
             "batch": self.batch,
@@ -110,10 +113,10 @@ class OpCounts:
 
 
 def count(network: Network, simulation: Simulation) -> OpCounts:
-    """Operations of a run, from how often each unit fired. No record needed. O(weights) time.
+    """Operations of a run, from the number of events of each unit. Needs no recorded events. O(weights) time.
 
-    The recurrent product of a step uses the events of the step before: those of the initial state count, those of
-    the last step do not yet.
+    The recurrent product of a step uses the events of the step before. The events of the initial state are therefore
+    counted, and those of the last step are not.
     """
     rows = simulation.steps * simulation.batch
     matrices, gate_ops, state_bytes = {}, [], []
@@ -132,12 +135,13 @@ def count(network: Network, simulation: Simulation) -> OpCounts:
 
 
 def count_per_step(network: Network, simulation: Simulation) -> dict[str, dict[str, np.ndarray]]:
-    """Every count of every matrix, and `gate_ops` and `state_bytes` of every `layers.k`, (steps, batch) int64 each.
+    """Counts per step and sample: arrays (steps, batch) int64, by matrix and count.
 
-    Needs a run with record="events". O(events + weights).
+    Each `layers.k` has `gate_ops` and `state_bytes`. O(events + weights) time. Raises ValueError for a run without
+    record="events", TypeError where the events are arrays on a GPU.
     """
     result = {}
-    for name, (weights, events) in senders(network, simulation).items():
+    for name, (weights, events) in events_by_matrix(network, simulation).items():
         rows, graded = events.rows(), events.graded
         tables = (weights.fan_out(), weights.stored_out(), weights.row_bytes())
         fan_out, stored_out, row_bytes = (table[events.indices] for table in tables)
@@ -169,11 +173,11 @@ def count_per_step(network: Network, simulation: Simulation) -> dict[str, dict[s
     return result
 
 
-def _matrix_counts(weights: Weights, fired: FireCounts, rows: int, all_of_it: bool) -> Counts:
+def _matrix_counts(weights: Weights, fired: FireCounts, rows: int, dense_engine: bool) -> Counts:
     fan_out, dense = weights.fan_out(), rows * weights.shape[0] * weights.shape[1]
     graded, binary = int(fired.graded @ fan_out), int(fired.binary @ fan_out)
     executed, nbytes = int(fired.total @ weights.stored_out()), int(fired.total @ weights.row_bytes())
-    if all_of_it:
+    if dense_engine:
         executed, nbytes = dense, 4 * dense
     return Counts(dense, graded + binary, executed, graded, binary, nbytes)
 
@@ -191,12 +195,15 @@ def _state_counts(state: State, k: int) -> FireCounts:
     return FireCounts(((y != 0) & ~binary).sum(axis=0), binary.sum(axis=0))
 
 
-def senders(network: Network, simulation: Simulation) -> dict[str, tuple[Weights, Events]]:
-    """Every matrix by name with the events that it receives, step by step; needs record="events"."""
+def events_by_matrix(network: Network, simulation: Simulation) -> dict[str, tuple[Weights, Events]]:
+    """Name of a matrix -> (weights, the events that it multiplies, one step after another).
+
+    Raises ValueError for a run without record="events", TypeError where the events are arrays on a GPU.
+    """
     if simulation.inputs is None:
         raise ValueError('simulation: has no recorded events; run with record="events"')
     if not isinstance(simulation.inputs, Events):
-        raise TypeError("simulation: its events are arrays on a GPU; run it with NumPy inputs for figures of each step")
+        raise TypeError("simulation: its events are arrays on a GPU; run it with NumPy inputs to count per step")
     pairs: dict[str, tuple[Weights, Events]] = {}
     below = simulation.inputs
     for k, layer in enumerate(network.layers):
@@ -211,11 +218,11 @@ def senders(network: Network, simulation: Simulation) -> dict[str, tuple[Weights
 
 
 def _delayed(first: Events, events: Events) -> Events:
-    """Events one step later: `first`, then all but the last step."""
+    """The events delayed by one step: `first`, then all steps but the last."""
     steps, batch, size = events.shape
     if steps == 0:
         return events
     rows = (steps - 1) * batch
-    kept = events.indptr[rows]
-    body = Events(events.indptr[: rows + 1], events.indices[:kept], events.values[:kept], (steps - 1, batch, size))
+    stop = events.indptr[rows]
+    body = Events(events.indptr[: rows + 1], events.indices[:stop], events.values[:stop], (steps - 1, batch, size))
     return Events.concatenate([first, body])

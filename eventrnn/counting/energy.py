@@ -1,10 +1,15 @@
-"""MOVED."""
+"""Energy estimate: a table of energies per operation (Horowitz 2014) times the counts of a run.
+
+The table gives the energy of float32 arithmetic and of memory reads in a 45 nm process. It is an assumption about
+hardware, not a measurement of this machine. Source: M. Horowitz, "Computing's energy problem (and what we can do about
+it)", ISSCC 2014, figure 1.1.9.
+"""
 
 from __future__ import annotations
 
 from eventrnn.counting.counts import OpCounts
 
-#: Energy of one operation in picojoules, 45 nm, 0.9 V: Horowitz, ISSCC 2014, figure 1.1.9. Memory: 64-bit reads.
+#: Energy in picojoules at 45 nm and 0.9 V (Horowitz 2014, figure 1.1.9): of one operation, or of one 64-bit read.
 HOROWITZ_2014 = {
     "float32_mac": 4.6,
     "float32_ac": 0.9,
@@ -17,11 +22,16 @@ HOROWITZ_2014 = {
 
 
 def energy(counts: OpCounts, *, memory: str = "sram_1mb_64bit", dense: bool = False) -> dict[str, float]:
-    """Estimated picojoules of a run: a cited table applied to counts and bytes; an assumption, not a measurement.
+    """Estimated picojoules of a run: `HOROWITZ_2014` applied to counts and bytes.
 
-    `memory` names the row of `HOROWITZ_2014` that weights are read from; state is taken from the 32 kB row. Executed
-    products of binary events are accumulates, all others MACs; element-wise work is multiplications. `dense=True`
-    estimates the dense engine: every product a MAC, every weight read.
+    Parameters
+    ----------
+    counts : the counts of the run
+    memory : the row of `HOROWITZ_2014` for reads of weights; cells and outputs use the row of 32 kB
+    dense  : estimate a dense engine instead: every product is a MAC and every weight is read
+
+    Executed products of binary events are accumulates (AC), all others multiply-accumulates (MAC); the element-wise
+    work is multiplications. Returns picojoules by part, and their sum. Raises ValueError for an unknown memory.
     """
     if memory not in HOROWITZ_2014 or not memory.endswith("64bit"):
         choices = ", ".join(name for name in HOROWITZ_2014 if name.endswith("64bit"))

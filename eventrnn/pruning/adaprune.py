@@ -70,7 +70,7 @@ def adaprune(
         raise ValueError("store: got none, but masks are given; give the pattern in whose format they are stored")
     simulation = simulate(network, inputs, record="events")  # type: ignore[arg-type]
     changed, biases, fits = {}, {}, {}
-    for done, (name, (_, events)) in enumerate(counting.senders(network, simulation).items()):
+    for done, (name, (_, events)) in enumerate(counting.events_by_matrix(network, simulation).items()):
         if name not in matrices:
             continue
         report(name, done, len(matrices))

@@ -246,7 +246,7 @@ def _measure(network: Network, inputs: np.ndarray | object) -> tuple[dict[str, _
     simulation = simulate(network, inputs, record="events")  # type: ignore[arg-type]
     rows = simulation.steps * simulation.batch
     usage = {}
-    for name, (weights, events) in counting.senders(network, simulation).items():
+    for name, (weights, events) in counting.events_by_matrix(network, simulation).items():
         fired = np.bincount(events.indices, minlength=weights.shape[0])
         squares = np.bincount(events.indices, np.square(events.values, dtype=np.float64), minlength=weights.shape[0])
         usage[name] = _Usage(fired / rows, squares / np.maximum(fired, 1))

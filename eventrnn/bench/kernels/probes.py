@@ -1,4 +1,9 @@
-"""Compiled for the benchmark only: multiplications that need no memory."""
+"""Kernels of the benchmarks: FMA rate in registers, and reads of weights without other work.
+
+Every thread calls these functions by itself on its own range; nothing is shared or written but the first vector of
+`data`. `values` (float32), `index` and `pointers` (integers) are the pools of packed weights of `cpu/packing.py`, and
+`matrix` is one row of their table (`cpu/tables.py`). No function here has a counterpart in reference.py.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +11,7 @@ import numpy as np
 
 from eventrnn import cells
 from eventrnn.cpu.kernels.jit import compiled
-from eventrnn.cpu.kernels.microkernels import (
-    LINE,
-    prefetch,
-)
+from eventrnn.cpu.kernels.microkernels import LINE, prefetch
 from eventrnn.cpu.kernels.simd import LANES, bits, load, store
 from eventrnn.cpu.tables import (
     BFLOAT16,
@@ -30,13 +32,16 @@ from eventrnn.cpu.tables import (
     WIDTH,
 )
 
-# As many as hide the latency of an FMA, and fit the registers.
+# Independent chains: enough to hide the latency of an FMA, few enough for the registers.
 CHAINS = 12
 
 
 @compiled
 def multiply_add(rounds, data):
-    """`CHAINS` independent chains of vector FMAs, `rounds` long. data: (CHAINS + 4) vectors, the first written."""
+    """Run `CHAINS` independent chains of `rounds` vector FMAs each.
+
+    data : float32, (CHAINS + 4) * LANES: the starting values of the chains; the result overwrites the first vector
+    """
     x = load(data, 12 * LANES)
     a, b, c, d = load(data, 0), load(data, LANES), load(data, 2 * LANES), load(data, 3 * LANES)
     e, f, g, h = load(data, 4 * LANES), load(data, 5 * LANES), load(data, 6 * LANES), load(data, 7 * LANES)
@@ -49,21 +54,18 @@ def multiply_add(rounds, data):
     store(data, 0, ((a + b) + (c + d)) + ((e + f) + (g + h)) + ((i + j) + (k + m)))
 
 
-# Rows from one that the probe reads to one that it asks for.
+# The probe prefetches the row of the unit this many events ahead.
 PROBE_AHEAD = 8
-
-
-# --- the probe ----------------------------------------------------------------------------------------------
 
 
 @compiled
 def read_rows(matrix, values, index, pointers, indptr, ids, start, stop):
-    """Read the weights and indices of events `indptr[start]` to `indptr[stop]`, no more.
+    """Read the weights and indices of the groups `start` to `stop`, and do nothing else.
 
-    What a benchmark holds a kernel's rate against.
+    indptr, ids : ids[indptr[g] : indptr[g + 1]] are the units whose rows group g reads
     """
     v0, i0, p0, kind = matrix[VALUES], matrix[INDEX], matrix[POINTERS], matrix[KIND]
-    # Bytes of weights; the pool holds float32.
+    # Bytes per weight; offsets into the pool count float32.
     size = 4 if matrix[STORAGE] == FLOAT32 else 2 if matrix[STORAGE] == BFLOAT16 else 1
     total = load(values, 0)
     checksum = 0
@@ -71,7 +73,7 @@ def read_rows(matrix, values, index, pointers, indptr, ids, start, stop):
         j = ids[e]
         if kind in (ROWS, ROW_TILES, BLAS):
             first, last = j * matrix[PITCH], j * matrix[PITCH] + matrix[WIDTH]
-            # Narrow rows end before a processor has seen where they lead.
+            # Narrow rows end before the hardware prefetcher detects the stream.
             ahead = v0 + np.int64(ids[min(e + PROBE_AHEAD, indptr[stop] - 1)]) * matrix[PITCH] * size // 4
             for k in range(ahead, ahead + min(ROW_TILE, matrix[WIDTH]) * size // 4, LINE // 4):
                 prefetch(values, k)
@@ -82,18 +84,18 @@ def read_rows(matrix, values, index, pointers, indptr, ids, start, stop):
                 checksum += index[k]
         else:
             first, last = pointers[p0 + j], pointers[p0 + j + 1]
-            # 16-bit indices or masks, two a place.
+            # 16-bit indices or masks, two per entry of the pool.
             low, high = (first, last) if kind == SCATTER else (j * matrix[PITCH], (j + 1) * matrix[PITCH])
             for k in range(i0 + low // 2, i0 + high // 2):
                 checksum += index[k]
         total = _sum_of(values, v0 + first * size // 4, v0 + last * size // 4, total)
-    # Returned, so that the compiler must read.
+    # The result depends on every value, so that the compiler keeps the reads.
     return bits(total > cells.ZERO) + checksum
 
 
 @compiled
 def read_through(values, first, last, amount):
-    """Read `amount` of the pool's floats, from `first` to `last` over and over: the least work that reads them."""
+    """Read `amount` floats of the pool sequentially, again and again from `first` to `last`."""
     total = load(values, 0)
     while amount > 0:
         stop = min(last, first + max(amount, LANES))
