@@ -1,7 +1,7 @@
 """Property-based testing for users: hypothesis strategies, and `assert_equivalent` for two runs of a network.
 
-Needs the `test` extra; nothing else in the package imports this module or hypothesis. Strategies draw sizes and
-options by hypothesis, so that failures shrink, and numbers from a seed, so that large arrays stay cheap.
+Needs the `test` extra. Nothing else in the package imports this module or hypothesis. Hypothesis draws sizes and
+options, so that failures shrink; the numbers come from a drawn seed, so that large arrays are cheap.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ from eventrnn.weights import CSR, FORMATS, STORAGES, Weights, check_block, conve
 
 Size = int | SearchStrategy[int]
 
-#: Blocks a weight matrix is drawn with where it is large enough: single entries, vectors, wide vectors (a path of
-#: their own in kernels), squares, oblong ones, and sizes that divide nothing.
+#: Blocks of drawn weight matrices that are large enough for them: single entries, vectors, wide vectors (which have
+#: kernels of their own), squares, rectangles, and sizes that divide no side.
 BLOCKS = ((1, 1), (1, 3), (3, 1), (1, 16), (1, 32), (1, 64), (2, 2), (4, 4), (3, 5), (5, 2), (7, 11), (2, 16), (16, 16))
 
-#: (n, m, axis) of N:M matrices: a whole matrix, 1 to 5 bits an index, groups that divide nothing, along either axis.
+#: (n, m, axis) of N:M matrices: full groups, 1 to 5 bits per index, groups that divide no side, along either axis.
 GROUPS = tuple(
     (n, m, axis)
     for n, m in ((2, 2), (1, 2), (2, 4), (1, 8), (3, 5), (4, 16), (2, 32), (5, 7))
     for axis in ("post", "pre")
 )
 
-#: The grid of dyadic values: sums of a few thousand products of two of them are exact in float32 in any order.
+#: Grid and largest magnitude of dyadic values. Sums of a few thousand products of two such values are exact in float32
+#: in any order.
 DYADIC_STEP, DYADIC_LIMIT = np.float32(1 / 16), np.float32(4)
 
-# No cell of a network drawn here comes near it: a unit with this threshold never fires.
+# Cells of the networks drawn here stay far below this value: a unit with this threshold never fires.
 UNREACHABLE = np.float32(4)
 
 
@@ -46,9 +47,10 @@ UNREACHABLE = np.float32(4)
 
 @st.composite
 def masks(draw: DrawFn, shape: tuple[int, int], block: tuple[int, int] = (1, 1)) -> np.ndarray:
-    """Which weights are kept: a bool array of `shape`, constant on each block of a grid from entry [0, 0].
+    """Masks of kept weights: bool arrays of `shape`, constant on each block of a grid that starts at entry [0, 0].
 
-    From everything to nothing, some presynaptic units without any; `block` need not divide the shape.
+    The density ranges from all blocks to none, and some presynaptic units may have no block. `block` need not divide
+    the shape.
     """
     check_block(block, shape)
     density, some_rows_empty = draw(st.sampled_from((1.0, 0.5, 0.2, 0.0))), draw(st.booleans())
@@ -70,14 +72,14 @@ def weights(
     gain: float = 1.0,
     dyadic: bool = False,
 ) -> Weights:
-    """A (n_pre, n_post) matrix in any format and storage: any block or N:M, pruned besides, rows or everything zero.
+    """Weight matrices (n_pre, n_post) in any format, storage, block or N:M pattern, pruned besides, up to all zero.
 
-    Values are normal with deviation `gain / sqrt(n_pre)`, or, with `dyadic`, multiples of 1/16 up to 4, which int8
-    cannot hold: it is left out then. Formats store some zeros too, as they may.
+    Values are normal with deviation `gain / sqrt(n_pre)`; with `dyadic` they are multiples of 1/16 up to 4, and int8,
+    which cannot hold these, is left out. Some stored values may be zero.
     """
     name = draw(st.sampled_from(tuple(formats)))
     storage = draw(_storages(storages, dyadic))
-    # The first is what a failure shrinks to: a whole matrix of single weights.
+    # A failure shrinks to the first block: single weights.
     block = draw(st.sampled_from([b for b in BLOCKS if b[0] <= shape[0] and b[1] <= shape[1]]))
     mask = draw(masks(shape, block))
     zeros_inside = draw(st.booleans())
@@ -85,7 +87,7 @@ def weights(
     values = _normal(rng, shape, gain / np.sqrt(shape[0]), dyadic)
     if zeros_inside:
         values[rng.random(shape) < 0.2] = 0
-    # A product, so that half of the pruned weights are -0.
+    # The product makes half of the pruned weights -0.
     dense = values * mask
     if name == "nm":
         nm = draw(st.sampled_from(GROUPS))
@@ -108,7 +110,7 @@ def _layers(
     variants: Sequence[str] = CELLS["egru"],
     dyadic: bool = False,
 ) -> Layer:
-    """A layer whose units take part: thresholds zero, equal or varied, some units silent for good."""
+    """Layers with active units: thresholds are zero, equal or varied; with varied ones some units never fire."""
     cell = Cell(variant=draw(st.sampled_from(tuple(variants))))
     rows = cell.gates * units
     options = {"formats": formats, "storages": storages, "gain": 2.0, "dyadic": dyadic}
@@ -126,7 +128,7 @@ def _layers(
     if dyadic:
         threshold = np.round(threshold / DYADIC_STEP) * DYADIC_STEP
     biases = _normal(rng, (2, rows), 0.3, dyadic)
-    # Without a lift of the candidate, a net with weak weights would not fire at all.
+    # A positive bias of the candidate gate makes networks with weak weights fire.
     biases[0, 2 * units :] += DYADIC_STEP * 4
     return Layer(w_in, w_rec, biases[0], biases[1], threshold, cell)
 
@@ -146,17 +148,19 @@ def networks(
     tied: bool | None = None,
     dyadic: bool = False,
 ) -> Network:
-    """Networks in which some units fire and some do not.
+    """Networks in which some units fire and others do not.
 
     Parameters
     ----------
-    formats, storages : to draw each matrix's format and storage from
-    variants          : to draw each layer's variant from
-    max_units         : most units of a layer, and most symbols and outputs
-    max_inputs        : most inputs (or embedding size) of layer 0
-    layers            : how many
-    embedding, readout, tied : with, without, or (None) either; tied needs the other two
-    dyadic            : weights, biases and thresholds on a grid of 1/16; int8 weights are left out
+    formats, storages : formats and storages of the weight matrices
+    variants          : variants of the layers
+    max_units         : largest number of units of a layer, of symbols and of outputs
+    max_inputs        : largest number of inputs (or size of the embedding) of layer 0
+    layers            : number of layers
+    embedding, readout, tied : True with, False without, None either; a tied read-out needs the other two
+    dyadic            : weights, biases and thresholds are multiples of 1/16; int8 weights are left out
+
+    Raises ValueError for `tied` without an embedding or a read-out.
     """
     if tied and (embedding is False or readout is False):
         raise ValueError("networks: tied needs an embedding and a read-out; leave them out or pass True")
@@ -181,7 +185,7 @@ def networks(
     if is_tied and table is not None:
         name = draw(st.sampled_from(tuple(formats)))
         block = (min(2, first), min(3, symbols)) if name == "block" else None
-        # The embedding is full: nothing less than every place of a group holds its transpose.
+        # The embedding is dense, so its transpose fits an N:M matrix only with full groups.
         nm = (2, 2, draw(st.sampled_from(("post", "pre")))) if name == "nm" else None
         storage = draw(_storages(storages, dyadic))
         transposed = convert(np.ascontiguousarray(table.T), name, block=block, nm=nm, storage=storage)
@@ -195,21 +199,21 @@ def networks(
 
 @st.composite
 def event_trains(draw: DrawFn, size: Size, steps: Size, batch: Size, *, dyadic: bool = False) -> Events:
-    """Events of `size` units: graded and binary values of either sign, silent steps, full steps, or no event."""
+    """Events (steps, batch, size): graded and binary values of either sign, silent steps, full steps, or no event."""
     shape = (draw(_size(steps)), draw(_size(batch)), draw(_size(size)))
     density, binary = draw(st.sampled_from((0.3, 1.0, 0.05, 0.0))), draw(st.sampled_from((0.2, 0.0, 1.0)))
     uneven = draw(st.booleans())
     rng = _rng(draw)
     values = _normal(rng, shape, 1.0, dyadic)
     values = np.where(rng.random(shape) < binary, np.copysign(np.float32(1), values), values)
-    # A step may be silent between busy ones.
+    # Some steps may be silent and others busy.
     busy = density * (rng.choice([0.0, 0.5, 1.0, 2.0], (*shape[:2], 1)) if uneven else 1.0)
     return Events.from_dense(np.where(rng.random(shape) < busy, values, np.float32(0)))
 
 
 @st.composite
 def inputs(draw: DrawFn, network: Network, steps: Size, batch: Size) -> np.ndarray | Events:
-    """What `network` takes: (steps, batch) symbols with an embedding, else `Events` or the same as an array."""
+    """Inputs of `network`: (steps, batch) symbols where it has an embedding, else `Events` or the same as an array."""
     if network.embedding is not None:
         shape = (draw(_size(steps)), draw(_size(batch)))
         dtype = draw(st.sampled_from((np.int64, np.uint8)))
@@ -220,7 +224,7 @@ def inputs(draw: DrawFn, network: Network, steps: Size, batch: Size) -> np.ndarr
 
 @st.composite
 def states(draw: DrawFn, network: Network, batch: int) -> State:
-    """A state to start from that some run may have left: cells of either sign, few outputs, none negative; or zero."""
+    """Start states: zero, or as after a run: cells of either sign, some outputs, no negative output."""
     if draw(st.booleans()):
         return State.zeros(network, batch)
     rng = _rng(draw)
@@ -231,7 +235,7 @@ def states(draw: DrawFn, network: Network, batch: int) -> State:
 
 
 def _storages(storages: Sequence[str], dyadic: bool) -> SearchStrategy[str]:
-    """The first is what a failure shrinks to."""
+    """Storages that can hold the values; a failure shrinks to the first."""
     left = tuple(name for name in storages if not (dyadic and name == "int8"))
     if not left:
         raise ValueError(f"storages: got {tuple(storages)} with dyadic={dyadic}; int8 weights lie on no grid of 1/16")
@@ -239,7 +243,7 @@ def _storages(storages: Sequence[str], dyadic: bool) -> SearchStrategy[str]:
 
 
 def _some_of_each(rng: np.random.Generator, shape: tuple[int, int], n: int, m: int, axis: str) -> np.ndarray:
-    """Any n of each m places along the axis, fewer where a group is short; bool array of `shape`."""
+    """Bool array of `shape` with n random entries of each m along the axis, fewer where the last group is short."""
     length, lines = shape[::-1] if axis == "post" else shape
     order = rng.random((lines, -(-length // m), m)).argsort(axis=2)
     kept = (order < n).reshape(lines, -1)[:, :length]
@@ -270,14 +274,14 @@ def _normal(rng: np.random.Generator, shape, deviation: float, dyadic: bool) -> 
 
 @dataclass(eq=False)
 class Divergence(AssertionError):
-    """Two runs differ. What `assert_equivalent` raises; `str` tells all of it.
+    """The first difference of two runs, raised by `assert_equivalent`; `str` describes it in full.
 
     Attributes
     ----------
     what    : "event", "cell", "output", "output shape", "fire count" or "final state"
-    step, layer, sample, unit : where first; -1 where it does not apply
-    values  : what the two runs have there
-    margins : |v - threshold| of the unit in the two runs, v the cell before the event; NaN where it does not apply
+    step, layer, sample, unit : place of the first difference; -1 where it does not apply
+    values  : the values of the two runs at this place
+    margins : |v - threshold| of the unit in the two runs, with v the cell before the event; NaN where it does not apply
     """
 
     what: str
@@ -298,20 +302,20 @@ class Divergence(AssertionError):
 
 
 def assert_equivalent(sim_a: Simulator, sim_b: Simulator, inputs: np.ndarray | Events) -> int:
-    """Run both over `inputs` and compare, by `==`, events, cells, outputs, fire counts and final state.
+    """Run both simulators over `inputs` and compare events, cells, outputs, fire counts and final state by `==`.
 
     Parameters
     ----------
-    sim_a, sim_b : of networks of the same sizes, in the same state, with the same batch; both advance
-    inputs       : as `Simulator.run` takes
+    sim_a, sim_b : simulators of networks of the same sizes, with the same batch and state; both advance
+    inputs       : inputs of `Simulator.run`
 
-    Returns the number of events and silences compared, steps * batch * units.
+    Returns the number of (step, sample, unit) compared, over all layers.
 
     Raises
     ------
-    Divergence  an AssertionError that names the first step at which they differ, in it the lowest layer, sample and
-                unit, the two values, and how far the unit was from its threshold
-    ValueError  if the two cannot be compared: other sizes, batch or starting state
+    Divergence  an AssertionError that names the first step with a difference, in it the lowest layer, sample and unit,
+                the two values, and the distance of the unit from its threshold
+    ValueError  where the simulators cannot be compared: other sizes, batch or starting state
     """
     _need_comparable(sim_a, sim_b)
     record = ("events", "states")
@@ -345,7 +349,7 @@ def _first_divergence(sim_a: Simulator, sim_b: Simulator, a: Simulation, b: Simu
 def _in_layers(sim_a: Simulator, sim_b: Simulator, a: Simulation, b: Simulation) -> Divergence | None:
     sent = [(x.to_dense(), y.to_dense()) for x, y in zip(a.events, b.events, strict=True)]
     cells = list(zip(a.states, b.states, strict=True))
-    # Step first, then layer: within a step, a layer is wrong by itself or by a layer below it.
+    # Order by step, then by layer: within a step a layer can only be affected by the layers below it.
     places = [
         (place[0], k, place[1], place[2])
         for k, ((x, y), (c, d)) in enumerate(zip(sent, cells, strict=True))
@@ -392,7 +396,7 @@ def _in_final_state(a: Simulation, b: Simulation) -> Divergence | None:
 
 
 def _first(condition: np.ndarray) -> tuple[int, ...] | None:
-    """The first index, in C order, at which the condition holds."""
+    """The first index in C order at which the condition holds, or None."""
     flat = int(np.argmax(condition)) if condition.size else 0
     if not condition.size or not condition.flat[flat]:
         return None
@@ -400,7 +404,7 @@ def _first(condition: np.ndarray) -> tuple[int, ...] | None:
 
 
 def _margin(sim: Simulator, k: int, unit: int, cell, event) -> float:
-    """|v - threshold|, the cell before the event rebuilt from the cell after it."""
+    """|v - threshold|, with the cell v before the event reconstructed from the cell after it."""
     layer = sim.network.layers[k]
     threshold = float(layer.threshold[unit])
     subtracted = threshold if event != 0 and layer.cell.variant == "evnn" else 0.0

@@ -10,9 +10,8 @@ from eventrnn import bench, simulate
 from eventrnn.bench import baselines, timing
 from eventrnn.bench.bandwidth import Product
 from eventrnn.bench.case import Case
-from eventrnn.bench.inference import ACTIVITY_TOLERANCE
 from eventrnn.bench.machine import peak
-from eventrnn.bench.networks import random_events, random_weights
+from eventrnn.bench.networks import ACTIVITY_TOLERANCE, random_events, random_weights
 from eventrnn.weights import convert
 from support.tolerance import U32, gamma
 

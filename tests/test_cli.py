@@ -245,7 +245,7 @@ def test_bad_model_files(cli, tmp_path, model, text):
         (("plot", "{model}", "weights", "--out", "{new}.gif"), "ends in .png"),
         (("plot", "{model}", "raster", "--out", "{new}.png", "--text", "{text}", "--layer", "7"), "layer: got 7"),
         (("plot", "{model}", "raster", "--out", "{new}.png", "--steps", "0"), "steps: got 0"),
-        (("plot", "{model}", "training", "--out", "{new}.png"), "is no folder of a run"),
+        (("plot", "{model}", "training", "--out", "{new}.png"), "is not the folder of a run"),
         (("convert", "{model}", "--out", "{new}", "--to", "block"), "block"),
         (("convert", "{model}", "--out", "{new}", "--to", "nm"), "nm: got None"),
         (("convert", "{model}", "--out", "{new}", "--to", "dense", "--nm", "2:4"), "nm: got (2, 4, 'post') for format"),

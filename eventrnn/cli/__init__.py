@@ -1,7 +1,7 @@
-"""The `eventrnn` command: each verb a few lines over the library.
+"""The `eventrnn` command: each verb is a few lines over the library.
 
-Tables for people on stdout, or one JSON object and nothing else with --json; progress on stderr. Bad input ends with
-exit code 2 and one line, before any work.
+Results go to stdout, as tables, or as one JSON object and nothing else with --json; progress goes to stderr. Bad input
+ends with exit code 2 and one line, before any work.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ app.command()(plot)
 
 app.add_typer(bench_app, name="bench")
 
-# What typer raises for options it cannot parse; the class has moved between releases, its subclass has not.
+# The error of Typer for options it cannot parse. Its module changed between releases; that of its subclass did not.
 UsageError: Any = typer.BadParameter.__mro__[1]
 
 
 def main() -> None:
-    """Entry point: errors of use become one line and exit code 2, a failed check one line and exit code 1."""
+    """Entry point. Errors of use become one line and exit code 2, a failed check one line and exit code 1."""
     try:
         raise SystemExit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except UsageError as error:

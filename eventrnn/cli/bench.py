@@ -1,4 +1,4 @@
-"""`eventrnn bench`: speed, every side in one run."""
+"""`eventrnn bench`: measure speed beside baselines, all sides in one run."""
 
 from __future__ import annotations
 

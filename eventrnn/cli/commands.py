@@ -1,4 +1,4 @@
-"""The verbs of the command line, but for `bench`: each a few lines over the library."""
+"""The short verbs of the command line: demo, run, count, info and convert."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def demo(
         raise RuntimeError("the event-driven run and its dense twin differ; this is a bug, please report it")
 
 
-# Of a table with six counts.
+# Columns that a table with six counts needs.
 COUNT_WIDTH = 120
 
 app.command()(train)
@@ -134,7 +134,7 @@ def count(
     table = Table("matrix", *(column.replace("_", " ") for column in columns), title=title)
     for name, row in {**counts.matrices, "total": counts.total}.items():
         table.add_row(name, *(f"{getattr(row, column):,}" for column in columns))
-    # Better wider than the terminal than figures that are cut off.
+    # A table wider than the terminal is better than truncated figures.
     Console(width=max(COUNT_WIDTH, Console().width)).print(table)
     print(
         f"element-wise {sum(counts.gate_ops):,}, state bytes {sum(counts.state_bytes):,}, "
@@ -221,4 +221,4 @@ def _arrays(path: Path) -> Mapping[str, np.ndarray]:
     except FileNotFoundError:
         raise ValueError(f"source: there is no file {path}") from None
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"source: {path} is no .npz archive of arrays: {error}") from None
+        raise ValueError(f"source: {path} is not an .npz archive of arrays: {error}") from None

@@ -1,6 +1,6 @@
 """The main job from end to end: train, prune, simulate event by event, prove it equal, count, time.
 
-Everything here is a call into the library, in the order in which a user would make it.
+Everything here calls the library, in the order in which a user would.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from eventrnn.weights import CSR, BlockCSR
 
 FILES = ("model.safetensors", "counts.json", "result.json", "raster.png", "operations.png")
 
-# The specification walks every weight in Python: it checks the first steps only.
+# The reference backend is slow, so it checks only the first steps.
 REFERENCE_STEPS = 48
 
-# Of the second training: all blocks are gone after this share, and the learning rate begins to fall after that one.
-# Pruning costs 0.096 bits so, 0.15 with a half and 0.3: what is left wants time at the full rate.
+# Shares of the second training: the last blocks are pruned after the first, the learning rate falls after the second.
+# Pruning then costs 0.096 bits. With shares of 0.5 and 0.3 it costs 0.15, because the remaining weights need updates at
+# the full rate.
 PRUNED_AFTER, FALLS_AFTER = 0.35, 0.45
 
 Report = Callable[[str, int, int, str], None]
@@ -54,9 +55,10 @@ class DemoSettings:
 
 
 def run(folder: Path, settings: DemoSettings, report: Report = lambda stage, done, total, note: None) -> dict:
-    """Run the demo and write its files into `folder`; returns the figures of `eventrnn demo --json`.
+    """Run the demo, write its files into `folder`, and return the figures of `eventrnn demo --json`.
 
-    `report(stage, done, total, note)` is called along the way.
+    `report(stage, done, total, note)` is called as the work proceeds. Raises RuntimeError where the counts disagree
+    with their audit.
     """
     started = time.perf_counter()
     common = Settings(batch=32, window=64, learning_rate=6e-3, activity_cost=settings.activity_cost, seed=settings.seed)
@@ -138,7 +140,7 @@ def _untrained(corpus: Corpus, settings: DemoSettings) -> Network:
             "corpus": f"documentation of Python {platform.python_version()}",
         },
     )
-    # A character says more than its share of a wide embedding drawn within 0.1.
+    # The default range of 0.1 is for wide embeddings of words; characters learn faster from a wider range.
     return replace(network, embedding=rng.uniform(-1, 1, (symbols, settings.embedding)).astype(np.float32))
 
 
@@ -151,7 +153,7 @@ def _reporting(report: Report, stage: str, total: int) -> Callable[[Progress], N
 
 
 def _identical(a, b) -> bool:
-    """Bits of events and cells; the read-out follows."""
+    """Whether two runs have the same bits in all events and cells. The read-out is a function of the events."""
     events = all(
         np.array_equal(x.indptr, y.indptr)
         and np.array_equal(x.indices, y.indices)

@@ -88,7 +88,7 @@ def parse_block(text: str) -> tuple[int, int]:
 
 
 def writable_file(path: Path, force: bool, option: str = "out") -> None:
-    """Refuse before any work what would fail at the end."""
+    """Raise ValueError, before any work, where a file could not be written there at the end."""
     if path.is_dir():
         raise ValueError(f"{option}: {path} is a folder; give a file name")
     if path.exists() and not force:
@@ -97,7 +97,7 @@ def writable_file(path: Path, force: bool, option: str = "out") -> None:
 
 
 def writable_picture(path: Path, force: bool, option: str = "out") -> None:
-    """Likewise for a picture: its ending, and what draws it."""
+    """As `writable_file`, for a picture. Raises ImportError where matplotlib is missing."""
     if path.suffix not in PICTURES:
         raise ValueError(f"{option}: got {path}, need a name that ends in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}")
     writable_file(path, force, option)
@@ -106,7 +106,7 @@ def writable_picture(path: Path, force: bool, option: str = "out") -> None:
 
 
 def writable_folder(folder: Path, names: tuple[str, ...], force: bool) -> None:
-    """Likewise for a folder in which files of these names will be written."""
+    """As `writable_file`, for a folder in which files of these names will be written."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out: {folder} is not a folder")
     there = [name for name in names if (folder / name).exists()]
@@ -126,7 +126,7 @@ def _probe_folder(folder: Path, option: str = "out") -> None:
 
 
 def load_symbols(network: Network, text: str, part: str) -> np.ndarray:
-    """A part of a text in the model's own symbols."""
+    """A part of a text as symbols of the model. Raises ValueError for an unknown part, or without a vocabulary."""
     from eventrnn.data.text import SPLITS, Vocabulary, python_documentation, read_parts
 
     if part not in PARTS:

@@ -1,4 +1,4 @@
-"""`eventrnn plot`: pictures of a model, of a run over a text, and of its training."""
+"""`eventrnn plot`: figures of a model, of a run over a text, and of a training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from eventrnn import io
 from eventrnn.cli.options import Force, Json, Part, Text, load_symbols, writable_picture
 from eventrnn.cli.terminal import as_line
 
-# Symbols and rounds that are timed for the picture of operations.
+# Symbols and rounds of the timing for the figure of operations.
 TIMED, REPEATS = 2000, 7
 
 WHAT = ("weights", "raster", "operations", "training")
@@ -53,7 +53,7 @@ def _training(folder: Path, out: Path) -> None:
     from eventrnn.training import read_log
 
     if not folder.is_dir():
-        raise ValueError(f"model: {folder} is no folder of a run; eventrnn train keeps it as MODEL.run")
+        raise ValueError(f"model: {folder} is not the folder of a run; eventrnn train writes it to MODEL.run")
     seen = [line for line in read_log(folder) if line["validation"]]
     if not seen:
         raise ValueError(f"model: the run in {folder} has not been validated yet")

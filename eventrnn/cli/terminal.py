@@ -1,4 +1,4 @@
-"""What the command line prints: progress on stderr, tables or one line of JSON on stdout."""
+"""Output of the command line: progress on stderr, tables or one line of JSON on stdout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.table import Table
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int, str], None]]:
-    """Yields `report(stage, done, total, note)`: bars on a terminal's stderr, a line a tenth of the work elsewhere."""
+    """Yield `report(stage, done, total, note)`: progress bars where stderr is a terminal, else one line per tenth."""
     console = Console(stderr=True)
     if not console.is_terminal:
         tenths: dict[str, int] = {}
@@ -45,20 +45,20 @@ def progress() -> Iterator[Callable[[str, int, int, str], None]]:
 
 
 def show(title: str, figures: Mapping, as_json: bool) -> None:
-    """Figures as a table for people, or as one JSON object."""
+    """Print figures as a table, or as one JSON object."""
     if as_json:
         print(as_line(figures))
         return
     table = Table("", "", title=title, show_header=False)
     for name, value in figures.items():
         if value is not None:
-            # Names of parameters, which have dots, are those of the library and of files.
+            # Names with dots are parameters of the library and of files, and are not changed.
             table.add_row(name if "." in name else name.replace("_", " "), _readable(value))
     Console().print(table)
 
 
 def as_line(figures: Mapping) -> str:
-    """One line of JSON; what is not finite becomes null, for JSON has no word for it."""
+    """One line of JSON. Numbers that are not finite become null, because JSON cannot express them."""
 
     def finite(value):
         if isinstance(value, Mapping):

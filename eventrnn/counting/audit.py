@@ -88,7 +88,7 @@ def audit(network: Network, simulation: Simulation, counts: OpCounts | None = No
 
 
 NEUROBENCH_DIFFERENCES = (
-    "NeuroBench counts a whole layer call as MACs if one value in the batch is graded; here each event is classified alone",
+    "NeuroBench counts a whole layer call as MACs if one of its values is graded; here each event decides alone",
     "NeuroBench adds the element-wise work of recurrent cells to the synaptic operations; here it is gate_ops",
     "NeuroBench sums in the tensor's precision (float32 rounds above 2^24); here counts are integers",
     "NeuroBench does not define executed operations (with padding and zeros inside blocks)",
