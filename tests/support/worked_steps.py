@@ -76,7 +76,7 @@ def random_parameters(rng, inputs: int, units: int, dtype=np.float64) -> dict:
 
 
 def always_firing(rng, inputs: int, units: int) -> dict:
-    """Parameters of a layer with zero thresholds and positive candidates. Its cells stay positive, as in a plain GRU."""
+    """Parameters of a layer with zero thresholds whose candidates and cells stay positive, as in a plain GRU."""
     parameters = random_parameters(rng, inputs, units)
     parameters["w_rec"] = rng.uniform(-1, 1, (units, 3 * units)) / units
     parameters["bias_in"][2 * units :] = 3.0
