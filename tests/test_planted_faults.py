@@ -206,8 +206,8 @@ def test_padding_is_never_read(padded):
 def test_read_padding_rows_is_caught(monkeypatch, padded):
     # The last unit takes the next row, which is the first row of the padding.
     last = "(unit == weights.shape[0] - 1)"
-    taken = f"np.minimum(np.flatnonzero(there) + {last}[there] * {last}.sum(), len(there) - 1)"
-    reading = {"weights.values.reshape(-1, width)[there]": f"weights.values.reshape(-1, width)[{taken}]"}
+    taken = f"np.minimum(np.flatnonzero(ANY) + {last}[ANY] * {last}.sum(), len(ANY) - 1)"
+    reading = {"weights.values.reshape(-1, width)[ANY]": f"weights.values.reshape(-1, width)[{taken}]"}
     plant(monkeypatch, packing._Entries, "of_blocks", reading)
     found = divergence("reference", "cpu", net=padded)
     # The step after the last unit first sent something.

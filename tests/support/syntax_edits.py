@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import io
+import re
 import tokenize
 from collections.abc import Callable
 
@@ -58,13 +59,22 @@ def _parts(node: ast.AST) -> dict[str, ast.AST]:
 
 
 def replaced(tree: ast.AST, edits: dict[str, str]) -> ast.AST:
-    """The tree with expressions replaced, old text -> new text; every old one must be there, in whatever layout."""
+    """The tree with expressions replaced, old text -> new text; every old one must be there, in whatever layout.
+
+    ANY in an old text is any expression, and in the new text the expression that was found for it.
+    """
     for old, new in edits.items():
-        wanted = ast.unparse(ast.parse(old, mode="eval"))
-        replacer = _Replacer(
-            lambda node, wanted=wanted: isinstance(node, ast.expr) and ast.unparse(node) == wanted,
-            lambda node, new=new: _with_context(ast.parse(new, mode="eval").body, node),
-        )
+        text = re.escape(ast.unparse(ast.parse(old, mode="eval")))
+        pattern = re.compile(re.sub(r"\bANY\b", "(.+)", text))
+
+        def found(node, pattern=pattern):
+            return pattern.fullmatch(ast.unparse(node)) if isinstance(node, ast.expr) else None
+
+        def made(node, found=found, new=new):
+            text = re.sub(r"\bANY\b", f"({''.join(found(node).groups())})", new)
+            return _with_context(ast.parse(text, mode="eval").body, node)
+
+        replacer = _Replacer(lambda node, found=found: found(node) is not None, made)
         tree = replacer.visit(tree)
         assert replacer.count, f"no such expression to plant a fault in: {old}"
     return ast.fix_missing_locations(tree)
