@@ -32,8 +32,8 @@ OPTIONS = {
 }
 # Weights by mask and by index; products over the active units and over all. Masks work without AVX-512, but slowly.
 CHOICES = (
-    {"AVX512": True, "MASKED_FROM": 0, "EVERY_FROM_SHARE": 0},
-    {"MASKED_FROM": 2, "EVERY_FROM_SHARE": 2},
+    {"AVX512": True, "MASKED_FROM": 0, "DENSE_ACTIVITY_THRESHOLD": 0},
+    {"MASKED_FROM": 2, "DENSE_ACTIVITY_THRESHOLD": 2},
 )
 
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from eventrnn.bench import crossover as crossing
 from eventrnn.bench import timing
 from eventrnn.cpu import crossover as maps
-from eventrnn.cpu.crossover import ACTIVITY, AutoBackend, Crossover, Forced, MeasuredChoice
+from eventrnn.cpu.crossover import ACTIVITY, AutoBackend, Crossover, ForcedPolicy, MeasuredPolicy
 from eventrnn.cpu.engine import CpuEngine
-from eventrnn.cpu.plan import AS_STORED, BLAS_PRODUCT, DENSE, DENSE_TILES, PICKS, TILES
+from eventrnn.cpu.plan import BLAS_PRODUCT, DENSIFIED, DENSIFIED_TILED, FORMAT, KERNELS, TILED
 from eventrnn.network import Network
 from eventrnn.simulation import Simulator, simulate
 from eventrnn.testing import event_trains, networks
@@ -24,18 +24,20 @@ from support.crossover_map import invented_map
 class ForcedBackend:
     """The cpu engine, made to go one way."""
 
-    def __init__(self, pick: str, every_from: float):
-        self.name, self.exact, self.way = "forced", pick != BLAS_PRODUCT, (pick, every_from)
+    def __init__(self, pick: str, dense_activity_threshold: float):
+        self.name, self.exact, self.way = "forced", pick != BLAS_PRODUCT, (pick, dense_activity_threshold)
 
     def engine(self, network, *, threads=1):
-        return CpuEngine(network, threads, Forced(*self.way))
+        return CpuEngine(network, threads, ForcedPolicy(*self.way))
 
 
-@pytest.mark.parametrize("pick", [pick for pick in PICKS if pick != BLAS_PRODUCT])
-@given(case=cases(), threads=st.integers(1, 3), every_from=st.sampled_from((0.0, 0.3, 2.0)))
-def test_every_exact_kernel_gives_the_bits_of_the_specification(pick, case, threads, every_from):
+@pytest.mark.parametrize("pick", [pick for pick in KERNELS if pick != BLAS_PRODUCT])
+@given(case=cases(), threads=st.integers(1, 3), dense_activity_threshold=st.sampled_from((0.0, 0.3, 2.0)))
+def test_every_exact_kernel_gives_the_bits_of_the_specification(pick, case, threads, dense_activity_threshold):
     options = {"state": case.state, "record": ("events", "states")}
-    forced = simulate(case.network, case.inputs, backend=ForcedBackend(pick, every_from), threads=threads, **options)
+    forced = simulate(
+        case.network, case.inputs, backend=ForcedBackend(pick, dense_activity_threshold), threads=threads, **options
+    )
     assert_same(forced, simulate(case.network, case.inputs, backend="reference", **options))
     assert set(forced.paths.values()) == {pick}
 
@@ -88,15 +90,15 @@ def test_predictions_meet_the_measured_points_and_grow_with_the_matrix():
 
 
 def test_choices_follow_the_map():
-    choice = MeasuredChoice(invented_map(), may_blas=False)
+    choice = MeasuredPolicy(invented_map(), may_blas=False)
     dense = Dense(np.ones((400, 1200), np.float32))
-    assert choice.pick(dense, 1, 0.01) == AS_STORED
-    assert choice.pick(dense, 128, 1.0) == TILES
+    assert choice.select_kernel(dense, 1, 0.01) == FORMAT
+    assert choice.select_kernel(dense, 128, 1.0) == TILED
     single = convert(np.where(np.arange(1200) % 2 == 0, dense.values, np.float32(0)), "csr")
-    assert choice.pick(single, 128, 1.0) == DENSE_TILES
-    assert choice.pick(single.stored_as("bfloat16"), 128, 1.0) == AS_STORED
-    assert set(choice.predicted(single, 1, 0.1)) == {AS_STORED, DENSE, DENSE_TILES}
-    assert 0 < choice.every_from(64) <= 1
+    assert choice.select_kernel(single, 128, 1.0) == DENSIFIED_TILED
+    assert choice.select_kernel(single.stored_as("bfloat16"), 128, 1.0) == FORMAT
+    assert set(choice.predicted(single, 1, 0.1)) == {FORMAT, DENSIFIED, DENSIFIED_TILED}
+    assert 0 < choice.dense_activity_threshold(64) <= 1
 
 
 def test_selected_kernel_changes_with_activity():
@@ -105,10 +107,10 @@ def test_selected_kernel_changes_with_activity():
     network = Network.random([64], inputs=64, rng=rng)
     engine = AutoBackend().engine(network)
     engine.activity = [0.001, 0.001]
-    quiet = engine.plan(1, 4).picks
+    quiet = engine.plan(1, 4).kernel_by_matrix
     engine.activity = [1.0, 1.0]
-    assert quiet == dict.fromkeys(quiet, AS_STORED)
-    assert engine.plan(1, 64).picks == dict.fromkeys(quiet, TILES)
+    assert quiet == dict.fromkeys(quiet, FORMAT)
+    assert engine.plan(1, 64).kernel_by_matrix == dict.fromkeys(quiet, TILED)
 
 
 def test_a_map_is_measured_once_and_kept(tmp_path, monkeypatch):

@@ -34,10 +34,10 @@ from support.layouts import FEW, FORCED, INDICES, MANY, MASKS, NEVER, check_layo
 CONSTANTS = st.fixed_dictionaries(
     {
         "SHARED_EVENTS": st.sampled_from((0, NEVER)),
-        "EVERY_FROM_SHARE": st.sampled_from((0, 0.3, 2)),
+        "DENSE_ACTIVITY_THRESHOLD": st.sampled_from((0, 0.3, 2)),
         "MASKED_FROM": st.sampled_from((0, 0.2, 2)),
         "WIDEST_SCATTER": st.sampled_from((16, 48, 1 << 16)),
-        "MANY_PIECES": st.sampled_from((0, 2, NEVER)),
+        "MANY_SEGMENTS": st.sampled_from((0, 2, NEVER)),
         "LARGE_PAGE": st.sampled_from((1 << 12, 1 << 21)),
         "AVX512": st.booleans(),
     }
@@ -56,8 +56,8 @@ def test_block_width_decides_the_layout(block, kind):
     network = in_format(Network.random([24], inputs=9, rng=np.random.default_rng(0)), "block", block)
     with forced(INDICES):
         engine = cpu.CpuEngine(network, 1)
-        assert {int(window[KIND]) for window in engine.plan(5, 1).windows[0]} == {kind}
-    widths = {int(window[WIDTH]) for window in engine.plan(5, 1).windows[0]}
+        assert {int(window[KIND]) for window in engine.plan(5, 1).column_tiles[0]} == {kind}
+    widths = {int(window[WIDTH]) for window in engine.plan(5, 1).column_tiles[0]}
     assert widths == {block[1] if kind == BLOCKS else 1}
 
 
@@ -75,7 +75,7 @@ def test_threads_without_units_give_equal_bits(variant, units):
     # Parts are whole vectors: of three, one or two own nothing here.
     rng = np.random.default_rng(units)
     drawn = Network.random([units], inputs=7, readout=units, rng=rng, threshold=0.05, cell=Cell(variant=variant))
-    owned = np.diff(plan.Layout(drawn, 3).edges[0])
+    owned = np.diff(plan.Layout(drawn, 3).unit_bounds[0])
     assert owned.sum() == units
     assert (owned == 0).any() == (units <= 32)
     drawn = drawn.with_matrices(
@@ -113,7 +113,7 @@ def test_panels_of_units_give_the_bits_of_the_specification(units, storage):
     x[:, :, np.concatenate([edges, np.minimum(edges + plan.PANEL, units) - 1])] = 1
     x[:, 1] = 0
     expected = simulate(network, x, backend="reference", record=RECORDABLE)
-    with forced({**MANY, "EVERY_FROM_SHARE": 2}):
+    with forced({**MANY, "DENSE_ACTIVITY_THRESHOLD": 2}):
         for threads in (1, 2):
             assert_same(expected, simulate(network, x, threads=threads, record=RECORDABLE))
 
@@ -159,15 +159,15 @@ def test_block_padding_stays_within_the_columns_of_a_thread(units, threads, widt
     drawn = Network.random([units], inputs=3, rng=np.random.default_rng(units))
     network = in_format(drawn, "block", (1, min(width, 3 * units)))
     engine = cpu.CpuEngine(network, threads)
-    packed, ends = engine.plan(4, 1), [*engine.layout.bases[0, 1:], engine.pitch]
-    columns = packed.index.view(np.uint16)
+    packed, ends = engine.plan(4, 1), [*engine.layout.drive_begins[0, 1:], engine.drive_pitch]
+    columns = packed.pools.index.view(np.uint16)
     for part, end in enumerate(ends):
-        for inputs, window in zip((3, units), packed.windows[part], strict=True):
+        for inputs, window in zip((3, units), packed.column_tiles[part], strict=True):
             if window[KIND] in (BLOCKS, MANY_BLOCKS):
-                pointers = packed.pointers[window[POINTERS] :][: 3 * inputs]
-                targets = packed.index[window[INDEX] :][: int(pointers[1::3].max())] + window[WIDTH]
+                pointers = packed.pools.pointers[window[POINTERS] :][: 3 * inputs]
+                targets = packed.pools.index[window[INDEX] :][: int(pointers[1::3].max())] + window[WIDTH]
             elif window[KIND] == SCATTER:
-                count = int(packed.pointers[window[POINTERS] + inputs])
+                count = int(packed.pools.pointers[window[POINTERS] + inputs])
                 targets = window[LOW] + columns[2 * window[INDEX] :][:count].astype(np.int64) + 1
             else:
                 continue
@@ -186,22 +186,22 @@ def test_any_chunk_of_time_gives_the_same_bits(case, chunk):
 def test_a_batch_whose_drives_cannot_be_addressed_is_refused():
     engine = cpu.CpuEngine(Network.random([4], inputs=3, rng=np.random.default_rng(0)), 1)
     with pytest.raises(ValueError, match="split the batch"):
-        engine._scratch(1 << 30)
+        engine._buffers(1 << 30)
 
 
 def test_run_after_memory_error_succeeds():
     network = Network.random([20], inputs=3, rng=np.random.default_rng(0), threshold=0.02)
     x = np.random.default_rng(1).standard_normal((9, 40, 3)).astype(np.float32)
     simulator = Simulator(network, batch=40)
-    simulator.engine._scratch(1)
-    with patch.object(cpu, "product_scratch", side_effect=MemoryError), pytest.raises(MemoryError):
+    simulator.engine._buffers(1)
+    with patch.object(cpu, "workspace", side_effect=MemoryError), pytest.raises(MemoryError):
         simulator.run(x)
     assert_same(simulate(network, x, backend="reference", record=RECORDABLE), simulator.run(x, record=RECORDABLE))
 
 
 def test_a_plan_holds_the_weights_once():
     plan = cpu.CpuEngine(Network.random([4], inputs=3, rng=np.random.default_rng(0)), 1).plan(1, 1)
-    assert not any(isinstance(value, packing.Pools | list) for value in vars(plan).values())
+    assert not any(isinstance(value, packing.PoolBuilder | list) for value in vars(plan).values())
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no large pages")

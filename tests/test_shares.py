@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from eventrnn.cells import Cell
 from eventrnn.cpu.kernels.simd import LANES
-from eventrnn.cpu.kernels.sync import take_piece
+from eventrnn.cpu.kernels.sync import next_chunk
 from eventrnn.cpu.tables import FIELDS, HIGH, LOW, VALUES
 from eventrnn.network import Network
 from eventrnn.state import State
@@ -29,7 +29,7 @@ from support.pruned_weights import FORMATS, pruned
 def test_queue_hands_out_every_item_once(size, most, least, parts):
     counter, end, sizes = np.zeros(1, np.int64), 0, []
     while True:
-        first, count = take_piece(counter, size, max(most, least), least, parts)
+        first, count = next_chunk(counter, size, max(most, least), least, parts)
         if count == 0:
             break
         assert first == end and count <= max(most, least)

@@ -22,8 +22,8 @@ from eventrnn.cpu.single_product import Product
 from eventrnn.cpu.tables import (
     BLAS,
     BLOCKS,
+    DENSE_FROM,
     END,
-    EVERY_FROM,
     IN,
     ITEMSIZE,
     KIND,
@@ -91,13 +91,13 @@ def rows_read(engine: CpuEngine, network: Network, simulation: Simulation) -> li
 
 def _reads(plan: Plan, span: tuple[int, int], events: Events, rows: int, per_chunk: int) -> Reads:
     total, units = events.shape[0] * events.shape[1], events.shape[2]
-    windows = [window for part in plan.windows for window in part[slice(*span)]]
+    windows = [window for part in plan.column_tiles for window in part[slice(*span)]]
     shared = windows[0][KIND] == ROW_TILES
     groups = []
     for at in range(0, total, rows):
         last = min(at + rows, total)
         sent = events.indices[events.indptr[at] : events.indptr[last]]
-        if windows[0][KIND] == ROW_TILES and len(sent) >= windows[0][EVERY_FROM] * (last - at):
+        if windows[0][KIND] == ROW_TILES and len(sent) >= windows[0][DENSE_FROM] * (last - at):
             sent = np.arange(units, dtype=np.int32)
         groups.append(np.unique(sent) if shared else sent)
     ids = np.concatenate([*groups, np.zeros(0, np.int32)])
@@ -111,9 +111,9 @@ def _unit_bytes(plan: Plan, window: np.ndarray, units: int) -> np.ndarray:
     if kind in (ROWS, ROW_TILES, BLAS):
         return np.full(units, window[WIDTH] * size)
     if kind in (BLOCKS, MANY_BLOCKS):
-        first, last, _ = plan.pointers[p0 : p0 + 3 * units].reshape(units, 3).T
+        first, last, _ = plan.pools.pointers[p0 : p0 + 3 * units].reshape(units, 3).T
         return (last - first) * (window[WIDTH] * size + 4)
-    stored = np.diff(plan.pointers[p0 : p0 + units + 1])
+    stored = np.diff(plan.pools.pointers[p0 : p0 + units + 1])
     return stored * size + 2 * window[PITCH] if kind == MASKED else stored * (size + 2)
 
 
@@ -123,25 +123,25 @@ def probes(plan: Plan, reads: Sequence[Reads]) -> dict[str, Callable[[], object]
     The first reads the given rows in their order. The second reads as many bytes of the same weights sequentially; it
     can be faster, because short rows cost more than their bytes.
     """
-    workers = ThreadPoolExecutor(plan.parts)
-    pools = plan.values, plan.index, plan.pointers
+    workers = ThreadPoolExecutor(plan.n_threads)
+    pools = plan.pools[:3]
 
     def share(part: int) -> None:
         for at in range(max(-(-(len(r.indptr) - 1) // r.per_chunk) for r in reads)):
             for r in reads:
                 start, stop = (min(k * r.per_chunk, len(r.indptr) - 1) for k in (at, at + 1))
                 for window in r.windows:
-                    read_rows(plan.windows[part, window], *pools, r.indptr, r.ids, start, stop)
+                    read_rows(plan.column_tiles[part, window], *pools, r.indptr, r.ids, start, stop)
 
-    amount, pool = sum(r.nbytes for r in reads) // 4, len(plan.values) - PADDING
+    amount, pool = sum(r.nbytes for r in reads) // 4, len(plan.pools.values) - PADDING
 
     def straight(part: int) -> None:
-        first, last = (pool * k // plan.parts for k in (part, part + 1))
-        read_through(plan.values, first, last, amount // plan.parts)
+        first, last = (pool * k // plan.n_threads for k in (part, part + 1))
+        read_through(plan.pools.values, first, last, amount // plan.n_threads)
 
     def run(share: Callable[[int], None]) -> Callable[[], object]:
         # With one thread there is no hand-over to a thread pool, as in the engine.
-        return (lambda: share(0)) if plan.parts == 1 else (lambda: list(workers.map(share, range(plan.parts))))
+        return (lambda: share(0)) if plan.n_threads == 1 else (lambda: list(workers.map(share, range(plan.n_threads))))
 
     return {"probe": run(share), "probe straight": run(straight)}
 

@@ -11,8 +11,8 @@ import numpy as np
 from eventrnn.bench.machine import limited
 from eventrnn.bench.networks import random_events, random_weights
 from eventrnn.bench.timing import interleaved
-from eventrnn.cpu.crossover import Crossover, Forced, MeasuredChoice
-from eventrnn.cpu.plan import AS_STORED, BLAS_PRODUCT, DENSE, DENSE_TILES, TILES, Choice
+from eventrnn.cpu.crossover import Crossover, ForcedPolicy, MeasuredPolicy
+from eventrnn.cpu.plan import BLAS_PRODUCT, DENSIFIED, DENSIFIED_TILED, FORMAT, TILED, KernelPolicy
 from eventrnn.cpu.single_product import Product
 from eventrnn.weights import Dense, Weights
 
@@ -77,13 +77,13 @@ def _line(
     def runs(steps: int, ways: Iterable[Way]) -> dict[Way, Callable[[], object]]:
         events, found = random_events(steps, batch, weights.shape[0], activity, rng), {}
         for way in ways:
-            product = Product(weights, events, choice=Forced(*way), plan=plans.get(way))
+            product = Product(weights, events, policy=ForcedPolicy(*way), plan=plans.get(way))
             plans[way], found[way] = product.plan, product.run
         return found
 
-    exact = [(AS_STORED, NEVER), *_tiles(weights)]
-    auto = _taken(MeasuredChoice(crossover, False), weights, batch, activity)
-    inexact = _taken(MeasuredChoice(crossover, True), weights, batch, activity)
+    exact = [(FORMAT, NEVER), *_tiles(weights)]
+    auto = _taken(MeasuredPolicy(crossover, False), weights, batch, activity)
+    inexact = _taken(MeasuredPolicy(crossover, True), weights, batch, activity)
     first = _medians(interleaved(runs(FIRST_STEPS, {*exact, (BLAS_PRODUCT, NEVER), auto, inexact}), 3), FIRST_STEPS)
     fastest, fastest_exact = min(first.values()), min(first[way] for way in exact)
     steps = int(min(max(RUN_SECONDS / fastest, LEAST_STEPS), MOST_STEPS))
@@ -102,21 +102,27 @@ def _line(
 def _tiles(weights: Weights) -> list[Way]:
     """The exact kernels apart from that of the stored format."""
     if isinstance(weights, Dense):
-        return [(TILES, NEVER), (TILES, 0.0)]
-    return [(DENSE, NEVER), (DENSE_TILES, NEVER), (DENSE_TILES, 0.0)]
+        return [(TILED, NEVER), (TILED, 0.0)]
+    return [(DENSIFIED, NEVER), (DENSIFIED_TILED, NEVER), (DENSIFIED_TILED, 0.0)]
 
 
-def _taken(choice: Choice, weights: Weights, batch: int, activity: float) -> Way:
+def _taken(choice: KernelPolicy, weights: Weights, batch: int, activity: float) -> Way:
     """The kernel that a policy picks. The share is `NEVER` where the kernel is not tiled and so does not use it."""
-    pick = choice.pick(weights, batch, activity)
-    return pick, choice.every_from(batch) if pick in (TILES, DENSE_TILES) else NEVER
+    pick = choice.select_kernel(weights, batch, activity)
+    return pick, choice.dense_activity_threshold(batch) if pick in (TILED, DENSIFIED_TILED) else NEVER
 
 
 def _words(way: Way) -> str:
-    pick, every_from = way
-    if pick not in (TILES, DENSE_TILES):
+    pick, dense_activity_threshold = way
+    if pick not in (TILED, DENSIFIED_TILED):
         return pick
-    return f"{pick}, every" if every_from == 0 else f"{pick}, panels" if every_from == NEVER else pick
+    return (
+        f"{pick}, every"
+        if dense_activity_threshold == 0
+        else f"{pick}, panels"
+        if dense_activity_threshold == NEVER
+        else pick
+    )
 
 
 def _medians(rounds: dict[Way, list[float]], steps: int) -> dict[Way, float]:
@@ -134,8 +140,10 @@ def picks(crossover: Crossover, hidden: int, seed: int = 0) -> list[dict]:
     for case in WEIGHTS:
         weights = _weights(case, hidden, rng)
         for batch in BATCHES:
-            choices = {"exact": MeasuredChoice(crossover, False), "inexact": MeasuredChoice(crossover, True)}
-            found = {name: [each.pick(weights, batch, a) for a in ACTIVITIES] for name, each in choices.items()}
+            choices = {"exact": MeasuredPolicy(crossover, False), "inexact": MeasuredPolicy(crossover, True)}
+            found = {
+                name: [each.select_kernel(weights, batch, a) for a in ACTIVITIES] for name, each in choices.items()
+            }
             lines.append({"weights": f"{case['format']} {case['sparsity']:.0%}", "batch": batch} | found)
     return lines
 

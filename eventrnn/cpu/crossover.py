@@ -1,8 +1,9 @@
-"""Where the ways of a product cross on this machine: measured once, kept in the user's cache, looked up by "auto".
+"""Measured kernel selection: times of every kernel on this machine, kept in the user's cache, used by "auto".
 
-A product can go as its format has it, through dense rows (one drive after the other, or shared by many), or through
-BLAS. Which is fastest depends on how many drives there are, how active their senders are, and how much was pruned. The
-map holds one thread's times on a grid of these; between its points times are interpolated, all in logarithms.
+A product can use the format of its matrix, dense rows (one drive row after the other, or shared by many), or BLAS.
+Which kernel is fastest depends on the number of drive rows, on the activity of the senders, and on the density of the
+matrix. The crossover map holds the times of one thread on a grid of these. Between grid points, times are interpolated,
+all in logarithms.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy as np
 from eventrnn._files import cache_folder
 from eventrnn.cpu.engine import CpuEngine
 from eventrnn.cpu.kernels.jit import source_digest
-from eventrnn.cpu.plan import AS_STORED, BLAS_PRODUCT, DENSE, DENSE_TILES, TILES, Choice
+from eventrnn.cpu.plan import BLAS_PRODUCT, DENSIFIED, DENSIFIED_TILED, FORMAT, TILED, KernelPolicy
 from eventrnn.cpu.single_product import Product
 from eventrnn.events import Events
 from eventrnn.weights import BlockCSR, Dense, Weights, convert
@@ -32,35 +33,39 @@ if TYPE_CHECKING:
     from eventrnn.network import Network
 
 
-# The grid. Matrices are (units, 3 units): one that fits a core's own cache, and one that does not.
+# Grid of the map: sizes of matrices (units, 3 * units), one that fits the L2 cache of a core and one that does not.
 UNITS = (320, 1350)
 
+# Grid of the map: drive rows.
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
-# Ways that go one drive after the other need no more.
+# Drive rows for kernels that compute one drive row after the other.
 EACH_ROWS = (1, 16)
 
+# Grid of the map: active share of the senders.
 ACTIVITY = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0)
 
+# Grid of the map: stored share of the weights.
 DENSITY = (0.05, 0.1, 0.2, 0.5)
 
-#: ways with dense weights, and which layout each measures: pick, share of active units from which every one is walked
-DENSE_WAYS = {"rows": (AS_STORED, 2.0), "panels": (TILES, 2.0), "every": (TILES, 0.0), "blas": (BLAS_PRODUCT, 2.0)}
+#: kernels for dense weights, by their names in the map: how each is measured, (kernel, dense activity threshold)
+DENSE_KERNELS = {"rows": (FORMAT, 2.0), "panels": (TILED, 2.0), "every": (TILED, 0.0), "blas": (BLAS_PRODUCT, 2.0)}
 
-#: ways with pruned weights, by the widest piece of a block that is not wider; single weights have their own
-BLOCK_WAYS = {4: "block4", 16: "block16", 64: "block64"}
+#: names of kernels for block-sparse weights, by width of a block segment; single weights have a kernel of their own
+BLOCK_KERNELS = {4: "block4", 16: "block16", 64: "block64"}
 
-# These take as long however many units are active.
-ALWAYS_ALL = ("every", "blas")
+# Kernels whose time does not depend on the activity.
+EVERY_UNIT = ("every", "blas")
 
-# What drives share depends on how many there are; the other ways take them one by one.
-SHARING = ("panels", "every", "blas")
+# Kernels that share the weights they read between drive rows.
+SHARED_ROWS = ("panels", "every", "blas")
 
-# Another way than the stored one must promise to be so much faster: the map is no better.
-WORTH_IT = 0.95
+# Another kernel than that of the format is selected if its predicted time is below this share of the format's; the map
+# is accurate to about as much.
+MAX_RELATIVE_TIME = 0.95
 
-# A measured run is at least so long; the best of some, in rounds over the whole grid: what slows the machine for some
-# seconds would otherwise be charged to one way.
+# Seconds per measured run at least, runs per measurement, of which the best counts, and rounds over the whole grid.
+# With several rounds, a disturbance of some seconds does not distort the time of one kernel alone.
 RUN_SECONDS, REPEATS, ROUNDS = 2e-3, 2, 2
 
 Report = Callable[[int, int, str], None]
@@ -68,27 +73,32 @@ Report = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Crossover:
-    """Seconds of one product on one thread.
+    """Times of one product on one thread.
 
-    times : "way/units" or "way/units/density" -> ROWS (EACH_ROWS) x ACTIVITY
+    times : "kernel/units" or "kernel/units/density" -> seconds, ROWS (or EACH_ROWS) x ACTIVITY
     """
 
     times: Mapping[str, list[list[float]]]
 
-    def seconds(self, way: str, shape: tuple[int, int], rows: int, activity: float, density: float = 1.0) -> float:
-        """Predicted time of a product of that shape, its weights of that density. O(1), some tens of microseconds."""
+    def seconds(self, kernel: str, shape: tuple[int, int], rows: int, activity: float, density: float = 1.0) -> float:
+        """Predicted seconds of a product; a prediction costs some tens of microseconds.
+
+        kernel : name in the map
+        shape  : of the matrix, of which a share `density` is stored
+        rows   : drive rows
+        """
         size = math.log(max(1, shape[0] * shape[1]))
         sizes = [math.log(3 * n * n) for n in UNITS]
-        measured = [self._at(way, n, rows, activity, density) for n in UNITS]
+        measured = [self._at(kernel, n, rows, activity, density) for n in UNITS]
         share = min(1.0, max(0.0, (size - sizes[0]) / (sizes[1] - sizes[0])))
         per_weight = (1 - share) * (measured[0] - sizes[0]) + share * (measured[1] - sizes[1])
         return math.exp(per_weight + size)
 
-    def _at(self, way: str, units: int, rows: int, activity: float, density: float) -> float:
-        """Logarithm of the seconds at one size."""
-        if way in DENSE_WAYS:
-            return self._interpolated(f"{way}/{units}", rows, activity)
-        logs = [self._interpolated(f"{way}/{units}/{d}", rows, activity) for d in DENSITY]
+    def _at(self, kernel: str, units: int, rows: int, activity: float, density: float) -> float:
+        """Logarithm of the predicted seconds at one grid size."""
+        if kernel in DENSE_KERNELS:
+            return self._interpolated(f"{kernel}/{units}", rows, activity)
+        logs = [self._interpolated(f"{kernel}/{units}/{d}", rows, activity) for d in DENSITY]
         return _line(math.log(max(density, 1e-6)), np.log(DENSITY), logs)
 
     def _interpolated(self, key: str, rows: int, activity: float) -> float:
@@ -97,8 +107,8 @@ class Crossover:
         lines = [_line(x, np.log(ACTIVITY), line) for line in table]
         return _line(math.log(rows), np.log(_rows(key.partition("/")[0])), lines)
 
-    def every_from(self, rows: int) -> float:
-        """From which share of active units on, walking every unit is faster than looking for them."""
+    def dense_activity_threshold(self, rows: int) -> float:
+        """Activity from which visiting every unit is faster than visiting the active ones; 2 if there is none."""
         shape = (UNITS[-1], 3 * UNITS[-1])
         every = self.seconds("every", shape, rows, 1.0)
         for share in np.geomspace(0.05, 1.0, 40):
@@ -107,54 +117,54 @@ class Crossover:
         return 2.0
 
 
-def _rows(way: str) -> tuple[int, ...]:
-    return ROWS if way in SHARING else EACH_ROWS
+def _rows(kernel: str) -> tuple[int, ...]:
+    return ROWS if kernel in SHARED_ROWS else EACH_ROWS
 
 
 def _line(x: float, at, values) -> float:
-    """Linear between points, and beyond them along the outermost segment."""
+    """Linear interpolation between points, and linear extrapolation beyond them."""
     k = min(max(int(np.searchsorted(at, x)) - 1, 0), len(at) - 2)
     return float(values[k] + (values[k + 1] - values[k]) * (x - at[k]) / (at[k + 1] - at[k]))
 
 
-class MeasuredChoice(Choice):
-    """`Choice` by a map. `may_blas` lets it pick BLAS, which is not exact."""
+class MeasuredPolicy(KernelPolicy):
+    """Selects the kernel with the lowest predicted time. `may_blas` admits BLAS, which is not exact."""
 
     def __init__(self, crossover: Crossover, may_blas: bool):
         self.crossover, self.may_blas = crossover, may_blas
 
     def predicted(self, weights: Weights, rows: int, activity: float) -> dict[str, float]:
-        """Seconds by pick. Narrow weights stay narrow: dense twins and BLAS are float32."""
+        """Predicted seconds per kernel. Narrower weights are not made dense, which would make them float32."""
         shape, seconds = weights.shape, self.crossover.seconds
         found: dict[str, float] = {}
 
         def tiles() -> float:
-            return min(seconds(way, shape, rows, activity) for way in ("panels", "every"))
+            return min(seconds(kernel, shape, rows, activity) for kernel in ("panels", "every"))
 
         if isinstance(weights, Dense):
-            found = {AS_STORED: seconds("rows", shape, rows, activity), TILES: tiles()}
+            found = {FORMAT: seconds("rows", shape, rows, activity), TILED: tiles()}
         else:
             density = weights.stored / max(1, shape[0] * shape[1])
-            found[AS_STORED] = seconds(_way(weights), shape, rows, activity, density)
+            found[FORMAT] = seconds(_format_kernel(weights), shape, rows, activity, density)
             if weights.storage == "float32":
-                found |= {DENSE: seconds("rows", shape, rows, activity), DENSE_TILES: tiles()}
+                found |= {DENSIFIED: seconds("rows", shape, rows, activity), DENSIFIED_TILED: tiles()}
         if self.may_blas and weights.storage == "float32":
             found[BLAS_PRODUCT] = seconds("blas", shape, rows, activity)
         return found
 
-    def pick(self, weights: Weights, rows: int, activity: float) -> str:
+    def select_kernel(self, weights: Weights, rows: int, activity: float) -> str:
         found = self.predicted(weights, rows, activity)
         best = min(found, key=lambda name: found[name])
-        return best if found[best] < WORTH_IT * found[AS_STORED] else AS_STORED
+        return best if found[best] < MAX_RELATIVE_TIME * found[FORMAT] else FORMAT
 
-    def every_from(self, rows: int) -> float:
-        return self.crossover.every_from(rows)
+    def dense_activity_threshold(self, rows: int) -> float:
+        return self.crossover.dense_activity_threshold(rows)
 
 
 class AutoBackend:
-    """The cpu engine with measured choices. `exact=False` lets it use BLAS.
+    """The CPU engine with measured kernel selection. `exact=False` admits BLAS.
 
-    crossover : a map; else the one in the user's cache, which is measured first where there is none (a minute)
+    crossover : a map; by default the one in the user's cache, which is measured first if there is none (a minute)
     """
 
     name = "auto"
@@ -163,86 +173,88 @@ class AutoBackend:
         self.exact, self.crossover = exact, crossover
 
     def engine(self, network: Network, *, threads: int = 1) -> CpuEngine:
-        """As of `CpuBackend`, and the map."""
+        """An engine as that of `CpuBackend`, which selects kernels by the map."""
         if self.crossover is None:
             self.crossover = load()
-        return CpuEngine(network, threads, MeasuredChoice(self.crossover, may_blas=not self.exact))
+        return CpuEngine(network, threads, MeasuredPolicy(self.crossover, may_blas=not self.exact))
 
 
-def _way(weights: Weights) -> str:
+def _format_kernel(weights: Weights) -> str:
     if not isinstance(weights, BlockCSR) or weights.block[1] % 4:
         return "single"
-    return BLOCK_WAYS[max(width for width in BLOCK_WAYS if weights.block[1] % width == 0)]
+    return BLOCK_KERNELS[max(width for width in BLOCK_KERNELS if weights.block[1] % width == 0)]
 
 
 # --- measuring ----------------------------------------------------------------------------------------------
 
 
 def measure(report: Report = lambda done, total, what: None) -> Crossover:
-    """Time every way on the whole grid. About a minute on one core; nothing else should run beside it."""
+    """Time every kernel on the whole grid. It takes about a minute on one core, which should be otherwise idle."""
     from threadpoolctl import threadpool_limits
 
     jobs = _jobs()
     times: dict[str, np.ndarray] = {}
     with threadpool_limits(limits=1, user_api="blas"):
-        for done, (way, units, density) in enumerate(jobs * ROUNDS):
-            key = _key(way, units, density)
+        for done, (kernel, units, density) in enumerate(jobs * ROUNDS):
+            key = _key(kernel, units, density)
             report(done, len(jobs) * ROUNDS, key)
-            measured = np.array(_measured(way, units, density))
+            measured = np.array(_measured(kernel, units, density))
             times[key] = np.minimum(times.get(key, np.inf), measured)
     report(len(jobs) * ROUNDS, len(jobs) * ROUNDS, "done")
     return Crossover({key: table.tolist() for key, table in times.items()})
 
 
 def _jobs() -> list[tuple[str, int, float | None]]:
-    pruned = ("single", *BLOCK_WAYS.values())
-    each = [(way, None) for way in DENSE_WAYS] + [(way, density) for way in pruned for density in DENSITY]
-    return [(way, units, density) for units in UNITS for way, density in each]
+    pruned = ("single", *BLOCK_KERNELS.values())
+    each = [(kernel, None) for kernel in DENSE_KERNELS] + [
+        (kernel, density) for kernel in pruned for density in DENSITY
+    ]
+    return [(kernel, units, density) for units in UNITS for kernel, density in each]
 
 
-def _key(way: str, units: int, density: float | None) -> str:
-    return f"{way}/{units}" + ("" if density is None else f"/{density}")
+def _key(kernel: str, units: int, density: float | None) -> str:
+    return f"{kernel}/{units}" + ("" if density is None else f"/{density}")
 
 
-class Forced(Choice):
-    """Always the same way."""
+class ForcedPolicy(KernelPolicy):
+    """Selects the same kernel always."""
 
     may_blas = True
 
-    def __init__(self, pick: str, every_from: float):
-        self._pick, self._every_from = pick, every_from
+    def __init__(self, kernel: str, dense_activity_threshold: float):
+        self._kernel, self._threshold = kernel, dense_activity_threshold
 
-    def pick(self, weights: Weights, rows: int, activity: float) -> str:
-        return self._pick
+    def select_kernel(self, weights: Weights, rows: int, activity: float) -> str:
+        return self._kernel
 
-    def every_from(self, rows: int) -> float:
-        return self._every_from
+    def dense_activity_threshold(self, rows: int) -> float:
+        return self._threshold
 
 
-def _measured(way: str, units: int, density: float | None) -> list[list[float]]:
+def _measured(kernel: str, units: int, density: float | None) -> list[list[float]]:
     """Seconds at every point of the grid."""
     rng = np.random.default_rng(0)
     dense = rng.standard_normal((units, 3 * units), dtype=np.float32)
-    choice = Forced(*DENSE_WAYS.get(way, (AS_STORED, 2.0)))
+    policy = ForcedPolicy(*DENSE_KERNELS.get(kernel, (FORMAT, 2.0)))
     weights: Weights = Dense(dense)
     if density is not None:
-        block = None if way == "single" else (1, int(way.removeprefix("block")))
+        block = None if kernel == "single" else (1, int(kernel.removeprefix("block")))
         grid = rng.random((units, -(-3 * units // (block or (1, 1))[1]))) < density
         mask = np.repeat(grid, (block or (1, 1))[1], axis=1)[:, : 3 * units]
         weights = convert(dense * mask, "csr" if block is None else "block", block=block)
     plan, table = None, []
-    for rows in _rows(way):
+    for rows in _rows(kernel):
         line: list[float] = []
         for activity in ACTIVITY:
-            if way in ALWAYS_ALL and line:
+            if kernel in EVERY_UNIT and line:
                 line.append(line[0])
                 continue
-            # Enough steps that no two runs of them find the same weights in the cache.
-            work = rows * units * 3 * units * (1.0 if way in ALWAYS_ALL else activity * (density or 1.0))
+            # Enough steps that a run does not find the weights of the run before in the cache.
+            work = rows * units * 3 * units * (1.0 if kernel in EVERY_UNIT else activity * (density or 1.0))
             steps = int(min(64, max(1, RUN_SECONDS * 1e10 // max(work, 1))))
             fired = rng.random((steps, rows, units), dtype=np.float32) < activity
             events = Events.from_dense(fired.astype(np.float32))
-            product = Product(weights, events, choice=choice, plan=plan)
+            product = Product(weights, events, policy=policy, plan=plan)
             plan = product.plan
             line.append(_best(product.run) / steps)
         table.append(line)
@@ -263,7 +275,7 @@ def _best(run: Callable[[], object]) -> float:
 
 
 def cache_path() -> Path:
-    """Where this machine's map is kept: of this processor, these kernels. `EVENTRNN_CACHE` names another folder."""
+    """File of the map for this processor and these kernels. `EVENTRNN_CACHE` names another folder."""
     import platform
 
     machine = f"{platform.machine()} {platform.processor()} {_model()} {source_digest()}"
@@ -279,7 +291,7 @@ def _model() -> str:
 
 
 def load(report: Report = lambda done, total, what: None) -> Crossover:
-    """The map in the cache, or a new one, which is then kept there."""
+    """The map in the cache; without one, a new map is measured and written there."""
     path = cache_path()
     try:
         kept = Crossover(**json.loads(path.read_text()))
@@ -291,13 +303,13 @@ def load(report: Report = lambda done, total, what: None) -> Crossover:
 
 
 def _is_whole(crossover: Crossover) -> bool:
-    """Whether a map from a file has every time that may be looked up."""
+    """Whether a map from a file has every entry of the grid."""
     tables = {_key(*job): (len(_rows(job[0])), len(ACTIVITY)) for job in _jobs()}
     return {key: np.shape(table) for key, table in crossover.times.items()} == tables
 
 
 def save(crossover: Crossover) -> Crossover:
-    """Keep a map; warns where the folder cannot be written."""
+    """Write a map to the cache and return it; warns if the folder cannot be written."""
     path = cache_path()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

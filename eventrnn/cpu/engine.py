@@ -1,10 +1,12 @@
-"""The CPU engine: all layers and all steps inside one compiled call, state in and state out.
+"""The CPU engine: all layers and all steps of a run inside one compiled call, state in and state out.
 
-Time runs in chunks that stay in cache. Within a chunk each layer first takes its whole input (no step waits for
-another there), then walks its steps: recurrent product, cell update, events. Only units that fired are read.
+Time runs in chunks whose drives stay in the cache. Within a chunk, each layer first computes the drives of its whole
+input, for which no step waits; then it runs its steps: recurrent product, cell update, events. Only the weights of
+units that fired are read.
 
-Threads split the outputs of a product and the units of an update, never a sum, and meet at a spin barrier; so the
-bits do not depend on their number. Kernels allocate nothing, but for BLAS. `packing.py` explains the tables.
+Threads divide the outputs of a product and the units of an update, never a sum, and synchronise at a spin barrier. The
+results are therefore the same bits for every number of threads. Kernels allocate no memory, except for BLAS.
+`tables.py` and `packing.py` describe the memory layout.
 """
 
 from __future__ import annotations
@@ -17,120 +19,149 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from eventrnn.backend import HostInputs, as_array, need_on_host
+from eventrnn.cpu import step_table
 from eventrnn.cpu.kernels.simd import LANES
+from eventrnn.cpu.kernels.time_loop import run, step
 from eventrnn.cpu.memory import aligned_zeros
 from eventrnn.cpu.packing import check_format
-from eventrnn.cpu.plan import BLAS_PRODUCT, Choice, Layout, Plan, product_scratch
+from eventrnn.cpu.plan import BLAS_PRODUCT, KernelPolicy, Layout, Plan, workspace
 from eventrnn.cpu.stepper import Stepper
-from eventrnn.cpu.tables import PIECES
-from eventrnn.cpu.threads import started
+from eventrnn.cpu.tables import (
+    SEGMENT_WIDTHS,
+    EventLists,
+    InputEvents,
+    NetworkTables,
+    RunBuffers,
+    RunOutputs,
+    RunSize,
+)
+from eventrnn.cpu.threads import start_pool
 from eventrnn.state import FireCounts, Inputs, State, Trace
 from eventrnn.weights import MatrixId
 
 if TYPE_CHECKING:
     from eventrnn.network import Network
-from eventrnn.cpu.kernels.time_loop import run, step
 
-# A chunk's input drives should fit a share of the L2 cache.
+# Bytes of a chunk's input drives, which should fit a part of the L2 cache.
 CHUNK_BYTES = 1 << 20
 
+# Time steps of a chunk, at most.
 LONGEST_CHUNK = 64
 
-# Chunks between two looks at which way products go.
+# Chunks after which the engine selects kernels again.
 RECHECK = 16
 
+# Plans that an engine keeps; each holds a copy of the weights.
 MOST_PLANS = 4
 
+# Events per unit and step that are assumed until some were counted: typical of published networks.
 USUAL_ACTIVITY = 0.1
 
-# More than a machine for this package has; every one spins at the barriers.
+# More threads than a machine for this package has cores; each thread spins at the barriers.
 MOST_THREADS = 64
 
 
 class CpuBackend:
-    """Numba on this machine's cores; the exact tier."""
+    """Numba kernels on the cores of this machine; the exact tier."""
 
     name = "cpu"
     exact = True
 
     def engine(self, network: Network, *, threads: int = 1) -> CpuEngine:
-        """Pack the weights, one window a thread. Cost: one pass over the weights, as much memory again."""
+        """An engine for a network. The first run packs the weights: one pass over them, and as much memory again."""
         return CpuEngine(network, threads)
 
 
 class CpuEngine:
-    """A network packed for `run`; keeps its scratch between calls, so one engine serves one run at a time.
+    """A network packed for `kernels/time_loop.py`. Its scratch arrays are kept, so an engine serves one run at a time.
 
-    Weights are packed at the first run of each kind. Which way a product goes, `choice` says from how many drives it
-    has and how active its senders were so far; looked at again every `RECHECK` chunks of time.
+    `policy` selects the kernel of each product from its number of drive rows and the activity of its senders so far; it
+    is consulted again after every `RECHECK` chunks of time. Each combination of kernels is packed at its first use.
     """
 
     dense = False
 
-    def __init__(self, network: Network, threads: int, choice: Choice | None = None):
+    def __init__(self, network: Network, threads: int, policy: KernelPolicy | None = None):
         if not 1 <= threads <= MOST_THREADS:
-            raise ValueError(f"threads: got {threads}, need 1 to {MOST_THREADS}; more than the cores only wait")
+            raise ValueError(f"threads: got {threads}, need 1 to {MOST_THREADS}")
         for name, weights in network.matrices().items():
             check_format(name, weights)
-        self.network, self.parts, self.choice = network, threads, choice or Choice()
+        self.network, self.n_threads, self.policy = network, threads, policy or KernelPolicy()
         self.host_inputs = HostInputs(network)
         self.units = [layer.units for layer in network.layers]
         self.output_size = self.units[-1] if network.readout is None else network.readout.weights.shape[1]
         self.plans: dict[tuple, Plan] = {}
         self.layout = Layout(network, threads)
         self.threshold = np.concatenate([layer.threshold for layer in network.layers])
-        self.pitch, self.pieces = self.layout.pitch, self.layout.pitch // min(PIECES)
-        self.pool = started(threads - 1) if threads > 1 else None
-        self.scratch_batch = 0
-        # Of the input, then of each layer: events a unit and step. Until something is known, as published networks.
+        self.drive_pitch = self.layout.drive_pitch
+        self.max_segments = self.drive_pitch // min(SEGMENT_WIDTHS)
+        self.pool = start_pool(threads - 1) if threads > 1 else None
+        self.buffers_batch = 0
+        # Events per unit and step, of the input and then of each layer.
         self.activity = [USUAL_ACTIVITY] * (len(self.units) + 1)
 
     def plan(self, steps: int, batch: int) -> Plan:
-        """The weights as a run of that size wants them."""
+        """The weights packed with the kernels that the policy selects for so many steps and samples."""
         many, last = min(steps, self.chunk_steps(batch)) * batch, len(self.units)
         matrices, rows, active = self.network.matrices(), {}, {}
         for name in map(MatrixId, matrices):
             k = last if name.layer is None else name.layer + name.recurrent
             rows[name], active[name] = batch if name.recurrent else many, self.activity[k]
-        picks = {name: self.choice.pick(w, rows[name], active[name]) for name, w in matrices.items()}
-        every_from = {name: self.choice.every_from(rows[name]) for name in matrices}
-        key = (*picks.values(), *every_from.values())
+        kernels = {name: self.policy.select_kernel(w, rows[name], active[name]) for name, w in matrices.items()}
+        thresholds = {name: self.policy.dense_activity_threshold(rows[name]) for name in matrices}
+        key = (*kernels.values(), *thresholds.values())
         if key not in self.plans:
             while len(self.plans) >= MOST_PLANS:
                 del self.plans[next(iter(self.plans))]
-            self.plans[key] = Plan(self.network, self.layout, picks, every_from)
+            self.plans[key] = Plan(self.network, self.layout, kernels, thresholds)
         return self.plans[key]
 
     def chunk_steps(self, batch: int) -> int:
-        """Time steps that go through a layer together."""
-        return max(1, min(LONGEST_CHUNK, CHUNK_BYTES // (4 * batch * self.pitch)))
+        """Time steps of a chunk, which go through a layer together."""
+        return max(1, min(LONGEST_CHUNK, CHUNK_BYTES // (4 * batch * self.drive_pitch)))
 
-    def _scratch(self, batch: int) -> tuple[np.ndarray, ...]:
-        if batch != self.scratch_batch:
+    def _buffers(self, batch: int) -> RunBuffers:
+        if batch != self.buffers_batch:
             chunk = self.chunk_steps(batch)
             rows, widest = chunk * batch, max(self.units)
-            if rows * self.pitch > np.iinfo(np.int32).max:
+            if rows * self.drive_pitch > np.iinfo(np.int32).max:
                 raise ValueError(
-                    f"batch: got {batch}, whose {rows * self.pitch:,} drives are too many; split the batch"
+                    f"batch: got {batch}, whose {rows * self.drive_pitch:,} drives are too many; split the batch"
                 )
-            lists, most = 2 * (rows + batch), rows * max(widest, *(layer.inputs for layer in self.network.layers))
-            wide = widest + 2 * LANES * self.parts
-            self.scratch = (
-                aligned_zeros(rows * self.pitch, np.float32),
-                aligned_zeros(batch * self.pitch, np.float32),
-                np.zeros(lists * wide, np.int32),
-                np.zeros(lists * wide, np.float32),
-                np.zeros(lists * self.parts, np.int64),
-                np.zeros(lists * self.parts, np.int64),
-                np.zeros((self.parts, rows), np.int64),
-                np.zeros((self.parts, rows), np.int64),
-                np.zeros((self.parts, batch * wide), np.int32),
-                np.zeros((self.parts, batch * wide), np.float32),
-                *product_scratch(self.parts, most // rows, rows, self.pieces, self.pitch * self.choice.may_blas),
+            list_rows, inputs = 2 * (rows + batch), max(widest, *(layer.inputs for layer in self.network.layers))
+            row_capacity = widest + 2 * LANES * self.n_threads
+            blas_columns = self.drive_pitch * self.policy.may_blas
+            self.buffers = RunBuffers(
+                aligned_zeros(rows * self.drive_pitch, np.float32),
+                aligned_zeros(batch * self.drive_pitch, np.float32),
+                EventLists(
+                    np.zeros(list_rows * row_capacity, np.int32),
+                    np.zeros(list_rows * row_capacity, np.float32),
+                    np.zeros(list_rows * self.n_threads, np.int64),
+                    np.zeros(list_rows * self.n_threads, np.int64),
+                ),
+                np.zeros((self.n_threads, rows), np.int64),
+                np.zeros((self.n_threads, rows), np.int64),
+                np.zeros((self.n_threads, batch * row_capacity), np.int32),
+                np.zeros((self.n_threads, batch * row_capacity), np.float32),
+                workspace(self.n_threads, inputs, rows, self.max_segments, blas_columns),
             )
-            # Last: without memory for it, the next run must not take the old one for this batch.
-            self.chunk, self.scratch_batch = chunk, batch
-        return self.scratch
+            # Set last: if memory was short above, the next run must not take the old buffers for this batch.
+            self.chunk, self.buffers_batch = chunk, batch
+        return self.buffers
+
+    def _tables(self, plan: Plan) -> NetworkTables:
+        return NetworkTables(
+            plan.layers,
+            plan.column_tiles,
+            plan.pools,
+            self.threshold,
+            plan.readout,
+            self.layout.bias_begins[-1],
+            self.layout.unit_bounds,
+            self.layout.drive_begins,
+            self.drive_pitch,
+        )
 
     def prepare(self, inputs: Any) -> Inputs:
         """See `backend.Engine`. Numbers become events."""
@@ -140,79 +171,119 @@ class CpuEngine:
         """See `backend.Engine`. Memory beyond the outputs does not depend on the number of steps."""
         rows, total = inputs.steps * inputs.batch, sum(self.units)
         table, row_of = inputs.event_table, inputs.rows
-        # Copies: the kernel works in place.
+        # The kernel works in place, on copies.
         c = np.concatenate([x.ravel() for x in state.cells], dtype=np.float32)
         y = np.concatenate([x.ravel() for x in state.outputs], dtype=np.float32)
         output = np.empty(rows * self.output_size, np.float32)
         events = np.empty(rows * total if record_events else 0, np.float32)
         states = np.empty(rows * total if record_states else 0, np.float32)
-        graded, binary = np.zeros(total, np.int64), np.zeros(total, np.int64)
-        scratch, layout, paths = self._scratch(inputs.batch), self.layout, {}
+        outputs = RunOutputs(output, events, states, np.zeros(total, np.int64), np.zeros(total, np.int64))
+        received = InputEvents(table.indptr, table.indices, table.values, row_of)
+        buffers, paths = self._buffers(inputs.batch), {}
         if rows:
             self.activity[0] = float(np.diff(table.indptr)[row_of].mean()) / max(1, inputs.size)
         begin, ahead = 0, self.chunk
         while begin < inputs.steps:
             end = min(inputs.steps, begin + ahead)
             plan = self.plan(end - begin, inputs.batch)
-            self._run(
-                BLAS_PRODUCT in plan.picks.values(),
-                *(plan.layers, plan.windows, plan.values, plan.index, plan.pointers, layout.biases, self.threshold),
-                *(plan.readout, layout.starts[-1], table.indptr, table.indices, table.values, row_of),
-                *(inputs.steps, begin, end, inputs.batch, self.chunk, layout.edges, layout.bases, self.pitch, *scratch),
-                *(c, y, output, events, states, graded, binary),
-            )
-            fired = self._by_layer(graded + binary)
+            size = RunSize(inputs.steps, begin, end, inputs.batch, self.chunk)
+            with_blas = BLAS_PRODUCT in plan.kernel_by_matrix.values()
+            self._run(with_blas, self._tables(plan), received, size, buffers, c, y, outputs)
+            fired = self._by_layer(outputs.graded + outputs.binary)
             self.activity[1:] = [float(f.sum()) / (end * inputs.batch * len(f)) for f in fired]
-            paths.update(plan.picks)
+            paths.update(plan.kernel_by_matrix)
             begin, ahead = end, RECHECK * self.chunk
         return Trace(
             output.reshape(inputs.steps, inputs.batch, self.output_size),
             State(self._by_layer(c, inputs.batch), self._by_layer(y, inputs.batch)),
-            tuple(map(FireCounts, self._by_layer(graded), self._by_layer(binary))),
+            tuple(map(FireCounts, self._by_layer(outputs.graded), self._by_layer(outputs.binary))),
             self._by_layer(events, inputs.steps, inputs.batch) if record_events else (),
             self._by_layer(states, inputs.steps, inputs.batch) if record_states else (),
             paths,
         )
 
     def _run(self, with_blas: bool, *arguments) -> None:
-        # The team is ours: BLAS must not bring one of its own.
+        # BLAS must not start threads beside those of the engine.
         limits = threadpool_limits(limits=1, user_api="blas") if with_blas else nullcontext()
         barrier = np.zeros(1, np.int64)
         with limits:
             if self.pool is None:
                 run(0, 1, barrier, *arguments)
                 return
-            # This thread is the first of the team.
-            others = [self.pool.submit(run, part, self.parts, barrier, *arguments) for part in range(1, self.parts)]
-            run(0, self.parts, barrier, *arguments)
+            # The calling thread is thread 0.
+            n = self.n_threads
+            others = [self.pool.submit(run, thread, n, barrier, *arguments) for thread in range(1, n)]
+            run(0, n, barrier, *arguments)
             for other in others:
                 other.result()
 
     def stepper(self, state: State) -> Stepper | None:
-        """Single steps on one thread; with more, a step is a run."""
-        if self.parts > 1:
+        """A stepper for single steps on one thread; None with more threads, where every step is a run."""
+        if self.n_threads > 1:
             return None
         batch, network = state.batch, self.network
-        c, y = (np.concatenate([x.ravel() for x in part]).astype(np.float32) for part in (state.cells, state.outputs))
-        scratch, plan, layout = self._scratch(batch), self.plan(1, batch), self.layout
+        c, y = (np.concatenate([x.ravel() for x in each]).astype(np.float32) for each in (state.cells, state.outputs))
+        buffers, plan, layout = self._buffers(batch), self.plan(1, batch), self.layout
         total, size = sum(self.units), network.layers[0].inputs
         symbols = network.embedding is not None
-        numbers = np.array(
-            [batch, self.chunk, self.pitch, len(self.units), plan.windows.shape[1], plan.readout, layout.starts[-1]]
-        )
         if symbols:
             table = self.host_inputs.symbol_events
-            lists = (table.indptr, table.indices, table.values)
+            received = (table.indptr, table.indices, table.values)
         else:
             most = batch * size + LANES
-            lists = (np.zeros(batch + 1, np.int64), np.zeros(most, np.int32), np.zeros(most, np.float32))
+            received = (np.zeros(batch + 1, np.int64), np.zeros(most, np.int32), np.zeros(most, np.float32))
         before = np.empty_like(c), np.empty_like(y)
-        arrays = [
-            *(numbers, np.zeros(1, np.int64), plan.layers, plan.windows, plan.values, plan.index, plan.pointers),
-            *(layout.biases, self.threshold, layout.edges, layout.bases, *scratch[:10]),
-            *(np.zeros(total, np.int64), np.zeros(total, np.int64), np.arange(batch), c, y, *before),
-            *(np.zeros(0, np.float32), *scratch[10:], *lists),
-        ]
+        numbers = {
+            step_table.BATCH: batch,
+            step_table.CHUNK: self.chunk,
+            step_table.DRIVE_PITCH: self.drive_pitch,
+            step_table.N_LAYERS: len(self.units),
+            step_table.N_COLUMN_TILES: plan.column_tiles.shape[1],
+            step_table.READOUT: plan.readout,
+            step_table.READOUT_BIAS: layout.bias_begins[-1],
+        }
+        arrays = {
+            step_table.NUMBERS: np.array([numbers[k] for k in range(len(numbers))], np.int64),
+            step_table.BARRIER: np.zeros(1, np.int64),
+            step_table.LAYERS: plan.layers,
+            step_table.COLUMN_TILES: plan.column_tiles,
+            step_table.VALUES: plan.pools.values,
+            step_table.INDEX: plan.pools.index,
+            step_table.POINTERS: plan.pools.pointers,
+            step_table.BIASES: plan.pools.biases,
+            step_table.THRESHOLD: self.threshold,
+            step_table.UNIT_BOUNDS: layout.unit_bounds,
+            step_table.DRIVE_BEGINS: layout.drive_begins,
+            step_table.INPUT_DRIVES: buffers.input_drives,
+            step_table.RECURRENT_DRIVES: buffers.recurrent_drives,
+            step_table.EVENT_INDICES: buffers.events.indices,
+            step_table.EVENT_VALUES: buffers.events.values,
+            step_table.EVENT_BEGINS: buffers.events.begins,
+            step_table.EVENT_COUNTS: buffers.events.counts,
+            step_table.LIST_BEGINS: buffers.list_begins,
+            step_table.LIST_COUNTS: buffers.list_counts,
+            step_table.GATED_INDICES: buffers.gated_indices,
+            step_table.GATED_VALUES: buffers.gated_values,
+            step_table.PANEL_BEGINS: buffers.workspace.panel_begins,
+            step_table.PANEL_INDICES: buffers.workspace.panel_indices,
+            step_table.PANEL_VALUES: buffers.workspace.panel_values,
+            step_table.SEGMENT_NUMBERS: buffers.workspace.segment_numbers,
+            step_table.SEGMENT_FACTORS: buffers.workspace.segment_factors,
+            step_table.DENSE_INPUTS: buffers.workspace.dense_inputs,
+            step_table.TILE: buffers.workspace.tile,
+            step_table.BLAS_PRODUCT: buffers.workspace.blas_product,
+            step_table.INPUT_INDPTR: received[0],
+            step_table.INPUT_INDICES: received[1],
+            step_table.INPUT_VALUES: received[2],
+            step_table.INPUT_ROW_OF: np.arange(batch),
+            step_table.CELLS: c,
+            step_table.OUTPUTS: y,
+            step_table.CELLS_BEFORE: before[0],
+            step_table.OUTPUTS_BEFORE: before[1],
+            step_table.GRADED: np.zeros(total, np.int64),
+            step_table.BINARY: np.zeros(total, np.int64),
+            step_table.EMPTY: np.zeros(0, np.float32),
+        }
 
         dense_inputs = HostInputs(network, dense=True)
 
@@ -224,18 +295,22 @@ class CpuEngine:
             return prepared.values[0]
 
         return Stepper(
-            step, arrays, c, y, before,
+            step,
+            [arrays[k] for k in range(len(arrays))],
+            c,
+            y,
+            before,
             by_layer=lambda flat: self._by_layer(flat, batch),
             check=check,
             dtype=np.int64 if symbols else np.float32,
             shape=(batch,) if symbols else (batch, size),
             output_shape=(batch, self.output_size),
-        )  # fmt: skip
+        )
 
     def _by_layer(self, flat: np.ndarray, *leading: int) -> tuple[np.ndarray, ...]:
-        """Views (*leading, N) of each layer's share."""
-        rows, parts, at = math.prod(leading), [], 0
+        """Views (*leading, N) of each layer's share of a flat array."""
+        rows, views, at = math.prod(leading), [], 0
         for n in self.units:
-            parts.append(flat[at : at + rows * n].reshape(*leading, n))
+            views.append(flat[at : at + rows * n].reshape(*leading, n))
             at += rows * n
-        return tuple(parts)
+        return tuple(views)

@@ -1,23 +1,24 @@
-"""Weights laid out for the CPU kernels: every matrix of a network in three pools and one table of offsets.
+"""Packing of weights for the CPU kernels: all matrices of a network in three pools and a table of column tiles.
 
-One set of pools serves every format, storage, layer and thread, so that one kernel is compiled once. A *window* is some
-of a matrix's columns (gate rows), side by side in a drive; each thread owns some windows of every matrix and packs just
-those. Columns need not lie in a drive as they do in the matrix: a `Segment` says what lies where.
+One set of pools serves every format, storage, layer and thread, so that each kernel is compiled once. A *column tile*
+is some columns of a matrix (gate columns) that lie side by side in a drive row. Each thread owns some column tiles of
+every matrix, and packs those only. Columns need not lie in a drive row as in the matrix; a `Segment` says where they
+lie.
 
-    kind           values                                       index                    pointers
-    ROWS           rows of `WIDTH` columns, `PITCH` apart       -                        -
-    ROW_TILES      the same, narrow and without a gap           -                        -
-    BLAS           the same, all columns                        -                        -
-    SCATTER        single weights by unit                       16-bit columns           first weight of each unit
-    MASKED         single weights by unit                       16-bit masks, `PITCH`    first weight of each unit
-                                                                a unit
-    BLOCKS         pieces of `WIDTH` columns by unit            columns, shared by the   a unit: first and last index,
-                                                                units of a block row     first piece
-    MANY_BLOCKS    the same, of units with many and narrow pieces
+    kind           values                                       index                       pointers
+    ROWS           rows of `WIDTH` columns, `PITCH` apart       -                           -
+    ROW_TILES      as ROWS, narrow, `PITCH` equal to `WIDTH`    -                           -
+    BLAS           as ROWS, all columns                         -                           -
+    SCATTER        single weights by unit                       16-bit columns              per unit: first weight
+    MASKED         single weights by unit                       16-bit masks, `PITCH`       per unit: first weight
+                                                                words per unit
+    BLOCKS         block segments of `WIDTH` columns, by unit   columns, shared by the      per unit: first and last
+                                                                units of a block row        index, first segment
+    MANY_BLOCKS    as BLOCKS, for many narrow segments per unit
 
-ROW_TILES are for products with many drives at once, which share what is read. With `EVERY_FROM` or
-more active units a drive, ROW_TILES walk every unit instead of the active ones: zeros add nothing, and cost less than
-looking for what is not.
+ROW_TILES serve products of many drive rows at once, which share the weights that are read. From `DENSE_FROM` active
+units per drive row on, they visit every unit instead of the active ones: a zero changes no sum, and adding it costs
+less than finding the units that are active.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from eventrnn._integers import ceil_div, round_up
 from eventrnn.cpu.kernels.simd import AVX512, LANES
-from eventrnn.cpu.memory import _up, aligned_zeros
+from eventrnn.cpu.memory import aligned_zeros
 from eventrnn.cpu.tables import (
     BFLOAT16,
     BLAS,
@@ -38,37 +40,38 @@ from eventrnn.cpu.tables import (
     INT8,
     MANY_BLOCKS,
     MASKED,
-    PIECES,
     ROW_TILE,
     ROW_TILES,
     ROWS,
     SCATTER,
+    SEGMENT_WIDTHS,
 )
 from eventrnn.weights import CSR, NM, BlockCSR, Dense, Weights
 
-# From this share of active units on, every unit is walked, until a crossover map says otherwise.
-EVERY_FROM_SHARE = 0.5
+# Share of active units from which a tiled product visits every unit, unless a crossover map is used.
+DENSE_ACTIVITY_THRESHOLD = 0.5
 
-# Indices of single weights are 16-bit.
+# Columns that a 16-bit index of single weights can tell apart.
 WIDEST_SCATTER = 1 << 16
 
-# Pieces of up to so many columns, so many a unit or more, are added unit by unit and not from a list (measured at 1350
-# units and 90 %: 1x4 13.8 us against 18.0, 1x8 9.5 against 10.5; with ten a unit the list takes two thirds the time).
-NARROW_PIECE, MANY_PIECES = 16, 32
+# Block segments of up to NARROW_SEGMENT columns are added unit by unit instead of from a list if there are
+# MANY_SEGMENTS or more per unit. Measured at 1350 units and 90 % pruned: 1x4 blocks 13.8 us against 18.0 us, 1x8 blocks
+# 9.5 us against 10.5 us; with ten segments per unit the list takes two thirds of the time.
+NARROW_SEGMENT, MANY_SEGMENTS = 16, 32
 
-# A mask a vector costs less than an index a weight from this share of kept weights on (measured at 1350 units:
-# 50 % 72 us against 138, 20 % 55 against 59, 10 % 52 against 30).
+# Share of kept weights from which a mask per vector costs less than an index per weight. Measured at 1350 units: 72 us
+# against 138 us at 50 %, 55 us against 59 us at 20 %, 52 us against 30 us at 10 %.
 MASKED_FROM = 0.2
 
-# Floats after the last weight, which vectors may read.
+# Zeros after the last weight; vector loads may read past it.
 PADDING = 4 * LANES
 
 _CODES = {"float32": FLOAT32, "bfloat16": BFLOAT16, "int8": INT8}
 
 
 @dataclass
-class Pools:
-    """Growing lists of arrays; `freeze` joins them. Offsets count elements."""
+class PoolBuilder:
+    """Collects arrays for the pools of `WeightPools`; `freeze` concatenates them. Offsets count elements."""
 
     values: list[np.ndarray]
     index: list[np.ndarray]
@@ -76,25 +79,25 @@ class Pools:
     sizes: list[int]
 
     @classmethod
-    def empty(cls) -> Pools:
-        """No arrays yet."""
+    def empty(cls) -> PoolBuilder:
+        """A builder without arrays."""
         return cls([], [], [], [0, 0, 0])
 
     def add_values(self, values: np.ndarray) -> int:
-        """Append weights of any storage, or scales; returns where they begin, a cache line."""
+        """Append weights of any storage, or scales; returns their offset, which is on a cache line."""
         raw = np.ascontiguousarray(values).view(np.uint8).ravel()
-        padded = np.zeros(_up(len(raw), 4 * LANES), np.uint8)
+        padded = np.zeros(round_up(len(raw), 4 * LANES), np.uint8)
         padded[: len(raw)] = raw
         return self._add(0, self.values, padded.view(np.float32))
 
     def add_index(self, index: np.ndarray) -> int:
-        """Append an index: int32, or 16-bit integers two a place."""
+        """Append an index, int32 or uint16; two uint16 share an element. Returns its offset in int32."""
         if index.dtype == np.uint16:
             index = np.concatenate([index, np.zeros(len(index) % 2, np.uint16)]).view(np.int32)
         return self._add(1, self.index, index.astype(np.int32, copy=False))
 
     def add_pointers(self, pointers: np.ndarray) -> int:
-        """Append pointers."""
+        """Append pointers; returns their offset."""
         return self._add(2, self.pointers, pointers.astype(np.int64, copy=False))
 
     def _add(self, kind: int, pool: list[np.ndarray], array: np.ndarray) -> int:
@@ -104,7 +107,7 @@ class Pools:
         return at
 
     def freeze(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """values (float32, on a cache line), index (int32), pointers (int64); vectors may read past the last."""
+        """values (float32, on a cache line), index (int32) and pointers (int64), padded for vector loads."""
         values = aligned_zeros(self.sizes[0] + PADDING, np.float32)
         np.concatenate([*self.values, np.zeros(0, np.float32)], out=values[: self.sizes[0]])
         return (
@@ -116,7 +119,7 @@ class Pools:
 
 @dataclass(frozen=True)
 class Segment:
-    """The columns `start` to `stop` of a matrix, in a drive from `position` on."""
+    """The columns `start` to `stop` of a matrix; they lie at `position` in a drive row."""
 
     start: int
     stop: int
@@ -124,47 +127,55 @@ class Segment:
 
 
 def pack(
-    pools: Pools, weights: Weights, segments: list[Segment], rows: int = ROWS, every_from: float = EVERY_FROM_SHARE
+    pools: PoolBuilder,
+    weights: Weights,
+    segments: list[Segment],
+    dense_kind: int = ROWS,
+    dense_activity_threshold: float = DENSE_ACTIVITY_THRESHOLD,
 ) -> list[list[int]]:
-    """Add some columns of a matrix to the pools; returns the table rows of its windows.
+    """Add some columns of a matrix to the pools; returns the table rows of its column tiles.
 
-    Segments lie side by side and ascend. `rows` is the kind of window for dense rows: ROWS, ROW_TILES or BLAS. A drive
-    may be read and written, its value unchanged, up to a block past the last segment.
+    Kernels may read a drive row, and write back the value they read, up to one block past the last segment.
+
+    segments   : columns to pack, ascending, side by side in a drive row
+    dense_kind : kind of column tile for dense weights: ROWS, ROW_TILES or BLAS
+    dense_activity_threshold : activity from which ROW_TILES visit every unit
     """
     if isinstance(weights, Dense):
-        return _pack_rows(pools, weights, segments, rows, every_from)
+        return _pack_rows(pools, weights, segments, dense_kind, dense_activity_threshold)
     if not isinstance(weights, BlockCSR):
         return _pack_single(pools, _Entries.of_single(weights).placed(segments), weights, segments)
     entries = _Entries.of_blocks(weights)
     if entries.width == 1:
-        # Padding beyond the last column is stored, hence multiplied.
+        # Padding beyond the last column is stored, and therefore multiplied.
         last = segments[-1]
-        padded = _up(last.stop, weights.block[1]) if last.stop == weights.shape[1] else last.stop
+        padded = round_up(last.stop, weights.block[1]) if last.stop == weights.shape[1] else last.stop
         segments_padded = [*segments[:-1], Segment(last.start, padded, last.position)]
         return _pack_single(pools, entries.placed(segments_padded), weights, segments)
     return _pack_blocks(pools, entries.placed(segments), weights, segments)
 
 
 def check_format(name: str, weights: Weights) -> None:
-    """Refuse a format that `pack` does not know."""
+    """Raise TypeError for a format that `pack` does not support."""
     if not isinstance(weights, Dense | CSR | BlockCSR | NM):
         raise TypeError(
             f"{name}: the cpu backend cannot run format {type(weights).__name__}; convert to dense, csr, block or nm"
         )
 
 
-def empty_window() -> list[int]:
-    """A table row of no columns."""
+def empty_column_tile() -> list[int]:
+    """The table row of a column tile without columns."""
     return [ROWS, *[0] * (FIELDS - 1)]
 
 
 @dataclass
 class _Entries:
-    """Weights of a matrix in the order unit, column: pieces of `width` neighbouring columns each.
+    """Weights of a matrix as `n` block segments of `width` neighbouring columns each, ordered by unit, then column.
 
-    unit, column : (n,) presynaptic unit, and first column (once placed: position in a drive) of each
-    values       : (n, width) in the storage of the matrix
-    rows         : units of a block row, which have the same columns
+    unit   : (n,) presynaptic unit
+    column : (n,) first column; after `placed`, first position in a drive row
+    values : (n, width) in the storage of the matrix
+    rows   : units per block row, which share their columns
     """
 
     unit: np.ndarray
@@ -177,8 +188,8 @@ class _Entries:
         return self.values.shape[1]
 
     def placed(self, segments: list[Segment]) -> _Entries:
-        """What lies in some segments, by position. A piece that leaves its segment is cut, and filled with zeros."""
-        parts = []
+        """The entries within some segments, by position; zeros fill an entry that crosses the end of its segment."""
+        placed = []
         for segment in segments:
             left = np.maximum(segment.start - self.column, 0)
             right = np.minimum(segment.stop - self.column, self.width)
@@ -190,11 +201,11 @@ class _Entries:
                 moved = np.take_along_axis(values[cut], np.minimum(source, self.width - 1), axis=1)
                 values[cut] = np.where(source < right[cut, None], moved, values.dtype.type(0))
             position = self.column[inside] + left - segment.start + segment.position
-            parts.append((inside, self.unit[inside], position, values))
-        if len(parts) == 1:
-            _, unit, position, values = parts[0]
+            placed.append((inside, self.unit[inside], position, values))
+        if len(placed) == 1:
+            _, unit, position, values = placed[0]
             return _Entries(unit, position, values, self.rows)
-        source, unit, position, values = (np.concatenate(each) for each in zip(*parts, strict=True))
+        source, unit, position, values = (np.concatenate(each) for each in zip(*placed, strict=True))
         order = np.lexsort((position, unit))
         return _Entries(unit[order], position[order], values[order], self.rows)
 
@@ -206,76 +217,78 @@ class _Entries:
     @classmethod
     def of_blocks(cls, weights: BlockCSR) -> _Entries:
         (r, c), per_row = weights.block, np.diff(weights.indptr)
-        width = next((w for w in PIECES if c % w == 0), 1)
+        width = next((w for w in SEGMENT_WIDTHS if c % w == 0), 1)
         unit = np.repeat(np.arange(len(per_row) * r), np.repeat(per_row, r))
-        # Blocks of a block row repeat for each of its r units.
+        # The blocks of a block row are repeated for each of its r units.
         first = np.repeat(np.repeat(weights.indptr[:-1], r), np.repeat(per_row, r))
         start = np.concatenate([[0], np.cumsum(np.repeat(per_row, r))[:-1]])
         within = np.arange(len(unit)) - np.repeat(start, np.repeat(per_row, r))
         column = weights.indices[first + within].astype(np.int64) * c
-        pieces = c // width
-        unit = np.repeat(unit, pieces)
-        column = (column[:, None] + np.arange(pieces) * width).ravel()
-        # Not the units that pad the last block row.
-        there = unit < weights.shape[0]
-        values = weights.values.reshape(-1, width)[there]
-        return cls(unit[there], column[there], values, r if width > 1 else 1)
+        per_block = c // width
+        unit = np.repeat(unit, per_block)
+        column = (column[:, None] + np.arange(per_block) * width).ravel()
+        # The last block row may be padded with units that do not exist.
+        exists = unit < weights.shape[0]
+        values = weights.values.reshape(-1, width)[exists]
+        return cls(unit[exists], column[exists], values, r if width > 1 else 1)
 
 
 def _storage(weights: Weights) -> int:
     return _CODES[weights.storage]
 
 
-def _scales(pools: Pools, weights: Weights) -> int:
+def _scales(pools: PoolBuilder, weights: Weights) -> int:
     return pools.add_values(weights.scales) if weights.scales is not None else 0
 
 
-def _pack_rows(pools: Pools, weights: Dense, segments: list[Segment], kind: int, every_from: float) -> list[list[int]]:
+def _pack_rows(
+    pools: PoolBuilder, weights: Dense, segments: list[Segment], kind: int, dense_activity_threshold: float
+) -> list[list[int]]:
     storage, scales = _storage(weights), _scales(pools, weights)
     values = weights.values
     if len(segments) > 1 or (segments[0].start, segments[0].stop) != (0, weights.shape[1]):
         values = np.concatenate([values[:, each.start : each.stop] for each in segments], axis=1)
     low, total = segments[0].position, values.shape[1]
-    table, units = [], math.ceil(every_from * weights.shape[0])
+    table, dense_from = [], math.ceil(dense_activity_threshold * weights.shape[0])
     cuts = [*range(0, total, ROW_TILE), total] if kind == ROW_TILES else [0, total]
     for a, b in zip(cuts[:-1], cuts[1:], strict=True):
-        width = pitch = b - a if kind == BLAS else _up(b - a, LANES)
+        width = pitch = b - a if kind == BLAS else round_up(b - a, LANES)
         if kind == ROWS:
-            # An odd number of cache lines a row: rows a power of two apart would share cache sets.
-            lines = -(-pitch * values.itemsize // 64)
+            # An odd number of cache lines per row, because rows a power of two apart would share cache sets.
+            lines = ceil_div(pitch * values.itemsize, 64)
             pitch = (lines + (lines % 2 == 0)) * 64 // values.itemsize
         rows = np.zeros((weights.shape[0], pitch), values.dtype)
         rows[:, : b - a] = values[:, a:b]
         at = pools.add_values(rows)
-        table.append([kind, storage, low + a, low + b, at, 0, 0, width, pitch, scales, units])
-    return table or [empty_window()]
+        table.append([kind, storage, low + a, low + b, at, 0, 0, width, pitch, scales, dense_from])
+    return table or [empty_column_tile()]
 
 
-def _pack_single(pools: Pools, entries: _Entries, weights: Weights, segments: list[Segment]) -> list[list[int]]:
-    """Single weights: by mask or by index, whichever is less work."""
+def _pack_single(pools: PoolBuilder, entries: _Entries, weights: Weights, segments: list[Segment]) -> list[list[int]]:
+    """Single weights, by mask or by index, whichever costs less."""
     table, low, high = [], *_bounds(segments)
-    # Padding beyond the last column has no bit in a mask, and counts where an index ends.
+    # Padding beyond the last column has no bit in a mask; it may extend the range of an index.
     top = max(high, int(entries.column.max(initial=0)) + 1)
     for a in range(low, top, WIDEST_SCATTER):
         b = min(a + WIDEST_SCATTER, top)
         inside = (entries.column >= a) & (entries.column < b)
-        part = _Entries(entries.unit[inside], entries.column[inside] - a, entries.values[inside], 1)
-        dense = AVX512 and b <= high and len(part.unit) >= MASKED_FROM * weights.shape[0] * (b - a)
-        # The drive begins as its bias as far as there are outputs.
+        share = _Entries(entries.unit[inside], entries.column[inside] - a, entries.values[inside], 1)
+        dense = AVX512 and b <= high and len(share.unit) >= MASKED_FROM * weights.shape[0] * (b - a)
+        # The kernel copies the bias to `a` to `b`, which must end where the outputs end.
         b = min(b, max(a, high))
-        table.append((_pack_masked if dense else _pack_scatter)(pools, part, weights, a, b))
-    return table or [empty_window()]
+        table.append((_pack_masked if dense else _pack_scatter)(pools, share, weights, a, b))
+    return table or [empty_column_tile()]
 
 
-def _pack_scatter(pools: Pools, entries: _Entries, weights: Weights, low: int, high: int) -> list[int]:
+def _pack_scatter(pools: PoolBuilder, entries: _Entries, weights: Weights, low: int, high: int) -> list[int]:
     index_at = pools.add_index(entries.column.astype(np.uint16))
     values_at, scales = pools.add_values(entries.values), _scales(pools, weights)
     at = pools.add_pointers(_pointers(entries.unit, weights.shape[0]))
     return [SCATTER, _storage(weights), low, high, values_at, index_at, at, 1, 0, scales, 0]
 
 
-def _pack_masked(pools: Pools, entries: _Entries, weights: Weights, low: int, high: int) -> list[int]:
-    vectors = _up(high - low, LANES) // LANES
+def _pack_masked(pools: PoolBuilder, entries: _Entries, weights: Weights, low: int, high: int) -> list[int]:
+    vectors = round_up(high - low, LANES) // LANES
     kept = np.zeros((weights.shape[0], vectors * LANES), bool)
     kept[entries.unit, entries.column] = True
     masks = np.packbits(kept, axis=1, bitorder="little").view("<u2").astype(np.uint16)
@@ -287,9 +300,9 @@ def _pack_masked(pools: Pools, entries: _Entries, weights: Weights, low: int, hi
     ]
 
 
-def _pack_blocks(pools: Pools, entries: _Entries, weights: BlockCSR, segments: list[Segment]) -> list[list[int]]:
+def _pack_blocks(pools: PoolBuilder, entries: _Entries, weights: BlockCSR, segments: list[Segment]) -> list[list[int]]:
     first = _pointers(entries.unit, weights.shape[0])
-    # The units of a block row have the same columns: the first one's index serves all.
+    # The units of a block row share their columns, so the index of the first unit serves all.
     leaders = entries.unit % entries.rows == 0
     index_first = np.concatenate([[0], np.cumsum(leaders)])[first]
     unit = np.arange(weights.shape[0])
@@ -298,16 +311,16 @@ def _pack_blocks(pools: Pools, entries: _Entries, weights: BlockCSR, segments: l
     index_at = pools.add_index(entries.column[leaders].astype(np.int32))
     values_at, scales = pools.add_values(entries.values), _scales(pools, weights)
     at = pools.add_pointers(pointers)
-    many = entries.width <= NARROW_PIECE and len(unit) * MANY_PIECES <= len(entries.unit)
+    many = entries.width <= NARROW_SEGMENT and len(unit) * MANY_SEGMENTS <= len(entries.unit)
     kind = MANY_BLOCKS if many else BLOCKS
     return [[kind, _storage(weights), *_bounds(segments), values_at, index_at, at, entries.width, 0, scales, 0]]
 
 
 def _bounds(segments: list[Segment]) -> tuple[int, int]:
-    """The positions that segments take up."""
+    """First position of some segments, and the position after their last."""
     return segments[0].position, segments[-1].position + segments[-1].stop - segments[-1].start
 
 
 def _pointers(rows: np.ndarray, n: int) -> np.ndarray:
-    """Where each row begins among sorted `rows`; (n + 1,)."""
+    """Offsets (n + 1,) at which each of n rows begins among the sorted `rows`."""
     return np.searchsorted(rows, np.arange(n + 1))

@@ -1,6 +1,7 @@
 """A network's weights packed for one way to run: which matrix lies where, for which thread.
 
-Tables and pools are those of `packing.py`.
+A `Layout` partitions the units over the threads. A `Plan` packs the weights for that layout, with one kernel selected
+for each matrix by a `KernelPolicy`. Tables and records are those of `tables.py`; `packing.py` packs a matrix.
 """
 
 from __future__ import annotations
@@ -10,106 +11,122 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from eventrnn._integers import ceil_div, round_up
 from eventrnn.cpu.kernels.simd import LANES
-from eventrnn.cpu.kernels.spmm import LISTED_PIECES, PANEL
-from eventrnn.cpu.packing import EVERY_FROM_SHARE, Pools, Segment, empty_window, pack
-from eventrnn.cpu.tables import BLAS, FIELDS, PIECES, ROW_TILE, ROW_TILES, ROWS
+from eventrnn.cpu.kernels.spmm import LISTED_SEGMENTS, PANEL
+from eventrnn.cpu.packing import DENSE_ACTIVITY_THRESHOLD, PoolBuilder, Segment, empty_column_tile, pack
+from eventrnn.cpu.tables import BLAS, FIELDS, ROW_TILE, ROW_TILES, ROWS, SEGMENT_WIDTHS, WeightPools, Workspace
 from eventrnn.weights import BlockCSR, Dense, Weights
 
 if TYPE_CHECKING:
     from eventrnn.network import Network
 
 
-# The ways of a product: as the format has it, drive by drive; dense rows shared by many drives; weights that are not
-# dense as if they were, either way; BLAS.
-AS_STORED, TILES, DENSE, DENSE_TILES, BLAS_PRODUCT = PICKS = ("stored", "tiles", "dense", "dense tiles", "blas")
+# Kernels for one matrix product, by the names that a trace reports. FORMAT: in the format of the matrix, one drive row
+# after the other; TILED: dense weights, in column tiles that many drive rows share; DENSIFIED and DENSIFIED_TILED: the
+# same for a sparse matrix that was made dense; BLAS_PRODUCT: dense weights through BLAS.
+FORMAT, TILED, DENSIFIED, DENSIFIED_TILED, BLAS_PRODUCT = KERNELS = ("stored", "tiles", "dense", "dense tiles", "blas")
 
-
-class Choice:
-    """Which way a product goes: rules of thumb among exact ways. `crossover.py` has measured ones."""
-
-    may_blas = False
-
-    def pick(self, weights: Weights, rows: int, activity: float) -> str:
-        """One of `PICKS`, for so many drives whose senders fire so often.
-
-        Dense rows are shared from one event a unit on (1350 units; about where reading a row once for all outweighs
-        the narrower windows).
-        """
-        return TILES if isinstance(weights, Dense) and rows * activity >= SHARED_EVENTS else AS_STORED
-
-    def every_from(self, rows: int) -> float:
-        """From which share of active units on, shared rows are those of every unit."""
-        return EVERY_FROM_SHARE
-
-
-# Events a unit, over all drives, that make it pay to share dense rows.
+# Events per unit, over all drive rows, from which the TILED kernel is faster. Measured at 1350 units: about where
+# reading a weight row once for all drive rows outweighs the narrower column tiles.
 SHARED_EVENTS = 1.0
 
 
-class Layout:
-    """Who owns what, and where in a drive it lies.
+class KernelPolicy:
+    """Selects the kernel of a product by rules of thumb, among exact ones; `crossover.MeasuredPolicy` measures."""
 
-    A thread owns some units, whole vectors of them, and all their gate rows, side by side in a drive: (u, r, g) of its
-    units. So nobody else ever reads or writes its drives, but for the reset gates of the paper's variant. One thread's
-    drives lie as in the matrix. The read-out's outputs are dealt out in the same way.
+    may_blas = False
+
+    def select_kernel(self, weights: Weights, rows: int, activity: float) -> str:
+        """One of `KERNELS`, for `rows` drive rows; `activity` is the number of events per presynaptic unit and row."""
+        return TILED if isinstance(weights, Dense) and rows * activity >= SHARED_EVENTS else FORMAT
+
+    def dense_activity_threshold(self, rows: int) -> float:
+        """Activity from which a tiled product of `rows` drive rows visits every unit instead of the active ones."""
+        return DENSE_ACTIVITY_THRESHOLD
+
+
+class Layout:
+    """Partition of the units over the threads, and the position of their gate columns in a drive row.
+
+    A thread owns whole vectors of units of each layer, and all gates of these units. In a drive row, the gates of its
+    units lie side by side, (u, r, g). No other thread reads or writes them, except for the reset gates of the paper's
+    variant, which all threads read. With one thread a drive row has the columns of the matrix. The outputs of the
+    read-out are divided in the same way.
 
     Attributes
     ----------
-    edges  : (layers + 1, parts + 1) first unit of each part, and the end; the last row counts outputs
-    bases  : (layers + 1, parts) where a part's share of a drive begins
-    biases : one after the other by position in their drives: of each layer w_in's and w_rec's, then the read-out's
-    starts : where each of those begins
-    pitch  : from one drive to the next
+    unit_bounds  : (layers + 1, n_threads + 1) int64, first unit of each thread, and the end; last row: read-out outputs
+    drive_begins : (layers + 1, n_threads) int64, where a thread's share of a drive row begins
+    biases       : float32, by position in a drive row: of each layer w_in's then w_rec's, then the read-out's
+    bias_begins  : where each of those begins
+    drive_pitch  : numbers from one drive row to the next
     """
 
-    def __init__(self, network: Network, parts: int):
-        self.parts = parts
+    def __init__(self, network: Network, n_threads: int):
+        self.n_threads = n_threads
         sizes = [layer.units for layer in network.layers]
         sizes.append(0 if network.readout is None else network.readout.weights.shape[1])
-        cuts = [[min(n, _up(-(-n * q // parts), LANES)) for q in range(parts + 1)] for n in sizes]
-        self.edges = np.array(cuts, np.int64)
+        bounds = [[min(n, round_up(ceil_div(n * q, n_threads), LANES)) for q in range(n_threads + 1)] for n in sizes]
+        self.unit_bounds = np.array(bounds, np.int64)
         gates = np.array([layer.cell.gates for layer in network.layers] + [1])
-        # Vectors and blocks may run past a share, and the padding of a block that is not cut into pieces.
+        # Vectors and block segments may run past a share; so may the padding of a block that is not cut into segments.
         whole = [
-            w.block[1] for w in network.matrices().values() if isinstance(w, BlockCSR) and w.block[1] % min(PIECES)
+            w.block[1]
+            for w in network.matrices().values()
+            if isinstance(w, BlockCSR) and w.block[1] % min(SEGMENT_WIDTHS)
         ]
-        spare = _up(max([*PIECES, *whole]), LANES)
-        shares = _up(np.diff(self.edges, axis=1) * gates[:, None], LANES) + spare
-        self.bases = np.cumsum(shares, axis=1) - shares
+        spare = round_up(max([*SEGMENT_WIDTHS, *whole]), LANES)
+        shares = round_up(np.diff(self.unit_bounds, axis=1) * gates[:, None], LANES) + spare
+        self.drive_begins = np.cumsum(shares, axis=1) - shares
         widths = shares.sum(axis=1)
-        # No multiple of a page, for drives side by side in a cache.
-        lines = -(-int(widths.max()) // LANES)
-        self.pitch = LANES * (lines + (4 - lines) % 8)
+        # The pitch is no multiple of a page, so that drive rows side by side do not compete for the same cache sets.
+        lines = ceil_div(int(widths.max()), LANES)
+        self.drive_pitch = LANES * (lines + (4 - lines) % 8)
         biases = [(k, bias) for k, layer in enumerate(network.layers) for bias in (layer.bias_in, layer.bias_rec)]
         biases += [(-1, network.readout.bias)] if network.readout is not None else []
         self.biases = np.zeros(sum(int(widths[k]) for k, _ in biases), np.float32)
-        self.starts, at = [], 0
+        self.bias_begins, at = [], 0
         for k, bias in biases:
-            for part in range(parts):
-                for segment in self.segments(k, part, 0, int(gates[k])):
+            for thread in range(n_threads):
+                for segment in self.segments(k, thread, 0, int(gates[k])):
                     to = at + segment.position
                     self.biases[to : to + segment.stop - segment.start] = bias[segment.start : segment.stop]
-            self.starts.append(at)
+            self.bias_begins.append(at)
             at += int(widths[k])
 
-    def segments(self, layer: int, part: int, first_gate: int, last_gate: int) -> list[Segment]:
-        """A part's columns of some gates; of layer -1, the read-out."""
-        n, low, high = (int(self.edges[layer, k]) for k in (-1, part, part + 1))
-        base, units = int(self.bases[layer, part]), high - low
-        if self.parts == 1:
+    def segments(self, layer: int, thread: int, first_gate: int, last_gate: int) -> list[Segment]:
+        """A thread's columns of the gates `first_gate` to `last_gate`; layer -1 is the read-out."""
+        n, low, high = (int(self.unit_bounds[layer, k]) for k in (-1, thread, thread + 1))
+        base, units = int(self.drive_begins[layer, thread]), high - low
+        if self.n_threads == 1:
             return [Segment(first_gate * n, last_gate * n, base + first_gate * n)]
         gates = range(first_gate, last_gate)
         return [Segment(g * n + low, g * n + high, base + g * units) for g in gates if units]
 
 
 class Plan:
-    """A network's weights packed for one way to run: by matrix one of `PICKS`, and `Choice.every_from`."""
+    """A network's weights packed with one kernel per matrix.
 
-    def __init__(self, network: Network, layout: Layout, picks: Mapping[str, str], every_from: Mapping[str, float]):
-        self.layout, self.parts, self.picks, self.pools = layout, layout.parts, dict(picks), Pools.empty()
-        self.every_from = every_from
-        self.tables: list[list[list[int]]] = [[] for _ in range(self.parts)]
+    Attributes
+    ----------
+    kernel_by_matrix : name of a matrix -> one of `KERNELS`
+    layers           : (layers, 9) int64, the table of layers
+    column_tiles     : (n_threads, tiles, FIELDS) int64, the table of column tiles
+    pools            : the packed weights
+    readout          : first column tile of the read-out, -1 without one
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        layout: Layout,
+        kernel_by_matrix: Mapping[str, str],
+        dense_activity_threshold: Mapping[str, float],
+    ):
+        self.layout, self.n_threads, self.kernel_by_matrix = layout, layout.n_threads, dict(kernel_by_matrix)
+        self._thresholds, self._builder = dense_activity_threshold, PoolBuilder.empty()
+        self._tables: list[list[list[int]]] = [[] for _ in range(self.n_threads)]
         layers, unit_0 = [], 0
         for k, layer in enumerate(network.layers):
             gates = layer.cell.gates
@@ -117,56 +134,58 @@ class Plan:
             w_in = self._place(f"layers.{k}.w_in", layer.w_in, k, 0, gates)
             w_rec = self._place(f"layers.{k}.w_rec", layer.w_rec, k, 0, cut)
             w_gated = (
-                self._place(f"layers.{k}.w_rec", layer.w_rec, k, cut, gates) if cut < gates else len(self.tables[0])
+                self._place(f"layers.{k}.w_rec", layer.w_rec, k, cut, gates) if cut < gates else len(self._tables[0])
             )
-            biases = layout.starts[2 * k : 2 * k + 2]
-            layers.append([layer.units, layer.inputs, w_in, w_rec, w_gated, len(self.tables[0]), *biases, unit_0])
+            biases = layout.bias_begins[2 * k : 2 * k + 2]
+            layers.append([layer.units, layer.inputs, w_in, w_rec, w_gated, len(self._tables[0]), *biases, unit_0])
             unit_0 += layer.units
         self.readout = -1
         if network.readout is not None:
             self.readout = self._place("readout", network.readout.weights, -1, 0, 1)
         self.layers = np.array(layers, np.int64)
-        self.windows = np.array(self.tables, np.int64).reshape(self.parts, -1, FIELDS)
-        self.values, self.index, self.pointers = self.pools.freeze()
-        del self.pools, self.tables, self.every_from  # as large as the weights, and copied now
+        self.column_tiles = np.array(self._tables, np.int64).reshape(self.n_threads, -1, FIELDS)
+        self.pools = WeightPools(*self._builder.freeze(), layout.biases)
+        # The builder holds a second copy of the weights.
+        del self._builder, self._tables, self._thresholds
 
     def _place(self, name: str, weights: Weights, layer: int, first_gate: int, last_gate: int) -> int:
-        """Pack each thread's share of some gates; returns the first window."""
-        before, pick, every_from = len(self.tables[0]), self.picks[name], self.every_from[name]
+        """Pack each thread's share of some gates; returns the first column tile."""
+        before, kernel, threshold = len(self._tables[0]), self.kernel_by_matrix[name], self._thresholds[name]
         if first_gate == last_gate:
             return before
-        if pick in (DENSE, DENSE_TILES, BLAS_PRODUCT) and (pick == BLAS_PRODUCT or not isinstance(weights, Dense)):
+        is_dense = isinstance(weights, Dense)
+        if kernel == BLAS_PRODUCT or (kernel in (DENSIFIED, DENSIFIED_TILED) and not is_dense):
             weights = Dense(weights.to_dense())
-        kind = {TILES: ROW_TILES, DENSE_TILES: ROW_TILES, BLAS_PRODUCT: BLAS}.get(pick, ROWS)
-        shares = [self.layout.segments(layer, part, first_gate, last_gate) for part in range(self.parts)]
-        packed = [pack(self.pools, weights, each, kind, every_from) if each else [] for each in shares]
+        kind = {TILED: ROW_TILES, DENSIFIED_TILED: ROW_TILES, BLAS_PRODUCT: BLAS}.get(kernel, ROWS)
+        shares = [self.layout.segments(layer, thread, first_gate, last_gate) for thread in range(self.n_threads)]
+        packed = [pack(self._builder, weights, each, kind, threshold) if each else [] for each in shares]
         most = max(map(len, packed))
-        for table, share in zip(self.tables, packed, strict=True):
-            table += share + [empty_window()] * (most - len(share))
+        for table, share in zip(self._tables, packed, strict=True):
+            table += share + [empty_column_tile()] * (most - len(share))
         return before
 
 
-def _up(size, multiple: int):
-    return -(-size // multiple) * multiple
+def workspace_shapes(
+    n_threads: int, inputs: int, rows: int, segments: int, blas_columns: int
+) -> tuple[tuple[tuple[int, ...], type], ...]:
+    """Shape and dtype of each field of a `Workspace`, with a leading axis of threads.
 
-
-def scratch_shapes(parts: int, inputs: int, rows: int, pieces: int, blas: int) -> tuple[tuple[tuple, type], ...]:
-    """Shapes and dtypes of what `propagate_all` writes on, one of each a thread, for products of up to `inputs` units,
-    `rows` drives and `pieces` stored pieces of one unit: cuts, own_ids, own_sent, lists, amounts, x, tile, product (of
-    `blas` columns)."""
-    most, listed = rows * inputs + LANES, LISTED_PIECES + pieces + LANES
+    The workspace serves products of up to `inputs` units, `rows` drive rows, `segments` stored block segments per unit,
+    and `blas_columns` columns through BLAS.
+    """
+    most, listed = rows * inputs + LANES, LISTED_SEGMENTS + segments + LANES
     return (
-        ((parts, rows * -(-inputs // PANEL) + 1), np.int64),
-        ((parts, most), np.int32),
-        ((parts, most), np.float32),
-        ((parts, 2, listed), np.int32),
-        ((parts, 2, listed), np.float32),
-        ((parts, rows * inputs), np.float32),
-        ((parts, rows * ROW_TILE), np.float32),
-        ((parts, rows * blas), np.float32),
+        ((n_threads, rows * ceil_div(inputs, PANEL) + 1), np.int64),
+        ((n_threads, most), np.int32),
+        ((n_threads, most), np.float32),
+        ((n_threads, 2, listed), np.int32),
+        ((n_threads, 2, listed), np.float32),
+        ((n_threads, rows * inputs), np.float32),
+        ((n_threads, rows * ROW_TILE), np.float32),
+        ((n_threads, rows * blas_columns), np.float32),
     )
 
 
-def product_scratch(parts: int, inputs: int, rows: int, pieces: int, blas: int) -> tuple[np.ndarray, ...]:
-    """Arrays of `scratch_shapes`."""
-    return tuple(np.zeros(*each) for each in scratch_shapes(parts, inputs, rows, pieces, blas))
+def workspace(n_threads: int, inputs: int, rows: int, segments: int, blas_columns: int) -> Workspace:
+    """A `Workspace` of zeros; parameters as of `workspace_shapes`."""
+    return Workspace(*(np.zeros(*each) for each in workspace_shapes(n_threads, inputs, rows, segments, blas_columns)))

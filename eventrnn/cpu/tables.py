@@ -1,32 +1,146 @@
-"""MOVED."""
+"""Records and tables that the CPU engine hands to its kernels.
+
+A record is a named tuple of arrays; Numba passes it to a kernel field by field, so that it costs no more than its
+fields would as separate arguments. A table is an int64 array whose columns are named by the constants below. All arrays
+are contiguous. Arrays with more than one axis are flat unless their axes are written (a, b): "(rows, units)" means one
+array of two axes, "(rows * units,)" a flat one.
+
+Symbols of the shapes: `n_threads` threads; `layers` layers; `units` units of all layers together; `rows` drive rows,
+one per time step and sample of a chunk of time; `drive_pitch` numbers from one drive row to the next.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    pass
+import numpy as np
 
-
-# Columns of the table: how a window is stored, and where.
-KIND, STORAGE, LOW, HIGH, VALUES, INDEX, POINTERS, WIDTH, PITCH, SCALES, EVERY_FROM = range(11)
+# Columns of the table of column tiles: how the weights of a tile are stored, and where. A column tile is some
+# neighbouring columns of a weight matrix, packed for one thread.
+#   KIND        one of the kinds below
+#   STORAGE     one of the storages below
+#   LOW, HIGH   first position in a drive row, and the position after the last
+#   VALUES      offset of the weights in `WeightPools.values`, in float32
+#   INDEX       offset in `WeightPools.index`, in int32
+#   POINTERS    offset in `WeightPools.pointers`
+#   WIDTH       columns per row, or per block segment
+#   PITCH       weights from one row to the next; MASKED: mask words per unit
+#   SCALES      offset of the scales of int8 weights in `WeightPools.values`
+#   DENSE_FROM  ROW_TILES: active units per drive row from which the product visits every unit
+KIND, STORAGE, LOW, HIGH, VALUES, INDEX, POINTERS, WIDTH, PITCH, SCALES, DENSE_FROM = range(11)
 
 FIELDS = 11
 
-#: kinds of traversal
+#: kinds of column tiles; `packing.py` describes their layouts
 ROWS, ROW_TILES, SCATTER, MASKED, BLOCKS, MANY_BLOCKS, BLAS = range(7)
 
-# Columns of a narrow window: 64 drives of them fit the L1 cache beside the weights that pass through.
+# Columns of a tile of kind ROW_TILES: 64 drive rows of such a tile fit the L1 cache beside the weights that pass
+# through.
 ROW_TILE = 64
 
-# Blocks are cut into pieces of the widest of these that divides them.
-PIECES = (64, 32, 16, 8, 4)
+# A block is cut into segments of the widest of these that divides its width.
+SEGMENT_WIDTHS = (64, 32, 16, 8, 4)
 
-#: how a window's weights are stored
+#: storages of weights
 FLOAT32, BFLOAT16, INT8 = range(3)
 
+#: bytes per weight, by storage
 ITEMSIZE = (4, 2, 1)
 
-# Columns of the layer table. IN to REC are the windows of w_in, REC to REC_GATED those of w_rec, and REC_GATED to END
-# the candidate's columns of w_rec, apart in the paper's variant only. Biases and units: where the layer's begin.
+# Columns of the table of layers.
+#   UNITS, INPUTS       sizes of the layer
+#   IN, REC, REC_GATED  first column tiles of w_in, of w_rec, and of the candidate's columns of w_rec, which are apart
+#   END                 in the paper's variant only; END follows the last one
+#   BIAS_IN, BIAS_REC   offsets of the biases in `WeightPools.biases`
+#   UNIT_0              number of units in the layers below
 UNITS, INPUTS, IN, REC, REC_GATED, END, BIAS_IN, BIAS_REC, UNIT_0 = range(9)
+
+
+class WeightPools(NamedTuple):
+    """The packed weights of a network; column tiles say what lies where."""
+
+    values: np.ndarray  # (n,) float32: weights of every storage, and scales
+    index: np.ndarray  # (n,) int32: columns of block segments; 16-bit columns and masks, two per entry
+    pointers: np.ndarray  # (n,) int64: where the weights of a unit begin
+    biases: np.ndarray  # (n,) float32: biases, by position in a drive row
+
+
+class EventLists(NamedTuple):
+    """Many event lists; list q is events begins[q] to begins[q] + counts[q], in ascending order of units."""
+
+    indices: np.ndarray  # (capacity,) int32: unit of each event
+    values: np.ndarray  # (capacity,) float32: value of each event, not zero
+    begins: np.ndarray  # (lists,) int64
+    counts: np.ndarray  # (lists,) int64
+
+
+class Workspace(NamedTuple):
+    """Scratch arrays of `spmm.propagate_all`, for one thread; `plan.workspace` makes one for each, by a leading axis.
+
+    For products of `drive_rows` rows and up to `inputs` units. Lists have one vector to spare.
+    """
+
+    panel_begins: np.ndarray  # (drive_rows * panels + 1,) int64: where the events of each panel and drive row begin
+    panel_indices: np.ndarray  # (drive_rows * inputs + LANES,) int32: units of the events, in order of panels
+    panel_values: np.ndarray  # (drive_rows * inputs + LANES,) float32: values of the events, in order of panels
+    segment_numbers: np.ndarray  # (2, segments) int32: target position, and number, of each listed block segment
+    segment_factors: np.ndarray  # (2, segments) float32: event value, and scale, of each listed block segment
+    dense_inputs: np.ndarray  # (drive_rows * inputs,) float32: the events as dense rows
+    tile: np.ndarray  # (drive_rows * ROW_TILE,) float32: drives of one column tile
+    blas_product: np.ndarray  # (drive_rows * columns,) float32: result of BLAS; empty where BLAS is not used
+
+
+class NetworkTables(NamedTuple):
+    """A network packed for the time loop."""
+
+    layers: np.ndarray  # (layers, 9) int64: the table of layers
+    column_tiles: np.ndarray  # (n_threads, tiles, FIELDS) int64: the table of column tiles of each thread
+    pools: WeightPools
+    threshold: np.ndarray  # (units,) float32
+    readout: int  # first column tile of the read-out; -1 without one
+    readout_bias: int  # offset of the read-out's bias
+    unit_bounds: np.ndarray  # (layers + 1, n_threads + 1) int64: units of each thread; last row: read-out outputs
+    drive_begins: np.ndarray  # (layers + 1, n_threads) int64: first position of each thread's share of a drive row
+    drive_pitch: int
+
+
+class InputEvents(NamedTuple):
+    """What a network receives: row k of the run, k = step * batch + sample, is row row_of[k] of a table of events."""
+
+    indptr: np.ndarray  # (table rows + 1,) int64
+    indices: np.ndarray  # (events,) int32
+    values: np.ndarray  # (events,) float32
+    row_of: np.ndarray  # (steps * batch,) int64
+
+
+class RunSize(NamedTuple):
+    """Which steps a call of the time loop computes."""
+
+    steps: int  # of the run
+    begin: int  # first step of this call
+    end: int  # step after the last of this call
+    batch: int
+    chunk: int  # steps that go through a layer together
+
+
+class RunBuffers(NamedTuple):
+    """Scratch arrays of the time loop; `rows` = chunk * batch."""
+
+    input_drives: np.ndarray  # (rows * drive_pitch,) float32
+    recurrent_drives: np.ndarray  # (batch * drive_pitch,) float32
+    events: EventLists  # of two layers: 2 * (rows + batch) rows of n_threads lists each
+    list_begins: np.ndarray  # (n_threads, rows) int64: lists of each thread's own, of inputs or of gated events
+    list_counts: np.ndarray  # (n_threads, rows) int64
+    gated_indices: np.ndarray  # (n_threads, batch * row capacity) int32: what the candidate of the paper's variant gets
+    gated_values: np.ndarray  # (n_threads, batch * row capacity) float32
+    workspace: Workspace  # with a leading axis of threads
+
+
+class RunOutputs(NamedTuple):
+    """What a run records; arrays of what is not recorded are empty."""
+
+    output: np.ndarray  # (steps * batch * outputs,) float32
+    events: np.ndarray  # (steps * batch * units,) float32, layer by layer
+    states: np.ndarray  # (steps * batch * units,) float32, layer by layer
+    graded: np.ndarray  # (units,) int64: events per unit whose value is not one
+    binary: np.ndarray  # (units,) int64: events per unit of value one

@@ -1,4 +1,4 @@
-"""What threads need to meet: a pool that is there, a counter that all add to, and ways to wait for it."""
+"""Thread pools whose threads run one compiled function together."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 
-def started(threads: int) -> ThreadPoolExecutor:
-    """A pool whose threads all run: a thread that could not be started in the midst of a run would leave the others
-    waiting at their barrier for ever."""
+def start_pool(threads: int) -> ThreadPoolExecutor:
+    """A pool of which every thread has started.
+
+    A thread that the system refused in the middle of a run would leave the others waiting at their barrier for ever.
+
+    Raises
+    ------
+    RuntimeError : the system starts no more threads
+    """
     pool, go = ThreadPoolExecutor(threads), Event()
     try:
         for _ in range(threads):
@@ -28,36 +34,42 @@ def started(threads: int) -> ThreadPoolExecutor:
 
 
 class Team:
-    """Threads that run one compiled function together, each with its part."""
+    """Threads that run one compiled function together, each with its own number; the caller is thread 0."""
 
     def __init__(self, threads: int):
         self.threads = threads
-        self.pool = started(threads - 1) if threads > 1 else None
+        self.pool = start_pool(threads - 1) if threads > 1 else None
 
     def run(self, function: Callable, *arguments, counter: bool = False) -> None:
-        """function(part, threads, [counter,] *arguments) on every thread; returns when all have. A counter, shared and
-        zero at first, is a barrier to meet at or a queue to take work from (`eventrnn.team`)."""
+        """Call function(thread, n_threads, [counter,] *arguments) on every thread; returns when all have returned.
+
+        counter : also pass an int64 array (1,), zero at first and shared by all threads, which the function uses as
+                  barrier or as work counter (`kernels/sync.py`)
+        """
         shared = (np.zeros(1, np.int64),) if counter else ()
         if self.pool is None:
             function(0, 1, *shared, *arguments)
             return
         others = [
-            self.pool.submit(function, part, self.threads, *shared, *arguments) for part in range(1, self.threads)
+            self.pool.submit(function, thread, self.threads, *shared, *arguments) for thread in range(1, self.threads)
         ]
         function(0, self.threads, *shared, *arguments)
         for other in others:
             other.result()
 
     def multiply(self, a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """a @ b through BLAS, a part of the longer side of the result on each thread, and on one thread of BLAS: its
-        own would go on waiting in a loop, after their work, on the cores that the next kernel wants."""
+        """a @ b through BLAS; the longer side of the result is split between the threads.
+
+        BLAS runs on one thread here. Its own worker threads keep spinning after a call, on the cores that the next
+        kernel needs.
+        """
         out = np.empty((a.shape[0], b.shape[1]), np.float32) if out is None else out
         if self.pool is None:
             return np.matmul(a, b, out=out)
         rows, columns = out.shape
-        edges = [max(rows, columns) * part // self.threads for part in range(self.threads + 1)]
-        parts = [slice(*edge) for edge in pairwise(edges)]
-        jobs = [(a[p], b, out[p]) if rows >= columns else (a, b[:, p], out[:, p]) for p in parts]
+        bounds = [max(rows, columns) * thread // self.threads for thread in range(self.threads + 1)]
+        shares = [slice(*pair) for pair in pairwise(bounds)]
+        jobs = [(a[s], b, out[s]) if rows >= columns else (a, b[:, s], out[:, s]) for s in shares]
         with _blas().limit(limits=1, user_api="blas"):
             others = [self.pool.submit(np.matmul, *job) for job in jobs[1:]]
             np.matmul(*jobs[0])

@@ -28,7 +28,7 @@ KERNEL_FAULTS: dict[str, Edit] = {
     ),
     "reset forgotten": becoming(call("select"), "A2 if ON == 1 else X"),
     # The events of two threads are in the wrong order: the sums have the same terms.
-    "parts swapped": becoming(assigned(0), "X + (parts - 1 - 2 * part) * ON"),
+    "parts swapped": becoming(assigned(0), "X + (n_threads - 1 - 2 * thread) * ON"),
     # Events carry the place of a unit within its part in place of its number.
     "units of the wrong part": becoming(_event_id, "X - low * ON"),
     # A thread does not wait for the events of a step.
@@ -44,9 +44,9 @@ KERNEL_FAULTS: dict[str, Edit] = {
     "unit skipped": becoming(assigned(), "X - ON"),
     # The terms of two units change places: every sum has the same terms.
     "order of two units": followed_by(
-        "if ON == 1 and to == cuts[panel * rows + k] + 1:\n"
-        "    own_ids[to - 1], own_ids[to] = own_ids[to], own_ids[to - 1]\n"
-        "    own_sent[to - 1], own_sent[to] = own_sent[to], own_sent[to - 1]\n"
+        "if ON == 1 and to == begins[panel * rows + k] + 1:\n"
+        "    indices[to - 1], indices[to] = indices[to], indices[to - 1]\n"
+        "    values[to - 1], values[to] = values[to], values[to - 1]\n"
     ),
     # The last segments of a list, which no full list carried.
     "rest of a list dropped": becoming(argument(4), "X * (1 - ON)"),

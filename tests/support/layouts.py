@@ -20,14 +20,14 @@ NARROW = {"WIDEST_SCATTER": 16}
 #: name -> constants of the modules, the formats that they decide upon, and the kinds of window that must come out
 FORCED = {
     "rows": (FEW, ("dense",), {ROWS}),
-    "panels": ({**MANY, "EVERY_FROM_SHARE": 2}, ("dense",), {ROW_TILES}),
-    "every unit": ({**MANY, "EVERY_FROM_SHARE": 0}, ("dense",), {ROW_TILES}),
+    "panels": ({**MANY, "DENSE_ACTIVITY_THRESHOLD": 2}, ("dense",), {ROW_TILES}),
+    "every unit": ({**MANY, "DENSE_ACTIVITY_THRESHOLD": 0}, ("dense",), {ROW_TILES}),
     "masks": (MASKS, ("csr", "nm"), {MASKED}),
     "indices": (INDICES, ("csr", "nm"), {SCATTER}),
     "narrow masks": ({**MASKS, **NARROW}, ("csr", "nm"), {MASKED}),
     "narrow indices": ({**INDICES, **NARROW}, ("csr", "nm"), {SCATTER}),
-    "blocks": ({**MANY, **INDICES, "MANY_PIECES": NEVER}, ("block",), {BLOCKS, SCATTER}),
-    "many blocks": ({**MANY, **INDICES, "MANY_PIECES": 0}, ("block",), {MANY_BLOCKS, BLOCKS, SCATTER}),
+    "blocks": ({**MANY, **INDICES, "MANY_SEGMENTS": NEVER}, ("block",), {BLOCKS, SCATTER}),
+    "many blocks": ({**MANY, **INDICES, "MANY_SEGMENTS": 0}, ("block",), {MANY_BLOCKS, BLOCKS, SCATTER}),
     "blocks of single weights": ({**MANY, **MASKS, **NARROW}, ("block",), {BLOCKS, MASKED, SCATTER}),
 }
 
@@ -45,7 +45,7 @@ def forced(constants: dict):
 
 def kinds(engine) -> set[int]:
     """The kinds of all non-empty column windows of an engine."""
-    windows = np.concatenate([each.windows.reshape(-1, packing.FIELDS) for each in engine.plans.values()])
+    windows = np.concatenate([each.column_tiles.reshape(-1, packing.FIELDS) for each in engine.plans.values()])
     return {int(kind) for kind in windows[windows[:, HIGH] > windows[:, LOW], KIND]}
 
 

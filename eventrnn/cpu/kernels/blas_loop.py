@@ -1,8 +1,11 @@
-"""MOVED."""
+"""Time loops of the BLAS engine: one layer, all steps, dense weights.
+
+The caller is the only thread; BLAS may start threads of its own. All arrays belong to the caller but for the products
+of one step. The cell updates are those of `cell_update.py`; the products equal those of `reference.step` up to the
+order of their terms, which BLAS chooses, so results are not exact.
+"""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,13 +13,17 @@ from eventrnn import cells
 from eventrnn.cpu.kernels.cell_update import update, update_paper
 from eventrnn.cpu.kernels.jit import allocating
 
-if TYPE_CHECKING:
-    pass
-
 
 @allocating
 def steps(n, batch, length, drive_in, w_rec, bias_rec, threshold, c, y, ys_out, cs_out):
-    """`length` steps of the released variant. drive_in flat (length, batch, 3N); c, y flat (batch, N), in place."""
+    """`length` steps of the released variant.
+
+    n         : units N
+    drive_in  : (length * batch * 3N,) float32, input drives with their bias
+    w_rec     : (N, 3N) float32; bias_rec: (3N,); threshold: (N,)
+    c, y      : (batch * N,) float32, updated in place
+    ys_out, cs_out : (length, batch * N) float32, outputs and cells of every step
+    """
     rec = np.empty((batch, 3 * n), np.float32)
     before = y.reshape(batch, n)
     for t in range(length):
@@ -33,9 +40,9 @@ def steps(n, batch, length, drive_in, w_rec, bias_rec, threshold, c, y, ys_out, 
 
 @allocating
 def paper_steps(n, batch, length, drive_in, w_gates, w_candidate, bias_rec, threshold, c, y, ys_out, cs_out):
-    """`length` steps of the paper's variant; w_gates (N, 2N) and w_candidate (N, N) contiguous."""
+    """`steps` of the paper's variant, with contiguous weights w_gates (N, 2N) and w_candidate (N, N)."""
     gates, candidate = np.empty((batch, 2 * n), np.float32), np.empty((batch, n), np.float32)
-    sent, before = np.empty((batch, n), np.float32), y.reshape(batch, n)
+    gated, before = np.empty((batch, n), np.float32), y.reshape(batch, n)
     rec = np.empty((batch, 3 * n), np.float32)
     for t in range(length):
         np.dot(before, w_gates, gates)
@@ -43,8 +50,8 @@ def paper_steps(n, batch, length, drive_in, w_gates, w_candidate, bias_rec, thre
             at = (t * batch + b) * 3 * n
             for i in range(n):
                 reset = cells.egru_reset_gate(drive_in[at + n + i], gates[b, n + i] + bias_rec[n + i])
-                sent[b, i] = reset * before[b, i]
-        np.dot(sent, w_candidate, candidate)
+                gated[b, i] = reset * before[b, i]
+        np.dot(gated, w_candidate, candidate)
         for b in range(batch):
             for i in range(n):
                 rec[b, i] = gates[b, i] + bias_rec[i]

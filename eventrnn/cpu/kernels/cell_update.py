@@ -1,6 +1,11 @@
-"""One time step of a layer, sixteen units at a time: cells, outputs, events, and what is recorded of them.
+"""Cell update of the EGRU, and the events of a layer: one time step, sixteen units at a time.
 
-The rules are those of `cells.py`; here is only where their numbers lie.
+A thread calls these on its own units. Drives, cells `c` and outputs `y` are flat float32 arrays in the memory of the
+caller; a, b, s and p are the offsets of the first unit in the drives, the state and the thresholds. A thread's drives
+hold (u, r, g), n numbers each. Event lists are `indices` (int32) and `values` (float32), with one vector to spare.
+
+The equations are those of `cells.py`, so `update` and `update_paper` equal `reference.step` bit for bit. Each loop
+states its rule twice: for whole vectors, and for the units that remain.
 """
 
 from __future__ import annotations
@@ -11,15 +16,15 @@ from eventrnn.cpu.kernels.simd import AVX512, LANES, bits, compress_avx512, load
 
 
 @compiled
-def compress_portable(ids, sent, at, first, condition, vector):
+def compress_portable(indices, values, at, first, condition, vector):
     """`compress_avx512` for other processors."""
-    store(sent, at, vector)
+    store(values, at, vector)
     chosen, count = bits(condition), 0
     while chosen != 0:
         lane = lowest_bit(chosen)
-        ids[at + count] = first + lane
-        # Never ahead of the lane that is read.
-        sent[at + count] = sent[at + lane]
+        indices[at + count] = first + lane
+        # The write position is never ahead of the lane that is read.
+        values[at + count] = values[at + lane]
         count += 1
         chosen &= chosen - 1
     return count
@@ -29,45 +34,48 @@ compress = compress_avx512 if AVX512 else compress_portable
 
 
 @compiled
-def send(y, at, low, high, ids, sent, to):
-    """Compact the non-zero y of units `low` to `high` into an event list at `to`; returns how many.
+def compact_events(y, at, low, high, indices, values, to):
+    """Append the non-zero outputs y[at + low : at + high] to an event list at `to`; returns how many (compaction).
 
-    Writes up to a vector past the last.
+    An event's index is its unit, `low` to `high`. Up to one vector past the last event is overwritten.
     """
     end = to
     whole = low + (high - low) // LANES * LANES
     for i in range(low, whole, LANES):
         value = load(y, at + i)
         # planted fault: units of the wrong part
-        end += compress(ids, sent, end, i, value != cells.ZERO, value)
+        end += compress(indices, values, end, i, value != cells.ZERO, value)
     for i in range(whole, high):
         if y[at + i] != 0:
             # planted fault: units of the wrong part
-            ids[end], sent[end] = i, y[at + i]
+            indices[end], values[end] = i, y[at + i]
             end += 1
     return end - to
 
 
 @compiled
-def send_gated(low, high, drive_in, a, drive_rec, b, y, at, ids, sent, to):
-    """`send` of y times the reset gate: what the paper's candidate product receives. a, b: the units' r drives."""
+def compact_gated_events(low, high, drive_in, a, drive_rec, b, y, at, indices, values, to):
+    """`compact_events` of y times the reset gate, which the candidate product of the paper's variant takes.
+
+    a, b: offsets of the reset drives of unit `low`.
+    """
     end = to
     whole = low + (high - low) // LANES * LANES
     for i in range(low, whole, LANES):
         value = load(y, at + i)
         reset = cells.egru_reset_gate(load(drive_in, a + i - low), load(drive_rec, b + i - low))
-        end += compress(ids, sent, end, i, value != cells.ZERO, reset * value)
+        end += compress(indices, values, end, i, value != cells.ZERO, reset * value)
     for i in range(whole, high):
         if y[at + i] != 0:
             reset = cells.egru_reset_gate(drive_in[a + i - low], drive_rec[b + i - low])
-            ids[end], sent[end] = i, reset * y[at + i]
+            indices[end], values[end] = i, reset * y[at + i]
             end += 1
     return end - to
 
 
 @compiled
 def update(n, drive_in, a, drive_rec, b, threshold, p, c, y, s):
-    """Released variant: cells and outputs of n units, in place. Their drives (u, r, g) begin at a and b."""
+    """Cells and outputs of n units in the released variant, in place."""
     whole = n // LANES * LANES
     for i in range(0, whole, LANES):
         # planted fault: gates swapped
@@ -103,7 +111,7 @@ def update(n, drive_in, a, drive_rec, b, threshold, p, c, y, s):
 
 @compiled
 def update_paper(n, drive_in, a, drive_rec, b, threshold, p, c, y, s):
-    """Paper's variant: cells and outputs of n units, in place. Their drives (u, r, g) begin at a and b."""
+    """Cells and outputs of n units in the paper's variant, in place; the r drives are not read."""
     whole = n // LANES * LANES
     for i in range(0, whole, LANES):
         v, _, _ = cells.egru_paper_value(
@@ -125,10 +133,10 @@ def update_paper(n, drive_in, a, drive_rec, b, threshold, p, c, y, s):
 
 
 @compiled
-def tally(ids, sent, first, count, unit_0, graded_out, binary_out):
-    """Count events by unit; y is never negative here."""
+def count_events(indices, values, first, count, unit_0, graded_out, binary_out):
+    """Add the events of a list to the counts per unit; `unit_0` is the layer's first unit. Values are positive."""
     for e in range(first, first + count):
-        if sent[e] == 1:
-            binary_out[unit_0 + ids[e]] += 1
+        if values[e] == 1:
+            binary_out[unit_0 + indices[e]] += 1
         else:
-            graded_out[unit_0 + ids[e]] += 1
+            graded_out[unit_0 + indices[e]] += 1

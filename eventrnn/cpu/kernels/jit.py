@@ -14,7 +14,7 @@ import numba
 from numba.core import caching
 from numba.extending import register_jitable
 
-from eventrnn import cells
+from eventrnn import _integers, cells
 from eventrnn.cpu.kernels import simd  # simd also gives the primitives of `cells` their instructions
 
 
@@ -73,6 +73,8 @@ def _compiled(function, **options) -> Any:
 
 
 for _rule in (
+    _integers.ceil_div,
+    _integers.round_up,
     cells.exp_float32,
     cells.sigmoid_float32,
     cells.tanh_float32,

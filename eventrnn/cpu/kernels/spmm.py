@@ -1,7 +1,14 @@
-"""From events to drives: one traversal a window kind, and which way a product goes.
+"""Sparse matrix times sparse vector: from event lists to drives, for every format of packed weights.
 
-Tables, pools and kinds are those of `packing.py`. `propagate_all` is what the engine calls: all drives of a product.
-Functions of `weights` compile once a storage; `scales` is the pool that int8 weights find their scales in.
+A drive is the sum of a bias and of weight * event value over the events. `propagate_all` computes all drive rows of one
+product. It equals `reference.propagate` bit for bit, except for column tiles of kind BLAS.
+
+A thread computes the columns of its own column tiles, over all events, so no sum is split between threads.
+Weights lie in `WeightPools`, which all threads read; events in `EventLists`. `drives` is (rows * drive_pitch,) float32,
+of which a thread writes its own columns. Everything else is in the thread's `Workspace`.
+
+Functions that take `weights` are compiled once per storage: `weights` is `pools.values` seen as float32, uint16 or
+int8, and the scales of int8 weights are found in `pools.values` itself.
 """
 
 from __future__ import annotations
@@ -9,6 +16,7 @@ from __future__ import annotations
 import numpy as np
 
 from eventrnn import cells
+from eventrnn._integers import ceil_div
 from eventrnn.cpu.kernels.jit import allocating, compiled, inlined
 from eventrnn.cpu.kernels.microkernels import (
     LINE,
@@ -44,7 +52,7 @@ from eventrnn.cpu.tables import (
     BFLOAT16,
     BLAS,
     BLOCKS,
-    EVERY_FROM,
+    DENSE_FROM,
     FLOAT32,
     HIGH,
     INDEX,
@@ -61,112 +69,133 @@ from eventrnn.cpu.tables import (
     STORAGE,
     VALUES,
     WIDTH,
+    Workspace,
 )
 
 
 @compiled
-def products(
-    windows, first_window, last_window, values, index, pointers, bias, p, n_pre,
-    ids, sent, firsts, counts, start, stop, rows,
-    cuts, own_ids, own_sent, lists, amounts, x, tile, product,
-    drive_out, pitch,
-):  # fmt: skip
-    """The product of every step from `start` to `stop`, one after the other into the same drives."""
-    for t in range(start, stop):
+def propagate_steps(
+    column_tiles,
+    first_tile,
+    last_tile,
+    pools,
+    bias_begin,
+    n_pre,
+    events,
+    begin,
+    end,
+    rows,
+    workspace,
+    drives,
+    drive_pitch,
+):
+    """The products of the steps `begin` to `end`, one after the other into the same drives; `rows` lists per step."""
+    for t in range(begin, end):
         propagate_all(
-            windows, first_window, last_window, values, index, pointers, bias, p, n_pre,
-            ids, sent, firsts, counts, t * rows, 1, rows,
-            cuts, own_ids, own_sent, lists, amounts, x, tile, product,
-            drive_out, pitch,
-        )  # fmt: skip
+            column_tiles,
+            first_tile,
+            last_tile,
+            pools,
+            bias_begin,
+            n_pre,
+            events,
+            t * rows,
+            1,
+            rows,
+            workspace,
+            drives,
+            drive_pitch,
+        )
 
 
-# A list is worked off when it has so many pieces; small, so that it leaves the L1 cache to the drives.
-LISTED_PIECES = 64
+# Block segments are listed until there are so many, then added. The list must be small to leave the L1 cache to the
+# drives.
+LISTED_SEGMENTS = 64
 
-# Units of a pass of `_multiply`: a tile's weights of so many stay in the L1 cache while the drives go by.
+# Units per pass of `dense_product`: the weights of a tile for so many units stay in the L1 cache while all drive rows
+# pass.
 MULTIPLY_UNITS = 128
 
-# Units of a panel: their rows of a narrow window, 32 KB, stay in the L1 cache while all drives take their events.
+# Units per panel: their rows of a column tile, 32 KB, stay in the L1 cache while all drive rows take their events.
 PANEL = 128
 
 
 @inlined
-def propagate(matrix, values, index, pointers, ids, sent, first, count, drive, at, lists, amounts):
-    """drive[at + i] += weight[j, i] * sent of every event j, ascending j, one FMA a term, over a matrix window.
+def propagate(column_tile, pools, events, begin, count, drives, at, workspace):
+    """drives[at + i] += weight[j, i] * value, for every event (j, value), over the columns i of a column tile.
 
-    Events are `ids[first:first + count]` with values `sent`. Reads only the weights of those units.
+    Events are `begin` to `begin + count` of `events`; their terms are added in that order, one FMA each. Only the
+    weights of their units are read.
     """
-    if matrix[STORAGE] == FLOAT32:
-        _propagate(matrix, values, values, index, pointers, ids, sent, first, count, drive, at, lists, amounts)
-    elif matrix[STORAGE] == BFLOAT16:
-        weights = values.view(np.uint16)
-        _propagate(matrix, weights, values, index, pointers, ids, sent, first, count, drive, at, lists, amounts)
+    if column_tile[STORAGE] == FLOAT32:
+        _propagate(column_tile, pools.values, pools, events, begin, count, drives, at, workspace)
+    elif column_tile[STORAGE] == BFLOAT16:
+        _propagate(column_tile, pools.values.view(np.uint16), pools, events, begin, count, drives, at, workspace)
     else:
-        weights = values.view(np.int8)
-        _propagate(matrix, weights, values, index, pointers, ids, sent, first, count, drive, at, lists, amounts)
+        _propagate(column_tile, pools.values.view(np.int8), pools, events, begin, count, drives, at, workspace)
 
 
 @inlined
-def _propagate(matrix, weights, scales, index, pointers, ids, sent, first, count, drive, at, lists, amounts):
-    if matrix[KIND] == ROWS:
-        _add_dense_rows(matrix, weights, scales, ids, sent, first, count, drive, at)
-    elif matrix[KIND] == BLOCKS:
-        _add_blocks(matrix, weights, scales, index, pointers, ids, sent, first, count, drive, at, lists, amounts)
-    elif matrix[KIND] == MANY_BLOCKS:
-        _add_many_blocks(matrix, weights, scales, index, pointers, ids, sent, first, count, drive, at)
+def _propagate(column_tile, weights, pools, events, begin, count, drives, at, workspace):
+    if column_tile[KIND] == ROWS:
+        _add_dense_rows(column_tile, weights, pools, events, begin, count, drives, at)
+    elif column_tile[KIND] == BLOCKS:
+        _add_blocks(column_tile, weights, pools, events, begin, count, drives, at, workspace)
+    elif column_tile[KIND] == MANY_BLOCKS:
+        _add_many_blocks(column_tile, weights, pools, events, begin, count, drives, at)
     else:
-        _add_single(matrix, weights, scales, index, pointers, ids, sent, first, count, drive, at)
+        _add_single(column_tile, weights, pools, events, begin, count, drives, at)
 
 
 @inlined
-def _values_at(matrix, weights):
-    """Where a window's values begin, in weights: the table counts float32."""
-    return matrix[VALUES] * (4 // weights.itemsize)
+def _values_at(column_tile, weights):
+    """Where the weights of a column tile begin in `weights`; the table counts in float32."""
+    return column_tile[VALUES] * (4 // weights.itemsize)
 
 
 @inlined
-def _add_dense_rows(matrix, weights, scales, ids, sent, first, count, drive, at):
-    """A register tile of outputs walks the events, then the next tile."""
+def _add_dense_rows(column_tile, weights, pools, events, begin, count, drives, at):
+    """Dense rows: a register tile of columns takes all events, then the next register tile."""
+    ids, values, scales = events.indices, events.values, pools.values
     # planted fault: scale of another unit, rows
-    pitch, start, s0 = matrix[PITCH], _values_at(matrix, weights), matrix[SCALES]
-    left, at = matrix[WIDTH] // LANES, at + matrix[LOW]
+    pitch, start, s0 = column_tile[PITCH], _values_at(column_tile, weights), column_tile[SCALES]
+    left, at = column_tile[WIDTH] // LANES, at + column_tile[LOW]
     while left >= TILE:
-        add_rows_tile(drive, at, weights, start, pitch, scales, s0, ids, sent, first, count)
+        add_rows_tile(drives, at, weights, start, pitch, scales, s0, ids, values, begin, count)
         left, at, start = left - TILE, at + TILE * LANES, start + TILE * LANES
     if left >= 8:
-        add_rows_8(drive, at, weights, start, pitch, scales, s0, ids, sent, first, count)
+        add_rows_8(drives, at, weights, start, pitch, scales, s0, ids, values, begin, count)
         left, at, start = left - 8, at + 8 * LANES, start + 8 * LANES
     if left >= 4:
-        add_rows_4(drive, at, weights, start, pitch, scales, s0, ids, sent, first, count)
+        add_rows_4(drives, at, weights, start, pitch, scales, s0, ids, values, begin, count)
         left, at, start = left - 4, at + 4 * LANES, start + 4 * LANES
     if left >= 2:
-        add_rows_2(drive, at, weights, start, pitch, scales, s0, ids, sent, first, count)
+        add_rows_2(drives, at, weights, start, pitch, scales, s0, ids, values, begin, count)
         left, at, start = left - 2, at + 2 * LANES, start + 2 * LANES
     if left >= 1:
-        add_rows_1(drive, at, weights, start, pitch, scales, s0, ids, sent, first, count)
+        add_rows_1(drives, at, weights, start, pitch, scales, s0, ids, values, begin, count)
 
 
 @inlined
-def add_scattered_portable(drive, at, index, i0, first, count, value, scale, weights, start):
+def add_scattered_portable(drives, at, index, i0, first, count, value, scale, weights, start):
     """`add_scattered_avx512` for other processors."""
     columns = index.view(np.uint16)
     for k in range(first, first + count):
         target = at + columns[2 * i0 + k]
-        drive[target] = cells.fma(decoded(weights, start + k, scale), value, drive[target])
+        drives[target] = cells.fma(decoded(weights, start + k, scale), value, drives[target])
 
 
 @inlined
-def add_masked_portable(drive, at, index, i0, first, vectors, value, scale, weights, start):
-    """`add_masked_avx512` for other processors: only the weights that are there."""
+def add_masked_portable(drives, at, index, i0, first, vectors, value, scale, weights, start):
+    """`add_masked_avx512` for other processors; it visits the stored weights only."""
     masks = index.view(np.uint16)
     for k in range(vectors):
-        kept = np.int64(masks[2 * i0 + first + k])
-        while kept != 0:
-            target = at + k * LANES + lowest_bit(kept)
-            drive[target] = cells.fma(decoded(weights, start, scale), value, drive[target])
+        mask = np.int64(masks[2 * i0 + first + k])
+        while mask != 0:
+            target = at + k * LANES + lowest_bit(mask)
+            drives[target] = cells.fma(decoded(weights, start, scale), value, drives[target])
             start += 1
-            kept &= kept - 1
+            mask &= mask - 1
 
 
 add_scattered = add_scattered_avx512 if AVX512 else add_scattered_portable
@@ -175,146 +204,199 @@ add_masked = add_masked_avx512 if AVX512 else add_masked_portable
 
 
 @inlined
-def _add_single(matrix, weights, scales, index, pointers, ids, sent, first, count, drive, at):
-    """Sixteen targets at a time, or every vector of the row by its mask."""
-    p0, i0, v0, at = matrix[POINTERS], matrix[INDEX], _values_at(matrix, weights), at + matrix[LOW]
-    masks = matrix[PITCH]
-    for e in range(first, first + count):
-        unit = np.int64(ids[e])
+def _add_single(column_tile, weights, pools, events, begin, count, drives, at):
+    """Single weights: sixteen targets at a time by index, or every vector of the row by its mask."""
+    p0, i0, s0 = column_tile[POINTERS], column_tile[INDEX], column_tile[SCALES]
+    v0, at, masks = _values_at(column_tile, weights), at + column_tile[LOW], column_tile[PITCH]
+    pointers, scales = pools.pointers, pools.values
+    for e in range(begin, begin + count):
+        unit, value = np.int64(events.indices[e]), events.values[e]
         # planted fault: scale of another unit, single weights
-        begin, end, scale = pointers[p0 + unit], pointers[p0 + unit + 1], scales[matrix[SCALES] + unit]
-        if matrix[KIND] == MASKED:
+        first, last, scale = pointers[p0 + unit], pointers[p0 + unit + 1], scales[s0 + unit]
+        if column_tile[KIND] == MASKED:
             # planted fault: masks of the wrong unit
-            add_masked(drive, at, index, i0, unit * masks, masks, sent[e], scale, weights, v0 + begin)
+            add_masked(drives, at, pools.index, i0, unit * masks, masks, value, scale, weights, v0 + first)
         else:
             # planted fault: tail of scattered weights dropped
-            add_scattered(drive, at, index, i0, begin, end - begin, sent[e], scale, weights, v0)
+            add_scattered(drives, at, pools.index, i0, first, last - first, value, scale, weights, v0)
 
 
 @inlined
-def _add_blocks(matrix, weights, scales, index, pointers, ids, sent, first, count, drive, at, lists, amounts):
-    """The pieces of some units are listed without a branch, then added in one loop."""
-    i0, p0, s0 = matrix[INDEX], matrix[POINTERS], matrix[SCALES]
+def _add_blocks(column_tile, weights, pools, events, begin, count, drives, at, workspace):
+    """Block segments: those of several units are listed without a branch, then added in one loop."""
+    i0, p0, s0 = column_tile[INDEX], column_tile[POINTERS], column_tile[SCALES]
+    numbers, factors, scales = workspace.segment_numbers, workspace.segment_factors, pools.values
     listed = 0
-    for e in range(first, first + count):
-        unit = np.int64(ids[e])
-        begin, end, number = pointers[p0 + 3 * unit], pointers[p0 + 3 * unit + 1], pointers[p0 + 3 * unit + 2]
+    for e in range(begin, begin + count):
+        unit, value = np.int64(events.indices[e]), events.values[e]
+        first, last, number = _segments_of(pools, p0, unit)
         # planted fault: scale of another unit, blocks
+        scale = scales[s0 + unit]
         list_blocks(
-            weights, index, i0 + begin, end - begin, number, sent[e], scales[s0 + unit],
-            lists[0], lists[1], amounts[0], amounts[1], listed,
-        )  # fmt: skip
-        listed += end - begin
-        if listed >= LISTED_PIECES:
-            _add_listed(matrix, weights, lists, amounts, listed, drive, at)
+            weights,
+            pools.index,
+            i0 + first,
+            last - first,
+            number,
+            value,
+            scale,
+            numbers[0],
+            numbers[1],
+            factors[0],
+            factors[1],
+            listed,
+        )
+        listed += last - first
+        if listed >= LISTED_SEGMENTS:
+            _add_listed(column_tile, weights, numbers, factors, listed, drives, at)
             listed = 0
     # planted fault: rest of a list dropped
-    _add_listed(matrix, weights, lists, amounts, listed, drive, at)
+    _add_listed(column_tile, weights, numbers, factors, listed, drives, at)
 
 
 @inlined
-def _add_many_blocks(matrix, weights, scales, index, pointers, ids, sent, first, count, drive, at):
-    """The same, each unit's pieces in a loop of their own: less work a piece, one wrong guess of its end a unit."""
-    i0, p0, s0, v0 = matrix[INDEX], matrix[POINTERS], matrix[SCALES], _values_at(matrix, weights)
-    if matrix[WIDTH] == 16:
-        for e in range(first, first + count):
-            unit = np.int64(ids[e])
-            begin, end, piece = pointers[p0 + 3 * unit], pointers[p0 + 3 * unit + 1], pointers[p0 + 3 * unit + 2]
+def _segments_of(pools, p0, unit):
+    """A unit's first index, the index after its last, and the number of its first segment."""
+    return pools.pointers[p0 + 3 * unit], pools.pointers[p0 + 3 * unit + 1], pools.pointers[p0 + 3 * unit + 2]
+
+
+@inlined
+def _add_many_blocks(column_tile, weights, pools, events, begin, count, drives, at):
+    """Block segments: those of each unit in a loop of their own, without a list.
+
+    That is less work per segment, but the processor mispredicts the end of the loop once per unit.
+    """
+    i0, p0, s0 = column_tile[INDEX], column_tile[POINTERS], column_tile[SCALES]
+    v0, index, scales = _values_at(column_tile, weights), pools.index, pools.values
+    if column_tile[WIDTH] == 16:
+        for e in range(begin, begin + count):
+            unit, value = np.int64(events.indices[e]), events.values[e]
+            first, last, number = _segments_of(pools, p0, unit)
             # planted fault: scale of another unit, many blocks
-            value, scale = sent[e], scales[s0 + unit]
-            add_blocks_16(drive, at, index, i0 + begin, end - begin, value, scale, weights, v0 + piece * 16)
-    elif matrix[WIDTH] == 8:
-        for e in range(first, first + count):
-            unit = np.int64(ids[e])
-            begin, end, piece = pointers[p0 + 3 * unit], pointers[p0 + 3 * unit + 1], pointers[p0 + 3 * unit + 2]
+            scale = scales[s0 + unit]
+            add_blocks_16(drives, at, index, i0 + first, last - first, value, scale, weights, v0 + number * 16)
+    elif column_tile[WIDTH] == 8:
+        for e in range(begin, begin + count):
+            unit, value = np.int64(events.indices[e]), events.values[e]
+            first, last, number = _segments_of(pools, p0, unit)
             # planted fault: scale of another unit, many blocks
-            value, scale = sent[e], scales[s0 + unit]
-            add_blocks_8(drive, at, index, i0 + begin, end - begin, value, scale, weights, v0 + piece * 8)
+            scale = scales[s0 + unit]
+            add_blocks_8(drives, at, index, i0 + first, last - first, value, scale, weights, v0 + number * 8)
     else:
-        for e in range(first, first + count):
-            unit = np.int64(ids[e])
-            begin, end, piece = pointers[p0 + 3 * unit], pointers[p0 + 3 * unit + 1], pointers[p0 + 3 * unit + 2]
+        for e in range(begin, begin + count):
+            unit, value = np.int64(events.indices[e]), events.values[e]
+            first, last, number = _segments_of(pools, p0, unit)
             # planted fault: scale of another unit, many blocks
-            value, scale = sent[e], scales[s0 + unit]
-            add_blocks_4(drive, at, index, i0 + begin, end - begin, value, scale, weights, v0 + piece * 4)
+            scale = scales[s0 + unit]
+            add_blocks_4(drives, at, index, i0 + first, last - first, value, scale, weights, v0 + number * 4)
 
 
 @inlined
-def _add_listed(matrix, weights, lists, amounts, count, drive, at):
-    """Add the first `count` pieces of a list to the drives at their targets."""
-    width, start = matrix[WIDTH], _values_at(matrix, weights)
-    targets, numbers, sent, scales = lists[0], lists[1], amounts[0], amounts[1]
+def _add_listed(column_tile, weights, numbers, factors, count, drives, at):
+    """Add the first `count` listed block segments to the drives at their targets."""
+    width, start = column_tile[WIDTH], _values_at(column_tile, weights)
     if width == 64:
-        add_listed_64(drive, at, targets, numbers, sent, scales, count, weights, start)
+        add_listed_64(drives, at, numbers[0], numbers[1], factors[0], factors[1], count, weights, start)
     elif width == 32:
-        add_listed_32(drive, at, targets, numbers, sent, scales, count, weights, start)
+        add_listed_32(drives, at, numbers[0], numbers[1], factors[0], factors[1], count, weights, start)
     elif width == 16:
-        add_listed_16(drive, at, targets, numbers, sent, scales, count, weights, start)
+        add_listed_16(drives, at, numbers[0], numbers[1], factors[0], factors[1], count, weights, start)
     elif width == 8:
-        add_listed_8(drive, at, targets, numbers, sent, scales, count, weights, start)
+        add_listed_8(drives, at, numbers[0], numbers[1], factors[0], factors[1], count, weights, start)
     else:
-        add_listed_4(drive, at, targets, numbers, sent, scales, count, weights, start)
+        add_listed_4(drives, at, numbers[0], numbers[1], factors[0], factors[1], count, weights, start)
 
 
-# --- all drives of a product --------------------------------------------------------------------------------
+# --- all drive rows of a product ----------------------------------------------------------------------------
 
 
 @compiled
 def propagate_all(
-    windows, first_window, last_window, values, index, pointers, bias, p, n_pre,
-    ids, sent, firsts, counts, slot, segments, rows,
-    cuts, own_ids, own_sent, lists, amounts, x, tile, product,
-    drive, pitch,
-):  # fmt: skip
-    """Drives of `rows` rows, `pitch` apart, from their bias on, over some windows of a matrix.
+    column_tiles,
+    first_tile,
+    last_tile,
+    pools,
+    bias_begin,
+    n_pre,
+    events,
+    first_list,
+    lists_per_row,
+    rows,
+    workspace,
+    drives,
+    drive_pitch,
+):
+    """Write `rows` drive rows over the column tiles `first_tile` to `last_tile` of a matrix with `n_pre` rows.
 
-    Row k's events are `segments` lists from slot + k * segments on. Windows for many drives take the events panel by
-    panel of units, so that a weight is read once for all drives; or, where most units are active, walk every unit.
-
-    Scratch, all lists with a vector to spare: `cuts` (rows * panels + 1); `own_ids`, int32, and
-    `own_sent`, float32, (events); `lists`, int32, and `amounts`, float32, (2, pieces); `x` (rows, n_pre); `tile`
-    (rows, ROW_TILE); `product` (rows, columns), for BLAS only.
+    A drive row begins as the bias, `pools.biases` from `bias_begin` on. The events of row k are the `lists_per_row`
+    lists from `first_list + k * lists_per_row` on. Column tiles of kind ROW_TILES read a weight once for all drive
+    rows: they take the events panel by panel of units or, where most units are active, visit every unit.
     """
-    every = False
-    if first_window >= last_window:
+    every_unit = False
+    if first_tile >= last_tile:
         return
-    if windows[first_window, KIND] == ROW_TILES:
-        events = 0
-        for q in range(slot, slot + rows * segments):
-            events += counts[q]
-        every = events >= windows[first_window, EVERY_FROM] * rows
-        if every:
-            _spread(n_pre, ids, sent, firsts, counts, slot, segments, rows, x)
+    if column_tiles[first_tile, KIND] == ROW_TILES:
+        total = 0
+        for q in range(first_list, first_list + rows * lists_per_row):
+            total += events.counts[q]
+        every_unit = total >= column_tiles[first_tile, DENSE_FROM] * rows
+        if every_unit:
+            densify(n_pre, events, first_list, lists_per_row, rows, workspace)
         else:
-            _cut(n_pre, ids, sent, firsts, counts, slot, segments, rows, cuts, own_ids, own_sent)
-    elif windows[first_window, KIND] == BLAS:
-        _spread(n_pre, ids, sent, firsts, counts, slot, segments, rows, x)
-    for w in range(first_window, last_window):
-        window = windows[w]
-        if window[KIND] == BLAS:
-            _add_blas(window, values, bias, p, n_pre, x, product, rows, drive, pitch)
+            bin_by_panel(n_pre, events, first_list, lists_per_row, rows, workspace)
+    elif column_tiles[first_tile, KIND] == BLAS:
+        densify(n_pre, events, first_list, lists_per_row, rows, workspace)
+    for w in range(first_tile, last_tile):
+        column_tile = column_tiles[w]
+        if column_tile[KIND] == BLAS:
+            blas_product(column_tile, pools, bias_begin, n_pre, workspace, rows, drives, drive_pitch)
             continue
-        if window[KIND] == ROW_TILES:
-            if window[STORAGE] == FLOAT32:
-                _add_tile(
-                    window, values, values, bias, p, n_pre, every, cuts, own_ids, own_sent, x, tile, rows, drive, pitch
+        if column_tile[KIND] == ROW_TILES:
+            if column_tile[STORAGE] == FLOAT32:
+                tile_product(
+                    column_tile,
+                    pools.values,
+                    pools,
+                    bias_begin,
+                    n_pre,
+                    every_unit,
+                    workspace,
+                    rows,
+                    drives,
+                    drive_pitch,
                 )
-            elif window[STORAGE] == BFLOAT16:
-                weights = values.view(np.uint16)
-                _add_tile(
-                    window, weights, values, bias, p, n_pre, every, cuts, own_ids, own_sent, x, tile, rows, drive, pitch
+            elif column_tile[STORAGE] == BFLOAT16:
+                weights = pools.values.view(np.uint16)
+                tile_product(
+                    column_tile, weights, pools, bias_begin, n_pre, every_unit, workspace, rows, drives, drive_pitch
                 )
             else:
-                weights = values.view(np.int8)
-                _add_tile(
-                    window, weights, values, bias, p, n_pre, every, cuts, own_ids, own_sent, x, tile, rows, drive, pitch
+                weights = pools.values.view(np.int8)
+                tile_product(
+                    column_tile, weights, pools, bias_begin, n_pre, every_unit, workspace, rows, drives, drive_pitch
                 )
             continue
+        low, width = column_tile[LOW], column_tile[HIGH] - column_tile[LOW]
         for k in range(rows):
-            at = k * pitch
-            copy(bias, p + window[LOW], drive, at + window[LOW], window[HIGH] - window[LOW])
-            for q in range(slot + k * segments, slot + (k + 1) * segments):
-                propagate(window, values, index, pointers, ids, sent, firsts[q], counts[q], drive, at, lists, amounts)
+            at = k * drive_pitch
+            copy(pools.biases, bias_begin + low, drives, at + low, width)
+            for q in range(first_list + k * lists_per_row, first_list + (k + 1) * lists_per_row):
+                propagate(column_tile, pools, events, events.begins[q], events.counts[q], drives, at, workspace)
+
+
+@inlined
+def workspace_of(shared, thread):
+    """One thread's `Workspace` of those that `plan.workspace` makes, which have a leading axis of threads."""
+    return Workspace(
+        shared.panel_begins[thread],
+        shared.panel_indices[thread],
+        shared.panel_values[thread],
+        shared.segment_numbers[thread],
+        shared.segment_factors[thread],
+        shared.dense_inputs[thread],
+        shared.tile[thread],
+        shared.blas_product[thread],
+    )
 
 
 @inlined
@@ -328,108 +410,115 @@ def copy(source, s, target, t, count):
 
 
 @compiled
-def _spread(n_pre, ids, sent, firsts, counts, slot, segments, rows, x):
-    """Events as rows of numbers, n_pre apart."""
+def densify(n_pre, events, first_list, lists_per_row, rows, workspace):
+    """Write the events as dense rows of `n_pre` numbers to `workspace.dense_inputs`."""
+    x = workspace.dense_inputs
     for k in range(rows):
         for j in range(k * n_pre, (k + 1) * n_pre):
             x[j] = cells.ZERO
-        for q in range(slot + k * segments, slot + (k + 1) * segments):
-            for e in range(firsts[q], firsts[q] + counts[q]):
-                x[k * n_pre + ids[e]] = sent[e]
+        for q in range(first_list + k * lists_per_row, first_list + (k + 1) * lists_per_row):
+            for e in range(events.begins[q], events.begins[q] + events.counts[q]):
+                x[k * n_pre + events.indices[e]] = events.values[e]
 
 
 @compiled
-def _cut(n_pre, ids, sent, firsts, counts, slot, segments, rows, cuts, own_ids, own_sent):
-    """The events panel by panel of PANEL units, in the order in which they will be read.
+def bin_by_panel(n_pre, events, first_list, lists_per_row, rows, workspace):
+    """Sort the events into panels of PANEL units, and within a panel by drive row, which is the order of their reading.
 
-    Row k's of panel q are cuts[q * rows + k] to the next. 80 rows of 135 events lie in lists longer than the L1 cache:
-    row by row, the product of all of them took a fifth longer.
+    Those of row k in panel q begin at panel_begins[q * rows + k] and end where the next begin. In the order of rows
+    instead, the lists of 80 rows of 135 events each exceed the L1 cache, and the product took a fifth longer.
     """
-    panels = (n_pre + PANEL - 1) // PANEL
+    begins, indices, values = workspace.panel_begins, workspace.panel_indices, workspace.panel_values
+    panels = ceil_div(n_pre, PANEL)
     for q in range(panels * rows):
-        cuts[q] = 0
+        begins[q] = 0
     for k in range(rows):
-        for q in range(slot + k * segments, slot + (k + 1) * segments):
-            for e in range(firsts[q], firsts[q] + counts[q]):
-                cuts[np.int64(ids[e]) // PANEL * rows + k] += 1
+        for q in range(first_list + k * lists_per_row, first_list + (k + 1) * lists_per_row):
+            for e in range(events.begins[q], events.begins[q] + events.counts[q]):
+                begins[np.int64(events.indices[e]) // PANEL * rows + k] += 1
     end = 0
     for q in range(panels * rows):
-        end, cuts[q] = end + cuts[q], end
-    cuts[panels * rows] = end
+        end, begins[q] = end + begins[q], end
+    begins[panels * rows] = end
     for k in range(rows):
-        panel, to = 0, cuts[k]
-        for q in range(slot + k * segments, slot + (k + 1) * segments):
-            for e in range(firsts[q], firsts[q] + counts[q]):
-                unit = ids[e]
+        panel, to = 0, begins[k]
+        for q in range(first_list + k * lists_per_row, first_list + (k + 1) * lists_per_row):
+            for e in range(events.begins[q], events.begins[q] + events.counts[q]):
+                unit = events.indices[e]
                 while unit >= (panel + 1) * PANEL:
                     panel += 1
-                    to = cuts[panel * rows + k]
+                    to = begins[panel * rows + k]
                 # planted fault: order of two units
-                own_ids[to], own_sent[to] = unit, sent[e]
+                indices[to], values[to] = unit, events.values[e]
                 to += 1
 
 
 @compiled
-def _add_tile(matrix, weights, scales, bias, p, n_pre, every, cuts, own_ids, own_sent, x, tile, rows, drive, pitch):
-    """`propagate` for many drives at once, from their bias on; units go in ascending order, so terms do.
+def tile_product(column_tile, weights, pools, bias_begin, n_pre, every_unit, workspace, rows, drives, drive_pitch):
+    """One column tile of kind ROW_TILES for many drive rows, from their bias on; units in ascending order.
 
-    In a tile of its own: rows of a drive lie a page apart, more pages than a core keeps addresses of.
+    The sums are made in a buffer of their own: drive rows lie a page apart, more pages than the address cache of a core
+    holds.
     """
-    low, width = matrix[LOW], matrix[HIGH] - matrix[LOW]
+    low, width = column_tile[LOW], column_tile[HIGH] - column_tile[LOW]
     for k in range(rows):
-        copy(bias, p + low, tile, k * ROW_TILE, width)
-    if every:
-        _multiply(matrix, weights, scales, n_pre, x, rows, tile)
+        copy(pools.biases, bias_begin + low, workspace.tile, k * ROW_TILE, width)
+    if every_unit:
+        dense_product(column_tile, weights, pools.values, n_pre, workspace.dense_inputs, rows, workspace.tile)
     else:
-        _add_panels(matrix, weights, scales, n_pre, cuts, own_ids, own_sent, rows, tile)
+        panel_spmm(column_tile, weights, pools.values, n_pre, workspace, rows)
     for k in range(rows):
-        copy(tile, k * ROW_TILE, drive, k * pitch + low, width)
+        copy(workspace.tile, k * ROW_TILE, drives, k * drive_pitch + low, width)
 
 
 @allocating
-def _add_blas(matrix, values, bias, p, n_pre, x, product, rows, drive, pitch):
-    """Every unit, in an order that BLAS chooses. Not exact."""
-    low, width, v0 = matrix[LOW], matrix[WIDTH], matrix[VALUES]
-    weights = values[v0 : v0 + n_pre * width].reshape((n_pre, width))
-    np.dot(x[: rows * n_pre].reshape((rows, n_pre)), weights, product[: rows * width].reshape((rows, width)))
+def blas_product(column_tile, pools, bias_begin, n_pre, workspace, rows, drives, drive_pitch):
+    """One column tile through BLAS, over every unit. BLAS chooses the order of the terms, so this is not exact."""
+    low, width, v0 = column_tile[LOW], column_tile[WIDTH], column_tile[VALUES]
+    weights = pools.values[v0 : v0 + n_pre * width].reshape((n_pre, width))
+    x, product = workspace.dense_inputs[: rows * n_pre], workspace.blas_product[: rows * width]
+    np.dot(x.reshape((rows, n_pre)), weights, product.reshape((rows, width)))
     for k in range(rows):
         for i in range(width):
-            drive[k * pitch + low + i] = product[k * width + i] + bias[p + low + i]
+            drives[k * drive_pitch + low + i] = product[k * width + i] + pools.biases[bias_begin + low + i]
 
 
 @compiled
-def _add_panels(matrix, weights, scales, n_pre, cuts, ids, sent, rows, tile):
-    """Every drive takes its events of a panel's units, whose rows stay in the L1 cache; then the next panel.
+def panel_spmm(column_tile, weights, scales, n_pre, workspace, rows):
+    """Add the events of `bin_by_panel` to `workspace.tile`: all drive rows take those of one panel, then of the next.
 
-    Meanwhile the next panel is asked for, some lines a drive.
+    The weights of a panel stay in the L1 cache. Each drive row prefetches some lines of the next panel.
     """
+    begins, ids, values = workspace.panel_begins, workspace.panel_indices, workspace.panel_values
+    tile = workspace.tile
     # planted fault: scale of another unit, panels
-    start, pitch, s0 = _values_at(matrix, weights), matrix[PITCH], matrix[SCALES]
+    start, pitch, s0 = _values_at(column_tile, weights), column_tile[PITCH], column_tile[SCALES]
     size, line = PANEL * pitch, LINE // weights.itemsize
-    some, last = -(-size // (rows * line)) * line, start + n_pre * pitch
-    for panel in range((n_pre + PANEL - 1) // PANEL):
-        coming = start + (panel + 1) * size
+    share, last = ceil_div(size, rows * line) * line, start + n_pre * pitch
+    for panel in range(ceil_div(n_pre, PANEL)):
+        upcoming = start + (panel + 1) * size
         for k in range(rows):
-            for i in range(coming, min(last, coming + some), line):
+            for i in range(upcoming, min(last, upcoming + share), line):
                 prefetch_far(weights, i)
-            coming += some
-            first, at, row, left = cuts[panel * rows + k], k * ROW_TILE, start, matrix[WIDTH] // LANES
+            upcoming += share
+            first, at, row, left = begins[panel * rows + k], k * ROW_TILE, start, column_tile[WIDTH] // LANES
             # planted fault: last event of a panel
-            count = cuts[panel * rows + k + 1] - first
+            count = begins[panel * rows + k + 1] - first
             if left >= 4:
-                add_near_rows_4(tile, at, weights, row, pitch, scales, s0, ids, sent, first, count)
+                add_near_rows_4(tile, at, weights, row, pitch, scales, s0, ids, values, first, count)
                 left, at, row = left - 4, at + 4 * LANES, row + 4 * LANES
             if left >= 2:
-                add_near_rows_2(tile, at, weights, row, pitch, scales, s0, ids, sent, first, count)
+                add_near_rows_2(tile, at, weights, row, pitch, scales, s0, ids, values, first, count)
                 left, at, row = left - 2, at + 2 * LANES, row + 2 * LANES
             if left >= 1:
-                add_near_rows_1(tile, at, weights, row, pitch, scales, s0, ids, sent, first, count)
+                add_near_rows_1(tile, at, weights, row, pitch, scales, s0, ids, values, first, count)
 
 
 @compiled
-def _multiply(matrix, weights, scales, n_pre, x, rows, tile):
-    """Every unit, active or not: some drives and outputs stay in registers."""
-    start, width, pitch, s0 = _values_at(matrix, weights), matrix[WIDTH], matrix[PITCH], matrix[SCALES]
+def dense_product(column_tile, weights, scales, n_pre, x, rows, tile):
+    """tile += x @ weights, over every unit whether active or not; some drive rows and columns stay in registers."""
+    start, width = _values_at(column_tile, weights), column_tile[WIDTH]
+    pitch, s0 = column_tile[PITCH], column_tile[SCALES]
     wide, many = MULTIPLY_VECTORS * LANES, rows // MULTIPLY_ROWS * MULTIPLY_ROWS
     for j in range(0, n_pre, MULTIPLY_UNITS):
         # planted fault: unit skipped

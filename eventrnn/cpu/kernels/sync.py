@@ -1,4 +1,8 @@
-"""MOVED."""
+"""Spin barrier and work counter for threads that run one kernel together.
+
+A thread calls these on int64 arrays of one element that all threads share. The barrier counts arrivals; the work
+counter hands out work in order of requests (dynamic scheduling). Neither changes a result.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,8 @@ from numba.extending import intrinsic
 from eventrnn.cpu.kernels.jit import compiled
 from eventrnn.cpu.kernels.simd import I32, I64, address, call
 
-# Some microseconds: longer than threads that all run wait for each other. Whoever waits longer may be in the way.
+# Turns of the waiting loop before a thread yields its core, some microseconds: longer than the usual wait while every
+# thread has a core of its own. A thread that waits longer may be on the core that the awaited thread needs.
 SPINS_BEFORE_YIELD = 300
 
 _IS_X86 = llvm.get_process_triple().startswith(("x86_64", "i686"))
@@ -22,7 +27,7 @@ _YIELD = "SwitchToThread" if os.name == "nt" else "sched_yield"
 
 @intrinsic
 def atomic_add(typingctx, array, amount):
-    """array[0] += amount, one indivisible step, ordered before and after."""
+    """array[0] += amount as one atomic operation (acquire and release); returns the value before."""
 
     def generate(context, builder, signature, args):
         pointer = address(context, builder, signature.args[0], args[0], I64(0))
@@ -33,7 +38,7 @@ def atomic_add(typingctx, array, amount):
 
 @intrinsic
 def atomic_load(typingctx, array):
-    """array[0], and everything written before it was."""
+    """array[0]; what another thread wrote before it wrote this value is visible afterwards (acquire)."""
 
     def generate(context, builder, signature, args):
         return builder.load_atomic(address(context, builder, signature.args[0], args[0], I64(0)), "acquire", 8)
@@ -43,7 +48,7 @@ def atomic_load(typingctx, array):
 
 @intrinsic
 def pause(typingctx):
-    """Tell the core that this is a waiting loop, where it can be told."""
+    """Hint to the core that this is a waiting loop; nothing on processors other than x86."""
 
     def generate(context, builder, signature, args):
         if _IS_X86:
@@ -55,7 +60,7 @@ def pause(typingctx):
 
 @intrinsic
 def yield_core(typingctx):
-    """Let another thread have the core."""
+    """Let the operating system run another thread on this core."""
 
     def generate(context, builder, signature, args):
         call(builder, _YIELD, I32, [])
@@ -65,41 +70,41 @@ def yield_core(typingctx):
 
 
 @compiled
-def meet(barrier, parts, target):
-    """Come to the barrier and wait until `target` arrivals were made in all; returns for how many turns of a loop."""
+def barrier_wait(barrier, n_threads, target):
+    """Arrive at the barrier and wait until all arrivals at it number `target`.
+
+    barrier : (1,) int64, counts arrivals; zero at first
+    target  : n_threads at the first barrier, then what the call before returned
+
+    Returns the next target, and the turns of the waiting loop. One thread alone does not wait.
+    """
     spins = 0
-    if parts > 1:
+    if n_threads > 1:
         atomic_add(barrier, 1)
         while atomic_load(barrier) < target:
             spins += 1
             pause()
             if spins > SPINS_BEFORE_YIELD:
                 yield_core()
-    return spins
+    return target + n_threads, spins
 
 
 @compiled
-def wait(barrier, parts, target):
-    """`meet`; returns the next target."""
-    meet(barrier, parts, target)
-    return target + parts
+def next_index(work_counter):
+    """The next number, from zero on; no two threads get the same. work_counter: (1,) int64, zero at first."""
+    return atomic_add(work_counter, 1)
 
 
 @compiled
-def take(queue):
-    """The next number from 0 on; no two threads get the same."""
-    return atomic_add(queue, 1)
+def next_chunk(work_counter, size, most, least, n_threads):
+    """Begin and length of the next chunk of `size` items that no thread has; length 0 when none is left.
 
-
-@compiled
-def take_piece(queue, size, most, least, parts):
-    """The next piece of `size` that no thread has: its first and how many, none when all are given out.
-
-    `most` at a time; towards the end fewer, down to `least`, so that threads end together though one core is slower.
+    A chunk has up to `most` items. Towards the end chunks get smaller, down to `least`, so that threads finish together
+    although one core is slower.
     """
     first, count = 0, 0
-    for _ in range(take(queue) + 1):
+    for _ in range(next_index(work_counter) + 1):
         first += count
-        fair = (size - first) // (parts + 1) if parts > 1 else most
+        fair = (size - first) // (n_threads + 1) if n_threads > 1 else most
         count = min(size - first, max(least, min(most, fair)))
     return first, count

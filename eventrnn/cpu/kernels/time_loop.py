@@ -1,170 +1,199 @@
-"""MOVED."""
+"""The time loop of the CPU engine: all layers and steps of a run, and the single step of a simulator.
+
+Every thread calls `run` with its number. A thread owns a range of whole vectors of units of each layer
+(`unit_bounds[layer]`), all gate columns of these units, and their events; it also owns a range of read-out outputs.
+Threads read each other's events only after a barrier, and in the order of units, so the result does not depend on their
+number. It equals `reference.forward`, layer by layer, bit for bit.
+
+Where the arrays live: weights in `NetworkTables`, read by all threads; drives, event lists and workspaces in
+`RunBuffers`; cells `c` and outputs `y`, (units * batch,) float32, layer by layer and within a layer (batch, N), updated
+in place. In a drive row, a thread's columns begin at `drive_begins[layer, thread]`: its u gates, r gates and
+candidates.
+
+Event lists of a layer: buffer `layer % 2`, row `(t + 1) * batch + b` of the chunk for step t and sample b; row b holds
+the step before the chunk. A row has one list per thread. Thread q's list begins at its first unit, plus one vector for
+every thread before it, so the lists of a row, read in order of threads, are in ascending order of units.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from eventrnn.cpu import step_table
 from eventrnn.cpu.kernels.array_table import first_not_finite, float32_at, int32_at, int64_at
-from eventrnn.cpu.kernels.cell_update import send, send_gated, tally, update, update_paper
+from eventrnn.cpu.kernels.cell_update import compact_events, compact_gated_events, count_events, update, update_paper
 from eventrnn.cpu.kernels.jit import compiled
 from eventrnn.cpu.kernels.microkernels import prefetch
 from eventrnn.cpu.kernels.simd import LANES
-from eventrnn.cpu.kernels.spmm import copy, propagate_all
-from eventrnn.cpu.kernels.sync import wait
-from eventrnn.cpu.tables import BIAS_IN, BIAS_REC, END, IN, INPUTS, REC, REC_GATED, UNIT_0, UNITS
-
-if TYPE_CHECKING:
-    pass
+from eventrnn.cpu.kernels.spmm import copy, propagate_all, workspace_of
+from eventrnn.cpu.kernels.sync import barrier_wait
+from eventrnn.cpu.tables import (
+    BIAS_IN,
+    BIAS_REC,
+    END,
+    IN,
+    INPUTS,
+    REC,
+    REC_GATED,
+    UNIT_0,
+    UNITS,
+    EventLists,
+    InputEvents,
+    NetworkTables,
+    RunBuffers,
+    RunOutputs,
+    RunSize,
+    WeightPools,
+    Workspace,
+)
 
 
 @compiled
-def run(
-    part, parts, barrier,
-    # weights
-    layers, windows, values, index, pointers, biases, threshold, readout, bias_out,
-    # in
-    feed_indptr, feed_ids, feed_sent, row_of, steps, begin, end, batch, chunk, edges, bases, pitch,
-    # scratch
-    drive_in, drive_rec, ids, sent, firsts, counts, feed_firsts, feed_counts, gated_ids, gated,
-    cuts, own_ids, own_sent, lists, amounts, x, tile, product,
-    # state, updated in place
-    c, y,
-    # out
-    output_out, events_out, states_out, graded_out, binary_out,
-):  # fmt: skip
-    """One thread's share of steps `begin` to `end` of a run; every thread calls this with its `part`.
+def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, outputs):
+    """One thread's share of the steps `size.begin` to `size.end`; records are those of `tables.py`.
 
-    Event lists: buffer `layer % 2`, row `(t + 1) * batch + b` of the chunk; row b holds the step before the
-    chunk. Within a row, units `edges[layer, part]` on write at their own offset, so the parts read in order.
+    barrier : (1,) int64, zero at first
     """
+    layers, column_tiles, pools = network.layers, network.column_tiles[thread], network.pools
+    events, batch, chunk = buffers.events, size.batch, size.chunk
+    drive_in, drive_rec, pitch = buffers.input_drives, buffers.recurrent_drives, network.drive_pitch
     n_layers = len(layers)
     rows = (chunk + 1) * batch
-    wide = len(ids) // (2 * rows)
-    scratch = (
-        cuts[part],
-        own_ids[part],
-        own_sent[part],
-        lists[part],
-        amounts[part],
-        x[part],
-        tile[part],
-        product[part],
-    )
-    target = parts
-    for t0 in range(begin, end, chunk):
-        length = min(chunk, end - t0)
+    row_capacity = len(events.indices) // (2 * rows)
+    workspace = workspace_of(buffers.workspace, thread)
+    begins, counts = buffers.list_begins[thread], buffers.list_counts[thread]
+    received = EventLists(inputs.indices, inputs.values, begins, counts)
+    gated = EventLists(buffers.gated_indices[thread], buffers.gated_values[thread], begins, counts)
+    target = n_threads
+    for t0 in range(size.begin, size.end, chunk):
+        length = min(chunk, size.end - t0)
         for layer in range(n_layers):
             n, unit_0 = layers[layer, UNITS], layers[layer, UNIT_0]
-            low, high, base = edges[layer, part], edges[layer, part + 1], bases[layer, part]
+            low, high = network.unit_bounds[layer, thread], network.unit_bounds[layer, thread + 1]
+            base = network.drive_begins[layer, thread]
             mine, below = (layer % 2) * rows, ((layer + 1) % 2) * rows
-            # Each thread's lists have a vector to spare.
-            own = low + LANES * part
+            # Each thread's list has one vector to spare.
+            own = low + LANES * thread
             for b in range(batch):
                 row = mine + b
-                slot = row * parts + part
-                firsts[slot] = row * wide + own
-                counts[slot] = send(y, unit_0 * batch + b * n, low, high, ids, sent, row * wide + own)
-            # Everybody has left the last chunk's drives, and the carried events are complete.
-            target = wait(barrier, parts, target)
+                slot = row * n_threads + thread
+                first = row * row_capacity + own
+                events.begins[slot] = first
+                events.counts[slot] = compact_events(
+                    y, unit_0 * batch + b * n, low, high, events.indices, events.values, first
+                )
+            # After the barrier, no thread reads the drives of the last chunk, and the carried events are complete.
+            target, _ = barrier_wait(barrier, n_threads, target)
 
-            w0, w1, p = layers[layer, IN], layers[layer, REC], layers[layer, BIAS_IN]
+            first_tile, last_tile, bias = layers[layer, IN], layers[layer, REC], layers[layer, BIAS_IN]
+            n_pre, drive_rows = layers[layer, INPUTS], length * batch
             if layer == 0:
-                for k in range(length * batch):
-                    source = row_of[t0 * batch + k]
-                    feed_firsts[part, k] = feed_indptr[source]
-                    feed_counts[part, k] = feed_indptr[source + 1] - feed_indptr[source]
+                for k in range(drive_rows):
+                    source = inputs.row_of[t0 * batch + k]
+                    begins[k] = inputs.indptr[source]
+                    counts[k] = inputs.indptr[source + 1] - inputs.indptr[source]
                 propagate_all(
-                    windows[part], w0, w1, values, index, pointers, biases, p, layers[layer, INPUTS],
-                    feed_ids, feed_sent, feed_firsts[part], feed_counts[part], 0, 1, length * batch,
-                    *scratch, drive_in, pitch,
+                    column_tiles, first_tile, last_tile, pools, bias, n_pre, received, 0, 1, drive_rows, workspace,
+                    drive_in, pitch,
                 )  # fmt: skip
             else:
+                first_list = (below + batch) * n_threads
                 propagate_all(
-                    windows[part], w0, w1, values, index, pointers, biases, p, layers[layer, INPUTS],
-                    ids, sent, firsts, counts, (below + batch) * parts, parts, length * batch,
-                    *scratch, drive_in, pitch,
+                    column_tiles, first_tile, last_tile, pools, bias, n_pre, events, first_list, n_threads, drive_rows,
+                    workspace, drive_in, pitch,
                 )  # fmt: skip
 
-            w0, w1, w2, p = layers[layer, REC], layers[layer, REC_GATED], layers[layer, END], layers[layer, BIAS_REC]
+            first_tile, gated_tile, last_tile = layers[layer, REC], layers[layer, REC_GATED], layers[layer, END]
+            bias, is_paper = layers[layer, BIAS_REC], last_tile > gated_tile
             for t in range(length):
-                for q in range((mine + t * batch) * parts, (mine + (t + 1) * batch) * parts if parts > 1 else 0):
-                    # All lines at once: another core has them.
-                    for e in range(firsts[q], firsts[q] + counts[q], LANES):
-                        prefetch(ids, e)
-                        prefetch(sent, e)
+                first_list = (mine + t * batch) * n_threads
+                for q in range(first_list, first_list + batch * n_threads if n_threads > 1 else first_list):
+                    # The lines are in another core's cache: request all of them at once.
+                    for e in range(events.begins[q], events.begins[q] + events.counts[q], LANES):
+                        prefetch(events.indices, e)
+                        prefetch(events.values, e)
                 propagate_all(
-                    windows[part], w0, w1, values, index, pointers, biases, p, n,
-                    ids, sent, firsts, counts, (mine + t * batch) * parts, parts, batch,
-                    *scratch, drive_rec, pitch,
+                    column_tiles, first_tile, gated_tile, pools, bias, n, events, first_list, n_threads, batch,
+                    workspace, drive_rec, pitch,
                 )  # fmt: skip
-                if w2 > w1:
-                    # The candidate's events take the reset gates of all units.
-                    target = wait(barrier, parts, target)
+                if is_paper:
+                    # The events of the candidate product are multiplied by the reset gates of all units.
+                    target, _ = barrier_wait(barrier, n_threads, target)
                     for b in range(batch):
-                        a, s, to = (t * batch + b) * pitch, unit_0 * batch + b * n, b * wide
-                        feed_firsts[part, b] = to
-                        for q in range(parts):
-                            first, last = edges[layer, q], edges[layer, q + 1]
-                            gate_r = bases[layer, q] + last - first
-                            to += send_gated(
-                                first, last, drive_in, a + gate_r, drive_rec, b * pitch + gate_r, y, s,
-                                gated_ids[part], gated[part], to,
+                        a, s, to = (t * batch + b) * pitch, unit_0 * batch + b * n, b * row_capacity
+                        begins[b] = to
+                        for q in range(n_threads):
+                            first, last = network.unit_bounds[layer, q], network.unit_bounds[layer, q + 1]
+                            gate_r = network.drive_begins[layer, q] + last - first
+                            to += compact_gated_events(
+                                first, last, drive_in, a + gate_r, drive_rec, b * pitch + gate_r, y, s, gated.indices,
+                                gated.values, to,
                             )  # fmt: skip
-                        feed_counts[part, b] = to - b * wide
+                        counts[b] = to - b * row_capacity
                     propagate_all(
-                        windows[part], w1, w2, values, index, pointers, biases, p, n,
-                        gated_ids[part], gated[part], feed_firsts[part], feed_counts[part], 0, 1, batch,
-                        *scratch, drive_rec, pitch,
+                        column_tiles, gated_tile, last_tile, pools, bias, n, gated, 0, 1, batch, workspace, drive_rec,
+                        pitch,
                     )  # fmt: skip
-                    # Nobody reads y, or the reset gates, any more.
-                    target = wait(barrier, parts, target)
+                    # After the barrier, no thread reads y or the reset gates of this step.
+                    target, _ = barrier_wait(barrier, n_threads, target)
 
                 for b in range(batch):
                     row, a, s = mine + (t + 1) * batch + b, (t * batch + b) * pitch + base, unit_0 * batch + b * n
-                    if w2 > w1:
+                    if is_paper:
                         update_paper(
-                            high - low, drive_in, a, drive_rec, b * pitch + base, threshold, unit_0 + low, c, y, s + low
-                        )
+                            high - low, drive_in, a, drive_rec, b * pitch + base, network.threshold, unit_0 + low, c, y,
+                            s + low,
+                        )  # fmt: skip
                     else:
                         update(
-                            high - low, drive_in, a, drive_rec, b * pitch + base, threshold, unit_0 + low, c, y, s + low
-                        )
+                            high - low, drive_in, a, drive_rec, b * pitch + base, network.threshold, unit_0 + low, c, y,
+                            s + low,
+                        )  # fmt: skip
                     # planted fault: parts swapped
-                    slot, first = row * parts + part, row * wide + own
-                    firsts[slot] = first
-                    counts[slot] = send(y, s, low, high, ids, sent, first)
+                    slot, first = row * n_threads + thread, row * row_capacity + own
+                    events.begins[slot] = first
+                    events.counts[slot] = compact_events(y, s, low, high, events.indices, events.values, first)
                     # planted fault: last event dropped
-                    tally(ids, sent, first, counts[slot], unit_0, graded_out, binary_out)
-                    at = unit_0 * steps * batch + ((t0 + t) * batch + b) * n + low
-                    if len(events_out) > 0:
-                        copy(y, s + low, events_out, at, high - low)
-                    if len(states_out) > 0:
-                        copy(c, s + low, states_out, at, high - low)
-                    if readout < 0 and layer == n_layers - 1:
-                        copy(y, s + low, output_out, ((t0 + t) * batch + b) * n + low, high - low)
+                    count_events(
+                        events.indices,
+                        events.values,
+                        first,
+                        events.counts[slot],
+                        unit_0,
+                        outputs.graded,
+                        outputs.binary,
+                    )
+                    at = unit_0 * size.steps * batch + ((t0 + t) * batch + b) * n + low
+                    if len(outputs.events) > 0:
+                        copy(y, s + low, outputs.events, at, high - low)
+                    if len(outputs.states) > 0:
+                        copy(c, s + low, outputs.states, at, high - low)
+                    if network.readout < 0 and layer == n_layers - 1:
+                        copy(y, s + low, outputs.output, ((t0 + t) * batch + b) * n + low, high - low)
                 # planted fault: barrier missing
-                target = wait(barrier, parts, target)
+                target, _ = barrier_wait(barrier, n_threads, target)
 
-        if readout >= 0:
-            low, high, base = edges[n_layers, part], edges[n_layers, part + 1], bases[n_layers, part]
-            last, size = ((n_layers - 1) % 2) * rows, edges[n_layers, parts]
+        if network.readout >= 0:
+            low, high = network.unit_bounds[n_layers, thread], network.unit_bounds[n_layers, thread + 1]
+            base, n_outputs = network.drive_begins[n_layers, thread], network.unit_bounds[n_layers, n_threads]
+            first_list = (((n_layers - 1) % 2) * rows + batch) * n_threads
+            n_pre, drive_rows = layers[n_layers - 1, UNITS], length * batch
             propagate_all(
-                windows[part], readout, windows.shape[1], values, index, pointers, biases, bias_out,
-                layers[n_layers - 1, UNITS],
-                ids, sent, firsts, counts, (last + batch) * parts, parts, length * batch,
-                *scratch, drive_in, pitch,
+                column_tiles, network.readout, len(column_tiles), pools, network.readout_bias, n_pre, events,
+                first_list, n_threads, drive_rows, workspace, drive_in, pitch,
             )  # fmt: skip
-            for k in range(length * batch):
-                copy(drive_in, k * pitch + base, output_out, (t0 * batch + k) * size + low, high - low)
+            for k in range(drive_rows):
+                copy(drive_in, k * pitch + base, outputs.output, (t0 * batch + k) * n_outputs + low, high - low)
 
 
 @compiled
 def step(table, inputs, symbols, output):
-    """One step on one thread of what is bound in a table (see `CpuEngine.stepper`), on (batch, I) float32 or, with an
-    embedding, (batch,) int64 symbols; the other one is empty. Returns whether anything in it or after it is not finite,
-    or a symbol is none.
+    """One step on one thread, of the arrays that a table names (`step_table.py`); True if it must be undone.
+
+    The step takes `inputs` (batch, I) float32 or, with an embedding, `symbols` (batch,) int64; the other one is empty.
+    It writes `output` (batch, outputs) float32, and keeps the state before it. It must be undone when an input or a
+    cell is not finite; a symbol out of range is refused before the step.
     """
-    indptr, ids, sent, row_of = int64_at(table, 37), int32_at(table, 38), float32_at(table, 39), int64_at(table, 23)
+    indptr, row_of = int64_at(table, step_table.INPUT_INDPTR), int64_at(table, step_table.INPUT_ROW_OF)
+    indices, values = int32_at(table, step_table.INPUT_INDICES), float32_at(table, step_table.INPUT_VALUES)
     if len(symbols) > 0:
         for symbol in symbols:
             if not 0 <= symbol < len(indptr) - 1:
@@ -175,28 +204,61 @@ def step(table, inputs, symbols, output):
         if first_not_finite(flat, len(flat)) >= 0:
             return True
         for b in range(samples):
-            indptr[b + 1] = indptr[b] + send(flat, b * size, 0, size, ids, sent, indptr[b])
-    numbers = int64_at(table, 0)
-    batch, chunk, pitch, n_layers, n_windows = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
-    c, y = float32_at(table, 24), float32_at(table, 25)
-    copy(c, 0, float32_at(table, 26), 0, len(c))
-    copy(y, 0, float32_at(table, 27), 0, len(y))
-    nothing = float32_at(table, 28)
-    run(
-        0, 1, int64_at(table, 1),
-        int64_at(table, 2).reshape((n_layers, -1)), int64_at(table, 3).reshape((1, n_windows, -1)),
-        float32_at(table, 4), int32_at(table, 5), int64_at(table, 6), float32_at(table, 7), float32_at(table, 8),
-        numbers[5], numbers[6],
-        indptr, ids, sent, row_of, 1, 0, 1, batch, chunk,
-        int64_at(table, 9).reshape((-1, 2)), int64_at(table, 10).reshape((-1, 1)), pitch,
-        float32_at(table, 11), float32_at(table, 12), int32_at(table, 13), float32_at(table, 14),
-        int64_at(table, 15), int64_at(table, 16), int64_at(table, 17).reshape((1, -1)),
-        int64_at(table, 18).reshape((1, -1)), int32_at(table, 19).reshape((1, -1)),
-        float32_at(table, 20).reshape((1, -1)),
-        int64_at(table, 29).reshape((1, -1)), int32_at(table, 30).reshape((1, -1)),
-        float32_at(table, 31).reshape((1, -1)), int32_at(table, 32).reshape((1, 2, -1)),
-        float32_at(table, 33).reshape((1, 2, -1)), float32_at(table, 34).reshape((1, -1)),
-        float32_at(table, 35).reshape((1, -1)), float32_at(table, 36).reshape((1, -1)),
-        c, y, output.reshape(output.size), nothing, nothing, int64_at(table, 21), int64_at(table, 22),
-    )  # fmt: skip
+            indptr[b + 1] = indptr[b] + compact_events(flat, b * size, 0, size, indices, values, indptr[b])
+    numbers = int64_at(table, step_table.NUMBERS)
+    n_layers, n_tiles = numbers[step_table.N_LAYERS], numbers[step_table.N_COLUMN_TILES]
+    c, y = float32_at(table, step_table.CELLS), float32_at(table, step_table.OUTPUTS)
+    copy(c, 0, float32_at(table, step_table.CELLS_BEFORE), 0, len(c))
+    copy(y, 0, float32_at(table, step_table.OUTPUTS_BEFORE), 0, len(y))
+    empty = float32_at(table, step_table.EMPTY)
+    network = NetworkTables(
+        int64_at(table, step_table.LAYERS).reshape((n_layers, -1)),
+        int64_at(table, step_table.COLUMN_TILES).reshape((1, n_tiles, -1)),
+        WeightPools(
+            float32_at(table, step_table.VALUES),
+            int32_at(table, step_table.INDEX),
+            int64_at(table, step_table.POINTERS),
+            float32_at(table, step_table.BIASES),
+        ),
+        float32_at(table, step_table.THRESHOLD),
+        numbers[step_table.READOUT],
+        numbers[step_table.READOUT_BIAS],
+        int64_at(table, step_table.UNIT_BOUNDS).reshape((-1, 2)),
+        int64_at(table, step_table.DRIVE_BEGINS).reshape((-1, 1)),
+        numbers[step_table.DRIVE_PITCH],
+    )
+    buffers = RunBuffers(
+        float32_at(table, step_table.INPUT_DRIVES),
+        float32_at(table, step_table.RECURRENT_DRIVES),
+        EventLists(
+            int32_at(table, step_table.EVENT_INDICES),
+            float32_at(table, step_table.EVENT_VALUES),
+            int64_at(table, step_table.EVENT_BEGINS),
+            int64_at(table, step_table.EVENT_COUNTS),
+        ),
+        int64_at(table, step_table.LIST_BEGINS).reshape((1, -1)),
+        int64_at(table, step_table.LIST_COUNTS).reshape((1, -1)),
+        int32_at(table, step_table.GATED_INDICES).reshape((1, -1)),
+        float32_at(table, step_table.GATED_VALUES).reshape((1, -1)),
+        Workspace(
+            int64_at(table, step_table.PANEL_BEGINS).reshape((1, -1)),
+            int32_at(table, step_table.PANEL_INDICES).reshape((1, -1)),
+            float32_at(table, step_table.PANEL_VALUES).reshape((1, -1)),
+            int32_at(table, step_table.SEGMENT_NUMBERS).reshape((1, 2, -1)),
+            float32_at(table, step_table.SEGMENT_FACTORS).reshape((1, 2, -1)),
+            float32_at(table, step_table.DENSE_INPUTS).reshape((1, -1)),
+            float32_at(table, step_table.TILE).reshape((1, -1)),
+            float32_at(table, step_table.BLAS_PRODUCT).reshape((1, -1)),
+        ),
+    )
+    outputs = RunOutputs(
+        output.reshape(output.size),
+        empty,
+        empty,
+        int64_at(table, step_table.GRADED),
+        int64_at(table, step_table.BINARY),
+    )
+    size = RunSize(1, 0, 1, numbers[step_table.BATCH], numbers[step_table.CHUNK])
+    received = InputEvents(indptr, indices, values, row_of)
+    run(0, 1, int64_at(table, step_table.BARRIER), network, received, size, buffers, c, y, outputs)
     return first_not_finite(c, len(c)) >= 0

@@ -12,11 +12,11 @@ import numpy as np
 
 from eventrnn.cpu.kernels.simd import LANES
 from eventrnn.cpu.memory import aligned_zeros
-from eventrnn.cpu.packing import EVERY_FROM_SHARE, empty_window
+from eventrnn.cpu.packing import DENSE_ACTIVITY_THRESHOLD, empty_column_tile
 from eventrnn.cpu.plan import SHARED_EVENTS
 from eventrnn.cpu.tables import (
     BLOCKS,
-    EVERY_FROM,
+    DENSE_FROM,
     FIELDS,
     FLOAT32,
     HIGH,
@@ -32,6 +32,7 @@ from eventrnn.cpu.tables import (
     STORAGE,
     VALUES,
     WIDTH,
+    WeightPools,
 )
 from eventrnn.cpu.threads import Team
 from eventrnn.training.bptt.kernels import spmm
@@ -207,7 +208,7 @@ class PackedMatrix:
 
     def record(self, bias: np.ndarray) -> PackedWeights:
         """What kernels take."""
-        return PackedWeights(self.tiles, self.n_gate_tiles, self.values, self.index, self.pointers, bias)
+        return PackedWeights(self.tiles, self.n_gate_tiles, WeightPools(self.values, self.index, self.pointers, bias))
 
 
 def pack_matrix(pattern: Pattern, unit_ranges: list[tuple[int, int]], rows: int) -> PackedMatrix:
@@ -228,7 +229,14 @@ def _tile(kind: int, low: int, high: int, **fields: int) -> list[int]:
     return row
 
 
-_FIELD = {"values": VALUES, "index": INDEX, "pointers": POINTERS, "width": WIDTH, "pitch": PITCH, "every": EVERY_FROM}
+_FIELD = {
+    "values": VALUES,
+    "index": INDEX,
+    "pointers": POINTERS,
+    "width": WIDTH,
+    "pitch": PITCH,
+    "dense_from": DENSE_FROM,
+}
 
 
 def _tables(groups: list[list[list[list[int]]]]) -> tuple[np.ndarray, int]:
@@ -237,7 +245,7 @@ def _tables(groups: list[list[list[list[int]]]]) -> tuple[np.ndarray, int]:
     lengths = [max(map(len, group)) for group in groups]
     ranges = len(groups[0])
     rows = [
-        group[k] + [empty_window()] * (length - len(group[k]))
+        group[k] + [empty_column_tile()] * (length - len(group[k]))
         for k in range(ranges)
         for group, length in zip(groups, lengths, strict=True)
     ]
@@ -247,7 +255,7 @@ def _tables(groups: list[list[list[list[int]]]]) -> tuple[np.ndarray, int]:
 def _pack_all(pattern: Pattern, unit_ranges: list[tuple[int, int]], n: int, rows: int) -> PackedMatrix:
     """Column tiles of dense rows, one gate's columns each."""
     kind = ROW_TILES if rows * USUAL_ACTIVITY >= SHARED_EVENTS else ROWS
-    every, at, sources = int(np.ceil(EVERY_FROM_SHARE * pattern.shape[0])), 0, []
+    dense_from, at, sources = int(np.ceil(DENSE_ACTIVITY_THRESHOLD * pattern.shape[0])), 0, []
     groups: list[list[list[list[int]]]] = [[], []]
     for low, high in unit_ranges:
         source = []
@@ -258,7 +266,7 @@ def _pack_all(pattern: Pattern, unit_ranges: list[tuple[int, int]], n: int, rows
                 for a in range(gate * n + low, gate * n + high, step):
                     b = min(a + step, gate * n + high)
                     pitch = -(-(b - a) // LANES) * LANES
-                    table.append(_tile(kind, a, b, values=at, width=pitch, pitch=pitch, every=every))
+                    table.append(_tile(kind, a, b, values=at, width=pitch, pitch=pitch, dense_from=dense_from))
                     source.append([a, b - a, at, pitch])
                     at += pitch * pattern.shape[0]
             group.append(table)

@@ -10,7 +10,7 @@ from eventrnn.cells import Cell
 from eventrnn.counting.backward import BackwardWork
 from eventrnn.cpu.threads import Team
 from eventrnn.training.bptt.kernels import cell_update
-from eventrnn.training.bptt.kernels.records import EventLists, SurrogateParameters, TapeArrays
+from eventrnn.training.bptt.kernels.records import CompressedEvents, SurrogateParameters, TapeArrays
 from eventrnn.training.bptt.workspace import Arena
 
 F32 = np.float32
@@ -68,7 +68,7 @@ class MatrixInputs:
 
     arrays: tuple[np.ndarray, ...]
     share: float
-    lists: list[EventLists] = field(default_factory=list)
+    lists: list[CompressedEvents] = field(default_factory=list)
 
 
 @dataclass

@@ -8,17 +8,17 @@ import sys
 import numpy as np
 from numpy.typing import DTypeLike
 
+from eventrnn.cpu import tables
 from eventrnn.cpu.kernels.simd import LANES
 from eventrnn.cpu.memory import aligned_zeros
-from eventrnn.cpu.plan import scratch_shapes
+from eventrnn.cpu.plan import workspace_shapes
 from eventrnn.training.bptt.kernels import event_lists, sddmm, spmm
 from eventrnn.training.bptt.kernels.load_balance import SLACK
 from eventrnn.training.bptt.kernels.records import (
     ActivePairs,
-    EventLists,
+    CompressedEvents,
     ListScratch,
     Rebalancing,
-    SegmentedEvents,
     StripScratch,
 )
 
@@ -29,42 +29,43 @@ class Workspace:
     def __init__(self, arena: Arena, threads: int):
         self.take, self.threads = arena.take, threads
 
-    def product(self, inputs: int, rows: int, most: int) -> tuple[np.ndarray, ...]:
-        """Scratch of `propagate_all` for `rows` drives and up to `most` stored segments per unit."""
-        return tuple(
-            self.take(*shape, dtype=kind) for shape, kind in scratch_shapes(self.threads, inputs, rows, most, 0)
-        )
+    def product(self, inputs: int, rows: int, most: int) -> tables.Workspace:
+        """Workspace of `propagate_all`, with a leading axis of threads, for `rows` drives and up to `most` stored segments per unit."""
+        shapes = workspace_shapes(self.threads, inputs, rows, most, 0)
+        return tables.Workspace(*(self.take(*shape, dtype=kind) for shape, kind in shapes))
 
     def rebalancing(self) -> Rebalancing:
         """Waits of zero and bounds that the time loops set; see `load_balance.py`."""
         threads = self.threads
         return Rebalancing(np.zeros((2, threads), np.int64), np.zeros((threads, threads + 1), np.int64), SLACK)
 
-    def step_events(self, n: int, batch: int) -> SegmentedEvents:
+    def step_events(self, n: int, batch: int) -> tables.EventLists:
         """Three buffers of `batch` rows with a segment per thread, each with space for a vector past its last event."""
         take, rows = self.take, 3 * batch
         size = rows * (n + LANES * self.threads) + LANES
         slots = rows * self.threads
-        return SegmentedEvents(
+        return tables.EventLists(
             take(size, dtype=np.int32), take(size), take(slots, dtype=np.int64), take(slots, dtype=np.int64)
         )
 
-    def row_events(self, n: int, rows: int) -> SegmentedEvents:
+    def row_events(self, n: int, rows: int) -> tables.EventLists:
         """For each thread, `rows` rows of n elements."""
         take, threads, size = self.take, self.threads, rows * n + LANES
-        return SegmentedEvents(
+        return tables.EventLists(
             take(threads, size, dtype=np.int32),
             take(threads, size),
             take(threads, rows, dtype=np.int64),
             take(threads, rows, dtype=np.int64),
         )
 
-    def event_lists(self, m_rows: int, c_rows: int, *threads: int, tile: int = event_lists.TILE_ROWS) -> EventLists:
+    def event_lists(
+        self, m_rows: int, c_rows: int, *threads: int, tile: int = event_lists.TILE_ROWS
+    ) -> CompressedEvents:
         """Lists for `c_rows` sums over `m_rows` rows, in tiles of `tile` of the rows that are added; `threads` is a
         leading axis, or nothing."""
         take, tiles = self.take, -(-m_rows // tile)
         most = tiles * (c_rows * tile + LANES)
-        return EventLists(
+        return CompressedEvents(
             take(*threads, tiles * c_rows, dtype=np.int32),
             take(*threads, tiles * (c_rows + 1), dtype=np.int64),
             take(*threads, most, dtype=np.int32),

@@ -15,11 +15,11 @@ the scratch of that thread. Shapes and dtypes are in `records.py`.
 from __future__ import annotations
 
 from eventrnn import cells
-from eventrnn.cpu.kernels.cell_update import compress, send
+from eventrnn.cpu.kernels.cell_update import compact_events, compress
 from eventrnn.cpu.kernels.jit import compiled, inlined
 from eventrnn.cpu.kernels.simd import LANES, load
 from eventrnn.cpu.kernels.simd_reductions import everywhere, sum_lanes
-from eventrnn.cpu.kernels.sync import take
+from eventrnn.cpu.kernels.sync import next_index
 from eventrnn.training.bptt.kernels.records import ACTIVE, FIRED, ActivePairs
 
 # Rows of a tile; with 8 vectors of columns, 40 KiB. Measured as above: 52 ms with 64 rows, 50 with 80 and with 96.
@@ -77,7 +77,7 @@ def events_csr(x, x_at, rows, n, tile, order, indptr, indices, values, counts, b
         end, start = k * (rows * tile + LANES), k * (rows + 1)
         for q in range(rows):
             indptr[start + q] = end
-            end += send(x, x_at + order[k * rows + q] * n, low, high, indices, values, end)
+            end += compact_events(x, x_at + order[k * rows + q] * n, low, high, indices, values, end)
         indptr[start + rows] = end
 
 
@@ -90,14 +90,14 @@ def events_csc(thread, n_threads, counter, x, rows, n, tile, sort, lists, scratc
     order, indptr, indices, values = lists.order, lists.indptr, lists.indices, lists.values
     count, bins = scratch.counts[thread], scratch.bins[thread]
     hit_units, hit_values = scratch.hit_units[thread], scratch.hit_values[thread]
-    k = take(counter)
+    k = next_index(counter)
     while k < -(-rows // tile):
         first, last, start = k * tile, min(rows, k * tile + tile), k * (n + 1)
         for i in range(n):
             count[i] = 0
         for r in range(first, last):
             # A list per row: its length is predicted more often than the number of hits of one vector.
-            for e in range(send(x, r * n, 0, n, hit_units, hit_values, 0)):
+            for e in range(compact_events(x, r * n, 0, n, hit_units, hit_values, 0)):
                 count[hit_units[e]] += 1
         if sort:
             order_by_count(count, 0, n, tile, bins, order, k * n)
@@ -109,10 +109,10 @@ def events_csc(thread, n_threads, counter, x, rows, n, tile, sort, lists, scratc
             end, count[unit] = end + count[unit], end
         indptr[start + n] = end
         for r in range(first, last):
-            for e in range(send(x, r * n, 0, n, hit_units, hit_values, 0)):
+            for e in range(compact_events(x, r * n, 0, n, hit_units, hit_values, 0)):
                 to = count[hit_units[e]]
                 indices[to], values[to], count[hit_units[e]] = r, hit_values[e], to + 1
-        k = take(counter)
+        k = next_index(counter)
 
 
 # --- active pairs -------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def list_fired(y, row, rows, n, low, high, pairs):
     for j in range(low, high):
         pairs.counts[j] = 0
     for b in range(rows):
-        listed = send(y, (row + b) * n, low, high, pairs.hit_units, pairs.hit_values, 0)
+        listed = compact_events(y, (row + b) * n, low, high, pairs.hit_units, pairs.hit_values, 0)
         _append_sample(pairs.hit_units, listed, b, rows, pairs.samples, pairs.counts)
 
 

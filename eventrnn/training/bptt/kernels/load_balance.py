@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from eventrnn.cpu.kernels.jit import compiled
 from eventrnn.cpu.kernels.simd import LANES
-from eventrnn.cpu.kernels.sync import meet
+from eventrnn.cpu.kernels.sync import barrier_wait
 from eventrnn.cpu.tables import HIGH, LOW, VALUES, WIDTH
 from eventrnn.training.bptt.kernels.event_lists import share
 
@@ -41,7 +41,7 @@ def barrier_and_rebalance(barrier, thread, n_threads, target, turn, balance):
     before; every thread keeps at least one unit. A thread's wait is written after this barrier, read after the next
     one, and overwritten after the one that follows it: two rows suffice.
     """
-    spins = meet(barrier, n_threads, target)
+    next_target, spins = barrier_wait(barrier, n_threads, target)
     before, bounds = balance.waited[(turn + 1) % 2], balance.unit_bounds[thread]
     for p in range(1, n_threads):
         difference = before[p - 1] - before[p]
@@ -50,7 +50,7 @@ def barrier_and_rebalance(barrier, thread, n_threads, target, turn, balance):
         elif difference < -balance.slack and bounds[p] - LANES > bounds[p - 1]:
             bounds[p] -= LANES
     balance.waited[turn % 2, thread] = spins
-    return target + n_threads
+    return next_target
 
 
 @compiled

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from eventrnn.cpu.tables import WeightPools
+
 # Which weights of a matrix a product reads: all of them; segments of neighbouring columns; single weights.
 ALL, SEGMENTS, SINGLE = range(3)
 
@@ -45,7 +47,7 @@ class TapeArrays(NamedTuple):
     g: np.ndarray  # (T, B, N) float32, candidate
     q: (
         np.ndarray
-    )  # (T, B, N) float32: recurrent drive of the candidate; in the paper's variant r * y of the step before
+    )  # (T, B, N) float32, recurrent drive of the candidate; in the paper's variant r * y of the step before
     v: np.ndarray  # (T, B, N) float32, cell state before the event
     y: np.ndarray  # (T + 1, B, N) float32, output
     c: np.ndarray  # (T + 1, B, N) float32, cell state after the event
@@ -56,24 +58,7 @@ class PackedWeights(NamedTuple):
 
     tiles: np.ndarray  # (threads, tiles, FIELDS) int64, column tiles of each thread's units
     n_gate_tiles: int  # the first so many tiles hold columns of the gates u and r, the others those of the candidate
-    values: np.ndarray  # float32, weights
-    index: np.ndarray  # int32
-    pointers: np.ndarray  # int64
-    bias: np.ndarray  # (columns,) float32
-
-
-class SegmentedEvents(NamedTuple):
-    """Event lists of some rows, each in one or several segments, as `propagate_all` reads them.
-
-    In `time_loops.forward`: three buffers of B rows, with one segment per thread and row. Buffers 0 and 1 in turn hold
-    the output of the step before; buffer 2 holds r * y (paper's variant). All threads read all segments. In
-    `spmm.stored_drives` each array has a leading axis `threads`, and a row has one segment.
-    """
-
-    indices: np.ndarray  # int32, units that fired
-    values: np.ndarray  # float32, what they sent
-    begins: np.ndarray  # int64, first entry of each segment
-    counts: np.ndarray  # int64, entries of each segment
+    pools: WeightPools  # `biases` has (columns,) entries
 
 
 class Rebalancing(NamedTuple):
@@ -132,7 +117,7 @@ class Deltas(NamedTuple):
     d_bias: np.ndarray  # (4N,) float32: u, r, g of the input drive, g of the recurrent drive
 
 
-class EventLists(NamedTuple):
+class CompressedEvents(NamedTuple):
     """Non-zero elements of a matrix, tile by tile, compressed by row or by unit (`event_lists.py`)."""
 
     order: np.ndarray  # int32, the row (or unit) of each list of a tile

@@ -19,7 +19,7 @@ from __future__ import annotations
 import numpy as np
 
 from eventrnn import cells
-from eventrnn.cpu.kernels.cell_update import send
+from eventrnn.cpu.kernels.cell_update import compact_events
 from eventrnn.cpu.kernels.jit import compiled, inlined
 from eventrnn.cpu.kernels.microkernels import (
     add_near_rows_1,
@@ -30,8 +30,9 @@ from eventrnn.cpu.kernels.microkernels import (
 )
 from eventrnn.cpu.kernels.simd import AVX512, LANES, load
 from eventrnn.cpu.kernels.simd_reductions import store_past
-from eventrnn.cpu.kernels.spmm import copy, propagate_all
-from eventrnn.cpu.kernels.sync import take, take_piece
+from eventrnn.cpu.kernels.spmm import copy, propagate_all, workspace_of
+from eventrnn.cpu.kernels.sync import next_chunk, next_index
+from eventrnn.cpu.tables import EventLists
 from eventrnn.training.bptt.kernels.event_lists import TILE_ROWS, events_csr, share
 
 # Vectors of columns of a strip: their sums stay in registers, a tile of M of that width in the L1 cache.
@@ -98,7 +99,7 @@ def add_segments(entries, first, last, lists, rows, n, delta, pitch, m_tile, out
     out[p] = the sum over the events (row, value) of p's unit of value * delta[row, columns[p] : columns[p] + width],
     one FMA per term.
 
-    lists  : EventLists of n units by `events_csc`, unsorted, in tiles of SEGMENT_ROWS rows
+    lists  : CompressedEvents of n units by `events_csc`, unsorted, in tiles of SEGMENT_ROWS rows
     m_tile : scratch (SEGMENT_ROWS, width)
     """
     chosen, units, columns, width = entries.chosen, entries.units, entries.columns, entries.width
@@ -146,7 +147,7 @@ def input_drives(
     events in ascending unit.
 
     drive_out : (rows, pitch); rows begin on cache lines
-    lists     : EventLists with a leading axis `threads`, for STRIP_ROWS rows each
+    lists     : CompressedEvents with a leading axis `threads`, for STRIP_ROWS rows each
     """
     order, indptr, indices, values = (
         lists.order[thread],
@@ -156,7 +157,7 @@ def input_drives(
     )
     counts, bins = list_scratch.counts[thread], list_scratch.bins[thread]
     tile, strip = strip_scratch.tile[thread], strip_scratch.strip[thread]
-    first, some = take_piece(counter, rows, STRIP_ROWS, LEAST_ROWS, n_threads)
+    first, some = next_chunk(counter, rows, STRIP_ROWS, LEAST_ROWS, n_threads)
     while some > 0:
         events_csr(x, first * n_pre, some, n_pre, TILE_ROWS, order, indptr, indices, values, counts, bins)
         for column in range(0, columns, STRIP):
@@ -171,31 +172,43 @@ def input_drives(
                 for i in range(0, whole, LANES):
                     store_past(drive_out, at + i, load(strip, r * STRIP + i))
                 copy(strip, r * STRIP + whole, drive_out, at + whole, width - whole)
-        first, some = take_piece(counter, rows, STRIP_ROWS, LEAST_ROWS, n_threads)
+        first, some = next_chunk(counter, rows, STRIP_ROWS, LEAST_ROWS, n_threads)
 
 
 @compiled
-def stored_drives(thread, n_threads, counter, x, weights, n_pre, rows, drive_out, pitch, events, scratch):
+def stored_drives(thread, n_threads, counter, x, weights, n_pre, rows, drive_out, pitch, events, workspaces):
     """`input_drives` from stored segments or single weights, by the product of the inference engine.
 
     weights : PackedWeights, of which the tiles of thread 0 hold all columns
-    events  : SegmentedEvents with a leading axis `threads`, for LISTED_ROWS rows each
+    events  : `cpu.tables.EventLists` with a leading axis `threads`, one list for each of LISTED_ROWS rows
+    workspaces : `cpu.tables.Workspace` with a leading axis `threads`
     """
-    tiles, indices, values = weights.tiles[0], events.indices[thread], events.values[thread]
+    tiles, workspace = weights.tiles[0], workspace_of(workspaces, thread)
+    indices, values = events.indices[thread], events.values[thread]
     begins, counts = events.begins[thread], events.counts[thread]
-    first, some = take_piece(counter, rows, LISTED_ROWS, 1, n_threads)
+    own = EventLists(indices, values, begins, counts)
+    first, some = next_chunk(counter, rows, LISTED_ROWS, 1, n_threads)
     while some > 0:
         to = 0
         for r in range(some):
-            begins[r], counts[r] = to, send(x, (first + r) * n_pre, 0, n_pre, indices, values, to)
+            begins[r], counts[r] = to, compact_events(x, (first + r) * n_pre, 0, n_pre, indices, values, to)
             to += counts[r]
         propagate_all(
-            tiles, 0, len(tiles), weights.values, weights.index, weights.pointers, weights.bias, 0, n_pre,
-            indices, values, begins, counts, 0, 1, some,
-            scratch[0][thread], scratch[1][thread], scratch[2][thread], scratch[3][thread], scratch[4][thread],
-            scratch[5][thread], scratch[6][thread], scratch[7][thread], drive_out[first * pitch :], pitch,
-        )  # fmt: skip
-        first, some = take_piece(counter, rows, LISTED_ROWS, 1, n_threads)
+            tiles,
+            0,
+            len(tiles),
+            weights.pools,
+            0,
+            n_pre,
+            own,
+            0,
+            1,
+            some,
+            workspace,
+            drive_out[first * pitch :],
+            pitch,
+        )
+        first, some = next_chunk(counter, rows, LISTED_ROWS, 1, n_threads)
 
 
 @compiled
@@ -204,10 +217,10 @@ def dense_gradient(
 ):
     """Columns `low` to `high` of a weight gradient (n_pre, columns), all of them written. Threads take strips.
 
-    lists : EventLists by `events_csc`, sorted
+    lists : CompressedEvents by `events_csc`, sorted
     """
     tile, strip = strip_scratch.tile[thread], strip_scratch.strip[thread]
-    column = low + take(counter) * STRIP
+    column = low + next_index(counter) * STRIP
     while column < high:
         width = min(STRIP, high - column)
         for i in range(n_pre * STRIP):
@@ -228,7 +241,7 @@ def dense_gradient(
         )
         for r in range(n_pre):
             copy(strip, r * STRIP, gradient_out, r * columns + column, width)
-        column = low + take(counter) * STRIP
+        column = low + next_index(counter) * STRIP
 
 
 @compiled
@@ -236,10 +249,10 @@ def segment_gradient(thread, n_threads, counter, entries, lists, rows, n_pre, de
     """Gradients of stored segments (`add_segments`). Threads take segments; `segment_tile` has a row per thread."""
     total = len(entries.chosen)
     most = max(LEAST_SEGMENTS, total // (4 * n_threads))
-    first, some = take_piece(counter, total, most, LEAST_SEGMENTS, n_threads)
+    first, some = next_chunk(counter, total, most, LEAST_SEGMENTS, n_threads)
     while some > 0:
         add_segments(entries, first, first + some, lists, rows, n_pre, delta, pitch, segment_tile[thread], out)
-        first, some = take_piece(counter, total, most, LEAST_SEGMENTS, n_threads)
+        first, some = next_chunk(counter, total, most, LEAST_SEGMENTS, n_threads)
 
 
 @compiled
@@ -254,7 +267,7 @@ def single_gradient(
     gathering from delta would read the same cache lines. Threads take strips.
     """
     tile, strip, chosen = strip_scratch.tile[thread], strip_scratch.strip[thread], entries.chosen
-    k = take(counter)
+    k = next_index(counter)
     while k < len(strips) - 1:
         column = low + k * STRIP
         for i in range(n_pre * STRIP):
@@ -277,7 +290,7 @@ def single_gradient(
         for e in range(strips[k], strips[k + 1]):
             p = chosen[e]
             out[p] = strip[np.int64(entries.units[p]) * STRIP + entries.columns[p] - column]
-        k = take(counter)
+        k = next_index(counter)
 
 
 # --- between parameters and packed weights ------------------------------------------------------------------

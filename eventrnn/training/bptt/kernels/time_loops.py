@@ -26,12 +26,12 @@ one. In both variants what is left out would be multiplied by an exact zero.
 from __future__ import annotations
 
 from eventrnn import cells
-from eventrnn.cpu.kernels.cell_update import send
+from eventrnn.cpu.kernels.cell_update import compact_events
 from eventrnn.cpu.kernels.jit import compiled
 from eventrnn.cpu.kernels.microkernels import prefetch
 from eventrnn.cpu.kernels.simd import LANES
-from eventrnn.cpu.kernels.spmm import copy, propagate_all
-from eventrnn.cpu.kernels.sync import take_piece, wait
+from eventrnn.cpu.kernels.spmm import copy, propagate_all, workspace_of
+from eventrnn.cpu.kernels.sync import barrier_wait, next_chunk
 from eventrnn.training.bptt.kernels.cell_update import (
     adjoint,
     adjoint_paper,
@@ -66,7 +66,7 @@ def forward(
     balance,
     drives,
     events,
-    scratch,
+    workspaces,
     tape,
 ):
     """All steps of a layer from its input drives; the same bits as the inference engine.
@@ -79,8 +79,9 @@ def forward(
     zoneout_mask : (T, B, N) bool, or empty
     balance      : Rebalancing
     drives       : (threads, B * pitch), the recurrent drives of one step; a thread writes those of its units
-    events       : SegmentedEvents, scratch
-    scratch      : what `propagate_all` needs
+    events       : cpu EventLists, scratch: three buffers of B rows with one list per thread and row. Buffers 0 and 1 in
+                   turn hold the output of the step before; buffer 2 holds r * y (paper's variant). All threads read it
+    workspaces   : cpu Workspace with a leading axis of threads
     tape         : TapeArrays, written; `y` and `c` hold the state before the window in front
     """
     steps, batch, n, paper = shape.steps, shape.batch, shape.units, shape.paper
@@ -94,22 +95,13 @@ def forward(
         last = cut_tiles(shared_tiles, cut, len(shared_tiles), n, low, high, mine, gates)
     else:
         gates = cut
-    own_scratch = (
-        scratch[0][thread],
-        scratch[1][thread],
-        scratch[2][thread],
-        scratch[3][thread],
-        scratch[4][thread],
-        scratch[5][thread],
-        scratch[6][thread],
-        scratch[7][thread],
-    )
+    workspace = workspace_of(workspaces, thread)
     own, target = low + LANES * thread, n_threads
     for b in range(batch):
         slot, first = b * n_threads + thread, b * wide + own
         begins[slot] = first
-        counts[slot] = send(tape.y, b * n, low, high, indices, values, first)
-    target = wait(barrier, n_threads, target)
+        counts[slot] = compact_events(tape.y, b * n, low, high, indices, values, first)
+    target, _ = barrier_wait(barrier, n_threads, target)
     for t in range(steps):
         buffer, following = (t % 2) * batch, ((t + 1) % 2) * batch
         for q in range(buffer * n_threads, (buffer + batch) * n_threads if n_threads > 1 else 0):
@@ -118,21 +110,43 @@ def forward(
                 prefetch(indices, e)
                 prefetch(values, e)
         propagate_all(
-            mine, 0, gates if paper else last, weights.values, weights.index, weights.pointers, weights.bias, 0, n,
-            indices, values, begins, counts, buffer * n_threads, n_threads, batch, *own_scratch, drive, pitch,
-        )  # fmt: skip
+            mine,
+            0,
+            gates if paper else last,
+            weights.pools,
+            0,
+            n,
+            events,
+            buffer * n_threads,
+            n_threads,
+            batch,
+            workspace,
+            drive,
+            pitch,
+        )
         if paper:
             for b in range(batch):
                 s = t * size + b * n
                 reset_gate(n, low, high, drive_in, (t * batch + b) * pitch, drive, b * pitch, tape, s)
                 slot, first = (2 * batch + b) * n_threads + thread, (2 * batch + b) * wide + own
                 begins[slot] = first
-                counts[slot] = send(tape.q, s, low, high, indices, values, first)
-            target = wait(barrier, n_threads, target)
+                counts[slot] = compact_events(tape.q, s, low, high, indices, values, first)
+            target, _ = barrier_wait(barrier, n_threads, target)
             propagate_all(
-                mine, gates, last, weights.values, weights.index, weights.pointers, weights.bias, 0, n,
-                indices, values, begins, counts, 2 * batch * n_threads, n_threads, batch, *own_scratch, drive, pitch,
-            )  # fmt: skip
+                mine,
+                gates,
+                last,
+                weights.pools,
+                0,
+                n,
+                events,
+                2 * batch * n_threads,
+                n_threads,
+                batch,
+                workspace,
+                drive,
+                pitch,
+            )
         for b in range(batch):
             s, a = t * size + b * n, (t * batch + b) * pitch
             if paper:
@@ -143,9 +157,9 @@ def forward(
                 apply_zoneout(low, high, zoneout_mask, paper, threshold, tape, s, s + size)
             slot, first = (following + b) * n_threads + thread, (following + b) * wide + own
             begins[slot] = first
-            counts[slot] = send(tape.y, s + size, low, high, indices, values, first)
+            counts[slot] = compact_events(tape.y, s + size, low, high, indices, values, first)
         if len(shared_tiles) == 0:
-            target = wait(barrier, n_threads, target)
+            target, _ = barrier_wait(barrier, n_threads, target)
             continue
         target = barrier_and_rebalance(barrier, thread, n_threads, target, t, balance)
         if low != bounds[thread] or high != bounds[thread + 1]:
@@ -244,7 +258,7 @@ def backward(
                 reset_gate_adjoint(n, low, high, tape, s, d_sent, row, deltas, start + b * pitch, d_sent, size + row)
                 for i in range(low, high if t > 0 else low):
                     d_y_step[row + i] += d_sent[size + row + i]
-            target = wait(barrier, n_threads, target)
+            target, _ = barrier_wait(barrier, n_threads, target)
         if t > 0:
             sddmm(gate_weights, d_rec, start, pitch, batch, low, high, n, pairs, d_y_step, 0)
 
@@ -279,11 +293,11 @@ def gradient_of_inputs(
     if tiled:
         unit = tile_rows(min(rows, WINDOW_ROWS))
         most = -(-min(rows, WINDOW_ROWS) // unit)
-    first, some = take_piece(counter, -(-rows // unit), most, 1, n_threads)
+    first, some = next_chunk(counter, -(-rows // unit), most, 1, n_threads)
     while some > 0:
         first, some = first * unit, min(some * unit, rows - first * unit)
         for i in range(first * n_pre, (first + some) * n_pre):
             d_x_out[i] = cells.ZERO
         list_pairs(source, tiled, surrogate, v, first, some, n_pre, 0, n_pre, pairs, dots_out[thread])
         sddmm(weights, delta, first * pitch, pitch, some, 0, n_pre, n_pre, pairs, d_x_out, first * n_pre)
-        first, some = take_piece(counter, -(-rows // unit), most, 1, n_threads)
+        first, some = next_chunk(counter, -(-rows // unit), most, 1, n_threads)
