@@ -45,9 +45,7 @@ class TapeArrays(NamedTuple):
     u: np.ndarray  # (T, B, N) float32, keep gate
     r: np.ndarray  # (T, B, N) float32, reset gate
     g: np.ndarray  # (T, B, N) float32, candidate
-    q: (
-        np.ndarray
-    )  # (T, B, N) float32, recurrent drive of the candidate; in the paper's variant r * y of the step before
+    q: np.ndarray  # (T, B, N) float32, the candidate's recurrent drive; paper's variant: r * y of the step before
     v: np.ndarray  # (T, B, N) float32, cell state before the event
     y: np.ndarray  # (T + 1, B, N) float32, output
     c: np.ndarray  # (T + 1, B, N) float32, cell state after the event
