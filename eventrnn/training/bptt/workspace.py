@@ -30,7 +30,10 @@ class Workspace:
         self.take, self.threads = arena.take, threads
 
     def product(self, inputs: int, rows: int, most: int) -> tables.Workspace:
-        """Workspace of `propagate_all`, with a leading axis of threads, for `rows` drives and up to `most` stored segments per unit."""
+        """Workspace of `propagate_all`, with a leading axis of threads.
+
+        It serves `rows` drives and up to `most` stored segments per unit.
+        """
         shapes = workspace_shapes(self.threads, inputs, rows, most, 0)
         return tables.Workspace(*(self.take(*shape, dtype=kind) for shape, kind in shapes))
 
