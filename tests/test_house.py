@@ -142,8 +142,6 @@ def test_no_file_is_longer_than_600_lines():
 
 
 MOST_PARAMETERS, MOST_KERNEL_PARAMETERS = 12, 20
-#: Kernels that do not take records yet.
-EXEMPT = {"products", "propagate_all", "run"}
 
 
 def test_no_function_takes_too_many_parameters():
@@ -151,8 +149,6 @@ def test_no_function_takes_too_many_parameters():
     for path in PACKAGE:
         most = MOST_KERNEL_PARAMETERS if "kernels" in path.parts else MOST_PARAMETERS
         for function in functions(path):
-            if function.name in EXEMPT and "cpu" in path.parts:
-                continue
             given = function.args
             names = [*given.posonlyargs, *given.args, *given.kwonlyargs, *filter(None, (given.vararg, given.kwarg))]
             found += [f"{place(path, function)} {function.name}: {len(names)}"] if len(names) > most else []
@@ -207,8 +203,7 @@ def test_files_named_in_comments_and_docstrings_exist():
             named = re.findall(r"[\w./]*\w\.py\b", text)
             wrong = [name for name in named if not any(each.endswith(f"/{name}") for each in existing)]
             missing += [f"{path.relative_to(ROOT)}:{line}: {name}" for name in wrong]
-    # Their comments are being rewritten.
-    assert not [each for each in missing if not each.startswith("eventrnn/cpu/kernels/")]
+    assert not missing
 
 
 # --- tests --------------------------------------------------------------------------------------------------

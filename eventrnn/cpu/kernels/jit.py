@@ -41,8 +41,8 @@ class _PackageCacheImpl(caching.CompileResultCacheImpl):
 
 
 class _PackageCache(caching.FunctionCache):
-    # Numba stamps a cached kernel by its own file only, so editing cells.py would leave the kernels of cpu.py
-    # stale on disk: wrong answers without a sound.
+    # Numba stamps a cached kernel by its own file only, so editing cells.py would leave stale kernels on disk,
+    # which would silently give wrong results.
     _impl_class = _PackageCacheImpl
 
 

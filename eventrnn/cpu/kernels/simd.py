@@ -68,7 +68,7 @@ class _MaskModel(PrimitiveModel):
         super().__init__(manager, kind, ir.VectorType(I1, LANES))
 
 
-# --- writing IR: shared with rows.py ------------------------------------------------------------------------
+# --- writing IR: shared with microkernels.py ------------------------------------------------------------------------
 
 
 def address(context, builder, array_type, array, index):
