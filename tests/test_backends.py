@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eventrnn import network as network_module
 from eventrnn import reference
+from eventrnn import simulation as simulation_module
 from eventrnn.backend import BACKENDS
 from eventrnn.cells import CELLS, Cell
 from eventrnn.events import Events
@@ -155,7 +155,7 @@ def test_symbols_equal_their_embeddings(backend, case):
 def test_record_in_several_parts_equals_one_part(case, record, carry, limit):
     whole = case.simulator(**carry).run(case.inputs, record=RECORDABLE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(network_module, "RECORD_BYTES", limit)
+        patch.setattr(simulation_module, "RECORD_BYTES", limit)
         assert_same(whole, case.simulator(**carry).run(case.inputs, record=record), record)
 
 
