@@ -147,7 +147,7 @@ def test_measuring_fills_the_grid(monkeypatch):
     total = len(crossover.times) * maps.ROUNDS
     assert [stage[:2] for stage in stages] == [(k, total) for k in range(total + 1)]
     for key, table in crossover.times.items():
-        rows = maps.ROWS if key.partition("/")[0] in maps.SHARING else maps.EACH_ROWS
+        rows = maps.ROWS if key.partition("/")[0] in maps.SHARED_ROWS else maps.EACH_ROWS
         assert np.shape(table) == (len(rows), len(ACTIVITY)), key
         assert (np.array(table) > 0).all()
 

@@ -28,7 +28,7 @@ class MatrixId(str):
     @property
     def role(self) -> str:
         """The name within the layer, such as "w_in" or "w_rec"; outside a layer the whole name, such as "readout"."""
-        return self.rpartition(".")[2] if self.startswith("layers.") else str(self)
+        return self.rpartition(".")[2]
 
     @property
     def recurrent(self) -> bool:
