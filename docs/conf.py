@@ -72,7 +72,7 @@ def to_restructured_text(lines: list[str]) -> list[str]:
     """A docstring of this package as reStructuredText."""
     lines = _joined_code(lines)
     out: list[str] = []
-    k, in_section, in_literal = 0, False, False
+    k, in_section, in_literal, in_example = 0, False, False, False
     while k < len(lines):
         line = lines[k]
         if k + 1 < len(lines) and line.strip() and re.fullmatch(r"-{3,}", lines[k + 1].strip()):
@@ -81,7 +81,10 @@ def to_restructured_text(lines: list[str]) -> list[str]:
             continue
         if not line.strip():
             out.append("")
-        elif line.lstrip().startswith(">>>") or (in_literal and _indent(line)):
+            in_example = False
+        elif line.lstrip().startswith(">>>") or in_example or (in_literal and _indent(line)):
+            # The output of an example stands below it, up to the next empty line.
+            in_example = in_example or line.lstrip().startswith(">>>")
             if not in_literal:
                 out += ["", ".. code-block:: python", ""]
                 in_literal = True

@@ -272,7 +272,10 @@ def test_bad_model_files(cli, tmp_path, model, text):
         (("bench", "inference", "--format", "csr", "--block", "1x8"), "takes none"),
         (("bench", "inference", "--hidden", "3000000"), ""),
         (("convert", "{cut}", "--out", "{new}"), "not an .npz archive"),
-        (("prune", "{model}", "--out", "{new}", "--text", "{text}", "--batch", "2"), "--batch: only with training; give --steps"),
+        (
+            ("prune", "{model}", "--out", "{new}", "--text", "{text}", "--batch", "2"),
+            "--batch: only with training; give --steps",
+        ),
         (
             ("prune", "{model}", "--out", "{new}", "--text", "{text}", "--steps", "1", "--batch", "2"),
             "steps: got 1, but masks change in the first half of the training; give at least 2",
