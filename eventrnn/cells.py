@@ -1,9 +1,10 @@
-"""Event cells: the symbol table, the scalar rules of one unit, and the surrogate table.
+"""Event cells: the table of symbols, the equations of one unit, and the surrogate derivatives.
 
-Everything here is plain Python over NumPy values: the rules work on float64 or float32 scalars and arrays
-alike. A backend compiles *loops around* these functions and never rewrites them (`jit.py` tells Numba how).
+Everything here is plain Python over NumPy values, and works on scalars and on arrays, in float32 and in float64. A
+backend compiles loops *around* these functions and never rewrites them: `cpu/kernels/jit.py` and `cuda/kernels/ptx.py`
+register them for compilation.
 
-Symbols, used inside formulas and kernels only; the public API uses words.
+These symbols are used inside formulas and kernels only. The public API uses words.
 
     here   meaning                                       EGRU paper (ICLR 2023)    EvNN code
     ----   -------------------------------------------   -----------------------   ---------
@@ -20,11 +21,12 @@ Symbols, used inside formulas and kernels only; the public API uses words.
     y      graded event, what is sent on                 y                         y
     theta  threshold, one per unit, >= 0                 theta                     thr
 
-Gate rows are packed (u, r, g) everywhere. A drive is `bias + sum over j of weight * value`, terms in ascending
-j, one float32 FMA a term; the input drive and the recurrent drive are two sums.
+Gate rows are packed (u, r, g) everywhere. A drive is `bias + sum over j of weight * value`. Its terms are added in
+ascending order of j, with one float32 FMA per term. The input drive and the recurrent drive are two sums.
 
-Float32 `exp`, `sigmoid` and `tanh` are our own polynomials, because libm differs between platforms and one ulp
-moves an event. Largest error over all float32 arguments tested: see `ULP` (checked against mpmath by the tests).
+The float32 functions `exp`, `sigmoid` and `tanh` are polynomials of this file. Those of the system's library differ
+between platforms, and an error of one ulp (unit in the last place) can move an event to another step. `ULP` states the
+largest errors; the tests compare them with mpmath.
 """
 
 from __future__ import annotations
@@ -39,19 +41,19 @@ F32 = np.float32
 
 ZERO, HALF, ONE, TWO = F32(0.0), F32(0.5), F32(1.0), F32(2.0)
 
-#: Stated bounds, in units in the last place of the float32 result, for results in the normal range; `exp` for
-#: arguments in [-87, 88], where it is clamped.
+#: Bounds on the error, in ulp of the float32 result, for results in the normal range. For `exp` the bound holds for
+#: arguments in [-87, 88], to which it clamps them.
 ULP = {"exp": 1.0, "sigmoid": 2.5, "tanh": 1.5}
 
 # --- primitives: one correctly rounded operation each -------------------------------------------------------
 
 
 def fma(a: Any, b: Any, c: Any) -> Any:
-    """`a * b + c`. Float32 arguments are rounded once, as by the hardware instruction; others as Python does."""
+    """`a * b + c`. In float32 the result is rounded once, as by the hardware instruction; otherwise as Python does."""
     if not _is_float32(c):
         return a * b + c
-    # The product of two float32 is exact in float64. The sum is rounded to odd there, so that the second
-    # rounding, to float32, cannot round twice (Boldo and Melquiond 2008).
+    # The product of two float32 numbers is exact in float64. The sum is rounded to odd in float64; rounding that to
+    # float32 then gives the same as rounding the exact sum once (Boldo and Melquiond 2008).
     product = np.asarray(a, np.float64) * np.asarray(b, np.float64)
     addend = np.asarray(c, np.float64)
     total = product + addend
@@ -69,17 +71,17 @@ def round_even(x: Any) -> Any:
 
 
 def power_of_two(n: Any) -> Any:
-    """`2 ** n` as float32 for an integral float32 `n` in [-126, 127]."""
+    """`2 ** n` as float32, for a whole float32 number `n` in [-126, 127]."""
     return ((np.asarray(n).astype(np.int32) + np.int32(127)) << np.int32(23)).view(np.float32)[()]
 
 
 def ldexp(x: Any, n: Any) -> Any:
-    """`x * 2 ** n` for `n` as in `power_of_two` and a normal result; exact."""
+    """`x * 2 ** n` for `n` as in `power_of_two`. Exact if the result is in the normal range."""
     return x * power_of_two(n)
 
 
 def select(condition: Any, a: Any, b: Any) -> Any:
-    """`a` where the condition holds, else `b`."""
+    """`a` where the condition holds, and `b` elsewhere."""
     return np.where(condition, a, b)[()]
 
 
@@ -93,7 +95,7 @@ LOG2_E = F32(1.4426950216293335)
 
 LN2_HIGH, LN2_LOW = F32(0.6931471824645996), F32(-1.9046542121259336e-09)
 
-# exp(r) = 1 + r + r^2 * p(r) on |r| <= ln(2) / 2: relative minimax fit, error 0.05 of 2^-24.
+# exp(r) = 1 + r + r^2 * p(r) on |r| <= ln(2) / 2. Relative minimax fit; its error is 0.05 * 2^-24.
 EXP_0, EXP_1, EXP_2, EXP_3, EXP_4 = (
     F32(0.4999999403953552),
     F32(0.1666651964187622),
@@ -102,10 +104,10 @@ EXP_0, EXP_1, EXP_2, EXP_3, EXP_4 = (
     F32(0.001381443697027862),
 )
 
-# Beyond these the result would leave the normal range; the gates are saturated long before.
+# Beyond these arguments the result would leave the normal range. The gates are saturated long before.
 EXP_LOWEST, EXP_HIGHEST = F32(-87.0), F32(88.0)
 
-# tanh(x) = x + x^3 * p(x^2) on |x| <= 0.625: relative minimax fit, error 0.07 of 2^-24.
+# tanh(x) = x + x^3 * p(x^2) on |x| <= 0.625. Relative minimax fit; its error is 0.07 * 2^-24.
 TANH_0, TANH_1, TANH_2, TANH_3, TANH_4 = (
     F32(-0.3333328068256378),
     F32(0.13331441581249237),
@@ -116,12 +118,12 @@ TANH_0, TANH_1, TANH_2, TANH_3, TANH_4 = (
 
 TANH_SPLIT = F32(0.625)
 
-# tanh is 1 in float32 from about 9.01 on; the bound keeps exp(2x) small enough for the exact quotient.
+# In float32 tanh is 1 from about 9.01 on, so that clamping its argument here changes no result and keeps exp(2x) finite.
 TANH_SATURATED = F32(9.5)
 
 
 def exp_float32(x: Any) -> Any:
-    """Float32 `exp`, arguments clamped to [-87, 88]."""
+    """Float32 `exp`; arguments are clamped to [-87, 88]."""
     x = select(x > EXP_HIGHEST, EXP_HIGHEST, x)
     x = select(x < EXP_LOWEST, EXP_LOWEST, x)
     n = round_even(x * LOG2_E)
@@ -178,26 +180,36 @@ def tanh(x: Any) -> Any:
 
 
 def egru_value(in_u, in_r, in_g, rec_u, rec_r, rec_g, c):
-    """Cell before the event, the released code's variant: reset gate after the matrix.
+    """The cell before the event in the released code's variant: the reset gate is applied after the matrix product.
 
-    Returns `(v, u, r, g)`. Source: Subramoney et al. 2023, eq. 1-2, as released in EvNN 0.2, where u is the keep gate
-    (1 - u of the paper). The caller thresholds `v` and subtracts the threshold in the same step.
+    in_u, in_r, in_g    : input drives of the unit's gates
+    rec_u, rec_r, rec_g : recurrent drives of the unit's gates
+    c                   : cell of the step before
+
+    Returns `(v, u, r, g)`. The caller compares `v` with the threshold, and subtracts the threshold in the same step.
+    Source: Subramoney et al. 2023, eq. 1-2, as released in EvNN 0.2, where u is the keep gate (1 - u of the paper).
     """
     u = sigmoid(in_u + rec_u)
     r = sigmoid(in_r + rec_r)
-    # A skipped zero term can leave a sum at -0 where the dense sum has +0; adding +0 makes them one.
+    # Where a zero term is skipped, a sum can be -0 although the dense sum is +0. Adding +0 makes both +0.
     g = tanh(fma(r, rec_g, in_g) + ZERO)
     return fma(u, c, (ONE - u) * g), u, r, g
 
 
 def egru_reset_gate(in_r, rec_r):
-    """Reset gate, which the paper's variant needs before the candidate's product."""
+    """The reset gate from its two drives. The paper's variant needs it before the candidate's recurrent product."""
     return sigmoid(in_r + rec_r)
 
 
 def egru_paper_value(in_u, in_g, rec_u, rec_g, c, y):
-    """Cell before the event, the paper's variant: `rec_g` is the product with `r * y`; the last output is
-    subtracted one step later. Returns `(v, u, g)`. Source: Subramoney et al. 2023, eq. 1-2.
+    """The cell before the event in the paper's variant: the reset gate is applied before the matrix product.
+
+    in_u, in_g : input drives
+    rec_u      : recurrent drive of the keep gate
+    rec_g      : recurrent drive of the candidate, the product of its weights with `r * y`
+    c, y       : cell and output of the step before; that output is subtracted in this step
+
+    Returns `(v, u, g)`. Source: Subramoney et al. 2023, eq. 1-2.
     """
     u = sigmoid(in_u + rec_u)
     g = tanh((in_g + rec_g) + ZERO)
@@ -207,10 +219,14 @@ def egru_paper_value(in_u, in_g, rec_u, rec_g, c, y):
 def egru_backward(u, r, g, rec_g, c_before, v, event, slope, threshold, d_y, d_c, d_cell):
     """Adjoint of one step of the released variant (`y = o v`, `c = v - o threshold`).
 
-    `event` is o and `slope` its (surrogate) derivative in v; `d_cell` is the loss's own gradient of v. Returns the
-    gradients of the pre-activations `(u, r, g)` of the input drive, of the recurrent `g` row (the other two rows are
-    shared), of the cell one step before, and of the threshold. Cost: 26 operations. With a smooth step this is the
-    exact derivative.
+    u, r, g, rec_g, c_before, v : values of the step, as in `egru_value`; c_before is the cell of the step before
+    event, slope                : o, and its (surrogate) derivative with respect to v
+    d_y, d_c                    : gradients of the loss with respect to y and c
+    d_cell                      : gradient of the terms of the loss that contain v itself
+
+    Returns the gradients of the input drives of u, r and g, of the recurrent drive of g (those of u and r equal the
+    gradients of the input drives), of the cell of the step before, and of the threshold. Cost: 26 operations per unit.
+    If `event` is a smooth step with that slope, this is the exact derivative.
     """
     d_event = slope * (v * d_y - threshold * d_c)
     d_v = (event * d_y + d_event + d_c) + d_cell
@@ -222,10 +238,10 @@ def egru_backward(u, r, g, rec_g, c_before, v, event, slope, threshold, d_y, d_c
 
 
 def egru_paper_backward(u, g, c_before, v, event, slope, d_y, d_c, d_cell):
-    """Adjoint of one step of the paper's variant (`y = o v`, `c = v`), but for the reset gate.
+    """Adjoint of one step of the paper's variant (`y = o v`, `c = v`), without the reset gate.
 
-    Returns the gradients of the pre-activations `u` and `g`, of the cell one step before, of the output one
-    step before (through the subtraction only) and of the threshold.
+    Returns the gradients of the drives of u and g, of the cell of the step before, of the output of the step before
+    (through its subtraction only), and of the threshold. Parameters: see `egru_backward`.
     """
     d_event = slope * (v * d_y)
     d_v = (event * d_y + d_event + d_c) + d_cell
@@ -235,7 +251,7 @@ def egru_paper_backward(u, g, c_before, v, event, slope, d_y, d_c, d_cell):
 
 
 def egru_paper_reset_backward(r, y_before, d_sent):
-    """Adjoint of `sent = r * y_before`: gradients of the pre-activation `r` and of `y_before`."""
+    """Adjoint of `sent = r * y_before`: the gradients of the drive of r and of `y_before`."""
     return d_sent * y_before * r * (ONE - r), d_sent * r
 
 
@@ -243,7 +259,7 @@ def egru_paper_reset_backward(r, y_before, d_sent):
 
 TRIANGLE, FAST_SIGMOID, ARCTAN, GAUSSIAN, MULTI_GAUSSIAN, BOXCAR, STRAIGHT_THROUGH = range(7)
 
-#: name -> code used inside kernels
+#: name -> the code that kernels use
 SURROGATES = {
     "triangle": TRIANGLE,
     "fast_sigmoid": FAST_SIGMOID,
@@ -254,17 +270,26 @@ SURROGATES = {
     "straight_through": STRAIGHT_THROUGH,
 }
 
-# Yin, Corradi and Bohte 2021, h = 0.15 and s = 6: 1 + h, h / s and s.
+# 1 + h, h / s and s with h = 0.15 and s = 6 (Yin, Corradi and Bohte 2021).
 LOBE_CENTRE, LOBE_SIDE, LOBE_WIDTH = F32(1.15), F32(0.025), F32(6.0)
 
 
 def surrogate_slope(kind, distance, dampening, support):
-    """Derivative given to the event at `distance = v - threshold`.
+    """The derivative that the event is given in the backward pass, at `distance = v - threshold`.
 
-    `dampening` is the height at the threshold (1.15 of it less the lobes for `multi_gaussian`), `1 / support` the
-    width. `triangle` (EGRU, default 0.7 and 1.0): `dampening * max(0, 1 - support * |distance|)`; `fast_sigmoid`
-    (Zenke and Ganguli 2018); `arctan` (Fang et al. 2021); `gaussian`; `multi_gaussian` (Yin et al. 2021); `boxcar`;
-    `straight_through` (Bengio et al. 2013; no width).
+    kind      : a value of `SURROGATES`
+    dampening : height at the threshold; for `multi_gaussian` the height is 1.15 * dampening minus the side lobes
+    support   : inverse of the width; `straight_through` has no width
+
+    With h for `dampening` and z for `support * distance`:
+
+    triangle         : h * max(0, 1 - |z|) (Subramoney et al. 2023, with h = 0.7 and support 1)
+    fast_sigmoid     : h / (1 + |z|)^2 (Zenke and Ganguli 2018)
+    arctan           : h / (1 + z^2) (Fang et al. 2021)
+    gaussian         : h * exp(-z^2 / 2)
+    multi_gaussian   : a Gaussian minus two wider side lobes (Yin et al. 2021)
+    boxcar           : h where |z| < 1, else 0
+    straight_through : h everywhere (Bengio et al. 2013)
     """
     z = support * distance
     if kind == TRIANGLE:
@@ -286,7 +311,7 @@ def surrogate_slope(kind, distance, dampening, support):
 
 
 def surrogate_step(kind, distance, dampening, support):
-    """The smooth step whose derivative is `surrogate_slope`; float64, for gradient checks only."""
+    """The smooth step whose derivative is `surrogate_slope`. In float64, for gradient checks only."""
     z = support * np.asarray(distance, np.float64)
     scale = dampening / support
     if kind == TRIANGLE:
@@ -313,8 +338,16 @@ def _gaussian_area(z):
 
 @dataclass(frozen=True)
 class Surrogate:
-    """Which derivative the event gets in training: `kind` in `SURROGATES`, `dampening` (its height, gamma) and
-    `support` (the inverse of its half width, s). Defaults are EvNN's."""
+    """The derivative that the event is given in training. The defaults are those of EvNN.
+
+    Attributes
+    ----------
+    kind      : a name in `SURROGATES`
+    dampening : its height (gamma of the paper), > 0
+    support   : the inverse of its half width, > 0
+
+    Raises ValueError for an unknown kind, and for a number that is not positive and finite.
+    """
 
     kind: str = "triangle"
     dampening: float = 0.7
@@ -336,11 +369,18 @@ class Surrogate:
 
 @dataclass(frozen=True)
 class Cell:
-    """An event cell: how many gate rows a unit has and which variant of the equations it follows.
+    """An event cell: the equations of its units and their derivative in training.
 
-    `variant="evnn"`: reset gate after the matrix, threshold subtracted in the same step (the released code, and
-    by all evidence every published number). `variant="paper"`: reset gate before the matrix, the output
-    subtracted one step later.
+    Attributes
+    ----------
+    name      : a key of `CELLS`
+    variant   : "evnn": the reset gate is applied after the matrix product, and the threshold is subtracted in the same
+                step. This is the released code and, by all evidence, the source of every published number. "paper": the
+                reset gate is applied before the matrix product, and the output is subtracted one step later
+    surrogate : derivative of the event
+    gates     : gate rows per unit
+
+    Raises ValueError for an unknown name or variant.
     """
 
     name: str = "egru"

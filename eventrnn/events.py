@@ -1,6 +1,6 @@
-"""Event lists: which units sent a value, and which value, per time step and sample. Encoders and validation.
+"""Event lists: which units sent a value, and which value, per time step and sample; encoders of signals as events.
 
-This file knows nothing of networks and backends.
+Networks and backends build on this file; it imports neither.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Events:
-    """Graded events of `size` units over `steps` x `batch` rows, in compressed rows (time-major).
+    """Graded events of `size` units over `steps` time steps and `batch` samples, as compressed sparse rows.
 
-    Row `t * batch + b` holds `indices[indptr[row]:indptr[row + 1]]`, strictly ascending, and the non-zero
-    `values` beside them.
+    Row `t * batch + b` has the events of sample b in step t: units `indices[indptr[row]:indptr[row + 1]]`, strictly
+    ascending, and the `values` at the same positions.
 
     Attributes
     ----------
-    indptr  : (steps * batch + 1,) int64
-    indices : (n_events,) int32
-    values  : (n_events,) float32
+    indptr  : (steps * batch + 1,) int64, where each row begins, and the end
+    indices : (n_events,) int32, unit of each event
+    values  : (n_events,) float32, value of each event, not zero
     shape   : (steps, batch, size)
+
+    Raises ValueError or TypeError for shapes and dtypes that do not fit together, in O(1). `check` reads every event.
     """
 
     indptr: np.ndarray
@@ -49,7 +51,10 @@ class Events:
             )
 
     def check(self) -> None:
-        """Full check, O(events): rows in order, indices ascending and in range, values finite and not zero."""
+        """Check every event: rows in order, indices ascending and in range, values finite and not zero.
+
+        Raises ValueError. Cost: O(events).
+        """
         if (np.diff(self.indptr) < 0).any():
             raise ValueError("events indptr: decreases; need a non-decreasing array")
         if len(self.indices) and not (0 <= self.indices.min() and self.indices.max() < self.shape[2]):
@@ -64,13 +69,17 @@ class Events:
 
     @classmethod
     def from_dense(cls, dense: np.ndarray) -> Events:
-        """Events of a (steps, batch, size) array: its non-zero entries. O(size of the array)."""
+        """The non-zero entries of a (steps, batch, size) array as events.
+
+        Raises ValueError for another number of dimensions. Cost: O(size of the array).
+        """
         dense = np.asarray(dense, np.float32)
         if dense.ndim != 3:
             raise ValueError(f"dense events: got shape {dense.shape}, need (steps, batch, size)")
         steps, batch, size = dense.shape
         flat = dense.reshape(steps * batch, size)
-        if len(flat) == 1:  # a single step of one sample, where the call overhead matters
+        if len(flat) == 1:
+            # A single step of one sample, where the time of each NumPy call matters.
             columns = flat[0].nonzero()[0]
             return cls(np.array([0, len(columns)]), columns.astype(np.int32), flat[0, columns], (steps, batch, size))
         rows, columns = np.nonzero(flat)
@@ -79,14 +88,14 @@ class Events:
         return cls(indptr, columns.astype(np.int32), flat[rows, columns], (steps, batch, size))
 
     def to_dense(self) -> np.ndarray:
-        """The (steps, batch, size) float32 array, zero where no event was."""
+        """The events as a (steps, batch, size) float32 array, zero elsewhere. Cost: O(size of the array)."""
         steps, batch, size = self.shape
         dense = np.zeros((steps * batch, size), np.float32)
         dense[self.rows(), self.indices] = self.values
         return dense.reshape(self.shape)
 
     def rows(self) -> np.ndarray:
-        """Row `t * batch + b` of every event, (n_events,) int64."""
+        """The row `t * batch + b` of every event, (n_events,) int64."""
         return np.repeat(np.arange(len(self.indptr) - 1), np.diff(self.indptr))
 
     def __len__(self) -> int:
@@ -100,15 +109,17 @@ class Events:
 
     @property
     def graded(self) -> np.ndarray:
-        """True for events whose value is not -1 or 1 (a multiply-accumulate, not an accumulate)."""
+        """(n_events,) boolean, True for a value that is neither -1 nor 1: a multiply-accumulate, not an accumulate."""
         return np.abs(self.values) != 1
 
     @classmethod
     def concatenate(cls, parts: list[Events]) -> Events:
-        """The parts one after the other in time. Raises ValueError where batch or size differ."""
+        """The events of several parts, one after the other in time. Raises ValueError where batch or size differ."""
         _, batch, size = parts[0].shape
         if any(part.shape[1:] != (batch, size) for part in parts):
-            raise ValueError(f"events: cannot join shapes {[part.shape for part in parts]}; batch and size differ")
+            raise ValueError(
+                f"events: got parts of shapes {[part.shape for part in parts]}, need the same batch and size in all"
+            )
         offsets = np.cumsum([0] + [len(part) for part in parts])
         indptr = np.concatenate([[0]] + [part.indptr[1:] + o for part, o in zip(parts, offsets, strict=False)])
         return cls(
@@ -120,7 +131,7 @@ class Events:
 
 
 def check_finite(name: str, array: np.ndarray) -> None:
-    """Raise ValueError for NaN and infinity, with the first position. One pass over the array."""
+    """Raise ValueError for NaN and infinity, with the position of the first one. Cost: one pass over the array."""
     finite = np.isfinite(array)
     if not finite.all():
         position = tuple(int(k) for k in np.argwhere(~finite)[0])
@@ -128,22 +139,24 @@ def check_finite(name: str, array: np.ndarray) -> None:
 
 
 def encode_threshold(signal: np.ndarray, threshold: float) -> Events:
-    """Send the value wherever its magnitude exceeds the threshold.
+    """Send the value of a signal wherever its magnitude exceeds a threshold.
 
     Parameters
     ----------
-    signal    : (steps, batch, size) float
-    threshold : number >= 0, unit of the signal
+    signal    : (steps, batch, size), finite; it is converted to float32
+    threshold : number >= 0, in the unit of the signal
+
+    Raises ValueError for a signal of another shape or with NaN or infinity, and for a negative threshold.
     """
     signal = _encodable(signal, threshold)
     return Events.from_dense(np.where(np.abs(signal) > threshold, signal, np.float32(0)))
 
 
 def encode_delta(signal: np.ndarray, threshold: float) -> Events:
-    """Send the change since the last sent value, once it exceeds the threshold (delta modulation).
+    """Send the change of a signal since the last event, once it exceeds a threshold (delta modulation).
 
-    The sum of the values sent so far stays within `threshold` of the signal (up to rounding). Shapes as
-    `encode_threshold`. Source: Neil et al. 2017, delta networks, eq. 3-4.
+    The sum of the values that were sent stays within `threshold` of the signal, up to rounding. Parameters and errors:
+    see `encode_threshold`. Source: Neil et al. 2017, delta networks, eq. 3-4.
     """
     signal = _encodable(signal, threshold)
     sent = np.zeros(signal.shape[1:], np.float32)
@@ -156,6 +169,7 @@ def encode_delta(signal: np.ndarray, threshold: float) -> Events:
 
 
 def _encodable(signal: np.ndarray, threshold: float) -> np.ndarray:
+    """The signal as float32, after the checks of both encoders."""
     signal = np.asarray(signal, np.float32)
     if signal.ndim != 3:
         raise ValueError(f"signal: got shape {signal.shape}, need (steps, batch, size)")

@@ -1,9 +1,10 @@
-"""The specification: every rule as plain loops over NumPy, no Numba, written to be read. Slow on purpose.
+"""The specification: every rule as plain loops over NumPy arrays, without Numba. Written to be read, and slow.
 
-A backend like the others (`backend="reference"`, float32 with emulated FMA: the exact tier), and functions over
-bare arrays in any precision, forward and backward. Shapes: B samples, I inputs, N units, gate rows (u, r, g).
-Every product walks *all* presynaptic units, zeros too: this is the dense network that event-driven, pruned runs
-must equal.
+`step`, `forward` and `backward` work on bare arrays of any precision. `ReferenceBackend` makes them a backend like the
+others. In float32 it emulates the FMA instruction, and the exact backends return its bits.
+
+Shapes: T steps, B samples, I inputs, N units; gate rows are packed (u, r, g). Every product visits *all* presynaptic
+units, silent ones as well. This is therefore the dense network that an event-driven run of a pruned network must equal.
 """
 
 from __future__ import annotations
@@ -24,9 +25,13 @@ if TYPE_CHECKING:
 
 
 def propagate(weights, values, bias):
-    """Drive of all gate rows: `bias + sum over j of weights[j] * values[:, j]`, ascending j, one FMA a term.
+    """The drive of all gate rows: `bias + sum over j of weights[j] * values[:, j]`, in ascending j, one FMA per term.
 
-    weights (J, P), values (B, J), bias (P,) -> (B, P)
+    weights : (J, P), by presynaptic unit
+    values  : (B, J), what the presynaptic units sent
+    bias    : (P,)
+
+    Returns (B, P).
     """
     drive = np.repeat(bias[None, :], len(values), axis=0)
     for j in range(len(weights)):
@@ -36,7 +41,17 @@ def propagate(weights, values, bias):
 
 @dataclass
 class Tape:
-    """One step of one layer, all that the backward step needs; every array (B, N)."""
+    """One step of one layer: everything that its backward step needs. Every array has the shape (B, N).
+
+    Attributes
+    ----------
+    u, r, g            : gates and candidate
+    rec_g              : recurrent drive of the candidate
+    c_before, y_before : cell and output of the step before
+    v                  : cell before the event
+    event, slope       : event (1 or 0), and its surrogate derivative
+    y, c               : output, and cell after the event
+    """
 
     u: np.ndarray
     r: np.ndarray
@@ -52,9 +67,12 @@ class Tape:
 
 
 def step(cell: Cell, parameters: dict, x, c, y, *, smooth: bool = False) -> Tape:
-    """One layer, one step. x (B, I); c, y (B, N); `parameters` as `layer_parameters` returns.
+    """One step of one layer.
 
-    `smooth` puts the surrogate's smooth step in place of the event, for finite differences.
+    parameters : arrays by name, as `layer_parameters` returns them
+    x          : (B, I) input
+    c, y       : (B, N) cells and outputs of the step before
+    smooth     : replace the event by the smooth step whose derivative is the surrogate, for finite differences
     """
     threshold = parameters["threshold"]
     w_rec, bias_rec = parameters["w_rec"], parameters["bias_rec"]
@@ -76,13 +94,13 @@ def step(cell: Cell, parameters: dict, x, c, y, *, smooth: bool = False) -> Tape
         event = (v > threshold).astype(v.dtype)
     slope = cells.surrogate_slope(rule.code, distance, v.dtype.type(rule.dampening), v.dtype.type(rule.support))
     c_after = v - event * threshold if cell.variant == "evnn" else v
-    # A silent unit sends +0, whatever its cell.
+    # A silent unit sends +0, whatever the sign of its cell.
     sent = event * v if smooth else cells.select(event > 0, v, v.dtype.type(0))
     return Tape(u, r, g, rec_g, c, y, v, event, slope, sent, c_after)
 
 
 def forward(cell: Cell, parameters: dict, x, c, y, *, smooth: bool = False) -> list[Tape]:
-    """One layer over x (T, B, I) from state c, y (B, N). Returns a tape a step."""
+    """One layer over inputs x (T, B, I), from the state c, y (B, N). Returns one tape per step."""
     tapes = []
     for t in range(len(x)):
         tapes.append(step(cell, parameters, x[t], c, y, smooth=smooth))
@@ -91,10 +109,15 @@ def forward(cell: Cell, parameters: dict, x, c, y, *, smooth: bool = False) -> l
 
 
 def backward(cell: Cell, parameters: dict, x, tapes: list[Tape], d_y, d_c, d_cell=None) -> dict:
-    """Gradients of one layer: d_y, d_c (T, B, N) are those of the loss in `y[t]` and `c[t]`, d_cell (zeros)
-    in `v[t]`.
+    """Backpropagation through time of one layer.
 
-    Returns arrays named like the parameters, with `x` (T, B, I), and `c`, `y` (B, N) of the initial state.
+    x      : (T, B, I) inputs
+    tapes  : what `forward` returned for them
+    d_y    : (T, B, N) gradient of the loss with respect to the outputs y[t]
+    d_c    : (T, B, N) gradient with respect to the cells c[t] after the event
+    d_cell : (T, B, N) gradient with respect to the cells v[t] before the event; None for zeros
+
+    Returns gradients by name: those of the parameters, `x` (T, B, I), and `c`, `y` (B, N) of the initial state.
     """
     w_rec, threshold = parameters["w_rec"], parameters["threshold"]
     n = len(threshold)
@@ -132,7 +155,8 @@ def backward(cell: Cell, parameters: dict, x, tapes: list[Tape], d_y, d_c, d_cel
 
 
 def layer_parameters(layer, dtype: DTypeLike = np.float32) -> dict:
-    """The arrays of a layer by name, weights dense: w_in (I, 3N), w_rec (N, 3N), biases (3N,), threshold (N,)."""
+    """The arrays of a layer by name, with dense weights: `w_in` (I, 3N), `w_rec` (N, 3N), `bias_in` and `bias_rec`
+    (3N,), `threshold` (N,)."""
     return {
         "w_in": layer.w_in.to_dense().astype(dtype),
         "w_rec": layer.w_rec.to_dense().astype(dtype),
@@ -143,7 +167,11 @@ def layer_parameters(layer, dtype: DTypeLike = np.float32) -> dict:
 
 
 class ReferenceBackend:
-    """`dtype=float32` is the exact tier; `float64` gives the bounds (its outputs are float64)."""
+    """The backend "reference".
+
+    dtype : float32 returns the bits that all exact backends return. float64 is not exact; its outputs are float64, and
+            tests derive bounds from them
+    """
 
     name = "reference"
     exact = True
@@ -153,14 +181,14 @@ class ReferenceBackend:
         self.exact = self.dtype == np.float32
 
     def engine(self, network: Network, *, threads: int = 1) -> ReferenceEngine:
-        """`threads` must be 1: the specification is one loop."""
+        """An engine with dense copies of the weights. Raises ValueError unless `threads` is 1."""
         if threads != 1:
             raise ValueError(f"threads: got {threads}, but the reference backend runs on 1; use backend='cpu'")
         return ReferenceEngine(network, self.dtype)
 
 
 class ReferenceEngine:
-    """A network as dense arrays; see `backend.Engine`."""
+    """A network as dense arrays of one dtype; see `backend.Engine`."""
 
     dense = False
 
@@ -173,11 +201,11 @@ class ReferenceEngine:
             self.readout = (network.readout.weights.to_dense().astype(dtype), network.readout.bias.astype(dtype))
 
     def stepper(self, state: State) -> None:
-        """None: single steps are runs of one step."""
+        """None: a single step is a run of one step."""
         return
 
     def prepare(self, inputs: Any) -> Inputs:
-        """See `backend.Engine`. Numbers stay dense arrays."""
+        """See `backend.Engine`. Numbers stay a dense array."""
         return self.host_inputs.prepare(inputs)
 
     def run(self, inputs: Inputs, state: State, *, record_events: bool = False, record_states: bool = False) -> Trace:

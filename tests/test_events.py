@@ -48,7 +48,7 @@ def test_slice_and_concatenate_are_inverse(events, data):
 
 def test_concatenate_refuses_other_sizes():
     parts = [Events.from_dense(np.ones((2, 1, 3))), Events.from_dense(np.ones((2, 1, 4)))]
-    with pytest.raises(ValueError, match="cannot join shapes"):
+    with pytest.raises(ValueError, match="need the same batch and size"):
         Events.concatenate(parts)
 
 

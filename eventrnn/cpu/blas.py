@@ -1,7 +1,7 @@
-"""The dense engine: every product through BLAS, every step inside one compiled loop. Not exact.
+"""The dense engine: every product goes through BLAS, and all steps run inside one compiled loop. Not exact.
 
-What a good dense implementation costs, and the path for networks too active or too batched for events. BLAS sums in
-its own order, so events may differ where a cell comes within rounding of its threshold.
+It shows what a good dense implementation costs, and it is the faster path where many units are active or batches are
+large. BLAS sums in its own order. Events may therefore differ where a cell is as near to its threshold as rounding.
 """
 
 from __future__ import annotations
@@ -11,31 +11,39 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eventrnn.backend import HostInputs
+from eventrnn.cpu.kernels.blas_loop import paper_steps, steps
 from eventrnn.state import FireCounts, Inputs, State, Trace
 
 if TYPE_CHECKING:
-    from eventrnn.network import Network
-from eventrnn.cpu.kernels.blas_loop import paper_steps, steps
+    from eventrnn.network import Layer, Network
 
-# Input drives of this many rows are made at once; bounds memory, and is long enough for a full-speed product.
+# Rows (steps times samples) whose input drives are computed by one product. This bounds the memory, and is enough rows
+# for a product at full speed.
 CHUNK_ROWS = 4096
 
 
 class BlasBackend:
-    """Dense weights through BLAS, threads as BLAS is set; `exact` is False."""
+    """The backend "blas". It never returns the bits of the exact tier, so `exact` is False."""
 
     name = "blas"
     exact = False
 
     def engine(self, network: Network, *, threads: int = 1) -> BlasEngine:
-        """`threads` must be 1: BLAS has its own setting (threadpoolctl, OMP_NUM_THREADS)."""
+        """An engine with dense copies of the weights.
+
+        Raises ValueError unless `threads` is 1, because BLAS has its own setting (OMP_NUM_THREADS, or the package
+        threadpoolctl).
+        """
         if threads != 1:
-            raise ValueError(f"threads: got {threads}, but BLAS sets its own; use OMP_NUM_THREADS or backend='cpu'")
+            raise ValueError(
+                f"threads: got {threads}, but backend 'blas' leaves threads to BLAS; set OMP_NUM_THREADS, or use "
+                "backend='cpu'"
+            )
         return BlasEngine(network)
 
 
 class BlasEngine:
-    """A network laid out for BLAS; see `backend.Engine`."""
+    """A network whose weights are dense arrays for BLAS; see `backend.Engine`."""
 
     dense = True
 
@@ -52,11 +60,11 @@ class BlasEngine:
             self.readout = (np.ascontiguousarray(network.readout.weights.to_dense()), network.readout.bias)
 
     def stepper(self, state: State) -> None:
-        """Single steps are runs."""
+        """None: a single step is a run of one step."""
         return
 
     def prepare(self, inputs: Any) -> Inputs:
-        """See `backend.Engine`. Numbers stay dense arrays."""
+        """See `backend.Engine`. Numbers stay a dense array."""
         return self.host_inputs.prepare(inputs)
 
     def run(self, inputs: Inputs, state: State, *, record_events: bool = False, record_states: bool = False) -> Trace:
@@ -72,10 +80,11 @@ class BlasEngine:
                 drive = x.reshape(-1, x.shape[2]) @ self.w_in[k] + layer.bias_in
                 ys, cs = (np.empty((len(x), inputs.batch * layer.units), np.float32) for _ in range(2))
                 loop = steps if layer.cell.variant == "evnn" else paper_steps
-                loop(
-                    layer.units, inputs.batch, len(x), drive.ravel(), *self.w_rec[k], layer.bias_rec, layer.threshold,
-                    c[k].reshape(-1), y[k].reshape(-1), ys, cs,
-                )  # fmt: skip
+                weights, before = (
+                    (*self.w_rec[k], layer.bias_rec, layer.threshold),
+                    (c[k].reshape(-1), y[k].reshape(-1)),
+                )
+                loop(layer.units, inputs.batch, len(x), drive.ravel(), *weights, *before, ys, cs)
                 x = ys.reshape(len(x), inputs.batch, layer.units)
                 graded = np.count_nonzero((x != 0) & (x != 1), axis=(0, 1))
                 fired[k] = fired[k] + FireCounts(graded, np.count_nonzero(x == 1, axis=(0, 1)))
@@ -98,6 +107,7 @@ class BlasEngine:
         )
 
 
-def _joined(layers, batch: int, parts: list[list[np.ndarray]]) -> tuple[np.ndarray, ...]:
+def _joined(layers: tuple[Layer, ...], batch: int, chunks: list[list[np.ndarray]]) -> tuple[np.ndarray, ...]:
+    """Per layer, the records (steps, batch, N) of all chunks one after the other in time."""
     empty = [np.zeros((0, batch, layer.units), np.float32) for layer in layers]
-    return tuple(np.concatenate([none, *pieces]) for none, pieces in zip(empty, parts, strict=True))
+    return tuple(np.concatenate([none, *each]) for none, each in zip(empty, chunks, strict=True))

@@ -1,7 +1,8 @@
-"""Single steps without Python in between: everything a step needs is bound once, as addresses in one array.
+"""Single time steps with one compiled call each: the addresses of all arrays of a step are collected once, in a table.
 
-A compiled function unpacks each array that it is given, at some 50 ns; a step would spend more on that than on small
-networks. Kernels get the table instead, and find their arrays in it.
+Numba takes some 50 ns to unpack an array argument of a compiled function. A step has some 40 arrays, so that unpacking
+them would take longer than the step of a small network. The kernel is given the table of addresses instead
+(`kernels/array_table.py`).
 """
 
 from __future__ import annotations
@@ -16,11 +17,17 @@ NO_NUMBERS, NO_SYMBOLS = np.zeros((0, 0), np.float32), np.zeros(0, np.int64)
 
 
 class Stepper:
-    """`backend.Stepper` over a compiled kernel(table, numbers, symbols, output) that returns whether it refuses.
+    """The `backend.Stepper` of the CPU engine.
 
-    arrays  : what the kernel finds in its table, in order; kept alive here
-    c, y    : (total * batch,) cells and outputs of all layers, which the kernel changes; `before`, as they were before
-    dtype, shape : of inputs that go straight to the kernel; `check` turns any other into such, or raises
+    kernel        : compiled function (table, numbers, symbols, output) -> bool. It returns True where it refuses the
+                    step because an input or a cell state is not finite, or a symbol does not exist
+    arrays        : the arrays of the kernel's table, in order; the stepper keeps them alive
+    c, y          : (units of all layers * batch,) float32, cells and outputs, which the kernel changes
+    before        : copies of c and y, to which the kernel writes the state before its step
+    by_layer      : splits such a flat array into one array (batch, N) per layer
+    check         : converts an input to `dtype` and `shape`. Raises ValueError or TypeError for bad input
+    dtype, shape  : dtype and shape of inputs that are passed to the kernel without a conversion
+    output_shape  : shape of the output of a step
     """
 
     def __init__(
@@ -44,7 +51,7 @@ class Stepper:
         self.table = np.array([(each.ctypes.data, each.size) for each in arrays], np.int64)
 
     def __call__(self, inputs: np.ndarray) -> np.ndarray:
-        """One step; see `backend.Stepper`."""
+        """Compute one step; see `backend.Stepper`."""
         if (
             type(inputs) is not np.ndarray
             or inputs.dtype != self.dtype
@@ -59,7 +66,7 @@ class Stepper:
             else:
                 refused = self.kernel(self.table, inputs, NO_SYMBOLS, output)
         except KeyboardInterrupt:
-            # It is raised when the kernel returns.
+            # Python raises it when the kernel returns, that is after the step.
             self._undo(inputs)
             raise
         if refused:
@@ -71,14 +78,14 @@ class Stepper:
         return State(*(tuple(part.copy() for part in self.by_layer(flat)) for flat in (self.c, self.y)))
 
     def _refuse(self, inputs: np.ndarray) -> None:
-        """Say what the kernel found; the state goes back to before."""
+        """Restore the state and raise the error for a step that the kernel refused."""
         self.check(inputs)
         cells = self.state().cells
         self._undo(inputs)
         need_finite_cells(cells)
 
     def _undo(self, inputs: np.ndarray) -> None:
-        """Back to the state before the last step. Bad input was none."""
+        """Restore the state before the last step. After bad input there is nothing to restore: no step was begun."""
         try:
             self.check(inputs)
         except ValueError:

@@ -1,7 +1,9 @@
-"""Arrays of which a kernel gets only the address and the length, as rows of an int64 table.
+"""Tables of arrays: a kernel gets the addresses and lengths of many arrays as the rows of one int64 table.
 
-Numba unpacks every array argument of a call at some 50 ns; a kernel that takes a table instead unpacks one. The rows of
-the table of a single step are named in `step_table.py`. The caller keeps the arrays alive.
+Numba takes some 50 ns to unpack an array argument of a call; a kernel that takes a table unpacks a single array. The
+table is (arrays, 2) int64: address and number of elements. `cpu/step_table.py` names the rows of the table of a single
+step. The thread that calls the kernel owns the table and keeps the arrays alive. There is no counterpart in
+`reference.py`.
 """
 
 from __future__ import annotations
@@ -26,25 +28,25 @@ def _pointer(typingctx, address):
 
 @allocating
 def float32_at(table, k):
-    """The flat float32 array of row k of a table."""
+    """The flat float32 array of row k of a table, in its own memory."""
     return carray(_pointer(table[k, 0]), (table[k, 1],), np.float32)
 
 
 @allocating
 def int32_at(table, k):
-    """The flat int32 array of row k of a table."""
+    """The flat int32 array of row k of a table, in its own memory."""
     return carray(_pointer(table[k, 0]), (table[k, 1],), np.int32)
 
 
 @allocating
 def int64_at(table, k):
-    """The flat int64 array of row k of a table."""
+    """The flat int64 array of row k of a table, in its own memory."""
     return carray(_pointer(table[k, 0]), (table[k, 1],), np.int64)
 
 
 @compiled
 def first_not_finite(array, count):
-    """Position of the first NaN or infinity among the first `count` float32 of an array; -1 if there is none."""
+    """Position of the first NaN or infinity among the first `count` elements of a float32 array; -1 without one."""
     whole = count // LANES * LANES
     for i in range(0, whole, LANES):
         x = load(array, i)

@@ -1,8 +1,9 @@
 """Time loops of the BLAS engine: one layer, all steps, dense weights.
 
-The caller is the only thread; BLAS may start threads of its own. All arrays belong to the caller but for the products
-of one step. The cell updates are those of `cell_update.py`; the products equal those of `reference.step` up to the
-order of their terms, which BLAS chooses, so results are not exact.
+The calling thread owns the whole layer; BLAS may start threads of its own inside a product. All arrays belong to the
+caller, except the products of one step, which are allocated at the start. A loop equals the steps of
+`reference.forward` up to the order of the terms of a product, which BLAS chooses. Results are therefore not exact. The
+cell updates are those of `cell_update.py`.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from eventrnn.cpu.kernels.jit import allocating
 
 @allocating
 def steps(n, batch, length, drive_in, w_rec, bias_rec, threshold, c, y, ys_out, cs_out):
-    """`length` steps of the released variant.
+    """Compute `length` steps of the released variant.
 
-    n         : units N
-    drive_in  : (length * batch * 3N,) float32, input drives with their bias
-    w_rec     : (N, 3N) float32; bias_rec: (3N,); threshold: (N,)
-    c, y      : (batch * N,) float32, updated in place
+    n              : units N
+    drive_in       : (length * batch * 3N,) float32, input drives with their bias
+    w_rec          : (N, 3N) float32
+    bias_rec       : (3N,) float32
+    threshold      : (N,) float32
+    c, y           : (batch * N,) float32, cells and outputs, updated in place
     ys_out, cs_out : (length, batch * N) float32, outputs and cells of every step
     """
     rec = np.empty((batch, 3 * n), np.float32)
@@ -40,7 +43,13 @@ def steps(n, batch, length, drive_in, w_rec, bias_rec, threshold, c, y, ys_out, 
 
 @allocating
 def paper_steps(n, batch, length, drive_in, w_gates, w_candidate, bias_rec, threshold, c, y, ys_out, cs_out):
-    """`steps` of the paper's variant, with contiguous weights w_gates (N, 2N) and w_candidate (N, N)."""
+    """Compute `length` steps of the paper's variant.
+
+    w_gates     : (N, 2N) float32, contiguous, the columns of the gates u and r
+    w_candidate : (N, N) float32, contiguous, the columns of the candidate
+
+    Other parameters: see `steps`.
+    """
     gates, candidate = np.empty((batch, 2 * n), np.float32), np.empty((batch, n), np.float32)
     gated, before = np.empty((batch, n), np.float32), y.reshape(batch, n)
     rec = np.empty((batch, 3 * n), np.float32)

@@ -1,11 +1,15 @@
 """Cell update of the EGRU, and the events of a layer: one time step, sixteen units at a time.
 
-A thread calls these on its own units. Drives, cells `c` and outputs `y` are flat float32 arrays in the memory of the
-caller; a, b, s and p are the offsets of the first unit in the drives, the state and the thresholds. A thread's drives
-hold (u, r, g), n numbers each. Event lists are `indices` (int32) and `values` (float32), with one vector to spare.
+A thread calls these kernels on the n units that it owns in a layer; no other thread writes their state. All arrays
+belong to the caller and are flat:
 
-The equations are those of `cells.py`, so `update` and `update_paper` equal `reference.step` bit for bit. Each loop
-states its rule twice: for whole vectors, and for the units that remain.
+    drive_in, drive_rec  float32, drives of the gates (u, r, g), n numbers each; a and b are the offsets of the first
+    threshold            float32, one per unit; p is the offset of the first unit
+    c, y                 float32, cells and outputs; s is the offset of the first unit
+    indices, values      int32 and float32, an event list, with space for one vector past its last event
+
+The equations are those of `cells.py`, so `update` and `update_paper` equal the second half of `reference.step`, after
+its products, bit for bit. Each loop states its rule twice: for whole vectors, and for the units that remain.
 """
 
 from __future__ import annotations
@@ -17,13 +21,13 @@ from eventrnn.cpu.kernels.simd import AVX512, LANES, bits, compress_avx512, load
 
 @compiled
 def compress_portable(indices, values, at, first, condition, vector):
-    """`compress_avx512` for other processors."""
+    """`compress_avx512` for other processors: one lane at a time."""
     store(values, at, vector)
     chosen, count = bits(condition), 0
     while chosen != 0:
         lane = lowest_bit(chosen)
         indices[at + count] = first + lane
-        # The write position is never ahead of the lane that is read.
+        # This overwrites no lane that is still to be read, because the position written is never ahead of it.
         values[at + count] = values[at + lane]
         count += 1
         chosen &= chosen - 1
@@ -35,9 +39,10 @@ compress = compress_avx512 if AVX512 else compress_portable
 
 @compiled
 def compact_events(y, at, low, high, indices, values, to):
-    """Append the non-zero outputs y[at + low : at + high] to an event list at `to`; returns how many (compaction).
+    """Append the non-zero outputs of the units `low` to `high` to an event list (stream compaction).
 
-    An event's index is its unit, `low` to `high`. Up to one vector past the last event is overwritten.
+    The output of unit i is y[at + i]. Events are appended from position `to` on; returns how many. Up to one vector
+    past the last event is overwritten.
     """
     end = to
     whole = low + (high - low) // LANES * LANES
@@ -55,9 +60,9 @@ def compact_events(y, at, low, high, indices, values, to):
 
 @compiled
 def compact_gated_events(low, high, drive_in, a, drive_rec, b, y, at, indices, values, to):
-    """`compact_events` of y times the reset gate, which the candidate product of the paper's variant takes.
+    """`compact_events` with the outputs multiplied by the reset gate: the events of the candidate's recurrent product.
 
-    a, b: offsets of the reset drives of unit `low`.
+    Paper's variant only. a, b : offsets of the reset gate's drives of unit `low`.
     """
     end = to
     whole = low + (high - low) // LANES * LANES
@@ -75,7 +80,7 @@ def compact_gated_events(low, high, drive_in, a, drive_rec, b, y, at, indices, v
 
 @compiled
 def update(n, drive_in, a, drive_rec, b, threshold, p, c, y, s):
-    """Cells and outputs of n units in the released variant, in place."""
+    """Update cells and outputs of n units in place; released variant."""
     whole = n // LANES * LANES
     for i in range(0, whole, LANES):
         # planted fault: gates swapped
@@ -111,7 +116,10 @@ def update(n, drive_in, a, drive_rec, b, threshold, p, c, y, s):
 
 @compiled
 def update_paper(n, drive_in, a, drive_rec, b, threshold, p, c, y, s):
-    """Cells and outputs of n units in the paper's variant, in place; the r drives are not read."""
+    """Update cells and outputs of n units in place; paper's variant.
+
+    The drives of the reset gate are not read, because its effect is in the candidate's recurrent drive already.
+    """
     whole = n // LANES * LANES
     for i in range(0, whole, LANES):
         v, _, _ = cells.egru_paper_value(
@@ -134,7 +142,13 @@ def update_paper(n, drive_in, a, drive_rec, b, threshold, p, c, y, s):
 
 @compiled
 def count_events(indices, values, first, count, unit_0, graded_out, binary_out):
-    """Add the events of a list to the counts per unit; `unit_0` is the layer's first unit. Values are positive."""
+    """Count the events `first` to `first + count` of a list per unit, graded and binary events apart.
+
+    unit_0                 : position of the layer's first unit in the counts
+    graded_out, binary_out : (units of all layers,) int64, added to
+
+    Outputs of a layer are positive, so that only the value 1 is binary.
+    """
     for e in range(first, first + count):
         if values[e] == 1:
             binary_out[unit_0 + indices[e]] += 1

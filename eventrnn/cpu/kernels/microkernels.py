@@ -1,10 +1,20 @@
-"""Weights into drives, in vector registers: the innermost loops of the CPU engine, as LLVM IR.
+"""Micro-kernels of the CPU engine: the innermost loops that add weights to drives, in vector registers.
 
-IR, because accumulators must stay in registers and loads must pass stores that they never overlap. An accumulator is
-always float32 and takes its terms one FMA at a time.
+A call runs within one thread, which owns the elements of `drive` that the call writes. Weights, scales and events are
+shared and are only read. All arrays are flat, and no index is checked:
 
-`weights` is an array of any storage: float32; uint16, the upper halves of float32 (bfloat16); or int8, which is
-multiplied by the `scale` of its unit before use, rounded once. Every loop compiles once for each.
+    drive           float32, drive rows (or a tile of drives); the call starts at element `at`
+    weights         float32; uint16, the upper halves of float32 (bfloat16); or int8. Starts at element `start`
+    scales          float32, one per presynaptic unit, from element `s0` on; read for int8 weights only
+    ids, values     int32 and float32, unit and value of each event; the call takes `count` events from `first` on
+    columns, index  int32, positions in a drive row (`index`: two uint16 per element)
+
+An accumulator is float32 and takes its terms one FMA at a time in ascending order of units, as the loop over j in
+`reference.propagate` does; so the bits are equal. An int8 weight is multiplied by its scale first, rounded once. Numba
+compiles each loop once per storage.
+
+The loops are written as LLVM IR for two reasons. Accumulators must stay in registers for the whole loop. Loads must be
+moved ahead of stores, which LLVM does not do by itself because it cannot know that the arrays never overlap.
 """
 
 from __future__ import annotations
@@ -30,26 +40,30 @@ from eventrnn.cpu.kernels.simd import (
     store_vector,
 )
 
-# As many accumulators as stay in registers beside the weights: 16 of 32 on AVX-512, 4 (8 AVX registers) elsewhere.
+# Vectors of a register tile. So many accumulators stay in registers beside the weights: 16 of 32 registers on AVX-512,
+# and 4 vectors elsewhere, which are 8 AVX registers.
 TILE = 16 if AVX512 else 4
 
+# A loop over events prefetches the row of the event that comes so many events later.
 PREFETCH_ROWS = 4
 
-# Bytes of a cache line; where a prefetch brings it.
+# Bytes of a cache line.
 LINE = 64
 
+# The `locality` argument of LLVM's prefetch: into the L1 cache, or no nearer than the L2 cache.
 L1, L2 = 3, 2
 
-# Drives and vectors of a tile of `multiply`: 20 accumulators of 32, or 4 of 16.
+# Drive rows and vectors of a register tile of `multiply`: 20 accumulators in 32 registers, or 4 in 16.
 MULTIPLY_ROWS, MULTIPLY_VECTORS = (5, 4) if AVX512 else (2, 1)
 
 
 def _lane(builder, pointer, k):
+    """Pointer to the vector that lies k vectors after a pointer."""
     return builder.gep(pointer, [I64(k * LANES)])
 
 
 def _load_weights(builder, pointer, width, scale):
-    """`width` weights as float32; `scale` a vector, used for int8."""
+    """Load `width` neighbouring weights as float32. `scale` is a vector of that width, used for int8 only."""
     element = pointer.type.pointee
     if element == FLOAT:
         return load_vector(builder, pointer, width)
@@ -58,7 +72,7 @@ def _load_weights(builder, pointer, width, scale):
 
 
 def _decode(builder, raw, scale):
-    """Stored weights, a vector, as float32."""
+    """Convert a vector of stored weights to float32."""
     width = raw.type.count
     whole, vector = ir.VectorType(I32, width), ir.VectorType(FLOAT, width)
     if raw.type.element == FLOAT:
@@ -70,17 +84,20 @@ def _decode(builder, raw, scale):
 
 
 def _scale_of(context, builder, weights, kind, scales, s0, unit):
-    """The scale of a unit in every lane, for int8 only: other storages have none."""
+    """The scale of a unit in every lane for int8 weights, and ones for the storages without scales."""
     if weights != types.int8:
         return ir.Constant(VECTOR, [1.0] * LANES)
     return splat(builder, builder.load(address(context, builder, kind, scales, builder.add(s0, unit))))
 
 
-# --- one drive, many rows -----------------------------------------------------------------------------------
+# --- one drive row, the weight rows of many events ----------------------------------------------------------
 
 
 def _sum_rows(context, builder, kinds, args, vectors, fetch):
-    """The loop of `add_rows`: fetch(event, row) asks for what will be wanted; row(event) is its address."""
+    """Emit the loop of `add_rows` over the events.
+
+    fetch(event, row) emits the prefetch for a later event; row(event) gives the address of an event's weights.
+    """
     target = address(context, builder, kinds[0], args[0], args[1])
     rows, pitch = address(context, builder, kinds[2], args[2], args[3]), args[4]
     id_at = address(context, builder, kinds[7], args[7], args[9])
@@ -132,8 +149,8 @@ def _add_rows(vectors: int, far: bool = True):
     def add_rows(typingctx, drive, at, weights, start, pitch, scales, s0, ids, values, first, count):
         """drive[at + i] += sum over events e of weights[start + ids[e] * pitch + i] * values[e], i < 16 * vectors.
 
-        Events `first` to `first + count`, in order, one FMA each; the sums stay in registers throughout. Rows that are
-        `far` are asked for some events ahead.
+        Adds events `first` to `first + count` in order, one FMA per term. The sums stay in registers throughout. With
+        `far`, each event prefetches the weights of a later one; weights that are in the L1 cache already need none.
         """
 
         def generate(context, builder, signature, args):
@@ -161,17 +178,19 @@ add_near_rows_8, add_near_rows_4, add_near_rows_2, add_near_rows_1 = (
 add_rows_tile, add_rows_8, add_rows_4, add_rows_2, add_rows_1 = (_add_rows(vectors) for vectors in (TILE, 8, 4, 2, 1))
 
 
-# --- pieces of blocks: of one unit, or listed, of several ---------------------------------------------
+# --- block segments: of one unit, or listed, of several units -----------------------------------------------
 
-# A list is two rows of int32, where to add and which piece, and two of float32, the value and the scale of its unit.
-# One array a field: entries of four fields took half as long again.
+# A list has four flat arrays: `targets` and `numbers` (int32) say where in the drive row a segment is added and which
+# segment it is; `values` and `scales` (float32) are those of its unit. With one array of entries of four fields
+# instead, the loop took 1.5 times as long.
 
 
 @intrinsic
 def list_blocks(typingctx, weights, columns, first, count, number, value, scale, targets, numbers, values, scales, at):
-    """Append `count` >= 0 blocks to a list at `at`: targets from columns[first:], numbers from `number` on.
+    """Append the `count` >= 0 segments of one unit to a list, from entry `at` on.
 
-    Writes sixteen entries at a time, so the list needs as many to spare; no branch for up to 16 blocks.
+    Targets are columns[first:], numbers are consecutive from `number` on. Sixteen entries are written at a time, so the
+    list needs space for sixteen entries more. Up to 16 segments take no branch.
     """
 
     def generate(context, builder, signature, args):
@@ -191,7 +210,7 @@ def list_blocks(typingctx, weights, columns, first, count, number, value, scale,
             for vector, to in fixed:
                 store_vector(builder, vector, builder.gep(to, [lane]))
 
-        _once_and_then(builder, args[3], body)
+        _for_each_vector(builder, args[3], body)
         return context.get_dummy_value()
 
     signature = (weights, columns, first, count, number, value, scale, targets, numbers, values, scales, at)
@@ -201,8 +220,9 @@ def list_blocks(typingctx, weights, columns, first, count, number, value, scale,
 def _add_listed(vectors: int, width: int):
     @intrinsic
     def add_listed(typingctx, drive, at, targets, numbers, values, scales, count, weights, start):
-        """For the first `count` entries in order: drive[at + target + i] += piece `number` of the weights from
-        `start` on * value, i < vectors * width, one FMA each.
+        """drive[at + targets[e] + i] += weights[start + numbers[e] * size + i] * values[e] for e < count, i < size.
+
+        size = vectors * width is the width of a segment. Entries are added in order, one FMA per term.
         """
 
         def generate(context, builder, signature, args):
@@ -214,11 +234,11 @@ def _add_listed(vectors: int, width: int):
             def body(q):
                 target, number, value, scale = (builder.load(builder.gep(field, [q])) for field in fields)
                 row = builder.gep(out, [builder.sext(target, I64)])
-                piece = builder.gep(source, [builder.mul(builder.sext(number, I64), I64(vectors * width))])
+                segment = builder.gep(source, [builder.mul(builder.sext(number, I64), I64(vectors * width))])
                 value, scale = splat(builder, value, width), splat(builder, scale, width)
                 lanes = [I64(i * width) for i in range(vectors)]
-                # All loads before the first store: the two arrays never overlap, which LLVM cannot know.
-                weight = [_load_weights(builder, builder.gep(piece, [i]), width, scale) for i in lanes]
+                # All loads come before the first store: the two arrays never overlap, which LLVM cannot know.
+                weight = [_load_weights(builder, builder.gep(segment, [i]), width, scale) for i in lanes]
                 before = [load_vector(builder, builder.gep(row, [i]), width) for i in lanes]
                 for i, w, b in zip(lanes, weight, before, strict=True):
                     store_vector(builder, fma_vector(builder, w, value, b), builder.gep(row, [i]))
@@ -239,8 +259,9 @@ add_listed_4, add_listed_8, add_listed_16, add_listed_32, add_listed_64 = (
 def _add_blocks(width: int):
     @intrinsic
     def add_blocks(typingctx, drive, at, columns, first, count, value, scale, weights, start):
-        """For the first `count` columns from columns[first] on: drive[at + column + i] += the next weight from `start`
-        on * value, i < width, one FMA each.
+        """drive[at + columns[first + k] + i] += weights[start + k * width + i] * value for k < count, i < width.
+
+        The segments of one unit, in order, one FMA per term.
         """
 
         def generate(context, builder, signature, args):
@@ -271,9 +292,10 @@ add_blocks_4, add_blocks_8, add_blocks_16 = (_add_blocks(width) for width in (4,
 
 @intrinsic
 def add_scattered_avx512(typingctx, drive, at, index, i0, first, count, value, scale, weights, start):
-    """drive[at + index[k]] += weights[start + k] * value for k from `first` on, `count` of them, one FMA each.
+    """drive[at + index[k]] += weights[start + k] * value for `count` numbers k from `first` on, one FMA per term.
 
-    The index is 16-bit, in a pool of int32 from `i0` on; no two of one unit are equal, so sixteen at a time go.
+    The indices are uint16 and begin at element `i0` of a pool of int32. A unit has no index twice, so that sixteen
+    elements can be gathered, added to and scattered at a time.
     """
 
     def generate(context, builder, signature, args):
@@ -308,7 +330,8 @@ def add_scattered_avx512(typingctx, drive, at, index, i0, first, count, value, s
 def add_masked_avx512(typingctx, drive, at, index, i0, first, vectors, value, scale, weights, start):
     """drive[at + i] += the next weight from `start` on * value, for every set bit i of `vectors` 16-bit masks.
 
-    Masks are 16-bit, from `first` on in a pool of int32 from `i0` on. One FMA each; zeros where a bit is not set.
+    The masks are uint16, from number `first` on in a pool of int32 that begins at element `i0`. One FMA per term; where
+    a bit is not set, the term is a zero.
     """
 
     def generate(context, builder, signature, args):
@@ -345,7 +368,7 @@ def add_masked_avx512(typingctx, drive, at, index, i0, first, vectors, value, sc
     return types.void(drive, at, index, i0, first, vectors, value, scale, weights, start), generate
 
 
-# --- many drives, every unit --------------------------------------------------------------------------------
+# --- many drive rows, every unit ----------------------------------------------------------------------------
 
 
 def _multiply(rows: int, vectors: int):
@@ -353,7 +376,8 @@ def _multiply(rows: int, vectors: int):
     def multiply(typingctx, drive, at, drive_pitch, weights, start, pitch, scales, s0, x, x_at, x_pitch, first, count):
         """drive[at + b * drive_pitch + i] += sum over j of weights[start + j * pitch + i] * x[x_at + b * x_pitch + j].
 
-        j from `first` on, `count` of them, ascending, one FMA each; b < rows, i < 16 * vectors, all in registers.
+        b < rows and i < 16 * vectors; all of these sums stay in registers. The units j are `count` ascending numbers
+        from `first` on, one FMA per term. `x` holds dense inputs, float32.
         """
 
         def generate(context, builder, signature, args):
@@ -396,10 +420,8 @@ def _multiply(rows: int, vectors: int):
                 store_vector(builder, total, pointer)
             return context.get_dummy_value()
 
-        arguments = (
-            drive, at, drive_pitch, weights, start, pitch, scales, s0, x, x_at, x_pitch, first, count,
-        )  # fmt: skip
-        return types.void(*arguments), generate
+        matrix, inputs = (weights, start, pitch, scales, s0), (x, x_at, x_pitch)
+        return types.void(drive, at, drive_pitch, *matrix, *inputs, first, count), generate
 
     return multiply
 
@@ -417,21 +439,24 @@ _IOTA = ir.Constant(_INTS, list(range(LANES)))
 
 
 def _load_ints(builder, pointer):
+    """Load sixteen int32."""
     return builder.load(builder.bitcast(pointer, _INTS.as_pointer()), align=4)
 
 
 def _store_ints(builder, vector, pointer):
+    """Store sixteen int32."""
     builder.store(vector, builder.bitcast(pointer, _INTS.as_pointer()), align=4)
 
 
 def _splat_int(builder, scalar):
+    """The int32 in every lane."""
     undefined = ir.Constant(_INTS, ir.Undefined)
     first = builder.insert_element(undefined, scalar, I32(0))
     return builder.shuffle_vector(first, undefined, ir.Constant(_INTS, [0] * LANES))
 
 
 def _for_each(builder, count, body, start: int = 0):
-    """body(k) for k from `start` to below count; the loop keeps nothing but k."""
+    """Emit a loop that runs body(k) for start <= k < count. Only k is carried from one turn to the next."""
     entry = builder.block
     loop, done = builder.append_basic_block("loop"), builder.append_basic_block("loop.done")
     builder.cbranch(builder.icmp_signed(">", count, I64(start)), loop, done)
@@ -445,21 +470,22 @@ def _for_each(builder, count, body, start: int = 0):
     builder.position_at_end(done)
 
 
-def _once_and_then(builder, count, body):
-    """body(0) whatever the count, then body(k) for the further vectors that hold `count` entries."""
+def _for_each_vector(builder, count, body):
+    """Emit body(k) for each vector of `count` entries; body(0) runs without a test, also if the count is 0."""
     body(I64(0))
     _for_each(builder, builder.ashr(builder.add(count, I64(LANES - 1)), I64(4)), body, start=1)
 
 
 def _prefetch(builder, pointer, cache: int = L1):
+    """Emit a prefetch of the cache line at a pointer, for reading."""
     byte = builder.bitcast(pointer, ir.IntType(8).as_pointer())
     call(builder, "llvm.prefetch.p0", ir.VoidType(), [byte, I32(0), I32(cache), I32(1)])
 
 
-def _asks(cache: int):
+def _prefetch_into(cache: int):
     @intrinsic
-    def asks(typingctx, array, index):
-        """Ask for the cache line of array[index]."""
+    def prefetch(typingctx, array, index):
+        """Prefetch the cache line of array[index]."""
 
         def generate(context, builder, signature, args):
             _prefetch(builder, address(context, builder, signature.args[0], args[0], args[1]), cache)
@@ -467,8 +493,8 @@ def _asks(cache: int):
 
         return types.void(array, index), generate
 
-    return asks
+    return prefetch
 
 
 # Into the L1 cache; no nearer than the L2 cache.
-prefetch, prefetch_far = _asks(L1), _asks(L2)
+prefetch, prefetch_far = _prefetch_into(L1), _prefetch_into(L2)

@@ -1,8 +1,13 @@
-"""Sixteen float32 lanes as a Numba type, so that the rules of `cells.py` compile to vectors as they stand.
+"""Vectors of sixteen float32 lanes as a Numba type, so that the rules of `cells.py` compile to vector code unchanged.
 
-LLVM's own vectoriser gives up on loops over many arrays (it cannot prove that they do not overlap). A `Lanes` value
-is one AVX-512 register, or what LLVM makes of `<16 x float>` elsewhere (two AVX, four NEON). Lanes are units or
-postsynaptic outputs, never terms of one sum, so the width changes no bit. Scalars mix in freely.
+LLVM's own vectoriser gives up on loops over many arrays, because it cannot prove that they do not overlap. A `Lanes`
+value is one AVX-512 register; on other processors it is what LLVM makes of `<16 x float>`: two AVX or four NEON
+registers. A `LaneMask` holds sixteen booleans. Vectors and scalars may be mixed in an expression.
+
+A thread owns the vectors that it loads and stores; nothing here is shared between threads. Arrays are flat float32 of
+the caller, and no index is checked. Each lane does what the primitives of `cells.py` do to a scalar (`fma`, `select`,
+`exp`), with the same roundings. Lanes are units or postsynaptic outputs and never terms of one sum, so the number of
+lanes changes no bit of a result, and kernels equal the scalar loops of `reference.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ FLOAT, I1, I16, I32, I64 = ir.FloatType(), ir.IntType(1), ir.IntType(16), ir.Int
 
 
 def _has_avx512() -> bool:
-    """Whether kernels may be shaped for 32 registers of 16 lanes, with gathers, scatters and masks."""
+    """Whether kernels may use the 32 registers of 16 lanes of AVX-512, its gathers, scatters and masks."""
     if os.environ.get("EVENTRNN_VECTORS") == "portable":
         return False
     if config.CPU_NAME:
@@ -33,21 +38,21 @@ def _has_avx512() -> bool:
     return bool(llvm.get_host_cpu_features().get("avx512f", False))
 
 
-#: chosen at import. `EVENTRNN_VECTORS=portable` asks for the code of every other processor.
+#: Chosen at import. With `EVENTRNN_VECTORS=portable` in the environment, the kernels for other processors are used.
 AVX512 = _has_avx512()
 
 VECTOR = ir.VectorType(FLOAT, LANES)
 
 
 class Lanes(types.Type):
-    """Sixteen float32."""
+    """Numba type of sixteen float32."""
 
     def __init__(self):
         super().__init__("float32x16")
 
 
 class LaneMask(types.Type):
-    """Sixteen booleans."""
+    """Numba type of sixteen booleans, one per lane."""
 
     def __init__(self):
         super().__init__("boolx16")
@@ -68,27 +73,27 @@ class _MaskModel(PrimitiveModel):
         super().__init__(manager, kind, ir.VectorType(I1, LANES))
 
 
-# --- writing IR: shared with microkernels.py ------------------------------------------------------------------------
+# --- emitting IR: shared with microkernels.py -----------------------------------------------------------------------
 
 
 def address(context, builder, array_type, array, index):
-    """Pointer to array[index], unchecked."""
+    """Pointer to array[index]; the index is not checked."""
     data = context.make_array(array_type)(context, builder, array).data
     return builder.gep(data, [index if index.type == I64 else builder.sext(index, I64)])
 
 
 def load_vector(builder, pointer, width: int = LANES):
-    """`width` float32 from a float pointer, unaligned."""
+    """Load `width` float32 from a pointer, which need not be aligned."""
     return builder.load(builder.bitcast(pointer, ir.VectorType(FLOAT, width).as_pointer()), align=4)
 
 
 def store_vector(builder, vector, pointer):
-    """A vector of float32 to a float pointer, unaligned."""
+    """Store a vector of float32 at a pointer, which need not be aligned."""
     builder.store(vector, builder.bitcast(pointer, vector.type.as_pointer()), align=4)
 
 
 def splat(builder, scalar, width: int = LANES):
-    """The float in every lane."""
+    """A vector with the float in every lane."""
     undefined = ir.Constant(ir.VectorType(FLOAT, width), ir.Undefined)
     first = builder.insert_element(undefined, scalar, I32(0))
     return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, width), [0] * width))
@@ -101,7 +106,7 @@ def call(builder, name, result, args):
 
 
 def fma_vector(builder, a, b, c):
-    """a * b + c, each lane rounded once."""
+    """a * b + c; each lane is rounded once."""
     return call(builder, f"llvm.fma.v{c.type.count}f32", c.type, [a, b, c])
 
 
@@ -113,7 +118,7 @@ def _is_number(*kinds) -> bool:
 
 
 def _common(builder, kinds, args):
-    """The arguments as vectors if any is one, with the suffix of LLVM's intrinsics."""
+    """The arguments, all as vectors if any of them is one; their LLVM type; and the suffix of LLVM's intrinsics."""
     if lanes not in kinds:
         return list(args), FLOAT, "f32"
     widened = [arg if kind == lanes else splat(builder, arg) for kind, arg in zip(kinds, args, strict=True)]
@@ -248,7 +253,7 @@ def _define_comparison(function, sign: str):
     def emit(typingctx, a, b):
         def generate(context, builder, signature, args):
             values, _, _ = _common(builder, signature.args, args)
-            # As for scalars: a NaN differs from everything, and is neither more nor less.
+            # As for scalars: a NaN differs from every number, and is neither smaller nor larger.
             return (builder.fcmp_unordered if sign == "!=" else builder.fcmp_ordered)(sign, *values)
 
         return mask(a, b), generate
@@ -290,7 +295,7 @@ def _(x):
 
 @intrinsic
 def load(typingctx, array, index):
-    """The sixteen float32 from array[index] on; unchecked, unaligned."""
+    """The sixteen float32 array[index : index + 16]. The index is not checked and need not be aligned."""
 
     def generate(context, builder, signature, args):
         return load_vector(builder, address(context, builder, signature.args[0], *args))
@@ -300,7 +305,7 @@ def load(typingctx, array, index):
 
 @intrinsic
 def store(typingctx, array, index, vector):
-    """array[index:index + 16] = vector; unchecked, unaligned."""
+    """array[index : index + 16] = vector. The index is not checked and need not be aligned."""
 
     def generate(context, builder, signature, args):
         store_vector(builder, args[2], address(context, builder, signature.args[0], args[0], args[1]))
@@ -311,7 +316,7 @@ def store(typingctx, array, index, vector):
 
 @intrinsic
 def bits(typingctx, condition):
-    """The mask as an integer, lane k in bit k."""
+    """The mask as an integer: bit k is lane k."""
 
     def generate(context, builder, signature, args):
         return builder.zext(builder.bitcast(args[0], ir.IntType(LANES)), I64)
@@ -322,7 +327,7 @@ def bits(typingctx, condition):
 
 @intrinsic
 def lowest_bit(typingctx, word):
-    """Position of the lowest set bit of a non-zero integer."""
+    """Position of the lowest set bit of an integer that is not zero."""
 
     def generate(context, builder, signature, args):
         return call(builder, "llvm.cttz.i64", I64, [args[0], I1(True)])
@@ -332,7 +337,11 @@ def lowest_bit(typingctx, word):
 
 @intrinsic
 def compress_avx512(typingctx, ids, sent, at, first, condition, vector):
-    """The chosen lanes of a vector to sent[at:], their numbers from `first` on to ids[at:]; sixteen are written."""
+    """Append the lanes where `condition` holds to an event list; returns how many there are (stream compaction).
+
+    The values go to sent[at:] (float32), and `first` plus the number of the lane to ids[at:] (int32). Sixteen elements
+    of each array are overwritten, however many lanes are appended.
+    """
 
     def generate(context, builder, signature, args):
         kinds = signature.args
@@ -355,7 +364,7 @@ def compress_avx512(typingctx, ids, sent, at, first, condition, vector):
 
 @intrinsic
 def decoded(typingctx, weights, index, scale):
-    """weights[index] as float32: itself, the upper half of one (uint16), or an int8 times its scale."""
+    """weights[index] as float32, from float32, from uint16 (the upper half of a float32), or int8 times `scale`."""
 
     def generate(context, builder, signature, args):
         raw = builder.load(address(context, builder, signature.args[0], args[0], args[1]))

@@ -1,4 +1,9 @@
-"""What the products of training need of sixteen lanes beyond `simd.py`: sums over lanes, short dots, and gathers."""
+"""Vector instructions that only the training kernels use: sums over lanes, short dot products, gathers.
+
+A call runs within one thread. Arrays are flat and belong to the caller: float32, and int32 for indices. No index is
+checked. Sums over lanes have one order on every processor, so a gradient has the same bits everywhere; it differs in
+rounding from `reference.backward`, which sums in NumPy's order.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +32,7 @@ _INTS = ir.VectorType(I32, LANES)
 
 @intrinsic
 def everywhere(typingctx, x):
-    """The number in every lane."""
+    """A vector with the number in every lane."""
 
     def generate(context, builder, signature, args):
         return splat(builder, args[0])
@@ -37,7 +42,7 @@ def everywhere(typingctx, x):
 
 @intrinsic
 def sum_lanes(typingctx, vector):
-    """Sum of the lanes, halves added to halves: one order everywhere."""
+    """Sum of the lanes. The upper half is added to the lower half until one lane is left."""
 
     def generate(context, builder, signature, args):
         total, width = args[0], LANES
@@ -56,8 +61,11 @@ def sum_lanes(typingctx, vector):
 
 @intrinsic
 def store_past(typingctx, array, index, vector):
-    """`store` at the beginning of a cache line, past the caches: the line is not read first. Other threads see it once
-    they have waited for this one: what wakes them orders such stores too."""
+    """`store` to a whole cache line, past the caches (non-temporal): the line is not read first.
+
+    array[index] must begin a cache line. Another thread sees the values once it has waited for this thread, because the
+    atomic operation that ends the wait orders these stores as well.
+    """
 
     def generate(context, builder, signature, args):
         pointer = address(context, builder, signature.args[0], args[0], args[1])
@@ -69,18 +77,18 @@ def store_past(typingctx, array, index, vector):
 
 
 def _sums_of_four(builder, vectors):
-    """`sum_lanes` of four vectors at once, in a vector of four."""
+    """`sum_lanes` of four vectors at once; returns a vector of four sums."""
 
     def shuffled(a, b, lanes_of_both):
         return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes_of_both)), lanes_of_both))
 
     def halved(a, b, width):
-        """Runs of 2 * `width` lanes of both, each run's halves added."""
+        """Add the halves of each run of 2 * `width` lanes, over both vectors."""
         low = [k + i for k in range(0, 2 * LANES, 2 * width) for i in range(width)]
         return builder.fadd(shuffled(a, b, low), shuffled(a, b, [k + width for k in low]))
 
     def folded(a, width):
-        """The same of one vector; every run has its sums twice."""
+        """`halved` of one vector; every run then holds its sums twice."""
         return builder.fadd(a, shuffled(a, a, [k ^ width for k in range(LANES)]))
 
     a, b, c, d = vectors
@@ -90,7 +98,7 @@ def _sums_of_four(builder, vectors):
 
 
 def _dots(context, builder, signature, values, samples):
-    """The body of `quad_of_dots`, for so many samples; writes four sums, whatever their number."""
+    """The body of `quad_of_dots` for up to four samples; it always writes four sums."""
     kinds, weights, totals = signature.args, values[1 + samples : 9 + samples], []
     for k in range(samples):
         row = address(context, builder, kinds[0], values[0], values[1 + k])
@@ -107,8 +115,10 @@ def _dots(context, builder, signature, values, samples):
 
 @intrinsic
 def quad_of_dots(typingctx, tile, t0, t1, t2, t3, w0, w1, w2, w3, w4, w5, w6, w7, sums, p):
-    """To sums[p] … sums[p + 3]: 128 weights times tile[t0:] … tile[t3:]. Each lane takes its eight terms in order, then
-    halves of the lanes are added to halves."""
+    """sums[p + k] += dot product of 128 weights with tile[tk : tk + 128], for the four samples k.
+
+    w0 to w7 hold the weights. Each lane takes its eight terms in order, one FMA per term; then `sum_lanes`.
+    """
 
     def generate(context, builder, signature, values):
         return _dots(context, builder, signature, values, 4)
@@ -118,7 +128,7 @@ def quad_of_dots(typingctx, tile, t0, t1, t2, t3, w0, w1, w2, w3, w4, w5, w6, w7
 
 @intrinsic
 def pair_of_dots(typingctx, tile, t0, t1, w0, w1, w2, w3, w4, w5, w6, w7, sums, p):
-    """`quad_of_dots` of two; adds anything to the sums after them."""
+    """`quad_of_dots` for two samples. The values of sums[p + 2] and sums[p + 3] are undefined afterwards."""
 
     def generate(context, builder, signature, values):
         return _dots(context, builder, signature, values, 2)
@@ -128,7 +138,7 @@ def pair_of_dots(typingctx, tile, t0, t1, w0, w1, w2, w3, w4, w5, w6, w7, sums, 
 
 @intrinsic
 def _gather_avx512(typingctx, array, at, index, first):
-    """array[at + index[first + k]] in lane k; index is int32."""
+    """A vector with array[at + index[first + k]] in lane k; `index` is int32."""
 
     def generate(context, builder, signature, args):
         kinds = signature.args
@@ -143,7 +153,7 @@ def _gather_avx512(typingctx, array, at, index, first):
 
 @intrinsic
 def _gather_portable(typingctx, array, at, index, first):
-    """`_gather_avx512` for other processors."""
+    """`_gather_avx512` for other processors: one element at a time."""
 
     def generate(context, builder, signature, args):
         kinds = signature.args
