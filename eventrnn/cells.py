@@ -118,7 +118,7 @@ TANH_0, TANH_1, TANH_2, TANH_3, TANH_4 = (
 
 TANH_SPLIT = F32(0.625)
 
-# In float32 tanh is 1 from about 9.01 on, so that clamping its argument here changes no result and keeps exp(2x) finite.
+# In float32 tanh is 1 from about 9.01 on. Clamping its argument here changes no result, and keeps exp(2x) finite.
 TANH_SATURATED = F32(9.5)
 
 

@@ -80,10 +80,8 @@ class BlasEngine:
                 drive = x.reshape(-1, x.shape[2]) @ self.w_in[k] + layer.bias_in
                 ys, cs = (np.empty((len(x), inputs.batch * layer.units), np.float32) for _ in range(2))
                 loop = steps if layer.cell.variant == "evnn" else paper_steps
-                weights, before = (
-                    (*self.w_rec[k], layer.bias_rec, layer.threshold),
-                    (c[k].reshape(-1), y[k].reshape(-1)),
-                )
+                weights = (*self.w_rec[k], layer.bias_rec, layer.threshold)
+                before = (c[k].reshape(-1), y[k].reshape(-1))
                 loop(layer.units, inputs.batch, len(x), drive.ravel(), *weights, *before, ys, cs)
                 x = ys.reshape(len(x), inputs.batch, layer.units)
                 graded = np.count_nonzero((x != 0) & (x != 1), axis=(0, 1))
