@@ -18,7 +18,8 @@ from eventrnn.state import InputKind, Inputs, State, Trace, on_gpu
 if TYPE_CHECKING:
     from eventrnn.network import Network
 
-#: prefixes of the kernel names in `Trace.paths` whose products sum in another order than the exact tier
+#: Prefixes of kernel names in `Trace.paths`. Products of these kernels add their terms in another order than the exact
+#: backends.
 INEXACT = ("blas", "tensor")
 
 
@@ -45,6 +46,7 @@ def as_array(inputs: Any) -> np.ndarray:
 
 
 def _kind(inputs: Any) -> str:
+    """Package and class of an array, for messages."""
     return f"{type(inputs).__module__.partition('.')[0]}.{type(inputs).__name__}"
 
 
@@ -85,6 +87,7 @@ class HostInputs:
         return Inputs(InputKind.EVENTS, *events.shape, table=events)
 
     def _dense(self, inputs: Any) -> np.ndarray:
+        """Numbers (steps, batch, size) as float32, after their checks."""
         array = as_array(inputs)
         if array.ndim != 3 or array.shape[2] != self.size or array.dtype.kind not in "fiub":
             raise ValueError(f"inputs: got {array.dtype} {array.shape}, need numbers (steps, batch, {self.size})")
@@ -96,6 +99,7 @@ class HostInputs:
         return array
 
     def _symbols(self, inputs: Any) -> Inputs:
+        """Symbols (steps, batch) with the events of the embedding, after their checks."""
         table = self.symbol_events
         symbols = table.shape[0]
         if isinstance(inputs, Events):
@@ -113,14 +117,14 @@ class HostInputs:
 
 
 class Stepper(Protocol):
-    """Single time steps from a state on, with as little work as possible between the call and the kernel.
+    """Runs single time steps, starting from a state, with as little work as possible between a call and the kernel.
 
     Raises as `Engine.prepare` does for bad input, and FloatingPointError for a cell state that is not finite. The
     state then stays as it was.
     """
 
     def __call__(self, inputs: np.ndarray) -> np.ndarray:
-        """(batch, I) numbers or (batch,) symbols in; a new array (batch, V or N) out."""
+        """Run one step. Takes (batch, I) numbers or (batch,) symbols; returns a new array (batch, V or N) float32."""
         ...
 
     def state(self) -> State:
@@ -151,7 +155,11 @@ class Engine(Protocol):
         ...
 
     def run(self, inputs: Inputs, state: State, *, record_events: bool = False, record_states: bool = False) -> Trace:
-        """All steps of prepared inputs from `state` on. `inputs.batch` must equal `state.batch`."""
+        """Run all steps of prepared inputs, starting from `state`, which is not modified.
+
+        `inputs.batch` must equal `state.batch`. `record_events` and `record_states` add `events` and `states` to the
+        trace.
+        """
         ...
 
     def stepper(self, state: State) -> Stepper | None:
@@ -162,7 +170,9 @@ class Engine(Protocol):
 class Backend(Protocol):
     """A factory of engines.
 
-    exact : True where the engines return the bits of the exact tier. Others say in `Trace.paths` where they do not.
+    name  : its key in `BACKENDS`
+    exact : True where all engines return the bits of the specification (`reference.py` in float32). The traces of other
+            engines say in `Trace.paths` which products do not
     """
 
     name: str

@@ -1,6 +1,6 @@
 """Networks: layers of event-based GRU units, an optional embedding and read-out, and the initialisation of weights.
 
-A `Network` is a frozen record; `simulation.py` runs it.
+A `Network` is a frozen record. `simulation.py` runs it, and `training/` trains it.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ from eventrnn.weights import Dense, MatrixId, Weights
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Network:
-    """A stack of layers, with an optional embedding below (index input) and read-out above.
+    """A stack of layers, with an optional embedding below (for symbols as input) and an optional read-out above.
 
     Attributes
     ----------
-    layers    : from input to output
-    embedding : (V, E) float32 or None; row k is the first layer's dense input for symbol k
-    readout   : or None
-    metadata  : strings that travel with the model file (a vocabulary, where it came from)
+    layers    : the layers from input to output, at least one
+    embedding : (V, E) float32, or None; row k is the dense input of the first layer for symbol k
+    readout   : the read-out of the last layer, or None
+    metadata  : strings that a model file keeps, such as a vocabulary or the origin of the weights
+
+    Raises ValueError for sizes that do not fit together, for weights that are not finite, and for a record of weights
+    that its full check refuses; TypeError for an embedding that is not float32. Cost: O(stored weights).
     """
 
     layers: tuple[Layer, ...]
@@ -55,7 +58,8 @@ class Network:
             ):
                 raise ValueError("readout: tied, but its weights are not the transposed embedding")
         for name, weights in self.matrices().items():
-            # Kernels do not check an index. Values first: their message has the position.
+            # Kernels do not check an index, so the full check is needed. Values are checked first, because that
+            # message has the position.
             check_finite(name, weights.floats())
             weights.check(full=True)
 
@@ -78,7 +82,12 @@ class Network:
         return named
 
     def with_matrices(self, matrices: Mapping[str, Weights]) -> Network:
-        """The same network with some matrices, named as in `matrices()`, replaced."""
+        """The network with some matrices replaced.
+
+        matrices : name, as in `matrices()` -> weights of the same shape
+
+        Raises ValueError for an unknown name, and as the constructors of `Layer` and `Network` do.
+        """
         unknown = set(matrices) - set(self.matrices())
         if unknown:
             raise ValueError(f"matrices: no {', '.join(sorted(unknown))}; have {', '.join(self.matrices())}")
@@ -96,7 +105,7 @@ class Network:
         return replace(self, layers=layers, readout=readout)
 
     def dense(self) -> Network:
-        """The dense twin: the same weights, every one of them stored."""
+        """The same network with every matrix in the format "dense", as float32. O(size of the matrices)."""
         return self.with_matrices({name: Dense(w.to_dense()) for name, w in self.matrices().items()})
 
     @classmethod
@@ -114,11 +123,26 @@ class Network:
         cell: Cell | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> Network:
-        """A network to train: Xavier-normal weights, zero biases, embedding uniform in ±0.1 … as EvNN starts them.
+        """A network with random weights, to be trained. It is initialised as EvNN 0.2 initialises its layers.
 
-        Give `inputs` (dense or event input) or `symbols` and `embedding` (index input). `threshold` is the mean
-        of the Beta(3m / (1 - m), 3) distribution that thresholds are drawn from; 0 gives zeros. With `tied`, the
-        read-out is the transposed embedding (`embedding` must equal the last layer's size).
+        Weights are Xavier-normal (variance 2 / (fan-in + fan-out)), biases are zero, and the embedding is uniform in
+        [-0.1, 0.1).
+
+        Parameters
+        ----------
+        units     : units of each layer
+        rng       : random generator; the same state gives the same network
+        inputs    : number of input units, for dense or event inputs
+        symbols   : number of symbols, together with `embedding`, for symbols as inputs
+        embedding : size of an embedding row
+        readout   : number of outputs of the read-out; None for no read-out
+        tied      : make the transposed embedding the read-out; `embedding` must then be the size of the last layer
+        threshold : mean m, in [0, 1), of the distribution Beta(3m / (1 - m), 3) of the thresholds; 0 makes all zero
+        cell      : equations; by default those of EvNN
+        metadata  : see `Network`
+
+        Raises TypeError for an `rng` that is not a NumPy generator and for `units` that are not a list, and ValueError
+        for sizes below 1 or that do not fit together and for a mean outside [0, 1).
         """
         if not isinstance(rng, np.random.Generator):
             raise TypeError(f"rng: got {type(rng).__name__}, need a numpy Generator: numpy.random.default_rng(seed)")
@@ -160,6 +184,7 @@ class Network:
 
 
 def _need_sizes(**sizes: int | Sequence[int] | None) -> None:
+    """Raise ValueError for a size, or a list of sizes, that has anything but whole numbers >= 1; None is allowed."""
     for name, size in sizes.items():
         if size is None:
             continue
@@ -174,6 +199,7 @@ def draw_thresholds(mean: float, units: int, rng: np.random.Generator) -> np.nda
 
 
 def _xavier(rng: np.random.Generator, fan_in: int, fan_out: int) -> np.ndarray:
+    """Xavier-normal weights (fan_in, fan_out) float32 (Glorot and Bengio 2010)."""
     return (rng.standard_normal((fan_in, fan_out)) * np.sqrt(2 / (fan_in + fan_out))).astype(np.float32)
 
 
@@ -183,10 +209,13 @@ class Layer:
 
     Attributes
     ----------
-    w_in, w_rec       : weights (I, 3N) and (N, 3N), any format, gate rows (u, r, g)
+    w_in, w_rec       : weights (I, 3N) and (N, 3N), in any format; gate rows are packed (u, r, g)
     bias_in, bias_rec : (3N,) float32
     threshold         : (N,) float32, >= 0
-    cell              : which equations
+    cell              : the equations of the units
+
+    Raises ValueError for shapes that do not fit together, for a negative threshold and for numbers that are not finite;
+    TypeError for arrays that are not float32.
     """
 
     w_in: Weights
@@ -216,22 +245,26 @@ class Layer:
 
     @property
     def units(self) -> int:
+        """N."""
         return len(self.threshold)
 
     @property
     def inputs(self) -> int:
+        """I."""
         return self.w_in.shape[0]
 
 
 @dataclass(frozen=True, eq=False)
 class Readout:
-    """Linear read-out of the last layer's events: `output = bias + sum over fired j of weights[j] * y[j]`.
+    """Linear read-out of the events of the last layer: `output = bias + sum over j of weights[j] * y[j]`.
 
     Attributes
     ----------
-    weights : (N, V), any format
+    weights : (N, V), in any format
     bias    : (V,) float32
-    tied    : the weights are the embedding's transpose (V, N) -> (N, V) and are saved once
+    tied    : whether the weights are the transposed embedding; a model file then stores them once
+
+    Raises TypeError or ValueError for a bias that is not a finite float32 vector of V numbers.
     """
 
     weights: Weights
@@ -243,14 +276,14 @@ class Readout:
 
 
 def need_vector(name: str, array: np.ndarray, size: int) -> None:
-    """Refuse what is not a finite float32 vector of that size. Raises TypeError or ValueError."""
+    """Raise TypeError or ValueError unless an array is a finite float32 vector of that size."""
     need_float32(name, array, 1)
     if len(array) != size:
         raise ValueError(f"{name}: got length {len(array)}, need {size}")
 
 
 def need_float32(name: str, array: np.ndarray, ndim: int) -> None:
-    """Refuse what is not a finite float32 array of so many dimensions. Raises TypeError or ValueError."""
+    """Raise TypeError or ValueError unless an array is finite, float32, and has `ndim` dimensions."""
     if not isinstance(array, np.ndarray) or array.dtype != np.float32 or array.ndim != ndim:
         got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
         raise TypeError(f"{name}: got {got}, need a float32 array with {ndim} dimension{'s' * (ndim > 1)}")

@@ -15,7 +15,7 @@ import numpy as np
 
 from eventrnn.events import Events
 
-#: DLPack device types whose memory belongs to a GPU: CUDA and CUDA managed memory
+#: Device types of DLPack whose memory belongs to a GPU: CUDA, and memory that CUDA manages.
 DLPACK_CUDA = (2, 13)
 
 

@@ -211,7 +211,7 @@ ONES = np.ones((2, 3), np.int8)
 @pytest.mark.parametrize(
     ("values", "scales", "message"),
     [
-        (ONES, None, "weight scales: got None for int8 values, need one float32 a presynaptic unit"),
+        (ONES, None, "weight scales: got None for int8 values, need one float32 per presynaptic unit"),
         (ONES.astype(np.float32), np.ones(2, np.float32), "got float32 for float32 values, need None"),
         (ONES.astype(np.uint16), np.ones(2, np.float32), "got float32 for bfloat16 values, need None"),
         (ONES, np.ones(3, np.float32), r"got float32 of shape \(3,\), need float32 of shape \(2,\)"),

@@ -1,9 +1,9 @@
-"""Measured kernel selection: times of every kernel on this machine, kept in the user's cache, used by "auto".
+"""Measured kernel selection: the backend "auto", and the map of kernel times that it uses.
 
 A product can use the format of its matrix, dense rows (one drive row after the other, or shared by many), or BLAS.
-Which kernel is fastest depends on the number of drive rows, on the activity of the senders, and on the density of the
-matrix. The crossover map holds the times of one thread on a grid of these. Between grid points, times are interpolated,
-all in logarithms.
+Which kernel is fastest depends on the number of drive rows, on the activity of the presynaptic units and on the density
+of the matrix. The crossover map holds the times of every kernel on one thread of this machine, on a grid of these
+numbers; it is kept in the user's cache folder. Between grid points the logarithms of the times are interpolated.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from eventrnn.network import Network
 
 
-# Grid of the map: sizes of matrices (units, 3 * units), one that fits the L2 cache of a core and one that does not.
+# Grid of the map: units of matrices (units, 3 * units). One fits the L2 cache of a core and the other does not.
 UNITS = (320, 1350)
 
 # Grid of the map: drive rows.
@@ -42,16 +42,16 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 # Drive rows for kernels that compute one drive row after the other.
 EACH_ROWS = (1, 16)
 
-# Grid of the map: active share of the senders.
+# Grid of the map: activity of the presynaptic units, in events per unit and drive row.
 ACTIVITY = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 # Grid of the map: stored share of the weights.
 DENSITY = (0.05, 0.1, 0.2, 0.5)
 
-#: kernels for dense weights, by their names in the map: how each is measured, (kernel, dense activity threshold)
+#: Kernels for dense weights: name in the map -> (kernel of `plan.KERNELS`, dense activity threshold) to measure it.
 DENSE_KERNELS = {"rows": (FORMAT, 2.0), "panels": (TILED, 2.0), "every": (TILED, 0.0), "blas": (BLAS_PRODUCT, 2.0)}
 
-#: names of kernels for block-sparse weights, by width of a block segment; single weights have a kernel of their own
+#: Kernels for block-sparse weights: width of a block segment -> name in the map. Single weights have the name "single".
 BLOCK_KERNELS = {4: "block4", 16: "block16", 64: "block64"}
 
 # Kernels whose time does not depend on the activity.
@@ -60,11 +60,11 @@ EVERY_UNIT = ("every", "blas")
 # Kernels that share the weights they read between drive rows.
 SHARED_ROWS = ("panels", "every", "blas")
 
-# Another kernel than that of the format is selected if its predicted time is below this share of the format's; the map
-# is accurate to about as much.
+# Another kernel than that of the format is selected only if its predicted time is below this share of the time of the
+# format. The map is accurate to about 5 %.
 MAX_RELATIVE_TIME = 0.95
 
-# Seconds per measured run at least, runs per measurement, of which the best counts, and rounds over the whole grid.
+# Shortest time of a measured run in seconds, runs per measurement (the fastest counts), and rounds over the whole grid.
 # With several rounds, a disturbance of some seconds does not distort the time of one kernel alone.
 RUN_SECONDS, REPEATS, ROUNDS = 2e-3, 2, 2
 
@@ -118,6 +118,7 @@ class Crossover:
 
 
 def _rows(kernel: str) -> tuple[int, ...]:
+    """The drive rows of the grid for which a kernel is measured."""
     return ROWS if kernel in SHARED_ROWS else EACH_ROWS
 
 
@@ -134,7 +135,7 @@ class MeasuredPolicy(KernelPolicy):
         self.crossover, self.may_blas = crossover, may_blas
 
     def predicted(self, weights: Weights, rows: int, activity: float) -> dict[str, float]:
-        """Predicted seconds per kernel. Narrower weights are not made dense, which would make them float32."""
+        """Predicted seconds by kernel. Weights of narrow storage are not made dense, which would make them float32."""
         shape, seconds = weights.shape, self.crossover.seconds
         found: dict[str, float] = {}
 
@@ -173,13 +174,14 @@ class AutoBackend:
         self.exact, self.crossover = exact, crossover
 
     def engine(self, network: Network, *, threads: int = 1) -> CpuEngine:
-        """An engine as that of `CpuBackend`, which selects kernels by the map."""
+        """An engine like that of `CpuBackend` that selects its kernels by the map."""
         if self.crossover is None:
             self.crossover = load()
         return CpuEngine(network, threads, MeasuredPolicy(self.crossover, may_blas=not self.exact))
 
 
 def _format_kernel(weights: Weights) -> str:
+    """The name in the map of the kernel for the format of sparse weights."""
     if not isinstance(weights, BlockCSR) or weights.block[1] % 4:
         return "single"
     return BLOCK_KERNELS[max(width for width in BLOCK_KERNELS if weights.block[1] % width == 0)]
@@ -205,6 +207,7 @@ def measure(report: Report = lambda done, total, what: None) -> Crossover:
 
 
 def _jobs() -> list[tuple[str, int, float | None]]:
+    """Every (kernel, units, density) of the grid; the density is None for dense weights."""
     pruned = ("single", *BLOCK_KERNELS.values())
     each = [(kernel, None) for kernel in DENSE_KERNELS] + [
         (kernel, density) for kernel in pruned for density in DENSITY
@@ -213,11 +216,12 @@ def _jobs() -> list[tuple[str, int, float | None]]:
 
 
 def _key(kernel: str, units: int, density: float | None) -> str:
+    """The key of `Crossover.times`."""
     return f"{kernel}/{units}" + ("" if density is None else f"/{density}")
 
 
 class ForcedPolicy(KernelPolicy):
-    """Selects the same kernel always."""
+    """Selects the same kernel for every product, so that it can be measured."""
 
     may_blas = True
 
@@ -232,7 +236,7 @@ class ForcedPolicy(KernelPolicy):
 
 
 def _measured(kernel: str, units: int, density: float | None) -> list[list[float]]:
-    """Seconds at every point of the grid."""
+    """Seconds per step of a kernel at every point of the grid, drive rows by activity."""
     rng = np.random.default_rng(0)
     dense = rng.standard_normal((units, 3 * units), dtype=np.float32)
     policy = ForcedPolicy(*DENSE_KERNELS.get(kernel, (FORMAT, 2.0)))
@@ -249,7 +253,7 @@ def _measured(kernel: str, units: int, density: float | None) -> list[list[float
             if kernel in EVERY_UNIT and line:
                 line.append(line[0])
                 continue
-            # Enough steps that a run does not find the weights of the run before in the cache.
+            # So many steps that the weights of the run before are no longer in the cache.
             work = rows * units * 3 * units * (1.0 if kernel in EVERY_UNIT else activity * (density or 1.0))
             steps = int(min(64, max(1, RUN_SECONDS * 1e10 // max(work, 1))))
             fired = rng.random((steps, rows, units), dtype=np.float32) < activity
@@ -262,6 +266,7 @@ def _measured(kernel: str, units: int, density: float | None) -> list[list[float
 
 
 def _best(run: Callable[[], object]) -> float:
+    """The shortest time of several runs, in seconds, after one that is not measured."""
     run()
     seconds = []
     for _ in range(REPEATS):
@@ -271,7 +276,7 @@ def _best(run: Callable[[], object]) -> float:
     return max(min(seconds), 1e-9)
 
 
-# --- keeping ------------------------------------------------------------------------------------------------
+# --- the cache ----------------------------------------------------------------------------------------------
 
 
 def cache_path() -> Path:
@@ -283,6 +288,7 @@ def cache_path() -> Path:
 
 
 def _model() -> str:
+    """The name of the processor where Linux tells it, else an empty string."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -291,7 +297,7 @@ def _model() -> str:
 
 
 def load(report: Report = lambda done, total, what: None) -> Crossover:
-    """The map in the cache; without one, a new map is measured and written there."""
+    """The map in the cache. Where there is none, or an incomplete one, a new map is measured and written there."""
     path = cache_path()
     try:
         kept = Crossover(**json.loads(path.read_text()))
@@ -309,7 +315,7 @@ def _is_whole(crossover: Crossover) -> bool:
 
 
 def save(crossover: Crossover) -> Crossover:
-    """Write a map to the cache and return it; warns if the folder cannot be written."""
+    """Write a map to the cache and return it. Warns if the folder cannot be written."""
     path = cache_path()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

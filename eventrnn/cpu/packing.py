@@ -16,9 +16,9 @@ lie.
                                                                 units of a block row        index, first segment
     MANY_BLOCKS    as BLOCKS, for many narrow segments per unit
 
-ROW_TILES serve products of many drive rows at once, which share the weights that are read. From `DENSE_FROM` active
-units per drive row on, they visit every unit instead of the active ones: a zero changes no sum, and adding it costs
-less than finding the units that are active.
+ROW_TILES serve products of many drive rows at once, which share the weights that are read. If there are `DENSE_FROM` or
+more active units per drive row, the kernel visits every unit instead of the active ones. A zero changes no sum, and
+adding it then costs less than finding the active units.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ from eventrnn.cpu.tables import (
 )
 from eventrnn.weights import CSR, NM, BlockCSR, Dense, Weights
 
-# Share of active units from which a tiled product visits every unit, unless a crossover map is used.
+# Share of active units from which a tiled product visits every unit. A crossover map replaces this number.
 DENSE_ACTIVITY_THRESHOLD = 0.5
 
-# Columns that a 16-bit index of single weights can tell apart.
+# The number of columns that a 16-bit index of single weights can address.
 WIDEST_SCATTER = 1 << 16
 
 # Block segments of up to NARROW_SEGMENT columns are added unit by unit instead of from a list if there are
@@ -63,7 +63,7 @@ NARROW_SEGMENT, MANY_SEGMENTS = 16, 32
 # against 138 us at 50 %, 55 us against 59 us at 20 %, 52 us against 30 us at 10 %.
 MASKED_FROM = 0.2
 
-# Zeros after the last weight; vector loads may read past it.
+# Zeros after the last weight, because vector loads may read past it.
 PADDING = 4 * LANES
 
 _CODES = {"float32": FLOAT32, "bfloat16": BFLOAT16, "int8": INT8}
@@ -185,6 +185,7 @@ class _Entries:
 
     @property
     def width(self) -> int:
+        """Columns of an entry."""
         return self.values.shape[1]
 
     def placed(self, segments: list[Segment]) -> _Entries:
@@ -211,11 +212,13 @@ class _Entries:
 
     @classmethod
     def of_single(cls, weights: Weights) -> _Entries:
+        """The stored weights of a CSR or NM matrix, one per entry."""
         unit, column = np.nonzero(weights.kept())
         return cls(unit, column, weights.values.reshape(-1, 1), 1)
 
     @classmethod
     def of_blocks(cls, weights: BlockCSR) -> _Entries:
+        """The blocks of a matrix, cut into segments of the widest of `SEGMENT_WIDTHS` that divides their width."""
         (r, c), per_row = weights.block, np.diff(weights.indptr)
         width = next((w for w in SEGMENT_WIDTHS if c % w == 0), 1)
         unit = np.repeat(np.arange(len(per_row) * r), np.repeat(per_row, r))
@@ -234,16 +237,19 @@ class _Entries:
 
 
 def _storage(weights: Weights) -> int:
+    """The code of a matrix's storage."""
     return _CODES[weights.storage]
 
 
 def _scales(pools: PoolBuilder, weights: Weights) -> int:
+    """Add the scales of a matrix to the pools; returns their offset, or 0 for a storage without scales."""
     return pools.add_values(weights.scales) if weights.scales is not None else 0
 
 
 def _pack_rows(
     pools: PoolBuilder, weights: Dense, segments: list[Segment], kind: int, dense_activity_threshold: float
 ) -> list[list[int]]:
+    """Dense weights, as column tiles of kind ROWS, ROW_TILES or BLAS."""
     storage, scales = _storage(weights), _scales(pools, weights)
     values = weights.values
     if len(segments) > 1 or (segments[0].start, segments[0].stop) != (0, weights.shape[1]):
@@ -265,7 +271,7 @@ def _pack_rows(
 
 
 def _pack_single(pools: PoolBuilder, entries: _Entries, weights: Weights, segments: list[Segment]) -> list[list[int]]:
-    """Single weights, by mask or by index, whichever costs less."""
+    """Single weights, as column tiles of kind MASKED or SCATTER, whichever costs less."""
     table, low, high = [], *_bounds(segments)
     # Padding beyond the last column has no bit in a mask; it may extend the range of an index.
     top = max(high, int(entries.column.max(initial=0)) + 1)
@@ -274,13 +280,14 @@ def _pack_single(pools: PoolBuilder, entries: _Entries, weights: Weights, segmen
         inside = (entries.column >= a) & (entries.column < b)
         share = _Entries(entries.unit[inside], entries.column[inside] - a, entries.values[inside], 1)
         dense = AVX512 and b <= high and len(share.unit) >= MASKED_FROM * weights.shape[0] * (b - a)
-        # The kernel copies the bias to `a` to `b`, which must end where the outputs end.
+        # The kernel copies the bias to the positions `a` to `b`, so they must end where the outputs end.
         b = min(b, max(a, high))
         table.append((_pack_masked if dense else _pack_scatter)(pools, share, weights, a, b))
     return table or [empty_column_tile()]
 
 
 def _pack_scatter(pools: PoolBuilder, entries: _Entries, weights: Weights, low: int, high: int) -> list[int]:
+    """A column tile of single weights with one 16-bit column each."""
     index_at = pools.add_index(entries.column.astype(np.uint16))
     values_at, scales = pools.add_values(entries.values), _scales(pools, weights)
     at = pools.add_pointers(_pointers(entries.unit, weights.shape[0]))
@@ -288,6 +295,7 @@ def _pack_scatter(pools: PoolBuilder, entries: _Entries, weights: Weights, low: 
 
 
 def _pack_masked(pools: PoolBuilder, entries: _Entries, weights: Weights, low: int, high: int) -> list[int]:
+    """A column tile of single weights with one mask per unit and vector of columns."""
     vectors = round_up(high - low, LANES) // LANES
     kept = np.zeros((weights.shape[0], vectors * LANES), bool)
     kept[entries.unit, entries.column] = True
@@ -301,6 +309,7 @@ def _pack_masked(pools: PoolBuilder, entries: _Entries, weights: Weights, low: i
 
 
 def _pack_blocks(pools: PoolBuilder, entries: _Entries, weights: BlockCSR, segments: list[Segment]) -> list[list[int]]:
+    """Block segments, as one column tile of kind BLOCKS or MANY_BLOCKS."""
     first = _pointers(entries.unit, weights.shape[0])
     # The units of a block row share their columns, so the index of the first unit serves all.
     leaders = entries.unit % entries.rows == 0

@@ -1,4 +1,4 @@
-"""A network's weights packed for one way to run: which matrix lies where, for which thread.
+"""The weights of a network, packed for its threads, and the selection of a kernel for each matrix.
 
 A `Layout` partitions the units over the threads. A `Plan` packs the weights for that layout, with one kernel selected
 for each matrix by a `KernelPolicy`. Tables and records are those of `tables.py`; `packing.py` packs a matrix.

@@ -18,10 +18,11 @@ from eventrnn.weights import Dense, Weights
 class Product:
     """One matrix and the events that it receives: per step, drive[b] = sum over events j of weights[j] * value[b, j].
 
-    weights : (N, 3N), any format; packed as the engine packs recurrent weights for that batch and activity
+    weights : (N, 3N), in any format; packed as the engine packs recurrent weights for that batch and activity
     events  : (steps, batch, N)
-    policy  : selects the kernel
-    plan    : of another product of the same weights, which saves packing them again
+    threads : number of threads
+    policy  : selects the kernel; by default the rules of thumb of `KernelPolicy`
+    plan    : the plan of another product of the same weights, which saves packing them again
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 A format is a frozen record of named arrays over a matrix of shape `(n_pre, n_post)`, where `n_post` counts gate rows
 (3N for an EGRU layer). Entry `[j, i]` is the weight from unit j to gate row i: the transpose of W in the equations.
-Formats know nothing of backends.
+Backends build on the formats; no format imports a backend.
 
 Each format offers `check(full)`, `to_dense`, `from_dense`, `fan_out`, `stored_out`, `nnz`, `stored`, `nbytes`, and
 can store its values as bfloat16 or int8 (`storage`, `floats`, `stored_as`). `nnz` counts the non-zero weights;
@@ -80,5 +80,5 @@ def convert(
     made, before = makers[to](), "float32" if source is None else source.storage
     if source is None or storage not in (None, before):
         return made.stored_as(storage or before)
-    # The same codes: what was decoded is encoded with the scales it had.
+    # Encoding the decoded weights with their old scales gives the same codes.
     return made if before == "float32" else made._encoded(before, source.scales)

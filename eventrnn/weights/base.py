@@ -1,4 +1,4 @@
-"""What every weight format has in common, and the checks of index arrays that several share."""
+"""The base class of the weight formats, and checks of index arrays that several formats share."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from eventrnn.weights import storage as codec
 
 
 class Weights(ABC):
-    """A (n_pre, n_post) matrix, stored by presynaptic unit; what follows from `fan_out()` and `stored_out()`.
+    """A matrix (n_pre, n_post) that is stored by presynaptic unit.
+
+    A format implements the abstract methods. Everything else follows from them and from the fields of the record.
 
     Attributes
     ----------
-    values : the stored weights, float32, uint16 (the bits of a bfloat16) or int8
-    scales : (n_pre,) float32 > 0 for int8, one a presynaptic unit; None otherwise
+    values : the stored weights: float32, uint16 (the bits of a bfloat16) or int8
+    scales : (n_pre,) float32 > 0 for int8, one per presynaptic unit; None for other storages
     shape  : (n_pre, n_post)
     """
 
@@ -29,42 +31,44 @@ class Weights(ABC):
 
     @abstractmethod
     def check(self, full: bool = False) -> None:
-        """Cheap checks of the record; `full` reads every index and value. Raises ValueError."""
+        """Check the record; with `full` also every index and every value. Raises ValueError."""
 
     @abstractmethod
     def to_dense(self) -> np.ndarray:
-        """A (n_pre, n_post) float32 array of its own, decoded."""
+        """The matrix as a new (n_pre, n_post) float32 array, decoded."""
 
     @abstractmethod
     def fan_out(self) -> np.ndarray:
-        """Non-zero weights, decoded, leaving each presynaptic unit, (n_pre,) int64."""
+        """The number of weights of each presynaptic unit that are not zero after decoding, (n_pre,) int64."""
 
     @abstractmethod
     def stored_out(self) -> np.ndarray:
-        """Stored entries a kernel multiplies when unit j sends an event, (n_pre,) int64."""
+        """The number of stored entries that a kernel multiplies when unit j sends an event, (n_pre,) int64."""
 
     @abstractmethod
     def row_bytes(self) -> np.ndarray:
-        """Bytes of values, indices and scale read when unit j sends an event, (n_pre,) int64."""
+        """Bytes of values, indices and scale that are read when unit j sends an event, (n_pre,) int64."""
 
     def __repr__(self) -> str:
         detail = "".join(f" {word}" for word in (self._detail(), self.storage) if word not in ("", "float32"))
         return f"{type(self).__name__}({self.shape[0]}x{self.shape[1]}{detail}, {self.nnz} weights)"
 
     def _detail(self) -> str:
-        """What a format adds to its name."""
+        """The options of the format, for `repr`."""
         return ""
 
     def kept(self) -> np.ndarray:
-        """Which entries are stored, (n_pre, n_post) boolean: the mask that pruning left."""
+        """The mask of stored entries, (n_pre, n_post) boolean."""
         return np.ones(self.shape, bool)
 
     @property
     def nnz(self) -> int:
+        """The number of weights that are not zero after decoding. O(stored)."""
         return int(self.fan_out().sum())
 
     @property
     def stored(self) -> int:
+        """The number of stored entries, zeros in blocks and groups and padding included."""
         return int(self.stored_out().sum())
 
     @property
@@ -73,11 +77,11 @@ class Weights(ABC):
         return sum(array.nbytes for array in self.arrays().values())
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The arrays of the record by field name, as saved in a model file."""
+        """The arrays of the record by field name, as a model file stores them."""
         return {name: value for name, value in self._fields().items() if isinstance(value, np.ndarray)}
 
     def options(self) -> dict[str, Any]:
-        """The other fields of the record by name: what a model file says beside the arrays."""
+        """The other fields of the record by name, as a model file stores them."""
         return {
             name: value
             for name, value in self._fields().items()
@@ -85,18 +89,18 @@ class Weights(ABC):
         }
 
     def _fields(self) -> dict[str, Any]:
-        # A record may cache more than its fields.
+        # `__dict__` of a record may also hold cached properties.
         return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
 
     # --- storage ---
 
     @property
     def storage(self) -> str:
-        """How a weight is stored, one of `STORAGES`."""
+        """The storage of the values, one of `STORAGES`."""
         return codec.storage_of(self.values)
 
     def floats(self) -> np.ndarray:
-        """The weights that count, float32 in the shape of `values`: decoded, or `values` itself. O(stored)."""
+        """The weights as float32 in the shape of `values`: decoded, or `values` itself for float32. O(stored)."""
         if self.values.dtype == np.uint16:
             return codec.from_bfloat16(self.values)
         if self.scales is not None:
@@ -104,17 +108,17 @@ class Weights(ABC):
         return self.values
 
     def stored_as(self, storage: str) -> Weights:
-        """The same pattern in another storage; the record itself where nothing changes. O(stored).
+        """The same stored entries in another storage; the record itself if it has that storage already. O(stored).
 
-        bfloat16 rounds to nearest, ties to even. int8 takes max|w| / 127 of each presynaptic unit as its scale (1 where
-        a unit has only zeros) and rounds to the nearest code. A weight that rounds to zero stays stored. Raises
-        ValueError for another name, for NaN or infinity, and for a weight that bfloat16 rounds to infinity.
+        bfloat16 rounds to nearest, ties to even. int8 rounds to the nearest code; the scale of a presynaptic unit is
+        its max|w| / 127, or 1 if all its weights are zero. A weight that rounds to zero stays stored. Raises ValueError
+        for an unknown storage, for NaN or infinity, and for a weight that bfloat16 rounds to infinity.
         """
         codec.check_storage(storage)
         return self if storage == self.storage else self._encoded(storage)
 
     def _encoded(self, storage: str, scales: np.ndarray | None = None) -> Weights:
-        """`stored_as` with int8 scales to keep, if given."""
+        """`stored_as`. For int8, `scales` are used instead of new ones if they are given."""
         floats = self.floats()
         check_finite("weight", floats)
         if storage == "bfloat16":
@@ -128,47 +132,47 @@ class Weights(ABC):
         return replace(self, values=values, scales=scales)  # type: ignore[type-var]
 
     def _spread(self, per_unit: np.ndarray) -> np.ndarray:
-        """A number a presynaptic unit, at each of the unit's values; broadcasts with `values`."""
+        """Repeat one number per presynaptic unit (n_pre,) over the unit's values; broadcasts with `values`."""
         return np.repeat(per_unit, self.stored_out())
 
     def _largest(self, floats: np.ndarray) -> np.ndarray:
-        """Largest magnitude of each presynaptic unit, (n_pre,) float32; 0 where it stores nothing."""
+        """The largest magnitude of each presynaptic unit, (n_pre,) float32; 0 for a unit without stored entries."""
         most = np.zeros(self.shape[0], np.float32)
         np.maximum.at(most, self._spread(np.arange(self.shape[0])), np.abs(floats))
         return most
 
     def _row_bytes(self, index_bytes: np.ndarray | int) -> np.ndarray:
-        """`row_bytes` of a format whose unit j reads so many bytes of indices; a unit that stores nothing, no scale."""
+        """`row_bytes`, given the bytes of indices per unit. The scale of a unit without stored entries is not read."""
         stored = self.stored_out()
         scale = 0 if self.scales is None else 4 * (stored > 0)
         return self.values.itemsize * stored + index_bytes + scale
 
     def _check_values(self) -> None:
-        """The full check of values and scales, which all formats share."""
+        """Check every value and every scale. Raises ValueError."""
         codec.check_scales(self.values, self.scales, self.shape[0], full=True)
         check_finite("weight", self.floats())
 
 
 def per_unit(flags: np.ndarray, indptr: np.ndarray) -> np.ndarray:
-    """How many flags are set between the pointers of each unit, (len(indptr) - 1,) int64."""
+    """The number of flags that are set between the pointers of each unit, (len(indptr) - 1,) int64."""
     total = np.concatenate([[0], np.cumsum(flags)])
     return total[indptr[1:]] - total[indptr[:-1]]
 
 
 def row_pointers(rows: np.ndarray, n_rows: int) -> np.ndarray:
-    """Where each row's entries begin in a list sorted by row, (n_rows + 1,) int64."""
+    """The position at which the entries of each row begin in a list sorted by row, and the end, (n_rows + 1,) int64."""
     indptr = np.zeros(n_rows + 1, np.int64)
     np.cumsum(np.bincount(rows, minlength=n_rows), out=indptr[1:])
     return indptr
 
 
 def shape_of(matrix) -> tuple[int, int]:
-    """The shape of a scipy matrix, plain integers."""
+    """The shape of a scipy matrix as Python integers."""
     return int(matrix.shape[0]), int(matrix.shape[1])
 
 
 def finite_matrix(dense: np.ndarray) -> np.ndarray:
-    """As a (n_pre, n_post) float32 array; ValueError for another number of dimensions, NaN or infinity."""
+    """Convert to a (n_pre, n_post) float32 array. Raises ValueError for other dimensions, NaN and infinity."""
     dense = np.asarray(dense, np.float32)
     if dense.ndim != 2:
         raise ValueError(f"weights: got shape {dense.shape}, need (n_pre, n_post)")
@@ -177,7 +181,7 @@ def finite_matrix(dense: np.ndarray) -> np.ndarray:
 
 
 def need_values(values: np.ndarray, scales: np.ndarray | None, ndim: int, n_pre: int) -> None:
-    """Type and dimensions of values and scales. Raises TypeError."""
+    """Check dtype and dimensions of values and scales. Raises TypeError."""
     storage = codec.storage_of(values)
     if values.ndim != ndim:
         raise TypeError(f"weight values: got {values.dtype} with {values.ndim} dimensions, need {storage} with {ndim}")
@@ -185,24 +189,24 @@ def need_values(values: np.ndarray, scales: np.ndarray | None, ndim: int, n_pre:
 
 
 def need_index(indptr: np.ndarray, indices: np.ndarray, n_rows: int, n_stored: int) -> None:
-    """Types, shapes and ends of an index. Raises TypeError or ValueError."""
+    """Check dtypes, shapes and ends of an index. Raises TypeError or ValueError."""
     if indptr.dtype != np.int64 or indices.dtype != np.int32:
         raise TypeError(f"weight index: got indptr {indptr.dtype}, indices {indices.dtype}; need int64 and int32")
     if indptr.shape != (n_rows + 1,):
         raise ValueError(f"weight indptr: got shape {indptr.shape}, need ({n_rows + 1},)")
     if indptr[0] != 0 or indptr[-1] != n_stored or indices.shape != (n_stored,):
         raise ValueError(
-            f"weight indptr: runs from {indptr[0]} to {indptr[-1]} over {len(indices)} indices and {n_stored} stored; "
-            "need 0 to the number stored"
+            f"weight indptr: runs from {indptr[0]} to {indptr[-1]} over {len(indices)} indices and {n_stored} stored "
+            "entries; need 0 to the number of stored entries"
         )
 
 
 def check_indices(indptr: np.ndarray, indices: np.ndarray, limit: int) -> None:
-    """Order and range of every index. Raises ValueError."""
+    """Check order and range of every index; need 0 <= index < limit. Raises ValueError."""
     if (np.diff(indptr) < 0).any():
         raise ValueError("weight indptr: decreases; need a non-decreasing array")
     if len(indices) and not (0 <= indices.min() and indices.max() < limit):
-        raise ValueError(f"weight indices: outside 0..{limit - 1}")
+        raise ValueError(f"weight indices: outside 0..{limit - 1}; got {indices.min()} to {indices.max()}")
     rows = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
     if ((np.diff(rows) == 0) & (np.diff(indices) <= 0)).any():
-        raise ValueError("weight indices: not strictly ascending within a presynaptic unit")
+        raise ValueError("weight indices: not strictly ascending within a presynaptic unit; sort them")

@@ -1,4 +1,4 @@
-"""Blocks of weights, in compressed sparse rows of blocks."""
+"""The format "block": blocks of weights in compressed sparse rows of blocks (BSR)."""
 
 from __future__ import annotations
 
@@ -56,7 +56,10 @@ class BlockCSR(Weights):
         need_index(self.indptr, self.indices, -(-self.shape[0] // r), n_blocks)
 
     def check(self, full: bool = False) -> None:
-        """Cheap: sizes. `full`: order and range of block columns, finite values, zero padding."""
+        """With `full`, check order and range of block columns, finite values and zero padding. Raises ValueError.
+
+        The sizes were checked when the record was made.
+        """
         if full:
             check_indices(self.indptr, self.indices, -(-self.shape[1] // self.block[1]))
             self._check_values()
@@ -66,7 +69,10 @@ class BlockCSR(Weights):
 
     @classmethod
     def from_dense(cls, dense: np.ndarray, *, block: tuple[int, int]) -> BlockCSR:
-        """Keeps every block that has a non-zero entry. O(size of the matrix)."""
+        """Store every block that has a non-zero entry. O(size of the matrix).
+
+        Raises ValueError for a block that does not fit the matrix, and for NaN or infinity.
+        """
         dense = finite_matrix(dense)
         check_block(block, dense.shape)
         (n_pre, n_post), (r, c) = dense.shape, block
@@ -82,7 +88,7 @@ class BlockCSR(Weights):
 
     @classmethod
     def from_scipy(cls, matrix) -> BlockCSR:
-        """From a scipy.sparse BSR matrix of shape (n_pre, n_post)."""
+        """Convert a scipy.sparse BSR matrix of shape (n_pre, n_post). Raises TypeError for another scipy format."""
         if matrix.format != "bsr":
             raise TypeError(f"block weights: got a scipy {matrix.format} matrix, need bsr; call .tobsr(blocksize)")
         matrix = sp.bsr_array(matrix, copy=True)
@@ -99,14 +105,17 @@ class BlockCSR(Weights):
         )
 
     def to_scipy(self) -> sp.bsr_array:
-        """scipy BSR; refuses a shape that is no multiple of the block, which BSR cannot hold."""
+        """Convert to scipy BSR, as float32. Raises ValueError for a shape that is not a multiple of the block."""
         (n_pre, n_post), (r, c) = self.shape, self.block
         if n_pre % r or n_post % c:
-            raise ValueError(f"to_scipy: shape {self.shape} is no multiple of block {self.block}; scipy BSR needs one")
+            raise ValueError(
+                f"to_scipy: shape {self.shape} is no multiple of block {self.block}, which scipy BSR needs; convert to "
+                "csr first"
+            )
         return sp.bsr_array((self.blocks(), self.indices.copy(), self.indptr.copy()), shape=self.shape)
 
     def blocks(self) -> np.ndarray:
-        """(n_blocks, r, c) float32 copy of the blocks, in index order."""
+        """The blocks as a new array (n_blocks, r, c) float32, decoded, in the order of `indices`."""
         (r, c), floats = self.block, self.floats()
         parts = [
             floats[a * r * c : b * r * c].reshape(r, b - a, c).transpose(1, 0, 2)
@@ -115,10 +124,11 @@ class BlockCSR(Weights):
         return np.concatenate([*parts, np.zeros((0, r, c), np.float32)])
 
     def to_dense(self) -> np.ndarray:
-        """A (n_pre, n_post) float32 array."""
+        """The matrix as a new (n_pre, n_post) float32 array, decoded."""
         return np.ascontiguousarray(self._padded()[: self.shape[0], : self.shape[1]])
 
     def _padded(self) -> np.ndarray:
+        """The matrix with its padding to whole blocks, float32."""
         r, c = self.block
         rows, columns = len(self.indptr) - 1, -(-self.shape[1] // c)
         padded = np.zeros((rows, columns, r, c), np.float32)
@@ -149,13 +159,13 @@ class BlockCSR(Weights):
     def _spread(self, per_unit: np.ndarray) -> np.ndarray:
         r, c = self.block
         blocks = np.diff(self.indptr)
-        # Padding units past the last have zeros, whose scale does not matter.
+        # The units of the padding take the scale of the last unit; their weights are zero, so it has no effect.
         unit = np.minimum(np.arange(len(blocks) * r), max(self.shape[0] - 1, 0))
         return np.repeat(per_unit[unit], np.repeat(blocks * c, r))
 
 
 def check_block(block: tuple[int, int], shape: tuple[int, ...]) -> None:
-    """Refuse a block that is not positive or larger than the matrix."""
+    """Raise ValueError for a block with a size below 1, or larger than the matrix."""
     if len(block) != 2 or min(block) < 1:
         raise ValueError(f"block: got {block}, need two sizes >= 1 (presynaptic x postsynaptic)")
     if block[0] > max(shape[0], 1) or block[1] > max(shape[1], 1):
@@ -165,7 +175,7 @@ def check_block(block: tuple[int, int], shape: tuple[int, ...]) -> None:
 
 
 def _unit_major(blocks: np.ndarray, indptr: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Kept blocks of a (rows, r, columns, c) array, in the order of `BlockCSR.values`."""
+    """The stored blocks of a (rows, r, columns, c) array, flat, in the order of `BlockCSR.values`."""
     parts = [
         blocks[row][:, columns[a:b]].ravel() for row, (a, b) in enumerate(zip(indptr[:-1], indptr[1:], strict=True))
     ]

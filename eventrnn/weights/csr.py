@@ -1,4 +1,4 @@
-"""Single weights, in compressed sparse rows."""
+"""The format "csr": single weights in compressed sparse rows."""
 
 from __future__ import annotations
 
@@ -54,21 +54,24 @@ class CSR(Weights):
         need_index(self.indptr, self.indices, self.shape[0], len(self.values))
 
     def check(self, full: bool = False) -> None:
-        """Cheap: ends of `indptr`. `full`: order and range of every index, finiteness of every value."""
+        """With `full`, check order and range of every index, and that values are finite. Raises ValueError.
+
+        The ends of `indptr` were checked when the record was made.
+        """
         if full:
             check_indices(self.indptr, self.indices, self.shape[1])
             self._check_values()
 
     @classmethod
     def from_dense(cls, dense: np.ndarray) -> CSR:
-        """Keeps the non-zero entries. O(size of the matrix)."""
+        """Store the non-zero entries. O(size of the matrix). Raises ValueError for NaN or infinity."""
         dense = finite_matrix(dense)
         rows, columns = np.nonzero(dense)
         return cls(row_pointers(rows, dense.shape[0]), columns.astype(np.int32), dense[rows, columns], dense.shape)
 
     @classmethod
     def from_scipy(cls, matrix) -> CSR:
-        """From any scipy.sparse matrix of shape (n_pre, n_post); duplicates are summed, indices sorted."""
+        """Convert any scipy.sparse matrix of shape (n_pre, n_post). Duplicates are summed, and indices are sorted."""
         matrix = sp.csr_array(matrix, copy=True)
         matrix.sum_duplicates()
         return cls(
@@ -79,10 +82,11 @@ class CSR(Weights):
         )
 
     def to_scipy(self) -> sp.csr_array:
+        """Convert to scipy CSR, as float32."""
         return sp.csr_array((self.floats().copy(), self.indices.copy(), self.indptr.copy()), shape=self.shape)
 
     def to_dense(self) -> np.ndarray:
-        """A (n_pre, n_post) float32 array."""
+        """The matrix as a new (n_pre, n_post) float32 array, decoded."""
         dense = np.zeros(self.shape, np.float32)
         dense[np.repeat(np.arange(self.shape[0]), np.diff(self.indptr)), self.indices] = self.floats()
         return dense

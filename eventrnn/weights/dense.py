@@ -1,4 +1,4 @@
-"""Every weight of a matrix."""
+"""The format "dense": every weight of a matrix is stored."""
 
 from __future__ import annotations
 
@@ -38,20 +38,24 @@ class Dense(Weights):
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(n_pre, n_post)."""
         return self.values.shape  # type: ignore[return-value]
 
     def check(self, full: bool = False) -> None:
-        """Shapes and types hold by construction; `full` reads every value."""
+        """With `full`, check that every value is finite. Raises ValueError.
+
+        Shapes and dtypes were checked when the record was made.
+        """
         if full:
             self._check_values()
 
     @classmethod
     def from_dense(cls, dense: np.ndarray) -> Dense:
-        """The matrix as it is, copied."""
+        """Store a copy of the matrix. Raises ValueError for NaN or infinity."""
         return cls(np.array(finite_matrix(dense), order="C"))
 
     def to_dense(self) -> np.ndarray:
-        """A (n_pre, n_post) float32 copy."""
+        """The matrix as a new (n_pre, n_post) float32 array, decoded."""
         return self.values.copy() if self.storage == "float32" else self.floats()
 
     def fan_out(self) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""N:M sparsity: the same number of weights in every group of consecutive entries, with packed indices."""
+"""The format "nm": N:M sparsity, the same number of weights in every group of consecutive entries; packed indices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from eventrnn.weights.csr import CSR
 
 AXES = ("post", "pre")
 
-#: largest group: an index takes at most five bits
+#: The largest group. An index within it takes five bits.
 MOST = 32
 
 
@@ -71,18 +71,21 @@ class NM(Weights):
 
     @property
     def bits(self) -> int:
-        """Bits of an index within its group."""
+        """The number of bits of an index within its group."""
         return max(1, (self.m - 1).bit_length())
 
     @cached_property
     def indptr(self) -> np.ndarray:
-        """Where each unit's values begin, (n_pre + 1,) int64."""
+        """The position at which the values of each unit begin, and the end, (n_pre + 1,) int64."""
         if self.axis == "post":
             return np.arange(self.shape[0] + 1) * int(self._kept_of_groups().sum())
         return row_pointers(self._places()[0], self.shape[0])
 
     def check(self, full: bool = False) -> None:
-        """Cheap: sizes. `full`: range and order of the indices of every group, zero padding bits, finite values."""
+        """With `full`, check the indices of every group, zero padding bits and finite values. Raises ValueError.
+
+        The sizes were checked when the record was made.
+        """
         if not full:
             return
         group, line, code = self._stream()
@@ -94,16 +97,17 @@ class NM(Weights):
         loose = same & (code[1:] <= code[:-1])
         if loose.any():
             k = int(np.argmax(loose))
-            raise ValueError(f"nm codes: indices not strictly ascending in {self._name(group[k], line[k])}")
+            raise ValueError(f"nm codes: indices not strictly ascending in {self._name(group[k], line[k])}; sort them")
         if np.unpackbits(self.codes, bitorder="little")[len(self.values) * self.bits :].any():
             raise ValueError("nm codes: set bits after the last index; need zeros")
         self._check_values()
 
     @classmethod
     def from_dense(cls, dense: np.ndarray, n: int, m: int, axis: str = "post") -> NM:
-        """Keeps the non-zero entries, and in groups with fewer than n, zeros at the lowest free places.
+        """Store the non-zero entries, and in a group with fewer than n of them also zeros at its lowest free places.
 
-        Raises ValueError, naming the group, where one has more than n non-zero entries. O(size of the matrix).
+        Raises ValueError for a group with more than n non-zero entries, which the message names, for an n, m or axis
+        out of range, and for NaN or infinity. O(size of the matrix).
         """
         dense = finite_matrix(dense)
         check_nm(n, m, axis)
@@ -121,19 +125,19 @@ class NM(Weights):
         return cls(_codes_of(kept, m, axis), dense[kept], dense.shape, n, m, axis)
 
     def to_dense(self) -> np.ndarray:
-        """A (n_pre, n_post) float32 array."""
+        """The matrix as a new (n_pre, n_post) float32 array, decoded."""
         dense = np.zeros(self.shape, np.float32)
         dense[self._places()] = self.floats()
         return dense
 
     def to_csr(self) -> CSR:
-        """The same entries, stored zeros included, and the same storage. O(stored)."""
+        """The same entries in CSR, stored zeros included, in the same storage. O(stored)."""
         scales = None if self.scales is None else self.scales.copy()
         outputs = self._places()[1].astype(np.int32)
         return CSR(self.indptr.copy(), outputs, self.values.copy(), self.shape, scales)
 
     def transposed(self) -> NM:
-        """The transpose: the same n of each m along the other axis, stored zeros included. O(size of the matrix).
+        """The transposed matrix, N:M along the other axis, stored zeros included. O(size of the matrix).
 
         Raises ValueError for int8, whose scales belong to presynaptic units.
         """
@@ -156,8 +160,11 @@ class NM(Weights):
         return np.diff(self.indptr)
 
     def row_bytes(self) -> np.ndarray:
-        """Of codes, the whole bytes with a bit that unit j needs: along "post" those of its own groups, along "pre"
-        those of all outputs of its group, which say where the unit is kept."""
+        """See `Weights`. Codes are counted in whole bytes that hold a bit of a code which unit j needs.
+
+        Along "post" these are the codes of the unit's own groups. Along "pre" they are the codes of its group for all
+        outputs, which say for which outputs the unit is stored.
+        """
         kept = self._kept_of_groups()
         if self.axis == "post":
             edges = np.arange(self.shape[0] + 1) * int(kept.sum()) * self.bits
@@ -169,10 +176,11 @@ class NM(Weights):
         return f"{self.n}:{self.m} {self.axis}"
 
     def _length(self) -> int:
+        """The number of entries along the axis of the groups."""
         return self.shape[AXES[::-1].index(self.axis)]
 
     def _kept_of_groups(self) -> np.ndarray:
-        """How many each group along the axis keeps, (groups,) int64."""
+        """The number of weights that each group along the axis stores, (groups,) int64."""
         start = np.arange(0, self._length(), self.m)
         return np.minimum(self.n, np.minimum(self.m, self._length() - start))
 
@@ -186,7 +194,7 @@ class NM(Weights):
             lines = self.shape[0]
             return np.tile(group, lines), np.repeat(np.arange(lines), len(group)), code
         lines = self.shape[1]
-        # All groups keep as many, but perhaps the last.
+        # All groups store the same number, except perhaps the last one.
         whole, last = kept[:-1], kept[-1:]
         line = [np.tile(np.repeat(np.arange(lines), share[:1].sum()), len(share)) for share in (whole, last)]
         return np.repeat(np.arange(len(kept)), kept * lines), np.concatenate(line), code
@@ -205,7 +213,7 @@ class NM(Weights):
 
 
 def check_nm(n: int, m: int, axis: str) -> None:
-    """Refuse what is no n of each m, 1 <= n <= m, 2 <= m <= 32, along "post" or "pre"."""
+    """Raise ValueError unless 1 <= n <= m, 2 <= m <= 32, and the axis is "post" or "pre"."""
     if not (isinstance(n, int) and isinstance(m, int) and 1 <= n <= m and 2 <= m <= MOST):
         raise ValueError(f"nm: got {n}:{m}, need n of each m with 1 <= n <= m and 2 <= m <= {MOST}")
     if axis not in AXES:
@@ -213,7 +221,7 @@ def check_nm(n: int, m: int, axis: str) -> None:
 
 
 def _grouped(mask: np.ndarray, m: int, axis: str) -> np.ndarray:
-    """(lines, groups, m), False beyond the last member."""
+    """A mask by lines along the axis as (lines, groups, m); False beyond the last member of a line."""
     lines = mask if axis == "post" else mask.T
     groups = -(-lines.shape[1] // m)
     padded = np.zeros((len(lines), groups * m), bool)
@@ -222,13 +230,14 @@ def _grouped(mask: np.ndarray, m: int, axis: str) -> np.ndarray:
 
 
 def _ungrouped(groups: np.ndarray, axis: str, shape: tuple[int, int]) -> np.ndarray:
+    """The inverse of `_grouped`."""
     n_pre, n_post = shape
     lines = groups.reshape(len(groups), groups.shape[1] * groups.shape[2])
     return lines[:, :n_post] if axis == "post" else lines[:, :n_pre].T
 
 
 def _codes_of(kept: np.ndarray, m: int, axis: str) -> np.ndarray:
-    """The stream of codes of a mask that keeps the right number in each group."""
+    """The stream of codes of a mask that stores the right number of entries in each group."""
     groups = _grouped(kept, m, axis)
     code = np.nonzero(groups if axis == "post" else groups.transpose(1, 0, 2))[2]
     bits = np.unpackbits(code.astype(np.uint8)[:, None], axis=1, bitorder="little")
@@ -236,7 +245,7 @@ def _codes_of(kept: np.ndarray, m: int, axis: str) -> np.ndarray:
 
 
 def _touched(edges: np.ndarray) -> np.ndarray:
-    """Bytes that the bits between neighbouring edges lie in."""
+    """The number of bytes over which the bits between neighbouring edges extend."""
     first, last = edges[:-1] // 8, (edges[1:] - 1) // 8
     return np.where(edges[1:] > edges[:-1], last - first + 1, 0)
 

@@ -1,8 +1,8 @@
-"""How a weight is stored: float32, bfloat16 (the upper half of a float32's bits) or int8 with a scale.
+"""Storages of weights: float32, bfloat16 (the upper half of the bits of a float32), or int8 with a scale per unit.
 
-A storage is an option of every format. What counts everywhere, in products, counts and checks, is the decoded
-float32: `bits << 16` for bfloat16, `float32(q) * scale` for int8, one float32 multiplication, the scale that of the
-presynaptic unit. A dense float32 twin therefore gives the same bits. Knows nothing of formats.
+A storage is an option of every format. Products, counts and checks all use the decoded float32 weights: `bits << 16`
+for bfloat16, and `float32(q) * scale` for int8, which is one float32 multiplication by the scale of the presynaptic
+unit. A dense float32 matrix of the decoded weights therefore gives the same bits.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 
 from eventrnn.events import check_finite
 
-#: storage name -> type of a record's `values`; NumPy has no bfloat16, so its bits are held as integers
+#: storage name -> dtype of a record's `values`. NumPy has no bfloat16, so its bits are held as integers.
 DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(np.uint16),
@@ -20,18 +20,18 @@ DTYPES: dict[str, np.dtype] = {
 
 STORAGES = tuple(DTYPES)
 
-#: int8 weights span -INT8_MOST to INT8_MOST, so that every weight has its negative
+#: int8 codes range from -INT8_MOST to INT8_MOST, so that the negative of every weight has a code.
 INT8_MOST = 127
 
 
 def check_storage(storage: str) -> None:
-    """Refuse what is not in `STORAGES`."""
+    """Raise ValueError for a name that is not in `STORAGES`."""
     if storage not in DTYPES:
         raise ValueError(f"storage: got {storage!r}, need one of {', '.join(STORAGES)}")
 
 
 def storage_of(values: np.ndarray) -> str:
-    """The storage of an array of values, by its type. Raises TypeError."""
+    """The storage of an array of values, by its dtype. Raises TypeError for a dtype of no storage."""
     for name, dtype in DTYPES.items():
         if values.dtype == dtype:
             return name
@@ -41,12 +41,14 @@ def storage_of(values: np.ndarray) -> str:
 
 
 def to_bfloat16(floats: np.ndarray) -> np.ndarray:
-    """Bits of the nearest bfloat16 (uint16), ties to even; ValueError with its position where that is infinite.
+    """The bits (uint16) of the nearest bfloat16 of finite float32 numbers of any shape, ties to even.
 
-    Exact for every float32 whose lower 16 bits are zero, subnormals included. floats: finite float32, any shape.
+    Exact for every float32 whose lower 16 bits are zero, subnormals included. Raises ValueError for a number that
+    rounds to infinity, with its position.
     """
     bits = floats.view(np.uint32)
-    # Just below half of the last place kept, and that place's own bit: a tie carries into an odd one only.
+    # Add slightly less than half of the last place that is kept, plus the bit of that place. A tie then carries into
+    # the last place only if its bit is set, that is to even.
     rounded = ((bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
     infinite = (rounded & 0x7F80) == 0x7F80
     if infinite.any():
@@ -59,16 +61,16 @@ def to_bfloat16(floats: np.ndarray) -> np.ndarray:
 
 
 def from_bfloat16(bits: np.ndarray) -> np.ndarray:
-    """The float32 of each bfloat16, exactly."""
+    """The float32 value of each bfloat16; exact."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def int8_scales(most: np.ndarray) -> np.ndarray:
-    """float32 scales for units whose largest magnitudes are `most` (float32): `most / 127`, 1 where that is zero.
+    """The scales (float32) of units with the largest magnitudes `most` (float32): `most / 127`, or 1 where it is zero.
 
-    Where rounding would leave the scale too small to reach `most` (it may underflow to 0), or so large that
-    `127 * scale` overflows, it is the next float32 up or down. So every weight is within half a scale of its code,
-    but for the rounding of the one multiplication.
+    A rounded scale can be too small to reach `most` (it may underflow to 0), or so large that `127 * scale` overflows.
+    The next float32 up or down is taken then. Every weight is therefore within half a scale of its decoded code, apart
+    from the rounding of the multiplication that decodes it.
     """
     scales = most / np.float32(INT8_MOST)
     reach = np.float64(INT8_MOST) + 0.5
@@ -80,25 +82,28 @@ def int8_scales(most: np.ndarray) -> np.ndarray:
 
 
 def to_int8(floats: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """`rint(floats / scales)` within ±127; scales broadcast with floats. Divides in float64, so the nearest code."""
+    """The codes `rint(floats / scales)`, clipped to -127..127; `scales` broadcast with `floats`.
+
+    The division is in float64, so that a code is the nearest one.
+    """
     codes = np.rint(floats.astype(np.float64) / scales)
     return np.clip(codes, -INT8_MOST, INT8_MOST).astype(np.int8)
 
 
 def from_int8(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """`float32(code) * scale`, one float32 multiplication; scales broadcast with codes."""
-    # Scales that overflow make infinities, which are refused by name.
+    """The float32 value of each code: `float32(code) * scale`, one multiplication; `scales` broadcast with `codes`."""
+    # A scale that is too large gives infinities, for which the checks of the formats raise an error with the position.
     with np.errstate(over="ignore", invalid="ignore"):
         return codes.astype(np.float32) * scales
 
 
 def check_scales(values: np.ndarray, scales: np.ndarray | None, n_pre: int, full: bool) -> None:
-    """Cheap: int8 has (n_pre,) float32 scales, other storages none. `full`: scales finite and > 0, codes within ±127.
+    """Check that int8 values have (n_pre,) float32 scales and other storages have none. Raises TypeError.
 
-    Raises TypeError or ValueError.
+    With `full`, also check that scales are finite and > 0 and that codes are in -127..127. Raises ValueError.
     """
     if (values.dtype == np.int8) != (scales is not None):
-        got, need = ("None", "one float32 a presynaptic unit") if scales is None else (scales.dtype, "None")
+        got, need = ("None", "one float32 per presynaptic unit") if scales is None else (scales.dtype, "None")
         raise TypeError(f"weight scales: got {got} for {storage_of(values)} values, need {need}")
     if scales is None:
         return
