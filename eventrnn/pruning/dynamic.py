@@ -1,4 +1,4 @@
-"""Masks during training: set once, recomputed with straight-through gradients, or fixed in number with regrowth."""
+"""Masks during training: made once, recomputed from dense weights, or regrown with a fixed number of blocks."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class StaticMasks(Pruning):
 
     def check(self, parameters: Arrays) -> None:
         """Raise ValueError for a matrix that cannot have the pattern."""
-        _check(self.pattern, self, parameters)
+        _check_pattern(self.pattern, self, parameters)
 
     def update(self, step: int, parameters: Arrays, masks: Masks) -> bool:
         """Make the masks at step `start`. Weights that were pruned before stay pruned."""
@@ -153,7 +153,7 @@ class DynamicMasks(Pruning):
 
     def check(self, parameters: Arrays) -> None:
         """Raise ValueError for a matrix that cannot have the pattern."""
-        _check(self.pattern, self, parameters)
+        _check_pattern(self.pattern, self, parameters)
 
     def update(self, step: int, parameters: Arrays, masks: Masks) -> bool:
         """Set the parameters to masked weights, with new masks if they are due; at `end` the masks go to the model."""
@@ -210,7 +210,8 @@ class RegrownMasks(Pruning, CallOrderCheck):
     statistic: str = "l2"
     names: tuple[str, ...] | None = None
     exempt: tuple[str, ...] = ()
-    _hidden: dict[str, np.ndarray] = field(init=False, repr=False, default_factory=dict)
+    # Masks that are removed from the model for the step before a change.
+    _withheld: dict[str, np.ndarray] = field(init=False, repr=False, default_factory=dict)
     # Masks of weights that were pruned before `start`; these stay pruned.
     _before: dict[str, np.ndarray] = field(init=False, repr=False, default_factory=dict)
 
@@ -239,22 +240,22 @@ class RegrownMasks(Pruning, CallOrderCheck):
             return True
         if self.start < step < self.end and (step - self.start) % self.every == 0:
             for name in self.matrices(parameters):
-                self._hidden[name] = masks.pop(name)
+                self._withheld[name] = masks.pop(name)
         return False
 
     def after_step(self, step: int, parameters: Arrays, masks: Masks, gradients: Arrays, rate: float) -> None:
         """Drop and grow blocks, if a change is due after this step."""
         self.note_step()
         fraction = self.share * (1 + cos(pi * (step - self.start) / (self.end - self.start or 1))) / 2
-        for name, mask in self._hidden.items():
+        for name, mask in self._withheld.items():
             parameter = parameters[name]
             parameter *= mask
             before = self._before.get(name)
-            masks[name] = self._moved(parameter, gradients[name], mask, fraction, before)
+            masks[name] = self._replaced(parameter, gradients[name], mask, fraction, before)
             if before is not None:
                 masks[name] &= before
             parameter *= masks[name]
-        self._hidden = {}
+        self._withheld = {}
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The masks of weights that were pruned before `start`."""
@@ -264,9 +265,10 @@ class RegrownMasks(Pruning, CallOrderCheck):
         """Restore these masks."""
         self._before = {name: array.astype(bool) for name, array in arrays.items()}
 
-    def _moved(
+    def _replaced(
         self, weights: np.ndarray, gradient: np.ndarray, mask: np.ndarray, fraction: float, before: np.ndarray | None
     ) -> np.ndarray:
+        """The mask after a change in which the share `fraction` of its kept blocks is replaced."""
         kept = to_blocks(mask, self.block).any(axis=(1, 3)).ravel()
         free = ~kept if before is None else ~kept & to_blocks(before, self.block).any(axis=(1, 3)).ravel()
         count = min(int(fraction * kept.sum()), int(free.sum()))
@@ -289,7 +291,7 @@ def _check_every(every: int, start: int, end: int, too_many: int) -> None:
         )
 
 
-def _check(pattern: Pattern, pruning: Pruning, parameters: Arrays) -> None:
+def _check_pattern(pattern: Pattern, pruning: Pruning, parameters: Arrays) -> None:
     """Make each mask once, so that the pattern raises ValueError before the training for a matrix that does not fit."""
     for name in pruning.matrices(parameters):
         pattern.mask(name, parameters[name])

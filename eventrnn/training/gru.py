@@ -27,17 +27,22 @@ class GRU(Model):
 
     def __init__(self, network: Network, *, backward: str = "auto", threads: int = 1, thresholds: str = "positive"):
         super().__init__(network, backward=backward, threads=threads, thresholds=thresholds)
-        self._engines = [_Engine(cell, "dense", self._team, self._arena) for cell in self.cells]
+        self._engines = [GRULayerEngine(cell, "dense", self._team, self._arena) for cell in self.cells]
 
     def network(self) -> Network:
         """Raises ValueError: no event network has the outputs of a GRU."""
         raise ValueError("network: a GRU has no event network; its weights are in `parameters`")
 
 
-class _Engine(LayerEngine):
-    """One GRU layer in NumPy. Nearly all of its time is spent in the matrix products, which BLAS does."""
+class GRULayerEngine(LayerEngine):
+    """One GRU layer in NumPy, forward and backward. Nearly all of its time is spent in matrix products through BLAS.
+
+    In its tapes `q` is the recurrent drive of the candidate, `v` the state h after each step, and `y` and `c` are h
+    with the state before the window in front.
+    """
 
     def forward(self, p, x, c, y, zoneout_mask) -> LayerTape:
+        """Run a window from the state y (B, N); c is not used. See `LayerEngine.forward`."""
         (steps, batch), n = x.shape[:2], len(p["w_rec"])
         drive_in = np.ascontiguousarray(x).reshape(steps * batch, -1) @ p["w_in"] + p["bias_in"]
         drive_in = drive_in.reshape(steps, batch, 3 * n)
@@ -55,6 +60,7 @@ class _Engine(LayerEngine):
         return LayerTape(x, p["w_rec"], u, r, g, q, h[1:], h, h, p["threshold"])
 
     def backward(self, p, tape, d_y, d_cell, input_mask, stored=False) -> LayerGradients:
+        """Gradients of the parameters and of the input, by dense products. See `LayerEngine.backward`."""
         h, (steps, batch, n) = tape.y, tape.v.shape
         d_in, d_rec = np.empty((steps, batch, 3 * n), F32), np.empty((steps, batch, 3 * n), F32)
         d_later = np.zeros((batch, n), F32)

@@ -1,8 +1,8 @@
 """Optimisers, clipping and learning-rate schedules.
 
 An optimiser changes parameters in place: `step(parameters, gradients, rate)`. Its state is `arrays()` and `numbers()`,
-from which `restore` continues bit for bit. After each step
-`Model.apply_masks` enforces masks and the bounds of thresholds.
+from which `restore` continues bit for bit. After each step `Model.apply_masks` enforces masks and the bounds of
+thresholds.
 """
 
 from __future__ import annotations
@@ -115,9 +115,12 @@ class Rule(ABC):
 
     @abstractmethod
     def _update(self, name, value, gradient, rate, decay, l2) -> None:
-        """Update one parameter in place;
+        """Update one parameter in place.
 
-        `value` and `gradient` are flat, `decay` is decoupled, `l2` adds to the gradient.
+        value, gradient : flat float32 arrays of the parameter
+        rate            : its learning rate
+        decay           : decoupled weight decay
+        l2              : factor of the parameter that is added to the gradient
         """
 
     def validated(self, loss: float, parameters: Arrays) -> bool:

@@ -1,8 +1,8 @@
-"""One layer through a window, forward and backward, and the choice between sparse products and BLAS.
+"""One layer through a window, forward and backward, and the selection between sparse products and BLAS.
 
-The choice depends on the window alone (its activity, its active pairs and the masks), not on earlier windows, so that a
-resumed run makes the same one. Recurrent drives always go over events: at high activity the kernel reads the weights of
-every unit anyway, and the events of training are then those of the inference engine, bit for bit.
+The selection depends on the window alone (its activity, its active pairs and the masks) and not on earlier windows. A
+resumed run therefore selects the same products. Recurrent drives always go over events: at high activity the kernel
+visits every unit anyway, and the events of training are then those of the inference engine, bit for bit.
 
 Equations: `reference.forward` and `reference.backward`.
 """
@@ -45,16 +45,16 @@ from eventrnn.training.bptt.workspace import Arena, Workspace
 
 F32 = np.float32
 
-# Products go over events up to these shares of non-zero inputs (or of active pairs), multiplied by the share of weights
-# that are stored: input drives, weight gradients, and gradients of what was sent. Measured at 1350 units on one thread
-# of an AVX-512 server, events and BLAS are equally fast at 0.63, 0.55 and 0.41 for 20 samples, at 0.62, 0.61 and 0.38
-# for 80.
+# Largest shares at which products go over events: for input drives and weight gradients the share of non-zero inputs,
+# for the gradients of outputs the share of active pairs, each multiplied by the share of weights that are stored.
+# Measured at 1350 units on one thread of an AVX-512 server, events and BLAS are equally fast at 0.63, 0.55 and 0.41 for
+# 20 samples, and at 0.62, 0.61 and 0.38 for 80 samples.
 DRIVES_UP_TO, EVENTS_UP_TO, PAIRS_UP_TO = 0.55, 0.5, 0.4
 
-# About how many rows are sampled to estimate the share of active pairs.
+# The approximate number of rows that are sampled to estimate the share of active pairs.
 SAMPLED_ROWS = 512
 
-# Floats that kernels may read past the last row.
+# The number of floats that kernels may read past the last row.
 SPARE = 16 * LANES
 
 
@@ -70,18 +70,19 @@ class _Sweep:
 
     @property
     def rows(self) -> int:
+        """Steps times samples."""
         return self.shape.steps * self.shape.batch
 
 
 class LayerEngine:
-    """Runs one layer. Keeps sparse patterns while masks last, and memory between windows.
+    """Runs one layer. It keeps the sparse patterns until the masks change, and its memory from window to window.
 
     Parameters
     ----------
-    cell          : variant and surrogate
+    cell          : variant and surrogate of the layer
     backward_mode : "auto", "dense" or "sparse", see `Model`
-    team          : threads
-    arena         : memory, shared by the layers of a model
+    team          : the threads that run the kernels
+    arena         : memory for arrays, shared by the layers of a model
     """
 
     def __init__(self, cell: Cell, backward_mode: str, team: Team, arena: Arena):
@@ -95,7 +96,12 @@ class LayerEngine:
     # --- patterns -----------------------------------------------------------------------------------------------
 
     def pattern(self, name: str, shape: tuple[int, int], mask: np.ndarray | None) -> Pattern:
-        """The pattern of a mask, made again only when the mask has changed."""
+        """The pattern of a mask. It is made again only when the mask has changed.
+
+        name  : "w_in" or "w_rec"
+        shape : (n_pre, 3N)
+        mask  : (n_pre, 3N) bool; None where all weights are kept
+        """
         before = self.masks.get(name)
         same = before is None if mask is None else before is not None and self._equal(mask, before)
         if name not in self.patterns or not same:
@@ -138,12 +144,12 @@ class LayerEngine:
     def forward(
         self, p: dict, x: np.ndarray, c: np.ndarray, y: np.ndarray, zoneout_mask: np.ndarray | None
     ) -> LayerTape:
-        """Run a window from a state.
+        """Run a window from a state. Equals `reference.forward`.
 
         p            : `w_in` (I, 3N), `w_rec` (N, 3N), `bias_in` and `bias_rec` (3N,), `threshold` (N,)
         x            : (T, B, I) inputs
-        c, y         : (B, N) state
-        zoneout_mask : (T, B, N) bool, or None
+        c, y         : (B, N) cells and outputs before the window
+        zoneout_mask : (T, B, N) bool, True where a unit keeps its cell; None without zoneout
         """
         (steps, batch), n = x.shape[:2], len(p["threshold"])
         shape, pitch, take = WindowShape(self.paper, steps, batch, n), _pitch(n), self.arena.take
@@ -224,7 +230,7 @@ class LayerEngine:
         return counts.sum() / max(1, flat.size)
 
     def _sparse(self, pattern: Pattern, share: float, limit: float) -> bool:
-        """Whether a product goes over events (or active pairs) that make up so large a share."""
+        """Whether a product goes over events (or active pairs), of which there are the share `share` of all entries."""
         if self.backward_mode != "auto":
             return self.backward_mode == "sparse"
         return share * pattern.stored <= limit * pattern.shape[0] * pattern.shape[1]
@@ -261,12 +267,12 @@ class LayerEngine:
         input_mask: GradientMask | None,
         stored: bool,
     ) -> LayerGradients:
-        """Gradients of the parameters, and of the input.
+        """Gradients of the parameters and of the input. Equals `reference.backward` up to the rounding of sums.
 
-        p          : `w_in` (I, 3N)
-        d_y        : (T, B, N) contiguous float32, gradient of the output
-        d_cell     : (T, B, N) gradient of the cell state before the event, or None
-        input_mask : where the gradient of the input is needed; None: nowhere
+        p          : `w_in` (I, 3N); other parameters are read from the tape
+        d_y        : (T, B, N) contiguous float32, gradient with respect to the output
+        d_cell     : (T, B, N) gradient with respect to the cell before the event, or None
+        input_mask : where the gradient of the input is needed; None for nowhere
         stored     : return gradients of pruned matrices as their kept elements only, in the order of `matrix[mask]`
         """
         steps, batch, n = tape.v.shape
@@ -327,7 +333,7 @@ class LayerEngine:
     def _count_active(
         self, surrogate: SurrogateParameters, v: np.ndarray, first: int, last: int, n: int, step: int = 1
     ) -> np.ndarray:
-        """In how many of every `step`-th of the rows `first` to `last` of v each unit fired or has a slope, (N,)."""
+        """Count the rows in which each unit fired or has a slope, (N,) int64; of v every `step`-th row in a range."""
         counts = np.empty(n, F32)
         self.team.run(cell_update.count_active, surrogate, v, first, last, step, n, counts)
         return counts.astype(np.int64)
@@ -364,8 +370,10 @@ class LayerEngine:
         work.dots_stored = pattern.stored_out()
 
     def _sampled(self, pattern: Pattern, stored: np.ndarray, low: int, high: int) -> SampledWeights:
-        """The columns `low` to `high` of a matrix for sampled products. For the layout ALL, `values` has space for the
-        packed chunks."""
+        """The columns `low` to `high` of a matrix for sampled products.
+
+        For the layout ALL, `values` of the result is space for packed chunks.
+        """
         values = self.workspace.chunks(pattern.shape[0], high - low) if pattern.layout == ALL else stored
         bounds = pattern.bounds(low, high)
         return SampledWeights(pattern.layout, pattern.width, values, pattern.columns, bounds, low, high - low)
@@ -374,7 +382,7 @@ class LayerEngine:
         """The stored weights of a matrix, segments padded with zeros."""
         values = self.arena.take(pattern.stored + SPARE)
         if pattern.layout == SEGMENTS:
-            # Memory of the arena may hold anything, and the padding is multiplied.
+            # Memory of the arena is not initialised, and the padding is multiplied.
             values[:] = 0
         pattern.pick(self.team, w, values)
         return values
@@ -483,7 +491,7 @@ class LayerEngine:
         return gradient
 
     def _masked(self, name: str, gradient: np.ndarray, stored: bool) -> np.ndarray:
-        """A dense gradient without that of pruned weights: those elements left out (`stored`), or zero."""
+        """A dense gradient in which the elements of pruned weights are left out (`stored`) or zero."""
         mask = self.masks[name]
         if mask is None:
             return gradient
@@ -536,13 +544,15 @@ class LayerEngine:
 
 
 def _pitch(n: int) -> int:
-    """Floats from one row of drives or deltas to the next."""
+    """The number of floats from one row of drives or deltas to the next, for n units."""
     return -(-3 * n // LANES) * LANES + 4 * LANES
 
 
 def split_gates(cell: Cell, w_rec: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The columns of the gates u and r, and those of the candidate, contiguous for BLAS. In the released variant, all
-    columns twice."""
+    """The columns of the gates u and r, and those of the candidate, as contiguous arrays for BLAS.
+
+    In the released variant, which multiplies all columns at once, both are the whole matrix.
+    """
     n = len(w_rec)
     if cell.variant == "evnn":
         return w_rec, w_rec

@@ -1,7 +1,7 @@
-"""The sparsity pattern of a weight matrix, and the matrix packed for the kernels of training.
+"""The sparsity pattern of a weight matrix, and the matrix packed for the training kernels.
 
-A `Pattern` is made of a mask, and lasts until the mask changes. Parameters stay dense arrays; in each window the stored
-weights are copied from them into a `PackedMatrix`, in the layout of `cpu/packing.py`.
+A `Pattern` is made from a mask and is used until the mask changes. Parameters stay dense arrays. In each window the
+stored weights are copied from them to a `PackedMatrix`, in the layout of `cpu/packing.py`.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from eventrnn.cpu.threads import Team
 from eventrnn.training.bptt.kernels import spmm
 from eventrnn.training.bptt.kernels.records import ALL, SEGMENTS, SINGLE, PackedWeights
 
-# Segments are as wide as the widest of these that the mask is made of.
+# A mask is stored in segments of the widest of these widths of which it consists.
 SEGMENT_WIDTHS = (64, 32, 16)
 
-# Above these shares of kept weights, products work on all weights. Rules of thumb, not measured.
+# Above these shares of kept weights, products read all weights. These are rules of thumb and were not measured.
 SEGMENTS_UP_TO, SINGLE_UP_TO = 0.5, 0.15
 
-# Drives of a step share the rows that they read from one event per unit on, at the activity that networks are usually
-# trained to.
+# The activity to which networks are usually trained, in events per unit and step. It selects the kind of column tile of
+# dense weights: with SHARED_EVENTS or more events per unit and step over all samples, drives share the rows they read.
 USUAL_ACTIVITY = 0.1
 
 
 @dataclass
 class Pattern:
-    """Which weights of a matrix (n_pre, columns) products work on, and which weights are kept.
+    """The weights of a matrix (n_pre, columns) that products read, and the weights that are kept.
 
     Attributes
     ----------
@@ -72,7 +72,7 @@ class Pattern:
     columns: np.ndarray
     valid: np.ndarray
     kept: np.ndarray
-    # Indices that follow from the above, computed at their first use.
+    # Index arrays that follow from the fields above; they are computed at their first use.
     cached: dict = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -108,7 +108,7 @@ class Pattern:
 
     @property
     def stored(self) -> int:
-        """Weights that a product may touch, the padding of segments included."""
+        """The number of weights that a product reads, the padding of segments included."""
         return self.shape[0] * self.shape[1] if self.layout == ALL else len(self.units) * self.width
 
     def stored_out(self) -> np.ndarray:
@@ -157,8 +157,10 @@ class Pattern:
 
 
 def _segments(mask: np.ndarray, width: int) -> np.ndarray | None:
-    """(n_pre, segments) which runs of `width` columns are kept; None where a run is kept in part, or is wider than the
-    matrix."""
+    """The runs of `width` columns that are kept, (n_pre, segments) bool.
+
+    None if a run is kept only in part, or if the matrix is narrower than a run.
+    """
     n, columns = mask.shape
     if columns < width:
         return None
@@ -180,12 +182,12 @@ class PackedMatrix:
 
     Attributes
     ----------
-    tiles  : (ranges, tiles, FIELDS) int64; the first `n_gate_tiles` are of the gates u and r, the others of
-             the candidate
+    tiles  : (ranges, tiles, FIELDS) int64; the first `n_gate_tiles` hold columns of the gates u and r, the others those
+             of the candidate
     values, index, pointers : pools, see `cpu/packing.py`
-    most   : most stored segments of one unit, 0 for the layout ALL
-    source : what `fill` needs to copy the weights: for ALL, per range a table as of `spmm.pack_tiles`; otherwise unit,
-             first column and number of columns of each stored entry
+    most   : largest number of stored segments of a unit, 0 for the layout ALL
+    source : what `fill` needs to copy the weights. For ALL, one table of `spmm.pack_tiles` per range; otherwise the
+             unit, the first column and the number of columns of each stored entry
     """
 
     pattern: Pattern
@@ -207,13 +209,15 @@ class PackedMatrix:
             team.run(spmm.pack_segments, flat, columns, *self.source, self.pattern.width, self.values)
 
     def record(self, bias: np.ndarray) -> PackedWeights:
-        """What kernels take."""
+        """The record that kernels take; `bias` (columns,) float32 is the bias of the drives."""
         return PackedWeights(self.tiles, self.n_gate_tiles, WeightPools(self.values, self.index, self.pointers, bias))
 
 
 def pack_matrix(pattern: Pattern, unit_ranges: list[tuple[int, int]], rows: int) -> PackedMatrix:
-    """Lay out a matrix (n_pre, 3N) for threads that own the units of `unit_ranges`, for products of `rows` drives. The
-    weights are copied by `PackedMatrix.fill`."""
+    """Lay out a matrix (n_pre, 3N) for threads that own the units of `unit_ranges`, for products of `rows` drives.
+
+    `PackedMatrix.fill` copies the weights afterwards.
+    """
     n = pattern.shape[1] // 3
     if pattern.layout == ALL:
         return _pack_all(pattern, unit_ranges, n, rows)
@@ -240,8 +244,11 @@ _FIELD = {
 
 
 def _tables(groups: list[list[list[list[int]]]]) -> tuple[np.ndarray, int]:
-    """One table per range of units, and where the candidate's tiles begin. `groups` holds, for the gates u and r and
-    for the candidate, the tiles of each range. Groups are padded with empty tiles to the same length in all ranges."""
+    """One table per range of units, and the number of the first tile of the candidate.
+
+    `groups` has the tiles of each range, for the gates u and r, and for the candidate. Groups are padded with empty
+    tiles to the same length in all ranges.
+    """
     lengths = [max(map(len, group)) for group in groups]
     ranges = len(groups[0])
     rows = [
@@ -291,7 +298,7 @@ def _pack_segments(pattern: Pattern, unit_ranges: list[tuple[int, int]], n: int)
             entries = np.flatnonzero(mine)
             begin = np.searchsorted(pattern.units[entries], unit_range)
             end = np.searchsorted(pattern.units[entries], unit_range + 1)
-            # Per unit: first and past-the-last index, and the first segment, which is the first index here.
+            # Per unit: the first index, the index after the last one, and the first segment, here the first index.
             pointers.append(np.stack([begin, end, begin], axis=1).ravel())
             most = max(most, int((end - begin).max(initial=0)))
             width = pattern.width

@@ -1,4 +1,4 @@
-"""What one layer keeps of a window, and what its backward pass takes and returns."""
+"""Records of one layer and window: what the forward pass keeps, and what the backward pass takes and returns."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ F32 = np.float32
 
 @dataclass
 class LayerTape:
-    """What the backward pass needs of one layer and window. T steps, B samples, N units, I inputs.
+    """What the backward pass needs of one layer and window. T steps, B samples, N units, I inputs; float32.
 
     Attributes
     ----------
     x         : (T, B, I) inputs
-    w_rec     : (N, 3N) recurrent weights that were used, DropConnect included
-    u, r, g, q, v : (T, B, N) gates, candidate's recurrent drive (r * y in the paper's variant), cell before the event
+    w_rec     : (N, 3N) recurrent weights that were used, with DropConnect applied
+    u, r, g   : (T, B, N) keep gate, reset gate and candidate
+    q         : (T, B, N) recurrent drive of the candidate; in the paper's variant r * y of the step before
+    v         : (T, B, N) cell before the event
     y, c      : (T + 1, B, N) output and cell after the event; the first step is the state before the window
     threshold : (N,)
     share_in  : share of x that is not zero
     support   : share of (step, sample, unit) triples where the unit fired or its surrogate slope is not zero; NaN until
                 the backward pass
-    work      : operations of the backward pass by matrix; empty until then
+    work      : operations of the backward pass by matrix; empty until the backward pass
     engine    : the engine that wrote the tape
     """
 
@@ -56,14 +58,14 @@ class LayerTape:
 
 @dataclass
 class MatrixInputs:
-    """What a matrix was multiplied with over a window.
+    """The presynaptic values with which a matrix was multiplied in a window.
 
     Attributes
     ----------
-    arrays : flat (T * B, n_pre) each: one array, or, for `w_rec` in the paper's variant, the inputs of the gates u and
-             r, and those of the candidate
+    arrays : flat arrays (T * B, n_pre). There is one; for `w_rec` in the paper's variant there are two, the inputs of
+             the gates u and r, and those of the candidate
     share  : share of the first array that is not zero
-    lists  : events of each array by unit, where the weight gradient goes over events
+    lists  : events of each array by unit; empty where the weight gradient is computed by BLAS
     """
 
     arrays: tuple[np.ndarray, ...]
@@ -73,8 +75,13 @@ class MatrixInputs:
 
 @dataclass
 class LayerGradients:
-    """Result of a layer's backward pass: gradients by name (`w_in`, `w_rec`, `bias_in`, `bias_rec`, `threshold`), and
-    that of its input (T, B, I), or None."""
+    """The result of the backward pass of a layer.
+
+    Attributes
+    ----------
+    gradients : arrays by name: `w_in`, `w_rec`, `bias_in`, `bias_rec`, `threshold`
+    d_x       : (T, B, I) gradient of the input; None where it was not requested
+    """
 
     gradients: dict[str, np.ndarray]
     d_x: np.ndarray | None
@@ -82,13 +89,13 @@ class LayerGradients:
 
 @dataclass(frozen=True)
 class GradientMask:
-    """At which inputs of a layer the gradient is needed: at all of them, or at active pairs of the layer below.
+    """The inputs of a layer at which the gradient is needed: all of them, or the active pairs of the layer below.
 
     Attributes
     ----------
-    v         : flat (T * B, I) cell states of the layer below; None: the gradient is needed everywhere
+    v         : flat (T * B, I) cell states of the layer below; None where the gradient is needed at all inputs
     surrogate : surrogate and thresholds of the layer below
-    zeroed    : the gradient is zero where it is not needed; otherwise it may be anything there
+    zeroed    : True where the gradient must be zero at the other inputs; otherwise it is undefined there
     """
 
     v: np.ndarray | None = None
@@ -104,7 +111,7 @@ class GradientMask:
 
     @classmethod
     def of_mask(cls, mask: np.ndarray, team: Team, arena: Arena) -> GradientMask:
-        """Where a boolean mask (T, B, I) is True: cell states of one above thresholds of zero."""
+        """The inputs where a boolean mask (T, B, I) is True, as cell states of one with thresholds of zero."""
         v = arena.take(mask.size)
         team.run(cell_update.convert_to_float32, np.ascontiguousarray(mask).reshape(-1), v)
         return cls(v, SurrogateParameters(0, F32(0), F32(1), np.zeros(mask.shape[2], F32)), zeroed=True)
@@ -116,6 +123,6 @@ class GradientMask:
 
 
 def surrogate_parameters(cell: Cell, threshold: np.ndarray) -> SurrogateParameters:
-    """The surrogate of a cell as kernels take it."""
+    """The surrogate of a cell and the thresholds (N,) as the record of the kernels."""
     rule = cell.surrogate
     return SurrogateParameters(rule.code, F32(rule.dampening), F32(rule.support), threshold)

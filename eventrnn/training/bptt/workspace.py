@@ -24,7 +24,7 @@ from eventrnn.training.bptt.kernels.records import (
 
 
 class Workspace:
-    """Builds the scratch records of `kernels/records.py` for so many threads, out of an arena."""
+    """Builds the scratch records of `kernels/records.py` for a number of threads, with memory of an arena."""
 
     def __init__(self, arena: Arena, threads: int):
         self.take, self.threads = arena.take, threads
@@ -43,7 +43,10 @@ class Workspace:
         return Rebalancing(np.zeros((2, threads), np.int64), np.zeros((threads, threads + 1), np.int64), SLACK)
 
     def step_events(self, n: int, batch: int) -> tables.EventLists:
-        """Three buffers of `batch` rows with a segment per thread, each with space for a vector past its last event."""
+        """Event lists of three steps, `batch` rows each, with a list per row and thread.
+
+        Every list has space for one vector past its last event.
+        """
         take, rows = self.take, 3 * batch
         size = rows * (n + LANES * self.threads) + LANES
         slots = rows * self.threads
@@ -52,7 +55,7 @@ class Workspace:
         )
 
     def row_events(self, n: int, rows: int) -> tables.EventLists:
-        """For each thread, `rows` rows of n elements."""
+        """For each thread the event lists of `rows` rows of n elements."""
         take, threads, size = self.take, self.threads, rows * n + LANES
         return tables.EventLists(
             take(threads, size, dtype=np.int32),
@@ -64,8 +67,10 @@ class Workspace:
     def event_lists(
         self, m_rows: int, c_rows: int, *threads: int, tile: int = event_lists.TILE_ROWS
     ) -> CompressedEvents:
-        """Lists for `c_rows` sums over `m_rows` rows, in tiles of `tile` of the rows that are added; `threads` is a
-        leading axis, or nothing."""
+        """Event lists of `c_rows` sums over `m_rows` rows, in tiles of `tile` of the rows that are added.
+
+        threads : the number of threads, for a leading axis of threads; nothing for arrays without that axis
+        """
         take, tiles = self.take, -(-m_rows // tile)
         most = tiles * (c_rows * tile + LANES)
         return CompressedEvents(
@@ -76,7 +81,7 @@ class Workspace:
         )
 
     def list_scratch(self, n: int) -> ListScratch:
-        """For event lists of n rows or units."""
+        """Scratch to build event lists of n rows or units."""
         take, threads = self.take, self.threads
         return ListScratch(
             take(threads, n, dtype=np.int64),
@@ -86,18 +91,20 @@ class Workspace:
         )
 
     def segment_tile(self, width: int) -> np.ndarray:
-        """A tile of delta for each thread, as wide as a segment."""
+        """For each thread a tile of the deltas, as wide as a segment."""
         return self.take(self.threads, spmm.SEGMENT_ROWS * width)
 
     def strip(self, rows: int) -> StripScratch:
-        """A tile of the rows that are added, and a strip of `rows` sums."""
+        """For each thread a tile of the rows that are added, and a strip of `rows` sums."""
         return StripScratch(
             self.take(self.threads, event_lists.TILE_ROWS * spmm.STRIP), self.take(self.threads, rows * spmm.STRIP)
         )
 
     def pairs(self, tiled: bool, n: int, rows: int) -> ActivePairs:
-        """Lists of the active pairs of `rows` rows and n units; `tiled`, also tile by tile. Threads may be at different
-        rows, so each has its own."""
+        """For each thread the lists of active pairs of `rows` rows and n units; with `tiled` also the lists by tile.
+
+        Every thread has lists of its own, because threads may be at different rows.
+        """
         take, threads, step = self.take, self.threads, event_lists.tile_rows(rows)
         lists = -(-rows // step) * n if tiled else 0
         size = lists * (step + event_lists.PAIRS)
@@ -114,11 +121,11 @@ class Workspace:
         )
 
     def chunks(self, n: int, columns: int) -> np.ndarray:
-        """Packed weights of n units for `sddmm_dense`."""
+        """Space for the packed weights of n units and `columns` columns, as `sddmm_dense` reads them."""
         return self.take(-(-columns // sddmm.CHUNK) * n * sddmm.CHUNK)
 
 
-# Most buffers of one size and dtype that are kept; a stack's tapes and those of the window before need fewer.
+# The largest number of buffers of one size and dtype that are kept. The tapes of two windows need fewer.
 MOST_BUFFERS = 256
 
 
@@ -160,7 +167,7 @@ _COUNTS_ARE_EXACT = sys.implementation.name == "cpython" and getattr(sys, "_is_g
 
 
 class _Buffer:
-    """Memory, and the array that owns it, which is the base of every view."""
+    """Memory, and the object that owns it, which is the base of every view."""
 
     def __init__(self, size: int, dtype: DTypeLike):
         self.array = aligned_zeros(size, dtype)
@@ -168,4 +175,5 @@ class _Buffer:
         self.idle = self.references()
 
     def references(self) -> int:
+        """The present number of references to the owner."""
         return sys.getrefcount(self.owner)

@@ -20,7 +20,8 @@ from eventrnn.cpu.kernels.jit import compiled
 from eventrnn.cpu.kernels.simd import LANES, load, store
 from eventrnn.cpu.kernels.simd_reductions import everywhere, sum_lanes
 
-# A float32 lane counts exactly up to 2^24; lanes are summed sixteen times as often.
+# Vectors that are counted in float32 lanes before the lanes are summed. The sum of sixteen lanes is then at most 2^24,
+# up to which float32 counts exactly.
 MOST_COUNTED = 1 << 20
 
 # --- forward ------------------------------------------------------------------------------------------------
@@ -28,7 +29,7 @@ MOST_COUNTED = 1 << 20
 
 @compiled
 def update(n, low, high, drive_in, a, drive_rec, b, threshold, tape, s, to):
-    """Released variant. `tape.q` keeps the candidate's recurrent drive."""
+    """Update the units in the released variant. `tape.q` keeps the candidate's recurrent drive."""
     whole = low + (high - low) // LANES * LANES
     for i in range(low, whole, LANES):
         q, theta = load(drive_rec, b + 2 * n + i), load(threshold, i)
@@ -66,7 +67,7 @@ def update(n, low, high, drive_in, a, drive_rec, b, threshold, tape, s, to):
 
 @compiled
 def reset_gate(n, low, high, drive_in, a, drive_rec, b, tape, s):
-    """Paper's variant, before the recurrent product: the reset gate r, and the values q = r * y that it lets pass."""
+    """Paper's variant, before the candidate's recurrent product: the reset gate r, and its input q = r * y."""
     whole = low + (high - low) // LANES * LANES
     for i in range(low, whole, LANES):
         r = cells.egru_reset_gate(load(drive_in, a + n + i), load(drive_rec, b + n + i))
@@ -79,7 +80,7 @@ def reset_gate(n, low, high, drive_in, a, drive_rec, b, tape, s):
 
 @compiled
 def update_paper(n, low, high, drive_in, a, drive_rec, b, threshold, tape, s, to):
-    """Paper's variant, after the recurrent product: the candidate's recurrent drive is W_rec_g q."""
+    """Paper's variant, after the candidate's recurrent product, which gives its recurrent drive W_rec_g q."""
     whole = low + (high - low) // LANES * LANES
     for i in range(low, whole, LANES):
         v, u, g = cells.egru_paper_value(
@@ -259,9 +260,10 @@ def reset_gate_adjoint(n, low, high, tape, s, d_q, at, deltas, d, d_y_before, to
 
 @compiled
 def count_active(thread, n_threads, surrogate, v, first, last, step, n, counts_out):
-    """In how many of every `step`-th of the rows `first` to `last` of v (rows, N) each unit fired or has a slope.
+    """Count the rows of v (rows, N) in which each unit fired or has a slope, among every `step`-th row of a range.
 
-    A thread owns some units. `counts_out` (N,) is float32, so that sixteen units are counted at once; exact up to 2^24.
+    The range is `first` to `last`. A thread owns some units. `counts_out` (N,) is float32, so that sixteen units are
+    counted at once; this is exact up to 2^24.
     """
     vectors = -(-n // LANES)
     low, high = min(n, vectors * thread // n_threads * LANES), min(n, vectors * (thread + 1) // n_threads * LANES)
@@ -282,7 +284,7 @@ def count_active(thread, n_threads, surrogate, v, first, last, step, n, counts_o
 
 @compiled
 def count_nonzero(thread, n_threads, x, counts_out):
-    """How many elements of a thread's share of x are not zero; `counts_out` (threads,) int64."""
+    """Count the elements of a thread's share of x that are not zero; `counts_out` (threads,) int64."""
     vectors = len(x) // LANES
     low, high = vectors * thread // n_threads * LANES, vectors * (thread + 1) // n_threads * LANES
     count, found = 0, everywhere(cells.ZERO)
@@ -302,7 +304,10 @@ def count_nonzero(thread, n_threads, x, counts_out):
 
 @compiled
 def update_batch(shape, drive_in, a, pitch, drive_rec, threshold, zoneout_mask, tape, s):
-    """One step from both drives, which contain their biases; `pitch` floats from one input drive to the next."""
+    """`update` or `update_paper` of one step of all samples, from both drives, which contain their biases.
+
+    pitch : floats from one input drive to the next; recurrent drives are 3N floats apart
+    """
     n = shape.units
     for b in range(shape.batch):
         at, d, to = s + b * n, a + b * pitch, s + (shape.batch + b) * n
@@ -316,7 +321,7 @@ def update_batch(shape, drive_in, a, pitch, drive_rec, threshold, zoneout_mask, 
 
 @compiled
 def reset_gate_batch(shape, drive_in, a, pitch, drive_rec, tape, s):
-    """`reset_gate` of one step."""
+    """`reset_gate` of one step of all samples."""
     n = shape.units
     for b in range(shape.batch):
         reset_gate(n, 0, n, drive_in, a + b * pitch, drive_rec, b * 3 * n, tape, s + b * n)
@@ -324,7 +329,7 @@ def reset_gate_batch(shape, drive_in, a, pitch, drive_rec, tape, s):
 
 @compiled
 def adjoint_batch(shape, surrogate, tape, s, d_y, upstream, d_cell_at, d_y_before, deltas, a):
-    """`adjoint` or `adjoint_paper` of one step; its rows of the deltas begin at `a`."""
+    """`adjoint` or `adjoint_paper` of one step of all samples; the rows of the deltas begin at `a`."""
     n, d_cell, d_c = shape.units, upstream.d_cell, upstream.d_c
     for b in range(shape.batch):
         at, d, row = s + b * n, a + b * deltas.pitch, b * n
@@ -338,7 +343,7 @@ def adjoint_batch(shape, surrogate, tape, s, d_y, upstream, d_cell_at, d_y_befor
 
 @compiled
 def reset_gate_adjoint_batch(shape, tape, s, d_q, deltas, a, d_y_before):
-    """`reset_gate_adjoint` of one step."""
+    """`reset_gate_adjoint` of one step of all samples."""
     n = shape.units
     for b in range(shape.batch):
         reset_gate_adjoint(n, 0, n, tape, s + b * n, d_q, b * n, deltas, a + b * deltas.pitch, d_y_before, b * n)

@@ -1,4 +1,4 @@
-"""Lists that the sparse products of training go over: non-zero elements by row or by unit, and active pairs.
+"""Lists for the sparse products of training: non-zero elements by row or by unit, and active pairs.
 
 An event list is a compressed sparse matrix in SciPy's terms (`indptr`, `indices`, `values`), one per tile. A tile is as
 many rows of the other operand as fit in the L1 cache, a strip of columns wide. Within a tile, `order` puts the longer
@@ -31,7 +31,8 @@ PAIRS = 4
 
 @compiled
 def share(size, unit, thread, n_threads):
-    """Where a thread's share of `size` begins, in multiples of `unit`; it ends where that of `thread + 1` begins."""
+    """The beginning of a thread's share of `size` items, a multiple of `unit`; the share of `thread + 1` begins at its
+    end."""
     whole = -(-size // unit)
     return min(size, unit * (-(-whole * thread // n_threads)))
 
@@ -96,7 +97,8 @@ def events_csc(thread, n_threads, counter, x, rows, n, tile, sort, lists, scratc
         for i in range(n):
             count[i] = 0
         for r in range(first, last):
-            # A list per row: its length is predicted more often than the number of hits of one vector.
+            # The hits of a whole row are listed first, because the processor predicts the length of such a list more
+            # often than the number of hits of one vector.
             for e in range(compact_events(x, r * n, 0, n, hit_units, hit_values, 0)):
                 count[hit_units[e]] += 1
         if sort:
@@ -105,7 +107,7 @@ def events_csc(thread, n_threads, counter, x, rows, n, tile, sort, lists, scratc
         for q in range(n):
             unit = order[k * n + q] if sort else q
             indptr[start + q] = end
-            # From here on, where the unit's next event goes.
+            # From here on `count` holds the position of the unit's next event.
             end, count[unit] = end + count[unit], end
         indptr[start + n] = end
         for r in range(first, last):
@@ -163,6 +165,7 @@ def list_active(surrogate, v, row, rows, n, low, high, pairs):
 
 @inlined
 def _append_sample(hit_units, listed, b, rows, samples, counts):
+    """Append sample b to the lists of the first `listed` units of `hit_units`."""
     for e in range(listed):
         j = hit_units[e]
         samples[j * rows + counts[j]] = b
@@ -190,7 +193,7 @@ def list_every(rows, low, high, pairs):
 
 @compiled
 def tile_rows(rows):
-    """Rows of a tile of so many rows: equal shares, at most TILE_ROWS and at least one."""
+    """The rows of a tile where `rows` rows are divided into equal tiles: at most TILE_ROWS, and at least one."""
     return max(1, -(-rows // max(1, -(-rows // TILE_ROWS))))
 
 

@@ -1,10 +1,10 @@
-"""Load balancing between threads: at each barrier, a vector of units moves to a thread that waited longer.
+"""Load balancing between threads: at each barrier, a vector of units can move to a thread that waited longer.
 
-Within a time step every thread owns some units, and at the end of the step all threads wait for the slowest one. Cores
-of a machine differ in speed, by design or because of other processes. The bounds between the threads' units therefore
-move, by one vector of units per step, towards the thread that arrived later at the barrier of the step before. Sums are
-never split, so the owner of a unit does not affect any bit of the result. In the paper's variant, which has two
-barriers per step, only the second one is used.
+Within a time step every thread owns a range of units, and at the end of the step all threads wait for the slowest one.
+Cores of a machine differ in speed, by design or because of other processes. The bounds between the threads' units
+therefore move, by one vector of units per step, towards the thread that arrived later at the barrier of the step
+before. Sums are never split, so the owner of a unit does not affect any bit of the result. In the paper's variant,
+which has two barriers per step, only the second one is used.
 
 Measured on two threads, one window of training: with another process that took about 40 % of one core, 678 ms with
 moving bounds and 769 ms with fixed ones; on otherwise idle cores the times were equal.

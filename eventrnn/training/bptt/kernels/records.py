@@ -40,7 +40,7 @@ class SurrogateParameters(NamedTuple):
 
 
 class TapeArrays(NamedTuple):
-    """What the forward pass keeps of a layer. `y` and `c` begin with the state before the window."""
+    """The values of a layer that the forward pass keeps. `y` and `c` begin with the state before the window."""
 
     u: np.ndarray  # (T, B, N) float32, keep gate
     r: np.ndarray  # (T, B, N) float32, reset gate
@@ -121,11 +121,11 @@ class CompressedEvents(NamedTuple):
     order: np.ndarray  # int32, the row (or unit) of each list of a tile
     indptr: np.ndarray  # int64, where each list begins; one more than there are lists, per tile
     indices: np.ndarray  # int32, the unit (or row) of each event
-    values: np.ndarray  # float32, what was sent
+    values: np.ndarray  # float32, the value of each event
 
 
 class ListScratch(NamedTuple):
-    """What a thread needs to build event lists."""
+    """Scratch of a thread that builds event lists."""
 
     counts: np.ndarray  # (threads, n) int64
     bins: np.ndarray  # (threads, tile + 2) int64
@@ -134,7 +134,7 @@ class ListScratch(NamedTuple):
 
 
 class StripScratch(NamedTuple):
-    """What a thread needs to add rows of a matrix, a strip of columns wide."""
+    """Scratch of a thread that adds rows of a matrix, a strip of columns wide."""
 
     tile: np.ndarray  # (threads, TILE_ROWS * STRIP) float32, a tile of the matrix
     strip: np.ndarray  # (threads, rows * STRIP) float32, the sums

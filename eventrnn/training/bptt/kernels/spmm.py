@@ -1,4 +1,4 @@
-"""Sparse products of training: input drives, and gradients of weights.
+"""Sparse products (SpMM) of training: input drives, and gradients of weights.
 
 `M` is a matrix of rows, `pitch` floats apart: weights by presynaptic unit (input drives), or deltas by step and sample
 (weight gradients). The other operand is a list of events per row of the result.
@@ -49,7 +49,7 @@ SEGMENT_ROWS = 2 * TILE_ROWS
 
 @inlined
 def _add_vectors(vectors, c, at, m, start, indices, values, first, count):
-    """One row of C, some vectors wide, like the rows of m."""
+    """Add rows of m to one row of C; both are `vectors` vectors wide."""
     pitch = vectors * LANES
     if AVX512 and vectors == 8:
         add_near_rows_8(c, at, m, start, pitch, m, 0, indices, values, first, count)
@@ -69,8 +69,8 @@ def add_rows(order, indptr, indices, values, rows, m, m_rows, pitch, column, wid
     m_tile : scratch (TILE_ROWS, STRIP), to which a tile of M is copied so that no vector crosses a cache line, which
              would double its cost
 
-    Lists are those of `event_lists.events_csr`, in tiles of M's rows. 1350 units, 5600 rows, 10 % active, two threads:
-    62 ms from tiles in the L2 cache (256 rows, 16 vectors), 44 ms from tiles in the L1 cache, as here.
+    Lists are those of `event_lists.events_csr`, in tiles of M's rows. Measured with 1350 units, 5600 rows, 10 % active
+    and two threads: 62 ms from tiles in the L2 cache (256 rows, 16 vectors), 44 ms from tiles in the L1 cache, as here.
     """
     for k in range(-(-m_rows // TILE_ROWS)):
         base = k * TILE_ROWS
@@ -127,15 +127,15 @@ def add_segments(entries, first, last, lists, rows, n, delta, pitch, m_tile, out
 
 # --- whole matrices, by all threads -------------------------------------------------------------------------
 
-# Rows of drives that are handled together: a strip of them fits in the L2 cache. Towards the end fewer rows are taken,
-# down to LEAST_ROWS, so that threads end at about the same time.
+# Rows of drives that a thread takes together. A strip of them fits in the L2 cache. Towards the end fewer rows are
+# taken, down to LEAST_ROWS, so that all threads end at about the same time.
 STRIP_ROWS, LEAST_ROWS = 1024, 128
 
-# The same for stored weights, of which nothing is read twice.
+# Rows of drives that a thread takes together for stored weights, which read nothing twice.
 LISTED_ROWS = 128
 
-# Least number of segments of a weight gradient that are handled together: some share the columns of delta that they
-# read.
+# The smallest number of segments of a weight gradient that a thread takes together, because neighbouring segments share
+# the columns of delta that they read.
 LEAST_SEGMENTS = 64
 
 
