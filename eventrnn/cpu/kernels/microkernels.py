@@ -93,13 +93,10 @@ def _scale_of(context, builder, weights, kind, scales, s0, unit):
 # --- one drive row, the weight rows of many events ----------------------------------------------------------
 
 
-def _sum_rows(context, builder, kinds, args, vectors, fetch):
-    """Emit the loop of `add_rows` over the events.
-
-    fetch(event, row) emits the prefetch for a later event; row(event) gives the address of an event's weights.
-    """
-    target = address(context, builder, kinds[0], args[0], args[1])
-    rows, pitch = address(context, builder, kinds[2], args[2], args[3]), args[4]
+def _sum_rows(context, builder, kinds, args, vectors, far, column):
+    """Emit the loop of `add_rows` over the events, for one register tile of `vectors` vectors from `column` on."""
+    target = builder.gep(address(context, builder, kinds[0], args[0], args[1]), [column])
+    rows, pitch = builder.gep(address(context, builder, kinds[2], args[2], args[3]), [column]), args[4]
     id_at = address(context, builder, kinds[7], args[7], args[9])
     value_at = address(context, builder, kinds[8], args[8], args[9])
     count = args[10]
@@ -121,7 +118,11 @@ def _sum_rows(context, builder, kinds, args, vectors, fetch):
     sums = [builder.phi(VECTOR) for _ in range(vectors)]
     for phi, start in zip(sums, before, strict=True):
         phi.add_incoming(start, entry)
-    fetch(event, row)
+    if far:
+        ahead, last = builder.add(event, I64(PREFETCH_ROWS)), builder.sub(count, I64(1))
+        upcoming = row(builder.select(builder.icmp_signed("<", ahead, count), ahead, last))
+        for k in range(0, vectors, LINE // kinds[2].dtype.bitwidth * 8 // LANES):
+            _prefetch(builder, _lane(builder, upcoming, k))
     source = row(event)
     value = splat(builder, builder.load(builder.gep(value_at, [event])))
     scale = _scale_of(context, builder, kinds[2].dtype, kinds[5], args[5], args[6], unit_of(event))
@@ -141,41 +142,37 @@ def _sum_rows(context, builder, kinds, args, vectors, fetch):
         before[k] = total
     for k in range(vectors):
         store_vector(builder, before[k], _lane(builder, target, k))
-    return context.get_dummy_value()
 
 
-def _add_rows(vectors: int, far: bool = True):
+def _add_rows(widest: int, far: bool):
     @intrinsic
-    def add_rows(typingctx, drive, at, weights, start, pitch, scales, s0, ids, values, first, count):
+    def add_rows(typingctx, drive, at, weights, start, pitch, scales, s0, ids, values, first, count, vectors):
         """drive[at + i] += sum over events e of weights[start + ids[e] * pitch + i] * values[e], i < 16 * vectors.
 
-        Adds events `first` to `first + count` in order, one FMA per term. The sums stay in registers throughout. With
-        `far`, each event prefetches the weights of a later one; weights that are in the L1 cache already need none.
+        Adds events `first` to `first + count` in order, one FMA per term. `vectors` is less than twice `widest`, a
+        power of two. The columns are divided into register tiles of `widest`, `widest` / 2, …, 1 vectors, of which
+        there is one for each bit that is set in `vectors`. All events are added to one register tile before the next.
+        With `far`, each event prefetches the weights of a later one; weights that are in the L1 cache need no prefetch.
         """
 
         def generate(context, builder, signature, args):
-            kinds, last = signature.args, builder.sub(args[10], I64(1))
+            width, total = widest, args[11]
+            while width:
+                with builder.if_then(builder.icmp_signed("!=", builder.and_(total, I64(width)), I64(0))):
+                    column = builder.mul(builder.and_(total, I64(-2 * width)), I64(LANES))
+                    _sum_rows(context, builder, signature.args, args, width, far, column)
+                width //= 2
+            return context.get_dummy_value()
 
-            def fetch(event, row):
-                if not far:
-                    return
-                ahead = builder.add(event, I64(PREFETCH_ROWS))
-                upcoming = row(builder.select(builder.icmp_signed("<", ahead, args[10]), ahead, last))
-                for k in range(0, vectors, LINE // kinds[2].dtype.bitwidth * 8 // LANES):
-                    _prefetch(builder, _lane(builder, upcoming, k))
-
-            return _sum_rows(context, builder, kinds, args, vectors, fetch)
-
-        return types.void(drive, at, weights, start, pitch, scales, s0, ids, values, first, count), generate
+        return types.void(drive, at, weights, start, pitch, scales, s0, ids, values, first, count, vectors), generate
 
     return add_rows
 
 
-add_near_rows_8, add_near_rows_4, add_near_rows_2, add_near_rows_1 = (
-    _add_rows(vectors, far=False) for vectors in (8, 4, 2, 1)
-)
+# The widest register tile of weights that are in the L1 cache.
+NEAR_TILE = 8 if AVX512 else 4
 
-add_rows_tile, add_rows_8, add_rows_4, add_rows_2, add_rows_1 = (_add_rows(vectors) for vectors in (TILE, 8, 4, 2, 1))
+add_rows, add_near_rows = _add_rows(TILE, far=True), _add_rows(NEAR_TILE, far=False)
 
 
 # --- block segments: of one unit, or listed, of several units -----------------------------------------------

@@ -1,14 +1,19 @@
-"""Sparse matrix times sparse vector: from event lists to drives, for every format of packed weights.
+"""Sparse products (SpMM) of the CPU engine: from event lists to drives, for every format of packed weights.
 
 A drive is the sum of a bias and of weight * event value over the events. `propagate_all` computes all drive rows of one
 product. It equals `reference.propagate` bit for bit, except for column tiles of kind BLAS.
 
-A thread computes the columns of its own column tiles, over all events, so no sum is split between threads.
-Weights lie in `WeightPools`, which all threads read; events in `EventLists`. `drives` is (rows * drive_pitch,) float32,
-of which a thread writes its own columns. Everything else is in the thread's `Workspace`.
+A thread computes the columns of its own column tiles, over all events, so no sum is split between threads. The shapes
+and dtypes of the records are in `cpu/tables.py`:
 
-Functions that take `weights` are compiled once per storage: `weights` is `pools.values` seen as float32, uint16 or
-int8, and the scales of int8 weights are found in `pools.values` itself.
+    column_tiles  (tiles, FIELDS) int64, the table of the thread's column tiles; `column_tile` is one of its rows
+    pools         `WeightPools`, which all threads read
+    events        `EventLists`, which all threads read
+    workspace     `Workspace`, which belongs to the thread
+    drives        (rows * drive_pitch,) float32, of which a thread writes the positions of its own columns
+
+Functions that take `weights` are compiled once per storage. `weights` is `pools.values` viewed as float32, uint16 or
+int8. The scales of int8 weights are float32 elements of `pools.values`.
 """
 
 from __future__ import annotations
@@ -32,14 +37,8 @@ from eventrnn.cpu.kernels.microkernels import (
     add_listed_32,
     add_listed_64,
     add_masked_avx512,
-    add_near_rows_1,
-    add_near_rows_2,
-    add_near_rows_4,
-    add_rows_1,
-    add_rows_2,
-    add_rows_4,
-    add_rows_8,
-    add_rows_tile,
+    add_near_rows,
+    add_rows,
     add_scattered_avx512,
     list_blocks,
     multiply_edge,
@@ -89,7 +88,10 @@ def propagate_steps(
     drives,
     drive_pitch,
 ):
-    """The products of the steps `begin` to `end`, one after the other into the same drives; `rows` lists per step."""
+    """Compute the products of the steps `begin` to `end`, one after the other, into the same drives.
+
+    Every step has `rows` event lists, one per drive row. Other parameters: see `propagate_all`.
+    """
     for t in range(begin, end):
         propagate_all(
             column_tiles,
@@ -108,15 +110,16 @@ def propagate_steps(
         )
 
 
-# Block segments are listed until there are so many, then added. The list must be small to leave the L1 cache to the
-# drives.
+# Block segments are listed until there are so many, and then added. The list is short so that the drives stay in the L1
+# cache.
 LISTED_SEGMENTS = 64
 
-# Units per pass of `dense_product`: the weights of a tile for so many units stay in the L1 cache while all drive rows
-# pass.
+# Units per pass of `dense_product`. The weights of a column tile for so many units stay in the L1 cache while they are
+# multiplied with all drive rows.
 MULTIPLY_UNITS = 128
 
-# Units per panel: their rows of a column tile, 32 KB, stay in the L1 cache while all drive rows take their events.
+# Units per panel. Their rows of a column tile, 32 KB, stay in the L1 cache while the events of all drive rows are
+# added.
 PANEL = 128
 
 
@@ -124,8 +127,8 @@ PANEL = 128
 def propagate(column_tile, pools, events, begin, count, drives, at, workspace):
     """drives[at + i] += weight[j, i] * value, for every event (j, value), over the columns i of a column tile.
 
-    Events are `begin` to `begin + count` of `events`; their terms are added in that order, one FMA each. Only the
-    weights of their units are read.
+    The events are `begin` to `begin + count` of `events`. Their terms are added in that order, one FMA per term. Only
+    the weights of their units are read. Not for the kinds ROW_TILES and BLAS.
     """
     if column_tile[STORAGE] == FLOAT32:
         _propagate(column_tile, pools.values, pools, events, begin, count, drives, at, workspace)
@@ -137,6 +140,7 @@ def propagate(column_tile, pools, events, begin, count, drives, at, workspace):
 
 @inlined
 def _propagate(column_tile, weights, pools, events, begin, count, drives, at, workspace):
+    """`propagate` for one storage."""
     if column_tile[KIND] == ROWS:
         _add_dense_rows(column_tile, weights, pools, events, begin, count, drives, at)
     elif column_tile[KIND] == BLOCKS:
@@ -149,36 +153,26 @@ def _propagate(column_tile, weights, pools, events, begin, count, drives, at, wo
 
 @inlined
 def _values_at(column_tile, weights):
-    """Where the weights of a column tile begin in `weights`; the table counts in float32."""
+    """Offset of a column tile in `weights`. The table gives it in float32, which are wider than other storages."""
     return column_tile[VALUES] * (4 // weights.itemsize)
 
 
 @inlined
 def _add_dense_rows(column_tile, weights, pools, events, begin, count, drives, at):
-    """Dense rows: a register tile of columns takes all events, then the next register tile."""
+    """Dense rows: all events are added to one register tile of columns, then to the next one."""
     ids, values, scales = events.indices, events.values, pools.values
     # planted fault: scale of another unit, rows
     pitch, start, s0 = column_tile[PITCH], _values_at(column_tile, weights), column_tile[SCALES]
     left, at = column_tile[WIDTH] // LANES, at + column_tile[LOW]
-    while left >= TILE:
-        add_rows_tile(drives, at, weights, start, pitch, scales, s0, ids, values, begin, count)
-        left, at, start = left - TILE, at + TILE * LANES, start + TILE * LANES
-    if left >= 8:
-        add_rows_8(drives, at, weights, start, pitch, scales, s0, ids, values, begin, count)
-        left, at, start = left - 8, at + 8 * LANES, start + 8 * LANES
-    if left >= 4:
-        add_rows_4(drives, at, weights, start, pitch, scales, s0, ids, values, begin, count)
-        left, at, start = left - 4, at + 4 * LANES, start + 4 * LANES
-    if left >= 2:
-        add_rows_2(drives, at, weights, start, pitch, scales, s0, ids, values, begin, count)
-        left, at, start = left - 2, at + 2 * LANES, start + 2 * LANES
-    if left >= 1:
-        add_rows_1(drives, at, weights, start, pitch, scales, s0, ids, values, begin, count)
+    while left > 0:
+        vectors = min(left, TILE)
+        add_rows(drives, at, weights, start, pitch, scales, s0, ids, values, begin, count, vectors)
+        left, at, start = left - vectors, at + vectors * LANES, start + vectors * LANES
 
 
 @inlined
 def add_scattered_portable(drives, at, index, i0, first, count, value, scale, weights, start):
-    """`add_scattered_avx512` for other processors."""
+    """`add_scattered_avx512` for other processors: one weight at a time."""
     columns = index.view(np.uint16)
     for k in range(first, first + count):
         target = at + columns[2 * i0 + k]
@@ -187,7 +181,7 @@ def add_scattered_portable(drives, at, index, i0, first, count, value, scale, we
 
 @inlined
 def add_masked_portable(drives, at, index, i0, first, vectors, value, scale, weights, start):
-    """`add_masked_avx512` for other processors; it visits the stored weights only."""
+    """`add_masked_avx512` for other processors: one set bit at a time."""
     masks = index.view(np.uint16)
     for k in range(vectors):
         mask = np.int64(masks[2 * i0 + first + k])
@@ -205,7 +199,7 @@ add_masked = add_masked_avx512 if AVX512 else add_masked_portable
 
 @inlined
 def _add_single(column_tile, weights, pools, events, begin, count, drives, at):
-    """Single weights: sixteen targets at a time by index, or every vector of the row by its mask."""
+    """Single weights: sixteen targets at a time by index (SCATTER), or every vector of the row by mask (MASKED)."""
     p0, i0, s0 = column_tile[POINTERS], column_tile[INDEX], column_tile[SCALES]
     v0, at, masks = _values_at(column_tile, weights), at + column_tile[LOW], column_tile[PITCH]
     pointers, scales = pools.pointers, pools.values
@@ -223,7 +217,7 @@ def _add_single(column_tile, weights, pools, events, begin, count, drives, at):
 
 @inlined
 def _add_blocks(column_tile, weights, pools, events, begin, count, drives, at, workspace):
-    """Block segments: those of several units are listed without a branch, then added in one loop."""
+    """Block segments: the segments of several units are listed without a branch, and then added in one loop."""
     i0, p0, s0 = column_tile[INDEX], column_tile[POINTERS], column_tile[SCALES]
     numbers, factors, scales = workspace.segment_numbers, workspace.segment_factors, pools.values
     listed = 0
@@ -256,38 +250,28 @@ def _add_blocks(column_tile, weights, pools, events, begin, count, drives, at, w
 
 @inlined
 def _segments_of(pools, p0, unit):
-    """A unit's first index, the index after its last, and the number of its first segment."""
+    """The first index of a unit, the index after its last one, and the number of its first segment."""
     return pools.pointers[p0 + 3 * unit], pools.pointers[p0 + 3 * unit + 1], pools.pointers[p0 + 3 * unit + 2]
 
 
 @inlined
 def _add_many_blocks(column_tile, weights, pools, events, begin, count, drives, at):
-    """Block segments: those of each unit in a loop of their own, without a list.
+    """Block segments: the segments of each unit are added in a loop of their own, without a list.
 
     That is less work per segment, but the processor mispredicts the end of the loop once per unit.
     """
-    i0, p0, s0 = column_tile[INDEX], column_tile[POINTERS], column_tile[SCALES]
+    i0, p0, s0, width = column_tile[INDEX], column_tile[POINTERS], column_tile[SCALES], column_tile[WIDTH]
     v0, index, scales = _values_at(column_tile, weights), pools.index, pools.values
-    if column_tile[WIDTH] == 16:
-        for e in range(begin, begin + count):
-            unit, value = np.int64(events.indices[e]), events.values[e]
-            first, last, number = _segments_of(pools, p0, unit)
-            # planted fault: scale of another unit, many blocks
-            scale = scales[s0 + unit]
+    for e in range(begin, begin + count):
+        unit, value = np.int64(events.indices[e]), events.values[e]
+        first, last, number = _segments_of(pools, p0, unit)
+        # planted fault: scale of another unit, many blocks
+        scale = scales[s0 + unit]
+        if width == 16:
             add_blocks_16(drives, at, index, i0 + first, last - first, value, scale, weights, v0 + number * 16)
-    elif column_tile[WIDTH] == 8:
-        for e in range(begin, begin + count):
-            unit, value = np.int64(events.indices[e]), events.values[e]
-            first, last, number = _segments_of(pools, p0, unit)
-            # planted fault: scale of another unit, many blocks
-            scale = scales[s0 + unit]
+        elif width == 8:
             add_blocks_8(drives, at, index, i0 + first, last - first, value, scale, weights, v0 + number * 8)
-    else:
-        for e in range(begin, begin + count):
-            unit, value = np.int64(events.indices[e]), events.values[e]
-            first, last, number = _segments_of(pools, p0, unit)
-            # planted fault: scale of another unit, many blocks
-            scale = scales[s0 + unit]
+        else:
             add_blocks_4(drives, at, index, i0 + first, last - first, value, scale, weights, v0 + number * 4)
 
 
@@ -326,11 +310,13 @@ def propagate_all(
     drives,
     drive_pitch,
 ):
-    """Write `rows` drive rows over the column tiles `first_tile` to `last_tile` of a matrix with `n_pre` rows.
+    """Write `rows` drive rows over the column tiles `first_tile` to `last_tile` of a matrix (n_pre, columns).
 
-    A drive row begins as the bias, `pools.biases` from `bias_begin` on. The events of row k are the `lists_per_row`
-    lists from `first_list + k * lists_per_row` on. Column tiles of kind ROW_TILES read a weight once for all drive
-    rows: they take the events panel by panel of units or, where most units are active, visit every unit.
+    A drive row starts from the bias, which is `pools.biases` from `bias_begin` on. The events of row k are the
+    `lists_per_row` lists from `first_list + k * lists_per_row` on.
+
+    Column tiles of kind ROW_TILES read a weight once for all drive rows. They add the events panel by panel of units.
+    Where most units are active, they visit every unit instead.
     """
     every_unit = False
     if first_tile >= last_tile:
@@ -352,29 +338,7 @@ def propagate_all(
             blas_product(column_tile, pools, bias_begin, n_pre, workspace, rows, drives, drive_pitch)
             continue
         if column_tile[KIND] == ROW_TILES:
-            if column_tile[STORAGE] == FLOAT32:
-                tile_product(
-                    column_tile,
-                    pools.values,
-                    pools,
-                    bias_begin,
-                    n_pre,
-                    every_unit,
-                    workspace,
-                    rows,
-                    drives,
-                    drive_pitch,
-                )
-            elif column_tile[STORAGE] == BFLOAT16:
-                weights = pools.values.view(np.uint16)
-                tile_product(
-                    column_tile, weights, pools, bias_begin, n_pre, every_unit, workspace, rows, drives, drive_pitch
-                )
-            else:
-                weights = pools.values.view(np.int8)
-                tile_product(
-                    column_tile, weights, pools, bias_begin, n_pre, every_unit, workspace, rows, drives, drive_pitch
-                )
+            tile_product(column_tile, pools, bias_begin, n_pre, every_unit, workspace, rows, drives, drive_pitch)
             continue
         low, width = column_tile[LOW], column_tile[HIGH] - column_tile[LOW]
         for k in range(rows):
@@ -386,7 +350,7 @@ def propagate_all(
 
 @inlined
 def workspace_of(shared, thread):
-    """One thread's `Workspace` of those that `plan.workspace` makes, which have a leading axis of threads."""
+    """The `Workspace` of one thread, out of a `Workspace` whose arrays have a leading axis of threads."""
     return Workspace(
         shared.panel_begins[thread],
         shared.panel_indices[thread],
@@ -411,7 +375,7 @@ def copy(source, s, target, t, count):
 
 @compiled
 def densify(n_pre, events, first_list, lists_per_row, rows, workspace):
-    """Write the events as dense rows of `n_pre` numbers to `workspace.dense_inputs`."""
+    """Write the events of each drive row as a dense row of `n_pre` numbers to `workspace.dense_inputs`."""
     x = workspace.dense_inputs
     for k in range(rows):
         for j in range(k * n_pre, (k + 1) * n_pre):
@@ -423,10 +387,10 @@ def densify(n_pre, events, first_list, lists_per_row, rows, workspace):
 
 @compiled
 def bin_by_panel(n_pre, events, first_list, lists_per_row, rows, workspace):
-    """Sort the events into panels of PANEL units, and within a panel by drive row, which is the order of their reading.
+    """Sort the events into panels of PANEL units, and within a panel by drive row, the order in which they are read.
 
-    Those of row k in panel q begin at panel_begins[q * rows + k] and end where the next begin. In the order of rows
-    instead, the lists of 80 rows of 135 events each exceed the L1 cache, and the product took a fifth longer.
+    The events of row k in panel q begin at panel_begins[q * rows + k] and end where the next ones begin. In the order
+    of rows instead, the lists of 80 rows of 135 events each exceed the L1 cache, and the product took a fifth longer.
     """
     begins, indices, values = workspace.panel_begins, workspace.panel_indices, workspace.panel_values
     panels = ceil_div(n_pre, PANEL)
@@ -454,26 +418,37 @@ def bin_by_panel(n_pre, events, first_list, lists_per_row, rows, workspace):
 
 
 @compiled
-def tile_product(column_tile, weights, pools, bias_begin, n_pre, every_unit, workspace, rows, drives, drive_pitch):
+def tile_product(column_tile, pools, bias_begin, n_pre, every_unit, workspace, rows, drives, drive_pitch):
     """One column tile of kind ROW_TILES for many drive rows, from their bias on; units in ascending order.
 
-    The sums are made in a buffer of their own: drive rows lie a page apart, more pages than the address cache of a core
-    holds.
+    The sums are formed in `workspace.tile`, because drive rows lie a page apart: more pages than the address cache of a
+    core holds.
     """
     low, width = column_tile[LOW], column_tile[HIGH] - column_tile[LOW]
     for k in range(rows):
         copy(pools.biases, bias_begin + low, workspace.tile, k * ROW_TILE, width)
-    if every_unit:
-        dense_product(column_tile, weights, pools.values, n_pre, workspace.dense_inputs, rows, workspace.tile)
+    if column_tile[STORAGE] == FLOAT32:
+        _add_row_tile(column_tile, pools.values, pools, n_pre, every_unit, workspace, rows)
+    elif column_tile[STORAGE] == BFLOAT16:
+        _add_row_tile(column_tile, pools.values.view(np.uint16), pools, n_pre, every_unit, workspace, rows)
     else:
-        panel_spmm(column_tile, weights, pools.values, n_pre, workspace, rows)
+        _add_row_tile(column_tile, pools.values.view(np.int8), pools, n_pre, every_unit, workspace, rows)
     for k in range(rows):
         copy(workspace.tile, k * ROW_TILE, drives, k * drive_pitch + low, width)
 
 
+@inlined
+def _add_row_tile(column_tile, weights, pools, n_pre, every_unit, workspace, rows):
+    """Add the terms of the active units, or of every unit, to `workspace.tile`, for one storage."""
+    if every_unit:
+        dense_product(column_tile, weights, pools.values, n_pre, workspace.dense_inputs, rows, workspace.tile)
+    else:
+        panel_spmm(column_tile, weights, pools.values, n_pre, workspace, rows)
+
+
 @allocating
 def blas_product(column_tile, pools, bias_begin, n_pre, workspace, rows, drives, drive_pitch):
-    """One column tile through BLAS, over every unit. BLAS chooses the order of the terms, so this is not exact."""
+    """One column tile through BLAS, over every unit. Not exact, because BLAS chooses the order of the terms."""
     low, width, v0 = column_tile[LOW], column_tile[WIDTH], column_tile[VALUES]
     weights = pools.values[v0 : v0 + n_pre * width].reshape((n_pre, width))
     x, product = workspace.dense_inputs[: rows * n_pre], workspace.blas_product[: rows * width]
@@ -485,38 +460,35 @@ def blas_product(column_tile, pools, bias_begin, n_pre, workspace, rows, drives,
 
 @compiled
 def panel_spmm(column_tile, weights, scales, n_pre, workspace, rows):
-    """Add the events of `bin_by_panel` to `workspace.tile`: all drive rows take those of one panel, then of the next.
+    """Add the events that `bin_by_panel` sorted to `workspace.tile`: those of one panel to all drive rows, then the
+    next panel.
 
-    The weights of a panel stay in the L1 cache. Each drive row prefetches some lines of the next panel.
+    The weights of a panel stay in the L1 cache. With each drive row some lines of the next panel are prefetched.
     """
     begins, ids, values = workspace.panel_begins, workspace.panel_indices, workspace.panel_values
     tile = workspace.tile
     # planted fault: scale of another unit, panels
     start, pitch, s0 = _values_at(column_tile, weights), column_tile[PITCH], column_tile[SCALES]
     size, line = PANEL * pitch, LINE // weights.itemsize
-    share, last = ceil_div(size, rows * line) * line, start + n_pre * pitch
+    share, last, vectors = ceil_div(size, rows * line) * line, start + n_pre * pitch, column_tile[WIDTH] // LANES
     for panel in range(ceil_div(n_pre, PANEL)):
         upcoming = start + (panel + 1) * size
         for k in range(rows):
             for i in range(upcoming, min(last, upcoming + share), line):
                 prefetch_far(weights, i)
             upcoming += share
-            first, at, row, left = begins[panel * rows + k], k * ROW_TILE, start, column_tile[WIDTH] // LANES
+            first, at = begins[panel * rows + k], k * ROW_TILE
             # planted fault: last event of a panel
             count = begins[panel * rows + k + 1] - first
-            if left >= 4:
-                add_near_rows_4(tile, at, weights, row, pitch, scales, s0, ids, values, first, count)
-                left, at, row = left - 4, at + 4 * LANES, row + 4 * LANES
-            if left >= 2:
-                add_near_rows_2(tile, at, weights, row, pitch, scales, s0, ids, values, first, count)
-                left, at, row = left - 2, at + 2 * LANES, row + 2 * LANES
-            if left >= 1:
-                add_near_rows_1(tile, at, weights, row, pitch, scales, s0, ids, values, first, count)
+            add_near_rows(tile, at, weights, start, pitch, scales, s0, ids, values, first, count, vectors)
 
 
 @compiled
 def dense_product(column_tile, weights, scales, n_pre, x, rows, tile):
-    """tile += x @ weights, over every unit whether active or not; some drive rows and columns stay in registers."""
+    """tile += x @ weights over every unit, whether active or not, by register tiles of some drive rows and columns.
+
+    x : (rows * n_pre,) float32, dense inputs
+    """
     start, width = _values_at(column_tile, weights), column_tile[WIDTH]
     pitch, s0 = column_tile[PITCH], column_tile[SCALES]
     wide, many = MULTIPLY_VECTORS * LANES, rows // MULTIPLY_ROWS * MULTIPLY_ROWS

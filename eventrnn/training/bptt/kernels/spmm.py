@@ -20,45 +20,23 @@ import numpy as np
 
 from eventrnn import cells
 from eventrnn.cpu.kernels.cell_update import compact_events
-from eventrnn.cpu.kernels.jit import compiled, inlined
-from eventrnn.cpu.kernels.microkernels import (
-    add_near_rows_1,
-    add_near_rows_2,
-    add_near_rows_4,
-    add_near_rows_8,
-    prefetch_far,
-)
-from eventrnn.cpu.kernels.simd import AVX512, LANES, load
+from eventrnn.cpu.kernels.jit import compiled
+from eventrnn.cpu.kernels.microkernels import NEAR_TILE, add_near_rows, prefetch_far
+from eventrnn.cpu.kernels.simd import LANES, load
 from eventrnn.cpu.kernels.simd_reductions import store_past
 from eventrnn.cpu.kernels.spmm import copy, propagate_all, workspace_of
 from eventrnn.cpu.kernels.sync import next_chunk, next_index
 from eventrnn.cpu.tables import EventLists
 from eventrnn.training.bptt.kernels.event_lists import TILE_ROWS, events_csr, share
 
-# Vectors of columns of a strip: their sums stay in registers, a tile of M of that width in the L1 cache.
-TILE_VECTORS = 8 if AVX512 else 4
-
-STRIP = TILE_VECTORS * LANES
+# Columns of a strip: their sums stay in registers, and a tile of M of that width stays in the L1 cache.
+STRIP = NEAR_TILE * LANES
 
 # Rows of a tile of delta for segments, which are narrower than a strip.
 SEGMENT_ROWS = 2 * TILE_ROWS
 
 
 # --- sums of rows -------------------------------------------------------------------------------------------
-
-
-@inlined
-def _add_vectors(vectors, c, at, m, start, indices, values, first, count):
-    """Add rows of m to one row of C; both are `vectors` vectors wide."""
-    pitch = vectors * LANES
-    if AVX512 and vectors == 8:
-        add_near_rows_8(c, at, m, start, pitch, m, 0, indices, values, first, count)
-    elif vectors == 4:
-        add_near_rows_4(c, at, m, start, pitch, m, 0, indices, values, first, count)
-    elif vectors == 2:
-        add_near_rows_2(c, at, m, start, pitch, m, 0, indices, values, first, count)
-    else:
-        add_near_rows_1(c, at, m, start, pitch, m, 0, indices, values, first, count)
 
 
 @compiled
@@ -89,7 +67,8 @@ def add_rows(order, indptr, indices, values, rows, m, m_rows, pitch, column, wid
             count = indptr[k * (rows + 1) + q + 1] - at
             if count > 0:
                 row = order[k * rows + q] * STRIP
-                _add_vectors(TILE_VECTORS, strip, row, m_tile, -base * STRIP, indices, values, at, count)
+                start = -base * STRIP
+                add_near_rows(strip, row, m_tile, start, STRIP, m_tile, 0, indices, values, at, count, NEAR_TILE)
 
 
 @compiled
@@ -121,7 +100,8 @@ def add_segments(entries, first, last, lists, rows, n, delta, pitch, m_tile, out
                 at = indptr[tile * (n + 1) + units[p]]
                 count = indptr[tile * (n + 1) + units[p] + 1] - at
                 if count > 0:
-                    _add_vectors(width // LANES, out, p * width, m_tile, -base * width, indices, values, at, count)
+                    to, start, vectors = p * width, -base * width, width // LANES
+                    add_near_rows(out, to, m_tile, start, width, m_tile, 0, indices, values, at, count, vectors)
         k = end
 
 
