@@ -180,12 +180,12 @@ class Simulator:
         prepared = self.engine.prepare(inputs)
         initial, traces, events = self.state, [], []
         try:
-            for chunk, zero_cells in self._time_chunks(prepared, bool(record) and prepared.library is None):
+            for chunk, zero_cells in self._time_chunks(prepared, bool(record) and prepared.array_library is None):
                 if zero_cells:
                     self.state = State(State.zeros(self.network, self.batch).cells, self.state.outputs)
                 trace = self._advance(chunk, "events" in record, "states" in record)
                 # A host keeps the events of a record only, so that a long quiet run needs little memory.
-                on_host = prepared.library is None
+                on_host = prepared.array_library is None
                 events.append([Events.from_dense(dense) if on_host else dense for dense in trace.events])
                 traces.append(replace(trace, events=()))
             return self._simulation(prepared, traces, events, initial, record)
@@ -249,8 +249,8 @@ def _concatenated(inputs: Inputs, chunks: Sequence[Any]) -> Any:
     """The chunks of an output or of a record, one after the other in time."""
     if len(chunks) == 1:
         return chunks[0]
-    if inputs.library is not None:
-        return inputs.library.concatenate(chunks)
+    if inputs.array_library is not None:
+        return inputs.array_library.concatenate(chunks)
     return Events.concatenate(list(chunks)) if isinstance(chunks[0], Events) else np.concatenate(chunks)
 
 

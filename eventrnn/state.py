@@ -118,15 +118,15 @@ class Inputs:
 
     Attributes
     ----------
-    kind       : which of the fields below hold the numbers
+    kind        : which of the fields below hold the numbers
     steps, batch, size : the number of time steps, of samples and of input units
-    values     : DENSE: (steps, batch, size) float32; SYMBOLS: (steps, batch) int64; EVENTS: None. C-contiguous
-    table      : EVENTS: the events of the whole input; SYMBOLS: the events of every embedding row, with shape
-                 (symbols, 1, size); DENSE: None
-    first_step : the step of the caller's input at which this part of it begins
-    checked    : False where the engine still has to find numbers that are not finite and symbols that do not exist
-    library    : the caller's array library where `values` lie on a GPU, else None
-    given      : the caller's numbers before they were converted to `values`, on the same GPU; None on the host
+    values      : DENSE: (steps, batch, size) float32; SYMBOLS: (steps, batch) int64; EVENTS: None. C-contiguous
+    table       : EVENTS: the events of the whole input; SYMBOLS: the events of every embedding row, with shape
+                  (symbols, 1, size); DENSE: None
+    first_step  : the step of the caller's input at which this part of it begins
+    checked     : False where the engine still has to find numbers that are not finite and symbols that do not exist
+    array_library : the library of the caller's arrays where `values` lie on a GPU, else None
+    given       : the caller's numbers before they were converted to `values`, on the same GPU; None on the host
     """
 
     kind: InputKind
@@ -137,7 +137,7 @@ class Inputs:
     table: Events | None = None
     first_step: int = 0
     checked: bool = True
-    library: ArrayLibrary | None = None
+    array_library: ArrayLibrary | None = None
     given: Any = None
 
     @property
@@ -177,16 +177,16 @@ class Inputs:
 
     def record(self) -> Any:
         """The input for `Simulation.inputs`: events, or a copy of the caller's array where that lies on a GPU."""
-        if self.library is not None:
+        if self.array_library is not None:
             # The caller may reuse the memory of the inputs.
-            return self.library.wrap(self.given.copy())
+            return self.array_library.wrap(self.given.copy())
         return self.to_events()
 
     def row_uses(self) -> np.ndarray:
         """How often each row of `table` is read, (rows of the table,) int64. Not for DENSE."""
         size = len(self.event_table.indptr) - 1
-        if self.library is not None:
-            return self.library.bincount(self.rows, size)
+        if self.array_library is not None:
+            return self.array_library.bincount(self.rows, size)
         return np.bincount(self.rows, minlength=size)
 
     def fire_counts(self) -> FireCounts:

@@ -1,4 +1,4 @@
-"""The CUDA engine: what needs no GPU (packing, plans, compiling), and marked `gpu` what does.
+"""The CUDA engine. Packing, plans and compilation need no GPU; the tests that need one are marked `gpu`.
 
 On a GPU the conformance suite of `test_backends.py` runs over this backend too.
 """
@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from eventrnn.backend import BackendUnavailable
 from eventrnn.bench.networks import at_activity, random_events, random_network
 from eventrnn.cuda import PRECISIONS, CudaBackend, tables
-from eventrnn.cuda.cluster_plan import CLUSTER_WARPS, ClusterShape, cluster_plan, rounds_of, strips_of
+from eventrnn.cuda.cluster_plan import CLUSTER_WARPS, ClusterShape, cluster_plan, strips_of, units_per_lane_of
 from eventrnn.cuda.packing import CompactStrips, GroupedStrips, Strips, check_format, pack, per_strip, stored_mask
-from eventrnn.cuda.plan import MOST_WARPS, Chip, LayerShape, blocks_from, plan, tile_width
+from eventrnn.cuda.plan import MAX_WARPS, Chip, LayerShape, blocks_from, plan, tile_width
 from eventrnn.network import Network
 from eventrnn.simulation import Simulator, simulate
 from eventrnn.state import State
@@ -78,39 +78,42 @@ def test_tile_memory_holds_what_kernels_load(data, units, n_pre):
 
 
 @given(data=st.data(), units=st.integers(1, 70), n_pre=st.integers(1, 40))
-def test_reached_units_are_those_with_a_weight_in_the_strip(data, units, n_pre):
+def test_compact_strips_list_the_units_with_a_weight_in_the_strip(data, units, n_pre):
     strips = pack(data.draw(weights_of((n_pre, 3 * units), formats=["csr", "block", "nm"])), 3, tables.LANES)
-    reached = CompactStrips.of(strips)
+    compact = CompactStrips.of(strips)
     for strip in range(strips.tiles * 3):
-        mine = slice(*reached.firsts[strip : strip + 2])
+        entries = slice(*compact.begins[strip : strip + 2])
         expected = np.flatnonzero(strips.table[strip, :, 0])
-        assert np.array_equal(reached.units[mine], 4 * expected)
+        assert np.array_equal(compact.units[entries], 4 * expected)
         tile, gate = divmod(strip, 3)
         columns = gate * units + np.arange(tile * tables.LANES, min((tile + 1) * tables.LANES, units))
-        assert np.array_equal(reached.rows[mine, : len(columns)], unpack(strips)[expected][:, columns])
-        assert not reached.rows[mine, len(columns) :].any()
-    assert len(reached.units) == reached.firsts[-1] == len(reached.rows) - 1
+        assert np.array_equal(compact.rows[entries, : len(columns)], unpack(strips)[expected][:, columns])
+        assert not compact.rows[entries, len(columns) :].any()
+    assert len(compact.units) == compact.begins[-1] == len(compact.rows) - 1
 
 
 @given(
-    data=st.data(), units=st.integers(1, 70), n_pre=st.integers(1, 40), together=st.integers(1, tables.STRIPS_PER_GROUP)
+    data=st.data(),
+    units=st.integers(1, 70),
+    n_pre=st.integers(1, 40),
+    strips_per_group=st.integers(1, tables.STRIPS_PER_GROUP),
 )
-def test_lots_lead_from_a_unit_to_its_rows_in_every_strip(data, units, n_pre, together):
+def test_grouped_strips_find_the_rows_of_a_unit_in_every_strip(data, units, n_pre, strips_per_group):
     strips = pack(data.draw(weights_of((n_pre, units))), 1, tables.LANES)
-    lots = GroupedStrips.of(CompactStrips.of(strips), n_pre, together)
+    grouped = GroupedStrips.of(CompactStrips.of(strips), n_pre, strips_per_group)
     matrix, used = unpack(strips), 0
     for strip in range(strips.tiles):
-        lot, bit = divmod(strip, together)
+        group, bit = divmod(strip, strips_per_group)
         columns = matrix[:, strip * tables.LANES : (strip + 1) * tables.LANES]
-        for unit, word in enumerate(lots.index[lot].tolist()):
+        for unit, word in enumerate(grouped.index[group].tolist()):
             mask = word & ((1 << tables.STRIPS_PER_GROUP) - 1)
             if not mask >> bit & 1:
                 assert not columns[unit].any()
                 continue
             row = (word >> tables.STRIPS_PER_GROUP) + (mask & ((1 << bit) - 1)).bit_count()
-            assert np.array_equal(lots.rows[lots.firsts[lot] + row, : columns.shape[1]], columns[unit])
+            assert np.array_equal(grouped.rows[grouped.begins[group] + row, : columns.shape[1]], columns[unit])
             used += 1
-    assert used == len(lots.rows) - 1 == lots.firsts[-1]
+    assert used == len(grouped.rows) - 1 == grouped.begins[-1]
 
 
 def test_wide_blocks_are_runs_and_single_weights_are_not():
@@ -172,7 +175,7 @@ def test_plans_give_every_tile_of_every_sample_one_owner(shapes, batch):
                     owners[layer, tile, sample] = first
     assert len(owners) == sum(shape.tiles for shape in shapes) * batch
     assert found.shared <= H100.shared_bytes
-    assert found.warps <= max(MOST_WARPS, 32)
+    assert found.warps <= max(MAX_WARPS, 32)
 
 
 @st.composite
@@ -199,34 +202,34 @@ def test_cluster_plans_give_every_tile_of_every_sample_one_owner(shapes, batch):
     if found is None:
         return
     clusters, owners = {}, {}
-    parts = [(shape, matrix) for shape in shapes for matrix in shape.parts()]
+    roles = [(shape, matrix) for shape in shapes for matrix in shape.matrices()]
     for first in range(0, batch, found.groups * found.samples):
         table = blocks_from(found, first, batch)
         assert len(table) % found.cluster == 0
         assert len(table) // found.cluster <= H100.clusters[found.cluster]
         for at, row in enumerate(table):
-            part = row[tables.LAYER]
-            # The blocks of a cluster have the same part and samples, and together all its tiles in order.
-            same = (first, part, row[tables.SAMPLE], row[tables.SAMPLES], row[tables.AT_Y], row[tables.AT_BARRIERS])
+            role = row[tables.LAYER]
+            # The blocks of a cluster have the same role and samples, and together all tiles in order.
+            same = (first, role, row[tables.SAMPLE], row[tables.SAMPLES], row[tables.AT_Y], row[tables.AT_BARRIERS])
             assert clusters.setdefault((first, at // found.cluster), same) == same
-            shape, matrix = parts[part]
+            shape, matrix = roles[role]
             assert row[tables.ALL_TILES] == shape.tiles
             gates = strips_of(shape.units, row[tables.TILE], row[tables.TILES])
             strips = sum(end - begin for begin, end in gates)
-            # A warp that has no strip would read beyond their table.
+            # A warp without a strip would read beyond the table of strips.
             assert found.warps <= min(strips, CLUSTER_WARPS) or strips < found.warps <= CLUSTER_WARPS
             for tile in range(row[tables.TILE], row[tables.TILE] + row[tables.TILES]):
                 for sample in range(row[tables.SAMPLE], row[tables.SAMPLE] + row[tables.SAMPLES]):
-                    assert (part, tile, sample) not in owners
-                    owners[part, tile, sample] = at
-            # Whole lots of what is looked up fit between their table and the rows.
-            lot = 32 * found.rounds[matrix is shape.w_in]
-            most = max(int(np.diff(matrix.firsts)[begin:end].max(initial=0)) for begin, end in gates)
-            assert row[tables.CAPACITY] % lot == 0 and row[tables.CAPACITY] >= most
+                    assert (role, tile, sample) not in owners
+                    owners[role, tile, sample] = at
+            # Whole chunks of units of every strip fit between the table of units and the rows.
+            chunk = 32 * found.units_per_lane[matrix is shape.w_in]
+            most = max(int(np.diff(matrix.begins)[begin:end].max(initial=0)) for begin, end in gates)
+            assert row[tables.CAPACITY] % chunk == 0 and row[tables.CAPACITY] >= most
             assert row[tables.AT_UNITS] + 4 * row[tables.CAPACITY] * strips <= row[tables.AT_ROWS]
-        # Parts wait for lower ones only, which the chip begins with.
+        # A role waits for lower layers only, so their blocks come first.
         assert (np.diff(table[:, tables.LAYER]) >= 0).all()
-    assert len(owners) == sum(shape.tiles for shape, _ in parts) * batch
+    assert len(owners) == sum(shape.tiles for shape, _ in roles) * batch
     assert found.shared <= H100.shared_bytes
 
 
@@ -239,15 +242,15 @@ def test_strips_cover_the_columns_of_their_units(units, tile, tiles):
             assert 0 <= 32 * end - (gate * units + last) < 32
 
 
-def test_lanes_look_up_only_needed_entries():
-    def reached(most):
-        return CompactStrips(np.zeros(most, np.int32), np.zeros((most + 1, 32), np.float32), np.array([0, most]))
+def test_lanes_gather_the_fewest_units_that_need_no_further_chunk():
+    def strip(units):
+        return CompactStrips(np.zeros(units, np.int32), np.zeros((units + 1, 32), np.float32), np.array([0, units]))
 
-    assert [rounds_of([reached(most)]) for most in (1, 32, 33, 164, 224, 225, 460)] == [1, 1, 2, 6, 7, 4, 5]
-    assert rounds_of([]) == 0
+    assert [units_per_lane_of([strip(units)]) for units in (1, 32, 33, 164, 224, 225, 460)] == [1, 1, 2, 6, 7, 4, 5]
+    assert units_per_lane_of([]) == 0
 
 
-def test_clusters_are_for_chips_that_have_them_and_one_type_of_weights():
+def test_cluster_plans_need_clusters_shared_memory_and_one_storage_type():
     rng = np.random.default_rng(0)
     weights = np.repeat(rng.random((256, 24)) < 0.1, 32, axis=1) * np.ones(1, np.float32)
     wide, narrow = (
@@ -274,7 +277,7 @@ def test_shared_memory_arrays_do_not_overlap(shapes, batch):
 def test_too_little_shared_memory_uses_l2_then_is_refused():
     rng = np.random.default_rng(0)
     shape = LayerShape(256, 256, None, pack(convert(rng.standard_normal((256, 768)).astype("f4"), "dense"), 3, 8))
-    large, small = (plan([shape], 1, Chip(132, size)).layers[0].way_rec for size in (232_448, 40_000))
+    large, small = (plan([shape], 1, Chip(132, size)).layers[0].layout_rec for size in (232_448, 40_000))
     assert large & tables.RESIDENT and not small & tables.RESIDENT
     with pytest.raises(ValueError, match=r"cuda: a layer of 256 units .* more shared memory than the 9,000 bytes"):
         plan([shape], 1, Chip(132, 9_000))
@@ -301,30 +304,32 @@ def test_error_without_a_gpu_names_the_remedy(monkeypatch):
         device.Device()
 
 
-WAYS = [
+LAYOUTS = [
     tables.layout_code(kind, narrow, resident)
     for kind in (tables.DENSE, tables.MASKED, tables.RUNS)
     for narrow in (False, True)
     for resident in (False, True)
 ]
 
+MASKED_LAYOUTS = [layout for layout in LAYOUTS if layout & tables.KINDS == tables.MASKED]
+
 
 @pytest.fixture(scope="module")
 def compiled():
-    """Compiles for Hopper, with or without a GPU."""
+    """A function that compiles a kernel to PTX for Hopper, with or without a GPU."""
     device = pytest.importorskip("eventrnn.cuda.device", exc_type=BackendUnavailable, reason="needs numba-cuda")
     pytest.importorskip("cuda.bindings.nvvm", reason="needs libNVVM")
     return lambda made: device.compile_ptx(*made, HOPPER, 352)
 
 
 def check_ptx(ptx: str) -> None:
-    """An entry for Hopper in which every product and sum is rounded as written, and no memory is of unknown kind."""
+    """Check that PTX for Hopper contracts and approximates nothing and names the memory of every load and store."""
     assert re.search(r"^\.target sm_90", ptx, re.MULTILINE)
     assert ".entry" in ptx
     assert not re.findall(r"\b(?:mul|add|sub)\.f32", ptx)
     assert not re.findall(r"\b(?:div|rcp|sqrt|ex2)\.approx", ptx)
     assert not re.findall(r"\s(?:ld|st)\.(?:f32|[us]\d+|b\d+)\b", ptx)
-    # Contraction would add to those that are written.
+    # Fused operations that the source does ask for.
     assert "fma.rn.f32" in ptx
 
 
@@ -337,21 +342,21 @@ def test_kernels_compile_without_contraction(compiled, variant):
         check_ptx(compiled(make(variant, (tables.layout_code(tables.RUNS, True, True),))))
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way & tables.KINDS == tables.MASKED])
-@pytest.mark.parametrize(("blocks", "rounds", "rounds_in"), [(2, 1, 0), (16, 7, 2)])
-def test_cluster_kernels_compile_without_contraction(compiled, way, blocks, rounds, rounds_in):
+@pytest.mark.parametrize("layout", MASKED_LAYOUTS)
+@pytest.mark.parametrize(("blocks", "units_per_lane", "input_units_per_lane"), [(2, 1, 0), (16, 7, 2)])
+def test_cluster_kernels_compile_without_contraction(compiled, layout, blocks, units_per_lane, input_units_per_lane):
     from eventrnn.cuda.kernels.cluster import cluster_kernel
 
-    ptx = compiled(cluster_kernel(way, way, blocks, rounds, rounds_in))
+    ptx = compiled(cluster_kernel(layout, layout, blocks, units_per_lane, input_units_per_lane))
     check_ptx(ptx)
     assert ptx.count("st.async.shared::cluster") == max(1, blocks // 4)
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way & tables.KINDS == tables.MASKED])
-def test_products_compile_for_every_weight_layout(compiled, way):
+@pytest.mark.parametrize("layout", MASKED_LAYOUTS)
+def test_products_compile_for_every_weight_layout(compiled, layout):
     from eventrnn.cuda.kernels.batched_products import products_kernel
 
-    check_ptx(compiled(products_kernel(way)))
+    check_ptx(compiled(products_kernel(layout)))
 
 
 def test_mixed_layouts_and_small_kernels_compile(compiled):
@@ -359,7 +364,7 @@ def test_mixed_layouts_and_small_kernels_compile(compiled):
     from eventrnn.cuda.kernels.single_stream import single_kernel
     from eventrnn.cuda.kernels.tensor_core_cells import cells_kernel
 
-    check_ptx(compiled(single_kernel("evnn", tuple(WAYS[:3]))))
+    check_ptx(compiled(single_kernel("evnn", tuple(LAYOUTS[:3]))))
     assert ".entry" in compiled(log_events_kernel())
     for each in (count_events_kernel(), count_pairs_kernel()):
         assert "red.relaxed.gpu.global.add.u64" in compiled(each)
@@ -390,7 +395,7 @@ def layered(variant: str, format: str, batch: int, storage: str) -> tuple[Networ
 @pytest.mark.parametrize("format", ["dense", "csr", "block"])
 @pytest.mark.parametrize("variant", ["evnn", "paper"])
 @pytest.mark.parametrize("batch", [1, 5, 150])
-def test_events_states_and_counts_are_those_of_the_cpu(variant, format, storage, batch):
+def test_events_states_and_counts_equal_those_of_the_cpu(variant, format, storage, batch):
     network, inputs = layered(variant, format, batch, storage)
     expected = simulate(network, inputs, record=("events", "states"))
     got = simulate(network, inputs, backend="cuda", record=("events", "states"))
@@ -404,7 +409,7 @@ def test_events_states_and_counts_are_those_of_the_cpu(variant, format, storage,
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("blocks", [False, True])
-def test_a_million_steps_in_one_run_and_in_chunks(blocks):
+def test_a_million_steps_in_one_run_equal_the_same_steps_in_chunks(blocks):
     rng = np.random.default_rng(4)
     network = Network.random([96 if blocks else 48], inputs=8, rng=rng, threshold=0.1)
     network = network.with_matrices({k: CSR.from_dense(3 * w.to_dense()) for k, w in network.matrices().items()})
@@ -415,8 +420,8 @@ def test_a_million_steps_in_one_run_and_in_chunks(blocks):
     x = (rng.standard_normal((1_000_000, 1, 8)) * (rng.random((1_000_000, 1, 8)) < 0.5)).astype(np.float32)
     whole, chunked = simulate(network, x, backend="cuda"), Simulator(network, backend="cuda")
     cuts = [0, *sorted(rng.integers(0, len(x), 300)), len(x)]
-    parts = [chunked.run(x[a:b]).output for a, b in pairwise(cuts)]
-    assert same_bits(whole.output, np.concatenate(parts))
+    chunks = [chunked.run(x[a:b]).output for a, b in pairwise(cuts)]
+    assert same_bits(whole.output, np.concatenate(chunks))
     assert same_bits(whole.state.cells[0], chunked.state.cells[0])
     assert 0.02 < whole.activity[0] < 0.98
 
@@ -432,13 +437,13 @@ def test_out_of_memory_names_the_bytes_and_leaves_the_gpu_usable():
 
 
 @pytest.mark.gpu
-def test_run_in_several_parts_equals_one_run(monkeypatch):
+def test_run_in_several_chunks_of_time_equals_one_run(monkeypatch):
     from eventrnn.cuda import engine
 
     network, inputs = layered("evnn", "block", 3, "bfloat16")
     whole = simulate(network, inputs, backend="cuda")
     monkeypatch.setattr(engine, "RECORD_BYTES", 1 << 18)
-    pieces = simulate(network, inputs, backend="cuda")
-    assert same_bits(whole.output, pieces.output)
-    assert np.array_equal(whole.fired[1].total, pieces.fired[1].total)
-    assert isinstance(pieces.state, State)
+    chunked = simulate(network, inputs, backend="cuda")
+    assert same_bits(whole.output, chunked.output)
+    assert np.array_equal(whole.fired[1].total, chunked.fired[1].total)
+    assert isinstance(chunked.state, State)

@@ -49,10 +49,8 @@ def in_python(function, grid: tuple[int, int]):
     from eventrnn.cuda.kernels import tensor_core_cells as module
 
     block = SimpleNamespace(x=0, y=0)
-    there = SimpleNamespace(
-        threadIdx=SimpleNamespace(x=0), blockIdx=block, blockDim=SimpleNamespace(x=1),
-        gridDim=SimpleNamespace(x=grid[0], y=grid[1]), syncwarp=lambda mask: None,
-    )  # fmt: skip
+    there = SimpleNamespace(threadIdx=SimpleNamespace(x=0), blockIdx=block, blockDim=SimpleNamespace(x=1))
+    there.gridDim, there.syncwarp = SimpleNamespace(x=grid[0], y=grid[1]), lambda mask: None
     fakes = {id(getattr(ptx, name)): lambda at, kind=kind: Pointed(at, kind) for name, kind in KINDS.items()}
     fakes |= {id(ptx.max_relaxed): _raise_to, id(ptx.add_relaxed): _add, id(ptx.cuda): there}
     fakes[id(ptx.fma)] = lambda a, b, c: np.float32(np.float64(a) * np.float64(b) + np.float64(c))
@@ -121,7 +119,7 @@ def words(shape, precision, rng) -> np.ndarray:
 @pytest.mark.parametrize(("units", "counting"), [(13, True), (8, False), (1, True)])
 def test_cells_kernel_equals_the_fake(kernels, precision, units, counting):
     rng, batch, padded, pitch = np.random.default_rng(units), 5, -(-units // 8) * 8, 32
-    pairs, parts = -(-units // 2), 3
+    pairs, splits = -(-units // 2), 3
     drive, rec = (words((batch, 3, padded), precision, rng) for _ in range(2))
     vectors, c = rng.standard_normal((5, padded)).astype(np.float32), rng.standard_normal((batch, units))
     vectors[4], c = 0.1, c.astype(np.float32)
@@ -131,21 +129,19 @@ def test_cells_kernel_equals_the_fake(kernels, precision, units, counting):
     for fake in (False, True):
         cells, y = c.copy(), np.zeros((batch, padded), drive.dtype)
         sent, after = np.full((batch, pitch), 7, np.float32), np.zeros((batch, units), np.float32)
-        sums, status = np.zeros((parts, pairs + 1), np.uint16), np.zeros(tables.STATUS_FIELDS, np.int64)
-        arguments = (
-            *map(at, (drive, rec, vectors, cells, y, sent, after)),
-            units, padded, pitch, batch, at(sums) if counting else 0, pairs + 1, at(status),
-        )  # fmt: skip
+        sums, status = np.zeros((splits, pairs + 1), np.uint16), np.zeros(tables.STATUS_FIELDS, np.int64)
+        arrays, sizes = map(at, (drive, rec, vectors, cells, y, sent, after)), (units, padded, pitch, batch)
+        arguments = (*arrays, *sizes, at(sums) if counting else 0, pairs + 1, at(status))
         if fake:
-            ROUNDING["cells"](precision, (pairs, parts), *arguments)
+            ROUNDING["cells"](precision, (pairs, splits), *arguments)
         else:
-            in_python(kernels.tensor_core_cells.cells_kernel(precision)[0], (pairs, parts))(*arguments)
+            in_python(kernels.tensor_core_cells.cells_kernel(precision)[0], (pairs, splits))(*arguments)
         results.append((cells, widened(y, precision), sent, after, sums, status))
     ours, theirs = results
     # The fake follows `reference.py`, with NumPy's exponential.
-    for mine, its in zip(ours[:4], theirs[:4], strict=True):
-        assert np.array_equal(mine != 0, its != 0)
-        assert np.abs(mine.astype(np.float64) - its).max() <= tolerance.two_roundings(precision)
+    for got, expected in zip(ours[:4], theirs[:4], strict=True):
+        assert np.array_equal(got != 0, expected != 0)
+        assert np.abs(got.astype(np.float64) - expected).max() <= tolerance.two_roundings(precision)
     assert np.array_equal(ours[4], theirs[4]) and (ours[4][0, :pairs] & 0xF00).all() == counting
     assert np.array_equal(ours[2][:, units:], np.full((batch, pitch - units), 7)) and not ours[5].any()
 
@@ -159,12 +155,12 @@ def test_rows_are_rounded_and_padded(kernels, precision):
         at(dense), 9, 7, 16, at(out), at(status)
     )
     assert np.array_equal(out[:, :7], rounded(dense[:, :7].copy(), precision)) and not out[:, 7:].any()
-    firsts, counts = np.array([2, 0]), np.array([2, 1], np.int32)
+    begins, counts = np.array([2, 0]), np.array([2, 1], np.int32)
     entries = np.array([[5, 0], [0, 0], [1, 0], [15, 0]], np.int32)
     entries[:, 1] = np.array([1.5, 0, -2.25, 1e5], np.float32).view(np.int32)
     rows, out = np.array([1, 0, 0]), np.full((3, 16), 3, out.dtype)
     densify = in_python(kernels.tensor_core_cells.densify_kernel(precision)[0], (3, 1))
-    densify(at(firsts), at(counts), at(entries), at(rows), 3, 16, at(out), at(status))
+    densify(at(begins), at(counts), at(entries), at(rows), 3, 16, at(out), at(status))
     expected = np.zeros((3, 16), np.float32)
     expected[0, 5], expected[1:, 1], expected[1:, 15] = 1.5, -2.25, 1e5
     with np.errstate(over="ignore"):

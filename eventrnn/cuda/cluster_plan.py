@@ -1,12 +1,14 @@
-"""Who does what where a stream's layer lives in one cluster of blocks. Plain NumPy; knows no CUDA.
+"""Cluster plans: one layer of a stream lives in one thread-block cluster. Plain NumPy, no CUDA.
 
-A part is what one cluster does for some streams: the recurrent half of a layer, or (a feeder) what its input adds.
+A cluster has one role for one layer and some samples (`kernels/cluster.py`). RECURRENT: recurrent drives, cells and
+events. INPUT: the input drives of that layer. The first layer of a network has no cluster in the role INPUT.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -15,24 +17,37 @@ from eventrnn.cuda.packing import CompactStrips
 from eventrnn.cuda.plan import Chip, LayerPlan, Plan
 from eventrnn.cuda.tables import LANES
 
+# Blocks per cluster that a plan may choose.
 CLUSTER_SIZES = (16, 8, 4, 2, 1)
 
-# More leave a thread too few registers for the weights on their way.
+# Warps per block, at most. With more, a thread has too few registers for the weights that it is loading.
 CLUSTER_WARPS = 24
 
-# Looking up more than this share of all units, strip by strip, costs more than making a list of events once.
-MOST_REACHED = 0.4
+# Share of all presynaptic units that reach a strip, averaged over the strips, up to which a gather of their outputs
+# per strip costs less than one list of events per step.
+MAX_GATHERED_SHARE = 0.4
 
-# Cycles, measured on an H100: a send and its arrival, the same a tile; a strip from what arrived to its gate, with
-# weights in L2 more; a tile's cells. Then what both keep a multiprocessor from doing for others.
-EXCHANGE, EXCHANGE_TILE, STRIP, STRIP_FAR, CELLS, STRIP_ALONE, CELLS_ALONE = 350, 10, 500, 300, 450, 65, 100
+# The following costs are cycles, measured on an H100.
 
+# Latency from sending outputs to their arrival in the other blocks of the cluster, and its increase per tile.
+EXCHANGE, EXCHANGE_TILE = 350, 10
+
+# Latency from the arrival of outputs to the drives of a strip, and its increase if the weights are in L2.
+STRIP, STRIP_FAR = 500, 300
+
+# Latency of updating the cells of a tile.
+CELLS = 450
+
+# Issue slots of a multiprocessor that a strip and the cells of a tile take from other warps.
+STRIP_ISSUE, CELLS_ISSUE = 65, 100
+
+# Bytes of one float32 per unit of a tile.
 TILE_BYTES = 4 * LANES
 
 
 @dataclass(frozen=True)
 class ClusterShape:
-    """One layer as the plan sees it. `w_in` is None where the input's drives are made beforehand."""
+    """One layer as the plan sees it. `w_in` is None where the input drives are computed before the launch."""
 
     units: int
     w_in: CompactStrips | None
@@ -42,33 +57,34 @@ class ClusterShape:
     def tiles(self) -> int:
         return -(-self.units // LANES)
 
-    def parts(self) -> list[CompactStrips]:
-        """Feeder first: it waits for the layer below only."""
+    def matrices(self) -> list[CompactStrips]:
+        """The matrix of each role: INPUT first, because it waits for the layer below only."""
         return [self.w_rec] if self.w_in is None else [self.w_in, self.w_rec]
 
 
 def cluster_plan(shapes: Sequence[ClusterShape], batch: int, chip: Chip) -> Plan | None:
-    """The launch of some layers where a stream's layer lives in one cluster; None where that cannot be.
+    """The cluster plan of a launch of these layers: of the cluster sizes, that of the least cost.
 
-    The layers of the plan are its parts, in order: of each layer but the first its feeder, then itself.
+    Its `layers` are roles: for each layer INPUT, unless its `w_in` is None, then RECURRENT. None if the GPU has no
+    clusters, if a cluster cannot hold a layer, or if the matrices have different storage types.
     """
-    matrices = [matrix for shape in shapes for matrix in shape.parts()]
+    matrices = [matrix for shape in shapes for matrix in shape.matrices()]
     if len({matrix.rows.dtype for matrix in matrices}) > 1:
         return None
-    parts = [(shape, matrix) for shape in shapes for matrix in shape.parts()]
-    rounds = rounds_of([shape.w_rec for shape in shapes])
-    rounds_in = rounds_of([shape.w_in for shape in shapes if shape.w_in is not None])
+    roles = [(shape, matrix) for shape in shapes for matrix in shape.matrices()]
+    recurrent, inputs = [shape.w_rec for shape in shapes], [shape.w_in for shape in shapes if shape.w_in is not None]
+    per_lane = units_per_lane_of(recurrent), units_per_lane_of(inputs)
     best = None
     for size in CLUSTER_SIZES:
-        most = chip.clusters.get(size, 0) // len(parts)
-        if most == 0 or size > min(shape.tiles for shape in shapes):
+        max_groups = chip.clusters.get(size, 0) // len(roles)
+        if max_groups == 0 or size > min(shape.tiles for shape in shapes):
             continue
-        samples = -(-batch // most)
+        samples = -(-batch // max_groups)
         while samples:
-            found = _lay_out(parts, size, samples, (rounds, rounds_in), chip)
+            found = _lay_out(roles, size, samples, per_lane, chip)
             if found is not None:
                 layers, warps, strips = found
-                groups = min(most, -(-batch // samples))
+                groups = min(max_groups, -(-batch // samples))
                 cost = _cost(shapes, layers, samples, warps, strips) * -(-batch // (groups * samples))
                 if best is None or cost < best[0]:
                     best = cost, size, samples, groups, warps, layers
@@ -78,11 +94,11 @@ def cluster_plan(shapes: Sequence[ClusterShape], batch: int, chip: Chip) -> Plan
         return None
     _, size, samples, groups, warps, layers = best
     table = []
-    # Lower parts first: they wait for nobody above.
-    for number, ((shape, _), layer) in enumerate(zip(parts, layers, strict=True)):
-        edges = edges_of(shape.tiles, size)
+    # Lower layers come first, because they never wait for layers above.
+    for number, ((shape, _), layer) in enumerate(zip(roles, layers, strict=True)):
+        bounds = tile_bounds(shape.tiles, size)
         for group in range(groups):
-            for begin, end in zip(edges[:-1], edges[1:], strict=True):
+            for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
                 row = np.zeros(tables.BLOCK_FIELDS, np.int64)
                 row[[tables.LAYER, tables.TILE, tables.TILES]] = number, begin, end - begin
                 row[[tables.SAMPLE, tables.SAMPLES, tables.ALL_TILES]] = group * samples, samples, shape.tiles
@@ -90,73 +106,89 @@ def cluster_plan(shapes: Sequence[ClusterShape], batch: int, chip: Chip) -> Plan
                     row[field] = offset
                 table.append(row)
     shared = max(layer.shared for layer in layers)
-    return Plan(tuple(layers), samples, groups, warps, shared, 0, np.array(table), size, (rounds, rounds_in))
+    return Plan(tuple(layers), samples, groups, warps, shared, 0, np.array(table), size, per_lane)
 
 
-def edges_of(tiles: int, size: int) -> np.ndarray:
-    """Where each block's tiles begin, as even as can be, and where the last one's end."""
+def tile_bounds(tiles: int, size: int) -> np.ndarray:
+    """The first tile of each block of a cluster, then the number of tiles: (size + 1,), as even as possible."""
     return np.arange(size + 1) * tiles // size
 
 
 def strips_of(units: int, tile: int, tiles: int) -> list[tuple[int, int]]:
-    """By gate, the strips of 32 columns from which on and before which some tiles have rows."""
+    """Per gate, the range of strips of 32 columns that contain the gate rows of tiles `tile` to `tile + tiles - 1`."""
     first, last = tile * LANES, min(units, (tile + tiles) * LANES)
     return [((gate * units + first) // LANES, -(-(gate * units + last) // LANES)) for gate in range(3)]
 
 
-def rounds_of(matrices: Sequence[CompactStrips]) -> int:
-    """How many units a lane looks up together, so that no lot is emptier than it must be; 0 for no matrix."""
+def units_per_lane_of(matrices: Sequence[CompactStrips]) -> int:
+    """Units that a lane gathers together, at most MAX_UNITS_PER_LANE; 0 without a matrix.
+
+    A chunk is 32 times as many units. The number is the smallest with which the units of the longest strip still take
+    as few chunks as possible.
+    """
     if not matrices:
         return 0
-    most = max(1, *(int(np.diff(matrix.firsts).max(initial=1)) for matrix in matrices))
-    lots = -(-most // (LANES * tables.MAX_UNITS_PER_LANE))
-    return -(-most // (LANES * lots))
+    longest = max(1, *(int(np.diff(matrix.begins).max(initial=1)) for matrix in matrices))
+    chunks = -(-longest // (LANES * tables.MAX_UNITS_PER_LANE))
+    return -(-longest // (LANES * chunks))
 
 
 def _lay_out(
-    parts: Sequence[tuple[ClusterShape, CompactStrips]], size: int, samples: int, rounds: tuple[int, int], chip: Chip
+    roles: Sequence[tuple[ClusterShape, CompactStrips]], size: int, samples: int, per_lane: tuple[int, int], chip: Chip
 ) -> tuple[list[LayerPlan], int, int] | None:
-    """The parts with as many of their weights in shared memory as all of them can have there; warps, most strips."""
+    """Place the roles on clusters of `size` blocks; None if shared memory is too small.
+
+    Recurrent weights, input weights or both go to shared memory if those of all layers fit; recurrent ones come first.
+    Returns the placements, the warps per block and the strips of the block that has most.
+    """
     owned = [
-        [strips_of(shape.units, begin, end - begin) for begin, end in _pairs(edges_of(shape.tiles, size))]
-        for shape, _ in parts
+        [strips_of(shape.units, begin, end - begin) for begin, end in _pairs(tile_bounds(shape.tiles, size))]
+        for shape, _ in roles
     ]
     strips = max(sum(end - begin for begin, end in block) for blocks in owned for block in blocks)
-    # As few as share out the strips evenly.
+    # The fewest warps with which no warp has more strips than with CLUSTER_WARPS.
     warps = -(-strips // -(-strips // CLUSTER_WARPS))
     for near_rec, near_in in ((True, True), (True, False), (False, True), (False, False)):
-        laid = []
-        for (shape, matrix), blocks in zip(parts, owned, strict=True):
+        placed = []
+        for (shape, matrix), blocks in zip(roles, owned, strict=True):
             is_input = matrix is shape.w_in
             near = (near_rec, near_in)[is_input]
-            laid.append(_lay_out_part(shape, matrix, blocks, size, samples, rounds[is_input], warps, near))
-        if max(each.shared for each in laid) <= chip.shared_bytes:
-            return laid, warps, strips
+            placed.append(_lay_out_role(shape, matrix, blocks, size, samples, per_lane[is_input], warps, near))
+        if max(each.shared for each in placed) <= chip.shared_bytes:
+            return placed, warps, strips
     return None
 
 
-def _pairs(edges: np.ndarray) -> list[tuple[int, int]]:
-    return [(int(a), int(b)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+def _pairs(bounds: np.ndarray) -> list[tuple[int, int]]:
+    return [(int(a), int(b)) for a, b in pairwise(bounds)]
 
 
-def _lay_out_part(
+def _lay_out_role(
     shape: ClusterShape,
     matrix: CompactStrips,
     blocks: Sequence[Sequence[tuple[int, int]]],
     size: int,
     samples: int,
-    rounds: int,
+    per_lane: int,
     warps: int,
     near: bool,
 ) -> LayerPlan:
-    tiles = int(np.diff(edges_of(shape.tiles, size)).max())
+    """Place one role of a layer.
+
+    matrix   : the weights of that role
+    blocks   : per block of the cluster and per gate, the range of its strips (`strips_of`)
+    size     : blocks per cluster
+    per_lane : units that a lane gathers together
+    near     : whether the weights are in shared memory
+    """
+    tiles = int(np.diff(tile_bounds(shape.tiles, size)).max())
     strips = max(sum(end - begin for begin, end in gates) for gates in blocks)
-    entries = max(sum(int(matrix.firsts[end] - matrix.firsts[begin]) for begin, end in gates) for gates in blocks)
-    # Whole lots of what is looked up, as many for every strip.
-    lot = LANES * rounds
-    capacity = lot * max(1, -(-int(np.diff(matrix.firsts).max(initial=0)) // lot))
+    entries = max(sum(int(matrix.begins[end] - matrix.begins[begin]) for begin, end in gates) for gates in blocks)
+    # Every strip has room for the same number of whole chunks.
+    chunk = LANES * per_lane
+    capacity = chunk * max(1, -(-int(np.diff(matrix.begins).max(initial=0)) // chunk))
     sizes = {
-        # At the same place in every block of the cluster.
+        # The first two arrays have the same offset in every block of a cluster, because blocks write to each other's.
         tables.AT_BARRIERS: 16 * samples,
         tables.AT_Y: 2 * samples * (shape.tiles * TILE_BYTES + 16),
         tables.AT_STRIPS: 32 + 16 * strips,
@@ -165,23 +197,27 @@ def _lay_out_part(
         tables.AT_SUMS_IN: 2 * TILE_BYTES * strips,
         tables.AT_SUMS_REC: 4 * TILE_BYTES * (strips + 1),
         tables.AT_CELLS: TILE_BYTES * samples * tiles,
-        tables.AT_HITS: tables.HIT_BYTES * (LANES * rounds + tables.LIST_PAD) * warps,
+        tables.AT_HITS: tables.HIT_BYTES * (chunk + tables.LIST_PAD) * warps,
         tables.AT_UNITS: 4 * capacity * strips,
         tables.AT_ROWS: LANES * matrix.rows.itemsize * entries * near,
     }
     offsets, at = {tables.CAPACITY: capacity}, 0
     for field, bytes_ in sizes.items():
         offsets[field], at = at, at + -(-bytes_ // 16) * 16
-    way = tables.layout_code(tables.MASKED, matrix.rows.dtype == np.uint16, near)
-    return LayerPlan(tiles, way, way, at, offsets)
+    layout = tables.layout_code(tables.MASKED, matrix.rows.dtype == np.uint16, near)
+    return LayerPlan(tiles, layout, layout, at, offsets)
 
 
 def _cost(shapes: Sequence[ClusterShape], layers: Sequence[LayerPlan], samples: int, warps: int, strips: int) -> float:
-    """Cycles of a step."""
+    """Estimated cycles of a step.
+
+    strips : strips of the block that has most
+    """
     widest, tiles = max(shape.tiles for shape in shapes), max(layer.tiles for layer in layers)
-    far = not layers[-1].way_rec & tables.RESIDENT
-    # One turn after the other, as its warps wait for each other, and as their instructions fill the multiprocessor.
-    waits = -(-strips // warps) * (STRIP + STRIP_FAR * far) + -(-tiles // warps) * CELLS
-    turn = max(waits, strips * STRIP_ALONE + tiles * CELLS_ALONE)
+    far = not layers[-1].layout_rec & tables.RESIDENT
+    # One turn is one sample of a block. It takes as long as the longest chain of latencies of a warp, or as all its
+    # instructions take to issue.
+    latency = -(-strips // warps) * (STRIP + STRIP_FAR * far) + -(-tiles // warps) * CELLS
+    turn = max(latency, strips * STRIP_ISSUE + tiles * CELLS_ISSUE)
     exchange = EXCHANGE + EXCHANGE_TILE * widest
     return max(exchange + turn, samples * (turn + widest * EXCHANGE_TILE))

@@ -1,4 +1,4 @@
-"""Dense products by cuBLAS on the engine's stream, in a way that a graph can capture."""
+"""Dense products by cuBLAS on the engine's stream. Nothing is allocated per call, so that graphs can capture them."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ if TYPE_CHECKING:
     from eventrnn.cuda.device import Device
 
 
-# cuBLAS's numbers: types of arrays, what sums are made in, not transposed, the algorithm that it finds best.
+# cudaDataType of the arrays of each precision.
 TYPES = {"float16": 2, "bfloat16": 14, "tf32": 0}
 
+# cublasComputeType of each precision: sums in float32.
 SUMS = {"float16": 68, "bfloat16": 68, "tf32": 77}
 
-PLAIN, DEFAULT = 0, -1
+# CUBLAS_OP_N: not transposed. CUBLAS_GEMM_DEFAULT: cuBLAS selects the algorithm.
+NOT_TRANSPOSED, DEFAULT = 0, -1
 
-# What NVIDIA recommends for Hopper.
+# The size that NVIDIA recommends for Hopper.
 WORKSPACE_BYTES = 32 << 20
 
 
 class Cublas:
-    """A handle of its own, with a workspace that stays. Raises BackendUnavailable where there is no cuBLAS."""
+    """A cuBLAS handle with its own workspace. Raises BackendUnavailable if cuBLAS cannot be loaded."""
 
     def __init__(self, device: Device):
         try:
@@ -46,10 +48,15 @@ class Cublas:
             raise RuntimeError(f"cuda: {name} failed with status {status}")
 
     def product(self, precision: str, a: Any, b: Any, out: Any, rows: int, width: int, columns: int) -> None:
-        """out (rows, columns) = a (rows, width) @ b (width, columns), all rounded; cuBLAS sees it transposed."""
+        """Compute out (rows, columns) = a (rows, width) @ b (width, columns), all stored in `precision`.
+
+        cuBLAS is column-major, so it is given the transposed product: out.T = b.T @ a.T.
+        """
         kind, pointer = TYPES[precision], ctypes.c_void_p
-        self._call(
-            "cublasGemmEx", self.handle, PLAIN, PLAIN, columns, rows, width, ctypes.byref(self.one),
-            pointer(b.data.ptr), kind, columns, pointer(a.data.ptr), kind, width, ctypes.byref(self.zero),
-            pointer(out.data.ptr), kind, columns, SUMS[precision], DEFAULT,
-        )  # fmt: skip
+        left = pointer(b.data.ptr), kind, columns
+        right = pointer(a.data.ptr), kind, width
+        target = pointer(out.data.ptr), kind, columns
+        shape, one, zero = (columns, rows, width), ctypes.byref(self.one), ctypes.byref(self.zero)
+        operations = NOT_TRANSPOSED, NOT_TRANSPOSED
+        arguments = *operations, *shape, one, *left, *right, zero, *target, SUMS[precision], DEFAULT
+        self._call("cublasGemmEx", self.handle, *arguments)

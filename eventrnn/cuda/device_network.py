@@ -10,9 +10,9 @@ from eventrnn.cuda.cluster_plan import CLUSTER_SIZES, ClusterShape, cluster_plan
 from eventrnn.cuda.cublas import Cublas
 from eventrnn.cuda.matrix import Matrix
 from eventrnn.cuda.packing import check_format, per_strip
-from eventrnn.cuda.plan import Chip, LayerShape, Plan, launches_of, parts_of, plan, tile_width
+from eventrnn.cuda.plan import Chip, LayerShape, Plan, launches_of, plan, roles_of, tile_width
 from eventrnn.cuda.tables import LANES
-from eventrnn.cuda.tensor_core_layer import FEWEST_STREAMS, TensorLayer, exact_because
+from eventrnn.cuda.tensor_core_layer import MIN_STREAMS, TensorLayer, exact_because
 from eventrnn.weights import Dense, MatrixId
 
 if TYPE_CHECKING:
@@ -29,13 +29,13 @@ class DeviceNetwork:
     ----------
     network     : the network on the host
     device      : the GPU
-    precision   : of the products on tensor cores; None where every layer stays exact
+    precision   : type of the operands on tensor cores; None if every layer stays exact
     units       : per layer, the number of units
     output_size : columns of the output: V of a read-out, else the units of the last layer
     w_in, w_rec : per layer, the weights of the input and of the recurrent product
     thresholds  : per layer, the thresholds in strips, on the device
     readout     : the weights of the read-out, or None
-    block_tables : by (layers, batch, first sample), what the blocks of a launch own, on the device, and their number
+    block_tables : by (layers, batch, first sample), the block table of a launch on the device, and its number of blocks
     """
 
     def __init__(self, network: Network, device: Device, precision: str | None):
@@ -61,11 +61,11 @@ class DeviceNetwork:
             share = self.chip.multiprocessors // next(len(each) for each in self.launches() if k in each)
             inside = (layer.w_rec, layer.w_in) if k else (layer.w_rec,)
             width = tile_width(layer.units, share, any(isinstance(w, Dense) for w in inside))
-            self.w_rec.append(Matrix.of(device, layer.w_rec, layer.bias_rec, 3, width))
-            self.w_in.append(Matrix.of(device, layer.w_in, layer.bias_in, 3, width))
+            self.w_rec.append(Matrix(device, layer.w_rec, layer.bias_rec, 3, width))
+            self.w_in.append(Matrix(device, layer.w_in, layer.bias_in, 3, width))
             self.thresholds.append(device.put(per_strip(layer.threshold, 1, width)))
         if network.readout is not None:
-            self.readout = Matrix.of(device, network.readout.weights, network.readout.bias, 1, LANES)
+            self.readout = Matrix(device, network.readout.weights, network.readout.bias, 1, LANES)
 
     # --- tensor cores ---
 
@@ -124,7 +124,7 @@ class DeviceNetwork:
         if paper or not any(self.chip.clusters.values()) or not all(each.sparse for each in matrices):
             return None
         shapes = [
-            ClusterShape(self.units[k], self.w_in[k].columns if k else None, self.w_rec[k].columns) for k in layers
+            ClusterShape(self.units[k], self.w_in[k].compact if k else None, self.w_rec[k].compact) for k in layers
         ]
         return cluster_plan(shapes, batch, self.chip)
 
@@ -137,20 +137,20 @@ class DeviceNetwork:
                 names = (MatrixId.of(layers.start, role) for role in ("w_rec", "w_in"))
                 found |= dict.fromkeys(names, f"tensor {self.precision}")
                 continue
-            for (k, is_input), layout in zip(parts_of(layers, each), each.layers, strict=True):
+            for (k, is_input), layout in zip(roles_of(layers, each), each.layers, strict=True):
                 w_in, w_rec = MatrixId.of(k, "w_in"), MatrixId.of(k, "w_rec")
                 if not is_input:
-                    found[w_rec] = self.w_rec[k].described_way(layout.way_rec, each.cluster)
+                    found[w_rec] = self.w_rec[k].layout_description(layout.layout_rec, each.cluster)
                 if k == 0:
-                    found[w_in] = self.w_in[0].described(self.w_in[0].room(self.device)[0])
+                    found[w_in] = self.w_in[0].product_description
                 elif is_input or not each.cluster:
-                    found[w_in] = self.w_in[k].described_way(layout.way_in, each.cluster)
-        if self.precision and batch >= FEWEST_STREAMS:
+                    found[w_in] = self.w_in[k].layout_description(layout.layout_in, each.cluster)
+        if self.precision and batch >= MIN_STREAMS:
             for k, reason in enumerate(self.exact_because):
                 for role in ("w_rec", "w_in") if reason else ():
                     found[MatrixId.of(k, role)] += f", exact: {reason}"
         if self.readout is not None:
-            found[MatrixId("readout")] = self.readout.described(self.readout.room(self.device)[0])
+            found[MatrixId("readout")] = self.readout.product_description
         return found
 
     # --- status words ---

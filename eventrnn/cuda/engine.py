@@ -23,7 +23,7 @@ from eventrnn.cuda.run import CapturedRun, EventLists, Run
 from eventrnn.cuda.run_buffers import Replay, pitch_of
 from eventrnn.cuda.stepper import CudaStepper, StepLoop
 from eventrnn.cuda.tables import LANES, STATUS_FIELDS
-from eventrnn.cuda.tensor_core_layer import FEWEST_STREAMS, MEASURED_RUNS, MEASURED_STEPS, fastest_layers
+from eventrnn.cuda.tensor_core_layer import MEASURED_RUNS, MEASURED_STEPS, MIN_STREAMS, fastest_layers
 from eventrnn.state import FireCounts, InputKind, Inputs, State, Trace, on_gpu
 
 if TYPE_CHECKING:
@@ -128,12 +128,12 @@ class CudaEngine:
         run.buffers.start(now)
         captured.replay()
         left = DeviceState(self.device, run.buffers.state.copy(), self.units, inputs.batch)
-        output = captured.output if inputs.library is None else captured.output.copy()
+        output = captured.output if inputs.array_library is None else captured.output.copy()
         return self._trace(inputs, left, output, captured.status.get(), [], [])
 
     def _chunked_run(self, inputs: Inputs, now: Any, longest: int, record_events: bool, record_states: bool) -> Trace:
         device, batch, steps = self.device, inputs.batch, inputs.steps
-        on_device = inputs.library is not None
+        on_device = inputs.array_library is not None
         arrays: Any = device.arrays if on_device else np
         layers = range(len(self.units))
         output = arrays.empty((steps, batch, self.output_size), np.float32)
@@ -189,7 +189,7 @@ class CudaEngine:
 
     def _measured_layers(self, inputs: Inputs, flat: Any) -> tuple[int, ...]:
         """The layers that are faster through tensor cores, by timing these inputs from this state on."""
-        if inputs.batch < FEWEST_STREAMS:
+        if inputs.batch < MIN_STREAMS:
             return ()
 
         def seconds(tensor_layers: tuple[int, ...]) -> float:
@@ -270,10 +270,10 @@ class CudaEngine:
 
     def _values(self, inputs: Inputs, run: Run | None) -> Any:
         """Unchecked numbers or symbols on the device, in memory of the run or of their own; None for event lists."""
-        if inputs.checked or inputs.library is not None:
+        if inputs.checked or inputs.array_library is not None:
             return None if inputs.checked else inputs.values
         shape = inputs.values.shape
-        x = run.buffers.kept("x", shape, np.float32) if run else self.device.empty(shape, np.float32)
+        x = run.buffers.scratch("x", shape, np.float32) if run else self.device.empty(shape, np.float32)
         copy_values(self.device, inputs, x)
         return x
 

@@ -1,7 +1,7 @@
-"""Arrays that stay on the GPU: inputs that come from there, and the state between runs.
+"""Arrays that stay on the GPU: inputs that the caller has there, and the state between runs.
 
-Nothing is copied where the type fits: CuPy's arrays are used as they are, torch's tensors and others through the
-interfaces that they share their memory by.
+Nothing is copied if the type is right: CuPy arrays are used as they are. Torch tensors and arrays of other libraries
+are read in the same memory, through `__cuda_array_interface__` or DLPack.
 """
 
 from __future__ import annotations
@@ -29,17 +29,20 @@ def is_torch(array: Any) -> bool:
     return torch is not None and isinstance(array, torch.Tensor)
 
 
-def borrowed(device: Device, array: Any) -> Any:
-    """Somebody's array on this GPU as CuPy's, the same memory, ordered after what its owner still does with it.
+def as_cupy(device: Device, array: Any) -> Any:
+    """A CuPy array in the memory of the caller's array. Later work on the stream waits for the caller's work so far.
 
-    Raises ValueError or TypeError for what cannot be read here.
+    Raises ValueError for a tensor that requires a gradient and for an array on another GPU, and TypeError for an array
+    that CuPy cannot read.
     """
     cupy = device.arrays
     if is_torch(array):
         if array.requires_grad:
-            raise ValueError("inputs: got a tensor that requires a gradient, which a run has not; give x.detach()")
+            raise ValueError("inputs: got a tensor that requires a gradient, but a run computes none; give x.detach()")
         if str(array.dtype) == "torch.bfloat16":
-            raise TypeError("inputs: got torch.bfloat16, which CuPy does not know; give x.float(), the same numbers")
+            raise TypeError(
+                "inputs: got torch.bfloat16, which CuPy cannot read; give x.float(), which holds the same numbers"
+            )
     device.follow(array)
     try:
         shared = hasattr(array, "__cuda_array_interface__")
@@ -59,7 +62,7 @@ def borrowed(device: Device, array: Any) -> Any:
 
 @dataclass(frozen=True)
 class CupyLibrary:
-    """`state.ArrayLibrary` of callers with CuPy arrays, and of those whose array type is not known."""
+    """`state.ArrayLibrary` of callers with CuPy arrays or with arrays of a library that is neither CuPy nor torch."""
 
     cupy: Any
 
@@ -90,7 +93,7 @@ class TorchLibrary(CupyLibrary):
 
 
 def dense_host_inputs(array: np.ndarray) -> Inputs:
-    """(steps, batch, I) float32 on the host; the run finds its events, and numbers that are not finite, on the GPU."""
+    """Inputs from an array (steps, batch, I) float32 on the host. The run checks and compacts them on the GPU."""
     steps, batch, size = array.shape
     return Inputs(InputKind.DENSE, steps, batch, size, values=np.ascontiguousarray(array), checked=False)
 
@@ -103,7 +106,7 @@ def gpu_inputs(device: Device, network: Network, symbol_events: Events | None, a
 
     Raises as `Engine.prepare` does, except for single numbers, which the run checks.
     """
-    given, size = borrowed(device, array), network.layers[0].inputs
+    given, size = as_cupy(device, array), network.layers[0].inputs
     given = given[None] if step else given
     kind = given.dtype.kind
     if symbol_events is not None:
@@ -127,14 +130,14 @@ def gpu_inputs(device: Device, network: Network, symbol_events: Events | None, a
         values=values,
         table=symbol_events,
         checked=False,
-        library=(TorchLibrary if is_torch(array) else CupyLibrary)(device.arrays),
+        array_library=(TorchLibrary if is_torch(array) else CupyLibrary)(device.arrays),
         given=given,
     )
 
 
 def copy_values(device: Device, inputs: Inputs, target: Any) -> None:
     """Copy the numbers or symbols of inputs to device memory of the same size, on the device's stream."""
-    if inputs.library is None:
+    if inputs.array_library is None:
         device.send(inputs.values, target)
     else:
         target.data.copy_from_device_async(inputs.values.data, inputs.values.nbytes)
@@ -142,8 +145,8 @@ def copy_values(device: Device, inputs: Inputs, target: Any) -> None:
 
 def result_for(device: Device, inputs: Inputs, result: Any) -> Any:
     """A result as the caller of these inputs gets it: on the GPU in the caller's library, else in host memory."""
-    if inputs.library is not None:
-        return inputs.library.wrap(result)
+    if inputs.array_library is not None:
+        return inputs.array_library.wrap(result)
     if type(result) is np.ndarray:
         return result
     target = np.empty(result.shape, result.dtype)
@@ -183,7 +186,7 @@ class DeviceState(State):
 
     @property
     def batch(self) -> int:
-        """Samples; asks for nothing."""
+        """Number of samples; copies nothing."""
         return self._batch
 
     @cached_property
@@ -193,29 +196,29 @@ class DeviceState(State):
 
     @cached_property
     def cells(self) -> tuple[np.ndarray, ...]:
-        """Per layer (batch, N)."""
+        """Per layer (batch, N) float32."""
         return by_layer(self._host[0], self.units, self._batch)
 
     @cached_property
     def outputs(self) -> tuple[np.ndarray, ...]:
-        """Per layer (batch, N)."""
+        """Per layer (batch, N) float32."""
         return by_layer(self._host[1], self.units, self._batch)
 
     def need_finite(self) -> None:
-        """The run has looked."""
+        """Does nothing: the run has checked its cells on the GPU (`check_status`)."""
 
     def __reduce__(self):
         return State, (self.cells, self.outputs)
 
 
 def by_layer(flat: Any, units: Sequence[int], batch: int) -> tuple[Any, ...]:
-    """Views (batch, N) of each layer's share of one line of a flat state."""
+    """Per layer, the view (batch, N) of its part of one row of a flat state."""
     edges = np.cumsum([0, *(batch * n for n in units)]).tolist()
     return tuple(flat[a:b].reshape(batch, n) for a, b, n in zip(edges[:-1], edges[1:], units, strict=True))
 
 
 def flattened(state: State) -> np.ndarray:
-    """A state of NumPy arrays as `DeviceState` holds it."""
+    """A state of NumPy arrays as one array, in the order of `DeviceState.flat`."""
     lines = (
         np.concatenate([np.asarray(a, np.float32).ravel() for a in arrays]) for arrays in (state.cells, state.outputs)
     )

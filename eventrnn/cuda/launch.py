@@ -10,7 +10,7 @@ from eventrnn.cuda import tables
 from eventrnn.cuda.kernels.cluster import cluster_kernel
 from eventrnn.cuda.kernels.persistent import layers_kernel
 from eventrnn.cuda.kernels.single_stream import single_kernel
-from eventrnn.cuda.plan import Plan, blocks_from, parts_of
+from eventrnn.cuda.plan import Plan, blocks_from, roles_of
 from eventrnn.cuda.run_buffers import UNWRITTEN_BYTE, RunBuffers, pitch_of
 
 if TYPE_CHECKING:
@@ -18,11 +18,15 @@ if TYPE_CHECKING:
 
 
 def launch_layers(network: DeviceNetwork, layers: range, each: Plan, buffers: RunBuffers, drive, status, after) -> None:
-    """Neighbouring layers in one launch."""
+    """Put the launches of neighbouring layers on the stream, by the plan `each`.
+
+    drive : (steps * batch, 3 * units) float32, input drives of the first layer of the network; None above it
+    after : per layer (steps, batch, units) float32 for the cells after each step, or None
+    """
     key = (layers,)
     if after is not None or key not in buffers.tables:
         buffers.tables[key] = network.device.put(_layer_rows(network, layers, each, buffers, drive, after))
-    for k, is_input in parts_of(layers, each):
+    for k, is_input in roles_of(layers, each):
         if is_input:
             drives = _input_drives(network, buffers, k)
             drives.data.memset_async(UNWRITTEN_BYTE, drives.nbytes)
@@ -33,12 +37,12 @@ def launch_layers(network: DeviceNetwork, layers: range, each: Plan, buffers: Ru
 
 
 def _layer_rows(network: DeviceNetwork, layers: range, each: Plan, buffers: RunBuffers, drive, after) -> np.ndarray:
-    """The table of a launch: one row of `tables.LAYER_FIELDS` int64 fields for each part of the plan."""
+    """The table of a launch: one row of `tables.LAYER_FIELDS` int64 fields per role of a layer."""
     event_logs, gated, cells = buffers.event_logs, buffers.gated, buffers.cells
-    parts = parts_of(layers, each)
-    rows = np.zeros((len(parts), tables.LAYER_FIELDS), np.int64)
-    for row, (k, is_input) in enumerate(parts):
-        w_in, w_rec, way = network.w_in[k], network.w_rec[k], each.layers[row]
+    roles = roles_of(layers, each)
+    rows = np.zeros((len(roles), tables.LAYER_FIELDS), np.int64)
+    for row, (k, is_input) in enumerate(roles):
+        w_in, w_rec, placed = network.w_in[k], network.w_rec[k], each.layers[row]
         below = event_logs[k - 1][1:] if k and (is_input or not each.cluster) else None
         drives = _input_drives(network, buffers, k) if k and each.cluster else drive
         fields = {
@@ -60,20 +64,20 @@ def _layer_rows(network: DeviceNetwork, layers: range, each: Plan, buffers: RunB
             fields |= {
                 tables.UNITS_OF: matrix.units.data.ptr,
                 tables.ROWS_OF: matrix.rows.data.ptr,
-                tables.FIRSTS_OF: matrix.firsts.data.ptr,
-                tables.ROWS_BIAS: matrix.column_bias.data.ptr,
+                tables.BEGINS_OF: matrix.begins.data.ptr,
+                tables.ROWS_BIAS: matrix.compact_bias.data.ptr,
             }
         else:
-            # That of the first layer nobody reads.
+            # The first layer has a finished drive instead of an input matrix; its fields are set but not read.
             inside = w_in if k else w_rec
             fields |= {
                 tables.BIAS_IN: inside.bias.data.ptr,
                 tables.BIAS_REC: w_rec.bias.data.ptr,
-                tables.IN_LAYOUT: way.way_in,
+                tables.IN_LAYOUT: placed.layout_in,
                 tables.IN_VALUES: inside.values.data.ptr,
                 tables.IN_TABLE: inside.table.data.ptr,
                 tables.IN_STARTS: inside.starts.data.ptr,
-                tables.REC_LAYOUT: way.way_rec,
+                tables.REC_LAYOUT: placed.layout_rec,
                 tables.REC_VALUES: w_rec.values.data.ptr,
                 tables.REC_TABLE: w_rec.table.data.ptr,
                 tables.REC_STARTS: w_rec.starts.data.ptr,
@@ -84,36 +88,26 @@ def _layer_rows(network: DeviceNetwork, layers: range, each: Plan, buffers: RunB
 
 
 def _input_drives(network: DeviceNetwork, buffers: RunBuffers, k: int) -> Any:
-    """Where a layer's feeder leaves drives: (rows, 3 * units)."""
-    return buffers.kept(("input drives", k), (buffers.steps * buffers.batch, 3 * network.units[k]), np.float32)
+    """The array to which the input cluster of layer k writes its drives, (steps * batch, 3 * units) float32."""
+    return buffers.scratch(("input drives", k), (buffers.steps * buffers.batch, 3 * network.units[k]), np.float32)
 
 
 def _launch(network: DeviceNetwork, each: Plan, rows, layers: range, steps: int, batch: int, status) -> None:
+    """Select the kernel of a plan and launch it for as many groups of samples at a time as the plan has."""
     device, threads = network.device, 32 * each.warps
     variant = network.network.layers[layers.start].cell.variant
     if each.cluster:
-        # Of several layers, the last two parts are a feeder and the layer it feeds.
-        arguments = (each.layers[-1].way_rec, each.layers[-2:][0].way_in, each.cluster, *each.rounds)
-        kernel = device.kernel(("cluster", *arguments), lambda: cluster_kernel(*arguments), threads)
+        # With several layers, the last two roles are INPUT and RECURRENT of the last layer.
+        options = (each.layers[-1].layout_rec, each.layers[-2:][0].layout_in, each.cluster, *each.units_per_lane)
+        kernel = device.kernel(("cluster", *options), lambda: cluster_kernel(*options), threads)
     else:
         make = single_kernel if each.single else layers_kernel
-        kernel = device.kernel((make.__name__, variant, each.ways), lambda: make(variant, each.ways), threads)
+        kernel = device.kernel((make.__name__, variant, each.layouts), lambda: make(variant, each.layouts), threads)
     for first in range(0, batch, each.groups * each.samples):
         key = (layers, batch, first)
         if key not in network.block_tables:
             table = blocks_from(each, first, batch)
             network.block_tables[key] = device.put(table), len(table)
         blocks, count = network.block_tables[key]
-        device.launch(
-            kernel,
-            count,
-            threads,
-            rows.data.ptr,
-            blocks.data.ptr,
-            status[tables.STATUS_FAULT :].data.ptr,
-            steps,
-            batch,
-            shared=each.shared,
-            cooperative=True,
-            cluster=each.cluster,
-        )
+        arguments = rows.data.ptr, blocks.data.ptr, status[tables.STATUS_FAULT :].data.ptr, steps, batch
+        device.launch(kernel, count, threads, *arguments, shared=each.shared, cooperative=True, cluster=each.cluster)

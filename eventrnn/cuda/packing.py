@@ -70,12 +70,12 @@ class CompactStrips:
     ----------
     units  : (entries,) int32, by strip and ascending: 4 times the unit, its byte offset in a row of float32 outputs
     rows   : (entries + 1, 32) weights of that unit, zero where nothing is stored, in the type of `Strips.values`
-    firsts : (strips + 1,) int64, first entry of each strip
+    begins : (strips + 1,) int64, first entry of each strip
     """
 
     units: np.ndarray
     rows: np.ndarray
-    firsts: np.ndarray
+    begins: np.ndarray
 
     @classmethod
     def of(cls, strips: Strips) -> CompactStrips:
@@ -104,30 +104,30 @@ class GroupedStrips:
     Attributes
     ----------
     index  : (groups, n_pre) int32; bit k below bit STRIPS_PER_GROUP: whether the unit reaches strip k of the group; the
-             bits from there on: the first of the unit's rows, counted from the group's first row
+             higher bits: the first of the unit's rows, counted from the group's first row
     rows   : (entries + 1, 32) weights, by group, unit and strip
-    firsts : (groups + 1,) int64, first row of each group
+    begins : (groups + 1,) int64, first row of each group
     """
 
     index: np.ndarray
     rows: np.ndarray
-    firsts: np.ndarray
+    begins: np.ndarray
 
     @classmethod
     def of(cls, compact: CompactStrips, n_pre: int, strips_per_group: int) -> GroupedStrips:
         """The same matrix as `compact`, of `n_pre` presynaptic units. O(entries)."""
-        count = len(compact.firsts) - 1
-        strip = np.repeat(np.arange(count), np.diff(compact.firsts))
+        count = len(compact.begins) - 1
+        strip = np.repeat(np.arange(count), np.diff(compact.begins))
         group, unit = strip // strips_per_group, compact.units // 4
         order = np.lexsort((strip, unit, group))
-        firsts = np.append(compact.firsts[:-1:strips_per_group], compact.firsts[-1])
-        index = np.zeros((len(firsts) - 1, n_pre), np.int32)
+        begins = np.append(compact.begins[:-1:strips_per_group], compact.begins[-1])
+        index = np.zeros((len(begins) - 1, n_pre), np.int32)
         # The assignment goes backwards, so that the first of a unit's rows is written last.
         backwards = order[::-1]
-        rank = (np.arange(len(order)) - firsts[group[order]])[::-1]
+        rank = (np.arange(len(order)) - begins[group[order]])[::-1]
         index[group[backwards], unit[backwards]] = rank << STRIPS_PER_GROUP
         np.add.at(index, (group, unit), np.left_shift(1, strip % strips_per_group))
-        return cls(index, compact.rows[np.append(order, len(order))], firsts)
+        return cls(index, compact.rows[np.append(order, len(order))], begins)
 
 
 def check_format(name: str, weights: Weights) -> None:
@@ -151,7 +151,7 @@ def pack(weights: Weights, gates: int, width: int) -> Strips:
         return Strips(DENSE, flat, np.zeros(0, np.int32), starts, (n_pre, gates, units), width)
     stored, strips = _in_strips(weights.kept(), gates, width), _in_strips(values, gates, width)
     n_stored = stored.sum(axis=2)
-    firsts = np.cumsum(n_stored, axis=1) - n_stored
+    begins = np.cumsum(n_stored, axis=1) - n_stored
     flat, starts = _aligned(strips[stored], n_stored.sum(axis=1))
     masks = np.zeros((*stored.shape[:2], LANES), bool)
     masks[:, :, :width] = stored
@@ -159,8 +159,8 @@ def pack(weights: Weights, gates: int, width: int) -> Strips:
     first_lane, last_lane = stored.argmax(axis=2), width - 1 - stored[:, :, ::-1].argmax(axis=2)
     runs = bool((n_stored == last_lane - first_lane + 1)[n_stored > 0].all())
     if runs:
-        firsts = firsts - first_lane
-    table = np.concatenate([words, firsts[:, :, None].astype(np.int32)], axis=2)
+        begins = begins - first_lane
+    table = np.concatenate([words, begins[:, :, None].astype(np.int32)], axis=2)
     return Strips(RUNS if runs else MASKED, flat, np.ascontiguousarray(table), starts, (n_pre, gates, units), width)
 
 

@@ -1,7 +1,7 @@
-"""Who does what: tiles, blocks, stream groups, and what stays in shared memory. Plain NumPy; knows no CUDA.
+"""Launch plans: which block owns which tiles and samples, and what lies in shared memory. Plain NumPy, no CUDA.
 
-A stream group is some samples; its blocks share out the tiles of every layer and meet nobody else's. More groups mean
-fewer samples for each block, and fewer blocks (so more weights) for each group.
+A stream group is a set of samples. Its blocks divide the tiles of every layer among them and never wait for blocks of
+another group. More groups mean fewer samples per block, but also fewer blocks per group, and so more weights per block.
 """
 
 from __future__ import annotations
@@ -16,22 +16,26 @@ from eventrnn.cuda import tables
 from eventrnn.cuda.packing import Strips
 from eventrnn.cuda.tables import LANES
 
-NARROWEST = 8
+# Units of the narrowest tile.
+MIN_TILE_WIDTH = 8
 
-# Few numbers of warps, because a kernel is compiled for each.
+# Warps per block that a plan may choose; few, because each number needs a kernel of its own.
 WARPS = (8, 12, 16, 24, 32)
 
-MOST_WARPS = 16
+# Warps per block of the general plan, at most.
+MAX_WARPS = 16
 
-# Segments that the lanes of one warp can add up.
-MOST_SINGLE = 32
+# Segments of a row in the single-stream plan, at most: one warp sums their event counts, one lane per segment.
+MAX_SINGLE_SEGMENTS = 32
 
 
 @dataclass(frozen=True)
 class Chip:
-    """What a plan has to fit into: multiprocessors, bytes of shared memory a block may have.
+    """The limits of a GPU that plans must keep.
 
-    `clusters`: by blocks of a cluster, how many clusters of blocks that fill a multiprocessor run at once.
+    multiprocessors : number of multiprocessors
+    shared_bytes    : bytes of shared memory that a block can have
+    clusters        : by blocks per cluster, the clusters that can be resident if each block fills a multiprocessor
     """
 
     multiprocessors: int
@@ -40,15 +44,18 @@ class Chip:
 
 
 def tile_width(units: int, share: int, dense: bool) -> int:
-    """Units of a tile. Masked strips are as wide as a warp; dense ones so narrow that all multiprocessors have one."""
+    """Units per tile of a layer that runs on `share` multiprocessors.
+
+    Sparse strips are as wide as a warp. Dense strips are narrower if that gives every multiprocessor a tile.
+    """
     if not dense:
         return LANES
-    return int(np.clip(-(-units // share), NARROWEST, LANES))
+    return int(np.clip(-(-units // share), MIN_TILE_WIDTH, LANES))
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One layer as the plan sees it. `w_in` is None where the input's drives are made beforehand."""
+    """One layer as the plan sees it. `w_in` is None where the input drives are computed before the launch."""
 
     units: int
     inputs: int
@@ -59,14 +66,26 @@ class LayerShape:
     def tiles(self) -> int:
         return self.w_rec.tiles
 
+    @property
+    def segments(self) -> int:
+        """Segments of the widest row of outputs that the layer reads."""
+        widest = max(self.units, self.inputs if self.w_in is not None else 0)
+        return -(-widest // tables.SEGMENT)
+
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """How one layer lies on its blocks: tiles of a block, ways of its matrices, bytes of shared memory, offsets."""
+    """How one layer, or one role of a layer in a cluster plan, is placed on its blocks.
+
+    tiles                 : tiles per block
+    layout_in, layout_rec : layout codes of the input and of the recurrent matrix (`tables.layout_code`)
+    shared                : bytes of shared memory per block
+    offsets               : by column of the block table, the byte offsets of the arrays in shared memory
+    """
 
     tiles: int
-    way_in: int
-    way_rec: int
+    layout_in: int
+    layout_rec: int
     shared: int
     offsets: dict[int, int]
 
@@ -76,10 +95,17 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """One launch: its layers, samples of a group, warps of a block, segments of the widest row, and the block table.
+    """The plan of one launch.
 
-    `cluster`: blocks of a cluster, 0 where blocks meet in global memory only. `rounds`: how many units a lane looks up
-    together there, in recurrent strips and in those of the input.
+    layers   : per layer, or per role in a cluster plan (`roles_of`), its placement
+    samples  : samples per group
+    groups   : groups that run at the same time; further samples are further launches
+    warps    : warps per block
+    shared   : bytes of shared memory per block
+    segments : segments of the widest row of outputs; 0 in a cluster plan
+    blocks   : (blocks, tables.BLOCK_FIELDS) int64, the block table of the first `groups * samples` samples
+    cluster  : blocks per cluster; 0 without clusters
+    units_per_lane : units that a lane of a cluster gathers together, in recurrent strips and in input strips
     """
 
     layers: tuple[LayerPlan, ...]
@@ -87,34 +113,37 @@ class Plan:
     groups: int
     warps: int
     shared: int
-    widest: int
+    segments: int
     blocks: np.ndarray
     cluster: int = 0
-    rounds: tuple[int, int] = (0, 0)
+    units_per_lane: tuple[int, int] = (0, 0)
 
     @property
     def single(self) -> bool:
-        """Whether every block owns one tile of one sample, and its warps see all units at once."""
+        """Whether `single_stream.py` can run it: one tile of one sample per block, one warp per segment of a row."""
         return (
             not self.cluster
             and self.samples == 1
-            and self.widest <= self.warps
+            and self.segments <= self.warps
             and all(layer.tiles == 1 for layer in self.layers)
         )
 
     @property
-    def ways(self) -> tuple[int, ...]:
-        return tuple(sorted({way for layer in self.layers for way in (layer.way_in, layer.way_rec)}))
+    def layouts(self) -> tuple[int, ...]:
+        """The layout codes that the kernel must read, ascending."""
+        return tuple(sorted({code for layer in self.layers for code in (layer.layout_in, layer.layout_rec)}))
 
 
 def lay_out(shape: LayerShape, tiles: int, samples: int, warps: int, chip: Chip) -> LayerPlan | None:
-    """A layer with so many tiles a block, as much of it in shared memory as fits; None where not even the lists do."""
-    widest = max(shape.units, shape.inputs if shape.w_in is not None else 0)
-    segments = -(-widest // tables.SEGMENT)
+    """Place a layer with `tiles` tiles and `samples` samples per block, with as many weights in shared memory as fit.
+
+    None if shared memory cannot even hold the event lists and drives.
+    """
+    segments = shape.segments
     capacity = segments * tables.SEGMENT + tables.LIST_PAD
     sums = 4 * 3 * LANES * samples * tiles
     sizes = {
-        # A single sample's kernel has a list of each kind.
+        # The single-stream kernel has a list of the layer's own events and one of its input's.
         tables.AT_LIST: 8 * capacity * (samples + (samples == 1 and shape.w_in is not None)),
         tables.AT_COUNTS: 4 * samples,
         tables.AT_STAGED: 4 * samples * segments * tables.SEGMENT,
@@ -138,13 +167,13 @@ def lay_out(shape: LayerShape, tiles: int, samples: int, warps: int, chip: Chip)
         place(field, size)
     if at > chip.shared_bytes:
         return None
-    ways = {}
-    # What the next step waits for comes first.
+    layouts = {}
+    # Recurrent weights are placed first, because the next step waits for their product.
     for name, strips, fields in (
         ("rec", shape.w_rec, (tables.AT_VALUES_REC, tables.AT_TABLE_REC)),
         ("in", shape.w_in, (tables.AT_VALUES_IN, tables.AT_TABLE_IN)),
     ):
-        ways[name] = 0
+        layouts[name] = 0
         offsets |= dict.fromkeys(fields, 0)
         if strips is None:
             continue
@@ -153,33 +182,33 @@ def lay_out(shape: LayerShape, tiles: int, samples: int, warps: int, chip: Chip)
         if resident:
             for field, size in zip(fields, needed, strict=True):
                 place(field, size)
-        ways[name] = tables.layout_code(strips.kind, strips.values.dtype == np.uint16, resident)
+        layouts[name] = tables.layout_code(strips.kind, strips.values.dtype == np.uint16, resident)
     if shape.w_in is None:
-        ways["in"] = ways["rec"]
-    return LayerPlan(tiles, ways["in"], ways["rec"], at, offsets)
+        layouts["in"] = layouts["rec"]
+    return LayerPlan(tiles, layouts["in"], layouts["rec"], at, offsets)
 
 
 def plan(shapes: Sequence[LayerShape], batch: int, chip: Chip) -> Plan:
-    """The launch of some layers for a batch: as many groups as find room, no more samples each than they must have.
+    """The plan of a launch of these layers: of the samples per group and tiles per block, those of the least cost.
 
-    `blocks` serves the first `groups * samples` samples; later ones are further launches, with SAMPLE moved on.
-    Raises ValueError for layers too wide for the shared memory.
+    `blocks` serves the first `groups * samples` samples; `blocks_from` gives the tables of further launches. Raises
+    ValueError for layers that are too wide for the shared memory.
     """
     share = chip.multiprocessors // len(shapes)
     best = None
-    for samples in _samples(batch):
+    for samples in _sample_counts(batch):
         for spread in range(share, 0, -1):
             tiles = [-(-shape.tiles // spread) for shape in shapes]
             blocks = sum(-(-shape.tiles // t) for shape, t in zip(shapes, tiles, strict=True))
             groups = min(chip.multiprocessors // blocks, -(-batch // samples))
-            if groups * samples < batch and not (spread == 1 and samples == _samples(batch)[-1]):
-                # Fewer blocks a group make room for more groups.
+            if groups * samples < batch and not (spread == 1 and samples == _sample_counts(batch)[-1]):
+                # With fewer blocks per group, more groups fit.
                 continue
             warps = _warps(shapes, samples, max(tiles))
-            laid = [lay_out(shape, t, samples, warps, chip) for shape, t in zip(shapes, tiles, strict=True)]
-            if None in laid:
+            placed = [lay_out(shape, t, samples, warps, chip) for shape, t in zip(shapes, tiles, strict=True)]
+            if None in placed:
                 continue
-            layers = [each for each in laid if each is not None]
+            layers = [each for each in placed if each is not None]
             cost = _cost(shapes, layers, samples) * -(-batch // (groups * samples))
             if best is None or cost < best[0]:
                 best = cost, samples, groups, warps, layers
@@ -190,55 +219,56 @@ def plan(shapes: Sequence[LayerShape], batch: int, chip: Chip) -> Plan:
     return _table(shapes, layers, samples, groups, warps)
 
 
-def _samples(batch: int) -> list[int]:
+def _sample_counts(batch: int) -> list[int]:
+    """The numbers of samples per group to try, ascending."""
     counts = [1, 2, 3, 4, 6, 8, 12, 16]
     return [s for s in counts if s < batch] + [min(batch, counts[-1])] if batch > 1 else [1]
 
 
 def _cost(shapes: Sequence[LayerShape], layers: Sequence[LayerPlan], samples: int) -> float:
-    """Relative time of a step: the exchange, the lists, then strips walked one after the other; more from afar."""
+    """Relative time of a step: exchange of events, event lists, then the strips of each warp one after the other.
+
+    A strip whose weights are read from L2 counts three times as much as one in shared memory.
+    """
     slowest = 0.0
     for shape, layer in zip(shapes, layers, strict=True):
         strips = 3 * layer.tiles * samples
-        rounds = -(-strips // MOST_WARPS)
-        far = 1.0 if layer.way_rec & tables.RESIDENT else 3.0
-        lists = samples * -(-shape.units // tables.SEGMENT) / MOST_WARPS
+        rounds = -(-strips // MAX_WARPS)
+        far = 1.0 if layer.layout_rec & tables.RESIDENT else 3.0
+        lists = samples * -(-shape.units // tables.SEGMENT) / MAX_WARPS
         slowest = max(slowest, 1.0 + 0.3 * far * rounds + 0.3 * lists)
     return slowest
 
 
 def _smallest(shapes: Sequence[LayerShape], batch: int, chip: Chip) -> Plan:
-    """One sample at a time, tiles as few a block as the multiprocessors allow."""
+    """The plan that needs the least shared memory: one sample per group, and as few tiles per block as possible."""
     share = chip.multiprocessors // len(shapes)
     tiles = [-(-shape.tiles // share) for shape in shapes]
     warps = _warps(shapes, 1, max(tiles))
-    laid = [lay_out(shape, t, 1, warps, chip) for shape, t in zip(shapes, tiles, strict=True)]
-    for shape, layer in zip(shapes, laid, strict=True):
+    placed = [lay_out(shape, t, 1, warps, chip) for shape, t in zip(shapes, tiles, strict=True)]
+    for shape, layer in zip(shapes, placed, strict=True):
         if layer is None:
             raise ValueError(
                 f"cuda: a layer of {shape.units} units over {shape.inputs} inputs needs more shared memory than the "
                 f"{chip.shared_bytes:,} bytes of a block; use backend='cpu'"
             )
-    layers = [each for each in laid if each is not None]
+    layers = [each for each in placed if each is not None]
     blocks = sum(layer.blocks(shape) for shape, layer in zip(shapes, layers, strict=True))
     return _table(shapes, layers, 1, min(batch, max(1, chip.multiprocessors // blocks)), warps)
 
 
 def _warps(shapes: Sequence[LayerShape], samples: int, tiles: int) -> int:
-    segments = max(map(_segments, shapes))
-    if samples == tiles == 1 and segments <= MOST_SINGLE:
+    """Warps per block: one per segment for a single stream, else one per strip or segment, at most MAX_WARPS."""
+    segments = max(shape.segments for shape in shapes)
+    if samples == tiles == 1 and segments <= MAX_SINGLE_SEGMENTS:
         wanted = segments
     else:
-        wanted = min(MOST_WARPS, max(3 * samples * tiles, samples * segments))
+        wanted = min(MAX_WARPS, max(3 * samples * tiles, samples * segments))
     return next(warps for warps in WARPS if warps >= wanted)
 
 
-def _segments(shape: LayerShape) -> int:
-    """Segments of the widest row that the layer gathers."""
-    return -(-max(shape.units, shape.inputs if shape.w_in is not None else 0) // tables.SEGMENT)
-
-
 def _table(shapes: Sequence[LayerShape], layers: Sequence[LayerPlan], samples: int, groups: int, warps: int) -> Plan:
+    """The plan with its block table: group by group, layer by layer, from the first tile to the last."""
     rows = []
     for group in range(groups):
         for number, (shape, layer) in enumerate(zip(shapes, layers, strict=True)):
@@ -250,11 +280,11 @@ def _table(shapes: Sequence[LayerShape], layers: Sequence[LayerPlan], samples: i
                     row[field] = offset
                 rows.append(row)
     shared = max(layer.shared for layer in layers)
-    return Plan(tuple(layers), samples, groups, warps, shared, max(map(_segments, shapes)), np.array(rows))
+    return Plan(tuple(layers), samples, groups, warps, shared, max(shape.segments for shape in shapes), np.array(rows))
 
 
 def blocks_from(plan: Plan, first: int, batch: int) -> np.ndarray:
-    """The block table for samples `first` on; blocks without a sample are left out."""
+    """The block table of a plan for the samples from `first` on; blocks without a sample are left out."""
     rows = plan.blocks.copy()
     rows[:, tables.SAMPLE] += first
     rows = rows[rows[:, tables.SAMPLE] < batch]
@@ -265,22 +295,28 @@ def blocks_from(plan: Plan, first: int, batch: int) -> np.ndarray:
 # --- launches -----------------------------------------------------------------------------------------------
 
 
-def launches_of(variants: Sequence[str], most: int, ways: tuple[int, ...] = ()) -> list[range]:
-    """Neighbouring layers that run in one launch: of one variant, and no more than there are multiprocessors.
+def launches_of(variants: Sequence[str], max_layers: int, alone: tuple[int, ...] = ()) -> list[range]:
+    """Neighbouring layers that run in one launch: at most `max_layers`, all of one variant.
 
-    What is above follows in the next launch; the record holds everything that it needs. Layers in `ways` are alone.
+    variants : per layer, its variant
+    alone    : layers that are launched alone
+
+    The layers above follow in the next launch and read their input from the event log.
     """
     launches: list[range] = []
-    for n, variant in enumerate(variants):
+    for k, variant in enumerate(variants):
         last = launches[-1] if launches else None
-        alone = n in ways or n - 1 in ways
-        if last is not None and not alone and len(last) < most and variants[last.start] == variant:
-            launches[-1] = range(last.start, n + 1)
+        split = k in alone or k - 1 in alone
+        if last is not None and not split and len(last) < max_layers and variants[last.start] == variant:
+            launches[-1] = range(last.start, k + 1)
         else:
-            launches.append(range(n, n + 1))
+            launches.append(range(k, k + 1))
     return launches
 
 
-def parts_of(layers: range, each: Plan) -> list[tuple[int, bool]]:
-    """What a launch consists of, in the order of its plan: which layer, and whether its feeder."""
-    return [(n, is_input) for n in layers for is_input in (True, False) if not is_input or (n and each.cluster)]
+def roles_of(layers: range, each: Plan) -> list[tuple[int, bool]]:
+    """The layers of a launch, in the order of its plan, and whether they are in the role INPUT.
+
+    In a cluster plan every layer but the first of the network has two roles: INPUT, then RECURRENT.
+    """
+    return [(k, is_input) for k in layers for is_input in (True, False) if not is_input or (k and each.cluster)]

@@ -87,7 +87,7 @@ class Run:
         if self.symbol_events is not None:
             known = self.symbol_events.shape[0]
             return self.lists.of(self.symbol_events), self.buffers.checked_rows(x, row_0, known, status)
-        return self.buffers.found(x, row_0, status), None
+        return self.buffers.event_lists(x, row_0, status), None
 
     def enqueue(self, table: Any, row_of: Any, status: Any, after: Any, counting: bool, out: Any = None) -> None:
         """Put all layers on the stream.
@@ -135,7 +135,7 @@ class Run:
             copy_rows(device, out, units, sent, pitch_of(units), units, rows)
             return
         pitch = pitch_of(units)
-        table, event_log = buffers.lists("output", pitch + LANES), buffers.event_logs[-1][1:]
+        table, event_log = buffers.list_arrays("output", pitch + LANES), buffers.event_logs[-1][1:]
         kernel, addresses = device.kernel(("log_events",), log_events_kernel, 256), [each.data.ptr for each in table]
         device.launch(kernel, -(-rows // 8), 256, event_log.data.ptr, pitch, units, rows, *addresses, pitch + LANES)
         network.readout.products(device, table, rows, out=out)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from eventrnn.network import Network
 
 
-# Every byte of "not sent yet" (`kernels.UNWRITTEN`).
+# Every byte of a word that is not yet written (`kernels.persistent.UNWRITTEN`).
 UNWRITTEN_BYTE = 0xFF
 
 
@@ -27,12 +27,14 @@ class RunBuffers:
 
     Attributes
     ----------
-    records : per layer (steps + 1, batch, pitch) float32, what was sent; row 0 what was carried into the first step
-    gated   : per layer the same for the paper's reset gate, else None
-    state   : (2, batch * units of all layers) float32, cells and outputs; cells change as the run goes on
-    cells   : per layer (batch, units), in `state`
-    tables  : what launches are told, by launch
-    spare   : of other engines that work on these layers, by name
+    event_logs : per layer (steps + 1, batch, pitch) float32; row 0 holds the outputs before the run, row t + 1 those of
+                 step t
+    gated      : per layer the same for r * y of the paper's variant; None for the released variant
+    state      : (2, batch * units of all layers) float32, cells and outputs; the kernels update the cells
+    cells      : per layer (batch, units), views of `state`
+    outputs    : per layer (batch, units), views of `state`
+    tables     : the layer tables of launches, by launch (`tables.LAYER_FIELDS`); graphs of tensor-core layers
+    scratch_arrays : by name, further arrays that launches of this run work in
     """
 
     def __init__(self, device: Device, network: Network, units: Sequence[int], steps: int, batch: int):
@@ -46,104 +48,110 @@ class RunBuffers:
         self.state = device.empty((2, batch * sum(units)), np.float32)
         self.cells, self.outputs = (by_layer(line, units, batch) for line in self.state)
         self.tables: dict[tuple, Any] = {}
-        self.spare: dict[Any, Any] = {}
+        self.scratch_arrays: dict[Any, Any] = {}
 
     @property
     def nbytes(self) -> int:
-        """Of everything that is kept."""
-        found = [*self.event_logs, *(each for each in self.gated if each is not None), self.state]
-        return sum(each.nbytes for each in found) + sum(each.nbytes for each in self.spare.values())
+        """Bytes of all arrays."""
+        arrays = [*self.event_logs, *self.gated, self.state, *self.scratch_arrays.values()]
+        return sum(each.nbytes for each in arrays if each is not None)
 
-    def kept(self, name: Any, shape: tuple[int, ...], dtype) -> Any:
-        """Memory by that name, made where it is new."""
-        if name not in self.spare:
-            self.spare[name] = self.device.empty(shape, dtype)
-        return self.spare[name]
+    def scratch(self, name: Any, shape: tuple[int, ...], dtype) -> Any:
+        """The array of that name, kept for the next run; allocated at the first call."""
+        if name not in self.scratch_arrays:
+            self.scratch_arrays[name] = self.device.empty(shape, dtype)
+        return self.scratch_arrays[name]
 
     def drive(self, width: int) -> Any:
-        """Of the first layer's input: (rows, width)."""
-        return self.kept("drive", (self.steps * self.batch, width), np.float32)
+        """The input drives of the first layer, (steps * batch, width) float32."""
+        return self.scratch("drive", (self.steps * self.batch, width), np.float32)
 
-    def lists(self, name: str, capacity: int) -> tuple[Any, Any, Any]:
-        """Lists of events, of every row: where each begins, how many it has, and they."""
+    def list_arrays(self, name: str, capacity: int) -> tuple[Any, Any, Any]:
+        """Memory of an event list set with one list per row (`kernels/batched_products.py`): begins, counts, events."""
         rows = self.steps * self.batch
-        parts = (("firsts", rows, np.int64), ("counts", rows, np.int32), ("entries", rows * capacity, np.int64))
-        first, count, entries = (self.kept((name, part), (size,), dtype) for part, size, dtype in parts)
-        return first, count, entries
+        begins = self.scratch((name, "begins"), (rows,), np.int64)
+        counts = self.scratch((name, "counts"), (rows,), np.int32)
+        return begins, counts, self.scratch((name, "events"), (rows * capacity,), np.int64)
 
-    def found(self, x: Any, row_0: int, status: Any) -> tuple[Any, Any, Any]:
-        """Lists of the events of dense rows (steps, batch, I); the first is row `row_0` of the whole input."""
+    def event_lists(self, x: Any, row_0: int, status: Any) -> tuple[Any, Any, Any]:
+        """The event lists of dense rows x (steps, batch, I); their first is row `row_0` of the whole input."""
         device, size, rows = self.device, x.shape[2], self.steps * self.batch
-        table = self.lists("input", size + LANES)
-        # Few rows are each looked through by as many warps as there can be.
+        table = self.list_arrays("input", size + LANES)
+        # With few rows, more warps per row use more of the GPU.
         threads = 256 if rows > 2 * device.multiprocessors or size <= 256 else 1024
-        device.launch(
-            device.kernel(("dense_events",), dense_events_kernel, threads), rows, threads,
-            x.data.ptr, size, row_0, *(each.data.ptr for each in table), size + LANES, status.data.ptr, shared=128,
-        )  # fmt: skip
+        kernel = device.kernel(("dense_events",), dense_events_kernel, threads)
+        lists = (each.data.ptr for each in table)
+        arguments = x.data.ptr, size, row_0, *lists, size + LANES, status.data.ptr
+        device.launch(kernel, rows, threads, *arguments, shared=128)
         return table
 
     def checked_rows(self, symbols: Any, row_0: int, known: int, status: Any) -> Any:
-        """(rows,) of the event table, from symbols (steps, batch) of which so many are known."""
+        """The row of the embedding for each of the symbols (steps, batch) int64: (steps * batch,) int64.
+
+        row_0 : the row of the whole input at which `symbols` begins
+        known : the number of symbols that exist; the status words get the first one beyond
+        """
         device, rows = self.device, self.steps * self.batch
-        checked = self.kept("rows", (rows,), np.int64)
-        device.launch(
-            device.kernel(("symbols",), symbols_kernel, 128), -(-rows // 128), 128,
-            symbols.data.ptr, rows, row_0, known, checked.data.ptr, status.data.ptr,
-        )  # fmt: skip
+        checked = self.scratch("rows", (rows,), np.int64)
+        arguments = symbols.data.ptr, rows, row_0, known, checked.data.ptr, status.data.ptr
+        device.launch(device.kernel(("symbols",), symbols_kernel, 128), -(-rows // 128), 128, *arguments)
         return checked
 
-    def sent(self, n: int) -> Any:
-        """What layer n sent, (steps, batch, units), as it lies."""
-        return self.event_logs[n][1:, :, : self.units[n]]
+    def sent(self, k: int) -> Any:
+        """The outputs of layer k, (steps, batch, units): a view of its event log."""
+        return self.event_logs[k][1:, :, : self.units[k]]
 
     def start(self, flat: Any) -> None:
-        """Take that state."""
+        """Copy the state before the run (`DeviceState.flat`)."""
         if flat is not self.state:
             self.state.data.copy_from_device_async(flat.data, self.state.nbytes)
 
-    def begin(self, settled: Sequence[int] = ()) -> None:
-        """From its state on, nothing is sent yet. Records of the layers `settled` are left as they are."""
-        for n, units in enumerate(self.units):
-            for each in (self.event_logs[n], self.gated[n]):
-                if each is not None and n not in settled:
-                    each.data.memset_async(UNWRITTEN_BYTE, each.nbytes)
-            copy_rows(self.device, self.event_logs[n], pitch_of(units), self.outputs[n], units, units, self.batch)
+    def begin(self, untracked_layers: Sequence[int] = ()) -> None:
+        """Mark all words of the event logs as not yet written, but row 0, which gets the outputs of the state.
 
-    def end(self, sent: Any = None) -> None:
-        """The last step's outputs are the state's; the last layer's are in `sent`, where that is given."""
-        for n, units in enumerate(self.units):
-            event_log = self.event_logs[n][1:] if sent is None or n + 1 < len(self.units) else sent
-            copy_rows(
-                self.device, self.outputs[n], units, event_log[self.steps - 1 :], event_log.shape[2], units, self.batch
-            )
+        The logs of `untracked_layers` are not marked, because no kernel polls them.
+        """
+        for k, units in enumerate(self.units):
+            for each in (self.event_logs[k], self.gated[k]):
+                if each is not None and k not in untracked_layers:
+                    each.data.memset_async(UNWRITTEN_BYTE, each.nbytes)
+            copy_rows(self.device, self.event_logs[k], pitch_of(units), self.outputs[k], units, units, self.batch)
+
+    def end(self, last_outputs: Any = None) -> None:
+        """Copy the outputs of the last step to the state.
+
+        last_outputs : (steps, batch, units) outputs of the last layer where they are not in its event log
+        """
+        for k, units in enumerate(self.units):
+            last = k + 1 == len(self.units)
+            event_log = last_outputs if last and last_outputs is not None else self.event_logs[k][1:]
+            final = event_log[self.steps - 1 :]
+            copy_rows(self.device, self.outputs[k], units, final, event_log.shape[2], units, self.batch)
 
 
 def pitch_of(units: int) -> int:
-    """From one row of a record to the next: whole cache lines."""
+    """float32 from one row of an event log to the next: whole cache lines."""
     return -(-units // LANES) * LANES
 
 
 def copy_rows(
     device: Device, target: Any, target_pitch: int, source: Any, source_pitch: int, width: int, rows: int
 ) -> None:
-    """Rows of float32 from one array on the device to another, on CuPy's current stream; pitches in numbers."""
+    """Copy `rows` rows of `width` float32 on the device, on CuPy's current stream. Pitches count float32."""
     if rows == 0:
         return
     cuda = device.arrays.cuda
-    runtime = cuda.runtime
-    runtime.memcpy2DAsync(
-        target.data.ptr, 4 * target_pitch, source.data.ptr, 4 * source_pitch, 4 * width, rows,
-        runtime.memcpyDeviceToDevice, cuda.get_current_stream().ptr,
-    )  # fmt: skip
+    arrays = target.data.ptr, 4 * target_pitch, source.data.ptr, 4 * source_pitch
+    direction, stream = cuda.runtime.memcpyDeviceToDevice, cuda.get_current_stream().ptr
+    cuda.runtime.memcpy2DAsync(*arrays, 4 * width, rows, direction, stream)
 
 
 class Replay:
-    """Work on a stream, always the same: done at its first run, captured as a graph at the second, replayed then.
+    """The same work on a stream again and again: enqueued at the first call, captured at the second, then replayed.
 
-    What it launches must read nothing but memory that stays. After an exception it starts over.
+    The work must use no memory that may be freed between calls. After an exception the next call enqueues again.
 
-    begun : set where a call may have put work on the stream; who asks clears it before
+    begun : True once a call may have put work on the stream; callers set it to False before a call
     """
 
     def __init__(self, queue: Any, enqueue: Callable[[], None]):
@@ -151,7 +159,7 @@ class Replay:
         self.runs, self.graph, self.begun = 0, None, False
 
     def __call__(self) -> None:
-        """Put it on the stream once."""
+        """Put the work on the stream once."""
         try:
             self._put()
         except BaseException:
@@ -170,12 +178,12 @@ class Replay:
         self.graph.launch(self.queue)
 
     def _captured(self) -> Any:
-        """The work as a graph. A capture that an exception cut short is ended, and what it has is dropped."""
+        """The work as a graph. If it raises, the capture is ended and its graph dropped."""
         try:
             self.queue.begin_capture()
             self.enqueue()
         except BaseException:
-            # What a broken capture says of itself must not hide why it broke.
+            # An error at the end of the broken capture must not hide the reason.
             with suppress(Exception):
                 self.queue.end_capture()
             raise

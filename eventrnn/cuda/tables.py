@@ -93,7 +93,7 @@ MAX_SUMMED = (1 << SUM_BITS) - 1
     REC_STARTS,  # `packing.Strips.starts`
     UNITS_OF,  # `packing.CompactStrips.units`, for clusters
     ROWS_OF,  # `packing.CompactStrips.rows`
-    FIRSTS_OF,  # `packing.CompactStrips.firsts`
+    BEGINS_OF,  # `packing.CompactStrips.begins`
     ROWS_BIAS,  # (strips, 32) float32 biases of strips of 32 columns
     LAYER_FIELDS,  # number of columns
 ) = range(27)

@@ -1,8 +1,8 @@
-"""Layers through tensor cores, for many streams: dense products in half precision, cells and events in float32.
+"""Layers on tensor cores, for many streams: dense products of rounded numbers, cells and events in float32.
 
-Not exact: weights, inputs and events are rounded to `precision` and summed by cuBLAS in float32, in its own order; the
-sums are rounded again. A step is one product and one kernel for the cells, which also counts; the products of the input
-are made for many steps together.
+Not exact: weights, inputs and events are rounded to `precision`. cuBLAS sums their products in float32, in an order of
+its own, and rounds the sums to `precision`. A step is one product and one kernel, which updates the cells and counts
+the events. The input drives of many steps are computed in one product.
 """
 
 from __future__ import annotations
@@ -32,30 +32,41 @@ if TYPE_CHECKING:
     from eventrnn.network import Layer
 
 
-# Tensor cores, and rows of 16 bytes, want every dimension to be a multiple of this.
+# Every dimension is padded to a multiple of this number, for tensor cores and for rows of whole 16 bytes.
 PADDED_TO = 8
 
-# Input drives that are made together: on an H100 large products save more than drives gain that stay in the L2 cache.
+# Bytes of the input drives that are computed in one product. On an H100 a large product saves more time than small
+# ones whose drives stay in the L2 cache.
 DRIVE_BYTES = 256 << 20
 
-# Fewer streams are faster by events, whatever the weights: not measured.
-FEWEST_STREAMS = 4
+# Streams from which tensor cores are tried. With fewer, layers go by events without a measurement, because events are
+# then faster whatever the weights.
+MIN_STREAMS = 4
 
-# What is measured: so many steps, so often.
+# Steps of a measured run, and the number of runs whose fastest counts.
 MEASURED_STEPS, MEASURED_RUNS = 16, 3
 
+# Threads per block of the kernel for cells, and of the kernels for rows.
 CELL_THREADS, ROW_THREADS = 128, 256
 
-# Graphs of a piece and layer that are kept.
-MOST_REPLAYS = 4
+# Graphs that are kept per run and layer.
+MAX_REPLAYS = 4
 
-# Blocks of cells that find room on a multiprocessor.
+# Blocks of the kernel for cells that are resident on one multiprocessor.
 CELL_BLOCKS = 8
 
 
 @dataclass
 class TensorLayer:
-    """One layer's weights, rounded and padded, gates apart."""
+    """One layer's weights on the GPU, rounded to `precision` and padded with zeros.
+
+    Attributes
+    ----------
+    units, inputs : the sizes of the layer without padding; `sizes` has the padded ones
+    w_in, w_rec   : (padded inputs, 3 * padded units) and (padded units, 3 * padded units) in the type of `precision`
+    vectors       : (VECTORS, padded units) float32: biases of u and r, of both drives together; biases of the
+                    candidate's input drive and of its recurrent drive; thresholds
+    """
 
     device: Device
     cublas: Cublas
@@ -68,48 +79,51 @@ class TensorLayer:
 
     @classmethod
     def of(cls, device: Device, cublas: Cublas, layer: Layer, precision: str) -> TensorLayer:
-        """Of a layer that can go so (`exact_because`)."""
+        """The weights of a layer for which `exact_because` is None."""
         w_in, w_rec = (_rounded(device, _padded(w.to_dense()), precision) for w in (layer.w_in, layer.w_rec))
         bias_in, bias_rec = (each.reshape(3, -1) for each in (layer.bias_in, layer.bias_rec))
-        vectors = np.zeros((VECTORS, _up(layer.units)), np.float32)
+        vectors = np.zeros((VECTORS, _round_up(layer.units)), np.float32)
         vectors[:2, : layer.units] = bias_in[:2] + bias_rec[:2]
         vectors[2:, : layer.units] = bias_in[2], bias_rec[2], np.broadcast_to(layer.threshold, layer.units)
         return cls(device, cublas, precision, layer.units, layer.inputs, w_in, w_rec, device.put(vectors))
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Units and inputs, padded."""
-        return _up(self.units), _up(self.inputs)
+        """The padded numbers of units and of inputs."""
+        return _round_up(self.units), _round_up(self.inputs)
 
     def enqueue(
         self, buffers: RunBuffers, k: int, table, row_of, after, sent: tuple[int, int], counts: int, status
     ) -> None:
-        """All steps of layer n of a piece, from an event table (layer 0) or from what the layer below sent.
+        """Put all steps of layer k on the stream.
 
-        sent   : (steps, batch, pitch) of what is sent: its address and the pitch. No array, so that nobody keeps it
-        counts : where events are counted, an address, 0 for nowhere
+        table, row_of : the event lists of the input, for layer 0 (`Run.event_lists`); other layers read the event log
+                        of the layer below
+        after         : (steps, batch, units) float32 for the cells after each step, or None
+        sent          : address and pitch of the (steps, batch, pitch) float32 outputs. A captured graph must not keep
+                        the array alive, so only its address is passed
+        counts        : address of the event counts of the layer, 0 if events are not counted
         """
         units, inputs = self.sizes
         steps, batch, kind = buffers.steps, buffers.batch, np.uint16 if BYTES[self.precision] == 2 else np.float32
-        x = buffers.kept(("x", k), (steps * batch, inputs), kind)
-        y = buffers.kept(("y", k), (batch, units), kind)
+        x = buffers.scratch(("x", k), (steps * batch, inputs), kind)
+        y = buffers.scratch(("y", k), (batch, units), kind)
         if k == 0:
-            self._launch(
-                "densify", densify_kernel, -(-steps * batch // (ROW_THREADS // LANES)), ROW_THREADS,
-                *(each.data.ptr for each in table), 0 if row_of is None else row_of.data.ptr, steps * batch, inputs,
-                x.data.ptr, status.data.ptr,
-            )  # fmt: skip
+            lists = *(each.data.ptr for each in table), 0 if row_of is None else row_of.data.ptr
+            blocks = -(-steps * batch // (ROW_THREADS // LANES))
+            arguments = *lists, steps * batch, inputs, x.data.ptr, status.data.ptr
+            self._launch("densify", densify_kernel, blocks, ROW_THREADS, *arguments)
         else:
             below = buffers.event_logs[k - 1][1:]
-            self._narrow(below, pitch_of(self.inputs), self.inputs, x, inputs, steps * batch, status)
-        self._narrow(buffers.outputs[k], self.units, self.units, y, units, batch, status)
+            self._round_rows(below, pitch_of(self.inputs), self.inputs, x, inputs, steps * batch, status)
+        self._round_rows(buffers.outputs[k], self.units, self.units, y, units, batch, status)
         if after is not None:
             self._steps(buffers, k, x, y, after, sent, counts, status)
             return
         key = ("replay", k, sent, counts, status.data.ptr)
         if key not in buffers.tables:
             # Evict graphs of output buffers that are no longer in use.
-            for old in [each for each in buffers.tables if each[:2] == key[:2]][: -MOST_REPLAYS + 1]:
+            for old in [each for each in buffers.tables if each[:2] == key[:2]][: -MAX_REPLAYS + 1]:
                 del buffers.tables[old]
             buffers.tables[key] = Replay(
                 self.device.queue, lambda: self._steps(buffers, k, x, y, None, sent, counts, status)
@@ -117,50 +131,40 @@ class TensorLayer:
         buffers.tables[key]()
 
     def _steps(self, buffers: RunBuffers, k: int, x, y, after, sent: tuple[int, int], counts: int, status) -> None:
+        """Put the time loop on the stream: per step one product and one kernel for the cells."""
         units, inputs = self.sizes
         steps, batch, (sent_at, pitch) = buffers.steps, buffers.batch, sent
-        together = max(1, min(steps, DRIVE_BYTES // (3 * BYTES[self.precision] * units * batch)))
-        drive = buffers.kept(("drive", k), (together * batch, 3 * units), x.dtype)
-        rec = buffers.kept(("rec", k), (batch, 3 * units), x.dtype)
+        chunk = max(1, min(steps, DRIVE_BYTES // (3 * BYTES[self.precision] * units * batch)))
+        drive = buffers.scratch(("drive", k), (chunk * batch, 3 * units), x.dtype)
+        rec = buffers.scratch(("rec", k), (batch, 3 * units), x.dtype)
         pairs = -(-self.units // 2)
         blocks = -(-pairs // CELL_THREADS)
-        parts = -(-batch // _samples(batch * blocks, CELL_BLOCKS * self.device.multiprocessors))
-        # What a warp writes shares no sector of memory with another's.
+        splits = -(-batch // _samples_per_thread(batch * blocks, CELL_BLOCKS * self.device.multiprocessors))
+        # Rows of sums begin at whole memory sectors, so that no two warps write to the same sector.
         sums, sums_pitch = 0, -(-pairs // LANES) * LANES
         if counts:
-            sums = buffers.kept(("sums", k), (steps * parts, sums_pitch), np.uint16).data.ptr
-        for begin in range(0, steps, together):
-            rows = min(together, steps - begin) * batch
+            sums = buffers.scratch(("sums", k), (steps * splits, sums_pitch), np.uint16).data.ptr
+        cells = self.vectors.data.ptr, buffers.cells[k].data.ptr, y.data.ptr
+        sizes = self.units, units, pitch, batch
+        for begin in range(0, steps, chunk):
+            rows = min(chunk, steps - begin) * batch
             self.cublas.product(self.precision, x[begin * batch :], self.w_in, drive, rows, inputs, 3 * units)
             for t in range(begin, begin + rows // batch):
                 self.cublas.product(self.precision, y, self.w_rec, rec, batch, units, 3 * units)
-                self._launch(
-                    "cells", cells_kernel, (blocks, parts), CELL_THREADS,
-                    drive[(t - begin) * batch :].data.ptr, rec.data.ptr, self.vectors.data.ptr,
-                    buffers.cells[k].data.ptr, y.data.ptr, sent_at + 4 * t * batch * pitch,
-                    0 if after is None else after[t].data.ptr, self.units, units, pitch, batch,
-                    sums and sums + 2 * t * parts * sums_pitch, sums_pitch, status.data.ptr,
-                )  # fmt: skip
+                drives = drive[(t - begin) * batch :].data.ptr, rec.data.ptr
+                outputs = sent_at + 4 * t * batch * pitch, 0 if after is None else after[t].data.ptr
+                sums_at = sums and sums + 2 * t * splits * sums_pitch
+                arguments = *drives, *cells, *outputs, *sizes, sums_at, sums_pitch, status.data.ptr
+                self._launch("cells", cells_kernel, (blocks, splits), CELL_THREADS, *arguments)
         if counts:
             kernel = self.device.kernel(("count_pairs",), count_pairs_kernel, CELL_THREADS)
-            self.device.launch(
-                kernel, (blocks, count_threads(steps * parts)), CELL_THREADS,
-                sums, pairs, sums_pitch, steps * parts, counts, counts + 8 * self.units,
-            )  # fmt: skip
+            arguments = sums, pairs, sums_pitch, steps * splits, counts, counts + 8 * self.units
+            self.device.launch(kernel, (blocks, count_threads(steps * splits)), CELL_THREADS, *arguments)
 
-    def _narrow(self, dense, pitch: int, n: int, out, width: int, rows: int, status) -> None:
-        self._launch(
-            "round_rows",
-            round_rows_kernel,
-            rows,
-            ROW_THREADS,
-            dense.data.ptr,
-            pitch,
-            n,
-            width,
-            out.data.ptr,
-            status.data.ptr,
-        )
+    def _round_rows(self, dense, pitch: int, columns: int, out, padded: int, rows: int, status) -> None:
+        """Round the first `columns` of rows of `pitch` float32 into `out`, (rows, padded) with zeros at the end."""
+        arguments = dense.data.ptr, pitch, columns, padded, out.data.ptr, status.data.ptr
+        self._launch("round_rows", round_rows_kernel, rows, ROW_THREADS, *arguments)
 
     def _launch(self, name: str, make, blocks, threads: int, *arguments: int) -> None:
         if min(blocks if isinstance(blocks, tuple) else (blocks,)):
@@ -169,7 +173,7 @@ class TensorLayer:
 
 
 def exact_because(layer: Layer, precision: str) -> str | None:
-    """Why a layer cannot go through tensor cores; None where it can."""
+    """The reason why a layer cannot go through tensor cores; None where it can."""
     if layer.cell.variant == "paper":
         return "the paper's candidate waits for a gate within its product"
     weights = (layer.w_in.floats(), layer.w_rec.floats())
@@ -200,26 +204,32 @@ def fastest_layers(able: Sequence[int], seconds: Callable[[tuple[int, ...]], flo
     return best
 
 
-def _samples(items: int, blocks: int) -> int:
-    """Of one thread of the cells: what all blocks at once leave it, shared out evenly, in turns if it could not sum."""
-    turns = -(-items // (blocks * MAX_SUMMED))
-    return -(-items // (blocks * turns))
+def _samples_per_thread(items: int, blocks: int) -> int:
+    """Samples per thread of the kernel for cells, so that resident blocks have equal work.
+
+    items  : (sample, block of units) pairs
+    blocks : blocks that the GPU can hold at the same time
+
+    A thread can sum the events of MAX_SUMMED samples at most. If it had more, further blocks take them.
+    """
+    waves = -(-items // (blocks * MAX_SUMMED))
+    return -(-items // (blocks * waves))
 
 
-def _up(size: int) -> int:
+def _round_up(size: int) -> int:
     return -(-size // PADDED_TO) * PADDED_TO
 
 
 def _padded(dense: np.ndarray) -> np.ndarray:
-    """(n_pre, 3N), rows and each gate's columns padded with zeros."""
+    """A (n_pre, 3 * units) matrix with its rows and the columns of each gate padded with zeros."""
     n_pre, units = dense.shape[0], dense.shape[1] // 3
-    padded = np.zeros((_up(n_pre), 3, _up(units)), np.float32)
+    padded = np.zeros((_round_up(n_pre), 3, _round_up(units)), np.float32)
     padded[:n_pre, :, :units] = dense.reshape(n_pre, 3, units)
     return padded.reshape(len(padded), -1)
 
 
 def _rounded(device: Device, matrix: np.ndarray, precision: str) -> Any:
-    """On the device, to the nearest that the precision has, ties to even; for tf32 the product rounds."""
+    """A float32 matrix on the device, rounded to nearest, ties to even. For "tf32" cuBLAS rounds in the product."""
     if precision == "float16":
         return device.put(matrix.astype(np.float16).view(np.uint16))
     if precision == "bfloat16":

@@ -1,7 +1,8 @@
-"""A GPU made of NumPy: host memory for its memory, plain Python for its kernels.
+"""A fake GPU: NumPy arrays in host memory instead of device memory, Python functions instead of kernels.
 
-For what surrounds the kernels: which memory is kept, what is copied where, in which order, what is refused. It looks at
-addresses as the kernels do, so that a wrong one shows. Layers run as `reference.py` has them.
+It tests what surrounds the kernels: which memory is kept, what is copied where and in which order, and what is refused.
+The fake kernels take addresses like the real ones, so that a wrong address gives a wrong result. Layers are computed by
+`reference.py`.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from eventrnn.reference import forward, layer_parameters, propagate
 
 
 class OutOfMemoryError(MemoryError):
-    """CuPy's."""
+    """CuPy's error."""
 
     def __init__(self, size: int):
         super().__init__(size)
         self._size = size
 
 
-#: what is being captured as a graph, if anything is
+#: the calls of the graph that is being captured; None while nothing is captured
 captured: list | None = None
 
 
 def enqueued(call):
-    """Done now, or when the graph that is being captured is launched."""
+    """A decorator: the call takes place at once or, during a capture, whenever the captured graph is launched."""
 
     @wraps(call)
     def wrapped(*arguments):
@@ -89,7 +90,7 @@ class Array(np.ndarray):
 
 
 class Graph:
-    """What was captured, done again."""
+    """Captured calls, which every launch repeats in order."""
 
     def __init__(self, calls):
         self.calls = calls
@@ -130,17 +131,17 @@ class Queue:
 
 
 def floats(address: int, count: int) -> np.ndarray:
-    """float32 at an address."""
+    """The float32 array of `count` numbers at an address."""
     return np.ctypeslib.as_array(ctypes.cast(int(address), ctypes.POINTER(ctypes.c_float)), (int(count),))
 
 
 def longs(address: int, count: int) -> np.ndarray:
-    """int64 at an address."""
+    """The int64 array of `count` numbers at an address."""
     return np.ctypeslib.as_array(ctypes.cast(int(address), ctypes.POINTER(ctypes.c_int64)), (int(count),))
 
 
 def ints(address: int, count: int) -> np.ndarray:
-    """int32 at an address."""
+    """The int32 array of `count` numbers at an address."""
     return np.ctypeslib.as_array(ctypes.cast(int(address), ctypes.POINTER(ctypes.c_int32)), (int(count),))
 
 
@@ -149,26 +150,26 @@ def _raise_to(address: int, value: int) -> None:
     word[0] = max(word[0], value)
 
 
-def _list_row(dense: np.ndarray, row: int, firsts_at, counts_at, lists_at, capacity: int) -> None:
+def _list_row(dense: np.ndarray, row: int, begins_at, counts_at, lists_at, capacity: int) -> None:
     at = np.flatnonzero(dense)
-    longs(firsts_at, row + 1)[row] = row * capacity
+    longs(begins_at, row + 1)[row] = row * capacity
     ints(counts_at, row + 1)[row] = len(at)
     words = ints(lists_at + 8 * row * capacity, 2 * len(at)).reshape(-1, 2) if len(at) else np.zeros((0, 2), np.int32)
     words[:, 0], words[:, 1] = at, dense[at].view(np.int32)
 
 
-def _found(blocks, x_at, n, row_0, firsts_at, counts_at, lists_at, capacity, status_at):
+def _dense_events(blocks, x_at, n, row_0, begins_at, counts_at, lists_at, capacity, status_at):
     for row in range(blocks):
         dense = floats(x_at + 4 * row * n, n)
         bad = np.flatnonzero(~np.isfinite(dense))
         if len(bad):
             _raise_to(status_at + 8 * tables.STATUS_INPUT, tables.LAST - ((row_0 + row) * n + int(bad[0])))
-        _list_row(dense, row, firsts_at, counts_at, lists_at, capacity)
+        _list_row(dense, row, begins_at, counts_at, lists_at, capacity)
 
 
-def _compact(blocks, record_at, pitch, n, rows, firsts_at, counts_at, lists_at, capacity):
+def _log_events(blocks, event_log_at, pitch, n, rows, begins_at, counts_at, lists_at, capacity):
     for row in range(rows):
-        _list_row(floats(record_at + 4 * row * pitch, n), row, firsts_at, counts_at, lists_at, capacity)
+        _list_row(floats(event_log_at + 4 * row * pitch, n), row, begins_at, counts_at, lists_at, capacity)
 
 
 def _symbols(blocks, symbols_at, rows, row_0, size, row_of_at, status_at):
@@ -184,21 +185,21 @@ def _finite(blocks, values_at, count, status_at):
         _raise_to(status_at + 8 * tables.STATUS_CELLS, 1)
 
 
-def _tally(blocks, record_at, pitch, n, rows, graded_at, binary_at):
+def _count_events(blocks, dense_at, pitch, n, rows, graded_at, binary_at):
     for row in range(rows):
-        dense = floats(record_at + 4 * row * pitch, n)
+        dense = floats(dense_at + 4 * row * pitch, n)
         longs(graded_at, n)[:] += (dense != 0) & (np.abs(dense) != 1)
         longs(binary_at, n)[:] += np.abs(dense) == 1
 
 
 def half(address: int, count: int, precision: str) -> np.ndarray:
-    """Words of rounded numbers at an address."""
+    """The array of `count` numbers of this precision at an address: uint16 words, or float32 for "tf32"."""
     kind = ctypes.c_float if precision == "tf32" else ctypes.c_uint16
     return np.ctypeslib.as_array(ctypes.cast(int(address), ctypes.POINTER(kind)), (int(count),))
 
 
 def rounded(values: np.ndarray, precision: str) -> np.ndarray:
-    """As words."""
+    """float32 numbers rounded to the precision, as `half` stores them; "tf32" is rounded by the product only."""
     if precision == "float16":
         return values.astype(np.float16).view(np.uint16)
     if precision == "bfloat16":
@@ -208,7 +209,7 @@ def rounded(values: np.ndarray, precision: str) -> np.ndarray:
 
 
 def widened(words: np.ndarray, precision: str) -> np.ndarray:
-    """As float32."""
+    """Numbers as `half` stores them, in float32."""
     if precision == "float16":
         return words.view(np.float16).astype(np.float32)
     return (words.astype(np.uint32) << 16).view(np.float32) if precision == "bfloat16" else words
@@ -221,18 +222,18 @@ def _store(address: int, values: np.ndarray, precision: str, status_at: int) -> 
     half(address, values.size, precision)[:] = rounded(np.ascontiguousarray(values.ravel(), np.float32), precision)
 
 
-def _spread(precision, blocks, firsts_at, counts_at, lists_at, row_of_at, rows, width, out_at, status_at):
+def _densify(precision, blocks, begins_at, counts_at, lists_at, row_of_at, rows, width, out_at, status_at):
     size = 4 if precision == "tf32" else 2
     for row in range(rows):
         source = int(longs(row_of_at, rows)[row]) if row_of_at else row
         count = int(ints(counts_at, source + 1)[source])
-        words = ints(lists_at + 8 * int(longs(firsts_at, source + 1)[source]), 2 * max(count, 1)).reshape(-1, 2)[:count]
+        words = ints(lists_at + 8 * int(longs(begins_at, source + 1)[source]), 2 * max(count, 1)).reshape(-1, 2)[:count]
         dense = np.zeros(width, np.float32)
         dense[words[:, 0]] = words[:, 1].copy().view(np.float32)
         _store(out_at + size * row * width, dense, precision, status_at)
 
 
-def _narrow(precision, blocks, dense_at, pitch, n, width, out_at, status_at):
+def _round_rows(precision, blocks, dense_at, pitch, n, width, out_at, status_at):
     size = 4 if precision == "tf32" else 2
     for row in range(blocks):
         dense = np.zeros(width, np.float32)
@@ -240,10 +241,9 @@ def _narrow(precision, blocks, dense_at, pitch, n, width, out_at, status_at):
         _store(out_at + size * row * width, dense, precision, status_at)
 
 
-def _cells(
-    precision, blocks, drive_at, rec_at, vectors_at, cells_at, y_at, sent_at, after_at, units, padded, pitch, batch,
-    sums_at, sums_pitch, status_at,
-):  # fmt: skip
+def _cells(precision, blocks, *arguments):
+    drive_at, rec_at, vectors_at, cells_at, y_at, sent_at, after_at, *sizes, sums_at, sums_pitch, status_at = arguments
+    units, padded, pitch, batch = sizes
     words = (half(at, 3 * padded * batch, precision) for at in (drive_at, rec_at))
     drive, rec = (widened(each, precision).reshape(batch, 3, padded)[:, :, :units] for each in words)
     bias_u, bias_r, bias_g, bias_rec_g, threshold = floats(vectors_at, 5 * padded).reshape(5, padded)[:, :units]
@@ -257,28 +257,28 @@ def _cells(
         floats(sent_at + 4 * b * pitch, units)[:] = sent[b]
         _store(y_at + size * b * padded, sent[b], precision, status_at)
     if sums_at:
-        for part in range(blocks[1]):
+        for split in range(blocks[1]):
             found = np.zeros((2, -(-units // 2), 2), int)
-            found.reshape(2, -1)[:, :units] = [each[part :: blocks[1]].sum(axis=0) for each in (sent != 0, sent == 1)]
+            found.reshape(2, -1)[:, :units] = [each[split :: blocks[1]].sum(axis=0) for each in (sent != 0, sent == 1)]
             assert found.max() < 16, "a sum has four bits"
-            own = half(sums_at + 2 * part * sums_pitch, found.shape[1], "float16")
+            own = half(sums_at + 2 * split * sums_pitch, found.shape[1], "float16")
             own[:] = found[0] @ [1, 1 << 4] + found[1] @ [1 << 8, 1 << 12]
     if after_at:
         floats(after_at, batch * units)[:] = c.ravel()
 
 
-def _tally_pairs(blocks, sums_at, pairs, pitch, rows, graded_at, binary_at):
+def _count_pairs(blocks, sums_at, pairs, pitch, rows, graded_at, binary_at):
     words = half(sums_at, rows * pitch, "float16").reshape(rows, pitch)[:, :pairs]
     found = ((words[:, :, None] >> np.arange(0, 16, 4)) & 15).sum(axis=0)
     sent, binary = found[:, :2].ravel(), found[:, 2:].ravel()
-    # The last pair may be half a one.
+    # The last pair has one unit only if the number of units is odd.
     units = 2 * pairs - (not sent[-1])
     longs(graded_at, units)[:] += (sent - binary)[:units]
     longs(binary_at, units)[:] += binary[:units]
 
 
 class Cublas:
-    """`cublas.Cublas`."""
+    """Stands for `cublas.Cublas`."""
 
     def __init__(self, device):
         self.device = device
@@ -294,19 +294,27 @@ class Cublas:
         half(out, rows * columns, precision)[:] = rounded((left @ right).ravel(), precision)
 
 
-ROUNDING = {"densify": _spread, "round_rows": _narrow, "cells": _cells}
+#: by name, the fake kernels that take a precision first
+ROUNDING = {"densify": _densify, "round_rows": _round_rows, "cells": _cells}
+#: by name, the other fake kernels
 KERNELS = {
-    "dense_events": _found,
-    "log_events": _compact,
+    "dense_events": _dense_events,
+    "log_events": _log_events,
     "symbols": _symbols,
     "finite": _finite,
-    "count_events": _tally,
-    "count_pairs": _tally_pairs,
+    "count_events": _count_events,
+    "count_pairs": _count_pairs,
 }
 
 
 class FakeDevice:
-    """`device.Device`. `room`: bytes that one array may have."""
+    """Stands for `device.Device`.
+
+    room      : bytes that one array may have, at most
+    launched  : the names of the kernels that have run, in order
+    allocated : the number of arrays that have been allocated
+    timed     : seconds that `seconds` reports, as a function of the kernels that ran
+    """
 
     name, architecture, multiprocessors, shared_bytes = "fake", (9, 0), 132, 232_448
 
@@ -336,7 +344,7 @@ class FakeDevice:
         if array.nbytes > self.room:
             raise OutOfMemoryError(array.nbytes)
         self.allocated += 1
-        # What nobody writes must not look like a result.
+        # Memory that no kernel writes must not look like a result.
         ctypes.memset(array.ctypes.data, 0x5A, array.nbytes)
         return array
 
@@ -353,7 +361,7 @@ class FakeDevice:
         enqueued(lambda: (self.launched.append(name), call(blocks, *arguments)))()
 
     def seconds(self, enqueue) -> float:
-        """What the test says that the last thing done took."""
+        """The time that the test assigns to the work of `enqueue`."""
         self.launched.clear()
         enqueue()
         return self.timed(self.launched)
@@ -391,24 +399,24 @@ def _copy_rows(target, target_pitch, source, source_pitch, width, rows, kind, st
 
 
 def _launch_layers(network, layers, each, buffers, drive, status, after) -> None:
-    """`launch.launch_layers` by the specification, from the record below."""
+    """`launch.launch_layers` by the specification; layers above the first read the event log of the layer below."""
     enqueued(_run_layers)(network, layers, buffers, drive, after)
 
 
 @np.errstate(all="ignore")
 def _run_layers(network, layers, buffers, drive, after) -> None:
     network.device.launched.append("layers")
-    for n in layers:
-        layer, units = network.network.layers[n], network.units[n]
+    for k in layers:
+        layer, units = network.network.layers[k], network.units[k]
         parameters = layer_parameters(layer)
-        carried = np.array(buffers.event_logs[n][0, :, :units])
-        if n == 0:
-            # The drive holds the input's products: they go in through the biases, with no weights.
+        carried = np.array(buffers.event_logs[k][0, :, :units])
+        if k == 0:
+            # The drive holds the finished input drives: they replace the biases of an input of no units.
             x = np.zeros((buffers.steps, buffers.batch, 0), np.float32)
             drives = np.array(drive).reshape(buffers.steps, buffers.batch, -1)
         else:
-            x, drives = np.array(buffers.sent(n - 1)), None
-        c, y = np.array(buffers.cells[n]), carried
+            x, drives = np.array(buffers.sent(k - 1)), None
+        c, y = np.array(buffers.cells[k]), carried
         for t in range(buffers.steps):
             if drives is not None:
                 ys, cs = [], []
@@ -420,36 +428,36 @@ def _run_layers(network, layers, buffers, drive, after) -> None:
             else:
                 tape = forward(layer.cell, parameters, x[t : t + 1], c, y)[0]
                 y, c = tape.y, tape.c
-            buffers.event_logs[n][t + 1, :, :units] = y
+            buffers.event_logs[k][t + 1, :, :units] = y
             if after is not None:
-                after[n][t] = c
-        buffers.cells[n][...] = c
+                after[k][t] = c
+        buffers.cells[k][...] = c
 
 
 def _products(matrix, device, table, rows, row_of=None, out=None):
     """`Matrix.products` by the specification."""
-    weights, bias = matrix.origin
-    firsts, counts, lists = table
+    weights, bias = matrix.weights.to_dense(), matrix.host_bias
+    begins, counts, lists = table
     if out is None:
         out = device.empty((rows, weights.shape[1]), np.float32)
-    _multiply(weights, bias, firsts, counts, lists, rows, row_of, out)
+    _multiply(weights, bias, begins, counts, lists, rows, row_of, out)
     return out
 
 
 @enqueued
 @np.errstate(all="ignore")
-def _multiply(weights, bias, firsts, counts, lists, rows, row_of, out) -> None:
+def _multiply(weights, bias, begins, counts, lists, rows, row_of, out) -> None:
     words = np.array(lists).view(np.int32).reshape(-1, 2)
     for row in range(rows):
         source = row if row_of is None else int(row_of[row])
-        mine = words[int(firsts[source]) :][: int(counts[source])]
+        events = words[int(begins[source]) :][: int(counts[source])]
         values = np.zeros((1, weights.shape[0]), np.float32)
-        values[0, mine[:, 0]] = mine[:, 1].copy().view(np.float32)
+        values[0, events[:, 0]] = events[:, 1].copy().view(np.float32)
         out.reshape(rows, -1)[row] = propagate(weights, values, bias)[0]
 
 
 def install(monkeypatch, room: int = 1 << 40) -> FakeDevice:
-    """Let the engine run on a fake."""
+    """Make every CUDA engine of the test run on a fake GPU, which is returned."""
     from eventrnn.cuda import device_network, engine, run
     from eventrnn.cuda.matrix import Matrix
 
@@ -457,13 +465,5 @@ def install(monkeypatch, room: int = 1 << 40) -> FakeDevice:
     monkeypatch.setattr(engine, "current_device", lambda: device)
     monkeypatch.setattr(device_network, "Cublas", Cublas)
     monkeypatch.setattr(run, "launch_layers", _launch_layers)
-    plain = Matrix.of.__func__
-
-    def of(cls, device, weights, bias, gates, width):
-        made = plain(cls, device, weights, bias, gates, width)
-        object.__setattr__(made, "origin", (weights.to_dense(), bias))
-        return made
-
-    monkeypatch.setattr(Matrix, "of", classmethod(of))
     monkeypatch.setattr(Matrix, "products", _products)
     return device

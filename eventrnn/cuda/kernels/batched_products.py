@@ -10,7 +10,7 @@ log_events  : event lists of rows of an event log. A warp owns a row, a lane eve
 count_events: `state.FireCounts` of a dense array of events. A thread owns one unit and every gridDim.y-th row.
 count_pairs : the same from sums that `tensor_core_cells.cells_kernel` has written. A thread owns two units.
 
-An event list set is three arrays: firsts (rows,) int64, where each row's list begins in `lists`; counts (rows,) int32;
+An event list set is three arrays: begins (rows,) int64, where each row's list begins in `lists`; counts (rows,) int32;
 lists, int64 events (`strip_product.py`), each list followed by LIST_PAD zeros.
 """
 
@@ -51,7 +51,7 @@ def products_kernel(layout: int):
                    the layout is RESIDENT
     starts_at    : (groups + 1,) int64, first row of weights of each group
     bias_at      : (strips, 32) float32
-    firsts_at, counts_at, lists_at : the event list set
+    begins_at, counts_at, lists_at : the event list set
     row_of_at    : (rows,) int64, the list of each row, or address 0 for the list of the same number
     splits       : blocks that share the rows of one group
     out_at       : (rows, columns) float32
@@ -69,7 +69,7 @@ def products_kernel(layout: int):
         columns,
         strips,
         strips_per_group,
-        firsts_at,
+        begins_at,
         counts_at,
         lists_at,
         row_of_at,
@@ -98,13 +98,13 @@ def products_kernel(layout: int):
         hits_at, index_at = int32(shared + int64(GATHER_BUFFER_BYTES) * warp), int32(own_index)
         lanes_below = int32((int32(1) << lane) - 1)
         bias, out = global_float32(bias_at + 4 * (strip * LANES + lane)), global_float32(out_at)
-        firsts, counts, row_of = global_int64(firsts_at), global_int32(counts_at), global_int64(row_of_at)
+        begins, counts, row_of = global_int64(begins_at), global_int32(counts_at), global_int64(row_of_at)
         row = split * warps + warp
         while row < rows:
             source = row
             if row_of_at != 0:
                 source = row_of[row]
-            list_at, count, at = lists_at + 8 * firsts[source], counts[source], int32(0)
+            list_at, count, at = lists_at + 8 * begins[source], counts[source], int32(0)
             while True:
                 (a, b, c, d, e), (f, g, h, i, j), values = find_events(list_at, int32(at + 5 * lane), count, index_at)
                 strip_of_group, column = int32(0), strip * LANES + lane
@@ -137,7 +137,7 @@ def log_events_kernel():
     log_at : (rows, pitch) float32, of which the first n of each row are units; list `row` begins at row * capacity
     """
 
-    def log_events(log_at, pitch, n, rows, firsts_at, counts_at, lists_at, capacity):
+    def log_events(log_at, pitch, n, rows, begins_at, counts_at, lists_at, capacity):
         thread = int32(cuda.threadIdx.x)
         lane = thread & int32(31)
         row = int64(cuda.blockIdx.x) * (cuda.blockDim.x >> 5) + (thread >> int32(5))
@@ -158,7 +158,7 @@ def log_events_kernel():
         if lane < LIST_PAD:
             entries[count + lane] = int64(0)
         if lane == 0:
-            global_int64(firsts_at)[row] = row * capacity
+            global_int64(begins_at)[row] = row * capacity
             global_int32(counts_at)[row] = count
 
     return log_events, types.void(*[types.int64] * 8)

@@ -146,7 +146,7 @@ def cluster_kernel(layout: int, layout_in: int, blocks: int, units_per_lane: int
         chunk  : units of a chunk, to a multiple of which the units of a strip are padded
         beyond : byte offset of the padding: of the zero after a row of y, or -1 for a row of an event log
         """
-        firsts, strips = global_int64(layer[tables.FIRSTS_OF]), shared_int32(shared + block[tables.AT_STRIPS])
+        begins, strips = global_int64(layer[tables.BEGINS_OF]), shared_int32(shared + block[tables.AT_STRIPS])
         lane, warp, warps = thread & int32(31), thread >> int32(5), threads >> int32(5)
         capacity = int32(block[tables.CAPACITY])
         table, source = shared_int32(shared + block[tables.AT_UNITS]), global_int32(layer[tables.UNITS_OF])
@@ -157,8 +157,8 @@ def cluster_kernel(layout: int, layout_in: int, blocks: int, units_per_lane: int
             if thread == 0:
                 strips[1 + 2 * gate] = slot
                 strips[2 + 2 * gate] = int32(32 * slot + gate * n + first_unit - 32 * begin)
-            row = firsts[begin]
-            size = firsts[begin + count] - row
+            row = begins[begin]
+            size = begins[begin + count] - row
             copy_to_shared(
                 shared + block[tables.AT_BIAS] + int64(TILE_BYTES) * slot,
                 layer[tables.ROWS_BIAS] + int64(TILE_BYTES) * begin,
@@ -177,8 +177,8 @@ def cluster_kernel(layout: int, layout_in: int, blocks: int, units_per_lane: int
             # One warp per strip, because these are many short and independent copies.
             strip = warp
             while strip < count:
-                own = firsts[begin + strip]
-                reached = int32(firsts[begin + strip + 1] - own)
+                own = begins[begin + strip]
+                reached = int32(begins[begin + strip + 1] - own)
                 units = int32(capacity * (slot + strip))
                 if lane == 0:
                     entry = int32(8 + 4 * (slot + strip))

@@ -34,10 +34,10 @@ def dense_events_kernel():
     x_at      : (rows, n) float32
     first_row : index of the first row in the whole input; STATUS_INPUT receives the smallest index of a value that is
                 not finite, counted over the whole input
-    firsts_at, counts_at, lists_at, capacity : the event list set (`batched_products.py`), list `row` at row * capacity
+    begins_at, counts_at, lists_at, capacity : the event list set (`batched_products.py`), list `row` at row * capacity
     """
 
-    def dense_events(x_at, n, first_row, firsts_at, counts_at, lists_at, capacity, status_at):
+    def dense_events(x_at, n, first_row, begins_at, counts_at, lists_at, capacity, status_at):
         thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
         lane, warp = thread & int32(31), thread >> int32(5)
         row = int64(cuda.blockIdx.x)
@@ -82,7 +82,7 @@ def dense_events_kernel():
             if lane < LIST_PAD:
                 entries[own + lane] = int64(0)
             if lane == 0:
-                global_int64(firsts_at)[row] = row * capacity
+                global_int64(begins_at)[row] = row * capacity
                 global_int32(counts_at)[row] = own
 
     return dense_events, types.void(*[types.int64] * 8)

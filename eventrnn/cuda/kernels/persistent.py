@@ -495,7 +495,7 @@ def layers_kernel(variant: str, layouts: tuple[int, ...]):
                             global_float32(states)[(row + sample) * n + unit] = after
                     tile, item = int32(tile + warps), int32(item + warps)
 
-            # The input drives of the next step: worked out while the outputs of the other blocks are under way.
+            # The input drives of the next step are computed while the outputs of the other blocks arrive.
             t += 1
             if t < steps:
                 flip = int32((t & 1) * sums_size)

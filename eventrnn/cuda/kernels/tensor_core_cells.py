@@ -132,13 +132,13 @@ def make_store(precision: str):
 def densify_kernel(precision: str):
     """The kernel that writes event lists as dense rounded rows, and its signature.
 
-    firsts_at, counts_at, lists_at : an event list set (`batched_products.py`)
+    begins_at, counts_at, lists_at : an event list set (`batched_products.py`)
     row_of_at : (rows,) int64, the list of each row, or address 0 for the list of the same number
     out_at    : (rows, width), rounded
     """
     store, size = make_store(precision), BYTES[precision]
 
-    def densify(firsts_at, counts_at, lists_at, row_of_at, rows, width, out_at, status_at):
+    def densify(begins_at, counts_at, lists_at, row_of_at, rows, width, out_at, status_at):
         threads = int64(min(cuda.blockDim.x, LANES))
         thread, rank = int64(cuda.threadIdx.x) % threads, int64(cuda.threadIdx.x) // threads
         row = source = int64(cuda.blockIdx.x) * (cuda.blockDim.x // threads) + rank
@@ -146,7 +146,7 @@ def densify_kernel(precision: str):
             return
         if row_of_at != 0:
             source = global_int64(row_of_at)[row]
-        begin = lists_at + 8 * global_int64(firsts_at)[source]
+        begin = lists_at + 8 * global_int64(begins_at)[source]
         count = int64(global_int32(counts_at)[source])
         to = out_at + size * row * width
         at, words = thread, global_int64(to)
