@@ -121,12 +121,10 @@ def _stepwise(torch, network: Network, inputs: Events, sparse: bool) -> Seconds:
             sent = each.nothing
             for t in range(steps):
                 strides = each.product(sent)
-                device.launch(
-                    kernel, -(-batch * each.units // CELL_THREADS), CELL_THREADS,
-                    each.drive.data_ptr() + 12 * t * batch * each.units, each.rec.data_ptr(), *strides,
-                    each.bias_rec.data_ptr(), each.threshold.data_ptr(), each.cells.data_ptr(),
-                    each.sent[t].data_ptr(), each.units, batch,
-                )  # fmt: skip
+                drives = each.drive.data_ptr() + 12 * t * batch * each.units, each.rec.data_ptr(), *strides
+                vectors = (each.bias_rec, each.threshold, each.cells, each.sent[t])
+                arguments = *drives, *(vector.data_ptr() for vector in vectors), each.units, batch
+                device.launch(kernel, -(-batch * each.units // CELL_THREADS), CELL_THREADS, *arguments)
                 sent = each.sent[t]
             below = each.sent
 
@@ -216,9 +214,7 @@ def _cells_kernel():
     egru_value: Any = ptx.egru_value
     global_float32: Any = ptx.global_float32
 
-    def cells(
-        drive_at, rec_at, sample_stride, row_stride, bias_at, threshold_at, cells_at, sent_at, units, batch
-    ):  # fmt: skip
+    def cells(drive_at, rec_at, sample_stride, row_stride, bias_at, threshold_at, cells_at, sent_at, units, batch):
         at = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
         if at >= units * batch:
             return
@@ -226,11 +222,11 @@ def _cells_kernel():
         unit = at - sample * units
         drive, bias = global_float32(drive_at + 12 * sample * units), global_float32(bias_at)
         rec, carried = global_float32(rec_at + 4 * sample * sample_stride), global_float32(cells_at)
-        v, _, _, _ = egru_value(
-            drive[unit], drive[units + unit], drive[2 * units + unit],
-            rec[unit * row_stride] + bias[unit], rec[(units + unit) * row_stride] + bias[units + unit],
-            rec[(2 * units + unit) * row_stride] + bias[2 * units + unit], carried[at],
-        )  # fmt: skip
+        rec_u = rec[unit * row_stride] + bias[unit]
+        rec_r = rec[(units + unit) * row_stride] + bias[units + unit]
+        rec_g = rec[(2 * units + unit) * row_stride] + bias[2 * units + unit]
+        in_u, in_r, in_g = drive[unit], drive[units + unit], drive[2 * units + unit]
+        v, _, _, _ = egru_value(in_u, in_r, in_g, rec_u, rec_r, rec_g, carried[at])
         threshold, value = global_float32(threshold_at)[unit], np.float32(0)
         if v > threshold:
             value = v

@@ -65,7 +65,7 @@ def inference(case: Case, report: Callable[[str], None]) -> dict[str, Any]:
     best = min(each, key=lambda name: each[name]) if each else None
     total, matrices = count(network, prepared.simulation).total, network.matrices().values()
     stored = sum(w.shape[0] * w.shape[1] for w in matrices)
-    return {
+    figures = {
         "us_per_step": ours,
         "against_us_per_step": each[best] if best else None,
         "speedup": each[best] / ours if best else None,
@@ -82,7 +82,8 @@ def inference(case: Case, report: Callable[[str], None]) -> dict[str, Any]:
         "storage_bytes": sum(w.nbytes for w in matrices),
         "paths": engine.paths(case.batch),
         "compile_seconds": prepared.compile_seconds,
-    } | case.record() | {"device": device.name, "versions": versions()}  # fmt: skip
+    }
+    return figures | case.record() | {"device": device.name, "versions": versions()}
 
 
 def _clocked(call: Callable[[], object]) -> float:

@@ -1,4 +1,4 @@
-"""The `eventrnn` command: each verb is a few lines over the library.
+"""The `eventrnn` command: each command is a few lines over the library.
 
 Results go to stdout, as tables, or as one JSON object and nothing else with --json; progress goes to stderr. Bad input
 ends with exit code 2 and one line, before any work.

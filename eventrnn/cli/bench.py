@@ -1,4 +1,4 @@
-"""`eventrnn bench`: measure speed beside baselines, all sides in one run."""
+"""`eventrnn bench`: measure speed beside baselines, all in one run."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from eventrnn.weights import FORMATS, STORAGES
 from eventrnn.weights.nm import AXES
 
 AGAINST = (
-    f"Rivals, separated by commas: of the whole layer {', '.join(LAYER_BASELINES)} (torch is nn.GRU); of one product "
-    f"{', '.join(PRODUCT_BASELINES)}; on a GPU cudnn, evnn-style or cusparse; or "
-    "none. [torch; cudnn]"
+    f"Baselines, separated by commas. For a whole layer: {', '.join(LAYER_BASELINES)} (torch is nn.GRU). For one "
+    f"product: {', '.join(PRODUCT_BASELINES)}. On a GPU: cudnn, evnn-style or cusparse. Or none. "
+    "[torch; on a GPU cudnn]"
 )
 
 DEFAULT_BASELINE = {"cpu": "torch", "cuda": "cudnn"}
 
-bench_app = typer.Typer(rich_markup_mode=None, help="Measure speed, every side in one run.")
+bench_app = typer.Typer(rich_markup_mode=None, help="Measure speed beside baselines, all in one run.")
 
 
 @bench_app.callback()
 def bench() -> None:
-    """Measure speed, every side in one run."""
+    """Measure speed beside baselines, all in one run."""
 
 
 @dataclass(frozen=True)
@@ -39,27 +39,33 @@ class InferenceOptions:
     """Options of `eventrnn bench inference`; the fields of `bench.Case`, sizes as text."""
 
     backend: Annotated[str, typer.Option(help="Engine to time: cpu or cuda.")] = "cpu"
-    hidden: Annotated[int, typer.Option(help="Units, and inputs, of a layer.")] = 1350
-    layers: Annotated[int, typer.Option(help="Layers.")] = 1
-    batch: Annotated[int, typer.Option(help="Samples side by side.")] = 1
-    activity: Annotated[float, typer.Option(help="Share of units that fire; thresholds are set to reach it.")] = 0.1
+    hidden: Annotated[int, typer.Option(help="Number of units, and of inputs, of a layer.")] = 1350
+    layers: Annotated[int, typer.Option(help="Number of layers.")] = 1
+    batch: Annotated[int, typer.Option(help="Number of samples of a batch.")] = 1
+    activity: Annotated[
+        float, typer.Option(help="Share of units that fire in a step; thresholds are set to reach it.")
+    ] = 0.1
     sparsity: Annotated[
-        float | None, typer.Option(help="Share of blocks or weights left out. [0.9; what dense and nm say themselves]")
+        float | None,
+        typer.Option(help="Share of blocks or weights that are zero. [0.9; dense and nm fix it themselves]"),
     ] = None
     format: Annotated[str, typer.Option(help=f"Weight format: {', '.join(FORMATS)}.")] = "block"
-    block: Annotated[str | None, typer.Option("--block", metavar="RxC", help="Block of the block format. [1x64]")] = (
-        None
-    )
-    nm: Annotated[
-        str | None, typer.Option("--nm", metavar="N:M[:pre]", help="Of the nm format: n kept of each m, and the axis.")
+    block: Annotated[
+        str | None, typer.Option("--block", metavar="RxC", help="Size of a block of the block format. [1x64]")
     ] = None
-    dtype: Annotated[str, typer.Option(help=f"Storage of the weights: {', '.join(STORAGES)}.")] = "float32"
-    variant: Annotated[str, typer.Option(help="Equations: evnn or paper.")] = "evnn"
-    exact: Annotated[bool, typer.Option(help="On a GPU: without it, tensor cores where measured faster.")] = True
+    nm: Annotated[
+        str | None,
+        typer.Option("--nm", metavar="N:M[:pre]", help="Weights kept of each group of the nm format, and its axis."),
+    ] = None
+    dtype: Annotated[str, typer.Option(help=f"Storage type of the weights: {', '.join(STORAGES)}.")] = "float32"
+    variant: Annotated[str, typer.Option(help="Variant of the equations: evnn or paper.")] = "evnn"
+    exact: Annotated[
+        bool, typer.Option(help="--no-exact lets a GPU use tensor cores where they are measured to be faster.")
+    ] = True
     threads: Threads = 1
     against: Annotated[str | None, typer.Option(help=AGAINST)] = None
-    steps: Annotated[int, typer.Option(help="Time steps a run.")] = 200
-    repeats: Annotated[int, typer.Option(help="Interleaved rounds; medians are reported.")] = 15
+    steps: Annotated[int, typer.Option(help="Number of time steps of a run.")] = 200
+    repeats: Annotated[int, typer.Option(help="Number of interleaved rounds; medians are reported.")] = 15
     seed: Seed = 0
     as_json: Json = False
 
@@ -67,7 +73,7 @@ class InferenceOptions:
 @bench_app.command()
 @takes(InferenceOptions)
 def inference(given: InferenceOptions) -> None:
-    """Time whole sequences of a random network beside its rivals: a dense network, or who does one of its products."""
+    """Time whole sequences of a random network beside a dense one, or one of its products beside other libraries."""
     from eventrnn import bench
 
     case = _case(given) | {"against": given.against or DEFAULT_BASELINE.get(given.backend, "none")}
@@ -82,30 +88,37 @@ class TrainingOptions:
     """Options of `eventrnn bench training`; the fields of `bench.TrainingCase`, sizes as text, and the engine."""
 
     backend: Annotated[str, typer.Option(help="Engine to time: cpu.")] = "cpu"
-    hidden: Annotated[int, typer.Option(help="Units, and inputs, of the layer.")] = 1350
-    batch: Annotated[int, typer.Option(help="Samples side by side.")] = 20
-    steps: Annotated[int, typer.Option(help="Time steps of a window.")] = 70
-    activity: Annotated[float, typer.Option(help="Share of units that fire; thresholds are set to reach it.")] = 0.1
-    support: Annotated[
-        float, typer.Option(help="Share of units with a slope in a step; the surrogate's width is set to reach it.")
+    hidden: Annotated[int, typer.Option(help="Number of units, and of inputs, of the layer.")] = 1350
+    batch: Annotated[int, typer.Option(help="Number of samples of a batch.")] = 20
+    steps: Annotated[int, typer.Option(help="Number of time steps of a window.")] = 70
+    activity: Annotated[
+        float, typer.Option(help="Share of units that fire in a step; thresholds are set to reach it.")
     ] = 0.1
-    sparsity: Annotated[float, typer.Option(help="Share of blocks left out.")] = 0.0
-    block: Annotated[str | None, typer.Option("--block", metavar="RxC", help="Block, with a sparsity. [1x64]")] = None
-    backward: Annotated[str, typer.Option(help="Products: auto, sparse or dense.")] = "auto"
+    support: Annotated[
+        float,
+        typer.Option(
+            help="Share of units with a non-zero surrogate derivative; the surrogate's width is set to reach it."
+        ),
+    ] = 0.1
+    sparsity: Annotated[float, typer.Option(help="Share of blocks that are zero.")] = 0.0
+    block: Annotated[
+        str | None, typer.Option("--block", metavar="RxC", help="Size of a block, if a sparsity is given. [1x64]")
+    ] = None
+    backward: Annotated[str, typer.Option(help="Kernels of the backward products: auto, sparse or dense.")] = "auto"
     input_gradient: Annotated[
         str,
         typer.Option(
-            help="Of the inputs: open (where a layer below could use it; PyTorch makes all of it), all, none."
+            help="Input gradient to compute: open (where a layer below could use it), all (as PyTorch does) or none."
         ),
     ] = "open"
     threads: Threads = 1
     against: Annotated[
         str,
         typer.Option(
-            help="Rivals, separated by commas: torch (nn.GRU), torch-loop, torch-loop-indexed (this cell), or none."
+            help="Baselines, separated by commas: torch (nn.GRU), torch-loop, torch-loop-indexed (this cell); or none."
         ),
     ] = "torch"
-    repeats: Annotated[int, typer.Option(help="Interleaved rounds; medians are reported.")] = 7
+    repeats: Annotated[int, typer.Option(help="Number of interleaved rounds; medians are reported.")] = 7
     seed: Seed = 0
     as_json: Json = False
 
@@ -113,7 +126,7 @@ class TrainingOptions:
 @bench_app.command()
 @takes(TrainingOptions)
 def training(given: TrainingOptions) -> None:
-    """Time a window forward and back, one random layer, beside PyTorch; all gradients, no optimiser."""
+    """Time one window of a random layer, forward and backward with all gradients, beside PyTorch."""
     if given.backend != "cpu":
         raise ValueError(f"backend: got {given.backend!r}, need cpu")
     from eventrnn import bench
@@ -126,7 +139,7 @@ def training(given: TrainingOptions) -> None:
 
 
 def _case(given: InferenceOptions | TrainingOptions) -> dict[str, Any]:
-    """The options as keyword arguments of the library, the block parsed, without `as_json`."""
+    """The options as keyword arguments of the library: the block is parsed, and `as_json` is left out."""
     case = asdict(given)
     del case["as_json"]
     return case | {"block": parse_block(given.block) if given.block else None}
@@ -134,16 +147,16 @@ def _case(given: InferenceOptions | TrainingOptions) -> dict[str, Any]:
 
 @bench_app.command()
 def crossover(
-    measure: Annotated[bool, typer.Option("--measure", help="Measure again, whatever is in the cache.")] = False,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure again and replace the cached map.")] = False,
     check: Annotated[
-        bool, typer.Option("--verify", help="Time every way beside what auto picks; some minutes.")
+        bool, typer.Option("--verify", help="Time every kernel beside the one that auto selects; takes some minutes.")
     ] = False,
-    hidden: Annotated[int, typer.Option(help="Units of the products in the table, and of --verify.")] = 1350,
-    repeats: Annotated[int, typer.Option(help="Interleaved rounds of --verify; medians are compared.")] = 7,
+    hidden: Annotated[int, typer.Option(help="Number of units of the products in the table and of --verify.")] = 1350,
+    repeats: Annotated[int, typer.Option(help="Number of interleaved rounds of --verify; medians are compared.")] = 7,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Where the ways of a product cross on this machine: measured once (a minute), kept, looked up by "auto"."""
+    """Measure which kernel is the fastest for which product, and cache the map for the backend auto; takes a minute."""
     for name, value, least in (("hidden", hidden, 16), ("repeats", repeats, 3)):
         if value < least:
             raise ValueError(f"{name}: got {value}, need a whole number >= {least}")
@@ -164,7 +177,7 @@ def crossover(
         record = {"cache": str(crossover_map.cache_path()), "times": found.times, "picks": picked, "verified": checked}
         print(as_line(record | {"device": device(), "versions": versions()}))
         return
-    table = Table("weights", "drives", *(f"{a:.0%}" for a in ACTIVITIES), title="what auto picks, by activity")
+    table = Table("weights", "drives", *(f"{a:.0%}" for a in ACTIVITIES), title="kernel that auto selects, by activity")
     for line in picked:
         table.add_row(line["weights"], str(line["batch"]), *line["exact"])
     Console().print(table)
@@ -173,7 +186,7 @@ def crossover(
         for kind, line in worst.items():
             short = sum(each[kind] < 0.95 for each in checked)
             print(
-                f"{kind.replace('_', ' ')}: {line[kind]:.2f} of the best way at worst ({case_name(line)}); "
+                f"{kind.replace('_', ' ')}: {line[kind]:.2f} of the fastest kernel at worst ({case_name(line)}); "
                 f"{short} of {len(checked)} below 0.95"
             )
     print(f"map: {crossover_map.cache_path()}")
@@ -185,16 +198,18 @@ def _stage(report, stage: str):
 
 @bench_app.command()
 def pruning(
-    rows: Annotated[int, typer.Option(help="Presynaptic units of the matrix.")] = 4096,
-    columns: Annotated[int, typer.Option(help="Postsynaptic rows of the matrix.")] = 4096,
-    nm: Annotated[str, typer.Option("--nm", metavar="N:M", help="Kept of each m, in rows and columns.")] = "4:8",
-    methods: Annotated[str, typer.Option(help="Of exact, greedy; separated by commas.")] = "exact,greedy",
+    rows: Annotated[int, typer.Option(help="Number of rows (presynaptic units) of the matrix.")] = 4096,
+    columns: Annotated[int, typer.Option(help="Number of columns of the matrix.")] = 4096,
+    nm: Annotated[
+        str, typer.Option("--nm", metavar="N:M", help="Weights kept of each m, in rows and in columns.")
+    ] = "4:8",
+    methods: Annotated[str, typer.Option(help="Methods, separated by commas: exact, greedy.")] = "exact,greedy",
     threads: Threads = 1,
-    repeats: Annotated[int, typer.Option(help="Interleaved rounds; medians are reported.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Number of interleaved rounds; medians are reported.")] = 3,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Time transposable N:M masks by every method, say how much they keep, beside what others report."""
+    """Time transposable N:M masks by every method, and show the magnitude they keep beside published times."""
     from eventrnn.bench import masks
 
     n, m, axis = parse_nm(nm)
@@ -202,9 +217,16 @@ def pruning(
         raise ValueError(f"nm: got {nm!r}, but masks along both axes are timed; leave the axis out")
     with progress() as report:
         result = masks.masks(
-            rows=rows, columns=columns, n=n, m=m, methods=tuple(methods.split(",")), threads=threads, repeats=repeats,
-            seed=seed, report=lambda stage: report(stage, 0, 1, ""),
-        )  # fmt: skip
+            rows=rows,
+            columns=columns,
+            n=n,
+            m=m,
+            methods=tuple(methods.split(",")),
+            threads=threads,
+            repeats=repeats,
+            seed=seed,
+            report=lambda stage: report(stage, 0, 1, ""),
+        )
     if as_json:
         print(as_line(result))
         return
@@ -214,10 +236,10 @@ def pruning(
             "matrix",
             "n:m",
             "seconds",
-            "of processors",
-            "µs a tile",
+            "processor seconds",
+            "µs per tile",
             "magnitude kept",
-            "of the exact",
+            "of the optimum",
             "measured by",
         ),
         title=f"transposable masks, {threads} thread{'s' * (threads > 1)}, {result['device']}",

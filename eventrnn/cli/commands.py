@@ -43,17 +43,17 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")] = Path("eventrnn-demo"),
-    hidden: Annotated[int, typer.Option(help="Units.")] = 256,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")] = Path("eventrnn-demo"),
+    hidden: Annotated[int, typer.Option(help="Number of units.")] = 256,
     steps: Steps = 700,
-    pruning_steps: Annotated[int, typer.Option(help="Updates while and after pruning.")] = 2000,
-    sparsity: Annotated[float, typer.Option(help="Share of blocks to prune.")] = 0.8,
+    pruning_steps: Annotated[int, typer.Option(help="Number of updates during and after pruning.")] = 2000,
+    sparsity: Annotated[float, typer.Option(help="Share of the blocks to prune.")] = 0.8,
     block: Block = "1x8",
     seed: Seed = 0,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Train, prune, simulate event by event, prove it equal, count and time: about two minutes, no download."""
+    """Train, prune and simulate a model, compare it with the dense network, count and time: two to three minutes."""
     from eventrnn.cli import demo as job
 
     settings = job.DemoSettings(
@@ -83,11 +83,12 @@ def run(
     backend: Backend = "cpu",
     threads: Threads = 1,
     storage: Annotated[
-        str | None, typer.Option(help=f"Narrow the weights and report what that does: {', '.join(STORAGES[1:])}.")
+        str | None,
+        typer.Option(help=f"Compare the model with one whose weights are stored as: {', '.join(STORAGES[1:])}."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Read a text event by event: bits per symbol, activity, operations."""
+    """Read a text event by event, and report bits per symbol, activity and operations."""
     from eventrnn.training.evaluation import compare_storage, evaluate_text
 
     network = io.load(model)
@@ -109,10 +110,10 @@ def count(
     model: Model,
     text: Text = "builtin",
     part: Part = "test",
-    symbols: Annotated[int, typer.Option(help="Read at most this many symbols.")] = 10_000,
+    symbols: Annotated[int, typer.Option(help="Number of symbols to read, at most.")] = 10_000,
     as_json: Json = False,
 ) -> None:
-    """Count every operation of a run, and audit the counts."""
+    """Count every operation of a run over a text, and audit the counts."""
     from eventrnn import counting
 
     network = io.load(model)
@@ -147,7 +148,7 @@ def count(
 def info(
     model: Annotated[Path | None, typer.Argument(help="Model file to describe.")] = None, as_json: Json = False
 ) -> None:
-    """What is installed, how long the first call takes, or what a model file holds."""
+    """Show what is installed and how long the first call takes, or what a model file holds."""
     if model is not None:
         network = io.load(model)
         shapes = {
@@ -168,20 +169,28 @@ def info(
 
 @app.command(name="convert")
 def convert_command(
-    source: Annotated[Path, typer.Argument(help="Model file, or an .npz with one layer in EvNN's packing.")],
+    source: Annotated[Path, typer.Argument(help="Model file, or an .npz file with one layer in the layout of EvNN.")],
     out: Out,
     to: Annotated[
-        str | None, typer.Option(help=f"Weight format: {', '.join(FORMATS)}. [as it is, or what --block or --nm say]")
+        str | None,
+        typer.Option(help=f"Weight format: {', '.join(FORMATS)}. [block with --block, nm with --nm, else unchanged]"),
     ] = None,
-    block: Annotated[str | None, typer.Option("--block", metavar="RxC", help="Block of the block format.")] = None,
+    block: Annotated[
+        str | None, typer.Option("--block", metavar="RxC", help="Size of a block of the block format.")
+    ] = None,
     nm: Annotated[
-        str | None, typer.Option("--nm", metavar="N:M[:AXIS]", help="Kept of each group, along post (default) or pre.")
+        str | None,
+        typer.Option(
+            "--nm", metavar="N:M[:AXIS]", help="Weights kept of each group, along the axis post (default) or pre."
+        ),
     ] = None,
-    storage: Annotated[str | None, typer.Option(help=f"One of {', '.join(STORAGES)}. [as it is]")] = None,
+    storage: Annotated[
+        str | None, typer.Option(help=f"Storage type of the weights: {', '.join(STORAGES)}. [unchanged]")
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Change the weight format or storage of a model, or import a layer of EvNN."""
+    """Change the weight format or the storage type of a model, or import a layer of EvNN."""
     r_c, n_m = parse_block(block) if block else None, parse_nm(nm, AXES) if nm else None
     writable_file(out, force)
     network = Network((io.from_evnn(_arrays(source)),)) if source.suffix == ".npz" else io.load(source)

@@ -1,6 +1,6 @@
-"""The main job from end to end: train, prune, simulate event by event, prove it equal, count, time.
+"""`eventrnn demo`: train, prune, simulate event by event, compare with the dense network, count and time.
 
-Everything here calls the library, in the order in which a user would.
+The demo calls the public library in the order in which a user would.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ def run(folder: Path, settings: DemoSettings, report: Report = lambda stage, don
     tuning = replace(
         common, steps=settings.pruning_steps, seed=settings.seed + 1, schedule=Schedule(constant=FALLS_AFTER)
     )
+    last_pruning = int(PRUNED_AFTER * settings.pruning_steps)
     pruning = GradualPruning(
-        settings.sparsity, settings.block, 0, int(PRUNED_AFTER * settings.pruning_steps), every=10, scope="global",
-        statistic="l2",
-    )  # fmt: skip
+        settings.sparsity, settings.block, 0, last_pruning, every=10, scope="global", statistic="l2"
+    )
     corpus = python_documentation()
     network = _untrained(corpus, settings)
     pruning.check(Model(network).parameters)

@@ -1,4 +1,4 @@
-"""What the commands share: options, commands that take a record of options, sizes, checks of paths, texts."""
+"""The common parts of the commands: options, records of options, parsing of blocks, checks of paths, texts."""
 
 from __future__ import annotations
 
@@ -19,31 +19,35 @@ from eventrnn.network import Network
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
-Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")]
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Model file to write.")]
 
 Model = Annotated[Path, typer.Argument(help="Model file.")]
 
 Text = Annotated[
-    str, typer.Option("--text", help="'builtin' (Python's documentation), a text file, a folder of text files, or ptb.")
+    str,
+    typer.Option(
+        "--text",
+        help="Text: 'builtin' (Python's documentation), a text file, a folder of text files, or ptb (Penn Treebank).",
+    ),
 ]
 
 PICTURES = (".png", ".pdf", ".svg")
 
 PARTS = ("train", "valid", "test", "all")
 
-Part = Annotated[str, typer.Option(help=f"Which part of the text: {', '.join(PARTS)}.")]
+Part = Annotated[str, typer.Option(help=f"Part of the text to read: {', '.join(PARTS)}.")]
 
-Backend = Annotated[str, typer.Option(help=f"One of {', '.join(BACKENDS)}.")]
+Backend = Annotated[str, typer.Option(help=f"Backend that runs the network: {', '.join(BACKENDS)}.")]
 
-Threads = Annotated[int, typer.Option(help="Threads of the cpu backend.")]
+Threads = Annotated[int, typer.Option(help="Number of threads of the cpu backend.")]
 
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
 
-Block = Annotated[str, typer.Option("--block", metavar="RxC", help="Block: presynaptic x postsynaptic.")]
+Block = Annotated[str, typer.Option("--block", metavar="RxC", help="Size of a block: presynaptic x postsynaptic.")]
 
-Steps = Annotated[int, typer.Option(help="Parameter updates.")]
+Steps = Annotated[int, typer.Option(help="Number of parameter updates.")]
 
 Options = TypeVar("Options")
 

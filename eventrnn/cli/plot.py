@@ -1,4 +1,4 @@
-"""`eventrnn plot`: figures of a model, of a run over a text, and of a training."""
+"""`eventrnn plot`: figures of a model, of a run over a text, and of a training run."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ WHAT = ("weights", "raster", "operations", "training")
 
 
 def plot(
-    model: Annotated[Path, typer.Argument(help="Model file; for training, the folder of its run.")],
-    what: Annotated[str, typer.Argument(help=f"One of {', '.join(WHAT)}.")],
+    model: Annotated[Path, typer.Argument(help="Model file, or for the figure training the folder of a run.")],
+    what: Annotated[str, typer.Argument(help=f"Figure to draw: {', '.join(WHAT)}.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Picture to write: .png, .pdf or .svg.")],
     text: Text = "builtin",
     part: Part = "test",
-    layer: Annotated[int, typer.Option(help="Of the raster, from 0.")] = 0,
+    layer: Annotated[int, typer.Option(help="Layer of the raster, counted from 0.")] = 0,
     start: Annotated[int, typer.Option(help="First step of the raster.")] = 0,
-    steps: Annotated[int, typer.Option(help="Steps of the raster.")] = 200,
-    symbols: Annotated[int, typer.Option(help="Read at most this many symbols to count operations.")] = 10_000,
+    steps: Annotated[int, typer.Option(help="Number of steps of the raster.")] = 200,
+    symbols: Annotated[
+        int, typer.Option(help="Number of symbols to read for the figure operations, at most.")
+    ] = 10_000,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Draw which weights are left, every event of a run, its operations and time, or a training's validations."""
+    """Draw the masks of a model, the events of a run, its operations and time, or the validations of a training run."""
     if what not in WHAT:
         raise ValueError(f"what: got {what!r}, need one of {', '.join(WHAT)}")
     for name, value, least in (("layer", layer, 0), ("start", start, 0), ("steps", steps, 1), ("symbols", symbols, 1)):

@@ -1,4 +1,4 @@
-"""`eventrnn prune`: every pruning method, with a table of what it changed."""
+"""`eventrnn prune`: prune a model file by any method, and show the figures before and after."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from eventrnn.pruning.patterns import parse_nm
 from eventrnn.simulation import simulate
 from eventrnn.training.thresholds import RULES, check_rule
 
-#: options of the training
+#: options that need --steps
 TUNING = ("learning_rate", "activity_cost", "thresholds", "batch", "window", "seed")
 
-# Part of the validation text on which activity is measured and matrices are refitted: steps, and parallel streams.
+# Steps and parallel streams of the validation text on which activity is measured and matrices are refitted.
 CALIBRATION = (512, 8)
 
 Report = Callable[[str, int, int, str], None]
@@ -53,10 +53,14 @@ class PruneOptions:
         str | None,
         typer.Option(help=f"{'; '.join(f'{name}: {each.summary}' for name, each in METHODS.items())}. [magnitude]"),
     ] = None
-    sparsity: Annotated[float | None, typer.Option(help="Share of blocks to prune, in [0, 1). [0.8]")] = None
+    sparsity: Annotated[float | None, typer.Option(help="Share of the blocks to prune, in [0, 1). [0.8]")] = None
     nm: Annotated[
         str | None,
-        typer.Option("--nm", metavar="N:M[:AXIS]", help="Keep n of each m along post (default), pre or both."),
+        typer.Option(
+            "--nm",
+            metavar="N:M[:AXIS]",
+            help="Number of weights to keep of each m along the axis post (default), pre or both.",
+        ),
     ] = None
     ops_budget: Annotated[
         float | None,
@@ -67,43 +71,60 @@ class PruneOptions:
         ),
     ] = None
     block: Annotated[
-        str | None, typer.Option("--block", metavar="RxC", help="Block: presynaptic x postsynaptic. [1x1]")
+        str | None, typer.Option("--block", metavar="RxC", help="Size of a block: presynaptic x postsynaptic. [1x1]")
     ] = None
-    scope: Annotated[str | None, typer.Option(help=f"Share of each matrix or of all: {', '.join(SCOPES)}.")] = None
-    statistic: Annotated[str | None, typer.Option(help=f"Rank blocks by: {', '.join(STATISTICS)}.")] = None
-    gates: Annotated[str | None, typer.Option(help=f"Blocks over gates: {', '.join(GATES)}.")] = None
-    mask: Annotated[str | None, typer.Option(help=f"How to find masks along both: {', '.join(MASKS)}.")] = None
-    criterion: Annotated[str | None, typer.Option(help=f"What goes first: {', '.join(pruning.CRITERIA)}. [return]")] = (
+    scope: Annotated[
+        str | None, typer.Option(help=f"Apply the share to each matrix or to all together: {', '.join(SCOPES)}.")
+    ] = None
+    statistic: Annotated[
+        str | None, typer.Option(help=f"Statistic by which blocks are ranked: {', '.join(STATISTICS)}.")
+    ] = None
+    gates: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Grid of blocks: {', '.join(GATES)} (one over all gates, one per gate, one mask for all gates)."
+        ),
+    ] = None
+    mask: Annotated[str | None, typer.Option(help=f"Method that finds masks along both axes: {', '.join(MASKS)}.")] = (
         None
     )
-    strength: Annotated[float | None, typer.Option(help="Of the group lasso. [0.01]")] = None
-    rounds: Annotated[int | None, typer.Option(help="Of iterative pruning. [5]")] = None
+    criterion: Annotated[
+        str | None,
+        typer.Option(help=f"Criterion that decides which weights go first: {', '.join(pruning.CRITERIA)}. [return]"),
+    ] = None
+    strength: Annotated[float | None, typer.Option(help="Strength of the group lasso. [0.01]")] = None
+    rounds: Annotated[int | None, typer.Option(help="Number of rounds of iterative pruning. [5]")] = None
     every: Annotated[
         int | None,
-        typer.Option(help="Steps between two changes of the masks, which settle after half of the training. [40]"),
+        typer.Option(
+            help="Number of updates between two changes of the masks, which are final after half of the updates. [40]"
+        ),
     ] = None
-    exempt: Annotated[list[str] | None, typer.Option(help="Leave this matrix, or layer, alone; repeat.")] = None
-    steps: Annotated[int, typer.Option(help="Updates of training, a round if there are rounds; 0 for none.")] = 0
+    exempt: Annotated[list[str] | None, typer.Option(help="Matrix or layer that is not pruned; repeat for more.")] = (
+        None
+    )
+    steps: Annotated[
+        int, typer.Option(help="Number of updates of the training, per round if there are rounds; 0 for no training.")
+    ] = 0
     text: Annotated[
-        str | None, typer.Option("--text", help="To train, calibrate and measure on, as for train. [builtin]")
+        str | None,
+        typer.Option("--text", help="Text for training, calibration and measurement, as for train. [builtin]"),
     ] = None
-    learning_rate: Annotated[float | None, typer.Option(help="Of the training. [0.003]")] = None
-    activity_cost: Annotated[float | None, typer.Option(help="Of the training, as for train. [0]")] = None
+    learning_rate: Annotated[float | None, typer.Option(help="Learning rate of the training. [0.003]")] = None
+    activity_cost: Annotated[float | None, typer.Option(help="Activity cost of the training, as for train. [0]")] = None
     thresholds: Annotated[
         str | None,
         typer.Option(
-            help=f"How the training learns thresholds: {', '.join(RULES)}. [as before, else {RULES[0]}]",
+            help=f"How thresholds are trained: {', '.join(RULES)}. [the rule in the model file, else {RULES[0]}]",
         ),
     ] = None
-    batch: Annotated[int | None, typer.Option(help="Of the training, as for train. [32]")] = None
-    window: Annotated[int | None, typer.Option(help="Of the training, as for train. [64]")] = None
-    seed: Annotated[int | None, typer.Option(help="Of the training. [0]")] = None
+    batch: Annotated[int | None, typer.Option(help="Number of parallel streams of the training. [32]")] = None
+    window: Annotated[int | None, typer.Option(help="Number of time steps per window of the training. [64]")] = None
+    seed: Annotated[int | None, typer.Option(help="Seed of the training. [0]")] = None
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the table, write nothing; prune at once, without the training.")
+        bool, typer.Option("--dry-run", help="Prune without training, show the table, and write nothing.")
     ] = False
-    picture: Annotated[Path | None, typer.Option(help="Draw the masks that are left into this .png, .pdf or .svg.")] = (
-        None
-    )
+    picture: Annotated[Path | None, typer.Option(help="File for a picture of the masks: .png, .pdf or .svg.")] = None
     force: Force = False
     as_json: Json = False
 
@@ -139,7 +160,7 @@ class Request:
 
 @takes(PruneOptions)
 def prune(options: PruneOptions) -> None:
-    """Prune a model: at once, while training, to N of each M, or to a budget of operations."""
+    """Prune a model: at once, during training, to N of each M weights, or to a budget of operations."""
     request = _request(options)
     network = io.load(options.model)
     parts, budget = {}, {}
@@ -394,4 +415,4 @@ def _show(summary: dict, before: dict, after: dict, options: PruneOptions) -> No
         share, budget = summary["budget_share"], summary["budget"]
         print(f"budget held: {held}, {share:.1%} of the operations measured, {budget:.1%} asked")
     if "bits" not in after:
-        print("give --text to see what it does to bits per symbol, activity and operations")
+        print("give --text to see bits per symbol, activity and operations before and after")

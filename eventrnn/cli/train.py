@@ -1,4 +1,4 @@
-"""`eventrnn train`: options become settings of a recipe, and the recipe is trained."""
+"""`eventrnn train`: turn options into settings of a recipe, and train the recipe."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ class TrainOptions:
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Model file to write.")] = None
     text: Annotated[
         str | None,
-        typer.Option(help="'builtin' (Python's documentation), a file, a folder, or ptb. [builtin]"),
+        typer.Option(
+            help="Text: 'builtin' (Python's documentation), a file, a folder, or ptb (Penn Treebank). [builtin]"
+        ),
     ] = None
     preset: Annotated[
         str | None,
@@ -58,38 +60,45 @@ class TrainOptions:
             help="Recipe to start from: characters, egru-ptb, egru-wt2, awd-egru-small, awd-gru. [characters]"
         ),
     ] = None
-    config: Annotated[Path | None, typer.Option(help="TOML file of a recipe, over the preset.")] = None
+    config: Annotated[Path | None, typer.Option(help="TOML file with settings that replace those of the preset.")] = (
+        None
+    )
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting of a recipe; repeat for more.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Set one setting of the recipe; repeat for more."),
     ] = None
     folder: Annotated[
-        Path | None, typer.Option("--run", help="Folder of log, configuration and checkpoints. [OUT.run]")
+        Path | None, typer.Option("--run", help="Folder for the log, the configuration and checkpoints. [OUT.run]")
     ] = None
-    resume: Annotated[Path | None, typer.Option(help="Folder of a run to go on with.")] = None
-    kind: Annotated[str | None, typer.Option(help="Symbols: character or word.")] = None
-    vocabulary: Annotated[int | None, typer.Option(help="Keep this many words (word kind only).")] = None
-    hidden: Annotated[list[int] | None, typer.Option(help="Units of a layer; repeat for a stack.")] = None
-    embedding: Annotated[int | None, typer.Option(help="Width of the embedding.")] = None
-    tied: Annotated[bool, typer.Option("--tied", help="Read out through the transposed embedding.")] = False
-    variant: Annotated[str | None, typer.Option(help="Equations: evnn or paper.")] = None
+    resume: Annotated[Path | None, typer.Option(help="Folder of a run to continue.")] = None
+    kind: Annotated[str | None, typer.Option(help="Kind of symbols: character or word.")] = None
+    vocabulary: Annotated[int | None, typer.Option(help="Number of words to keep; only with --kind word.")] = None
+    hidden: Annotated[list[int] | None, typer.Option(help="Number of units of a layer; repeat for a stack.")] = None
+    embedding: Annotated[int | None, typer.Option(help="Number of values per symbol in the embedding.")] = None
+    tied: Annotated[bool, typer.Option("--tied", help="Use the transposed embedding as the read-out.")] = False
+    variant: Annotated[str | None, typer.Option(help="Variant of the equations: evnn or paper.")] = None
     threshold: Annotated[float | None, typer.Option(help="Mean of the initial thresholds.")] = None
-    steps: Annotated[int | None, typer.Option(help="Parameter updates.")] = None
-    epochs: Annotated[int | None, typer.Option(help="Passes over the text, in place of --steps.")] = None
-    batch: Annotated[int | None, typer.Option(help="Streams side by side.")] = None
-    window: Annotated[int | None, typer.Option(help="Time steps a window.")] = None
-    learning_rate: Annotated[float | None, typer.Option(help="Before its schedule.")] = None
-    weight_decay: Annotated[float | None, typer.Option(help="Decoupled, or L2 if the optimiser is not adamw.")] = None
-    activity_cost: Annotated[float | None, typer.Option(help="Weight of the mean output in the loss.")] = None
-    dropout: Annotated[float | None, typer.Option(help="Between layers and before the read-out.")] = None
-    threads: Annotated[int | None, typer.Option(help="Threads of the training kernels.")] = None
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None
+    steps: Annotated[int | None, typer.Option(help="Number of parameter updates.")] = None
+    epochs: Annotated[int | None, typer.Option(help="Number of passes over the text, in place of --steps.")] = None
+    batch: Annotated[int | None, typer.Option(help="Number of parallel streams.")] = None
+    window: Annotated[int | None, typer.Option(help="Number of time steps per window.")] = None
+    learning_rate: Annotated[float | None, typer.Option(help="Learning rate before the schedule changes it.")] = None
+    weight_decay: Annotated[
+        float | None, typer.Option(help="Weight decay: decoupled with adamw, L2 with other optimisers.")
+    ] = None
+    activity_cost: Annotated[
+        float | None, typer.Option(help="Weight of the mean output in the loss, which lowers activity.")
+    ] = None
+    dropout: Annotated[float | None, typer.Option(help="Dropout rate between layers and before the read-out.")] = None
+    threads: Annotated[int | None, typer.Option(help="Number of threads of the training kernels.")] = None
+    seed: Annotated[int | None, typer.Option(help="Seed of all random numbers.")] = None
     force: Force = False
     as_json: Json = False
 
 
 @takes(TrainOptions)
 def train(given: TrainOptions) -> None:
-    """Train a network to predict the next symbol of a text; stop with Ctrl-C, go on with --resume."""
+    """Train a network to predict the next symbol of a text. Ctrl-C stops the training, and --resume continues it."""
     from eventrnn.training.recipes import recipe as recipes
     from eventrnn.training.recipes.toml_config import parse_setting
 
@@ -106,7 +115,7 @@ def train(given: TrainOptions) -> None:
         except KeyboardInterrupt as stop:
             # Click would replace the interrupt by one without a message.
             words = str(stop) or f"stopped at once; the last checkpoint is in {folder}"
-            print(f"eventrnn: {words}; go on with: eventrnn train --resume {folder}", file=sys.stderr)
+            print(f"eventrnn: {words}; continue with: eventrnn train --resume {folder}", file=sys.stderr)
             raise typer.Exit(130) from None
     show(f"wrote {recipe.run.out or folder}", figures, given.as_json)
 
