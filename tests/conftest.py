@@ -1,4 +1,4 @@
-"""Profiles of Hypothesis, what is skipped where, and the fixtures of several test modules.
+"""Profiles of Hypothesis, the conditions under which tests are skipped, and fixtures that several modules use.
 
 `--hypothesis-profile=ci` draws more examples than the default, `dev`; `few` draws less.
 """
@@ -16,13 +16,13 @@ from support.texts import TEXT
 
 settings.register_profile("dev", max_examples=30, deadline=None, print_blob=True)
 settings.register_profile("ci", max_examples=100, deadline=None, print_blob=True)
-# For a GPU, whose kernels are compiled anew for every mixture of formats.
+# A profile for GPUs, where kernels are compiled for every mixture of formats.
 settings.register_profile("few", max_examples=6, deadline=None, print_blob=True)
 settings.load_profile("dev")
 
 
 def pytest_configure(config):
-    """Where a property fails, Hypothesis prints the drawn network and warns of its length. The warning is no error."""
+    """Make a warning of Hypothesis no error: it concerns the length of a drawn network in the report of a failure."""
     config.addinivalue_line("filterwarnings", "ignore:Generating overly large repr")
 
 

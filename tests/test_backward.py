@@ -24,7 +24,7 @@ from support.tolerance import U32, central_difference, gamma, sharp
 def cases(draw, formats=FORMATS):
     """A layer in some format, a window, its noise and upstream gradients of the output, the events and the cells."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    # From 43 units on, rows of weights are more than one chunk.
+    # From 43 units on, a row of weights has more than one chunk.
     n, inputs = draw(st.integers(1, 45) | st.sampled_from([86, 100])), draw(st.integers(1, 20))
     steps, batch = draw(st.integers(1, 6)), draw(st.sampled_from([1, 2, 5, 12]))
     kind = draw(st.sampled_from([*sorted(SURROGATES), "triangle", "boxcar"]))
@@ -65,7 +65,7 @@ def cases(draw, formats=FORMATS):
 
 
 def specification(model: Model, tape, noise: Noise, upstream: np.ndarray):
-    """Gradients by `reference.backward` in float64 on the same tape, and the magnitudes of what they add up."""
+    """Gradients of `reference.backward` in float64 on the same tape, and the sums of the magnitudes of their terms."""
     layer, cell, p = tape.layers[0], model.cells[0], {}
     for name in ("w_in", "w_rec", "bias_in", "bias_rec", "threshold"):
         p[name] = model.parameters[f"layers.0.{name}"].astype(np.float64)
@@ -95,11 +95,11 @@ def specification(model: Model, tape, noise: Noise, upstream: np.ndarray):
 
 
 def agree(model: Model, gradients: dict, tape, noise: Noise, upstream: np.ndarray) -> None:
-    """Every gradient within the bound of the specification's; pruned weights have none."""
+    """Demand that every gradient is within its bound of the specification's, and that pruned weights have none."""
     expected, sizes = specification(model, tape, noise, upstream)
     steps, batch, n = tape.layers[0].v.shape
-    # A path through all steps meets, in each, a product of 3N terms, sixteen lanes, and 80 scalar roundings (what is
-    # known of u, r, g and v is what the tape says); the sums over rows come last.
+    # In each step, a path through all steps meets a product of 3N terms, sixteen lanes, and 80 scalar roundings, because
+    # u, r, g and v are those of the tape. The sums over rows come last.
     roundings = steps * (3 * n + 112) + steps * batch + len(model.parameters["layers.0.w_in"])
     for name in ("w_in", "w_rec", "bias_in", "bias_rec", "threshold", "inputs"):
         gradient = gradients[name if name == "inputs" else f"layers.0.{name}"]
@@ -120,7 +120,7 @@ def test_backward_equals_specification_within_bounds(case, mode, threads):
     mask = np.random.default_rng(x.size).random(x.shape) < 0.3
     some = model.backward(tape, upstream[0], **further, d_inputs=mask)["inputs"]
     assert not some[~mask].any()
-    # The gradients that are asked for decide which products "auto" takes.
+    # The requested gradients decide which products "auto" selects.
     if mode != "auto":
         assert np.array_equal(some, np.where(mask, gradients["inputs"], 0))
 
@@ -147,7 +147,7 @@ def test_sparse_forward_equals_engine_on_one_and_two_threads(case):
 
 
 def test_backward_masks_gradients_for_the_layer_below():
-    """A stack, sparse and dense: the gradient of what a lower layer sent is made only where it has a use."""
+    """In a stack, the input gradient of an upper layer is computed only where the lower layer can use it."""
     rng = np.random.default_rng(7)
     cell = Cell(surrogate=Surrogate("triangle", 0.7, 6.0))
     network = Network.random([40, 33, 20], symbols=9, embedding=12, readout=9, rng=rng, threshold=0.1, cell=cell)
@@ -193,7 +193,7 @@ def test_count_backward_equals_brute_force(case, mode):
         for t in range(steps):
             for b in range(batch):
                 sent = layer.x[t, b] if name == "w_in" else layer.y[t, b]
-                # Whose gradient the products of step t make: the inputs' of t, the events' of t - 1.
+                # The products of step t give the gradients of the inputs of step t and of the events of step t - 1.
                 wanted = np.ones(len(weights), bool)
                 if name == "w_rec":
                     wanted = has_path[t - 1, b] if t else layer.y[0, b] != 0 if paper else np.zeros(n, bool)
@@ -210,8 +210,8 @@ def test_count_backward_equals_brute_force(case, mode):
 
 
 @pytest.mark.parametrize("variant", ["evnn", "paper"])
-def test_gradient_of_some_inputs_of_a_long_window(variant):
-    """More rows than go together."""
+def test_gradient_of_selected_inputs_of_a_long_window(variant):
+    """The window has more rows than one chunk of the kernel."""
     steps, batch, inputs, units = 2 * time_loops.WINDOW_ROWS // 12 + 1, 12, 37, 30
     rng = np.random.default_rng(5)
     network = Network.random([units], inputs=inputs, rng=rng, threshold=0.1, cell=Cell(variant=variant))
@@ -219,7 +219,7 @@ def test_gradient_of_some_inputs_of_a_long_window(variant):
     upstream = np.zeros((3, steps, batch, units), np.float32)
     upstream[0] = rng.normal(size=upstream[0].shape)
     mask, found = rng.random(x.shape) < 0.15, []
-    # Threads go through the window by themselves, so that one may be far ahead.
+    # Threads do not synchronise within the window, so that one can be far ahead of another.
     for threads in (1, 2, 2, 2):
         model = Model(network, backward="sparse", threads=threads)
         _, _, tape = model.forward(x, State.zeros(network, batch))
@@ -238,7 +238,7 @@ def test_gradient_of_some_inputs_of_a_long_window(variant):
 @pytest.mark.parametrize("variant", ["evnn", "paper"])
 @pytest.mark.parametrize("form", [0, 5])
 def test_backward_batch_larger_than_a_tile(variant, form):
-    """Tiles of a step, of a strip of drives and of a window, none of them full."""
+    """Tiles of a step, of a strip of drives and of a window, of which none is full."""
     steps, batch, inputs, units = 9, 2 * event_lists.TILE_ROWS + 7, event_lists.TILE_ROWS + 9, 90
     assert steps * batch > spmm.STRIP_ROWS > units
     rng = np.random.default_rng(6)
@@ -263,7 +263,7 @@ def test_backward_batch_larger_than_a_tile(variant, form):
 @pytest.mark.parametrize("units", [1, 16, 17])
 @pytest.mark.parametrize("variant", ["evnn", "paper"])
 def test_backward_more_threads_than_unit_groups(variant, units):
-    """A thread without units leaves the lists of the others alone, in steps of more than one tile too."""
+    """A thread without units does not change the lists of other threads, even if a step has several tiles."""
     rng = np.random.default_rng(units)
     for steps, batch, inputs in ((3, 81, 1), (4, 161, 43)):
         network = Network.random([units], inputs=inputs, rng=rng, threshold=0.05, cell=Cell(variant=variant))
@@ -330,7 +330,7 @@ def test_pattern_selects_the_widest_block_segments():
         assert pattern.layout == expected
         if expected == SEGMENTS:
             assert pattern.width == options["block"][1]
-            # No piece crosses from the gates to the candidate, whose events differ in the paper's variant.
+            # No segment spans both the gates and the candidate, whose events differ in the paper's variant.
             assert not ((pattern.columns < 80) & (pattern.columns + pattern.valid > 80)).any()
 
 
@@ -350,7 +350,7 @@ def test_model_follows_changed_masks():
 
 
 @pytest.mark.parametrize("rule", ["positive", "clamped", "sigmoid", "fixed"])
-def test_thresholds_by_their_rule(rule):
+def test_thresholds_follow_their_rule(rule):
     rng = np.random.default_rng(2)
     network = Network.random([12], inputs=5, rng=rng, threshold=0.25)
     model = Model(network, thresholds=rule)

@@ -1,4 +1,4 @@
-"""The benchmark: what goes together, that every baseline computes what we do, what a result says. No timing decides."""
+"""The inference benchmark: refusals, baselines that compute the same, and the fields of a result. No timing decides."""
 
 import importlib.util
 import sys
@@ -20,7 +20,7 @@ SMALL = {"hidden": 48, "steps": 12, "repeats": 3, "activity": 0.2, "sparsity": 0
 
 
 def needing(name):
-    """The baseline as a parameter, skipped where its package is missing."""
+    """The baseline as a parameter of a test that is skipped if its package is missing."""
     package = NEEDS.get(name)
     missing = package is not None and importlib.util.find_spec(package) is None
     marks = [pytest.mark.skipif(missing, reason=f"needs {package}")]
@@ -29,7 +29,7 @@ def needing(name):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Run every run once and say how many seconds it took: 2 for ours, 1 for the probe, then 8, 9, 10 …"""
+    """Replace the timing: every run is called once and reported to take 2 s (ours), 1 s (the probe), 8 s, 9 s, …"""
 
     def interleaved(runs, repeats):
         taken = {"ours": 2.0, "probe": 1.0, "probe straight": 1.0}
@@ -78,7 +78,7 @@ def test_layer_baselines_agree_on_the_first_step(clock, baseline, batch, variant
 @pytest.mark.parametrize(("form", "block"), [("dense", None), ("csr", None), ("block", (1, 64)), ("block", (4, 4))])
 @pytest.mark.parametrize("batch", [1, 40])
 def test_single_product_keeps_the_contract(batch, form, block, threads):
-    """Right within rounding, and the bits of the dense twin on one thread."""
+    """The result is right within rounding, and has the bits of the dense format on one thread."""
     rng = np.random.default_rng(0)
     weights = random_weights((64, 192), sparsity=0.0 if form == "dense" else 0.5, format=form, block=block, rng=rng)
     events = random_events(5, batch, 64, 0.3, rng)
@@ -94,7 +94,7 @@ def test_single_product_keeps_the_contract(batch, form, block, threads):
 @pytest.mark.parametrize("batch", [1, 20])
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize("weights", [*WEIGHTS[:5:2], {"format": "nm", "sparsity": None, "nm": (2, 4, "post")}], ids=str)
-def test_narrow_weights_against_float32(clock, weights, dtype, batch):
+def test_narrow_weights_are_timed_against_float32(clock, weights, dtype, batch):
     line = bench.inference(**SMALL | weights | {"dtype": dtype, "against": "float32", "batch": batch})
     wide = bench.inference(**SMALL | weights | {"against": "numpy", "batch": batch})
     assert line["against_variant"] == "float32 ours" and line["speedup"] == 4 and line["dtype"] == dtype
@@ -121,15 +121,13 @@ def test_bound_of_a_product_is_twice_gamma():
 
 def test_result_line_holds_request_and_result(clock):
     line = bench.inference(**SMALL | {"against": "numpy,scipy", "block": (1, 16), "batch": 2})
-    assert {key: line[key] for key in ("measures", "dtype", "format", "block", "nm", "against", "seed")} == {
-        "measures": "product", "dtype": "float32", "format": "block", "block": "1x16", "nm": None,
-        "against": "numpy,scipy", "seed": 0,
-    }  # fmt: skip
+    request = {"measures": "product", "format": "block", "block": "1x16", "nm": None, "against": "numpy,scipy"}
+    assert line | request | {"dtype": "float32", "seed": 0} == line
     assert line["activity_asked"] == 0.2 and line["sparsity_asked"] == 0.5 == line["sparsity"]
     assert line["against_variant"] == "numpy dot, rows by input" and len(line["against_variants_us_per_step"]) == 7
     assert line["dense_per_step"] == 2 * 48 * 144
     assert line["effective_per_step"] == line["executed_per_step"] <= line["dense_per_step"] / 2
-    # Half of 144 columns in blocks of 16, 48 rows: 4 bytes a weight, 4 a block, 8 a row pointer.
+    # Half of 144 columns in blocks of 16, 48 rows: 4 bytes per weight, 4 per block, 8 per row pointer.
     assert line["storage_bytes"] == 4 * 48 * 72 + 4 * 48 * 9 // 2 + 8 * 49
     assert line["gflop_s"] == 2 * line["executed_per_step"] / (line["us_per_step"] * 1e3)
     assert line["fma_gflop_s"] > 0 and line["fma_scaling"] is None and 0 < line["bandwidth_fraction"] < 1

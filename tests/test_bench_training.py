@@ -1,4 +1,4 @@
-"""bench training: refusals, figures of the window that was timed, baselines that compute the same."""
+"""The training benchmark: refusals, figures of the timed window, and baselines that compute the same."""
 
 import json
 
@@ -37,11 +37,11 @@ def test_bench_training_refuses_invalid_arguments(change, message):
 def test_reported_counts_belong_to_the_timed_window(changes):
     result = training(against="none", **(SMALL | changes))
     assert result["speedup"] is None and result["ms_per_iteration"] > 0
-    # Within the command's own tolerance of what was asked; a unit that fired or has a slope is one with a path.
+    # Within the command's own tolerance of the request. A unit that fired or has a non-zero slope has a path.
     assert 0.18 <= result["activity"] <= 0.22 and 0.18 <= result["support"] <= 0.22
     assert max(result["activity"], result["support"]) <= result["open"] <= result["activity"] + result["support"]
     assert result["effective_per_iteration"] <= result["executed_per_iteration"] <= result["dense_per_iteration"]
-    # Forward, weight gradient and gradient of the inputs of both matrices; the last step's events are read by nobody.
+    # Forward, weight gradient and gradient of the inputs of both matrices; no layer reads the events of the last step.
     rows = 96 * 3 * 96 * 8
     assert result["dense_per_iteration"] == rows * (12 * 5 + 11)
     if changes.get("sparsity"):

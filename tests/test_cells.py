@@ -1,4 +1,4 @@
-"""Float32 arithmetic and the equations of one unit, which all backends share and which no comparison of backends tests.
+"""Float32 arithmetic and the equations of one unit. All backends share them, so no comparison of backends tests them.
 
 Gradients are tested in `test_gradients.py`.
 """
@@ -112,7 +112,7 @@ def run_lanes(a, b, c, out):
 
 
 def every_kind_of_float(n: int) -> np.ndarray:
-    """n float32, n a multiple of the lanes: any bit pattern but NaN, with many values in the range of gate drives."""
+    """n float32 of any bits but NaN, many of them in the range of drives; n is a multiple of the lanes."""
     rng = np.random.default_rng(1)
     any_bits = rng.integers(0, 2**32, 4 * n, dtype=np.uint32).view(F32)
     special = np.array([0, -0.0, np.inf, -np.inf, 1e-45, -1e-45, 0.625, -0.625, 9.5, 87, 88, -87, -88, 3.4e38], F32)

@@ -1,4 +1,4 @@
-"""The command line: every verb runs, --json prints one object, bad input is one line and exit code 2."""
+"""The command line: every command runs, --json prints one object, bad input gives one line and exit code 2."""
 
 import json
 import subprocess
@@ -80,7 +80,7 @@ def test_train_prune_run_count_info_convert(cli, tmp_path, text):
 
 
 def _prune_2_of_4(path, out):
-    """The model with the two largest of each four weights along the outputs."""
+    """The model with only the two largest of each four weights along the outputs."""
     network = load(path)
     matrices = {}
     for name, weights in network.matrices().items():
@@ -102,7 +102,7 @@ def test_convert_to_groups_and_narrow_storage(cli, tmp_path, model, text):
     matrix = load(narrow).layers[0].w_rec
     assert (matrix.name, matrix.n, matrix.m, matrix.axis, matrix.storage) == ("nm", 2, 4, "post", "int8")
     assert "nm 24x72, int8" in _json(cli("info", narrow, "--json"))["layers.0.w_rec"]
-    # Left to itself, the storage stays, scales and all.
+    # Without --storage, the storage and its scales stay.
     back = tmp_path / "back.safetensors"
     assert _json(cli("convert", narrow, "--out", back, "--to", "csr", "--json"))["storage"] == "int8"
     assert np.array_equal(load(back).layers[0].w_rec.to_dense(), matrix.to_dense())
@@ -124,7 +124,7 @@ def test_run_reports_the_effect_of_narrow_storage(cli, tmp_path, model, text, st
         "int8": sum(w.stored + 4 * w.shape[0] for w in matrices),
     }
     assert told["weight_bytes"] == expected[storage]
-    # The same as to convert first and run then; what is narrow already is not narrowed again.
+    # The figures equal those of the converted model, and narrow weights are not rounded again.
     narrow = tmp_path / "narrow.safetensors"
     cli("convert", model, "--out", narrow, "--storage", storage)
     assert _json(cli("run", narrow, "--text", text, "--json"))["bits_per_symbol"] == told["bits_per_symbol"]
@@ -157,7 +157,7 @@ def test_demo_small_model_runs(cli, tmp_path):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Run every contestant of a benchmark once and say that it took so many seconds: no timing decides a test."""
+    """Replace the timing: every side of a benchmark is called once and reported to take a fixed time."""
 
     def set_to(**seconds):
         def interleaved(contestants, repeats):
@@ -200,7 +200,7 @@ def test_bench_rate_above_the_probe_is_an_error(cli, clock):
 
 
 def _model_files(folder, model):
-    """Files that are no good models, and what the error says."""
+    """Files that are not valid models, with the error message of each."""
     raw = model.read_bytes()
     (folder / "random").write_bytes(b"no model at all, just words")
     (folder / "cut").write_bytes(raw[: len(raw) // 2])
@@ -288,7 +288,7 @@ def test_bad_model_files(cli, tmp_path, model, text):
         (("frobnicate",), "frobnicate"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(cli, tmp_path, model, text, arguments, message):
+def test_bad_input_gives_one_line_and_writes_nothing(cli, tmp_path, model, text, arguments, message):
     empty, greek = tmp_path / "empty.txt", tmp_path / "greek.txt"
     empty.write_text("")
     greek.write_text("αβγ\n" * 500)

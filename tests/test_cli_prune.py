@@ -1,4 +1,4 @@
-"""`eventrnn prune`, `eventrnn bench pruning`: every method runs, the table is true, the meaningless is refused."""
+"""`eventrnn prune` and `eventrnn bench pruning`: every method runs, figures are true, invalid options are refused."""
 
 import json
 from dataclasses import replace
@@ -22,12 +22,17 @@ TUNING = ("--steps", 6, "--batch", 4, "--window", 8)
 
 @pytest.fixture
 def prune(cli, text, tmp_path):
-    """`eventrnn prune MODEL` with more arguments; returns (exit code, stdout, stderr)."""
+    """A function that runs `eventrnn prune MODEL` with more arguments; returns (exit code, stdout, stderr)."""
     vocabulary = Vocabulary.of(TEXT)
     network = Network.random(
-        [24], symbols=len(vocabulary), embedding=8, readout=len(vocabulary), rng=np.random.default_rng(0),
-        threshold=0.1, metadata={"vocabulary": vocabulary.to_json()},
-    )  # fmt: skip
+        [24],
+        symbols=len(vocabulary),
+        embedding=8,
+        readout=len(vocabulary),
+        rng=np.random.default_rng(0),
+        threshold=0.1,
+        metadata={"vocabulary": vocabulary.to_json()},
+    )
     save(network, tmp_path / "model.safetensors")
 
     def run(*arguments, verb="prune", model="model.safetensors"):
@@ -89,7 +94,7 @@ def test_dry_run_writes_nothing_and_reports_the_size(prune, tmp_path):
     asked = ("--sparsity", 0.75, "--block", "1x4", "--exempt", "readout", "--json")
     told = record(prune("--dry-run", *asked))
     assert sorted(tmp_path.iterdir()) == there and told["dry_run"] and told["steps"] == 0
-    # Of a way that trains, too: without the training.
+    # A dry run of a method that trains prunes without the training.
     trained = record(
         prune("--dry-run", "--method", "regrow", "--every", 2, *TUNING, "--text", "{folder}/text.txt", *asked)
     )
@@ -226,7 +231,7 @@ def test_fewest_steps_named_by_the_message_suffice(prune, tmp_path, method):
         (("--thresholds", "free", *TUNING), "thresholds: got 'free', need one of positive"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(prune, tmp_path, arguments, message):
+def test_bad_input_gives_one_line_and_writes_nothing(prune, tmp_path, arguments, message):
     (tmp_path / "old.png").write_bytes(b"dear")
     code, out, err = prune("--out", tmp_path / "new", *arguments)
     errors = [line for line in err.splitlines() if line.startswith("eventrnn: error: ")]
@@ -240,7 +245,7 @@ def test_prune_without_output_is_refused(prune):
     assert code == 2 and "or --dry-run" in err
 
 
-def test_bench_pruning_says_how_much_every_method_keeps(prune):
+def test_bench_pruning_reports_the_magnitude_that_every_method_keeps(prune):
     sizes = ("--rows", 40, "--columns", 50, "--repeats", 1, "--threads", 2)
     told = record(prune("pruning", *sizes, "--json", verb="bench"))
     assert (told["matrix"], told["nm"], told["threads"]) == ("40x50", "4:8", 2)

@@ -23,7 +23,7 @@ def _inputs(network, rng, steps, batch):
 
 
 def _executed(weights, fired):
-    """Entries that the format holds for a fired unit, counted in its own arrays."""
+    """Entries that the format stores for a unit, counted in the arrays of the format."""
     total = 0
     for j in np.flatnonzero(fired):
         if isinstance(weights, CSR):
@@ -40,7 +40,7 @@ def _executed(weights, fired):
 
 @given(st.data())
 def test_counts_equal_brute_force(data):
-    """Every product of the specification, multiplied out with counting numbers."""
+    """Counts equal those of the specification run on counting numbers, with every product multiplied out."""
     network = data.draw(networks(max_units=9))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     steps, batch = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
@@ -68,7 +68,7 @@ def test_counts_equal_brute_force(data):
 
 
 def _sent(network, simulation, name):
-    """What a matrix receives at each step, (steps, batch, n_pre)."""
+    """The presynaptic values of a matrix at each step, (steps, batch, n_pre)."""
     if name == "readout":
         return simulation.events[-1].to_dense()
     k = int(name.split(".")[1])

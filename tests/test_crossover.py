@@ -1,4 +1,4 @@
-"""The crossover map and the backend that goes by it: whatever it picks, exact ways give the same bits."""
+"""The crossover map, and the backend that uses it: every exact kernel that it selects gives the same bits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from support.crossover_map import invented_map
 
 
 class ForcedBackend:
-    """The cpu engine, made to go one way."""
+    """The cpu engine with one kernel for all products."""
 
     def __init__(self, pick: str, dense_activity_threshold: float):
         self.name, self.exact, self.way = "forced", pick != BLAS_PRODUCT, (pick, dense_activity_threshold)
@@ -55,7 +55,7 @@ def test_auto_selects_different_kernels_with_equal_bits(case):
 
 @given(data=st.data(), batch=st.integers(1, 20), threads=st.integers(1, 2))
 def test_blas_products_are_right(data, batch, threads):
-    """Sums of a few dyadic products are exact in any order: a step from zero must agree even through BLAS."""
+    """Sums of a few dyadic products are exact in any order, so a step from zero has equal bits through BLAS too."""
     network = data.draw(networks(layers=1, embedding=False, readout=False, dyadic=True))
     numbers = data.draw(event_trains(network.layers[0].inputs, 1, batch, dyadic=True)).to_dense()
     ours = simulate(network, numbers, backend=ForcedBackend(BLAS_PRODUCT, 2.0), threads=threads)
@@ -82,7 +82,7 @@ def test_predictions_meet_the_measured_points_and_grow_with_the_matrix():
         for r, rows in enumerate(maps.ROWS):
             for a, activity in enumerate(ACTIVITY):
                 predicted = crossover.seconds("panels", shape, rows, activity)
-                # Through logarithms and back, in float64.
+                # The interpolation goes through logarithms in float64.
                 assert np.float32(predicted) == np.float32(crossover.times[f"panels/{units}"][r][a])
     small, large = ((n, 3 * n) for n in (500, 2000))
     assert crossover.seconds("rows", small, 1, 0.1) < crossover.seconds("rows", large, 1, 0.1)
@@ -102,7 +102,7 @@ def test_choices_follow_the_map():
 
 
 def test_selected_kernel_changes_with_activity():
-    """Quiet at first, then everybody: the engine notices between pieces of a run."""
+    """Few units fire at first, then all of them. The engine selects kernels anew for every chunk of a run."""
     rng = np.random.default_rng(0)
     network = Network.random([64], inputs=64, rng=rng)
     engine = AutoBackend().engine(network)
@@ -152,7 +152,7 @@ def test_measuring_fills_the_grid(monkeypatch):
         assert (np.array(table) > 0).all()
 
 
-def test_verify_times_what_auto_takes_beside_the_other_ways(monkeypatch):
+def test_verify_times_the_kernel_of_auto_beside_the_others(monkeypatch):
     monkeypatch.setattr(crossing, "WEIGHTS", ({"format": "dense", "sparsity": 0.0}, {"format": "csr", "sparsity": 0.5}))
     monkeypatch.setattr(crossing, "BATCHES", (1, 20))
     monkeypatch.setattr(crossing, "ACTIVITIES", (0.1, 1.0))
@@ -165,4 +165,4 @@ def test_verify_times_what_auto_takes_beside_the_other_ways(monkeypatch):
         times = line["microseconds"]
         assert {line["picked"], line["picked_inexact"], "blas"} <= set(times)
         assert times[line["picked"]] > 0 and 0 < line["exact_ratio"] <= 1 and 0 < line["inexact_ratio"] <= 1
-    assert len({line["picked"] for line in lines}) > 1, "the invented map has more than one best way"
+    assert len({line["picked"] for line in lines}) > 1, "the invented map has more than one fastest kernel"

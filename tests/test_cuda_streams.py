@@ -1,4 +1,4 @@
-"""Many streams through tensor cores: close to float64 by a derived bound, marked inexact, chosen where faster."""
+"""Many streams on tensor cores: within a derived bound of float64, marked inexact, selected where faster."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.fake_gpu import install
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A fake device."""
+    """A fake GPU."""
     pytest.importorskip("eventrnn.cuda.device", exc_type=BackendUnavailable, reason="needs numba-cuda")
     return install(monkeypatch)
 
@@ -30,27 +30,27 @@ def streams(units=(13, 9), variant="evnn", batch=6, steps=7) -> tuple[Network, n
 
 
 def through_tensor_cores(network: Network, batch: int, precision: str = "float16") -> Simulator:
-    """A simulator that has measured that everything is faster so."""
+    """A simulator whose layers all go through tensor cores, as after a measurement in which they were faster."""
     simulator = Simulator(network, batch=batch, backend=CudaBackend(exact=False, precision=precision))
     simulator.engine.tensor_layers[batch] = tuple(range(len(network.layers)))
     return simulator
 
 
 def check_bound(precision: str, network: Network, x: np.ndarray) -> None:
-    """Every step from the cells and outputs that the last one left, against float64."""
+    """Compare every step, from the cells and outputs of the step before, with float64."""
     batch = x.shape[1]
     result = through_tensor_cores(network, batch, precision).run(x, record=("events", "states"))
     assert not result.exact
     assert set(result.paths.values()) == {f"tensor {precision}"}
     sent = [x, *(each.to_dense() for each in result.events)]
     inside = total = 0
-    for n, layer in enumerate(network.layers):
+    for k, layer in enumerate(network.layers):
         parameters = layer_parameters(layer, np.float64)
         c = y = np.zeros((batch, layer.units))
         for t in range(len(x)):
-            v = tolerance.rounded_cell_bound(precision, parameters, sent[n][t].astype(np.float64), c, y)
+            v = tolerance.rounded_cell_bound(precision, parameters, sent[k][t].astype(np.float64), c, y)
             near = np.abs(v.value - parameters["threshold"]) <= v.error
-            c, y = result.states[n][t].astype(np.float64), sent[n + 1][t].astype(np.float64)
+            c, y = result.states[k][t].astype(np.float64), sent[k + 1][t].astype(np.float64)
             fired = v.value > parameters["threshold"]
             assert np.array_equal((y != 0)[~near], fired[~near])
             error = v.error + tolerance.U32 * (np.abs(v.value) + v.error + parameters["threshold"])
@@ -75,33 +75,33 @@ def test_steps_on_a_gpu_are_within_the_bound_of_float64(precision, batch):
 
 
 def check_counts(units: tuple[int, ...], batch: int) -> None:
-    """What the cells' threads sum up is what the record of events says, also where a unit sends 1s."""
+    """Demand that the counts of the kernels equal those of the recorded events, also for units that send a 1."""
     network, x = streams(units=units, batch=batch, steps=5)
     for layer in network.layers:
-        # u is 0 and g is 1 there, so the cell is 1.
+        # u is 0 and g is 1 for these units, so that their cells are 1.
         layer.bias_in[:2], layer.bias_in[2 * layer.units :][:2] = -200, 200
     simulator = through_tensor_cores(network, batch)
     counted, recorded = simulator.run(x), simulator.run(x, record="events")
     simulator.reset()
     again = simulator.run(x, record="events")
-    for n, fired in enumerate(counted.fired):
-        for result, own in ((again, fired), (recorded, recorded.fired[n])):
-            sent = result.events[n].to_dense()
+    for k, fired in enumerate(counted.fired):
+        for result, own in ((again, fired), (recorded, recorded.fired[k])):
+            sent = result.events[k].to_dense()
             assert np.array_equal(own.binary, (sent == 1).sum(axis=(0, 1)))
             assert np.array_equal(own.total, (sent != 0).sum(axis=(0, 1)))
         assert (fired.binary[:2] == 5 * batch).all() and fired.graded.any()
 
 
 @pytest.mark.parametrize("batch", [6, 120, 121])
-def test_counts_are_those_of_the_events(gpu, batch):
-    # A thread has 1 sample, 15, and 8 where it would have 16.
+def test_counts_equal_those_of_the_recorded_events(gpu, batch):
+    # A thread has 1 sample, then 15, then 8, because it cannot sum 16.
     gpu.multiprocessors = 1
     check_counts((13, 9), batch)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("units", "batch"), [((45, 33), 7), ((300, 9), 2200)])
-def test_counts_on_a_gpu_are_those_of_the_events(monkeypatch, units, batch):
+def test_counts_on_a_gpu_equal_those_of_the_recorded_events(monkeypatch, units, batch):
     monkeypatch.setattr("eventrnn.cuda.tensor_core_layer.CELL_BLOCKS", 1)
     check_counts(units, batch)
 
@@ -120,11 +120,11 @@ def test_faster_measured_plan_is_used_and_reported(gpu, faster):
 
 def test_each_layer_selects_its_own_plan(gpu):
     network, x = streams(units=(13, 9, 7))
-    # As if only the middle one were faster in products: that makes fewest of everything.
+    # The fake timing favours a plan with one layer on tensor cores: one product for the inputs, then one per step.
     gpu.timed = lambda launched: abs(launched.count("gemm") - len(x) - 1)
     result = simulate(network, x, backend="cuda", exact=False)
-    ways = [result.paths[f"layers.{n}.w_rec"].startswith("tensor") for n in range(3)]
-    assert sum(ways) == 1 and not result.exact
+    on_tensor_cores = [result.paths[f"layers.{k}.w_rec"].startswith("tensor") for k in range(3)]
+    assert sum(on_tensor_cores) == 1 and not result.exact
     simulator = Simulator(network, batch=6, backend=CudaBackend(exact=False))
     simulator.engine.tensor_layers[6] = (1,)
     mixed = simulator.run(x, record="events")
@@ -158,7 +158,7 @@ def test_a_layer_with_weights_that_float16_cannot_hold_stays_exact(gpu):
     network.layers[1].w_rec.values[0, 0] = 1e5
     for precision, inexact in (("float16", [True, False]), ("bfloat16", [True, True])):
         paths = simulate(network, x, backend=CudaBackend(exact=False, precision=precision)).paths
-        assert [paths[f"layers.{n}.w_rec"] == f"tensor {precision}" for n in range(2)] == inexact
+        assert [paths[f"layers.{k}.w_rec"] == f"tensor {precision}" for k in range(2)] == inexact
         reasons = [path.endswith("exact: float16 cannot hold its weights") for path in paths.values()]
         assert sum(reasons) == 2 * inexact.count(False)
 

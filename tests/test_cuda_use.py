@@ -1,4 +1,4 @@
-"""The CUDA engine from its users' side: streams, arrays on the GPU, faults; on a GPU made of NumPy and on real ones."""
+"""The CUDA engine as users call it: streams, arrays on the GPU, faults; on a fake GPU and on real ones."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from support.fake_gpu import Array, install
 
 
 def simulate(*arguments, backend="reference", **options):
-    """By the specification, where no other backend is named."""
+    """`simulation.simulate`, by default with the backend reference."""
     return simulate_on(*arguments, backend=backend, **options)
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A fake device."""
+    """A fake GPU."""
     pytest.importorskip("eventrnn.cuda.device", exc_type=BackendUnavailable, reason="needs numba-cuda")
     return install(monkeypatch)
 
@@ -117,7 +117,7 @@ def test_other_dtypes_are_converted_on_the_gpu(gpu):
 
 
 def interrupt(patch, owner, name: str) -> None:
-    """Ctrl-C when that method is called next."""
+    """Raise KeyboardInterrupt at the next call of that method."""
 
     def interrupted(*arguments):
         patch.undo()
@@ -293,7 +293,7 @@ def test_backends_of_the_host_refuse_arrays_of_a_gpu():
         shape, __cuda_array_interface__ = (11, 3, 6), {}
 
     class Managed:
-        """CUDA's managed memory, by DLPack, which has no shape."""
+        """CUDA's managed memory: an object with DLPack but without a shape."""
 
         def __dlpack_device__(self):
             return 13, 0
@@ -316,7 +316,7 @@ def test_arrays_without_a_shape_are_refused(gpu):
 
 def test_tensors_without_memory_are_refused(gpu):
     class Meta:
-        """As torch's meta tensors."""
+        """A tensor without memory, like torch's meta tensors."""
 
         shape = (11, 3, 6)
 
@@ -363,7 +363,7 @@ def test_a_precision_that_an_exact_run_would_not_use_is_refused(precision):
 
 @pytest.fixture
 def cupy():
-    """The package."""
+    """The package CuPy."""
     return pytest.importorskip("cupy", reason="needs CuPy")
 
 
@@ -383,7 +383,7 @@ def test_streams_of_any_mixture_equal_one_run_of_the_cpu(cupy, case):
         else:
             output += [simulator.step(each)[None] for each in fed]
         if rng.random() < 0.2:
-            # Looking at the state, and setting it, changes nothing.
+            # Reading the state and setting it again change nothing.
             simulator.state = simulator.state.copy()
         t += steps
     assert same_bits(np.concatenate([cupy.asnumpy(each) for each in output]), expected.output)

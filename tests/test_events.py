@@ -137,14 +137,14 @@ def test_delta_encoder_follows_its_signal(events, threshold):
     signal = events.to_dense()
     encoded = encode_delta(signal, threshold)
     encoded.check()
-    # Dyadic numbers: the running sum is exact, and so is the promise.
+    # With dyadic numbers the running sum is exact.
     assert (np.abs(np.cumsum(encoded.to_dense(), axis=0) - signal) <= threshold).all()
     assert (np.abs(encoded.values) > threshold).all()
 
 
 def test_delta_encoder_by_hand():
     signal = np.array([0.0, 0.3, 0.6, 0.6, -0.5]).reshape(5, 1, 1)
-    # Sent: nothing, nothing (0.3), 0.6 - 0, nothing, -0.5 - 0.6
+    # Events: none, none (0.3), 0.6 - 0, none, -0.5 - 0.6
     assert encode_delta(signal, 0.5).to_dense().ravel().tolist() == [
         0,
         0,

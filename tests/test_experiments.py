@@ -1,4 +1,4 @@
-"""The scripts in experiments/: cases are possible, nothing is measured twice, figures come from lines alone."""
+"""The scripts in experiments/: cases are valid, nothing is measured twice, figures need the lines only."""
 
 import importlib
 import json
@@ -15,7 +15,7 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
 
 def script(name, monkeypatch):
-    """A script as a fresh module, which can import its neighbours."""
+    """Import a script as a fresh module; it can import the other scripts."""
     monkeypatch.syspath_prepend(str(EXPERIMENTS))
     for each in (name, "records", "models"):
         monkeypatch.delitem(sys.modules, each, raising=False)
@@ -23,22 +23,16 @@ def script(name, monkeypatch):
 
 
 def line(case, **changes):
-    """What the benchmark would say of a case, the figures invented."""
-    record = bench.Case(**case).record()
-    return (
-        {
-            "us_per_step": 20.0, "against_us_per_step": 1000.0, "speedup": 50.0, "against_variant": "torch",
-            "executed_per_step": 100_000.0, "bytes_per_step": 400_000.0, "bandwidth_gb_s": 20.0, "probe_gb_s": 25.0,
-            "bandwidth_fraction": 0.8, "gflop_s": 10.0, "fma_gflop_s": 180.0, "device": bench.device(),
-        }
-        | record
-        | changes
-    )  # fmt: skip
+    """A line of the benchmark for a case, with invented figures."""
+    times = {"us_per_step": 20.0, "against_us_per_step": 1000.0, "speedup": 50.0, "against_variant": "torch"}
+    work = {"executed_per_step": 100_000.0, "bytes_per_step": 400_000.0, "gflop_s": 10.0, "fma_gflop_s": 180.0}
+    rates = {"bandwidth_gb_s": 20.0, "probe_gb_s": 25.0, "bandwidth_fraction": 0.8}
+    return times | work | rates | {"device": bench.device()} | bench.Case(**case).record() | changes
 
 
 @pytest.fixture
 def timing(monkeypatch):
-    """The bench script on a clean commit, where measuring a case only notes that it was asked for."""
+    """The bench script on a clean commit, with a benchmark that only records the cases it is called with."""
     module, asked = script("bench", monkeypatch), []
 
     def inference(**case):
@@ -66,7 +60,7 @@ def module_app(module):
     return app
 
 
-def test_every_case_is_possible_and_has_a_name_of_its_own(monkeypatch):
+def test_every_case_is_valid_and_has_a_unique_name(monkeypatch):
     module = script("bench", monkeypatch)
     rows = module.acceptance() + module.readme() + module.grid()
     assert len({row.name for row in rows}) == len(rows)
@@ -79,7 +73,7 @@ def test_lines_are_appended_as_they_are_measured_and_never_twice(timing, tmp_pat
     run, _, _ = timing
     path = tmp_path / "lines.jsonl"
     code, out, asked = run("--only", "layer, dense", "--results", path)
-    # 1 and 2 threads, by sequence and by step; the share of the probe is read off the former.
+    # 1 and 2 threads, whole sequences and single steps. The share of the probe is in the lines of the sequences.
     assert code == 0 and len(asked) == 4 and len(path.read_text().splitlines()) == 4
     assert out.count("pass") == 4 and out.count("short by") == 2
     written = [json.loads(each) for each in path.read_text().splitlines()]
@@ -128,11 +122,11 @@ def test_commit_is_of_the_package_not_of_the_results(monkeypatch):
         return Done()
 
     monkeypatch.setattr(module.subprocess, "run", run)
-    assert module.commit() == "abc1234-changed"  # what git says of the files is not empty
+    assert module.commit() == "abc1234-changed"  # the status that git prints is not empty
     assert all(arguments[-1] == "eventrnn" for arguments in calls)
 
 
-def test_figures_are_drawn_from_lines_alone(monkeypatch, tmp_path, capsys):
+def test_figures_need_the_lines_only(monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="figures need matplotlib, the plots extra")
     timed, drawn = script("bench", monkeypatch), script("plots", monkeypatch)
     rows = timed.readme() + timed.grid()
@@ -156,7 +150,7 @@ def test_figures_are_drawn_from_lines_alone(monkeypatch, tmp_path, capsys):
         drawn.main(path, tmp_path / "figures")
 
 
-def test_lines_of_another_device_or_question_do_not_count(monkeypatch, tmp_path):
+def test_lines_of_another_device_or_case_do_not_count(monkeypatch, tmp_path):
     module = script("records", monkeypatch)
     monkeypatch.setattr(module, "commit", lambda: "abc1234")
     records = module.Records(tmp_path / "deep" / "lines.jsonl", ("way", "share"))
@@ -201,7 +195,7 @@ def test_every_point_of_the_pruning_experiments_can_be_measured_and_is_kept(monk
         assert len(path.read_text().splitlines()) == points
 
 
-def test_every_training_case_gets_one_line_a_commit(monkeypatch, tmp_path):
+def test_every_training_case_gets_one_line_per_commit(monkeypatch, tmp_path):
     module, asked, path = script("bench_training", monkeypatch), [], tmp_path / "lines.jsonl"
     each = {"ms_per_iteration": 10.0, "speedup": 2.0}
 
@@ -215,11 +209,11 @@ def test_every_training_case_gets_one_line_a_commit(monkeypatch, tmp_path):
     run = lambda *more: CliRunner().invoke(module_app(module), ["--results", str(path), *more])  # noqa: E731
     assert run().exit_code == 0 and len(asked) == len(module.CASES) == len(path.read_text().splitlines())
     assert run().stdout.count("1.0% of dense") == len(module.CASES) and len(asked) == len(module.CASES)
-    assert run("--table").stdout.count("2.00") == sum(len(rivals) for *_, rivals in module.CASES)
+    assert run("--table").stdout.count("2.00") == sum(len(baselines) for *_, baselines in module.CASES)
     assert run("--again").exit_code == 0 and len(asked) == 2 * len(module.CASES)
 
 
-def test_adding_marks_one_number_a_half_and_a_run_appends_its_line(monkeypatch, tmp_path):
+def test_adding_marks_one_number_per_half_and_a_run_appends_its_line(monkeypatch, tmp_path):
     module = script("sequences", monkeypatch)
     part = module.Adding(10).batch(3, 1, 50, 0)
     assert part.inputs.shape == (10, 50, 2) and (part.inputs[:5, :, 1].sum(axis=0) == 1).all()
@@ -247,7 +241,7 @@ def test_adding_marks_one_number_a_half_and_a_run_appends_its_line(monkeypatch, 
     assert CliRunner().invoke(module_app(module), ["parity"]).exit_code
 
 
-def test_words_trains_events_and_their_dense_twin(monkeypatch, tmp_path):
+def test_words_trains_the_egru_and_the_gru(monkeypatch, tmp_path):
     module = script("words", monkeypatch)
     for part in ("train", "valid", "test"):
         (tmp_path / f"{part}.txt").write_text("a b c d\nd c b a\n" * (200 if part == "train" else 5))
@@ -259,7 +253,7 @@ def test_words_trains_events_and_their_dense_twin(monkeypatch, tmp_path):
     assert all(each["perplexity_test"] > 1 and each["curve"] for each in lines)
 
 
-def test_the_page_of_results_is_what_its_lines_give(monkeypatch):
+def test_the_page_of_results_is_generated_from_the_lines(monkeypatch):
     module = script("tables", monkeypatch)
     assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run python experiments/tables.py"
 
@@ -299,13 +293,13 @@ def test_speedup_map_writes_every_number_into_its_cell(drawing):
     (mesh,) = first.collections
     powers = np.ma.masked_array(np.log10([[5.5, 1, 1], [41.2, 9.94, 1]]), [[0, 1, 1], [0, 0, 1]])
     assert np.array_equal(mesh.get_array().mask, powers.mask) and (mesh.get_array() == powers).all()
-    assert mesh.norm(0) == 0.5, "white is where nobody is faster"
+    assert mesh.norm(0) == 0.5, "white is where both sides are equally fast"
     assert {"activity (%)", "sparsity (%)", "times faster"} <= labels(figure)
     assert (first.get_title(loc="left"), figure.get_suptitle()) == ("batch 1", "Faster")
 
 
 @pytest.mark.parametrize("value", [0, -1, float("nan"), None])
-def test_speedup_map_refuses_what_is_no_ratio(drawing, value):
+def test_speedup_map_refuses_values_that_are_no_ratios(drawing, value):
     with pytest.raises(ValueError, match="panels: need at least one measured pair"):
         drawing.speedup_map({"batch 1": {} if value is None else {(0.1, 0.9): value}})
 

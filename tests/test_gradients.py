@@ -9,10 +9,10 @@ from eventrnn import cells, reference
 from eventrnn.cells import CELLS, SURROGATES, Cell, Surrogate
 from support import tolerance
 
-#: Where a surrogate's slope has a corner or a jump, in units of its half width.
+#: Positions at which a surrogate's slope has a corner or a jump, in units of its half width.
 KINKS = {"triangle": (-1, 0, 1), "fast_sigmoid": (0,), "boxcar": (-1, 1)}
 INPUTS, UNITS, BATCH, STEPS = 3, 4, 2, 4
-# Roundings on the way from one perturbed number to the loss: at most this many a step and in the loss' own sum.
+# Roundings from one perturbed number to the loss: at most this many per step, and as many in the sum of the loss.
 ROUNDINGS = STEPS * (2 * (INPUTS + UNITS) + 40) + 3 * STEPS * BATCH * UNITS
 
 
@@ -59,7 +59,7 @@ def test_heights_and_widths_are_as_documented():
     for kind in ("triangle", "boxcar"):
         assert slope(kind, 0.5) == 0
         assert slope(kind, -0.4999) > 0
-    # The released code's numbers: 0.7 * max(0, 1 - |v - threshold|).
+    # The values of the released code: 0.7 * max(0, 1 - |v - threshold|).
     assert Surrogate() == Surrogate("triangle", 0.7, 1.0)
 
 
@@ -99,7 +99,7 @@ def test_backward_is_the_derivative_of_the_smoothed_model(variant, kind):
     assert set(gradients) == set(case)
 
     def total(tapes, magnitude=lambda x: x):
-        """The loss: every y, c and v by a weight of its own."""
+        """The loss: the sum of every y, c and v times a weight of its own."""
         weighed = zip(d_y, d_c, d_cell, tapes, strict=True)
         return sum(
             magnitude(a * t.y).sum() + magnitude(b * t.c).sum() + magnitude(e * t.v).sum() for a, b, e, t in weighed
@@ -123,8 +123,8 @@ def test_backward_is_the_derivative_of_the_smoothed_model(variant, kind):
 
 
 @pytest.mark.parametrize("variant", CELLS["egru"])
-def test_with_the_hard_event_only_the_event_and_its_value_change(variant):
-    # The surrogate gradient is the same code: what a hard event changes are the tape's `event` and what follows.
+def test_hard_events_change_only_the_event_and_its_value(variant):
+    # The surrogate gradient is the same code. A hard event changes only `event` on the tape and what follows from it.
     cell, case, d_y, d_c, d_cell = random_case(variant, "triangle")
     parameters = {name: case[name] for name in ("w_in", "w_rec", "bias_in", "bias_rec", "threshold")}
     tapes = reference.forward(cell, parameters, case["x"], case["c"], case["y"])

@@ -1,4 +1,4 @@
-"""Model files: what goes in comes out to the bit, and what was changed, cut or half written never comes out."""
+"""Model files: a saved network loads to the bit, and a changed, truncated or half-written file is refused."""
 
 import errno
 import os
@@ -66,7 +66,7 @@ def networks(draw):
 
 
 def contents(network):
-    """Everything a network is, in comparable form; arrays as type, shape and bytes."""
+    """All fields of a network in comparable form: arrays as type, shape and bytes."""
 
     def bits(array):
         return None if array is None else (array.dtype.str, array.shape, array.tobytes())
@@ -206,7 +206,7 @@ def test_every_truncation_is_refused(path):
 def test_every_flipped_bit_is_refused(path):
     io.save(small_network(), path)
     whole = path.read_bytes()
-    # 5 has no factor in common with 8: every place within a byte has its turn.
+    # 5 and 8 have no common factor, so that every bit position within a byte occurs.
     for bit in range(0, 8 * len(whole), 5):
         damaged = bytearray(whole)
         damaged[bit // 8] ^= 1 << bit % 8
@@ -225,7 +225,7 @@ def test_a_bit_flipped_in_the_weights_is_named_as_damage(path):
 
 
 def crafted(path, change, version=io.VERSION, network=None):
-    """A file with a right checksum and a wrong content."""
+    """A file with a correct checksum and invalid content."""
     tensors, description = io._to_tensors(network or small_network())
     tensors = {name: array.copy() for name, array in tensors.items()}
     change(tensors, description)
@@ -253,7 +253,7 @@ def test_indices_are_narrow_in_the_file_and_wide_ones_are_read(path):
 
 
 def test_a_file_of_version_1_is_read(path):
-    # Written by the release that knew no other; the format has no word for N:M and narrow values.
+    # Version 1 has no N:M weights and no narrow values.
     old = Path(__file__).parent / "golden" / "model_v1.eventrnn"
     assert b'"version":"1"' in old.read_bytes()
     network, tensors = io.load(old), safetensors.numpy.load(old.read_bytes())
@@ -292,7 +292,7 @@ def test_narrow_weights_make_a_smaller_file_of_their_own_types(path):
 
 @pytest.mark.parametrize("storage", STORAGES)
 def test_an_empty_tied_readout_keeps_its_storage(path, storage):
-    # Nothing to compare with the embedding but the type.
+    # An empty read-out can be compared with the embedding by its type only.
     network = Network.random([3], inputs=2, rng=np.random.default_rng(0))
     readout = convert(np.zeros((3, 0), np.float32), "dense", storage=storage)
     layer = replace(network.layers[0], w_in=Dense(np.zeros((3, 9), np.float32)))
@@ -386,7 +386,7 @@ def test_save_keeps_an_existing_file_by_default(path):
     assert only_file_in(path.parent) == path
 
 
-def test_saving_through_a_link_replaces_what_it_points_to(path):
+def test_saving_through_a_link_replaces_its_target(path):
     link = path.with_name("latest")
     link.symlink_to(path.name)
     io.save(small_network(), link)
@@ -472,7 +472,7 @@ def test_save_refuses_a_missing_folder(tmp_path):
 
 
 def test_save_refuses_an_unwritable_folder(tmp_path, monkeypatch):
-    if os.geteuid() == 0:  # root may write everywhere, so the refusal is put into its mouth
+    if os.geteuid() == 0:  # root may write everywhere, so the refusal is simulated
 
         def refuse(name, mode):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(name))

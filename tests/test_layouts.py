@@ -1,4 +1,4 @@
-"""Layouts of the CPU engine that small cases would not choose: forced on them, they give the same bits."""
+"""Layouts of the CPU engine that it does not choose for small networks: forced on them, they give the same bits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from eventrnn.weights import FORMATS, STORAGES, convert
 from support.conformance import assert_same, cases, in_format
 from support.layouts import FEW, FORCED, INDICES, MANY, MASKS, NEVER, check_layout, forced, simulated
 
-# Any of them at once.
+# Any values of the constants together.
 CONSTANTS = st.fixed_dictionaries(
     {
         "SHARED_EVENTS": st.sampled_from((0, NEVER)),
@@ -72,7 +72,7 @@ def test_any_mix_of_layouts_gives_the_bits_of_the_specification(backend, case, t
 @pytest.mark.parametrize("units", [1, 15, 16, 17, 31, 33])
 @pytest.mark.parametrize("variant", CELLS["egru"])
 def test_threads_without_units_give_equal_bits(variant, units):
-    # Parts are whole vectors: of three, one or two own nothing here.
+    # A thread owns whole vectors of units: of three threads, one or two own none.
     rng = np.random.default_rng(units)
     drawn = Network.random([units], inputs=7, readout=units, rng=rng, threshold=0.05, cell=Cell(variant=variant))
     owned = np.diff(plan.Layout(drawn, 3).unit_bounds[0])
@@ -122,7 +122,7 @@ def test_panels_of_units_give_the_bits_of_the_specification(units, storage):
 
 
 def wide_readout(columns: int, block: tuple[int, int], share: float) -> Network:
-    """A few units and very many outputs, of whose blocks a share is kept, the first and the last always."""
+    """A few units and very many outputs with a share of the blocks, always including the first and the last block."""
     rng = np.random.default_rng(columns)
     network = Network.random([6], inputs=4, readout=columns, rng=rng, threshold=0.02)
     grid = (-(-6 // block[0]), -(-columns // block[1]))
@@ -136,7 +136,7 @@ def wide_readout(columns: int, block: tuple[int, int], share: float) -> Network:
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
     ("columns", "block", "share"),
-    # The last block's padding goes past the last index; little else, so that its own first columns are near.
+    # The padding of the last block exceeds the last index.
     [(70_003, (2, 7), 0.5), (140_003, (3, 5), 0.05), (65_536, (1, 7), 0.0), (65_538, (1, 11), 0.0)],
 )
 def test_more_columns_than_an_index_counts(columns, block, share, threads):
@@ -155,7 +155,7 @@ def test_more_columns_than_an_index_counts(columns, block, share, threads):
 @example(34, 1, 101)
 @example(34, 3, 101)
 def test_block_padding_stays_within_the_columns_of_a_thread(units, threads, width):
-    # Other threads, or other memory, follow.
+    # Behind the columns of a thread lie those of other threads or other arrays.
     drawn = Network.random([units], inputs=3, rng=np.random.default_rng(units))
     network = in_format(drawn, "block", (1, min(width, 3 * units)))
     engine = cpu.CpuEngine(network, threads)
@@ -205,7 +205,7 @@ def test_a_plan_holds_the_weights_once():
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no large pages")
-def test_large_pages_are_asked_for_and_may_be_refused():
+def test_large_pages_are_requested_and_may_be_refused():
     asked, kinds = [], []
 
     class Refusing(mmap.mmap):
@@ -220,7 +220,7 @@ def test_large_pages_are_asked_for_and_may_be_refused():
     with patch.object(memory, "LARGE_PAGE", 1 << 12), patch.object(memory.mmap, "mmap", Refusing):
         arrays = [memory.aligned_zeros(5_000, np.float32) for _ in range(200)]
     assert asked == [mmap.MADV_HUGEPAGE] * 200
-    # Memory that may be shared with other processes gets no large pages.
+    # The kernel gives no large pages to memory that may be shared between processes.
     assert all(kind & mmap.MAP_PRIVATE and kind & mmap.MAP_ANONYMOUS for kind in kinds)
     places = {zeros.ctypes.data % memory.APART for zeros in arrays}
     assert len(places) > 20 and all(place % 64 == 0 for place in places)
@@ -232,7 +232,7 @@ def test_large_pages_are_asked_for_and_may_be_refused():
 
 @pytest.mark.parametrize("variant", CELLS["egru"])
 def test_more_threads_than_cores_finish_with_the_same_bits(variant):
-    # Whoever waits for a thread that has no core must let it have one.
+    # A thread that waits must yield its core to the thread for which it waits.
     rng = np.random.default_rng(5)
     network = Network.random([200, 40], inputs=20, readout=150, rng=rng, threshold=0.1, cell=Cell(variant=variant))
     x = rng.standard_normal((60, 2, 20)).astype(np.float32)
@@ -241,7 +241,7 @@ def test_more_threads_than_cores_finish_with_the_same_bits(variant):
 
 
 def test_threads_that_cannot_be_started_are_refused_before_any_run(monkeypatch):
-    """A thread missing in the midst of a run would leave the others waiting at their barrier."""
+    """If a thread were missing during a run, the others would wait at their barrier for ever."""
     start, started = threading.Thread.start, []
 
     def limited(thread):

@@ -1,4 +1,4 @@
-"""N:M masks: legal along either axis and both, the heaviest there are, as many as there are."""
+"""N:M masks along either axis and both: valid, of the largest magnitude, and counted correctly."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from eventrnn.pruning.patterns import parse_nm
 from eventrnn.weights import convert
 from support.tolerance import GREEDY_FACTOR, U64, gamma
 
-# Every size class: two and four members, one that is enumerated, powers of two, and sizes that divide nothing.
+# Group sizes of every kind: two and four, one that is enumerated, powers of two, and sizes that divide no matrix.
 GROUPS = ((1, 2), (1, 4), (2, 4), (3, 4), (2, 5), (5, 7), (4, 8), (7, 8), (8, 8), (8, 16), (3, 17))
 
 
@@ -32,7 +32,7 @@ def matrices(draw, largest=40):
 
 
 def kept_weight(dense, mask):
-    """Exact for the sizes drawn here: float32 terms of like size, summed in float64."""
+    """The magnitude that a mask keeps; exact for the drawn sizes, whose float32 terms are summed in float64."""
     return float(np.abs(dense, dtype=np.float64)[mask].sum())
 
 
@@ -55,7 +55,7 @@ def test_each_group_keeps_its_largest(dense, nm, axis):
     assert np.array_equal(dense * again * mask, dense * mask)
 
 
-# Here the padding of a tile once took the place of a weight.
+# A regression: the padding of a tile took the place of a weight.
 @example(np.array([[0.126, -0.132, 0.64], [0.105, -0.536, 0.362]], np.float32), (3, 4), "greedy", 1)
 @given(matrices(), st.sampled_from(GROUPS), st.sampled_from(METHODS), st.integers(1, 3))
 def test_transposable_masks_are_legal_in_rows_and_columns(dense, nm, method, threads):
@@ -66,7 +66,7 @@ def test_transposable_masks_are_legal_in_rows_and_columns(dense, nm, method, thr
     for axis in ("post", "pre"):
         assert max(int(group.sum()) for group in by_groups(mask, m, axis)) <= n
     assert legal(mask, n, m, "both") and dense[mask].all()
-    # Where there is room in a row and in a column, nothing that weighs is left out.
+    # No non-zero weight is pruned where its row and its column may hold one more.
     for kept, weights in zip(to_tiles(mask, m), to_tiles(np.abs(dense), m), strict=True):
         kept, weights = kept.reshape(m, m), weights.reshape(m, m)
         room = np.outer(kept.sum(axis=1) < n, kept.sum(axis=0) < n)
@@ -96,7 +96,7 @@ def test_exact_is_the_best_of_all_masks_of_4x4(seed, n, kind):
     best = (allowed * np.abs(dense, dtype=np.float64)).sum(axis=(1, 2)).max()
     bound = gamma(16, U64) * np.abs(dense).sum()
     assert abs(kept_weight(dense, transposable_mask(dense, n, 4, method="exact")) - best) <= bound
-    # The same tile by the flow, which larger tiles take: zeros around it change nothing.
+    # The same tile within zeros is solved as a flow, which larger tiles use.
     wide = np.zeros((5, 5), np.float32)
     wide[:4, :4] = dense
     assert abs(kept_weight(wide, transposable_mask(wide, n, 5, method="exact")) - best) <= bound
@@ -111,10 +111,8 @@ def test_exact_agrees_with_an_integer_program(n, m, tiles):
     for _ in range(tiles):
         # Whole numbers, so that both sums are exact.
         dense = rng.integers(-1000, 1001, (m, m)).astype(np.float32)
-        solved = milp(
-            -np.abs(dense).ravel().astype(np.float64), integrality=np.ones(m * m), bounds=Bounds(0, 1),
-            constraints=LinearConstraint(sums, -np.inf, n),
-        )  # fmt: skip
+        magnitude, limits = np.abs(dense).ravel().astype(np.float64), LinearConstraint(sums, -np.inf, n)
+        solved = milp(-magnitude, integrality=np.ones(m * m), bounds=Bounds(0, 1), constraints=limits)
         assert solved.success
         assert kept_weight(dense, transposable_mask(dense, n, m, method="exact")) == round(-solved.fun)
 
@@ -131,7 +129,7 @@ def test_no_method_beats_the_exact_one_and_greedy_keeps_its_factor(dense, nm):
 
 
 def test_a_transposable_mask_tiles_the_matrix_in_two_dimensions():
-    # Two heavy columns beside each other: a mask that folds each row into a square would keep both wherever they are.
+    # Two neighbouring columns of large weights. A mask that folded each row into a square would keep both of them.
     dense = np.full((8, 8), 0.01, np.float32)
     dense[:, 3:5] = 1
     mask = transposable_mask(dense, 4, 8)
@@ -153,8 +151,11 @@ def test_tiles_round_trip(dense, m):
 
 def test_number_of_transposable_masks():
     assert mask_diversity(2, 4) == {
-        "structured": 6**4, "transposable": 90, "transposable_formula": 144, "unstructured": 12870,
-    }  # fmt: skip
+        "structured": 6**4,
+        "transposable": 90,
+        "transposable_formula": 144,
+        "unstructured": 12870,
+    }
     assert mask_diversity(2, 4, 8)["structured"] == 6**16 == 2_821_109_907_456
     assert mask_diversity(2, 4, 8)["transposable"] == 90**4
     eight = mask_diversity(4, 8)

@@ -1,4 +1,4 @@
-"""Networks, their state, and running them: what the front door refuses, and what a run means."""
+"""Networks, their state, and runs: refused arguments, and the meaning of a run."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_weights_must_be_finite(bad):
 
 
 def test_a_weight_index_outside_the_matrix_is_refused():
-    # A kernel does not check: it would write outside its arrays.
+    # Kernels do not check indices and would write outside their arrays.
     csr = convert(np.ones((3, 9), np.float32), "csr")
     assert isinstance(csr, CSR)
     stray = replace(csr, indices=np.where(np.arange(27) == 26, 1 << 20, csr.indices).astype(np.int32))
@@ -372,7 +372,7 @@ def test_a_step_that_is_interrupted_leaves_the_state_as_it_was(symbols, monkeypa
         raise KeyboardInterrupt
 
     monkeypatch.setattr(stepper, "kernel", interrupted)
-    # Of the first, the kernel leaves everything as it was.
+    # An invalid input, then a valid one: in both cases the interrupted kernel has already run.
     for fed in (np.full_like(x[0], 9 if symbols else np.nan), x[0]):
         with pytest.raises(KeyboardInterrupt):
             simulator.step(fed)
@@ -407,7 +407,7 @@ def test_simulation_reports_activity_and_counts(events):
         assert sent.shape == result.states[k].shape == (steps, batch, units)
         assert np.array_equal(result.fired[k].total, np.count_nonzero(sent, axis=(0, 1)))
         assert result.activity[k] == np.count_nonzero(sent) / sent.size
-        # What is sent is above the threshold, and what stays is what was sent less the threshold.
+        # An output exceeds the threshold, and the cell keeps the output minus the threshold.
         threshold = network.layers[k].threshold
         assert (sent[sent != 0] > np.broadcast_to(threshold, sent.shape)[sent != 0]).all()
         assert np.array_equal(result.states[k][sent != 0], (sent - threshold)[sent != 0])

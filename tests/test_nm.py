@@ -1,4 +1,4 @@
-"""N:M weights: the stream of codes by hand and bit by bit, both axes, refusals."""
+"""N:M weights: the stream of codes by hand and bit by bit, both axes, refused arguments."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ groups = st.integers(2, 32).flatmap(lambda m: st.tuples(st.integers(1, m), st.ju
 
 
 def n_m_mask(rng, shape, n, m, axis) -> np.ndarray:
-    """Any n of each m; fewer in a short last group."""
+    """A mask with any n of each m weights; fewer in a short last group."""
     lines = rng.random(shape if axis == "post" else shape[::-1])
     mask = np.zeros(lines.shape, bool)
     for line, row in enumerate(lines):
@@ -35,7 +35,7 @@ def n_m_mask(rng, shape, n, m, axis) -> np.ndarray:
 def test_2_of_4_along_post_by_hand():
     dense = np.array([[0, 1, 0, 2, 3, 0], [0, 0, 0, 4, 0, 0]], np.float32)
     matrix = NM.from_dense(dense, 2, 4)
-    # Places 1 3 | 0 1 (one filled up) and 0 (filled up) 3 | 0 1 (both), two bits each, lowest first.
+    # Positions 1 3 | 0 1 (one of them padding) and 0 (padding) 3 | 0 1 (both padding), two bits each, lowest first.
     assert [format(byte, "08b") for byte in matrix.codes] == ["01001101", "01001100"]
     assert matrix.values.tolist() == [1, 2, 3, 0, 0, 4, 0, 0]
     assert matrix.indptr.tolist() == [0, 4, 8]
@@ -52,7 +52,7 @@ def test_1_of_3_along_pre_by_hand():
     assert matrix.codes.tolist() == [0b00_00_00_10]
     assert matrix.values.tolist() == [5, 6, 7, 0]
     assert matrix.indptr.tolist() == [0, 1, 1, 2, 4]
-    # The codes of the first group tell which outputs a unit sends to, whether it has any or not.
+    # The codes of the first group name the outputs of a unit, even if all of them are padding.
     assert matrix.row_bytes().tolist() == [5, 1, 5, 9]
     assert matrix.stored_as("int8").row_bytes().tolist() == [1 + 1 + 4, 1, 1 + 1 + 4, 2 + 1 + 4]
     assert matrix.to_csr().indices.tolist() == [1, 0, 0, 1]

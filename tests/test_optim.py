@@ -1,4 +1,4 @@
-"""Optimisers by their definitions, clipping, schedules, and when NT-ASGD begins to average."""
+"""Optimisers compared with their definitions, clipping, schedules, and the start of averaging in NT-ASGD."""
 
 import numpy as np
 import pytest
@@ -83,7 +83,7 @@ def test_descent_follows_its_definition(momentum):
 def test_nt_asgd_starts_averaging_when_validation_stops_improving():
     parameters, gradients = _case()
     rule = Optimiser("nt-asgd", patience=2).build(parameters, 0.0)
-    # Worse than the one before does not count, nor do fewer than three validations.
+    # Neither a value worse than the one before nor fewer than three validations start the averaging.
     for loss in (3.0, 9.0, 2.0, 2.5, 1.5):
         assert rule.validated(loss, parameters) is False, loss
     assert rule.averaged(parameters)["w"] is parameters["w"]

@@ -210,14 +210,11 @@ def test_read_padding_rows_is_caught(monkeypatch, padded):
     reading = {"weights.values.reshape(-1, width)[ANY]": f"weights.values.reshape(-1, width)[{taken}]"}
     plant(monkeypatch, packing._Entries, "of_blocks", reading)
     found = divergence("reference", "cpu", net=padded)
-    # The step after the last unit first sent something.
+    # The difference shows one step after the first event of the last unit.
     sent = simulate(padded, signal(), backend="reference", record="events").events[0].to_dense()
     step, sample = np.argwhere(sent[:, :, UNITS - 1])[0]
     assert (found.step, found.layer, found.sample) == (step + 1, 0, sample)
-    suite_catches(
-        check_formats,
-        backend="cpu", variant="evnn", formats=("block",),
-    )  # fmt: skip
+    suite_catches(check_formats, backend="cpu", variant="evnn", formats=("block",))
 
 
 def test_read_padding_columns_is_caught(monkeypatch, padded):

@@ -1,4 +1,4 @@
-"""Figures: the right numbers are drawn, labelled, and written where asked. Skipped without matplotlib."""
+"""Figures: the right numbers are drawn, labelled and written to the given file. Skipped without matplotlib."""
 
 import subprocess
 import sys
@@ -43,12 +43,12 @@ def test_raster_of_silence_has_no_colour_bar(tmp_path):
 
 
 @pytest.mark.parametrize(("option", "message"), [({"sample": 2}, "sample: got 2, need 0..1"), ({"start": 50}, "steps")])
-def test_raster_refuses_what_is_not_there(option, message):
+def test_raster_refuses_invalid_layers_and_steps(option, message):
     with pytest.raises(ValueError, match=message):
         plots.raster(events(), **option)
 
 
-def test_bars_show_the_numbers_and_how_many_times_less():
+def test_bars_show_the_numbers_and_their_ratios():
     figure = plots.bars(
         {"dense": 1_000_000, "effective": 20_000, "executed": 25_000},
         {"dense": 60.0, "event-driven": 6.0},
@@ -64,14 +64,14 @@ def test_bars_show_the_numbers_and_how_many_times_less():
     assert figure.get_suptitle() == "Demo"
 
 
-def test_bars_stay_linear_where_little_differs_and_say_more_where_it_is_more():
+def test_bars_are_linear_for_small_ratios_and_name_larger_values_as_more():
     left, right = plots.bars({"dense": 10, "executed": 0}, {"dense": 2, "event-driven": 3}).axes
     assert left.get_yscale() == "linear"
     assert [text.get_text() for text in right.texts] == ["2", "3\n1.5× more"]
 
 
 @pytest.mark.parametrize("values", [{}, {"dense": -1}, {"dense": float("nan")}])
-def test_bars_refuse_what_is_no_number(values):
+def test_bars_refuse_missing_negative_and_non_finite_values(values):
     with pytest.raises(ValueError, match="operations: got"):
         plots.bars(values, {"dense": 1})
     with pytest.raises(ValueError, match="microseconds: got"):
@@ -79,14 +79,14 @@ def test_bars_refuse_what_is_no_number(values):
 
 
 @pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
-def test_figures_are_written_by_ending(tmp_path, ending):
+def test_figure_format_follows_the_suffix(tmp_path, ending):
     path = tmp_path / f"figure.{ending}"
     plots.bars({"dense": 10, "executed": 1}, {"dense": 1}, path=path)
     start = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[ending]
     assert path.read_bytes().startswith(start)
 
 
-def test_figures_leave_pyplot_alone_and_say_what_is_missing():
+def test_figures_do_not_use_pyplot_and_name_the_missing_package():
     code = """
 import sys
 from eventrnn import plots

@@ -1,4 +1,4 @@
-"""Pruning: exact counts, whole blocks, the smallest first, masks that only shrink, untouched bits."""
+"""Pruning at once: exact counts, whole blocks, smallest first, masks that only shrink, kept weights unchanged."""
 
 import numpy as np
 import pytest
@@ -61,7 +61,7 @@ def test_scores_equal_their_definitions(case):
     for statistic, rule in rules.items():
         scores = block_scores(dense, block, statistic)
         for (r, c), score in np.ndenumerate(scores):
-            # At an edge, of the weights that are there.
+            # A block at an edge is scored by the weights that it has.
             tile = np.abs(dense.astype(np.float64))[
                 r * block[0] : (r + 1) * block[0], c * block[1] : (c + 1) * block[1]
             ]
@@ -69,7 +69,7 @@ def test_scores_equal_their_definitions(case):
 
 
 @pytest.mark.parametrize("statistic", ["max", "mean"])
-def test_blocks_at_an_edge_are_ranked_by_what_is_there(statistic):
+def test_blocks_at_an_edge_are_ranked_by_the_weights_they_have(statistic):
     rng = np.random.default_rng(0)
     dense, importance = rng.normal(size=(32, 100)), -1 - rng.random((32, 100))
     importance[:, 96:] -= 5

@@ -1,4 +1,4 @@
-"""Networks pruned at once: right format and storage, the same answer, refitted, or within a budget of operations."""
+"""Networks pruned at once: format, storage and results; refitting; budgets of operations."""
 
 import numpy as np
 import pytest
@@ -61,7 +61,7 @@ def test_a_pruned_network_keeps_its_weights_storage_and_answer(pattern, storage)
         assert weights.storage == storage
         dense, old = weights.to_dense(), before.to_dense()
         kept = dense != 0
-        # Bit for bit what they were, int8 codes with their scales as well.
+        # The weights are unchanged to the bit, including int8 codes and their scales.
         assert np.array_equal(dense[kept], old[kept]) and 0 < kept.sum() < kept.size
         if isinstance(pattern, NofM):
             assert isinstance(weights, NM) and legal(kept, pattern.n, pattern.m, pattern.axis)
@@ -107,9 +107,8 @@ def test_after_training_formats_and_storages_are_back():
     back = after_training(trained, net, masks, Blocks(0.7))
     kinds = {name: (type(w), w.storage) for name, w in back.matrices().items()}
     assert {storage for _, storage in kinds.values()} == {"bfloat16"}
-    assert [kinds[n][0] for n in ("layers.0.w_in", "layers.0.w_rec", "layers.1.w_rec", "readout")] == [
-        NM, Dense, CSR, BlockCSR,
-    ]  # fmt: skip
+    expected = {"layers.0.w_in": NM, "layers.0.w_rec": Dense, "layers.1.w_rec": CSR, "readout": BlockCSR}
+    assert {name: kinds[name][0] for name in expected} == expected
     assert back.layers[1].w_rec.nnz == masks["layers.1.w_rec"].sum()
 
 
@@ -184,7 +183,7 @@ def test_a_budget_of_operations_is_met_and_no_weight_changed(criterion, block):
 
 
 def test_activity_weighted_pruning_prefers_busy_units():
-    # No recurrence and no read-out: what a unit costs is how often its input is not zero.
+    # Without a recurrence and a read-out, a unit costs as much as its input has non-zero values.
     net = network(units=(20,), readout=None)
     x = inputs(steps=400, batch=1) * (np.random.default_rng(5).random((400, 1, 11)) < np.linspace(0.1, 1, 11))
     kept = {}
@@ -194,7 +193,7 @@ def test_activity_weighted_pruning_prefers_busy_units():
     busy, quiet = slice(8, None), slice(0, 3)
     assert kept["activity"][busy].sum() < kept["magnitude"][busy].sum()
     assert kept["activity"][quiet].sum() > kept["magnitude"][quiet].sum()
-    # Whole rows of weights saved for fewer operations each: more of them may stay.
+    # Weights of busy units cost more operations each, so that fewer of them have to go.
     assert kept["activity"].sum() > kept["magnitude"].sum()
 
 

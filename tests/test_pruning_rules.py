@@ -1,4 +1,4 @@
-"""Ways of pruning while training: masks on time, weights where they belong, the loop's calls in turn, checkpoints."""
+"""Pruning during training: masks on schedule, masked weights, the order of calls from the trainer, checkpoints."""
 
 import inspect
 
@@ -74,19 +74,19 @@ def test_every_rule_trains_with_its_masks_and_leaves_exempt_matrices_alone(name)
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_the_share_and_the_pattern_are_what_was_asked(name):
+def test_the_share_and_the_pattern_are_the_requested_ones(name):
     rule = RULES[name]()
     settings = repr(rule)
     run = trainer(rule)
     run.run()
-    assert repr(rule) == settings == repr(RULES[name]())  # what a checkpoint tells rules by
+    assert repr(rule) == settings == repr(RULES[name]())  # the text by which a checkpoint identifies a rule
     for mask in run.model.masks.values():
         if isinstance(rule, StaticMasks):
             assert legal(mask, 2, 4, "pre")
         elif name == "dynamic 4:8 both":
             assert legal(mask, 4, 8, "both")
         elif name != "lasso":
-            # Edge blocks may be cut, so a share of blocks is nearly one of weights.
+            # Blocks at an edge are smaller, so that a share of blocks is only nearly that share of weights.
             r, c = rule.parts[1].block if isinstance(rule, Combined) else getattr(rule, "block", (2, 4))
             grids = np.split(mask, 3, axis=1) if "gate" in name and mask.shape[1] % 3 == 0 else [mask]
             for grid in grids if mask.shape[1] != 6 else ():
@@ -95,7 +95,7 @@ def test_the_share_and_the_pattern_are_what_was_asked(name):
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_rule_goes_on_from_its_arrays(name):
+def test_a_rule_continues_from_its_arrays(name):
     whole = trainer(RULES[name]())
     whole.run()
     first, second = RULES[name](), RULES[name]()
@@ -103,7 +103,7 @@ def test_a_rule_goes_on_from_its_arrays(name):
     for _ in range(5):
         run.step()
     second.restore({key: array.copy() for key, array in first.arrays().items()})
-    # The loop as it would be after a checkpoint: everything but the rule goes on.
+    # The trainer as after a checkpoint: all of it continues but the rule, which is restored.
     run.pruning = second
     run.run()
     for matrix, weights in whole.model.parameters.items():
@@ -145,7 +145,7 @@ def test_pruned_weights_stay_pruned():
 
 
 def validated(pruning, **changes):
-    """A run that validates every few updates."""
+    """A training run that validates every few updates."""
     text = np.random.default_rng(1).integers(0, 6, 700)
     settings = Settings(**{"steps": 16, "batch": 3, "window": 5, "validate_every": 2, "seed": 3} | changes)
     return Trainer(network(), LanguageModelling(text[:600], text[600:], valid_batch=2), settings, pruning=pruning)
@@ -188,7 +188,7 @@ def test_regrown_masks_keep_their_number_and_grow_where_the_gradient_is_largest(
     assert not rule.update(1, parameters, masks)
     rule.after_step(1, parameters, masks, {}, 0.1)
     before = masks["x.w_in"]
-    assert not rule.update(2, parameters, masks) and not masks  # so that every weight has its gradient
+    assert not rule.update(2, parameters, masks) and not masks  # every weight must have its gradient
     gradient = rng.normal(size=(6, 8)).astype(np.float32)
     weights = parameters["x.w_in"].copy()
     parameters["x.w_in"] -= gradient
@@ -203,7 +203,7 @@ def test_regrown_masks_keep_their_number_and_grow_where_the_gradient_is_largest(
 
 
 @given(st.integers(0, 99), st.sampled_from([(1, 1), (2, 3), (4, 4)]), st.floats(0.01, 5))
-def test_the_proximal_step_is_the_minimum_it_says(seed, block, amount):
+def test_the_proximal_step_minimises_its_objective(seed, block, amount):
     rng = np.random.default_rng(seed)
     before = rng.normal(size=(7, 8)).astype(np.float32)
     after = before.copy()
@@ -280,7 +280,7 @@ def test_gates_share_a_mask_or_have_their_own_share():
 
 
 @pytest.mark.parametrize("rewind", [True, False])
-def test_iterative_pruning_goes_back_to_early_weights(rewind):
+def test_iterative_pruning_rewinds_to_early_weights(rewind):
     early, seen = network(units=(12,)), []
 
     def train(net):

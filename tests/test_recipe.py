@@ -1,4 +1,4 @@
-"""Recipes: presets, TOML there and back, refusals that name the key; training from the command line, stopped or not."""
+"""Recipes: presets, TOML round trips, refusals that name the key, and training from the command line."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def test_presets_are_valid_and_survive_toml(name, tmp_path, text):
     assert from_table(Recipe, read_toml(to_toml(recipe), path)) == recipe
 
 
-def test_published_recipes_say_what_was_published():
+def test_published_recipes_hold_the_published_settings():
     for name, batch, epochs, rate, decay, late in (
         ("egru-ptb", 64, 1000, 1.2e-3, 0.10, 0.7),
         ("egru-wt2", 128, 800, 1.0e-3, 0.12, 0.5),
@@ -41,7 +41,7 @@ def test_published_recipes_say_what_was_published():
         assert recipe.model.hidden == (1350, 1350, 750) and training.thresholds == "fixed"
 
 
-def test_the_seed_and_thresholds_make_the_network(text):
+def test_the_seed_and_thresholds_determine_the_network(text):
     base = [("data.text", str(text)), ("model.hidden", [30, 20])]
     for start, value, expected in (
         ("constant", 0.25, [{0.25}, {0.25}]),
@@ -101,8 +101,8 @@ def test_a_run_has_its_configuration_its_log_and_the_best_model(cli, tmp_path, t
     out = tmp_path / "m.safetensors"
     config = tmp_path / "mine.toml"
     config.write_text("[training]\nvalidate_every = 5\nlearning_rate = 0.5\n[run]\nlog_every = 3\n")
-    code, stdout, err = cli("train", "--out", out, "--text", text, "--config", config, "--set",
-                            "training.learning_rate=1e-2", *SMALL, "--json")  # fmt: skip
+    setting = ("--set", "training.learning_rate=1e-2")
+    code, stdout, err = cli("train", "--out", out, "--text", text, "--config", config, *setting, *SMALL, "--json")
     assert code == 0, err
     figures = json.loads(stdout)
     folder = tmp_path / "m.safetensors.run"
@@ -177,7 +177,7 @@ def test_another_model_file_is_not_overwritten_by_a_resumed_run(cli, tmp_path, t
     assert foreign.read_bytes() == own.read_bytes() == before[own]
 
 
-def test_dropout_is_between_layers_wherever_there_are_some(cli, tmp_path, text):
+def test_dropout_acts_between_layers_of_a_stack(cli, tmp_path, text):
     stack = tmp_path / "stack.toml"
     stack.write_text("[model]\nhidden = [10, 8]\n")
     sizes = ("--embedding", 5, "--batch", 4, "--window", 8, "--steps", 1, "--text", text, "--dropout", 0.25)
@@ -195,7 +195,7 @@ def test_dropout_is_between_layers_wherever_there_are_some(cli, tmp_path, text):
         assert (noise.dropout_top, noise.dropout_between) == (0.25, expected), name
 
 
-def test_a_gru_is_kept_as_its_run_only(cli, tmp_path, text):
+def test_a_gru_has_a_run_folder_but_no_model_file(cli, tmp_path, text):
     gru = ("--set", "model.cell=gru", "--text", text, *SMALL)
     for arguments, words in ((("--out", tmp_path / "m.safetensors"), "no model file"), ((), "give --run")):
         code, stdout, err = cli("train", *gru, *arguments)

@@ -64,7 +64,7 @@ def test_rates_equal_the_requested_rates():
 
 
 def _tape(model, kind):
-    """A float64 tape of arrays that a penalty looks at; the top layer is dropped out."""
+    """A float64 tape with the arrays that penalties read. The outputs of the top layer have dropout."""
     rng = np.random.default_rng(2)
     layers = []
     for k, n in enumerate((8, 12)):

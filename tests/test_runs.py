@@ -1,4 +1,4 @@
-"""Runs in a folder: whatever stops one, it goes on to the same bits; what is not the same run is refused."""
+"""Runs in a folder: an interrupted run continues to the same bits, and a different run is refused."""
 
 import io
 import json
@@ -135,7 +135,7 @@ class _Fatal:
 
 
 def _pruned_while_training():
-    """What keeps state of its own from step to step: where weights move to, masks that wander, shadows of weights."""
+    """Pruning rules with state of their own: movement scores, masks that change, dense copies of weights."""
     return {
         "nothing": None,
         "movement": MovementPruning(0.6, (1, 1), 2, 20, every=3),
@@ -145,9 +145,9 @@ def _pruned_while_training():
 
 
 def _attempt(folder, at, pruning=None):
-    """A process that continues the run and dies at a moment; whether it came to the end instead."""
+    """Continue the run in a process that dies at moment `at`. Returns whether the run came to its end first."""
     with warnings.catch_warnings():
-        # The child touches none of the threads that are not in it.
+        # The child uses no thread of its parent, because a fork does not copy them.
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
@@ -161,7 +161,7 @@ def _attempt(folder, at, pruning=None):
         finally:
             os._exit(code)
     status = os.waitpid(child, 0)[1]
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the child failed by itself"
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the child failed for another reason"
     return not os.WIFSIGNALED(status)
 
 
@@ -177,13 +177,13 @@ def test_twenty_kills_at_random_moments_and_during_saves_change_no_bit(tmp_path,
         if _attempt(folder, int(rng.integers(1, 25)), pruning()):
             break
         kills += 1
-    assert kills == 20, "the run came to its end before it was killed often enough"
+    assert kills == 20, "the run ended before it was killed often enough"
     assert _attempt(folder, 1_000_000, pruning())
     ended = _trainer(pruning=pruning())
     load_checkpoint(ended, folder / "checkpoint.safetensors")
     assert _bits(ended) == _bits(straight)
-    lines = [[{k: v for k, v in line.items() if k != "seconds"} for line in read_log(tmp_path / name)]
-             for name in ("straight", "killed")]  # fmt: skip
+    logs = (read_log(tmp_path / name) for name in ("straight", "killed"))
+    lines = [[{k: v for k, v in line.items() if k != "seconds"} for line in log] for log in logs]
     assert lines[0] == lines[1], "the log is that of the uninterrupted run"
     left = sorted(path.name for path in folder.iterdir())
     assert left == ["checkpoint.safetensors", "log.jsonl", "previous-checkpoint.safetensors"]
@@ -329,7 +329,7 @@ def test_the_log_has_means_and_every_validation(tmp_path):
 
 
 class _Halving(Pruning):
-    """A user's own, without a repr."""
+    """A pruning rule of a user, without a repr."""
 
     def __init__(self, matrix, end=9):
         self.start, self.end, self.matrix, self.sparsity = 1, end, matrix, cubic_schedule(0.5, 0, end)
@@ -352,7 +352,7 @@ def _ways():
 
 
 @pytest.mark.parametrize("way", list(_ways()))
-def test_a_run_of_every_way_of_pruning_continues_to_the_same_bits(tmp_path, way):
+def test_a_run_with_every_pruning_rule_continues_to_the_same_bits(tmp_path, way):
     whole, first, second = (_trainer(pruning=way(), steps=11) for _ in range(3))
     for _ in range(6):
         first.step()

@@ -1,4 +1,4 @@
-"""Work sharing between threads: chunks from a counter, unit bounds that move, column tiles cut at the bounds."""
+"""Division of work between threads: chunks from a counter, unit bounds that move, column tiles cut at the bounds."""
 
 from dataclasses import replace
 
@@ -23,9 +23,7 @@ from eventrnn.training.bptt.workspace import Workspace
 from support.pruned_weights import FORMATS, pruned
 
 
-@given(
-    size=st.integers(0, 3000), most=st.integers(1, 500), least=st.integers(1, 50), parts=st.integers(1, 5)
-)  # fmt: skip
+@given(size=st.integers(0, 3000), most=st.integers(1, 500), least=st.integers(1, 50), parts=st.integers(1, 5))
 def test_queue_hands_out_every_item_once(size, most, least, parts):
     counter, end, sizes = np.zeros(1, np.int64), 0, []
     while True:
@@ -52,7 +50,7 @@ def test_tiles_never_exceed_their_scratch_memory():
 
 
 def moved(bounds, waited, turns=1):
-    """The unit bounds of every thread after it was alone at so many barriers."""
+    """The unit bounds of every thread after it has waited alone at `turns` barriers."""
     threads = len(bounds) - 1
     balance = Rebalancing(np.zeros((2, threads), np.int64), np.tile(np.array(bounds), (threads, 1)), SLACK)
     for turn in range(turns):
@@ -80,9 +78,7 @@ def test_waiting_thread_takes_units_from_its_neighbours():
     assert moved([0, 16, 24], [0, SLACK + 1], turns=3) == [0, 16, 24]
 
 
-@given(
-    n=st.integers(1, 200), rows=st.sampled_from([1, 40]), border=st.integers(0, 12), paper=st.booleans()
-)  # fmt: skip
+@given(n=st.integers(1, 200), rows=st.sampled_from([1, 40]), border=st.integers(0, 12), paper=st.booleans())
 def test_tiles_cut_at_a_bound_are_the_whole(n, rows, border, paper):
     pattern = Pattern.of(None, (3, 3 * n), 2 * n)
     table = pack_matrix(pattern, [(0, n)], rows)
@@ -119,7 +115,7 @@ def test_results_do_not_depend_on_the_owner_of_a_unit(variant, form, batch, monk
     waits, given = {1: [0], 2: [0, 9 * SLACK], 3: [0, 9 * SLACK, 0]}, []
 
     def rebalancing(workspace):
-        # As if a thread had waited before the first barrier.
+        # Waiting times as if a thread had waited before the first barrier.
         threads = workspace.threads
         given.append(np.zeros((threads, threads + 1), np.int64))
         return Rebalancing(np.array([waits[threads]] * 2, np.int64), given[-1], SLACK)
@@ -128,14 +124,14 @@ def test_results_do_not_depend_on_the_owner_of_a_unit(variant, form, batch, monk
     found = []
     for threads in (1, 2, 3):
         model = Model(network, backward="sparse", threads=threads)
-        # All units fire for some steps: lists are as long as there is room for.
+        # All units fire in some steps, so that the event lists are full.
         full = State((np.full((batch, units), 5, np.float32),), (np.ones((batch, units), np.float32),))
         output, state, tape = model.forward(x, full)
         gradients = model.backward(tape, upstream, d_inputs=True)
         found.append({**gradients, "output": output, "cells": state.cells[0]})
     for each in found[1:]:
         assert all(np.array_equal(value, each[name]) for name, value in found[0].items())
-    # One step has one barrier, after which no bound moves back: bounds do move in both passes, where they can.
+    # A single step has one barrier, after which no bound can move back. So the bounds of both passes have moved.
     _, _, tape = model.forward(x[:1], State.zeros(network, batch))
     model.backward(tape, upstream[:1])
     even, there = np.zeros(4, np.int64), [0, 48, 128, 150]

@@ -1,4 +1,4 @@
-"""Narrow storage: rounding by definition and against torch, scales at both ends of float32, every format the same."""
+"""Narrow storage: rounding by definition and against torch, extreme scales, and equal weights in every format."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ shapes = st.tuples(st.integers(1, 12), st.integers(1, 40))
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
 rows = st.lists(floats, min_size=1, max_size=9).map(lambda row: np.array([row], np.float32))
 LARGEST, SMALLEST = np.finfo(np.float32).max, np.float32(1e-45)
-# The largest bfloat16, and the first float32 that is nearer to what would be the next one.
+# The largest finite bfloat16, and the smallest float32 that would round to a larger one.
 LARGEST_BFLOAT16 = np.uint32(0x7F7F0000).view(np.float32)
 FIRST_TOO_LARGE = np.uint32(0x7F7F8000).view(np.float32)
 
@@ -31,7 +31,7 @@ def from_bits(*bits: int) -> np.ndarray:
 
 
 def bfloat16(code: int) -> Fraction:
-    """By definition: sign, 8 bits of exponent, 7 of fraction; as if the exponents of infinity were finite too."""
+    """The value of a bfloat16 by definition: sign, 8 bits of exponent, 7 of fraction. Infinities count as finite."""
     sign, exponent, fraction = code >> 15, code >> 7 & 0xFF, code & 0x7F
     significand = fraction + (0x80 if exponent else 0)
     return (-1) ** sign * significand * Fraction(2) ** (max(exponent, 1) - 127 - 7)
@@ -58,7 +58,7 @@ def test_bfloat16_is_the_nearest_and_even_in_a_tie(row):
     row = row[:, np.abs(row[0]) < FIRST_TOO_LARGE]
     bits = Dense(row).stored_as("bfloat16").values[0]
     for value, code in zip(row[0], bits, strict=True):
-        # The two bfloat16 around it share its upper bits, or are one place further from zero.
+        # Of the two neighbouring bfloat16, one has the upper bits of the number; the other is further from zero.
         below = int(value.view(np.uint32)) >> 16
         to_below, to_above = (abs(Fraction(float(value)) - bfloat16(near)) for near in (below, below + 1))
         if to_below == to_above:
@@ -148,7 +148,7 @@ def test_storing_keeps_the_pattern(matrix, storage):
     assert (stored.scales is not None) == (storage == "int8")
     assert all(np.array_equal(array, before[name]) for name, array in matrix.arrays().items())
     assert (stored is matrix) == (storage == matrix.storage)
-    # Widening loses nothing, and narrowing that again nothing more.
+    # Widening is exact, and narrowing the result again is too.
     wide = stored.stored_as("float32")
     assert wide.to_dense().tobytes() == stored.to_dense().tobytes()
     if storage == "bfloat16":
@@ -166,7 +166,7 @@ def test_one_matrix_narrows_to_the_same_weights_in_every_format(shape, storage, 
         narrow = convert(dense, name, storage=storage, **options)
         assert np.array_equal(narrow.to_dense(), expected)
         assert np.array_equal(narrow.fan_out(), np.count_nonzero(expected, axis=1))
-        # Another format, the same storage: the same codes and scales, whatever scales those are.
+        # Converting to another format with the same storage keeps codes and scales.
         odd = (
             narrow
             if narrow.scales is None

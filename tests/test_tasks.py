@@ -1,4 +1,4 @@
-"""Tasks: what is read when, losses and their gradients, validation, and the tool that checks a user's own."""
+"""Tasks: order of reading, losses and their gradients, validation, and the check of a user's own task."""
 
 from dataclasses import replace
 
@@ -46,7 +46,7 @@ def test_windows_of_an_epoch_read_every_symbol_of_every_stream_once(length, batc
     assert np.array_equal(np.concatenate(seen).T, streams[:, 1:])
 
 
-def test_validation_is_what_the_event_engine_reads():
+def test_validation_equals_the_reading_of_the_event_engine():
     network, text = _net(), np.random.default_rng(1).integers(0, 8, 600)
     for batch in (1, 3):
         figures = LanguageModelling(text, text, valid_batch=batch).evaluate(Model(network))
@@ -58,7 +58,7 @@ def test_validation_is_what_the_event_engine_reads():
         assert abs(figures["perplexity"] - 2 ** figures["bits"]) <= gamma(8, U32) * figures["perplexity"]
 
 
-def test_cells_are_wiped_between_windows_where_evnn_does():
+def test_cells_are_zeroed_between_windows_as_in_evnn():
     network, text = _net(), np.random.default_rng(1).integers(0, 8, 600)
     task = LanguageModelling(text, text, carry="events")
     task.check(network, 4, 10)
@@ -164,7 +164,7 @@ def test_check_gradients_detects_wrong_loss_and_surrogate(monkeypatch):
 
 
 class Parity(Task):
-    """A user's own: the sum of ones so far, never the same twice."""
+    """A task of a user: the number of ones so far, divided by the length of the window. No sequence occurs twice."""
 
     def check(self, network, batch, window):
         if network.layers[0].inputs != 1:
@@ -181,7 +181,7 @@ class Parity(Task):
         return squared_error(output, batch.targets)
 
 
-def test_a_task_of_one_s_own_trains_and_continues_without_validation():
+def test_a_user_task_without_validation_trains_and_continues():
     network = Network.random([12], inputs=1, readout=1, threshold=0.1, rng=np.random.default_rng(0))
     trainer = Trainer(network, Parity(), Settings(steps=60, batch=8, window=12, learning_rate=1e-2))
     progress = list(trainer)
@@ -200,13 +200,13 @@ def test_classification_learns_and_counts_its_operations():
     progress = list(Trainer(network, task, Settings(epochs=25, batch=10, learning_rate=1e-2)))
     assert progress[-1].validation["accuracy"] > 0.9 and progress[-1].step == 150
     assert all(a.operations < b.operations for a, b in zip(progress[:-1], progress[1:], strict=True))
-    # Each event meets its fan-out forward and in its gradient, at most every unit has a path back.
+    # An event costs its fan-out forward and in the weight gradient; at most every unit has a path back.
     dense = 150 * 10 * 5 * 3 * (4 * 96 + 32 * 96)
     assert 0 < progress[-1].operations < dense
 
 
-def test_the_gru_is_the_cell_that_always_sends_and_loses_nothing():
-    """Step by step the cell before the event, with what was kept and what was sent both the value of before."""
+def test_the_gru_equals_a_cell_that_always_sends_and_is_never_reset():
+    """Each step equals the value v of the event cell whose cell and output both hold the value of the step before."""
     rng = np.random.default_rng(0)
     network = Network.random([9], inputs=4, readout=3, rng=rng, threshold=0)
     x = rng.normal(size=(6, 5, 4)).astype(np.float32)
@@ -288,7 +288,7 @@ def test_tasks_refuse_invalid_arguments():
 
 
 def _refused_in_check(network, inputs, valid, message):
-    """Where the bad sequence is, refused before any work; the good sequences first."""
+    """Demand that invalid inputs are refused before training, both as training data and as validation data."""
     targets = np.zeros(len(inputs), int)
     for task in (Classification(inputs, targets), Classification(valid, targets[: len(valid)], (inputs, targets))):
         with pytest.raises(ValueError, match=message):
@@ -353,7 +353,7 @@ def test_the_check_catches_a_wrong_gradient_of_w_rec_however_large_the_network(m
 
     def off(self, *arguments, **more):
         gradients = backward(self, *arguments, **more)
-        # A thousandth of the largest entry, in one other.
+        # An error of a thousandth of the largest entry, in another entry.
         w_rec = gradients["layers.0.w_rec"]
         w_rec[0, 0] += np.abs(w_rec).max() / 1000
         return gradients

@@ -20,7 +20,7 @@ from eventrnn.weights import CSR, FORMATS, NM, STORAGES, BlockCSR, Dense
 from support import tolerance
 from support.counting import count_multiplications
 
-# Looking for one example of a kind takes no shrinking and leaves nothing behind.
+# The search for one example of a kind needs no shrinking and no example database.
 LOOK = settings(max_examples=3000, database=None, phases=[Phase.generate], deadline=None)
 
 
@@ -166,7 +166,7 @@ def test_every_kind_of_input_is_drawn():
 
 
 @given(networks(), st.integers(1, 4), st.data())
-def test_states_are_such_as_runs_leave(network, batch, data):
+def test_drawn_states_can_occur_after_a_run(network, batch, data):
     state = data.draw(states(network, batch))
     assert state.batch == batch
     for layer, c, y in zip(network.layers, state.cells, state.outputs, strict=True):
@@ -195,7 +195,7 @@ def test_int8_lies_on_no_dyadic_grid():
 
 
 def quiet_network(threshold: float) -> Network:
-    """Five units that only their input moves: u = r = 1/2, g = tanh(2 x), hence v = c / 2 + tanh(2 x) / 2."""
+    """Five units without recurrence: u = r = 1/2, g = tanh(2 x), hence v = c / 2 + tanh(2 x) / 2."""
     rows = 15
     w_in = np.zeros((5, rows), np.float32)
     w_in[range(5), range(10, 15)] = 2
@@ -224,7 +224,7 @@ def test_assert_equivalent_names_first_divergence_and_margin():
 
 
 @given(networks(layers=2, max_units=12), st.data())
-def test_finds_what_was_changed_in_a_higher_layer(network, data):
+def test_finds_a_change_in_a_higher_layer(network, data):
     fed = data.draw(inputs(network, 8, 2))
     layer = network.layers[1]
     unit = data.draw(st.integers(0, layer.units - 1))
@@ -250,7 +250,7 @@ def test_finds_what_was_changed_in_a_higher_layer(network, data):
         assert margin == abs(before - float(limit))
 
 
-def test_equal_runs_pass_and_say_how_much_was_compared():
+def test_equal_runs_pass_and_report_how_much_was_compared():
     network = Network.random([6, 4], inputs=3, readout=2, rng=np.random.default_rng(0), threshold=0.05)
     x = np.random.default_rng(1).standard_normal((7, 2, 3))
     assert assert_equivalent(Simulator(network, batch=2), Simulator(network.dense(), batch=2), x) == 7 * 2 * 10
@@ -258,7 +258,7 @@ def test_equal_runs_pass_and_say_how_much_was_compared():
 
 
 class Tampering:
-    """A backend that changes what a healthy one returns."""
+    """A backend that changes the results of a healthy one."""
 
     name, exact = "tampering", False
 

@@ -145,7 +145,7 @@ def test_every_character_of_the_documentation_was_trained_often(documentation):
     assert 80 < len(symbols) < 120
 
 
-def test_documentation_can_be_asked_for_more(documentation):
+def test_documentation_of_a_larger_size(documentation):
     larger = python_documentation(rare=1, test_size=40_000)
     assert len(larger.test) >= 40_000
     assert len(larger.vocabulary) > len(documentation.vocabulary)
@@ -336,7 +336,7 @@ def test_trigram_probabilities_add_up_to_one(case):
             assert abs(total - 1) <= gamma(4 * size + 16, U64)
 
 
-def test_trigram_learns_what_determines_the_next_symbol():
+def test_trigram_learns_a_deterministic_text():
     # After two symbols the next is certain, after one it is not.
     text = np.tile(np.array([0, 0, 1, 1], np.int32), 500)
     model = TrigramModel(text, text, 2)
@@ -355,7 +355,7 @@ def test_trigram_beats_lower_orders_on_the_documentation(documentation):
 
 
 @pytest.mark.parametrize("symbols", [np.array([0, 1]), np.array([0, 1, 5]), np.array([0, -1, 1])])
-def test_trigram_refuses_what_it_cannot_count(symbols):
+def test_trigram_refuses_texts_that_are_too_short(symbols):
     good = np.array([0, 1, 0])
     with pytest.raises(ValueError, match="train: need at least 3 symbols"):
         TrigramModel(symbols, good, 2)

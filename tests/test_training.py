@@ -67,7 +67,7 @@ def test_model_gradients_equal_specification_within_bounds(case):
     cell, parameters = model.cells[0], _float64(model)
     _, _, tape = model.forward(x, state)
     layer = tape.layers[0]
-    # Away from the corners of the surrogate, where one rounding of v may change its slope by a jump.
+    # Parameters with no unit near a corner of the surrogate, where one rounding of v could change the slope by a jump.
     distance = np.abs(layer.v - model.parameters["layers.0.threshold"]) * cell.surrogate.support
     d_y = d_y * (np.abs(distance - 1) > CORNER)
     gradients = model.backward(tape, d_y)
@@ -87,7 +87,7 @@ def test_model_gradients_equal_specification_within_bounds(case):
 
 
 def _slope_error(cell, layer, model) -> float:
-    """v - threshold is rounded before the slope is taken: relative to a slope of order one, support * |v| * 2u."""
+    """Error of the slope, because v - threshold is rounded first: support * |v| * 2u for a slope of order one."""
     return float(8 * cell.surrogate.support * (np.abs(layer.v).max() + 1) * U32 * len(layer.v))
 
 
@@ -106,7 +106,7 @@ def test_forward_steps_are_within_the_bound_of_float64(case):
 
 
 def test_the_trained_network_is_the_simulated_one():
-    """Training's forward pass and the exact engine are two implementations of one model."""
+    """The forward pass of the training and the exact engine are two implementations of one model."""
     rng = np.random.default_rng(3)
     network = Network.random([24, 17], symbols=11, embedding=9, readout=11, rng=rng, threshold=0.05)
     symbols = rng.integers(0, 11, (20, 3))
@@ -189,7 +189,7 @@ def test_masks_stay_masks_through_the_optimiser(block):
             assert not trainer.model.parameters[name][~mask].any(), name
         kept.append({name: mask.copy() for name, mask in trainer.model.masks.items()})
     for before, after in zip(kept[:-1], kept[1:], strict=True):
-        assert all((after[name] <= before[name]).all() for name in after), "a pruned weight came back"
+        assert all((after[name] <= before[name]).all() for name in after), "a pruned weight is not zero"
     for name, mask in kept[-1].items():
         rows, columns = (-(-size // b) for size, b in zip(mask.shape, block, strict=True))
         assert round(0.7 * rows * columns) == sum(
@@ -298,7 +298,7 @@ def test_symbols_that_no_network_can_predict_are_refused():
 
 
 def test_activity_cost_is_the_gradient_of_the_mean_output():
-    """By the definition: adding the cost to the loss adds cost / size to the gradient of every sent value."""
+    """The cost in the loss adds cost / size to the gradient of every output, which is its definition."""
     rng = np.random.default_rng(4)
     network = Network.random([12], inputs=5, rng=rng, threshold=0.05)
     model, x = Model(network), rng.normal(size=(5, 2, 5)).astype(np.float32)
@@ -325,10 +325,10 @@ def test_a_sigmoid_threshold_never_saturates_and_comes_back():
         assert thresholds.gradient("sigmoid", threshold, np.ones(6, np.float32)).all(), "there is a way back"
         again = Model(model.network(), thresholds="sigmoid")
         assert np.abs(again.parameters["layers.0.threshold"]).max() <= np.abs(logits).max()
-    # The two numbers next to 0 and 1 are thresholds, too.
+    # The float32 numbers next to 0 and 1 are valid thresholds.
     edges = np.array([np.finfo(np.float32).tiny, 1 - U32], np.float32)
     layer = replace(network.layers[0], threshold=np.resize(edges, 6))
     model = Model(replace(network, layers=(layer,)), thresholds="sigmoid")
     before = model.parameters["layers.0.threshold"].copy()
     model.apply_masks()
-    assert np.array_equal(before, model.parameters["layers.0.threshold"]), "training begins where it goes on"
+    assert np.array_equal(before, model.parameters["layers.0.threshold"]), "continued training keeps the thresholds"

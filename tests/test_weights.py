@@ -20,12 +20,12 @@ blocks = st.tuples(st.integers(1, 20), st.integers(1, 70))
 
 
 def options(name: str, block=(1, 1), m: int = 2) -> dict:
-    """What `convert` needs beside the name for a format that holds every matrix; N:M with whole groups."""
+    """Options of `convert` for a format, with which it can hold every matrix: N:M with n = m."""
     return {"block": {"block": block}, "nm": {"nm": (m, m, "post")}}.get(name, {})
 
 
 def within(block, shape) -> tuple[int, int]:
-    """No side of the block longer than the matrix."""
+    """The block, with no side longer than that of the matrix."""
     return min(block[0], shape[0]), min(block[1], shape[1])
 
 
@@ -70,7 +70,7 @@ def test_stored_counts_whole_blocks_and_padding(dense, block):
         expected[j] = c * sum(rows[:, k : k + c].any() for k in range(0, dense.shape[1], c))
     assert np.array_equal(matrix.stored_out(), expected)
     assert np.array_equal(matrix.row_bytes(), expected * 4 + expected // c * 4)
-    # Padding is stored too, and is zero.
+    # Padding is stored as zeros.
     assert len(matrix.values) == len(matrix.indices) * r * c >= matrix.nnz
     assert np.array_equal(np.sort(matrix.values[matrix.values != 0]), np.sort(dense[dense != 0]))
 
@@ -226,7 +226,7 @@ def test_padding_must_be_zero(at):
     values[at] = 1
     with pytest.raises(ValueError, match=r"non-zero padding beyond the shape \(3, 5\)"):
         block_csr(values=values).check(full=True)
-    # It is outside the matrix, so that nothing else sees it.
+    # The padding is outside the matrix, so that only this check reads it.
     assert np.array_equal(block_csr(values=values).to_dense(), block_csr().to_dense())
 
 
