@@ -98,8 +98,8 @@ def agree(model: Model, gradients: dict, tape, noise: Noise, upstream: np.ndarra
     """Demand that every gradient is within its bound of the specification's, and that pruned weights have none."""
     expected, sizes = specification(model, tape, noise, upstream)
     steps, batch, n = tape.layers[0].v.shape
-    # In each step, a path through all steps meets a product of 3N terms, sixteen lanes, and 80 scalar roundings, because
-    # u, r, g and v are those of the tape. The sums over rows come last.
+    # In each step, a path through all steps meets a product of 3N terms, sixteen lanes, and 80 scalar roundings. The
+    # values u, r, g and v are those of the tape. The sums over rows come last.
     roundings = steps * (3 * n + 112) + steps * batch + len(model.parameters["layers.0.w_in"])
     for name in ("w_in", "w_rec", "bias_in", "bias_rec", "threshold", "inputs"):
         gradient = gradients[name if name == "inputs" else f"layers.0.{name}"]
