@@ -1,13 +1,13 @@
-"""Time the cases of the acceptance table, of the README and of the speed-up map; append a line each to results/.
+"""Time the acceptance cases, the README's cases and the speed-up map, and append a line per case to results/.
 
     python experiments/bench.py                    # acceptance and README cases
     python experiments/bench.py --grid             # activity x sparsity x batch, for the speed-up map
-    python experiments/bench.py --only "batch 20"  # the cases whose name has these words
-    python experiments/bench.py --table            # what is there, against what was asked; measures nothing
+    python experiments/bench.py --only "batch 20"  # the cases whose name contains these words
+    python experiments/bench.py --table            # show the lines that exist beside their goals; measure nothing
 
-A line holds everything that `eventrnn bench inference --json` prints, with the commit and the time, and is written as
-soon as it is measured. A case that has one for this commit of the package and this device is skipped, so a run can be
-stopped and taken up again. Needs torch, for some cases sparse_dot_mkl; a case that cannot be is named in the table.
+A line holds the output of `eventrnn bench inference --json`, the commit and the time. It is written as soon as it is
+measured, and a case that has a line of this commit of the package and this device is skipped, so a run can be stopped
+and continued. Needs torch, and sparse_dot_mkl for some cases; the table names the cases that could not be measured.
 """
 
 import json
@@ -28,7 +28,7 @@ from eventrnn.cli.terminal import as_line
 
 RESULTS = Path(__file__).parent / "results" / "cpu_inference.jsonl"
 
-# Better wider than the terminal than cells of one letter.
+# Columns of the table. In a narrower terminal its cells would be cut.
 TABLE_WIDTH = 170
 DENSE = {"format": "dense"}
 SPARSE_LIBRARIES, BLAS = "scipy,torch-csr,mkl", "numpy,torch-mm"
@@ -36,9 +36,13 @@ SPARSE_LIBRARIES, BLAS = "scipy,torch-csr,mkl", "numpy,torch-mm"
 
 @dataclass(frozen=True)
 class Row:
-    """A case, what it should reach, and what would be better still.
+    """A case of `eventrnn.bench.Case` and its goals.
 
-    at_least, aim : of `figure` in the measured line; None where a case is only measured
+    name     : name of the row
+    case     : arguments of the case; defaults are left out
+    at_least : value of `figure` that the case must reach; None if there is no goal
+    aim      : value of `figure` that would be better still
+    figure   : field of the measured line that is compared
     """
 
     name: str
@@ -52,7 +56,7 @@ class Row:
 
 
 def acceptance() -> list[Row]:
-    """Ratios that the CPU engine is held to: one layer or one product of 1350 units, 10 % active unless said."""
+    """Goals of the CPU engine: one layer or one product of 1350 units, 10 % active unless the name says otherwise."""
     rows = []
     for threads, layer, aims, blocks, block_aim in ((1, 5.5, None, 40, 60), (2, 7, None, 50, 70)):
         case = DENSE | {"threads": threads}
@@ -90,7 +94,7 @@ def acceptance() -> list[Row]:
 
 
 def readme() -> list[Row]:
-    """What the README quotes beyond that."""
+    """Further cases that the README or docs/results.md quotes."""
     return [
         Row("README: 90 % of 1x64, step by step", {"against": "torch-step"}),
         Row("README: 90 % of single weights", {"format": "csr"}),
@@ -107,12 +111,12 @@ def readme() -> list[Row]:
 ACTIVITIES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 SPARSITIES = (0.0, 0.8, 0.9, 0.95)
 BATCHES = (1, 20)
-# Fewer than elsewhere, which is how plots.py tells them apart.
+# Repeats of a case, and of a case of the grid. The grid has fewer, by which plots.py recognises its lines.
 REPEATS, GRID_REPEATS = 9, 5
 
 
 def grid() -> list[Row]:
-    """The speed-up map: a layer against nn.GRU; dense where nothing is pruned, else blocks of 1x64."""
+    """The cases of the speed-up map: a layer beside nn.GRU, dense if nothing is pruned, else in blocks of 1x64."""
     return [
         Row(
             f"grid: batch {batch}, sparsity {sparsity:g}, activity {activity:g}",
@@ -126,7 +130,7 @@ def grid() -> list[Row]:
 
 
 def measured(lines: Iterable[dict], at: str, device: str) -> list[dict]:
-    """The lines of that commit and device. A changed tree has none: it may have changed since."""
+    """The lines of that commit and device. A tree with changes has none, because it may have changed since."""
     return (
         [] if at.endswith("-changed") else [line for line in lines if (line["commit"], line["device"]) == (at, device)]
     )
@@ -139,7 +143,7 @@ def line_of(row: Row, lines: list[dict]) -> dict | None:
 
 
 def impossible(rows: list[Row]) -> dict[str, str]:
-    """Rows whose case the package refuses, and why."""
+    """The names of rows whose case the package refuses, with the reason."""
     found = {}
     for row in rows:
         try:
@@ -150,12 +154,12 @@ def impossible(rows: list[Row]) -> dict[str, str]:
 
 
 def read(path: Path) -> list[dict]:
-    """Every line of a results file, none where there is no file."""
+    """Every line of a results file; none if the file does not exist."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def verdict(row: Row, line: dict) -> str:
-    """pass, short (and by how much), or nothing where nothing is asked."""
+    """pass, or by how much the goal is missed; empty without a goal."""
     if row.at_least is None:
         return ""
     value = line[row.figure]
@@ -163,9 +167,24 @@ def verdict(row: Row, line: dict) -> str:
 
 
 def table(rows: list[Row], lines: list[dict], refused: dict[str, str]) -> Table:
-    """What was measured against what was asked."""
-    columns = ("case", "µs", "rival µs", "fastest rival", "figure", "at least", "aim", "", "probe", "ops", "bytes")
-    shown = Table(*columns, title="per step; probe: our share of its rate; ops: executed")
+    """One row per case: the measured figures beside the goals.
+
+    refused : names of cases that could not be measured, with the reason
+    """
+    columns = (
+        "case",
+        "µs",
+        "baseline µs",
+        "fastest baseline",
+        "figure",
+        "at least",
+        "aim",
+        "",
+        "probe",
+        "ops",
+        "bytes",
+    )
+    shown = Table(*columns, title="per step; probe: share of its read rate that is reached; ops: executed")
     for row in rows:
         line = None if row.name in refused else line_of(row, lines)
         if line is None:
@@ -189,13 +208,13 @@ def table(rows: list[Row], lines: list[dict], refused: dict[str, str]) -> Table:
 
 
 def main(
-    only: Annotated[str, typer.Option(help="Cases whose name has these words.")] = "",
-    with_grid: Annotated[bool, typer.Option("--grid", help="The speed-up map's cases too.")] = False,
-    again: Annotated[bool, typer.Option("--again", help="Repeat what this commit and device have.")] = False,
-    table_only: Annotated[bool, typer.Option("--table", help="Measure nothing.")] = False,
-    results: Annotated[Path, typer.Option(help="Lines are appended here.")] = RESULTS,
+    only: Annotated[str, typer.Option(help="Measure only cases whose name contains these words.")] = "",
+    with_grid: Annotated[bool, typer.Option("--grid", help="Measure the cases of the speed-up map too.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Measure again even if there is a line.")] = False,
+    table_only: Annotated[bool, typer.Option("--table", help="Measure nothing; show the lines that exist.")] = False,
+    results: Annotated[Path, typer.Option(help="File to which a line per case is appended.")] = RESULTS,
 ) -> None:
-    """Measure what is missing, then show everything asked for. Exit code 1 where a case could not be measured."""
+    """Measure the cases that have no line, then show all of them. Exit code 1 if a case could not be measured."""
     rows = [row for row in acceptance() + readme() + (grid() if with_grid else []) if only in row.name]
     console, at, device = Console(width=max(TABLE_WIDTH, Console().width)), commit(), bench.device()
     refused = impossible(rows)
@@ -205,9 +224,12 @@ def main(
     lines = [] if again else measured(read(results), at, device)
     results.parent.mkdir(exist_ok=True)
     bars = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
         console=Console(stderr=True),
-    )  # fmt: skip
+    )
     with bars:
         task = bars.add_task("", total=len(rows) - len(refused))
         for row in (row for row in rows if row.name not in refused):

@@ -1,10 +1,10 @@
-"""Time a window forward and back beside PyTorch's, on the sizes that are asked for; append a line each to results/.
+"""Time a training window (forward and backward) beside PyTorch in the CASES, and append a line per case to results/.
 
     python experiments/bench_training.py
     python experiments/bench_training.py --table
 
-A line holds what `eventrnn bench training --json` prints, with commit and time; a case with a line of this device and
-commit is skipped. Needs torch.
+A line holds the output of `eventrnn bench training --json`, the commit and the time. A case that has a line of this
+device and commit is skipped. Needs torch.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ from eventrnn.cli.terminal import progress
 
 RESULTS = Path(__file__).parent / "results" / "cpu_training.jsonl"
 KEY = ("commit", "batch", "sparsity_asked", "threads", "input_gradient")
-# Batch, share of blocks pruned, threads, gradient of the inputs, and baseline -> speed-up to reach, "" for none.
+# Batch, share of blocks pruned, threads, input gradient, and per baseline the speed-up to reach ("": no goal).
 CASES = (
     (20, 0.0, 2, "open", {"torch": 2.5, "torch-loop": "", "torch-loop-indexed": 4}),
     (80, 0.0, 2, "open", {"torch": 3, "torch-loop": "", "torch-loop-indexed": 7}),
@@ -37,13 +37,25 @@ CASES = (
 
 
 def show(records: Records) -> Table:
-    """A line a case, of the last commit that measured it."""
+    """One row per case, from its last line."""
     columns = (
-        "batch", "pruned", "threads", "d inputs", "open", "ms", "nn.GRU ms", "faster", "asked", "loop ms", "faster",
-        "indexed ms", "faster", "asked",
-    )  # fmt: skip
+        "batch",
+        "pruned",
+        "threads",
+        "d inputs",
+        "open",
+        "ms",
+        "nn.GRU ms",
+        "faster",
+        "goal",
+        "loop ms",
+        "faster",
+        "indexed ms",
+        "faster",
+        "goal",
+    )
     table = Table(*columns, "operations", title=f"1350 units, 70 steps, 10 % active, 10 % support: {records.device}")
-    for batch, sparsity, threads, inputs, asked in CASES:
+    for batch, sparsity, threads, inputs, goals in CASES:
         case = {"batch": batch, "sparsity_asked": sparsity, "threads": threads, "input_gradient": inputs}
         line = records.of(case)
         if line is None:
@@ -53,7 +65,7 @@ def show(records: Records) -> Table:
             each = line["against_each"].get(baseline)
             cells += [f"{each['ms_per_iteration']:.0f}", f"{each['speedup']:.2f}"] if each else ["", ""]
             if baseline != "torch-loop":
-                cells.append(f"{asked.get(baseline, '')}")
+                cells.append(f"{goals.get(baseline, '')}")
         head = (str(batch), f"{sparsity:.0%}", str(threads), inputs)
         cells = [*head, f"{line['open']:.1%}", f"{line['ms_per_iteration']:.0f}", *cells]
         share = line["executed_per_iteration"] / line["dense_per_iteration"]
@@ -62,12 +74,12 @@ def show(records: Records) -> Table:
 
 
 def main(
-    repeats: Annotated[int, typer.Option(help="Interleaved rounds; medians count.")] = 7,
-    again: Annotated[bool, typer.Option("--again", help="Measure anew what has a line.")] = False,
-    table_only: Annotated[bool, typer.Option("--table", help="Measure nothing: the last device's lines.")] = False,
-    results: Annotated[Path, typer.Option(help="Lines are appended here.")] = RESULTS,
+    repeats: Annotated[int, typer.Option(help="Interleaved rounds; medians are reported.")] = 7,
+    again: Annotated[bool, typer.Option("--again", help="Measure cases that have a line again.")] = False,
+    table_only: Annotated[bool, typer.Option("--table", help="Measure nothing; show the last device's lines.")] = False,
+    results: Annotated[Path, typer.Option(help="File to which a line per case is appended.")] = RESULTS,
 ) -> None:
-    """Measure what is missing, then show everything."""
+    """Measure the cases that have no line, then show all of them."""
     records, at = Records(results, KEY), commit()
     if table_only:
         records.as_last()

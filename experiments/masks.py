@@ -1,10 +1,10 @@
-"""Time transposable masks by every method, on the sizes that are asked for and those that others report.
+"""Time transposable masks by every method, on the sizes of the CASES, some of which are published ones.
 
     python experiments/masks.py --threads 2
     python experiments/masks.py --table
 
-A line holds what `eventrnn bench pruning --json` prints, with commit and time; a case with a line of this device
-is skipped. `eventrnn bench pruning` shows what others report beside one case.
+A line holds the output of `eventrnn bench pruning --json`, the commit and the time. A case that has a line of this
+device is skipped. `eventrnn bench pruning` shows published times beside one case.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from rich.table import Table
 from eventrnn.bench.masks import masks
 
 RESULTS = Path(__file__).parent / "results" / "masks.jsonl"
-# Side, n, m, rounds; the seconds that exact and greedy should stay under on two cores.
+# Side of the square matrix, n, m, rounds, and per method the seconds that it should take at most on two cores.
 CASES = (
     (4096, 4, 8, 3, {"exact": 60, "greedy": 1}),
     (4096, 2, 4, 3, {}),
@@ -28,14 +28,14 @@ CASES = (
 
 
 def main(
-    threads: Annotated[int, typer.Option(help="Threads that share the tiles.")] = 2,
-    again: Annotated[bool, typer.Option("--again", help="Measure anew what has a line.")] = False,
-    table_only: Annotated[bool, typer.Option("--table", help="Measure nothing.")] = False,
-    results: Annotated[Path, typer.Option(help="Lines are appended here.")] = RESULTS,
+    threads: Annotated[int, typer.Option(help="Threads that divide the tiles.")] = 2,
+    again: Annotated[bool, typer.Option("--again", help="Measure cases that have a line again.")] = False,
+    table_only: Annotated[bool, typer.Option("--table", help="Measure nothing; show the lines that exist.")] = False,
+    results: Annotated[Path, typer.Option(help="File to which a line per case is appended.")] = RESULTS,
 ) -> None:
-    """Measure what is missing, then show everything."""
+    """Measure the cases that have no line, then show all of them."""
     records = Records(results, ("matrix", "nm", "threads"))
-    table = Table("matrix", "n:m", "method", "seconds", "of processors", "at most", "of the exact magnitude")
+    table = Table("matrix", "n:m", "method", "seconds", "processor seconds", "goal, seconds", "magnitude / exact")
     for side, n, m, repeats, limits in CASES:
         asked = {"matrix": f"{side}x{side}", "nm": f"{n}:{m}", "threads": threads}
         line = records.of(asked)

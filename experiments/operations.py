@@ -1,11 +1,11 @@
-"""Does it pay to prune by measured operations rather than by weights? Criteria at equal operations, one line each.
+"""Pruning to a budget of measured operations: criteria compared at equal operations, one line per point.
 
     python experiments/operations.py --work FOLDER     # trains the demo's model once, some minutes; then 25 points
-    python experiments/operations.py --table           # what is there
+    python experiments/operations.py --table           # shows the lines that exist
 
-The model reads the documentation that Python carries. It is pruned to a share of its measured operations on the
-validation text, by each criterion, and then fine-tuned with that mask. Bits per character and operations a step
-are those of the test text, at once and after fine-tuning. What is there for the same settings and device is skipped.
+The model reads Python's documentation. Each criterion prunes it to a share of its effective operations, measured on
+the validation text, and the result is fine-tuned with that mask. Bits per character and operations per step are those
+of the test text, before and after fine-tuning. A point that has a line with these settings and device is skipped.
 """
 
 from dataclasses import replace
@@ -28,21 +28,26 @@ from eventrnn.training.evaluation import evaluate_text
 RESULTS = Path(__file__).parent / "results" / "operations.jsonl"
 BUDGETS = (0.5, 0.3, 0.2, 0.1, 0.05)
 HIDDEN, EMBEDDING, ACTIVITY_COST, RATE = 256, 64, 1.0, 6e-3
-# Streams of the validation text on which activity is measured.
+# Parallel streams of the validation text on which activity is measured.
 STREAMS = 8
 KEY = ("criterion", "budget", "steps", "tuning", "seed")
 
 
 def trained(path: Path, steps: int, seed: int, report) -> er.Network:
-    """The demo's dense model, trained once and kept."""
+    """The demo's dense model. Its file is reused."""
     if path.exists():
         return er.load(path)
     corpus, rng = python_documentation(), np.random.default_rng(seed)
     symbols = len(corpus.vocabulary)
     network = er.Network.random(
-        [HIDDEN], rng=rng, symbols=symbols, embedding=EMBEDDING, readout=symbols, threshold=0.4,
+        [HIDDEN],
+        rng=rng,
+        symbols=symbols,
+        embedding=EMBEDDING,
+        readout=symbols,
+        threshold=0.4,
         cell=er.Cell(surrogate=er.Surrogate("triangle", 0.7, 1.0)),
-    )  # fmt: skip
+    )
     network = replace(network, embedding=rng.uniform(-1, 1, (symbols, EMBEDDING)).astype(np.float32))
     settings = Settings(steps=steps, learning_rate=RATE, activity_cost=ACTIVITY_COST, seed=seed)
     network = Trainer(network, corpus.train, settings).run(
@@ -53,7 +58,7 @@ def trained(path: Path, steps: int, seed: int, report) -> er.Network:
 
 
 def figures(network: er.Network, symbols: np.ndarray) -> dict:
-    """Bits, operations a step and activity on a text."""
+    """Bits per character, operations per step and activity on a text."""
     found = evaluate_text(network, symbols)
     return {
         "bits": found["bits_per_symbol"],
@@ -63,8 +68,8 @@ def figures(network: er.Network, symbols: np.ndarray) -> dict:
 
 
 def show(records: Records, steps: int, tuning: int, seed: int) -> Table:
-    """A line a budget, a column a criterion: bits at once and after fine-tuning, thousand operations after it."""
-    table = Table("operations", *CRITERIA, title="bits per character: pruned → fine-tuned (thousand operations a step)")
+    """One row per budget, one column per criterion: bits before and after fine-tuning, operations after it."""
+    table = Table("operations", *CRITERIA, title="bits per character: pruned → fine-tuned (1000 operations per step)")
     for budget in BUDGETS:
         cells = []
         for criterion in CRITERIA:
@@ -83,11 +88,11 @@ def main(
     work: Annotated[Path, typer.Option(help="Folder for the trained model.")] = Path("eventrnn-operations"),
     steps: Annotated[int, typer.Option(help="Updates of the dense model.")] = 1500,
     tuning: Annotated[int, typer.Option(help="Updates after pruning.")] = 300,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    table_only: Annotated[bool, typer.Option("--table", help="Measure nothing.")] = False,
-    results: Annotated[Path, typer.Option(help="Lines are appended here.")] = RESULTS,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    table_only: Annotated[bool, typer.Option("--table", help="Measure nothing; show the lines that exist.")] = False,
+    results: Annotated[Path, typer.Option(help="File to which a line per point is appended.")] = RESULTS,
 ) -> None:
-    """Measure what is missing, then show everything."""
+    """Measure the points that have no line, then show all of them."""
     records, console = Records(results, KEY), Console(width=170)
     if table_only:
         console.print(show(records, steps, tuning, seed))

@@ -38,9 +38,22 @@ def latest(lines: list[dict]) -> list[dict]:
 def case_of(line: dict) -> str:
     """The options of a line as a string: equal for two measurements of the same case."""
     keys = (
-        "measures", "hidden", "layers", "batch", "activity_asked", "sparsity_asked", "format", "block", "nm", "dtype",
-        "variant", "threads", "against", "steps", "repeats",
-    )  # fmt: skip
+        "measures",
+        "hidden",
+        "layers",
+        "batch",
+        "activity_asked",
+        "sparsity_asked",
+        "format",
+        "block",
+        "nm",
+        "dtype",
+        "variant",
+        "threads",
+        "against",
+        "steps",
+        "repeats",
+    )
     return json.dumps([line[key] for key in keys])
 
 
@@ -217,9 +230,16 @@ def roofline(
     for k, group in enumerate(groups):
         of_group = np.array([case["group"] == group for case in cases])
         left.scatter(
-            intensity[of_group], rate[of_group], s=26, edgecolors="white", linewidths=0.5, zorder=3, label=group,
-            color=HUES[k % len(HUES)], marker=MARKS[(k + k // len(HUES)) % len(MARKS)],
-        )  # fmt: skip
+            intensity[of_group],
+            rate[of_group],
+            s=26,
+            edgecolors="white",
+            linewidths=0.5,
+            zorder=3,
+            label=group,
+            color=HUES[k % len(HUES)],
+            marker=MARKS[(k + k // len(HUES)) % len(MARKS)],
+        )
     left.set(xscale="log", yscale="log", xlabel="operations per byte of weights (FLOP/B)", ylabel="GFLOP/s")
     left.set_ylim(rate.min() / 2, peaks.max() * 1.6)
     left.yaxis.set_major_formatter("{x:g}")

@@ -1,9 +1,9 @@
-"""Small networks of every format through the CUDA engine, for NVIDIA's compute-sanitizer to watch.
+"""Small networks of every format on the CUDA engine, to be run under NVIDIA's compute-sanitizer.
 
     compute-sanitizer --report-api-errors no --tool memcheck python experiments/sanitizer_cases.py
     compute-sanitizer --report-api-errors no --tool racecheck python experiments/sanitizer_cases.py
 
-Each case is a run, single steps and a graph's replay; events are compared with the CPU engine's.
+Each case is a run, single steps and a replayed graph. Events are compared with those of the CPU engine.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STORED = [
 
 
 def exact(network: Network, batch: int, rng: np.random.Generator, backend: str) -> bool:
-    """Whether a run has the CPU's events; with steps and a replay after it."""
+    """Whether a run has the events of the CPU engine. Single steps and a replayed graph follow."""
     x = rng.standard_normal((STEPS, batch, INPUTS)).astype(np.float32)
     ours, theirs = (simulate(network, x, backend=name, record=("events", "states")) for name in (backend, "cpu"))
     stream = Simulator(network, batch=batch, backend=backend)
@@ -42,7 +42,7 @@ def exact(network: Network, batch: int, rng: np.random.Generator, backend: str) 
 
 
 def inexact(network: Network, precision: str, rng: np.random.Generator) -> bool:
-    """Whether layers went through tensor cores, as they are made to."""
+    """Whether the layers went through tensor cores, which this function forces."""
     simulator = Simulator(network, batch=9, backend=CudaBackend(exact=False, precision=precision))
     simulator.engine.tensor_layers[9] = tuple(range(len(UNITS)))
     paths = simulator.run(rng.standard_normal((STEPS, 9, INPUTS)).astype(np.float32)).paths
@@ -62,7 +62,7 @@ def main(backend: str = "cuda") -> int:
             good += [exact(network.with_matrices(thinned), batch, rng, backend) for batch in (1, 7)]
         if variant == "evnn" and backend == "cuda":
             good += [inexact(network, precision, rng) for precision in PRECISIONS]
-    print(f"{sum(good)} of {len(good)} cases are as they should be")
+    print(f"{sum(good)} of {len(good)} cases passed")
     return 0 if all(good) else 1
 
 

@@ -1,9 +1,9 @@
 """Two tasks learned to known levels: the adding problem over 200 steps, and scikit-learn's digits read row by row.
 
-    python experiments/sequences.py adding      # solved: mean squared error below 0.01, where always saying 1 has 0.167
+    python experiments/sequences.py adding      # solved: mean squared error below 0.01; constant 1 has 0.167
     python experiments/sequences.py digits      # needs scikit-learn
 
-Each appends a line to results/sequences.jsonl. A run is kept in runs/ and goes on where it was stopped.
+Each task appends a line to results/sequences.jsonl. A run is kept in runs/, and a run that was stopped continues.
 """
 
 from dataclasses import replace
@@ -34,8 +34,11 @@ RESULTS = Path(__file__).parent / "results" / "sequences.jsonl"
 
 
 class Adding(Task):
-    """Say the sum of the two numbers that were marked (Hochreiter and Schmidhuber 1997): two inputs, a number drawn
-    from [0, 1) at every step and a mark that is 1 at one step of each half. Never the same sequence twice."""
+    """The adding problem (Hochreiter and Schmidhuber 1997): the target is the sum of the two marked numbers.
+
+    The first input is a number drawn from [0, 1) at every step. The second is 1 at one step of each half of the
+    sequence, which marks the number, and 0 elsewhere. No sequence occurs twice.
+    """
 
     def __init__(self, steps: int, *, seed: int = 0):
         self.steps, self.seed = steps, seed
@@ -62,7 +65,7 @@ class Adding(Task):
         return loss, d_output
 
     def evaluate(self, model: Model) -> dict[str, float]:
-        # Epochs count from 0: this one is never trained on.
+        # Training counts epochs from 0 and never reaches this one.
         held_out = self.batch(0, 2**32 - 1, 1000, 0)
         output, _, tape = model.forward(held_out.inputs, State.zeros(model.template, 1000))
         return {"loss": self.loss(output, held_out)[0], "activity": float(tape.activity)}
@@ -72,7 +75,10 @@ class Adding(Task):
 
 
 def remembering(network: Network, steps: int, rng: np.random.Generator) -> Network:
-    """Keep gates that start with time constants up to the length of the task (Tallec and Ollivier 2018)."""
+    """The network with keep gates whose initial time constants reach the length of the task.
+
+    Source: chrono initialisation, Tallec and Ollivier 2018.
+    """
     layer = network.layers[0]
     bias = layer.bias_in.copy()
     bias[: layer.units] = np.log(rng.uniform(1, steps - 1, layer.units))
@@ -83,15 +89,22 @@ def adding(hidden: int, steps: int, length: int) -> Trainer:
     rng = np.random.default_rng(0)
     network = Network.random([hidden], inputs=2, readout=1, threshold=0.1, rng=rng)
     settings = Settings(
-        steps=steps, batch=50, learning_rate=2e-3, weight_decay=0.0, validate_every=100,
+        steps=steps,
+        batch=50,
+        learning_rate=2e-3,
+        weight_decay=0.0,
+        validate_every=100,
         schedule=Schedule("cosine", constant=0.6, final=0.02),
-    )  # fmt: skip
+    )
     return Trainer(remembering(network, length, rng), Adding(length), settings)
 
 
 def digits(hidden: int, steps: int) -> tuple[Trainer, tuple[np.ndarray, np.ndarray]]:
-    """Rows of 8 pixels, 8 steps; 1,149 images to train on, 288 to validate, 360 to test. The activity
-    cost is the best of 0.2, 0.3 and 0.5 by the validation loss."""
+    """The trainer for scikit-learn's digits, and the images and labels of the test.
+
+    An image is 8 steps of 8 pixels. 1,149 images are for training, 288 for validation and 360 for the test. The
+    activity cost is the best of 0.2, 0.3 and 0.5 by the validation loss.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -101,26 +114,29 @@ def digits(hidden: int, steps: int) -> tuple[Trainer, tuple[np.ndarray, np.ndarr
     order = np.random.default_rng(0).permutation(len(images))
     train, valid, test = np.split(order, [1149, 1437])
     cell = Cell(surrogate=Surrogate("triangle", 0.7, 1.0))
-    network = Network.random(
-        [hidden], inputs=8, readout=10, threshold=0.3, cell=cell, rng=np.random.default_rng(1)
-    )  # fmt: skip
+    network = Network.random([hidden], inputs=8, readout=10, threshold=0.3, cell=cell, rng=np.random.default_rng(1))
     settings = Settings(
-        steps=steps, batch=64, learning_rate=5e-3, weight_decay=0.01, validate_every=100, activity_cost=0.3,
+        steps=steps,
+        batch=64,
+        learning_rate=5e-3,
+        weight_decay=0.01,
+        validate_every=100,
+        activity_cost=0.3,
         regularisers=Regularisers(dropout_input=0.1, dropout_top=0.3),
-    )  # fmt: skip
+    )
     task = Classification(images[train], labels[train], (images[valid], labels[valid]), read="mean")
     return Trainer(network, task, settings), (images[test], labels[test])
 
 
 def main(
-    task: Annotated[str, typer.Argument(help="adding or digits.")],
-    hidden: Annotated[int, typer.Option(help="Units. [64, digits 128]")] = 0,
-    steps: Annotated[int, typer.Option(help="Updates.")] = 3000,
-    length: Annotated[int, typer.Option(help="Steps of a sequence to add.")] = 200,
-    runs: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),
-    results: Annotated[Path, typer.Option(help="Lines to append to.")] = RESULTS,
+    task: Annotated[str, typer.Argument(help="Task: adding or digits.")],
+    hidden: Annotated[int, typer.Option(help="Units of the layer. [64 for adding, 128 for digits]")] = 0,
+    steps: Annotated[int, typer.Option(help="Parameter updates.")] = 3000,
+    length: Annotated[int, typer.Option(help="Time steps of a sequence of the adding problem.")] = 200,
+    runs: Annotated[Path, typer.Option(help="Folder in which runs are kept.")] = Path("runs"),
+    results: Annotated[Path, typer.Option(help="File to which the line is appended.")] = RESULTS,
 ) -> None:
-    """Train, test, write a line."""
+    """Train and test the network, and append a line."""
     if task not in ("adding", "digits"):
         raise SystemExit(f"task: got {task!r}, need adding or digits")
     units = hidden or (64 if task == "adding" else 128)
@@ -137,13 +153,20 @@ def main(
     if test is not None:
         figures = type(trainer.task)(*test, test, read="mean").evaluate(Model(network))
     line = {
-        "experiment": task, "hidden": units, "steps": trainer.steps_done, "seconds": seconds, **figures,
+        "experiment": task,
+        "hidden": units,
+        "steps": trainer.steps_done,
+        "seconds": seconds,
+        **figures,
         "support": lines[-1]["support"],
-        "curve": [[each["step"], each["validation"]["loss"], each["validation"]["activity"]]
-                  for each in lines if each["validation"]],
-    }  # fmt: skip
+        "curve": [
+            [each["step"], each["validation"]["loss"], each["validation"]["activity"]]
+            for each in lines
+            if each["validation"]
+        ],
+    }
     if task == "adding":
-        # The sum of two numbers from [0, 1) has variance 1/6: the error of saying 1 whatever is read.
+        # The sum of two numbers from [0, 1) has variance 1/6, which is the error of a constant output of 1.
         line |= {"length": length, "share_of_blind_error": figures["loss"] * 6}
     Records(results, ()).add(line)
     print(as_line({key: value for key, value in line.items() if key != "curve"}))

@@ -201,9 +201,16 @@ def cuda() -> str:
             cells = (number(line["us_per_step"]), number(line["against_us_per_step"]), line["against_variant"])
             rows.append(((name, *cells, times(line["speedup"]), *clock, share), [line]))
     columns = (
-        "network", "µs per step", "baseline, µs", "fastest baseline", "times faster", "run", "chunk", "call",
+        "network",
+        "µs per step",
+        "baseline, µs",
+        "fastest baseline",
+        "times faster",
+        "run",
+        "chunk",
+        "call",
         "share of counting",
-    )  # fmt: skip
+    )
     return table(columns, rows)
 
 
@@ -228,9 +235,19 @@ def training() -> str:
         cells.append(f"{line['executed_per_iteration'] / line['dense_per_iteration']:.1%}")
         rows.append((cells, [line]))
     columns = (
-        "weights", "batch", "threads", "input gradient", "ms", "`nn.GRU`, ms", "times faster", "loop, ms",
-        "times faster", "indexed loop, ms", "times faster", "executed / dense",
-    )  # fmt: skip
+        "weights",
+        "batch",
+        "threads",
+        "input gradient",
+        "ms",
+        "`nn.GRU`, ms",
+        "times faster",
+        "loop, ms",
+        "times faster",
+        "indexed loop, ms",
+        "times faster",
+        "executed / dense",
+    )
     return table(columns, rows)
 
 
@@ -252,9 +269,12 @@ def blocks() -> str:
         sizes = [dense["file_bytes"] / line["file_bytes"] for line in (pruned, lasso) if line]
         rows.append(((block, *perplexities, times(min(sizes)), f"{wide['perplexity']:.1f}" if wide else ""), used))
     columns = (
-        "block", "block pruning", "with group lasso", "file smaller, times, at least",
+        "block",
+        "block pruning",
+        "with group lasso",
+        "file smaller, times, at least",
         "1.5 times the units, pruned to the dense model's weights",
-    )  # fmt: skip
+    )
     return table(columns, rows)
 
 

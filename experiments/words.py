@@ -1,11 +1,12 @@
-"""A small word model of events beside a GRU of the same size, both trained by the same loop.
+"""A small event-based word model beside a GRU of the same size, both trained by the same loop.
 
-    python experiments/words.py FOLDER                       # events, then the GRU; appends to results/words.jsonl
+    python experiments/words.py FOLDER                       # the EGRU, then the GRU; appends to results/words.jsonl
     python experiments/words.py FOLDER --model egru --epochs 4
 
-FOLDER holds ptb.train.txt, ptb.valid.txt and ptb.test.txt (or any three named so). The GRU is `training.GRU`: a unit
-sends its cell at every step, nothing is subtracted; the same parameters but for thresholds, start and noise, but no
-activity cost, which would only shrink it. A run is kept in runs/ and goes on where it was stopped.
+FOLDER holds ptb.train.txt, ptb.valid.txt and ptb.test.txt (or three files named alike). The GRU is `training.GRU`: a
+unit sends its cell at every step, and nothing is subtracted from it. Both models have the same parameters, except for
+thresholds, and the same initialisation and noise. The GRU has no activity cost, which would only shrink its outputs. A
+run is kept in runs/, and a run that was stopped continues.
 """
 
 from pathlib import Path
@@ -25,7 +26,7 @@ FIGURE = Path(__file__).parent / "figures" / "words.png"
 
 
 def settings(model: str, epochs: int) -> Settings:
-    """What was tried first and kept: nothing is tuned on these texts."""
+    """The settings of both models. They are the first ones tried; nothing was tuned on these texts."""
     return Settings(
         epochs=epochs,
         batch=20,
@@ -41,14 +42,14 @@ def settings(model: str, epochs: int) -> Settings:
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="The texts.")],
+    folder: Annotated[Path, typer.Argument(help="Folder with the three texts.")],
     model: Annotated[list[str] | None, typer.Option(help="egru or gru; repeat for both. [both]")] = None,
-    hidden: int = 256,
-    epochs: int = 2,
-    runs: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),
-    results: Annotated[Path, typer.Option(help="Lines to append to.")] = RESULTS,
+    hidden: Annotated[int, typer.Option(help="Units of the layer.")] = 256,
+    epochs: Annotated[int, typer.Option(help="Passes over the training text.")] = 2,
+    runs: Annotated[Path, typer.Option(help="Folder in which runs are kept.")] = Path("runs"),
+    results: Annotated[Path, typer.Option(help="File to which a line per model is appended.")] = RESULTS,
 ) -> None:
-    """Train, validate, test, write a line each."""
+    """Train, validate and test each model, and append a line per model."""
     corpus, records = from_path(folder, kind="word"), Records(results, ())
     symbols = len(corpus.vocabulary)
     for name in model or ["egru", "gru"]:
@@ -72,20 +73,34 @@ def main(
         test = LanguageModelling(corpus.train, corpus.test).evaluate(engine)
         best = min((line["validation"] for line in lines if line["validation"]), key=lambda v: v["bits"])
         line = {
-            "experiment": "words", "model": name, "hidden": hidden, "epochs": epochs, "symbols": symbols,
-            "words": len(corpus.train), "perplexity_valid": best["perplexity"], "perplexity_test": test["perplexity"],
-            "activity": test["activity"], "support": lines[-1]["support"], "seconds": seconds,
+            "experiment": "words",
+            "model": name,
+            "hidden": hidden,
+            "epochs": epochs,
+            "symbols": symbols,
+            "words": len(corpus.train),
+            "perplexity_valid": best["perplexity"],
+            "perplexity_test": test["perplexity"],
+            "activity": test["activity"],
+            "support": lines[-1]["support"],
+            "seconds": seconds,
             "parameters": sum(p.size for p in engine.parameters.values()),
-            "curve": [[each["step"], each["validation"]["perplexity"], each["validation"]["activity"]]
-                      for each in lines if each["validation"]],
-        }  # fmt: skip
+            "curve": [
+                [each["step"], each["validation"]["perplexity"], each["validation"]["activity"]]
+                for each in lines
+                if each["validation"]
+            ],
+        }
         records.add(line)
         plots.learning_curves(
-            {each["model"]: each["curve"] for each in records.lines
-             if (each["hidden"], each["epochs"]) == (hidden, epochs)},
+            {
+                each["model"]: each["curve"]
+                for each in records.lines
+                if (each["hidden"], each["epochs"]) == (hidden, epochs)
+            },
             title=f"{hidden} units, {epochs} epochs of {len(corpus.train):,} words",
             path=runs / "words.png" if results != RESULTS else FIGURE,
-        )  # fmt: skip
+        )
         print(as_line({key: value for key, value in line.items() if key != "curve"}))
 
 
