@@ -7,6 +7,9 @@ backends return the same bits: events, states, outputs and fire counts.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -213,3 +216,82 @@ def get_backend(backend: str | Backend, exact: bool = True) -> Backend:
             f"exact: got False, but backend {backend!r} has exact paths only; use 'auto' or 'cuda', or leave it out"
         )
     return kind()
+
+
+# --- training ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WindowResult:
+    """The figures of one update; see `training.Progress`.
+
+    norms : 2-norm of the gradient of every parameter, by name, before clipping
+    fault : why the update was not made, in words; empty if it was. The parameters are then unchanged
+    """
+
+    loss: float = 0.0
+    penalty: float = 0.0
+    activity: float = 0.0
+    support: float = 0.0
+    norm: float = 0.0
+    operations: int = 0
+    norms: Mapping[str, float] = field(default_factory=dict)
+    fault: str = ""
+
+
+class TrainingEngine(Protocol):
+    """Does the updates of a run, on the parameters of a `training.Model` and the state of its optimiser.
+
+    Where the engine keeps the parameters elsewhere, `model.parameters` and the arrays of the optimiser are mappings
+    that bring an array up to date when it is read, and take it over for the next update.
+
+    state : state of the network after the last window
+    """
+
+    state: State
+
+    def update(
+        self, batch: Any, *, start: str, step: int, rate: float, after_step: Callable[[Any, Any], None] | None
+    ) -> WindowResult:
+        """One update on a `training.Batch`: noise, forward, loss, backward, clipping, optimiser, masks.
+
+        start      : initial state: "state" is the present one, "events" its outputs with cells at zero, "" is zero. It
+                     is zero too if the number of samples has changed
+        step       : number of the update, from 0; the noise depends on it and on the seed
+        rate       : learning rate
+        after_step : called with parameters and gradients between the optimiser and the masks, or None
+        """
+        ...
+
+    def masks_changed(self) -> None:
+        """Take over the model's masks, which have changed."""
+        ...
+
+    def reading(self) -> AbstractContextManager[None]:
+        """Within the context, arrays of the model and the optimiser are read, but not written to."""
+        ...
+
+    def evaluating(self, parameters: Mapping[str, np.ndarray] | None = None) -> AbstractContextManager[Any]:
+        """Within the context, a model with the `parameters`, `forward` and `score` of `training.Model`.
+
+        parameters : to use instead of those of the run
+        """
+        ...
+
+
+#: backend name -> module and class of its training engine, imported at the first use
+TRAINING_ENGINES = {
+    "cpu": "eventrnn.training.engine:CpuTrainingEngine",
+    "cuda": "eventrnn.cuda.training:CudaTrainingEngine",
+}
+
+
+def training_engine(backend: str) -> Callable[..., TrainingEngine]:
+    """The class of the training engine of that name, which takes (model, task, settings, optimiser).
+
+    Raises ValueError for a backend that does not train.
+    """
+    if backend not in TRAINING_ENGINES:
+        raise ValueError(f"backend: got {backend!r}, need one of {', '.join(TRAINING_ENGINES)} for training")
+    module, _, name = TRAINING_ENGINES[backend].partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -7,8 +7,7 @@ GPU.
 
 from __future__ import annotations
 
-import ctypes
-from types import CellType, FunctionType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,84 +15,8 @@ import pytest
 from eventrnn.backend import BackendUnavailable
 from eventrnn.cuda import PRECISIONS, tables
 from support import tolerance
-from support.fake_gpu import ROUNDING, half, longs, rounded, widened
-
-KINDS = {"global_float32": (ctypes.c_float, np.float32), "global_int64": (ctypes.c_int64, np.int64)}
-KINDS |= {"global_int32": (ctypes.c_int32, np.int32), "global_uint16": (ctypes.c_uint16, np.uint16)}
-
-
-class Pointed:
-    """An array of numbers at an address, like the typed pointers of `ptx.py`."""
-
-    def __init__(self, address: int, kind: tuple):
-        self.at, self.kind = ctypes.cast(int(address), ctypes.POINTER(kind[0])), kind[1]
-
-    def __getitem__(self, k):
-        return self.kind(self.at[int(k)])
-
-    def __setitem__(self, k, value):
-        self.at[int(k)] = self.kind(value).item()
-
-
-def _raise_to(address, value):
-    longs(address, 1)[0] = max(longs(address, 1)[0], value)
-
-
-def _add(address, value):
-    longs(address, 1)[0] += value
-
-
-def in_python(function, grid: tuple[int, int]):
-    """A kernel as a Python function on host memory, one thread per block; `grid`: number of blocks along x and y."""
-    from eventrnn.cuda.kernels import ptx
-    from eventrnn.cuda.kernels import tensor_core_cells as module
-
-    block = SimpleNamespace(x=0, y=0)
-    there = SimpleNamespace(threadIdx=SimpleNamespace(x=0), blockIdx=block, blockDim=SimpleNamespace(x=1))
-    there.gridDim, there.syncwarp = SimpleNamespace(x=grid[0], y=grid[1]), lambda mask: None
-    fakes = {id(getattr(ptx, name)): lambda at, kind=kind: Pointed(at, kind) for name, kind in KINDS.items()}
-    fakes |= {id(ptx.max_relaxed): _raise_to, id(ptx.add_relaxed): _add, id(ptx.cuda): there}
-    fakes[id(ptx.fma)] = lambda a, b, c: np.float32(np.float64(a) * np.float64(b) + np.float64(c))
-    fakes[id(module.power_of_two_approx)] = lambda x: np.exp2(np.float32(x))
-    fakes[id(module.reciprocal_approx)] = lambda x: np.float32(1) / np.float32(x)
-    for name in PRECISIONS:
-        fakes[id(module._LOADS[name])] = lambda at, p=name: tuple(widened(_pair(at, p), p))
-        fakes[id(module._STORES[name])] = lambda at, a, p=name: _store(at, [a], p)
-        fakes[id(module._PAIR_STORES[name])] = lambda at, a, b, p=name: _store(at, [a, b], p)
-    made: dict[int, FunctionType] = {}
-
-    def plain(value):
-        if id(value) in fakes:
-            return fakes[id(value)]
-        value = getattr(value, "py_func", value)
-        if not isinstance(value, FunctionType) or not (value.__module__ or "").startswith("eventrnn.cuda"):
-            return value
-        if id(value) not in made:
-            names = dict(value.__globals__)
-            names |= {name: plain(names[name]) for name in value.__code__.co_names if name in names}
-            cells = tuple(CellType(plain(each.cell_contents)) for each in value.__closure__ or ())
-            made[id(value)] = FunctionType(value.__code__, names, value.__name__, value.__defaults__, cells)
-        return made[id(value)]
-
-    kernel = plain(function)
-
-    def run(*arguments):
-        with np.errstate(all="ignore"):
-            for block.y in range(grid[1]):
-                for block.x in range(grid[0]):
-                    kernel(*map(np.int64, arguments))
-
-    return run
-
-
-def _pair(address, precision):
-    assert address % (2 * half(address, 1, precision).itemsize) == 0, "neighbours are loaded and stored as one word"
-    return half(address, 2, precision).copy()
-
-
-def _store(address, values, precision):
-    assert address % (len(values) * half(address, 1, precision).itemsize) == 0
-    half(address, len(values), precision)[:] = rounded(np.array(values, np.float32), precision)
+from support.fake_gpu import ROUNDING, rounded, widened
+from support.python_kernels import in_python
 
 
 @pytest.fixture

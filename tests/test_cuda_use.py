@@ -416,7 +416,9 @@ def test_unsupported_torch_tensors_are_refused():
     torch = pytest.importorskip("torch", reason="needs PyTorch")
     network, x = small()
     tensor = torch.from_numpy(x).cuda()
-    with pytest.raises(TypeError, match=r"inputs: got torch.bfloat16, .* give x.float\(\), which holds the same numbers"):
+    with pytest.raises(
+        TypeError, match=r"inputs: got torch.bfloat16, .* give x.float\(\), which holds the same numbers"
+    ):
         simulate(network, tensor.bfloat16(), backend="cuda")
     with pytest.raises(ValueError, match=r"inputs: got a tensor that requires a gradient.* give x.detach\(\)"):
         simulate(network, tensor.requires_grad_(), backend="cuda")

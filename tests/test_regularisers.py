@@ -29,17 +29,16 @@ def _model(**changes):
 
 
 def test_no_noise_draws_nothing():
-    rng, same = np.random.default_rng(1), np.random.default_rng(1)
-    noise = Regularisers().draw(_model(), STEPS, BATCH, rng)
+    assert not Regularisers().masks(_model())
+    noise = Regularisers().draw(_model(), STEPS, BATCH, seed=1, step=0)
     assert all(getattr(noise, field.name) in (None, ()) for field in fields(Noise))
-    assert rng.bit_generator.state == same.bit_generator.state
 
 
 @pytest.mark.parametrize("sharing", ["time", "batch"])
 def test_masks_have_the_documented_shapes_and_scales(sharing):
     model = _model()
     rates = dict.fromkeys(RATES, 0.5)
-    noise = Regularisers(**rates, mask_sharing=sharing).draw(model, STEPS, BATCH, np.random.default_rng(1))
+    noise = Regularisers(**rates, mask_sharing=sharing).draw(model, STEPS, BATCH, seed=1, step=0)
     locked = (BATCH,) if sharing == "time" else (STEPS, 1)
     assert noise.inputs.shape == (*locked, 6) and noise.top.shape == (*locked, 12)
     assert [mask.shape for mask in noise.between] == [(*locked, 8)]
@@ -55,12 +54,26 @@ def test_masks_have_the_documented_shapes_and_scales(sharing):
 
 
 def test_rates_equal_the_requested_rates():
-    noise = Regularisers(dropconnect=0.7, zoneout=0.2).draw(_model(), 200, 50, np.random.default_rng(3))
+    noise = Regularisers(dropconnect=0.7, zoneout=0.2).draw(_model(), 200, 50, seed=3, step=7)
     dropped = np.concatenate([mask.ravel() == 0 for mask in noise.recurrent])
     assert abs(dropped.mean() - 0.7) <= sample_mean(len(dropped))
     held = np.concatenate([mask.ravel() for mask in noise.zoneout])
     assert abs(held.mean() - 0.2) <= sample_mean(len(held))
     assert abs(noise.recurrent[0].mean() - 1) <= sample_mean(noise.recurrent[0].size, 0.5 / 0.3)
+
+
+def test_masks_depend_on_seed_step_and_place_only():
+    rates, model = Regularisers(**dict.fromkeys(RATES, 0.5)), _model()
+    drawn = [_bits(rates.draw(model, STEPS, BATCH, seed=seed, step=step)) for seed, step in ((0, 0), (0, 1), (1, 0))]
+    each = [mask for masks in drawn for mask in masks]
+    assert len(set(each)) == len(each)
+    assert _bits(rates.draw(model, STEPS, BATCH, seed=1, step=0)) == drawn[-1]
+
+
+def _bits(noise) -> list[bytes]:
+    """The bytes of all masks of a window."""
+    found = [getattr(noise, field.name) for field in fields(noise)]
+    return [mask.tobytes() for each in found for mask in (each if isinstance(each, tuple) else (each,))]
 
 
 def _tape(model, kind):

@@ -12,22 +12,26 @@ if TYPE_CHECKING:
 
 
 # cudaDataType of the arrays of each precision.
-TYPES = {"float16": 2, "bfloat16": 14, "tf32": 0}
+TYPES = {"float16": 2, "bfloat16": 14, "tf32": 0, "float32": 0}
 
 # cublasComputeType of each precision: sums in float32.
-SUMS = {"float16": 68, "bfloat16": 68, "tf32": 77}
+SUMS = {"float16": 68, "bfloat16": 68, "tf32": 77, "float32": 68}
 
-# CUBLAS_OP_N: not transposed. CUBLAS_GEMM_DEFAULT: cuBLAS selects the algorithm.
-NOT_TRANSPOSED, DEFAULT = 0, -1
+# CUBLAS_OP_N and CUBLAS_OP_T. CUBLAS_GEMM_DEFAULT: cuBLAS selects the algorithm.
+NOT_TRANSPOSED, TRANSPOSED, DEFAULT = 0, 1, -1
 
 # The size that NVIDIA recommends for Hopper.
 WORKSPACE_BYTES = 32 << 20
 
 
 class Cublas:
-    """A cuBLAS handle with its own workspace. Raises BackendUnavailable if cuBLAS cannot be loaded."""
+    """A cuBLAS handle with its own workspace. Raises BackendUnavailable if cuBLAS cannot be loaded.
 
-    def __init__(self, device: Device):
+
+    queue : the stream of its products; the device's own by default
+    """
+
+    def __init__(self, device: Device, queue: Any = None):
         try:
             self.functions = device.load_library("cublas")
         except (ImportError, RuntimeError, OSError) as error:
@@ -38,7 +42,7 @@ class Cublas:
         self.workspace = device.empty(WORKSPACE_BYTES, "u1")
         self.handle, self.one, self.zero = ctypes.c_void_p(), ctypes.c_float(1), ctypes.c_float(0)
         self._call("cublasCreate_v2", ctypes.byref(self.handle))
-        self._call("cublasSetStream_v2", self.handle, ctypes.c_void_p(device.queue.ptr))
+        self._call("cublasSetStream_v2", self.handle, ctypes.c_void_p((queue or device.queue).ptr))
         workspace = ctypes.c_void_p(self.workspace.data.ptr), ctypes.c_size_t(WORKSPACE_BYTES)
         self._call("cublasSetWorkspace_v2", self.handle, *workspace)
 
@@ -60,3 +64,33 @@ class Cublas:
         operations = NOT_TRANSPOSED, NOT_TRANSPOSED
         arguments = *operations, *shape, one, *left, *right, zero, *target, SUMS[precision], DEFAULT
         self._call("cublasGemmEx", self.handle, *arguments)
+
+    def multiply(self, precision: str, a: Any, b: Any, out: Any, rows: int, width: int, columns: int) -> None:
+        """out (rows, columns) float32 = a (rows, width) @ b (width, columns).
+
+        a, b, out : `training.lanes.Factor`: address, pitch, and whether the array is stored transposed
+        """
+        kind, pointer = TYPES[precision], ctypes.c_void_p
+        # cuBLAS counts columns first, so that every array is seen transposed and the factors change places.
+        self._call(
+            "cublasGemmEx",
+            self.handle,
+            TRANSPOSED if b.transposed else NOT_TRANSPOSED,
+            TRANSPOSED if a.transposed else NOT_TRANSPOSED,
+            columns,
+            rows,
+            width,
+            ctypes.byref(self.one),
+            pointer(b.at),
+            kind,
+            b.pitch,
+            pointer(a.at),
+            kind,
+            a.pitch,
+            ctypes.byref(self.zero),
+            pointer(out.at),
+            TYPES["float32"],
+            out.pitch,
+            SUMS[precision],
+            DEFAULT,
+        )

@@ -164,13 +164,15 @@ class Device:
         shared: int = 0,
         cooperative: bool = False,
         cluster: int = 0,
+        stream: Any = None,
     ) -> None:
-        """Launch a kernel on the stream. All arguments are passed as int64.
+        """Launch a kernel. All arguments are passed as int64.
 
         shared      : bytes of dynamic shared memory per block
         cooperative : all blocks must be resident at the same time
         cluster     : blocks per cluster, 0 without clusters. A cluster launch is not cooperative, so the caller must
                       make sure that all clusters are resident (`clusters`)
+        stream      : a stream of `new_stream`, or None for the device's own
         """
         from cuda.core import LaunchConfig, launch
 
@@ -180,7 +182,12 @@ class Device:
             config = LaunchConfig(grid=int(blocks) // cluster, cluster=cluster, block=threads, shmem_size=shared)
         else:
             config = LaunchConfig(grid=blocks, block=threads, shmem_size=shared, is_cooperative=cooperative)
-        launch(self.stream, config, kernel, *(ctypes.c_int64(each) for each in arguments))
+        launch(stream or self.stream, config, kernel, *(ctypes.c_int64(each) for each in arguments))
+
+    def new_stream(self) -> tuple[Any, Any]:
+        """A further stream, and the same stream for CuPy."""
+        stream = self.core.create_stream()
+        return stream, self.arrays.cuda.Stream.from_external(stream)
 
     def _allow(self, kernel: Any, shared: int, cluster: int) -> None:
         """Request the permissions that a kernel needs. Raises RuntimeError if one is refused."""
@@ -298,14 +305,21 @@ class Device:
         except self.arrays.cuda.memory.OutOfMemoryError:
             raise self._out_of_memory(int(np.prod(shape)) * np.dtype(dtype).itemsize) from None
 
-    def _out_of_memory(self, needed: int) -> MemoryError:
+    def free_bytes(self) -> int:
+        """Bytes that can still be allocated."""
         pool = self.arrays.get_default_memory_pool()
         free = self.arrays.cuda.runtime.memGetInfo()[0] + pool.free_bytes()
-        if pool.get_limit():
-            free = min(free, pool.get_limit() - pool.used_bytes())
+        return min(free, pool.get_limit() - pool.used_bytes()) if pool.get_limit() else free
+
+    def need(self, needed: int) -> None:
+        """Raise MemoryError with the needed and the free bytes unless so many bytes are free."""
+        if needed > self.free_bytes():
+            raise self._out_of_memory(needed)
+
+    def _out_of_memory(self, needed: int) -> MemoryError:
         return MemoryError(
-            f"cuda: {needed:,} bytes are needed and {free:,} are free on {self.name}; use a smaller batch, or fewer "
-            "steps at a time"
+            f"cuda: {needed:,} bytes are needed and {self.free_bytes():,} are free on {self.name}; use a smaller "
+            "batch, or fewer steps at a time"
         )
 
 

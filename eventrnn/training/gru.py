@@ -7,6 +7,8 @@ quality.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from eventrnn.counting.backward import BackwardWork
@@ -29,7 +31,7 @@ class GRU(Model):
         super().__init__(network, backward=backward, threads=threads, thresholds=thresholds)
         self._engines = [GRULayerEngine(cell, "dense", self._team, self._arena) for cell in self.cells]
 
-    def network(self) -> Network:
+    def network(self, parameters: Mapping[str, np.ndarray] | None = None) -> Network:
         """Raises ValueError: no event network has the outputs of a GRU."""
         raise ValueError("network: a GRU has no event network; its weights are in `parameters`")
 

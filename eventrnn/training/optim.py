@@ -131,6 +131,11 @@ class Rule(ABC):
         """The parameters to validate and to save: those of the last step, or their running mean (NT-ASGD)."""
         return dict(parameters)
 
+    @property
+    def averages(self) -> bool:
+        """Whether `averaged` differs from the parameters of the last step."""
+        return False
+
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays of the state by name, for a checkpoint."""
         return {}
@@ -217,6 +222,10 @@ class AveragedDescent(Descent):
             self.mean = {name: value.copy() for name, value in parameters.items()}
         self.history.append(loss)
         return triggered
+
+    @property
+    def averages(self) -> bool:
+        return self.counted > 0
 
     def averaged(self, parameters: Arrays) -> dict[str, np.ndarray]:
         return dict(self.mean) if self.counted else dict(parameters)

@@ -12,9 +12,12 @@ import numpy as np
 
 from eventrnn import cells
 from eventrnn.training.bptt.model import Model, Tape
-from eventrnn.training.bptt.noise import Noise
+from eventrnn.training.bptt.noise import Mask, Noise
 
 F32 = np.float32
+
+# Kinds of masks of a layer.
+KINDS = 8
 
 RATES = ("dropconnect", "dropout_input", "dropout_between", "dropout_top", "dropout_words", "zoneout")
 
@@ -85,23 +88,38 @@ class Regularisers:
         if self.dropout_between and len(model.cells) == 1:
             raise ValueError(f"regularisers dropout_between: got {self.dropout_between}, but there is one layer only")
 
-    def draw(self, model: Model, steps: int, batch: int, rng: np.random.Generator) -> Noise:
-        """Draw the masks of one window. A mask with rate 0 is not drawn and does not advance the generator."""
+    def masks(self, model: Model) -> list[Mask]:
+        """The masks that every window draws. A mask with rate 0 is not among them."""
         p, units = model.parameters, _units(model)
-        locked = (steps, 1) if self.mask_sharing == "batch" else (batch,)
+        locked = ("T", 1) if self.mask_sharing == "batch" else ("B",)
+        found: list[Mask] = []
 
-        def scale(rate: float, *shape: int) -> np.ndarray | None:
-            return (rng.random(shape, F32) >= F32(rate)) / F32(1 - rate) if rate else None
+        def add(name: str, kind: int, layer: int, rate: float, *shape: int | str) -> None:
+            if rate:
+                found.append(Mask(name, layer, rate, KINDS * layer + kind, shape))
 
+        add("inputs", 0, 0, self.dropout_input, *locked, len(p["layers.0.w_in"]))
+        for k, n in enumerate(units[:-1]):
+            add("between", 1, k, self.dropout_between, *locked, n)
+        add("top", 2, 0, self.dropout_top, *locked, units[-1])
+        for k, n in enumerate(units):
+            add("recurrent", 3, k, self.dropconnect, n, 3 * n)
+            add("zoneout", 4, k, self.zoneout, "T", "B", n)
+        if "embedding" in p:
+            add("words", 5, 0, self.dropout_words, len(p["embedding"]))
+        return found
+
+    def draw(self, model: Model, steps: int, batch: int, *, seed: int, step: int) -> Noise:
+        """The masks of one window of a run, a function of the seed of the run and the number of the step."""
+        fields: dict[str, dict[int, np.ndarray]] = {}
+        for mask in self.masks(model):
+            fields.setdefault(mask.name, {})[mask.layer] = mask.draw(seed, step, steps, batch)
+        several = {"between", "recurrent", "zoneout"}
         return Noise(
-            inputs=scale(self.dropout_input, *locked, len(p["layers.0.w_in"])),
-            between=tuple(scale(self.dropout_between, *locked, n) for n in units[:-1]) if self.dropout_between else (),
-            top=scale(self.dropout_top, *locked, units[-1]),
-            recurrent=tuple(scale(self.dropconnect, n, 3 * n) for n in units) if self.dropconnect else (),
-            zoneout=tuple(rng.random((steps, batch, n), F32) < F32(self.zoneout) for n in units)
-            if self.zoneout
-            else (),
-            words=scale(self.dropout_words, len(p["embedding"])) if self.dropout_words else None,
+            **{
+                name: tuple(drawn[k] for k in sorted(drawn)) if name in several else drawn[0]
+                for name, drawn in fields.items()
+            }
         )
 
     def penalise(self, model: Model, tape: Tape) -> Penalty:

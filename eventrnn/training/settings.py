@@ -6,10 +6,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from eventrnn.backend import TRAINING_ENGINES
 from eventrnn.training.bptt.model import BACKWARDS
 from eventrnn.training.optim import Optimiser, Schedule
 from eventrnn.training.regularisers import Regularisers
-from eventrnn.training.thresholds import check_rule
+from eventrnn.training.thresholds import bounds, check_rule
+
+# Types of the factors of products on a GPU.
+PRECISIONS = ("bfloat16", "tf32", "float32")
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,9 @@ class Settings:
     thresholds     : rule for learning thresholds: positive, clamped (to [0, 1]), sigmoid or fixed, see `Model`
     backward       : kernels of the backward pass, see `Model`
     threads        : number of threads of the training kernels
+    backend        : "cpu", or "cuda" for one NVIDIA GPU
+    precision      : with "cuda", type of the factors of products: "bfloat16" (the default), "tf32" or "float32". Sums,
+                     states and parameters are float32
     optimiser      : see `Optimiser`
     schedule       : see `Schedule`
     regularisers   : see `Regularisers`
@@ -59,6 +66,8 @@ class Settings:
     thresholds: str = "positive"
     backward: str = "auto"
     threads: int = 1
+    backend: str = "cpu"
+    precision: str = ""
     optimiser: Optimiser = field(default_factory=Optimiser)
     schedule: Schedule = field(default_factory=Schedule)
     regularisers: Regularisers = field(default_factory=Regularisers)
@@ -79,6 +88,20 @@ class Settings:
         check_rule(self.thresholds)
         if self.backward not in BACKWARDS:
             raise ValueError(f"backward: got {self.backward!r}, need one of {', '.join(BACKWARDS)}")
+
+        if self.backend not in TRAINING_ENGINES:
+            raise ValueError(f"backend: got {self.backend!r}, need one of {', '.join(TRAINING_ENGINES)}")
+        if self.precision and self.backend == "cpu":
+            raise ValueError(
+                f"precision: got {self.precision!r}, but the cpu backend computes in float32; leave it out"
+            )
+        if self.precision not in ("", *PRECISIONS):
+            raise ValueError(f"precision: got {self.precision!r}, need one of {', '.join(PRECISIONS)}")
+
+    @property
+    def threshold_bounds(self) -> tuple[float, float]:
+        """The range of the parameters that stand for thresholds."""
+        return bounds(self.thresholds)
 
     def draw_window(self, rng: np.random.Generator) -> int:
         """Number of steps of the next window. Without jitter the generator is not used."""

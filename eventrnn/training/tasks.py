@@ -85,6 +85,12 @@ class Task(ABC):
         output : (T, B, V) float32, the output of the read-out
         """
 
+    @property
+    def is_cross_entropy_of_steps(self) -> bool:
+        """Whether `loss` is the mean cross-entropy of `batch.targets` (T, B) over all steps and samples. An engine may
+        then compute it without calling `loss`."""
+        return type(self).loss is LanguageModelling.loss
+
     def evaluate(self, model: Model) -> dict[str, float]:
         """Figures on held-out data, with `figure` among them; empty if the task holds nothing out."""
         return {}
@@ -178,9 +184,9 @@ class LanguageModelling(Task):
             chunk = self.window
         for at in range(0, places, chunk):
             part, state = text[at : at + chunk + 1], carry_state(state, self.carry)
-            output, state, tape = model.forward(part[:-1], state)
-            total += cross_entropy(output, part[1:])[0] * (len(part) - 1)
-            sent += tape.activity * (len(part) - 1)
+            nats, state, activity = model.score(part[:-1], part[1:], state)
+            total += nats * (len(part) - 1)
+            sent += activity * (len(part) - 1)
         nats = total / places
         return {
             "bits": nats / float(np.log(2)),

@@ -49,14 +49,17 @@ def from_parameter(rule: str, parameter: np.ndarray) -> np.ndarray:
     return cells.sigmoid_float32(parameter) if rule == "sigmoid" else parameter.copy()
 
 
+def bounds(rule: str) -> tuple[float, float]:
+    """The range that the rule allows for a parameter."""
+    if rule == "sigmoid":
+        return -float(LARGEST_LOGIT), float(LARGEST_LOGIT)
+    return 0.0, 1.0 if rule == "clamped" else float("inf")
+
+
 def clamp(rule: str, parameter: np.ndarray) -> None:
     """Clip a parameter in place to the range that the rule allows."""
-    if rule == "clamped":
-        np.clip(parameter, 0, 1, out=parameter)
-    elif rule == "sigmoid":
-        np.clip(parameter, -LARGEST_LOGIT, LARGEST_LOGIT, out=parameter)
-    else:
-        np.maximum(parameter, 0, out=parameter)
+    low, high = bounds(rule)
+    np.clip(parameter, F32(low), F32(high), out=parameter)
 
 
 def gradient(rule: str, threshold: np.ndarray, d_threshold: np.ndarray) -> np.ndarray:

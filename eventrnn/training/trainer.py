@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from eventrnn.backend import TrainingEngine, training_engine
 from eventrnn.network import Network
 from eventrnn.pruning.schedule import Pruning
 from eventrnn.state import State
-from eventrnn.training import thresholds
-from eventrnn.training.bptt.model import Model, Tape
-from eventrnn.training.optim import clip_by_layer, clip_by_norm, norms
+from eventrnn.training.bptt.model import Model
 from eventrnn.training.settings import Settings
-from eventrnn.training.tasks import LanguageModelling, Task, carry_state
-
-F32 = np.float32
+from eventrnn.training.tasks import LanguageModelling, Task
 
 
 @dataclass(frozen=True)
@@ -94,6 +90,9 @@ class Trainer:
         self.settings, self.pruning = settings, pruning
         if self.task.length(settings.batch) < 1:
             raise ValueError(f"batch: got {settings.batch}, more than the data has")
+        if model is not None and settings.backend != "cpu" and type(model) is not Model:
+            kind = type(model).__name__
+            raise ValueError(f"backend: got {settings.backend!r}, but a {kind} trains on the cpu only; use 'cpu'")
         self.model = model or Model(
             network, backward=settings.backward, threads=settings.threads, thresholds=settings.thresholds
         )
@@ -106,9 +105,10 @@ class Trainer:
                     "train longer or end the pruning earlier"
                 )
             pruning.check(self.model.parameters)
+        self._shapes = {name: value.shape for name, value in self.model.parameters.items()}
         self.optimiser = settings.optimiser.build(self.model.parameters, settings.weight_decay)
+        self.engine: TrainingEngine = training_engine(settings.backend)(self.model, self.task, settings, self.optimiser)
         self.rng = np.random.default_rng(settings.seed)
-        self.state = State.zeros(network, settings.batch)
         self.steps_done = self.epoch = self.position = 0
         self.best: dict[str, np.ndarray] = {}
         self.best_value, self.worse = float("inf"), 0
@@ -149,48 +149,37 @@ class Trainer:
 
         Raises `Diverged` where the loss or a gradient is not finite.
         """
-        model, settings, task = self.model, self.settings, self.task
-        if self.pruning is not None and self.pruning.update(self.steps_done, model.parameters, model.masks):
-            model.apply_masks()
+        settings, task, pruning = self.settings, self.task, self.pruning
+        if pruning is not None and pruning.update(self.steps_done, self.model.parameters, self.model.masks):
+            self.engine.masks_changed()
         window = settings.draw_window(self.rng)
         batch = task.batch(self.position, self.epoch, settings.batch, window)
-        state = self._start(batch.carried, batch.inputs.shape[1])
-        steps, samples = batch.inputs.shape[:2]
-        noise = settings.regularisers.draw(model, steps, samples, self.rng)
-        output, state, tape = model.forward(batch.inputs, state, noise)
-        loss, d_output = task.loss(output, batch)
-        penalty = settings.regularisers.penalise(model, tape)
-        if not np.isfinite(loss + penalty.loss):
-            raise Diverged(self._divergence_message(f"the loss is {loss + penalty.loss}"))
-        gradients = model.backward(
-            tape,
-            d_output,
-            activity_cost=settings.activity_cost,
-            d_events=tuple(penalty.d_events),
-            d_cells=tuple(penalty.d_cells),
-        )
-        for k, d_threshold in penalty.d_thresholds.items():
-            further = thresholds.gradient(model.thresholds, tape.layers[k].threshold, d_threshold)
-            gradients[f"layers.{k}.threshold"] = gradients[f"layers.{k}.threshold"] + further
-        norm = self._clip(gradients)
         rate = settings.learning_rate * settings.schedule.at(self.share, self.steps_done)
         if batch.carried:
             rate *= len(batch.inputs) / settings.window
-        self.optimiser.step(model.parameters, gradients, rate)
-        if self.pruning is not None:
-            self.pruning.after_step(self.steps_done, model.parameters, model.masks, gradients, rate)
-        model.apply_masks()
-        self.state = state
-        self.operations += _operations(tape)
+        start = batch.carried if self.position else ""
+
+        def after_step(parameters: Mapping[str, np.ndarray], gradients: Mapping[str, np.ndarray]) -> None:
+            assert pruning is not None
+            pruning.after_step(self.steps_done, parameters, self.model.masks, gradients, rate)
+
+        result = self.engine.update(
+            batch, start=start, step=self.steps_done, rate=rate, after_step=None if pruning is None else after_step
+        )
+        if result.fault:
+            raise Diverged(self._divergence_message(result.fault))
+        largest = max(result.norms, key=lambda name: result.norms[name])
+        self.largest = f"{largest} ({result.norms[largest]:.3g})"
+        self.operations += result.operations
         self.steps_done += 1
         self._advance(batch.taken)
         return Progress(
             step=self.steps_done,
-            loss=loss,
-            penalty=penalty.loss + settings.activity_cost * _mean_sent(tape),
-            activity=float(tape.activity),
-            support=float(tape.support),
-            norm=norm,
+            loss=result.loss,
+            penalty=result.penalty,
+            activity=result.activity,
+            support=result.support,
+            norm=result.norm,
             rate=rate,
             sparsity=self._sparsity(),
             epoch=self.epoch,
@@ -204,7 +193,7 @@ class Trainer:
         The parameters are those of a forward pass, averaged if the optimiser averages. Once masks are final, the
         parameters of a new best validation are copied to `best`.
         """
-        with _swapped_parameters(self.model, self._eval_parameters()) as model:
+        with self.engine.reading(), self.engine.evaluating(self._eval_parameters()) as model:
             figures = self.task.evaluate(model)
             if not figures:
                 return {}
@@ -224,12 +213,15 @@ class Trainer:
         best : use the parameters of the best validation, if there was one; otherwise the present parameters, averaged
                if the optimiser averages
         """
-        with _swapped_parameters(self.model, self.best if best and self.best else self._eval_parameters()) as model:
-            network = model.network()
-        return replace(network, metadata={**network.metadata, "thresholds": model.thresholds})
+        with self.engine.reading():
+            network = self.model.network(self.best if best and self.best else self._eval_parameters())
+        return replace(network, metadata={**network.metadata, "thresholds": self.model.thresholds})
 
-    def _eval_parameters(self) -> dict[str, np.ndarray]:
-        """The parameters that a forward pass would use now, averaged if the optimiser averages."""
+    def _eval_parameters(self) -> dict[str, np.ndarray] | None:
+        """The parameters that a forward pass would use now, averaged if the optimiser averages; None for the present
+        ones."""
+        if self.pruning is None and not self.optimiser.averages:
+            return None
         averaged = self.optimiser.averaged(self.model.parameters)
         return averaged if self.pruning is None else self.pruning.masked_view(averaged)
 
@@ -241,11 +233,6 @@ class Trainer:
         taken = self.task.batch(0, 0, settings.batch, settings.window).taken
         return settings.epochs * -(-self.task.length(settings.batch) // taken)
 
-    def _start(self, carried: str, batch: int) -> State:
-        if self.position == 0 or not carried or self.state.batch != batch:
-            return State.zeros(self.model.template, batch)
-        return carry_state(self.state, carried)
-
     def _advance(self, taken: int) -> None:
         self.position += taken
         if self.position >= self.task.length(self.settings.batch):
@@ -255,17 +242,6 @@ class Trainer:
         if self.settings.validate_every and self.steps_done % self.settings.validate_every == 0:
             return True
         return self.share >= 1 or (not self.settings.validate_every and self.position == 0)
-
-    def _clip(self, gradients: dict[str, np.ndarray]) -> float:
-        sizes = norms(gradients)
-        bad = [name for name, size in sizes.items() if not np.isfinite(size)]
-        if bad:
-            raise Diverged(self._divergence_message(f"the gradient of {bad[0]} is not finite"))
-        largest = max(sizes, key=lambda name: sizes[name])
-        self.largest = f"{largest} ({sizes[largest]:.3g})"
-        if self.settings.clip_layers:
-            clip_by_layer(gradients, self.settings.clip_layers)
-        return clip_by_norm(gradients, self.settings.clip)
 
     def _divergence_message(self, what: str) -> str:
         return (
@@ -283,7 +259,7 @@ class Trainer:
         """What must be equal for a run to be continued: shapes and cells of the network, data, settings and pruning."""
         model = self.model
         return {
-            "model": {name: list(value.shape) for name, value in model.parameters.items()}
+            "model": {name: list(shape) for name, shape in self._shapes.items()}
             | {f"layers.{k}.cell": repr(cell) for k, cell in enumerate(model.cells)},
             "data": self.task.digest(),
             "settings": asdict(self.settings),
@@ -292,13 +268,15 @@ class Trainer:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays of the state of the run, by name. They are the arrays of the run itself, not copies."""
-        named = {f"parameters.{name}": value for name, value in self.model.parameters.items()}
+        with self.engine.reading():
+            named = {f"parameters.{name}": value for name, value in self.model.parameters.items()}
+            named |= {f"optimiser.{name}": value for name, value in self.optimiser.arrays().items()}
         named |= {f"masks.{name}": value for name, value in self.model.masks.items()}
-        named |= {f"optimiser.{name}": value for name, value in self.optimiser.arrays().items()}
         if self.pruning is not None:
             named |= {f"pruning.{name}": value for name, value in self.pruning.arrays().items()}
         named |= {f"best.{name}": value for name, value in self.best.items()}
-        for k, (cells, outputs) in enumerate(zip(self.state.cells, self.state.outputs, strict=True)):
+        state = self.engine.state
+        for k, (cells, outputs) in enumerate(zip(state.cells, state.outputs, strict=True)):
             named |= {f"state.cells.{k}": cells, f"state.outputs.{k}": outputs}
         return named
 
@@ -327,12 +305,13 @@ class Trainer:
             self.model.parameters[name][...] = value
         self.model.masks.clear()
         self.model.masks.update({name: mask.copy() for name, mask in part("masks.").items()})
+        self.engine.masks_changed()
         self.optimiser.restore(part("optimiser."), numbers["optimiser"])
         if self.pruning is not None:
             self.pruning.restore(part("pruning."))
         self.best = {name: value.copy() for name, value in part("best.").items()}
         layers = range(len(self.model.cells))
-        self.state = State(
+        self.engine.state = State(
             tuple(arrays[f"state.cells.{k}"].copy() for k in layers),
             tuple(arrays[f"state.outputs.{k}"].copy() for k in layers),
         )
@@ -340,30 +319,3 @@ class Trainer:
         self.rng.bit_generator.state = numbers["generator"]
         self.best_value = float("inf") if numbers["best_value"] is None else numbers["best_value"]
         self.worse, self.largest, self.operations = numbers["worse"], numbers["largest"], numbers["operations"]
-
-
-@contextmanager
-def _swapped_parameters(model: Model, parameters: dict[str, np.ndarray]) -> Iterator[Model]:
-    """The model with other parameters; its own parameters are put back at the end of the `with` block."""
-    own = model.parameters
-    model.parameters = parameters
-    try:
-        # The running mean of a weight that was pruned meanwhile is not zero.
-        model.apply_masks()
-        yield model
-    finally:
-        model.parameters = own
-
-
-def _operations(tape: Tape) -> int:
-    """Effective multiplications of a window.
-
-    An event is multiplied by the kept weights of its unit in the forward pass and in the weight gradient; an open entry
-    (non-zero surrogate derivative) is multiplied by them once, in the input gradient.
-    """
-    return sum(int((2 * work.fired + work.active_pairs) @ work.kept) for work in tape.work.values())
-
-
-def _mean_sent(tape: Tape) -> float:
-    """Mean output of the units, summed over layers."""
-    return sum(float(np.mean(layer.y[1:], dtype=np.float64)) for layer in tape.layers)

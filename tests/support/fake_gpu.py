@@ -114,6 +114,9 @@ class Queue:
     def synchronize(self) -> None:
         return None
 
+    def record(self) -> None:
+        return None
+
     def wait_event(self, event) -> None:
         return None
 
@@ -322,7 +325,7 @@ class FakeDevice:
         self.room, self.launched, self.allocated = room, [], 0
         self.timed = len
         self.core = SimpleNamespace(device_id=0)
-        self.queue = Queue()
+        self.stream, self.queue = None, Queue()
         self.arrays = SimpleNamespace(
             empty=self._empty,
             ndarray=Array,
@@ -350,6 +353,13 @@ class FakeDevice:
 
     def clusters(self, size: int) -> int:
         return 0
+
+    def new_stream(self) -> tuple:
+        return None, self.queue
+
+    def need(self, needed: int) -> None:
+        if needed > self.room:
+            raise MemoryError(f"cuda: {needed:,} bytes are needed and {self.room:,} are free on {self.name}")
 
     def kernel(self, key, make, threads):
         return key

@@ -22,6 +22,8 @@ from eventrnn.cuda.device import cuda, device_function, intrinsic, libdevice
 # LLVM types.
 I8, I16, I32, I64, FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
+DOUBLE = ir.DoubleType()
+
 # Address space of global memory in LLVM's NVPTX target.
 GLOBAL = 1
 
@@ -84,6 +86,18 @@ egru_reset_gate = _rule(cells.egru_reset_gate)
 
 egru_paper_value = _rule(cells.egru_paper_value)
 
+_names["absolute"] = _rule(cells.absolute)
+
+exp_float32, sigmoid = _names["exp_float32"], _names["sigmoid"]
+
+surrogate_slope = _rule(cells.surrogate_slope)
+
+egru_backward = _rule(cells.egru_backward)
+
+egru_paper_backward = _rule(cells.egru_paper_backward)
+
+egru_paper_reset_backward = _rule(cells.egru_paper_reset_backward)
+
 
 @device_function
 def identity(x):
@@ -119,6 +133,10 @@ def _pointer(space: int, kind: types.Type, lowered: ir.Type):
 
 
 global_float32 = _pointer(GLOBAL, types.float32, FLOAT)
+
+global_float64 = _pointer(GLOBAL, types.float64, DOUBLE)
+
+global_uint8 = _pointer(GLOBAL, types.uint8, I8)
 
 global_uint16 = _pointer(GLOBAL, types.uint16, I16)
 

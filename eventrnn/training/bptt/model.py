@@ -9,6 +9,7 @@ same.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,6 +26,7 @@ from eventrnn.training.bptt.layer import LayerEngine
 from eventrnn.training.bptt.noise import Noise
 from eventrnn.training.bptt.tape import GradientMask, LayerTape
 from eventrnn.training.bptt.workspace import Arena
+from eventrnn.training.losses import cross_entropy
 from eventrnn.weights import Dense
 
 F32 = np.float32
@@ -105,7 +107,7 @@ class Model:
         self.cells: list[Cell] = [layer.cell for layer in network.layers]
         self.tied = network.readout is not None and network.readout.tied
         self.masks: dict[str, np.ndarray] = {}
-        self.parameters: dict[str, np.ndarray] = {}
+        self.parameters: MutableMapping[str, np.ndarray] = {}
         if network.embedding is not None:
             self.parameters["embedding"] = network.embedding.copy()
         for k, layer in enumerate(network.layers):
@@ -124,9 +126,16 @@ class Model:
         self._team, self._arena = Team(threads), Arena()
         self._engines = [LayerEngine(cell, backward, self._team, self._arena) for cell in self.cells]
 
-    def network(self) -> Network:
-        """A network with copies of the present parameters, all weights dense."""
+    def network(self, parameters: Mapping[str, np.ndarray] | None = None) -> Network:
+        """A network with copies of the parameters, all weights dense.
+
+        parameters : instead of the present ones; masks and the bounds of thresholds are applied
+        """
         p = self.parameters
+        if parameters is not None:
+            p = {name: parameters[name] * self.masks.get(name, F32(1)) for name in parameters}
+            for k in range(len(self.cells)):
+                rules.clamp(self.thresholds, p[f"layers.{k}.threshold"])
         layers = tuple(
             Layer(
                 Dense(p[f"layers.{k}.w_in"].copy()),
@@ -201,6 +210,17 @@ class Model:
             flat += p["readout.bias"]
             output = flat.reshape(*x.shape[:2], -1)
         return output, State(tuple(cells_after), tuple(outputs_after)), Tape(layers, symbols, x, noise)
+
+    def score(self, inputs: np.ndarray, targets: np.ndarray, state: State) -> tuple[float, State, float]:
+        """The mean of -ln softmax(output)[target] over all steps and samples, without noise.
+
+        inputs, state : as for `forward`
+        targets       : (T, B) integers in 0..V - 1
+
+        Returns the mean in nats, the state after the window, and the activity. Raises as `forward` does.
+        """
+        output, state, tape = self.forward(inputs, state)
+        return cross_entropy(output, targets)[0], state, tape.activity
 
     def _sizes(self) -> tuple[list[int], int, int | None]:
         """Units of each layer, inputs of the first layer, symbols of the embedding or None."""

@@ -1,7 +1,8 @@
 """The random masks of one training window: dropout, DropConnect, zoneout and word dropout.
 
-A regulariser draws them beforehand and keeps the random generator; the model only applies them. The result of a window
-is therefore a function of its inputs and its noise.
+A regulariser draws them beforehand; the model only applies them. The result of a window is therefore a function of its
+inputs and its noise. Random numbers are a function of the seed, the step and the place of a mask (Philox; Salmon et al.
+2011), so that no generator has to be kept, and every backend draws the same masks.
 """
 
 from __future__ import annotations
@@ -9,6 +10,50 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
+# A Philox key has 64 bits for the seed.
+SEED_BITS = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A random mask that every window draws.
+
+    Attributes
+    ----------
+    name   : field of `Noise`
+    layer  : entry of that field, 0 for a field without entries
+    rate   : share of the elements that are dropped, or, for zoneout, held
+    place  : number of the mask among all masks of a step
+    shape  : sizes of its axes; "T" and "B" stand for the steps and the samples of the window
+    """
+
+    name: str
+    layer: int
+    rate: float
+    place: int
+    shape: tuple[int | str, ...]
+
+    def sizes(self, steps: int, batch: int) -> tuple[int, ...]:
+        """The shape in a window of so many steps and samples."""
+        sizes = {"T": steps, "B": batch}
+        return tuple(sizes[size] if isinstance(size, str) else size for size in self.shape)
+
+    def draw(self, seed: int, step: int, steps: int, batch: int) -> np.ndarray:
+        """The mask of one step of a run: a float32 scale, 0 or 1 / (1 - rate), or, for zoneout, booleans.
+
+        The numbers are those of `numpy.random.Philox` with key (seed modulo 2^64, place) and counter (0, 0, step, 0).
+        """
+        bits = np.random.Philox(counter=[0, 0, step, 0], key=[seed & SEED_BITS, self.place])
+        drawn = np.random.Generator(bits).random(self.sizes(steps, batch), np.float32)
+        if self.name == "zoneout":
+            return drawn < np.float32(self.rate)
+        return (drawn >= np.float32(self.rate)) * self.scale
+
+    @property
+    def scale(self) -> np.float32:
+        """The factor of an element that is kept."""
+        return np.float32(1) / np.float32(1 - self.rate)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,34 @@
+"""Training on one NVIDIA GPU, behind the same `Trainer` as on the CPU.
+
+Parameters, optimiser state and windows stay on the GPU. Factors of products are rounded to bfloat16 (or TF32, or stay
+float32); sums, cells, gradients and parameters are float32. An update is one CUDA graph per size of window. Two runs
+with one seed give the same bits: every sum has a fixed order, and random numbers are a function of seed, step and
+place.
+
+layout     : where each parameter lies in the flat array of all parameters
+mirror     : host arrays that follow what is on the GPU
+lanes      : streams side by side, with their cuBLAS handles
+memory     : arrays of a window, with their size stated beforehand
+parameters : parameters, gradients, optimiser state, masks, and the update
+passes     : the forward and the backward pass
+program    : an update for one size of window, as graphs
+evaluation : the forward pass without noise
+engine     : what the trainer calls
+kernels/   : device code
+
+Several GPUs would exchange `parameters.gradients` between `Passes.backward` and `DeviceParameters.settle`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from eventrnn.backend import TrainingEngine
+
+
+def CudaTrainingEngine(*arguments: Any) -> TrainingEngine:
+    """The engine of `engine.py`, which imports the CUDA packages."""
+    from eventrnn.cuda.training.engine import CudaTrainingEngine as Engine
+
+    return Engine(*arguments)

@@ -1,0 +1,341 @@
+"""The training engine of one NVIDIA GPU: parameters, windows and updates stay there; see `backend.TrainingEngine`.
+
+An update is one CUDA graph per size of window: noise, forward, loss, backward, clipping, update rule. The host sends
+the batch and the numbers of the step, and reads one vector of figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from eventrnn.backend import WindowResult
+from eventrnn.cuda.cublas import WORKSPACE_BYTES
+from eventrnn.cuda.device import current_device
+from eventrnn.cuda.training.evaluation import Evaluator
+from eventrnn.cuda.training.kernels import updates
+from eventrnn.cuda.training.lanes import Lane
+from eventrnn.cuda.training.memory import LayerSizes, Memory, Sizes, nbytes
+from eventrnn.cuda.training.mirror import Mirror
+from eventrnn.cuda.training.parameters import DeviceParameters
+from eventrnn.cuda.training.program import Program
+from eventrnn.state import State
+
+if TYPE_CHECKING:
+    from eventrnn.training.bptt.model import Model
+    from eventrnn.training.optim import Rule
+    from eventrnn.training.settings import Settings
+    from eventrnn.training.tasks import Batch, Task
+
+F32 = np.float32
+
+# A window whose length is drawn is at most this many standard deviations longer than the mean, or memory grows.
+LONGEST_WINDOW = 4
+
+# Memory grows by this many steps.
+GROWTH = 16
+
+# Programs (graphs) that are kept.
+MOST_PROGRAMS = 64
+
+# Largest seed of the noise plus one.
+SEEDS = 1 << 64
+
+
+class CudaTrainingEngine:
+    """Updates a model on the current GPU.
+
+    Afterwards `model.parameters` and the arrays of the optimiser are `Mirror`s of what is on the GPU. `after_step` of
+    `update` finds pruned weights zero already.
+
+    Attributes
+    ----------
+    nbytes : bytes of GPU memory that the run needs
+
+    Raises BackendUnavailable without a usable GPU, ValueError for settings that the GPU does not have, and MemoryError,
+    with the needed and the free bytes, before anything is allocated.
+    """
+
+    def __init__(self, model: Model, task: Task, settings: Settings, optimiser: Rule):
+        _check(settings)
+        self.model, self.task, self.settings, self.optimiser = model, task, settings, optimiser
+        self.device = current_device()
+        self.precision = settings.precision or "bfloat16"
+        self.sizes = _sizes(model, settings, self.precision)
+        self.fused = task.is_cross_entropy_of_steps and bool(self.sizes.outputs)
+        steps, batch = task.batch(0, 0, settings.batch, settings.window).inputs.shape[:2]
+        self.steps = steps + round(LONGEST_WINDOW * settings.window_jitter)
+        self.rule, slots = _rule(optimiser)
+        host = dict(model.parameters)
+        averaged = 1 if settings.optimiser.kind == "nt-asgd" else 0
+        self.nbytes = (
+            nbytes(self.sizes.outline(self.steps, batch, training=True))
+            + DeviceParameters.nbytes(host, self.precision, len(slots) + averaged)
+            + WORKSPACE_BYTES * len(self.sizes.layers)
+        )
+        with self.device.on_stream():
+            self.device.need(self.nbytes)
+            count = len(self.sizes.layers)
+            self.lanes = [Lane(self.device, self.precision, first=k == 0) for k in range(count)]
+            self.parameters = DeviceParameters(
+                self.device, host, count, self.precision, model.thresholds, settings.threshold_bounds, self._sums()
+            )
+            self._mirrors: list[tuple[Mirror, Any]] = []
+            model.parameters = self._mirror(host, self.parameters.values)
+            for state, attribute in slots.items():
+                mirror = self._mirror(getattr(optimiser, attribute), self.parameters.state(state))
+                setattr(optimiser, attribute, mirror)
+            self.constants = self.device.put(
+                np.array([settings.regularisers.activity_target, settings.regularisers.activity_rate], np.float64)
+            )
+            self.device.send(np.array([settings.clip, settings.clip_layers], np.float64), self.parameters.limits)
+            self._masks: dict[str, np.ndarray] = {}
+            self.programs: dict[tuple, Program] = {}
+            self.memory = self._allocate(self.steps, batch)
+            self.capacity = self.steps, batch
+            self.batch = batch
+        self.evaluator = Evaluator(self)
+
+    # --- the protocol ---
+
+    @property
+    def state(self) -> State:
+        """State of the network after the last window."""
+        found: dict[str, list[np.ndarray]] = {"cells": [], "outputs": []}
+        with self.device.on_stream():
+            for name, arrays in found.items():
+                for k, layer in enumerate(self.sizes.layers):
+                    padded = np.empty((self.batch, layer.padded), F32)
+                    self.device.fetch(self.memory[name, k][: self.batch], padded)
+                    arrays.append(np.ascontiguousarray(padded[:, : layer.units]))
+        return State(tuple(found["cells"]), tuple(found["outputs"]))
+
+    @state.setter
+    def state(self, state: State) -> None:
+        with self.device.on_stream():
+            self._grow(1, state.batch)
+            self.batch = state.batch
+            for name, arrays in (("cells", state.cells), ("outputs", state.outputs)):
+                for k, (layer, array) in enumerate(zip(self.sizes.layers, arrays, strict=True)):
+                    padded = np.zeros((state.batch, layer.padded), F32)
+                    padded[:, : layer.units] = array
+                    self.device.send(padded, self.memory[name, k][: state.batch])
+
+    def update(
+        self, batch: Batch, *, start: str, step: int, rate: float, after_step: Callable[[Any, Any], None] | None
+    ) -> WindowResult:
+        """See `backend.TrainingEngine`."""
+        steps, samples = batch.inputs.shape[:2]
+        with self.device.on_stream():
+            self._take_over()
+            self._grow(steps, samples)
+            program = self._program(steps, samples)
+            program.put(batch.inputs, batch.targets if self.fused else None)
+            self._begin(start, samples)
+            self._send_numbers(step, rate)
+            loss = None
+            if self.fused:
+                program.whole()
+            else:
+                program.forward()
+                loss, d_output = self.task.loss(program.output(), batch)
+                if not np.isfinite(loss):
+                    return WindowResult(fault=f"the loss is {loss}")
+                program.backward(d_output)
+            result = program.result(loss)
+            if result.fault:
+                return result
+            self.optimiser.steps += 1
+            if mean := getattr(self.optimiser, "mean", None):
+                assert isinstance(mean, Mirror)
+                self.optimiser.counted += 1
+            for mirror, _ in self._mirrors:
+                mirror.changed_on_gpu()
+            if after_step is not None:
+                after_step(self.model.parameters, self._gradients())
+        return result
+
+    def masks_changed(self) -> None:
+        """See `backend.TrainingEngine`."""
+        self._masks = {}
+        for name in self.model.masks:
+            # Sent again, with the mask, before the next update.
+            self.model.parameters[name]
+        if not self.model.masks:
+            with self.device.on_stream():
+                self.parameters.set_masks({})
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """See `backend.TrainingEngine`."""
+        with ExitStack() as stack:
+            for mirror, _ in self._mirrors:
+                stack.enter_context(mirror.reading())
+            yield
+
+    @contextmanager
+    def evaluating(self, parameters: Mapping[str, np.ndarray] | None = None) -> Iterator[Evaluator]:
+        """See `backend.TrainingEngine`."""
+        with self.device.on_stream():
+            self._take_over()
+        with self.evaluator.using(parameters):
+            yield self.evaluator
+
+    # --- what is on the GPU ---
+
+    def _mirror(self, arrays: Mapping[str, np.ndarray], twin: Any) -> Mirror:
+        def fetch(name: str, out: np.ndarray) -> None:
+            with self.device.on_stream():
+                self.parameters.fetch(name, twin, out)
+
+        mirror = Mirror(dict(arrays), fetch)
+        self._mirrors.append((mirror, twin))
+        return mirror
+
+    def _gradients(self) -> Mirror:
+        """The gradients of the last update, clipped."""
+        scales = np.empty(len(self.parameters.layout), F32)
+        self.device.fetch(self.parameters.scales, scales)
+        number = {segment.name: k for k, segment in enumerate(self.parameters.layout)}
+
+        def fetch(name: str, out: np.ndarray) -> None:
+            with self.device.on_stream():
+                self.parameters.fetch(name, self.parameters.gradients, out)
+            out *= scales[number[name]]
+
+        shapes = {segment.name: segment.shape for segment in self.parameters.layout}
+        gradients = Mirror({name: np.empty(shape, F32) for name, shape in shapes.items()}, fetch)
+        gradients.changed_on_gpu()
+        return gradients
+
+    def _take_over(self) -> None:
+        """Send what the host may have changed: masks, parameters, optimiser state."""
+        masks = self.model.masks
+        if masks.keys() != self._masks.keys() or any(masks[name] is not self._masks[name] for name in masks):
+            self.parameters.set_masks(masks)
+            self._masks = dict(masks)
+        mean = getattr(self.optimiser, "mean", None)
+        if mean and not isinstance(mean, Mirror):
+            self.optimiser.mean = self._mirror(mean, self.parameters.state("mean"))
+        low, high = self.settings.threshold_bounds
+        for mirror, twin in self._mirrors:
+            for name, array in mirror.take_touched().items():
+                if twin is self.parameters.values:
+                    if name in masks:
+                        array *= masks[name]
+                    if name.endswith(".threshold"):
+                        np.clip(array, F32(low), F32(high), out=array)
+                self.parameters.send(name, array, twin)
+                if twin is self.parameters.values:
+                    self.parameters.narrow(self.lanes[0], name)
+
+    def _allocate(self, steps: int, batch: int) -> Memory:
+        memory = Memory(self.device, self.sizes.outline(steps, batch, training=True))
+        drops = {
+            f"layers.{mask.layer}.w_rec": (memory.at(("mask", mask.name, mask.layer)), float(mask.scale))
+            for mask in self.sizes.masks
+            if mask.name == "recurrent"
+        }
+        self.parameters.set_drops(drops)
+        self.programs.clear()
+        return memory
+
+    def _grow(self, steps: int, batch: int) -> None:
+        """Make room for larger windows; the state is kept."""
+        most_steps, most_batch = self.capacity
+        if steps <= most_steps and batch <= most_batch:
+            return
+        state = self.state
+        steps = most_steps if steps <= most_steps else -(-steps // GROWTH) * GROWTH
+        self.capacity = steps, max(batch, most_batch)
+        # The old memory is freed first, so that both need not fit.
+        self.programs.clear()
+        del self.memory
+        self.device.need(nbytes(self.sizes.outline(*self.capacity, training=True)))
+        self.memory = self._allocate(*self.capacity)
+        self.state = state
+
+    def _program(self, steps: int, batch: int) -> Program:
+        averaged = bool(getattr(self.optimiser, "mean", None))
+        key = (steps, batch, averaged)
+        if key not in self.programs:
+            if len(self.programs) == MOST_PROGRAMS:
+                del self.programs[next(iter(self.programs))]
+            self.programs[key] = Program(self, steps, batch, averaged=averaged)
+        return self.programs[key]
+
+    def _begin(self, start: str, batch: int) -> None:
+        """The initial state of the window."""
+        fresh = not start or batch != self.batch
+        self.batch = batch
+        for k in range(len(self.sizes.layers)):
+            if fresh or start == "events":
+                self.lanes[0].clear(self.memory["cells", k])
+            if fresh:
+                self.lanes[0].clear(self.memory["outputs", k])
+
+    def _send_numbers(self, step: int, rate: float) -> None:
+        chosen, optimiser, layout = self.settings.optimiser, self.optimiser, self.parameters.layout
+        steps = optimiser.steps + 1
+        numbers = np.zeros(updates.NUMBERS, F32)
+        numbers[[updates.BETA1, updates.BETA2, updates.EPSILON]] = chosen.beta1, chosen.beta2, chosen.epsilon
+        numbers[updates.MOMENTUM] = chosen.momentum
+        numbers[updates.CORRECTION1] = 1 / (1 - chosen.beta1**steps)
+        numbers[updates.CORRECTION2] = 1 / (1 - chosen.beta2**steps)
+        numbers[updates.SHARE] = 1 / (getattr(optimiser, "counted", 0) + 1)
+        rates = np.zeros((len(layout), 3), F32)
+        for line, segment in zip(rates, layout, strict=True):
+            decay = self.settings.weight_decay if chosen.decays(segment.name) else 0.0
+            line[0] = rate * chosen.rate_of(segment.name)
+            line[1 if chosen.kind == "adamw" else 2] = decay
+        self.device.send(np.concatenate([numbers, rates.reshape(-1)]), self.parameters.numbers)
+        self.device.send(np.array([step], np.int64), self.parameters.job)
+
+    @property
+    def noise_seed(self) -> int:
+        """The seed of the noise as a signed number of 64 bits."""
+        return int(np.uint64(self.settings.seed % SEEDS).astype(np.int64))
+
+    def _sums(self) -> int:
+        return Program.number_of_sums(self.sizes)
+
+
+def _check(settings: Settings) -> None:
+    """Raise ValueError for settings that the GPU does not have."""
+    if settings.threads != 1:
+        raise ValueError(f"threads: got {settings.threads}, but the cuda backend brings its own; leave it out")
+    if settings.backward == "sparse":
+        raise ValueError("backward: got 'sparse', but the cuda backend multiplies every weight; use auto or dense")
+
+
+def _sizes(model: Model, settings: Settings, precision: str) -> Sizes:
+    p, regularisers = model.parameters, settings.regularisers
+    layers = [
+        LayerSizes(len(p[f"layers.{k}.w_in"]), len(p[f"layers.{k}.threshold"]), cell)
+        for k, cell in enumerate(model.cells)
+    ]
+    on_cells = bool(regularisers.activity_rate or regularisers.state)
+    penalties = on_cells or bool(settings.activity_cost or regularisers.activation or regularisers.temporal_activation)
+    return Sizes(
+        layers,
+        len(p["embedding"]) if "embedding" in p else 0,
+        len(p["readout.bias"]) if "readout.bias" in p else 0,
+        precision,
+        regularisers.masks(model),
+        penalties,
+        on_cells,
+    )
+
+
+def _rule(optimiser: Rule) -> tuple[str, dict[str, str]]:
+    """The update rule, and which attribute of the optimiser holds which state."""
+    if hasattr(optimiser, "second"):
+        if getattr(optimiser, "first", None):
+            return updates.ADAM, {"first": "first", "second": "second"}
+        return updates.ADAM_WITHOUT_FIRST, {"second": "second"}
+    if getattr(optimiser, "velocity", None):
+        return updates.MOMENTUM_DESCENT, {"first": "velocity"}
+    return updates.DESCEND, {}

@@ -1,0 +1,75 @@
+"""Softmax cross-entropy in place: the logits become their own gradient. All arrays are in global memory.
+
+A block owns one row. Sums are float64. The value is that of `training.losses.cross_entropy`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import float64, int64, types
+
+from eventrnn.cuda.device import cuda
+from eventrnn.cuda.kernels.ptx import exp_float32, global_float32, global_float64, global_int64, libdevice
+from eventrnn.cuda.training.kernels.threads import (
+    BYTES,
+    MOST_THREADS,
+    STORES,
+    ZERO32,
+    float_of,
+    largest_of_block,
+    sum_of_block,
+)
+
+
+def cross_entropy_kernel(precision: str):
+    """The kernel, and its signature.
+
+    logits_at  : (R, pitch) float32 products without their bias, `columns` of them per row. If `scale_bits` are not 0,
+                 the row is overwritten with operands: the gradient times the scale, and zeros up to `padded`
+    bias_at    : (columns,) float32
+    targets_at : (R,) int64
+    losses_at  : (R,) float64, -ln softmax(logits)[target]
+    """
+    store, size = STORES[precision], BYTES[precision]
+
+    def cross_entropy(logits_at, pitch, bias_at, targets_at, columns, padded, scale_bits, losses_at):
+        scratch = cuda.shared.array(MOST_THREADS, float64)
+        row, thread, threads = int64(cuda.blockIdx.x), int64(cuda.threadIdx.x), int64(cuda.blockDim.x)
+        row_at = logits_at + 4 * row * pitch
+        logits, bias = global_float32(row_at), global_float32(bias_at)
+        largest = float64(-np.inf)
+        i = thread
+        while i < columns:
+            largest = max(largest, float64(logits[i] + bias[i]))
+            i += threads
+        largest32 = np.float32(largest_of_block(largest, scratch))
+        norm = float64(0)
+        i = thread
+        while i < columns:
+            norm += float64(exp_float32((logits[i] + bias[i]) - largest32))
+            i += threads
+        norm = sum_of_block(norm, scratch)
+        target = global_int64(targets_at)[row]
+        if thread == 0:
+            own = float64((logits[target] + bias[target]) - largest32)
+            global_float64(losses_at)[row] = libdevice.log(norm) - own
+        if scale_bits == 0:
+            return
+        scale = float_of(scale_bits)
+        factor = np.float32(float64(scale) / norm)
+        # The gradient of elements up to some i takes the place of elements up to i, or i / 2 with operands of two
+        # bytes. Those have been read by then, because all threads move on together.
+        first = int64(0)
+        while first < padded:
+            i = first + thread
+            value = ZERO32
+            if i < columns:
+                value = exp_float32((logits[i] + bias[i]) - largest32) * factor
+                if i == target:
+                    value -= scale
+            cuda.syncthreads()
+            if i < padded:
+                store(row_at + size * i, value)
+            first += threads
+
+    return cross_entropy, types.void(*[types.int64] * 8)

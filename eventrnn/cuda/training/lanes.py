@@ -1,0 +1,70 @@
+"""Lanes: streams that work side by side, each with its own cuBLAS handle, in a way that one graph can capture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from eventrnn.cuda.cublas import Cublas
+from eventrnn.cuda.training.kernels.threads import BYTES
+
+if TYPE_CHECKING:
+    from eventrnn.cuda.device import Device
+
+# Threads per block of kernels whose threads own every n-th element, and of those that sum over a block.
+THREADS, SUM_THREADS = 256, 256
+
+# Most blocks of a kernel whose threads own every n-th element, per multiprocessor.
+BLOCKS_PER_MULTIPROCESSOR = 16
+
+
+class Factor(NamedTuple):
+    """A matrix of a product: address, elements from one row to the next, and whether it is transposed."""
+
+    at: int
+    pitch: int
+    transposed: bool = False
+
+
+class Lane:
+    """A stream of a device with its cuBLAS handle.
+
+    device, precision : the device, and the type of operands
+    first             : use the device's own stream instead of a new one
+    """
+
+    def __init__(self, device: Device, precision: str, *, first: bool = False):
+        self.device, self.precision, self.size = device, precision, BYTES[precision]
+        self.stream, self.queue = (device.stream, device.queue) if first else device.new_stream()
+        self.cublas = Cublas(device, self.queue)
+
+    def each(self, key: tuple, make: Callable[[], tuple], elements: int, *arguments: int) -> None:
+        """Launch a kernel whose threads own every n-th of so many elements."""
+        most = BLOCKS_PER_MULTIPROCESSOR * self.device.multiprocessors
+        self.blocks(key, make, min(most, -(-elements // THREADS)), *arguments)
+
+    def blocks(
+        self, key: tuple, make: Callable[[], tuple], blocks: int, *arguments: int, threads: int = THREADS
+    ) -> None:
+        """Launch so many blocks of a kernel."""
+        if blocks:
+            kernel = self.device.kernel(("training", *key), make, threads)
+            self.device.launch(kernel, blocks, threads, *arguments, stream=self.stream)
+
+    def multiply(self, a: Factor, b: Factor, out: Factor, rows: int, width: int, columns: int) -> None:
+        """out (rows, columns) float32 = a (rows, width) @ b (width, columns); operands of this lane's precision."""
+        if rows and columns:
+            self.cublas.multiply(self.precision, a, b, out, rows, width, columns)
+
+    def clear(self, array: Any, nbytes: int | None = None) -> None:
+        """Set bytes of an array to zero."""
+        with self.queue:
+            array.data.memset_async(0, array.nbytes if nbytes is None else nbytes)
+
+    def record(self) -> Any:
+        """A mark after the work so far."""
+        return self.queue.record()
+
+    def wait(self, mark: Any) -> None:
+        """Let later work wait for a mark of another lane."""
+        self.queue.wait_event(mark)

@@ -1,0 +1,281 @@
+"""The parameters of a run on the GPU: values, gradients, optimiser state and masks, and the update that changes
+them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from eventrnn.cuda.training.kernels import threads, updates
+from eventrnn.cuda.training.lanes import SUM_THREADS, Lane
+from eventrnn.cuda.training.layout import Layout
+from eventrnn.weights import MatrixId
+
+if TYPE_CHECKING:
+    from eventrnn.cuda.device import Device
+
+F32 = np.float32
+
+# Columns of the rates of a segment: learning rate, decoupled decay, decay that joins the gradient.
+RATES = 3
+
+
+def bits(number: float) -> int:
+    """The bits of a float32."""
+    return int(np.float32(number).view(np.int32))
+
+
+class DeviceParameters:
+    """All parameters in one flat array, and arrays of the same layout beside it.
+
+    Parameters
+    ----------
+    device    : where
+    parameters: host arrays by name
+    layers    : number of layers
+    precision : type of operands
+    rule      : rule of the thresholds, see `training.thresholds`
+    bounds    : smallest and largest parameter that the rule allows
+    states    : names of the optimiser's states: "first", "second", "mean"
+
+    Attributes
+    ----------
+    layout    : where each parameter lies
+    values, gradients : float32
+    operands  : the values as factors of products
+    states    : name -> float32
+    readout   : name of the matrix of the read-out
+    results   : figures of the last update (`updates.RESULTS`), then sums and totals, float64
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        parameters: Mapping[str, np.ndarray],
+        layers: int,
+        precision: str,
+        rule: str,
+        bounds: tuple[float, float],
+        sums: int,
+    ):
+        self.device, self.precision, self.rule, self.layers = device, precision, rule, layers
+        self.layout, self.sums = Layout(parameters), sums
+        self.size = threads.BYTES[precision]
+        self.tied, self.readout = "readout" not in parameters, "readout" if "readout" in parameters else "embedding"
+        segments = len(self.layout)
+        operand = np.uint16 if self.size == 2 else F32
+        self.values, self.gradients = (self._zeros(self.layout.size, F32) for _ in range(2))
+        self.operands = self._zeros(self.layout.size, operand)
+        self.states: dict[str, Any] = {}
+        chunks = self.layout.chunks(updates.CHUNK)
+        self.chunks, self.number_of_chunks = device.put(chunks), len(chunks)
+        self.chunk_bounds = np.searchsorted(chunks[:, 0], np.arange(segments + 1))
+        self.squares = self._zeros(len(chunks), np.float64)
+        self.scales = self._zeros(segments, F32)
+        #: numbers of a step: those of the optimiser, then the rates of every segment
+        self.numbers = self._zeros(updates.NUMBERS + RATES * segments, F32)
+        self.job = self._zeros(1, np.int64)
+        self.limits = self._zeros(2, np.float64)
+        self.results = self._zeros(updates.RESULTS + sums + segments + 3 * layers, np.float64)
+        self.no_fault = self._zeros(1, np.float64)
+        self.table = np.zeros((segments, updates.SEGMENT_FIELDS), np.int64)
+        self.masks: dict[str, Any] = {}
+        for number, segment in enumerate(self.layout):
+            layer = MatrixId(segment.name).layer
+            low, high = bounds if MatrixId(segment.name).role == "threshold" else (-np.inf, np.inf)
+            self.table[number, updates.FIRST] = segment.first
+            self.table[number, updates.LAYER] = -1 if layer is None else layer
+            self.table[number, [updates.LOWEST_BITS, updates.HIGHEST_BITS]] = bits(low), bits(high)
+        self.segments = device.put(self.table)
+        #: kept weights of each unit, by matrix
+        self.kept = {
+            segment.name: device.put(np.full(segment.shape[0], segment.shape[1], np.int64))
+            for segment in self.layout
+            if len(segment.shape) == 2
+        }
+
+    def _zeros(self, size: int, dtype: Any) -> Any:
+        array = self.device.empty((size,), dtype)
+        array.data.memset_async(0, array.nbytes)
+        return array
+
+    @staticmethod
+    def nbytes(parameters: Mapping[str, np.ndarray], precision: str, states: int) -> int:
+        """Bytes of values, gradients, operands and so many states."""
+        return Layout(parameters).size * (4 * (2 + states) + threads.BYTES[precision])
+
+    # --- addresses ---
+
+    def value_at(self, name: str) -> int:
+        """Address of a parameter."""
+        return self.values.data.ptr + 4 * self.layout[name].first
+
+    def gradient_at(self, name: str) -> int:
+        """Address of a gradient."""
+        return self.gradients.data.ptr + 4 * self.layout[name].first
+
+    def operand_at(self, name: str) -> int:
+        """Address of the operands of a parameter."""
+        return self.operands.data.ptr + self.size * self.layout[name].first
+
+    def gradient(self, name: str) -> Any:
+        """A gradient as it lies on the GPU, flat."""
+        return self._part(self.gradients, name)
+
+    def kept_at(self, name: str) -> int:
+        """Address of the numbers of kept weights of a matrix."""
+        return self.kept[name].data.ptr
+
+    @property
+    def job_at(self) -> int:
+        """Address of the number of the step."""
+        return self.job.data.ptr
+
+    @property
+    def results_at(self) -> int:
+        """Address of the results."""
+        return self.results.data.ptr
+
+    @property
+    def no_fault_at(self) -> int:
+        """Address of a result without a fault."""
+        return self.no_fault.data.ptr
+
+    @property
+    def sums_at(self) -> int:
+        """Address of the sums of a window, then of those of the segments' squares."""
+        return self.results_at + 8 * updates.RESULTS
+
+    def totals_at(self, k: int) -> int:
+        """Address of the three totals of a layer."""
+        return self.sums_at + 8 * (self.sums + len(self.layout) + 3 * k)
+
+    # --- to and from the host ---
+
+    def _part(self, array: Any, name: str) -> Any:
+        segment = self.layout[name]
+        return array[segment.first : segment.first + segment.size]
+
+    def send(self, name: str, array: np.ndarray, target: Any) -> None:
+        """Copy a host array to its place in an array of the layout."""
+        self.device.send(self.layout[name].pack(np.asarray(array, F32)), self._part(target, name))
+
+    def fetch(self, name: str, source: Any, out: np.ndarray) -> None:
+        """Copy a place of an array of the layout to a host array."""
+        segment = self.layout[name]
+        packed = np.empty(segment.size, F32)
+        self.device.fetch(self._part(source, name), packed)
+        segment.unpack(packed, out)
+
+    def state(self, name: str) -> Any:
+        """The optimiser's state of that name, made where it is new."""
+        if name not in self.states:
+            self.states[name] = self._zeros(self.layout.size, F32)
+        return self.states[name]
+
+    def narrow(self, lane: Lane, name: str | None = None) -> None:
+        """Round a parameter, or all of them, to operands."""
+        first, size = (0, self.layout.size) if name is None else (self.layout[name].first, self.layout[name].size)
+        lane.each(
+            ("narrow", self.precision),
+            lambda: threads.narrow_kernel(self.precision),
+            size,
+            self.values.data.ptr + 4 * first,
+            size,
+            self.operands.data.ptr + self.size * first,
+        )
+
+    def set_masks(self, masks: Mapping[str, np.ndarray]) -> None:
+        """Take over the masks of pruned weights."""
+        kept_bytes = {}
+        for number, segment in enumerate(self.layout):
+            mask = masks.get(segment.name)
+            self.table[number, updates.KEPT] = 0
+            if mask is not None:
+                if segment.name not in self.masks:
+                    self.masks[segment.name] = self.device.empty((segment.size,), np.uint8)
+                self.device.send(segment.pack(mask.astype(np.uint8)), self.masks[segment.name])
+                self.table[number, updates.KEPT] = self.masks[segment.name].data.ptr
+            if len(segment.shape) == 2:
+                count = np.full(segment.shape[0], segment.shape[1], np.int64) if mask is None else mask.sum(axis=1)
+                kept_bytes[segment.name] = np.asarray(count, np.int64)
+        for name, count in kept_bytes.items():
+            self.device.send(count, self.kept[name])
+        self.device.send(self.table, self.segments)
+
+    def set_drops(self, masks: Mapping[str, tuple[int, float]]) -> None:
+        """Take over the masks of DropConnect: matrix -> address and scale."""
+        for number, segment in enumerate(self.layout):
+            address, scale = masks.get(segment.name, (0, 1.0))
+            self.table[number, [updates.DROPPED, updates.DROP_BITS]] = address, bits(scale)
+        self.device.send(self.table, self.segments)
+
+    # --- the update ---
+
+    def spans(self) -> list[tuple[int, int, int]]:
+        """The spans of the segments' sums of squares, for `updates.sum_spans_kernel`."""
+        bounds = self.chunk_bounds
+        return [
+            (self.squares.data.ptr + 8 * int(low), int(high - low), 1)
+            for low, high in zip(bounds[:-1], bounds[1:], strict=True)
+        ]
+
+    def settle(self, lane: Lane, spans: Any) -> None:
+        """Masks and norms of the gradients, all sums, and whether and how the update is made."""
+        segments = len(self.layout)
+        lane.blocks(
+            ("square_gradients",),
+            updates.square_gradients_kernel,
+            self.number_of_chunks,
+            self.gradients.data.ptr,
+            self.chunks.data.ptr,
+            self.segments.data.ptr,
+            self.squares.data.ptr,
+            threads=SUM_THREADS,
+        )
+        lane.blocks(
+            ("sum_spans",),
+            updates.sum_spans_kernel,
+            self.sums + segments,
+            spans.data.ptr,
+            self.sums_at,
+            threads=SUM_THREADS,
+        )
+        lane.blocks(
+            ("settle",),
+            updates.settle_kernel,
+            1,
+            self.sums_at,
+            self.sums,
+            self.sums_at + 8 * self.sums,
+            segments,
+            self.segments.data.ptr,
+            self.layers,
+            self.limits.data.ptr,
+            self.scales.data.ptr,
+            self.results_at,
+            threads=1,
+        )
+
+    def update(self, lane: Lane, rule: str, *, averaged: bool) -> None:
+        """Change all parameters by a rule of `updates`, unless the window has failed."""
+        with_first, with_second = rule in (updates.ADAM, updates.MOMENTUM_DESCENT), rule.startswith("adam")
+        lane.blocks(
+            ("update", rule, self.precision, averaged),
+            lambda: updates.update_kernel(rule, self.precision, averaged),
+            self.number_of_chunks,
+            self.values.data.ptr,
+            self.gradients.data.ptr,
+            self.state("first").data.ptr if with_first else 0,
+            self.state("second").data.ptr if with_second else 0,
+            self.state("mean").data.ptr if averaged else 0,
+            self.operands.data.ptr,
+            self.chunks.data.ptr,
+            self.segments.data.ptr,
+            self.scales.data.ptr,
+            self.numbers.data.ptr + 4 * updates.NUMBERS,
+            self.numbers.data.ptr,
+            self.results_at,
+        )

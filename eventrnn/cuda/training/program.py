@@ -1,0 +1,216 @@
+"""One size of window: what is put on the lanes for an update, as graphs, and how its figures are read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from eventrnn.backend import WindowResult
+from eventrnn.cuda.run_buffers import Replay
+from eventrnn.cuda.training.kernels import sums, updates
+from eventrnn.cuda.training.memory import Sizes
+from eventrnn.cuda.training.passes import Passes
+
+if TYPE_CHECKING:
+    from eventrnn.cuda.training.engine import CudaTrainingEngine
+
+F32 = np.float32
+
+
+class Program:
+    """The update on windows of `steps` steps and `batch` samples.
+
+    averaged : whether the running mean of the parameters is kept
+    """
+
+    def __init__(self, engine: CudaTrainingEngine, steps: int, batch: int, *, averaged: bool):
+        self.engine, self.steps, self.batch, self.averaged = engine, steps, batch, averaged
+        self.rows = steps * batch
+        self.memory, self.sizes = engine.memory, engine.sizes
+        self.passes = Passes(
+            engine.sizes,
+            engine.lanes,
+            engine.memory,
+            engine.parameters,
+            steps,
+            batch,
+            training=True,
+            seed=engine.noise_seed,
+        )
+        self.spans = engine.device.put(np.array(self._spans(), np.int64))
+        queue = engine.device.queue
+        self.whole = Replay(queue, self._whole)
+        self.forward, self._back = Replay(queue, self._forward), Replay(queue, self._backward)
+
+    @staticmethod
+    def number_of_sums(sizes: Sizes) -> int:
+        """The loss; then per layer the terms of its penalties; then per layer the penalty of its rate."""
+        count = len(sizes.layers)
+        return 1 + count * sums.PENALTY_TERMS * sizes.penalties + count * sizes.cells
+
+    def _spans(self) -> list[tuple[int, int, int]]:
+        memory, layers = self.memory, self.sizes.layers
+        spans = [(memory.at("losses"), self.rows if self.engine.fused else 0, 1)]
+        if self.sizes.penalties:
+            for k in range(len(layers)):
+                terms = range(sums.PENALTY_TERMS)
+                spans += [(memory.at(("penalties", k), term), self.steps, sums.PENALTY_TERMS) for term in terms]
+        if self.sizes.cells:
+            spans += [(memory.at(("rate squares", k)), layer.units, 1) for k, layer in enumerate(layers)]
+        return spans + self.engine.parameters.spans()
+
+    # --- inputs ---
+
+    def put(self, inputs: np.ndarray, targets: np.ndarray | None) -> None:
+        """Send a window, and what depends on its size."""
+        send, memory = self.engine.device.send, self.memory
+        put_inputs(self.engine.device, memory, self.sizes, inputs)
+        if self.sizes.symbols:
+            # Rows of one symbol stand together, in ascending order.
+            symbols = np.asarray(inputs).reshape(-1)
+            short = symbols.astype(np.uint16) if self.sizes.symbols <= 1 << 16 else symbols
+            order = np.argsort(short, kind="stable")
+            ordered = symbols[order]
+            groups = np.full(self.rows + 1, self.rows, np.int64)
+            begins = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+            groups[: len(begins)] = begins
+            send(np.ascontiguousarray(order, np.int64), memory["order"][: self.rows])
+            send(groups, memory["groups"][: self.rows + 1])
+        if targets is not None:
+            send(np.ascontiguousarray(targets, np.int64).reshape(-1), memory["targets"][: self.rows])
+        if self.sizes.penalties:
+            for k in range(len(self.sizes.layers)):
+                send(self._factors(k), memory["factors", k])
+
+    def _factors(self, k: int) -> np.ndarray:
+        """Factors of the gradients of the penalties of layer k."""
+        rule, last = self.engine.settings.regularisers, k + 1 == len(self.sizes.layers)
+        size = self.rows * self.sizes.layers[k].units
+        factors = np.zeros(sums.PENALTY_TERMS + 1, F32)
+        if last:
+            factors[sums.ACTIVATION] = 2 * rule.activation / size
+            if self.steps > 1:
+                factors[sums.CHANGE] = 2 * rule.temporal_activation / self._changes()
+        factors[sums.STATE] = 2 * rule.state / size
+        factors[sums.SENT] = self.engine.settings.activity_cost / size
+        factors[sums.PENALTY_TERMS] = rule.state_margin
+        return factors
+
+    def _changes(self) -> int:
+        """Number of changes of outputs of the last layer."""
+        return (self.steps - 1) * self.batch * self.sizes.layers[-1].units
+
+    # --- work ---
+
+    def _whole(self) -> None:
+        self._before_loss()
+        self.passes.cross_entropy()
+        self._after_loss()
+
+    def _forward(self) -> None:
+        self._before_loss()
+        self.passes.write_output()
+
+    def _backward(self) -> None:
+        self.passes.take_output_gradient()
+        self._after_loss()
+
+    def _before_loss(self) -> None:
+        self.passes.forward()
+        self.passes.count()
+        if self.sizes.cells:
+            self.passes.penalty_rates(self.engine.constants.data.ptr)
+
+    def _after_loss(self) -> None:
+        engine, lane = self.engine, self.engine.lanes[0]
+        self.passes.backward()
+        engine.parameters.settle(lane, self.spans)
+        engine.parameters.update(lane, engine.rule, averaged=self.averaged)
+        self.passes.carry_on()
+
+    def output(self) -> np.ndarray:
+        """The output of the network, (T, B, V or N)."""
+        return fetch_output(self.engine.device, self.memory, self.sizes, self.steps, self.batch)
+
+    def backward(self, d_output: np.ndarray) -> None:
+        """The backward pass and the update, from the gradient of the output."""
+        shape = (self.steps, self.batch, self.sizes.outputs or self.sizes.layers[-1].units)
+        if d_output.shape != shape:
+            raise ValueError(f"d_output: got {d_output.shape}, need the output's shape {shape}")
+        flat = np.ascontiguousarray(d_output, F32).reshape(-1)
+        self.engine.device.send(flat, self.memory["result"].reshape(-1)[: flat.size])
+        self._back()
+
+    # --- figures ---
+
+    def result(self, loss: float | None) -> WindowResult:
+        """The figures of the update. loss : if the host computed it"""
+        engine, parameters, layers = self.engine, self.engine.parameters, self.sizes.layers
+        figures = np.empty(parameters.results.shape, np.float64)
+        engine.device.fetch(parameters.results, figures)
+        found, figures = figures[: updates.RESULTS], figures[updates.RESULTS :]
+        window, figures = figures[: parameters.sums], figures[parameters.sums :]
+        squares, totals = figures[: len(parameters.layout)], figures[len(parameters.layout) :].reshape(-1, 3)
+        if loss is None:
+            loss = float(window[0]) / self.rows
+        penalty = self._penalty(window[1:])
+        names = [segment.name for segment in parameters.layout]
+        if found[updates.FAILED]:
+            if not np.isfinite(loss + penalty):
+                return WindowResult(fault=f"the loss is {loss + penalty}")
+            bad = [name for name, square in zip(names, squares, strict=True) if not np.isfinite(square)]
+            return WindowResult(fault=f"the gradient of {bad[0] if bad else 'a layer'} is not finite")
+        entries = self.rows * sum(layer.units for layer in layers)
+        return WindowResult(
+            loss=loss,
+            penalty=penalty,
+            activity=float(totals[:, 0].sum()) / entries,
+            support=float(totals[:, 1].sum()) / entries,
+            norm=float(found[updates.NORM]),
+            operations=int(totals[:, 2].sum()),
+            norms={name: float(np.sqrt(square)) for name, square in zip(names, squares, strict=True)},
+        )
+
+    def _penalty(self, window: np.ndarray) -> float:
+        """The penalties and the activity cost of the window, from its sums."""
+        if not self.sizes.penalties:
+            return 0.0
+        settings, layers = self.engine.settings, self.sizes.layers
+        rule, count = settings.regularisers, len(layers)
+        terms = window[: count * sums.PENALTY_TERMS].reshape(count, -1)
+        sizes = np.array([self.rows * layer.units for layer in layers])
+        total = settings.activity_cost * float((terms[:, sums.SENT] / sizes).sum())
+        total += rule.state * float((terms[:, sums.STATE] / sizes).sum())
+        total += rule.activation * float(terms[-1, sums.ACTIVATION]) / int(sizes[-1])
+        if self.steps > 1:
+            total += rule.temporal_activation * float(terms[-1, sums.CHANGE]) / self._changes()
+        if self.sizes.cells:
+            rates = window[count * sums.PENALTY_TERMS :]
+            units = [layer.units for layer in layers]
+            total += rule.activity_rate * float((rates / units).sum())
+        return total
+
+
+def put_inputs(device, memory, sizes: Sizes, inputs: np.ndarray) -> None:
+    """Send the inputs of a window, (T, B) symbols or (T, B, I) numbers. Raises ValueError for others."""
+    first = sizes.layers[0]
+    if not sizes.symbols:
+        if inputs.ndim != 3 or inputs.shape[2] != first.inputs:
+            raise ValueError(f"inputs: got shape {inputs.shape}, need (T, B, {first.inputs}) numbers")
+        rows = inputs.shape[0] * inputs.shape[1]
+        device.send(np.ascontiguousarray(inputs, F32).reshape(rows, first.inputs), memory["numbers"][:rows])
+        return
+    if inputs.ndim != 2 or inputs.dtype.kind not in "iu":
+        raise ValueError(f"inputs: got {inputs.dtype} {inputs.shape}, need (T, B) symbols")
+    if inputs.size and not (inputs.min() >= 0 and inputs.max() < sizes.symbols):
+        at = tuple(map(int, np.argwhere((inputs < 0) | (inputs >= sizes.symbols))[0]))
+        raise ValueError(f"inputs: got symbol {inputs[at]} at (step, sample) {at}, need 0..{sizes.symbols - 1}")
+    device.send(np.ascontiguousarray(inputs, np.int64).reshape(-1), memory["symbols"][: inputs.size])
+
+
+def fetch_output(device, memory, sizes: Sizes, steps: int, batch: int) -> np.ndarray:
+    """The output (T, B, V or N) of a window in `result`."""
+    output = np.empty((steps, batch, sizes.outputs or sizes.layers[-1].units), F32)
+    device.fetch(memory["result"].reshape(-1)[: output.size], output.reshape(-1))
+    return output

@@ -1,0 +1,64 @@
+"""Training on a GPU made of NumPy: the training kernels themselves run as plain Python, products in NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from support.fake_gpu import FakeDevice, enqueued, half, widened
+from support.python_kernels import in_python
+
+
+class TrainingDevice(FakeDevice):
+    """`device.Device` for `cuda.training`; every kernel runs with one thread per block."""
+
+    def __init__(self, room: int = 1 << 40):
+        super().__init__(room)
+        self.functions: dict = {}
+
+    def kernel(self, key, make, threads):
+        if key not in self.functions:
+            self.functions[key] = make()[0]
+        return key
+
+    def launch(self, kernel, blocks, threads, *arguments, stream=None) -> None:
+        if (kernel, blocks) not in self.functions:
+            self.functions[kernel, blocks] = in_python(self.functions[kernel], (blocks, 1))
+        enqueued(self.functions[kernel, blocks])(*arguments)
+
+
+class Cublas:
+    """`cublas.Cublas` for `cuda.training`."""
+
+    def __init__(self, device, queue=None):
+        self.device = device
+
+    def multiply(self, precision, a, b, out, rows, width, columns) -> None:
+        enqueued(_multiply)(precision, a, b, out, rows, width, columns)
+
+
+@np.errstate(all="ignore")
+def _multiply(precision, a, b, out, rows, width, columns) -> None:
+    product = _matrix(a, rows, width, precision) @ _matrix(b, width, columns, precision)
+    _stored(out, rows, columns, "float32")[...] = product
+
+
+def _matrix(factor, rows: int, columns: int, precision: str) -> np.ndarray:
+    if factor.transposed:
+        return widened(np.ascontiguousarray(_stored(factor, columns, rows, precision)), precision).T
+    return widened(np.ascontiguousarray(_stored(factor, rows, columns, precision)), precision)
+
+
+def _stored(factor, rows: int, columns: int, precision: str) -> np.ndarray:
+    """The words of an array in memory, (rows, columns)."""
+    words = half(factor.at, (rows - 1) * factor.pitch + columns, "bfloat16" if precision == "bfloat16" else "tf32")
+    return np.lib.stride_tricks.as_strided(words, (rows, columns), (factor.pitch * words.itemsize, words.itemsize))
+
+
+def install(monkeypatch, room: int = 1 << 40) -> TrainingDevice:
+    """Let `backend="cuda"` train on a fake."""
+    from eventrnn.cuda.training import engine, lanes
+
+    device = TrainingDevice(room)
+    monkeypatch.setattr(engine, "current_device", lambda: device)
+    monkeypatch.setattr(lanes, "Cublas", Cublas)
+    return device

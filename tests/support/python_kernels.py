@@ -1,0 +1,117 @@
+"""CUDA kernels as plain Python on host memory, for kernels whose threads do not communicate within a warp.
+
+A kernel runs with one thread per block, one block after the other. The PTX instructions that it calls are replaced by
+NumPy. Kernels whose warps vote, shuffle or wait for each other cannot be run like this.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from types import CellType, FunctionType, SimpleNamespace
+
+import numpy as np
+
+from eventrnn import cells
+from eventrnn.cuda import PRECISIONS
+from support.fake_gpu import half, longs, rounded, widened
+
+KINDS = {"global_float32": (ctypes.c_float, np.float32), "global_int64": (ctypes.c_int64, np.int64)}
+KINDS |= {"global_int32": (ctypes.c_int32, np.int32), "global_uint16": (ctypes.c_uint16, np.uint16)}
+KINDS |= {"global_float64": (ctypes.c_double, np.float64), "global_uint8": (ctypes.c_uint8, np.uint8)}
+
+#: rules of `cells.py` that `ptx.py` compiles
+RULES = ("egru_value", "egru_reset_gate", "egru_paper_value", "egru_backward", "egru_paper_backward")
+RULES += ("egru_paper_reset_backward", "surrogate_slope", "exp_float32", "sigmoid")
+
+
+class Pointed:
+    """An array of numbers at an address, like the typed pointers of `ptx.py`."""
+
+    def __init__(self, address: int, kind: tuple):
+        self.at, self.kind = ctypes.cast(int(address), ctypes.POINTER(kind[0])), kind[1]
+
+    def __getitem__(self, k):
+        return self.kind(self.at[int(k)])
+
+    def __setitem__(self, k, value):
+        self.at[int(k)] = self.kind(value).item()
+
+
+def _raise_to(address, value):
+    longs(address, 1)[0] = max(longs(address, 1)[0], value)
+
+
+def _add(address, value):
+    longs(address, 1)[0] += value
+
+
+def _high(a, b) -> np.int64:
+    product = (int(a) % (1 << 64)) * (int(b) % (1 << 64))
+    return np.uint64(product >> 64).astype(np.int64)
+
+
+def in_python(function, grid: tuple[int, int]):
+    """A kernel as a Python function on host memory, one thread per block; `grid`: number of blocks along x and y."""
+    from eventrnn.cuda.kernels import ptx
+    from eventrnn.cuda.kernels import tensor_core_cells as module
+    from eventrnn.cuda.training.kernels import threads
+
+    block = SimpleNamespace(x=0, y=0)
+    there = SimpleNamespace(
+        threadIdx=SimpleNamespace(x=0),
+        blockIdx=block,
+        blockDim=SimpleNamespace(x=1),
+        gridDim=SimpleNamespace(x=grid[0], y=grid[1]),
+        syncwarp=lambda mask: None,
+        syncthreads=lambda: None,
+        shared=SimpleNamespace(array=lambda size, kind: np.zeros(size)),
+    )
+    functions = SimpleNamespace(log=np.log, sqrt=np.sqrt, fsqrt_rn=np.sqrt, umul64hi=_high)
+    fakes = {id(getattr(ptx, name)): lambda at, kind=kind: Pointed(at, kind) for name, kind in KINDS.items()}
+    fakes |= {id(ptx.max_relaxed): _raise_to, id(ptx.add_relaxed): _add, id(ptx.cuda): there}
+    fakes[id(ptx.fma)] = lambda a, b, c: np.float32(np.float64(a) * np.float64(b) + np.float64(c))
+    fakes[id(module.power_of_two_approx)] = lambda x: np.exp2(np.float32(x))
+    fakes[id(module.reciprocal_approx)] = lambda x: np.float32(1) / np.float32(x)
+    fakes |= {id(getattr(ptx, name)): getattr(cells, name) for name in RULES}
+    fakes[id(threads.libdevice)] = functions
+    fakes[id(threads.float_of)] = lambda bits: np.int32(bits).view(np.float32)
+    fakes[id(threads.STORES["bfloat16"])] = lambda at, a: _store(at, [a], "bfloat16")
+    fakes[id(threads.LOADS["bfloat16"])] = lambda at: widened(half(at, 1, "bfloat16").copy(), "bfloat16")[0]
+    for name in PRECISIONS:
+        fakes[id(module._LOADS[name])] = lambda at, p=name: tuple(widened(_pair(at, p), p))
+        fakes[id(module._STORES[name])] = lambda at, a, p=name: _store(at, [a], p)
+        fakes[id(module._PAIR_STORES[name])] = lambda at, a, b, p=name: _store(at, [a, b], p)
+    made: dict[int, FunctionType] = {}
+
+    def plain(value):
+        if id(value) in fakes:
+            return fakes[id(value)]
+        value = getattr(value, "py_func", value)
+        if not isinstance(value, FunctionType) or not (value.__module__ or "").startswith("eventrnn.cuda"):
+            return value
+        if id(value) not in made:
+            names = dict(value.__globals__)
+            names |= {name: plain(names[name]) for name in value.__code__.co_names if name in names}
+            cells = tuple(CellType(plain(each.cell_contents)) for each in value.__closure__ or ())
+            made[id(value)] = FunctionType(value.__code__, names, value.__name__, value.__defaults__, cells)
+        return made[id(value)]
+
+    kernel = plain(function)
+
+    def run(*arguments):
+        with np.errstate(all="ignore"):
+            for block.y in range(grid[1]):
+                for block.x in range(grid[0]):
+                    kernel(*map(np.int64, arguments))
+
+    return run
+
+
+def _pair(address, precision):
+    assert address % (2 * half(address, 1, precision).itemsize) == 0, "neighbours are loaded and stored as one word"
+    return half(address, 2, precision).copy()
+
+
+def _store(address, values, precision):
+    assert address % (len(values) * half(address, 1, precision).itemsize) == 0
+    half(address, len(values), precision)[:] = rounded(np.array(values, np.float32), precision)
