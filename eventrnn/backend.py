@@ -248,7 +248,11 @@ class TrainingEngine(Protocol):
     state : state of the network after the last window
     """
 
-    state: State
+    @property
+    def state(self) -> State: ...
+
+    @state.setter
+    def state(self, state: State) -> None: ...
 
     def update(
         self, batch: Any, *, start: str, step: int, rate: float, after_step: Callable[[Any, Any], None] | None

@@ -184,9 +184,11 @@ class Device:
             config = LaunchConfig(grid=blocks, block=threads, shmem_size=shared, is_cooperative=cooperative)
         launch(stream or self.stream, config, kernel, *(ctypes.c_int64(each) for each in arguments))
 
-    def new_stream(self) -> tuple[Any, Any]:
-        """A further stream, and the same stream for CuPy."""
-        stream = self.core.create_stream()
+    def new_stream(self, *, urgent: bool = False) -> tuple[Any, Any]:
+        """A further stream, and the same stream for CuPy. Kernels of an urgent one start before those of others."""
+        from cuda.core import StreamOptions
+
+        stream = self.core.create_stream(options=StreamOptions(priority=-1 if urgent else 0))
         return stream, self.arrays.cuda.Stream.from_external(stream)
 
     def _allow(self, kernel: Any, shared: int, cluster: int) -> None:

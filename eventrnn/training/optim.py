@@ -8,7 +8,7 @@ thresholds.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +100,8 @@ class Rule(ABC):
 
     def __init__(self, settings: Optimiser, parameters: Arrays, weight_decay: float):
         self.settings, self.weight_decay = settings, weight_decay
-        self.steps = 0
+        self.steps = self.counted = 0
+        self.mean: MutableMapping[str, np.ndarray] = {}
 
     def step(self, parameters: Arrays, gradients: Arrays, rate: float) -> None:
         """Update all parameters in place with their gradients. Cost: O(number of parameters)."""
@@ -204,8 +205,6 @@ class AveragedDescent(Descent):
     def __init__(self, settings: Optimiser, parameters: Arrays, weight_decay: float):
         super().__init__(settings, parameters, weight_decay)
         self.history: list[float] = []
-        self.mean: dict[str, np.ndarray] = {}
-        self.counted = 0
 
     def step(self, parameters: Arrays, gradients: Arrays, rate: float) -> None:
         super().step(parameters, gradients, rate)

@@ -7,6 +7,7 @@ time. A regulariser with rate or strength 0 costs no work.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -115,12 +116,11 @@ class Regularisers:
         for mask in self.masks(model):
             fields.setdefault(mask.name, {})[mask.layer] = mask.draw(seed, step, steps, batch)
         several = {"between", "recurrent", "zoneout"}
-        return Noise(
-            **{
-                name: tuple(drawn[k] for k in sorted(drawn)) if name in several else drawn[0]
-                for name, drawn in fields.items()
-            }
-        )
+        masks: dict[str, Any] = {
+            name: tuple(drawn[k] for k in sorted(drawn)) if name in several else drawn[0]
+            for name, drawn in fields.items()
+        }
+        return Noise(**masks)
 
     def penalise(self, model: Model, tape: Tape) -> Penalty:
         """The penalties of a window and their gradients."""

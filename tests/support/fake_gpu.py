@@ -354,7 +354,7 @@ class FakeDevice:
     def clusters(self, size: int) -> int:
         return 0
 
-    def new_stream(self) -> tuple:
+    def new_stream(self, *, urgent: bool = False) -> tuple:
         return None, self.queue
 
     def need(self, needed: int) -> None:

@@ -10,13 +10,15 @@ mirror     : host arrays that follow what is on the GPU
 lanes      : streams side by side, with their cuBLAS handles
 memory     : arrays of a window, with their size stated beforehand
 parameters : parameters, gradients, optimiser state, masks, and the update
-passes     : the forward and the backward pass
+window     : where the arrays of a window lie; its lanes
+forward    : the forward pass, the loss, counts of events
+backward   : the backward pass and penalties
 program    : an update for one size of window, as graphs
 evaluation : the forward pass without noise
 engine     : what the trainer calls
 kernels/   : device code
 
-Several GPUs would exchange `parameters.gradients` between `Passes.backward` and `DeviceParameters.settle`.
+Several GPUs would exchange `parameters.gradients` between `TrainingWindow.backward` and `DeviceParameters.settle`.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from eventrnn.cuda.training.memory import LayerSizes, Memory, Sizes, nbytes
 from eventrnn.cuda.training.mirror import Mirror
 from eventrnn.cuda.training.parameters import DeviceParameters
 from eventrnn.cuda.training.program import Program
+from eventrnn.cuda.training.window import Lanes
 from eventrnn.state import State
 
 if TYPE_CHECKING:
@@ -74,12 +75,16 @@ class CudaTrainingEngine:
         self.nbytes = (
             nbytes(self.sizes.outline(self.steps, batch, training=True))
             + DeviceParameters.nbytes(host, self.precision, len(slots) + averaged)
-            + WORKSPACE_BYTES * len(self.sizes.layers)
+            + WORKSPACE_BYTES * (len(self.sizes.layers) + 2)
         )
         with self.device.on_stream():
             self.device.need(self.nbytes)
             count = len(self.sizes.layers)
-            self.lanes = [Lane(self.device, self.precision, first=k == 0) for k in range(count)]
+            self.lanes = Lanes(
+                Lane(self.device, self.precision, first=True),
+                [Lane(self.device, self.precision, urgent=True) for _ in range(count)],
+                Lane(self.device, self.precision),
+            )
             self.parameters = DeviceParameters(
                 self.device, host, count, self.precision, model.thresholds, settings.threshold_bounds, self._sums()
             )
@@ -149,9 +154,7 @@ class CudaTrainingEngine:
             if result.fault:
                 return result
             self.optimiser.steps += 1
-            if mean := getattr(self.optimiser, "mean", None):
-                assert isinstance(mean, Mirror)
-                self.optimiser.counted += 1
+            self.optimiser.counted += bool(self.optimiser.mean)
             for mirror, _ in self._mirrors:
                 mirror.changed_on_gpu()
             if after_step is not None:
@@ -217,7 +220,7 @@ class CudaTrainingEngine:
         if masks.keys() != self._masks.keys() or any(masks[name] is not self._masks[name] for name in masks):
             self.parameters.set_masks(masks)
             self._masks = dict(masks)
-        mean = getattr(self.optimiser, "mean", None)
+        mean = self.optimiser.mean
         if mean and not isinstance(mean, Mirror):
             self.optimiser.mean = self._mirror(mean, self.parameters.state("mean"))
         low, high = self.settings.threshold_bounds
@@ -230,7 +233,7 @@ class CudaTrainingEngine:
                         np.clip(array, F32(low), F32(high), out=array)
                 self.parameters.send(name, array, twin)
                 if twin is self.parameters.values:
-                    self.parameters.narrow(self.lanes[0], name)
+                    self.parameters.narrow(self.lanes.main, name)
 
     def _allocate(self, steps: int, batch: int) -> Memory:
         memory = Memory(self.device, self.sizes.outline(steps, batch, training=True))
@@ -259,7 +262,7 @@ class CudaTrainingEngine:
         self.state = state
 
     def _program(self, steps: int, batch: int) -> Program:
-        averaged = bool(getattr(self.optimiser, "mean", None))
+        averaged = bool(self.optimiser.mean)
         key = (steps, batch, averaged)
         if key not in self.programs:
             if len(self.programs) == MOST_PROGRAMS:
@@ -273,9 +276,9 @@ class CudaTrainingEngine:
         self.batch = batch
         for k in range(len(self.sizes.layers)):
             if fresh or start == "events":
-                self.lanes[0].clear(self.memory["cells", k])
+                self.lanes.main.clear(self.memory["cells", k])
             if fresh:
-                self.lanes[0].clear(self.memory["outputs", k])
+                self.lanes.main.clear(self.memory["outputs", k])
 
     def _send_numbers(self, step: int, rate: float) -> None:
         chosen, optimiser, layout = self.settings.optimiser, self.optimiser, self.parameters.layout
@@ -285,7 +288,7 @@ class CudaTrainingEngine:
         numbers[updates.MOMENTUM] = chosen.momentum
         numbers[updates.CORRECTION1] = 1 / (1 - chosen.beta1**steps)
         numbers[updates.CORRECTION2] = 1 / (1 - chosen.beta2**steps)
-        numbers[updates.SHARE] = 1 / (getattr(optimiser, "counted", 0) + 1)
+        numbers[updates.SHARE] = 1 / (optimiser.counted + 1)
         rates = np.zeros((len(layout), 3), F32)
         for line, segment in zip(rates, layout, strict=True):
             decay = self.settings.weight_decay if chosen.decays(segment.name) else 0.0

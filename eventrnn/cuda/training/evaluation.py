@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eventrnn.cuda.run_buffers import Replay
+from eventrnn.cuda.training.forward import ForwardWindow
 from eventrnn.cuda.training.memory import Memory, nbytes
-from eventrnn.cuda.training.passes import Passes
 from eventrnn.cuda.training.program import fetch_output, put_inputs
 from eventrnn.state import State
 
@@ -40,7 +40,7 @@ class Evaluator:
         self.parameters: Mapping[str, np.ndarray] = engine.model.parameters
         self.memory: Memory | None = None
         self.capacity = 0, 0
-        self.windows: dict[tuple[int, int], tuple[Passes, Replay, Replay]] = {}
+        self.windows: dict[tuple[int, int], tuple[ForwardWindow, Replay, Replay]] = {}
 
     @contextmanager
     def using(self, parameters: Mapping[str, np.ndarray] | None) -> Iterator[None]:
@@ -58,14 +58,14 @@ class Evaluator:
                 if name.endswith(".threshold"):
                     masked = np.clip(masked, F32(low), F32(high))
                 there.send(name, masked, there.values)
-            there.narrow(engine.lanes[0])
+            there.narrow(engine.lanes.main)
         self.parameters = parameters
         try:
             yield
         finally:
             with engine.device.on_stream():
                 there.values.data.copy_from_device_async(before.data, before.nbytes)
-                there.narrow(engine.lanes[0])
+                there.narrow(engine.lanes.main)
             self.parameters = engine.model.parameters
 
     def forward(self, inputs: np.ndarray, state: State, noise: Any = None) -> tuple[np.ndarray, State, EvaluationTape]:
@@ -73,28 +73,28 @@ class Evaluator:
         if noise is not None:
             raise ValueError("noise: got some, but a model on the GPU evaluates without noise; leave it out")
         with self.engine.device.on_stream():
-            passes, run, _ = self._window(inputs, state)
+            window, run, _ = self._window(inputs, state)
             run()
-            output = fetch_output(self.engine.device, passes.memory, passes.sizes, passes.steps, passes.batch)
-            return output, self._state(passes), EvaluationTape(self._activity(passes))
+            output = fetch_output(self.engine.device, window.memory, window.sizes, window.steps, window.batch)
+            return output, self._state(window), EvaluationTape(self._activity(window))
 
     def score(self, inputs: np.ndarray, targets: np.ndarray, state: State) -> tuple[float, State, float]:
         """See `training.Model.score`."""
         with self.engine.device.on_stream():
-            passes, _, run = self._window(inputs, state)
-            device, memory = self.engine.device, passes.memory
+            window, _, run = self._window(inputs, state)
+            device, memory = self.engine.device, window.memory
             flat = np.ascontiguousarray(targets, np.int64).reshape(-1)
-            if flat.size != passes.rows or (flat.size and not 0 <= flat.min() <= flat.max() < passes.sizes.outputs):
-                need = f"need {inputs.shape[:2]} classes below {passes.sizes.outputs}"
+            if flat.size != window.rows or (flat.size and not 0 <= flat.min() <= flat.max() < window.sizes.outputs):
+                need = f"need {inputs.shape[:2]} classes below {window.sizes.outputs}"
                 raise ValueError(f"targets: got shape {targets.shape}, {need}")
-            device.send(flat, memory["targets"][: passes.rows])
+            device.send(flat, memory["targets"][: window.rows])
             run()
-            losses = np.empty(passes.rows, np.float64)
-            device.fetch(memory["losses"][: passes.rows], losses)
-            return float(losses.sum()) / max(1, passes.rows), self._state(passes), self._activity(passes)
+            losses = np.empty(window.rows, np.float64)
+            device.fetch(memory["losses"][: window.rows], losses)
+            return float(losses.sum()) / max(1, window.rows), self._state(window), self._activity(window)
 
-    def _window(self, inputs: np.ndarray, state: State) -> tuple[Passes, Replay, Replay]:
-        """The passes and the graphs of windows of this size, with inputs and state sent."""
+    def _window(self, inputs: np.ndarray, state: State) -> tuple[ForwardWindow, Replay, Replay]:
+        """The window and the graphs of windows of this size, with inputs and state sent."""
         engine, (steps, batch) = self.engine, inputs.shape[:2]
         if self.memory is None or steps > self.capacity[0] or batch > self.capacity[1]:
             self.windows.clear()
@@ -105,22 +105,24 @@ class Evaluator:
             self.memory = Memory(engine.device, outline)
         memory = self.memory
         if (steps, batch) not in self.windows:
-            passes = Passes(engine.sizes, engine.lanes, memory, engine.parameters, steps, batch, training=False)
+            window = ForwardWindow(engine.sizes, engine.lanes, memory, engine.parameters, steps, batch, training=False)
 
-            def forward(passes: Passes = passes) -> None:
-                passes.forward()
-                passes.count_events()
-                passes.write_output()
-                passes.carry_on()
+            def forward(window: ForwardWindow = window) -> None:
+                window.forward()
+                window.count_events()
+                window.write_output()
+                window.carry_on()
+                engine.lanes.join()
 
-            def score(passes: Passes = passes) -> None:
-                passes.forward()
-                passes.count_events()
-                passes.cross_entropy()
-                passes.carry_on()
+            def score(window: ForwardWindow = window) -> None:
+                window.forward()
+                window.count_events()
+                window.cross_entropy()
+                window.carry_on()
+                engine.lanes.join()
 
             queue = engine.device.queue
-            self.windows[steps, batch] = passes, Replay(queue, forward), Replay(queue, score)
+            self.windows[steps, batch] = window, Replay(queue, forward), Replay(queue, score)
         put_inputs(engine.device, memory, engine.sizes, inputs)
         for name, arrays in (("cells", state.cells), ("outputs", state.outputs)):
             for k, (layer, array) in enumerate(zip(engine.sizes.layers, arrays, strict=True)):
@@ -129,17 +131,17 @@ class Evaluator:
                 engine.device.send(padded, memory[name, k][:batch])
         return self.windows[steps, batch]
 
-    def _state(self, passes: Passes) -> State:
+    def _state(self, window: ForwardWindow) -> State:
         found: dict[str, list[np.ndarray]] = {"cells": [], "outputs": []}
         for name, arrays in found.items():
-            for k, layer in enumerate(passes.sizes.layers):
-                padded = np.empty((passes.batch, layer.padded), F32)
-                self.engine.device.fetch(passes.memory[name, k][: passes.batch], padded)
+            for k, layer in enumerate(window.sizes.layers):
+                padded = np.empty((window.batch, layer.padded), F32)
+                self.engine.device.fetch(window.memory[name, k][: window.batch], padded)
                 arrays.append(np.ascontiguousarray(padded[:, : layer.units]))
         return State(tuple(found["cells"]), tuple(found["outputs"]))
 
-    def _activity(self, passes: Passes) -> float:
-        counts = np.empty(passes.memory["counts"].shape, np.int64)
-        self.engine.device.fetch(passes.memory["counts"], counts)
-        entries = passes.rows * sum(layer.units for layer in passes.sizes.layers)
-        return passes.events(counts) / max(1, entries)
+    def _activity(self, window: ForwardWindow) -> float:
+        counts = np.empty(window.memory["counts"].shape, np.int64)
+        self.engine.device.fetch(window.memory["counts"], counts)
+        entries = window.rows * sum(layer.units for layer in window.sizes.layers)
+        return window.events(counts) / max(1, entries)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from eventrnn.cuda.cublas import Cublas
 from eventrnn.cuda.training.kernels.threads import BYTES
 
@@ -16,6 +18,11 @@ THREADS, SUM_THREADS = 256, 256
 
 # Most blocks of a kernel whose threads own every n-th element, per multiprocessor.
 BLOCKS_PER_MULTIPROCESSOR = 16
+
+
+def bits(number: float | np.floating) -> int:
+    """The bits of a float32, as kernels take it."""
+    return int(np.float32(number).view(np.int32))
 
 
 class Factor(NamedTuple):
@@ -31,11 +38,12 @@ class Lane:
 
     device, precision : the device, and the type of operands
     first             : use the device's own stream instead of a new one
+    urgent            : its kernels start before those of other lanes
     """
 
-    def __init__(self, device: Device, precision: str, *, first: bool = False):
+    def __init__(self, device: Device, precision: str, *, first: bool = False, urgent: bool = False):
         self.device, self.precision, self.size = device, precision, BYTES[precision]
-        self.stream, self.queue = (device.stream, device.queue) if first else device.new_stream()
+        self.stream, self.queue = (device.stream, device.queue) if first else device.new_stream(urgent=urgent)
         self.cublas = Cublas(device, self.queue)
 
     def each(self, key: tuple, make: Callable[[], tuple], elements: int, *arguments: int) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eventrnn.cuda.training.kernels import threads, updates
-from eventrnn.cuda.training.lanes import SUM_THREADS, Lane
+from eventrnn.cuda.training.lanes import SUM_THREADS, Lane, bits
 from eventrnn.cuda.training.layout import Layout
 from eventrnn.weights import MatrixId
 
@@ -20,11 +20,6 @@ F32 = np.float32
 
 # Columns of the rates of a segment: learning rate, decoupled decay, decay that joins the gradient.
 RATES = 3
-
-
-def bits(number: float) -> int:
-    """The bits of a float32."""
-    return int(np.float32(number).view(np.int32))
 
 
 class DeviceParameters:

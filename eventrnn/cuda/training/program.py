@@ -8,9 +8,9 @@ import numpy as np
 
 from eventrnn.backend import WindowResult
 from eventrnn.cuda.run_buffers import Replay
+from eventrnn.cuda.training.backward import TrainingWindow
 from eventrnn.cuda.training.kernels import sums, updates
 from eventrnn.cuda.training.memory import Sizes
-from eventrnn.cuda.training.passes import Passes
 
 if TYPE_CHECKING:
     from eventrnn.cuda.training.engine import CudaTrainingEngine
@@ -28,7 +28,7 @@ class Program:
         self.engine, self.steps, self.batch, self.averaged = engine, steps, batch, averaged
         self.rows = steps * batch
         self.memory, self.sizes = engine.memory, engine.sizes
-        self.passes = Passes(
+        self.window = TrainingWindow(
             engine.sizes,
             engine.lanes,
             engine.memory,
@@ -105,29 +105,31 @@ class Program:
 
     def _whole(self) -> None:
         self._before_loss()
-        self.passes.cross_entropy()
+        self.window.cross_entropy()
         self._after_loss()
 
     def _forward(self) -> None:
         self._before_loss()
-        self.passes.write_output()
+        self.window.write_output()
+        self.engine.lanes.join()
 
     def _backward(self) -> None:
-        self.passes.take_output_gradient()
+        self.window.take_output_gradient()
         self._after_loss()
 
     def _before_loss(self) -> None:
-        self.passes.forward()
-        self.passes.count()
+        self.window.forward()
+        self.window.count()
         if self.sizes.cells:
-            self.passes.penalty_rates(self.engine.constants.data.ptr)
+            self.window.penalty_rates(self.engine.constants.data.ptr)
+            self.engine.lanes.join()
 
     def _after_loss(self) -> None:
-        engine, lane = self.engine, self.engine.lanes[0]
-        self.passes.backward()
+        engine, lane = self.engine, self.engine.lanes.main
+        self.window.backward()
         engine.parameters.settle(lane, self.spans)
         engine.parameters.update(lane, engine.rule, averaged=self.averaged)
-        self.passes.carry_on()
+        self.window.carry_on()
 
     def output(self) -> np.ndarray:
         """The output of the network, (T, B, V or N)."""

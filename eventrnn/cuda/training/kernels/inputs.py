@@ -108,7 +108,7 @@ def embedding_gradient_kernel():
     return embedding_gradient, types.void(*[types.int64] * 14)
 
 
-def outputs_kernel(precision: str):
+def outputs_kernel():
     """The kernel of a network's output as float32, and its signature. A thread owns every n-th element.
 
     With `logits`, the products (R, padded) at `source_at` plus the bias at `bias_at`; otherwise the cells v (R, padded)

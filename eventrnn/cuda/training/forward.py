@@ -1,0 +1,265 @@
+"""The forward pass of a window, its loss and its counts, as work that is put on lanes.
+
+Of a piece of time: drive = x @ w_in (all steps); then per step: rec = y @ w_rec, cells. The paper's variant has a
+second recurrent product per step, that of the candidate.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from eventrnn.cuda.training.kernels import cell_steps, inputs, loss, noise, sums
+from eventrnn.cuda.training.lanes import Factor, Lane, bits
+from eventrnn.cuda.training.layout import up
+from eventrnn.cuda.training.window import Window
+
+# Threads of a block of the loss, which owns a row.
+LOSS_THREADS = 512
+
+
+class ForwardWindow(Window):
+    """A window with its forward pass."""
+
+    def forward(self) -> None:
+        """From the inputs in memory to the operands of the top layer, and the logits if there is a read-out."""
+        lane = self.lanes.main
+        if self.training:
+            self._draw(lane)
+        self._begin(lane)
+        self.lanes.fork()
+        for begin, end in self.pieces:
+            mark = None
+            for k, own in enumerate(self.lanes.layers):
+                if mark is not None:
+                    own.wait(mark)
+                self._layer_forward(k, begin, end)
+                mark = own.record()
+        self.lanes.join()
+        if self.sizes.outputs:
+            top, columns = self.sizes.layers[-1].padded, up(self.sizes.outputs)
+            readout = Factor(self.parameters.operand_at(self.parameters.readout), top, transposed=True)
+            out = Factor(self.memory.at("logits"), columns)
+            lane.multiply(Factor(self.sent_up(len(self.sizes.layers) - 1), top), readout, out, self.rows, top, columns)
+
+    def _draw(self, lane: Lane) -> None:
+        for mask in self.sizes.masks:
+            sizes = mask.sizes(self.steps, self.batch)
+            columns = self.sizes.layers[mask.layer].units if mask.name == "recurrent" else sizes[-1]
+            count, out = int(np.prod(sizes)), self.memory.at(("mask", mask.name, mask.layer))
+            lane.each(
+                ("draw",),
+                noise.draw_kernel,
+                -(-count // noise.PER_BLOCK),
+                self.parameters.job_at,
+                self.seed,
+                mask.place,
+                bits(mask.rate),
+                count,
+                columns,
+                up(columns),
+                out,
+            )
+            if mask.name == "recurrent":
+                weights = self.parameters.layout[f"layers.{mask.layer}.w_rec"]
+                lane.each(
+                    ("drop_weights", self.precision),
+                    lambda: noise.drop_weights_kernel(self.precision),
+                    weights.size,
+                    self.parameters.value_at(weights.name),
+                    out,
+                    bits(mask.scale),
+                    weights.size,
+                    self.memory.at(("dropped", mask.layer)),
+                )
+
+    def _begin(self, lane: Lane) -> None:
+        """Thresholds, carried outputs as operands, and the inputs of the first layer."""
+        memory, parameters, first = self.memory, self.parameters, self.sizes.layers[0]
+        for k, layer in enumerate(self.sizes.layers):
+            lane.each(
+                ("thresholds",),
+                cell_steps.threshold_kernel,
+                layer.units,
+                parameters.value_at(f"layers.{k}.threshold"),
+                parameters.rule == "sigmoid",
+                layer.units,
+                memory.at(("threshold", k)),
+            )
+            self._carry(lane, k, begin=True)
+        mask_at, mask_steps, mask_samples, scale = self.mask("inputs")
+        words_at, _, _, words_scale = self.mask("words")
+        symbols = bool(self.sizes.symbols)
+        lane.each(
+            ("inputs", self.precision),
+            lambda: inputs.input_kernel(self.precision),
+            self.rows * first.inputs,
+            parameters.value_at("embedding") if symbols else memory.at("numbers"),
+            first.padded_inputs if symbols else first.inputs,
+            memory.at("symbols") if symbols else 0,
+            words_at,
+            words_scale,
+            mask_at,
+            mask_steps,
+            mask_samples,
+            scale,
+            first.inputs,
+            self.batch,
+            self.rows,
+            memory.at("x"),
+            first.padded_inputs,
+        )
+
+    def carry_on(self) -> None:
+        """The state after the window becomes the carried one, unless the window has failed."""
+        for k in range(len(self.sizes.layers)):
+            self._carry(self.lanes.main, k, begin=False)
+
+    def _carry(self, lane: Lane, k: int, *, begin: bool) -> None:
+        layer, memory = self.sizes.layers[k], self.memory
+        lane.each(
+            ("carry", self.precision),
+            lambda: cell_steps.carry_kernel(self.precision),
+            layer.units * self.batch,
+            begin,
+            0 if begin else self.tape_at(k, self.steps - 1) + 4 * self.plane(k),
+            memory.at(("threshold", k)),
+            layer.paper,
+            memory.at(("cells", k)),
+            memory.at(("outputs", k)),
+            memory.at(("y", k)),
+            self.parameters.results_at if self.training else self.parameters.no_fault_at,
+            layer.units,
+            layer.padded,
+            self.batch,
+        )
+
+    def _layer_forward(self, k: int, begin: int, end: int) -> None:
+        lane, layer, memory = self.lanes.layers[k], self.sizes.layers[k], self.memory
+        n, batch, inputs_ = layer.padded, self.batch, layer.padded_inputs
+        x = Factor(self.received(k) + self.size * begin * batch * inputs_, inputs_)
+        drive = Factor(memory.at(("drive", k), begin * batch * 3 * n), 3 * n)
+        lane.multiply(x, Factor(self.weights(k, "w_in"), 3 * n), drive, (end - begin) * batch, inputs_, 3 * n)
+        w_rec, rec = self.weights(k, "w_rec"), memory.at(("rec", k))
+        vectors = self.parameters.value_at(f"layers.{k}.bias_in")
+        threshold, elements = memory.at(("threshold", k)), layer.units * batch
+        mask_at, mask_steps, mask_samples, scale = self.mask_after(k)
+        hold = self.sizes.mask("zoneout", k) if self.training else None
+        for t in range(begin, end):
+            y = Factor(memory.at(("y", k), t * batch * n), n)
+            gates = 2 * n if layer.paper else 3 * n
+            lane.multiply(y, Factor(w_rec, 3 * n), Factor(rec, 3 * n), batch, n, gates)
+            before, first = self.before(k, t)
+            drive_at = memory.at(("drive", k), t * batch * 3 * n)
+            carried: tuple[int, ...] = ()
+            if layer.paper:
+                sent = memory.at(("q", k), t * batch * n)
+                carried = (memory.at(("outputs", k)),)
+                lane.each(
+                    ("reset_gate", self.precision),
+                    lambda: cell_steps.reset_gate_kernel(self.precision),
+                    elements,
+                    drive_at,
+                    rec,
+                    vectors,
+                    threshold,
+                    before,
+                    *carried,
+                    first,
+                    self.tape_at(k, t),
+                    self.plane(k),
+                    sent,
+                    layer.units,
+                    n,
+                    batch,
+                )
+                candidate = Factor(w_rec + self.size * 2 * n, 3 * n)
+                lane.multiply(Factor(sent, n), candidate, Factor(rec + 4 * 2 * n, 3 * n), batch, n, n)
+            make = cell_steps.paper_forward_kernel if layer.paper else cell_steps.forward_kernel
+            lane.each(
+                (make.__name__, self.precision),
+                lambda make=make: make(self.precision),
+                elements,
+                drive_at,
+                rec,
+                vectors,
+                threshold,
+                before,
+                *carried,
+                first,
+                self.tape_at(k, t),
+                self.plane(k),
+                memory.at(("y", k), (t + 1) * batch * n),
+                self.sent_up(k) + self.size * t * batch * n if ("next", k) in memory and self.training else 0,
+                mask_at and mask_at + t * mask_steps,
+                mask_samples,
+                scale,
+                memory.at(("mask", "zoneout", k), t * batch * n) if hold else 0,
+                layer.units,
+                n,
+                batch,
+            )
+
+    def cross_entropy(self) -> None:
+        """The losses of all rows; in training, the logits become their gradient."""
+        columns = self.sizes.outputs
+        self.lanes.main.blocks(
+            ("cross_entropy", self.precision),
+            lambda: loss.cross_entropy_kernel(self.precision),
+            self.rows,
+            self.memory.at("logits"),
+            up(columns),
+            self.parameters.value_at("readout.bias"),
+            self.memory.at("targets"),
+            columns,
+            up(columns),
+            bits(1 / self.rows) if self.training else 0,
+            self.memory.at("losses"),
+            threads=LOSS_THREADS,
+        )
+
+    def write_output(self) -> None:
+        """The output of the network as float32 (T, B, V or N) in `result`."""
+        top, columns = self.sizes.layers[-1], self.sizes.outputs
+        last = len(self.sizes.layers) - 1
+        source = self.memory.at("logits") if columns else self.tape_at(last, 0) + 4 * self.plane(last)
+        bias = self.parameters.value_at("readout.bias") if columns else self.memory.at(("threshold", last))
+        self.lanes.main.each(
+            ("outputs",),
+            inputs.outputs_kernel,
+            self.rows * (columns or top.units),
+            bool(columns),
+            source,
+            up(columns) or top.padded,
+            bias,
+            *((0, 0, 0, 0) if columns else self.mask("top")),
+            columns or top.units,
+            self.batch,
+            self.rows,
+            self.memory.at("result"),
+        )
+
+    def count_events(self) -> None:
+        """Events and active pairs per unit, after the forward pass, on the side lane."""
+        lane, memory = self.lanes.side, self.memory
+        lane.wait(self.lanes.main.record())
+        lane.clear(memory["counts"])
+        for k, layer in enumerate(self.sizes.layers):
+            surrogate = self.surrogate(layer)
+            lane.each(
+                ("count_units", *surrogate),
+                lambda surrogate=surrogate: sums.count_units_kernel(*surrogate),
+                layer.units * self.steps,
+                self.tape_at(k, 0) + 4 * self.plane(k),
+                memory.at(("threshold", k)),
+                memory.at(("outputs", k)),
+                layer.units,
+                layer.padded,
+                self.batch,
+                self.steps,
+                memory.at("counts", self.count_offsets[k]),
+            )
+
+    def events(self, counts: np.ndarray) -> int:
+        """Events of all layers, from the counts that `count_events` has left."""
+        offsets = zip(self.count_offsets, self.sizes.layers, strict=False)
+        return sum(int(counts[at + sums.FIRED * n.padded :][: n.padded].sum()) for at, n in offsets)

@@ -1,0 +1,132 @@
+"""Where the arrays of a window lie: what the passes of `forward.py` and `backward.py` have in common.
+
+Every layer has a lane. The window is cut into pieces of time: while a layer works on one piece, the layer below works
+on the next one (above, in the backward pass). Work that nobody waits for until the end goes to a side lane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from eventrnn.cuda.training.kernels import sums
+from eventrnn.cuda.training.lanes import Lane, bits
+from eventrnn.cuda.training.layout import up
+from eventrnn.cuda.training.memory import LayerSizes, Memory, Sizes
+
+if TYPE_CHECKING:
+    from eventrnn.cuda.training.parameters import DeviceParameters
+
+# Pieces of time into which a window is cut if the network has several layers, and their fewest steps.
+PIECES, FEWEST_STEPS = 5, 8
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """The streams of an engine.
+
+    main   : what comes before and after the layers
+    layers : one per layer
+    side   : what nobody waits for until the end
+    """
+
+    main: Lane
+    layers: Sequence[Lane]
+    side: Lane
+
+    def fork(self) -> None:
+        """Let all others wait for the main lane."""
+        mark = self.main.record()
+        for lane in (*self.layers, self.side):
+            lane.wait(mark)
+
+    def join(self) -> None:
+        """Let the main lane wait for all others."""
+        for lane in (*self.layers, self.side):
+            self.main.wait(lane.record())
+
+
+class Window:
+    """A window of `steps` steps and `batch` samples.
+
+    lanes      : where work is put
+    memory     : arrays of windows of at least this size
+    parameters : the parameters, and where gradients go
+    training   : with noise, and with what the backward pass needs
+    seed       : of the noise
+    """
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        lanes: Lanes,
+        memory: Memory,
+        parameters: DeviceParameters,
+        steps: int,
+        batch: int,
+        *,
+        training: bool,
+        seed: int = 0,
+    ):
+        self.sizes, self.lanes, self.memory, self.parameters = sizes, lanes, memory, parameters
+        self.steps, self.batch, self.rows = steps, batch, steps * batch
+        self.training, self.seed = training, seed
+        self.precision, self.size = sizes.precision, lanes.main.size
+        pieces = PIECES if len(sizes.layers) > 1 else 1
+        length = max(FEWEST_STEPS, -(-steps // pieces))
+        self.pieces = [(begin, min(begin + length, steps)) for begin in range(0, steps, length)]
+        offsets = np.cumsum([0, *(sums.UNIT_COUNTS * layer.padded for layer in sizes.layers)])
+        self.count_offsets = [int(offset) for offset in offsets]
+        offsets = np.cumsum([0, *(layer.padded_inputs for layer in sizes.layers)])
+        self.input_count_offsets = [int(offset) for offset in offsets]
+
+    def mask(self, name: str, layer: int = 0) -> tuple[int, int, int, int]:
+        """Address of a mask of dropout, bytes from one step and from one sample to the next, and the bits of its scale.
+        Zeros without the mask."""
+        found = self.sizes.mask(name, layer) if self.training else None
+        if found is None:
+            return 0, 0, 0, 0
+        pitch = up(found.sizes(self.steps, self.batch)[-1])
+        steps, samples = (0, pitch) if found.shape[0] == "B" else (pitch, 0)
+        return self.memory.at(("mask", name, layer)), steps, samples, bits(found.scale)
+
+    def mask_after(self, k: int) -> tuple[int, int, int, int]:
+        """`mask` of the outputs of layer k."""
+        return self.mask("between", k) if k + 1 < len(self.sizes.layers) else self.mask("top")
+
+    def sent_up(self, k: int) -> int:
+        """Address of the operands (T, B, N') that layer k sends to what is above it."""
+        if ("next", k) in self.memory and self.training:
+            return self.memory.at(("next", k))
+        return self.memory.at(("y", k), self.batch * self.sizes.layers[k].padded)
+
+    def received(self, k: int) -> int:
+        """Address of the operands (T, B, I') that layer k receives."""
+        return self.sent_up(k - 1) if k else self.memory.at("x")
+
+    def weights(self, k: int, role: str) -> int:
+        """Address of the operands of a matrix of layer k, with DropConnect."""
+        if role == "w_rec" and self.training and self.sizes.mask("recurrent", k) is not None:
+            return self.memory.at(("dropped", k))
+        return self.parameters.operand_at(f"layers.{k}.{role}")
+
+    def before(self, k: int, t: int) -> tuple[int, int]:
+        """Address of the cells before step t, and whether they are those carried into the window."""
+        if t == 0:
+            return self.memory.at(("cells", k)), 1
+        return self.tape_at(k, t - 1) + 4 * self.plane(k), 0
+
+    def tape_at(self, k: int, t: int) -> int:
+        """Address of step t of the tape of layer k."""
+        return self.memory.at(("tape", k), t * self.batch * self.sizes.layers[k].padded)
+
+    def plane(self, k: int) -> int:
+        """Bytes between two arrays of the tape of layer k."""
+        return 4 * self.rows * self.sizes.layers[k].padded
+
+    def surrogate(self, layer: LayerSizes) -> tuple[int, float, float]:
+        rule = layer.cell.surrogate
+        return rule.code, rule.dampening, rule.support
