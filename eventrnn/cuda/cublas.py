@@ -37,7 +37,7 @@ class Cublas:
         except (ImportError, RuntimeError, OSError) as error:
             why = str(error).splitlines()[0]
             raise BackendUnavailable(
-                f"cuda: exact=False needs cuBLAS ({why}); the extras cuda12 and cuda13 bring it"
+                f"cuda: exact=False and training need cuBLAS ({why}); the extras cuda12 and cuda13 bring it"
             ) from None
         self.workspace = device.empty(WORKSPACE_BYTES, "u1")
         self.handle, self.one, self.zero = ctypes.c_void_p(), ctypes.c_float(1), ctypes.c_float(0)
