@@ -1,6 +1,6 @@
 """Profiles of Hypothesis, the conditions under which tests are skipped, and fixtures that several modules use.
 
-`--hypothesis-profile=ci` draws more examples than the default, `dev`; `few` draws less.
+`--hypothesis-profile=ci` draws more examples than the default, `dev`; `few` draws fewer.
 """
 
 import importlib

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from eventrnn import Network, State, audit, count, count_per_step, energy, simulate
 from eventrnn.counting.energy import HOROWITZ_2014
 from eventrnn.testing import networks
-from eventrnn.weights import CSR, NM, BlockCSR, convert
-from support.counting import count_multiplications, nm_places
+from eventrnn.weights import convert
+from support.counting import count_executed, count_multiplications
 
 
 def _inputs(network, rng, steps, batch):
@@ -20,22 +20,6 @@ def _inputs(network, rng, steps, batch):
     size = network.layers[0].inputs
     values = rng.choice([-1.0, 0.0, 0.0, 0.5, 1.0, 1.5], (steps, batch, size))
     return values.astype(np.float32)
-
-
-def _executed(weights, fired):
-    """Entries that the format stores for a unit, counted in the arrays of the format."""
-    total = 0
-    for j in np.flatnonzero(fired):
-        if isinstance(weights, CSR):
-            total += int(weights.indptr[j + 1] - weights.indptr[j])
-        elif isinstance(weights, BlockCSR):
-            row = j // weights.block[0]
-            total += int(weights.indptr[row + 1] - weights.indptr[row]) * weights.block[1]
-        elif isinstance(weights, NM):
-            total += sum(unit == j for unit, _ in nm_places(weights))
-        else:
-            total += weights.shape[1]
-    return total
 
 
 @given(st.data())
@@ -55,7 +39,7 @@ def test_counts_equal_brute_force(data):
             for b in range(batch):
                 all_of_them, effective = count_multiplications(dense, sent[t, b][None])
                 graded = count_multiplications(dense, (sent[t, b] * (np.abs(sent[t, b]) != 1))[None])[1]
-                executed = _executed(matrix, sent[t, b])
+                executed = count_executed(matrix, sent[t, b])
                 here = {"dense": all_of_them, "effective": effective, "executed": executed, "graded": graded}
                 for quantity, value in here.items():
                     brute[quantity] += value

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from eventrnn import cells
 from eventrnn.cli import app
 
 ROOT = Path(__file__).parent.parent
@@ -238,3 +239,8 @@ def test_the_citation_file_is_whole():
         assert re.search(rf"^{key}:", text, re.MULTILINE), key
     version = re.search(r'^version = "(.+)"$', text_of(ROOT / "pyproject.toml"), re.MULTILINE)[1]
     assert re.search(rf'^version: "?{re.escape(version)}"?$', text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("kind", cells.SURROGATES)
+def test_training_page_names_every_surrogate(kind):
+    assert f"`{kind}`" in text_of(ROOT / "docs" / "training.md")

@@ -40,6 +40,13 @@ def test_slope_is_the_derivative_of_the_smooth_step(kind, dampening, support):
     assert len(distance) > 1000
 
 
+def test_every_kind_has_a_slope_of_its_own():
+    """An entry of `SURROGATES` without a case in `surrogate_slope` would silently be the last one."""
+    distance = np.linspace(-1.5, 1.5, 7)
+    slopes = {kind: tuple(cells.surrogate_slope(code, distance, 0.7, 1.3)) for kind, code in SURROGATES.items()}
+    assert len(set(slopes.values())) == len(SURROGATES) == len(set(SURROGATES.values()))
+
+
 @pytest.mark.parametrize("kind", SURROGATES)
 def test_slope_of_float32_stays_float32(kind):
     slope = cells.surrogate_slope(

@@ -99,7 +99,7 @@ def _product(case: Case, report: Report) -> PreparedCase:
         counts=Counts(
             dense=rows * weights.shape[0] * weights.shape[1],
             effective=effective,
-            executed=int(sent @ weights.stored_out()),
+            executed=int(sent @ weights.executed_out()),
             graded=int(graded @ fan_out),
             binary=effective - int(graded @ fan_out),
             weight_bytes=int(sent @ weights.row_bytes()),

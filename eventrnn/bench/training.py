@@ -198,7 +198,7 @@ def _measured(case: TrainingCase, network: Network, tape: Tape) -> dict:
     for name, weights in network.matrices().items():
         sent = np.count_nonzero(arrived[name], axis=(0, 1))
         total = case.steps * case.batch * weights.shape[0] * weights.shape[1]
-        forward += Counts(total, int(sent @ weights.fan_out()), int(sent @ weights.stored_out()))
+        forward += Counts(total, int(sent @ weights.fan_out()), int(sent @ weights.executed_out()))
     backward = sum(count_backward(tape.work).values(), BackwardCounts())
     stored = sum(w.shape[0] * w.shape[1] for w in network.matrices().values())
     return {

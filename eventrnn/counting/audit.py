@@ -1,4 +1,4 @@
-"""Audit: recompute the counts of a run by independent means and compare.
+"""Audit: recompute the operations of a run by independent means and compare.
 
 `count` multiplies how often each unit fired by the number of weights in its row. The audit instead builds dense 0/1
 matrices of the weights and walks over the recorded events. Where NeuroBench is installed, its `single_layer_MACs`
@@ -45,14 +45,16 @@ class Audit:
 
 
 def audit(network: Network, simulation: Simulation, counts: OpCounts | None = None) -> Audit:
-    """Recompute the counts of a run from its recorded events and the weight matrices, and compare.
+    """Recompute the operations of a run from its recorded events and the weight matrices, and compare.
 
     Parameters
     ----------
     network, simulation : the network and its run, recorded with record="events"
     counts : the counts to check; by default those of `count`
 
-    The recomputation uses dense 0/1 matrices and the recorded events, neither fan-out tables nor fire counters. Where
+    The recomputation uses dense 0/1 matrices and the recorded events, neither fan-out tables nor fire counters. The
+    element-wise work and the state bytes of the layers are compared with the sums of `count_per_step`. Bytes of weights
+    are not audited. Where
     neurobench is installed, its `single_layer_MACs` is compared too. Cost: O(size of every matrix) memory and time.
     Raises ValueError where events were not recorded, TypeError where they are arrays on a GPU.
     """
@@ -62,7 +64,7 @@ def audit(network: Network, simulation: Simulation, counts: OpCounts | None = No
     for name, (weights, events) in events_by_matrix(network, simulation).items():
         counted = counts.matrices[name]
         there = weights.to_dense() != 0
-        stored = _stored_mask(weights)
+        executed = _executed_mask(weights)
         fired = np.bincount(events.indices, minlength=events.shape[2])
         graded = np.bincount(events.indices[events.graded], minlength=events.shape[2])
         formula = {
@@ -70,7 +72,7 @@ def audit(network: Network, simulation: Simulation, counts: OpCounts | None = No
             "effective": int((there * fired[:, None]).sum()),
             "executed": events.shape[0] * events.shape[1] * there.size
             if simulation.dense
-            else int((stored * fired[:, None]).sum()),
+            else int((executed * fired[:, None]).sum()),
             "graded": int((there * graded[:, None]).sum()),
             "binary": int((there * (fired - graded)[:, None]).sum()),
         }
@@ -112,8 +114,8 @@ def _neurobench_rows(name: str, weights: Weights, events: Events, counted: Count
     ]
 
 
-def _stored_mask(weights: Weights) -> np.ndarray:
-    """(n_pre, columns) 0/1: the entries that the format stores, padding columns included."""
+def _executed_mask(weights: Weights) -> np.ndarray:
+    """(n_pre, columns) 0/1: the entries that count as executed, which are the stored ones, padding columns included."""
     n_pre, n_post = weights.shape
     if isinstance(weights, CSR):
         mask = np.zeros((n_pre, n_post), np.int64)

@@ -8,13 +8,13 @@ are the same on every backend. Definitions (all int64):
 | `dense`        | multiplications of a dense engine: every input x every weight                                  |
 | `effective`    | non-zero event x non-zero weight: the effective MACs and ACs of NeuroBench (Yik et al. 2025)   |
 | `executed`     | multiplications of an event-driven engine in the format of the matrix: the stored entries of   |
-|                | the rows of fired units, with zeros and padding inside blocks, without spare vector lanes. Of  |
-|                | a dense engine (`Simulation.dense`): all                                                       |
+|                | the rows of fired units (`Weights.executed_out`), with zeros inside blocks and padding columns  |
+|                | of blocks at the edge, without spare vector lanes. Of a dense engine (`Simulation.dense`): all |
 | `graded`       | effective multiplications by a graded value: multiply-accumulates (MAC)                        |
 | `binary`       | effective multiplications by -1 or 1: accumulates (AC); decided per event                      |
 | `gate_ops`     | element-wise multiplications of the cell: 3 per unit and step (reset, keep, candidate). In the |
 |                | paper's variant 2 per unit and step, and 1 per event carried into the step                     |
-| `weight_bytes` | bytes of values and indices of the executed rows, each time they are used                      |
+| `weight_bytes` | bytes of values, indices and scales of the rows of fired units, each time they are used        |
 | `state_bytes`  | bytes of cells read and written and of outputs written: 12 per unit and step. The paper's      |
 |                | variant also reads the outputs: 16                                                             |
 
@@ -143,8 +143,8 @@ def count_per_step(network: Network, simulation: Simulation) -> dict[str, dict[s
     result = {}
     for name, (weights, events) in events_by_matrix(network, simulation).items():
         rows, graded = events.rows(), events.graded
-        tables = (weights.fan_out(), weights.stored_out(), weights.row_bytes())
-        fan_out, stored_out, row_bytes = (table[events.indices] for table in tables)
+        tables = (weights.fan_out(), weights.executed_out(), weights.row_bytes())
+        fan_out, executed_out, row_bytes = (table[events.indices] for table in tables)
         whole = np.full(events.shape[:2], weights.shape[0] * weights.shape[1], np.int64)
 
         def per_row(amount, rows=rows, shape=events.shape[:2]):
@@ -155,7 +155,7 @@ def count_per_step(network: Network, simulation: Simulation) -> dict[str, dict[s
         result[name] = {
             "dense": whole,
             "effective": per_row(fan_out),
-            "executed": whole.copy() if simulation.dense else per_row(stored_out),
+            "executed": whole.copy() if simulation.dense else per_row(executed_out),
             "graded": per_row(fan_out * graded),
             "binary": per_row(fan_out * ~graded),
             "weight_bytes": 4 * whole if simulation.dense else per_row(row_bytes),
@@ -176,7 +176,7 @@ def count_per_step(network: Network, simulation: Simulation) -> dict[str, dict[s
 def _matrix_counts(weights: Weights, fired: FireCounts, rows: int, dense_engine: bool) -> Counts:
     fan_out, dense = weights.fan_out(), rows * weights.shape[0] * weights.shape[1]
     graded, binary = int(fired.graded @ fan_out), int(fired.binary @ fan_out)
-    executed, nbytes = int(fired.total @ weights.stored_out()), int(fired.total @ weights.row_bytes())
+    executed, nbytes = int(fired.total @ weights.executed_out()), int(fired.total @ weights.row_bytes())
     if dense_engine:
         executed, nbytes = dense, 4 * dense
     return Counts(dense, graded + binary, executed, graded, binary, nbytes)

@@ -30,8 +30,9 @@ def energy(counts: OpCounts, *, memory: str = "sram_1mb_64bit", dense: bool = Fa
     memory : the row of `HOROWITZ_2014` for reads of weights; cells and outputs use the row of 32 kB
     dense  : estimate a dense engine instead: every product is a MAC and every weight is read
 
-    Executed products of binary events are accumulates (AC), all others multiply-accumulates (MAC); the element-wise
-    work is multiplications. Returns picojoules by part, and their sum. Raises ValueError for an unknown memory.
+    Effective products of binary events are accumulates (AC). All other executed products are multiply-accumulates
+    (MAC), also those of binary events with stored zeros. The element-wise work is multiplications. Returns
+    picojoules by part, and their sum. Raises ValueError for an unknown memory.
     """
     if memory not in HOROWITZ_2014 or not memory.endswith("64bit"):
         choices = ", ".join(name for name in HOROWITZ_2014 if name.endswith("64bit"))

@@ -6,17 +6,9 @@ Backends build on the formats; no format imports a backend.
 
 Each format offers `check(full)`, `to_dense`, `from_dense`, `fan_out`, `stored_out`, `nnz`, `stored`, `nbytes`, and
 can store its values as bfloat16 or int8 (`storage`, `floats`, `stored_as`). `nnz` counts the non-zero weights;
-`stored` counts the entries that a kernel multiplies, zeros inside blocks and groups and padding at the edges included.
+`stored` counts the stored entries, zeros inside blocks and groups and padding columns at the edge included.
 
-A new format is added in these places:
-
-- a file here with a subclass of `Weights`, its name in `FORMATS`, and its line in `convert`
-- `cpu/packing.py`: the packed table for the CPU kernels (`cpu/kernels/spmm.py`), and `check_format`
-- `cuda/packing.py`: the strips for the GPU kernels, and `check_format`
-- `counting/audit.py` (the mask of stored entries) and `pruning/patterns.py` (storing a matrix in its old format)
-
-Training needs no change, because it reads the mask of a matrix only (`Weights.kept`). Neither do model files, which
-hold the fields of the record (`Weights.arrays`, `Weights.options`), nor the tests, which draw from `FORMATS`.
+`docs/architecture.md` lists the places that a new format touches.
 """
 
 from __future__ import annotations

@@ -43,7 +43,14 @@ class Weights(ABC):
 
     @abstractmethod
     def stored_out(self) -> np.ndarray:
-        """The number of stored entries that a kernel multiplies when unit j sends an event, (n_pre,) int64."""
+        """The number of stored entries of each presynaptic unit, zeros and padding columns included, (n_pre,) int64."""
+
+    def executed_out(self) -> np.ndarray:
+        """The multiplications that count as executed when unit j sends an event, (n_pre,) int64: all stored entries.
+
+        Counting uses this number only. Bytes, scales and kernels follow `stored_out`.
+        """
+        return self.stored_out()
 
     @abstractmethod
     def row_bytes(self) -> np.ndarray:
@@ -68,7 +75,7 @@ class Weights(ABC):
 
     @property
     def stored(self) -> int:
-        """The number of stored entries, zeros in blocks and groups and padding included."""
+        """The number of stored entries, zeros in blocks and groups and padding columns included."""
         return int(self.stored_out().sum())
 
     @property

@@ -15,9 +15,9 @@ from eventrnn.weights.base import Weights, check_indices, finite_matrix, need_in
 class BlockCSR(Weights):
     """Blocks of `block = (r, c)` entries, r presynaptic by c postsynaptic, on a grid that starts at entry [0, 0].
 
-    A matrix whose size is not a multiple of the block is padded with zeros at its far edges. Padding is stored and
-    counted as executed. The values of one presynaptic unit are contiguous: for unit `k * r + s`, in block row k with
-    `n_k` blocks, they begin at `(indptr[k] * r + s * n_k) * c` and are `n_k * c` long.
+    A matrix whose size is not a multiple of the block is padded with zeros at its far edges. Padding columns are stored
+    and counted as executed. The values of one presynaptic unit are contiguous: for unit `k * r + s`, in block row k
+    with `n_k` blocks, they begin at `(indptr[k] * r + s * n_k) * c` and are `n_k * c` long.
 
     Attributes
     ----------
@@ -140,10 +140,10 @@ class BlockCSR(Weights):
 
     def fan_out(self) -> np.ndarray:
         r, c = self.block
-        per_unit = np.zeros(((len(self.indptr) - 1), r), np.int64)
+        weights = np.zeros(((len(self.indptr) - 1), r), np.int64)
         filled = np.count_nonzero(self.blocks(), axis=2)
-        np.add.at(per_unit, np.repeat(np.arange(len(per_unit)), np.diff(self.indptr)), filled)
-        return per_unit.ravel()[: self.shape[0]]
+        np.add.at(weights, np.repeat(np.arange(len(weights)), np.diff(self.indptr)), filled)
+        return weights.ravel()[: self.shape[0]]
 
     def stored_out(self) -> np.ndarray:
         r, c = self.block

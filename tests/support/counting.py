@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from eventrnn import reference
-from eventrnn.weights import NM
+from eventrnn.weights import CSR, NM, BlockCSR, Weights
 from support import tolerance
 
 
@@ -74,3 +74,22 @@ def count_multiplications(weights: np.ndarray, values: np.ndarray) -> tuple[int,
     bound = tolerance.drive_bound(weights, values, np.zeros(weights.shape[1]), tolerance.U64)
     assert (np.abs(products - expected) <= bound).all()
     return tally.dense, tally.effective
+
+
+def count_executed(weights: Weights, fired: np.ndarray) -> int:
+    """The multiplications of one drive row that count as executed, counted in the arrays of the format.
+
+    fired (n_pre,): not zero for the units that send an event.
+    """
+    total = 0
+    for j in np.flatnonzero(fired):
+        if isinstance(weights, CSR):
+            total += int(weights.indptr[j + 1] - weights.indptr[j])
+        elif isinstance(weights, BlockCSR):
+            row = j // weights.block[0]
+            total += int(weights.indptr[row + 1] - weights.indptr[row]) * weights.block[1]
+        elif isinstance(weights, NM):
+            total += sum(unit == j for unit, _ in nm_places(weights))
+        else:
+            total += weights.shape[1]
+    return total

@@ -367,7 +367,7 @@ class LayerEngine:
             work.dots,
             counter=True,
         )
-        work.dots_stored = pattern.stored_out()
+        work.dots_stored = pattern.executed_out()
 
     def _sampled(self, pattern: Pattern, stored: np.ndarray, low: int, high: int) -> SampledWeights:
         """The columns `low` to `high` of a matrix for sampled products.
@@ -463,7 +463,7 @@ class LayerEngine:
             work.fired = counts.sum(axis=0)
         else:
             work.fired = np.bincount(inputs.lists[0].order, counts.reshape(-1), n_pre).astype(np.int64)
-        work.gradient_rows, work.gradient_stored = work.fired, pattern.stored_out()
+        work.gradient_rows, work.gradient_stored = work.fired, pattern.executed_out()
         scratch = workspace.strip(n_pre)
         if pattern.layout == ALL:
             gradient = take(n_pre, columns)
@@ -539,7 +539,7 @@ class LayerEngine:
             counter=True,
         )
         work.active_pairs = work.dots = dots.sum(axis=0)
-        work.dots_stored = pattern.stored_out()
+        work.dots_stored = pattern.executed_out()
         return d_x
 
 

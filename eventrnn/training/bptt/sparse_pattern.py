@@ -111,8 +111,11 @@ class Pattern:
         """The number of weights that a product reads, the padding of segments included."""
         return self.shape[0] * self.shape[1] if self.layout == ALL else len(self.units) * self.width
 
-    def stored_out(self) -> np.ndarray:
-        """`stored` of each presynaptic unit, (n_pre,) int64."""
+    def executed_out(self) -> np.ndarray:
+        """Multiplications of a product per event or open path of a unit, padding of segments included, (n_pre,) int64.
+
+        The counts of the backward pass use it. Together the units have `stored`.
+        """
         if self.layout == ALL:
             return np.full(self.shape[0], self.shape[1], np.int64)
         return np.bincount(self.units, minlength=self.shape[0]).astype(np.int64) * self.width
