@@ -9,7 +9,7 @@ import numpy as np
 
 from eventrnn.bench.machine import device, versions
 from eventrnn.bench.timing import interleaved
-from eventrnn.pruning.nm import METHODS, mask_diversity, nm_mask, transposable_mask
+from eventrnn.pruning.nm import TRANSPOSABLE_METHODS, mask_diversity, nm_mask, transposable_mask
 from eventrnn.weights import check_nm
 
 #: published times on other machines: source, method, side of the matrix, n:m, seconds, machine
@@ -29,7 +29,7 @@ def masks(
     columns: int = 4096,
     n: int = 4,
     m: int = 8,
-    methods: tuple[str, ...] = METHODS,
+    methods: tuple[str, ...] = TRANSPOSABLE_METHODS,
     threads: int = 1,
     repeats: int = 3,
     seed: int = 0,
@@ -46,9 +46,9 @@ def masks(
     for name, value in (("rows", rows), ("columns", columns), ("threads", threads), ("repeats", repeats)):
         if value < 1:
             raise ValueError(f"{name}: got {value}, need a whole number >= 1")
-    unknown = [method for method in methods if method not in METHODS]
+    unknown = [method for method in methods if method not in TRANSPOSABLE_METHODS]
     if unknown or not methods:
-        raise ValueError(f"methods: got {', '.join(methods) or 'none'}, need some of {', '.join(METHODS)}")
+        raise ValueError(f"methods: got {', '.join(methods) or 'none'}, need some of {', '.join(TRANSPOSABLE_METHODS)}")
     dense = np.random.default_rng(seed).standard_normal((rows, columns), np.float32)
     found: dict[str, np.ndarray] = {}
     busy: dict[str, list[float]] = {}

@@ -28,7 +28,7 @@ from eventrnn.cli.terminal import as_line, progress
 from eventrnn.network import Network
 from eventrnn.pruning.magnitude import GATES, SCOPES, STATISTICS
 from eventrnn.pruning.methods import BLOCK_OPTIONS, METHODS, NM_OPTIONS, Method, training_schedule
-from eventrnn.pruning.nm import METHODS as MASKS
+from eventrnn.pruning.nm import TRANSPOSABLE_METHODS
 from eventrnn.pruning.operations import MEASUREMENTS, check_budget
 from eventrnn.pruning.patterns import parse_nm
 from eventrnn.simulation import simulate
@@ -85,9 +85,9 @@ class PruneOptions:
             help=f"Grid of blocks: {', '.join(GATES)} (one over all gates, one per gate, one mask for all gates)."
         ),
     ] = None
-    mask: Annotated[str | None, typer.Option(help=f"Method that finds masks along both axes: {', '.join(MASKS)}.")] = (
-        None
-    )
+    mask: Annotated[
+        str | None, typer.Option(help=f"Method that finds masks along both axes: {', '.join(TRANSPOSABLE_METHODS)}.")
+    ] = None
     criterion: Annotated[
         str | None,
         typer.Option(help=f"Criterion that decides which weights go first: {', '.join(pruning.CRITERIA)}. [return]"),
@@ -122,7 +122,11 @@ class PruneOptions:
     window: Annotated[int | None, typer.Option(help="Number of time steps per window of the training. [64]")] = None
     seed: Annotated[int | None, typer.Option(help="Seed of the training. [0]")] = None
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Prune without training, show the table, and write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Show the table and write nothing. A method that trains is shown as pruning by magnitude at once.",
+        ),
     ] = False
     picture: Annotated[Path | None, typer.Option(help="File for a picture of the masks: .png, .pdf or .svg.")] = None
     force: Force = False
@@ -403,8 +407,11 @@ def _show(summary: dict, before: dict, after: dict, options: PruneOptions) -> No
         sides = {f"{name}_{side}": fs[name] for name in after for side, fs in (("before", before), ("after", after))}
         print(as_line(summary | sides))
         return
-    title = "dry run: nothing is written, nothing was trained" if summary["dry_run"] else f"wrote {options.out}"
-    table = Table("", "before", "after", "before / after", title=f"{title} ({summary['method']})")
+    title = f"wrote {options.out} ({summary['method']})"
+    if summary["dry_run"]:
+        how = "magnitude, at once" if METHODS[summary["method"]].trains else summary["method"]
+        title = f"dry run: nothing is written, nothing was trained ({how})"
+    table = Table("", "before", "after", "before / after", title=title)
     for name, value in after.items():
         numbers = [f"{x:,}" if isinstance(x, int) else f"{x:,.4g}" for x in (before[name], value)]
         table.add_row(name.replace("_", " "), *numbers, f"{before[name] / value:.2f}" if value else "")

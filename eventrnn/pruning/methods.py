@@ -30,6 +30,83 @@ LAST_CHANGE = 0.5
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What a schedule is built from: the pattern, the options by name, and the updates of the whole training."""
+
+    pattern: Pattern
+    steps: int
+    options: Mapping[str, Any]
+
+    @property
+    def exempt(self) -> tuple[str, ...]:
+        """Names of matrices and layers that are not pruned."""
+        return tuple(self.options.get("exempt", ()))
+
+    @property
+    def end(self) -> int:
+        """The update from which on masks stay. Raises ValueError where there is none to change them in."""
+        end = int(self.steps * LAST_CHANGE)
+        if end < 1:
+            raise ValueError(
+                f"steps: got {self.steps}, but masks change in the first half of the training; give at least 2"
+            )
+        return end
+
+    @property
+    def blocks(self) -> dict[str, Any]:
+        """The arguments that all schedules of blocks have in common."""
+        assert isinstance(self.pattern, Blocks)
+        return {"block": self.pattern.block, "start": 0, "end": self.end, "exempt": self.exempt}
+
+    @property
+    def sparsity(self) -> float:
+        """The share of blocks to prune."""
+        assert isinstance(self.pattern, Blocks)
+        return self.pattern.sparsity
+
+    def some(self, *names: str) -> dict[str, Any]:
+        """The options of these names that were given."""
+        return {name: self.options[name] for name in names if name in self.options}
+
+    def every(self, start: int = 0) -> dict[str, int]:
+        """Updates between two changes of a gradual schedule: at most ten, and few enough for ten changes."""
+        return {"every": max(1, min(10, (self.end - start) // 10))}
+
+
+# Options of `BLOCK_OPTIONS` beside the block itself.
+RANKING = ("scope", "statistic", "gates")
+
+
+def _magnitude(plan: Plan) -> Pruning:
+    if not isinstance(plan.pattern, Blocks):
+        return StaticMasks(plan.pattern, exempt=plan.exempt)
+    return GradualPruning(plan.sparsity, **plan.blocks, **plan.every(), **plan.some(*RANKING))
+
+
+def _movement(plan: Plan) -> Pruning:
+    # Movement is summed over some steps before the first mask is drawn from it.
+    start = min(plan.end - 1, max(1, plan.end // 4))
+    return MovementPruning(plan.sparsity, **plan.blocks | {"start": start}, **plan.every(start), **plan.some(*RANKING))
+
+
+def _threshold(plan: Plan) -> Pruning:
+    options = plan.blocks | plan.every() | plan.some("statistic")
+    return ThresholdPruning(ramp=plan.end // 2, sparsity=plan.sparsity, **options)
+
+
+def _lasso(plan: Plan) -> Pruning:
+    return Combined(GroupLasso(plan.options.get("strength", 0.01), **plan.blocks), _threshold(plan))
+
+
+def _dynamic(plan: Plan) -> Pruning:
+    return DynamicMasks(plan.pattern, 0, plan.end, exempt=plan.exempt, **plan.some("every"))
+
+
+def _regrow(plan: Plan) -> Pruning:
+    return RegrownMasks(plan.sparsity, **plan.blocks, **plan.some("statistic", "every"))
+
+
+@dataclass(frozen=True)
 class Method:
     """One pruning method.
 
@@ -42,6 +119,7 @@ class Method:
     trains          : True for a method that prunes while it trains, False for one that never trains, None for one that
                       does either
     calibrates      : whether the method measures activity on calibration inputs
+    schedule        : makes the object that a trainer is given, or None for a method that prunes outside the training
     """
 
     summary: str
@@ -50,6 +128,7 @@ class Method:
     options: tuple[str, ...] = ()
     trains: bool | None = False
     calibrates: bool = False
+    schedule: Callable[[Plan], Pruning] | None = None
 
 
 #: method name -> method
@@ -60,6 +139,7 @@ METHODS: dict[str, Method] = {
         targets=("sparsity", "nm"),
         options=(*BLOCK_OPTIONS, *NM_OPTIONS),
         trains=None,
+        schedule=_magnitude,
     ),
     "movement": Method(
         "weights that move towards zero",
@@ -67,6 +147,7 @@ METHODS: dict[str, Method] = {
         targets=("sparsity",),
         options=BLOCK_OPTIONS,
         trains=True,
+        schedule=_movement,
     ),
     "threshold": Method(
         "blocks below a rising threshold",
@@ -74,6 +155,7 @@ METHODS: dict[str, Method] = {
         targets=("sparsity",),
         options=("block", "statistic"),
         trains=True,
+        schedule=_threshold,
     ),
     "lasso": Method(
         "group lasso with a rising threshold",
@@ -81,6 +163,7 @@ METHODS: dict[str, Method] = {
         targets=("sparsity",),
         options=("block", "statistic", "strength"),
         trains=True,
+        schedule=_lasso,
     ),
     "iterative": Method(
         "rounds of training, with rewinding",
@@ -95,6 +178,7 @@ METHODS: dict[str, Method] = {
         targets=("nm", "sparsity"),
         options=("block", "statistic", "gates", *NM_OPTIONS, "every"),
         trains=True,
+        schedule=_dynamic,
     ),
     "regrow": Method(
         "blocks dropped and regrown (RigL)",
@@ -102,6 +186,7 @@ METHODS: dict[str, Method] = {
         targets=("sparsity",),
         options=("block", "statistic", "every"),
         trains=True,
+        schedule=_regrow,
     ),
     "adaprune": Method(
         "kept weights refitted to the outputs",
@@ -134,29 +219,5 @@ def training_schedule(name: str, pattern: Pattern, steps: int, options: Mapping[
 
     Raises ValueError for fewer than two steps where masks change while training.
     """
-    if name in ("iterative", "adaprune", "operations"):
-        return None
-    exempt = tuple(options.get("exempt", ()))
-    if name == "magnitude" and not isinstance(pattern, Blocks):
-        return StaticMasks(pattern, exempt=exempt)
-    end = int(steps * LAST_CHANGE)
-    if end < 1:
-        raise ValueError(f"steps: got {steps}, but masks change in the first half of the training; give at least 2")
-    every = {"every": options["every"]} if "every" in options else {}
-    if name == "dynamic":
-        return DynamicMasks(pattern, 0, end, exempt=exempt, **every)
-    assert isinstance(pattern, Blocks)
-    common = {"block": pattern.block, "start": 0, "end": end, "exempt": exempt}
-    ranking = {option: options[option] for option in ("scope", "statistic", "gates") if option in options}
-    if name == "magnitude":
-        return GradualPruning(pattern.sparsity, **common, **ranking)
-    if name == "movement":
-        # Movement is summed over some steps before the first mask is drawn from it.
-        start = min(end - 1, max(1, end // 4))
-        return MovementPruning(pattern.sparsity, **common | {"start": start}, **ranking)
-    if name == "regrow":
-        return RegrownMasks(pattern.sparsity, **common, **ranking, **every)
-    threshold = ThresholdPruning(ramp=end // 2, sparsity=pattern.sparsity, **common, **ranking)
-    if name == "threshold":
-        return threshold
-    return Combined(GroupLasso(options.get("strength", 0.01), **common), threshold)
+    build = METHODS[name].schedule
+    return None if build is None else build(Plan(pattern, steps, options))

@@ -21,7 +21,7 @@ from eventrnn.pruning.kernels import mask_kernels
 from eventrnn.weights import check_nm
 
 #: Algorithms for transposable masks.
-METHODS = ("exact", "greedy")
+TRANSPOSABLE_METHODS = ("exact", "greedy")
 
 # For tiles up to this size the exact method tries all maximal masks: 186 for 2:4, of which 90 keep exactly two in every
 # row and column.
@@ -68,8 +68,8 @@ def transposable_mask(dense: np.ndarray, n: int, m: int, *, method: str = "exact
     "greedy".
     """
     check_nm(n, m, "post")
-    if method not in METHODS:
-        raise ValueError(f"method: got {method!r}, need one of {', '.join(METHODS)}")
+    if method not in TRANSPOSABLE_METHODS:
+        raise ValueError(f"method: got {method!r}, need one of {', '.join(TRANSPOSABLE_METHODS)}")
     stack = to_tiles(_magnitudes(dense), m)
     kept = np.empty(stack.shape, bool)
     if method == "greedy":

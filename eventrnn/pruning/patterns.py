@@ -15,7 +15,7 @@ import numpy as np
 
 from eventrnn.network import Network
 from eventrnn.pruning.magnitude import GATES, STATISTICS, check_sparsity, magnitude_masks
-from eventrnn.pruning.nm import METHODS, nm_mask, transposable_mask
+from eventrnn.pruning.nm import TRANSPOSABLE_METHODS, nm_mask, transposable_mask
 from eventrnn.pruning.schedule import choose
 from eventrnn.weights import NM, BlockCSR, Weights, check_nm, convert
 
@@ -85,8 +85,8 @@ class NofM(Pattern):
 
     def __post_init__(self):
         check_nm(self.n, self.m, "post" if self.axis == "both" else self.axis)
-        if self.method not in METHODS:
-            raise ValueError(f"method: got {self.method!r}, need one of {', '.join(METHODS)}")
+        if self.method not in TRANSPOSABLE_METHODS:
+            raise ValueError(f"method: got {self.method!r}, need one of {', '.join(TRANSPOSABLE_METHODS)}")
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m} {self.axis}"

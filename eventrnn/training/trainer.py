@@ -101,7 +101,7 @@ class Trainer:
             steps = self._updates()
             if pruning.end >= steps:
                 raise ValueError(
-                    f"pruning: reaches its sparsity at step {pruning.end}, but training has {steps} steps; "
+                    f"pruning: ends at step {pruning.end}, but training has {steps} steps; "
                     "train longer or end the pruning earlier"
                 )
             pruning.check(self.model.parameters)
