@@ -56,7 +56,8 @@ def _kind(inputs: Any) -> str:
 class HostInputs:
     """The check and the layout of inputs for engines whose inputs lie on the host; one for each engine.
 
-    dense : whether the engine wants numbers as dense arrays; otherwise it gets them as events
+    dense : whether the engine computes with numbers as they are, in a contiguous array of its own where every zero is
+            +0; otherwise it gets the caller's numbers, float32, to make events of
     """
 
     def __init__(self, network: Network, *, dense: bool = False):
@@ -70,7 +71,11 @@ class HostInputs:
         return Events.from_dense(embedding[:, None, :])
 
     def prepare(self, inputs: Any) -> Inputs:
-        """See `Engine.prepare`. Numbers: O(size of the input); symbols: O(steps * batch)."""
+        """See `Engine.prepare`. Numbers: O(size of the input); symbols: O(steps * batch).
+
+        Memory: beside the input, a copy of numbers that are not float32 and, for `dense`, a copy of all numbers; of
+        events and symbols that are not contiguous or read-only.
+        """
         need_on_host(inputs)
         if self.network.embedding is not None:
             return self._symbols(inputs)
@@ -78,15 +83,13 @@ class HostInputs:
             dense = self._dense(inputs)
             if self.dense:
                 # A dense engine must see +0 where an event list has nothing, so that -0 becomes +0.
-                return Inputs(InputKind.DENSE, *dense.shape, values=np.ascontiguousarray(dense) + np.float32(0))
-            events = Events.from_dense(dense)
-        else:
-            if inputs.shape[2] != self.size:
-                raise ValueError(f"inputs: got events of {inputs.shape[2]} units, need {self.size}")
-            inputs.check()
-            # Kernels take an address and a length, so the arrays have to be contiguous.
-            indptr, indices, values = map(np.ascontiguousarray, (inputs.indptr, inputs.indices, inputs.values))
-            events = Events(indptr, indices, values, inputs.shape)
+                dense = np.ascontiguousarray(dense) + np.float32(0)
+            return Inputs(InputKind.DENSE, *dense.shape, values=dense)
+        if inputs.shape[2] != self.size:
+            raise ValueError(f"inputs: got events of {inputs.shape[2]} units, need {self.size}")
+        inputs.check()
+        indptr, indices, values = map(_for_kernels, (inputs.indptr, inputs.indices, inputs.values))
+        events = Events(indptr, indices, values, inputs.shape)
         return Inputs(InputKind.EVENTS, *events.shape, table=events)
 
     def _dense(self, inputs: Any) -> np.ndarray:
@@ -114,9 +117,16 @@ class HostInputs:
             bad = np.argwhere((array < 0) | (array >= symbols))[0]
             raise ValueError(f"inputs: got symbol {array[tuple(bad)]} at {tuple(map(int, bad))}; need 0..{symbols - 1}")
         steps, batch = map(int, array.shape)
-        return Inputs(
-            InputKind.SYMBOLS, steps, batch, self.size, values=np.ascontiguousarray(array, np.int64), table=table
-        )
+        symbols = _for_kernels(array.astype(np.int64, copy=False))
+        return Inputs(InputKind.SYMBOLS, steps, batch, self.size, values=symbols, table=table)
+
+
+def _for_kernels(array: np.ndarray) -> np.ndarray:
+    """The array, or a copy where it is not contiguous, not aligned or read-only.
+
+    Kernels take an address and a length. For a read-only array Numba would compile them once more.
+    """
+    return np.require(array, requirements=["C", "A", "W"])
 
 
 class Stepper(Protocol):

@@ -5,9 +5,13 @@ Networks and backends build on this file; it imports neither.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+
+# Numbers of a large array that are looked at together.
+PART = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -73,9 +77,28 @@ class Events:
 
         Raises ValueError for another number of dimensions. Cost: O(size of the array).
         """
-        dense = np.asarray(dense, np.float32)
+        dense = np.asarray(dense)
         if dense.ndim != 3:
             raise ValueError(f"dense events: got shape {dense.shape}, need (steps, batch, size)")
+        if dense.size <= PART:
+            return cls._from_part(dense)
+        # A part takes several times its own memory. Counting first, only one part does.
+        steps, batch, size = dense.shape
+        total = sum(int(np.count_nonzero(part.astype(np.float32, copy=False))) for part in in_parts(dense))
+        indptr = np.zeros(steps * batch + 1, np.int64)
+        indices, values = np.empty(total, np.int32), np.empty(total, np.float32)
+        row = first = 0
+        for events in map(cls._from_part, in_parts(dense)):
+            last = first + len(events)
+            indptr[row + 1 : row + len(events.indptr)] = events.indptr[1:] + first
+            indices[first:last], values[first:last] = events.indices, events.values
+            row, first = row + len(events.indptr) - 1, last
+        return cls(indptr, indices, values, (steps, batch, size))
+
+    @classmethod
+    def _from_part(cls, dense: np.ndarray) -> Events:
+        """`from_dense` in one piece."""
+        dense = dense.astype(np.float32, copy=False)
         steps, batch, size = dense.shape
         flat = dense.reshape(steps * batch, size)
         if len(flat) == 1:
@@ -132,10 +155,27 @@ class Events:
 
 def check_finite(name: str, array: np.ndarray) -> None:
     """Raise ValueError for NaN and infinity, with the position of the first one. Cost: one pass over the array."""
-    finite = np.isfinite(array)
-    if not finite.all():
-        position = tuple(int(k) for k in np.argwhere(~finite)[0])
-        raise ValueError(f"{name}: got {array[position]} at position {position}; need finite numbers")
+    first = 0
+    for part in in_parts(array):
+        finite = np.isfinite(part)
+        if not finite.all():
+            position = tuple(int(k) for k in np.argwhere(~finite)[0])
+            position = (first + position[0], *position[1:]) if position else ()
+            raise ValueError(f"{name}: got {array[position]} at position {position}; need finite numbers")
+        first += len(part) if part.ndim else 0
+
+
+def in_parts(array: np.ndarray) -> Iterator[np.ndarray]:
+    """The array in consecutive parts of its first axis, at least one, each of about `PART` numbers.
+
+    What is computed from a part takes little memory, however long the array is.
+    """
+    if array.size <= PART or array.ndim == 0:
+        yield array
+        return
+    length = max(1, PART * len(array) // array.size)
+    for first in range(0, len(array), length):
+        yield array[first : first + length]
 
 
 def encode_threshold(signal: np.ndarray, threshold: float) -> Events:

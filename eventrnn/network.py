@@ -60,7 +60,7 @@ class Network:
         for name, weights in self.matrices().items():
             # Kernels do not check an index, so the full check is needed. Values are checked first, because that
             # message has the position.
-            check_finite(name, weights.floats())
+            weights.check_finite(name)
             weights.check(full=True)
 
     def __repr__(self) -> str:

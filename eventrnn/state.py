@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from eventrnn.events import Events
+from eventrnn.events import Events, in_parts
 
 #: Device types of DLPack whose memory belongs to a GPU: CUDA, and memory that CUDA manages.
 DLPACK_CUDA = (2, 13)
@@ -164,12 +164,26 @@ class Inputs:
         """A host input as events of shape (steps, batch, size). O(numbers) for DENSE, else O(events)."""
         if self.kind is InputKind.DENSE:
             return Events.from_dense(self.values)
-        table, rows = self.event_table, self.rows
+        table = self.event_table
+        if self.kind is InputKind.EVENTS:
+            first, last = self.first_step * self.batch, (self.first_step + self.steps) * self.batch
+            indptr = table.indptr[first : last + 1]
+            entries = slice(indptr[0], indptr[-1])
+            shape = self.steps, self.batch, self.size
+            return Events(indptr - indptr[0], table.indices[entries].copy(), table.values[entries].copy(), shape)
+        rows = self.rows
         lengths = np.diff(table.indptr)[rows]
         indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         within = np.arange(indptr[-1]) - np.repeat(indptr[:-1], lengths)
         entries = np.repeat(table.indptr[rows], lengths) + within
         return Events(indptr, table.indices[entries], table.values[entries], (self.steps, self.batch, self.size))
+
+    def to_event_table(self) -> Inputs:
+        """A host input as one that has a table of events. O(numbers) for DENSE, else the input itself."""
+        if self.kind is not InputKind.DENSE:
+            return self
+        events = Events.from_dense(self.values)
+        return replace(self, kind=InputKind.EVENTS, values=None, table=events, first_step=0)
 
     def to_dense(self) -> np.ndarray:
         """A host input as an array (steps, batch, size) float32. DENSE inputs are returned as they are."""
@@ -194,6 +208,9 @@ class Inputs:
         if self.kind is InputKind.DENSE:
             return FireCounts.of(self.values)
         table = self.event_table
+        if self.kind is InputKind.EVENTS:
+            first, last = (table.indptr[t * self.batch] for t in (self.first_step, self.first_step + self.steps))
+            return FireCounts.of_events(table.indices[first:last], table.values[first:last], self.size)
         uses = np.repeat(self.row_uses(), np.diff(table.indptr))
         counts, graded = FireCounts.zeros(self.size), table.graded
         np.add.at(counts.graded, table.indices[graded], uses[graded])
@@ -222,8 +239,20 @@ class FireCounts:
     @classmethod
     def of(cls, outputs: np.ndarray) -> FireCounts:
         """The counts of an array (steps, batch, size) of outputs, zero where a unit sent nothing."""
-        unit = np.abs(outputs) == 1
-        return cls(((outputs != 0) & ~unit).sum(axis=(0, 1)), unit.sum(axis=(0, 1)))
+        counts = cls.zeros(outputs.shape[2])
+        for part in in_parts(outputs):
+            unit = np.abs(part) == 1
+            counts += cls(((part != 0) & ~unit).sum(axis=(0, 1)), unit.sum(axis=(0, 1)))
+        return counts
+
+    @classmethod
+    def of_events(cls, indices: np.ndarray, values: np.ndarray, size: int) -> FireCounts:
+        """The counts of events, the units `indices` and the `values` beside them."""
+        counts = cls.zeros(size)
+        for units, sent in zip(in_parts(indices), in_parts(values), strict=True):
+            binary = np.abs(sent) == 1
+            counts += cls(*(np.bincount(units[chosen], minlength=size) for chosen in (~binary, binary)))
+        return counts
 
     @property
     def total(self) -> np.ndarray:

@@ -68,7 +68,7 @@ class CudaEngine:
         plain = type(inputs) is np.ndarray and inputs.dtype == np.float32 and self.network.embedding is None
         if plain and inputs.ndim == 3 and inputs.shape[2] == self.network.layers[0].inputs:
             return dense_host_inputs(inputs)
-        return self.host_inputs.prepare(inputs)
+        return self.host_inputs.prepare(inputs).to_event_table()
 
     def gpu_inputs(self, inputs: Any, step: bool = False) -> Inputs:
         """Inputs that lie on the GPU; with `step`, those of a single step."""

@@ -40,7 +40,9 @@ def convert(
     nm: tuple[int, int, str] | None = None,
     storage: str | None = None,
 ) -> Weights:
-    """The same matrix in another format. O(size of the matrix).
+    """The same matrix in another format.
+
+    Cost: O(stored) from a sparse format to "csr" or "block"; otherwise O(size of the matrix), in time and memory.
 
     Parameters
     ----------
@@ -62,12 +64,20 @@ def convert(
     if storage is not None:
         check_storage(storage)
     source = None if isinstance(weights, np.ndarray) else weights
-    dense = weights if isinstance(weights, np.ndarray) else weights.to_dense()
+    sparse = None if isinstance(source, Dense) else source
+
+    def dense() -> np.ndarray:
+        return weights if isinstance(weights, np.ndarray) else weights.to_dense()
+
     makers: dict[str, Callable[[], Weights]] = {
-        "dense": lambda: Dense.from_dense(dense),
-        "csr": lambda: CSR.from_dense(dense),
-        "block": lambda: BlockCSR.from_dense(dense, block=block or (1, 1)),
-        "nm": lambda: NM.from_dense(dense, *(nm or (1, 2, "post"))),
+        "dense": lambda: Dense.from_dense(dense()),
+        "csr": lambda: CSR.from_dense(dense()) if sparse is None else CSR.from_weights(sparse),
+        "block": lambda: (
+            BlockCSR.from_dense(dense(), block=block or (1, 1))
+            if sparse is None
+            else BlockCSR.from_weights(sparse, block=block or (1, 1))
+        ),
+        "nm": lambda: NM.from_dense(dense(), *(nm or (1, 2, "post"))),
     }
     made, before = makers[to](), "float32" if source is None else source.storage
     if source is None or storage not in (None, before):

@@ -64,6 +64,11 @@ class Weights(ABC):
         """The options of the format, for `repr`."""
         return ""
 
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Presynaptic unit and output of every stored entry, (stored,) int32 each, by unit, then output."""
+        unit, output = np.divmod(np.arange(self.shape[0] * self.shape[1]), max(1, self.shape[1]))
+        return unit.astype(np.int32), output.astype(np.int32)
+
     def kept(self) -> np.ndarray:
         """The mask of stored entries, (n_pre, n_post) boolean."""
         return np.ones(self.shape, bool)
@@ -154,16 +159,26 @@ class Weights(ABC):
         scale = 0 if self.scales is None else 4 * (stored > 0)
         return self.values.itemsize * stored + index_bytes + scale
 
+    def check_finite(self, name: str) -> None:
+        """Raise ValueError for a weight that is NaN or infinite, with its position. Decodes only where there is one."""
+        if codec.may_be_infinite(self.values, self.scales):
+            check_finite(name, self.floats())
+
     def _check_values(self) -> None:
         """Check every value and every scale. Raises ValueError."""
         codec.check_scales(self.values, self.scales, self.shape[0], full=True)
-        check_finite("weight", self.floats())
+        self.check_finite("weight")
+
+    def _not_zero(self) -> np.ndarray:
+        """Which weights are not zero, boolean in the shape of `values`."""
+        return codec.not_zero(self.values)
 
 
 def per_unit(flags: np.ndarray, indptr: np.ndarray) -> np.ndarray:
     """The number of flags that are set between the pointers of each unit, (len(indptr) - 1,) int64."""
-    total = np.concatenate([[0], np.cumsum(flags)])
-    return total[indptr[1:]] - total[indptr[:-1]]
+    counts, some = np.zeros(len(indptr) - 1, np.int64), indptr[1:] > indptr[:-1]
+    counts[some] = np.add.reduceat(flags, indptr[:-1][some], dtype=np.int64) if some.any() else 0
+    return counts
 
 
 def row_pointers(rows: np.ndarray, n_rows: int) -> np.ndarray:
@@ -214,6 +229,8 @@ def check_indices(indptr: np.ndarray, indices: np.ndarray, limit: int) -> None:
         raise ValueError("weight indptr: decreases; need a non-decreasing array")
     if len(indices) and not (0 <= indices.min() and indices.max() < limit):
         raise ValueError(f"weight indices: outside 0..{limit - 1}; got {indices.min()} to {indices.max()}")
-    rows = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
-    if ((np.diff(rows) == 0) & (np.diff(indices) <= 0)).any():
+    rising = np.diff(indices) > 0
+    # The first index of a unit may be below the last of the unit before.
+    rising[indptr[1:-1][(indptr[1:-1] > 0) & (indptr[1:-1] < len(indices))] - 1] = True
+    if not rising.all():
         raise ValueError("weight indices: not strictly ascending within a presynaptic unit; sort them")

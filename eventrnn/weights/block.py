@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import scipy.sparse as sp
 
-from eventrnn.weights.base import Weights, check_indices, finite_matrix, need_index, need_values, row_pointers, shape_of
+from eventrnn.events import check_finite
+from eventrnn.weights.base import (
+    Weights,
+    check_indices,
+    finite_matrix,
+    need_index,
+    need_values,
+    per_unit,
+    row_pointers,
+    shape_of,
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -63,8 +73,7 @@ class BlockCSR(Weights):
         if full:
             check_indices(self.indptr, self.indices, -(-self.shape[1] // self.block[1]))
             self._check_values()
-            padded = self._padded()
-            if padded[self.shape[0] :].any() or padded[:, self.shape[1] :].any():
+            if self._padding().any():
                 raise ValueError(f"block values: non-zero padding beyond the shape {self.shape}")
 
     @classmethod
@@ -85,6 +94,32 @@ class BlockCSR(Weights):
         return cls(
             indptr, kept_columns.astype(np.int32), _unit_major(blocks, indptr, kept_columns), (n_pre, n_post), (r, c)
         )
+
+    @classmethod
+    def from_weights(cls, weights: Weights, *, block: tuple[int, int]) -> BlockCSR:
+        """Keeps every block where another format has a non-zero weight, as float32. O(stored)."""
+        check_block(block, weights.shape)
+        (n_pre, n_post), (r, c) = weights.shape, block
+        rows, columns = -(-n_pre // r), -(-n_post // c)
+        (units, outputs), floats = weights.places(), weights.floats().ravel()
+        check_finite("weight", floats)
+        # The padding of another grid of blocks lies outside.
+        exists = (units < n_pre) & (outputs < n_post)
+        units, outputs, floats = units[exists], outputs[exists], floats[exists]
+        number = (units // r).astype(np.int64) * columns + outputs // c
+        kept = np.unique(number[floats != 0])
+        indptr = row_pointers(kept // max(1, columns), rows)
+        # A zero may lie in a block that is not kept.
+        at = np.searchsorted(kept, number)
+        inside = at < len(kept)
+        inside[inside] = kept[at[inside]] == number[inside]
+        at, units, outputs = at[inside], units[inside], outputs[inside]
+        row = units // r
+        first, blocks = indptr[row], np.diff(indptr)[row]
+        segment = first * r + (units % r) * blocks + (at - first)
+        values = np.zeros((len(kept) * r, c), np.float32)
+        values[segment, outputs % c] = floats[inside]
+        return cls(indptr, (kept % max(1, columns)).astype(np.int32), values.ravel(), (n_pre, n_post), (r, c))
 
     @classmethod
     def from_scipy(cls, matrix) -> BlockCSR:
@@ -125,25 +160,54 @@ class BlockCSR(Weights):
 
     def to_dense(self) -> np.ndarray:
         """The matrix as a new (n_pre, n_post) float32 array, decoded."""
-        return np.ascontiguousarray(self._padded()[: self.shape[0], : self.shape[1]])
-
-    def _padded(self) -> np.ndarray:
-        """The matrix with its padding to whole blocks, float32."""
-        r, c = self.block
-        rows, columns = len(self.indptr) - 1, -(-self.shape[1] // c)
-        padded = np.zeros((rows, columns, r, c), np.float32)
-        padded[np.repeat(np.arange(rows), np.diff(self.indptr)), self.indices] = self.blocks()
-        return padded.transpose(0, 2, 1, 3).reshape(rows * r, columns * c)
+        return self._spread_out(self.floats().reshape(-1, self.block[1]))
 
     def kept(self) -> np.ndarray:
-        return replace(self, values=np.ones(len(self.values), np.float32), scales=None).to_dense() != 0
+        return self._spread_out(np.True_)
+
+    def _spread_out(self, segments: np.ndarray | np.bool_) -> np.ndarray:
+        """A matrix (n_pre, n_post) that holds the segments, or one value for all of them, and else zeros."""
+        (n_pre, n_post), (r, c) = self.shape, self.block
+        padded = np.zeros(((len(self.indptr) - 1) * r, -(-n_post // c), c), segments.dtype)
+        padded[self.segments()] = segments
+        return np.ascontiguousarray(padded.reshape(len(padded), -1)[:n_pre, :n_post])
+
+    def segments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Unit and block column of each c neighbouring values, (stored / c,) int32 each, in the order of `values`.
+
+        Units of the last block row may lie beyond the matrix.
+        """
+        r, blocks = self.block[0], np.diff(self.indptr)
+        per_unit = np.repeat(blocks, r)
+        unit = np.repeat(np.arange(len(per_unit), dtype=np.int32), per_unit)
+        # The block columns of a block row are those of each of its r units.
+        offset = np.repeat(self.indptr[:-1], r) - (np.cumsum(per_unit) - per_unit)
+        block = np.repeat(offset, per_unit)
+        block += np.arange(len(block))
+        return unit, self.indices[block]
+
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """See `Weights.places`; the padding too, whose units and outputs lie beyond the matrix."""
+        (unit, column), c = self.segments(), self.block[1]
+        outputs = (column * np.int32(c))[:, None] + np.arange(c, dtype=np.int32)
+        return np.repeat(unit, c), outputs.ravel()
+
+    def _padding(self) -> np.ndarray:
+        """Which of the values beyond the edges of the matrix are not zero, boolean."""
+        (n_pre, n_post), (r, c) = self.shape, self.block
+        kept, blocks = self._not_zero(), np.diff(self.indptr)
+        beyond = len(kept) - int(blocks[-1:].sum()) * (-n_pre % r) * c
+        last = np.flatnonzero(self.indices == n_post // c) if n_post % c else np.zeros(0, np.int64)
+        row = np.searchsorted(self.indptr, last, side="right") - 1
+        # Where the values of the last block column begin, (blocks, r): those of unit s follow those of unit s - 1.
+        first, within = self.indptr[row] * r, last - self.indptr[row]
+        starts = (first + within)[:, None] + blocks[row][:, None] * np.arange(r)
+        return np.concatenate([kept[beyond:], kept.reshape(-1, c)[starts.ravel(), n_post % c :].ravel()])
 
     def fan_out(self) -> np.ndarray:
         r, c = self.block
-        weights = np.zeros(((len(self.indptr) - 1), r), np.int64)
-        filled = np.count_nonzero(self.blocks(), axis=2)
-        np.add.at(weights, np.repeat(np.arange(len(weights)), np.diff(self.indptr)), filled)
-        return weights.ravel()[: self.shape[0]]
+        begins = np.concatenate([[0], np.cumsum(np.repeat(np.diff(self.indptr) * c, r))])
+        return per_unit(self._not_zero(), begins)[: self.shape[0]]
 
     def stored_out(self) -> np.ndarray:
         r, c = self.block

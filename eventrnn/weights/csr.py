@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 import scipy.sparse as sp
 
+from eventrnn.events import check_finite
 from eventrnn.weights.base import (
     Weights,
     check_indices,
@@ -70,6 +71,15 @@ class CSR(Weights):
         return cls(row_pointers(rows, dense.shape[0]), columns.astype(np.int32), dense[rows, columns], dense.shape)
 
     @classmethod
+    def from_weights(cls, weights: Weights) -> CSR:
+        """Keeps the non-zero weights of another format, as float32. O(stored)."""
+        (units, outputs), floats = weights.places(), weights.floats().ravel()
+        check_finite("weight", floats)
+        # The padding of blocks lies outside.
+        kept = (floats != 0) & (units < weights.shape[0]) & (outputs < weights.shape[1])
+        return cls(row_pointers(units[kept], weights.shape[0]), outputs[kept], floats[kept], weights.shape)
+
+    @classmethod
     def from_scipy(cls, matrix) -> CSR:
         """Convert any scipy.sparse matrix of shape (n_pre, n_post). Duplicates are summed, and indices are sorted."""
         matrix = sp.csr_array(matrix, copy=True)
@@ -92,7 +102,10 @@ class CSR(Weights):
         return dense
 
     def fan_out(self) -> np.ndarray:
-        return per_unit(self.floats() != 0, self.indptr)
+        return per_unit(self._not_zero(), self.indptr)
+
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.repeat(np.arange(self.shape[0], dtype=np.int32), np.diff(self.indptr)), self.indices
 
     def kept(self) -> np.ndarray:
         mask = np.zeros(self.shape, bool)

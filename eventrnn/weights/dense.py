@@ -59,7 +59,7 @@ class Dense(Weights):
         return self.values.copy() if self.storage == "float32" else self.floats()
 
     def fan_out(self) -> np.ndarray:
-        return np.count_nonzero(self.floats(), axis=1).astype(np.int64)
+        return np.count_nonzero(self._not_zero(), axis=1).astype(np.int64)
 
     def stored_out(self) -> np.ndarray:
         return np.full(self.shape[0], self.shape[1], np.int64)

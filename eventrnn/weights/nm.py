@@ -154,7 +154,11 @@ class NM(Weights):
         return mask
 
     def fan_out(self) -> np.ndarray:
-        return per_unit(self.floats() != 0, self.indptr)
+        return per_unit(self._not_zero(), self.indptr)
+
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        unit, output = self._places()
+        return unit.astype(np.int32, copy=False), output.astype(np.int32, copy=False)
 
     def stored_out(self) -> np.ndarray:
         return np.diff(self.indptr)

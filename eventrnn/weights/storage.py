@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from eventrnn.events import check_finite
+from eventrnn.events import check_finite, in_parts
 
 #: storage name -> dtype of a record's `values`. NumPy has no bfloat16, so its bits are held as integers.
 DTYPES: dict[str, np.dtype] = {
@@ -95,6 +95,21 @@ def from_int8(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     # A scale that is too large gives infinities, for which the checks of the formats raise an error with the position.
     with np.errstate(over="ignore", invalid="ignore"):
         return codes.astype(np.float32) * scales
+
+
+def not_zero(values: np.ndarray) -> np.ndarray:
+    """Which weights are not zero, of any storage. A code that is not zero decodes to no zero."""
+    return (values & 0x7FFF) != 0 if values.dtype == np.uint16 else values != 0
+
+
+def may_be_infinite(values: np.ndarray, scales: np.ndarray | None) -> bool:
+    """Whether some weight may decode to NaN or infinity. False is certain; scales only bound int8 weights."""
+    if scales is not None:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return not np.isfinite(scales * np.float32(128)).all()
+    if values.dtype == np.uint16:
+        return any(bool(((part & 0x7F80) == 0x7F80).any()) for part in in_parts(values))
+    return True
 
 
 def check_scales(values: np.ndarray, scales: np.ndarray | None, n_pre: int, full: bool) -> None:
