@@ -11,10 +11,16 @@ from pathlib import Path
 def cache_folder() -> Path:
     """Folder for files that can be made again.
 
-    The environment variable `EVENTRNN_CACHE` overrides it. It may not exist.
+    The environment variable `EVENTRNN_CACHE` overrides it. It may not exist. Raises OSError where there is no home.
     """
-    named = os.environ.get("EVENTRNN_CACHE")
-    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eventrnn"
+    if named := os.environ.get("EVENTRNN_CACHE"):
+        return Path(named)
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared) / "eventrnn"
+    try:
+        return Path.home() / ".cache" / "eventrnn"
+    except RuntimeError:
+        raise OSError("there is no home folder; set EVENTRNN_CACHE to a folder that can be written") from None
 
 
 def write_whole(target: Path, raw: bytes, *, overwrite: bool = False, keep: Path | None = None) -> None:

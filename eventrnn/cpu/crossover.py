@@ -23,7 +23,7 @@ import numpy as np
 
 from eventrnn._files import cache_folder
 from eventrnn.cpu.engine import CpuEngine
-from eventrnn.cpu.kernels.jit import source_digest
+from eventrnn.cpu.kernel_cache import source_digest
 from eventrnn.cpu.plan import BLAS_PRODUCT, DENSIFIED, DENSIFIED_TILED, FORMAT, TILED, KernelPolicy
 from eventrnn.cpu.single_product import Product
 from eventrnn.events import Events
@@ -283,7 +283,7 @@ def cache_path() -> Path:
     """File of the map for this processor and these kernels. `EVENTRNN_CACHE` names another folder."""
     import platform
 
-    machine = f"{platform.machine()} {platform.processor()} {_model()} {source_digest()}"
+    machine = f"{platform.machine()} {platform.processor()} {_model()} {source_digest(Product.__module__)}"
     return cache_folder() / f"crossover-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json"
 
 
@@ -298,8 +298,8 @@ def _model() -> str:
 
 def load(report: Report = lambda done, total, what: None) -> Crossover:
     """The map in the cache. Where there is none, or an incomplete one, a new map is measured and written there."""
-    path = cache_path()
     try:
+        path = cache_path()
         kept = Crossover(**json.loads(path.read_text()))
         if _is_whole(kept):
             return kept
@@ -316,8 +316,8 @@ def _is_whole(crossover: Crossover) -> bool:
 
 def save(crossover: Crossover) -> Crossover:
     """Write a map to the cache and return it. Warns if the folder cannot be written."""
-    path = cache_path()
     try:
+        path = cache_path()
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps(asdict(crossover)))
