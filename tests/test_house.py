@@ -114,7 +114,7 @@ def decorator_name(node) -> str:
 #: Decorators of functions that Numba compiles, on a CPU and on a GPU.
 COMPILING = {
     *("compiled", "inlined", "allocating", "intrinsic", "overload", "register_jitable", "njit", "jit", "vectorize"),
-    *("guvectorize", "cfunc", "device_function", "kernel"),
+    *("guvectorize", "cfunc", "device_function", "kernel", "internal", "called_by_address", "allocating_by_address"),
 }
 
 

@@ -206,8 +206,8 @@ def test_padding_is_never_read(padded):
 def test_read_padding_rows_is_caught(monkeypatch, padded):
     # The last unit takes the next row, which is the first row of the padding.
     last = "(unit == weights.shape[0] - 1)"
-    taken = f"np.minimum(np.flatnonzero(ANY) + {last}[ANY] * {last}.sum(), len(ANY) - 1)"
-    reading = {"weights.values.reshape(-1, width)[ANY]": f"weights.values.reshape(-1, width)[{taken}]"}
+    taken = f"np.minimum(np.arange(len(unit)) + {last} * {last}.sum(), len(weights.values) // width - 1)"
+    reading = {"weights.values[: exist * c].reshape(-1, width)": f"weights.values.reshape(-1, width)[{taken}]"}
     plant(monkeypatch, packing._Entries, "of_blocks", reading)
     found = divergence("reference", "cpu", net=padded)
     # The difference shows one step after the first event of the last unit.
@@ -219,8 +219,8 @@ def test_read_padding_rows_is_caught(monkeypatch, padded):
 
 def test_read_padding_columns_is_caught(monkeypatch, padded):
     # The padded matrix is cut at the wrong end.
-    reading = {"self._padded()[: self.shape[0], : self.shape[1]]": "self._padded()[-self.shape[0] :, -self.shape[1] :]"}
-    plant(monkeypatch, BlockCSR, "to_dense", reading)
+    reading = {"padded.reshape(ANY)[:n_pre, :n_post]": "padded.reshape(len(padded), -1)[-n_pre:, -n_post:]"}
+    plant(monkeypatch, BlockCSR, "_spread_out", reading)
     found = divergence("cpu", "reference", net=padded)
     step, sample, _ = first_event(padded)
     assert place(found)[:3] == (step + 1, 0, sample)

@@ -49,6 +49,8 @@ class BlasEngine:
 
     def __init__(self, network: Network):
         self.layers, self.host_inputs = network.layers, HostInputs(network, dense=True)
+        # Of its own: for a network's arrays that are read-only, Numba would compile the kernels again.
+        self.vectors = [(layer.bias_rec.copy(), layer.threshold.copy()) for layer in network.layers]
         self.w_in = [layer.w_in.to_dense() for layer in network.layers]
         self.w_rec = []
         for layer in network.layers:

@@ -20,6 +20,7 @@ from threadpoolctl import threadpool_limits
 
 from eventrnn.backend import HostInputs, as_array, need_on_host
 from eventrnn.cpu import step_table
+from eventrnn.cpu.kernels.products import product_address, update_addresses
 from eventrnn.cpu.kernels.simd import LANES
 from eventrnn.cpu.kernels.time_loop import run, step
 from eventrnn.cpu.memory import aligned_zeros
@@ -113,7 +114,7 @@ class CpuEngine:
         if key not in self.plans:
             while len(self.plans) >= MOST_PLANS:
                 del self.plans[next(iter(self.plans))]
-            self.plans[key] = Plan(self.network, self.layout, kernels, thresholds)
+            self.plans[key] = Plan(self.network, self.layout, kernels, thresholds, product_address, update_addresses)
         return self.plans[key]
 
     def chunk_steps(self, batch: int) -> int:
@@ -170,7 +171,6 @@ class CpuEngine:
     def run(self, inputs: Inputs, state: State, *, record_events: bool = False, record_states: bool = False) -> Trace:
         """See `backend.Engine`. Memory beyond the outputs does not depend on the number of steps."""
         rows, total = inputs.steps * inputs.batch, sum(self.units)
-        table, row_of = inputs.event_table, inputs.rows
         # The kernel works in place, on copies.
         c = np.concatenate([x.ravel() for x in state.cells], dtype=np.float32)
         y = np.concatenate([x.ravel() for x in state.outputs], dtype=np.float32)
@@ -178,13 +178,11 @@ class CpuEngine:
         events = np.empty(rows * total if record_events else 0, np.float32)
         states = np.empty(rows * total if record_states else 0, np.float32)
         outputs = RunOutputs(output, events, states, np.zeros(total, np.int64), np.zeros(total, np.int64))
-        received = InputEvents(table.indptr, table.indices, table.values, row_of)
         buffers, paths = self._buffers(inputs.batch), {}
-        if rows:
-            self.activity[0] = float(np.diff(table.indptr)[row_of].mean()) / max(1, inputs.size)
         begin, ahead = 0, self.chunk
         while begin < inputs.steps:
             end = min(inputs.steps, begin + ahead)
+            received = self._received(inputs.chunk(begin, end))
             plan = self.plan(end - begin, inputs.batch)
             size = RunSize(inputs.steps, begin, end, inputs.batch, self.chunk)
             with_blas = BLAS_PRODUCT in plan.kernel_by_matrix.values()
@@ -201,6 +199,15 @@ class CpuEngine:
             self._by_layer(states, inputs.steps, inputs.batch) if record_states else (),
             paths,
         )
+
+    def _received(self, inputs: Inputs) -> InputEvents:
+        """The events for one call of the time loop. Numbers become events here, so that few exist at once."""
+        part = inputs.to_event_table()
+        table, row_of = part.event_table, part.rows
+        if len(row_of):
+            counts = table.indptr[row_of + 1] - table.indptr[row_of]
+            self.activity[0] = float(counts.mean()) / max(1, inputs.size)
+        return InputEvents(table.indptr, table.indices, table.values, row_of)
 
     def _run(self, with_blas: bool, *arguments) -> None:
         # BLAS must not start threads beside those of the engine.

@@ -133,7 +133,7 @@ def pack(
     dense_kind: int = ROWS,
     dense_activity_threshold: float = DENSE_ACTIVITY_THRESHOLD,
 ) -> list[list[int]]:
-    """Add some columns of a matrix to the pools; returns the table rows of its column tiles.
+    """Add some columns of a matrix to the pools; returns the table rows of its column tiles, without `KERNEL`.
 
     Kernels may read a drive row, and write back the value they read, up to one block past the last segment.
 
@@ -172,8 +172,8 @@ def empty_column_tile() -> list[int]:
 class _Entries:
     """Weights of a matrix as `n` block segments of `width` neighbouring columns each, ordered by unit, then column.
 
-    unit   : (n,) presynaptic unit
-    column : (n,) first column; after `placed`, first position in a drive row
+    unit   : (n,) int32, presynaptic unit
+    column : (n,) int32, first column; after `placed`, first position in a drive row
     values : (n, width) in the storage of the matrix
     rows   : units per block row, which share their columns
     """
@@ -190,6 +190,12 @@ class _Entries:
 
     def placed(self, segments: list[Segment]) -> _Entries:
         """The entries within some segments, by position; zeros fill an entry that crosses the end of its segment."""
+        if (
+            len(segments) == 1
+            and segments[0].start == 0
+            and int(self.column.max(initial=0)) <= segments[0].stop - self.width
+        ):
+            return _Entries(self.unit, self.column + segments[0].position, self.values, self.rows)
         placed = []
         for segment in segments:
             left = np.maximum(segment.start - self.column, 0)
@@ -213,27 +219,19 @@ class _Entries:
     @classmethod
     def of_single(cls, weights: Weights) -> _Entries:
         """The stored weights of a CSR or NM matrix, one per entry."""
-        unit, column = np.nonzero(weights.kept())
-        return cls(unit, column, weights.values.reshape(-1, 1), 1)
+        return cls(*weights.places(), weights.values.reshape(-1, 1), 1)
 
     @classmethod
     def of_blocks(cls, weights: BlockCSR) -> _Entries:
         """The blocks of a matrix, cut into segments of the widest of `SEGMENT_WIDTHS` that divides their width."""
-        (r, c), per_row = weights.block, np.diff(weights.indptr)
+        r, c = weights.block
         width = next((w for w in SEGMENT_WIDTHS if c % w == 0), 1)
-        unit = np.repeat(np.arange(len(per_row) * r), np.repeat(per_row, r))
-        # The blocks of a block row are repeated for each of its r units.
-        first = np.repeat(np.repeat(weights.indptr[:-1], r), np.repeat(per_row, r))
-        start = np.concatenate([[0], np.cumsum(np.repeat(per_row, r))[:-1]])
-        within = np.arange(len(unit)) - np.repeat(start, np.repeat(per_row, r))
-        column = weights.indices[first + within].astype(np.int64) * c
-        per_block = c // width
-        unit = np.repeat(unit, per_block)
-        column = (column[:, None] + np.arange(per_block) * width).ravel()
-        # The last block row may be padded with units that do not exist.
-        exists = unit < weights.shape[0]
-        values = weights.values.reshape(-1, width)[exists]
-        return cls(unit[exists], column[exists], values, r if width > 1 else 1)
+        unit, column = weights.segments()
+        # The last block row may be padded with units that do not exist; their values are the last.
+        exist = int(np.searchsorted(unit, np.int32(weights.shape[0])))
+        unit, column = np.repeat(unit[:exist], c // width), column[:exist] * np.int32(c)
+        column = (column[:, None] + np.arange(0, c, width, dtype=np.int32)).ravel()
+        return cls(unit, column, weights.values[: exist * c].reshape(-1, width), r if width > 1 else 1)
 
 
 def _storage(weights: Weights) -> int:
@@ -266,7 +264,7 @@ def _pack_rows(
         rows = np.zeros((weights.shape[0], pitch), values.dtype)
         rows[:, : b - a] = values[:, a:b]
         at = pools.add_values(rows)
-        table.append([kind, storage, low + a, low + b, at, 0, 0, width, pitch, scales, dense_from])
+        table.append([kind, storage, low + a, low + b, at, 0, 0, width, pitch, scales, dense_from, 0])
     return table or [empty_column_tile()]
 
 
@@ -277,7 +275,9 @@ def _pack_single(pools: PoolBuilder, entries: _Entries, weights: Weights, segmen
     top = max(high, int(entries.column.max(initial=0)) + 1)
     for a in range(low, top, WIDEST_SCATTER):
         b = min(a + WIDEST_SCATTER, top)
-        inside = (entries.column >= a) & (entries.column < b)
+        inside = slice(None)
+        if (a, b) != (low, top):
+            inside = (entries.column >= a) & (entries.column < b)
         share = _Entries(entries.unit[inside], entries.column[inside] - a, entries.values[inside], 1)
         dense = AVX512 and b <= high and len(share.unit) >= MASKED_FROM * weights.shape[0] * (b - a)
         # The kernel copies the bias to the positions `a` to `b`, so they must end where the outputs end.
@@ -291,7 +291,7 @@ def _pack_scatter(pools: PoolBuilder, entries: _Entries, weights: Weights, low: 
     index_at = pools.add_index(entries.column.astype(np.uint16))
     values_at, scales = pools.add_values(entries.values), _scales(pools, weights)
     at = pools.add_pointers(_pointers(entries.unit, weights.shape[0]))
-    return [SCATTER, _storage(weights), low, high, values_at, index_at, at, 1, 0, scales, 0]
+    return [SCATTER, _storage(weights), low, high, values_at, index_at, at, 1, 0, scales, 0, 0]
 
 
 def _pack_masked(pools: PoolBuilder, entries: _Entries, weights: Weights, low: int, high: int) -> list[int]:
@@ -304,7 +304,7 @@ def _pack_masked(pools: PoolBuilder, entries: _Entries, weights: Weights, low: i
     values_at, scales = pools.add_values(entries.values), _scales(pools, weights)
     return [
         *(MASKED, _storage(weights), low, high),
-        *(values_at, pools.add_index(masks.ravel()), at, 1, vectors, scales, 0),
+        *(values_at, pools.add_index(masks.ravel()), at, 1, vectors, scales, 0, 0),
     ]
 
 
@@ -322,7 +322,7 @@ def _pack_blocks(pools: PoolBuilder, entries: _Entries, weights: BlockCSR, segme
     at = pools.add_pointers(pointers)
     many = entries.width <= NARROW_SEGMENT and len(unit) * MANY_SEGMENTS <= len(entries.unit)
     kind = MANY_BLOCKS if many else BLOCKS
-    return [[kind, _storage(weights), *_bounds(segments), values_at, index_at, at, entries.width, 0, scales, 0]]
+    return [[kind, _storage(weights), *_bounds(segments), values_at, index_at, at, entries.width, 0, scales, 0, 0]]
 
 
 def _bounds(segments: list[Segment]) -> tuple[int, int]:
@@ -332,4 +332,4 @@ def _bounds(segments: list[Segment]) -> tuple[int, int]:
 
 def _pointers(rows: np.ndarray, n: int) -> np.ndarray:
     """Offsets (n + 1,) at which each of n rows begins among the sorted `rows`."""
-    return np.searchsorted(rows, np.arange(n + 1))
+    return np.searchsorted(rows, np.arange(n + 1, dtype=rows.dtype))

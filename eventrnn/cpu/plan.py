@@ -6,16 +6,31 @@ for each matrix by a `KernelPolicy`. Tables and records are those of `tables.py`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from eventrnn._integers import ceil_div, round_up
+from eventrnn.cpu.kernels.row_products import LISTED_SEGMENTS
 from eventrnn.cpu.kernels.simd import LANES
-from eventrnn.cpu.kernels.spmm import LISTED_SEGMENTS, PANEL
+from eventrnn.cpu.kernels.tile_products import PANEL
 from eventrnn.cpu.packing import DENSE_ACTIVITY_THRESHOLD, PoolBuilder, Segment, empty_column_tile, pack
-from eventrnn.cpu.tables import BLAS, FIELDS, ROW_TILE, ROW_TILES, ROWS, SEGMENT_WIDTHS, WeightPools, Workspace
+from eventrnn.cpu.tables import (
+    BLAS,
+    FIELDS,
+    HIGH,
+    KERNEL,
+    KIND,
+    LOW,
+    ROW_TILE,
+    ROW_TILES,
+    ROWS,
+    SEGMENT_WIDTHS,
+    STORAGE,
+    WeightPools,
+    Workspace,
+)
 from eventrnn.weights import BlockCSR, Dense, Weights
 
 if TYPE_CHECKING:
@@ -111,7 +126,7 @@ class Plan:
     Attributes
     ----------
     kernel_by_matrix : name of a matrix -> one of `KERNELS`
-    layers           : (layers, 9) int64, the table of layers
+    layers           : (layers, 11) int64, the table of layers
     column_tiles     : (n_threads, tiles, FIELDS) int64, the table of column tiles
     pools            : the packed weights
     readout          : first column tile of the read-out, -1 without one
@@ -123,7 +138,10 @@ class Plan:
         layout: Layout,
         kernel_by_matrix: Mapping[str, str],
         dense_activity_threshold: Mapping[str, float],
+        product_address: Callable[[int, int], int],
+        update_addresses: Callable[[str], tuple[int, int]],
     ):
+        self._product_address = product_address
         self.layout, self.n_threads, self.kernel_by_matrix = layout, layout.n_threads, dict(kernel_by_matrix)
         self._thresholds, self._builder = dense_activity_threshold, PoolBuilder.empty()
         self._tables: list[list[list[int]]] = [[] for _ in range(self.n_threads)]
@@ -137,7 +155,9 @@ class Plan:
                 self._place(f"layers.{k}.w_rec", layer.w_rec, k, cut, gates) if cut < gates else len(self._tables[0])
             )
             biases = layout.bias_begins[2 * k : 2 * k + 2]
-            layers.append([layer.units, layer.inputs, w_in, w_rec, w_gated, len(self._tables[0]), *biases, unit_0])
+            columns = w_in, w_rec, w_gated, len(self._tables[0])
+            addresses = update_addresses(layer.cell.variant)
+            layers.append([layer.units, layer.inputs, *columns, *biases, unit_0, *addresses])
             unit_0 += layer.units
         self.readout = -1
         if network.readout is not None:
@@ -146,7 +166,7 @@ class Plan:
         self.column_tiles = np.array(self._tables, np.int64).reshape(self.n_threads, -1, FIELDS)
         self.pools = WeightPools(*self._builder.freeze(), layout.biases)
         # The builder holds a second copy of the weights.
-        del self._builder, self._tables, self._thresholds
+        del self._builder, self._tables, self._thresholds, self._product_address
 
     def _place(self, name: str, weights: Weights, layer: int, first_gate: int, last_gate: int) -> int:
         """Pack each thread's share of some gates; returns the first column tile."""
@@ -161,6 +181,8 @@ class Plan:
         packed = [pack(self._builder, weights, each, kind, threshold) if each else [] for each in shares]
         most = max(map(len, packed))
         for table, share in zip(self._tables, packed, strict=True):
+            for row in share:
+                row[KERNEL] = self._product_address(row[KIND], row[STORAGE]) if row[LOW] < row[HIGH] else 0
             table += share + [empty_column_tile()] * (most - len(share))
         return before
 

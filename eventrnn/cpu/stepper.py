@@ -56,7 +56,8 @@ class Stepper:
             type(inputs) is not np.ndarray
             or inputs.dtype != self.dtype
             or inputs.shape != self.shape
-            or not inputs.flags.c_contiguous
+            # Contiguous, aligned and writable: Numba would compile the kernel again for any other array.
+            or not inputs.flags.carray
         ):
             inputs = self.check(inputs)
         output = np.empty(self.output_shape, np.float32)

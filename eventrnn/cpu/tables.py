@@ -27,9 +27,10 @@ import numpy as np
 #   PITCH       weights from one row to the next; MASKED: mask words per unit
 #   SCALES      offset of the scales of int8 weights in `WeightPools.values`
 #   DENSE_FROM  ROW_TILES: active units per drive row from which the product visits every unit
-KIND, STORAGE, LOW, HIGH, VALUES, INDEX, POINTERS, WIDTH, PITCH, SCALES, DENSE_FROM = range(11)
+#   KERNEL      address of the kernel for the kind and the storage (`kernels/products.py`); 0 without columns
+KIND, STORAGE, LOW, HIGH, VALUES, INDEX, POINTERS, WIDTH, PITCH, SCALES, DENSE_FROM, KERNEL = range(12)
 
-FIELDS = 11
+FIELDS = 12
 
 #: kinds of column tiles; `packing.py` describes their layouts
 ROWS, ROW_TILES, SCATTER, MASKED, BLOCKS, MANY_BLOCKS, BLAS = range(7)
@@ -53,7 +54,9 @@ ITEMSIZE = (4, 2, 1)
 #   END                 in the paper's variant only; END follows the last one
 #   BIAS_IN, BIAS_REC   offsets of the biases in `WeightPools.biases`
 #   UNIT_0              number of units in the layers below
-UNITS, INPUTS, IN, REC, REC_GATED, END, BIAS_IN, BIAS_REC, UNIT_0 = range(9)
+#   UPDATE, GATING      addresses of the cell update, and of what gates the events of the candidate in the paper's
+#                       variant (`kernels/products.py`)
+UNITS, INPUTS, IN, REC, REC_GATED, END, BIAS_IN, BIAS_REC, UNIT_0, UPDATE, GATING = range(11)
 
 
 class WeightPools(NamedTuple):
@@ -93,7 +96,7 @@ class Workspace(NamedTuple):
 class NetworkTables(NamedTuple):
     """A network packed for the time loop."""
 
-    layers: np.ndarray  # (layers, 9) int64: the table of layers
+    layers: np.ndarray  # (layers, 11) int64: the table of layers
     column_tiles: np.ndarray  # (n_threads, tiles, FIELDS) int64: the table of column tiles of each thread
     pools: WeightPools
     threshold: np.ndarray  # (units,) float32

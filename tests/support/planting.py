@@ -70,12 +70,15 @@ def compiled(function):
 
 def inlined(function):
     """`jit.inlined`, likewise."""
-    return numba.njit(nogil=True, error_model="numpy", _nrt=False, forceinline=True)(function)
+    return numba.njit(nogil=True, error_model="numpy", _nrt=False, inline="always")(function)
 
 
 def allocating(function):
     """`jit.allocating`, likewise."""
     return numba.njit(nogil=True, error_model="numpy", _nrt=True)(function)
+
+
+internal, called_by_address, allocating_by_address = compiled, compiled, allocating
 
 
 def _imports(tree: ast.Module) -> set[str]:

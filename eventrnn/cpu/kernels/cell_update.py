@@ -15,11 +15,21 @@ its products, bit for bit. Each loop states its rule twice: for whole vectors, a
 from __future__ import annotations
 
 from eventrnn import cells
-from eventrnn.cpu.kernels.jit import compiled
-from eventrnn.cpu.kernels.simd import AVX512, LANES, bits, compress_avx512, load, lowest_bit, store
+from eventrnn.cpu.kernels.jit import called_by_address, inlined, internal
+from eventrnn.cpu.kernels.simd import (
+    AVX512,
+    LANES,
+    bits,
+    compress_avx512,
+    load,
+    load_some,
+    lowest_bit,
+    store,
+    store_some,
+)
 
 
-@compiled
+@internal
 def compress_portable(indices, values, at, first, condition, vector):
     """`compress_avx512` for other processors: one lane at a time."""
     store(values, at, vector)
@@ -37,7 +47,7 @@ def compress_portable(indices, values, at, first, condition, vector):
 compress = compress_avx512 if AVX512 else compress_portable
 
 
-@compiled
+@internal
 def compact_events(y, at, low, high, indices, values, to):
     """Append the non-zero outputs of the units `low` to `high` to an event list (stream compaction).
 
@@ -50,15 +60,14 @@ def compact_events(y, at, low, high, indices, values, to):
         value = load(y, at + i)
         # planted fault: units of the wrong part
         end += compress(indices, values, end, i, value != cells.ZERO, value)
-    for i in range(whole, high):
-        if y[at + i] != 0:
-            # planted fault: units of the wrong part
-            indices[end], values[end] = i, y[at + i]
-            end += 1
+    if whole < high:
+        value = load_some(y, at + whole, high - whole)
+        # planted fault: units of the wrong part
+        end += compress(indices, values, end, whole, value != cells.ZERO, value)
     return end - to
 
 
-@compiled
+@called_by_address
 def compact_gated_events(low, high, drive_in, a, drive_rec, b, y, at, indices, values, to):
     """`compact_events` with the outputs multiplied by the reset gate: the events of the candidate's recurrent product.
 
@@ -70,15 +79,23 @@ def compact_gated_events(low, high, drive_in, a, drive_rec, b, y, at, indices, v
         value = load(y, at + i)
         reset = cells.egru_reset_gate(load(drive_in, a + i - low), load(drive_rec, b + i - low))
         end += compress(indices, values, end, i, value != cells.ZERO, reset * value)
-    for i in range(whole, high):
-        if y[at + i] != 0:
-            reset = cells.egru_reset_gate(drive_in[a + i - low], drive_rec[b + i - low])
-            indices[end], values[end] = i, reset * y[at + i]
-            end += 1
+    if whole < high:
+        i, some = whole, high - whole
+        value = load_some(y, at + i, some)
+        reset = cells.egru_reset_gate(load_some(drive_in, a + i - low, some), load_some(drive_rec, b + i - low, some))
+        end += compress(indices, values, end, i, value != cells.ZERO, reset * value)
     return end - to
 
 
-@compiled
+@inlined
+def _after_event(v, theta):
+    """Outputs and cells of the released variant from the cells before the event."""
+    # planted fault: reset forgotten
+    c = cells.select(v > theta, v - theta, v)
+    return cells.select(v > theta, v, cells.ZERO), c
+
+
+@called_by_address
 def update(n, drive_in, a, drive_rec, b, threshold, p, c, y, s):
     """Update cells and outputs of n units in place; released variant."""
     whole = n // LANES * LANES
@@ -93,28 +110,27 @@ def update(n, drive_in, a, drive_rec, b, threshold, p, c, y, s):
             load(drive_rec, b + 2 * n + i),
             load(c, s + i),
         )
-        theta = load(threshold, p + i)
-        store(y, s + i, cells.select(v > theta, v, cells.ZERO))
-        # planted fault: reset forgotten
-        store(c, s + i, cells.select(v > theta, v - theta, v))
-    for i in range(whole, n):
+        sent, kept = _after_event(v, load(threshold, p + i))
+        store(y, s + i, sent)
+        store(c, s + i, kept)
+    if whole < n:
+        i, some = whole, n - whole
         # planted fault: gates swapped
         v, _, _, _ = cells.egru_value(
-            drive_in[a + i],
-            drive_in[a + n + i],
-            drive_in[a + 2 * n + i],
-            drive_rec[b + i],
-            drive_rec[b + n + i],
-            drive_rec[b + 2 * n + i],
-            c[s + i],
+            load_some(drive_in, a + i, some),
+            load_some(drive_in, a + n + i, some),
+            load_some(drive_in, a + 2 * n + i, some),
+            load_some(drive_rec, b + i, some),
+            load_some(drive_rec, b + n + i, some),
+            load_some(drive_rec, b + 2 * n + i, some),
+            load_some(c, s + i, some),
         )
-        theta = threshold[p + i]
-        y[s + i] = cells.select(v > theta, v, cells.ZERO)
-        # planted fault: reset forgotten
-        c[s + i] = cells.select(v > theta, v - theta, v)
+        sent, kept = _after_event(v, load_some(threshold, p + i, some))
+        store_some(y, s + i, some, sent)
+        store_some(c, s + i, some, kept)
 
 
-@compiled
+@called_by_address
 def update_paper(n, drive_in, a, drive_rec, b, threshold, p, c, y, s):
     """Update cells and outputs of n units in place; paper's variant.
 
@@ -132,15 +148,22 @@ def update_paper(n, drive_in, a, drive_rec, b, threshold, p, c, y, s):
         )
         store(y, s + i, cells.select(v > load(threshold, p + i), v, cells.ZERO))
         store(c, s + i, v)
-    for i in range(whole, n):
+    if whole < n:
+        i, some = whole, n - whole
         v, _, _ = cells.egru_paper_value(
-            drive_in[a + i], drive_in[a + 2 * n + i], drive_rec[b + i], drive_rec[b + 2 * n + i], c[s + i], y[s + i]
+            load_some(drive_in, a + i, some),
+            load_some(drive_in, a + 2 * n + i, some),
+            load_some(drive_rec, b + i, some),
+            load_some(drive_rec, b + 2 * n + i, some),
+            load_some(c, s + i, some),
+            load_some(y, s + i, some),
         )
-        y[s + i] = cells.select(v > threshold[p + i], v, cells.ZERO)
-        c[s + i] = v
+        theta = load_some(threshold, p + i, some)
+        store_some(y, s + i, some, cells.select(v > theta, v, cells.ZERO))
+        store_some(c, s + i, some, v)
 
 
-@compiled
+@internal
 def count_events(indices, values, first, count, unit_0, graded_out, binary_out):
     """Count the events `first` to `first + count` of a list per unit, graded and binary events apart.
 

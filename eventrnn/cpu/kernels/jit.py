@@ -5,49 +5,18 @@ No `fastmath` anywhere: LLVM then neither reorders nor contracts, and every FMA 
 
 from __future__ import annotations
 
-import hashlib
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numba
-from numba.core import caching
 from numba.extending import register_jitable
 
 from eventrnn import _integers, cells
+from eventrnn.cpu.kernel_cache import KernelCache
 from eventrnn.cpu.kernels import simd  # simd also gives the primitives of `cells` their instructions
 
 
-@cache
-def source_digest() -> str:
-    """Digest of every source file of the package, and of which of its kernels were chosen at import."""
-    # Numba tells processors apart, but not what was asked for by hand on one of them.
-    digest = hashlib.sha256(bytes([simd.AVX512]))
-    for path in sorted(Path(__file__).parents[2].rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def _stamped_by_package(locator: type) -> type:
-    class PackageLocator(locator):
-        def get_source_stamp(self):
-            return source_digest()
-
-    return PackageLocator
-
-
-class _PackageCacheImpl(caching.CompileResultCacheImpl):
-    _locator_classes = [_stamped_by_package(each) for each in caching.CompileResultCacheImpl._locator_classes]
-
-
-class _PackageCache(caching.FunctionCache):
-    # Numba stamps a cached kernel by its own file only, so editing cells.py would leave stale kernels on disk,
-    # which would silently give wrong results.
-    _impl_class = _PackageCacheImpl
-
-
 def compiled(function) -> Any:
-    """`numba.njit`, releasing the GIL, cached on disk until any file of the package changes.
+    """`numba.njit`, releasing the GIL, kept on disk until a file that the kernel is made of changes.
 
     Arrays are the caller's throughout: nothing is allocated, and no reference is counted. Counting takes two locked
     instructions a view: with it, a product without any event took 0.75 us, without 0.07 (256 units).
@@ -57,7 +26,23 @@ def compiled(function) -> Any:
 
 def inlined(function) -> Any:
     """`compiled` for what is to be part of its callers: a call passes seven numbers an array."""
-    return _compiled(function, _nrt=False, forceinline=True)
+    # By Numba, not by LLVM, which would compile it by itself first. A caller that is kept on disk contains it.
+    return _njit(function, _nrt=False, inline="always")
+
+
+def internal(function) -> Any:
+    """`compiled` for what only kernels call; every caller that is kept on disk contains it."""
+    return _njit(function, _nrt=False, **_NO_WRAPPERS)
+
+
+def called_by_address(function) -> Any:
+    """`compiled` for what kernels call by its address (`by_address.py`), and Python does not call."""
+    return _compiled(function, _nrt=False, **_NO_WRAPPERS)
+
+
+def allocating_by_address(function) -> Any:
+    """`called_by_address` for what makes arrays, or calls what may."""
+    return _compiled(function, _nrt=True, **_NO_WRAPPERS)
 
 
 def allocating(function) -> Any:
@@ -65,10 +50,19 @@ def allocating(function) -> Any:
     return _compiled(function, _nrt=True)
 
 
-def _compiled(function, **options) -> Any:
+# What calls a function from Python and from C: code of its own for each, and much of it for records of arrays.
+_NO_WRAPPERS = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
+
+def _njit(function, **options) -> Any:
     # The NumPy error model: Python's checks every division for zero, which stops the vectoriser.
-    dispatcher = numba.njit(nogil=True, error_model="numpy", **options)(function)
-    dispatcher._cache = _PackageCache(function)
+    return numba.njit(nogil=True, error_model="numpy", **options)(function)
+
+
+def _compiled(function, **options) -> Any:
+    dispatcher = _njit(function, **{"no_cfunc_wrapper": True} | options)
+    # Numba tells processors apart, but not what was asked for by hand on one of them.
+    dispatcher._cache = KernelCache(function, variant=simd.AVX512)
     return dispatcher
 
 
@@ -87,4 +81,4 @@ for _rule in (
     cells.egru_paper_reset_backward,
     cells.surrogate_slope,
 ):
-    register_jitable(_rule)
+    register_jitable(no_cfunc_wrapper=True)(_rule)

@@ -20,6 +20,7 @@ from llvmlite import ir
 from numba import config, types
 from numba.core import cgutils
 from numba.core.datamodel import PrimitiveModel, register_default
+from numba.core.typing.templates import infer, infer_global, make_intrinsic_template
 from numba.extending import intrinsic, overload
 
 from eventrnn import cells
@@ -129,8 +130,23 @@ def _result(*kinds):
     return lanes if lanes in kinds else types.float32
 
 
-@intrinsic
-def _fma(typingctx, a, b, c):
+def _instructions(function):
+    """Give a function of `cells`, or an operator, its instructions. The definition is one of an intrinsic.
+
+    An `overload` would put a function in between, which Numba compiles for every combination of types.
+    """
+
+    def register(definition):
+        template = make_intrinsic_template(function, definition, function.__name__)
+        infer(template)
+        infer_global(function, types.Function(template))
+        return definition
+
+    return register
+
+
+@_instructions(cells.fma)
+def _(typingctx, a, b, c):
     def generate(context, builder, signature, args):
         values, kind, suffix = _common(builder, signature.args, args)
         return call(builder, f"llvm.fma.{suffix}", kind, values)
@@ -139,8 +155,8 @@ def _fma(typingctx, a, b, c):
         return _result(a, b, c)(a, b, c), generate
 
 
-@intrinsic
-def _round_even(typingctx, x):
+@_instructions(cells.round_even)
+def _(typingctx, x):
     def generate(context, builder, signature, args):
         values, kind, suffix = _common(builder, signature.args, args)
         return call(builder, f"llvm.rint.{suffix}", kind, values)
@@ -149,35 +165,42 @@ def _round_even(typingctx, x):
         return x(x), generate
 
 
-@intrinsic
-def _power_of_two(typingctx, n):
+def _exponent(builder, n):
+    """2 ** n, float32 or a vector of them, from the bits of its exponent."""
+    wide = n.type != FLOAT
+    whole = ir.VectorType(I32, LANES) if wide else I32
+
+    def constant(k):
+        return ir.Constant(whole, [k] * LANES if wide else k)
+
+    exponent = builder.add(builder.fptosi(n, whole), constant(127))
+    return builder.bitcast(builder.shl(exponent, constant(23)), n.type)
+
+
+@_instructions(cells.power_of_two)
+def _(typingctx, n):
     def generate(context, builder, signature, args):
-        wide = signature.args[0] == lanes
-        whole = ir.VectorType(I32, LANES) if wide else I32
-
-        def constant(k):
-            return ir.Constant(whole, [k] * LANES if wide else k)
-
-        exponent = builder.add(builder.fptosi(args[0], whole), constant(127))
-        return builder.bitcast(builder.shl(exponent, constant(23)), VECTOR if wide else FLOAT)
+        return _exponent(builder, args[0])
 
     if _is_number(n):
         return n(n), generate
 
 
-@intrinsic
-def _ldexp_avx512(typingctx, x, n):
+@_instructions(cells.ldexp)
+def _(typingctx, x, n):
     def generate(context, builder, signature, args):
-        everywhere, nearest = ir.Constant(I16, -1), I32(4)
-        name = "llvm.x86.avx512.mask.scalef.ps.512"
-        return call(builder, name, VECTOR, [*args, args[0], everywhere, nearest])
+        if signature.args[0] == lanes and AVX512:
+            everywhere, nearest = ir.Constant(I16, -1), I32(4)
+            name = "llvm.x86.avx512.mask.scalef.ps.512"
+            return call(builder, name, VECTOR, [*args, args[0], everywhere, nearest])
+        return builder.fmul(args[0], _exponent(builder, args[1]))
 
-    if x == n == lanes:
-        return lanes(x, n), generate
+    if x == n and _is_number(x):
+        return x(x, n), generate
 
 
-@intrinsic
-def _select(typingctx, condition, a, b):
+@_instructions(cells.select)
+def _(typingctx, condition, a, b):
     def generate(context, builder, signature, args):
         values = args[1:]
         if signature.args[0] == mask:
@@ -191,77 +214,40 @@ def _select(typingctx, condition, a, b):
         return types.float32(condition, a, b), generate
 
 
-@overload(cells.fma, inline="always")
-def _(a, b, c):
-    return lambda a, b, c: _fma(a, b, c)
+def _define_function(function, rule):
+    @overload(function, jit_options={"no_cfunc_wrapper": True}, strict=False)
+    def _(x):
+        return rule
 
 
-@overload(cells.round_even, inline="always")
-def _(x):
-    return lambda x: _round_even(x)
+_define_function(cells.exp, cells.exp_float32)
 
+_define_function(cells.sigmoid, cells.sigmoid_float32)
 
-@overload(cells.power_of_two, inline="always")
-def _(n):
-    return lambda n: _power_of_two(n)
-
-
-@overload(cells.ldexp, inline="always")
-def _(x, n):
-    if AVX512 and x == n == lanes:
-        return lambda x, n: _ldexp_avx512(x, n)
-    return lambda x, n: x * _power_of_two(n)
-
-
-@overload(cells.select, inline="always")
-def _(condition, a, b):
-    return lambda condition, a, b: _select(condition, a, b)
-
-
-@overload(cells.exp)
-def _(x):
-    return lambda x: cells.exp_float32(x)
-
-
-@overload(cells.sigmoid)
-def _(x):
-    return lambda x: cells.sigmoid_float32(x)
-
-
-@overload(cells.tanh)
-def _(x):
-    return lambda x: cells.tanh_float32(x)
+_define_function(cells.tanh, cells.tanh_float32)
 
 
 def _define_binary(function, instruction: str):
-    @intrinsic
-    def emit(typingctx, a, b):
+    @_instructions(function)
+    def _(typingctx, a, b):
         def generate(context, builder, signature, args):
             values, _, _ = _common(builder, signature.args, args)
             return getattr(builder, instruction)(*values)
 
-        return lanes(a, b), generate
-
-    @overload(function)
-    def _(a, b):
         if lanes in (a, b) and _is_number(a, b):
-            return lambda a, b: emit(a, b)
+            return lanes(a, b), generate
 
 
 def _define_comparison(function, sign: str):
-    @intrinsic
-    def emit(typingctx, a, b):
+    @_instructions(function)
+    def _(typingctx, a, b):
         def generate(context, builder, signature, args):
             values, _, _ = _common(builder, signature.args, args)
-            # As for scalars: a NaN differs from every number, and is neither smaller nor larger.
+            # As for scalars: a NaN differs from everything, and is neither more nor less.
             return (builder.fcmp_unordered if sign == "!=" else builder.fcmp_ordered)(sign, *values)
 
-        return mask(a, b), generate
-
-    @overload(function)
-    def _(a, b):
         if lanes in (a, b) and _is_number(a, b):
-            return lambda a, b: emit(a, b)
+            return mask(a, b), generate
 
 
 for _function, _instruction in (
@@ -276,18 +262,13 @@ for _function, _sign in ((operator.lt, "<"), (operator.gt, ">"), (operator.ne, "
     _define_comparison(_function, _sign)
 
 
-@intrinsic
-def _negate(typingctx, x):
+@_instructions(operator.neg)
+def _(typingctx, x):
     def generate(context, builder, signature, args):
         return builder.fneg(args[0])
 
-    return lanes(x), generate
-
-
-@overload(operator.neg)
-def _(x):
     if x == lanes:
-        return lambda x: _negate(x)
+        return lanes(x), generate
 
 
 # --- memory -------------------------------------------------------------------------------------------------
@@ -312,6 +293,44 @@ def store(typingctx, array, index, vector):
         return context.get_dummy_value()
 
     return types.void(array, index, vector), generate
+
+
+@intrinsic
+def load_some(typingctx, array, index, count):
+    """The first `count` < 16 of the float32 from array[index] on, then zeros; what lies after them is not read."""
+
+    def generate(context, builder, signature, args):
+        pointer = address(context, builder, signature.args[0], *args[:2])
+        nothing = ir.Constant(VECTOR, [0.0] * LANES)
+        pointer = builder.bitcast(pointer, VECTOR.as_pointer())
+        return call(
+            builder, f"llvm.masked.load.v{LANES}f32.p0", VECTOR, [pointer, I32(4), _first(builder, args[2]), nothing]
+        )
+
+    return lanes(array, index, count), generate
+
+
+@intrinsic
+def store_some(typingctx, array, index, count, vector):
+    """array[index:index + count] = the first `count` < 16 of the vector; nothing after them is written."""
+
+    def generate(context, builder, signature, args):
+        pointer = address(context, builder, signature.args[0], *args[:2])
+        pointer = builder.bitcast(pointer, VECTOR.as_pointer())
+        values = [args[3], pointer, I32(4), _first(builder, args[2])]
+        call(builder, f"llvm.masked.store.v{LANES}f32.p0", ir.VoidType(), values)
+        return context.get_dummy_value()
+
+    return types.void(array, index, count, vector), generate
+
+
+def _first(builder, count):
+    """The mask of the first `count` lanes."""
+    whole = ir.VectorType(I32, LANES)
+    undefined = ir.Constant(whole, ir.Undefined)
+    most = builder.insert_element(undefined, builder.trunc(count, I32), I32(0))
+    most = builder.shuffle_vector(most, undefined, ir.Constant(whole, [0] * LANES))
+    return builder.icmp_signed("<", ir.Constant(whole, list(range(LANES))), most)
 
 
 @intrinsic

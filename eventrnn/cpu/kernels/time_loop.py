@@ -17,9 +17,12 @@ every thread before it, so the lists of a row, read in order of threads, are in 
 
 from __future__ import annotations
 
+import numpy as np
+
 from eventrnn.cpu import step_table
 from eventrnn.cpu.kernels.array_table import first_not_finite, float32_at, int32_at, int64_at
-from eventrnn.cpu.kernels.cell_update import compact_events, compact_gated_events, count_events, update, update_paper
+from eventrnn.cpu.kernels.by_address import call_gating, call_update
+from eventrnn.cpu.kernels.cell_update import compact_events, count_events
 from eventrnn.cpu.kernels.jit import compiled
 from eventrnn.cpu.kernels.microkernels import prefetch
 from eventrnn.cpu.kernels.simd import LANES
@@ -29,12 +32,14 @@ from eventrnn.cpu.tables import (
     BIAS_IN,
     BIAS_REC,
     END,
+    GATING,
     IN,
     INPUTS,
     REC,
     REC_GATED,
     UNIT_0,
     UNITS,
+    UPDATE,
     EventLists,
     InputEvents,
     NetworkTables,
@@ -87,7 +92,7 @@ def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, output
             n_pre, drive_rows = layers[layer, INPUTS], length * batch
             if layer == 0:
                 for k in range(drive_rows):
-                    source = inputs.row_of[t0 * batch + k]
+                    source = inputs.row_of[(t0 - size.begin) * batch + k]
                     begins[k] = inputs.indptr[source]
                     counts[k] = inputs.indptr[source + 1] - inputs.indptr[source]
                 propagate_all(
@@ -123,10 +128,11 @@ def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, output
                         for q in range(n_threads):
                             first, last = network.unit_bounds[layer, q], network.unit_bounds[layer, q + 1]
                             gate_r = network.drive_begins[layer, q] + last - first
-                            to += compact_gated_events(
-                                first, last, drive_in, a + gate_r, drive_rec, b * pitch + gate_r, y, s, gated.indices,
-                                gated.values, to,
-                            )  # fmt: skip
+                            r_in, r_rec = a + gate_r, b * pitch + gate_r
+                            to += call_gating(
+                                layers[layer, GATING],
+                                (first, last, drive_in, r_in, drive_rec, r_rec, y, s, gated.indices, gated.values, to),
+                            )
                         counts[b] = to - b * row_capacity
                     propagate_all(
                         column_tiles, gated_tile, last_tile, pools, bias, n, gated, 0, 1, batch, workspace, drive_rec,
@@ -137,16 +143,11 @@ def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, output
 
                 for b in range(batch):
                     row, a, s = mine + (t + 1) * batch + b, (t * batch + b) * pitch + base, unit_0 * batch + b * n
-                    if is_paper:
-                        update_paper(
-                            high - low, drive_in, a, drive_rec, b * pitch + base, network.threshold, unit_0 + low, c, y,
-                            s + low,
-                        )  # fmt: skip
-                    else:
-                        update(
-                            high - low, drive_in, a, drive_rec, b * pitch + base, network.threshold, unit_0 + low, c, y,
-                            s + low,
-                        )  # fmt: skip
+                    row_rec, p = b * pitch + base, unit_0 + low
+                    call_update(
+                        layers[layer, UPDATE],
+                        (high - low, drive_in, a, drive_rec, row_rec, network.threshold, p, c, y, s + low),
+                    )
                     # planted fault: parts swapped
                     slot, first = row * n_threads + thread, row * row_capacity + own
                     events.begins[slot] = first
@@ -260,5 +261,7 @@ def step(table, inputs, symbols, output):
     )
     size = RunSize(1, 0, 1, numbers[step_table.BATCH], numbers[step_table.CHUNK])
     received = InputEvents(indptr, indices, values, row_of)
-    run(0, 1, int64_at(table, step_table.BARRIER), network, received, size, buffers, c, y, outputs)
+    # Not the literals 0 and 1, for which Numba would compile another `run` than Python's.
+    thread, n_threads = np.int64(0), np.int64(1)
+    run(thread, n_threads, int64_at(table, step_table.BARRIER), network, received, size, buffers, c, y, outputs)
     return first_not_finite(c, len(c)) >= 0

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from eventrnn.cpu.kernels.products import product_address
 from eventrnn.cpu.kernels.simd import LANES
 from eventrnn.cpu.memory import aligned_zeros
 from eventrnn.cpu.packing import DENSE_ACTIVITY_THRESHOLD, empty_column_tile
@@ -21,6 +22,7 @@ from eventrnn.cpu.tables import (
     FLOAT32,
     HIGH,
     INDEX,
+    KERNEL,
     KIND,
     LOW,
     PITCH,
@@ -230,7 +232,7 @@ def pack_matrix(pattern: Pattern, unit_ranges: list[tuple[int, int]], rows: int)
 def _tile(kind: int, low: int, high: int, **fields: int) -> list[int]:
     """A table row: a tile of float32 weights for columns `low` to `high`. Fields that are not named are zero."""
     row = [0] * FIELDS
-    row[KIND], row[STORAGE], row[LOW], row[HIGH] = kind, FLOAT32, low, high
+    row[KIND], row[STORAGE], row[LOW], row[HIGH], row[KERNEL] = kind, FLOAT32, low, high, product_address(kind, FLOAT32)
     for name, value in fields.items():
         row[_FIELD[name]] = value
     return row

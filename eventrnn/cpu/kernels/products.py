@@ -1,0 +1,174 @@
+"""The kernels that a plan calls by address: one per kind and storage of column tiles, and per variant of the cell.
+
+Each is compiled, or read from disk, when a network first needs it. A product kernel takes `by_address.PRODUCT`, and
+writes some column tiles, all of its kind, over all drive rows.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+
+from eventrnn.cpu.kernels.by_address import GATING, PRODUCT, UPDATE, address_of
+from eventrnn.cpu.kernels.cell_update import compact_gated_events, update, update_paper
+from eventrnn.cpu.kernels.jit import allocating_by_address, called_by_address
+from eventrnn.cpu.kernels.row_products import (
+    add_blocks,
+    add_dense_rows,
+    add_many_blocks,
+    add_single,
+    add_single_masked,
+)
+from eventrnn.cpu.kernels.spmm import copy
+from eventrnn.cpu.kernels.tile_products import bin_by_panel, blas_product, densify, tile_product
+from eventrnn.cpu.tables import (
+    BFLOAT16,
+    BLAS,
+    BLOCKS,
+    DENSE_FROM,
+    FLOAT32,
+    HIGH,
+    INT8,
+    LOW,
+    MANY_BLOCKS,
+    MASKED,
+    ROW_TILES,
+    ROWS,
+    SCATTER,
+)
+
+#: storage -> type of its weights in the pool
+_DTYPES = {FLOAT32: np.float32, BFLOAT16: np.uint16, INT8: np.int8}
+
+#: kind of column tile -> what adds a list of events to a drive row
+_ADD = {
+    ROWS: add_dense_rows,
+    SCATTER: add_single,
+    MASKED: add_single_masked,
+    BLOCKS: add_blocks,
+    MANY_BLOCKS: add_many_blocks,
+}
+
+
+def _by_rows(add_events, dtype):
+    """A kernel that computes one drive row after the other."""
+
+    @called_by_address
+    def product_by_rows(
+        column_tiles,
+        first_tile,
+        last_tile,
+        pools,
+        bias_begin,
+        n_pre,
+        events,
+        first_list,
+        lists_per_row,
+        rows,
+        workspace,
+        drives,
+        drive_pitch,
+    ):
+        weights = pools.values.view(dtype)
+        for w in range(first_tile, last_tile):
+            column_tile = column_tiles[w]
+            low, width = column_tile[LOW], column_tile[HIGH] - column_tile[LOW]
+            for k in range(rows):
+                at = k * drive_pitch
+                copy(pools.biases, bias_begin + low, drives, at + low, width)
+                for q in range(first_list + k * lists_per_row, first_list + (k + 1) * lists_per_row):
+                    begin, count = events.begins[q], events.counts[q]
+                    add_events(column_tile, weights, pools, events, begin, count, drives, at, workspace)
+
+    return product_by_rows
+
+
+def _by_tiles(dtype):
+    """A kernel that reads a weight once for all drive rows.
+
+    It takes the events panel by panel of units or, where most units are active, visits every unit.
+    """
+
+    @called_by_address
+    def product_by_tiles(
+        column_tiles,
+        first_tile,
+        last_tile,
+        pools,
+        bias_begin,
+        n_pre,
+        events,
+        first_list,
+        lists_per_row,
+        rows,
+        workspace,
+        drives,
+        drive_pitch,
+    ):
+        total, weights = 0, pools.values.view(dtype)
+        for q in range(first_list, first_list + rows * lists_per_row):
+            total += events.counts[q]
+        every_unit = total >= column_tiles[first_tile, DENSE_FROM] * rows
+        if every_unit:
+            densify(n_pre, events, first_list, lists_per_row, rows, workspace)
+        else:
+            bin_by_panel(n_pre, events, first_list, lists_per_row, rows, workspace)
+        for w in range(first_tile, last_tile):
+            tile_product(
+                column_tiles[w],
+                weights,
+                pools,
+                bias_begin,
+                n_pre,
+                every_unit,
+                workspace,
+                rows,
+                drives,
+                drive_pitch,
+            )
+
+    return product_by_tiles
+
+
+@allocating_by_address
+def product_by_blas(
+    column_tiles,
+    first_tile,
+    last_tile,
+    pools,
+    bias_begin,
+    n_pre,
+    events,
+    first_list,
+    lists_per_row,
+    rows,
+    workspace,
+    drives,
+    drive_pitch,
+):
+    """Column tiles through BLAS."""
+    densify(n_pre, events, first_list, lists_per_row, rows, workspace)
+    for w in range(first_tile, last_tile):
+        blas_product(column_tiles[w], pools, bias_begin, n_pre, workspace, rows, drives, drive_pitch)
+
+
+@cache
+def _product(kind: int, storage: int):
+    if kind == BLAS:
+        return product_by_blas
+    return _by_tiles(_DTYPES[storage]) if kind == ROW_TILES else _by_rows(_ADD[kind], _DTYPES[storage])
+
+
+@cache
+def product_address(kind: int, storage: int) -> int:
+    """Address of the kernel for a kind and a storage of column tiles."""
+    return address_of(_product(kind, storage), PRODUCT)
+
+
+@cache
+def update_addresses(variant: str) -> tuple[int, int]:
+    """Addresses of the cell update of a variant, and of what gates the events of the candidate; 0 if nothing does."""
+    if variant == "paper":
+        return address_of(update_paper, UPDATE), address_of(compact_gated_events, GATING)
+    return address_of(update, UPDATE), 0

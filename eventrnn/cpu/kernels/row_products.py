@@ -1,0 +1,184 @@
+"""Weights of each format times events, one drive row after the other: column tiles of all kinds but ROW_TILES and BLAS.
+
+`weights` is `pools.values` seen as float32, uint16 or int8; the scales of int8 weights are found in `pools.values`
+itself. Each function adds to a drive row, over the columns i of a column tile, weight[j, i] * value for the events
+(j, value) of a list, one FMA each, in the order of the list.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from eventrnn import cells
+from eventrnn.cpu.kernels.jit import inlined
+from eventrnn.cpu.kernels.microkernels import (
+    TILE,
+    add_blocks_4,
+    add_blocks_8,
+    add_blocks_16,
+    add_listed_4,
+    add_listed_8,
+    add_listed_16,
+    add_listed_32,
+    add_listed_64,
+    add_masked_avx512,
+    add_rows,
+    add_scattered_avx512,
+    list_blocks,
+)
+from eventrnn.cpu.kernels.simd import AVX512, LANES, decoded, lowest_bit
+from eventrnn.cpu.tables import INDEX, LOW, PITCH, POINTERS, SCALES, VALUES, WIDTH
+
+# Block segments are listed until there are so many, and then added. The list is short so that the drives stay in the L1
+# cache.
+LISTED_SEGMENTS = 64
+
+
+@inlined
+def values_at(column_tile, weights):
+    """Offset of a column tile in `weights`. The table gives it in float32, which are wider than other storages."""
+    return column_tile[VALUES] * (4 // weights.itemsize)
+
+
+@inlined
+def add_dense_rows(column_tile, weights, pools, events, begin, count, drives, at, workspace):
+    """Dense rows: all events are added to one register tile of columns, then to the next one."""
+    ids, values, scales = events.indices, events.values, pools.values
+    # planted fault: scale of another unit, rows
+    pitch, start, s0 = column_tile[PITCH], values_at(column_tile, weights), column_tile[SCALES]
+    left, at = column_tile[WIDTH] // LANES, at + column_tile[LOW]
+    while left > 0:
+        vectors = min(left, TILE)
+        add_rows(drives, at, weights, start, pitch, scales, s0, ids, values, begin, count, vectors)
+        left, at, start = left - vectors, at + vectors * LANES, start + vectors * LANES
+
+
+@inlined
+def add_scattered_portable(drives, at, index, i0, first, count, value, scale, weights, start):
+    """`add_scattered_avx512` for other processors: one weight at a time."""
+    columns = index.view(np.uint16)
+    for k in range(first, first + count):
+        target = at + columns[2 * i0 + k]
+        drives[target] = cells.fma(decoded(weights, start + k, scale), value, drives[target])
+
+
+@inlined
+def add_masked_portable(drives, at, index, i0, first, vectors, value, scale, weights, start):
+    """`add_masked_avx512` for other processors: one set bit at a time."""
+    masks = index.view(np.uint16)
+    for k in range(vectors):
+        mask = np.int64(masks[2 * i0 + first + k])
+        while mask != 0:
+            target = at + k * LANES + lowest_bit(mask)
+            drives[target] = cells.fma(decoded(weights, start, scale), value, drives[target])
+            start += 1
+            mask &= mask - 1
+
+
+add_scattered = add_scattered_avx512 if AVX512 else add_scattered_portable
+
+add_masked = add_masked_avx512 if AVX512 else add_masked_portable
+
+
+@inlined
+def add_single(column_tile, weights, pools, events, begin, count, drives, at, workspace):
+    """Single weights by index: sixteen targets at a time."""
+    p0, i0, s0 = column_tile[POINTERS], column_tile[INDEX], column_tile[SCALES]
+    v0, at = values_at(column_tile, weights), at + column_tile[LOW]
+    pointers, scales = pools.pointers, pools.values
+    for e in range(begin, begin + count):
+        unit, value = np.int64(events.indices[e]), events.values[e]
+        # planted fault: scale of another unit, single weights
+        first, last, scale = pointers[p0 + unit], pointers[p0 + unit + 1], scales[s0 + unit]
+        # planted fault: tail of scattered weights dropped
+        add_scattered(drives, at, pools.index, i0, first, last - first, value, scale, weights, v0)
+
+
+@inlined
+def add_single_masked(column_tile, weights, pools, events, begin, count, drives, at, workspace):
+    """Single weights by mask: every vector of the row."""
+    p0, i0, s0 = column_tile[POINTERS], column_tile[INDEX], column_tile[SCALES]
+    v0, at, masks = values_at(column_tile, weights), at + column_tile[LOW], column_tile[PITCH]
+    pointers, scales = pools.pointers, pools.values
+    for e in range(begin, begin + count):
+        unit, value = np.int64(events.indices[e]), events.values[e]
+        # planted fault: scale of another unit, single weights
+        first, scale = pointers[p0 + unit], scales[s0 + unit]
+        # planted fault: masks of the wrong unit
+        add_masked(drives, at, pools.index, i0, unit * masks, masks, value, scale, weights, v0 + first)
+
+
+@inlined
+def add_blocks(column_tile, weights, pools, events, begin, count, drives, at, workspace):
+    """Block segments: the segments of several units are listed without a branch, and then added in one loop."""
+    i0, p0, s0 = column_tile[INDEX], column_tile[POINTERS], column_tile[SCALES]
+    numbers, factors, scales = workspace.segment_numbers, workspace.segment_factors, pools.values
+    listed = 0
+    for e in range(begin, begin + count):
+        unit, value = np.int64(events.indices[e]), events.values[e]
+        first, last, number = _segments_of(pools, p0, unit)
+        # planted fault: scale of another unit, blocks
+        scale = scales[s0 + unit]
+        list_blocks(
+            weights,
+            pools.index,
+            i0 + first,
+            last - first,
+            number,
+            value,
+            scale,
+            numbers[0],
+            numbers[1],
+            factors[0],
+            factors[1],
+            listed,
+        )
+        listed += last - first
+        if listed >= LISTED_SEGMENTS:
+            _add_listed(column_tile, weights, numbers, factors, listed, drives, at)
+            listed = 0
+    # planted fault: rest of a list dropped
+    _add_listed(column_tile, weights, numbers, factors, listed, drives, at)
+
+
+@inlined
+def _segments_of(pools, p0, unit):
+    """The first index of a unit, the index after its last one, and the number of its first segment."""
+    return pools.pointers[p0 + 3 * unit], pools.pointers[p0 + 3 * unit + 1], pools.pointers[p0 + 3 * unit + 2]
+
+
+@inlined
+def add_many_blocks(column_tile, weights, pools, events, begin, count, drives, at, workspace):
+    """Block segments: the segments of each unit are added in a loop of their own, without a list.
+
+    That is less work per segment, but the processor mispredicts the end of the loop once per unit.
+    """
+    i0, p0, s0, width = column_tile[INDEX], column_tile[POINTERS], column_tile[SCALES], column_tile[WIDTH]
+    v0, index, scales = values_at(column_tile, weights), pools.index, pools.values
+    for e in range(begin, begin + count):
+        unit, value = np.int64(events.indices[e]), events.values[e]
+        first, last, number = _segments_of(pools, p0, unit)
+        # planted fault: scale of another unit, many blocks
+        scale = scales[s0 + unit]
+        if width == 16:
+            add_blocks_16(drives, at, index, i0 + first, last - first, value, scale, weights, v0 + number * 16)
+        elif width == 8:
+            add_blocks_8(drives, at, index, i0 + first, last - first, value, scale, weights, v0 + number * 8)
+        else:
+            add_blocks_4(drives, at, index, i0 + first, last - first, value, scale, weights, v0 + number * 4)
+
+
+@inlined
+def _add_listed(column_tile, weights, numbers, factors, count, drives, at):
+    """Add the first `count` listed block segments to the drives at their targets."""
+    width, start = column_tile[WIDTH], values_at(column_tile, weights)
+    if width == 64:
+        add_listed_64(drives, at, numbers[0], numbers[1], factors[0], factors[1], count, weights, start)
+    elif width == 32:
+        add_listed_32(drives, at, numbers[0], numbers[1], factors[0], factors[1], count, weights, start)
+    elif width == 16:
+        add_listed_16(drives, at, numbers[0], numbers[1], factors[0], factors[1], count, weights, start)
+    elif width == 8:
+        add_listed_8(drives, at, numbers[0], numbers[1], factors[0], factors[1], count, weights, start)
+    else:
+        add_listed_4(drives, at, numbers[0], numbers[1], factors[0], factors[1], count, weights, start)
