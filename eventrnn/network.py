@@ -53,8 +53,11 @@ class Network:
                 raise ValueError(
                     f"readout: takes {self.readout.weights.shape[0]} units, the last layer has {self.layers[-1].units}"
                 )
+            # Shapes first: the dense matrix is as large as the embedding, or is not made.
             if self.readout.tied and (
-                self.embedding is None or not np.array_equal(self.readout.weights.to_dense(), self.embedding.T)
+                self.embedding is None
+                or self.readout.weights.shape != self.embedding.T.shape
+                or not np.array_equal(self.readout.weights.to_dense(), self.embedding.T)
             ):
                 raise ValueError("readout: tied, but its weights are not the transposed embedding")
         for name, weights in self.matrices().items():

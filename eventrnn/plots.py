@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from eventrnn._files import write_whole
 from eventrnn.events import Events
 from eventrnn.weights import MatrixId, Weights
 
@@ -28,6 +31,9 @@ BAR_COLOURS = (GREY, BLUE, ORANGE)
 HUES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#666666")
 
 MARKS = ("o", "s", "^", "D", "v", "P", "X")
+
+# Format of a picture whose name has no suffix.
+DEFAULT_FORMAT = "png"
 
 # Cells per side of a map. More could not be told apart and would only make the file large.
 MAP_CELLS = 256
@@ -232,8 +238,20 @@ def plain_axes(axes: Axes) -> None:
     axes.title.set_fontsize(10)
 
 
-def saved(figure: Figure, path: str | os.PathLike | None) -> Figure:
-    """The figure, written to the path if there is one."""
-    if path is not None:
-        figure.savefig(path, dpi=160)
+def saved(figure: Figure, path: str | os.PathLike | None, *, overwrite: bool = True) -> Figure:
+    """The figure, written atomically to the path if there is one.
+
+    overwrite : replace an existing file; otherwise raise FileExistsError
+
+    After an error an old file is unchanged and no new file is left. Raises ValueError for a suffix that names no
+    format, and OSError if the disk is full or not writable.
+    """
+    if path is None:
+        return figure
+    target, raw = Path(path), BytesIO()
+    if not target.suffix:
+        target = target.with_name(f"{target.name}.{DEFAULT_FORMAT}")
+    figure.savefig(raw, dpi=160, format=target.suffix[1:].lower())
+    # Through a link, the file behind it is replaced.
+    write_whole(target.resolve(), raw.getvalue(), overwrite=overwrite)
     return figure

@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+from eventrnn._files import printable
 from eventrnn.backend import BackendUnavailable
 from eventrnn.cli.bench import bench_app
 from eventrnn.cli.commands import app
@@ -32,15 +33,17 @@ def main() -> None:
     try:
         raise SystemExit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except UsageError as error:
-        print(f"eventrnn: error: {' '.join(error.format_message().split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise _ended("error", error.format_message(), 2) from None
     except (ValueError, OSError, FloatingPointError, ImportError, MemoryError, BackendUnavailable) as error:
-        words = str(error) or "out of memory; use smaller sizes"
-        print(f"eventrnn: error: {' '.join(words.split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise _ended("error", str(error) or "out of memory; use smaller sizes", 2) from None
     except RuntimeError as error:
-        print(f"eventrnn: failed: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise _ended("failed", str(error), 1) from None
     except (KeyboardInterrupt, typer.Abort):
         print("eventrnn: stopped", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _ended(how: str, words: str, code: int) -> SystemExit:
+    """The end of the program with one line on stderr, in which text from a file cannot steer the terminal."""
+    print(f"eventrnn: {how}: {printable(' '.join(words.split()))}", file=sys.stderr)
+    return SystemExit(code)

@@ -7,13 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from eventrnn.bench.case import LAYER_BASELINES, PRODUCT_BASELINES
 from eventrnn.bench.machine import device, versions
 from eventrnn.cli.options import Json, Seed, Threads, parse_block, takes
-from eventrnn.cli.terminal import as_line, progress, show
+from eventrnn.cli.terminal import as_line, console, progress, show
 from eventrnn.pruning.patterns import parse_nm
 from eventrnn.weights import FORMATS, STORAGES
 from eventrnn.weights.nm import AXES
@@ -180,7 +179,7 @@ def crossover(
     table = Table("weights", "drives", *(f"{a:.0%}" for a in ACTIVITIES), title="kernel that auto selects, by activity")
     for line in picked:
         table.add_row(line["weights"], str(line["batch"]), *line["exact"])
-    Console().print(table)
+    console().print(table)
     if checked:
         worst = {kind: min(checked, key=lambda line: line[kind]) for kind in ("exact_ratio", "inexact_ratio")}
         for kind, line in worst.items():
@@ -251,5 +250,5 @@ def pruning(
         table.add_row(name, result["matrix"], result["nm"], *times, *kept, "this run")
     for source, method, side, groups, seconds, machine in masks.LITERATURE:
         table.add_row(method, f"{side}x{side}", groups, f"{seconds:.3g}", "", "", "", "", f"{source}, {machine}")
-    Console(width=max(150, Console().width)).print(table)
+    console(least_width=150).print(table)
     print(f"masks of a tile: {', '.join(f'{k} {v:,}' for k, v in result['masks_of_a_tile'].items())}")

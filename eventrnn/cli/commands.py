@@ -9,10 +9,10 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from eventrnn import io
+from eventrnn._files import printable
 from eventrnn.cli.options import (
     Backend,
     Block,
@@ -27,10 +27,11 @@ from eventrnn.cli.options import (
     Threads,
     load_symbols,
     parse_block,
+    save_model,
     writable_file,
     writable_folder,
 )
-from eventrnn.cli.terminal import as_line, progress, show
+from eventrnn.cli.terminal import as_line, console, progress, show
 from eventrnn.cli.train import train
 from eventrnn.network import Network
 from eventrnn.pruning.patterns import parse_nm
@@ -61,10 +62,10 @@ def demo(
     )
     writable_folder(out, job.FILES, force)
     with progress() as report:
-        result = job.run(out, settings, report)
+        result = job.run(out, settings, report, overwrite=force)
     show("Activity-sparse, block-pruned, event by event", result, as_json)
     if not as_json:
-        print(f"wrote {out}/: {', '.join(sorted(p.name for p in out.iterdir() if p.name in job.FILES))}")
+        print(f"wrote {printable(out)}/: {', '.join(sorted(p.name for p in out.iterdir() if p.name in job.FILES))}")
     if not result["events_identical"]:
         raise RuntimeError("the event-driven run and its dense twin differ; this is a bug, please report it")
 
@@ -132,11 +133,11 @@ def count(
         return
     columns = ("dense", "effective", "executed", "graded", "binary", "weight_bytes")
     title = f"operations of {counts.steps} steps of the {part} part of {text} ({counting.NOTE})"
-    table = Table("matrix", *(column.replace("_", " ") for column in columns), title=title)
+    table = Table("matrix", *(column.replace("_", " ") for column in columns), title=printable(title))
     for name, row in {**counts.matrices, "total": counts.total}.items():
         table.add_row(name, *(f"{getattr(row, column):,}" for column in columns))
     # A table wider than the terminal is better than truncated figures.
-    Console(width=max(COUNT_WIDTH, Console().width)).print(table)
+    console(least_width=COUNT_WIDTH).print(table)
     print(
         f"element-wise {sum(counts.gate_ops):,}, state bytes {sum(counts.state_bytes):,}, "
         f"dense / effective {counts.reduction:.1f}"
@@ -204,7 +205,7 @@ def convert_command(
         if not (tied and name == "readout")
     }
     converted = network.with_matrices(changed)
-    io.save(converted, out, overwrite=force)
+    save_model(converted, out, force)
     show(
         f"wrote {out}",
         {

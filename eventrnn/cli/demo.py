@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from eventrnn import counting, io, plots
+from eventrnn._files import write_whole
 from eventrnn.bench import device, interleaved, versions
 from eventrnn.cells import Cell, Surrogate
 from eventrnn.data.text import Corpus, python_documentation
 from eventrnn.data.trigram import TrigramModel
+from eventrnn.events import Events
 from eventrnn.network import Network
 from eventrnn.pruning import GradualPruning, compress
 from eventrnn.simulation import Simulator, simulate
@@ -54,11 +56,17 @@ class DemoSettings:
     seed: int = 0
 
 
-def run(folder: Path, settings: DemoSettings, report: Report = lambda stage, done, total, note: None) -> dict:
+def run(
+    folder: Path,
+    settings: DemoSettings,
+    report: Report = lambda stage, done, total, note: None,
+    *,
+    overwrite: bool = False,
+) -> dict:
     """Run the demo, write its files into `folder`, and return the figures of `eventrnn demo --json`.
 
     `report(stage, done, total, note)` is called as the work proceeds. Raises RuntimeError where the counts disagree
-    with their audit.
+    with their audit, and FileExistsError for a file that appeared meanwhile, unless `overwrite` is set.
     """
     started = time.perf_counter()
     common = Settings(batch=32, window=64, learning_rate=6e-3, activity_cost=settings.activity_cost, seed=settings.seed)
@@ -120,7 +128,7 @@ def run(folder: Path, settings: DemoSettings, report: Report = lambda stage, don
         "us_per_step": float(np.median(seconds["cpu"])) / len(part) * 1e6,
         "dense_us_per_step": float(np.median(seconds["blas"])) / len(part) * 1e6,
     }
-    _write(folder, pruned, counts, simulation.events[0], result)
+    _write(folder, pruned, counts, simulation.events[0], result, overwrite)
     return result | {"seconds": time.perf_counter() - started, "device": device(), "versions": versions()}
 
 
@@ -170,13 +178,15 @@ def _block_sparsity(network: Network, block: tuple[int, int]) -> float:
     return 1 - stored / sum(grids)
 
 
-def _write(folder: Path, network: Network, counts: counting.OpCounts, events, result: dict) -> None:
+def _write(
+    folder: Path, network: Network, counts: counting.OpCounts, events: Events, result: dict, overwrite: bool
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    io.save(network, folder / "model.safetensors", overwrite=True)
-    (folder / "counts.json").write_text(json.dumps(counts.as_dict(), indent=2) + "\n")
-    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    io.save(network, folder / "model.safetensors", overwrite=overwrite)
+    for name, record in (("counts.json", counts.as_dict()), ("result.json", result)):
+        write_whole(folder / name, (json.dumps(record, indent=2) + "\n").encode(), overwrite=overwrite)
     if find_spec("matplotlib"):
-        plots.raster(events, path=folder / "raster.png")
+        plots.saved(plots.raster(events), folder / "raster.png", overwrite=overwrite)
         operations = {name: result[f"{name}_ops_per_step"] for name in ("dense", "effective", "executed")}
         times = {"dense (BLAS)": result["dense_us_per_step"], "event-driven": result["us_per_step"]}
-        plots.bars(operations, times, path=folder / "operations.png")
+        plots.saved(plots.bars(operations, times), folder / "operations.png", overwrite=overwrite)

@@ -8,12 +8,15 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields
 from functools import wraps
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import numpy as np
 import typer
 
+from eventrnn import io
+from eventrnn._files import name_beside, printable
 from eventrnn.backend import BACKENDS
 from eventrnn.network import Network
 
@@ -100,6 +103,21 @@ def writable_file(path: Path, force: bool, option: str = "out") -> None:
     _probe_folder(path.parent, option)
 
 
+def save_model(network: Network, path: Path, force: bool, option: str = "out") -> None:
+    """`io.save` at the end of the work. A file that appeared meanwhile is left, and the model written beside it.
+
+    Raises ValueError that names the other file.
+    """
+    try:
+        io.save(network, path, overwrite=force)
+    except FileExistsError:
+        beside = next(each for k in count(1) if not (each := name_beside(path, f"{k}-")).exists())
+        io.save(network, beside)
+        raise ValueError(
+            f"{option}: {path} appeared meanwhile and is left as it is; the model is in {beside}"
+        ) from None
+
+
 def writable_picture(path: Path, force: bool, option: str = "out") -> None:
     """As `writable_file`, for a picture. Raises ImportError where matplotlib is missing."""
     if path.suffix not in PICTURES:
@@ -107,6 +125,11 @@ def writable_picture(path: Path, force: bool, option: str = "out") -> None:
     writable_file(path, force, option)
     if find_spec("matplotlib") is None:
         raise ImportError(f"{option}: pictures need matplotlib: pip install 'eventrnn[plots]'")
+
+
+def picture_text(name: object) -> str:
+    """The name of a file as text of a picture: matplotlib reads no formula in it."""
+    return printable(name).replace("$", r"\$")
 
 
 def writable_folder(folder: Path, names: tuple[str, ...], force: bool) -> None:

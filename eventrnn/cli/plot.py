@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from eventrnn import io
-from eventrnn.cli.options import Force, Json, Part, Text, load_symbols, writable_picture
+from eventrnn._files import printable
+from eventrnn.cli.options import Force, Json, Part, Text, load_symbols, picture_text, writable_picture
 from eventrnn.cli.terminal import as_line
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Symbols and rounds of the timing for the figure of operations.
 TIMED, REPEATS = 2000, 7
@@ -39,18 +43,19 @@ def plot(
         if value < least:
             raise ValueError(f"{name}: got {value}, need a whole number >= {least}")
     writable_picture(out, force)
+    from eventrnn import plots
+
     if what == "training":
-        _training(model, out)
+        figure = _training(model)
     elif what == "weights":
-        from eventrnn import plots
-
-        plots.mask_map(io.load(model).matrices(), title=model.name, path=out)
+        figure = plots.mask_map(io.load(model).matrices(), title=picture_text(model.name))
     else:
-        _run(model, what, text, part, layer, start, steps, symbols, out)
-    print(as_line({"wrote": str(out)}) if as_json else f"wrote {out}")
+        figure = _run(model, what, text, part, layer, start, steps, symbols)
+    plots.saved(figure, out, overwrite=force)
+    print(as_line({"wrote": str(out)}) if as_json else f"wrote {printable(out)}")
 
 
-def _training(folder: Path, out: Path) -> None:
+def _training(folder: Path) -> Figure:
     from eventrnn import plots
     from eventrnn.training import read_log
 
@@ -61,12 +66,10 @@ def _training(folder: Path, out: Path) -> None:
         raise ValueError(f"model: the run in {folder} has not been validated yet")
     quality = next(name for name in ("perplexity", "bits", "accuracy", "loss") if name in seen[0]["validation"])
     curve = [(line["step"], line["validation"][quality], line["validation"]["activity"]) for line in seen]
-    plots.learning_curves({folder.name: curve}, quality=quality, path=out)
+    return plots.learning_curves({picture_text(folder.name): curve}, quality=quality)
 
 
-def _run(
-    model: Path, what: str, text: str, part: str, layer: int, start: int, steps: int, symbols: int, out: Path
-) -> None:
+def _run(model: Path, what: str, text: str, part: str, layer: int, start: int, steps: int, symbols: int) -> Figure:
     from eventrnn import counting, plots
     from eventrnn.bench import interleaved
     from eventrnn.simulation import Simulator, simulate
@@ -77,12 +80,11 @@ def _run(
     read = load_symbols(network, text, part)[: start + steps if what == "raster" else symbols, None]
     run = simulate(network, read, record="events")
     if what == "raster":
-        plots.raster(run.events[layer], start=start, steps=steps, path=out)
-        return
+        return plots.raster(run.events[layer], start=start, steps=steps)
     counts = counting.count(network, run)
     rows, total = counts.steps * counts.batch, counts.total
     operations = {name: getattr(total, name) / rows for name in ("dense", "effective", "executed")}
     engines = {name: Simulator(network, backend=name) for name in ("blas", "cpu")}
     seconds = interleaved({name: lambda s=s: s.run(read[:TIMED]) for name, s in engines.items()}, REPEATS)
     times = {name: 1e6 * sorted(each)[REPEATS // 2] / len(read[:TIMED]) for name, each in seconds.items()}
-    plots.bars(operations, {"dense (BLAS)": times["blas"], "event-driven": times["cpu"]}, path=out)
+    return plots.bars(operations, {"dense (BLAS)": times["blas"], "event-driven": times["cpu"]})

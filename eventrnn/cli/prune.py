@@ -10,21 +10,23 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from eventrnn import counting, io, pruning
+from eventrnn._files import printable
 from eventrnn.cli.options import (
     Force,
     Json,
     Model,
     load_symbols,
     parse_block,
+    picture_text,
+    save_model,
     takes,
     writable_file,
     writable_picture,
 )
-from eventrnn.cli.terminal import as_line, progress
+from eventrnn.cli.terminal import as_line, console, progress
 from eventrnn.network import Network
 from eventrnn.pruning.magnitude import GATES, SCOPES, STATISTICS
 from eventrnn.pruning.methods import BLOCK_OPTIONS, METHODS, NM_OPTIONS, Method, training_schedule
@@ -177,15 +179,15 @@ def prune(options: PruneOptions) -> None:
         before, after = (_figures(each, parts.get("valid"), report) for each in (network, pruned))
     before["file_bytes"] = options.model.stat().st_size
     if options.out is not None and not options.dry_run:
-        io.save(pruned, options.out, overwrite=options.force)
+        save_model(pruned, options.out, options.force)
         after["file_bytes"] = options.out.stat().st_size
     else:
         after["file_bytes"] = _file_size(pruned)
     if options.picture is not None:
         from eventrnn import plots
 
-        title = f"{options.model.name}, {request.name}: {request.pattern}"
-        plots.mask_map(pruned.matrices(), title=title, path=options.picture)
+        title = picture_text(f"{options.model.name}, {request.name}: {request.pattern}")
+        plots.saved(plots.mask_map(pruned.matrices(), title=title), options.picture, overwrite=options.force)
     matrices = pruned.matrices().values()
     summary = {
         "method": request.name,
@@ -411,11 +413,11 @@ def _show(summary: dict, before: dict, after: dict, options: PruneOptions) -> No
     if summary["dry_run"]:
         how = "magnitude, at once" if METHODS[summary["method"]].trains else summary["method"]
         title = f"dry run: nothing is written, nothing was trained ({how})"
-    table = Table("", "before", "after", "before / after", title=title)
+    table = Table("", "before", "after", "before / after", title=printable(title))
     for name, value in after.items():
         numbers = [f"{x:,}" if isinstance(x, int) else f"{x:,.4g}" for x in (before[name], value)]
         table.add_row(name.replace("_", " "), *numbers, f"{before[name] / value:.2f}" if value else "")
-    Console().print(table)
+    console().print(table)
     print(f"format: {summary['format']}; storage: {summary['storage']}")
     if "budget" in summary:
         held = "yes" if summary["budget_held"] else "no"

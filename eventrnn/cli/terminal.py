@@ -1,4 +1,7 @@
-"""Output of the command line: progress on stderr, tables or one line of JSON on stdout."""
+"""Output of the command line: progress on stderr, tables or one line of JSON on stdout.
+
+Text that comes from files is shown as it is: control characters are escaped, and rich reads no markup in it.
+"""
 
 from __future__ import annotations
 
@@ -12,29 +15,40 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from eventrnn._files import printable
+
+
+def console(*, stderr: bool = False, least_width: int = 0) -> Console:
+    """A console that reads no markup and no names of emoji in text, at least so many characters wide."""
+    made = Console(stderr=stderr, markup=False, emoji=False)
+    if made.width < least_width:
+        made.width = least_width
+    return made
+
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int, str], None]]:
     """Yield `report(stage, done, total, note)`: progress bars where stderr is a terminal, else one line per tenth."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    to = console(stderr=True)
+    if not to.is_terminal:
         tenths: dict[str, int] = {}
 
         def line(stage: str, done: int, total: int, note: str) -> None:
             if done * 10 // total > tenths.get(stage, -1):
                 tenths[stage] = done * 10 // total
-                print(f"{stage} {f'{done}/{total} {note}' if done else '…'}", file=sys.stderr)
+                print(printable(f"{stage} {f'{done}/{total} {note}' if done else '…'}"), file=sys.stderr)
 
         yield line
         return
     columns = (
-        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
-        TextColumn("{task.fields[note]}"),
+        *(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
+        TextColumn("{task.fields[note]}", markup=False),
     )
-    with Progress(*columns, console=console, transient=True) as bars:
+    with Progress(*columns, console=to, transient=True) as bars:
         tasks: dict[str, TaskID] = {}
 
         def bar(stage: str, done: int, total: int, note: str) -> None:
+            stage, note = printable(stage), printable(note)
             if stage not in tasks:
                 for earlier in tasks.values():
                     bars.update(earlier, completed=bars.tasks[earlier].total)
@@ -49,12 +63,12 @@ def show(title: str, figures: Mapping, as_json: bool) -> None:
     if as_json:
         print(as_line(figures))
         return
-    table = Table("", "", title=title, show_header=False)
+    table = Table("", "", title=printable(title), show_header=False)
     for name, value in figures.items():
         if value is not None:
             # Names with dots are parameters of the library and of files, and are not changed.
-            table.add_row(name if "." in name else name.replace("_", " "), _readable(value))
-    Console().print(table)
+            table.add_row(printable(name if "." in name else name.replace("_", " ")), printable(_readable(value)))
+    console().print(table)
 
 
 def as_line(figures: Mapping) -> str:

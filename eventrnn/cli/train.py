@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from eventrnn.training.recipes.recipe import Recipe
 
 
-RUN_FILES = ("config.toml", "log.jsonl", "checkpoint.safetensors")
+RUN_FILES = ("config.toml", "log.jsonl", "checkpoint.safetensors", "previous-checkpoint.safetensors")
 
 
 #: option -> setting of the recipe
@@ -111,12 +112,19 @@ def train(given: TrainOptions) -> None:
         recipe = _resumed(folder, given, settings)
     with progress() as report:
         try:
-            figures = recipes.train(recipe, folder, resume=given.resume is not None, report=report)
+            figures = recipes.train(
+                recipe, folder, resume=given.resume is not None, overwrite=given.force, report=report
+            )
         except KeyboardInterrupt as stop:
             # Click would replace the interrupt by one without a message.
             words = str(stop) or f"stopped at once; the last checkpoint is in {folder}"
             print(f"eventrnn: {words}; continue with: eventrnn train --resume {folder}", file=sys.stderr)
             raise typer.Exit(130) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            words = f"{error.strerror}; make room, then go on with: eventrnn train --resume {folder}"
+            raise OSError(error.errno, words, error.filename) from None
     show(f"wrote {recipe.run.out or folder}", figures, given.as_json)
 
 
@@ -136,9 +144,7 @@ def _flags(given: TrainOptions) -> dict[str, Any]:
 
 
 def _new_run(recipe: Recipe, given: TrainOptions) -> Path:
-    """The folder of a new run, cleared, after every check that needs no training."""
-    from eventrnn.training.recipes import recipe as recipes
-
+    """The folder of a new run, checked. `recipe.train` checks the rest before it writes."""
     folder = given.folder
     if recipe.model.cell == "gru" and folder is None:
         raise ValueError("run: a GRU has no model file, only the folder of its run; give --run a folder")
@@ -148,8 +154,6 @@ def _new_run(recipe: Recipe, given: TrainOptions) -> Path:
     if recipe.run.out:
         writable_file(Path(recipe.run.out), given.force)
     writable_folder(folder, RUN_FILES, given.force)
-    recipe.trainer()
-    recipes.remove_run(folder)
     return folder
 
 
@@ -164,8 +168,8 @@ def _resumed(folder: Path, given: TrainOptions, settings: list[tuple[str, Any]])
         raise ValueError(f"resume: {folder} holds no run: it has no {recipes.CONFIG}")
     recipe = _merged(config, given, settings)
     if recipe.run.out:
-        own = Path(recipes.load_recipe(config).run.out).resolve() == Path(recipe.run.out).resolve()
-        writable_file(Path(recipe.run.out), given.force or own)
+        # Whether an existing file may be replaced depends on its content, which `recipe.train` knows.
+        writable_file(Path(recipe.run.out), force=True)
     return recipe
 
 

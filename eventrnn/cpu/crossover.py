@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from eventrnn._files import cache_folder
+from eventrnn._files import cache_folder, write_whole
 from eventrnn.cpu.engine import CpuEngine
 from eventrnn.cpu.kernel_cache import source_digest
 from eventrnn.cpu.plan import BLAS_PRODUCT, DENSIFIED, DENSIFIED_TILED, FORMAT, TILED, KernelPolicy
@@ -319,9 +318,7 @@ def save(crossover: Crossover) -> Crossover:
     try:
         path = cache_path()
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(asdict(crossover)))
-        partial.replace(path)
+        write_whole(path, json.dumps(asdict(crossover)).encode(), overwrite=True)
     except OSError as error:
         warnings.warn(
             f"crossover map not kept ({error}); set EVENTRNN_CACHE to a folder that can be written", stacklevel=2

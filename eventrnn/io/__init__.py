@@ -1,7 +1,13 @@
-"""Model files, and conversion of layers from and to other libraries."""
+"""Model files, and conversion of layers from and to other libraries.
+
+The names with an underscore are pieces of `save`. Tests and experiments sign files with them that hold no network.
+"""
 
 from eventrnn.io.evnn import from_evnn as from_evnn
 from eventrnn.io.evnn import to_evnn as to_evnn
 from eventrnn.io.model_file import ModelFileError as ModelFileError
+from eventrnn.io.model_file import _encode as _encode
+from eventrnn.io.model_file import _signature as _signature
+from eventrnn.io.model_file import _to_tensors as _to_tensors
 from eventrnn.io.model_file import load as load
 from eventrnn.io.model_file import save as save

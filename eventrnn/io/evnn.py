@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from eventrnn._files import printable
 from eventrnn.cells import Cell, Surrogate
 from eventrnn.events import check_finite
 from eventrnn.network import Layer
@@ -50,7 +51,7 @@ def from_evnn(
     found = {key: _first(arrays, names) for key, names in _EVNN_ARRAYS.items()} | overrides
     for key, names in _EVNN_ARRAYS.items():
         if found[key] is None:
-            raise ValueError(f"arrays: no {' or '.join(names)} among {', '.join(sorted(arrays))}")
+            raise ValueError(f"arrays: no {' or '.join(names)} among {printable(', '.join(sorted(map(str, arrays))))}")
     recurrent, inputs = found["recurrent_kernel"], found["kernel"].shape[:1]
     units = recurrent.shape[0] if recurrent.ndim else 0
     if found["threshold"].ndim == 0:

@@ -15,15 +15,15 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from eventrnn._files import write_whole
+from eventrnn._files import printable, write_whole
 from eventrnn.cells import Cell, Surrogate
 from eventrnn.network import Layer, Network, Readout
 from eventrnn.weights import FORMATS, Dense, Weights
@@ -42,6 +42,19 @@ _UNSIGNED = "0" * 64
 
 _VECTORS = ("bias_in", "bias_rec", "threshold")
 
+# Types of tensors in a model file.
+_TYPES = ("F32", "U8", "U16", "U32", "U64", "I8", "I16", "I32", "I64")
+
+# Kernels index with 32 bits.
+_MOST = 2**31 - 1
+
+# Rows or columns of a matrix: so many, or so many per byte of all tensors. Some formats need no byte for a unit without
+# weights, so that a file of a few bytes could ask for any amount of memory.
+_UNITS, _UNITS_PER_BYTE = 2**24, 64
+
+# Longest header that the safetensors library reads.
+_LONGEST_HEADER = 100_000_000
+
 
 class ModelFileError(ValueError):
     """The file is missing, is not a model file, is damaged, or holds no valid network; the message says which."""
@@ -50,7 +63,7 @@ class ModelFileError(ValueError):
 def save(network: Network, path: str | os.PathLike, *, overwrite: bool = False) -> None:
     """Write a network to `path` atomically: after an error an old file is unchanged and no new file is left.
 
-    overwrite : replace an existing file
+    overwrite : replace an existing file; the new file has its permissions
 
     Raises `FileExistsError` if the path exists and `overwrite` is not set, `ModelFileError` for a path that is not a
     regular file, and `OSError` if the disk is full or not writable. A tied read-out is stored once. Cost: three copies
@@ -59,38 +72,54 @@ def save(network: Network, path: str | os.PathLike, *, overwrite: bool = False) 
     target = Path(os.path.realpath(path))
     if target.exists():
         if not target.is_file():
-            raise ModelFileError(f"path: {path} exists and is not a regular file; choose another")
+            raise ModelFileError(f"path: {printable(path)} exists and is not a regular file; choose another")
         if not overwrite:
-            raise FileExistsError(f"path: {path} exists; pass overwrite=True to replace it")
-    raw = _encode(*_to_tensors(network))
+            raise _exists(path)
     try:
-        write_whole(target, raw, overwrite=overwrite)
+        write_whole(target, encoded(network), overwrite=overwrite)
+    except FileExistsError:
+        raise _exists(path) from None
     except OSError as error:
-        # The error names the temporary file; name the path that was given instead.
+        # The path that was given, which may be a link to the target.
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def encoded(network: Network) -> bytes:
+    """The bytes that `save` writes. Equal networks give equal bytes. Raises as `save` does."""
+    return _encode(*_to_tensors(network))
+
+
+def _exists(path: str | os.PathLike) -> FileExistsError:
+    return FileExistsError(f"path: {printable(path)} exists; pass overwrite=True to replace it")
 
 
 def load(path: str | os.PathLike) -> Network:
     """Read a network that `save` wrote, with the same formats and the same bits.
 
     Raises `ModelFileError` for a file that is missing, not a model file, truncated, changed in any bit, of a newer
-    version, or inconsistent. All checks are made before the network is returned. Cost: two copies of the weights in
-    memory.
+    version, or inconsistent, whoever signed it. All checks are made before the network is returned, and sizes are
+    checked before anything is allocated. Text of the file is escaped in the message. Cost: two copies of the weights
+    in memory.
     """
     try:
-        raw = Path(path).read_bytes()
+        if Path(path).exists() and not Path(path).is_file():
+            raise ModelFileError("cannot be read: not a regular file")
+        with open(path, "rb") as file:
+            raw, header, end = _read(file)
+        return _from_tensors(*_decode(raw, header, end))
     except FileNotFoundError:
-        raise ModelFileError(f"{path}: no such file") from None
+        words = "no such file"
     except OSError as error:
-        raise ModelFileError(f"{path}: cannot be read: {error.strerror}") from error
-    try:
-        return _from_tensors(*_decode(raw))
+        words = f"cannot be read: {error.strerror}"
     except ModelFileError as error:
-        raise ModelFileError(f"{path}: {error}") from None
+        words = str(error)
     except KeyError as error:
-        raise ModelFileError(f"{path}: holds no valid network: lacks {error}") from error
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ModelFileError(f"{path}: holds no valid network: {error}") from error
+        words = f"holds no valid network: lacks {error}"
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        words = f"holds no valid network: {error}"
+    except RecursionError:
+        words = "holds no valid network: its description is nested too deeply"
+    raise ModelFileError(f"{printable(path)}: {printable(words)}")
 
 
 # --- network <-> tensors and their description --------------------------------------------------------------
@@ -116,6 +145,9 @@ def _to_tensors(network: Network) -> tuple[dict[str, np.ndarray], dict[str, Any]
         tensors["embedding"] = network.embedding
     if network.readout is not None:
         tensors["readout.bias"] = network.readout.bias
+    stored = _stored_bytes(tensors)
+    for name, weights in network.matrices().items():
+        _check_sizes(name, weights.shape, stored)
     description = {
         "cells": [asdict(layer.cell) for layer in network.layers],
         "matrices": matrices,
@@ -142,37 +174,119 @@ def _is_transposed_embedding(network: Network) -> bool:
     return values.dtype == np.float32 and values.tobytes() == embedding.T.tobytes()
 
 
-def _from_tensors(tensors: dict[str, np.ndarray], description: Mapping[str, Any]) -> Network:
-    embedding = tensors.pop("embedding", None)
+def _from_tensors(tensors: dict[str, np.ndarray], description: Any) -> Network:
+    _need_keys("description", description, {"cells", "matrices", "tied", "metadata"})
+    for name, kind, words in (("cells", list, "a list"), ("matrices", dict, "names"), ("tied", bool, "true or false")):
+        _need_type(name, description[name], kind, words)
+    metadata = description["metadata"]
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("metadata: need text by name")
+    stored, embedding = _stored_bytes(tensors), tensors.pop("embedding", None)
     matrices: dict[str, Weights] = {}
     for name, spec in description["matrices"].items():
-        if spec["format"] not in FORMATS:
-            raise ModelFileError(f"{name}: unknown weight format {spec['format']!r}; have {', '.join(FORMATS)}")
-        if spec.get("from") == "embedding":
-            if embedding is None:
-                raise ModelFileError(f"{name}: is the transposed embedding, but there is none")
-            matrices[name] = Dense(np.ascontiguousarray(embedding.T))
+        if "from" in _need_type(name, spec, dict, "an object"):
+            matrices[name] = _transposed_embedding(name, spec, embedding)
             continue
-        arrays = {key: _widened(key, tensors.pop(f"{name}.{key}")) for key in spec["arrays"]}
-        options = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in spec.items()
-            if key not in ("format", "arrays")
-        }
-        matrices[name] = FORMATS[spec["format"]](**arrays, **options)
+        matrices[name] = _matrix(name, spec, tensors, stored)
         matrices[name].check(full=True)
     layers = []
-    for k, cell in enumerate(description["cells"]):
-        surrogate = Surrogate(**cell.pop("surrogate"))
+    for k, described in enumerate(description["cells"]):
+        cell = _cell(f"cells.{k}", described)
         vectors = {key: tensors.pop(f"layers.{k}.{key}") for key in _VECTORS}
         w_in, w_rec = matrices.pop(f"layers.{k}.w_in"), matrices.pop(f"layers.{k}.w_rec")
-        layers.append(Layer(w_in, w_rec, **vectors, cell=Cell(surrogate=surrogate, **cell)))
+        layers.append(Layer(w_in, w_rec, **vectors, cell=cell))
     readout = None
     if "readout" in matrices:
         readout = Readout(matrices.pop("readout"), tensors.pop("readout.bias"), tied=description["tied"])
+    elif description["tied"]:
+        raise ValueError("tied: true, but there is no readout")
     if tensors or matrices:
         raise ModelFileError(f"holds what no layer uses: {', '.join([*tensors, *matrices])}")
-    return Network(tuple(layers), embedding, readout, description["metadata"])
+    return Network(tuple(layers), embedding, readout, metadata)
+
+
+def _matrix(name: str, spec: dict[str, Any], tensors: dict[str, np.ndarray], stored: int) -> Weights:
+    """A matrix from its description, its tensors removed. The constructor checks sizes, without reading the index."""
+    kind = _format(name, spec)
+    named = {field.name: str(field.type).startswith("np.ndarray") for field in fields(kind)}  # type: ignore[arg-type]
+    options = {field for field, is_array in named.items() if not is_array}
+    _need_keys(name, spec, {"format", "arrays", *options})
+    keys = _need_type(f"{name} arrays", spec["arrays"], list, "a list")
+    needed = [field for field, is_array in named.items() if is_array and (field != "scales" or field in keys)]
+    if sorted(map(str, keys)) != sorted(needed):
+        raise ValueError(f"{name} arrays: got {keys}, need {needed}")
+    values: dict[str, Any] = {key: _widened(key, tensors.pop(f"{name}.{key}")) for key in needed}
+    for option in ("shape", "block"):
+        if option in options:
+            values[option] = _two_sizes(f"{name} {option}", spec[option])
+    for option in options - {"shape", "block"}:
+        kinds, words = (str, "text") if option == "axis" else (int, "a whole number")
+        values[option] = _need_type(f"{name} {option}", spec[option], kinds, words)
+    _check_sizes(name, values.get("shape", values["values"].shape), stored)
+    return kind(**values)
+
+
+def _format(name: str, spec: Mapping[str, Any]) -> type[Weights]:
+    found = spec["format"]
+    if not isinstance(found, str) or found not in FORMATS:
+        raise ModelFileError(f"{name}: unknown weight format {found!r}; have {', '.join(FORMATS)}")
+    return FORMATS[found]
+
+
+def _transposed_embedding(name: str, spec: Mapping[str, Any], embedding: np.ndarray | None) -> Dense:
+    _need_keys(name, spec, {"format", "from"})
+    if _format(name, spec) is not Dense or spec["from"] != "embedding" or name != "readout":
+        raise ValueError(f"{name}: only a dense readout can be the transposed embedding")
+    if embedding is None:
+        raise ModelFileError(f"{name}: is the transposed embedding, but there is none")
+    return Dense(np.ascontiguousarray(embedding.T))
+
+
+def _cell(name: str, described: Any) -> Cell:
+    _need_keys(name, described, {field.name for field in fields(Cell)})
+    surrogate = described["surrogate"]
+    _need_keys(f"{name} surrogate", surrogate, {field.name for field in fields(Surrogate)})
+    for key, value in (("name", described["name"]), ("variant", described["variant"]), ("kind", surrogate["kind"])):
+        _need_type(f"{name} {key}", value, str, "text")
+    for key in ("dampening", "support"):
+        surrogate[key] = float(_need_type(f"{name} {key}", surrogate[key], (int, float), "a number"))
+    return Cell(described["name"], described["variant"], Surrogate(**surrogate))
+
+
+def _need_keys(name: str, value: Any, keys: set[str]) -> None:
+    if not isinstance(value, dict) or value.keys() != keys:
+        got = ", ".join(sorted(value)) if isinstance(value, dict) else type(value).__name__
+        raise ValueError(f"{name}: got {got or 'nothing'}, need {', '.join(sorted(keys))}")
+
+
+def _need_type(name: str, value: Any, kind: type | tuple[type, ...], words: str) -> Any:
+    # A truth value is a whole number to Python, not to a model file.
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{name}: got {value!r}, need {words}")
+    return value
+
+
+def _two_sizes(name: str, value: Any) -> tuple[int, int]:
+    if (
+        not isinstance(value, list)
+        or len(value) != 2
+        or not all(type(size) is int and 0 <= size <= _MOST for size in value)
+    ):
+        raise ValueError(f"{name}: got {value!r}, need two whole numbers from 0 to {_MOST}")
+    return value[0], value[1]
+
+
+def _stored_bytes(tensors: Mapping[str, np.ndarray]) -> int:
+    return sum(array.nbytes for array in tensors.values())
+
+
+def _check_sizes(name: str, shape: tuple[int, ...], stored: int) -> None:
+    """Refuse a shape that is too large for a file with so many bytes of tensors."""
+    if max(shape, default=0) > max(_UNITS, _UNITS_PER_BYTE * stored):
+        raise ValueError(
+            f"{name}: {' x '.join(map(str, shape))} units with {stored} bytes of tensors; a model file holds at most "
+            f"{_UNITS} units on a side, or {_UNITS_PER_BYTE} per byte"
+        )
 
 
 # --- tensors <-> bytes --------------------------------------------------------------------------------------
@@ -200,8 +314,19 @@ def _signature(digest: str) -> bytes:
     return b'"sha256":"' + digest.encode() + b'"'
 
 
-def _decode(raw: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    header, end = _header(raw)
+def _read(file: BinaryIO) -> tuple[bytes, dict[str, Any], int]:
+    """The bytes of a model file, its header, and where the header ends. The rest is read if the header is right."""
+    size = os.fstat(file.fileno()).st_size
+    start = file.read(9)
+    end = 8 + int.from_bytes(start[:8], "little")
+    if start[8:] != b"{":
+        raise ModelFileError(f"not a model file, or cut off within its first bytes ({size} bytes)")
+    if size < end:
+        raise ModelFileError(f"truncated: {size} bytes, but the header alone has {end}; copy the file again")
+    if end > _LONGEST_HEADER:
+        raise ModelFileError(f"not a model file: its header has {end} bytes, more than {_LONGEST_HEADER}")
+    head = start + file.read(end - len(start))
+    header = _header(head[8:])
     metadata = header.get("__metadata__")
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise ModelFileError("not a model file: a safetensors file without eventrnn's metadata")
@@ -211,35 +336,50 @@ def _decode(raw: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             f"format version {version}; this eventrnn reads versions {', '.join(READABLE)}: update eventrnn"
         )
     needed = end + _data_size(header)
-    if len(raw) < needed:
-        raise ModelFileError(f"truncated: {len(raw)} of {needed} bytes; copy the file again")
-    digest = metadata.get("sha256", "")
+    if size < needed:
+        raise ModelFileError(f"truncated: {size} of {needed} bytes; copy the file again")
+    return head + file.read(), header, end
+
+
+def _decode(raw: bytes, header: Mapping[str, Any], end: int) -> tuple[dict[str, np.ndarray], Any]:
+    """The tensors and their description. Raises `ModelFileError` where the signature does not fit."""
+    metadata = header["__metadata__"]
+    digest = str(metadata.get("sha256"))
     unsigned = raw[:end].replace(_signature(digest), _signature(_UNSIGNED), 1)
     checked = hashlib.sha256(unsigned)
     checked.update(memoryview(raw)[end:])
     if checked.hexdigest() != digest:
         raise ModelFileError("damaged: the content does not match its checksum; restore it from a copy")
-    return safetensors.numpy.load(raw), json.loads(metadata["network"])
-
-
-def _header(raw: bytes) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file and the position at which it ends."""
-    end = 8 + int.from_bytes(raw[:8], "little")
-    if raw[8:9] != b"{":
-        raise ModelFileError(f"not a model file, or cut off within its first bytes ({len(raw)} bytes)")
-    if len(raw) < end:
-        raise ModelFileError(f"truncated: {len(raw)} bytes, but the header alone has {end}; copy the file again")
     try:
-        header = json.loads(raw[8:end])
+        tensors = safetensors.numpy.load(raw)
+    except safetensors.SafetensorError as error:
+        raise ModelFileError(f"holds no valid tensors: {error}") from None
+    return tensors, json.loads(_need_type("network", metadata.get("network"), str, "text"))
+
+
+def _header(raw: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(raw)
     except (ValueError, RecursionError):
         raise ModelFileError("not a model file, or damaged: its header cannot be read") from None
     if not isinstance(header, dict):
         raise ModelFileError("not a model file: its header is not a JSON object")
-    return header, end
+    return header
 
 
 def _data_size(header: Mapping[str, Any]) -> int:
-    try:
-        return max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    except (KeyError, TypeError, IndexError):
-        raise ModelFileError("damaged: its header does not say where the arrays are; restore it from a copy") from None
+    """The number of bytes of the tensors. Raises `ModelFileError` for a tensor of another type, or without a place."""
+    most = 0
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            kind, (start, stop) = entry["dtype"], entry["data_offsets"]
+            most = max(most, start, stop)
+        except (KeyError, TypeError, ValueError):
+            raise ModelFileError(
+                "damaged: its header does not say where the arrays are; restore it from a copy"
+            ) from None
+        if kind not in _TYPES:
+            raise ModelFileError(f"{name}: got type {kind}, need one of {', '.join(_TYPES)}")
+    return most

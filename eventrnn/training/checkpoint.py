@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from eventrnn._files import write_whole
+from eventrnn._files import name_beside, printable, write_whole
 from eventrnn.training.trainer import Trainer
 
 FORMAT = "eventrnn checkpoint"
@@ -27,6 +28,10 @@ VERSION = "1"
 
 class CheckpointError(ValueError):
     """The file is missing, damaged, or belongs to another run; the message says which."""
+
+
+class UnreadableCheckpoint(CheckpointError):
+    """The file is missing, damaged, or of another version: nothing in it can be used."""
 
 
 def save_checkpoint(trainer: Trainer, path: str | os.PathLike, *, notes: Mapping[str, Any] | None = None) -> None:
@@ -48,42 +53,88 @@ def save_checkpoint(trainer: Trainer, path: str | os.PathLike, *, notes: Mapping
 def load_checkpoint(trainer: Trainer, path: str | os.PathLike) -> dict[str, Any]:
     """Restore the state of a checkpoint in a trainer that is in its initial state. Returns the notes.
 
-    Raises `CheckpointError` for a file that is missing, damaged or not a checkpoint, and for a run with another model,
-    data or settings; the message names the differences. The trainer is then unchanged.
+    Raises `UnreadableCheckpoint` for a file that is missing, damaged or not a checkpoint, and `CheckpointError` for a
+    run with another model, data or settings; the message names the differences. The trainer is then unchanged.
+
+    The number of threads may differ. It changes no bit of products over events; where the run may use BLAS
+    (`Settings.backward` is not "sparse"), a warning says that its sums may be rounded differently.
     """
     arrays, record = read_checkpoint(path)
-    changed = differences(json.loads(json.dumps(trainer.identity())), record["identity"])
+    now, then = json.loads(json.dumps(trainer.identity())), record["identity"]
+    threads_now, threads_then = (_settings(identity).pop("threads", None) for identity in (now, then))
+    changed = differences(now, then)
     if changed:
-        raise CheckpointError(f"{path}: belongs to another run: {'; '.join(changed)}")
-    trainer.restore(arrays, record["numbers"])
+        raise CheckpointError(printable(f"{path}: belongs to another run: {'; '.join(changed)}"))
+    _check_arrays(trainer, arrays, path)
+    try:
+        trainer.restore(arrays, record["numbers"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UnreadableCheckpoint(printable(f"{path}: holds no state of this run: {error!r}")) from None
+    if threads_now != threads_then and trainer.settings.backward != "sparse":
+        warnings.warn(
+            f"threads: {printable(threads_then)} in the checkpoint, {threads_now} now: sums of BLAS may be rounded "
+            'differently from here on; backward="sparse" has the same bits on any number of threads',
+            stacklevel=2,
+        )
     return record["notes"]
 
 
 def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays and the record of a checkpoint: `numbers`, `identity` and `notes`. Raises `CheckpointError`."""
+    """The arrays and the record of a checkpoint: `numbers`, `identity` and `notes`. Raises `UnreadableCheckpoint`."""
     try:
-        raw = Path(path).read_bytes()
+        arrays, record = _decoded(_read(Path(path)))
+    except UnreadableCheckpoint as error:
+        raise UnreadableCheckpoint(f"{printable(path)}: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, safetensors.SafetensorError) as error:
+        raise UnreadableCheckpoint(f"{printable(path)}: damaged, or no checkpoint: {printable(error)}") from None
+    return arrays, record
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if path.exists() and not path.is_file():
+            raise UnreadableCheckpoint("cannot be read: not a regular file")
+        return path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-        metadata = header["__metadata__"]
-        if metadata["format"] != FORMAT or metadata["version"] != VERSION:
-            raise CheckpointError(f"{path}: is no checkpoint that this eventrnn reads")
-        arrays = safetensors.numpy.load(raw)
-        intact = _digest(arrays, metadata["run"]) == metadata["sha256"]
-    except CheckpointError:
-        raise
-    except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path}: damaged, or no checkpoint: {error}") from None
-    if not intact:
-        raise CheckpointError(f"{path}: damaged: the content does not match its checksum")
-    return arrays, json.loads(metadata["run"])
+        raise UnreadableCheckpoint(f"cannot be read: {error.strerror}") from None
+
+
+def _decoded(raw: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    metadata = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
+    if (metadata["format"], metadata["version"]) != (FORMAT, VERSION):
+        found = printable(f"{metadata['format']} {metadata['version']}", 60)
+        raise UnreadableCheckpoint(f"damaged, or no checkpoint that this eventrnn reads: {found}")
+    arrays = safetensors.numpy.load(raw)
+    if _digest(arrays, metadata["run"]) != metadata["sha256"]:
+        raise UnreadableCheckpoint("damaged: the content does not match its checksum")
+    record = json.loads(metadata["run"])
+    for part in ("numbers", "identity", "notes"):
+        if not isinstance(record[part], dict):
+            raise UnreadableCheckpoint(f"holds no {part}")
+    return arrays, record
+
+
+def _settings(identity: Mapping[str, Any]) -> dict[str, Any]:
+    settings = identity.get("settings")
+    return settings if isinstance(settings, dict) else {}
+
+
+def _check_arrays(trainer: Trainer, arrays: Mapping[str, np.ndarray], path: str | os.PathLike) -> None:
+    """Refuse arrays of parameters and state that are not those of the trainer, before any of them is changed."""
+    found, needed = (
+        # The last batch of an epoch may have been a smaller one.
+        {name: (a.shape[name.startswith("state.") :], a.dtype.str) for name, a in each.items()}
+        for each in (arrays, trainer.arrays())
+    )
+    names = {name for name in found.keys() | needed.keys() if name.startswith(("parameters.", "state."))}
+    wrong = sorted(name for name in names if found.get(name) != needed.get(name))
+    if wrong:
+        raise UnreadableCheckpoint(printable(f"{path}: holds no state of this run: {wrong[0]} does not fit"))
 
 
 def previous(path: Path) -> Path:
     """Path of the checkpoint before this one."""
-    return path.with_name(f"previous-{path.name}")
+    return name_beside(path, "previous-")
 
 
 def differences(now: Any, then: Any, name: str = "") -> list[str]:

@@ -61,7 +61,9 @@ class NM(Weights):
         if self.codes.dtype != np.uint8 or self.codes.ndim != 1:
             raise TypeError(f"nm codes: got {self.codes.dtype} with {self.codes.ndim} dimensions, need uint8 with 1")
         lines = self.shape[0] if self.axis == "post" else self.shape[1]
-        stored = lines * int(self._kept_of_groups().sum())
+        # In numbers, not arrays: a record from a file may say any shape.
+        groups, rest = divmod(self._length(), self.m)
+        stored = lines * (groups * self.n + min(self.n, rest))
         n_bytes = -(-stored * self.bits // 8)
         if len(self.values) != stored or len(self.codes) != n_bytes:
             raise ValueError(

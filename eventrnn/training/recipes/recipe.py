@@ -1,11 +1,13 @@
 """Recipes: a whole training run of a language model as one record, read from presets, TOML files and flags.
 
 A run has a folder with `config.toml` (the recipe with every value written out), `log.jsonl` and the checkpoints of
-`training.run`. The model file holds the network of the best validation. `eventrnn train` is a thin layer over `train`.
+`training.run`, and `out.sha256`. The model file holds the network of the best validation. `eventrnn train` is a thin
+layer over `train`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,17 +18,21 @@ from typing import Any
 import numpy as np
 
 from eventrnn import io
-from eventrnn._files import write_whole
+from eventrnn._files import locked, printable, write_whole
 from eventrnn.cells import Cell, Surrogate
 from eventrnn.data.text import KINDS, Corpus, from_path, python_documentation
+from eventrnn.io.model_file import encoded
 from eventrnn.network import Network
 from eventrnn.simulation import CARRIES
-from eventrnn.training import GRU, LanguageModelling, Model, Progress, Settings, Trainer, evaluate, run
+from eventrnn.training import GRU, LanguageModelling, Model, Progress, Settings, Trainer, evaluate
 from eventrnn.training.recipes import toml_config
-from eventrnn.training.run import CHECKPOINT, LOG
+from eventrnn.training.run import FILES, run_locked
 from eventrnn.training.thresholds import initial
 
 CONFIG = "config.toml"
+
+# The SHA-256 of the model files that the run may replace: what it wrote itself, and what it was told to overwrite.
+OWN = "out.sha256"
 
 CELLS = ("egru", "gru")
 
@@ -205,33 +211,57 @@ def train(
     folder: str | os.PathLike,
     *,
     resume: bool = False,
+    overwrite: bool = False,
     report: Callable[[str, int, int, str], None] = lambda stage, done, total, note: None,
 ) -> dict[str, Any]:
     """Train a recipe in a folder, and write the network of the best validation to `recipe.run.out`.
 
-    folder : folder of the run, created if it is missing
-    resume : continue the run in the folder
-    report : called with the stage, the amount done, the whole amount, and a note
+    folder    : folder of the run, created if it is missing
+    resume    : continue the run in the folder
+    overwrite : replace the model file; without `resume`, replace the run in the folder too
+    report    : called with the stage, the amount done, the whole amount, and a note
 
     Returns bits and perplexity of the validation text when the event engine reads it (one stream, state carried even if
     `data.carry` is "events"), the best validation of the training (which follows `data.carry`), and the numbers of
-    symbols, parameters, updates and seconds. Raises ValueError for a folder that holds a run when `resume` is not set;
-    interruptions and other errors: see `training.run`.
+    symbols, parameters, updates and seconds.
+
+    Without `overwrite`, raises ValueError for a folder that holds a run when `resume` is not set, and FileExistsError
+    for a model file that this run did not write: before the training, or after it if the file appeared meanwhile. The
+    trained run is then complete in its folder, and `resume` with another `run.out` writes it. Interruptions and other
+    errors: see `training.run`.
     """
     if recipe.model.cell != "gru" and not recipe.run.out:
         raise ValueError("out: got none; set run.out to the model file to write")
     folder = Path(folder)
     trainer, corpus = recipe.trainer()
-    if not resume:
-        if folder.exists() and any((folder / name).exists() for name in (CHECKPOINT, LOG, CONFIG)):
-            raise ValueError(f"run: {folder} holds a run; give --resume {folder}, another folder, or --force")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / CONFIG, toml_config.to_toml(recipe).encode(), overwrite=True)
+    if not resume and not overwrite:
+        _need_no_run(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        if not resume:
+            if overwrite:
+                remove_run(folder)
+            _need_no_run(folder)
+            write_whole(folder / CONFIG, toml_config.to_toml(recipe).encode(), overwrite=True)
+        if recipe.run.out:
+            _claim_out(recipe, folder, overwrite)
+        return _train(recipe, folder, trainer, corpus, resume, report)
+
+
+def _train(
+    recipe: Recipe,
+    folder: Path,
+    trainer: Trainer,
+    corpus: Corpus,
+    resume: bool,
+    report: Callable[[str, int, int, str], None],
+) -> dict[str, Any]:
+    """`train` in a locked folder whose files are ready."""
 
     def each(progress: Progress, seconds: float) -> None:
         report("training", round(1000 * progress.share), 1000, note(progress, recipe.data.kind))
 
-    seconds = run(
+    seconds = run_locked(
         trainer,
         folder,
         resume=resume,
@@ -249,7 +279,7 @@ def train(
     if recipe.model.cell == "gru":
         return figures
     network = trainer.network(best=True)
-    io.save(network, recipe.run.out, overwrite=True)
+    _save_out(network, recipe, folder)
     report("validating", 0, 1, "")
     bits = evaluate(network, corpus.valid)
     return {"bits_per_symbol_valid": bits, "perplexity_valid": float(2.0 ** min(bits, 1000.0))} | figures
@@ -268,8 +298,74 @@ def note(progress: Progress, kind: str) -> str:
 
 def remove_run(folder: str | os.PathLike) -> None:
     """Delete the files of a run from its folder. Other files are not touched."""
-    for name in (CONFIG, LOG, CHECKPOINT, f"previous-{CHECKPOINT}"):
+    for name in (CONFIG, OWN, *FILES):
         (Path(folder) / name).unlink(missing_ok=True)
+
+
+def _need_no_run(folder: Path) -> None:
+    if any((folder / name).exists() for name in (CONFIG, *FILES)):
+        raise ValueError(
+            f"run: {printable(folder)} holds a run; give --resume {printable(folder)}, another folder, or --force"
+        )
+
+
+def _claim_out(recipe: Recipe, folder: Path, overwrite: bool) -> None:
+    """Refuse a model file that the run may not replace, before the training. With `overwrite` it may from now on."""
+    out = Path(recipe.run.out)
+    found = _digest(out)
+    if found is None:
+        return
+    if overwrite:
+        _allow(folder, out, _own(folder) | {found})
+        return
+    # Runs of earlier versions have no record; the file is compared with the network after the training.
+    before = Path(load_recipe(folder / CONFIG).run.out)
+    unrecorded = not (folder / OWN).exists() and before.resolve() == out.resolve()
+    if found not in _own(folder) and not unrecorded:
+        raise _foreign(out, folder)
+
+
+def _save_out(network: Network, recipe: Recipe, folder: Path) -> None:
+    """Write the model file. Raises FileExistsError if a file is there that the run may not replace."""
+    out, own = Path(recipe.run.out), _own(folder) | {hashlib.sha256(encoded(network)).hexdigest()}
+    # Before the file, so that a process that is killed between the two writes knows the file as its own.
+    found = _digest(out)
+    if found is not None and found not in own:
+        raise _foreign(out, folder)
+    _allow(folder, out, own)
+    try:
+        io.save(network, out, overwrite=found is not None)
+    except FileExistsError:
+        raise _foreign(out, folder) from None
+
+
+def _own(folder: Path) -> set[str]:
+    try:
+        return {line.split(" ")[0] for line in (folder / OWN).read_text("ascii", "replace").splitlines()}
+    except FileNotFoundError:
+        return set()
+
+
+def _allow(folder: Path, out: Path, digests: set[str]) -> None:
+    text = "".join(f"{digest}  {printable(out.absolute())}\n" for digest in sorted(digests))
+    write_whole(folder / OWN, text.encode(), overwrite=True)
+
+
+def _digest(path: Path) -> str | None:
+    """The SHA-256 of a file, in the notation of `sha256sum`; None where there is none."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return None
+
+
+def _foreign(out: Path, folder: Path) -> FileExistsError:
+    file, run = printable(out), printable(folder)
+    return FileExistsError(
+        f"out: {file} exists and is not what the run in {run} wrote; it is left as it is. Give --resume {run} with "
+        f"--out and another file, or with --out {file} --force to overwrite it"
+    )
 
 
 def flags_to_settings(flags: Mapping[str, Any]) -> list[tuple[str, Any]]:
