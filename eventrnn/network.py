@@ -277,6 +277,14 @@ class Readout:
     def __post_init__(self):
         need_vector("readout bias", self.bias, self.weights.shape[1])
 
+    def safe_magnitude(self) -> float:
+        """The magnitude of the units' outputs up to which no output of the read-out can overflow. O(stored)."""
+        weights, most = self.weights.floats(), float(np.finfo(np.float32).max)
+        largest = max(float(weights.max(initial=0)), -float(weights.min(initial=0)))
+        # Half of what float32 can hold leaves room for the rounding of the sum.
+        room = most / 2 - float(np.abs(self.bias).max(initial=0))
+        return room / max(self.weights.shape[0] * largest, 1 / most)
+
 
 def need_vector(name: str, array: np.ndarray, size: int) -> None:
     """Raise TypeError or ValueError unless an array is a finite float32 vector of that size."""

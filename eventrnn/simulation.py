@@ -118,6 +118,9 @@ class Simulator:
         self.network, self.batch, self.carry, self.window = network, batch, carry, window
         self.backend = get_backend(backend, exact)
         self.engine = self.backend.engine(network, threads=threads)
+        self._safe_magnitude = np.inf if network.readout is None else network.readout.safe_magnitude()
+        self._measured: State | None = None
+        self._may_overflow = False
         self.state = State.zeros(network, batch) if state is None else _checked_state(network, batch, state)
 
     @property
@@ -151,7 +154,7 @@ class Simulator:
         if self._stepper is None:
             if self.carry != "state":
                 raise ValueError("step: carry='events' zeroes the cells at every call; use run, or carry='state'")
-            self._stepper = self.engine.stepper(self._state)
+            self._stepper = None if self._readout_may_overflow() else self.engine.stepper(self._state)
             if self._stepper is None:
                 need_on_host(inputs)
                 return self._advance(self.engine.prepare(as_array(inputs)[None]), False, False).output[0]
@@ -172,7 +175,7 @@ class Simulator:
         the GPU too.
 
         Raises ValueError for inputs of another shape, dtype or batch and for numbers that are not finite, TypeError for
-        an array that the backend cannot read, and FloatingPointError where a cell state overflows.
+        an array that the backend cannot read, and FloatingPointError where a cell state or an output overflows.
         """
         record = {record} if isinstance(record, str) else set(record)
         if not record <= set(RECORDABLE):
@@ -210,10 +213,26 @@ class Simulator:
     def _advance(self, inputs: Inputs, record_events: bool, record_states: bool) -> Trace:
         if inputs.batch != self.batch:
             raise ValueError(f"inputs: got a batch of {inputs.batch}, but the simulator was made for {self.batch}")
+        may_overflow = self._readout_may_overflow()
         trace = self.engine.run(inputs, self.state, record_events=record_events, record_states=record_states)
         trace.state.need_finite()
-        self.state = trace.state
+        if may_overflow:
+            _need_finite_output(trace.output)
+        # Outputs stay below the bound of the state that was measured.
+        self.state = self._measured = trace.state
         return trace
+
+    def _readout_may_overflow(self) -> bool:
+        """Whether an output can be infinite from the present state on; only then are outputs looked at.
+
+        A unit's output is at most twice the largest magnitude of the state, or 1: the candidate is below 1, a cell is a
+        mean of itself and the candidate, and an event takes from it. A state is measured once, after it was set.
+        """
+        state = self.state
+        if self.network.readout is not None and state is not self._measured:
+            largest = [float(np.abs(array).max(initial=1)) for array in (*state.cells, *state.outputs)]
+            self._may_overflow, self._measured = 2 * max(largest) > self._safe_magnitude, state
+        return self._may_overflow
 
     def _simulation(
         self, inputs: Inputs, traces: list[Trace], events: list[list[Any]], initial: State, record: set[str]
@@ -243,6 +262,17 @@ class Simulator:
             states=tuple(_concatenated(inputs, [t.states[k] for t in traces]) for k in layers) if record_states else (),
             paths=traces[-1].paths,
         )
+
+
+def _need_finite_output(output: Any) -> None:
+    """Raise FloatingPointError where a read-out, on the host or on a GPU, has overflowed."""
+    if 0 in tuple(output.shape) or np.isfinite(float(abs(output).max())):
+        return
+    got = "a number that is not finite"
+    if isinstance(output, np.ndarray):
+        step, sample, unit = (int(k) for k in np.argwhere(~np.isfinite(output))[0])
+        got = f"{output[step, sample, unit]} at step {step}, sample {sample}, output {unit}"
+    raise FloatingPointError(f"output: got {got}; check the scale of the read-out's weights and of the state")
 
 
 def _concatenated(inputs: Inputs, chunks: Sequence[Any]) -> Any:
@@ -284,7 +314,7 @@ def simulate(
     Returns a `Simulation`. `Simulator` explains `exact`, `carry` and `window`, and keeps the state between calls.
 
     Raises ValueError for options, inputs or a state of another shape or dtype and for numbers that are not finite,
-    TypeError for an array that the backend cannot read, FloatingPointError where a cell state overflows, and
+    TypeError for an array that the backend cannot read, FloatingPointError where a cell or an output overflows, and
     BackendUnavailable where the backend cannot run on this machine.
 
     >>> result = simulate(network, inputs, record="events")

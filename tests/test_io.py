@@ -413,7 +413,9 @@ def test_a_failing_disk_leaves_the_old_file(path, monkeypatch, call, code):
 def test_a_full_device_leaves_the_old_file(path, monkeypatch):
     io.save(small_network(0), path)
     old = path.read_bytes()
-    monkeypatch.setattr(files, "open", lambda *_: os.fdopen(os.open("/dev/full", os.O_WRONLY), "wb"), raising=False)
+    monkeypatch.setattr(
+        files, "open", lambda *_, **__: os.fdopen(os.open("/dev/full", os.O_WRONLY), "wb"), raising=False
+    )
     with pytest.raises(OSError, match="No space left") as caught:
         io.save(small_network(1), path, overwrite=True)
     assert caught.value.errno == errno.ENOSPC
@@ -474,7 +476,7 @@ def test_save_refuses_a_missing_folder(tmp_path):
 def test_save_refuses_an_unwritable_folder(tmp_path, monkeypatch):
     if os.geteuid() == 0:  # root may write everywhere, so the refusal is simulated
 
-        def refuse(name, mode):
+        def refuse(name, mode, **_):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(name))
 
         monkeypatch.setattr(files, "open", refuse, raising=False)

@@ -113,8 +113,8 @@ class _Fatal:
         if self.left <= 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def open(self, *arguments):
-        file, fatal = io.FileIO(os.fspath(arguments[0]), arguments[1].removesuffix("b")), self
+    def open(self, *arguments, **options):
+        file, fatal = io.FileIO(os.fspath(arguments[0]), arguments[1].removesuffix("b"), **options), self
 
         class Pieces:
             def __enter__(self):

@@ -7,6 +7,7 @@ ends with exit code 2 and one line, before any work.
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 import typer
@@ -31,7 +32,9 @@ UsageError: Any = typer.BadParameter.__mro__[1]
 def main() -> None:
     """Entry point. Errors of use become one line and exit code 2, a failed check one line and exit code 1."""
     try:
-        raise SystemExit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            raise SystemExit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except UsageError as error:
         raise _ended("error", error.format_message(), 2) from None
     except (ValueError, OSError, FloatingPointError, ImportError, MemoryError, BackendUnavailable) as error:
@@ -41,6 +44,11 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         print("eventrnn: stopped", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _warn(message: Any, *_: Any, **__: Any) -> None:
+    """A warning of the library as one line, without the place in the code."""
+    print(f"eventrnn: warning: {printable(' '.join(str(message).split()))}", file=sys.stderr)
 
 
 def _ended(how: str, words: str, code: int) -> SystemExit:

@@ -39,7 +39,8 @@ class Settings:
     seed           : seed of the run, which is reproducible bit for bit on one machine with one number of BLAS threads
     thresholds     : rule for learning thresholds: positive, clamped (to [0, 1]), sigmoid or fixed, see `Model`
     backward       : kernels of the backward pass, see `Model`
-    threads        : number of threads of the training kernels
+    threads        : number of threads of the training kernels; a run may be resumed with another number, see
+                     `load_checkpoint`
     backend        : "cpu", or "cuda" for one NVIDIA GPU
     precision      : with "cuda", type of the factors of products: "bfloat16" (the default), "tf32" or "float32". Sums,
                      states and parameters are float32
