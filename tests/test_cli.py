@@ -315,6 +315,40 @@ def test_bad_input_gives_one_line_and_writes_nothing(cli, tmp_path, model, text,
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_text_of_files_cannot_steer_the_terminal(cli, tmp_path, model, text):
+    name = tmp_path / "[bold]\x1b[2J:smile:$x$.safetensors"
+    name.write_bytes(model.read_bytes())
+    for arguments in (("info", name), ("run", name, "--text", text), ("count", name, "--text", text, "--symbols", 50)):
+        code, out, err = cli(*arguments)
+        assert code == 0, err
+        assert "\x1b[2J" not in out + err
+    out = cli("info", name)[1]
+    assert "[bold]" in "".join(out.split()) and ":smile:" in "".join(out.split())
+    raw = model.read_bytes()
+    name.write_bytes(raw.replace(b'"format":"eventrnn"', b'"format":"event\x1bnn"'))
+    code, out, err = cli("info", name)
+    assert code == 2 and not out and err.count("\n") == 1 and err[:-1].isprintable()
+
+
+def test_file_that_appears_while_a_command_works_is_left(cli, tmp_path, model, monkeypatch):
+    from eventrnn.cli import commands
+
+    out = tmp_path / "new.safetensors"
+    stored = commands.convert
+
+    def appearing(*arguments, **options):
+        out.write_bytes(b"of another program")
+        return stored(*arguments, **options)
+
+    monkeypatch.setattr(commands, "convert", appearing)
+    for k in (1, 2):
+        out.unlink(missing_ok=True)
+        code, _, err = cli("convert", model, "--out", out, "--to", "csr")
+        assert code == 2 and f"the model is in {tmp_path}/{k}-new.safetensors" in err
+        assert out.read_bytes() == b"of another program"
+        assert load(tmp_path / f"{k}-new.safetensors").layers[0].w_in.name == "csr"
+
+
 def test_plot_draws_the_requested_figure(cli, tmp_path, text):
     pytest.importorskip("matplotlib", reason="figures need matplotlib, the plots extra")
     model = tmp_path / "m.safetensors"

@@ -1,4 +1,4 @@
-"""Writes and locks: a file is whole or absent on every file system, and what another program wrote is never replaced."""
+"""Writes and locks: a file is whole or absent on every file system, and files of other programs are never replaced."""
 
 import errno
 import fcntl

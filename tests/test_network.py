@@ -443,3 +443,38 @@ def test_integer_and_bool_inputs_are_numbers():
     assert expected.any()
     for dtype in (np.int8, np.uint16, np.float16, bool):
         assert np.array_equal(simulate(lively(), x.astype(dtype)).output, expected)
+
+
+# --- read-outs that overflow --------------------------------------------------------------------------------
+
+
+def overflowing(at: float) -> Network:
+    """A network whose read-out overflows where the outputs of its units sum to more than `at`."""
+    network = lively()
+    weights = np.full(network.readout.weights.shape, float(np.finfo(np.float32).max) / at, np.float32)
+    return replace(network, readout=Readout(Dense(weights), zeros(5)))
+
+
+@pytest.mark.parametrize(("backend", "threads"), [("cpu", 1), ("cpu", 2), ("reference", 1), ("blas", 1)])
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_a_readout_that_overflows_is_refused_and_the_state_stays(backend, threads):
+    network = overflowing(2.0)
+    start = State((zeros(1, 4), zeros(1, 3) + 50), (zeros(1, 4), zeros(1, 3) + 50))
+    simulator = Simulator(network, backend=backend, threads=threads, state=start)
+    for call in (lambda: simulator.run(zeros(2, 1, 2)), lambda: simulator.step(zeros(1, 2))):
+        with pytest.raises(FloatingPointError, match="output: got inf at step 0, sample 0, output 0; check the scale"):
+            call()
+        assert all(np.array_equal(a, b) for a, b in zip(simulator.state.cells, start.cells, strict=True))
+    simulator.reset()
+    assert np.isfinite(simulator.run(zeros(2, 1, 2)).output).all()
+
+
+@pytest.mark.parametrize("variant", ["evnn", "paper"])
+@given(inputs=st.lists(st.floats(-30, 30, width=32), min_size=8, max_size=8), start=st.floats(0, 9, width=32))
+def test_outputs_stay_within_the_bound_for_which_a_readout_is_not_watched(variant, inputs, start):
+    network = replace(lively(cell=Cell(variant=variant)), readout=None)
+    state = State((zeros(1, 4) - np.float32(start), zeros(1, 3) + np.float32(start)), (zeros(1, 4), zeros(1, 3) + 1))
+    run = simulate(network, np.array(inputs, np.float32).reshape(4, 1, 2), state=state, backend="reference")
+    assert np.abs(run.output).max() <= 2 * max(1, start)
+    readout = Readout(Dense(np.full((3, 5), 1e38, np.float32)), zeros(5))
+    assert 3 * 1e38 * readout.safe_magnitude() <= float(np.finfo(np.float32).max)

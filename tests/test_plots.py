@@ -1,5 +1,7 @@
 """Figures: the right numbers are drawn, labelled and written to the given file. Skipped without matplotlib."""
 
+import errno
+import os
 import subprocess
 import sys
 
@@ -135,3 +137,33 @@ def test_mask_map_draws_the_share_left_of_every_matrix(tmp_path):
     assert (tmp_path / "masks.png").stat().st_size > 0
     with pytest.raises(ValueError, match="matrices: got none"):
         plots.mask_map({})
+
+
+def test_saved_full_disk_leaves_the_old_picture(tmp_path, monkeypatch):
+    figure, path = plots.bars({"dense": 2.0}, {"dense": 1.0}), tmp_path / "a.svg"
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            plots.saved(figure, path)
+        assert not list(tmp_path.iterdir())
+    plots.saved(figure, path)
+    old = path.read_bytes()
+    assert old.startswith(b"<?xml")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        plots.saved(figure, path)
+    assert path.read_bytes() == old and len(list(tmp_path.iterdir())) == 1
+
+
+def test_saved_existing_picture_is_kept_on_request(tmp_path):
+    figure = plots.bars({"dense": 2.0}, {"dense": 1.0})
+    plots.saved(figure, tmp_path / "a")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(FileExistsError):
+        plots.saved(figure, tmp_path / "a.png", overwrite=False)
+    with pytest.raises(ValueError, match="xyz"):
+        plots.saved(figure, tmp_path / "a.xyz")

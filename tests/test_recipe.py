@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from eventrnn import load
+from eventrnn._files import locked
 from eventrnn.training import read_log
 from eventrnn.training.recipes.recipe import Recipe, load_recipe, presets, train
 from eventrnn.training.recipes.toml_config import from_table, merged, parse_setting, read_toml, to_toml
@@ -175,6 +176,40 @@ def test_another_model_file_is_not_overwritten_by_a_resumed_run(cli, tmp_path, t
     assert cli("train", "--resume", folder, "--out", tmp_path / "." / own.name)[0] == 0
     assert cli("train", "--resume", folder, "--out", foreign, "--force")[0] == 0
     assert foreign.read_bytes() == own.read_bytes() == before[own]
+
+
+def test_a_model_file_that_appears_while_training_is_left(cli, tmp_path, text, monkeypatch):
+    from eventrnn.training.recipes import recipe as recipes
+
+    out, other = tmp_path / "m.safetensors", tmp_path / "other.safetensors"
+    note = recipes.note
+
+    def appearing(progress, kind):
+        out.write_bytes(b"of another program")
+        return note(progress, kind)
+
+    monkeypatch.setattr(recipes, "note", appearing)
+    code, stdout, err = cli("train", "--out", out, "--text", text, *SMALL, "--json")
+    assert code == 2 and not stdout and "is left as it is" in err and "--force" in err
+    assert out.read_bytes() == b"of another program"
+    assert cli("train", "--resume", f"{out}.run", "--json")[0] == 2, "nor by a finished run that is resumed"
+    assert out.read_bytes() == b"of another program"
+    assert cli("train", "--resume", f"{out}.run", "--out", other, "--json")[0] == 0
+    other.write_bytes(other.read_bytes() + b"changed since")
+    assert cli("train", "--resume", f"{out}.run", "--out", other, "--json")[0] == 2
+    assert other.read_bytes().endswith(b"changed since")
+    assert cli("train", "--resume", f"{out}.run", "--out", other, "--force", "--json")[0] == 0
+    assert load(other).layers[0].units == 12
+
+
+def test_a_run_in_use_is_not_replaced_by_force(cli, tmp_path, text):
+    folder = tmp_path / "run"
+    assert cli("train", "--out", tmp_path / "a", "--run", folder, "--text", text, *SMALL)[0] == 0
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with locked(folder):
+        code, _, err = cli("train", "--out", tmp_path / "b", "--run", folder, "--text", text, *SMALL, "--force")
+    assert code == 2 and "in use by process" in err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_dropout_acts_between_layers_of_a_stack(cli, tmp_path, text):

@@ -199,12 +199,152 @@ def test_damaged_checkpoint_falls_back_to_the_previous(tmp_path):
     with pytest.raises(CheckpointError, match="damaged"):
         load_checkpoint(_trainer(), path)
     again = _trainer()
-    run(again, tmp_path, resume=True)
+    with pytest.warns(UserWarning, match="kept as damaged-checkpoint.safetensors"):
+        run(again, tmp_path, resume=True)
     assert _bits(again) == _bits(trainer)
     previous(path).write_bytes(b"nothing")
     path.write_bytes(raw[:50])
     with pytest.raises(CheckpointError, match="damaged"):
         run(_trainer(), tmp_path, resume=True)
+
+
+def _stopped_run(folder, step=17):
+    """A run that was killed after that update, with checkpoints of the last two."""
+
+    class Kill(BaseException):
+        pass
+
+    def stop(progress, seconds):
+        if progress.step == step:
+            raise Kill
+
+    with pytest.raises(Kill):
+        run(_trainer(), folder, checkpoint_seconds=0, log_every=4, report=stop)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """The files of a killed run, the bits of a run that was left alone, and the lines of its log."""
+    straight, folder = _trainer(), tmp_path_factory.mktemp("runs")
+    run(straight, folder / "straight", checkpoint_seconds=0, log_every=4)
+    files = {path.name: path.read_bytes() for path in _stopped_run(folder / "killed").iterdir()}
+    return files, _bits(straight), _lines(folder / "straight")
+
+
+def _lines(folder):
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in read_log(folder)]
+
+
+def _written(folder, content):
+    folder.mkdir(exist_ok=True)
+    for name, raw in content.items():
+        (folder / name).write_bytes(raw)
+    return folder
+
+
+WORDS = (b'"eventrnn checkpoint"', b'"version"', b'"sha256"', b'"dtype"', b"data_offsets", b"__metadata__", b"F32")
+
+
+@pytest.mark.parametrize("at", [0, 1, 8, *WORDS, -1])
+def test_a_checkpoint_with_a_flipped_bit_falls_back_to_the_one_before(tmp_path, stopped, at):
+    content, bits, lines = stopped
+    raw = bytearray(content["checkpoint.safetensors"])
+    raw[raw.index(at) + 3 if isinstance(at, bytes) else at] ^= 1
+    folder, again = _written(tmp_path / "run", content | {"checkpoint.safetensors": bytes(raw)}), _trainer()
+    with pytest.warns(UserWarning, match=r"kept as damaged-checkpoint.safetensors\); .* before it, of step 15"):
+        run(again, folder, resume=True, log_every=4)
+    assert _bits(again) == bits and _lines(folder) == lines
+    assert (folder / "damaged-checkpoint.safetensors").read_bytes() == raw
+
+
+def test_a_lost_checkpoint_falls_back_to_the_one_before(tmp_path, stopped):
+    content, bits, lines = stopped
+    folder, again = _written(tmp_path / "run", content), _trainer()
+    (folder / "checkpoint.safetensors").unlink()
+    with pytest.raises(ValueError, match="holds a run"):
+        run(_trainer(), folder)
+    with pytest.warns(UserWarning, match="no such file; the run goes on from the checkpoint before it, of step 15"):
+        run(again, folder, resume=True, log_every=4)
+    assert _bits(again) == bits and _lines(folder) == lines
+
+
+def test_a_log_without_a_checkpoint_is_kept_when_the_run_starts_anew(tmp_path, stopped):
+    content, bits, lines = stopped
+    folder, again = _written(tmp_path / "run", {"log.jsonl": content["log.jsonl"]}), _trainer()
+    with pytest.warns(UserWarning, match="starts again at its first step; the log is kept as previous-log.jsonl"):
+        run(again, folder, resume=True, log_every=4)
+    assert _bits(again) == bits and _lines(folder) == lines
+    assert (folder / "previous-log.jsonl").read_bytes() == content["log.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda raw: raw.replace(b"{", b"[", 1),
+        lambda raw: b"\xa0" + raw[1:],
+        lambda raw: raw.replace(b'"step"', b'"stdp"', 1),
+        lambda raw: raw.replace(b'"loss"', bytes(6), 1),
+        lambda raw: b"[" * 100_000 + raw,
+        lambda raw: raw.replace(b'"step": ', b'"step": "', 1),
+        lambda raw: b"\n" + raw,
+    ],
+)
+def test_damaged_lines_of_a_log_are_left_out_and_kept_aside(tmp_path, stopped, spoil):
+    content, bits, lines = stopped
+    spoiled = spoil(content["log.jsonl"])
+    folder, again = _written(tmp_path / "run", content | {"log.jsonl": spoiled}), _trainer()
+    with pytest.warns(UserWarning, match=r"log.jsonl: damaged in line 1, left out"):
+        read = read_log(folder)
+    assert [line["step"] for line in read] == [line["step"] for line in lines if line["step"] <= 17][-len(read) :]
+    with pytest.warns(UserWarning, match="damaged in line 1, left out; the whole file is kept as damaged-log.jsonl"):
+        run(again, folder, resume=True, log_every=4)
+    assert _bits(again) == bits and (folder / "damaged-log.jsonl").read_bytes() == spoiled
+    assert _lines(folder) == lines[len(lines) - len(read_log(folder)) :]
+
+
+def test_a_line_that_is_being_written_is_not_read(tmp_path, stopped):
+    folder = _written(tmp_path / "run", stopped[0])
+    before = read_log(folder)
+    with open(folder / "log.jsonl", "a") as file:
+        file.write('{"step": 18, "lo')
+    assert read_log(folder) == before
+
+
+def test_a_run_in_use_is_refused(tmp_path):
+    def again(progress, seconds):
+        with pytest.raises(ValueError, match=f"run is in use by process {os.getpid()}"):
+            run(_trainer(), tmp_path / "run", resume=True)
+
+    run(_trainer(steps=2), tmp_path / "run", report=again)
+    assert [line["step"] for line in read_log(tmp_path / "run")] == [2]
+
+
+@pytest.mark.parametrize("backward", ["sparse", "auto"])
+def test_a_run_goes_on_with_another_number_of_threads(tmp_path, backward):
+    first, one = (_trainer(backward=backward, threads=threads, steps=9) for threads in (2, 1))
+    for _ in range(4):
+        first.step()
+    save_checkpoint(first, tmp_path / "c")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        load_checkpoint(one, tmp_path / "c")
+    # Sums of BLAS may differ, which is said.
+    assert [("threads: 2 in the checkpoint, 1 now" in str(w.message)) for w in said] == [True] * (backward == "auto")
+    if backward == "sparse":
+        assert [first.step() for _ in range(5)] == [one.step() for _ in range(5)] and _bits(first) == _bits(one)
+
+
+def test_a_signed_checkpoint_of_other_arrays_is_refused_before_anything_changes(tmp_path):
+    trainer, other = _trainer(), _trainer()
+    arrays = trainer.arrays()
+    arrays.pop("state.cells.1")
+    trainer.arrays = lambda: arrays
+    save_checkpoint(trainer, tmp_path / "c")
+    before = _bits(other)
+    with pytest.raises(CheckpointError, match="holds no state of this run: state.cells.1 does not fit"):
+        load_checkpoint(other, tmp_path / "c")
+    assert _bits(other) == before
 
 
 @pytest.mark.parametrize(

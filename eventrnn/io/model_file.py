@@ -42,8 +42,8 @@ _UNSIGNED = "0" * 64
 
 _VECTORS = ("bias_in", "bias_rec", "threshold")
 
-# Types of tensors in a model file.
-_TYPES = ("F32", "U8", "U16", "U32", "U64", "I8", "I16", "I32", "I64")
+# Types of tensors that NumPy has.
+_TYPES = ("F16", "F32", "F64", "U8", "U16", "U32", "U64", "I8", "I16", "I32", "I64")
 
 # Kernels index with 32 bits.
 _MOST = 2**31 - 1
