@@ -273,9 +273,9 @@ PRUNINGS = {
 
 
 def trainer(pruning: str = "no pruning", threads: int = 1) -> Trainer:
-    """A small run in its initial state, whose bits do not depend on the number of threads."""
+    """A small run in its initial state."""
     network = Network.random([24, 16], symbols=8, embedding=5, readout=8, threshold=0.1, rng=np.random.default_rng(1))
-    settings = Settings(steps=STEPS, batch=4, window=8, validate_every=20, threads=threads, backward="sparse")
+    settings = Settings(steps=STEPS, batch=4, window=8, validate_every=20, threads=threads)
     return Trainer(network, LanguageModelling(TEXT[:1600], TEXT[1600:]), settings, pruning=PRUNINGS[pruning]())
 
 
@@ -289,7 +289,9 @@ def train_in(folder: Path, pruning: str = "no pruning", threads: int = 1) -> Non
 def outcome(folder: Path, pruning: str = "no pruning") -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The state of a run, every bit of it, and its log without times."""
     ended = trainer(pruning)
-    load_checkpoint(ended, folder / "checkpoint.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a run on two threads
+        load_checkpoint(ended, folder / "checkpoint.safetensors")
     bits = {name: array.tobytes() for name, array in ended.arrays().items()} | {"rest": ended.numbers()}
     return bits, [{key: value for key, value in line.items() if key != "seconds"} for line in read_log(folder)]
 
@@ -317,37 +319,38 @@ def child_of(function: Any, *arguments: Any) -> int:
 @app.command()
 def kills(times: Times = 300, minutes: Minutes = 1e9, seed: Seed = 0) -> None:
     """Kill training at random moments by signal 9 until it has ended: its bits and its log must be those of a run that
-    was left alone. Every third run goes on with another number of threads after each kill."""
+    was left alone. Every other five runs are on two threads."""
     rng, until, done, faults = np.random.default_rng(seed), time.monotonic() + 60 * minutes, Counter(), []
     with tempfile.TemporaryDirectory() as base:
         straight, seconds = {}, {}
-        for pruning in PRUNINGS:
+        for kind in [(pruning, threads) for pruning in PRUNINGS for threads in (1, 2)]:
             for _ in range(2):  # the first run compiles
-                folder = Path(base) / pruning
+                folder = Path(base) / f"{kind[0]} {kind[1]}"
                 shutil.rmtree(folder, ignore_errors=True)
                 started = time.monotonic()
-                os.waitpid(child_of(train_in, folder, pruning), 0)
-                seconds[pruning] = time.monotonic() - started
-            straight[pruning] = outcome(folder, pruning)
+                os.waitpid(child_of(train_in, folder, *kind), 0)
+                seconds[kind] = time.monotonic() - started
+            straight[kind] = outcome(folder, kind[0])
         killed, runs = 0, 0
         while killed < times and time.monotonic() < until:
             pruning = list(PRUNINGS)[runs % len(PRUNINGS)]
-            threads = [(1, 1), (2, 2), (1, 2)][runs // len(PRUNINGS) % 3]
+            threads = 1 + runs // len(PRUNINGS) % 2
+            kind = pruning, threads
             folder, tries, ended = Path(base) / f"killed-{runs}", 0, False
             while not ended and time.monotonic() < until:
-                child = child_of(train_in, folder, pruning, threads[tries % 2])
+                child = child_of(train_in, folder, pruning, threads)
                 tries += 1
                 # A run must be able to get on: from some tries on it is left more and more time.
-                time.sleep(rng.random() * seconds[pruning] * max(0.6, tries / 20))
+                time.sleep(rng.random() * seconds[kind] * max(0.6, tries / 20))
                 if killed < times:
                     os.kill(child, signal.SIGKILL)
                 status = os.waitpid(child, 0)[1]
                 ended = os.WIFEXITED(status)
                 killed += not ended
-                done[f"{pruning}, threads {threads[0]} and {threads[1]}"] += not ended
+                done[f"{pruning}, threads {threads}"] += not ended
                 if ended and os.WEXITSTATUS(status):
                     faults.append({"run": runs, "pruning": pruning, "fault": "it failed by itself"})
-            if ended and outcome(folder, pruning) != straight[pruning]:
+            if ended and outcome(folder, pruning) != straight[kind]:
                 faults.append({"run": runs, "pruning": pruning, "fault": "other bits or another log"})
             runs += ended
             shutil.rmtree(folder, ignore_errors=True)

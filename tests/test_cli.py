@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -285,6 +286,8 @@ def test_bad_model_files(cli, tmp_path, model, text):
         (("demo", "--out", "{new}", "--sparsity", "1.5"), "sparsity"),
         (("demo", "--out", "{model}"), "not a folder"),
         (("demo", "--out", "{nowhere}/deep"), "no folder"),
+        (("train", "--out", "{new}" + "x" * 300, "--text", "{text}"), "File name too long; give another name"),
+        (("convert", "{model}", "--out", "{new}" + "x" * 300), "File name too long; give another name"),
         (("frobnicate",), "frobnicate"),
     ],
 )
@@ -359,6 +362,14 @@ def test_plot_draws_the_requested_figure(cli, tmp_path, text):
         assert _json(cli("plot", source, what, "--out", picture, "--text", text, "--json")) == {"wrote": str(picture)}
         assert picture.read_bytes().startswith(b"\x89PNG")
         assert cli("plot", source, what, "--out", picture, "--text", text)[0] == 2, "nothing is overwritten"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+def test_full_disk_behind_stdout_is_one_line_and_exit_code_2(model):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "eventrnn.cli", "info", str(model), "--json"]
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "No space left on device" in ended.stderr
 
 
 def test_program_runs_as_a_process():

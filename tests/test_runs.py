@@ -320,19 +320,16 @@ def test_a_run_in_use_is_refused(tmp_path):
     assert [line["step"] for line in read_log(tmp_path / "run")] == [2]
 
 
-@pytest.mark.parametrize("backward", ["sparse", "auto"])
-def test_a_run_goes_on_with_another_number_of_threads(tmp_path, backward):
-    first, one = (_trainer(backward=backward, threads=threads, steps=9) for threads in (2, 1))
+def test_a_run_goes_on_with_another_number_of_threads_and_says_so(tmp_path):
+    two, one = (_trainer(backward="sparse", threads=threads, steps=9) for threads in (2, 1))
     for _ in range(4):
-        first.step()
-    save_checkpoint(first, tmp_path / "c")
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
+        two.step()
+    save_checkpoint(two, tmp_path / "c")
+    with pytest.warns(UserWarning, match="threads: 2 in the checkpoint, 1 now: the run goes on, but products"):
         load_checkpoint(one, tmp_path / "c")
-    # Sums of BLAS may differ, which is said.
-    assert [("threads: 2 in the checkpoint, 1 now" in str(w.message)) for w in said] == [True] * (backward == "auto")
-    if backward == "sparse":
-        assert [first.step() for _ in range(5)] == [one.step() for _ in range(5)] and _bits(first) == _bits(one)
+    assert _bits(two) == _bits(one)
+    one.run()
+    assert one.steps_done == 9
 
 
 def test_a_signed_checkpoint_of_other_arrays_is_refused_before_anything_changes(tmp_path):

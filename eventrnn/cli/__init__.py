@@ -6,6 +6,7 @@ ends with exit code 2 and one line, before any work.
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from typing import Any
@@ -34,7 +35,10 @@ def main() -> None:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
-            raise SystemExit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+            code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+            # A full disk or a closed pipe behind stdout is an error of the command, not of the interpreter's end.
+            sys.stdout.flush()
+            raise SystemExit(code)
     except UsageError as error:
         raise _ended("error", error.format_message(), 2) from None
     except (ValueError, OSError, FloatingPointError, ImportError, MemoryError, BackendUnavailable) as error:
@@ -53,5 +57,10 @@ def _warn(message: Any, *_: Any, **__: Any) -> None:
 
 def _ended(how: str, words: str, code: int) -> SystemExit:
     """The end of the program with one line on stderr, in which text from a file cannot steer the terminal."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # What could not be written is given up; the interpreter would try it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     print(f"eventrnn: {how}: {printable(' '.join(words.split()))}", file=sys.stderr)
     return SystemExit(code)

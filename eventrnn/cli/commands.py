@@ -154,7 +154,7 @@ def info(
         network = io.load(model)
         shapes = {
             name: f"{w.name} {w.shape[0]}x{w.shape[1]}, {w.storage}, {w.nnz:,} weights "
-            f"({w.nnz / (w.shape[0] * w.shape[1]):.1%})"
+            f"({w.nnz / max(1, w.shape[0] * w.shape[1]):.1%})"
             for name, w in network.matrices().items()
         }
         cells = {

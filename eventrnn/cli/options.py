@@ -96,6 +96,7 @@ def parse_block(text: str) -> tuple[int, int]:
 
 def writable_file(path: Path, force: bool, option: str = "out") -> None:
     """Raise ValueError, before any work, where a file could not be written there at the end."""
+    _need_legal(path, option)
     if path.is_dir():
         raise ValueError(f"{option}: {path} is a folder; give a file name")
     if path.exists() and not force:
@@ -132,14 +133,25 @@ def picture_text(name: object) -> str:
     return printable(name).replace("$", r"\$")
 
 
-def writable_folder(folder: Path, names: tuple[str, ...], force: bool) -> None:
+def writable_folder(folder: Path, names: tuple[str, ...], force: bool, option: str = "out") -> None:
     """As `writable_file`, for a folder in which files of these names will be written."""
+    _need_legal(folder, option)
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"out: {folder} is not a folder")
+        raise ValueError(f"{option}: {folder} is not a folder")
     there = [name for name in names if (folder / name).exists()]
     if there and not force:
-        raise ValueError(f"out: {folder} already holds {', '.join(there)}; use --force to overwrite")
-    _probe_folder(folder if folder.exists() else folder.absolute().parent)
+        raise ValueError(f"{option}: {folder} already holds {', '.join(there)}; use --force to overwrite")
+    _probe_folder(folder if folder.exists() else folder.absolute().parent, option)
+
+
+def _need_legal(path: Path, option: str) -> None:
+    """Refuse a path that the system refuses, for example because its name is too long."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise ValueError(f"{option}: {path}: {error.strerror}; give another name") from None
 
 
 def _probe_folder(folder: Path, option: str = "out") -> None:

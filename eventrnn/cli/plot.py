@@ -61,11 +61,17 @@ def _training(folder: Path) -> Figure:
 
     if not folder.is_dir():
         raise ValueError(f"model: {folder} is not the folder of a run; eventrnn train writes it to MODEL.run")
-    seen = [line for line in read_log(folder) if line["validation"]]
+    seen = [(line["step"], line["validation"]) for line in read_log(folder) if line["validation"]]
     if not seen:
         raise ValueError(f"model: the run in {folder} has not been validated yet")
-    quality = next(name for name in ("perplexity", "bits", "accuracy", "loss") if name in seen[0]["validation"])
-    curve = [(line["step"], line["validation"][quality], line["validation"]["activity"]) for line in seen]
+    names = ("perplexity", "bits", "accuracy", "loss")
+    quality = next((name for name in names if name in seen[0][1]), names[-1])
+    curve = []
+    for step, figures in seen:
+        point = (step, figures.get(quality), figures.get("activity"))
+        if not all(isinstance(value, int | float) for value in point):
+            raise ValueError(f"model: the log of the run in {folder} has no {quality} and activity at step {step}")
+        curve.append(point)
     return plots.learning_curves({picture_text(folder.name): curve}, quality=quality)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from eventrnn._files import printable
 from eventrnn.cli.options import Force, Json, takes, writable_file, writable_folder
 from eventrnn.cli.terminal import progress, show
 
@@ -118,12 +119,13 @@ def train(given: TrainOptions) -> None:
         except KeyboardInterrupt as stop:
             # Click would replace the interrupt by one without a message.
             words = str(stop) or f"stopped at once; the last checkpoint is in {folder}"
-            print(f"eventrnn: {words}; continue with: eventrnn train --resume {folder}", file=sys.stderr)
+            words = f"eventrnn: {words}; continue with: eventrnn train --resume {folder}"
+            print(printable(words), file=sys.stderr)
             raise typer.Exit(130) from None
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            words = f"{error.strerror}; make room, then go on with: eventrnn train --resume {folder}"
+            words = f"{error.strerror}; make room, then continue with: eventrnn train --resume {folder}"
             raise OSError(error.errno, words, error.filename) from None
     show(f"wrote {recipe.run.out or folder}", figures, given.as_json)
 
@@ -153,7 +155,7 @@ def _new_run(recipe: Recipe, given: TrainOptions) -> Path:
     folder = folder or Path(f"{recipe.run.out}.run")
     if recipe.run.out:
         writable_file(Path(recipe.run.out), given.force)
-    writable_folder(folder, RUN_FILES, given.force)
+    writable_folder(folder, RUN_FILES, given.force, "run")
     return folder
 
 

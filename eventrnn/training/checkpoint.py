@@ -56,8 +56,8 @@ def load_checkpoint(trainer: Trainer, path: str | os.PathLike) -> dict[str, Any]
     Raises `UnreadableCheckpoint` for a file that is missing, damaged or not a checkpoint, and `CheckpointError` for a
     run with another model, data or settings; the message names the differences. The trainer is then unchanged.
 
-    The number of threads may differ. It changes no bit of products over events; where the run may use BLAS
-    (`Settings.backward` is not "sparse"), a warning says that its sums may be rounded differently.
+    The number of threads may differ. The run then goes on, and a warning says that products through BLAS may be rounded
+    differently. Those are the products of the read-out, and further ones unless `Settings.backward` is "sparse".
     """
     arrays, record = read_checkpoint(path)
     now, then = json.loads(json.dumps(trainer.identity())), record["identity"]
@@ -70,10 +70,10 @@ def load_checkpoint(trainer: Trainer, path: str | os.PathLike) -> dict[str, Any]
         trainer.restore(arrays, record["numbers"])
     except (KeyError, TypeError, ValueError) as error:
         raise UnreadableCheckpoint(printable(f"{path}: holds no state of this run: {error!r}")) from None
-    if threads_now != threads_then and trainer.settings.backward != "sparse":
+    if threads_now != threads_then:
         warnings.warn(
-            f"threads: {printable(threads_then)} in the checkpoint, {threads_now} now: sums of BLAS may be rounded "
-            'differently from here on; backward="sparse" has the same bits on any number of threads',
+            f"threads: {printable(threads_then)} in the checkpoint, {threads_now} now: the run goes on, but products "
+            'through BLAS (of the read-out, and others unless backward="sparse") may be rounded differently',
             stacklevel=2,
         )
     return record["notes"]
