@@ -1,13 +1,10 @@
 """Model files: a saved network loads to the bit, and a changed, truncated or half-written file is refused."""
 
 import errno
-import hashlib
-import json
 import os
 import resource
 import subprocess
 import sys
-import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,15 +18,8 @@ from eventrnn import _files as files
 from eventrnn.cells import CELLS, SURROGATES, Cell, Surrogate
 from eventrnn.io import model_file as io
 from eventrnn.network import Network, Readout
-from eventrnn.weights import FORMATS, STORAGES, BlockCSR, Dense, convert
-
-
-def converted(weights, to, rng, storage="float32"):
-    pruned = weights.to_dense() * (rng.random(weights.shape) < 0.5)
-    block = tuple(int(rng.integers(1, size + 1)) for size in weights.shape) if to == "block" else None
-    m = int(rng.integers(2, 33))
-    nm = (m, m, str(rng.choice(["post", "pre"]))) if to == "nm" else None
-    return convert(pruned.astype(np.float32), to, block=block, nm=nm, storage=storage)
+from eventrnn.weights import FORMATS, STORAGES, Dense, convert
+from support.model_files import converted, crafted, describe, edit, narrow_network, small_network
 
 
 @st.composite
@@ -83,17 +73,6 @@ def contents(network):
         bits(network.embedding),
         None if network.readout is None else (bits(network.readout.bias), network.readout.tied),
         dict(network.metadata),
-    )
-
-
-def small_network(seed=0):
-    rng = np.random.default_rng(seed)
-    network = Network.random([4, 3], rng=rng, symbols=5, embedding=3, tied=True, metadata={"text": "ab\n\x1f\u00e9"})
-    return network.with_matrices(
-        {
-            "layers.0.w_in": converted(network.layers[0].w_in, "csr", rng),
-            "layers.1.w_rec": convert(network.layers[1].w_rec, "block", block=(2, 4)),
-        }
     )
 
 
@@ -227,14 +206,6 @@ def test_a_bit_flipped_in_the_weights_is_named_as_damage(path):
         io.load(path)
 
 
-def crafted(path, change, version=io.VERSION, network=None):
-    """A file with a correct checksum and invalid content."""
-    tensors, description = io._to_tensors(network or small_network())
-    tensors = {name: array.copy() for name, array in tensors.items()}
-    change(tensors, description)
-    path.write_bytes(io._encode(tensors, description, version=version))
-
-
 def test_load_refuses_a_newer_version(path):
     crafted(path, lambda tensors, description: None, version=4)
     with pytest.raises(io.ModelFileError, match="format version 4; this eventrnn reads versions 1, 2, 3: update"):
@@ -272,18 +243,6 @@ def test_a_file_of_version_1_is_read(path):
     assert contents(io.load(path)) == contents(network)
 
 
-def narrow_network():
-    network = small_network()
-    first, second = network.layers
-    return network.with_matrices(
-        {
-            "layers.0.w_in": convert(first.w_in.to_dense(), "nm", nm=(4, 4, "pre"), storage="bfloat16"),
-            "layers.0.w_rec": first.w_rec.stored_as("int8"),
-            "layers.1.w_rec": second.w_rec.stored_as("int8"),
-        }
-    )
-
-
 def test_narrow_weights_make_a_smaller_file_of_their_own_types(path):
     io.save(narrow_network(), path)
     tensors = safetensors.numpy.load_file(path)
@@ -314,21 +273,6 @@ def test_non_finite_weights_are_refused_by_position(path, name, value):
     position = {1: r"\(2,\)", 2: r"\(0, 2\)"}[io._to_tensors(small_network())[0][name].ndim]
     with pytest.raises(io.ModelFileError, match=rf"got -?(nan|inf) at position {position}"):
         io.load(path)
-
-
-def edit(name, change):
-    """Replace a tensor by `change(tensor)`, or with no change remove it."""
-
-    def apply(tensors, description):
-        array = tensors.pop(name, None)
-        if change is not None:
-            tensors[name] = change(array)
-
-    return apply
-
-
-def describe(change):
-    return lambda tensors, description: change(description)
 
 
 @pytest.mark.parametrize(
@@ -373,149 +317,6 @@ def test_load_refuses_invalid_narrow_contents(path, change, message):
     crafted(path, change, network=narrow_network())
     with pytest.raises(io.ModelFileError, match=message):
         io.load(path)
-
-
-def signed(path, change=lambda header: None, network=None):
-    """A file whose header was changed before it was signed."""
-    raw = io.encoded(network or narrow_network())
-    end = 8 + int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8:end])
-    change(header)
-    header["__metadata__"]["sha256"] = "0" * 64
-    text = json.dumps(header, separators=(",", ":")).encode()
-    unsigned = len(text).to_bytes(8, "little") + text + raw[end:]
-    digest = hashlib.sha256(unsigned).hexdigest()
-    path.write_bytes(unsigned.replace(io._signature("0" * 64), io._signature(digest), 1))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda h: h["layers.0.bias_in"].update(dtype="F33"), "layers.0.bias_in: got type F33, need one of F16"),
-        (lambda h: h["layers.0.bias_in"].update(dtype="BF16"), "layers.0.bias_in: got type BF16"),
-        (lambda h: h["layers.0.bias_in"].update(dtype="F64"), "holds no valid tensors"),
-        (lambda h: h["layers.0.bias_in"].update(shape=[3, 5]), "holds no valid tensors"),
-        (lambda h: h["layers.0.bias_in"].update(shape=["12"]), "holds no valid tensors"),
-        (lambda h: h["layers.0.bias_in"].update(data_offsets=[48, 0]), "holds no valid tensors"),
-        (lambda h: h["layers.0.bias_in"].update(data_offsets=[0]), "does not say where the arrays are"),
-        (lambda h: h["__metadata__"].update(network="[" * 100_000), "nested too deeply"),
-        (lambda h: h["__metadata__"].update(network="[]"), "description: got list, need cells, matrices"),
-        (lambda h: h["__metadata__"].update(network="{"), "holds no valid network"),
-        (lambda h: h["__metadata__"].pop("network"), "network: got None, need text"),
-    ],
-)
-def test_load_refuses_signed_headers_that_hold_no_network(path, change, message):
-    signed(path, change)
-    with pytest.raises(io.ModelFileError, match=message):
-        io.load(path)
-
-
-def in_matrix(**options):
-    return describe(lambda d: d["matrices"]["layers.0.w_in"].update(options))
-
-
-def in_cell(**options):
-    return describe(lambda d: d["cells"][0].update(options))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (in_matrix(shape=[3]), r"layers.0.w_in shape: got \[3\], need two whole numbers"),
-        (in_matrix(shape=[3, 12, 1]), "layers.0.w_in shape: got"),
-        (in_matrix(shape=[3.0, 12.0]), "layers.0.w_in shape: got"),
-        (in_matrix(shape=[True, 12]), "layers.0.w_in shape: got"),
-        (in_matrix(shape=[3, -12]), "layers.0.w_in shape: got"),
-        (in_matrix(n=True), "layers.0.w_in n: got True, need a whole number"),
-        (in_matrix(m=4.0), "layers.0.w_in m: got 4.0, need a whole number"),
-        (in_matrix(axis=["pre"]), "layers.0.w_in axis: got"),
-        (in_matrix(format=["nm"]), "unknown weight format"),
-        (in_matrix(arrays="codes"), "layers.0.w_in arrays: got 'codes', need a list"),
-        (in_matrix(arrays=["codes"]), "layers.0.w_in arrays: got"),
-        (in_matrix(colour="red"), "layers.0.w_in: got arrays, axis, colour"),
-        (
-            describe(lambda d: d["matrices"].update(readout={"format": "csr", "from": "embedding"})),
-            "only a dense readout",
-        ),
-        (describe(lambda d: d["matrices"].update({"layers.0.w_in": 3})), "layers.0.w_in: got 3, need an object"),
-        (describe(lambda d: d.update(metadata=["x"])), "metadata: need text by name"),
-        (describe(lambda d: d.update(metadata={"vocabulary": 3})), "metadata: need text by name"),
-        (describe(lambda d: d.update(tied=1)), "tied: got 1, need true or false"),
-        (describe(lambda d: d.update(more={})), "description: got cells, matrices, metadata, more, tied"),
-        (in_cell(name=["egru"]), "cells.0 name: got"),
-        (in_cell(variant=None), "cells.0 variant: got None, need text"),
-        (in_cell(gates=3), "cells.0: got gates, name"),
-        (in_cell(surrogate="triangle"), "cells.0 surrogate: got str"),
-        (describe(lambda d: d["cells"][0]["surrogate"].update(support=True)), "cells.0 support: got True"),
-        (describe(lambda d: d["cells"][0]["surrogate"].update(support=10**400)), "holds no valid network"),
-        (describe(lambda d: d["cells"][0]["surrogate"].update(support=float("nan"))), "surrogate support: got nan"),
-    ],
-)
-def test_load_refuses_descriptions_of_other_types(path, change, message):
-    crafted(path, change, network=narrow_network())
-    with pytest.raises(io.ModelFileError, match=message):
-        io.load(path)
-
-
-BLOCKS = Network.random([6], inputs=4, rng=np.random.default_rng(0))
-BLOCKS = BLOCKS.with_matrices({"layers.0.w_in": convert(BLOCKS.layers[0].w_in, "block", block=(1, 1))})
-
-
-@pytest.mark.parametrize(
-    ("network", "options"),
-    [
-        (narrow_network(), {"shape": [2**29, 12]}),
-        (narrow_network(), {"shape": [3, 2**29]}),
-        (narrow_network(), {"shape": [2**31 - 1, 0]}),
-        (narrow_network(), {"shape": [0, 2**31 - 1], "axis": "post"}),
-        (BLOCKS, {"shape": [4, 2**27]}),
-        (BLOCKS, {"shape": [2**31 - 1, 18], "block": [2**31 - 1, 1]}),
-    ],
-)
-def test_load_refuses_huge_shapes_before_it_allocates(path, network, options):
-    crafted(path, in_matrix(**options), network=network)
-    tracemalloc.start()
-    try:
-        with pytest.raises(io.ModelFileError, match=r"layers\.0\.w_in|holds no valid network"):
-            io.load(path)
-        assert tracemalloc.get_traced_memory()[1] < 2_000_000
-    finally:
-        tracemalloc.stop()
-
-
-def test_save_refuses_what_load_would(path):
-    empty = BlockCSR(
-        np.zeros(2, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32), (2**24 + 1, 18), (2**24 + 1, 1)
-    )
-    network = BLOCKS.with_matrices({"layers.0.w_in": empty})
-    with pytest.raises(ValueError, match=r"layers.0.w_in: 16777217 x 18 units with .* holds at most"):
-        io.save(network, path)
-    assert not path.exists()
-
-
-def test_text_of_a_file_is_escaped_and_cut_in_messages(path):
-    crafted(path, in_matrix(format="\x1b[2J[red]\u202e" + "x" * 9999), network=narrow_network())
-    with pytest.raises(io.ModelFileError, match=r"unknown weight format") as caught:
-        io.load(path)
-    assert str(caught.value).isprintable() and len(str(caught.value)) < 3000
-    signed(path, lambda h: h.update({"\x1b]0;x\x07": h.pop("layers.0.bias_in")}))
-    with pytest.raises(io.ModelFileError, match=r"lacks 'layers.0.bias_in'") as caught:
-        io.load(path)
-    crafted(path, edit("\x1b]0;x\x07", lambda _: np.zeros(1, np.float32)) if False else _foreign_tensor)
-    with pytest.raises(io.ModelFileError, match=r"no layer uses: \\x1b\]0;x\\x07") as caught:
-        io.load(path)
-    assert caught.value.__cause__ is None
-
-
-def _foreign_tensor(tensors, description):
-    tensors["\x1b]0;x\x07"] = np.zeros(1, np.float32)
-
-
-def test_load_refuses_what_is_no_regular_file(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path / "pipe", "/dev/zero"):
-        with pytest.raises(io.ModelFileError, match="not a regular file"):
-            io.load(path)
 
 
 # --- writing that fails -------------------------------------------------------------------------------------
