@@ -58,10 +58,13 @@ class HostInputs:
 
     dense : whether the engine computes with numbers as they are, in a contiguous array of its own where every zero is
             +0; otherwise it gets the caller's numbers, float32, to make events of
+    whole : whether symbols always select from the events of the whole embedding (`symbol_events`). Otherwise a short
+            input comes with the events of those rows only that it uses
     """
 
-    def __init__(self, network: Network, *, dense: bool = False):
-        self.network, self.size, self.dense = network, network.layers[0].inputs, dense
+    def __init__(self, network: Network, *, dense: bool = False, whole: bool = False):
+        self.network, self.size, self.dense, self.whole = network, network.layers[0].inputs, dense, whole
+        self.gathered = 0
 
     @cached_property
     def symbol_events(self) -> Events:
@@ -106,8 +109,8 @@ class HostInputs:
 
     def _symbols(self, inputs: Any) -> Inputs:
         """Symbols (steps, batch) with the events of the embedding, after their checks."""
-        table = self.symbol_events
-        symbols = table.shape[0]
+        assert self.network.embedding is not None
+        symbols = len(self.network.embedding)
         if isinstance(inputs, Events):
             raise ValueError("inputs: got Events, but the network has an embedding; give symbols (steps, batch)")
         array = as_array(inputs)
@@ -117,8 +120,23 @@ class HostInputs:
             bad = np.argwhere((array < 0) | (array >= symbols))[0]
             raise ValueError(f"inputs: got symbol {array[tuple(bad)]} at {tuple(map(int, bad))}; need 0..{symbols - 1}")
         steps, batch = map(int, array.shape)
-        symbols = _for_kernels(array.astype(np.int64, copy=False))
-        return Inputs(InputKind.SYMBOLS, steps, batch, self.size, values=symbols, table=table)
+        rows, table = self._used_rows(_for_kernels(array.astype(np.int64, copy=False)))
+        return Inputs(InputKind.SYMBOLS, steps, batch, self.size, values=rows, table=table)
+
+    def _used_rows(self, symbols: np.ndarray) -> tuple[np.ndarray, Events]:
+        """Events of embedding rows, and which of them each symbol selects.
+
+        A run over few symbols of a large embedding converts the rows that it uses. Once all runs together have
+        converted as many rows as the embedding has, the whole embedding is converted and kept.
+        """
+        embedding = self.network.embedding
+        assert embedding is not None
+        if not self.whole and self.gathered < len(embedding):
+            used, rows = np.unique(symbols, return_inverse=True)
+            self.gathered += len(used)
+            if self.gathered < len(embedding):
+                return rows.reshape(symbols.shape), Events.from_dense(embedding[used][:, None, :])
+        return symbols, self.symbol_events
 
 
 def _for_kernels(array: np.ndarray) -> np.ndarray:

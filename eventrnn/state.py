@@ -121,7 +121,7 @@ class Inputs:
     kind        : which of the fields below hold the numbers
     steps, batch, size : the number of time steps, of samples and of input units
     values      : DENSE: (steps, batch, size) float32; SYMBOLS: (steps, batch) int64; EVENTS: None. C-contiguous
-    table       : EVENTS: the events of the whole input; SYMBOLS: the events of every embedding row, with shape
+    table       : EVENTS: the events of the whole input; SYMBOLS: the events of embedding rows, with shape
                   (symbols, 1, size); DENSE: None
     first_step  : the step of the caller's input at which this part of it begins
     checked     : False where the engine still has to find numbers that are not finite and symbols that do not exist

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eventrnn.backend import get_backend
+from eventrnn.backend import HostInputs, get_backend
 from eventrnn.cells import Cell, Surrogate
 from eventrnn.events import Events
 from eventrnn.network import Layer, Network, Readout
@@ -478,3 +478,18 @@ def test_outputs_stay_within_the_bound_for_which_a_readout_is_not_watched(varian
     assert np.abs(run.output).max() <= 2 * max(1, start)
     readout = Readout(Dense(np.full((3, 5), 1e38, np.float32)), zeros(5))
     assert 3 * 1e38 * readout.safe_magnitude() <= float(np.finfo(np.float32).max)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_few_symbols_convert_the_rows_of_the_embedding_that_they_use(dense):
+    """Short runs convert few rows, until together they have converted as many as there are; the input is the same."""
+    network = Network.random([4], symbols=50, embedding=3, rng=np.random.default_rng(0))
+    inputs, whole = HostInputs(network, dense=dense), HostInputs(network, dense=dense, whole=True)
+    converted = []
+    for seed in range(20):
+        symbols = np.random.default_rng(seed).integers(0, 50, (2, 3))
+        few, every = inputs.prepare(symbols), whole.prepare(symbols)
+        converted.append(few.event_table.shape[0])
+        assert every.event_table.shape[0] == 50 and np.array_equal(every.values, symbols)
+        assert np.array_equal(few.to_dense(), every.to_dense())
+    assert converted[0] <= 6 and converted[-1] == 50 and sorted(converted, key=lambda rows: rows == 50) == converted

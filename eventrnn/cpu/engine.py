@@ -292,7 +292,7 @@ class CpuEngine:
             step_table.EMPTY: np.zeros(0, np.float32),
         }
 
-        dense_inputs = HostInputs(network, dense=True)
+        dense_inputs = HostInputs(network, dense=True, whole=True)
 
         def check(inputs) -> np.ndarray:
             need_on_host(inputs)

@@ -52,7 +52,7 @@ class CudaEngine:
         self.network, self.device = network, current_device()
         self.packed = DeviceNetwork(network, self.device, precision)
         self.precision, self.units, self.output_size = precision, self.packed.units, self.packed.output_size
-        self.host_inputs, self.lists = HostInputs(network), EventLists(self.device)
+        self.host_inputs, self.lists = HostInputs(network, whole=True), EventLists(self.device)
         self.tensor_layers: dict[int, tuple[int, ...]] = {}
         self.runs: dict[tuple[int, int, tuple[int, ...]], Run] = {}
         self.steps: dict[int, StepLoop] = {}

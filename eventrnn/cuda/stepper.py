@@ -46,7 +46,7 @@ class CudaStepper:
     def __init__(self, loop: StepLoop, flat: Any, gpu_inputs: Callable[[Any, bool], Inputs]):
         self.loop, self.batch, self.gpu_inputs = loop, loop.run.batch, gpu_inputs
         self.device, self.network = loop.run.device, loop.run.network
-        self.host_inputs = HostInputs(self.network.network, dense=True)
+        self.host_inputs = HostInputs(self.network.network, dense=True, whole=True)
         with self.device.on_stream():
             for target in (loop.run.buffers.state, loop.before):
                 target.data.copy_from_device_async(flat.data, flat.nbytes)
