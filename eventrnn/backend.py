@@ -151,8 +151,12 @@ class Stepper(Protocol):
     """Runs single time steps, starting from a state, with as little work as possible between a call and the kernel.
 
     Raises as `Engine.prepare` does for bad input, and FloatingPointError for a cell state that is not finite. The
-    state then stays as it was.
+    state then stays as it was, as it does after any other exception.
+
+    steps : how many steps were made
     """
+
+    steps: int
 
     def __call__(self, inputs: np.ndarray) -> np.ndarray:
         """Run one step. Takes (batch, I) numbers or (batch,) symbols; returns a new array (batch, V or N) float32."""
@@ -160,6 +164,10 @@ class Stepper(Protocol):
 
     def state(self) -> State:
         """A copy of the state."""
+        ...
+
+    def take_back(self) -> None:
+        """Go back to before the last step, once."""
         ...
 
 
@@ -274,7 +282,10 @@ class TrainingEngine(Protocol):
     that bring an array up to date when it is read, and take it over for the next update.
 
     state : state of the network after the last window
+    apart : whether `commit` may make the changes of an update on another thread
     """
+
+    apart: bool
 
     @property
     def state(self) -> State: ...
@@ -283,7 +294,14 @@ class TrainingEngine(Protocol):
     def state(self, state: State) -> None: ...
 
     def update(
-        self, batch: Any, *, start: str, step: int, rate: float, after_step: Callable[[Any, Any], None] | None
+        self,
+        batch: Any,
+        *,
+        start: str,
+        step: int,
+        rate: float,
+        after_step: Callable[[Any, Any], None] | None,
+        commit: Callable[[Callable[[], WindowResult]], WindowResult],
     ) -> WindowResult:
         """One update on a `training.Batch`: noise, forward, loss, backward, clipping, optimiser, masks.
 
@@ -292,6 +310,9 @@ class TrainingEngine(Protocol):
         step       : number of the update, from 0; the noise depends on it and on the seed
         rate       : learning rate
         after_step : called with parameters and gradients between the optimiser and the masks, or None
+        commit     : called once with a function that makes all lasting changes and returns the result, which `commit`
+                     returns. Nothing lasting is changed outside it. It is not called where the engine found a fault
+                     before
         """
         ...
 

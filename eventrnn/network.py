@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from eventrnn._arithmetic import standard_arithmetic
 from eventrnn.cells import Cell
 from eventrnn.events import check_finite
 from eventrnn.weights import Dense, MatrixId, Weights
@@ -112,6 +113,7 @@ class Network:
         return self.with_matrices({name: Dense(w.to_dense()) for name, w in self.matrices().items()})
 
     @classmethod
+    @standard_arithmetic
     def random(
         cls,
         units: Sequence[int],

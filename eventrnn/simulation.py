@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from eventrnn._arithmetic import standard_arithmetic
+from eventrnn._exclusive import Use, exclusive
 from eventrnn.backend import INEXACT, Backend, Stepper, as_array, get_backend, need_on_host
-from eventrnn.events import Events, check_finite
+from eventrnn.events import Events
 from eventrnn.network import Network, _need_sizes
 from eventrnn.state import FireCounts, Inputs, State, Trace, on_gpu
 
@@ -78,6 +80,10 @@ class Simulator:
 
     A sequence gives the same bits as one `run`, as several runs of consecutive chunks, and as single `step` calls.
 
+    An exception of any kind, also one that a signal handler raises, leaves the state of the last whole call. A call
+    from a second Python thread waits for the first one; a call from a signal handler or a callback within a call is
+    refused with a RuntimeError. `copy`, `deepcopy` and `pickle` give an independent simulator in the same state.
+
     Parameters
     ----------
     network : the network to run
@@ -109,56 +115,98 @@ class Simulator:
         carry: str = "state",
         window: int | None = None,
     ):
-        self._stepper: Stepper | None = None
         _need_sizes(batch=batch, threads=threads, window=window)
         if carry not in CARRIES:
             raise ValueError(f"carry: got {carry!r}, need one of {', '.join(CARRIES)}")
         if (carry == "events") != (window is not None):
             raise ValueError(f"window: got {window} with carry={carry!r}; carry='events' needs it, 'state' takes none")
-        self.network, self.batch, self.carry, self.window = network, batch, carry, window
+        self._network, self._batch, self._threads = network, batch, threads
+        self.carry, self.window = carry, window
         self.backend = get_backend(backend, exact)
         self.engine = self.backend.engine(network, threads=threads)
         self._safe_magnitude = np.inf if network.readout is None else network.readout.safe_magnitude()
-        self._measured: State | None = None
-        self._may_overflow = False
-        self.state = State.zeros(network, batch) if state is None else _checked_state(network, batch, state)
+        self._use = Use("simulator")
+        # The present state: that of the stepper, where there is one, otherwise `_state`.
+        self._stepper: Stepper | None = None
+        self._state = State.zeros(network, batch) if state is None else _checked_state(network, batch, state)
+        self._may_overflow = self._readout_may_overflow(self._state)
 
     @property
-    def state(self) -> State:
-        """The state that the next step starts from. It may be set to a state of the right shapes.
+    def network(self) -> Network:
+        """The network; the engine has packed its weights."""
+        return self._network
 
-        With "cuda" it stays on the GPU; its arrays are copied to the host when they are read.
+    @property
+    def batch(self) -> int:
+        """The number of samples that run side by side."""
+        return self._batch
+
+    @property
+    @exclusive
+    def state(self) -> State:
+        """The state that the next step starts from, a copy. It may be set to what the constructor takes.
+
+        With "cuda" it stays on the GPU; its arrays are copied to the host when they are read, and cannot be written to.
         """
-        if self._stepper is not None:
-            self.state = self._stepper.state()
-        return self._state
+        return self._state.snapshot() if self._stepper is None else self._stepper.state()
 
     @state.setter
+    @exclusive
     def state(self, state: State) -> None:
-        self._state, self._stepper = state, None
+        self._set(_checked_state(self.network, self.batch, state))
 
+    @exclusive
     def reset(self) -> None:
         """Return to the zero state."""
-        self.state = State.zeros(self.network, self.batch)
+        self._set(State.zeros(self.network, self.batch))
+
+    @exclusive
+    def __getstate__(self) -> dict[str, Any]:
+        # Engines and steppers hold addresses, so a copy makes its own.
+        return {
+            "network": self.network,
+            "batch": self.batch,
+            "backend": self.backend,
+            "threads": self._threads,
+            "state": self._present().copy(),
+            "carry": self.carry,
+            "window": self.window,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Simulator.__init__(self, **state)
 
     def step(self, inputs: np.ndarray) -> np.ndarray:
         """One time step: (batch, I) numbers or (batch,) symbols in, (batch, V or N) out. The state advances.
 
-        Cost: the kernel, and one or two microseconds for contiguous float32 numbers or int64 symbols. With "cuda",
-        arrays on the GPU give arrays there, as in `run`. There a call takes 90 to 130 microseconds of wall-clock time
-        (H100, 1 to 64 samples), of which the GPU works a few; within a `run` of 100 steps a step takes 4 to 14. Use
-        chunks of several steps where latency allows.
+        Cost: the kernel, and one or two microseconds for contiguous float32 numbers or int64 symbols; some more for
+        other numbers, and for reading `state` between two steps. With several threads a step of little work runs on
+        one of them. With "cuda", arrays on the GPU give arrays there, as in `run`. There a call takes 90 to 130
+        microseconds of wall-clock time (H100, 1 to 64 samples), of which the GPU works a few; within a `run` of 100
+        steps a step takes 4 to 14. Use chunks of several steps where latency allows.
 
         Raises as `run` does; the state then stays as it was.
         """
-        if self._stepper is None:
-            if self.carry != "state":
-                raise ValueError("step: carry='events' zeroes the cells at every call; use run, or carry='state'")
-            self._stepper = None if self._readout_may_overflow() else self.engine.stepper(self._state)
-            if self._stepper is None:
-                need_on_host(inputs)
-                return self._advance(self.engine.prepare(as_array(inputs)[None]), False, False).output[0]
-        return self._stepper(inputs)
+        # What `exclusive` does, without the cost of its call.
+        use, stepper, steps, moved = self._use, None, 0, []
+        try:
+            with use.lock:
+                if use.busy:
+                    use.refuse()
+                use.busy = True
+                try:
+                    stepper = self._stepper
+                    if stepper is None:
+                        stepper = self._new_stepper()
+                        if stepper is None:
+                            return self._whole_step(inputs, moved)
+                    steps = stepper.steps
+                    return stepper(inputs)
+                finally:
+                    use.busy = False
+        except BaseException:
+            self._take_back(stepper, steps, moved)
+            raise
 
     def run(self, inputs: np.ndarray | Events, *, record: Collection[str] = ()) -> Simulation:
         """All steps of `inputs` from the current state on. The state advances, unless the run raises.
@@ -180,21 +228,77 @@ class Simulator:
         record = {record} if isinstance(record, str) else set(record)
         if not record <= set(RECORDABLE):
             raise ValueError(f"record: got {sorted(record)}, need any of {', '.join(RECORDABLE)}")
-        prepared = self.engine.prepare(inputs)
-        initial, traces, events = self.state, [], []
+        moved: list[State] = []
         try:
-            for chunk, zero_cells in self._time_chunks(prepared, bool(record) and prepared.array_library is None):
-                if zero_cells:
-                    self.state = State(State.zeros(self.network, self.batch).cells, self.state.outputs)
-                trace = self._advance(chunk, "events" in record, "states" in record)
-                # A host keeps the events of a record only, so that a long quiet run needs little memory.
-                on_host = prepared.array_library is None
-                events.append([Events.from_dense(dense) if on_host else dense for dense in trace.events])
-                traces.append(replace(trace, events=()))
-            return self._simulation(prepared, traces, events, initial, record)
+            return self._run(inputs, record, moved)
         except BaseException:
-            self.state = initial
+            self._take_back(None, 0, moved)
             raise
+
+    @exclusive
+    @standard_arithmetic
+    def _run(self, inputs: np.ndarray | Events, record: set[str], moved: list[State]) -> Simulation:
+        """`run`; see `_move` for `moved`."""
+        prepared = self.engine.prepare(inputs)
+        initial, traces, events = self._present(), [], []
+        state = initial
+        for chunk, zero_cells in self._time_chunks(prepared, bool(record) and prepared.array_library is None):
+            if zero_cells:
+                state = State(State.zeros(self.network, self.batch).cells, state.outputs)
+            trace = self._trace(chunk, state, "events" in record, "states" in record)
+            state = trace.state
+            # A host keeps the events of a record only, so that a long quiet run needs little memory.
+            on_host = prepared.array_library is None
+            events.append([Events.from_dense(dense) if on_host else dense for dense in trace.events])
+            traces.append(replace(trace, events=()))
+        result = self._simulation(prepared, traces, events, initial, record)
+        self._move(initial, state.snapshot(), moved)
+        return result
+
+    @standard_arithmetic
+    def _whole_step(self, inputs: np.ndarray, moved: list[State]) -> np.ndarray:
+        """A step that is a run of one step."""
+        need_on_host(inputs)
+        before = self._present()
+        trace = self._trace(self.engine.prepare(as_array(inputs)[None]), before, False, False)
+        self._move(before, trace.state, moved)
+        return trace.output[0]
+
+    @standard_arithmetic
+    def _new_stepper(self) -> Stepper | None:
+        """Make the stepper that starts from the present state; None where a step is a run of one step."""
+        if self.carry != "state":
+            raise ValueError("step: carry='events' zeroes the cells at every call; use run, or carry='state'")
+        self._stepper = None if self._may_overflow else self.engine.stepper(self._state)
+        return self._stepper
+
+    def _present(self) -> State:
+        """The present state; it must not be handed out."""
+        return self._state if self._stepper is None else self._stepper.state()
+
+    def _set(self, state: State) -> None:
+        may_overflow = self._readout_may_overflow(state)
+        self._state, self._stepper, self._may_overflow = state, None, may_overflow
+
+    def _place(self, state: State) -> None:
+        """Make a state the present one; it must not be handed out. No exception can come between the two."""
+        self._state, self._stepper = state, None
+
+    def _move(self, before: State, after: State, moved: list[State]) -> None:
+        """Advance the state, as the last deed of a call. `moved` gets both states, should the call raise even so."""
+        moved += (before, after)
+        self._place(after)
+
+    @exclusive
+    def _take_back(self, stepper: Stepper | None, steps: int, moved: list[State]) -> None:
+        """Go back to before a call that raised after the state had advanced: while it gave back the lock.
+
+        stepper, steps : of a call of a stepper, and how many steps it had made before
+        """
+        if stepper is not None and stepper is self._stepper and stepper.steps == steps + 1:
+            stepper.take_back()
+        elif moved and self._state is moved[1]:
+            self._place(moved[0])
 
     def _time_chunks(self, inputs: Inputs, limited: bool) -> list[tuple[Inputs, bool]]:
         """Consecutive chunks of the inputs, and for each whether the cells are zeroed before it.
@@ -210,29 +314,26 @@ class Simulator:
         ends = [*starts[1:], inputs.steps]
         return [(inputs.chunk(a, b), a in windows) for a, b in zip(starts, ends, strict=True)]
 
-    def _advance(self, inputs: Inputs, record_events: bool, record_states: bool) -> Trace:
+    def _trace(self, inputs: Inputs, state: State, record_events: bool, record_states: bool) -> Trace:
+        """A run of the engine. Raises ValueError for another batch, FloatingPointError where a cell overflows."""
         if inputs.batch != self.batch:
             raise ValueError(f"inputs: got a batch of {inputs.batch}, but the simulator was made for {self.batch}")
-        may_overflow = self._readout_may_overflow()
-        trace = self.engine.run(inputs, self.state, record_events=record_events, record_states=record_states)
+        trace = self.engine.run(inputs, state, record_events=record_events, record_states=record_states)
         trace.state.need_finite()
-        if may_overflow:
+        if self._may_overflow:
             _need_finite_output(trace.output)
-        # Outputs stay below the bound of the state that was measured.
-        self.state = self._measured = trace.state
         return trace
 
-    def _readout_may_overflow(self) -> bool:
-        """Whether an output can be infinite from the present state on; only then are outputs looked at.
+    def _readout_may_overflow(self, state: State) -> bool:
+        """Whether an output can be infinite from a state on that was set; only then are outputs looked at.
 
         A unit's output is at most twice the largest magnitude of the state, or 1: the candidate is below 1, a cell is a
-        mean of itself and the candidate, and an event takes from it. A state is measured once, after it was set.
+        mean of itself and the candidate, and an event takes from it. The states that follow keep to the same bound.
         """
-        state = self.state
-        if self.network.readout is not None and state is not self._measured:
-            largest = [float(np.abs(array).max(initial=1)) for array in (*state.cells, *state.outputs)]
-            self._may_overflow, self._measured = 2 * max(largest) > self._safe_magnitude, state
-        return self._may_overflow
+        if self.network.readout is None:
+            return False
+        largest = [float(np.abs(array).max(initial=1)) for array in (*state.cells, *state.outputs)]
+        return 2 * max(largest) > self._safe_magnitude
 
     def _simulation(
         self, inputs: Inputs, traces: list[Trace], events: list[list[Any]], initial: State, record: set[str]
@@ -340,17 +441,9 @@ def simulate(
     return simulator.run(inputs, record=record)
 
 
+@standard_arithmetic
 def _checked_state(network: Network, batch: int, state: State) -> State:
-    """The state in float32, as the engines hold it and the counts read it. Raises ValueError for a bad state."""
-    if len(state.cells) != len(network.layers) or len(state.outputs) != len(network.layers):
-        raise ValueError(f"state: got {len(state.cells)} layers, the network has {len(network.layers)}")
-    for k, layer in enumerate(network.layers):
-        for name, array in (("cells", state.cells[k]), ("outputs", state.outputs[k])):
-            if array.shape != (batch, layer.units) or array.dtype.kind != "f":
-                raise ValueError(
-                    f"state {name} of layer {k}: got {array.dtype} {array.shape}, need float ({batch}, {layer.units})"
-                )
-            with np.errstate(over="ignore"):
-                check_finite(f"state {name} of layer {k}", array.astype(np.float32))
-    as_float32 = (tuple(np.array(a, np.float32) for a in arrays) for arrays in (state.cells, state.outputs))
-    return State(*as_float32)
+    """The state as the engines hold it. Raises TypeError for what is no state, ValueError for one that does not fit."""
+    if not isinstance(state, State):
+        raise TypeError(f"state: got a {type(state).__name__}, need a State, as State.zeros or a run gives it")
+    return state.checked(network, batch)

@@ -13,10 +13,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from eventrnn.events import Events, in_parts
+from eventrnn.events import Events, check_finite, in_parts
 
 #: Device types of DLPack whose memory belongs to a GPU: CUDA, and memory that CUDA manages.
 DLPACK_CUDA = (2, 13)
+
+
+#: the two parts of a `State`
+STATE_PARTS = ("cells", "outputs")
 
 
 def on_gpu(array: Any) -> bool:
@@ -75,6 +79,31 @@ class State:
     def copy(self) -> State:
         """A state that shares no memory with this one."""
         return State(tuple(c.copy() for c in self.cells), tuple(y.copy() for y in self.outputs))
+
+    def snapshot(self) -> State:
+        """A state that neither later runs nor edits of this one change."""
+        return self.copy()
+
+    def checked(self, network: _Stack, batch: int) -> State:
+        """This state in float32, as the engines hold it and the counts read it, for `batch` samples of a network.
+
+        It shares no memory with this one. Raises ValueError for arrays of other shapes or kinds, and for numbers that
+        are not finite in float32.
+        """
+        units = [layer.units for layer in network.layers]
+        if len(self.cells) != len(units) or len(self.outputs) != len(units):
+            raise ValueError(f"state: got {len(self.cells)} layers, the network has {len(units)}")
+        return State(*(tuple(self._checked(name, k, (batch, n)) for k, n in enumerate(units)) for name in STATE_PARTS))
+
+    def _checked(self, name: str, k: int, shape: tuple[int, int]) -> np.ndarray:
+        array = getattr(self, name)[k]
+        if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype.kind != "f":
+            got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+            raise ValueError(f"state {name} of layer {k}: got {got}, need float {shape}")
+        with np.errstate(all="ignore"):
+            converted = np.array(array, np.float32, order="C")
+        check_finite(f"state {name} of layer {k}", converted)
+        return converted
 
     @property
     def batch(self) -> int:

@@ -309,8 +309,8 @@ def test_forgotten_reset_of_the_papers_variant(monkeypatch):
 
 def test_state_lost_between_calls_is_caught(monkeypatch):
     # This is what the released code does between windows by default.
-    wiping = {"trace.state": "State(self.state.cells, trace.state.outputs)"}
-    plant(monkeypatch, Simulator, "_advance", wiping)
+    wiping = {"self._place(after)": "self._place(State(before.cells, after.outputs))"}
+    plant(monkeypatch, Simulator, "_move", wiping)
     suite_catches(check_chunks, backend="cpu")
 
 

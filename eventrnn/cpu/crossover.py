@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from eventrnn._exclusive import Use
 from eventrnn._files import cache_folder, write_whole
 from eventrnn.cpu.engine import CpuEngine
 from eventrnn.cpu.kernel_cache import source_digest
@@ -66,6 +67,9 @@ MAX_RELATIVE_TIME = 0.95
 # Shortest time of a measured run in seconds, runs per measurement (the fastest counts), and rounds over the whole grid.
 # With several rounds, a disturbance of some seconds does not distort the time of one kernel alone.
 RUN_SECONDS, REPEATS, ROUNDS = 2e-3, 2, 2
+
+# Two threads that measured side by side would measure each other.
+_LOADING = Use("crossover map")
 
 Report = Callable[[int, int, str], None]
 
@@ -296,15 +300,19 @@ def _model() -> str:
 
 
 def load(report: Report = lambda done, total, what: None) -> Crossover:
-    """The map in the cache. Where there is none, or an incomplete one, a new map is measured and written there."""
-    try:
-        path = cache_path()
-        kept = Crossover(**json.loads(path.read_text()))
-        if _is_whole(kept):
-            return kept
-    except (OSError, ValueError, TypeError, AttributeError):
-        pass
-    return save(measure(report))
+    """The map in the cache. Where there is none, or an incomplete one, a new map is measured and written there.
+
+    Of several threads that ask, one measures, and the others wait for its map.
+    """
+    with _LOADING.lock:
+        try:
+            path = cache_path()
+            kept = Crossover(**json.loads(path.read_text()))
+            if _is_whole(kept):
+                return kept
+        except (OSError, ValueError, TypeError, AttributeError):
+            pass
+        return save(measure(report))
 
 
 def _is_whole(crossover: Crossover) -> bool:

@@ -12,12 +12,14 @@ results are therefore the same bits for every number of threads. Kernels allocat
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from eventrnn._exclusive import Use, exclusive
 from eventrnn.backend import HostInputs, as_array, need_on_host
 from eventrnn.cpu import step_table
 from eventrnn.cpu.kernels.products import product_address, update_addresses
@@ -36,7 +38,7 @@ from eventrnn.cpu.tables import (
     RunOutputs,
     RunSize,
 )
-from eventrnn.cpu.threads import start_pool
+from eventrnn.cpu.threads import Team
 from eventrnn.state import FireCounts, Inputs, State, Trace
 from eventrnn.weights import MatrixId
 
@@ -58,6 +60,10 @@ MOST_PLANS = 4
 # Events per unit and step that are assumed until some were counted: typical of published networks.
 USUAL_ACTIVITY = 0.1
 
+# Multiplications of a step up to which one thread makes it faster than several: about 50 microseconds of work, which is
+# what waking the other threads costs.
+MOST_ALONE = 500_000
+
 # More threads than a machine for this package has cores; each thread spins at the barriers.
 MOST_THREADS = 64
 
@@ -75,6 +81,8 @@ class CpuBackend:
 
 class CpuEngine:
     """A network packed for `kernels/time_loop.py`. Its scratch arrays are kept, so an engine serves one run at a time.
+
+    A run that a second thread starts meanwhile waits. A copy of an engine packs the weights again.
 
     `policy` selects the kernel of each product from its number of drive rows and the activity of its senders so far; it
     is consulted again after every `RECHECK` chunks of time. Each combination of kernels is packed at its first use.
@@ -96,18 +104,25 @@ class CpuEngine:
         self.threshold = np.concatenate([layer.threshold for layer in network.layers])
         self.drive_pitch = self.layout.drive_pitch
         self.max_segments = self.drive_pitch // min(SEGMENT_WIDTHS)
-        self.pool = start_pool(threads - 1) if threads > 1 else None
+        self.team, self._use = Team(threads), Use("engine")
+        # Of an engine for several threads: one for a single thread, for steps of little work.
+        self._alone: CpuEngine | None = None
         self.buffers_batch = 0
         # Events per unit and step, of the input and then of each layer.
         self.activity = [USUAL_ACTIVITY] * (len(self.units) + 1)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Tables and steppers hold addresses, so a copy is made anew.
+        return {"network": self.network, "threads": self.n_threads, "policy": self.policy}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        CpuEngine.__init__(self, **state)
+
     def plan(self, steps: int, batch: int) -> Plan:
         """The weights packed with the kernels that the policy selects for so many steps and samples."""
-        many, last = min(steps, self.chunk_steps(batch)) * batch, len(self.units)
-        matrices, rows, active = self.network.matrices(), {}, {}
+        many, matrices, rows, active = min(steps, self.chunk_steps(batch)) * batch, self.network.matrices(), {}, {}
         for name in map(MatrixId, matrices):
-            k = last if name.layer is None else name.layer + name.recurrent
-            rows[name], active[name] = batch if name.recurrent else many, self.activity[k]
+            rows[name], active[name] = batch if name.recurrent else many, self._activity_of(name)
         kernels = {name: self.policy.select_kernel(w, rows[name], active[name]) for name, w in matrices.items()}
         thresholds = {name: self.policy.dense_activity_threshold(rows[name]) for name in matrices}
         key = (*kernels.values(), *thresholds.values())
@@ -168,12 +183,12 @@ class CpuEngine:
         """See `backend.Engine`. Numbers become events."""
         return self.host_inputs.prepare(inputs)
 
+    @exclusive
     def run(self, inputs: Inputs, state: State, *, record_events: bool = False, record_states: bool = False) -> Trace:
         """See `backend.Engine`. Memory beyond the outputs does not depend on the number of steps."""
         rows, total = inputs.steps * inputs.batch, sum(self.units)
         # The kernel works in place, on copies.
-        c = np.concatenate([x.ravel() for x in state.cells], dtype=np.float32)
-        y = np.concatenate([x.ravel() for x in state.outputs], dtype=np.float32)
+        c, y = (self._flat(name, getattr(state, name), inputs.batch) for name in ("cells", "outputs"))
         output = np.empty(rows * self.output_size, np.float32)
         events = np.empty(rows * total if record_events else 0, np.float32)
         states = np.empty(rows * total if record_states else 0, np.float32)
@@ -211,25 +226,29 @@ class CpuEngine:
 
     def _run(self, with_blas: bool, *arguments) -> None:
         # BLAS must not start threads beside those of the engine.
-        limits = threadpool_limits(limits=1, user_api="blas") if with_blas else nullcontext()
-        barrier = np.zeros(1, np.int64)
-        with limits:
-            if self.pool is None:
-                run(0, 1, barrier, *arguments)
-                return
-            # The calling thread is thread 0.
-            n = self.n_threads
-            others = [self.pool.submit(run, thread, n, barrier, *arguments) for thread in range(1, n)]
-            run(0, n, barrier, *arguments)
-            for other in others:
-                other.result()
+        with threadpool_limits(limits=1, user_api="blas") if with_blas else nullcontext():
+            self.team.run(run, *arguments, barrier=True)
+
+    def _flat(self, name: str, arrays: Sequence[np.ndarray], batch: int) -> np.ndarray:
+        """The arrays (batch, N) of all layers in one, copied. Raises ValueError for others: kernels check no size."""
+        sizes, wanted = [array.shape for array in arrays], [(batch, n) for n in self.units]
+        if sizes != wanted:
+            raise ValueError(f"state {name}: got arrays of shape {sizes}, need {wanted} for this batch and network")
+        return np.concatenate([x.ravel() for x in arrays], dtype=np.float32)
 
     def stepper(self, state: State) -> Stepper | None:
-        """A stepper for single steps on one thread; None with more threads, where every step is a run."""
+        """A stepper for single steps on one thread; None with more threads and much work, where every step is a run.
+
+        Threads that share a step of little work would spend more time on waking up than on the work.
+        """
         if self.n_threads > 1:
-            return None
+            if self._multiplications(state.batch) > MOST_ALONE:
+                return None
+            if self._alone is None:
+                self._alone = CpuEngine(self.network, 1, self.policy)
+            return self._alone.stepper(state)
         batch, network = state.batch, self.network
-        c, y = (np.concatenate([x.ravel() for x in each]).astype(np.float32) for each in (state.cells, state.outputs))
+        c, y = (self._flat(name, getattr(state, name), batch) for name in ("cells", "outputs"))
         buffers, plan, layout = self._buffers(batch), self.plan(1, batch), self.layout
         total, size = sum(self.units), network.layers[0].inputs
         symbols = network.embedding is not None
@@ -239,7 +258,7 @@ class CpuEngine:
         else:
             most = batch * size + LANES
             received = (np.zeros(batch + 1, np.int64), np.zeros(most, np.int32), np.zeros(most, np.float32))
-        before = np.empty_like(c), np.empty_like(y)
+        following = np.empty_like(c), np.empty_like(y)
         numbers = {
             step_table.BATCH: batch,
             step_table.CHUNK: self.chunk,
@@ -283,10 +302,10 @@ class CpuEngine:
             step_table.INPUT_INDICES: received[1],
             step_table.INPUT_VALUES: received[2],
             step_table.INPUT_ROW_OF: np.arange(batch),
-            step_table.CELLS: c,
-            step_table.OUTPUTS: y,
-            step_table.CELLS_BEFORE: before[0],
-            step_table.OUTPUTS_BEFORE: before[1],
+            step_table.CELLS: following[0],
+            step_table.OUTPUTS: following[1],
+            step_table.CELLS_BEFORE: c,
+            step_table.OUTPUTS_BEFORE: y,
             step_table.GRADED: np.zeros(total, np.int64),
             step_table.BINARY: np.zeros(total, np.int64),
             step_table.EMPTY: np.zeros(0, np.float32),
@@ -304,15 +323,21 @@ class CpuEngine:
         return Stepper(
             step,
             [arrays[k] for k in range(len(arrays))],
-            c,
-            y,
-            before,
             by_layer=lambda flat: self._by_layer(flat, batch),
             check=check,
             dtype=np.int64 if symbols else np.float32,
             shape=(batch,) if symbols else (batch, size),
             output_shape=(batch, self.output_size),
         )
+
+    def _multiplications(self, batch: int) -> float:
+        """About how many multiplications a step of so many samples makes."""
+        matrices = self.network.matrices().items()
+        return batch * sum(self._activity_of(MatrixId(name)) * weights.stored for name, weights in matrices)
+
+    def _activity_of(self, name: MatrixId) -> float:
+        """Events per presynaptic unit and step of a matrix."""
+        return self.activity[len(self.units) if name.layer is None else name.layer + name.recurrent]
 
     def _by_layer(self, flat: np.ndarray, *leading: int) -> tuple[np.ndarray, ...]:
         """Views (*leading, N) of each layer's share of a flat array."""

@@ -3,6 +3,9 @@
 Numba takes some 50 ns to unpack an array argument of a compiled function. A step has some 40 arrays, so that unpacking
 them would take longer than the step of a small network. The kernel is given the table of addresses instead
 (`kernels/array_table.py`).
+
+The state lies in memory twice. A step reads one state and writes the other, and counts as made when the number of
+steps is raised, which is the last thing it does. Whatever is raised before leaves the state as it was.
 """
 
 from __future__ import annotations
@@ -11,9 +14,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from eventrnn._arithmetic import in_standard_mode, quiet_context, standard_arithmetic
+from eventrnn.cpu import step_table
 from eventrnn.state import State, need_finite_cells
 
 NO_NUMBERS, NO_SYMBOLS = np.zeros((0, 0), np.float32), np.zeros(0, np.int64)
+
+# Rows of the table with the state before a step, and with that after it; they swap from step to step.
+BEFORE, AFTER = (step_table.CELLS_BEFORE, step_table.OUTPUTS_BEFORE), (step_table.CELLS, step_table.OUTPUTS)
 
 
 class Stepper:
@@ -22,21 +30,20 @@ class Stepper:
     kernel        : compiled function (table, numbers, symbols, output) -> bool. It returns True where it refuses the
                     step because an input or a cell state is not finite, or a symbol does not exist
     arrays        : the arrays of the kernel's table, in order; the stepper keeps them alive
-    c, y          : (units of all layers * batch,) float32, cells and outputs, which the kernel changes
-    before        : copies of c and y, to which the kernel writes the state before its step
-    by_layer      : splits such a flat array into one array (batch, N) per layer
+    by_layer      : splits the cells, or the outputs, of all layers into one view (batch, N) per layer
     check         : converts an input to `dtype` and `shape`. Raises ValueError or TypeError for bad input
     dtype, shape  : dtype and shape of inputs that are passed to the kernel without a conversion
     output_shape  : shape of the output of a step
+
+    Attributes
+    ----------
+    steps : the number of steps that were made; its parity says which of the two states is the present one
     """
 
     def __init__(
         self,
         kernel: Callable,
         arrays: Sequence[np.ndarray],
-        c: np.ndarray,
-        y: np.ndarray,
-        before: tuple[np.ndarray, np.ndarray],
         *,
         by_layer: Callable[[np.ndarray], tuple[np.ndarray, ...]],
         check: Callable[[np.ndarray], np.ndarray],
@@ -44,51 +51,61 @@ class Stepper:
         shape: tuple[int, ...],
         output_shape: tuple[int, ...],
     ):
-        self.kernel, self.arrays, self.c, self.y, self.before = kernel, arrays, c, y, before
-        self.by_layer, self.check = by_layer, check
+        self.kernel, self.arrays, self.check, self.steps = kernel, arrays, check, 0
         self.dtype, self.shape, self.output_shape = np.dtype(dtype), shape, output_shape
         self.takes_symbols = self.dtype.kind == "i"
-        self.table = np.array([(each.ctypes.data, each.size) for each in arrays], np.int64)
+        # Made once: a conversion takes less time than making a context.
+        self.context = quiet_context()
+        rows = [(each.ctypes.data, each.size) for each in arrays]
+        self.states = [tuple(by_layer(arrays[row]) for row in rows_of) for rows_of in (BEFORE, AFTER)]
+        swapped = list(rows)
+        for before, after in zip(BEFORE, AFTER, strict=True):
+            swapped[before], swapped[after] = rows[after], rows[before]
+        self.tables = np.array(rows, np.int64), np.array(swapped, np.int64)
+
+    def __reduce__(self):
+        raise TypeError("stepper: holds addresses of its engine's memory and cannot be copied; copy the simulator")
 
     def __call__(self, inputs: np.ndarray) -> np.ndarray:
         """Compute one step; see `backend.Stepper`."""
+        given = inputs
         if (
             type(inputs) is not np.ndarray
-            or inputs.dtype != self.dtype
+            or inputs.dtype is not self.dtype
             or inputs.shape != self.shape
             # Contiguous, aligned and writable: Numba would compile the kernel again for any other array.
             or not inputs.flags.carray
         ):
-            inputs = self.check(inputs)
-        output = np.empty(self.output_shape, np.float32)
-        try:
-            if self.takes_symbols:
-                refused = self.kernel(self.table, NO_NUMBERS, inputs, output)
-            else:
-                refused = self.kernel(self.table, inputs, NO_SYMBOLS, output)
-        except KeyboardInterrupt:
-            # Python raises it when the kernel returns, that is after the step.
-            self._undo(inputs)
-            raise
+            inputs = self.context.run(in_standard_mode, self._converted, inputs)
+        output, table = np.empty(self.output_shape, np.float32), self.tables[self.steps & 1]
+        if self.takes_symbols:
+            refused = self.kernel(table, NO_NUMBERS, inputs, output)
+        else:
+            refused = self.kernel(table, inputs, NO_SYMBOLS, output)
         if refused:
-            self._refuse(inputs)
+            self._refuse(given)
+        self.steps += 1
         return output
 
     def state(self) -> State:
         """A copy of the state."""
-        return State(*(tuple(part.copy() for part in self.by_layer(flat)) for flat in (self.c, self.y)))
+        cells, outputs = self.states[self.steps & 1]
+        return State(tuple([part.copy() for part in cells]), tuple([part.copy() for part in outputs]))
 
+    def take_back(self) -> None:
+        """See `backend.Stepper`: the state before the last step is still in memory."""
+        self.steps -= 1
+
+    def _converted(self, inputs: np.ndarray) -> np.ndarray:
+        """The inputs as the kernel takes them, writable, so that Numba compiles it once. Raises for other inputs."""
+        kinds = "iu" if self.takes_symbols else "fiub"
+        if type(inputs) is np.ndarray and inputs.shape == self.shape and inputs.dtype.kind in kinds:
+            # The kernel finds what is not finite, or no symbol, after the conversion.
+            return inputs.astype(self.dtype, order="C")
+        return self.check(inputs)
+
+    @standard_arithmetic
     def _refuse(self, inputs: np.ndarray) -> None:
-        """Restore the state and raise the error for a step that the kernel refused."""
+        """Say what the kernel found in the inputs, or else in the cells that it wrote."""
         self.check(inputs)
-        cells = self.state().cells
-        self._undo(inputs)
-        need_finite_cells(cells)
-
-    def _undo(self, inputs: np.ndarray) -> None:
-        """Restore the state before the last step. After bad input there is nothing to restore: no step was begun."""
-        try:
-            self.check(inputs)
-        except ValueError:
-            return
-        self.c[:], self.y[:] = self.before
+        need_finite_cells(self.states[~self.steps & 1][0])

@@ -192,7 +192,10 @@ class DeviceState(State):
     @cached_property
     def _host(self) -> np.ndarray:
         with self.device.on_stream():
-            return self.flat.get()
+            host = self.flat.get()
+        # A run reads the state on the GPU, and would not see an edit of this copy.
+        host.flags.writeable = False
+        return host
 
     @cached_property
     def cells(self) -> tuple[np.ndarray, ...]:
@@ -206,6 +209,17 @@ class DeviceState(State):
 
     def need_finite(self) -> None:
         """Does nothing: the run has checked its cells on the GPU (`check_status`)."""
+
+    def snapshot(self) -> State:
+        """The state itself: nothing writes to it."""
+        return self
+
+    def checked(self, network: Network, batch: int) -> State:
+        """The state itself, if it has the sizes of the network. Raises ValueError otherwise."""
+        wanted = tuple(layer.units for layer in network.layers)
+        if (self.units, self.batch) != (wanted, batch):
+            raise ValueError(f"state: got {self.batch} samples of {self.units} units, need {batch} of {wanted}")
+        return self
 
     def __reduce__(self):
         return State, (self.cells, self.outputs)

@@ -44,7 +44,7 @@ class CudaStepper:
     """
 
     def __init__(self, loop: StepLoop, flat: Any, gpu_inputs: Callable[[Any, bool], Inputs]):
-        self.loop, self.batch, self.gpu_inputs = loop, loop.run.batch, gpu_inputs
+        self.loop, self.batch, self.gpu_inputs, self.steps = loop, loop.run.batch, gpu_inputs, 0
         self.device, self.network = loop.run.device, loop.run.network
         self.host_inputs = HostInputs(self.network.network, dense=True, whole=True)
         with self.device.on_stream():
@@ -63,10 +63,12 @@ class CudaStepper:
             output = self._step(prepared)
             if loop.host_answer[:STATUS_FIELDS].any():
                 self._refuse(inputs, prepared)
+            result = loop.host_output.copy() if prepared is None else result_for(self.device, prepared, output)
         except BaseException:
             self._undo()
             raise
-        return loop.host_output.copy() if prepared is None else result_for(self.device, prepared, output)
+        self.steps += 1
+        return result
 
     def _step(self, prepared: Inputs | None) -> Any:
         """Put the step on the stream and wait. Returns the output on the GPU for inputs there, else None."""
@@ -92,6 +94,11 @@ class CudaStepper:
         with self.device.on_stream():
             target.data.copy_from_device_async(source.data, source.nbytes)
             self.device.queue.synchronize()
+
+    def take_back(self) -> None:
+        """See `backend.Stepper`."""
+        self._undo()
+        self.steps -= 1
 
     def state(self) -> DeviceState:
         """A copy of the state, on the GPU."""

@@ -19,18 +19,22 @@ from eventrnn.training.tasks import Batch, Task, carry_state
 class CpuTrainingEngine:
     """Updates a model in place; see `backend.TrainingEngine`."""
 
+    apart = True
+
     def __init__(self, model: Model, task: Task, settings: Settings, optimiser: Rule):
         self.model, self.task, self.settings, self.optimiser = model, task, settings, optimiser
         self.state = State.zeros(model.template, settings.batch)
 
-    def update(self, batch: Batch, *, start: str, step: int, rate: float, after_step: Callable | None) -> WindowResult:
+    def update(
+        self, batch: Batch, *, start: str, step: int, rate: float, after_step: Callable | None, commit: Callable
+    ) -> WindowResult:
         """See `backend.TrainingEngine`."""
         model, settings = self.model, self.settings
         steps, samples = batch.inputs.shape[:2]
         carried = start and self.state.batch == samples
         state = carry_state(self.state, start) if carried else State.zeros(model.template, samples)
         noise = settings.regularisers.draw(model, steps, samples, seed=settings.seed, step=step)
-        output, state, tape = model.forward(batch.inputs, state, noise)
+        output, after, tape = model.forward(batch.inputs, state, noise)
         loss, d_output = self.task.loss(output, batch)
         penalty = settings.regularisers.penalise(model, tape)
         if not np.isfinite(loss + penalty.loss):
@@ -52,12 +56,7 @@ class CpuTrainingEngine:
         if settings.clip_layers:
             clip_by_layer(gradients, settings.clip_layers)
         norm = clip_by_norm(gradients, settings.clip)
-        self.optimiser.step(model.parameters, gradients, rate)
-        if after_step is not None:
-            after_step(model.parameters, gradients)
-        model.apply_masks()
-        self.state = state
-        return WindowResult(
+        result = WindowResult(
             loss=loss,
             penalty=penalty.loss + settings.activity_cost * _mean_sent(tape),
             activity=float(tape.activity),
@@ -66,6 +65,16 @@ class CpuTrainingEngine:
             operations=_operations(tape),
             norms=sizes,
         )
+
+        def change() -> WindowResult:
+            self.optimiser.step(model.parameters, gradients, rate)
+            if after_step is not None:
+                after_step(model.parameters, gradients)
+            model.apply_masks()
+            self.state = after
+            return result
+
+        return commit(change)
 
     def masks_changed(self) -> None:
         """See `backend.TrainingEngine`."""

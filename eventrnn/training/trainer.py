@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from eventrnn.backend import TrainingEngine, training_engine
+from eventrnn._arithmetic import standard_arithmetic
+from eventrnn._exclusive import Use, exclusive
+from eventrnn.backend import TrainingEngine, WindowResult, training_engine
 from eventrnn.network import Network
 from eventrnn.pruning.schedule import Pruning
 from eventrnn.state import State
 from eventrnn.training.bptt.model import Model
 from eventrnn.training.settings import Settings
 from eventrnn.training.tasks import LanguageModelling, Task
+from eventrnn.training.transaction import Transaction, backup_generator, backup_pruning
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,12 @@ class Trainer:
     pruning  : a pruning method that runs while training, or None
     model    : the model that computes outputs and gradients, in place of `Model(network)`
 
+    An exception of any kind, also one that a signal handler raises, leaves the trainer as it was after the last whole
+    update. A call from a second Python thread waits for the first one. A call from within a call, by a signal handler
+    or by the task, is refused with a RuntimeError. `copy`, `deepcopy` and `pickle` give an independent trainer.
+    With backend="cuda", an update that is interrupted may be made by half. The trainer then refuses every further call
+    until a checkpoint is restored, and it cannot be copied.
+
     Raises ValueError for a task that does not fit the network, for a batch larger than the data, and for a pruning
     method that does not end within the run.
     """
@@ -113,6 +123,21 @@ class Trainer:
         self.best: dict[str, np.ndarray] = {}
         self.best_value, self.worse = float("inf"), 0
         self.largest, self.operations = "none yet", 0
+        self._use = Use("trainer")
+        self._transaction = Transaction(self._use)
+
+    @exclusive
+    def __getstate__(self) -> dict[str, Any]:
+        self._transaction.settle()
+        return copy.deepcopy(vars(self))
+
+    def __deepcopy__(self, memo: dict) -> Trainer:
+        other = object.__new__(type(self))
+        vars(other).update(self.__getstate__())
+        return other
+
+    def __copy__(self) -> Trainer:
+        return copy.deepcopy(self)
 
     # --- running ---
 
@@ -144,35 +169,21 @@ class Trainer:
             return self.steps_done / self.settings.steps
         return (self.epoch + self.position / self.task.length(self.settings.batch)) / self.settings.epochs
 
+    @exclusive
+    @standard_arithmetic
     def step(self) -> Progress:
         """One update on one window: masks, noise, forward, loss, backward, clip, optimiser.
 
-        Raises `Diverged` where the loss or a gradient is not finite.
+        Raises `Diverged` where the loss or a gradient is not finite. After this or any other exception the trainer is
+        as it was after the last whole update.
         """
-        settings, task, pruning = self.settings, self.task, self.pruning
-        if pruning is not None and pruning.update(self.steps_done, self.model.parameters, self.model.masks):
-            self.engine.masks_changed()
-        window = settings.draw_window(self.rng)
-        batch = task.batch(self.position, self.epoch, settings.batch, window)
-        rate = settings.learning_rate * settings.schedule.at(self.share, self.steps_done)
-        if batch.carried:
-            rate *= len(batch.inputs) / settings.window
-        start = batch.carried if self.position else ""
-
-        def after_step(parameters: Mapping[str, np.ndarray], gradients: Mapping[str, np.ndarray]) -> None:
-            assert pruning is not None
-            pruning.after_step(self.steps_done, parameters, self.model.masks, gradients, rate)
-
-        result = self.engine.update(
-            batch, start=start, step=self.steps_done, rate=rate, after_step=None if pruning is None else after_step
-        )
-        if result.fault:
-            raise Diverged(self._divergence_message(result.fault))
-        largest = max(result.norms, key=lambda name: result.norms[name])
-        self.largest = f"{largest} ({result.norms[largest]:.3g})"
-        self.operations += result.operations
-        self.steps_done += 1
-        self._advance(batch.taken)
+        self._transaction.settle()
+        self._transaction.undo = self._backup()
+        try:
+            result, rate = self._update()
+        except BaseException:
+            self._transaction.put_back()
+            raise
         return Progress(
             step=self.steps_done,
             loss=result.loss,
@@ -187,32 +198,95 @@ class Trainer:
             operations=self.operations,
         )
 
+    def _backup(self) -> Callable[[], None]:
+        """A function that puts back what an update changes before its commit."""
+        model, parts = self.model, [backup_generator(self.rng)]
+        if self.pruning is not None:
+            parts.append(backup_pruning(self.pruning, self.steps_done, model.parameters, model.masks))
+
+        def put_back() -> None:
+            for part in parts:
+                part()
+
+        return put_back
+
+    def _update(self) -> tuple[WindowResult, float]:
+        """One update; returns its figures and its learning rate. The engine commits it."""
+        settings, task, pruning = self.settings, self.task, self.pruning
+        if pruning is not None and pruning.update(self.steps_done, self.model.parameters, self.model.masks):
+            self.engine.masks_changed()
+        window = settings.draw_window(self.rng)
+        batch = task.batch(self.position, self.epoch, settings.batch, window)
+        rate = settings.learning_rate * settings.schedule.at(self.share, self.steps_done)
+        if batch.carried:
+            rate *= len(batch.inputs) / settings.window
+        start = batch.carried if self.position else ""
+
+        def after_step(parameters: Mapping[str, np.ndarray], gradients: Mapping[str, np.ndarray]) -> None:
+            assert pruning is not None
+            pruning.after_step(self.steps_done, parameters, self.model.masks, gradients, rate)
+
+        def commit(change: Callable[[], WindowResult]) -> WindowResult:
+            return self._transaction.commit(lambda: self._counted(change(), batch.taken), apart=self.engine.apart)
+
+        result = self.engine.update(
+            batch,
+            start=start,
+            step=self.steps_done,
+            rate=rate,
+            after_step=None if pruning is None else after_step,
+            commit=commit,
+        )
+        if result.fault:
+            raise Diverged(self._divergence_message(result.fault))
+        return result, rate
+
+    def _counted(self, result: WindowResult, taken: int) -> WindowResult:
+        """The result of an update that was made, after it was counted."""
+        if not result.fault:
+            largest = max(result.norms, key=lambda name: result.norms[name])
+            self.largest = f"{largest} ({result.norms[largest]:.3g})"
+            self.operations += result.operations
+            self.steps_done += 1
+            self._advance(taken)
+        return result
+
+    @exclusive
+    @standard_arithmetic
     def validate(self) -> dict[str, float]:
         """The task's figures on held-out data; empty where the task holds nothing out.
 
         The parameters are those of a forward pass, averaged if the optimiser averages. Once masks are final, the
-        parameters of a new best validation are copied to `best`.
+        parameters of a new best validation are copied to `best`. An exception leaves the trainer as it was.
         """
+        self._transaction.settle()
         with self.engine.reading(), self.engine.evaluating(self._eval_parameters()) as model:
             figures = self.task.evaluate(model)
-            if not figures:
-                return {}
-            value = figures[self.task.figure]
-            self.optimiser.validated(value, self.model.parameters)
-            if not self.masks_are_final:
-                return figures
-            self.worse += 1
-            if value < self.best_value:
-                self.best_value, self.worse = value, 0
-                self.best = {name: array.copy() for name, array in model.parameters.items()}
+            if figures:
+                self._transaction.uninterrupted(
+                    lambda: self._note(figures[self.task.figure], model.parameters), apart=self.engine.apart
+                )
         return figures
 
+    def _note(self, value: float, parameters: Mapping[str, np.ndarray]) -> None:
+        """Take account of a validation of these parameters."""
+        best = {name: array.copy() for name, array in parameters.items()} if value < self.best_value else None
+        self.optimiser.validated(value, self.model.parameters)
+        if not self.masks_are_final:
+            return
+        self.worse += 1
+        if best is not None:
+            self.best, self.best_value, self.worse = best, value, 0
+
+    @exclusive
+    @standard_arithmetic
     def network(self, *, best: bool = False) -> Network:
         """The trained network, with the rule of its thresholds in `metadata["thresholds"]`.
 
         best : use the parameters of the best validation, if there was one; otherwise the present parameters, averaged
                if the optimiser averages
         """
+        self._transaction.settle()
         with self.engine.reading():
             network = self.model.network(self.best if best and self.best else self._eval_parameters())
         return replace(network, metadata={**network.metadata, "thresholds": self.model.thresholds})
@@ -266,8 +340,10 @@ class Trainer:
             "pruning": "None" if self.pruning is None else self.pruning.digest(),
         }
 
+    @exclusive
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays of the state of the run, by name. They are the arrays of the run itself, not copies."""
+        self._transaction.settle()
         with self.engine.reading():
             named = {f"parameters.{name}": value for name, value in self.model.parameters.items()}
             named |= {f"optimiser.{name}": value for name, value in self.optimiser.arrays().items()}
@@ -280,8 +356,10 @@ class Trainer:
             named |= {f"state.cells.{k}": cells, f"state.outputs.{k}": outputs}
         return named
 
+    @exclusive
     def numbers(self) -> dict[str, Any]:
         """The rest of the state of the run, as values that JSON can hold."""
+        self._transaction.settle()
         return {
             "steps": self.steps_done,
             "epoch": self.epoch,
@@ -295,8 +373,12 @@ class Trainer:
             "operations": self.operations,
         }
 
+    @exclusive
     def restore(self, arrays: Mapping[str, np.ndarray], numbers: Mapping[str, Any]) -> None:
         """Continue from the `arrays` and `numbers` of a run with the same `identity`, bit for bit."""
+        self._transaction.uninterrupted(lambda: self._restore(arrays, numbers), apart=self.engine.apart)
+
+    def _restore(self, arrays: Mapping[str, np.ndarray], numbers: Mapping[str, Any]) -> None:
 
         def part(prefix: str) -> dict[str, np.ndarray]:
             return {name[len(prefix) :]: a for name, a in arrays.items() if name.startswith(prefix)}
@@ -319,3 +401,4 @@ class Trainer:
         self.rng.bit_generator.state = numbers["generator"]
         self.best_value = float("inf") if numbers["best_value"] is None else numbers["best_value"]
         self.worse, self.largest, self.operations = numbers["worse"], numbers["largest"], numbers["operations"]
+        self._transaction.forget()

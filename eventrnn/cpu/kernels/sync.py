@@ -2,6 +2,9 @@
 
 A thread calls these on int64 arrays of one element that all threads share. The barrier counts arrivals; the work
 counter hands out work in order of requests (dynamic scheduling). Neither changes a result.
+
+A thread that fails, or that never starts, does not arrive at a barrier. `cpu/threads.py` then abandons the barrier: the
+count of arrivals is negative from then on, and every thread that waits, or comes to wait, is told so and must return.
 """
 
 from __future__ import annotations
@@ -19,6 +22,9 @@ from eventrnn.cpu.kernels.simd import I32, I64, address, call
 # Turns of the waiting loop before a thread yields its core, some microseconds: longer than the usual wait while every
 # thread has a core of its own. A thread that waits longer may be on the core that the awaited thread needs.
 SPINS_BEFORE_YIELD = 300
+
+# Count of arrivals of a barrier that was abandoned: negative, also after arrivals that follow.
+ABANDONED = -(1 << 62)
 
 _IS_X86 = llvm.get_process_triple().startswith(("x86_64", "i686"))
 
@@ -76,16 +82,21 @@ def barrier_wait(barrier, n_threads, target):
     barrier : (1,) int64, counts arrivals; zero at first
     target  : n_threads at the first barrier, then what the call before returned
 
-    Returns the next target, and the turns of the waiting loop. One thread alone does not wait.
+    Returns the next target, and the turns of the waiting loop. One thread alone does not wait. A negative target means
+    that the barrier was abandoned: the caller must return at once, because other threads may have stopped anywhere.
     """
     spins = 0
     if n_threads > 1:
         atomic_add(barrier, 1)
-        while atomic_load(barrier) < target:
+        arrived = atomic_load(barrier)
+        while arrived < target:
+            if arrived < 0:
+                return arrived, spins
             spins += 1
             pause()
             if spins > SPINS_BEFORE_YIELD:
                 yield_core()
+            arrived = atomic_load(barrier)
     return target + n_threads, spins
 
 

@@ -23,6 +23,7 @@ from eventrnn.cpu import step_table
 from eventrnn.cpu.kernels.array_table import first_not_finite, float32_at, int32_at, int64_at
 from eventrnn.cpu.kernels.by_address import call_gating, call_update
 from eventrnn.cpu.kernels.cell_update import compact_events, count_events
+from eventrnn.cpu.kernels.float_mode import enter_standard_mode, leave_standard_mode
 from eventrnn.cpu.kernels.jit import compiled
 from eventrnn.cpu.kernels.microkernels import prefetch
 from eventrnn.cpu.kernels.simd import LANES
@@ -55,7 +56,7 @@ from eventrnn.cpu.tables import (
 def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, outputs):
     """One thread's share of the steps `size.begin` to `size.end`; records are those of `tables.py`.
 
-    barrier : (1,) int64, zero at first
+    barrier : (1,) int64, zero at first. Once it is abandoned, every thread returns, and the results are of no use
     """
     layers, column_tiles, pools = network.layers, network.column_tiles[thread], network.pools
     events, batch, chunk = buffers.events, size.batch, size.chunk
@@ -87,6 +88,8 @@ def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, output
                 )
             # After the barrier, no thread reads the drives of the last chunk, and the carried events are complete.
             target, _ = barrier_wait(barrier, n_threads, target)
+            if target < 0:
+                return
 
             first_tile, last_tile, bias = layers[layer, IN], layers[layer, REC], layers[layer, BIAS_IN]
             n_pre, drive_rows = layers[layer, INPUTS], length * batch
@@ -122,6 +125,8 @@ def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, output
                 if is_paper:
                     # The events of the candidate product are multiplied by the reset gates of all units.
                     target, _ = barrier_wait(barrier, n_threads, target)
+                    if target < 0:
+                        return
                     for b in range(batch):
                         a, s, to = (t * batch + b) * pitch, unit_0 * batch + b * n, b * row_capacity
                         begins[b] = to
@@ -140,6 +145,8 @@ def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, output
                     )  # fmt: skip
                     # After the barrier, no thread reads y or the reset gates of this step.
                     target, _ = barrier_wait(barrier, n_threads, target)
+                    if target < 0:
+                        return
 
                 for b in range(batch):
                     row, a, s = mine + (t + 1) * batch + b, (t * batch + b) * pitch + base, unit_0 * batch + b * n
@@ -171,6 +178,8 @@ def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, output
                         copy(y, s + low, outputs.output, ((t0 + t) * batch + b) * n + low, high - low)
                 # planted fault: barrier missing
                 target, _ = barrier_wait(barrier, n_threads, target)
+                if target < 0:
+                    return
 
         if network.readout >= 0:
             low, high = network.unit_bounds[n_layers, thread], network.unit_bounds[n_layers, thread + 1]
@@ -187,12 +196,21 @@ def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, output
 
 @compiled
 def step(table, inputs, symbols, output):
-    """One step on one thread, of the arrays that a table names (`step_table.py`); True if it must be undone.
+    """One step on one thread, of the arrays that a table names (`step_table.py`); True if its result is refused.
 
     The step takes `inputs` (batch, I) float32 or, with an embedding, `symbols` (batch,) int64; the other one is empty.
-    It writes `output` (batch, outputs) float32, and keeps the state before it. It must be undone when an input or a
-    cell is not finite; a symbol out of range is refused before the step.
+    It writes `output` (batch, outputs) float32 and the state after the step, beside the state before it. It is refused
+    when an input or a cell is not finite, or a symbol is out of range. It runs in the standard floating-point mode.
     """
+    mode = enter_standard_mode()
+    refused = _step(table, inputs, symbols, output)
+    leave_standard_mode(mode)
+    return refused
+
+
+@compiled
+def _step(table, inputs, symbols, output):
+    """`step` in the floating-point mode that is set."""
     indptr, row_of = int64_at(table, step_table.INPUT_INDPTR), int64_at(table, step_table.INPUT_ROW_OF)
     indices, values = int32_at(table, step_table.INPUT_INDICES), float32_at(table, step_table.INPUT_VALUES)
     if len(symbols) > 0:
@@ -209,8 +227,8 @@ def step(table, inputs, symbols, output):
     numbers = int64_at(table, step_table.NUMBERS)
     n_layers, n_tiles = numbers[step_table.N_LAYERS], numbers[step_table.N_COLUMN_TILES]
     c, y = float32_at(table, step_table.CELLS), float32_at(table, step_table.OUTPUTS)
-    copy(c, 0, float32_at(table, step_table.CELLS_BEFORE), 0, len(c))
-    copy(y, 0, float32_at(table, step_table.OUTPUTS_BEFORE), 0, len(y))
+    copy(float32_at(table, step_table.CELLS_BEFORE), 0, c, 0, len(c))
+    copy(float32_at(table, step_table.OUTPUTS_BEFORE), 0, y, 0, len(y))
     empty = float32_at(table, step_table.EMPTY)
     network = NetworkTables(
         int64_at(table, step_table.LAYERS).reshape((n_layers, -1)),

@@ -60,6 +60,9 @@ class CudaTrainingEngine:
     with the needed and the free bytes, before anything is allocated.
     """
 
+    # CUDA knows the thread that made its context.
+    apart = False
+
     def __init__(self, model: Model, task: Task, settings: Settings, optimiser: Rule):
         _check(settings)
         self.model, self.task, self.settings, self.optimiser = model, task, settings, optimiser
@@ -130,9 +133,22 @@ class CudaTrainingEngine:
                     self.device.send(padded, self.memory[name, k][: state.batch])
 
     def update(
-        self, batch: Batch, *, start: str, step: int, rate: float, after_step: Callable[[Any, Any], None] | None
+        self,
+        batch: Batch,
+        *,
+        start: str,
+        step: int,
+        rate: float,
+        after_step: Callable[[Any, Any], None] | None,
+        commit: Callable[[Callable[[], WindowResult]], WindowResult],
     ) -> WindowResult:
         """See `backend.TrainingEngine`."""
+        # The GPU changes parameters as soon as it has gradients.
+        return commit(lambda: self._update(batch, start, step, rate, after_step))
+
+    def _update(
+        self, batch: Batch, start: str, step: int, rate: float, after_step: Callable[[Any, Any], None] | None
+    ) -> WindowResult:
         steps, samples = batch.inputs.shape[:2]
         with self.device.on_stream():
             self._take_over()
@@ -160,6 +176,12 @@ class CudaTrainingEngine:
             if after_step is not None:
                 after_step(self.model.parameters, self._gradients())
         return result
+
+    def __reduce__(self):
+        raise TypeError(
+            "trainer: its parameters are on the GPU and cannot be copied; make a new trainer, and restore the `arrays` "
+            "and `numbers` of this one"
+        )
 
     def masks_changed(self) -> None:
         """See `backend.TrainingEngine`."""

@@ -93,6 +93,10 @@ class LayerEngine:
         self.patterns: dict[str, Pattern] = {}
         self.packed: dict[tuple, PackedMatrix] = {}
 
+    def __reduce__(self):
+        # Patterns and packed weights are made again from the masks.
+        return LayerEngine, (self.cell, self.backward_mode, self.team, self.arena)
+
     # --- patterns -----------------------------------------------------------------------------------------------
 
     def pattern(self, name: str, shape: tuple[int, int], mask: np.ndarray | None) -> Pattern:
@@ -185,7 +189,7 @@ class LayerEngine:
             self.workspace.step_events(n, batch),
             self.workspace.product(n, batch, packed.most),
             tape.arrays(),
-            counter=True,
+            barrier=True,
         )
         return tape
 
@@ -365,7 +369,7 @@ class LayerEngine:
             take(2 * batch * n),
             sweep.deltas,
             work.dots,
-            counter=True,
+            barrier=True,
         )
         work.dots_stored = pattern.executed_out()
 

@@ -9,12 +9,15 @@ same.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.sparse as sp
 
+from eventrnn._arithmetic import standard_arithmetic
+from eventrnn._exclusive import Use, exclusive
 from eventrnn.cells import Cell
 from eventrnn.counting.backward import BackwardWork
 from eventrnn.cpu.engine import MOST_THREADS
@@ -123,8 +126,13 @@ class Model:
         for name, weights in network.matrices().items():
             if name in self.parameters and not isinstance(weights, Dense):
                 self.masks[name] = weights.kept()
-        self._team, self._arena = Team(threads), Arena()
+        self._team, self._arena, self._use = Team(threads), Arena(), Use("model")
+        self._shapes = {name: value.shape for name, value in self.parameters.items()}
         self._engines = [LayerEngine(cell, backward, self._team, self._arena) for cell in self.cells]
+
+    def __copy__(self) -> Model:
+        # A shallow copy would share the memory of the kernels.
+        return copy.deepcopy(self)
 
     def network(self, parameters: Mapping[str, np.ndarray] | None = None) -> Network:
         """A network with copies of the parameters, all weights dense.
@@ -165,6 +173,8 @@ class Model:
         """Weights of the read-out (N, V), a view; the transposed embedding when tied."""
         return self.parameters["embedding"].T if self.tied else self.parameters["readout"]
 
+    @exclusive
+    @standard_arithmetic
     def forward(self, inputs: np.ndarray, state: State, noise: Noise | None = None) -> tuple[np.ndarray, State, Tape]:
         """Run a window of T steps and B samples.
 
@@ -173,8 +183,8 @@ class Model:
         noise  : masks of dropout and zoneout; none by default
 
         Returns the output (T, B, V), or the outputs (T, B, N) of the last layer without a read-out; the state after the
-        window; and the tape. Raises ValueError for inputs or noise of the wrong shape, and for symbols outside the
-        embedding.
+        window; and the tape. Raises ValueError for inputs, noise, a state, parameters or masks of the wrong shape, and
+        for symbols outside the embedding.
         """
         p, noise = self.parameters, noise or Noise()
         symbols = inputs if "embedding" in p else None
@@ -185,6 +195,7 @@ class Model:
             # The backward pass sums rows by symbol in a product that does not check its indices.
             check_range("inputs", symbols, len(p["embedding"]), "(step, sample)")
         noise.check(inputs.shape[0], inputs.shape[1], *self._sizes())
+        self._check(state, inputs.shape[1])
         if symbols is None:
             x = np.ascontiguousarray(inputs, F32)
         else:
@@ -222,6 +233,23 @@ class Model:
         output, state, tape = self.forward(inputs, state)
         return cross_entropy(output, targets)[0], state, tape.activity
 
+    def _check(self, state: State, batch: int) -> None:
+        """Refuse a state, parameters and masks of other shapes: kernels do not check an index. Raises ValueError."""
+        for name, shape in self._shapes.items():
+            value = self.parameters[name]
+            if value.shape != shape or value.dtype != F32 or not value.flags.c_contiguous:
+                raise ValueError(
+                    f"parameters: {name} is {value.dtype} {value.shape}, need C-contiguous float32 {shape}; change "
+                    "parameters in place"
+                )
+        for name, mask in self.masks.items():
+            if mask.dtype != bool or mask.shape != self._shapes.get(name):
+                raise ValueError(f"masks: {name} is {mask.dtype} {mask.shape}, need bool {self._shapes.get(name)}")
+        wanted = [(batch, units) for units in self._sizes()[0]]
+        for name, arrays in (("cells", state.cells), ("outputs", state.outputs)):
+            if (got := [array.shape for array in arrays]) != wanted:
+                raise ValueError(f"state {name}: got arrays of shape {got}, need {wanted}")
+
     def _sizes(self) -> tuple[list[int], int, int | None]:
         """Units of each layer, inputs of the first layer, symbols of the embedding or None."""
         units = [len(self.parameters[f"layers.{k}.threshold"]) for k in range(len(self.cells))]
@@ -243,6 +271,8 @@ class Model:
             full = f"layers.{k}.{name}"
             self._engines[k].pattern(name, self.parameters[full].shape, self.masks.get(full))
 
+    @exclusive
+    @standard_arithmetic
     def backward(
         self,
         tape: Tape,

@@ -143,6 +143,10 @@ class Arena:
     every array is then new memory, which is slower and correct.
     """
 
+    def __reduce__(self):
+        # The number of references says which memory is idle, so a copy begins without any.
+        return Arena, ()
+
     def __init__(self):
         self.buffers: dict[tuple, list[_Buffer]] = {}
 

@@ -42,6 +42,8 @@ def barrier_and_rebalance(barrier, thread, n_threads, target, turn, balance):
     one, and overwritten after the one that follows it: two rows suffice.
     """
     next_target, spins = barrier_wait(barrier, n_threads, target)
+    if next_target < 0:
+        return next_target
     before, bounds = balance.waited[(turn + 1) % 2], balance.unit_bounds[thread]
     for p in range(1, n_threads):
         difference = before[p - 1] - before[p]

@@ -3,8 +3,9 @@
 A thread owns some units: their drives, cells and deltas, for all samples. Threads meet at a barrier where a step needs
 what all units sent (forward) or the deltas of all units (backward), and may then hand units to each other
 (`load_balance.py`). No sum is ever split between threads, so the bits depend neither on their number nor on the owner
-of a unit. Arrays, with shapes and dtypes, are named in `records.py`: weights and the tape are shared, event lists are
-written by all threads and read by all, scratch is each thread's own.
+of a unit. Once a barrier is abandoned (`sync.py`), every thread returns, and what was written is useless. Arrays, with
+shapes and dtypes, are named in `records.py`: weights and the tape are shared, event lists are written by all threads
+and read by all, scratch is each thread's own.
 
     forward                `reference.forward`
     backward               the loop over steps of `reference.backward`: deltas, and the gradients of bias and threshold
@@ -102,6 +103,8 @@ def forward(
         begins[slot] = first
         counts[slot] = compact_events(tape.y, b * n, low, high, indices, values, first)
     target, _ = barrier_wait(barrier, n_threads, target)
+    if target < 0:
+        return
     for t in range(steps):
         buffer, following = (t % 2) * batch, ((t + 1) % 2) * batch
         for q in range(buffer * n_threads, (buffer + batch) * n_threads if n_threads > 1 else 0):
@@ -132,6 +135,8 @@ def forward(
                 begins[slot] = first
                 counts[slot] = compact_events(tape.q, s, low, high, indices, values, first)
             target, _ = barrier_wait(barrier, n_threads, target)
+            if target < 0:
+                return
             propagate_all(
                 mine,
                 gates,
@@ -160,8 +165,12 @@ def forward(
             counts[slot] = compact_events(tape.y, s + size, low, high, indices, values, first)
         if len(shared_tiles) == 0:
             target, _ = barrier_wait(barrier, n_threads, target)
+            if target < 0:
+                return
             continue
         target = barrier_and_rebalance(barrier, thread, n_threads, target, t, balance)
+        if target < 0:
+            return
         if low != bounds[thread] or high != bounds[thread + 1]:
             low, high = bounds[thread], bounds[thread + 1]
             own = low + LANES * thread
@@ -239,6 +248,8 @@ def backward(
             else:
                 adjoint(n, low, high, surrogate, tape, s, d_y_step, d_cell, cell_at, d_c, row, deltas, d)
         target = barrier_and_rebalance(barrier, thread, n_threads, target, t, balance)
+        if target < 0:
+            return
         low, high = bounds[thread], bounds[thread + 1]
         start = t * batch * pitch
         if t == 0 and not paper:
@@ -259,6 +270,8 @@ def backward(
                 for i in range(low, high if t > 0 else low):
                     d_y_step[row + i] += d_sent[size + row + i]
             target, _ = barrier_wait(barrier, n_threads, target)
+            if target < 0:
+                return
         if t > 0:
             sddmm(gate_weights, d_rec, start, pitch, batch, low, high, n, pairs, d_y_step, 0)
 

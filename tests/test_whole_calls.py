@@ -1,0 +1,551 @@
+"""Calls are whole: an exception leaves the last whole call, two calls never mix, and copies are independent."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import signal
+import threading
+import warnings
+
+import numpy as np
+import pytest
+
+from eventrnn.backend import get_backend
+from eventrnn.cpu import engine as cpu
+from eventrnn.network import Network
+from eventrnn.pruning import Combined, DynamicMasks, GradualPruning, GroupLasso, MovementPruning, RegrownMasks
+from eventrnn.pruning import patterns as pattern
+from eventrnn.simulation import Simulator, simulate
+from eventrnn.state import State
+from eventrnn.training import LanguageModelling, Model, Regularisers, Settings, Trainer
+from support.conformance import assert_same_state
+
+COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": lambda each: pickle.loads(pickle.dumps(each))}
+
+
+class Fault(BaseException):
+    """What a signal handler raises, and no part of the library knows."""
+
+
+def drawn(symbols: bool = False) -> Network:
+    fed = {"symbols": 5, "embedding": 6} if symbols else {"inputs": 6}
+    return Network.random([24, 17], **fed, readout=3, rng=np.random.default_rng(0), threshold=0.05)
+
+
+def inputs(steps: int, symbols: bool = False) -> np.ndarray:
+    rng = np.random.default_rng(1)
+    return rng.integers(0, 5, (steps, 2)) if symbols else rng.normal(size=(steps, 2, 6)).astype(np.float32)
+
+
+# --- a simulator ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("symbols", [False, True])
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_a_step_that_raises_is_not_made(place, symbols, monkeypatch):
+    network, x = drawn(symbols), inputs(6, symbols)
+    whole, simulator = simulate(network, x), Simulator(network, batch=2)
+    for each in x[:2]:
+        simulator.step(each)
+    before, stepper = simulator.state, simulator._stepper
+    kernel = stepper.kernel
+
+    def interrupted(*arguments):
+        if place == "after":
+            kernel(*arguments)
+        raise Fault
+
+    monkeypatch.setattr(stepper, "kernel", interrupted)
+    with pytest.raises(Fault):
+        simulator.step(x[2])
+    monkeypatch.undo()
+    assert_same_state(simulator.state, before)
+    assert np.array_equal(np.stack([simulator.step(each) for each in x[2:]]), whole.output[2:])
+
+
+@pytest.mark.parametrize(("threads", "alone"), [(1, True), (2, False)])
+@pytest.mark.parametrize("call", ["step", "run"])
+def test_an_exception_while_a_call_gives_back_its_lock_takes_the_call_back(call, threads, alone, monkeypatch):
+    monkeypatch.setattr(cpu, "MOST_ALONE", float("inf") if alone else 0)
+    network, x = drawn(), inputs(4)
+    simulator = Simulator(network, batch=2, threads=threads)
+    make = simulator.run if call == "run" else lambda part: simulator.step(part[0])
+    make(x[:1])
+    before, lock = simulator.state, simulator._use.lock
+
+    class Late:
+        """A lock after whose release a signal handler raises, once."""
+
+        def __enter__(self):
+            lock.acquire()
+
+        def __exit__(self, *error):
+            lock.release()
+            simulator._use.lock = lock
+            raise Fault
+
+    simulator._use.lock = Late()
+    with pytest.raises(Fault):
+        make(x[1:2])
+    assert_same_state(simulator.state, before)
+    make(x[1:2])
+    assert_same_state(simulator.state, simulate(network, x[:2]).state)
+
+
+@pytest.mark.parametrize("call", ["step", "run", "trainer"])
+def test_calls_that_alarms_break_off_leave_the_last_whole_call(call, monkeypatch):
+    """On two threads, at any moment. Where an alarm comes does not decide what holds."""
+    monkeypatch.setattr(cpu, "MOST_ALONE", 0)
+    simulator, x, trainer = Simulator(drawn(), batch=2, threads=2), inputs(40), trained(threads=2)
+    advance = {"step": lambda: simulator.step(x[0]), "run": lambda: simulator.run(x), "trainer": trainer.step}[call]
+    arrays, numbers = {name: array.copy() for name, array in trainer.arrays().items()}, trainer.numbers()
+
+    def reset():
+        simulator.reset()
+        trainer.restore(arrays, numbers)
+
+    def state():
+        return [a.tobytes() for a in (*simulator.state.cells, *simulator.state.outputs)], bits(trainer)
+
+    def late(number, frame):
+        raise Fault
+
+    rng, handler = np.random.default_rng(2), signal.signal(signal.SIGALRM, late)
+    try:
+        for _ in range(10):
+            reset()
+            made = 0
+            try:
+                signal.setitimer(signal.ITIMER_REAL, float(rng.uniform(1e-4, 2e-2)))
+                while True:
+                    advance()
+                    made += 1
+            except Fault:
+                found = state()
+            reset()
+            expected = []
+            for _ in range(made):
+                advance()
+            expected.append(state())
+            advance()
+            assert found in (*expected, state())
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def test_a_call_within_a_call_is_refused_and_the_outer_call_is_made():
+    network, x, refused = drawn(), inputs(3), []
+    simulator = Simulator(network, batch=2)
+    run = simulator.engine.run
+
+    def nosy(*arguments, **keywords):
+        """A signal handler that uses the simulator within its own run."""
+        for use in (lambda: simulator.state, simulator.reset, lambda: simulator.step(x[0]), lambda: simulator.run(x)):
+            with pytest.raises(RuntimeError, match="simulator: in use by a call that has not returned"):
+                use()
+            refused.append(use)
+        return run(*arguments, **keywords)
+
+    simulator.engine.run = nosy
+    assert np.array_equal(simulator.run(x).output, simulate(network, x).output)
+    assert len(refused) == 4
+    assert_same_state(simulator.state, simulate(network, x).state)
+
+
+def test_calls_from_two_threads_are_made_one_after_the_other():
+    network, x = drawn(), inputs(300)
+    first = simulate(network, x)
+    wanted = {first.output.tobytes(), simulate(network, x, state=first.state).output.tobytes()}
+    for _ in range(5):
+        simulator, found = Simulator(network, batch=2), set()
+        callers = [threading.Thread(target=lambda: found.add(simulator.run(x).output.tobytes())) for _ in range(2)]  # noqa: B023
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+        assert found == wanted
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("used", ["step", "run", "not"])
+def test_a_copy_of_a_simulator_goes_on_by_itself(used, threads, how):
+    network, x = drawn(), inputs(9)
+    whole, simulator = simulate(network, x).output, Simulator(network, batch=2, threads=threads)
+    begun = 0 if used == "not" else 4
+    for each in x[:begun] if used == "step" else ():
+        simulator.step(each)
+    if used == "run":
+        simulator.run(x[:begun])
+    other = COPIES[how](simulator)
+    for each in x[::-1]:
+        other.step(each)
+    later = COPIES[how](simulator)
+    assert np.array_equal(simulator.run(x[begun:]).output, whole[begun:])
+    del simulator
+    assert np.array_equal(np.stack([later.step(each) for each in x[begun:]]), whole[begun:])
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_of_an_engine_or_a_network_gives_the_same_bits(how):
+    network, x = drawn(symbols=True), inputs(5, symbols=True)
+    expected = simulate(network, x)
+    assert np.array_equal(simulate(COPIES[how](network), x).output, expected.output)
+    engine = get_backend("cpu").engine(network, threads=2)
+    engine.run(engine.prepare(x), State.zeros(network, 2))
+    other = COPIES[how](engine)
+    assert other.team is not engine.team
+    assert np.array_equal(other.run(other.prepare(x), State.zeros(network, 2)).output, expected.output)
+    with pytest.raises(TypeError, match="stepper: .* cannot be copied; copy the simulator"):
+        COPIES[how](get_backend("cpu").engine(network).stepper(State.zeros(network, 2)))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_can_use_the_simulators_and_trainers_of_its_parent(monkeypatch):
+    monkeypatch.setattr(cpu, "MOST_ALONE", 0)
+    network, x = drawn(), inputs(4)
+    simulator, trainer, twin = Simulator(network, batch=2, threads=2), trained(threads=2), trained(threads=2)
+    simulator.run(x[:2])
+    trainer.step()
+    for _ in range(2):
+        twin.step()
+    holding, go = threading.Event(), threading.Event()
+
+    def hold():
+        with simulator._use.lock:
+            holding.set()
+            go.wait()
+
+    # Another thread uses the simulator while the process is forked; that thread is not in the child.
+    holder = threading.Thread(target=hold)
+    holder.start()
+    holding.wait()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        outputs = np.stack([simulator.step(x[2]), simulator.run(x[3:]).output[0]])
+        trainer.step()
+        same = np.array_equal(outputs, simulate(network, x).output[2:]) and bits(trainer) == bits(twin)
+        os._exit(0 if same else 1)
+    go.set()
+    holder.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+# --- what is handed out, and what is set ----------------------------------------------------------------------------
+
+
+def test_editing_what_a_simulator_hands_out_changes_nothing():
+    network, x = drawn(), inputs(8)
+    whole, simulator = simulate(network, x), Simulator(network, batch=2)
+    first = simulator.run(x[:3], record=("events", "states"))
+    kept = first.state.copy()
+    second = simulator.run(x[3:5])
+    assert_same_state(second.initial, kept)
+    for state in (first.state, second.initial, second.state, simulator.state):
+        for array in (*state.cells, *state.outputs):
+            array[...] = 7
+    for array in (first.output, *first.states):
+        array[...] = 7
+    simulator.step(x[5])
+    for array in (*simulator.state.cells, *simulator.state.outputs):
+        array[...] = 7
+    assert np.array_equal(simulator.run(x[6:]).output, whole.output[6:])
+
+
+@pytest.mark.parametrize("symbols", [False, True])
+def test_reading_the_state_between_steps_keeps_the_stepper(symbols):
+    network, x = drawn(symbols), inputs(5, symbols)
+    simulator = Simulator(network, batch=2)
+    simulator.step(x[0])
+    stepper = simulator._stepper
+    for t in range(1, 5):
+        simulator.step(x[t])
+        assert_same_state(simulator.state, simulate(network, x[: t + 1]).state)
+    assert simulator._stepper is stepper
+
+
+LAYOUTS = {
+    "float64": lambda x: x.astype(np.float64),
+    "columns": np.asfortranarray,
+    "reversed": lambda x: x[::-1].copy()[::-1],
+    "read-only": lambda x: np.frombuffer(x.tobytes(), np.float32).reshape(x.shape),
+    "big-endian": lambda x: x.astype(">f4"),
+    "list": lambda x: x.tolist(),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_takes_numbers_of_every_layout(layout):
+    network, x = drawn(), inputs(5)
+    simulator = Simulator(network, batch=2)
+    found = np.stack([simulator.step(LAYOUTS[layout](each)) for each in x])
+    assert np.array_equal(found, simulate(network, x).output)
+    before = simulator.state
+    for bad, message in [
+        (np.full((2, 6), 1e300), r"inputs as float32: got inf at position \(0, 0, 0\)"),
+        (np.full((2, 6), np.nan), r"inputs: got nan at position \(0, 0, 0\)"),
+        (np.zeros((2, 5)), r"inputs: got float64 \(1, 2, 5\), need numbers"),
+        (np.zeros((1, 6)), "inputs: got a batch of 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            simulator.step(bad)
+    assert_same_state(simulator.state, before)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_step_of_little_work_takes_one_thread(batch, monkeypatch):
+    network, x = drawn(), inputs(5)[:, :batch]
+    expected = simulate(network, x).output
+    for most in (0, cpu.MOST_ALONE):
+        monkeypatch.setattr(cpu, "MOST_ALONE", most)
+        simulator = Simulator(network, batch=batch, threads=3)
+        assert np.array_equal(np.stack([simulator.step(each) for each in x]), expected)
+        assert (simulator._stepper is None) == (most == 0)
+
+
+def test_a_state_is_checked_when_it_is_set():
+    network, simulator = drawn(), Simulator(drawn(), batch=2)
+    simulator.step(inputs(1)[0])
+    before = simulator.state
+    for bad, error, message in [
+        (State.zeros(network, 3), ValueError, r"state cells of layer 0: got float32 \(3, 24\), need float \(2, 24\)"),
+        (State.zeros(Network(network.layers[:1]), 2), ValueError, "state: got 1 layers, the network has 2"),
+        ((before.cells, before.outputs), TypeError, "state: got a tuple, need a State"),
+        (
+            State(before.cells, tuple(y + np.inf for y in before.outputs)),
+            ValueError,
+            "state outputs of layer 0: got inf",
+        ),
+        (State(before.cells, tuple(y.tolist() for y in before.outputs)), ValueError, "outputs of layer 0: got list"),
+    ]:
+        with pytest.raises(error, match=message):
+            simulator.state = bad
+        with pytest.raises(error, match=message):
+            Simulator(network, batch=2, state=bad)
+    assert_same_state(simulator.state, before)
+    given = before.copy()
+    simulator.state = given
+    given.cells[0][...] = 9
+    assert_same_state(simulator.state, before)
+    with pytest.raises(AttributeError):
+        simulator.batch = 3
+    with pytest.raises(AttributeError):
+        simulator.network = network
+
+
+def test_an_engine_refuses_a_state_of_another_batch():
+    network, x = drawn(), inputs(3)
+    engine = get_backend("cpu").engine(network)
+    with pytest.raises(ValueError, match=r"state cells: got arrays of shape .*, need .* for this batch and network"):
+        engine.run(engine.prepare(x), State.zeros(network, 1))
+
+
+# --- a trainer ------------------------------------------------------------------------------------------------------
+
+TEXT = np.random.default_rng(5).integers(0, 8, 400)
+
+
+def trained(threads: int = 1, pruning=None, steps: int = 40, **changes) -> Trainer:
+    network = Network.random([20, 11], symbols=8, embedding=5, readout=8, rng=np.random.default_rng(0), threshold=0.1)
+    noise = Regularisers(0.3, 0.1, 0.2, 0.1, 0.1, 0.1)
+    options = {"steps": steps, "batch": 3, "window": 6, "window_jitter": 2.0, "learning_rate": 1e-2}
+    settings = Settings(**(options | {"threads": threads, "regularisers": noise, "backward": "sparse"} | changes))
+    return Trainer(network, LanguageModelling(TEXT[:300], TEXT[300:]), settings, pruning=pruning)
+
+
+def bits(trainer: Trainer) -> dict:
+    return {name: array.tobytes() for name, array in trainer.arrays().items()} | {"rest": trainer.numbers()}
+
+
+PRUNINGS = {
+    "none": lambda: None,
+    "gradual": lambda: GradualPruning(0.5, start=1, end=8, every=2),
+    "movement": lambda: MovementPruning(0.5, start=1, end=8, every=2),
+    "regrown": lambda: RegrownMasks(0.5, start=0, end=8, every=3),
+    "dynamic": lambda: DynamicMasks(pattern.Blocks(0.5, (1, 4)), start=0, end=8, every=3),
+    "lasso and movement": lambda: Combined(
+        GroupLasso(1e-3, start=0, end=9), MovementPruning(0.5, start=1, end=8, every=2)
+    ),
+}
+
+
+@pytest.mark.parametrize("place", ["forward", "loss", "backward", "commit"])
+@pytest.mark.parametrize("kind", PRUNINGS)
+def test_an_update_that_raises_is_not_made_and_can_be_made_again(kind, place, monkeypatch):
+    trainer, twin = trained(pruning=PRUNINGS[kind]()), trained(pruning=PRUNINGS[kind]())
+    owner, name = {
+        "forward": (trainer.model, "forward"),
+        "loss": (trainer.task, "loss"),
+        "backward": (trainer.model, "backward"),
+        "commit": (trainer._transaction, "uninterrupted"),
+    }[place]
+    own, calls = getattr(owner, name), [0]
+
+    def interrupted(*arguments, **keywords):
+        calls[0] += 1
+        if calls[0] == 1:
+            if place != "commit":
+                own(*arguments, **keywords)
+            raise Fault
+        return own(*arguments, **keywords)
+
+    for _ in range(10):
+        before = bits(trainer)
+        assert before == bits(twin)
+        calls[0] = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, interrupted)
+            with pytest.raises(Fault):
+                trainer.step()
+        assert bits(trainer) == before
+        trainer.step()
+        twin.step()
+    assert bits(trainer) == bits(twin)
+
+
+def test_an_interrupt_while_an_update_is_committed_leaves_the_whole_update(monkeypatch):
+    from eventrnn.cpu.threads import Job
+
+    trainer, twin, wait = trained(), trained(), Job.wait
+
+    def interrupted(job, shares):
+        wait(job, shares)
+        monkeypatch.undo()
+        raise Fault
+
+    monkeypatch.setattr(Job, "wait", interrupted)
+    with pytest.raises(Fault):
+        trainer.step()
+    twin.step()
+    assert bits(trainer) == bits(twin)
+    trainer.step()
+    twin.step()
+    assert bits(trainer) == bits(twin)
+
+
+def test_a_commit_that_fails_half_way_is_remembered_until_a_checkpoint_is_restored(monkeypatch):
+    trainer, twin = trained(), trained()
+    trainer.step()
+    arrays, numbers = {name: array.copy() for name, array in trainer.arrays().items()}, trainer.numbers()
+    apply = trainer.model.apply_masks
+
+    def short():
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(trainer.model, "apply_masks", short)
+    with pytest.raises(MemoryError, match="no memory"):
+        trainer.step()
+    monkeypatch.setattr(trainer.model, "apply_masks", apply)
+    words = "trainer: its last update failed half-way .MemoryError: no memory.; make a new .* the last checkpoint"
+    for use in (trainer.step, trainer.validate, trainer.network, trainer.arrays, trainer.numbers):
+        with pytest.raises(RuntimeError, match=words):
+            use()
+    trainer.restore(arrays, numbers)
+    for _ in range(2):
+        twin.step()
+    trainer.step()
+    assert bits(trainer) == bits(twin)
+
+
+def test_an_interrupted_validation_changes_nothing(monkeypatch):
+    changes = {"learning_rate": 0.5}
+    trainer, twin = trained(**changes), trained(**changes)
+    for each in (trainer, twin):
+        each.step()
+        each.validate()
+        each.step()
+    before, evaluate = bits(trainer), trainer.task.evaluate
+
+    def interrupted(model):
+        evaluate(model)
+        raise Fault
+
+    monkeypatch.setattr(trainer.task, "evaluate", interrupted)
+    with pytest.raises(Fault):
+        trainer.validate()
+    monkeypatch.undo()
+    assert bits(trainer) == before
+    assert trainer.validate() == twin.validate()
+    assert bits(trainer) == bits(twin)
+
+
+def test_a_trainer_is_refused_within_its_own_update(monkeypatch):
+    """By its task on the calling thread, and by a pruning method on the thread that commits the update."""
+    trainer = trained(pruning=GradualPruning(0.5, start=1, end=8, every=2))
+    loss, refused = LanguageModelling.loss, []
+
+    def use_trainer():
+        for use in (trainer.step, trainer.validate, trainer.network, trainer.arrays):
+            with pytest.raises(RuntimeError, match="trainer: in use by a call that has not returned"):
+                use()
+            refused.append(threading.get_ident())
+
+    def nosy(task, output, batch):
+        use_trainer()
+        return loss(task, output, batch)
+
+    monkeypatch.setattr(LanguageModelling, "loss", nosy)
+    monkeypatch.setattr(trainer.pruning, "after_step", lambda *arguments: use_trainer(), raising=False)
+    assert trainer.step().step == 1
+    assert len(refused) == 8
+    assert len(set(refused)) == 2
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_copy_of_a_trainer_goes_on_by_itself(threads, how):
+    trainer, twin = (trained(threads, pruning=RegrownMasks(0.5, start=0, end=8, every=3)) for _ in range(2))
+    for each in (trainer, twin):
+        for _ in range(3):
+            each.step()
+    other = COPIES[how](trainer)
+    before = bits(trainer)
+    assert bits(other) == before
+    for _ in range(3):
+        other.step()
+        twin.step()
+    assert bits(trainer) == before
+    assert bits(other) == bits(twin) != before
+    trainer.step()
+    assert bits(other) == bits(twin)
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_of_a_model_has_memory_of_its_own(how):
+    model = Model(drawn(), threads=2, backward="sparse")
+    x, state = inputs(4), State.zeros(drawn(), 2)
+    output, _, tape = model.forward(x, state)
+    gradients = model.backward(tape, np.ones_like(output))
+    other = COPIES[how](model)
+    for array in other.parameters.values():
+        array *= 2
+    other.backward(other.forward(x, state)[2], np.ones_like(output))
+    again, _, tape = model.forward(x, state)
+    assert np.array_equal(again, output)
+    for name, gradient in model.backward(tape, np.ones_like(output)).items():
+        assert np.array_equal(gradient, gradients[name]), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.parameters.update({"layers.0.w_rec": np.zeros((3, 9), np.float32)}), r"w_rec is float32 \(3, 9\)"),
+        (lambda m: m.parameters.update({"readout": np.zeros((17, 3))}), r"readout is float64 \(17, 3\), need C-contig"),
+        (lambda m: m.masks.update({"layers.0.w_in": np.ones((6, 7), bool)}), r"w_in is bool \(6, 7\), need bool"),
+    ],
+)
+def test_a_model_refuses_arrays_that_its_kernels_would_read_past(change, message):
+    model = Model(drawn())
+    change(model)
+    with pytest.raises(ValueError, match=message):
+        model.forward(inputs(4), State.zeros(drawn(), 2))
+
+
+def test_a_model_refuses_a_state_of_another_batch():
+    with pytest.raises(ValueError, match=r"state cells: got arrays of shape \[\(1, 24\), \(1, 17\)\], need"):
+        Model(drawn()).forward(inputs(4), State.zeros(drawn(), 1))
