@@ -343,3 +343,20 @@ def test_pruning_curves(drawing, tmp_path):
     for bad, dense in (({}, 1.0), ({"a": {"b": []}}, 1.0), (panels, float("nan"))):
         with pytest.raises(ValueError, match="panels"):
             drawing.pruning_curves(bad, dense)
+
+
+def test_robustness_campaign_finds_faults_of_the_loader_and_no_others(monkeypatch, tmp_path):
+    module = script("robustness", monkeypatch)
+    files, path = module.originals(), str(tmp_path / "model")
+    found = [module.tried(number, 0, files, path) for number in range(120)]
+    assert {fault for _, fault in found} == {""}
+    assert {outcome for outcome, _ in found} >= {"raw, refused", "signed, refused", "signed, loaded"}
+    assert found == [module.tried(number, 0, files, path) for number in range(120)], "a number stands for one file"
+
+    def careless(path):
+        raise TypeError("'int' object is not iterable")
+
+    monkeypatch.setattr(module, "load", careless)
+    assert {fault for _, fault in (module.tried(number, 0, files, path) for number in range(4))} == {
+        "TypeError: 'int' object is not iterable"
+    }
