@@ -22,6 +22,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,9 +60,10 @@ Minutes = Annotated[float, typer.Option(help="End after so many minutes.")]
 app = typer.Typer(add_completion=False, rich_markup_mode=None, help=__doc__)
 
 
-def record(campaign: str, **figures: Any) -> None:
+def record(campaign: str, faults: list[dict[str, Any]], seed: int, **figures: Any) -> None:
     """Append the line of a campaign, and print it."""
-    print(as_line(Records(RESULTS, ("campaign",)).add({"campaign": campaign} | figures)))
+    line = {"campaign": campaign, "faults": len(faults), "described": faults[:DESCRIBED], "seed": seed}
+    print(as_line(Records(RESULTS, ("campaign",)).add(line | figures)))
 
 
 # --- damaged model files ------------------------------------------------------------------------------------
@@ -83,11 +85,13 @@ def originals() -> list[bytes]:
 
 # Values for descriptions: of wrong types, too large, too deep, and text that steers terminals.
 ODD = (
-    None, True, False, 0, -1, 1, 2, 3, 1.5, float("nan"), float("inf"), 2**29, 2**31 - 1, 2**31, 2**40, 2**63, 10**400,
-    "", "x" * 5000, "\x1b[2J\x07", "[bold red]", "\ud800", "\u202e", "dense", "csr", "block", "nm", "post", "F64",
-    "BF16", "F32", "I8", [], {}, [[]], [2**29, 15], [4, 2**27], [0, 2**31 - 1], [2**31 - 1, 0], [1, 2, 3], {"a": {}},
-    ["values"],
-)  # fmt: skip
+    *(None, True, False, 0, -1, 1, 2, 3, 1.5, float("nan"), float("inf")),
+    *(2**29, 2**31 - 1, 2**31, 2**40, 2**63, 10**400),
+    *("", "x" * 5000, "\x1b[2J\x07", "[bold red]", "\ud800", "\u202e"),
+    *("dense", "csr", "block", "nm", "post", "F64", "BF16", "F32", "I8"),
+    *([], {}, [[]], {"a": {}}, ["values"]),
+    *([2**29, 15], [4, 2**27], [0, 2**31 - 1], [2**31 - 1, 0], [1, 2, 3]),
+)
 
 
 def damaged(original: bytes, rng: np.random.Generator) -> bytes:
@@ -253,8 +257,16 @@ def files(times: Times = 1_000_000, minutes: Minutes = 1e9, seed: Seed = 0) -> N
                 number = int(np.frombuffer(shared[:8], np.int64)[0])
                 faults.append({"number": number, "fault": end})
                 first = number + 1
-    record("files", tried=sum(done.values()), outcomes=dict(done), faults=len(faults), described=faults[:DESCRIBED],
-           peak_mb=peak, seconds_allowed=SECONDS, bytes_allowed=BYTES, seed=seed)  # fmt: skip
+    record(
+        "files",
+        faults,
+        seed,
+        tried=sum(done.values()),
+        outcomes=dict(done),
+        peak_mb=peak,
+        seconds_allowed=SECONDS,
+        bytes_allowed=BYTES,
+    )
 
 
 # --- killed runs and full disks -----------------------------------------------------------------------------
@@ -354,8 +366,7 @@ def kills(times: Times = 300, minutes: Minutes = 1e9, seed: Seed = 0) -> None:
                 faults.append({"run": runs, "pruning": pruning, "fault": "other bits or another log"})
             runs += ended
             shutil.rmtree(folder, ignore_errors=True)
-    record("kills", killed=killed, runs=runs, by_kind=dict(done), faults=len(faults), described=faults[:DESCRIBED],
-           seed=seed)  # fmt: skip
+    record("kills", faults, seed, killed=killed, runs=runs, by_kind=dict(done))
 
 
 class Disk:
@@ -456,8 +467,7 @@ def disks(times: Times = 200, minutes: Minutes = 1e9, seed: Seed = 0) -> None:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         finally:
             disk.close()
-    record("disks", tried=sum(done.values()), outcomes=dict(done), disk=disk.how, faults=len(faults),
-           described=faults[:DESCRIBED], seed=seed)  # fmt: skip
+    record("disks", faults, seed, tried=sum(done.values()), outcomes=dict(done), disk=disk.how)
 
 
 def _can_draw() -> bool:
@@ -497,8 +507,11 @@ def stream(
 ) -> None:
     """Read symbols in chunks of random length, and the same symbols in long runs: outputs and states must be the same
     bits, and memory must not grow."""
-    network = Network.random([16], symbols=16, embedding=8, rng=np.random.default_rng(seed), threshold=0.3)
-    network = network.with_matrices({name: CSR.from_dense(w.to_dense()) for name, w in network.matrices().items()})
+    network = Network.random([16], symbols=16, embedding=8, rng=np.random.default_rng(seed), threshold=0.1)
+    assert network.embedding is not None
+    # Larger weights and symbols than those of an untrained network: units fire, and states never settle.
+    network = replace(network, embedding=10 * network.embedding)
+    network = network.with_matrices({name: CSR.from_dense(3 * w.to_dense()) for name, w in network.matrices().items()})
     chunked, long = Simulator(network), Simulator(network)
     kept, until = RUNS / f"stream-{seed}.npz", time.monotonic() + 60 * minutes
     done = {"block": 0, "chunks": 0, "events": 0, "seconds": 0.0, "mb_first": 0.0, "mb_last": 0.0}
@@ -524,13 +537,14 @@ def stream(
         done["events"] += int(whole.fired[0].total.sum())
         done["seconds"] += time.monotonic() - started
         done["mb_last"] = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
-        if done["block"] == 10:
+        if done["block"] == 20:
             done["mb_first"] = done["mb_last"]
         if done["block"] % 20 == 0:
             _keep(kept, done, chunked.state, long.state)
     _keep(kept, done, chunked.state, long.state)
-    record("stream", steps=done["block"] * LONG, **{k: v for k, v in done.items() if k != "block"}, faults=len(faults),
-           described=faults[:DESCRIBED], longest_run=LONG, seed=seed)  # fmt: skip
+    taken, events = done.pop("block") * LONG, done.pop("events")
+    activity = events / (taken * network.layers[0].units)
+    record("stream", faults, seed, steps=taken, activity=activity, longest_run=LONG, **done)
 
 
 def _keep(path: Path, done: dict[str, Any], chunked: State, long: State) -> None:
