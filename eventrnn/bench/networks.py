@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,6 +26,10 @@ CANDIDATE_BIAS = 8.0
 ACTIVITY_TOLERANCE = 0.1
 
 
+# Bytes per weight while random weights are made: two arrays of float64, one of float32 and a mask.
+MAKING_BYTES = 21
+
+
 def random_weights(
     shape: tuple[int, int],
     *,
@@ -38,10 +43,16 @@ def random_weights(
     """Gaussian weights (n_pre, n_post) with a share `sparsity` of the blocks or weights left out, or n of each m kept.
 
     The scale makes the deviation of a drive independent of size and sparsity. O(n_pre * n_post). Raises ValueError for
-    a sparsity outside [0, 1), and for one with the dense format.
+    a sparsity outside [0, 1), for one with the dense format, and for a matrix that this machine cannot make.
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity: got {sparsity}, need a share in [0, 1)")
+    needed, memory = MAKING_BYTES * shape[0] * shape[1], os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ValueError(
+            f"hidden: making {shape[0]} x {shape[1]} random weights takes {needed / 2**30:,.0f} GiB, and this machine "
+            f"has {memory / 2**30:.0f} GiB; give fewer units"
+        )
     if format == "dense" and sparsity:
         raise ValueError(f"sparsity: got {sparsity} with format dense, which stores every weight; use csr or block")
     if nm is not None:

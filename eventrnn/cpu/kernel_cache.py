@@ -45,12 +45,14 @@ class KernelCache(caching._Cache):
     """
 
     def __init__(self, function: Callable, variant: object = None):
-        self._function, self._variant, self._enabled = function, variant, True
+        self._function, self._variant = function, variant
         self._enclosed = [cell.cell_contents for cell in function.__closure__ or ()]
         # Read now: the files may be edited before the function is compiled.
         made_of = {function.__module__, *(each.py_func.__module__ for each in self._enclosed if _is_kernel(each))}
+        # A kernel of a test or of a user is compiled anew in every process: what it is made of is not known.
+        self._enabled = all(module.partition(".")[0] == PACKAGE.name for module in made_of)
         try:
-            self._sources = tuple(source_digest(module) for module in sorted(made_of))
+            self._sources = tuple(source_digest(module) for module in sorted(made_of) if self._enabled)
         except OSError as error:
             # Without its source, a kernel that was kept cannot be told from one of another version.
             self._sources, self._enabled = (), False
