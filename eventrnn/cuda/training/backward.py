@@ -25,12 +25,13 @@ class TrainingWindow(ForwardWindow):
         self.lanes.main.each(
             ("spread", precision),
             lambda: inputs.spread_kernel(precision),
-            self.rows * (columns or top.units),
+            self.rows * (up(columns) or top.padded),
             self.memory.at("result"),
             columns or top.units,
             self.rows,
             self.memory.at("logits") if columns else self.memory.at(("upstream", last)),
             self.logits_pitch if columns else top.padded,
+            up(columns) or top.padded,
         )
 
     @property

@@ -44,7 +44,9 @@ class Mask:
 
         The numbers are those of `numpy.random.Philox` with key (seed modulo 2^64, place) and counter (0, 0, step, 0).
         """
-        bits = np.random.Philox(counter=[0, 0, step, 0], key=[seed & SEED_BITS, self.place])
+        # Philox would read a list with a number beyond the range of int64 as floats.
+        key, counter = np.array([seed & SEED_BITS, self.place], np.uint64), np.array([0, 0, step, 0], np.uint64)
+        bits = np.random.Philox(counter=counter, key=key)
         drawn = np.random.Generator(bits).random(self.sizes(steps, batch), np.float32)
         if self.name == "zoneout":
             return drawn < np.float32(self.rate)

@@ -141,15 +141,20 @@ def outputs_kernel():
 def spread_kernel(precision: str):
     """The kernel that copies rows (R, columns) float32 into padded rows, and its signature.
 
-    out_at : operands, `pitch` of them from one row to the next. A thread owns every n-th element.
+    out_at : operands, `pitch` of them from one row to the next; the columns up to `padded` are zero. A thread owns every
+             n-th element.
     """
     store, size = STORES[precision], BYTES[precision]
 
-    def spread(source_at, columns, count, out_at, pitch):
+    def spread(source_at, columns, count, out_at, pitch, padded):
         source, at, step = global_float32(source_at), first_element(), stride()
-        while at < count * columns:
-            row = at // columns
-            store(out_at + size * (row * pitch + at - row * columns), source[at])
+        while at < count * padded:
+            row = at // padded
+            column = at - row * padded
+            value = ZERO32
+            if column < columns:
+                value = source[row * columns + column]
+            store(out_at + size * (row * pitch + column), value)
             at += step
 
-    return spread, types.void(*[types.int64] * 5)
+    return spread, types.void(*[types.int64] * 6)

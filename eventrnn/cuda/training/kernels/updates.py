@@ -181,7 +181,13 @@ def update_kernel(rule: str, precision: str, averaged: bool):
         while i < end:
             w = parameters[i]
             if rate != ZERO32:
-                g = gradients[i] * scale + joined * w
+                g = gradients[i] * scale
+                if with_velocity:
+                    velocity = numbers[MOMENTUM] * firsts[i] + g + joined * w
+                    firsts[i] = velocity
+                    g = velocity
+                else:
+                    g += joined * w
                 if adam:
                     second = beta2 * seconds[i] + (one - beta2) * g * g
                     seconds[i] = second
@@ -191,10 +197,6 @@ def update_kernel(rule: str, precision: str, averaged: bool):
                         firsts[i] = first
                         moved = first * correction1
                     w -= rate * (moved / (libdevice.fsqrt_rn(second * correction2) + epsilon) + decay * w)
-                elif with_velocity:
-                    velocity = numbers[MOMENTUM] * firsts[i] + g
-                    firsts[i] = velocity
-                    w -= rate * (velocity + decay * w)
                 else:
                     w -= rate * (g + decay * w)
             if averaged:

@@ -1,0 +1,348 @@
+"""Training on a GPU: on a fake one everywhere, whose kernels are the real ones in plain Python, and marked `gpu` on
+one.
+
+Gradients are compared with the specification in float64 on the forward pass that the engine has left; updates, noise
+and resumed runs in every bit.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from eventrnn import Cell, Network, State, Surrogate
+from eventrnn.backend import BackendUnavailable
+from eventrnn.cells import SURROGATES
+from eventrnn.pruning import Combined, DynamicMasks, GradualPruning, GroupLasso, RegrownMasks
+from eventrnn.pruning.patterns import Blocks
+from eventrnn.training import (
+    GRU,
+    Batch,
+    Classification,
+    Diverged,
+    LanguageModelling,
+    Model,
+    Optimiser,
+    Regularisers,
+    Settings,
+    Task,
+    Trainer,
+)
+from support import fake_training
+from support.training_specification import Specification, read
+
+SYMBOLS, PRECISIONS = 9, ("float32", "bfloat16", "tf32")
+
+NOISE = Regularisers(
+    dropconnect=0.5, dropout_input=0.3, dropout_between=0.3, dropout_top=0.4, dropout_words=0.2, zoneout=0.3
+)
+
+
+@pytest.fixture(params=["fake", pytest.param("gpu", marks=pytest.mark.gpu)])
+def gpu(request, monkeypatch):
+    """A fake GPU, or the real one; the value says which."""
+    pytest.importorskip("eventrnn.cuda.device", exc_type=BackendUnavailable, reason="needs numba-cuda")
+    if request.param == "fake":
+        fake_training.install(monkeypatch)
+    return request.param
+
+
+class Given(Task):
+    """Windows with given inputs, whose loss has a given gradient."""
+
+    def __init__(self, inputs: np.ndarray, d_output: np.ndarray):
+        self.inputs, self.d_output = inputs, d_output
+
+    def check(self, network, batch, window):
+        return None
+
+    def length(self, batch):
+        return 1000
+
+    def batch(self, at, epoch, batch, window):
+        return Batch(self.inputs, self.inputs, taken=1, carried="state")
+
+    def loss(self, output, batch):
+        assert output.shape == self.d_output.shape and np.isfinite(output).all()
+        return float((output.astype(np.float64) * self.d_output).sum()), self.d_output
+
+
+@st.composite
+def updates(draw):
+    """A network, a task with one window, settings of one update, and the state before it."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    units = draw(st.sampled_from([(5,), (6, 4), (3, 7)]))
+    kind = draw(st.sampled_from(sorted(SURROGATES)))
+    cell = Cell(variant=draw(st.sampled_from(["evnn", "paper"])), surrogate=Surrogate(kind, 0.7, 2.0))
+    symbols, readout = draw(st.booleans()), draw(st.sampled_from(["own", "tied", "none"]))
+    shape = {"symbols": SYMBOLS, "embedding": units[-1] if readout == "tied" else 4} if symbols else {"inputs": 3}
+    shape |= {"tied": True} if symbols and readout == "tied" else {"readout": None if readout == "none" else 5}
+    network = Network.random(list(units), rng=rng, threshold=0.1, cell=cell, **shape)
+    biases = [rng.normal(0, 0.5, (2, 3 * n)).astype(np.float32) for n in units]
+    layers = zip(network.layers, biases, strict=True)
+    network = replace(network, layers=tuple(replace(each, bias_in=b[0], bias_rec=b[1]) for each, b in layers))
+    steps, batch = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    inputs = rng.integers(0, SYMBOLS, (steps, batch)) if symbols else rng.normal(size=(steps, batch, 3))
+    outputs = units[-1] if network.readout is None else len(network.readout.bias)
+    task = Given(
+        inputs if symbols else inputs.astype(np.float32),
+        rng.normal(size=(steps, batch, outputs)).astype(np.float32),
+    )
+    some = {name: getattr(NOISE, name) for name in ("dropconnect", "dropout_input", "dropout_top", "zoneout")}
+    some |= {"dropout_words": 0.2} if symbols else {}
+    some |= {"dropout_between": 0.3} if len(units) > 1 else {}
+    rates = {name: rate for name, rate in some.items() if draw(st.booleans())}
+    strengths = {"activity_rate": 2.0, "state": 0.5, "activation": 1.0, "temporal_activation": 1.0}
+    rates |= {name: strength for name, strength in strengths.items() if draw(st.booleans())}
+    chosen = Settings(
+        steps=10,
+        batch=batch,
+        window=steps,
+        clip=1e9,
+        seed=draw(st.sampled_from([0, 7, 2**63 + 5])),
+        activity_cost=draw(st.sampled_from([0.0, 0.5])),
+        thresholds=draw(st.sampled_from(["positive", "clamped", "sigmoid", "fixed"])),
+        backend="cuda",
+        precision=draw(st.sampled_from(PRECISIONS)),
+        regularisers=Regularisers(**rates, mask_sharing=draw(st.sampled_from(["time", "batch"]))),
+    )
+    cells = tuple(rng.normal(0, 0.3, (batch, n)).astype(np.float32) for n in units)
+    sent = tuple((rng.random((batch, n)) * (rng.random((batch, n)) < 0.5)).astype(np.float32) for n in units)
+    return network, task, chosen, State(cells, sent)
+
+
+# Plain Python is too slow to look for a smaller example.
+@settings(
+    max_examples=12,
+    phases=(Phase.explicit, Phase.generate),
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(updates(), st.integers(0, 1000))
+def test_an_update_agrees_with_the_specification(gpu, case, step):
+    network, task, chosen, state = case
+    trainer = Trainer(network, task, chosen)
+    engine = trainer.engine
+    before = {name: array.copy() for name, array in trainer.model.parameters.items()}
+    engine.state = state
+    batch = task.batch(0, 0, chosen.batch, chosen.window)
+    noise = chosen.regularisers.draw(trainer.model, *batch.inputs.shape[:2], seed=chosen.seed, step=step)
+    # The second time, the work is a graph.
+    for _ in range(2):
+        engine.state = state
+        for name, array in before.items():
+            trainer.model.parameters[name][...] = array
+        result, found = _update(engine, batch, step)
+        assert not result.fault
+        check = Specification(engine, before, batch.inputs, task.d_output, state, noise)
+        check.check_forward()
+        check.check_gradients(found)
+    for k, tape in enumerate(check.tapes):
+        assert np.array_equal(engine.state.cells[k], tape.c[-1])
+        assert np.array_equal(engine.state.outputs[k], tape.y[-1])
+    assert result.activity == sum((tape.y[1:] != 0).sum() for tape in check.tapes) / sum(t.v.size for t in check.tapes)
+
+
+@pytest.mark.parametrize("sharing", ["time", "batch"])
+def test_masks_are_those_of_the_cpu(gpu, sharing):
+    network, text = _network(), _text()
+    chosen = _settings(regularisers=replace(NOISE, mask_sharing=sharing), seed=2**63 + 5)
+    trainer = Trainer(network, LanguageModelling(text), chosen)
+    for step in range(2):
+        trainer.step()
+        for mask in chosen.regularisers.masks(trainer.model):
+            drawn = mask.draw(chosen.seed, step, chosen.window, chosen.batch)
+            kept = ~drawn if mask.name == "zoneout" else drawn != 0
+            columns = trainer.engine.sizes.layers[mask.layer].units if mask.name == "recurrent" else drawn.shape[-1]
+            padded = -(-columns // 8) * 8
+            there = read(trainer.engine, ("mask", mask.name, mask.layer), (kept.size // columns, padded))
+            assert np.array_equal(there[:, :columns], kept.reshape(-1, columns)), mask
+
+
+OPTIMISERS = {
+    "adamw": Optimiser(),
+    "adam without first moment": Optimiser(kind="adam", beta1=0.0, bias_rate=0.5, decay_biases=True),
+    "sgd": Optimiser(kind="sgd", threshold_rate=0.0),
+    "momentum": Optimiser(kind="sgd", momentum=0.9, bias_rate=0.0),
+    "nt-asgd": Optimiser(kind="nt-asgd", patience=1),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMISERS)
+def test_update_rules_have_the_bits_of_the_cpu(gpu, kind):
+    task = LanguageModelling(_text())
+    trainer = Trainer(_network(), task, _settings(optimiser=OPTIMISERS[kind], clip=1e9))
+    host = Model(_network())
+    rule = OPTIMISERS[kind].build(host.parameters, trainer.settings.weight_decay)
+    if kind == "nt-asgd":
+        for each, parameters in ((trainer.optimiser, trainer.model.parameters), (rule, host.parameters)):
+            # The third validation is the first that is worse than an earlier one.
+            assert [each.validated(loss, parameters) for loss in (1.0, 2.0, 3.0)] == [False, False, True]
+    for step in range(3):
+        _, gradients = _update(trainer.engine, task.batch(4 * step, 0, 3, 4), step)
+        rule.step(host.parameters, gradients, 0.01)
+        host.apply_masks()
+        with trainer.engine.reading():
+            for name, expected in host.parameters.items():
+                assert np.array_equal(trainer.model.parameters[name], expected), name
+            for name, expected in rule.arrays().items():
+                assert np.array_equal(trainer.optimiser.arrays()[name], expected), name
+    assert trainer.optimiser.numbers() == rule.numbers()
+
+
+def test_clipping_scales_all_gradients_together(gpu):
+    found = []
+    for limits in ({"clip": 1e9}, {"clip": 0.01}, {"clip": 1e9, "clip_layers": 1e-4}):
+        trainer = Trainer(_network(), LanguageModelling(_text()), _settings(**limits))
+        found.append(_update(trainer.engine, trainer.task.batch(0, 0, 3, 4), 0))
+    free, together, layers = found
+    factor = np.float32(0.01 / free[0].norm)
+    assert together[0].norm == free[0].norm and together[0].norms == free[0].norms
+    for name, gradient in free[1].items():
+        assert np.array_equal(together[1][name], gradient * factor)
+        if not name.startswith("layers"):
+            assert np.array_equal(layers[1][name], gradient)
+    assert layers[0].norm < free[0].norm
+
+
+@pytest.mark.parametrize("kind", ["adamw", "nt-asgd"])
+def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(gpu, kind):
+    def trainer():
+        options = {"optimiser": OPTIMISERS[kind], "regularisers": NOISE, "precision": "bfloat16", "window_jitter": 2.0}
+        return Trainer(_network(), LanguageModelling(_text(), _text()[:30], valid_batch=2), _settings(**options))
+
+    def go_on(trainer, updates):
+        for _ in range(updates):
+            trainer.step()
+            trainer.validate()
+
+    whole, first, second = trainer(), trainer(), trainer()
+    go_on(whole, 6)
+    go_on(first, 3)
+    arrays = {name: array.copy() for name, array in first.arrays().items()}
+    second.restore(arrays, json.loads(json.dumps(first.numbers())))
+    go_on(second, 3)
+    assert whole.arrays().keys() == second.arrays().keys()
+    for name, array in whole.arrays().items():
+        assert np.array_equal(array, second.arrays()[name]), name
+    assert whole.numbers() == second.numbers()
+
+
+PRUNINGS = {
+    "gradual": lambda: GradualPruning(0.5, block=(1, 2), start=0, end=3, every=2),
+    "regrown": lambda: RegrownMasks(0.5, block=(1, 2), start=0, end=4, every=2),
+    "dynamic": lambda: DynamicMasks(Blocks(0.5, (1, 2)), start=0, end=3, every=1),
+    "lasso": lambda: Combined(GroupLasso(0.5, block=(1, 2), start=0, end=3), GradualPruning(0.3, start=1, end=4)),
+}
+
+
+@pytest.mark.parametrize("kind", PRUNINGS)
+def test_pruning_gives_the_masks_of_the_cpu(gpu, kind):
+    trainers = [
+        Trainer(_network(), LanguageModelling(_text()), _settings(**options), pruning=PRUNINGS[kind]())
+        for options in ({}, {"backend": "cpu", "precision": ""})
+    ]
+    for _ in range(6):
+        ours, theirs = (trainer.step() for trainer in trainers)
+        assert ours.sparsity == theirs.sparsity and ours.operations == theirs.operations
+    on_gpu, on_cpu = (trainer.model.masks for trainer in trainers)
+    assert on_gpu.keys() == on_cpu.keys() and on_gpu
+    for name, mask in on_gpu.items():
+        assert np.array_equal(mask, on_cpu[name])
+        with trainers[0].engine.reading():
+            assert not trainers[0].model.parameters[name][~mask].any()
+
+
+def test_evaluation_reads_the_parameters_it_is_given(gpu):
+    trainer = Trainer(_network(), LanguageModelling(_text(), _text()[:40], valid_batch=2), _settings())
+    trainer.step()
+    others = {name: array + np.float32(0.25) for name, array in trainer.model.parameters.items()}
+    inputs, targets = trainer.task.batch(0, 0, 2, 5).inputs, trainer.task.batch(0, 0, 2, 5).targets
+    state, figures = State.zeros(trainer.model.template, 2), []
+    for parameters in (None, others, None):
+        with trainer.engine.evaluating(parameters) as model:
+            nats, after, activity = model.score(inputs, targets, state)
+            output, same, tape = model.forward(inputs, state)
+        assert output.shape == (5, 2, SYMBOLS) and activity == tape.activity
+        assert all(np.array_equal(a, b) for a, b in zip(after.outputs, same.outputs, strict=True))
+        figures.append((nats, activity))
+    assert figures[0] == figures[2] != figures[1]
+    with pytest.raises(ValueError, match="targets: got shape"), trainer.engine.evaluating() as model:
+        model.score(inputs, targets + SYMBOLS, state)
+
+
+def test_tasks_with_a_loss_of_their_own_train(gpu):
+    rng = np.random.default_rng(3)
+    task = Classification(rng.normal(size=(7, 4, 3)).astype(np.float32), rng.integers(0, 5, 7))
+    network = Network.random([6], inputs=3, readout=5, rng=rng, threshold=0.1)
+    trainer = Trainer(network, task, _settings(epochs=2))
+    losses = [progress.loss for progress in trainer]
+    # Seven sequences are batches of three, three and one.
+    assert len(losses) == 6 and np.isfinite(losses).all()
+
+
+def test_a_window_that_fails_changes_nothing(gpu):
+    trainer = Trainer(_network(), LanguageModelling(_text()), _settings())
+    trainer.step()
+    trainer.model.parameters["readout.bias"][2] = np.float32(np.inf)
+    before = {name: array.copy() for name, array in trainer.arrays().items()}
+    with pytest.raises(Diverged, match="the loss is (nan|inf) at step 2; the largest gradient"):
+        trainer.step()
+    for name, array in trainer.arrays().items():
+        assert np.array_equal(array, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"threads": 2}, "threads: got 2, but the cuda backend"),
+        ({"backward": "sparse"}, "backward: got 'sparse', but the cuda backend"),
+        ({"precision": "float16"}, "precision: got 'float16', need one of bfloat16, tf32, float32"),
+        ({"backend": "cpu", "precision": "tf32"}, "precision: got 'tf32', but the cpu"),
+        ({"backend": "blas"}, "backend: got 'blas', need one of cpu, cuda"),
+    ],
+)
+def test_settings_that_a_backend_does_not_have_are_refused_by_name(gpu, changes, words):
+    with pytest.raises(ValueError, match=words):
+        Trainer(_network(), LanguageModelling(_text()), _settings(**changes))
+
+
+def test_a_gru_is_refused_on_a_gpu(gpu):
+    with pytest.raises(ValueError, match="backend: got 'cuda', but a GRU trains on the cpu only"):
+        Trainer(_network(), LanguageModelling(_text()), _settings(), model=GRU(_network()))
+
+
+def test_too_little_memory_is_refused_with_the_bytes(monkeypatch):
+    pytest.importorskip("eventrnn.cuda.device", exc_type=BackendUnavailable, reason="needs numba-cuda")
+    device = fake_training.install(monkeypatch, room=1000)
+    with pytest.raises(MemoryError, match=r"cuda: [\d,]+ bytes are needed and 1,000 are free"):
+        Trainer(_network(), LanguageModelling(_text()), _settings())
+    assert not device.allocated
+
+
+def _update(engine, batch: Batch, step: int, rate: float = 0.01):
+    """One update: its figures, and the gradients."""
+    found: dict[str, np.ndarray] = {}
+
+    def after_step(parameters, gradients) -> None:
+        found.update({name: array.copy() for name, array in gradients.items()})
+
+    return engine.update(batch, start="state", step=step, rate=rate, after_step=after_step), found
+
+
+def _network() -> Network:
+    rng = np.random.default_rng(5)
+    return Network.random([6, 5], symbols=SYMBOLS, embedding=4, readout=SYMBOLS, threshold=0.1, rng=rng)
+
+
+def _text() -> np.ndarray:
+    return np.random.default_rng(6).integers(0, SYMBOLS, 150)
+
+
+def _settings(**changes) -> Settings:
+    options = {"steps": 20, "batch": 3, "window": 4, "backend": "cuda", "precision": "float32", "learning_rate": 0.01}
+    return Settings(**(options | changes))
