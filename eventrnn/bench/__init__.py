@@ -5,6 +5,7 @@ networks        random networks and events of a given size, sparsity and activit
 inference       whole sequences of a network, or one product, on a CPU
 gpu_inference   whole sequences on a GPU
 training        one training window, forward and backward
+gpu_training    the same on a GPU
 baselines, gpu_baselines   the other libraries on the same weights, and the check that they compute the same
 bandwidth       which weights a run reads, and a probe that only reads them
 timing          interleaved repeats, and the figures of a timed case

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any
 
 import typer
@@ -84,11 +84,12 @@ def inference(given: InferenceOptions) -> None:
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """Options of `eventrnn bench training`; the fields of `bench.TrainingCase`, sizes as text, and the engine."""
+    """Options of `eventrnn bench training`; the fields of `bench.TrainingCase` or `bench.GpuTrainingCase`, sizes as
+    text, and the engine."""
 
-    backend: Annotated[str, typer.Option(help="Engine to time: cpu.")] = "cpu"
+    backend: Annotated[str, typer.Option(help="Engine to time: cpu or cuda.")] = "cpu"
     hidden: Annotated[int, typer.Option(help="Number of units, and of inputs, of the layer.")] = 1350
-    batch: Annotated[int, typer.Option(help="Number of samples of a batch.")] = 20
+    batch: Annotated[int | None, typer.Option(help="Number of samples of a batch. [20; cuda: 64]")] = None
     steps: Annotated[int, typer.Option(help="Number of time steps of a window.")] = 70
     activity: Annotated[
         float, typer.Option(help="Share of units that fire in a step; thresholds are set to reach it.")
@@ -110,13 +111,17 @@ class TrainingOptions:
             help="Input gradient to compute: open (where a layer below could use it), all (as PyTorch does) or none."
         ),
     ] = "open"
+    precision: Annotated[
+        str | None, typer.Option(help="Only with cuda: factors of products in bfloat16, tf32 or float32. [bfloat16]")
+    ] = None
     threads: Threads = 1
     against: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Baselines, separated by commas: torch (nn.GRU), torch-loop, torch-loop-indexed (this cell); or none."
+            help="Baselines, separated by commas: torch (nn.GRU), torch-loop, torch-loop-indexed (this cell); with "
+            "cuda cudnn (nn.GRU and nn.LSTM), evnn-style; or none. [torch; cuda: cudnn]"
         ),
-    ] = "torch"
+    ] = None
     repeats: Annotated[int, typer.Option(help="Number of interleaved rounds; medians are reported.")] = 7
     seed: Seed = 0
     as_json: Json = False
@@ -126,14 +131,22 @@ class TrainingOptions:
 @takes(TrainingOptions)
 def training(given: TrainingOptions) -> None:
     """Time one window of a random layer, forward and backward with all gradients, beside PyTorch."""
-    if given.backend != "cpu":
-        raise ValueError(f"backend: got {given.backend!r}, need cpu")
     from eventrnn import bench
 
-    case = _case(given)
-    del case["backend"]
+    if given.backend not in ("cpu", "cuda"):
+        raise ValueError(f"backend: got {given.backend!r}, need cpu or cuda")
+    chosen = {name: value for name, value in _case(given).items() if value is not None and name != "backend"}
+    measure, kind = bench.training, bench.TrainingCase
+    if given.backend == "cuda":
+        from eventrnn.bench import gpu_training
+
+        measure, kind = gpu_training.training, gpu_training.GpuTrainingCase
+    case = {name: chosen.pop(name) for name in list(chosen) if name in {field.name for field in fields(kind)}}
+    for name, value in chosen.items():
+        if value != getattr(TrainingOptions(), name):
+            raise ValueError(f"{name}: got {value}, which does not apply to backend {given.backend!r}; leave it out")
     with progress() as report:
-        result = bench.training(report=lambda stage: report(stage, 0, 1, ""), **case)
+        result = measure(report=lambda stage: report(stage, 0, 1, ""), **case)
     show("training", result, given.as_json)
 
 

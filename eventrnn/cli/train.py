@@ -40,6 +40,8 @@ FLAGS = {
     "activity_cost": "training.activity_cost",
     "dropout": "training.regularisers.dropout_top",
     "threads": "training.threads",
+    "backend": "training.backend",
+    "precision": "training.precision",
     "seed": "training.seed",
     "out": "run.out",
 }
@@ -93,6 +95,10 @@ class TrainOptions:
     ] = None
     dropout: Annotated[float | None, typer.Option(help="Dropout rate between layers and before the read-out.")] = None
     threads: Annotated[int | None, typer.Option(help="Number of threads of the training kernels.")] = None
+    backend: Annotated[str | None, typer.Option(help="cpu, or cuda for one NVIDIA GPU. [cpu]")] = None
+    precision: Annotated[
+        str | None, typer.Option(help="Only with cuda: factors of products in bfloat16, tf32 or float32. [bfloat16]")
+    ] = None
     seed: Annotated[int | None, typer.Option(help="Seed of all random numbers.")] = None
     force: Force = False
     as_json: Json = False

@@ -21,8 +21,12 @@ class TrainingDevice(FakeDevice):
         return key
 
     def launch(self, kernel, blocks, threads, *arguments, stream=None) -> None:
+        if isinstance(blocks, tuple):
+            # Kernels with a grid of two dimensions own one unit per thread, and here a block has one thread.
+            blocks = blocks[0] * threads, blocks[1]
         if (kernel, blocks) not in self.functions:
-            self.functions[kernel, blocks] = in_python(self.functions[kernel], (blocks, 1))
+            grid = blocks if isinstance(blocks, tuple) else (blocks, 1)
+            self.functions[kernel, blocks] = in_python(self.functions[kernel], grid)
         enqueued(self.functions[kernel, blocks])(*arguments)
 
 

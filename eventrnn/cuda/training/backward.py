@@ -126,7 +126,7 @@ class TrainingWindow(ForwardWindow):
 
     def _layer_backward(self, k: int, begin: int, end: int) -> None:
         lane, layer, memory, parameters = self.lanes.layers[k], self.sizes.layers[k], self.memory, self.parameters
-        n, batch, size, elements = layer.padded, self.batch, self.size, layer.units * self.batch
+        n, batch, size = layer.padded, self.batch, self.size
         w_rec, threshold = self.weights(k, "w_rec"), memory.at(("threshold", k))
         surrogate = self.surrogate(layer)
         penalised = ("penalties", k) in memory
@@ -137,10 +137,11 @@ class TrainingWindow(ForwardWindow):
         for t in reversed(range(begin, end)):
             before, first = self.before(k, t)
             deltas = memory.at(("deltas", k), t * batch * 5 * n)
-            lane.each(
+            lane.units(
                 ("adjoint", self.precision, layer.paper, *surrogate),
                 lambda: cell_steps.adjoint_kernel(self.precision, layer.paper, *surrogate),
-                elements,
+                layer.units,
+                batch,
                 self.tape_at(k, t),
                 self.plane(k),
                 before,
@@ -163,10 +164,11 @@ class TrainingWindow(ForwardWindow):
                 d_q = Factor(memory.at(("d_q", k)), n)
                 candidate = Factor(w_rec + size * 2 * n, 3 * n, transposed=True)
                 lane.multiply(Factor(deltas, 5 * n), candidate, d_q, batch, n, n)
-                lane.each(
+                lane.units(
                     ("reset_gate_adjoint", self.precision),
                     lambda: cell_steps.reset_gate_adjoint_kernel(self.precision),
-                    elements,
+                    layer.units,
+                    batch,
                     self.tape_at(k, t),
                     self.plane(k),
                     before,
@@ -190,7 +192,7 @@ class TrainingWindow(ForwardWindow):
                     gates,
                     n,
                 )
-        if k or self.sizes.symbols:
+        if k or self.sizes.d_inputs:
             below = memory.at(("upstream", k - 1)) if k else memory.at("d_x")
             width = layer.padded_inputs
             lane.multiply(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -102,6 +103,7 @@ class CudaTrainingEngine:
             self.device.send(np.array([settings.clip, settings.clip_layers], np.float64), self.parameters.limits)
             self._masks: dict[str, np.ndarray] = {}
             self.programs: dict[tuple, Program] = {}
+            self.rates = self._rates()
             self.memory = self._allocate(self.steps, batch)
             self.capacity = self.steps, batch
             self.batch = batch
@@ -153,7 +155,7 @@ class CudaTrainingEngine:
         with self.device.on_stream():
             self._take_over()
             self._grow(steps, samples)
-            program = self._program(steps, samples)
+            program = self.program(steps, samples)
             program.put(batch.inputs, batch.targets if self.fused else None)
             self._begin(start, samples)
             self._send_numbers(step, rate)
@@ -208,6 +210,12 @@ class CudaTrainingEngine:
             self._take_over()
         with self.evaluator.using(parameters):
             yield self.evaluator
+
+    def keep_input_gradient(self) -> None:
+        """Compute the gradient of the inputs too, as a layer within a larger model would, for benchmarks."""
+        self.sizes = replace(self.sizes, d_inputs=True)
+        with self.device.on_stream():
+            self.memory = self._allocate(*self.capacity)
 
     # --- what is on the GPU ---
 
@@ -283,7 +291,8 @@ class CudaTrainingEngine:
         self.memory = self._allocate(*self.capacity)
         self.state = state
 
-    def _program(self, steps: int, batch: int) -> Program:
+    def program(self, steps: int, batch: int) -> Program:
+        """The update on windows of that size."""
         averaged = bool(self.optimiser.mean)
         key = (steps, batch, averaged)
         if key not in self.programs:
@@ -303,7 +312,7 @@ class CudaTrainingEngine:
                 self.lanes.main.clear(self.memory["outputs", k])
 
     def _send_numbers(self, step: int, rate: float) -> None:
-        chosen, optimiser, layout = self.settings.optimiser, self.optimiser, self.parameters.layout
+        chosen, optimiser = self.settings.optimiser, self.optimiser
         steps = optimiser.steps + 1
         numbers = np.zeros(updates.NUMBERS, F32)
         numbers[[updates.BETA1, updates.BETA2, updates.EPSILON]] = chosen.beta1, chosen.beta2, chosen.epsilon
@@ -311,13 +320,18 @@ class CudaTrainingEngine:
         numbers[updates.CORRECTION1] = 1 / (1 - chosen.beta1**steps)
         numbers[updates.CORRECTION2] = 1 / (1 - chosen.beta2**steps)
         numbers[updates.SHARE] = 1 / (optimiser.counted + 1)
-        rates = np.zeros((len(layout), 3), F32)
-        for line, segment in zip(rates, layout, strict=True):
-            decay = self.settings.weight_decay if chosen.decays(segment.name) else 0.0
-            line[0] = rate * chosen.rate_of(segment.name)
-            line[1 if chosen.kind == "adamw" else 2] = decay
-        self.device.send(np.concatenate([numbers, rates.reshape(-1)]), self.parameters.numbers)
+        rates = self.rates.copy()
+        rates[:, 0] *= rate
+        self.device.send(np.concatenate([numbers, rates.reshape(-1).astype(F32)]), self.parameters.numbers)
         self.device.send(np.array([step], np.int64), self.parameters.job)
+
+    def _rates(self) -> np.ndarray:
+        """(segments, 3) float64: factor of the learning rate, decoupled decay, and decay that joins the gradient."""
+        chosen, rates = self.settings.optimiser, np.zeros((len(self.parameters.layout), 3))
+        for line, segment in zip(rates, self.parameters.layout, strict=True):
+            line[0] = chosen.rate_of(segment.name)
+            line[1 if chosen.kind == "adamw" else 2] = self.settings.weight_decay * chosen.decays(segment.name)
+        return rates
 
     @property
     def noise_seed(self) -> int:
@@ -352,6 +366,7 @@ def _sizes(model: Model, settings: Settings, precision: str) -> Sizes:
         regularisers.masks(model),
         penalties,
         on_cells,
+        d_inputs="embedding" in p,
     )
 
 

@@ -141,7 +141,7 @@ class ForwardWindow(Window):
         lane.multiply(x, Factor(self.weights(k, "w_in"), 3 * n), drive, (end - begin) * batch, inputs_, 3 * n)
         w_rec, rec = self.weights(k, "w_rec"), memory.at(("rec", k))
         vectors = self.parameters.value_at(f"layers.{k}.bias_in")
-        threshold, elements = memory.at(("threshold", k)), layer.units * batch
+        threshold = memory.at(("threshold", k))
         mask_at, mask_steps, mask_samples, scale = self.mask_after(k)
         hold = self.sizes.mask("zoneout", k) if self.training else None
         for t in range(begin, end):
@@ -154,10 +154,11 @@ class ForwardWindow(Window):
             if layer.paper:
                 sent = memory.at(("q", k), t * batch * n)
                 carried = (memory.at(("outputs", k)),)
-                lane.each(
+                lane.units(
                     ("reset_gate", self.precision),
                     lambda: cell_steps.reset_gate_kernel(self.precision),
-                    elements,
+                    layer.units,
+                    batch,
                     drive_at,
                     rec,
                     vectors,
@@ -175,10 +176,11 @@ class ForwardWindow(Window):
                 candidate = Factor(w_rec + self.size * 2 * n, 3 * n)
                 lane.multiply(Factor(sent, n), candidate, Factor(rec + 4 * 2 * n, 3 * n), batch, n, n)
             make = cell_steps.paper_forward_kernel if layer.paper else cell_steps.forward_kernel
-            lane.each(
+            lane.units(
                 (make.__name__, self.precision),
                 lambda make=make: make(self.precision),
-                elements,
+                layer.units,
+                batch,
                 drive_at,
                 rec,
                 vectors,

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 # Threads per block of kernels whose threads own every n-th element, and of those that sum over a block.
 THREADS, SUM_THREADS = 256, 256
 
+# Threads per block of the kernels of a step.
+STEP_THREADS = 128
+
+# Most rows of blocks of a grid.
+MOST_BLOCK_ROWS = 65535
+
 # Most blocks of a kernel whose threads own every n-th element, per multiprocessor.
 BLOCKS_PER_MULTIPROCESSOR = 16
 
@@ -51,8 +57,18 @@ class Lane:
         most = BLOCKS_PER_MULTIPROCESSOR * self.device.multiprocessors
         self.blocks(key, make, min(most, -(-elements // THREADS)), *arguments)
 
+    def units(self, key: tuple, make: Callable[[], tuple], units: int, samples: int, *arguments: int) -> None:
+        """Launch a kernel whose threads own units, and whose rows of blocks own every n-th sample."""
+        rows = min(samples, MOST_BLOCK_ROWS)
+        self.blocks(key, make, (-(-units // STEP_THREADS), rows), *arguments, threads=STEP_THREADS)
+
     def blocks(
-        self, key: tuple, make: Callable[[], tuple], blocks: int, *arguments: int, threads: int = THREADS
+        self,
+        key: tuple,
+        make: Callable[[], tuple],
+        blocks: int | tuple[int, int],
+        *arguments: int,
+        threads: int = THREADS,
     ) -> None:
         """Launch so many blocks of a kernel."""
         if blocks:

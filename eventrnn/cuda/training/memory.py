@@ -54,6 +54,7 @@ class Sizes:
     masks     : random masks of a window
     penalties : whether a penalty or an activity cost acts on outputs or cells
     cells     : whether a penalty acts on cells
+    d_inputs  : whether the gradient of the inputs is computed; always with an embedding
     """
 
     layers: Sequence[LayerSizes]
@@ -63,6 +64,7 @@ class Sizes:
     masks: Sequence[Mask]
     penalties: bool
     cells: bool
+    d_inputs: bool
 
     def mask(self, name: str, layer: int = 0) -> Mask | None:
         """The random mask of that name and layer, or None."""
@@ -127,8 +129,9 @@ class Sizes:
             if self.penalties:
                 spec["penalties", k] = (steps, PENALTY_TERMS), np.float64
                 spec["factors", k] = (PENALTY_TERMS + 1,), np.float32
-        if self.symbols:
+        if self.d_inputs:
             spec["d_x"] = (rows, self.layers[0].padded_inputs), np.float32
+        if self.symbols:
             spec["order"] = (rows,), np.int64
             spec["groups"] = (rows + 1,), np.int64
         if self.outputs:

@@ -58,7 +58,8 @@ class DeviceParameters:
         self.device, self.precision, self.rule, self.layers = device, precision, rule, layers
         self.layout, self.sums = Layout(parameters), sums
         self.size = threads.BYTES[precision]
-        self.tied, self.readout = "readout" not in parameters, "readout" if "readout" in parameters else "embedding"
+        self.tied = "readout.bias" in parameters and "readout" not in parameters
+        self.readout = "embedding" if self.tied else "readout"
         segments = len(self.layout)
         operand = np.uint16 if self.size == 2 else F32
         self.values, self.gradients = (self._zeros(self.layout.size, F32) for _ in range(2))

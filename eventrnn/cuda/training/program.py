@@ -42,6 +42,8 @@ class Program:
         queue = engine.device.queue
         self.whole = Replay(queue, self._whole)
         self.forward, self._back = Replay(queue, self._forward), Replay(queue, self._backward)
+        #: for benchmarks: forward and backward, from the inputs and the gradient of the output that are there
+        self.passes = Replay(queue, self._passes)
 
     @staticmethod
     def number_of_sums(sizes: Sizes) -> int:
@@ -116,6 +118,11 @@ class Program:
     def _backward(self) -> None:
         self.window.take_output_gradient()
         self._after_loss()
+
+    def _passes(self) -> None:
+        self.window.forward()
+        self.window.take_output_gradient()
+        self.window.backward()
 
     def _before_loss(self) -> None:
         self.window.forward()

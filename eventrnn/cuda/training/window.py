@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from eventrnn.cuda.training.parameters import DeviceParameters
 
 # Pieces of time into which a window is cut if the network has several layers, and their fewest steps.
-PIECES, FEWEST_STEPS = 5, 8
+PIECES, FEWEST_STEPS = 7, 8
 
 
 @dataclass(frozen=True)

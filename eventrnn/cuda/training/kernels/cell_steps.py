@@ -1,7 +1,8 @@
 """One step of a layer, forward and backward, around its recurrent products.
 
-A thread owns every n-th pair of sample and unit. The rules are those of `cells.py` in float32, so that with float32
-products only the order of their sums differs from the CPU's. Reference: `reference.step` and `reference.backward`.
+A thread owns a unit, and a row of blocks every n-th sample; in the last two kernels a thread owns every n-th element.
+The rules are those of `cells.py` in float32, so that with float32 products only the order of their sums differs from
+the CPU's. Reference: `reference.step` and `reference.backward`.
 
 All arrays are in global memory, all rows padded: N units take `padded` columns, a multiple of 8; columns beyond N are
 zero and are never written.
@@ -24,9 +25,9 @@ deltas_at  : (B, 5, padded) operands, gradients of the drives: g, u, r of the in
 from __future__ import annotations
 
 import numpy as np
-from numba import types
+from numba import int64, types
 
-from eventrnn.cuda.device import device_function
+from eventrnn.cuda.device import cuda, device_function
 from eventrnn.cuda.kernels.ptx import (
     egru_backward,
     egru_paper_backward,
@@ -97,10 +98,8 @@ def forward_kernel(precision: str):
             global_float32(before_at),
         )
         drive, rec = global_float32(drive_at), global_float32(rec_at)
-        at, step = first_element(), stride()
-        while at < units * batch:
-            sample = at // units
-            unit = at - sample * units
+        unit, sample = first_element(), int64(cuda.blockIdx.y)
+        while unit < units and sample < batch:
             i, row = sample * padded + unit, sample * 3 * padded + unit
             threshold, carried = thresholds[unit], before[i]
             if not first:
@@ -126,7 +125,7 @@ def forward_kernel(precision: str):
             store(y_at + size * i, y)
             if next_at != 0:
                 store(next_at + size * i, y * scale_of(mask_at, mask_pitch, sample, unit, scale_bits))
-            at += step
+            sample += cuda.gridDim.y
 
     return forward, types.void(*[types.int64] * 17)
 
@@ -159,10 +158,8 @@ def reset_gate_kernel(precision: str):
             global_float32(before_at),
         )
         drive, rec, r_out = global_float32(drive_at), global_float32(rec_at), global_float32(tape_at + plane)
-        at, step = first_element(), stride()
-        while at < units * batch:
-            sample = at // units
-            unit = at - sample * units
+        unit, sample = first_element(), int64(cuda.blockIdx.y)
+        while unit < units and sample < batch:
             i, row = sample * padded + unit, sample * 3 * padded + unit
             y = global_float32(carried_at)[i] if first else sent(before[i], thresholds[unit])
             r = egru_reset_gate(
@@ -170,7 +167,7 @@ def reset_gate_kernel(precision: str):
             )
             r_out[i] = r
             store(sent_at + size * i, r * y)
-            at += step
+            sample += cuda.gridDim.y
 
     return reset_gate, types.void(*[types.int64] * 13)
 
@@ -205,10 +202,8 @@ def paper_forward_kernel(precision: str):
             global_float32(before_at),
         )
         drive, rec = global_float32(drive_at), global_float32(rec_at)
-        at, step = first_element(), stride()
-        while at < units * batch:
-            sample = at // units
-            unit = at - sample * units
+        unit, sample = first_element(), int64(cuda.blockIdx.y)
+        while unit < units and sample < batch:
             i, row = sample * padded + unit, sample * 3 * padded + unit
             threshold, carried = thresholds[unit], before[i]
             y_before = global_float32(carried_at)[i] if first else sent(carried, threshold)
@@ -229,7 +224,7 @@ def paper_forward_kernel(precision: str):
             store(y_at + size * i, y)
             if next_at != 0:
                 store(next_at + size * i, y * scale_of(mask_at, mask_pitch, sample, unit, scale_bits))
-            at += step
+            sample += cuda.gridDim.y
 
     return paper_forward, types.void(*[types.int64] * 18)
 
@@ -273,10 +268,8 @@ def adjoint_kernel(precision: str, paper: bool, kind: int, dampening: float, sup
         upstream, d_sent = global_float32(upstream_at), global_float32(d_sent_at)
         us, rs, gs = global_float32(tape_at), global_float32(tape_at + plane), global_float32(tape_at + 2 * plane)
         qs, vs = global_float32(tape_at + 3 * plane), global_float32(tape_at + 4 * plane)
-        at, step, gate = first_element(), stride(), size * padded
-        while at < units * batch:
-            sample = at // units
-            unit = at - sample * units
+        unit, sample, gate = first_element(), int64(cuda.blockIdx.y), size * padded
+        while unit < units and sample < batch:
             i = sample * padded + unit
             threshold, v, c_before = thresholds[unit], vs[i], before[i]
             if not first:
@@ -306,7 +299,7 @@ def adjoint_kernel(precision: str, paper: bool, kind: int, dampening: float, sup
             # A penalty on v - threshold has the opposite gradient for the threshold.
             store(out + 4 * gate, d_threshold - d_cell)
             later[i] = d_before
-            at += step
+            sample += cuda.gridDim.y
 
     return adjoint, types.void(*[types.int64] * 17)
 
@@ -327,16 +320,14 @@ def reset_gate_adjoint_kernel(precision: str):
             global_float32(tape_at + plane),
         )
         d_q, d_sent = global_float32(d_q_at), global_float32(d_sent_at)
-        at, step = first_element(), stride()
-        while at < units * batch:
-            sample = at // units
-            unit = at - sample * units
+        unit, sample = first_element(), int64(cuda.blockIdx.y)
+        while unit < units and sample < batch:
             i = sample * padded + unit
             y = global_float32(carried_at)[i] if first else sent(before[i], thresholds[unit])
             d_r, d_y = egru_paper_reset_backward(rs[i], y, d_q[i])
             store(deltas_at + size * (sample * 5 * padded + 2 * padded + unit), d_r)
             d_sent[i] += d_y
-            at += step
+            sample += cuda.gridDim.y
 
     return reset_gate_adjoint, types.void(*[types.int64] * 12)
 

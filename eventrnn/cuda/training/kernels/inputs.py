@@ -141,8 +141,8 @@ def outputs_kernel():
 def spread_kernel(precision: str):
     """The kernel that copies rows (R, columns) float32 into padded rows, and its signature.
 
-    out_at : operands, `pitch` of them from one row to the next; the columns up to `padded` are zero. A thread owns every
-             n-th element.
+    out_at : operands, `pitch` of them from one row to the next; the columns up to `padded` are zero. A thread owns
+             every n-th element.
     """
     store, size = STORES[precision], BYTES[precision]
 
