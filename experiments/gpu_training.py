@@ -86,11 +86,17 @@ def main(
 ) -> None:
     """Measure all cases."""
     records = Records(results, KEY)
+
+    def add(line: dict) -> None:
+        # The machine of these lines is the GPU.
+        records.device = line["device"]
+        records.add(line)
+
     for precision in ("bfloat16", "tf32"):
-        records.add(recipe(precision, repeats))
+        add(recipe(precision, repeats))
     for hidden, batch, precision in LAYERS:
         case = {"hidden": hidden, "batch": batch, "precision": precision, "repeats": repeats}
-        records.add({"what": "layer"} | training(**case, against="cudnn,evnn-style"))
+        add({"what": "layer"} | training(**case, against="cudnn,evnn-style"))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from bench import BLAS as BLAS_LIBRARIES
 from bench import DENSE, SPARSE_LIBRARIES, Row, line_of
 from bench_training import CASES as TRAINING_CASES
 from block_sparse import BLOCKS
+from gpu_training import LAYERS as GPU_LAYERS
 from nm_masks import PATTERNS
 
 HERE = Path(__file__).parent
@@ -251,6 +252,31 @@ def training() -> str:
     return table(columns, rows)
 
 
+def gpu_training() -> str:
+    """Milliseconds of a training iteration with a window of 70 steps on a GPU (`python experiments/gpu_training.py`).
+    One layer: forward and backward with all gradients, GPU time as one CUDA graph, beside the fastest `nn.GRU` and
+    `nn.LSTM` in bfloat16, float16 and TF32, and beside EvNN's method in our engine (TF32 products, one kernel per
+    step). Recipe: whole updates of `egru-ptb` (layers of 1350, 1350 and 750 units, 10,000 words) by the wall clock.
+    EvNN's own code needs 22 ms for an iteration of that recipe on an H200.
+    """
+    lines, rows = read("cuda_training"), []
+    for precision in ("bfloat16", "tf32"):
+        line = last(lines, what="egru-ptb", precision=precision)
+        if line is not None:
+            rows.append((("recipe", "64", precision, number(line["ms_per_iteration"]), "", "", "", ""), [line]))
+    for hidden, batch, precision in GPU_LAYERS:
+        line = last(lines, what="layer", hidden=hidden, batch=batch, precision=precision)
+        if line is None:
+            continue
+        each = {name: value["ms_per_iteration"] for name, value in line["against_each"].items()}
+        best = {kind: min(ms for name, ms in each.items() if f" {kind} " in name) for kind in ("GRU", "LSTM")}
+        cells = [f"{hidden} units", str(batch), precision, number(line["ms_per_iteration"])]
+        cells += [number(best["GRU"]), times(best["GRU"] / line["ms_per_iteration"])]
+        rows.append((([*cells, number(best["LSTM"]), number(each["evnn-style"])]), [line]))
+    columns = ("case", "batch", "products", "ms", "`nn.GRU`, ms", "times faster", "`nn.LSTM`, ms", "EvNN's method, ms")
+    return table(columns, rows)
+
+
 def blocks() -> str:
     """Two layers of 384 units read the Penn Treebank in its 1000 most frequent words. A dense model of 600 updates
     is pruned to 90 % while it trains for 600 more (`python experiments/block_sparse.py`). Perplexity on the
@@ -349,6 +375,7 @@ SECTIONS = {
     "One product on a CPU": cpu_product,
     "Inference on a GPU": cuda,
     "A training window": training,
+    "Training on a GPU": gpu_training,
     "Block pruning": blocks,
     "N:M masks": nm,
     "Transposable masks": masks,

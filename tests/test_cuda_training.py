@@ -7,7 +7,9 @@ and resumed runs in every bit.
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 from dataclasses import replace
 
 import numpy as np
@@ -213,7 +215,7 @@ def test_clipping_scales_all_gradients_together(gpu):
 def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(gpu, kind):
     def trainer():
         options = {"optimiser": OPTIMISERS[kind], "regularisers": NOISE, "precision": "bfloat16", "window_jitter": 2.0}
-        return Trainer(_network(), LanguageModelling(_text(), _text()[:30], valid_batch=2), _settings(**options))
+        return Trainer(_network(), LanguageModelling(_text(), _text()[:12], valid_batch=2), _settings(**options))
 
     def go_on(trainer, updates):
         for _ in range(updates):
@@ -221,11 +223,11 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(gpu, kind):
             trainer.validate()
 
     whole, first, second = trainer(), trainer(), trainer()
-    go_on(whole, 6)
-    go_on(first, 3)
+    go_on(whole, 4)
+    go_on(first, 2)
     arrays = {name: array.copy() for name, array in first.arrays().items()}
     second.restore(arrays, json.loads(json.dumps(first.numbers())))
-    go_on(second, 3)
+    go_on(second, 2)
     assert whole.arrays().keys() == second.arrays().keys()
     for name, array in whole.arrays().items():
         assert np.array_equal(array, second.arrays()[name]), name
@@ -322,6 +324,48 @@ def test_too_little_memory_is_refused_with_the_bytes(monkeypatch):
     with pytest.raises(MemoryError, match=r"cuda: [\d,]+ bytes are needed and 1,000 are free"):
         Trainer(_network(), LanguageModelling(_text()), _settings())
     assert not device.allocated
+
+
+KERNELS = {
+    "narrow": lambda m: m.threads.narrow_kernel("bfloat16"),
+    "draw": lambda m: m.noise.draw_kernel(),
+    "drop_weights": lambda m: m.noise.drop_weights_kernel("bfloat16"),
+    "forward": lambda m: m.cell_steps.forward_kernel("bfloat16"),
+    "reset_gate": lambda m: m.cell_steps.reset_gate_kernel("tf32"),
+    "paper_forward": lambda m: m.cell_steps.paper_forward_kernel("bfloat16"),
+    "adjoint": lambda m: m.cell_steps.adjoint_kernel("bfloat16", False, SURROGATES["triangle"], 0.7, 1.0),
+    "adjoint of the paper": lambda m: m.cell_steps.adjoint_kernel("float32", True, SURROGATES["gaussian"], 0.7, 1.0),
+    "reset_gate_adjoint": lambda m: m.cell_steps.reset_gate_adjoint_kernel("bfloat16"),
+    "thresholds": lambda m: m.cell_steps.threshold_kernel(),
+    "carry": lambda m: m.cell_steps.carry_kernel("bfloat16"),
+    "inputs": lambda m: m.inputs.input_kernel("bfloat16"),
+    "embedding_gradient": lambda m: m.inputs.embedding_gradient_kernel(),
+    "outputs": lambda m: m.inputs.outputs_kernel(),
+    "spread": lambda m: m.inputs.spread_kernel("bfloat16"),
+    "cross_entropy": lambda m: m.loss.cross_entropy_kernel("bfloat16"),
+    "column_sums": lambda m: m.sums.column_sums_kernel("bfloat16"),
+    "finish_sums": lambda m: m.sums.finish_sums_kernel(),
+    "count_units": lambda m: m.sums.count_units_kernel(SURROGATES["boxcar"], 0.7, 1.0),
+    "count_inputs": lambda m: m.sums.count_inputs_kernel("bfloat16"),
+    "operations": lambda m: m.sums.operations_kernel(),
+    "rates": lambda m: m.sums.rate_kernel(),
+    "penalties": lambda m: m.sums.penalties_kernel(SURROGATES["multi_gaussian"], 0.7, 1.0),
+    "square_gradients": lambda m: m.updates.square_gradients_kernel(),
+    "sum_spans": lambda m: m.updates.sum_spans_kernel(),
+    "settle": lambda m: m.updates.settle_kernel(),
+    "adam": lambda m: m.updates.update_kernel("adam", "bfloat16", False),
+    "momentum, averaged": lambda m: m.updates.update_kernel("momentum", "float32", True),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_compile(name):
+    device = pytest.importorskip("eventrnn.cuda.device", exc_type=BackendUnavailable, reason="needs numba-cuda")
+    kernels = importlib.import_module("eventrnn.cuda.training.kernels")
+    for module in pkgutil.iter_modules(kernels.__path__):
+        importlib.import_module(f"{kernels.__name__}.{module.name}")
+    ptx = device.compile_ptx(*KERNELS[name](kernels), (9, 0), 256)
+    assert ".entry" in ptx and ".local" not in ptx, "arrays in local memory are slow"
 
 
 def _update(engine, batch: Batch, step: int, rate: float = 0.01):

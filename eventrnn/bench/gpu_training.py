@@ -158,8 +158,7 @@ def _cudnn(x: np.ndarray, d_output: np.ndarray) -> dict[str, Seconds]:
     types = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32}
 
     def timed(kind: str, dtype) -> Seconds:
-        layer = getattr(torch.nn, kind)(hidden, hidden).cuda().to(dtype)
-        layer.flatten_parameters()
+        layer = getattr(torch.nn, kind)(hidden, hidden, device="cuda", dtype=dtype)
         inputs, d_out = given.to(dtype).requires_grad_(), upstream.to(dtype)
 
         def measure() -> float:
