@@ -45,6 +45,7 @@ class Cublas:
         self._call("cublasSetStream_v2", self.handle, ctypes.c_void_p((queue or device.queue).ptr))
         workspace = ctypes.c_void_p(self.workspace.data.ptr), ctypes.c_size_t(WORKSPACE_BYTES)
         self._call("cublasSetWorkspace_v2", self.handle, *workspace)
+        self.multiprocessors = 0
 
     def _call(self, name: str, *arguments: Any) -> None:
         status = getattr(self.functions, name)(*arguments)
@@ -65,11 +66,26 @@ class Cublas:
         arguments = *operations, *shape, one, *left, *right, zero, *target, SUMS[precision], DEFAULT
         self._call("cublasGemmEx", self.handle, *arguments)
 
-    def multiply(self, precision: str, a: Any, b: Any, out: Any, rows: int, width: int, columns: int) -> None:
+    def multiply(
+        self,
+        precision: str,
+        a: Any,
+        b: Any,
+        out: Any,
+        rows: int,
+        width: int,
+        columns: int,
+        *,
+        multiprocessors: int = 0,
+    ) -> None:
         """out (rows, columns) float32 = a (rows, width) @ b (width, columns).
 
-        a, b, out : `training.lanes.Factor`: address, pitch, and whether the array is stored transposed
+        a, b, out       : `training.lanes.Factor`: address, pitch, and whether the array is stored transposed
+        multiprocessors : how many the kernel should be chosen for, because others run beside it; 0 for all
         """
+        if multiprocessors != self.multiprocessors:
+            self._call("cublasSetSmCountTarget", self.handle, ctypes.c_int(multiprocessors))
+            self.multiprocessors = multiprocessors
         kind, pointer = TYPES[precision], ctypes.c_void_p
         # cuBLAS counts columns first, so that every array is seen transposed and the factors change places.
         self._call(

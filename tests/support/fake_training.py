@@ -36,7 +36,7 @@ class Cublas:
     def __init__(self, device, queue=None):
         self.device = device
 
-    def multiply(self, precision, a, b, out, rows, width, columns) -> None:
+    def multiply(self, precision, a, b, out, rows, width, columns, *, multiprocessors=0) -> None:
         enqueued(_multiply)(precision, a, b, out, rows, width, columns)
 
 

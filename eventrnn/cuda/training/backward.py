@@ -163,7 +163,7 @@ class TrainingWindow(ForwardWindow):
             if layer.paper:
                 d_q = Factor(memory.at(("d_q", k)), n)
                 candidate = Factor(w_rec + size * 2 * n, 3 * n, transposed=True)
-                lane.multiply(Factor(deltas, 5 * n), candidate, d_q, batch, n, n)
+                lane.multiply_step(Factor(deltas, 5 * n), candidate, d_q, batch, n, n, share=self.shares[1])
                 lane.units(
                     ("reset_gate_adjoint", self.precision),
                     lambda: cell_steps.reset_gate_adjoint_kernel(self.precision),
@@ -184,13 +184,14 @@ class TrainingWindow(ForwardWindow):
                 )
             if t:
                 gates = 2 * n if layer.paper else 3 * n
-                lane.multiply(
+                lane.multiply_step(
                     Factor(deltas + size * n, 5 * n),
                     Factor(w_rec, 3 * n, transposed=True),
                     Factor(memory.at(("product", k)), n),
                     batch,
                     gates,
                     n,
+                    share=self.shares[1],
                 )
         if k or self.sizes.d_inputs:
             below = memory.at(("upstream", k - 1)) if k else memory.at("d_x")

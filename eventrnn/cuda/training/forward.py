@@ -143,11 +143,11 @@ class ForwardWindow(Window):
         vectors = self.parameters.value_at(f"layers.{k}.bias_in")
         threshold = memory.at(("threshold", k))
         mask_at, mask_steps, mask_samples, scale = self.mask_after(k)
-        hold = self.sizes.mask("zoneout", k) if self.training else None
+        hold, share = self.sizes.mask("zoneout", k) if self.training else None, self.shares[0]
         for t in range(begin, end):
             y = Factor(memory.at(("y", k), t * batch * n), n)
             gates = 2 * n if layer.paper else 3 * n
-            lane.multiply(y, Factor(w_rec, 3 * n), Factor(rec, 3 * n), batch, n, gates)
+            lane.multiply_step(y, Factor(w_rec, 3 * n), Factor(rec, 3 * n), batch, n, gates, share=share)
             before, first = self.before(k, t)
             drive_at = memory.at(("drive", k), t * batch * 3 * n)
             carried: tuple[int, ...] = ()
@@ -173,8 +173,8 @@ class ForwardWindow(Window):
                     n,
                     batch,
                 )
-                candidate = Factor(w_rec + self.size * 2 * n, 3 * n)
-                lane.multiply(Factor(sent, n), candidate, Factor(rec + 4 * 2 * n, 3 * n), batch, n, n)
+                candidate, out = Factor(w_rec + self.size * 2 * n, 3 * n), Factor(rec + 4 * 2 * n, 3 * n)
+                lane.multiply_step(Factor(sent, n), candidate, out, batch, n, n, share=share)
             make = cell_steps.paper_forward_kernel if layer.paper else cell_steps.forward_kernel
             lane.units(
                 (make.__name__, self.precision),

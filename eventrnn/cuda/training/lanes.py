@@ -80,6 +80,13 @@ class Lane:
         if rows and columns:
             self.cublas.multiply(self.precision, a, b, out, rows, width, columns)
 
+    def multiply_step(
+        self, a: Factor, b: Factor, out: Factor, rows: int, width: int, columns: int, *, share: int = 1
+    ) -> None:
+        """`multiply` of a single step, by a kernel that is chosen for one of `share` shares of the multiprocessors."""
+        part = 0 if share == 1 else max(1, self.device.multiprocessors // share)
+        self.cublas.multiply(self.precision, a, b, out, rows, width, columns, multiprocessors=part)
+
     def clear(self, array: Any, nbytes: int | None = None) -> None:
         """Set bytes of an array to zero."""
         with self.queue:

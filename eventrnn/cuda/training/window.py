@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 # Pieces of time into which a window is cut if the network has several layers, and their fewest steps.
 PIECES, FEWEST_STEPS = 7, 8
 
+# Products of single steps of several layers run side by side, each by a kernel for this share of the multiprocessors.
+# Measured with three layers on an H200: 4.9 ms per update of the recipe `egru-ptb` without shares, 4.6 ms with two.
+FORWARD_SHARES, BACKWARD_SHARES = 2, 4
+
 
 @dataclass(frozen=True)
 class Lanes:
@@ -78,6 +82,8 @@ class Window:
         pieces = PIECES if len(sizes.layers) > 1 else 1
         length = max(FEWEST_STEPS, -(-steps // pieces))
         self.pieces = [(begin, min(begin + length, steps)) for begin in range(0, steps, length)]
+        several = len(sizes.layers) > 1
+        self.shares = (FORWARD_SHARES, BACKWARD_SHARES) if several else (1, 1)
         offsets = np.cumsum([0, *(sums.UNIT_COUNTS * layer.padded for layer in sizes.layers)])
         self.count_offsets = [int(offset) for offset in offsets]
         offsets = np.cumsum([0, *(layer.padded_inputs for layer in sizes.layers)])

@@ -37,18 +37,18 @@ def cross_entropy_kernel(precision: str):
         row, thread, threads = int64(cuda.blockIdx.x), int64(cuda.threadIdx.x), int64(cuda.blockDim.x)
         row_at = logits_at + 4 * row * pitch
         logits, bias = global_float32(row_at), global_float32(bias_at)
-        largest = float64(-np.inf)
+        # One pass: what a thread has added up is scaled down when it meets a larger logit.
+        own_largest, norm = np.float32(-np.inf), float64(0)
         i = thread
         while i < columns:
-            largest = max(largest, float64(logits[i] + bias[i]))
+            logit = logits[i] + bias[i]
+            if logit > own_largest:
+                norm *= float64(exp_float32(own_largest - logit))
+                own_largest = logit
+            norm += float64(exp_float32(logit - own_largest))
             i += threads
-        largest32 = np.float32(largest_of_block(largest, scratch))
-        norm = float64(0)
-        i = thread
-        while i < columns:
-            norm += float64(exp_float32((logits[i] + bias[i]) - largest32))
-            i += threads
-        norm = sum_of_block(norm, scratch)
+        largest32 = np.float32(largest_of_block(float64(own_largest), scratch))
+        norm = sum_of_block(norm * float64(exp_float32(own_largest - largest32)), scratch)
         target = global_int64(targets_at)[row]
         if thread == 0:
             own = float64((logits[target] + bias[target]) - largest32)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 from numba import float64, int64, types
 
-from eventrnn.cuda.device import cuda
+from eventrnn.cuda.device import cuda, device_function
 from eventrnn.cuda.kernels.ptx import global_float32, global_float64, global_int64, global_uint8, libdevice
 from eventrnn.cuda.training.kernels.threads import BYTES, MOST_THREADS, STORES, ZERO32, float_of, sum_of_block
 
@@ -147,8 +147,28 @@ def update_kernel(rule: str, precision: str, averaged: bool):
     operands_at                  : the parameters as operands
     """
     store, size = STORES[precision], BYTES[precision]
-    adam, with_first = rule in (ADAM, ADAM_WITHOUT_FIRST), rule == ADAM
-    with_velocity = rule == MOMENTUM_DESCENT
+    adam, with_first, with_velocity = rule in (ADAM, ADAM_WITHOUT_FIRST), rule == ADAM, rule == MOMENTUM_DESCENT
+    reads_first = with_first or with_velocity
+
+    @device_function
+    def changed(w, g, first, second, rates, numbers):
+        """Parameter, first and second state after the rule, from the clipped gradient."""
+        rate, decay, joined, one = rates[0], rates[1], rates[2], np.float32(1)
+        if rate == ZERO32:
+            return w, first, second
+        if with_velocity:
+            first = numbers[MOMENTUM] * first + g + joined * w
+            return w - rate * (first + decay * w), first, second
+        g += joined * w
+        if adam:
+            beta1, beta2 = numbers[BETA1], numbers[BETA2]
+            second = beta2 * second + (one - beta2) * g * g
+            moved = g
+            if with_first:
+                first = beta1 * first + (one - beta1) * g
+                moved = first * numbers[CORRECTION1]
+            g = moved / (libdevice.fsqrt_rn(second * numbers[CORRECTION2]) + numbers[EPSILON])
+        return w - rate * (g + decay * w), first, second
 
     def update(
         parameters_at,
@@ -174,38 +194,35 @@ def update_kernel(rule: str, precision: str, averaged: bool):
         start, kept = segment[FIRST], segment[KEPT]
         lowest, highest = float_of(segment[LOWEST_BITS]), float_of(segment[HIGHEST_BITS])
         scale, rates = global_float32(scales_at)[chunk[0]], global_float32(rates_at + 12 * chunk[0])
-        rate, decay, joined = rates[0], rates[1], rates[2]
-        beta1, beta2, epsilon = numbers[BETA1], numbers[BETA2], numbers[EPSILON]
-        correction1, correction2, one = numbers[CORRECTION1], numbers[CORRECTION2], np.float32(1)
         i, end = chunk[1] + cuda.threadIdx.x, chunk[2]
         while i < end:
-            w = parameters[i]
-            if rate != ZERO32:
-                g = gradients[i] * scale
-                if with_velocity:
-                    velocity = numbers[MOMENTUM] * firsts[i] + g + joined * w
-                    firsts[i] = velocity
-                    g = velocity
-                else:
-                    g += joined * w
-                if adam:
-                    second = beta2 * seconds[i] + (one - beta2) * g * g
-                    seconds[i] = second
-                    moved = g
-                    if with_first:
-                        first = beta1 * firsts[i] + (one - beta1) * g
-                        firsts[i] = first
-                        moved = first * correction1
-                    w -= rate * (moved / (libdevice.fsqrt_rn(second * correction2) + epsilon) + decay * w)
-                else:
-                    w -= rate * (g + decay * w)
+            # Two elements are loaded before the first of them is stored, so that more loads are on their way.
+            both = i + cuda.blockDim.x < end
+            j = i + cuda.blockDim.x if both else i
+            w0, w1, g0, g1 = parameters[i], parameters[j], gradients[i], gradients[j]
+            first0 = first1 = second0 = second1 = ZERO32
+            if reads_first:
+                first0, first1 = firsts[i], firsts[j]
+            if adam:
+                second0, second1 = seconds[i], seconds[j]
+            w0, first0, second0 = changed(w0, g0 * scale, first0, second0, rates, numbers)
+            w1, first1, second1 = changed(w1, g1 * scale, first1, second1, rates, numbers)
             if averaged:
-                means[i] += numbers[SHARE] * (w - means[i])
-            if kept != 0 and global_uint8(kept)[i - start] == 0:
-                w = ZERO32
-            w = min(max(w, lowest), highest)
-            parameters[i] = w
-            store(operands_at + size * i, w)
-            i += cuda.blockDim.x
+                mean0, mean1 = means[i], means[j]
+                means[i] = mean0 + numbers[SHARE] * (w0 - mean0)
+                means[j] = mean1 + numbers[SHARE] * (w1 - mean1)
+            if kept != 0:
+                w0 = w0 if global_uint8(kept)[i - start] else ZERO32
+                w1 = w1 if global_uint8(kept)[j - start] else ZERO32
+            w0, w1 = min(max(w0, lowest), highest), min(max(w1, lowest), highest)
+            # Without a second element, the first one is written twice.
+            if reads_first:
+                firsts[i], firsts[j] = first0, first1
+            if adam:
+                seconds[i], seconds[j] = second0, second1
+            parameters[i], parameters[j] = w0, w1
+            store(operands_at + size * i, w0)
+            store(operands_at + size * j, w1)
+            i += 2 * cuda.blockDim.x
 
     return update, types.void(*[types.int64] * 12)
