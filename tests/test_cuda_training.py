@@ -375,7 +375,11 @@ def _update(engine, batch: Batch, step: int, rate: float = 0.01):
     def after_step(parameters, gradients) -> None:
         found.update({name: array.copy() for name, array in gradients.items()})
 
-    return engine.update(batch, start="state", step=step, rate=rate, after_step=after_step), found
+    def commit(change):
+        return change()
+
+    result = engine.update(batch, start="state", step=step, rate=rate, after_step=after_step, commit=commit)
+    return result, found
 
 
 def _network() -> Network:

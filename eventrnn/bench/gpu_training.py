@@ -159,6 +159,7 @@ def _cudnn(x: np.ndarray, d_output: np.ndarray) -> dict[str, Seconds]:
 
     def timed(kind: str, dtype) -> Seconds:
         layer = getattr(torch.nn, kind)(hidden, hidden, device="cuda", dtype=dtype)
+        layer.flatten_parameters()
         inputs, d_out = given.to(dtype).requires_grad_(), upstream.to(dtype)
 
         def measure() -> float:

@@ -202,7 +202,8 @@ class Trainer:
         """A function that puts back what an update changes before its commit."""
         model, parts = self.model, [backup_generator(self.rng)]
         if self.pruning is not None:
-            parts.append(backup_pruning(self.pruning, self.steps_done, model.parameters, model.masks))
+            with self.engine.reading():
+                parts.append(backup_pruning(self.pruning, self.steps_done, model.parameters, model.masks))
 
         def put_back() -> None:
             for part in parts:
