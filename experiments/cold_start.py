@@ -3,9 +3,10 @@
     python experiments/cold_start.py
     python experiments/cold_start.py --against ../other-checkout
 
-Every case runs in a process of its own. With another checkout of the package, every case is also run with that one,
-before this one, in the same run. One line per case and version is appended to results/cold_start.jsonl: seconds of
-wall clock and of the processor, functions that Numba compiled, and the growth of the largest resident memory.
+Every case runs in a process of its own; those of a cold start with an empty cache of kernels. With another checkout of
+the package, every case is also run with that one, before this one. One line per call and version is appended to
+results/cold_start.jsonl: seconds of wall clock and of the processor, functions that Numba compiled, and the growth of
+the largest resident memory. A version is the last commit that changed the package.
 """
 
 import json
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results" / "cold_start.jsonl"
-KEY = ("case", "version")
+KEY = ("call", "version")
 
 # What every process begins with. `measured` returns what a call cost.
 HEAD = """
@@ -65,11 +66,9 @@ network = er.Network.random([256], inputs=64, readout=10, rng=rng, threshold=0.1
 if {pruned}:
     network = prune(network, 0.9, block=(1, 64), exempt=("readout",))
 x = rng.standard_normal((100, 1, 64)).astype(np.float32)
-cost = measured(lambda: er.simulate(network, x))
-if {step}:
-    simulator = er.Simulator(network)
-    cost = measured(lambda: simulator.step(x[0]))
-print(json.dumps(cost))
+simulator = er.Simulator(network)
+first = measured(lambda: er.simulate(network, x))
+print(json.dumps({{"first simulate": first, "first step": measured(lambda: simulator.step(x[0]))}}))
 """
 
 # 12,000 units with 64 weights each, single or in 1x8 blocks.
@@ -86,7 +85,7 @@ x = rng.standard_normal((5, 1, 4)).astype(np.float32)
 er.simulate(small, zeros)
 def run():
     er.simulate(er.Network((er.Layer(few, weights, bias, bias, np.full(n, 0.05, np.float32)),)), x)
-print(json.dumps(measured(run) | {{"given_megabytes": weights.nbytes / 1e6}}))
+print(json.dumps({{"simulate": measured(run) | {{"given_megabytes": weights.nbytes / 1e6}}}}))
 """
 
 # A long input of numbers, all of which are events.
@@ -94,38 +93,46 @@ LONG = """
 network = er.Network.random([16], inputs=64, readout=2, rng=rng, threshold=0.3)
 er.simulate(network, np.zeros((2, 1, 64), np.float32))
 x = rng.standard_normal((300_000, 1, 64), dtype=np.float32)
-print(json.dumps(measured(lambda: er.simulate(network, x)) | {"given_megabytes": x.nbytes / 1e6}))
+print(json.dumps({"simulate": measured(lambda: er.simulate(network, x)) | {"given_megabytes": x.nbytes / 1e6}}))
 """
 
 CASES = {
-    "first simulate, dense": COLD.format(pruned=False, step=False),
-    "first step, dense": COLD.format(pruned=False, step=True),
-    "first simulate, 1x64 blocks": COLD.format(pruned=True, step=False),
+    "cold start, dense": COLD.format(pruned=False),
+    "cold start, 1x64 blocks": COLD.format(pruned=True),
     "pruned network, single weights": PRUNED.format(width=1),
     "pruned network, 1x8 blocks": PRUNED.format(width=8),
     "long input": LONG,
 }
 
 
-def measure(code: str, package: Path) -> dict:
-    """What one process measured, with an empty cache of kernels."""
+def measure(case: str, package: Path) -> dict[str, dict]:
+    """What the calls of one process cost, by name."""
+    environment = {**os.environ, "PYTHONPATH": str(package)}
+    command = [sys.executable, "-P", "-c", HEAD + CASES[case]]
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "PYTHONPATH": str(package), "NUMBA_CACHE_DIR": folder}
-        command = [sys.executable, "-P", "-c", HEAD + code]
+        if case.startswith("cold"):
+            environment["NUMBA_CACHE_DIR"] = folder
         finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return json.loads(finished.stdout)
+    return {f"{case}: {name}": cost for name, cost in json.loads(finished.stdout).items()}
+
+
+def version_of(package: Path) -> str:
+    """The last commit that changed the package of a checkout."""
+    command = ["git", "-C", str(package), "log", "-1", "--format=%h", "--", "eventrnn"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def show(records: Records, versions: list[str]) -> Table:
-    """One row per case and version."""
-    table = Table("case", "version", "seconds", "processor", "compiled", "memory", "given", title=records.device)
-    for case in CASES:
+    """One row per call and version."""
+    columns = ("call", "version", "seconds", "processor", "compiled", "memory", "given")
+    table = Table(*columns, title=records.device)
+    for call in dict.fromkeys(line["call"] for line in records.lines):
         for version in versions:
-            line = records.of({"case": case, "version": version})
+            line = records.of({"call": call, "version": version})
             if line is not None:
                 given = f"{line['given_megabytes']:.0f} MB" if "given_megabytes" in line else ""
                 seconds = (f"{line[name]:.1f} s" for name in ("seconds", "processor_seconds"))
-                table.add_row(case, version, *seconds, str(line["compiled"]), f"{line['megabytes']:.0f} MB", given)
+                table.add_row(call, version, *seconds, str(line["compiled"]), f"{line['megabytes']:.0f} MB", given)
     return table
 
 
@@ -139,11 +146,12 @@ def main(
     if unknown:
         raise typer.BadParameter(f"got {', '.join(sorted(unknown))}; need some of {', '.join(CASES)}")
     records = Records(results, KEY)
-    packages = {"this": ROOT} if against is None else {"before": against.resolve(), "this": ROOT}
+    packages = [ROOT] if against is None else [against.resolve(), ROOT]
     for case in cases or CASES:
-        for version, package in packages.items():
-            records.add({"case": case, "version": version} | measure(CASES[case], package))
-    Console().print(show(records, list(packages)))
+        for package in packages:
+            for call, cost in measure(case, package).items():
+                records.add({"call": call, "version": version_of(package)} | cost)
+    Console().print(show(records, list(map(version_of, packages))))
 
 
 if __name__ == "__main__":
