@@ -24,7 +24,7 @@ from eventrnn.cpu.kernels.array_table import first_not_finite, float32_at, int32
 from eventrnn.cpu.kernels.by_address import call_gating, call_update
 from eventrnn.cpu.kernels.cell_update import compact_events, count_events
 from eventrnn.cpu.kernels.float_mode import enter_standard_mode, leave_standard_mode
-from eventrnn.cpu.kernels.jit import compiled
+from eventrnn.cpu.kernels.jit import compiled, inlined
 from eventrnn.cpu.kernels.microkernels import prefetch
 from eventrnn.cpu.kernels.simd import LANES
 from eventrnn.cpu.kernels.spmm import copy, propagate_all, workspace_of
@@ -208,9 +208,9 @@ def step(table, inputs, symbols, output):
     return refused
 
 
-@compiled
+@inlined
 def _step(table, inputs, symbols, output):
-    """`step` in the floating-point mode that is set."""
+    """`step` in the floating-point mode that is set. Not compiled by itself, because it contains all of `run`."""
     indptr, row_of = int64_at(table, step_table.INPUT_INDPTR), int64_at(table, step_table.INPUT_ROW_OF)
     indices, values = int32_at(table, step_table.INPUT_INDICES), float32_at(table, step_table.INPUT_VALUES)
     if len(symbols) > 0:
