@@ -1,8 +1,9 @@
-"""What must never happen, tried very often: damaged model files, killed runs, full disks, endless streams.
+"""What must never happen, tried very often: damaged files, killed runs, full disks, interrupts, endless streams.
 
     python experiments/robustness.py files --times 1000000   # loads damaged model files, as they are and signed again
     python experiments/robustness.py kills --times 300       # kills training by signal 9 and compares the resumed runs
     python experiments/robustness.py disks --times 200       # saves and trains on disks that are full or read-only
+    python experiments/robustness.py interrupts --times 2000 # raises in the midst of calls and compares the states
     python experiments/robustness.py stream --steps 1e9      # compares chunks of random length with long runs
 
 Each campaign appends one line to results/robustness.jsonl: what was tried, how often, and every fault. The line is
@@ -28,6 +29,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from interrupts import campaign
 from records import Records
 
 from eventrnn import CSR, Network, Simulator, State, io, load, save
@@ -493,6 +495,17 @@ def _lost(before: dict[str, bytes], after: dict[str, bytes], job: str, refused: 
     return (
         "" if refused or job == "run" or after.get(changed_file) != before.get(changed_file) else "nothing was written"
     )
+
+
+# --- interrupts ---------------------------------------------------------------------------------------------
+
+
+@app.command()
+def interrupts(times: Times = 2000, seed: Seed = 0) -> None:
+    """Raise in the midst of calls; then compare the state, bit for bit, with that of the whole calls before it."""
+    figures = campaign(times, seed)
+    faults = [case for case in figures["cases"] if case["stuck"] or case["wrong_states"]]
+    record("interrupts", faults, seed, **figures)
 
 
 # --- endless streams ----------------------------------------------------------------------------------------
