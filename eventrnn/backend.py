@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from eventrnn.events import Events, check_finite
+from eventrnn._checks import WHOLE, float32_array, need_choice, need_flag, number_array, plain_array
+from eventrnn.events import Events
 from eventrnn.state import InputKind, Inputs, State, Trace, on_gpu
 
 if TYPE_CHECKING:
@@ -41,11 +42,8 @@ def need_on_host(inputs: Any) -> None:
 
 
 def as_array(inputs: Any) -> np.ndarray:
-    """The inputs as a NumPy array. Raises TypeError where NumPy cannot read them."""
-    try:
-        return np.asarray(inputs)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"inputs: NumPy cannot read this {_kind(inputs)} ({error}); give a NumPy array") from None
+    """The inputs as a NumPy array. Raises TypeError where NumPy cannot read them, ValueError for a masked array."""
+    return plain_array("inputs", inputs)
 
 
 def _kind(inputs: Any) -> str:
@@ -97,15 +95,11 @@ class HostInputs:
 
     def _dense(self, inputs: Any) -> np.ndarray:
         """Numbers (steps, batch, size) as float32, after their checks."""
-        array = as_array(inputs)
-        if array.ndim != 3 or array.shape[2] != self.size or array.dtype.kind not in "fiub":
-            raise ValueError(f"inputs: got {array.dtype} {array.shape}, need numbers (steps, batch, {self.size})")
-        check_finite("inputs", array)
-        if array.dtype != np.float32:
-            with np.errstate(over="ignore"):
-                array = array.astype(np.float32)
-            check_finite("inputs as float32", array)
-        return array
+        shape = f"(steps, batch, {self.size})"
+        array = number_array("inputs", inputs, shape, ndim=3)
+        if array.shape[2] != self.size:
+            raise ValueError(f"inputs: got {array.dtype} {array.shape}, need numbers {shape}")
+        return float32_array("inputs", array, shape)
 
     def _symbols(self, inputs: Any) -> Inputs:
         """Symbols (steps, batch) with the events of the embedding, after their checks."""
@@ -113,9 +107,7 @@ class HostInputs:
         symbols = len(self.network.embedding)
         if isinstance(inputs, Events):
             raise ValueError("inputs: got Events, but the network has an embedding; give symbols (steps, batch)")
-        array = as_array(inputs)
-        if array.ndim != 2 or array.dtype.kind not in "iu":
-            raise ValueError(f"inputs: got {array.dtype} {array.shape}, need integers (steps, batch) for the embedding")
+        array = number_array("inputs", inputs, "(steps, batch) for the embedding", ndim=2, kinds=WHOLE)
         if array.size and not (0 <= array.min() and array.max() < symbols):
             bad = np.argwhere((array < 0) | (array >= symbols))[0]
             raise ValueError(f"inputs: got symbol {array[tuple(bad)]} at {tuple(map(int, bad))}; need 0..{symbols - 1}")
@@ -239,10 +231,12 @@ def get_backend(backend: str | Backend, exact: bool = True) -> Backend:
 
     Raises ValueError for an unknown name, and for `exact=False` with a backend that has exact kernels only.
     """
+    need_flag("exact", exact)
     if not isinstance(backend, str):
+        if not callable(getattr(backend, "engine", None)):
+            raise TypeError(f"backend: got {backend!r}, need one of {', '.join(BACKENDS)}, or a Backend")
         return backend
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: got {backend!r}, need one of {', '.join(BACKENDS)}")
+    need_choice("backend", backend, BACKENDS)
     module, _, name = BACKENDS[backend].partition(":")
     kind = getattr(importlib.import_module(module), name)
     if backend in ("auto", "cuda"):

@@ -37,6 +37,8 @@ from typing import Any, ClassVar
 import numpy as np
 from scipy.special import erf
 
+from eventrnn._checks import need_choice, need_kind, need_number
+
 F32 = np.float32
 
 ZERO, HALF, ONE, TWO = F32(0.0), F32(0.5), F32(1.0), F32(2.0)
@@ -354,13 +356,9 @@ class Surrogate:
     support: float = 1.0
 
     def __post_init__(self):
-        if self.kind not in SURROGATES:
-            raise ValueError(f"surrogate kind: got {self.kind!r}, need one of {', '.join(SURROGATES)}")
+        need_choice("surrogate kind", self.kind, SURROGATES)
         for name in ("dampening", "support"):
-            value = getattr(self, name)
-            if not (np.isfinite(value) and value > 0):
-                raise ValueError(f"surrogate {name}: got {value}, need a positive number")
-            object.__setattr__(self, name, float(value))
+            object.__setattr__(self, name, need_number(f"surrogate {name}", getattr(self, name), above=0))
 
     @property
     def code(self) -> int:
@@ -389,10 +387,9 @@ class Cell:
     gates: ClassVar[int] = 3
 
     def __post_init__(self):
-        if self.name not in CELLS:
-            raise ValueError(f"cell: got {self.name!r}, need one of {', '.join(CELLS)}")
-        if self.variant not in CELLS[self.name]:
-            raise ValueError(f"variant: got {self.variant!r}, need one of {', '.join(CELLS[self.name])}")
+        need_choice("cell", self.name, CELLS)
+        need_choice("variant", self.variant, CELLS[self.name])
+        need_kind("surrogate", self.surrogate, Surrogate, "a Surrogate")
 
 
 #: cell name -> its variants

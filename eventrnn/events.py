@@ -5,13 +5,21 @@ Networks and backends build on this file; it imports neither.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import numpy as np
 
-# Numbers of a large array that are looked at together.
-PART = 1 << 16
+from eventrnn._checks import (
+    check_finite,
+    float32_array,
+    in_parts,
+    need_flag,
+    need_kind,
+    need_number,
+    number_array,
+    plain_array,
+)
 
 
 @dataclass(frozen=True)
@@ -37,9 +45,17 @@ class Events:
     shape: tuple[int, int, int]
 
     def __post_init__(self):
+        # Comparing types is fast, and a single step makes a record.
+        if type(self.shape) is not tuple or len(self.shape) != 3:
+            raise ValueError(f"events shape: got {self.shape!r}, need a tuple (steps, batch, size)")
+        for n in self.shape:
+            if (type(n) is not int and not isinstance(n, np.integer)) or n < 0:
+                raise ValueError(f"events shape: got {self.shape}, need sizes >= 0")
+        for name, array in (("indptr", self.indptr), ("indices", self.indices), ("values", self.values)):
+            if type(array) is not np.ndarray:
+                need_kind(f"events {name}", array, np.ndarray, "a NumPy array; Events.from_dense makes them of numbers")
+                plain_array(f"events {name}", array)
         steps, batch, size = self.shape
-        if min(self.shape) < 0:
-            raise ValueError(f"events shape: got {self.shape}, need sizes >= 0")
         if self.indptr.shape != (steps * batch + 1,) or self.indptr.dtype != np.int64:
             raise ValueError(
                 f"events indptr: got {self.indptr.dtype} {self.indptr.shape}, need int64 ({steps * batch + 1},)"
@@ -75,13 +91,25 @@ class Events:
     def from_dense(cls, dense: np.ndarray) -> Events:
         """The non-zero entries of a (steps, batch, size) array as events.
 
-        Raises ValueError for another number of dimensions. Cost: O(size of the array).
+        Raises ValueError for another number of dimensions, and for what is not finite numbers. Cost: O(size of the
+        array).
         """
-        dense = np.asarray(dense)
-        if dense.ndim != 3:
-            raise ValueError(f"dense events: got shape {dense.shape}, need (steps, batch, size)")
-        if dense.size <= PART:
-            return cls._from_part(dense)
+        dense = number_array("dense events", dense, "(steps, batch, size)", ndim=3)
+        if dense.dtype == np.float32:
+            events = cls._from_parts(dense)
+        else:
+            with np.errstate(over="ignore"):
+                events = cls._from_parts(dense)
+        if not np.isfinite(events.values).all():
+            float32_array("dense events", dense, "(steps, batch, size)")
+        return events
+
+    @classmethod
+    def _from_parts(cls, dense: np.ndarray) -> Events:
+        parts = in_parts(dense)
+        first_part = next(parts)
+        if len(first_part) == len(dense):
+            return cls._from_part(first_part)
         # A part takes several times its own memory. Counting first, only one part does.
         steps, batch, size = dense.shape
         total = sum(int(np.count_nonzero(part.astype(np.float32, copy=False))) for part in in_parts(dense))
@@ -124,6 +152,18 @@ class Events:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def until(self, lengths: np.ndarray) -> Events:
+        """The events of each sample before its end. O(events).
+
+        lengths : (batch,) whole numbers; sample b keeps the events of its first `lengths[b]` steps
+        """
+        steps, batch, _ = self.shape
+        kept_rows = (np.arange(steps)[:, None] < lengths).ravel()
+        counts = np.diff(self.indptr)
+        kept = np.repeat(kept_rows, counts)
+        indptr = np.concatenate([[0], np.cumsum(np.where(kept_rows, counts, 0))]).astype(np.int64)
+        return Events(indptr, self.indices[kept], self.values[kept], (steps, batch, self.shape[2]))
+
     @property
     def activity(self) -> float:
         """Events per unit, step and sample."""
@@ -137,7 +177,14 @@ class Events:
 
     @classmethod
     def concatenate(cls, parts: list[Events]) -> Events:
-        """The events of several parts, one after the other in time. Raises ValueError where batch or size differ."""
+        """The events of several parts, one after the other in time.
+
+        Raises ValueError where batch or size differ, and for no part.
+        """
+        if not parts:
+            raise ValueError("events: got no parts to join, need at least one")
+        for part in parts:
+            need_kind("events", part, Events, "parts that are Events")
         _, batch, size = parts[0].shape
         if any(part.shape[1:] != (batch, size) for part in parts):
             raise ValueError(
@@ -153,67 +200,82 @@ class Events:
         )
 
 
-def check_finite(name: str, array: np.ndarray) -> None:
-    """Raise ValueError for NaN and infinity, with the position of the first one. Cost: one pass over the array."""
-    first = 0
-    for part in in_parts(array):
-        finite = np.isfinite(part)
-        if not finite.all():
-            position = tuple(int(k) for k in np.argwhere(~finite)[0])
-            position = (first + position[0], *position[1:]) if position else ()
-            raise ValueError(f"{name}: got {array[position]} at position {position}; need finite numbers")
-        first += len(part) if part.ndim else 0
-
-
-def in_parts(array: np.ndarray) -> Iterator[np.ndarray]:
-    """The array in consecutive parts of its first axis, at least one, each of about `PART` numbers.
-
-    What is computed from a part takes little memory, however long the array is.
-    """
-    if array.size <= PART or array.ndim == 0:
-        yield array
-        return
-    length = max(1, PART * len(array) // array.size)
-    for first in range(0, len(array), length):
-        yield array[first : first + length]
-
-
 def encode_threshold(signal: np.ndarray, threshold: float) -> Events:
     """Send the value of a signal wherever its magnitude exceeds a threshold.
 
     Parameters
     ----------
-    signal    : (steps, batch, size), finite; it is converted to float32
+    signal    : (steps, batch, size) real numbers, finite in float32, to which they are converted
     threshold : number >= 0, in the unit of the signal
 
-    Raises ValueError for a signal of another shape or with NaN or infinity, and for a negative threshold.
+    Raises ValueError for a signal or a threshold that is not like this.
     """
-    signal = _encodable(signal, threshold)
+    signal, threshold = _encodable(signal, threshold)
     return Events.from_dense(np.where(np.abs(signal) > threshold, signal, np.float32(0)))
 
 
-def encode_delta(signal: np.ndarray, threshold: float) -> Events:
+@overload
+def encode_delta(
+    signal: np.ndarray, threshold: float, *, sent: np.ndarray | None = None, return_sent: Literal[False] = False
+) -> Events: ...
+
+
+@overload
+def encode_delta(
+    signal: np.ndarray, threshold: float, *, sent: np.ndarray | None = None, return_sent: Literal[True]
+) -> tuple[Events, np.ndarray]: ...
+
+
+def encode_delta(
+    signal: np.ndarray, threshold: float, *, sent: np.ndarray | None = None, return_sent: bool = False
+) -> Events | tuple[Events, np.ndarray]:
     """Send the change of a signal since the last event, once it exceeds a threshold (delta modulation).
 
-    The sum of the values that were sent stays within `threshold` of the signal, up to rounding. Parameters and errors:
-    see `encode_threshold`. Source: Neil et al. 2017, delta networks, eq. 3-4.
+    The sum of the values that were sent stays within `threshold` of the signal, up to rounding. Source: Neil et al.
+    2017, delta networks, eq. 3-4.
+
+    Parameters
+    ----------
+    signal      : (steps, batch, size) real numbers, finite in float32, to which they are converted
+    threshold   : number >= 0, in the unit of the signal
+    sent        : (batch, size) sums of the values sent before this signal; None for zeros, the start of a signal
+    return_sent : return the events and these sums after the signal, (batch, size) float32
+
+    A signal that arrives in chunks gives the events of the whole signal, bit for bit, where each chunk goes on from the
+    sums of the one before:
+
+    >>> sent = None
+    >>> for chunk in (signal[:60], signal[60:]):
+    ...     events, sent = encode_delta(chunk, 0.3, sent=sent, return_sent=True)
+
+    Raises ValueError for arguments that are not like this, and where a change exceeds the range of float32.
     """
-    signal = _encodable(signal, threshold)
-    sent = np.zeros(signal.shape[1:], np.float32)
+    signal, threshold = _encodable(signal, threshold)
+    need_flag("return_sent", return_sent)
+    shape = signal.shape[1:]
+    total = np.zeros(shape, np.float32)
+    if sent is not None:
+        total += float32_array("sent", _of_shape(sent, shape), f"{shape}")
     deltas = np.zeros_like(signal)
-    for t in range(len(signal)):
-        change = signal[t] - sent
-        deltas[t] = np.where(np.abs(change) > threshold, change, np.float32(0))
-        sent += deltas[t]
-    return Events.from_dense(deltas)
+    with np.errstate(over="ignore"):
+        for t in range(len(signal)):
+            change = signal[t] - total
+            deltas[t] = np.where(np.abs(change) > threshold, change, np.float32(0))
+            total += deltas[t]
+    check_finite("change of the signal", deltas)
+    events = Events.from_dense(deltas)
+    return (events, total) if return_sent else events
 
 
-def _encodable(signal: np.ndarray, threshold: float) -> np.ndarray:
-    """The signal as float32, after the checks of both encoders."""
-    signal = np.asarray(signal, np.float32)
-    if signal.ndim != 3:
-        raise ValueError(f"signal: got shape {signal.shape}, need (steps, batch, size)")
-    if not threshold >= 0:
-        raise ValueError(f"threshold: got {threshold}, need a number >= 0")
-    check_finite("signal", signal)
-    return signal
+def _of_shape(sent: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The sums as a plain array. Raises ValueError for another shape, which NumPy might broadcast."""
+    array = plain_array("sent", sent)
+    if array.shape != shape:
+        raise ValueError(f"sent: got shape {array.shape}, need {shape}, the batch and size of the signal")
+    return array
+
+
+def _encodable(signal: np.ndarray, threshold: float) -> tuple[np.ndarray, float]:
+    """The signal as float32 and the threshold, after the checks of both encoders."""
+    signal = float32_array("signal", signal, "(steps, batch, size)", ndim=3)
+    return signal, need_number("threshold", threshold, at_least=0)

@@ -5,14 +5,22 @@ A `Network` is a frozen record. `simulation.py` runs it, and `training/` trains 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from eventrnn._arithmetic import standard_arithmetic
+from eventrnn._checks import (
+    check_finite,
+    need_flag,
+    need_kind,
+    need_number,
+    need_whole,
+    plain_array,
+    said,
+)
 from eventrnn.cells import Cell
-from eventrnn.events import check_finite
 from eventrnn.weights import Dense, MatrixId, Weights
 
 
@@ -37,9 +45,14 @@ class Network:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
+        if isinstance(self.layers, Layer) or not isinstance(self.layers, Iterable):
+            raise TypeError(f"layers: got {type(self.layers).__name__}, need several layers: (layer,)")
         object.__setattr__(self, "layers", tuple(self.layers))
         if not self.layers:
             raise ValueError("layers: got none, need at least one")
+        for k, layer in enumerate(self.layers):
+            need_kind(f"layer {k}", layer, Layer, "a Layer")
+        self._check_metadata()
         for k, (below, above) in enumerate(zip(self.layers[:-1], self.layers[1:], strict=True)):
             if above.inputs != below.units:
                 raise ValueError(f"layer {k + 1}: takes {above.inputs} inputs, but layer {k} has {below.units} units")
@@ -50,6 +63,7 @@ class Network:
                     f"embedding: got shape {self.embedding.shape}, need (symbols, {self.layers[0].inputs}) for layer 0"
                 )
         if self.readout is not None:
+            need_kind("readout", self.readout, Readout, "a Readout, or None")
             if self.readout.weights.shape[0] != self.layers[-1].units:
                 raise ValueError(
                     f"readout: takes {self.readout.weights.shape[0]} units, the last layer has {self.layers[-1].units}"
@@ -66,6 +80,12 @@ class Network:
             # message has the position.
             weights.check_finite(name)
             weights.check(full=True)
+
+    def _check_metadata(self) -> None:
+        need_kind("metadata", self.metadata, Mapping, "a mapping of text to text")
+        for key, value in self.metadata.items():
+            if not isinstance(key, str) or not isinstance(value, str):
+                raise TypeError(f"metadata: got {key!r}: {said(value)}, need text (str) for both")
 
     def __repr__(self) -> str:
         ends = "" if self.embedding is None else f", embedding {self.embedding.shape[0]}x{self.embedding.shape[1]}"
@@ -92,6 +112,7 @@ class Network:
 
         Raises ValueError for an unknown name, and as the constructors of `Layer` and `Network` do.
         """
+        need_kind("matrices", matrices, Mapping, "a mapping of names, as in matrices(), to weights")
         unknown = set(matrices) - set(self.matrices())
         if unknown:
             raise ValueError(f"matrices: no {', '.join(sorted(unknown))}; have {', '.join(self.matrices())}")
@@ -151,14 +172,21 @@ class Network:
         """
         if not isinstance(rng, np.random.Generator):
             raise TypeError(f"rng: got {type(rng).__name__}, need a numpy Generator: numpy.random.default_rng(seed)")
-        if isinstance(units, int):
-            raise TypeError(f"units: got {units}, need a list with the size of each layer: [{units}]")
-        _need_sizes(units=units, inputs=inputs, symbols=symbols, embedding=embedding, readout=readout)
+        if not isinstance(units, Sequence | np.ndarray) or isinstance(units, str):
+            raise TypeError(f"units: got {units!r}, need a list with the size of each layer: [128, 64]")
+        if len(units) == 0:
+            raise ValueError(f"units: got {units}, need at least one layer")
+        units = [need_whole(f"units of layer {k}", n, at_least=1) for k, n in enumerate(units)]
+        sizes = {"inputs": inputs, "symbols": symbols, "embedding": embedding, "readout": readout}
+        for name, size in sizes.items():
+            if size is not None:
+                need_whole(name, size, at_least=1)
+        need_flag("tied", tied)
         if (inputs is None) == (symbols is None) or (symbols is None) != (embedding is None):
             raise ValueError("network: give either inputs, or symbols together with embedding")
-        if not 0 <= threshold < 1:
-            raise ValueError(f"threshold: got {threshold}, need a mean in [0, 1)")
-        cell = cell or Cell()
+        need_number("threshold", threshold, at_least=0, below=1, what="mean")
+        cell = Cell() if cell is None else cell
+        need_kind("cell", cell, Cell, "a Cell")
         table = None if symbols is None else rng.uniform(-0.1, 0.1, (symbols, embedding or 0)).astype(np.float32)
         fan_in = inputs if table is None else table.shape[1]
         layers = []
@@ -185,17 +213,7 @@ class Network:
             out = Readout(Dense(np.ascontiguousarray(table.T)), np.zeros(len(table), np.float32), tied=True)
         elif readout is not None:
             out = Readout(Dense(_xavier(rng, units[-1], readout)), np.zeros(readout, np.float32))
-        return cls(tuple(layers), table, out, dict(metadata or {}))
-
-
-def _need_sizes(**sizes: int | Sequence[int] | None) -> None:
-    """Raise ValueError for a size, or a list of sizes, that has anything but whole numbers >= 1; None is allowed."""
-    for name, size in sizes.items():
-        if size is None:
-            continue
-        each = list(size) if isinstance(size, Sequence | np.ndarray) else [size]
-        if not each or any(not isinstance(n, int | np.integer) or n < 1 for n in each):
-            raise ValueError(f"{name}: got {size}, need whole numbers >= 1")
+        return cls(tuple(layers), table, out, {} if metadata is None else metadata)
 
 
 def draw_thresholds(mean: float, units: int, rng: np.random.Generator) -> np.ndarray:
@@ -231,6 +249,10 @@ class Layer:
     cell: Cell = Cell()
 
     def __post_init__(self):
+        for name in ("w_in", "w_rec"):
+            need_weights(name, getattr(self, name))
+        need_kind("cell", self.cell, Cell, "a Cell")
+        need_float32("threshold", self.threshold, 1)
         units = self.units
         if units < 1:
             raise ValueError("threshold: got none, need one for each of at least one unit")
@@ -277,6 +299,8 @@ class Readout:
     tied: bool = False
 
     def __post_init__(self):
+        need_weights("readout weights", self.weights)
+        need_flag("tied", self.tied)
         need_vector("readout bias", self.bias, self.weights.shape[1])
 
     def safe_magnitude(self) -> float:
@@ -288,6 +312,14 @@ class Readout:
         return room / max(self.weights.shape[0] * largest, 1 / most)
 
 
+def need_weights(name: str, weights: Weights) -> None:
+    """Raise TypeError for what is not a record of weights, such as an array."""
+    if not isinstance(weights, Weights):
+        raise TypeError(
+            f"{name}: got {said(weights)} ({type(weights).__name__}), need weights: Dense(array), or another format"
+        )
+
+
 def need_vector(name: str, array: np.ndarray, size: int) -> None:
     """Raise TypeError or ValueError unless an array is a finite float32 vector of that size."""
     need_float32(name, array, 1)
@@ -297,6 +329,8 @@ def need_vector(name: str, array: np.ndarray, size: int) -> None:
 
 def need_float32(name: str, array: np.ndarray, ndim: int) -> None:
     """Raise TypeError or ValueError unless an array is finite, float32, and has `ndim` dimensions."""
+    if isinstance(array, np.ma.MaskedArray):
+        plain_array(name, array)
     if not isinstance(array, np.ndarray) or array.dtype != np.float32 or array.ndim != ndim:
         got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
         raise TypeError(f"{name}: got {got}, need a float32 array with {ndim} dimension{'s' * (ndim > 1)}")

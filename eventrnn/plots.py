@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from eventrnn._checks import float32_array, need_kind, need_number, need_whole
 from eventrnn._files import write_whole
 from eventrnn.events import Events
 from eventrnn.weights import MatrixId, Weights
@@ -58,11 +59,11 @@ def raster(
 
     Raises ValueError for a sample or a range of steps that the run does not have.
     """
+    need_kind("events", events, Events, "the Events of a layer, or Events.from_dense(array)")
     length, batch, size = events.shape
-    if not 0 <= sample < batch:
-        raise ValueError(f"sample: got {sample}, need 0..{batch - 1}")
-    if not 0 <= start < length or steps < 1:
-        raise ValueError(f"steps: got {steps} from {start}, need at least one of the {length} steps")
+    need_whole("sample", sample, at_least=0, at_most=batch - 1)
+    need_whole("start", start, at_least=0, at_most=length - 1)
+    need_whole("steps", steps, at_least=1)
     stop = min(start + steps, length)
     time, which = np.divmod(events.rows(), batch)
     shown = (which == sample) & (time >= start) & (time < stop)
@@ -102,8 +103,14 @@ def bars(
     zero. Raises ValueError where a mapping is empty or a value is negative or not finite.
     """
     for name, values in (("operations", operations), ("microseconds", microseconds)):
-        if not values or not all(np.isfinite(value) and value >= 0 for value in values.values()):
-            raise ValueError(f"{name}: got {dict(values)}, need at least one number >= 0, all finite")
+        need_kind(name, values, Mapping, "a mapping of names to numbers")
+        if not values:
+            raise ValueError(f"{name}: got none, need at least one number >= 0")
+        for label, value in values.items():
+            try:
+                need_number(name, value, at_least=0)
+            except ValueError as error:
+                raise ValueError(f"{error} for {label!r}") from None
     figure = new_figure(7.2, 3.2)
     left, right = figure.subplots(1, 2)
     _bar_panel(left, operations, "multiplications per step", "{:,.0f}")
@@ -131,8 +138,11 @@ def mask_map(
 
     Every matrix is made dense once: O(n_pre * n_post) memory. Raises ValueError where there is no matrix.
     """
+    need_kind("matrices", matrices, Mapping, "a mapping of names to weights, such as Network.matrices()")
     if not matrices:
         raise ValueError("matrices: got none, need at least one to draw")
+    for name, weights in matrices.items():
+        need_kind(f"matrices: {name}", weights, Weights, "weights: Dense(array), or another format")
     figure = new_figure(7.2, 0.6 + 2.1 * len(matrices))
     panels = figure.subplots(len(matrices), 1, squeeze=False)[:, 0]
     for axes, (name, weights) in zip(panels, matrices.items(), strict=True):
@@ -172,8 +182,13 @@ def learning_curves(
     The axis of quality is logarithmic where it spans more than a factor of 2. Raises ValueError where there is no run,
     a run without points, or a value that is not finite.
     """
-    if not curves or not all(len(points) and np.isfinite(np.asarray(points)).all() for points in curves.values()):
-        raise ValueError(f"curves: got {dict(curves)}, need at least one finite point for each of at least one run")
+    need_kind("curves", curves, Mapping, "a mapping of names of runs to points (update, quality, activity)")
+    if not curves:
+        raise ValueError("curves: got none, need at least one run")
+    for name, points in curves.items():
+        array = float32_array(f"curves: {name}", points, "(points, 3): update, quality and activity", ndim=2)
+        if not len(array) or array.shape[1] != 3:
+            raise ValueError(f"curves: {name}: got shape {array.shape}, need at least one (update, quality, activity)")
     figure = new_figure(7.2, 3.2)
     left, right = figure.subplots(1, 2)
     for k, (name, points) in enumerate(curves.items()):

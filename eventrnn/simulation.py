@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from typing import Any
 
 import numpy as np
 
+from eventrnn import ragged
 from eventrnn._arithmetic import standard_arithmetic
+from eventrnn._checks import need_choice, need_kind, need_names, need_whole
 from eventrnn._exclusive import Use, exclusive
 from eventrnn.backend import INEXACT, Backend, Stepper, as_array, get_backend, need_on_host
 from eventrnn.events import Events
-from eventrnn.network import Network, _need_sizes
+from eventrnn.network import Network
 from eventrnn.state import FireCounts, Inputs, State, Trace, on_gpu
 
 RECORDABLE = ("events", "states")
@@ -47,6 +49,7 @@ class Simulation:
     input_fired : how often each input of layer 0 was not zero
     fired       : per layer, the number of events of each unit
     steps, batch : the number of time steps and of samples
+    lengths     : (batch,) int64, the number of steps of each sample, where the run was given them; else None
     inputs      : with record="events", the input as `Events`; of inputs on a GPU a copy of the array
     events      : with record="events", per layer `Events`; of inputs on a GPU per layer (steps, batch, N) outputs
     states      : with record="states", per layer (steps, batch, N) float32 cells after the event
@@ -63,15 +66,21 @@ class Simulation:
     fired: tuple[FireCounts, ...]
     steps: int
     batch: int
+    lengths: np.ndarray | None = None
     inputs: Events | None = None
     events: tuple[Events, ...] = ()
     states: tuple[np.ndarray, ...] = ()
     paths: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def sample_steps(self) -> int:
+        """The number of steps of all samples together, without padding."""
+        return self.steps * self.batch if self.lengths is None else int(self.lengths.sum())
+
+    @property
     def activity(self) -> tuple[float, ...]:
         """Per layer, events per unit, step and sample."""
-        cells = self.steps * self.batch
+        cells = self.sample_steps
         return tuple(float(f.total.sum() / (cells * len(f.graded))) if cells else 0.0 for f in self.fired)
 
 
@@ -115,9 +124,10 @@ class Simulator:
         carry: str = "state",
         window: int | None = None,
     ):
-        _need_sizes(batch=batch, threads=threads, window=window)
-        if carry not in CARRIES:
-            raise ValueError(f"carry: got {carry!r}, need one of {', '.join(CARRIES)}")
+        need_kind("network", network, Network, "a Network")
+        for name, size in (("batch", batch), ("threads", threads), ("window", 1 if window is None else window)):
+            need_whole(name, size, at_least=1)
+        need_choice("carry", carry, CARRIES)
         if (carry == "events") != (window is not None):
             raise ValueError(f"window: got {window} with carry={carry!r}; carry='events' needs it, 'state' takes none")
         self._network, self._batch, self._threads = network, batch, threads
@@ -216,14 +226,25 @@ class Simulator:
             self._take_back(stepper, steps, moved)
             raise
 
-    def run(self, inputs: np.ndarray | Events, *, record: Collection[str] = ()) -> Simulation:
+    def run(
+        self,
+        inputs: np.ndarray | Events,
+        *,
+        lengths: np.ndarray | Sequence[int] | None = None,
+        record: Collection[str] = (),
+    ) -> Simulation:
         """All steps of `inputs` from the current state on. The state advances, unless the run raises.
 
         Parameters
         ----------
-        inputs : (steps, batch, I) numbers or `Events`; for a network with an embedding, (steps, batch) integers
-        record : any of "events" and "states". Without a record the whole run is one compiled call, and its memory
-                 grows with the output only
+        inputs  : (steps, batch, I) numbers or `Events`; for a network with an embedding, (steps, batch) integers
+        lengths : (batch,) whole numbers 0..steps, the number of steps of each sample, where they differ. What follows
+                  is padding, which may hold anything. The state of a sample stays as its last step left it; its output
+                  and its recorded states are zero after it, and it has no events there. Padding is neither computed nor
+                  counted: a sample gets the bits of a run of its own. Each distinct length costs one further compiled
+                  call. `result.output[lengths - 1, np.arange(batch)]` is the output of the last steps
+        record  : any of "events" and "states". Without a record the whole run is one compiled call, and its memory
+                  grows with the output only
 
         With "cuda", inputs may also lie on its GPU: CuPy arrays, torch tensors, or any array with
         `__cuda_array_interface__` or DLPack. Contiguous float32 numbers and int64 symbols are used where they are;
@@ -233,26 +254,24 @@ class Simulator:
         Raises ValueError for inputs of another shape, dtype or batch and for numbers that are not finite, TypeError for
         an array that the backend cannot read, and FloatingPointError where a cell state or an output overflows.
         """
-        record = {record} if isinstance(record, str) else set(record)
-        if not record <= set(RECORDABLE):
-            raise ValueError(f"record: got {sorted(record)}, need any of {', '.join(RECORDABLE)}")
+        names = _checked_record(record)
         moved: list[State] = []
         try:
-            return self._run(inputs, record, moved)
+            return self._run(inputs, lengths, names, moved)
         except BaseException:
             self._take_back(None, 0, moved)
             raise
 
     @exclusive
     @standard_arithmetic
-    def _run(self, inputs: np.ndarray | Events, record: set[str], moved: list[State]) -> Simulation:
+    def _run(self, inputs: np.ndarray | Events, lengths: Any, record: set[str], moved: list[State]) -> Simulation:
         """`run`; see `_move` for `moved`."""
-        prepared = self.engine.prepare(inputs)
+        prepared = self.engine.prepare(inputs) if lengths is None else ragged.prepare(self.engine, inputs, lengths)
         initial, traces, events = self._present(), [], []
         state = initial
         for chunk, zero_cells in self._time_chunks(prepared, bool(record) and prepared.array_library is None):
             if zero_cells:
-                state = State(State.zeros(self.network, self.batch).cells, state.outputs)
+                state = _without_cells(state, chunk)
             trace = self._trace(chunk, state, "events" in record, "states" in record)
             state = trace.state
             # A host keeps the events of a record only, so that a long quiet run needs little memory.
@@ -326,7 +345,8 @@ class Simulator:
         """A run of the engine. Raises ValueError for another batch, FloatingPointError where a cell overflows."""
         if inputs.batch != self.batch:
             raise ValueError(f"inputs: got a batch of {inputs.batch}, but the simulator was made for {self.batch}")
-        trace = self.engine.run(inputs, state, record_events=record_events, record_states=record_states)
+        run = self.engine.run if inputs.lengths is None else partial(ragged.run, self.engine)
+        trace = run(inputs, state, record_events=record_events, record_states=record_states)
         trace.state.need_finite()
         if self._may_overflow:
             _need_finite_output(trace.output)
@@ -366,6 +386,7 @@ class Simulator:
             fired=tuple(fired),
             steps=inputs.steps,
             batch=inputs.batch,
+            lengths=inputs.lengths,
             inputs=inputs.record() if record_events else None,
             events=tuple(_concatenated(inputs, [e[k] for e in events]) for k in layers) if record_events else (),
             states=tuple(_concatenated(inputs, [t.states[k] for t in traces]) for k in layers) if record_states else (),
@@ -397,6 +418,7 @@ def simulate(
     network: Network,
     inputs: np.ndarray | Events,
     *,
+    lengths: np.ndarray | Sequence[int] | None = None,
     state: State | None = None,
     backend: str | Backend = "cpu",
     exact: bool = True,
@@ -412,6 +434,7 @@ def simulate(
     network : the network to run
     inputs  : (steps, batch, I) numbers or `Events`; for a network with an embedding, (steps, batch) integers. With
               backend="cuda" also arrays on its GPU (CuPy, torch, DLPack); output and records then stay there
+    lengths : (batch,) whole numbers, the number of steps of each sample, where they differ; see `Simulator.run`
     state   : the state to start from; None is the zero state
     backend : a name in `BACKENDS` ("cpu", "auto", "cuda", "blas", "reference") or a `Backend`
     exact   : False lets "auto" use BLAS and "cuda" use tensor cores, where they were measured to be faster
@@ -446,7 +469,23 @@ def simulate(
         if simulator.backend.name != "cuda":
             need_on_host(inputs)
         raise TypeError(f"inputs: got a {type(inputs).__name__} without a shape; give a CuPy array or a torch tensor")
-    return simulator.run(inputs, record=record)
+    return simulator.run(inputs, lengths=lengths, record=record)
+
+
+def _checked_record(record: Collection[str]) -> set[str]:
+    names = {record} if isinstance(record, str) else set(need_names("record", record))
+    if not names <= set(RECORDABLE):
+        raise ValueError(f"record: got {sorted(names)}, need any of {', '.join(RECORDABLE)}")
+    return names
+
+
+def _without_cells(state: State, inputs: Inputs) -> State:
+    """The state with cells of zero, except those of samples that ended before these inputs."""
+    cells = tuple(np.zeros_like(c) for c in state.cells)
+    if inputs.lengths is not None:
+        ended = (inputs.lengths <= inputs.first_step)[:, None]
+        cells = tuple(np.where(ended, c, np.float32(0)) for c in state.cells)
+    return State(cells, state.outputs)
 
 
 @standard_arithmetic

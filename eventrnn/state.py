@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from eventrnn.events import Events, check_finite, in_parts
+from eventrnn._checks import check_finite, in_parts, plain_array
+from eventrnn.events import Events
 
 #: Device types of DLPack whose memory belongs to a GPU: CUDA, and memory that CUDA manages.
 DLPACK_CUDA = (2, 13)
@@ -97,6 +98,8 @@ class State:
 
     def _checked(self, name: str, k: int, shape: tuple[int, int]) -> np.ndarray:
         array = getattr(self, name)[k]
+        if isinstance(array, np.ma.MaskedArray):
+            plain_array(f"state {name} of layer {k}", array)
         if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype.kind != "f":
             got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
             raise ValueError(f"state {name} of layer {k}: got {got}, need float {shape}")
@@ -134,6 +137,18 @@ class ArrayLibrary(Protocol):
         """The caller's arrays one after the other along the first axis."""
         ...
 
+    def take(self, array: Any, positions: np.ndarray, *, axis: int) -> Any:
+        """An array of the engine with only these positions along an axis, as a new contiguous array."""
+        ...
+
+    def zeros(self, shape: tuple[int, ...]) -> Any:
+        """An array of the caller's library of float32 zeros."""
+        ...
+
+    def index(self, positions: np.ndarray) -> Any:
+        """Positions (n,) int64 of the host as an index of the caller's arrays."""
+        ...
+
     def bincount(self, values: Any, size: int) -> np.ndarray:
         """How often each of the integers 0 to `size - 1` occurs in an array on the GPU; (size,) on the host."""
         ...
@@ -156,6 +171,9 @@ class Inputs:
     checked     : False where the engine still has to find numbers that are not finite and symbols that do not exist
     array_library : the library of the caller's arrays where `values` lie on a GPU, else None
     given       : the caller's numbers before they were converted to `values`, on the same GPU; None on the host
+    lengths     : (batch,) int64, the step of the caller's input at which each sample ends; None where all samples have
+                  all steps. What follows the end of a sample is padding, which `ragged.run` leaves out
+    samples     : (batch,) int64, the caller's samples that these are, as `part` chose them; None for all samples
     """
 
     kind: InputKind
@@ -168,14 +186,19 @@ class Inputs:
     checked: bool = True
     array_library: ArrayLibrary | None = None
     given: Any = None
+    lengths: np.ndarray | None = None
+    samples: np.ndarray | None = None
 
     @property
     def rows(self) -> np.ndarray:
         """The row of `table` that each row of the input reads, (steps * batch,) int64. Not for DENSE."""
         if self.kind is InputKind.SYMBOLS:
             return self.values.ravel()
-        first = self.first_step * self.batch
-        return np.arange(first, first + self.steps * self.batch)
+        if self.samples is None:
+            first = self.first_step * self.batch
+            return np.arange(first, first + self.steps * self.batch)
+        first_rows = np.arange(self.first_step, self.first_step + self.steps) * self.event_table.shape[1]
+        return (first_rows[:, None] + self.samples).ravel()
 
     @property
     def event_table(self) -> Events:
@@ -188,6 +211,28 @@ class Inputs:
         """Steps `start` to `stop - 1`, in the same memory."""
         values, given = (None if each is None else each[start:stop] for each in (self.values, self.given))
         return replace(self, steps=stop - start, values=values, given=given, first_step=self.first_step + start)
+
+    def part(self, start: int, stop: int, samples: np.ndarray) -> Inputs:
+        """Steps `start` to `stop - 1` of some samples. Numbers and symbols are copied; an event table is shared."""
+        chunk = self.chunk(start, stop)
+        take = np.take if self.array_library is None else self.array_library.take
+        values = None if chunk.values is None else take(chunk.values, samples, axis=1)
+        given = values
+        if self.given is not self.values:
+            given = None if chunk.given is None else take(chunk.given, samples, axis=1)
+        return replace(chunk, batch=len(samples), values=values, given=given, lengths=None, samples=samples)
+
+    def require_lengths(self) -> np.ndarray:
+        """`lengths`, of an input that has them. Raises TypeError where all samples have all steps."""
+        if self.lengths is None:
+            raise TypeError("inputs: all samples have all steps")
+        return self.lengths
+
+    def present(self) -> np.ndarray:
+        """Which steps of which samples are not padding, (steps, batch) boolean."""
+        ends = self.first_step + self.steps if self.lengths is None else self.lengths
+        step = np.arange(self.first_step, self.first_step + self.steps)[:, None]
+        return np.broadcast_to(step < ends, (self.steps, self.batch))
 
     def to_events(self) -> Events:
         """A host input as events of shape (steps, batch, size). O(numbers) for DENSE, else O(events)."""
@@ -205,14 +250,17 @@ class Inputs:
         indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         within = np.arange(indptr[-1]) - np.repeat(indptr[:-1], lengths)
         entries = np.repeat(table.indptr[rows], lengths) + within
-        return Events(indptr, table.indices[entries], table.values[entries], (self.steps, self.batch, self.size))
+        events = Events(indptr, table.indices[entries], table.values[entries], (self.steps, self.batch, self.size))
+        return events if self.lengths is None else events.until(self.lengths - self.first_step)
 
     def to_event_table(self) -> Inputs:
         """A host input as one that has a table of events. O(numbers) for DENSE, else the input itself."""
         if self.kind is not InputKind.DENSE:
             return self
         events = Events.from_dense(self.values)
-        return replace(self, kind=InputKind.EVENTS, values=None, table=events, first_step=0)
+        # The table holds these steps and samples only, and has no events in the padding.
+        whole = {"first_step": 0, "lengths": None, "samples": None}
+        return replace(self, kind=InputKind.EVENTS, values=None, table=events, **whole)
 
     def to_dense(self) -> np.ndarray:
         """A host input as an array (steps, batch, size) float32. DENSE inputs are returned as they are."""
@@ -228,9 +276,13 @@ class Inputs:
     def row_uses(self) -> np.ndarray:
         """How often each row of `table` is read, (rows of the table,) int64. Not for DENSE."""
         size = len(self.event_table.indptr) - 1
+        rows = self.rows
+        if self.lengths is not None:
+            present = np.flatnonzero(self.present())
+            rows = rows[present] if self.array_library is None else self.array_library.take(rows, present, axis=0)
         if self.array_library is not None:
-            return self.array_library.bincount(self.rows, size)
-        return np.bincount(self.rows, minlength=size)
+            return self.array_library.bincount(rows, size)
+        return np.bincount(rows, minlength=size)
 
     def fire_counts(self) -> FireCounts:
         """How often each input unit was not zero. O(numbers) for DENSE, else O(table + rows)."""

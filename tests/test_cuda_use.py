@@ -103,6 +103,41 @@ def test_run_in_parts_and_windows_equals_one_run(gpu, monkeypatch):
         assert count(network, got) == count(network, expected)
 
 
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("record", [(), ("events", "states")])
+def test_sequences_of_different_lengths_equal_those_of_the_specification(gpu, case, record):
+    network, x = small(*case)
+    lengths = np.array([4, 11, 7])
+    expected = simulate(network, x, lengths=lengths, record=("events", "states"))
+    padding = np.arange(11)[:, None] >= lengths
+    x[padding] = -1 if x.dtype.kind == "i" else np.nan
+    for fed in (x, there(x)):
+        got = simulate(network, fed, lengths=lengths, backend="cuda", record=record)
+        assert same_bits(got.output, expected.output) and on_gpu(got.output) == on_gpu(fed)
+        assert count(network, got) == count(network, expected)
+        for name in ("cells", "outputs"):
+            pairs = zip(getattr(got.state, name), getattr(expected.state, name), strict=True)
+            assert all(same_bits(a, b) for a, b in pairs)
+        for k in range(2) if record else ():
+            sent = got.events[k] if on_gpu(fed) else got.events[k].to_dense()
+            assert same_bits(sent, expected.events[k].to_dense()) and same_bits(got.states[k], expected.states[k])
+    simulator = Simulator(network, batch=3, backend="cuda")
+    # The state goes on from step to run to step.
+    for fed in (x[:3], there(x[:3])):
+        simulator.run(fed, lengths=[3, 0, 2])
+        simulator.step(fed[0])
+
+
+@pytest.mark.parametrize("symbols", [False, True])
+def test_bad_input_of_a_sample_is_named_by_its_own_number(gpu, symbols):
+    network, x = small(symbols=symbols)
+    x[(5, 2) if symbols else (5, 2, 1)] = 9 if symbols else np.nan
+    for fed in (x, there(x)):
+        with pytest.raises(ValueError, match=r"inputs: got .* at (position )?\(5, 2"):
+            simulate(network, fed, lengths=[11, 2, 8], backend="cuda")
+        simulate(network, fed, lengths=[11, 2, 5], backend="cuda")
+
+
 def test_other_dtypes_are_converted_on_the_gpu(gpu):
     network, x = small()
     expected = simulate(network, x).output

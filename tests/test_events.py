@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eventrnn.events import Events, check_finite, encode_delta, encode_threshold
+from eventrnn._checks import check_finite
+from eventrnn.events import Events, encode_delta, encode_threshold
 from eventrnn.testing import event_trains
 
 sizes = st.integers(0, 6)
@@ -111,7 +112,7 @@ def test_rows_may_start_anywhere():
 
 
 def test_from_dense_needs_three_axes():
-    with pytest.raises(ValueError, match=r"dense events: got shape \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"dense events: got float64 \(2, 3\), need numbers \(steps, batch, size\)"):
         Events.from_dense(np.ones((2, 3)))
 
 
@@ -154,9 +155,63 @@ def test_delta_encoder_by_hand():
     ]
 
 
+@given(event_trains(sizes, sizes, sizes), st.sampled_from([0.0, 0.3, 1.0]), st.lists(st.integers(0, 9), max_size=3))
+def test_delta_encoder_in_chunks_equals_one_call(events, threshold, cuts):
+    signal = events.to_dense()
+    whole, last = encode_delta(signal, threshold, return_sent=True)
+    edges = [0, *sorted(min(cut, len(signal)) for cut in cuts), len(signal)]
+    sent, parts = None, []
+    for a, b in zip(edges[:-1], edges[1:], strict=True):
+        before = None if sent is None else sent.copy()
+        part, after = encode_delta(signal[a:b], threshold, sent=sent, return_sent=True)
+        assert before is None or np.array_equal(before, sent), "the caller's sums were changed"
+        parts, sent = [*parts, part], after
+    joined = Events.concatenate(parts)
+    assert joined.to_dense().tobytes() == whole.to_dense().tobytes()
+    assert sent.tobytes() == last.tobytes()
+
+
+def test_delta_encoder_refuses_sums_that_do_not_fit_and_changes_that_overflow():
+    signal = np.ones((2, 1, 3))
+    with pytest.raises(ValueError, match=r"sent: got shape \(3,\), need \(1, 3\), the batch and size of the signal"):
+        encode_delta(signal, 0.1, sent=np.zeros(3))
+    with pytest.raises(ValueError, match=r"sent: got inf at position \(0, 1\)"):
+        encode_delta(signal, 0.1, sent=np.array([[0, np.inf, 0]]))
+    with pytest.raises(ValueError, match="return_sent: got 1, need True or False"):
+        encode_delta(signal, 0.1, return_sent=1)
+    huge = np.array([3e38, -3e38], np.float32).reshape(2, 1, 1)
+    with pytest.raises(ValueError, match=r"change of the signal: got -inf at position \(1, 0, 0\)"):
+        encode_delta(huge, 0.1)
+
+
+@pytest.mark.parametrize("encode", [encode_threshold, encode_delta])
+@pytest.mark.parametrize(
+    ("signal", "words"),
+    [
+        (np.ones((1, 1, 1), complex), "complex numbers"),
+        (np.ones((1, 1, 1), "M8[s]"), "dates"),
+        (np.full((1, 1, 1), None), "Python objects"),
+        (np.full((1, 1, 1), "1"), "text"),
+        (np.ma.masked_array(np.ones((1, 1, 1)), mask=True), "masked array"),
+    ],
+)
+def test_encoders_refuse_what_is_no_number(encode, signal, words):
+    with pytest.raises(ValueError, match=f"signal: got .*{words}"):
+        encode(signal, 0.1)
+
+
+@given(trains, st.data())
+def test_events_until_an_end_are_those_before_it(events, data):
+    steps, batch, _ = events.shape
+    ends = np.array(data.draw(st.lists(st.integers(0, steps), min_size=batch, max_size=batch)))
+    cut = events.until(ends)
+    cut.check()
+    assert np.array_equal(cut.to_dense(), events.to_dense() * (np.arange(steps)[:, None] < ends)[:, :, None])
+
+
 @pytest.mark.parametrize("encode", [encode_threshold, encode_delta])
 def test_encoders_refuse_invalid_arguments(encode):
-    with pytest.raises(ValueError, match=r"signal: got shape \(3,\), need \(steps, batch, size\)"):
+    with pytest.raises(ValueError, match=r"signal: got float64 \(3,\), need numbers \(steps, batch, size\)"):
         encode(np.ones(3), 0.1)
     for threshold in (-0.1, np.nan):
         with pytest.raises(ValueError, match=r"threshold: got .*, need a number >= 0"):

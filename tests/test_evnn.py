@@ -96,7 +96,7 @@ def test_from_evnn_separates_threshold_and_surrogate():
         ({"recurrent_kernel": np.float64(1)}, r"recurrent_kernel: got shape \(\)"),
         ({"bias": np.zeros(3)}, r"bias: got shape \(3,\), need \(9,\)"),
         ({"recurrent_bias": np.full(9, np.nan)}, "recurrent_bias: got nan at position"),
-        ({"kernel": np.full((2, 9), 1e300)}, "kernel: got inf at position"),
+        ({"kernel": np.full((2, 9), 1e300)}, "kernel as float32: got inf at position"),
     ):
         with pytest.raises(ValueError, match=message):
             io.from_evnn(arrays | change, threshold=0.25)

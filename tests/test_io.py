@@ -129,7 +129,10 @@ def test_a_transposed_embedding_in_memory_is_saved_in_order(path):
 
 
 def test_metadata_must_be_text(path):
-    network = Network.random([2], rng=np.random.default_rng(0), inputs=3, metadata={"epochs": 3})
+    with pytest.raises(TypeError, match="metadata: got 'epochs': 3, need text"):
+        Network.random([2], rng=np.random.default_rng(0), inputs=3, metadata={"epochs": 3})
+    network = Network.random([2], rng=np.random.default_rng(0), inputs=3)
+    network.metadata["epochs"] = 3
     with pytest.raises(TypeError, match="metadata: got 'epochs': 3, need text"):
         io.save(network, path)
     assert not path.exists()

@@ -197,7 +197,7 @@ def test_nm_text_with_an_axis_that_is_not_allowed_is_refused():
         (lambda w: transposable_mask(w, 9, 8), "got 9:8"),
         (lambda w: transposable_mask(w, 4, 8, method="best"), "method: got 'best', need one of exact, greedy"),
         (lambda w: transposable_mask(w, 4, 8, threads=0), "threads: got 0"),
-        (lambda w: transposable_mask(w[0], 4, 8), r"got shape \(8,\)"),
+        (lambda w: transposable_mask(w[0], 4, 8), r"got float32 \(8,\), need numbers \(n_pre, n_post\)"),
         (lambda w: transposable_mask(np.where(w > 1, np.nan, w), 4, 8), "nan"),
         (lambda w: NofM(2, 4, "up"), "nm axis"),
         (lambda w: NofM(2, 4, method="worst"), "method"),

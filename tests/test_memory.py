@@ -128,7 +128,7 @@ def test_parts_of_an_array_give_what_the_whole_gives(part, monkeypatch):
     dense = (rng.standard_normal((9, 3, 7)) * (rng.random((9, 3, 7)) < 0.5)).astype(np.float32).round()
     flat = dense.reshape(-1, 7)
     rows, columns = np.nonzero(flat)
-    monkeypatch.setattr("eventrnn.events.PART", part)
+    monkeypatch.setattr("eventrnn._checks.PART", part)
     events = Events.from_dense(dense)
     assert np.array_equal(events.rows(), rows) and np.array_equal(events.indices, columns)
     assert np.array_equal(events.values, flat[rows, columns])

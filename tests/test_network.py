@@ -202,11 +202,11 @@ def test_random_tied_network():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"units": [4, 0]}, r"units: got \[4, 0\], need whole numbers >= 1"),
-        ({"units": []}, r"units: got \[\], need whole numbers >= 1"),
-        ({"units": [2.5]}, r"units: got \[2\.5\], need whole numbers >= 1"),
-        ({"inputs": -1}, "inputs: got -1, need whole numbers >= 1"),
-        ({"readout": 0}, "readout: got 0, need whole numbers >= 1"),
+        ({"units": [4, 0]}, "units of layer 1: got 0, need a whole number >= 1"),
+        ({"units": []}, r"units: got \[\], need at least one layer"),
+        ({"units": [2.5]}, r"units of layer 0: got 2\.5, need a whole number >= 1"),
+        ({"inputs": -1}, "inputs: got -1, need a whole number >= 1"),
+        ({"readout": 0}, "readout: got 0, need a whole number >= 1"),
         ({"inputs": None}, "give either inputs, or symbols together with embedding"),
         ({"symbols": 3, "embedding": 2}, "give either inputs, or symbols together with embedding"),
         ({"inputs": None, "symbols": 3}, "give either inputs, or symbols together with embedding"),
@@ -249,8 +249,11 @@ def test_events_are_checked_before_they_reach_a_kernel():
 @pytest.mark.parametrize(
     ("fed", "message"),
     [
-        (np.zeros((3, 1, 2), int), r"inputs: got int64 \(3, 1, 2\), need integers \(steps, batch\) for the embedding"),
-        (np.zeros((3, 1)), r"inputs: got float64 \(3, 1\), need integers"),
+        (
+            np.zeros((3, 1, 2), int),
+            r"inputs: got int64 \(3, 1, 2\), need whole numbers \(steps, batch\) for the embedding",
+        ),
+        (np.zeros((3, 1)), r"inputs: got float64 \(3, 1\), need whole numbers"),
         (np.array([[0], [6]]), r"inputs: got symbol 6 at \(1, 0\); need 0\.\.5"),
         (np.array([[0, -1]]), r"inputs: got symbol -1 at \(0, 1\); need 0\.\.5"),
         (Events.from_dense(np.zeros((3, 1, 4))), r"got Events, but the network has an embedding; give symbols"),
@@ -308,13 +311,13 @@ def test_state_refused(state, message):
 def test_simulator_refuses():
     network = small()
     for options, message in [
-        ({"batch": 0}, "batch: got 0, need whole numbers >= 1"),
-        ({"threads": 0}, "threads: got 0, need whole numbers >= 1"),
-        ({"threads": 1.5}, r"threads: got 1\.5, need whole numbers >= 1"),
+        ({"batch": 0}, "batch: got 0, need a whole number >= 1"),
+        ({"threads": 0}, "threads: got 0, need a whole number >= 1"),
+        ({"threads": 1.5}, r"threads: got 1\.5, need a whole number >= 1"),
         ({"carry": "nothing"}, "carry: got 'nothing', need one of state, events"),
         ({"carry": "events"}, "window: got None with carry='events'"),
         ({"window": 5}, "window: got 5 with carry='state'"),
-        ({"carry": "events", "window": 0}, "window: got 0, need whole numbers >= 1"),
+        ({"carry": "events", "window": 0}, "window: got 0, need a whole number >= 1"),
     ]:
         with pytest.raises(ValueError, match=message):
             Simulator(network, **options)

@@ -44,7 +44,10 @@ def test_raster_of_silence_has_no_colour_bar(tmp_path):
     assert (tmp_path / "silent.png").stat().st_size > 0
 
 
-@pytest.mark.parametrize(("option", "message"), [({"sample": 2}, "sample: got 2, need 0..1"), ({"start": 50}, "steps")])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [({"sample": 2}, "sample: got 2, need a whole number 0 to 1"), ({"start": 50}, "start: got 50")],
+)
 def test_raster_refuses_invalid_layers_and_steps(option, message):
     with pytest.raises(ValueError, match=message):
         plots.raster(events(), **option)

@@ -312,7 +312,7 @@ def test_missing_callback_is_reported():
     [
         (lambda: DynamicMasks(NofM(2, 4), 5, 4), "start 5 and end 4"),
         (lambda: RegrownMasks(0.5, start=3, end=2), "start 3 and end 2"),
-        (lambda: GroupLasso(0.1, start=-1), "start -1"),
+        (lambda: GroupLasso(0.1, start=-1), "start: got -1"),
         (lambda: GroupLasso(0.0), "strength: got 0.0"),
         (lambda: ThresholdPruning(start=0, ramp=9, end=5), "start <= ramp <= end"),
         (lambda: ThresholdPruning(start=5, ramp=5, end=5), "start < end"),

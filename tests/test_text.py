@@ -5,6 +5,7 @@ import os
 import sys
 import threading
 from collections import Counter
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -14,7 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eventrnn.data import text as text_module
-from eventrnn.data.text import REPLACEMENT, UNKNOWN_WORD, Corpus, Vocabulary, from_path, python_documentation, words
+from eventrnn.data.text import (
+    REPLACEMENT,
+    UNKNOWN_WORD,
+    Corpus,
+    Vocabulary,
+    from_path,
+    from_text,
+    python_documentation,
+    read_parts,
+    read_stream,
+    words,
+)
 from eventrnn.data.trigram import TrigramModel
 from support.tolerance import U64, gamma
 
@@ -82,8 +94,7 @@ def test_an_unknown_word_is_named_with_its_place():
         (lambda: Vocabulary(("ab",)), "need single characters"),
         (lambda: Vocabulary(("a",), "letter"), "kind: got 'letter', need one of character, word"),
         (lambda: Vocabulary(("a",), "word", "b"), "unknown: 'b' is not among"),
-        (lambda: Vocabulary.of("abc", size=2), "size: got 2 for characters"),
-        (lambda: Vocabulary.of("abc", kind="word", size=1), "size: got 1, need at least 2"),
+        (lambda: Vocabulary.of("abc", kind="word", size=1), "size: got 1, need a whole number >= 2"),
         (lambda: Vocabulary.of(""), "need at least one"),
         (lambda: Vocabulary.from_json("{"), "no vocabulary in JSON"),
         (lambda: Vocabulary.from_json("[]"), "no vocabulary in JSON"),
@@ -96,6 +107,23 @@ def test_an_unknown_word_is_named_with_its_place():
 def test_invalid_vocabularies_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_limited_vocabulary_of_characters_can_encode_every_text():
+    vocabulary = Vocabulary.of("bbbccad", size=3)
+    assert vocabulary.symbols == (REPLACEMENT, "b", "c") and vocabulary.unknown == REPLACEMENT
+    assert vocabulary.decode(vocabulary.encode("abcé\U0001f600")) == f"{REPLACEMENT}bc{REPLACEMENT}{REPLACEMENT}"
+    assert vocabulary.count_unknown("abcé\U0001f600") == 3
+    assert Vocabulary.of("ab", size=9).symbols == (REPLACEMENT, "a", "b")
+    assert Vocabulary.from_json(vocabulary.to_json()) == vocabulary
+
+
+def test_a_symbol_can_be_chosen_for_all_others():
+    vocabulary = replace(Vocabulary.of("ab ?"), unknown="?")
+    assert vocabulary.decode(vocabulary.encode("abc")) == "ab?"
+    assert vocabulary.count_unknown("abc") == 1 and vocabulary.count_unknown("ab?") == 0
+    words_of = replace(Vocabulary.of("a b\n", kind="word"), unknown="b")
+    assert words_of.decode(words_of.encode("a zebra\n")) == "a b\n"
 
 
 def test_empty_text_is_valid():
@@ -212,12 +240,46 @@ def test_invalid_text_is_refused(tmp_path):
         refused(file, r"text: .*book\.txt is empty")
     file.write_bytes(b"gr\xfcn\n")
     refused(file, "not UTF-8, byte 0xfc at position 2")
-    for short in ("one line only", "a\nb\n", "long line " * 50 + "\nend"):
+    for short in ("one line only", "a\nb\n", "end" + "\n" * 99):
         file.write_text(short)
-        refused(file, "too short to split at line ends")
+        refused(file, "too short to split into train, valid and test")
     refused(file, "kind: got 'letter'", kind="letter")
     file.write_text(LINES)
-    refused(file, "size: got 5 for characters", size=5)
+    refused(file, "size: got 1, need a whole number >= 2", size=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "ends"),
+    [
+        (" " + " ".join(["anarchism", "originated"] * 200), " "),
+        ("acgt" * 50, ("a", "c", "g", "t")),
+        ("long line " * 50 + "\nend", " "),
+    ],
+)
+def test_a_text_without_line_ends_is_split_at_spaces_or_characters(tmp_path, text, ends):
+    path = tmp_path / "one-line"
+    path.write_text(text)
+    parts = read_parts(path)
+    assert "".join(parts.values()) == text
+    first, size = len(parts["train"]), len(text)
+    second = first + len(parts["valid"])
+    # The longest word has ten characters.
+    assert 0 <= first - size * 90 // 100 <= 11 and 0 <= second - size * 95 // 100 <= 11
+    assert parts["train"].endswith(ends) and parts["valid"].endswith(ends)
+    assert texts(from_text(text)) == list(parts.values())
+
+
+def test_a_pipe_is_read_to_its_end_once(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=(LINES,))
+    writer.start()
+    assert read_stream(pipe) == LINES
+    writer.join()
+    assert read_stream(tmp_path) is None
+    plain = tmp_path / "plain.txt"
+    plain.write_text(LINES)
+    assert read_stream(plain) is None
 
 
 def test_a_split_folder_must_be_whole(tmp_path):

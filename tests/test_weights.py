@@ -237,7 +237,7 @@ def test_dense_refusals():
         Dense(np.ones((2, 3), np.float32).T)
     with pytest.raises(ValueError, match=r"weight: got nan at position \(1, 0\)"):
         Dense(np.array([[1], [np.nan]], np.float32)).check(full=True)
-    with pytest.raises(ValueError, match=r"weights: got shape \(3,\), need \(n_pre, n_post\)"):
+    with pytest.raises(ValueError, match=r"weights: got float64 \(3,\), need numbers \(n_pre, n_post\)"):
         Dense.from_dense(np.ones(3))
 
 

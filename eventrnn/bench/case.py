@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from eventrnn._checks import need_choice, need_flag, need_number, need_pair, need_text, need_whole
+from eventrnn.cells import Cell
 from eventrnn.weights import FORMATS, STORAGES, check_nm
 
 #: baselines of a whole layer or a stack of layers
@@ -65,20 +67,25 @@ class Case:
 
     def __post_init__(self):
         for name in ("hidden", "layers", "batch", "threads", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, need a whole number >= 1")
+            need_whole(name, getattr(self, name), at_least=1)
+        need_whole("seed", self.seed, at_least=0)
+        need_whole("repeats", self.repeats)
+        need_flag("exact", self.exact)
+        need_text("against", self.against)
+        Cell(variant=self.variant)
+        if self.sparsity is not None:
+            need_number("sparsity", self.sparsity, at_least=0, below=1, what="share")
         if self.repeats < 3:
             raise ValueError(f"repeats: got {self.repeats}, need at least 3 for a median")
-        if not 0 < self.activity <= 1:
-            raise ValueError(f"activity: got {self.activity}, need a share in (0, 1]")
+        need_number("activity", self.activity, above=0, at_most=1, what="share")
         self._check_format()
         self._check_baselines()
 
     def _check_format(self) -> None:
-        if self.format not in FORMATS:
-            raise ValueError(f"format: got {self.format!r}, need one of {', '.join(FORMATS)}")
-        if self.dtype not in STORAGES:
-            raise ValueError(f"dtype: got {self.dtype!r}, need one of {', '.join(STORAGES)}")
+        need_choice("format", self.format, FORMATS)
+        need_choice("dtype", self.dtype, STORAGES)
+        if self.block is not None:
+            need_pair("block", self.block, "two sizes >= 1 (presynaptic x postsynaptic)")
         if self.format == "block" and self.block is None:
             object.__setattr__(self, "block", (1, 64))
         if self.block is not None and self.format != "block":
@@ -91,7 +98,7 @@ class Case:
             raise ValueError(f"sparsity: got {self.sparsity}, but nm={self.nm[0]}:{self.nm[1]} fixes it; leave it out")
 
     def _check_baselines(self) -> None:
-        if self.backend not in ("cpu", "cuda"):
+        if not isinstance(self.backend, str) or self.backend not in ("cpu", "cuda"):
             raise ValueError(f"backend: got {self.backend!r}, need cpu or cuda; for BLAS give against='blas'")
         if self.backend == "cuda":
             if self.against not in GPU_BASELINES:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from eventrnn._checks import need_whole
 from eventrnn.bench.machine import device, versions
 from eventrnn.bench.timing import interleaved
 from eventrnn.pruning.nm import TRANSPOSABLE_METHODS, mask_diversity, nm_mask, transposable_mask
@@ -44,8 +45,7 @@ def masks(
     """
     check_nm(n, m, "post")
     for name, value in (("rows", rows), ("columns", columns), ("threads", threads), ("repeats", repeats)):
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, need a whole number >= 1")
+        need_whole(name, value, at_least=1)
     unknown = [method for method in methods if method not in TRANSPOSABLE_METHODS]
     if unknown or not methods:
         raise ValueError(f"methods: got {', '.join(methods) or 'none'}, need some of {', '.join(TRANSPOSABLE_METHODS)}")

@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from eventrnn._checks import need_choice, need_number, need_pair, need_whole
 from eventrnn.backend import Backend
 from eventrnn.bench.case import Case
 from eventrnn.cells import Cell
 from eventrnn.events import Events
 from eventrnn.network import Layer, Network
 from eventrnn.simulation import Simulation, simulate
-from eventrnn.weights import Weights, check_block, convert
+from eventrnn.weights import FORMATS, STORAGES, Weights, check_block, convert
 
 # Above this activity the candidate gates get a positive bias. Without it half of all cells are negative and never fire.
 BIASED_ACTIVITY = 0.4
@@ -45,8 +46,10 @@ def random_weights(
     The scale makes the deviation of a drive independent of size and sparsity. O(n_pre * n_post). Raises ValueError for
     a sparsity outside [0, 1), for one with the dense format, and for a matrix that this machine cannot make.
     """
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity: got {sparsity}, need a share in [0, 1)")
+    need_pair("shape", shape, "two sizes >= 1 (n_pre, n_post)")
+    need_number("sparsity", sparsity, at_least=0, below=1, what="share")
+    need_choice("format", format, FORMATS)
+    need_choice("dtype", dtype, STORAGES)
     needed, memory = MAKING_BYTES * shape[0] * shape[1], os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         raise ValueError(
@@ -113,6 +116,7 @@ def at_activity(network: Network, inputs: Events, activity: float, backend: str 
 
     Above `BIASED_ACTIVITY` the candidate gates get a positive bias. Cost: 14 runs per layer.
     """
+    need_number("activity", activity, above=0, at_most=1, what="share")
     layers: list[Layer] = []
     for layer in network.layers:
         if activity > BIASED_ACTIVITY:
@@ -131,6 +135,9 @@ def at_activity(network: Network, inputs: Events, activity: float, backend: str 
 
 def random_events(steps: int, batch: int, size: int, activity: float, rng: np.random.Generator) -> Events:
     """Graded events (steps, batch, size) in [0.25, 1); each unit fires in each step with probability `activity`."""
+    for name, n in (("steps", steps), ("batch", batch), ("size", size)):
+        need_whole(name, n, at_least=0)
+    need_number("activity", activity, at_least=0, at_most=1, what="share")
     fired = rng.random((steps, batch, size)) < activity
     return Events.from_dense(np.where(fired, rng.uniform(0.25, 1, fired.shape), 0).astype(np.float32))
 

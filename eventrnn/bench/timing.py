@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from eventrnn._checks import need_whole
 from eventrnn.counting.counts import Counts
 from eventrnn.weights import Weights
 
@@ -56,6 +57,7 @@ class PreparedCase:
 
 def interleaved(runs: dict[Name, Run], repeats: int) -> dict[Name, list[float]]:
     """Seconds of every run, `repeats` times in turn. Every timed call follows an untimed call of the same run."""
+    need_whole("repeats", repeats, at_least=1)
     seconds: dict[Name, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from eventrnn._checks import need_choice, need_number, need_pair, need_text, need_whole
 from eventrnn.bench.baselines import import_torch, torch_gru
 from eventrnn.bench.machine import device, limited, peak, versions
 from eventrnn.bench.networks import ACTIVITY_TOLERANCE, at_activity, random_events, random_network
@@ -72,21 +73,21 @@ class TrainingCase:
 
     def __post_init__(self):
         for name in ("hidden", "batch", "steps", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, need a whole number >= 1")
+            need_whole(name, getattr(self, name), at_least=1)
+        need_whole("seed", self.seed, at_least=0)
+        need_whole("repeats", self.repeats)
+        need_text("against", self.against)
         if self.repeats < 3:
             raise ValueError(f"repeats: got {self.repeats}, need at least 3 for a median")
         for name in ("activity", "support"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, need a share between 0 and 1")
-        if not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity: got {self.sparsity}, need a share in [0, 1)")
+            need_number(name, getattr(self, name), above=0, below=1, what="share")
+        need_number("sparsity", self.sparsity, at_least=0, below=1, what="share")
+        if self.block is not None:
+            need_pair("block", self.block, "two sizes >= 1 (presynaptic x postsynaptic)")
         if self.block is not None and not self.sparsity:
             raise ValueError(f"block: got {self.block} without a sparsity, so nothing is pruned; give one, or no block")
-        if self.backward not in BACKWARDS:
-            raise ValueError(f"backward: got {self.backward!r}, need one of {', '.join(BACKWARDS)}")
-        if self.input_gradient not in INPUT_GRADIENTS:
-            raise ValueError(f"input_gradient: got {self.input_gradient!r}, need one of {', '.join(INPUT_GRADIENTS)}")
+        need_choice("backward", self.backward, BACKWARDS)
+        need_choice("input_gradient", self.input_gradient, INPUT_GRADIENTS)
         for baseline in self.baselines:
             if baseline not in TRAINING_BASELINES:
                 raise ValueError(f"against: got {baseline!r}, need {', '.join(TRAINING_BASELINES)} or none")

@@ -25,6 +25,7 @@ from eventrnn.cli.options import (
     Steps,
     Text,
     Threads,
+    Unknown,
     load_symbols,
     parse_block,
     save_model,
@@ -35,8 +36,9 @@ from eventrnn.cli.terminal import as_line, console, progress, show
 from eventrnn.cli.train import train
 from eventrnn.network import Network
 from eventrnn.pruning.patterns import parse_nm
+from eventrnn.pruning.schedule import choose
 from eventrnn.simulation import simulate
-from eventrnn.weights import FORMATS, STORAGES, convert
+from eventrnn.weights import FORMATS, STORAGES, check_block, convert
 from eventrnn.weights.nm import AXES
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -81,6 +83,7 @@ def run(
     model: Model,
     text: Text = "builtin",
     part: Part = "test",
+    unknown: Unknown = None,
     backend: Backend = "cpu",
     threads: Threads = 1,
     storage: Annotated[
@@ -93,7 +96,7 @@ def run(
     from eventrnn.training.evaluation import compare_storage, evaluate_text
 
     network = io.load(model)
-    symbols = load_symbols(network, text, part)
+    symbols = load_symbols(network, text, part, unknown)
     with progress() as bar:
 
         def report(stage: str, done: int, total: int) -> None:
@@ -112,6 +115,7 @@ def count(
     text: Text = "builtin",
     part: Part = "test",
     symbols: Annotated[int, typer.Option(help="Number of symbols to read, at most.")] = 10_000,
+    unknown: Unknown = None,
     as_json: Json = False,
 ) -> None:
     """Count every operation of a run over a text, and audit the counts."""
@@ -120,7 +124,8 @@ def count(
     network = io.load(model)
     if symbols < 1:
         raise ValueError(f"symbols: got {symbols}, need a whole number >= 1")
-    simulation = simulate(network, load_symbols(network, text, part)[:symbols, None], record="events")
+    inputs = load_symbols(network, text, part, unknown)[:symbols, None]
+    simulation = simulate(network, inputs, record="events")
     counts = counting.count(network, simulation)
     audit = counting.audit(network, simulation, counts)
     record = counts.as_dict() | {
@@ -188,6 +193,9 @@ def convert_command(
     storage: Annotated[
         str | None, typer.Option(help=f"Storage type of the weights: {', '.join(STORAGES)}. [unchanged]")
     ] = None,
+    exempt: Annotated[
+        list[str] | None, typer.Option(help="Matrix or layer that is not changed; repeat for more.")
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -197,13 +205,15 @@ def convert_command(
     network = Network((io.from_evnn(_arrays(source)),)) if source.suffix == ".npz" else io.load(source)
     tied = network.readout is not None and network.readout.tied
     to = to or ("block" if block else "nm" if nm else None)
-    changed = {
-        name: convert(weights, to, block=r_c, nm=n_m, storage=storage)
-        if to
-        else weights.stored_as(storage or weights.storage)
-        for name, weights in network.matrices().items()
-        if not (tied and name == "readout")
-    }
+    there = [name for name in network.matrices() if not (tied and name == "readout")]
+    chosen = choose(there, exempt=tuple(exempt or ()))
+    changed = {}
+    for name in chosen:
+        weights = network.matrices()[name]
+        if r_c and to == "block":
+            check_block(r_c, weights.shape, name)
+        made = convert(weights, to, block=r_c, nm=n_m, storage=storage) if to else weights
+        changed[name] = made if to else weights.stored_as(storage or weights.storage)
     converted = network.with_matrices(changed)
     save_model(converted, out, force)
     show(

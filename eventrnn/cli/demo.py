@@ -111,7 +111,7 @@ def run(
     engines = {name: Simulator(pruned, backend=name) for name in ("cpu", "blas")}
     part = stream[:4000]
     seconds = interleaved({name: lambda s=s: s.run(part) for name, s in engines.items()}, 7)
-    rows, total = counts.steps * counts.batch, counts.total
+    rows, total = counts.sample_steps, counts.total
     result = {
         "bits_per_char": after,
         "bits_per_char_before_pruning": before,

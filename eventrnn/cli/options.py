@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import MISSING, fields
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields, replace
 from functools import wraps
 from importlib.util import find_spec
 from itertools import count
@@ -41,6 +42,13 @@ PICTURES = (".png", ".pdf", ".svg")
 PARTS = ("train", "valid", "test", "all")
 
 Part = Annotated[str, typer.Option(help=f"Part of the text to read: {', '.join(PARTS)}.")]
+
+Unknown = Annotated[
+    str | None,
+    typer.Option(
+        help="Symbol of the model that stands for all symbols that its vocabulary lacks. [that of the vocabulary]"
+    ),
+]
 
 Backend = Annotated[str, typer.Option(help=f"Backend that runs the network: {', '.join(BACKENDS)}.")]
 
@@ -164,24 +172,51 @@ def _probe_folder(folder: Path, option: str = "out") -> None:
         raise ValueError(f"{option}: cannot write into {folder}: {error.strerror}") from None
 
 
-def load_symbols(network: Network, text: str, part: str) -> np.ndarray:
-    """A part of a text as symbols of the model. Raises ValueError for an unknown part, or without a vocabulary."""
+def load_symbols(network: Network, text: str, part: str, unknown: str | None = None) -> np.ndarray:
+    """A part of a text as symbols of the model; see `load_parts`."""
+    return load_parts(network, text, (part,), unknown)[part]
+
+
+def load_parts(network: Network, text: str, wanted: Sequence[str], unknown: str | None = None) -> dict[str, np.ndarray]:
+    """Parts of a text as symbols of the model, by name. The text is read once, so that it may be a pipe.
+
+    unknown : the symbol of the model that stands for all that its vocabulary does not have; None for that of the
+              vocabulary. How many these are is said on stderr
+
+    Raises ValueError for an unknown part, without a vocabulary, and for symbols that the vocabulary does not have.
+    """
     from eventrnn.data.text import SPLITS, Vocabulary, python_documentation, read_parts
 
-    if part not in PARTS:
-        raise ValueError(f"part: got {part!r}, need one of {', '.join(PARTS)}")
+    for part in wanted:
+        if part not in PARTS:
+            raise ValueError(f"part: got {part!r}, need one of {', '.join(PARTS)}")
     if "vocabulary" not in network.metadata:
         raise ValueError(
             "model: has no vocabulary, so it cannot read text: it was not trained by eventrnn train; "
             "in Python, eventrnn.count(network, run) counts a run on any input"
         )
     vocabulary = Vocabulary.from_json(network.metadata["vocabulary"])
+    if unknown is not None:
+        if unknown not in vocabulary.symbols:
+            raise ValueError(f"unknown: got {unknown!r}, need one of the {len(vocabulary)} symbols of the model")
+        vocabulary = replace(vocabulary, unknown=unknown)
     if text == "builtin":
         corpus = python_documentation()
         parts = {name: corpus.vocabulary.decode(getattr(corpus, name)) for name in SPLITS}
     else:
         parts = read_parts(text)
-    try:
-        return vocabulary.encode("".join(parts.values()) if part == "all" else parts[part])
-    except ValueError as error:
-        raise ValueError(f"{error} (part {part} of {text})") from None
+    symbols = {}
+    for part in wanted:
+        chosen = "".join(parts.values()) if part == "all" else parts[part]
+        try:
+            symbols[part] = vocabulary.encode(chosen)
+        except ValueError as error:
+            raise ValueError(f"{error} (part {part} of {text})") from None
+        replaced = 0 if vocabulary.unknown is None else vocabulary.count_unknown(chosen)
+        if replaced:
+            print(
+                f"eventrnn: {replaced:,} of the {len(symbols[part]):,} {vocabulary.kind}s in part {part} of {text} are "
+                f"not in the vocabulary and are read as {vocabulary.unknown!r}",
+                file=sys.stderr,
+            )
+    return symbols

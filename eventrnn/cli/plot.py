@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import numpy as np
 import typer
 
 from eventrnn import io
 from eventrnn._files import printable
-from eventrnn.cli.options import Force, Json, Part, Text, load_symbols, picture_text, writable_picture
+from eventrnn.cli.options import Force, Json, Part, Text, Unknown, load_symbols, picture_text, writable_picture
 from eventrnn.cli.terminal import as_line
+from eventrnn.network import Network
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,6 +35,7 @@ def plot(
     symbols: Annotated[
         int, typer.Option(help="Number of symbols to read for the figure operations, at most.")
     ] = 10_000,
+    unknown: Unknown = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -50,7 +53,12 @@ def plot(
     elif what == "weights":
         figure = plots.mask_map(io.load(model).matrices(), title=picture_text(model.name))
     else:
-        figure = _run(model, what, text, part, layer, start, steps, symbols)
+        network = io.load(model)
+        if layer >= len(network.layers):
+            raise ValueError(f"layer: got {layer}, but {model} has {len(network.layers)}, counted from 0")
+        read = load_symbols(network, text, part, unknown)[:, None]
+        raster = what == "raster"
+        figure = _raster(network, read, layer, start, steps) if raster else _operations(network, read[:symbols])
     plots.saved(figure, out, overwrite=force)
     print(as_line({"wrote": str(out)}) if as_json else f"wrote {printable(out)}")
 
@@ -75,20 +83,22 @@ def _training(folder: Path) -> Figure:
     return plots.learning_curves({picture_text(folder.name): curve}, quality=quality)
 
 
-def _run(model: Path, what: str, text: str, part: str, layer: int, start: int, steps: int, symbols: int) -> Figure:
+def _raster(network: Network, read: np.ndarray, layer: int, start: int, steps: int) -> Figure:
+    from eventrnn import plots
+    from eventrnn.simulation import simulate
+
+    run = simulate(network, read[: start + steps], record="events")
+    return plots.raster(run.events[layer], start=start, steps=steps)
+
+
+def _operations(network: Network, read: np.ndarray) -> Figure:
     from eventrnn import counting, plots
     from eventrnn.bench import interleaved
     from eventrnn.simulation import Simulator, simulate
 
-    network = io.load(model)
-    if layer >= len(network.layers):
-        raise ValueError(f"layer: got {layer}, but {model} has {len(network.layers)}, counted from 0")
-    read = load_symbols(network, text, part)[: start + steps if what == "raster" else symbols, None]
     run = simulate(network, read, record="events")
-    if what == "raster":
-        return plots.raster(run.events[layer], start=start, steps=steps)
     counts = counting.count(network, run)
-    rows, total = counts.steps * counts.batch, counts.total
+    rows, total = counts.sample_steps, counts.total
     operations = {name: getattr(total, name) / rows for name in ("dense", "effective", "executed")}
     engines = {name: Simulator(network, backend=name) for name in ("blas", "cpu")}
     seconds = interleaved({name: lambda s=s: s.run(read[:TIMED]) for name, s in engines.items()}, REPEATS)

@@ -18,7 +18,8 @@ from eventrnn.cli.options import (
     Force,
     Json,
     Model,
-    load_symbols,
+    Unknown,
+    load_parts,
     parse_block,
     picture_text,
     save_model,
@@ -112,6 +113,7 @@ class PruneOptions:
         str | None,
         typer.Option("--text", help="Text for training, calibration and measurement, as for train. [builtin]"),
     ] = None
+    unknown: Unknown = None
     learning_rate: Annotated[float | None, typer.Option(help="Learning rate of the training. [0.003]")] = None
     activity_cost: Annotated[float | None, typer.Option(help="Activity cost of the training, as for train. [0]")] = None
     thresholds: Annotated[
@@ -171,7 +173,7 @@ def prune(options: PruneOptions) -> None:
     network = io.load(options.model)
     parts, budget = {}, {}
     if request.steps or request.method.calibrates or options.text is not None:
-        parts = {part: load_symbols(network, options.text or "builtin", part) for part in ("train", "valid")}
+        parts = load_parts(network, options.text or "builtin", ("train", "valid"), options.unknown)
     with progress() as report:
         pruned = _pruned(request, network, parts, report)
         if request.name == "operations":

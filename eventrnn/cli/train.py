@@ -55,7 +55,7 @@ class TrainOptions:
     text: Annotated[
         str | None,
         typer.Option(
-            help="Text: 'builtin' (Python's documentation), a file, a folder, or ptb (Penn Treebank). [builtin]"
+            help="Text: 'builtin' (Python's documentation), a file, a folder, a pipe, or ptb (Penn Treebank). [builtin]"
         ),
     ] = None
     preset: Annotated[
@@ -76,7 +76,9 @@ class TrainOptions:
     ] = None
     resume: Annotated[Path | None, typer.Option(help="Folder of a run to continue.")] = None
     kind: Annotated[str | None, typer.Option(help="Kind of symbols: character or word.")] = None
-    vocabulary: Annotated[int | None, typer.Option(help="Number of words to keep; only with --kind word.")] = None
+    vocabulary: Annotated[
+        int | None, typer.Option(help="Number of symbols to keep, of which one stands for all others. [all]")
+    ] = None
     hidden: Annotated[list[int] | None, typer.Option(help="Number of units of a layer; repeat for a stack.")] = None
     embedding: Annotated[int | None, typer.Option(help="Number of values per symbol in the embedding.")] = None
     tied: Annotated[bool, typer.Option("--tied", help="Use the transposed embedding as the read-out.")] = False

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from eventrnn._checks import need_kind
 from eventrnn.counting.counts import Counts, OpCounts, count, count_per_step, events_by_matrix
 from eventrnn.events import Events
 from eventrnn.network import Network
@@ -58,7 +59,8 @@ def audit(network: Network, simulation: Simulation, counts: OpCounts | None = No
     neurobench is installed, its `single_layer_MACs` is compared too. Cost: O(size of every matrix) memory and time.
     Raises ValueError where events were not recorded, TypeError where they are arrays on a GPU.
     """
-    counts = counts or count(network, simulation)
+    counts = count(network, simulation) if counts is None else counts
+    need_kind("counts", counts, OpCounts, "the OpCounts of `count`, or None")
     differences: tuple[str, ...] = ()
     rows: list[tuple[str, str, int, int, str]] = []
     for name, (weights, events) in events_by_matrix(network, simulation).items():
@@ -68,16 +70,16 @@ def audit(network: Network, simulation: Simulation, counts: OpCounts | None = No
         fired = np.bincount(events.indices, minlength=events.shape[2])
         graded = np.bincount(events.indices[events.graded], minlength=events.shape[2])
         formula = {
-            "dense": events.shape[0] * events.shape[1] * there.size,
+            "dense": simulation.sample_steps * there.size,
             "effective": int((there * fired[:, None]).sum()),
-            "executed": events.shape[0] * events.shape[1] * there.size
+            "executed": simulation.sample_steps * there.size
             if simulation.dense
             else int((executed * fired[:, None]).sum()),
             "graded": int((there * graded[:, None]).sum()),
             "binary": int((there * (fired - graded)[:, None]).sum()),
         }
         rows += [(name, quantity, getattr(counted, quantity), value, "formula") for quantity, value in formula.items()]
-        compared = _neurobench_rows(name, weights, events, counted)
+        compared = _neurobench_rows(name, weights, events, counted, simulation.lengths)
         differences = NEUROBENCH_DIFFERENCES if compared else differences
         rows += compared
     per_layer = [value for key, value in count_per_step(network, simulation).items() if "gate_ops" in value]
@@ -97,7 +99,7 @@ NEUROBENCH_DIFFERENCES = (
 )
 
 
-def _neurobench_rows(name: str, weights: Weights, events: Events, counted: Counts) -> list:
+def _neurobench_rows(name: str, weights: Weights, events: Events, counted: Counts, lengths: np.ndarray | None) -> list:
     """Rows of the audit by NeuroBench for one matrix; none where it is not installed."""
     try:
         import torch
@@ -106,7 +108,9 @@ def _neurobench_rows(name: str, weights: Weights, events: Events, counted: Count
         return []
     linear = torch.nn.Linear(*weights.shape, bias=False, dtype=torch.float64)
     linear.weight.data = torch.from_numpy(weights.to_dense().T.astype(np.float64))
-    dense = torch.from_numpy(events.to_dense().reshape(-1, events.shape[2]).astype(np.float64))
+    rows = events.to_dense().astype(np.float64)
+    present = np.arange(events.shape[0])[:, None] < (events.shape[0] if lengths is None else lengths)
+    dense = torch.from_numpy(rows[np.broadcast_to(present, events.shape[:2])])
     pairs = (("effective", counted.effective, False), ("dense", counted.dense, True))
     return [
         (name, quantity, ours, int(single_layer_MACs(dense, linear, total=total)[0]), "neurobench")

@@ -18,6 +18,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from eventrnn._checks import need_kind
+
 
 @dataclass
 class BackwardWork:
@@ -84,8 +86,10 @@ class BackwardCounts:
 
 def count_backward(work: Mapping[str, BackwardWork]) -> dict[str, BackwardCounts]:
     """Counts of the backward pass of a window by matrix, from `Tape.work`. The read-out is dense and not included."""
+    need_kind("work", work, Mapping, "a mapping of names of matrices to BackwardWork, such as Tape.work")
     counts = {}
     for name, w in work.items():
+        need_kind(f"work of {name}", w, BackwardWork, "a BackwardWork")
         dots = int(w.dots @ w.dots_stored)
         counts[name] = BackwardCounts(
             (w.rows + w.input_gradient_rows) * len(w.kept) * w.columns,

@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 
+from eventrnn._checks import need_kind
 from eventrnn.events import Events
 from eventrnn.network import Network
 from eventrnn.simulation import Simulation
@@ -61,7 +62,8 @@ class OpCounts:
     matrices     : name of a matrix, as in `Network.matrices()` -> its counts
     gate_ops     : element-wise multiplications by layer
     state_bytes  : bytes of cells and outputs by layer
-    steps, batch : size of the run; divide by their product for figures per step and sample
+    steps, batch : size of the run
+    sample_steps : steps of all samples together, without padding; divide by them for figures per step and sample
     """
 
     matrices: Mapping[str, Counts]
@@ -69,6 +71,7 @@ class OpCounts:
     state_bytes: tuple[int, ...]
     steps: int
     batch: int
+    sample_steps: int
 
     @property
     def total(self) -> Counts:
@@ -95,6 +98,7 @@ class OpCounts:
             tuple(a + b for a, b in zip(self.state_bytes, other.state_bytes, strict=True)),
             self.steps + other.steps,
             self.batch,
+            self.sample_steps + other.sample_steps,
         )
 
     def as_dict(self) -> dict:
@@ -102,6 +106,7 @@ class OpCounts:
         return {
             "steps": self.steps,
             "batch": self.batch,
+            "sample_steps": self.sample_steps,
             "total": asdict(self.total),
             "gate_ops": sum(self.gate_ops),
             "state_bytes": sum(self.state_bytes),
@@ -116,9 +121,11 @@ def count(network: Network, simulation: Simulation) -> OpCounts:
     """Operations of a run, from the number of events of each unit. Needs no recorded events. O(weights) time.
 
     The recurrent product of a step uses the events of the step before. The events of the initial state are therefore
-    counted, and those of the last step are not.
+    counted, and those of the last step of each sample are not. Padding is not counted. Raises ValueError for the run of
+    a network of another shape.
     """
-    rows = simulation.steps * simulation.batch
+    _need_same_network(network, simulation)
+    rows = simulation.sample_steps
     matrices, gate_ops, state_bytes = {}, [], []
     below = simulation.input_fired
     for k, layer in enumerate(network.layers):
@@ -131,21 +138,25 @@ def count(network: Network, simulation: Simulation) -> OpCounts:
         below = simulation.fired[k]
     if network.readout is not None:
         matrices["readout"] = _matrix_counts(network.readout.weights, below, rows, simulation.dense)
-    return OpCounts(matrices, tuple(gate_ops), tuple(state_bytes), simulation.steps, simulation.batch)
+    size = simulation.steps, simulation.batch, rows
+    return OpCounts(matrices, tuple(gate_ops), tuple(state_bytes), *size)
 
 
 def count_per_step(network: Network, simulation: Simulation) -> dict[str, dict[str, np.ndarray]]:
     """Counts per step and sample: arrays (steps, batch) int64, by matrix and count.
 
-    Each `layers.k` has `gate_ops` and `state_bytes`. O(events + weights) time. Raises ValueError for a run without
-    record="events", TypeError where the events are arrays on a GPU.
+    Each `layers.k` has `gate_ops` and `state_bytes`. Counts of padding are 0. O(events + weights) time. Raises
+    ValueError for a run without record="events", TypeError where the events are arrays on a GPU.
     """
     result = {}
+    present = np.ones((simulation.steps, simulation.batch), np.int64)
+    if simulation.lengths is not None:
+        present *= np.arange(simulation.steps)[:, None] < simulation.lengths
     for name, (weights, events) in events_by_matrix(network, simulation).items():
         rows, graded = events.rows(), events.graded
         tables = (weights.fan_out(), weights.executed_out(), weights.row_bytes())
         fan_out, executed_out, row_bytes = (table[events.indices] for table in tables)
-        whole = np.full(events.shape[:2], weights.shape[0] * weights.shape[1], np.int64)
+        whole = present * (weights.shape[0] * weights.shape[1])
 
         def per_row(amount, rows=rows, shape=events.shape[:2]):
             total = np.zeros(shape[0] * shape[1], np.int64)
@@ -165,7 +176,7 @@ def count_per_step(network: Network, simulation: Simulation) -> dict[str, dict[s
             layer = network.layers[matrix.layer]
             paper = layer.cell.variant == "paper"
             carried = np.diff(events.indptr).reshape(events.shape[:2])
-            each = np.full(events.shape[:2], layer.units, np.int64)
+            each = present * layer.units
             result[name.removesuffix(".w_rec")] = {
                 "gate_ops": 2 * each + carried if paper else 3 * each,
                 "state_bytes": (16 if paper else 12) * each,
@@ -204,17 +215,35 @@ def events_by_matrix(network: Network, simulation: Simulation) -> dict[str, tupl
         raise ValueError('simulation: has no recorded events; run with record="events"')
     if not isinstance(simulation.inputs, Events):
         raise TypeError("simulation: its events are arrays on a GPU; run it with NumPy inputs to count per step")
+    _need_same_network(network, simulation)
     pairs: dict[str, tuple[Weights, Events]] = {}
     below = simulation.inputs
     for k, layer in enumerate(network.layers):
         sent = simulation.events[k]
         first = Events.from_dense(simulation.initial.outputs[k][None].astype(np.float32))
+        carried = _delayed(first, sent)
+        if simulation.lengths is not None:
+            # The events of the last step of a sample have no step after it.
+            carried = carried.until(simulation.lengths)
         pairs[MatrixId.of(k, "w_in")] = (layer.w_in, below)
-        pairs[MatrixId.of(k, "w_rec")] = (layer.w_rec, _delayed(first, sent))
+        pairs[MatrixId.of(k, "w_rec")] = (layer.w_rec, carried)
         below = sent
     if network.readout is not None:
         pairs[MatrixId("readout")] = (network.readout.weights, below)
     return pairs
+
+
+def _need_same_network(network: Network, simulation: Simulation) -> None:
+    """Raise TypeError for objects of other classes, and ValueError for the run of a network of another shape."""
+    need_kind("network", network, Network, "a Network")
+    need_kind("simulation", simulation, Simulation, "the result of simulate or Simulator.run")
+    run = [len(simulation.input_fired.graded), *(len(fired.graded) for fired in simulation.fired)]
+    own = [network.layers[0].inputs, *(layer.units for layer in network.layers)]
+    if run != own:
+        raise ValueError(
+            f"simulation: the run of a network with {run[0]} inputs and layers of {run[1:]} units, but the network has "
+            f"{own[0]} and {own[1:]}; give the network that was run"
+        )
 
 
 def _delayed(first: Events, events: Events) -> Events:

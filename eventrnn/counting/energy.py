@@ -7,6 +7,7 @@ it)", ISSCC 2014, figure 1.1.9.
 
 from __future__ import annotations
 
+from eventrnn._checks import need_choice, need_flag, need_kind
 from eventrnn.counting.counts import OpCounts
 
 #: Energy in picojoules at 45 nm and 0.9 V (Horowitz 2014, figure 1.1.9): of one operation, or of one 64-bit read.
@@ -34,9 +35,9 @@ def energy(counts: OpCounts, *, memory: str = "sram_1mb_64bit", dense: bool = Fa
     (MAC), also those of binary events with stored zeros. The element-wise work is multiplications. Returns
     picojoules by part, and their sum. Raises ValueError for an unknown memory.
     """
-    if memory not in HOROWITZ_2014 or not memory.endswith("64bit"):
-        choices = ", ".join(name for name in HOROWITZ_2014 if name.endswith("64bit"))
-        raise ValueError(f"memory: got {memory!r}, need one of {choices}")
+    need_kind("counts", counts, OpCounts, "the OpCounts of `count`")
+    need_flag("dense", dense)
+    need_choice("memory", memory, (name for name in HOROWITZ_2014 if name.endswith("64bit")))
     total, table = counts.total, HOROWITZ_2014
     macs, accumulates = (total.dense, 0) if dense else (total.executed - total.binary, total.binary)
     weight_bytes = 4 * total.dense if dense else total.weight_bytes

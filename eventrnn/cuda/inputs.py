@@ -64,7 +64,12 @@ def as_cupy(device: Device, array: Any) -> Any:
 class CupyLibrary:
     """`state.ArrayLibrary` of callers with CuPy arrays or with arrays of a library that is neither CuPy nor torch."""
 
-    cupy: Any
+    device: Device
+
+    @property
+    def cupy(self) -> Any:
+        """The module."""
+        return self.device.arrays
 
     def wrap(self, array: Any) -> Any:
         """The array itself."""
@@ -73,6 +78,20 @@ class CupyLibrary:
     def concatenate(self, arrays: Sequence[Any]) -> Any:
         """See `state.ArrayLibrary`."""
         return self.cupy.concatenate(arrays)
+
+    def take(self, array: Any, positions: np.ndarray, *, axis: int) -> Any:
+        """See `state.ArrayLibrary`."""
+        # On the stream of the engine, which waits for what the caller still does with the array.
+        with self.device.on_stream():
+            return self.cupy.take(array, self.device.put(positions), axis=axis)
+
+    def zeros(self, shape: tuple[int, ...]) -> Any:
+        """See `state.ArrayLibrary`."""
+        return self.wrap(self.cupy.zeros(shape, np.float32))
+
+    def index(self, positions: np.ndarray) -> Any:
+        """See `state.ArrayLibrary`."""
+        return self.wrap(self.cupy.asarray(positions))
 
     def bincount(self, values: Any, size: int) -> np.ndarray:
         """See `state.ArrayLibrary`."""
@@ -111,7 +130,9 @@ def gpu_inputs(device: Device, network: Network, symbol_events: Events | None, a
     kind = given.dtype.kind
     if symbol_events is not None:
         if given.ndim != 2 or kind not in "iu":
-            raise ValueError(f"inputs: got {given.dtype} {given.shape}, need integers (steps, batch) for the embedding")
+            raise ValueError(
+                f"inputs: got {given.dtype} {given.shape}, need whole numbers (steps, batch) for the embedding"
+            )
         wanted = np.int64
     else:
         if given.ndim != 3 or given.shape[2] != size or kind not in "fiub":
@@ -130,7 +151,7 @@ def gpu_inputs(device: Device, network: Network, symbol_events: Events | None, a
         values=values,
         table=symbol_events,
         checked=False,
-        array_library=(TorchLibrary if is_torch(array) else CupyLibrary)(device.arrays),
+        array_library=(TorchLibrary if is_torch(array) else CupyLibrary)(device),
         given=given,
     )
 
@@ -159,7 +180,8 @@ def raise_for_input(inputs: Inputs, place: int) -> None:
     symbols = inputs.kind is InputKind.SYMBOLS
     row, column = (place, 0) if symbols else divmod(place, inputs.size)
     (step, sample), column = divmod(row, inputs.batch), () if symbols else (column,)
-    at, where = (step, sample, *column), (step + inputs.first_step, sample, *column)
+    given = sample if inputs.samples is None else int(inputs.samples[sample])
+    at, where = (step, sample, *column), (step + inputs.first_step, given, *column)
     bad = (inputs.values if inputs.given is None else inputs.given)[at].item()
     if symbols:
         raise ValueError(f"inputs: got symbol {bad} at {where}; need 0..{inputs.event_table.shape[0] - 1}")

@@ -9,14 +9,16 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from eventrnn._checks import WHOLE, need_choice, need_kind, need_text, need_whole, plain_array
 from eventrnn._files import cache_folder
 
 KINDS = ("character", "word")
@@ -25,6 +27,7 @@ END_OF_LINE = "<eos>"
 
 UNKNOWN_WORD = "<unk>"
 
+# The symbol for all characters that a vocabulary does not have, as `<unk>` is for words.
 REPLACEMENT = "\ufffd"
 
 # Part of a corpus -> words in the names of its files.
@@ -63,36 +66,41 @@ class Vocabulary:
     unknown: str | None = None
 
     def __post_init__(self):
+        if not isinstance(self.symbols, Iterable):
+            raise TypeError(f"vocabulary symbols: got {self.symbols!r}, need several texts: ('a', 'b')")
         object.__setattr__(self, "symbols", tuple(self.symbols))
-        if self.kind not in KINDS:
-            raise ValueError(f"vocabulary kind: got {self.kind!r}, need one of {', '.join(KINDS)}")
+        need_choice("vocabulary kind", self.kind, KINDS)
+        for k, symbol in enumerate(self.symbols):
+            need_text(f"vocabulary symbol {k}", symbol)
         if not self.symbols or len(set(self.symbols)) != len(self.symbols):
             raise ValueError(f"vocabulary symbols: got {len(self.symbols)}, need at least one, and no two the same")
         if self.kind == "character" and any(len(symbol) != 1 for symbol in self.symbols):
             raise ValueError("vocabulary symbols: need single characters; pass kind='word' for words")
         if self.unknown is not None and self.unknown not in self.symbols:
-            raise ValueError(f"vocabulary unknown: {self.unknown!r} is not among the symbols")
+            raise ValueError(f"vocabulary unknown: got {self.unknown!r}, need one of the {len(self.symbols)} symbols")
 
     @classmethod
     def of(cls, text: str, *, kind: str = "character", size: int | None = None) -> Vocabulary:
         """The vocabulary of a text: characters by code point, words by falling frequency, then alphabetically.
 
-        size : number of symbols to keep (words only, >= 2): `<unk>`, for all other words, and the most frequent words
+        size : number of symbols to keep, >= 2: the most frequent ones, and one for all others, `<unk>` for words and
+               U+FFFD for characters. Such a vocabulary can encode every text. None keeps all and has no such symbol
 
-        Raises ValueError for a size below 2 and for a size with characters.
+        Raises ValueError for a size below 2.
         """
-        if kind == "character":
-            if size is not None:
-                raise ValueError(f"vocabulary size: got {size} for characters; it limits words only")
+        need_text("text", text)
+        need_choice("vocabulary kind", kind, KINDS)
+        if size is not None:
+            need_whole("vocabulary size", size, at_least=2)
+        if kind == "character" and size is None:
             return cls(tuple(sorted(set(text))), kind)
-        counts = Counter(words(text))
-        ranked = sorted(counts, key=lambda word: (-counts[word], word))
+        counts = Counter(text if kind == "character" else words(text))
+        ranked = sorted(counts, key=lambda symbol: (-counts[symbol], symbol))
         if size is None:
             return cls(tuple(ranked), kind)
-        if size < 2:
-            raise ValueError(f"vocabulary size: got {size}, need at least 2: <unk> and a word")
-        kept = [word for word in ranked if word != UNKNOWN_WORD]
-        return cls((UNKNOWN_WORD, *kept[: size - 1]), kind, UNKNOWN_WORD)
+        unknown = REPLACEMENT if kind == "character" else UNKNOWN_WORD
+        kept = [symbol for symbol in ranked if symbol != unknown][: size - 1]
+        return cls((unknown, *(sorted(kept) if kind == "character" else kept)), kind, unknown)
 
     def __len__(self) -> int:
         return len(self.symbols)
@@ -102,25 +110,42 @@ class Vocabulary:
 
         Raises `ValueError` with the first unknown symbol and its position, if `unknown` is None.
         """
-        tokens = text if self.kind == "character" else words(text)
-        other = -1 if self.unknown is None else self._numbers[self.unknown]
-        numbers = np.fromiter((self._numbers.get(token, other) for token in tokens), np.int32, len(tokens))
-        if len(numbers) and numbers.min() < 0:
-            k = int(numbers.argmin())
-            place = f"position {k}" if self.kind == "character" else f"word {k}"
-            raise ValueError(
-                f"text: unknown symbol {tokens[k]!r} at {place}; the vocabulary has {len(self)} {self.kind}s and no "
-                "symbol for others: remove it, or train on text that has it"
-            )
+        numbers = self._found(text)
+        missing = numbers < 0
+        if missing.any():
+            if self.unknown is None:
+                k = int(missing.argmax())
+                token, place = (text[k], "position") if self.kind == "character" else (words(text)[k], "word")
+                raise ValueError(
+                    f"text: unknown symbol {token!r} at {place} {k}; the vocabulary has {len(self)} {self.kind}s and "
+                    "none for others: remove it, name one that stands for all others (Vocabulary.unknown, --unknown), "
+                    "or train with a limited vocabulary, which has one"
+                )
+            numbers[missing] = self._numbers[self.unknown]
         return numbers
+
+    def count_unknown(self, text: str) -> int:
+        """How many characters or words of a text are not among the symbols."""
+        return int((self._found(text) < 0).sum())
+
+    def _found(self, text: str) -> np.ndarray:
+        """The number of every character or word of a text, (n,) int32; -1 where it is not among the symbols."""
+        need_text("text", text)
+        if self.kind == "word":
+            tokens = words(text)
+            return np.fromiter((self._numbers.get(token, -1) for token in tokens), np.int32, len(tokens))
+        # A table of all code points: a text of 100 million characters takes a second.
+        table = np.full(sys.maxunicode + 1, -1, np.int32)
+        table[[ord(symbol) for symbol in self.symbols]] = np.arange(len(self))
+        return table[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)]
 
     def decode(self, numbers: np.ndarray | Sequence[int]) -> str:
         """The text of symbols (n,), with one space between words and a line break for each `<eos>`.
 
         Raises ValueError for symbols outside the vocabulary.
         """
-        array = np.asarray(numbers)
-        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        array = plain_array("symbols", numbers)
+        if array.ndim != 1 or (array.size and array.dtype.kind not in WHOLE):
             raise ValueError(f"symbols: got {array.dtype} {array.shape}, need whole numbers (n,)")
         if array.size and not (0 <= array.min() and array.max() < len(self)):
             k = int(np.argmax((array < 0) | (array >= len(self))))
@@ -171,18 +196,21 @@ class Corpus:
         """A corpus from three texts.
 
         kind : kind of the symbols, "character" or "word"
-        size : size of the vocabulary (words only): the most frequent words of `train` and `<unk>`; None for a
-               vocabulary of all symbols of the three texts
+        size : size of the vocabulary, see `Vocabulary.of`: the most frequent symbols of `train`, and one for all
+               others; None for a vocabulary of all symbols of the three texts
 
         Raises ValueError for a part with less than two symbols.
         """
+        need_choice("kind", kind, KINDS)
         for name, part in (("train", train), ("valid", valid), ("test", test)):
-            if not part.strip():
+            if not need_text(f"text: the {name} part", part).strip():
                 raise ValueError(f"text: the {name} part is empty")
-        if kind == "character":
+        if size is not None:
+            whole = train
+        elif kind == "character":
             whole = train + valid + test
         else:
-            whole = train if size else "".join(part.removesuffix("\n") + "\n" for part in (train, valid, test))
+            whole = "".join(part.removesuffix("\n") + "\n" for part in (train, valid, test))
         vocabulary = Vocabulary.of(whole, kind=kind, size=size)
         parts = {name: vocabulary.encode(part) for name, part in (("train", train), ("valid", valid), ("test", test))}
         for name, symbols in parts.items():
@@ -193,7 +221,7 @@ class Corpus:
 
 def words(text: str) -> list[str]:
     """The words of a text, with `<eos>` at the end of every line; blank lines and the last line included."""
-    lines = text.removesuffix("\n").split("\n") if text else []
+    lines = need_text("text", text).removesuffix("\n").split("\n") if text != "" else []
     return [word for line in lines for word in (*line.split(), END_OF_LINE)]
 
 
@@ -211,9 +239,12 @@ def python_documentation(*, rare: int = 10, test_size: int = 20_000) -> Corpus:
     a part, topics are ordered by name.
 
     Characters that occur less than `rare` times in `train` are replaced by U+FFFD in all parts. `valid` and `test`
-    therefore have no symbols that are not in `train`, except U+FFFD if no character of `train` is rare. The text, and
-    therefore the figures of a trained model, differ between versions of Python.
+    therefore have no symbols that are not in `train`, except U+FFFD if no character of `train` is rare. Where there is
+    a U+FFFD, the vocabulary uses it for all characters that it does not have, so that it can encode every text. The
+    text, and therefore the figures of a trained model, differ between versions of Python.
     """
+    need_whole("rare", rare, at_least=0)
+    need_whole("test_size", test_size, at_least=1)
     from pydoc_data.topics import topics
 
     parts = _split_topics(_without_repeats(topics), test_size)
@@ -221,7 +252,10 @@ def python_documentation(*, rare: int = 10, test_size: int = 20_000) -> Corpus:
     kept = {character for character, count in counts.items() if count >= rare}
     seen = set().union(*parts.values())
     table = str.maketrans(dict.fromkeys(seen - kept, REPLACEMENT))
-    return Corpus.of(*(parts[part].translate(table) for part in SPLITS))
+    corpus = Corpus.of(*(parts[part].translate(table) for part in SPLITS))
+    if REPLACEMENT not in corpus.vocabulary.symbols:
+        return corpus
+    return replace(corpus, vocabulary=replace(corpus.vocabulary, unknown=REPLACEMENT))
 
 
 def _without_repeats(topics: Mapping[str, str]) -> dict[str, str]:
@@ -250,9 +284,15 @@ def _split_topics(topics: Mapping[str, str], test_size: int) -> dict[str, str]:
 
 def from_path(path: str | os.PathLike, *, kind: str = "character", size: int | None = None) -> Corpus:
     """A corpus from UTF-8 text on disk. Parts: see `read_parts`; `kind` and `size`: see `Corpus.of`."""
-    if kind not in KINDS:
-        raise ValueError(f"kind: got {kind!r}, need one of {', '.join(KINDS)}")
+    need_choice("kind", kind, KINDS)
     parts = read_parts(path)
+    return Corpus.of(parts["train"], parts["valid"], parts["test"], kind=kind, size=size)
+
+
+def from_text(text: str, *, kind: str = "character", size: int | None = None) -> Corpus:
+    """A corpus from one text, split by position as `read_parts` does; `kind` and `size`: see `Corpus.of`."""
+    need_choice("kind", kind, KINDS)
+    parts = _split(need_text("text", text), "this text")
     return Corpus.of(parts["train"], parts["valid"], parts["test"], kind=kind, size=size)
 
 
@@ -263,20 +303,32 @@ def read_parts(path: str | os.PathLike) -> dict[str, str]:
 
     A folder is already split if it has exactly one file for each part, with `train`, `valid` or `test` as a word in its
     name (ptb.train.txt, for example). Otherwise its *.txt files, in the order of their names, are one text. A single
-    text is split by position at line ends: 90 % train, 5 % valid, 5 % test.
+    text is split by position into 90 % train, 5 % valid and 5 % test, each part up to the next line end; a text without
+    line ends there is split after a space, or else between two characters. A pipe is read to its end, once.
 
     Raises `ValueError` for a missing path or part, and for text that is empty, not UTF-8 or too short to split.
     """
     path = located(path)
     if not path.is_dir():
-        return _split(_read(path), path)
+        return _split(_read(path), str(path))
     named = _named_parts(path)
     if named:
         return {part: _read(file) for part, file in named.items()}
     files = sorted(path.glob("*.txt"))
     if not files:
         raise ValueError(f"text: {path} has no *.txt file")
-    return _split("".join(_read(file).removesuffix("\n") + "\n" for file in files), path)
+    return _split("".join(_read(file).removesuffix("\n") + "\n" for file in files), str(path))
+
+
+def read_stream(path: str | os.PathLike) -> str | None:
+    """The text of a path that can be read only once, such as a pipe or standard input; None for files and folders.
+
+    Raises `ValueError` as `read_parts` does.
+    """
+    path = Path(path)
+    # The names of open files, such as /dev/stdin, mean something else in the next process.
+    lasting = path.is_dir() or (path.is_file() and not path.absolute().is_relative_to("/dev"))
+    return None if lasting or not path.exists() else _read(path)
 
 
 def located(text: str | os.PathLike) -> Path:
@@ -285,6 +337,7 @@ def located(text: str | os.PathLike) -> Path:
     A named corpus is downloaded by pooch at the first call, and every file is compared with its checksum. Raises
     `ValueError` if pooch is not installed or the download fails.
     """
+    need_kind("text", text, (str, os.PathLike), "a path, or the name of a corpus")
     if str(text) not in NAMED or Path(text).exists():
         return Path(text)
     instead = "or give --text a folder that has it"
@@ -340,14 +393,21 @@ def _read(path: Path) -> str:
     return text
 
 
-def _split(text: str, path: Path) -> dict[str, str]:
-    # A part ends at the first line end at or after its position.
-    first = text.find("\n", len(text) * 90 // 100) + 1
-    second = text.find("\n", max(first, len(text) * 95 // 100)) + 1
-    parts = {"train": text[:first], "valid": text[first:second], "test": text[second:]}
-    if not (first and second and all(part.strip() for part in parts.values())):
-        raise ValueError(
-            f"text: {path} is too short to split at line ends: {len(text)} characters in "
-            f"{len(text.splitlines())} lines; give more, or a folder with train, valid and test files"
-        )
-    return parts
+def _split(text: str, name: str) -> dict[str, str]:
+    for separator in ("\n", " ", ""):
+        # A part ends at the first separator at or after its position.
+        first = _end(text, separator, len(text) * 90 // 100)
+        second = _end(text, separator, max(first, len(text) * 95 // 100))
+        parts = {"train": text[:first], "valid": text[first:second], "test": text[second:]}
+        if first and second and all(part.strip() and len(part) > 1 for part in parts.values()):
+            return parts
+    raise ValueError(
+        f"text: {name} is too short to split into train, valid and test: {len(text)} characters in "
+        f"{len(text.splitlines())} lines; give more, or a folder with train, valid and test files"
+    )
+
+
+def _end(text: str, separator: str, start: int) -> int:
+    """The position after the first separator at or after `start`; 0 if there is none."""
+    found = text.find(separator, start)
+    return 0 if found < 0 else found + len(separator)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from eventrnn._checks import WHOLE, need_whole, number_array
+
 
 class TrigramModel:
     """Interpolation of a uniform, a unigram, a bigram and a trigram model (Jelinek and Mercer 1980).
@@ -25,11 +27,8 @@ class TrigramModel:
     ROUNDS, BUCKETS = 50, 13
 
     def __init__(self, train: np.ndarray, heldout: np.ndarray, size: int):
-        for name, symbols in (("train", train), ("heldout", heldout)):
-            if len(symbols) < 3 or symbols.min() < 0 or symbols.max() >= size:
-                raise ValueError(f"{name}: need at least 3 symbols, all in 0..{size - 1}")
-        train = np.asarray(train, np.int64)
-        self.size = size
+        self.size = need_whole("size", size, at_least=1)
+        train, heldout = self._checked("train", train, 3), self._checked("heldout", heldout, 3)
         # Contexts are counted without the last symbol, which has no successor.
         self._singles = _Counts(train)
         self._before_one = _Counts(train[:-1])
@@ -55,14 +54,24 @@ class TrigramModel:
 
         Raises ValueError for less than two.
         """
-        if len(symbols) < 2:
-            raise ValueError(f"symbols: got {len(symbols)}, need at least 2")
         return float(-np.log2(self.probabilities(symbols)).mean())
 
     def probabilities(self, symbols: np.ndarray) -> np.ndarray:
-        """Probability of every symbol but the first, given the preceding ones: (n - 1,) float64."""
+        """Probability of every symbol but the first, given the preceding ones: (n - 1,) float64.
+
+        Raises ValueError for less than two symbols and for symbols outside the vocabulary.
+        """
+        symbols = self._checked("symbols", symbols, 2)
         by_model, buckets = self._predictions(symbols)
         return (self.weights[buckets] * by_model).sum(axis=1)
+
+    def _checked(self, name: str, symbols: np.ndarray, fewest: int) -> np.ndarray:
+        """The symbols as a plain array (n,) int64, n >= fewest. Raises ValueError."""
+        array = number_array(name, symbols, "(n,)", ndim=1, kinds=WHOLE)
+        if len(array) < fewest or array.min() < 0 or array.max() >= self.size:
+            got = f"{len(array)} symbols from {array.min()} to {array.max()}" if len(array) else "none"
+            raise ValueError(f"{name}: got {got}, need at least {fewest} symbols, all in 0..{self.size - 1}")
+        return array.astype(np.int64)
 
     def _predictions(self, symbols: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Probabilities of every symbol but the first by the four models, (n - 1, 4), and the buckets, (n - 1,)."""

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from eventrnn._checks import check_finite, float32_array, need_kind, number_array, plain_array
 from eventrnn._files import printable
 from eventrnn.cells import Cell, Surrogate
-from eventrnn.events import check_finite
 from eventrnn.network import Layer
 from eventrnn.weights import Dense
 
@@ -47,7 +47,8 @@ def from_evnn(
     Raises `ValueError` for a missing array, for shapes that do not fit, and for NaN or infinity.
     """
     given = {"threshold": threshold, "dampening": dampening, "support": support}
-    overrides = {key: np.asarray(value) for key, value in given.items() if value is not None}
+    need_kind("arrays", arrays, Mapping, "a mapping of names to arrays")
+    overrides = {key: plain_array(key, value) for key, value in given.items() if value is not None}
     found = {key: _first(arrays, names) for key, names in _EVNN_ARRAYS.items()} | overrides
     for key, names in _EVNN_ARRAYS.items():
         if found[key] is None:
@@ -66,12 +67,12 @@ def from_evnn(
     for key, shape in needed.items():
         if found[key].shape != shape or not units:
             raise ValueError(f"{key}: got shape {found[key].shape}, need {shape} for {units} units")
-    with np.errstate(over="ignore"):  # an overflow becomes an infinity, which `check_finite` reports
-        single = {key: np.array(found[key], np.float32, order="C") for key in needed}
-    for key, array in single.items():
-        check_finite(key, array)
+    single = {
+        key: np.array(float32_array(key, found[key], f"{shape} for {units} units"), order="C")
+        for key, shape in needed.items()
+    }
     scalars = {key: _first(arrays, names) for key, names in _EVNN_SCALARS.items()} | overrides
-    rule = {key: scalars[key].item() for key in _EVNN_SCALARS if scalars[key] is not None}
+    rule = {key: _scalar(key, scalars[key]) for key in _EVNN_SCALARS if scalars[key] is not None}
     return Layer(
         Dense(single["kernel"]),
         Dense(single["recurrent_kernel"]),
@@ -89,6 +90,7 @@ def to_evnn(layer: Layer) -> dict[str, np.ndarray]:
     pseudo_derivative_support (1,). Raises `ValueError` for the paper's variant and for surrogates other than the
     triangle, which EvNN does not have.
     """
+    need_kind("layer", layer, Layer, "a Layer")
     cell = layer.cell
     if cell.variant != "evnn" or cell.surrogate.kind != "triangle":
         raise ValueError(
@@ -106,6 +108,15 @@ def to_evnn(layer: Layer) -> dict[str, np.ndarray]:
     }
 
 
+def _scalar(key: str, array: np.ndarray) -> float:
+    """The only number of an array. Raises ValueError for another count or type."""
+    if array.size != 1:
+        raise ValueError(f"{key}: got shape {array.shape}, need one number")
+    number = number_array(key, array, "of one element")
+    check_finite(key, number)
+    return float(number.item())
+
+
 def _first(arrays: Mapping[str, Any], names: tuple[str, ...]) -> Any:
     """The array with the first of `names` that is in `arrays`, or None."""
-    return next((np.asarray(arrays[name]) for name in names if name in arrays), None)
+    return next((plain_array(name, arrays[name]) for name in names if name in arrays), None)

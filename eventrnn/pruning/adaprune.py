@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from eventrnn import counting
+from eventrnn._checks import float32_array, need_flag, need_kind, need_mask, need_number, need_whole
 from eventrnn.network import Network
 from eventrnn.pruning.patterns import Pattern, prunable_matrices
 from eventrnn.simulation import simulate
@@ -64,6 +65,8 @@ def adaprune(
     kept; int8 weights get new scales, because weights grow. Weights that were pruned before stay pruned. Raises
     ValueError for inputs that the network cannot take, for masks of another shape and for masks without `store`.
     """
+    _check_iteration(bias, tolerance, iterations)
+    need_kind("pattern", pattern, (Pattern, Mapping), "a pattern, or a mapping of names of matrices to masks")
     matrices = prunable_matrices(network, names if isinstance(pattern, Pattern) else tuple(pattern), exempt)
     keeper = store if store is not None else pattern
     if not isinstance(keeper, Pattern):
@@ -77,9 +80,7 @@ def adaprune(
         old = matrices[name]
         dense = old.to_dense()
         mask = pattern.mask(name, dense) if isinstance(pattern, Pattern) else pattern[name]
-        if mask.shape != dense.shape:
-            raise ValueError(f"mask: {name} has shape {dense.shape}, got a mask of {mask.shape}")
-        mask = mask & (dense != 0)
+        mask = need_mask(f"mask of {name}", mask, dense.shape) & (dense != 0)
         sent = events.to_dense().reshape(-1, dense.shape[0])
         fitted, shift, fits[name] = refit(dense, mask, sent, bias=bias, tolerance=tolerance, iterations=iterations)
         made = keeper.store(Dense(fitted))
@@ -109,6 +110,12 @@ def refit(
     fit. Conjugate gradients on the normal equations of all outputs at once, in float64, starting from the masked
     weights. Weights that `sent` does not determine, those of a unit without events, keep their values.
     """
+    _check_iteration(bias, tolerance, iterations)
+    dense = float32_array("dense", dense, "(n_pre, n_post)", ndim=2)
+    sent = float32_array("sent", sent, "(samples, n_pre)", ndim=2)
+    if sent.shape[1] != len(dense):
+        raise ValueError(f"sent: got shape {sent.shape}, need (samples, {len(dense)}) for weights {dense.shape}")
+    mask = need_mask("mask", mask, dense.shape)
     samples = np.concatenate([sent, np.ones((len(sent), 1))], axis=1) if bias else sent
     squares = samples.T.astype(np.float64) @ samples
     target = np.zeros((len(squares), dense.shape[1]))
@@ -141,6 +148,12 @@ def refit(
     weights = np.where(mask, found[: len(dense)], 0).astype(np.float32)
     shift = found[-1].astype(np.float32) if bias else np.zeros(dense.shape[1], np.float32)
     return weights, shift, Fit(before, left())
+
+
+def _check_iteration(bias: bool, tolerance: float, iterations: int) -> None:
+    need_flag("bias", bias)
+    need_number("tolerance", tolerance, at_least=0)
+    need_whole("iterations", iterations, at_least=0)
 
 
 def _with_biases(network: Network, shifts: Mapping[str, np.ndarray]) -> Network:

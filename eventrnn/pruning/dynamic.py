@@ -7,9 +7,18 @@ from math import cos, pi
 
 import numpy as np
 
-from eventrnn.pruning.magnitude import block_scores, check_sparsity, from_blocks, magnitude_mask, to_blocks
+from eventrnn._checks import need_kind, need_number
+from eventrnn.pruning.magnitude import (
+    block_scores,
+    check_choices,
+    check_sparsity,
+    from_blocks,
+    magnitude_mask,
+    to_blocks,
+)
 from eventrnn.pruning.patterns import Pattern
 from eventrnn.pruning.schedule import Arrays, CallOrderCheck, Masks, Pruning, check_span, is_due
+from eventrnn.weights import check_block
 
 
 class DenseShadowWeights:
@@ -95,7 +104,9 @@ class StaticMasks(Pruning):
     exempt: tuple[str, ...] = ()
 
     def __post_init__(self):
+        need_kind("pattern", self.pattern, Pattern, "a pattern: Blocks(...) or NofM(...)")
         check_span(self.start, self.start)
+        check_choices(self)
 
     @property
     def end(self) -> int:
@@ -145,9 +156,10 @@ class DynamicMasks(Pruning):
     _shadow: DenseShadowWeights = field(init=False, repr=False, default_factory=DenseShadowWeights)
 
     def __post_init__(self):
+        need_kind("pattern", self.pattern, Pattern, "a pattern: Blocks(...) or NofM(...)")
         check_span(self.start, self.end, self.every)
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay: got {self.decay}, need a share in [0, 1)")
+        check_choices(self)
+        need_number("decay", self.decay, at_least=0, below=1, what="share")
         # One more than the span, because masks change at `end` as well.
         _check_every(self.every, self.start, self.end, 1 + self.end - self.start)
 
@@ -218,13 +230,14 @@ class RegrownMasks(Pruning, CallOrderCheck):
     def __post_init__(self):
         check_span(self.start, self.end, self.every)
         check_sparsity(self.sparsity)
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share: got {self.share}, need one in (0, 1]")
+        check_choices(self)
+        need_number("share", self.share, above=0, at_most=1)
         _check_every(self.every, self.start, self.end, self.end - self.start)
 
     def check(self, parameters: Arrays) -> None:
         """Raise ValueError for blocks larger than a matrix and for a sparsity that empties a matrix."""
         for name in self.matrices(parameters):
+            check_block(self.block, parameters[name].shape, name)
             magnitude_mask(parameters[name], self.sparsity, block=self.block, statistic=self.statistic)
 
     def update(self, step: int, parameters: Arrays, masks: Masks) -> bool:

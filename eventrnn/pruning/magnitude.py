@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from eventrnn._checks import (
+    check_finite,
+    need_choice,
+    need_flag,
+    need_kind,
+    need_mask,
+    need_names,
+    need_number,
+    need_pair,
+    need_whole,
+    number_array,
+)
 from eventrnn.pruning.schedule import Arrays, CallOrderCheck, Masks, Pruning, cubic_schedule, is_due
 from eventrnn.weights import MatrixId, check_block
 
@@ -26,17 +39,29 @@ def block_scores(dense: np.ndarray, block: tuple[int, int], statistic: str = "ma
 
     statistic : "max" of |w| (Narang et al. 2017), "mean" of |w|, or "l2", the root of the sum of squares
 
-    Blocks at an edge are scored by the entries that they have. Raises ValueError for a block larger than the matrix and
-    for an unknown statistic.
+    Blocks at an edge are scored by the entries that they have. Raises ValueError for a block larger than the matrix,
+    for an unknown statistic, and for what is not a matrix of finite numbers.
     """
-    return _reduced(np.abs(dense), block, statistic)
+    return _reduced(np.abs(_matrix("weights", dense)), block, statistic)
+
+
+def _matrix(name: str, dense: np.ndarray) -> np.ndarray:
+    """The array itself, if it is a plain matrix of finite numbers. Raises ValueError."""
+    array = number_array(name, dense, "(n_pre, n_post)", ndim=2)
+    check_finite(name, array)
+    return array
+
+
+def check_blocks(matrices: Arrays, block: tuple[int, int]) -> None:
+    """Raise ValueError for a block larger than a matrix, with the name of the matrix and the way out."""
+    for name, array in matrices.items():
+        check_block(block, array.shape, name)
 
 
 def _reduced(values: np.ndarray, block: tuple[int, int], statistic: str) -> np.ndarray:
     check_block(block, values.shape)
-    if statistic not in STATISTICS:
-        raise ValueError(f"statistic: got {statistic!r}, need one of {', '.join(STATISTICS)}")
-    if block == (1, 1):
+    need_choice("statistic", statistic, STATISTICS)
+    if tuple(block) == (1, 1):
         return values.astype(np.float64)
     tiles = to_blocks(values, block, -np.inf if statistic == "max" else 0)
     if statistic == "max":
@@ -70,6 +95,7 @@ def magnitude_mask(
     Exactly `round(sparsity * number of blocks)` blocks are pruned, or more if `within` has more; equal scores are
     ordered by position. Raises ValueError for a sparsity that leaves no block, unless `allow_empty`. Cost: O(n log n).
     """
+    check_block(block, _matrix("matrix", dense).shape)
     masks = {} if within is None else {"matrix": within}
     options = {"block": block, "statistic": statistic, "within": masks, "allow_empty": allow_empty}
     return magnitude_masks({"matrix": dense}, sparsity, **options)["matrix"]
@@ -102,15 +128,20 @@ def magnitude_masks(
 
     Raises ValueError for an unknown option, and for a sparsity that leaves no block of a matrix, unless `allow_empty`.
     """
+    need_flag("allow_empty", allow_empty)
     check_sparsity(sparsity, allow_empty)
-    if scope not in SCOPES:
-        raise ValueError(f"scope: got {scope!r}, need one of {', '.join(SCOPES)}")
-    if gates not in GATES:
-        raise ValueError(f"gates: got {gates!r}, need one of {', '.join(GATES)}")
+    need_choice("scope", scope, SCOPES)
+    need_choice("gates", gates, GATES)
+    need_choice("statistic", statistic, STATISTICS)
+    need_kind("matrices", matrices, Mapping, "a mapping of names to arrays (n_pre, n_post)")
+    if not matrices:
+        raise ValueError("matrices: got none, need at least one")
+    matrices = {name: _matrix(name, dense) for name, dense in matrices.items()}
+    within = {name: need_mask(f"within {name}", mask, matrices[name].shape) for name, mask in _given(within, matrices)}
+    importance = {name: _matrix(f"importance {name}", each) for name, each in _given(importance, matrices)}
+    check_blocks(matrices, block)
     ranked = {
-        name: _ranked(
-            dense, block, statistic, _gates(name, gates), (within or {}).get(name), (importance or {}).get(name)
-        )
+        name: _ranked(dense, block, statistic, _gates(name, gates), within.get(name), importance.get(name))
         for name, dense in matrices.items()
     }
     panels = [(name, k) for name, scores in ranked.items() for k in range(len(scores))]
@@ -132,14 +163,30 @@ def magnitude_masks(
             )
         wide = [from_blocks(part, block, (rows, columns // _gates(name, gates)[0])) for part in parts]
         whole = np.concatenate(wide * (_gates(name, gates)[0] // len(wide)), axis=1)
-        spread[name] = whole & within[name] if within is not None and name in within else whole
+        spread[name] = whole & within[name] if name in within else whole
     return spread
+
+
+def _given(arrays: Arrays | None, matrices: Arrays) -> list[tuple[str, np.ndarray]]:
+    """Names and arrays of those that belong to the matrices."""
+    return [(name, array) for name, array in (arrays or {}).items() if name in matrices]
 
 
 def check_sparsity(sparsity: float, allow_empty: bool = False) -> None:
     """Raise ValueError unless 0 <= sparsity < 1; with `allow_empty` 1 is allowed."""
-    if not (0 <= sparsity < 1 or (allow_empty and sparsity == 1)):
-        raise ValueError(f"sparsity: got {sparsity}, need a share in [0, 1)")
+    if not allow_empty:
+        need_number("sparsity", sparsity, at_least=0, below=1, what="share")
+    need_number("sparsity", sparsity, at_least=0, at_most=1, what="share")
+
+
+def check_choices(settings: Any) -> None:
+    """Raise ValueError or TypeError for the fields that pruning methods share, where a method has them."""
+    need_pair("block", getattr(settings, "block", (1, 1)), "two sizes >= 1 (presynaptic x postsynaptic)")
+    for name, known in (("scope", SCOPES), ("statistic", STATISTICS), ("gates", GATES)):
+        need_choice(name, getattr(settings, name, known[0]), known)
+    for name in ("names", "exempt"):
+        if (value := getattr(settings, name, None)) is not None:
+            need_names(name, value)
 
 
 def _gates(name: str, gates: str) -> tuple[int, bool]:
@@ -216,8 +263,8 @@ class GradualPruning(Pruning):
 
     def __post_init__(self):
         check_sparsity(self.sparsity)
-        if self.every < 1:
-            raise ValueError(f"every: got {self.every}, need a whole number >= 1")
+        check_choices(self)
+        need_whole("every", self.every, at_least=1)
         self._schedule = cubic_schedule(self.sparsity, self.start, self.end)
 
     def check(self, parameters: Arrays) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from eventrnn.events import check_finite
+from eventrnn._checks import float32_array, need_choice, need_whole, plain_array
 from eventrnn.pruning.kernels import mask_kernels
 from eventrnn.weights import check_nm
 
@@ -68,8 +68,7 @@ def transposable_mask(dense: np.ndarray, n: int, m: int, *, method: str = "exact
     "greedy".
     """
     check_nm(n, m, "post")
-    if method not in TRANSPOSABLE_METHODS:
-        raise ValueError(f"method: got {method!r}, need one of {', '.join(TRANSPOSABLE_METHODS)}")
+    need_choice("method", method, TRANSPOSABLE_METHODS)
     stack = to_tiles(_magnitudes(dense), m)
     kept = np.empty(stack.shape, bool)
     if method == "greedy":
@@ -101,7 +100,11 @@ def from_tiles(stack: np.ndarray, m: int, shape: tuple[int, ...]) -> np.ndarray:
 
 def legal(mask: np.ndarray, n: int, m: int, axis: str) -> bool:
     """Whether a mask keeps at most n of each m weights along an axis, "post", "pre" or "both"."""
+    need_choice("nm axis", axis, ("post", "pre", "both"))
     check_nm(n, m, "post" if axis == "both" else axis)
+    mask = plain_array("mask", mask)
+    if mask.dtype != bool or mask.ndim != 2:
+        raise ValueError(f"mask: got {mask.dtype} {mask.shape}, need booleans (n_pre, n_post)")
     if axis == "both":
         return legal(mask, n, m, "post") and legal(mask, n, m, "pre")
     lines = mask if axis == "post" else mask.T
@@ -129,7 +132,7 @@ def mask_diversity(n: int, m: int, side: int | None = None) -> dict[str, int]:
     Raises ValueError for a side that is not a multiple of m.
     """
     check_nm(n, m, "post")
-    side = m if side is None else side
+    side = m if side is None else need_whole("side", side, at_least=1)
     if side < m or side % m:
         raise ValueError(f"side: got {side}, need a multiple of m, {m}")
     tiles = (side // m) ** 2
@@ -196,17 +199,13 @@ def _maximal_masks(n: int, m: int) -> np.ndarray:
 
 def _magnitudes(dense: np.ndarray) -> np.ndarray:
     """|w| as a contiguous float32 matrix. Raises ValueError for an array that is not a finite matrix."""
-    dense = np.asarray(dense)
-    if dense.ndim != 2:
-        raise ValueError(f"weights: got shape {dense.shape}, need (n_pre, n_post)")
-    check_finite("weight", dense)
+    dense = float32_array("weights", dense, "(n_pre, n_post)", ndim=2)
     return np.ascontiguousarray(np.abs(dense), np.float32)
 
 
 def _run_in_threads(kernel: Callable[..., Any], count: int, threads: int, *arguments: Any) -> None:
     """Run `kernel(first, last, *arguments)` over the range 0..count in equal parts, one per thread."""
-    if threads < 1:
-        raise ValueError(f"threads: got {threads}, need a whole number >= 1")
+    need_whole("threads", threads, at_least=1)
     edges = np.linspace(0, count, min(threads, max(1, count)) + 1).astype(int)
     if len(edges) == 2:
         kernel(0, count, *arguments)

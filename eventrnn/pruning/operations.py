@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from eventrnn import counting
+from eventrnn._checks import need_choice, need_flag, need_number
 from eventrnn.network import Network
 from eventrnn.pruning.magnitude import block_scores, from_blocks, to_blocks
 from eventrnn.pruning.patterns import Blocks, prunable_matrices, with_masks
 from eventrnn.simulation import simulate
-from eventrnn.weights import Weights
+from eventrnn.weights import Weights, check_block
 
 #: Criteria: weights with the smallest value are pruned first. w is the weight, a the events per step of its presynaptic
 #: unit, y the values of these events.
@@ -101,7 +102,10 @@ def prune_to_operations(
     budget that cannot be met, with the smallest one that can. Cost: one run per measurement.
     """
     check_budget(budget, criterion)
+    need_flag("allow_empty", allow_empty)
     matrices = prunable_matrices(network, names, exempt)
+    for name, weights in matrices.items():
+        check_block(block, weights.shape, name)
     usage, before = _measure(network, inputs)
     if before == 0:
         raise ValueError("budget: the network does no operations on these inputs; nothing can be saved")
@@ -143,10 +147,8 @@ def prune_to_operations(
 
 def check_budget(budget: float, criterion: str) -> None:
     """Raise ValueError for a budget outside (0, 1] and for an unknown criterion."""
-    if not 0 < budget <= 1:
-        raise ValueError(f"budget: got {budget}, need a share of the operations in (0, 1]")
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion: got {criterion!r}, need one of {', '.join(CRITERIA)}")
+    need_number("budget", budget, above=0, at_most=1, what="share of the operations")
+    need_choice("criterion", criterion, CRITERIA)
 
 
 @dataclass(frozen=True)
@@ -244,7 +246,7 @@ def _values_and_costs(
 def _measure(network: Network, inputs: np.ndarray | object) -> tuple[dict[str, _Usage], float]:
     """Use of every matrix, and the effective operations per step and sample of the network."""
     simulation = simulate(network, inputs, record="events")  # type: ignore[arg-type]
-    rows = simulation.steps * simulation.batch
+    rows = simulation.sample_steps
     usage = {}
     for name, (weights, events) in counting.events_by_matrix(network, simulation).items():
         fired = np.bincount(events.indices, minlength=weights.shape[0])

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from eventrnn._checks import need_choice, need_kind, need_mask, need_names, need_pair, need_text, need_whole
 from eventrnn.network import Network
-from eventrnn.pruning.magnitude import GATES, STATISTICS, check_sparsity, magnitude_masks
+from eventrnn.pruning.magnitude import check_choices, check_sparsity, magnitude_masks
 from eventrnn.pruning.nm import TRANSPOSABLE_METHODS, nm_mask, transposable_mask
 from eventrnn.pruning.schedule import choose
 from eventrnn.weights import NM, BlockCSR, Weights, check_nm, convert
@@ -51,9 +52,7 @@ class Blocks(Pattern):
 
     def __post_init__(self):
         check_sparsity(self.sparsity)
-        for name, value, known in (("statistic", self.statistic, STATISTICS), ("gates", self.gates, GATES)):
-            if value not in known:
-                raise ValueError(f"{name}: got {value!r}, need one of {', '.join(known)}")
+        check_choices(self)
 
     def __str__(self) -> str:
         return f"{self.sparsity:.0%} of {self.block[0]}x{self.block[1]}"
@@ -84,9 +83,10 @@ class NofM(Pattern):
     threads: int = 1
 
     def __post_init__(self):
+        need_choice("nm axis", self.axis, NM_AXES)
         check_nm(self.n, self.m, "post" if self.axis == "both" else self.axis)
-        if self.method not in TRANSPOSABLE_METHODS:
-            raise ValueError(f"method: got {self.method!r}, need one of {', '.join(TRANSPOSABLE_METHODS)}")
+        need_choice("method", self.method, TRANSPOSABLE_METHODS)
+        need_whole("threads", self.threads, at_least=1)
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m} {self.axis}"
@@ -113,6 +113,7 @@ def parse_nm(text: str, axes: tuple[str, ...] = NM_AXES) -> tuple[int, int, str]
 
     Raises ValueError for any other text, and for an N and M that the `NM` format does not have.
     """
+    need_text("nm", text)
     found = re.fullmatch(r"(\d+):(\d+)(?::(\w+))?", text, re.ASCII)
     if found is None:
         raise ValueError(
@@ -127,6 +128,7 @@ def parse_nm(text: str, axes: tuple[str, ...] = NM_AXES) -> tuple[int, int, str]
 
 def compress(weights: Weights | np.ndarray, block: tuple[int, int]) -> Weights:
     """A pruned matrix in CSR for 1x1 blocks, otherwise in the block format. Storage and scales do not change."""
+    block = need_pair("block", block, "two sizes >= 1 (presynaptic x postsynaptic)")
     return convert(weights, "csr") if block == (1, 1) else convert(weights, "block", block=block)
 
 
@@ -135,8 +137,8 @@ def masked(weights: Weights, mask: np.ndarray) -> Weights:
 
     Raises ValueError for a mask of another shape.
     """
-    if mask.shape != weights.shape:
-        raise ValueError(f"mask: got shape {mask.shape}, need that of the weights, {weights.shape}")
+    need_kind("weights", weights, Weights, "weights: Dense(array), or another format")
+    mask = need_mask("mask", mask, weights.shape)
     dense = convert(weights, "dense")
     return replace(dense, values=np.where(mask, dense.values, dense.values.dtype.type(0)))  # type: ignore[type-var]
 
@@ -148,8 +150,11 @@ def prunable_matrices(
 
     Raises ValueError for an unknown name, and for a tied read-out, whose weights are those of the embedding.
     """
+    need_kind("network", network, Network, "a Network")
     matrices = network.matrices()
     tied = network.readout is not None and network.readout.tied
+    if names is not None:
+        need_names("names", names)
     if tied and "readout" in (names or ()):
         raise ValueError("pruning: the read-out is tied to the embedding and cannot be pruned; leave it out")
     there = [name for name in matrices if not (tied and name == "readout")]
@@ -187,6 +192,7 @@ def prune_to(
 
     Other rules: see `prune`.
     """
+    need_kind("pattern", pattern, Pattern, "a pattern: Blocks(...) or NofM(...)")
     matrices = prunable_matrices(network, names, exempt)
     return with_masks(network, {name: pattern.mask(name, w.to_dense()) for name, w in matrices.items()}, pattern)
 
@@ -198,6 +204,9 @@ def with_masks(network: Network, masks: Mapping[str, np.ndarray], pattern: Patte
 
     Raises ValueError for an unknown name and for a mask of another shape.
     """
+    need_kind("network", network, Network, "a Network")
+    need_kind("masks", masks, Mapping, "a mapping of names of matrices to boolean arrays")
+    need_kind("pattern", pattern, Pattern, "a pattern: Blocks(...) or NofM(...)")
     matrices = network.matrices()
     unknown = set(masks) - set(matrices)
     if unknown:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from eventrnn._checks import need_flag, need_whole
 from eventrnn.network import Network
 from eventrnn.pruning.magnitude import check_sparsity, magnitude_masks
 from eventrnn.pruning.patterns import Blocks, prunable_matrices, with_masks
@@ -59,8 +60,10 @@ def iterative_pruning(
     matrix.
     """
     check_sparsity(sparsity)
-    if rounds < 1:
-        raise ValueError(f"rounds: got {rounds}, need a whole number >= 1")
+    need_whole("rounds", rounds, at_least=1)
+    need_flag("rewind", rewind)
+    if not callable(train):
+        raise TypeError(f"train: got {train!r}, need a function that trains a network and returns it")
     start = {name: weights.to_dense() for name, weights in prunable_matrices(early, names, exempt).items()}
     ranking = {"block": block, "scope": scope, "statistic": statistic}
     # Raises the errors of the last round before the first training.

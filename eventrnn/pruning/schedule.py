@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from eventrnn._checks import need_names, need_number, need_whole
 from eventrnn.weights import MatrixId
 
 Arrays = Mapping[str, np.ndarray]
@@ -199,6 +200,7 @@ def choose(
     and if no matrix remains.
     """
     there = tuple(available)
+    names, exempt = None if names is None else need_names("names", names), need_names("exempt", exempt)
     for asked in (*(names or ()), *exempt):
         if asked not in there and (asked not in exempt or not any(name.startswith(f"{asked}.") for name in there)):
             raise ValueError(f"pruning: no matrix {asked!r}; have {', '.join(there)}")
@@ -210,10 +212,11 @@ def choose(
 
 def check_span(start: int, end: int, every: int = 1) -> None:
     """Raise ValueError unless 0 <= start <= end and every >= 1."""
-    if not 0 <= start <= end:
+    need_whole("start", start, at_least=0)
+    need_whole("end", end, at_least=0)
+    if start > end:
         raise ValueError(f"pruning schedule: got start {start} and end {end}, need 0 <= start <= end")
-    if every < 1:
-        raise ValueError(f"every: got {every}, need a whole number >= 1")
+    need_whole("every", every, at_least=1)
 
 
 def is_due(step: int, start: int, end: int, every: int) -> bool:
@@ -227,7 +230,10 @@ def cubic_schedule(final: float, start: int, end: int, *, initial: float = 0.0) 
 
     Raises ValueError unless 0 <= start < end.
     """
-    if not 0 <= start < end:
+    for name, share in (("final", final), ("initial", initial)):
+        need_number(name, share, at_least=0, at_most=1, what="share")
+    check_span(start, end)
+    if start == end:
         raise ValueError(f"pruning schedule: got start {start} and end {end}, need 0 <= start < end")
 
     def at(step: int) -> float:

@@ -7,9 +7,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from eventrnn._checks import need_flag, need_kind, need_number, need_whole
 from eventrnn.pruning.dynamic import DenseShadowWeights
-from eventrnn.pruning.magnitude import block_scores, check_sparsity, from_blocks, magnitude_mask, to_blocks
+from eventrnn.pruning.magnitude import (
+    block_scores,
+    check_blocks,
+    check_choices,
+    check_sparsity,
+    from_blocks,
+    magnitude_mask,
+    to_blocks,
+)
 from eventrnn.pruning.schedule import Arrays, CallOrderCheck, Masks, Pruning, check_span, is_due
+from eventrnn.weights import check_block
 
 
 @dataclass
@@ -63,6 +73,11 @@ class ThresholdPruning(Pruning):
 
     def __post_init__(self):
         check_span(self.start, self.end, self.every)
+        check_choices(self)
+        need_whole("ramp", self.ramp, at_least=0)
+        need_flag("dense", self.dense)
+        need_number("growth", self.growth)
+        need_kind("trained", self.trained, Mapping, "a mapping of names to matrices")
         if not self.start <= self.ramp <= self.end or self.start == self.end:
             raise ValueError(
                 f"pruning schedule: got start {self.start}, ramp {self.ramp}, end {self.end}; "
@@ -70,8 +85,8 @@ class ThresholdPruning(Pruning):
             )
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
-        if not 0 < self.percentile <= 100 or not self.steep >= 1:
-            raise ValueError(f"percentile, steep: got {self.percentile} and {self.steep}, need (0, 100] and >= 1")
+        need_number("percentile", self.percentile, above=0, at_most=100)
+        need_number("steep", self.steep, at_least=1)
 
     def check(self, parameters: Arrays) -> None:
         """Raise ValueError if the last threshold would empty a matrix with its present weights."""
@@ -79,6 +94,7 @@ class ThresholdPruning(Pruning):
             weights = self.trained.get(name, parameters[name])
             if weights.shape != parameters[name].shape:
                 raise ValueError(f"trained: {name} has shape {weights.shape}, need {parameters[name].shape}")
+            check_block(self.block, weights.shape, name)
             scores = block_scores(weights, self.block, self.statistic)
             if self.sparsity is not None:
                 magnitude_mask(weights, self.sparsity, block=self.block, statistic=self.statistic)
@@ -187,13 +203,13 @@ class GroupLasso(Pruning, CallOrderCheck):
 
     def __post_init__(self):
         check_span(self.start, self.end)
-        if not 0 < self.strength < np.inf:
-            raise ValueError(f"strength: got {self.strength}, need a positive number")
+        check_choices(self)
+        need_flag("scaled", self.scaled)
+        need_number("strength", self.strength, above=0)
 
     def check(self, parameters: Arrays) -> None:
         """Raise ValueError for blocks larger than a matrix."""
-        for name in self.matrices(parameters):
-            block_scores(parameters[name], self.block)
+        check_blocks({name: parameters[name] for name in self.matrices(parameters)}, self.block)
 
     def update(self, step: int, parameters: Arrays, masks: Masks) -> bool:
         """Prune the blocks that are zero at `end`."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from eventrnn import counting
+from eventrnn._checks import need_choice, need_whole
 from eventrnn.network import Network
 from eventrnn.simulation import Simulation, Simulator
 from eventrnn.training.losses import cross_entropy_bits
@@ -42,8 +43,8 @@ def evaluate(
 
     Raises ValueError for symbols that the network cannot read. Cost: one run.
     """
-    symbols = np.asarray(symbols)
-    check_symbols(network, symbols)
+    symbols = check_symbols(network, symbols)
+    need_whole("chunk", chunk, at_least=1)
     total = 0.0
     for done, bits, _ in _chunks(Simulator(network, backend=backend, threads=threads), symbols, chunk):
         total += bits
@@ -72,8 +73,7 @@ def evaluate_text(
     operations per step, the reduction (dense / effective), and the backend. Raises ValueError for symbols that the
     network cannot read. Cost: one run, and memory for the outputs of `CHUNK` steps.
     """
-    symbols = np.asarray(symbols)
-    check_symbols(network, symbols)
+    symbols = check_symbols(network, symbols)
     simulator = Simulator(network, backend=backend, threads=threads)
     bits, counts, fired, steps = 0.0, None, 0, len(symbols) - 1
     for done, chunk_bits, simulation in _chunks(simulator, symbols, CHUNK):
@@ -146,9 +146,7 @@ def with_storage(network: Network, storage: str) -> Network:
     Raises ValueError for another storage, and for a network whose weights are narrow already: a comparison with
     float32 could not show what they lost.
     """
-    narrow = STORAGES[1:]
-    if storage not in narrow:
-        raise ValueError(f"storage: got {storage!r}, need one of {', '.join(narrow)}")
+    need_choice("storage", storage, STORAGES[1:])
     already = sorted({weights.storage for weights in network.matrices().values()} - {"float32"})
     if already:
         raise ValueError(f"storage: the weights are stored as {', '.join(already)} already; read them as they are")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from eventrnn import reference
+from eventrnn._checks import need_kind, need_whole
 from eventrnn.network import Network
 from eventrnn.state import State
 from eventrnn.training.bptt.model import LAYER_PARAMETERS, Model
@@ -116,6 +117,11 @@ def check_gradients(
     Raises ValueError for a task that does not fit the network. Cost: 4 runs of the specification per direction and
     array, so the network should be small.
     """
+    for name, size in (("batch", batch), ("window", window), ("directions", directions)):
+        need_whole(name, size, at_least=1)
+    need_whole("seed", seed, at_least=0)
+    if task is not None:
+        need_kind("task", task, Task, "a Task, or None")
     rng = np.random.default_rng(seed)
     model = Model(network)
     if task is None:

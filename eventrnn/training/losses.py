@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from eventrnn._checks import WHOLE, number_array
 from eventrnn.training.kernels import cross_entropy as kernels
 
 
@@ -16,6 +17,10 @@ def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> tuple[float, np.nd
     Returns the mean, and the gradient of the logits, of their shape, float32. Raises ValueError for targets of another
     shape or out of range.
     """
+    logits = number_array("logits", logits, "(..., V)", kinds="f")
+    targets = number_array("targets", targets, "(...) that name classes", kinds=WHOLE)
+    if not logits.ndim or not logits.shape[-1]:
+        raise ValueError(f"logits: got shape {logits.shape}, need (..., V) for at least one class")
     size, targets = logits.shape[-1], np.ascontiguousarray(targets, np.int64)
     if targets.shape != logits.shape[:-1] or (targets.size and not 0 <= targets.min() <= targets.max() < size):
         need = f"need {logits.shape[:-1]} classes below {size}"
@@ -28,7 +33,12 @@ def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> tuple[float, np.nd
 
 
 def squared_error(output: np.ndarray, targets: np.ndarray) -> tuple[float, np.ndarray]:
-    """Mean over all elements of (output - target)^2, and its gradient. Raises ValueError for shapes that differ."""
+    """Mean over all elements of (output - target)^2, and its gradient.
+
+    Raises ValueError for shapes that differ and for what is not real numbers.
+    """
+    output = number_array("output", output, "of any shape", kinds="f")
+    targets = number_array("targets", targets, f"{output.shape}")
     if output.shape != targets.shape:
         raise ValueError(f"targets: got shape {targets.shape}, need {output.shape}")
     error = output - targets.astype(np.float32)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from eventrnn._checks import need_choice, need_flag, need_kind, need_number, need_whole, said
 from eventrnn.training.kernels import optimiser_updates as updates
 from eventrnn.weights import MatrixId
 
@@ -56,18 +57,14 @@ class Optimiser:
     decay_biases: bool = False
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"optimiser kind: got {self.kind!r}, need one of {', '.join(KINDS)}")
+        need_choice("optimiser kind", self.kind, KINDS)
         for name in ("beta1", "beta2", "momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"optimiser {name}: got {getattr(self, name)}, need a number in [0, 1)")
-        if not 0 < self.epsilon < np.inf:
-            raise ValueError(f"optimiser epsilon: got {self.epsilon}, need a positive number")
+            need_number(f"optimiser {name}", getattr(self, name), at_least=0, below=1)
+        need_number("optimiser epsilon", self.epsilon, above=0)
         for name in ("threshold_rate", "bias_rate"):
-            if not 0 <= getattr(self, name) < np.inf:
-                raise ValueError(f"optimiser {name}: got {getattr(self, name)}, need a number >= 0")
-        if self.patience < 1:
-            raise ValueError(f"optimiser patience: got {self.patience}, need a whole number >= 1")
+            need_number(f"optimiser {name}", getattr(self, name), at_least=0)
+        need_whole("optimiser patience", self.patience, at_least=1)
+        need_flag("optimiser decay_biases", self.decay_biases)
         if self.momentum and self.kind != "sgd":
             raise ValueError(f"optimiser momentum: got {self.momentum} with {self.kind}; it belongs to sgd")
 
@@ -249,10 +246,27 @@ def norms(gradients: Arrays) -> dict[str, float]:
     return {name: float(np.sqrt(np.dot(g.reshape(-1), g.reshape(-1)))) for name, g in gradients.items()}
 
 
+def _need_gradients(gradients: Arrays) -> None:
+    """Raise TypeError for what cannot be scaled in place."""
+    need_kind("gradients", gradients, Mapping, "a mapping of names to float32 arrays")
+    for name, gradient in gradients.items():
+        plain = isinstance(gradient, np.ndarray) and not isinstance(gradient, np.ma.MaskedArray)
+        if not plain or gradient.dtype.kind != "f":
+            raise TypeError(f"gradients: {name} is {said(gradient)} ({type(gradient).__name__}), need a float32 array")
+
+
 def clip_by_norm(gradients: Arrays, limit: float) -> float:
-    """Scale all gradients in place so that their joint 2-norm is at most `limit`. Returns the norm before."""
+    """Scale all gradients in place so that their joint 2-norm is at most `limit`. Returns the norm before.
+
+    gradients : name -> float32 array
+    limit     : positive number
+
+    Raises ValueError for another limit. A norm that is not finite is returned, and the gradients are not changed.
+    """
+    need_number("limit", limit, above=0)
+    _need_gradients(gradients)
     norm = float(np.sqrt(sum(float(np.dot(g.ravel(), g.ravel())) for g in gradients.values())))
-    if norm > limit:
+    if limit < norm < np.inf:
         for gradient in gradients.values():
             gradient *= F32(limit / norm)
     return norm
@@ -261,8 +275,11 @@ def clip_by_norm(gradients: Arrays, limit: float) -> float:
 def clip_by_layer(gradients: Arrays, limit: float) -> None:
     """Scale the gradients of each layer in place so that their joint 2-norm is at most `limit`.
 
-    EvNN does so inside its operator. Gradients of the embedding and of the read-out are not changed.
+    EvNN does so inside its operator. Gradients of the embedding and of the read-out are not changed. Arguments and
+    errors: see `clip_by_norm`.
     """
+    need_number("limit", limit, above=0)
+    _need_gradients(gradients)
     layers: dict[int, dict[str, np.ndarray]] = {}
     for name, gradient in gradients.items():
         layer = MatrixId(name).layer
@@ -299,15 +316,11 @@ class Schedule:
     warmup: int = 0
 
     def __post_init__(self):
-        if self.kind not in SCHEDULES:
-            raise ValueError(f"schedule kind: got {self.kind!r}, need one of {', '.join(SCHEDULES)}")
+        need_choice("schedule kind", self.kind, SCHEDULES)
         for name in ("constant", "final", "factor"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"schedule {name}: got {getattr(self, name)}, need a share in [0, 1]")
-        if not 0 < self.every <= 1:
-            raise ValueError(f"schedule every: got {self.every}, need a share of the run in (0, 1]")
-        if self.warmup < 0:
-            raise ValueError(f"schedule warmup: got {self.warmup}, need a number of updates >= 0")
+            need_number(f"schedule {name}", getattr(self, name), at_least=0, at_most=1, what="share")
+        need_number("schedule every", self.every, above=0, at_most=1, what="share of the run")
+        need_whole("schedule warmup", self.warmup, at_least=0)
 
     def at(self, progress: float, step: int) -> float:
         """The factor after `step` updates, when the share `progress` of the run is done."""

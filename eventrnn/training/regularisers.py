@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from eventrnn import cells
+from eventrnn._checks import need_choice, need_number
 from eventrnn.training.bptt.model import Model, Tape
 from eventrnn.training.bptt.noise import Mask, Noise
 
@@ -72,15 +73,11 @@ class Regularisers:
 
     def __post_init__(self):
         for name in RATES:
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"regularisers {name}: got {getattr(self, name)}, need a rate in [0, 1)")
+            need_number(f"regularisers {name}", getattr(self, name), at_least=0, below=1, what="rate")
         for name in (*STRENGTHS, "state_margin"):
-            if not 0 <= getattr(self, name) < np.inf:
-                raise ValueError(f"regularisers {name}: got {getattr(self, name)}, need a number >= 0")
-        if not 0 <= self.activity_target <= 1:
-            raise ValueError(f"regularisers activity_target: got {self.activity_target}, need a share in [0, 1]")
-        if self.mask_sharing not in ("time", "batch"):
-            raise ValueError(f"regularisers mask_sharing: got {self.mask_sharing!r}, need time or batch")
+            need_number(f"regularisers {name}", getattr(self, name), at_least=0)
+        need_number("regularisers activity_target", self.activity_target, at_least=0, at_most=1, what="share")
+        need_choice("regularisers mask_sharing", self.mask_sharing, ("time", "batch"))
 
     def check(self, model: Model) -> None:
         """Raise ValueError for a regulariser that does not apply to the network."""

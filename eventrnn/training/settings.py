@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from eventrnn._checks import need_choice, need_kind, need_number, need_whole
 from eventrnn.backend import TRAINING_ENGINES
 from eventrnn.training.bptt.model import BACKWARDS
 from eventrnn.training.optim import Optimiser, Schedule
@@ -75,23 +76,19 @@ class Settings:
 
     def __post_init__(self):
         for name in ("steps", "batch", "window", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, need a whole number >= 1")
+            need_whole(name, getattr(self, name), at_least=1)
         for name in ("epochs", "validate_every", "patience", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, need a whole number >= 0")
+            need_whole(name, getattr(self, name), at_least=0)
         for name in ("learning_rate", "clip"):
-            if not 0 < getattr(self, name) < np.inf:
-                raise ValueError(f"{name}: got {getattr(self, name)}, need a positive number")
+            need_number(name, getattr(self, name), above=0)
         for name in ("weight_decay", "activity_cost", "clip_layers", "window_jitter"):
-            if not 0 <= getattr(self, name) < np.inf:
-                raise ValueError(f"{name}: got {getattr(self, name)}, need a number >= 0")
+            need_number(name, getattr(self, name), at_least=0)
         check_rule(self.thresholds)
-        if self.backward not in BACKWARDS:
-            raise ValueError(f"backward: got {self.backward!r}, need one of {', '.join(BACKWARDS)}")
+        need_choice("backward", self.backward, BACKWARDS)
+        for name, kind in (("optimiser", Optimiser), ("schedule", Schedule), ("regularisers", Regularisers)):
+            need_kind(name, getattr(self, name), kind, f"a record {kind.__name__}(...)")
 
-        if self.backend not in TRAINING_ENGINES:
-            raise ValueError(f"backend: got {self.backend!r}, need one of {', '.join(TRAINING_ENGINES)}")
+        need_choice("backend", self.backend, TRAINING_ENGINES)
         if self.precision and self.backend == "cpu":
             raise ValueError(
                 f"precision: got {self.precision!r}, but the cpu backend computes in float32; leave it out"

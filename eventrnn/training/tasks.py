@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from eventrnn._checks import WHOLE, need_choice, need_kind, need_whole, number_array, plain_array
 from eventrnn.network import Network
 from eventrnn.pruning.schedule import describe
 from eventrnn.simulation import CARRIES
@@ -135,16 +136,15 @@ class LanguageModelling(Task):
     def __init__(
         self, train: np.ndarray, valid: np.ndarray | None = None, *, valid_batch: int = 10, carry: str = "state"
     ):
-        self.train, self.valid = np.asarray(train), None if valid is None else np.asarray(valid)
+        self.train = plain_array("train", train)
+        self.valid = None if valid is None else plain_array("valid", valid)
         for name, symbols in (("train", self.train), ("valid", self.valid)):
             if symbols is not None and (symbols.ndim != 1 or len(symbols) < 2 or symbols.dtype.kind not in "iu"):
                 raise ValueError(
                     f"{name}: got {symbols.dtype} {symbols.shape}, need at least 2 whole numbers in one row"
                 )
-        if valid_batch < 1:
-            raise ValueError(f"valid_batch: got {valid_batch}, need a whole number >= 1")
-        if carry not in CARRIES:
-            raise ValueError(f"carry: got {carry!r}, need one of {', '.join(CARRIES)}")
+        need_whole("valid_batch", valid_batch, at_least=1)
+        need_choice("carry", carry, CARRIES)
         self.carry, self.window = carry, 0
         # A short validation text is read as fewer streams; it is not an error.
         self.valid_batch = valid_batch if self.valid is None else min(valid_batch, len(self.valid) // 2)
@@ -223,16 +223,19 @@ class Sequences(Task):
         lengths: np.ndarray | None = None,
         seed: int = 0,
     ):
-        if read not in READS:
-            raise ValueError(f"read: got {read!r}, need one of {', '.join(READS)}")
+        need_choice("read", read, READS)
+        need_whole("seed", seed, at_least=0)
+        if valid is not None and not isinstance(valid, tuple | list):
+            raise TypeError(f"valid: got {type(valid).__name__}, need (inputs, targets), or None")
         if valid is not None and len(valid) != 2 + (lengths is not None):
             need = "(inputs, targets)" if lengths is None else "(inputs, targets, lengths), as `lengths` are given"
             raise ValueError(f"valid: got {len(valid)} entries, need {need}")
-        _check_sizes("train", inputs, targets, lengths)
+        self.inputs, self.targets, self.lengths = _checked("train", inputs, targets, lengths)
+        self.valid = None
         if valid is not None:
-            _check_sizes("valid", *valid)
-        self.inputs, self.targets, self.valid = inputs, targets, valid
-        self.read, self.lengths, self.seed = read, lengths, seed
+            kept = _checked("valid", *valid)
+            self.valid = kept[:2] if lengths is None else kept
+        self.read, self.seed = read, seed
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def check(self, network: Network, batch: int, window: int) -> None:
@@ -274,15 +277,19 @@ class Sequences(Task):
         return (step < ends).astype(np.float32) / ends.astype(np.float32)
 
     def outputs(self, model: Model, inputs: np.ndarray, lengths: np.ndarray | None = None) -> tuple[np.ndarray, float]:
-        """Output of each of S sequences, (S, V), and the activity (events per unit, step and sample)."""
-        read, sent = [], 0.0
+        """Output of each of S sequences, (S, V), and the activity, events per unit, step and sample without padding."""
+        read, sent, steps = [], 0, 0
         for at in range(0, len(inputs), 256):
             part = np.ascontiguousarray(np.moveaxis(inputs[at : at + 256], 0, 1))
             output, _, tape = model.forward(part, State.zeros(model.template, part.shape[1]))
             ends = None if lengths is None else lengths[at : at + 256]
             read.append((output * self._shares(len(output), output.shape[1], ends)[:, :, None]).sum(axis=0))
-            sent += tape.activity * part.shape[1]
-        return np.concatenate(read), float(sent / len(inputs))
+            present = np.arange(len(output))[:, None] < (len(output) if ends is None else ends)
+            present = np.broadcast_to(present, output.shape[:2])
+            sent += sum(int(np.count_nonzero(layer.y[1:], axis=2)[present].sum()) for layer in tape.layers)
+            steps += int(present.sum())
+        units = sum(layer.units for layer in model.template.layers)
+        return np.concatenate(read), sent / (steps * units)
 
     def evaluate(self, model: Model) -> dict[str, float]:
         if self.valid is None:
@@ -341,19 +348,28 @@ def streams(symbols: np.ndarray, batch: int) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(symbols, np.int64)[: length * batch].reshape(batch, length).T)
 
 
-def _check_sizes(name: str, inputs: np.ndarray, targets: np.ndarray, lengths: np.ndarray | None = None) -> None:
+def _checked(
+    name: str, inputs: np.ndarray, targets: np.ndarray, lengths: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Sequences, their targets and their lengths as plain arrays. Raises ValueError for sizes that do not fit."""
+    inputs = number_array(f"{name} inputs", inputs, "(S, T, I), or symbols (S, T)")
+    targets = number_array(f"{name} targets", targets, "(S,) or (S, V)")
+    if not targets.ndim:
+        raise ValueError(f"{name} targets: got one number, need one target for each sequence")
     if inputs.ndim not in (2, 3) or len(inputs) != len(targets) or not len(inputs) or not inputs.shape[1]:
         raise ValueError(
             f"{name}: got inputs {inputs.shape} and {len(targets)} targets, need as many sequences (S, T, I) as targets"
         )
     if lengths is None:
-        return
+        return inputs, targets, None
+    lengths = plain_array(f"{name} lengths", lengths)
     wrong = lengths.shape != (len(inputs),) or lengths.dtype.kind not in "iu"
     if wrong or lengths.min() < 1 or lengths.max() > inputs.shape[1]:
         raise ValueError(
             f"{name} lengths: got {lengths.dtype} {lengths.shape}, need a whole number 1..{inputs.shape[1]} "
             f"for each of the {len(inputs)} sequences"
         )
+    return inputs, targets, lengths
 
 
 def check_inputs(network: Network, name: str, inputs: np.ndarray) -> None:
@@ -378,16 +394,21 @@ def check_inputs(network: Network, name: str, inputs: np.ndarray) -> None:
             )
 
 
-def check_symbols(network: Network, symbols: np.ndarray) -> None:
-    """Raise ValueError for symbols that the network cannot read, and for a network that cannot predict symbols."""
+def check_symbols(network: Network, symbols: np.ndarray) -> np.ndarray:
+    """The symbols as a plain array.
+
+    Raises ValueError for symbols that the network cannot read, and for a network that cannot predict symbols.
+    """
+    need_kind("network", network, Network, "a Network")
     if network.embedding is None or network.readout is None:
         raise ValueError("network: needs an embedding and a read-out to read and predict symbols")
     size, known = network.readout.weights.shape[1], len(network.embedding)
     if size != known:
         raise ValueError(f"network: reads {known} symbols but its read-out predicts {size}; they must be the same")
-    symbols = np.asarray(symbols)
-    if symbols.ndim != 1 or len(symbols) < 2 or symbols.dtype.kind not in "iu":
+    symbols = plain_array("symbols", symbols)
+    if symbols.ndim != 1 or len(symbols) < 2 or symbols.dtype.kind not in WHOLE:
         raise ValueError(f"symbols: got {symbols.dtype} {symbols.shape}, need at least 2 whole numbers in one row")
     if not (0 <= symbols.min() and symbols.max() < size):
         k = int(np.argmax((symbols < 0) | (symbols >= size)))
         raise ValueError(f"symbols: got {symbols[k]} at position {k}, need 0..{size - 1}")
+    return symbols

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from eventrnn import cells
+from eventrnn._checks import need_choice
 from eventrnn.network import draw_thresholds
 
 F32 = np.float32
@@ -21,8 +22,7 @@ LARGEST_LOGIT = F32(16)
 
 def check_rule(rule: str) -> None:
     """Raise ValueError for a name that is not one of `RULES`."""
-    if rule not in RULES:
-        raise ValueError(f"thresholds: got {rule!r}, need one of {', '.join(RULES)}")
+    need_choice("thresholds", rule, RULES)
 
 
 def to_parameter(rule: str, threshold: np.ndarray) -> np.ndarray:

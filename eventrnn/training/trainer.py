@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from eventrnn._arithmetic import standard_arithmetic
+from eventrnn._checks import need_kind
 from eventrnn._exclusive import Use, exclusive
 from eventrnn.backend import TrainingEngine, WindowResult, training_engine
 from eventrnn.network import Network
@@ -95,6 +96,12 @@ class Trainer:
         pruning: Pruning | None = None,
         model: Model | None = None,
     ):
+        need_kind("network", network, Network, "a Network")
+        need_kind("settings", settings, Settings, "Settings(...)")
+        if pruning is not None:
+            need_kind("pruning", pruning, Pruning, "a method of eventrnn.pruning, or None")
+        if model is not None:
+            need_kind("model", model, Model, "a Model, or None")
         self.task = task if isinstance(task, Task) else LanguageModelling(task)
         self.task.check(network, settings.batch, settings.window)
         self.settings, self.pruning = settings, pruning

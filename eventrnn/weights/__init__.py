@@ -17,7 +17,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from eventrnn._checks import need_choice, need_pair
 from eventrnn.weights.base import Weights as Weights
+from eventrnn.weights.base import finite_matrix
 from eventrnn.weights.block import BlockCSR as BlockCSR
 from eventrnn.weights.block import check_block as check_block
 from eventrnn.weights.csr import CSR as CSR
@@ -55,27 +57,29 @@ def convert(
     Raises ValueError for an unknown format or storage and for options of another format, and as `from_dense` of the
     format and `stored_as` do.
     """
-    if to not in FORMATS:
-        raise ValueError(f"format: got {to!r}, need one of {', '.join(FORMATS)}")
+    need_choice("format", to, FORMATS)
     if (block is None) == (to == "block"):
         raise ValueError(f"block: got {block} for format {to!r}; the block format needs one, the others take none")
     if (nm is None) == (to == "nm"):
         raise ValueError(f"nm: got {nm} for format {to!r}; the nm format needs (n, m, axis), the others take none")
     if storage is not None:
         check_storage(storage)
-    source = None if isinstance(weights, np.ndarray) else weights
+    if block is not None:
+        block = need_pair("block", block, "two sizes >= 1 (presynaptic x postsynaptic)")
+    if nm is not None and (not isinstance(nm, tuple | list) or len(nm) != 3):
+        raise ValueError(f"nm: got {nm!r}, need (n, m, axis) such as (2, 4, 'post')")
+    source = weights if isinstance(weights, Weights) else None
     sparse = None if isinstance(source, Dense) else source
 
     def dense() -> np.ndarray:
-        return weights if isinstance(weights, np.ndarray) else weights.to_dense()
+        return weights.to_dense() if isinstance(weights, Weights) else finite_matrix(weights)
 
+    size = block if block is not None else (1, 1)
     makers: dict[str, Callable[[], Weights]] = {
         "dense": lambda: Dense.from_dense(dense()),
         "csr": lambda: CSR.from_dense(dense()) if sparse is None else CSR.from_weights(sparse),
         "block": lambda: (
-            BlockCSR.from_dense(dense(), block=block or (1, 1))
-            if sparse is None
-            else BlockCSR.from_weights(sparse, block=block or (1, 1))
+            BlockCSR.from_dense(dense(), block=size) if sparse is None else BlockCSR.from_weights(sparse, block=size)
         ),
         "nm": lambda: NM.from_dense(dense(), *(nm or (1, 2, "post"))),
     }

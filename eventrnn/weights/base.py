@@ -7,8 +7,9 @@ from dataclasses import fields, replace
 from typing import Any, ClassVar
 
 import numpy as np
+import scipy.sparse as sp
 
-from eventrnn.events import check_finite
+from eventrnn._checks import check_finite, float32_array, need_kind, need_whole, plain_array
 from eventrnn.weights import storage as codec
 
 
@@ -193,17 +194,36 @@ def shape_of(matrix) -> tuple[int, int]:
     return int(matrix.shape[0]), int(matrix.shape[1])
 
 
+def need_sparse(matrix: Any) -> None:
+    """Raise TypeError for what is not a matrix of scipy.sparse with two dimensions."""
+    if not sp.issparse(matrix) or len(matrix.shape) != 2:
+        raise TypeError(f"matrix: got a {type(matrix).__name__}, need a scipy.sparse matrix (n_pre, n_post)")
+
+
 def finite_matrix(dense: np.ndarray) -> np.ndarray:
     """Convert to a (n_pre, n_post) float32 array. Raises ValueError for other dimensions, NaN and infinity."""
-    dense = np.asarray(dense, np.float32)
-    if dense.ndim != 2:
-        raise ValueError(f"weights: got shape {dense.shape}, need (n_pre, n_post)")
-    check_finite("weight", dense)
-    return dense
+    return float32_array("weights", dense, "(n_pre, n_post)", ndim=2)
+
+
+def need_plain(name: str, array: np.ndarray) -> None:
+    """Raise TypeError for what is not a NumPy array, and ValueError for a masked one."""
+    need_kind(name, array, np.ndarray, "a NumPy array; from_dense makes the record of a matrix")
+    plain_array(name, array)
+
+
+def need_shape(shape: tuple[int, int]) -> None:
+    """Raise ValueError unless a shape is two whole numbers >= 0."""
+    if not isinstance(shape, tuple) or len(shape) != 2:
+        raise ValueError(f"weight shape: got {shape!r}, need a tuple (n_pre, n_post)")
+    for n in shape:
+        need_whole(f"weight shape {shape}: a size", n, at_least=0)
 
 
 def need_values(values: np.ndarray, scales: np.ndarray | None, ndim: int, n_pre: int) -> None:
     """Check dtype and dimensions of values and scales. Raises TypeError."""
+    need_plain("weight values", values)
+    if scales is not None:
+        need_plain("weight scales", scales)
     storage = codec.storage_of(values)
     if values.ndim != ndim:
         raise TypeError(f"weight values: got {values.dtype} with {values.ndim} dimensions, need {storage} with {ndim}")
@@ -212,6 +232,8 @@ def need_values(values: np.ndarray, scales: np.ndarray | None, ndim: int, n_pre:
 
 def need_index(indptr: np.ndarray, indices: np.ndarray, n_rows: int, n_stored: int) -> None:
     """Check dtypes, shapes and ends of an index. Raises TypeError or ValueError."""
+    need_plain("weight indptr", indptr)
+    need_plain("weight indices", indices)
     if indptr.dtype != np.int64 or indices.dtype != np.int32:
         raise TypeError(f"weight index: got indptr {indptr.dtype}, indices {indices.dtype}; need int64 and int32")
     if indptr.shape != (n_rows + 1,):

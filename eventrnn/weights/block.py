@@ -8,12 +8,14 @@ from typing import ClassVar
 import numpy as np
 import scipy.sparse as sp
 
-from eventrnn.events import check_finite
+from eventrnn._checks import check_finite, float32_array, need_pair
 from eventrnn.weights.base import (
     Weights,
     check_indices,
     finite_matrix,
     need_index,
+    need_shape,
+    need_sparse,
     need_values,
     per_unit,
     row_pointers,
@@ -57,6 +59,7 @@ class BlockCSR(Weights):
     name: ClassVar[str] = "block"
 
     def __post_init__(self):
+        need_shape(self.shape)
         check_block(self.block, self.shape)
         need_values(self.values, self.scales, 1, self.shape[0])
         r, c = self.block
@@ -124,12 +127,13 @@ class BlockCSR(Weights):
     @classmethod
     def from_scipy(cls, matrix) -> BlockCSR:
         """Convert a scipy.sparse BSR matrix of shape (n_pre, n_post). Raises TypeError for another scipy format."""
+        need_sparse(matrix)
         if matrix.format != "bsr":
             raise TypeError(f"block weights: got a scipy {matrix.format} matrix, need bsr; call .tobsr(blocksize)")
         matrix = sp.bsr_array(matrix, copy=True)
         matrix.sum_duplicates()
         indptr = matrix.indptr.astype(np.int64)
-        data = matrix.data.astype(np.float32)
+        data = float32_array("weights", matrix.data, "(blocks, r, c)")
         values = [data[a:b].transpose(1, 0, 2).ravel() for a, b in zip(indptr[:-1], indptr[1:], strict=True)]
         return cls(
             indptr,
@@ -228,14 +232,19 @@ class BlockCSR(Weights):
         return np.repeat(per_unit[unit], np.repeat(blocks * c, r))
 
 
-def check_block(block: tuple[int, int], shape: tuple[int, ...]) -> None:
-    """Raise ValueError for a block with a size below 1, or larger than the matrix."""
-    if len(block) != 2 or min(block) < 1:
-        raise ValueError(f"block: got {block}, need two sizes >= 1 (presynaptic x postsynaptic)")
-    if block[0] > max(shape[0], 1) or block[1] > max(shape[1], 1):
-        raise ValueError(
-            f"block: {block[0]}x{block[1]} is larger than the matrix {shape[0]}x{shape[1]}; choose a smaller one"
-        )
+def check_block(block: tuple[int, int], shape: tuple[int, ...], name: str | None = None) -> None:
+    """Raise ValueError for a block that is not two sizes >= 1, or larger than the matrix.
+
+    name : name of the matrix in a network, for the message
+    """
+    rows, columns = need_pair("block", block, "two sizes >= 1 (presynaptic x postsynaptic)")
+    if rows <= max(shape[0], 1) and columns <= max(shape[1], 1):
+        return
+    which, remedy = "the matrix", "choose a smaller one"
+    if name is not None:
+        which = f"the matrix {name},"
+        remedy = f"choose a smaller one, or leave {name} as it is: exempt=('{name}',), --exempt {name}"
+    raise ValueError(f"block: {rows}x{columns} is larger than {which} {shape[0]}x{shape[1]}; {remedy}")
 
 
 def _unit_major(blocks: np.ndarray, indptr: np.ndarray, columns: np.ndarray) -> np.ndarray:

@@ -8,12 +8,14 @@ from typing import ClassVar
 import numpy as np
 import scipy.sparse as sp
 
-from eventrnn.events import check_finite
+from eventrnn._checks import check_finite, float32_array
 from eventrnn.weights.base import (
     Weights,
     check_indices,
     finite_matrix,
     need_index,
+    need_shape,
+    need_sparse,
     need_values,
     per_unit,
     row_pointers,
@@ -51,6 +53,7 @@ class CSR(Weights):
     name: ClassVar[str] = "csr"
 
     def __post_init__(self):
+        need_shape(self.shape)
         need_values(self.values, self.scales, 1, self.shape[0])
         need_index(self.indptr, self.indices, self.shape[0], len(self.values))
 
@@ -82,12 +85,13 @@ class CSR(Weights):
     @classmethod
     def from_scipy(cls, matrix) -> CSR:
         """Convert any scipy.sparse matrix of shape (n_pre, n_post). Duplicates are summed, and indices are sorted."""
+        need_sparse(matrix)
         matrix = sp.csr_array(matrix, copy=True)
         matrix.sum_duplicates()
         return cls(
             matrix.indptr.astype(np.int64),
             matrix.indices.astype(np.int32),
-            matrix.data.astype(np.float32),
+            float32_array("weights", matrix.data, "(stored,)").copy(),
             shape_of(matrix),
         )
 

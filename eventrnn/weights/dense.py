@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from eventrnn.weights.base import Weights, finite_matrix, need_values
+from eventrnn.weights.base import Weights, finite_matrix, need_plain, need_values
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -32,6 +32,7 @@ class Dense(Weights):
     name: ClassVar[str] = "dense"
 
     def __post_init__(self):
+        need_plain("weight values", self.values)
         need_values(self.values, self.scales, 2, len(self.values) if self.values.ndim else 0)
         if not self.values.flags.c_contiguous:
             raise ValueError("dense values: not C-contiguous; pass numpy.ascontiguousarray(values)")

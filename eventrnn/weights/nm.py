@@ -8,7 +8,16 @@ from typing import ClassVar
 
 import numpy as np
 
-from eventrnn.weights.base import Weights, finite_matrix, need_values, per_unit, row_pointers
+from eventrnn._checks import need_choice
+from eventrnn.weights.base import (
+    Weights,
+    finite_matrix,
+    need_plain,
+    need_shape,
+    need_values,
+    per_unit,
+    row_pointers,
+)
 from eventrnn.weights.csr import CSR
 
 AXES = ("post", "pre")
@@ -56,7 +65,9 @@ class NM(Weights):
     name: ClassVar[str] = "nm"
 
     def __post_init__(self):
+        need_shape(self.shape)
         check_nm(self.n, self.m, self.axis)
+        need_plain("nm codes", self.codes)
         need_values(self.values, self.scales, 1, self.shape[0])
         if self.codes.dtype != np.uint8 or self.codes.ndim != 1:
             raise TypeError(f"nm codes: got {self.codes.dtype} with {self.codes.ndim} dimensions, need uint8 with 1")
@@ -220,10 +231,10 @@ class NM(Weights):
 
 def check_nm(n: int, m: int, axis: str) -> None:
     """Raise ValueError unless 1 <= n <= m, 2 <= m <= 32, and the axis is "post" or "pre"."""
-    if not (isinstance(n, int) and isinstance(m, int) and 1 <= n <= m and 2 <= m <= MOST):
+    whole = all(isinstance(k, int) and not isinstance(k, bool) for k in (n, m))
+    if not (whole and 1 <= n <= m and 2 <= m <= MOST):
         raise ValueError(f"nm: got {n}:{m}, need n of each m with 1 <= n <= m and 2 <= m <= {MOST}")
-    if axis not in AXES:
-        raise ValueError(f"nm axis: got {axis!r}, need one of {', '.join(AXES)}")
+    need_choice("nm axis", axis, AXES)
 
 
 def _grouped(mask: np.ndarray, m: int, axis: str) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from eventrnn.events import check_finite, in_parts
+from eventrnn._checks import check_finite, in_parts, need_choice
 
 #: storage name -> dtype of a record's `values`. NumPy has no bfloat16, so its bits are held as integers.
 DTYPES: dict[str, np.dtype] = {
@@ -26,8 +26,7 @@ INT8_MOST = 127
 
 def check_storage(storage: str) -> None:
     """Raise ValueError for a name that is not in `STORAGES`."""
-    if storage not in DTYPES:
-        raise ValueError(f"storage: got {storage!r}, need one of {', '.join(STORAGES)}")
+    need_choice("storage", storage, STORAGES)
 
 
 def storage_of(values: np.ndarray) -> str:

@@ -333,6 +333,8 @@ class FakeDevice:
             ascontiguousarray=np.errstate(over="ignore")(lambda a, dtype: np.ascontiguousarray(a, dtype).view(Array)),
             bincount=lambda a, minlength: np.bincount(a, minlength=minlength).view(Array),
             concatenate=lambda parts: np.concatenate(parts).view(Array),
+            take=lambda a, positions, axis: np.take(a, positions, axis=axis).view(Array),
+            zeros=lambda shape, dtype: np.zeros(shape, dtype).view(Array),
             cuda=SimpleNamespace(
                 memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
                 alloc_pinned_memory=bytearray,

@@ -10,13 +10,23 @@ same.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.sparse as sp
 
 from eventrnn._arithmetic import standard_arithmetic
+from eventrnn._checks import (
+    float32_array,
+    need_choice,
+    need_flag,
+    need_kind,
+    need_number,
+    need_whole,
+    number_array,
+    plain_array,
+)
 from eventrnn._exclusive import Use, exclusive
 from eventrnn.cells import Cell
 from eventrnn.counting.backward import BackwardWork
@@ -101,8 +111,9 @@ class Model:
     """
 
     def __init__(self, network: Network, *, backward: str = "auto", threads: int = 1, thresholds: str = "positive"):
-        if backward not in BACKWARDS:
-            raise ValueError(f"backward: got {backward!r}, need one of {', '.join(BACKWARDS)}")
+        need_kind("network", network, Network, "a Network")
+        need_choice("backward", backward, BACKWARDS)
+        need_whole("threads", threads)
         if not 1 <= threads <= MOST_THREADS:
             raise ValueError(f"threads: got {threads}, need 1 to {MOST_THREADS}; more threads than cores only wait")
         rules.check_rule(thresholds)
@@ -186,15 +197,12 @@ class Model:
         window; and the tape. Raises ValueError for inputs, noise, a state, parameters or masks of the wrong shape, and
         for symbols outside the embedding.
         """
-        p, noise = self.parameters, noise or Noise()
+        p, noise = self.parameters, Noise() if noise is None else noise
+        inputs = self._checked_inputs(inputs)
         symbols = inputs if "embedding" in p else None
-        if inputs.ndim != 2 + (symbols is None) or (symbols is None and inputs.shape[2] != len(p["layers.0.w_in"])):
-            need = "(T, B) symbols" if symbols is not None else f"(T, B, {len(p['layers.0.w_in'])}) numbers"
-            raise ValueError(f"inputs: got shape {inputs.shape}, need {need}")
-        if symbols is not None:
-            # The backward pass sums rows by symbol in a product that does not check its indices.
-            check_range("inputs", symbols, len(p["embedding"]), "(step, sample)")
+        need_kind("noise", noise, Noise, "a Noise, or None")
         noise.check(inputs.shape[0], inputs.shape[1], *self._sizes())
+        need_kind("state", state, State, "a State: State.zeros(network, batch)")
         self._check(state, inputs.shape[1])
         if symbols is None:
             x = np.ascontiguousarray(inputs, F32)
@@ -250,6 +258,23 @@ class Model:
             if (got := [array.shape for array in arrays]) != wanted:
                 raise ValueError(f"state {name}: got arrays of shape {got}, need {wanted}")
 
+    def _checked_inputs(self, inputs: np.ndarray) -> np.ndarray:
+        """Inputs of `forward` as a plain array, numbers as float32. Raises ValueError."""
+        _, size, symbols = self._sizes()
+        if symbols is not None:
+            array = plain_array("inputs", inputs)
+            if array.ndim != 2:
+                raise ValueError(f"inputs: got shape {array.shape}, need (T, B) symbols")
+            # The backward pass sums rows by symbol in a product that does not check its indices.
+            check_range("inputs", array, symbols, "(step, sample)")
+        else:
+            array = float32_array("inputs", inputs, f"(T, B, {size})", ndim=3)
+            if array.shape[2] != size:
+                raise ValueError(f"inputs: got shape {array.shape}, need (T, B, {size}) numbers")
+        if not array.shape[0]:
+            raise ValueError(f"inputs: got shape {array.shape}, need at least one step")
+        return array
+
     def _sizes(self) -> tuple[list[int], int, int | None]:
         """Units of each layer, inputs of the first layer, symbols of the embedding or None."""
         units = [len(self.parameters[f"layers.{k}.threshold"]) for k in range(len(self.cells))]
@@ -302,6 +327,13 @@ class Model:
         The cost grows with the number of events (weight gradients) and of active pairs (gradients between layers and
         steps); `tape.work` has the counts. Raises ValueError for `d_output` or `d_inputs` of the wrong shape.
         """
+        need_kind("tape", tape, Tape, "the tape of `forward`")
+        need_number("activity_cost", activity_cost)
+        need_flag("stored", stored)
+        d_output = number_array("d_output", d_output, "of the shape of the output", kinds="f")
+        shapes = [layer.v.shape for layer in tape.layers]
+        for name, further in (("d_events", d_events), ("d_cells", d_cells)):
+            _check_further(name, further, shapes)
         p, gradients, noise = self.parameters, {}, tape.noise
         expected = (*tape.top.shape[:2], *(p["readout.bias"].shape if "readout.bias" in p else tape.top.shape[2:]))
         if d_output.shape != expected:
@@ -362,6 +394,15 @@ class Model:
         name = f"layers.{k}.w_rec"
         mask = self.masks.get(name)
         gradients[name] *= dropped[mask] if stored and mask is not None else dropped
+
+
+def _check_further(name: str, gradients: Sequence[np.ndarray | None], shapes: Sequence[tuple[int, ...]]) -> None:
+    """Raise ValueError unless there is no gradient at all, or for each layer None or one of its shape."""
+    if len(gradients) not in (0, len(shapes)):
+        raise ValueError(f"{name}: got {len(gradients)} gradients, need one or None for each of {len(shapes)} layers")
+    for k, gradient in enumerate(gradients):
+        if gradient is not None and number_array(f"{name}[{k}]", gradient, f"{shapes[k]}").shape != shapes[k]:
+            raise ValueError(f"{name}[{k}]: got shape {gradient.shape}, need {shapes[k]}")
 
 
 def check_range(name: str, symbols: np.ndarray, size: int, axes: str) -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from eventrnn._checks import need_kind
+
 # A Philox key has 64 bits for the seed.
 SEED_BITS = (1 << 64) - 1
 
@@ -98,6 +100,13 @@ class Noise:
 
         Raises ValueError naming the field.
         """
+        for name in ("inputs", "top", "words"):
+            if (mask := getattr(self, name)) is not None:
+                need_kind(f"noise {name}", mask, np.ndarray, "an array, or None")
+        for name in ("between", "recurrent", "zoneout"):
+            for k, mask in enumerate(getattr(self, name)):
+                if mask is not None:
+                    need_kind(f"noise {name}[{k}]", mask, np.ndarray, "an array, or None")
         for name, wanted in (("between", len(sizes) - 1), ("recurrent", len(sizes)), ("zoneout", len(sizes))):
             got = getattr(self, name)
             if got and len(got) != wanted:

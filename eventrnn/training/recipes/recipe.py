@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from eventrnn import io
+from eventrnn._checks import need_choice, need_flag, need_number, need_text, need_whole
 from eventrnn._files import locked, printable, write_whole
 from eventrnn.cells import Cell, Surrogate
-from eventrnn.data.text import KINDS, Corpus, from_path, python_documentation
+from eventrnn.data.text import KINDS, Corpus, from_path, from_text, python_documentation, read_stream
 from eventrnn.io.model_file import encoded
 from eventrnn.network import Network
 from eventrnn.simulation import CARRIES
@@ -30,6 +31,9 @@ from eventrnn.training.run import FILES, run_locked
 from eventrnn.training.thresholds import initial
 
 CONFIG = "config.toml"
+
+# The copy of a text that can be read only once.
+TEXT = "text.txt"
 
 # The SHA-256 of the model files that the run may replace: what it wrote itself, and what it was told to overwrite.
 OWN = "out.sha256"
@@ -66,11 +70,11 @@ class ModelSettings:
     surrogate: Surrogate = field(default_factory=Surrogate)
 
     def __post_init__(self):
-        if self.cell not in CELLS:
-            raise ValueError(f"cell: got {self.cell!r}, need one of {', '.join(CELLS)}")
+        need_choice("cell", self.cell, CELLS)
+        need_whole("embedding", self.embedding, at_least=1)
+        need_flag("tied", self.tied)
         Cell(variant=self.variant)
-        if self.threshold_start not in STARTS:
-            raise ValueError(f"threshold_start: got {self.threshold_start!r}, need one of {', '.join(STARTS)}")
+        need_choice("threshold_start", self.threshold_start, STARTS)
         if isinstance(self.threshold, tuple) and len(self.threshold) != len(self.hidden):
             raise ValueError(f"threshold: got {len(self.threshold)}, need one for each of {len(self.hidden)} layers")
 
@@ -87,9 +91,10 @@ class DataSettings:
 
     Attributes
     ----------
-    text        : "builtin" (Python's documentation), a file, a folder of text files, or "ptb"; see `data.read_parts`
+    text        : "builtin" (Python's documentation), a file, a folder of text files, or "ptb"; see `data.read_parts`.
+                  A pipe can be read only once, so `train` keeps a copy in the folder of the run
     kind        : kind of the symbols, "character" or "word"
-    vocabulary  : number of words to keep, 0 for all
+    vocabulary  : number of symbols to keep, of which one stands for all others; 0 for all, see `data.Vocabulary.of`
     valid_batch : number of streams of the validation text
     carry       : "state", or "events" to set the cells to zero at the start of every window, as EvNN does
     """
@@ -101,18 +106,23 @@ class DataSettings:
     carry: str = "state"
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"kind: got {self.kind!r}, need one of {', '.join(KINDS)}")
-        if self.carry not in CARRIES:
-            raise ValueError(f"carry: got {self.carry!r}, need one of {', '.join(CARRIES)}")
+        need_text("text", self.text)
+        need_choice("kind", self.kind, KINDS)
+        need_choice("carry", self.carry, CARRIES)
+        need_whole("vocabulary", self.vocabulary, at_least=0)
+        need_whole("valid_batch", self.valid_batch, at_least=1)
         if self.text == "builtin" and (self.kind != "character" or self.vocabulary):
             raise ValueError("text: the built-in text is read by characters; give --text a file for words")
 
-    def corpus(self) -> Corpus:
-        """Read the text. Raises ValueError for a text that is missing, empty or too short."""
+    def corpus(self, text: str | None = None) -> Corpus:
+        """Read the text. Raises ValueError for a text that is missing, empty or too short.
+
+        text : the content of `text`, where it has been read already
+        """
         if self.text == "builtin":
             return python_documentation()
-        return from_path(self.text, kind=self.kind, size=self.vocabulary or None)
+        options = {"kind": self.kind, "size": self.vocabulary or None}
+        return from_path(self.text, **options) if text is None else from_text(text, **options)
 
 
 @dataclass(frozen=True)
@@ -131,10 +141,9 @@ class RunSettings:
     checkpoint_seconds: float = 120.0
 
     def __post_init__(self):
-        if self.log_every < 1:
-            raise ValueError(f"log_every: got {self.log_every}, need a whole number >= 1")
-        if not self.checkpoint_seconds >= 0:
-            raise ValueError(f"checkpoint_seconds: got {self.checkpoint_seconds}, need a number >= 0")
+        need_whole("log_every", self.log_every, at_least=1)
+        if self.checkpoint_seconds != np.inf:
+            need_number("checkpoint_seconds", self.checkpoint_seconds, at_least=0)
 
 
 @dataclass(frozen=True)
@@ -150,12 +159,14 @@ class Recipe:
         if self.model.cell == "gru" and self.run.out:
             raise ValueError(f"out: got {self.run.out} for a gru, which has no model file; give --run a folder instead")
 
-    def trainer(self) -> tuple[Trainer, Corpus]:
+    def trainer(self, text: str | None = None) -> tuple[Trainer, Corpus]:
         """The trainer in its initial state, and its corpus.
+
+        text : the content of `data.text`, where it has been read already
 
         Raises ValueError for settings that contradict each other.
         """
-        corpus, model, training = self.data.corpus(), self.model, self.training
+        corpus, model, training = self.data.corpus(text), self.model, self.training
         symbols = len(corpus.vocabulary)
         rng = np.random.default_rng(training.seed)
         network = Network.random(
@@ -233,7 +244,8 @@ def train(
     if recipe.model.cell != "gru" and not recipe.run.out:
         raise ValueError("out: got none; set run.out to the model file to write")
     folder = Path(folder)
-    trainer, corpus = recipe.trainer()
+    text = None if recipe.data.text == "builtin" else read_stream(recipe.data.text)
+    trainer, corpus = recipe.trainer(text)
     if not resume and not overwrite:
         _need_no_run(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -242,6 +254,10 @@ def train(
             if overwrite:
                 remove_run(folder)
             _need_no_run(folder)
+            if text is not None:
+                # A resumed run could not read it again.
+                write_whole(folder / TEXT, text.encode(), overwrite=True)
+                recipe = replace(recipe, data=replace(recipe.data, text=str((folder / TEXT).absolute())))
             write_whole(folder / CONFIG, toml_config.to_toml(recipe).encode(), overwrite=True)
         if recipe.run.out:
             _claim_out(recipe, folder, overwrite)
