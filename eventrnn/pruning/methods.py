@@ -90,7 +90,7 @@ def _movement(plan: Plan) -> Pruning:
 
 
 def _threshold(plan: Plan) -> Pruning:
-    options = plan.blocks | plan.every() | plan.some("statistic")
+    options: dict[str, Any] = plan.blocks | plan.every() | plan.some("statistic")
     return ThresholdPruning(ramp=plan.end // 2, sparsity=plan.sparsity, **options)
 
 
