@@ -51,7 +51,7 @@ def convert(
     weights : any format, or a (n_pre, n_post) array
     to      : one of `FORMATS`
     block   : (r, c), for "block" only
-    nm      : (n, m, axis), for "nm" only
+    nm      : (n, m, axis), for "nm" only; without an axis it is "post"
     storage : one of `STORAGES`; None keeps that of `weights` exactly, int8 with its scales, and is float32 for an array
 
     Raises ValueError for an unknown format or storage and for options of another format, and as `from_dense` of the
@@ -66,8 +66,8 @@ def convert(
         check_storage(storage)
     if block is not None:
         block = need_pair("block", block, "two sizes >= 1 (presynaptic x postsynaptic)")
-    if nm is not None and (not isinstance(nm, tuple | list) or len(nm) != 3):
-        raise ValueError(f"nm: got {nm!r}, need (n, m, axis) such as (2, 4, 'post')")
+    if nm is not None and (not isinstance(nm, tuple | list) or len(nm) not in (2, 3)):
+        raise ValueError(f"nm: got {nm!r}, need (n, m, axis) such as (2, 4, 'post'), or (n, m)")
     source = weights if isinstance(weights, Weights) else None
     sparse = None if isinstance(source, Dense) else source
 

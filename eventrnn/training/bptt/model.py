@@ -271,8 +271,6 @@ class Model:
             array = float32_array("inputs", inputs, f"(T, B, {size})", ndim=3)
             if array.shape[2] != size:
                 raise ValueError(f"inputs: got shape {array.shape}, need (T, B, {size}) numbers")
-        if not array.shape[0]:
-            raise ValueError(f"inputs: got shape {array.shape}, need at least one step")
         return array
 
     def _sizes(self) -> tuple[list[int], int, int | None]:
