@@ -118,7 +118,7 @@ ROWS = {
     "Model.forward": row(
         training.Model(NETWORK).forward,
         {
-            "inputs": (*instead_of(SIGNAL), SIGNAL[:0]),
+            "inputs": instead_of(SIGNAL),
             "state": (None, 3, er.State.zeros(NETWORK, 1), er.State.zeros(READER, 2)),
             "noise": (3, {}, training.Noise(inputs=[1]), training.Noise(top=np.ones((2, 9)))),
         },

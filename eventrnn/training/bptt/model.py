@@ -227,7 +227,7 @@ class Model:
         if "readout.bias" in p:
             flat = self._team.multiply(x.reshape(-1, x.shape[2]), self.readout_weights())
             flat += p["readout.bias"]
-            output = flat.reshape(*x.shape[:2], -1)
+            output = flat.reshape(*x.shape[:2], flat.shape[1])
         return output, State(tuple(cells_after), tuple(outputs_after)), Tape(layers, symbols, x, noise)
 
     def score(self, inputs: np.ndarray, targets: np.ndarray, state: State) -> tuple[float, State, float]:
@@ -346,7 +346,7 @@ class Model:
         d_x = d_output
         if "readout.bias" in p:
             flat = d_output.reshape(-1, d_output.shape[2])
-            top = np.ascontiguousarray(tape.top).reshape(len(flat), -1)
+            top = np.ascontiguousarray(tape.top).reshape(len(flat), tape.top.shape[-1])
             d_weights = self._team.multiply(top.T, flat)
             gradients["readout.bias"] = flat.sum(axis=0)
             gradients["embedding" if self.tied else "readout"] = d_weights.T.copy() if self.tied else d_weights
@@ -431,7 +431,7 @@ def _sum_by_symbol(symbols: np.ndarray, d_x: np.ndarray, size: int) -> np.ndarra
     `np.add.at`."""
     n = symbols.size
     ones = sp.csc_array((np.ones(n, F32), symbols.ravel(), np.arange(n + 1)), shape=(size, n))
-    return ones @ d_x.reshape(n, -1)
+    return ones @ d_x.reshape(n, d_x.shape[-1])
 
 
 def _scaled(x: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
