@@ -70,7 +70,7 @@ def window(hidden: int, batch: int, steps: int) -> Callable[[], object]:
     """Forward and backward pass of one layer on two threads, 10 % active, 10 % with a surrogate derivative."""
     rng = np.random.default_rng(0)
     inputs = random_events(steps, batch, hidden, 0.1, rng)
-    network = at_activity(random_network(hidden, 1, variant="evnn", rng=rng), inputs, 0.1)
+    network = at_activity(random_network(hidden, 1, sparsity=0.0, format="dense", block=None, variant="evnn", rng=rng), inputs, 0.1)
     x = inputs.to_dense()
     network = at_support(network, x, 0.1)
     d_output = rng.standard_normal((steps, batch, hidden), dtype=np.float32) / np.float32(x.size)
