@@ -22,7 +22,7 @@ class Fault(BaseException):
 
 def meet(thread, n_threads, barrier, met):
     """Wait for all other threads; notes the thread if all came."""
-    target, _ = barrier_wait(barrier, n_threads, n_threads)
+    target = barrier_wait(barrier, n_threads, n_threads)
     if target > 0:
         met.append(thread)
 

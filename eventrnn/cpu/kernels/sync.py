@@ -82,22 +82,22 @@ def barrier_wait(barrier, n_threads, target):
     barrier : (1,) int64, counts arrivals; zero at first
     target  : n_threads at the first barrier, then what the call before returned
 
-    Returns the next target, and the turns of the waiting loop. One thread alone does not wait. A negative target means
-    that the barrier was abandoned: the caller must return at once, because other threads may have stopped anywhere.
+    Returns the next target. One thread alone does not wait. A negative target means that the barrier was abandoned: the
+    caller must return at once, because other threads may have stopped anywhere.
     """
-    spins = 0
     if n_threads > 1:
+        spins = 0
         atomic_add(barrier, 1)
         arrived = atomic_load(barrier)
         while arrived < target:
             if arrived < 0:
-                return arrived, spins
+                return arrived
             spins += 1
             pause()
             if spins > SPINS_BEFORE_YIELD:
                 yield_core()
             arrived = atomic_load(barrier)
-    return target + n_threads, spins
+    return target + n_threads
 
 
 @compiled

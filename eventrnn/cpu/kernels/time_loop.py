@@ -87,7 +87,7 @@ def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, output
                     y, unit_0 * batch + b * n, low, high, events.indices, events.values, first
                 )
             # After the barrier, no thread reads the drives of the last chunk, and the carried events are complete.
-            target, _ = barrier_wait(barrier, n_threads, target)
+            target = barrier_wait(barrier, n_threads, target)
             if target < 0:
                 return
 
@@ -124,7 +124,7 @@ def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, output
                 )  # fmt: skip
                 if is_paper:
                     # The events of the candidate product are multiplied by the reset gates of all units.
-                    target, _ = barrier_wait(barrier, n_threads, target)
+                    target = barrier_wait(barrier, n_threads, target)
                     if target < 0:
                         return
                     for b in range(batch):
@@ -144,7 +144,7 @@ def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, output
                         pitch,
                     )  # fmt: skip
                     # After the barrier, no thread reads y or the reset gates of this step.
-                    target, _ = barrier_wait(barrier, n_threads, target)
+                    target = barrier_wait(barrier, n_threads, target)
                     if target < 0:
                         return
 
@@ -177,7 +177,7 @@ def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, output
                     if network.readout < 0 and layer == n_layers - 1:
                         copy(y, s + low, outputs.output, ((t0 + t) * batch + b) * n + low, high - low)
                 # planted fault: barrier missing
-                target, _ = barrier_wait(barrier, n_threads, target)
+                target = barrier_wait(barrier, n_threads, target)
                 if target < 0:
                     return
 

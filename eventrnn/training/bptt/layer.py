@@ -167,25 +167,16 @@ class LayerEngine:
         if self.backward_mode == "dense":
             self._forward_by_blas(shape, p, drive_in, pitch, held, tape.arrays())
             return tape
-        threads, movable = self.team.threads, self.patterns["w_rec"].layout == ALL
-        packed = self._packed("w_rec", [(0, n)] if movable else self._unit_ranges(n), batch, p["w_rec"])
-        weights, shared_tiles = packed.record(p["bias_rec"]), packed.tiles[0]
-        if movable:
-            # The threads cut their own tiles out of the shared ones.
-            weights = weights._replace(tiles=take(threads, *shared_tiles.shape, dtype=np.int64))
-        else:
-            shared_tiles = shared_tiles[:0]
+        packed = self._packed("w_rec", self._unit_ranges(n), batch, p["w_rec"])
         self.team.run(
             time_loops.forward,
             shape,
-            shared_tiles,
-            weights,
+            packed.record(p["bias_rec"]),
             p["threshold"],
             drive_in,
             pitch,
             held,
-            self.workspace.rebalancing(),
-            take(threads, batch * pitch + SPARE),
+            take(self.team.threads, batch * pitch + SPARE),
             self.workspace.step_events(n, batch),
             self.workspace.product(n, batch, packed.most),
             tape.arrays(),
@@ -363,7 +354,6 @@ class LayerEngine:
             self._sampled(pattern, stored, gates, 3 * n),
             sweep.tape,
             sweep.upstream,
-            workspace.rebalancing(),
             workspace.pairs(pattern.layout == ALL, n, batch),
             take(batch * n),
             take(2 * batch * n),

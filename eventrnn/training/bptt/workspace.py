@@ -13,12 +13,10 @@ from eventrnn.cpu.kernels.simd import LANES
 from eventrnn.cpu.memory import aligned_zeros
 from eventrnn.cpu.plan import workspace_shapes
 from eventrnn.training.bptt.kernels import event_lists, sddmm, spmm
-from eventrnn.training.bptt.kernels.load_balance import SLACK
 from eventrnn.training.bptt.kernels.records import (
     ActivePairs,
     CompressedEvents,
     ListScratch,
-    Rebalancing,
     StripScratch,
 )
 
@@ -36,11 +34,6 @@ class Workspace:
         """
         shapes = workspace_shapes(self.threads, inputs, rows, most, 0)
         return tables.Workspace(*(self.take(*shape, dtype=kind) for shape, kind in shapes))
-
-    def rebalancing(self) -> Rebalancing:
-        """Waits of zero and bounds that the time loops set; see `load_balance.py`."""
-        threads = self.threads
-        return Rebalancing(np.zeros((2, threads), np.int64), np.zeros((threads, threads + 1), np.int64), SLACK)
 
     def step_events(self, n: int, batch: int) -> tables.EventLists:
         """Event lists of three steps, `batch` rows each, with a list per row and thread.

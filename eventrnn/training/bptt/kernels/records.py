@@ -59,14 +59,6 @@ class PackedWeights(NamedTuple):
     pools: WeightPools  # `biases` has (columns,) entries
 
 
-class Rebalancing(NamedTuple):
-    """Which units each thread owns, and how long it waited at the last two barriers (`load_balance.py`)."""
-
-    waited: np.ndarray  # (2, threads) int64, turns of the waiting loop; row t % 2 belongs to step t
-    unit_bounds: np.ndarray  # (threads, threads + 1) int64; each thread has its own copy of the bounds
-    slack: int  # difference of two threads' waits, in turns, from which on units move
-
-
 class SampledWeights(NamedTuple):
     """A matrix (n_pre, columns) as the sampled product reads it, or a range of its columns."""
 

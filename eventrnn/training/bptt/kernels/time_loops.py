@@ -1,11 +1,10 @@
 """All time steps of one layer, forward and backward, in one compiled call per thread.
 
 A thread owns some units: their drives, cells and deltas, for all samples. Threads meet at a barrier where a step needs
-what all units sent (forward) or the deltas of all units (backward), and may then hand units to each other
-(`load_balance.py`). No sum is ever split between threads, so the bits depend neither on their number nor on the owner
-of a unit. Once a barrier is abandoned (`sync.py`), every thread returns, and what was written is useless. Arrays, with
-shapes and dtypes, are named in `records.py`: weights and the tape are shared, event lists are written by all threads
-and read by all, scratch is each thread's own.
+what all units sent (forward) or the deltas of all units (backward). No sum is ever split between threads, so the bits
+depend neither on their number nor on the owner of a unit. Once a barrier is abandoned (`sync.py`), every thread
+returns, and what was written is useless. Arrays, with shapes and dtypes, are named in `records.py`: weights and the
+tape are shared, event lists are written by all threads and read by all, scratch is each thread's own.
 
     forward                `reference.forward`
     backward               the loop over steps of `reference.backward`: deltas, and the gradients of bias and threshold
@@ -42,8 +41,7 @@ from eventrnn.training.bptt.kernels.cell_update import (
     update,
     update_paper,
 )
-from eventrnn.training.bptt.kernels.event_lists import TILE_ROWS, list_pairs, pairs_of_thread, tile_rows
-from eventrnn.training.bptt.kernels.load_balance import barrier_and_rebalance, cut_tiles, even_bounds
+from eventrnn.training.bptt.kernels.event_lists import TILE_ROWS, list_pairs, pairs_of_thread, share, tile_rows
 from eventrnn.training.bptt.kernels.records import ACTIVE, ALL, FIRED
 from eventrnn.training.bptt.kernels.sddmm import pack_chunks, sddmm
 
@@ -58,13 +56,11 @@ def forward(
     n_threads,
     barrier,
     shape,
-    shared_tiles,
     weights,
     threshold,
     drive_in,
     pitch,
     zoneout_mask,
-    balance,
     drives,
     events,
     workspaces,
@@ -73,12 +69,9 @@ def forward(
     """All steps of a layer from its input drives; the same bits as the inference engine.
 
     shape        : WindowShape
-    shared_tiles : (tiles, FIELDS) column tiles of all units, out of which threads cut their own, so that units can move
-                   between threads; no rows where they do not
-    weights      : PackedWeights; `tiles` of each thread's units, written by the threads where `shared_tiles` has rows
+    weights      : PackedWeights
     drive_in     : (R, pitch), the input drives, bias included
     zoneout_mask : (T, B, N) bool, or empty
-    balance      : Rebalancing
     drives       : (threads, B * pitch), the recurrent drives of one step; a thread writes those of its units
     events       : cpu EventLists, scratch: three buffers of B rows with one list per thread and row. Buffers 0 and 1 in
                    turn hold the output of the step before; buffer 2 holds r * y (paper's variant). All threads read it
@@ -86,23 +79,17 @@ def forward(
     tape         : TapeArrays, written; `y` and `c` hold the state before the window in front
     """
     steps, batch, n, paper = shape.steps, shape.batch, shape.units, shape.paper
-    cut, bounds = weights.n_gate_tiles, balance.unit_bounds[thread]
     indices, values, begins, counts = events.indices, events.values, events.begins, events.counts
     size, wide, drive, mine = batch * n, n + LANES * n_threads, drives[thread], weights.tiles[thread]
-    even_bounds(n, n_threads, bounds)
-    low, high, last = bounds[thread], bounds[thread + 1], len(mine)
-    if len(shared_tiles) > 0:
-        gates = cut_tiles(shared_tiles, 0, cut, n, low, high, mine, 0)
-        last = cut_tiles(shared_tiles, cut, len(shared_tiles), n, low, high, mine, gates)
-    else:
-        gates = cut
+    low, high = share(n, LANES, thread, n_threads), share(n, LANES, thread + 1, n_threads)
+    gates, last = weights.n_gate_tiles, len(mine)
     workspace = workspace_of(workspaces, thread)
     own, target = low + LANES * thread, n_threads
     for b in range(batch):
         slot, first = b * n_threads + thread, b * wide + own
         begins[slot] = first
         counts[slot] = compact_events(tape.y, b * n, low, high, indices, values, first)
-    target, _ = barrier_wait(barrier, n_threads, target)
+    target = barrier_wait(barrier, n_threads, target)
     if target < 0:
         return
     for t in range(steps):
@@ -134,7 +121,7 @@ def forward(
                 slot, first = (2 * batch + b) * n_threads + thread, (2 * batch + b) * wide + own
                 begins[slot] = first
                 counts[slot] = compact_events(tape.q, s, low, high, indices, values, first)
-            target, _ = barrier_wait(barrier, n_threads, target)
+            target = barrier_wait(barrier, n_threads, target)
             if target < 0:
                 return
             propagate_all(
@@ -163,19 +150,9 @@ def forward(
             slot, first = (following + b) * n_threads + thread, (following + b) * wide + own
             begins[slot] = first
             counts[slot] = compact_events(tape.y, s + size, low, high, indices, values, first)
-        if len(shared_tiles) == 0:
-            target, _ = barrier_wait(barrier, n_threads, target)
-            if target < 0:
-                return
-            continue
-        target = barrier_and_rebalance(barrier, thread, n_threads, target, t, balance)
+        target = barrier_wait(barrier, n_threads, target)
         if target < 0:
             return
-        if low != bounds[thread] or high != bounds[thread + 1]:
-            low, high = bounds[thread], bounds[thread + 1]
-            own = low + LANES * thread
-            gates = cut_tiles(shared_tiles, 0, cut, n, low, high, mine, 0)
-            last = cut_tiles(shared_tiles, cut, len(shared_tiles), n, low, high, mine, gates)
 
 
 @compiled
@@ -190,7 +167,6 @@ def backward(
     candidate_weights,
     tape,
     upstream,
-    balance,
     all_pairs,
     d_y_step,
     d_sent,
@@ -213,10 +189,9 @@ def backward(
     dots_out          : (N,) int64, to which the number of dot products of each unit is added
     """
     steps, batch, n, paper = shape.steps, shape.batch, shape.units, shape.paper
-    bounds, pitch, d_in, d_rec = balance.unit_bounds[thread], deltas.pitch, deltas.d_in, deltas.d_rec
+    pitch, d_in, d_rec = deltas.pitch, deltas.d_in, deltas.d_rec
     d_y, d_cell, d_c, pairs = upstream.d_y, upstream.d_cell, upstream.d_c, pairs_of_thread(all_pairs, thread)
-    even_bounds(n, n_threads, bounds)
-    low, high = bounds[thread], bounds[thread + 1]
+    low, high = share(n, LANES, thread, n_threads), share(n, LANES, thread + 1, n_threads)
     size, target, gates, tiled = batch * n, n_threads, gate_weights.n_columns, gate_weights.layout == ALL
     each_cell = size if len(d_cell) > size else 0
     if tiled:
@@ -247,10 +222,9 @@ def backward(
                 )
             else:
                 adjoint(n, low, high, surrogate, tape, s, d_y_step, d_cell, cell_at, d_c, row, deltas, d)
-        target = barrier_and_rebalance(barrier, thread, n_threads, target, t, balance)
+        target = barrier_wait(barrier, n_threads, target)
         if target < 0:
             return
-        low, high = bounds[thread], bounds[thread + 1]
         start = t * batch * pitch
         if t == 0 and not paper:
             continue
@@ -269,7 +243,7 @@ def backward(
                 reset_gate_adjoint(n, low, high, tape, s, d_sent, row, deltas, start + b * pitch, d_sent, size + row)
                 for i in range(low, high if t > 0 else low):
                     d_y_step[row + i] += d_sent[size + row + i]
-            target, _ = barrier_wait(barrier, n_threads, target)
+            target = barrier_wait(barrier, n_threads, target)
             if target < 0:
                 return
         if t > 0:
