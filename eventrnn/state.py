@@ -239,7 +239,7 @@ class Inputs:
         if self.kind is InputKind.DENSE:
             return Events.from_dense(self.values)
         table = self.event_table
-        if self.kind is InputKind.EVENTS:
+        if self.kind is InputKind.EVENTS and self.samples is None:
             first, last = self.first_step * self.batch, (self.first_step + self.steps) * self.batch
             indptr = table.indptr[first : last + 1]
             entries = slice(indptr[0], indptr[-1])
@@ -289,7 +289,7 @@ class Inputs:
         if self.kind is InputKind.DENSE:
             return FireCounts.of(self.values)
         table = self.event_table
-        if self.kind is InputKind.EVENTS:
+        if self.kind is InputKind.EVENTS and self.samples is None:
             first, last = (table.indptr[t * self.batch] for t in (self.first_step, self.first_step + self.steps))
             return FireCounts.of_events(table.indices[first:last], table.values[first:last], self.size)
         uses = np.repeat(self.row_uses(), np.diff(table.indptr))
