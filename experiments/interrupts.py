@@ -1,10 +1,11 @@
 """Exceptions of signal handlers in the midst of calls, for `robustness.py interrupts`.
 
-A worker is a process of its own, in which an alarm raises at a random moment of the calls of a `Simulator` or of a
-`Trainer`. After each alarm, the state must be that of the whole calls before it, bit for bit. A process in which no
-call ends any more is stuck; it ends itself.
+A worker is a process of its own that is interrupted many times. In the workers of calls an alarm raises at a random
+moment of the calls of a `Simulator` or of a `Trainer`; the state must then be that of the whole calls before it, bit
+for bit. The workers of commands send Ctrl-C to commands, once or twice, see `interrupted_commands.py`. A worker in
+which nothing ends any more is stuck; it ends itself.
 
-    python experiments/interrupts.py CALL THREADS TIMES SEED    # one worker, which prints its figures
+    python experiments/interrupts.py CALL THREADS TIMES SEED SECONDS    # one worker, which prints its figures
 """
 
 import json
@@ -12,14 +13,14 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from interrupted_commands import COMMANDS, Commands
 
 from eventrnn import Network, Simulator
 from eventrnn.cli.terminal import as_line
@@ -33,61 +34,130 @@ THREADS = (1, 2, 4)
 
 CALLS = ("step", "run", "training")
 
-# The command line. A process that a shell started in the background would ignore SIGINT.
-COMMAND = """
-import signal
-from eventrnn.cli import main
-signal.signal(signal.SIGINT, signal.default_int_handler)
-main()
-"""
+# Interrupts of one worker, at most. More workers than cases keep all cores at work until the end.
+SHARE = 60
+
+# Faults that a worker describes; all of them are counted.
+DESCRIBED = 5
 
 
 class Interrupted(Exception):
     """What the handler of the alarm raises; no part of the library knows it."""
 
 
-def campaign(times: int, seed: int) -> dict[str, Any]:
-    """Figures of so many interrupts over every call and number of threads, a twentieth of them on the command line."""
-    begun, cases = time.perf_counter(), [(call, threads) for call in CALLS for threads in THREADS]
-    of_commands = times // 20
-    share = -(-(times - of_commands) // len(cases))
-    lines = [_in_own_process(call, threads, share, seed) for call, threads in cases]
-    lines.append(_interrupted_commands(of_commands, seed))
+def campaign(times: int, seed: int, workers: int, seconds: float) -> dict[str, Any]:
+    """Figures of so many interrupts over every call and number of threads, a quarter of them on the command line.
+
+    workers : processes that run side by side
+    seconds : no interrupt is begun after so many seconds
+    """
+    begun = time.perf_counter()
+    cases = [(call, threads) for call in CALLS for threads in THREADS]
+    commands = [(command, threads) for command in COMMANDS for threads in THREADS]
+    asked = dict.fromkeys(cases, -(-3 * times // (4 * len(cases))))
+    asked |= dict.fromkeys(commands, -(-times // (4 * len(commands))))
+
+    def figures_of(call: str, threads: int, times: int, seed: int) -> dict[str, Any]:
+        return _in_own_process(call, threads, times, seed, seconds - (time.perf_counter() - begun))
+
+    with ThreadPoolExecutor(workers) as pool:
+        # One worker per call compiles its kernels; the others find them in the cache.
+        list(pool.map(lambda call: figures_of(call, 1, 0, seed), (*CALLS, *COMMANDS)))
+        shares = [
+            (*case, min(SHARE, total - first), seed + first)
+            for case, total in asked.items()
+            for first in range(0, total, SHARE)
+        ]
+        found = list(pool.map(lambda share: figures_of(*share), shares))
     names = ("interrupts", "within_calls", "stuck", "wrong_states")
+    lines = []
+    for call, threads in asked:
+        own = [line for line in found if (line["call"], line["threads"]) == (call, threads)]
+        described = [words for line in own for words in line["described"]][:DESCRIBED]
+        lines.append(
+            {"call": call, "threads": threads}
+            | {name: sum(line[name] for line in own) for name in names}
+            | ({"described": described} if described else {})
+        )
     totals = {name: sum(line[name] for line in lines) for name in names}
-    return totals | {"cases": lines, "seconds": round(time.perf_counter() - begun, 1)}
+    return totals | {"cases": lines, "workers": workers, "seconds": round(time.perf_counter() - begun, 1)}
 
 
-def _in_own_process(call: str, threads: int, times: int, seed: int) -> dict[str, Any]:
-    """The figures of `worker`, from a process that ends where it is stuck."""
-    command = [sys.executable, __file__, call, str(threads), str(times), str(seed)]
+def _in_own_process(call: str, threads: int, times: int, seed: int, seconds: float) -> dict[str, Any]:
+    """The figures of a worker, which ends where it is stuck. What it did before it failed counts."""
+    command = [sys.executable, __file__, call, *map(str, (threads, times, seed, seconds))]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    if finished.returncode:
-        print(finished.stdout, finished.stderr, file=sys.stderr)
-        found = {"within_calls": 0, "wrong_states": 0, "stuck": 1}
+    written = finished.stdout.splitlines()
+    if written and written[-1].startswith("{"):
+        return json.loads(written[-1])
+    # It did not even print its figures.
+    last = (finished.stderr.splitlines() or ["no message"])[-1]
+    described = [f"the worker ended with code {finished.returncode}: {last}"]
+    return Figures(call, threads).line() | {"wrong_states": 1, "described": described}
+
+
+class Figures:
+    """What a worker has done so far. A thread watches that it goes on, and ends a process that is stuck."""
+
+    def __init__(self, call: str, threads: int):
+        self.case = {"call": call, "threads": threads}
+        self.interrupts = self.within = self.stuck = self.wrong = 0
+        self.described: list[str] = []
+
+    def add(self, *, within: bool, fault: str = "") -> None:
+        """Count one interrupt. `within` says whether it met a call; `fault` is empty if there was none."""
+        self.interrupts, self.within, self.wrong = self.interrupts + 1, self.within + within, self.wrong + bool(fault)
+        if fault and len(self.described) < DESCRIBED:
+            self.described.append(fault)
+
+    def line(self) -> dict[str, Any]:
+        """The figures as fields of a result."""
+        counted = {"interrupts": self.interrupts, "within_calls": self.within}
+        return self.case | counted | {"stuck": self.stuck, "wrong_states": self.wrong, "described": self.described}
+
+    def watch(self) -> None:
+        """From now on, end this process where no interrupt is counted for `STUCK_SECONDS`."""
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            before = self.interrupts
+            time.sleep(STUCK_SECONDS)
+            if self.interrupts == before:
+                self.stuck += 1
+                print(as_line(self.line()), flush=True)
+                os._exit(3)
+
+
+def worker(call: str, threads: int, times: int, seed: int, seconds: float) -> None:
+    """Interrupt one kind of call or command; prints a line of figures. Kernels are compiled before the first time."""
+    figures, rng, until = Figures(call, threads), np.random.default_rng([seed, threads]), time.monotonic() + seconds
+    if call in COMMANDS:
+        with Commands(call, threads) as commands:
+            figures.watch()
+            while figures.interrupts < times and time.monotonic() < until:
+                figures.add(**commands.interrupted(rng, STUCK_SECONDS / 2))
     else:
-        found = json.loads(finished.stdout.splitlines()[-1])
-    return {"call": call, "threads": threads, "interrupts": times} | found
+        _interrupt_calls(call, threads, times, rng, until, figures)
+    print(as_line(figures.line()), flush=True)
 
 
-def worker(call: str, threads: int, times: int, seed: int) -> None:
-    """Interrupt one kind of call; prints a line of figures. A process that is stuck ends with code 3."""
-    rng = np.random.default_rng([seed, threads])
+def _interrupt_calls(
+    call: str, threads: int, times: int, rng: np.random.Generator, until: float, figures: Figures
+) -> None:
     advance, state, reset = {"step": _stepping, "run": _running, "training": _training}[call](threads)
-    ended, within, wrong = [0], 0, 0
     for _ in range(3):
         advance()
-    # Kernels are compiled by now.
-    threading.Thread(target=_watch, args=(ended,), daemon=True).start()
     start = time.perf_counter()
     advance()
     seconds = max(time.perf_counter() - start, 1e-4)
+    figures.watch()
 
     def late(*_: object) -> None:
         raise Interrupted
 
     signal.signal(signal.SIGALRM, late)
-    for _ in range(times):
+    while figures.interrupts < times and time.monotonic() < until:
         # The wait is drawn so that the alarm comes within one of the next calls, at any place of it.
         calls, inside = 0, False
         reset()
@@ -98,7 +168,6 @@ def worker(call: str, threads: int, times: int, seed: int) -> None:
                 calls += 1
         except Interrupted as raised:
             inside = _is_inside(raised)
-        within += inside
         found = state()
         reset()
         for _ in range(calls):
@@ -108,9 +177,7 @@ def worker(call: str, threads: int, times: int, seed: int) -> None:
         if call == "training" or not inside:
             advance()
             expected.append(state())
-        wrong += found not in expected
-        ended[0] += 1
-    print(as_line({"within_calls": within, "wrong_states": wrong, "stuck": 0}), flush=True)
+        figures.add(within=inside, fault="" if found in expected else f"another state after {calls} calls")
 
 
 def _is_inside(error: BaseException) -> bool:
@@ -120,16 +187,6 @@ def _is_inside(error: BaseException) -> bool:
         names.append(trace.tb_frame.f_code.co_filename)
         trace = trace.tb_next
     return any(f"{os.sep}eventrnn{os.sep}" in name for name in names)
-
-
-def _watch(ended: list[int]) -> None:
-    """End a process in which no try ends any more."""
-    while True:
-        before = ended[0]
-        time.sleep(STUCK_SECONDS)
-        if ended[0] == before:
-            print("stuck", flush=True)
-            os._exit(3)
 
 
 Way = tuple[Callable[[], object], Callable[[], bytes], Callable[[], object]]
@@ -174,32 +231,5 @@ def _bytes(simulator: Simulator) -> bytes:
     return b"".join(array.tobytes() for array in (*state.cells, *state.outputs))
 
 
-def _interrupted_commands(times: int, seed: int) -> dict[str, Any]:
-    """Two SIGINT to `eventrnn train`, the second one at any moment; the command must end."""
-    rng, stuck = np.random.default_rng(seed), 0
-    for k in range(times):
-        with tempfile.TemporaryDirectory() as folder:
-            model = str(Path(folder) / "model.safetensors")
-            options = ["--hidden", "32", "--steps", "100000", "--threads", str(THREADS[k % len(THREADS)])]
-            process = subprocess.Popen(
-                [sys.executable, "-c", COMMAND, "train", "--out", model, *options],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-            log = Path(f"{model}.run") / "config.toml"
-            while process.poll() is None and not log.exists():
-                time.sleep(0.05)
-            time.sleep(float(rng.uniform(0, 4)))
-            for _ in range(2):
-                process.send_signal(signal.SIGINT)
-                time.sleep(float(rng.uniform(0, 0.01)))
-            try:
-                process.wait(STUCK_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                stuck += 1
-    return {"call": "command line", "interrupts": times, "within_calls": times, "stuck": stuck, "wrong_states": 0}
-
-
 if __name__ == "__main__":
-    worker(sys.argv[1], *map(int, sys.argv[2:]))
+    worker(sys.argv[1], *map(int, sys.argv[2:5]), float(sys.argv[5]))

@@ -501,9 +501,15 @@ def _lost(before: dict[str, bytes], after: dict[str, bytes], job: str, refused: 
 
 
 @app.command()
-def interrupts(times: Times = 2000, seed: Seed = 0) -> None:
-    """Raise in the midst of calls; then compare the state, bit for bit, with that of the whole calls before it."""
-    figures = campaign(times, seed)
+def interrupts(
+    times: Times = 2000,
+    minutes: Minutes = 1e9,
+    seed: Seed = 0,
+    workers: Annotated[int, typer.Option(help="Processes side by side; the calls of each have up to 4 threads.")] = 2,
+) -> None:
+    """Raise in the midst of calls and of commands; then compare the state or the files, bit for bit, with those of the
+    whole calls before it."""
+    figures = campaign(times, seed, workers, 60 * minutes)
     faults = [case for case in figures["cases"] if case["stuck"] or case["wrong_states"]]
     record("interrupts", faults, seed, **figures)
 
