@@ -275,11 +275,15 @@ class TrainingEngine(Protocol):
     Where the engine keeps the parameters elsewhere, `model.parameters` and the arrays of the optimiser are mappings
     that bring an array up to date when it is read, and take it over for the next update.
 
-    state : state of the network after the last window
-    apart : whether `commit` may make the changes of an update on another thread
+    state      : state of the network after the last window
+    apart      : whether `commit` may make the changes of an update on another thread
+    memory_use : the memory of a device that the run takes, and what is left, in words; empty on the host
     """
 
     apart: bool
+
+    @property
+    def memory_use(self) -> str: ...
 
     @property
     def state(self) -> State: ...
@@ -322,6 +326,13 @@ class TrainingEngine(Protocol):
         """Within the context, a model with the `parameters`, `forward` and `score` of `training.Model`.
 
         parameters : to use instead of those of the run
+        """
+        ...
+
+    def kept(self) -> Mapping[str, np.ndarray]:
+        """Copies of the parameters in use: those of the run or, within `evaluating`, those that it was given.
+
+        They may be overwritten by the next call.
         """
         ...
 

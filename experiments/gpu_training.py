@@ -1,10 +1,16 @@
-"""Time training on a GPU: one layer beside cuDNN, and whole updates of the recipe `egru-ptb`; a line per case.
+"""Training on a GPU: its speed, and the learning curve of a run; a line per case.
 
-    python experiments/gpu_training.py
+    python experiments/gpu_training.py speed
+    eventrnn train --preset egru-ptb --text ptb --backend cuda --out ptb.safetensors --epochs 40 \\
+        --set training.schedule.kind=constant
+    python experiments/gpu_training.py curve ptb.safetensors.run
 
-A layer's line is the output of `eventrnn bench training --backend cuda --json`. A line of the recipe is the median of
-whole updates (noise, forward, loss, backward, clipping, AdamW) of its network, batch and window, on random symbols: by
-the GPU's clock, and by the wall clock, which includes the batch and the figures. Needs a GPU, and torch with CUDA.
+Speed is that of one layer beside cuDNN, and of whole updates of the recipe `egru-ptb`. A layer's line is the output of
+`eventrnn bench training --backend cuda --json`. A line of the recipe is the median of whole updates (noise, forward,
+loss, backward, clipping, AdamW) of its network, batch and window, on random symbols: by the GPU's clock, and by the
+wall clock, which includes the batch and the figures. Needs a GPU, and torch with CUDA.
+
+A learning curve is read from the log of a run: perplexity and activity of its validations at some epochs.
 """
 
 import time
@@ -18,11 +24,19 @@ from records import Records
 from eventrnn.bench import versions
 from eventrnn.bench.gpu_training import training
 from eventrnn.cells import Cell, Surrogate
+from eventrnn.cli.terminal import as_line
 from eventrnn.network import Network
-from eventrnn.training import LanguageModelling, Optimiser, Regularisers, Settings, Trainer
+from eventrnn.training import LanguageModelling, Optimiser, Regularisers, Settings, Trainer, read_log
+from eventrnn.training.recipes.recipe import load_recipe
 
 RESULTS = Path(__file__).parent / "results" / "cuda_training.jsonl"
 KEY = ("commit", "what", "hidden", "batch", "precision")
+
+# Epochs of a learning curve that its line names.
+MARKS = (1, 2, 3, 5, 10, 15, 20, 30, 40, 60, 80, 100, 116, 150, 200, 300, 400, 500, 600, 700, 800, 900, 1000)
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, help=__doc__)
+
 LAYERS = ((1350, 64, "bfloat16"), (1350, 128, "bfloat16"), (1350, 64, "tf32"), (512, 64, "bfloat16"))
 
 
@@ -80,7 +94,8 @@ def recipe(precision: str, updates: int) -> dict:
     }
 
 
-def main(
+@app.command()
+def speed(
     repeats: Annotated[int, typer.Option(help="Rounds and updates; medians are reported.")] = 30,
     results: Annotated[Path, typer.Option(help="File to which a line per case is appended.")] = RESULTS,
 ) -> None:
@@ -99,5 +114,49 @@ def main(
         add({"what": "layer"} | training(**case, against="cudnn,evnn-style"))
 
 
+@app.command()
+def curve(
+    run: Annotated[Path, typer.Argument(help="Folder of a run of `eventrnn train`.")],
+    name: Annotated[str, typer.Option(help="What distinguishes the run from its preset.")] = "",
+    device: Annotated[str, typer.Option(help="Machine of the run. [the GPU here]")] = "",
+    results: Annotated[Path, typer.Option(help="File to which the line is appended.")] = RESULTS,
+) -> None:
+    """Append the learning curve of a run: the first validation after each mark."""
+    recipe = load_recipe(run / "config.toml")
+    validations = [line for line in read_log(run) if line["validation"]]
+    found = {}
+    for mark in MARKS:
+        after = [line for line in validations if line["epoch"] >= mark]
+        if after:
+            found[mark] = after[0]
+    last, records = validations[-1], Records(results, KEY)
+    if device:
+        records.device = device
+    elif recipe.training.backend == "cuda":
+        from eventrnn.cuda.device import current_device
+
+        records.device = current_device().name
+    line = {
+        "what": "learning",
+        "name": name,
+        "hidden": list(recipe.model.hidden),
+        "batch": recipe.training.batch,
+        "precision": recipe.training.precision or "bfloat16",
+        "epochs": recipe.training.epochs,
+        "seed": recipe.training.seed,
+        "carry": recipe.data.carry,
+        "valid_batch": recipe.data.valid_batch,
+        "perplexity_valid": {str(mark): each["validation"]["perplexity"] for mark, each in found.items()},
+        "activity_valid": {
+            str(mark): [each["validation"][f"layers.{k}.activity"] for k in range(len(recipe.model.hidden))]
+            for mark, each in found.items()
+        },
+        "best_perplexity_valid": min(each["validation"]["perplexity"] for each in validations),
+        "epochs_done": last["epoch"],
+        "seconds_per_epoch": last["seconds"] / last["epoch"],
+    }
+    print(as_line(records.add(line)))
+
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

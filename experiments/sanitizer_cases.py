@@ -1,21 +1,28 @@
-"""Small networks of every format on the CUDA engine, to be run under NVIDIA's compute-sanitizer.
+"""Small networks on the CUDA engines, to be run under NVIDIA's compute-sanitizer.
 
     compute-sanitizer --report-api-errors no --tool memcheck python experiments/sanitizer_cases.py
     compute-sanitizer --report-api-errors no --tool racecheck python experiments/sanitizer_cases.py
+    compute-sanitizer --report-api-errors no --tool memcheck python experiments/sanitizer_cases.py training
 
-Each case is a run, single steps and a replayed graph. Events are compared with those of the CPU engine.
+Of inference, each case is a run of a weight format, single steps and a replayed graph. Events are compared with those
+of the CPU engine. Of training, each case is some updates, the first of them outside a graph, and a validation; two
+trainers must have the same bits. Cases differ in variant, kind of input, precision, noise, penalties, update rule and
+pruning method.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import numpy as np
 
-from eventrnn.cells import Cell
+from eventrnn.cells import Cell, Surrogate
 from eventrnn.cuda import PRECISIONS, CudaBackend
 from eventrnn.network import Network
+from eventrnn.pruning import Blocks, DynamicMasks, GradualPruning, Pruning, RegrownMasks
 from eventrnn.simulation import Simulator, simulate
+from eventrnn.training import Classification, LanguageModelling, Optimiser, Regularisers, Settings, Task, Trainer
 from eventrnn.weights import convert
 
 UNITS, INPUTS, STEPS = [40, 100], 33, 5
@@ -49,7 +56,67 @@ def inexact(network: Network, precision: str, rng: np.random.Generator) -> bool:
     return paths["layers.0.w_rec"] == f"tensor {precision}"
 
 
-def main(backend: str = "cuda") -> int:
+NOISE = ("dropconnect", "dropout_input", "dropout_between", "dropout_top", "zoneout")
+
+PENALTIES = {"activity_rate": 1.0, "state": 0.5, "activation": 1.0, "temporal_activation": 1.0}
+
+UPDATES = 5
+
+SYMBOLS = 37
+
+Method = Callable[[], Pruning | None]
+
+# variant, whether inputs are symbols, precision, update rule, pruning method
+TRAININGS: list[tuple[str, bool, str, Optimiser, Method]] = [
+    ("evnn", True, "bfloat16", Optimiser(beta1=0.0, decay_biases=True), lambda: None),
+    ("evnn", True, "tf32", Optimiser(), lambda: GradualPruning(0.5, block=(1, 8), start=0, end=4, every=2)),
+    ("evnn", False, "float32", Optimiser(kind="sgd", momentum=0.9), lambda: None),
+    ("paper", True, "bfloat16", Optimiser(kind="nt-asgd", patience=1), lambda: None),
+    ("paper", False, "tf32", Optimiser(), lambda: RegrownMasks(0.5, block=(1, 8), start=0, end=4, every=2)),
+    ("evnn", True, "bfloat16", Optimiser(), lambda: DynamicMasks(Blocks(0.5, (1, 8)), start=0, end=3, every=1)),
+]
+
+
+def trained(variant: str, symbols: bool, precision: str, optimiser: Optimiser, method: Method) -> Trainer:
+    """A trainer after some updates and validations."""
+    rng = np.random.default_rng(3)
+    cell = Cell(variant=variant, surrogate=Surrogate("triangle" if symbols else "gaussian"))
+    shape = {"symbols": SYMBOLS, "embedding": 29} if symbols else {"inputs": INPUTS}
+    network = Network.random(UNITS, readout=SYMBOLS, rng=rng, threshold=0.1, cell=cell, **shape)
+    rates = dict.fromkeys(NOISE, 0.3) | ({"dropout_words": 0.2} if symbols else {}) | PENALTIES
+    task: Task = LanguageModelling(rng.integers(0, SYMBOLS, 900), rng.integers(0, SYMBOLS, 90), valid_batch=3)
+    if not symbols:
+        x = rng.standard_normal((23, 6, INPUTS)).astype(np.float32)
+        labels = rng.integers(0, SYMBOLS, 23)
+        task = Classification(x, labels, (x[:5], labels[:5]))
+    settings = Settings(
+        steps=UPDATES,
+        batch=7,
+        window=6,
+        window_jitter=1.0 if symbols else 0.0,
+        activity_cost=0.1,
+        clip_layers=0.1,
+        backend="cuda",
+        precision=precision,
+        optimiser=optimiser,
+        regularisers=Regularisers(**rates, mask_sharing="batch" if variant == "evnn" else "time"),
+    )
+    trainer = Trainer(network, task, settings, pruning=method())
+    for _ in range(UPDATES):
+        trainer.step()
+        trainer.validate()
+    return trainer
+
+
+def training(case: tuple[str, bool, str, Optimiser, Method]) -> bool:
+    """Whether two trainers have the same bits, none of them NaN."""
+    one, other = (trained(*case).arrays() for _ in range(2))
+    same = one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+    return same and all(np.isfinite(array).all() for array in one.values())
+
+
+def inference(backend: str) -> list[bool]:
+    """Whether each case of inference passes."""
     good, rng = [], np.random.default_rng(1)
     for variant in ("evnn", "paper"):
         network = Network.random(UNITS, inputs=INPUTS, readout=40, rng=rng, threshold=0.1, cell=Cell(variant=variant))
@@ -62,9 +129,16 @@ def main(backend: str = "cuda") -> int:
             good += [exact(network.with_matrices(thinned), batch, rng, backend) for batch in (1, 7)]
         if variant == "evnn" and backend == "cuda":
             good += [inexact(network, precision, rng) for precision in PRECISIONS]
+    return good
+
+
+def main(backend: str = "cuda", *, only: str = "") -> int:
+    good = [] if only == "training" else inference(backend)
+    if backend == "cuda" and only != "inference":
+        good += [training(case) for case in TRAININGS]
     print(f"{sum(good)} of {len(good)} cases passed")
     return 0 if all(good) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(only="".join(sys.argv[1:2])))

@@ -253,7 +253,7 @@ def training() -> str:
 
 
 def gpu_training() -> str:
-    """Milliseconds of a training iteration with a window of 70 steps on a GPU (`python experiments/gpu_training.py`).
+    """Milliseconds of a training iteration, with a window of 70 steps (`python experiments/gpu_training.py speed`).
     One layer: forward and backward with all gradients, GPU time as one CUDA graph, beside the fastest `nn.GRU` and
     `nn.LSTM` in bfloat16, float16 and TF32, and beside EvNN's method in our engine (TF32 products, one kernel per
     step). Recipe: whole updates of `egru-ptb` (layers of 1350, 1350 and 750 units, 10,000 words) by the wall clock.

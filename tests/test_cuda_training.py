@@ -10,6 +10,9 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -36,6 +39,7 @@ from eventrnn.training import (
     Trainer,
 )
 from support import fake_training
+from support.texts import TEXT
 from support.training_specification import Specification, read
 
 SYMBOLS, PRECISIONS = 9, ("float32", "bfloat16", "tf32")
@@ -259,6 +263,29 @@ def test_pruning_gives_the_masks_of_the_cpu(gpu, kind):
             assert not trainers[0].model.parameters[name][~mask].any()
 
 
+def test_the_best_parameters_are_those_of_their_validation(gpu):
+    trainer = Trainer(_network(), LanguageModelling(_text(), _text()[:40], valid_batch=2), _settings(steps=5))
+    found = []
+    for _ in range(4):
+        trainer.step()
+        value = trainer.validate()["bits"]
+        with trainer.engine.reading():
+            found.append((value, {name: array.copy() for name, array in trainer.model.parameters.items()}))
+    value, expected = min(found, key=lambda each: each[0])
+    assert trainer.best_value == value and trainer.best.keys() == expected.keys()
+    assert all(np.array_equal(trainer.best[name], array) for name, array in expected.items())
+
+
+def test_programs_are_dropped_in_the_order_of_their_last_use(gpu, monkeypatch):
+    monkeypatch.setattr("eventrnn.cuda.training.engine.MOST_PROGRAMS", 2)
+    engine = Trainer(_network(), LanguageModelling(_text()), _settings()).engine
+    first = engine.program(2, 3)
+    engine.program(3, 3)
+    assert engine.program(2, 3) is first
+    engine.program(4, 3)
+    assert list(engine.programs) == [(2, 3, False), (4, 3, False)]
+
+
 def test_evaluation_reads_the_parameters_it_is_given(gpu):
     trainer = Trainer(_network(), LanguageModelling(_text(), _text()[:40], valid_batch=2), _settings())
     trainer.step()
@@ -269,9 +296,10 @@ def test_evaluation_reads_the_parameters_it_is_given(gpu):
         with trainer.engine.evaluating(parameters) as model:
             nats, after, activity = model.score(inputs, targets, state)
             output, same, tape = model.forward(inputs, state)
-        assert output.shape == (5, 2, SYMBOLS) and activity == tape.activity
+        assert output.shape == (5, 2, SYMBOLS) and np.array_equal(activity, tape.layer_activity)
+        assert tape.activity == np.rint(activity * [60, 50]).sum() / 110
         assert all(np.array_equal(a, b) for a, b in zip(after.outputs, same.outputs, strict=True))
-        figures.append((nats, activity))
+        figures.append((nats, *activity))
     assert figures[0] == figures[2] != figures[1]
     with pytest.raises(ValueError, match="targets: got shape"), trainer.engine.evaluating() as model:
         model.score(inputs, targets + SYMBOLS, state)
@@ -318,6 +346,34 @@ def test_a_gru_is_refused_on_a_gpu(gpu):
         Trainer(_network(), LanguageModelling(_text()), _settings(), model=GRU(_network()))
 
 
+@pytest.mark.gpu
+def test_a_killed_run_of_the_command_line_goes_on_with_the_same_bits(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    sizes = ["--hidden=24", "--hidden=16", "--embedding=8", "--batch=4", "--window=10", "--steps=40"]
+    noise = [f"--set=training.regularisers.{name}=0.2" for name in ("dropconnect", "dropout_input", "dropout_words")]
+    often = ["--set=training.window_jitter=2", "--set=training.validate_every=10", "--set=run.checkpoint_seconds=0"]
+
+    def start(*arguments):
+        command = [sys.executable, "-m", "eventrnn.cli", "train", "--json", *arguments]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    models = [tmp_path / name for name in ("straight", "killed")]
+    runs = [start(f"--out={model}", f"--text={text}", "--backend=cuda", *sizes, *noise, *often) for model in models]
+    checkpoint = tmp_path / "killed.run" / "checkpoint.safetensors"
+    while not checkpoint.exists() and runs[1].poll() is None:
+        time.sleep(0.001)
+    runs[1].kill()
+    out, err = runs[0].communicate()
+    assert runs[0].returncode == 0, err
+    assert "GPU memory 1/1" in err and "bytes for the run" in err
+    assert json.loads(out)["steps"] == 40 and json.loads(out)["perplexity_valid"] > 1
+    assert runs[1].wait() == -9, "the run ended before it was killed"
+    again = start(f"--resume={tmp_path / 'killed.run'}")
+    assert again.wait() == 0, again.stderr.read()
+    assert models[1].read_bytes() == models[0].read_bytes()
+
+
 def test_too_little_memory_is_refused_with_the_bytes(monkeypatch):
     pytest.importorskip("eventrnn.cuda.device", exc_type=BackendUnavailable, reason="needs numba-cuda")
     device = fake_training.install(monkeypatch, room=1000)
@@ -353,6 +409,7 @@ KERNELS = {
     "square_gradients": lambda m: m.updates.square_gradients_kernel(),
     "sum_spans": lambda m: m.updates.sum_spans_kernel(),
     "settle": lambda m: m.updates.settle_kernel(),
+    "prune": lambda m: m.updates.prune_kernel("bfloat16"),
     "adam": lambda m: m.updates.update_kernel("adam", "bfloat16", False),
     "momentum, averaged": lambda m: m.updates.update_kernel("momentum", "float32", True),
 }

@@ -120,6 +120,28 @@ def test_a_run_has_its_configuration_its_log_and_the_best_model(cli, tmp_path, t
         assert code == (0 if again else 2) and (again or "--force" in err)
 
 
+def test_a_run_moves_to_another_machine_in_parts(cli, tmp_path, text):
+    out, moved = tmp_path / "m.safetensors", tmp_path / "moved"
+    assert cli("train", "--out", out, "--text", text, *SMALL, "--json")[0] == 0
+    folder = tmp_path / "m.safetensors.run"
+    size = (folder / "checkpoint.safetensors").stat().st_size
+    code, stdout, err = cli("train", "--resume", folder, "--split", size / 2.5e6, "--json")
+    assert code == 0, err
+    assert json.loads(stdout) == {"folder": str(folder / "parts"), "parts": 3, "bytes": size}
+    (folder / "parts").rename(moved)
+    code, _, err = cli("train", "--resume", moved, "--out", tmp_path / "again.safetensors", "--json")
+    assert code == 0, err
+    assert (tmp_path / "again.safetensors").read_bytes() == out.read_bytes()
+    for arguments, words in (
+        (("--split", 1), "split: only writes the checkpoint of a run in parts; give --resume"),
+        (("--resume", moved, "--split", 1, "--seed", 3), "split: only writes"),
+        (("--resume", moved, "--split", 0), "split: got 0"),
+        (("--resume", tmp_path, "--split", 1), "holds no checkpoint.safetensors"),
+    ):
+        code, _, err = cli("train", *arguments)
+        assert code == 2 and words in err, (arguments, err)
+
+
 def test_interrupted_run_resumes(cli, tmp_path, text, monkeypatch):
     from eventrnn.training.recipes import recipe as recipes
 

@@ -40,6 +40,7 @@ from eventrnn.training import (
     read_log,
     run,
     save_checkpoint,
+    split_checkpoint,
 )
 from eventrnn.training.checkpoint import previous
 
@@ -241,6 +242,52 @@ def _written(folder, content):
     for name, raw in content.items():
         (folder / name).write_bytes(raw)
     return folder
+
+
+def test_a_run_goes_on_from_its_checkpoint_in_parts(tmp_path, stopped):
+    content, bits, lines = stopped
+    here, there = _written(tmp_path / "here", content), tmp_path / "there"
+    raw = content["checkpoint.safetensors"]
+    size = len(raw) // 3
+    for _ in range(2):
+        count = split_checkpoint(here / "checkpoint.safetensors", there, size, beside=["log.jsonl", "no such file"])
+    parts = sorted(there.glob("*.part"))
+    assert len(parts) == count == -(-len(raw) // size) and b"".join(p.read_bytes() for p in parts) == raw
+    with pytest.raises(ValueError, match="holds a run; resume it"):
+        run(_trainer(), there)
+    whole, index = parts[1].read_bytes(), (there / "parts.json").read_bytes()
+    for part, damaged, words in (
+        (parts[1], whole[:-1] + bytes([whole[-1] ^ 1]), "checkpoint-0001.part: damaged"),
+        (parts[1], None, "checkpoint-0001.part: cannot be read: No such file"),
+        (
+            there / "parts.json",
+            index.replace(b"checkpoint-0001", b"../heckpoint-01"),
+            "parts.json: damaged, or no index",
+        ),
+        (there / "parts.json", b"[]", "parts.json: damaged, or no index of parts"),
+    ):
+        before = part.read_bytes()
+        part.unlink() if damaged is None else part.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=words):
+            run(_trainer(), there, resume=True)
+        assert not (there / "checkpoint.safetensors").exists()
+        part.write_bytes(before)
+    again = _trainer()
+    run(again, there, resume=True, log_every=4)
+    assert _bits(again) == bits and _lines(there) == lines
+
+
+def test_a_validation_alone_saves_nothing(tmp_path):
+    class Kill(BaseException):
+        pass
+
+    def stop(progress, seconds):
+        if progress.validation:
+            raise Kill
+
+    with pytest.raises(Kill):
+        run(_trainer(), tmp_path, report=stop)
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
 
 
 WORDS = (b'"eventrnn checkpoint"', b'"version"', b'"sha256"', b'"dtype"', b"data_offsets", b"__metadata__", b"F32")

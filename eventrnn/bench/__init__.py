@@ -23,6 +23,7 @@ from eventrnn.bench.case import PRODUCT_BASELINES as PRODUCT_BASELINES
 from eventrnn.bench.case import Case as Case
 from eventrnn.bench.inference import inference as inference
 from eventrnn.bench.machine import device as device
+from eventrnn.bench.machine import gpu as gpu
 from eventrnn.bench.machine import versions as versions
 from eventrnn.bench.networks import at_activity as at_activity
 from eventrnn.bench.networks import random_events as random_events

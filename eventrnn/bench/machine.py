@@ -47,6 +47,30 @@ def versions() -> dict[str, str]:
     return found
 
 
+def gpu() -> dict[str, str]:
+    """The GPU of backend="cuda", what it runs for inference and for training, and its free memory; or why there is
+    none."""
+    from eventrnn.backend import BackendUnavailable
+
+    try:
+        from eventrnn.cuda.device import current_device
+
+        found = current_device()
+    except BackendUnavailable as error:
+        return {"gpu": f"none; {error}"}
+    from eventrnn.cuda import PRECISIONS as FOR_INFERENCE
+    from eventrnn.training.settings import PRECISIONS
+
+    version = ".".join(map(str, found.architecture))
+    default, *others = PRECISIONS
+    return {
+        "gpu": f"{found.name}, compute capability {version}, {found.free_bytes():,} bytes free",
+        "gpu_inference": f"exact float32; with exact=False tensor cores in {', '.join(FOR_INFERENCE)}",
+        "gpu_training": f"one CUDA graph per update; products by cuBLAS in {default}, or {', '.join(others)}, "
+        "with float32 sums and parameters",
+    }
+
+
 @contextmanager
 def limited(threads: int) -> Iterator[None]:
     """Limit BLAS, OpenMP and torch, where they are loaded, to that many threads."""

@@ -154,7 +154,7 @@ def count(
 def info(
     model: Annotated[Path | None, typer.Argument(help="Model file to describe.")] = None, as_json: Json = False
 ) -> None:
-    """Show what is installed and how long the first call takes, or what a model file holds."""
+    """Show what is installed, what a GPU would run and how long the first call takes, or what a model file holds."""
     if model is not None:
         network = io.load(model)
         shapes = {
@@ -170,7 +170,11 @@ def info(
         return
     from eventrnn import bench
 
-    show("eventrnn", bench.first_call() | {"device": bench.device(), "versions": bench.versions()}, as_json)
+    show(
+        "eventrnn",
+        bench.first_call() | {"device": bench.device(), **bench.gpu(), "versions": bench.versions()},
+        as_json,
+    )
 
 
 @app.command(name="convert")

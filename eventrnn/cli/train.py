@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from eventrnn.training.recipes.recipe import Recipe
 
 
-RUN_FILES = ("config.toml", "log.jsonl", "checkpoint.safetensors", "previous-checkpoint.safetensors")
+RUN_FILES = ("config.toml", "log.jsonl", "checkpoint.safetensors", "previous-checkpoint.safetensors", "parts.json")
 
 
 #: option -> setting of the recipe
@@ -75,6 +75,14 @@ class TrainOptions:
         Path | None, typer.Option("--run", help="Folder for the log, the configuration and checkpoints. [OUT.run]")
     ] = None
     resume: Annotated[Path | None, typer.Option(help="Folder of a run to continue.")] = None
+    split: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MB",
+            help="Only write the checkpoint of the run --resume in parts of so many megabytes, to its folder `parts`. "
+            "--resume continues a copy of that folder on another machine.",
+        ),
+    ] = None
     kind: Annotated[str | None, typer.Option(help="Kind of symbols: character or word.")] = None
     vocabulary: Annotated[
         int | None, typer.Option(help="Number of symbols to keep, of which one stands for all others. [all]")
@@ -112,6 +120,9 @@ def train(given: TrainOptions) -> None:
     from eventrnn.training.recipes import recipe as recipes
     from eventrnn.training.recipes.toml_config import parse_setting
 
+    if given.split is not None:
+        _split(given, given.split)
+        return
     settings = [*recipes.flags_to_settings(_flags(given)), *map(parse_setting, given.settings or [])]
     if given.resume is None:
         recipe = _merged(given.config, given, settings)
@@ -136,6 +147,17 @@ def train(given: TrainOptions) -> None:
             words = f"{error.strerror}; make room, then continue with: eventrnn train --resume {folder}"
             raise OSError(error.errno, words, error.filename) from None
     show(f"wrote {recipe.run.out or folder}", figures, given.as_json)
+
+
+def _split(given: TrainOptions, megabytes: float) -> None:
+    """Write the checkpoint of a run in parts."""
+    from eventrnn.training.recipes.recipe import split_run
+
+    others = replace(given, resume=None, split=None, as_json=False)
+    if given.resume is None or others != TrainOptions():
+        raise ValueError("split: only writes the checkpoint of a run in parts; give --resume and the folder of the run")
+    figures = split_run(given.resume, megabytes)
+    show(f"wrote {figures['folder']}", figures, given.as_json)
 
 
 def _flags(given: TrainOptions) -> dict[str, Any]:

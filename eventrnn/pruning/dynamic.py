@@ -117,9 +117,13 @@ class StaticMasks(Pruning):
         """Raise ValueError for a matrix that cannot have the pattern."""
         _check_pattern(self.pattern, self, parameters)
 
+    def acts(self, step: int) -> bool:
+        """Whether the masks are made at this step."""
+        return step == self.start
+
     def update(self, step: int, parameters: Arrays, masks: Masks) -> bool:
         """Make the masks at step `start`. Weights that were pruned before stay pruned."""
-        if step != self.start:
+        if not self.acts(step):
             return False
         for name in self.matrices(parameters):
             mask = self.pattern.mask(name, parameters[name])
@@ -240,6 +244,10 @@ class RegrownMasks(Pruning, CallOrderCheck):
             check_block(self.block, parameters[name].shape, name)
             magnitude_mask(parameters[name], self.sparsity, block=self.block, statistic=self.statistic)
 
+    def acts(self, step: int) -> bool:
+        """Whether masks are made or taken away at this step."""
+        return step == self.start or (self.start < step < self.end and (step - self.start) % self.every == 0)
+
     def update(self, step: int, parameters: Arrays, masks: Masks) -> bool:
         """Make masks by magnitude at `start`; remove them for a step after which they change, to get all gradients."""
         self.note_update()
@@ -251,7 +259,7 @@ class RegrownMasks(Pruning, CallOrderCheck):
                     parameters[name], self.sparsity, block=self.block, statistic=self.statistic, within=masks.get(name)
                 )
             return True
-        if self.start < step < self.end and (step - self.start) % self.every == 0:
+        if self.acts(step):
             for name in self.matrices(parameters):
                 self._withheld[name] = masks.pop(name)
         return False

@@ -271,9 +271,13 @@ class GradualPruning(Pruning):
         """Raise ValueError for unknown names, a block larger than a matrix and a sparsity that empties a matrix."""
         self._masks(self.sparsity, parameters, {})
 
+    def acts(self, step: int) -> bool:
+        """Whether a change is due at this step."""
+        return is_due(step, self.start, self.end, self.every)
+
     def update(self, step: int, parameters: Arrays, masks: Masks) -> bool:
         """Update `masks` in place if a change is due at this step. Returns whether it was."""
-        if not is_due(step, self.start, self.end, self.every):
+        if not self.acts(step):
             return False
         masks.update(self._masks(self._schedule(step), parameters, masks))
         return True

@@ -53,6 +53,13 @@ class Pruning:
         """Raise ValueError, before the training, for parameters to which the method does not apply."""
         self.matrices(parameters)
 
+    def acts(self, step: int) -> bool:
+        """Whether `update` may change parameters, masks or arrays of the method at this step.
+
+        The trainer copies these before such an `update`, which takes longer than a step of training on a GPU.
+        """
+        return self.start <= step <= self.end
+
     def update(self, step: int, parameters: Arrays, masks: Masks) -> bool:
         """Called before the forward pass of a step, numbered from 0. Returns whether `masks` changed."""
         raise TypeError(f"{type(self).__name__} must implement update()")
@@ -103,6 +110,10 @@ class Combined(Pruning):
         """Check all parts."""
         for part in self.parts:
             part.check(parameters)
+
+    def acts(self, step: int) -> bool:
+        """Whether one of the parts acts."""
+        return any(part.acts(step) for part in self.parts)
 
     def update(self, step: int, parameters: Arrays, masks: Masks) -> bool:
         """Update all parts in order; each part gets the masks of the parts before it."""

@@ -211,10 +211,14 @@ class GroupLasso(Pruning, CallOrderCheck):
         """Raise ValueError for blocks larger than a matrix."""
         check_blocks({name: parameters[name] for name in self.matrices(parameters)}, self.block)
 
+    def acts(self, step: int) -> bool:
+        """Whether the blocks that are zero are pruned at this step."""
+        return step == self.end
+
     def update(self, step: int, parameters: Arrays, masks: Masks) -> bool:
         """Prune the blocks that are zero at `end`."""
         self.note_update()
-        if step != self.end:
+        if not self.acts(step):
             return False
         for name in self.matrices(parameters):
             kept = from_blocks(block_scores(parameters[name], self.block) > 0, self.block, parameters[name].shape)

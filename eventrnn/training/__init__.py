@@ -17,6 +17,7 @@ from eventrnn.training.optim import Optimiser as Optimiser
 from eventrnn.training.optim import Schedule as Schedule
 from eventrnn.training.optim import clip_by_layer as clip_by_layer
 from eventrnn.training.optim import clip_by_norm as clip_by_norm
+from eventrnn.training.parts import split_checkpoint as split_checkpoint
 from eventrnn.training.regularisers import Regularisers as Regularisers
 from eventrnn.training.run import Stopped as Stopped
 from eventrnn.training.run import read_log as read_log

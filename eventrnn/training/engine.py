@@ -20,6 +20,7 @@ class CpuTrainingEngine:
     """Updates a model in place; see `backend.TrainingEngine`."""
 
     apart = True
+    memory_use = ""
 
     def __init__(self, model: Model, task: Task, settings: Settings, optimiser: Rule):
         self.model, self.task, self.settings, self.optimiser = model, task, settings, optimiser
@@ -83,6 +84,10 @@ class CpuTrainingEngine:
     def reading(self) -> AbstractContextManager[None]:
         """See `backend.TrainingEngine`."""
         return nullcontext()
+
+    def kept(self) -> Mapping[str, np.ndarray]:
+        """See `backend.TrainingEngine`."""
+        return {name: array.copy() for name, array in self.model.parameters.items()}
 
     @contextmanager
     def evaluating(self, parameters: Mapping[str, np.ndarray] | None = None) -> Iterator[Model]:

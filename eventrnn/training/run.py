@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from eventrnn._files import clean, locked, name_beside, printable, write_whole
+from eventrnn.training import parts
 from eventrnn.training.checkpoint import UnreadableCheckpoint, load_checkpoint, previous, save_checkpoint
 from eventrnn.training.trainer import Diverged, Progress, Trainer
 
@@ -24,7 +25,10 @@ CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 DAMAGED = "damaged-"
 
 # What a run writes into its folder.
-FILES = (CHECKPOINT, f"previous-{CHECKPOINT}", f"{DAMAGED}{CHECKPOINT}", LOG, f"previous-{LOG}", f"{DAMAGED}{LOG}")
+FILES = (
+    *(CHECKPOINT, f"previous-{CHECKPOINT}", f"{DAMAGED}{CHECKPOINT}"),
+    *(LOG, f"previous-{LOG}", f"{DAMAGED}{LOG}", parts.INDEX),
+)
 
 # Figures of the log that are means over the updates since the previous line.
 AVERAGED = ("loss", "penalty", "activity", "support", "norm")
@@ -49,11 +53,11 @@ def run(
     ----------
     trainer            : a trainer in its initial state, also for a run that is continued
     folder             : is created. `log.jsonl` gets one line per `log_every` updates (with means over them) and one
-                         per validation; `checkpoint.safetensors` is written every `checkpoint_seconds`, at every
-                         validation and at the end
+                         per validation; `checkpoint.safetensors` is written every `checkpoint_seconds` and at the end
     resume             : continue bit for bit from the checkpoint in the folder, or from the one before it if that one
-                         is lost or damaged; without a checkpoint, start anew. Nothing is lost: a damaged file stays
-                         as `damaged-…`, a log without a checkpoint as `previous-log.jsonl`. A warning says so
+                         is lost or damaged, or from a checkpoint in parts (`split_checkpoint`); without any of them,
+                         start anew. Nothing is lost: a damaged file stays as `damaged-…`, a log without a checkpoint as
+                         `previous-log.jsonl`. A warning says so
     log_every          : updates per line of the log
     checkpoint_seconds : seconds between two checkpoints
     report             : called after every update with its figures and the seconds of training so far
@@ -107,7 +111,7 @@ def run_locked(
                 log.add(progress)
                 report(progress, log.seconds)
                 due = time.perf_counter() - last_save >= checkpoint_seconds
-                if due or progress.validation or requests:
+                if due or requests:
                     save()
                     saved_at, last_save = trainer.steps_done, time.perf_counter()
                 if requests:
@@ -121,7 +125,7 @@ def run_locked(
 
 def _need_no_run(folder: Path, resume: bool) -> None:
     path = folder / CHECKPOINT
-    if not resume and any(each.exists() for each in (path, previous(path), folder / LOG)):
+    if not resume and any(each.exists() for each in (path, previous(path), folder / LOG, folder / parts.INDEX)):
         raise ValueError(f"folder: {printable(folder)} holds a run; resume it, or give another folder")
 
 
@@ -133,7 +137,8 @@ def _load(trainer: Trainer, path: Path) -> dict[str, Any]:
     before = previous(path)
     if not path.exists():
         if not before.exists():
-            return {}
+            # A checkpoint that came in parts; the parts stay.
+            return load_checkpoint(trainer, path) if parts.join(path.parent, path) else {}
         notes, reason = load_checkpoint(trainer, before), f"{printable(path)}: no such file"
     else:
         try:

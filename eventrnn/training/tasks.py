@@ -177,7 +177,8 @@ class LanguageModelling(Task):
         if self.valid is None:
             return {}
         text = streams(self.valid, self.valid_batch)
-        state, total, sent, places = State.zeros(model.template, self.valid_batch), 0.0, 0.0, len(text) - 1
+        state, total, places = State.zeros(model.template, self.valid_batch), 0.0, len(text) - 1
+        sent = np.zeros(len(model.template.layers))
         # Bounds the output of the read-out of one forward pass to 64 MB.
         chunk = max(1, min(256, (1 << 24) // (self.valid_batch * model.parameters["readout.bias"].size)))
         if self.carry == "events":
@@ -187,11 +188,12 @@ class LanguageModelling(Task):
             nats, state, activity = model.score(part[:-1], part[1:], state)
             total += nats * (len(part) - 1)
             sent += activity * (len(part) - 1)
-        nats = total / places
+        nats, units = total / places, [layer.units for layer in model.template.layers]
         return {
             "bits": nats / float(np.log(2)),
             "perplexity": float(np.exp(min(nats, 700.0))),
-            "activity": float(sent / places),
+            "activity": float(sent @ units / (places * sum(units))),
+            **{f"layers.{k}.activity": float(each / places) for k, each in enumerate(sent)},
         }
 
     def digest(self) -> str:

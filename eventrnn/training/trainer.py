@@ -123,11 +123,13 @@ class Trainer:
                 )
             pruning.check(self.model.parameters)
         self._shapes = {name: value.shape for name, value in self.model.parameters.items()}
+        # The share of pruned weights, and the masks that it was counted in.
+        self._pruned: tuple[dict[str, np.ndarray], float] | None = None
         self.optimiser = settings.optimiser.build(self.model.parameters, settings.weight_decay)
         self.engine: TrainingEngine = training_engine(settings.backend)(self.model, self.task, settings, self.optimiser)
         self.rng = np.random.default_rng(settings.seed)
         self.steps_done = self.epoch = self.position = 0
-        self.best: dict[str, np.ndarray] = {}
+        self.best: Mapping[str, np.ndarray] = {}
         self.best_value, self.worse = float("inf"), 0
         self.largest, self.operations = "none yet", 0
         self._use = Use("trainer")
@@ -264,21 +266,19 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """The task's figures on held-out data; empty where the task holds nothing out.
 
-        The parameters are those of a forward pass, averaged if the optimiser averages. Once masks are final, the
-        parameters of a new best validation are copied to `best`. An exception leaves the trainer as it was.
+        The parameters are those of a forward pass, averaged if the optimiser averages. Once masks are final, `best`
+        keeps the parameters of a new best validation. An exception leaves the trainer as it was.
         """
         self._transaction.settle()
         with self.engine.reading(), self.engine.evaluating(self._eval_parameters()) as model:
             figures = self.task.evaluate(model)
             if figures:
-                self._transaction.uninterrupted(
-                    lambda: self._note(figures[self.task.figure], model.parameters), apart=self.engine.apart
-                )
+                self._transaction.uninterrupted(lambda: self._note(figures[self.task.figure]), apart=self.engine.apart)
         return figures
 
-    def _note(self, value: float, parameters: Mapping[str, np.ndarray]) -> None:
-        """Take account of a validation of these parameters."""
-        best = {name: array.copy() for name, array in parameters.items()} if value < self.best_value else None
+    def _note(self, value: float) -> None:
+        """Take account of a validation of the parameters in use."""
+        best = self.engine.kept() if self.masks_are_final and value < self.best_value else None
         self.optimiser.validated(value, self.model.parameters)
         if not self.masks_are_final:
             return
@@ -302,7 +302,8 @@ class Trainer:
     def _eval_parameters(self) -> dict[str, np.ndarray] | None:
         """The parameters that a forward pass would use now, averaged if the optimiser averages; None for the present
         ones."""
-        if self.pruning is None and not self.optimiser.averages:
+        plain = self.pruning is None or type(self.pruning).masked_view is Pruning.masked_view
+        if plain and not self.optimiser.averages:
             return None
         averaged = self.optimiser.averaged(self.model.parameters)
         return averaged if self.pruning is None else self.pruning.masked_view(averaged)
@@ -332,8 +333,18 @@ class Trainer:
         )
 
     def _sparsity(self) -> float:
-        masks = self.model.masks.values()
-        return 1 - sum(int(m.sum()) for m in masks) / sum(m.size for m in masks) if masks else 0.0
+        """The share of the weights of masked matrices that is pruned. Counting costs a pass over the masks, so it is
+        done again only where a mask is another array, or the method may have changed one in place."""
+        masks, step = self.model.masks, self.steps_done - 1
+        acted = self.pruning is not None and self.pruning.acts(step)
+        if self._pruned is not None and not acted:
+            then, share = self._pruned
+            if then.keys() == masks.keys() and all(then[name] is mask for name, mask in masks.items()):
+                return share
+        entries = sum(mask.size for mask in masks.values())
+        share = 1 - sum(int(mask.sum()) for mask in masks.values()) / entries if entries else 0.0
+        self._pruned = dict(masks), share
+        return share
 
     # --- saving and continuing ---
 

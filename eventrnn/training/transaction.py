@@ -116,7 +116,7 @@ def backup_pruning(
 
     Arrays are copied at the steps at which the method acts, which costs a pass over its matrices.
     """
-    acts = pruning.start <= step <= pruning.end
+    acts = pruning.acts(step)
     weights = {name: parameters[name].copy() for name in pruning.matrices(parameters)} if acts else {}
     kept = {name: mask.copy() if acts else mask for name, mask in masks.items()}
     attributes = _attributes(pruning, acts)

@@ -359,6 +359,9 @@ class FakeDevice:
     def new_stream(self, *, urgent: bool = False) -> tuple:
         return None, self.queue
 
+    def free_bytes(self) -> int:
+        return self.room
+
     def need(self, needed: int) -> None:
         if needed > self.room:
             raise MemoryError(f"cuda: {needed:,} bytes are needed and {self.room:,} are free on {self.name}")

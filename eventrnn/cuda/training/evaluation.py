@@ -23,9 +23,10 @@ F32 = np.float32
 
 @dataclass(frozen=True)
 class EvaluationTape:
-    """What a task may read of a window: the activity, events per unit, step and sample."""
+    """What a task may read of a window: the activity, events per unit, step and sample, over all layers and of each."""
 
     activity: float
+    layer_activity: np.ndarray
 
 
 class Evaluator:
@@ -69,16 +70,16 @@ class Evaluator:
             self.parameters = engine.model.parameters
 
     def forward(self, inputs: np.ndarray, state: State, noise: Any = None) -> tuple[np.ndarray, State, EvaluationTape]:
-        """See `training.Model.forward`; without noise. The tape holds the activity only."""
+        """See `training.Model.forward`; without noise. The tape holds activities only."""
         if noise is not None:
             raise ValueError("noise: got some, but a model on the GPU evaluates without noise; leave it out")
         with self.engine.device.on_stream():
             window, run, _ = self._window(inputs, state)
             run()
             output = fetch_output(self.engine.device, window.memory, window.sizes, window.steps, window.batch)
-            return output, self._state(window), EvaluationTape(self._activity(window))
+            return output, self._state(window), EvaluationTape(*self._activities(window))
 
-    def score(self, inputs: np.ndarray, targets: np.ndarray, state: State) -> tuple[float, State, float]:
+    def score(self, inputs: np.ndarray, targets: np.ndarray, state: State) -> tuple[float, State, np.ndarray]:
         """See `training.Model.score`."""
         with self.engine.device.on_stream():
             window, _, run = self._window(inputs, state)
@@ -91,7 +92,7 @@ class Evaluator:
             run()
             losses = np.empty(window.rows, np.float64)
             device.fetch(memory["losses"][: window.rows], losses)
-            return float(losses.sum()) / max(1, window.rows), self._state(window), self._activity(window)
+            return float(losses.sum()) / max(1, window.rows), self._state(window), self._activities(window)[1]
 
     def _window(self, inputs: np.ndarray, state: State) -> tuple[ForwardWindow, Replay, Replay]:
         """The window and the graphs of windows of this size, with inputs and state sent."""
@@ -140,8 +141,10 @@ class Evaluator:
                 arrays.append(np.ascontiguousarray(padded[:, : layer.units]))
         return State(tuple(found["cells"]), tuple(found["outputs"]))
 
-    def _activity(self, window: ForwardWindow) -> float:
+    def _activities(self, window: ForwardWindow) -> tuple[float, np.ndarray]:
+        """The activity over all layers, and of each layer."""
         counts = np.empty(window.memory["counts"].shape, np.int64)
         self.engine.device.fetch(window.memory["counts"], counts)
-        entries = window.rows * sum(layer.units for layer in window.sizes.layers)
-        return window.events(counts) / max(1, entries)
+        events = np.array(window.events(counts))
+        entries = np.array([window.rows * layer.units for layer in window.sizes.layers])
+        return int(events.sum()) / max(1, int(entries.sum())), events / np.maximum(1, entries)

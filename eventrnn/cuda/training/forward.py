@@ -261,7 +261,7 @@ class ForwardWindow(Window):
                 memory.at("counts", self.count_offsets[k]),
             )
 
-    def events(self, counts: np.ndarray) -> int:
-        """Events of all layers, from the counts that `count_events` has left."""
+    def events(self, counts: np.ndarray) -> list[int]:
+        """Events of each layer, from the counts that `count_events` has left."""
         offsets = zip(self.count_offsets, self.sizes.layers, strict=False)
-        return sum(int(counts[at + sums.FIRED * n.padded :][: n.padded].sum()) for at, n in offsets)
+        return [int(counts[at + sums.FIRED * n.padded :][: n.padded].sum()) for at, n in offsets]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -50,9 +50,9 @@ class Mirror(MutableMapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self._arrays)
 
-    def changed_on_gpu(self) -> None:
-        """All twins have changed."""
-        self._old = set(self._arrays)
+    def changed_on_gpu(self, names: Iterable[str] | None = None) -> None:
+        """Twins have changed, all of them by default."""
+        self._old = set(self._arrays) if names is None else self._old | set(names)
 
     def take_touched(self) -> dict[str, np.ndarray]:
         """The arrays that may have been written to since the last call, for sending."""

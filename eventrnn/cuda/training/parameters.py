@@ -33,7 +33,7 @@ class DeviceParameters:
     precision : type of operands
     rule      : rule of the thresholds, see `training.thresholds`
     bounds    : smallest and largest parameter that the rule allows
-    states    : names of the optimiser's states: "first", "second", "mean"
+    sums      : number of sums of a window
 
     Attributes
     ----------
@@ -99,7 +99,7 @@ class DeviceParameters:
 
     @staticmethod
     def nbytes(parameters: Mapping[str, np.ndarray], precision: str, states: int) -> int:
-        """Bytes of values, gradients, operands and so many states."""
+        """Bytes of values, gradients, operands and so many further arrays (`state`)."""
         return Layout(parameters).size * (4 * (2 + states) + threads.BYTES[precision])
 
     # --- addresses ---
@@ -166,7 +166,8 @@ class DeviceParameters:
         segment.unpack(packed, out)
 
     def state(self, name: str) -> Any:
-        """The optimiser's state of that name, made where it is new."""
+        """The array of the layout of that name, made where it is new: "first", "second" and "mean" of the optimiser,
+        "kept" for a copy of the values."""
         if name not in self.states:
             self.states[name] = self._zeros(self.layout.size, F32)
         return self.states[name]
@@ -200,6 +201,18 @@ class DeviceParameters:
         for name, count in kept_bytes.items():
             self.device.send(count, self.kept[name])
         self.device.send(self.table, self.segments)
+
+    def prune(self, lane: Lane) -> None:
+        """Set pruned weights to zero."""
+        lane.blocks(
+            ("prune", self.precision),
+            lambda: updates.prune_kernel(self.precision),
+            self.number_of_chunks,
+            self.values.data.ptr,
+            self.operands.data.ptr,
+            self.chunks.data.ptr,
+            self.segments.data.ptr,
+        )
 
     def set_drops(self, masks: Mapping[str, tuple[int, float]]) -> None:
         """Take over the masks of DropConnect: matrix -> address and scale."""

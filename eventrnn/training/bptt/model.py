@@ -72,6 +72,11 @@ class Tape:
         return sum(np.count_nonzero(k.y[1:]) for k in self.layers) / max(1, sum(k.v.size for k in self.layers))
 
     @property
+    def layer_activity(self) -> np.ndarray:
+        """Events per unit, step and sample of each layer, (layers,) float64."""
+        return np.array([np.count_nonzero(k.y[1:]) / max(1, k.v.size) for k in self.layers])
+
+    @property
     def support(self) -> float:
         """Share of (step, sample, unit) triples, over all layers, where the unit fired or its surrogate slope is not
         zero. Known after `backward`; NaN before."""
@@ -230,16 +235,17 @@ class Model:
             output = flat.reshape(*x.shape[:2], flat.shape[1])
         return output, State(tuple(cells_after), tuple(outputs_after)), Tape(layers, symbols, x, noise)
 
-    def score(self, inputs: np.ndarray, targets: np.ndarray, state: State) -> tuple[float, State, float]:
+    def score(self, inputs: np.ndarray, targets: np.ndarray, state: State) -> tuple[float, State, np.ndarray]:
         """The mean of -ln softmax(output)[target] over all steps and samples, without noise.
 
         inputs, state : as for `forward`
         targets       : (T, B) integers in 0..V - 1
 
-        Returns the mean in nats, the state after the window, and the activity. Raises as `forward` does.
+        Returns the mean in nats, the state after the window, and the activity of each layer, (layers,) float64. Raises
+        as `forward` does.
         """
         output, state, tape = self.forward(inputs, state)
-        return cross_entropy(output, targets)[0], state, tape.activity
+        return cross_entropy(output, targets)[0], state, tape.layer_activity
 
     def _check(self, state: State, batch: int) -> None:
         """Refuse a state, parameters and masks of other shapes: kernels do not check an index. Raises ValueError."""

@@ -25,15 +25,18 @@ from eventrnn.data.text import KINDS, Corpus, from_path, from_text, python_docum
 from eventrnn.io.model_file import encoded
 from eventrnn.network import Network
 from eventrnn.simulation import CARRIES
-from eventrnn.training import GRU, LanguageModelling, Model, Progress, Settings, Trainer, evaluate
+from eventrnn.training import GRU, LanguageModelling, Model, Progress, Settings, Trainer, evaluate, parts
 from eventrnn.training.recipes import toml_config
-from eventrnn.training.run import FILES, run_locked
+from eventrnn.training.run import CHECKPOINT, FILES, LOG, run_locked
 from eventrnn.training.thresholds import initial
 
 CONFIG = "config.toml"
 
 # The copy of a text that can be read only once.
 TEXT = "text.txt"
+
+# The folder of the checkpoint in parts, in the folder of the run.
+PARTS = "parts"
 
 # The SHA-256 of the model files that the run may replace: what it wrote itself, and what it was told to overwrite.
 OWN = "out.sha256"
@@ -273,6 +276,8 @@ def _train(
     report: Callable[[str, int, int, str], None],
 ) -> dict[str, Any]:
     """`train` in a locked folder whose files are ready."""
+    if trainer.engine.memory_use:
+        report("GPU memory", 1, 1, trainer.engine.memory_use)
 
     def each(progress: Progress, seconds: float) -> None:
         report("training", round(1000 * progress.share), 1000, note(progress, recipe.data.kind))
@@ -297,7 +302,7 @@ def _train(
     network = trainer.network(best=True)
     _save_out(network, recipe, folder)
     report("validating", 0, 1, "")
-    bits = evaluate(network, corpus.valid)
+    bits = evaluate(network, corpus.valid, backend=recipe.training.backend)
     return {"bits_per_symbol_valid": bits, "perplexity_valid": float(2.0 ** min(bits, 1000.0))} | figures
 
 
@@ -312,8 +317,24 @@ def note(progress: Progress, kind: str) -> str:
     return ", ".join(words)
 
 
+def split_run(folder: str | os.PathLike, megabytes: float) -> dict[str, Any]:
+    """Write the newest checkpoint of a run in parts of at most so many million bytes, to its folder `parts`.
+
+    That folder can be copied to another machine and resumed there as the run itself. The run may go on meanwhile.
+    Returns the folder, the number of parts and their bytes. Raises ValueError for a size that is no positive number and
+    for a folder without a checkpoint.
+    """
+    need_number("split", megabytes, above=0)
+    source, target = Path(folder) / CHECKPOINT, Path(folder) / PARTS
+    if not source.is_file():
+        raise ValueError(f"split: {printable(folder)} holds no {CHECKPOINT}")
+    count = parts.split_checkpoint(source, target, max(1, int(megabytes * 1e6)), beside=(CONFIG, LOG, TEXT))
+    return {"folder": str(target), "parts": count, "bytes": parts.nbytes(target)}
+
+
 def remove_run(folder: str | os.PathLike) -> None:
     """Delete the files of a run from its folder. Other files are not touched."""
+    parts.remove(Path(folder))
     for name in (CONFIG, OWN, *FILES):
         (Path(folder) / name).unlink(missing_ok=True)
 

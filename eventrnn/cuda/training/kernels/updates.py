@@ -136,6 +136,31 @@ def settle_kernel():
     return settle, types.void(*[types.int64] * 9)
 
 
+def prune_kernel(precision: str):
+    """The kernel that sets pruned weights to zero, and its signature.
+
+    parameters_at : float32 of all segments
+    operands_at   : the parameters as operands
+    """
+    store, size = STORES[precision], BYTES[precision]
+
+    def prune(parameters_at, operands_at, chunks_at, segments_at):
+        parameters = global_float32(parameters_at)
+        chunk = global_int64(chunks_at + 24 * int64(cuda.blockIdx.x))
+        segment = global_int64(segments_at + 8 * SEGMENT_FIELDS * chunk[0])
+        start, kept = segment[FIRST], segment[KEPT]
+        if kept == 0:
+            return
+        i, end = chunk[1] + cuda.threadIdx.x, chunk[2]
+        while i < end:
+            if global_uint8(kept)[i - start] == 0:
+                parameters[i] = ZERO32
+                store(operands_at + size * i, ZERO32)
+            i += cuda.blockDim.x
+
+    return prune, types.void(*[types.int64] * 4)
+
+
 def update_kernel(rule: str, precision: str, averaged: bool):
     """The kernel of an update rule, and its signature; the rules are those of `training.kernels.optimiser_updates`.
 
