@@ -22,6 +22,7 @@ from eventrnn._checks import (
 )
 from eventrnn.cells import Cell
 from eventrnn.weights import Dense, MatrixId, Weights
+from eventrnn.weights.storage import rounded
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -132,6 +133,29 @@ class Network:
     def dense(self) -> Network:
         """The same network with every matrix in the format "dense", as float32. O(size of the matrices)."""
         return self.with_matrices({name: Dense(w.to_dense()) for name, w in self.matrices().items()})
+
+    def untied(self) -> Network:
+        """The same network with a read-out of its own, which can be pruned, trained and stored apart.
+
+        A tied read-out is the transposed embedding, so that whatever prunes it prunes the embedding too. The embedding
+        of an untied network keeps all its values; a look-up costs no operation. Outputs do not change. A network
+        without a tied read-out is returned as it is.
+        """
+        if self.readout is None or not self.readout.tied:
+            return self
+        return replace(self, readout=replace(self.readout, tied=False))
+
+    def with_rounded_embedding(self, storage: str) -> Network:
+        """The network with an embedding of numbers that a narrow storage holds: "bfloat16", or "int8" with a scale per
+        symbol. A model file stores such an embedding in a half or a quarter of the bytes.
+
+        Raises ValueError for an unknown storage, and where there is no embedding or the read-out is tied to it.
+        """
+        if self.embedding is None:
+            raise ValueError(f"embedding: got {storage}, but the network has no embedding")
+        if self.readout is not None and self.readout.tied:
+            raise ValueError(f"embedding: got {storage}, but the read-out is tied to the embedding; untie it first")
+        return replace(self, embedding=rounded(self.embedding, storage))
 
     @classmethod
     @standard_arithmetic

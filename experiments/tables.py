@@ -369,6 +369,50 @@ def tasks() -> str:
     return table(("task", "network", "result", "activity"), rows)
 
 
+def word_models() -> str:
+    """Models of the Penn Treebank (10,000 words), one stream with carried state (`python experiments/ptb.py`).
+    Operations are multiplications per token, embedding look-ups free, decoder included; the last column is how many
+    times fewer than the 24.2 million of AWD-LSTM (Merity et al. 2017, test perplexity 57.3). A test perplexity is
+    measured for reported models only. A file holds its vocabulary, whose bytes are not included.
+    """
+    lines, rows = [line for line in read("ptb") if line["what"] == "evaluation"], []
+    for name in dict.fromkeys(line["name"] for line in lines):
+        line = last(lines, name=name)
+        assert line is not None
+        found = line.get("test", line["valid"])
+        perplexities = [f"{line[part]['perplexity']:.1f}" if part in line else "" for part in ("valid", "test")]
+        active = " / ".join(f"{share:.0%}" for share in found.get("activity_by_layer", [1.0]))
+        counts = [f"{found[kind]:,.0f}" for kind in ("effective", "effective_without_decoder", "executed")]
+        kind = f"{line['model'].upper()}, {line['pruned'] or 'not'} pruned, {line['storage']}"
+        size = f"{line['file_bytes'] / 1e6:.1f}" if "file_bytes" in line else ""
+        cells = (name, kind, f"{line['density']:.1%}", *perplexities, active, *counts, size)
+        rows.append(((*cells, times(found["fewer_than_awd_lstm"])), [line]))
+    columns = (
+        *("model", "kind", "weights left", "valid", "test", "activity of the layers", "effective"),
+        *("without decoder", "executed", "file, MB", "times fewer"),
+    )
+    return table(columns, rows)
+
+
+def word_latency() -> str:
+    """Milliseconds per token at batch 1 of whole word models, embedding and decoder over 10,000 words included, one
+    thread (`python experiments/ptb_latency.py`). One call for a text, and one call per token. LSTM: `torch.nn.LSTM` of
+    the size of AWD-LSTM; GRU: `torch.nn.GRU` of our sizes; int8: their dynamic quantisation. The last column compares
+    each side at its better way.
+    """
+    lines, rows = read("ptb_latency"), []
+    for name in dict.fromkeys(line["name"] for line in lines):
+        line = last(lines, name=name)
+        assert line is not None
+        for contestant, ways in line["ms_per_token"].items():
+            best = line["times_faster_best"].get(contestant)
+            spent = (f"{ways[way]['ms']:.3f}" for way in ("sequence", "token"))
+            rows.append(((name, contestant, *spent, "" if best is None else times(best)), [line]))
+        rows += [((name, contestant, "missing", "", ""), [line]) for contestant in line["missing"]]
+    columns = ("network", "side", "ms per token, one call", "a call per token", "times slower than ours")
+    return table(columns, rows)
+
+
 #: title -> table; the docstring of the function is the paragraph above its table
 SECTIONS = {
     "Inference on a CPU": cpu_layer,

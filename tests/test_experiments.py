@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from eventrnn import bench
+from eventrnn import bench, load
+from eventrnn.data.text import from_path
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
@@ -17,7 +18,7 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 def script(name, monkeypatch):
     """Import a script as a fresh module; it can import the other scripts."""
     monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    for each in (name, "records", "models"):
+    for each in (name, "records", "models", "ptb_figures"):
         monkeypatch.delitem(sys.modules, each, raising=False)
     return importlib.import_module(name)
 
@@ -360,3 +361,137 @@ def test_robustness_campaign_finds_faults_of_the_loader_and_no_others(monkeypatc
     assert {fault for _, fault in (module.tried(number, 0, files, path) for number in range(4))} == {
         "TypeError: 'int' object is not iterable"
     }
+
+
+TINY = ("--set", "model.hidden=[8, 6]", "--set", "model.embedding=6", "--set", "training.batch=4")
+
+
+@pytest.fixture
+def words(tmp_path):
+    """A folder with three short texts of words."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for part, repeats in (("train", 150), ("valid", 20), ("test", 20)):
+        (folder / f"{part}.txt").write_text("a b c d e\nd c b a\ne e a\n" * repeats)
+    return folder
+
+
+def test_ptb_model_is_evaluated_pruned_tuned_compared_and_drawn(monkeypatch, tmp_path, words, cli):
+    pytest.importorskip("matplotlib", reason="figures need matplotlib, the plots extra")
+    module, results = script("ptb", monkeypatch), tmp_path / "lines.jsonl"
+    monkeypatch.setattr(module, "CALIBRATION", (60, 4))
+    monkeypatch.setattr(module, "ADDED", (0.0, 0.2))
+    monkeypatch.setattr(module, "DENSITIES", (1.0, 0.4))
+    dense, pruned, tuned = (tmp_path / f"{name}.safetensors" for name in ("dense", "pruned", "tuned"))
+    train = ("train", "--preset", "egru-ptb", "--text", words, "--out", dense, "--epochs", 2, *TINY)
+    assert cli(*train)[0] == 0
+
+    def run(*arguments):
+        given = [str(each) for each in (*arguments, "--results", results)]
+        outcome = CliRunner().invoke(module.app, given)
+        assert outcome.exit_code == 0, outcome.output
+        return json.loads(results.read_text().splitlines()[-1])
+
+    text = ("--text", words)
+    first, of_run = (run("evaluate", each, *text) for each in (dense, f"{dense}.run"))
+    assert first["tied"] and first["valid"]["perplexity"] == of_run["valid"]["perplexity"] and "test" not in first
+    assert first["valid"]["dense"] == 24 * 6 + 24 * 8 + 18 * 8 + 18 * 6 + 6 * 6
+    assert first["parameters"] == first["weights"] + 2 * 24 + 8 + 2 * 18 + 6 + 6, "a tied embedding counts once"
+
+    budget = 0.5 * first["valid"]["effective"]
+    line = run("prune", dense, *text, "--operations", budget, "--block", "1x2", "--out", pruned)
+    assert line["measured"] <= budget and line["pruned"] == "1x2" and not line["tied"]
+    assert line["density_by_matrix"]["readout"] < 1 and line["density"] < 1
+    line = run("tune", pruned, f"{dense}.run", *text, "--epochs", 1, "--out", tuned)
+    before, after = load(pruned), load(tuned)
+    for name, w in after.matrices().items():
+        kept = before.matrices()[name].to_dense() != 0
+        assert w.name == "block" and not w.to_dense()[~kept].any(), name
+    assert not np.array_equal(after.embedding, before.embedding)
+    line = run("evaluate", tuned, *text, "--test", "--name", "tuned")
+    assert line["test"]["tokens"] == 20 * 15 and line["valid"]["perplexity"] > 1
+    without = line["test"]["effective"] - line["test"]["effective_by_matrix"]["readout"]
+    assert line["test"]["effective_without_decoder"] == without
+
+    line = run("twin", tuned, *text)
+    assert line["equal"] and line["compared"] == 14 * 300
+    line = run("grid", tuned, *text, "--limit", 100)
+    points = [each for each in map(json.loads, results.read_text().splitlines()) if each["what"] == "grid"]
+    assert len(points) == 4 and {(each["added"], each["kept"]) for each in points} == {
+        (0.0, 1.0),
+        (0.0, 0.4),
+        (0.2, 1.0),
+        (0.2, 0.4),
+    }
+    run("draw")
+    assert {path.name for path in tmp_path.glob("*.png")} == {"ptb.png", "ptb_grid.png"}
+
+
+def test_ptb_twin_reports_the_first_difference(monkeypatch, tmp_path, words):
+    module = script("ptb", monkeypatch)
+    network = module.er.Network.random(
+        [5], rng=np.random.default_rng(0), symbols=6, embedding=4, readout=6, threshold=0.1
+    )
+    corpus = from_path(words, kind="word")
+    network = module.replace(network, metadata={"vocabulary": corpus.vocabulary.to_json()})
+    module.er.save(network, tmp_path / "m.safetensors")
+    other = module.replace(network, embedding=network.embedding * np.float32(1.5))
+    monkeypatch.setattr(module.er.Network, "dense", lambda self: other)
+    arguments = ["twin", str(tmp_path / "m.safetensors"), "--text", str(words), "--results", str(tmp_path / "l.jsonl")]
+    outcome = CliRunner().invoke(module.app, arguments)
+    assert outcome.exit_code == 1 and "differ first at step 0, layer 0" in outcome.output
+    assert not (tmp_path / "l.jsonl").exists()
+
+
+def test_ptb_gru_is_pruned_and_its_operations_are_its_weights(monkeypatch, tmp_path, words, cli):
+    module, results = script("ptb", monkeypatch), tmp_path / "lines.jsonl"
+    folder = tmp_path / "gru"
+    assert cli("train", "--preset", "awd-gru", "--text", words, "--run", folder, "--epochs", 1, *TINY)[0] == 0
+    lines = []
+    for share in (0.0, 0.5):
+        given = ["evaluate", folder, "--text", words, "--sparsity", share, "--results", results]
+        outcome = CliRunner().invoke(module.app, [str(each) for each in given])
+        assert outcome.exit_code == 0, outcome.output
+        lines.append(json.loads(results.read_text().splitlines()[-1]))
+    dense, pruned = lines
+    assert dense["weights"] == dense["valid"]["dense"] == dense["valid"]["effective"]
+    assert pruned["weights"] == pruned["valid"]["effective"] == dense["weights"] // 2
+    assert pruned["valid"]["perplexity"] != dense["valid"]["perplexity"] > 1
+
+
+@pytest.fixture
+def latency(monkeypatch, tmp_path):
+    """The script of latencies with models of a few units, and a function that runs it and returns its line."""
+    module, results = script("ptb_latency", monkeypatch), tmp_path / "lines.jsonl"
+    monkeypatch.setattr(module, "WORDS", 30)
+    monkeypatch.setattr(module, "EGRU", (8, (12, 12, 8)))
+    monkeypatch.setattr(module, "AWD_LSTM", (8, (12, 12, 8)))
+
+    def run(*arguments):
+        options = ("--random", 0.5, "--tokens", 20, "--repeats", 1, "--results", results)
+        outcome = CliRunner().invoke(module_app(module), [str(each) for each in (*options, *arguments)])
+        assert outcome.exit_code == 0, outcome.output
+        return json.loads(results.read_text().splitlines()[-1]), outcome.stdout
+
+    return run
+
+
+def test_latency_without_torch_names_what_is_missing(latency, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    line, shown = latency()
+    assert list(line["ms_per_token"]) == ["ours", "ours, dense", "ours, BLAS"]
+    assert set(line["missing"]) == {"LSTM", "GRU", "LSTM, int8", "GRU, int8"}
+    assert "torch is not installed" in shown and "random weights" in line["weights"]
+    assert 0 < line["effective"] <= line["executed"] < line["dense"] == 36 * (8 + 12) + 36 * 24 + 24 * 20 + 8 * 30
+
+
+@pytest.mark.torch
+def test_latency_times_the_models_of_torch(latency):
+    pytest.importorskip("torch", reason="compares with PyTorch")
+    line, _ = latency()
+    assert {"LSTM", "GRU"} <= set(line["ms_per_token"])
+    names = set(line["ms_per_token"]) | set(line["missing"])
+    assert names == {"ours", "ours, dense", "ours, BLAS", "LSTM", "GRU", "LSTM, int8", "GRU, int8"}
+    for way in ("sequence", "token"):
+        for name, ratio in line["times_faster"][way].items():
+            assert ratio == line["ms_per_token"][name][way]["ms"] / line["ms_per_token"]["ours"][way]["ms"]

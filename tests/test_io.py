@@ -18,6 +18,7 @@ from eventrnn import _files as files
 from eventrnn.cells import CELLS, SURROGATES, Cell, Surrogate
 from eventrnn.io import model_file as io
 from eventrnn.network import Network, Readout
+from eventrnn.pruning import prune
 from eventrnn.weights import FORMATS, STORAGES, Dense, convert
 from support.model_files import converted, crafted, describe, edit, narrow_network, small_network
 
@@ -55,6 +56,8 @@ def networks(draw):
         network = replace(network, readout=None, embedding=np.ascontiguousarray(readout.to_dense().T))
         weights = convert(readout, formats["readout"], **options)
         network = replace(network, readout=Readout(weights, np.zeros(symbols, np.float32), tied=True))
+    if network.embedding is not None and not tied:
+        network = network.with_rounded_embedding(draw(st.sampled_from(STORAGES)))
     return network.with_matrices(changed)
 
 
@@ -119,6 +122,53 @@ def test_a_tied_readout_whose_bits_differ_from_the_embedding_keeps_them(path):
     network = replace(network, embedding=embedding, readout=readout)
     io.save(network, path)
     assert np.signbit(io.load(path).readout.weights.values[0, 0])
+
+
+@pytest.mark.parametrize(("storage", "dtype"), [("float32", np.float32), ("bfloat16", np.uint16), ("int8", np.int8)])
+def test_an_embedding_is_stored_in_the_narrowest_type_that_holds_it(path, storage, dtype):
+    # Rows of many magnitudes: the scale that rounded numbers suggest can differ from theirs in the last place.
+    rng = np.random.default_rng(0)
+    network = Network.random([3], rng=rng, symbols=2000, embedding=4, readout=2000)
+    rows = rng.normal(size=(2000, 4)) * 10.0 ** rng.uniform(-9, 9, (2000, 1))
+    rows[5] = 0
+    network = replace(network, embedding=rows.astype(np.float32)).with_rounded_embedding(storage)
+    io.save(network, path)
+    tensors = safetensors.numpy.load_file(path)
+    assert tensors["embedding"].dtype == dtype and ("embedding.scales" in tensors) == (storage == "int8")
+    assert io.load(path).embedding.tobytes() == network.embedding.tobytes()
+    # One number of another kind, and the whole embedding is stored as it is.
+    network.embedding[1999, 3] = np.float32(np.pi)
+    io.save(network, path, overwrite=True)
+    assert safetensors.numpy.load_file(path)["embedding"].dtype == np.float32
+    assert io.load(path).embedding.tobytes() == network.embedding.tobytes()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        edit("embedding", lambda a: a.astype(np.int8)),
+        edit("embedding", lambda a: a.ravel().view(np.uint32).astype(np.uint16)),
+        lambda tensors, description: tensors.update({"embedding.scales": np.ones(5, np.float32)}),
+        lambda tensors, description: (tensors.pop("embedding"), tensors.update({"embedding.scales": np.ones(5, "f4")})),
+    ],
+)
+def test_load_refuses_an_embedding_whose_parts_do_not_fit(path, change):
+    crafted(path, change)
+    with pytest.raises(io.ModelFileError, match=r"scales|embedding: got shape|embedding"):
+        io.load(path)
+
+
+def test_an_untied_readout_keeps_the_outputs_and_can_be_pruned_alone():
+    network = small_network()
+    apart = network.untied()
+    assert not apart.readout.tied and apart.untied() is apart
+    assert np.array_equal(apart.readout.weights.to_dense(), network.embedding.T)
+    with pytest.raises(ValueError, match="the read-out is tied to the embedding; untie it first"):
+        network.with_rounded_embedding("int8")
+    pruned = prune(apart, 0.5, names=("readout",))
+    assert pruned.readout.weights.nnz <= 8 and np.array_equal(pruned.embedding, network.embedding)
+    with pytest.raises(ValueError, match="cannot be pruned; leave it out, or use network.untied"):
+        prune(network, 0.5, names=("readout",))
 
 
 def test_a_transposed_embedding_in_memory_is_saved_in_order(path):
@@ -210,8 +260,8 @@ def test_a_bit_flipped_in_the_weights_is_named_as_damage(path):
 
 
 def test_load_refuses_a_newer_version(path):
-    crafted(path, lambda tensors, description: None, version=4)
-    with pytest.raises(io.ModelFileError, match="format version 4; this eventrnn reads versions 1, 2, 3: update"):
+    crafted(path, lambda tensors, description: None, version=5)
+    with pytest.raises(io.ModelFileError, match="format version 5; this eventrnn reads versions 1, 2, 3, 4: update"):
         io.load(path)
 
 

@@ -335,7 +335,7 @@ def test_a_corpus_with_a_name_is_downloaded_once_and_held_against_its_checksum(s
 
 def test_without_pooch_a_corpus_with_a_name_is_refused(served, monkeypatch):
     monkeypatch.setitem(sys.modules, "pooch", None)
-    refused("fox", r"pip install 'eventrnn\[data\]', or give --text a folder that has it")
+    refused("fox", r"pip install 'eventrnn\[data\]'\); try again, or give --text a folder that has it")
     assert served[1] == []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,13 +13,15 @@ import typer
 from rich.table import Table
 
 from eventrnn import io
+from eventrnn._checks import need_choice
 from eventrnn._files import printable
 from eventrnn.cli.options import (
     Backend,
     Block,
     Force,
+    GivenModel,
     Json,
-    Model,
+    NamedModel,
     Out,
     Part,
     Seed,
@@ -27,6 +30,7 @@ from eventrnn.cli.options import (
     Threads,
     Unknown,
     load_symbols,
+    model_file,
     parse_block,
     save_model,
     writable_file,
@@ -53,24 +57,42 @@ def demo(
     sparsity: Annotated[float, typer.Option(help="Share of the blocks to prune.")] = 0.8,
     block: Block = "1x8",
     seed: Seed = 0,
+    named: NamedModel = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Train, prune and simulate a model, compare it with the dense network, count and time: two to three minutes."""
+    """Train, prune and simulate a model, compare it with the dense network, count and time: two to three minutes.
+
+    With --model, a trained model writes a text instead, and is compared, counted and timed on it: no training.
+    """
     from eventrnn.cli import demo as job
 
     settings = job.DemoSettings(
         hidden=hidden, steps=steps, pruning_steps=pruning_steps, sparsity=sparsity, block=parse_block(block), seed=seed
     )
+    if named is not None and replace(settings, seed=0) != job.DemoSettings():
+        raise ValueError(
+            "model: a trained model is not trained again; leave out the sizes and shares, and give only --seed"
+        )
     writable_folder(out, job.FILES, force)
-    with progress() as report:
-        result = job.run(out, settings, report, overwrite=force)
-    show("Activity-sparse, block-pruned, event by event", result, as_json)
+    if named is None:
+        with progress() as report:
+            result = job.run(out, settings, report, overwrite=force)
+    else:
+        network = io.load(model_file(None, named))
+        with progress() as report:
+            result = job.run_trained(network, out, seed=seed, report=report, overwrite=force)
+    if "text" in result and not as_json:
+        print("\n".join(map(printable, result.pop("text").split("\n"))) + "\n")
+    show("Activity-sparse, pruned, event by event" if named else SHOWN, result, as_json)
     if not as_json:
         print(f"wrote {printable(out)}/: {', '.join(sorted(p.name for p in out.iterdir() if p.name in job.FILES))}")
     if not result["events_identical"]:
         raise RuntimeError("the event-driven run and its dense twin differ; this is a bug, please report it")
 
+
+# Title of the figures of a demo that trains.
+SHOWN = "Activity-sparse, block-pruned, event by event"
 
 # Columns that a table with six counts needs.
 COUNT_WIDTH = 120
@@ -80,7 +102,8 @@ app.command()(train)
 
 @app.command()
 def run(
-    model: Model,
+    model: GivenModel = None,
+    named: NamedModel = None,
     text: Text = "builtin",
     part: Part = "test",
     unknown: Unknown = None,
@@ -95,7 +118,7 @@ def run(
     """Read a text event by event, and report bits per symbol, activity and operations."""
     from eventrnn.training.evaluation import compare_storage, evaluate_text
 
-    network = io.load(model)
+    network = io.load(model_file(model, named))
     symbols = load_symbols(network, text, part, unknown)
     with progress() as bar:
 
@@ -106,12 +129,13 @@ def run(
             figures = evaluate_text(network, symbols, backend=backend, threads=threads, report=report)
         else:
             figures = compare_storage(network, symbols, storage, backend=backend, threads=threads, report=report)
-    show(f"{model} on {text} ({part})", figures, as_json)
+    show(f"{model or named} on {text} ({part})", figures, as_json)
 
 
 @app.command()
 def count(
-    model: Model,
+    model: GivenModel = None,
+    named: NamedModel = None,
     text: Text = "builtin",
     part: Part = "test",
     symbols: Annotated[int, typer.Option(help="Number of symbols to read, at most.")] = 10_000,
@@ -121,9 +145,9 @@ def count(
     """Count every operation of a run over a text, and audit the counts."""
     from eventrnn import counting
 
-    network = io.load(model)
     if symbols < 1:
         raise ValueError(f"symbols: got {symbols}, need a whole number >= 1")
+    network = io.load(model_file(model, named))
     inputs = load_symbols(network, text, part, unknown)[:symbols, None]
     simulation = simulate(network, inputs, record="events")
     counts = counting.count(network, simulation)
@@ -151,12 +175,11 @@ def count(
 
 
 @app.command()
-def info(
-    model: Annotated[Path | None, typer.Argument(help="Model file to describe.")] = None, as_json: Json = False
-) -> None:
+def info(model: GivenModel = None, named: NamedModel = None, as_json: Json = False) -> None:
     """Show what is installed, what a GPU would run and how long the first call takes, or what a model file holds."""
-    if model is not None:
-        network = io.load(model)
+    if model is not None or named is not None:
+        path = model_file(model, named)
+        network = io.load(path)
         shapes = {
             name: f"{w.name} {w.shape[0]}x{w.shape[1]}, {w.storage}, {w.nnz:,} weights "
             f"({w.nnz / max(1, w.shape[0] * w.shape[1]):.1%})"
@@ -166,7 +189,7 @@ def info(
             f"layers.{k}": f"{layer.cell.name}/{layer.cell.variant}, {layer.units} units"
             for k, layer in enumerate(network.layers)
         }
-        show(str(model), cells | shapes | {"bytes": model.stat().st_size}, as_json)
+        show(model or named or "", cells | shapes | {"bytes": path.stat().st_size}, as_json)
         return
     from eventrnn import bench
 
@@ -197,6 +220,12 @@ def convert_command(
     storage: Annotated[
         str | None, typer.Option(help=f"Storage type of the weights: {', '.join(STORAGES)}. [unchanged]")
     ] = None,
+    embedding: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Round the embedding to numbers of this type, for a smaller file: {', '.join(STORAGES[1:])}."
+        ),
+    ] = None,
     exempt: Annotated[
         list[str] | None, typer.Option(help="Matrix or layer that is not changed; repeat for more.")
     ] = None,
@@ -219,6 +248,9 @@ def convert_command(
         made = convert(weights, to, block=r_c, nm=n_m, storage=storage) if to else weights
         changed[name] = made if to else weights.stored_as(storage or weights.storage)
     converted = network.with_matrices(changed)
+    if embedding is not None:
+        need_choice("embedding", embedding, STORAGES[1:])
+        converted = converted.with_rounded_embedding(embedding)
     save_model(converted, out, force)
     show(
         f"wrote {out}",

@@ -1,6 +1,7 @@
 """`eventrnn demo`: train, prune, simulate event by event, compare with the dense network, count and time.
 
-The demo calls the public library in the order in which a user would.
+The demo calls the public library in the order in which a user would. With a trained model it trains nothing: the model
+writes a text, and the same comparisons are made on it.
 """
 
 from __future__ import annotations
@@ -19,19 +20,23 @@ from eventrnn import counting, io, plots
 from eventrnn._files import write_whole
 from eventrnn.bench import device, interleaved, versions
 from eventrnn.cells import Cell, Surrogate
-from eventrnn.data.text import Corpus, python_documentation
+from eventrnn.data.text import END_OF_LINE, UNKNOWN_WORD, Corpus, Vocabulary, python_documentation
 from eventrnn.data.trigram import TrigramModel
 from eventrnn.events import Events
 from eventrnn.network import Network
 from eventrnn.pruning import GradualPruning, compress
-from eventrnn.simulation import Simulator, simulate
+from eventrnn.simulation import Simulation, Simulator, simulate
 from eventrnn.training import Model, Progress, Schedule, Settings, Trainer, evaluate
+from eventrnn.training.tasks import check_symbols
 from eventrnn.weights import CSR, BlockCSR
 
 FILES = ("model.safetensors", "counts.json", "result.json", "raster.png", "operations.png")
 
 # The reference backend is slow, so it checks only the first steps.
 REFERENCE_STEPS = 48
+
+# Symbols that a trained model writes.
+WRITTEN = 200
 
 # Shares of the second training: the last blocks are pruned after the first, the learning rate falls after the second.
 # Pruning then costs 0.096 bits. With shares of 0.5 and 0.3 it costs 0.15, because the remaining weights need updates at
@@ -93,43 +98,101 @@ def run(
     pruned = tuned.with_matrices({n: compress(w.to_dense(), settings.block) for n, w in tuned.matrices().items()})
     after = evaluate(pruned, corpus.test)
 
-    report("comparing with the dense twin", 0, 1, "")
-    stream = corpus.test[:, None]
-    simulation = simulate(pruned, stream, record=("events", "states"))
-    twin = simulate(pruned.dense(), stream, record=("events", "states"))
-    head = stream[:REFERENCE_STEPS]
-    by_reference = simulate(pruned, head, backend="reference", record=("events", "states"))
-    identical = _identical(simulation, twin) and _identical(
-        simulate(pruned, head, record=("events", "states")), by_reference
-    )
-
-    counts = counting.count(pruned, simulation)
-    audit = counting.audit(pruned, simulation, counts)
-    if not audit.agrees:
-        raise RuntimeError(f"the counts do not agree with their audit:\n{audit}")
-    report("timing", 0, 1, "")
-    engines = {name: Simulator(pruned, backend=name) for name in ("cpu", "blas")}
-    part = stream[:4000]
-    seconds = interleaved({name: lambda s=s: s.run(part) for name, s in engines.items()}, 7)
-    rows, total = counts.sample_steps, counts.total
+    measured, counts, simulation = _measured(pruned, corpus.test, report)
     result = {
         "bits_per_char": after,
         "bits_per_char_before_pruning": before,
         "bits_per_char_baseline": baseline,
-        "activity": float(np.mean(simulation.activity)),
         "sparsity": _block_sparsity(pruned, settings.block),
         "block": f"{settings.block[0]}x{settings.block[1]}",
+    } | measured
+    _write(folder, pruned, counts, simulation.events[0], result, overwrite)
+    return result | {"seconds": time.perf_counter() - started, "device": device(), "versions": versions()}
+
+
+def run_trained(
+    network: Network,
+    folder: Path,
+    *,
+    symbols: int = WRITTEN,
+    seed: int = 0,
+    report: Report = lambda stage, done, total, note: None,
+    overwrite: bool = False,
+) -> dict:
+    """Let a trained model write a text, and compare, count and time its run over this text as `run` does.
+
+    symbols : length of the text
+    seed    : seed of the draws
+
+    Returns the figures, and the text as `text`. Raises ValueError for a model that does not write text, and otherwise
+    as `run` does.
+    """
+    started = time.perf_counter()
+    vocabulary, drawn = _written(network, symbols, seed, report)
+    measured, counts, simulation = _measured(network, drawn, report)
+    text = vocabulary.decode(drawn)
+    _write(folder, None, counts, simulation.events[0], measured | {"text": text}, overwrite)
+    seconds = {"seconds": time.perf_counter() - started, "device": device(), "versions": versions()}
+    return measured | seconds | {"text": text}
+
+
+def _written(network: Network, symbols: int, seed: int, report: Report) -> tuple[Vocabulary, np.ndarray]:
+    """The vocabulary of a model and a text that it writes: symbols drawn from its own predictions, one after another.
+
+    The symbol for all others is never drawn. Raises ValueError for a model without vocabulary, embedding or read-out.
+    """
+    if "vocabulary" not in network.metadata or network.embedding is None or network.readout is None:
+        raise ValueError("model: needs a vocabulary, an embedding and a read-out to write a text")
+    vocabulary = Vocabulary.from_json(network.metadata["vocabulary"])
+    check_symbols(network, np.array([0, len(vocabulary) - 1]))
+    rng, simulator = np.random.default_rng(seed), Simulator(network)
+    numbers = {symbol: number for number, symbol in enumerate(vocabulary.symbols)}
+    never = {numbers[symbol] for symbol in (vocabulary.unknown, UNKNOWN_WORD) if symbol in numbers}
+    drawn = [numbers.get(END_OF_LINE, int(rng.integers(len(vocabulary))))]
+    while len(drawn) < symbols:
+        scores = simulator.step(np.array(drawn[-1:]))[0].astype(np.float64)
+        scores[list(never)] = -np.inf
+        shares = np.cumsum(np.exp(scores - scores.max()))
+        drawn.append(int(np.searchsorted(shares, rng.random() * shares[-1], side="right")))
+        report("writing", len(drawn), symbols, "")
+    return vocabulary, np.array(drawn)
+
+
+def _measured(network: Network, symbols: np.ndarray, report: Report) -> tuple[dict, counting.OpCounts, Simulation]:
+    """Figures of a run over a text beside that of the dense twin, its counts, and its record.
+
+    Raises RuntimeError where the counts disagree with their audit.
+    """
+    report("comparing with the dense twin", 0, 1, "")
+    stream = symbols[:, None]
+    simulation = simulate(network, stream, record=("events", "states"))
+    twin = simulate(network.dense(), stream, record=("events", "states"))
+    head = stream[:REFERENCE_STEPS]
+    by_reference = simulate(network, head, backend="reference", record=("events", "states"))
+    identical = _identical(simulation, twin) and _identical(
+        simulate(network, head, record=("events", "states")), by_reference
+    )
+    counts = counting.count(network, simulation)
+    audit = counting.audit(network, simulation, counts)
+    if not audit.agrees:
+        raise RuntimeError(f"the counts do not agree with their audit:\n{audit}")
+    report("timing", 0, 1, "")
+    engines = {name: Simulator(network, backend=name) for name in ("cpu", "blas")}
+    part = stream[:4000]
+    seconds = interleaved({name: lambda s=s: s.run(part) for name, s in engines.items()}, 7)
+    rows, total = counts.sample_steps, counts.total
+    figures = {
+        "activity": float(np.mean(simulation.activity)),
         "dense_ops_per_step": total.dense // rows,
         "effective_ops_per_step": total.effective / rows,
         "executed_ops_per_step": total.executed / rows,
         "reduction": counts.reduction,
-        "events_compared": simulation.steps * sum(layer.units for layer in pruned.layers),
+        "events_compared": simulation.steps * sum(layer.units for layer in network.layers),
         "events_identical": identical,
         "us_per_step": float(np.median(seconds["cpu"])) / len(part) * 1e6,
         "dense_us_per_step": float(np.median(seconds["blas"])) / len(part) * 1e6,
     }
-    _write(folder, pruned, counts, simulation.events[0], result, overwrite)
-    return result | {"seconds": time.perf_counter() - started, "device": device(), "versions": versions()}
+    return figures, counts, simulation
 
 
 def _untrained(corpus: Corpus, settings: DemoSettings) -> Network:
@@ -179,10 +242,11 @@ def _block_sparsity(network: Network, block: tuple[int, int]) -> float:
 
 
 def _write(
-    folder: Path, network: Network, counts: counting.OpCounts, events: Events, result: dict, overwrite: bool
+    folder: Path, network: Network | None, counts: counting.OpCounts, events: Events, result: dict, overwrite: bool
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    io.save(network, folder / "model.safetensors", overwrite=overwrite)
+    if network is not None:
+        io.save(network, folder / "model.safetensors", overwrite=overwrite)
     for name, record in (("counts.json", counts.as_dict()), ("result.json", result)):
         write_whole(folder / name, (json.dumps(record, indent=2) + "\n").encode(), overwrite=overwrite)
     if find_spec("matplotlib"):

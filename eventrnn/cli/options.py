@@ -19,6 +19,7 @@ import typer
 from eventrnn import io
 from eventrnn._files import name_beside, printable
 from eventrnn.backend import BACKENDS
+from eventrnn.cli.terminal import progress
 from eventrnn.network import Network
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
@@ -28,6 +29,19 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite files that exist
 Out = Annotated[Path, typer.Option("--out", "-o", help="Model file to write.")]
 
 Model = Annotated[Path, typer.Argument(help="Model file.")]
+
+GivenModel = Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Model file; or give --model.")]
+
+NamedModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="FILE|NAME|ADDRESS",
+        help="Model: a file, the name of a trained model ("
+        + (", ".join(io.MODELS) or "this version has none")
+        + "), or an address that ends in #sha256=CHECKSUM.",
+    ),
+]
 
 Text = Annotated[
     str,
@@ -170,6 +184,18 @@ def _probe_folder(folder: Path, option: str = "out") -> None:
             pass
     except OSError as error:
         raise ValueError(f"{option}: cannot write into {folder}: {error.strerror}") from None
+
+
+def model_file(given: str | None, named: str | None) -> Path:
+    """The model file that is given as an argument or by --model, downloaded first if it is elsewhere.
+
+    Raises ValueError unless exactly one of the two is given, and `ModelFileError` for a file that cannot be had.
+    """
+    if (given is None) == (named is None):
+        got = "both MODEL and --model" if given is not None else "none"
+        raise ValueError(f"model: got {got}; give a model file, or --model with a file, a name or an address")
+    with progress() as report:
+        return io.located_model(given or named or "", report)
 
 
 def load_symbols(network: Network, text: str, part: str, unknown: str | None = None) -> np.ndarray:

@@ -106,6 +106,13 @@ class PruneOptions:
     exempt: Annotated[list[str] | None, typer.Option(help="Matrix or layer that is not pruned; repeat for more.")] = (
         None
     )
+    untie: Annotated[
+        bool,
+        typer.Option(
+            "--untie",
+            help="Give a tied read-out weights of its own first, so that it is pruned too; the embedding stays dense.",
+        ),
+    ] = False
     steps: Annotated[
         int, typer.Option(help="Number of updates of the training, per round if there are rounds; 0 for no training.")
     ] = 0
@@ -171,6 +178,10 @@ def prune(options: PruneOptions) -> None:
     """Prune a model: at once, during training, to N of each M weights, or to a budget of operations."""
     request = _request(options)
     network = io.load(options.model)
+    if options.untie:
+        if network.readout is None or not network.readout.tied:
+            raise ValueError(f"untie: the read-out of {options.model} is not tied; leave out --untie")
+        network = network.untied()
     parts, budget = {}, {}
     if request.steps or request.method.calibrates or options.text is not None:
         parts = load_parts(network, options.text or "builtin", ("train", "valid"), options.unknown)

@@ -20,6 +20,7 @@ import numpy as np
 
 from eventrnn._checks import WHOLE, need_choice, need_kind, need_text, need_whole, plain_array
 from eventrnn._files import cache_folder
+from eventrnn.data.download import DownloadError, retrieve
 
 KINDS = ("character", "word")
 
@@ -340,20 +341,14 @@ def located(text: str | os.PathLike) -> Path:
     need_kind("text", text, (str, os.PathLike), "a path, or the name of a corpus")
     if str(text) not in NAMED or Path(text).exists():
         return Path(text)
-    instead = "or give --text a folder that has it"
-    try:
-        import pooch
-    except ImportError:
-        raise ValueError(f"text: {text} is downloaded by pooch: pip install 'eventrnn[data]', {instead}") from None
     folder = cache_folder() / str(text)
     for address, digest in NAMED[str(text)].items():
-        name = address.rpartition("/")[2]
         try:
-            pooch.retrieve(address, f"sha256:{digest}", fname=name, path=folder)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
+            retrieve(address, digest, folder)
+        except DownloadError as error:
             raise ValueError(
-                f"text: {text} cannot be downloaded from {address} ({reason}); try again, {instead}"
+                f"text: {text} cannot be downloaded from {address} ({error}); try again, or give --text a folder that "
+                "has it"
             ) from error
     return folder
 

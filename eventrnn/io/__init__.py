@@ -1,4 +1,4 @@
-"""Model files, and conversion of layers from and to other libraries.
+"""Model files, trained models by name, and conversion of layers from and to other libraries.
 
 The names with an underscore are pieces of `save`. Tests and experiments sign files with them that hold no network.
 """
@@ -11,3 +11,6 @@ from eventrnn.io.model_file import _signature as _signature
 from eventrnn.io.model_file import _to_tensors as _to_tensors
 from eventrnn.io.model_file import load as load
 from eventrnn.io.model_file import save as save
+from eventrnn.io.named import MODELS as MODELS
+from eventrnn.io.named import NamedModel as NamedModel
+from eventrnn.io.named import located_model as located_model

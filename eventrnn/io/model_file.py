@@ -6,7 +6,8 @@ the digest, which detects a change of any bit. Equal networks give equal bytes.
 
 Version 2 added N:M matrices and narrow values: a matrix has `n`, `m` and `axis`, and its tensor `values` can be U16
 (bfloat16) or I8 with a tensor `scales`. Version 3 stores indices and row pointers as the narrowest unsigned integers
-that hold them. Files of versions 1 and 2 can still be read.
+that hold them. Version 4 stores an embedding whose values bfloat16 or int8 can hold as U16, or as I8 with a tensor
+`embedding.scales`. Files of versions 1 to 3 can still be read.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ from eventrnn._files import printable, write_whole
 from eventrnn.cells import Cell, Surrogate
 from eventrnn.network import Layer, Network, Readout
 from eventrnn.weights import FORMATS, Dense, Weights
+from eventrnn.weights.storage import check_scales, from_bfloat16, from_int8, narrowest
 
 FORMAT = "eventrnn"
 
-VERSION = 3
+VERSION = 4
 
-READABLE = ("1", "2", "3")
+READABLE = ("1", "2", "3", "4")
 
 # Types of index arrays in memory.
 _INDEX = {"indices": np.int32, "indptr": np.int64}
@@ -142,7 +144,9 @@ def _to_tensors(network: Network) -> tuple[dict[str, np.ndarray], dict[str, Any]
     for k, layer in enumerate(network.layers):
         tensors |= {f"layers.{k}.{key}": getattr(layer, key) for key in _VECTORS}
     if network.embedding is not None:
-        tensors["embedding"] = network.embedding
+        tensors["embedding"], scales = narrowest(network.embedding)
+        if scales is not None:
+            tensors["embedding.scales"] = scales
     if network.readout is not None:
         tensors["readout.bias"] = network.readout.bias
     stored = _stored_bytes(tensors)
@@ -181,7 +185,7 @@ def _from_tensors(tensors: dict[str, np.ndarray], description: Any) -> Network:
     metadata = description["metadata"]
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("metadata: need text by name")
-    stored, embedding = _stored_bytes(tensors), tensors.pop("embedding", None)
+    stored, embedding = _stored_bytes(tensors), _embedding(tensors)
     matrices: dict[str, Weights] = {}
     for name, spec in description["matrices"].items():
         if "from" in _need_type(name, spec, dict, "an object"):
@@ -231,6 +235,22 @@ def _format(name: str, spec: Mapping[str, Any]) -> type[Weights]:
     if not isinstance(found, str) or found not in FORMATS:
         raise ModelFileError(f"{name}: unknown weight format {found!r}; have {', '.join(FORMATS)}")
     return FORMATS[found]
+
+
+def _embedding(tensors: dict[str, np.ndarray]) -> np.ndarray | None:
+    """The embedding as float32, its tensors removed; None where there is none."""
+    values, scales = tensors.pop("embedding", None), tensors.pop("embedding.scales", None)
+    if values is None:
+        if scales is not None:
+            raise ModelFileError("embedding.scales: there is no embedding")
+        return None
+    if values.dtype in (np.int8, np.uint16) or scales is not None:
+        if values.ndim != 2:
+            raise ValueError(f"embedding: got shape {values.shape}, need (symbols, inputs)")
+        check_scales(values, scales, len(values), full=True)
+    if scales is not None:
+        return from_int8(values, scales[:, None])
+    return from_bfloat16(values) if values.dtype == np.uint16 else values
 
 
 def _transposed_embedding(name: str, spec: Mapping[str, Any], embedding: np.ndarray | None) -> Dense:

@@ -156,7 +156,9 @@ def prunable_matrices(
     if names is not None:
         need_names("names", names)
     if tied and "readout" in (names or ()):
-        raise ValueError("pruning: the read-out is tied to the embedding and cannot be pruned; leave it out")
+        raise ValueError(
+            "pruning: the read-out is tied to the embedding and cannot be pruned; leave it out, or use network.untied()"
+        )
     there = [name for name in matrices if not (tied and name == "readout")]
     return {name: matrices[name] for name in choose(there, names, exempt)}
 

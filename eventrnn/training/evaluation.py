@@ -69,18 +69,19 @@ def evaluate_text(
     symbols : (n,) integers, n >= 2; the first symbol is given, the others are predicted
     report  : called after every chunk with `stage`, the steps done and the steps in all
 
-    Returns bits per symbol, perplexity, activity (share of units that send an event, per step), effective and executed
-    operations per step, the reduction (dense / effective), and the backend. Raises ValueError for symbols that the
-    network cannot read. Cost: one run, and memory for the outputs of `CHUNK` steps.
+    Returns bits per symbol, perplexity, activity (share of units that send an event, per step) over all layers and by
+    layer, the operations per step of a dense engine, effective and executed ones, effective and executed ones by
+    matrix, the reduction (dense / effective), and the backend. Raises ValueError for symbols that the network cannot
+    read. Cost: one run, and memory for the outputs of `CHUNK` steps.
     """
     symbols = check_symbols(network, symbols)
     simulator = Simulator(network, backend=backend, threads=threads)
-    bits, counts, fired, steps = 0.0, None, 0, len(symbols) - 1
+    bits, counts, fired, steps = 0.0, None, [0] * len(network.layers), len(symbols) - 1
     for done, chunk_bits, simulation in _chunks(simulator, symbols, CHUNK):
         bits += chunk_bits
         chunk_counts = counting.count(network, simulation)
         counts = chunk_counts if counts is None else counts + chunk_counts
-        fired += sum(int(layer.total.sum()) for layer in simulation.fired)
+        fired = [so_far + int(layer.total.sum()) for so_far, layer in zip(fired, simulation.fired, strict=True)]
         report(stage, done, steps)
     assert counts is not None
     bits /= steps
@@ -88,9 +89,15 @@ def evaluate_text(
         "symbols": len(symbols),
         "bits_per_symbol": bits,
         "perplexity": float(np.exp2(min(bits, 1000.0))),
-        "activity": fired / (counts.steps * sum(layer.units for layer in network.layers)),
+        "activity": sum(fired) / (counts.steps * sum(layer.units for layer in network.layers)),
+        "activity_by_layer": {
+            f"layers.{k}": fired[k] / (counts.steps * layer.units) for k, layer in enumerate(network.layers)
+        },
+        "dense_ops_per_step": counts.total.dense // counts.steps,
         "effective_ops_per_step": counts.total.effective / counts.steps,
         "executed_ops_per_step": counts.total.executed / counts.steps,
+        "effective_ops_by_matrix": {name: each.effective / counts.steps for name, each in counts.matrices.items()},
+        "executed_ops_by_matrix": {name: each.executed / counts.steps for name, each in counts.matrices.items()},
         "reduction": counts.reduction,
         "backend": backend,
         "exact": simulator.backend.exact,

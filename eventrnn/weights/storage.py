@@ -96,6 +96,58 @@ def from_int8(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
         return codes.astype(np.float32) * scales
 
 
+def rounded(floats: np.ndarray, storage: str) -> np.ndarray:
+    """Float32 numbers (rows, columns) as a storage gives them back; int8 has a scale per row.
+
+    Raises ValueError for an unknown storage, and for a number that bfloat16 rounds to infinity.
+    """
+    check_storage(storage)
+    if storage == "bfloat16":
+        return from_bfloat16(to_bfloat16(floats))
+    if storage == "int8":
+        scales = int8_scales(_largest(floats))[:, None]
+        return from_int8(to_int8(floats, scales), scales)
+    return floats
+
+
+def narrowest(floats: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """The narrowest storage that gives back every bit of float32 numbers (rows, columns), and scales per row of int8.
+
+    Numbers that `rounded` returned are stored in their storage; others stay float32. O(size), and for numbers of no
+    narrow storage little more than their first row.
+    """
+    scales = _exact_scales(floats[:1])
+    if scales is not None:
+        scales = _exact_scales(floats)
+    if scales is not None:
+        return to_int8(floats, scales[:, None]), scales
+    if not any(bool((part.view(np.uint32) & 0xFFFF).any()) for part in (floats[:1], floats)):
+        return (floats.view(np.uint32) >> 16).astype(np.uint16), None
+    return floats, None
+
+
+def _exact_scales(floats: np.ndarray) -> np.ndarray | None:
+    """Scales of int8 codes that decode to every bit of the rows, or None. A float32 scale can differ in its last place
+    from the one that the rounded numbers suggest, so that its neighbours are tried too."""
+    found = int8_scales(_largest(floats))
+    scales, left = found.copy(), np.ones(len(floats), bool)
+    for towards in (None, np.float32(np.inf), np.float32(0)):
+        tried = found[left] if towards is None else np.nextafter(found[left], towards)
+        part = floats[left]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            decoded = from_int8(to_int8(part, tried[:, None]), tried[:, None])
+        exact = (decoded.view(np.uint32) == part.view(np.uint32)).all(axis=1) & (tried > 0)
+        rows = np.flatnonzero(left)[exact]
+        scales[rows], left[rows] = tried[exact], False
+        if not left.any():
+            return scales
+    return None
+
+
+def _largest(floats: np.ndarray) -> np.ndarray:
+    return np.abs(floats).max(axis=1, initial=0).astype(np.float32)
+
+
 def not_zero(values: np.ndarray) -> np.ndarray:
     """Which weights are not zero, of any storage. A code that is not zero decodes to no zero."""
     return (values & 0x7FFF) != 0 if values.dtype == np.uint16 else values != 0

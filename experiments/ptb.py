@@ -1,0 +1,457 @@
+"""Word models of the Penn Treebank: evaluate, prune, fine-tune, compare with the dense twin, and draw the results.
+
+    eventrnn train --preset egru-ptb --text ptb --backend cuda --out ptb.safetensors   # the dense-weight model
+    python experiments/ptb.py evaluate ptb.safetensors.run                             # validation; --test for both
+    python experiments/ptb.py prune ptb.safetensors --operations 1.2e6 --block 1x16 --out pruned.safetensors
+    python experiments/ptb.py tune pruned.safetensors ptb.safetensors.run --epochs 100 --out tuned.safetensors
+    eventrnn convert tuned.safetensors --storage int8 --embedding int8 --out small.safetensors
+    python experiments/ptb.py evaluate small.safetensors --test
+    python experiments/ptb.py twin small.safetensors                                   # equal to the dense network
+    python experiments/ptb.py grid ptb.safetensors                                     # does the saving multiply?
+    python experiments/ptb.py draw
+
+A model is a model file or the folder of a run; of a GRU (`cell = "gru"`) it is the folder. The texts are those of
+`--text`, by default the folder that EVENTRNN_PTB names, else the corpus `ptb`. Perplexities are those of one stream
+with carried state. Operations are multiplications per token: embedding look-ups are free, the decoder is counted.
+
+Tying: the decoder of the recipe is the transposed embedding, one matrix in two places. A mask of the decoder would also
+remove embedding values, which change every input of the first layer, and a look-up of which costs no operation. `prune`
+therefore unties it (`Network.untied`): the decoder becomes a matrix of its own, which starts with the same values, is
+pruned like the others and is fine-tuned apart; the embedding stays dense. Lines state the parameters of both.
+
+Each command but `draw` appends lines to results/ptb.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from models import file_size
+from ptb_figures import grid_figure, operations_figure
+from records import Records
+
+import eventrnn as er
+from eventrnn.cli.options import load_parts, parse_block, save_model, writable_file
+from eventrnn.cli.terminal import as_line, progress
+from eventrnn.pruning import Blocks, after_training, magnitude_masks, prune_to_operations
+from eventrnn.pruning import prune as prune_at_once
+from eventrnn.pruning.schedule import prunable
+from eventrnn.training import GRU, LanguageModelling, Model, Trainer, run
+from eventrnn.training.checkpoint import read_checkpoint
+from eventrnn.training.evaluation import evaluate_text
+from eventrnn.training.recipes.recipe import CONFIG, Recipe, load_recipe, note
+from eventrnn.training.recipes.toml_config import parse_setting
+from eventrnn.training.run import CHECKPOINT
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "ptb.jsonl"
+KEY = ("what", "name")
+
+# Products per token of AWD-LSTM with its decoder: layers of 400-1150-1150-400, 10,000 words (Merity et al. 2017).
+AWD_LSTM = 4 * (1150 * (400 + 1150) + 1150 * (1150 + 1150) + 400 * (1150 + 400)) + 400 * 10_000
+
+# Steps and parallel streams of the training text on which operations are measured for pruning.
+CALIBRATION = (512, 8)
+
+# The grid: what is added to every threshold, and the share of the weights that is kept.
+ADDED = (0.0, 0.05, 0.1, 0.2, 0.4)
+DENSITIES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05)
+
+# Steps that are compared with the dense twin at a time. Their records are in memory.
+COMPARED = 1024
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
+
+ModelPath = Annotated[Path, typer.Argument(help="Model file, or folder of a run.")]
+Text = Annotated[str, typer.Option(help="Folder with the three texts, or ptb. [the folder EVENTRNN_PTB, else ptb]")]
+Backend = Annotated[str, typer.Option(help="Backend that runs the network: cpu, auto or cuda.")]
+Threads = Annotated[int, typer.Option(help="Threads of the cpu backend.")]
+Limit = Annotated[int | None, typer.Option(help="Tokens of each text to read, at most.")]
+Name = Annotated[str | None, typer.Option(help="Name of the model in the results. [name of the file]")]
+Out = Annotated[Path, typer.Option(help="Model file to write.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")]
+Results = Annotated[Path, typer.Option(help="File of results.")]
+
+PTB = os.environ.get("EVENTRNN_PTB", "ptb")
+
+
+# --- models -------------------------------------------------------------------------------------------------
+
+
+def trained(path: Path, text: str) -> er.Network:
+    """The network of a model file, or of the best validation of a run so far, which may still be under way.
+
+    text : where the text of the run lies now
+    """
+    if not path.is_dir():
+        return er.load(path)
+    model = restored(path, text)
+    return replace(model.network(), metadata=dict(model.template.metadata) | {"thresholds": model.thresholds})
+
+
+def recipe_of(folder: Path, settings: list[tuple[str, Any]] | None = None) -> Recipe:
+    """The recipe of the run in a folder. Raises ValueError where there is none."""
+    if not (folder / CONFIG).exists():
+        raise ValueError(f"model: {folder} holds no run: it has no {CONFIG}")
+    return load_recipe(folder / CONFIG, settings=settings or [])
+
+
+def restored(folder: Path, text: str) -> Model:
+    """The model of a run with the parameters of its best validation, or the present ones before the first validation.
+
+    The checkpoint is read without the engine that wrote it, which may be that of a GPU.
+    """
+    recipe = recipe_of(folder, [("training.backend", "cpu"), ("training.precision", "")])
+    trainer, _ = replace(recipe, data=replace(recipe.data, text=text)).trainer()
+    arrays, _ = read_checkpoint(folder / CHECKPOINT)
+    for key, value in trainer.model.parameters.items():
+        value[...] = arrays.get(f"best.{key}", arrays[f"parameters.{key}"])
+    return trainer.model
+
+
+def sizes(network: er.Network) -> dict[str, Any]:
+    """Numbers of weights and parameters, and bytes.
+
+    A weight that is pruned is no parameter. The values of a tied embedding are counted once.
+    """
+    matrices = network.matrices()
+    tied = network.readout is not None and network.readout.tied
+    own = sum(w.nnz for name, w in matrices.items() if not (tied and name == "readout"))
+    vectors = [v for layer in network.layers for v in (layer.bias_in, layer.bias_rec, layer.threshold)]
+    vectors += [network.readout.bias] if network.readout is not None else []
+    embedding = 0 if network.embedding is None else network.embedding.size
+    blocks = sorted({f"{w.block[0]}x{w.block[1]}" for w in matrices.values() if isinstance(w, er.BlockCSR)})
+    dense = all(isinstance(w, er.Dense) for w in matrices.values())
+    return {
+        "model": "egru",
+        "units": [layer.units for layer in network.layers],
+        "tied": tied,
+        "pruned": "" if dense else ", ".join(blocks) or "1x1",
+        "storage": ", ".join(sorted({w.storage for w in matrices.values()})),
+        "weights": sum(w.nnz for w in matrices.values()),
+        "density": sum(w.nnz for w in matrices.values()) / dense_products(network),
+        "density_by_matrix": {name: w.nnz / (w.shape[0] * w.shape[1]) for name, w in matrices.items()},
+        "parameters": own + embedding + sum(v.size for v in vectors),
+        "weight_bytes": sum(w.nbytes for w in matrices.values()),
+        "file_bytes": file_size(network),
+    }
+
+
+def dense_products(network: er.Network) -> int:
+    """Multiplications of a dense engine per token."""
+    return sum(w.shape[0] * w.shape[1] for w in network.matrices().values())
+
+
+def quality(network: er.Network, symbols: np.ndarray, **options: Any) -> dict[str, Any]:
+    """Perplexity, activity, and operations per token with and without the decoder, of one stream."""
+    found = evaluate_text(network, symbols, **options)
+    decoder = {kind: found[f"{kind}_ops_by_matrix"].get("readout", 0.0) for kind in ("effective", "executed")}
+    return {
+        "tokens": found["symbols"],
+        "perplexity": found["perplexity"],
+        "activity": found["activity"],
+        "activity_by_layer": list(found["activity_by_layer"].values()),
+        "dense": found["dense_ops_per_step"],
+        "effective": found["effective_ops_per_step"],
+        "effective_without_decoder": found["effective_ops_per_step"] - decoder["effective"],
+        "executed": found["executed_ops_per_step"],
+        "executed_without_decoder": found["executed_ops_per_step"] - decoder["executed"],
+        "effective_by_matrix": found["effective_ops_by_matrix"],
+        "fewer_than_awd_lstm": AWD_LSTM / found["effective_ops_per_step"],
+        "backend": found["backend"],
+        "exact": found["exact"],
+    }
+
+
+# --- commands -----------------------------------------------------------------------------------------------
+
+
+@app.command()
+def evaluate(
+    model: ModelPath,
+    text: Text = PTB,
+    test: Annotated[bool, typer.Option("--test", help="Also read the test text, for reported points.")] = False,
+    sparsity: Annotated[float, typer.Option(help="Of a GRU: share of the weights to prune, by magnitude.")] = 0.0,
+    backend: Backend = "cpu",
+    threads: Threads = 1,
+    limit: Limit = None,
+    name: Name = None,
+    results: Results = RESULTS,
+) -> None:
+    """Perplexity, activity, operations per token, parameters and bytes."""
+    records, wanted = Records(results, KEY), ("valid", "test") if test else ("valid",)
+    if model.is_dir() and recipe_of(model).model.cell == "gru":
+        line = gru_line(restored(model, text), text, wanted, sparsity, limit)
+    elif sparsity:
+        raise ValueError(f"sparsity: got {sparsity}, but only a GRU is pruned here; use the command prune")
+    else:
+        network = trained(model, text)
+        parts, line = load_parts(network, text, wanted), sizes(network)
+        with progress() as bar:
+            for part in wanted:
+                line[part] = quality(
+                    network,
+                    parts[part][:limit],
+                    backend=backend,
+                    threads=threads,
+                    report=lambda stage, done, total, part=part: bar(f"reading {part}", done, total, ""),
+                )
+    show(records.add({"what": "evaluation", "name": name or model.name, "test_read": test} | line))
+
+
+def gru_line(model: Model, text: str, wanted: tuple[str, ...], sparsity: float, limit: int | None) -> dict[str, Any]:
+    """The line of a GRU of the same loop. Its units are all active, so that its operations are its weights.
+
+    As of the EGRU, the decoder is pruned apart from the embedding.
+    """
+    template, model = model.template, _untied(model)
+    parts = load_parts(template, text, wanted)
+    matrices = {key: value for key, value in model.parameters.items() if prunable(key)}
+    if sparsity:
+        masks = magnitude_masks(matrices, sparsity, block=(1, 1), scope="global", statistic="max", gates="all")
+        for key, mask in masks.items():
+            model.parameters[key] *= mask
+    weights = {key: int(np.count_nonzero(value)) for key, value in matrices.items()}
+    total, decoder = sum(weights.values()), weights["readout"]
+    line: dict[str, Any] = {
+        "model": "gru",
+        "units": [layer.units for layer in template.layers],
+        "tied": False,
+        "pruned": "1x1" if sparsity else "",
+        "storage": "float32",
+        "weights": total,
+        "density": total / sum(value.size for value in matrices.values()),
+        "parameters": sum(value.size for value in model.parameters.values())
+        - sum(value.size for value in matrices.values())
+        + total,
+    }
+    for part in wanted:
+        symbols = parts[part][:limit]
+        found = LanguageModelling(symbols, symbols, valid_batch=1).evaluate(model)
+        line[part] = {
+            "tokens": len(symbols),
+            "perplexity": found["perplexity"],
+            "activity": 1.0,
+            "dense": sum(value.size for value in matrices.values()),
+            "effective": total,
+            "effective_without_decoder": total - decoder,
+            "executed": total,
+            "executed_without_decoder": total - decoder,
+            "fewer_than_awd_lstm": AWD_LSTM / total,
+        }
+    return line
+
+
+def _untied(model: Model) -> GRU:
+    """The same GRU with a decoder of its own."""
+    apart = GRU(model.template.untied(), thresholds=model.thresholds)
+    for key in apart.parameters:
+        apart.parameters[key][...] = model.readout_weights() if key == "readout" else model.parameters[key]
+    return apart
+
+
+@app.command()
+def prune(
+    model: ModelPath,
+    operations: Annotated[float, typer.Option(help="Multiplications per token that may remain, decoder included.")],
+    out: Out,
+    block: Annotated[str, typer.Option(metavar="RxC", help="Block: presynaptic x postsynaptic.")] = "1x1",
+    criterion: Annotated[str, typer.Option(help="Criterion that decides which weights go first.")] = "return",
+    text: Text = PTB,
+    name: Name = None,
+    force: Force = False,
+    results: Results = RESULTS,
+) -> None:
+    """Prune input, recurrent and decoder matrices to a budget of measured operations, at once."""
+    writable_file(out, force)
+    shape, records, network = parse_block(block), Records(results, KEY), trained(model, text).untied()
+    train = load_parts(network, text, ("train",))["train"]
+    steps, streams = CALIBRATION[0], min(CALIBRATION[1], max(1, len(train) // CALIBRATION[0]))
+    inputs = np.ascontiguousarray(train[: steps * streams].reshape(streams, -1).T)
+    before = er.count(network, er.simulate(network, inputs)).total.effective / inputs.size
+    with progress() as bar:
+        found = prune_to_operations(
+            network,
+            inputs,
+            min(1.0, operations / before),
+            criterion=criterion,
+            block=shape,
+            report=lambda k, now: bar("measuring", k, 10, f"{now:,.0f} operations per token"),
+        )
+    save_model(found.network, out, force)
+    line = {"what": "pruning", "name": name or out.name, "of": model.name, "criterion": criterion, "block": block}
+    figures = {"before": found.before, "asked": operations, "measured": found.measured, "runs": found.measurements}
+    show(records.add(line | figures | sizes(found.network)))
+
+
+@app.command()
+def tune(
+    model: Annotated[Path, typer.Argument(help="Pruned model file.")],
+    of: Annotated[Path, typer.Argument(help="Folder of the run that trained the model; its recipe is used.")],
+    out: Out,
+    epochs: Annotated[int, typer.Option(help="Passes over the training text.")] = 100,
+    learning_rate: Annotated[
+        float, typer.Option(help="Learning rate at the start; it falls to zero by a cosine.")
+    ] = 6e-4,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of the recipe; repeat.")] = None,
+    folder: Annotated[Path | None, typer.Option("--run", help="Folder of the run. [OUT.run]")] = None,
+    text: Text = PTB,
+    name: Name = None,
+    force: Force = False,
+    results: Results = RESULTS,
+) -> None:
+    """Train a pruned model on with its masks, by the recipe of the run that made it; a stopped run continues."""
+    writable_file(out, force)
+    network, records = er.load(model), Records(results, KEY)
+    changed = [
+        ("training.epochs", epochs),
+        ("training.learning_rate", learning_rate),
+        ("training.schedule.constant", 0.0),
+        *map(parse_setting, settings or []),
+    ]
+    recipe = recipe_of(of, changed)
+    parts = load_parts(network, text, ("train", "valid"))
+    task = LanguageModelling(
+        parts["train"], parts["valid"], valid_batch=recipe.data.valid_batch, carry=recipe.data.carry
+    )
+    trainer = Trainer(network, task, recipe.training)
+    with progress() as bar:
+        seconds = run(
+            trainer,
+            folder or Path(f"{out}.run"),
+            resume=True,
+            report=lambda p, _: bar("fine-tuning", round(1000 * p.share), 1000, note(p, "word")),
+        )
+    # Every matrix goes back into the format that it had.
+    tuned = after_training(trainer.network(best=True), network, {}, Blocks(0.0))
+    save_model(tuned, out, force)
+    line = {"what": "tuning", "name": name or out.name, "of": model.name, "epochs": epochs, "seconds": seconds}
+    show(records.add(line | {"learning_rate": learning_rate, "best_bits": trainer.best_value} | sizes(tuned)))
+
+
+@app.command()
+def twin(
+    model: ModelPath,
+    text: Text = PTB,
+    part: Annotated[str, typer.Option(help="Part of the text to read.")] = "test",
+    backend: Backend = "cpu",
+    threads: Threads = 1,
+    limit: Limit = None,
+    name: Name = None,
+    results: Results = RESULTS,
+) -> None:
+    """Compare every event, cell and output of a run with those of the dense network on the CPU, bit by bit.
+
+    Exit code 1 where they differ, with the first difference.
+    """
+    from eventrnn.testing import Divergence, assert_equivalent
+
+    network, records = trained(model, text), Records(results, KEY)
+    symbols = load_parts(network, text, (part,))[part][:limit]
+    ours = er.Simulator(network, backend=backend, threads=threads)
+    dense = er.Simulator(network.dense(), threads=threads)
+    compared, started = 0, time.perf_counter()
+    with progress() as bar:
+        for at in range(0, len(symbols), COMPARED):
+            try:
+                compared += assert_equivalent(ours, dense, symbols[at : at + COMPARED, None])
+            except Divergence as difference:
+                print(f"from token {at}: {difference}")
+                raise typer.Exit(1) from None
+            bar("comparing", min(at + COMPARED, len(symbols)), len(symbols), f"{compared:,} units and steps")
+    line = {"what": "twin", "name": name or model.name, "part": part, "tokens": len(symbols), "backend": backend}
+    seconds = time.perf_counter() - started
+    show(records.add(line | {"threads": threads, "compared": compared, "equal": True, "seconds": seconds}))
+
+
+@app.command()
+def grid(
+    model: ModelPath,
+    text: Text = PTB,
+    limit: Limit = 5000,
+    threads: Threads = 1,
+    name: Name = None,
+    results: Results = RESULTS,
+) -> None:
+    """Operations over dense x activity x density, on a grid of raised thresholds and of pruned weights, not tuned."""
+    network, records = trained(model, text).untied(), Records(results, (*KEY, "added", "kept", "limit"))
+    valid = load_parts(network, text, ("valid",))["valid"][:limit]
+    points = [(added, kept) for added in ADDED for kept in DENSITIES]
+    with progress() as bar:
+        for done, (added, kept) in enumerate(points):
+            bar("grid", done, len(points), f"thresholds +{added:g}, {kept:.0%} of the weights")
+            asked = {"what": "grid", "name": name or model.name, "added": added, "kept": kept}
+            if records.of(asked | {"limit": limit}) is None:
+                records.add(asked | {"limit": limit} | grid_point(network, valid, added, kept, threads))
+    draw(results=results)
+
+
+def grid_point(network: er.Network, symbols: np.ndarray, added: float, kept: float, threads: int) -> dict[str, Any]:
+    """Operations of a network with raised thresholds and pruned weights, beside the products of its shares.
+
+    `activity` and `density` are means over the multiplications of a dense engine. `by_matrix` is the sum over the
+    matrices of dense x activity x density of each; it differs from `effective` where busy units have more weights than
+    others, and from `product` where busy matrices do.
+    """
+    layers = tuple(replace(x, threshold=(x.threshold + np.float32(added)).astype(np.float32)) for x in network.layers)
+    pruned = replace(network, layers=layers)
+    if kept < 1:
+        pruned = prune_at_once(pruned, 1 - kept, scope="global")
+    found = evaluate_text(pruned, symbols, threads=threads)
+    shares = [1.0, *found["activity_by_layer"].values()]
+    sources = {f"layers.{k}.{kind}": k + (kind == "w_rec") for k in range(len(layers)) for kind in ("w_in", "w_rec")}
+    dense, products = dense_products(pruned), []
+    for matrix, w in pruned.matrices().items():
+        size = w.shape[0] * w.shape[1]
+        products.append((size, size * shares[sources.get(matrix, len(layers))], w.nnz))
+    activity, density = (sum(each[k] for each in products) / dense for k in (1, 2))
+    effective = found["effective_ops_per_step"]
+    by_matrix = sum(active * nnz / size for size, active, nnz in products)
+    return {
+        "perplexity": found["perplexity"],
+        "activity_by_layer": shares[1:],
+        "activity": activity,
+        "density": density,
+        "dense": dense,
+        "effective": effective,
+        "product": dense * activity * density,
+        "ratio": effective / (dense * activity * density),
+        "by_matrix": by_matrix,
+        "ratio_by_matrix": effective / by_matrix,
+    }
+
+
+@app.command()
+def draw(
+    results: Results = RESULTS,
+    figures: Annotated[
+        Path | None, typer.Option(help="Folder to draw into. [figures, for the results of the repository]")
+    ] = None,
+) -> None:
+    """Draw perplexity over operations, and the grid, from the lines that exist."""
+    lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    folder = figures or (HERE / "figures" if results == RESULTS else results.parent)
+    evaluated = list({each["name"]: each for each in lines if each["what"] == "evaluation"}.values())
+    operations_figure(evaluated, path=folder / "ptb.png")
+    print(f"wrote {folder / 'ptb.png'}: {len(evaluated)} models")
+    points = [each for each in lines if each["what"] == "grid"]
+    if points:
+        last = [each for each in points if (each["name"], each["limit"]) == (points[-1]["name"], points[-1]["limit"])]
+        grid_figure(last, path=folder / "ptb_grid.png")
+        print(f"wrote {folder / 'ptb_grid.png'}: {len(last)} points")
+
+
+def show(line: dict[str, Any]) -> None:
+    """Print a line without what belongs to the machine."""
+    print(as_line({key: value for key, value in line.items() if key not in ("versions", "device", "time")}))
+
+
+if __name__ == "__main__":
+    app()

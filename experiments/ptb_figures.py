@@ -1,0 +1,99 @@
+"""Figures of ptb.py: perplexity over operations beside published points, and whether the two savings multiply."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from eventrnn.plots import GREY, HUES, INK, MARKS, new_figure, plain_axes, saved
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Published test perplexities and multiplications per token, in millions, with the decoder: name -> (MAC, perplexity,
+# source). EGRU: the first version of Subramoney et al. (arXiv 2206.06178), table 3; later versions give no operations.
+PUBLISHED = {
+    "AWD-LSTM": (24.2, 57.3, "Merity et al. 2017"),
+    "LSTM": (24.0, 59.6, "Melis et al. 2017"),
+    "GRU 1350": (24.0, 68.8, "Subramoney et al., v1"),
+    "EGRU 1350": (4.7, 64.5, "Subramoney et al., v1"),
+    "EGRU 2000": (6.6, 63.7, "Subramoney et al., v1"),
+    "EGRU 2700": (8.1, 63.5, "Subramoney et al., v1"),
+}
+
+# "Up to 20 times fewer operations with perplexity below 60" (Mukherji et al. 2023, abstract), here of AWD-LSTM's.
+CLAIM = (1.2, 60.0)
+
+
+def operations_figure(lines: Sequence[Mapping[str, Any]], *, path: str | os.PathLike | None = None) -> Figure:
+    """Perplexity over operations per token: evaluated models beside published ones.
+
+    lines : lines of `ptb.py evaluate`. Filled marks are the test text, hollow ones the validation text where the test
+            text was not read
+    """
+    figure = new_figure(7.2, 4.6)
+    axes = figure.subplots()
+    for name, (millions, perplexity, _) in PUBLISHED.items():
+        axes.scatter(1e6 * millions, perplexity, color=GREY, marker="x", s=30, zorder=2)
+        axes.annotate(name, (1e6 * millions, perplexity), (4, 4), textcoords="offset points", fontsize=7, color=INK)
+    axes.plot([1e6 * CLAIM[0]] * 2, [CLAIM[1] - 8, CLAIM[1]], color=GREY, linewidth=1)
+    axes.plot([5e5, 1e6 * CLAIM[0]], [CLAIM[1]] * 2, color=GREY, linewidth=1, label="claim of Mukherji et al. 2023")
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for line in lines:
+        kind = f"pruned {line['pruned']}" if line["pruned"] else "not pruned"
+        groups.setdefault(f"{line['model'].upper()}, {kind}", []).append(line)
+    for k, (group, members) in enumerate(groups.items()):
+        for n, line in enumerate(members):
+            part = "test" if "test" in line else "valid"
+            axes.scatter(
+                line[part]["effective"],
+                line[part]["perplexity"],
+                facecolors=HUES[k % len(HUES)] if part == "test" else "none",
+                edgecolors=HUES[k % len(HUES)],
+                marker=MARKS[k % len(MARKS)],
+                s=34,
+                zorder=3,
+                label=group if n == 0 else None,
+            )
+    axes.set(xscale="log", yscale="log", xlabel="multiplications per token, decoder included", ylabel="perplexity")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.set_title("Penn Treebank: filled test text, hollow validation text, crosses published", loc="left")
+    axes.legend(fontsize=8, frameon=False)
+    plain_axes(axes)
+    return saved(figure, path)
+
+
+def grid_figure(lines: Sequence[Mapping[str, Any]], *, path: str | os.PathLike | None = None) -> Figure:
+    """Operations over dense operations against activity x density: on the diagonal the two savings multiply.
+
+    lines : lines of `ptb.py grid` of one model. Raises ValueError where there is none.
+    """
+    if not lines:
+        raise ValueError("lines: got none, need the lines of a grid")
+    figure = new_figure(7.2, 3.6)
+    left, right = figure.subplots(1, 2)
+    shares = [line["activity"] * line["density"] for line in lines]
+    left.plot(
+        [min(shares), max(shares)], [min(shares), max(shares)], color=GREY, linewidth=1, label="activity x density"
+    )
+    right.axhline(1, color=GREY, linewidth=1)
+    for k, added in enumerate(dict.fromkeys(line["added"] for line in lines)):
+        row = sorted((line for line in lines if line["added"] == added), key=lambda line: line["density"])
+        look = {"color": HUES[k % len(HUES)], "marker": MARKS[k % len(MARKS)], "markersize": 4, "linewidth": 1}
+        active = sum(line["activity"] for line in row) / len(row)
+        x = [line["activity"] * line["density"] for line in row]
+        left.plot(x, [line["effective"] / line["dense"] for line in row], label=f"{active:.0%} active", **look)
+        right.plot([line["density"] for line in row], [line["ratio"] for line in row], **look)
+        right.plot(
+            [line["density"] for line in row], [line["ratio_by_matrix"] for line in row], **(look | {"linestyle": ":"})
+        )
+    left.set(xscale="log", yscale="log", xlabel="activity x density", ylabel="operations / dense operations")
+    right.set(xscale="log", xlabel="density", ylabel="operations / (dense x activity x density)")
+    right.set_ylim(bottom=0)
+    right.set_title("dotted: product within each matrix", loc="left")
+    left.legend(fontsize=8, frameon=False)
+    for axes in (left, right):
+        plain_axes(axes)
+    return saved(figure, path)
