@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +44,7 @@ from eventrnn.cli.terminal import as_line, progress
 from eventrnn.pruning import Blocks, after_training, magnitude_masks, prune_to_operations
 from eventrnn.pruning import prune as prune_at_once
 from eventrnn.pruning.schedule import prunable
-from eventrnn.training import GRU, LanguageModelling, Model, Trainer, run
+from eventrnn.training import GRU, LanguageModelling, Model, Trainer, parts, run
 from eventrnn.training.checkpoint import read_checkpoint
 from eventrnn.training.evaluation import evaluate_text
 from eventrnn.training.recipes.recipe import CONFIG, Recipe, load_recipe, note
@@ -110,7 +111,12 @@ def restored(folder: Path, text: str) -> Model:
     """
     recipe = recipe_of(folder, [("training.backend", "cpu"), ("training.precision", "")])
     trainer, _ = replace(recipe, data=replace(recipe.data, text=text)).trainer()
-    arrays, _ = read_checkpoint(folder / CHECKPOINT)
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint = folder / CHECKPOINT
+        # A run that was moved may have its checkpoint in parts.
+        if not checkpoint.exists() and parts.join(folder, Path(scratch) / CHECKPOINT):
+            checkpoint = Path(scratch) / CHECKPOINT
+        arrays, _ = read_checkpoint(checkpoint)
     for key, value in trainer.model.parameters.items():
         value[...] = arrays.get(f"best.{key}", arrays[f"parameters.{key}"])
     return trainer.model
@@ -193,12 +199,12 @@ def evaluate(
         raise ValueError(f"sparsity: got {sparsity}, but only a GRU is pruned here; use the command prune")
     else:
         network = trained(model, text)
-        parts, line = load_parts(network, text, wanted), sizes(network)
+        texts, line = load_parts(network, text, wanted), sizes(network)
         with progress() as bar:
             for part in wanted:
                 line[part] = quality(
                     network,
-                    parts[part][:limit],
+                    texts[part][:limit],
                     backend=backend,
                     threads=threads,
                     report=lambda stage, done, total, part=part: bar(f"reading {part}", done, total, ""),
@@ -212,7 +218,7 @@ def gru_line(model: Model, text: str, wanted: tuple[str, ...], sparsity: float, 
     As of the EGRU, the decoder is pruned apart from the embedding.
     """
     template, model = model.template, _untied(model)
-    parts = load_parts(template, text, wanted)
+    texts = load_parts(template, text, wanted)
     matrices = {key: value for key, value in model.parameters.items() if prunable(key)}
     if sparsity:
         masks = magnitude_masks(matrices, sparsity, block=(1, 1), scope="global", statistic="max", gates="all")
@@ -233,7 +239,7 @@ def gru_line(model: Model, text: str, wanted: tuple[str, ...], sparsity: float, 
         + total,
     }
     for part in wanted:
-        symbols = parts[part][:limit]
+        symbols = texts[part][:limit]
         found = LanguageModelling(symbols, symbols, valid_batch=1).evaluate(model)
         line[part] = {
             "tokens": len(symbols),
@@ -317,9 +323,9 @@ def tune(
         *map(parse_setting, settings or []),
     ]
     recipe = recipe_of(of, changed)
-    parts = load_parts(network, text, ("train", "valid"))
+    texts = load_parts(network, text, ("train", "valid"))
     task = LanguageModelling(
-        parts["train"], parts["valid"], valid_batch=recipe.data.valid_batch, carry=recipe.data.carry
+        texts["train"], texts["valid"], valid_batch=recipe.data.valid_batch, carry=recipe.data.carry
     )
     trainer = Trainer(network, task, recipe.training)
     with progress() as bar:
