@@ -135,7 +135,9 @@ def inference(backend: str) -> list[bool]:
 def main(backend: str = "cuda", *, only: str = "") -> int:
     good = [] if only == "training" else inference(backend)
     if backend == "cuda" and only != "inference":
-        good += [training(case) for case in TRAININGS]
+        for number, case in enumerate(TRAININGS):
+            good.append(training(case))
+            print(f"training case {number}: {'passed' if good[-1] else 'failed'}", flush=True)
     print(f"{sum(good)} of {len(good)} cases passed")
     return 0 if all(good) else 1
 

@@ -307,12 +307,17 @@ def test_evaluation_reads_the_parameters_it_is_given(gpu):
 
 def test_tasks_with_a_loss_of_their_own_train(gpu):
     rng = np.random.default_rng(3)
-    task = Classification(rng.normal(size=(7, 4, 3)).astype(np.float32), rng.integers(0, 5, 7))
+    sequences, labels = rng.normal(size=(7, 4, 3)).astype(np.float32), rng.integers(0, 5, 7)
+    held_out = sequences[:3], labels[:3], np.array([4, 2, 3])
+    task = Classification(sequences, labels, held_out, lengths=np.array([4, 4, 3, 2, 4, 1, 4]))
     network = Network.random([6], inputs=3, readout=5, rng=rng, threshold=0.1)
     trainer = Trainer(network, task, _settings(epochs=2))
-    losses = [progress.loss for progress in trainer]
+    progress = list(trainer)
     # Seven sequences are batches of three, three and one.
-    assert len(losses) == 6 and np.isfinite(losses).all()
+    assert len(progress) == 6 and np.isfinite([each.loss for each in progress]).all()
+    host = Model(trainer.network())
+    figures, expected = progress[-1].validation, task.evaluate(host)
+    assert figures["activity"] == expected["activity"] and figures["accuracy"] == expected["accuracy"]
 
 
 def test_a_window_that_fails_changes_nothing(gpu):
@@ -358,19 +363,23 @@ def test_a_killed_run_of_the_command_line_goes_on_with_the_same_bits(tmp_path):
         command = [sys.executable, "-m", "eventrnn.cli", "train", "--json", *arguments]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
+    def ended(run):
+        out, err = run.communicate()
+        return run.returncode, out, err
+
     models = [tmp_path / name for name in ("straight", "killed")]
     runs = [start(f"--out={model}", f"--text={text}", "--backend=cuda", *sizes, *noise, *often) for model in models]
     checkpoint = tmp_path / "killed.run" / "checkpoint.safetensors"
     while not checkpoint.exists() and runs[1].poll() is None:
         time.sleep(0.001)
     runs[1].kill()
-    out, err = runs[0].communicate()
-    assert runs[0].returncode == 0, err
+    code, out, err = ended(runs[0])
+    assert code == 0, err
     assert "GPU memory 1/1" in err and "bytes for the run" in err
     assert json.loads(out)["steps"] == 40 and json.loads(out)["perplexity_valid"] > 1
-    assert runs[1].wait() == -9, "the run ended before it was killed"
-    again = start(f"--resume={tmp_path / 'killed.run'}")
-    assert again.wait() == 0, again.stderr.read()
+    assert ended(runs[1])[0] == -9, "the run ended before it was killed"
+    code, _, err = ended(start(f"--resume={tmp_path / 'killed.run'}"))
+    assert code == 0, err
     assert models[1].read_bytes() == models[0].read_bytes()
 
 

@@ -311,7 +311,8 @@ class Device:
         """Bytes that can still be allocated."""
         pool = self.arrays.get_default_memory_pool()
         free = self.arrays.cuda.runtime.memGetInfo()[0] + pool.free_bytes()
-        return min(free, pool.get_limit() - pool.used_bytes()) if pool.get_limit() else free
+        # A limit that was set later may be below what is in use.
+        return max(0, min(free, pool.get_limit() - pool.used_bytes())) if pool.get_limit() else free
 
     def need(self, needed: int) -> None:
         """Raise MemoryError with the needed and the free bytes unless so many bytes are free."""

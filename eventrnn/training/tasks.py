@@ -288,7 +288,7 @@ class Sequences(Task):
             read.append((output * self._shares(len(output), output.shape[1], ends)[:, :, None]).sum(axis=0))
             present = np.arange(len(output))[:, None] < (len(output) if ends is None else ends)
             present = np.broadcast_to(present, output.shape[:2])
-            sent += sum(int(np.count_nonzero(layer.y[1:], axis=2)[present].sum()) for layer in tape.layers)
+            sent += int(tape.events[present].sum())
             steps += int(present.sum())
         units = sum(layer.units for layer in model.template.layers)
         return np.concatenate(read), sent / (steps * units)

@@ -23,10 +23,16 @@ F32 = np.float32
 
 @dataclass(frozen=True)
 class EvaluationTape:
-    """What a task may read of a window: the activity, events per unit, step and sample, over all layers and of each."""
+    """What a task may read of a window.
+
+    activity       : events per unit, step and sample, over all layers
+    layer_activity : the same of each layer, (layers,) float64
+    events         : events of all layers per step and sample, (T, B) integers
+    """
 
     activity: float
     layer_activity: np.ndarray
+    events: np.ndarray
 
 
 class Evaluator:
@@ -70,14 +76,14 @@ class Evaluator:
             self.parameters = engine.model.parameters
 
     def forward(self, inputs: np.ndarray, state: State, noise: Any = None) -> tuple[np.ndarray, State, EvaluationTape]:
-        """See `training.Model.forward`; without noise. The tape holds activities only."""
+        """See `training.Model.forward`; without noise. The tape holds events only."""
         if noise is not None:
             raise ValueError("noise: got some, but a model on the GPU evaluates without noise; leave it out")
         with self.engine.device.on_stream():
             window, run, _ = self._window(inputs, state)
             run()
             output = fetch_output(self.engine.device, window.memory, window.sizes, window.steps, window.batch)
-            return output, self._state(window), EvaluationTape(*self._activities(window))
+            return output, self._state(window), EvaluationTape(*self._activities(window), self._events(window))
 
     def score(self, inputs: np.ndarray, targets: np.ndarray, state: State) -> tuple[float, State, np.ndarray]:
         """See `training.Model.score`."""
@@ -140,6 +146,18 @@ class Evaluator:
                 self.engine.device.fetch(window.memory[name, k][: window.batch], padded)
                 arrays.append(np.ascontiguousarray(padded[:, : layer.units]))
         return State(tuple(found["cells"]), tuple(found["outputs"]))
+
+    def _events(self, window: ForwardWindow) -> np.ndarray:
+        """Events of all layers per step and sample."""
+        total, device, memory = np.zeros((window.steps, window.batch), np.int64), self.engine.device, window.memory
+        for k, layer in enumerate(window.sizes.layers):
+            threshold, size = np.empty(layer.padded, F32), window.rows * layer.padded
+            cells = np.empty((window.steps, window.batch, layer.padded), F32)
+            device.fetch(memory["threshold", k], threshold)
+            # The last of the five arrays of the tape: cells before the event.
+            device.fetch(memory["tape", k].reshape(-1)[4 * size : 5 * size], cells.reshape(-1))
+            total += np.count_nonzero(cells > threshold, axis=2)
+        return total
 
     def _activities(self, window: ForwardWindow) -> tuple[float, np.ndarray]:
         """The activity over all layers, and of each layer."""

@@ -72,6 +72,11 @@ class Tape:
         return sum(np.count_nonzero(k.y[1:]) for k in self.layers) / max(1, sum(k.v.size for k in self.layers))
 
     @property
+    def events(self) -> np.ndarray:
+        """Events of all layers per step and sample, (T, B) integers."""
+        return np.sum([np.count_nonzero(k.y[1:], axis=2) for k in self.layers], axis=0)
+
+    @property
     def layer_activity(self) -> np.ndarray:
         """Events per unit, step and sample of each layer, (layers,) float64."""
         return np.array([np.count_nonzero(k.y[1:]) / max(1, k.v.size) for k in self.layers])
