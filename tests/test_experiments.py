@@ -492,6 +492,9 @@ def test_latency_times_the_models_of_torch(latency):
     assert {"LSTM", "GRU"} <= set(line["ms_per_token"])
     names = set(line["ms_per_token"]) | set(line["missing"])
     assert names == {"ours", "ours, dense", "ours, BLAS", "LSTM", "GRU", "LSTM, int8", "GRU, int8"}
+    assert list(line["ms_per_token"]["LSTM"]) == ["sequence", "token", "token, cells"]
     for way in ("sequence", "token"):
         for name, ratio in line["times_faster"][way].items():
-            assert ratio == line["ms_per_token"][name][way]["ms"] / line["ms_per_token"]["ours"][way]["ms"]
+            ways = line["ms_per_token"][name].items()
+            fastest = min(each["ms"] for kind, each in ways if kind.startswith(way))
+            assert ratio == fastest / line["ms_per_token"]["ours"][way]["ms"]
