@@ -142,6 +142,36 @@ def test_invalid_threshold_rule_in_a_file_is_an_error_of_the_file(prune, tmp_pat
     assert code == 2 and "the model file says 'learned'; give --thresholds" in err
 
 
+def test_a_tied_readout_is_pruned_when_it_is_untied_and_its_embedding_can_be_stored_narrow(prune, tmp_path, cli, text):
+    network = load(tmp_path / "model.safetensors")
+    tied = replace(
+        Network.random([24, 8], symbols=28, embedding=8, tied=True, rng=np.random.default_rng(1), threshold=0.1),
+        metadata=network.metadata,
+    )
+    save(tied, tmp_path / "tied.safetensors")
+    for untie in ((), ("--untie",)):
+        out = tmp_path / f"out{len(untie)}.safetensors"
+        tuning = ("--sparsity", 0.5, "--text", text, *TUNING)
+        record(prune(*untie, "--out", out, *tuning, "--json", model="tied.safetensors"))
+        made = load(out)
+        assert made.readout.tied == (not untie) and made.readout.weights.name == ("csr" if untie else "dense")
+        assert np.array_equal(made.readout.weights.to_dense(), made.embedding.T) == (not untie)
+    code, out, err = prune("--untie", "--out", "{folder}/no", "--sparsity", 0.5)
+    assert code == 2 and not out and "is not tied; leave out --untie" in err and not (tmp_path / "no").exists()
+
+    small = tmp_path / "small.safetensors"
+    narrow = ("--storage", "int8", "--embedding", "int8", "--json")
+    record(cli("convert", tmp_path / "out1.safetensors", "--out", small, *narrow))
+    before = (tmp_path / "out1.safetensors").stat().st_size
+    assert small.stat().st_size < before - 2 * load(small).embedding.size
+    for wrong, message in (
+        (("tied.safetensors", "--embedding", "int8"), "untie it first"),
+        (("out1.safetensors", "--embedding", "float32"), "need one of bfloat16, int8"),
+    ):
+        code, out, err = cli("convert", tmp_path / wrong[0], "--out", tmp_path / "no", *wrong[1:])
+        assert code == 2 and not out and message in err and not (tmp_path / "no").exists()
+
+
 def test_prune_draws_the_masks(prune, tmp_path):
     pytest.importorskip("matplotlib", reason="figures need matplotlib, the plots extra")
     code, _, err = prune("--out", tmp_path / "out.safetensors", "--picture", tmp_path / "masks.png")

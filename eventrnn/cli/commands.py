@@ -235,6 +235,8 @@ def convert_command(
     """Change the weight format or the storage type of a model, or import a layer of EvNN."""
     r_c, n_m = parse_block(block) if block else None, parse_nm(nm, AXES) if nm else None
     writable_file(out, force)
+    if embedding is not None:
+        need_choice("embedding", embedding, STORAGES[1:])
     network = Network((io.from_evnn(_arrays(source)),)) if source.suffix == ".npz" else io.load(source)
     tied = network.readout is not None and network.readout.tied
     to = to or ("block" if block else "nm" if nm else None)
@@ -249,7 +251,6 @@ def convert_command(
         changed[name] = made if to else weights.stored_as(storage or weights.storage)
     converted = network.with_matrices(changed)
     if embedding is not None:
-        need_choice("embedding", embedding, STORAGES[1:])
         converted = converted.with_rounded_embedding(embedding)
     save_model(converted, out, force)
     show(
