@@ -4,6 +4,7 @@
     python experiments/ptb.py evaluate ptb.safetensors.run                             # validation; --test for both
     python experiments/ptb.py prune ptb.safetensors --operations 1.2e6 --block 1x16 --out pruned.safetensors
     python experiments/ptb.py tune pruned.safetensors ptb.safetensors.run --epochs 100 --out tuned.safetensors
+    python experiments/ptb.py tune ptb.safetensors ptb.safetensors.run --sparsity 0.9 --out gradual.safetensors
     eventrnn convert tuned.safetensors --storage int8 --embedding int8 --out small.safetensors
     python experiments/ptb.py evaluate small.safetensors --test
     python experiments/ptb.py twin small.safetensors                                   # equal to the dense network
@@ -41,7 +42,7 @@ from records import Records
 import eventrnn as er
 from eventrnn.cli.options import load_parts, parse_block, save_model, writable_file
 from eventrnn.cli.terminal import as_line, progress
-from eventrnn.pruning import Blocks, after_training, magnitude_masks, prune_to_operations
+from eventrnn.pruning import Blocks, GradualPruning, after_training, magnitude_masks, prune_to_operations
 from eventrnn.pruning import prune as prune_at_once
 from eventrnn.pruning.schedule import prunable
 from eventrnn.training import GRU, LanguageModelling, Model, Trainer, parts, run
@@ -64,6 +65,9 @@ CALIBRATION = (512, 8)
 # The grid: what is added to every threshold, and the share of the weights that is kept.
 ADDED = (0.0, 0.05, 0.1, 0.2, 0.4)
 DENSITIES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05)
+
+# How often gradual pruning changes the masks.
+CHANGES = 40
 
 # Steps that are compared with the dense twin at a time. Their records are in memory.
 COMPARED = 1024
@@ -299,9 +303,14 @@ def prune(
 
 @app.command()
 def tune(
-    model: Annotated[Path, typer.Argument(help="Pruned model file.")],
+    model: Annotated[Path, typer.Argument(help="Model file, pruned already or pruned here by --sparsity.")],
     of: Annotated[Path, typer.Argument(help="Folder of the run that trained the model; its recipe is used.")],
     out: Out,
+    sparsity: Annotated[
+        float,
+        typer.Option(help="Share of the blocks that the first half of the training prunes by magnitude; 0: none."),
+    ] = 0.0,
+    block: Annotated[str, typer.Option(metavar="RxC", help="Block, with --sparsity.")] = "1x1",
     epochs: Annotated[int, typer.Option(help="Passes over the training text.")] = 100,
     learning_rate: Annotated[
         float, typer.Option(help="Learning rate at the start; it falls to zero by a cosine.")
@@ -313,9 +322,15 @@ def tune(
     force: Force = False,
     results: Results = RESULTS,
 ) -> None:
-    """Train a pruned model on with its masks, by the recipe of the run that made it; a stopped run continues."""
+    """Train a model on by the recipe of the run that made it: with its masks, or pruned gradually meanwhile.
+
+    A run that was stopped continues.
+    """
     writable_file(out, force)
-    network, records = er.load(model), Records(results, KEY)
+    shape, records = parse_block(block), Records(results, KEY)
+    if block != "1x1" and not sparsity:
+        raise ValueError(f"block: got {block}, but only --sparsity prunes here; leave it out")
+    network = er.load(model).untied() if sparsity else er.load(model)
     changed = [
         ("training.epochs", epochs),
         ("training.learning_rate", learning_rate),
@@ -327,7 +342,12 @@ def tune(
     task = LanguageModelling(
         texts["train"], texts["valid"], valid_batch=recipe.data.valid_batch, carry=recipe.data.carry
     )
-    trainer = Trainer(network, task, recipe.training)
+    training = recipe.training
+    updates = epochs * -(-task.length(training.batch) // training.window)
+    end, pruning = max(1, updates // 2), None
+    if sparsity:
+        pruning = GradualPruning(sparsity, shape, 0, end, every=max(1, end // CHANGES), scope="global", statistic="l2")
+    trainer = Trainer(network, task, training, pruning=pruning)
     with progress() as bar:
         seconds = run(
             trainer,
@@ -335,10 +355,12 @@ def tune(
             resume=True,
             report=lambda p, _: bar("fine-tuning", round(1000 * p.share), 1000, note(p, "word")),
         )
-    # Every matrix goes back into the format that it had.
-    tuned = after_training(trainer.network(best=True), network, {}, Blocks(0.0))
+    # A matrix that was pruned here takes the format of its blocks; others go back into the format that they had.
+    masks = trainer.model.masks if sparsity else {}
+    tuned = after_training(trainer.network(best=True), network, masks, Blocks(sparsity, shape))
     save_model(tuned, out, force)
     line = {"what": "tuning", "name": name or out.name, "of": model.name, "epochs": epochs, "seconds": seconds}
+    line |= {"sparsity": sparsity, "block": block}
     show(records.add(line | {"learning_rate": learning_rate, "best_bits": trainer.best_value} | sizes(tuned)))
 
 

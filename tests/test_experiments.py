@@ -408,6 +408,10 @@ def test_ptb_model_is_evaluated_pruned_tuned_compared_and_drawn(monkeypatch, tmp
         kept = before.matrices()[name].to_dense() != 0
         assert w.name == "block" and not w.to_dense()[~kept].any(), name
     assert not np.array_equal(after.embedding, before.embedding)
+    gradual = tmp_path / "gradual.safetensors"
+    block = ("--sparsity", 0.6, "--block", "1x2")
+    line = run("tune", dense, f"{dense}.run", *text, "--epochs", 1, "--out", gradual, *block)
+    assert not line["tied"] and 0.35 < line["density"] < 0.45 and line["pruned"] == "1x2"
     line = run("evaluate", tuned, *text, "--test", "--name", "tuned")
     assert line["test"]["tokens"] == 20 * 15 and line["valid"]["perplexity"] > 1
     without = line["test"]["effective"] - line["test"]["effective_by_matrix"]["readout"]
