@@ -84,6 +84,12 @@ def write_whole(target: Path, raw: bytes, *, overwrite: bool = False, keep: Path
     _sync_folder(target.parent)
 
 
+def file_sha256(path: str | os.PathLike) -> str:
+    """The SHA-256 of a file in the notation of `sha256sum`. Raises OSError where it cannot be read."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def clean(folder: Path) -> None:
     """Remove the temporary files that killed processes left in a folder."""
     for file in folder.glob(TEMPORARY.format("*")):

@@ -173,8 +173,8 @@ def test_run_count_and_info_take_a_model_by_name_or_as_an_argument(cli, model, m
     for command in (("run", "--text", text), ("count", "--text", text, "--symbols", 50), ("info",)):
         answers = [cli(*command, *how, "--json") for how in ((path,), ("--model", path), ("--model", "fox"))]
         assert [code for code, _, _ in answers] == [0, 0, 0], answers
-        # `bytes` of info included: it is the same file.
         assert len({out for _, out, _ in answers}) == 1
+    assert json.loads(cli("info", path, "--json")[1])["sha256"] == sha256
     for wrong in ((), (path, "--model", "fox")):
         code, out, err = cli("run", *wrong, "--text", text)
         assert code == 2 and not out and err.count("\n") == 1 and "give a model file, or --model" in err

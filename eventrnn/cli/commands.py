@@ -14,7 +14,7 @@ from rich.table import Table
 
 from eventrnn import io
 from eventrnn._checks import need_choice
-from eventrnn._files import printable
+from eventrnn._files import file_sha256, printable
 from eventrnn.cli.options import (
     Backend,
     Block,
@@ -189,7 +189,9 @@ def info(model: GivenModel = None, named: NamedModel = None, as_json: Json = Fal
             f"layers.{k}": f"{layer.cell.name}/{layer.cell.variant}, {layer.units} units"
             for k, layer in enumerate(network.layers)
         }
-        show(model or named or "", cells | shapes | {"bytes": path.stat().st_size}, as_json)
+        show(
+            model or named or "", cells | shapes | {"bytes": path.stat().st_size, "sha256": file_sha256(path)}, as_json
+        )
         return
     from eventrnn import bench
 

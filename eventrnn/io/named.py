@@ -11,7 +11,6 @@ Files of addresses are downloaded once into the user's cache folder. A content w
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from pathlib import Path
 from urllib.parse import urldefrag, urlsplit
 from urllib.request import url2pathname
 
-from eventrnn._files import cache_folder, printable
+from eventrnn._files import cache_folder, file_sha256, printable
 from eventrnn.data.download import DownloadError, retrieve
 from eventrnn.io.model_file import ModelFileError
 
@@ -129,8 +128,7 @@ def _fetched(address: str, sha256: str, report: Report, note: str, size: int) ->
 def _checked(path: Path, sha256: str) -> Path:
     """The path, after its content was held against the checksum."""
     try:
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = file_sha256(path)
     except OSError as error:
         raise ModelFileError(f"model: {printable(path)}: cannot be read: {error.strerror}") from None
     if found != sha256:

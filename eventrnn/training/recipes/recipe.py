@@ -19,7 +19,7 @@ import numpy as np
 
 from eventrnn import io
 from eventrnn._checks import need_choice, need_flag, need_number, need_text, need_whole
-from eventrnn._files import locked, printable, write_whole
+from eventrnn._files import file_sha256, locked, printable, write_whole
 from eventrnn.cells import Cell, Surrogate
 from eventrnn.data.text import KINDS, Corpus, from_path, from_text, python_documentation, read_stream
 from eventrnn.io.model_file import encoded
@@ -391,8 +391,7 @@ def _allow(folder: Path, out: Path, digests: set[str]) -> None:
 def _digest(path: Path) -> str | None:
     """The SHA-256 of a file, in the notation of `sha256sum`; None where there is none."""
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)
     except FileNotFoundError:
         return None
 
