@@ -151,15 +151,15 @@ class CpuEngine:
                 aligned_zeros(rows * self.drive_pitch, np.float32),
                 aligned_zeros(batch * self.drive_pitch, np.float32),
                 EventLists(
-                    np.zeros(list_rows * row_capacity, np.int32),
-                    np.zeros(list_rows * row_capacity, np.float32),
-                    np.zeros(list_rows * self.n_threads, np.int64),
-                    np.zeros(list_rows * self.n_threads, np.int64),
+                    aligned_zeros(list_rows * row_capacity, np.int32),
+                    aligned_zeros(list_rows * row_capacity, np.float32),
+                    aligned_zeros(list_rows * self.n_threads, np.int64),
+                    aligned_zeros(list_rows * self.n_threads, np.int64),
                 ),
-                np.zeros((self.n_threads, rows), np.int64),
-                np.zeros((self.n_threads, rows), np.int64),
-                np.zeros((self.n_threads, batch * row_capacity), np.int32),
-                np.zeros((self.n_threads, batch * row_capacity), np.float32),
+                aligned_zeros((self.n_threads, rows), np.int64),
+                aligned_zeros((self.n_threads, rows), np.int64),
+                aligned_zeros((self.n_threads, batch * row_capacity), np.int32),
+                aligned_zeros((self.n_threads, batch * row_capacity), np.float32),
                 workspace(self.n_threads, inputs, rows, self.max_segments, blas_columns),
             )
             # Set last: if memory was short above, the next run must not take the old buffers for this batch.

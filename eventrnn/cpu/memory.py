@@ -20,18 +20,18 @@ STAGGER, APART = 21 * 64, 128 << 10
 _made = itertools.count()
 
 
-def aligned_zeros(size: int, dtype) -> np.ndarray:
-    """A flat array of `size` zeros that starts on a cache line, on large pages if it fills one and the system has them.
+def aligned_zeros(shape: int | tuple[int, ...], dtype) -> np.ndarray:
+    """An array of zeros that starts on a cache line, on large pages if it fills one and the system has them.
 
     Rows read at random from small pages would miss the address cache as often as the data cache. If all large arrays
     began at the same place of a page, those that are read side by side would compete for the same sets of a cache: a
     training window with 90 % of the blocks pruned took 104 ms, and takes 82 ms with staggered addresses.
     """
-    nbytes = size * np.dtype(dtype).itemsize
+    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
     if nbytes < LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         raw = np.zeros(nbytes + 64, np.uint8)
         start = -raw.ctypes.data % 64
-        return raw[start : start + nbytes].view(dtype)
+        return raw[start : start + nbytes].view(dtype).reshape(shape)
     # The mapping is private, because shared memory, the default of `mmap`, gets no large pages.
     length = round_up(nbytes + APART, LARGE_PAGE) + LARGE_PAGE
     memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -40,4 +40,4 @@ def aligned_zeros(size: int, dtype) -> np.ndarray:
         memory.madvise(mmap.MADV_HUGEPAGE)
     raw = np.frombuffer(memory, np.uint8)
     start = -raw.ctypes.data % LARGE_PAGE + next(_made) * STAGGER % APART
-    return raw[start : start + nbytes].view(dtype)
+    return raw[start : start + nbytes].view(dtype).reshape(shape)

@@ -15,6 +15,7 @@ from eventrnn._integers import ceil_div, round_up
 from eventrnn.cpu.kernels.row_products import LISTED_SEGMENTS
 from eventrnn.cpu.kernels.simd import LANES
 from eventrnn.cpu.kernels.tile_products import PANEL
+from eventrnn.cpu.memory import aligned_zeros
 from eventrnn.cpu.packing import DENSE_ACTIVITY_THRESHOLD, PoolBuilder, Segment, empty_column_tile, pack
 from eventrnn.cpu.tables import (
     BLAS,
@@ -100,7 +101,7 @@ class Layout:
         self.drive_pitch = LANES * (lines + (4 - lines) % 8)
         biases = [(k, bias) for k, layer in enumerate(network.layers) for bias in (layer.bias_in, layer.bias_rec)]
         biases += [(-1, network.readout.bias)] if network.readout is not None else []
-        self.biases = np.zeros(sum(int(widths[k]) for k, _ in biases), np.float32)
+        self.biases = aligned_zeros(sum(int(widths[k]) for k, _ in biases), np.float32)
         self.bias_begins, at = [], 0
         for k, bias in biases:
             for thread in range(n_threads):
@@ -195,19 +196,21 @@ def workspace_shapes(
     The workspace serves products of up to `inputs` units, `rows` drive rows, `segments` stored block segments per unit,
     and `blas_columns` columns through BLAS.
     """
-    most, listed = rows * inputs + LANES, LISTED_SEGMENTS + segments + LANES
+    # Whole vectors: every thread's share starts on a cache line, which it shares with no other thread.
+    most, listed = round_up(rows * inputs, LANES) + LANES, LISTED_SEGMENTS + round_up(segments, LANES) + LANES
     return (
-        ((n_threads, rows * ceil_div(inputs, PANEL) + 1), np.int64),
+        ((n_threads, round_up(rows * ceil_div(inputs, PANEL) + 1, LANES)), np.int64),
         ((n_threads, most), np.int32),
         ((n_threads, most), np.float32),
         ((n_threads, 2, listed), np.int32),
         ((n_threads, 2, listed), np.float32),
-        ((n_threads, rows * inputs), np.float32),
+        ((n_threads, round_up(rows * inputs, LANES)), np.float32),
         ((n_threads, rows * ROW_TILE), np.float32),
-        ((n_threads, rows * blas_columns), np.float32),
+        ((n_threads, round_up(rows * blas_columns, LANES)), np.float32),
     )
 
 
 def workspace(n_threads: int, inputs: int, rows: int, segments: int, blas_columns: int) -> Workspace:
     """A `Workspace` of zeros; parameters as of `workspace_shapes`."""
-    return Workspace(*(np.zeros(*each) for each in workspace_shapes(n_threads, inputs, rows, segments, blas_columns)))
+    shapes = workspace_shapes(n_threads, inputs, rows, segments, blas_columns)
+    return Workspace(*(aligned_zeros(*each) for each in shapes))
