@@ -14,20 +14,12 @@ from eventrnn import Dense, Network, load, save
 from eventrnn.bench import timing
 from eventrnn.cli.options import PARTS
 from eventrnn.data.text import Vocabulary
-from support.texts import TEXT
+from support.texts import TEXT, reader_of_text
 
 
 @pytest.fixture
 def model(tmp_path):
-    vocabulary = Vocabulary.of(TEXT)
-    network = Network.random(
-        [24],
-        symbols=len(vocabulary),
-        embedding=8,
-        readout=len(vocabulary),
-        rng=np.random.default_rng(0),
-        metadata={"vocabulary": vocabulary.to_json()},
-    )
+    network = reader_of_text()
     path = tmp_path / "model.safetensors"
     save(network, path)
     return path

@@ -6,29 +6,19 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import numpy as np
 import pytest
 
-from eventrnn import Network, save
+from eventrnn import save
 from eventrnn.cli import demo
 from eventrnn.data import download
-from eventrnn.data.text import Vocabulary
 from eventrnn.io import ModelFileError, NamedModel, located_model, named
-from support.texts import TEXT
+from support.texts import TEXT, reader_of_text
 
 
 @pytest.fixture
 def model(tmp_path):
     """A model file that reads characters, and its checksum."""
-    vocabulary = Vocabulary.of(TEXT)
-    network = Network.random(
-        [24],
-        symbols=len(vocabulary),
-        embedding=8,
-        readout=len(vocabulary),
-        rng=np.random.default_rng(0),
-        metadata={"vocabulary": vocabulary.to_json()},
-    )
+    network = reader_of_text()
     path = tmp_path / "fox.safetensors"
     save(network, path)
     return path, hashlib.sha256(path.read_bytes()).hexdigest()

@@ -9,7 +9,7 @@ import numpy as np
 from eventrnn.cpu.engine import CpuEngine
 from eventrnn.cpu.kernels.spmm import propagate_steps
 from eventrnn.cpu.plan import KernelPolicy, Plan, workspace
-from eventrnn.cpu.tables import BIAS_REC, END, REC, EventLists, Workspace
+from eventrnn.cpu.tables import BIAS_REC, END, REC, EventLists, ThreadTables, Workspace
 from eventrnn.events import Events
 from eventrnn.network import Layer, Network
 from eventrnn.weights import Dense, Weights
@@ -48,7 +48,11 @@ class Product:
         self.lists = EventLists(events.indices, events.values, events.indptr[:-1].copy(), np.diff(events.indptr))
         blas_columns = engine.drive_pitch * engine.policy.may_blas
         shared = workspace(threads, n, self.batch, engine.max_segments, blas_columns)
-        self.workspaces = [Workspace(*(each[thread] for each in shared)) for thread in range(threads)]
+        workspaces = [Workspace(*(each[thread] for each in shared)) for thread in range(threads)]
+        self.tables = [
+            ThreadTables(tiles, self.plan.pools, scratch, self.pitch)
+            for tiles, scratch in zip(self.plan.column_tiles, workspaces, strict=True)
+        ]
         self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
     def run(self, start: int = 0, stop: int | None = None) -> None:
@@ -56,19 +60,9 @@ class Product:
         stop = self.steps if stop is None else stop
 
         def share(thread: int) -> None:
+            tables = self.tables[thread]
             propagate_steps(
-                self.plan.column_tiles[thread],
-                *self.span,
-                self.plan.pools,
-                self.bias_begin,
-                self.n,
-                self.lists,
-                start,
-                stop,
-                self.batch,
-                self.workspaces[thread],
-                self.drive,
-                self.pitch,
+                tables, *self.span, self.bias_begin, self.n, self.lists, start, stop, self.batch, self.drive
             )
 
         if self.pool is None:

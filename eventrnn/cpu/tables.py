@@ -93,6 +93,24 @@ class Workspace(NamedTuple):
     blas_product: np.ndarray  # (drive_rows * columns,) float32: result of BLAS; empty where BLAS is not used
 
 
+class ThreadTables(NamedTuple):
+    """What a thread needs for each of its products."""
+
+    column_tiles: np.ndarray  # (tiles, FIELDS) int64: the table of the thread's column tiles
+    pools: WeightPools
+    workspace: Workspace
+    drive_pitch: int
+
+
+class RowEvents(NamedTuple):
+    """The events of a product: drive row k gets the lists `first + k * per_row` to `first + (k + 1) * per_row`."""
+
+    lists: EventLists
+    first: int
+    per_row: int
+    rows: int
+
+
 class NetworkTables(NamedTuple):
     """A network packed for the time loop."""
 

@@ -11,61 +11,60 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from eventrnn.cpu.tables import EventLists, WeightPools, Workspace
+from eventrnn.cpu.tables import EventLists, RowEvents, ThreadTables, WeightPools, Workspace
 
 
-def _arrays(**fields) -> types.Type:
-    """A record of contiguous arrays, each given by its type and number of axes."""
-    record, kinds = fields.pop("record"), [types.Array(kind, axes, "C") for kind, axes in fields.values()]
+def _record(record, **fields: types.Type) -> types.Type:
+    """The type of a record with these types of fields."""
     assert tuple(fields) == record._fields
-    return types.BaseTuple.from_types(kinds, record)
+    return types.BaseTuple.from_types(list(fields.values()), record)
 
 
-_POOLS = _arrays(
-    record=WeightPools,
-    values=(types.float32, 1),
-    index=(types.int32, 1),
-    pointers=(types.int64, 1),
-    biases=(types.float32, 1),
+def _array(kind: types.Type, axes: int = 1) -> types.Type:
+    return types.Array(kind, axes, "C")
+
+
+_FLOATS, _INTS, _LONGS = _array(types.float32), _array(types.int32), _array(types.int64)
+
+_POOLS = _record(WeightPools, values=_FLOATS, index=_INTS, pointers=_LONGS, biases=_FLOATS)
+
+_WORKSPACE = _record(
+    Workspace,
+    panel_begins=_LONGS,
+    panel_indices=_INTS,
+    panel_values=_FLOATS,
+    segment_numbers=_array(types.int32, 2),
+    segment_factors=_array(types.float32, 2),
+    dense_inputs=_FLOATS,
+    tile=_FLOATS,
+    blas_product=_FLOATS,
 )
 
-_EVENTS = _arrays(
-    record=EventLists,
-    indices=(types.int32, 1),
-    values=(types.float32, 1),
-    begins=(types.int64, 1),
-    counts=(types.int64, 1),
+_THREAD = _record(
+    ThreadTables,
+    column_tiles=_array(types.int64, 2),
+    pools=_POOLS,
+    workspace=_WORKSPACE,
+    drive_pitch=types.int64,
 )
 
-_WORKSPACE = _arrays(
-    record=Workspace,
-    panel_begins=(types.int64, 1),
-    panel_indices=(types.int32, 1),
-    panel_values=(types.float32, 1),
-    segment_numbers=(types.int32, 2),
-    segment_factors=(types.float32, 2),
-    dense_inputs=(types.float32, 1),
-    tile=(types.float32, 1),
-    blas_product=(types.float32, 1),
+_EVENTS = _record(
+    RowEvents,
+    lists=_record(EventLists, indices=_INTS, values=_FLOATS, begins=_LONGS, counts=_LONGS),
+    first=types.int64,
+    per_row=types.int64,
+    rows=types.int64,
 )
-
-_FLOATS = types.Array(types.float32, 1, "C")
 
 #: types of the arguments of a product kernel (`products.py`): those of `spmm.propagate_all`
 PRODUCT = (
-    types.Array(types.int64, 2, "C"),  # column_tiles
+    _THREAD,  # tables
     types.int64,  # first_tile
     types.int64,  # last_tile
-    _POOLS,
     types.int64,  # bias_begin
     types.int64,  # n_pre
-    _EVENTS,
-    types.int64,  # first_list
-    types.int64,  # lists_per_row
-    types.int64,  # rows
-    _WORKSPACE,
+    _EVENTS,  # events
     _FLOATS,  # drives
-    types.int64,  # drive_pitch
 )
 
 #: types of the arguments of `cell_update.update` and `update_paper`
@@ -92,7 +91,7 @@ GATING = (
     types.int64,  # b
     _FLOATS,  # y
     types.int64,  # at
-    types.Array(types.int32, 1, "C"),  # indices
+    _INTS,  # indices
     _FLOATS,  # values
     types.int64,  # to
 )

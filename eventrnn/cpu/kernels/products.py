@@ -55,31 +55,18 @@ def _by_rows(add_events, dtype):
     """A kernel that computes one drive row after the other."""
 
     @called_by_address
-    def product_by_rows(
-        column_tiles,
-        first_tile,
-        last_tile,
-        pools,
-        bias_begin,
-        n_pre,
-        events,
-        first_list,
-        lists_per_row,
-        rows,
-        workspace,
-        drives,
-        drive_pitch,
-    ):
+    def product_by_rows(tables, first_tile, last_tile, bias_begin, n_pre, events, drives):
+        pools, lists = tables.pools, events.lists
         weights = pools.values.view(dtype)
         for w in range(first_tile, last_tile):
-            column_tile = column_tiles[w]
+            column_tile = tables.column_tiles[w]
             low, width = column_tile[LOW], column_tile[HIGH] - column_tile[LOW]
-            for k in range(rows):
-                at = k * drive_pitch
+            for k in range(events.rows):
+                at, first = k * tables.drive_pitch, events.first + k * events.per_row
                 copy(pools.biases, bias_begin + low, drives, at + low, width)
-                for q in range(first_list + k * lists_per_row, first_list + (k + 1) * lists_per_row):
-                    begin, count = events.begins[q], events.counts[q]
-                    add_events(column_tile, weights, pools, events, begin, count, drives, at, workspace)
+                for q in range(first, first + events.per_row):
+                    begin, count = lists.begins[q], lists.counts[q]
+                    add_events(column_tile, weights, pools, lists, begin, count, drives, at, tables.workspace)
 
     return product_by_rows
 
@@ -91,66 +78,28 @@ def _by_tiles(dtype):
     """
 
     @called_by_address
-    def product_by_tiles(
-        column_tiles,
-        first_tile,
-        last_tile,
-        pools,
-        bias_begin,
-        n_pre,
-        events,
-        first_list,
-        lists_per_row,
-        rows,
-        workspace,
-        drives,
-        drive_pitch,
-    ):
-        total, weights = 0, pools.values.view(dtype)
-        for q in range(first_list, first_list + rows * lists_per_row):
-            total += events.counts[q]
-        every_unit = total >= column_tiles[first_tile, DENSE_FROM] * rows
+    def product_by_tiles(tables, first_tile, last_tile, bias_begin, n_pre, events, drives):
+        total, weights = 0, tables.pools.values.view(dtype)
+        for q in range(events.first, events.first + events.rows * events.per_row):
+            total += events.lists.counts[q]
+        every_unit = total >= tables.column_tiles[first_tile, DENSE_FROM] * events.rows
         if every_unit:
-            densify(n_pre, events, first_list, lists_per_row, rows, workspace)
+            densify(n_pre, events, tables.workspace.dense_inputs)
         else:
-            bin_by_panel(n_pre, events, first_list, lists_per_row, rows, workspace)
+            bin_by_panel(n_pre, events, tables.workspace)
         for w in range(first_tile, last_tile):
-            tile_product(
-                column_tiles[w],
-                weights,
-                pools,
-                bias_begin,
-                n_pre,
-                every_unit,
-                workspace,
-                rows,
-                drives,
-                drive_pitch,
-            )
+            column_tile = tables.column_tiles[w]
+            tile_product(column_tile, weights, tables, bias_begin, n_pre, every_unit, events.rows, drives)
 
     return product_by_tiles
 
 
 @allocating_by_address
-def product_by_blas(
-    column_tiles,
-    first_tile,
-    last_tile,
-    pools,
-    bias_begin,
-    n_pre,
-    events,
-    first_list,
-    lists_per_row,
-    rows,
-    workspace,
-    drives,
-    drive_pitch,
-):
+def product_by_blas(tables, first_tile, last_tile, bias_begin, n_pre, events, drives):
     """Column tiles through BLAS."""
-    densify(n_pre, events, first_list, lists_per_row, rows, workspace)
+    densify(n_pre, events, tables.workspace.dense_inputs)
     for w in range(first_tile, last_tile):
-        blas_product(column_tiles[w], pools, bias_begin, n_pre, workspace, rows, drives, drive_pitch)
+        blas_product(tables.column_tiles[w], tables, bias_begin, n_pre, events.rows, drives)
 
 
 @cache

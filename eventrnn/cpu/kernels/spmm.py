@@ -6,11 +6,9 @@ bit for bit, except for column tiles of kind BLAS.
 A thread computes the columns of its own column tiles, over all events, so no sum is split between threads. The shapes
 and dtypes of the records are in `cpu/tables.py`:
 
-    column_tiles  (tiles, FIELDS) int64, the table of the thread's column tiles; `column_tile` is one of its rows
-    pools         `WeightPools`, which all threads read
-    events        `EventLists`, which all threads read
-    workspace     `Workspace`, which belongs to the thread
-    drives        (rows * drive_pitch,) float32, of which a thread writes the positions of its own columns
+    tables  `ThreadTables`: the thread's column tiles and workspace, and weights, which all threads read
+    events  `RowEvents`: the event lists of each drive row, which all threads read
+    drives  (rows * drive_pitch,) float32, of which a thread writes the positions of its own columns
 
 The kernels that read weights are in `products.py`, one per kind and storage of column tiles. They are called by the
 address that a column tile states, so that nothing here is compiled again for another format, and a kernel that no
@@ -22,92 +20,35 @@ from __future__ import annotations
 from eventrnn.cpu.kernels.by_address import call_product
 from eventrnn.cpu.kernels.jit import compiled, inlined
 from eventrnn.cpu.kernels.simd import LANES, load, store
-from eventrnn.cpu.tables import KERNEL, Workspace
+from eventrnn.cpu.tables import KERNEL, RowEvents, Workspace
 
 
 @compiled
-def propagate_steps(
-    column_tiles,
-    first_tile,
-    last_tile,
-    pools,
-    bias_begin,
-    n_pre,
-    events,
-    begin,
-    end,
-    rows,
-    workspace,
-    drives,
-    drive_pitch,
-):
+def propagate_steps(tables, first_tile, last_tile, bias_begin, n_pre, lists, begin, end, rows, drives):
     """Compute the products of the steps `begin` to `end`, one after the other, into the same drives.
 
-    Every step has `rows` event lists, one per drive row. Other parameters: see `propagate_all`.
+    Every step has `rows` of the event lists, one per drive row. Other parameters: see `propagate_all`.
     """
     for t in range(begin, end):
-        propagate_all(
-            column_tiles,
-            first_tile,
-            last_tile,
-            pools,
-            bias_begin,
-            n_pre,
-            events,
-            t * rows,
-            1,
-            rows,
-            workspace,
-            drives,
-            drive_pitch,
-        )
+        events = RowEvents(lists, t * rows, 1, rows)
+        propagate_all(tables, first_tile, last_tile, bias_begin, n_pre, events, drives)
 
 
 @inlined
-def propagate_all(
-    column_tiles,
-    first_tile,
-    last_tile,
-    pools,
-    bias_begin,
-    n_pre,
-    events,
-    first_list,
-    lists_per_row,
-    rows,
-    workspace,
-    drives,
-    drive_pitch,
-):
-    """Write `rows` drive rows over the column tiles `first_tile` to `last_tile` of a matrix (n_pre, columns).
+def propagate_all(tables, first_tile, last_tile, bias_begin, n_pre, events, drives):
+    """Write drive rows over the column tiles `first_tile` to `last_tile` of a matrix (n_pre, columns).
 
-    A drive row starts from the bias, which is `pools.biases` from `bias_begin` on. The events of row k are the
-    `lists_per_row` lists from `first_list + k * lists_per_row` on. Their terms are added in that order, one FMA per
-    term, and only the weights of their units are read.
+    A drive row starts from the bias, which is `pools.biases` from `bias_begin` on. The terms of its events are added in
+    the order of its lists, one FMA per term, and only the weights of their units are read.
     """
-    first = first_tile
+    first, column_tiles = first_tile, tables.column_tiles
     while first < last_tile:
         kernel, last = column_tiles[first, KERNEL], first + 1
         while last < last_tile and column_tiles[last, KERNEL] == kernel:
             last += 1
         # A column tile without columns has no kernel.
         if kernel != 0:
-            arguments = (
-                column_tiles,
-                first,
-                last,
-                pools,
-                bias_begin,
-                n_pre,
-                events,
-                first_list,
-                lists_per_row,
-                rows,
-                workspace,
-                drives,
-                drive_pitch,
-            )
-            call_product(kernel, arguments)
+            call_product(kernel, (tables, first, last, bias_begin, n_pre, events, drives))
         first = last
 
 

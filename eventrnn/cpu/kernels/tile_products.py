@@ -32,57 +32,60 @@ PANEL = 128
 
 
 @inlined
-def densify(n_pre, events, first_list, lists_per_row, rows, workspace):
-    """Write the events of each drive row as a dense row of `n_pre` numbers to `workspace.dense_inputs`."""
-    x = workspace.dense_inputs
-    for k in range(rows):
+def densify(n_pre, events, x):
+    """Write the events of each drive row as a dense row of `n_pre` numbers to `x`, the workspace's `dense_inputs`."""
+    lists = events.lists
+    for k in range(events.rows):
         for j in range(k * n_pre, (k + 1) * n_pre):
             x[j] = cells.ZERO
-        for q in range(first_list + k * lists_per_row, first_list + (k + 1) * lists_per_row):
-            for e in range(events.begins[q], events.begins[q] + events.counts[q]):
-                x[k * n_pre + events.indices[e]] = events.values[e]
+        first = events.first + k * events.per_row
+        for q in range(first, first + events.per_row):
+            for e in range(lists.begins[q], lists.begins[q] + lists.counts[q]):
+                x[k * n_pre + lists.indices[e]] = lists.values[e]
 
 
 @inlined
-def bin_by_panel(n_pre, events, first_list, lists_per_row, rows, workspace):
+def bin_by_panel(n_pre, events, workspace):
     """Sort the events into panels of PANEL units, and within a panel by drive row, the order in which they are read.
 
     The events of row k in panel q begin at panel_begins[q * rows + k] and end where the next ones begin. In the order
     of rows instead, the lists of 80 rows of 135 events each exceed the L1 cache, and the product took a fifth longer.
     """
     begins, indices, values = workspace.panel_begins, workspace.panel_indices, workspace.panel_values
-    panels = ceil_div(n_pre, PANEL)
+    lists, rows, panels = events.lists, events.rows, ceil_div(n_pre, PANEL)
     for q in range(panels * rows):
         begins[q] = 0
     for k in range(rows):
-        for q in range(first_list + k * lists_per_row, first_list + (k + 1) * lists_per_row):
-            for e in range(events.begins[q], events.begins[q] + events.counts[q]):
-                begins[np.int64(events.indices[e]) // PANEL * rows + k] += 1
+        first = events.first + k * events.per_row
+        for q in range(first, first + events.per_row):
+            for e in range(lists.begins[q], lists.begins[q] + lists.counts[q]):
+                begins[np.int64(lists.indices[e]) // PANEL * rows + k] += 1
     end = 0
     for q in range(panels * rows):
         end, begins[q] = end + begins[q], end
     begins[panels * rows] = end
     for k in range(rows):
-        panel, to = 0, begins[k]
-        for q in range(first_list + k * lists_per_row, first_list + (k + 1) * lists_per_row):
-            for e in range(events.begins[q], events.begins[q] + events.counts[q]):
-                unit = events.indices[e]
+        panel, to, first = 0, begins[k], events.first + k * events.per_row
+        for q in range(first, first + events.per_row):
+            for e in range(lists.begins[q], lists.begins[q] + lists.counts[q]):
+                unit = lists.indices[e]
                 while unit >= (panel + 1) * PANEL:
                     panel += 1
                     to = begins[panel * rows + k]
                 # planted fault: order of two units
-                indices[to], values[to] = unit, events.values[e]
+                indices[to], values[to] = unit, lists.values[e]
                 to += 1
 
 
 @inlined
-def tile_product(column_tile, weights, pools, bias_begin, n_pre, every_unit, workspace, rows, drives, drive_pitch):
+def tile_product(column_tile, weights, tables, bias_begin, n_pre, every_unit, rows, drives):
     """One column tile of kind ROW_TILES for many drive rows, from their bias on; units in ascending order.
 
     The sums are formed in `workspace.tile`, because drive rows lie a page apart: more pages than the address cache of a
     core holds.
     """
     low, width = column_tile[LOW], column_tile[HIGH] - column_tile[LOW]
+    pools, workspace = tables.pools, tables.workspace
     for k in range(rows):
         copy(pools.biases, bias_begin + low, workspace.tile, k * ROW_TILE, width)
     if every_unit:
@@ -90,19 +93,20 @@ def tile_product(column_tile, weights, pools, bias_begin, n_pre, every_unit, wor
     else:
         panel_spmm(column_tile, weights, pools.values, n_pre, workspace, rows)
     for k in range(rows):
-        copy(workspace.tile, k * ROW_TILE, drives, k * drive_pitch + low, width)
+        copy(workspace.tile, k * ROW_TILE, drives, k * tables.drive_pitch + low, width)
 
 
 @inlined
-def blas_product(column_tile, pools, bias_begin, n_pre, workspace, rows, drives, drive_pitch):
+def blas_product(column_tile, tables, bias_begin, n_pre, rows, drives):
     """One column tile through BLAS, over every unit. Not exact, because BLAS chooses the order of the terms."""
     low, width, v0 = column_tile[LOW], column_tile[WIDTH], column_tile[VALUES]
+    pools, workspace = tables.pools, tables.workspace
     weights = pools.values[v0 : v0 + n_pre * width].reshape((n_pre, width))
     x, product = workspace.dense_inputs[: rows * n_pre], workspace.blas_product[: rows * width]
     np.dot(x.reshape((rows, n_pre)), weights, product.reshape((rows, width)))
     for k in range(rows):
         for i in range(width):
-            drives[k * drive_pitch + low + i] = product[k * width + i] + pools.biases[bias_begin + low + i]
+            drives[k * tables.drive_pitch + low + i] = product[k * width + i] + pools.biases[bias_begin + low + i]
 
 
 @inlined

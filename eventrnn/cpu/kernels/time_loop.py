@@ -44,9 +44,11 @@ from eventrnn.cpu.tables import (
     EventLists,
     InputEvents,
     NetworkTables,
+    RowEvents,
     RunBuffers,
     RunOutputs,
     RunSize,
+    ThreadTables,
     WeightPools,
     Workspace,
 )
@@ -58,13 +60,13 @@ def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, output
 
     barrier : (1,) int64, zero at first. Once it is abandoned, every thread returns, and the results are of no use
     """
-    layers, column_tiles, pools = network.layers, network.column_tiles[thread], network.pools
-    events, batch, chunk = buffers.events, size.batch, size.chunk
+    layers, events, batch, chunk = network.layers, buffers.events, size.batch, size.chunk
     drive_in, drive_rec, pitch = buffers.input_drives, buffers.recurrent_drives, network.drive_pitch
     n_layers = len(layers)
     rows = (chunk + 1) * batch
     row_capacity = len(events.indices) // (2 * rows)
     workspace = workspace_of(buffers.workspace, thread)
+    tables = ThreadTables(network.column_tiles[thread], network.pools, workspace, pitch)
     begins, counts = buffers.list_begins[thread], buffers.list_counts[thread]
     received = EventLists(inputs.indices, inputs.values, begins, counts)
     gated = EventLists(buffers.gated_indices[thread], buffers.gated_values[thread], begins, counts)
@@ -98,16 +100,10 @@ def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, output
                     source = inputs.row_of[(t0 - size.begin) * batch + k]
                     begins[k] = inputs.indptr[source]
                     counts[k] = inputs.indptr[source + 1] - inputs.indptr[source]
-                propagate_all(
-                    column_tiles, first_tile, last_tile, pools, bias, n_pre, received, 0, 1, drive_rows, workspace,
-                    drive_in, pitch,
-                )  # fmt: skip
+                given = RowEvents(received, 0, 1, drive_rows)
             else:
-                first_list = (below + batch) * n_threads
-                propagate_all(
-                    column_tiles, first_tile, last_tile, pools, bias, n_pre, events, first_list, n_threads, drive_rows,
-                    workspace, drive_in, pitch,
-                )  # fmt: skip
+                given = RowEvents(events, (below + batch) * n_threads, n_threads, drive_rows)
+            propagate_all(tables, first_tile, last_tile, bias, n_pre, given, drive_in)
 
             first_tile, gated_tile, last_tile = layers[layer, REC], layers[layer, REC_GATED], layers[layer, END]
             bias, is_paper = layers[layer, BIAS_REC], last_tile > gated_tile
@@ -118,10 +114,8 @@ def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, output
                     for e in range(events.begins[q], events.begins[q] + events.counts[q], LANES):
                         prefetch(events.indices, e)
                         prefetch(events.values, e)
-                propagate_all(
-                    column_tiles, first_tile, gated_tile, pools, bias, n, events, first_list, n_threads, batch,
-                    workspace, drive_rec, pitch,
-                )  # fmt: skip
+                sent = RowEvents(events, first_list, n_threads, batch)
+                propagate_all(tables, first_tile, gated_tile, bias, n, sent, drive_rec)
                 if is_paper:
                     # The events of the candidate product are multiplied by the reset gates of all units.
                     target = barrier_wait(barrier, n_threads, target)
@@ -139,10 +133,7 @@ def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, output
                                 (first, last, drive_in, r_in, drive_rec, r_rec, y, s, gated.indices, gated.values, to),
                             )
                         counts[b] = to - b * row_capacity
-                    propagate_all(
-                        column_tiles, gated_tile, last_tile, pools, bias, n, gated, 0, 1, batch, workspace, drive_rec,
-                        pitch,
-                    )  # fmt: skip
+                    propagate_all(tables, gated_tile, last_tile, bias, n, RowEvents(gated, 0, 1, batch), drive_rec)
                     # After the barrier, no thread reads y or the reset gates of this step.
                     target = barrier_wait(barrier, n_threads, target)
                     if target < 0:
@@ -186,10 +177,8 @@ def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, output
             base, n_outputs = network.drive_begins[n_layers, thread], network.unit_bounds[n_layers, n_threads]
             first_list = (((n_layers - 1) % 2) * rows + batch) * n_threads
             n_pre, drive_rows = layers[n_layers - 1, UNITS], length * batch
-            propagate_all(
-                column_tiles, network.readout, len(column_tiles), pools, network.readout_bias, n_pre, events,
-                first_list, n_threads, drive_rows, workspace, drive_in, pitch,
-            )  # fmt: skip
+            sent, last_tile = RowEvents(events, first_list, n_threads, drive_rows), len(tables.column_tiles)
+            propagate_all(tables, network.readout, last_tile, network.readout_bias, n_pre, sent, drive_in)
             for k in range(drive_rows):
                 copy(drive_in, k * pitch + base, outputs.output, (t0 * batch + k) * n_outputs + low, high - low)
 

@@ -41,7 +41,7 @@ from eventrnn.training.bptt.tape import (
     MatrixInputs,
     surrogate_parameters,
 )
-from eventrnn.training.bptt.workspace import Arena, Workspace
+from eventrnn.training.bptt.workspace import Arena, WorkspaceBuilder
 
 F32 = np.float32
 
@@ -87,7 +87,7 @@ class LayerEngine:
 
     def __init__(self, cell: Cell, backward_mode: str, team: Team, arena: Arena):
         self.cell, self.backward_mode, self.team, self.arena = cell, backward_mode, team, arena
-        self.workspace = Workspace(arena, team.threads)
+        self.workspace = WorkspaceBuilder(arena, team.threads)
         self.paper = cell.variant == "paper"
         self.masks: dict[str, np.ndarray | None] = {}
         self.patterns: dict[str, Pattern] = {}

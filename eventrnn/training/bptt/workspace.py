@@ -21,7 +21,7 @@ from eventrnn.training.bptt.kernels.records import (
 )
 
 
-class Workspace:
+class WorkspaceBuilder:
     """Builds the scratch records of `kernels/records.py` for a number of threads, with memory of an arena."""
 
     def __init__(self, arena: Arena, threads: int):

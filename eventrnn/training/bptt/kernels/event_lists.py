@@ -58,12 +58,13 @@ def order_by_count(counts, first, last, most, bins, order, at):
 
 
 @compiled
-def events_csr(x, x_at, rows, n, tile, order, indptr, indices, values, counts, bins):
+def events_csr(x, x_at, rows, n, tile, lists, counts, bins):
     """Non-zero elements of x (rows, n), which begins at `x_at`, by tile of units, then row; `indices` are units.
 
     List q of tile k belongs to row order[k * rows + q] and begins at indptr[k * (rows + 1) + q]. A tile has space for
     rows * tile + 16 entries. Scratch: counts (rows,), bins (tile + 2,).
     """
+    order, indptr, indices, values = lists.order, lists.indptr, lists.indices, lists.values
     for k in range(-(-n // tile)):
         low, high = k * tile, min(n, k * tile + tile)
         whole = low + (high - low) // LANES * LANES

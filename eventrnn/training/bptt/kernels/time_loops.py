@@ -32,6 +32,7 @@ from eventrnn.cpu.kernels.microkernels import prefetch
 from eventrnn.cpu.kernels.simd import LANES
 from eventrnn.cpu.kernels.spmm import copy, propagate_all, workspace_of
 from eventrnn.cpu.kernels.sync import barrier_wait, next_chunk
+from eventrnn.cpu.tables import RowEvents, ThreadTables
 from eventrnn.training.bptt.kernels.cell_update import (
     adjoint,
     adjoint_paper,
@@ -80,10 +81,10 @@ def forward(
     """
     steps, batch, n, paper = shape.steps, shape.batch, shape.units, shape.paper
     indices, values, begins, counts = events.indices, events.values, events.begins, events.counts
-    size, wide, drive, mine = batch * n, n + LANES * n_threads, drives[thread], weights.tiles[thread]
+    size, wide, drive = batch * n, n + LANES * n_threads, drives[thread]
     low, high = share(n, LANES, thread, n_threads), share(n, LANES, thread + 1, n_threads)
-    gates, last = weights.n_gate_tiles, len(mine)
-    workspace = workspace_of(workspaces, thread)
+    tables = ThreadTables(weights.tiles[thread], weights.pools, workspace_of(workspaces, thread), pitch)
+    gates, last = weights.n_gate_tiles, len(tables.column_tiles)
     own, target = low + LANES * thread, n_threads
     for b in range(batch):
         slot, first = b * n_threads + thread, b * wide + own
@@ -99,21 +100,8 @@ def forward(
             for e in range(begins[q], begins[q] + counts[q], LANES):
                 prefetch(indices, e)
                 prefetch(values, e)
-        propagate_all(
-            mine,
-            0,
-            gates if paper else last,
-            weights.pools,
-            0,
-            n,
-            events,
-            buffer * n_threads,
-            n_threads,
-            batch,
-            workspace,
-            drive,
-            pitch,
-        )
+        sent = RowEvents(events, buffer * n_threads, n_threads, batch)
+        propagate_all(tables, 0, gates if paper else last, 0, n, sent, drive)
         if paper:
             for b in range(batch):
                 s = t * size + b * n
@@ -124,21 +112,7 @@ def forward(
             target = barrier_wait(barrier, n_threads, target)
             if target < 0:
                 return
-            propagate_all(
-                mine,
-                gates,
-                last,
-                weights.pools,
-                0,
-                n,
-                events,
-                2 * batch * n_threads,
-                n_threads,
-                batch,
-                workspace,
-                drive,
-                pitch,
-            )
+            propagate_all(tables, gates, last, 0, n, RowEvents(events, 2 * batch * n_threads, n_threads, batch), drive)
         for b in range(batch):
             s, a = t * size + b * n, (t * batch + b) * pitch
             if paper:
