@@ -134,12 +134,18 @@ def _keep(target: Path, keep: Path) -> None:
     """Make `keep` the file that `target` is."""
     second = keep.with_name(TEMPORARY.format(uuid.uuid4().hex))
     try:
-        os.link(target, second)
-    except OSError:
-        # Without hard links, the old file is renamed. A copy would need more room and more time.
-        os.replace(target, keep)
-        return
-    os.replace(second, keep)
+        try:
+            os.link(target, second)
+        except OSError:
+            # Without hard links, the old file is renamed. A copy would need more room and more time.
+            os.replace(target, keep)
+            return
+        os.replace(second, keep)
+    finally:
+        # It stays where `keep` is the same file already, after a process that was killed: the system then renames
+        # nothing.
+        with suppress(OSError):
+            second.unlink(missing_ok=True)
 
 
 def _replace(temporary: Path, target: Path, keep: Path | None) -> None:

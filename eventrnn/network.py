@@ -5,7 +5,7 @@ A `Network` is a frozen record. `simulation.py` runs it, and `training/` trains 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -35,6 +35,10 @@ class Network:
     embedding : (V, E) float32, or None; row k is the dense input of the first layer for symbol k
     readout   : the read-out of the last layer, or None
     metadata  : strings that a model file keeps, such as a vocabulary or the origin of the weights
+
+    The arrays are not copied. An edit in place changes the network, and is seen by the next `simulate`; while a
+    `Simulator` of the network exists, NumPy refuses it. Values that are not finite, which would be refused here, are
+    then refused by a run. To change a network without an edit, see `with_matrices` and `dataclasses.replace`.
 
     Raises ValueError for sizes that do not fit together, for weights that are not finite, and for a record of weights
     that its full check refuses; TypeError for an embedding that is not float32. Cost: O(stored weights).
@@ -105,6 +109,28 @@ class Network:
         if self.readout is not None:
             named[MatrixId("readout")] = self.readout.weights
         return named
+
+    def arrays(self) -> Iterator[np.ndarray]:
+        """Every array of the network: of its weights in their formats, biases, thresholds, embedding and read-out."""
+        for weights in self.matrices().values():
+            yield from weights.arrays().values()
+        for layer in self.layers:
+            yield from (layer.bias_in, layer.bias_rec, layer.threshold)
+        if self.embedding is not None:
+            yield self.embedding
+        if self.readout is not None:
+            yield self.readout.bias
+
+    def check_edits(self) -> None:
+        """Check what an edit in place can have broken since the network was made and no run would find.
+
+        Kernels do not check an index, and a unit whose threshold is NaN is silent. A run refuses other numbers that are
+        not finite by what comes of them. Raises ValueError. Cost: a pass over the indices.
+        """
+        for weights in self.matrices().values():
+            weights.check_index()
+        for k, layer in enumerate(self.layers):
+            check_finite(f"threshold of layer {k}", layer.threshold)
 
     def with_matrices(self, matrices: Mapping[str, Weights]) -> Network:
         """The network with some matrices replaced.

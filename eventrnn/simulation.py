@@ -18,6 +18,7 @@ from eventrnn import ragged
 from eventrnn._arithmetic import standard_arithmetic
 from eventrnn._checks import need_choice, need_kind, need_names, need_whole
 from eventrnn._exclusive import Use, exclusive
+from eventrnn._held import hold
 from eventrnn.backend import INEXACT, Backend, Stepper, as_array, get_backend, need_on_host
 from eventrnn.events import Events
 from eventrnn.network import Network
@@ -93,6 +94,9 @@ class Simulator:
     from a second Python thread waits for the first one; a call from a signal handler or a callback within a call is
     refused with a RuntimeError. `copy`, `deepcopy` and `pickle` give an independent simulator in the same state.
 
+    As long as a simulator exists, the arrays of its network are read-only: NumPy refuses an edit in place, which the
+    packed weights would not follow. For other weights, make another network and a simulator of it.
+
     Parameters
     ----------
     network : the network to run
@@ -133,6 +137,8 @@ class Simulator:
         self._network, self._batch, self._threads = network, batch, threads
         self.carry, self.window = carry, window
         self.backend = get_backend(backend, exact)
+        network.check_edits()
+        hold(self, network.arrays())
         self.engine = self.backend.engine(network, threads=threads)
         self._safe_magnitude = np.inf if network.readout is None else network.readout.safe_magnitude()
         self._use = Use("simulator")
@@ -361,7 +367,8 @@ class Simulator:
         if self.network.readout is None:
             return False
         largest = [float(np.abs(array).max(initial=1)) for array in (*state.cells, *state.outputs)]
-        return 2 * max(largest) > self._safe_magnitude
+        # A weight that was made NaN by an edit in place has no safe magnitude.
+        return not 2 * max(largest) <= self._safe_magnitude
 
     def _simulation(
         self, inputs: Inputs, traces: list[Trace], events: list[list[Any]], initial: State, record: set[str]

@@ -341,7 +341,7 @@ def test_cpu_backend_refuses_unknown_format():
         def check(self, full=False):
             return None
 
-        to_dense = fan_out = stored_out = row_bytes = check
+        to_dense = fan_out = stored_out = row_bytes = check_index = check
 
     network = Network.random([2], inputs=2, rng=np.random.default_rng(0))
     network = replace(network, layers=(replace(network.layers[0], w_rec=Diagonal()),))

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from eventrnn import Dense, Network, load, save
 from eventrnn.bench import timing
+from eventrnn.cli.commands import _arrays
 from eventrnn.cli.options import PARTS
 from eventrnn.data.text import Vocabulary
 from support.texts import TEXT, reader_of_text
@@ -308,6 +309,23 @@ def test_bad_input_gives_one_line_and_writes_nothing(cli, tmp_path, model, text,
     assert code == 2 and out == ""
     assert err.startswith("eventrnn: error: ") and err.count("\n") == 1 and message.format(**names) in err
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("save_arrays", [np.savez, np.savez_compressed])
+def test_damaged_archives_are_refused_in_words(tmp_path, save_arrays):
+    path, rng = tmp_path / "layer.npz", np.random.default_rng(0)
+    save_arrays(path, a=rng.normal(size=(8, 8)), b=rng.integers(0, 9, 50))
+    whole, messages = path.read_bytes(), []
+    for _ in range(150):
+        raw = bytearray(whole)
+        for at in rng.integers(0, len(raw), 4):
+            raw[at] ^= 1 << rng.integers(8)
+        path.write_bytes(raw)
+        try:
+            _arrays(path)
+        except ValueError as error:
+            messages.append(str(error))
+    assert len(messages) > 100 and all(words.startswith(f"source: {path}") for words in messages)
 
 
 def test_text_of_files_cannot_steer_the_terminal(cli, tmp_path, model, text):

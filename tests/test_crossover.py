@@ -127,7 +127,7 @@ def test_a_map_is_measured_once_and_kept(tmp_path, monkeypatch):
 def test_incomplete_map_is_measured_again(tmp_path, monkeypatch):
     monkeypatch.setenv("EVENTRNN_CACHE", str(tmp_path))
     monkeypatch.setattr(maps, "measure", lambda report=None: invented_map())
-    for kept in ('{"times": {}}', '{"times": {"rows/320": [[1]]}}', "[]", '{"times": 3}'):
+    for kept in ('{"times": {}}', '{"times": {"rows/320": [[1]]}}', "[]", '{"times": 3}', "[" * 100_000):
         maps.cache_path().write_text(kept)
         assert maps.load() == invented_map()
 

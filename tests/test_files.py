@@ -40,6 +40,14 @@ def test_write_whole_existing_file_is_refused_or_replaced(folder):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"a": b"newer", "b": b"new"}
 
 
+def test_write_whole_leaves_nothing_where_the_kept_file_is_the_old_one_already(tmp_path):
+    # As after a process that was killed between the two renames.
+    (tmp_path / "a").write_bytes(b"old")
+    os.link(tmp_path / "a", tmp_path / "b")
+    files.write_whole(tmp_path / "a", b"new", overwrite=True, keep=tmp_path / "b")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"new", "b": b"old"}
+
+
 def test_write_whole_file_that_appears_meanwhile_is_left(folder, monkeypatch):
     def appear(descriptor):
         (folder / "a").write_bytes(b"of another program")

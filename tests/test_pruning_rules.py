@@ -1,6 +1,7 @@
 """Pruning during training: masks on schedule, masked weights, the order of calls from the trainer, checkpoints."""
 
 import inspect
+import pickle
 
 import numpy as np
 import pytest
@@ -103,11 +104,14 @@ def test_a_rule_continues_from_its_arrays(name):
     for _ in range(5):
         run.step()
     second.restore({key: array.copy() for key, array in first.arrays().items()})
+    sent = pickle.loads(pickle.dumps(run))
     # The trainer as after a checkpoint: all of it continues but the rule, which is restored.
     run.pruning = second
     run.run()
+    sent.run()
     for matrix, weights in whole.model.parameters.items():
         assert np.array_equal(weights, run.model.parameters[matrix]), matrix
+        assert np.array_equal(weights, sent.model.parameters[matrix]), f"pickled: {matrix}"
 
 
 def test_straight_through_moves_dense_weights_as_if_none_were_masked():

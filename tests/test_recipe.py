@@ -78,6 +78,7 @@ def test_the_seed_and_thresholds_determine_the_network(text):
         ("[data]\nkind = 'word'", "give --text a file for words"),
         ("[training.optimiser]\nkind = 'lion'", "training.optimiser: optimiser kind: got 'lion'"),
         ("training = ", "no valid TOML"),
+        pytest.param("training = " + "[" * 5000, "nested too deeply", id="a deep array"),
     ],
 )
 def test_configurations_are_refused_by_key(tmp_path, toml, words):
@@ -88,10 +89,17 @@ def test_configurations_are_refused_by_key(tmp_path, toml, words):
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["run.out", "data.text"])
+def test_a_name_that_is_not_utf8_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name.split('.')[1]}: the name .*udcff is not UTF-8"):
+        load_recipe(settings=[(name, "m\udcff")])
+
+
 def test_settings_of_the_command_line():
     assert parse_setting("a.b=3") == ("a.b", 3) and parse_setting("a=[1, 2]") == ("a", [1, 2])
     assert parse_setting("data.text=some/path") == ("data.text", "some/path")
     assert merged([{"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}]) == {"a": {"b": 3, "c": 2}}
+    assert parse_setting("a=" + "[" * 5000) == ("a", "[" * 5000)
     with pytest.raises(ValueError, match="need key=value"):
         parse_setting("training.batch")
     with pytest.raises(ValueError, match="preset"):

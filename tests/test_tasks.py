@@ -257,6 +257,10 @@ def test_losses_by_hand():
     assert gradient.tolist() == [[[0.125, -0.375, 0.125, 0.125]], [[0.125, 0.125, 0.125, -0.375]]]
     loss, gradient = squared_error(np.array([[1.0, 3.0]], np.float32), np.array([[2.0, 1.0]]))
     assert loss == 2.5 and gradient.tolist() == [[-1.0, 2.0]]
+    # Logits whose difference is beyond float32.
+    loss, gradient = cross_entropy(np.array([[3e38, -3e38, 0], [0, 3e38, 3e38]], np.float32), np.array([1, 2]))
+    assert abs(loss - (2 * float(np.float32(3e38)) + np.log(2)) / 2) <= gamma(8, U32) * loss
+    assert np.abs(gradient - np.array([[0.5, -0.5, 0], [0, 0.25, -0.25]])).max() <= gamma(8, U32)
     with pytest.raises(ValueError, match="targets"):
         squared_error(np.zeros((2, 1), np.float32), np.zeros(2))
     with pytest.raises(ValueError, match="targets"):

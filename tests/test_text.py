@@ -98,6 +98,7 @@ def test_an_unknown_word_is_named_with_its_place():
         (lambda: Vocabulary.of(""), "need at least one"),
         (lambda: Vocabulary.from_json("{"), "no vocabulary in JSON"),
         (lambda: Vocabulary.from_json("[]"), "no vocabulary in JSON"),
+        (lambda: Vocabulary.from_json("[" * 100_000), "no vocabulary in JSON"),
         (lambda: Vocabulary.from_json('{"kind": "word"}'), "no vocabulary in JSON"),
         (lambda: Vocabulary(("a", "b")).decode([0, 2]), "got 2 at position 1; need 0..1"),
         (lambda: Vocabulary(("a", "b")).decode([-1]), "got -1 at position 0"),

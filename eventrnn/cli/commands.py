@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -279,5 +278,10 @@ def _arrays(path: Path) -> Mapping[str, np.ndarray]:
             return dict(archive)
     except FileNotFoundError:
         raise ValueError(f"source: there is no file {path}") from None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"source: {path} is not an .npz archive of arrays: {error}") from None
+    except MemoryError:
+        raise ValueError(f"source: {path} holds an array, or says so, that does not fit into memory") from None
+    except Exception as error:
+        # A damaged archive raises what its decompressor, the reader of its table and that of its headers raise:
+        # zlib.error, struct.error, SyntaxError, RuntimeError and others.
+        words = str(error) or type(error).__name__
+        raise ValueError(f"source: {path} is not an .npz archive of arrays: {words}") from None

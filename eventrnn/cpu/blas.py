@@ -82,7 +82,7 @@ class BlasEngine:
                 drive = x.reshape(-1, x.shape[2]) @ self.w_in[k] + layer.bias_in
                 ys, cs = (np.empty((len(x), inputs.batch * layer.units), np.float32) for _ in range(2))
                 loop = steps if layer.cell.variant == "evnn" else paper_steps
-                weights = (*self.w_rec[k], layer.bias_rec, layer.threshold)
+                weights = (*self.w_rec[k], *self.vectors[k])
                 before = (c[k].reshape(-1), y[k].reshape(-1))
                 loop(layer.units, inputs.batch, len(x), drive.ravel(), *weights, *before, ys, cs)
                 x = ys.reshape(len(x), inputs.batch, layer.units)

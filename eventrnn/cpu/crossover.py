@@ -310,7 +310,7 @@ def load(report: Report = lambda done, total, what: None) -> Crossover:
             kept = Crossover(**json.loads(path.read_text()))
             if _is_whole(kept):
                 return kept
-        except (OSError, ValueError, TypeError, AttributeError):
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             pass
         return save(measure(report))
 

@@ -169,7 +169,7 @@ class Vocabulary:
         try:
             record = json.loads(text)
             return cls(tuple(record["symbols"]), record["kind"], record["unknown"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"vocabulary: this is no vocabulary in JSON: {error!r}") from error
 
     @cached_property

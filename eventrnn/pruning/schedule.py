@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -247,8 +248,10 @@ def cubic_schedule(final: float, start: int, end: int, *, initial: float = 0.0) 
     if start == end:
         raise ValueError(f"pruning schedule: got start {start} and end {end}, need 0 <= start < end")
 
-    def at(step: int) -> float:
-        left = 1 - min(1.0, max(0.0, (step - start) / (end - start)))
-        return initial * left**3 + final * (1 - left**3)
+    # A function of this one could not be pickled.
+    return partial(_cubic, final, start, end, initial)
 
-    return at
+
+def _cubic(final: float, start: int, end: int, initial: float, step: int) -> float:
+    left = 1 - min(1.0, max(0.0, (step - start) / (end - start)))
+    return initial * left**3 + final * (1 - left**3)

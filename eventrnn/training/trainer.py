@@ -12,6 +12,7 @@ import numpy as np
 from eventrnn._arithmetic import standard_arithmetic
 from eventrnn._checks import need_kind
 from eventrnn._exclusive import Use, exclusive
+from eventrnn._owned import own_arrays
 from eventrnn.backend import TrainingEngine, WindowResult, training_engine
 from eventrnn.network import Network
 from eventrnn.pruning.schedule import Pruning
@@ -139,6 +140,10 @@ class Trainer:
     def __getstate__(self) -> dict[str, Any]:
         self._transaction.settle()
         return copy.deepcopy(vars(self))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        own_arrays([self.optimiser, self.pruning, self.best, self.engine.state])
 
     def __deepcopy__(self, memo: dict) -> Trainer:
         other = object.__new__(type(self))

@@ -35,6 +35,10 @@ class Weights(ABC):
         """Check the record; with `full` also every index and every value. Raises ValueError."""
 
     @abstractmethod
+    def check_index(self) -> None:
+        """Check order and range of every index, as the full check does. Raises ValueError. O(stored)."""
+
+    @abstractmethod
     def to_dense(self) -> np.ndarray:
         """The matrix as a new (n_pre, n_post) float32 array, decoded."""
 

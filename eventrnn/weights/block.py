@@ -74,10 +74,15 @@ class BlockCSR(Weights):
         The sizes were checked when the record was made.
         """
         if full:
-            check_indices(self.indptr, self.indices, -(-self.shape[1] // self.block[1]))
+            self.check_index()
             self._check_values()
             if self._padding().any():
                 raise ValueError(f"block values: non-zero padding beyond the shape {self.shape}")
+
+    def check_index(self) -> None:
+        r, c = self.block
+        need_index(self.indptr, self.indices, -(-self.shape[0] // r), len(self.values) // (r * c))
+        check_indices(self.indptr, self.indices, -(-self.shape[1] // self.block[1]))
 
     @classmethod
     def from_dense(cls, dense: np.ndarray, *, block: tuple[int, int]) -> BlockCSR:

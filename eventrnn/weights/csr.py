@@ -63,8 +63,12 @@ class CSR(Weights):
         The ends of `indptr` were checked when the record was made.
         """
         if full:
-            check_indices(self.indptr, self.indices, self.shape[1])
+            self.check_index()
             self._check_values()
+
+    def check_index(self) -> None:
+        need_index(self.indptr, self.indices, self.shape[0], len(self.values))
+        check_indices(self.indptr, self.indices, self.shape[1])
 
     @classmethod
     def from_dense(cls, dense: np.ndarray) -> CSR:

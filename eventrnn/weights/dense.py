@@ -50,6 +50,9 @@ class Dense(Weights):
         if full:
             self._check_values()
 
+    def check_index(self) -> None:
+        """A dense matrix has no index."""
+
     @classmethod
     def from_dense(cls, dense: np.ndarray) -> Dense:
         """Store a copy of the matrix. Raises ValueError for NaN or infinity."""

@@ -71,6 +71,10 @@ class NM(Weights):
         need_values(self.values, self.scales, 1, self.shape[0])
         if self.codes.dtype != np.uint8 or self.codes.ndim != 1:
             raise TypeError(f"nm codes: got {self.codes.dtype} with {self.codes.ndim} dimensions, need uint8 with 1")
+        # `indptr` is kept, and would not follow an edit.
+        codes = self.codes.view()
+        codes.flags.writeable = False
+        object.__setattr__(self, "codes", codes)
         lines = self.shape[0] if self.axis == "post" else self.shape[1]
         # In numbers, not arrays: a record from a file may say any shape.
         groups, rest = divmod(self._length(), self.m)
@@ -99,8 +103,13 @@ class NM(Weights):
 
         The sizes were checked when the record was made.
         """
-        if not full:
-            return
+        if full:
+            self.check_index()
+            self._check_values()
+
+    def check_index(self) -> None:
+        # It may be that of other codes, which were edited in place.
+        vars(self).pop("indptr", None)
         group, line, code = self._stream()
         size = np.minimum(self.m, self._length() - group * self.m)
         if (code >= size).any():
@@ -113,7 +122,6 @@ class NM(Weights):
             raise ValueError(f"nm codes: indices not strictly ascending in {self._name(group[k], line[k])}; sort them")
         if np.unpackbits(self.codes, bitorder="little")[len(self.values) * self.bits :].any():
             raise ValueError("nm codes: set bits after the last index; need zeros")
-        self._check_values()
 
     @classmethod
     def from_dense(cls, dense: np.ndarray, n: int, m: int, axis: str = "post") -> NM:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -28,6 +29,7 @@ from eventrnn._checks import (
     plain_array,
 )
 from eventrnn._exclusive import Use, exclusive
+from eventrnn._owned import own_arrays
 from eventrnn.cells import Cell
 from eventrnn.counting.backward import BackwardWork
 from eventrnn.cpu.engine import MOST_THREADS
@@ -150,6 +152,10 @@ class Model:
         self._team, self._arena, self._use = Team(threads), Arena(), Use("model")
         self._shapes = {name: value.shape for name, value in self.parameters.items()}
         self._engines = [LayerEngine(cell, backward, self._team, self._arena) for cell in self.cells]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        own_arrays([self.parameters, self.masks])
 
     def __copy__(self) -> Model:
         # A shallow copy would share the memory of the kernels.

@@ -33,7 +33,11 @@ def softmax_cross_entropy(rows, size, logits, targets, scale, d_logits_out):
         for i in range(size):
             norm += d_logits_out[at + i]
         target = targets[row]
-        total += np.log(norm) - (logits[at + target] - largest)
+        below = np.float64(logits[at + target] - largest)
+        if np.isinf(below):
+            # The difference of two finite logits can be beyond float32.
+            below = np.float64(logits[at + target]) - np.float64(largest)
+        total += np.log(norm) - below
         factor = np.float32(scale / norm)
         for i in range(size):
             d_logits_out[at + i] *= factor

@@ -109,7 +109,7 @@ class DataSettings:
     carry: str = "state"
 
     def __post_init__(self):
-        need_text("text", self.text)
+        _need_name("text", self.text)
         need_choice("kind", self.kind, KINDS)
         need_choice("carry", self.carry, CARRIES)
         need_whole("vocabulary", self.vocabulary, at_least=0)
@@ -128,6 +128,14 @@ class DataSettings:
         return from_path(self.text, **options) if text is None else from_text(text, **options)
 
 
+def _need_name(name: str, value: str) -> None:
+    """Refuse a name of a file that is not UTF-8, which the system allows and a configuration cannot hold."""
+    try:
+        need_text(name, value).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name}: the name {printable(value)} is not UTF-8; give another name, or a link") from None
+
+
 @dataclass(frozen=True)
 class RunSettings:
     """Settings that do not change the trained network.
@@ -144,6 +152,7 @@ class RunSettings:
     checkpoint_seconds: float = 120.0
 
     def __post_init__(self):
+        _need_name("out", self.out)
         need_whole("log_every", self.log_every, at_least=1)
         if self.checkpoint_seconds != np.inf:
             need_number("checkpoint_seconds", self.checkpoint_seconds, at_least=0)

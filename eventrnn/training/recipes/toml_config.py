@@ -25,6 +25,8 @@ def read_toml(text: str, source: str | Path) -> dict[str, Any]:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"config: {source}: no valid TOML: {error}") from None
+    except RecursionError:
+        raise ValueError(f"config: {source}: its arrays or tables are nested too deeply to be read") from None
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
@@ -34,7 +36,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
         raise ValueError(f"set: got {text!r}, need key=value such as training.batch=16")
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return key.strip(), value.strip()
 
 

@@ -1,0 +1,146 @@
+"""Edits in place of a network's arrays: refused while a simulator has packed them, and seen by the next run."""
+
+import gc
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from eventrnn import CSR, NM, BlockCSR, Dense, Network, Simulator, simulate
+from eventrnn._held import hold
+
+FORMATS = {
+    "dense": Dense.from_dense,
+    "csr": CSR.from_dense,
+    "block": lambda dense: BlockCSR.from_dense(dense, block=(1, 8)),
+    "nm": lambda dense: NM.from_dense(dense, 2, 4),
+}
+
+SYMBOLS = np.random.default_rng(1).integers(0, 7, (20, 2))
+
+
+def network_of(name: str) -> Network:
+    """A network whose matrices have that format, with half of the weights of every group of four."""
+    made = Network.random([16], symbols=7, embedding=8, readout=8, rng=np.random.default_rng(0), threshold=0.05)
+
+    def pruned(dense):
+        dense[:, 2::4] = dense[:, 3::4] = 0
+        return FORMATS[name](dense)
+
+    return made.with_matrices({each: pruned(weights.to_dense()) for each, weights in made.matrices().items()})
+
+
+def values_of(network: Network) -> dict[str, np.ndarray]:
+    """The arrays of numbers of a network by name."""
+    layer, readout = network.layers[0], network.readout
+    named = {name: weights.values for name, weights in network.matrices().items()}
+    named |= {"bias_in": layer.bias_in, "bias_rec": layer.bias_rec, "threshold": layer.threshold}
+    return named | {"embedding": network.embedding, "readout.bias": readout.bias}
+
+
+def anew(network: Network) -> Network:
+    """A network of copies of the arrays."""
+    matrices = {
+        name: replace(weights, **{key: array.copy() for key, array in weights.arrays().items()})
+        for name, weights in network.matrices().items()
+    }
+    copy = network.with_matrices(matrices)
+    layer = copy.layers[0]
+    vectors = {name: getattr(layer, name).copy() for name in ("bias_in", "bias_rec", "threshold")}
+    readout = replace(copy.readout, bias=copy.readout.bias.copy())
+    return replace(copy, layers=(replace(layer, **vectors),), embedding=copy.embedding.copy(), readout=readout)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_edit_is_refused_while_a_simulator_exists_and_allowed_afterwards(name):
+    network = network_of(name)
+    simulator, second = Simulator(network, batch=2), Simulator(network)
+    before = simulator.run(SYMBOLS).output
+    del second
+    for array in network.arrays():
+        with pytest.raises(ValueError, match="read-only"):
+            array[...] = 0
+    simulator.reset()
+    assert np.array_equal(simulator.run(SYMBOLS).output, before)
+    del simulator
+    gc.collect()
+    for array in values_of(network).values():
+        array[...] = 0
+    assert not simulate(network, SYMBOLS).output.any()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_edit_between_two_runs_is_seen(name):
+    network = network_of(name)
+    before = simulate(network, SYMBOLS).output
+    for edited in values_of(network).values():
+        kept = edited.copy()
+        edited[...] = edited[::-1] * np.float32(0.5) + np.float32(0.25)
+        after = simulate(network, SYMBOLS).output
+        assert np.array_equal(after, simulate(anew(network), SYMBOLS).output)
+        assert not np.array_equal(after, before)
+        edited[...] = kept
+    assert np.array_equal(simulate(network, SYMBOLS).output, before)
+
+
+@pytest.mark.parametrize("edited", ["values", "bias_in", "threshold", "readout.bias", "readout"])
+def test_a_number_that_an_edit_made_nan_is_refused_by_the_run(edited):
+    network = network_of("dense")
+    named = values_of(network) | {"values": network.layers[0].w_in.values}
+    named[edited][...] = np.nan
+    with pytest.raises((FloatingPointError, ValueError), match="not finite|got nan"):
+        simulate(network, SYMBOLS)
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        ("csr", "indices", "outside"),
+        ("csr", "indptr", "indptr"),
+        ("block", "indices", "outside"),
+        ("block", "indptr", "indptr"),
+    ],
+)
+def test_an_index_that_an_edit_made_wrong_is_refused_by_the_run(name, array, message):
+    network = network_of(name)
+    getattr(network.layers[0].w_rec, array)[-1] = 1000
+    with pytest.raises(ValueError, match=message):
+        simulate(network, SYMBOLS)
+
+
+def test_codes_of_nm_weights_cannot_be_edited_and_an_edit_below_is_seen():
+    codes = NM.from_dense(np.eye(4, dtype=np.float32), 1, 4, "pre").codes.copy()
+    weights = NM(codes, np.ones(4, np.float32), (4, 4), 1, 4, "pre")
+    assert weights.fan_out().tolist() == [1, 1, 1, 1]
+    with pytest.raises(ValueError, match="read-only"):
+        weights.codes[...] = 0
+    codes[...] = 0
+    weights.check_index()
+    assert weights.fan_out().tolist() == [4, 0, 0, 0]
+
+
+class Owner:
+    """What holds arrays."""
+
+
+def test_arrays_are_held_together_with_what_they_are_views_of_and_only_as_long_as_needed():
+    flat, own = np.zeros(12), np.zeros(3)
+    views, constant = [flat[:6].reshape(2, 3), flat[6:]], np.zeros(2)
+    constant.flags.writeable = False
+    first, second = Owner(), Owner()
+    hold(first, [*views, own, constant])
+    hold(second, [views[1]])
+    with pytest.raises(ValueError, match="read-only"):
+        flat[0] = 1
+    del first
+    own[...] = 1
+    views[0][...] = 1
+    with pytest.raises(ValueError, match="read-only"):
+        flat[6] = 1
+    with pytest.raises(ValueError, match="read-only"):
+        views[1][0] = 1
+    del second
+    flat[...] = 1
+    views[0][...] = 2
+    views[1][...] = 3
+    assert not constant.flags.writeable
