@@ -5,7 +5,7 @@
     python experiments/ptb.py prune ptb.safetensors --operations 1.2e6 --block 1x16 --out pruned.safetensors
     python experiments/ptb.py tune pruned.safetensors ptb.safetensors.run --epochs 100 --out tuned.safetensors
     python experiments/ptb.py tune ptb.safetensors ptb.safetensors.run --sparsity 0.9 --out gradual.safetensors
-    eventrnn convert tuned.safetensors --storage int8 --embedding int8 --out small.safetensors
+    eventrnn convert tuned.safetensors --storage int8 --embedding int8 --out small.safetensors   # and xz -9, if need be
     python experiments/ptb.py evaluate small.safetensors --test
     python experiments/ptb.py twin small.safetensors                                   # equal to the dense network
     python experiments/ptb.py grid ptb.safetensors                                     # does the saving multiply?
@@ -42,6 +42,7 @@ from records import Records
 import eventrnn as er
 from eventrnn.cli.options import load_parts, parse_block, save_model, writable_file
 from eventrnn.cli.terminal import as_line, progress
+from eventrnn.io import located_model
 from eventrnn.pruning import Blocks, GradualPruning, after_training, magnitude_masks, prune_to_operations
 from eventrnn.pruning import prune as prune_at_once
 from eventrnn.pruning.schedule import prunable
@@ -96,7 +97,7 @@ def trained(path: Path, text: str) -> er.Network:
     text : where the text of the run lies now
     """
     if not path.is_dir():
-        return er.load(path)
+        return er.load(located_model(path))
     model = restored(path, text)
     return replace(model.network(), metadata=dict(model.template.metadata) | {"thresholds": model.thresholds})
 

@@ -40,6 +40,7 @@ from eventrnn.bench import interleaved
 from eventrnn.bench.machine import limited
 from eventrnn.cli.options import load_parts, parse_block
 from eventrnn.cli.terminal import progress
+from eventrnn.io import located_model
 from eventrnn.pruning import prune
 
 RESULTS = Path(__file__).parent / "results" / "ptb_latency.jsonl"
@@ -301,7 +302,7 @@ def main(
         raise SystemExit("model: give either a model file, or --random with the share of the blocks to keep")
     with progress() as report:
         if model is not None:
-            network, name, made = er.load(model), model.name, "trained"
+            network, name, made = er.load(located_model(model)), model.name, "trained"
             # Validation text: the test text is for reported perplexities only.
             stream = load_parts(network, text, ("valid",))["valid"][:tokens]
         else:

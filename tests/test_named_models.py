@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import lzma
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -131,6 +132,36 @@ def test_file_addresses_are_read_in_place(model):
         located_model(f"{path.with_name('gone').as_uri()}#sha256={sha256}")
     with pytest.raises(ModelFileError, match="need an address that begins with http"):
         located_model(f"gopher://x/y#sha256={sha256}")
+
+
+def test_a_compressed_file_is_unpacked_once(model, tmp_path, monkeypatch):
+    path, _ = model
+    monkeypatch.setenv("EVENTRNN_CACHE", str(tmp_path / "cache"))
+    packed = tmp_path / "fox.safetensors.xz"
+    packed.write_bytes(lzma.compress(path.read_bytes()))
+    sha256 = hashlib.sha256(packed.read_bytes()).hexdigest()
+    monkeypatch.setattr(named, "ROOT", tmp_path)
+    registered(monkeypatch, packed.name, sha256=sha256)
+    found = {located_model(each) for each in (packed, "fox", f"{packed.as_uri()}#sha256={sha256}")}
+    assert len(found) == 1 and found.pop().read_bytes() == path.read_bytes()
+    assert len(list((tmp_path / "cache" / "models").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"not compressed at all", "cannot be unpacked"),
+        (lzma.compress(b"cut off")[:-9], "cannot be unpacked"),
+        (lzma.compress(bytes(1 << 20)), "which is no model file"),
+    ],
+)
+def test_what_cannot_be_unpacked_is_refused_and_leaves_nothing(tmp_path, monkeypatch, content, message):
+    monkeypatch.setenv("EVENTRNN_CACHE", str(tmp_path / "cache"))
+    packed = tmp_path / "fox.safetensors.xz"
+    packed.write_bytes(content)
+    with pytest.raises(ModelFileError, match=message):
+        located_model(packed)
+    assert list((tmp_path / "cache").rglob("*.safetensors")) == []
 
 
 def test_without_a_connection_the_message_says_what_to_do(monkeypatch, tmp_path):

@@ -30,7 +30,7 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Model file to write.")]
 
 Model = Annotated[Path, typer.Argument(help="Model file.")]
 
-GivenModel = Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Model file; or give --model.")]
+GivenModel = Annotated[str | None, typer.Argument(metavar="MODEL", help="Model file; or give --model.")]
 
 NamedModel = Annotated[
     str | None,

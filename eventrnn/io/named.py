@@ -6,7 +6,9 @@ A model is given as a file, as the name of an entry of `MODELS`, or as an addres
     ptb
     https://example.org/model.safetensors#sha256=<64 hexadecimal digits>
 
-Files of addresses are downloaded once into the user's cache folder. A content with another checksum is refused.
+Files of addresses are downloaded once into the user's cache folder. A content with another checksum is refused. A file
+whose name ends in `.xz` is one that `xz` has compressed, a third smaller where weights are pruned and narrow; it is
+unpacked once into the same folder.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, cast
 from urllib.parse import urldefrag, urlsplit
 from urllib.request import url2pathname
 
-from eventrnn._files import cache_folder, file_sha256, printable
+from eventrnn._files import cache_folder, file_sha256, printable, write_whole
 from eventrnn.data.download import DownloadError, retrieve
 from eventrnn.io.model_file import ModelFileError
 
@@ -27,6 +30,13 @@ from eventrnn.io.model_file import ModelFileError
 ROOT = Path(__file__).resolve().parents[2]
 
 REMOTE = ("http", "https", "ftp")
+
+# A compressed model file is at most so many times smaller; a file that unpacks to more holds something else.
+MOST_TIMES_SMALLER = 64
+
+CHUNK = 1 << 20
+
+PACKED = ".xz"
 
 Report = Callable[[str, int, int, str], None]
 
@@ -61,10 +71,14 @@ def located_model(given: str | os.PathLike, report: Report = lambda stage, done,
     report : called with a stage, the bytes done, the bytes in all, and a note, while a file is downloaded
 
     Returns the path of a file whose content has the checksum; that of a plain path is not looked at. Raises
-    `ModelFileError` for an unknown name, for an address without a checksum, and for a file that cannot be had or has
-    another content.
+    `ModelFileError` for an unknown name, for an address without a checksum, and for a file that cannot be had, has
+    another content or cannot be unpacked.
     """
-    text = os.fspath(given)
+    return _unpacked(_file(os.fspath(given), report))
+
+
+def _file(text: str, report: Report) -> Path:
+    """`located_model`, not unpacked."""
     if "://" in text:
         return _of_address(text, report)
     if Path(text).exists() or Path(text).name != text or Path(text).suffix:
@@ -117,12 +131,44 @@ def _of_address(given: str, report: Report) -> Path:
 
 def _fetched(address: str, sha256: str, report: Report, note: str, size: int) -> Path:
     # Two addresses can end in the same name, so that the checksum names the file in the cache.
-    name = f"{sha256[:16]}.safetensors"
+    name = f"{sha256[:16]}.safetensors" + (PACKED if urlsplit(address).path.endswith(PACKED) else "")
 
     def each(done: int, total: int) -> None:
         report("downloading", done, max(total, 1), note)
 
     return retrieve(address, sha256, cache_folder() / "models", name=name, size=size, report=each)
+
+
+def _unpacked(path: Path) -> Path:
+    """The file itself, or the unpacked copy of a compressed one in the cache folder."""
+    if path.suffix != PACKED or not path.is_file():
+        return path
+    # Not every Python was built with it.
+    import lzma
+
+    try:
+        target = cache_folder() / "models" / f"{file_sha256(path)[:16]}.safetensors"
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with lzma.open(path) as file:
+                raw = _content(cast(BinaryIO, file), path)
+            write_whole(target, raw, overwrite=True)
+    except (lzma.LZMAError, EOFError) as error:
+        raise ModelFileError(f"model: {printable(path)}: cannot be unpacked: {error}; copy the file again") from None
+    except OSError as error:
+        raise ModelFileError(f"model: {printable(path)}: cannot be unpacked: {error.strerror}") from None
+    return target
+
+
+def _content(file: BinaryIO, path: Path) -> bytes:
+    """What the compressed file at `path` holds. Raises `ModelFileError` for more than a model file can be."""
+    most, parts, size = MOST_TIMES_SMALLER * path.stat().st_size, [], 0
+    while part := file.read(CHUNK):
+        size += len(part)
+        if size > most:
+            raise ModelFileError(f"model: {printable(path)}: holds more than {most} bytes, which is no model file")
+        parts.append(part)
+    return b"".join(parts)
 
 
 def _checked(path: Path, sha256: str) -> Path:
