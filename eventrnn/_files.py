@@ -197,6 +197,23 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def is_endless(path: str | os.PathLike) -> bool:
+    """Whether a path is a device other than a terminal, such as /dev/zero, of which nobody knows where it ends."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    if stat.S_ISBLK(mode):
+        return True
+    if not stat.S_ISCHR(mode) or os.path.samefile(path, os.devnull):
+        return False
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
+    try:
+        return not os.isatty(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 # --- locks --------------------------------------------------------------------------------------------------
 
 

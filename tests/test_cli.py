@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from eventrnn import Dense, Network, load, save
 from eventrnn.bench import timing
 from eventrnn.cli.commands import _arrays
 from eventrnn.cli.options import PARTS
+from eventrnn.cli.terminal import progress
 from eventrnn.data.text import Vocabulary
 from support.texts import TEXT, reader_of_text
 
@@ -380,6 +382,26 @@ def test_full_disk_behind_stdout_is_one_line_and_exit_code_2(model):
         command = [sys.executable, "-m", "eventrnn.cli", "info", str(model), "--json"]
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "No space left on device" in ended.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+def test_progress_that_cannot_be_written_stops_nothing(monkeypatch):
+    with open("/dev/full", "w") as full, progress() as report:
+        monkeypatch.setattr(sys, "stderr", full)
+        report("reading", 1, 2, "")
+        report("reading", 2, 2, "")
+        monkeypatch.undo()
+        with suppress(OSError):
+            full.close()
+
+
+def test_streams_that_were_closed_before_the_start_change_no_exit_code(tmp_path):
+    for arguments, code in ((["--help"], 0), (["info", tmp_path / "none"], 2)):
+        for closed in (">&-", "2>&-", ">&- 2>&-"):
+            command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-m", "eventrnn.cli", *arguments]
+            ended = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert ended.returncode == code, (arguments, closed, ended.stderr)
+            assert "Traceback" not in ended.stdout + ended.stderr
 
 
 def test_program_runs_as_a_process():

@@ -11,7 +11,7 @@ import pytest
 from eventrnn import load
 from eventrnn._files import locked
 from eventrnn.training import read_log
-from eventrnn.training.recipes.recipe import Recipe, load_recipe, presets, train
+from eventrnn.training.recipes.recipe import Recipe, RunSettings, load_recipe, presets, train
 from eventrnn.training.recipes.toml_config import from_table, merged, parse_setting, read_toml, to_toml
 from support.texts import TEXT
 
@@ -78,6 +78,7 @@ def test_the_seed_and_thresholds_determine_the_network(text):
         ("[data]\nkind = 'word'", "give --text a file for words"),
         ("[training.optimiser]\nkind = 'lion'", "training.optimiser: optimiser kind: got 'lion'"),
         ("training = ", "no valid TOML"),
+        pytest.param("training = " + "9" * 5000, "no valid TOML", id="too many digits"),
         pytest.param("training = " + "[" * 5000, "nested too deeply", id="a deep array"),
     ],
 )
@@ -93,6 +94,13 @@ def test_configurations_are_refused_by_key(tmp_path, toml, words):
 def test_a_name_that_is_not_utf8_is_refused(name):
     with pytest.raises(ValueError, match=f"{name.split('.')[1]}: the name .*udcff is not UTF-8"):
         load_recipe(settings=[(name, "m\udcff")])
+
+
+@pytest.mark.parametrize("name", ["checkpoint.safetensors", "log.jsonl", "config.toml", ".lock"])
+def test_a_model_file_that_would_be_a_file_of_the_run_is_refused_before_the_training(tmp_path, name):
+    with pytest.raises(ValueError, match="out: .* is the name of a file of the run itself"):
+        train(Recipe(run=RunSettings(out=str(tmp_path / "run" / name))), tmp_path / "run")
+    assert not list(tmp_path.iterdir())
 
 
 def test_settings_of_the_command_line():

@@ -270,6 +270,11 @@ def test_a_text_without_line_ends_is_split_at_spaces_or_characters(tmp_path, tex
     assert texts(from_text(text)) == list(parts.values())
 
 
+def test_a_device_that_never_ends_is_refused():
+    with pytest.raises(ValueError, match="text: /dev/full is a device"):
+        from_path("/dev/full")
+
+
 def test_a_pipe_is_read_to_its_end_once(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)

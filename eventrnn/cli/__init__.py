@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from io import StringIO
 from typing import Any
 
 import typer
@@ -32,6 +33,10 @@ UsageError: Any = typer.BadParameter.__mro__[1]
 
 def main() -> None:
     """Entry point. Errors of use become one line and exit code 2, a failed check one line and exit code 1."""
+    for name in ("stdout", "stderr"):
+        # A stream that was closed before the start is None.
+        if getattr(sys, name) is None:
+            setattr(sys, name, StringIO())
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 from rich.console import Console
@@ -36,7 +36,10 @@ def progress() -> Iterator[Callable[[str, int, int, str], None]]:
         def line(stage: str, done: int, total: int, note: str) -> None:
             if done * 10 // total > tenths.get(stage, -1):
                 tenths[stage] = done * 10 // total
-                print(printable(f"{stage} {f'{done}/{total} {note}' if done else '…'}"), file=sys.stderr)
+                words = f"{stage} {f'{done}/{total} {note}' if done else '…'}"
+                # The work goes on where stderr is a file on a full disk.
+                with suppress(OSError):
+                    print(printable(words), file=sys.stderr, flush=True)
 
         yield line
         return

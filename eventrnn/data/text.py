@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from eventrnn._checks import WHOLE, need_choice, need_kind, need_text, need_whole, plain_array
-from eventrnn._files import cache_folder
+from eventrnn._files import cache_folder, is_endless
 from eventrnn.data.download import DownloadError, retrieve
 
 KINDS = ("character", "word")
@@ -370,6 +370,8 @@ def _named_parts(folder: Path) -> dict[str, Path]:
 
 
 def _read(path: Path) -> str:
+    if is_endless(path):
+        raise ValueError(f"text: {path} is a device; need a file, a folder or a pipe")
     try:
         raw = path.read_bytes()
     except FileNotFoundError:

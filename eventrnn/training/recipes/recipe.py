@@ -19,7 +19,7 @@ import numpy as np
 
 from eventrnn import io
 from eventrnn._checks import need_choice, need_flag, need_number, need_text, need_whole
-from eventrnn._files import file_sha256, locked, printable, write_whole
+from eventrnn._files import LOCK, file_sha256, is_endless, locked, printable, write_whole
 from eventrnn.cells import Cell, Surrogate
 from eventrnn.data.text import KINDS, Corpus, from_path, from_text, python_documentation, read_stream
 from eventrnn.io.model_file import encoded
@@ -221,6 +221,8 @@ def load_recipe(
     base = (resources.files("eventrnn.training.recipes") / f"{preset}.toml").read_text(encoding="utf-8")
     tables = [toml_config.read_toml(base, preset)]
     if path is not None:
+        if is_endless(path):
+            raise ValueError(f"config: {path} is a device; need a file")
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -256,6 +258,8 @@ def train(
     if recipe.model.cell != "gru" and not recipe.run.out:
         raise ValueError("out: got none; set run.out to the model file to write")
     folder = Path(folder)
+    if recipe.run.out:
+        _need_own_name(Path(recipe.run.out), folder)
     text = None if recipe.data.text == "builtin" else read_stream(recipe.data.text)
     trainer, corpus = recipe.trainer(text)
     if not resume and not overwrite:
@@ -353,6 +357,12 @@ def _need_no_run(folder: Path) -> None:
         raise ValueError(
             f"run: {printable(folder)} holds a run; give --resume {printable(folder)}, another folder, or --force"
         )
+
+
+def _need_own_name(out: Path, folder: Path) -> None:
+    """Refuse a model file that would be a file of the run itself."""
+    if out.name in (CONFIG, OWN, TEXT, LOCK, *FILES) and out.absolute().parent.resolve() == folder.resolve():
+        raise ValueError(f"out: {printable(out)} is the name of a file of the run itself; give another name")
 
 
 def _claim_out(recipe: Recipe, folder: Path, overwrite: bool) -> None:

@@ -23,7 +23,8 @@ def read_toml(text: str, source: str | Path) -> dict[str, Any]:
     """The tables of a TOML text. Raises `ValueError` with the position of a syntax error."""
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
+        # Of the syntax, or of a number with too many digits.
         raise ValueError(f"config: {source}: no valid TOML: {error}") from None
     except RecursionError:
         raise ValueError(f"config: {source}: its arrays or tables are nested too deeply to be read") from None
@@ -36,7 +37,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
         raise ValueError(f"set: got {text!r}, need key=value such as training.batch=16")
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return key.strip(), value.strip()
 
 
