@@ -428,6 +428,7 @@ SECTIONS = {
     "Transposable masks": masks,
     "Pruning to a budget of operations": operations,
     "Tasks": tasks,
+    "Time per token of a word model": word_latency,
 }
 
 
