@@ -121,14 +121,14 @@ def curve(
     device: Annotated[str, typer.Option(help="Machine of the run. [the GPU here]")] = "",
     results: Annotated[Path, typer.Option(help="File to which the line is appended.")] = RESULTS,
 ) -> None:
-    """Append the learning curve of a run: the first validation after each mark."""
+    """Append the learning curve of a run: the first validation after each mark, under the epochs done by then."""
     recipe = load_recipe(run / "config.toml")
     validations = [line for line in read_log(run) if line["validation"]]
     found = {}
     for mark in MARKS:
         after = [line for line in validations if line["epoch"] >= mark]
         if after:
-            found[mark] = after[0]
+            found[f"{after[0]['share'] * recipe.training.epochs:.1f}"] = after[0]
     last, records = validations[-1], Records(results, KEY)
     if device:
         records.device = device
@@ -146,10 +146,10 @@ def curve(
         "seed": recipe.training.seed,
         "carry": recipe.data.carry,
         "valid_batch": recipe.data.valid_batch,
-        "perplexity_valid": {str(mark): each["validation"]["perplexity"] for mark, each in found.items()},
+        "perplexity_valid": {epochs: each["validation"]["perplexity"] for epochs, each in found.items()},
         "activity_valid": {
-            str(mark): [each["validation"][f"layers.{k}.activity"] for k in range(len(recipe.model.hidden))]
-            for mark, each in found.items()
+            epochs: [each["validation"][f"layers.{k}.activity"] for k in range(len(recipe.model.hidden))]
+            for epochs, each in found.items()
         },
         "best_perplexity_valid": min(each["validation"]["perplexity"] for each in validations),
         "epochs_done": last["epoch"],
