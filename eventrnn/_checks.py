@@ -7,6 +7,7 @@ ValueError; an object of another kind raises TypeError.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -38,7 +39,11 @@ def said(value: Any) -> str:
     """A value as an error message shows it: arrays by type and shape, others by their text, shortened."""
     if isinstance(value, np.ndarray) and value.ndim:
         return f"{value.dtype} {value.shape}"
-    text = str(value) if isinstance(value, np.generic) else repr(value)
+    try:
+        text = str(value) if isinstance(value, np.generic) else repr(value)
+    except ValueError:
+        # Python writes no whole number of more than some thousand digits.
+        text = f"a {type(value).__name__} that is too long to be written"
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 
@@ -70,6 +75,8 @@ def need_number(
     what : the noun of the message, for example "share"
     """
     real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    # A whole number of Python may be beyond every float.
+    real = real and not (isinstance(value, int) and abs(value) > sys.float_info.max)
     if not real or not (math.isfinite(value) and at_least <= value <= at_most and above < value < below):
         low, high = max(at_least, above), min(at_most, below)
         if high < math.inf:

@@ -360,3 +360,11 @@ def test_a_wrong_argument_is_refused_by_name(name, argument):
 def test_long_values_are_shortened_in_messages():
     with pytest.raises(ValueError, match=r"size: got '(x{78})…, need a whole number >= 1"):
         _checks.need_whole("size", "x" * 500, at_least=1)
+
+
+@pytest.mark.parametrize("digits", [400, 10_000])
+def test_whole_numbers_beyond_every_float_are_refused_in_words(digits):
+    with pytest.raises(ValueError, match="^rate: got .*, need a finite number"):
+        _checks.need_number("rate", 10**digits)
+    with pytest.raises(ValueError, match="^size: got .*, need a whole number 1 to 5"):
+        _checks.need_whole("size", 10**digits, at_least=1, at_most=5)

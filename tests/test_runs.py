@@ -386,7 +386,7 @@ def test_a_signed_checkpoint_of_other_arrays_is_refused_before_anything_changes(
     trainer.arrays = lambda: arrays
     save_checkpoint(trainer, tmp_path / "c")
     before = _bits(other)
-    with pytest.raises(CheckpointError, match="holds no state of this run: state.cells.1 does not fit"):
+    with pytest.raises(CheckpointError, match="holds no state of this run: arrays: state.cells.1 does not fit"):
         load_checkpoint(other, tmp_path / "c")
     assert _bits(other) == before
 

@@ -441,7 +441,7 @@ def test_a_commit_that_fails_half_way_is_remembered_until_a_checkpoint_is_restor
     with pytest.raises(MemoryError, match="no memory"):
         trainer.step()
     monkeypatch.setattr(trainer.model, "apply_masks", apply)
-    words = "trainer: its last update failed half-way .MemoryError: no memory.; make a new .* the last checkpoint"
+    words = "trainer: its last update failed half-way .MemoryError: no memory.; restore the last checkpoint, here or in"
     for use in (trainer.step, trainer.validate, trainer.network, trainer.arrays, trainer.numbers):
         with pytest.raises(RuntimeError, match=words):
             use()
@@ -449,6 +449,32 @@ def test_a_commit_that_fails_half_way_is_remembered_until_a_checkpoint_is_restor
     for _ in range(2):
         twin.step()
     trainer.step()
+    assert bits(trainer) == bits(twin)
+
+
+def test_what_cannot_be_restored_changes_nothing_and_a_restore_that_fails_half_way_is_remembered():
+    trainer, twin = trained(), trained()
+    for each in (trainer, twin):
+        each.step()
+    before, after = trainer.arrays(), trainer.numbers()
+    arrays, numbers = {name: array.copy() for name, array in before.items()}, dict(after)
+    some = next(name for name in arrays if name.startswith("parameters."))
+    for wrong, missing, words in (
+        ({}, numbers, "arrays: parameters"),
+        (arrays | {some: arrays[some][:1]}, numbers, f"arrays: {some} does not fit"),
+        (arrays | {"parameters.more": arrays[some]}, numbers, "arrays: parameters.more does not fit"),
+        (arrays, {}, "numbers: got none named steps"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            trainer.restore(wrong, missing)
+    assert bits(trainer) == bits(twin)
+    with pytest.raises(TypeError):
+        trainer.restore(arrays, numbers | {"generator": 3})
+    with pytest.raises(RuntimeError, match="failed half-way"):
+        trainer.step()
+    trainer.restore(arrays, numbers)
+    for each in (trainer, twin):
+        each.step()
     assert bits(trainer) == bits(twin)
 
 

@@ -65,11 +65,10 @@ def load_checkpoint(trainer: Trainer, path: str | os.PathLike) -> dict[str, Any]
     changed = differences(now, then)
     if changed:
         raise CheckpointError(printable(f"{path}: belongs to another run: {'; '.join(changed)}"))
-    _check_arrays(trainer, arrays, path)
     try:
         trainer.restore(arrays, record["numbers"])
     except (KeyError, TypeError, ValueError) as error:
-        raise UnreadableCheckpoint(printable(f"{path}: holds no state of this run: {error!r}")) from None
+        raise UnreadableCheckpoint(printable(f"{path}: holds no state of this run: {error}")) from None
     if threads_now != threads_then:
         warnings.warn(
             f"threads: {printable(threads_then)} in the checkpoint, {threads_now} now: the run goes on, but products "
@@ -117,19 +116,6 @@ def _decoded(raw: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 def _settings(identity: Mapping[str, Any]) -> dict[str, Any]:
     settings = identity.get("settings")
     return settings if isinstance(settings, dict) else {}
-
-
-def _check_arrays(trainer: Trainer, arrays: Mapping[str, np.ndarray], path: str | os.PathLike) -> None:
-    """Refuse arrays of parameters and state that are not those of the trainer, before any of them is changed."""
-    found, needed = (
-        # The last batch of an epoch may have been a smaller one.
-        {name: (a.shape[name.startswith("state.") :], a.dtype.str) for name, a in each.items()}
-        for each in (arrays, trainer.arrays())
-    )
-    names = {name for name in found.keys() | needed.keys() if name.startswith(("parameters.", "state."))}
-    wrong = sorted(name for name in names if found.get(name) != needed.get(name))
-    if wrong:
-        raise UnreadableCheckpoint(printable(f"{path}: holds no state of this run: {wrong[0]} does not fit"))
 
 
 def previous(path: Path) -> Path:

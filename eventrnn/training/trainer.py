@@ -22,6 +22,9 @@ from eventrnn.training.settings import Settings
 from eventrnn.training.tasks import LanguageModelling, Task
 from eventrnn.training.transaction import Transaction, backup_generator, backup_pruning
 
+# Names in `Trainer.numbers`.
+NUMBERS = ("steps", "epoch", "position", "generator", "optimiser", "best_value", "worse", "largest", "operations")
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -399,8 +402,42 @@ class Trainer:
 
     @exclusive
     def restore(self, arrays: Mapping[str, np.ndarray], numbers: Mapping[str, Any]) -> None:
-        """Continue from the `arrays` and `numbers` of a run with the same `identity`, bit for bit."""
-        self._transaction.uninterrupted(lambda: self._restore(arrays, numbers), apart=self.engine.apart)
+        """Continue from the `arrays` and `numbers` of a run with the same `identity`, bit for bit.
+
+        Raises ValueError, before anything is changed, for parameters and states of other shapes and for numbers that
+        are missing.
+        """
+        self._check_restored(arrays, numbers)
+
+        def whole() -> None:
+            try:
+                self._restore(arrays, numbers)
+            except BaseException as error:
+                self._transaction.broken = error
+                raise
+
+        self._transaction.uninterrupted(whole, apart=self.engine.apart)
+
+    def _check_restored(self, arrays: Mapping[str, np.ndarray], numbers: Mapping[str, Any]) -> None:
+        missing = [name for name in NUMBERS if name not in numbers]
+        if missing:
+            raise ValueError(f"numbers: got none named {missing[0]}; give those of Trainer.numbers")
+        needed = {f"parameters.{name}": tuple(shape) for name, shape in self._shapes.items()}
+        state = self.engine.state
+        for k, (cells, outputs) in enumerate(zip(state.cells, state.outputs, strict=True)):
+            # Without the batch: the last one of an epoch may have been a smaller one.
+            needed |= {f"state.cells.{k}": cells.shape[1:], f"state.outputs.{k}": outputs.shape[1:]}
+        for name, shape in needed.items():
+            found = arrays.get(name)
+            if not (
+                isinstance(found, np.ndarray)
+                and found.dtype == np.float32
+                and found.shape[name.startswith("state.") :] == shape
+            ):
+                raise ValueError(f"arrays: {name} does not fit; need float32 {shape}, as Trainer.arrays gives it")
+        others = [n for n in arrays if n.startswith(("parameters.", "state.")) and n not in needed]
+        if others:
+            raise ValueError(f"arrays: {others[0]} does not fit; the network has none of that name")
 
     def _restore(self, arrays: Mapping[str, np.ndarray], numbers: Mapping[str, Any]) -> None:
 

@@ -69,8 +69,8 @@ class Transaction:
         self.put_back()
         if self.broken is not None:
             raise RuntimeError(
-                f"trainer: its last update failed half-way ({type(self.broken).__name__}: {self.broken}); make a new "
-                "trainer, and restore the last checkpoint"
+                f"trainer: its last update failed half-way ({type(self.broken).__name__}: {self.broken}); restore the "
+                "last checkpoint, here or in a new trainer"
             ) from self.broken
 
     def uninterrupted(self, function: Callable[[], object], *, apart: bool) -> None:
