@@ -445,18 +445,22 @@ def test_stop_request_finishes_the_update_saves_and_resumes(tmp_path, number, wa
 def test_non_finite_loss_stops_with_a_report(tmp_path):
     trainer = _trainer()
 
-    def spoil(progress, seconds):
-        if progress.step == 9:
-            trainer.model.parameters["readout"][:] = np.inf
+    step = trainer.step
 
+    def spoiled():
+        if trainer.steps_done == 9:
+            trainer.model.parameters["readout"][:] = np.inf
+        return step()
+
+    trainer.step = spoiled
     with np.errstate(all="ignore"), pytest.raises(Diverged) as caught:
-        run(trainer, tmp_path, report=spoil)
+        run(trainer, tmp_path, checkpoint_seconds=0)
     words = str(caught.value)
-    assert "nan at step 10" in words and "checkpoint.safetensors, step 7" in words
+    assert "nan at step 10" in words and "checkpoint.safetensors, step 9" in words
     assert trainer.largest.split(" ")[0] in trainer.model.parameters and trainer.largest in words
     again = _trainer()
     load_checkpoint(again, tmp_path / "checkpoint.safetensors")
-    assert again.steps_done == 7
+    assert again.steps_done == 9
 
 
 def test_non_finite_gradient_is_named():
