@@ -453,6 +453,7 @@ SECTIONS = {
     "Transposable masks": masks,
     "Pruning to a budget of operations": operations,
     "Tasks": tasks,
+    "Word models": word_models,
     "Time per token of a word model": word_latency,
 }
 
