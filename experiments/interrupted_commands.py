@@ -73,7 +73,8 @@ class Commands:
             os.kill(process, signal.SIGINT)
             time.sleep(float(rng.uniform(0, 0.02)))
         code = _end_of(process, patience)
-        return {"within": code != 0, "fault": self._fault(folder, code)}
+        fault = self._fault(folder, code)
+        return {"within": code != 0, "fault": f"{fault} (a new interpreter)" if fault and new else fault}
 
     def _fault(self, folder: Path, code: int | None) -> str:
         """What is wrong after a command that was interrupted, empty if nothing is."""
@@ -129,22 +130,34 @@ def _fork(arguments: list[str]) -> int:
         child = os.fork()
     if child:
         return child
-    code = 1
+    code = 130
+    # The second interrupt may come at any line from here on, also in the inner `finally`. It must not bring the child
+    # back into the campaign of its parent.
     try:
-        nothing = os.open(os.devnull, os.O_RDWR)
-        for stream in range(3):
-            os.dup2(nothing, stream)
-        sys.argv = ["eventrnn", *arguments]
         try:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            main()
-            code = 0
-        except SystemExit as ended:
-            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    except KeyboardInterrupt:
-        code = 130
+            code = _ended(arguments)
+        finally:
+            os._exit(code)
     finally:
         os._exit(code)
+
+
+def _ended(arguments: list[str]) -> int:
+    """The exit code of a command, in the process of its own that runs it."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in range(3):
+        os.dup2(nothing, stream)
+    sys.argv = ["eventrnn", *arguments]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        main()
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except KeyboardInterrupt:
+        return 130
+    except BaseException:
+        return 1
+    return 0
 
 
 def _end_of(process: int, patience: float) -> int | None:
