@@ -36,7 +36,8 @@ class Weights(ABC):
 
     @abstractmethod
     def check_index(self) -> None:
-        """Check order and range of every index, as the full check does. Raises ValueError. O(stored)."""
+        """Check again what an edit in place can have broken of the index since the full check. Raises ValueError.
+        O(stored)."""
 
     @abstractmethod
     def to_dense(self) -> np.ndarray:

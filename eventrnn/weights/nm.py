@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -71,10 +71,10 @@ class NM(Weights):
         need_values(self.values, self.scales, 1, self.shape[0])
         if self.codes.dtype != np.uint8 or self.codes.ndim != 1:
             raise TypeError(f"nm codes: got {self.codes.dtype} with {self.codes.ndim} dimensions, need uint8 with 1")
-        # `indptr` is kept, and would not follow an edit.
-        codes = self.codes.view()
-        codes.flags.writeable = False
-        object.__setattr__(self, "codes", codes)
+        # `indptr` is kept, and would not follow an edit: the codes, which are few bytes, are the record's own.
+        if self.codes.flags.writeable or self.codes.base is not None:
+            object.__setattr__(self, "codes", self.codes.copy())
+            self.codes.flags.writeable = False
         lines = self.shape[0] if self.axis == "post" else self.shape[1]
         # In numbers, not arrays: a record from a file may say any shape.
         groups, rest = divmod(self._length(), self.m)
@@ -104,12 +104,17 @@ class NM(Weights):
         The sizes were checked when the record was made.
         """
         if full:
-            self.check_index()
+            self._check_codes()
             self._check_values()
 
     def check_index(self) -> None:
-        # It may be that of other codes, which were edited in place.
-        vars(self).pop("indptr", None)
+        """The codes cannot have been edited since their full check, which takes as long as packing them."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.codes.flags.writeable = False
+
+    def _check_codes(self) -> None:
         group, line, code = self._stream()
         size = np.minimum(self.m, self._length() - group * self.m)
         if (code >= size).any():
