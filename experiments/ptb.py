@@ -275,6 +275,9 @@ def prune(
     out: Out,
     block: Annotated[str, typer.Option(metavar="RxC", help="Block: presynaptic x postsynaptic.")] = "1x1",
     criterion: Annotated[str, typer.Option(help="Criterion that decides which weights go first.")] = "return",
+    scope: Annotated[
+        str, typer.Option(help="Same share of each matrix (matrix), or of all together (global).")
+    ] = "matrix",
     text: Text = PTB,
     name: Name = None,
     force: Force = False,
@@ -293,11 +296,19 @@ def prune(
             inputs,
             min(1.0, operations / before),
             criterion=criterion,
+            scope=scope,
             block=shape,
             report=lambda k, now: bar("measuring", k, 10, f"{now:,.0f} operations per token"),
         )
     save_model(found.network, out, force)
-    line = {"what": "pruning", "name": name or out.name, "of": model.name, "criterion": criterion, "block": block}
+    line = {
+        "what": "pruning",
+        "name": name or out.name,
+        "of": model.name,
+        "criterion": criterion,
+        "scope": scope,
+        "block": block,
+    }
     figures = {"before": found.before, "asked": operations, "measured": found.measured, "runs": found.measurements}
     show(records.add(line | figures | sizes(found.network)))
 
@@ -483,4 +494,7 @@ def show(line: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"ptb.py: {error}") from None

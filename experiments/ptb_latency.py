@@ -326,4 +326,7 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"ptb_latency.py: {error}") from None

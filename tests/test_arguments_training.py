@@ -279,7 +279,13 @@ ROWS = {
     ),
     "prune_to_operations": row(
         pruning.prune_to_operations,
-        {"budget": (0.0, 1.5, nan, True, "x", None), "criterion": NAME, "block": BLOCK, "allow_empty": FLAG},
+        {
+            "budget": (0.0, 1.5, nan, True, "x", None),
+            "criterion": NAME,
+            "scope": NAME,
+            "block": BLOCK,
+            "allow_empty": FLAG,
+        },
         network=NETWORK,
         inputs=SIGNAL,
         budget=0.5,

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eventrnn import CSR, NM, BlockCSR, Dense, Network, Simulator, count, simulate
+from eventrnn.counting.counts import events_by_matrix
 from eventrnn.pruning import (
     CRITERIA,
     Blocks,
@@ -182,6 +183,24 @@ def test_a_budget_of_operations_is_met_and_no_weight_changed(criterion, block):
         assert weights is before if name == "readout" else isinstance(weights, CSR if block == (1, 1) else BlockCSR)
 
 
+def test_scope_matrix_leaves_every_matrix_the_same_share_of_its_operations():
+    net, x = network(threshold=0.1), inputs(steps=60)
+    run = simulate(net, x, record="events")
+    fired = {name: np.bincount(e.indices, minlength=w.shape[0]) for name, (w, e) in events_by_matrix(net, run).items()}
+    spread = {}
+    for scope in ("matrix", "global"):
+        found = prune_to_operations(net, x, 0.4, scope=scope)
+        left = {
+            name: float(fired[name] @ w.fan_out()) / float(fired[name] @ net.matrices()[name].fan_out())
+            for name, w in found.network.matrices().items()
+        }
+        spread[scope] = max(left.values()) - min(left.values())
+        assert found.measured <= found.budget
+    # A weight that more or less is kept makes a difference in a small matrix.
+    largest = max(float(each.max()) / float(each @ net.matrices()[name].fan_out()) for name, each in fired.items())
+    assert spread["matrix"] <= 2 * largest < spread["global"]
+
+
 def test_activity_weighted_pruning_prefers_busy_units():
     # Without a recurrence and a read-out, a unit costs as much as its input has non-zero values.
     net = network(units=(20,), readout=None)
@@ -203,6 +222,7 @@ def test_activity_weighted_pruning_prefers_busy_units():
         ({"budget": 0.0}, "budget: got 0.0"),
         ({"budget": 1.5}, "budget: got 1.5"),
         ({"budget": 0.5, "criterion": "luck"}, "criterion: got 'luck', need one of magnitude"),
+        ({"budget": 0.5, "scope": "layer"}, "scope: got 'layer', need one of matrix, global"),
         ({"budget": 1e-4}, r"budget: got 0.0001, but at least 0\.\d+ of the operations remain"),
         ({"budget": 0.3, "names": ("readout",)}, "those of matrices that are not pruned"),
         ({"budget": 0.3, "block": (1, 99)}, "larger than the matrix"),

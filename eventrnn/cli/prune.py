@@ -77,7 +77,10 @@ class PruneOptions:
         str | None, typer.Option("--block", metavar="RxC", help="Size of a block: presynaptic x postsynaptic. [1x1]")
     ] = None
     scope: Annotated[
-        str | None, typer.Option(help=f"Apply the share to each matrix or to all together: {', '.join(SCOPES)}.")
+        str | None,
+        typer.Option(
+            help=f"Apply the share to each matrix or to all together: {', '.join(SCOPES)}. [matrix; a budget: global]"
+        ),
     ] = None
     statistic: Annotated[
         str | None, typer.Option(help=f"Statistic by which blocks are ranked: {', '.join(STATISTICS)}.")
@@ -329,7 +332,7 @@ def _to_budget(request: Request, network: Network, valid: np.ndarray, report: Re
         block=request.pattern.block,
         exempt=request.exempt,
         report=lambda k, operations: report("measuring", k, MEASUREMENTS, f"{operations:,.0f} operations per step"),
-        **request.some("criterion"),
+        **request.some("criterion", "scope"),
     ).network
 
 

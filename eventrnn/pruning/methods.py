@@ -199,7 +199,7 @@ METHODS: dict[str, Method] = {
         "to a budget of measured operations",
         (prune_to_operations,),
         targets=("ops_budget",),
-        options=("block", "criterion"),
+        options=("block", "criterion", "scope"),
         trains=None,
         calibrates=True,
     ),

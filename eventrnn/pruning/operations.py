@@ -15,7 +15,7 @@ import numpy as np
 from eventrnn import counting
 from eventrnn._checks import need_choice, need_flag, need_number
 from eventrnn.network import Network
-from eventrnn.pruning.magnitude import block_scores, from_blocks, to_blocks
+from eventrnn.pruning.magnitude import SCOPES, block_scores, from_blocks, to_blocks
 from eventrnn.pruning.patterns import Blocks, prunable_matrices, with_masks
 from eventrnn.simulation import simulate
 from eventrnn.weights import Weights, check_block
@@ -78,6 +78,7 @@ def prune_to_operations(
     budget: float,
     *,
     criterion: str = "return",
+    scope: str = "global",
     block: tuple[int, int] = (1, 1),
     names: tuple[str, ...] | None = None,
     exempt: tuple[str, ...] = (),
@@ -90,8 +91,10 @@ def prune_to_operations(
     ----------
     inputs        : inputs for `simulate`, on which activity and operations are measured
     budget        : share of the operations of all matrices, in (0, 1]; matrices that are not pruned are included
-    criterion     : one of `CRITERIA`; weights of different matrices are compared after division by the root mean square
-                    of their matrix
+    criterion     : one of `CRITERIA`
+    scope         : "global" compares weights of different matrices, after division by the root mean square of their
+                    matrix, and may leave hardly anything of a matrix that is expensive, such as one whose inputs are
+                    dense; "matrix" leaves every matrix the same share of its operations
     block         : (r, c), presynaptic x postsynaptic; the cost of a block is the sum over its weights
     names, exempt : see `Pruning`
     allow_empty   : allow that a matrix loses all blocks; otherwise every matrix keeps its best block
@@ -102,6 +105,7 @@ def prune_to_operations(
     budget that cannot be met, with the smallest one that can. Cost: one run per measurement.
     """
     check_budget(budget, criterion)
+    need_choice("scope", scope, SCOPES)
     need_flag("allow_empty", allow_empty)
     matrices = prunable_matrices(network, names, exempt)
     for name, weights in matrices.items():
@@ -109,7 +113,7 @@ def prune_to_operations(
     usage, before = _measure(network, inputs)
     if before == 0:
         raise ValueError("budget: the network does no operations on these inputs; nothing can be saved")
-    ranking = _Ranking.of({n: matrices[n].to_dense() for n in matrices}, usage, criterion, block, allow_empty)
+    ranking = _Ranking.of({n: matrices[n].to_dense() for n in matrices}, usage, criterion, scope, block, allow_empty)
     others = before - ranking.total
     least = (others + ranking.least) / before
     if budget < least:
@@ -182,12 +186,15 @@ class _Ranking:
         dense: dict[str, np.ndarray],
         usage: dict[str, _Usage],
         criterion: str,
+        scope: str,
         block: tuple[int, int],
         allow_empty: bool,
     ) -> _Ranking:
         values, cost, firsts = [], [], []
         for name, weights in dense.items():
             scores, costs = _values_and_costs(weights, usage[name], criterion, block)
+            if scope == "matrix":
+                scores = _share_before(scores, costs)
             if not allow_empty:
                 best = int(np.argmax(np.where(costs > 0, scores, -np.inf)))
                 scores[best] = np.inf
@@ -220,6 +227,15 @@ class _Ranking:
             grid = [-(-size // b) for size, b in zip(shape, self.block, strict=True)]
             found[name] = from_blocks(part.reshape(grid), self.block, shape)
         return found
+
+
+def _share_before(scores: np.ndarray, costs: np.ndarray) -> np.ndarray:
+    """For every block of a matrix, the share of its operations in the blocks of no higher score. In the order of these
+    shares, all matrices are pruned to the same share at the same time."""
+    order = np.argsort(scores, kind="stable")
+    shares = np.empty(len(scores))
+    shares[order] = np.cumsum(costs[order]) / max(float(costs.sum()), 1e-300)
+    return shares
 
 
 def _values_and_costs(
