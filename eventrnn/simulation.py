@@ -16,9 +16,9 @@ import numpy as np
 
 from eventrnn import ragged
 from eventrnn._arithmetic import standard_arithmetic
+from eventrnn._arrays import hold
 from eventrnn._checks import need_choice, need_kind, need_names, need_whole
 from eventrnn._exclusive import Use, exclusive
-from eventrnn._held import hold
 from eventrnn.backend import INEXACT, Backend, Stepper, as_array, get_backend, need_on_host
 from eventrnn.events import Events
 from eventrnn.network import Network

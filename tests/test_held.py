@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from eventrnn import CSR, NM, BlockCSR, Dense, Network, Simulator, simulate
-from eventrnn._held import hold
+from eventrnn._arrays import hold
 
 FORMATS = {
     "dense": Dense.from_dense,

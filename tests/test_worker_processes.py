@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from eventrnn import Network, Simulator, simulate
-from eventrnn._owned import own_arrays
+from eventrnn._arrays import own_arrays
 from eventrnn.pruning import GradualPruning
 from eventrnn.training import LanguageModelling, Settings, Trainer
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from eventrnn._arithmetic import standard_arithmetic
+from eventrnn._arrays import own_arrays
 from eventrnn._checks import need_kind
 from eventrnn._exclusive import Use, exclusive
-from eventrnn._owned import own_arrays
 from eventrnn.backend import TrainingEngine, WindowResult, training_engine
 from eventrnn.network import Network
 from eventrnn.pruning.schedule import Pruning

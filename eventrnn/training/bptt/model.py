@@ -18,6 +18,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from eventrnn._arithmetic import standard_arithmetic
+from eventrnn._arrays import own_arrays
 from eventrnn._checks import (
     float32_array,
     need_choice,
@@ -29,7 +30,6 @@ from eventrnn._checks import (
     plain_array,
 )
 from eventrnn._exclusive import Use, exclusive
-from eventrnn._owned import own_arrays
 from eventrnn.cells import Cell
 from eventrnn.counting.backward import BackwardWork
 from eventrnn.cpu.engine import MOST_THREADS

@@ -1,19 +1,24 @@
-"""Arrays that are read-only as long as an object lives that has read them.
+"""Which objects may write to an array.
 
-An engine packs the arrays of a network once. An edit in place would change the network and not the engine, without a
-word. So NumPy refuses edits meanwhile, and allows them again when no such object is left.
+`hold` makes arrays read-only as long as an object lives that has read them. An engine packs the arrays of a network
+once. An edit in place would then change the network and not the engine, without a word, so that NumPy refuses it.
+
+`own_arrays` gives an object arrays that it may write to. joblib hands large arrays to its workers as maps of a file,
+which are read-only; objects that train in place copy them.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
 from eventrnn._exclusive import Use
 
-# Number of objects that hold an array, by its id. Whoever counts here also refers to the array, so no id is used again.
+# Number of objects that hold an array, by its id. The finalizer of each of them refers to the array, so that no other
+# array can get the same id meanwhile.
 _HOLDERS: dict[int, int] = {}
 
 _USE = Use("arrays")
@@ -65,3 +70,33 @@ def _bases(array: np.ndarray) -> Iterator[np.ndarray]:
     while isinstance(each, np.ndarray):
         yield each
         each = each.base
+
+
+def own_arrays(holder: Any) -> Any:
+    """Replace arrays that cannot be written to, or are maps of files, by copies; returns the holder.
+
+    holder : an array, or what has arrays in it: dictionaries, lists, tuples, and objects by their attributes. All but
+             arrays and tuples are changed in place
+    """
+    seen: dict[int, tuple[Any, Any]] = {}
+
+    def owned(value: Any) -> Any:
+        if id(value) in seen:
+            return seen[id(value)][1]
+        made = value
+        if isinstance(value, np.ndarray):
+            made = value if type(value) is np.ndarray and value.flags.writeable else np.array(value)
+        elif type(value) is tuple:
+            made = tuple(owned(each) for each in value)
+        elif isinstance(value, dict | list):
+            seen[id(value)] = value, value
+            for key in list(value) if isinstance(value, dict) else range(len(value)):
+                value[key] = owned(value[key])
+        elif hasattr(value, "__dict__") and not callable(value):
+            seen[id(value)] = value, value
+            for name, each in list(vars(value).items()):
+                vars(value)[name] = owned(each)
+        seen[id(value)] = value, made
+        return made
+
+    return owned(holder)
