@@ -31,7 +31,6 @@ from eventrnn.training import (
     Diverged,
     LanguageModelling,
     Optimiser,
-    Regularisers,
     Settings,
     Stopped,
     Task,
@@ -40,25 +39,8 @@ from eventrnn.training import (
     read_log,
     run,
     save_checkpoint,
-    split_checkpoint,
 )
-from eventrnn.training.checkpoint import previous
-
-TEXT = np.random.default_rng(5).integers(0, 6, 900) // 2 * 2 + np.arange(900) % 2
-NOISE = Regularisers(0.3, 0.1, 0.2, 0.1, 0.1, 0.1, activity_rate=0.5, temporal_activation=0.1)
-
-
-def _trainer(seed=0, text=TEXT, pruning=None, layers=(12, 9), **changes):
-    network = Network.random(
-        list(layers), symbols=8, embedding=5, readout=8, threshold=0.1, rng=np.random.default_rng(1)
-    )
-    options = {"steps": 30, "batch": 4, "window": 8, "window_jitter": 2.0, "learning_rate": 1e-2, "validate_every": 7}
-    chosen = Settings(**(options | {"regularisers": NOISE, "seed": seed} | changes))
-    return Trainer(network, LanguageModelling(text[:700], text[700:]), chosen, pruning=pruning)
-
-
-def _bits(trainer):
-    return {name: array.tobytes() for name, array in trainer.arrays().items()} | {"rest": trainer.numbers()}
+from support.runs import TEXT, bits_of, small_trainer
 
 
 def _kinds():
@@ -73,10 +55,10 @@ def _kinds():
 
 @given(st.sampled_from(sorted(_kinds())), st.integers(1, 29), st.booleans())
 @settings(max_examples=12)
-def test_a_saved_run_continues_to_the_same_bits(tmp_path_factory, kind, stop, pruned):
+def test_a_saved_run_continues_to_the_samebits_of(tmp_path_factory, kind, stop, pruned):
     def start():
         pruning = GradualPruning(0.6, (1, 1), 0, 20, every=3) if pruned else None
-        return _trainer(pruning=pruning, **_kinds()[kind])
+        return small_trainer(pruning=pruning, **_kinds()[kind])
 
     path = tmp_path_factory.mktemp("saved") / "checkpoint.safetensors"
     whole, first, second = start(), start(), start()
@@ -85,10 +67,10 @@ def test_a_saved_run_continues_to_the_same_bits(tmp_path_factory, kind, stop, pr
             break
     save_checkpoint(first, path, notes={"mine": [1, "two"]})
     assert load_checkpoint(second, path) == {"mine": [1, "two"]}
-    assert _bits(first) == _bits(second)
+    assert bits_of(first) == bits_of(second)
     for each in (whole, second):
         each.run()
-    assert _bits(whole) == _bits(second)
+    assert bits_of(whole) == bits_of(second)
 
 
 class _Fatal:
@@ -155,7 +137,7 @@ def _attempt(folder, at, pruning=None):
         code = 1
         try:
             with pytest.MonkeyPatch.context() as patch:
-                trainer = _trainer(pruning=pruning)
+                trainer = small_trainer(pruning=pruning)
                 _Fatal(at, patch, trainer)
                 run(trainer, folder, resume=True, checkpoint_seconds=0, log_every=4)
             code = 0
@@ -171,7 +153,7 @@ def test_twenty_kills_at_random_moments_and_during_saves_change_no_bit(tmp_path,
     def pruning():
         return _pruned_while_training()[way]
 
-    straight = _trainer(pruning=pruning())
+    straight = small_trainer(pruning=pruning())
     run(straight, tmp_path / "straight", checkpoint_seconds=0, log_every=4)
     rng, kills, folder = np.random.default_rng(7), 0, tmp_path / "killed"
     while kills < 20:
@@ -180,9 +162,9 @@ def test_twenty_kills_at_random_moments_and_during_saves_change_no_bit(tmp_path,
         kills += 1
     assert kills == 20, "the run ended before it was killed often enough"
     assert _attempt(folder, 1_000_000, pruning())
-    ended = _trainer(pruning=pruning())
+    ended = small_trainer(pruning=pruning())
     load_checkpoint(ended, folder / "checkpoint.safetensors")
-    assert _bits(ended) == _bits(straight)
+    assert bits_of(ended) == bits_of(straight)
     logs = (read_log(tmp_path / name) for name in ("straight", "killed"))
     lines = [[{k: v for k, v in line.items() if k != "seconds"} for line in log] for log in logs]
     assert lines[0] == lines[1], "the log is that of the uninterrupted run"
@@ -190,205 +172,37 @@ def test_twenty_kills_at_random_moments_and_during_saves_change_no_bit(tmp_path,
     assert left == ["checkpoint.safetensors", "log.jsonl", "previous-checkpoint.safetensors"]
 
 
-def test_damaged_checkpoint_falls_back_to_the_previous(tmp_path):
-    trainer = _trainer()
-    run(trainer, tmp_path, checkpoint_seconds=0)
-    path = tmp_path / "checkpoint.safetensors"
-    raw = bytearray(path.read_bytes())
-    raw[-9] ^= 1
-    path.write_bytes(raw)
-    with pytest.raises(CheckpointError, match="damaged"):
-        load_checkpoint(_trainer(), path)
-    again = _trainer()
-    with pytest.warns(UserWarning, match="kept as damaged-checkpoint.safetensors"):
-        run(again, tmp_path, resume=True)
-    assert _bits(again) == _bits(trainer)
-    previous(path).write_bytes(b"nothing")
-    path.write_bytes(raw[:50])
-    with pytest.raises(CheckpointError, match="damaged"):
-        run(_trainer(), tmp_path, resume=True)
-
-
-def _stopped_run(folder, step=17):
-    """A run that was killed after that update, with checkpoints of the last two."""
-
-    class Kill(BaseException):
-        pass
-
-    def stop(progress, seconds):
-        if progress.step == step:
-            raise Kill
-
-    with pytest.raises(Kill):
-        run(_trainer(), folder, checkpoint_seconds=0, log_every=4, report=stop)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
-    """The files of a killed run, the bits of a run that was left alone, and the lines of its log."""
-    straight, folder = _trainer(), tmp_path_factory.mktemp("runs")
-    run(straight, folder / "straight", checkpoint_seconds=0, log_every=4)
-    files = {path.name: path.read_bytes() for path in _stopped_run(folder / "killed").iterdir()}
-    return files, _bits(straight), _lines(folder / "straight")
-
-
-def _lines(folder):
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in read_log(folder)]
-
-
-def _written(folder, content):
-    folder.mkdir(exist_ok=True)
-    for name, raw in content.items():
-        (folder / name).write_bytes(raw)
-    return folder
-
-
-def test_a_run_goes_on_from_its_checkpoint_in_parts(tmp_path, stopped):
-    content, bits, lines = stopped
-    here, there = _written(tmp_path / "here", content), tmp_path / "there"
-    raw = content["checkpoint.safetensors"]
-    size = len(raw) // 3
-    for _ in range(2):
-        count = split_checkpoint(here / "checkpoint.safetensors", there, size, beside=["log.jsonl", "no such file"])
-    parts = sorted(there.glob("*.part"))
-    assert len(parts) == count == -(-len(raw) // size) and b"".join(p.read_bytes() for p in parts) == raw
-    with pytest.raises(ValueError, match="holds a run; resume it"):
-        run(_trainer(), there)
-    whole, index = parts[1].read_bytes(), (there / "parts.json").read_bytes()
-    for part, damaged, words in (
-        (parts[1], whole[:-1] + bytes([whole[-1] ^ 1]), "checkpoint-0001.part: damaged"),
-        (parts[1], None, "checkpoint-0001.part: cannot be read: No such file"),
-        (
-            there / "parts.json",
-            index.replace(b"checkpoint-0001", b"../heckpoint-01"),
-            "parts.json: damaged, or no index",
-        ),
-        (there / "parts.json", b"[]", "parts.json: damaged, or no index of parts"),
-    ):
-        before = part.read_bytes()
-        part.unlink() if damaged is None else part.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=words):
-            run(_trainer(), there, resume=True)
-        assert not (there / "checkpoint.safetensors").exists()
-        part.write_bytes(before)
-    again = _trainer()
-    run(again, there, resume=True, log_every=4)
-    assert _bits(again) == bits and _lines(there) == lines
-
-
-def test_a_validation_alone_saves_nothing(tmp_path):
-    class Kill(BaseException):
-        pass
-
-    def stop(progress, seconds):
-        if progress.validation:
-            raise Kill
-
-    with pytest.raises(Kill):
-        run(_trainer(), tmp_path, report=stop)
-    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
-
-
-WORDS = (b'"eventrnn checkpoint"', b'"version"', b'"sha256"', b'"dtype"', b"data_offsets", b"__metadata__", b"F32")
-
-
-@pytest.mark.parametrize("at", [0, 1, 8, *WORDS, -1])
-def test_a_checkpoint_with_a_flipped_bit_falls_back_to_the_one_before(tmp_path, stopped, at):
-    content, bits, lines = stopped
-    raw = bytearray(content["checkpoint.safetensors"])
-    raw[raw.index(at) + 3 if isinstance(at, bytes) else at] ^= 1
-    folder, again = _written(tmp_path / "run", content | {"checkpoint.safetensors": bytes(raw)}), _trainer()
-    with pytest.warns(UserWarning, match=r"kept as damaged-checkpoint.safetensors\); .* before it, of step 15"):
-        run(again, folder, resume=True, log_every=4)
-    assert _bits(again) == bits and _lines(folder) == lines
-    assert (folder / "damaged-checkpoint.safetensors").read_bytes() == raw
-
-
-def test_a_lost_checkpoint_falls_back_to_the_one_before(tmp_path, stopped):
-    content, bits, lines = stopped
-    folder, again = _written(tmp_path / "run", content), _trainer()
-    (folder / "checkpoint.safetensors").unlink()
-    with pytest.raises(ValueError, match="holds a run"):
-        run(_trainer(), folder)
-    with pytest.warns(UserWarning, match="no such file; the run goes on from the checkpoint before it, of step 15"):
-        run(again, folder, resume=True, log_every=4)
-    assert _bits(again) == bits and _lines(folder) == lines
-
-
-def test_a_log_without_a_checkpoint_is_kept_when_the_run_starts_anew(tmp_path, stopped):
-    content, bits, lines = stopped
-    folder, again = _written(tmp_path / "run", {"log.jsonl": content["log.jsonl"]}), _trainer()
-    with pytest.warns(UserWarning, match="starts again at its first step; the log is kept as previous-log.jsonl"):
-        run(again, folder, resume=True, log_every=4)
-    assert _bits(again) == bits and _lines(folder) == lines
-    assert (folder / "previous-log.jsonl").read_bytes() == content["log.jsonl"]
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda raw: raw.replace(b"{", b"[", 1),
-        lambda raw: b"\xa0" + raw[1:],
-        lambda raw: raw.replace(b'"step"', b'"stdp"', 1),
-        lambda raw: raw.replace(b'"loss"', bytes(6), 1),
-        lambda raw: b"[" * 100_000 + raw,
-        lambda raw: raw.replace(b'"step": ', b'"step": "', 1),
-        lambda raw: b"\n" + raw,
-    ],
-)
-def test_damaged_lines_of_a_log_are_left_out_and_kept_aside(tmp_path, stopped, spoil):
-    content, bits, lines = stopped
-    spoiled = spoil(content["log.jsonl"])
-    folder, again = _written(tmp_path / "run", content | {"log.jsonl": spoiled}), _trainer()
-    with pytest.warns(UserWarning, match=r"log.jsonl: damaged in line 1, left out"):
-        read = read_log(folder)
-    assert [line["step"] for line in read] == [line["step"] for line in lines if line["step"] <= 17][-len(read) :]
-    with pytest.warns(UserWarning, match="damaged in line 1, left out; the whole file is kept as damaged-log.jsonl"):
-        run(again, folder, resume=True, log_every=4)
-    assert _bits(again) == bits and (folder / "damaged-log.jsonl").read_bytes() == spoiled
-    assert _lines(folder) == lines[len(lines) - len(read_log(folder)) :]
-
-
-def test_a_line_that_is_being_written_is_not_read(tmp_path, stopped):
-    folder = _written(tmp_path / "run", stopped[0])
-    before = read_log(folder)
-    with open(folder / "log.jsonl", "a") as file:
-        file.write('{"step": 18, "lo')
-    assert read_log(folder) == before
-
-
 def test_a_run_in_use_is_refused(tmp_path):
     def again(progress, seconds):
         with pytest.raises(ValueError, match=f"run is in use by process {os.getpid()}"):
-            run(_trainer(), tmp_path / "run", resume=True)
+            run(small_trainer(), tmp_path / "run", resume=True)
 
-    run(_trainer(steps=2), tmp_path / "run", report=again)
+    run(small_trainer(steps=2), tmp_path / "run", report=again)
     assert [line["step"] for line in read_log(tmp_path / "run")] == [2]
 
 
 def test_a_run_goes_on_with_another_number_of_threads_and_says_so(tmp_path):
-    two, one = (_trainer(backward="sparse", threads=threads, steps=9) for threads in (2, 1))
+    two, one = (small_trainer(backward="sparse", threads=threads, steps=9) for threads in (2, 1))
     for _ in range(4):
         two.step()
     save_checkpoint(two, tmp_path / "c")
     with pytest.warns(UserWarning, match="threads: 2 in the checkpoint, 1 now: the run goes on, but products"):
         load_checkpoint(one, tmp_path / "c")
-    assert _bits(two) == _bits(one)
+    assert bits_of(two) == bits_of(one)
     one.run()
     assert one.steps_done == 9
 
 
 def test_a_signed_checkpoint_of_other_arrays_is_refused_before_anything_changes(tmp_path):
-    trainer, other = _trainer(), _trainer()
+    trainer, other = small_trainer(), small_trainer()
     arrays = trainer.arrays()
     arrays.pop("state.cells.1")
     trainer.arrays = lambda: arrays
     save_checkpoint(trainer, tmp_path / "c")
-    before = _bits(other)
+    before = bits_of(other)
     with pytest.raises(CheckpointError, match="holds no state of this run: arrays: state.cells.1 does not fit"):
         load_checkpoint(other, tmp_path / "c")
-    assert _bits(other) == before
+    assert bits_of(other) == before
 
 
 @pytest.mark.parametrize(
@@ -403,21 +217,21 @@ def test_a_signed_checkpoint_of_other_arrays_is_refused_before_anything_changes(
     ],
 )
 def test_another_run_is_refused_with_what_changed(tmp_path, changed, words):
-    save_checkpoint(_trainer(), tmp_path / "c")
-    other = _trainer(**changed)
-    before = _bits(other)
+    save_checkpoint(small_trainer(), tmp_path / "c")
+    other = small_trainer(**changed)
+    before = bits_of(other)
     with pytest.raises(CheckpointError, match=words):
         load_checkpoint(other, tmp_path / "c")
-    assert _bits(other) == before
+    assert bits_of(other) == before
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_checkpoint(other, tmp_path / "none")
 
 
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
-    run(_trainer(steps=2), tmp_path)
+    run(small_trainer(steps=2), tmp_path)
     content = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(ValueError, match="holds a run"):
-        run(_trainer(steps=2), tmp_path)
+        run(small_trainer(steps=2), tmp_path)
     assert content == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
@@ -429,7 +243,7 @@ def test_stop_request_finishes_the_update_saves_and_resumes(tmp_path, number, wa
             os.kill(os.getpid(), number)
 
     def start():
-        return _trainer(pruning=_pruned_while_training()[way])
+        return small_trainer(pruning=_pruned_while_training()[way])
 
     handler = signal.getsignal(number)
     straight, stopped = start(), start()
@@ -439,11 +253,11 @@ def test_stop_request_finishes_the_update_saves_and_resumes(tmp_path, number, wa
     assert signal.getsignal(number) is handler
     again = start()
     run(again, tmp_path, resume=True)
-    assert _bits(again) == _bits(straight)
+    assert bits_of(again) == bits_of(straight)
 
 
 def test_non_finite_loss_stops_with_a_report(tmp_path):
-    trainer = _trainer()
+    trainer = small_trainer()
 
     step = trainer.step
 
@@ -458,13 +272,13 @@ def test_non_finite_loss_stops_with_a_report(tmp_path):
     words = str(caught.value)
     assert "nan at step 10" in words and "checkpoint.safetensors, step 9" in words
     assert trainer.largest.split(" ")[0] in trainer.model.parameters and trainer.largest in words
-    again = _trainer()
+    again = small_trainer()
     load_checkpoint(again, tmp_path / "checkpoint.safetensors")
     assert again.steps_done == 9
 
 
 def test_non_finite_gradient_is_named():
-    trainer = _trainer(steps=5)
+    trainer = small_trainer(steps=5)
     backward = trainer.model.backward
 
     def spoiled(*arguments, **options):
@@ -480,7 +294,7 @@ def test_non_finite_gradient_is_named():
 
 
 def test_the_best_validation_is_kept_and_patience_stops():
-    trainer = _trainer(steps=400, validate_every=2, patience=3, learning_rate=0.3)
+    trainer = small_trainer(steps=400, validate_every=2, patience=3, learning_rate=0.3)
     values = [p.validation["bits"] for p in trainer if p.validation]
     assert len(values) < 200 and trainer.finished and trainer.best_value == min(values)
     assert values.index(min(values)) == len(values) - 4
@@ -490,7 +304,7 @@ def test_the_best_validation_is_kept_and_patience_stops():
 
 
 def test_a_full_disk_leaves_the_checkpoints_as_they_were(tmp_path, monkeypatch):
-    trainer = _trainer()
+    trainer = small_trainer()
     path = tmp_path / "c"
     for _ in range(2):
         trainer.step()
@@ -508,7 +322,7 @@ def test_a_full_disk_leaves_the_checkpoints_as_they_were(tmp_path, monkeypatch):
 
 def test_the_log_has_means_and_every_validation(tmp_path):
     steps = []
-    run(_trainer(steps=10), tmp_path, log_every=4, report=lambda p, s: steps.append(p))
+    run(small_trainer(steps=10), tmp_path, log_every=4, report=lambda p, s: steps.append(p))
     lines = read_log(tmp_path)
     assert [line["step"] for line in lines] == [4, 7, 10]
     # Added one after the other, as the log does; `sum` of Python 3.12 and later rounds otherwise.
@@ -542,8 +356,8 @@ def _ways():
 
 
 @pytest.mark.parametrize("way", list(_ways()))
-def test_a_run_with_every_pruning_rule_continues_to_the_same_bits(tmp_path, way):
-    whole, first, second = (_trainer(pruning=way(), steps=11) for _ in range(3))
+def test_a_run_with_every_pruning_rule_continues_to_the_samebits_of(tmp_path, way):
+    whole, first, second = (small_trainer(pruning=way(), steps=11) for _ in range(3))
     for _ in range(6):
         first.step()
     save_checkpoint(first, tmp_path / "c")
@@ -552,7 +366,7 @@ def test_a_run_with_every_pruning_rule_continues_to_the_same_bits(tmp_path, way)
         second.step()
     while not whole.finished:
         whole.step()
-    assert _bits(whole) == _bits(second)
+    assert bits_of(whole) == bits_of(second)
 
 
 @pytest.mark.parametrize(
