@@ -278,6 +278,7 @@ def prune(
     scope: Annotated[
         str, typer.Option(help="Same share of each matrix (matrix), or of all together (global).")
     ] = "matrix",
+    exempt: Annotated[list[str] | None, typer.Option(help="Matrix or layer that is not pruned; repeat.")] = None,
     text: Text = PTB,
     name: Name = None,
     force: Force = False,
@@ -298,6 +299,7 @@ def prune(
             criterion=criterion,
             scope=scope,
             block=shape,
+            exempt=tuple(exempt or ()),
             report=lambda k, now: bar("measuring", k, 10, f"{now:,.0f} operations per token"),
         )
     save_model(found.network, out, force)
@@ -308,6 +310,7 @@ def prune(
         "criterion": criterion,
         "scope": scope,
         "block": block,
+        "exempt": exempt or [],
     }
     figures = {"before": found.before, "asked": operations, "measured": found.measured, "runs": found.measurements}
     show(records.add(line | figures | sizes(found.network)))
