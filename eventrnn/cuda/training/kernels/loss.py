@@ -52,6 +52,9 @@ def cross_entropy_kernel(precision: str):
         target = global_int64(targets_at)[row]
         if thread == 0:
             own = float64((logits[target] + bias[target]) - largest32)
+            if own == -np.inf:
+                # The difference of two finite logits can be beyond float32.
+                own = float64(logits[target] + bias[target]) - float64(largest32)
             global_float64(losses_at)[row] = libdevice.log(norm) - own
         if scale_bits == 0:
             return
