@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from eventrnn._files import printable
+from eventrnn.backend import BackendUnavailable
 from eventrnn.cli.options import Force, Json, takes, writable_file, writable_folder
 from eventrnn.cli.terminal import progress, show
 
@@ -119,6 +120,7 @@ def train(given: TrainOptions) -> None:
     """Train a network to predict the next symbol of a text. Ctrl-C stops the training, and --resume continues it."""
     from eventrnn.training.recipes import recipe as recipes
     from eventrnn.training.recipes.toml_config import parse_setting
+    from eventrnn.training.run import CHECKPOINT
 
     if given.split is not None:
         _split(given, given.split)
@@ -146,6 +148,15 @@ def train(given: TrainOptions) -> None:
                 raise
             words = f"{error.strerror}; make room, then continue with: eventrnn train --resume {folder}"
             raise OSError(error.errno, words, error.filename) from None
+        except (MemoryError, RuntimeError) as error:
+            # Of a GPU, for example. The errors of CUDA cannot be made with other words.
+            if isinstance(error, BackendUnavailable) or not (folder / CHECKPOINT).exists():
+                raise
+            kind = MemoryError if isinstance(error, MemoryError) else RuntimeError
+            why = str(error) or "out of memory"
+            raise kind(
+                f"{why}; the last checkpoint is in {folder}; continue with: eventrnn train --resume {folder}"
+            ) from None
     show(f"wrote {recipe.run.out or folder}", figures, given.as_json)
 
 
