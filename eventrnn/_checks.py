@@ -188,6 +188,17 @@ def float32_array(name: str, value: Any, shape: str, *, ndim: int | None = None)
     return narrow
 
 
+def class_array(name: str, value: Any, shape: tuple[int, ...], classes: int) -> np.ndarray:
+    """Numbers of classes as a contiguous int64 array of that shape.
+
+    Raises ValueError for another shape, for numbers outside 0..classes - 1, and as `number_array` does.
+    """
+    array = number_array(name, value, "that name classes", kinds=WHOLE)
+    if array.shape != shape or (array.size and not 0 <= array.min() <= array.max() < classes):
+        raise ValueError(f"{name}: got shape {array.shape}, need {shape} classes below {classes}")
+    return np.ascontiguousarray(array, np.int64)
+
+
 def check_finite(name: str, array: np.ndarray) -> None:
     """Raise ValueError for NaN and infinity, with the position of the first one. Cost: one pass over the array."""
     first = 0

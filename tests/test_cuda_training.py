@@ -23,7 +23,16 @@ from hypothesis import strategies as st
 from eventrnn import Cell, Network, State, Surrogate
 from eventrnn.backend import BackendUnavailable
 from eventrnn.cells import SURROGATES
-from eventrnn.pruning import Combined, DynamicMasks, GradualPruning, GroupLasso, RegrownMasks
+from eventrnn.pruning import (
+    Combined,
+    DynamicMasks,
+    GradualPruning,
+    GroupLasso,
+    MovementPruning,
+    RegrownMasks,
+    StaticMasks,
+    ThresholdPruning,
+)
 from eventrnn.pruning.patterns import Blocks
 from eventrnn.training import (
     GRU,
@@ -242,6 +251,9 @@ PRUNINGS = {
     "gradual": lambda: GradualPruning(0.5, block=(1, 2), start=0, end=3, every=2),
     "regrown": lambda: RegrownMasks(0.5, block=(1, 2), start=0, end=4, every=2),
     "dynamic": lambda: DynamicMasks(Blocks(0.5, (1, 2)), start=0, end=3, every=1),
+    "movement": lambda: MovementPruning(0.5, block=(1, 2), start=1, end=4, every=2),
+    "threshold": lambda: ThresholdPruning((1, 2), start=0, ramp=1, end=4, every=1, sparsity=0.5, dense=True),
+    "static": lambda: StaticMasks(Blocks(0.5, (1, 2)), start=1),
     "lasso": lambda: Combined(GroupLasso(0.5, block=(1, 2), start=0, end=3), GradualPruning(0.3, start=1, end=4)),
 }
 

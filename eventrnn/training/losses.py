@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from eventrnn._checks import WHOLE, number_array
+from eventrnn._checks import class_array, number_array
 from eventrnn.training.kernels import cross_entropy as kernels
 
 
@@ -18,13 +18,10 @@ def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> tuple[float, np.nd
     shape or out of range.
     """
     logits = number_array("logits", logits, "(..., V)", kinds="f")
-    targets = number_array("targets", targets, "(...) that name classes", kinds=WHOLE)
     if not logits.ndim or not logits.shape[-1]:
         raise ValueError(f"logits: got shape {logits.shape}, need (..., V) for at least one class")
-    size, targets = logits.shape[-1], np.ascontiguousarray(targets, np.int64)
-    if targets.shape != logits.shape[:-1] or (targets.size and not 0 <= targets.min() <= targets.max() < size):
-        need = f"need {logits.shape[:-1]} classes below {size}"
-        raise ValueError(f"targets: got shape {targets.shape}, {need}")
+    size = logits.shape[-1]
+    targets = class_array("targets", targets, logits.shape[:-1], size)
     gradient = np.empty(logits.size, np.float32)
     flat = np.ascontiguousarray(logits, np.float32).reshape(-1)
     rows = max(targets.size, 1)

@@ -11,7 +11,7 @@ from eventrnn.backend import TRAINING_ENGINES
 from eventrnn.training.bptt.model import BACKWARDS
 from eventrnn.training.optim import Optimiser, Schedule
 from eventrnn.training.regularisers import Regularisers
-from eventrnn.training.thresholds import bounds, check_rule
+from eventrnn.training.thresholds import check_rule
 
 # Types of the factors of products on a GPU.
 PRECISIONS = ("bfloat16", "tf32", "float32")
@@ -95,11 +95,6 @@ class Settings:
             )
         if self.precision not in ("", *PRECISIONS):
             raise ValueError(f"precision: got {self.precision!r}, need one of {', '.join(PRECISIONS)}")
-
-    @property
-    def threshold_bounds(self) -> tuple[float, float]:
-        """The range of the parameters that stand for thresholds."""
-        return bounds(self.thresholds)
 
     def draw_window(self, rng: np.random.Generator) -> int:
         """Number of steps of the next window. Without jitter the generator is not used."""

@@ -90,7 +90,7 @@ class Task(ABC):
     def is_cross_entropy_of_steps(self) -> bool:
         """Whether `loss` is the mean cross-entropy of `batch.targets` (T, B) over all steps and samples. An engine may
         then compute it without calling `loss`."""
-        return type(self).loss is LanguageModelling.loss
+        return getattr(self.loss, "__func__", None) is LanguageModelling.loss
 
     def evaluate(self, model: Model) -> dict[str, float]:
         """Figures on held-out data, with `figure` among them; empty if the task holds nothing out."""

@@ -84,8 +84,8 @@ class Trainer:
     An exception of any kind, also one that a signal handler raises, leaves the trainer as it was after the last whole
     update. A call from a second Python thread waits for the first one. A call from within a call, by a signal handler
     or by the task, is refused with a RuntimeError. `copy`, `deepcopy` and `pickle` give an independent trainer.
-    With backend="cuda", an update that is interrupted may be made by half. The trainer then refuses every further call
-    until a checkpoint is restored, and it cannot be copied.
+    With backend="cuda", an update that is interrupted while the GPU changes the parameters may be made by half. The
+    trainer then refuses every further call until a checkpoint is restored. It cannot be copied.
 
     Raises ValueError for a task that does not fit the network, for a batch larger than the data, and for a pruning
     method that does not end within the run.
@@ -137,7 +137,7 @@ class Trainer:
         self.best_value, self.worse = float("inf"), 0
         self.largest, self.operations = "none yet", 0
         self._use = Use("trainer")
-        self._transaction = Transaction(self._use)
+        self._transaction = Transaction(self._use, apart=self.engine.apart)
 
     @exclusive
     def __getstate__(self) -> dict[str, Any]:
@@ -245,7 +245,7 @@ class Trainer:
             pruning.after_step(self.steps_done, parameters, self.model.masks, gradients, rate)
 
         def commit(change: Callable[[], WindowResult]) -> WindowResult:
-            return self._transaction.commit(lambda: self._counted(change(), batch.taken), apart=self.engine.apart)
+            return self._transaction.commit(lambda: self._counted(change(), batch.taken))
 
         result = self.engine.update(
             batch,
@@ -281,7 +281,7 @@ class Trainer:
         with self.engine.reading(), self.engine.evaluating(self._eval_parameters()) as model:
             figures = self.task.evaluate(model)
             if figures:
-                self._transaction.uninterrupted(lambda: self._note(figures[self.task.figure]), apart=self.engine.apart)
+                self._transaction.uninterrupted(lambda: self._note(figures[self.task.figure]))
         return figures
 
     def _note(self, value: float) -> None:
@@ -416,7 +416,7 @@ class Trainer:
                 self._transaction.broken = error
                 raise
 
-        self._transaction.uninterrupted(whole, apart=self.engine.apart)
+        self._transaction.uninterrupted(whole)
 
     def _check_restored(self, arrays: Mapping[str, np.ndarray], numbers: Mapping[str, Any]) -> None:
         missing = [name for name in NUMBERS if name not in numbers]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from contextvars import copy_context
+from functools import partial
 
 import numpy as np
 
@@ -23,25 +24,23 @@ class Transaction:
     """Makes one update of a trainer after the other, and remembers what has to be put back.
 
     use    : of the trainer, which the work on another thread belongs to
+    apart  : whether changes are made on another thread, where no signal handler can break them off
     undo   : puts back what an update has changed; None where there is nothing to put back
     broken : the exception that came in the midst of a commit; None as long as there was none
     """
 
-    def __init__(self, use: Use):
-        self.use = use
+    def __init__(self, use: Use, *, apart: bool):
+        self.use, self.apart = use, apart
         self.undo: Callable[[], None] | None = None
         self.broken: BaseException | None = None
         self._helper = Team(2)
 
     def __reduce__(self):
         # A trainer settles before it is copied.
-        return Transaction, (self.use,)
+        return partial(Transaction, apart=self.apart), (self.use,)
 
-    def commit(self, change: Callable[[], WindowResult], *, apart: bool) -> WindowResult:
-        """Make the lasting changes of an update; unless they found a fault, nothing is put back any more.
-
-        apart : make them on another thread, where no signal handler can break them off
-        """
+    def commit(self, change: Callable[[], WindowResult]) -> WindowResult:
+        """Make the lasting changes of an update; unless they found a fault, nothing is put back any more."""
         results: list[WindowResult] = []
 
         def whole() -> None:
@@ -53,13 +52,13 @@ class Transaction:
                 self.broken, self.undo = error, None
                 raise
 
-        self.uninterrupted(whole, apart=apart)
+        self.uninterrupted(whole)
         return results[0]
 
     def put_back(self) -> None:
         """Put back what an update has changed that was not committed."""
         if self.undo is not None:
-            self.uninterrupted(self._put_back, apart=True)
+            self.uninterrupted(self._put_back)
 
     def settle(self) -> None:
         """Put back what an update has changed that was not committed.
@@ -73,9 +72,9 @@ class Transaction:
                 "last checkpoint, here or in a new trainer"
             ) from self.broken
 
-    def uninterrupted(self, function: Callable[[], object], *, apart: bool) -> None:
-        """Call a function; `apart`, on another thread than the main one, where no signal handler can break it off."""
-        if not apart or threading.current_thread() is not threading.main_thread():
+    def uninterrupted(self, function: Callable[[], object]) -> None:
+        """Call a function, on another thread than the main one if `apart`."""
+        if not self.apart or threading.current_thread() is not threading.main_thread():
             function()
             return
         # The helper gets the settings of NumPy that this thread has.

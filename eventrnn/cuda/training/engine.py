@@ -66,7 +66,7 @@ class CudaTrainingEngine:
     apart = False
 
     def __init__(self, model: Model, task: Task, settings: Settings, optimiser: Rule):
-        _check(settings)
+        _check(settings, model)
         self.model, self.task, self.settings, self.optimiser = model, task, settings, optimiser
         self.device = current_device()
         self.precision = settings.precision or "bfloat16"
@@ -76,7 +76,8 @@ class CudaTrainingEngine:
         self.steps = steps + round(LONGEST_WINDOW * settings.window_jitter)
         self.rule, slots = _rule(optimiser)
         host = dict(model.parameters)
-        averaged = 1 if settings.optimiser.kind == "nt-asgd" else 0
+        # The mean, and the parameters that are put back after an evaluation of the mean.
+        averaged = 2 if settings.optimiser.kind == "nt-asgd" else 0
         self.nbytes = (
             nbytes(self.sizes.outline(self.steps, batch, training=True))
             + DeviceParameters.nbytes(host, self.precision, len(slots) + averaged + 1)
@@ -91,7 +92,7 @@ class CudaTrainingEngine:
                 Lane(self.device, self.precision),
             )
             self.parameters = DeviceParameters(
-                self.device, host, count, self.precision, model.thresholds, settings.threshold_bounds, self._sums()
+                self.device, host, count, self.precision, model.thresholds, model.threshold_bounds, self._sums()
             )
             self._mirrors: list[tuple[Mirror, Any]] = []
             # Parameters that are kept are fetched when they are read, which a run does less often than it validates.
@@ -157,13 +158,8 @@ class CudaTrainingEngine:
         commit: Callable[[Callable[[], WindowResult]], WindowResult],
     ) -> WindowResult:
         """See `backend.TrainingEngine`."""
-        # The GPU changes parameters as soon as it has gradients.
-        return commit(lambda: self._update(batch, start, step, rate, after_step))
-
-    def _update(
-        self, batch: Batch, start: str, step: int, rate: float, after_step: Callable[[Any, Any], None] | None
-    ) -> WindowResult:
         steps, samples = batch.inputs.shape[:2]
+        loss = None
         with self.device.on_stream():
             self._take_over()
             self._grow(steps, samples)
@@ -171,15 +167,24 @@ class CudaTrainingEngine:
             program.put(batch.inputs, batch.targets if self.fused else None)
             self._begin(start, samples)
             self._send_numbers(step, rate)
-            loss = None
-            if self.fused:
-                program.whole()
-            else:
+            if not self.fused:
                 program.forward()
                 loss, d_output = self.task.loss(program.output(), batch)
                 if not np.isfinite(loss):
                     return WindowResult(fault=f"the loss is {loss}")
-                program.backward(d_output)
+                program.put_gradient(d_output)
+        # The GPU changes parameters as soon as it has gradients.
+        return commit(lambda: self._change(program, loss, after_step))
+
+    def _change(
+        self, program: Program, loss: float | None, after_step: Callable[[Any, Any], None] | None
+    ) -> WindowResult:
+        """What of an update changes parameters. loss : of the window, if the host has computed it already"""
+        with self.device.on_stream():
+            if self.fused:
+                program.whole()
+            else:
+                program.backward()
             result = program.result(loss)
             if result.fault:
                 return result
@@ -266,28 +271,34 @@ class CudaTrainingEngine:
 
     def _take_over(self) -> None:
         """Send what the host may have changed: masks, parameters, optimiser state."""
+        # What has been taken over is noted afterwards: an exception in between leaves the rest to the next call.
         masks, there = self.model.masks, self._masks
         changed = there is None or masks.keys() != there.keys() or any(masks[k] is not there[k] for k in masks)
         if changed:
             self.parameters.set_masks(masks)
-            self._masks = dict(masks)
         mean = self.optimiser.mean
         if mean and not isinstance(mean, Mirror):
             self.optimiser.mean = self._mirror(mean, self.parameters.state("mean"))
-        low, high = self.settings.threshold_bounds
         for mirror, twin in self._mirrors:
-            for name, array in mirror.take_touched().items():
-                if twin is self.parameters.values:
-                    if name in masks:
-                        array *= masks[name]
-                    if name.endswith(".threshold"):
-                        np.clip(array, F32(low), F32(high), out=array)
-                self.parameters.send(name, array, twin)
-                if twin is self.parameters.values:
-                    self.parameters.narrow(self.lanes.main, name)
+            mirror.send_touched(lambda name, array, twin=twin: self._send(name, array, twin))
         if changed and masks:
             self.parameters.prune(self.lanes.main)
             self._values.changed_on_gpu(masks)
+        if changed:
+            self._masks = dict(masks)
+
+    def _send(self, name: str, array: np.ndarray, twin: Any) -> None:
+        """Send an array of the host to its twin; of parameters, pruned weights as zero and thresholds in bounds."""
+        if twin is not self.parameters.values:
+            self.parameters.send(name, array, twin)
+            return
+        masks, (low, high) = self.model.masks, self.model.threshold_bounds
+        if name in masks:
+            array *= masks[name]
+        if name.endswith(".threshold"):
+            np.clip(array, F32(low), F32(high), out=array)
+        self.parameters.send(name, array, twin)
+        self.parameters.narrow(self.lanes.main, name)
 
     def _allocate(self, steps: int, batch: int) -> Memory:
         memory = Memory(self.device, self.sizes.outline(steps, batch, training=True))
@@ -297,23 +308,34 @@ class CudaTrainingEngine:
             if mask.name == "recurrent"
         }
         self.parameters.set_drops(drops)
-        self.programs.clear()
+        self._drop_programs()
         return memory
 
+    def _drop_programs(self) -> None:
+        while self.programs:
+            self.programs.popitem()[1].drop()
+
     def _grow(self, steps: int, batch: int) -> None:
-        """Make room for larger windows; the state is kept."""
+        """Make room for larger windows; the state is kept. Raises MemoryError; the engine is then as it was."""
         most_steps, most_batch = self.capacity
         if steps <= most_steps and batch <= most_batch:
             return
-        state = self.state
         steps = most_steps if steps <= most_steps else -(-steps // GROWTH) * GROWTH
-        self.capacity = steps, max(batch, most_batch)
+        larger = steps, max(batch, most_batch)
+        now, then = (nbytes(self.sizes.outline(*size, training=True)) for size in (self.capacity, larger))
+        self.device.need(then - now)
+        state = self.state
         # The old memory is freed first, so that both need not fit.
-        self.programs.clear()
+        self._drop_programs()
         del self.memory
-        self.device.need(nbytes(self.sizes.outline(*self.capacity, training=True)))
-        self.memory = self._allocate(*self.capacity)
-        self.state = state
+        try:
+            self.memory = self._allocate(*larger)
+            self.capacity = larger
+        except BaseException:
+            self.memory = self._allocate(*self.capacity)
+            raise
+        finally:
+            self.state = state
 
     def program(self, steps: int, batch: int) -> Program:
         """The update on windows of that size."""
@@ -322,7 +344,7 @@ class CudaTrainingEngine:
         program = self.programs.pop(key, None)
         if program is None:
             if len(self.programs) == MOST_PROGRAMS:
-                del self.programs[next(iter(self.programs))]
+                self.programs.pop(next(iter(self.programs))).drop()
             program = Program(self, steps, batch, averaged=averaged)
         # The program that was used last stands last.
         self.programs[key] = program
@@ -330,7 +352,7 @@ class CudaTrainingEngine:
 
     def _begin(self, start: str, batch: int) -> None:
         """The initial state of the window."""
-        fresh = not start or batch != self.batch
+        fresh = start not in ("state", "events") or batch != self.batch
         self.batch = batch
         for k in range(len(self.sizes.layers)):
             if fresh or start == "events":
@@ -369,11 +391,12 @@ class CudaTrainingEngine:
         return Program.number_of_sums(self.sizes)
 
 
-def _check(settings: Settings) -> None:
-    """Raise ValueError for settings that the GPU does not have."""
-    if settings.threads != 1:
-        raise ValueError(f"threads: got {settings.threads}, but the cuda backend brings its own; leave it out")
-    if settings.backward == "sparse":
+def _check(settings: Settings, model: Model) -> None:
+    """Raise ValueError for settings that the GPU does not have, of the run or of a model that was given."""
+    for threads in (settings.threads, model.threads):
+        if threads != 1:
+            raise ValueError(f"threads: got {threads}, but the cuda backend brings its own; leave it out")
+    if "sparse" in (settings.backward, model.backward_mode):
         raise ValueError("backward: got 'sparse', but the cuda backend multiplies every weight; use auto or dense")
 
 

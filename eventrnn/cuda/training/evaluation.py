@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from eventrnn._checks import class_array
 from eventrnn.cuda.run_buffers import Replay
 from eventrnn.cuda.training.forward import ForwardWindow
 from eventrnn.cuda.training.memory import Memory, nbytes
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from eventrnn.cuda.training.engine import CudaTrainingEngine
 
 F32 = np.float32
+
+# Sizes of windows whose graphs are kept, those used last.
+MOST_WINDOWS = 32
 
 
 @dataclass(frozen=True)
@@ -57,17 +61,19 @@ class Evaluator:
             self.parameters = engine.model.parameters
             yield
             return
-        masks, (low, high) = engine.model.masks, engine.settings.threshold_bounds
+        masks, (low, high) = engine.model.masks, engine.model.threshold_bounds
         with engine.device.on_stream():
+            engine.device.need(there.values.nbytes)
             before = there.values.copy()
-            for name, array in parameters.items():
-                masked = array * masks[name] if name in masks else array
-                if name.endswith(".threshold"):
-                    masked = np.clip(masked, F32(low), F32(high))
-                there.send(name, masked, there.values)
-            there.narrow(engine.lanes.main)
-        self.parameters = parameters
         try:
+            with engine.device.on_stream():
+                for name, array in parameters.items():
+                    masked = array * masks[name] if name in masks else array
+                    if name.endswith(".threshold"):
+                        masked = np.clip(masked, F32(low), F32(high))
+                    there.send(name, masked, there.values)
+                there.narrow(engine.lanes.main)
+            self.parameters = parameters
             yield
         finally:
             with engine.device.on_stream():
@@ -90,10 +96,7 @@ class Evaluator:
         with self.engine.device.on_stream():
             window, _, run = self._window(inputs, state)
             device, memory = self.engine.device, window.memory
-            flat = np.ascontiguousarray(targets, np.int64).reshape(-1)
-            if flat.size != window.rows or (flat.size and not 0 <= flat.min() <= flat.max() < window.sizes.outputs):
-                need = f"need {inputs.shape[:2]} classes below {window.sizes.outputs}"
-                raise ValueError(f"targets: got shape {targets.shape}, {need}")
+            flat = class_array("targets", targets, (window.steps, window.batch), window.sizes.outputs).reshape(-1)
             device.send(flat, memory["targets"][: window.rows])
             run()
             losses = np.empty(window.rows, np.float64)
@@ -103,15 +106,19 @@ class Evaluator:
     def _window(self, inputs: np.ndarray, state: State) -> tuple[ForwardWindow, Replay, Replay]:
         """The window and the graphs of windows of this size, with inputs and state sent."""
         engine, (steps, batch) = self.engine, inputs.shape[:2]
+        if state.batch != batch:
+            raise ValueError(f"state: got one of {state.batch} samples, need {batch}, as the inputs have")
         if self.memory is None or steps > self.capacity[0] or batch > self.capacity[1]:
+            larger = max(steps, self.capacity[0]), max(batch, self.capacity[1])
             self.windows.clear()
-            self.memory = None
-            self.capacity = max(steps, self.capacity[0]), max(batch, self.capacity[1])
-            outline = engine.sizes.outline(*self.capacity, training=False)
+            self.memory, self.capacity = None, (0, 0)
+            outline = engine.sizes.outline(*larger, training=False)
             engine.device.need(nbytes(outline))
-            self.memory = Memory(engine.device, outline)
-        memory = self.memory
-        if (steps, batch) not in self.windows:
+            self.memory, self.capacity = Memory(engine.device, outline), larger
+        memory, found = self.memory, self.windows.pop((steps, batch), None)
+        if found is None:
+            if len(self.windows) == MOST_WINDOWS:
+                del self.windows[next(iter(self.windows))]
             window = ForwardWindow(engine.sizes, engine.lanes, memory, engine.parameters, steps, batch, training=False)
 
             def forward(window: ForwardWindow = window) -> None:
@@ -129,14 +136,16 @@ class Evaluator:
                 engine.lanes.join()
 
             queue = engine.device.queue
-            self.windows[steps, batch] = window, Replay(queue, forward), Replay(queue, score)
+            found = window, Replay(queue, forward), Replay(queue, score)
+        # The window that was used last stands last.
+        self.windows[steps, batch] = found
         put_inputs(engine.device, memory, engine.sizes, inputs)
         for name, arrays in (("cells", state.cells), ("outputs", state.outputs)):
             for k, (layer, array) in enumerate(zip(engine.sizes.layers, arrays, strict=True)):
                 padded = np.zeros((batch, layer.padded), F32)
                 padded[:, : layer.units] = array
                 engine.device.send(padded, memory[name, k][:batch])
-        return self.windows[steps, batch]
+        return found
 
     def _state(self, window: ForwardWindow) -> State:
         found: dict[str, list[np.ndarray]] = {"cells": [], "outputs": []}

@@ -54,10 +54,12 @@ class Mirror(MutableMapping[str, np.ndarray]):
         """Twins have changed, all of them by default."""
         self._old = set(self._arrays) if names is None else self._old | set(names)
 
-    def take_touched(self) -> dict[str, np.ndarray]:
-        """The arrays that may have been written to since the last call, for sending."""
-        touched, self._touched = self._touched, set()
-        return {name: self._arrays[name] for name in self._arrays if name in touched}
+    def send_touched(self, send: Callable[[str, np.ndarray], None]) -> None:
+        """Send the arrays that may have been written to since they were sent. After an exception, the next call sends
+        the others."""
+        for name in [name for name in self._arrays if name in self._touched]:
+            send(name, self._arrays[name])
+            self._touched.discard(name)
 
     @contextmanager
     def reading(self) -> Iterator[None]:

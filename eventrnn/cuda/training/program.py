@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from eventrnn._checks import class_array, float32_array, plain_array
 from eventrnn.backend import WindowResult
 from eventrnn.cuda.run_buffers import Replay
 from eventrnn.cuda.training.backward import TrainingWindow
@@ -41,9 +42,13 @@ class Program:
         self.spans = engine.device.put(np.array(self._spans(), np.int64))
         queue = engine.device.queue
         self.whole = Replay(queue, self._whole)
-        self.forward, self._back = Replay(queue, self._forward), Replay(queue, self._backward)
+        self.forward, self.backward = Replay(queue, self._forward), Replay(queue, self._backward)
         #: for benchmarks: forward and backward, from the inputs and the gradient of the output that are there
         self.passes = Replay(queue, self._passes)
+
+    def drop(self) -> None:
+        """Drop the graphs. They refer to the program: memory would be freed when Python looks for cycles, not now."""
+        del self.whole, self.forward, self.backward, self.passes
 
     @staticmethod
     def number_of_sums(sizes: Sizes) -> int:
@@ -65,8 +70,11 @@ class Program:
     # --- inputs ---
 
     def put(self, inputs: np.ndarray, targets: np.ndarray | None) -> None:
-        """Send a window, and what depends on its size."""
+        """Send a window, and what depends on its size. Raises ValueError, before anything is sent, for targets that are
+        not classes of the read-out, and as `put_inputs` does."""
         send, memory = self.engine.device.send, self.memory
+        if targets is not None:
+            targets = class_array("targets", targets, (self.steps, self.batch), self.sizes.outputs)
         put_inputs(self.engine.device, memory, self.sizes, inputs)
         if self.sizes.symbols:
             # Rows of one symbol stand together, in ascending order.
@@ -80,7 +88,7 @@ class Program:
             send(np.ascontiguousarray(order, np.int64), memory["order"][: self.rows])
             send(groups, memory["groups"][: self.rows + 1])
         if targets is not None:
-            send(np.ascontiguousarray(targets, np.int64).reshape(-1), memory["targets"][: self.rows])
+            send(targets.reshape(-1), memory["targets"][: self.rows])
         if self.sizes.penalties:
             for k in range(len(self.sizes.layers)):
                 send(self._factors(k), memory["factors", k])
@@ -142,14 +150,13 @@ class Program:
         """The output of the network, (T, B, V or N)."""
         return fetch_output(self.engine.device, self.memory, self.sizes, self.steps, self.batch)
 
-    def backward(self, d_output: np.ndarray) -> None:
-        """The backward pass and the update, from the gradient of the output."""
+    def put_gradient(self, d_output: np.ndarray) -> None:
+        """Send the gradient of the output, (T, B, V or N), for `backward`. Raises ValueError for another shape."""
         shape = (self.steps, self.batch, self.sizes.outputs or self.sizes.layers[-1].units)
         if d_output.shape != shape:
             raise ValueError(f"d_output: got {d_output.shape}, need the output's shape {shape}")
         flat = np.ascontiguousarray(d_output, F32).reshape(-1)
         self.engine.device.send(flat, self.memory["result"].reshape(-1)[: flat.size])
-        self._back()
 
     # --- figures ---
 
@@ -202,14 +209,19 @@ class Program:
 
 
 def put_inputs(device, memory, sizes: Sizes, inputs: np.ndarray) -> None:
-    """Send the inputs of a window, (T, B) symbols or (T, B, I) numbers. Raises ValueError for others."""
+    """Send the inputs of a window, (T, B) symbols or (T, B, I) finite numbers. Raises ValueError for others, and for a
+    window without a step or a sample."""
     first = sizes.layers[0]
+    if 0 in inputs.shape[:2]:
+        raise ValueError(f"inputs: got shape {inputs.shape}, need at least one step of one sample")
     if not sizes.symbols:
-        if inputs.ndim != 3 or inputs.shape[2] != first.inputs:
-            raise ValueError(f"inputs: got shape {inputs.shape}, need (T, B, {first.inputs}) numbers")
-        rows = inputs.shape[0] * inputs.shape[1]
-        device.send(np.ascontiguousarray(inputs, F32).reshape(rows, first.inputs), memory["numbers"][:rows])
+        numbers = float32_array("inputs", inputs, f"(T, B, {first.inputs})", ndim=3)
+        if numbers.shape[2] != first.inputs:
+            raise ValueError(f"inputs: got shape {numbers.shape}, need (T, B, {first.inputs}) numbers")
+        rows = numbers.shape[0] * numbers.shape[1]
+        device.send(np.ascontiguousarray(numbers).reshape(rows, first.inputs), memory["numbers"][:rows])
         return
+    inputs = plain_array("inputs", inputs)
     if inputs.ndim != 2 or inputs.dtype.kind not in "iu":
         raise ValueError(f"inputs: got {inputs.dtype} {inputs.shape}, need (T, B) symbols")
     if inputs.size and not (inputs.min() >= 0 and inputs.max() < sizes.symbols):

@@ -196,6 +196,11 @@ class Model:
         for k in range(len(self.cells)):
             rules.clamp(self.thresholds, self.parameters[f"layers.{k}.threshold"])
 
+    @property
+    def threshold_bounds(self) -> tuple[float, float]:
+        """The range of the parameters that stand for thresholds."""
+        return rules.bounds(self.thresholds)
+
     def readout_weights(self) -> np.ndarray:
         """Weights of the read-out (N, V), a view; the transposed embedding when tied."""
         return self.parameters["embedding"].T if self.tied else self.parameters["readout"]
