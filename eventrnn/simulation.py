@@ -138,8 +138,9 @@ class Simulator:
         self.carry, self.window = carry, window
         self.backend = get_backend(backend, exact)
         network.check_edits()
-        hold(self, network.arrays())
+        # The engine first: it refuses formats that it does not know.
         self.engine = self.backend.engine(network, threads=threads)
+        hold(self, network.arrays())
         self._safe_magnitude = np.inf if network.readout is None else network.readout.safe_magnitude()
         self._use = Use("simulator")
         # The present state: that of the stepper, where there is one, otherwise `_state`.
