@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ from eventrnn._files import cache_folder
 PACKAGE = Path(__file__).parents[1]
 
 _IMPORT = re.compile(r"^[ \t]*from (eventrnn[\w.]*) import (\([^)]*\)|.*)|^[ \t]*import (eventrnn[\w.]*)", re.MULTILINE)
+
+#: what Numba made of a kernel (`CompileResult`) -> its machine code
+machine_code = attrgetter("library")
 
 
 class KernelCache(caching._Cache):
@@ -101,7 +105,8 @@ class KernelCache(caching._Cache):
 
     def save_overload(self, sig: Any, data: CompileResult) -> None:
         """Keep a compiled signature in the first folder that takes it; warns where none does."""
-        if not self._enabled or data.library.has_dynamic_globals or any(not each.can_cache for each in data.lifted):
+        whole = all(each.can_cache for each in data.lifted) and not machine_code(data).has_dynamic_globals
+        if not self._enabled or not whole:
             return
         body = dumps((self._identity(sig), data._reduce()))
         name, reasons = self._file_name(sig, data.codegen), []

@@ -11,6 +11,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from eventrnn.cpu.kernel_cache import machine_code
 from eventrnn.cpu.tables import EventLists, RowEvents, ThreadTables, WeightPools, Workspace
 
 
@@ -125,4 +126,4 @@ def address_of(kernel, arguments: tuple[types.Type, ...]) -> int:
     """The address of a kernel for these types of arguments; compiled, or read from disk, at the first call."""
     kernel.compile(arguments)
     made = kernel.overloads[arguments]
-    return made.library.get_pointer_to_function(made.fndesc.llvm_func_name)
+    return machine_code(made).get_pointer_to_function(made.fndesc.llvm_func_name)
