@@ -43,6 +43,14 @@ def test_prune_removes_exactly_the_smallest_blocks(case):
         assert scores[~kept].max() <= scores[kept].min()
 
 
+@given(st.lists(st.integers(-2, 2), min_size=1, max_size=60), st.data())
+def test_equal_scores_are_pruned_in_order_of_position(values, data):
+    count = data.draw(st.integers(0, len(values) - 1))
+    mask = magnitude_mask(np.array([values], np.float32), count / len(values))
+    order = np.argsort(np.abs(values), kind="stable")
+    assert np.array_equal(np.flatnonzero(~mask[0]), np.sort(order[: round(count / len(values) * len(values))]))
+
+
 @given(cases())
 def test_masks_only_shrink_and_pruning_again_changes_nothing(case):
     dense, block, sparsity, statistic = case

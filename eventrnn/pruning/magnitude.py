@@ -93,7 +93,7 @@ def magnitude_mask(
     allow_empty : allow a mask that keeps nothing
 
     Exactly `round(sparsity * number of blocks)` blocks are pruned, or more if `within` has more; equal scores are
-    ordered by position. Raises ValueError for a sparsity that leaves no block, unless `allow_empty`. Cost: O(n log n).
+    ordered by position. Raises ValueError for a sparsity that leaves no block, unless `allow_empty`. Cost: O(n).
     """
     check_block(block, _matrix("matrix", dense).shape)
     masks = {} if within is None else {"matrix": within}
@@ -148,8 +148,7 @@ def magnitude_masks(
     masks: dict[str, list[np.ndarray]] = {name: [] for name in ranked}
     for group in [panels] if scope == "global" else [[panel] for panel in panels]:
         flat = np.concatenate([ranked[name][k].ravel() for name, k in group])
-        kept = np.ones(len(flat), bool)
-        kept[np.argsort(flat, kind="stable")[: round(sparsity * len(flat))]] = False
+        kept = ~_smallest(flat, round(sparsity * len(flat)))
         cuts = np.cumsum([ranked[name][k].size for name, k in group])[:-1]
         for (name, k), part in zip(group, np.split(kept, cuts), strict=True):
             masks[name].append(part.reshape(ranked[name][k].shape))
@@ -165,6 +164,17 @@ def magnitude_masks(
         whole = np.concatenate(wide * (_gates(name, gates)[0] // len(wide)), axis=1)
         spread[name] = whole & within[name] if name in within else whole
     return spread
+
+
+def _smallest(scores: np.ndarray, count: int) -> np.ndarray:
+    """Where the `count` smallest of the scores (n,) are, as booleans; the first of equal scores. Cost: O(n)."""
+    smallest = np.zeros(len(scores), bool)
+    if count:
+        limit = np.partition(scores, count - 1)[count - 1]
+        np.less(scores, limit, out=smallest)
+        equal = np.flatnonzero(scores == limit)
+        smallest[equal[: count - np.count_nonzero(smallest)]] = True
+    return smallest
 
 
 def _given(arrays: Arrays | None, matrices: Arrays) -> list[tuple[str, np.ndarray]]:
@@ -212,7 +222,8 @@ def _ranked(
     scores = [_reduced(part, block, statistic) / scale for part in np.split(values, count, axis=1)]
     alive = [np.ones(part.shape, bool) for part in scores]
     if within is not None:
-        alive = [to_blocks(part, block).any(axis=(1, 3)) for part in np.split(within, count, axis=1)]
+        parts = np.split(within, count, axis=1)
+        alive = parts if tuple(block) == (1, 1) else [to_blocks(part, block).any(axis=(1, 3)) for part in parts]
     if shared:
         joined = np.stack(scores)
         joined = {"max": joined.max(axis=0), "mean": joined.mean(axis=0), "l2": np.sqrt((joined**2).sum(axis=0))}
@@ -230,6 +241,8 @@ def to_blocks(array: np.ndarray, block: tuple[int, int], padding: float = 0) -> 
 
 def from_blocks(scores: np.ndarray, block: tuple[int, int], shape: tuple[int, ...]) -> np.ndarray:
     """Repeat one number per block over the entries of the block; the inverse of a reduction of `to_blocks`."""
+    if tuple(block) == (1, 1):
+        return np.array(scores, order="C")
     whole = np.repeat(np.repeat(scores, block[0], axis=0), block[1], axis=1)
     return np.ascontiguousarray(whole[: shape[0], : shape[1]])
 

@@ -75,6 +75,12 @@ class Pruning:
         """
         return parameters
 
+    @property
+    def has_view(self) -> bool:
+        """Whether `masked_view` may differ from the parameters. It is not called otherwise, which saves a copy of the
+        parameters from a GPU per validation."""
+        return type(self).masked_view is not Pruning.masked_view
+
     def arrays(self) -> dict[str, np.ndarray]:
         """The state of the method beside parameters and masks, for a checkpoint; empty if it has none."""
         return {}
@@ -125,6 +131,11 @@ class Combined(Pruning):
         """Call all parts in order."""
         for part in self.parts:
             part.after_step(step, parameters, masks, gradients, rate)
+
+    @property
+    def has_view(self) -> bool:
+        """Whether one of the parts has a view of its own."""
+        return any(part.has_view for part in self.parts)
 
     def masked_view(self, parameters: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The view of all parts, one applied after the other."""

@@ -310,8 +310,7 @@ class Trainer:
     def _eval_parameters(self) -> dict[str, np.ndarray] | None:
         """The parameters that a forward pass would use now, averaged if the optimiser averages; None for the present
         ones."""
-        plain = self.pruning is None or type(self.pruning).masked_view is Pruning.masked_view
-        if plain and not self.optimiser.averages:
+        if (self.pruning is None or not self.pruning.has_view) and not self.optimiser.averages:
             return None
         averaged = self.optimiser.averaged(self.model.parameters)
         return averaged if self.pruning is None else self.pruning.masked_view(averaged)
