@@ -5,6 +5,8 @@
     python experiments/ptb.py prune ptb.safetensors --operations 1.2e6 --block 1x16 --out pruned.safetensors
     python experiments/ptb.py tune pruned.safetensors ptb.safetensors.run --epochs 100 --out tuned.safetensors
     python experiments/ptb.py tune ptb.safetensors ptb.safetensors.run --sparsity 0.9 --out gradual.safetensors
+    python experiments/ptb.py tune ptb.safetensors ptb.safetensors.run --sparsity 0.8 --kept readout=0.1 \\
+        --kept layers.0.w_in=0.07 --until 0.3 --out gradual.safetensors                # the costly matrices to less
     eventrnn convert tuned.safetensors --storage int8 --embedding int8 --out small.safetensors   # and xz -9, if need be
     python experiments/ptb.py evaluate small.safetensors --test
     python experiments/ptb.py twin small.safetensors                                   # equal to the dense network
@@ -43,7 +45,15 @@ import eventrnn as er
 from eventrnn.cli.options import load_parts, parse_block, save_model, writable_file
 from eventrnn.cli.terminal import as_line, progress
 from eventrnn.io import located_model
-from eventrnn.pruning import Blocks, GradualPruning, after_training, magnitude_masks, prune_to_operations
+from eventrnn.pruning import (
+    Blocks,
+    Combined,
+    GradualPruning,
+    Pruning,
+    after_training,
+    magnitude_masks,
+    prune_to_operations,
+)
 from eventrnn.pruning import prune as prune_at_once
 from eventrnn.pruning.schedule import prunable
 from eventrnn.training import GRU, LanguageModelling, Model, Trainer, parts, run
@@ -67,8 +77,8 @@ CALIBRATION = (512, 8)
 ADDED = (0.0, 0.05, 0.1, 0.2, 0.4)
 DENSITIES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05)
 
-# How often gradual pruning changes the masks.
-CHANGES = 40
+# How often gradual pruning changes the masks. On a GPU a change takes about a second, as long as two hundred updates.
+CHANGES = 25
 
 # Steps that are compared with the dense twin at a time. Their records are in memory.
 COMPARED = 1024
@@ -323,8 +333,18 @@ def tune(
     out: Out,
     sparsity: Annotated[
         float,
-        typer.Option(help="Share of the blocks that the first half of the training prunes by magnitude; 0: none."),
+        typer.Option(help="Share of the blocks that the training prunes by magnitude; 0: none."),
     ] = 0.0,
+    kept: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MATRIX=SHARE",
+            help="With --sparsity: share of its blocks that a matrix keeps, in place of 1 - SPARSITY; repeat.",
+        ),
+    ] = None,
+    until: Annotated[
+        float, typer.Option(help="With --sparsity: share of the training after which the masks stay.")
+    ] = 0.5,
     block: Annotated[str, typer.Option(metavar="RxC", help="Block, with --sparsity.")] = "1x1",
     epochs: Annotated[int, typer.Option(help="Passes over the training text.")] = 100,
     learning_rate: Annotated[
@@ -343,9 +363,11 @@ def tune(
     """
     writable_file(out, force)
     shape, records = parse_block(block), Records(results, KEY)
-    if block != "1x1" and not sparsity:
-        raise ValueError(f"block: got {block}, but only --sparsity prunes here; leave it out")
+    for option, given, default in (("block", block, "1x1"), ("kept", kept, None), ("until", until, 0.5)):
+        if given != default and not sparsity:
+            raise ValueError(f"{option}: got {given}, but only --sparsity prunes here; leave it out")
     network = er.load(model).untied() if sparsity else er.load(model)
+    shares = kept_shares(kept or [], network)
     changed = [
         ("training.epochs", epochs),
         ("training.learning_rate", learning_rate),
@@ -359,9 +381,7 @@ def tune(
     )
     training = recipe.training
     updates = epochs * -(-task.length(training.batch) // training.window)
-    end, pruning = max(1, updates // 2), None
-    if sparsity:
-        pruning = GradualPruning(sparsity, shape, 0, end, every=max(1, end // CHANGES), scope="global", statistic="l2")
+    pruning = gradual_pruning(sparsity, shares, shape, updates, until) if sparsity else None
     trainer = Trainer(network, task, training, pruning=pruning)
     with progress() as bar:
         seconds = run(
@@ -375,8 +395,42 @@ def tune(
     tuned = after_training(trainer.network(best=True), network, masks, Blocks(sparsity, shape))
     save_model(tuned, out, force)
     line = {"what": "tuning", "name": name or out.name, "of": model.name, "epochs": epochs, "seconds": seconds}
-    line |= {"sparsity": sparsity, "block": block}
+    line |= {"sparsity": sparsity, "kept": shares, "until": until, "block": block, "settings": settings or []}
     show(records.add(line | {"learning_rate": learning_rate, "best_bits": trainer.best_value} | sizes(tuned)))
+
+
+def kept_shares(given: list[str], network: er.Network) -> dict[str, float]:
+    """Shares of blocks to keep by matrix, from texts MATRIX=SHARE. Raises ValueError for other texts."""
+    shares = {}
+    for text in given:
+        matrix, _, share = text.partition("=")
+        try:
+            shares[matrix] = float(share)
+        except ValueError:
+            shares[matrix] = -1.0
+        if matrix not in network.matrices() or not 0 < shares[matrix] <= 1:
+            known = ", ".join(network.matrices())
+            raise ValueError(f"kept: got {text!r}, need MATRIX=SHARE with a share in (0, 1] of one of {known}")
+    return shares
+
+
+def gradual_pruning(
+    sparsity: float, shares: dict[str, float], block: tuple[int, int], updates: int, until: float
+) -> Pruning:
+    """Gradual pruning by magnitude in the first part of a training of so many updates.
+
+    sparsity : share of blocks to prune of the matrices that are not in `shares`, which are ranked together
+    shares   : share of blocks to keep of a matrix; a matrix that keeps all is not pruned
+    until    : share of the updates after which the masks stay
+
+    Raises ValueError for a share `until` outside (0, 1).
+    """
+    if not 0 < until < 1:
+        raise ValueError(f"until: got {until}, need a share of the training in (0, 1)")
+    end = max(1, int(until * updates))
+    span = {"block": block, "start": 0, "end": end, "every": max(1, end // CHANGES), "statistic": "l2"}
+    own = [GradualPruning(1 - kept, names=(matrix,), **span) for matrix, kept in shares.items() if kept < 1]
+    return Combined(GradualPruning(sparsity, scope="global", exempt=tuple(shares), **span), *own)
 
 
 @app.command()

@@ -3,6 +3,9 @@
     compute-sanitizer --report-api-errors no --tool memcheck python experiments/sanitizer_cases.py
     compute-sanitizer --report-api-errors no --tool racecheck python experiments/sanitizer_cases.py
     compute-sanitizer --report-api-errors no --tool memcheck python experiments/sanitizer_cases.py training
+    compute-sanitizer --report-api-errors no --tool racecheck python experiments/sanitizer_cases.py training 3
+
+A number behind `training` asks for one of its cases, so that cases can run side by side.
 
 Of inference, each case is a run of a weight format, single steps and a replayed graph. Events are compared with those
 of the CPU engine. Of training, each case is some updates, the first of them outside a graph, and a validation; two
@@ -132,15 +135,18 @@ def inference(backend: str) -> list[bool]:
     return good
 
 
-def main(backend: str = "cuda", *, only: str = "") -> int:
+def main(backend: str = "cuda", *, only: str = "", number: int | None = None) -> int:
+    """Run the cases, or those of inference or training only, of which `number` chooses one. Returns the exit code."""
     good = [] if only == "training" else inference(backend)
     if backend == "cuda" and only != "inference":
-        for number, case in enumerate(TRAININGS):
+        for k, case in enumerate(TRAININGS):
+            if number not in (None, k):
+                continue
             good.append(training(case))
-            print(f"training case {number}: {'passed' if good[-1] else 'failed'}", flush=True)
+            print(f"training case {k}: {'passed' if good[-1] else 'failed'}", flush=True)
     print(f"{sum(good)} of {len(good)} cases passed")
     return 0 if all(good) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(only="".join(sys.argv[1:2])))
+    sys.exit(main(only="".join(sys.argv[1:2]), number=int(sys.argv[2]) if sys.argv[2:] else None))

@@ -409,9 +409,18 @@ def test_ptb_model_is_evaluated_pruned_tuned_compared_and_drawn(monkeypatch, tmp
         assert w.name == "block" and not w.to_dense()[~kept].any(), name
     assert not np.array_equal(after.embedding, before.embedding)
     gradual = tmp_path / "gradual.safetensors"
-    block = ("--sparsity", 0.6, "--block", "1x2")
+    kept = ("--kept", "readout=0.75", "--kept", "layers.1.w_in=1", "--until", 0.4)
+    block = ("--sparsity", 0.6, "--block", "1x2", *kept)
     line = run("tune", dense, f"{dense}.run", *text, "--epochs", 1, "--out", gradual, *block)
-    assert not line["tied"] and 0.35 < line["density"] < 0.45 and line["pruned"] == "1x2"
+    densities = line["density_by_matrix"]
+    assert not line["tied"] and line["pruned"] == "1x2" and densities.pop("layers.1.w_in") == 1
+    assert 0.65 < densities.pop("readout") < 0.85
+    assert 0.35 < sum(load(gradual).matrices()[name].nnz for name in densities) / (24 * 6 + 24 * 8 + 18 * 6) < 0.45
+    for bad in (("--kept", "readout"), ("--kept", "w=0.5"), ("--kept", "readout=0"), ("--until", 1)):
+        outcome = CliRunner().invoke(
+            module.app, [str(each) for each in ("tune", dense, f"{dense}.run", *text, "--out", "x", *block, *bad)]
+        )
+        assert isinstance(outcome.exception, ValueError) and bad[0][2:] in str(outcome.exception)
     line = run("evaluate", tuned, *text, "--test", "--name", "tuned")
     assert line["test"]["tokens"] == 20 * 15 and line["valid"]["perplexity"] > 1
     without = line["test"]["effective"] - line["test"]["effective_by_matrix"]["readout"]
