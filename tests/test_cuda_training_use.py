@@ -250,6 +250,7 @@ HONOURED = {
     "optimiser.epsilon": 0.1,
     "optimiser.threshold_rate": 0.0,
     "optimiser.bias_rate": 0.0,
+    "optimiser.embedding_rate": 0.0,
     "optimiser.decay_biases": True,
     "schedule.kind": "step",
     "schedule.constant": 0.0,

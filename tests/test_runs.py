@@ -227,6 +227,17 @@ def test_another_run_is_refused_with_what_changed(tmp_path, changed, words):
         load_checkpoint(other, tmp_path / "none")
 
 
+def test_a_checkpoint_of_a_version_without_a_setting_goes_on_with_its_default(tmp_path):
+    trainer = small_trainer()
+    identity = trainer.identity()
+    del identity["settings"]["optimiser"]["embedding_rate"], identity["settings"]["patience"]
+    trainer.identity = lambda: identity
+    save_checkpoint(trainer, tmp_path / "c")
+    load_checkpoint(small_trainer(), tmp_path / "c")
+    with pytest.raises(CheckpointError, match="settings.patience: 0 in the checkpoint, 3 now"):
+        load_checkpoint(small_trainer(patience=3), tmp_path / "c")
+
+
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     run(small_trainer(steps=2), tmp_path)
     content = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -11,6 +11,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import safetensors
 import safetensors.numpy
 
 from eventrnn._files import name_beside, printable, write_whole
+from eventrnn.training.settings import Settings
 from eventrnn.training.trainer import Trainer
 
 FORMAT = "eventrnn checkpoint"
@@ -61,6 +63,7 @@ def load_checkpoint(trainer: Trainer, path: str | os.PathLike) -> dict[str, Any]
     """
     arrays, record = read_checkpoint(path)
     now, then = json.loads(json.dumps(trainer.identity())), record["identity"]
+    _add_defaults(_settings(then), json.loads(json.dumps(asdict(Settings()))))
     threads_now, threads_then = (_settings(identity).pop("threads", None) for identity in (now, then))
     changed = differences(now, then)
     if changed:
@@ -116,6 +119,15 @@ def _decoded(raw: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 def _settings(identity: Mapping[str, Any]) -> dict[str, Any]:
     settings = identity.get("settings")
     return settings if isinstance(settings, dict) else {}
+
+
+def _add_defaults(settings: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Add settings that the version that wrote a checkpoint did not have. Their defaults do what it did."""
+    for name, value in defaults.items():
+        if isinstance(value, dict) and isinstance(settings.get(name), dict):
+            _add_defaults(settings[name], value)
+        else:
+            settings.setdefault(name, value)
 
 
 def previous(path: Path) -> Path:

@@ -29,7 +29,7 @@ Arrays = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Optimiser:
-    """The update rule and its settings for the groups of parameters (weights, biases, thresholds).
+    """The update rule and its settings for the groups of parameters (weights, biases, thresholds, embedding).
 
     Attributes
     ----------
@@ -41,6 +41,9 @@ class Optimiser:
                       one more than n validations ago (Merity et al. 2017; the trigger is that of their code)
     threshold_rate  : factor on the learning rate of thresholds; 0 leaves them unchanged
     bias_rate       : factor on the learning rate of biases; 0 leaves them unchanged
+    embedding_rate  : factor on the learning rate of the embedding, and so of a read-out that is tied to it; 0 leaves it
+                      unchanged. Where a read-out of its own is fine-tuned, a rare symbol changes the embedding by steps
+                      that are many times the learning rate with Adam, because its mean square has decayed meanwhile
     decay_biases    : whether weight decay applies to biases; it never applies to thresholds
 
     Raises ValueError for a value outside its range, and for a momentum with another kind than "sgd".
@@ -54,6 +57,7 @@ class Optimiser:
     patience: int = 5
     threshold_rate: float = 1.0
     bias_rate: float = 1.0
+    embedding_rate: float = 1.0
     decay_biases: bool = False
 
     def __post_init__(self):
@@ -61,7 +65,7 @@ class Optimiser:
         for name in ("beta1", "beta2", "momentum"):
             need_number(f"optimiser {name}", getattr(self, name), at_least=0, below=1)
         need_number("optimiser epsilon", self.epsilon, above=0)
-        for name in ("threshold_rate", "bias_rate"):
+        for name in ("threshold_rate", "bias_rate", "embedding_rate"):
             need_number(f"optimiser {name}", getattr(self, name), at_least=0)
         need_whole("optimiser patience", self.patience, at_least=1)
         need_flag("optimiser decay_biases", self.decay_biases)
@@ -75,6 +79,8 @@ class Optimiser:
 
     def rate_of(self, name: str) -> float:
         """Factor on the learning rate of the parameter with that name."""
+        if name == "embedding":
+            return self.embedding_rate
         return self.threshold_rate if is_threshold(name) else self.bias_rate if is_bias(name) else 1.0
 
     def decays(self, name: str) -> bool:
