@@ -212,7 +212,7 @@ class TrainingWindow(ForwardWindow):
         self.lanes.layers[k].blocks(
             ("penalties", *surrogate),
             lambda: sums.penalties_kernel(*surrogate),
-            end - begin,
+            (end - begin) * sums.PENALTY_PARTS,
             self.tape_at(k, 0) + 4 * self.plane(k),
             memory.at(("threshold", k)),
             memory.at(("upstream", k)),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eventrnn.cells import Cell
-from eventrnn.cuda.training.kernels.sums import PENALTY_TERMS, UNIT_COUNTS
+from eventrnn.cuda.training.kernels.sums import PENALTY_PARTS, PENALTY_TERMS, UNIT_COUNTS
 from eventrnn.cuda.training.kernels.threads import BYTES
 from eventrnn.cuda.training.layout import up
 
@@ -127,7 +127,7 @@ class Sizes:
                 spec["d_event", k] = (n,), np.float32
                 spec["rate squares", k] = (n,), np.float64
             if self.penalties:
-                spec["penalties", k] = (steps, PENALTY_TERMS), np.float64
+                spec["penalties", k] = (steps * PENALTY_PARTS, PENALTY_TERMS), np.float64
                 spec["factors", k] = (PENALTY_TERMS + 1,), np.float32
         if self.d_inputs:
             spec["d_x"] = (rows, self.layers[0].padded_inputs), np.float32

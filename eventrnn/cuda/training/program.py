@@ -61,8 +61,8 @@ class Program:
         spans = [(memory.at("losses"), self.rows if self.engine.fused else 0, 1)]
         if self.sizes.penalties:
             for k in range(len(layers)):
-                terms = range(sums.PENALTY_TERMS)
-                spans += [(memory.at(("penalties", k), term), self.steps, sums.PENALTY_TERMS) for term in terms]
+                parts, terms = self.steps * sums.PENALTY_PARTS, sums.PENALTY_TERMS
+                spans += [(memory.at(("penalties", k), term), parts, terms) for term in range(terms)]
         if self.sizes.cells:
             spans += [(memory.at(("rate squares", k)), layer.units, 1) for k, layer in enumerate(layers)]
         return spans + self.engine.parameters.spans()

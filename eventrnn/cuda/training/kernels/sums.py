@@ -38,6 +38,10 @@ PLAIN, FIXED, SIGMOID = range(3)
 #: terms of the penalties of a layer: mean squares before their strengths, and the outputs' sum
 ACTIVATION, CHANGE, STATE, SENT, PENALTY_TERMS = range(5)
 
+#: blocks that share the penalties of a step. A piece of a window has about ten steps, and so few blocks leave most
+#: multiprocessors idle
+PENALTY_PARTS = 8
+
 
 def column_sums_kernel(precision: str):
     """The kernel that adds up columns of operands by parts, and its signature. A thread owns a column of a part.
@@ -228,8 +232,8 @@ def rate_kernel():
 
 
 def penalties_kernel(kind: int, dampening: float, support: float):
-    """The kernel of the penalties of a layer: gradients, and sums by step. A block owns a step from
-    `begin` on, a thread every n-th pair of sample and unit.
+    """The kernel of the penalties of a layer: gradients, and sums by part of a step. PENALTY_PARTS blocks own a step,
+    from `begin` on; each of their threads owns every n-th pair of sample and unit.
 
     v_at          : (T, B, padded) float32
     upstream_at   : (T, B, padded) float32, gradient of the outputs after dropout; becomes that of the outputs
@@ -238,7 +242,7 @@ def penalties_kernel(kind: int, dampening: float, support: float):
     d_event_at    : (units,) float32 of `rates`, or 0
     factors_at    : (PENALTY_TERMS + 1,) float32: factors of the gradients of ACTIVATION, CHANGE, STATE and SENT, then
                     the margin of STATE. A factor of 0 leaves its term out
-    sums_at       : (T, PENALTY_TERMS) float64
+    sums_at       : (T, PENALTY_PARTS, PENALTY_TERMS) float64
     """
     kind, dampening, support = int(kind), np.float32(dampening), np.float32(support)
 
@@ -261,7 +265,10 @@ def penalties_kernel(kind: int, dampening: float, support: float):
         sums_at,
     ):
         scratch = cuda.shared.array(MOST_THREADS, float64)
-        time, at, threads = begin + cuda.blockIdx.x, int64(cuda.threadIdx.x), int64(cuda.blockDim.x)
+        own = int64(cuda.blockIdx.x)
+        time = begin + own // PENALTY_PARTS
+        at = own % PENALTY_PARTS * int64(cuda.blockDim.x) + cuda.threadIdx.x
+        threads = PENALTY_PARTS * int64(cuda.blockDim.x)
         v, thresholds, upstream = global_float32(v_at), global_float32(threshold_at), global_float32(upstream_at)
         factors = global_float32(factors_at)
         margin, plane = factors[PENALTY_TERMS], batch * padded
@@ -307,7 +314,7 @@ def penalties_kernel(kind: int, dampening: float, support: float):
         sent_total = sum_of_block(outputs, scratch)
         if cuda.threadIdx.x == 0:
             sums = global_float64(sums_at)
-            to = time * PENALTY_TERMS
+            to = (begin * PENALTY_PARTS + own) * PENALTY_TERMS
             sums[to + ACTIVATION], sums[to + CHANGE] = total, change_total
             sums[to + STATE], sums[to + SENT] = state_total, sent_total
 
