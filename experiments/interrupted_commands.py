@@ -4,6 +4,7 @@ Nine of ten commands are forked from a process that has imported the package, wh
 new interpreter; the others are new interpreters, whose start is interrupted too.
 """
 
+import faulthandler
 import os
 import signal
 import sys
@@ -22,10 +23,15 @@ COMMANDS = ("eventrnn train", "eventrnn prune", "eventrnn run")
 # How a command may end: by itself, with the code of Ctrl-C, or by the signal where Python runs no line of the package.
 ENDS = (0, 130, -signal.SIGINT)
 
+WRITTEN_ANEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+
 TRAIN = (
     *("--hidden", "24", "--embedding", "8", "--steps", "30", "--batch", "4", "--window", "16"),
     *("--set", "data.valid_batch=2", "--set", "run.checkpoint_seconds=0.01", "--set", "run.log_every=5"),
 )
+
+# Characters of the messages of a command that a fault describes, the last ones.
+SAID = 1500
 
 PRUNE = ("--sparsity", "0.6", "--steps", "20", "--batch", "4", "--window", "16")
 
@@ -41,6 +47,7 @@ class Commands:
         self.base = Path(self._folder.name)
         letters = np.random.default_rng(0).choice(list("abcdef \n"), 4000)
         self.text, self.model = self.base / "text.txt", self.base / "model.safetensors"
+        self.messages = self.base / "messages"
         self.text.write_text("".join(letters))
         # Whoever interrupts this process does not interrupt the commands that it has forked.
         self._handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -65,7 +72,7 @@ class Commands:
         self.tried += 1
         folder, new = self.base / f"try-{self.tried}", self.tried % 10 == 0
         folder.mkdir()
-        process = _start(self._arguments(folder)) if new else _fork(self._arguments(folder))
+        process = (_start if new else _fork)(self._arguments(folder), self.messages)
         # A new interpreter imports for about a second.
         time.sleep(float(rng.uniform(0, 1.05 * self.seconds + 1.5 * new)))
         for _ in range(rng.integers(1, 3)):
@@ -73,7 +80,11 @@ class Commands:
             os.kill(process, signal.SIGINT)
             time.sleep(float(rng.uniform(0, 0.02)))
         code = _end_of(process, patience)
+        # A process that aborts, or crashes, says why there.
+        said = self.messages.read_text("utf-8", "replace") if self.messages.exists() else ""
         fault = self._fault(folder, code)
+        if fault and said:
+            fault += f": …{said[-SAID:]}" if len(said) > SAID else f": {said}"
         return {"within": code != 0, "fault": f"{fault} (a new interpreter)" if fault and new else fault}
 
     def _fault(self, folder: Path, code: int | None) -> str:
@@ -87,7 +98,7 @@ class Commands:
             return ""
         config = folder / "out.run" / "config.toml"
         again = ["train", "--resume", str(config.parent)] if config.exists() else self._arguments(folder)
-        code = _end_of(_fork(again), 10 * self.seconds + 30)
+        code = _end_of(_fork(again, self.messages), 10 * self.seconds + 30)
         if code != 0 or _content(folder / "out") != self.whole:
             return f"once more: exit code {code}, and the model file is another one or missing"
         left = [path.name for path in folder.rglob("*.tmp")]
@@ -105,7 +116,7 @@ class Commands:
         return ["train", "--out", str(out), "--text", str(self.text), "--threads", str(self.threads), *TRAIN]
 
     def _need_success(self, arguments: list[str]) -> None:
-        code = _end_of(_fork(arguments), 600)
+        code = _end_of(_fork(arguments, self.messages), 600)
         if code != 0:
             raise RuntimeError(f"eventrnn {' '.join(arguments)}: exit code {code}")
 
@@ -114,16 +125,18 @@ def _content(path: Path) -> bytes | None:
     return path.read_bytes() if path.exists() else None
 
 
-def _start(arguments: list[str]) -> int:
-    """The process of a command in a new interpreter."""
-    nothing = [(os.POSIX_SPAWN_OPEN, stream, os.devnull, os.O_RDWR, 0) for stream in range(3)]
+def _start(arguments: list[str], messages: Path) -> int:
+    """The process of a command in a new interpreter. Its messages go to a file."""
+    nothing = [(os.POSIX_SPAWN_OPEN, stream, os.devnull, os.O_RDWR, 0) for stream in range(2)]
+    nothing.append((os.POSIX_SPAWN_OPEN, 2, os.fspath(messages), WRITTEN_ANEW, 0o600))
     command = [sys.executable, "-m", "eventrnn.cli", *arguments]
     # Otherwise it would ignore SIGINT as this process does.
-    return os.posix_spawn(sys.executable, command, os.environ, file_actions=nothing, setsigdef=[signal.SIGINT])
+    environment = os.environ | {"PYTHONFAULTHANDLER": "1"}
+    return os.posix_spawn(sys.executable, command, environment, file_actions=nothing, setsigdef=[signal.SIGINT])
 
 
-def _fork(arguments: list[str]) -> int:
-    """The process of a command."""
+def _fork(arguments: list[str], messages: Path) -> int:
+    """The process of a command. Its messages go to a file."""
     with warnings.catch_warnings():
         # The child uses none of the threads of its parent.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -135,18 +148,21 @@ def _fork(arguments: list[str]) -> int:
     # back into the campaign of its parent.
     try:
         try:
-            code = _ended(arguments)
+            code = _ended(arguments, messages)
         finally:
             os._exit(code)
     finally:
         os._exit(code)
 
 
-def _ended(arguments: list[str]) -> int:
+def _ended(arguments: list[str], messages: Path) -> int:
     """The exit code of a command, in the process of its own that runs it."""
     nothing = os.open(os.devnull, os.O_RDWR)
-    for stream in range(3):
+    for stream in range(2):
         os.dup2(nothing, stream)
+    os.dup2(os.open(messages, WRITTEN_ANEW, 0o600), 2)
+    # An abort or a crash leaves the line of every thread.
+    faulthandler.enable()
     sys.argv = ["eventrnn", *arguments]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
