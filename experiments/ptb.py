@@ -77,8 +77,8 @@ CALIBRATION = (512, 8)
 ADDED = (0.0, 0.05, 0.1, 0.2, 0.4)
 DENSITIES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05)
 
-# How often gradual pruning changes the masks. On a GPU a change takes about a second, as long as two hundred updates.
-CHANGES = 25
+# How often gradual pruning changes the masks. On a GPU a change takes as long as some hundred updates.
+CHANGES = 16
 
 # Steps that are compared with the dense twin at a time. Their records are in memory.
 COMPARED = 1024
