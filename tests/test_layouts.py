@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from eventrnn.cells import CELLS, Cell
 from eventrnn.cpu import engine as cpu
 from eventrnn.cpu import memory, packing, plan
+from eventrnn.cpu.kernels.tile_products import SMALL_PANEL_BITS, SMALL_PANEL_ROWS
 from eventrnn.cpu.tables import (
     BLOCKS,
     INDEX,
@@ -101,16 +102,17 @@ def test_threads_without_units_give_equal_bits(variant, units):
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("units", [plan.PANEL, plan.PANEL + 1, 3 * plan.PANEL - 5])
-def test_panels_of_units_give_the_bits_of_the_specification(units, storage):
+@pytest.mark.parametrize("units", [128, 129, 379])
+@pytest.mark.parametrize("batch", [3, SMALL_PANEL_ROWS + 1])
+def test_panels_of_units_give_the_bits_of_the_specification(batch, units, storage):
     # A unit next to each edge fires, and one sample is silent.
     rng = np.random.default_rng(units)
     network = in_format(
         Network.random([40], inputs=units, rng=rng, threshold=0.02, readout=33), "dense", storage=storage
     )
-    x = rng.standard_normal((5, 3, units)).astype(np.float32) * (rng.random((5, 3, units)) < 0.2)
-    edges = np.arange(0, units, plan.PANEL)
-    x[:, :, np.concatenate([edges, np.minimum(edges + plan.PANEL, units) - 1])] = 1
+    x = rng.standard_normal((5, batch, units)).astype(np.float32) * (rng.random((5, batch, units)) < 0.2)
+    edges = np.arange(0, units, 1 << SMALL_PANEL_BITS)
+    x[:, :, np.concatenate([edges, np.minimum(edges + (1 << SMALL_PANEL_BITS), units) - 1])] = 1
     x[:, 1] = 0
     expected = simulate(network, x, backend="reference", record=RECORDABLE)
     with forced({**MANY, "DENSE_ACTIVITY_THRESHOLD": 2}):

@@ -14,7 +14,7 @@ import numpy as np
 from eventrnn._integers import ceil_div, round_up
 from eventrnn.cpu.kernels.row_products import LISTED_SEGMENTS
 from eventrnn.cpu.kernels.simd import LANES
-from eventrnn.cpu.kernels.tile_products import PANEL
+from eventrnn.cpu.kernels.tile_products import SMALL_PANEL_BITS
 from eventrnn.cpu.memory import aligned_zeros
 from eventrnn.cpu.packing import DENSE_ACTIVITY_THRESHOLD, PoolBuilder, Segment, empty_column_tile, pack
 from eventrnn.cpu.tables import (
@@ -199,7 +199,7 @@ def workspace_shapes(
     # Whole vectors: every thread's share starts on a cache line, which it shares with no other thread.
     most, listed = round_up(rows * inputs, LANES) + LANES, LISTED_SEGMENTS + round_up(segments, LANES) + LANES
     return (
-        ((n_threads, round_up(rows * ceil_div(inputs, PANEL) + 1, LANES)), np.int64),
+        ((n_threads, round_up(rows * ceil_div(inputs, 1 << SMALL_PANEL_BITS) + 1, LANES)), np.int64),
         ((n_threads, most), np.int32),
         ((n_threads, most), np.float32),
         ((n_threads, 2, listed), np.int32),

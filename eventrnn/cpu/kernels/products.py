@@ -21,7 +21,7 @@ from eventrnn.cpu.kernels.row_products import (
     add_single_masked,
 )
 from eventrnn.cpu.kernels.spmm import copy
-from eventrnn.cpu.kernels.tile_products import bin_by_panel, blas_product, densify, tile_product
+from eventrnn.cpu.kernels.tile_products import bin_by_panel, blas_product, densify, panel_bits, tile_product
 from eventrnn.cpu.tables import (
     BFLOAT16,
     BLAS,
@@ -86,7 +86,7 @@ def _by_tiles(dtype):
         if every_unit:
             densify(n_pre, events, tables.workspace.dense_inputs)
         else:
-            bin_by_panel(n_pre, events, tables.workspace)
+            bin_by_panel(n_pre, panel_bits(events.rows, weights), events, tables.workspace)
         for w in range(first_tile, last_tile):
             column_tile = tables.column_tiles[w]
             tile_product(column_tile, weights, tables, bias_begin, n_pre, every_unit, events.rows, drives)
