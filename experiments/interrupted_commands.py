@@ -30,6 +30,9 @@ TRAIN = (
     *("--set", "data.valid_batch=2", "--set", "run.checkpoint_seconds=0.01", "--set", "run.log_every=5"),
 )
 
+# Python prints it, and ends with code 1, where Ctrl-C meets its own start. No line of the package has run by then.
+STARTING = "Fatal Python error: init_import_site"
+
 # Characters of the messages of a command that a fault describes, the last ones.
 SAID = 1500
 
@@ -82,6 +85,8 @@ class Commands:
         code = _end_of(process, patience)
         # A process that aborts, or crashes, says why there.
         said = self.messages.read_text("utf-8", "replace") if self.messages.exists() else ""
+        if code == 1 and new and STARTING in said:
+            code = -signal.SIGINT
         fault = self._fault(folder, code)
         if fault and said:
             fault += f": …{said[-SAID:]}" if len(said) > SAID else f": {said}"
