@@ -13,6 +13,7 @@ from numba.extending import intrinsic
 
 from eventrnn.cpu.kernel_cache import machine_code
 from eventrnn.cpu.tables import EventLists, RowEvents, ThreadTables, WeightPools, Workspace
+from eventrnn.cpu.uninterrupted import uninterrupted
 
 
 def _record(record, **fields: types.Type) -> types.Type:
@@ -124,6 +125,10 @@ call_gating = _call(GATING, types.int64)
 
 def address_of(kernel, arguments: tuple[types.Type, ...]) -> int:
     """The address of a kernel for these types of arguments; compiled, or read from disk, at the first call."""
-    kernel.compile(arguments)
-    made = kernel.overloads[arguments]
-    return machine_code(made).get_pointer_to_function(made.fndesc.llvm_func_name)
+
+    def address() -> int:
+        kernel.compile(arguments)
+        made = kernel.overloads[arguments]
+        return machine_code(made).get_pointer_to_function(made.fndesc.llvm_func_name)
+
+    return uninterrupted(address)

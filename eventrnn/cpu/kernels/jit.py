@@ -13,6 +13,7 @@ from numba.extending import register_jitable
 from eventrnn import _integers, cells
 from eventrnn.cpu.kernel_cache import KernelCache
 from eventrnn.cpu.kernels import simd  # simd also gives the primitives of `cells` their instructions
+from eventrnn.cpu.uninterrupted import compile_uninterrupted
 
 
 def compiled(function) -> Any:
@@ -63,6 +64,7 @@ def _compiled(function, **options) -> Any:
     dispatcher = _njit(function, **{"no_cfunc_wrapper": True} | options)
     # Numba tells processors apart, but not what was asked for by hand on one of them.
     dispatcher._cache = KernelCache(function, variant=simd.AVX512)
+    compile_uninterrupted(dispatcher)
     return dispatcher
 
 
