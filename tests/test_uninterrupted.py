@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
+import numba
 import numpy as np
 import pytest
 from numba.core import event, types
@@ -128,6 +129,20 @@ def test_every_way_to_compile_a_kernel_leaves_the_main_thread():
     finally:
         event.unregister("numba:compile", listener)
     assert len(threads) == 2 and ident() not in threads
+
+
+def test_a_function_of_a_user_may_contain_a_kernel():
+    def add_one(x):
+        return x + 1
+
+    kernel = jit.compiled(add_one)
+
+    @numba.njit
+    def twice(x):
+        return kernel(kernel(x))
+
+    # The main thread holds the lock of the compiler while it compiles the kernel.
+    assert twice(3) == 5
 
 
 def test_a_warning_of_the_call_is_one_of_the_process():

@@ -16,6 +16,8 @@ from functools import wraps
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from numba.core.compiler_lock import global_compiler_lock
+
 R = TypeVar("R")
 
 
@@ -24,8 +26,11 @@ def uninterrupted(function: Callable[[], R]) -> R:
 
     An exception of a signal handler is raised after the function has returned, or if it was not begun. The other thread
     ends with the call: one that went on would make every later fork of the process a fork with threads.
+
+    A main thread that holds the lock of the compiler calls the function itself, because the other thread would wait for
+    the lock: it compiles a function of the user's that contains a kernel.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or global_compiler_lock.is_locked():
         return function()
     # Taken by whichever comes first: the thread that begins, or this one, which gives up before it.
     permission: list[None] = [None]
