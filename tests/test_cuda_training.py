@@ -48,10 +48,11 @@ from eventrnn.training import (
     Trainer,
 )
 from support import fake_training
+from support.cuda_runs import SYMBOLS, cuda_settings, symbol_text
 from support.texts import TEXT
 from support.training_specification import Specification, read
 
-SYMBOLS, PRECISIONS = 9, ("float32", "bfloat16", "tf32")
+PRECISIONS = ("float32", "bfloat16", "tf32")
 
 NOISE = Regularisers(
     dropconnect=0.5, dropout_input=0.3, dropout_between=0.3, dropout_top=0.4, dropout_words=0.2, zoneout=0.3
@@ -164,8 +165,8 @@ def test_an_update_agrees_with_the_specification(gpu, case, step):
 
 @pytest.mark.parametrize("sharing", ["time", "batch"])
 def test_masks_are_those_of_the_cpu(gpu, sharing):
-    network, text = _network(), _text()
-    chosen = _settings(regularisers=replace(NOISE, mask_sharing=sharing), seed=2**63 + 5)
+    network, text = _network(), symbol_text()
+    chosen = cuda_settings(regularisers=replace(NOISE, mask_sharing=sharing), seed=2**63 + 5)
     trainer = Trainer(network, LanguageModelling(text), chosen)
     for step in range(2):
         trainer.step()
@@ -189,8 +190,8 @@ OPTIMISERS = {
 
 @pytest.mark.parametrize("kind", OPTIMISERS)
 def test_update_rules_have_the_bits_of_the_cpu(gpu, kind):
-    task = LanguageModelling(_text())
-    trainer = Trainer(_network(), task, _settings(optimiser=OPTIMISERS[kind], clip=1e9))
+    task = LanguageModelling(symbol_text())
+    trainer = Trainer(_network(), task, cuda_settings(optimiser=OPTIMISERS[kind], clip=1e9))
     host = Model(_network())
     rule = OPTIMISERS[kind].build(host.parameters, trainer.settings.weight_decay)
     if kind == "nt-asgd":
@@ -212,7 +213,7 @@ def test_update_rules_have_the_bits_of_the_cpu(gpu, kind):
 def test_clipping_scales_all_gradients_together(gpu):
     found = []
     for limits in ({"clip": 1e9}, {"clip": 0.01}, {"clip": 1e9, "clip_layers": 1e-4}):
-        trainer = Trainer(_network(), LanguageModelling(_text()), _settings(**limits))
+        trainer = Trainer(_network(), LanguageModelling(symbol_text()), cuda_settings(**limits))
         found.append(_update(trainer.engine, trainer.task.batch(0, 0, 3, 4), 0))
     free, together, layers = found
     factor = np.float32(0.01 / free[0].norm)
@@ -228,7 +229,9 @@ def test_clipping_scales_all_gradients_together(gpu):
 def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(gpu, kind):
     def trainer():
         options = {"optimiser": OPTIMISERS[kind], "regularisers": NOISE, "precision": "bfloat16", "window_jitter": 2.0}
-        return Trainer(_network(), LanguageModelling(_text(), _text()[:12], valid_batch=2), _settings(**options))
+        return Trainer(
+            _network(), LanguageModelling(symbol_text(), symbol_text()[:12], valid_batch=2), cuda_settings(**options)
+        )
 
     def go_on(trainer, updates):
         for _ in range(updates):
@@ -261,7 +264,7 @@ PRUNINGS = {
 @pytest.mark.parametrize("kind", PRUNINGS)
 def test_pruning_gives_the_masks_of_the_cpu(gpu, kind):
     trainers = [
-        Trainer(_network(), LanguageModelling(_text()), _settings(**options), pruning=PRUNINGS[kind]())
+        Trainer(_network(), LanguageModelling(symbol_text()), cuda_settings(**options), pruning=PRUNINGS[kind]())
         for options in ({}, {"backend": "cpu", "precision": ""})
     ]
     for _ in range(6):
@@ -276,7 +279,9 @@ def test_pruning_gives_the_masks_of_the_cpu(gpu, kind):
 
 
 def test_the_best_parameters_are_those_of_their_validation(gpu):
-    trainer = Trainer(_network(), LanguageModelling(_text(), _text()[:40], valid_batch=2), _settings(steps=5))
+    trainer = Trainer(
+        _network(), LanguageModelling(symbol_text(), symbol_text()[:40], valid_batch=2), cuda_settings(steps=5)
+    )
     found = []
     for _ in range(4):
         trainer.step()
@@ -290,7 +295,7 @@ def test_the_best_parameters_are_those_of_their_validation(gpu):
 
 def test_programs_are_dropped_in_the_order_of_their_last_use(gpu, monkeypatch):
     monkeypatch.setattr("eventrnn.cuda.training.engine.MOST_PROGRAMS", 2)
-    engine = Trainer(_network(), LanguageModelling(_text()), _settings()).engine
+    engine = Trainer(_network(), LanguageModelling(symbol_text()), cuda_settings()).engine
     first = engine.program(2, 3)
     engine.program(3, 3)
     assert engine.program(2, 3) is first
@@ -299,7 +304,7 @@ def test_programs_are_dropped_in_the_order_of_their_last_use(gpu, monkeypatch):
 
 
 def test_evaluation_reads_the_parameters_it_is_given(gpu):
-    trainer = Trainer(_network(), LanguageModelling(_text(), _text()[:40], valid_batch=2), _settings())
+    trainer = Trainer(_network(), LanguageModelling(symbol_text(), symbol_text()[:40], valid_batch=2), cuda_settings())
     trainer.step()
     others = {name: array + np.float32(0.25) for name, array in trainer.model.parameters.items()}
     inputs, targets = trainer.task.batch(0, 0, 2, 5).inputs, trainer.task.batch(0, 0, 2, 5).targets
@@ -323,7 +328,7 @@ def test_tasks_with_a_loss_of_their_own_train(gpu):
     held_out = sequences[:3], labels[:3], np.array([4, 2, 3])
     task = Classification(sequences, labels, held_out, lengths=np.array([4, 4, 3, 2, 4, 1, 4]))
     network = Network.random([6], inputs=3, readout=5, rng=rng, threshold=0.1)
-    trainer = Trainer(network, task, _settings(epochs=2))
+    trainer = Trainer(network, task, cuda_settings(epochs=2))
     progress = list(trainer)
     # Seven sequences are batches of three, three and one.
     assert len(progress) == 6 and np.isfinite([each.loss for each in progress]).all()
@@ -333,7 +338,7 @@ def test_tasks_with_a_loss_of_their_own_train(gpu):
 
 
 def test_a_window_that_fails_changes_nothing(gpu):
-    trainer = Trainer(_network(), LanguageModelling(_text()), _settings())
+    trainer = Trainer(_network(), LanguageModelling(symbol_text()), cuda_settings())
     trainer.step()
     trainer.model.parameters["readout.bias"][2] = np.float32(np.inf)
     before = {name: array.copy() for name, array in trainer.arrays().items()}
@@ -355,12 +360,12 @@ def test_a_window_that_fails_changes_nothing(gpu):
 )
 def test_settings_that_a_backend_does_not_have_are_refused_by_name(gpu, changes, words):
     with pytest.raises(ValueError, match=words):
-        Trainer(_network(), LanguageModelling(_text()), _settings(**changes))
+        Trainer(_network(), LanguageModelling(symbol_text()), cuda_settings(**changes))
 
 
 def test_a_gru_is_refused_on_a_gpu(gpu):
     with pytest.raises(ValueError, match="backend: got 'cuda', but a GRU trains on the cpu only"):
-        Trainer(_network(), LanguageModelling(_text()), _settings(), model=GRU(_network()))
+        Trainer(_network(), LanguageModelling(symbol_text()), cuda_settings(), model=GRU(_network()))
 
 
 @pytest.mark.gpu
@@ -399,7 +404,7 @@ def test_too_little_memory_is_refused_with_the_bytes(monkeypatch):
     pytest.importorskip("eventrnn.cuda.device", exc_type=BackendUnavailable, reason="needs numba-cuda")
     device = fake_training.install(monkeypatch, room=1000)
     with pytest.raises(MemoryError, match=r"cuda: [\d,]+ bytes are needed and 1,000 are free"):
-        Trainer(_network(), LanguageModelling(_text()), _settings())
+        Trainer(_network(), LanguageModelling(symbol_text()), cuda_settings())
     assert not device.allocated
 
 
@@ -463,12 +468,3 @@ def _update(engine, batch: Batch, step: int, rate: float = 0.01):
 def _network() -> Network:
     rng = np.random.default_rng(5)
     return Network.random([6, 5], symbols=SYMBOLS, embedding=4, readout=SYMBOLS, threshold=0.1, rng=rng)
-
-
-def _text() -> np.ndarray:
-    return np.random.default_rng(6).integers(0, SYMBOLS, 150)
-
-
-def _settings(**changes) -> Settings:
-    options = {"steps": 20, "batch": 3, "window": 4, "backend": "cuda", "precision": "float32", "learning_rate": 0.01}
-    return Settings(**(options | changes))

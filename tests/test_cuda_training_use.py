@@ -25,8 +25,7 @@ from eventrnn.training import (
 )
 from eventrnn.training.regularisers import RATES, STRENGTHS
 from support import fake_training
-
-SYMBOLS = 9
+from support.cuda_runs import SYMBOLS, cuda_settings, symbol_text
 
 
 @pytest.fixture(params=["fake", pytest.param("gpu", marks=pytest.mark.gpu)])
@@ -45,7 +44,7 @@ def test_an_exception_of_the_loss_leaves_the_trainer_usable(gpu):
                 raise KeyError("a loss of one's own")
             return super().loss(output, batch)
 
-    straight, failed = (Trainer(_network(), Failing(_text()), _settings()) for _ in range(2))
+    straight, failed = (Trainer(_network(), Failing(symbol_text()), cuda_settings()) for _ in range(2))
     straight.task._fails = failed.task._fails = False
     assert straight.step() == failed.step()
     failed.task._fails = True
@@ -61,7 +60,7 @@ class Changed(LanguageModelling):
     """The text, with windows that a function changes."""
 
     def __init__(self, change):
-        super().__init__(_text())
+        super().__init__(symbol_text())
         self._change = change
 
     def batch(self, at, epoch, batch, window):
@@ -69,7 +68,7 @@ class Changed(LanguageModelling):
 
 
 def test_windows_that_do_not_fit_are_refused_before_anything_changes(gpu):
-    trainer = Trainer(_network(), Changed(lambda b: b), _settings())
+    trainer = Trainer(_network(), Changed(lambda b: b), cuda_settings())
     trainer.step()
     before = {name: array.copy() for name, array in trainer.arrays().items()}
     for change, words in (
@@ -92,7 +91,7 @@ def test_numbers_and_states_are_checked_as_on_the_cpu(gpu):
     network = Network.random([6], inputs=3, readout=2, threshold=0.1, rng=np.random.default_rng(3))
     numbers = np.zeros((4, 2, 3), np.float32)
     task = Classification(np.moveaxis(numbers, 0, 1), np.array([0, 1]))
-    trainer = Trainer(network, task, _settings(batch=2))
+    trainer = Trainer(network, task, cuda_settings(batch=2))
     state, infinite = State.zeros(network, 2), numbers.copy()
     infinite[1, 0, 2] = np.inf
     with trainer.engine.evaluating() as model:
@@ -108,7 +107,7 @@ def test_numbers_and_states_are_checked_as_on_the_cpu(gpu):
 
 def test_windows_of_evaluations_are_dropped_in_the_order_of_their_last_use(gpu, monkeypatch):
     monkeypatch.setattr("eventrnn.cuda.training.evaluation.MOST_WINDOWS", 2)
-    trainer = Trainer(_network(), LanguageModelling(_text()), _settings())
+    trainer = Trainer(_network(), LanguageModelling(symbol_text()), cuda_settings())
     with trainer.engine.evaluating() as model:
         for steps in (3, 2, 3, 1):
             model.forward(np.zeros((steps, 1), int), State.zeros(trainer.model.template, 1))
@@ -116,7 +115,7 @@ def test_windows_of_evaluations_are_dropped_in_the_order_of_their_last_use(gpu, 
 
 
 def test_larger_windows_take_the_place_of_smaller_ones(gpu):
-    trainer = Trainer(_network(), LanguageModelling(_text()), _settings())
+    trainer = Trainer(_network(), LanguageModelling(symbol_text()), cuda_settings())
     engine = trainer.engine
     # The second update is captured as a graph.
     for _ in range(2):
@@ -137,7 +136,7 @@ def test_larger_windows_take_the_place_of_smaller_ones(gpu):
 def test_a_window_for_which_memory_is_missing_changes_nothing(monkeypatch):
     pytest.importorskip("eventrnn.cuda.device", exc_type=BackendUnavailable, reason="needs numba-cuda")
     device = fake_training.install(monkeypatch)
-    straight, short = (Trainer(_network(), LanguageModelling(_text()), _settings()) for _ in range(2))
+    straight, short = (Trainer(_network(), LanguageModelling(symbol_text()), cuda_settings()) for _ in range(2))
     straight.step(), short.step()
     room, device.room = device.room, 1000
     with pytest.raises(MemoryError, match=r"cuda: [\d,]+ bytes are needed and 1,000 are free"):
@@ -156,7 +155,7 @@ def test_a_window_for_which_memory_is_missing_changes_nothing(monkeypatch):
 
 def test_an_interrupted_transfer_is_made_up_for(gpu, monkeypatch):
     """Ctrl-C may come while arrays are sent: what was not sent is sent by the next call."""
-    trainer = Trainer(_network(), LanguageModelling(_text(), _text()[:12], valid_batch=2), _settings())
+    trainer = Trainer(_network(), LanguageModelling(symbol_text(), symbol_text()[:12], valid_batch=2), cuda_settings())
     trainer.step()
     others = {name: array + np.float32(0.25) for name, array in trainer.model.parameters.items()}
     parameters, send, left = trainer.engine.parameters, trainer.engine.parameters.send, [3]
@@ -191,7 +190,9 @@ def _there(trainer, name: str) -> np.ndarray:
 
 def test_a_given_model_brings_its_own_rules(gpu):
     network = _network()
-    trainer = Trainer(network, LanguageModelling(_text()), _settings(), model=Model(network, thresholds="sigmoid"))
+    trainer = Trainer(
+        network, LanguageModelling(symbol_text()), cuda_settings(), model=Model(network, thresholds="sigmoid")
+    )
     with trainer.engine.reading():
         before = {name: array.copy() for name, array in trainer.model.parameters.items() if "threshold" in name}
     assert all((logits < 0).any() for logits in before.values())
@@ -205,13 +206,15 @@ def test_a_given_model_brings_its_own_rules(gpu):
         ({"threads": 2}, "threads"),
     ):
         with pytest.raises(ValueError, match=words):
-            Trainer(network, LanguageModelling(_text()), _settings(), model=Model(network, **options))
+            Trainer(network, LanguageModelling(symbol_text()), cuda_settings(), model=Model(network, **options))
 
 
 def test_a_loss_beyond_float32_is_that_of_the_cpu(gpu):
     losses = []
     for backend, precision in (("cuda", "float32"), ("cpu", "")):
-        trainer = Trainer(_network(), LanguageModelling(_text()), _settings(backend=backend, precision=precision))
+        trainer = Trainer(
+            _network(), LanguageModelling(symbol_text()), cuda_settings(backend=backend, precision=precision)
+        )
         bias = trainer.model.parameters["readout.bias"]
         bias[:], bias[0] = np.float32(-3e38), np.float32(3e38)
         losses.append(trainer.step().loss)
@@ -326,12 +329,3 @@ def _ended(changes: dict) -> bytes:
 def _network() -> Network:
     rng = np.random.default_rng(5)
     return Network.random([3, 4], symbols=SYMBOLS, embedding=2, readout=SYMBOLS, threshold=0.1, rng=rng)
-
-
-def _text() -> np.ndarray:
-    return np.random.default_rng(6).integers(0, SYMBOLS, 150)
-
-
-def _settings(**changes) -> Settings:
-    options = {"steps": 20, "batch": 3, "window": 4, "backend": "cuda", "precision": "float32", "learning_rate": 0.01}
-    return Settings(**(options | changes))

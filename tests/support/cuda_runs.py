@@ -1,0 +1,20 @@
+"""The small text and the settings of the tests that train on a GPU."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from eventrnn.training import Settings
+
+SYMBOLS = 9
+
+
+def symbol_text() -> np.ndarray:
+    """(150,) int64 symbols."""
+    return np.random.default_rng(6).integers(0, SYMBOLS, 150)
+
+
+def cuda_settings(**changes) -> Settings:
+    """Settings of a short training on a GPU, with these changes."""
+    options = {"steps": 20, "batch": 3, "window": 4, "backend": "cuda", "precision": "float32", "learning_rate": 0.01}
+    return Settings(**(options | changes))
