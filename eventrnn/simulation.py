@@ -213,7 +213,7 @@ class Simulator:
         Raises as `run` does; the state then stays as it was.
         """
         # What `exclusive` does, without the cost of its call.
-        use, stepper, steps, moved = self._use, None, 0, []
+        use, stepper, steps, moved = self._use, None, 0, None
         try:
             with use.lock:
                 if use.busy:
@@ -224,9 +224,10 @@ class Simulator:
                     if stepper is None:
                         stepper = self._new_stepper()
                         if stepper is None:
+                            moved = []
                             return self._whole_step(inputs, moved)
                     steps = stepper.steps
-                    return stepper(inputs)
+                    return stepper.step(inputs)
                 finally:
                     use.busy = False
         except BaseException:
@@ -324,7 +325,7 @@ class Simulator:
         self._place(after)
 
     @exclusive
-    def _take_back(self, stepper: Stepper | None, steps: int, moved: list[State]) -> None:
+    def _take_back(self, stepper: Stepper | None, steps: int, moved: list[State] | None) -> None:
         """Go back to before a call that raised after the state had advanced: while it gave back the lock.
 
         stepper, steps : of a call of a stepper, and how many steps it had made before

@@ -24,7 +24,7 @@ from eventrnn.backend import HostInputs, as_array, need_on_host
 from eventrnn.cpu import step_table
 from eventrnn.cpu.kernels.products import product_address, update_addresses
 from eventrnn.cpu.kernels.simd import LANES
-from eventrnn.cpu.kernels.time_loop import run, step
+from eventrnn.cpu.kernels.time_loop import run, step, step_of_symbols
 from eventrnn.cpu.memory import aligned_zeros
 from eventrnn.cpu.packing import check_format
 from eventrnn.cpu.plan import BLAS_PRODUCT, KernelPolicy, Layout, Plan, workspace
@@ -321,7 +321,7 @@ class CpuEngine:
             return prepared.values[0]
 
         return Stepper(
-            step,
+            step_of_symbols if symbols else step,
             [arrays[k] for k in range(len(arrays))],
             by_layer=lambda flat: self._by_layer(flat, batch),
             check=check,

@@ -18,8 +18,6 @@ from eventrnn._arithmetic import in_standard_mode, quiet_context, standard_arith
 from eventrnn.cpu import step_table
 from eventrnn.state import State, need_finite_cells
 
-NO_NUMBERS, NO_SYMBOLS = np.zeros((0, 0), np.float32), np.zeros(0, np.int64)
-
 # Rows of the table with the state before a step, and with that after it; they swap from step to step.
 BEFORE, AFTER = (step_table.CELLS_BEFORE, step_table.OUTPUTS_BEFORE), (step_table.CELLS, step_table.OUTPUTS)
 
@@ -27,7 +25,7 @@ BEFORE, AFTER = (step_table.CELLS_BEFORE, step_table.OUTPUTS_BEFORE), (step_tabl
 class Stepper:
     """The `backend.Stepper` of the CPU engine.
 
-    kernel        : compiled function (table, numbers, symbols, output) -> bool. It returns True where it refuses the
+    kernel        : compiled function (table, inputs, output) -> bool. It returns True where it refuses the
                     step because an input or a cell state is not finite, or a symbol does not exist
     arrays        : the arrays of the kernel's table, in order; the stepper keeps them alive
     by_layer      : splits the cells, or the outputs, of all layers into one view (batch, N) per layer
@@ -66,7 +64,7 @@ class Stepper:
     def __reduce__(self):
         raise TypeError("stepper: holds addresses of its engine's memory and cannot be copied; copy the simulator")
 
-    def __call__(self, inputs: np.ndarray) -> np.ndarray:
+    def step(self, inputs: np.ndarray) -> np.ndarray:
         """Compute one step; see `backend.Stepper`."""
         given = inputs
         if (
@@ -78,11 +76,7 @@ class Stepper:
         ):
             inputs = self.context.run(in_standard_mode, self._converted, inputs)
         output, table = np.empty(self.output_shape, np.float32), self.tables[self.steps & 1]
-        if self.takes_symbols:
-            refused = self.kernel(table, NO_NUMBERS, inputs, output)
-        else:
-            refused = self.kernel(table, inputs, NO_SYMBOLS, output)
-        if refused:
+        if self.kernel(table, inputs, output):
             self._refuse(given)
         self.steps += 1
         return output

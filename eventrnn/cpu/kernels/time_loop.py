@@ -20,7 +20,7 @@ from __future__ import annotations
 import numpy as np
 
 from eventrnn.cpu import step_table
-from eventrnn.cpu.kernels.array_table import first_not_finite, float32_at, int32_at, int64_at
+from eventrnn.cpu.kernels.array_table import first_not_finite, flat, float32_at, int32_at, int64_at
 from eventrnn.cpu.kernels.by_address import call_gating, call_update
 from eventrnn.cpu.kernels.cell_update import compact_events, count_events
 from eventrnn.cpu.kernels.float_mode import enter_standard_mode, leave_standard_mode
@@ -184,35 +184,59 @@ def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, output
 
 
 @compiled
-def step(table, inputs, symbols, output):
+def step(table, inputs, output):
     """One step on one thread, of the arrays that a table names (`step_table.py`); True if its result is refused.
 
-    The step takes `inputs` (batch, I) float32 or, with an embedding, `symbols` (batch,) int64; the other one is empty.
-    It writes `output` (batch, outputs) float32 and the state after the step, beside the state before it. It is refused
-    when an input or a cell is not finite, or a symbol is out of range. It runs in the standard floating-point mode.
+    The step takes `inputs` (batch, I) float32. It writes `output` (batch, outputs) float32 and the state after the
+    step, beside the state before it. It is refused when an input or a cell is not finite. It runs in the standard
+    floating-point mode.
     """
     mode = enter_standard_mode()
-    refused = _step(table, inputs, symbols, output)
+    refused = _compact_inputs(table, inputs) or _step(table, int64_at(table, step_table.INPUT_ROW_OF), output)
+    leave_standard_mode(mode)
+    return refused
+
+
+@compiled
+def step_of_symbols(table, symbols, output):
+    """`step` of a network with an embedding: it takes `symbols` (batch,) int64, and is refused for one out of range."""
+    mode = enter_standard_mode()
+    refused = _out_of_range(table, symbols) or _step(table, symbols, output)
     leave_standard_mode(mode)
     return refused
 
 
 @inlined
-def _step(table, inputs, symbols, output):
-    """`step` in the floating-point mode that is set. Not compiled by itself, because it contains all of `run`."""
-    indptr, row_of = int64_at(table, step_table.INPUT_INDPTR), int64_at(table, step_table.INPUT_ROW_OF)
+def _compact_inputs(table, inputs):
+    """Write the input events of a step of `inputs` (batch, I) float32; True, without any, if one is not finite."""
+    numbers, (samples, size) = flat(inputs), inputs.shape
+    if first_not_finite(numbers, len(numbers)) >= 0:
+        return True
+    indptr = int64_at(table, step_table.INPUT_INDPTR)
     indices, values = int32_at(table, step_table.INPUT_INDICES), float32_at(table, step_table.INPUT_VALUES)
-    if len(symbols) > 0:
-        for symbol in symbols:
-            if not 0 <= symbol < len(indptr) - 1:
-                return True
-        row_of = symbols
-    else:
-        flat, (samples, size) = inputs.reshape(inputs.size), inputs.shape
-        if first_not_finite(flat, len(flat)) >= 0:
-            return True
-        for b in range(samples):
-            indptr[b + 1] = indptr[b] + compact_events(flat, b * size, 0, size, indices, values, indptr[b])
+    for b in range(samples):
+        indptr[b + 1] = indptr[b] + compact_events(numbers, b * size, 0, size, indices, values, indptr[b])
+    return False
+
+
+@inlined
+def _out_of_range(table, symbols):
+    """Whether one of `symbols` (batch,) int64 has no row in the embedding."""
+    rows = len(int64_at(table, step_table.INPUT_INDPTR)) - 1
+    bad = False
+    for symbol in symbols:
+        bad |= not 0 <= symbol < rows
+    return bad
+
+
+@inlined
+def _step(table, row_of, output):
+    """`step` in the floating-point mode that is set; sample b reads the input events of row `row_of[b]`.
+
+    Not compiled by itself, because it contains all of `run`.
+    """
+    indptr = int64_at(table, step_table.INPUT_INDPTR)
+    indices, values = int32_at(table, step_table.INPUT_INDICES), float32_at(table, step_table.INPUT_VALUES)
     numbers = int64_at(table, step_table.NUMBERS)
     n_layers, n_tiles = numbers[step_table.N_LAYERS], numbers[step_table.N_COLUMN_TILES]
     c, y = float32_at(table, step_table.CELLS), float32_at(table, step_table.OUTPUTS)
@@ -220,8 +244,8 @@ def _step(table, inputs, symbols, output):
     copy(float32_at(table, step_table.OUTPUTS_BEFORE), 0, y, 0, len(y))
     empty = float32_at(table, step_table.EMPTY)
     network = NetworkTables(
-        int64_at(table, step_table.LAYERS).reshape((n_layers, -1)),
-        int64_at(table, step_table.COLUMN_TILES).reshape((1, n_tiles, -1)),
+        int64_at(table, step_table.LAYERS, (n_layers,)),
+        int64_at(table, step_table.COLUMN_TILES, (1, n_tiles)),
         WeightPools(
             float32_at(table, step_table.VALUES),
             int32_at(table, step_table.INDEX),
@@ -231,8 +255,8 @@ def _step(table, inputs, symbols, output):
         float32_at(table, step_table.THRESHOLD),
         numbers[step_table.READOUT],
         numbers[step_table.READOUT_BIAS],
-        int64_at(table, step_table.UNIT_BOUNDS).reshape((-1, 2)),
-        int64_at(table, step_table.DRIVE_BEGINS).reshape((-1, 1)),
+        int64_at(table, step_table.UNIT_BOUNDS, (n_layers + 1,)),
+        int64_at(table, step_table.DRIVE_BEGINS, (n_layers + 1,)),
         numbers[step_table.DRIVE_PITCH],
     )
     buffers = RunBuffers(
@@ -244,23 +268,23 @@ def _step(table, inputs, symbols, output):
             int64_at(table, step_table.EVENT_BEGINS),
             int64_at(table, step_table.EVENT_COUNTS),
         ),
-        int64_at(table, step_table.LIST_BEGINS).reshape((1, -1)),
-        int64_at(table, step_table.LIST_COUNTS).reshape((1, -1)),
-        int32_at(table, step_table.GATED_INDICES).reshape((1, -1)),
-        float32_at(table, step_table.GATED_VALUES).reshape((1, -1)),
+        int64_at(table, step_table.LIST_BEGINS, (1,)),
+        int64_at(table, step_table.LIST_COUNTS, (1,)),
+        int32_at(table, step_table.GATED_INDICES, (1,)),
+        float32_at(table, step_table.GATED_VALUES, (1,)),
         Workspace(
-            int64_at(table, step_table.PANEL_BEGINS).reshape((1, -1)),
-            int32_at(table, step_table.PANEL_INDICES).reshape((1, -1)),
-            float32_at(table, step_table.PANEL_VALUES).reshape((1, -1)),
-            int32_at(table, step_table.SEGMENT_NUMBERS).reshape((1, 2, -1)),
-            float32_at(table, step_table.SEGMENT_FACTORS).reshape((1, 2, -1)),
-            float32_at(table, step_table.DENSE_INPUTS).reshape((1, -1)),
-            float32_at(table, step_table.TILE).reshape((1, -1)),
-            float32_at(table, step_table.BLAS_PRODUCT).reshape((1, -1)),
+            int64_at(table, step_table.PANEL_BEGINS, (1,)),
+            int32_at(table, step_table.PANEL_INDICES, (1,)),
+            float32_at(table, step_table.PANEL_VALUES, (1,)),
+            int32_at(table, step_table.SEGMENT_NUMBERS, (1, 2)),
+            float32_at(table, step_table.SEGMENT_FACTORS, (1, 2)),
+            float32_at(table, step_table.DENSE_INPUTS, (1,)),
+            float32_at(table, step_table.TILE, (1,)),
+            float32_at(table, step_table.BLAS_PRODUCT, (1,)),
         ),
     )
     outputs = RunOutputs(
-        output.reshape(output.size),
+        flat(output),
         empty,
         empty,
         int64_at(table, step_table.GRADED),
