@@ -91,7 +91,8 @@ def test_first_run_compiles_only_what_this_network_needs(compiled):
 
 def test_first_step_compiles_no_second_time_loop(compiled):
     assert "step" in compiled["step"] and "run" not in compiled["step"]
-    assert len(compiled["step"]) <= 12
+    # 5 functions when this was written.
+    assert len(compiled["step"]) <= 8
 
 
 @pytest.mark.parametrize("what", ["odd steps", "odd runs", "odd events", "strided events", "more samples"])

@@ -24,7 +24,7 @@ from eventrnn.backend import HostInputs, as_array, need_on_host
 from eventrnn.cpu import step_table
 from eventrnn.cpu.kernels.products import product_address, update_addresses
 from eventrnn.cpu.kernels.simd import LANES
-from eventrnn.cpu.kernels.time_loop import run, step, step_of_symbols
+from eventrnn.cpu.kernels.time_loop import run, run_address, step, step_of_symbols
 from eventrnn.cpu.memory import aligned_zeros
 from eventrnn.cpu.packing import check_format
 from eventrnn.cpu.plan import BLAS_PRODUCT, KernelPolicy, Layout, Plan, workspace
@@ -267,6 +267,7 @@ class CpuEngine:
             step_table.N_COLUMN_TILES: plan.column_tiles.shape[1],
             step_table.READOUT: plan.readout,
             step_table.READOUT_BIAS: layout.bias_begins[-1],
+            step_table.RUN: run_address(),
         }
         arrays = {
             step_table.NUMBERS: np.array([numbers[k] for k in range(len(numbers))], np.int64),

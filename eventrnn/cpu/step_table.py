@@ -48,5 +48,5 @@ from __future__ import annotations
     EMPTY,
 ) = range(40)
 
-# Entries of the int64 array NUMBERS.
-BATCH, CHUNK, DRIVE_PITCH, N_LAYERS, N_COLUMN_TILES, READOUT, READOUT_BIAS = range(7)
+# Entries of the int64 array NUMBERS; RUN is the address of the compiled `time_loop.run`.
+BATCH, CHUNK, DRIVE_PITCH, N_LAYERS, N_COLUMN_TILES, READOUT, READOUT_BIAS, RUN = range(8)

@@ -12,7 +12,18 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from eventrnn.cpu.kernel_cache import machine_code
-from eventrnn.cpu.tables import EventLists, RowEvents, ThreadTables, WeightPools, Workspace
+from eventrnn.cpu.tables import (
+    EventLists,
+    InputEvents,
+    NetworkTables,
+    RowEvents,
+    RunBuffers,
+    RunOutputs,
+    RunSize,
+    ThreadTables,
+    WeightPools,
+    Workspace,
+)
 from eventrnn.cpu.uninterrupted import uninterrupted
 
 
@@ -30,29 +41,35 @@ _FLOATS, _INTS, _LONGS = _array(types.float32), _array(types.int32), _array(type
 
 _POOLS = _record(WeightPools, values=_FLOATS, index=_INTS, pointers=_LONGS, biases=_FLOATS)
 
-_WORKSPACE = _record(
-    Workspace,
-    panel_begins=_LONGS,
-    panel_indices=_INTS,
-    panel_values=_FLOATS,
-    segment_numbers=_array(types.int32, 2),
-    segment_factors=_array(types.float32, 2),
-    dense_inputs=_FLOATS,
-    tile=_FLOATS,
-    blas_product=_FLOATS,
-)
+
+def _workspace(threads: int = 0) -> types.Type:
+    """The type of a workspace of one thread; with threads=1, of one with a leading axis of threads."""
+    return _record(
+        Workspace,
+        panel_begins=_array(types.int64, threads + 1),
+        panel_indices=_array(types.int32, threads + 1),
+        panel_values=_array(types.float32, threads + 1),
+        segment_numbers=_array(types.int32, threads + 2),
+        segment_factors=_array(types.float32, threads + 2),
+        dense_inputs=_array(types.float32, threads + 1),
+        tile=_array(types.float32, threads + 1),
+        blas_product=_array(types.float32, threads + 1),
+    )
+
+
+_LISTS = _record(EventLists, indices=_INTS, values=_FLOATS, begins=_LONGS, counts=_LONGS)
 
 _THREAD = _record(
     ThreadTables,
     column_tiles=_array(types.int64, 2),
     pools=_POOLS,
-    workspace=_WORKSPACE,
+    workspace=_workspace(),
     drive_pitch=types.int64,
 )
 
 _EVENTS = _record(
     RowEvents,
-    lists=_record(EventLists, indices=_INTS, values=_FLOATS, begins=_LONGS, counts=_LONGS),
+    lists=_LISTS,
     first=types.int64,
     per_row=types.int64,
     rows=types.int64,
@@ -99,6 +116,50 @@ GATING = (
 )
 
 
+_NETWORK = _record(
+    NetworkTables,
+    layers=_array(types.int64, 2),
+    column_tiles=_array(types.int64, 3),
+    pools=_POOLS,
+    threshold=_FLOATS,
+    readout=types.int64,
+    readout_bias=types.int64,
+    unit_bounds=_array(types.int64, 2),
+    drive_begins=_array(types.int64, 2),
+    drive_pitch=types.int64,
+)
+
+_INPUT = _record(InputEvents, indptr=_LONGS, indices=_INTS, values=_FLOATS, row_of=_LONGS)
+
+_BUFFERS = _record(
+    RunBuffers,
+    input_drives=_FLOATS,
+    recurrent_drives=_FLOATS,
+    events=_LISTS,
+    list_begins=_array(types.int64, 2),
+    list_counts=_array(types.int64, 2),
+    gated_indices=_array(types.int32, 2),
+    gated_values=_array(types.float32, 2),
+    workspace=_workspace(1),
+)
+
+_OUTPUTS = _record(RunOutputs, output=_FLOATS, events=_FLOATS, states=_FLOATS, graded=_LONGS, binary=_LONGS)
+
+#: types of the arguments of `time_loop.run`
+RUN = (
+    types.int64,  # thread
+    types.int64,  # n_threads
+    _LONGS,  # barrier
+    _NETWORK,  # network
+    _INPUT,  # inputs
+    _record(RunSize, **dict.fromkeys(RunSize._fields, types.int64)),  # size
+    _BUFFERS,  # buffers
+    _FLOATS,  # c
+    _FLOATS,  # y
+    _OUTPUTS,  # outputs
+)
+
+
 def _call(arguments: tuple[types.Type, ...], result: types.Type):
     """An intrinsic call(address, (argument, ...)) of kernels with these types; other types are refused by Numba."""
 
@@ -118,7 +179,7 @@ def _call(arguments: tuple[types.Type, ...], result: types.Type):
     return call
 
 
-call_product, call_update = _call(PRODUCT, types.none), _call(UPDATE, types.none)
+call_product, call_update, call_run = (_call(each, types.none) for each in (PRODUCT, UPDATE, RUN))
 
 call_gating = _call(GATING, types.int64)
 

@@ -17,11 +17,13 @@ every thread before it, so the lists of a row, read in order of threads, are in 
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from eventrnn.cpu import step_table
 from eventrnn.cpu.kernels.array_table import first_not_finite, flat, float32_at, int32_at, int64_at
-from eventrnn.cpu.kernels.by_address import call_gating, call_update
+from eventrnn.cpu.kernels.by_address import RUN, address_of, call_gating, call_run, call_update
 from eventrnn.cpu.kernels.cell_update import compact_events, count_events
 from eventrnn.cpu.kernels.float_mode import enter_standard_mode, leave_standard_mode
 from eventrnn.cpu.kernels.jit import compiled, inlined
@@ -183,6 +185,12 @@ def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, output
                 copy(drive_in, k * pitch + base, outputs.output, (t0 * batch + k) * n_outputs + low, high - low)
 
 
+@cache
+def run_address() -> int:
+    """Address of `run`, by which `step` calls it; compiled as for a call from Python."""
+    return address_of(run, RUN)
+
+
 @compiled
 def step(table, inputs, output):
     """One step on one thread, of the arrays that a table names (`step_table.py`); True if its result is refused.
@@ -231,10 +239,7 @@ def _out_of_range(table, symbols):
 
 @inlined
 def _step(table, row_of, output):
-    """`step` in the floating-point mode that is set; sample b reads the input events of row `row_of[b]`.
-
-    Not compiled by itself, because it contains all of `run`.
-    """
+    """`step` in the floating-point mode that is set; sample b reads the input events of row `row_of[b]`."""
     indptr = int64_at(table, step_table.INPUT_INDPTR)
     indices, values = int32_at(table, step_table.INPUT_INDICES), float32_at(table, step_table.INPUT_VALUES)
     numbers = int64_at(table, step_table.NUMBERS)
@@ -290,9 +295,10 @@ def _step(table, row_of, output):
         int64_at(table, step_table.GRADED),
         int64_at(table, step_table.BINARY),
     )
-    size = RunSize(1, 0, 1, numbers[step_table.BATCH], numbers[step_table.CHUNK])
+    size = RunSize(np.int64(1), np.int64(0), np.int64(1), numbers[step_table.BATCH], numbers[step_table.CHUNK])
     received = InputEvents(indptr, indices, values, row_of)
-    # Not the literals 0 and 1, for which Numba would compile another `run` than Python's.
+    # Numba types literals by themselves; the kernel takes numbers.
     thread, n_threads = np.int64(0), np.int64(1)
-    run(thread, n_threads, int64_at(table, step_table.BARRIER), network, received, size, buffers, c, y, outputs)
+    barrier = int64_at(table, step_table.BARRIER)
+    call_run(numbers[step_table.RUN], (thread, n_threads, barrier, network, received, size, buffers, c, y, outputs))
     return first_not_finite(c, len(c)) >= 0
