@@ -150,7 +150,7 @@ class Stepper(Protocol):
 
     steps: int
 
-    def step(self, inputs: np.ndarray) -> np.ndarray:
+    def __call__(self, inputs: np.ndarray) -> np.ndarray:
         """Run one step. Takes (batch, I) numbers or (batch,) symbols; returns a new array (batch, V or N) float32."""
         ...
 

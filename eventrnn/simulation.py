@@ -227,7 +227,7 @@ class Simulator:
                             moved = []
                             return self._whole_step(inputs, moved)
                     steps = stepper.steps
-                    return stepper.step(inputs)
+                    return stepper(inputs)
                 finally:
                     use.busy = False
         except BaseException:

@@ -64,7 +64,7 @@ class Stepper:
     def __reduce__(self):
         raise TypeError("stepper: holds addresses of its engine's memory and cannot be copied; copy the simulator")
 
-    def step(self, inputs: np.ndarray) -> np.ndarray:
+    def __call__(self, inputs: np.ndarray) -> np.ndarray:
         """Compute one step; see `backend.Stepper`."""
         given = inputs
         if (

@@ -52,7 +52,7 @@ class CudaStepper:
                 target.data.copy_from_device_async(flat.data, flat.nbytes)
             self.device.queue.synchronize()
 
-    def step(self, inputs: Any) -> Any:
+    def __call__(self, inputs: Any) -> Any:
         """One step; see `backend.Stepper`. Inputs on the GPU give an output on the GPU."""
         loop = self.loop
         prepared = self._on_gpu(inputs) if on_gpu(inputs) else None
