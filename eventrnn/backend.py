@@ -74,8 +74,8 @@ class HostInputs:
     def prepare(self, inputs: Any) -> Inputs:
         """See `Engine.prepare`. Numbers: O(size of the input); symbols: O(steps * batch).
 
-        Memory: beside the input, a copy of numbers that are not float32 and, for `dense`, a copy of all numbers; of
-        events and symbols that are not contiguous or read-only.
+        Memory: beside the input, a copy of symbols, of numbers that are not float32 and, for `dense`, of all numbers;
+        of events that are not contiguous or read-only.
         """
         need_on_host(inputs)
         if self.network.embedding is not None:
@@ -107,7 +107,8 @@ class HostInputs:
         symbols = len(self.network.embedding)
         if isinstance(inputs, Events):
             raise ValueError("inputs: got Events, but the network has an embedding; give symbols (steps, batch)")
-        array = number_array("inputs", inputs, "(steps, batch) for the embedding", ndim=2, kinds=WHOLE)
+        # Kernels read the copy that is checked: another thread may change the caller's symbols meanwhile.
+        array = number_array("inputs", inputs, "(steps, batch) for the embedding", ndim=2, kinds=WHOLE).copy()
         if array.size and not (0 <= array.min() and array.max() < symbols):
             bad = np.argwhere((array < 0) | (array >= symbols))[0]
             raise ValueError(f"inputs: got symbol {array[tuple(bad)]} at {tuple(map(int, bad))}; need 0..{symbols - 1}")

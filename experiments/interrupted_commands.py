@@ -83,14 +83,17 @@ class Commands:
             os.kill(process, signal.SIGINT)
             time.sleep(float(rng.uniform(0, 0.02)))
         code = _end_of(process, patience)
-        # A process that aborts, or crashes, says why there.
-        said = self.messages.read_text("utf-8", "replace") if self.messages.exists() else ""
-        if code == 1 and new and STARTING in said:
+        if code == 1 and new and STARTING in self._said():
             code = -signal.SIGINT
         fault = self._fault(folder, code)
-        if fault and said:
+        # A process that aborts, or crashes, says why there; so does one that went on with its run.
+        if fault and (said := self._said()):
             fault += f": …{said[-SAID:]}" if len(said) > SAID else f": {said}"
         return {"within": code != 0, "fault": f"{fault} (a new interpreter)" if fault and new else fault}
+
+    def _said(self) -> str:
+        """The messages of the last command."""
+        return self.messages.read_text("utf-8", "replace") if self.messages.exists() else ""
 
     def _fault(self, folder: Path, code: int | None) -> str:
         """What is wrong after a command that was interrupted, empty if nothing is."""

@@ -136,7 +136,12 @@ def inference(backend: str) -> list[bool]:
 
 
 def main(backend: str = "cuda", *, only: str = "", number: int | None = None) -> int:
-    """Run the cases, or those of inference or training only, of which `number` chooses one. Returns the exit code."""
+    """Run the cases, or those of inference or training only. Returns the exit code.
+
+    Raises ValueError for a number that is none of a case of training.
+    """
+    if number is not None and (only != "training" or not 0 <= number < len(TRAININGS)):
+        raise ValueError(f"number: got {number}, need training and one of its cases, 0 to {len(TRAININGS) - 1}")
     good = [] if only == "training" else inference(backend)
     if backend == "cuda" and only != "inference":
         for k, case in enumerate(TRAININGS):

@@ -9,6 +9,7 @@ import pytest
 
 from eventrnn import CSR, NM, BlockCSR, Dense, Network, Simulator, simulate
 from eventrnn._arrays import hold
+from eventrnn.cpu import step_table
 
 FORMATS = {
     "dense": Dense.from_dense,
@@ -145,3 +146,12 @@ def test_arrays_are_held_together_with_what_they_are_views_of_and_only_as_long_a
     views[0][...] = 2
     views[1][...] = 3
     assert not constant.flags.writeable
+
+
+def test_kernels_read_a_copy_of_symbols():
+    simulator = Simulator(network_of("dense"), batch=2)
+    # The events of the used rows of the embedding first, then of the whole embedding.
+    for _ in range(2):
+        assert not np.shares_memory(simulator.engine.prepare(SYMBOLS).values, SYMBOLS)
+    simulator.step(SYMBOLS[0])
+    assert np.array_equal(simulator._stepper.arrays[step_table.INPUT_ROW_OF], SYMBOLS[0])

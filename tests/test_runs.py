@@ -236,6 +236,11 @@ def test_a_checkpoint_of_a_version_without_a_setting_goes_on_with_its_default(tm
     load_checkpoint(small_trainer(), tmp_path / "c")
     with pytest.raises(CheckpointError, match="settings.patience: 0 in the checkpoint, 3 now"):
         load_checkpoint(small_trainer(patience=3), tmp_path / "c")
+    # The version without it drew other noise.
+    del identity["settings"]["backend"]
+    save_checkpoint(trainer, tmp_path / "c")
+    with pytest.raises(CheckpointError, match="settings.backend"):
+        load_checkpoint(small_trainer(), tmp_path / "c")
 
 
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -14,6 +15,7 @@ import numba
 import numpy as np
 import pytest
 from numba.core import event, types
+from numba.core.compiler_lock import global_compiler_lock
 
 from eventrnn.cpu.kernels import jit
 from eventrnn.cpu.kernels.by_address import address_of
@@ -82,30 +84,57 @@ def test_an_exception_of_a_handler_is_raised_when_the_call_has_returned():
     assert ended == [True]
 
 
-@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), Stop()])
-def test_a_thread_that_does_not_start_is_replaced_and_an_exception_before_it_leaves_the_call_undone(error):
+def test_where_the_system_starts_no_thread_the_main_thread_makes_the_call():
+    before = threading.stack_size(1 << 50)
+    try:
+        assert uninterrupted(ident) == ident()
+    finally:
+        threading.stack_size(before)
+
+
+# A RuntimeError is also what Python raises where the system starts no thread.
+@pytest.mark.parametrize("error", [Stop(), RuntimeError("of a handler")])
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_exception_of_a_handler_while_the_thread_starts_is_raised(begun, error):
+    def interrupted(function, arguments) -> None:
+        if begun:
+            thread = threading.Thread(target=function, args=arguments)
+            thread.start()
+            thread.join()
+        raise error
+
     calls: list[int] = []
-    with patch.object(threading.Thread, "start", side_effect=error):
-        if isinstance(error, Stop):
-            with pytest.raises(Stop):
-                uninterrupted(lambda: calls.append(1))
-        else:
-            uninterrupted(lambda: calls.append(1))
-    assert calls == ([] if isinstance(error, Stop) else [1])
-
-
-def test_an_exception_while_a_thread_starts_waits_for_it():
-    start = threading.Thread.start
-
-    def interrupted(thread: threading.Thread) -> None:
-        start(thread)
-        time.sleep(0.02)
-        raise Stop
-
-    calls: list[int] = []
-    with patch.object(threading.Thread, "start", interrupted), pytest.raises(Stop):
+    with patch("eventrnn.cpu.uninterrupted.start_new_thread", interrupted), pytest.raises(type(error)) as raised:
         uninterrupted(lambda: calls.append(1))
-    assert calls == [1]
+    assert raised.value is error and calls == [1] * begun
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_that_was_forked_while_another_thread_compiled_is_told():
+    locked, over = threading.Event(), threading.Event()
+
+    def compile_something() -> None:
+        with global_compiler_lock:
+            locked.set()
+            over.wait()
+
+    thread = threading.Thread(target=compile_something)
+    thread.start()
+    locked.wait()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        try:
+            uninterrupted(ident)
+        except RuntimeError as error:
+            os._exit(7 if "forked while another thread compiled" in str(error) else 1)
+        finally:
+            os._exit(1)
+    over.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert uninterrupted(ident) != ident()
 
 
 def test_every_way_to_compile_a_kernel_leaves_the_main_thread():

@@ -42,6 +42,22 @@ def inputs(steps: int, symbols: bool = False) -> np.ndarray:
 # --- a simulator ----------------------------------------------------------------------------------------------------
 
 
+def test_a_step_of_inputs_that_another_thread_has_put_right_is_not_made(monkeypatch):
+    simulator, x = Simulator(drawn(), batch=2), inputs(3)
+    simulator.step(x[0])
+    before, check = simulator.state, simulator._stepper.check
+    x[1, 0, 0] = np.nan
+
+    def changed(given):
+        given[:] = 0
+        return check(given)
+
+    monkeypatch.setattr(simulator._stepper, "check", changed)
+    with pytest.raises(ValueError, match="another thread changed them"):
+        simulator.step(x[1])
+    assert_same_state(simulator.state, before)
+
+
 @pytest.mark.parametrize("symbols", [False, True])
 @pytest.mark.parametrize("place", ["before", "after"])
 def test_a_step_that_raises_is_not_made(place, symbols, monkeypatch):

@@ -11,6 +11,7 @@ steps is raised, which is the last thing it does. Whatever is raised before leav
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import numpy as np
 
@@ -99,7 +100,8 @@ class Stepper:
         return self.check(inputs)
 
     @standard_arithmetic
-    def _refuse(self, inputs: np.ndarray) -> None:
-        """Say what the kernel found in the inputs, or else in the cells that it wrote."""
+    def _refuse(self, inputs: np.ndarray) -> NoReturn:
+        """Raise for what the kernel found in the inputs, or else in the cells that it wrote."""
         self.check(inputs)
         need_finite_cells(self.states[~self.steps & 1][0])
+        raise ValueError("inputs: another thread changed them during the step; give each thread arrays of its own")

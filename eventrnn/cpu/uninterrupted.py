@@ -5,11 +5,16 @@ an exception there. One that comes between the making of an LLVM object and the 
 lock of LLVM and noting that, leaves a process that later crashes or waits for ever. Of processes that were interrupted
 while they loaded kernels for a first run, 7 of 440 ended so, and 0 of 802 with the thread below (llvmlite 0.50.0).
 Kernels are therefore compiled, and read from disk, on another thread.
+
+`Thread.start` does not stand such an exception either: one in its wait for the new thread could leave that thread, and
+then the end of the process, waiting for ever. `start_new_thread` is a single call of the interpreter.
 """
 
 from __future__ import annotations
 
+import os
 import threading
+from _thread import start_new_thread
 from collections.abc import Callable
 from contextvars import copy_context
 from functools import wraps
@@ -29,10 +34,18 @@ def uninterrupted(function: Callable[[], R]) -> R:
 
     A main thread that holds the lock of the compiler calls the function itself, because the other thread would wait for
     the lock: it compiles a function of the user's that contains a kernel.
+
+    Raises RuntimeError in a process that was forked while another thread compiled.
     """
-    if threading.current_thread() is not threading.main_thread() or global_compiler_lock.is_locked():
+    if _LEFT_LOCKED:
+        raise RuntimeError(
+            "kernels: this process was forked while another thread compiled, and cannot compile; fork when the kernels "
+            "are compiled, or start the process by spawn"
+        )
+    if threading.get_ident() != threading.main_thread().ident or global_compiler_lock.is_locked():
         return function()
-    # Taken by whichever comes first: the thread that begins, or this one, which gives up before it.
+    # Taken by whichever comes first: the thread that begins, or this one, which gives up before it. It is taken by
+    # `del`, because a signal handler may run after every call.
     permission: list[None] = [None]
     results: list[R] = []
     errors: list[BaseException] = []
@@ -43,7 +56,7 @@ def uninterrupted(function: Callable[[], R]) -> R:
 
     def work() -> None:
         try:
-            permission.pop()
+            del permission[0]
         except IndexError:
             return
         try:
@@ -53,33 +66,46 @@ def uninterrupted(function: Callable[[], R]) -> R:
         finally:
             ended.put(None)
 
-    thread = threading.Thread(target=work)
     try:
-        thread.start()
+        start_new_thread(work, ())
     except BaseException as error:
-        if _took(permission):
-            if isinstance(error, RuntimeError):
-                # The system starts no more threads.
+        try:
+            del permission[0]
+        except IndexError:
+            handlers += [error]
+        else:
+            if _is_refusal(error):
                 return function()
             raise
-        handlers.append(error)
     while not (results or errors):
         try:
             ended.get()
         except BaseException as error:
-            handlers.append(error)
-    thread.join()
+            handlers += [error]
     if handlers or errors:
         raise (handlers or errors)[0]
     return results[0]
 
 
-def _took(permission: list[None]) -> bool:
-    try:
-        permission.pop()
-    except IndexError:
-        return False
-    return True
+def _is_refusal(error: BaseException) -> bool:
+    """Whether the system starts no more threads. A RuntimeError of a signal handler has a frame of the handler."""
+    trace = error.__traceback__
+    return isinstance(error, RuntimeError) and trace is not None and trace.tb_next is None
+
+
+# Has an entry if this process was forked while a thread that it does not have held the lock of the compiler.
+_LEFT_LOCKED: list[None] = []
+
+
+def _look_at_lock() -> None:
+    if global_compiler_lock._lock.acquire(blocking=False):
+        global_compiler_lock._lock.release()
+    else:
+        _LEFT_LOCKED.append(None)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_look_at_lock)
 
 
 def compile_uninterrupted(dispatcher: Any) -> None:

@@ -27,6 +27,9 @@ FORMAT = "eventrnn checkpoint"
 
 VERSION = "1"
 
+# Settings that the first version did not have. It drew noise in another way, so that its runs cannot go on.
+SINCE_NOISE_BY_PLACE = ("backend", "precision")
+
 
 class CheckpointError(ValueError):
     """The file is missing, damaged, or belongs to another run; the message says which."""
@@ -63,7 +66,8 @@ def load_checkpoint(trainer: Trainer, path: str | os.PathLike) -> dict[str, Any]
     """
     arrays, record = read_checkpoint(path)
     now, then = json.loads(json.dumps(trainer.identity())), record["identity"]
-    _add_defaults(_settings(then), json.loads(json.dumps(asdict(Settings()))))
+    defaults = json.loads(json.dumps(asdict(Settings())))
+    _add_defaults(_settings(then), {name: defaults[name] for name in defaults if name not in SINCE_NOISE_BY_PLACE})
     threads_now, threads_then = (_settings(identity).pop("threads", None) for identity in (now, then))
     changed = differences(now, then)
     if changed:
@@ -122,7 +126,7 @@ def _settings(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _add_defaults(settings: dict[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Add settings that the version that wrote a checkpoint did not have. Their defaults do what it did."""
+    """Add settings that the version that wrote a checkpoint did not have, whose defaults do what it did."""
     for name, value in defaults.items():
         if isinstance(value, dict) and isinstance(settings.get(name), dict):
             _add_defaults(settings[name], value)

@@ -200,7 +200,7 @@ def step(table, inputs, output):
     floating-point mode.
     """
     mode = enter_standard_mode()
-    refused = _compact_inputs(table, inputs) or _step(table, int64_at(table, step_table.INPUT_ROW_OF), output)
+    refused = _compact_inputs(table, inputs) or _step(table, output)
     leave_standard_mode(mode)
     return refused
 
@@ -209,7 +209,7 @@ def step(table, inputs, output):
 def step_of_symbols(table, symbols, output):
     """`step` of a network with an embedding: it takes `symbols` (batch,) int64, and is refused for one out of range."""
     mode = enter_standard_mode()
-    refused = _out_of_range(table, symbols) or _step(table, symbols, output)
+    refused = _select_rows(table, symbols) or _step(table, output)
     leave_standard_mode(mode)
     return refused
 
@@ -228,19 +228,23 @@ def _compact_inputs(table, inputs):
 
 
 @inlined
-def _out_of_range(table, symbols):
-    """Whether one of `symbols` (batch,) int64 has no row in the embedding."""
-    rows = len(int64_at(table, step_table.INPUT_INDPTR)) - 1
+def _select_rows(table, symbols):
+    """Copy `symbols` (batch,) int64, the rows of the embedding that a step reads; True if there is no such row.
+
+    The copy is checked and read: another thread may change the symbols meanwhile.
+    """
+    row_of, rows = int64_at(table, step_table.INPUT_ROW_OF), len(int64_at(table, step_table.INPUT_INDPTR)) - 1
     bad = False
-    for symbol in symbols:
-        bad |= not 0 <= symbol < rows
+    for b in range(len(symbols)):
+        row_of[b] = symbols[b]
+        bad |= not 0 <= row_of[b] < rows
     return bad
 
 
 @inlined
-def _step(table, row_of, output):
+def _step(table, output):
     """`step` in the floating-point mode that is set; sample b reads the input events of row `row_of[b]`."""
-    indptr = int64_at(table, step_table.INPUT_INDPTR)
+    indptr, row_of = int64_at(table, step_table.INPUT_INDPTR), int64_at(table, step_table.INPUT_ROW_OF)
     indices, values = int32_at(table, step_table.INPUT_INDICES), float32_at(table, step_table.INPUT_VALUES)
     numbers = int64_at(table, step_table.NUMBERS)
     n_layers, n_tiles = numbers[step_table.N_LAYERS], numbers[step_table.N_COLUMN_TILES]
