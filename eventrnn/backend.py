@@ -81,7 +81,7 @@ class HostInputs:
         if self.network.embedding is not None:
             return self._symbols(inputs)
         if not isinstance(inputs, Events):
-            dense = self._dense(inputs)
+            dense = _numbers(inputs, self.size, "steps, batch")
             if self.dense:
                 # A dense engine must see +0 where an event list has nothing, so that -0 becomes +0.
                 dense = np.ascontiguousarray(dense) + np.float32(0)
@@ -93,27 +93,12 @@ class HostInputs:
         events = Events(indptr, indices, values, inputs.shape)
         return Inputs(InputKind.EVENTS, *events.shape, table=events)
 
-    def _dense(self, inputs: Any) -> np.ndarray:
-        """Numbers (steps, batch, size) as float32, after their checks."""
-        shape = f"(steps, batch, {self.size})"
-        array = number_array("inputs", inputs, shape, ndim=3)
-        if array.shape[2] != self.size:
-            raise ValueError(f"inputs: got {array.dtype} {array.shape}, need numbers {shape}")
-        return float32_array("inputs", array, shape)
-
     def _symbols(self, inputs: Any) -> Inputs:
         """Symbols (steps, batch) with the events of the embedding, after their checks."""
         assert self.network.embedding is not None
-        symbols = len(self.network.embedding)
-        if isinstance(inputs, Events):
-            raise ValueError("inputs: got Events, but the network has an embedding; give symbols (steps, batch)")
-        # Kernels read the copy that is checked: another thread may change the caller's symbols meanwhile.
-        array = number_array("inputs", inputs, "(steps, batch) for the embedding", ndim=2, kinds=WHOLE).copy()
-        if array.size and not (0 <= array.min() and array.max() < symbols):
-            bad = np.argwhere((array < 0) | (array >= symbols))[0]
-            raise ValueError(f"inputs: got symbol {array[tuple(bad)]} at {tuple(map(int, bad))}; need 0..{symbols - 1}")
+        array = _symbols(inputs, len(self.network.embedding), "steps, batch")
         steps, batch = map(int, array.shape)
-        rows, table = self._used_rows(_for_kernels(array.astype(np.int64, copy=False)))
+        rows, table = self._used_rows(_for_kernels(array))
         return Inputs(InputKind.SYMBOLS, steps, batch, self.size, values=rows, table=table)
 
     def _used_rows(self, symbols: np.ndarray) -> tuple[np.ndarray, Events]:
@@ -130,6 +115,37 @@ class HostInputs:
             if self.gathered < len(embedding):
                 return rows.reshape(symbols.shape), Events.from_dense(embedding[used][:, None, :])
         return symbols, self.symbol_events
+
+
+def step_array(network: Network, inputs: Any) -> np.ndarray:
+    """The inputs of one step, (batch, I) float32 or (batch,) int64, after the checks of `HostInputs.prepare`."""
+    need_on_host(inputs)
+    if network.embedding is None:
+        return _numbers(as_array(inputs), network.layers[0].inputs, "batch")
+    return _symbols(as_array(inputs), len(network.embedding), "batch")
+
+
+def _numbers(inputs: Any, size: int, axes: str) -> np.ndarray:
+    """Numbers (axes, size) as float32, after their checks."""
+    shape = f"({axes}, {size})"
+    array = number_array("inputs", inputs, shape, ndim=shape.count(",") + 1)
+    if array.shape[-1] != size:
+        raise ValueError(f"inputs: got {array.dtype} {array.shape}, need numbers {shape}")
+    return float32_array("inputs", array, shape)
+
+
+def _symbols(inputs: Any, symbols: int, axes: str) -> np.ndarray:
+    """Symbols (axes) as int64, after their checks."""
+    shape = f"({axes})" if "," in axes else f"({axes},)"
+    if isinstance(inputs, Events):
+        raise ValueError(f"inputs: got Events, but the network has an embedding; give symbols {shape}")
+    # Kernels read the copy that is checked: another thread may change the caller's symbols meanwhile.
+    ndim = axes.count(",") + 1
+    array = number_array("inputs", inputs, f"{shape} for the embedding", ndim=ndim, kinds=WHOLE).copy()
+    if array.size and not (0 <= array.min() and array.max() < symbols):
+        bad = np.argwhere((array < 0) | (array >= symbols))[0]
+        raise ValueError(f"inputs: got symbol {array[tuple(bad)]} at {tuple(map(int, bad))}; need 0..{symbols - 1}")
+    return array.astype(np.int64, copy=False)
 
 
 def _for_kernels(array: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from eventrnn._arithmetic import standard_arithmetic
 from eventrnn._arrays import hold
 from eventrnn._checks import need_choice, need_kind, need_names, need_whole
 from eventrnn._exclusive import Use, exclusive
-from eventrnn.backend import INEXACT, Backend, Stepper, as_array, get_backend, need_on_host
+from eventrnn.backend import INEXACT, Backend, Stepper, as_array, get_backend, need_on_host, step_array
 from eventrnn.events import Events
 from eventrnn.network import Network
 from eventrnn.state import FireCounts, Inputs, State, Trace, on_gpu
@@ -213,7 +213,8 @@ class Simulator:
         Raises as `run` does; the state then stays as it was.
         """
         # What `exclusive` does, without the cost of its call.
-        use, stepper, steps, moved = self._use, None, 0, None
+        # No stepper has made -2 steps, so nothing is taken back before `steps` is read.
+        use, stepper, steps, moved = self._use, None, -2, None
         try:
             with use.lock:
                 if use.busy:
@@ -293,9 +294,8 @@ class Simulator:
     @standard_arithmetic
     def _whole_step(self, inputs: np.ndarray, moved: list[State]) -> np.ndarray:
         """A step that is a run of one step."""
-        need_on_host(inputs)
         before = self._present()
-        trace = self._trace(self.engine.prepare(as_array(inputs)[None]), before, False, False)
+        trace = self._trace(self.engine.prepare(step_array(self.network, inputs)[None]), before, False, False)
         self._move(before, trace.state, moved)
         return trace.output[0]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import threading
 from unittest.mock import patch
 
 import numpy as np
@@ -240,21 +239,3 @@ def test_more_threads_than_cores_finish_with_the_same_bits(variant):
     x = rng.standard_normal((60, 2, 20)).astype(np.float32)
     expected = simulate(network, x, record=RECORDABLE)
     assert_same(expected, simulate(network, x, threads=8, record=RECORDABLE))
-
-
-def test_threads_that_cannot_be_started_are_refused_before_any_run(monkeypatch):
-    """If a thread were missing during a run, the others would wait at their barrier for ever."""
-    start, started = threading.Thread.start, []
-
-    def limited(thread):
-        if len(started) == 2:
-            raise RuntimeError("can't start new thread")
-        started.append(thread)
-        start(thread)
-
-    monkeypatch.setattr(threading.Thread, "start", limited)
-    network = Network.random([64], inputs=8, rng=np.random.default_rng(0))
-    with pytest.raises(RuntimeError, match="threads: asked for 5, but the system starts no more"):
-        cpu.CpuBackend().engine(network, threads=5)
-    for thread in started:
-        thread.join()

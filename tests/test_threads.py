@@ -53,7 +53,7 @@ def test_a_thread_that_fails_lets_the_others_go(failing):
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_an_exception_between_two_starts_lets_the_started_threads_go(which):
     team, met = Team(4), []
-    mailboxes = team._crew.mailboxes
+    worker = team._crew.workers[which]
 
     class Interrupted:
         """A mailbox at which a signal handler raises."""
@@ -61,10 +61,10 @@ def test_an_exception_between_two_starts_lets_the_started_threads_go(which):
         def put(self, task):
             raise Fault
 
-    mailboxes[which], own = Interrupted(), mailboxes[which]
+    worker.mailbox, own = Interrupted(), worker.mailbox
     with pytest.raises(Fault):
         team.run(meet, met, barrier=True)
-    mailboxes[which] = own
+    worker.mailbox = own
     assert not met
     assert meets(team)
 
@@ -107,10 +107,49 @@ def test_a_wait_that_an_interrupt_took_away_is_made_up_for_by_the_next_call(monk
     assert not met
 
 
+def ended(worker):
+    """Wait until a worker has ended."""
+    deadline = time.monotonic() + 60
+    while worker.is_alive():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+# A RuntimeError is also what Python raises where the system starts no thread.
+@pytest.mark.parametrize("error", [Fault(), RuntimeError("of a handler")])
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_exception_of_a_handler_while_a_worker_starts_is_raised_and_leaves_no_worker(monkeypatch, begun, error):
+    begin, workers = threads.start_new_thread, []
+
+    def interrupted(function, arguments):
+        workers.append(function.__self__)
+        if begun or len(workers) == 1:
+            begin(function, arguments)
+        if len(workers) == 2:
+            raise error
+
+    monkeypatch.setattr(threads, "start_new_thread", interrupted)
+    with pytest.raises(type(error)) as raised:
+        Team(4)
+    assert raised.value is error and len(workers) == 2
+    for worker in workers[: 1 + begun]:
+        ended(worker)
+
+
+def test_where_the_system_starts_no_thread_the_message_says_so():
+    before = threading.stack_size(1 << 50)
+    try:
+        with pytest.raises(RuntimeError, match="asked for 2, but the system starts no more"):
+            Team(2)
+    finally:
+        threading.stack_size(before)
+
+
 def test_a_worker_that_died_is_replaced():
     team = Team(3)
-    team._crew.mailboxes[1].put(None)
-    team._crew.threads[1].join()
+    worker = team._crew.workers[1]
+    worker.mailbox.put(None)
+    ended(worker)
     assert meets(team)
 
 
@@ -156,7 +195,7 @@ def test_two_callers_of_a_team_take_turns():
 
 def test_workers_end_with_their_team_and_keep_no_array():
     team, array = Team(3), np.zeros(3)
-    workers, idle = team._crew.threads, sys.getrefcount(array)
+    workers, idle = team._crew.workers, sys.getrefcount(array)
 
     def use(thread, n_threads, given):
         given[thread] = 1
@@ -167,8 +206,7 @@ def test_workers_end_with_their_team_and_keep_no_array():
     del team
     gc.collect()
     for worker in workers:
-        worker.join(60)
-        assert not worker.is_alive()
+        ended(worker)
 
 
 def test_disabled_compilation_is_refused(monkeypatch):

@@ -303,14 +303,29 @@ def test_a_step_takes_numbers_of_every_layout(layout):
     assert np.array_equal(found, simulate(network, x).output)
     before = simulator.state
     for bad, message in [
-        (np.full((2, 6), 1e300), r"inputs as float32: got inf at position \(0, 0, 0\)"),
-        (np.full((2, 6), np.nan), r"inputs: got nan at position \(0, 0, 0\)"),
-        (np.zeros((2, 5)), r"inputs: got float64 \(1, 2, 5\), need numbers"),
+        (np.full((2, 6), 1e300), r"inputs as float32: got inf at position \(0, 0\)"),
+        (np.full((2, 6), np.nan), r"inputs: got nan at position \(0, 0\)"),
+        (np.zeros((2, 5)), r"inputs: got float64 \(2, 5\), need numbers \(batch, 6\)"),
         (np.zeros((1, 6)), "inputs: got a batch of 1"),
     ]:
         with pytest.raises(ValueError, match=message):
             simulator.step(bad)
     assert_same_state(simulator.state, before)
+
+
+# The engine of the reference has no stepper; a step is a run of one step there.
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_the_messages_of_a_step_describe_the_array_that_was_given(backend):
+    simulator, words = (Simulator(drawn(symbols), batch=2, backend=backend) for symbols in (False, True))
+    for one, bad, message in [
+        (simulator, np.zeros(6, np.float32), r"got float32 \(6,\), need .*\(batch, 6\)"),
+        (simulator, inputs(1), r"got float32 \(1, 2, 6\), need .*\(batch, 6\)"),
+        (simulator, np.full((2, 6), np.inf, np.float32), r"got inf at position \(0, 0\)"),
+        (words, np.array([3, 7]), r"got symbol 7 at \(1,\); need 0\.\.4"),
+        (words, np.array([[3, 4]]), r"got int64 \(1, 2\), need .*\(batch,\) for the embedding"),
+    ]:
+        with pytest.raises(ValueError, match="inputs: " + message):
+            one.step(bad)
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -20,7 +20,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from eventrnn._exclusive import Use, exclusive
-from eventrnn.backend import HostInputs, as_array, need_on_host
+from eventrnn.backend import HostInputs, step_array
 from eventrnn.cpu import step_table
 from eventrnn.cpu.kernels.products import product_address, update_addresses
 from eventrnn.cpu.kernels.simd import LANES
@@ -312,14 +312,11 @@ class CpuEngine:
             step_table.EMPTY: np.zeros(0, np.float32),
         }
 
-        dense_inputs = HostInputs(network, dense=True, whole=True)
-
         def check(inputs) -> np.ndarray:
-            need_on_host(inputs)
-            prepared = dense_inputs.prepare(as_array(inputs)[None])
-            if prepared.batch != batch:
-                raise ValueError(f"inputs: got a batch of {prepared.batch}, but the simulator was made for {batch}")
-            return prepared.values[0]
+            array = step_array(network, inputs)
+            if len(array) != batch:
+                raise ValueError(f"inputs: got a batch of {len(array)}, but the simulator was made for {batch}")
+            return np.array(array, order="C")
 
         return Stepper(
             step_of_symbols if symbols else step,

@@ -7,12 +7,13 @@ a handler of SIGALRM, no memory), or within a thread. The barrier is then abando
 
 from __future__ import annotations
 
+import os
 import weakref
+from _thread import start_new_thread
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 from queue import Empty, SimpleQueue
-from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from eventrnn._arithmetic import set_standard_mode
 from eventrnn._exclusive import Use, exclusive
 from eventrnn.backend import BackendUnavailable
 from eventrnn.cpu.kernels.sync import ABANDONED
+from eventrnn.cpu.uninterrupted import is_refusal
 
 # Seconds after which a wait for the workers looks at the state again. A worker wakes the waiting thread at once; the
 # time matters only where a signal handler has taken that message away.
@@ -78,26 +80,53 @@ class Job:
         self.wait(len(self.begun))
 
 
-class Crew:
-    """The workers of a team: threads that take jobs from a mailbox each.
+class Worker:
+    """A thread that takes jobs from its mailbox until it gets None. It keeps no process from exiting.
 
-    They are daemons, so that no worker keeps a process from exiting.
+    `work` is started by a single call of the interpreter: `threading.Thread.start` does not stand an exception of a
+    signal handler (`uninterrupted.py`).
+    """
+
+    def __init__(self):
+        self.mailbox: SimpleQueue = SimpleQueue()
+        self.process, self.ended = os.getpid(), False
+
+    def is_alive(self) -> bool:
+        """Whether the thread can take a job. The process after a fork has no threads of the one before."""
+        return not self.ended and self.process == os.getpid()
+
+    def work(self) -> None:
+        """Do what the thread does."""
+        try:
+            # A new thread has the floating-point mode of the one that started it.
+            set_standard_mode()
+            while (task := self.mailbox.get()) is not None:
+                job, thread = task
+                job.share(thread)
+                # No arrays are kept alive while the worker waits.
+                del job, task
+        finally:
+            self.ended = True
+
+
+class Crew:
+    """The workers of a team.
 
     Raises RuntimeError where the system starts no more threads.
     """
 
     def __init__(self, workers: int):
         self.job: Job | None = None
-        self.mailboxes: list[SimpleQueue] = [SimpleQueue() for _ in range(workers)]
-        self.threads = [Thread(target=_work, args=(mailbox,), daemon=True) for mailbox in self.mailboxes]
+        self.workers = [Worker() for _ in range(workers)]
         try:
-            for thread in self.threads:
-                thread.start()
-        except RuntimeError as error:
+            for worker in self.workers:
+                start_new_thread(worker.work, ())
+        except BaseException as error:
             self.dismiss()
-            raise RuntimeError(f"threads: asked for {workers + 1}, but the system starts no more ({error})") from error
-        except BaseException:
-            self.dismiss()
+            if is_refusal(error):
+                raise RuntimeError(
+                    f"threads: asked for {workers + 1}, but the system starts no more ({error})"
+                ) from error
             raise
 
     def dismiss(self) -> None:
@@ -105,19 +134,8 @@ class Crew:
         if self.job is not None:
             self.job.cancelled = True
             self.job.abandon()
-        for mailbox in self.mailboxes:
-            mailbox.put(None)
-
-
-def _work(mailbox: SimpleQueue) -> None:
-    """A worker: takes (job, thread) from its mailbox until it gets None."""
-    # A new thread has the floating-point mode of the one that started it.
-    set_standard_mode()
-    while (task := mailbox.get()) is not None:
-        job, thread = task
-        job.share(thread)
-        # No arrays are kept alive while the worker waits.
-        del job, task
+        for worker in self.workers:
+            worker.mailbox.put(None)
 
 
 class Team:
@@ -194,10 +212,10 @@ class Team:
         crew = self._ready()
         crew.job = job = Job(function, barrier)
         try:
-            for thread, mailbox in enumerate(crew.mailboxes, start=1):
-                mailbox.put((job, thread))
+            for thread, worker in enumerate(crew.workers, start=1):
+                worker.mailbox.put((job, thread))
             function(0)
-            job.wait(len(crew.mailboxes))
+            job.wait(len(crew.workers))
         except BaseException:
             job.abandon()
             _end(crew)
@@ -212,7 +230,7 @@ class Team:
         """The workers, all of them alive and none at work."""
         crew = self._crew
         assert crew is not None
-        alive = [thread.is_alive() for thread in crew.threads]
+        alive = [worker.is_alive() for worker in crew.workers]
         if crew.job is not None and any(alive):
             # An exception came while the last call ended.
             _end(crew)

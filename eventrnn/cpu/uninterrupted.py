@@ -74,7 +74,7 @@ def uninterrupted(function: Callable[[], R]) -> R:
         except IndexError:
             handlers += [error]
         else:
-            if _is_refusal(error):
+            if is_refusal(error):
                 return function()
             raise
     while not (results or errors):
@@ -87,7 +87,7 @@ def uninterrupted(function: Callable[[], R]) -> R:
     return results[0]
 
 
-def _is_refusal(error: BaseException) -> bool:
+def is_refusal(error: BaseException) -> bool:
     """Whether the system starts no more threads. A RuntimeError of a signal handler has a frame of the handler."""
     trace = error.__traceback__
     return isinstance(error, RuntimeError) and trace is not None and trace.tb_next is None

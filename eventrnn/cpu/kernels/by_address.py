@@ -42,18 +42,18 @@ _FLOATS, _INTS, _LONGS = _array(types.float32), _array(types.int32), _array(type
 _POOLS = _record(WeightPools, values=_FLOATS, index=_INTS, pointers=_LONGS, biases=_FLOATS)
 
 
-def _workspace(threads: int = 0) -> types.Type:
-    """The type of a workspace of one thread; with threads=1, of one with a leading axis of threads."""
+def _workspace(leading_axes: int = 0) -> types.Type:
+    """The type of a workspace of one thread; with one leading axis, of those of all threads."""
     return _record(
         Workspace,
-        panel_begins=_array(types.int64, threads + 1),
-        panel_indices=_array(types.int32, threads + 1),
-        panel_values=_array(types.float32, threads + 1),
-        segment_numbers=_array(types.int32, threads + 2),
-        segment_factors=_array(types.float32, threads + 2),
-        dense_inputs=_array(types.float32, threads + 1),
-        tile=_array(types.float32, threads + 1),
-        blas_product=_array(types.float32, threads + 1),
+        panel_begins=_array(types.int64, leading_axes + 1),
+        panel_indices=_array(types.int32, leading_axes + 1),
+        panel_values=_array(types.float32, leading_axes + 1),
+        segment_numbers=_array(types.int32, leading_axes + 2),
+        segment_factors=_array(types.float32, leading_axes + 2),
+        dense_inputs=_array(types.float32, leading_axes + 1),
+        tile=_array(types.float32, leading_axes + 1),
+        blas_product=_array(types.float32, leading_axes + 1),
     )
 
 
@@ -169,9 +169,12 @@ def _call(arguments: tuple[types.Type, ...], result: types.Type):
             convention = context.call_conv
             kind = convention.get_function_type(result, arguments)
             function = builder.inttoptr(args[0], kind.as_pointer())
-            _, value = convention.call_function(
+            status, value = convention.call_function(
                 builder, function, result, arguments, cgutils.unpack_tuple(builder, args[1], len(arguments))
             )
+            # Kernels raise nothing by themselves, but Numba makes them, where it is told to check every index.
+            with builder.if_then(status.is_error, likely=False):
+                convention.return_status_propagate(builder, status)
             return context.get_dummy_value() if result == types.none else value
 
         return result(types.int64, types.BaseTuple.from_types(arguments)), generate
