@@ -1,4 +1,4 @@
-"""Event cells: the table of symbols, the equations of one unit, and the surrogate derivatives.
+"""Cells: the table of symbols, the equations of one unit, and the surrogate derivatives.
 
 Everything here is plain Python over NumPy values, and works on scalars and on arrays, in float32 and in float64. A
 backend compiles loops *around* these functions and never rewrites them: `cpu/kernels/jit.py` and `cuda/kernels/ptx.py`
@@ -21,8 +21,18 @@ These symbols are used inside formulas and kernels only. The public API uses wor
     y      graded event, what is sent on                 y                         y
     theta  threshold, one per unit, >= 0                 theta                     thr
 
-Gate rows are packed (u, r, g) everywhere. A drive is `bias + sum over j of weight * value`. Its terms are added in
-ascending order of j, with one float32 FMA per term. The input drive and the recurrent drive are two sums.
+    Plain cells                                          here   PyTorch
+    ----------------------------------------------       ----   -------
+    GRU: keep, reset gate, candidate                     u r g  z r n
+    LSTM: input, forget gate, candidate, output gate     i f g o
+    LSTM: cell carried to the next step                  c      c
+    output, carried to the next step too                 h      h
+
+Gate rows are packed (u, r, g) in the EGRU and in the GRU, and (i, f, g, o) in the LSTM. PyTorch packs the rows of its
+GRU (r, z, n) and those of its LSTM (i, f, g, o). `EQUATIONS` names the gates of every cell.
+
+A drive is `bias + sum over j of weight * value`. Its terms are added in ascending order of j, with one float32 FMA per
+term. The input drive and the recurrent drive are two sums.
 
 The float32 functions `exp`, `sigmoid` and `tanh` are polynomials of this file. Those of the system's library differ
 between platforms, and an error of one ulp (unit in the last place) can move an event to another step. `ULP` states the
@@ -32,7 +42,7 @@ largest errors; the tests compare them with mpmath.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from scipy.special import erf
@@ -257,6 +267,58 @@ def egru_paper_reset_backward(r, y_before, d_sent):
     return d_sent * y_before * r * (ONE - r), d_sent * r
 
 
+# --- GRU and LSTM: one unit, one step -----------------------------------------------------------------------
+
+
+def gru_value(in_u, in_r, in_g, rec_u, rec_r, rec_g, h):
+    """The output of a GRU whose reset gate is applied after the matrix product, as in PyTorch and cuDNN.
+
+    in_u, in_r, in_g    : input drives of the unit's gates
+    rec_u, rec_r, rec_g : recurrent drives of the unit's gates
+    h                   : output of the step before
+
+    Returns `(h, u, r, g)`: the output and the gates. Source: Cho et al. 2014, arXiv 1406.1078v1, with the reset gate
+    as in cuDNN; u is the gate that keeps the old output.
+    """
+    v, u, r, g = egru_value(in_u, in_r, in_g, rec_u, rec_r, rec_g, h)
+    # A unit whose output is zero sends no event. It is +0, as the output of every silent unit.
+    return v + ZERO, u, r, g
+
+
+def gru_before_value(in_u, in_g, rec_u, rec_g, h):
+    """The output of a GRU whose reset gate is applied before the matrix product.
+
+    in_u, in_g : input drives
+    rec_u      : recurrent drive of the keep gate
+    rec_g      : recurrent drive of the candidate, the product of its weights with `r * h`
+    h          : output of the step before
+
+    Returns `(h, u, g)`. `egru_reset_gate` gives r. Source: Cho et al. 2014, arXiv 1406.1078v3.
+    """
+    u = sigmoid(in_u + rec_u)
+    g = tanh((in_g + rec_g) + ZERO)
+    return fma(u, h, (ONE - u) * g) + ZERO, u, g
+
+
+def lstm_value(in_i, in_f, in_g, in_o, rec_i, rec_f, rec_g, rec_o, c):
+    """Output and cell of an LSTM.
+
+    in_i, in_f, in_g, in_o     : input drives of the unit's gates
+    rec_i, rec_f, rec_g, rec_o : recurrent drives of the unit's gates
+    c                          : cell of the step before
+
+    Returns `(h, c, i, f, g, o)`: output, cell and gates. Source: Hochreiter and Schmidhuber 1997, with the forget gate
+    of Gers et al. 2000 and without peepholes, as in PyTorch.
+    """
+    i = sigmoid(in_i + rec_i)
+    f = sigmoid(in_f + rec_f)
+    # Where a zero term is skipped, a sum can be -0 although the dense sum is +0. Adding +0 makes both +0.
+    g = tanh((in_g + rec_g) + ZERO)
+    o = sigmoid(in_o + rec_o)
+    after = fma(f, c, i * g)
+    return o * tanh(after) + ZERO, after, i, f, g, o
+
+
 # --- surrogate derivatives of the event ---------------------------------------------------------------------
 
 TRIANGLE, FAST_SIGMOID, ARCTAN, GAUSSIAN, MULTI_GAUSSIAN, BOXCAR, STRAIGHT_THROUGH = range(7)
@@ -366,31 +428,102 @@ class Surrogate:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """An event cell: the equations of its units and their derivative in training.
+class Equations:
+    """What engines, counts and files know about the equations of a cell; a row of `EQUATIONS`.
 
     Attributes
     ----------
-    name      : a key of `CELLS`
-    variant   : "evnn": the reset gate is applied after the matrix product, and the threshold is subtracted in the same
-                step. This is the released code and, by all evidence, the source of every published number. "paper": the
-                reset gate is applied before the matrix product, and the output is subtracted one step later
-    surrogate : derivative of the event
-    gates     : gate rows per unit
+    gates           : names of the gate rows, in the order in which they are packed
+    thresholded     : whether a unit sends its cell where that exceeds the unit's threshold. If not, a unit sends its
+                      output at every step; an output of zero is no event
+    reset_first     : whether the reset gate is applied before the recurrent product of the candidate, whose rows are
+                      the last. That product then takes `r * y`, one multiplication per event, and waits for the gates
+    multiplications : element-wise multiplications per unit and step, without that one
+    single_state    : whether cells and outputs are the same numbers
+    """
 
-    Raises ValueError for an unknown name or variant.
+    gates: tuple[str, ...]
+    thresholded: bool
+    reset_first: bool
+    multiplications: int
+    single_state: bool = False
+
+
+#: cell name -> variant -> its equations; the first variant of a cell is its default
+EQUATIONS = {
+    "egru": {
+        "evnn": Equations(("u", "r", "g"), thresholded=True, reset_first=False, multiplications=3),
+        "paper": Equations(("u", "r", "g"), thresholded=True, reset_first=True, multiplications=2),
+    },
+    "gru": {
+        "after": Equations(("u", "r", "g"), thresholded=False, reset_first=False, multiplications=3, single_state=True),
+        "before": Equations(("u", "r", "g"), thresholded=False, reset_first=True, multiplications=2, single_state=True),
+    },
+    "lstm": {
+        "standard": Equations(("i", "f", "g", "o"), thresholded=False, reset_first=False, multiplications=3),
+    },
+}
+
+#: cell name -> its variants
+CELLS = {name: tuple(variants) for name, variants in EQUATIONS.items()}
+
+# In place of a variant: the first one of the cell.
+_FIRST: Any = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The equations of the units of a layer, and the derivative of their event in training.
+
+    Attributes
+    ----------
+    name      : a key of `CELLS`: "egru", the event-based GRU; or "gru" or "lstm", whose units have no threshold and
+                send their output at every step
+    variant   : one of `CELLS[name]`; the first one if it is left out.
+                egru: "evnn": the reset gate is applied after the matrix product, and the threshold is subtracted in the
+                same step. This is the released code and, by all evidence, the source of every published number.
+                "paper": the reset gate is applied before the matrix product, and the output is subtracted one step
+                later.
+                gru: "after": the reset gate is applied after the matrix product, as in PyTorch and cuDNN. "before": it
+                is applied before.
+                lstm: "standard": with a forget gate, without peepholes
+    surrogate : derivative of the event. Cells without a threshold have none, and take the default only
+
+    Raises ValueError for an unknown name or variant, and for a surrogate of a cell that has no threshold.
     """
 
     name: str = "egru"
-    variant: str = "evnn"
+    variant: str = _FIRST
     surrogate: Surrogate = Surrogate()
-    gates: ClassVar[int] = 3
 
     def __post_init__(self):
         need_choice("cell", self.name, CELLS)
+        if self.variant is _FIRST:
+            object.__setattr__(self, "variant", CELLS[self.name][0])
         need_choice("variant", self.variant, CELLS[self.name])
         need_kind("surrogate", self.surrogate, Surrogate, "a Surrogate")
+        if not self.thresholded and self.surrogate != Surrogate():
+            raise ValueError(
+                f"surrogate: got {self.surrogate}, but units of a cell {self.name!r} have no threshold and so no "
+                "surrogate derivative; leave it out"
+            )
 
+    @property
+    def equations(self) -> Equations:
+        """The row of `EQUATIONS`."""
+        return EQUATIONS[self.name][self.variant]
 
-#: cell name -> its variants
-CELLS = {"egru": ("evnn", "paper")}
+    @property
+    def gates(self) -> int:
+        """Gate rows per unit."""
+        return len(self.equations.gates)
+
+    @property
+    def thresholded(self) -> bool:
+        """Whether units send only above a threshold; see `Equations`."""
+        return self.equations.thresholded
+
+    @property
+    def reset_first(self) -> bool:
+        """Whether the reset gate is applied before the recurrent product of the candidate; see `Equations`."""
+        return self.equations.reset_first

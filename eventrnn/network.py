@@ -1,4 +1,4 @@
-"""Networks: layers of event-based GRU units, an optional embedding and read-out, and the initialisation of weights.
+"""Networks: layers of recurrent units, an optional embedding and read-out, and the initialisation of weights.
 
 A `Network` is a frozen record. `simulation.py` runs it, and `training/` trains it.
 """
@@ -100,12 +100,12 @@ class Network:
     def matrices(self) -> dict[str, Weights]:
         """Every weight matrix by name: `layers.0.w_in`, `layers.0.w_rec`, …, `readout`.
 
-        The names are of type `MatrixId`, strings that also carry `layer` and `role`.
+        The names are of type `MatrixId`, strings that also carry the layer, the role and the number of gates.
         """
         named: dict[str, Weights] = {}
         for k, layer in enumerate(self.layers):
-            named[MatrixId.of(k, "w_in")] = layer.w_in
-            named[MatrixId.of(k, "w_rec")] = layer.w_rec
+            named[MatrixId.of(k, "w_in", layer.cell.gates)] = layer.w_in
+            named[MatrixId.of(k, "w_rec", layer.cell.gates)] = layer.w_rec
         if self.readout is not None:
             named[MatrixId("readout")] = self.readout.weights
         return named
@@ -124,13 +124,16 @@ class Network:
     def check_edits(self) -> None:
         """Check what an edit in place can have broken since the network was made and no run would find.
 
-        Kernels do not check an index, and a unit whose threshold is NaN is silent. A run refuses other numbers that are
-        not finite by what comes of them. Raises ValueError. Cost: a pass over the indices.
+        Kernels do not check an index, a unit whose threshold is NaN is silent, and some cells do not read thresholds. A
+        run refuses other numbers that are not finite by what comes of them. Raises ValueError. Cost: a pass over the
+        indices.
         """
         for weights in self.matrices().values():
             weights.check_index()
         for k, layer in enumerate(self.layers):
             check_finite(f"threshold of layer {k}", layer.threshold)
+            if not layer.cell.thresholded and layer.threshold.any():
+                raise ValueError(f"threshold of layer {k}: a cell {layer.cell.name!r} has none; set it back to zeros")
 
     def with_matrices(self, matrices: Mapping[str, Weights]) -> Network:
         """The network with some matrices replaced.
@@ -195,7 +198,7 @@ class Network:
         embedding: int | None = None,
         readout: int | None = None,
         tied: bool = False,
-        threshold: float = 0.3,
+        threshold: float | None = None,
         cell: Cell | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> Network:
@@ -213,12 +216,14 @@ class Network:
         embedding : size of an embedding row
         readout   : number of outputs of the read-out; None for no read-out
         tied      : make the transposed embedding the read-out; `embedding` must then be the size of the last layer
-        threshold : mean m, in [0, 1), of the distribution Beta(3m / (1 - m), 3) of the thresholds; 0 makes all zero
+        threshold : mean m, in [0, 1), of the distribution Beta(3m / (1 - m), 3) of the thresholds; 0 makes all zero. By
+                    default 0.3, and 0 for a cell without thresholds, which takes nothing else
         cell      : equations; by default those of EvNN
         metadata  : see `Network`
 
         Raises TypeError for an `rng` that is not a NumPy generator and for `units` that are not a list, and ValueError
-        for sizes below 1 or that do not fit together and for a mean outside [0, 1).
+        for sizes below 1 or that do not fit together, for a mean outside [0, 1), and for a mean above 0 where the cell
+        has no thresholds.
         """
         if not isinstance(rng, np.random.Generator):
             raise TypeError(f"rng: got {type(rng).__name__}, need a numpy Generator: numpy.random.default_rng(seed)")
@@ -234,9 +239,13 @@ class Network:
         need_flag("tied", tied)
         if (inputs is None) == (symbols is None) or (symbols is None) != (embedding is None):
             raise ValueError("network: give either inputs, or symbols together with embedding")
-        need_number("threshold", threshold, at_least=0, below=1, what="mean")
         cell = Cell() if cell is None else cell
         need_kind("cell", cell, Cell, "a Cell")
+        if threshold is None:
+            threshold = 0.3 if cell.thresholded else 0.0
+        need_number("threshold", threshold, at_least=0, below=1, what="mean")
+        if threshold and not cell.thresholded:
+            raise ValueError(f"threshold: got {threshold}, but a cell {cell.name!r} has no thresholds; leave it out")
         table = None if symbols is None else rng.uniform(-0.1, 0.1, (symbols, embedding or 0)).astype(np.float32)
         fan_in = inputs if table is None else table.shape[1]
         layers = []
@@ -278,17 +287,17 @@ def _xavier(rng: np.random.Generator, fan_in: int, fan_out: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Layer:
-    """One event layer of N units over I inputs.
+    """One layer of N units over I inputs. A unit has G gate rows: 3 in an EGRU or a GRU, 4 in an LSTM.
 
     Attributes
     ----------
-    w_in, w_rec       : weights (I, 3N) and (N, 3N), in any format; gate rows are packed (u, r, g)
-    bias_in, bias_rec : (3N,) float32
-    threshold         : (N,) float32, >= 0
+    w_in, w_rec       : weights (I, G N) and (N, G N), in any format; gate rows are packed (u, r, g), or (i, f, g, o)
+    bias_in, bias_rec : (G N,) float32
+    threshold         : (N,) float32, >= 0; zeros for a cell without thresholds
     cell              : the equations of the units
 
-    Raises ValueError for shapes that do not fit together, for a negative threshold and for numbers that are not finite;
-    TypeError for arrays that are not float32.
+    Raises ValueError for shapes that do not fit together, for a threshold that is negative, or not zero although the
+    cell has none, and for numbers that are not finite; TypeError for arrays that are not float32.
     """
 
     w_in: Weights
@@ -316,9 +325,16 @@ class Layer:
         if (self.threshold < 0).any():
             i = int(np.argmax(self.threshold < 0))
             raise ValueError(f"threshold: got {self.threshold[i]} at unit {i}; need >= 0")
+        if not self.cell.thresholded and self.threshold.any():
+            i = int(np.argmax(self.threshold != 0))
+            raise ValueError(
+                f"threshold: got {self.threshold[i]} at unit {i}, but a cell {self.cell.name!r} has no thresholds; "
+                "give zeros"
+            )
 
     def __repr__(self) -> str:
-        return f"Layer({self.units} {self.cell.variant} units, w_in={self.w_in!r}, w_rec={self.w_rec!r})"
+        kind = self.cell.variant if self.cell.thresholded else f"{self.cell.name}/{self.cell.variant}"
+        return f"Layer({self.units} {kind} units, w_in={self.w_in!r}, w_rec={self.w_rec!r})"
 
     @property
     def units(self) -> int:
@@ -333,7 +349,7 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Readout:
-    """Linear read-out of the events of the last layer: `output = bias + sum over j of weights[j] * y[j]`.
+    """Linear read-out of the outputs of the last layer: `output = bias + sum over j of weights[j] * y[j]`.
 
     Attributes
     ----------
@@ -360,6 +376,19 @@ class Readout:
         # Half of what float32 can hold leaves room for the rounding of the sum.
         room = most / 2 - float(np.abs(self.bias).max(initial=0))
         return room / max(self.weights.shape[0] * largest, 1 / most)
+
+
+def need_thresholds(network: Network, name: str, instead: str) -> None:
+    """Raise ValueError for a network with a layer whose cell has no thresholds, where those are needed.
+
+    name    : the argument that asks for them, and what it got, for the message
+    instead : what to do instead
+    """
+    for k, layer in enumerate(network.layers):
+        if not layer.cell.thresholded:
+            raise ValueError(
+                f"{name}, but layer {k} has the cell {layer.cell.name!r}, whose units have no threshold; {instead}"
+            )
 
 
 def need_weights(name: str, weights: Weights) -> None:

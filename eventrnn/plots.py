@@ -133,8 +133,8 @@ def mask_map(
     """Remaining weights, one panel per matrix: the share of non-zero weights in each cell, white for none.
 
     matrices : name -> weights, as returned by `Network.matrices()`. Presynaptic units run downwards. A cell is one
-               weight, or a tile of several weights where a side has more than 256. Lines separate the gates (u, r, g)
-               of a layer
+               weight, or a tile of several weights where a side has more than 256. Lines separate the gates of a
+               layer
 
     Every matrix is made dense once: O(n_pre * n_post) memory. Raises ValueError where there is no matrix.
     """
@@ -153,8 +153,9 @@ def mask_map(
         )
         axes.invert_yaxis()
         axes.set_ylabel("unit")
-        for k in range(1, 3 if MatrixId(name).gated else 1):
-            axes.axvline(k * n_post / 3, color=ORANGE, linewidth=0.8)
+        gates = MatrixId(name).gates
+        for k in range(1, gates):
+            axes.axvline(k * n_post / gates, color=ORANGE, linewidth=0.8)
         left = 100 * weights.nnz / max(1, n_pre * n_post)
         axes.set_title(f"{name}: {n_pre} × {n_post}, {weights.name}, {left:.1f} % of the weights left", loc="left")
         plain_axes(axes)

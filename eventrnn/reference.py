@@ -3,8 +3,9 @@
 `step`, `forward` and `backward` work on bare arrays of any precision. `ReferenceBackend` makes them a backend like the
 others. In float32 it emulates the FMA instruction, and the exact backends return its bits.
 
-Shapes: T steps, B samples, I inputs, N units; gate rows are packed (u, r, g). Every product visits *all* presynaptic
-units, silent ones as well. This is therefore the dense network that an event-driven run of a pruned network must equal.
+Shapes: T steps, B samples, I inputs, N units; gate rows are packed (u, r, g), in an LSTM (i, f, g, o). Every product
+visits *all* presynaptic units, silent ones as well. This is therefore the dense network that an event-driven run of a
+pruned network must equal.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def propagate(weights, values, bias):
 
 @dataclass
 class Tape:
-    """One step of one layer: everything that its backward step needs. Every array has the shape (B, N).
+    """One step of one layer of EGRU or GRU cells: everything that its backward step needs. All arrays are (B, N).
+
+    In a GRU the event is 1 and its derivative 0 at every step: a unit sends its cell, and nothing is subtracted.
 
     Attributes
     ----------
@@ -66,26 +69,55 @@ class Tape:
     c: np.ndarray
 
 
-def step(cell: Cell, parameters: dict, x, c, y, *, smooth: bool = False) -> Tape:
-    """One step of one layer.
+@dataclass
+class LSTMTape:
+    """One step of one layer of LSTM cells. Every array has the shape (B, N).
+
+    Attributes
+    ----------
+    i, f, g, o         : gates and candidate
+    c_before, y_before : cell and output of the step before
+    y, c               : output and cell
+    """
+
+    i: np.ndarray
+    f: np.ndarray
+    g: np.ndarray
+    o: np.ndarray
+    c_before: np.ndarray
+    y_before: np.ndarray
+    y: np.ndarray
+    c: np.ndarray
+
+
+def step(cell: Cell, parameters: dict, x, c, y, *, smooth: bool = False) -> Any:
+    """One step of one layer: a `Tape`, or an `LSTMTape` for LSTM cells.
 
     parameters : arrays by name, as `layer_parameters` returns them
     x          : (B, I) input
     c, y       : (B, N) cells and outputs of the step before
     smooth     : replace the event by the smooth step whose derivative is the surrogate, for finite differences
     """
+    if cell.name == "lstm":
+        return _lstm_step(parameters, x, c, y)
     threshold = parameters["threshold"]
     w_rec, bias_rec = parameters["w_rec"], parameters["bias_rec"]
-    n = len(threshold)
+    n, plain = len(threshold), not cell.thresholded
     in_u, in_r, in_g = np.split(propagate(parameters["w_in"], x, parameters["bias_in"]), 3, axis=1)
-    if cell.variant == "evnn":
+    if not cell.reset_first:
         rec_u, rec_r, rec_g = np.split(propagate(w_rec, y, bias_rec), 3, axis=1)
-        v, u, r, g = cells.egru_value(in_u, in_r, in_g, rec_u, rec_r, rec_g, c)
+        value = cells.gru_value if plain else cells.egru_value
+        v, u, r, g = value(in_u, in_r, in_g, rec_u, rec_r, rec_g, c)
     else:
         rec_u, rec_r = np.split(propagate(w_rec[:, : 2 * n], y, bias_rec[: 2 * n]), 2, axis=1)
         r = cells.egru_reset_gate(in_r, rec_r)
         rec_g = propagate(w_rec[:, 2 * n :], r * y, bias_rec[2 * n :])
-        v, u, g = cells.egru_paper_value(in_u, in_g, rec_u, rec_g, c, y)
+        if plain:
+            v, u, g = cells.gru_before_value(in_u, in_g, rec_u, rec_g, c)
+        else:
+            v, u, g = cells.egru_paper_value(in_u, in_g, rec_u, rec_g, c, y)
+    if plain:
+        return Tape(u, r, g, rec_g, c, y, v, np.ones_like(v), np.zeros_like(v), v, v)
     rule = cell.surrogate
     distance = v - threshold
     if smooth:
@@ -99,8 +131,15 @@ def step(cell: Cell, parameters: dict, x, c, y, *, smooth: bool = False) -> Tape
     return Tape(u, r, g, rec_g, c, y, v, event, slope, sent, c_after)
 
 
-def forward(cell: Cell, parameters: dict, x, c, y, *, smooth: bool = False) -> list[Tape]:
-    """One layer over inputs x (T, B, I), from the state c, y (B, N). Returns one tape per step."""
+def _lstm_step(parameters: dict, x, c, y) -> LSTMTape:
+    in_i, in_f, in_g, in_o = np.split(propagate(parameters["w_in"], x, parameters["bias_in"]), 4, axis=1)
+    rec_i, rec_f, rec_g, rec_o = np.split(propagate(parameters["w_rec"], y, parameters["bias_rec"]), 4, axis=1)
+    h, c_after, i, f, g, o = cells.lstm_value(in_i, in_f, in_g, in_o, rec_i, rec_f, rec_g, rec_o, c)
+    return LSTMTape(i, f, g, o, c, y, h, c_after)
+
+
+def forward(cell: Cell, parameters: dict, x, c, y, *, smooth: bool = False) -> list[Any]:
+    """One layer over inputs x (T, B, I), from the state c, y (B, N). Returns the tape of each step."""
     tapes = []
     for t in range(len(x)):
         tapes.append(step(cell, parameters, x[t], c, y, smooth=smooth))
@@ -109,7 +148,7 @@ def forward(cell: Cell, parameters: dict, x, c, y, *, smooth: bool = False) -> l
 
 
 def backward(cell: Cell, parameters: dict, x, tapes: list[Tape], d_y, d_c, d_cell=None) -> dict:
-    """Backpropagation through time of one layer.
+    """Backpropagation through time of one layer of EGRU cells.
 
     x      : (T, B, I) inputs
     tapes  : what `forward` returned for them
@@ -117,8 +156,11 @@ def backward(cell: Cell, parameters: dict, x, tapes: list[Tape], d_y, d_c, d_cel
     d_c    : (T, B, N) gradient with respect to the cells c[t] after the event
     d_cell : (T, B, N) gradient with respect to the cells v[t] before the event; None for zeros
 
-    Returns gradients by name: those of the parameters, `x` (T, B, I), and `c`, `y` (B, N) of the initial state.
+    Returns gradients by name: those of the parameters, `x` (T, B, I), and `c`, `y` (B, N) of the initial state. Raises
+    ValueError for another cell: `training.GRU` has the gradients of a GRU.
     """
+    if not cell.thresholded:
+        raise ValueError(f"cell: got {cell.name!r}, but only the 'egru' has a backward pass here; training.GRU has one")
     w_rec, threshold = parameters["w_rec"], parameters["threshold"]
     n = len(threshold)
     gradients = {name: np.zeros_like(value) for name, value in parameters.items()}
@@ -156,7 +198,7 @@ def backward(cell: Cell, parameters: dict, x, tapes: list[Tape], d_y, d_c, d_cel
 
 def layer_parameters(layer, dtype: DTypeLike = np.float32) -> dict:
     """The arrays of a layer by name, with dense weights: `w_in` (I, 3N), `w_rec` (N, 3N), `bias_in` and `bias_rec`
-    (3N,), `threshold` (N,)."""
+    (3N,), `threshold` (N,). An LSTM has 4N in place of 3N."""
     return {
         "w_in": layer.w_in.to_dense().astype(dtype),
         "w_rec": layer.w_rec.to_dense().astype(dtype),

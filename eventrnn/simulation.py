@@ -21,7 +21,7 @@ from eventrnn._checks import need_choice, need_kind, need_names, need_whole
 from eventrnn._exclusive import Use, exclusive
 from eventrnn.backend import INEXACT, Backend, Stepper, as_array, get_backend, need_on_host, step_array
 from eventrnn.events import Events
-from eventrnn.network import Network
+from eventrnn.network import Network, need_thresholds
 from eventrnn.state import FireCounts, Inputs, State, Trace, on_gpu
 
 RECORDABLE = ("events", "states")
@@ -107,9 +107,10 @@ class Simulator:
               Their sums are made in another order; they are used where they were measured to be faster, and
               `Simulation.paths` names them. "cuda" measures at the first `run`; a `step` before it is exact
     threads : threads of the engine; their number never changes a bit
-    state   : the state to start from; None is the zero state
+    state   : the state to start from; None is the zero state. In layers of GRU cells, cells equal outputs
     carry   : "state" carries cells and outputs. "events" zeroes the cells at the start of every `run` and every
-              `window` steps and carries only the outputs, as the released EvNN code does between windows
+              `window` steps and carries only the outputs, as the released EvNN code does between windows; for networks
+              of EGRU cells only
     window  : time steps between two such resets, for carry="events"
 
     Raises ValueError for options outside these, for a state of another shape and for one that is not finite, and
@@ -134,6 +135,8 @@ class Simulator:
         need_choice("carry", carry, CARRIES)
         if (carry == "events") != (window is not None):
             raise ValueError(f"window: got {window} with carry={carry!r}; carry='events' needs it, 'state' takes none")
+        if carry == "events":
+            need_thresholds(network, "carry: got 'events'", "use carry='state'")
         self._network, self._batch, self._threads = network, batch, threads
         self.carry, self.window = carry, window
         self.backend = get_backend(backend, exact)
@@ -364,7 +367,8 @@ class Simulator:
         """Whether an output can be infinite from a state on that was set; only then are outputs looked at.
 
         A unit's output is at most twice the largest magnitude of the state, or 1: the candidate is below 1, a cell is a
-        mean of itself and the candidate, and an event takes from it. The states that follow keep to the same bound.
+        mean of itself and the candidate, and an event takes from it. The states that follow keep to the same bound. The
+        output of an LSTM is at most 1, whatever its cell.
         """
         if self.network.readout is None:
             return False
@@ -502,4 +506,12 @@ def _checked_state(network: Network, batch: int, state: State) -> State:
     """The state as the engines hold it. Raises TypeError for what is no state, ValueError for one that does not fit."""
     if not isinstance(state, State):
         raise TypeError(f"state: got a {type(state).__name__}, need a State, as State.zeros or a run gives it")
-    return state.checked(network, batch)
+    checked = state.checked(network, batch)
+    for k, (layer, cells, outputs) in enumerate(zip(network.layers, checked.cells, checked.outputs, strict=True)):
+        if layer.cell.equations.single_state and not np.array_equal(cells, outputs):
+            sample, unit = (int(i) for i in np.argwhere(cells != outputs)[0])
+            raise ValueError(
+                f"state of layer {k}: got cell {cells[sample, unit]} and output {outputs[sample, unit]} at sample "
+                f"{sample}, unit {unit}, but in a cell {layer.cell.name!r} they are the same; give the outputs as cells"
+            )
+    return checked

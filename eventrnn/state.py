@@ -59,8 +59,8 @@ class State:
 
     Attributes
     ----------
-    cells   : per layer (batch, N) float32, the cell state c after the event
-    outputs : per layer (batch, N) float32, the last output y
+    cells   : per layer (batch, N) float32, the cell state c after the event; of an LSTM its c, of a GRU its h
+    outputs : per layer (batch, N) float32, the last output y; of an LSTM and a GRU their h
 
     Both are tuples of NumPy arrays. After a run on a GPU the state stays there until one of them is read.
     """

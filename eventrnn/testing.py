@@ -34,6 +34,10 @@ GROUPS = tuple(
     for axis in ("post", "pre")
 )
 
+#: Every variant of the EGRU, which every backend runs; and every cell, which the backends on the CPU run.
+EVENT_CELLS = tuple(Cell("egru", variant) for variant in CELLS["egru"])
+ALL_CELLS = tuple(Cell(name, variant) for name, variants in CELLS.items() for variant in variants)
+
 #: Grid and largest magnitude of dyadic values. Sums of a few thousand products of two such values are exact in float32
 #: in any order.
 DYADIC_STEP, DYADIC_LIMIT = np.float32(1 / 16), np.float32(4)
@@ -107,16 +111,25 @@ def _layers(
     *,
     formats: Sequence[str] = tuple(FORMATS),
     storages: Sequence[str] = STORAGES,
-    variants: Sequence[str] = CELLS["egru"],
+    cells: Sequence[Cell] = EVENT_CELLS,
     dyadic: bool = False,
 ) -> Layer:
-    """Layers with active units: thresholds are zero, equal or varied; with varied ones some units never fire."""
-    cell = Cell(variant=draw(st.sampled_from(tuple(variants))))
+    """Layers with active units: thresholds are zero, equal or varied; with varied ones some units never fire.
+
+    Cells without thresholds may have units whose candidates have no bias, which are silent until they get an input.
+    """
+    cell = draw(st.sampled_from(tuple(cells)))
     rows = cell.gates * units
     options = {"formats": formats, "storages": storages, "gain": 2.0, "dyadic": dyadic}
     w_in, w_rec = draw(weights((inputs, rows), **options)), draw(weights((units, rows), **options))
     kind = draw(st.sampled_from(("varied", "equal", "zero")))
     rng = _rng(draw)
+    if not cell.thresholded:
+        biases = _normal(rng, (2, rows), 0.3, dyadic)
+        if kind == "varied":
+            # Of the LSTM and the GRU, the candidate is the third gate.
+            biases[:, 2 * units : 3 * units] *= rng.random(units) < 0.7
+        return Layer(w_in, w_rec, biases[0], biases[1], np.zeros(units, np.float32), cell)
     thresholds = {
         "varied": rng.choice([0, 0.05, 0.2, 0.4], units) + rng.uniform(0, 0.1, units) * (rng.random(units) < 0.7),
         "equal": np.full(units, 0.15),
@@ -139,7 +152,7 @@ def networks(
     *,
     formats: Sequence[str] = tuple(FORMATS),
     storages: Sequence[str] = STORAGES,
-    variants: Sequence[str] = CELLS["egru"],
+    cells: Sequence[Cell] = EVENT_CELLS,
     max_units: int = 24,
     max_inputs: int = 12,
     layers: Size = st.integers(1, 3),  # noqa: B008  strategies are immutable
@@ -148,12 +161,12 @@ def networks(
     tied: bool | None = None,
     dyadic: bool = False,
 ) -> Network:
-    """Networks in which some units fire and others do not.
+    """Networks in which some units fire and others do not; of cells without thresholds, networks of any outputs.
 
     Parameters
     ----------
     formats, storages : formats and storages of the weight matrices
-    variants          : variants of the layers
+    cells             : cells of the layers: every variant of the EGRU, or `ALL_CELLS`, or others
     max_units         : largest number of units of a layer, of symbols and of outputs
     max_inputs        : largest number of inputs (or size of the embedding) of layer 0
     layers            : number of layers
@@ -172,7 +185,7 @@ def networks(
     first = sizes[-1] if is_tied else draw(st.integers(1, max_inputs))
     widths = [first, *sizes]
     stack = tuple(
-        draw(_layers(a, b, formats=formats, storages=storages, variants=variants, dyadic=dyadic))
+        draw(_layers(a, b, formats=formats, storages=storages, cells=cells, dyadic=dyadic))
         for a, b in zip(widths[:-1], widths[1:], strict=True)
     )
     symbols, outputs = draw(size), draw(size)
@@ -224,14 +237,19 @@ def inputs(draw: DrawFn, network: Network, steps: Size, batch: Size) -> np.ndarr
 
 @st.composite
 def states(draw: DrawFn, network: Network, batch: int) -> State:
-    """Start states: zero, or as after a run: cells of either sign, some outputs, no negative output."""
+    """Start states: zero, or as after a run: cells of either sign, some outputs. Outputs of EGRUs are not negative."""
     if draw(st.booleans()):
         return State.zeros(network, batch)
     rng = _rng(draw)
     shapes = [(batch, layer.units) for layer in network.layers]
     cells = tuple(_normal(rng, shape, 0.7, False) for shape in shapes)
-    outputs = tuple(np.where(rng.random(s) < 0.4, np.abs(_normal(rng, s, 0.7, False)), np.float32(0)) for s in shapes)
-    return State(cells, outputs)
+    outputs = [np.where(rng.random(s) < 0.4, np.abs(_normal(rng, s, 0.7, False)), np.float32(0)) for s in shapes]
+    for k, layer in enumerate(network.layers):
+        if layer.cell.equations.single_state:
+            outputs[k] = cells[k].copy()
+        elif not layer.cell.thresholded:
+            outputs[k] = np.copysign(outputs[k], cells[k])
+    return State(cells, tuple(outputs))
 
 
 def _storages(storages: Sequence[str], dyadic: bool) -> SearchStrategy[str]:
@@ -281,7 +299,8 @@ class Divergence(AssertionError):
     what    : "event", "cell", "output", "output shape", "fire count" or "final state"
     step, layer, sample, unit : place of the first difference; -1 where it does not apply
     values  : the values of the two runs at this place
-    margins : |v - threshold| of the unit in the two runs, with v the cell before the event; NaN where it does not apply
+    margins : |v - threshold| of the unit in the two runs, with v the cell before the event; NaN where it does not
+              apply, as for cells without thresholds
     """
 
     what: str
@@ -406,6 +425,8 @@ def _first(condition: np.ndarray) -> tuple[int, ...] | None:
 def _margin(sim: Simulator, k: int, unit: int, cell, event) -> float:
     """|v - threshold|, with the cell v before the event reconstructed from the cell after it."""
     layer = sim.network.layers[k]
+    if not layer.cell.thresholded:
+        return float("nan")
     threshold = float(layer.threshold[unit])
     subtracted = threshold if event != 0 and layer.cell.variant == "evnn" else 0.0
     return abs(float(cell) + subtracted - threshold)

@@ -50,7 +50,7 @@ ROWS = {
             "rng": (0, None, np.random.RandomState),
             "inputs": (0, -1, 2.5, nan, inf, "three", [1, 2], True),
             "readout": (0, -1, 2.5, True, "3"),
-            "threshold": (1.0, *SHARE),
+            "threshold": (1.0, *(value for value in SHARE if value is not None)),
             "tied": FLAG,
             "cell": ("egru", 3),
             "metadata": (3, {"a": 1}, {1: "a"}, "text"),
@@ -98,7 +98,15 @@ ROWS = {
         weights=er.Dense(MATRIX),
         bias=np.zeros(6, np.float32),
     ),
-    "Cell": row(Cell, {"name": NAME, "variant": NAME, "surrogate": (None, "triangle", 3)}, words={"name": "cell"}),
+    "Cell": row(
+        Cell,
+        {
+            "name": NAME,
+            "variant": tuple(value for value in NAME if value is not None),
+            "surrogate": (None, "triangle", 3),
+        },
+        words={"name": "cell"},
+    ),
     "Surrogate": row(Surrogate, {"kind": NAME, "dampening": ABOVE_ZERO, "support": ABOVE_ZERO}),
     "simulate": row(
         er.simulate,

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from eventrnn import reference
 from eventrnn import simulation as simulation_module
 from eventrnn.backend import BACKENDS
-from eventrnn.cells import CELLS, Cell
+from eventrnn.cells import Cell
 from eventrnn.events import Events
 from eventrnn.network import Network
 from eventrnn.reference import ReferenceBackend
 from eventrnn.simulation import RECORDABLE, Simulator, simulate
 from eventrnn.state import State
-from eventrnn.testing import assert_equivalent, inputs, networks, states
+from eventrnn.testing import ALL_CELLS, EVENT_CELLS, assert_equivalent, inputs, networks, states
 from eventrnn.weights import FORMATS, STORAGES, Weights
 from support import tolerance
 from support.conformance import (
@@ -33,10 +33,12 @@ from support.conformance import (
     assert_same_state,
     carries,
     cases,
+    cells_of,
     check_chunks,
     check_formats,
     check_threads_do_not_race,
     each,
+    fitting,
     in_format,
     large_network,
     part,
@@ -50,18 +52,29 @@ from support.conformance import (
 FORMAT_SETS = [(name,) for name in FORMATS] + [tuple(FORMATS)]
 
 
+def said(cell: Cell) -> str:
+    return f"{cell.name}-{cell.variant}"
+
+
 # --- against the specification ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("formats", FORMAT_SETS, ids="+".join)
-@pytest.mark.parametrize("variant", CELLS["egru"])
+@pytest.mark.parametrize("cell", EVENT_CELLS, ids=said)
 @pytest.mark.parametrize("backend", each(name for name in EXACT if name != "reference"))
 @given(data=st.data(), threads=st.integers(1, 3), record=records, carry=carries())
-def test_every_format_equals_the_dense_specification(backend, variant, formats, data, threads, record, carry):
-    check_formats(backend, variant, formats, data, threads, record, carry)
+def test_every_format_equals_the_dense_specification(backend, cell, formats, data, threads, record, carry):
+    check_formats(backend, cell, formats, data, threads, record, carry)
 
 
-@given(case=cases(max_batch=3), threads=st.integers(1, 3))
+@pytest.mark.parametrize("cell", [cell for cell in ALL_CELLS if not cell.thresholded], ids=said)
+@given(data=st.data(), threads=st.integers(1, 3), record=records)
+@settings(max_examples=15)
+def test_cells_without_thresholds_equal_the_dense_specification(cell, data, threads, record):
+    check_formats("cpu", cell, tuple(FORMATS), data, threads, record, {"carry": "state"})
+
+
+@given(case=cases(cells=ALL_CELLS, max_batch=3), threads=st.integers(1, 3))
 def test_assert_equivalent_mixed_formats_finds_no_difference(case, threads):
     compared = assert_equivalent(case.simulator("reference"), case.simulator("cpu", threads=threads), case.inputs)
     assert compared == steps_of(case.inputs) * case.batch * sum(layer.units for layer in case.network.layers)
@@ -70,7 +83,7 @@ def test_assert_equivalent_mixed_formats_finds_no_difference(case, threads):
 @pytest.mark.parametrize("backend", each(EXACT))
 @given(case=cases(max_steps=4))
 def test_simulate_negative_initial_outputs_equals_specification(backend, case):
-    # No run produces a negative output. A caller may pass one, and it is an event like any other.
+    # No run of an EGRU produces a negative output. A caller may pass one, and it is an event like any other.
     outputs = tuple(np.where(y > 0.5, -y, y) for y in case.state.outputs)
     signed = replace(case, state=State(case.state.cells, outputs))
     assert_same(
@@ -80,8 +93,9 @@ def test_simulate_negative_initial_outputs_equals_specification(backend, case):
 
 
 @pytest.mark.parametrize("backend", each(EXACT))
-@given(network=networks(max_units=8), batch=st.integers(1, 3), data=st.data())
-def test_simulate_zero_steps_keeps_the_state(backend, network, batch, data):
+@given(batch=st.integers(1, 3), data=st.data())
+def test_simulate_zero_steps_keeps_the_state(backend, batch, data):
+    network = data.draw(networks(cells=cells_of(backend), max_units=8))
     state = data.draw(states(network, batch))
     nothing = part(data.draw(inputs(network, 1, batch)), slice(0))
     result = simulate(network, nothing, state=state, backend=backend, record=RECORDABLE)
@@ -96,7 +110,8 @@ def test_simulate_zero_steps_keeps_the_state(backend, network, batch, data):
 @pytest.mark.parametrize("formats", FORMAT_SETS, ids="+".join)
 @given(data=st.data(), threads=st.integers(1, 3), carry=carries())
 def test_every_format_and_thread_count_equals_dense_on_one_thread(formats, data, threads, carry):
-    case = data.draw(cases(formats=formats, max_units=80, max_inputs=60, max_steps=150))
+    case = data.draw(cases(cells=ALL_CELLS, formats=formats, max_units=80, max_inputs=60, max_steps=150))
+    carry = fitting(carry, case.network)
     with unmodified(case):
         a = case.simulator(network=case.network.dense(), **carry).run(case.inputs, record=RECORDABLE)
         b = case.simulator(threads=threads, **carry).run(case.inputs, record=RECORDABLE)
@@ -107,7 +122,8 @@ def test_every_format_and_thread_count_equals_dense_on_one_thread(formats, data,
 @given(data=st.data(), carry=carries())
 def test_each_sample_alone_equals_the_batch(backend, data, carry):
     sizes = {"max_units": 60, "max_steps": 100} if backend in ("cpu", "cuda") else {"max_units": 10}
-    case = data.draw(cases(**sizes))
+    case = data.draw(cases(cells=cells_of(backend), **sizes))
+    carry = fitting(carry, case.network)
     whole = case.simulator(backend, **carry).run(case.inputs, record=RECORDABLE)
     for b in range(case.batch):
         sample = slice(b, b + 1)
@@ -127,7 +143,7 @@ def test_chunks_and_single_steps_equal_one_run(backend, data, threads):
     check_chunks(backend, data, threads)
 
 
-@given(case=cases(max_units=40, max_steps=20, embedding=False))
+@given(case=cases(cells=ALL_CELLS, max_units=40, max_steps=20, embedding=False))
 def test_simulate_events_and_arrays_give_equal_results(case):
     dense = case.inputs.to_dense() if isinstance(case.inputs, Events) else case.inputs
     results = [
@@ -139,8 +155,9 @@ def test_simulate_events_and_arrays_give_equal_results(case):
 
 
 @pytest.mark.parametrize("backend", each(EXACT))
-@given(case=cases(embedding=True))
-def test_symbols_equal_their_embeddings(backend, case):
+@given(data=st.data())
+def test_symbols_equal_their_embeddings(backend, data):
+    case = data.draw(cases(cells=cells_of(backend), embedding=True))
     assert case.network.embedding is not None
     top = case.network.readout
     bare = replace(case.network, embedding=None, readout=None if top is None else replace(top, tied=False))
@@ -151,8 +168,10 @@ def test_symbols_equal_their_embeddings(backend, case):
 
 
 @settings(max_examples=15)
-@given(case=cases(max_units=40, max_steps=60), record=records, carry=carries(), limit=st.sampled_from([1, 600, 20_000]))
-def test_record_in_several_parts_equals_one_part(case, record, carry, limit):
+@given(data=st.data(), record=records, carry=carries(), limit=st.sampled_from([1, 600, 20_000]))
+def test_record_in_several_parts_equals_one_part(data, record, carry, limit):
+    case = data.draw(cases(cells=ALL_CELLS, max_units=40, max_steps=60))
+    carry = fitting(carry, case.network)
     whole = case.simulator(**carry).run(case.inputs, record=RECORDABLE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(simulation_module, "RECORD_BYTES", limit)
@@ -178,19 +197,19 @@ def test_carry_events_resets_cells_at_every_window(case, window):
 LAYOUTS = [("dense", None), ("csr", None), ("block", (1, 64)), ("block", (16, 16)), ("block", (32, 32))]
 
 
-@pytest.mark.parametrize("variant", CELLS["egru"])
-def test_large_network_against_the_specification(variant):
-    network = large_network(variant, units=301, inputs=70, seed=6)
+@pytest.mark.parametrize("cell", [*EVENT_CELLS, Cell("lstm")], ids=said)
+def test_large_network_against_the_specification(cell):
+    network = large_network(cell, units=301, inputs=70, seed=6)
     x = np.random.default_rng(7).standard_normal((70, 1, 70)).astype(np.float32)
     expected = simulate(network, x, backend="reference", record=RECORDABLE)
-    assert all(0.02 < activity < 0.98 for activity in expected.activity)
+    assert all(0.02 < activity < 0.98 for activity in expected.activity) == cell.thresholded
     for layout in LAYOUTS:
         assert_same(expected, simulate(in_format(network, *layout), x, threads=2, record=RECORDABLE))
 
 
-@pytest.mark.parametrize("variant", CELLS["egru"])
-def test_larger_network_in_every_format_and_split(variant):
-    network = large_network(variant, units=700, inputs=333, seed=8)
+@pytest.mark.parametrize("cell", EVENT_CELLS, ids=said)
+def test_larger_network_in_every_format_and_split(cell):
+    network = large_network(cell, units=700, inputs=333, seed=8)
     rng = np.random.default_rng(9)
     x = (rng.standard_normal((150, 3, 333)) * (rng.random((150, 3, 333)) < 0.3)).astype(np.float32)
     expected = simulate(network, x, record=RECORDABLE)
@@ -206,7 +225,7 @@ def test_larger_network_in_every_format_and_split(variant):
 @pytest.mark.parametrize("storage", STORAGES[1:])
 def test_large_narrow_network_in_every_format(storage):
     # Equal weights have equal scales in every format, so that one dense network is the reference of all.
-    network = large_network("evnn", units=301, inputs=70, seed=13)
+    network = large_network(Cell(), units=301, inputs=70, seed=13)
     x = np.random.default_rng(14).standard_normal((40, 2, 70)).astype(np.float32)
     expected = simulate(in_format(network, "dense", storage=storage).dense(), x, record=RECORDABLE)
     for layout in LAYOUTS:
@@ -222,16 +241,16 @@ def test_threads_two_or_three_equal_one():
 # --- streaming ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", CELLS["egru"])
-def test_step_ten_thousand_times_equals_run_without_leaks(variant):
-    rng = np.random.default_rng(10)
-    network = Network.random([24, 17], inputs=9, readout=5, rng=rng, threshold=0.1, cell=Cell(variant=variant))
+@pytest.mark.parametrize("cell", [*EVENT_CELLS, Cell("lstm")], ids=said)
+def test_step_ten_thousand_times_equals_run_without_leaks(cell):
+    rng, threshold = np.random.default_rng(10), 0.1 if cell.thresholded else 0
+    network = Network.random([24, 17], inputs=9, readout=5, rng=rng, threshold=threshold, cell=cell)
     network = in_format(
         network.with_matrices({k: replace(w, values=3 * w.values) for k, w in network.matrices().items()}), "csr"
     )
     x = (rng.standard_normal((10_000, 1, 9)) * (rng.random((10_000, 1, 9)) < 0.5)).astype(np.float32)
     whole = simulate(network, x)
-    assert all(0.02 < activity < 0.98 for activity in whole.activity)
+    assert all(0.02 < activity < 0.98 for activity in whole.activity) == cell.thresholded
     stream, output, held = Simulator(network), np.empty_like(whole.output), []
     tracemalloc.start()
     try:
@@ -264,11 +283,11 @@ def test_one_drive_is_within_its_float64_bound(backend, case):
 
 
 @pytest.mark.parametrize("backend", each(name for name in BACKENDS if name != "reference"))
-@pytest.mark.parametrize("variant", CELLS["egru"])
+@pytest.mark.parametrize("cell", EVENT_CELLS, ids=said)
 @given(data=st.data())
-def test_events_outside_the_margin_are_those_of_float64(backend, variant, data):
+def test_events_outside_the_margin_are_those_of_float64(backend, cell, data):
     # Every step starts from the state of the float32 run, so that the bound is that of one step and stays small.
-    case = data.draw(cases(variants=[variant], max_units=40, max_inputs=30, layers=st.integers(1, 2)))
+    case = data.draw(cases(cells=[cell], max_units=40, max_inputs=30, layers=st.integers(1, 2)))
     with unmodified(case):
         run = case.simulator(backend).run(case.inputs, record=RECORDABLE)
     assert run.inputs is not None
@@ -282,7 +301,7 @@ def test_events_outside_the_margin_are_those_of_float64(backend, variant, data):
             x = sent[k][t].astype(np.float64)
             double = Simulator(alone, batch=case.batch, backend=ReferenceBackend(np.float64), state=State((c,), (y,)))
             exact = double.run(sent[k][t][None], record="states")
-            v = tolerance.cell_bound(variant, parameters, x, c.astype(np.float64), y.astype(np.float64))
+            v = tolerance.cell_bound(cell.variant, parameters, x, c.astype(np.float64), y.astype(np.float64))
             near = np.abs(v.value - parameters["threshold"]) <= v.error
             c, y = run.states[k][t], sent[k + 1][t]
             assert np.array_equal((y != 0)[~near], (exact.output[0] != 0)[~near])
@@ -295,8 +314,27 @@ def test_events_outside_the_margin_are_those_of_float64(backend, variant, data):
     assert inside <= max(1, tolerance.INSIDE_MARGIN * total)
 
 
+@pytest.mark.parametrize("backend", ["auto", "blas", "cpu"])
+@pytest.mark.parametrize("cell", [cell for cell in ALL_CELLS if not cell.thresholded], ids=said)
+@given(data=st.data())
+@settings(max_examples=10)
+def test_outputs_without_thresholds_are_within_their_float64_bound(backend, cell, data):
+    case = data.draw(cases(cells=[cell], max_units=40, max_inputs=30, layers=2, embedding=False, readout=False))
+    run = case.simulator(backend).run(case.inputs, record=RECORDABLE)
+    assert run.inputs is not None
+    x = [tolerance.Running(each.astype(np.float64)) for each in run.inputs.to_dense()]
+    for k, layer in enumerate(case.network.layers):
+        c, y = (tolerance.Running(each[k].astype(np.float64)) for each in (case.state.cells, case.state.outputs))
+        parameters, sent = reference.layer_parameters(layer, np.float64), run.events[k].to_dense()
+        for t in range(run.steps):
+            y, c = tolerance.plain_bound(cell, parameters, x[t], c, y)
+            assert (np.abs(sent[t] - y.value) <= y.error).all()
+            assert (np.abs(run.states[k][t] - c.value) <= c.error).all()
+            x[t] = y
+
+
 def test_few_units_fall_inside_the_margin():
-    network = large_network("evnn", units=120, inputs=40, seed=11)
+    network = large_network(Cell(), units=120, inputs=40, seed=11)
     layer = network.layers[0]
     parameters = reference.layer_parameters(layer, np.float64)
     x = np.random.default_rng(12).standard_normal((40, 2, 40)).astype(np.float32)

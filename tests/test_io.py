@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eventrnn import _files as files
-from eventrnn.cells import CELLS, SURROGATES, Cell, Surrogate
+from eventrnn.cells import SURROGATES, Surrogate
 from eventrnn.io import model_file as io
 from eventrnn.network import Network, Readout
 from eventrnn.pruning import prune
+from eventrnn.testing import ALL_CELLS
 from eventrnn.weights import FORMATS, STORAGES, Dense, convert
 from support.model_files import converted, crafted, describe, edit, narrow_network, small_network
 
@@ -29,6 +30,7 @@ def networks(draw):
     sizes = st.integers(1, 6)
     units = draw(st.lists(sizes, min_size=1, max_size=3))
     surrogate = Surrogate(draw(st.sampled_from(sorted(SURROGATES))), draw(st.floats(0.1, 4)), draw(st.floats(0.1, 4)))
+    cell = draw(st.sampled_from(ALL_CELLS))
     tied = draw(st.booleans())
     symbols = draw(sizes) if tied else draw(st.none() | sizes)
     network = Network.random(
@@ -39,8 +41,8 @@ def networks(draw):
         embedding=None if symbols is None else units[-1] if tied else draw(sizes),
         readout=None if tied else draw(st.none() | sizes),
         tied=tied,
-        threshold=draw(st.sampled_from([0.0, 0.3, 0.9])),
-        cell=Cell(variant=draw(st.sampled_from(CELLS["egru"])), surrogate=surrogate),
+        threshold=draw(st.sampled_from([0.0, 0.3, 0.9])) if cell.thresholded else None,
+        cell=replace(cell, surrogate=surrogate) if cell.thresholded else cell,
         metadata=draw(st.dictionaries(st.text(), st.text(), max_size=3)),
     )
     formats = {name: draw(st.sampled_from(sorted(FORMATS))) for name in network.matrices()}
@@ -260,8 +262,8 @@ def test_a_bit_flipped_in_the_weights_is_named_as_damage(path):
 
 
 def test_load_refuses_a_newer_version(path):
-    crafted(path, lambda tensors, description: None, version=5)
-    with pytest.raises(io.ModelFileError, match="format version 5; this eventrnn reads versions 1, 2, 3, 4: update"):
+    crafted(path, lambda tensors, description: None, version=6)
+    with pytest.raises(io.ModelFileError, match="format version 6; this eventrnn reads versions 1, 2, 3, 4, 5: update"):
         io.load(path)
 
 
@@ -277,6 +279,12 @@ def test_indices_are_narrow_in_the_file_and_wide_ones_are_read(path):
 
     crafted(path, widen, version=2)
     assert contents(io.load(path)) == contents(network)
+
+
+def test_a_file_of_version_4_is_read(path):
+    # Version 4 has EGRU cells only.
+    crafted(path, lambda tensors, description: None, version=4)
+    assert contents(io.load(path)) == contents(small_network())
 
 
 def test_a_file_of_version_1_is_read(path):

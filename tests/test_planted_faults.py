@@ -150,7 +150,7 @@ def test_dropped_last_event_in_the_specification(monkeypatch):
     found = divergence("cpu", "reference")
     # At least one unit sends an event in the first step.
     assert place(found)[:3] == (0, 0, int(np.argmax(signal()[0].any(axis=1))))
-    suite_catches(check_formats, backend="cpu", variant="evnn", formats=("csr",))
+    suite_catches(check_formats, backend="cpu", cell=Cell(), formats=("csr",))
 
 
 def test_dropped_last_event_in_the_kernel():
@@ -164,7 +164,7 @@ def test_dropped_last_event_in_the_kernel():
         found = divergence("reference", faulty)
         assert (found.step, found.layer, found.sample) == (step + 1, 0, sample)
         for formats in (("dense",), ("csr",), ("block",)):
-            suite_catches(check_formats, backend=faulty, variant="paper", formats=formats)
+            suite_catches(check_formats, backend=faulty, cell=Cell(variant="paper"), formats=formats)
 
 
 # --- a block's padding is read ------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def test_read_padding_rows_is_caught(monkeypatch, padded):
     sent = simulate(padded, signal(), backend="reference", record="events").events[0].to_dense()
     step, sample = np.argwhere(sent[:, :, UNITS - 1])[0]
     assert (found.step, found.layer, found.sample) == (step + 1, 0, sample)
-    suite_catches(check_formats, backend="cpu", variant="evnn", formats=("block",))
+    suite_catches(check_formats, backend="cpu", cell=Cell(), formats=("block",))
 
 
 def test_read_padding_columns_is_caught(monkeypatch, padded):
@@ -225,7 +225,7 @@ def test_read_padding_columns_is_caught(monkeypatch, padded):
     step, sample, _ = first_event(padded)
     assert place(found)[:3] == (step + 1, 0, sample)
     # A network with a tied read-out may raise ValueError, because its read-out no longer equals the embedding.
-    suite_catches(check_formats, by=(AssertionError, ValueError), backend="cpu", variant="evnn", formats=("block",))
+    suite_catches(check_formats, by=(AssertionError, ValueError), backend="cpu", cell=Cell(), formats=("block",))
 
 
 # --- two gates are swapped ----------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ def test_swapped_gates_in_the_kernel():
     with faulty_kernels("gates swapped") as faulty:
         assert place(divergence("reference", faulty)) == (0, 0, 0, 0)
         assert place(divergence("reference", faulty, net=network(units=40))) == (0, 0, 0, 0)
-        suite_catches(check_formats, backend=faulty, variant="evnn", formats=("dense",))
+        suite_catches(check_formats, backend=faulty, cell=Cell(), formats=("dense",))
 
 
 def test_swapped_gates_in_the_rule_that_all_backends_share(monkeypatch):
@@ -284,13 +284,13 @@ def test_forgotten_reset_in_the_specification(monkeypatch):
     check_forgotten_reset(divergence("cpu", "reference"), network())
     suite_catches(check_released_step)
     suite_catches(check_equality_and_leak, dtype=np.float64)
-    suite_catches(check_formats, backend="cpu", variant="evnn", formats=("csr",))
+    suite_catches(check_formats, backend="cpu", cell=Cell(), formats=("csr",))
 
 
 def test_forgotten_reset_in_the_kernel():
     with faulty_kernels("reset forgotten") as faulty:
         check_forgotten_reset(divergence("reference", faulty), network())
-        suite_catches(check_formats, backend=faulty, variant="evnn", formats=("block",))
+        suite_catches(check_formats, backend=faulty, cell=Cell(), formats=("block",))
 
 
 def test_forgotten_reset_of_the_papers_variant(monkeypatch):
@@ -367,7 +367,7 @@ def test_faults_of_threads_are_caught(fault):
         if fault != "barrier missing":
             found = divergence(faulty, "reference", net=net, threads=2)
             assert (found.step, found.layer) == (first_event(net)[0] + 1, 0)
-            suite_catches(check_formats, backend=faulty, variant="evnn", formats=("dense",))
+            suite_catches(check_formats, backend=faulty, cell=Cell(), formats=("dense",))
         # A race does not show in every step, so that many thousand steps are run.
         suite_catches(check_threads_do_not_race, backend=faulty)
 

@@ -15,7 +15,17 @@ from eventrnn.events import Events
 from eventrnn.network import Layer, Network, Readout
 from eventrnn.simulation import Simulator, simulate
 from eventrnn.state import State
-from eventrnn.testing import Divergence, assert_equivalent, event_trains, inputs, masks, networks, states, weights
+from eventrnn.testing import (
+    ALL_CELLS,
+    Divergence,
+    assert_equivalent,
+    event_trains,
+    inputs,
+    masks,
+    networks,
+    states,
+    weights,
+)
 from eventrnn.weights import CSR, FORMATS, NM, STORAGES, BlockCSR, Dense
 from support import tolerance
 from support.counting import count_multiplications
@@ -51,17 +61,17 @@ def test_drawn_networks_are_active():
 @given(
     st.sampled_from(sorted(FORMATS)),
     st.sampled_from(STORAGES),
-    st.sampled_from(["evnn", "paper"]),
+    st.sampled_from(ALL_CELLS),
     st.integers(1, 3),
     st.booleans(),
     st.booleans(),
     st.data(),
 )
-def test_networks_follow_their_options(name, storage, variant, n_layers, embedding, readout, data):
+def test_networks_follow_their_options(name, storage, cell, n_layers, embedding, readout, data):
     options = {"embedding": embedding, "readout": readout, "layers": n_layers, "max_units": 7, "max_inputs": 5}
-    network = data.draw(networks(formats=[name], storages=[storage], variants=[variant], **options))
+    network = data.draw(networks(formats=[name], storages=[storage], cells=[cell], **options))
     assert {(matrix.name, matrix.storage) for matrix in network.matrices().values()} == {(name, storage)}
-    assert {layer.cell.variant for layer in network.layers} == {variant}
+    assert {layer.cell for layer in network.layers} == {cell}
     assert len(network.layers) == n_layers
     assert (network.embedding is not None, network.readout is not None) == (embedding, readout)
     assert all(1 <= layer.units <= 7 for layer in network.layers)
@@ -84,6 +94,7 @@ def test_tied_networks_need_embedding_and_readout():
 
 def test_every_kind_of_network_is_drawn():
     exists(networks(), lambda n: len({layer.cell.variant for layer in n.layers}) == 2)
+    exists(networks(cells=ALL_CELLS), lambda n: len({layer.cell.name for layer in n.layers}) == 3)
     exists(networks(), lambda n: len({matrix.name for matrix in n.matrices().values()}) == 4)
     exists(networks(), lambda n: {matrix.storage for matrix in n.matrices().values()} == set(STORAGES))
     exists(networks(), lambda n: len(n.layers) == 3 and n.embedding is not None and n.readout is None)
@@ -165,14 +176,15 @@ def test_every_kind_of_input_is_drawn():
     exists(inputs(indexed, 3, 2), lambda fed: fed.dtype == np.uint8 and fed.shape == (3, 2))
 
 
-@given(networks(), st.integers(1, 4), st.data())
+@given(networks(cells=ALL_CELLS), st.integers(1, 4), st.data())
 def test_drawn_states_can_occur_after_a_run(network, batch, data):
     state = data.draw(states(network, batch))
     assert state.batch == batch
     for layer, c, y in zip(network.layers, state.cells, state.outputs, strict=True):
         assert c.shape == y.shape == (batch, layer.units)
         assert c.dtype == y.dtype == np.float32
-        assert (y >= 0).all()
+        assert not layer.cell.thresholded or (y >= 0).all()
+        assert not layer.cell.equations.single_state or np.array_equal(c, y)
 
 
 @given(networks(dyadic=True), event_trains(9, 3, 2, dyadic=True))

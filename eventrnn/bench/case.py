@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from eventrnn._checks import need_choice, need_flag, need_number, need_pair, need_text, need_whole
-from eventrnn.cells import Cell
+from eventrnn.cells import CELLS
 from eventrnn.weights import FORMATS, STORAGES, check_nm
 
 #: baselines of a whole layer or a stack of layers
@@ -72,7 +72,7 @@ class Case:
         need_whole("repeats", self.repeats)
         need_flag("exact", self.exact)
         need_text("against", self.against)
-        Cell(variant=self.variant)
+        need_choice("variant", self.variant, CELLS["egru"])
         if self.sparsity is not None:
             need_number("sparsity", self.sparsity, at_least=0, below=1, what="share")
         if self.repeats < 3:

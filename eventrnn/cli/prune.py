@@ -28,7 +28,7 @@ from eventrnn.cli.options import (
     writable_picture,
 )
 from eventrnn.cli.terminal import as_line, console, progress
-from eventrnn.network import Network
+from eventrnn.network import Network, need_thresholds
 from eventrnn.pruning.magnitude import GATES, SCOPES, STATISTICS
 from eventrnn.pruning.methods import BLOCK_OPTIONS, METHODS, NM_OPTIONS, Method, training_schedule
 from eventrnn.pruning.nm import TRANSPOSABLE_METHODS
@@ -185,6 +185,8 @@ def prune(options: PruneOptions) -> None:
         if network.readout is None or not network.readout.tied:
             raise ValueError(f"untie: the read-out of {options.model} is not tied; leave out --untie")
         network = network.untied()
+    if request.steps:
+        need_thresholds(network, f"steps: got {request.steps}", "leave out --steps, to prune without training")
     parts, budget = {}, {}
     if request.steps or request.method.calibrates or options.text is not None:
         parts = load_parts(network, options.text or "builtin", ("train", "valid"), options.unknown)

@@ -189,10 +189,10 @@ def _flags(given: TrainOptions) -> dict[str, Any]:
 def _new_run(recipe: Recipe, given: TrainOptions) -> Path:
     """The folder of a new run, checked. `recipe.train` checks the rest before it writes."""
     folder = given.folder
-    if recipe.model.cell == "gru" and folder is None:
-        raise ValueError("run: a GRU has no model file, only the folder of its run; give --run a folder")
-    if recipe.model.cell != "gru" and not recipe.run.out:
+    if not recipe.run.out and recipe.model.cell != "gru":
         raise ValueError("out: give --out a model file to write")
+    if not recipe.run.out and folder is None:
+        raise ValueError("out: give --out a model file to write, or --run a folder for a GRU without a model file")
     folder = folder or Path(f"{recipe.run.out}.run")
     if recipe.run.out:
         writable_file(Path(recipe.run.out), given.force)

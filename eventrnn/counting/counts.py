@@ -12,11 +12,12 @@ are the same on every backend. Definitions (all int64):
 |                | of blocks at the edge, without spare vector lanes. Of a dense engine (`Simulation.dense`): all |
 | `graded`       | effective multiplications by a graded value: multiply-accumulates (MAC)                        |
 | `binary`       | effective multiplications by -1 or 1: accumulates (AC); decided per event                      |
-| `gate_ops`     | element-wise multiplications of the cell: 3 per unit and step (reset, keep, candidate). In the |
-|                | paper's variant 2 per unit and step, and 1 per event carried into the step                     |
+| `gate_ops`     | element-wise multiplications of the cell: 3 per unit and step (EGRU and GRU: reset, keep,      |
+|                | candidate; LSTM: input, forget, output). Where the reset gate comes before the product (EGRU   |
+|                | "paper", GRU "before") 2 per unit and step, and 1 per event carried into the step              |
 | `weight_bytes` | bytes of values, indices and scales of the rows of fired units, each time they are used        |
-| `state_bytes`  | bytes of cells read and written and of outputs written: 12 per unit and step. The paper's      |
-|                | variant also reads the outputs: 16                                                             |
+| `state_bytes`  | bytes of cells read and written and of outputs written: 12 per unit and step. Where the reset  |
+|                | gate comes before the product, outputs are read too: 16                                        |
 
 Embedding look-ups are free, the read-out is counted, biases are not. `backward.py` defines the counts of training.
 """
@@ -29,6 +30,7 @@ from dataclasses import asdict, dataclass, fields
 import numpy as np
 
 from eventrnn._checks import need_kind
+from eventrnn.cells import Cell
 from eventrnn.events import Events
 from eventrnn.network import Network
 from eventrnn.simulation import Simulation
@@ -132,9 +134,9 @@ def count(network: Network, simulation: Simulation) -> OpCounts:
         carried = _carried_counts(simulation, k)
         matrices[f"layers.{k}.w_in"] = _matrix_counts(layer.w_in, below, rows, simulation.dense)
         matrices[f"layers.{k}.w_rec"] = _matrix_counts(layer.w_rec, carried, rows, simulation.dense)
-        paper = layer.cell.variant == "paper"
-        gate_ops.append(rows * layer.units * (2 if paper else 3) + (int(carried.total.sum()) if paper else 0))
-        state_bytes.append(rows * layer.units * (16 if paper else 12))
+        each, by_event, nbytes = _element_wise(layer.cell)
+        gate_ops.append(rows * layer.units * each + by_event * int(carried.total.sum()))
+        state_bytes.append(rows * layer.units * nbytes)
         below = simulation.fired[k]
     if network.readout is not None:
         matrices["readout"] = _matrix_counts(network.readout.weights, below, rows, simulation.dense)
@@ -174,14 +176,19 @@ def count_per_step(network: Network, simulation: Simulation) -> dict[str, dict[s
         matrix = MatrixId(name)
         if matrix.layer is not None and matrix.recurrent:
             layer = network.layers[matrix.layer]
-            paper = layer.cell.variant == "paper"
+            each, by_event, nbytes = _element_wise(layer.cell)
             carried = np.diff(events.indptr).reshape(events.shape[:2])
-            each = present * layer.units
+            units = present * layer.units
             result[name.removesuffix(".w_rec")] = {
-                "gate_ops": 2 * each + carried if paper else 3 * each,
-                "state_bytes": (16 if paper else 12) * each,
+                "gate_ops": each * units + by_event * carried,
+                "state_bytes": nbytes * units,
             }
     return result
+
+
+def _element_wise(cell: Cell) -> tuple[int, int, int]:
+    """Multiplications per unit and step, multiplications per event carried into it, state bytes per unit and step."""
+    return cell.equations.multiplications, int(cell.reset_first), 16 if cell.reset_first else 12
 
 
 def _matrix_counts(weights: Weights, fired: FireCounts, rows: int, dense_engine: bool) -> Counts:
@@ -225,8 +232,8 @@ def events_by_matrix(network: Network, simulation: Simulation) -> dict[str, tupl
         if simulation.lengths is not None:
             # The events of the last step of a sample have no step after it.
             carried = carried.until(simulation.lengths)
-        pairs[MatrixId.of(k, "w_in")] = (layer.w_in, below)
-        pairs[MatrixId.of(k, "w_rec")] = (layer.w_rec, carried)
+        pairs[MatrixId.of(k, "w_in", layer.cell.gates)] = (layer.w_in, below)
+        pairs[MatrixId.of(k, "w_rec", layer.cell.gates)] = (layer.w_rec, carried)
         below = sent
     if network.readout is not None:
         pairs[MatrixId("readout")] = (network.readout.weights, below)

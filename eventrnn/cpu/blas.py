@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eventrnn.backend import HostInputs
-from eventrnn.cpu.kernels.blas_loop import paper_steps, steps
+from eventrnn.cpu.kernels.blas_loop import loop_of
 from eventrnn.state import FireCounts, Inputs, State, Trace
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class BlasEngine:
         self.w_rec = []
         for layer in network.layers:
             dense, n = layer.w_rec.to_dense(), layer.units
-            parts = (dense,) if layer.cell.variant == "evnn" else (dense[:, : 2 * n], dense[:, 2 * n :])
+            parts = (dense[:, : 2 * n], dense[:, 2 * n :]) if layer.cell.reset_first else (dense,)
             self.w_rec.append(tuple(np.ascontiguousarray(part) for part in parts))
         self.readout = None
         if network.readout is not None:
@@ -81,13 +81,12 @@ class BlasEngine:
             for k, layer in enumerate(self.layers):
                 drive = x.reshape(-1, x.shape[2]) @ self.w_in[k] + layer.bias_in
                 ys, cs = (np.empty((len(x), inputs.batch * layer.units), np.float32) for _ in range(2))
-                loop = steps if layer.cell.variant == "evnn" else paper_steps
+                loop = loop_of(layer.cell.name, layer.cell.variant)
                 weights = (*self.w_rec[k], *self.vectors[k])
                 before = (c[k].reshape(-1), y[k].reshape(-1))
                 loop(layer.units, inputs.batch, len(x), drive.ravel(), *weights, *before, ys, cs)
                 x = ys.reshape(len(x), inputs.batch, layer.units)
-                graded = np.count_nonzero((x != 0) & (x != 1), axis=(0, 1))
-                fired[k] = fired[k] + FireCounts(graded, np.count_nonzero(x == 1, axis=(0, 1)))
+                fired[k] = fired[k] + FireCounts.of(x)
                 if record_events:
                     events[k].append(x)
                 if record_states:

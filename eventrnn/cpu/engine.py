@@ -57,7 +57,8 @@ RECHECK = 16
 # Plans that an engine keeps; each holds a copy of the weights.
 MOST_PLANS = 4
 
-# Events per unit and step that are assumed until some were counted: typical of published networks.
+# Events per unit and step that are assumed until some were counted: typical of published networks. Units without a
+# threshold send an event at every step.
 USUAL_ACTIVITY = 0.1
 
 # Multiplications of a step up to which one thread makes it faster than several: about 50 microseconds of work, which is
@@ -109,7 +110,8 @@ class CpuEngine:
         self._alone: CpuEngine | None = None
         self.buffers_batch = 0
         # Events per unit and step, of the input and then of each layer.
-        self.activity = [USUAL_ACTIVITY] * (len(self.units) + 1)
+        usual = [USUAL_ACTIVITY if layer.cell.thresholded else 1.0 for layer in network.layers]
+        self.activity = [USUAL_ACTIVITY, *usual]
 
     def __getstate__(self) -> dict[str, Any]:
         # Tables and steppers hold addresses, so a copy is made anew.

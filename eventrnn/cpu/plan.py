@@ -66,9 +66,9 @@ class Layout:
     """Partition of the units over the threads, and the position of their gate columns in a drive row.
 
     A thread owns whole vectors of units of each layer, and all gates of these units. In a drive row, the gates of its
-    units lie side by side, (u, r, g). No other thread reads or writes them, except for the reset gates of the paper's
-    variant, which all threads read. With one thread a drive row has the columns of the matrix. The outputs of the
-    read-out are divided in the same way.
+    units lie side by side, in the order of the cell. No other thread reads or writes them, except for reset gates that
+    come before the recurrent product, which all threads read. With one thread a drive row has the columns of the
+    matrix. The outputs of the read-out are divided in the same way.
 
     Attributes
     ----------
@@ -140,7 +140,7 @@ class Plan:
         kernel_by_matrix: Mapping[str, str],
         dense_activity_threshold: Mapping[str, float],
         product_address: Callable[[int, int], int],
-        update_addresses: Callable[[str], tuple[int, int]],
+        update_addresses: Callable[[str, str], tuple[int, int]],
     ):
         self._product_address = product_address
         self.layout, self.n_threads, self.kernel_by_matrix = layout, layout.n_threads, dict(kernel_by_matrix)
@@ -149,7 +149,7 @@ class Plan:
         layers, unit_0 = [], 0
         for k, layer in enumerate(network.layers):
             gates = layer.cell.gates
-            cut = gates - 1 if layer.cell.variant == "paper" else gates
+            cut = gates - 1 if layer.cell.reset_first else gates
             w_in = self._place(f"layers.{k}.w_in", layer.w_in, k, 0, gates)
             w_rec = self._place(f"layers.{k}.w_rec", layer.w_rec, k, 0, cut)
             w_gated = (
@@ -157,7 +157,7 @@ class Plan:
             )
             biases = layout.bias_begins[2 * k : 2 * k + 2]
             columns = w_in, w_rec, w_gated, len(self._tables[0])
-            addresses = update_addresses(layer.cell.variant)
+            addresses = update_addresses(layer.cell.name, layer.cell.variant)
             layers.append([layer.units, layer.inputs, *columns, *biases, unit_0, *addresses])
             unit_0 += layer.units
         self.readout = -1

@@ -51,11 +51,11 @@ ITEMSIZE = (4, 2, 1)
 # Columns of the table of layers.
 #   UNITS, INPUTS       sizes of the layer
 #   IN, REC, REC_GATED  first column tiles of w_in, of w_rec, and of the candidate's columns of w_rec, which are apart
-#   END                 in the paper's variant only; END follows the last one
+#   END                 only where the reset gate comes before the product; END follows the last one
 #   BIAS_IN, BIAS_REC   offsets of the biases in `WeightPools.biases`
 #   UNIT_0              number of units in the layers below
-#   UPDATE, GATING      addresses of the cell update, and of what gates the events of the candidate in the paper's
-#                       variant (`kernels/products.py`)
+#   UPDATE, GATING      addresses of the cell update, and of what gates the events of the candidate where the reset gate
+#                       comes before the product (`kernels/products.py`)
 UNITS, INPUTS, IN, REC, REC_GATED, END, BIAS_IN, BIAS_REC, UNIT_0, UPDATE, GATING = range(11)
 
 
@@ -152,7 +152,7 @@ class RunBuffers(NamedTuple):
     events: EventLists  # of two layers: 2 * (rows + batch) rows of n_threads lists each
     list_begins: np.ndarray  # (n_threads, rows) int64: lists of each thread's own, of inputs or of gated events
     list_counts: np.ndarray  # (n_threads, rows) int64
-    gated_indices: np.ndarray  # (n_threads, batch * row capacity) int32: what the candidate of the paper's variant gets
+    gated_indices: np.ndarray  # (n_threads, batch * row capacity) int32: what a candidate behind its reset gate gets
     gated_values: np.ndarray  # (n_threads, batch * row capacity) float32
     workspace: Workspace  # with a leading axis of threads
 

@@ -45,6 +45,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from eventrnn.network import need_thresholds
+
 if TYPE_CHECKING:
     from eventrnn.cuda.engine import CudaEngine
     from eventrnn.network import Network
@@ -82,8 +84,10 @@ class CudaBackend:
     def engine(self, network: Network, *, threads: int = 1) -> CudaEngine:
         """Pack the weights and copy them to the GPU. Kernels are compiled at the first run of each plan, in seconds.
 
-        Raises BackendUnavailable with the reason if there is no usable GPU, and ValueError for `threads` other than 1.
+        Raises BackendUnavailable with the reason if there is no usable GPU, and ValueError for `threads` other than 1
+        and for a layer of GRU or LSTM cells.
         """
+        need_thresholds(network, "backend: got 'cuda'", "use backend='cpu' or 'auto'")
         if threads != 1:
             raise ValueError(f"threads: got {threads}, but the cuda backend brings its own; leave it out")
         from eventrnn.cuda.engine import CudaEngine

@@ -87,11 +87,13 @@ def to_evnn(layer: Layer) -> dict[str, np.ndarray]:
     """The parameters of a layer for `load_state_dict` of EvNN's `EGRU`, as float32 arrays.
 
     Keys: kernel (I, 3H), recurrent_kernel (H, 3H), bias and recurrent_bias (3H,), thr (H,), dampening_factor (1,),
-    pseudo_derivative_support (1,). Raises `ValueError` for the paper's variant and for surrogates other than the
-    triangle, which EvNN does not have.
+    pseudo_derivative_support (1,). Raises `ValueError` for other cells than the EGRU, for the paper's variant and
+    for surrogates other than the triangle, which EvNN does not have.
     """
     need_kind("layer", layer, Layer, "a Layer")
     cell = layer.cell
+    if cell.name != "egru":
+        raise ValueError(f"layer: got the cell {cell.name!r}; a layer of EvNN has the cell 'egru'")
     if cell.variant != "evnn" or cell.surrogate.kind != "triangle":
         raise ValueError(
             f"layer: got variant {cell.variant!r} with surrogate {cell.surrogate.kind!r}; "

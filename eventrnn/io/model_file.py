@@ -7,7 +7,7 @@ the digest, which detects a change of any bit. Equal networks give equal bytes.
 Version 2 added N:M matrices and narrow values: a matrix has `n`, `m` and `axis`, and its tensor `values` can be U16
 (bfloat16) or I8 with a tensor `scales`. Version 3 stores indices and row pointers as the narrowest unsigned integers
 that hold them. Version 4 stores an embedding whose values bfloat16 or int8 can hold as U16, or as I8 with a tensor
-`embedding.scales`. Files of versions 1 to 3 can still be read.
+`embedding.scales`. Version 5 added the cells "gru" and "lstm". Files of versions 1 to 4 can still be read.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from eventrnn.weights.storage import check_scales, from_bfloat16, from_int8, nar
 
 FORMAT = "eventrnn"
 
-VERSION = 4
+VERSION = 5
 
-READABLE = ("1", "2", "3", "4")
+READABLE = ("1", "2", "3", "4", "5")
 
 # Types of index arrays in memory.
 _INDEX = {"indices": np.int32, "indptr": np.int64}

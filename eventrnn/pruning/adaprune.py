@@ -61,9 +61,10 @@ def adaprune(
     iterations    : most iterations of conjugate gradients; each multiplies (n_pre, n_pre) by (n_pre, n_post)
     report        : called with the name of the matrix, the number of matrices done and their total number
 
-    In the paper's variant the candidate takes `r y`; the recurrent matrix is refitted for `y` there, too. Storage is
-    kept; int8 weights get new scales, because weights grow. Weights that were pruned before stay pruned. Raises
-    ValueError for inputs that the network cannot take, for masks of another shape and for masks without `store`.
+    Where the reset gate comes first (EGRU "paper", GRU "before") the candidate takes `r y`; the recurrent matrix is
+    refitted for `y` there, too. Storage is kept; int8 weights get new scales, because weights grow. Weights that were
+    pruned before stay pruned. Raises ValueError for inputs that the network cannot take, for masks of another shape and
+    for masks without `store`.
     """
     _check_iteration(bias, tolerance, iterations)
     need_kind("pattern", pattern, (Pattern, Mapping), "a pattern, or a mapping of names of matrices to masks")

@@ -29,7 +29,7 @@ SCOPES = ("matrix", "global")
 #: Score of a block: largest magnitude, mean magnitude, or root of the sum of squares.
 STATISTICS = ("max", "mean", "l2")
 
-#: Masks of the three gates of a layer's matrix: one grid of blocks over all gates, one grid per gate with the same
+#: Masks of the gates of a layer's matrix: one grid of blocks over all gates, one grid per gate with the same
 #: share pruned in each, or one mask for all gates.
 GATES = ("all", "each", "shared")
 
@@ -121,8 +121,9 @@ def magnitude_masks(
     scope      : "matrix" prunes the share of blocks in each matrix; "global" ranks the blocks of all matrices together,
                  with scores divided by the root mean square of their matrix, so that the scale of a matrix does not
                  matter
-    gates      : for matrices of layers (names that end in w_in or w_rec): "all" is one grid of blocks over the 3N gate
-                 rows, "each" prunes the share in every gate on its own grid, "shared" gives all gates the same mask
+    gates      : for matrices of layers (names that end in w_in or w_rec): "all" is one grid of blocks over all
+                 gate rows, "each" prunes the share in every gate on its own grid, "shared" gives all gates the same
+                 mask. A name of `Network.matrices` states the number of gates; without it there are three
     importance : name -> numbers of either sign that rank the weights in place of |w|; not with "l2"
     others     : see `magnitude_mask`
 
@@ -201,8 +202,8 @@ def check_choices(settings: Any) -> None:
 
 def _gates(name: str, gates: str) -> tuple[int, bool]:
     """Number of parts into which the postsynaptic rows are divided, and whether these share one mask."""
-    layered = MatrixId(name).gated and gates != "all"
-    return (3, gates == "shared") if layered else (1, False)
+    rows = MatrixId(name).gates
+    return (rows, gates == "shared") if rows > 1 and gates != "all" else (1, False)
 
 
 def _ranked(

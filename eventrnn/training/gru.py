@@ -1,16 +1,14 @@
 """The dense baseline: a GRU (Cho et al. 2014) that is trained by the same loop as an event network.
 
-It equals the event cell of `cells.py` with an event at every step and no reset, `y = c = v`. The reset gate is applied
-after the matrix product, as in cuDNN. There is no event network for it, so it serves to measure the cost of events in
-quality.
+It serves to measure the cost of events in quality. The reset gate is applied after the matrix product, as in cuDNN. The
+trained network has the cell `Cell("gru")`, which every engine on the CPU runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
+from eventrnn.cells import Cell
 from eventrnn.counting.backward import BackwardWork
 from eventrnn.network import Network
 from eventrnn.training.bptt.layer import LayerEngine
@@ -23,17 +21,28 @@ F32 = np.float32
 class GRU(Model):
     """A `Model` whose layers are GRUs. Parameters: see `Model`.
 
-    Thresholds and surrogates of the network are not used, and the gradient of the thresholds is zero. Source: Cho et
-    al. 2014, arXiv 1406.1078v1, where u is the gate that keeps the old state.
+    network : its cells are GRUs, `Cell("gru")`; or EGRUs, whose thresholds and surrogates are not used. The gradient of
+              the thresholds is zero
+
+    Raises as `Model` does, and ValueError for LSTM cells and for variants whose reset gate comes before the product.
+    Source: Cho et al. 2014, arXiv 1406.1078v1, where u is the gate that keeps the old state.
     """
 
     def __init__(self, network: Network, *, backward: str = "auto", threads: int = 1, thresholds: str = "positive"):
         super().__init__(network, backward=backward, threads=threads, thresholds=thresholds)
         self._engines = [GRULayerEngine(cell, "dense", self._team, self._arena) for cell in self.cells]
 
-    def network(self, parameters: Mapping[str, np.ndarray] | None = None) -> Network:
-        """Raises ValueError: no event network has the outputs of a GRU."""
-        raise ValueError("network: a GRU has no event network; its weights are in `parameters`")
+    @staticmethod
+    def _check_cells(network: Network) -> None:
+        for k, layer in enumerate(network.layers):
+            if layer.cell.name not in ("egru", "gru") or layer.cell.reset_first:
+                raise ValueError(
+                    f"network: layer {k} has the cell {layer.cell.name!r}, variant {layer.cell.variant!r}, but "
+                    "training.GRU applies the reset gate after the product; give Cell('gru'), or Cell('egru')"
+                )
+
+    def _threshold_and_cell(self, k: int, parameter: np.ndarray) -> tuple[np.ndarray, Cell]:
+        return np.zeros_like(parameter), Cell("gru")
 
 
 class GRULayerEngine(LayerEngine):

@@ -297,7 +297,7 @@ class Trainer:
     @exclusive
     @standard_arithmetic
     def network(self, *, best: bool = False) -> Network:
-        """The trained network, with the rule of its thresholds in `metadata["thresholds"]`.
+        """The trained network. Where it has thresholds, their rule is in `metadata["thresholds"]`.
 
         best : use the parameters of the best validation, if there was one; otherwise the present parameters, averaged
                if the optimiser averages
@@ -305,6 +305,8 @@ class Trainer:
         self._transaction.settle()
         with self.engine.reading():
             network = self.model.network(self.best if best and self.best else self._eval_parameters())
+        if not any(layer.cell.thresholded for layer in network.layers):
+            return network
         return replace(network, metadata={**network.metadata, "thresholds": self.model.thresholds})
 
     def _eval_parameters(self) -> dict[str, np.ndarray] | None:

@@ -1,24 +1,31 @@
-"""Names of weight matrices, which carry the layer and the role of a matrix."""
+"""Names of weight matrices, which carry the layer, the role and the number of gates of a matrix."""
 
 from __future__ import annotations
 
 
 class MatrixId(str):
-    """The name of a weight matrix or of another parameter of a network: a `str` that knows its layer and its role.
+    """The name of a weight matrix or of another parameter: a `str` that knows its layer, its role and its gates.
 
     >>> name = MatrixId("layers.2.w_rec")
-    >>> name.layer, name.role, name.gated
-    (2, 'w_rec', True)
-    >>> MatrixId("readout").layer is None, MatrixId("readout").role
-    (True, 'readout')
+    >>> name.layer, name.role, name.gates
+    (2, 'w_rec', 3)
+    >>> MatrixId("readout").layer is None, MatrixId("readout").role, MatrixId("readout").gates
+    (True, 'readout', 1)
+
+    A name that says nothing else has the three gates of a GRU. The names of `Network.matrices` have those of the cell.
     """
 
-    __slots__ = ()
+    _gates: int
+
+    def __new__(cls, name: str, gates: int | None = None) -> MatrixId:
+        made = super().__new__(cls, name)
+        made._gates = gates or (name._gates if isinstance(name, MatrixId) else 3)
+        return made
 
     @classmethod
-    def of(cls, layer: int, role: str) -> MatrixId:
+    def of(cls, layer: int, role: str, gates: int | None = None) -> MatrixId:
         """The matrix with this role in layer `layer`, counted from the input."""
-        return cls(f"layers.{layer}.{role}")
+        return cls(f"layers.{layer}.{role}", gates)
 
     @property
     def layer(self) -> int | None:
@@ -37,5 +44,10 @@ class MatrixId(str):
 
     @property
     def gated(self) -> bool:
-        """Whether the columns of the matrix are the rows of three gates (u, r, g)."""
+        """Whether the columns of the matrix are the rows of several gates."""
         return self.role in ("w_in", "w_rec")
+
+    @property
+    def gates(self) -> int:
+        """The number of gates whose rows the columns of the matrix are; 1 for a matrix without gates."""
+        return self._gates if self.gated else 1

@@ -20,7 +20,7 @@ from eventrnn.events import Events
 from eventrnn.network import Layer, Network, Readout
 from eventrnn.simulation import RECORDABLE, Simulation, Simulator, simulate
 from eventrnn.state import State
-from eventrnn.testing import inputs, networks, states
+from eventrnn.testing import ALL_CELLS, EVENT_CELLS, inputs, networks, states
 from eventrnn.weights import convert
 
 EXACT = [name for name in BACKENDS if get_backend(name).exact]
@@ -29,6 +29,11 @@ EXACT = [name for name in BACKENDS if get_backend(name).exact]
 def each(names) -> list:
     """Names of backends as parameters of a test. The CUDA backend carries the mark `gpu`."""
     return [pytest.param(name, marks=pytest.mark.gpu) if name == "cuda" else name for name in names]
+
+
+def cells_of(backend: str) -> tuple[Cell, ...]:
+    """The cells that a backend runs."""
+    return EVENT_CELLS if backend == "cuda" else ALL_CELLS
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,11 @@ def carries(draw) -> dict:
     if draw(st.booleans()):
         return {"carry": "state"}
     return {"carry": "events", "window": draw(st.integers(1, 5))}
+
+
+def fitting(carry: dict, network: Network) -> dict:
+    """The drawn `carry`, or that of the state for a network with cells that have no events to carry alone."""
+    return carry if all(layer.cell.thresholded for layer in network.layers) else {"carry": "state"}
 
 
 records = st.sets(st.sampled_from(RECORDABLE))
@@ -127,7 +137,7 @@ def part(fed: np.ndarray | Events, steps: slice = slice(None), batch: slice = sl
     return fed[steps, batch]
 
 
-def large_network(variant: str, units: int, inputs: int, seed: int) -> Network:
+def large_network(cell: Cell, units: int, inputs: int, seed: int) -> Network:
     rng = np.random.default_rng(seed)
 
     def pruned(n_pre, n_post):
@@ -135,11 +145,11 @@ def large_network(variant: str, units: int, inputs: int, seed: int) -> Network:
         values = rng.standard_normal((n_pre, n_post)) * 2 / np.sqrt(n_pre)
         return convert((values * np.kron(kept, np.ones((16, 64)))[:n_pre, :n_post]).astype(np.float32), "dense")
 
-    rows = 3 * units
+    rows = cell.gates * units
     biases = (rng.standard_normal((2, rows)) / 4).astype(np.float32)
     bias_out = rng.standard_normal(131).astype(np.float32)
-    threshold = rng.uniform(0.05, 0.5, units).astype(np.float32)
-    layer = Layer(pruned(inputs, rows), pruned(units, rows), *biases, threshold, Cell(variant=variant))
+    threshold = rng.uniform(0.05, 0.5, units).astype(np.float32) * np.float32(cell.thresholded)
+    layer = Layer(pruned(inputs, rows), pruned(units, rows), *biases, threshold, cell)
     return Network((layer,), None, Readout(pruned(units, 131), bias_out))
 
 
@@ -148,9 +158,10 @@ def in_format(network: Network, name: str, block: tuple[int, int] | None = None,
     return network.with_matrices({key: convert(w, name, block=block, **options) for key, w in matrices})
 
 
-def check_formats(backend, variant, formats, data, threads, record, carry) -> None:
+def check_formats(backend, cell, formats, data, threads, record, carry) -> None:
     """A network in the given formats has the bits of the same network, dense, on the reference backend."""
-    case = data.draw(cases(formats=formats, variants=[variant]))
+    case = data.draw(cases(formats=formats, cells=[cell]))
+    carry = fitting(carry, case.network)
     specification = case.simulator("reference", network=case.network.dense(), **carry)
     tested = case.simulator(backend, threads=1 if backend == "cuda" else threads, **carry)
     # The comparison means something only if the two sides are two implementations.
@@ -167,7 +178,8 @@ def check_formats(backend, variant, formats, data, threads, record, carry) -> No
 def check_chunks(backend, data, threads) -> None:
     """A run in several calls of any lengths, and one in single steps, have the bits of one run."""
     fast = backend in ("cpu", "cuda")
-    case = data.draw(cases(**({"max_units": 60, "max_steps": 150} if fast else {"max_units": 10})))
+    size = {"max_units": 60, "max_steps": 150} if fast else {"max_units": 10}
+    case = data.draw(cases(cells=cells_of(backend), **size))
     threads = threads if backend == "cpu" else 1
     steps = steps_of(case.inputs)
     cuts = sorted(data.draw(st.lists(st.integers(0, steps), max_size=5)))
@@ -197,8 +209,8 @@ def check_threads_do_not_race(backend) -> None:
 
     Windows of gate rows start off the vector grid. Many steps are run, because a race shows only now and then.
     """
-    for units in (20, 23, 44):
-        case = large_network("paper", units, 40, seed=units)
+    for units, cell in ((20, Cell(variant="paper")), (23, Cell("gru", "before")), (44, Cell("lstm"))):
+        case = large_network(cell, units, 40, seed=units)
         x = np.random.default_rng(units).standard_normal((600, 1, 40)).astype(np.float32)
         for network in (case, in_format(case, "block", (1, 16)), in_format(case, "csr")):
             expected = simulate(network, x, backend=backend).output

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from eventrnn import cells
+from eventrnn.cells import Cell
 
 U32, U64 = 2.0**-24, 2.0**-53
 # Bounds the absolute error of a float32 result below the normal range: it exceeds half the spacing of subnormals.
@@ -178,6 +179,45 @@ def cell_bound(variant: str, parameters: dict, x: np.ndarray, c: np.ndarray, y: 
     sent = r * Running(y)
     g = (gates[2] + _drive(w_rec[:, 2 * n :], sent, bias_rec[2 * n :])).tanh()
     return u.fma(Running(c), (one - u) * g) - Running(y)
+
+
+def plain_bound(cell: Cell, parameters: dict, x: Running, c: Running, y: Running) -> tuple[Running, Running]:
+    """Output and cell after a step of a GRU or an LSTM, from inputs and a state that have errors of their own.
+
+    x (B, I), c and y (B, N), and the parameters are float64. A run of several layers and steps is bounded by calls in
+    a row. Adding zero to an output rounds nothing.
+    """
+    n, gates = len(parameters["threshold"]), cell.gates
+    w_rec, bias_rec = parameters["w_rec"], parameters["bias_rec"]
+
+    def split(drive: Running, count: int) -> list[Running]:
+        error = np.broadcast_to(drive.error, drive.value.shape)
+        return [Running(drive.value[:, k * n : k * n + n], error[:, k * n : k * n + n]) for k in range(count)]
+
+    into = split(_drive(parameters["w_in"], x, parameters["bias_in"]), gates)
+    rec = split(_drive(w_rec, y, bias_rec), gates)
+    if cell.name == "lstm":
+        i, f, o = ((into[k] + rec[k]).sigmoid() for k in (0, 1, 3))
+        after = f.fma(c, i * (into[2] + rec[2]).tanh())
+        return o * after.tanh(), after
+    u, r = ((into[k] + rec[k]).sigmoid() for k in (0, 1))
+    if cell.reset_first:
+        g = (into[2] + _drive(w_rec[:, 2 * n :], r * y, bias_rec[2 * n :])).tanh()
+    else:
+        g = r.fma(rec[2], into[2]).tanh()
+    h = u.fma(c, (Running(np.ones_like(u.value)) - u) * g)
+    return h, h
+
+
+def engine_and_trainer(error: np.ndarray) -> np.ndarray:
+    """Bound on the difference of an engine's GRU and the trainer's, from the engine's error as `plain_bound` has it.
+
+    In the trainer, NumPy's exp and tanh are within 4 ulp, where the bound has 1.5 and more, and drives add the bias
+    last: each of its errors is at most 4 times that of the bound, and so is their sum to first order. The factor covers
+    products of two errors, which are below 2^-10 of it where errors are below 2^-12.
+    """
+    assert np.max(error) < 2.0**-12
+    return 5 * error * (1 + 2.0**-10)
 
 
 #: Relative error of a factor of a tensor-core product, which has 11, 8 or 11 significant bits. float16 and bfloat16 are

@@ -86,7 +86,7 @@ PRODUCT = (
     _FLOATS,  # drives
 )
 
-#: types of the arguments of `cell_update.update` and `update_paper`
+#: types of the arguments of the updates of `cell_update.py`
 UPDATE = (
     types.int64,  # n
     _FLOATS,  # drive_in

@@ -1,15 +1,17 @@
-"""Cell update of the EGRU, and the events of a layer: one time step, sixteen units at a time.
+"""Cell update of every cell, and the events of a layer: one time step, sixteen units at a time.
 
 A thread calls these kernels on the n units that it owns in a layer; no other thread writes their state. All arrays
 belong to the caller and are flat:
 
-    drive_in, drive_rec  float32, drives of the gates (u, r, g), n numbers each; a and b are the offsets of the first
+    drive_in, drive_rec  float32, drives of the gates in the order of the cell, (u, r, g) or (i, f, g, o), n numbers
+                         each; a and b are the offsets of the first
     threshold            float32, one per unit; p is the offset of the first unit
     c, y                 float32, cells and outputs; s is the offset of the first unit
     indices, values      int32 and float32, an event list, with space for one vector past its last event
 
-The equations are those of `cells.py`, so `update` and `update_paper` equal the second half of `reference.step`, after
-its products, bit for bit. Each loop states its rule twice: for whole vectors, and for the units that remain.
+The equations are those of `cells.py`, so the updates equal the second half of `reference.step`, after its products, bit
+for bit. All of them take the same arguments; those of cells without thresholds do not read `threshold`. Each loop
+states its rule twice: for whole vectors, and for the units that remain.
 """
 
 from __future__ import annotations
@@ -163,6 +165,102 @@ def update_paper(n, drive_in, a, drive_rec, b, threshold, p, c, y, s):
         store_some(c, s + i, some, v)
 
 
+@called_by_address
+def update_gru(n, drive_in, a, drive_rec, b, threshold, p, c, y, s):
+    """Update n units of a GRU in place; reset gate after the product. Cells and outputs get the same numbers."""
+    whole = n // LANES * LANES
+    for i in range(0, whole, LANES):
+        h, _, _, _ = cells.gru_value(
+            load(drive_in, a + i),
+            load(drive_in, a + n + i),
+            load(drive_in, a + 2 * n + i),
+            load(drive_rec, b + i),
+            load(drive_rec, b + n + i),
+            load(drive_rec, b + 2 * n + i),
+            load(c, s + i),
+        )
+        store(y, s + i, h)
+        store(c, s + i, h)
+    if whole < n:
+        i, some = whole, n - whole
+        h, _, _, _ = cells.gru_value(
+            load_some(drive_in, a + i, some),
+            load_some(drive_in, a + n + i, some),
+            load_some(drive_in, a + 2 * n + i, some),
+            load_some(drive_rec, b + i, some),
+            load_some(drive_rec, b + n + i, some),
+            load_some(drive_rec, b + 2 * n + i, some),
+            load_some(c, s + i, some),
+        )
+        store_some(y, s + i, some, h)
+        store_some(c, s + i, some, h)
+
+
+@called_by_address
+def update_gru_before(n, drive_in, a, drive_rec, b, threshold, p, c, y, s):
+    """Update n units of a GRU in place; reset gate before the product. Cells and outputs get the same numbers.
+
+    The drives of the reset gate are not read, because its effect is in the candidate's recurrent drive already.
+    """
+    whole = n // LANES * LANES
+    for i in range(0, whole, LANES):
+        h, _, _ = cells.gru_before_value(
+            load(drive_in, a + i),
+            load(drive_in, a + 2 * n + i),
+            load(drive_rec, b + i),
+            load(drive_rec, b + 2 * n + i),
+            load(c, s + i),
+        )
+        store(y, s + i, h)
+        store(c, s + i, h)
+    if whole < n:
+        i, some = whole, n - whole
+        h, _, _ = cells.gru_before_value(
+            load_some(drive_in, a + i, some),
+            load_some(drive_in, a + 2 * n + i, some),
+            load_some(drive_rec, b + i, some),
+            load_some(drive_rec, b + 2 * n + i, some),
+            load_some(c, s + i, some),
+        )
+        store_some(y, s + i, some, h)
+        store_some(c, s + i, some, h)
+
+
+@called_by_address
+def update_lstm(n, drive_in, a, drive_rec, b, threshold, p, c, y, s):
+    """Update cells and outputs of n units of an LSTM in place."""
+    whole = n // LANES * LANES
+    for k in range(0, whole, LANES):
+        h, after, _, _, _, _ = cells.lstm_value(
+            load(drive_in, a + k),
+            load(drive_in, a + n + k),
+            load(drive_in, a + 2 * n + k),
+            load(drive_in, a + 3 * n + k),
+            load(drive_rec, b + k),
+            load(drive_rec, b + n + k),
+            load(drive_rec, b + 2 * n + k),
+            load(drive_rec, b + 3 * n + k),
+            load(c, s + k),
+        )
+        store(y, s + k, h)
+        store(c, s + k, after)
+    if whole < n:
+        k, some = whole, n - whole
+        h, after, _, _, _, _ = cells.lstm_value(
+            load_some(drive_in, a + k, some),
+            load_some(drive_in, a + n + k, some),
+            load_some(drive_in, a + 2 * n + k, some),
+            load_some(drive_in, a + 3 * n + k, some),
+            load_some(drive_rec, b + k, some),
+            load_some(drive_rec, b + n + k, some),
+            load_some(drive_rec, b + 2 * n + k, some),
+            load_some(drive_rec, b + 3 * n + k, some),
+            load_some(c, s + k, some),
+        )
+        store_some(y, s + k, some, h)
+        store_some(c, s + k, some, after)
+
+
 @internal
 def count_events(indices, values, first, count, unit_0, graded_out, binary_out):
     """Count the events `first` to `first + count` of a list per unit, graded and binary events apart.
@@ -170,10 +268,10 @@ def count_events(indices, values, first, count, unit_0, graded_out, binary_out):
     unit_0                 : position of the layer's first unit in the counts
     graded_out, binary_out : (units of all layers,) int64, added to
 
-    Outputs of a layer are positive, so that only the value 1 is binary.
+    Outputs of cells without a threshold have either sign, so that 1 and -1 are binary.
     """
     for e in range(first, first + count):
-        if values[e] == 1:
+        if abs(values[e]) == 1:
             binary_out[unit_0 + indices[e]] += 1
         else:
             graded_out[unit_0 + indices[e]] += 1

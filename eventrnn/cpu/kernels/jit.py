@@ -81,6 +81,9 @@ for _rule in (
     cells.egru_backward,
     cells.egru_paper_backward,
     cells.egru_paper_reset_backward,
+    cells.gru_value,
+    cells.gru_before_value,
+    cells.lstm_value,
     cells.surrogate_slope,
 ):
     register_jitable(no_cfunc_wrapper=True)(_rule)

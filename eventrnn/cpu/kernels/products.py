@@ -1,4 +1,4 @@
-"""The kernels that a plan calls by address: one per kind and storage of column tiles, and per variant of the cell.
+"""The kernels that a plan calls by address: one per kind and storage of column tiles, and per cell.
 
 Each is compiled, or read from disk, when a network first needs it. A product kernel takes `by_address.PRODUCT`, and
 writes some column tiles, all of its kind, over all drive rows.
@@ -11,7 +11,14 @@ from functools import cache
 import numpy as np
 
 from eventrnn.cpu.kernels.by_address import GATING, PRODUCT, UPDATE, address_of
-from eventrnn.cpu.kernels.cell_update import compact_gated_events, update, update_paper
+from eventrnn.cpu.kernels.cell_update import (
+    compact_gated_events,
+    update,
+    update_gru,
+    update_gru_before,
+    update_lstm,
+    update_paper,
+)
 from eventrnn.cpu.kernels.jit import allocating_by_address, called_by_address
 from eventrnn.cpu.kernels.row_products import (
     add_blocks,
@@ -115,9 +122,18 @@ def product_address(kind: int, storage: int) -> int:
     return address_of(_product(kind, storage), PRODUCT)
 
 
+#: name and variant of a cell -> its update, and what gates the events of the candidate where the reset gate is first
+_UPDATES = {
+    ("egru", "evnn"): (update, None),
+    ("egru", "paper"): (update_paper, compact_gated_events),
+    ("gru", "after"): (update_gru, None),
+    ("gru", "before"): (update_gru_before, compact_gated_events),
+    ("lstm", "standard"): (update_lstm, None),
+}
+
+
 @cache
-def update_addresses(variant: str) -> tuple[int, int]:
-    """Addresses of the cell update of a variant, and of what gates the events of the candidate; 0 if nothing does."""
-    if variant == "paper":
-        return address_of(update_paper, UPDATE), address_of(compact_gated_events, GATING)
-    return address_of(update, UPDATE), 0
+def update_addresses(name: str, variant: str) -> tuple[int, int]:
+    """Addresses of the update of a cell, and of what gates the events of its candidate; 0 if nothing does."""
+    changes, gates = _UPDATES[name, variant]
+    return address_of(changes, UPDATE), 0 if gates is None else address_of(gates, GATING)

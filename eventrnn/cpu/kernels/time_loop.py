@@ -7,8 +7,8 @@ number. It equals `reference.forward`, layer by layer, bit for bit.
 
 Where the arrays live: weights in `NetworkTables`, read by all threads; drives, event lists and workspaces in
 `RunBuffers`; cells `c` and outputs `y`, (units * batch,) float32, layer by layer and within a layer (batch, N), updated
-in place. In a drive row, a thread's columns begin at `drive_begins[layer, thread]`: its u gates, r gates and
-candidates.
+in place. In a drive row, a thread's columns begin at `drive_begins[layer, thread]`: one gate of its units after the
+other, in an EGRU and a GRU (u, r, g), in an LSTM (i, f, g, o).
 
 Event lists of a layer: buffer `layer % 2`, row `(t + 1) * batch + b` of the chunk for step t and sample b; row b holds
 the step before the chunk. A row has one list per thread. Thread q's list begins at its first unit, plus one vector for
@@ -108,7 +108,7 @@ def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, output
             propagate_all(tables, first_tile, last_tile, bias, n_pre, given, drive_in)
 
             first_tile, gated_tile, last_tile = layers[layer, REC], layers[layer, REC_GATED], layers[layer, END]
-            bias, is_paper = layers[layer, BIAS_REC], last_tile > gated_tile
+            bias, reset_first = layers[layer, BIAS_REC], last_tile > gated_tile
             for t in range(length):
                 first_list = (mine + t * batch) * n_threads
                 for q in range(first_list, first_list + batch * n_threads if n_threads > 1 else first_list):
@@ -118,7 +118,7 @@ def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, output
                         prefetch(events.values, e)
                 sent = RowEvents(events, first_list, n_threads, batch)
                 propagate_all(tables, first_tile, gated_tile, bias, n, sent, drive_rec)
-                if is_paper:
+                if reset_first:
                     # The events of the candidate product are multiplied by the reset gates of all units.
                     target = barrier_wait(barrier, n_threads, target)
                     if target < 0:

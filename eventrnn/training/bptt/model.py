@@ -34,7 +34,7 @@ from eventrnn.cells import Cell
 from eventrnn.counting.backward import BackwardWork
 from eventrnn.cpu.engine import MOST_THREADS
 from eventrnn.cpu.threads import Team
-from eventrnn.network import Layer, Network, Readout
+from eventrnn.network import Layer, Network, Readout, need_thresholds
 from eventrnn.state import State
 from eventrnn.training import thresholds as rules
 from eventrnn.training.bptt.layer import LayerEngine
@@ -47,6 +47,9 @@ from eventrnn.weights import Dense
 F32 = np.float32
 
 BACKWARDS = ("auto", "dense", "sparse")
+
+#: what to do with a network that event training refuses
+GRU_INSTEAD = "a network of GRU cells is trained by training.GRU, on the CPU; LSTM cells are not trained here"
 
 LAYER_PARAMETERS = ("w_in", "w_rec", "bias_in", "bias_rec", "threshold")
 
@@ -119,7 +122,8 @@ class Model:
     masks      : boolean arrays by parameter name, False where pruned. At first, weights that a sparse matrix of the
                  network does not store are pruned
 
-    Raises ValueError for an unknown `backward` or `thresholds`, and for a number of threads out of range.
+    Raises ValueError for an unknown `backward` or `thresholds`, for a number of threads out of range, and for a network
+    with GRU or LSTM cells.
     """
 
     def __init__(self, network: Network, *, backward: str = "auto", threads: int = 1, thresholds: str = "positive"):
@@ -129,6 +133,7 @@ class Model:
         if not 1 <= threads <= MOST_THREADS:
             raise ValueError(f"threads: got {threads}, need 1 to {MOST_THREADS}; more threads than cores only wait")
         rules.check_rule(thresholds)
+        self._check_cells(network)
         self.template, self.backward_mode, self.threads, self.thresholds = network, backward, threads, thresholds
         self.cells: list[Cell] = [layer.cell for layer in network.layers]
         self.tied = network.readout is not None and network.readout.tied
@@ -152,6 +157,11 @@ class Model:
         self._team, self._arena, self._use = Team(threads), Arena(), Use("model")
         self._shapes = {name: value.shape for name, value in self.parameters.items()}
         self._engines = [LayerEngine(cell, backward, self._team, self._arena) for cell in self.cells]
+
+    @staticmethod
+    def _check_cells(network: Network) -> None:
+        """Raise ValueError for a cell that this model does not train."""
+        need_thresholds(network, "network: event training needs EGRU cells", GRU_INSTEAD)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -177,10 +187,9 @@ class Model:
                 Dense(p[f"layers.{k}.w_rec"].copy()),
                 p[f"layers.{k}.bias_in"].copy(),
                 p[f"layers.{k}.bias_rec"].copy(),
-                rules.from_parameter(self.thresholds, p[f"layers.{k}.threshold"]),
-                cell,
+                *self._threshold_and_cell(k, p[f"layers.{k}.threshold"]),
             )
-            for k, cell in enumerate(self.cells)
+            for k in range(len(self.cells))
         )
         embedding = p["embedding"].copy() if "embedding" in p else None
         readout = None
@@ -188,6 +197,10 @@ class Model:
             weights = np.ascontiguousarray(embedding.T) if self.tied and embedding is not None else p["readout"].copy()
             readout = Readout(Dense(weights), p["readout.bias"].copy(), tied=self.tied)
         return replace(self.template, layers=layers, embedding=embedding, readout=readout)
+
+    def _threshold_and_cell(self, k: int, parameter: np.ndarray) -> tuple[np.ndarray, Cell]:
+        """Thresholds (N,) and cell of layer k in a network, from the parameter (N,) that stands for the thresholds."""
+        return rules.from_parameter(self.thresholds, parameter), self.cells[k]
 
     def apply_masks(self) -> None:
         """Set every pruned weight to zero, and every threshold to the nearest value that its rule allows. In place."""

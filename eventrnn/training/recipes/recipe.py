@@ -20,6 +20,7 @@ import numpy as np
 from eventrnn import io
 from eventrnn._checks import need_choice, need_flag, need_number, need_text, need_whole
 from eventrnn._files import LOCK, file_sha256, is_endless, locked, printable, write_whole
+from eventrnn.cells import CELLS as VARIANTS
 from eventrnn.cells import Cell, Surrogate
 from eventrnn.data.text import KINDS, Corpus, from_path, from_text, python_documentation, read_stream
 from eventrnn.io.model_file import encoded
@@ -52,7 +53,7 @@ class ModelSettings:
 
     Attributes
     ----------
-    cell            : "egru", or "gru" for the dense baseline (`training.GRU`), which has no model file
+    cell            : "egru", or "gru" for the dense baseline (`training.GRU`), which takes no thresholds
     variant         : equations of the egru, "evnn" or "paper"
     hidden          : number of units of each layer
     embedding       : width of the embedding
@@ -76,7 +77,7 @@ class ModelSettings:
         need_choice("cell", self.cell, CELLS)
         need_whole("embedding", self.embedding, at_least=1)
         need_flag("tied", self.tied)
-        Cell(variant=self.variant)
+        need_choice("variant", self.variant, VARIANTS["egru"])
         need_choice("threshold_start", self.threshold_start, STARTS)
         if isinstance(self.threshold, tuple) and len(self.threshold) != len(self.hidden):
             raise ValueError(f"threshold: got {len(self.threshold)}, need one for each of {len(self.hidden)} layers")
@@ -142,7 +143,7 @@ class RunSettings:
 
     Attributes
     ----------
-    out                : model file to write; empty for a GRU
+    out                : model file to write; a GRU may go without
     log_every          : updates per line of the log
     checkpoint_seconds : seconds between two checkpoints
     """
@@ -166,10 +167,6 @@ class Recipe:
     data: DataSettings = field(default_factory=DataSettings)
     training: Settings = field(default_factory=Settings)
     run: RunSettings = field(default_factory=RunSettings)
-
-    def __post_init__(self):
-        if self.model.cell == "gru" and self.run.out:
-            raise ValueError(f"out: got {self.run.out} for a gru, which has no model file; give --run a folder instead")
 
     def trainer(self, text: str | None = None) -> tuple[Trainer, Corpus]:
         """The trainer in its initial state, and its corpus.
@@ -246,9 +243,9 @@ def train(
     overwrite : replace the model file; without `resume`, replace the run in the folder too
     report    : called with the stage, the amount done, the whole amount, and a note
 
-    Returns bits and perplexity of the validation text when the event engine reads it (one stream, state carried even if
-    `data.carry` is "events"), the best validation of the training (which follows `data.carry`), and the numbers of
-    symbols, parameters, updates and seconds.
+    Returns bits and perplexity of the validation text when the network of the model file reads it (one stream, state
+    carried even if `data.carry` is "events"), the best validation of the training (which follows `data.carry`), and the
+    numbers of symbols, parameters, updates and seconds. Without `recipe.run.out` there is no such reading.
 
     Without `overwrite`, raises ValueError for a folder that holds a run when `resume` is not set, and FileExistsError
     for a model file that this run did not write: before the training, or after it if the file appeared meanwhile. The
@@ -310,7 +307,7 @@ def _train(
         "seconds": seconds,
         "bits_per_symbol_best": trainer.best_value,
     }
-    if recipe.model.cell == "gru":
+    if not recipe.run.out:
         return figures
     network = trainer.network(best=True)
     _save_out(network, recipe, folder)

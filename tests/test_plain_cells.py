@@ -1,0 +1,316 @@
+"""Cells without thresholds, the GRU and the LSTM: worked steps, PyTorch, counts, the trainer's GRU, and refusals.
+
+The conformance suite (`test_backends.py`, `test_ragged.py`) draws them among the other cells.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from eventrnn import reference
+from eventrnn.backend import get_backend
+from eventrnn.cells import EQUATIONS, Cell, Surrogate
+from eventrnn.counting import audit, count
+from eventrnn.io import to_evnn
+from eventrnn.network import Layer, Network
+from eventrnn.pruning import prune
+from eventrnn.simulation import Simulator, simulate
+from eventrnn.state import State
+from eventrnn.testing import ALL_CELLS
+from eventrnn.training import GRU, LanguageModelling, Model, Settings, Trainer, check_gradients, evaluate
+from eventrnn.weights import Dense
+from support import tolerance
+from support.worked_steps import HAND, LN2, LN3, close
+
+PLAIN = [cell for cell in ALL_CELLS if not cell.thresholded]
+
+
+def said(cell: Cell) -> str:
+    return f"{cell.name}-{cell.variant}"
+
+
+each_cell = pytest.mark.parametrize("cell", PLAIN, ids=said)
+
+
+def random_network(cell: Cell, units=(9, 9), inputs=5, seed=0, **options) -> Network:
+    """A network with random biases, too."""
+    rng = np.random.default_rng(seed)
+    drawn = Network.random(list(units), rng=rng, inputs=inputs, cell=cell, **options)
+    layers = [
+        replace(
+            layer,
+            bias_in=rng.standard_normal(len(layer.bias_in)).astype(np.float32) / 2,
+            bias_rec=rng.standard_normal(len(layer.bias_in)).astype(np.float32) / 2,
+        )
+        for layer in drawn.layers
+    ]
+    return replace(drawn, layers=tuple(layers))
+
+
+def numbers(*shape: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+# --- one step, by hand --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["after", "before"])
+def test_gru_step_by_hand(variant):
+    # Recurrent weight of g0: 8/3 ln 2 before or after the reset gate 3/4, times h0 = 1/2: ln 2 in either variant.
+    w_rec = np.array([[0, 0, 0, 0, 8 / 3 * LN2, 0], [9.0, 9, 9, 9, 9, 9]])
+    parameters = HAND | {"w_rec": w_rec, "threshold": np.zeros(2)}
+    h = np.array([[0.5, 0.0]])
+    tape = reference.step(Cell("gru", variant), parameters, np.array([[1.0]]), h, h)
+    assert close(tape.u, [0.25, 0.75])
+    assert close(tape.r, [0.75, 0.75])
+    assert close(tape.g, [0.6, 0.8])
+    # 1/4 * 1/2 + 3/4 * 3/5;  3/4 * 0 + 1/4 * 4/5
+    assert close(tape.y, [0.575, 0.2])
+    assert np.array_equal(tape.c, tape.y)
+
+
+def test_lstm_step_by_hand():
+    # i = 3/4, f = 1/4, g = 3/5, o = 3/4, from the input and the output of the step before.
+    parameters = {
+        "w_in": np.array([[LN3, 0.0, LN2, 0.0]]),
+        "w_rec": np.array([[0.0, -2 * LN3, 0.0, 0.0]]),
+        "bias_in": np.array([0.0, 0.0, 0.0, LN3 / 2]),
+        "bias_rec": np.array([0.0, 0.0, 0.0, LN3 / 2]),
+        "threshold": np.zeros(1),
+    }
+    # c = 1/4 (4 ln 2 - 9/5) + 3/4 * 3/5 = ln 2, whose tanh is 3/5
+    c, h = np.array([[4 * LN2 - 1.8]]), np.array([[0.5]])
+    tape = reference.step(Cell("lstm"), parameters, np.array([[1.0]]), c, h)
+    assert [close(getattr(tape, name), [value]) for name, value in zip("ifgo", (0.75, 0.25, 0.6, 0.75), strict=True)]
+    assert close(tape.c, [LN2])
+    assert close(tape.y, [0.45])
+
+
+@each_cell
+def test_a_unit_without_any_drive_is_silent_and_its_zero_is_positive(cell):
+    rows = cell.gates
+    zeros = np.zeros(rows, np.float32)
+    w_in, w_rec = Dense(np.full((1, rows), -1, np.float32)), Dense(np.zeros((1, rows), np.float32))
+    # A candidate of -0 comes from a bias of -0.
+    network = Network((Layer(w_in, w_rec, -zeros, zeros, zeros[:1], cell),))
+    for backend in ("reference", "cpu", "blas"):
+        run = simulate(network, np.array([0, 0, 2, 0], np.float32)[:, None, None], backend=backend, record="events")
+        assert run.events[0].to_dense()[:, 0, 0].astype(bool).tolist() == [False, False, True, True]
+        assert not np.signbit(run.output[:2]).any()
+
+
+def test_an_output_of_minus_one_is_a_binary_event():
+    # Saturated gates: the GRU takes over its candidate, -1, at once.
+    zeros = np.zeros((1, 3), np.float32)
+    bias = np.array([-100, 0, -100], np.float32)
+    network = Network((Layer(Dense(zeros), Dense(zeros), bias, zeros[0], zeros[0, :1], Cell("gru")),))
+    for backend in ("reference", "cpu", "blas"):
+        run = simulate(network, np.zeros((4, 1, 1), np.float32), backend=backend, record="events")
+        assert (run.output == -1).all()
+        assert run.fired[0].binary.tolist() == [4] and run.fired[0].graded.tolist() == [0]
+        assert audit(network, run).agrees
+
+
+# --- PyTorch ------------------------------------------------------------------------------------------------
+
+
+def bounded(network: Network, x: np.ndarray) -> list[tolerance.Running]:
+    """The outputs of the last layer at every step from the zero state, with a bound on the error of a float32 run."""
+    sent = [tolerance.Running(each.astype(np.float64)) for each in x]
+    for layer in network.layers:
+        zero = tolerance.Running(np.zeros((x.shape[1], layer.units)))
+        parameters, c, y = reference.layer_parameters(layer, np.float64), zero, zero
+        for t, value in enumerate(sent):
+            y, c = tolerance.plain_bound(layer.cell, parameters, value, c, y)
+            sent[t] = y
+    return sent
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("cell", [Cell("gru"), Cell("lstm")], ids=said)
+def test_outputs_are_those_of_pytorch(cell):
+    torch = pytest.importorskip("torch", reason="compares with PyTorch")
+    network, x, n = random_network(cell), numbers(5, 3, 5), 9
+    module = {"gru": torch.nn.GRU, "lstm": torch.nn.LSTM}[cell.name](5, n, len(network.layers)).double()
+    # Gates by PyTorch's names: ours are (u, r, g) with z = u and n = g, theirs (r, z, n); of an LSTM (i, f, g, o).
+    gates = {"gru": (1, 0, 2), "lstm": (0, 1, 2, 3)}[cell.name]
+    order = np.concatenate([np.arange(k * n, (k + 1) * n) for k in gates])
+    names = {"weight_ih": "w_in", "weight_hh": "w_rec", "bias_ih": "bias_in", "bias_hh": "bias_rec"}
+    with torch.no_grad():
+        for k, layer in enumerate(network.layers):
+            parameters = reference.layer_parameters(layer, np.float64)
+            for theirs, ours in names.items():
+                array = np.ascontiguousarray(parameters[ours][..., order].T)
+                getattr(module, f"{theirs}_l{k}").copy_(torch.from_numpy(array))
+        expected, last = module(torch.from_numpy(x.astype(np.float64)))
+    run, bound = simulate(network, x), bounded(network, x)
+    for t, each in enumerate(bound):
+        assert (np.abs(run.output[t] - expected[t].numpy()) <= each.error).all()
+    assert max(each.error.max() for each in bound) <= tolerance.SHARPEST_MARGIN
+    # PyTorch's state is ours: h, and for the LSTM h and c.
+    theirs = last if cell.name == "lstm" else (last, last)
+    for ours, parts in zip((run.state.outputs, run.state.cells), theirs, strict=True):
+        size = max(np.abs(part).max() for part in ours)
+        for part, expected_part in zip(ours, parts.numpy(), strict=True):
+            assert np.abs(part - expected_part).max() <= tolerance.SHARPEST_MARGIN * max(1, size)
+
+
+# --- the GRU of training ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", [Cell(), Cell("gru")], ids=said)
+def test_the_network_of_the_trained_gru_has_its_outputs(start):
+    network = random_network(start, readout=4)
+    model, x = GRU(network), numbers(5, 3, 5)
+    trained = model.network()
+    assert {layer.cell for layer in trained.layers} == {Cell("gru")}
+    assert not any(layer.threshold.any() for layer in trained.layers)
+    _, after, tape = model.forward(x, State.zeros(network, 3))
+    bare = replace(trained, readout=None)
+    run = simulate(bare, x)
+    for t, each in enumerate(bounded(bare, x)):
+        assert (np.abs(run.output[t] - tape.layers[-1].y[t + 1]) <= tolerance.engine_and_trainer(each.error)).all()
+    # It can be trained on, from its weights.
+    again = GRU(trained).parameters
+    assert all(np.array_equal(again[name], value) for name, value in model.parameters.items() if "w_" in name)
+    assert np.array_equal(after.cells[0], after.outputs[0])
+
+
+def test_the_engine_reads_a_text_as_the_trained_gru_does():
+    text = np.random.default_rng(2).integers(0, 6, 300)
+    network = Network.random([8], symbols=6, embedding=4, readout=6, rng=np.random.default_rng(3), cell=Cell("gru"))
+    task = LanguageModelling(text, text, valid_batch=1)
+    trainer = Trainer(network, task, Settings(steps=20, batch=4, window=10, learning_rate=1e-2), model=GRU(network))
+    trainer.run()
+    trained = trainer.network()
+    assert "thresholds" not in trained.metadata
+    figures, bits = task.evaluate(trainer.model), evaluate(trained, text)
+    # BLAS in training, ascending sums in the engine: within the roundings of a softmax over sums of 8.
+    assert abs(figures["bits"] - bits) <= tolerance.gamma(400, tolerance.U32) * 8
+    assert bits < evaluate(network, text)
+
+
+# --- counts, pruning ----------------------------------------------------------------------------------------
+
+
+@each_cell
+def test_counts_are_those_of_the_definitions(cell):
+    network = prune(random_network(cell, units=(8, 6), readout=3), 0.5)
+    x = numbers(7, 2, 5)
+    run = simulate(network, x, record="events")
+    counts, rows = count(network, run), 14
+    assert run.activity == (1.0, 1.0)
+    # The zero state sends nothing into the first step.
+    carried = [rows * n - 2 * n for n in (8, 6)]
+    products = {"after": 3, "before": 2, "standard": 3}[cell.variant]
+    first = cell.variant == "before"
+    assert list(counts.gate_ops) == [
+        rows * n * products + first * sent for n, sent in zip((8, 6), carried, strict=True)
+    ]
+    assert list(counts.state_bytes) == [rows * n * (16 if first else 12) for n in (8, 6)]
+    assert counts.matrices["layers.1.w_in"].dense == rows * 8 * cell.gates * 6
+    assert counts.matrices["layers.0.w_rec"].effective == (rows - 2) * network.layers[0].w_rec.nnz
+    assert audit(network, run, counts).agrees
+
+
+@each_cell
+def test_each_gate_is_pruned_by_the_same_share(cell):
+    network = prune(random_network(cell, units=(8,), inputs=6), 0.5, gates="each")
+    for name, weights in network.matrices().items():
+        assert name.gates == cell.gates
+        kept = np.split(weights.to_dense() != 0, cell.gates, axis=1)
+        assert {int(part.sum()) for part in kept} == {kept[0].size // 2}
+    shared = prune(random_network(cell, units=(8,), inputs=6), 0.5, gates="shared").layers[0].w_in.to_dense()
+    assert len({(part != 0).tobytes() for part in np.split(shared, cell.gates, axis=1)}) == 1
+
+
+def test_a_larger_lstm_forgets_no_state():
+    # The cell of an LSTM may exceed 1; the state after a run has both parts, and a run from it goes on.
+    network, x = random_network(Cell("lstm")), numbers(30, 2, 5)
+    network = replace(network, layers=tuple(replace(each, bias_in=each.bias_in + 2) for each in network.layers))
+    whole, simulator = simulate(network, x), Simulator(network, batch=2)
+    parts = [simulator.run(x[:11]), simulator.run(x[11:])]
+    assert np.array_equal(whole.output, np.concatenate([part.output for part in parts]))
+    assert max(np.abs(part).max() for part in whole.state.cells) > 1 > np.abs(whole.output).max()
+
+
+# --- refusals -----------------------------------------------------------------------------------------------
+
+
+@each_cell
+def test_thresholds_and_surrogates_are_refused(cell):
+    with pytest.raises(ValueError, match=f"surrogate: got Surrogate.*'boxcar'.*{cell.name!r} have no threshold"):
+        replace(cell, surrogate=Surrogate("boxcar"))
+    options = {"inputs": 2, "rng": np.random.default_rng(0), "cell": cell}
+    with pytest.raises(
+        ValueError, match=f"threshold: got 0.3, but a cell {cell.name!r} has no thresholds; leave it out"
+    ):
+        Network.random([3], threshold=0.3, **options)
+    layer = Network.random([3], threshold=0, **options).layers[0]
+    with pytest.raises(ValueError, match=r"threshold: got 0.5 at unit 1, but a cell .* give zeros"):
+        replace(layer, threshold=np.array([0, 0.5, 0], np.float32))
+    edited = Network((layer,))
+    layer.threshold[0] = 1
+    with pytest.raises(ValueError, match="threshold of layer 0: a cell .* has none; set it back to zeros"):
+        simulate(edited, np.zeros((1, 1, 2), np.float32))
+
+
+def test_names_and_variants_of_the_cells():
+    assert [Cell(name).variant for name in EQUATIONS] == ["evnn", "after", "standard"]
+    assert [Cell(name).gates for name in EQUATIONS] == [3, 3, 4]
+    with pytest.raises(ValueError, match="variant: got 'paper', need one of after, before"):
+        Cell("gru", "paper")
+    with pytest.raises(ValueError, match="w_rec: got shape"):
+        replace(random_network(Cell("gru")).layers[0], cell=Cell("lstm"))
+    assert repr(random_network(Cell("lstm")).layers[0]).startswith("Layer(9 lstm/standard units, w_in=Dense(5x36")
+
+
+def test_a_gru_whose_cells_are_not_its_outputs_is_refused():
+    network = random_network(Cell("gru"))
+    state = State.zeros(network, 1)
+    state.cells[1][0, 2] = 0.5
+    with pytest.raises(ValueError, match="state of layer 1: got cell 0.5 and output 0.0 at sample 0, unit 2"):
+        simulate(network, np.zeros((1, 1, 5), np.float32), state=state)
+    simulator = Simulator(network)
+    with pytest.raises(ValueError, match="give the outputs as cells"):
+        simulator.state = state
+    assert not simulator.state.cells[1].any()
+
+
+@each_cell
+def test_what_needs_events_above_a_threshold_is_refused_by_name(cell):
+    network = random_network(cell, units=(3,), readout=2)
+    x = np.zeros((1, 1, 5), np.float32)
+    named = f"layer 0 has the cell {cell.name!r}, whose units have no threshold; "
+    with pytest.raises(ValueError, match=f"carry: got 'events', but {named}use carry='state'"):
+        simulate(network, x, carry="events", window=1)
+    # Refused before a GPU is looked for.
+    with pytest.raises(ValueError, match=f"backend: got 'cuda', but {named}use backend='cpu' or 'auto'"):
+        get_backend("cuda").engine(network)
+    text = Network.random([3], symbols=4, embedding=2, readout=4, rng=np.random.default_rng(0), cell=cell)
+    symbols = np.random.default_rng(1).integers(0, 4, 100)
+    for call in (
+        lambda: Model(network),
+        lambda: check_gradients(network),
+        lambda: Trainer(text, symbols, Settings(steps=2, batch=2, window=5)),
+        lambda: Trainer(text, symbols, Settings(steps=2, batch=2, window=5, backend="cuda")),
+    ):
+        with pytest.raises(ValueError, match=f"network: event training needs EGRU cells, but {named}.*training.GRU"):
+            call()
+    with pytest.raises(ValueError, match=f"layer: got the cell {cell.name!r}; a layer of EvNN has the cell 'egru'"):
+        to_evnn(network.layers[0])
+
+
+@pytest.mark.parametrize("cell", [Cell("gru", "before"), Cell("lstm"), Cell(variant="paper")], ids=said)
+def test_the_gru_of_training_refuses_other_equations(cell):
+    with pytest.raises(
+        ValueError, match=f"layer 0 has the cell {cell.name!r}, variant {cell.variant!r}, but training.GRU"
+    ):
+        GRU(random_network(cell))
+    if not cell.thresholded:
+        parameters, x = reference.layer_parameters(random_network(cell).layers[0]), numbers(1, 1, 5)
+        with pytest.raises(ValueError, match="cell: got .* but only the 'egru' has a backward pass here"):
+            reference.backward(cell, parameters, x, [], x, x)
