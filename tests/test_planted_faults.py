@@ -26,7 +26,14 @@ from support.kernel_faults import KERNEL_FAULTS
 from support.layouts import FORCED, check_layout, forced
 from support.planting import faulty_kernels, marked_faults, plant, suite_catches
 from support.recorded_runs import FILES, check_outputs
-from support.worked_steps import check_equality_and_leak, check_paper_step, check_plain_gru, check_released_step
+from support.worked_steps import (
+    check_equality_and_leak,
+    check_gru_step,
+    check_lstm_step,
+    check_paper_step,
+    check_plain_gru,
+    check_released_step,
+)
 
 UNITS, INPUTS, BATCH, STEPS = 10, 6, 3, 12
 RECORD = ("events", "states")
@@ -256,6 +263,23 @@ def test_swapped_gates_in_the_kernel():
         suite_catches(check_formats, backend=faulty, cell=Cell(), formats=("dense",))
 
 
+def test_swapped_gates_of_an_lstm_in_the_kernel():
+    # From the zero state, a unit's cell is the product of input gate and candidate: the first input shows the fault.
+    first = 0, 0, int(np.argmax(signal()[0].any(axis=1))), 0
+    with faulty_kernels("gates of an LSTM swapped") as faulty:
+        for units in (UNITS, 40):
+            net = Network.random([units], inputs=INPUTS, rng=np.random.default_rng(2), cell=Cell("lstm"))
+            assert place(divergence("reference", faulty, net=net)) == first
+        suite_catches(check_formats, backend=faulty, cell=Cell("lstm"), formats=("dense",))
+
+
+def test_swapped_gates_of_a_gru_or_an_lstm_in_the_rules_that_all_backends_share(monkeypatch):
+    plant(monkeypatch, cells, "gru_before_value", {"fma(u, h, (ONE - u) * g)": "fma(u, g, (ONE - u) * h)"})
+    suite_catches(check_gru_step, variant="before")
+    plant(monkeypatch, cells, "lstm_value", {"fma(f, c, i * g)": "fma(i, c, f * g)"})
+    suite_catches(check_lstm_step)
+
+
 def test_swapped_gates_in_the_rule_that_all_backends_share(monkeypatch):
     # All backends share this rule and agree. The steps worked by hand and the recorded runs detect the fault.
     plant(monkeypatch, cells, "egru_value", {"fma(u, c, (ONE - u) * g)": "fma(r, c, (ONE - r) * g)"})
@@ -335,7 +359,8 @@ TEAMS = ("parts swapped", "units of the wrong part", "barrier missing")
 
 
 def test_every_fault_of_the_kernels_is_marked_and_tested():
-    tested = {*TRAVERSALS, *TEAMS, "last event dropped", "gates swapped", "reset forgotten"}
+    updates = {"gates swapped", "gates of an LSTM swapped", "reset forgotten"}
+    tested = {*TRAVERSALS, *TEAMS, "last event dropped", *updates}
     marked = {fault for faults in marked_faults().values() for fault in faults}
     assert tested == marked == set(KERNEL_FAULTS)
 

@@ -26,6 +26,11 @@ KERNEL_FAULTS: dict[str, Edit] = {
     "gates swapped": becoming(
         call(), "cells.egru_value(A1 if ON == 1 else A0, A0 if ON == 1 else A1, A2, A3, A4, A5, A6)"
     ),
+    "gates of an LSTM swapped": becoming(
+        call(),
+        "cells.lstm_value(A1 if ON == 1 else A0, A0 if ON == 1 else A1, A2, A3, A5 if ON == 1 else A4, "
+        "A4 if ON == 1 else A5, A6, A7, A8)",
+    ),
     "reset forgotten": becoming(call("select"), "A2 if ON == 1 else X"),
     # The events of two threads are in the wrong order: the sums have the same terms.
     "parts swapped": becoming(assigned(0), "X + (n_threads - 1 - 2 * thread) * ON"),

@@ -63,6 +63,37 @@ def check_paper_step():
     return parameters, tape
 
 
+def check_gru_step(variant) -> None:
+    # Recurrent weight of g0: 8/3 ln 2 before or after the reset gate 3/4, times h0 = 1/2: ln 2 in either variant.
+    w_rec = np.array([[0, 0, 0, 0, 8 / 3 * LN2, 0], [9.0, 9, 9, 9, 9, 9]])
+    parameters = HAND | {"w_rec": w_rec, "threshold": np.zeros(2)}
+    h = np.array([[0.5, 0.0]])
+    tape = reference.step(Cell("gru", variant), parameters, np.array([[1.0]]), h, h)
+    assert close(tape.u, [0.25, 0.75])
+    assert close(tape.r, [0.75, 0.75])
+    assert close(tape.g, [0.6, 0.8])
+    # 1/4 * 1/2 + 3/4 * 3/5;  3/4 * 0 + 1/4 * 4/5
+    assert close(tape.y, [0.575, 0.2])
+    assert np.array_equal(tape.c, tape.y)
+
+
+def check_lstm_step() -> None:
+    # i = 3/4, f = 1/4, g = 3/5, o = 3/4, from the input and the output of the step before.
+    parameters = {
+        "w_in": np.array([[LN3, 0.0, LN2, 0.0]]),
+        "w_rec": np.array([[0.0, -2 * LN3, 0.0, 0.0]]),
+        "bias_in": np.array([0.0, 0.0, 0.0, LN3 / 2]),
+        "bias_rec": np.array([0.0, 0.0, 0.0, LN3 / 2]),
+        "threshold": np.zeros(1),
+    }
+    # c = 1/4 (4 ln 2 - 9/5) + 3/4 * 3/5 = ln 2, whose tanh is 3/5
+    c, h = np.array([[4 * LN2 - 1.8]]), np.array([[0.5]])
+    tape = reference.step(Cell("lstm"), parameters, np.array([[1.0]]), c, h)
+    assert [close(getattr(tape, name), [value]) for name, value in zip("ifgo", (0.75, 0.25, 0.6, 0.75), strict=True)]
+    assert close(tape.c, [LN2])
+    assert close(tape.y, [0.45])
+
+
 def random_parameters(rng, inputs: int, units: int, dtype=np.float64) -> dict:
     rows = 3 * units
     arrays = {

@@ -231,6 +231,7 @@ def update_lstm(n, drive_in, a, drive_rec, b, threshold, p, c, y, s):
     """Update cells and outputs of n units of an LSTM in place."""
     whole = n // LANES * LANES
     for k in range(0, whole, LANES):
+        # planted fault: gates of an LSTM swapped
         h, after, _, _, _, _ = cells.lstm_value(
             load(drive_in, a + k),
             load(drive_in, a + n + k),
@@ -246,6 +247,7 @@ def update_lstm(n, drive_in, a, drive_rec, b, threshold, p, c, y, s):
         store(c, s + k, after)
     if whole < n:
         k, some = whole, n - whole
+        # planted fault: gates of an LSTM swapped
         h, after, _, _, _, _ = cells.lstm_value(
             load_some(drive_in, a + k, some),
             load_some(drive_in, a + n + k, some),
