@@ -163,5 +163,5 @@ class RunOutputs(NamedTuple):
     output: np.ndarray  # (steps * batch * outputs,) float32
     events: np.ndarray  # (steps * batch * units,) float32, layer by layer
     states: np.ndarray  # (steps * batch * units,) float32, layer by layer
-    graded: np.ndarray  # (units,) int64: events per unit whose value is not one
-    binary: np.ndarray  # (units,) int64: events per unit of value one
+    graded: np.ndarray  # (units,) int64: events per unit of other values than 1 and -1
+    binary: np.ndarray  # (units,) int64: events per unit of value 1 or -1

@@ -1,8 +1,8 @@
 """Weight formats, stored by presynaptic unit: the weights that leave unit `j` lie together.
 
 A format is a frozen record of named arrays over a matrix of shape `(n_pre, n_post)`, where `n_post` counts gate rows
-(3N for an EGRU layer). Entry `[j, i]` is the weight from unit j to gate row i: the transpose of W in the equations.
-Backends build on the formats; no format imports a backend.
+(3N for a layer of EGRUs or GRUs, 4N of LSTMs). Entry `[j, i]` is the weight from unit j to gate row i: the transpose of
+W in the equations. Backends build on the formats; no format imports a backend.
 
 Each format offers `check(full)`, `to_dense`, `from_dense`, `fan_out`, `stored_out`, `nnz`, `stored`, `nbytes`, and
 can store its values as bfloat16 or int8 (`storage`, `floats`, `stored_as`). `nnz` counts the non-zero weights;
