@@ -16,11 +16,12 @@ from eventrnn.cells import EQUATIONS, Cell, Surrogate
 from eventrnn.counting import audit, count
 from eventrnn.io import to_evnn
 from eventrnn.network import Layer, Network
-from eventrnn.pruning import prune
+from eventrnn.pruning import Blocks, magnitude_masks, prune, prune_to
 from eventrnn.simulation import Simulator, simulate
 from eventrnn.state import State
 from eventrnn.testing import ALL_CELLS
 from eventrnn.training import GRU, LanguageModelling, Model, Settings, Trainer, check_gradients, evaluate
+from eventrnn.training.thresholds import RULES
 from eventrnn.weights import Dense
 from support import tolerance
 from support.worked_steps import check_gru_step, check_lstm_step
@@ -156,14 +157,29 @@ def test_the_network_of_the_trained_gru_has_its_outputs(start):
     assert np.array_equal(after.cells[0], after.outputs[0])
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_the_rule_of_thresholds_does_not_matter_to_a_gru(rule):
+    model = GRU(random_network(Cell("gru")), thresholds=rule)
+    assert not any(layer.threshold.any() for layer in model.network().layers)
+
+
+def test_training_of_a_gru_refuses_to_reset_its_cells():
+    text, rng = np.random.default_rng(2).integers(0, 6, 300), np.random.default_rng(3)
+    network = Network.random([8], symbols=6, embedding=4, readout=6, rng=rng, cell=Cell("gru"))
+    with pytest.raises(ValueError, match="carry: got 'events', but the cells of a GRU are its outputs"):
+        Trainer(network, LanguageModelling(text, carry="events"), Settings(steps=1, batch=4), model=GRU(network))
+
+
 def test_the_engine_reads_a_text_as_the_trained_gru_does():
     text = np.random.default_rng(2).integers(0, 6, 300)
-    network = Network.random([8], symbols=6, embedding=4, readout=6, rng=np.random.default_rng(3), cell=Cell("gru"))
+    # The rule of the thresholds that an event network had before.
+    sizes, metadata = {"symbols": 6, "embedding": 4, "readout": 6}, {"thresholds": "clamped", "corpus": "none"}
+    network = Network.random([8], **sizes, rng=np.random.default_rng(3), cell=Cell("gru"), metadata=metadata)
     task = LanguageModelling(text, text, valid_batch=1)
     trainer = Trainer(network, task, Settings(steps=20, batch=4, window=10, learning_rate=1e-2), model=GRU(network))
     trainer.run()
     trained = trainer.network()
-    assert "thresholds" not in trained.metadata
+    assert trained.metadata == {"corpus": "none"}
     figures, bits = task.evaluate(trainer.model), evaluate(trained, text)
     # BLAS in training, ascending sums in the engine: within the roundings of a softmax over sums of 8.
     assert abs(figures["bits"] - bits) <= tolerance.gamma(400, tolerance.U32) * 8
@@ -202,6 +218,27 @@ def test_each_gate_is_pruned_by_the_same_share(cell):
         assert {int(part.sum()) for part in kept} == {kept[0].size // 2}
     shared = prune(random_network(cell, units=(8,), inputs=6), 0.5, gates="shared").layers[0].w_in.to_dense()
     assert len({(part != 0).tobytes() for part in np.split(shared, cell.gates, axis=1)}) == 1
+
+
+@each_cell
+@pytest.mark.parametrize("pattern", [None, Blocks(0.5, gates="each")], ids=["prune", "prune_to"])
+def test_gates_are_those_of_the_cell_when_matrices_are_named(cell, pattern):
+    # The rows of 9 units and 4 gates can also be divided by 3. A name that the caller writes states no number of gates.
+    network, names = random_network(cell, units=(9,), inputs=6), ("layers.0.w_in",)
+    if pattern is None:
+        pruned = prune(network, 0.5, gates="each", names=names)
+    else:
+        pruned = prune_to(network, pattern, names=names)
+    kept = np.split(pruned.layers[0].w_in.to_dense() != 0, cell.gates, axis=1)
+    assert [int(part.sum()) for part in kept] == [27] * cell.gates
+    assert pruned.layers[0].w_rec is network.layers[0].w_rec
+
+
+def test_rows_that_three_gates_cannot_have_are_refused():
+    matrices = {"layers.0.w_in": numbers(6, 32)}
+    with pytest.raises(ValueError, match="gates: got 'each', but the 32 gate rows of layers.0.w_in are not those of 3"):
+        magnitude_masks(matrices, 0.5, gates="each")
+    assert magnitude_masks(matrices, 0.5)["layers.0.w_in"].sum() == 96
 
 
 def test_a_larger_lstm_forgets_no_state():

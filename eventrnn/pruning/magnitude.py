@@ -127,7 +127,8 @@ def magnitude_masks(
     importance : name -> numbers of either sign that rank the weights in place of |w|; not with "l2"
     others     : see `magnitude_mask`
 
-    Raises ValueError for an unknown option, and for a sparsity that leaves no block of a matrix, unless `allow_empty`.
+    Raises ValueError for an unknown option, for a number of gate rows that the number of gates does not divide, and for
+    a sparsity that leaves no block of a matrix, unless `allow_empty`.
     """
     need_flag("allow_empty", allow_empty)
     check_sparsity(sparsity, allow_empty)
@@ -141,6 +142,13 @@ def magnitude_masks(
     within = {name: need_mask(f"within {name}", mask, matrices[name].shape) for name, mask in _given(within, matrices)}
     importance = {name: _matrix(f"importance {name}", each) for name, each in _given(importance, matrices)}
     check_blocks(matrices, block)
+    for name, dense in matrices.items():
+        parts, _ = _gates(name, gates)
+        if dense.shape[1] % parts:
+            raise ValueError(
+                f"gates: got {gates!r}, but the {dense.shape[1]} gate rows of {name} are not those of {parts} gates; "
+                "take the name from Network.matrices, which states their number, or give gates='all'"
+            )
     ranked = {
         name: _ranked(dense, block, statistic, _gates(name, gates), within.get(name), importance.get(name))
         for name, dense in matrices.items()

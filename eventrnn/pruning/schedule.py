@@ -222,12 +222,14 @@ def choose(
     The name of a layer in `exempt`, `layers.0`, stands for both of its matrices. Raises ValueError for an unknown name,
     and if no matrix remains.
     """
-    there = tuple(available)
+    # The names that are returned are those of `available`, which can carry the number of gates (`MatrixId`).
+    there = {name: name for name in available}
     names, exempt = None if names is None else need_names("names", names), need_names("exempt", exempt)
     for asked in (*(names or ()), *exempt):
         if asked not in there and (asked not in exempt or not any(name.startswith(f"{asked}.") for name in there)):
             raise ValueError(f"pruning: no matrix {asked!r}; have {', '.join(there)}")
-    chosen = tuple(name for name in names or there if not any(name == e or name.startswith(f"{e}.") for e in exempt))
+    asked_for = (there[name] for name in names or there)
+    chosen = tuple(name for name in asked_for if not any(name == e or name.startswith(f"{e}.") for e in exempt))
     if not chosen:
         raise ValueError(f"pruning: nothing is left to prune, {', '.join(exempt)} are exempt; have {', '.join(there)}")
     return chosen

@@ -28,6 +28,8 @@ class GRU(Model):
     Source: Cho et al. 2014, arXiv 1406.1078v1, where u is the gate that keeps the old state.
     """
 
+    single_state = True
+
     def __init__(self, network: Network, *, backward: str = "auto", threads: int = 1, thresholds: str = "positive"):
         super().__init__(network, backward=backward, threads=threads, thresholds=thresholds)
         self._engines = [GRULayerEngine(cell, "dense", self._team, self._arena) for cell in self.cells]

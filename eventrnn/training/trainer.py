@@ -87,8 +87,8 @@ class Trainer:
     With backend="cuda", an update that is interrupted while the GPU changes the parameters may be made by half. The
     trainer then refuses every further call until a checkpoint is restored. It cannot be copied.
 
-    Raises ValueError for a task that does not fit the network, for a batch larger than the data, and for a pruning
-    method that does not end within the run.
+    Raises ValueError for a task that does not fit the network or the model, for a batch larger than the data, and for a
+    pruning method that does not end within the run.
     """
 
     def __init__(
@@ -117,6 +117,8 @@ class Trainer:
         self.model = model or Model(
             network, backward=settings.backward, threads=settings.threads, thresholds=settings.thresholds
         )
+        if self.model.single_state and isinstance(self.task, LanguageModelling) and self.task.carry == "events":
+            raise ValueError("carry: got 'events', but the cells of a GRU are its outputs; use carry='state'")
         settings.regularisers.check(self.model)
         if pruning is not None:
             steps = self._updates()
@@ -305,9 +307,11 @@ class Trainer:
         self._transaction.settle()
         with self.engine.reading():
             network = self.model.network(self.best if best and self.best else self._eval_parameters())
-        if not any(layer.cell.thresholded for layer in network.layers):
-            return network
-        return replace(network, metadata={**network.metadata, "thresholds": self.model.thresholds})
+        # The network at the start can have had thresholds that the trained one has not.
+        metadata = {name: text for name, text in network.metadata.items() if name != "thresholds"}
+        if any(layer.cell.thresholded for layer in network.layers):
+            metadata["thresholds"] = self.model.thresholds
+        return replace(network, metadata=metadata)
 
     def _eval_parameters(self) -> dict[str, np.ndarray] | None:
         """The parameters that a forward pass would use now, averaged if the optimiser averages; None for the present

@@ -126,6 +126,9 @@ class Model:
     with GRU or LSTM cells.
     """
 
+    #: whether cells and outputs are the same numbers, so that no reset of the cells is possible
+    single_state = False
+
     def __init__(self, network: Network, *, backward: str = "auto", threads: int = 1, thresholds: str = "positive"):
         need_kind("network", network, Network, "a Network")
         need_choice("backward", backward, BACKWARDS)
@@ -146,7 +149,9 @@ class Model:
                 self.parameters[f"layers.{k}.{name}"] = np.ascontiguousarray(getattr(layer, name).to_dense())
             for name in ("bias_in", "bias_rec", "threshold"):
                 self.parameters[f"layers.{k}.{name}"] = getattr(layer, name).copy()
-            self.parameters[f"layers.{k}.threshold"] = rules.to_parameter(thresholds, layer.threshold)
+            # The zeros of a cell without thresholds are kept, whatever the rule is.
+            rule = thresholds if layer.cell.thresholded else "fixed"
+            self.parameters[f"layers.{k}.threshold"] = rules.to_parameter(rule, layer.threshold)
         if network.readout is not None:
             if not self.tied:
                 self.parameters["readout"] = np.ascontiguousarray(network.readout.weights.to_dense())

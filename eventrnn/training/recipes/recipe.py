@@ -100,7 +100,8 @@ class DataSettings:
     kind        : kind of the symbols, "character" or "word"
     vocabulary  : number of symbols to keep, of which one stands for all others; 0 for all, see `data.Vocabulary.of`
     valid_batch : number of streams of the validation text
-    carry       : "state", or "events" to set the cells to zero at the start of every window, as EvNN does
+    carry       : "state", or "events" to set the cells to zero at the start of every window, as EvNN does. A GRU takes
+                  "state" only
     """
 
     text: str = "builtin"
