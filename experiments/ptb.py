@@ -3,6 +3,7 @@
     eventrnn train --preset egru-ptb --text ptb --backend cuda --out ptb.safetensors   # the dense-weight model
     python experiments/ptb.py evaluate ptb.safetensors.run                             # validation; --test for both
     python experiments/ptb.py prune ptb.safetensors --operations 1.2e6 --block 1x16 --out pruned.safetensors
+    python experiments/ptb.py prune ptb.safetensors --operations 3e6 --refit 16384 --out refitted.safetensors
     python experiments/ptb.py tune pruned.safetensors ptb.safetensors.run --epochs 100 --out tuned.safetensors
     python experiments/ptb.py tune ptb.safetensors ptb.safetensors.run --sparsity 0.9 --out gradual.safetensors
     python experiments/ptb.py tune ptb.safetensors ptb.safetensors.run --sparsity 0.8 --kept readout=0.1 \\
@@ -31,6 +32,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,6 +44,7 @@ from ptb_figures import grid_figure, operations_figure
 from records import Records
 
 import eventrnn as er
+from eventrnn.backend import BackendUnavailable
 from eventrnn.cli.options import load_parts, parse_block, save_model, writable_file
 from eventrnn.cli.terminal import as_line, progress
 from eventrnn.io import located_model
@@ -50,6 +53,7 @@ from eventrnn.pruning import (
     Combined,
     GradualPruning,
     Pruning,
+    adaprune,
     after_training,
     magnitude_masks,
     prune_to_operations,
@@ -79,6 +83,9 @@ DENSITIES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05)
 
 # How often gradual pruning changes the masks. On a GPU a change takes as long as some hundred updates.
 CHANGES = 16
+
+# Refitting ends when the gradient of each output has fallen by this factor.
+REFIT_TOLERANCE = 1e-3
 
 # Steps that are compared with the dense twin at a time. Their records are in memory.
 COMPARED = 1024
@@ -289,6 +296,10 @@ def prune(
         str, typer.Option(help="Same share of each matrix (matrix), or of all together (global).")
     ] = "matrix",
     exempt: Annotated[list[str] | None, typer.Option(help="Matrix or layer that is not pruned; repeat.")] = None,
+    refit: Annotated[
+        int,
+        typer.Option(min=0, help="Tokens of the training text on which kept weights and biases are refitted; 0: none."),
+    ] = 0,
     text: Text = PTB,
     name: Name = None,
     force: Force = False,
@@ -298,6 +309,8 @@ def prune(
     writable_file(out, force)
     shape, records, network = parse_block(block), Records(results, KEY), trained(model, text).untied()
     train = load_parts(network, text, ("train",))["train"]
+    if refit and not 2 * CALIBRATION[0] <= refit <= len(train):
+        raise ValueError(f"refit: got {refit}, need 0 or {2 * CALIBRATION[0]} to {len(train)} tokens")
     steps, streams = CALIBRATION[0], min(CALIBRATION[1], max(1, len(train) // CALIBRATION[0]))
     inputs = np.ascontiguousarray(train[: steps * streams].reshape(streams, -1).T)
     before = er.count(network, er.simulate(network, inputs)).total.effective / inputs.size
@@ -312,7 +325,13 @@ def prune(
             exempt=tuple(exempt or ()),
             report=lambda k, now: bar("measuring", k, 10, f"{now:,.0f} operations per token"),
         )
-    save_model(found.network, out, force)
+        pruned, measured = found.network, found.measured
+        if refit:
+            streams = refit // steps
+            chosen = np.ascontiguousarray(train[: steps * streams].reshape(streams, -1).T)
+            pruned = refitted(network, pruned, chosen, shape, lambda k, n, matrix: bar("refitting", k, n, matrix))
+            measured = er.count(pruned, er.simulate(pruned, inputs)).total.effective / inputs.size
+    save_model(pruned, out, force)
     line = {
         "what": "pruning",
         "name": name or out.name,
@@ -321,9 +340,30 @@ def prune(
         "scope": scope,
         "block": block,
         "exempt": exempt or [],
+        "refit": refit,
     }
-    figures = {"before": found.before, "asked": operations, "measured": found.measured, "runs": found.measurements}
-    show(records.add(line | figures | sizes(found.network)))
+    figures = {"before": found.before, "asked": operations, "measured": measured, "runs": found.measurements}
+    show(records.add(line | figures | sizes(pruned)))
+
+
+def refitted(
+    network: er.Network, pruned: er.Network, inputs: np.ndarray, block: tuple[int, int], report: Callable
+) -> er.Network:
+    """The pruned network with its kept weights and its biases refitted to the drives of the network before pruning.
+
+    Pruning shifts the mean of every drive and of every score; the biases take that up. The refitted network may do a
+    little more or less than the operations that it was pruned to.
+    """
+    masks = {name: w.to_dense() != 0 for name, w in pruned.matrices().items() if w.nnz < w.shape[0] * w.shape[1]}
+    changed, _ = adaprune(
+        network,
+        inputs,
+        masks,
+        store=Blocks(0.5, block),
+        tolerance=REFIT_TOLERANCE,
+        report=lambda matrix, done, total: report(done, total, matrix),
+    )
+    return changed
 
 
 @app.command()
@@ -553,5 +593,5 @@ def show(line: dict[str, Any]) -> None:
 if __name__ == "__main__":
     try:
         app()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, BackendUnavailable) as error:
         raise SystemExit(f"ptb.py: {error}") from None

@@ -59,7 +59,7 @@ ROWS = {
             **dict.fromkeys(("beta1", "beta2", "momentum"), (1.0, *SHARE)),
             "epsilon": ABOVE_ZERO,
             "patience": POSITIVE,
-            **dict.fromkeys(("threshold_rate", "bias_rate", "embedding_rate"), FROM_ZERO),
+            **dict.fromkeys(("threshold_rate", "bias_rate", "embedding_rate", "readout_rate"), FROM_ZERO),
             "decay_biases": FLAG,
         },
     ),

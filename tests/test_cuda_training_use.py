@@ -254,6 +254,7 @@ HONOURED = {
     "optimiser.threshold_rate": 0.0,
     "optimiser.bias_rate": 0.0,
     "optimiser.embedding_rate": 0.0,
+    "optimiser.readout_rate": 0.0,
     "optimiser.decay_biases": True,
     "schedule.kind": "step",
     "schedule.constant": 0.0,

@@ -402,6 +402,16 @@ def test_ptb_model_is_evaluated_pruned_tuned_compared_and_drawn(monkeypatch, tmp
     line = run("prune", dense, *text, "--operations", budget, "--block", "1x2", "--out", pruned)
     assert line["measured"] <= budget and line["pruned"] == "1x2" and not line["tied"]
     assert line["density_by_matrix"]["readout"] < 1 and line["density"] < 1
+    refitted, kept = tmp_path / "refitted.safetensors", load(pruned)
+    line = run("prune", dense, *text, "--operations", budget, "--block", "1x2", "--refit", 240, "--out", refitted)
+    assert line["refit"] == 240 and line["measured"] > 0
+    for matrix, w in load(refitted).matrices().items():
+        old, new = kept.matrices()[matrix].to_dense(), w.to_dense()
+        assert w.name == "block" and not new[old == 0].any() and not np.array_equal(old, new), matrix
+    outcome = CliRunner().invoke(
+        module.app, ["prune", str(dense), *text, "--operations", "9", "--refit", "3", "--out", str(tmp_path / "x")]
+    )
+    assert isinstance(outcome.exception, ValueError) and "refit" in str(outcome.exception)
     line = run("tune", pruned, f"{dense}.run", *text, "--epochs", 1, "--out", tuned)
     before, after = load(pruned), load(tuned)
     for name, w in after.matrices().items():

@@ -12,7 +12,7 @@ from support.tolerance import U32, gamma
 
 def _case(seed=0):
     rng = np.random.default_rng(seed)
-    names = {"w": 9, "readout.bias": 5, "layers.0.threshold": 4, "embedding": 3}
+    names = {"w": 9, "readout.bias": 5, "layers.0.threshold": 4, "embedding": 3, "readout": 2}
     parameters = {name: rng.uniform(0.1, 1, n).astype(np.float32) for name, n in names.items()}
     return parameters, [{n: rng.normal(size=p.shape).astype(np.float32) for n, p in parameters.items()} for _ in "abcd"]
 
@@ -30,23 +30,24 @@ def _close(parameters, expected, roundings):
 @pytest.mark.parametrize("beta1", [0.0, 0.5])
 def test_adam_follows_its_definition(kind, beta1):
     parameters, gradients = _case()
-    rates = {"threshold_rate": 0.5, "bias_rate": 2.0, "embedding_rate": 0.25}
+    rates = {"threshold_rate": 0.5, "bias_rate": 2.0, "embedding_rate": 0.25, "readout_rate": 0.125}
     settings = Optimiser(kind, beta1=beta1, beta2=0.75, epsilon=0.125, **rates)
     rule, wide = settings.build(parameters, 0.25), _wide(parameters)
     first, second = ({name: np.zeros(p.shape) for name, p in wide.items()} for _ in range(2))
     for t, gradient in enumerate(gradients, 1):
         rule.step(parameters, gradient, 0.25)
         for name, value in wide.items():
-            decay = 0.25 if name in ("w", "embedding") else 0.0
+            decay = 0.25 if name in ("w", "embedding", "readout") else 0.0
             g = gradient[name] + (decay * value if kind == "adam" else 0)
             first[name] = beta1 * first[name] + (1 - beta1) * g
             second[name] = 0.75 * second[name] + 0.25 * g * g
             step = first[name] / (1 - beta1**t) / (np.sqrt(second[name] / (1 - 0.75**t)) + 0.125)
-            rate = 0.25 * {"w": 1.0, "readout.bias": 2.0, "layers.0.threshold": 0.5, "embedding": 0.25}[name]
+            factors = {"w": 1.0, "readout.bias": 2.0, "layers.0.threshold": 0.5, "embedding": 0.25, "readout": 0.125}
+            rate = 0.25 * factors[name]
             wide[name] = value - rate * (step + (decay * value if kind == "adamw" else 0))
     # Four steps of some 16 roundings; Adam divides by at least 0.125, which multiplies them by 8.
     _close(parameters, wide, 4 * 16 * 8)
-    assert len(rule.arrays()) == (4 if beta1 == 0 else 8), "no first moment is kept at beta1 = 0"
+    assert len(rule.arrays()) == (5 if beta1 == 0 else 10), "no first moment is kept at beta1 = 0"
 
 
 def test_biases_are_decayed_where_asked_and_thresholds_never():

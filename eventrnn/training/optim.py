@@ -29,7 +29,7 @@ Arrays = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Optimiser:
-    """The update rule and its settings for the groups of parameters (weights, biases, thresholds, embedding).
+    """The update rule and its settings for the groups of parameters (weights, biases, thresholds, embedding, read-out).
 
     Attributes
     ----------
@@ -44,6 +44,8 @@ class Optimiser:
     embedding_rate  : factor on the learning rate of the embedding, and so of a read-out that is tied to it; 0 leaves it
                       unchanged. Where a read-out of its own is fine-tuned, a rare symbol changes the embedding by steps
                       that are many times the learning rate with Adam, because its mean square has decayed meanwhile
+    readout_rate    : factor on the learning rate of the weights of a read-out of its own, for which the same holds; 0
+                      leaves them unchanged. Its bias has `bias_rate`
     decay_biases    : whether weight decay applies to biases; it never applies to thresholds
 
     Raises ValueError for a value outside its range, and for a momentum with another kind than "sgd".
@@ -58,6 +60,7 @@ class Optimiser:
     threshold_rate: float = 1.0
     bias_rate: float = 1.0
     embedding_rate: float = 1.0
+    readout_rate: float = 1.0
     decay_biases: bool = False
 
     def __post_init__(self):
@@ -65,7 +68,7 @@ class Optimiser:
         for name in ("beta1", "beta2", "momentum"):
             need_number(f"optimiser {name}", getattr(self, name), at_least=0, below=1)
         need_number("optimiser epsilon", self.epsilon, above=0)
-        for name in ("threshold_rate", "bias_rate", "embedding_rate"):
+        for name in ("threshold_rate", "bias_rate", "embedding_rate", "readout_rate"):
             need_number(f"optimiser {name}", getattr(self, name), at_least=0)
         need_whole("optimiser patience", self.patience, at_least=1)
         need_flag("optimiser decay_biases", self.decay_biases)
@@ -81,6 +84,8 @@ class Optimiser:
         """Factor on the learning rate of the parameter with that name."""
         if name == "embedding":
             return self.embedding_rate
+        if name == "readout":
+            return self.readout_rate
         return self.threshold_rate if is_threshold(name) else self.bias_rate if is_bias(name) else 1.0
 
     def decays(self, name: str) -> bool:
