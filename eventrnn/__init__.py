@@ -33,6 +33,7 @@ from eventrnn.weights import CSR as CSR
 from eventrnn.weights import NM as NM
 from eventrnn.weights import BlockCSR as BlockCSR
 from eventrnn.weights import Dense as Dense
+from eventrnn.weights import GatedBlocks as GatedBlocks
 from eventrnn.weights import convert as convert
 
 __version__ = "0.1.0"

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 #: backends.
 INEXACT = ("blas", "tensor")
 
+#: Backends that run matrices only, no blocks that are chosen per input.
+MATRICES_ONLY = ("blas", "cuda")
+
 
 class BackendUnavailable(RuntimeError):
     """The backend exists but cannot run on this machine. The message gives the reason and the remedy."""

@@ -21,7 +21,8 @@ from eventrnn._checks import (
     said,
 )
 from eventrnn.cells import Cell
-from eventrnn.weights import Dense, MatrixId, Weights
+from eventrnn.weights import Dense, GatedBlocks, MatrixId, Weights
+from eventrnn.weights.gated import need_matrices
 from eventrnn.weights.storage import rounded
 
 
@@ -76,6 +77,7 @@ class Network:
             # Shapes first: the dense matrix is as large as the embedding, or is not made.
             if self.readout.tied and (
                 self.embedding is None
+                or isinstance(self.readout.weights, GatedBlocks)
                 or self.readout.weights.shape != self.embedding.T.shape
                 or not np.array_equal(self.readout.weights.to_dense(), self.embedding.T)
             ):
@@ -160,7 +162,11 @@ class Network:
         return replace(self, layers=layers, readout=readout)
 
     def dense(self) -> Network:
-        """The same network with every matrix in the format "dense", as float32. O(size of the matrices)."""
+        """The same network with every matrix in the format "dense", as float32. O(size of the matrices).
+
+        Raises TypeError for gated blocks.
+        """
+        need_matrices(self.matrices(), "a dense network")
         return self.with_matrices({name: Dense(w.to_dense()) for name, w in self.matrices().items()})
 
     def untied(self) -> Network:
@@ -320,6 +326,12 @@ class Layer:
             raise ValueError(f"w_rec: got shape {self.w_rec.shape}, need ({units}, {rows}) for {units} thresholds")
         if self.w_in.shape[1] != rows:
             raise ValueError(f"w_in: got shape {self.w_in.shape}, need (inputs, {rows}) for {units} units")
+        if self.cell.reset_first and isinstance(self.w_rec, GatedBlocks):
+            raise ValueError(
+                f"w_rec: got gated blocks, but {self.cell.name}/{self.cell.variant} multiplies outputs and reset "
+                "outputs with it, and blocks are chosen from one of them; give w_rec another format, or use the other "
+                "variant of the cell"
+            )
         for name, size in (("bias_in", rows), ("bias_rec", rows), ("threshold", units)):
             need_vector(name, getattr(self, name), size)
         if (self.threshold < 0).any():
@@ -373,6 +385,11 @@ class Readout:
         """The magnitude of the units' outputs up to which no output of the read-out can overflow. O(stored)."""
         weights, most = self.weights.floats(), float(np.finfo(np.float32).max)
         largest = max(float(weights.max(initial=0)), -float(weights.min(initial=0)))
+        if isinstance(self.weights, GatedBlocks):
+            if self.weights.gate_rule == "linear":
+                # Its gates have no bound.
+                return 0.0
+            largest *= self.weights.n_blocks
         # Half of what float32 can hold leaves room for the rounding of the sum.
         room = most / 2 - float(np.abs(self.bias).max(initial=0))
         return room / max(self.weights.shape[0] * largest, 1 / most)

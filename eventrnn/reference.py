@@ -19,7 +19,8 @@ from numpy.typing import DTypeLike
 from eventrnn import cells
 from eventrnn.backend import HostInputs
 from eventrnn.cells import Cell
-from eventrnn.state import FireCounts, Inputs, State, Trace
+from eventrnn.state import FireCounts, Inputs, State, Trace, gates_not_finite
+from eventrnn.weights import GatedBlocks, Weights
 
 if TYPE_CHECKING:
     from eventrnn.network import Network
@@ -28,16 +29,100 @@ if TYPE_CHECKING:
 def propagate(weights, values, bias):
     """The drive of all gate rows: `bias + sum over j of weights[j] * values[:, j]`, in ascending j, one FMA per term.
 
-    weights : (J, P), by presynaptic unit
+    weights : (J, P), by presynaptic unit; or blocks of which every input chooses some
     values  : (B, J), what the presynaptic units sent
     bias    : (P,)
 
     Returns (B, P).
     """
+    if isinstance(weights, ChosenBlocks):
+        return propagate_chosen(weights, values, bias)
     drive = np.repeat(bias[None, :], len(values), axis=0)
     for j in range(len(weights)):
         drive = cells.fma(weights[j][None, :], values[:, j, None], drive)
     return drive
+
+
+@dataclass(frozen=True)
+class ChosenBlocks:
+    """The arrays of `GatedBlocks` in one precision; `weights/gated.py` defines the product.
+
+    Attributes
+    ----------
+    name      : of the matrix, for messages
+    weights   : (J, P), the matrix without gates
+    gate      : (J, K), for K blocks; of two factors (J, rank)
+    gate_bias : (K,)
+    gate_out  : (rank, K), the second factor; None for one
+    block     : (r, c)
+    kept      : the number of blocks that an input chooses
+    rule      : one of `GATE_RULES`
+    """
+
+    name: str
+    weights: np.ndarray
+    gate: np.ndarray
+    gate_bias: np.ndarray
+    gate_out: np.ndarray | None
+    block: tuple[int, int]
+    kept: int
+    rule: str
+
+
+def block_gates(blocks: ChosenBlocks, values) -> np.ndarray:
+    """The gate of every block, 0 for those that are not chosen; values (B, J), returns (B, K).
+
+    Raises FloatingPointError for gates that are not finite, by the name of the matrix.
+    """
+    if blocks.gate_out is None:
+        logits = propagate(blocks.gate, values, blocks.gate_bias)
+    else:
+        inner = propagate(blocks.gate, values, np.zeros_like(blocks.gate_out[:, 0]))
+        logits = propagate(blocks.gate_out, inner, blocks.gate_bias)
+    gates = gates_of_logits(blocks, logits)
+    _need_finite(blocks.name, np.abs(gates).max(axis=1, initial=0) * np.abs(values).max(axis=1, initial=0))
+    return gates
+
+
+def gates_of_logits(blocks: ChosenBlocks, logits):
+    """`block_gates` of the logits (B, K) of all blocks."""
+    gates = np.zeros_like(logits)
+    for row, gate in zip(logits, gates, strict=True):
+        # A stable sort leaves equal logits in the order of their blocks.
+        chosen = np.sort(np.argsort(-row, kind="stable")[: blocks.kept])
+        if not len(chosen):
+            continue
+        kept = row[chosen]
+        if blocks.rule == "softmax":
+            ratios = cells.exp(kept - kept.max())
+        else:
+            pivot = kept[np.argmax(np.abs(kept))]
+            ratios = kept / pivot if pivot != 0 else np.ones_like(kept)
+        total = row.dtype.type(0)
+        for ratio in ratios:
+            total = total + ratio
+        factor = row.dtype.type(len(row)) / total
+        _need_finite(blocks.name, np.append(row, factor))
+        gate[chosen] = ratios * factor
+    return gates
+
+
+def propagate_chosen(blocks: ChosenBlocks, values, bias):
+    """`propagate` with blocks that every input chooses: each term is `fma(weight, gate * value, sum)`."""
+    gates, (r, c) = block_gates(blocks, values), blocks.block
+    n_post = blocks.weights.shape[1]
+    columns = np.arange(n_post) // c
+    drive = np.repeat(bias[None, :], len(values), axis=0)
+    for j in range(len(blocks.weights)):
+        # The number of the block of each output. A product of gate and value is rounded once.
+        block = j // r * -(-n_post // c) + columns
+        drive = cells.fma(blocks.weights[j][None, :], gates[:, block] * values[:, j, None], drive)
+    return drive
+
+
+def _need_finite(name: str, numbers: np.ndarray) -> None:
+    if not np.isfinite(numbers).all():
+        raise gates_not_finite(name)
 
 
 @dataclass
@@ -196,12 +281,22 @@ def backward(cell: Cell, parameters: dict, x, tapes: list[Tape], d_y, d_c, d_cel
     return gradients | {"x": d_x, "c": d_c_later, "y": d_y_later}
 
 
-def layer_parameters(layer, dtype: DTypeLike = np.float32) -> dict:
+def weight_arrays(name: str, weights: Weights, dtype: DTypeLike) -> Any:
+    """A matrix as a dense array, or the arrays of gated blocks, for `propagate`."""
+    if not isinstance(weights, GatedBlocks):
+        return weights.to_dense().astype(dtype)
+    dense, gate, bias = (a.astype(dtype) for a in (weights.blocks.to_dense(), weights.gate, weights.gate_bias))
+    out = None if weights.gate_out is None else weights.gate_out.astype(dtype)
+    return ChosenBlocks(name, dense, gate, bias, out, weights.block, weights.kept_blocks, weights.gate_rule)
+
+
+def layer_parameters(layer, dtype: DTypeLike = np.float32, name: str = "") -> dict:
     """The arrays of a layer by name, with dense weights: `w_in` (I, 3N), `w_rec` (N, 3N), `bias_in` and `bias_rec`
-    (3N,), `threshold` (N,). An LSTM has 4N in place of 3N."""
+    (3N,), `threshold` (N,). An LSTM has 4N in place of 3N. `name` is what stands before the names of its matrices in
+    messages."""
     return {
-        "w_in": layer.w_in.to_dense().astype(dtype),
-        "w_rec": layer.w_rec.to_dense().astype(dtype),
+        "w_in": weight_arrays(f"{name}w_in", layer.w_in, dtype),
+        "w_rec": weight_arrays(f"{name}w_rec", layer.w_rec, dtype),
         "bias_in": layer.bias_in.astype(dtype),
         "bias_rec": layer.bias_rec.astype(dtype),
         "threshold": layer.threshold.astype(dtype),
@@ -237,10 +332,11 @@ class ReferenceEngine:
     def __init__(self, network: Network, dtype: np.dtype):
         self.dtype, self.host_inputs = dtype, HostInputs(network, dense=True)
         self.cells = [layer.cell for layer in network.layers]
-        self.parameters = [layer_parameters(layer, dtype) for layer in network.layers]
+        self.parameters = [layer_parameters(layer, dtype, f"layers.{k}.") for k, layer in enumerate(network.layers)]
         self.readout = None
         if network.readout is not None:
-            self.readout = (network.readout.weights.to_dense().astype(dtype), network.readout.bias.astype(dtype))
+            weights = weight_arrays("readout", network.readout.weights, dtype)
+            self.readout = (weights, network.readout.bias.astype(dtype))
 
     def stepper(self, state: State) -> None:
         """None: a single step is a run of one step."""

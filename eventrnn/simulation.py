@@ -19,10 +19,20 @@ from eventrnn._arithmetic import standard_arithmetic
 from eventrnn._arrays import hold
 from eventrnn._checks import need_choice, need_kind, need_names, need_whole
 from eventrnn._exclusive import Use, exclusive
-from eventrnn.backend import INEXACT, Backend, Stepper, as_array, get_backend, need_on_host, step_array
+from eventrnn.backend import (
+    INEXACT,
+    MATRICES_ONLY,
+    Backend,
+    Stepper,
+    as_array,
+    get_backend,
+    need_on_host,
+    step_array,
+)
 from eventrnn.events import Events
 from eventrnn.network import Network, need_thresholds
 from eventrnn.state import FireCounts, Inputs, State, Trace, on_gpu
+from eventrnn.weights.gated import need_matrices
 
 RECORDABLE = ("events", "states")
 
@@ -113,8 +123,8 @@ class Simulator:
               of EGRU cells only
     window  : time steps between two such resets, for carry="events"
 
-    Raises ValueError for options outside these, for a state of another shape and for one that is not finite, and
-    BackendUnavailable where the backend cannot run on this machine.
+    Raises ValueError for options outside these, for a state of another shape and for one that is not finite, TypeError
+    for gated blocks with "blas" and "cuda", and BackendUnavailable where the backend cannot run on this machine.
     """
 
     def __init__(
@@ -140,6 +150,8 @@ class Simulator:
         self._network, self._batch, self._threads = network, batch, threads
         self.carry, self.window = carry, window
         self.backend = get_backend(backend, exact)
+        if self.backend.name in MATRICES_ONLY:
+            need_matrices(network.matrices(), f"the {self.backend.name} backend")
         network.check_edits()
         # The engine first: it refuses formats that it does not know.
         self.engine = self.backend.engine(network, threads=threads)

@@ -377,3 +377,11 @@ def need_finite_cells(cells: tuple[np.ndarray, ...]) -> None:
                 f"layer {k}: the cell state of unit {unit} is not finite after this run ({layer[:, unit]}); check the "
                 "scale of the weights"
             )
+
+
+def gates_not_finite(name: str) -> FloatingPointError:
+    """The error where an input of a matrix of gated blocks has no finite gates (`weights/gated.py`)."""
+    return FloatingPointError(
+        f"{name}: the gates of its blocks are not finite for some input. With the rule 'linear', the logits of the "
+        "chosen blocks may cancel: raise gate_bias, or use gate_rule='softmax'; else check the scale of gate and inputs"
+    )

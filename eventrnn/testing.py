@@ -19,7 +19,7 @@ from eventrnn.events import Events
 from eventrnn.network import Layer, Network, Readout
 from eventrnn.simulation import Simulation, Simulator
 from eventrnn.state import State
-from eventrnn.weights import CSR, FORMATS, STORAGES, Weights, check_block, convert
+from eventrnn.weights import CSR, FORMATS, GATE_RULES, STORAGES, GatedBlocks, Weights, check_block, convert
 
 Size = int | SearchStrategy[int]
 
@@ -78,10 +78,15 @@ def weights(
 ) -> Weights:
     """Weight matrices (n_pre, n_post) in any format, storage, block or N:M pattern, pruned besides, up to all zero.
 
+    `formats` may also name "gated", which no default includes, because such blocks are no matrix.
     Values are normal with deviation `gain / sqrt(n_pre)`; with `dyadic` they are multiples of 1/16 up to 4, and int8,
     which cannot hold these, is left out. Some stored values may be zero.
     """
     name = draw(st.sampled_from(tuple(formats)))
+    if name == GatedBlocks.name:
+        if dyadic:
+            raise ValueError("formats: got 'gated' with dyadic=True, but gates lie on no grid of 1/16")
+        return draw(gated_blocks(shape, storages=storages, gain=gain))
     storage = draw(_storages(storages, dyadic))
     # A failure shrinks to the first block: single weights.
     block = draw(st.sampled_from([b for b in BLOCKS if b[0] <= shape[0] and b[1] <= shape[1]]))
@@ -104,6 +109,31 @@ def weights(
 
 
 @st.composite
+def gated_blocks(
+    draw: DrawFn, shape: tuple[int, int], *, storages: Sequence[str] = STORAGES, gain: float = 1.0
+) -> GatedBlocks:
+    """Gated blocks (n_pre, n_post) of any storage, block, density, rule and rank, some of them not stored.
+
+    Gates differ, or are equal so that biases of few values decide with many ties, or all logits are equal.
+    """
+    inner = draw(weights(shape, formats=("block",), storages=storages, gain=gain))
+    density, rule = draw(st.sampled_from((0.5, 1.0, 0.3, 0.05))), draw(st.sampled_from(GATE_RULES))
+    kind = draw(st.sampled_from(("varied", "tied", "equal")))
+    rng, block = _rng(draw), inner.options()["block"]
+    n_blocks = -(-shape[0] // block[0]) * -(-shape[1] // block[1])
+    gate = np.zeros((shape[0], n_blocks), np.float32)
+    if kind == "varied":
+        gate = _normal(rng, gate.shape, 1 / np.sqrt(shape[0]), False)
+    bias = np.ones(n_blocks, np.float32) if kind == "equal" else rng.choice([0.5, 1, 2], n_blocks).astype(np.float32)
+    fields: dict[str, Any] = inner.arrays() | inner.options()
+    rank = draw(st.sampled_from((None, 1, 20)))
+    if rank is not None:
+        fields["gate_out"] = _normal(rng, (rank, n_blocks), 1 / np.sqrt(rank), False)
+        gate = _normal(rng, (shape[0], rank), 1 / np.sqrt(shape[0]), False) * gate.any()
+    return GatedBlocks(**fields, gate=gate, gate_bias=bias, density=density, gate_rule=rule)
+
+
+@st.composite
 def _layers(
     draw: DrawFn,
     inputs: int,
@@ -120,8 +150,11 @@ def _layers(
     """
     cell = draw(st.sampled_from(tuple(cells)))
     rows = cell.gates * units
-    options = {"formats": formats, "storages": storages, "gain": 2.0, "dyadic": dyadic}
-    w_in, w_rec = draw(weights((inputs, rows), **options)), draw(weights((units, rows), **options))
+    options = {"storages": storages, "gain": 2.0, "dyadic": dyadic}
+    # Where the reset gate comes before the product, the recurrent weights cannot be gated.
+    recurrent = _matrix_formats(formats) if cell.reset_first else tuple(formats)
+    w_in = draw(weights((inputs, rows), formats=formats, **options))
+    w_rec = draw(weights((units, rows), formats=recurrent, **options))
     kind = draw(st.sampled_from(("varied", "equal", "zero")))
     rng = _rng(draw)
     if not cell.thresholded:
@@ -165,7 +198,7 @@ def networks(
 
     Parameters
     ----------
-    formats, storages : formats and storages of the weight matrices
+    formats, storages : formats and storages of the weight matrices; "gated" must be asked for by name
     cells             : cells of the layers: every variant of the EGRU, or `ALL_CELLS`, or others
     max_units         : largest number of units of a layer, of symbols and of outputs
     max_inputs        : largest number of inputs (or size of the embedding) of layer 0
@@ -179,7 +212,8 @@ def networks(
         raise ValueError("networks: tied needs an embedding and a read-out; leave them out or pass True")
     has_embedding = draw(_either(embedding)) if not tied else True
     has_readout = draw(_either(readout)) if not tied else True
-    is_tied = draw(_either(tied)) if has_embedding and has_readout else False
+    could_tie = has_embedding and has_readout and (tied or set(formats) != {GatedBlocks.name})
+    is_tied = draw(_either(tied)) if could_tie else False
     size = st.integers(1, max_units)
     sizes = draw(st.lists(size, min_size=(n := draw(_size(layers))), max_size=n))
     first = sizes[-1] if is_tied else draw(st.integers(1, max_inputs))
@@ -196,7 +230,7 @@ def networks(
         table[rng.random(table.shape) < 0.3] = 0
     top = None
     if is_tied and table is not None:
-        name = draw(st.sampled_from(tuple(formats)))
+        name = draw(st.sampled_from(_matrix_formats(formats)))
         block = (min(2, first), min(3, symbols)) if name == "block" else None
         # The embedding is dense, so its transpose fits an N:M matrix only with full groups.
         nm = (2, 2, draw(st.sampled_from(("post", "pre")))) if name == "nm" else None
@@ -250,6 +284,14 @@ def states(draw: DrawFn, network: Network, batch: int) -> State:
         elif not layer.cell.thresholded:
             outputs[k] = np.copysign(outputs[k], cells[k])
     return State(cells, tuple(outputs))
+
+
+def _matrix_formats(formats: Sequence[str]) -> tuple[str, ...]:
+    """The formats that hold a matrix. Raises ValueError where "gated" alone is left."""
+    left = tuple(name for name in formats if name != GatedBlocks.name)
+    if not left:
+        raise ValueError(f"formats: got {tuple(formats)}; a tied read-out and some w_rec need others")
+    return left
 
 
 def _storages(storages: Sequence[str], dyadic: bool) -> SearchStrategy[str]:

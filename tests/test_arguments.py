@@ -17,6 +17,7 @@ from eventrnn import _checks, bench, data, plots
 from eventrnn.cells import Cell, Surrogate
 from eventrnn.counting import count_backward
 from eventrnn.data import Corpus, TrigramModel, Vocabulary
+from eventrnn.weights import gate_cost
 from support.wrong_arguments import (
     ABOVE_ZERO,
     BLOCK,
@@ -27,6 +28,7 @@ from support.wrong_arguments import (
     NAME,
     NATURAL,
     NETWORK,
+    OTHERS,
     POSITIVE,
     READER,
     RNG,
@@ -218,6 +220,30 @@ ROWS = {
         to="block",
         block=(1, 2),
         words={"to": "format"},
+    ),
+    "GatedBlocks.from_weights": row(
+        er.GatedBlocks.from_weights,
+        {
+            "weights": instead_of(MATRIX),
+            "block": BLOCK,
+            "density": (0.0, -0.1, 1.5, nan, inf, *OTHERS),
+            "rng": (0, None, np.random.RandomState),
+            "gate": (MATRIX,),
+            "gate_rule": NAME,
+        },
+        weights=MATRIX,
+        block=(4, 3),
+        density=0.5,
+        rng=RNG,
+        words={"rng": "rng|gate"},
+    ),
+    "gate_cost": row(
+        gate_cost,
+        {"shape": (3, (4,), (4, -1), None), "block": BLOCK, "density": (0.0, -0.1, 1.5, nan, inf, *OTHERS)},
+        shape=(4, 6),
+        block=(1, 2),
+        density=0.5,
+        words={"shape": "shape"},
     ),
     "Dense": row(er.Dense, {"values": (None, [1], MATRIX.astype(float), np.ma.masked_array(MATRIX))}, values=MATRIX),
     "Dense.from_dense": row(

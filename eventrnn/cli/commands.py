@@ -41,7 +41,7 @@ from eventrnn.network import Network
 from eventrnn.pruning.patterns import parse_nm
 from eventrnn.pruning.schedule import choose
 from eventrnn.simulation import simulate
-from eventrnn.weights import FORMATS, STORAGES, check_block, convert
+from eventrnn.weights import FORMATS, STORAGES, GatedBlocks, check_block, convert
 from eventrnn.weights.nm import AXES
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -160,6 +160,7 @@ def count(
         print(as_line(record))
         return
     columns = ("dense", "effective", "executed", "graded", "binary", "weight_bytes")
+    columns += ("selection",) if counts.total.selection else ()
     title = f"operations of {counts.steps} steps of the {part} part of {text} ({counting.NOTE})"
     table = Table("matrix", *(column.replace("_", " ") for column in columns), title=printable(title))
     for name, row in {**counts.matrices, "total": counts.total}.items():
@@ -182,6 +183,7 @@ def info(model: GivenModel = None, named: NamedModel = None, as_json: Json = Fal
         shapes = {
             name: f"{w.name} {w.shape[0]}x{w.shape[1]}, {w.storage}, {w.nnz:,} weights "
             f"({w.nnz / max(1, w.shape[0] * w.shape[1]):.1%})"
+            + (f", {w.kept_blocks} of {w.n_blocks} blocks per input" if isinstance(w, GatedBlocks) else "")
             for name, w in network.matrices().items()
         }
         cells = {

@@ -16,8 +16,9 @@ from eventrnn._checks import need_kind
 from eventrnn.counting.counts import Counts, OpCounts, count, count_per_step, events_by_matrix
 from eventrnn.events import Events
 from eventrnn.network import Network
+from eventrnn.reference import block_gates, weight_arrays
 from eventrnn.simulation import Simulation
-from eventrnn.weights import CSR, NM, BlockCSR, Weights
+from eventrnn.weights import CSR, NM, BlockCSR, GatedBlocks, Weights
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,9 @@ def audit(network: Network, simulation: Simulation, counts: OpCounts | None = No
     rows: list[tuple[str, str, int, int, str]] = []
     for name, (weights, events) in events_by_matrix(network, simulation).items():
         counted = counts.matrices[name]
+        if isinstance(weights, GatedBlocks):
+            rows += _gated_rows(name, weights, events, counted, simulation.lengths)
+            continue
         there = weights.to_dense() != 0
         executed = _executed_mask(weights)
         fired = np.bincount(events.indices, minlength=events.shape[2])
@@ -89,6 +93,33 @@ def audit(network: Network, simulation: Simulation, counts: OpCounts | None = No
                 (f"layers.{k}", quantity, getattr(counts, quantity)[k], int(values[quantity].sum()), "per step")
             )
     return Audit(tuple(rows), differences)
+
+
+def _gated_rows(
+    name: str, weights: GatedBlocks, events: Events, counted: Counts, lengths: np.ndarray | None
+) -> list[tuple[str, str, int, int, str]]:
+    """Rows of the audit for a matrix of gated blocks, from the gates of the specification and a dense 0/1 matrix per
+    step and sample. NeuroBench has no such matrix."""
+    arrays = weight_arrays(name, weights, np.float32)
+    there, executed = arrays.weights != 0, _executed_mask(weights.blocks)
+    (r, c), grid = weights.block, weights.grid
+    x, n_pre = events.to_dense(), weights.shape[0]
+    steps = np.full(x.shape[1], len(x)) if lengths is None else lengths
+    found = dict.fromkeys(("dense", "effective", "executed", "chosen", "blocks"), 0)
+    for b, end in enumerate(steps):
+        for row in x[:end, b]:
+            with np.errstate(over="ignore", invalid="ignore"):
+                gates = block_gates(arrays, row[None])[0].reshape(grid)
+            mask = np.kron(gates != 0, np.ones((r, c), bool))[:n_pre]
+            active = (mask * executed)[row != 0]
+            by_block = np.zeros((grid[0] * r, mask.shape[1]), np.int64)
+            by_block[:n_pre] = mask * executed * (row != 0)[:, None]
+            found["dense"] += there.size
+            found["effective"] += int((mask[:, : there.shape[1]] & there)[row != 0].sum())
+            found["executed"] += int(active.sum())
+            found["chosen"] += weights.kept_blocks
+            found["blocks"] += int(by_block.reshape(grid[0], r, grid[1], c).any(axis=(1, 3)).sum())
+    return [(name, quantity, getattr(counted, quantity), value, "formula") for quantity, value in found.items()]
 
 
 NEUROBENCH_DIFFERENCES = (

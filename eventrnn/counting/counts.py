@@ -16,6 +16,8 @@ are the same on every backend. Definitions (all int64):
 |                | candidate; LSTM: input, forget, output). Where the reset gate comes before the product (EGRU   |
 |                | "paper", GRU "before") 2 per unit and step, and 1 per event carried into the step              |
 | `weight_bytes` | bytes of values, indices and scales of the rows of fired units, each time they are used        |
+| `selection`, `chosen`, `blocks` | of gated blocks only: see `gated.py`, which also defines the other counts of such  |
+|                | matrices                                                                                       |
 | `state_bytes`  | bytes of cells read and written and of outputs written: 12 per unit and step. Where the reset  |
 |                | gate comes before the product, outputs are read too: 16                                        |
 
@@ -31,11 +33,12 @@ import numpy as np
 
 from eventrnn._checks import need_kind
 from eventrnn.cells import Cell
+from eventrnn.counting.gated import counts_of_rows
 from eventrnn.events import Events
 from eventrnn.network import Network
 from eventrnn.simulation import Simulation
 from eventrnn.state import FireCounts, State
-from eventrnn.weights import MatrixId, Weights
+from eventrnn.weights import GatedBlocks, MatrixId, Weights
 
 NOTE = "embedding look-ups free, read-out counted, biases not counted"
 
@@ -50,6 +53,9 @@ class Counts:
     graded: int = 0
     binary: int = 0
     weight_bytes: int = 0
+    selection: int = 0
+    chosen: int = 0
+    blocks: int = 0
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -122,9 +128,10 @@ class OpCounts:
 def count(network: Network, simulation: Simulation) -> OpCounts:
     """Operations of a run, from the number of events of each unit. Needs no recorded events. O(weights) time.
 
-    The recurrent product of a step uses the events of the step before. The events of the initial state are therefore
+    A network with gated blocks needs them (`record="events"`), and `gated.counts_of_rows` says how long it takes. The
+    recurrent product of a step uses the events of the step before. The events of the initial state are therefore
     counted, and those of the last step of each sample are not. Padding is not counted. Raises ValueError for the run of
-    a network of another shape.
+    a network of another shape, and for gated blocks without recorded events.
     """
     _need_same_network(network, simulation)
     rows = simulation.sample_steps
@@ -140,6 +147,10 @@ def count(network: Network, simulation: Simulation) -> OpCounts:
         below = simulation.fired[k]
     if network.readout is not None:
         matrices["readout"] = _matrix_counts(network.readout.weights, below, rows, simulation.dense)
+    matrices |= {
+        name: Counts(**{count: int(values.sum()) for count, values in found.items()})
+        for name, found in _gated_counts(network, simulation).items()
+    }
     size = simulation.steps, simulation.batch, rows
     return OpCounts(matrices, tuple(gate_ops), tuple(state_bytes), *size)
 
@@ -147,13 +158,11 @@ def count(network: Network, simulation: Simulation) -> OpCounts:
 def count_per_step(network: Network, simulation: Simulation) -> dict[str, dict[str, np.ndarray]]:
     """Counts per step and sample: arrays (steps, batch) int64, by matrix and count.
 
-    Each `layers.k` has `gate_ops` and `state_bytes`. Counts of padding are 0. O(events + weights) time. Raises
+    Each `layers.k` has `gate_ops` and `state_bytes`; only gated blocks have `selection`, `chosen` and `blocks`. Counts
+    of padding are 0. O(events + weights) time, and that of `gated.counts_of_rows` for gated blocks. Raises
     ValueError for a run without record="events", TypeError where the events are arrays on a GPU.
     """
-    result = {}
-    present = np.ones((simulation.steps, simulation.batch), np.int64)
-    if simulation.lengths is not None:
-        present *= np.arange(simulation.steps)[:, None] < simulation.lengths
+    result, present = {}, _present(simulation)
     for name, (weights, events) in events_by_matrix(network, simulation).items():
         rows, graded = events.rows(), events.graded
         tables = (weights.fan_out(), weights.executed_out(), weights.row_bytes())
@@ -165,14 +174,18 @@ def count_per_step(network: Network, simulation: Simulation) -> dict[str, dict[s
             np.add.at(total, rows, amount)
             return total.reshape(shape)
 
-        result[name] = {
-            "dense": whole,
-            "effective": per_row(fan_out),
-            "executed": whole.copy() if simulation.dense else per_row(executed_out),
-            "graded": per_row(fan_out * graded),
-            "binary": per_row(fan_out * ~graded),
-            "weight_bytes": 4 * whole if simulation.dense else per_row(row_bytes),
-        }
+        result[name] = (
+            {}
+            if isinstance(weights, GatedBlocks)
+            else {
+                "dense": whole,
+                "effective": per_row(fan_out),
+                "executed": whole.copy() if simulation.dense else per_row(executed_out),
+                "graded": per_row(fan_out * graded),
+                "binary": per_row(fan_out * ~graded),
+                "weight_bytes": 4 * whole if simulation.dense else per_row(row_bytes),
+            }
+        )
         matrix = MatrixId(name)
         if matrix.layer is not None and matrix.recurrent:
             layer = network.layers[matrix.layer]
@@ -183,7 +196,26 @@ def count_per_step(network: Network, simulation: Simulation) -> dict[str, dict[s
                 "gate_ops": each * units + by_event * carried,
                 "state_bytes": nbytes * units,
             }
-    return result
+    return result | _gated_counts(network, simulation)
+
+
+def _present(simulation: Simulation) -> np.ndarray:
+    """(steps, batch) int64, 0 for padding and else 1."""
+    present = np.ones((simulation.steps, simulation.batch), np.int64)
+    if simulation.lengths is not None:
+        present *= np.arange(simulation.steps)[:, None] < simulation.lengths
+    return present
+
+
+def _gated_counts(network: Network, simulation: Simulation) -> dict[str, dict[str, np.ndarray]]:
+    """The counts per step and sample of the matrices of gated blocks."""
+    gated = {name: w for name, w in network.matrices().items() if isinstance(w, GatedBlocks)}
+    if gated and simulation.inputs is None:
+        raise ValueError(
+            f'{next(iter(gated))}: which of its gated blocks are chosen depends on the events; run with record="events"'
+        )
+    received, present = events_by_matrix(network, simulation) if gated else {}, _present(simulation)
+    return {name: counts_of_rows(name, weights, received[name][1], present) for name, weights in gated.items()}
 
 
 def _element_wise(cell: Cell) -> tuple[int, int, int]:

@@ -32,14 +32,16 @@ def energy(counts: OpCounts, *, memory: str = "sram_1mb_64bit", dense: bool = Fa
     dense  : estimate a dense engine instead: every product is a MAC and every weight is read
 
     Effective products of binary events are accumulates (AC). All other executed products are multiply-accumulates
-    (MAC), also those of binary events with stored zeros. The element-wise work is multiplications. Returns
-    picojoules by part, and their sum. Raises ValueError for an unknown memory.
+    (MAC), also those of binary events with stored zeros, and the multiplications that choose gated blocks. The
+    element-wise work is multiplications. Returns picojoules by part, and their sum. Raises ValueError for an unknown
+    memory.
     """
     need_kind("counts", counts, OpCounts, "the OpCounts of `count`")
     need_flag("dense", dense)
     need_choice("memory", memory, (name for name in HOROWITZ_2014 if name.endswith("64bit")))
     total, table = counts.total, HOROWITZ_2014
     macs, accumulates = (total.dense, 0) if dense else (total.executed - total.binary, total.binary)
+    macs += 0 if dense else total.selection
     weight_bytes = 4 * total.dense if dense else total.weight_bytes
     parts = {
         "arithmetic_pj": macs * table["float32_mac"] + accumulates * table["float32_ac"],

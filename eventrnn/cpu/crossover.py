@@ -27,7 +27,7 @@ from eventrnn.cpu.kernel_cache import source_digest
 from eventrnn.cpu.plan import BLAS_PRODUCT, DENSIFIED, DENSIFIED_TILED, FORMAT, TILED, KernelPolicy
 from eventrnn.cpu.single_product import Product
 from eventrnn.events import Events
-from eventrnn.weights import BlockCSR, Dense, Weights, convert
+from eventrnn.weights import BlockCSR, Dense, GatedBlocks, Weights, convert
 
 if TYPE_CHECKING:
     from eventrnn.network import Network
@@ -157,6 +157,9 @@ class MeasuredPolicy(KernelPolicy):
         return found
 
     def select_kernel(self, weights: Weights, rows: int, activity: float) -> str:
+        if isinstance(weights, GatedBlocks):
+            # There is one kernel for them.
+            return FORMAT
         found = self.predicted(weights, rows, activity)
         best = min(found, key=lambda name: found[name])
         return best if found[best] < MAX_RELATIVE_TIME * found[FORMAT] else FORMAT

@@ -40,7 +40,7 @@ from eventrnn.cpu.tables import (
 )
 from eventrnn.cpu.threads import Team
 from eventrnn.state import FireCounts, Inputs, State, Trace
-from eventrnn.weights import MatrixId
+from eventrnn.weights import GatedBlocks, MatrixId
 
 if TYPE_CHECKING:
     from eventrnn.network import Network
@@ -105,6 +105,10 @@ class CpuEngine:
         self.threshold = np.concatenate([layer.threshold for layer in network.layers])
         self.drive_pitch = self.layout.drive_pitch
         self.max_segments = self.drive_pitch // min(SEGMENT_WIDTHS)
+        gated = [w for w in network.matrices().values() if isinstance(w, GatedBlocks)]
+        self.gated_blocks = max((w.n_blocks for w in gated), default=0)
+        # The lists of block segments also hold what lies between two factors of a gate.
+        self.max_segments = max([self.max_segments, *(w.gate.shape[1] for w in gated if w.gate_out is not None)])
         self.team, self._use = Team(threads), Use("engine")
         # Of an engine for several threads: one for a single thread, for steps of little work.
         self._alone: CpuEngine | None = None
@@ -162,7 +166,7 @@ class CpuEngine:
                 aligned_zeros((self.n_threads, rows), np.int64),
                 aligned_zeros((self.n_threads, batch * row_capacity), np.int32),
                 aligned_zeros((self.n_threads, batch * row_capacity), np.float32),
-                workspace(self.n_threads, inputs, rows, self.max_segments, blas_columns),
+                workspace(self.n_threads, inputs, rows, self.max_segments, blas_columns, self.gated_blocks),
             )
             # Set last: if memory was short above, the next run must not take the old buffers for this batch.
             self.chunk, self.buffers_batch = chunk, batch
@@ -203,7 +207,9 @@ class CpuEngine:
             plan = self.plan(end - begin, inputs.batch)
             size = RunSize(inputs.steps, begin, end, inputs.batch, self.chunk)
             with_blas = BLAS_PRODUCT in plan.kernel_by_matrix.values()
+            plan.forget_faults()
             self._run(with_blas, self._tables(plan), received, size, buffers, c, y, outputs)
+            plan.check_gates()
             fired = self._by_layer(outputs.graded + outputs.binary)
             self.activity[1:] = [float(f.sum()) / (end * inputs.batch * len(f)) for f in fired]
             paths.update(plan.kernel_by_matrix)
@@ -328,6 +334,7 @@ class CpuEngine:
             dtype=np.int64 if symbols else np.float32,
             shape=(batch,) if symbols else (batch, size),
             output_shape=(batch, self.output_size),
+            gates=plan if plan.faults else None,
         )
 
     def _multiplications(self, batch: int) -> float:

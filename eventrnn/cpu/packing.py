@@ -15,6 +15,8 @@ lie.
     BLOCKS         block segments of `WIDTH` columns, by unit   columns, shared by the      per unit: first and last
                                                                 units of a block row        index, first segment
     MANY_BLOCKS    as BLOCKS, for many narrow segments per unit
+    GATED          pieces of blocks, one after the other    -                           the header of `tables.py`,
+                                                                                        then the pieces
 
 ROW_TILES serve products of many drive rows at once, which share the weights that are read. If there are `DENSE_FROM` or
 more active units per drive row, the kernel visits every unit instead of the active ones. A zero changes no sum, and
@@ -24,7 +26,7 @@ adding it then costs less than finding the active units.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -37,6 +39,9 @@ from eventrnn.cpu.tables import (
     BLOCKS,
     FIELDS,
     FLOAT32,
+    GATED,
+    GATED_HEADER,
+    GATED_PIECE,
     INT8,
     MANY_BLOCKS,
     MASKED,
@@ -46,7 +51,7 @@ from eventrnn.cpu.tables import (
     SCATTER,
     SEGMENT_WIDTHS,
 )
-from eventrnn.weights import CSR, NM, BlockCSR, Dense, Weights
+from eventrnn.weights import CSR, NM, BlockCSR, Dense, GatedBlocks, Weights
 
 # Share of active units from which a tiled product visits every unit. A crossover map replaces this number.
 DENSE_ACTIVITY_THRESHOLD = 0.5
@@ -77,6 +82,7 @@ class PoolBuilder:
     index: list[np.ndarray]
     pointers: list[np.ndarray]
     sizes: list[int]
+    once: dict[int, int] = field(default_factory=dict)
 
     @classmethod
     def empty(cls) -> PoolBuilder:
@@ -89,6 +95,17 @@ class PoolBuilder:
         padded = np.zeros(round_up(len(raw), 4 * LANES), np.uint8)
         padded[: len(raw)] = raw
         return self._add(0, self.values, padded.view(np.float32))
+
+    def add_rows_once(self, array: np.ndarray) -> int:
+        """Append rows (n, columns) of float32, padded to whole vectors, unless they are there; returns their offset.
+
+        The caller keeps the array alive, by whose identity it is known.
+        """
+        if id(array) not in self.once:
+            rows = np.zeros((len(array), round_up(array.shape[1], LANES)), np.float32)
+            rows[:, : array.shape[1]] = array
+            self.once[id(array)] = self.add_values(rows)
+        return self.once[id(array)]
 
     def add_index(self, index: np.ndarray) -> int:
         """Append an index, int32 or uint16; two uint16 share an element. Returns its offset in int32."""
@@ -143,6 +160,8 @@ def pack(
     """
     if isinstance(weights, Dense):
         return _pack_rows(pools, weights, segments, dense_kind, dense_activity_threshold)
+    if isinstance(weights, GatedBlocks):
+        return [_pack_gated(pools, weights, segments)]
     if not isinstance(weights, BlockCSR):
         return _pack_single(pools, _Entries.of_single(weights).placed(segments), weights, segments)
     entries = _Entries.of_blocks(weights)
@@ -157,7 +176,7 @@ def pack(
 
 def check_format(name: str, weights: Weights) -> None:
     """Raise TypeError for a format that `pack` does not support."""
-    if not isinstance(weights, Dense | CSR | BlockCSR | NM):
+    if not isinstance(weights, Dense | CSR | BlockCSR | NM | GatedBlocks):
         raise TypeError(
             f"{name}: the cpu backend cannot run format {type(weights).__name__}; convert to dense, csr, block or nm"
         )
@@ -323,6 +342,54 @@ def _pack_blocks(pools: PoolBuilder, entries: _Entries, weights: BlockCSR, segme
     many = entries.width <= NARROW_SEGMENT and len(unit) * MANY_SEGMENTS <= len(entries.unit)
     kind = MANY_BLOCKS if many else BLOCKS
     return [[kind, _storage(weights), *_bounds(segments), values_at, index_at, at, entries.width, 0, scales, 0, 0]]
+
+
+def _pack_gated(pools: PoolBuilder, weights: GatedBlocks, segments: list[Segment]) -> list[int]:
+    """The stored blocks, cut into pieces at the ends of the segments, as one column tile of kind GATED.
+
+    All threads share one copy of the gate.
+    """
+    (r, c), (rows, columns), blocks = weights.block, weights.grid, weights.blocks
+    stored = blocks.values.reshape(-1, c)
+    pieces, packed, first, size = [], [], [0], 0
+    for row, (a, b) in enumerate(zip(blocks.indptr[:-1], blocks.indptr[1:], strict=True)):
+        for q in range(int(a), int(b)):
+            column = int(blocks.indices[q])
+            # The rows of a block lie one block row of its block row apart.
+            block = stored[int(a) * r + q - int(a) : int(b) * r : int(b - a)]
+            for low, high, position in _pieces(column * c, c, segments):
+                vectors = round_up(high - low, LANES) // LANES
+                piece = np.zeros((r, vectors * LANES), stored.dtype)
+                piece[:, : high - low] = block[:, low - column * c : high - column * c]
+                pieces.append((row * columns + column, position, size, vectors))
+                packed.append(piece.ravel())
+                size += piece.size
+        first.append(len(pieces))
+    values_at = pools.add_values(np.concatenate([*packed, np.zeros(0, stored.dtype)]))
+    pitch, out = round_up(weights.n_blocks, LANES), weights.gate_out
+    header = (
+        *(0, weights.n_blocks, weights.kept_blocks, int(weights.gate_rule == "softmax"), rows, r),
+        *(pitch, pools.add_values(_padded_bias(weights.gate_bias, pitch))),
+        *(pools.add_rows_once(weights.gate), round_up(weights.gate.shape[1], LANES)),
+        *((0, 0) if out is None else (len(out), pools.add_rows_once(out))),
+    )
+    assert len(header) == GATED_HEADER
+    at = pools.add_pointers(np.array([*header, *first, *(number for piece in pieces for number in piece)]))
+    return [GATED, _storage(weights), *_bounds(segments), values_at, 0, at, 0, 0, _scales(pools, weights), 0, 0]
+
+
+def _pieces(start: int, width: int, segments: list[Segment]) -> list[tuple[int, int, int]]:
+    """First and last column, and position in a drive row, of the pieces of a block's columns in some segments."""
+    cut = [(max(start, each.start), min(start + width, each.stop), each) for each in segments]
+    return [
+        (low, min(low + GATED_PIECE, high), each.position + low - each.start)
+        for begin, high, each in cut
+        for low in range(begin, high, GATED_PIECE)
+    ]
+
+
+def _padded_bias(bias: np.ndarray, size: int) -> np.ndarray:
+    return np.concatenate([bias, np.zeros(size - len(bias), np.float32)])
 
 
 def _bounds(segments: list[Segment]) -> tuple[int, int]:

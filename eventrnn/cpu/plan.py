@@ -19,11 +19,15 @@ from eventrnn.cpu.memory import aligned_zeros
 from eventrnn.cpu.packing import DENSE_ACTIVITY_THRESHOLD, PoolBuilder, Segment, empty_column_tile, pack
 from eventrnn.cpu.tables import (
     BLAS,
+    FAULT,
     FIELDS,
+    GATED,
+    GATED_ROWS,
     HIGH,
     KERNEL,
     KIND,
     LOW,
+    POINTERS,
     ROW_TILE,
     ROW_TILES,
     ROWS,
@@ -32,6 +36,7 @@ from eventrnn.cpu.tables import (
     WeightPools,
     Workspace,
 )
+from eventrnn.state import gates_not_finite
 from eventrnn.weights import BlockCSR, Dense, Weights
 
 if TYPE_CHECKING:
@@ -130,6 +135,7 @@ class Plan:
     layers           : (layers, 11) int64, the table of layers
     column_tiles     : (n_threads, tiles, FIELDS) int64, the table of column tiles
     pools            : the packed weights
+    faults           : name of a matrix of gated blocks -> where its tiles have their FAULT in `pools.pointers`
     readout          : first column tile of the read-out, -1 without one
     """
 
@@ -146,6 +152,7 @@ class Plan:
         self.layout, self.n_threads, self.kernel_by_matrix = layout, layout.n_threads, dict(kernel_by_matrix)
         self._thresholds, self._builder = dense_activity_threshold, PoolBuilder.empty()
         self._tables: list[list[list[int]]] = [[] for _ in range(self.n_threads)]
+        self.faults: dict[str, list[int]] = {}
         layers, unit_0 = [], 0
         for k, layer in enumerate(network.layers):
             gates = layer.cell.gates
@@ -184,33 +191,49 @@ class Plan:
         for table, share in zip(self._tables, packed, strict=True):
             for row in share:
                 row[KERNEL] = self._product_address(row[KIND], row[STORAGE]) if row[LOW] < row[HIGH] else 0
+                if row[KIND] == GATED:
+                    self.faults.setdefault(name, []).append(row[POINTERS] + FAULT)
             table += share + [empty_column_tile()] * (most - len(share))
         return before
 
+    def check_gates(self) -> None:
+        """Raise FloatingPointError, by the name of the matrix, where a run has found gates that are not finite."""
+        for name, at in self.faults.items():
+            if self.pools.pointers[at].any():
+                raise gates_not_finite(name)
+
+    def forget_faults(self) -> None:
+        """Prepare a run: forget the faults of the run before, which may have been interrupted before its check."""
+        for at in self.faults.values():
+            self.pools.pointers[at] = 0
+
 
 def workspace_shapes(
-    n_threads: int, inputs: int, rows: int, segments: int, blas_columns: int
+    n_threads: int, inputs: int, rows: int, segments: int, blas_columns: int, gated_blocks: int = 0
 ) -> tuple[tuple[tuple[int, ...], type], ...]:
     """Shape and dtype of each field of a `Workspace`, with a leading axis of threads.
 
     The workspace serves products of up to `inputs` units, `rows` drive rows, `segments` stored block segments per unit,
-    and `blas_columns` columns through BLAS.
+    `blas_columns` columns through BLAS, and `gated_blocks` blocks of a matrix that chooses some.
     """
     # Whole vectors: every thread's share starts on a cache line, which it shares with no other thread.
     most, listed = round_up(rows * inputs, LANES) + LANES, LISTED_SEGMENTS + round_up(segments, LANES) + LANES
+    gates = (min(rows, GATED_ROWS) + 1) * round_up(gated_blocks, LANES)
     return (
-        ((n_threads, round_up(rows * ceil_div(inputs, 1 << SMALL_PANEL_BITS) + 1, LANES)), np.int64),
+        ((n_threads, round_up(rows * (ceil_div(inputs, 1 << SMALL_PANEL_BITS) + 1) + 1, LANES)), np.int64),
         ((n_threads, most), np.int32),
         ((n_threads, most), np.float32),
         ((n_threads, 2, listed), np.int32),
         ((n_threads, 2, listed), np.float32),
         ((n_threads, round_up(rows * inputs, LANES)), np.float32),
         ((n_threads, rows * ROW_TILE), np.float32),
-        ((n_threads, round_up(rows * blas_columns, LANES)), np.float32),
+        ((n_threads, max(round_up(rows * blas_columns, LANES), gates)), np.float32),
     )
 
 
-def workspace(n_threads: int, inputs: int, rows: int, segments: int, blas_columns: int) -> Workspace:
+def workspace(
+    n_threads: int, inputs: int, rows: int, segments: int, blas_columns: int, gated_blocks: int = 0
+) -> Workspace:
     """A `Workspace` of zeros; parameters as of `workspace_shapes`."""
-    shapes = workspace_shapes(n_threads, inputs, rows, segments, blas_columns)
+    shapes = workspace_shapes(n_threads, inputs, rows, segments, blas_columns, gated_blocks)
     return Workspace(*(aligned_zeros(*each) for each in shapes))

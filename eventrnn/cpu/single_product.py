@@ -47,7 +47,7 @@ class Product:
         self.bias_begin = int(layer[BIAS_REC])
         self.lists = EventLists(events.indices, events.values, events.indptr[:-1].copy(), np.diff(events.indptr))
         blas_columns = engine.drive_pitch * engine.policy.may_blas
-        shared = workspace(threads, n, self.batch, engine.max_segments, blas_columns)
+        shared = workspace(threads, n, self.batch, engine.max_segments, blas_columns, engine.gated_blocks)
         workspaces = [Workspace(*(each[thread] for each in shared)) for thread in range(threads)]
         self.tables = [
             ThreadTables(tiles, self.plan.pools, scratch, self.pitch)

@@ -11,13 +11,16 @@ steps is raised, which is the last thing it does. Whatever is raised before leav
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
 from eventrnn._arithmetic import in_standard_mode, quiet_context, standard_arithmetic
 from eventrnn.cpu import step_table
 from eventrnn.state import State, need_finite_cells
+
+if TYPE_CHECKING:
+    from eventrnn.cpu.plan import Plan
 
 # Rows of the table with the state before a step, and with that after it; they swap from step to step.
 BEFORE, AFTER = (step_table.CELLS_BEFORE, step_table.OUTPUTS_BEFORE), (step_table.CELLS, step_table.OUTPUTS)
@@ -33,6 +36,7 @@ class Stepper:
     check         : converts an input to `dtype` and `shape`. Raises ValueError or TypeError for bad input
     dtype, shape  : dtype and shape of inputs that are passed to the kernel without a conversion
     output_shape  : shape of the output of a step
+    gates         : the plan of a network with gated blocks, which knows whether their gates were finite; else None
 
     Attributes
     ----------
@@ -49,9 +53,11 @@ class Stepper:
         dtype: type,
         shape: tuple[int, ...],
         output_shape: tuple[int, ...],
+        gates: Plan | None = None,
     ):
         self.kernel, self.arrays, self.check, self.steps = kernel, arrays, check, 0
         self.dtype, self.shape, self.output_shape = np.dtype(dtype), shape, output_shape
+        self.gates = gates
         self.takes_symbols = self.dtype.kind == "i"
         # Made once: a conversion takes less time than making a context.
         self.context = quiet_context()
@@ -77,7 +83,14 @@ class Stepper:
         ):
             inputs = self.context.run(in_standard_mode, self._converted, inputs)
         output, table = np.empty(self.output_shape, np.float32), self.tables[self.steps & 1]
-        if self.kernel(table, inputs, output):
+        gates = self.gates
+        if gates is None:
+            refused = self.kernel(table, inputs, output)
+        else:
+            gates.forget_faults()
+            refused = self.kernel(table, inputs, output)
+            gates.check_gates()
+        if refused:
             self._refuse(given)
         self.steps += 1
         return output

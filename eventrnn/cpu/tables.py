@@ -33,7 +33,7 @@ KIND, STORAGE, LOW, HIGH, VALUES, INDEX, POINTERS, WIDTH, PITCH, SCALES, DENSE_F
 FIELDS = 12
 
 #: kinds of column tiles; `packing.py` describes their layouts
-ROWS, ROW_TILES, SCATTER, MASKED, BLOCKS, MANY_BLOCKS, BLAS = range(7)
+ROWS, ROW_TILES, SCATTER, MASKED, BLOCKS, MANY_BLOCKS, BLAS, GATED = range(8)
 
 # Columns of a tile of kind ROW_TILES: 64 drive rows of such a tile fit the L1 cache beside the weights that pass
 # through.
@@ -41,6 +41,36 @@ ROW_TILE = 64
 
 # A block is cut into segments of the widest of these that divides its width.
 SEGMENT_WIDTHS = (64, 32, 16, 8, 4)
+
+# A tile of kind GATED (blocks that are chosen per input, `weights/gated.py`) has this header from POINTERS on:
+#   FAULT             set to 1 by the kernel where gates are not finite; everything else in the pools is only read
+#   ALL_BLOCKS, KEPT  the number of blocks of the matrix, and of those that an input chooses
+#   SOFTMAX           1 for the rule "softmax", 0 for "linear"
+#   BLOCK_ROWS, BLOCK_UNITS  the number of block rows, and of presynaptic units in one
+#   GATE_PITCH        numbers of a row of gates: the blocks, in whole vectors
+#   GATE_BIAS         offset of the biases in `WeightPools.values`, GATE_PITCH numbers
+#   GATE, IN_PITCH    offset of the gate in `WeightPools.values`, and numbers from one unit to the next
+#   RANK, GATE_OUT    rank of a gate with two factors, and offset of the second, in rows of GATE_PITCH; 0 for one factor
+# Then follow, for each block row, the number of its first piece, and the number of pieces; then the pieces. A piece is
+# the part of a stored block in the columns of the tile, at most GATED_PIECE columns:
+#   PIECE_BLOCK    number of the block
+#   PIECE_TARGET   first position in a drive row
+#   PIECE_VALUES   offset of its weights after VALUES, in weights: BLOCK_UNITS rows, padded to whole vectors
+#   PIECE_VECTORS  vectors of a row
+FAULT, ALL_BLOCKS, KEPT, SOFTMAX, BLOCK_ROWS, BLOCK_UNITS = range(6)
+
+GATE_PITCH, GATE_BIAS, GATE, IN_PITCH, RANK, GATE_OUT = range(6, 12)
+
+GATED_HEADER = 12
+
+PIECE_BLOCK, PIECE_TARGET, PIECE_VALUES, PIECE_VECTORS = range(4)
+
+PIECE_FIELDS = 4
+
+GATED_PIECE = 256
+
+# Drive rows that a product with gated blocks computes together, so that they share the weights they read.
+GATED_ROWS = 64
 
 #: storages of weights
 FLOAT32, BFLOAT16, INT8 = range(3)
@@ -83,14 +113,14 @@ class Workspace(NamedTuple):
     For products of `drive_rows` rows and up to `inputs` units. Lists have one vector to spare.
     """
 
-    panel_begins: np.ndarray  # (drive_rows * panels + 1,) int64: where the events of each panel and drive row begin
+    panel_begins: np.ndarray  # (drive_rows * (panels + 1) + 1,) int64: where events of a panel and drive row begin
     panel_indices: np.ndarray  # (drive_rows * inputs + LANES,) int32: units of the events, in order of panels
     panel_values: np.ndarray  # (drive_rows * inputs + LANES,) float32: values of the events, in order of panels
     segment_numbers: np.ndarray  # (2, segments) int32: target position, and number, of each listed block segment
     segment_factors: np.ndarray  # (2, segments) float32: event value, and scale, of each listed block segment
     dense_inputs: np.ndarray  # (drive_rows * inputs,) float32: the events as dense rows
     tile: np.ndarray  # (drive_rows * ROW_TILE,) float32: drives of one column tile
-    blas_product: np.ndarray  # (drive_rows * columns,) float32: result of BLAS; empty where BLAS is not used
+    blas_product: np.ndarray  # (drive_rows * columns,) float32: result of BLAS; or ((GATED_ROWS + 1) * blocks,) gates
 
 
 class ThreadTables(NamedTuple):

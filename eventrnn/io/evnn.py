@@ -15,6 +15,7 @@ from eventrnn._files import printable
 from eventrnn.cells import Cell, Surrogate
 from eventrnn.network import Layer
 from eventrnn.weights import Dense
+from eventrnn.weights.gated import need_matrices
 
 # Name here -> names of EvNN: the parameter of its code first, then the name in its papers and recorded runs.
 _EVNN_ARRAYS = {
@@ -99,6 +100,7 @@ def to_evnn(layer: Layer) -> dict[str, np.ndarray]:
             f"layer: got variant {cell.variant!r} with surrogate {cell.surrogate.kind!r}; "
             "EvNN has 'evnn' with 'triangle'"
         )
+    need_matrices({"w_in": layer.w_in, "w_rec": layer.w_rec}, "the layout of EvNN")
     return {
         "kernel": layer.w_in.to_dense(),
         "recurrent_kernel": layer.w_rec.to_dense(),

@@ -7,7 +7,9 @@ the digest, which detects a change of any bit. Equal networks give equal bytes.
 Version 2 added N:M matrices and narrow values: a matrix has `n`, `m` and `axis`, and its tensor `values` can be U16
 (bfloat16) or I8 with a tensor `scales`. Version 3 stores indices and row pointers as the narrowest unsigned integers
 that hold them. Version 4 stores an embedding whose values bfloat16 or int8 can hold as U16, or as I8 with a tensor
-`embedding.scales`. Version 5 added the cells "gru" and "lstm". Files of versions 1 to 4 can still be read.
+`embedding.scales`. Version 5 added the cells "gru" and "lstm", and gated blocks: a matrix has `density` and
+`gate_rule`, and tensors `gate`, `gate_bias` and, for a gate of two factors, `gate_out`. Files of versions 1 to 4 can
+still be read.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import safetensors.numpy
 from eventrnn._files import printable, write_whole
 from eventrnn.cells import Cell, Surrogate
 from eventrnn.network import Layer, Network, Readout
-from eventrnn.weights import FORMATS, Dense, Weights
+from eventrnn.weights import RECORDS, Dense, Weights
 from eventrnn.weights.storage import check_scales, from_bfloat16, from_int8, narrowest
 
 FORMAT = "eventrnn"
@@ -41,6 +43,16 @@ _INDEX = {"indices": np.int32, "indptr": np.int64}
 
 # Placeholder for the digest while the digest is computed.
 _UNSIGNED = "0" * 64
+
+# Arrays that a record may have or lack.
+_MAY_LACK = ("scales", "gate_out")
+
+# Types of the options of a format that are not whole numbers, and what they are called.
+_OPTIONS: dict[str, tuple[Any, str]] = {
+    "axis": (str, "text"),
+    "gate_rule": (str, "text"),
+    "density": ((int, float), "a number"),
+}
 
 _VECTORS = ("bias_in", "bias_rec", "threshold")
 
@@ -216,7 +228,7 @@ def _matrix(name: str, spec: dict[str, Any], tensors: dict[str, np.ndarray], sto
     options = {field for field, is_array in named.items() if not is_array}
     _need_keys(name, spec, {"format", "arrays", *options})
     keys = _need_type(f"{name} arrays", spec["arrays"], list, "a list")
-    needed = [field for field, is_array in named.items() if is_array and (field != "scales" or field in keys)]
+    needed = [field for field, is_array in named.items() if is_array and (field not in _MAY_LACK or field in keys)]
     if sorted(map(str, keys)) != sorted(needed):
         raise ValueError(f"{name} arrays: got {keys}, need {needed}")
     values: dict[str, Any] = {key: _widened(key, tensors.pop(f"{name}.{key}")) for key in needed}
@@ -224,7 +236,7 @@ def _matrix(name: str, spec: dict[str, Any], tensors: dict[str, np.ndarray], sto
         if option in options:
             values[option] = _two_sizes(f"{name} {option}", spec[option])
     for option in options - {"shape", "block"}:
-        kinds, words = (str, "text") if option == "axis" else (int, "a whole number")
+        kinds, words = _OPTIONS.get(option, (int, "a whole number"))
         values[option] = _need_type(f"{name} {option}", spec[option], kinds, words)
     _check_sizes(name, values.get("shape", values["values"].shape), stored)
     return kind(**values)
@@ -232,9 +244,9 @@ def _matrix(name: str, spec: dict[str, Any], tensors: dict[str, np.ndarray], sto
 
 def _format(name: str, spec: Mapping[str, Any]) -> type[Weights]:
     found = spec["format"]
-    if not isinstance(found, str) or found not in FORMATS:
-        raise ModelFileError(f"{name}: unknown weight format {found!r}; have {', '.join(FORMATS)}")
-    return FORMATS[found]
+    if not isinstance(found, str) or found not in RECORDS:
+        raise ModelFileError(f"{name}: unknown weight format {found!r}; have {', '.join(RECORDS)}")
+    return RECORDS[found]
 
 
 def _embedding(tensors: dict[str, np.ndarray]) -> np.ndarray | None:

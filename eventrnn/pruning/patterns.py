@@ -19,6 +19,7 @@ from eventrnn.pruning.magnitude import check_choices, check_sparsity, magnitude_
 from eventrnn.pruning.nm import TRANSPOSABLE_METHODS, nm_mask, transposable_mask
 from eventrnn.pruning.schedule import choose
 from eventrnn.weights import NM, BlockCSR, Weights, check_nm, convert
+from eventrnn.weights.gated import need_matrices
 
 
 class Pattern(ABC):
@@ -148,7 +149,8 @@ def prunable_matrices(
 ) -> dict[str, Weights]:
     """The matrices of a network to prune: those in `names` (by default all except a tied read-out) without `exempt`.
 
-    Raises ValueError for an unknown name, and for a tied read-out, whose weights are those of the embedding.
+    Raises ValueError for an unknown name, and for a tied read-out, whose weights are those of the embedding; TypeError
+    for gated blocks.
     """
     need_kind("network", network, Network, "a Network")
     matrices = network.matrices()
@@ -160,7 +162,9 @@ def prunable_matrices(
             "pruning: the read-out is tied to the embedding and cannot be pruned; leave it out, or use network.untied()"
         )
     there = [name for name in matrices if not (tied and name == "readout")]
-    return {name: matrices[name] for name in choose(there, names, exempt)}
+    chosen = {name: matrices[name] for name in choose(there, names, exempt)}
+    need_matrices(chosen, "pruning")
+    return chosen
 
 
 def prune(

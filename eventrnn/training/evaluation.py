@@ -12,6 +12,7 @@ import numpy as np
 
 from eventrnn import counting
 from eventrnn._checks import need_choice, need_whole
+from eventrnn.counting.gated import records_of
 from eventrnn.network import Network
 from eventrnn.simulation import Simulation, Simulator
 from eventrnn.training.losses import cross_entropy_bits
@@ -77,7 +78,7 @@ def evaluate_text(
     symbols = check_symbols(network, symbols)
     simulator = Simulator(network, backend=backend, threads=threads)
     bits, counts, fired, steps = 0.0, None, [0] * len(network.layers), len(symbols) - 1
-    for done, chunk_bits, simulation in _chunks(simulator, symbols, CHUNK):
+    for done, chunk_bits, simulation in _chunks(simulator, symbols, CHUNK, records_of(network)):
         bits += chunk_bits
         chunk_counts = counting.count(network, simulation)
         counts = chunk_counts if counts is None else counts + chunk_counts
@@ -104,12 +105,14 @@ def evaluate_text(
     }
 
 
-def _chunks(simulator: Simulator, symbols: np.ndarray, chunk: int) -> Iterator[tuple[int, float, Simulation]]:
+def _chunks(
+    simulator: Simulator, symbols: np.ndarray, chunk: int, record: tuple[str, ...] = ()
+) -> Iterator[tuple[int, float, Simulation]]:
     """Run the simulator over a text; per chunk: the steps done so far, the bits of its symbols, and the simulation."""
     steps = len(symbols) - 1
     for start in range(0, steps, chunk):
         stop = min(start + chunk, steps)
-        simulation = simulator.run(symbols[start:stop, None])
+        simulation = simulator.run(symbols[start:stop, None], record=record)
         yield stop, cross_entropy_bits(simulation.output[:, 0], symbols[start + 1 : stop + 1]), simulation
 
 

@@ -24,14 +24,21 @@ from eventrnn.weights.block import BlockCSR as BlockCSR
 from eventrnn.weights.block import check_block as check_block
 from eventrnn.weights.csr import CSR as CSR
 from eventrnn.weights.dense import Dense as Dense
+from eventrnn.weights.gated import GATE_RULES as GATE_RULES
+from eventrnn.weights.gated import GateCost as GateCost
+from eventrnn.weights.gated import GatedBlocks as GatedBlocks
+from eventrnn.weights.gated import gate_cost as gate_cost
 from eventrnn.weights.matrix_id import MatrixId as MatrixId
 from eventrnn.weights.nm import NM as NM
 from eventrnn.weights.nm import check_nm as check_nm
 from eventrnn.weights.storage import STORAGES as STORAGES
 from eventrnn.weights.storage import check_storage as check_storage
 
-#: format name -> class of its records
+#: name of a format -> class of its records, of the formats that hold a matrix, which `convert` converts to each other
 FORMATS: dict[str, type[Weights]] = {"dense": Dense, "csr": CSR, "block": BlockCSR, "nm": NM}
+
+#: the same of all formats: also of blocks that are chosen per input, which are no matrix
+RECORDS: dict[str, type[Weights]] = FORMATS | {"gated": GatedBlocks}
 
 
 def convert(
@@ -54,9 +61,15 @@ def convert(
     nm      : (n, m, axis), for "nm" only; without an axis it is "post"
     storage : one of `STORAGES`; None keeps that of `weights` exactly, int8 with its scales, and is float32 for an array
 
+    Gated blocks are no matrix; see `GatedBlocks.from_weights` and `GatedBlocks.blocks`.
+
     Raises ValueError for an unknown format or storage and for options of another format, and as `from_dense` of the
-    format and `stored_as` do.
+    format and `stored_as` do; TypeError for gated blocks.
     """
+    if isinstance(to, str) and to == GatedBlocks.name:
+        raise ValueError("format: got 'gated', which needs a gate: GatedBlocks.from_weights(weights, ...)")
+    if isinstance(weights, GatedBlocks):
+        raise TypeError(f"weights: got {weights!r}, which is no matrix; convert its `blocks`, the matrix without gates")
     need_choice("format", to, FORMATS)
     if (block is None) == (to == "block"):
         raise ValueError(f"block: got {block} for format {to!r}; the block format needs one, the others take none")

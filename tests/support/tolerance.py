@@ -100,6 +100,15 @@ def torch_gru(n: int, steps: int) -> float:
 # --- float32 against float64 --------------------------------------------------------------------------------
 
 
+def gate_error(kept: int) -> float:
+    """Relative error of a gate in float64 from exact positive logits, computed by two routes.
+
+    Each route has an exponential of at most one ulp (two roundings), a ratio or a mean, a sum of `kept` positive
+    numbers, a quotient and a product.
+    """
+    return 2 * gamma(kept + 6, U64)
+
+
 def drive_bound(weights: np.ndarray, values: np.ndarray, bias: np.ndarray, u: float = U32) -> np.ndarray:
     """Error bound of one drive in any order of summation: gamma_n (|b| + sum |w| |x|).
 

@@ -19,6 +19,7 @@ from eventrnn.cpu.kernels.cell_update import (
     update_lstm,
     update_paper,
 )
+from eventrnn.cpu.kernels.gated_products import by_gates
 from eventrnn.cpu.kernels.jit import allocating_by_address, called_by_address
 from eventrnn.cpu.kernels.row_products import (
     add_blocks,
@@ -35,6 +36,7 @@ from eventrnn.cpu.tables import (
     BLOCKS,
     DENSE_FROM,
     FLOAT32,
+    GATED,
     HIGH,
     INT8,
     LOW,
@@ -113,6 +115,8 @@ def product_by_blas(tables, first_tile, last_tile, bias_begin, n_pre, events, dr
 def _product(kind: int, storage: int):
     if kind == BLAS:
         return product_by_blas
+    if kind == GATED:
+        return by_gates(_DTYPES[storage])
     return _by_tiles(_DTYPES[storage]) if kind == ROW_TILES else _by_rows(_ADD[kind], _DTYPES[storage])
 
 

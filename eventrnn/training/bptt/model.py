@@ -43,6 +43,7 @@ from eventrnn.training.bptt.tape import GradientMask, LayerTape
 from eventrnn.training.bptt.workspace import Arena
 from eventrnn.training.losses import cross_entropy
 from eventrnn.weights import Dense
+from eventrnn.weights.gated import need_matrices
 
 F32 = np.float32
 
@@ -137,6 +138,7 @@ class Model:
             raise ValueError(f"threads: got {threads}, need 1 to {MOST_THREADS}; more threads than cores only wait")
         rules.check_rule(thresholds)
         self._check_cells(network)
+        need_matrices(network.matrices(), "training")
         self.template, self.backward_mode, self.threads, self.thresholds = network, backward, threads, thresholds
         self.cells: list[Cell] = [layer.cell for layer in network.layers]
         self.tied = network.readout is not None and network.readout.tied

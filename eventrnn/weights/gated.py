@@ -1,0 +1,370 @@
+"""The format "gated": blocks of weights of which every input chooses some (block-wise dynamic sparseness).
+
+After Hadifar, Deleu, Develder and Demeester, "Block-wise Dynamic Sparseness" (arXiv 2001.04686) and their released
+code. A small linear gate computes one number per block from what the matrix receives. The blocks with the largest
+numbers are multiplied, and the others are not read. Everything below holds per sample and time step:
+
+    logits   l[b] = gate_bias[b] + sum over j of gate[j, b] * x[j], in ascending j, one float32 FMA per term. With two
+             factors, z[q] = sum over j of gate[j, q] * x[j], and l[b] = gate_bias[b] + sum over q of
+             gate_out[q, b] * z[q], in ascending j and q; every z is a sum that starts from 0
+    choice   the `kept_blocks` = ceil(density * blocks) largest logits; of equal ones the lowest block number
+    ratios   of the chosen blocks: q[b] = l[b] / p for the rule "linear", where p is the chosen logit of the largest
+             magnitude (of equal magnitudes that of the lowest block number); all q are 1 if p is 0.
+             q[b] = exp(l[b] - p) for the rule "softmax", where p is the largest logit
+    gates    q[b] * (blocks / s), where s is the sum of the ratios in ascending block number. Their mean over all
+             blocks is 1, apart from rounding; the blocks that were not chosen have the gate 0
+    drive    bias[i] + sum over j of weight[j, i] * (gate[b of j, i] * x[j]), in ascending j, one FMA per term; the
+             product of gate and input is rounded first
+
+The blocks are numbered row by row: block row R and block column C have the number R * (block columns) + C, whether or
+not the block is stored. With all blocks chosen and equal logits every gate is exactly 1, and the matrix is the one
+without gates.
+
+The rule "linear" is the published one. Its logits may be negative and cancel: a sum s of zero has no gates, and a sum
+near zero has large ones. A run stops with FloatingPointError where blocks / s, a logit, or the product of the largest
+gate and the largest input, by magnitude, is not finite. The rule "softmax" has positive gates of at most the number of
+blocks.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+
+from eventrnn._checks import check_finite, float32_array, need_choice, need_kind, need_number, need_whole
+from eventrnn.weights.base import Weights, need_plain, need_shape
+from eventrnn.weights.block import BlockCSR, check_block
+
+#: Rules that make gates of logits; the head of this file defines them.
+GATE_RULES = ("linear", "softmax")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GatedBlocks(Weights):
+    """Blocks of which every input chooses some; the head of this file defines the product.
+
+    The blocks themselves are those of `BlockCSR`, padded at the far edges. Blocks of zeros need not be stored: a gate
+    may choose them, and nothing is read then. There is no equal dense matrix, so that `to_dense` and `places` raise
+    TypeError; `blocks` is the matrix without its gates.
+
+    Attributes
+    ----------
+    indptr, indices, values, shape, block, scales : see `BlockCSR`
+    gate      : (n_pre, blocks) float32, by presynaptic unit; of a gate with two factors (n_pre, rank)
+    gate_bias : (blocks,) float32
+    gate_out  : (rank, blocks) float32, the second factor; None for a gate with one
+    density   : share of the blocks that an input chooses, in (0, 1]
+    gate_rule : one of `GATE_RULES`
+
+    Examples
+    --------
+    >>> gate, bias = np.zeros((4, 4), np.float32), np.array([1, 3, 2, 2], np.float32)
+    >>> weights = GatedBlocks.from_weights(np.ones((4, 4)), block=(2, 2), density=0.5, gate=gate, gate_bias=bias)
+    >>> weights.n_blocks, weights.kept_blocks  # blocks 1 and 2 are chosen: of equal logits the lowest number
+    (4, 2)
+    """
+
+    indptr: np.ndarray
+    indices: np.ndarray
+    values: np.ndarray
+    shape: tuple[int, int]
+    block: tuple[int, int]
+    gate: np.ndarray
+    gate_bias: np.ndarray
+    density: float
+    gate_rule: str = "linear"
+    gate_out: np.ndarray | None = None
+    scales: np.ndarray | None = None
+    name: ClassVar[str] = "gated"
+
+    def __post_init__(self):
+        need_shape(self.shape)
+        object.__setattr__(self, "density", need_density(self.density))
+        need_choice("gate_rule", self.gate_rule, GATE_RULES)
+        # The record of the blocks checks their sizes.
+        n_blocks = math.prod(block_grid(self.blocks.shape, self.blocks.block))
+        shapes = {"gate": (self.shape[0], n_blocks), "gate_bias": (n_blocks,)}
+        if self.gate_out is not None:
+            need_plain("gate_out", self.gate_out)
+            rank = len(self.gate_out) if self.gate_out.ndim else 0
+            shapes |= {"gate": (self.shape[0], max(1, rank)), "gate_out": (max(1, rank), n_blocks)}
+        for name, shape in shapes.items():
+            array = getattr(self, name)
+            need_plain(name, array)
+            if array.dtype != np.float32 or array.shape != shape:
+                raise TypeError(f"{name}: got {array.dtype} of shape {array.shape}, need float32 of shape {shape}")
+
+    @cached_property
+    def blocks(self) -> BlockCSR:
+        """The matrix without its gates, in the same memory."""
+        return BlockCSR(self.indptr, self.indices, self.values, self.shape, self.block, self.scales)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The number of block rows and of block columns, stored or not."""
+        return block_grid(self.shape, self.block)
+
+    @property
+    def n_blocks(self) -> int:
+        """The number of blocks, stored or not."""
+        return math.prod(self.grid)
+
+    @property
+    def kept_blocks(self) -> int:
+        """The number of blocks that an input chooses: ceil(density * n_blocks), of the density as it is written."""
+        return kept_blocks(self.density, self.n_blocks)
+
+    @classmethod
+    def from_weights(
+        cls,
+        weights: Weights | np.ndarray,
+        *,
+        block: tuple[int, int],
+        density: float,
+        gate: np.ndarray | None = None,
+        gate_bias: np.ndarray | None = None,
+        gate_out: np.ndarray | None = None,
+        rank: int | None = None,
+        rng: np.random.Generator | None = None,
+        gate_rule: str = "linear",
+    ) -> GatedBlocks:
+        """Put a gate in front of the blocks of a matrix. Blocks of zeros are not stored. O(size of the matrix).
+
+        Parameters
+        ----------
+        weights   : any other format, or a (n_pre, n_post) array; the storage of the values is kept
+        block     : (r, c); where it does not divide the shape, the blocks at the far edges are padded
+        density   : share of the blocks that an input chooses, in (0, 1]
+        gate, gate_bias : the gate, (n_pre, blocks) and (blocks,) numbers
+        gate_out  : its second factor (rank, blocks), where it has two; `gate` is then (n_pre, rank)
+        rng       : draw a gate instead, with deviation 1 / sqrt(n_pre), and biases of 1: the logits of small inputs are
+                    then positive
+        rank      : of a drawn gate with two factors, the second with deviation 1 / sqrt(rank); None for one factor
+        gate_rule : one of `GATE_RULES`
+
+        Warns where the gate costs more multiplications than the blocks that are not chosen (`gate_cost`). Raises
+        ValueError for a block that does not fit the matrix, a density out of range, numbers that are not finite, and
+        where neither or both of a gate and an rng are given; TypeError for gates of another shape.
+        """
+        if isinstance(weights, GatedBlocks):
+            raise TypeError("weights: got gated blocks, which have a gate already; give their `blocks`")
+        if (gate is None) != (gate_bias is None) or (gate is None) == (rng is None):
+            raise ValueError("gate: give gate and gate_bias, or an rng that draws them")
+        if rng is None and rank is not None:
+            raise ValueError(f"rank: got {rank}, but only a drawn gate takes it; the rank of a given one is its own")
+        if rng is not None and gate_out is not None:
+            raise ValueError("gate_out: got one together with an rng, which draws the gate; give a rank")
+        if rng is not None:
+            need_kind("rng", rng, np.random.Generator, "a numpy Generator: numpy.random.default_rng(seed)")
+        if rank is not None:
+            need_whole("rank", rank, at_least=1)
+        need_density(density)
+        if isinstance(weights, Weights):
+            inner = BlockCSR.from_weights(weights, block=block)
+        else:
+            inner = BlockCSR.from_dense(weights, block=block)
+        values, scales = inner.values, None
+        if isinstance(weights, Weights) and weights.storage != "float32":
+            narrow = inner._encoded(weights.storage, weights.scales)
+            values, scales = narrow.values, narrow.scales
+        n_blocks = math.prod(block_grid(inner.shape, inner.block))
+        rank = len(gate_out) if gate_out is not None else rank
+        cost = gate_cost(inner.shape, block=inner.block, density=density, rank=rank)
+        if rng is not None:
+            gate = _drawn(rng, inner.shape[0], n_blocks if rank is None else rank)
+            gate_out = None if rank is None else _drawn(rng, rank, n_blocks)
+            gate_bias = np.ones(n_blocks, np.float32)
+        gate, gate_bias = float32_array("gate", gate, "(n_pre, blocks)"), float32_array("gate_bias", gate_bias, "(b,)")
+        if gate_out is not None:
+            gate_out = float32_array("gate_out", gate_out, "(rank, blocks)", ndim=2)
+        made = cls(
+            *(inner.indptr, inner.indices, values, inner.shape, inner.block),
+            *(gate, gate_bias, density, gate_rule, gate_out, scales),
+        )
+        if not cost.pays:
+            warnings.warn(f"gated blocks: {cost}", stacklevel=2)
+        return made
+
+    def check(self, full: bool = False) -> None:
+        """With `full`, check the blocks as `BlockCSR` does, and that the gate is finite. Raises ValueError."""
+        self.blocks.check(full)
+        if full:
+            self._check_gate("weight")
+
+    def check_index(self) -> None:
+        self.blocks.check_index()
+
+    def check_finite(self, name: str) -> None:
+        super().check_finite(name)
+        self._check_gate(name)
+
+    def _check_gate(self, name: str) -> None:
+        check_finite(f"{name} gate", self.gate)
+        check_finite(f"{name} gate_bias", self.gate_bias)
+        if self.gate_out is not None:
+            check_finite(f"{name} gate_out", self.gate_out)
+
+    def to_dense(self) -> np.ndarray:
+        """Raises TypeError: which weights act depends on the input."""
+        raise TypeError(f"{self!r}: gated blocks have no equal matrix; their `blocks` are the matrix without gates")
+
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Raises TypeError, as `to_dense` does, so that no conversion drops a gate."""
+        raise TypeError(f"{self!r}: gated blocks have no equal matrix; their `blocks` are the matrix without gates")
+
+    def kept(self) -> np.ndarray:
+        """The mask of stored entries, (n_pre, n_post) boolean, whether or not an input chooses them."""
+        return self.blocks.kept()
+
+    def fan_out(self) -> np.ndarray:
+        """Weights of each unit that are not zero, in chosen blocks and others, (n_pre,) int64."""
+        return self.blocks.fan_out()
+
+    def stored_out(self) -> np.ndarray:
+        return self.blocks.stored_out()
+
+    def row_bytes(self) -> np.ndarray:
+        """Bytes that an event of each unit reads at most, where all blocks are chosen, its row of the gate included."""
+        return self.blocks.row_bytes() + 4 * self.gate.shape[1]
+
+    def _spread(self, per_unit: np.ndarray) -> np.ndarray:
+        return self.blocks._spread(per_unit)
+
+    def _detail(self) -> str:
+        r, c = self.block
+        rank = "" if self.gate_out is None else f" of rank {len(self.gate_out)}"
+        return f"{r}x{c}, {self.kept_blocks} of {self.n_blocks} blocks per input, {self.gate_rule} gate{rank}"
+
+
+def _drawn(rng: np.random.Generator, n: int, columns: int) -> np.ndarray:
+    """Normal numbers (n, columns) with deviation 1 / sqrt(n)."""
+    return rng.standard_normal((n, columns), np.float32) / np.float32(np.sqrt(n))
+
+
+def need_density(density: Any) -> float:
+    """A share in (0, 1]. Raises ValueError."""
+    return need_number("density", density, above=0, at_most=1, what="share of kept blocks")
+
+
+def block_grid(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
+    """The number of block rows and of block columns that cover a matrix."""
+    return -(-shape[0] // block[0]), -(-shape[1] // block[1])
+
+
+def kept_blocks(density: float, n_blocks: int) -> int:
+    """ceil(density * n_blocks), of the density as it is written: 7 for 0.07 of 100 blocks, where floats give 8."""
+    return math.ceil(Fraction(repr(float(density))) * n_blocks)
+
+
+def need_matrices(matrices: dict[str, Weights], what: str) -> None:
+    """Raise TypeError for gated blocks where only a matrix will do; `what` names what needs it."""
+    for name, weights in matrices.items():
+        if isinstance(weights, GatedBlocks):
+            raise TypeError(
+                f"{name}: {what} cannot take gated blocks, which backend 'cpu' runs; their `blocks` are the matrix "
+                "without gates"
+            )
+
+
+# --- what a gate costs and saves ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GateCost:
+    """Multiplications of gated blocks, as shares of those of the matrix without gates; see `gate_cost`.
+
+    Attributes
+    ----------
+    shape, block, density : of the matrix (n_pre, n_post)
+    rank           : of a gate with two factors; None for one factor
+    blocks, kept   : the number of blocks, and of those that an input chooses
+    gate           : multiplications of the logits
+    products       : multiplications of the chosen blocks, with padding
+    padding        : share of the entries of all blocks that lie beyond the matrix
+    smallest_block : side of the smallest square block with a cost below 1; None where there is none
+    """
+
+    shape: tuple[int, int]
+    block: tuple[int, int]
+    density: float
+    rank: int | None
+    blocks: int
+    kept: int
+    gate: float
+    products: float
+    padding: float
+    smallest_block: int | None
+
+    @property
+    def cost(self) -> float:
+        """Multiplications of gate and chosen blocks together."""
+        return self.gate + self.products
+
+    @property
+    def pays(self) -> bool:
+        """Whether gate and chosen blocks cost less than the matrix without gates."""
+        return self.cost < 1
+
+    def __str__(self) -> str:
+        (n_pre, n_post), (r, c) = self.shape, self.block
+        rank = "" if self.rank is None else f"of rank {self.rank} "
+        text = (
+            f"the gate {rank}of {r}x{c} blocks of a matrix {n_pre}x{n_post} costs {self.gate:.1%} of the matrix, and "
+            f"the chosen blocks ({self.kept} of {self.blocks}) {self.products:.1%}: together {self.cost:.1%}"
+        )
+        if self.padding:
+            text += f"; {self.padding:.1%} of the blocks is padding, because {r}x{c} does not divide {n_pre}x{n_post}"
+        if self.pays:
+            return text
+        if self.smallest_block is None:
+            return f"{text}; no square block pays at density {self.density:g}"
+        return f"{text}; square blocks pay from {self.smallest_block}x{self.smallest_block} on"
+
+
+def gate_cost(shape: tuple[int, int], *, block: tuple[int, int], density: float, rank: int | None = None) -> GateCost:
+    """What the gate of a matrix costs, and what it saves, in multiplications of a step in which all inputs are active.
+
+    A matrix has n_post multiplications per input, a gate has one per block. With blocks that divide the matrix the cost
+    is `density + n_pre / (r * c)`: for 1536 inputs, blocks of 128 x 128 and density 0.5 it is 0.5 + 0.094. A gate of
+    two factors has `rank` multiplications per input, and `rank` per block and step. The one-factor gate and the blocks
+    cost less where fewer inputs are active, and so does the first factor; the second factor does not.
+
+    Raises ValueError for a block that does not fit the matrix, a density outside (0, 1], and a rank below 1.
+    """
+    need_shape(shape)
+    if rank is not None:
+        need_whole("rank", rank, at_least=1)
+    check_block(block, shape)
+    density, (r, c) = need_density(density), (int(block[0]), int(block[1]))
+    blocks, kept, gate, products = _shares(shape, (r, c), density, rank)
+    size = max(1, shape[0] * shape[1])
+    padding = 1 - size / max(size, blocks * r * c)
+    smallest = _smallest_block(shape, density, rank)
+    return GateCost(shape, (r, c), density, rank, blocks, kept, gate, products, padding, smallest)
+
+
+def _shares(
+    shape: tuple[int, int], block: tuple[int, int], density: float, rank: int | None
+) -> tuple[int, int, float, float]:
+    """Blocks, chosen blocks, and the shares of the gate and of the chosen blocks in the multiplications."""
+    size, blocks = max(1, shape[0] * shape[1]), math.prod(block_grid(shape, block))
+    kept = kept_blocks(density, blocks)
+    gate = shape[0] * blocks if rank is None else rank * (shape[0] + blocks)
+    return blocks, kept, gate / size, kept * block[0] * block[1] / size
+
+
+def _smallest_block(shape: tuple[int, int], density: float, rank: int | None) -> int | None:
+    if density == 1:
+        return None
+    # Padding and rounding up only add to density + n_pre / side^2, or rank / side^2 for two factors.
+    first = max(1, math.isqrt(int((shape[0] if rank is None else rank) / (1 - density))))
+    for side in range(first, min(shape) + 1):
+        if sum(_shares(shape, (side, side), density, rank)[2:]) < 1:
+            return side
+    return None

@@ -1,0 +1,124 @@
+"""Time of blocks that every input chooses, beside the same weights without a gate, at batch 1 on the CPU.
+
+    python experiments/dynamic_blocks.py
+    python experiments/dynamic_blocks.py --units 512 --block 64x64 --density 0.25
+
+One layer with as many inputs as units, whose inputs are all active, and random weights. The two networks are timed in
+turn in one process: `run` is one call for all steps, `step` one call per step. Gates are drawn, so that every input
+chooses other blocks. The threshold is set so that about the asked share of the units is active. A line for each
+activity is appended to results/dynamic_blocks.jsonl.
+
+The quality of such networks is not measured here, because the gates are not trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from records import Records
+from rich.console import Console
+
+import eventrnn as er
+from eventrnn.bench import interleaved
+from eventrnn.cli.options import parse_block
+from eventrnn.weights import gate_cost
+
+RESULTS = Path(__file__).parent / "results" / "dynamic_blocks.jsonl"
+KEY = ("units", "block", "density", "asked_activity", "steps")
+
+# Halvings of the interval in which the threshold is searched, and steps of a run of the search.
+HALVINGS, SEARCHED = 12, 8
+
+
+def at_activity(network: er.Network, asked: float, x: np.ndarray) -> er.Network:
+    """The network with one threshold for all units, at which about the asked share of them is active."""
+
+    def with_threshold(threshold: float) -> er.Network:
+        layer = network.layers[0]
+        return replace(network, layers=(replace(layer, threshold=np.full(layer.units, threshold, np.float32)),))
+
+    low, high = 0.0, 1.0
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        busy = er.simulate(with_threshold(middle), x[:SEARCHED]).activity[0] > asked
+        low, high = (middle, high) if busy else (low, middle)
+    return with_threshold(low)
+
+
+def networks(
+    units: int, block: tuple[int, int], density: float, asked: float, x: np.ndarray
+) -> tuple[er.Network, er.Network]:
+    """A dense network, and one with the same weights behind gates, both at the asked activity."""
+    rng = np.random.default_rng(1)
+    dense = er.Network.random([units], inputs=units, rng=rng, threshold=0.0)
+    gated = dense.with_matrices(
+        {
+            name: er.GatedBlocks.from_weights(w, block=block, density=density, rng=rng, gate_rule="softmax")
+            for name, w in dense.matrices().items()
+        }
+    )
+    return at_activity(dense, asked, x), at_activity(gated, asked, x)
+
+
+def contestants(network: er.Network, x: np.ndarray) -> dict[str, Callable[[], object]]:
+    """A run over all steps in one call, and in a call per step."""
+    whole, stepped = er.Simulator(network), er.Simulator(network)
+
+    def steps() -> None:
+        for each in x:
+            stepped.step(each)
+
+    return {"run": lambda: whole.run(x), "step": steps}
+
+
+def measure(units: int, block: tuple[int, int], density: float, asked: float, steps: int, repeats: int) -> dict:
+    """The line of one activity: microseconds per step of both networks, and the operations of the gated one."""
+    x = np.random.default_rng(0).standard_normal((steps, 1, units), dtype=np.float32)
+    dense, gated = networks(units, block, density, asked, x)
+    sides = {"dense": contestants(dense, x), "gated": contestants(gated, x)}
+    seconds = interleaved({(side, way): run for side, ways in sides.items() for way, run in ways.items()}, repeats)
+    each = {key: 1e6 * float(np.median(times)) / steps for key, times in seconds.items()}
+    run, plain = er.simulate(gated, x, record="events"), er.simulate(dense, x)
+    total, executed = er.count(gated, run).total, er.count(dense, plain).total.executed
+    return {
+        "units": units,
+        "block": list(block),
+        "density": density,
+        "asked_activity": asked,
+        "steps": steps,
+        "repeats": repeats,
+        "activity": run.activity[0],
+        "dense_activity": plain.activity[0],
+        "gate_cost": gate_cost((units, 3 * units), block=block, density=density).cost,
+        "executed_per_step": total.executed / steps,
+        "selection_per_step": total.selection / steps,
+        "dense_executed_per_step": executed / steps,
+        "us_per_step": {f"{side}, {way}": value for (side, way), value in each.items()},
+        "speedup": {way: each["dense", way] / each["gated", way] for way in ("run", "step")},
+    }
+
+
+def main(
+    units: Annotated[int, typer.Option(help="Units of the layer, and inputs.")] = 1536,
+    block: Annotated[str, typer.Option(metavar="RxC", help="Size of a block.")] = "128x128",
+    density: Annotated[float, typer.Option(help="Share of the blocks that an input chooses.")] = 0.5,
+    activity: Annotated[list[float] | None, typer.Option(help="Share of active units; repeat for more.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of a run.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each contestant.")] = 7,
+    results: Annotated[Path, typer.Option(help="Lines are appended to this file.")] = RESULTS,
+) -> None:
+    """Measure every activity, and print the speed-ups."""
+    records, console = Records(results, KEY), Console()
+    for asked in activity or (0.5, 0.1):
+        line = records.add(measure(units, parse_block(block), density, asked, steps, repeats))
+        ways = ", ".join(f"{way} {value:.2f}x" for way, value in line["speedup"].items())
+        console.print(f"activity {line['activity']:.2f} (dense {line['dense_activity']:.2f}): {ways}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
