@@ -1,6 +1,7 @@
 """Time of blocks that every input chooses, beside the same weights without a gate, at batch 1 on the CPU.
 
     python experiments/dynamic_blocks.py
+    python experiments/dynamic_blocks.py --rank 16
     python experiments/dynamic_blocks.py --units 512 --block 64x64 --density 0.25
 
 One layer with as many inputs as units, whose inputs are all active, and random weights. The two networks are timed in
@@ -29,7 +30,7 @@ from eventrnn.cli.options import parse_block
 from eventrnn.weights import gate_cost
 
 RESULTS = Path(__file__).parent / "results" / "dynamic_blocks.jsonl"
-KEY = ("units", "block", "density", "asked_activity", "steps")
+KEY = ("units", "block", "density", "rank", "asked_activity", "steps")
 
 # Halvings of the interval in which the threshold is searched, and steps of a run of the search.
 HALVINGS, SEARCHED = 12, 8
@@ -51,14 +52,14 @@ def at_activity(network: er.Network, asked: float, x: np.ndarray) -> er.Network:
 
 
 def networks(
-    units: int, block: tuple[int, int], density: float, asked: float, x: np.ndarray
+    units: int, block: tuple[int, int], density: float, rank: int | None, asked: float, x: np.ndarray
 ) -> tuple[er.Network, er.Network]:
     """A dense network, and one with the same weights behind gates, both at the asked activity."""
     rng = np.random.default_rng(1)
     dense = er.Network.random([units], inputs=units, rng=rng, threshold=0.0)
     gated = dense.with_matrices(
         {
-            name: er.GatedBlocks.from_weights(w, block=block, density=density, rng=rng, gate_rule="softmax")
+            name: er.GatedBlocks.from_weights(w, block=block, density=density, rank=rank, rng=rng, gate_rule="softmax")
             for name, w in dense.matrices().items()
         }
     )
@@ -76,10 +77,12 @@ def contestants(network: er.Network, x: np.ndarray) -> dict[str, Callable[[], ob
     return {"run": lambda: whole.run(x), "step": steps}
 
 
-def measure(units: int, block: tuple[int, int], density: float, asked: float, steps: int, repeats: int) -> dict:
+def measure(
+    units: int, block: tuple[int, int], density: float, rank: int | None, asked: float, steps: int, repeats: int
+) -> dict:
     """The line of one activity: microseconds per step of both networks, and the operations of the gated one."""
     x = np.random.default_rng(0).standard_normal((steps, 1, units), dtype=np.float32)
-    dense, gated = networks(units, block, density, asked, x)
+    dense, gated = networks(units, block, density, rank, asked, x)
     sides = {"dense": contestants(dense, x), "gated": contestants(gated, x)}
     seconds = interleaved({(side, way): run for side, ways in sides.items() for way, run in ways.items()}, repeats)
     each = {key: 1e6 * float(np.median(times)) / steps for key, times in seconds.items()}
@@ -89,12 +92,13 @@ def measure(units: int, block: tuple[int, int], density: float, asked: float, st
         "units": units,
         "block": list(block),
         "density": density,
+        "rank": rank,
         "asked_activity": asked,
         "steps": steps,
         "repeats": repeats,
         "activity": run.activity[0],
         "dense_activity": plain.activity[0],
-        "gate_cost": gate_cost((units, 3 * units), block=block, density=density).cost,
+        "gate_cost": gate_cost((units, 3 * units), block=block, density=density, rank=rank).cost,
         "executed_per_step": total.executed / steps,
         "selection_per_step": total.selection / steps,
         "dense_executed_per_step": executed / steps,
@@ -107,6 +111,7 @@ def main(
     units: Annotated[int, typer.Option(help="Units of the layer, and inputs.")] = 1536,
     block: Annotated[str, typer.Option(metavar="RxC", help="Size of a block.")] = "128x128",
     density: Annotated[float, typer.Option(help="Share of the blocks that an input chooses.")] = 0.5,
+    rank: Annotated[int | None, typer.Option(help="Rank of a gate of two factors. [one factor]")] = None,
     activity: Annotated[list[float] | None, typer.Option(help="Share of active units; repeat for more.")] = None,
     steps: Annotated[int, typer.Option(help="Steps of a run.")] = 32,
     repeats: Annotated[int, typer.Option(help="Timed runs of each contestant.")] = 7,
@@ -115,7 +120,7 @@ def main(
     """Measure every activity, and print the speed-ups."""
     records, console = Records(results, KEY), Console()
     for asked in activity or (0.5, 0.1):
-        line = records.add(measure(units, parse_block(block), density, asked, steps, repeats))
+        line = records.add(measure(units, parse_block(block), density, rank, asked, steps, repeats))
         ways = ", ".join(f"{way} {value:.2f}x" for way, value in line["speedup"].items())
         console.print(f"activity {line['activity']:.2f} (dense {line['dense_activity']:.2f}): {ways}")
 
