@@ -7,7 +7,7 @@ backends return the same bits: events, states, outputs and fire counts.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,6 +28,20 @@ INEXACT = ("blas", "tensor")
 
 #: Backends that run matrices only, no blocks that are chosen per input.
 MATRICES_ONLY = ("blas", "cuda")
+
+
+def merged_paths(parts: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """`Trace.paths` of a run from those of its parts, in the order of time.
+
+    The kernel of a matrix is that of the last part, or, so that no run with an inexact part passes for exact, the last
+    inexact one.
+    """
+    merged: dict[str, str] = {}
+    for paths in parts:
+        for name, kernel in paths.items():
+            if kernel.startswith(INEXACT) or not merged.get(name, "").startswith(INEXACT):
+                merged[name] = kernel
+    return merged
 
 
 class BackendUnavailable(RuntimeError):

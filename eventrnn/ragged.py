@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from eventrnn._checks import need_lengths
-from eventrnn.backend import Engine, as_array
+from eventrnn.backend import Engine, as_array, merged_paths
 from eventrnn.events import Events
 from eventrnn.state import Inputs, State, Trace, on_gpu
 
@@ -79,7 +79,7 @@ def run(engine: Engine, inputs: Inputs, state: State, *, record_events: bool, re
         fired=tuple(reduce(add, (trace.fired[k] for trace in traces)) for k in layers),
         events=tuple(padded([trace.events[k] for trace in traces]) for k in layers) if record_events else (),
         states=tuple(padded([trace.states[k] for trace in traces]) for k in layers) if record_states else (),
-        paths={name: kernel for trace in traces for name, kernel in trace.paths.items()},
+        paths=merged_paths(trace.paths for trace in traces),
         input_fired=reduce(add, counted) if counted else None,
     )
 

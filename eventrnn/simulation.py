@@ -26,6 +26,7 @@ from eventrnn.backend import (
     Stepper,
     as_array,
     get_backend,
+    merged_paths,
     need_on_host,
     step_array,
 )
@@ -64,7 +65,8 @@ class Simulation:
     inputs      : with record="events", the input as `Events`; of inputs on a GPU a copy of the array
     events      : with record="events", per layer `Events`; of inputs on a GPU per layer (steps, batch, N) outputs
     states      : with record="states", per layer (steps, batch, N) float32 cells after the event
-    paths       : by matrix, the kernel of its products, where the backend had a choice ("auto" and "cuda" have)
+    paths       : by matrix, the kernel of its products, where the backend had a choice ("auto" and "cuda" have). Where
+                  the choice changed within the run, the last one, or the last inexact one if there was any
     """
 
     output: np.ndarray
@@ -397,8 +399,8 @@ class Simulator:
             fired = [a + b for a, b in zip(fired, trace.fired, strict=True)]
         layers = range(len(self.network.layers))
         # Of a backend that has a choice, the chosen kernels decide.
-        paths = {name for trace in traces for name in trace.paths.values()}
-        exact = self.backend.exact or (bool(paths) and not any(name.startswith(INEXACT) for name in paths))
+        paths = merged_paths(trace.paths for trace in traces)
+        exact = self.backend.exact or (bool(paths) and not any(name.startswith(INEXACT) for name in paths.values()))
         record_events, record_states = "events" in record, "states" in record
         return Simulation(
             output=_concatenated(inputs, [t.output for t in traces]),
@@ -415,7 +417,7 @@ class Simulator:
             inputs=inputs.record() if record_events else None,
             events=tuple(_concatenated(inputs, [e[k] for e in events]) for k in layers) if record_events else (),
             states=tuple(_concatenated(inputs, [t.states[k] for t in traces]) for k in layers) if record_states else (),
-            paths=traces[-1].paths,
+            paths=paths,
         )
 
 

@@ -7,11 +7,12 @@ import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
 
+from eventrnn import simulation
 from eventrnn.bench import crossover as crossing
 from eventrnn.bench import timing
 from eventrnn.cpu import crossover as maps
 from eventrnn.cpu.crossover import ACTIVITY, AutoBackend, Crossover, ForcedPolicy, MeasuredPolicy
-from eventrnn.cpu.engine import CpuEngine
+from eventrnn.cpu.engine import LONGEST_CHUNK, CpuEngine
 from eventrnn.cpu.plan import BLAS_PRODUCT, DENSIFIED, DENSIFIED_TILED, FORMAT, KERNELS, TILED
 from eventrnn.network import Network
 from eventrnn.simulation import Simulator, simulate
@@ -73,6 +74,27 @@ def test_inexact_auto_reports_where_it_used_blas():
     assert not run.exact
     with pytest.raises(ValueError, match=r"exact: got False, but backend 'cpu' has exact paths only"):
         Simulator(network, exact=False)
+
+
+def test_a_run_of_which_a_part_used_blas_is_not_exact(monkeypatch):
+    class LongOnly(ForcedPolicy):
+        def select_kernel(self, weights, rows, activity):
+            return BLAS_PRODUCT if rows >= LONGEST_CHUNK else FORMAT
+
+    class Backend(ForcedBackend):
+        def engine(self, network, *, threads=1):
+            return CpuEngine(network, threads, LongOnly(*self.way))
+
+    network = Network.random([16], inputs=4, rng=np.random.default_rng(0))
+    x, backend = np.ones((LONGEST_CHUNK + 5, 2, 4), np.float32), Backend(BLAS_PRODUCT, 2.0)
+    expected = {"layers.0.w_in": BLAS_PRODUCT, "layers.0.w_rec": FORMAT}
+    # The last part is short: of an engine's run, of a batch of two lengths, and of a run that is recorded.
+    monkeypatch.setattr(simulation, "RECORD_BYTES", 8 * 2 * 16 * LONGEST_CHUNK)
+    for options in ({}, {"lengths": [LONGEST_CHUNK + 5, LONGEST_CHUNK]}, {"record": "events"}):
+        run = simulate(network, x, backend=backend, **options)
+        assert run.paths == expected and not run.exact
+    short = simulate(network, x[:5], backend=backend)
+    assert set(short.paths.values()) == {FORMAT} and short.exact
 
 
 def test_predictions_meet_the_measured_points_and_grow_with_the_matrix():

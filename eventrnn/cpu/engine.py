@@ -20,7 +20,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from eventrnn._exclusive import Use, exclusive
-from eventrnn.backend import HostInputs, step_array
+from eventrnn.backend import HostInputs, merged_paths, step_array
 from eventrnn.cpu import step_table
 from eventrnn.cpu.kernels.products import product_address, update_addresses
 from eventrnn.cpu.kernels.simd import LANES
@@ -199,7 +199,7 @@ class CpuEngine:
         events = np.empty(rows * total if record_events else 0, np.float32)
         states = np.empty(rows * total if record_states else 0, np.float32)
         outputs = RunOutputs(output, events, states, np.zeros(total, np.int64), np.zeros(total, np.int64))
-        buffers, paths = self._buffers(inputs.batch), {}
+        buffers, paths = self._buffers(inputs.batch), []
         begin, ahead = 0, self.chunk
         while begin < inputs.steps:
             end = min(inputs.steps, begin + ahead)
@@ -212,7 +212,7 @@ class CpuEngine:
             plan.check_gates()
             fired = self._by_layer(outputs.graded + outputs.binary)
             self.activity[1:] = [float(f.sum()) / (end * inputs.batch * len(f)) for f in fired]
-            paths.update(plan.kernel_by_matrix)
+            paths.append(plan.kernel_by_matrix)
             begin, ahead = end, RECHECK * self.chunk
         return Trace(
             output.reshape(inputs.steps, inputs.batch, self.output_size),
@@ -220,7 +220,7 @@ class CpuEngine:
             tuple(map(FireCounts, self._by_layer(outputs.graded), self._by_layer(outputs.binary))),
             self._by_layer(events, inputs.steps, inputs.batch) if record_events else (),
             self._by_layer(states, inputs.steps, inputs.batch) if record_states else (),
-            paths,
+            merged_paths(paths),
         )
 
     def _received(self, inputs: Inputs) -> InputEvents:
