@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eventrnn import _files as files
-from eventrnn.cells import SURROGATES, Surrogate
+from eventrnn.cells import SURROGATES, Cell, Surrogate
 from eventrnn.io import model_file as io
 from eventrnn.network import Network, Readout
 from eventrnn.pruning import prune
 from eventrnn.testing import ALL_CELLS
-from eventrnn.weights import FORMATS, STORAGES, Dense, convert
+from eventrnn.weights import FORMATS, STORAGES, Dense, GatedBlocks, convert
 from support.model_files import converted, crafted, describe, edit, narrow_network, small_network
 
 
@@ -285,6 +285,20 @@ def test_a_file_of_version_4_is_read(path):
     # Version 4 has EGRU cells only.
     crafted(path, lambda tensors, description: None, version=4)
     assert contents(io.load(path)) == contents(small_network())
+
+
+@pytest.mark.parametrize(("cell", "gated", "version"), [("egru", False, 4), ("gru", False, 5), ("egru", True, 5)])
+def test_a_network_is_written_in_the_lowest_version_that_holds_it(path, cell, gated, version):
+    network = Network.random([8], inputs=4, rng=np.random.default_rng(0), cell=Cell(cell))
+    if gated:
+        blocks = GatedBlocks.from_weights(
+            network.layers[0].w_in, block=(2, 4), density=0.5, rng=np.random.default_rng(1)
+        )
+        network = network.with_matrices({"layers.0.w_in": blocks})
+    io.save(network, path)
+    with safetensors.safe_open(path, "numpy") as file:
+        assert file.metadata()["version"] == str(version)
+    assert contents(io.load(path)) == contents(network)
 
 
 def test_a_file_of_version_1_is_read(path):

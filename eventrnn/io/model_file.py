@@ -9,7 +9,7 @@ Version 2 added N:M matrices and narrow values: a matrix has `n`, `m` and `axis`
 that hold them. Version 4 stores an embedding whose values bfloat16 or int8 can hold as U16, or as I8 with a tensor
 `embedding.scales`. Version 5 added the cells "gru" and "lstm", and gated blocks: a matrix has `density` and
 `gate_rule`, and tensors `gate`, `gate_bias` and, for a gate of two factors, `gate_out`. Files of versions 1 to 4 can
-still be read.
+still be read, and a network that needs nothing of version 5 is written as version 4.
 """
 
 from __future__ import annotations
@@ -100,7 +100,14 @@ def save(network: Network, path: str | os.PathLike, *, overwrite: bool = False) 
 
 def encoded(network: Network) -> bytes:
     """The bytes that `save` writes. Equal networks give equal bytes. Raises as `save` does."""
-    return _encode(*_to_tensors(network))
+    return _encode(*_to_tensors(network), version=_version(network))
+
+
+def _version(network: Network) -> int:
+    """The lowest version that can hold a network, 4 or 5, so that earlier releases can read what they know."""
+    plain = any(layer.cell.name != "egru" for layer in network.layers)
+    gated = any(weights.name == "gated" for weights in network.matrices().values())
+    return VERSION if plain or gated else 4
 
 
 def _exists(path: str | os.PathLike) -> FileExistsError:

@@ -40,7 +40,7 @@ class GRU(Model):
             if layer.cell.name not in ("egru", "gru") or layer.cell.reset_first:
                 raise ValueError(
                     f"network: layer {k} has the cell {layer.cell.name!r}, variant {layer.cell.variant!r}, but "
-                    "training.GRU applies the reset gate after the product; give Cell('gru'), or Cell('egru')"
+                    "training.GRU applies the reset gate after the product; give Cell('gru'), or Cell('egru', 'evnn')"
                 )
 
     def _threshold_and_cell(self, k: int, parameter: np.ndarray) -> tuple[np.ndarray, Cell]:
