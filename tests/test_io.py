@@ -291,9 +291,9 @@ def test_a_file_of_version_4_is_read(path):
 def test_a_network_is_written_in_the_lowest_version_that_holds_it(path, cell, gated, version):
     network = Network.random([8], inputs=4, rng=np.random.default_rng(0), cell=Cell(cell))
     if gated:
-        blocks = GatedBlocks.from_weights(
-            network.layers[0].w_in, block=(2, 4), density=0.5, rng=np.random.default_rng(1)
-        )
+        given, rng = network.layers[0].w_in, np.random.default_rng(1)
+        with pytest.warns(UserWarning, match="costs 50"):
+            blocks = GatedBlocks.from_weights(given, block=(2, 4), density=0.5, rng=rng)
         network = network.with_matrices({"layers.0.w_in": blocks})
     io.save(network, path)
     with safetensors.safe_open(path, "numpy") as file:
