@@ -103,6 +103,22 @@ def test_a_model_file_that_would_be_a_file_of_the_run_is_refused_before_the_trai
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model.variant", "evnn"),
+        ("model.threshold", 0.2),
+        ("model.threshold_start", "constant"),
+        ("model.surrogate.kind", "arctan"),
+        ("training.thresholds", "fixed"),
+    ],
+)
+def test_a_gru_refuses_settings_of_events(name, value):
+    assert load_recipe(settings=[(name, value)])
+    with pytest.raises(ValueError, match=f"{name}: got .*'gru' have no thresholds; leave it out"):
+        load_recipe(settings=iter([("model.cell", "gru"), (name, value)]))
+
+
 def test_settings_of_the_command_line():
     assert parse_setting("a.b=3") == ("a.b", 3) and parse_setting("a=[1, 2]") == ("a", [1, 2])
     assert parse_setting("data.text=some/path") == ("data.text", "some/path")

@@ -44,6 +44,9 @@ OWN = "out.sha256"
 
 CELLS = ("egru", "gru")
 
+# Beginnings of the names of settings of thresholds and of the events above them. A GRU has neither.
+_EVENT_SETTINGS = ("model.variant", "model.threshold", "model.surrogate", "training.thresholds")
+
 STARTS = ("beta", "constant")
 
 
@@ -212,8 +215,10 @@ def load_recipe(
 ) -> Recipe:
     """A recipe from a preset, a TOML file and single settings such as ("training.batch", 16); later ones win.
 
-    Raises `ValueError` for an unknown key, with the most similar known key, and for a value that is not allowed.
+    Raises `ValueError` for an unknown key, with the most similar known key, for a value that is not allowed, and for a
+    single setting of events where the cell is a GRU, which has none.
     """
+    settings = list(settings)
     if preset not in presets():
         raise ValueError(f"preset: got {preset!r}, need one of {', '.join(presets())}")
     base = (resources.files("eventrnn.training.recipes") / f"{preset}.toml").read_text(encoding="utf-8")
@@ -226,7 +231,11 @@ def load_recipe(
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"config: {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
         tables.append(toml_config.read_toml(text, path))
-    return toml_config.from_table(Recipe, toml_config.merged([*tables, toml_config.nested(settings)]))
+    recipe = toml_config.from_table(Recipe, toml_config.merged([*tables, toml_config.nested(settings)]))
+    for name, value in settings:
+        if recipe.model.cell == "gru" and name.startswith(_EVENT_SETTINGS):
+            raise ValueError(f"{name}: got {value!r}, but units of model.cell='gru' have no thresholds; leave it out")
+    return recipe
 
 
 def train(
