@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eventrnn import io, pruning, reference
+from eventrnn import cli, io, pruning, reference
 from eventrnn.cells import Cell
 from eventrnn.counting import audit, count, count_per_step
 from eventrnn.cpu.crossover import AutoBackend
@@ -115,7 +115,10 @@ def test_of_equal_logits_the_lowest_blocks_are_chosen_and_their_mean_over_all_is
     assert np.array_equal(gates, np.float32([0.5, 1, 0, 1, 1, 0, 0, 0]) * (np.float32(8) / np.float32(3.5)))
 
 
-@pytest.mark.parametrize(("density", "blocks", "kept"), [(0.07, 100, 7), (0.1, 10, 1), (1.0, 7, 7), (1e-9, 7, 1)])
+@pytest.mark.parametrize(
+    ("density", "blocks", "kept"),
+    [(0.07, 100, 7), (np.float32(0.1), 10, 1), (0.1, 10, 1), (1.0, 7, 7), (1e-9, 7, 1)],
+)
 def test_kept_blocks_round_the_density_as_it_is_written_up(density, blocks, kept):
     assert gated(np.ones((1, blocks)), block=(1, 1), density=density).kept_blocks == kept
 
@@ -476,6 +479,16 @@ def test_model_files_keep_every_bit(tmp_path_factory, case):
             TypeError,
             r"gate: got .* shape \(4, 2\)",
         ),
+        (
+            {"rng": None, "gate": np.ones((4, 1)), "gate_bias": np.ones(6), "gate_out": np.ones((0, 6))},
+            ValueError,
+            r"gate_out: got shape \(0, 6\), need \(rank, blocks\) with a rank >= 1",
+        ),
+        (
+            {"rng": None, "gate": np.ones((4, 1)), "gate_bias": np.ones(6), "gate_out": 1.0},
+            ValueError,
+            "gate_out: got float64",
+        ),
         ({"rng": 3}, TypeError, "rng: got 3 .*need a numpy Generator"),
     ],
 )
@@ -536,6 +549,18 @@ def test_what_needs_a_matrix_refuses_gated_blocks_by_name():
     square = Network.random([6], symbols=4, embedding=6, readout=4, rng=np.random.default_rng(0))
     with pytest.raises(ValueError, match="readout: tied, but its weights are not the transposed embedding"):
         replace(square, embedding=table, readout=readout)
+
+
+@pytest.mark.parametrize("command", [["prune"], ["convert", "--to", "csr"]], ids=lambda words: words[0])
+def test_commands_refuse_gated_blocks_of_a_model_file_in_a_line(command, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "model.evr"
+    io.save(network_of(units=(6,)), path)
+    monkeypatch.setattr("sys.argv", ["eventrnn", *command, str(path), "--out", str(tmp_path / "made.evr")])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert "the matrix without gates" in capsys.readouterr().err
+    assert not (tmp_path / "made.evr").exists()
 
 
 def test_repr_names_the_gate():

@@ -20,6 +20,7 @@ from eventrnn.cli.bench import bench_app
 from eventrnn.cli.commands import app
 from eventrnn.cli.plot import plot
 from eventrnn.cli.prune import prune
+from eventrnn.weights import NotAMatrix
 
 app.command()(prune)
 
@@ -46,7 +47,7 @@ def main() -> None:
             raise SystemExit(code)
     except UsageError as error:
         raise _ended("error", error.format_message(), 2) from None
-    except (ValueError, OSError, FloatingPointError, ImportError, MemoryError, BackendUnavailable) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError, MemoryError, BackendUnavailable, NotAMatrix) as error:
         raise _ended("error", str(error) or "out of memory; use smaller sizes", 2) from None
     except RuntimeError as error:
         raise _ended("failed", str(error), 1) from None

@@ -27,6 +27,7 @@ from eventrnn.weights.dense import Dense as Dense
 from eventrnn.weights.gated import GATE_RULES as GATE_RULES
 from eventrnn.weights.gated import GateCost as GateCost
 from eventrnn.weights.gated import GatedBlocks as GatedBlocks
+from eventrnn.weights.gated import NotAMatrix as NotAMatrix
 from eventrnn.weights.gated import gate_cost as gate_cost
 from eventrnn.weights.matrix_id import MatrixId as MatrixId
 from eventrnn.weights.nm import NM as NM
@@ -69,7 +70,9 @@ def convert(
     if isinstance(to, str) and to == GatedBlocks.name:
         raise ValueError("format: got 'gated', which needs a gate: GatedBlocks.from_weights(weights, ...)")
     if isinstance(weights, GatedBlocks):
-        raise TypeError(f"weights: got {weights!r}, which is no matrix; convert its `blocks`, the matrix without gates")
+        raise NotAMatrix(
+            f"weights: got {weights!r}, which is no matrix; convert its `blocks`, the matrix without gates"
+        )
     need_choice("format", to, FORMATS)
     if (block is None) == (to == "block"):
         raise ValueError(f"block: got {block} for format {to!r}; the block format needs one, the others take none")

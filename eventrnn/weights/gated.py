@@ -45,6 +45,11 @@ from eventrnn.weights.block import BlockCSR, check_block
 GATE_RULES = ("linear", "softmax")
 
 
+class NotAMatrix(TypeError):
+    """Gated blocks were given where only a matrix will do. Model files can hold them: the command line says it in a
+    line."""
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class GatedBlocks(Weights):
     """Blocks of which every input chooses some; the head of this file defines the product.
@@ -153,7 +158,7 @@ class GatedBlocks(Weights):
         where neither or both of a gate and an rng are given; TypeError for gates of another shape.
         """
         if isinstance(weights, GatedBlocks):
-            raise TypeError("weights: got gated blocks, which have a gate already; give their `blocks`")
+            raise NotAMatrix("weights: got gated blocks, which have a gate already; give their `blocks`")
         if (gate is None) != (gate_bias is None) or (gate is None) == (rng is None):
             raise ValueError("gate: give gate and gate_bias, or an rng that draws them")
         if rng is None and rank is not None:
@@ -164,7 +169,11 @@ class GatedBlocks(Weights):
             need_kind("rng", rng, np.random.Generator, "a numpy Generator: numpy.random.default_rng(seed)")
         if rank is not None:
             need_whole("rank", rank, at_least=1)
-        need_density(density)
+        if gate_out is not None:
+            gate_out = float32_array("gate_out", gate_out, "(rank, blocks)", ndim=2)
+            if len(gate_out) == 0:
+                raise ValueError(f"gate_out: got shape {gate_out.shape}, need (rank, blocks) with a rank >= 1")
+        density = need_density(density)
         if isinstance(weights, Weights):
             inner = BlockCSR.from_weights(weights, block=block)
         else:
@@ -181,8 +190,6 @@ class GatedBlocks(Weights):
             gate_out = None if rank is None else _drawn(rng, rank, n_blocks)
             gate_bias = np.ones(n_blocks, np.float32)
         gate, gate_bias = float32_array("gate", gate, "(n_pre, blocks)"), float32_array("gate_bias", gate_bias, "(b,)")
-        if gate_out is not None:
-            gate_out = float32_array("gate_out", gate_out, "(rank, blocks)", ndim=2)
         made = cls(
             *(inner.indptr, inner.indices, values, inner.shape, inner.block),
             *(gate, gate_bias, density, gate_rule, gate_out, scales),
@@ -212,11 +219,11 @@ class GatedBlocks(Weights):
 
     def to_dense(self) -> np.ndarray:
         """Raises TypeError: which weights act depends on the input."""
-        raise TypeError(f"{self!r}: gated blocks have no equal matrix; their `blocks` are the matrix without gates")
+        raise NotAMatrix(f"{self!r}: gated blocks have no equal matrix; their `blocks` are the matrix without gates")
 
     def places(self) -> tuple[np.ndarray, np.ndarray]:
         """Raises TypeError, as `to_dense` does, so that no conversion drops a gate."""
-        raise TypeError(f"{self!r}: gated blocks have no equal matrix; their `blocks` are the matrix without gates")
+        raise NotAMatrix(f"{self!r}: gated blocks have no equal matrix; their `blocks` are the matrix without gates")
 
     def kept(self) -> np.ndarray:
         """The mask of stored entries, (n_pre, n_post) boolean, whether or not an input chooses them."""
@@ -249,7 +256,9 @@ def _drawn(rng: np.random.Generator, n: int, columns: int) -> np.ndarray:
 
 def need_density(density: Any) -> float:
     """A share in (0, 1]. Raises ValueError."""
-    return need_number("density", density, above=0, at_most=1, what="share of kept blocks")
+    number = need_number("density", density, above=0, at_most=1, what="share of kept blocks")
+    # As it is written: float32 0.1 is 0.1, not the float64 next to it, which is larger and rounds up to a block more.
+    return float(str(density)) if isinstance(density, np.floating) else number
 
 
 def block_grid(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
@@ -263,10 +272,10 @@ def kept_blocks(density: float, n_blocks: int) -> int:
 
 
 def need_matrices(matrices: dict[str, Weights], what: str) -> None:
-    """Raise TypeError for gated blocks where only a matrix will do; `what` names what needs it."""
+    """Raise NotAMatrix, a TypeError, for gated blocks where only a matrix will do; `what` names what needs it."""
     for name, weights in matrices.items():
         if isinstance(weights, GatedBlocks):
-            raise TypeError(
+            raise NotAMatrix(
                 f"{name}: {what} cannot take gated blocks, which backend 'cpu' runs; their `blocks` are the matrix "
                 "without gates"
             )
