@@ -83,7 +83,7 @@ def _counts(
         entries = slice(events.indptr[row], events.indptr[row + 1])
         x[k, events.indices[entries]] = events.values[entries]
     fired = x != 0
-    used = (block_gates(name, weights, x) != 0).reshape(-1, block_rows, columns) & stored
+    used = (gates_of_active(name, weights, x) != 0).reshape(-1, block_rows, columns) & stored
     padded = np.zeros((len(rows), block_rows * r), np.int64)
     padded[:, : fired.shape[1]] = fired
     active = padded.reshape(len(rows), block_rows, r).sum(axis=2)
@@ -104,8 +104,11 @@ def _counts(
     }
 
 
-def block_gates(name: str, weights: GatedBlocks, x: np.ndarray) -> np.ndarray:
-    """`reference.block_gates` of inputs (rows, n_pre), which visits only the units that are active."""
+def gates_of_active(name: str, weights: GatedBlocks, x: np.ndarray) -> np.ndarray:
+    """`reference.block_gates` of inputs (rows, n_pre), which visits only the units that are active.
+
+    Whether a product of gate and input is finite is left to the run, which has refused it.
+    """
     arrays = weight_arrays(name, weights, np.float32)
     assert isinstance(arrays, ChosenBlocks)
     out = weights.gate_out
