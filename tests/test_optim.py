@@ -78,7 +78,9 @@ def test_descent_follows_its_definition(momentum):
         rule.step(parameters, gradient, 0.5)
         for name, value in wide.items():
             velocity[name] = (
-                momentum * velocity[name] + gradient[name] + (0.25 * value if name in ("w", "embedding") else 0)
+                momentum * velocity[name]
+                + gradient[name]
+                + (0.25 * value if name in ("w", "embedding", "readout") else 0)
             )
             wide[name] = value - 0.5 * velocity[name]
     _close(parameters, wide, 4 * 8 * 4)

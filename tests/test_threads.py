@@ -92,6 +92,28 @@ def test_interrupts_while_the_threads_are_awaited_are_raised_when_none_runs(monk
     assert meets(team)
 
 
+def test_a_worker_that_begins_after_a_cancel_is_not_taken_for_one_that_is_at_work():
+    begun, go = threading.Event(), threading.Event()
+
+    def work(thread):
+        begun.set()
+        go.wait()
+
+    job = Job(work, None)
+    threading.Thread(target=job.share, args=(1,)).start()
+    begun.wait()
+    cancels = threading.Thread(target=job.cancel)
+    cancels.start()
+    while not job.cancelled:
+        time.sleep(0.001)
+    job.share(2)
+    cancels.join(0.2)
+    waits = cancels.is_alive()
+    go.set()
+    cancels.join()
+    assert waits
+
+
 def test_a_wait_that_an_interrupt_took_away_is_made_up_for_by_the_next_call(monkeypatch):
     team, met = Team(2), []
 

@@ -66,8 +66,13 @@ class Job:
             self.barrier[0] = ABANDONED
 
     def wait(self, shares: int) -> None:
-        """Wait until so many workers have ended their share. It may be called again after an exception."""
-        while len(self.ended) < shares:
+        """Wait until so many workers have ended their share, and all that have begun one.
+
+        It may be called again after an exception. The number alone would not do: a worker that begins after `cancel`
+        ends at once, and would be taken for one that is still at work.
+        """
+        # The ended ones are counted first, so that equal numbers are those of the same workers.
+        while len(self.ended) < max(shares, len(self.begun)):
             try:
                 self.bell.get(timeout=RECHECK_SECONDS)
             except Empty:
@@ -77,7 +82,7 @@ class Job:
         """Let no worker begin any more, and wait for those that have. It may be called again after an exception."""
         self.cancelled = True
         self.abandon()
-        self.wait(len(self.begun))
+        self.wait(0)
 
 
 class Worker:
