@@ -134,7 +134,7 @@ def mask_map(
 
     matrices : name -> weights, as returned by `Network.matrices()`. Presynaptic units run downwards. A cell is one
                weight, or a tile of several weights where a side has more than 256. Lines separate the gates of a
-               layer
+               layer, whose number the names of `Network.matrices()` state
 
     Every matrix is made dense once: O(n_pre * n_post) memory. Raises ValueError where there is no matrix.
     """
@@ -153,7 +153,7 @@ def mask_map(
         )
         axes.invert_yaxis()
         axes.set_ylabel("unit")
-        gates = MatrixId(name).gates
+        gates = MatrixId(name).stated_gates or 1
         for k in range(1, gates):
             axes.axvline(k * n_post / gates, color=ORANGE, linewidth=0.8)
         left = 100 * weights.nnz / max(1, n_pre * n_post)

@@ -205,6 +205,7 @@ ROWS = {
         m=4,
         words={"n": "nm", "m": "nm"},
     ),
+    "BlockDiagonal": row(pruning.BlockDiagonal, {"parts": POSITIVE}, parts=2),
     "magnitude_mask": row(
         pruning.magnitude_mask,
         {

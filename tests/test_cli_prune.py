@@ -107,6 +107,16 @@ def test_dry_run_writes_nothing_and_reports_the_size(prune, tmp_path):
     assert code == 0 and "nothing is written" in out and "before / after" in out and "give --text" in out
 
 
+@pytest.mark.parametrize("tuning", [(), (*TUNING, "--text", "{folder}/text.txt")], ids=["at once", "trained"])
+def test_a_diagonal_keeps_its_share_at_once_and_trained(prune, tmp_path, tuning):
+    out = tmp_path / "out.safetensors"
+    told = record(prune("--out", out, "--diagonal", 4, "--exempt", "readout", *tuning, "--json"))
+    assert told["format"] == "block, dense"
+    for name, weights in load(out).matrices().items():
+        if name != "readout":
+            assert weights.block == (weights.shape[0] // 4, 6) and 4 * weights.stored == weights.shape[0] * 72
+
+
 @pytest.mark.parametrize("storage", ["bfloat16", "int8"])
 @pytest.mark.parametrize("tuning", [(), (*TUNING, "--text", "{folder}/text.txt")], ids=["at once", "trained"])
 def test_prune_keeps_narrow_storage(prune, tmp_path, storage, tuning):
@@ -233,6 +243,13 @@ def test_fewest_steps_named_by_the_message_suffice(prune, tmp_path, method):
             "target: got --nm for movement, need one of --sparsity",
         ),
         (("--nm", "2:4", "--block", "1x4"), "--block: not an option of --method magnitude with --nm; it takes --mask"),
+        (("--diagonal", 2, "--nm", "2:4"), "target: got --nm, --diagonal for magnitude"),
+        (("--diagonal", 0), "parts: got 0"),
+        (("--diagonal", 9, "--exempt", "readout"), "parts: got 9, but layers.0.w_in has 8 inputs and 24 outputs per"),
+        (
+            ("--diagonal", 2, "--block", "1x4"),
+            "--block: not an option of --method magnitude with --diagonal; it takes no further option",
+        ),
         (("--mask", "greedy"), "--mask: not an option of --method magnitude; it takes --block"),
         (("--nm", "2:4:both", "--mask", "guess"), "method: got 'guess'"),
         (("--criterion", "activity"), "--criterion: not an option of --method magnitude; it takes --block"),

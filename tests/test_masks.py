@@ -134,7 +134,7 @@ def test_a_transposable_mask_tiles_the_matrix_in_two_dimensions():
     dense[:, 3:5] = 1
     mask = transposable_mask(dense, 4, 8)
     assert mask[:, 3].sum() == mask[:, 4].sum() == 4
-    stored = NofM(4, 8, "both").store(np.where(mask, dense, np.float32(0)))
+    stored = NofM(4, 8, "both").store("readout", np.where(mask, dense, np.float32(0)))
     assert isinstance(stored, NM) and stored.axis == "post"
     back = stored.transposed()
     assert (back.axis, back.n, back.m) == ("pre", 4, 8) and np.array_equal(back.to_dense(), stored.to_dense().T)

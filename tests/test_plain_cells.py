@@ -16,13 +16,13 @@ from eventrnn.cells import EQUATIONS, Cell, Surrogate
 from eventrnn.counting import audit, count
 from eventrnn.io import to_evnn
 from eventrnn.network import Layer, Network
-from eventrnn.pruning import Blocks, magnitude_masks, prune, prune_to
+from eventrnn.pruning import BlockDiagonal, Blocks, magnitude_masks, prune, prune_to
 from eventrnn.simulation import Simulator, simulate
 from eventrnn.state import State
 from eventrnn.testing import ALL_CELLS
 from eventrnn.training import GRU, LanguageModelling, Model, Settings, Trainer, check_gradients, evaluate
 from eventrnn.training.thresholds import RULES
-from eventrnn.weights import Dense
+from eventrnn.weights import BlockCSR, Dense, MatrixId
 from support import tolerance
 from support.worked_steps import check_gru_step, check_lstm_step
 
@@ -234,11 +234,52 @@ def test_gates_are_those_of_the_cell_when_matrices_are_named(cell, pattern):
     assert pruned.layers[0].w_rec is network.layers[0].w_rec
 
 
-def test_rows_that_three_gates_cannot_have_are_refused():
-    matrices = {"layers.0.w_in": numbers(6, 32)}
-    with pytest.raises(ValueError, match="gates: got 'each', but the 32 gate rows of layers.0.w_in are not those of 3"):
-        magnitude_masks(matrices, 0.5, gates="each")
-    assert magnitude_masks(matrices, 0.5)["layers.0.w_in"].sum() == 96
+@each_cell
+def test_every_gate_has_a_diagonal_of_its_own(cell):
+    network = random_network(cell, units=(8,), inputs=6)
+    pruned = prune_to(network, BlockDiagonal(2))
+    for name, weights in pruned.matrices().items():
+        old, n_pre = network.matrices()[name].to_dense(), weights.shape[0]
+        assert isinstance(weights, BlockCSR) and weights.block == (n_pre // 2, 4)
+        assert weights.stored == weights.nnz == old.size // 2
+        for gate, kept in zip(*(np.split(w, cell.gates, axis=1) for w in (old, weights.to_dense())), strict=True):
+            assert np.array_equal(kept[: n_pre // 2, :4], gate[: n_pre // 2, :4]) and not kept[: n_pre // 2, 4:].any()
+            assert np.array_equal(kept[n_pre // 2 :, 4:], gate[n_pre // 2 :, 4:]) and not kept[n_pre // 2 :, :4].any()
+    # The parts of a recurrent matrix are cells of their own: what one half is told does not reach the other.
+    x, halves = np.zeros((4, 2, 6), np.float32), (slice(0, 4), slice(4, 8))
+    x[1, 0, :3] = 3
+    run = simulate(pruned, x, record="events").events[0].to_dense()
+    reached = [bool((run[:, 0, half] != run[:, 1, half]).any()) for half in halves]
+    assert reached == [True, False]
+    counts = count(pruned, simulate(pruned, x, record="events")).matrices["layers.0.w_rec"]
+    assert 2 * counts.executed <= counts.dense and counts.executed == counts.effective
+
+
+def test_a_diagonal_that_a_matrix_cannot_have_is_refused():
+    dense = numbers(6, 32)
+    with pytest.raises(ValueError, match=r"parts: got 7, but layers.0.w_in has 6 inputs and 8 outputs per gate"):
+        BlockDiagonal(7).mask(MatrixId("layers.0.w_in", 4), dense)
+    with pytest.raises(ValueError, match="layers.0.w_in: this name does not state the number of gates"):
+        BlockDiagonal(2).mask("layers.0.w_in", dense)
+    with pytest.raises(ValueError, match="the 32 gate rows of layers.0.w_in are not those of 3 gates"):
+        BlockDiagonal(2).mask(MatrixId("layers.0.w_in", 3), dense)
+    # Groups that the parts do not divide differ by at most one unit.
+    mask = BlockDiagonal(4).mask("readout", numbers(6, 9))
+    assert [len(set(map(bytes, each))) for each in (mask, mask.T)] == [4, 4]
+    assert set(mask.sum(axis=0)) == {1, 2} and set(mask.sum(axis=1)) == {2, 3}
+
+
+def test_names_that_state_no_gates_are_refused_where_gates_matter():
+    dense = numbers(6, 36)
+    for gates in ("each", "shared"):
+        with pytest.raises(ValueError, match="layers.0.w_in: this name does not state the number of gates; take it"):
+            magnitude_masks({"layers.0.w_in": dense}, 0.5, gates=gates)
+    with pytest.raises(ValueError, match="gates: the 36 gate rows of layers.0.w_in are not those of 5 gates"):
+        magnitude_masks({MatrixId("layers.0.w_in", 5): dense}, 0.5, gates="each")
+    for gates in (3, 4):
+        mask = magnitude_masks({MatrixId("layers.0.w_in", gates): dense}, 0.5, gates="each")["layers.0.w_in"]
+        assert {int(part.sum()) for part in np.split(mask, gates, axis=1)} == {108 // gates}
+    assert magnitude_masks({"layers.0.w_in": dense}, 0.5)["layers.0.w_in"].sum() == 108
 
 
 def test_a_larger_lstm_forgets_no_state():

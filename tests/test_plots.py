@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib", reason="figures need matplotlib, the plots ext
 
 from eventrnn import plots
 from eventrnn.events import Events
-from eventrnn.weights import convert
+from eventrnn.weights import MatrixId, convert
 
 
 def events(steps=50, batch=2, size=8, share=0.2):
@@ -125,7 +125,8 @@ def test_learning_curves(tmp_path):
 
 def test_mask_map_draws_the_share_left_of_every_matrix(tmp_path):
     rng = np.random.default_rng(0)
-    left = {"layers.0.w_rec": rng.random((6, 12)) < 0.4, "readout": rng.random((600, 5)) < 0.2}
+    w_rec = MatrixId("layers.0.w_rec", 4)
+    left = {w_rec: rng.random((6, 12)) < 0.4, "readout": rng.random((600, 5)) < 0.2}
     matrices = {name: convert(mask.astype(np.float32), "csr") for name, mask in left.items()}
     figure = plots.mask_map(matrices, title="Pruned", path=tmp_path / "masks.png")
     small, tall = figure.axes[:2]
@@ -135,7 +136,9 @@ def test_mask_map_draws_the_share_left_of_every_matrix(tmp_path):
         tall.collections[0].get_array().reshape(200, 5),
         left["readout"].reshape(200, 3, 5).sum(axis=1) / 3,
     )
-    assert len(small.lines) == 2 and not tall.lines  # between gates
+    assert len(small.lines) == 3 and not tall.lines  # between gates
+    # A name that does not state the gates gets no lines.
+    assert not plots.mask_map({str(w_rec): matrices[w_rec]}).axes[0].lines
     assert f"{100 * left['readout'].mean():.1f} % of the weights left" in tall.get_title(loc="left")
     assert (tmp_path / "masks.png").stat().st_size > 0
     with pytest.raises(ValueError, match="matrices: got none"):

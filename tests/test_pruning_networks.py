@@ -9,6 +9,7 @@ from eventrnn import CSR, NM, BlockCSR, Dense, Network, Simulator, count, simula
 from eventrnn.counting.counts import events_by_matrix
 from eventrnn.pruning import (
     CRITERIA,
+    BlockDiagonal,
     Blocks,
     NofM,
     adaprune,
@@ -33,6 +34,8 @@ PATTERNS = (
     NofM(1, 4, "pre"),
     NofM(4, 8, "both"),
     NofM(3, 5),
+    BlockDiagonal(2),
+    BlockDiagonal(5),
 )
 
 
@@ -66,6 +69,9 @@ def test_a_pruned_network_keeps_its_weights_storage_and_answer(pattern, storage)
         assert np.array_equal(dense[kept], old[kept]) and 0 < kept.sum() < kept.size
         if isinstance(pattern, NofM):
             assert isinstance(weights, NM) and legal(kept, pattern.n, pattern.m, pattern.axis)
+        elif isinstance(pattern, BlockDiagonal):
+            sides = old.shape[0], old.shape[1] // name.gates
+            assert isinstance(weights, CSR if any(side % pattern.parts for side in sides) else BlockCSR)
         else:
             assert isinstance(weights, CSR if pattern.block == (1, 1) else BlockCSR)
     x = inputs()
@@ -78,7 +84,7 @@ def test_patterns_store_what_they_mask(seed, pattern, shape):
     rng = np.random.default_rng(seed)
     dense = Dense.from_dense(rng.normal(size=shape).astype(np.float32))
     mask = pattern.mask("readout", dense.to_dense())
-    stored = pattern.store(masked(dense, mask))
+    stored = pattern.store("readout", masked(dense, mask))
     stored.check(full=True)
     assert np.array_equal(stored.to_dense(), np.where(mask, dense.to_dense(), 0))
     assert stored.nnz == mask.sum()

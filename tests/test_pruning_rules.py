@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from eventrnn import CSR, BlockCSR, Network
 from eventrnn.pruning import (
+    BlockDiagonal,
     Blocks,
     Combined,
     DynamicMasks,
@@ -37,6 +38,7 @@ RULES = {
     "threshold": lambda: ThresholdPruning((2, 4), 1, 3, 8, every=2, sparsity=0.6),
     "threshold, dense": lambda: ThresholdPruning((2, 4), 1, 3, 8, every=2, sparsity=0.6, dense=True),
     "static": lambda: StaticMasks(NofM(2, 4, "pre"), 2),
+    "static diagonal": lambda: StaticMasks(BlockDiagonal(2), 2),
     "dynamic 4:8 both": lambda: DynamicMasks(NofM(4, 8, "both"), 1, 8, every=3),
     "dynamic blocks": lambda: DynamicMasks(Blocks(0.6, (2, 4)), 0, 8, every=2, decay=0.01),
     "regrown": lambda: RegrownMasks(0.6, (1, 4), 1, 9, every=3, share=0.5),
@@ -82,8 +84,10 @@ def test_the_share_and_the_pattern_are_the_requested_ones(name):
     run.run()
     assert repr(rule) == settings == repr(RULES[name]())  # the text by which a checkpoint identifies a rule
     for mask in run.model.masks.values():
-        if isinstance(rule, StaticMasks):
+        if name == "static":
             assert legal(mask, 2, 4, "pre")
+        elif name == "static diagonal":
+            assert 2 * mask.sum() == mask.size
         elif name == "dynamic 4:8 both":
             assert legal(mask, 4, 8, "both")
         elif name != "lasso":

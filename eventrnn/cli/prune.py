@@ -30,7 +30,7 @@ from eventrnn.cli.options import (
 from eventrnn.cli.terminal import as_line, console, progress
 from eventrnn.network import Network, need_thresholds
 from eventrnn.pruning.magnitude import GATES, SCOPES, STATISTICS
-from eventrnn.pruning.methods import BLOCK_OPTIONS, METHODS, NM_OPTIONS, Method, training_schedule
+from eventrnn.pruning.methods import BLOCK_OPTIONS, METHODS, TARGETS, Method, training_schedule
 from eventrnn.pruning.nm import TRANSPOSABLE_METHODS
 from eventrnn.pruning.operations import MEASUREMENTS, check_budget
 from eventrnn.pruning.patterns import parse_nm
@@ -71,6 +71,14 @@ class PruneOptions:
             "--ops-budget",
             help="Share of the effective operations that may remain, in (0, 1]. Training with --steps afterwards "
             "changes activity, and with it the operations: the last line says whether the budget still holds.",
+        ),
+    ] = None
+    diagonal: Annotated[
+        int | None,
+        typer.Option(
+            "--diagonal",
+            metavar="PARTS",
+            help="Keep only blocks along the diagonal of each gate, a share of 1 / PARTS of the weights.",
         ),
     ] = None
     block: Annotated[
@@ -178,7 +186,7 @@ class Request:
 
 @takes(PruneOptions)
 def prune(options: PruneOptions) -> None:
-    """Prune a model: at once, during training, to N of each M weights, or to a budget of operations."""
+    """Prune a model: at once, during training, to N of each M weights, to a diagonal, or to a budget of operations."""
     request = _request(options)
     network = io.load(options.model)
     if options.untie:
@@ -245,7 +253,7 @@ def _method(name: str, given: Mapping[str, Any], steps: int) -> Method:
     if name not in METHODS:
         raise ValueError(f"method: got {name!r}, need one of {', '.join(METHODS)}")
     method = METHODS[name]
-    targets = [target for target in ("sparsity", "nm", "ops_budget") if target in given]
+    targets = [target for target in TARGETS if target in given]
     if len(targets) > 1 or any(target not in method.targets for target in targets):
         raise ValueError(f"target: got {_listed(targets)} for {name}, need one of {_listed(method.targets)}")
     if name == "operations" and not targets:
@@ -254,14 +262,15 @@ def _method(name: str, given: Mapping[str, Any], steps: int) -> Method:
         raise ValueError(f"steps: got {steps}, but {name} prunes while it trains; give --steps")
     if method.trains is False and steps:
         raise ValueError(f"steps: got {steps}, but {name} does not train; leave --steps out")
-    taken = set(method.options) - set(BLOCK_OPTIONS if "nm" in given else NM_OPTIONS)
+    own = TARGETS[targets[0]] if targets else BLOCK_OPTIONS
+    taken = set(method.options) - ({option for each in TARGETS.values() for option in each} - set(own))
     every = {option for each in METHODS.values() for option in each.options}
     tuning = [option for option in TUNING if option in given]
     if tuning and not steps:
         raise ValueError(f"{_listed(tuning)}: only with training; give --steps")
     unknown = [option for option in given if option in every - taken]
     if unknown:
-        pattern = " with --nm" if "nm" in given else ""
+        pattern = "" if own == BLOCK_OPTIONS else f" with {_listed(targets)}"
         takes = f"it takes {_listed(sorted(taken))}" if taken else "it takes no further option"
         raise ValueError(f"{_listed(unknown[:1])}: not an option of --method {name}{pattern}; {takes}")
     return method
@@ -285,6 +294,8 @@ def _check_picture(picture: Path, given: Mapping[str, Any], force: bool) -> None
 def _pattern(given: Mapping[str, Any]) -> pruning.Pattern:
     if "nm" in given:
         return pruning.NofM(*parse_nm(given["nm"]), given.get("mask", "exact"))
+    if "diagonal" in given:
+        return pruning.BlockDiagonal(given["diagonal"])
     blocks = {name: given[name] for name in ("statistic", "gates") if name in given}
     sparsity = 0.0 if "ops_budget" in given else given.get("sparsity", 0.8)
     return pruning.Blocks(sparsity, parse_block(given.get("block", "1x1")), **blocks)

@@ -1,8 +1,8 @@
 """Pruning: which weights are removed, when, and in which format the remaining weights are stored.
 
 Functions that prune a network once: `prune` (by magnitude, single weights or blocks), `prune_to` (to a pattern,
-`Blocks` or `NofM`), `adaprune` (refits the remaining weights on calibration inputs), `prune_to_operations` (to a budget
-of measured operations) and `iterative_pruning` (rounds of training and pruning).
+`Blocks`, `NofM` or `BlockDiagonal`), `adaprune` (refits the remaining weights on calibration inputs),
+`prune_to_operations` (to a budget of measured operations) and `iterative_pruning` (rounds of training and pruning).
 
 Classes that prune during training, passed to the trainer as `pruning=`: `GradualPruning`, `MovementPruning`,
 `ThresholdPruning`, `GroupLasso`, `StaticMasks`, `DynamicMasks`, `RegrownMasks`, and `Combined` for several of them. The
@@ -29,6 +29,7 @@ from eventrnn.pruning.nm import transposable_mask as transposable_mask
 from eventrnn.pruning.operations import CRITERIA as CRITERIA
 from eventrnn.pruning.operations import Budgeted as Budgeted
 from eventrnn.pruning.operations import prune_to_operations as prune_to_operations
+from eventrnn.pruning.patterns import BlockDiagonal as BlockDiagonal
 from eventrnn.pruning.patterns import Blocks as Blocks
 from eventrnn.pruning.patterns import NofM as NofM
 from eventrnn.pruning.patterns import Pattern as Pattern

@@ -84,7 +84,7 @@ def adaprune(
         mask = need_mask(f"mask of {name}", mask, dense.shape) & (dense != 0)
         sent = events.to_dense().reshape(-1, dense.shape[0])
         fitted, shift, fits[name] = refit(dense, mask, sent, bias=bias, tolerance=tolerance, iterations=iterations)
-        made = keeper.store(Dense(fitted))
+        made = keeper.store(name, Dense(fitted))
         changed[name] = made if old.storage == "float32" else made.stored_as(old.storage)
         biases[name] = shift
     return _with_biases(network.with_matrices(changed), biases) if bias else network.with_matrices(changed), fits

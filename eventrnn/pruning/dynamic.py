@@ -16,7 +16,7 @@ from eventrnn.pruning.magnitude import (
     magnitude_mask,
     to_blocks,
 )
-from eventrnn.pruning.patterns import Pattern
+from eventrnn.pruning.patterns import PATTERNS, Pattern
 from eventrnn.pruning.schedule import Arrays, CallOrderCheck, Masks, Pruning, check_span, is_due
 from eventrnn.weights import check_block
 
@@ -104,7 +104,7 @@ class StaticMasks(Pruning):
     exempt: tuple[str, ...] = ()
 
     def __post_init__(self):
-        need_kind("pattern", self.pattern, Pattern, "a pattern: Blocks(...) or NofM(...)")
+        need_kind("pattern", self.pattern, Pattern, PATTERNS)
         check_span(self.start, self.start)
         check_choices(self)
 
@@ -160,7 +160,7 @@ class DynamicMasks(Pruning):
     _shadow: DenseShadowWeights = field(init=False, repr=False, default_factory=DenseShadowWeights)
 
     def __post_init__(self):
-        need_kind("pattern", self.pattern, Pattern, "a pattern: Blocks(...) or NofM(...)")
+        need_kind("pattern", self.pattern, Pattern, PATTERNS)
         check_span(self.start, self.end, self.every)
         check_choices(self)
         need_number("decay", self.decay, at_least=0, below=1, what="share")

@@ -123,12 +123,14 @@ def magnitude_masks(
                  matter
     gates      : for matrices of layers (names that end in w_in or w_rec): "all" is one grid of blocks over all
                  gate rows, "each" prunes the share in every gate on its own grid, "shared" gives all gates the same
-                 mask. A name of `Network.matrices` states the number of gates; without it there are three
+                 mask. "each" and "shared" need names that state the number of gates: those of `Network.matrices`, or
+                 `MatrixId(name, gates)`
     importance : name -> numbers of either sign that rank the weights in place of |w|; not with "l2"
     others     : see `magnitude_mask`
 
-    Raises ValueError for an unknown option, for a number of gate rows that the number of gates does not divide, and for
-    a sparsity that leaves no block of a matrix, unless `allow_empty`.
+    Raises ValueError for an unknown option, for a name that does not state its gates where they matter, for a number of
+    gate rows that the number of gates does not divide, and for a sparsity that leaves no block of a matrix, unless
+    `allow_empty`.
     """
     need_flag("allow_empty", allow_empty)
     check_sparsity(sparsity, allow_empty)
@@ -143,12 +145,7 @@ def magnitude_masks(
     importance = {name: _matrix(f"importance {name}", each) for name, each in _given(importance, matrices)}
     check_blocks(matrices, block)
     for name, dense in matrices.items():
-        parts, _ = _gates(name, gates)
-        if dense.shape[1] % parts:
-            raise ValueError(
-                f"gates: got {gates!r}, but the {dense.shape[1]} gate rows of {name} are not those of {parts} gates; "
-                "take the name from Network.matrices, which states their number, or give gates='all'"
-            )
+        gate_rows(name, dense.shape[1], _gates(name, gates)[0])
     ranked = {
         name: _ranked(dense, block, statistic, _gates(name, gates), within.get(name), importance.get(name))
         for name, dense in matrices.items()
@@ -210,8 +207,18 @@ def check_choices(settings: Any) -> None:
 
 def _gates(name: str, gates: str) -> tuple[int, bool]:
     """Number of parts into which the postsynaptic rows are divided, and whether these share one mask."""
-    rows = MatrixId(name).gates
-    return (rows, gates == "shared") if rows > 1 and gates != "all" else (1, False)
+    rows = MatrixId(name).gates if gates != "all" else 1
+    return (rows, gates == "shared") if rows > 1 else (1, False)
+
+
+def gate_rows(name: str, n_post: int, gates: int) -> int:
+    """The number of postsynaptic rows of one gate. Raises ValueError where `gates` does not divide all of them."""
+    if n_post % gates:
+        raise ValueError(
+            f"gates: the {n_post} gate rows of {name} are not those of {gates} gates; take the name from "
+            "Network.matrices, which states their number, or one grid of blocks over all gates: gates='all'"
+        )
+    return n_post // gates
 
 
 def _ranked(

@@ -25,6 +25,14 @@ BLOCK_OPTIONS = ("block", "scope", "statistic", "gates")
 #: Options of an N:M pattern. They do not apply to blocks.
 NM_OPTIONS = ("mask",)
 
+#: Options that set how much is pruned, each with the options of its pattern.
+TARGETS: dict[str, tuple[str, ...]] = {
+    "sparsity": BLOCK_OPTIONS,
+    "nm": NM_OPTIONS,
+    "diagonal": (),
+    "ops_budget": BLOCK_OPTIONS,
+}
+
 # Masks stop changing after this share of the training steps; the rest of the training adapts the kept weights.
 LAST_CHANGE = 0.5
 
@@ -114,7 +122,7 @@ class Method:
     ----------
     summary         : a few words for a help text
     implementations : the classes and functions that do the work
-    targets         : the options that set how much is pruned: "sparsity", "nm" or "ops_budget"; at most one is given
+    targets         : those of `TARGETS` that the method takes; at most one is given
     options         : the further options that the method takes
     trains          : True for a method that prunes while it trains, False for one that never trains, None for one that
                       does either
@@ -136,7 +144,7 @@ METHODS: dict[str, Method] = {
     "magnitude": Method(
         "smallest weights, at once or gradually",
         (GradualPruning, StaticMasks),
-        targets=("sparsity", "nm"),
+        targets=("sparsity", "nm", "diagonal"),
         options=(*BLOCK_OPTIONS, *NM_OPTIONS),
         trains=None,
         schedule=_magnitude,
@@ -191,7 +199,7 @@ METHODS: dict[str, Method] = {
     "adaprune": Method(
         "kept weights refitted to the outputs",
         (adaprune,),
-        targets=("nm", "sparsity"),
+        targets=("nm", "sparsity", "diagonal"),
         options=("block", "statistic", "gates", *NM_OPTIONS),
         calibrates=True,
     ),
@@ -212,7 +220,7 @@ def training_schedule(name: str, pattern: Pattern, steps: int, options: Mapping[
     Parameters
     ----------
     name    : a key of `METHODS`
-    pattern : what to prune to; it holds the sparsity and the block, or N and M
+    pattern : what to prune to; it holds the sparsity and the block, N and M, or the parts of a diagonal
     steps   : updates of the whole training; masks stop changing after half of them
     options : values by option name, `exempt` (a tuple of names) among them; names that the method does not take are
               ignored

@@ -13,13 +13,25 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from eventrnn._checks import need_choice, need_kind, need_mask, need_names, need_pair, need_text, need_whole
+from eventrnn._checks import (
+    need_choice,
+    need_kind,
+    need_mask,
+    need_names,
+    need_pair,
+    need_text,
+    need_whole,
+    number_array,
+)
 from eventrnn.network import Network
-from eventrnn.pruning.magnitude import check_choices, check_sparsity, magnitude_masks
+from eventrnn.pruning.magnitude import check_choices, check_sparsity, gate_rows, magnitude_masks
 from eventrnn.pruning.nm import TRANSPOSABLE_METHODS, nm_mask, transposable_mask
 from eventrnn.pruning.schedule import choose
-from eventrnn.weights import NM, BlockCSR, Weights, check_nm, convert
+from eventrnn.weights import NM, BlockCSR, MatrixId, Weights, check_nm, convert
 from eventrnn.weights.gated import need_matrices
+
+#: what an argument that is not a pattern should have been
+PATTERNS = "a pattern: Blocks(...), NofM(...) or BlockDiagonal(...)"
 
 
 class Pattern(ABC):
@@ -29,14 +41,15 @@ class Pattern(ABC):
     def mask(self, name: str, dense: np.ndarray) -> np.ndarray:
         """Boolean mask of the weights to keep, of the shape of `dense` (n_pre, n_post).
 
-        name : name of the matrix, as in `Network.matrices()`
+        name : name of the matrix, one of `Network.matrices()`: these state the number of gates
 
         Raises ValueError for a matrix that cannot have this pattern.
         """
 
     @abstractmethod
-    def store(self, weights: Weights | np.ndarray) -> Weights:
-        """Weights with this pattern in the format of the pattern. Storage and scales do not change."""
+    def store(self, name: str, weights: Weights | np.ndarray) -> Weights:
+        """Weights with this pattern in the format of the pattern. Storage and scales do not change; `name` as in
+        `mask`."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +77,7 @@ class Blocks(Pattern):
             {name: dense}, self.sparsity, block=self.block, statistic=self.statistic, gates=self.gates
         )[name]
 
-    def store(self, weights: Weights | np.ndarray) -> Weights:
+    def store(self, name: str, weights: Weights | np.ndarray) -> Weights:
         """The weights in CSR or in the block format."""
         return compress(weights, self.block)
 
@@ -98,9 +111,48 @@ class NofM(Pattern):
             return transposable_mask(dense, self.n, self.m, method=self.method, threads=self.threads)
         return nm_mask(dense, self.n, self.m, self.axis, threads=self.threads)
 
-    def store(self, weights: Weights | np.ndarray) -> Weights:
+    def store(self, name: str, weights: Weights | np.ndarray) -> Weights:
         """The weights in the NM format."""
         return convert(weights, "nm", nm=(self.n, self.m, "post" if self.axis == "both" else self.axis))
+
+
+@dataclass(frozen=True)
+class BlockDiagonal(Pattern):
+    """Blocks along the diagonal: presynaptic and postsynaptic units in `parts` groups, and weights within a group only.
+
+    The share 1 / parts of the weights is kept, whatever they are. Every gate has a diagonal of its own, so that a
+    recurrent matrix consists of `parts` small cells. Groups follow one another and differ by at most one unit in size.
+    The format is that of blocks, with the groups as blocks; CSR where `parts` does not divide both sides. This static
+    pattern is a baseline of Hadifar et al. (arXiv 2001.04686) for blocks that every input chooses.
+    """
+
+    parts: int
+
+    def __post_init__(self):
+        need_whole("parts", self.parts, at_least=1)
+
+    def __str__(self) -> str:
+        return f"block-diagonal of {self.parts} parts"
+
+    def mask(self, name: str, dense: np.ndarray) -> np.ndarray:
+        """Mask of the blocks along the diagonal of every gate. Raises ValueError for more parts than units on a side,
+        for a name that does not state its gates, and for gate rows that are not those of the gates."""
+        array = number_array("weights", dense, "(n_pre, n_post)", ndim=2)
+        (n_pre, n_post), gates = array.shape, MatrixId(name).gates
+        n = gate_rows(name, n_post, gates)
+        if self.parts > min(n_pre, n):
+            raise ValueError(
+                f"parts: got {self.parts}, but {name} has {n_pre} inputs and {n} outputs per gate; give at most "
+                f"{min(n_pre, n)}, or leave {name} as it is: exempt=('{name}',), --exempt {name}"
+            )
+        pre, post = (np.arange(side) * self.parts // side for side in (n_pre, n))
+        return np.tile(pre[:, None] == post[None, :], (1, gates))
+
+    def store(self, name: str, weights: Weights | np.ndarray) -> Weights:
+        """The weights in the block format, or in CSR where the parts do not divide both sides."""
+        sides = weights.shape[0], weights.shape[1] // MatrixId(name).gates
+        whole = not any(side % self.parts for side in sides)
+        return compress(weights, (sides[0] // self.parts, sides[1] // self.parts) if whole else (1, 1))
 
 
 #: Axes of an N:M pattern. "both" is a transposable mask; the `NM` weight format itself has only the other two.
@@ -198,7 +250,7 @@ def prune_to(
 
     Other rules: see `prune`.
     """
-    need_kind("pattern", pattern, Pattern, "a pattern: Blocks(...) or NofM(...)")
+    need_kind("pattern", pattern, Pattern, PATTERNS)
     matrices = prunable_matrices(network, names, exempt)
     return with_masks(network, {name: pattern.mask(name, w.to_dense()) for name, w in matrices.items()}, pattern)
 
@@ -212,12 +264,15 @@ def with_masks(network: Network, masks: Mapping[str, np.ndarray], pattern: Patte
     """
     need_kind("network", network, Network, "a Network")
     need_kind("masks", masks, Mapping, "a mapping of names of matrices to boolean arrays")
-    need_kind("pattern", pattern, Pattern, "a pattern: Blocks(...) or NofM(...)")
+    need_kind("pattern", pattern, Pattern, PATTERNS)
     matrices = network.matrices()
     unknown = set(masks) - set(matrices)
     if unknown:
         raise ValueError(f"masks: no {', '.join(sorted(unknown))}; have {', '.join(matrices)}")
-    return network.with_matrices({name: pattern.store(masked(matrices[name], mask)) for name, mask in masks.items()})
+    # The names of the network state the number of gates, which those of the masks need not do.
+    return network.with_matrices(
+        {name: pattern.store(name, masked(w, masks[name])) for name, w in matrices.items() if name in masks}
+    )
 
 
 def after_training(trained: Network, before: Network, masks: Mapping[str, np.ndarray], pattern: Pattern) -> Network:
@@ -234,7 +289,7 @@ def after_training(trained: Network, before: Network, masks: Mapping[str, np.nda
         if trained.readout is not None and trained.readout.tied and name == "readout":
             continue
         new = trained.matrices()[name]
-        made = pattern.store(masked(new, masks[name])) if name in masks else _in_format_of(new, old)
+        made = pattern.store(name, masked(new, masks[name])) if name in masks else _in_format_of(new, old)
         changed[name] = made.stored_as(old.storage)
     return trained.with_matrices(changed)
 

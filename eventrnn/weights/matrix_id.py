@@ -6,20 +6,21 @@ from __future__ import annotations
 class MatrixId(str):
     """The name of a weight matrix or of another parameter: a `str` that knows its layer, its role and its gates.
 
-    >>> name = MatrixId("layers.2.w_rec")
+    >>> name = MatrixId("layers.2.w_rec", 3)
     >>> name.layer, name.role, name.gates
     (2, 'w_rec', 3)
     >>> MatrixId("readout").layer is None, MatrixId("readout").role, MatrixId("readout").gates
     (True, 'readout', 1)
 
-    A name that says nothing else has the three gates of a GRU. The names of `Network.matrices` have those of the cell.
+    The names of `Network.matrices` state the number of gates of the cell. Other text does not state it, unless it is
+    given: `MatrixId("layers.2.w_rec", 4)`.
     """
 
-    _gates: int
+    _gates: int | None
 
     def __new__(cls, name: str, gates: int | None = None) -> MatrixId:
         made = super().__new__(cls, name)
-        made._gates = gates or (name._gates if isinstance(name, MatrixId) else 3)
+        made._gates = gates if gates or not isinstance(name, MatrixId) else name._gates
         return made
 
     @classmethod
@@ -49,5 +50,17 @@ class MatrixId(str):
 
     @property
     def gates(self) -> int:
-        """The number of gates whose rows the columns of the matrix are; 1 for a matrix without gates."""
+        """The number of gates whose rows the columns of the matrix are; 1 for a matrix without gates. Raises ValueError
+        for a name that does not state it."""
+        gates = self.stated_gates
+        if gates is None:
+            raise ValueError(
+                f"{self}: this name does not state the number of gates; take it from Network.matrices(), or give "
+                f"MatrixId({str(self)!r}, gates)"
+            )
+        return gates
+
+    @property
+    def stated_gates(self) -> int | None:
+        """`gates`, or None for a name that does not state it."""
         return self._gates if self.gated else 1

@@ -42,7 +42,7 @@ from eventrnn.training.bptt.noise import Noise
 from eventrnn.training.bptt.tape import GradientMask, LayerTape
 from eventrnn.training.bptt.workspace import Arena
 from eventrnn.training.losses import cross_entropy
-from eventrnn.weights import Dense
+from eventrnn.weights import Dense, MatrixId
 from eventrnn.weights.gated import need_matrices
 
 F32 = np.float32
@@ -148,7 +148,9 @@ class Model:
             self.parameters["embedding"] = network.embedding.copy()
         for k, layer in enumerate(network.layers):
             for name in ("w_in", "w_rec"):
-                self.parameters[f"layers.{k}.{name}"] = np.ascontiguousarray(getattr(layer, name).to_dense())
+                # Pruning reads the number of gates from the name.
+                full = MatrixId.of(k, name, layer.cell.gates)
+                self.parameters[full] = np.ascontiguousarray(getattr(layer, name).to_dense())
             for name in ("bias_in", "bias_rec", "threshold"):
                 self.parameters[f"layers.{k}.{name}"] = getattr(layer, name).copy()
             # The zeros of a cell without thresholds are kept, whatever the rule is.
