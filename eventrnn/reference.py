@@ -120,6 +120,55 @@ def propagate_chosen(blocks: ChosenBlocks, values, bias):
     return drive
 
 
+def arrays_of(weights) -> dict[str, np.ndarray]:
+    """The arrays of a matrix by the end of their names: "" for its weights, ".gate" and the like for gated blocks."""
+    if not isinstance(weights, ChosenBlocks):
+        return {"": weights}
+    found = {"": weights.weights, ".gate": weights.gate, ".gate_bias": weights.gate_bias}
+    return found if weights.gate_out is None else found | {".gate_out": weights.gate_out}
+
+
+def propagate_back(weights, values, d_drive, *, straight_through: bool = False) -> tuple[np.ndarray, dict]:
+    """Back through `propagate`: the gradient of the values (B, J), and of the arrays of the matrix as `arrays_of` names
+    them, from the gradient of the drives (B, P).
+
+    The choice of blocks counts as constant. With `straight_through` the gradient passes it as if it were the identity,
+    so that blocks that were not chosen have one too. Chosen logits that are all 0 have a gradient of 0 with the rule
+    "linear", whose gates have no derivative there.
+    """
+    if not isinstance(weights, ChosenBlocks):
+        return d_drive @ weights.T, {"": values.T @ d_drive}
+    blocks, (r, c), gates = weights, weights.block, block_gates(weights, values)
+    inner = values if blocks.gate_out is None else values @ blocks.gate
+    logits = inner @ (blocks.gate if blocks.gate_out is None else blocks.gate_out) + blocks.gate_bias
+    (n_pre, n_post), n_blocks = blocks.weights.shape, gates.shape[1]
+    columns = np.arange(n_post) // c
+    d_values, d_gates, d_weights = np.zeros_like(values), np.zeros_like(gates), np.zeros_like(blocks.weights)
+    for j in range(n_pre):
+        block = j // r * -(-n_post // c) + columns
+        terms = d_drive * blocks.weights[j]
+        d_values[:, j] = (gates[:, block] * terms).sum(axis=1)
+        d_weights[j] = (gates[:, block] * values[:, j, None] * d_drive).sum(axis=0)
+        for i in range(n_post):
+            d_gates[:, block[i]] += values[:, j] * terms[:, i]
+    d_logits = np.zeros_like(logits)
+    for row in range(len(values)):
+        chosen = np.sort(np.argsort(-logits[row], kind="stable")[: blocks.kept])
+        # The ratios, up to a common factor, and their derivatives; see `weights/gated.py`.
+        ratios = logits[row] if blocks.rule == "linear" else np.exp(logits[row] - logits[row].max())
+        slopes = np.ones_like(ratios) if blocks.rule == "linear" else ratios
+        total = ratios[chosen].sum()
+        if blocks.rule == "linear" and not logits[row][chosen].any():
+            continue
+        through_mean = (d_gates[row] * gates[row]).sum() / n_blocks
+        passing = np.arange(n_blocks) if straight_through else chosen
+        d_logits[row, passing] = (slopes * n_blocks / total * (d_gates[row] - through_mean))[passing]
+    d_inner = d_logits if blocks.gate_out is None else d_logits @ blocks.gate_out.T
+    d_values += d_inner @ blocks.gate.T
+    gradients = {"": d_weights, ".gate": values.T @ d_inner, ".gate_bias": d_logits.sum(axis=0)}
+    return d_values, gradients if blocks.gate_out is None else gradients | {".gate_out": inner.T @ d_logits}
+
+
 def _need_finite(name: str, numbers: np.ndarray) -> None:
     if not np.isfinite(numbers).all():
         raise gates_not_finite(name)
@@ -232,7 +281,9 @@ def forward(cell: Cell, parameters: dict, x, c, y, *, smooth: bool = False) -> l
     return tapes
 
 
-def backward(cell: Cell, parameters: dict, x, tapes: list[Tape], d_y, d_c, d_cell=None) -> dict:
+def backward(
+    cell: Cell, parameters: dict, x, tapes: list[Tape], d_y, d_c, d_cell=None, *, straight_through: bool = False
+) -> dict:
     """Backpropagation through time of one layer of EGRU cells.
 
     x      : (T, B, I) inputs
@@ -240,15 +291,28 @@ def backward(cell: Cell, parameters: dict, x, tapes: list[Tape], d_y, d_c, d_cel
     d_y    : (T, B, N) gradient of the loss with respect to the outputs y[t]
     d_c    : (T, B, N) gradient with respect to the cells c[t] after the event
     d_cell : (T, B, N) gradient with respect to the cells v[t] before the event; None for zeros
+    straight_through : of gated blocks, see `propagate_back`
 
-    Returns gradients by name: those of the parameters, `x` (T, B, I), and `c`, `y` (B, N) of the initial state. Raises
-    ValueError for another cell: `training.GRU` has the gradients of a GRU.
+    Returns gradients by name: those of the parameters (of gated blocks also `w_in.gate` and the like), `x` (T, B, I),
+    and `c`, `y` (B, N) of the initial state. Raises ValueError for another cell: `training.GRU` has the gradients of a
+    GRU.
     """
     if not cell.thresholded:
         raise ValueError(f"cell: got {cell.name!r}, but only the 'egru' has a backward pass here; training.GRU has one")
     w_rec, threshold = parameters["w_rec"], parameters["threshold"]
     n = len(threshold)
-    gradients = {name: np.zeros_like(value) for name, value in parameters.items()}
+    gradients = {
+        name + end: np.zeros_like(array)
+        for name, value in parameters.items()
+        for end, array in arrays_of(value).items()
+    }
+
+    def back(name: str, values, d_drive):
+        d_values, found = propagate_back(parameters[name], values, d_drive, straight_through=straight_through)
+        for end, gradient in found.items():
+            gradients[name + end] += gradient
+        return d_values
+
     d_x = np.zeros_like(x)
     d_cell = np.zeros_like(d_y) if d_cell is None else d_cell
     d_y_later, d_c_later = np.zeros_like(d_y[0]), np.zeros_like(d_c[0])
@@ -260,8 +324,7 @@ def backward(cell: Cell, parameters: dict, x, tapes: list[Tape], d_y, d_c, d_cel
                 k.u, k.r, k.g, k.rec_g, k.c_before, k.v, k.event, k.slope, threshold, d_y_now, d_c_now, d_cell[t]
             )
             d_drive_rec = np.concatenate([d_u, d_r, d_rec_g], axis=1)
-            d_y_later = d_drive_rec @ w_rec.T
-            gradients["w_rec"] += k.y_before.T @ d_drive_rec
+            d_y_later = back("w_rec", k.y_before, d_drive_rec)
         else:
             d_u, d_g, d_c_later, d_y_later, d_threshold = cells.egru_paper_backward(
                 k.u, k.g, k.c_before, k.v, k.event, k.slope, d_y_now, d_c_now, d_cell[t]
@@ -273,11 +336,10 @@ def backward(cell: Cell, parameters: dict, x, tapes: list[Tape], d_y, d_c, d_cel
             gradients["w_rec"][:, : 2 * n] += k.y_before.T @ d_gates
             gradients["w_rec"][:, 2 * n :] += (k.r * k.y_before).T @ d_g
         d_drive_in = np.concatenate([d_u, d_r, d_g], axis=1)
-        gradients["w_in"] += x[t].T @ d_drive_in
         gradients["bias_in"] += d_drive_in.sum(axis=0)
         gradients["bias_rec"] += d_drive_rec.sum(axis=0)
         gradients["threshold"] += d_threshold.sum(axis=0)
-        d_x[t] = d_drive_in @ parameters["w_in"].T
+        d_x[t] = back("w_in", x[t], d_drive_in)
     return gradients | {"x": d_x, "c": d_c_later, "y": d_y_later}
 
 

@@ -533,8 +533,9 @@ def test_what_needs_a_matrix_refuses_gated_blocks_by_name():
     for backend in ("blas", "cuda"):
         with pytest.raises(TypeError, match=words.format(f"the {backend} backend")):
             simulate(network, x, backend=backend)
-    with pytest.raises(TypeError, match=words.format("training")):
-        Trainer(replace(network, embedding=np.ones((4, 5), np.float32)), np.arange(4).repeat(600), Settings(steps=1))
+    reader = replace(network, embedding=np.ones((4, 5), np.float32))
+    with pytest.raises(TypeError, match=words.format("training with backend 'cuda'")):
+        Trainer(reader, np.arange(4).repeat(600), Settings(steps=1, backend="cuda"))
     with pytest.raises(TypeError, match=words.format("pruning")):
         pruning.prune(network, 0.5)
     with pytest.raises(TypeError, match=words.format("a dense network")):

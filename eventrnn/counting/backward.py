@@ -14,7 +14,7 @@ non-zero, `executed` the multiplications of the kernels. The element-wise work a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
@@ -44,6 +44,10 @@ class BackwardWork:
     active_pairs        : steps and samples where the gradient of the input is needed
     dots                : dot products that were computed
     dots_stored         : weights that such a dot product touches
+    event_products      : of gated blocks, the sum over events of the kept weights of their units in blocks with a gate;
+                          None for other matrices, where all kept weights of the units count
+    pair_products       : the same over active pairs
+    selection           : of gated blocks, multiplications of the gates in the backward pass
     """
 
     kept: np.ndarray
@@ -56,6 +60,19 @@ class BackwardWork:
     active_pairs: np.ndarray
     dots: np.ndarray
     dots_stored: np.ndarray
+    event_products: int | None = field(default=None, kw_only=True)
+    pair_products: int | None = field(default=None, kw_only=True)
+    selection: int = field(default=0, kw_only=True)
+
+    @property
+    def of_events(self) -> int:
+        """Effective multiplications of all events: of the forward pass, and as many of the weight gradient."""
+        return int(self.fired @ self.kept) if self.event_products is None else self.event_products
+
+    @property
+    def of_pairs(self) -> int:
+        """Effective multiplications of all active pairs, of the gradient of the input."""
+        return int(self.active_pairs @ self.kept) if self.pair_products is None else self.pair_products
 
     @classmethod
     def none(cls, kept: np.ndarray, columns: int, rows: int) -> BackwardWork:
@@ -73,12 +90,14 @@ class BackwardCounts:
     backward_effective : event x kept weight, and open output gradient x kept weight
     backward_executed  : multiplications of the kernels, with padding of blocks and zeros that BLAS multiplies
     backward_weight_bytes : bytes of weights read by the dot products
+    backward_selection : of gated blocks, multiplications of their gates and of the inputs that they scale
     """
 
     backward_dense: int = 0
     backward_effective: int = 0
     backward_executed: int = 0
     backward_weight_bytes: int = 0
+    backward_selection: int = 0
 
     def __add__(self, other: BackwardCounts) -> BackwardCounts:
         return BackwardCounts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -93,8 +112,9 @@ def count_backward(work: Mapping[str, BackwardWork]) -> dict[str, BackwardCounts
         dots = int(w.dots @ w.dots_stored)
         counts[name] = BackwardCounts(
             (w.rows + w.input_gradient_rows) * len(w.kept) * w.columns,
-            int((w.fired + w.active_pairs) @ w.kept),
+            w.of_events + w.of_pairs,
             int(w.gradient_rows @ w.gradient_stored) + dots,
             4 * dots,
+            w.selection,
         )
     return counts

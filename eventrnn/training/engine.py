@@ -35,7 +35,10 @@ class CpuTrainingEngine:
         carried = start and self.state.batch == samples
         state = carry_state(self.state, start) if carried else State.zeros(model.template, samples)
         noise = settings.regularisers.draw(model, steps, samples, seed=settings.seed, step=step)
-        output, after, tape = model.forward(batch.inputs, state, noise)
+        try:
+            output, after, tape = model.forward(batch.inputs, state, noise, settings.gates.at(model.gated, step))
+        except FloatingPointError as error:
+            return WindowResult(fault=str(error))
         loss, d_output = self.task.loss(output, batch)
         penalty = settings.regularisers.penalise(model, tape)
         if not np.isfinite(loss + penalty.loss):
@@ -46,6 +49,7 @@ class CpuTrainingEngine:
             activity_cost=settings.activity_cost,
             d_events=tuple(penalty.d_events),
             d_cells=tuple(penalty.d_cells),
+            d_logits=penalty.d_logits,
         )
         for k, d_threshold in penalty.d_thresholds.items():
             further = thresholds.gradient(model.thresholds, tape.layers[k].threshold, d_threshold)
@@ -108,7 +112,7 @@ def _operations(tape: Tape) -> int:
     An event is multiplied by the kept weights of its unit in the forward pass and in the weight gradient; an open entry
     (non-zero surrogate derivative) is multiplied by them once, in the input gradient.
     """
-    return sum(int((2 * work.fired + work.active_pairs) @ work.kept) for work in tape.work.values())
+    return sum(2 * work.of_events + work.of_pairs for work in tape.work.values())
 
 
 def _mean_sent(tape: Tape) -> float:

@@ -11,6 +11,8 @@ import numpy as np
 from eventrnn.cells import Cell
 from eventrnn.counting.backward import BackwardWork
 from eventrnn.network import Network
+from eventrnn.training.bptt import gated_layer
+from eventrnn.training.bptt.gated_products import rows_of, values_of
 from eventrnn.training.bptt.layer import LayerEngine
 from eventrnn.training.bptt.model import Model
 from eventrnn.training.bptt.tape import LayerGradients, LayerTape
@@ -56,27 +58,30 @@ class GRULayerEngine(LayerEngine):
 
     def forward(self, p, x, c, y, zoneout_mask) -> LayerTape:
         """Run a window from the state y (B, N); c is not used. See `LayerEngine.forward`."""
-        (steps, batch), n = x.shape[:2], len(p["w_rec"])
-        drive_in = np.ascontiguousarray(x).reshape(steps * batch, -1) @ p["w_in"] + p["bias_in"]
-        drive_in = drive_in.reshape(steps, batch, 3 * n)
+        (steps, batch), w_rec = x.shape[:2], values_of(p["w_rec"])
+        n, products = len(w_rec), gated_layer.products(p, steps * batch, self.team)
+        inputs, recurrent = products.get("w_in"), products.get("w_rec")
+        drive_in = rows_of(x) @ p["w_in"] if inputs is None else inputs.drives(rows_of(x), 0)
+        drive_in = (drive_in + p["bias_in"]).reshape(steps, batch, 3 * n)
         u, r, g, q = (np.empty((steps, batch, n), F32) for _ in range(4))
         h = np.empty((steps + 1, batch, n), F32)
         h[0] = y
         for t in range(steps):
-            drive_rec = h[t] @ p["w_rec"] + p["bias_rec"]
+            drive_rec = h[t] @ w_rec if recurrent is None else recurrent.drives(h[t], t * batch)
+            drive_rec = drive_rec + p["bias_rec"]
             gates = 1 / (1 + np.exp(-np.clip(drive_in[t, :, : 2 * n] + drive_rec[:, : 2 * n], -80, 80)))
             u[t], r[t], q[t] = gates[:, :n], gates[:, n:], drive_rec[:, 2 * n :]
             g[t] = np.tanh(drive_in[t, :, 2 * n :] + r[t] * q[t])
             if zoneout_mask is not None:
                 u[t][zoneout_mask[t]] = 1
             h[t + 1] = u[t] * h[t] + (1 - u[t]) * g[t]
-        return LayerTape(x, p["w_rec"], u, r, g, q, h[1:], h, h, p["threshold"])
+        return LayerTape(x, w_rec, u, r, g, q, h[1:], h, h, p["threshold"], products=products)
 
     def backward(self, p, tape, d_y, d_cell, input_mask, stored=False) -> LayerGradients:
         """Gradients of the parameters and of the input, by dense products. See `LayerEngine.backward`."""
         h, (steps, batch, n) = tape.y, tape.v.shape
         d_in, d_rec = np.empty((steps, batch, 3 * n), F32), np.empty((steps, batch, 3 * n), F32)
-        d_later = np.zeros((batch, n), F32)
+        d_later, recurrent = np.zeros((batch, n), F32), tape.products.get("w_rec")
         for t in reversed(range(steps)):
             u, r, g = tape.u[t], tape.r[t], tape.g[t]
             d_h = d_y[t] + d_later
@@ -88,7 +93,10 @@ class GRULayerEngine(LayerEngine):
             d_in[t, :, 2 * n :] = d_g
             d_rec[t] = d_in[t]
             d_rec[t, :, 2 * n :] *= r
-            d_later = d_h * u + d_rec[t] @ tape.w_rec.T
+            if recurrent is None:
+                d_later = d_h * u + d_rec[t] @ tape.w_rec.T
+            else:
+                d_later = d_h * u + recurrent.input_gradient(h[t], d_rec[t], t * batch)
         tape.support, rows = 1.0, steps * batch
         for name, columns in (("w_in", tape.x.shape[2]), ("w_rec", n)):
             work = tape.work[name] = BackwardWork.none(self.patterns[name].kept, 3 * n, rows)
@@ -96,17 +104,20 @@ class GRULayerEngine(LayerEngine):
             work.gradient_stored = work.dots_stored = np.full(columns, 3 * n, np.int64)
             work.input_gradient_rows = rows
         flat_in, flat_rec = d_in.reshape(-1, 3 * n), d_rec.reshape(-1, 3 * n)
-        gradients = {
-            "w_in": np.ascontiguousarray(tape.x).reshape(rows, -1).T @ flat_in,
-            "w_rec": h[:-1].reshape(-1, n).T @ flat_rec,
+        drives = {"w_in": flat_in, "w_rec": flat_rec}
+        gradients, d_x = gated_layer.gradients(tape, drives, input_mask, np.ones((rows, n), bool), self.masks)
+        if "w_in" not in tape.products:
+            gradients["w_in"] = rows_of(tape.x).T @ flat_in
+        if "w_rec" not in tape.products:
+            gradients["w_rec"] = h[:-1].reshape(-1, n).T @ flat_rec
+        gradients |= {
             "bias_in": flat_in.sum(axis=0),
             "bias_rec": flat_rec.sum(axis=0),
             "threshold": np.zeros(n, F32),
         }
         for name in ("w_in", "w_rec"):
             gradients[name] = self._masked(name, gradients[name], stored)
-        d_x = None
-        if input_mask is not None:
+        if input_mask is not None and d_x is None:
             d_x = (flat_in @ p["w_in"].T).reshape(steps, batch, -1)
             input_mask.zero_elsewhere(d_x)
         return LayerGradients(gradients, d_x)

@@ -84,7 +84,7 @@ class Optimiser:
         """Factor on the learning rate of the parameter with that name."""
         if name == "embedding":
             return self.embedding_rate
-        if name == "readout":
+        if MatrixId(name).of_readout and not is_bias(name):
             return self.readout_rate
         return self.threshold_rate if is_threshold(name) else self.bias_rate if is_bias(name) else 1.0
 

@@ -23,7 +23,7 @@ KINDS = 8
 
 RATES = ("dropconnect", "dropout_input", "dropout_between", "dropout_top", "dropout_words", "zoneout")
 
-STRENGTHS = ("activity_rate", "state", "activation", "temporal_activation")
+STRENGTHS = ("activity_rate", "state", "activation", "temporal_activation", "gate_balance")
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,11 @@ class Regularisers:
     state_margin        : distance of that value from the threshold
     activation          : strength of the mean square of the last layer's output after dropout (AR)
     temporal_activation : strength of the mean square of that output's change between steps, before dropout (TAR)
+    gate_balance        : strength of a load balance of gated blocks, added over their matrices:
+                          blocks * sum over b of f[b] * p[b]. Of a window, f[b] is the share of all choices that fell on
+                          block b, and p[b] the mean over steps and samples of softmax(logits)[b]; f counts as constant.
+                          It is 1 where all blocks are used alike (Fedus, Zoph and Shazeer 2022, arXiv 2101.03961,
+                          equations 4 to 6, for one choice per input)
 
     Raises ValueError for a value outside its range.
     """
@@ -70,6 +75,7 @@ class Regularisers:
     state_margin: float = 0.05
     activation: float = 0.0
     temporal_activation: float = 0.0
+    gate_balance: float = 0.0
 
     def __post_init__(self):
         for name in RATES:
@@ -85,6 +91,10 @@ class Regularisers:
             raise ValueError(f"regularisers dropout_words: got {self.dropout_words}, but the network has no embedding")
         if self.dropout_between and len(model.cells) == 1:
             raise ValueError(f"regularisers dropout_between: got {self.dropout_between}, but there is one layer only")
+        if self.gate_balance and not model.gated:
+            raise ValueError(
+                f"regularisers gate_balance: got {self.gate_balance}, but no matrix of the network has gated blocks"
+            )
 
     def masks(self, model: Model) -> list[Mask]:
         """The masks that every window draws. A mask with rate 0 is not among them."""
@@ -141,7 +151,21 @@ class Regularisers:
             d_y[1:] += d_change
             d_y[:-1] -= d_change
             penalty.events(len(tape.layers) - 1, d_y)
+        if self.gate_balance:
+            self._balance(penalty, tape)
         return penalty
+
+    def _balance(self, penalty: Penalty, tape: Tape) -> None:
+        for name, product in tape.products.items():
+            logits, blocks = product.logits, product.logits.shape[1]
+            choices = product.chosen.sum(axis=0, dtype=np.float64)
+            used = choices / max(1.0, choices.sum())
+            shares = np.exp(logits - logits.max(axis=1, keepdims=True)).astype(np.float64)
+            shares /= shares.sum(axis=1, keepdims=True)
+            factor, of_row = self.gate_balance * blocks / max(1, len(logits)), shares @ used
+            penalty.loss += factor * float(of_row.sum())
+            d_logits = (factor * shares * (used - of_row[:, None])).astype(F32)
+            penalty.d_logits[name] = d_logits.reshape(*tape.top.shape[:2], blocks)
 
     def _rate(self, penalty: Penalty, model: Model, tape: Tape, k: int) -> None:
         v, threshold = tape.layers[k].v, tape.layers[k].threshold
@@ -170,12 +194,14 @@ class Penalty:
     d_events     : per layer, gradient with respect to the outputs y, (T, B, N) float32 or None
     d_cells      : per layer, gradient with respect to the cells v before the event, (T, B, N) float32 or None
     d_thresholds : layer -> gradient with respect to the thresholds, (N,) float32, of penalties on v - threshold
+    d_logits     : matrix of gated blocks -> gradient with respect to its logits, (T, B, K) float32
     """
 
     loss: float
     d_events: list[np.ndarray | None]
     d_cells: list[np.ndarray | None]
     d_thresholds: dict[int, np.ndarray] = field(default_factory=dict)
+    d_logits: dict[str, np.ndarray] = field(default_factory=dict)
 
     def events(self, k: int, d_y: np.ndarray) -> None:
         """Add to the gradient of the output of layer k."""

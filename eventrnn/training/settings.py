@@ -9,6 +9,7 @@ import numpy as np
 from eventrnn._checks import need_choice, need_kind, need_number, need_whole
 from eventrnn.backend import TRAINING_ENGINES
 from eventrnn.training.bptt.model import BACKWARDS
+from eventrnn.training.gates import GateSettings
 from eventrnn.training.optim import Optimiser, Schedule
 from eventrnn.training.regularisers import Regularisers
 from eventrnn.training.thresholds import check_rule
@@ -48,6 +49,7 @@ class Settings:
     optimiser      : see `Optimiser`
     schedule       : see `Schedule`
     regularisers   : see `Regularisers`
+    gates          : of networks with gated blocks, see `GateSettings`
 
     Raises ValueError for a value outside its range.
     """
@@ -73,6 +75,7 @@ class Settings:
     optimiser: Optimiser = field(default_factory=Optimiser)
     schedule: Schedule = field(default_factory=Schedule)
     regularisers: Regularisers = field(default_factory=Regularisers)
+    gates: GateSettings = field(default_factory=GateSettings)
 
     def __post_init__(self):
         for name in ("steps", "batch", "window", "threads"):
@@ -85,7 +88,8 @@ class Settings:
             need_number(name, getattr(self, name), at_least=0)
         check_rule(self.thresholds)
         need_choice("backward", self.backward, BACKWARDS)
-        for name, kind in (("optimiser", Optimiser), ("schedule", Schedule), ("regularisers", Regularisers)):
+        records = ("optimiser", Optimiser), ("schedule", Schedule), ("regularisers", Regularisers)
+        for name, kind in (*records, ("gates", GateSettings)):
             need_kind(name, getattr(self, name), kind, f"a record {kind.__name__}(...)")
 
         need_choice("backend", self.backend, TRAINING_ENGINES)

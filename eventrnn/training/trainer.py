@@ -21,6 +21,7 @@ from eventrnn.training.bptt.model import Model
 from eventrnn.training.settings import Settings
 from eventrnn.training.tasks import LanguageModelling, Task
 from eventrnn.training.transaction import Transaction, backup_generator, backup_pruning
+from eventrnn.weights.gated import need_matrices
 
 # Names in `Trainer.numbers`.
 NUMBERS = ("steps", "epoch", "position", "generator", "optimiser", "best_value", "worse", "largest", "operations")
@@ -88,7 +89,8 @@ class Trainer:
     trainer then refuses every further call until a checkpoint is restored. It cannot be copied.
 
     Raises ValueError for a task that does not fit the network or the model, for a batch larger than the data, and for a
-    pruning method that does not end within the run.
+    pruning method that does not end within the run. Raises `NotAMatrix`, a TypeError, for gated blocks and another
+    backend than "cpu".
     """
 
     def __init__(
@@ -111,6 +113,9 @@ class Trainer:
         self.settings, self.pruning = settings, pruning
         if self.task.length(settings.batch) < 1:
             raise ValueError(f"batch: got {settings.batch}, more than the data has")
+        if settings.backend != "cpu":
+            matrices = network.matrices() if model is None else model.template.matrices()
+            need_matrices(matrices, f"training with backend {settings.backend!r}")
         if model is not None and settings.backend != "cpu" and type(model) is not Model:
             kind = type(model).__name__
             raise ValueError(f"backend: got {settings.backend!r}, but a {kind} trains on the cpu only; use 'cpu'")
@@ -120,6 +125,7 @@ class Trainer:
         if self.model.single_state and isinstance(self.task, LanguageModelling) and self.task.carry == "events":
             raise ValueError("carry: got 'events', but the cells of a GRU are its outputs; use carry='state'")
         settings.regularisers.check(self.model)
+        settings.gates.check(self.model, self._updates())
         if pruning is not None:
             steps = self._updates()
             if pruning.end >= steps:
@@ -161,7 +167,8 @@ class Trainer:
     # --- running ---
 
     def run(self, report: Callable[[Progress], None] = lambda progress: None) -> Network:
-        """Do all remaining updates. Returns the trained network with dense weights; pruned weights are exactly zero."""
+        """Do all remaining updates. Returns the trained network, whose matrices are dense or, where they were, gated
+        blocks; pruned weights are exactly zero."""
         for progress in self:
             report(progress)
         return self.network()
@@ -366,7 +373,8 @@ class Trainer:
         model = self.model
         return {
             "model": {name: list(shape) for name, shape in self._shapes.items()}
-            | {f"layers.{k}.cell": repr(cell) for k, cell in enumerate(model.cells)},
+            | {f"layers.{k}.cell": repr(cell) for k, cell in enumerate(model.cells)}
+            | {f"{name}.blocks": [*w.block, w.density, w.gate_rule] for name, w in model.gated.items()},
             "data": self.task.digest(),
             "settings": asdict(self.settings),
             "pruning": "None" if self.pruning is None else self.pruning.digest(),

@@ -198,6 +198,22 @@ class GatedBlocks(Weights):
             warnings.warn(f"gated blocks: {cost}", stacklevel=2)
         return made
 
+    def with_numbers(
+        self, weights: np.ndarray, gate: np.ndarray, gate_bias: np.ndarray, gate_out: np.ndarray | None = None
+    ) -> GatedBlocks:
+        """Other weights (n_pre, n_post) and another gate in the same blocks, with the same density and rule.
+
+        Arrays are copied. Weights are stored as float32, and blocks of zeros are not. Raises TypeError for a gate of
+        another shape, and ValueError for weights of another shape.
+        """
+        if np.shape(weights) != self.shape:
+            raise ValueError(f"weights: got shape {np.shape(weights)}, need {self.shape}")
+        inner = BlockCSR.from_dense(weights, block=self.block)
+        arrays = gate.copy(), gate_bias.copy()
+        out = None if gate_out is None else gate_out.copy()
+        index = inner.indptr, inner.indices, inner.values
+        return GatedBlocks(*index, self.shape, self.block, *arrays, self.density, self.gate_rule, out)
+
     def check(self, full: bool = False) -> None:
         """With `full`, check the blocks as `BlockCSR` does, and that the gate is finite. Raises ValueError."""
         self.blocks.check(full)

@@ -44,6 +44,11 @@ class MatrixId(str):
         return self.role == "w_rec"
 
     @property
+    def of_readout(self) -> bool:
+        """Whether the parameter belongs to the read-out: its matrix, its bias, or the gate of its blocks."""
+        return self.partition(".")[0] == "readout"
+
+    @property
     def gated(self) -> bool:
         """Whether the columns of the matrix are the rows of several gates."""
         return self.role in ("w_in", "w_rec")

@@ -17,6 +17,8 @@ from eventrnn.cells import Cell
 from eventrnn.counting.backward import BackwardWork
 from eventrnn.cpu.kernels.simd import LANES
 from eventrnn.cpu.threads import Team
+from eventrnn.training.bptt import gated_layer
+from eventrnn.training.bptt.gated_products import rows_of, values_of
 from eventrnn.training.bptt.kernels import cell_update, event_lists, sddmm, spmm, time_loops
 from eventrnn.training.bptt.kernels.records import (
     ACTIVE,
@@ -99,18 +101,19 @@ class LayerEngine:
 
     # --- patterns -----------------------------------------------------------------------------------------------
 
-    def pattern(self, name: str, shape: tuple[int, int], mask: np.ndarray | None) -> Pattern:
+    def pattern(self, name: str, shape: tuple[int, int], mask: np.ndarray | None, *, gated: bool = False) -> Pattern:
         """The pattern of a mask. It is made again only when the mask has changed.
 
         name  : "w_in" or "w_rec"
         shape : (n_pre, 3N)
         mask  : (n_pre, 3N) bool; None where all weights are kept
+        gated : whether the matrix has gated blocks, whose products all go through BLAS
         """
         before = self.masks.get(name)
         same = before is None if mask is None else before is not None and self._equal(mask, before)
         if name not in self.patterns or not same:
             self.masks[name] = None if mask is None else mask.copy()
-            dense, sparse = self.backward_mode == "dense", self.backward_mode == "sparse"
+            dense, sparse = gated or self.backward_mode == "dense", self.backward_mode == "sparse"
             pattern = Pattern.of(None if dense else mask, shape, 2 * shape[1] // 3, always=sparse)
             if mask is not None:
                 pattern.kept[:] = mask.sum(axis=1)
@@ -150,7 +153,8 @@ class LayerEngine:
     ) -> LayerTape:
         """Run a window from a state. Equals `reference.forward`.
 
-        p            : `w_in` (I, 3N), `w_rec` (N, 3N), `bias_in` and `bias_rec` (3N,), `threshold` (N,)
+        p            : `w_in` (I, 3N), `w_rec` (N, 3N), `bias_in` and `bias_rec` (3N,), `threshold` (N,). A matrix of
+                       gated blocks is a `GatedMatrix`
         x            : (T, B, I) inputs
         c, y         : (B, N) cells and outputs before the window
         zoneout_mask : (T, B, N) bool, True where a unit keeps its cell; None without zoneout
@@ -160,12 +164,20 @@ class LayerEngine:
         u, r, g, q, v = (take(steps, batch, n) for _ in range(5))
         ys, cs = take(steps + 1, batch, n), take(steps + 1, batch, n)
         ys[0], cs[0] = y, c
-        tape = LayerTape(x, p["w_rec"], u, r, g, q, v, ys, cs, p["threshold"], engine=self)
+        products = gated_layer.products(p, steps * batch, self.team)
+        tape = LayerTape(
+            *(x, values_of(p["w_rec"]), u, r, g, q, v, ys, cs, p["threshold"]), engine=self, products=products
+        )
         drive_in = take(steps * batch * pitch + SPARE)
-        tape.share_in = self._input_drives(p, x, drive_in, pitch)
+        if "w_in" in products:
+            flat = drive_in[: steps * batch * pitch].reshape(steps * batch, pitch)[:, : 3 * n]
+            products["w_in"].drives(rows_of(x), 0, flat)
+            flat += p["bias_in"]
+        else:
+            tape.share_in = self._input_drives(p, x, drive_in, pitch)
         held = np.zeros(0, bool) if zoneout_mask is None else np.ascontiguousarray(zoneout_mask).reshape(-1)
-        if self.backward_mode == "dense":
-            self._forward_by_blas(shape, p, drive_in, pitch, held, tape.arrays())
+        if self.backward_mode == "dense" or "w_rec" in products:
+            self._forward_by_blas(shape, p, drive_in, pitch, held, tape)
             return tape
         packed = self._packed("w_rec", self._unit_ranges(n), batch, p["w_rec"])
         self.team.run(
@@ -231,10 +243,11 @@ class LayerEngine:
         return share * pattern.stored <= limit * pattern.shape[0] * pattern.shape[1]
 
     def _forward_by_blas(
-        self, shape: WindowShape, p: dict, drive_in: np.ndarray, pitch: int, held: np.ndarray, tape: TapeArrays
+        self, shape: WindowShape, p: dict, drive_in: np.ndarray, pitch: int, held: np.ndarray, layer: LayerTape
     ) -> None:
         """All steps, with the recurrent products through BLAS."""
-        n, batch, w, bias = shape.units, shape.batch, p["w_rec"], p["bias_rec"]
+        n, batch, w, bias = shape.units, shape.batch, layer.w_rec, p["bias_rec"]
+        tape, product = layer.arrays(), layer.products.get("w_rec")
         w_gates, w_candidate = split_gates(self.cell, w)
         drive, size = np.empty((batch, 3 * n), F32), batch * n
         for t in range(shape.steps):
@@ -245,7 +258,10 @@ class LayerEngine:
                 sent = tape.q[t * size : (t + 1) * size].reshape(batch, n)
                 drive[:, 2 * n :] = self.team.multiply(sent, w_candidate) + bias[2 * n :]
             else:
-                self.team.multiply(y, w, drive)
+                if product is None:
+                    self.team.multiply(y, w, drive)
+                else:
+                    product.drives(y, t * batch, drive)
                 drive += bias
             cell_update.update_batch(
                 shape, drive_in, at, pitch, drive.reshape(-1), p["threshold"], held, tape, t * size
@@ -277,7 +293,8 @@ class LayerEngine:
         work.input_gradient_rows = max(0, steps - 1 + self.paper) * batch
         sweep = self._sweep(tape, d_y, d_cell)
         surrogate, v = sweep.surrogate, sweep.tape.v
-        over_pairs = self._sparse(pattern, self._active_share(surrogate, v, rows, n), PAIRS_UP_TO)
+        share = 1.0 if "w_rec" in tape.products else self._active_share(surrogate, v, rows, n)
+        over_pairs = "w_rec" not in tape.products and self._sparse(pattern, share, PAIRS_UP_TO)
         (self._sweep_over_pairs if over_pairs else self._sweep_by_blas)(tape, sweep)
         # Nothing within the window reads the output of the last step. In the paper's variant the reset gate of the
         # first step reads the output before the window.
@@ -290,19 +307,29 @@ class LayerEngine:
             "w_in": MatrixInputs((x,), tape.share_in),
             "w_rec": MatrixInputs((y, sweep.tape.q) if self.paper else (y,), self._nonzero_share(y)),
         }
-        self._list_events(inputs, rows)
+        self._list_events({name: each for name, each in inputs.items() if name not in tape.products}, rows)
         deltas = sweep.deltas
-        d_threshold, d_bias = deltas.d_threshold, deltas.d_bias
-        gradients = {
-            "w_in": self._gradient("w_in", inputs["w_in"], rows, deltas.d_in, deltas.pitch, tape, stored),
-            "w_rec": self._gradient("w_rec", inputs["w_rec"], rows, deltas.d_rec, deltas.pitch, tape, stored),
+        d_threshold, d_bias, pitch = deltas.d_threshold, deltas.d_bias, deltas.pitch
+        drives = {"w_in": deltas.d_in, "w_rec": deltas.d_rec}
+        gradients, d_x = gated_layer.gradients(
+            tape,
+            {name: drives[name][: rows * pitch].reshape(rows, pitch)[:, : 3 * n] for name in tape.products},
+            input_mask,
+            gated_layer.pairs_of_outputs(self.cell, tape),
+            self.masks,
+        )
+        for name, delta in drives.items():
+            if name in tape.products:
+                gradients[name] = self._masked(name, gradients[name], stored)
+            else:
+                gradients[name] = self._gradient(name, inputs[name], rows, delta, pitch, tape, stored)
+        gradients |= {
             "bias_in": d_bias[: 3 * n].copy(),
             "bias_rec": d_bias[: 3 * n].copy() if self.paper else np.concatenate([d_bias[: 2 * n], d_bias[3 * n :]]),
             "threshold": d_threshold,
         }
-        d_x = None
-        if input_mask is not None:
-            d_x = self._input_gradient(p["w_in"], deltas.d_in, deltas.pitch, tape, input_mask)
+        if input_mask is not None and d_x is None:
+            d_x = self._input_gradient(p["w_in"], deltas.d_in, pitch, tape, input_mask)
         return LayerGradients(gradients, d_x)
 
     def _sweep(self, tape: LayerTape, d_y: np.ndarray, d_cell: np.ndarray | None) -> _Sweep:
@@ -386,6 +413,7 @@ class LayerEngine:
         steps, batch, n = tape.v.shape
         shape, surrogate, arrays, deltas = sweep.shape, sweep.surrogate, sweep.tape, sweep.deltas
         w_gates, w_candidate = split_gates(self.cell, tape.w_rec)
+        product = tape.products.get("w_rec")
         gates, size, d_before, pitch = w_gates.shape[1], batch * n, np.zeros(batch * n, F32), deltas.pitch
         d_y, d_cell_step = sweep.upstream.d_y.reshape(steps, batch, n), size if len(sweep.upstream.d_cell) > size else 0
         d_sum = d_y[-1] if steps else d_y
@@ -407,7 +435,10 @@ class LayerEngine:
             if self.paper:
                 d_sent = self.team.multiply(rows[:, 2 * n : 3 * n], w_candidate.T).reshape(-1)
                 cell_update.reset_gate_adjoint_batch(shape, arrays, s, d_sent, deltas, at, d_before)
-            if t > 0:
+            if product is not None:
+                d_sent = product.input_gradient(tape.y[t], rows[:, :gates], t * batch)
+                d_sum = d_sent + d_y[t - 1] if t > 0 else d_sum
+            elif t > 0:
                 d_sum = self.team.multiply(rows[:, :gates], w_gates.T) + d_y[t - 1]
                 if self.paper:
                     d_sum += d_before.reshape(batch, n)

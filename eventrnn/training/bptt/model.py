@@ -37,13 +37,13 @@ from eventrnn.cpu.threads import Team
 from eventrnn.network import Layer, Network, Readout, need_thresholds
 from eventrnn.state import State
 from eventrnn.training import thresholds as rules
+from eventrnn.training.bptt.gated_products import GatedMatrix, GatedProduct, Gating, gate_parameters
 from eventrnn.training.bptt.layer import LayerEngine
 from eventrnn.training.bptt.noise import Noise
 from eventrnn.training.bptt.tape import GradientMask, LayerTape
 from eventrnn.training.bptt.workspace import Arena
 from eventrnn.training.losses import cross_entropy
-from eventrnn.weights import Dense, MatrixId
-from eventrnn.weights.gated import need_matrices
+from eventrnn.weights import Dense, GatedBlocks, MatrixId, Weights
 
 F32 = np.float32
 
@@ -65,12 +65,20 @@ class Tape:
     symbols : (T, B) symbols that the embedding looked up, or None
     top     : (T, B, N) input of the read-out, after noise
     noise   : the noise that was applied
+    readout : the product of the read-out, if it has gated blocks
     """
 
     layers: list[LayerTape]
     symbols: np.ndarray | None
     top: np.ndarray
     noise: Noise
+    readout: GatedProduct | None = None
+
+    @property
+    def products(self) -> dict[str, GatedProduct]:
+        """The products of all matrices of gated blocks, by the name of the matrix."""
+        named = {f"layers.{k}.{name}": p for k, layer in enumerate(self.layers) for name, p in layer.products.items()}
+        return named if self.readout is None else named | {"readout": self.readout}
 
     @property
     def activity(self) -> float:
@@ -119,9 +127,12 @@ class Model:
     ----------
     parameters : `embedding` (V, E), `layers.k.w_in` (I, 3N), `.w_rec` (N, 3N), `.bias_in`, `.bias_rec` (3N,),
                  `.threshold` (N,), `readout` (N, V), `readout.bias` (V,); no `readout` when it is tied to the
-                 embedding
+                 embedding. Of a matrix of gated blocks also `.gate`, `.gate_bias` and, with two factors, `.gate_out`
+    gated      : the matrices of gated blocks of the network, by name
     masks      : boolean arrays by parameter name, False where pruned. At first, weights that a sparse matrix of the
                  network does not store are pruned
+
+    All products of gated blocks go through BLAS, whatever `backward` is (`bptt/gated_products.py`).
 
     Raises ValueError for an unknown `backward` or `thresholds`, for a number of threads out of range, and for a network
     with GRU or LSTM cells.
@@ -138,19 +149,18 @@ class Model:
             raise ValueError(f"threads: got {threads}, need 1 to {MOST_THREADS}; more threads than cores only wait")
         rules.check_rule(thresholds)
         self._check_cells(network)
-        need_matrices(network.matrices(), "training")
         self.template, self.backward_mode, self.threads, self.thresholds = network, backward, threads, thresholds
         self.cells: list[Cell] = [layer.cell for layer in network.layers]
         self.tied = network.readout is not None and network.readout.tied
         self.masks: dict[str, np.ndarray] = {}
+        self.gated: dict[str, GatedBlocks] = {}
         self.parameters: MutableMapping[str, np.ndarray] = {}
         if network.embedding is not None:
             self.parameters["embedding"] = network.embedding.copy()
         for k, layer in enumerate(network.layers):
             for name in ("w_in", "w_rec"):
                 # Pruning reads the number of gates from the name.
-                full = MatrixId.of(k, name, layer.cell.gates)
-                self.parameters[full] = np.ascontiguousarray(getattr(layer, name).to_dense())
+                self._take_matrix(MatrixId.of(k, name, layer.cell.gates), getattr(layer, name))
             for name in ("bias_in", "bias_rec", "threshold"):
                 self.parameters[f"layers.{k}.{name}"] = getattr(layer, name).copy()
             # The zeros of a cell without thresholds are kept, whatever the rule is.
@@ -158,14 +168,24 @@ class Model:
             self.parameters[f"layers.{k}.threshold"] = rules.to_parameter(rule, layer.threshold)
         if network.readout is not None:
             if not self.tied:
-                self.parameters["readout"] = np.ascontiguousarray(network.readout.weights.to_dense())
+                self._take_matrix("readout", network.readout.weights)
             self.parameters["readout.bias"] = network.readout.bias.copy()
-        for name, weights in network.matrices().items():
-            if name in self.parameters and not isinstance(weights, Dense):
-                self.masks[name] = weights.kept()
         self._team, self._arena, self._use = Team(threads), Arena(), Use("model")
         self._shapes = {name: value.shape for name, value in self.parameters.items()}
         self._engines = [LayerEngine(cell, backward, self._team, self._arena) for cell in self.cells]
+
+    def _take_matrix(self, name: str, weights: Weights) -> None:
+        """Make parameters of a matrix, and a mask of what it does not store."""
+        plain, kept = weights, None
+        if isinstance(weights, GatedBlocks):
+            self.gated[name], plain = weights, weights.blocks
+        self.parameters[name] = np.ascontiguousarray(plain.to_dense())
+        if isinstance(weights, GatedBlocks):
+            self.parameters.update(gate_parameters(name, weights))
+        if not isinstance(plain, Dense):
+            kept = plain.kept()
+        if kept is not None and not (name in self.gated and kept.all()):
+            self.masks[name] = kept
 
     @staticmethod
     def _check_cells(network: Network) -> None:
@@ -181,7 +201,7 @@ class Model:
         return copy.deepcopy(self)
 
     def network(self, parameters: Mapping[str, np.ndarray] | None = None) -> Network:
-        """A network with copies of the parameters, all weights dense.
+        """A network with copies of the parameters, all weights dense or, where they were, gated blocks.
 
         parameters : instead of the present ones; masks and the bounds of thresholds are applied
         """
@@ -192,8 +212,8 @@ class Model:
                 rules.clamp(self.thresholds, p[f"layers.{k}.threshold"])
         layers = tuple(
             Layer(
-                Dense(p[f"layers.{k}.w_in"].copy()),
-                Dense(p[f"layers.{k}.w_rec"].copy()),
+                self._matrix(f"layers.{k}.w_in", p),
+                self._matrix(f"layers.{k}.w_rec", p),
                 p[f"layers.{k}.bias_in"].copy(),
                 p[f"layers.{k}.bias_rec"].copy(),
                 *self._threshold_and_cell(k, p[f"layers.{k}.threshold"]),
@@ -203,9 +223,19 @@ class Model:
         embedding = p["embedding"].copy() if "embedding" in p else None
         readout = None
         if "readout.bias" in p:
-            weights = np.ascontiguousarray(embedding.T) if self.tied and embedding is not None else p["readout"].copy()
-            readout = Readout(Dense(weights), p["readout.bias"].copy(), tied=self.tied)
+            if self.tied and embedding is not None:
+                weights = Dense(np.ascontiguousarray(embedding.T))
+            else:
+                weights = self._matrix("readout", p)
+            readout = Readout(weights, p["readout.bias"].copy(), tied=self.tied)
         return replace(self.template, layers=layers, embedding=embedding, readout=readout)
+
+    def _matrix(self, name: str, p: Mapping[str, np.ndarray]) -> Weights:
+        """A matrix of a network, with copies of the parameters."""
+        if name not in self.gated:
+            return Dense(p[name].copy())
+        gate, bias = (p[f"{name}{end}"] for end in (".gate", ".gate_bias"))
+        return self.gated[name].with_numbers(p[name], gate, bias, p.get(f"{name}.gate_out"))
 
     def _threshold_and_cell(self, k: int, parameter: np.ndarray) -> tuple[np.ndarray, Cell]:
         """Thresholds (N,) and cell of layer k in a network, from the parameter (N,) that stands for the thresholds."""
@@ -229,18 +259,22 @@ class Model:
 
     @exclusive
     @standard_arithmetic
-    def forward(self, inputs: np.ndarray, state: State, noise: Noise | None = None) -> tuple[np.ndarray, State, Tape]:
+    def forward(
+        self, inputs: np.ndarray, state: State, noise: Noise | None = None, gating: Gating | None = None
+    ) -> tuple[np.ndarray, State, Tape]:
         """Run a window of T steps and B samples.
 
         inputs : (T, B) symbols, or (T, B, I) numbers for a network without embedding
         state  : state before the window
         noise  : masks of dropout and zoneout; none by default
+        gating : how gated blocks are chosen; by default as the network chooses them, with the exact gradient
 
         Returns the output (T, B, V), or the outputs (T, B, N) of the last layer without a read-out; the state after the
         window; and the tape. Raises ValueError for inputs, noise, a state, parameters or masks of the wrong shape, and
-        for symbols outside the embedding.
+        for symbols outside the embedding; FloatingPointError for gates that are not finite.
         """
         p, noise = self.parameters, Noise() if noise is None else noise
+        gating = Gating() if gating is None else gating
         inputs = self._checked_inputs(inputs)
         symbols = inputs if "embedding" in p else None
         need_kind("noise", noise, Noise, "a Noise, or None")
@@ -259,19 +293,24 @@ class Model:
             if k > 0:
                 x = _scaled(x, noise.of("between", k - 1))
             tape = self._engines[k].forward(
-                self._layer(k, noise), x, state.cells[k], state.outputs[k], noise.of("zoneout", k)
+                self._layer(k, noise, gating), x, state.cells[k], state.outputs[k], noise.of("zoneout", k)
             )
             layers.append(tape)
             cells_after.append(tape.c[-1].copy())
             outputs_after.append(tape.y[-1].copy())
             x = tape.y[1:]
         x = _scaled(x, noise.top)
-        output = x
+        output, readout = x, None
         if "readout.bias" in p:
-            flat = self._team.multiply(x.reshape(-1, x.shape[2]), self.readout_weights())
+            top = x.reshape(-1, x.shape[2])
+            if "readout" in self.gated:
+                readout = GatedProduct(self._gated_matrix("readout", gating), len(top), self._team)
+                flat = readout.drives(np.ascontiguousarray(top), 0)
+            else:
+                flat = self._team.multiply(top, self.readout_weights())
             flat += p["readout.bias"]
             output = flat.reshape(*x.shape[:2], flat.shape[1])
-        return output, State(tuple(cells_after), tuple(outputs_after)), Tape(layers, symbols, x, noise)
+        return output, State(tuple(cells_after), tuple(outputs_after)), Tape(layers, symbols, x, noise, readout)
 
     def score(self, inputs: np.ndarray, targets: np.ndarray, state: State) -> tuple[float, State, np.ndarray]:
         """The mean of -ln softmax(output)[target] over all steps and samples, without noise.
@@ -323,12 +362,20 @@ class Model:
         symbols = len(self.parameters["embedding"]) if "embedding" in self.parameters else None
         return units, len(self.parameters["layers.0.w_in"]), symbols
 
-    def _layer(self, k: int, noise: Noise) -> dict[str, np.ndarray]:
+    def _gated_matrix(self, name: str, gating: Gating) -> GatedMatrix:
+        return GatedMatrix.of(name, self.gated[name], self.parameters, gating)
+
+    def _layer(self, k: int, noise: Noise, gating: Gating) -> dict[str, Any]:
         """Parameters of a layer as this window uses them: DropConnect applied, thresholds instead of their logits."""
-        p = {name: self.parameters[f"layers.{k}.{name}"] for name in LAYER_PARAMETERS}
+        p: dict[str, Any] = {name: self.parameters[f"layers.{k}.{name}"] for name in LAYER_PARAMETERS}
+        for name in ("w_in", "w_rec"):
+            if f"layers.{k}.{name}" in self.gated:
+                p[name] = self._gated_matrix(f"layers.{k}.{name}", gating)
         self._follow_masks(k)
         if (dropped := noise.of("recurrent", k)) is not None:
-            p["w_rec"] = np.multiply(p["w_rec"], dropped, dtype=F32)
+            w_rec = p["w_rec"]
+            scaled = isinstance(w_rec, GatedMatrix)
+            p["w_rec"] = w_rec.scaled_by(dropped) if scaled else np.multiply(w_rec, dropped, dtype=F32)
         p["threshold"] = rules.from_parameter(self.thresholds, p["threshold"])
         return p
 
@@ -336,7 +383,8 @@ class Model:
         """Update the sparse patterns of a layer to the masks."""
         for name in ("w_in", "w_rec"):
             full = f"layers.{k}.{name}"
-            self._engines[k].pattern(name, self.parameters[full].shape, self.masks.get(full))
+            shape, gated = self.parameters[full].shape, full in self.gated
+            self._engines[k].pattern(name, shape, self.masks.get(full), gated=gated)
 
     @exclusive
     @standard_arithmetic
@@ -348,6 +396,7 @@ class Model:
         activity_cost: float = 0.0,
         d_events: tuple[np.ndarray | None, ...] = (),
         d_cells: tuple[np.ndarray | None, ...] = (),
+        d_logits: Mapping[str, np.ndarray] | None = None,
         d_inputs: bool | np.ndarray = False,
         stored: bool = False,
     ) -> dict[str, np.ndarray]:
@@ -359,6 +408,7 @@ class Model:
                         loss
         d_events      : for each layer a further gradient of its output `y` (T, B, N), or None; empty for none at all
         d_cells       : the same for the cell state before the event, `v`
+        d_logits      : a further gradient (T, B, K) of the logits of gated blocks, by the name of the matrix
         d_inputs      : True: return the gradient of the inputs (T, B, I) too, as "inputs"; for symbols, that of the
                         embedding's rows that were read. A boolean array (T, B, I): compute it only where the array is
                         True; it is zero elsewhere
@@ -376,6 +426,7 @@ class Model:
         shapes = [layer.v.shape for layer in tape.layers]
         for name, further in (("d_events", d_events), ("d_cells", d_cells)):
             _check_further(name, further, shapes)
+        _add_to_logits(tape, {} if d_logits is None else d_logits)
         p, gradients, noise = self.parameters, {}, tape.noise
         expected = (*tape.top.shape[:2], *(p["readout.bias"].shape if "readout.bias" in p else tape.top.shape[2:]))
         if d_output.shape != expected:
@@ -391,10 +442,15 @@ class Model:
         if "readout.bias" in p:
             flat = d_output.reshape(-1, d_output.shape[2])
             top = np.ascontiguousarray(tape.top).reshape(len(flat), tape.top.shape[-1])
-            d_weights = self._team.multiply(top.T, flat)
             gradients["readout.bias"] = flat.sum(axis=0)
-            gradients["embedding" if self.tied else "readout"] = d_weights.T.copy() if self.tied else d_weights
-            d_x = self._team.multiply(flat, self.readout_weights().T).reshape(tape.top.shape)
+            if tape.readout is not None:
+                flat = np.ascontiguousarray(flat, F32)
+                d_x = tape.readout.input_gradient(top, flat, 0).reshape(tape.top.shape)
+                gradients |= {f"readout{end}": each for end, each in tape.readout.gradients(top, flat).items()}
+            else:
+                d_weights = self._team.multiply(top.T, flat)
+                gradients["embedding" if self.tied else "readout"] = d_weights.T.copy() if self.tied else d_weights
+                d_x = self._team.multiply(flat, self.readout_weights().T).reshape(tape.top.shape)
         for k in reversed(range(len(self.cells))):
             layer, scale = tape.layers[k], noise.of("between", k) if k + 1 < len(self.cells) else noise.top
             d_y = _scaled(d_x, scale)
@@ -445,6 +501,20 @@ def _check_further(name: str, gradients: Sequence[np.ndarray | None], shapes: Se
     for k, gradient in enumerate(gradients):
         if gradient is not None and number_array(f"{name}[{k}]", gradient, f"{shapes[k]}").shape != shapes[k]:
             raise ValueError(f"{name}[{k}]: got shape {gradient.shape}, need {shapes[k]}")
+
+
+def _add_to_logits(tape: Tape, d_logits: Mapping[str, np.ndarray]) -> None:
+    """Let the products of a tape add these gradients to those of their logits. Raises ValueError."""
+    products = tape.products
+    for name, gradient in d_logits.items():
+        if name not in products:
+            raise ValueError(f"d_logits: got {name}, which has no gated blocks; have {', '.join(products) or 'none'}")
+        need = (*tape.top.shape[:2], products[name].logits.shape[1])
+        if number_array(f"d_logits of {name}", gradient, f"{need}", kinds="f").shape != need:
+            raise ValueError(f"d_logits of {name}: got shape {gradient.shape}, need {need}")
+    for name, product in products.items():
+        further = d_logits.get(name)
+        product.d_further = None if further is None else np.asarray(further, F32).reshape(product.logits.shape)
 
 
 def check_range(name: str, symbols: np.ndarray, size: int, axes: str) -> None:

@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from eventrnn import cells
 from eventrnn.cells import Cell
 from eventrnn.counting.backward import BackwardWork
 from eventrnn.cpu.threads import Team
+from eventrnn.training.bptt.gated_products import GatedProduct
 from eventrnn.training.bptt.kernels import cell_update
 from eventrnn.training.bptt.kernels.records import CompressedEvents, SurrogateParameters, TapeArrays
 from eventrnn.training.bptt.workspace import Arena
@@ -34,6 +36,7 @@ class LayerTape:
                 the backward pass
     work      : operations of the backward pass by matrix; empty until the backward pass
     engine    : the engine that wrote the tape
+    products  : the product of each matrix of gated blocks, `w_in` or `w_rec`
     """
 
     x: np.ndarray
@@ -50,6 +53,7 @@ class LayerTape:
     support: float = float("nan")
     work: dict[str, BackwardWork] = field(default_factory=dict)
     engine: object | None = field(default=None, repr=False)
+    products: dict[str, GatedProduct] = field(default_factory=dict)
 
     def arrays(self) -> TapeArrays:
         """The arrays of the tape, flat, for kernels."""
@@ -79,7 +83,8 @@ class LayerGradients:
 
     Attributes
     ----------
-    gradients : arrays by name: `w_in`, `w_rec`, `bias_in`, `bias_rec`, `threshold`
+    gradients : arrays by name: `w_in`, `w_rec`, `bias_in`, `bias_rec`, `threshold`; of gated blocks also `w_in.gate`
+                and the like
     d_x       : (T, B, I) gradient of the input; None where it was not requested
     """
 
@@ -116,10 +121,26 @@ class GradientMask:
         team.run(cell_update.convert_to_float32, np.ascontiguousarray(mask).reshape(-1), v)
         return cls(v, SurrogateParameters(0, F32(0), F32(1), np.zeros(mask.shape[2], F32)), zeroed=True)
 
+    def needed(self, shape: tuple[int, int]) -> np.ndarray:
+        """The inputs (T * B, I) at which the gradient is needed, as booleans."""
+        if self.v is None:
+            return np.ones(shape, bool)
+        return _active(self.surrogate, self.v.reshape(shape))
+
     def zero_elsewhere(self, d_x: np.ndarray) -> None:
         """Set a gradient that was computed everywhere to zero where it is not needed, if `zeroed`."""
         if self.zeroed and self.v is not None:
             d_x[self.v.reshape(d_x.shape) == 0] = 0
+
+
+def active(cell: Cell, v: np.ndarray, threshold: np.ndarray) -> np.ndarray:
+    """Where a unit fired or its surrogate slope is not zero: cells v (..., N) before the event, thresholds (N,)."""
+    return _active(surrogate_parameters(cell, threshold), v)
+
+
+def _active(rule: SurrogateParameters, v: np.ndarray) -> np.ndarray:
+    slope = cells.surrogate_slope(rule.kind, v - rule.threshold, rule.dampening, rule.support)
+    return (v > rule.threshold) | (slope != 0)
 
 
 def surrogate_parameters(cell: Cell, threshold: np.ndarray) -> SurrogateParameters:

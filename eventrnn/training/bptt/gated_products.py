@@ -1,0 +1,265 @@
+"""Gated blocks in training: the product of a window, its exact gradient, and its counts.
+
+Of one row (step and sample), with inputs x, blocks b = (R, C) of the grid, gates g and weights W, the drive of the
+block column C is
+
+    y[C] = sum over R of (g[R, C] * x[R]) @ W[R, C]
+
+so that all rows are multiplied by a block column at once through BLAS, after their inputs were scaled by the gates of
+that column. Back from the gradient d_y of the drives:
+
+    d_s[C]    = d_y[C] @ W[:, C].T             gradient with respect to the scaled inputs of the column C
+    d_W[:, C] = (g[R, C] * x[R]).T @ d_y[C]    summed over the rows
+    d_g[R, C] = d_s[C][R] . x[R]
+    d_l[b]    = slope[b] * (d_g[b] - sum over a of d_g[a] * g[a] / blocks)
+    d_x[R]    = sum over C of g[R, C] * d_s[C][R], plus the gradient through the logits l
+
+The slope of a chosen block is the derivative of its gate by its own logit as long as the sum s of the ratios is held
+fixed (`weights/gated.py` defines ratios and gates): blocks / (sum of the chosen logits) for the rule "linear", and the
+gate itself for the rule "softmax". The sum over a is the derivative of the normalisation. This is the exact gradient
+where the choice is constant. Blocks that were not chosen have the slope 0; straight-through (Bengio, Leonard and
+Courville 2013, arXiv 1308.3432) lets the gradient pass the choice as if it were the identity: their slope is then that
+of a chosen block with their logit. Where all chosen logits are 0, the rule "linear" has no derivative, and the slope
+is 0.
+
+All blocks are multiplied in training; only their gates are 0. `counting` counts what the trained network executes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from eventrnn.counting.backward import BackwardWork
+from eventrnn.cpu.threads import Team
+from eventrnn.state import gates_not_finite
+from eventrnn.training.bptt.kernels import gated_blocks
+from eventrnn.weights.gated import GatedBlocks, block_grid, kept_blocks
+
+F32 = np.float32
+
+#: what stands behind the name of a matrix in the names of the parameters of its gate
+GATE_PARAMETERS = (".gate", ".gate_bias", ".gate_out")
+
+
+@dataclass(frozen=True)
+class Gating:
+    """How the gates of a window choose.
+
+    Attributes
+    ----------
+    straight_through : whether blocks that were not chosen get a gradient, see the head of this file
+    densities        : share of the blocks that an input chooses, by matrix, in place of the matrix' own
+    """
+
+    straight_through: bool = False
+    densities: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class GatedMatrix:
+    """A matrix of gated blocks as one window uses it; J inputs, P outputs, K blocks. Arrays are C-ordered float32.
+
+    Attributes
+    ----------
+    name             : of the matrix, for messages
+    weights          : (J, P), the matrix without gates, zero where it is pruned
+    gate, gate_bias  : (J, K) or, with two factors, (J, rank); (K,)
+    gate_out         : (rank, K), or None
+    block            : (r, c)
+    kept             : number of blocks that an input chooses
+    rule             : one of `weights.GATE_RULES`
+    straight_through : see the head of this file
+    """
+
+    name: str
+    weights: np.ndarray
+    gate: np.ndarray
+    gate_bias: np.ndarray
+    gate_out: np.ndarray | None
+    block: tuple[int, int]
+    kept: int
+    rule: str
+    straight_through: bool
+
+    @classmethod
+    def of(cls, name: str, template: GatedBlocks, parameters: Mapping[str, np.ndarray], gating: Gating) -> GatedMatrix:
+        """The matrix of that name, from the parameters of a model; block, density and rule are the template's."""
+        weights, gate, bias = (parameters[name + end] for end in ("", ".gate", ".gate_bias"))
+        kept = kept_blocks(gating.densities.get(name, template.density), template.n_blocks)
+        out = parameters.get(f"{name}.gate_out")
+        return cls(name, weights, gate, bias, out, template.block, kept, template.gate_rule, gating.straight_through)
+
+    def scaled_by(self, scale: np.ndarray) -> GatedMatrix:
+        """The matrix with its weights multiplied by a scale (J, P), as DropConnect does; the gate is the same."""
+        return replace(self, weights=np.multiply(self.weights, scale, dtype=F32))
+
+
+def rows_of(x: np.ndarray) -> np.ndarray:
+    """Numbers (T, B, J) as rows (T * B, J), C-ordered."""
+    return np.ascontiguousarray(x).reshape(x.shape[0] * x.shape[1], x.shape[2])
+
+
+def values_of(matrix: np.ndarray | GatedMatrix) -> np.ndarray:
+    """The weights (J, P) of a matrix with or without gates."""
+    return matrix.weights if isinstance(matrix, GatedMatrix) else matrix
+
+
+def gate_parameters(name: str, weights: GatedBlocks) -> dict[str, np.ndarray]:
+    """Copies of the arrays of a gate, by the names of their parameters."""
+    found = {f"{name}.gate": weights.gate.copy(), f"{name}.gate_bias": weights.gate_bias.copy()}
+    return found if weights.gate_out is None else found | {f"{name}.gate_out": weights.gate_out.copy()}
+
+
+class GatedProduct:
+    """The product of a matrix of gated blocks with the rows of a window, forward and backward.
+
+    `drives` is called for all rows, together or a step at a time, each with the number of its first row;
+    `input_gradient` in the same way, and `gradients` after both. The kernels run on the threads of the team.
+
+    Parameters
+    ----------
+    matrix : the matrix
+    rows   : steps times samples of the window
+    team   : the threads
+
+    Attributes
+    ----------
+    logits, gates, slopes : (rows, K) float32 of the rows that `drives` has seen; slopes as the head of this file says
+    chosen                : (rows, K) int32, 1 where the row chose the block
+    d_logits              : (rows, K) gradient of the logits, of the rows that `input_gradient` has seen
+    d_further             : (rows, K) gradient of the logits from elsewhere, such as a penalty, which `input_gradient`
+                            adds; None for none
+    """
+
+    def __init__(self, matrix: GatedMatrix, rows: int, team: Team):
+        self.matrix, self.rows, self.team = matrix, rows, team
+        self.grid = block_grid(matrix.weights.shape, matrix.block)
+        size = rows, len(matrix.gate_bias)
+        self.logits, self.gates, self.slopes, self.d_logits = (np.empty(size, F32) for _ in range(4))
+        self.chosen = np.empty(size, np.int32)
+        self.inner = np.empty((rows, 0 if matrix.gate_out is None else len(matrix.gate_out)), F32)
+        self.d_further: np.ndarray | None = None
+
+    def drives(self, x: np.ndarray, first: int, out: np.ndarray | None = None) -> np.ndarray:
+        """The drives (n, P) of inputs x (n, J), C-ordered, without a bias; they are the rows from `first` on.
+
+        Raises FloatingPointError, as the engine does, where the gates of a row are not finite.
+        """
+        matrix, team, n = self.matrix, self.team, len(x)
+        some = slice(first, first + n)
+        logits, gates = self.logits[some], self.gates[some]
+        if matrix.gate_out is None:
+            team.multiply(x, matrix.gate, logits)
+        else:
+            team.multiply(team.multiply(x, matrix.gate, self.inner[some]), matrix.gate_out, logits)
+        logits += matrix.gate_bias
+        faults = np.zeros(team.threads, np.int64)
+        team.run(
+            gated_blocks.gates_of_logits,
+            *(n, x.reshape(-1), x.shape[1], logits.reshape(-1), logits.shape[1], matrix.kept),
+            *(matrix.rule == "softmax", matrix.straight_through, self.chosen[some].reshape(-1)),
+            *(gates.reshape(-1), self.slopes[some].reshape(-1), faults),
+        )
+        if faults.any():
+            raise gates_not_finite(matrix.name)
+        drives = np.empty((n, matrix.weights.shape[1]), F32) if out is None else out
+        scaled = np.empty(x.shape, F32)
+        for column, outputs in self._columns():
+            self._scale(x, gates, column, scaled)
+            team.multiply(scaled, matrix.weights[:, outputs], drives[:, outputs])
+        return drives
+
+    def input_gradient(self, x: np.ndarray, d_drives: np.ndarray, first: int) -> np.ndarray:
+        """Gradient of the inputs x (n, J) from that of the drives (n, P); the rows are those from `first` on.
+
+        The gradient of the logits is added, and kept for `gradients`.
+        """
+        matrix, team, n = self.matrix, self.team, len(x)
+        some = slice(first, first + n)
+        gates, slopes, d_logits = self.gates[some], self.slopes[some], self.d_logits[some]
+        d_x, d_scaled = np.zeros(x.shape, F32), np.empty(x.shape, F32)
+        for column, outputs in self._columns():
+            team.multiply(d_drives[:, outputs], matrix.weights[:, outputs].T, d_scaled)
+            team.run(
+                gated_blocks.scale_back,
+                *(n, x.reshape(-1), x.shape[1], gates.reshape(-1), slopes.reshape(-1), gates.shape[1], self.grid[1]),
+                *(column, matrix.block[0], d_scaled.reshape(-1), d_x.reshape(-1), d_logits.reshape(-1)),
+            )
+        # Until here these are the gradients of the gates.
+        d_logits -= np.einsum("rk,rk->r", d_logits, gates)[:, None] / F32(max(1, gates.shape[1]))
+        d_logits *= slopes
+        if self.d_further is not None:
+            d_logits += self.d_further[some]
+        d_x += team.multiply(self._d_inner(d_logits), matrix.gate.T)
+        return d_x
+
+    def gradients(self, x: np.ndarray, d_drives: np.ndarray) -> dict[str, np.ndarray]:
+        """Gradients of the weights and of the gate from all inputs (rows, J) and gradients of the drives (rows, P).
+
+        By the end of the name of each parameter: "" for the weights, and `GATE_PARAMETERS`.
+        """
+        matrix, team = self.matrix, self.team
+        d_weights, scaled = np.empty(matrix.weights.shape, F32), np.empty(x.shape, F32)
+        for column, outputs in self._columns():
+            self._scale(x, self.gates, column, scaled)
+            team.multiply(scaled.T, d_drives[:, outputs], d_weights[:, outputs])
+        found = {
+            "": d_weights,
+            ".gate": team.multiply(x.T, self._d_inner(self.d_logits)),
+            ".gate_bias": self.d_logits.sum(axis=0),
+        }
+        if matrix.gate_out is not None:
+            found[".gate_out"] = team.multiply(self.inner.T, self.d_logits)
+        return found
+
+    def work(self, x: np.ndarray, mask: np.ndarray | None, pairs: np.ndarray, input_gradient_rows: int) -> BackwardWork:
+        """The operations of the backward pass.
+
+        x     : (rows, J) inputs
+        mask  : (J, P) kept weights; None for all
+        pairs : (rows, J) boolean, the inputs whose gradient is needed
+        input_gradient_rows : see `BackwardWork`
+        """
+        (inputs, outputs), (r, c) = self.matrix.weights.shape, self.matrix.block
+        padded = np.zeros((inputs, self.grid[1] * c), np.int64)
+        padded[:, :outputs] = 1 if mask is None else mask
+        kept = padded.reshape(inputs, self.grid[1], c).sum(axis=2)
+        fired = x != 0
+        work = BackwardWork.none(kept.sum(axis=1), outputs, self.rows)
+        work.fired, work.active_pairs = np.count_nonzero(fired, axis=0), np.count_nonzero(pairs, axis=0)
+        work.event_products, work.pair_products = (self._products(some, kept, r) for some in (fired, pairs))
+        work.gradient_rows, work.gradient_stored = (np.full(inputs, size, np.int64) for size in (self.rows, outputs))
+        work.dots, work.dots_stored = (np.full(inputs, size, np.int64) for size in (self.rows, outputs))
+        work.input_gradient_rows = input_gradient_rows
+        blocks, out = self.gates.shape[1], self.matrix.gate_out
+        logits = inputs * blocks if out is None else inputs * len(out) + out.size
+        # Inputs scaled again, and the gradients of inputs and gates from those of the scaled inputs; two products for
+        # the gradients of the gate's weights and of its inputs; and two per block back through the normalisation.
+        work.selection = self.rows * (3 * inputs * self.grid[1] + 2 * logits + 2 * blocks)
+        return work
+
+    def _products(self, some: np.ndarray, kept: np.ndarray, units: int) -> int:
+        """Kept weights in blocks with a gate, summed over the entries of a boolean array (rows, J)."""
+        total, used = 0, (self.gates != 0).reshape(self.rows, *self.grid)
+        for row in range(self.grid[0]):
+            part = slice(row * units, (row + 1) * units)
+            # Whole numbers below 2^53: exact.
+            total += int(((some[:, part].astype(np.float64).T @ used[:, row].astype(np.float64)) * kept[part]).sum())
+        return total
+
+    def _columns(self) -> list[tuple[int, slice]]:
+        """The block columns: the number of each, and its outputs."""
+        c, outputs = self.matrix.block[1], self.matrix.weights.shape[1]
+        return [(k, slice(k * c, min((k + 1) * c, outputs))) for k in range(self.grid[1])]
+
+    def _scale(self, x: np.ndarray, gates: np.ndarray, column: int, out: np.ndarray) -> None:
+        size = len(x), x.reshape(-1), x.shape[1], gates.reshape(-1), gates.shape[1], self.grid[1]
+        self.team.run(gated_blocks.scale_inputs, *size, column, self.matrix.block[0], out.reshape(-1))
+
+    def _d_inner(self, d_logits: np.ndarray) -> np.ndarray:
+        """Gradient of what the first factor of the gate gives: of the logits, if there is no second one."""
+        out = self.matrix.gate_out
+        return d_logits if out is None else self.team.multiply(d_logits, out.T)

@@ -1,0 +1,97 @@
+"""Blocks that every input chooses, in training: the element-wise work between the products through BLAS.
+
+Letters: R rows (step and sample), J inputs of the matrix, K blocks in a grid of `grid_columns` columns, `units` inputs
+per block row. Arrays are flat float32: x (R, J), logits, gates and slopes (R, K). A thread handles some of the rows.
+
+The choice and the gates are those of the engine (`cpu/kernels/gated_products.py`), by the same functions.
+"""
+
+from __future__ import annotations
+
+from eventrnn import cells
+from eventrnn.cpu.kernels.gated_products import choose, products_are_finite, to_gates
+from eventrnn.cpu.kernels.jit import compiled
+from eventrnn.cpu.kernels.simd import LANES, load
+from eventrnn.cpu.kernels.simd_reductions import everywhere, sum_lanes
+
+
+@compiled
+def gates_of_logits(
+    thread, n_threads, rows, x, inputs, logits, blocks, kept, softmax, straight_through, chosen, gates, slopes, faults
+):
+    """Choose the `kept` largest of the logits of each row, and write gates and slopes.
+
+    softmax          : whether the rule is "softmax"; otherwise it is "linear"
+    straight_through : whether blocks that are not chosen have a slope too
+    chosen           : (R, K) int32, 1 for a chosen block
+    slopes           : (R, K), see `GatedProduct`
+    faults           : (threads,) int64, 1 for a thread with a row whose gates are not finite
+    """
+    faults[thread] = 0
+    for row in range(rows * thread // n_threads, rows * (thread + 1) // n_threads):
+        at = row * blocks
+        for b in range(at, at + blocks):
+            gates[b] = logits[b]
+        finite = choose(gates, at, chosen, at, blocks, kept)
+        finite &= to_gates(gates, at, chosen, at, blocks, softmax)
+        finite &= products_are_finite(gates, at, blocks, x, row * inputs, inputs)
+        if not finite:
+            faults[thread] = 1
+        pivot, started = at, False
+        for b in range(at, at + blocks):
+            if chosen[b] != 0:
+                larger = logits[b] > logits[pivot] if softmax else abs(logits[b]) > abs(logits[pivot])
+                if larger or not started:
+                    pivot, started = b, True
+        largest = logits[pivot]
+        # The gate of the pivot is blocks / s, because its ratio is 1.
+        factor = gates[pivot]
+        for b in range(at, at + blocks):
+            slope = cells.ZERO
+            if softmax:
+                if chosen[b] != 0:
+                    slope = gates[b]
+                elif straight_through:
+                    slope = factor * cells.exp(logits[b] - largest)
+            elif (chosen[b] != 0 or straight_through) and largest != cells.ZERO:
+                slope = factor / largest
+            slopes[b] = slope
+
+
+@compiled
+def scale_inputs(thread, n_threads, rows, x, inputs, gates, blocks, grid_columns, column, units, scaled):
+    """scaled (R, J) = the inputs, each multiplied by the gate of its block in one column of the grid."""
+    for row in range(rows * thread // n_threads, rows * (thread + 1) // n_threads):
+        block = row * blocks + column
+        for low in range(row * inputs, (row + 1) * inputs, units):
+            gate = gates[block]
+            for j in range(low, min(low + units, (row + 1) * inputs)):
+                scaled[j] = gate * x[j]
+            block += grid_columns
+
+
+@compiled
+def scale_back(
+    thread, n_threads, rows, x, inputs, gates, slopes, blocks, grid_columns, column, units, d_scaled, d_x, d_gates
+):
+    """Go back through `scale_inputs`: add to d_x (R, J), and write d_gates (R, K) in one column of the grid.
+
+    d_scaled : (R, J) gradient with respect to `scaled`
+    d_gates  : 0 where the slope is 0
+    """
+    for row in range(rows * thread // n_threads, rows * (thread + 1) // n_threads):
+        block, end = row * blocks + column, (row + 1) * inputs
+        for low in range(row * inputs, end, units):
+            gate, high, total = gates[block], min(low + units, end), cells.ZERO
+            if gate != cells.ZERO:
+                for j in range(low, high):
+                    d_x[j] += gate * d_scaled[j]
+            if slopes[block] != cells.ZERO:
+                whole, sums = low + (high - low) // LANES * LANES, everywhere(cells.ZERO)
+                for j in range(low, whole, LANES):
+                    sums = cells.fma(load(d_scaled, j), load(x, j), sums)
+                total = sum_lanes(sums)
+                for j in range(whole, high):
+                    total += d_scaled[j] * x[j]
+            d_gates[block] = total
+            block += grid_columns
