@@ -6,8 +6,8 @@
     python experiments/ptb.py prune ptb.safetensors --operations 3e6 --refit 16384 --out refitted.safetensors
     python experiments/ptb.py tune pruned.safetensors ptb.safetensors.run --epochs 100 --out tuned.safetensors
     python experiments/ptb.py tune ptb.safetensors ptb.safetensors.run --sparsity 0.9 --out gradual.safetensors
-    python experiments/ptb.py tune ptb.safetensors ptb.safetensors.run --sparsity 0.8 --kept readout=0.1 \\
-        --kept layers.0.w_in=0.07 --until 0.3 --out gradual.safetensors                # the costly matrices to less
+    python experiments/ptb.py tune ptb.safetensors ptb.safetensors.run --sparsity 0.8 --tied --kept embedding=0.1 \\
+        --kept layers.0.w_in=0.3 --until 0.3 --out gradual.safetensors                 # the costly matrices to less
     eventrnn convert tuned.safetensors --storage int8 --embedding int8 --out small.safetensors   # and xz -9, if need be
     python experiments/ptb.py evaluate small.safetensors --test
     python experiments/ptb.py twin small.safetensors                                   # equal to the dense network
@@ -22,6 +22,8 @@ Tying: the decoder of the recipe is the transposed embedding, one matrix in two 
 remove embedding values, which change every input of the first layer, and a look-up of which costs no operation. `prune`
 therefore unties it (`Network.untied`): the decoder becomes a matrix of its own, which starts with the same values, is
 pruned like the others and is fine-tuned apart; the embedding stays dense. Lines state the parameters of both.
+`tune --tied` prunes the one matrix instead: every word keeps the same number of values, as an input and as a decoder,
+so that the first layer too has few inputs that are not zero.
 
 Each command but `draw` appends lines to results/ptb.jsonl.
 """
@@ -41,6 +43,7 @@ import numpy as np
 import typer
 from models import file_size
 from ptb_figures import grid_figure, operations_figure
+from ptb_tuning import gradual_pruning, kept_shares
 from records import Records
 
 import eventrnn as er
@@ -50,9 +53,6 @@ from eventrnn.cli.terminal import as_line, progress
 from eventrnn.io import located_model
 from eventrnn.pruning import (
     Blocks,
-    Combined,
-    GradualPruning,
-    Pruning,
     adaprune,
     after_training,
     magnitude_masks,
@@ -80,9 +80,6 @@ CALIBRATION = (512, 8)
 # The grid: what is added to every threshold, and the share of the weights that is kept.
 ADDED = (0.0, 0.05, 0.1, 0.2, 0.4)
 DENSITIES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05)
-
-# How often gradual pruning changes the masks. On a GPU a change takes as long as some hundred updates.
-CHANGES = 16
 
 # Refitting ends when the gradient of each output has fallen by this factor.
 REFIT_TOLERANCE = 1e-3
@@ -382,6 +379,13 @@ def tune(
             help="With --sparsity: share of its blocks that a matrix keeps, in place of 1 - SPARSITY; repeat.",
         ),
     ] = None,
+    tied: Annotated[
+        bool,
+        typer.Option(
+            "--tied",
+            help="With --sparsity: keep the read-out tied, and prune it and the embedding by one mask (embedding).",
+        ),
+    ] = False,
     until: Annotated[
         float, typer.Option(help="With --sparsity: share of the training after which the masks stay.")
     ] = 0.5,
@@ -403,11 +407,15 @@ def tune(
     """
     writable_file(out, force)
     shape, records = parse_block(block), Records(results, KEY)
-    for option, given, default in (("block", block, "1x1"), ("kept", kept, None), ("until", until, 0.5)):
+    options = (("block", block, "1x1"), ("kept", kept, None), ("until", until, 0.5), ("tied", tied, False))
+    for option, given, default in options:
         if given != default and not sparsity:
             raise ValueError(f"{option}: got {given}, but only --sparsity prunes here; leave it out")
-    network = er.load(model).untied() if sparsity else er.load(model)
-    shares = kept_shares(kept or [], network)
+    network = er.load(model)
+    if tied and (network.readout is None or not network.readout.tied):
+        raise ValueError(f"tied: the read-out of {model} is not tied; leave out --tied")
+    network = network.untied() if sparsity and not tied else network
+    shares = kept_shares(kept or [], network, sparsity)
     changed = [
         ("training.epochs", epochs),
         ("training.learning_rate", learning_rate),
@@ -437,40 +445,6 @@ def tune(
     line = {"what": "tuning", "name": name or out.name, "of": model.name, "epochs": epochs, "seconds": seconds}
     line |= {"sparsity": sparsity, "kept": shares, "until": until, "block": block, "settings": settings or []}
     show(records.add(line | {"learning_rate": learning_rate, "best_bits": trainer.best_value} | sizes(tuned)))
-
-
-def kept_shares(given: list[str], network: er.Network) -> dict[str, float]:
-    """Shares of blocks to keep by matrix, from texts MATRIX=SHARE. Raises ValueError for other texts."""
-    shares = {}
-    for text in given:
-        matrix, _, share = text.partition("=")
-        try:
-            shares[matrix] = float(share)
-        except ValueError:
-            shares[matrix] = -1.0
-        if matrix not in network.matrices() or not 0 < shares[matrix] <= 1:
-            known = ", ".join(network.matrices())
-            raise ValueError(f"kept: got {text!r}, need MATRIX=SHARE with a share in (0, 1] of one of {known}")
-    return shares
-
-
-def gradual_pruning(
-    sparsity: float, shares: dict[str, float], block: tuple[int, int], updates: int, until: float
-) -> Pruning:
-    """Gradual pruning by magnitude in the first part of a training of so many updates.
-
-    sparsity : share of blocks to prune of the matrices that are not in `shares`, which are ranked together
-    shares   : share of blocks to keep of a matrix; a matrix that keeps all is not pruned
-    until    : share of the updates after which the masks stay
-
-    Raises ValueError for a share `until` outside (0, 1).
-    """
-    if not 0 < until < 1:
-        raise ValueError(f"until: got {until}, need a share of the training in (0, 1)")
-    end = max(1, int(until * updates))
-    span = {"block": block, "start": 0, "end": end, "every": max(1, end // CHANGES), "statistic": "l2"}
-    own = [GradualPruning(1 - kept, names=(matrix,), **span) for matrix, kept in shares.items() if kept < 1]
-    return Combined(GradualPruning(sparsity, scope="global", exempt=tuple(shares), **span), *own)
 
 
 @app.command()

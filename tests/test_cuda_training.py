@@ -261,10 +261,18 @@ PRUNINGS = {
 }
 
 
-@pytest.mark.parametrize("kind", PRUNINGS)
+def _tied_pruning():
+    return GradualPruning(0.5, (1, 3), start=0, end=3, every=2, names=("embedding", "layers.1.w_in"), scope="column")
+
+
+@pytest.mark.parametrize("kind", [*PRUNINGS, "tied"])
 def test_pruning_gives_the_masks_of_the_cpu(gpu, kind):
+    pruning, start = PRUNINGS.get(kind, _tied_pruning), _network()
+    if kind == "tied":
+        rng = np.random.default_rng(5)
+        start = Network.random([6, 5], symbols=SYMBOLS, embedding=5, tied=True, threshold=0.1, rng=rng)
     trainers = [
-        Trainer(_network(), LanguageModelling(symbol_text()), cuda_settings(**options), pruning=PRUNINGS[kind]())
+        Trainer(start, LanguageModelling(symbol_text()), cuda_settings(**options), pruning=pruning())
         for options in ({}, {"backend": "cpu", "precision": ""})
     ]
     for _ in range(6):

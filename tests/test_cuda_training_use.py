@@ -13,6 +13,7 @@ import pytest
 from eventrnn import Network, State
 from eventrnn.backend import BackendUnavailable
 from eventrnn.cli.commands import app
+from eventrnn.pruning import GradualPruning, prune
 from eventrnn.training import (
     Classification,
     LanguageModelling,
@@ -151,6 +152,73 @@ def test_a_window_for_which_memory_is_missing_changes_nothing(monkeypatch):
     assert short.engine.capacity == (4, 3) and short.step() == straight.step()
     for name, array in straight.arrays().items():
         assert np.array_equal(short.arrays()[name], array), name
+
+
+@pytest.mark.parametrize("kind", ["text", "events", "sequences"])
+def test_the_memory_that_is_stated_holds_updates_and_validations(gpu, kind):
+    """Of a run with masks, too: arrays, not what CUDA itself takes for programs."""
+    from eventrnn.cuda.cublas import WORKSPACE_BYTES
+    from eventrnn.cuda.training.engine import SMALL_ARRAYS
+
+    text = symbol_text()
+    if kind == "sequences":
+        task = Classification(text.reshape(30, 5), text[:30], valid=(text[:28].reshape(4, 7), text[:4]))
+    else:
+        task = LanguageModelling(text, text[:41], valid_batch=2, carry="state" if kind == "text" else "events")
+    network = prune(_network(), 0.5, names=("layers.0.w_in", "readout"))
+    trainer = Trainer(network, task, cuda_settings())
+    engine = trainer.engine
+    assert f"{engine.nbytes:,} bytes for the run" in engine.memory_use
+    trainer.step(), trainer.validate()
+    evaluator = engine.evaluator
+    assert evaluator.capacity == task.evaluation_window(SYMBOLS)
+    there = engine.parameters
+    named = [*engine.memory.arrays.values(), *evaluator.memory.arrays.values(), *there.masks.values()]
+    named += [there.values, there.gradients, there.operands, there.chunks, there.squares, *there.states.values()]
+    small = [there.scales, there.numbers, there.results, there.segments, *there.kept.values()]
+    held = sum(array.nbytes for array in named)
+    workspaces = WORKSPACE_BYTES * (len(network.layers) + 2)
+    assert held <= engine.nbytes - SMALL_ARRAYS - workspaces <= 1.01 * held
+    assert sum(array.nbytes for array in small) + 512 * len(named) < SMALL_ARRAYS
+
+
+@pytest.mark.gpu
+def test_the_memory_that_is_stated_is_what_the_device_holds():
+    """At a size where large arrays count, all arrays that CuPy has given out since the start of the run."""
+    import cupy
+
+    rng = np.random.default_rng(0)
+    network = Network.random([256, 192], symbols=2000, embedding=192, tied=True, rng=rng, threshold=0.1)
+    text, pool = rng.integers(0, 2000, 20_000), cupy.get_default_memory_pool()
+    gc.collect()
+    before = pool.used_bytes()
+    task = LanguageModelling(text, text[:9000], valid_batch=32)
+    settings = cuda_settings(batch=16, window=32, precision="bfloat16", window_jitter=3.0)
+    pruning = GradualPruning(0.5, end=2, every=1, names=("layers.0.w_rec",))
+    trainer = Trainer(network, task, settings, pruning=pruning)
+    stated = trainer.engine.nbytes
+    for _ in range(4):
+        trainer.step(), trainer.validate()
+    held = pool.used_bytes() - before
+    # The masks of a run that prunes are asked for when they come.
+    masks = sum(array.nbytes for array in trainer.engine.parameters.masks.values())
+    assert masks > 0 and 0.5 * stated < held <= stated + masks
+
+
+def test_a_run_whose_validation_does_not_fit_is_refused(monkeypatch):
+    pytest.importorskip("eventrnn.cuda.device", exc_type=BackendUnavailable, reason="needs numba-cuda")
+    device = fake_training.install(monkeypatch)
+    text = symbol_text()
+
+    def trainer(valid):
+        return Trainer(_network(), LanguageModelling(text, valid, valid_batch=2), cuda_settings())
+
+    alone, both = trainer(None).engine.nbytes, trainer(text).engine.nbytes
+    assert both > alone
+    monkeypatch.setattr(device, "room", both - 1)
+    trainer(None)
+    with pytest.raises(MemoryError, match=rf"{both:,} bytes are needed and {both - 1:,} are free"):
+        trainer(text)
 
 
 def test_an_interrupted_transfer_is_made_up_for(gpu, monkeypatch):

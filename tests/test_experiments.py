@@ -18,7 +18,7 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 def script(name, monkeypatch):
     """Import a script as a fresh module; it can import the other scripts."""
     monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    for each in (name, "records", "models", "ptb_figures"):
+    for each in (name, "records", "models", "ptb_figures", "ptb_tuning"):
         monkeypatch.delitem(sys.modules, each, raising=False)
     return importlib.import_module(name)
 
@@ -431,6 +431,33 @@ def test_ptb_model_is_evaluated_pruned_tuned_compared_and_drawn(monkeypatch, tmp
             module.app, [str(each) for each in ("tune", dense, f"{dense}.run", *text, "--out", "x", *block, *bad)]
         )
         assert isinstance(outcome.exception, ValueError) and bad[0][2:] in str(outcome.exception)
+    shares = ("--tied", "--sparsity", 0.5, "--until", 0.4, "--kept", "embedding=0.34", "--kept", "layers.0.w_in=0.8")
+    line = run("tune", dense, f"{dense}.run", *text, "--epochs", 1, "--out", tmp_path / "tied.safetensors", *shares)
+    both = load(tmp_path / "tied.safetensors")
+    assert line["tied"] and line["kept"] == {"embedding": 0.34, "layers.0.w_in": 0.8} and both.readout.tied
+    assert set((both.embedding != 0).sum(axis=1)) == {2} and both.readout.weights.name == "csr"
+    found = run("evaluate", tmp_path / "tied.safetensors", *text, "--name", "tied")["valid"]
+    assert found["effective_by_matrix"]["layers.0.w_in"] < 0.5 * 24 * 6, "an input has 2 of 6 values"
+    line = run(
+        "tune",
+        tmp_path / "tied.safetensors",
+        f"{dense}.run",
+        *text,
+        "--epochs",
+        1,
+        "--out",
+        tmp_path / "on.safetensors",
+    )
+    again = load(tmp_path / "on.safetensors")
+    assert line["tied"] and np.array_equal(again.embedding != 0, both.embedding != 0), "masks stay"
+    for bad, words in (
+        (("--tied",), "tied: got True, but only --sparsity"),
+        (("--tied", "--sparsity", 0.5, "--kept", "readout=0.5"), "readout=0.5"),
+    ):
+        outcome = CliRunner().invoke(
+            module.app, [str(each) for each in ("tune", dense, f"{dense}.run", *text, "--out", "x", *bad)]
+        )
+        assert isinstance(outcome.exception, ValueError) and words in str(outcome.exception)
     line = run("evaluate", tuned, *text, "--test", "--name", "tuned")
     assert line["test"]["tokens"] == 20 * 15 and line["valid"]["perplexity"] > 1
     without = line["test"]["effective"] - line["test"]["effective_by_matrix"]["readout"]

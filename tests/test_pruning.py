@@ -96,6 +96,27 @@ def test_global_scope_ranks_all_matrices_in_their_own_scale():
         magnitude_masks(matrices, 0.5, scope="layer")
 
 
+@pytest.mark.parametrize("block", [(1, 1), (1, 4), (3, 5)])
+def test_scope_column_leaves_every_column_as_much(block):
+    rng = np.random.default_rng(0)
+    # Magnitudes of columns that differ by far, values of equal magnitude, and a column of zeros.
+    dense = rng.integers(-3, 4, (24, 30)) * np.float32(10) ** rng.integers(-3, 3, 30)
+    dense[:, 7] = 0
+    mask = magnitude_masks({"readout": dense}, 0.75, block=block, scope="column", statistic="l2")["readout"]
+    blocks = mask[:: block[0], :: block[1]]
+    kept = len(blocks) - round(0.75 * len(blocks))
+    assert (blocks.sum(axis=0) == kept).all()
+    for column, wanted in enumerate(blocks.T):
+        part = dense[:, column * block[1] : (column + 1) * block[1]]
+        alone = magnitude_mask(part, 0.75, block=(block[0], part.shape[1]), statistic="l2")
+        assert np.array_equal(wanted, alone[:: block[0], 0])
+    further = magnitude_masks({"readout": dense}, 0.9, scope="column", within={"readout": mask})["readout"]
+    assert (further <= mask).all() and further.any(axis=0).all()
+    # The tied matrix is ranked as the read-out that it is.
+    tied = magnitude_masks({"embedding": dense.T}, 0.75, block=block, scope="column", statistic="l2")["embedding"]
+    assert np.array_equal(tied, mask.T)
+
+
 def test_schedule():
     at = cubic_schedule(0.8, 10, 50, initial=0.2)
     assert [at(0), at(10), at(50), at(99)] == [0.2, 0.2, 0.8, 0.8]

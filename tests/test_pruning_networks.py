@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eventrnn import CSR, NM, BlockCSR, Dense, Network, Simulator, count, simulate
+from eventrnn import CSR, NM, BlockCSR, Dense, Network, Simulator, count, load, save, simulate
 from eventrnn.counting.counts import events_by_matrix
 from eventrnn.pruning import (
     CRITERIA,
@@ -104,6 +104,48 @@ def test_ties_and_exemptions():
         with_masks(net, {"layers.8.w_in": np.ones((2, 2), bool)}, Blocks(0.5))
     with pytest.raises(ValueError, match="mask: got shape"):
         masked(net.layers[0].w_in, np.ones((2, 2), bool))
+
+
+def tied_network(symbols=12, width=8):
+    rng = np.random.default_rng(3)
+    return Network.random([10, width], symbols=symbols, embedding=width, tied=True, rng=rng, threshold=0.01)
+
+
+@pytest.mark.parametrize("block", [(1, 1), (1, 4)])
+def test_one_mask_prunes_embedding_and_tied_read_out(block, tmp_path):
+    net = tied_network()
+    pruned = prune(net, 0.75, block=block, names=("embedding", "layers.0.w_in"), scope="column")
+    readout = pruned.readout
+    assert readout.tied and readout.weights.name == ("csr" if block == (1, 1) else "block")
+    assert np.array_equal(readout.weights.to_dense(), pruned.embedding.T)
+    kept = pruned.embedding != 0
+    assert (kept.sum(axis=1) == 2).all() and np.array_equal(pruned.embedding[kept], net.embedding[kept])
+    path = tmp_path / "tied.safetensors"
+    save(pruned, path)
+    assert load(path).readout.tied and load(path).readout.weights.name == readout.weights.name
+    symbols = np.random.default_rng(0).integers(0, 12, (40, 2))
+    assert_equivalent(Simulator(pruned, batch=2), Simulator(pruned.dense(), batch=2), symbols)
+    run = simulate(pruned, symbols, record="events")
+    counts, sent = count(pruned, run).matrices, run.events[-1].to_dense() != 0
+    assert counts["readout"].effective == int(sent.sum(axis=(0, 1)) @ kept.sum(axis=0))
+    # Of an input, the two values that are left.
+    w_in = pruned.layers[0].w_in.to_dense() != 0
+    assert counts["layers.0.w_in"].effective == int((kept[symbols].sum(axis=(0, 1)) * w_in.sum(axis=1)).sum())
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: prune(network(), 0.5, names=("embedding",)), "no read-out is tied"),
+        (lambda: prune(tied_network().untied(), 0.5, names=("embedding",)), "name 'readout'"),
+        (lambda: prune_to(tied_network(), NofM(2, 4), names=("embedding",)), "no matrix 'embedding'"),
+        (lambda: with_masks(network(), {"embedding": np.ones((2, 2), bool)}, Blocks(0.5)), "no read-out is tied"),
+        (lambda: with_masks(tied_network(), {"embedding": np.ones((2, 2), bool)}, Blocks(0.5)), "embedding: got shape"),
+    ],
+)
+def test_a_tied_matrix_is_pruned_only_where_there_is_one(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
 
 
 def test_after_training_formats_and_storages_are_back():

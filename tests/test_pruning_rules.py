@@ -21,6 +21,7 @@ from eventrnn.pruning import (
     RegrownMasks,
     StaticMasks,
     ThresholdPruning,
+    after_training,
     block_scores,
     iterative_pruning,
     legal,
@@ -97,6 +98,54 @@ def test_the_share_and_the_pattern_are_the_requested_ones(name):
             for grid in grids if mask.shape[1] != 6 else ():
                 kept = block_scores(grid.astype(np.float32), (r, c)) > 0
                 assert (~kept).sum() == round(0.6 * kept.size)
+
+
+def tied_network(symbols=6, width=12):
+    rng = np.random.default_rng(2)
+    return Network.random([16, width], symbols=symbols, embedding=width, tied=True, rng=rng)
+
+
+@pytest.mark.parametrize("rule", [GradualPruning, MovementPruning])
+@pytest.mark.parametrize("block", [(1, 1), (1, 3)])
+def test_a_tied_matrix_trains_with_one_mask_and_each_symbol_keeps_as_much(rule, block):
+    def run():
+        named = ("embedding", "layers.0.w_rec")
+        return trainer(rule(0.75, block, 1, 6, every=2, names=named, scope="column"), tied_network())
+
+    whole = run()
+    whole.run()
+    masks = whole.model.masks
+    assert set(masks) == {"embedding", "layers.0.w_rec"} and masks["embedding"].shape == (6, 12)
+    assert (masks["embedding"].sum(axis=1) == 3).all() and not whole.model.parameters["embedding"][
+        ~masks["embedding"]
+    ].any()
+    assert (masks["embedding"].reshape(6 // block[1], block[1], 12).std(axis=1) == 0).all()
+    trained = whole.network()
+    assert not trained.embedding[~masks["embedding"]].any() and trained.readout.tied
+    # Into the formats of the masks, and from there on with the same masks.
+    stored = after_training(trained, tied_network(), masks, Blocks(0.75, block))
+    assert np.array_equal(stored.embedding, trained.embedding)
+    assert isinstance(stored.readout.weights, CSR if block == (1, 1) else BlockCSR)
+    further = trainer(None, stored)
+    assert all(np.array_equal(further.model.masks[name], mask) for name, mask in masks.items())
+    assert not further.run().embedding[~masks["embedding"]].any()
+    again = after_training(further.network(), stored, {}, Blocks(0.5))
+    assert again.readout.tied and type(again.readout.weights) is type(stored.readout.weights)
+    # A run that continues from arrays.
+    first, second = run(), run()
+    for _ in range(4):
+        first.step()
+    second.restore({name: array.copy() for name, array in first.arrays().items()}, first.numbers())
+    second.run()
+    assert all(np.array_equal(second.arrays()[name], array) for name, array in whole.arrays().items())
+
+
+def test_a_tied_matrix_is_refused_where_it_cannot_be_pruned():
+    with pytest.raises(ValueError, match="RegrownMasks does not prune the matrix of a tied"):
+        trainer(RegrownMasks(0.6, (1, 4), 1, 9, every=3, names=("embedding",)), tied_network())
+    with pytest.raises(ValueError, match="no read-out is tied to the embedding; name 'readout'"):
+        trainer(GradualPruning(0.6, names=("embedding",)))
+    assert "embedding" not in GradualPruning(0.6).matrices(trainer(None, tied_network()).model.parameters)
 
 
 @pytest.mark.parametrize("name", RULES)

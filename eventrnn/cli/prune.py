@@ -87,7 +87,8 @@ class PruneOptions:
     scope: Annotated[
         str | None,
         typer.Option(
-            help=f"Apply the share to each matrix or to all together: {', '.join(SCOPES)}. [matrix; a budget: global]"
+            help="Apply the share to each matrix, to all together (global), or to each column of blocks, such as the "
+            f"weights of a word in a read-out: {', '.join(SCOPES)}. [matrix; a budget: global, and no column]"
         ),
     ] = None
     statistic: Annotated[

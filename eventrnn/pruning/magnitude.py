@@ -20,11 +20,12 @@ from eventrnn._checks import (
     need_whole,
     number_array,
 )
-from eventrnn.pruning.schedule import Arrays, CallOrderCheck, Masks, Pruning, cubic_schedule, is_due
+from eventrnn.pruning.schedule import EMBEDDING, Arrays, CallOrderCheck, Masks, Pruning, cubic_schedule, is_due
 from eventrnn.weights import MatrixId, check_block
 
-#: "matrix" prunes the same share of every matrix, "global" ranks the blocks of all matrices together.
-SCOPES = ("matrix", "global")
+#: "matrix" prunes the same share of every matrix, "global" ranks the blocks of all matrices together, "column" prunes
+#: the same share of every column of blocks, so that each postsynaptic unit (or group of them) keeps as many.
+SCOPES = ("matrix", "global", "column")
 
 #: Score of a block: largest magnitude, mean magnitude, or root of the sum of squares.
 STATISTICS = ("max", "mean", "l2")
@@ -120,7 +121,8 @@ def magnitude_masks(
     matrices   : name -> (n_pre, n_post)
     scope      : "matrix" prunes the share of blocks in each matrix; "global" ranks the blocks of all matrices together,
                  with scores divided by the root mean square of their matrix, so that the scale of a matrix does not
-                 matter
+                 matter; "column" prunes the share in each column of blocks, so that each word of a read-out keeps as
+                 many weights as any other, however small they are
     gates      : for matrices of layers (names that end in w_in or w_rec): "all" is one grid of blocks over all
                  gate rows, "each" prunes the share in every gate on its own grid, "shared" gives all gates the same
                  mask. "each" and "shared" need names that state the number of gates: those of `Network.matrices`, or
@@ -128,9 +130,10 @@ def magnitude_masks(
     importance : name -> numbers of either sign that rank the weights in place of |w|; not with "l2"
     others     : see `magnitude_mask`
 
-    Raises ValueError for an unknown option, for a name that does not state its gates where they matter, for a number of
-    gate rows that the number of gates does not divide, and for a sparsity that leaves no block of a matrix, unless
-    `allow_empty`.
+    A matrix named `embedding` (V, E) is ranked as the read-out that is tied to it: blocks and columns are those of its
+    transpose. Its mask has its own shape. Raises ValueError for an unknown option, for a name that does not state its
+    gates where they matter, for a number of gate rows that the number of gates does not divide, and for a sparsity that
+    leaves no block of a matrix, unless `allow_empty`.
     """
     need_flag("allow_empty", allow_empty)
     check_sparsity(sparsity, allow_empty)
@@ -143,6 +146,7 @@ def magnitude_masks(
     matrices = {name: _matrix(name, dense) for name, dense in matrices.items()}
     within = {name: need_mask(f"within {name}", mask, matrices[name].shape) for name, mask in _given(within, matrices)}
     importance = {name: _matrix(f"importance {name}", each) for name, each in _given(importance, matrices)}
+    matrices, within, importance = (_upright(each) for each in (matrices, within, importance))
     check_blocks(matrices, block)
     for name, dense in matrices.items():
         gate_rows(name, dense.shape[1], _gates(name, gates)[0])
@@ -153,8 +157,13 @@ def magnitude_masks(
     panels = [(name, k) for name, scores in ranked.items() for k in range(len(scores))]
     masks: dict[str, list[np.ndarray]] = {name: [] for name in ranked}
     for group in [panels] if scope == "global" else [[panel] for panel in panels]:
+        if scope == "column":
+            (name, k) = group[0]
+            columns = np.ascontiguousarray(ranked[name][k].T)
+            masks[name].append(~_smallest(columns, round(sparsity * columns.shape[1])).T)
+            continue
         flat = np.concatenate([ranked[name][k].ravel() for name, k in group])
-        kept = ~_smallest(flat, round(sparsity * len(flat)))
+        kept = ~_smallest(flat[None], round(sparsity * len(flat)))[0]
         cuts = np.cumsum([ranked[name][k].size for name, k in group])[:-1]
         for (name, k), part in zip(group, np.split(kept, cuts), strict=True):
             masks[name].append(part.reshape(ranked[name][k].shape))
@@ -169,18 +178,24 @@ def magnitude_masks(
         wide = [from_blocks(part, block, (rows, columns // _gates(name, gates)[0])) for part in parts]
         whole = np.concatenate(wide * (_gates(name, gates)[0] // len(wide)), axis=1)
         spread[name] = whole & within[name] if name in within else whole
-    return spread
+    return _upright(spread)
+
+
+def _upright(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays with an embedding transposed, to the read-out that is tied to it and back."""
+    return {name: np.ascontiguousarray(a.T) if name == EMBEDDING else a for name, a in arrays.items()}
 
 
 def _smallest(scores: np.ndarray, count: int) -> np.ndarray:
-    """Where the `count` smallest of the scores (n,) are, as booleans; the first of equal scores. Cost: O(n)."""
-    smallest = np.zeros(len(scores), bool)
-    if count:
-        limit = np.partition(scores, count - 1)[count - 1]
-        np.less(scores, limit, out=smallest)
-        equal = np.flatnonzero(scores == limit)
-        smallest[equal[: count - np.count_nonzero(smallest)]] = True
-    return smallest
+    """Where the `count` smallest scores of each row of (rows, n) are, as booleans; the first of equal ones. O(size)."""
+    if not count:
+        return np.zeros(scores.shape, bool)
+    limit = np.partition(scores, count - 1, axis=1)[:, count - 1, None]
+    smallest, equal = scores < limit, scores == limit
+    left = count - np.count_nonzero(smallest, axis=1)
+    for row in np.flatnonzero(np.count_nonzero(equal, axis=1) > left):
+        equal[row, np.flatnonzero(equal[row])[left[row] :]] = False
+    return np.logical_or(smallest, equal, out=smallest)
 
 
 def _given(arrays: Arrays | None, matrices: Arrays) -> list[tuple[str, np.ndarray]]:
@@ -275,8 +290,10 @@ class GradualPruning(Pruning):
     every         : steps between two changes
     scope, gates  : see `magnitude_masks`
     statistic     : score of a block, see `block_scores`
-    names, exempt : see `Pruning`
+    names, exempt : see `Pruning`; `names` may hold the tied matrix, "embedding"
     """
+
+    prunes_tied = True
 
     sparsity: float
     block: tuple[int, int] = (1, 1)

@@ -15,7 +15,7 @@ import numpy as np
 from eventrnn import counting
 from eventrnn._checks import need_choice, need_flag, need_number
 from eventrnn.network import Network
-from eventrnn.pruning.magnitude import SCOPES, block_scores, from_blocks, to_blocks
+from eventrnn.pruning.magnitude import block_scores, from_blocks, to_blocks
 from eventrnn.pruning.patterns import Blocks, prunable_matrices, with_masks
 from eventrnn.simulation import simulate
 from eventrnn.weights import Weights, check_block
@@ -29,6 +29,9 @@ CRITERIA = {
     "contribution": "|w| rms(y), events and silence alike: what the drives would miss (Sun et al. 2023)",
     "return": "w^2 mean(y^2) / a: what the drives would miss for each operation saved",
 }
+
+#: Scopes of a budget, see `prune_to_operations`.
+BUDGET_SCOPES = ("matrix", "global")
 
 # The search ends when the measured operations are at most this share of the budget below it.
 CLOSE = 0.02
@@ -105,7 +108,7 @@ def prune_to_operations(
     budget that cannot be met, with the smallest one that can. Cost: one run per measurement.
     """
     check_budget(budget, criterion)
-    need_choice("scope", scope, SCOPES)
+    need_choice("scope", scope, BUDGET_SCOPES)
     need_flag("allow_empty", allow_empty)
     matrices = prunable_matrices(network, names, exempt)
     for name, weights in matrices.items():

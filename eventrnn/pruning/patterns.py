@@ -26,8 +26,8 @@ from eventrnn._checks import (
 from eventrnn.network import Network
 from eventrnn.pruning.magnitude import check_choices, check_sparsity, gate_rows, magnitude_masks
 from eventrnn.pruning.nm import TRANSPOSABLE_METHODS, nm_mask, transposable_mask
-from eventrnn.pruning.schedule import choose
-from eventrnn.weights import NM, BlockCSR, MatrixId, Weights, check_nm, convert
+from eventrnn.pruning.schedule import EMBEDDING, choose, need_tied
+from eventrnn.weights import NM, BlockCSR, Dense, MatrixId, Weights, check_nm, convert
 from eventrnn.weights.gated import need_matrices
 
 #: what an argument that is not a pattern should have been
@@ -197,9 +197,15 @@ def masked(weights: Weights, mask: np.ndarray) -> Weights:
 
 
 def prunable_matrices(
-    network: Network, names: tuple[str, ...] | None = None, exempt: tuple[str, ...] = ()
+    network: Network,
+    names: tuple[str, ...] | None = None,
+    exempt: tuple[str, ...] = (),
+    *,
+    embedding: bool = False,
 ) -> dict[str, Weights]:
     """The matrices of a network to prune: those in `names` (by default all except a tied read-out) without `exempt`.
+
+    embedding : allow the matrix of a tied read-out in `names`, as "embedding" (V, E)
 
     Raises ValueError for an unknown name, and for a tied read-out, whose weights are those of the embedding; TypeError
     for gated blocks.
@@ -214,6 +220,11 @@ def prunable_matrices(
             "pruning: the read-out is tied to the embedding and cannot be pruned; leave it out, or use network.untied()"
         )
     there = [name for name in matrices if not (tied and name == "readout")]
+    if embedding and EMBEDDING in (names or ()):
+        need_tied(tied)
+        assert network.embedding is not None
+        matrices[EMBEDDING] = Dense(network.embedding)
+        there.append(EMBEDDING)
     chosen = {name: matrices[name] for name in choose(there, names, exempt)}
     need_matrices(chosen, "pruning")
     return chosen
@@ -232,12 +243,12 @@ def prune(
 ) -> Network:
     """Prune the smallest blocks of a network in one step. Returns it with matrices in CSR (1x1 blocks) or block format.
 
-    A tied read-out is not pruned, because its weights are those of the embedding. Other matrices that are not pruned
-    are not changed, and the storage of values does not change. Parameters: see `magnitude_masks`; `names` and `exempt`:
-    see `Pruning`. Raises ValueError for unknown names, a block larger than a matrix and a sparsity that empties a
-    matrix.
+    A tied read-out is pruned only where `names` holds "embedding": the embedding loses the same values. Other matrices
+    that are not pruned are not changed, and the storage of values does not change. Parameters: see `magnitude_masks`;
+    `names` and `exempt`: see `Pruning`. Raises ValueError for unknown names, a block larger than a matrix and a
+    sparsity that empties a matrix.
     """
-    matrices = prunable_matrices(network, names, exempt)
+    matrices = prunable_matrices(network, names, exempt, embedding=True)
     dense = {name: weights.to_dense() for name, weights in matrices.items()}
     masks = magnitude_masks(dense, sparsity, block=block, scope=scope, statistic=statistic, gates=gates)
     return with_masks(network, masks, Blocks(sparsity, block))
@@ -258,14 +269,17 @@ def prune_to(
 def with_masks(network: Network, masks: Mapping[str, np.ndarray], pattern: Pattern) -> Network:
     """Apply masks to matrices of a network and store them in the format of the pattern; other matrices do not change.
 
-    masks : name -> boolean array, as in `Model.masks` after training
+    masks : name -> boolean array, as in `Model.masks` after training; that of "embedding" (V, E) also acts on the
+            read-out that is tied to it, which takes the format
 
     Raises ValueError for an unknown name and for a mask of another shape.
     """
     need_kind("network", network, Network, "a Network")
     need_kind("masks", masks, Mapping, "a mapping of names of matrices to boolean arrays")
     need_kind("pattern", pattern, Pattern, PATTERNS)
-    matrices = network.matrices()
+    matrices, masks = network.matrices(), dict(masks)
+    if (mask := masks.pop(EMBEDDING, None)) is not None:
+        network = _with_tied_mask(network, mask, pattern)
     unknown = set(masks) - set(matrices)
     if unknown:
         raise ValueError(f"masks: no {', '.join(sorted(unknown))}; have {', '.join(matrices)}")
@@ -275,6 +289,17 @@ def with_masks(network: Network, masks: Mapping[str, np.ndarray], pattern: Patte
     )
 
 
+def _with_tied_mask(network: Network, mask: np.ndarray, pattern: Pattern) -> Network:
+    """The network with a mask (V, E) on the embedding and on the read-out that is tied to it."""
+    readout, embedding = network.readout, network.embedding
+    need_tied(readout is not None and readout.tied)
+    assert readout is not None and embedding is not None
+    mask = need_mask(EMBEDDING, mask, embedding.shape)
+    pruned = np.where(mask, embedding, np.float32(0))
+    weights = pattern.store(MatrixId("readout"), Dense(np.ascontiguousarray(pruned.T)))
+    return replace(network, embedding=pruned, readout=replace(readout, weights=weights))
+
+
 def after_training(trained: Network, before: Network, masks: Mapping[str, np.ndarray], pattern: Pattern) -> Network:
     """Put the dense float32 network of a trainer back into the formats and storages of the network before training.
 
@@ -282,11 +307,16 @@ def after_training(trained: Network, before: Network, masks: Mapping[str, np.nda
     before  : network before training
     masks   : masks of the matrices that were pruned in training; these take the format of the pattern
 
-    int8 weights get new scales, because training changed the values.
+    int8 weights get new scales, because training changed the values. A tied read-out stays float32, as the embedding.
     """
-    changed = {}
+    changed, masks = {}, dict(masks)
+    tied = trained.readout is not None and trained.readout.tied
+    if (mask := masks.pop(EMBEDDING, None)) is not None:
+        trained = _with_tied_mask(trained, mask, pattern)
+    elif tied:
+        changed["readout"] = _in_format_of(trained.matrices()["readout"], before.matrices()["readout"])
     for name, old in before.matrices().items():
-        if trained.readout is not None and trained.readout.tied and name == "readout":
+        if tied and name == "readout":
             continue
         new = trained.matrices()[name]
         made = pattern.store(name, masked(new, masks[name])) if name in masks else _in_format_of(new, old)

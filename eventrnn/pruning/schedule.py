@@ -30,6 +30,9 @@ Arrays = Mapping[str, np.ndarray]
 
 Masks = dict[str, np.ndarray]
 
+#: The one matrix of an embedding and the read-out that is tied to it, among parameters and masks: (V, E).
+EMBEDDING = "embedding"
+
 
 class Pruning:
     """Base class of the methods that prune during training.
@@ -37,9 +40,13 @@ class Pruning:
     Attributes
     ----------
     start, end : first and last step at which the method acts; masks do not change after `end`
-    names      : matrices to prune; None for all weights of layers and the read-out if it is not tied
+    names      : matrices to prune; None for all weights of layers and the read-out if it is not tied. The matrix of a
+                 tied read-out is pruned where it is named, "embedding": one mask then acts on symbols and on scores
     exempt     : matrices among these that are not pruned: a full name, or a layer (`layers.0`)
     """
+
+    #: whether the method can prune the matrix of a tied read-out
+    prunes_tied = False
 
     start: int
     end: int
@@ -48,7 +55,16 @@ class Pruning:
 
     def matrices(self, parameters: Arrays) -> tuple[str, ...]:
         """Names of the matrices to prune, in the order of the parameters. Raises ValueError for unknown names."""
-        return choose(filter(prunable, parameters), self.names, self.exempt)
+        there = [name for name in parameters if prunable(name)]
+        if self.names and EMBEDDING in self.names:
+            need_tied(EMBEDDING in parameters and "readout.bias" in parameters and "readout" not in parameters)
+            if not self.prunes_tied:
+                raise ValueError(
+                    f"names: got {EMBEDDING!r}, but {type(self).__name__} does not prune the matrix of a tied "
+                    "read-out; use GradualPruning or MovementPruning, or prune the readout of network.untied()"
+                )
+            there.append(EMBEDDING)
+        return choose(there, self.names, self.exempt)
 
     def check(self, parameters: Arrays) -> None:
         """Raise ValueError, before the training, for parameters to which the method does not apply."""
@@ -212,6 +228,14 @@ def describe(value: Any, within: tuple[int, ...] = ()) -> str:
 def prunable(name: str) -> bool:
     """Whether the parameter with that name is a weight matrix that is pruned by default."""
     return MatrixId(name).gated or name == "readout"
+
+
+def need_tied(tied: bool) -> None:
+    """Raise ValueError, for the name of the tied matrix, unless the read-out is tied."""
+    if not tied:
+        raise ValueError(
+            f"names: got {EMBEDDING!r}, but no read-out is tied to the embedding; name 'readout', or leave it out"
+        )
 
 
 def choose(

@@ -33,6 +33,10 @@ from eventrnn.training.losses import cross_entropy, squared_error
 READS = ("last", "mean")
 
 
+# Sequences that are evaluated at a time.
+EVALUATED = 256
+
+
 @dataclass(frozen=True)
 class Batch:
     """The data of one update.
@@ -95,6 +99,14 @@ class Task(ABC):
     def evaluate(self, model: Model) -> dict[str, float]:
         """Figures on held-out data, with `figure` among them; empty if the task holds nothing out."""
         return {}
+
+    def evaluation_window(self, outputs: int) -> tuple[int, int] | None:
+        """Steps and samples of the largest window that `evaluate` runs, for an engine that reserves memory; None if it
+        runs none, or if the task cannot say.
+
+        outputs : outputs of the network
+        """
+        return None
 
     def digest(self) -> str:
         """Identifies the data and the settings of the task; a run continues only with a task of the same digest.
@@ -179,10 +191,7 @@ class LanguageModelling(Task):
         text = streams(self.valid, self.valid_batch)
         state, total, places = State.zeros(model.template, self.valid_batch), 0.0, len(text) - 1
         sent = np.zeros(len(model.template.layers))
-        # Bounds the output of the read-out of one forward pass to 64 MB.
-        chunk = max(1, min(256, (1 << 24) // (self.valid_batch * model.parameters["readout.bias"].size)))
-        if self.carry == "events":
-            chunk = self.window
+        chunk = self._chunk(model.parameters["readout.bias"].size)
         for at in range(0, places, chunk):
             part, state = text[at : at + chunk + 1], carry_state(state, self.carry)
             nats, state, activity = model.score(part[:-1], part[1:], state)
@@ -195,6 +204,15 @@ class LanguageModelling(Task):
             "activity": float(sent @ units / (places * sum(units))),
             **{f"layers.{k}.activity": float(each / places) for k, each in enumerate(sent)},
         }
+
+    def _chunk(self, outputs: int) -> int:
+        """Steps of a forward pass of `evaluate`. Bounds the output of the read-out to 64 MB."""
+        return self.window if self.carry == "events" else max(1, min(256, (1 << 24) // (self.valid_batch * outputs)))
+
+    def evaluation_window(self, outputs: int) -> tuple[int, int] | None:
+        if self.valid is None:
+            return None
+        return min(self._chunk(outputs), len(self.valid) // self.valid_batch - 1), self.valid_batch
 
     def digest(self) -> str:
         return digest_of("language", self.train, self.valid, self.valid_batch, self.carry)
@@ -281,10 +299,10 @@ class Sequences(Task):
     def outputs(self, model: Model, inputs: np.ndarray, lengths: np.ndarray | None = None) -> tuple[np.ndarray, float]:
         """Output of each of S sequences, (S, V), and the activity, events per unit, step and sample without padding."""
         read, sent, steps = [], 0, 0
-        for at in range(0, len(inputs), 256):
-            part = np.ascontiguousarray(np.moveaxis(inputs[at : at + 256], 0, 1))
+        for at in range(0, len(inputs), EVALUATED):
+            part = np.ascontiguousarray(np.moveaxis(inputs[at : at + EVALUATED], 0, 1))
             output, _, tape = model.forward(part, State.zeros(model.template, part.shape[1]))
-            ends = None if lengths is None else lengths[at : at + 256]
+            ends = None if lengths is None else lengths[at : at + EVALUATED]
             read.append((output * self._shares(len(output), output.shape[1], ends)[:, :, None]).sum(axis=0))
             present = np.arange(len(output))[:, None] < (len(output) if ends is None else ends)
             present = np.broadcast_to(present, output.shape[:2])
@@ -300,6 +318,9 @@ class Sequences(Task):
         read, activity = self.outputs(model, inputs, *lengths)
         loss, _ = self._loss(read, targets)
         return {"loss": loss, **self._figures(read, targets), "activity": activity}
+
+    def evaluation_window(self, outputs: int) -> tuple[int, int] | None:
+        return None if self.valid is None else (self.valid[0].shape[1], min(EVALUATED, len(self.valid[0])))
 
     def _figures(self, read: np.ndarray, targets: np.ndarray) -> dict[str, float]:
         return {}

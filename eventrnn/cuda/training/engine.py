@@ -44,6 +44,10 @@ GROWTH = 16
 # 5, have about 90 lengths.
 MOST_PROGRAMS = 128
 
+# What small arrays take together, and the rounding of every array to 512 bytes: tables of the parameters and of the
+# programs, results, norms.
+SMALL_ARRAYS = 1 << 22
+
 # Largest seed of the noise plus one.
 SEEDS = 1 << 64
 
@@ -56,7 +60,7 @@ class CudaTrainingEngine:
 
     Attributes
     ----------
-    nbytes : bytes of GPU memory that the run needs
+    nbytes : bytes of GPU memory that the arrays of the run need, those of its validations included
 
     Raises BackendUnavailable without a usable GPU, ValueError for settings that the GPU does not have, and MemoryError,
     with the needed and the free bytes, before anything is allocated.
@@ -80,8 +84,10 @@ class CudaTrainingEngine:
         averaged = 2 if settings.optimiser.kind == "nt-asgd" else 0
         self.nbytes = (
             nbytes(self.sizes.outline(self.steps, batch, training=True))
-            + DeviceParameters.nbytes(host, self.precision, len(slots) + averaged + 1)
+            + self._evaluation_bytes()
+            + DeviceParameters.nbytes(host, self.precision, len(slots) + averaged + 1, tuple(model.masks))
             + WORKSPACE_BYTES * (len(self.sizes.layers) + 2)
+            + SMALL_ARRAYS
         )
         with self.device.on_stream():
             self.device.need(self.nbytes)
@@ -116,6 +122,11 @@ class CudaTrainingEngine:
             self.capacity = self.steps, batch
             self.batch = batch
         self.evaluator = Evaluator(self)
+
+    def _evaluation_bytes(self) -> int:
+        """Bytes of the windows of a validation."""
+        found = self.task.evaluation_window(self.sizes.outputs)
+        return 0 if found is None else nbytes(self.sizes.outline(*found, training=False))
 
     # --- the protocol ---
 

@@ -3,7 +3,7 @@ them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -98,9 +98,12 @@ class DeviceParameters:
         return array
 
     @staticmethod
-    def nbytes(parameters: Mapping[str, np.ndarray], precision: str, states: int) -> int:
-        """Bytes of values, gradients, operands and so many further arrays (`state`)."""
-        return Layout(parameters).size * (4 * (2 + states) + threads.BYTES[precision])
+    def nbytes(parameters: Mapping[str, np.ndarray], precision: str, states: int, masked: Iterable[str] = ()) -> int:
+        """Bytes of values, gradients, operands, so many further arrays (`state`), the masks of the parameters in
+        `masked`, and the chunks of all with their norms."""
+        layout, chunk_bytes = Layout(parameters), 3 * 8 + 8
+        arrays = layout.size * (4 * (2 + states) + threads.BYTES[precision])
+        return arrays + chunk_bytes * len(layout.chunks(updates.CHUNK)) + sum(layout[name].size for name in masked)
 
     # --- addresses ---
 
@@ -185,7 +188,8 @@ class DeviceParameters:
         )
 
     def set_masks(self, masks: Mapping[str, np.ndarray]) -> None:
-        """Take over the masks of pruned weights."""
+        """Take over the masks of pruned weights. Raises MemoryError before anything is changed."""
+        self.device.need(sum(self.layout[name].size for name in masks if name not in self.masks))
         kept_bytes = {}
         for number, segment in enumerate(self.layout):
             mask = masks.get(segment.name)

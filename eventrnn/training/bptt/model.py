@@ -130,7 +130,7 @@ class Model:
                  embedding. Of a matrix of gated blocks also `.gate`, `.gate_bias` and, with two factors, `.gate_out`
     gated      : the matrices of gated blocks of the network, by name
     masks      : boolean arrays by parameter name, False where pruned. At first, weights that a sparse matrix of the
-                 network does not store are pruned
+                 network does not store are pruned; those of a tied read-out by the mask of the embedding
 
     All products of gated blocks go through BLAS, whatever `backward` is (`bptt/gated_products.py`).
 
@@ -169,6 +169,8 @@ class Model:
         if network.readout is not None:
             if not self.tied:
                 self._take_matrix("readout", network.readout.weights)
+            elif not isinstance(network.readout.weights, Dense):
+                self.masks["embedding"] = np.ascontiguousarray(network.readout.weights.kept().T)
             self.parameters["readout.bias"] = network.readout.bias.copy()
         self._team, self._arena, self._use = Team(threads), Arena(), Use("model")
         self._shapes = {name: value.shape for name, value in self.parameters.items()}
