@@ -33,7 +33,6 @@ from support.conformance import (
     assert_same_state,
     carries,
     cases,
-    cells_of,
     check_chunks,
     check_formats,
     check_threads_do_not_race,
@@ -95,7 +94,7 @@ def test_simulate_negative_initial_outputs_equals_specification(backend, case):
 @pytest.mark.parametrize("backend", each(EXACT))
 @given(batch=st.integers(1, 3), data=st.data())
 def test_simulate_zero_steps_keeps_the_state(backend, batch, data):
-    network = data.draw(networks(cells=cells_of(backend), max_units=8))
+    network = data.draw(networks(cells=ALL_CELLS, max_units=8))
     state = data.draw(states(network, batch))
     nothing = part(data.draw(inputs(network, 1, batch)), slice(0))
     result = simulate(network, nothing, state=state, backend=backend, record=RECORDABLE)
@@ -122,7 +121,7 @@ def test_every_format_and_thread_count_equals_dense_on_one_thread(formats, data,
 @given(data=st.data(), carry=carries())
 def test_each_sample_alone_equals_the_batch(backend, data, carry):
     sizes = {"max_units": 60, "max_steps": 100} if backend in ("cpu", "cuda") else {"max_units": 10}
-    case = data.draw(cases(cells=cells_of(backend), **sizes))
+    case = data.draw(cases(cells=ALL_CELLS, **sizes))
     carry = fitting(carry, case.network)
     whole = case.simulator(backend, **carry).run(case.inputs, record=RECORDABLE)
     for b in range(case.batch):
@@ -157,7 +156,7 @@ def test_simulate_events_and_arrays_give_equal_results(case):
 @pytest.mark.parametrize("backend", each(EXACT))
 @given(data=st.data())
 def test_symbols_equal_their_embeddings(backend, data):
-    case = data.draw(cases(cells=cells_of(backend), embedding=True))
+    case = data.draw(cases(cells=ALL_CELLS, embedding=True))
     assert case.network.embedding is not None
     top = case.network.readout
     bare = replace(case.network, embedding=None, readout=None if top is None else replace(top, tied=False))

@@ -5,7 +5,6 @@ On a GPU the conformance suite of `test_backends.py` runs over this backend too.
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -26,9 +25,9 @@ from eventrnn.simulation import Simulator, simulate
 from eventrnn.state import State
 from eventrnn.testing import weights as weights_of
 from eventrnn.weights import CSR, STORAGES, convert
+from support.ptx import check_ptx, compiler
 
 H100 = Chip(132, 232_448, {16: 7, 8: 15, 4: 31, 2: 64, 1: 132})
-HOPPER = (9, 0)
 
 
 # --- packing ------------------------------------------------------------------------------------------------
@@ -317,20 +316,7 @@ MASKED_LAYOUTS = [layout for layout in LAYOUTS if layout & tables.KINDS == table
 @pytest.fixture(scope="module")
 def compiled():
     """A function that compiles a kernel to PTX for Hopper, with or without a GPU."""
-    device = pytest.importorskip("eventrnn.cuda.device", exc_type=BackendUnavailable, reason="needs numba-cuda")
-    pytest.importorskip("cuda.bindings.nvvm", reason="needs libNVVM")
-    return lambda made: device.compile_ptx(*made, HOPPER, 352)
-
-
-def check_ptx(ptx: str) -> None:
-    """Check that PTX for Hopper contracts and approximates nothing and names the memory of every load and store."""
-    assert re.search(r"^\.target sm_90", ptx, re.MULTILINE)
-    assert ".entry" in ptx
-    assert not re.findall(r"\b(?:mul|add|sub)\.f32", ptx)
-    assert not re.findall(r"\b(?:div|rcp|sqrt|ex2)\.approx", ptx)
-    assert not re.findall(r"\s(?:ld|st)\.(?:f32|[us]\d+|b\d+)\b", ptx)
-    # Fused operations that the source does ask for.
-    assert "fma.rn.f32" in ptx
+    return compiler()
 
 
 @pytest.mark.parametrize("variant", ["evnn", "paper"])
@@ -338,8 +324,9 @@ def test_kernels_compile_without_contraction(compiled, variant):
     from eventrnn.cuda.kernels.persistent import layers_kernel
     from eventrnn.cuda.kernels.single_stream import single_kernel
 
+    layouts = (tables.layout_code(tables.RUNS, True, True),)
     for make in (layers_kernel, single_kernel):
-        check_ptx(compiled(make(variant, (tables.layout_code(tables.RUNS, True, True),))))
+        check_ptx(compiled(make(("egru", variant), layouts)))
 
 
 @pytest.mark.parametrize("layout", MASKED_LAYOUTS)
@@ -364,7 +351,7 @@ def test_mixed_layouts_and_small_kernels_compile(compiled):
     from eventrnn.cuda.kernels.single_stream import single_kernel
     from eventrnn.cuda.kernels.tensor_core_cells import cells_kernel
 
-    check_ptx(compiled(single_kernel("evnn", tuple(LAYOUTS[:3]))))
+    check_ptx(compiled(single_kernel(("egru", "evnn"), tuple(LAYOUTS[:3]))))
     assert ".entry" in compiled(log_events_kernel())
     for each in (count_events_kernel(), count_pairs_kernel()):
         assert "red.relaxed.gpu.global.add.u64" in compiled(each)

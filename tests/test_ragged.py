@@ -14,7 +14,8 @@ from eventrnn.events import Events
 from eventrnn.network import Network
 from eventrnn.simulation import RECORDABLE, Simulator, simulate
 from eventrnn.state import State
-from support.conformance import EXACT, carries, cases, cells_of, each, fitting, part, same_bits, steps_of, unmodified
+from eventrnn.testing import ALL_CELLS
+from support.conformance import EXACT, carries, cases, each, fitting, part, same_bits, steps_of, unmodified
 
 
 def alone(case, b: int, steps: int, **options):
@@ -70,7 +71,7 @@ def check_each_alone(case, whole, lengths, **options) -> None:
 def test_each_sample_equals_a_run_of_its_own(backend, data, threads, carry):
     fast = backend in ("cpu", "cuda")
     size = {"max_units": 40, "max_steps": 60} if fast else {"max_units": 8, "max_steps": 6}
-    case = data.draw(cases(cells=cells_of(backend), **size))
+    case = data.draw(cases(cells=ALL_CELLS, **size))
     carry = fitting(carry, case.network)
     lengths = data.draw(st.lists(st.integers(0, steps_of(case.inputs)), min_size=case.batch, max_size=case.batch))
     options = {"threads": threads if backend == "cpu" else 1, **carry}

@@ -13,11 +13,11 @@ A launch follows one of three plans:
 - Cluster plan (`cluster_plan.py`, `kernels/cluster.py`): sparse weights, released variant. One layer of a stream lives
   in one thread-block cluster, whose blocks exchange outputs through distributed shared memory. Input drives of all
   layers but the first are computed by clusters of their own. Weights are in shared memory if they fit, otherwise in L2.
-- Single-stream plan (`plan.py`, `kernels/single_stream.py`): batch 1, one tile of units per block. Blocks exchange
-  outputs through the event log. Weights are in shared memory if they fit, otherwise in L2.
-- General plan (`plan.py`, `kernels/persistent.py`): several samples and tiles per block. Samples are divided into
-  groups; more groups mean fewer samples but more tiles per block. Weights are in shared memory if they fit, otherwise
-  in L2.
+- Single-stream plan (`plan.py`, `kernels/single_stream.py`): EGRU, batch 1, one tile of units per block. Blocks
+  exchange outputs through the event log. Weights are in shared memory if they fit, otherwise in L2.
+- General plan (`plan.py`, `kernels/persistent.py`): every cell, several samples and tiles per block. Samples are
+  divided into groups; more groups mean fewer samples but more tiles per block. Weights are in shared memory if they
+  fit, otherwise in L2.
 
 Two kinds of work need no plan. Products without a recurrence (input drives of the first layer, read-out) are computed
 for all steps at once (`kernels/batched_products.py`). With exact=False, layers of many streams can use tensor cores
@@ -45,8 +45,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from eventrnn.network import need_thresholds
-
 if TYPE_CHECKING:
     from eventrnn.cuda.engine import CudaEngine
     from eventrnn.network import Network
@@ -62,8 +60,8 @@ class CudaBackend:
     exact     : False allows layers of 4 or more streams to use tensor cores where that is measured to be faster. The
                 measurement takes place at the first run of each batch size, on its inputs; `Simulation.paths` reports
                 the choice. Single steps measure nothing: they use the choice of the last run of their batch size, and
-                are exact before one. Layers of the paper's variant stay exact, and so do layers with weights beyond the
-                float16 range if the precision is "float16"
+                are exact before one. Layers of GRU and LSTM cells and of the paper's variant stay exact, and so do
+                layers with weights beyond the float16 range if the precision is "float16"
     precision : type of weights and events in those layers: "float16" (the default), "bfloat16" or "tf32"; sums and
                 cells are float32. Only with exact=False
 
@@ -84,10 +82,8 @@ class CudaBackend:
     def engine(self, network: Network, *, threads: int = 1) -> CudaEngine:
         """Pack the weights and copy them to the GPU. Kernels are compiled at the first run of each plan, in seconds.
 
-        Raises BackendUnavailable with the reason if there is no usable GPU, and ValueError for `threads` other than 1
-        and for a layer of GRU or LSTM cells.
+        Raises BackendUnavailable with the reason if there is no usable GPU, and ValueError for `threads` other than 1.
         """
-        need_thresholds(network, "backend: got 'cuda'", "use backend='cpu' or 'auto'")
         if threads != 1:
             raise ValueError(f"threads: got {threads}, but the cuda backend brings its own; leave it out")
         from eventrnn.cuda.engine import CudaEngine

@@ -31,6 +31,7 @@ class DeviceNetwork:
     device      : the GPU
     precision   : type of the operands on tensor cores; None if every layer stays exact
     units       : per layer, the number of units
+    gates       : per layer, the gate rows of a unit
     output_size : columns of the output: V of a read-out, else the units of the last layer
     w_in, w_rec : per layer, the weights of the input and of the recurrent product
     thresholds  : per layer, the thresholds in strips, on the device
@@ -43,6 +44,7 @@ class DeviceNetwork:
             check_format(name, weights)
         self.network, self.device, self.precision = network, device, precision
         self.units = [layer.units for layer in network.layers]
+        self.gates = [layer.cell.gates for layer in network.layers]
         clusters = {size: device.clusters(size) for size in CLUSTER_SIZES}
         self.chip = Chip(device.multiprocessors, device.shared_bytes, clusters)
         self.output_size = self.units[-1] if network.readout is None else network.readout.weights.shape[1]
@@ -61,8 +63,8 @@ class DeviceNetwork:
             share = self.chip.multiprocessors // next(len(each) for each in self.launches() if k in each)
             inside = (layer.w_rec, layer.w_in) if k else (layer.w_rec,)
             width = tile_width(layer.units, share, any(isinstance(w, Dense) for w in inside))
-            self.w_rec.append(Matrix(device, layer.w_rec, layer.bias_rec, 3, width))
-            self.w_in.append(Matrix(device, layer.w_in, layer.bias_in, 3, width))
+            self.w_rec.append(Matrix(device, layer.w_rec, layer.bias_rec, layer.cell.gates, width))
+            self.w_in.append(Matrix(device, layer.w_in, layer.bias_in, layer.cell.gates, width))
             self.thresholds.append(device.put(per_strip(layer.threshold, 1, width)))
         if network.readout is not None:
             self.readout = Matrix(device, network.readout.weights, network.readout.bias, 1, LANES)
@@ -90,8 +92,8 @@ class DeviceNetwork:
 
     def launches(self, tensor_layers: tuple[int, ...] = ()) -> list[range]:
         """The layers of each launch, from the input to the output."""
-        variants = [layer.cell.variant for layer in self.network.layers]
-        return launches_of(variants, self.chip.multiprocessors, tensor_layers)
+        kinds = [(layer.cell.name, layer.cell.variant) for layer in self.network.layers]
+        return launches_of(kinds, self.chip.multiprocessors, tensor_layers)
 
     def plans(self, batch: int, tensor_layers: tuple[int, ...]) -> list[Plan | None]:
         """The plan of each launch for `batch` samples; None for a layer that goes through tensor cores."""
@@ -120,8 +122,10 @@ class DeviceNetwork:
 
     def _cluster_plan(self, layers: range, batch: int) -> Plan | None:
         matrices = [self.w_rec[k] for k in layers] + [self.w_in[k] for k in layers if k]
-        paper = self.network.layers[layers.start].cell.variant == "paper"
-        if paper or not any(self.chip.clusters.values()) or not all(each.sparse for each in matrices):
+        cell = self.network.layers[layers.start].cell
+        # Clusters gather the few units that sent an event, and have one exchange of outputs per step.
+        unfit = not cell.thresholded or cell.reset_first
+        if unfit or not any(self.chip.clusters.values()) or not all(each.sparse for each in matrices):
             return None
         shapes = [
             ClusterShape(self.units[k], self.w_in[k].compact if k else None, self.w_rec[k].compact) for k in layers

@@ -284,11 +284,11 @@ class CudaEngine:
     def _longest(self, batch: int, record_states: bool) -> int:
         """The most time steps whose buffers stay below `RECORD_BYTES`."""
         row = sum(
-            pitch_of(n) * (1 + (layer.cell.variant == "paper"))
-            for n, layer in zip(self.units, self.network.layers, strict=True)
+            pitch_of(n) * (1 + layer.cell.reset_first) for n, layer in zip(self.units, self.network.layers, strict=True)
         )
         # Drives of the first layer, and of every layer with a cluster of its own for its input.
-        row += 3 * sum(self.units) + (sum(self.units) if record_states else 0)
+        row += sum(g * n for g, n in zip(self.packed.gates, self.units, strict=True))
+        row += sum(self.units) if record_states else 0
         # The partial counts of tensor-core layers: two bytes per two units and, at most, per sample.
         row += sum(-(-n // (2 * LANES)) * LANES // 2 for n in self.units) if self.precision else 0
         # Event lists of the input, where they are found on the GPU.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def launch_layers(network: DeviceNetwork, layers: range, each: Plan, buffers: RunBuffers, drive, status, after) -> None:
     """Put the launches of neighbouring layers on the stream, by the plan `each`.
 
-    drive : (steps * batch, 3 * units) float32, input drives of the first layer of the network; None above it
+    drive : (steps * batch, gates * units) float32, input drives of the first layer of the network; None above it
     after : per layer (steps, batch, units) float32 for the cells after each step, or None
     """
     key = (layers,)
@@ -95,14 +95,14 @@ def _input_drives(network: DeviceNetwork, buffers: RunBuffers, k: int) -> Any:
 def _launch(network: DeviceNetwork, each: Plan, rows, layers: range, steps: int, batch: int, status) -> None:
     """Select the kernel of a plan and launch it for as many groups of samples at a time as the plan has."""
     device, threads = network.device, 32 * each.warps
-    variant = network.network.layers[layers.start].cell.variant
+    cell = network.network.layers[layers.start].cell
     if each.cluster:
         # With several layers, the last two roles are INPUT and RECURRENT of the last layer.
         options = (each.layers[-1].layout_rec, each.layers[-2:][0].layout_in, each.cluster, *each.units_per_lane)
         kernel = device.kernel(("cluster", *options), lambda: cluster_kernel(*options), threads)
     else:
-        make = single_kernel if each.single else layers_kernel
-        kernel = device.kernel((make.__name__, variant, each.layouts), lambda: make(variant, each.layouts), threads)
+        make, kind = single_kernel if each.single and cell.thresholded else layers_kernel, (cell.name, cell.variant)
+        kernel = device.kernel((make.__name__, kind, each.layouts), lambda: make(kind, each.layouts), threads)
     for first in range(0, batch, each.groups * each.samples):
         key = (layers, batch, first)
         if key not in network.block_tables:

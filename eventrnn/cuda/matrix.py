@@ -46,7 +46,7 @@ class Matrix:
     device    : the GPU
     weights   : the weights on the host, in their own format
     host_bias : the biases on the host
-    gates     : 3 for the matrices of a layer, 1 for a read-out
+    gates     : gate rows of a unit for the matrices of a layer, 1 for a read-out
     width     : units per tile of `strips`
 
     Three layouts serve three kinds of kernels. Those on the host are records of `packing`, those on the GPU are arrays:

@@ -67,6 +67,11 @@ class LayerShape:
         return self.w_rec.tiles
 
     @property
+    def gates(self) -> int:
+        """Gate rows of a unit."""
+        return self.w_rec.shape[1]
+
+    @property
     def segments(self) -> int:
         """Segments of the widest row of outputs that the layer reads."""
         widest = max(self.units, self.inputs if self.w_in is not None else 0)
@@ -141,21 +146,21 @@ def lay_out(shape: LayerShape, tiles: int, samples: int, warps: int, chip: Chip)
     """
     segments = shape.segments
     capacity = segments * tables.SEGMENT + tables.LIST_PAD
-    sums = 4 * 3 * LANES * samples * tiles
+    gates, units = shape.gates, 4 * LANES * samples * tiles
     sizes = {
         # The single-stream kernel has a list of the layer's own events and one of its input's.
         tables.AT_LIST: 8 * capacity * (samples + (samples == 1 and shape.w_in is not None)),
         tables.AT_COUNTS: 4 * samples,
         tables.AT_STAGED: 4 * samples * segments * tables.SEGMENT,
         tables.AT_SEGMENT_COUNTS: max(256, 4 * samples * segments),
-        tables.AT_BASES: 2 * 4 * 3 * tiles,
+        tables.AT_BASES: 2 * 4 * gates * tiles,
         tables.AT_HITS: tables.HIT_BUFFER_BYTES * warps,
-        tables.AT_SUMS_IN: 2 * sums,
-        tables.AT_SUMS_REC: sums,
-        tables.AT_CELLS: sums // 3,
-        tables.AT_Y: sums // 3,
+        tables.AT_SUMS_IN: 2 * gates * units,
+        tables.AT_SUMS_REC: gates * units,
+        tables.AT_CELLS: units,
+        tables.AT_Y: units,
         tables.AT_THRESHOLD: 4 * LANES * tiles,
-        tables.AT_BIAS: 2 * 4 * 3 * LANES * tiles,
+        tables.AT_BIAS: 2 * 4 * gates * LANES * tiles,
     }
     offsets, at = {tables.CAPACITY: capacity}, 0
 
@@ -232,7 +237,7 @@ def _cost(shapes: Sequence[LayerShape], layers: Sequence[LayerPlan], samples: in
     """
     slowest = 0.0
     for shape, layer in zip(shapes, layers, strict=True):
-        strips = 3 * layer.tiles * samples
+        strips = shape.gates * layer.tiles * samples
         rounds = -(-strips // MAX_WARPS)
         far = 1.0 if layer.layout_rec & tables.RESIDENT else 3.0
         lists = samples * -(-shape.units // tables.SEGMENT) / MAX_WARPS
@@ -259,11 +264,11 @@ def _smallest(shapes: Sequence[LayerShape], batch: int, chip: Chip) -> Plan:
 
 def _warps(shapes: Sequence[LayerShape], samples: int, tiles: int) -> int:
     """Warps per block: one per segment for a single stream, else one per strip or segment, at most MAX_WARPS."""
-    segments = max(shape.segments for shape in shapes)
+    segments, gates = max(shape.segments for shape in shapes), shapes[0].gates
     if samples == tiles == 1 and segments <= MAX_SINGLE_SEGMENTS:
         wanted = segments
     else:
-        wanted = min(MAX_WARPS, max(3 * samples * tiles, samples * segments))
+        wanted = min(MAX_WARPS, max(gates * samples * tiles, samples * segments))
     return next(warps for warps in WARPS if warps >= wanted)
 
 
@@ -295,19 +300,19 @@ def blocks_from(plan: Plan, first: int, batch: int) -> np.ndarray:
 # --- launches -----------------------------------------------------------------------------------------------
 
 
-def launches_of(variants: Sequence[str], max_layers: int, alone: tuple[int, ...] = ()) -> list[range]:
-    """Neighbouring layers that run in one launch: at most `max_layers`, all of one variant.
+def launches_of(kinds: Sequence[tuple[str, str]], max_layers: int, alone: tuple[int, ...] = ()) -> list[range]:
+    """Neighbouring layers that run in one launch: at most `max_layers`, all of one kind.
 
-    variants : per layer, its variant
-    alone    : layers that are launched alone
+    kinds : per layer, the name and the variant of its cell
+    alone : layers that are launched alone
 
     The layers above follow in the next launch and read their input from the event log.
     """
     launches: list[range] = []
-    for k, variant in enumerate(variants):
+    for k, kind in enumerate(kinds):
         last = launches[-1] if launches else None
         split = k in alone or k - 1 in alone
-        if last is not None and not split and len(last) < max_layers and variants[last.start] == variant:
+        if last is not None and not split and len(last) < max_layers and kinds[last.start] == kind:
             launches[-1] = range(last.start, k + 1)
         else:
             launches.append(range(k, k + 1))

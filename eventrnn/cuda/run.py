@@ -103,7 +103,9 @@ class Run:
         # The last layer's outputs need no event log where they are the output themselves.
         direct = out is not None and network.readout is None and last in self.tensor_layers
         if 0 not in self.tensor_layers:
-            drive = network.w_in[0].products(device, table, rows, row_of, out=buffers.drive(3 * units[0]))
+            drive = network.w_in[0].products(
+                device, table, rows, row_of, out=buffers.drive(network.gates[0] * units[0])
+            )
         launches, plans = network.launches(self.tensor_layers), network.plans(self.batch, self.tensor_layers)
         for layers, each in zip(launches, plans, strict=True):
             if each is not None:

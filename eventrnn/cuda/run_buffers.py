@@ -29,7 +29,7 @@ class RunBuffers:
     ----------
     event_logs : per layer (steps + 1, batch, pitch) float32; row 0 holds the outputs before the run, row t + 1 those of
                  step t
-    gated      : per layer the same for r * y of the paper's variant; None for the released variant
+    gated      : per layer the same for r * y, where the reset gate comes first; None for other cells
     state      : (2, batch * units of all layers) float32, cells and outputs; the kernels update the cells
     cells      : per layer (batch, units), views of `state`
     outputs    : per layer (batch, units), views of `state`
@@ -41,9 +41,9 @@ class RunBuffers:
         self.device, self.units, self.steps, self.batch = device, units, steps, batch
         shapes = [(steps + 1, batch, pitch_of(n)) for n in units]
         self.event_logs = [device.empty(shape, np.float32) for shape in shapes]
-        papers = [layer.cell.variant == "paper" for layer in network.layers]
+        first = [layer.cell.reset_first for layer in network.layers]
         self.gated: list[Any] = [
-            device.empty(shape, np.float32) if paper else None for shape, paper in zip(shapes, papers, strict=True)
+            device.empty(shape, np.float32) if reset else None for shape, reset in zip(shapes, first, strict=True)
         ]
         self.state = device.empty((2, batch * sum(units)), np.float32)
         self.cells, self.outputs = (by_layer(line, units, batch) for line in self.state)

@@ -75,9 +75,9 @@ MAX_SUMMED = (1 << SUM_BITS) - 1
     PITCH,  # float32 from one row of the event log to the next
     INPUT_PITCH,  # the same of the event log of the layer below
     INPUT_LOG,  # event log of the layer below, from step 0 on, or 0 if DRIVE holds the finished input drives
-    DRIVE,  # (steps * batch, 3 * units) float32 input drives
+    DRIVE,  # (steps * batch, gates * units) float32 input drives
     EVENT_LOG,  # (steps + 1, batch, pitch) float32
-    GATED,  # the same for r * y of the paper's variant
+    GATED,  # the same for r * y, where the reset gate comes first
     CELLS,  # (batch, units) float32
     STATES,  # (steps, batch, units) float32 cells after each step, or 0
     THRESHOLD,  # (tiles, 32) float32

@@ -174,7 +174,9 @@ class TensorLayer:
 
 def exact_because(layer: Layer, precision: str) -> str | None:
     """The reason why a layer cannot go through tensor cores; None where it can."""
-    if layer.cell.variant == "paper":
+    if not layer.cell.thresholded:
+        return f"tensor cores run EGRU cells only, not {layer.cell.name!r}"
+    if layer.cell.reset_first:
         return "the paper's candidate waits for a gate within its product"
     weights = (layer.w_in.floats(), layer.w_rec.floats())
     if precision == "float16" and any(np.abs(each).max(initial=0) > FLOAT16_MAX for each in weights):

@@ -20,7 +20,7 @@ from eventrnn.events import Events
 from eventrnn.network import Layer, Network, Readout
 from eventrnn.simulation import RECORDABLE, Simulation, Simulator, simulate
 from eventrnn.state import State
-from eventrnn.testing import ALL_CELLS, EVENT_CELLS, inputs, networks, states
+from eventrnn.testing import ALL_CELLS, inputs, networks, states
 from eventrnn.weights import convert
 
 EXACT = [name for name in BACKENDS if get_backend(name).exact]
@@ -29,11 +29,6 @@ EXACT = [name for name in BACKENDS if get_backend(name).exact]
 def each(names) -> list:
     """Names of backends as parameters of a test. The CUDA backend carries the mark `gpu`."""
     return [pytest.param(name, marks=pytest.mark.gpu) if name == "cuda" else name for name in names]
-
-
-def cells_of(backend: str) -> tuple[Cell, ...]:
-    """The cells that a backend runs."""
-    return EVENT_CELLS if backend == "cuda" else ALL_CELLS
 
 
 @dataclass(frozen=True)
@@ -179,7 +174,7 @@ def check_chunks(backend, data, threads) -> None:
     """A run in several calls of any lengths, and one in single steps, have the bits of one run."""
     fast = backend in ("cpu", "cuda")
     size = {"max_units": 60, "max_steps": 150} if fast else {"max_units": 10}
-    case = data.draw(cases(cells=cells_of(backend), **size))
+    case = data.draw(cases(cells=ALL_CELLS, **size))
     threads = threads if backend == "cpu" else 1
     steps = steps_of(case.inputs)
     cuts = sorted(data.draw(st.lists(st.integers(0, steps), max_size=5)))

@@ -436,7 +436,7 @@ def _run_layers(network, layers, buffers, drive, after) -> None:
             if drives is not None:
                 ys, cs = [], []
                 for b in range(buffers.batch):
-                    own = parameters | {"w_in": np.zeros((0, 3 * units), np.float32), "bias_in": drives[t, b]}
+                    own = parameters | {"w_in": np.zeros((0, drives.shape[2]), np.float32), "bias_in": drives[t, b]}
                     tape = forward(layer.cell, own, x[t : t + 1, b : b + 1], c[b : b + 1], y[b : b + 1])[0]
                     ys.append(tape.y), cs.append(tape.c)
                 y, c = np.concatenate(ys), np.concatenate(cs)

@@ -20,22 +20,23 @@ array         memory   shape, dtype, contents
 ============= ======== =========================================================================================
 event log     global   (steps + 1, batch, pitch) float32; row 0 is the state before the run, row t + 1 the output of
                        step t
-gated         global   the same for r * y of the paper's variant; row t belongs to step t
-drive         global   (steps * batch, 3 * units) float32, input drives of the first layer, complete before the launch
+gated         global   the same for r * y, where the reset gate comes first; row t belongs to step t
+drive         global   (steps * batch, gates * units) float32, input drives of the first layer, complete before the
+                       launch
 cells         global   (batch, units) float32, state of the cells: read at the start, written at the end
 states        global   (steps, batch, units) float32 cells after each step, or address 0
 weights       shared   values and table of the block's strips (`packing.Strips`); in global memory (L2) if they do not
                        fit
-bases         shared   (2, 3 * tiles) int32, byte offset of each strip's values: recurrent, input
+bases         shared   (2, gates * tiles) int32, byte offset of each strip's values: recurrent, input
 entries       shared   (samples, capacity) int64 event lists (`strip_product.py`); counts (samples,) int32
 staged        shared   (samples * segments, 128) float32, outputs on their way from the event log to the lists
 segment       shared   (samples * segments,) int32, number of events per segment
 counts
 hits          shared   per warp, scratch of `strip_product.py`
-sums_in       shared   (2, samples, tiles, 3, 32) float32, input drives of this step and of the next one
-sums_rec      shared   (samples, tiles, 3, 32) float32, recurrent drives
+sums_in       shared   (2, samples, tiles, gates, 32) float32, input drives of this step and of the next one
+sums_rec      shared   (samples, tiles, gates, 32) float32, recurrent drives
 c, y          shared   (samples, tiles, 32) float32, cells and outputs
-theta, bias   shared   (tiles, 32) and (2, tiles, 3, 32) float32, thresholds and biases of both drives
+theta, bias   shared   (tiles, 32) and (2, tiles, gates, 32) float32, thresholds and biases of both drives
 ============= ======== =========================================================================================
 
 Barriers: block barriers around the two phases of `collect_events` and after every phase that other warps read.
@@ -48,13 +49,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import int32, int64, types
 
+from eventrnn.cells import EQUATIONS
 from eventrnn.cuda import tables
 from eventrnn.cuda.device import cuda, device_function, libdevice
+from eventrnn.cuda.kernels.cell_updates import UPDATES
 from eventrnn.cuda.kernels.ptx import (
     copy_async,
-    egru_paper_value,
     egru_reset_gate,
-    egru_value,
     global_float32,
     global_int32,
     global_int64,
@@ -268,7 +269,19 @@ def copy_to_shared(target_at, source_at, size, thread, threads):
 
 @device_function
 def load_weights(
-    layout, values_at, table_at, starts_at, first_tile, tiles, n_pre, own_values, own_table, bases_at, thread, threads
+    layout,
+    values_at,
+    table_at,
+    starts_at,
+    first_tile,
+    tiles,
+    gates,
+    n_pre,
+    own_values,
+    own_table,
+    bases_at,
+    thread,
+    threads,
 ):
     """Copy the weights of the block's tiles to shared memory if their layout is RESIDENT.
 
@@ -279,7 +292,7 @@ def load_weights(
     Returns the addresses of the block's values and table, wherever they are.
     """
     starts, bases = global_int64(starts_at), shared_int32(bases_at)
-    first, last = first_tile * 3, (first_tile + tiles) * 3
+    first, last = first_tile * gates, (first_tile + tiles) * gates
     size = int64(4)
     if layout & tables.NARROW:
         size = int64(2)
@@ -299,22 +312,24 @@ def load_weights(
     return values_at, table_at
 
 
-def layers_kernel(variant: str, layouts: tuple[int, ...]):
+def layers_kernel(kind: tuple[str, str], layouts: tuple[int, ...]):
     """The kernel of the general plan and its signature.
 
-    variant : "evnn" or "paper", the variant of all layers of the launch
+    kind    : name and variant of the cell of all layers of the launch
     layouts : layout codes of their matrices
     """
     strip_product = dispatch(layouts)
-    paper = variant == "paper"
-    # Gates whose recurrent drive uses the outputs of the step before; the paper's candidate uses r * y instead.
-    gates_from_outputs = 2 if paper else 3
+    equations = EQUATIONS[kind[0]][kind[1]]
+    n_gates, reset_first, update = len(equations.gates), equations.reset_first, UPDATES[kind]
+    # Gates whose recurrent drive uses the outputs of the step before. Where the reset gate comes first, the candidate
+    # uses r * y instead.
+    gates_from_outputs = n_gates - 1 if reset_first else n_gates
 
     @device_function
     def add_products(weights, sums_at, lists, first_gate, gates, tiles, samples, hits_at, me):
         """Drives of gates `first_gate` to `first_gate + gates - 1` of the block's tiles, from the current lists.
 
-        weights : `BlockWeights`; lists : `EventLists`; sums_at : address of (samples, tiles, 3, 32) float32
+        weights : `BlockWeights`; lists : `EventLists`; sums_at : address of (samples, tiles, n_gates, 32)
         """
         lane, warp, warps = me
         bias, sums = shared_float32(weights.bias_at), shared_float32(sums_at)
@@ -325,7 +340,7 @@ def layers_kernel(variant: str, layouts: tuple[int, ...]):
             sample, tile = next_item(sample, tile, tiles)
             if sample >= samples:
                 break
-            strip = int32(tile * 3 + gate + first_gate)
+            strip = int32(tile * n_gates + gate + first_gate)
             acc = strip_product(
                 weights.layout,
                 bias[strip * LANES + lane],
@@ -337,7 +352,7 @@ def layers_kernel(variant: str, layouts: tuple[int, ...]):
                 counts[sample],
                 hits_at,
             )
-            sums[(sample * tiles * 3 + strip) * LANES + lane] = acc
+            sums[(sample * tiles * n_gates + strip) * LANES + lane] = acc
             gate = int32(gate + warps)
 
     def layers(table_at, blocks_at, faults_at, steps, batch):
@@ -364,17 +379,18 @@ def layers_kernel(variant: str, layouts: tuple[int, ...]):
         hits_at = shared + block[tables.AT_HITS] + int64(tables.HIT_BUFFER_BYTES) * warp
         sums_in_at, sums_rec_at = shared + block[tables.AT_SUMS_IN], shared + block[tables.AT_SUMS_REC]
         sums_in, sums_rec = shared_float32(sums_in_at), shared_float32(sums_rec_at)
-        sums_size = int32(samples * tiles * (3 * LANES))
+        sums_size = int32(samples * tiles * (n_gates * LANES))
         c, y = shared_float32(shared + block[tables.AT_CELLS]), shared_float32(shared + block[tables.AT_Y])
         theta_at, bias_in_at = shared + block[tables.AT_THRESHOLD], shared + block[tables.AT_BIAS]
-        bias_rec_at = bias_in_at + int64(12 * LANES) * tiles
+        bias_rec_at = bias_in_at + int64(4 * n_gates * LANES) * tiles
         theta = shared_float32(theta_at)
         bases_rec_at = shared + block[tables.AT_BASES]
-        bases_in_at = bases_rec_at + int64(12) * tiles
+        bases_in_at = bases_rec_at + int64(4 * n_gates) * tiles
 
-        bias_bytes = int64(tiles) * (12 * LANES)
-        copy_to_shared(bias_in_at, layer[tables.BIAS_IN] + first_tile * (12 * LANES), bias_bytes, thread, threads)
-        copy_to_shared(bias_rec_at, layer[tables.BIAS_REC] + first_tile * (12 * LANES), bias_bytes, thread, threads)
+        strip_bytes = 4 * n_gates * LANES
+        bias_bytes = int64(tiles) * strip_bytes
+        copy_to_shared(bias_in_at, layer[tables.BIAS_IN] + first_tile * strip_bytes, bias_bytes, thread, threads)
+        copy_to_shared(bias_rec_at, layer[tables.BIAS_REC] + first_tile * strip_bytes, bias_bytes, thread, threads)
         copy_to_shared(
             theta_at, layer[tables.THRESHOLD] + first_tile * (4 * LANES), int64(tiles) * (4 * LANES), thread, threads
         )
@@ -386,6 +402,7 @@ def layers_kernel(variant: str, layouts: tuple[int, ...]):
             layer[tables.REC_STARTS],
             first_tile,
             tiles,
+            n_gates,
             n,
             shared + block[tables.AT_VALUES_REC],
             shared + block[tables.AT_TABLE_REC],
@@ -402,6 +419,7 @@ def layers_kernel(variant: str, layouts: tuple[int, ...]):
                 layer[tables.IN_STARTS],
                 first_tile,
                 tiles,
+                n_gates,
                 inputs,
                 shared + block[tables.AT_VALUES_IN],
                 shared + block[tables.AT_TABLE_IN],
@@ -436,7 +454,7 @@ def layers_kernel(variant: str, layouts: tuple[int, ...]):
                 wait_for_copies()
                 cuda.syncthreads()
                 flip = int32((t & 1) * sums_size)
-                if paper:
+                if reset_first:
                     sample, tile, item = int32(0), warp, warp
                     while True:
                         sample, tile = next_item(sample, tile, tiles)
@@ -444,7 +462,7 @@ def layers_kernel(variant: str, layouts: tuple[int, ...]):
                             break
                         unit = int32((first_tile + tile) * width + lane)
                         if lane < width and unit < n:
-                            s = int32(item * (3 * LANES) + lane)
+                            s = int32(item * (n_gates * LANES) + lane)
                             before, value = y[item * LANES + lane], np.float32(0)
                             if before != 0:
                                 value = egru_reset_gate(sums_in[flip + s + LANES], sums_rec[s + LANES]) * before
@@ -464,31 +482,10 @@ def layers_kernel(variant: str, layouts: tuple[int, ...]):
                         break
                     unit = int32((first_tile + tile) * width + lane)
                     if lane < width and unit < n:
-                        s, p = int32(item * (3 * LANES) + lane), int32(item * LANES + lane)
-                        if paper:
-                            v, _, _ = egru_paper_value(
-                                sums_in[flip + s],
-                                sums_in[flip + s + 2 * LANES],
-                                sums_rec[s],
-                                sums_rec[s + 2 * LANES],
-                                c[p],
-                                y[p],
-                            )
-                        else:
-                            v, _, _, _ = egru_value(
-                                sums_in[flip + s],
-                                sums_in[flip + s + LANES],
-                                sums_in[flip + s + 2 * LANES],
-                                sums_rec[s],
-                                sums_rec[s + LANES],
-                                sums_rec[s + 2 * LANES],
-                                c[p],
-                            )
-                        threshold, value, after = theta[tile * LANES + lane], np.float32(0), v
-                        if v > threshold:
-                            value = v
-                            if not paper:
-                                after = v - threshold
+                        s, p = int32(item * (n_gates * LANES) + lane), int32(item * LANES + lane)
+                        value, after = update(
+                            sums_in, flip + s, sums_rec, s, LANES, c[p], y[p], theta, tile * LANES + lane
+                        )
                         store_relaxed(event_log + (row + batch + sample) * row_bytes + int64(4) * unit, value)
                         c[p], y[p] = after, value
                         if states != 0:
@@ -506,11 +503,11 @@ def layers_kernel(variant: str, layouts: tuple[int, ...]):
                     ):
                         global_int32(faults_at)[0] = 1
                         return
-                    add_products(w_in, sums_in_at + int64(4) * flip, lists, 0, 3, tiles, samples, hits_at, me)
+                    add_products(w_in, sums_in_at + int64(4) * flip, lists, 0, n_gates, tiles, samples, hits_at, me)
                 else:
                     sample, tile, gate, item = int32(0), int32(0), warp, warp
                     while True:
-                        tile, gate = next_item(tile, gate, 3)
+                        tile, gate = next_item(tile, gate, n_gates)
                         sample, tile = next_item(sample, tile, tiles)
                         if sample >= samples:
                             break
@@ -518,7 +515,7 @@ def layers_kernel(variant: str, layouts: tuple[int, ...]):
                         if lane < width and unit < n:
                             copy_async(
                                 sums_in_at + int64(4) * (flip + item * LANES + lane),
-                                drive + int64(4) * ((row + sample) * (3 * n) + gate * n + unit),
+                                drive + int64(4) * ((row + sample) * (n_gates * n) + gate * n + unit),
                             )
                         gate, item = int32(gate + warps), int32(item + warps)
 

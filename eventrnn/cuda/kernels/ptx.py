@@ -86,6 +86,14 @@ egru_reset_gate = _rule(cells.egru_reset_gate)
 
 egru_paper_value = _rule(cells.egru_paper_value)
 
+_names["egru_value"] = egru_value
+
+gru_value = _rule(cells.gru_value)
+
+gru_before_value = _rule(cells.gru_before_value)
+
+lstm_value = _rule(cells.lstm_value)
+
 _names["absolute"] = _rule(cells.absolute)
 
 exp_float32, sigmoid = _names["exp_float32"], _names["sigmoid"]

@@ -154,14 +154,14 @@ def collect_rows(
     return count, input_count
 
 
-def single_kernel(variant: str, layouts: tuple[int, ...]):
+def single_kernel(kind: tuple[str, str], layouts: tuple[int, ...]):
     """The kernel of the single-stream plan and its signature.
 
-    variant : "evnn" or "paper", the variant of all layers of the launch
+    kind    : name and variant of the cell of all layers of the launch, which is an EGRU
     layouts : layout codes of their matrices
     """
     strip_product = dispatch(layouts)
-    paper = variant == "paper"
+    paper = kind == ("egru", "paper")
     # Gates whose recurrent drive uses the outputs of the step before; the paper's candidate uses r * y instead.
     gates_from_outputs = 2 if paper else 3
 
@@ -196,6 +196,7 @@ def single_kernel(variant: str, layouts: tuple[int, ...]):
             layer[tables.REC_STARTS],
             tile,
             int64(1),
+            3,
             n,
             shared + block[tables.AT_VALUES_REC],
             shared + block[tables.AT_TABLE_REC],
@@ -212,6 +213,7 @@ def single_kernel(variant: str, layouts: tuple[int, ...]):
                 layer[tables.IN_STARTS],
                 tile,
                 int64(1),
+                3,
                 inputs,
                 shared + block[tables.AT_VALUES_IN],
                 shared + block[tables.AT_TABLE_IN],

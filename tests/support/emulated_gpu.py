@@ -1,0 +1,240 @@
+"""A fake GPU that runs kernels whose warps vote, exchange words and wait for each other, as plain Python.
+
+Every CUDA thread is a Python thread. PTX instructions are replaced by NumPy, votes and barriers by Python's barriers.
+Shared memory is host memory of each block. It is slow, so networks must be small; `install` makes blocks of two warps.
+Kernels of independent rows are those of `fake_gpu.py`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import struct
+import threading
+import time
+from functools import cache
+from types import CellType, FunctionType, SimpleNamespace
+
+import numba
+import numpy as np
+
+from eventrnn import cells
+from support import fake_gpu
+from support.fake_gpu import FakeDevice, enqueued
+from support.python_kernels import KINDS, Pointed
+
+#: rules of `cells.py` that the kernels call
+RULES = ("egru_value", "egru_paper_value", "egru_reset_gate", "gru_value", "gru_before_value", "lstm_value")
+
+#: seconds after which a barrier that not all threads reach is an error
+PATIENCE = 60
+
+WARPS = 2
+
+
+class Group:
+    """Some threads that vote and wait for each other: a warp or a block."""
+
+    def __init__(self, size: int):
+        self.barrier, self.votes = threading.Barrier(size, timeout=PATIENCE), [0] * size
+
+    def exchange(self, member: int, vote) -> list:
+        """What every member gave."""
+        self.votes[member] = vote
+        self.barrier.wait()
+        votes = list(self.votes)
+        self.barrier.wait()
+        return votes
+
+
+class Here(threading.local):
+    """The place of the running thread: its indices, its warp, its block, and the block's shared memory."""
+
+    thread = lane = block_x = block_y = shared_at = 0
+    warp: Group
+    block: Group
+
+
+here = Here()
+
+
+class _Place:
+    """An index of a thread that a kernel reads as `.x` and `.y`."""
+
+    def __init__(self, x, y=lambda: 0):
+        self._x, self._y = x, y
+
+    x = property(lambda self: self._x())
+    y = property(lambda self: self._y())
+
+
+def _fused():
+    function = ctypes.CDLL("libm.so.6").fmaf
+    function.restype, function.argtypes = ctypes.c_float, [ctypes.c_float] * 3
+    return lambda a, b, c: np.float32(function(float(a), float(b), float(c)))
+
+
+def _as_int(x) -> np.int32:
+    return np.int32(struct.unpack("<i", struct.pack("<f", float(x)))[0])
+
+
+def _as_float(x) -> np.float32:
+    return np.int32(x).view(np.float32)
+
+
+@cache
+def rules() -> dict[str, FunctionType]:
+    """The rules of `cells.py` over primitives for scalars, which are faster than those for arrays."""
+    names = dict(
+        vars(cells),
+        fma=_fused(),
+        round_even=lambda x: np.float32(round(float(x))),
+        select=lambda condition, a, b: a if condition else b,
+        ldexp=lambda x, n: np.float32(math.ldexp(float(x), int(n))),
+    )
+
+    def rule(name):
+        return FunctionType(getattr(cells, name).__code__, names, name)
+
+    names |= {name: rule(f"{name}_float32") for name in ("exp", "sigmoid", "tanh")}
+    names["exp_float32"] = names["exp"]
+    names |= {name: rule(name) for name in RULES}
+    return {name: names[name] for name in RULES}
+
+
+def _ballot(mask, vote) -> np.int32:
+    votes = here.warp.exchange(here.lane, bool(vote))
+    return np.uint32(sum(1 << k for k, each in enumerate(votes) if each)).view(np.int32)
+
+
+def _load4(address):
+    words = struct.unpack("<4i", ctypes.string_at(int(address), 16))
+    if -1 in words:
+        # Let the thread run that this one waits for.
+        time.sleep(0.001)
+    return tuple(map(np.int32, words))
+
+
+def _store(address, value):
+    fake_gpu.floats(address, 1)[0] = value
+
+
+def emulated(function, blocks, threads: int, shared: int):
+    """A kernel as a Python function of its arguments. blocks: their number, or (x, y)."""
+    from eventrnn.cuda.kernels import ptx, strip_product
+
+    grid = blocks if isinstance(blocks, tuple) else (blocks, 1)
+    cuda = SimpleNamespace(
+        threadIdx=_Place(lambda: here.thread),
+        blockIdx=_Place(lambda: here.block_x, lambda: here.block_y),
+        blockDim=SimpleNamespace(x=threads),
+        gridDim=SimpleNamespace(x=grid[0], y=grid[1]),
+        syncthreads=lambda: here.block.exchange(here.thread, 0),
+        syncthreads_or=lambda vote: any(here.block.exchange(here.thread, int(vote))),
+        syncwarp=lambda mask: here.warp.exchange(here.lane, 0),
+        ballot_sync=_ballot,
+        fma=_fused(),
+    )
+    fakes = {id(getattr(ptx, name)): lambda at, kind=kind: Pointed(at, kind) for name, kind in KINDS.items()}
+    shared_kinds = {name.replace("global", "shared"): kind for name, kind in KINDS.items()}
+    fakes |= {
+        id(getattr(ptx, name)): lambda at, kind=kind: Pointed(at, kind)
+        for name, kind in shared_kinds.items()
+        if hasattr(ptx, name)
+    }
+    fakes |= {id(getattr(ptx, name)): rule for name, rule in rules().items()}
+    fakes |= {
+        id(ptx.cuda): cuda,
+        id(ptx.libdevice): SimpleNamespace(float_as_int=_as_int, int_as_float=_as_float),
+        id(ptx.shared_base): lambda: np.int64(here.shared_at),
+        id(ptx.load_relaxed4): _load4,
+        id(ptx.store_relaxed): _store,
+        id(ptx.sum_of_warp): lambda value: np.int32(sum(here.warp.exchange(here.lane, int(value)))),
+        id(ptx.copy_async): lambda target, source: _store(target, fake_gpu.floats(source, 1)[0]),
+        id(ptx.wait_for_copies): lambda: None,
+        id(ptx.fma): cuda.fma,
+        id(numba.int32): np.int32,
+        id(numba.int64): np.int64,
+        id(ptx.max_relaxed): fake_gpu._raise_to,
+        id(strip_product.popcount): lambda word: np.int32((int(word) & 0xFFFFFFFF).bit_count()),
+    }
+    made: dict[int, FunctionType] = {}
+
+    def plain(value):
+        if id(value) in fakes:
+            return fakes[id(value)]
+        value = getattr(value, "py_func", value)
+        if not isinstance(value, FunctionType) or not (value.__module__ or "").startswith("eventrnn.cuda"):
+            return value
+        if id(value) not in made:
+            names = dict(value.__globals__)
+            names |= {name: plain(names[name]) for name in value.__code__.co_names if name in names}
+            closure = tuple(CellType(plain(each.cell_contents)) for each in value.__closure__ or ())
+            made[id(value)] = FunctionType(value.__code__, names, value.__name__, value.__defaults__, closure)
+        return made[id(value)]
+
+    kernel, errors = plain(function), []
+
+    def run(x, y, thread, block, warp, memory, arguments):
+        here.block_x, here.block_y, here.thread, here.lane = x, y, np.int32(thread), thread % 32
+        here.block, here.warp = block, warp
+        here.shared_at = -(-ctypes.addressof(memory) // 16) * 16
+        try:
+            with np.errstate(all="ignore"):
+                kernel(*map(np.int64, arguments))
+        except BaseException as error:
+            errors.append(error)
+            block.barrier.abort(), warp.barrier.abort()
+
+    def launch(*arguments):
+        all_threads = []
+        for y in range(grid[1]):
+            for x in range(grid[0]):
+                block, memory = Group(threads), (ctypes.c_char * (shared + 16))()
+                # Shared memory that no thread wrote must not look like a result.
+                ctypes.memset(memory, 0x5A, shared + 16)
+                for first in range(0, threads, 32):
+                    warp = Group(min(32, threads - first))
+                    all_threads += [
+                        threading.Thread(target=run, args=(x, y, t, block, warp, memory, arguments), daemon=True)
+                        for t in range(first, min(first + 32, threads))
+                    ]
+        for each in all_threads:
+            each.start()
+        for each in all_threads:
+            each.join(2 * PATIENCE)
+        real = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
+        if errors:
+            raise (real or errors)[0]
+
+    return launch
+
+
+class EmulatedDevice(FakeDevice):
+    """Stands for `device.Device`; kernels that `fake_gpu.py` does not know are emulated."""
+
+    multiprocessors = 2
+
+    def kernel(self, key, make, threads):
+        return key if key[0] in fake_gpu.KERNELS or key[0] in fake_gpu.ROUNDING else (key, make()[0])
+
+    def launch(self, kernel, blocks, threads, *arguments, **options) -> None:
+        if not isinstance(kernel[0], tuple):
+            super().launch(kernel, blocks, threads, *arguments, **options)
+            return
+        (key, function), shared = kernel, options.get("shared", 0)
+        call = emulated(function, blocks, threads, shared)
+        enqueued(lambda: (self.launched.append(key[0]), call(*arguments)))()
+
+
+def install(monkeypatch) -> EmulatedDevice:
+    """Make every CUDA engine of the test run on an emulated GPU of two multiprocessors, which is returned."""
+    from eventrnn.cuda import device_network, engine, plan
+    from eventrnn.cuda.matrix import Matrix
+
+    device = EmulatedDevice()
+    monkeypatch.setattr(engine, "current_device", lambda: device)
+    monkeypatch.setattr(device_network, "Cublas", fake_gpu.Cublas)
+    monkeypatch.setattr(Matrix, "products", fake_gpu._products)
+    monkeypatch.setattr(plan, "_warps", lambda *arguments: WARPS)
+    return device

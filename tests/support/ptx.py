@@ -1,0 +1,30 @@
+"""Kernels compiled to PTX for Hopper, with or without a GPU, and what their instructions must not do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+
+from eventrnn.backend import BackendUnavailable
+
+HOPPER = (9, 0)
+
+
+def compiler() -> Callable[[tuple], str]:
+    """A function that compiles a kernel, given as (function, signature), to PTX. Skips the test where none can be."""
+    device = pytest.importorskip("eventrnn.cuda.device", exc_type=BackendUnavailable, reason="needs numba-cuda")
+    pytest.importorskip("cuda.bindings.nvvm", reason="needs libNVVM")
+    return lambda made: device.compile_ptx(*made, HOPPER, 352)
+
+
+def check_ptx(ptx: str) -> None:
+    """Check that PTX for Hopper contracts and approximates nothing and names the memory of every load and store."""
+    assert re.search(r"^\.target sm_90", ptx, re.MULTILINE)
+    assert ".entry" in ptx
+    assert not re.findall(r"\b(?:mul|add|sub)\.f32", ptx)
+    assert not re.findall(r"\b(?:div|rcp|sqrt|ex2)\.approx", ptx)
+    assert not re.findall(r"\s(?:ld|st)\.(?:f32|[us]\d+|b\d+)\b", ptx)
+    # Fused operations that the source does ask for.
+    assert "fma.rn.f32" in ptx
