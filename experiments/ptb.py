@@ -429,7 +429,7 @@ def tune(
     )
     training = recipe.training
     updates = epochs * -(-task.length(training.batch) // training.window)
-    pruning = gradual_pruning(sparsity, shares, shape, updates, until) if sparsity else None
+    pruning = gradual_pruning(sparsity, shares, network, shape, updates, until) if sparsity else None
     trainer = Trainer(network, task, training, pruning=pruning)
     with progress() as bar:
         seconds = run(

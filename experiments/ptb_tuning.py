@@ -40,7 +40,12 @@ def kept_shares(given: list[str], network: er.Network, sparsity: float) -> dict[
 
 
 def gradual_pruning(
-    sparsity: float, shares: dict[str, float], block: tuple[int, int], updates: int, until: float
+    sparsity: float,
+    shares: dict[str, float],
+    network: er.Network,
+    block: tuple[int, int],
+    updates: int,
+    until: float,
 ) -> Pruning:
     """Gradual pruning by magnitude in the first part of a training of so many updates.
 
@@ -48,7 +53,7 @@ def gradual_pruning(
     shares   : share of blocks to keep of a matrix; a matrix that keeps all is not pruned
     until    : share of the updates after which the masks stay
 
-    Raises ValueError for a share `until` outside (0, 1).
+    Raises ValueError for a share `until` outside (0, 1), and where every matrix keeps all.
     """
     if not 0 < until < 1:
         raise ValueError(f"until: got {until}, need a share of the training in (0, 1)")
@@ -59,6 +64,14 @@ def gradual_pruning(
         for matrix, kept in shares.items()
         if kept < 1
     ]
-    # The tied matrix is not among those that are pruned without being named.
-    exempt = tuple(matrix for matrix in shares if matrix != "embedding")
-    return Combined(GradualPruning(sparsity, scope="global", exempt=exempt, **span), *own)
+    # The matrix of a tied read-out is among the shares as "embedding".
+    rest = [
+        name for name in network.matrices() if name not in shares and not (name == "readout" and "embedding" in shares)
+    ]
+    if rest:
+        # The tied matrix is not among those that are pruned without being named.
+        exempt = tuple(matrix for matrix in shares if matrix != "embedding")
+        own.append(GradualPruning(sparsity, scope="global", exempt=exempt, **span))
+    if not own:
+        raise ValueError("kept: every matrix keeps all of its blocks; leave out --sparsity")
+    return Combined(*own)

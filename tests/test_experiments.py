@@ -458,6 +458,12 @@ def test_ptb_model_is_evaluated_pruned_tuned_compared_and_drawn(monkeypatch, tmp
             module.app, [str(each) for each in ("tune", dense, f"{dense}.run", *text, "--out", "x", *bad)]
         )
         assert isinstance(outcome.exception, ValueError) and words in str(outcome.exception)
+    names = ("embedding", *(f"layers.{k}.{kind}" for k in range(2) for kind in ("w_in", "w_rec")))
+    every = [each for name in names for each in ("--kept", f"{name}=0.67")]
+    line = run(
+        "tune", dense, f"{dense}.run", *text, "--epochs", 1, "--out", tmp_path / "all.safetensors", *shares[:5], *every
+    )
+    assert all(0.6 < share < 0.75 for share in line["density_by_matrix"].values())
     line = run("evaluate", tuned, *text, "--test", "--name", "tuned")
     assert line["test"]["tokens"] == 20 * 15 and line["valid"]["perplexity"] > 1
     without = line["test"]["effective"] - line["test"]["effective_by_matrix"]["readout"]
