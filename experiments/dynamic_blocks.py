@@ -1,19 +1,27 @@
-"""Time of blocks that every input chooses, beside the same weights without a gate, at batch 1 on the CPU.
+"""Blocks that every input chooses: time beside the same weights without a gate, and quality beside static baselines.
 
-    python experiments/dynamic_blocks.py
-    python experiments/dynamic_blocks.py --rank 16
-    python experiments/dynamic_blocks.py --units 512 --block 64x64 --density 0.25
+    python experiments/dynamic_blocks.py speed
+    python experiments/dynamic_blocks.py speed --rank 16
+    python experiments/dynamic_blocks.py speed --units 512 --block 64x64 --density 0.25
+    python experiments/dynamic_blocks.py quality --variant gated --seed 0   # one model; all of them without options
+    python experiments/dynamic_blocks.py draw
 
-One layer with as many inputs as units, whose inputs are all active, and random weights. The two networks are timed in
-turn in one process: `run` is one call for all steps, `step` one call per step. Gates are drawn, so that every input
-chooses other blocks. The threshold is set so that about the asked share of the units is active. A line for each
-activity is appended to results/dynamic_blocks.jsonl.
+`speed`: one layer with as many inputs as units, whose inputs are all active, and random weights, at batch 1 on the CPU.
+The two networks are timed in turn in one process: `run` is one call for all steps, `step` one call per step. Gates are
+drawn, so that every input chooses other blocks. The threshold is set so that about the asked share of the units is
+active.
 
-The quality of such networks is not measured here, because the gates are not trained.
+`quality`: word models of the Penn Treebank at a size for a CPU (gated_words.py says which variants there are). Only the
+most frequent words are symbols; perplexities are therefore lower than those of all 10,000 words, and comparable among
+the lines only. Operations are multiplications per token of the two matrices of the layer, gates included, on the first
+tokens of the validation text. A run is kept in a folder, and one that was stopped continues.
+
+Lines are appended to results/dynamic_blocks.jsonl.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,16 +29,27 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from gated_words import VARIANTS, Job
+from gated_words import measure as measure_quality
 from records import Records
 from rich.console import Console
 
 import eventrnn as er
 from eventrnn.bench import interleaved
 from eventrnn.cli.options import parse_block
+from eventrnn.cli.terminal import as_line, progress
+from eventrnn.data.text import from_path
 from eventrnn.weights import gate_cost
 
 RESULTS = Path(__file__).parent / "results" / "dynamic_blocks.jsonl"
-KEY = ("units", "block", "density", "rank", "asked_activity", "steps")
+KEY = ("what", "units", "block", "density", "rank", "asked_activity", "steps")
+
+# What identifies a trained model.
+QUALITY_KEY = ("what", "variant", "seed", "cell", "hidden", "vocabulary", "epochs", "batch", "window")
+
+PTB = os.environ.get("EVENTRNN_PTB", "ptb")
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
 
 # Halvings of the interval in which the threshold is searched, and steps of a run of the search.
 HALVINGS, SEARCHED = 12, 8
@@ -77,7 +96,7 @@ def contestants(network: er.Network, x: np.ndarray) -> dict[str, Callable[[], ob
     return {"run": lambda: whole.run(x), "step": steps}
 
 
-def measure(
+def measure_speed(
     units: int, block: tuple[int, int], density: float, rank: int | None, asked: float, steps: int, repeats: int
 ) -> dict:
     """The line of one activity: microseconds per step of both networks, and the operations of the gated one."""
@@ -89,6 +108,7 @@ def measure(
     run, plain = er.simulate(gated, x, record="events"), er.simulate(dense, x)
     total, executed = er.count(gated, run).total, er.count(dense, plain).total.executed
     return {
+        "what": "speed",
         "units": units,
         "block": list(block),
         "density": density,
@@ -107,7 +127,8 @@ def measure(
     }
 
 
-def main(
+@app.command()
+def speed(
     units: Annotated[int, typer.Option(help="Units of the layer, and inputs.")] = 1536,
     block: Annotated[str, typer.Option(metavar="RxC", help="Size of a block.")] = "128x128",
     density: Annotated[float, typer.Option(help="Share of the blocks that an input chooses.")] = 0.5,
@@ -120,10 +141,44 @@ def main(
     """Measure every activity, and print the speed-ups."""
     records, console = Records(results, KEY), Console()
     for asked in activity or (0.5, 0.1):
-        line = records.add(measure(units, parse_block(block), density, rank, asked, steps, repeats))
+        line = records.add(measure_speed(units, parse_block(block), density, rank, asked, steps, repeats))
         ways = ", ".join(f"{way} {value:.2f}x" for way, value in line["speedup"].items())
         console.print(f"activity {line['activity']:.2f} (dense {line['dense_activity']:.2f}): {ways}")
 
 
+@app.command()
+def quality(
+    variant: Annotated[list[str] | None, typer.Option(help="Variant; repeat for more. [all]")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Seed; repeat for more. [0, 1 and 2]")] = None,
+    cell: Annotated[str, typer.Option(help="gru, whose units are all active, or egru.")] = "gru",
+    hidden: Annotated[int, typer.Option(help="Units of the layer, and width of the embedding.")] = 256,
+    vocabulary: Annotated[int, typer.Option(help="Words that are symbols, of which one stands for all others.")] = 2000,
+    epochs: Annotated[int, typer.Option(help="Passes over the training text.")] = 4,
+    batch: Annotated[int, typer.Option(help="Parallel streams.")] = 32,
+    window: Annotated[int, typer.Option(help="Time steps per window.")] = 35,
+    text: Annotated[str, typer.Option(help="Folder with the texts, or ptb. [the folder EVENTRNN_PTB, else ptb]")] = PTB,
+    runs: Annotated[Path, typer.Option(help="Folder in which runs are kept.")] = Path("runs"),
+    results: Annotated[Path, typer.Option(help="Lines are appended to this file.")] = RESULTS,
+) -> None:
+    """Train each variant with each seed, and append a line per model. A model that has a line is left out."""
+    records, corpus = Records(results, QUALITY_KEY), from_path(text, kind="word", size=vocabulary)
+    jobs = [
+        Job(name, number, cell, hidden, vocabulary, epochs, batch, window)
+        for number in seed or (0, 1, 2)
+        for name in variant or VARIANTS
+    ]
+    for job in jobs:
+        if records.of({"what": "quality", **vars(job)}) is not None:
+            continue
+        with progress() as bar:
+
+            def report(p, seconds, job=job, bar=bar):
+                bar(job.name, round(p.share * 1000), 1000, f"{p.bits:.3f} bits, {seconds:.0f} s")
+
+            line = records.add(measure_quality(job, corpus, runs, report))
+        shown = {key: value for key, value in line.items() if key not in ("usage", "curve", "versions")}
+        print(as_line(shown), flush=True)
+
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -8,6 +8,7 @@ from eventrnn.training.checkpoint import CheckpointError as CheckpointError
 from eventrnn.training.checkpoint import load_checkpoint as load_checkpoint
 from eventrnn.training.checkpoint import save_checkpoint as save_checkpoint
 from eventrnn.training.evaluation import evaluate as evaluate
+from eventrnn.training.gates import GateSettings as GateSettings
 from eventrnn.training.gradcheck import GradientCheck as GradientCheck
 from eventrnn.training.gradcheck import check_gradients as check_gradients
 from eventrnn.training.gru import GRU as GRU

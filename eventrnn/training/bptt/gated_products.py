@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -39,6 +40,9 @@ from eventrnn.training.bptt.kernels import gated_blocks
 from eventrnn.weights.gated import GatedBlocks, block_grid, kept_blocks
 
 F32 = np.float32
+
+# Scaled inputs of all block columns that are in memory at once, 4 MB.
+TOGETHER = 1 << 20
 
 #: what stands behind the name of a matrix in the names of the parameters of its gate
 GATE_PARAMETERS = (".gate", ".gate_bias", ".gate_out")
@@ -166,10 +170,12 @@ class GatedProduct:
         if faults.any():
             raise gates_not_finite(matrix.name)
         drives = np.empty((n, matrix.weights.shape[1]), F32) if out is None else out
-        scaled = np.empty(x.shape, F32)
+        if self._together(n):
+            products = np.matmul(self._scaled(x, gates, 0, self.grid[1]), self.stacked)
+            drives[:] = products.transpose(1, 0, 2).reshape(n, -1)[:, : drives.shape[1]]
+            return drives
         for column, outputs in self._columns():
-            self._scale(x, gates, column, scaled)
-            team.multiply(scaled, matrix.weights[:, outputs], drives[:, outputs])
+            team.multiply(self._scaled(x, gates, column, column + 1)[0], matrix.weights[:, outputs], drives[:, outputs])
         return drives
 
     def input_gradient(self, x: np.ndarray, d_drives: np.ndarray, first: int) -> np.ndarray:
@@ -180,14 +186,24 @@ class GatedProduct:
         matrix, team, n = self.matrix, self.team, len(x)
         some = slice(first, first + n)
         gates, slopes, d_logits = self.gates[some], self.slopes[some], self.d_logits[some]
-        d_x, d_scaled = np.zeros(x.shape, F32), np.empty(x.shape, F32)
-        for column, outputs in self._columns():
-            team.multiply(d_drives[:, outputs], matrix.weights[:, outputs].T, d_scaled)
+        d_x = np.zeros(x.shape, F32)
+
+        def scale_back(first: int, last: int, d_scaled: np.ndarray) -> None:
             team.run(
                 gated_blocks.scale_back,
                 *(n, x.reshape(-1), x.shape[1], gates.reshape(-1), slopes.reshape(-1), gates.shape[1], self.grid[1]),
-                *(column, matrix.block[0], d_scaled.reshape(-1), d_x.reshape(-1), d_logits.reshape(-1)),
+                *(first, last, matrix.block[0], d_scaled.reshape(-1), d_x.reshape(-1), d_logits.reshape(-1)),
             )
+
+        if self._together(n):
+            padded = np.zeros((n, self.grid[1] * matrix.block[1]), F32)
+            padded[:, : d_drives.shape[1]] = d_drives
+            by_column = padded.reshape(n, self.grid[1], matrix.block[1]).transpose(1, 0, 2)
+            scale_back(0, self.grid[1], np.matmul(by_column, self.stacked.transpose(0, 2, 1)))
+        else:
+            for column, outputs in self._columns():
+                d_scaled = team.multiply(d_drives[:, outputs], matrix.weights[:, outputs].T)
+                scale_back(column, column + 1, d_scaled)
         # Until here these are the gradients of the gates.
         d_logits -= np.einsum("rk,rk->r", d_logits, gates)[:, None] / F32(max(1, gates.shape[1]))
         d_logits *= slopes
@@ -202,9 +218,9 @@ class GatedProduct:
         By the end of the name of each parameter: "" for the weights, and `GATE_PARAMETERS`.
         """
         matrix, team = self.matrix, self.team
-        d_weights, scaled = np.empty(matrix.weights.shape, F32), np.empty(x.shape, F32)
+        d_weights = np.empty(matrix.weights.shape, F32)
         for column, outputs in self._columns():
-            self._scale(x, self.gates, column, scaled)
+            scaled = self._scaled(x, self.gates, column, column + 1)[0]
             team.multiply(scaled.T, d_drives[:, outputs], d_weights[:, outputs])
         found = {
             "": d_weights,
@@ -255,9 +271,25 @@ class GatedProduct:
         c, outputs = self.matrix.block[1], self.matrix.weights.shape[1]
         return [(k, slice(k * c, min((k + 1) * c, outputs))) for k in range(self.grid[1])]
 
-    def _scale(self, x: np.ndarray, gates: np.ndarray, column: int, out: np.ndarray) -> None:
+    def _together(self, n: int) -> bool:
+        """Whether so many rows are multiplied by all block columns in one call, which saves a call per column. The
+        threads share one column after the other."""
+        return self.team.threads == 1 and n * self.grid[1] * self.matrix.weights.shape[0] <= TOGETHER
+
+    @cached_property
+    def stacked(self) -> np.ndarray:
+        """The weights by block column (columns, J, c), with zeros beyond the last output."""
+        (inputs, outputs), c = self.matrix.weights.shape, self.matrix.block[1]
+        padded = np.zeros((inputs, self.grid[1] * c), F32)
+        padded[:, :outputs] = self.matrix.weights
+        return np.ascontiguousarray(padded.reshape(inputs, self.grid[1], c).transpose(1, 0, 2))
+
+    def _scaled(self, x: np.ndarray, gates: np.ndarray, first: int, last: int) -> np.ndarray:
+        """The inputs scaled by the gates of the block columns from `first` to `last` (columns, n, J)."""
+        scaled = np.empty((last - first, *x.shape), F32)
         size = len(x), x.reshape(-1), x.shape[1], gates.reshape(-1), gates.shape[1], self.grid[1]
-        self.team.run(gated_blocks.scale_inputs, *size, column, self.matrix.block[0], out.reshape(-1))
+        self.team.run(gated_blocks.scale_inputs, *size, first, last, self.matrix.block[0], scaled.reshape(-1))
+        return scaled
 
     def _d_inner(self, d_logits: np.ndarray) -> np.ndarray:
         """Gradient of what the first factor of the gate gives: of the logits, if there is no second one."""

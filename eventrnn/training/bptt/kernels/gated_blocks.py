@@ -59,39 +59,42 @@ def gates_of_logits(
 
 
 @compiled
-def scale_inputs(thread, n_threads, rows, x, inputs, gates, blocks, grid_columns, column, units, scaled):
-    """scaled (R, J) = the inputs, each multiplied by the gate of its block in one column of the grid."""
+def scale_inputs(thread, n_threads, rows, x, inputs, gates, blocks, grid_columns, first, last, units, scaled):
+    """scaled (last - first, R, J) = the inputs, multiplied by the gates of their blocks in some columns of the grid."""
     for row in range(rows * thread // n_threads, rows * (thread + 1) // n_threads):
-        block = row * blocks + column
-        for low in range(row * inputs, (row + 1) * inputs, units):
-            gate = gates[block]
-            for j in range(low, min(low + units, (row + 1) * inputs)):
-                scaled[j] = gate * x[j]
-            block += grid_columns
+        for column in range(first, last):
+            block, to = row * blocks + column, ((column - first) * rows + row) * inputs
+            for low in range(0, inputs, units):
+                gate, at = gates[block], row * inputs
+                for j in range(low, min(low + units, inputs)):
+                    scaled[to + j] = gate * x[at + j]
+                block += grid_columns
 
 
 @compiled
 def scale_back(
-    thread, n_threads, rows, x, inputs, gates, slopes, blocks, grid_columns, column, units, d_scaled, d_x, d_gates
+    thread, n_threads, rows, x, inputs, gates, slopes, blocks, grid_columns, first, last, units, d_scaled, d_x, d_gates
 ):
-    """Go back through `scale_inputs`: add to d_x (R, J), and write d_gates (R, K) in one column of the grid.
+    """Go back through `scale_inputs`: add to d_x (R, J), and write d_gates (R, K) in some columns of the grid.
 
-    d_scaled : (R, J) gradient with respect to `scaled`
+    d_scaled : (last - first, R, J) gradient with respect to `scaled`
     d_gates  : 0 where the slope is 0
     """
     for row in range(rows * thread // n_threads, rows * (thread + 1) // n_threads):
-        block, end = row * blocks + column, (row + 1) * inputs
-        for low in range(row * inputs, end, units):
-            gate, high, total = gates[block], min(low + units, end), cells.ZERO
-            if gate != cells.ZERO:
-                for j in range(low, high):
-                    d_x[j] += gate * d_scaled[j]
-            if slopes[block] != cells.ZERO:
-                whole, sums = low + (high - low) // LANES * LANES, everywhere(cells.ZERO)
-                for j in range(low, whole, LANES):
-                    sums = cells.fma(load(d_scaled, j), load(x, j), sums)
-                total = sum_lanes(sums)
-                for j in range(whole, high):
-                    total += d_scaled[j] * x[j]
-            d_gates[block] = total
-            block += grid_columns
+        at = row * inputs
+        for column in range(first, last):
+            block, to = row * blocks + column, ((column - first) * rows + row) * inputs
+            for low in range(0, inputs, units):
+                gate, high, total = gates[block], min(low + units, inputs), cells.ZERO
+                if gate != cells.ZERO:
+                    for j in range(low, high):
+                        d_x[at + j] += gate * d_scaled[to + j]
+                if slopes[block] != cells.ZERO:
+                    whole, sums = low + (high - low) // LANES * LANES, everywhere(cells.ZERO)
+                    for j in range(low, whole, LANES):
+                        sums = cells.fma(load(d_scaled, to + j), load(x, at + j), sums)
+                    total = sum_lanes(sums)
+                    for j in range(whole, high):
+                        total += d_scaled[to + j] * x[at + j]
+                d_gates[block] = total
+                block += grid_columns
