@@ -48,10 +48,14 @@ class Records:
 
 
 def commit() -> str:
-    """The last commit that changed the package, followed by "-changed" if its files differ from that commit."""
+    """The last commit that changed the package, followed by "-changed" if its files differ from that commit; "unknown"
+    outside a clone. A measurement of an hour is not lost for it."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
 
-    changed = "-changed" if git("status", "--porcelain", "eventrnn") else ""
-    return git("log", "-1", "--format=%h", "--", "eventrnn") + changed
+    try:
+        changed = "-changed" if git("status", "--porcelain", "eventrnn") else ""
+        return git("log", "-1", "--format=%h", "--", "eventrnn") + changed
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
