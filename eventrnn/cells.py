@@ -316,7 +316,48 @@ def lstm_value(in_i, in_f, in_g, in_o, rec_i, rec_f, rec_g, rec_o, c):
     g = tanh((in_g + rec_g) + ZERO)
     o = sigmoid(in_o + rec_o)
     after = fma(f, c, i * g)
-    return o * tanh(after) + ZERO, after, i, f, g, o
+    return lstm_output(o, after), after, i, f, g, o
+
+
+def lstm_output(o, c):
+    """The output of an LSTM from its output gate and its cell."""
+    return o * tanh(c) + ZERO
+
+
+def gru_backward(u, r, g, rec_g, h_before, d_h):
+    """Adjoint of `gru_value`.
+
+    u, r, g, rec_g, h_before : values of the step, as in `gru_value`; h_before is the output of the step before
+    d_h                      : gradient of the loss with respect to h
+
+    Returns the gradients of the input drives of u, r and g, of the recurrent drive of g (those of u and r equal the
+    gradients of the input drives), and of the output of the step before, its path through the drives left out.
+    """
+    d_g = (ONE - u) * d_h * (ONE - g * g)
+    d_u = (h_before - g) * d_h * u * (ONE - u)
+    d_r = d_g * rec_g * r * (ONE - r)
+    return d_u, d_r, d_g, d_g * r, u * d_h
+
+
+def gru_before_backward(u, g, h_before, d_h):
+    """Adjoint of `gru_before_value`: the gradients of the drives of u and g, and of the output of the step before, its
+    path through the drives left out. `egru_paper_reset_backward` has the reset gate. Parameters: see `gru_backward`."""
+    d_g = (ONE - u) * d_h * (ONE - g * g)
+    return (h_before - g) * d_h * u * (ONE - u), d_g, u * d_h
+
+
+def lstm_backward(i, f, g, o, c_before, c, d_h, d_c):
+    """Adjoint of `lstm_value`.
+
+    i, f, g, o, c_before, c : gates of the step, and the cells before and after it
+    d_h, d_c                : gradients of the loss with respect to the output, and to the cell after the step
+
+    Returns the gradients of the drives of i, f, g and o, and of the cell of the step before.
+    """
+    t = tanh(c)
+    d_c = d_c + d_h * o * (ONE - t * t)
+    d_i, d_f = d_c * g * i * (ONE - i), d_c * c_before * f * (ONE - f)
+    return d_i, d_f, d_c * i * (ONE - g * g), d_h * t * o * (ONE - o), d_c * f
 
 
 # --- surrogate derivatives of the event ---------------------------------------------------------------------
@@ -467,9 +508,6 @@ EQUATIONS = {
 #: cell name -> its variants
 CELLS = {name: tuple(variants) for name, variants in EQUATIONS.items()}
 
-# In place of a variant: the first one of the cell.
-_FIRST: Any = None
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -479,7 +517,7 @@ class Cell:
     ----------
     name      : a key of `CELLS`: "egru", the event-based GRU; or "gru" or "lstm", whose units have no threshold and
                 send their output at every step
-    variant   : one of `CELLS[name]`; the first one if it is left out.
+    variant   : one of `CELLS[name]`; "" (the default) is the first one of the cell.
                 egru: "evnn": the reset gate is applied after the matrix product, and the threshold is subtracted in the
                 same step. This is the released code and, by all evidence, the source of every published number.
                 "paper": the reset gate is applied before the matrix product, and the output is subtracted one step
@@ -493,12 +531,12 @@ class Cell:
     """
 
     name: str = "egru"
-    variant: str = _FIRST
+    variant: str = ""
     surrogate: Surrogate = Surrogate()
 
     def __post_init__(self):
         need_choice("cell", self.name, CELLS)
-        if self.variant is _FIRST:
+        if self.variant == "":
             object.__setattr__(self, "variant", CELLS[self.name][0])
         need_choice("variant", self.variant, CELLS[self.name])
         need_kind("surrogate", self.surrogate, Surrogate, "a Surrogate")

@@ -10,6 +10,7 @@ pruned network must equal.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -224,7 +225,7 @@ class LSTMTape:
     c: np.ndarray
 
 
-def step(cell: Cell, parameters: dict, x, c, y, *, smooth: bool = False) -> Any:
+def step(cell: Cell, parameters: dict, x, c, y, *, smooth: bool = False) -> Tape | LSTMTape:
     """One step of one layer: a `Tape`, or an `LSTMTape` for LSTM cells.
 
     parameters : arrays by name, as `layer_parameters` returns them
@@ -272,9 +273,9 @@ def _lstm_step(parameters: dict, x, c, y) -> LSTMTape:
     return LSTMTape(i, f, g, o, c, y, h, c_after)
 
 
-def forward(cell: Cell, parameters: dict, x, c, y, *, smooth: bool = False) -> list[Any]:
+def forward(cell: Cell, parameters: dict, x, c, y, *, smooth: bool = False) -> list[Tape | LSTMTape]:
     """One layer over inputs x (T, B, I), from the state c, y (B, N). Returns the tape of each step."""
-    tapes = []
+    tapes: list[Tape | LSTMTape] = []
     for t in range(len(x)):
         tapes.append(step(cell, parameters, x[t], c, y, smooth=smooth))
         c, y = tapes[-1].c, tapes[-1].y
@@ -282,25 +283,31 @@ def forward(cell: Cell, parameters: dict, x, c, y, *, smooth: bool = False) -> l
 
 
 def backward(
-    cell: Cell, parameters: dict, x, tapes: list[Tape], d_y, d_c, d_cell=None, *, straight_through: bool = False
+    cell: Cell,
+    parameters: dict,
+    x,
+    tapes: Sequence[Tape | LSTMTape],
+    d_y,
+    d_c,
+    d_cell=None,
+    *,
+    straight_through: bool = False,
 ) -> dict:
-    """Backpropagation through time of one layer of EGRU cells.
+    """Backpropagation through time of one layer.
 
     x      : (T, B, I) inputs
     tapes  : what `forward` returned for them
     d_y    : (T, B, N) gradient of the loss with respect to the outputs y[t]
     d_c    : (T, B, N) gradient with respect to the cells c[t] after the event
-    d_cell : (T, B, N) gradient with respect to the cells v[t] before the event; None for zeros
+    d_cell : (T, B, N) gradient with respect to the cells v[t] before the event, which are the cells c[t] where there is
+             no event; None for zeros
     straight_through : of gated blocks, see `propagate_back`
 
     Returns gradients by name: those of the parameters (of gated blocks also `w_in.gate` and the like), `x` (T, B, I),
-    and `c`, `y` (B, N) of the initial state. Raises ValueError for another cell: `training.GRU` has the gradients of a
-    GRU.
+    and `c`, `y` (B, N) of the initial state. Cells and outputs of a GRU count as two arrays there. The thresholds of a
+    cell that has none have the gradient zero.
     """
-    if not cell.thresholded:
-        raise ValueError(f"cell: got {cell.name!r}, but only the 'egru' has a backward pass here; training.GRU has one")
-    w_rec, threshold = parameters["w_rec"], parameters["threshold"]
-    n = len(threshold)
+    w_rec, n = parameters["w_rec"], len(parameters["threshold"])
     gradients = {
         name + end: np.zeros_like(array)
         for name, value in parameters.items()
@@ -318,29 +325,54 @@ def backward(
     d_y_later, d_c_later = np.zeros_like(d_y[0]), np.zeros_like(d_c[0])
     for t in reversed(range(len(x))):
         k = tapes[t]
-        d_y_now, d_c_now = d_y[t] + d_y_later, d_c[t] + d_c_later
-        if cell.variant == "evnn":
-            d_u, d_r, d_g, d_rec_g, d_c_later, d_threshold = cells.egru_backward(
-                k.u, k.r, k.g, k.rec_g, k.c_before, k.v, k.event, k.slope, threshold, d_y_now, d_c_now, d_cell[t]
-            )
-            d_drive_rec = np.concatenate([d_u, d_r, d_rec_g], axis=1)
-            d_y_later = back("w_rec", k.y_before, d_drive_rec)
+        into, rec, d_c_later, d_y_later, d_threshold = _adjoint(
+            cell, k, parameters, d_y[t] + d_y_later, d_c[t] + d_c_later, d_cell[t]
+        )
+        d_drive_in, d_drive_rec = np.concatenate(into, axis=1), np.concatenate(rec, axis=1)
+        if isinstance(k, Tape) and cell.reset_first:
+            # The rows of the candidate, the last ones, take r * y; the others take y.
+            d_y_later = d_y_later + d_drive_rec[:, : 2 * n] @ w_rec[:, : 2 * n].T
+            gradients["w_rec"][:, : 2 * n] += k.y_before.T @ d_drive_rec[:, : 2 * n]
+            gradients["w_rec"][:, 2 * n :] += (k.r * k.y_before).T @ d_drive_rec[:, 2 * n :]
         else:
-            d_u, d_g, d_c_later, d_y_later, d_threshold = cells.egru_paper_backward(
-                k.u, k.g, k.c_before, k.v, k.event, k.slope, d_y_now, d_c_now, d_cell[t]
-            )
-            d_r, d_y_sent = cells.egru_paper_reset_backward(k.r, k.y_before, d_g @ w_rec[:, 2 * n :].T)
-            d_gates = np.concatenate([d_u, d_r], axis=1)
-            d_drive_rec = np.concatenate([d_gates, d_g], axis=1)
-            d_y_later = d_y_later + d_y_sent + d_gates @ w_rec[:, : 2 * n].T
-            gradients["w_rec"][:, : 2 * n] += k.y_before.T @ d_gates
-            gradients["w_rec"][:, 2 * n :] += (k.r * k.y_before).T @ d_g
-        d_drive_in = np.concatenate([d_u, d_r, d_g], axis=1)
+            d_y_later = d_y_later + back("w_rec", k.y_before, d_drive_rec)
         gradients["bias_in"] += d_drive_in.sum(axis=0)
         gradients["bias_rec"] += d_drive_rec.sum(axis=0)
         gradients["threshold"] += d_threshold.sum(axis=0)
         d_x[t] = back("w_in", x[t], d_drive_in)
     return gradients | {"x": d_x, "c": d_c_later, "y": d_y_later}
+
+
+def _adjoint(cell: Cell, k: Tape | LSTMTape, parameters: dict, d_y, d_c, d_cell) -> tuple[list, list, Any, Any, Any]:
+    """Adjoint of one step, without its products with `y_before`; gradients are (B, N).
+
+    Returns those of the input drives and of the recurrent drives, gate by gate, of the cell of the step before, of its
+    output as far as that does not go through the products, and of the thresholds.
+    """
+    nothing = np.zeros_like(d_y)
+    if isinstance(k, LSTMTape):
+        *rows, d_c_before = cells.lstm_backward(k.i, k.f, k.g, k.o, k.c_before, k.c, d_y, d_c + d_cell)
+        return rows, rows, d_c_before, nothing, nothing
+    threshold, d_y_before, d_threshold = parameters["threshold"], nothing, nothing
+    if not cell.reset_first:
+        if cell.thresholded:
+            d_u, d_r, d_g, d_rec_g, d_c_before, d_threshold = cells.egru_backward(
+                k.u, k.r, k.g, k.rec_g, k.c_before, k.v, k.event, k.slope, threshold, d_y, d_c, d_cell
+            )
+        else:
+            d_u, d_r, d_g, d_rec_g, d_c_before = cells.gru_backward(
+                k.u, k.r, k.g, k.rec_g, k.c_before, d_y + d_c + d_cell
+            )
+        return [d_u, d_r, d_g], [d_u, d_r, d_rec_g], d_c_before, d_y_before, d_threshold
+    if cell.thresholded:
+        d_u, d_g, d_c_before, d_y_before, d_threshold = cells.egru_paper_backward(
+            k.u, k.g, k.c_before, k.v, k.event, k.slope, d_y, d_c, d_cell
+        )
+    else:
+        d_u, d_g, d_c_before = cells.gru_before_backward(k.u, k.g, k.c_before, d_y + d_c + d_cell)
+    d_sent = d_g @ parameters["w_rec"][:, 2 * len(threshold) :].T
+    d_r, d_y_sent = cells.egru_paper_reset_backward(k.r, k.y_before, d_sent)
+    return [d_u, d_r, d_g], [d_u, d_r, d_g], d_c_before, d_y_before + d_y_sent, d_threshold
 
 
 def weight_arrays(name: str, weights: Weights, dtype: DTypeLike) -> Any:

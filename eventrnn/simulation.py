@@ -521,11 +521,16 @@ def _checked_state(network: Network, batch: int, state: State) -> State:
     if not isinstance(state, State):
         raise TypeError(f"state: got a {type(state).__name__}, need a State, as State.zeros or a run gives it")
     checked = state.checked(network, batch)
-    for k, (layer, cells, outputs) in enumerate(zip(network.layers, checked.cells, checked.outputs, strict=True)):
+    need_single_states(network, checked)
+    return checked
+
+
+def need_single_states(network: Network, state: State) -> None:
+    """Raise ValueError for a state whose cells and outputs differ in a layer of cells that have one state."""
+    for k, (layer, cells, outputs) in enumerate(zip(network.layers, state.cells, state.outputs, strict=True)):
         if layer.cell.equations.single_state and not np.array_equal(cells, outputs):
             sample, unit = (int(i) for i in np.argwhere(cells != outputs)[0])
             raise ValueError(
                 f"state of layer {k}: got cell {cells[sample, unit]} and output {outputs[sample, unit]} at sample "
                 f"{sample}, unit {unit}, but in a cell {layer.cell.name!r} they are the same; give the outputs as cells"
             )
-    return checked

@@ -14,9 +14,10 @@
     python experiments/ptb.py grid ptb.safetensors                                     # does the saving multiply?
     python experiments/ptb.py draw
 
-A model is a model file or the folder of a run; of a GRU (`cell = "gru"`) it is the folder. The texts are those of
-`--text`, by default the folder that EVENTRNN_PTB names, else the corpus `ptb`. Perplexities are those of one stream
-with carried state. Operations are multiplications per token: embedding look-ups are free, the decoder is counted.
+A model is a model file or the folder of a run; of a GRU or an LSTM (`cell = "gru"`) it is the folder. The texts are
+those of `--text`, by default the folder that EVENTRNN_PTB names, else the corpus `ptb`. Perplexities are those of one
+stream with carried state. Operations are multiplications per token: embedding look-ups are free, the decoder is
+counted.
 
 Tying: the decoder of the recipe is the transposed embedding, one matrix in two places. A mask of the decoder would also
 remove embedding values, which change every input of the first layer, and a look-up of which costs no operation. `prune`
@@ -60,7 +61,7 @@ from eventrnn.pruning import (
 )
 from eventrnn.pruning import prune as prune_at_once
 from eventrnn.pruning.schedule import prunable
-from eventrnn.training import GRU, LanguageModelling, Model, Trainer, parts, run
+from eventrnn.training import LanguageModelling, Model, Trainer, parts, run
 from eventrnn.training.checkpoint import read_checkpoint
 from eventrnn.training.evaluation import evaluate_text
 from eventrnn.training.recipes.recipe import CONFIG, Recipe, load_recipe, note
@@ -203,7 +204,7 @@ def evaluate(
     model: ModelPath,
     text: Text = PTB,
     test: Annotated[bool, typer.Option("--test", help="Also read the test text, for reported points.")] = False,
-    sparsity: Annotated[float, typer.Option(help="Of a GRU: share of the weights to prune, by magnitude.")] = 0.0,
+    sparsity: Annotated[float, typer.Option(help="Of a GRU or LSTM: share of the weights to prune, by size.")] = 0.0,
     backend: Backend = "cpu",
     threads: Threads = 1,
     limit: Limit = None,
@@ -212,10 +213,10 @@ def evaluate(
 ) -> None:
     """Perplexity, activity, operations per token, parameters and bytes."""
     records, wanted = Records(results, KEY), ("valid", "test") if test else ("valid",)
-    if model.is_dir() and recipe_of(model).model.cell == "gru":
-        line = gru_line(restored(model, text), text, wanted, sparsity, limit)
+    if model.is_dir() and not recipe_of(model).model.equations().thresholded:
+        line = plain_line(restored(model, text), text, wanted, sparsity, limit)
     elif sparsity:
-        raise ValueError(f"sparsity: got {sparsity}, but only a GRU is pruned here; use the command prune")
+        raise ValueError(f"sparsity: got {sparsity}, but only a GRU or an LSTM is pruned here; use the command prune")
     else:
         network = trained(model, text)
         texts, line = load_parts(network, text, wanted), sizes(network)
@@ -231,8 +232,8 @@ def evaluate(
     show(records.add({"what": "evaluation", "name": name or model.name, "test_read": test} | line))
 
 
-def gru_line(model: Model, text: str, wanted: tuple[str, ...], sparsity: float, limit: int | None) -> dict[str, Any]:
-    """The line of a GRU of the same loop. Its units are all active, so that its operations are its weights.
+def plain_line(model: Model, text: str, wanted: tuple[str, ...], sparsity: float, limit: int | None) -> dict[str, Any]:
+    """The line of a GRU or an LSTM of the same loop. Its units are all active, so that its operations are its weights.
 
     As of the EGRU, the decoder is pruned apart from the embedding.
     """
@@ -246,7 +247,7 @@ def gru_line(model: Model, text: str, wanted: tuple[str, ...], sparsity: float, 
     weights = {key: int(np.count_nonzero(value)) for key, value in matrices.items()}
     total, decoder = sum(weights.values()), weights["readout"]
     line: dict[str, Any] = {
-        "model": "gru",
+        "model": template.layers[0].cell.name,
         "units": [layer.units for layer in template.layers],
         "tied": False,
         "pruned": "1x1" if sparsity else "",
@@ -274,9 +275,9 @@ def gru_line(model: Model, text: str, wanted: tuple[str, ...], sparsity: float, 
     return line
 
 
-def _untied(model: Model) -> GRU:
-    """The same GRU with a decoder of its own."""
-    apart = GRU(model.template.untied(), thresholds=model.thresholds)
+def _untied(model: Model) -> Model:
+    """The same model with a decoder of its own."""
+    apart = Model(model.template.untied(), thresholds=model.thresholds)
     for key in apart.parameters:
         apart.parameters[key][...] = model.readout_weights() if key == "readout" else model.parameters[key]
     return apart

@@ -387,7 +387,7 @@ def tasks() -> str:
         )
         rows.append(((task, f"EGRU, {line['hidden']} units", result, f"{line['activity']:.0%}"), [line]))
     for line in read("words"):
-        name = {"egru": "EGRU", "gru": "GRU"}[line["model"]]
+        name = line["model"].upper()
         result = f"test perplexity {number(line['perplexity_test'])}"
         task = f"Penn Treebank words, {line['epochs']} epochs"
         rows.append(((task, f"{name}, {line['hidden']} units", result, f"{line['activity']:.0%}"), [line]))

@@ -3,12 +3,13 @@
     python experiments/words.py FOLDER                       # the EGRU, then the GRU; appends to results/words.jsonl
     python experiments/words.py FOLDER --model egru --epochs 4
 
-FOLDER holds ptb.train.txt, ptb.valid.txt and ptb.test.txt (or three files named alike). The GRU is `training.GRU`: a
+FOLDER holds ptb.train.txt, ptb.valid.txt and ptb.test.txt (or three files named alike). The GRU is `Cell("gru")`: a
 unit sends its cell at every step, and nothing is subtracted from it. Both models have the same parameters, except for
 thresholds, and the same initialisation and noise. The GRU has no activity cost, which would only shrink its outputs. A
 run is kept in runs/, and a run that was stopped continues.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,10 +17,10 @@ import numpy as np
 import typer
 from records import Records
 
-from eventrnn import Network, plots
+from eventrnn import Cell, Network, plots
 from eventrnn.cli.terminal import as_line, progress
 from eventrnn.data.text import from_path
-from eventrnn.training import GRU, LanguageModelling, Model, Regularisers, Schedule, Settings, Trainer, read_log, run
+from eventrnn.training import LanguageModelling, Model, Regularisers, Schedule, Settings, Trainer, read_log, run
 
 RESULTS = Path(__file__).parent / "results" / "words.jsonl"
 FIGURE = Path(__file__).parent / "figures" / "words.png"
@@ -41,6 +42,12 @@ def settings(model: str, epochs: int) -> Settings:
     )
 
 
+def as_gru(network: Network) -> Network:
+    """The network with the same weights and GRU cells."""
+    layers = [replace(layer, cell=Cell("gru"), threshold=np.zeros_like(layer.threshold)) for layer in network.layers]
+    return replace(network, layers=tuple(layers))
+
+
 def main(
     folder: Annotated[Path, typer.Argument(help="Folder with the three texts.")],
     model: Annotated[list[str] | None, typer.Option(help="egru or gru; repeat for both. [both]")] = None,
@@ -58,8 +65,10 @@ def main(
         network = Network.random(
             [hidden], symbols=symbols, embedding=hidden, tied=True, threshold=0.3, rng=np.random.default_rng(0)
         )
+        if name == "gru":
+            network = as_gru(network)
         chosen = settings(name, epochs)
-        engine = (GRU if name == "gru" else Model)(network, threads=chosen.threads)
+        engine = Model(network, threads=chosen.threads)
         trainer = Trainer(network, LanguageModelling(corpus.train, corpus.valid), chosen, model=engine)
         with progress() as bar:
 

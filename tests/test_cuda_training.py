@@ -35,7 +35,6 @@ from eventrnn.pruning import (
 )
 from eventrnn.pruning.patterns import Blocks
 from eventrnn.training import (
-    GRU,
     Batch,
     Classification,
     Diverged,
@@ -372,8 +371,10 @@ def test_settings_that_a_backend_does_not_have_are_refused_by_name(gpu, changes,
 
 
 def test_a_gru_is_refused_on_a_gpu(gpu):
-    with pytest.raises(ValueError, match="backend: got 'cuda', but a GRU trains on the cpu only"):
-        Trainer(_network(), LanguageModelling(symbol_text()), cuda_settings(), model=GRU(_network()))
+    rng = np.random.default_rng(0)
+    network = Network.random([8], symbols=SYMBOLS, embedding=4, readout=SYMBOLS, rng=rng, cell=Cell("gru"))
+    with pytest.raises(ValueError, match="backend: got 'cuda', but layer 0 has the cell 'gru'.*; use 'cpu'"):
+        Trainer(network, LanguageModelling(symbol_text()), cuda_settings())
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
-"""Cells without thresholds, the GRU and the LSTM: worked steps, PyTorch, counts, the trainer's GRU, and refusals.
+"""Cells without thresholds, the GRU and the LSTM: worked steps, PyTorch, counts, pruning, and refusals.
 
-The conformance suite (`test_backends.py`, `test_ragged.py`) draws them among the other cells.
+The conformance suite (`test_backends.py`, `test_ragged.py`) draws them among the other cells; `test_plain_training.py`
+trains them.
 """
 
 from __future__ import annotations
@@ -18,41 +19,11 @@ from eventrnn.network import Layer, Network
 from eventrnn.pruning import BlockDiagonal, Blocks, magnitude_masks, prune, prune_to
 from eventrnn.simulation import Simulator, simulate
 from eventrnn.state import State
-from eventrnn.testing import ALL_CELLS
-from eventrnn.training import GRU, LanguageModelling, Model, Settings, Trainer, check_gradients, evaluate
-from eventrnn.training.thresholds import RULES
+from eventrnn.training import LanguageModelling, Model, Regularisers, Settings, Trainer
 from eventrnn.weights import BlockCSR, Dense, MatrixId
 from support import tolerance
+from support.plain_cells import bounded, each_cell, numbers, random_network, said
 from support.worked_steps import check_gru_step, check_lstm_step
-
-PLAIN = [cell for cell in ALL_CELLS if not cell.thresholded]
-
-
-def said(cell: Cell) -> str:
-    return f"{cell.name}-{cell.variant}"
-
-
-each_cell = pytest.mark.parametrize("cell", PLAIN, ids=said)
-
-
-def random_network(cell: Cell, units=(9, 9), inputs=5, seed=0, **options) -> Network:
-    """A network with random biases, too."""
-    rng = np.random.default_rng(seed)
-    drawn = Network.random(list(units), rng=rng, inputs=inputs, cell=cell, **options)
-    layers = [
-        replace(
-            layer,
-            bias_in=rng.standard_normal(len(layer.bias_in)).astype(np.float32) / 2,
-            bias_rec=rng.standard_normal(len(layer.bias_in)).astype(np.float32) / 2,
-        )
-        for layer in drawn.layers
-    ]
-    return replace(drawn, layers=tuple(layers))
-
-
-def numbers(*shape: int, seed: int = 1) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
 
 # --- one step, by hand --------------------------------------------------------------------------------------
 
@@ -94,18 +65,6 @@ def test_an_output_of_minus_one_is_a_binary_event():
 # --- PyTorch ------------------------------------------------------------------------------------------------
 
 
-def bounded(network: Network, x: np.ndarray) -> list[tolerance.Running]:
-    """The outputs of the last layer at every step from the zero state, with a bound on the error of a float32 run."""
-    sent = [tolerance.Running(each.astype(np.float64)) for each in x]
-    for layer in network.layers:
-        zero = tolerance.Running(np.zeros((x.shape[1], layer.units)))
-        parameters, c, y = reference.layer_parameters(layer, np.float64), zero, zero
-        for t, value in enumerate(sent):
-            y, c = tolerance.plain_bound(layer.cell, parameters, value, c, y)
-            sent[t] = y
-    return sent
-
-
 @pytest.mark.torch
 @pytest.mark.parametrize("cell", [Cell("gru"), Cell("lstm")], ids=said)
 def test_outputs_are_those_of_pytorch(cell):
@@ -133,56 +92,6 @@ def test_outputs_are_those_of_pytorch(cell):
         size = max(np.abs(part).max() for part in ours)
         for part, expected_part in zip(ours, parts.numpy(), strict=True):
             assert np.abs(part - expected_part).max() <= tolerance.SHARPEST_MARGIN * max(1, size)
-
-
-# --- the GRU of training ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("start", [Cell(), Cell("gru")], ids=said)
-def test_the_network_of_the_trained_gru_has_its_outputs(start):
-    network = random_network(start, readout=4)
-    model, x = GRU(network), numbers(5, 3, 5)
-    trained = model.network()
-    assert {layer.cell for layer in trained.layers} == {Cell("gru")}
-    assert not any(layer.threshold.any() for layer in trained.layers)
-    _, after, tape = model.forward(x, State.zeros(network, 3))
-    bare = replace(trained, readout=None)
-    run = simulate(bare, x)
-    for t, each in enumerate(bounded(bare, x)):
-        assert (np.abs(run.output[t] - tape.layers[-1].y[t + 1]) <= tolerance.engine_and_trainer(each.error)).all()
-    # It can be trained on, from its weights.
-    again = GRU(trained).parameters
-    assert all(np.array_equal(again[name], value) for name, value in model.parameters.items() if "w_" in name)
-    assert np.array_equal(after.cells[0], after.outputs[0])
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_the_rule_of_thresholds_does_not_matter_to_a_gru(rule):
-    model = GRU(random_network(Cell("gru")), thresholds=rule)
-    assert not any(layer.threshold.any() for layer in model.network().layers)
-
-
-def test_training_of_a_gru_refuses_to_reset_its_cells():
-    text, rng = np.random.default_rng(2).integers(0, 6, 300), np.random.default_rng(3)
-    network = Network.random([8], symbols=6, embedding=4, readout=6, rng=rng, cell=Cell("gru"))
-    with pytest.raises(ValueError, match="carry: got 'events', but the cells of a GRU are its outputs"):
-        Trainer(network, LanguageModelling(text, carry="events"), Settings(steps=1, batch=4), model=GRU(network))
-
-
-def test_the_engine_reads_a_text_as_the_trained_gru_does():
-    text = np.random.default_rng(2).integers(0, 6, 300)
-    # The rule of the thresholds that an event network had before.
-    sizes, metadata = {"symbols": 6, "embedding": 4, "readout": 6}, {"thresholds": "clamped", "corpus": "none"}
-    network = Network.random([8], **sizes, rng=np.random.default_rng(3), cell=Cell("gru"), metadata=metadata)
-    task = LanguageModelling(text, text, valid_batch=1)
-    trainer = Trainer(network, task, Settings(steps=20, batch=4, window=10, learning_rate=1e-2), model=GRU(network))
-    trainer.run()
-    trained = trainer.network()
-    assert trained.metadata == {"corpus": "none"}
-    figures, bits = task.evaluate(trainer.model), evaluate(trained, text)
-    # BLAS in training, ascending sums in the engine: within the roundings of a softmax over sums of 8.
-    assert abs(figures["bits"] - bits) <= tolerance.gamma(400, tolerance.U32) * 8
-    assert bits < evaluate(network, text)
 
 
 # --- counts, pruning ----------------------------------------------------------------------------------------
@@ -343,25 +252,19 @@ def test_what_needs_events_above_a_threshold_is_refused_by_name(cell):
         simulate(network, x, carry="events", window=1)
     text = Network.random([3], symbols=4, embedding=2, readout=4, rng=np.random.default_rng(0), cell=cell)
     symbols = np.random.default_rng(1).integers(0, 4, 100)
-    for call in (
-        lambda: Model(network),
-        lambda: check_gradients(network),
-        lambda: Trainer(text, symbols, Settings(steps=2, batch=2, window=5)),
-        lambda: Trainer(text, symbols, Settings(steps=2, batch=2, window=5, backend="cuda")),
+    for options, instead in (
+        ({"backend": "cuda"}, "use 'cpu'"),
+        ({"activity_cost": 0.1}, "leave it out"),
+        ({"backward": "sparse"}, "use backward='auto'"),
+        ({"regularisers": Regularisers(activity_rate=0.1)}, "leave it out"),
+        ({"regularisers": Regularisers(state=0.1)}, "leave it out"),
     ):
-        with pytest.raises(ValueError, match=f"network: event training needs EGRU cells, but {named}.*training.GRU"):
-            call()
+        with pytest.raises(ValueError, match=f": got .*, but {named}{instead}"):
+            Trainer(text, symbols, Settings(steps=2, batch=2, window=5, **options))
+    with pytest.raises(ValueError, match=f"carry: got 'events', but {named}use carry='state'"):
+        Trainer(text, LanguageModelling(symbols, carry="events"), Settings(steps=2, batch=2, window=5))
+    output, _, tape = Model(network).forward(x, State.zeros(network, 1))
+    with pytest.raises(ValueError, match=f"activity_cost: got 0.1, but {named}leave it out"):
+        Model(network).backward(tape, output, activity_cost=0.1)
     with pytest.raises(ValueError, match=f"layer: got the cell {cell.name!r}; a layer of EvNN has the cell 'egru'"):
         to_evnn(network.layers[0])
-
-
-@pytest.mark.parametrize("cell", [Cell("gru", "before"), Cell("lstm"), Cell(variant="paper")], ids=said)
-def test_the_gru_of_training_refuses_other_equations(cell):
-    with pytest.raises(
-        ValueError, match=f"layer 0 has the cell {cell.name!r}, variant {cell.variant!r}, but training.GRU"
-    ):
-        GRU(random_network(cell))
-    if not cell.thresholded:
-        parameters, x = reference.layer_parameters(random_network(cell).layers[0]), numbers(1, 1, 5)
-        with pytest.raises(ValueError, match="cell: got .* but only the 'egru' has a backward pass here"):
-            reference.backward(cell, parameters, x, [], x, x)

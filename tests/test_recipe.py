@@ -74,7 +74,8 @@ def test_the_seed_and_thresholds_determine_the_network(text):
         ("[model]\nhidden = [3, 'x']", "hidden[1]: got 'x'"),
         ("[model]\nthreshold = [0.1, 0.2]", "need one for each of 1 layers"),
         ("[model]\nsurrogate = 3", "need a table [model.surrogate]"),
-        ("[model]\ncell = 'lstm'", "need one of egru, gru"),
+        ("[model]\ncell = 'rnn'", "need one of egru, gru, lstm"),
+        ("[model]\ncell = 'lstm'\nvariant = 'evnn'", "variant: got 'evnn', need one of standard"),
         ("[data]\nkind = 'word'", "give --text a file for words"),
         ("[training.optimiser]\nkind = 'lion'", "training.optimiser: optimiser kind: got 'lion'"),
         ("training = ", "no valid TOML"),
@@ -106,17 +107,17 @@ def test_a_model_file_that_would_be_a_file_of_the_run_is_refused_before_the_trai
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("model.variant", "evnn"),
         ("model.threshold", 0.2),
         ("model.threshold_start", "constant"),
         ("model.surrogate.kind", "arctan"),
         ("training.thresholds", "fixed"),
     ],
 )
-def test_a_gru_refuses_settings_of_events(name, value):
+def test_a_plain_cell_refuses_settings_of_events(name, value):
     assert load_recipe(settings=[(name, value)])
-    with pytest.raises(ValueError, match=f"{name}: got .*'gru' have no thresholds; leave it out"):
-        load_recipe(settings=iter([("model.cell", "gru"), (name, value)]))
+    for cell in ("gru", "lstm"):
+        with pytest.raises(ValueError, match=f"{name}: got .*{cell!r} have no thresholds; leave it out"):
+            load_recipe(settings=iter([("model.cell", cell), (name, value)]))
 
 
 def test_settings_of_the_command_line():
@@ -284,27 +285,36 @@ def test_dropout_acts_between_layers_of_a_stack(cli, tmp_path, text):
         assert (noise.dropout_top, noise.dropout_between) == (0.25, expected), name
 
 
-def test_a_gru_may_go_without_a_model_file(cli, tmp_path, text):
-    gru, model = ("--set", "model.cell=gru", "--text", text, *SMALL), tmp_path / "model.safetensors"
-    code, stdout, err = cli("train", *gru)
-    assert code == 2 and not stdout and "or --run a folder for a GRU" in err and sorted(tmp_path.iterdir()) == [text]
-    code, stdout, err = cli("train", *gru, "--run", tmp_path / "run")
+@pytest.mark.parametrize("cell", [Cell("gru"), Cell("gru", "before"), Cell("lstm")], ids=repr)
+def test_a_plain_cell_may_go_without_a_model_file(cli, tmp_path, text, cell):
+    plain = ("--cell", cell.name, "--variant", cell.variant, "--text", text, *SMALL)
+    model = tmp_path / "model.safetensors"
+    code, stdout, err = cli("train", *plain)
+    assert code == 2 and not stdout and f"or --run a folder for a {cell.name}" in err
+    assert sorted(tmp_path.iterdir()) == [text]
+    code, stdout, err = cli("train", *plain, "--activity-cost", 0.1, "--run", tmp_path / "run")
+    assert code == 2 and f"activity_cost: got 0.1, but layer 0 has the cell {cell.name!r}" in err
+    code, stdout, err = cli("train", *plain, "--run", tmp_path / "run")
     assert code == 0 and "wrote" in stdout, err
     assert sorted(tmp_path.iterdir()) == [tmp_path / "run", text]
     # The same run writes the file later, for the commands that read one.
     code, stdout, err = cli("train", "--resume", tmp_path / "run", "--out", model)
     assert code == 0, err
-    assert {layer.cell for layer in load(model).layers} == {Cell("gru")}
+    assert {layer.cell for layer in load(model).layers} == {cell}
     code, stdout, err = cli("info", model)
-    assert code == 0 and "gru/after, 12 units" in stdout, err
+    assert code == 0 and f"{cell.name}/{cell.variant}, 12 units" in stdout, err
     code, stdout, err = cli("run", model, "--text", text, "--json")
     assert code == 0 and json.loads(stdout)["activity"] == 1, err
     code, stdout, err = cli("count", model, "--text", text, "--symbols", 20, "--json")
     assert code == 0 and json.loads(stdout)["audit_agrees"], err
-    code, stdout, err = cli("prune", model, "--out", tmp_path / "pruned", "--steps", 5)
-    assert code == 2 and "steps: got 5, but layer 0 has the cell 'gru'" in err
-    code, stdout, err = cli("prune", model, "--out", tmp_path / "pruned", "--sparsity", 0.5)
+    tuned = ("prune", model, "--out", tmp_path / "pruned", "--text", text, "--steps", 4, "--batch", 4, "--window", 8)
+    code, stdout, err = cli(*tuned, "--thresholds", "fixed")
+    assert code == 2 and f"thresholds: got 'fixed', but layer 0 has the cell {cell.name!r}" in err
+    code, stdout, err = cli(*tuned, "--sparsity", 0.5, "--gates", "each")
     assert code == 0, err
+    for name, weights in load(tmp_path / "pruned").matrices().items():
+        for part in np.split(weights.kept(), name.gates, axis=1):
+            assert abs(part.mean() - 0.5) <= 0.5 / part.size
     with pytest.raises(ValueError, match="out: got none"):
         train(load_recipe(), tmp_path / "new")
     assert not (tmp_path / "new").exists()

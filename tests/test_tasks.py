@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from eventrnn import Cell, Network, State
 from eventrnn.training import (
-    GRU,
     Batch,
     Classification,
     LanguageModelling,
@@ -24,7 +23,7 @@ from eventrnn.training import (
     squared_error,
 )
 from eventrnn.training.tasks import carry_state
-from support.tolerance import U32, cell_bound, gamma
+from support.tolerance import U32, gamma
 
 
 def _net(**changes):
@@ -203,50 +202,6 @@ def test_classification_learns_and_counts_its_operations():
     # An event costs its fan-out forward and in the weight gradient; at most every unit has a path back.
     dense = 150 * 10 * 5 * 3 * (4 * 96 + 32 * 96)
     assert 0 < progress[-1].operations < dense
-
-
-def test_the_gru_equals_a_cell_that_always_sends_and_is_never_reset():
-    """Each step equals the value v of the event cell whose cell and output both hold the value of the step before."""
-    rng = np.random.default_rng(0)
-    network = Network.random([9], inputs=4, readout=3, rng=rng, threshold=0)
-    x = rng.normal(size=(6, 5, 4)).astype(np.float32)
-    model = GRU(network)
-    _, after, tape = model.forward(x, State.zeros(network, 5))
-    names = ("w_in", "w_rec", "bias_in", "bias_rec", "threshold")
-    parameters = {name: model.parameters[f"layers.0.{name}"].astype(np.float64) for name in names}
-    h = tape.layers[0].y
-    for t in range(len(x)):
-        before = h[t].astype(np.float64)
-        exact = cell_bound("evnn", parameters, x[t].astype(np.float64), before, before)
-        # NumPy's exp and tanh are within 4 ulp, where the bound has 1.5 and more; its drives add the bias last.
-        assert (np.abs(h[t + 1] - exact.value) <= 4 * exact.error).all()
-    assert np.array_equal(after.cells[0], h[-1]) and tape.activity > 0.99
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_gradients_of_the_gru_are_those_of_its_loss(seed):
-    rng = np.random.default_rng(seed)
-    network = Network.random([6, 5], inputs=4, readout=3, rng=rng, threshold=0.1)
-    model, task = GRU(network), _sequences(Regression, rng, read="mean")
-    part, state = task.batch(0, 0, 5, 0), State.zeros(network, 5)
-    output, _, tape = model.forward(part.inputs, state)
-    loss, d_output = task.loss(output, part)
-    gradients = model.backward(tape, d_output)
-    for name, value in model.parameters.items():
-        if name.endswith("threshold"):
-            assert not gradients[name].any()
-            continue
-        way = rng.normal(size=value.shape).astype(np.float32)
-        way /= np.linalg.norm(way)
-        before, found = value.copy(), {}
-        for h in (-2, -1, 1, 2):
-            value[...] = before + np.float32(h * 2.0**-6) * way
-            found[h] = task.loss(model.forward(part.inputs, state)[0], part)[0]
-        value[...] = before
-        once, twice = (found[1] - found[-1]) * 2**5, (found[2] - found[-2]) * 2**4
-        # Truncation as in `tolerance.central_difference`; float32 losses are off by some 400 roundings.
-        bound = abs(twice - once) + 3 * gamma(400, U32) * (loss + 1) * 2**6
-        assert abs(np.vdot(gradients[name].astype(np.float64), way) - once) <= bound, name
 
 
 def test_losses_by_hand():

@@ -194,8 +194,8 @@ def prune(options: PruneOptions) -> None:
         if network.readout is None or not network.readout.tied:
             raise ValueError(f"untie: the read-out of {options.model} is not tied; leave out --untie")
         network = network.untied()
-    if request.steps:
-        need_thresholds(network, f"steps: got {request.steps}", "leave out --steps, to prune without training")
+    if options.thresholds is not None:
+        need_thresholds(network, f"thresholds: got {options.thresholds!r}", "leave out --thresholds")
     parts, budget = {}, {}
     if request.steps or request.method.calibrates or options.text is not None:
         parts = load_parts(network, options.text or "builtin", ("train", "valid"), options.unknown)

@@ -12,6 +12,7 @@ import typer
 
 from eventrnn._files import printable
 from eventrnn.backend import BackendUnavailable
+from eventrnn.cells import CELLS
 from eventrnn.cli.options import Force, Json, takes, writable_file, writable_folder
 from eventrnn.cli.terminal import progress, show
 
@@ -30,6 +31,7 @@ FLAGS = {
     "hidden": "model.hidden",
     "embedding": "model.embedding",
     "tied": "model.tied",
+    "cell": "model.cell",
     "variant": "model.variant",
     "threshold": "model.threshold",
     "steps": "training.steps",
@@ -91,7 +93,10 @@ class TrainOptions:
     hidden: Annotated[list[int] | None, typer.Option(help="Number of units of a layer; repeat for a stack.")] = None
     embedding: Annotated[int | None, typer.Option(help="Number of values per symbol in the embedding.")] = None
     tied: Annotated[bool, typer.Option("--tied", help="Use the transposed embedding as the read-out.")] = False
-    variant: Annotated[str | None, typer.Option(help="Variant of the equations: evnn or paper.")] = None
+    cell: Annotated[str | None, typer.Option(help=f"Cell of the layers: {', '.join(CELLS)}. [egru]")] = None
+    variant: Annotated[
+        str | None, typer.Option(help="Variant of the cell's equations: evnn or paper; of gru after or before.")
+    ] = None
     threshold: Annotated[float | None, typer.Option(help="Mean of the initial thresholds.")] = None
     steps: Annotated[int | None, typer.Option(help="Number of parameter updates.")] = None
     epochs: Annotated[int | None, typer.Option(help="Number of passes over the text, in place of --steps.")] = None
@@ -189,10 +194,12 @@ def _flags(given: TrainOptions) -> dict[str, Any]:
 def _new_run(recipe: Recipe, given: TrainOptions) -> Path:
     """The folder of a new run, checked. `recipe.train` checks the rest before it writes."""
     folder = given.folder
-    if not recipe.run.out and recipe.model.cell != "gru":
+    if not recipe.run.out and recipe.model.equations().thresholded:
         raise ValueError("out: give --out a model file to write")
     if not recipe.run.out and folder is None:
-        raise ValueError("out: give --out a model file to write, or --run a folder for a GRU without a model file")
+        raise ValueError(
+            f"out: give --out a model file to write, or --run a folder for a {recipe.model.cell} without a model file"
+        )
     folder = folder or Path(f"{recipe.run.out}.run")
     if recipe.run.out:
         writable_file(Path(recipe.run.out), given.force)

@@ -11,7 +11,6 @@ from eventrnn.training.evaluation import evaluate as evaluate
 from eventrnn.training.gates import GateSettings as GateSettings
 from eventrnn.training.gradcheck import GradientCheck as GradientCheck
 from eventrnn.training.gradcheck import check_gradients as check_gradients
-from eventrnn.training.gru import GRU as GRU
 from eventrnn.training.losses import cross_entropy as cross_entropy
 from eventrnn.training.losses import squared_error as squared_error
 from eventrnn.training.optim import Optimiser as Optimiser

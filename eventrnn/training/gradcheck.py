@@ -3,8 +3,8 @@
 Three comparisons, each with code that is independent of the code under test:
 
 - the gradient of a task with finite differences of its loss;
-- the backward rule of a cell with finite differences of the smoothed cell, in which the event is replaced by the
-  integral of its surrogate derivative, so that the surrogate gradient is the exact gradient;
+- the backward rule of a cell with finite differences; of an event cell with those of the smoothed cell, in which the
+  event is replaced by the integral of its surrogate derivative, so that the surrogate gradient is the exact gradient;
 - the gradients of the training engine with those of the specification (`reference.py`).
 """
 
@@ -184,7 +184,7 @@ def _check_smoothed_cell(model: Model, k: int, tape: LayerTape, directions: int,
     case |= {"c": tape.c[0].astype(np.float64), "y": tape.y[0].astype(np.float64)}
     d_y, d_c = rng.normal(size=tape.v.shape), rng.normal(size=tape.v.shape)
 
-    def run(arrays: dict) -> list[reference.Tape]:
+    def run(arrays: dict) -> list[reference.Tape | reference.LSTMTape]:
         parameters = {name: arrays[name] for name in LAYER_PARAMETERS}
         return reference.forward(cell, parameters, arrays["x"], arrays["c"], arrays["y"], smooth=True)
 
@@ -213,7 +213,8 @@ def _check_smoothed_cell(model: Model, k: int, tape: LayerTape, directions: int,
             wrong = error > bound
             worse = error - bound > worst.error - worst.allowed if wrong else worst.ok and bound < worst.allowed
             if worst.what == "" or (wrong and worst.ok) or worse:
-                worst = Row(f"layers.{k} {cell.variant} cell, smoothed: {name}", error, bound, size)
+                what = f"{cell.variant} cell, smoothed" if cell.thresholded else f"{cell.name} cell"
+                worst = Row(f"layers.{k} {what}: {name}", error, bound, size)
         rows.append(worst)
     return rows
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from eventrnn import cells
 from eventrnn._checks import need_choice, need_number
+from eventrnn.network import need_thresholds
 from eventrnn.training.bptt.model import Model, Tape
 from eventrnn.training.bptt.noise import Mask, Noise
 
@@ -24,6 +25,9 @@ KINDS = 8
 RATES = ("dropconnect", "dropout_input", "dropout_between", "dropout_top", "dropout_words", "zoneout")
 
 STRENGTHS = ("activity_rate", "state", "activation", "temporal_activation", "gate_balance")
+
+# Penalties on events and on the distance of cells from thresholds.
+THRESHOLD_PENALTIES = ("activity_rate", "state")
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Regularisers:
     dropout_words       : rate for whole rows of the embedding
     zoneout             : rate at which a unit keeps its cell state for a step (Krueger et al. 2017). It acts in
                           training only: the event equations have no expectation of it that the trained network could
-                          use
+                          use. A unit of an LSTM keeps its cell, and not its output
     mask_sharing        : "time" shares the locked masks between steps; "batch" draws one mask per step that is shared
                           by all samples, as in EvNN's language model
     activity_rate       : strength of the mean over units of (rate - activity_target)^2, where the rate is a unit's
@@ -58,6 +62,8 @@ class Regularisers:
                           block b, and p[b] the mean over steps and samples of softmax(logits)[b]; f counts as constant.
                           It is 1 where all blocks are used alike (Fedus, Zoph and Shazeer 2022, arXiv 2101.03961,
                           equations 4 to 6, for one choice per input)
+
+    `activity_rate` and `state` need thresholds; a network with GRU or LSTM cells is refused.
 
     Raises ValueError for a value outside its range.
     """
@@ -95,6 +101,9 @@ class Regularisers:
             raise ValueError(
                 f"regularisers gate_balance: got {self.gate_balance}, but no matrix of the network has gated blocks"
             )
+        for name in THRESHOLD_PENALTIES:
+            if strength := getattr(self, name):
+                need_thresholds(model.template, f"regularisers {name}: got {strength}", "leave it out")
 
     def masks(self, model: Model) -> list[Mask]:
         """The masks that every window draws. A mask with rate 0 is not among them."""
@@ -111,7 +120,7 @@ class Regularisers:
             add("between", 1, k, self.dropout_between, *locked, n)
         add("top", 2, 0, self.dropout_top, *locked, units[-1])
         for k, n in enumerate(units):
-            add("recurrent", 3, k, self.dropconnect, n, 3 * n)
+            add("recurrent", 3, k, self.dropconnect, n, model.cells[k].gates * n)
             add("zoneout", 4, k, self.zoneout, "T", "B", n)
         if "embedding" in p:
             add("words", 5, 0, self.dropout_words, len(p["embedding"]))

@@ -14,7 +14,7 @@ from eventrnn._arrays import own_arrays
 from eventrnn._checks import need_kind
 from eventrnn._exclusive import Use, exclusive
 from eventrnn.backend import TrainingEngine, WindowResult, training_engine
-from eventrnn.network import Network
+from eventrnn.network import Network, need_thresholds
 from eventrnn.pruning.schedule import Pruning
 from eventrnn.state import State
 from eventrnn.training.bptt.model import Model
@@ -88,9 +88,9 @@ class Trainer:
     With backend="cuda", an update that is interrupted while the GPU changes the parameters may be made by half. The
     trainer then refuses every further call until a checkpoint is restored. It cannot be copied.
 
-    Raises ValueError for a task that does not fit the network or the model, for a batch larger than the data, and for a
-    pruning method that does not end within the run. Raises `NotAMatrix`, a TypeError, for gated blocks and another
-    backend than "cpu".
+    Raises ValueError for a task that does not fit the network or the model, for a batch larger than the data, for a
+    pruning method that does not end within the run, and, for a network with GRU or LSTM cells, for settings of
+    thresholds and for a GPU. Raises `NotAMatrix`, a TypeError, for gated blocks and another backend than "cpu".
     """
 
     def __init__(
@@ -116,14 +116,18 @@ class Trainer:
         if settings.backend != "cpu":
             matrices = network.matrices() if model is None else model.template.matrices()
             need_matrices(matrices, f"training with backend {settings.backend!r}")
-        if model is not None and settings.backend != "cpu" and type(model) is not Model:
+        if settings.backend != "cpu" and type(model) not in (Model, type(None)):
             kind = type(model).__name__
             raise ValueError(f"backend: got {settings.backend!r}, but a {kind} trains on the cpu only; use 'cpu'")
+        if settings.backend != "cpu":
+            need_thresholds(network, f"backend: got {settings.backend!r}", "use 'cpu'")
+        if settings.activity_cost:
+            need_thresholds(network, f"activity_cost: got {settings.activity_cost}", "leave it out")
+        if isinstance(self.task, LanguageModelling) and self.task.carry == "events":
+            need_thresholds(network, "carry: got 'events'", "use carry='state'")
         self.model = model or Model(
             network, backward=settings.backward, threads=settings.threads, thresholds=settings.thresholds
         )
-        if self.model.single_state and isinstance(self.task, LanguageModelling) and self.task.carry == "events":
-            raise ValueError("carry: got 'events', but the cells of a GRU are its outputs; use carry='state'")
         settings.regularisers.check(self.model)
         settings.gates.check(self.model, self._updates())
         if pruning is not None:

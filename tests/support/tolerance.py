@@ -219,14 +219,25 @@ def plain_bound(cell: Cell, parameters: dict, x: Running, c: Running, y: Running
 
 
 def engine_and_trainer(error: np.ndarray) -> np.ndarray:
-    """Bound on the difference of an engine's GRU and the trainer's, from the engine's error as `plain_bound` has it.
+    """Bound on the difference of an engine's plain cells and the trainer's, from the error as `plain_bound` has it.
 
-    In the trainer, NumPy's exp and tanh are within 4 ulp, where the bound has 1.5 and more, and drives add the bias
-    last: each of its errors is at most 4 times that of the bound, and so is their sum to first order. The factor covers
-    products of two errors, which are below 2^-10 of it where errors are below 2^-12.
+    The trainer has the same functions of one unit. Its drives are sums in another order, to which the bias is added
+    last; `drive_bound` holds for every order. Both sides are therefore within the bound.
     """
-    assert np.max(error) < 2.0**-12
-    return 5 * error * (1 + 2.0**-10)
+    return 2 * error
+
+
+def gradient_bound(single: np.ndarray, exact: np.ndarray, u: float = U32) -> float:
+    """Bound on the error of a gradient in precision u whose sums have another order than those of the specification.
+
+    single, exact : gradients of the specification in float32 and in float64
+
+    A bound that always holds would grow with units and steps until it allows any error. As in `check_gradients`, the
+    rounding error of the specification is measured instead, and 64 times as much is allowed. To first order it is in
+    proportion to u. One array may be exact by chance: at least one rounding of the largest element is assumed.
+    """
+    cost = float(np.abs(single - exact).max(initial=0.0))
+    return 64 * max(cost, U32 * float(np.abs(exact).max(initial=0.0))) * (u / U32)
 
 
 #: Relative error of a factor of a tensor-core product, which has 11, 8 or 11 significant bits. float16 and bfloat16 are

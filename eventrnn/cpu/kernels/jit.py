@@ -83,7 +83,11 @@ for _rule in (
     cells.egru_paper_reset_backward,
     cells.gru_value,
     cells.gru_before_value,
+    cells.lstm_output,
     cells.lstm_value,
+    cells.gru_backward,
+    cells.gru_before_backward,
+    cells.lstm_backward,
     cells.surrogate_slope,
 ):
     register_jitable(no_cfunc_wrapper=True)(_rule)

@@ -30,7 +30,7 @@ def pairs_of_outputs(cell: Cell, tape: LayerTape) -> np.ndarray:
     steps, batch, n = tape.v.shape
     pairs = np.zeros((steps, batch, n), bool)
     if "w_rec" in tape.products:
-        pairs[1:] = active(cell, tape.v[:-1], tape.threshold)
+        pairs[1:] = active(cell, tape.v[:-1], tape.threshold) if cell.thresholded else True
     return pairs.reshape(steps * batch, n)
 
 

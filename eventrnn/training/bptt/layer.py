@@ -37,6 +37,7 @@ from eventrnn.training.bptt.kernels.spmm import STRIP
 from eventrnn.training.bptt.kernels.time_loops import STORED_ROWS, WINDOW_ROWS
 from eventrnn.training.bptt.sparse_pattern import PackedMatrix, Pattern, pack_matrix
 from eventrnn.training.bptt.tape import (
+    EventTape,
     GradientMask,
     LayerGradients,
     LayerTape,
@@ -97,7 +98,7 @@ class LayerEngine:
 
     def __reduce__(self):
         # Patterns and packed weights are made again from the masks.
-        return LayerEngine, (self.cell, self.backward_mode, self.team, self.arena)
+        return type(self), (self.cell, self.backward_mode, self.team, self.arena)
 
     # --- patterns -----------------------------------------------------------------------------------------------
 
@@ -165,9 +166,8 @@ class LayerEngine:
         ys, cs = take(steps + 1, batch, n), take(steps + 1, batch, n)
         ys[0], cs[0] = y, c
         products = gated_layer.products(p, steps * batch, self.team)
-        tape = LayerTape(
-            *(x, values_of(p["w_rec"]), u, r, g, q, v, ys, cs, p["threshold"]), engine=self, products=products
-        )
+        state = (v, ys, cs, p["threshold"])
+        tape = EventTape(x, values_of(p["w_rec"]), *state, engine=self, products=products, u=u, r=r, g=g, q=q)
         drive_in = take(steps * batch * pitch + SPARE)
         if "w_in" in products:
             flat = drive_in[: steps * batch * pitch].reshape(steps * batch, pitch)[:, : 3 * n]
@@ -243,7 +243,7 @@ class LayerEngine:
         return share * pattern.stored <= limit * pattern.shape[0] * pattern.shape[1]
 
     def _forward_by_blas(
-        self, shape: WindowShape, p: dict, drive_in: np.ndarray, pitch: int, held: np.ndarray, layer: LayerTape
+        self, shape: WindowShape, p: dict, drive_in: np.ndarray, pitch: int, held: np.ndarray, layer: EventTape
     ) -> None:
         """All steps, with the recurrent products through BLAS."""
         n, batch, w, bias = shape.units, shape.batch, layer.w_rec, p["bias_rec"]
@@ -286,6 +286,7 @@ class LayerEngine:
         input_mask : where the gradient of the input is needed; None for nowhere
         stored     : return gradients of pruned matrices as their kept elements only, in the order of `matrix[mask]`
         """
+        assert isinstance(tape, EventTape)
         steps, batch, n = tape.v.shape
         rows, pattern = steps * batch, self.patterns["w_rec"]
         tape.work = {}
@@ -332,7 +333,7 @@ class LayerEngine:
             d_x = self._input_gradient(p["w_in"], deltas.d_in, pitch, tape, input_mask)
         return LayerGradients(gradients, d_x)
 
-    def _sweep(self, tape: LayerTape, d_y: np.ndarray, d_cell: np.ndarray | None) -> _Sweep:
+    def _sweep(self, tape: EventTape, d_y: np.ndarray, d_cell: np.ndarray | None) -> _Sweep:
         """The records that the backward kernels take; deltas are not written yet."""
         steps, batch, n = tape.v.shape
         rows, pitch, take = steps * batch, _pitch(n), self.arena.take

@@ -35,11 +35,13 @@ from eventrnn.counting.backward import BackwardWork
 from eventrnn.cpu.engine import MOST_THREADS
 from eventrnn.cpu.threads import Team
 from eventrnn.network import Layer, Network, Readout, need_thresholds
+from eventrnn.simulation import need_single_states
 from eventrnn.state import State
 from eventrnn.training import thresholds as rules
 from eventrnn.training.bptt.gated_products import GatedMatrix, GatedProduct, Gating, gate_parameters
 from eventrnn.training.bptt.layer import LayerEngine
 from eventrnn.training.bptt.noise import Noise
+from eventrnn.training.bptt.plain_layer import PlainLayerEngine
 from eventrnn.training.bptt.tape import GradientMask, LayerTape
 from eventrnn.training.bptt.workspace import Arena
 from eventrnn.training.losses import cross_entropy
@@ -48,9 +50,6 @@ from eventrnn.weights import Dense, GatedBlocks, MatrixId, Weights
 F32 = np.float32
 
 BACKWARDS = ("auto", "dense", "sparse")
-
-#: what to do with a network that event training refuses
-GRU_INSTEAD = "a network of GRU cells is trained by training.GRU, on the CPU; LSTM cells are not trained here"
 
 LAYER_PARAMETERS = ("w_in", "w_rec", "bias_in", "bias_rec", "threshold")
 
@@ -134,12 +133,9 @@ class Model:
 
     All products of gated blocks go through BLAS, whatever `backward` is (`bptt/gated_products.py`).
 
-    Raises ValueError for an unknown `backward` or `thresholds`, for a number of threads out of range, and for a network
-    with GRU or LSTM cells.
+    Raises ValueError for an unknown `backward` or `thresholds`, for a number of threads out of range, and for
+    `backward="sparse"` of a network with GRU or LSTM cells, whose units send their output at every step.
     """
-
-    #: whether cells and outputs are the same numbers, so that no reset of the cells is possible
-    single_state = False
 
     def __init__(self, network: Network, *, backward: str = "auto", threads: int = 1, thresholds: str = "positive"):
         need_kind("network", network, Network, "a Network")
@@ -148,7 +144,8 @@ class Model:
         if not 1 <= threads <= MOST_THREADS:
             raise ValueError(f"threads: got {threads}, need 1 to {MOST_THREADS}; more threads than cores only wait")
         rules.check_rule(thresholds)
-        self._check_cells(network)
+        if backward == "sparse":
+            need_thresholds(network, "backward: got 'sparse'", "use backward='auto'")
         self.template, self.backward_mode, self.threads, self.thresholds = network, backward, threads, thresholds
         self.cells: list[Cell] = [layer.cell for layer in network.layers]
         self.tied = network.readout is not None and network.readout.tied
@@ -163,9 +160,7 @@ class Model:
                 self._take_matrix(MatrixId.of(k, name, layer.cell.gates), getattr(layer, name))
             for name in ("bias_in", "bias_rec", "threshold"):
                 self.parameters[f"layers.{k}.{name}"] = getattr(layer, name).copy()
-            # The zeros of a cell without thresholds are kept, whatever the rule is.
-            rule = thresholds if layer.cell.thresholded else "fixed"
-            self.parameters[f"layers.{k}.threshold"] = rules.to_parameter(rule, layer.threshold)
+            self.parameters[f"layers.{k}.threshold"] = rules.to_parameter(self._rule(k), layer.threshold)
         if network.readout is not None:
             if not self.tied:
                 self._take_matrix("readout", network.readout.weights)
@@ -174,7 +169,12 @@ class Model:
             self.parameters["readout.bias"] = network.readout.bias.copy()
         self._team, self._arena, self._use = Team(threads), Arena(), Use("model")
         self._shapes = {name: value.shape for name, value in self.parameters.items()}
-        self._engines = [LayerEngine(cell, backward, self._team, self._arena) for cell in self.cells]
+        self._engines = [
+            LayerEngine(cell, backward, self._team, self._arena)
+            if cell.thresholded
+            else PlainLayerEngine(cell, "dense", self._team, self._arena)
+            for cell in self.cells
+        ]
 
     def _take_matrix(self, name: str, weights: Weights) -> None:
         """Make parameters of a matrix, and a mask of what it does not store."""
@@ -189,10 +189,9 @@ class Model:
         if kept is not None and not (name in self.gated and kept.all()):
             self.masks[name] = kept
 
-    @staticmethod
-    def _check_cells(network: Network) -> None:
-        """Raise ValueError for a cell that this model does not train."""
-        need_thresholds(network, "network: event training needs EGRU cells", GRU_INSTEAD)
+    def _rule(self, k: int) -> str:
+        """The rule of the thresholds of layer k. The zeros of a cell without thresholds stay, whatever the rule is."""
+        return self.thresholds if self.cells[k].thresholded else "fixed"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -211,14 +210,15 @@ class Model:
         if parameters is not None:
             p = {name: parameters[name] * self.masks.get(name, F32(1)) for name in parameters}
             for k in range(len(self.cells)):
-                rules.clamp(self.thresholds, p[f"layers.{k}.threshold"])
+                rules.clamp(self._rule(k), p[f"layers.{k}.threshold"])
         layers = tuple(
             Layer(
                 self._matrix(f"layers.{k}.w_in", p),
                 self._matrix(f"layers.{k}.w_rec", p),
                 p[f"layers.{k}.bias_in"].copy(),
                 p[f"layers.{k}.bias_rec"].copy(),
-                *self._threshold_and_cell(k, p[f"layers.{k}.threshold"]),
+                rules.from_parameter(self._rule(k), p[f"layers.{k}.threshold"]),
+                self.cells[k],
             )
             for k in range(len(self.cells))
         )
@@ -239,16 +239,12 @@ class Model:
         gate, bias = (p[f"{name}{end}"] for end in (".gate", ".gate_bias"))
         return self.gated[name].with_numbers(p[name], gate, bias, p.get(f"{name}.gate_out"))
 
-    def _threshold_and_cell(self, k: int, parameter: np.ndarray) -> tuple[np.ndarray, Cell]:
-        """Thresholds (N,) and cell of layer k in a network, from the parameter (N,) that stands for the thresholds."""
-        return rules.from_parameter(self.thresholds, parameter), self.cells[k]
-
     def apply_masks(self) -> None:
         """Set every pruned weight to zero, and every threshold to the nearest value that its rule allows. In place."""
         for name, mask in self.masks.items():
             self.parameters[name] *= mask
         for k in range(len(self.cells)):
-            rules.clamp(self.thresholds, self.parameters[f"layers.{k}.threshold"])
+            rules.clamp(self._rule(k), self.parameters[f"layers.{k}.threshold"])
 
     @property
     def threshold_bounds(self) -> tuple[float, float]:
@@ -280,7 +276,7 @@ class Model:
         inputs = self._checked_inputs(inputs)
         symbols = inputs if "embedding" in p else None
         need_kind("noise", noise, Noise, "a Noise, or None")
-        noise.check(inputs.shape[0], inputs.shape[1], *self._sizes())
+        noise.check(inputs.shape[0], inputs.shape[1], *self._sizes(), [cell.gates for cell in self.cells])
         need_kind("state", state, State, "a State: State.zeros(network, batch)")
         self._check(state, inputs.shape[1])
         if symbols is None:
@@ -342,6 +338,7 @@ class Model:
         for name, arrays in (("cells", state.cells), ("outputs", state.outputs)):
             if (got := [array.shape for array in arrays]) != wanted:
                 raise ValueError(f"state {name}: got arrays of shape {got}, need {wanted}")
+        need_single_states(self.template, state)
 
     def _checked_inputs(self, inputs: np.ndarray) -> np.ndarray:
         """Inputs of `forward` as a plain array, numbers as float32. Raises ValueError."""
@@ -378,7 +375,7 @@ class Model:
             w_rec = p["w_rec"]
             scaled = isinstance(w_rec, GatedMatrix)
             p["w_rec"] = w_rec.scaled_by(dropped) if scaled else np.multiply(w_rec, dropped, dtype=F32)
-        p["threshold"] = rules.from_parameter(self.thresholds, p["threshold"])
+        p["threshold"] = rules.from_parameter(self._rule(k), p["threshold"])
         return p
 
     def _follow_masks(self, k: int) -> None:
@@ -423,6 +420,8 @@ class Model:
         """
         need_kind("tape", tape, Tape, "the tape of `forward`")
         need_number("activity_cost", activity_cost)
+        if activity_cost:
+            need_thresholds(self.template, f"activity_cost: got {activity_cost}", "leave it out")
         need_flag("stored", stored)
         d_output = number_array("d_output", d_output, "of the shape of the output", kinds="f")
         shapes = [layer.v.shape for layer in tape.layers]
@@ -475,7 +474,7 @@ class Model:
             if (dropped := noise.of("recurrent", k)) is not None:
                 self._drop_back(k, gradients, dropped, stored)
             gradients[f"layers.{k}.threshold"] = rules.gradient(
-                self.thresholds, layer.threshold, gradients[f"layers.{k}.threshold"]
+                self._rule(k), layer.threshold, gradients[f"layers.{k}.threshold"]
             )
         d_x = _scaled(d_x, noise.inputs) if bottom is not None else d_x
         if return_inputs:

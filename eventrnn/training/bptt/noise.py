@@ -72,9 +72,11 @@ class Noise:
     inputs    : (B or 1, I) scale of the first layer's inputs, shared over time (locked dropout)
     between   : for each pair of neighbouring layers a scale (B or 1, N) of the lower layer's output; or empty
     top       : (B or 1, N) scale of the read-out's input
-    recurrent : for each layer a scale (N, 3N) of `w_rec` (DropConnect; Wan et al. 2013); or empty
+    recurrent : for each layer a scale (N, GN) of `w_rec`, of a cell with G gates; or empty (DropConnect; Wan et al.
+                2013)
     zoneout   : for each layer a boolean (T, B, N); or empty. Where True, the keep gate is 1 and the unit keeps its
-                cell state of the step before (Krueger et al. 2017); applied before the threshold
+                cell state of the step before (Krueger et al. 2017); applied before the threshold. In an LSTM the
+                forget gate is 1 and the input gate 0; the output gate acts as ever
     words     : (V,) scale of the embedding's rows (word dropout)
     """
 
@@ -90,13 +92,16 @@ class Noise:
         each = getattr(self, name)
         return each[k] if each else None
 
-    def check(self, steps: int, batch: int, sizes: list[int], inputs: int, symbols: int | None) -> None:
+    def check(
+        self, steps: int, batch: int, sizes: list[int], inputs: int, symbols: int | None, gates: list[int]
+    ) -> None:
         """Check the shapes of all masks.
 
         steps, batch : of the window
         sizes        : units of each layer
         inputs       : inputs of the first layer
         symbols      : symbols of the embedding, or None without one
+        gates        : gate rows per unit of each layer
 
         Raises ValueError naming the field.
         """
@@ -118,8 +123,8 @@ class Noise:
                 need = f"({batch}, {size}), (1, {size}) or ({steps}, 1, {size})"
                 raise ValueError(f"noise {name}: got shape {mask.shape}, need {need}")
         for k, mask in enumerate(self.recurrent):
-            if mask is not None and mask.shape != (sizes[k], 3 * sizes[k]):
-                raise ValueError(f"noise recurrent[{k}]: got shape {mask.shape}, need ({sizes[k]}, {3 * sizes[k]})")
+            if mask is not None and mask.shape != (shape := (sizes[k], gates[k] * sizes[k])):
+                raise ValueError(f"noise recurrent[{k}]: got shape {mask.shape}, need {shape}")
         for k, mask in enumerate(self.zoneout):
             if mask is not None and (mask.shape != (steps, batch, sizes[k]) or mask.dtype != bool):
                 need = f"bool ({steps}, {batch}, {sizes[k]})"

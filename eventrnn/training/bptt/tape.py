@@ -20,15 +20,13 @@ F32 = np.float32
 
 @dataclass
 class LayerTape:
-    """What the backward pass needs of one layer and window. T steps, B samples, N units, I inputs; float32.
+    """What every backward pass needs of one layer and window. T steps, B samples, N units, I inputs; float32.
 
     Attributes
     ----------
     x         : (T, B, I) inputs
-    w_rec     : (N, 3N) recurrent weights that were used, with DropConnect applied
-    u, r, g   : (T, B, N) keep gate, reset gate and candidate
-    q         : (T, B, N) recurrent drive of the candidate; in the paper's variant r * y of the step before
-    v         : (T, B, N) cell before the event
+    w_rec     : (N, 3N) recurrent weights that were used, with DropConnect applied; (N, 4N) of an LSTM
+    v         : (T, B, N) cell before the event; the cell itself where there is no event
     y, c      : (T + 1, B, N) output and cell after the event; the first step is the state before the window
     threshold : (N,)
     share_in  : share of x that is not zero
@@ -41,10 +39,6 @@ class LayerTape:
 
     x: np.ndarray
     w_rec: np.ndarray
-    u: np.ndarray
-    r: np.ndarray
-    g: np.ndarray
-    q: np.ndarray
     v: np.ndarray
     y: np.ndarray
     c: np.ndarray
@@ -54,6 +48,22 @@ class LayerTape:
     work: dict[str, BackwardWork] = field(default_factory=dict)
     engine: object | None = field(default=None, repr=False)
     products: dict[str, GatedProduct] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class EventTape(LayerTape):
+    """The tape of EGRU cells.
+
+    Attributes
+    ----------
+    u, r, g : (T, B, N) keep gate, reset gate and candidate
+    q       : (T, B, N) recurrent drive of the candidate; in the paper's variant r * y of the step before
+    """
+
+    u: np.ndarray
+    r: np.ndarray
+    g: np.ndarray
+    q: np.ndarray
 
     def arrays(self) -> TapeArrays:
         """The arrays of the tape, flat, for kernels."""
@@ -111,7 +121,9 @@ class GradientMask:
 
     @classmethod
     def of_layer(cls, tape: LayerTape, cell: Cell) -> GradientMask:
-        """The active pairs of the layer that sent the inputs."""
+        """The active pairs of the layer that sent the inputs: all of them where the cell has no thresholds."""
+        if not cell.thresholded:
+            return cls()
         return cls(tape.v.reshape(-1), surrogate_parameters(cell, tape.threshold))
 
     @classmethod

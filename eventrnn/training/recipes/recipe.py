@@ -20,13 +20,12 @@ import numpy as np
 from eventrnn import io
 from eventrnn._checks import need_choice, need_flag, need_number, need_text, need_whole
 from eventrnn._files import LOCK, file_sha256, is_endless, locked, printable, write_whole
-from eventrnn.cells import CELLS as VARIANTS
-from eventrnn.cells import Cell, Surrogate
+from eventrnn.cells import CELLS, Cell, Surrogate
 from eventrnn.data.text import KINDS, Corpus, from_path, from_text, python_documentation, read_stream
 from eventrnn.io.model_file import encoded
 from eventrnn.network import Network
 from eventrnn.simulation import CARRIES
-from eventrnn.training import GRU, LanguageModelling, Model, Progress, Settings, Trainer, evaluate, parts
+from eventrnn.training import LanguageModelling, Progress, Settings, Trainer, evaluate, parts
 from eventrnn.training.recipes import toml_config
 from eventrnn.training.run import CHECKPOINT, FILES, LOG, run_locked
 from eventrnn.training.thresholds import initial
@@ -42,10 +41,8 @@ PARTS = "parts"
 # The SHA-256 of the model files that the run may replace: what it wrote itself, and what it was told to overwrite.
 OWN = "out.sha256"
 
-CELLS = ("egru", "gru")
-
-# Beginnings of the names of settings of thresholds and of the events above them. A GRU has neither.
-_EVENT_SETTINGS = ("model.variant", "model.threshold", "model.surrogate", "training.thresholds")
+# Beginnings of the names of settings of thresholds and of the events above them. A GRU or an LSTM has neither.
+_EVENT_SETTINGS = ("model.threshold", "model.surrogate", "training.thresholds")
 
 STARTS = ("beta", "constant")
 
@@ -56,8 +53,8 @@ class ModelSettings:
 
     Attributes
     ----------
-    cell            : "egru", or "gru" for the dense baseline (`training.GRU`), which takes no thresholds
-    variant         : equations of the egru, "evnn" or "paper"
+    cell            : name of the cell: "egru", or one of the dense baselines "gru" and "lstm", which take no thresholds
+    variant         : variant of the cell, one of `CELLS[cell]`; "" for the first one
     hidden          : number of units of each layer
     embedding       : width of the embedding
     tied            : use the transposed embedding as the read-out
@@ -68,7 +65,7 @@ class ModelSettings:
     """
 
     cell: str = "egru"
-    variant: str = "evnn"
+    variant: str = ""
     hidden: tuple[int, ...] = (256,)
     embedding: int = 64
     tied: bool = False
@@ -80,13 +77,21 @@ class ModelSettings:
         need_choice("cell", self.cell, CELLS)
         need_whole("embedding", self.embedding, at_least=1)
         need_flag("tied", self.tied)
-        need_choice("variant", self.variant, VARIANTS["egru"])
+        if self.variant:
+            need_choice("variant", self.variant, CELLS[self.cell])
         need_choice("threshold_start", self.threshold_start, STARTS)
         if isinstance(self.threshold, tuple) and len(self.threshold) != len(self.hidden):
             raise ValueError(f"threshold: got {len(self.threshold)}, need one for each of {len(self.hidden)} layers")
 
+    def equations(self) -> Cell:
+        """The cell of every layer. A cell without thresholds has no surrogate."""
+        cell = Cell(self.cell, self.variant)
+        return replace(cell, surrogate=self.surrogate) if cell.thresholded else cell
+
     def thresholds(self, rng: np.random.Generator) -> list[np.ndarray]:
-        """Initial thresholds of every layer, (N,) float32 each."""
+        """Initial thresholds of every layer, (N,) float32 each; zeros for a cell without thresholds."""
+        if not self.equations().thresholded:
+            return [np.zeros(n, np.float32) for n in self.hidden]
         each = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,) * len(self.hidden)
         drawn = rng if self.threshold_start == "beta" else None
         return [initial(start, n, rng=drawn) for start, n in zip(each, self.hidden, strict=True)]
@@ -103,8 +108,8 @@ class DataSettings:
     kind        : kind of the symbols, "character" or "word"
     vocabulary  : number of symbols to keep, of which one stands for all others; 0 for all, see `data.Vocabulary.of`
     valid_batch : number of streams of the validation text
-    carry       : "state", or "events" to set the cells to zero at the start of every window, as EvNN does. A GRU takes
-                  "state" only
+    carry       : "state", or "events" to set the cells to zero at the start of every window, as EvNN does. A GRU or an
+                  LSTM takes "state" only
     """
 
     text: str = "builtin"
@@ -147,7 +152,7 @@ class RunSettings:
 
     Attributes
     ----------
-    out                : model file to write; a GRU may go without
+    out                : model file to write; a GRU or an LSTM may go without
     log_every          : updates per line of the log
     checkpoint_seconds : seconds between two checkpoints
     """
@@ -190,15 +195,13 @@ class Recipe:
             readout=None if model.tied else symbols,
             tied=model.tied,
             threshold=0.0,
-            cell=Cell(variant=model.variant, surrogate=model.surrogate),
+            cell=model.equations(),
             metadata={"vocabulary": corpus.vocabulary.to_json(), "corpus": self.data.text},
         )
         layers = zip(network.layers, model.thresholds(rng), strict=True)
         network = replace(network, layers=tuple(replace(layer, threshold=drawn) for layer, drawn in layers))
         task = LanguageModelling(corpus.train, corpus.valid, valid_batch=self.data.valid_batch, carry=self.data.carry)
-        engine = GRU if model.cell == "gru" else Model
-        engine = engine(network, backward=training.backward, threads=training.threads, thresholds=training.thresholds)
-        return Trainer(network, task, training, model=engine), corpus
+        return Trainer(network, task, training), corpus
 
 
 def presets() -> list[str]:
@@ -233,8 +236,11 @@ def load_recipe(
         tables.append(toml_config.read_toml(text, path))
     recipe = toml_config.from_table(Recipe, toml_config.merged([*tables, toml_config.nested(settings)]))
     for name, value in settings:
-        if recipe.model.cell == "gru" and name.startswith(_EVENT_SETTINGS):
-            raise ValueError(f"{name}: got {value!r}, but units of model.cell='gru' have no thresholds; leave it out")
+        if not recipe.model.equations().thresholded and name.startswith(_EVENT_SETTINGS):
+            cell = recipe.model.cell
+            raise ValueError(
+                f"{name}: got {value!r}, but units of model.cell={cell!r} have no thresholds; leave it out"
+            )
     return recipe
 
 
@@ -262,7 +268,7 @@ def train(
     trained run is then complete in its folder, and `resume` with another `run.out` writes it. Interruptions and other
     errors: see `training.run`.
     """
-    if recipe.model.cell != "gru" and not recipe.run.out:
+    if recipe.model.equations().thresholded and not recipe.run.out:
         raise ValueError("out: got none; set run.out to the model file to write")
     folder = Path(folder)
     if recipe.run.out:

@@ -51,6 +51,42 @@ class TapeArrays(NamedTuple):
     c: np.ndarray  # (T + 1, B, N) float32, cell state after the event
 
 
+class PlainSize(NamedTuple):
+    """Size of a step of a cell without thresholds."""
+
+    batch: int  # B
+    units: int  # N
+
+
+class PlainDrives(NamedTuple):
+    """The drives of a cell without thresholds, of G gates, before biases are added."""
+
+    into: np.ndarray  # (T, B, GN) float32, input drives
+    rec: np.ndarray  # (B, GN) float32, recurrent drives of the step
+    bias_in: np.ndarray  # (GN,) float32
+    bias_rec: np.ndarray  # (GN,) float32
+    held: np.ndarray  # (T, B, N) float32, above zero where a unit keeps its cell; (0,) without zoneout
+
+
+class PlainArrays(NamedTuple):
+    """The values of a layer without thresholds that the forward pass keeps. `y` and `c` begin with the state before."""
+
+    gates: np.ndarray  # (T, B, GN) float32
+    extra: np.ndarray  # (T, B, N) float32, GRU: the candidate's recurrent drive, or r * h if the reset gate is first
+    y: np.ndarray  # (T + 1, B, N) float32, output
+    c: np.ndarray  # (T + 1, B, N) float32, cell; in a GRU the same memory as `y`
+
+
+class PlainDeltas(NamedTuple):
+    """Gradients of a layer without thresholds. `d_y` and `d_c` are those of one step."""
+
+    d_in: np.ndarray  # (T, B, GN) float32, of the input drives
+    d_rec: np.ndarray  # (T, B, GN) float32, of the recurrent drives; the memory of `d_in` where they are equal
+    d_y: np.ndarray  # (B, N) float32, of the output
+    d_cell: np.ndarray  # (T, B, N) float32, of the cell, by terms of the loss that contain it; (0,) for none
+    d_c: np.ndarray  # (B, N) float32, of the cell carried to the next step
+
+
 class PackedWeights(NamedTuple):
     """A packed matrix as `propagate_all` reads it (laid out by `cpu/packing.py`), and the bias of its drives."""
 
