@@ -150,7 +150,7 @@ def speed(
 def quality(
     variant: Annotated[list[str] | None, typer.Option(help="Variant; repeat for more. [all]")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seed; repeat for more. [0, 1 and 2]")] = None,
-    cell: Annotated[str, typer.Option(help="gru, whose units are all active, or egru.")] = "gru",
+    cell: Annotated[str, typer.Option(help="gru or lstm, whose units are all active, or egru.")] = "gru",
     hidden: Annotated[int, typer.Option(help="Units of the layer, and width of the embedding.")] = 256,
     vocabulary: Annotated[int, typer.Option(help="Words that are symbols, of which one stands for all others.")] = 2000,
     epochs: Annotated[int, typer.Option(help="Passes over the training text.")] = 4,

@@ -16,10 +16,10 @@ import numpy as np
 
 import eventrnn as er
 from eventrnn import Cell, Network, State
+from eventrnn.cells import CELLS
 from eventrnn.data.text import Corpus
 from eventrnn.pruning import BlockDiagonal, Blocks, GradualPruning, Pruning, StaticMasks, with_masks
 from eventrnn.training import (
-    GRU,
     GateSettings,
     LanguageModelling,
     Model,
@@ -98,7 +98,7 @@ class Job:
     """One model to train.
 
     variant : name in `VARIANTS`
-    cell    : "gru", whose units are all active, or "egru"
+    cell    : "gru" or "lstm", whose units are all active, or "egru"
     hidden  : units of the layer, and width of the embedding
     """
 
@@ -114,8 +114,8 @@ class Job:
     def __post_init__(self):
         if self.variant not in VARIANTS:
             raise ValueError(f"variant: got {self.variant!r}, need one of {', '.join(VARIANTS)}")
-        if self.cell not in ("gru", "egru"):
-            raise ValueError(f"cell: got {self.cell!r}, need gru or egru")
+        if self.cell not in CELLS:
+            raise ValueError(f"cell: got {self.cell!r}, need one of {', '.join(CELLS)}")
 
     @property
     def name(self) -> str:
@@ -144,13 +144,13 @@ def units_of(variant: Variant, hidden: int) -> int:
 def initial_network(job: Job, symbols: int) -> Network:
     """The network to start from. Variants of one seed and size start from the same numbers."""
     variant, rng = VARIANTS[job.variant], np.random.default_rng(job.seed)
-    cell = Cell("gru") if job.cell == "gru" else Cell()
+    cell = Cell(job.cell)
     network = Network.random(
         [units_of(variant, job.hidden)],
         symbols=symbols,
         embedding=job.hidden,
         readout=symbols,
-        threshold=0.0 if job.cell == "gru" else 0.2,
+        threshold=0.2 if cell.thresholded else 0.0,
         rng=rng,
         cell=cell,
     )
@@ -185,7 +185,7 @@ def trainer_of(job: Job, corpus: Corpus) -> Trainer:
         regularisers=Regularisers(dropout_input=0.2, dropout_top=0.3, gate_balance=variant.balance),
         gates=GateSettings(**annealed),
     )
-    model = (GRU if job.cell == "gru" else Model)(network, threads=settings.threads)
+    model = Model(network, threads=settings.threads)
     return Trainer(network, task, settings, model=model, pruning=pruning_of(variant, steps))
 
 
@@ -227,8 +227,7 @@ def usage(network: Network, job: Job, symbols: np.ndarray) -> dict[str, list[flo
     """Share of the tokens that chose each block, by matrix and block number."""
     steps = min(len(symbols), COUNTED) // job.batch
     inputs = np.ascontiguousarray(symbols[: steps * job.batch].reshape(job.batch, steps).T)
-    model = (GRU if job.cell == "gru" else Model)(network)
-    _, _, tape = model.forward(inputs, State.zeros(network, job.batch))
+    _, _, tape = Model(network).forward(inputs, State.zeros(network, job.batch))
     return {name: [round(float(s), 4) for s in p.chosen.mean(axis=0)] for name, p in tape.products.items()}
 
 
