@@ -10,7 +10,7 @@ Three comparisons, each with code that is independent of the code under test:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,9 +19,10 @@ from eventrnn import reference
 from eventrnn._checks import need_kind, need_whole
 from eventrnn.network import Network
 from eventrnn.state import State
-from eventrnn.training.bptt.model import LAYER_PARAMETERS, Model
+from eventrnn.training.bptt.model import Model, Tape
 from eventrnn.training.bptt.tape import LayerTape
 from eventrnn.training.tasks import Batch, Task
+from eventrnn.weights import MatrixId
 
 U32, U64 = 2.0**-24, 2.0**-53
 
@@ -135,7 +136,8 @@ def check_gradients(
     d_output = rng.normal(size=output.shape).astype(np.float32)
     d_cells = tuple(rng.normal(size=layer.v.shape).astype(np.float32) for layer in tape.layers)
     gradients = model.backward(tape, d_output, d_cells=d_cells, d_inputs=True)
-    d_sent = _output_gradient(model, tape, d_output)
+    d_sent, further = _output_gradient(model, tape, d_output, gradients)
+    rows += further
     for k in reversed(range(len(model.cells))):
         rows += _check_smoothed_cell(model, k, tape.layers[k], directions, rng)
         own, d_sent = _check_engine(model, k, tape.layers[k], d_sent, d_cells[k], gradients)
@@ -182,22 +184,26 @@ def _check_smoothed_cell(model: Model, k: int, tape: LayerTape, directions: int,
     cell = model.cells[k]
     case = _float64(model, k, tape) | {"x": tape.x.astype(np.float64)}
     case |= {"c": tape.c[0].astype(np.float64), "y": tape.y[0].astype(np.float64)}
+    for name in case:
+        if name.endswith("gate_bias"):
+            # Equal biases are equal logits of a silent row: its choice changes with any input, and there is no
+            # derivative. They are moved apart by far more than a difference moves them.
+            case[name] = case[name] + rng.normal(0, 0.1, case[name].shape)
     d_y, d_c = rng.normal(size=tape.v.shape), rng.normal(size=tape.v.shape)
 
     def run(arrays: dict) -> list[reference.Tape | reference.LSTMTape]:
-        parameters = {name: arrays[name] for name in LAYER_PARAMETERS}
+        parameters = _parameters(model, k, arrays)
         return reference.forward(cell, parameters, arrays["x"], arrays["c"], arrays["y"], smooth=True)
 
     def loss(arrays: dict) -> float:
         steps = zip(d_y, d_c, run(arrays), strict=True)
         return float(sum((w * t.y).sum() + (v * t.c).sum() for w, v, t in steps))
 
-    parameters = {name: case[name] for name in LAYER_PARAMETERS}
-    gradients = reference.backward(cell, parameters, case["x"], run(case), d_y, d_c)
+    gradients = reference.backward(cell, _parameters(model, k, case), case["x"], run(case), d_y, d_c)
     # Rounding noise of the loss: a sum over all entries of d_y and d_c, each after some hundred roundings per step.
     noise = 200 * len(d_y) * U64 * float(np.abs(d_y).sum() + np.abs(d_c).sum())
     rows = []
-    for name in (*LAYER_PARAMETERS, "x"):
+    for name in (*_names(model, k), "x"):
         worst = Row("", 0.0, 0.0, 0.0)
         for _ in range(directions):
             direction = rng.normal(size=case[name].shape)
@@ -224,17 +230,25 @@ def _check_engine(
 ) -> tuple[list[Row], np.ndarray]:
     """Comparisons of one layer's parameter gradients, and the gradient of its input by the specification."""
     expected, single = (_reference_gradients(model, k, tape, d_y, d_cell, kind) for kind in (np.float64, np.float32))
-    sizes = {name: float(np.abs(expected[name]).max(initial=0.0)) for name in LAYER_PARAMETERS}
+    names = _names(model, k)
+    return _engine_rows(f"layers.{k}", names, expected, single, {n: gradients[f"layers.{k}.{n}"] for n in names}), (
+        expected["x"]
+    )
+
+
+def _engine_rows(what: str, names: Iterable[str], expected: Mapping, single: Mapping, found: Mapping) -> list[Row]:
+    """A comparison per array: what the engine found, and the specification in float64 and in float32."""
+    sizes = {name: float(np.abs(expected[name]).max(initial=0.0)) for name in names}
     # A bound that always holds would grow with units and steps until it allows any error. The rounding error is
     # measured instead: the specification in float32 against float64, the largest over all arrays, since one array may
     # be exact by chance. An event that differs between the two makes the bound large and the comparison coarse.
-    costs = [np.abs(single[name] - expected[name]).max(initial=0.0) / (sizes[name] or 1) for name in LAYER_PARAMETERS]
+    costs = [np.abs(single[name] - expected[name]).max(initial=0.0) / (sizes[name] or 1) for name in names]
     allowed = MARGIN * max(U32, *map(float, costs))
     rows = []
     for name, size in sizes.items():
-        error = float(np.abs(gradients[f"layers.{k}.{name}"] - expected[name]).max(initial=0.0))
-        rows.append(Row(f"layers.{k} engine: {name}", error, allowed * max(size, U32), size))
-    return rows, expected["x"]
+        error = float(np.abs(found[name] - expected[name]).max(initial=0.0))
+        rows.append(Row(f"{what} engine: {name}", error, allowed * max(size, U32), size))
+    return rows
 
 
 def _reference_gradients(
@@ -242,23 +256,63 @@ def _reference_gradients(
 ) -> dict[str, np.ndarray]:
     """Gradients of one layer by the specification in the given precision. Pruned weights have gradient zero."""
     cell, x = model.cells[k], tape.x.astype(kind)
-    parameters = {name: value.astype(kind) for name, value in _float64(model, k, tape).items()}
+    arrays = {name: value.astype(kind) for name, value in _float64(model, k, tape).items()}
+    parameters = _parameters(model, k, arrays)
     tapes = reference.forward(cell, parameters, x, tape.c[0].astype(kind), tape.y[0].astype(kind))
     nothing = np.zeros(tape.v.shape, kind)
     gradients = reference.backward(cell, parameters, x, tapes, d_y.astype(kind), nothing, d_cell.astype(kind))
-    for name in LAYER_PARAMETERS:
+    for name in ("w_in", "w_rec"):
         if (mask := model.masks.get(f"layers.{k}.{name}")) is not None:
             gradients[name] = gradients[name] * mask
     return gradients
 
 
-def _output_gradient(model: Model, tape, d_output: np.ndarray) -> np.ndarray:
-    """Gradient of the output of the last layer, (T, B, N) float64."""
+def _output_gradient(
+    model: Model, tape: Tape, d_output: np.ndarray, gradients: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, list[Row]]:
+    """Gradient of the output of the last layer, (T, B, N) float64, and comparisons of a read-out of gated blocks."""
     if "readout.bias" not in model.parameters:
-        return d_output.astype(np.float64)
-    return d_output.astype(np.float64) @ model.readout_weights().astype(np.float64).T
+        return d_output.astype(np.float64), []
+    if tape.readout is not None:
+        top, flat = (a.reshape(-1, a.shape[2]) for a in (tape.top, d_output))
+        arrays = {name: array for name, array in model.parameters.items() if MatrixId(name).of_readout}
+
+        def specified(kind: type[np.floating]) -> tuple[np.ndarray, dict]:
+            weights = _matrix(model, "readout", {name: array.astype(kind) for name, array in arrays.items()})
+            return reference.propagate_back(weights, top.astype(kind), flat.astype(kind))
+
+        (d_top, expected), (_, single) = specified(np.float64), specified(np.float32)
+        if (mask := model.masks.get("readout")) is not None:
+            expected[""], single[""] = expected[""] * mask, single[""] * mask
+        found = {end: gradients[f"readout{end}"] for end in expected}
+        rows = _engine_rows("readout", expected, expected, single, found)
+        return d_top.reshape(tape.top.shape), rows
+    return d_output.astype(np.float64) @ model.readout_weights().astype(np.float64).T, []
 
 
 def _float64(model: Model, k: int, tape: LayerTape) -> dict[str, np.ndarray]:
-    named = {name: model.parameters[f"layers.{k}.{name}"].astype(np.float64) for name in LAYER_PARAMETERS}
+    named = {name: model.parameters[f"layers.{k}.{name}"].astype(np.float64) for name in _names(model, k)}
     return named | {"threshold": tape.threshold.astype(np.float64)}
+
+
+def _names(model: Model, k: int) -> list[str]:
+    """The parameters of a layer, those of its gates included, by their names within it."""
+    start = f"layers.{k}."
+    return [name.removeprefix(start) for name in model.parameters if name.startswith(start)]
+
+
+def _parameters(model: Model, k: int, arrays: Mapping[str, np.ndarray]) -> dict:
+    """The parameters of a layer as the specification takes them, from arrays by the names of `_names`."""
+    named = {f"layers.{k}.{name}": array for name, array in arrays.items()}
+    matrices = {name: _matrix(model, f"layers.{k}.{name}", named) for name in ("w_in", "w_rec")}
+    return matrices | {name: arrays[name] for name in ("bias_in", "bias_rec", "threshold")}
+
+
+def _matrix(model: Model, name: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray | reference.ChosenBlocks:
+    """A matrix as the specification takes it, with gates if it has them."""
+    template, weights = model.gated.get(name), arrays[name]
+    if template is None:
+        return weights
+    gate, bias, out = arrays[f"{name}.gate"], arrays[f"{name}.gate_bias"], arrays.get(f"{name}.gate_out")
+    rule = template.gate_rule
+    return reference.ChosenBlocks(name, weights, gate, bias, out, template.block, template.kept_blocks, rule)

@@ -125,6 +125,12 @@ class GatedBlocks(Weights):
         """The number of blocks that an input chooses: ceil(density * n_blocks), of the density as it is written."""
         return kept_blocks(self.density, self.n_blocks)
 
+    @property
+    def gate_cost(self) -> GateCost:
+        """What the gate costs and saves, see `gate_cost`."""
+        rank = None if self.gate_out is None else len(self.gate_out)
+        return gate_cost(self.shape, block=self.block, density=self.density, rank=rank)
+
     @classmethod
     def from_weights(
         cls,
@@ -345,10 +351,8 @@ class GateCost:
         )
         if self.padding:
             text += f"; {self.padding:.1%} of the blocks is padding, because {r}x{c} does not divide {n_pre}x{n_post}"
-        if self.pays:
-            return text
         if self.smallest_block is None:
-            return f"{text}; no square block pays at density {self.density:g}"
+            return text if self.pays else f"{text}; no square block pays at density {self.density:g}"
         return f"{text}; square blocks pay from {self.smallest_block}x{self.smallest_block} on"
 
 

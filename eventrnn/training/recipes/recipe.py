@@ -27,6 +27,7 @@ from eventrnn.network import Network
 from eventrnn.simulation import CARRIES
 from eventrnn.training import LanguageModelling, Progress, Settings, Trainer, evaluate, parts
 from eventrnn.training.recipes import toml_config
+from eventrnn.training.recipes.gates import GateRecipe
 from eventrnn.training.run import CHECKPOINT, FILES, LOG, run_locked
 from eventrnn.training.thresholds import initial
 
@@ -62,6 +63,7 @@ class ModelSettings:
     threshold_start : "beta" draws the thresholds of a layer from a distribution with that mean, in (0, 1), as EvNN
                       does; "constant" gives every unit that number
     surrogate       : surrogate derivative of the event
+    gates           : matrices of blocks that every input chooses, see `GateRecipe`
     """
 
     cell: str = "egru"
@@ -72,6 +74,7 @@ class ModelSettings:
     threshold: float | tuple[float, ...] = 0.4
     threshold_start: str = "beta"
     surrogate: Surrogate = field(default_factory=Surrogate)
+    gates: GateRecipe = field(default_factory=GateRecipe)
 
     def __post_init__(self):
         need_choice("cell", self.cell, CELLS)
@@ -200,6 +203,7 @@ class Recipe:
         )
         layers = zip(network.layers, model.thresholds(rng), strict=True)
         network = replace(network, layers=tuple(replace(layer, threshold=drawn) for layer, drawn in layers))
+        network = model.gates.applied(network, rng)
         task = LanguageModelling(corpus.train, corpus.valid, valid_batch=self.data.valid_batch, carry=self.data.carry)
         return Trainer(network, task, training), corpus
 
@@ -261,7 +265,8 @@ def train(
 
     Returns bits and perplexity of the validation text when the network of the model file reads it (one stream, state
     carried even if `data.carry` is "events"), the best validation of the training (which follows `data.carry`), and the
-    numbers of symbols, parameters, updates and seconds. Without `recipe.run.out` there is no such reading.
+    numbers of symbols, parameters, updates and seconds; with gated blocks, the multiplications of each matrix and its
+    gate as a share of those without gates. Without `recipe.run.out` there is no such reading.
 
     Without `overwrite`, raises ValueError for a folder that holds a run when `resume` is not set, and FileExistsError
     for a model file that this run did not write: before the training, or after it if the file appeared meanwhile. The
@@ -305,6 +310,10 @@ def _train(
     if trainer.engine.memory_use:
         report("GPU memory", 1, 1, trainer.engine.memory_use)
 
+    costs = {name: weights.gate_cost for name, weights in trainer.model.gated.items()}
+    for name, cost in costs.items():
+        report(f"gates of {name}", 1, 1, str(cost))
+
     def each(progress: Progress, seconds: float) -> None:
         report("training", round(1000 * progress.share), 1000, note(progress, recipe.data.kind))
 
@@ -323,6 +332,8 @@ def _train(
         "seconds": seconds,
         "bits_per_symbol_best": trainer.best_value,
     }
+    if costs:
+        figures["gate_cost"] = {name: cost.cost for name, cost in costs.items()}
     if not recipe.run.out:
         return figures
     network = trainer.network(best=True)
