@@ -321,6 +321,37 @@ ROWS = {
         size=7,
         words={"size": "size|train"},
     ),
+    # --- recordings ---
+    "Recording": row(
+        data.Recording,
+        {
+            "times": (None, "three", [2.5, 3.0], [[1, 2]], [5, 1], [1]),
+            "units": (None, [0.5, 1.0], [0, 2], [-1, 0]),
+            "size": POSITIVE,
+        },
+        times=[1, 5],
+        units=[0, 1],
+        size=2,
+        words={"times": "times", "units": "units"},
+    ),
+    "bin_events": row(
+        data.bin_events,
+        {"recordings": (None, 3, [], [RUN]), "window": POSITIVE, "t0": (1.5, "three", 3), "steps": (1, -1, 2.5, True)},
+        recordings=[data.Recording([1, 5], [0, 1], 2)],
+        window=3,
+    ),
+    "moving_bars": row(
+        data.moving_bars,
+        {"n": POSITIVE, "seed": NATURAL, "sensor": (3, (2,), (0, 4)), "noise": FROM_ZERO, "duration": POSITIVE},
+        n=1,
+        seed=0,
+    ),
+    "chirps": row(
+        data.chirps,
+        {"n": POSITIVE, "seed": NATURAL, "channels": (7, *POSITIVE), "noise": FROM_ZERO, "duration": POSITIVE},
+        n=1,
+        seed=0,
+    ),
     # --- figures and measurements ---
     "raster": row(
         plots.raster,

@@ -242,6 +242,30 @@ def test_adding_marks_one_number_per_half_and_a_run_appends_its_line(monkeypatch
     assert CliRunner().invoke(module_app(module), ["parity"]).exit_code
 
 
+@pytest.mark.parametrize("data", ["bars", "chirps"])
+def test_events_classifies_and_a_run_appends_its_line(monkeypatch, tmp_path, data):
+    module = script("events", monkeypatch)
+    monkeypatch.setattr(module, "SIZES", (8, 4, 4))
+    options = ["--hidden", "4", "--epochs", "1", "--batch", "4", "--window", "50000", "--runs", tmp_path]
+    asked = [str(each) for each in ("classify", data, *options, "--results", tmp_path / "lines.jsonl")]
+    result = CliRunner().invoke(module.app, asked)
+    assert result.exit_code == 0, result.output
+    line = json.loads((tmp_path / "lines.jsonl").read_text())
+    assert line["recordings"] == [8, 4, 4] and 0 <= line["test_accuracy"] <= 1 and line["fewer"] > 1
+    assert CliRunner().invoke(module.app, ["classify", "no-such-data"]).exit_code
+
+
+def test_events_decodes_step_by_step_as_in_one_run(monkeypatch, tmp_path):
+    module = script("events", monkeypatch)
+    monkeypatch.setattr(module, "DECODED", (2100, 50, 60))
+    options = ["--hidden", "4", "--epochs", "1", "--runs", tmp_path, "--results", tmp_path / "lines.jsonl"]
+    result = CliRunner().invoke(module.app, ["decode", *map(str, options)])
+    assert result.exit_code == 0, result.output
+    line = json.loads((tmp_path / "lines.jsonl").read_text())
+    assert line["steps_equal_the_whole_run"] and line["fewer"] > 1
+    assert -1 < line["explained"] < line["explained_by_linear_decoder"] < 1
+
+
 def test_words_trains_the_egru_and_the_gru(monkeypatch, tmp_path):
     module = script("words", monkeypatch)
     for part in ("train", "valid", "test"):
