@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from eventrnn import Dense, Network, load, save
 from eventrnn.bench import timing
-from eventrnn.cli.commands import _arrays
+from eventrnn.cli.imports import _arrays
 from eventrnn.cli.options import PARTS
 from eventrnn.cli.terminal import progress
 from eventrnn.data.text import Vocabulary
@@ -254,7 +254,7 @@ def test_bad_model_files(cli, tmp_path, model, text):
         (("convert", "{model}", "--out", "{new}", "--to", "nm", "--nm", "2:4:both"), "nm axis: got 'both'"),
         (("convert", "{model}", "--out", "{new}", "--storage", "int4"), "storage: got 'int4'"),
         (("run", "{model}", "--text", "{text}", "--storage", "float32"), "need one of bfloat16, int8"),
-        (("convert", "{text}.npz", "--out", "{new}"), "no file"),
+        (("import", "{text}.npz", "--out", "{new}"), "no file"),
         (("bench", "inference", "--activity", "0"), "activity"),
         (("bench", "inference", "--format", "dense", "--sparsity", "0.5"), "sparsity"),
         (("bench", "inference", "--against", "nobody"), "against"),
@@ -267,7 +267,9 @@ def test_bad_model_files(cli, tmp_path, model, text):
         (("bench", "inference", "--nm", "2:4:pre"), "nm"),
         (("bench", "inference", "--format", "csr", "--block", "1x8"), "takes none"),
         (("bench", "inference", "--hidden", "3000000"), "give fewer units"),
-        (("convert", "{cut}", "--out", "{new}"), "not an .npz archive"),
+        (("import", "{cut}", "--out", "{new}"), "not an .npz archive"),
+        (("convert", "{cut}", "--out", "{new}"), "eventrnn import takes files of other libraries"),
+        (("import", "{cut}.bin", "--out", "{new}"), "give --from evnn|keras|onnx|torch"),
         (
             ("prune", "{model}", "--out", "{new}", "--text", "{text}", "--batch", "2"),
             "--batch: only with training; give --steps",

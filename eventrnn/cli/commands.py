@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 from rich.table import Table
 
 from eventrnn import io
 from eventrnn._checks import need_choice
 from eventrnn._files import file_sha256, printable
+from eventrnn.cli.imports import import_command, own_model
 from eventrnn.cli.options import (
     Backend,
     Block,
@@ -37,7 +36,6 @@ from eventrnn.cli.options import (
 )
 from eventrnn.cli.terminal import as_line, console, progress, show
 from eventrnn.cli.train import train
-from eventrnn.network import Network
 from eventrnn.pruning.patterns import parse_nm
 from eventrnn.pruning.schedule import choose
 from eventrnn.simulation import simulate
@@ -203,9 +201,12 @@ def info(model: GivenModel = None, named: NamedModel = None, as_json: Json = Fal
     )
 
 
+app.command(name="import")(import_command)
+
+
 @app.command(name="convert")
 def convert_command(
-    source: Annotated[Path, typer.Argument(help="Model file, or an .npz file with one layer in the layout of EvNN.")],
+    source: Annotated[Path, typer.Argument(help="Model file.")],
     out: Out,
     to: Annotated[
         str | None,
@@ -235,12 +236,12 @@ def convert_command(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Change the weight format or the storage type of a model, or import a layer of EvNN."""
+    """Change the weight format or the storage type of a model."""
     r_c, n_m = parse_block(block) if block else None, parse_nm(nm, AXES) if nm else None
     writable_file(out, force)
     if embedding is not None:
         need_choice("embedding", embedding, STORAGES[1:])
-    network = Network((io.from_evnn(_arrays(source)),)) if source.suffix == ".npz" else io.load(source)
+    network = own_model(source)
     tied = network.readout is not None and network.readout.tied
     to = to or ("block" if block else "nm" if nm else None)
     there = [name for name in network.matrices() if not (tied and name == "readout")]
@@ -266,24 +267,3 @@ def convert_command(
         },
         as_json,
     )
-
-
-# --- arguments ----------------------------------------------------------------------------------------------
-
-
-def _arrays(path: Path) -> Mapping[str, np.ndarray]:
-    try:
-        with open(path, "rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            if isinstance(archive, np.ndarray):
-                raise ValueError("it holds a single array")
-            return dict(archive)
-    except FileNotFoundError:
-        raise ValueError(f"source: there is no file {path}") from None
-    except MemoryError:
-        raise ValueError(f"source: {path} holds an array, or says so, that does not fit into memory") from None
-    except Exception as error:
-        # A damaged archive raises what its decompressor, the reader of its table and that of its headers raise:
-        # zlib.error, struct.error, SyntaxError, RuntimeError and others.
-        words = str(error) or type(error).__name__
-        raise ValueError(f"source: {path} is not an .npz archive of arrays: {words}") from None

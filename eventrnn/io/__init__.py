@@ -1,10 +1,18 @@
-"""Model files, trained models by name, and conversion of layers from and to other libraries.
+"""Model files, trained models by name, and networks of other libraries.
 
 The names with an underscore are pieces of `save`. Tests and experiments sign files with them that hold no network.
 """
 
 from eventrnn.io.evnn import from_evnn as from_evnn
 from eventrnn.io.evnn import to_evnn as to_evnn
+from eventrnn.io.from_jax import from_equinox as from_equinox
+from eventrnn.io.from_jax import from_flax as from_flax
+from eventrnn.io.from_jax import from_haiku as from_haiku
+from eventrnn.io.from_keras import from_keras as from_keras
+from eventrnn.io.from_onnx import from_onnx as from_onnx
+from eventrnn.io.from_torch import from_torch as from_torch
+from eventrnn.io.imported import ImportRefused as ImportRefused
+from eventrnn.io.imported import as_egru as as_egru
 from eventrnn.io.model_file import ModelFileError as ModelFileError
 from eventrnn.io.model_file import _encode as _encode
 from eventrnn.io.model_file import _signature as _signature

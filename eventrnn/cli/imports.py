@@ -1,0 +1,127 @@
+"""The command `import`: networks of files that another library wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from eventrnn import io
+from eventrnn._checks import need_choice
+from eventrnn.cli.options import Force, Json, Out, save_model, writable_file
+from eventrnn.cli.terminal import show
+from eventrnn.network import Network
+
+ORIGINS = ("evnn", "keras", "onnx", "torch")
+
+# The ending of a file -> the library that wrote it. A file of PyTorch may end in .safetensors, as model files do.
+_ENDINGS = {
+    ".npz": "evnn",
+    ".keras": "keras",
+    ".h5": "keras",
+    ".onnx": "onnx",
+    ".pt": "torch",
+    ".pth": "torch",
+    ".safetensors": "torch",
+}
+
+
+def import_command(
+    source: Annotated[Path, typer.Argument(help=f"File of another library: {', '.join(_ENDINGS)}.")],
+    out: Out,
+    origin: Annotated[
+        str | None, typer.Option("--from", help=f"Library of the file: {', '.join(ORIGINS)}. [by the ending]")
+    ] = None,
+    module: Annotated[
+        str | None, typer.Option(help="Of PyTorch: name of the GRU or LSTM, where the file has several.")
+    ] = None,
+    readout: Annotated[
+        str | None, typer.Option(help="Of PyTorch and Keras: name of the linear layer to import as the read-out.")
+    ] = None,
+    as_egru: Annotated[
+        float | None,
+        typer.Option(metavar="THRESHOLD", help="Make EGRUs of GRUs, the start of a training and another function."),
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Import a GRU or an LSTM of PyTorch, Keras or ONNX, or a layer of EvNN, as a model file."""
+    writable_file(out, force)
+    network = _imported(source, _origin(source, origin), module, readout)
+    if as_egru is not None:
+        network = io.as_egru(network, threshold=as_egru)
+    save_model(network, out, force)
+    layers = [f"{layer.cell.name}, {layer.inputs} inputs, {layer.units} units" for layer in network.layers]
+    show(
+        f"wrote {out}",
+        {f"layer {k}": words for k, words in enumerate(layers)}
+        | {"read-out": "none" if network.readout is None else f"{network.readout.weights.shape[1]} outputs"}
+        | {"bytes": out.stat().st_size},
+        as_json,
+    )
+
+
+def own_model(source: Path) -> Network:
+    """The network of a model file. Raises `ModelFileError`; for a file of another library it names the command."""
+    try:
+        return io.load(source)
+    except io.ModelFileError as error:
+        if source.exists() and (
+            source.suffix.lower() in _ENDINGS.keys() - {".safetensors"} or "without eventrnn's metadata" in str(error)
+        ):
+            raise io.ModelFileError(f"{error}; eventrnn import takes files of other libraries") from None
+        raise
+
+
+def _origin(source: Path, origin: str | None) -> str:
+    """The library that wrote a file. Raises ValueError where neither the option nor the ending says it."""
+    if origin is not None:
+        return need_choice("from", origin, ORIGINS)
+    found = _ENDINGS.get(source.suffix.lower())
+    if found is None:
+        raise ValueError(
+            f"from: the name {source.name} does not say which library wrote it; give --from {'|'.join(ORIGINS)}"
+        )
+    return found
+
+
+def _imported(source: Path, origin: str, module: str | None, readout: str | None) -> Network:
+    """The network of a file of a library. Raises ValueError for options that the library does not have, and as the
+    importers do."""
+    if module is not None and origin != "torch":
+        raise ValueError(f"module: got {module!r} for {source.name}, but only files of PyTorch have named networks")
+    if readout is not None and origin not in ("torch", "keras"):
+        raise ValueError(f"readout: got {readout!r} for {source.name}, but only PyTorch and Keras have named layers")
+    try:
+        if origin == "torch":
+            return io.from_torch(source, name=module, readout=readout)
+        if origin == "keras":
+            return io.from_keras(source, readout=readout)
+        if origin == "onnx":
+            return io.from_onnx(source)
+    except FileNotFoundError:
+        raise ValueError(f"source: there is no file {source}") from None
+    except ImportError as error:
+        raise ValueError(f"source: {error}") from None
+    return Network((io.from_evnn(_arrays(source)),))
+
+
+def _arrays(path: Path) -> Mapping[str, np.ndarray]:
+    try:
+        with open(path, "rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if isinstance(archive, np.ndarray):
+                raise ValueError("it holds a single array")
+            return dict(archive)
+    except FileNotFoundError:
+        raise ValueError(f"source: there is no file {path}") from None
+    except MemoryError:
+        raise ValueError(f"source: {path} holds an array, or says so, that does not fit into memory") from None
+    except Exception as error:
+        # A damaged archive raises what its decompressor, the reader of its table and that of its headers raise:
+        # zlib.error, struct.error, SyntaxError, RuntimeError and others.
+        words = str(error) or type(error).__name__
+        raise ValueError(f"source: {path} is not an .npz archive of arrays: {words}") from None

@@ -1,0 +1,133 @@
+"""GRU and LSTM nodes of an ONNX model. What stands around them is not imported.
+
+ONNX packs the rows of a GRU (z, r, h), where z keeps the state, and those of an LSTM (i, o, f, c).
+`linear_before_reset=1` means that the reset gate acts after the matrix product; 0, the default, before it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eventrnn.cells import Cell
+from eventrnn.io.imported import CellArrays, ImportRefused, listed, network_of
+from eventrnn.network import Network
+
+_GATES = {"GRU": 3, "LSTM": 4}
+
+_ACTIVATIONS = {"GRU": ["Sigmoid", "Tanh"], "LSTM": ["Sigmoid", "Tanh", "Tanh"]}
+
+# The place of each gate row of the cell among those of ONNX.
+_ORDER = {"GRU": (0, 1, 2), "LSTM": (0, 2, 3, 1)}
+
+
+def from_onnx(source: Any) -> Network:
+    """A network with the weights of all GRU and LSTM nodes of an ONNX model, in their order.
+
+    source : the path of a `.onnx` file, or an `onnx.ModelProto`. Needs onnx
+
+    The network has the cell "gru" or "lstm" and computes the same function, apart from rounding. Nodes around them,
+    such as the read-out of a model or the batch size that an exporter writes into an initial state, are not imported.
+    `io.as_egru` makes an event network of it, as a start for training.
+
+    Raises `ImportRefused`, a ValueError, for what cannot be imported, with the remedy; OSError where a file cannot be
+    read; ImportError where onnx is missing.
+    """
+    try:
+        import onnx
+        from onnx import numpy_helper
+    except ImportError:
+        raise ImportError("from_onnx needs onnx: pip install 'eventrnn[imports]'") from None
+    if isinstance(source, str | os.PathLike):
+        path = Path(source)
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file")
+        try:
+            source = onnx.load(path)
+        except Exception as error:
+            raise ImportRefused(f"{path.name}: onnx cannot read it ({str(error)[:200]})") from None
+    if not isinstance(source, onnx.ModelProto):
+        raise ImportRefused(f"source: got {type(source).__name__}, need an onnx.ModelProto or the path of a file")
+    graph = source.graph
+    constants = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
+            constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+    cells = [
+        _cell(node.name or f"{node.op_type} {k}", node, onnx, constants)
+        for k, node in enumerate(graph.node)
+        if node.op_type in _GATES
+    ]
+    if not cells:
+        kinds = sorted({node.op_type for node in graph.node})
+        raise ImportRefused(f"source: has no GRU or LSTM node among {listed(kinds)}")
+    return network_of(cells, origin="ONNX")
+
+
+def _cell(where: str, node: Any, onnx: Any, constants: Mapping[str, np.ndarray]) -> CellArrays:
+    kind = node.op_type
+    settings = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+    _check(where, kind, {key: _text(value) for key, value in settings.items()})
+    inputs = [*node.input, *[""] * (8 - len(node.input))]
+    arrays = []
+    for place, words in ((1, "input weights (W)"), (2, "recurrent weights (R)"), (3, "biases (B)")):
+        name = inputs[place]
+        if not name and place == 3:
+            arrays.append(None)
+            continue
+        if name not in constants:
+            raise ImportRefused(
+                f"{where}: its {words} are computed by the graph; fold constants before, as onnxsim does"
+            )
+        arrays.append(constants[name][0])
+    if kind == "LSTM" and inputs[7]:
+        raise ImportRefused(f"{where}: has peepholes (P), which the cell here has not")
+    for name in inputs[5:7]:
+        if name in constants and constants[name].any():
+            raise ImportRefused(
+                f"{where}: starts from a state that is not zero; remove it, and give it to simulate(state=)"
+            )
+    w_in, w_rec, bias = arrays
+    half = None if bias is None else len(bias) // 2
+    cell = Cell("lstm")
+    if kind == "GRU":
+        cell = Cell("gru", "after" if settings.get("linear_before_reset", 0) else "before")
+    return CellArrays(
+        where,
+        cell,
+        _ORDER[kind],
+        w_in.T,
+        w_rec.T,
+        None if bias is None else bias[:half],
+        None if bias is None else bias[half:],
+    )
+
+
+def _check(where: str, kind: str, settings: Mapping[str, Any]) -> None:
+    """Raise `ImportRefused` for settings of a node that the cell has not."""
+    if settings.get("direction", "forward") != "forward":
+        raise ImportRefused(
+            f"{where}: has the direction {settings['direction']!r}, which reads a sequence from its end; need 'forward'"
+        )
+    if settings.get("layout", 0):
+        raise ImportRefused(f"{where}: has layout=1, with samples first; export it with layout=0, the default")
+    if settings.get("clip"):
+        raise ImportRefused(
+            f"{where}: clips what goes into its gates at {settings['clip']:g}, which the cell here does not"
+        )
+    if settings.get("input_forget"):
+        raise ImportRefused(f"{where}: couples its input and forget gates, which the cell here does not")
+    found = settings.get("activations", _ACTIVATIONS[kind])
+    if [each.lower() for each in found] != [each.lower() for each in _ACTIVATIONS[kind]]:
+        raise ImportRefused(f"{where}: has the activations {', '.join(found)}, need {', '.join(_ACTIVATIONS[kind])}")
+
+
+def _text(value: Any) -> Any:
+    """An attribute whose bytes are text as text."""
+    if isinstance(value, bytes):
+        return value.decode()
+    return [each.decode() if isinstance(each, bytes) else each for each in value] if isinstance(value, list) else value

@@ -1,0 +1,166 @@
+"""GRUs and LSTMs of PyTorch: a `state_dict`, a module, or a file of one.
+
+PyTorch packs the rows of a GRU (r, z, n) and those of an LSTM (i, f, g, o). Its z keeps the state, and its reset gate
+acts after the matrix product.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eventrnn._checks import need_text
+from eventrnn.cells import Cell
+from eventrnn.io.imported import CellArrays, ImportRefused, listed, network_of, plain
+from eventrnn.network import Network
+
+_WEIGHT = re.compile(r"(?P<prefix>.*?)weight_hh(?:_l(?P<layer>\d+))?(?P<reverse>_reverse)?")
+
+# Gate rows of the recurrent weights, in units -> the cell, and the places of its gates.
+_CELLS = {3: (Cell("gru", "after"), (1, 0, 2)), 4: (Cell("lstm"), (0, 1, 2, 3))}
+
+
+def from_torch(
+    source: Any, *, name: str | None = None, embedding: str | None = None, readout: str | None = None
+) -> Network:
+    """A network with the weights of an `nn.GRU`, `nn.GRUCell`, `nn.LSTM` or `nn.LSTMCell`, of all its layers.
+
+    Parameters
+    ----------
+    source    : a module, its `state_dict()` (tensors or arrays), or the path of a file of it: `.safetensors`, or what
+                `torch.save` wrote, which needs torch and is read with `weights_only`
+    name      : the name of the GRU or LSTM in `source` ("rnn" for the weights `rnn.weight_hh_l0`), where it has several
+    embedding : the name of an `nn.Embedding` below it, or None
+    readout   : the name of an `nn.Linear` above it, or None
+
+    The network has the cell "gru" or "lstm" and computes the same function, apart from rounding. `io.as_egru` makes an
+    event network of it, as a start for training. Dropout between layers acts in training only and is not imported.
+
+    Raises `ImportRefused`, a ValueError, for what cannot be imported, with the remedy; OSError where a file cannot be
+    read; ImportError where torch is needed and missing.
+    """
+    state = _state(source)
+    _refuse_packed(state)
+    found: dict[str, dict[int, str]] = {}
+    for key in state:
+        match = _WEIGHT.fullmatch(key)
+        if match is None:
+            continue
+        if match["reverse"]:
+            raise ImportRefused(
+                f"{key}: of a bidirectional network, whose second half reads a sequence from its end, which a stream "
+                "does not have; give a network of one direction"
+            )
+        found.setdefault(match["prefix"], {})[int(match["layer"] or 0)] = key
+    if not found:
+        raise ImportRefused(f"source: has no weights of a GRU or an LSTM (weight_hh_l0) among {listed(state)}")
+    prefix = _chosen(found, name)
+    keys = found[prefix]
+    if sorted(keys) != list(range(len(keys))):
+        raise ImportRefused(
+            f"source: has the layers {listed(sorted(map(str, keys)))} of {prefix or 'its network'}, need all from 0"
+        )
+    cells = [_cell(state, keys[k]) for k in range(len(keys))]
+    top = None if readout is None else (_weight(state, readout).T, state.get(f"{need_text('readout', readout)}.bias"))
+    below = None if embedding is None else _weight(state, embedding)
+    return network_of(
+        cells, below, None if top is None else (top[0], None if top[1] is None else plain(top[1])), origin="PyTorch"
+    )
+
+
+def _state(source: Any) -> Mapping[str, Any]:
+    """The named tensors of a module, a mapping or a file."""
+    if isinstance(source, str | os.PathLike):
+        return _read(Path(source))
+    if hasattr(source, "state_dict"):
+        source = source.state_dict()
+    if not isinstance(source, Mapping) or not all(isinstance(key, str) for key in source):
+        raise ImportRefused(
+            f"source: got {type(source).__name__}, need a module, its state_dict(), or the path of a file of it"
+        )
+    return source
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        try:
+            return load_file(path)
+        except (SafetensorError, TypeError, KeyError) as error:
+            raise ImportRefused(f"{path.name}: no file of tensors that NumPy has ({error})") from None
+    try:
+        import torch
+    except ImportError:
+        raise ImportError(
+            f"{path.name}: needs torch to read it: pip install 'eventrnn[torch]'; or save it as .safetensors"
+        ) from None
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ImportRefused(
+            f"{path.name}: torch cannot read it as weights ({str(error).splitlines()[0][:200]}); "
+            "save module.state_dict()"
+        ) from None
+    # A checkpoint often keeps the weights beside the optimiser.
+    if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
+        found = found["state_dict"]
+    return _state(found)
+
+
+def _refuse_packed(state: Mapping[str, Any]) -> None:
+    packed = [key for key in state if "_packed_params" in key or "_all_weight_values" in key]
+    if packed:
+        raise ImportRefused(
+            f"{packed[0]}: of a quantised network, which keeps its weights packed; import the network before it was "
+            "quantised, and store it with eventrnn convert --storage int8"
+        )
+
+
+def _chosen(found: Mapping[str, Any], name: str | None) -> str:
+    """The prefix of the keys of the network that is asked for."""
+    names = {prefix.rstrip("."): prefix for prefix in found}
+    if name is None:
+        if len(found) > 1:
+            raise ImportRefused(f"source: has several networks, {listed(names)}; say which with name=")
+        return next(iter(found))
+    if need_text("name", name) not in names:
+        raise ImportRefused(f"name: got {name!r}, need one of {listed([each or repr('') for each in names])}")
+    return names[name]
+
+
+def _cell(state: Mapping[str, Any], key: str) -> CellArrays:
+    """The arrays of the layer with the recurrent weights `key`."""
+
+    def named(what: str) -> Any:
+        other = what.join(key.rsplit("weight_hh", 1))
+        return plain(state[other]) if other in state else None
+
+    w_rec, w_in = named("weight_hh"), named("weight_ih")
+    if w_in is None:
+        raise ImportRefused(f"{key}: has no weights of the inputs, weight_ih, beside it")
+    if named("weight_hr") is not None:
+        raise ImportRefused(f"{key}: of an LSTM with a projection (proj_size), which no cell here has")
+    shape = np.shape(w_rec)
+    rows = shape[0] / shape[1] if len(shape) == 2 and shape[1] else 0
+    if rows not in _CELLS:
+        kind = "a plain recurrent network (nn.RNN), which has no gates" if rows == 1 else f"weights of shape {shape}"
+        raise ImportRefused(f"{key}: {kind}; need a GRU (3 N, N) or an LSTM (4 N, N)")
+    cell, order = _CELLS[int(rows)]
+    return CellArrays(key, cell, order, np.asarray(w_in).T, np.asarray(w_rec).T, named("bias_ih"), named("bias_hh"))
+
+
+def _weight(state: Mapping[str, Any], name: str) -> np.ndarray:
+    """The weights of a module by its name."""
+    key = f"{need_text('name', name)}.weight"
+    if key not in state:
+        raise ImportRefused(f"{name}: has no {key} among {listed(state)}")
+    return plain(state[key])
