@@ -109,6 +109,16 @@ def gate_error(kept: int) -> float:
     return 2 * gamma(kept + 6, U64)
 
 
+def gated_drive_bound(kept: int, terms: np.ndarray) -> np.ndarray:
+    """Error bound of drives of gated blocks from exact positive logits, with sums in any order.
+
+    terms (rows, J, P) are the magnitudes of gate * input * weight. Each has the error of a gate, of at most kept + 6
+    roundings (`gate_error`, one route), a rounding of gate * input, and those of a product and a sum of J terms. Twice
+    u64 covers the float64 comparison.
+    """
+    return (gamma(kept + terms.shape[1] + 8, U32) + 2 * gamma(kept + terms.shape[1] + 8, U64)) * terms.sum(axis=1)
+
+
 def drive_bound(weights: np.ndarray, values: np.ndarray, bias: np.ndarray, u: float = U32) -> np.ndarray:
     """Error bound of one drive in any order of summation: gamma_n (|b| + sum |w| |x|).
 
