@@ -16,6 +16,8 @@ most frequent words are symbols; perplexities are therefore lower than those of 
 the lines only. Operations are multiplications per token of the two matrices of the layer, gates included, on the first
 tokens of the validation text. A run is kept in a folder, and one that was stopped continues.
 
+`draw`: figures/dynamic_blocks.png, from the lines of one cell and size, the last ones by default.
+
 Lines are appended to results/dynamic_blocks.jsonl.
 """
 
@@ -29,6 +31,7 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from gated_figures import quality_figure
 from gated_words import VARIANTS, Job
 from gated_words import measure as measure_quality
 from records import Records
@@ -42,6 +45,7 @@ from eventrnn.data.text import from_path
 from eventrnn.weights import gate_cost
 
 RESULTS = Path(__file__).parent / "results" / "dynamic_blocks.jsonl"
+FIGURE = Path(__file__).parent / "figures" / "dynamic_blocks.png"
 KEY = ("what", "units", "block", "density", "rank", "asked_activity", "steps")
 
 # What identifies a trained model.
@@ -178,6 +182,26 @@ def quality(
             line = records.add(measure_quality(job, corpus, runs, report))
         shown = {key: value for key, value in line.items() if key not in ("usage", "curve", "versions")}
         print(as_line(shown), flush=True)
+
+
+@app.command()
+def draw(
+    cell: Annotated[str | None, typer.Option(help="Cell of the lines. [that of the last line]")] = None,
+    results: Annotated[Path, typer.Option(help="File of results.")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="File of the figure.")] = FIGURE,
+) -> None:
+    """Draw perplexity over operations, and the use of the blocks. Of several lines of one model the last one counts."""
+    lines = [line for line in Records(results, QUALITY_KEY).lines if line["what"] == "quality"]
+    lines = [line for line in lines if cell in (None, line["cell"])]
+    if not lines:
+        raise SystemExit(f"results: {results} has no line of `quality`" + (f" with cell {cell}" if cell else ""))
+    # What the figure compares has the same size.
+    shared = [name for name in QUALITY_KEY if name not in ("variant", "seed")]
+    same = [line for line in lines if all(line[name] == lines[-1][name] for name in shared)]
+    latest = {(line["variant"], line["seed"]): line for line in same}
+    order = {name: k for k, name in enumerate(VARIANTS)}
+    quality_figure(sorted(latest.values(), key=lambda line: (order[line["variant"]], line["seed"])), path=out)
+    print(out)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class Variant:
     rule     : of the gates
     balance  : strength of the load balance
     training : straight-through and the density at the start
-    gradual  : share of the weights that gradual magnitude pruning removes
+    gradual  : share of the weights that gradual magnitude pruning removes; with gates, of whole blocks
     parts    : of a block-diagonal
     smaller  : fewer units, so that the two matrices cost what those of the variant "gated" cost
     """
@@ -89,6 +89,7 @@ VARIANTS = {
     "gradual-90": Variant(gradual=0.9),
     "diagonal-2": Variant(parts=2),
     "diagonal-4": Variant(parts=4),
+    "gated-gradual-50": Variant(density=0.5, gradual=0.5),
     "smaller": Variant(smaller=True),
 }
 
@@ -186,23 +187,26 @@ def trainer_of(job: Job, corpus: Corpus) -> Trainer:
         gates=GateSettings(**annealed),
     )
     model = Model(network, threads=settings.threads)
-    return Trainer(network, task, settings, model=model, pruning=pruning_of(variant, steps))
+    return Trainer(network, task, settings, model=model, pruning=pruning_of(variant, job.hidden, steps))
 
 
-def pruning_of(variant: Variant, steps: int) -> Pruning | None:
+def pruning_of(variant: Variant, hidden: int, steps: int) -> Pruning | None:
     """The pruning of a variant in a run of so many updates."""
     if variant.parts:
         return StaticMasks(BlockDiagonal(variant.parts), names=MATRICES)
     if not variant.gradual:
         return None
     start, end = round(PRUNE_FROM * steps), max(1, round(PRUNE_UNTIL * steps))
-    return GradualPruning(variant.gradual, start=start, end=end, every=max(1, (end - start) // CHANGES), names=MATRICES)
+    schedule = {"start": start, "end": end, "every": max(1, (end - start) // CHANGES), "names": MATRICES}
+    # A block that is not stored costs nothing where it is chosen; single weights in it would be multiplied.
+    block = block_of(variant, hidden)[0] if variant.density else (1, 1)
+    return GradualPruning(variant.gradual, block=block, statistic="mean", **schedule)
 
 
 def trained(trainer: Trainer, job: Job) -> Network:
     """The network of the best validation, with pruned matrices in a sparse format."""
     network, variant = trainer.network(best=True), VARIANTS[job.variant]
-    if not (variant.parts or variant.gradual):
+    if variant.density or not (variant.parts or variant.gradual):
         return network
     pattern = BlockDiagonal(variant.parts) if variant.parts else Blocks(variant.gradual)
     return with_masks(network, {name: trainer.model.masks[name] for name in MATRICES}, pattern)

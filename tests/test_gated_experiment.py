@@ -1,0 +1,48 @@
+"""The script of gated blocks in experiments/: variants are trained once, counted and drawn."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from eventrnn.data.text import from_path
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+
+
+def test_gated_word_models_are_trained_once_and_drawn(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    for each in ("dynamic_blocks", "gated_words", "gated_figures", "records"):
+        monkeypatch.delitem(sys.modules, each, raising=False)
+    module, rng = importlib.import_module("dynamic_blocks"), np.random.default_rng(0)
+    for part in ("train", "valid", "test"):
+        words = [f"w{n}" for n in rng.integers(0, 12, 300)]
+        (tmp_path / f"ptb.{part}.txt").write_text("\n".join(" ".join(words[k : k + 20]) for k in range(0, 300, 20)))
+    results, figure = tmp_path / "lines.jsonl", tmp_path / "figure.png"
+    size = {"--hidden": 64, "--vocabulary": 10, "--epochs": 1, "--batch": 4, "--window": 10, "--seed": 0}
+    paths = {"--text": tmp_path, "--runs": tmp_path / "runs", "--results": results}
+    options = [str(each) for pair in (size | paths).items() for each in pair]
+    names = ("gated", "gated-gradual-50", "gradual-50", "diagonal-2", "smaller")
+    asked = [each for name in names for each in ("--variant", name)]
+    trained = CliRunner().invoke(module.app, ["quality", *options, *asked])
+    assert trained.exit_code == 0, trained.output
+    lines = {line["variant"]: line for line in map(json.loads, results.read_text().splitlines())}
+    assert list(lines) == list(names)
+    # Two matrices 64 x 192 in blocks of 16 x 16; the first token meets a silent state.
+    dense, tokens = 2 * 64 * 192, len(from_path(tmp_path, kind="word", size=10).valid)
+    assert all(line["dense"] == dense or name == "smaller" for name, line in lines.items())
+    assert lines["gated"]["executed"] == dense / 2 * (1 - 1 / (2 * tokens)) == lines["gradual-50"]["executed"]
+    assert lines["gated-gradual-50"]["executed"] < lines["gated"]["executed"] and lines["gated"]["selection"] > 0
+    assert 0 < lines["smaller"]["units"] < 64
+    assert {len(shares) for shares in lines["gated"]["usage"].values()} == {48}
+    monkeypatch.setattr(module, "measure_quality", None)  # nothing is trained again
+    assert CliRunner().invoke(module.app, ["quality", *options, *asked]).exit_code == 0
+    pytest.importorskip("matplotlib", reason="figures need matplotlib, the plots extra")
+    drawn = CliRunner().invoke(module.app, ["draw", "--results", str(results), "--out", str(figure)])
+    assert drawn.exit_code == 0 and figure.exists()
+    refused = CliRunner().invoke(module.app, ["draw", "--results", str(results), "--cell", "lstm"])
+    assert refused.exit_code == 1
