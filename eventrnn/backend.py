@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 INEXACT = ("blas", "tensor")
 
 #: Backends that run matrices only, no blocks that are chosen per input.
-MATRICES_ONLY = ("blas", "cuda")
+MATRICES_ONLY = ("blas",)
 
 
 def merged_paths(parts: Iterable[Mapping[str, str]]) -> dict[str, str]:

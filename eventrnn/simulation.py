@@ -126,7 +126,7 @@ class Simulator:
     window  : time steps between two such resets, for carry="events"
 
     Raises ValueError for options outside these, for a state of another shape and for one that is not finite, TypeError
-    for gated blocks with "blas" and "cuda", and BackendUnavailable where the backend cannot run on this machine.
+    for gated blocks with "blas", and BackendUnavailable where the backend cannot run on this machine.
     """
 
     def __init__(

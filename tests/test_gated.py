@@ -530,9 +530,8 @@ def test_what_needs_a_matrix_refuses_gated_blocks_by_name():
     network = network_of(units=(6,))
     x = np.ones((3, 2, 5), np.float32)
     words = r"layers\.0\.w_in: {} cannot take gated blocks"
-    for backend in ("blas", "cuda"):
-        with pytest.raises(TypeError, match=words.format(f"the {backend} backend")):
-            simulate(network, x, backend=backend)
+    with pytest.raises(TypeError, match=words.format("the blas backend")):
+        simulate(network, x, backend="blas")
     reader = replace(network, embedding=np.ones((4, 5), np.float32))
     with pytest.raises(TypeError, match=words.format("training with backend 'cuda'")):
         Trainer(reader, np.arange(4).repeat(600), Settings(steps=1, backend="cuda"))

@@ -8,7 +8,7 @@ output has its own word in an event log of the run. The log is filled with UNWRI
 needs a word polls it until it is written. So no buffer is recycled, and a layer follows the layer below as its events
 arrive. Read-out, counts and recorded events are computed from the same log after the launch.
 
-A launch follows one of three plans:
+A launch follows one of four plans:
 
 - Cluster plan (`cluster_plan.py`, `kernels/cluster.py`): sparse weights, released variant. One layer of a stream lives
   in one thread-block cluster, whose blocks exchange outputs through distributed shared memory. Input drives of all
@@ -18,6 +18,9 @@ A launch follows one of three plans:
 - General plan (`plan.py`, `kernels/persistent.py`): every cell, several samples and tiles per block. Samples are
   divided into groups; more groups mean fewer samples but more tiles per block. Weights are in shared memory if they
   fit, otherwise in L2.
+
+- Gated plan (`gated_layer.py`, `kernels/gated_kernels.py`): recurrent matrices of gated blocks, one layer per launch.
+  Logits travel through a log like events, and every block chooses for itself. Weights are read from L2.
 
 Two kinds of work need no plan. Products without a recurrence (input drives of the first layer, read-out) are computed
 for all steps at once (`kernels/batched_products.py`). With exact=False, layers of many streams can use tensor cores
@@ -34,6 +37,7 @@ run_buffers       : memory of a run, kept between runs; graphs
 inputs            : inputs and states on the GPU
 launch            : kernel arguments and kernel selection
 tensor_core_layer : layers on tensor cores
+gated_matrix, gated_layer : gated blocks: one matrix; a layer whose recurrent matrix has them
 device_network    : a network packed for one GPU, and the plans of its launches
 run               : a run of one shape: its memory, the work that it enqueues, and its graph
 stepper           : single steps, captured as a graph

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 from eventrnn.cuda import tables
 from eventrnn.cuda.cluster_plan import CLUSTER_SIZES, ClusterShape, cluster_plan
 from eventrnn.cuda.cublas import Cublas
+from eventrnn.cuda.gated_layer import GatedLayer, GatedPlan
+from eventrnn.cuda.gated_matrix import GatedMatrix
 from eventrnn.cuda.matrix import Matrix
 from eventrnn.cuda.packing import check_format, per_strip
 from eventrnn.cuda.plan import Chip, LayerShape, Plan, launches_of, plan, roles_of, tile_width
 from eventrnn.cuda.tables import LANES
 from eventrnn.cuda.tensor_core_layer import MIN_STREAMS, TensorLayer, exact_because
-from eventrnn.weights import Dense, MatrixId
+from eventrnn.weights import Dense, GatedBlocks, MatrixId, Weights
 
 if TYPE_CHECKING:
     from eventrnn.cuda.device import Device
@@ -33,7 +35,9 @@ class DeviceNetwork:
     units       : per layer, the number of units
     gates       : per layer, the gate rows of a unit
     output_size : columns of the output: V of a read-out, else the units of the last layer
+    names       : the names of the matrices, by their number
     w_in, w_rec : per layer, the weights of the input and of the recurrent product
+    gated       : per layer, its time loop where its recurrent matrix has gated blocks; None for other layers
     thresholds  : per layer, the thresholds in strips, on the device
     readout     : the weights of the read-out, or None
     block_tables : by (layers, batch, first sample), the block table of a launch on the device, and its number of blocks
@@ -48,12 +52,14 @@ class DeviceNetwork:
         clusters = {size: device.clusters(size) for size in CLUSTER_SIZES}
         self.chip = Chip(device.multiprocessors, device.shared_bytes, clusters)
         self.output_size = self.units[-1] if network.readout is None else network.readout.weights.shape[1]
-        self.w_in: list[Matrix] = []
-        self.w_rec: list[Matrix] = []
+        self.names = list(network.matrices())
+        self.w_in: list[Matrix | GatedMatrix] = []
+        self.w_rec: list[Matrix | GatedMatrix] = []
+        self.gated: list[GatedLayer | None] = []
         self.thresholds: list[Any] = []
-        self.readout: Matrix | None = None
+        self.readout: Matrix | GatedMatrix | None = None
         self.block_tables: dict[tuple, tuple[Any, int]] = {}
-        self._plans: dict[tuple, list[Plan | None]] = {}
+        self._plans: dict[tuple, list[Plan | GatedPlan | None]] = {}
         with device.on_stream():
             self._pack()
 
@@ -63,11 +69,23 @@ class DeviceNetwork:
             share = self.chip.multiprocessors // next(len(each) for each in self.launches() if k in each)
             inside = (layer.w_rec, layer.w_in) if k else (layer.w_rec,)
             width = tile_width(layer.units, share, any(isinstance(w, Dense) for w in inside))
-            self.w_rec.append(Matrix(device, layer.w_rec, layer.bias_rec, layer.cell.gates, width))
-            self.w_in.append(Matrix(device, layer.w_in, layer.bias_in, layer.cell.gates, width))
+            w_rec = self._matrix(MatrixId.of(k, "w_rec"), layer.w_rec, layer.bias_rec, layer.cell.gates, width)
+            self.w_rec.append(w_rec)
+            self.gated.append(GatedLayer(device, layer, w_rec) if isinstance(w_rec, GatedMatrix) else None)
+            self.w_in.append(self._matrix(MatrixId.of(k, "w_in"), layer.w_in, layer.bias_in, layer.cell.gates, width))
             self.thresholds.append(device.put(per_strip(layer.threshold, 1, width)))
         if network.readout is not None:
-            self.readout = Matrix(device, network.readout.weights, network.readout.bias, 1, LANES)
+            name = MatrixId("readout")
+            self.readout = self._matrix(name, network.readout.weights, network.readout.bias, 1, LANES)
+
+    def _matrix(self, name: MatrixId, weights: Weights, bias, gates: int, width: int) -> Matrix | GatedMatrix:
+        if isinstance(weights, GatedBlocks):
+            return GatedMatrix(self.device, weights, bias, gates, self.names.index(name))
+        return Matrix(self.device, weights, bias, gates, width)
+
+    def drives_first(self, k: int) -> bool:
+        """Whether the input drives of layer k are computed for all steps before the layer is launched."""
+        return k == 0 or self.gated[k] is not None or isinstance(self.w_in[k], GatedMatrix)
 
     # --- tensor cores ---
 
@@ -93,9 +111,11 @@ class DeviceNetwork:
     def launches(self, tensor_layers: tuple[int, ...] = ()) -> list[range]:
         """The layers of each launch, from the input to the output."""
         kinds = [(layer.cell.name, layer.cell.variant) for layer in self.network.layers]
-        return launches_of(kinds, self.chip.multiprocessors, tensor_layers)
+        layers = enumerate(self.network.layers)
+        gated = [k for k, layer in layers if any(isinstance(w, GatedBlocks) for w in (layer.w_in, layer.w_rec))]
+        return launches_of(kinds, self.chip.multiprocessors, (*tensor_layers, *gated))
 
-    def plans(self, batch: int, tensor_layers: tuple[int, ...]) -> list[Plan | None]:
+    def plans(self, batch: int, tensor_layers: tuple[int, ...]) -> list[Plan | GatedPlan | None]:
         """The plan of each launch for `batch` samples; None for a layer that goes through tensor cores."""
         key = (batch, tensor_layers)
         if key not in self._plans:
@@ -105,7 +125,10 @@ class DeviceNetwork:
             ]
         return self._plans[key]
 
-    def _plan(self, layers: range, batch: int) -> Plan:
+    def _plan(self, layers: range, batch: int) -> Plan | GatedPlan:
+        gated = self.gated[layers.start]
+        if gated is not None:
+            return gated.plan(batch)
         clustered = self._cluster_plan(layers, batch)
         if clustered is not None:
             return clustered
@@ -113,12 +136,18 @@ class DeviceNetwork:
             LayerShape(
                 self.units[k],
                 self.network.layers[k].inputs,
-                self.w_in[k].strips if k else None,
-                self.w_rec[k].strips,
+                None if self.drives_first(k) else self.plain(self.w_in[k]).strips,
+                self.plain(self.w_rec[k]).strips,
             )
             for k in layers
         ]
         return plan(shapes, batch, self.chip)
+
+    @staticmethod
+    def plain(matrix: Matrix | GatedMatrix) -> Matrix:
+        """A matrix of a launch by events, whose blocks are not gated."""
+        assert isinstance(matrix, Matrix)
+        return matrix
 
     def _cluster_plan(self, layers: range, batch: int) -> Plan | None:
         matrices = [self.w_rec[k] for k in layers] + [self.w_in[k] for k in layers if k]
@@ -128,7 +157,10 @@ class DeviceNetwork:
         if unfit or not any(self.chip.clusters.values()) or not all(each.sparse for each in matrices):
             return None
         shapes = [
-            ClusterShape(self.units[k], self.w_in[k].compact if k else None, self.w_rec[k].compact) for k in layers
+            ClusterShape(
+                self.units[k], self.plain(self.w_in[k]).compact if k else None, self.plain(self.w_rec[k]).compact
+            )
+            for k in layers
         ]
         return cluster_plan(shapes, batch, self.chip)
 
@@ -141,14 +173,19 @@ class DeviceNetwork:
                 names = (MatrixId.of(layers.start, role) for role in ("w_rec", "w_in"))
                 found |= dict.fromkeys(names, f"tensor {self.precision}")
                 continue
+            if isinstance(each, GatedPlan):
+                k = layers.start
+                found[MatrixId.of(k, "w_rec")] = self.w_rec[k].product_description
+                found[MatrixId.of(k, "w_in")] = self.w_in[k].product_description
+                continue
             for (k, is_input), layout in zip(roles_of(layers, each), each.layers, strict=True):
                 w_in, w_rec = MatrixId.of(k, "w_in"), MatrixId.of(k, "w_rec")
                 if not is_input:
-                    found[w_rec] = self.w_rec[k].layout_description(layout.layout_rec, each.cluster)
-                if k == 0:
-                    found[w_in] = self.w_in[0].product_description
+                    found[w_rec] = self.plain(self.w_rec[k]).layout_description(layout.layout_rec, each.cluster)
+                if self.drives_first(k):
+                    found[w_in] = self.w_in[k].product_description
                 elif is_input or not each.cluster:
-                    found[w_in] = self.w_in[k].layout_description(layout.layout_in, each.cluster)
+                    found[w_in] = self.plain(self.w_in[k]).layout_description(layout.layout_in, each.cluster)
         if self.precision and batch >= MIN_STREAMS:
             for k, reason in enumerate(self.exact_because):
                 for role in ("w_rec", "w_in") if reason else ():

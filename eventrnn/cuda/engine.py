@@ -163,7 +163,7 @@ class CudaEngine:
                     if whole and found is not None:
                         take(found, whole[k][begin:end])
             made = device.empty((run.steps, batch, self.output_size), np.float32)
-            run.read_out(made)
+            run.read_out(made, status)
             take(made, output[begin:end])
             now = run.buffers.state
         left = DeviceState(device, now.copy(), self.units, batch)
@@ -171,7 +171,7 @@ class CudaEngine:
 
     def _trace(self, inputs: Inputs, left: DeviceState, output, status: np.ndarray, events, states) -> Trace:
         """The trace of a run. Raises for the faults in its status words."""
-        check_status(status, inputs, left)
+        check_status(status, inputs, left, self.packed.names)
         sizes = [self.network.layers[0].inputs, *self.units]
         counts = np.split(status[STATUS_FIELDS:], np.cumsum(np.repeat(sizes, 2))[:-1])
         fired = tuple(FireCounts(a.copy(), b.copy()) for a, b in zip(counts[::2], counts[1::2], strict=True))
@@ -294,5 +294,9 @@ class CudaEngine:
         # Event lists of the input, where they are found on the GPU.
         row += 2 * (self.network.layers[0].inputs + LANES)
         if self.network.readout is not None:
-            row += 2 * (pitch_of(self.units[-1]) + LANES) + self.network.readout.weights.shape[1]
+            row += self.network.readout.weights.shape[1]
+        # Event lists of a layer, for the read-out and for input drives that are computed before their layer.
+        row += 2 * (max(map(pitch_of, self.units)) + LANES)
+        # Logits of gated blocks.
+        row += sum(pitch_of(each.w_rec.weights.n_blocks) for each in self.packed.gated if each is not None)
         return max(1, RECORD_BYTES // (4 * row * batch))

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eventrnn.cuda.tables import LAST, STATUS_CELLS, STATUS_FAULT, STATUS_INPUT, STATUS_LARGE
+from eventrnn.cuda.tables import LAST, STATUS_CELLS, STATUS_FAULT, STATUS_GATES, STATUS_INPUT, STATUS_LARGE
 from eventrnn.events import Events
-from eventrnn.state import InputKind, Inputs, State
+from eventrnn.state import InputKind, Inputs, State, gates_not_finite
 
 if TYPE_CHECKING:
     from eventrnn.cuda.device import Device
@@ -261,15 +261,16 @@ def flattened(state: State) -> np.ndarray:
     return np.stack(list(lines))
 
 
-def check_status(status: np.ndarray, inputs: Inputs | None, state: State) -> None:
+def check_status(status: np.ndarray, inputs: Inputs | None, state: State, names: Sequence[str]) -> None:
     """Raise for the faults that a run has reported.
 
     status : (STATUS_FIELDS + ...,) int64, the status words of the run
     inputs : the inputs of the run; None where the caller has checked them
     state  : the state that the run left
+    names  : the names of the matrices, by their number
 
     Raises RuntimeError for events that never arrived, ValueError for bad inputs, and FloatingPointError for numbers too
-    large for float16 and for cell states that are not finite.
+    large for float16, for gates and for cell states that are not finite.
     """
     if status[STATUS_FAULT]:
         raise RuntimeError(
@@ -282,5 +283,7 @@ def check_status(status: np.ndarray, inputs: Inputs | None, state: State) -> Non
             "cuda: an input or output is too large for float16; use CudaBackend(exact=False, precision='bfloat16') or "
             "'tf32'"
         )
+    if status[STATUS_GATES]:
+        raise gates_not_finite(names[LAST - int(status[STATUS_GATES])])
     if status[STATUS_CELLS]:
         State(state.cells, state.outputs).need_finite()

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def launch_layers(network: DeviceNetwork, layers: range, each: Plan, buffers: RunBuffers, drive, status, after) -> None:
     """Put the launches of neighbouring layers on the stream, by the plan `each`.
 
-    drive : (steps * batch, gates * units) float32, input drives of the first layer of the network; None above it
+    drive : (steps * batch, gates * units) float32, input drives of the only layer or of the first one of the network;
+            None where the layers read the event log of the layer below
     after : per layer (steps, batch, units) float32 for the cells after each step, or None
     """
     key = (layers,)
@@ -42,8 +43,9 @@ def _layer_rows(network: DeviceNetwork, layers: range, each: Plan, buffers: RunB
     roles = roles_of(layers, each)
     rows = np.zeros((len(roles), tables.LAYER_FIELDS), np.int64)
     for row, (k, is_input) in enumerate(roles):
-        w_in, w_rec, placed = network.w_in[k], network.w_rec[k], each.layers[row]
-        below = event_logs[k - 1][1:] if k and (is_input or not each.cluster) else None
+        w_rec, placed = network.plain(network.w_rec[k]), each.layers[row]
+        ready = network.drives_first(k)
+        below = event_logs[k - 1][1:] if not ready and (is_input or not each.cluster) else None
         drives = _input_drives(network, buffers, k) if k and each.cluster else drive
         fields = {
             tables.UNITS: network.units[k],
@@ -60,7 +62,7 @@ def _layer_rows(network: DeviceNetwork, layers: range, each: Plan, buffers: RunB
             tables.THRESHOLD: network.thresholds[k].data.ptr,
         }
         if each.cluster:
-            matrix = w_in if is_input else w_rec
+            matrix = network.plain(network.w_in[k]) if is_input else w_rec
             fields |= {
                 tables.UNITS_OF: matrix.units.data.ptr,
                 tables.ROWS_OF: matrix.rows.data.ptr,
@@ -68,8 +70,8 @@ def _layer_rows(network: DeviceNetwork, layers: range, each: Plan, buffers: RunB
                 tables.ROWS_BIAS: matrix.compact_bias.data.ptr,
             }
         else:
-            # The first layer has a finished drive instead of an input matrix; its fields are set but not read.
-            inside = w_in if k else w_rec
+            # A layer with a finished drive needs no input matrix; its fields are set but not read.
+            inside = w_rec if ready else network.plain(network.w_in[k])
             fields |= {
                 tables.BIAS_IN: inside.bias.data.ptr,
                 tables.BIAS_REC: w_rec.bias.data.ptr,

@@ -177,12 +177,13 @@ class Matrix:
         """Bytes of shared memory that `products_kernel` needs without the weights: hits and the group's index."""
         return tables.GATHER_BUFFER_BYTES * WARPS + -(-4 * self.weights.shape[0] // 16) * 16
 
-    def products(self, device: Device, table, rows: int, row_of=None, out=None):
+    def products(self, device: Device, table, rows: int, row_of=None, out=None, status=None):
         """Drives (rows, gates * units) float32 of independent rows of events, put on the stream.
 
         table  : an event list set on the device (`kernels/batched_products.py`): begins, counts, events
         row_of : (rows,) int64, the list that each row reads; None where each row reads its own
         out    : the array to write; None for a new one
+        status : not used; gated blocks report their faults there
         """
         n_pre, columns = self.weights.shape
         begins, counts, lists = table

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from eventrnn.cuda.tables import DENSE, LANES, MASKED, RUNS, STRIPS_PER_GROUP
-from eventrnn.weights import CSR, NM, BlockCSR, Dense, Weights
+from eventrnn.weights import CSR, NM, BlockCSR, Dense, GatedBlocks, Weights
 
 # The values of a strip begin at a multiple of this number: 16 bytes of bfloat16.
 ALIGNED = 8
@@ -131,8 +131,8 @@ class GroupedStrips:
 
 
 def check_format(name: str, weights: Weights) -> None:
-    """Raise TypeError for a format that `pack` cannot pack."""
-    if not isinstance(weights, Dense | CSR | BlockCSR | NM):
+    """Raise TypeError for a format that neither `pack` nor `gated_matrix.py` can pack."""
+    if not isinstance(weights, Dense | CSR | BlockCSR | NM | GatedBlocks):
         raise TypeError(
             f"{name}: the cuda backend cannot run format {type(weights).__name__}; convert to dense, csr, block or nm"
         )
@@ -146,10 +146,10 @@ def pack(weights: Weights, gates: int, width: int) -> Strips:
     if weights.storage == "bfloat16":
         values = (values.view(np.uint32) >> 16).astype(np.uint16)
     if isinstance(weights, Dense):
-        strips = _in_strips(values, gates, width)
+        strips = in_strips(values, gates, width)
         flat, starts = _aligned(strips.ravel(), np.full(len(strips), n_pre * width))
         return Strips(DENSE, flat, np.zeros(0, np.int32), starts, (n_pre, gates, units), width)
-    stored, strips = _in_strips(weights.kept(), gates, width), _in_strips(values, gates, width)
+    stored, strips = in_strips(weights.kept(), gates, width), in_strips(values, gates, width)
     n_stored = stored.sum(axis=2)
     begins = np.cumsum(n_stored, axis=1) - n_stored
     flat, starts = _aligned(strips[stored], n_stored.sum(axis=1))
@@ -176,7 +176,7 @@ def stored_mask(strips: Strips) -> tuple[np.ndarray, np.ndarray]:
 
 def per_strip(vector: np.ndarray, gates: int, width: int) -> np.ndarray:
     """A (gates * units,) vector as (strips, 32), zero in the lanes beyond the tile."""
-    strips = _in_strips(vector[None, :], gates, width)[:, 0]
+    strips = in_strips(vector[None, :], gates, width)[:, 0]
     padded = np.zeros((len(strips), LANES), vector.dtype)
     padded[:, :width] = strips
     return padded
@@ -194,7 +194,7 @@ def _aligned(values: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.nd
     return flat, starts
 
 
-def _in_strips(matrix: np.ndarray, gates: int, width: int) -> np.ndarray:
+def in_strips(matrix: np.ndarray, gates: int, width: int) -> np.ndarray:
     """A (n_pre, gates * units) matrix as (strips, n_pre, width), zero beyond the last unit."""
     n_pre, n_post = matrix.shape
     units = n_post // gates

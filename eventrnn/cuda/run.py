@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eventrnn.cuda import tables
+from eventrnn.cuda.gated_layer import GatedPlan
 from eventrnn.cuda.kernels.batched_products import count_events_kernel, count_threads, log_events_kernel
 from eventrnn.cuda.kernels.input_checks import finite_kernel
 from eventrnn.cuda.launch import launch_layers
@@ -99,19 +100,21 @@ class Run:
         """
         network, device, buffers = self.network, self.device, self.buffers
         units, rows = network.units, self.steps * self.batch
-        drive, last = None, len(units) - 1
+        last = len(units) - 1
         # The last layer's outputs need no event log where they are the output themselves.
         direct = out is not None and network.readout is None and last in self.tensor_layers
-        if 0 not in self.tensor_layers:
-            drive = network.w_in[0].products(
-                device, table, rows, row_of, out=buffers.drive(network.gates[0] * units[0])
-            )
         launches, plans = network.launches(self.tensor_layers), network.plans(self.batch, self.tensor_layers)
         for layers, each in zip(launches, plans, strict=True):
-            if each is not None:
-                launch_layers(network, layers, each, buffers, drive, status, after)
-                continue
             k = layers.start
+            if each is not None:
+                drive = self._drive(k, table, row_of, status) if network.drives_first(k) else None
+                gated = network.gated[k]
+                if gated is not None:
+                    gated.enqueue(buffers, k, drive, after[k] if after else None, status)
+                else:
+                    assert not isinstance(each, GatedPlan)
+                    launch_layers(network, layers, each, buffers, drive, status, after)
+                continue
             layer, counts = network.tensors[k], status[network.counts_from(k) :].data.ptr if counting else 0
             assert layer is not None
             to: Any = out if direct and k == last else buffers.event_logs[k][1:]
@@ -122,13 +125,35 @@ class Run:
         device.launch(kernel, -(-cells // 256), 256, buffers.state.data.ptr, cells, status.data.ptr)
         buffers.end(out if direct else None)
         if out is not None and not direct:
-            self.read_out(out)
+            self.read_out(out, status)
         for k in range(len(units)) if counting else ():
             if k not in self.tensor_layers:
                 counts = status[network.counts_from(k) :]
                 self._count(buffers.event_logs[k][1:], pitch_of(units[k]), units[k], rows, counts)
 
-    def read_out(self, out: Any) -> None:
+    def _drive(self, k: int, table: Any, row_of: Any, status: Any) -> Any:
+        """Put the input drives of layer k for all steps on the stream: (steps * batch, gates * units) float32.
+
+        table, row_of : the event lists of the input, which layer 0 reads
+        """
+        network, rows = self.network, self.steps * self.batch
+        out = self.buffers.drive(k, network.gates[k] * network.units[k])
+        if k:
+            table, row_of = self._sent_lists(k - 1), None
+        return network.w_in[k].products(self.device, table, rows, row_of, out=out, status=status)
+
+    def _sent_lists(self, k: int) -> tuple[Any, Any, Any]:
+        """Put the event lists of the outputs of layer k on the stream."""
+        device, buffers, pitch = self.device, self.buffers, pitch_of(self.network.units[k])
+        rows, event_log = self.steps * self.batch, self.buffers.event_logs[k][1:]
+        # The lists of one layer have been read when those of another one are written.
+        table = buffers.list_arrays("output", max(map(pitch_of, self.network.units)) + LANES)
+        kernel, addresses = device.kernel(("log_events",), log_events_kernel, 256), [each.data.ptr for each in table]
+        arguments = event_log.data.ptr, pitch, self.network.units[k], rows, *addresses, pitch + LANES
+        device.launch(kernel, -(-rows // 8), 256, *arguments)
+        return table
+
+    def read_out(self, out: Any, status: Any) -> None:
         """Put the output (steps, batch, V or N) on the stream, from the event log of the last layer."""
         network, device, buffers = self.network, self.device, self.buffers
         units, rows = network.units[-1], self.steps * self.batch
@@ -136,11 +161,8 @@ class Run:
             sent = buffers.sent(len(network.units) - 1)
             copy_rows(device, out, units, sent, pitch_of(units), units, rows)
             return
-        pitch = pitch_of(units)
-        table, event_log = buffers.list_arrays("output", pitch + LANES), buffers.event_logs[-1][1:]
-        kernel, addresses = device.kernel(("log_events",), log_events_kernel, 256), [each.data.ptr for each in table]
-        device.launch(kernel, -(-rows // 8), 256, event_log.data.ptr, pitch, units, rows, *addresses, pitch + LANES)
-        network.readout.products(device, table, rows, out=out)
+        table = self._sent_lists(len(network.units) - 1)
+        network.readout.products(device, table, rows, out=out, status=status)
 
     def count_inputs(self, x: Any, status: Any) -> None:
         """Add the events of a dense input (steps, batch, I) to the status words."""

@@ -62,9 +62,9 @@ class RunBuffers:
             self.scratch_arrays[name] = self.device.empty(shape, dtype)
         return self.scratch_arrays[name]
 
-    def drive(self, width: int) -> Any:
-        """The input drives of the first layer, (steps * batch, width) float32."""
-        return self.scratch("drive", (self.steps * self.batch, width), np.float32)
+    def drive(self, k: int, width: int) -> Any:
+        """The input drives of layer k, (steps * batch, width) float32."""
+        return self.scratch(("input drives", k), (self.steps * self.batch, width), np.float32)
 
     def list_arrays(self, name: str, capacity: int) -> tuple[Any, Any, Any]:
         """Memory of an event list set with one list per row (`kernels/batched_products.py`): begins, counts, events."""

@@ -129,7 +129,7 @@ class CudaStepper:
         status = self.loop.host_answer[:STATUS_FIELDS]
         if prepared is None and status[STATUS_INPUT]:
             self.host_inputs.prepare(as_array(inputs)[None])
-        check_status(status, prepared, self.state())
+        check_status(status, prepared, self.state(), self.network.names)
 
 
 def _pinned(device: Any, array: Any) -> np.ndarray:

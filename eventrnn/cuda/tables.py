@@ -137,8 +137,9 @@ MAX_SUMMED = (1 << SUM_BITS) - 1
     STATUS_INPUT,  # LAST minus the first position of an invalid input, or 0
     STATUS_CELLS,  # 1 if a cell is not finite
     STATUS_LARGE,  # 1 if an event or an input is beyond the float16 range
+    STATUS_GATES,  # LAST minus the number of a matrix of gated blocks whose gates are not finite, or 0
     STATUS_FIELDS,  # number of entries
-) = range(5)
+) = range(6)
 
 # Larger than any position of an input, so that an atomic maximum of LAST - position finds the first one.
 LAST = 1 << 62
@@ -147,3 +148,83 @@ LAST = 1 << 62
 def layout_code(kind: int, narrow: bool, resident: bool) -> int:
     """Layout of a matrix as one number: DENSE, MASKED or RUNS, bfloat16 or not, in shared memory or not."""
     return int(kind + NARROW * narrow + RESIDENT * resident)
+
+
+# --- gated blocks (`kernels/gated_blocks.py`) ---------------------------------------------------------------
+
+# Bytes of weights that a warp copies to shared memory at a time, and the copies that may be under way.
+STAGE_BYTES, STAGES = 4096, 4
+
+# Words of shared memory in which the warps of a block exchange counts while they choose.
+CHOICE_WORDS = 80
+
+# Columns of the table of one matrix of gated blocks. Addresses are in bytes. "Strips" are `gated_matrix.RowStrips`.
+(
+    BLOCK_VALUES,  # strips of the weights
+    BLOCK_OFFSETS,  # their offsets
+    BLOCK_WIDTH,  # columns of a strip
+    BLOCK_STAGE,  # rows of a strip that are copied at a time
+    BLOCK_STRIPS,  # number of strips
+    N_PRE,  # presynaptic units
+    N_POST,  # columns of the matrix
+    GRID_ROWS,  # block rows
+    GRID_COLUMNS,  # block columns
+    ROWS_OF_BLOCK,  # r
+    COLUMNS_OF_BLOCK,  # c
+    ALL_BLOCKS,  # block rows * block columns
+    KEPT_BLOCKS,  # blocks that an input chooses
+    SOFTMAX,  # 1 for the rule "softmax", 0 for "linear"
+    BIAS,  # (N_POST,) float32
+    RANK,  # of a gate with two factors; 0 for one factor
+    INNER_VALUES,  # strips of the first of two factors, (N_PRE, RANK)
+    INNER_OFFSETS,
+    INNER_WIDTH,
+    INNER_STAGE,
+    INNER_STRIPS,
+    LOGIT_VALUES,  # strips of the only factor, (N_PRE, ALL_BLOCKS), or of the second one, (RANK, ALL_BLOCKS)
+    LOGIT_OFFSETS,
+    LOGIT_WIDTH,
+    LOGIT_STAGE,
+    LOGIT_STRIPS,
+    LOGIT_BIAS,  # (ALL_BLOCKS,) float32
+    NUMBER,  # of the matrix in the network, for the status word
+    GATED_FIELDS,  # number of columns
+) = range(29)
+
+# Columns of the table of shared memory of a kernel for gated blocks: byte offsets.
+(
+    AT_INPUTS,  # (samples, n_pre) float32
+    AT_ACTIVE,  # (samples, block rows) int32, 1 if an input of the block row is not zero
+    AT_INNER,  # (samples, rank) float32, what lies between two factors
+    AT_GATES,  # (samples, blocks) float32, logits and then gates
+    AT_KEYS,  # (blocks,) int32
+    AT_RATIOS,  # (kept blocks,) float32
+    AT_WORDS,  # (CHOICE_WORDS,) int32
+    AT_MAXIMA,  # (samples, 32) int32, bits of the largest magnitude of an input, per warp
+    AT_RINGS,  # (rings, STAGES, STAGE_BYTES), weights on their way
+    AT_DRIVES_IN,  # (samples, tiles, gates, 32) float32
+    AT_DRIVES_REC,  # the same
+    AT_STATE,  # (samples, tiles, 32) float32 cells
+    AT_OFFSETS,  # int64 offsets of the strips of the block, of its logits and of the first of two factors
+    AT_ONES,  # float32 1 and int32 1: gate and activity of a factor
+    INPUT_PITCH_OF,  # float32 from one row of inputs to the next; not an offset, like the following columns
+    ACTIVE_PITCH,
+    INNER_PITCH,
+    GATES_PITCH,
+    WORKERS,  # warps that multiply, each with a ring; the others only help to choose
+    PLACE_FIELDS,  # number of columns
+) = range(20)
+
+# Columns of the table of a layer with a recurrent matrix of gated blocks.
+(
+    ROW_UNITS,  # units of the layer
+    ROW_PITCH,  # float32 from one row of the event log to the next
+    ROW_LOG,  # event log, (steps + 1, batch, pitch) float32
+    ROW_DRIVE,  # (steps * batch, gates * units) float32 input drives
+    ROW_CELLS,  # (batch, units) float32
+    ROW_STATES,  # (steps, batch, units) float32 cells after each step, or 0
+    ROW_THRESHOLDS,  # (units,) float32
+    ROW_LOGITS,  # (steps, batch, logit pitch) float32, not yet written
+    ROW_LOGIT_PITCH,
+    ROW_FIELDS,  # number of columns
+) = range(10)

@@ -24,6 +24,7 @@ from eventrnn.cuda.kernels.tensor_core_cells import (
 )
 from eventrnn.cuda.run_buffers import Replay, pitch_of
 from eventrnn.cuda.tables import LANES, MAX_SUMMED
+from eventrnn.weights import GatedBlocks
 
 if TYPE_CHECKING:
     from eventrnn.cuda.cublas import Cublas
@@ -176,6 +177,8 @@ def exact_because(layer: Layer, precision: str) -> str | None:
     """The reason why a layer cannot go through tensor cores; None where it can."""
     if not layer.cell.thresholded:
         return f"tensor cores run EGRU cells only, not {layer.cell.name!r}"
+    if any(isinstance(each, GatedBlocks) for each in (layer.w_in, layer.w_rec)):
+        return "gated blocks have no equal matrix"
     if layer.cell.reset_first:
         return "the paper's candidate waits for a gate within its product"
     weights = (layer.w_in.floats(), layer.w_rec.floats())

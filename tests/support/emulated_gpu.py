@@ -25,6 +25,7 @@ from support.python_kernels import KINDS, Pointed
 
 #: rules of `cells.py` that the kernels call
 RULES = ("egru_value", "egru_paper_value", "egru_reset_gate", "gru_value", "gru_before_value", "lstm_value")
+RULES += ("exp_float32",)
 
 #: seconds after which a barrier that not all threads reach is an error
 PATIENCE = 60
@@ -36,15 +37,36 @@ class Group:
     """Some threads that vote and wait for each other: a warp or a block."""
 
     def __init__(self, size: int):
-        self.barrier, self.votes = threading.Barrier(size, timeout=PATIENCE), [0] * size
+        self.lock, self.arrived, self.broken = threading.Lock(), 0, False
+        # One lock per thread wakes it faster than a condition that all threads share.
+        self.gates = [threading.Lock() for _ in range(size)]
+        for gate in self.gates:
+            gate.acquire()
+        # Two sets of votes: a thread may give its next vote before all have read the last ones.
+        self.votes, self.turns = ([0] * size, [0] * size), [0] * size
 
     def exchange(self, member: int, vote) -> list:
         """What every member gave."""
-        self.votes[member] = vote
-        self.barrier.wait()
-        votes = list(self.votes)
-        self.barrier.wait()
-        return votes
+        votes = self.votes[self.turns[member]]
+        self.turns[member] ^= 1
+        votes[member] = vote
+        with self.lock:
+            self.arrived = (self.arrived + 1) % len(votes)
+            last = self.arrived == 0
+        if last:
+            for k, gate in enumerate(self.gates):
+                if k != member:
+                    gate.release()
+        elif not self.gates[member].acquire(timeout=PATIENCE) or self.broken:
+            raise threading.BrokenBarrierError
+        return list(votes)
+
+    def abort(self) -> None:
+        """Make all waiting threads raise."""
+        self.broken = True
+        for gate in self.gates:
+            if gate.locked():
+                gate.release()
 
 
 class Here(threading.local):
@@ -98,7 +120,7 @@ def rules() -> dict[str, FunctionType]:
 
     names |= {name: rule(f"{name}_float32") for name in ("exp", "sigmoid", "tanh")}
     names["exp_float32"] = names["exp"]
-    names |= {name: rule(name) for name in RULES}
+    names |= {name: rule(name) for name in (*RULES, "lstm_output")}
     return {name: names[name] for name in RULES}
 
 
@@ -130,6 +152,7 @@ def emulated(function, blocks, threads: int, shared: int):
         blockDim=SimpleNamespace(x=threads),
         gridDim=SimpleNamespace(x=grid[0], y=grid[1]),
         syncthreads=lambda: here.block.exchange(here.thread, 0),
+        syncthreads_count=lambda vote: np.int32(sum(here.block.exchange(here.thread, int(vote)))),
         syncthreads_or=lambda vote: any(here.block.exchange(here.thread, int(vote))),
         syncwarp=lambda mask: here.warp.exchange(here.lane, 0),
         ballot_sync=_ballot,
@@ -151,7 +174,12 @@ def emulated(function, blocks, threads: int, shared: int):
         id(ptx.store_relaxed): _store,
         id(ptx.sum_of_warp): lambda value: np.int32(sum(here.warp.exchange(here.lane, int(value)))),
         id(ptx.copy_async): lambda target, source: _store(target, fake_gpu.floats(source, 1)[0]),
+        id(ptx.copy_async16): lambda target, source: ctypes.memmove(int(target), int(source), 16),
+        id(ptx.commit_copies): lambda: None,
         id(ptx.wait_for_copies): lambda: None,
+        id(ptx.wait_for_oldest_copies): lambda: None,
+        id(ptx.max_of_warp): lambda value: np.int32(max(here.warp.exchange(here.lane, int(value)))),
+        id(ptx.min_of_warp): lambda value: np.int32(min(here.warp.exchange(here.lane, int(value)))),
         id(ptx.fma): cuda.fma,
         id(numba.int32): np.int32,
         id(numba.int64): np.int64,
@@ -184,7 +212,7 @@ def emulated(function, blocks, threads: int, shared: int):
                 kernel(*map(np.int64, arguments))
         except BaseException as error:
             errors.append(error)
-            block.barrier.abort(), warp.barrier.abort()
+            block.abort(), warp.abort()
 
     def launch(*arguments):
         all_threads = []
@@ -230,6 +258,7 @@ class EmulatedDevice(FakeDevice):
 def install(monkeypatch) -> EmulatedDevice:
     """Make every CUDA engine of the test run on an emulated GPU of two multiprocessors, which is returned."""
     from eventrnn.cuda import device_network, engine, plan
+    from eventrnn.cuda.gated_matrix import GatedMatrix
     from eventrnn.cuda.matrix import Matrix
 
     device = EmulatedDevice()
@@ -237,4 +266,5 @@ def install(monkeypatch) -> EmulatedDevice:
     monkeypatch.setattr(device_network, "Cublas", fake_gpu.Cublas)
     monkeypatch.setattr(Matrix, "products", fake_gpu._products)
     monkeypatch.setattr(plan, "_warps", lambda *arguments: WARPS)
+    monkeypatch.setattr(GatedMatrix, "warps", WARPS)
     return device

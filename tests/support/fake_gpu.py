@@ -449,7 +449,7 @@ def _run_layers(network, layers, buffers, drive, after) -> None:
         buffers.cells[k][...] = c
 
 
-def _products(matrix, device, table, rows, row_of=None, out=None):
+def _products(matrix, device, table, rows, row_of=None, out=None, status=None):
     """`Matrix.products` by the specification."""
     weights, bias = matrix.weights.to_dense(), matrix.host_bias
     begins, counts, lists = table

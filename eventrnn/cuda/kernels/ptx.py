@@ -92,6 +92,8 @@ gru_value = _rule(cells.gru_value)
 
 gru_before_value = _rule(cells.gru_before_value)
 
+_names["lstm_output"] = _rule(cells.lstm_output)
+
 lstm_value = _rule(cells.lstm_value)
 
 _names["absolute"] = _rule(cells.absolute)
@@ -212,6 +214,21 @@ def sum_of_warp(typingctx, value):
         return builder.call(ir.InlineAsm(kind, text, "=r,r", side_effect=True), args)
 
     return types.int32(types.int32), generate
+
+
+@intrinsic
+def copy_async16(typingctx, target, source):
+    """Start copying 16 bytes from global to shared memory; both addresses are multiples of 16. See `commit_copies`."""
+
+    def generate(context, builder, signature, args):
+        kind = ir.FunctionType(ir.VoidType(), [I32, I64])
+        text = "cp.async.cg.shared.global [$0], [$1], 16;"
+        builder.call(
+            ir.InlineAsm(kind, text, "r,l,~{memory}", side_effect=True), [builder.trunc(args[0], I32), args[1]]
+        )
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
 
 
 @intrinsic
@@ -405,6 +422,17 @@ store_shared_float = instruction("st.shared.f32 [$0], $1;", f"r,f,{MEMORY}", NOT
 
 #: uint16 of global memory that is read-only during the kernel, as int32
 load_readonly_uint16 = instruction("ld.global.nc.u16 $0, [$1];", "=r,l", INT, types.int64)
+
+#: the largest and the smallest of an int32 over all 32 lanes of the warp
+max_of_warp = instruction("redux.sync.max.s32 $0, $1, 0xffffffff;", "=r,r", INT, INT)
+min_of_warp = instruction("redux.sync.min.s32 $0, $1, 0xffffffff;", "=r,r", INT, INT)
+
+#: the copies that this thread has started since the last call become a group; it may be empty
+commit_copies = instruction("cp.async.commit_group;", MEMORY, NOTHING)
+
+#: wait until at most `OPEN_GROUPS` groups of copies of this thread are incomplete, the latest ones
+OPEN_GROUPS = 3
+wait_for_oldest_copies = instruction(f"cp.async.wait_group {OPEN_GROUPS};", MEMORY, NOTHING)
 
 #: one word of global memory that other blocks may be writing
 load_relaxed = instruction("ld.relaxed.gpu.global.b32 $0, [$1];", f"=r,l,{MEMORY}", INT, types.int64)

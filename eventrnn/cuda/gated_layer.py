@@ -1,0 +1,148 @@
+"""Layers whose recurrent matrix has gated blocks: their plan, and their launch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from eventrnn.cuda import tables
+from eventrnn.cuda.gated_matrix import GatedMatrix, RowStrips, need_shared
+from eventrnn.cuda.kernels.gated_kernels import gated_layer_kernel
+from eventrnn.cuda.plan import MIN_TILE_WIDTH
+from eventrnn.cuda.run_buffers import UNWRITTEN_BYTE, pitch_of
+from eventrnn.cuda.tables import LANES
+
+if TYPE_CHECKING:
+    from eventrnn.cells import Cell
+    from eventrnn.cuda.device import Device
+    from eventrnn.cuda.run_buffers import RunBuffers
+    from eventrnn.network import Layer
+
+# Samples that a block can own, at most.
+MAX_SAMPLES = 8
+
+# Warps that multiply, at least, where there are so many strips and more than one sample per block.
+MIN_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class GatedPlan:
+    """How a layer is placed on blocks, for one batch size.
+
+    Attributes
+    ----------
+    tiles, samples : tiles of units and samples that a block owns
+    spread, groups : blocks of a group of samples, and groups that run at the same time
+    matrix, places : tables of the matrix and of shared memory, on the GPU
+    shared         : bytes of shared memory of a block
+    """
+
+    tiles: int
+    samples: int
+    spread: int
+    groups: int
+    matrix: Any
+    places: Any
+    shared: int
+
+
+class GatedLayer:
+    """A layer whose recurrent matrix has gated blocks; its input drives are computed before it is launched.
+
+    Attributes
+    ----------
+    w_rec : the recurrent matrix
+    """
+
+    def __init__(self, device: Device, layer: Layer, w_rec: GatedMatrix):
+        self.device, self.units, self.w_rec = device, layer.units, w_rec
+        self.cell: Cell = layer.cell
+        with device.on_stream():
+            self.thresholds = device.put(np.asarray(layer.threshold, np.float32))
+        self._plans: dict[int, GatedPlan] = {}
+        self._strips: dict[tuple[int, int], tuple[Any, tuple[int, int]]] = {}
+
+    def plan(self, batch: int) -> GatedPlan:
+        """The plan for a batch size: more groups of samples for more samples, and fewer blocks per group.
+
+        Raises ValueError where not even one sample fits into shared memory.
+        """
+        if batch not in self._plans:
+            self._plans[batch] = self._planned(batch)
+        return self._plans[batch]
+
+    def _planned(self, batch: int) -> GatedPlan:
+        device, weights, gates = self.device, self.w_rec.weights, self.w_rec.gates
+        groups = min(batch, MAX_SAMPLES, device.multiprocessors)
+        share = device.multiprocessors // groups
+        width = int(np.clip(-(-self.units // share), MIN_TILE_WIDTH, LANES))
+        # Rows of a strip are copied by 16 bytes.
+        width = -(-width // 8) * 8 if self.w_rec.narrow else -(-width // 4) * 4
+        all_tiles = -(-self.units // width)
+        tiles = -(-all_tiles // share)
+        spread = -(-all_tiles // tiles)
+        logit_width = int(np.clip(-(-weights.n_blocks // (4 * spread)) * 4, 4, LANES))
+        if (width, logit_width) not in self._strips:
+            strips = RowStrips.of_blocks(weights, gates, width)
+            self._strips[width, logit_width] = self.w_rec.table(strips, logit_width)
+        matrix, (logits, inner) = self._strips[width, logit_width]
+        offsets = tiles * gates * weights.grid[0] + -(-logits // spread) + inner
+        groups = max(1, device.multiprocessors // spread)
+        for samples in range(min(MAX_SAMPLES, -(-batch // groups)), 0, -1):
+            items = samples * max(tiles * gates, -(-logits // spread), inner)
+            drives = samples * tiles * gates * LANES
+            places, shared = self.w_rec.places(samples, drives, samples * tiles * LANES, offsets, items)
+            # With few rings, fewer samples per block are faster.
+            enough = places[tables.WORKERS] >= min(items, MIN_WORKERS) and shared <= device.shared_bytes
+            if enough or samples == 1:
+                break
+        need_shared(weights, shared, device.shared_bytes)
+        with device.on_stream():
+            return GatedPlan(
+                tiles, samples, spread, min(groups, -(-batch // samples)), matrix, device.put(places), shared
+            )
+
+    def enqueue(self, buffers: RunBuffers, k: int, drive: Any, after: Any, status: Any) -> None:
+        """Put all steps of layer k on the stream.
+
+        drive : (steps * batch, gates * units) float32, its input drives
+        after : (steps, batch, units) float32 for the cells after each step, or None
+        """
+        device, steps, batch, plan = self.device, buffers.steps, buffers.batch, self.plan(buffers.batch)
+        logit_pitch, pitch = pitch_of(self.w_rec.weights.n_blocks), pitch_of(self.units)
+        logits = buffers.scratch(("logits", k), (steps, batch, logit_pitch), np.float32)
+        logits.data.memset_async(UNWRITTEN_BYTE, logits.nbytes)
+        key = ("gated layer", k)
+        if after is not None or key not in buffers.tables:
+            fields = {
+                tables.ROW_UNITS: self.units,
+                tables.ROW_PITCH: pitch,
+                tables.ROW_LOG: buffers.event_logs[k].data.ptr,
+                tables.ROW_DRIVE: drive.data.ptr,
+                tables.ROW_CELLS: buffers.cells[k].data.ptr,
+                tables.ROW_STATES: 0 if after is None else after.data.ptr,
+                tables.ROW_THRESHOLDS: self.thresholds.data.ptr,
+                tables.ROW_LOGITS: logits.data.ptr,
+                tables.ROW_LOGIT_PITCH: logit_pitch,
+            }
+            buffers.tables[key] = device.put(np.array([fields[f] for f in range(tables.ROW_FIELDS)], np.int64))
+        row = buffers.tables[key]
+        kind, narrow, threads = (self.cell.name, self.cell.variant), self.w_rec.narrow, LANES * self.w_rec.warps
+        kernel = device.kernel(("gated_layer", kind, narrow), lambda: gated_layer_kernel(kind, narrow), threads)
+        for first in range(0, batch, plan.groups * plan.samples):
+            groups = min(plan.groups, -(-(batch - first) // plan.samples))
+            arguments = plan.matrix.data.ptr, plan.places.data.ptr, row.data.ptr, status.data.ptr, steps, batch, first
+            device.launch(
+                kernel,
+                groups * plan.spread,
+                threads,
+                *arguments,
+                *(plan.spread, plan.tiles, plan.samples),
+                shared=plan.shared,
+                cooperative=True,
+            )
+        if after is not None:
+            # The table holds the address of `after`, which the caller frees.
+            del buffers.tables[key]

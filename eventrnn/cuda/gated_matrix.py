@@ -1,0 +1,245 @@
+"""One matrix of gated blocks on the GPU: its layouts, and its products with independent rows of events."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from eventrnn.cuda import tables
+from eventrnn.cuda.kernels.gated_kernels import RING_BYTES, gated_rows_kernel
+from eventrnn.cuda.packing import in_strips
+from eventrnn.cuda.tables import CHOICE_WORDS, LANES, STAGE_BYTES
+
+if TYPE_CHECKING:
+    from eventrnn.cuda.device import Device
+    from eventrnn.weights import GatedBlocks
+
+
+# Warps of a block that the kernels may have; few, because each number needs a kernel of its own. One thread per block
+# of weights finds the chosen ones fastest.
+WARPS = (8, 16, 24, 32)
+
+
+@dataclass(frozen=True)
+class RowStrips:
+    """A matrix in strips of neighbouring columns; the rows of stored blocks only.
+
+    Attributes
+    ----------
+    values  : (stored,) float32, or uint16 bits of bfloat16: by strip and row, `width` numbers per row
+    offsets : (strips, block rows) int64, where the rows of a block row begin in `values`; -1 where the strip has no
+              stored block in it
+    width   : columns of a strip
+    """
+
+    values: np.ndarray
+    offsets: np.ndarray
+    width: int
+
+    @property
+    def stage_rows(self) -> int:
+        """Rows that are copied to shared memory at a time: as many as a stage holds, in whole groups of eight."""
+        return max(8, STAGE_BYTES // (self.width * self.values.itemsize) // 8 * 8)
+
+    @classmethod
+    def of_factor(cls, factor: np.ndarray, width: int) -> RowStrips:
+        """A factor of a gate, (n, columns) float32, all rows of which are one block row."""
+        strips = in_strips(factor, 1, width)
+        starts = np.arange(len(strips), dtype=np.int64) * (factor.shape[0] * width)
+        return cls(_padded(strips.ravel()), starts[:, None].copy(), width)
+
+    @classmethod
+    def of_blocks(cls, weights: GatedBlocks, gates: int, width: int) -> RowStrips:
+        """The blocks of a matrix (n_pre, gates * units), in strips of one gate each. O(n_pre * gates * units)."""
+        values, (r, c) = weights.blocks.to_dense(), weights.block
+        if weights.storage == "bfloat16":
+            values = (values.view(np.uint32) >> 16).astype(np.uint16)
+        block_rows, block_columns = weights.grid
+        stored = np.zeros((block_rows, block_columns), bool)
+        stored[np.repeat(np.arange(block_rows), np.diff(weights.indptr)), weights.indices] = True
+        wanted = in_strips(stored[:, np.arange(weights.shape[1]) // c], gates, width).any(axis=2)
+        rows = np.minimum(r, weights.shape[0] - r * np.arange(block_rows))
+        sizes = np.where(wanted, rows * width, 0).ravel()
+        offsets = np.where(wanted, (np.cumsum(sizes) - sizes).reshape(wanted.shape), -1)
+        kept = np.repeat(wanted, rows, axis=1)
+        return cls(_padded(in_strips(values, gates, width)[kept].ravel()), offsets.astype(np.int64), width)
+
+
+class GatedMatrix:
+    """Gated blocks (n_pre, gates * units) and biases (gates * units,). Layouts are packed and copied at first use.
+
+    Attributes
+    ----------
+    device  : the GPU
+    weights : the blocks on the host
+    gates   : gate rows of a unit for the matrices of a layer, 1 for a read-out
+    number  : of the matrix in the network, for the status word
+    """
+
+    sparse = False
+
+    def __init__(self, device: Device, weights: GatedBlocks, bias: np.ndarray, gates: int, number: int):
+        self.device, self.weights, self.gates, self.number = device, weights, gates, number
+        self.host_bias = bias
+        self._kept: list[Any] = []
+
+    @property
+    def narrow(self) -> bool:
+        """Whether values are stored as bfloat16."""
+        return self.weights.storage == "bfloat16"
+
+    @property
+    def rank(self) -> int:
+        """Of a gate with two factors; 0 for one factor."""
+        return 0 if self.weights.gate_out is None else len(self.weights.gate_out)
+
+    @property
+    def product_description(self) -> str:
+        """For `Simulation.paths`."""
+        return f"gated {'bfloat16' if self.narrow else 'float32'} in L2"
+
+    def _put(self, array: np.ndarray) -> int:
+        """The address of a copy on the GPU, which lives as long as the matrix."""
+        with self.device.on_stream():
+            self._kept.append(self.device.put(array))
+        return self._kept[-1].data.ptr
+
+    def table(self, strips: RowStrips, logit_width: int) -> tuple[Any, tuple[int, int]]:
+        """The table of the matrix on the GPU, and the numbers of strips of its logits and of its inner factor.
+
+        strips      : the blocks, in any strips
+        logit_width : logits per strip
+        """
+        weights, fields = self.weights, np.zeros(tables.GATED_FIELDS, np.int64)
+        out = weights.gate if weights.gate_out is None else weights.gate_out
+        logits = RowStrips.of_factor(out, logit_width)
+        inner = None if weights.gate_out is None else RowStrips.of_factor(weights.gate, LANES)
+
+        def place(values: int, each: RowStrips) -> None:
+            packed = self._put(each.values), self._put(each.offsets), each.width, each.stage_rows, len(each.offsets)
+            fields[values : values + len(packed)] = packed
+
+        place(tables.BLOCK_VALUES, strips)
+        place(tables.LOGIT_VALUES, logits)
+        if inner is not None:
+            place(tables.INNER_VALUES, inner)
+        rest = {
+            tables.N_PRE: weights.shape[0],
+            tables.N_POST: weights.shape[1],
+            tables.GRID_ROWS: weights.grid[0],
+            tables.GRID_COLUMNS: weights.grid[1],
+            tables.ROWS_OF_BLOCK: weights.block[0],
+            tables.COLUMNS_OF_BLOCK: weights.block[1],
+            tables.ALL_BLOCKS: weights.n_blocks,
+            tables.KEPT_BLOCKS: weights.kept_blocks,
+            tables.SOFTMAX: weights.gate_rule == "softmax",
+            tables.BIAS: self._put(self.host_bias),
+            tables.RANK: self.rank,
+            tables.LOGIT_BIAS: self._put(weights.gate_bias),
+            tables.NUMBER: self.number,
+        }
+        for field, value in rest.items():
+            fields[field] = value
+        with self.device.on_stream():
+            table = self.device.put(fields)
+        return table, (len(logits.offsets), 0 if inner is None else len(inner.offsets))
+
+    @property
+    def warps(self) -> int:
+        """Warps of a block of the kernels: one thread per block of weights where that is possible."""
+        return next((warps for warps in WARPS if LANES * warps >= self.weights.n_blocks), WARPS[-1])
+
+    def places(self, samples: int, drives: int, states: int, offsets: int, items: int) -> tuple[np.ndarray, int]:
+        """The table of shared memory (tables.PLACE_FIELDS,) of a kernel, and its bytes.
+
+        samples : rows of inputs in shared memory
+        drives  : float32 of each kind of drives, and `states` of cells
+        offsets : offsets of strips
+        items   : strips that warps can multiply at the same time. As many warps do as have room for a ring
+        """
+        n_pre, blocks = self.weights.shape[0], self.weights.n_blocks
+        pitches = {
+            tables.INPUT_PITCH_OF: _rounded(n_pre, 4),
+            tables.ACTIVE_PITCH: self.weights.grid[0],
+            tables.INNER_PITCH: self.rank,
+            tables.GATES_PITCH: _rounded(blocks, 4),
+        }
+        sizes = {
+            tables.AT_INPUTS: 4 * samples * pitches[tables.INPUT_PITCH_OF],
+            tables.AT_ACTIVE: 4 * samples * pitches[tables.ACTIVE_PITCH],
+            tables.AT_INNER: 4 * samples * self.rank,
+            tables.AT_GATES: 4 * samples * pitches[tables.GATES_PITCH],
+            tables.AT_KEYS: 4 * blocks,
+            tables.AT_RATIOS: 4 * self.weights.kept_blocks,
+            tables.AT_WORDS: 4 * CHOICE_WORDS,
+            tables.AT_MAXIMA: 4 * LANES * samples,
+            tables.AT_DRIVES_IN: 4 * drives,
+            tables.AT_DRIVES_REC: 4 * drives,
+            tables.AT_STATE: 4 * states,
+            tables.AT_OFFSETS: 8 * offsets,
+            tables.AT_ONES: 16,
+        }
+        table, at = np.zeros(tables.PLACE_FIELDS, np.int64), 0
+        for field, size in sizes.items():
+            table[field], at = at, at + _rounded(size, 16)
+        for field, pitch in pitches.items():
+            table[field] = pitch
+        # Lanes without a column read beyond the last row of a stage.
+        room = (self.device.shared_bytes - at - 4 * LANES) // RING_BYTES
+        workers = max(1, min(room, self.warps, items))
+        table[tables.AT_RINGS], table[tables.WORKERS] = at, workers
+        return table, at + workers * RING_BYTES + 4 * LANES
+
+    # --- products ---
+
+    @cached_property
+    def _rows_tables(self) -> tuple[Any, Any, int]:
+        """The tables of `gated_rows_kernel` on the GPU, and its bytes of shared memory."""
+        table, (logits, inner) = self.table(RowStrips.of_blocks(self.weights, 1, LANES), LANES)
+        places, shared = self.places(1, 0, 0, logits + inner, self.warps)
+        need_shared(self.weights, shared, self.device.shared_bytes)
+        with self.device.on_stream():
+            return table, self.device.put(places), shared
+
+    def products(self, device: Device, table, rows: int, row_of=None, out=None, status: Any = None):
+        """Drives (rows, gates * units) float32 of independent rows of events; see `Matrix.products`.
+
+        status : the status words, which get gates that are not finite
+        """
+        columns = self.weights.shape[1]
+        if out is None:
+            out = device.empty((rows, columns), np.float32)
+        if rows == 0:
+            return out
+        matrix, places, shared = self._rows_tables
+        warps, narrow = self.warps, self.narrow
+        # Every block of a row chooses for itself, so that a row is divided only where there are few rows.
+        splits = max(1, min(device.multiprocessors // rows, -(-columns // LANES)))
+        groups = min(rows, max(1, device.multiprocessors // splits))
+        kernel = device.kernel(("gated_rows", narrow), lambda: gated_rows_kernel(narrow), LANES * warps)
+        lists = *(each.data.ptr for each in table), 0 if row_of is None else row_of.data.ptr
+        arguments = matrix.data.ptr, places.data.ptr, *lists, rows, splits, out.data.ptr, status.data.ptr
+        device.launch(kernel, groups * splits, LANES * warps, *arguments, shared=shared)
+        return out
+
+
+def need_shared(weights: GatedBlocks, needed: int, there: int) -> None:
+    """Raise ValueError where a matrix needs more shared memory than a block has."""
+    if needed > there:
+        raise ValueError(
+            f"cuda: gated blocks {weights.block[0]}x{weights.block[1]} of a matrix "
+            f"{weights.shape[0]}x{weights.shape[1]} need {needed:,} bytes of shared memory, more than the {there:,} "
+            "bytes of a block; choose larger blocks, or use backend='cpu'"
+        )
+
+
+def _padded(values: np.ndarray) -> np.ndarray:
+    """The values with zeros at the end, so that an empty matrix has memory."""
+    return np.concatenate([values, np.zeros(LANES, values.dtype)])
+
+
+def _rounded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

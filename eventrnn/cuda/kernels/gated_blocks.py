@@ -1,0 +1,384 @@
+"""Products with gated blocks: device functions for one row of inputs (`weights/gated.py` defines the product).
+
+The results equal `reference.propagate_chosen`: logits, the choice, gates and drives have the same bits.
+
+add_strip : one warp, one strip of up to 32 columns, one column per lane. It walks the rows of the blocks that some lane
+            needs, in ascending order, with one FMA per term. The weights of the next stages are copied to a ring in
+            shared memory of the warp while those of the present stage are multiplied.
+choose    : all threads of a block; logits become gates. The smallest chosen logit is found bit by bit, equal ones are
+            taken in ascending order. One warp makes the ratios, and sums them in ascending order of blocks.
+
+=========== ======== ===========================================================================================
+array       memory   shape, dtype, contents
+=========== ======== ===========================================================================================
+inputs      shared   (n_pre,) float32, one row of inputs, silent ones as zeros
+active      shared   (block rows,) int32, 1 if an input of the block row is not zero
+gates       shared   (blocks,) float32, logits and then gates, 0 for blocks that are not chosen
+keys        shared   (blocks,) int32: bits of a logit in the order of the numbers; then the place among the chosen
+ratios      shared   (kept blocks,) float32, of the chosen blocks in ascending order
+words       shared   (CHOICE_WORDS,) int32, counts per warp
+maxima      shared   (32,) int32, per warp the bits of the largest magnitude among its inputs
+ring        shared   per warp, (STAGES, STAGE_BYTES), rows of a strip
+strips      global   `gated_matrix.RowStrips`: values float32 or uint16 bits of bfloat16; offsets (strips, block rows)
+                     int64, where the rows of a block row begin, -1 where no block is stored
+=========== ======== ===========================================================================================
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import int32, int64
+
+from eventrnn.cuda.device import cuda, device_function, libdevice
+from eventrnn.cuda.kernels.ptx import (
+    OPEN_GROUPS,
+    commit_copies,
+    copy_async16,
+    exp_float32,
+    max_of_warp,
+    min_of_warp,
+    shared_float32,
+    shared_uint16,
+    sum_of_warp,
+    wait_for_oldest_copies,
+)
+from eventrnn.cuda.kernels.strip_product import FULL_WARP, load8, popcount
+from eventrnn.cuda.tables import LANES, STAGE_BYTES, STAGES
+
+assert OPEN_GROUPS == STAGES - 1, "the oldest of all stages must be complete"
+
+# A key is the bits of a float32 as an integer that is in the same order: those of a negative number are flipped, apart
+# from the sign. The same operation turns a key into bits.
+LOWEST_KEY, MAGNITUDE = np.int32(-(1 << 31)), np.int32((1 << 31) - 1)
+
+# Places of `words`: counts of two votes per warp, and whether the gates are not finite.
+SECOND_COUNTS, NOT_FINITE = 32, 64
+
+
+class StripRows(NamedTuple):
+    """One strip and the blocks that its columns read."""
+
+    #: int64, address of the values of all strips
+    values_at: Any
+    #: array of int64, offsets of the rows of the strip's block rows
+    offsets: Any
+    #: int32, columns of the strip
+    width: Any
+    #: int32, rows that are copied at a time
+    stage_rows: Any
+    #: int32, presynaptic units
+    n_pre: Any
+    #: int32, block rows
+    block_rows: Any
+    #: int32, rows of a block
+    rows_of_block: Any
+    #: int32, block columns
+    block_columns: Any
+    #: int32, block column of the lane's column
+    block_column: Any
+    #: boolean, whether the lane has a column
+    mine: Any
+
+
+@device_function
+def key_of(word):
+    """The key of the bits of a float32, and the bits of a key."""
+    return int32(word ^ ((word >> int32(31)) & MAGNITUDE))
+
+
+@device_function
+def gate_of(strip, gates, row):
+    """The gate of the lane's block in a block row."""
+    gate = np.float32(0)
+    if strip.mine:
+        gate = gates[int32(row * strip.block_columns + strip.block_column)]
+    return gate
+
+
+@device_function
+def find_block_row(strip, gates, active, row):
+    """The first block row from `row` on that the warp has to multiply; the number of block rows if there is none."""
+    while row < strip.block_rows:
+        if active[row] != 0 and strip.offsets[row] >= 0:
+            if cuda.ballot_sync(FULL_WARP, gate_of(strip, gates, row) != 0) != 0:
+                break
+        row = int32(row + 1)
+    return row
+
+
+@device_function
+def rows_in(strip, row):
+    """Rows of a block row; the last one may have fewer."""
+    return int32(min(strip.rows_of_block, strip.n_pre - row * strip.rows_of_block))
+
+
+def make_add_strip(narrow: bool):
+    """The device function add_strip for float32 weights, or for bfloat16 ones.
+
+    add_strip(acc, strip, gates, active, inputs, ring_at, lane) -> acc + sum over j of weight * (gate * input)
+    """
+    size, pointer = (2, shared_uint16) if narrow else (4, shared_float32)
+
+    if narrow:
+
+        @device_function
+        def weight(values, at):
+            # The upper half of a float32 is a bfloat16.
+            return libdevice.int_as_float(int32(values[at]) << int32(16))
+    else:
+
+        @device_function
+        def weight(values, at):
+            return values[at]
+
+    @device_function
+    def weights8(values, at, width):
+        return (
+            weight(values, at),
+            weight(values, int32(at + width)),
+            weight(values, int32(at + 2 * width)),
+            weight(values, int32(at + 3 * width)),
+            weight(values, int32(at + 4 * width)),
+            weight(values, int32(at + 5 * width)),
+            weight(values, int32(at + 6 * width)),
+            weight(values, int32(at + 7 * width)),
+        )
+
+    @device_function
+    def start_stage(strip, gates, active, row, done, slot_at, lane):
+        """Start copying the next rows: `done` rows of block row `row` were copied. Returns the place after them."""
+        if row < strip.block_rows:
+            rows = int32(min(strip.stage_rows, rows_in(strip, row) - done))
+            source = strip.values_at + (strip.offsets[row] + int64(done) * strip.width) * size
+            pieces, k = int32((rows * strip.width * size) >> 4), lane
+            while k < pieces:
+                copy_async16(slot_at + int64(16) * k, source + int64(16) * k)
+                k = int32(k + LANES)
+            done = int32(done + rows)
+            if done >= rows_in(strip, row):
+                row, done = find_block_row(strip, gates, active, int32(row + 1)), int32(0)
+        commit_copies()
+        return row, done
+
+    @device_function
+    def add_rows(acc, values, inputs, at, rows, width, gate, lane):
+        """Add the terms of `rows` rows of a stage, whose inputs lie from `at` on."""
+        k, w = int32(0), lane
+        while k + 8 <= rows:
+            weights, x = weights8(values, w, width), load8(inputs, int32(at + k))
+            acc = cuda.fma(weights[0], gate * x[0], acc)
+            acc = cuda.fma(weights[1], gate * x[1], acc)
+            acc = cuda.fma(weights[2], gate * x[2], acc)
+            acc = cuda.fma(weights[3], gate * x[3], acc)
+            acc = cuda.fma(weights[4], gate * x[4], acc)
+            acc = cuda.fma(weights[5], gate * x[5], acc)
+            acc = cuda.fma(weights[6], gate * x[6], acc)
+            acc = cuda.fma(weights[7], gate * x[7], acc)
+            k, w = int32(k + 8), int32(w + 8 * width)
+        while k < rows:
+            acc = cuda.fma(weight(values, w), gate * inputs[int32(at + k)], acc)
+            k, w = int32(k + 1), int32(w + width)
+        return acc
+
+    @device_function
+    def add_strip(acc, strip, gates, active, inputs, ring_at, lane):
+        ahead, done, slot = find_block_row(strip, gates, active, int32(0)), int32(0), int32(0)
+        row, used = ahead, int32(0)
+        while slot < STAGES - 1:
+            ahead, done = start_stage(strip, gates, active, ahead, done, ring_at + int64(STAGE_BYTES) * slot, lane)
+            slot = int32(slot + 1)
+        slot = int32(0)
+        while row < strip.block_rows:
+            free = (slot + int32(STAGES - 1)) & int32(STAGES - 1)
+            ahead, done = start_stage(strip, gates, active, ahead, done, ring_at + int64(STAGE_BYTES) * free, lane)
+            wait_for_oldest_copies()
+            # The other lanes have copied parts of the rows.
+            cuda.syncwarp(FULL_WARP)
+            rows = int32(min(strip.stage_rows, rows_in(strip, row) - used))
+            values, at = pointer(ring_at + int64(STAGE_BYTES) * slot), int32(row * strip.rows_of_block + used)
+            gate = gate_of(strip, gates, row)
+            if gate != 0:
+                acc = add_rows(acc, values, inputs, at, rows, strip.width, gate, lane)
+            # The stage is overwritten in the next round.
+            cuda.syncwarp(FULL_WARP)
+            used = int32(used + rows)
+            if used >= rows_in(strip, row):
+                row, used = find_block_row(strip, gates, active, int32(row + 1)), int32(0)
+            slot = (slot + int32(1)) & int32(STAGES - 1)
+        return acc
+
+    return add_strip
+
+
+@device_function
+def before_and_all(counts, first, me):
+    """The sums of counts[first:] over the earlier warps and over all warps."""
+    lane, warp, warps = me
+    each = int32(0)
+    if lane < warps:
+        each = counts[int32(first + lane)]
+    earlier = each
+    if lane >= warp:
+        earlier = int32(0)
+    return sum_of_warp(earlier), sum_of_warp(each)
+
+
+@device_function
+def sum_in_order(numbers, count):
+    """The sum of numbers[:count] from +0 on, one after the other."""
+    total, k = np.float32(0), int32(0)
+    while k + 8 <= count:
+        a = load8(numbers, k)
+        total = total + a[0]
+        total = total + a[1]
+        total = total + a[2]
+        total = total + a[3]
+        total = total + a[4]
+        total = total + a[5]
+        total = total + a[6]
+        total = total + a[7]
+        k = int32(k + 8)
+    while k < count:
+        total = total + numbers[k]
+        k = int32(k + 1)
+    return total
+
+
+@device_function
+def place_chosen(gates, keys, ratios, words, n, lowest, room, me):
+    """Write the logits of the chosen blocks to `ratios`, in ascending order, and their places to `keys`, else -1.
+
+    lowest : the smallest key that is chosen; room : how many blocks with this key are chosen
+    """
+    lane, warp, warps = me
+    lanes_below = int32((int32(1) << lane) - 1)
+    ties, chosen, first = int32(0), int32(0), int32(0)
+    while first < n:
+        b = int32(first + warp * LANES + lane)
+        key, logit = LOWEST_KEY, np.float32(0)
+        if b < n:
+            key, logit = keys[b], gates[b]
+        tied = b < n and key == lowest
+        votes = cuda.ballot_sync(FULL_WARP, tied)
+        if lane == 0:
+            words[warp] = popcount(votes)
+        cuda.syncthreads()
+        before, every = before_and_all(words, int32(0), me)
+        taken = b < n and key > lowest
+        if tied and int32(ties + before + popcount(votes & lanes_below)) < room:
+            taken = True
+        ties = int32(ties + every)
+        votes = cuda.ballot_sync(FULL_WARP, taken)
+        if lane == 0:
+            words[int32(SECOND_COUNTS + warp)] = popcount(votes)
+        cuda.syncthreads()
+        before, every = before_and_all(words, int32(SECOND_COUNTS), me)
+        if b < n:
+            keys[b] = int32(-1)
+            if taken:
+                place = int32(chosen + before + popcount(votes & lanes_below))
+                keys[b], ratios[place] = place, logit
+        chosen = int32(chosen + every)
+        first = int32(first + warps * LANES)
+    cuda.syncthreads()
+
+
+@device_function
+def make_ratios(ratios, n, kept, softmax, maxima, warps, lane):
+    """One warp turns the chosen logits into gates; True if gates and products with the inputs are finite."""
+    best, k = LOWEST_KEY, lane
+    while k < kept:
+        word = libdevice.float_as_int(ratios[k])
+        if softmax != 0:
+            best = int32(max(best, key_of(word)))
+        else:
+            best = int32(max(best, word & MAGNITUDE))
+        k = int32(k + LANES)
+    best = max_of_warp(best)
+    pivot = libdevice.int_as_float(key_of(best))
+    if softmax == 0:
+        # The first of the logits of this magnitude.
+        place, k = kept, lane
+        while k < kept:
+            if place == kept and (libdevice.float_as_int(ratios[k]) & MAGNITUDE) == best:
+                place = k
+            k = int32(k + LANES)
+        pivot = ratios[min_of_warp(place)]
+    cuda.syncwarp(FULL_WARP)
+    k = lane
+    while k < kept:
+        ratio = np.float32(1)
+        if softmax != 0:
+            ratio = exp_float32(ratios[k] - pivot)
+        elif pivot != 0:
+            ratio = ratios[k] / pivot
+        ratios[k] = ratio
+        k = int32(k + LANES)
+    cuda.syncwarp(FULL_WARP)
+    factor = np.float32(n) / sum_in_order(ratios, kept)
+    cuda.syncwarp(FULL_WARP)
+    best, k = int32(0), lane
+    while k < kept:
+        gate = ratios[k] * factor
+        ratios[k] = gate
+        best = int32(max(best, libdevice.float_as_int(gate) & MAGNITUDE))
+        k = int32(k + LANES)
+    value = int32(0)
+    if lane < warps:
+        value = maxima[lane]
+    largest = libdevice.int_as_float(max_of_warp(best)) * libdevice.int_as_float(max_of_warp(value))
+    return factor - factor == 0 and largest - largest == 0
+
+
+@device_function
+def choose(gates, keys, ratios, words, maxima, n, kept, softmax, me):
+    """Turn the logits of `n` blocks into gates. Returns True where they are not finite. All threads must call it.
+
+    The caller synchronises the block before other threads than the own one read `gates`.
+    """
+    lane, warp, warps = me
+    thread, threads = int32(warp * LANES + lane), int32(warps * LANES)
+    bad, b, own = int32(0), thread, LOWEST_KEY
+    while b < n:
+        logit = gates[b] + np.float32(0)
+        if logit - logit != 0:
+            bad = int32(1)
+        gates[b] = logit
+        keys[b] = key_of(libdevice.float_as_int(logit))
+        b = int32(b + threads)
+    if thread < n:
+        own = keys[thread]
+    faulty = cuda.syncthreads_or(bad) != 0
+    # The largest number that at least `kept` keys reach, found bit by bit.
+    lowest, bit = LOWEST_KEY, int32(31)
+    while bit >= 0:
+        candidate = int32(int64(lowest) + (int64(1) << int64(bit)))
+        reached = int32(cuda.syncthreads_count(int32(thread < n and own >= candidate)))
+        b = int32(thread + threads)
+        while b - thread < n:
+            reached = int32(reached + cuda.syncthreads_count(int32(b < n and keys[b] >= candidate)))
+            b = int32(b + threads)
+        if reached >= kept:
+            lowest = candidate
+        bit = int32(bit - 1)
+    above = int32(cuda.syncthreads_count(int32(thread < n and own > lowest)))
+    b = int32(thread + threads)
+    while b - thread < n:
+        above = int32(above + cuda.syncthreads_count(int32(b < n and keys[b] > lowest)))
+        b = int32(b + threads)
+    place_chosen(gates, keys, ratios, words, n, lowest, int32(kept - above), me)
+    if warp == 0:
+        finite = make_ratios(ratios, n, kept, softmax, maxima, warps, lane)
+        if lane == 0:
+            words[NOT_FINITE] = int32(not finite)
+    cuda.syncthreads()
+    b = thread
+    while b < n:
+        gate = np.float32(0)
+        if keys[b] >= 0:
+            gate = ratios[keys[b]]
+        gates[b] = gate
+        b = int32(b + threads)
+    return faulty or words[NOT_FINITE] != 0

@@ -1,0 +1,513 @@
+"""Kernels of gated blocks: products of independent rows, and the time loop of a layer. See `gated_blocks.py`.
+
+gated_rows  : input drives of a layer, and read-out, for all steps of a run. A block owns every `groups`-th row of
+              inputs and every `splits`-th set of strips; it computes all gates of its rows. A warp owns a strip at a
+              time.
+gated_layer : one persistent kernel for all steps of a layer whose recurrent matrix is gated. All blocks are resident at
+              the same time (cooperative launch). As in `persistent.py`, outputs travel through an event log whose words
+              are polled until they are written; the logits of a step travel through a log of their own. A block owns
+              `tiles` neighbouring tiles of units and some strips of logits, for `samples` samples. It chooses for
+              itself, so that gates are not exchanged.
+
+The steps of `gated_layer`, with a block barrier after each: wait for the outputs of the step before; compute the own
+logits and send them; wait for all logits; choose; multiply the chosen blocks of the own tiles; update cells, and send
+outputs. Each step equals `reference.step`.
+
+Tables: `tables.GATED_FIELDS` describes a matrix, `tables.PLACE_FIELDS` shared memory, `tables.ROW_FIELDS` a layer.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import int32, int64, types
+
+from eventrnn.cells import EQUATIONS
+from eventrnn.cuda import tables
+from eventrnn.cuda.device import cuda, device_function, libdevice
+from eventrnn.cuda.kernels.cell_updates import UPDATES
+from eventrnn.cuda.kernels.gated_blocks import MAGNITUDE, StripRows, choose, make_add_strip
+from eventrnn.cuda.kernels.persistent import Lane, next_item, poll_event_log
+from eventrnn.cuda.kernels.ptx import (
+    copy_async,
+    global_float32,
+    global_int32,
+    global_int64,
+    max_of_warp,
+    max_relaxed,
+    shared_base,
+    shared_float32,
+    shared_int32,
+    shared_int64,
+    store_relaxed,
+    wait_for_copies,
+)
+from eventrnn.cuda.kernels.strip_product import high_word, low_word
+from eventrnn.cuda.tables import LANES, STAGE_BYTES, STAGES
+
+RING_BYTES = STAGE_BYTES * STAGES
+
+add_factor_strip = make_add_strip(False)
+
+
+@device_function
+def magnitude_bits(value):
+    """The bits of the magnitude of a float32, an int32 that is in the same order."""
+    return int32(libdevice.float_as_int(value) & MAGNITUDE)
+
+
+@device_function
+def factor_strip(values_at, offsets_at, width, stage, n_pre, columns, strip, bias_at, inputs, ones_at, ring_at, lane):
+    """A column of `bias + inputs x factor` of a gate, that of this lane.
+
+    offsets_at : address of the offset of the strip, in shared or global memory; bias_at : (columns,) float32, or 0
+    """
+    column = int32(strip * width + lane)
+    mine, acc = lane < width and column < columns, np.float32(0)
+    if mine and bias_at != 0:
+        acc = global_float32(bias_at)[column]
+    rows = StripRows(
+        values_at, shared_int64(offsets_at), width, stage, n_pre, int32(1), n_pre, int32(0), int32(0), mine
+    )
+    return add_factor_strip(acc, rows, shared_float32(ones_at), shared_int32(ones_at + int64(4)), inputs, ring_at, lane)
+
+
+@device_function
+def set_ones(ones_at, thread):
+    """The gate and the activity of a factor, whose rows are all multiplied."""
+    if thread == 0:
+        shared_float32(ones_at)[0] = np.float32(1)
+        shared_int32(ones_at + int64(4))[0] = int32(1)
+
+
+@device_function
+def report(status_at, number):
+    """Report that gates of the matrix of this number are not finite."""
+    max_relaxed(status_at + int64(8 * tables.STATUS_GATES), int64(tables.LAST) - number)
+
+
+def gated_rows_kernel(narrow: bool):
+    """The kernel out[row] = bias + product of the row with gated blocks, and its signature.
+
+    matrix_at, place_at            : the tables of the matrix and of shared memory
+    begins_at, counts_at, lists_at : the event list set (`batched_products.py`)
+    row_of_at                      : (rows,) int64, the list of each row, or address 0 for the list of the same number
+    splits                         : blocks that share the strips of a row
+    out_at                         : (rows, columns) float32
+    """
+    add_strip = make_add_strip(narrow)
+
+    def gated_rows(matrix_at, place_at, begins_at, counts_at, lists_at, row_of_at, rows, splits, out_at, status_at):
+        thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
+        lane, warp, warps = thread & int32(31), thread >> int32(5), threads >> int32(5)
+        me = Lane(lane, warp, warps)
+        m, place, shared = global_int64(matrix_at), global_int64(place_at), shared_base()
+        n_pre, columns, blocks = int32(m[tables.N_PRE]), int32(m[tables.N_POST]), int32(m[tables.ALL_BLOCKS])
+        r, c = int32(m[tables.ROWS_OF_BLOCK]), int32(m[tables.COLUMNS_OF_BLOCK])
+        grid_rows, grid_columns = int32(m[tables.GRID_ROWS]), int32(m[tables.GRID_COLUMNS])
+        width, stage = int32(m[tables.BLOCK_WIDTH]), int32(m[tables.BLOCK_STAGE])
+        rank, number = int32(m[tables.RANK]), m[tables.NUMBER]
+        inputs, active = (
+            shared_float32(shared + place[tables.AT_INPUTS]),
+            shared_int32(shared + place[tables.AT_ACTIVE]),
+        )
+        inner, gates = shared_float32(shared + place[tables.AT_INNER]), shared_float32(shared + place[tables.AT_GATES])
+        keys, ratios = shared_int32(shared + place[tables.AT_KEYS]), shared_float32(shared + place[tables.AT_RATIOS])
+        words, maxima = shared_int32(shared + place[tables.AT_WORDS]), shared_int32(shared + place[tables.AT_MAXIMA])
+        ring_at, workers = shared + place[tables.AT_RINGS] + int64(RING_BYTES) * warp, int32(place[tables.WORKERS])
+        ones_at, offsets_at = shared + place[tables.AT_ONES], shared + place[tables.AT_OFFSETS]
+        set_ones(ones_at, thread)
+        # Offsets of the strips of logits, then of the first of two factors.
+        offsets, logit_strips, inner_strips = (
+            shared_int64(offsets_at),
+            int32(m[tables.LOGIT_STRIPS]),
+            int32(m[tables.INNER_STRIPS]),
+        )
+        k = thread
+        while k < logit_strips:
+            offsets[k] = global_int64(m[tables.LOGIT_OFFSETS])[k]
+            k = int32(k + threads)
+        k = thread
+        while k < inner_strips:
+            offsets[int32(logit_strips + k)] = global_int64(m[tables.INNER_OFFSETS])[k]
+            k = int32(k + threads)
+        row_of, begins, counts = global_int64(row_of_at), global_int64(begins_at), global_int32(counts_at)
+        group = cuda.blockIdx.x // splits
+        split, groups = cuda.blockIdx.x - group * splits, cuda.gridDim.x // splits
+        row = int64(group)
+        while row < rows:
+            source = row
+            if row_of_at != 0:
+                source = row_of[row]
+            k = thread
+            while k < n_pre:
+                inputs[k] = np.float32(0)
+                k = int32(k + threads)
+            k = thread
+            while k < grid_rows:
+                active[k] = int32(0)
+                k = int32(k + threads)
+            cuda.syncthreads()
+            entries, count = global_int64(lists_at + 8 * begins[source]), counts[source]
+            best, k = int32(0), thread
+            while k < count:
+                unit, value = low_word(entries[k]), libdevice.int_as_float(high_word(entries[k]))
+                inputs[unit] = value
+                active[int32(unit // r)] = int32(1)
+                best = int32(max(best, magnitude_bits(value)))
+                k = int32(k + threads)
+            best = max_of_warp(best)
+            if lane == 0:
+                maxima[warp] = best
+            cuda.syncthreads()
+            if rank > 0:
+                strip = warp
+                while warp < workers and strip < inner_strips:
+                    at = offsets_at + int64(8) * (logit_strips + strip)
+                    inner_width, inner_stage = int32(m[tables.INNER_WIDTH]), int32(m[tables.INNER_STAGE])
+                    acc = factor_strip(
+                        *(m[tables.INNER_VALUES], at, inner_width, inner_stage, n_pre, rank, strip),
+                        *(int64(0), inputs, ones_at, ring_at, lane),
+                    )
+                    column = int32(strip * inner_width + lane)
+                    if lane < inner_width and column < rank:
+                        inner[column] = acc
+                    strip = int32(strip + workers)
+                cuda.syncthreads()
+            strip = warp
+            while warp < workers and strip < logit_strips:
+                logit_width, logit_stage = int32(m[tables.LOGIT_WIDTH]), int32(m[tables.LOGIT_STAGE])
+                at = offsets_at + int64(8) * strip
+                received, n_received = inputs, n_pre
+                if rank > 0:
+                    received, n_received = inner, rank
+                acc = factor_strip(
+                    *(m[tables.LOGIT_VALUES], at, logit_width, logit_stage, n_received, blocks, strip),
+                    *(m[tables.LOGIT_BIAS], received, ones_at, ring_at, lane),
+                )
+                column = int32(strip * logit_width + lane)
+                if lane < logit_width and column < blocks:
+                    gates[column] = acc
+                strip = int32(strip + workers)
+            cuda.syncthreads()
+            bad = choose(
+                *(gates, keys, ratios, words, maxima, blocks),
+                *(int32(m[tables.KEPT_BLOCKS]), int32(m[tables.SOFTMAX]), me),
+            )
+            if bad and thread == 0:
+                report(status_at, number)
+            cuda.syncthreads()
+            block_strip = split * workers + warp
+            while warp < workers and block_strip < m[tables.BLOCK_STRIPS]:
+                column = int32(block_strip * width + lane)
+                mine, acc, block_column = lane < width and column < columns, np.float32(0), int32(0)
+                if mine:
+                    acc, block_column = global_float32(m[tables.BIAS])[column], int32(column // c)
+                strip_offsets = global_int64(m[tables.BLOCK_OFFSETS] + 8 * (block_strip * grid_rows))
+                rows_of_strip = StripRows(
+                    m[tables.BLOCK_VALUES],
+                    strip_offsets,
+                    width,
+                    stage,
+                    n_pre,
+                    grid_rows,
+                    r,
+                    grid_columns,
+                    block_column,
+                    mine,
+                )
+                acc = add_strip(acc, rows_of_strip, gates, active, inputs, ring_at, lane)
+                if mine:
+                    global_float32(out_at)[row * columns + column] = acc
+                block_strip += splits * workers
+            cuda.syncthreads()
+            row += groups
+
+    return gated_rows, types.void(*[types.int64] * 10)
+
+
+@device_function
+def mark_active(active, row, left, r, value):
+    """Mark the block row of one of neighbouring units; `left` units follow in it. Returns the place of the next one."""
+    if value != 0:
+        active[row] = int32(1)
+    left = int32(left - 1)
+    if left == 0:
+        row, left = int32(row + 1), r
+    return row, left
+
+
+@device_function
+def load_row(row_at, n, r, inputs, active, maxima, me):
+    """Wait for a row of an event log of n units, and write it to shared memory. Returns whether a word did not come."""
+    lane, warp, warps = me
+    at, missing, best = int32(4 * (warp * LANES + lane)), int32(0), int32(0)
+    while at < n:
+        a, b, c, d, complete = poll_event_log(row_at + int64(4) * at, int32(n - at))
+        if not complete:
+            missing = int32(1)
+        inputs[at], inputs[int32(at + 1)], inputs[int32(at + 2)], inputs[int32(at + 3)] = a, b, c, d
+        row = int32(at // r)
+        left = int32(r - (at - row * r))
+        row, left = mark_active(active, row, left, r, a)
+        row, left = mark_active(active, row, left, r, b)
+        row, left = mark_active(active, row, left, r, c)
+        row, left = mark_active(active, row, left, r, d)
+        best = int32(max(best, magnitude_bits(a), magnitude_bits(b), magnitude_bits(c), magnitude_bits(d)))
+        at = int32(at + 4 * LANES * warps)
+    best = max_of_warp(best)
+    if lane == 0:
+        maxima[warp] = best
+    return missing
+
+
+def gated_layer_kernel(kind: tuple[str, str], narrow: bool):
+    """The kernel of a layer with a gated recurrent matrix, and its signature.
+
+    kind      : name and variant of the cell
+    matrix_at, place_at, layer_at : the tables of the matrix, of shared memory and of the layer
+    first     : the first sample of the launch
+    spread    : blocks of a group of samples; tiles, samples : what a block owns
+    """
+    add_strip, update = make_add_strip(narrow), UPDATES[kind]
+    n_gates = len(EQUATIONS[kind[0]][kind[1]].gates)
+
+    def gated_layer(matrix_at, place_at, layer_at, status_at, steps, batch, first, spread, tiles, samples):
+        thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
+        lane, warp, warps = thread & int32(31), thread >> int32(5), threads >> int32(5)
+        me = Lane(lane, warp, warps)
+        m, place, layer = global_int64(matrix_at), global_int64(place_at), global_int64(layer_at)
+        shared = shared_base()
+        group = int64(cuda.blockIdx.x) // spread
+        part, first_sample = int64(cuda.blockIdx.x) - group * spread, first + group * samples
+        own_samples, n = int32(min(samples, batch - first_sample)), int32(layer[tables.ROW_UNITS])
+        width, stage = int32(m[tables.BLOCK_WIDTH]), int32(m[tables.BLOCK_STAGE])
+        first_tile = part * tiles
+        own_tiles = int32(min(tiles, m[tables.BLOCK_STRIPS] // n_gates - first_tile))
+        blocks, kept, softmax = int32(m[tables.ALL_BLOCKS]), int32(m[tables.KEPT_BLOCKS]), int32(m[tables.SOFTMAX])
+        r, c = int32(m[tables.ROWS_OF_BLOCK]), int32(m[tables.COLUMNS_OF_BLOCK])
+        grid_rows, grid_columns = int32(m[tables.GRID_ROWS]), int32(m[tables.GRID_COLUMNS])
+        rank, inner_strips = int32(m[tables.RANK]), int32(m[tables.INNER_STRIPS])
+        inner_width, inner_stage = int32(m[tables.INNER_WIDTH]), int32(m[tables.INNER_STAGE])
+        logit_width, logit_stage = int32(m[tables.LOGIT_WIDTH]), int32(m[tables.LOGIT_STAGE])
+        block_values, bias_at = m[tables.BLOCK_VALUES], m[tables.BIAS]
+        logit_values, logit_bias, inner_values = m[tables.LOGIT_VALUES], m[tables.LOGIT_BIAS], m[tables.INNER_VALUES]
+        own_logits = int32(0)
+        if part < m[tables.LOGIT_STRIPS]:
+            own_logits = int32((m[tables.LOGIT_STRIPS] - part + spread - 1) // spread)
+        log_at, drive_at, states_at = layer[tables.ROW_LOG], layer[tables.ROW_DRIVE], layer[tables.ROW_STATES]
+        row_bytes, logits_at = 4 * layer[tables.ROW_PITCH], layer[tables.ROW_LOGITS]
+        logit_row_bytes, cells = 4 * layer[tables.ROW_LOGIT_PITCH], global_float32(layer[tables.ROW_CELLS])
+        thresholds = global_float32(layer[tables.ROW_THRESHOLDS])
+        inputs_at, active_at = shared + place[tables.AT_INPUTS], shared + place[tables.AT_ACTIVE]
+        inner_at, gates_at = shared + place[tables.AT_INNER], shared + place[tables.AT_GATES]
+        keys, ratios = shared_int32(shared + place[tables.AT_KEYS]), shared_float32(shared + place[tables.AT_RATIOS])
+        words, maxima_at = shared_int32(shared + place[tables.AT_WORDS]), shared + place[tables.AT_MAXIMA]
+        ring_at, workers = shared + place[tables.AT_RINGS] + int64(RING_BYTES) * warp, int32(place[tables.WORKERS])
+        ones_at = shared + place[tables.AT_ONES]
+        drives_in_at, offsets_at = shared + place[tables.AT_DRIVES_IN], shared + place[tables.AT_OFFSETS]
+        drives_in, drives_rec = (
+            shared_float32(drives_in_at),
+            shared_float32(shared + place[tables.AT_DRIVES_REC]),
+        )
+        state = shared_float32(shared + place[tables.AT_STATE])
+        input_pitch, active_pitch = 4 * place[tables.INPUT_PITCH_OF], 4 * place[tables.ACTIVE_PITCH]
+        inner_pitch, gates_pitch = 4 * place[tables.INNER_PITCH], 4 * place[tables.GATES_PITCH]
+
+        set_ones(ones_at, thread)
+        # Offsets of the own strips of weights, of the own strips of logits, and of the first of two factors.
+        offsets, own_rows = shared_int64(offsets_at), int32(own_tiles * n_gates * grid_rows)
+        k = thread
+        while k < own_rows:
+            offsets[k] = global_int64(m[tables.BLOCK_OFFSETS])[first_tile * n_gates * grid_rows + k]
+            k = int32(k + threads)
+        k = thread
+        while k < own_logits:
+            offsets[int32(own_rows + k)] = global_int64(m[tables.LOGIT_OFFSETS])[part + k * spread]
+            k = int32(k + threads)
+        k = thread
+        while k < inner_strips:
+            offsets[int32(own_rows + own_logits + k)] = global_int64(m[tables.INNER_OFFSETS])[k]
+            k = int32(k + threads)
+        k = thread
+        active_words = shared_int32(active_at)
+        while k < own_samples * place[tables.ACTIVE_PITCH]:
+            active_words[k] = int32(0)
+            k = int32(k + threads)
+        sample, tile, item = int32(0), warp, warp
+        while True:
+            sample, tile = next_item(sample, tile, own_tiles)
+            if sample >= own_samples:
+                break
+            unit = int32((first_tile + tile) * width + lane)
+            if lane < width and unit < n:
+                state[item * LANES + lane] = cells[(first_sample + sample) * n + unit]
+            tile, item = int32(tile + warps), int32(item + warps)
+        cuda.syncthreads()
+
+        t = int64(0)
+        while t < steps:
+            row = t * batch + first_sample
+            sample, tile, gate, item = int32(0), int32(0), warp, warp
+            while True:
+                tile, gate = next_item(tile, gate, n_gates)
+                sample, tile = next_item(sample, tile, own_tiles)
+                if sample >= own_samples:
+                    break
+                unit = int32((first_tile + tile) * width + lane)
+                if lane < width and unit < n:
+                    copy_async(
+                        drives_in_at + int64(4) * (item * LANES + lane),
+                        drive_at + int64(4) * ((row + sample) * (n_gates * n) + gate * n + unit),
+                    )
+                gate, item = int32(gate + warps), int32(item + warps)
+
+            # Outputs of the step before.
+            missing, sample = int32(0), int32(0)
+            while sample < own_samples:
+                missing |= load_row(
+                    *(log_at + (row + sample) * row_bytes, n, r),
+                    *(
+                        shared_float32(inputs_at + sample * input_pitch),
+                        shared_int32(active_at + sample * active_pitch),
+                    ),
+                    *(shared_int32(maxima_at + int64(4 * LANES) * sample), me),
+                )
+                sample = int32(sample + 1)
+            if cuda.syncthreads_or(missing):
+                global_int32(status_at + int64(8 * tables.STATUS_FAULT))[0] = 1
+                return
+
+            # The own logits of this step.
+            if rank > 0:
+                sample, strip = int32(0), warp
+                while warp < workers:
+                    sample, strip = next_item(sample, strip, inner_strips)
+                    if sample >= own_samples:
+                        break
+                    at = offsets_at + int64(8) * (own_rows + own_logits + strip)
+                    acc = factor_strip(
+                        *(inner_values, at, inner_width, inner_stage, n, rank, strip, int64(0)),
+                        *(shared_float32(inputs_at + sample * input_pitch), ones_at, ring_at, lane),
+                    )
+                    column = int32(strip * inner_width + lane)
+                    if lane < inner_width and column < rank:
+                        shared_float32(inner_at + sample * inner_pitch)[column] = acc
+                    strip = int32(strip + workers)
+                cuda.syncthreads()
+            sample, k = int32(0), warp
+            while own_logits > 0 and warp < workers:
+                sample, k = next_item(sample, k, own_logits)
+                if sample >= own_samples:
+                    break
+                received, n_received = shared_float32(inputs_at + sample * input_pitch), n
+                if rank > 0:
+                    received, n_received = shared_float32(inner_at + sample * inner_pitch), rank
+                strip = int32(part + k * spread)
+                at = offsets_at + int64(8) * (own_rows + k)
+                acc = factor_strip(
+                    *(logit_values, at, logit_width, logit_stage, n_received, blocks, strip, logit_bias),
+                    *(received, ones_at, ring_at, lane),
+                )
+                column = int32(strip * logit_width + lane)
+                if lane < logit_width and column < blocks:
+                    store_relaxed(logits_at + (row + sample) * logit_row_bytes + int64(4) * column, acc)
+                k = int32(k + workers)
+
+            # All logits of this step.
+            sample = int32(0)
+            while sample < own_samples:
+                gates, at = shared_float32(gates_at + sample * gates_pitch), int32(4 * thread)
+                while at < blocks:
+                    a, b, e, d, complete = poll_event_log(
+                        logits_at + (row + sample) * logit_row_bytes + int64(4) * at, int32(blocks - at)
+                    )
+                    if not complete:
+                        missing = int32(1)
+                    gates[at], gates[int32(at + 1)], gates[int32(at + 2)], gates[int32(at + 3)] = a, b, e, d
+                    at = int32(at + 4 * threads)
+                sample = int32(sample + 1)
+            if cuda.syncthreads_or(missing):
+                global_int32(status_at + int64(8 * tables.STATUS_FAULT))[0] = 1
+                return
+            sample = int32(0)
+            while sample < own_samples:
+                bad = choose(
+                    *(shared_float32(gates_at + sample * gates_pitch), keys, ratios, words),
+                    *(shared_int32(maxima_at + int64(4 * LANES) * sample), blocks, kept, softmax, me),
+                )
+                if bad and thread == 0:
+                    report(status_at, m[tables.NUMBER])
+                sample = int32(sample + 1)
+            cuda.syncthreads()
+
+            # The recurrent drives of the own tiles.
+            sample, tile, gate, item = int32(0), int32(0), warp, warp
+            while warp < workers:
+                tile, gate = next_item(tile, gate, n_gates)
+                sample, tile = next_item(sample, tile, own_tiles)
+                if sample >= own_samples:
+                    break
+                unit = int32((first_tile + tile) * width + lane)
+                mine, acc, block_column = lane < width and unit < n, np.float32(0), int32(0)
+                if mine:
+                    column = int32(gate * n + unit)
+                    acc, block_column = global_float32(bias_at)[column], int32(column // c)
+                strip_at = offsets_at + int64(8) * ((tile * n_gates + gate) * grid_rows)
+                strip_rows = StripRows(
+                    block_values,
+                    shared_int64(strip_at),
+                    width,
+                    stage,
+                    n,
+                    grid_rows,
+                    r,
+                    grid_columns,
+                    block_column,
+                    mine,
+                )
+                acc = add_strip(
+                    *(acc, strip_rows, shared_float32(gates_at + sample * gates_pitch)),
+                    *(
+                        shared_int32(active_at + sample * active_pitch),
+                        shared_float32(inputs_at + sample * input_pitch),
+                    ),
+                    *(ring_at, lane),
+                )
+                drives_rec[item * LANES + lane] = acc
+                gate, item = int32(gate + workers), int32(item + workers)
+            wait_for_copies()
+            cuda.syncthreads()
+
+            # Cells and outputs of this step.
+            k = thread
+            while k < own_samples * place[tables.ACTIVE_PITCH]:
+                active_words[k] = int32(0)
+                k = int32(k + threads)
+            sample, tile, item = int32(0), warp, warp
+            while True:
+                sample, tile = next_item(sample, tile, own_tiles)
+                if sample >= own_samples:
+                    break
+                unit = int32((first_tile + tile) * width + lane)
+                if lane < width and unit < n:
+                    s, p = int32(item * (n_gates * LANES) + lane), int32(item * LANES + lane)
+                    value, after = update(drives_in, s, drives_rec, s, LANES, state[p], np.float32(0), thresholds, unit)
+                    store_relaxed(log_at + (row + batch + sample) * row_bytes + int64(4) * unit, value)
+                    state[p] = after
+                    if states_at != 0:
+                        global_float32(states_at)[(row + sample) * n + unit] = after
+                tile, item = int32(tile + warps), int32(item + warps)
+            cuda.syncthreads()
+            t += 1
+
+        sample, tile, item = int32(0), warp, warp
+        while True:
+            sample, tile = next_item(sample, tile, own_tiles)
+            if sample >= own_samples:
+                break
+            unit = int32((first_tile + tile) * width + lane)
+            if lane < width and unit < n:
+                cells[(first_sample + sample) * n + unit] = state[item * LANES + lane]
+            tile, item = int32(tile + warps), int32(item + warps)
+
+    return gated_layer, types.void(*[types.int64] * 10)

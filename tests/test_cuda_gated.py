@@ -1,0 +1,208 @@
+"""Gated blocks on the GPU: the kernels thread by thread in plain Python, and on a GPU; their packed layout."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eventrnn.backend import BackendUnavailable
+from eventrnn.cells import Cell
+from eventrnn.cuda import tables
+from eventrnn.network import Network
+from eventrnn.simulation import RECORDABLE, Simulator, simulate
+from eventrnn.testing import gated_blocks
+from eventrnn.weights import GatedBlocks, convert
+from support import emulated_gpu
+from support.conformance import assert_same, assert_same_state, same_bits
+from support.ptx import check_ptx, compiler
+
+CELLS = [Cell(), Cell("gru"), Cell("lstm")]
+
+
+def said(value) -> str | None:
+    return value.name if isinstance(value, Cell) else None
+
+
+def case(
+    cell: Cell,
+    *,
+    units=(9,),
+    inputs=5,
+    readout: int | None = 4,
+    steps=2,
+    batch=2,
+    storage="float32",
+    gated=("w_in", "w_rec", "readout"),
+    **options,
+) -> tuple[Network, np.ndarray]:
+    """A network with gated blocks in the matrices of these roles, and inputs of which some are zero.
+
+    options : those of `GatedBlocks.from_weights`
+    """
+    rng = np.random.default_rng(sum(units) + batch)
+    threshold = {"threshold": 0.1} if cell.thresholded else {}
+    network = Network.random(units, inputs=inputs, readout=readout, rng=rng, cell=cell, **threshold)
+    block = options.pop("block", (3, 4))
+    matrices = {}
+    for name, weights in network.matrices().items():
+        stored = convert(2 * weights.to_dense(), "dense", storage=storage)
+        matrices[name] = stored
+        if name.role in gated:
+            with warnings.catch_warnings():
+                # Small gates do not pay.
+                warnings.simplefilter("ignore", UserWarning)
+                options = {"density": 0.4, "gate_rule": "linear"} | options
+                fitting = min(block[0], weights.shape[0]), min(block[1], weights.shape[1])
+                matrices[name] = GatedBlocks.from_weights(stored, block=fitting, rng=rng, **options)
+    x = rng.standard_normal((steps, batch, inputs)) * (rng.random((steps, batch, inputs)) < 0.7)
+    return network.with_matrices(matrices), x.astype(np.float32)
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """A fake GPU on which the kernels run as they are, in plain Python."""
+    pytest.importorskip("eventrnn.cuda.device", exc_type=BackendUnavailable, reason="needs numba-cuda")
+    return emulated_gpu.install(monkeypatch)
+
+
+@given(data=st.data(), gates=st.sampled_from([1, 3]), units=st.integers(1, 40), n_pre=st.integers(1, 20))
+def test_strips_hold_the_rows_of_stored_blocks_once(data, gates, units, n_pre):
+    pytest.importorskip("eventrnn.cuda.device", exc_type=BackendUnavailable, reason="needs numba-cuda")
+    from eventrnn.cuda.gated_matrix import RowStrips
+
+    weights, width = data.draw(gated_blocks((n_pre, gates * units))), data.draw(st.sampled_from([4, 8, 32]))
+    strips, dense, (r, _) = RowStrips.of_blocks(weights, gates, width), weights.blocks.to_dense(), weights.block
+    found, used = np.zeros((n_pre, gates, len(strips.offsets) // gates * width), np.float32), 0
+    values = strips.values
+    if values.dtype == np.uint16:
+        values = (values.astype(np.uint32) << 16).view(np.float32)
+    for strip, offsets in enumerate(strips.offsets):
+        tile, gate = divmod(strip, gates)
+        for row, offset in enumerate(offsets):
+            rows = min(r, n_pre - row * r)
+            if offset >= 0:
+                piece = values[offset : offset + rows * width].reshape(rows, width)
+                found[row * r : row * r + rows, gate, tile * width : (tile + 1) * width] = piece
+                used += piece.size
+    assert np.array_equal(found[:, :, :units].reshape(n_pre, -1), dense)
+    assert 0 <= len(values) - used <= tables.LANES
+    assert strips.stage_rows * width * strips.values.itemsize <= tables.STAGE_BYTES
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_kernels_of_gated_blocks_compile_without_contraction(narrow):
+    compiled = compiler()
+    from eventrnn.cuda.kernels.gated_kernels import gated_layer_kernel, gated_rows_kernel
+
+    check_ptx(compiled(gated_rows_kernel(narrow)))
+    check_ptx(compiled(gated_layer_kernel(("lstm", "standard") if narrow else ("egru", "evnn"), narrow)))
+
+
+EMULATED = [
+    (Cell(), {"units": (9, 6), "steps": 1, "readout": None}),
+    (Cell("gru"), {"gate_rule": "softmax", "rank": 2, "block": (2, 3), "storage": "bfloat16", "readout": None}),
+    (Cell("lstm"), {"batch": 1, "block": (1, 20), "steps": 3}),
+]
+
+
+@pytest.mark.parametrize(("cell", "options"), EMULATED, ids=said)
+def test_emulated_kernels_have_the_bits_of_the_specification(emulated, cell, options):
+    network, x = case(cell, **options)
+    expected = simulate(network, x, backend="reference", record=RECORDABLE)
+    got = simulate(network, x, backend="cuda", record=RECORDABLE)
+    assert {"gated_rows", "gated_layer"} <= set(emulated.launched)
+    assert np.any(expected.output)
+    assert_same(expected, got)
+    assert got.paths["layers.0.w_rec"] == f"gated {options.get('storage', 'float32')} in L2"
+
+
+def cancelling(matrix: str) -> Network:
+    """A network whose logits of one matrix are 1 and -1, both chosen, as long as its units are silent."""
+    network = Network.random([2], inputs=2, readout=2, rng=np.random.default_rng(0), threshold=0.05)
+    weights = network.matrices()[matrix]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        blocks = GatedBlocks.from_weights(
+            weights,
+            block=(1, weights.shape[1]),
+            density=1.0,
+            gate=np.zeros((2, 2), np.float32),
+            gate_bias=np.array([1, -1], np.float32),
+        )
+    return network.with_matrices({matrix: blocks})
+
+
+def check_cancelling(matrix: str) -> None:
+    network, x = cancelling(matrix), np.ones((1, 1, 2), np.float32)
+    simulator = Simulator(network, backend="cuda")
+    with pytest.raises(FloatingPointError, match=f"{matrix}: the gates of its blocks are not finite for some input"):
+        simulator.run(x)
+    assert_same_state(simulator.state, Simulator(network).state)
+    softmax = replace(network.matrices()[matrix], gate_rule="softmax")
+    network = network.with_matrices({matrix: softmax})
+    assert same_bits(simulate(network, x, backend="cuda").output, simulate(network, x).output)
+
+
+def test_emulated_gates_that_are_not_finite_stop_a_run_by_the_name_of_the_matrix(emulated):
+    check_cancelling("layers.0.w_rec")
+
+
+def test_blocks_that_do_not_fit_in_shared_memory_are_refused_before_a_run(monkeypatch, emulated):
+    network, _ = case(CELLS[1])
+    monkeypatch.setattr(type(emulated), "shared_bytes", 9_000)
+    with pytest.raises(ValueError, match=r"cuda: gated blocks 3x4 of a matrix .* need [\d,]+ bytes of shared memory"):
+        simulate(network, np.zeros((1, 1, 5), np.float32), backend="cuda")
+
+
+# --- on a GPU -----------------------------------------------------------------------------------------------
+
+# Options of `case`: one and two factors, both rules, blocks of one row and blocks that are cut, storages, and matrices
+# of another format in the same layer. They share kernels, whose compilation takes most of the time.
+DRAWN = [
+    {"block": (32, 20), "units": (150, 70), "batch": 1},
+    {"block": (50, 64), "gate_rule": "softmax", "rank": 7, "units": (150, 70), "batch": 3, "storage": "int8"},
+    {"block": (7, 45), "units": (70,), "batch": 33, "density": 0.15},
+    {"block": (1, 70), "units": (70, 33), "batch": 2, "gated": ("w_rec", "readout")},
+    {"block": (16, 16), "units": (70, 33), "batch": 5, "gated": ("w_in",), "gate_rule": "softmax"},
+]
+
+
+def check_on_a_gpu(network: Network, x: np.ndarray) -> None:
+    """One run, runs of chunks and single steps have the bits, the counts and the state of the CPU."""
+    expected = simulate(network, x, record=RECORDABLE)
+    assert_same(expected, simulate(network, x, backend="cuda", record=RECORDABLE))
+    simulator = Simulator(network, batch=x.shape[1], backend="cuda")
+    cut, steps = len(x) // 2, len(x) - 3
+    parts = [simulator.run(x[:cut]).output, simulator.run(x[cut:steps]).output]
+    assert same_bits(expected.output, np.concatenate([*parts, [simulator.step(each) for each in x[steps:]]]))
+    assert_same_state(expected.state, simulator.state)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cell", CELLS, ids=said)
+def test_gated_blocks_on_a_gpu_have_the_bits_of_the_cpu(cell):
+    for options in DRAWN:
+        check_on_a_gpu(*case(cell, inputs=40, readout=30, steps=20, **options))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("units", "block", "storage"), [(1536, (128, 128), "float32"), (400, (16, 32), "bfloat16"), (96, (4, 4), "float32")]
+)
+def test_wide_gated_blocks_on_a_gpu_have_the_bits_of_the_cpu(units, block, storage):
+    # More blocks than threads in the last case.
+    for batch in (1, 9):
+        sizes = {"units": (units,), "inputs": 64, "readout": None, "steps": 9, "batch": batch}
+        options = {"block": block, "storage": storage, "density": 0.5, "gate_rule": "softmax"}
+        check_on_a_gpu(*case(Cell("lstm"), **sizes, **options))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("matrix", ["layers.0.w_in", "layers.0.w_rec", "readout"])
+def test_gates_on_a_gpu_that_are_not_finite_stop_a_run_by_the_name_of_the_matrix(matrix):
+    check_cancelling(matrix)
