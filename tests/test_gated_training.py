@@ -15,7 +15,7 @@ import pytest
 from eventrnn import reference
 from eventrnn.counting.backward import count_backward
 from eventrnn.network import Network
-from eventrnn.pruning import GradualPruning
+from eventrnn.pruning import Blocks, GradualPruning, after_training
 from eventrnn.simulation import simulate
 from eventrnn.state import State
 from eventrnn.training import (
@@ -408,6 +408,19 @@ def test_pruned_blocks_are_zero_and_not_stored_and_gates_are_trained():
     again = Trainer(trained, TEXT, Settings(steps=2, batch=4, window=10)).run()
     assert np.array_equal(again.layers[0].w_in.kept(), trained.layers[0].w_in.kept())
     assert not np.array_equal(again.layers[0].w_in.values, trained.layers[0].w_in.values)
+
+
+@pytest.mark.parametrize("storage", ["float32", "int8"])
+def test_a_network_that_is_pruned_in_training_keeps_its_gates_and_storage(storage):
+    network = word_network(rule="softmax")
+    network = network.with_matrices({name: w.stored_as(storage) for name, w in network.matrices().items()})
+    trainer = trainer_of(network)
+    trained = trainer.run()
+    pruned = after_training(trained, network, trainer.model.masks, Blocks(0.5))
+    for name, weights in pruned.matrices().items():
+        assert isinstance(weights, GatedBlocks) and weights.storage == storage, name
+        assert np.array_equal(weights.gate, trained.matrices()[name].gate)
+    assert len(pruned.layers[0].w_in.indices) == -(-network.layers[0].w_in.n_blocks // 2)
 
 
 def test_training_lowers_the_loss_of_a_text_with_a_rule():

@@ -27,7 +27,7 @@ from eventrnn.network import Network
 from eventrnn.pruning.magnitude import check_choices, check_sparsity, gate_rows, magnitude_masks
 from eventrnn.pruning.nm import TRANSPOSABLE_METHODS, nm_mask, transposable_mask
 from eventrnn.pruning.schedule import EMBEDDING, choose, need_tied
-from eventrnn.weights import NM, BlockCSR, Dense, MatrixId, Weights, check_nm, convert
+from eventrnn.weights import NM, BlockCSR, Dense, GatedBlocks, MatrixId, Weights, check_nm, convert
 from eventrnn.weights.gated import need_matrices
 
 #: what an argument that is not a pattern should have been
@@ -305,7 +305,8 @@ def after_training(trained: Network, before: Network, masks: Mapping[str, np.nda
 
     trained : network of the trainer; weights that the masks prune are zero
     before  : network before training
-    masks   : masks of the matrices that were pruned in training; these take the format of the pattern
+    masks   : masks of the matrices that were pruned in training; these take the format of the pattern, but for gated
+              blocks, which stay what they are
 
     int8 weights get new scales, because training changed the values. A tied read-out stays float32, as the embedding.
     """
@@ -319,6 +320,10 @@ def after_training(trained: Network, before: Network, masks: Mapping[str, np.nda
         if tied and name == "readout":
             continue
         new = trained.matrices()[name]
+        if isinstance(new, GatedBlocks):
+            # They have their format and masks already: blocks that are pruned are not stored.
+            changed[name] = new.stored_as(old.storage)
+            continue
         made = pattern.store(name, masked(new, masks[name])) if name in masks else _in_format_of(new, old)
         changed[name] = made.stored_as(old.storage)
     return trained.with_matrices(changed)
