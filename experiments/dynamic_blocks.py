@@ -3,6 +3,7 @@
     python experiments/dynamic_blocks.py speed
     python experiments/dynamic_blocks.py speed --rank 16
     python experiments/dynamic_blocks.py speed --units 512 --block 64x64 --density 0.25
+    python experiments/dynamic_blocks.py gpu                                # needs a GPU, and torch
     python experiments/dynamic_blocks.py quality --variant gated --seed 0   # one model; all of them without options
     python experiments/dynamic_blocks.py draw
 
@@ -10,6 +11,9 @@
 The two networks are timed in turn in one process: `run` is one call for all steps, `step` one call per step. Gates are
 drawn, so that every input chooses other blocks. The threshold is set so that about the asked share of the units is
 active.
+
+`gpu`: one layer of GRU cells and one of LSTM cells at batch 1 on a GPU, beside the same weights without a gate and
+beside cuDNN of the same size (gated_gpu.py). All sides are timed by CUDA events; ours are exact, and equal to the CPU.
 
 `quality`: word models of the Penn Treebank at a size for a CPU (gated_words.py says which variants there are). Only the
 most frequent words are symbols; perplexities are therefore lower than those of all 10,000 words, and comparable among
@@ -29,6 +33,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+import gated_gpu
 import numpy as np
 import typer
 from gated_figures import quality_figure
@@ -47,6 +52,8 @@ from eventrnn.weights import gate_cost
 RESULTS = Path(__file__).parent / "results" / "dynamic_blocks.jsonl"
 FIGURE = Path(__file__).parent / "figures" / "dynamic_blocks.png"
 KEY = ("what", "units", "block", "density", "rank", "asked_activity", "steps")
+
+GPU_KEY = ("what", "cell", "units", "block", "density", "rank", "steps")
 
 # What identifies a trained model.
 QUALITY_KEY = ("what", "variant", "seed", "cell", "hidden", "vocabulary", "epochs", "batch", "window")
@@ -148,6 +155,25 @@ def speed(
         line = records.add(measure_speed(units, parse_block(block), density, rank, asked, steps, repeats))
         ways = ", ".join(f"{way} {value:.2f}x" for way, value in line["speedup"].items())
         console.print(f"activity {line['activity']:.2f} (dense {line['dense_activity']:.2f}): {ways}")
+
+
+@app.command()
+def gpu(
+    cell: Annotated[list[str] | None, typer.Option(help="gru or lstm; repeat for more. [both]")] = None,
+    units: Annotated[int, typer.Option(help="Units of the layer, and inputs.")] = 1536,
+    block: Annotated[str, typer.Option(metavar="RxC", help="Size of a block.")] = "128x128",
+    density: Annotated[float, typer.Option(help="Share of the blocks that an input chooses.")] = 0.5,
+    rank: Annotated[int | None, typer.Option(help="Rank of a gate of two factors. [one factor]")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of a run.")] = 256,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each contestant.")] = 7,
+    results: Annotated[Path, typer.Option(help="Lines are appended to this file.")] = RESULTS,
+) -> None:
+    """Measure cells on a GPU, and print the times and the speed-ups."""
+    records, console = Records(results, GPU_KEY), Console()
+    for name in cell or ("gru", "lstm"):
+        line = records.add(gated_gpu.measure(name, units, parse_block(block), density, rank, steps, repeats))
+        times = ", ".join(f"{who} {value:.2f} µs" for who, value in line["us_per_step"].items())
+        console.print(f"{name}: {times}; {line['speedup']['cudnn']:.2f}x cuDNN in float32 or TF32")
 
 
 @app.command()
