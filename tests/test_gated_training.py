@@ -36,6 +36,7 @@ from eventrnn.training.checkpoint import CheckpointError
 from eventrnn.training.recipes.recipe import load_recipe, train
 from eventrnn.weights import GATE_RULES, Dense, GatedBlocks, NotAMatrix
 from support import tolerance
+from support.planting import plant
 
 SYMBOLS, STEPS = 6, 8
 # 9 units and blocks of 4 x 8: blocks at the far edges are padded.
@@ -87,6 +88,23 @@ def test_gradients_are_those_of_differences_and_of_the_specification(rule, rank)
     for end in ends:
         assert {f"layers.0 evnn cell, smoothed: w_rec{end}", f"layers.1 engine: w_in{end}"} < compared
         assert f"readout engine: {end}" in compared
+
+
+@pytest.mark.parametrize(
+    ("method", "right", "wrong"),
+    [
+        ("input_gradient", "np.einsum('rk,rk->r', d_logits, gates)[:, None] / F32(max(1, gates.shape[1]))", "F32(0)"),
+        ("input_gradient", "team.multiply(self._d_inner(d_logits), matrix.gate.T)", "F32(0)"),
+        ("gradients", "self._scaled(x, self.gates, column, column + 1)[0]", "x"),
+    ],
+    ids=["without the normalisation", "without the logits", "without the gates"],
+)
+def test_a_fault_of_the_backward_pass_is_found(method, right, wrong, monkeypatch):
+    network = network_of(units=(9,))
+    assert check_gradients(network, batch=2, window=3, directions=1).ok
+    plant(monkeypatch, GatedProduct, method, {right: wrong})
+    checked = check_gradients(network, batch=2, window=3, directions=1)
+    assert [row.what for row in checked.rows if not row.ok and "engine" in row.what]
 
 
 def specified(network: Network, tape, d_output: np.ndarray, straight_through: bool, kind: type) -> dict:
