@@ -126,12 +126,14 @@ class Network:
     def check_edits(self) -> None:
         """Check what an edit in place can have broken since the network was made and no run would find.
 
-        Kernels do not check an index, a unit whose threshold is NaN is silent, and some cells do not read thresholds. A
-        run refuses other numbers that are not finite by what comes of them. Raises ValueError. Cost: a pass over the
-        indices.
+        Kernels do not check an index, a unit whose threshold is NaN is silent, some cells do not read thresholds, and a
+        gate that is NaN chooses blocks before anything comes of it. A run refuses other numbers that are not finite by
+        what comes of them. Raises ValueError. Cost: a pass over the indices and the gates of blocks.
         """
-        for weights in self.matrices().values():
+        for name, weights in self.matrices().items():
             weights.check_index()
+            if isinstance(weights, GatedBlocks):
+                weights.check_gate(name)
         for k, layer in enumerate(self.layers):
             check_finite(f"threshold of layer {k}", layer.threshold)
             if not layer.cell.thresholded and layer.threshold.any():

@@ -26,6 +26,9 @@ from eventrnn.weights import GatedBlocks, Weights
 if TYPE_CHECKING:
     from eventrnn.network import Network
 
+# Causes of gates that are not finite, in the order of `state.GATE_FAULTS`.
+BAD_LOGIT, CANCELLED, TOO_LARGE = 1, 2, 3
+
 
 def propagate(weights, values, bias):
     """The drive of all gate rows: `bias + sum over j of weights[j] * values[:, j]`, in ascending j, one FMA per term.
@@ -81,12 +84,14 @@ def block_gates(blocks: ChosenBlocks, values) -> np.ndarray:
         inner = propagate(blocks.gate, values, np.zeros_like(blocks.gate_out[:, 0]))
         logits = propagate(blocks.gate_out, inner, blocks.gate_bias)
     gates = gates_of_logits(blocks, logits)
-    _need_finite(blocks.name, np.abs(gates).max(axis=1, initial=0) * np.abs(values).max(axis=1, initial=0))
+    largest = np.abs(gates).max(axis=1, initial=0) * np.abs(values).max(axis=1, initial=0)
+    _need_finite(blocks.name, largest, TOO_LARGE)
     return gates
 
 
 def gates_of_logits(blocks: ChosenBlocks, logits):
     """`block_gates` of the logits (B, K) of all blocks."""
+    _need_finite(blocks.name, logits, BAD_LOGIT)
     gates = np.zeros_like(logits)
     for row, gate in zip(logits, gates, strict=True):
         # A stable sort leaves equal logits in the order of their blocks.
@@ -103,7 +108,7 @@ def gates_of_logits(blocks: ChosenBlocks, logits):
         for ratio in ratios:
             total = total + ratio
         factor = row.dtype.type(len(row)) / total
-        _need_finite(blocks.name, np.append(row, factor))
+        _need_finite(blocks.name, factor, CANCELLED)
         gate[chosen] = ratios * factor
     return gates
 
@@ -170,9 +175,9 @@ def propagate_back(weights, values, d_drive, *, straight_through: bool = False) 
     return d_values, gradients if blocks.gate_out is None else gradients | {".gate_out": inner.T @ d_logits}
 
 
-def _need_finite(name: str, numbers: np.ndarray) -> None:
+def _need_finite(name: str, numbers: np.ndarray, fault: int) -> None:
     if not np.isfinite(numbers).all():
-        raise gates_not_finite(name)
+        raise gates_not_finite(name, fault)
 
 
 @dataclass

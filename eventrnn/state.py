@@ -379,9 +379,20 @@ def need_finite_cells(cells: tuple[np.ndarray, ...]) -> None:
             )
 
 
-def gates_not_finite(name: str) -> FloatingPointError:
-    """The error where an input of a matrix of gated blocks has no finite gates (`weights/gated.py`)."""
-    return FloatingPointError(
-        f"{name}: the gates of its blocks are not finite for some input. With the rule 'linear', the logits of the "
-        "chosen blocks may cancel: raise gate_bias, or use gate_rule='softmax'; else check the scale of gate and inputs"
-    )
+#: Why an input of a matrix of gated blocks has no finite gates. Kernels report the place in this list, counted from 1.
+GATE_FAULTS = (
+    "a logit is not finite; check the scale of gate, gate_bias and inputs",
+    "the logits of the chosen blocks cancel, and their mean is zero or nearly so; raise gate_bias, or use "
+    "gate_rule='softmax'",
+    "the largest gate times the largest input is beyond float32; check the scale of the inputs, and with the rule "
+    "'linear' raise gate_bias, or use gate_rule='softmax'",
+)
+
+
+def gates_not_finite(name: str, fault: int | None = None) -> FloatingPointError:
+    """The error where an input of a matrix of gated blocks has no finite gates (`weights/gated.py`).
+
+    fault : the cause, counted from 1 in `GATE_FAULTS`; None where it is not known
+    """
+    cause = "; or ".join(GATE_FAULTS) if fault is None else GATE_FAULTS[fault - 1]
+    return FloatingPointError(f"{name}: the gates of its blocks are not finite for some input: {cause}")

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from eventrnn import Dense, Network, load, save
+from eventrnn import Cell, Dense, Network, load, save
 from eventrnn.bench import timing
 from eventrnn.cli.imports import _arrays
 from eventrnn.cli.options import PARTS
 from eventrnn.cli.terminal import progress
 from eventrnn.data.text import Vocabulary
+from eventrnn.pruning import prune
 from support.texts import TEXT, reader_of_text
 
 
@@ -133,6 +134,22 @@ def test_tables_are_printed_without_json(cli, model, text):
         code, out, _ = cli(*arguments)
         assert code == 0 and len(out.splitlines()) > 3 and not out.startswith("{")
     assert "layers.0.w_rec" in cli("info", model)[1], "the names that --exempt takes"
+
+
+@pytest.mark.parametrize(
+    ("cell", "pruned", "expected"),
+    [
+        ("egru", True, "Activity-sparse, pruned, event by event"),
+        ("egru", False, "Activity-sparse, event by event"),
+        ("lstm", True, "Pruned, event by event"),
+        ("gru", False, "Event by event"),
+    ],
+)
+def test_title_of_a_demo_says_what_the_model_is(cell, pruned, expected):
+    from eventrnn.cli.demo import title
+
+    network = Network.random([4], inputs=3, rng=np.random.default_rng(0), cell=Cell(cell))
+    assert title(prune(network, 0.5) if pruned else network) == expected
 
 
 def test_demo_small_model_runs(cli, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eventrnn import Network, State, audit, count, count_per_step, energy, simulate
+from eventrnn import Network, State, audit, cells, count, count_per_step, energy, simulate
 from eventrnn.counting.energy import HOROWITZ_2014
 from eventrnn.testing import ALL_CELLS, networks
 from eventrnn.weights import convert
@@ -149,6 +149,18 @@ def test_audit_detects_a_wrong_count():
     assert not report.agrees and "DIFFERS" in str(report)
     with pytest.raises(ValueError, match="record"):
         audit(network, simulate(network, np.ones((9, 3, 5), np.float32)))
+
+
+@pytest.mark.parametrize("cell", ALL_CELLS, ids=repr)
+def test_audit_does_not_take_the_element_wise_work_from_the_table_that_is_counted_from(cell, monkeypatch):
+    network = Network.random([6], inputs=4, rng=np.random.default_rng(0), cell=cell)
+    simulation = simulate(network, np.ones((9, 3, 4), np.float32), record="events")
+    assert audit(network, simulation).agrees
+    right = cell.equations
+    for wrong in ({"multiplications": right.multiplications + 1}, {"reset_first": not right.reset_first}):
+        monkeypatch.setitem(cells.EQUATIONS[cell.name], cell.variant, replace(right, **wrong))
+        differing = {(row[1], row[4]) for row in audit(network, simulation).rows if row[2] != row[3]}
+        assert ("gate_ops", "equations") in differing and {source for _, source in differing} == {"equations"}
 
 
 def test_energy_is_the_table_times_the_counts():

@@ -38,23 +38,9 @@ from support.conformance import (
 )
 from support.counting import count_executed
 from support.crossover_map import invented_map
+from support.gated import gated, network_of
 
 MIXED = ("gated", "dense", "csr", "block", "nm")
-
-
-def gated(weights, *, block=(2, 2), density=0.5, rule="linear", rng=None) -> GatedBlocks:
-    """Gated blocks with a drawn gate, without the warning that small gates do not pay."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return GatedBlocks.from_weights(
-            weights, block=block, density=density, rng=rng or np.random.default_rng(0), gate_rule=rule
-        )
-
-
-def network_of(units=(12, 7), inputs=5, outputs=4, **options) -> Network:
-    network = Network.random(units, inputs=inputs, readout=outputs, rng=np.random.default_rng(0), threshold=0.05)
-    matrices = {name: gated(3 * w.to_dense(), **options) for name, w in network.matrices().items()}
-    return network.with_matrices(matrices)
 
 
 # --- the product by hand ------------------------------------------------------------------------------------
@@ -215,73 +201,6 @@ def test_copies_of_a_simulator_go_on_with_the_same_bits():
     others = [copy.deepcopy(simulator), pickle.loads(pickle.dumps(simulator))]
     expected = simulator.run(x[4:]).output
     assert all(np.array_equal(other.run(x[4:]).output, expected) for other in others)
-
-
-# --- gates that are not finite ------------------------------------------------------------------------------
-
-
-def cancelling(matrix: str) -> Network:
-    """A network whose logits of one matrix are 1 and -1, both chosen, as long as its units are silent."""
-    network = Network.random([2], inputs=2, readout=2, rng=np.random.default_rng(0), threshold=0.05)
-    weights = gated(network.matrices()[matrix], block=(1, network.matrices()[matrix].shape[1]), density=1.0)
-    bias = np.array([1, -1], np.float32)
-    return network.with_matrices({matrix: replace(weights, gate=np.zeros((2, 2), np.float32), gate_bias=bias)})
-
-
-@pytest.mark.parametrize("matrix", ["layers.0.w_in", "layers.0.w_rec", "readout"])
-def test_logits_that_cancel_stop_a_run_by_the_name_of_the_matrix(matrix):
-    network, x = cancelling(matrix), np.ones((3, 1, 2), np.float32)
-    words = f"{matrix}: the gates of its blocks are not finite for some input.*gate_rule='softmax'"
-    for options in ({}, {"threads": 2}, {"backend": "reference"}):
-        simulator = Simulator(network, **options)
-        for call in (lambda s=simulator: s.run(x), lambda s=simulator: s.step(x[0])):
-            with pytest.raises(FloatingPointError, match=words):
-                call()
-            # The state is that of before, and the next call finds the same.
-            assert_same_state(simulator.state, Simulator(network).state)
-    softmax = replace(network.matrices()[matrix], gate_rule="softmax")
-    assert np.isfinite(simulate(network.with_matrices({matrix: softmax}), x).output).all()
-
-
-def test_a_run_goes_on_after_inputs_whose_gates_were_refused():
-    weights = gated(np.ones((2, 6)), block=(1, 6), density=1.0)
-    weights = replace(weights, gate=np.array([[0, 0], [0, 1]], np.float32), gate_bias=np.array([1, 0], np.float32))
-    network = Network.random([2], inputs=2, rng=np.random.default_rng(0)).with_matrices({"layers.0.w_in": weights})
-    simulator, good = Simulator(network), np.array([[1, 1]], np.float32)
-    with pytest.raises(FloatingPointError, match=r"layers\.0\.w_in"):
-        simulator.step(np.array([[1, -1]], np.float32))
-    assert np.array_equal(simulator.step(good), simulate(network, good[None]).output[0])
-
-
-def test_logits_or_scaled_inputs_beyond_float32_stop_a_run():
-    network = network_of(units=(4,), density=1.0)
-    x = np.full((1, 1, 5), 3e38, np.float32)
-    for backend in ("cpu", "reference"):
-        with pytest.raises(FloatingPointError, match=r"layers\.0\.w_in: the gates"):
-            simulate(network, x, backend=backend)
-    w_in = network.matrices()["layers.0.w_in"]
-    # One block has all of the gates, which are as many as there are blocks.
-    bias = np.full_like(w_in.gate_bias, -60)
-    bias[0] = 0
-    w_in = replace(w_in, gate=np.zeros_like(w_in.gate), gate_bias=bias, gate_rule="softmax")
-    for backend in ("cpu", "reference"):
-        with pytest.raises(FloatingPointError, match=r"layers\.0\.w_in: the gates"):
-            simulate(network.with_matrices({"layers.0.w_in": w_in}), x, backend=backend)
-
-
-def test_logits_of_zero_are_equal_logits():
-    for rule in ("linear", "softmax"):
-        network = network_of(rule=rule)
-        zero = {
-            name: replace(w, gate=np.zeros_like(w.gate), gate_bias=np.zeros_like(w.gate_bias))
-            for name, w in network.matrices().items()
-        }
-        ones = {name: replace(w, gate_bias=np.ones_like(w.gate_bias)) for name, w in zero.items()}
-        x = np.ones((5, 2, 5), np.float32)
-        assert_same(
-            simulate(network.with_matrices(zero), x, record=RECORDABLE),
-            simulate(network.with_matrices(ones), x, record=RECORDABLE),
-        )
 
 
 # --- counts -------------------------------------------------------------------------------------------------

@@ -301,6 +301,55 @@ def test_a_network_is_written_in_the_lowest_version_that_holds_it(path, cell, ga
     assert contents(io.load(path)) == contents(network)
 
 
+def plain_network(cell):
+    return Network.random([8], inputs=4, rng=np.random.default_rng(0), cell=Cell(cell))
+
+
+def gated_network():
+    network, rng = plain_network("egru"), np.random.default_rng(1)
+    blocks = GatedBlocks.from_weights(network.layers[0].w_in, block=(4, 8), density=0.1, rng=rng)
+    return network.with_matrices({"layers.0.w_in": blocks})
+
+
+def rounded_network():
+    network = Network.random([4], symbols=5, embedding=3, readout=5, rng=np.random.default_rng(0))
+    return network.with_rounded_embedding("bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("network", "version", "words"),
+    [
+        (lambda: plain_network("lstm"), 4, "the cell 'lstm', which version 5 added"),
+        (gated_network, 4, "the format 'gated', which version 5 added"),
+        (rounded_network, 3, "an embedding of type uint16, which version 4 added"),
+        (small_network, 2, "layers.1.w_rec.indptr of type uint8, which version 3 added"),
+        (narrow_network, 1, "which version 3 added"),
+    ],
+)
+def test_a_file_that_holds_more_than_its_version_had_is_refused(path, network, version, words):
+    crafted(path, lambda tensors, description: None, version=version, network=network())
+    with pytest.raises(io.ModelFileError, match=f"format version {version}, but it holds .*{words}"):
+        io.load(path)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "change", "words"),
+    [
+        ("gate", lambda array: array * np.nan, "layers.0.w_in: weight gate: got nan"),
+        ("gate_bias", lambda array: array[:1], "layers.0.w_in: gate_bias: got float32 of shape"),
+        ("indices", lambda array: array + 200, "layers.0.w_in: weight indices: outside"),
+        ("values", lambda array: array * np.inf, "layers.0.w_in: weight: got"),
+    ],
+)
+def test_an_invalid_part_of_a_matrix_is_refused_with_the_name_of_the_matrix(path, tensor, change, words):
+    def damage(tensors, description):
+        tensors[f"layers.0.w_in.{tensor}"] = change(tensors[f"layers.0.w_in.{tensor}"])
+
+    crafted(path, damage, network=gated_network())
+    with pytest.raises(io.ModelFileError, match=f"holds no valid network: {words}"):
+        io.load(path)
+
+
 def test_a_file_of_version_1_is_read(path):
     # Version 1 has no N:M weights and no narrow values.
     old = Path(__file__).parent / "golden" / "model_v1.eventrnn"

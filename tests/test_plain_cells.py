@@ -224,8 +224,10 @@ def test_thresholds_and_surrogates_are_refused(cell):
 def test_names_and_variants_of_the_cells():
     assert [Cell(name).variant for name in EQUATIONS] == ["evnn", "after", "standard"]
     assert [Cell(name).gates for name in EQUATIONS] == [3, 3, 4]
-    with pytest.raises(ValueError, match="variant: got 'paper', need one of after, before"):
-        Cell("gru", "paper")
+    assert Cell("gru", "") == Cell("gru") == Cell("gru", "after")
+    for variant in ("paper", None):
+        with pytest.raises(ValueError, match=f"variant: got {variant!r}, need one of after, before"):
+            Cell("gru", variant)
     with pytest.raises(ValueError, match="w_rec: got shape"):
         replace(random_network(Cell("gru")).layers[0], cell=Cell("lstm"))
     assert repr(random_network(Cell("lstm")).layers[0]).startswith("Layer(9 lstm/standard units, w_in=Dense(5x36")

@@ -73,15 +73,17 @@ def demo(
         )
     writable_folder(out, job.FILES, force)
     if named is None:
+        shown = SHOWN
         with progress() as report:
             result = job.run(out, settings, report, overwrite=force)
     else:
         network = io.load(model_file(None, named))
+        shown = job.title(network)
         with progress() as report:
             result = job.run_trained(network, out, seed=seed, report=report, overwrite=force)
     if "text" in result and not as_json:
         print("\n".join(map(printable, result.pop("text").split("\n"))) + "\n")
-    show("Activity-sparse, pruned, event by event" if named else SHOWN, result, as_json)
+    show(shown, result, as_json)
     if not as_json:
         print(f"wrote {printable(out)}/: {', '.join(sorted(p.name for p in out.iterdir() if p.name in job.FILES))}")
     if not result["events_identical"]:

@@ -113,6 +113,14 @@ def run(
     return result | {"seconds": time.perf_counter() - started, "device": device(), "versions": versions()}
 
 
+def title(network: Network) -> str:
+    """What the figures of a trained model show. Only units with a threshold are silent; not every model is pruned."""
+    words = ["activity-sparse"] if all(layer.cell.thresholded for layer in network.layers) else []
+    if any(weights.nnz < weights.shape[0] * weights.shape[1] for weights in network.matrices().values()):
+        words.append("pruned")
+    return ", ".join([*words, "event by event"]).capitalize()
+
+
 def run_trained(
     network: Network,
     folder: Path,

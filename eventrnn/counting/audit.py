@@ -8,10 +8,14 @@ activation by a non-zero weight) is compared as well, and `NEUROBENCH_DIFFERENCE
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
+from typing import Any
 
 import numpy as np
 
+from eventrnn import cells
 from eventrnn._checks import need_kind
 from eventrnn.counting.counts import Counts, OpCounts, count, count_per_step, events_by_matrix
 from eventrnn.events import Events
@@ -31,7 +35,8 @@ class Audit:
     Attributes
     ----------
     rows        : (matrix or layer, quantity, counted, recomputed, source). `source` is "formula" (dense masks times
-                  events), "per step" (the sum of `count_per_step`) or "neurobench"
+                  events), "equations" (the rules of `cells.py`, evaluated with numbers that count their products),
+                  "per step" (the sum of `count_per_step`) or "neurobench"
     differences : known differences of definition, in words; empty where NeuroBench was not used
     """
 
@@ -58,10 +63,11 @@ def audit(network: Network, simulation: Simulation, counts: OpCounts | None = No
     counts : the counts to check; by default those of `count`
 
     The recomputation uses dense 0/1 matrices and the recorded events, neither fan-out tables nor fire counters. The
-    element-wise work and the state bytes of the layers are compared with the sums of `count_per_step`. Bytes of weights
-    are not audited. Where
-    neurobench is installed, its `single_layer_MACs` is compared too. Cost: O(size of every matrix) memory and time.
-    Raises ValueError where events were not recorded, TypeError where they are arrays on a GPU.
+    element-wise work of the layers is that of the rules of `cells.py`, evaluated with numbers that count their
+    products, and the state bytes are those of the arrays that a step reads and writes. Both are compared with the sums
+    of `count_per_step` too. Bytes of weights are not audited. Where neurobench is installed, its `single_layer_MACs`
+    is compared too. Cost: O(size of every matrix) memory and time. Raises ValueError where events were not recorded,
+    TypeError where they are arrays on a GPU.
     """
     counts = count(network, simulation) if counts is None else counts
     need_kind("counts", counts, OpCounts, "the OpCounts of `count`, or None")
@@ -89,6 +95,16 @@ def audit(network: Network, simulation: Simulation, counts: OpCounts | None = No
         compared = _neurobench_rows(name, weights, events, counted, simulation.lengths)
         differences = NEUROBENCH_DIFFERENCES if compared else differences
         rows += compared
+    carried = {name: events for name, (_, events) in events_by_matrix(network, simulation).items()}
+    for k, layer in enumerate(network.layers):
+        rule = _RULES[layer.cell.name][layer.cell.variant]
+        units, events = simulation.sample_steps * layer.units, len(carried[f"layers.{k}.w_rec"].indices)
+        for quantity, value in (
+            ("gate_ops", units * products_of(rule.value) + rule.products_per_event * events),
+            # Bytes of float32 cells and outputs, which are both written.
+            ("state_bytes", 4 * units * (rule.states_read + 2)),
+        ):
+            rows.append((f"layers.{k}", quantity, getattr(counts, quantity)[k], value, "equations"))
     per_layer = [value for key, value in count_per_step(network, simulation).items() if "gate_ops" in value]
     for quantity in ("gate_ops", "state_bytes"):
         for k, values in enumerate(per_layer):
@@ -96,6 +112,81 @@ def audit(network: Network, simulation: Simulation, counts: OpCounts | None = No
                 (f"layers.{k}", quantity, getattr(counts, quantity)[k], int(values[quantity].sum()), "per step")
             )
     return Audit(tuple(rows), differences)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What a step of a cell does element by element.
+
+    Attributes
+    ----------
+    value              : the rule of `cells.py`
+    states_read        : arrays of cells and outputs that a step reads, apart from events
+    products_per_event : products per event that is carried into the step: `r * y` where the reset gate is first
+    """
+
+    value: Callable[..., Any]
+    states_read: int = 1
+    products_per_event: int = 0
+
+
+# Not from `EQUATIONS`, whose numbers `count` uses.
+_RULES = {
+    "egru": {"evnn": _Rule(cells.egru_value), "paper": _Rule(cells.egru_paper_value, 2, 1)},
+    "gru": {"after": _Rule(cells.gru_value), "before": _Rule(cells.gru_before_value, 2, 1)},
+    "lstm": {"standard": _Rule(cells.lstm_value)},
+}
+
+
+class _Counting:
+    """A number that counts the products it takes part in."""
+
+    def __init__(self, value: float, products: list[int]):
+        self.value, self.products = value, products
+
+    def _other(self, value: Any) -> _Counting:
+        return _Counting(value, self.products)
+
+    def __add__(self, other: Any) -> _Counting:
+        return self._other(self.value + _plain(other))
+
+    def __mul__(self, other: Any) -> _Counting:
+        self.products[0] += 1
+        return self._other(self.value * _plain(other))
+
+    def __sub__(self, other: Any) -> _Counting:
+        return self._other(self.value - _plain(other))
+
+    def __rsub__(self, other: Any) -> _Counting:
+        return self._other(_plain(other) - self.value)
+
+    def __neg__(self) -> _Counting:
+        return self._other(-self.value)
+
+    def __rtruediv__(self, other: Any) -> _Counting:
+        return self._other(_plain(other) / self.value)
+
+    # NumPy calls these for its functions of objects.
+    def exp(self) -> _Counting:
+        return self._other(np.exp(self.value))
+
+    def tanh(self) -> _Counting:
+        return self._other(np.tanh(self.value))
+
+    __radd__, __rmul__ = __add__, __mul__
+
+
+def _plain(number: Any) -> Any:
+    return number.value if isinstance(number, _Counting) else number
+
+
+def products_of(rule: Callable[..., Any]) -> int:
+    """The multiplications of a rule of `cells.py` for one unit, those within a sigmoid or a tanh left out: the rule is
+    evaluated with numbers that count."""
+    products = [0]
+    numbers = [np.array([_Counting(0.5, products)], object) for _ in signature(rule).parameters]
+    rule(*numbers)
+    return products[0]
 
 
 def _gated_rows(

@@ -199,8 +199,8 @@ class Plan:
     def check_gates(self) -> None:
         """Raise FloatingPointError, by the name of the matrix, where a run has found gates that are not finite."""
         for name, at in self.faults.items():
-            if self.pools.pointers[at].any():
-                raise gates_not_finite(name)
+            if (found := self.pools.pointers[at]).any():
+                raise gates_not_finite(name, int(found[found > 0].min()))
 
     def forget_faults(self) -> None:
         """Prepare a run: forget the faults of the run before, which may have been interrupted before its check."""

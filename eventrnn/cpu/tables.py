@@ -43,7 +43,8 @@ ROW_TILE = 64
 SEGMENT_WIDTHS = (64, 32, 16, 8, 4)
 
 # A tile of kind GATED (blocks that are chosen per input, `weights/gated.py`) has this header from POINTERS on:
-#   FAULT             set to 1 by the kernel where gates are not finite; everything else in the pools is only read
+#   FAULT             set by the kernel where gates are not finite, to the least cause that it found (BAD_LOGIT and so
+#                     on, `state.GATE_FAULTS`); everything else in the pools is only read
 #   ALL_BLOCKS, KEPT  the number of blocks of the matrix, and of those that an input chooses
 #   SOFTMAX           1 for the rule "softmax", 0 for "linear"
 #   BLOCK_ROWS, BLOCK_UNITS  the number of block rows, and of presynaptic units in one
@@ -62,6 +63,9 @@ FAULT, ALL_BLOCKS, KEPT, SOFTMAX, BLOCK_ROWS, BLOCK_UNITS = range(6)
 GATE_PITCH, GATE_BIAS, GATE, IN_PITCH, RANK, GATE_OUT = range(6, 12)
 
 GATED_HEADER = 12
+
+# Causes of gates that are not finite, in the order of `state.GATE_FAULTS`.
+BAD_LOGIT, CANCELLED, TOO_LARGE = 1, 2, 3
 
 PIECE_BLOCK, PIECE_TARGET, PIECE_VALUES, PIECE_VECTORS = range(4)
 

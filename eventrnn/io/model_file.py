@@ -17,7 +17,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,7 +30,7 @@ import safetensors.numpy
 from eventrnn._files import printable, write_whole
 from eventrnn.cells import Cell, Surrogate
 from eventrnn.network import Layer, Network, Readout
-from eventrnn.weights import RECORDS, Dense, Weights
+from eventrnn.weights import NM, RECORDS, Dense, GatedBlocks, Weights
 from eventrnn.weights.storage import check_scales, from_bfloat16, from_int8, narrowest
 
 FORMAT = "eventrnn"
@@ -37,6 +38,13 @@ FORMAT = "eventrnn"
 VERSION = 5
 
 READABLE = ("1", "2", "3", "4", "5")
+
+# The version that added a cell or a format; others are those of version 1.
+_CELL_SINCE = {"gru": 5, "lstm": 5}
+_FORMAT_SINCE = {NM.name: 2, GatedBlocks.name: 5}
+
+# The lowest version that is written.
+_WRITTEN = 4
 
 # Types of index arrays in memory.
 _INDEX = {"indices": np.int32, "indptr": np.int64}
@@ -100,14 +108,28 @@ def save(network: Network, path: str | os.PathLike, *, overwrite: bool = False) 
 
 def encoded(network: Network) -> bytes:
     """The bytes that `save` writes. Equal networks give equal bytes. Raises as `save` does."""
-    return _encode(*_to_tensors(network), version=_version(network))
+    tensors, description = _to_tensors(network)
+    # The lowest version that can hold the network, so that earlier releases can read what they know.
+    return _encode(tensors, description, version=max(_WRITTEN, *_since(tensors, description)))
 
 
-def _version(network: Network) -> int:
-    """The lowest version that can hold a network, 4 or 5, so that earlier releases can read what they know."""
-    plain = any(layer.cell.name != "egru" for layer in network.layers)
-    gated = any(weights.name == "gated" for weights in network.matrices().values())
-    return VERSION if plain or gated else 4
+def _since(tensors: Mapping[str, np.ndarray], description: Mapping[str, Any]) -> dict[int, str]:
+    """The versions that added something that a file holds, each with one such thing in words."""
+    found = {1: "a network"}
+    # The order of the tensors of a file differs between runs.
+    for key, array in sorted(tensors.items(), key=lambda item: item[0]):
+        name = key.rpartition(".")[2]
+        if name == "values" and array.dtype in (np.uint16, np.int8):
+            found[2] = f"{key} of type {array.dtype}"
+        if name in _INDEX and array.dtype.kind == "u":
+            found[3] = f"{key} of type {array.dtype}"
+        if key == "embedding" and array.dtype in (np.uint16, np.int8):
+            found[4] = f"an embedding of type {array.dtype}"
+    for spec in description["matrices"].values():
+        found[_FORMAT_SINCE.get(spec["format"], 1)] = f"the format {spec['format']!r}"
+    for cell in description["cells"]:
+        found[_CELL_SINCE.get(cell["name"], 1)] = f"the cell {cell['name']!r}"
+    return found
 
 
 def _exists(path: str | os.PathLike) -> FileExistsError:
@@ -127,7 +149,12 @@ def load(path: str | os.PathLike) -> Network:
             raise ModelFileError("cannot be read: not a regular file")
         with open(path, "rb") as file:
             raw, header, end = _read(file)
-        return _from_tensors(*_decode(raw, header, end))
+        tensors, description = _decode(raw, header, end)
+        # What a file holds is taken out of the tensors below.
+        held = dict(tensors)
+        network = _from_tensors(tensors, description)
+        _check_version(int(header["__metadata__"]["version"]), _since(held, description))
+        return network
     except FileNotFoundError:
         words = "no such file"
     except OSError as error:
@@ -141,6 +168,13 @@ def load(path: str | os.PathLike) -> Network:
     except RecursionError:
         words = "holds no valid network: its description is nested too deeply"
     raise ModelFileError(f"{printable(path)}: {printable(words)}")
+
+
+def _check_version(version: int, since: Mapping[int, str]) -> None:
+    """Refuse a file that holds what its version did not have: a reader of that version would not know it."""
+    needed = max(since)
+    if needed > version:
+        raise ModelFileError(f"format version {version}, but it holds {since[needed]}, which version {needed} added")
 
 
 # --- network <-> tensors and their description --------------------------------------------------------------
@@ -210,22 +244,36 @@ def _from_tensors(tensors: dict[str, np.ndarray], description: Any) -> Network:
         if "from" in _need_type(name, spec, dict, "an object"):
             matrices[name] = _transposed_embedding(name, spec, embedding)
             continue
-        matrices[name] = _matrix(name, spec, tensors, stored)
-        matrices[name].check(full=True)
+        with _named(name):
+            matrices[name] = _matrix(name, spec, tensors, stored)
+            matrices[name].check(full=True)
     layers = []
     for k, described in enumerate(description["cells"]):
         cell = _cell(f"cells.{k}", described)
         vectors = {key: tensors.pop(f"layers.{k}.{key}") for key in _VECTORS}
         w_in, w_rec = matrices.pop(f"layers.{k}.w_in"), matrices.pop(f"layers.{k}.w_rec")
-        layers.append(Layer(w_in, w_rec, **vectors, cell=cell))
+        with _named(f"layers.{k}"):
+            layers.append(Layer(w_in, w_rec, **vectors, cell=cell))
     readout = None
     if "readout" in matrices:
-        readout = Readout(matrices.pop("readout"), tensors.pop("readout.bias"), tied=description["tied"])
+        with _named("readout"):
+            readout = Readout(matrices.pop("readout"), tensors.pop("readout.bias"), tied=description["tied"])
     elif description["tied"]:
         raise ValueError("tied: true, but there is no readout")
     if tensors or matrices:
         raise ModelFileError(f"holds what no layer uses: {', '.join([*tensors, *matrices])}")
     return Network(tuple(layers), embedding, readout, metadata)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Let what is said about an invalid part of a network begin with its name."""
+    try:
+        yield
+    except ModelFileError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ValueError(str(error) if str(error).startswith(name) else f"{name}: {error}") from None
 
 
 def _matrix(name: str, spec: dict[str, Any], tensors: dict[str, np.ndarray], stored: int) -> Weights:

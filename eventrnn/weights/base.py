@@ -212,7 +212,9 @@ def finite_matrix(dense: np.ndarray) -> np.ndarray:
 
 def need_plain(name: str, array: np.ndarray) -> None:
     """Raise TypeError for what is not a NumPy array, and ValueError for a masked one."""
-    need_kind(name, array, np.ndarray, "a NumPy array; from_dense makes the record of a matrix")
+    need_kind(
+        name, array, np.ndarray, "a NumPy array; from_dense, of gated blocks from_weights, makes the record of a matrix"
+    )
     plain_array(name, array)
 
 

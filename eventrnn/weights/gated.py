@@ -37,7 +37,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from eventrnn._checks import check_finite, float32_array, need_choice, need_kind, need_number, need_whole
+from eventrnn._checks import check_finite, float32_array, need_choice, need_kind, need_number, need_whole, number_array
 from eventrnn.weights.base import Weights, need_plain, need_shape
 from eventrnn.weights.block import BlockCSR, check_block
 
@@ -92,18 +92,10 @@ class GatedBlocks(Weights):
         need_shape(self.shape)
         object.__setattr__(self, "density", need_density(self.density))
         need_choice("gate_rule", self.gate_rule, GATE_RULES)
+        check_block(self.block, self.shape)
+        _need_gate(self.shape, self.block, self.gate, self.gate_bias, self.gate_out)
         # The record of the blocks checks their sizes.
-        n_blocks = math.prod(block_grid(self.blocks.shape, self.blocks.block))
-        shapes = {"gate": (self.shape[0], n_blocks), "gate_bias": (n_blocks,)}
-        if self.gate_out is not None:
-            need_plain("gate_out", self.gate_out)
-            rank = len(self.gate_out) if self.gate_out.ndim else 0
-            shapes |= {"gate": (self.shape[0], max(1, rank)), "gate_out": (max(1, rank), n_blocks)}
-        for name, shape in shapes.items():
-            array = getattr(self, name)
-            need_plain(name, array)
-            if array.dtype != np.float32 or array.shape != shape:
-                raise TypeError(f"{name}: got {array.dtype} of shape {array.shape}, need float32 of shape {shape}")
+        _ = self.blocks
 
     @cached_property
     def blocks(self) -> BlockCSR:
@@ -180,6 +172,16 @@ class GatedBlocks(Weights):
             if len(gate_out) == 0:
                 raise ValueError(f"gate_out: got shape {gate_out.shape}, need (rank, blocks) with a rank >= 1")
         density = need_density(density)
+        need_choice("gate_rule", gate_rule, GATE_RULES)
+        if not isinstance(weights, Weights):
+            weights = number_array("weights", weights, "(n_pre, n_post)", ndim=2)
+        check_block(block, weights.shape)
+        if gate is not None:
+            gate, gate_bias = (
+                float32_array("gate", gate, "(n_pre, blocks)"),
+                float32_array("gate_bias", gate_bias, "(b,)"),
+            )
+            _need_gate(weights.shape, block, gate, gate_bias, gate_out)
         if isinstance(weights, Weights):
             inner = BlockCSR.from_weights(weights, block=block)
         else:
@@ -195,7 +197,7 @@ class GatedBlocks(Weights):
             gate = _drawn(rng, inner.shape[0], n_blocks if rank is None else rank)
             gate_out = None if rank is None else _drawn(rng, rank, n_blocks)
             gate_bias = np.ones(n_blocks, np.float32)
-        gate, gate_bias = float32_array("gate", gate, "(n_pre, blocks)"), float32_array("gate_bias", gate_bias, "(b,)")
+        assert gate is not None and gate_bias is not None
         made = cls(
             *(inner.indptr, inner.indices, values, inner.shape, inner.block),
             *(gate, gate_bias, density, gate_rule, gate_out, scales),
@@ -224,16 +226,17 @@ class GatedBlocks(Weights):
         """With `full`, check the blocks as `BlockCSR` does, and that the gate is finite. Raises ValueError."""
         self.blocks.check(full)
         if full:
-            self._check_gate("weight")
+            self.check_gate("weight")
 
     def check_index(self) -> None:
         self.blocks.check_index()
 
     def check_finite(self, name: str) -> None:
         super().check_finite(name)
-        self._check_gate(name)
+        self.check_gate(name)
 
-    def _check_gate(self, name: str) -> None:
+    def check_gate(self, name: str) -> None:
+        """Raise ValueError for a number of the gate that is not finite; `name` is that of the matrix. O(gate)."""
         check_finite(f"{name} gate", self.gate)
         check_finite(f"{name} gate_bias", self.gate_bias)
         if self.gate_out is not None:
@@ -269,6 +272,28 @@ class GatedBlocks(Weights):
         r, c = self.block
         rank = "" if self.gate_out is None else f" of rank {len(self.gate_out)}"
         return f"{r}x{c}, {self.kept_blocks} of {self.n_blocks} blocks per input, {self.gate_rule} gate{rank}"
+
+
+def _need_gate(
+    shape: tuple[int, ...],
+    block: tuple[int, int],
+    gate: np.ndarray,
+    gate_bias: np.ndarray,
+    gate_out: np.ndarray | None,
+) -> None:
+    """Raise TypeError for a gate that is not float32 of the shapes that blocks of a matrix of that shape need."""
+    n_blocks, arrays = math.prod(block_grid((shape[0], shape[1]), block)), {"gate": gate, "gate_bias": gate_bias}
+    shapes: dict[str, tuple[int, ...]] = {"gate": (shape[0], n_blocks), "gate_bias": (n_blocks,)}
+    if gate_out is not None:
+        arrays["gate_out"] = gate_out
+        need_plain("gate_out", gate_out)
+        rank = len(gate_out) if gate_out.ndim else 0
+        shapes |= {"gate": (shape[0], max(1, rank)), "gate_out": (max(1, rank), n_blocks)}
+    for name, need in shapes.items():
+        array = arrays[name]
+        need_plain(name, array)
+        if array.dtype != np.float32 or array.shape != need:
+            raise TypeError(f"{name}: got {array.dtype} of shape {array.shape}, need float32 of shape {need}")
 
 
 def _drawn(rng: np.random.Generator, n: int, columns: int) -> np.ndarray:

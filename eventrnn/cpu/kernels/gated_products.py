@@ -20,8 +20,10 @@ from eventrnn.cpu.kernels.simd import LANES
 from eventrnn.cpu.kernels.spmm import copy
 from eventrnn.cpu.tables import (
     ALL_BLOCKS,
+    BAD_LOGIT,
     BLOCK_ROWS,
     BLOCK_UNITS,
+    CANCELLED,
     FAULT,
     GATE,
     GATE_BIAS,
@@ -42,6 +44,7 @@ from eventrnn.cpu.tables import (
     RANK,
     SCALES,
     SOFTMAX,
+    TOO_LARGE,
 )
 
 # A key is the bits of a float32 as an integer that is in the same order: those of a negative number are flipped, apart
@@ -163,6 +166,23 @@ def products_are_finite(gates, at, n, values, begin, count):
 
 
 @inlined
+def gates_of_row(gates, at, keys, k0, n, kept, softmax, values, begin, count):
+    """Turn the `n` logits gates[at:] of a row into gates; returns 0, or why they are not finite.
+
+    keys          : from k0 on 1 for a chosen block, else 0, written here
+    values        : the inputs of the row, `count` from `begin` on
+    """
+    fault = 0
+    if not choose(gates, at, keys, k0, n, kept):
+        fault = BAD_LOGIT
+    if not to_gates(gates, at, keys, k0, n, softmax) and fault == 0:
+        fault = CANCELLED
+    if not products_are_finite(gates, at, n, values, begin, count) and fault == 0:
+        fault = TOO_LARGE
+    return fault
+
+
+@inlined
 def row_gates(pools, p0, workspace, begin, count, at, spare):
     """Write the gates of a drive row to workspace.blas_product from `at` on; what lies from `spare` on is scratch."""
     pointers, gates = pools.pointers, workspace.blas_product
@@ -170,11 +190,10 @@ def row_gates(pools, p0, workspace, begin, count, at, spare):
     keys = gates.view(np.int32)
     add_logits(pools, p0, workspace, begin, count, gates, at)
     if n > 0:
-        finite = choose(gates, at, keys, spare, n, kept)
-        finite &= to_gates(gates, at, keys, spare, n, pointers[p0 + SOFTMAX] != 0)
-        finite &= products_are_finite(gates, at, n, workspace.panel_values, begin, count)
-        if not finite:
-            pointers[p0 + FAULT] = 1
+        softmax = pointers[p0 + SOFTMAX] != 0
+        fault = gates_of_row(gates, at, keys, spare, n, kept, softmax, workspace.panel_values, begin, count)
+        if fault != 0 and (pointers[p0 + FAULT] == 0 or fault < pointers[p0 + FAULT]):
+            pointers[p0 + FAULT] = fault
 
 
 @inlined

@@ -168,7 +168,7 @@ class GatedProduct:
             *(gates.reshape(-1), self.slopes[some].reshape(-1), faults),
         )
         if faults.any():
-            raise gates_not_finite(matrix.name)
+            raise gates_not_finite(matrix.name, int(faults[faults > 0].min()))
         drives = np.empty((n, matrix.weights.shape[1]), F32) if out is None else out
         if self._together(n):
             products = np.matmul(self._scaled(x, gates, 0, self.grid[1]), self.stacked)

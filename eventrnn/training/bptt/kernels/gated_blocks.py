@@ -9,7 +9,7 @@ The choice and the gates are those of the engine (`cpu/kernels/gated_products.py
 from __future__ import annotations
 
 from eventrnn import cells
-from eventrnn.cpu.kernels.gated_products import choose, products_are_finite, to_gates
+from eventrnn.cpu.kernels.gated_products import gates_of_row
 from eventrnn.cpu.kernels.jit import compiled
 from eventrnn.cpu.kernels.simd import LANES, load
 from eventrnn.cpu.kernels.simd_reductions import everywhere, sum_lanes
@@ -25,18 +25,16 @@ def gates_of_logits(
     straight_through : whether blocks that are not chosen have a slope too
     chosen           : (R, K) int32, 1 for a chosen block
     slopes           : (R, K), see `GatedProduct`
-    faults           : (threads,) int64, 1 for a thread with a row whose gates are not finite
+    faults           : (threads,) int64, the least cause of a thread's gates that are not finite, or 0
     """
     faults[thread] = 0
     for row in range(rows * thread // n_threads, rows * (thread + 1) // n_threads):
         at = row * blocks
         for b in range(at, at + blocks):
             gates[b] = logits[b]
-        finite = choose(gates, at, chosen, at, blocks, kept)
-        finite &= to_gates(gates, at, chosen, at, blocks, softmax)
-        finite &= products_are_finite(gates, at, blocks, x, row * inputs, inputs)
-        if not finite:
-            faults[thread] = 1
+        fault = gates_of_row(gates, at, chosen, at, blocks, kept, softmax, x, row * inputs, inputs)
+        if fault != 0 and (faults[thread] == 0 or fault < faults[thread]):
+            faults[thread] = fault
         pivot, started = at, False
         for b in range(at, at + blocks):
             if chosen[b] != 0:
