@@ -44,7 +44,8 @@ class Progress:
     epoch      : number of complete passes over the data
     share      : share of the run that is done, in [0, 1]
     operations : effective multiplications of the layers so far, forward and backward, without the read-out. Forward
-                 products count events; backward products count events and entries with a surrogate derivative
+                 products count events; backward products count events and entries with a surrogate derivative. Of
+                 gated blocks only those with a gate count, and the multiplications of the gates do not
     validation : figures of the validation after this update; empty if there was none
     """
 
