@@ -5,6 +5,7 @@ Build with `sphinx-build -W --keep-going -b html docs docs/_build`.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 
 import eventrnn
@@ -25,6 +26,9 @@ autodoc_default_options = {"members": True, "show-inheritance": True}
 python_maximum_signature_line_length = 100
 # Annotations name private helpers and NumPy types that have no page here.
 nitpicky = False
+
+# The page of `eventrnn.torch` is made without PyTorch, too.
+autodoc_mock_imports = [] if importlib.util.find_spec("torch") else ["torch"]
 
 html_theme = "pydata_sphinx_theme"
 html_title = "eventrnn"

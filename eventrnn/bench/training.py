@@ -23,8 +23,8 @@ from eventrnn.training.bptt.model import BACKWARDS, Model, Tape
 
 #: "torch": torch.nn.GRU, a dense model of the same size; "torch-loop": the same cell as a PyTorch loop whose drives of
 #: all steps come from one operation; "torch-loop-indexed": the loop of the published code (EvNN's `EGRUScript`), which
-#: indexes the drives in every step
-TRAINING_BASELINES = ("torch", "torch-loop", "torch-loop-indexed")
+#: indexes the drives in every step; "torch-bridge": `eventrnn.torch.EGRU`, this engine as a module
+TRAINING_BASELINES = ("torch", "torch-loop", "torch-loop-indexed", "torch-bridge")
 
 INPUT_GRADIENTS = ("open", "all", "none")
 
@@ -146,7 +146,7 @@ def training(*, report: Report = lambda stage: None, **case: Any) -> dict:
         figures = _measured(asked, network, tape)
         del tape, gradients
         whole = asked.input_gradient != "none"
-        baselines = {name: _baseline(name, network, x, d_output, whole) for name in asked.baselines}
+        baselines = {name: _baseline(name, network, x, d_output, whole, asked.threads) for name in asked.baselines}
         for name in baselines:
             if name in LOOPS:
                 report(f"comparing gradients with {name}")
@@ -229,6 +229,22 @@ def _gru_window(network: Network, x: np.ndarray, d_output: np.ndarray, input_gra
     return run
 
 
+def _bridge_window(network: Network, x: np.ndarray, d_output: np.ndarray, input_gradient: bool, threads: int) -> Run:
+    """The same window through `eventrnn.torch.EGRU`, whose module and autograd stand around our engine."""
+    torch = import_torch()
+    from eventrnn.torch import EGRU
+
+    module = EGRU.from_network(network, threads=threads)
+    given, upstream = torch.from_numpy(np.array(x)).requires_grad_(input_gradient), torch.from_numpy(d_output)
+
+    def run() -> None:
+        for parameter in (*module.parameters(), given):
+            parameter.grad = None
+        module(given)[0].backward(upstream)
+
+    return run
+
+
 def torch_loop(
     network: Network, x: np.ndarray, d_output: np.ndarray, input_gradient: bool, indexed: bool
 ) -> tuple[Run, Callable[[], dict[str, np.ndarray]]]:
@@ -290,7 +306,11 @@ def torch_loop(
 LOOPS = {"torch-loop": False, "torch-loop-indexed": True}
 
 
-def _baseline(name: str, network: Network, x: np.ndarray, d_output: np.ndarray, input_gradient: bool) -> Run:
+def _baseline(
+    name: str, network: Network, x: np.ndarray, d_output: np.ndarray, input_gradient: bool, threads: int
+) -> Run:
+    if name == "torch-bridge":
+        return _bridge_window(network, x, d_output, input_gradient, threads)
     if name in LOOPS:
         return torch_loop(network, x, d_output, input_gradient, LOOPS[name])[0]
     return _gru_window(network, x, d_output, input_gradient)

@@ -65,7 +65,7 @@ class Noise:
     """Masks of a window of T steps and B samples. A 1 in place of B shares a mask over the batch; None applies no mask.
 
     Scales are float32, and 0 or 1 / (1 - rate). `inputs`, `between` and `top` may also have shape (T, 1, size): one
-    mask per step, shared over the batch.
+    mask per step, shared over the batch; or (T, B, size): one per step and sample.
 
     Attributes
     ----------
@@ -119,8 +119,9 @@ class Noise:
         scales = [("inputs", self.inputs, inputs), ("top", self.top, sizes[-1])]
         scales += [(f"between[{k}]", mask, sizes[k]) for k, mask in enumerate(self.between)]
         for name, mask, size in scales:
-            if mask is not None and mask.shape not in ((batch, size), (1, size), (steps, 1, size)):
-                need = f"({batch}, {size}), (1, {size}) or ({steps}, 1, {size})"
+            shapes = ((batch, size), (1, size), (steps, 1, size), (steps, batch, size))
+            if mask is not None and mask.shape not in shapes:
+                need = f"({batch}, {size}), (1, {size}), ({steps}, 1, {size}) or ({steps}, {batch}, {size})"
                 raise ValueError(f"noise {name}: got shape {mask.shape}, need {need}")
         for k, mask in enumerate(self.recurrent):
             if mask is not None and mask.shape != (shape := (sizes[k], gates[k] * sizes[k])):
