@@ -15,11 +15,12 @@ from eventrnn.cells import Cell
 from eventrnn.cpu.threads import Team
 from eventrnn.training.bptt.gated_products import GatedMatrix, GatedProduct, rows_of
 from eventrnn.training.bptt.tape import GradientMask, LayerTape, active
+from eventrnn.training.bptt.workspace import Arena
 
 
-def products(p: Mapping[str, np.ndarray | GatedMatrix], rows: int, team: Team) -> dict[str, GatedProduct]:
+def products(p: Mapping[str, np.ndarray | GatedMatrix], rows: int, team: Team, arena: Arena) -> dict[str, GatedProduct]:
     """The products of the matrices of gated blocks among the parameters of a layer, for so many rows."""
-    return {name: GatedProduct(each, rows, team) for name, each in p.items() if isinstance(each, GatedMatrix)}
+    return {name: GatedProduct(each, rows, team, arena) for name, each in p.items() if isinstance(each, GatedMatrix)}
 
 
 def pairs_of_outputs(cell: Cell, tape: LayerTape) -> np.ndarray:

@@ -37,6 +37,7 @@ from eventrnn.counting.backward import BackwardWork
 from eventrnn.cpu.threads import Team
 from eventrnn.state import gates_not_finite
 from eventrnn.training.bptt.kernels import gated_blocks
+from eventrnn.training.bptt.workspace import Arena
 from eventrnn.weights.gated import GatedBlocks, block_grid, kept_blocks
 
 F32 = np.float32
@@ -128,6 +129,7 @@ class GatedProduct:
     matrix : the matrix
     rows   : steps times samples of the window
     team   : the threads
+    arena  : memory for arrays, shared by the products of a model; a new one by default
 
     Attributes
     ----------
@@ -138,13 +140,14 @@ class GatedProduct:
                             adds; None for none
     """
 
-    def __init__(self, matrix: GatedMatrix, rows: int, team: Team):
+    def __init__(self, matrix: GatedMatrix, rows: int, team: Team, arena: Arena | None = None):
         self.matrix, self.rows, self.team = matrix, rows, team
+        self.take = take = (Arena() if arena is None else arena).take
         self.grid = block_grid(matrix.weights.shape, matrix.block)
         size = rows, len(matrix.gate_bias)
-        self.logits, self.gates, self.slopes, self.d_logits = (np.empty(size, F32) for _ in range(4))
-        self.chosen = np.empty(size, np.int32)
-        self.inner = np.empty((rows, 0 if matrix.gate_out is None else len(matrix.gate_out)), F32)
+        self.logits, self.gates, self.slopes, self.d_logits = (take(*size) for _ in range(4))
+        self.chosen = take(*size, dtype=np.int32)
+        self.inner = take(rows, 0 if matrix.gate_out is None else len(matrix.gate_out))
         self.d_further: np.ndarray | None = None
 
     def drives(self, x: np.ndarray, first: int, out: np.ndarray | None = None) -> np.ndarray:
@@ -169,9 +172,10 @@ class GatedProduct:
         )
         if faults.any():
             raise gates_not_finite(matrix.name, int(faults[faults > 0].min()))
-        drives = np.empty((n, matrix.weights.shape[1]), F32) if out is None else out
+        drives = self.take(n, matrix.weights.shape[1]) if out is None else out
         if self._together(n):
-            products = np.matmul(self._scaled(x, gates, 0, self.grid[1]), self.stacked)
+            scaled = self._scaled(x, gates, 0, self.grid[1])
+            products = np.matmul(scaled, self.stacked, out=self.take(self.grid[1], n, matrix.block[1]))
             drives[:] = products.transpose(1, 0, 2).reshape(n, -1)[:, : drives.shape[1]]
             return drives
         for column, outputs in self._columns():
@@ -186,7 +190,8 @@ class GatedProduct:
         matrix, team, n = self.matrix, self.team, len(x)
         some = slice(first, first + n)
         gates, slopes, d_logits = self.gates[some], self.slopes[some], self.d_logits[some]
-        d_x = np.zeros(x.shape, F32)
+        d_x = self.take(*x.shape)
+        d_x[:] = 0
 
         def scale_back(first: int, last: int, d_scaled: np.ndarray) -> None:
             team.run(
@@ -199,10 +204,12 @@ class GatedProduct:
             padded = np.zeros((n, self.grid[1] * matrix.block[1]), F32)
             padded[:, : d_drives.shape[1]] = d_drives
             by_column = padded.reshape(n, self.grid[1], matrix.block[1]).transpose(1, 0, 2)
-            scale_back(0, self.grid[1], np.matmul(by_column, self.stacked.transpose(0, 2, 1)))
+            d_scaled = self.take(self.grid[1], *x.shape)
+            scale_back(0, self.grid[1], np.matmul(by_column, self.stacked.transpose(0, 2, 1), out=d_scaled))
         else:
+            d_scaled = self.take(*x.shape)
             for column, outputs in self._columns():
-                d_scaled = team.multiply(d_drives[:, outputs], matrix.weights[:, outputs].T)
+                team.multiply(d_drives[:, outputs], matrix.weights[:, outputs].T, d_scaled)
                 scale_back(column, column + 1, d_scaled)
         # Until here these are the gradients of the gates.
         d_logits -= np.einsum("rk,rk->r", d_logits, gates)[:, None] / F32(max(1, gates.shape[1]))
@@ -218,7 +225,7 @@ class GatedProduct:
         By the end of the name of each parameter: "" for the weights, and `GATE_PARAMETERS`.
         """
         matrix, team = self.matrix, self.team
-        d_weights = np.empty(matrix.weights.shape, F32)
+        d_weights = self.take(*matrix.weights.shape)
         for column, outputs in self._columns():
             scaled = self._scaled(x, self.gates, column, column + 1)[0]
             team.multiply(scaled.T, d_drives[:, outputs], d_weights[:, outputs])
@@ -240,9 +247,11 @@ class GatedProduct:
         input_gradient_rows : see `BackwardWork`
         """
         (inputs, outputs), (r, c) = self.matrix.weights.shape, self.matrix.block
-        padded = np.zeros((inputs, self.grid[1] * c), np.int64)
-        padded[:, :outputs] = 1 if mask is None else mask
-        kept = padded.reshape(inputs, self.grid[1], c).sum(axis=2)
+        firsts = np.arange(0, outputs, c)
+        if mask is None:
+            kept = np.broadcast_to(np.diff(firsts, append=outputs), (inputs, self.grid[1]))
+        else:
+            kept = np.add.reduceat(mask, firsts, axis=1, dtype=np.int64)
         fired = x != 0
         work = BackwardWork.none(kept.sum(axis=1), outputs, self.rows)
         work.fired, work.active_pairs = np.count_nonzero(fired, axis=0), np.count_nonzero(pairs, axis=0)
@@ -286,7 +295,7 @@ class GatedProduct:
 
     def _scaled(self, x: np.ndarray, gates: np.ndarray, first: int, last: int) -> np.ndarray:
         """The inputs scaled by the gates of the block columns from `first` to `last` (columns, n, J)."""
-        scaled = np.empty((last - first, *x.shape), F32)
+        scaled = self.take(last - first, *x.shape)
         size = len(x), x.reshape(-1), x.shape[1], gates.reshape(-1), gates.shape[1], self.grid[1]
         self.team.run(gated_blocks.scale_inputs, *size, first, last, self.matrix.block[0], scaled.reshape(-1))
         return scaled

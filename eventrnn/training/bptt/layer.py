@@ -165,7 +165,7 @@ class LayerEngine:
         u, r, g, q, v = (take(steps, batch, n) for _ in range(5))
         ys, cs = take(steps + 1, batch, n), take(steps + 1, batch, n)
         ys[0], cs[0] = y, c
-        products = gated_layer.products(p, steps * batch, self.team)
+        products = gated_layer.products(p, steps * batch, self.team, self.arena)
         state = (v, ys, cs, p["threshold"])
         tape = EventTape(x, values_of(p["w_rec"]), *state, engine=self, products=products, u=u, r=r, g=g, q=q)
         drive_in = take(steps * batch * pitch + SPARE)

@@ -302,7 +302,7 @@ class Model:
         if "readout.bias" in p:
             top = x.reshape(-1, x.shape[2])
             if "readout" in self.gated:
-                readout = GatedProduct(self._gated_matrix("readout", gating), len(top), self._team)
+                readout = GatedProduct(self._gated_matrix("readout", gating), len(top), self._team, self._arena)
                 flat = readout.drives(np.ascontiguousarray(top), 0)
             else:
                 flat = self._team.multiply(top, self.readout_weights())

@@ -83,7 +83,7 @@ class PlainLayerEngine(LayerEngine):
         """Run a window from a state. Parameters: see `LayerEngine.forward`; the threshold is not read."""
         (steps, batch), w_rec, take = x.shape[:2], values_of(p["w_rec"]), self.arena.take
         n, columns = w_rec.shape
-        products, size = gated_layer.products(p, steps * batch, self.team), PlainSize(batch, n)
+        products, size = gated_layer.products(p, steps * batch, self.team, self.arena), PlainSize(batch, n)
         gates, ys = take(steps, batch, columns), take(steps + 1, batch, n)
         ys[0] = y
         single = self.cell.equations.single_state
