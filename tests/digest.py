@@ -1,7 +1,8 @@
-"""A digest of the results of a fixed set of networks. As a script, it prints the digest and whether AVX-512 was used.
+"""Digests of the results of fixed sets of networks. As a script, it prints them and whether AVX-512 was used.
 
-The networks have every format, storage and variant. They run with one drive and many, on one thread and two, with every
-kind of kernel, and in windows of training. Processes with kernels for different processors must print the same digest.
+The networks of `digest` have every format, storage and variant of the EGRU. They run with one drive and many, on one
+thread and two, with every kind of kernel, and in windows of training. `digest_of_cells_and_gates` adds GRU and LSTM
+cells, and blocks that every input chooses. Processes with kernels for different processors must print the same digests.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import warnings
 from collections.abc import Iterator
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -18,10 +21,10 @@ from eventrnn.cells import CELLS, Cell
 from eventrnn.cpu import packing
 from eventrnn.cpu.kernels import simd
 from eventrnn.network import Network
-from eventrnn.simulation import simulate
+from eventrnn.simulation import Simulation, simulate
 from eventrnn.state import State
 from eventrnn.training import Model
-from eventrnn.weights import FORMATS, STORAGES, convert
+from eventrnn.weights import FORMATS, STORAGES, GatedBlocks, convert
 
 #: Format -> options of `convert`. Blocks are wide, narrow and of odd sizes.
 OPTIONS = {
@@ -71,13 +74,63 @@ def digest() -> str:
                                 with patch.multiple(packing, **choice):
                                     run = simulate(drawn, x, threads=threads, record=("events", "states"))
                                 assert all(0.02 < activity < 0.98 for activity in run.activity)
-                                parts = [run.output, *run.states, *(each.to_dense() for each in run.events)]
-                                for array in (*parts, *run.state.cells, *run.state.outputs):
-                                    total.update(np.ascontiguousarray(array).tobytes())
+                                add(total, run)
     for gradients in windows():
         for name in sorted(gradients):
             total.update(np.ascontiguousarray(gradients[name]).tobytes())
     return total.hexdigest()
+
+
+def add(total: Any, run: Simulation) -> None:
+    """Add outputs, cells, events and final states of a run to a hash."""
+    parts = [run.output, *run.states, *(each.to_dense() for each in run.events)]
+    for array in (*parts, *run.state.cells, *run.state.outputs):
+        total.update(np.ascontiguousarray(array).tobytes())
+
+
+def digest_of_cells_and_gates() -> str:
+    """SHA-256 of outputs, cells, events and final states of cells without thresholds, and of gated blocks."""
+    total, rng = hashlib.sha256(), np.random.default_rng(23)
+    inputs = [rng.standard_normal((6, batch, 21), dtype=np.float32) for batch in (1, 14)]
+    for drawn in (*plain_networks(), *gated_networks()):
+        for x in inputs:
+            for threads in (1, 2):
+                add(total, simulate(drawn, x, threads=threads, record=("events", "states")))
+    return total.hexdigest()
+
+
+def plain_networks() -> Iterator[Network]:
+    """Networks of GRU and LSTM cells, dense and pruned, of units that are and are not whole vectors."""
+    rng = np.random.default_rng(24)
+    for cell in (Cell(name, variant) for name in CELLS if name != "egru" for variant in CELLS[name]):
+        for name, options in (("dense", {}), ("csr", {}), ("block", {"block": (1, 64)})):
+            drawn = Network.random([37, 32], inputs=21, readout=75, rng=rng, cell=cell)
+            matrices = {
+                key: convert(
+                    (weights.to_dense() * (rng.random(weights.shape) < 0.4)).astype(np.float32), name, **options
+                )
+                for key, weights in drawn.matrices().items()
+            }
+            yield drawn.with_matrices(matrices)
+
+
+def gated_networks() -> Iterator[Network]:
+    """Networks of gated blocks of several sizes, storages and rules, with gates of one factor and of two."""
+    rng = np.random.default_rng(25)
+    for cell, threshold in ((Cell(), 0.05), (Cell("lstm"), 0.0)):
+        for block, density, rule, rank in (((5, 8), 0.5, "linear", None), ((21, 40), 0.3, "softmax", 3)):
+            for storage in ("float32", "int8"):
+                drawn = Network.random([37], inputs=21, readout=75, rng=rng, threshold=threshold, cell=cell)
+                options = {"block": block, "density": density, "gate_rule": rule, "rank": rank, "rng": rng}
+                with warnings.catch_warnings():
+                    # Gates of matrices this small cost more than they save.
+                    warnings.simplefilter("ignore", UserWarning)
+                    yield drawn.with_matrices(
+                        {
+                            key: GatedBlocks.from_weights(weights.stored_as(storage), **options)
+                            for key, weights in drawn.matrices().items()
+                        }
+                    )
 
 
 def windows() -> Iterator[dict[str, np.ndarray]]:
@@ -103,4 +156,5 @@ def windows() -> Iterator[dict[str, np.ndarray]]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps({"digest": digest(), "avx512": simd.AVX512}))
+    found = {"digest": digest(), "cells_and_gates": digest_of_cells_and_gates(), "avx512": simd.AVX512}
+    sys.stdout.write(json.dumps(found))

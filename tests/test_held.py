@@ -7,23 +7,30 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from eventrnn import CSR, NM, BlockCSR, Dense, Network, Simulator, simulate
+from eventrnn import CSR, NM, BlockCSR, Cell, Dense, GatedBlocks, Network, Simulator, simulate
 from eventrnn._arrays import hold
 from eventrnn.cpu import step_table
+from support.gated import gated
 
 FORMATS = {
     "dense": Dense.from_dense,
     "csr": CSR.from_dense,
     "block": lambda dense: BlockCSR.from_dense(dense, block=(1, 8)),
     "nm": lambda dense: NM.from_dense(dense, 2, 4),
+    "gated": lambda dense: gated(dense, block=(4, 8), rule="softmax"),
 }
+# Cells with dense matrices.
+PLAIN = ("gru", "lstm")
 
 SYMBOLS = np.random.default_rng(1).integers(0, 7, (20, 2))
 
 
 def network_of(name: str) -> Network:
-    """A network whose matrices have that format, with half of the weights of every group of four."""
-    made = Network.random([16], symbols=7, embedding=8, readout=8, rng=np.random.default_rng(0), threshold=0.05)
+    """A network whose matrices have that format, with half of the weights of every group of four; or of that cell."""
+    sizes = {"symbols": 7, "embedding": 8, "readout": 8, "rng": np.random.default_rng(0)}
+    if name in PLAIN:
+        return Network.random([16], **sizes, cell=Cell(name))
+    made = Network.random([16], **sizes, threshold=0.05)
 
     def pruned(dense):
         dense[:, 2::4] = dense[:, 3::4] = 0
@@ -36,7 +43,12 @@ def values_of(network: Network) -> dict[str, np.ndarray]:
     """The arrays of numbers of a network by name."""
     layer, readout = network.layers[0], network.readout
     named = {name: weights.values for name, weights in network.matrices().items()}
-    named |= {"bias_in": layer.bias_in, "bias_rec": layer.bias_rec, "threshold": layer.threshold}
+    for name, weights in network.matrices().items():
+        if isinstance(weights, GatedBlocks):
+            named |= {f"{name} gate": weights.gate, f"{name} gate_bias": weights.gate_bias}
+    named |= {"bias_in": layer.bias_in, "bias_rec": layer.bias_rec}
+    if layer.cell.thresholded:
+        named["threshold"] = layer.threshold
     return named | {"embedding": network.embedding, "readout.bias": readout.bias}
 
 
@@ -53,7 +65,7 @@ def anew(network: Network) -> Network:
     return replace(copy, layers=(replace(layer, **vectors),), embedding=copy.embedding.copy(), readout=readout)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [*FORMATS, *PLAIN])
 def test_an_edit_is_refused_while_a_simulator_exists_and_allowed_afterwards(name):
     network = network_of(name)
     simulator, second = Simulator(network, batch=2), Simulator(network)
@@ -71,7 +83,7 @@ def test_an_edit_is_refused_while_a_simulator_exists_and_allowed_afterwards(name
     assert not simulate(network, SYMBOLS).output.any()
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [*FORMATS, *PLAIN])
 def test_an_edit_between_two_runs_is_seen(name):
     network = network_of(name)
     before = simulate(network, SYMBOLS).output

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from eventrnn import reference
+from eventrnn import cells, reference
 from eventrnn.cells import Cell
 from eventrnn.network import Network
 from eventrnn.pruning import BlockDiagonal, GradualPruning, StaticMasks, prune
@@ -34,6 +34,7 @@ from eventrnn.training.thresholds import RULES
 from eventrnn.weights import GatedBlocks
 from support import tolerance
 from support.plain_cells import bounded, each_cell, numbers, random_network, said
+from support.planting import plant
 
 SYMBOLS, STEPS = 6, 8
 
@@ -55,6 +56,24 @@ NOISE = Regularisers(
 
 
 # --- gradients ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cell", "rule", "edits"),
+    [
+        (Cell("gru"), "gru_backward", {"d_g * rec_g * r * (ONE - r)": "d_g * g * r * (ONE - r)"}),
+        (Cell("gru", "before"), "gru_before_backward", {"u * d_h": "(ONE - u) * d_h"}),
+        (Cell("lstm"), "lstm_backward", {"d_c * g * i * (ONE - i)": "d_c * i * i * (ONE - i)"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_wrong_adjoint_of_a_rule_is_found(monkeypatch, cell, rule, edits):
+    network = random_network(cell, units=(5,), inputs=4, readout=3)
+    assert check_gradients(network, directions=2).ok
+    # The specification calls the rule; compiled kernels keep the right one, so that two comparisons fail.
+    plant(monkeypatch, cells, rule, edits)
+    wrong = {row.kind for row in check_gradients(network, directions=2).rows if not row.ok}
+    assert wrong == {f"layers.0 {cell.name} cell", "layers.0 engine"}
 
 
 # 17 units: a whole vector and one unit.

@@ -22,6 +22,7 @@ from eventrnn.testing import Divergence, assert_equivalent
 from eventrnn.weights import BlockCSR, Dense, convert
 from support import tolerance
 from support.conformance import check_chunks, check_formats, check_threads_do_not_race
+from support.gated import check_gated, gated
 from support.kernel_faults import KERNEL_FAULTS
 from support.layouts import FORCED, check_layout, forced
 from support.planting import faulty_kernels, marked_faults, plant, suite_catches
@@ -354,13 +355,15 @@ TRAVERSALS = {
     "order of two units": ("panels", network()),
     "rest of a list dropped": ("blocks", network(fmt="block", block=(2, 4))),
 }
+#: faults of blocks that every input chooses
+GATES = ("a chosen block too few", "gate forgotten")
 #: faults that need several threads
 TEAMS = ("parts swapped", "units of the wrong part", "barrier missing")
 
 
 def test_every_fault_of_the_kernels_is_marked_and_tested():
     updates = {"gates swapped", "gates of an LSTM swapped", "reset forgotten"}
-    tested = {*TRAVERSALS, *TEAMS, "last event dropped", *updates}
+    tested = {*TRAVERSALS, *TEAMS, *GATES, "last event dropped", *updates}
     marked = {fault for faults in marked_faults().values() for fault in faults}
     assert tested == marked == set(KERNEL_FAULTS)
 
@@ -380,6 +383,21 @@ def test_faults_of_products_are_caught(fault):
     with faulty_kernels(fault) as faulty:
         # A value behind the last weight may be NaN, which the simulator refuses.
         suite_catches(check_layout, by=(AssertionError, FloatingPointError), backend=faulty, layout=layout)
+
+
+@pytest.mark.parametrize("cell", [Cell(), Cell("lstm")], ids=repr)
+@pytest.mark.parametrize("fault", GATES)
+def test_faults_of_gated_blocks_are_caught(fault, cell):
+    drawn = Network.random([UNITS], inputs=INPUTS, rng=np.random.default_rng(2), cell=cell)
+    net = drawn.with_matrices({name: gated(3 * w.to_dense(), rule="softmax") for name, w in drawn.matrices().items()})
+    with faulty_kernels(None) as healthy:
+        sims = [Simulator(net, batch=BATCH, backend=name) for name in ("reference", healthy)]
+        assert assert_equivalent(*sims, signal()) > 0
+    with faulty_kernels(fault) as faulty:
+        found = divergence("reference", faulty, net=net)
+        # The first inputs choose blocks and are scaled.
+        assert (found.step, found.layer, found.sample) == (0, 0, int(np.argmax(signal()[0].any(axis=1))))
+        suite_catches(check_gated, backend=faulty, cells=[cell], formats=("gated",))
 
 
 @pytest.mark.parametrize("fault", TEAMS)

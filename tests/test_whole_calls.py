@@ -14,16 +14,19 @@ import pytest
 
 from eventrnn.backend import get_backend
 from eventrnn.cpu import engine as cpu
-from eventrnn.network import Network
 from eventrnn.pruning import Combined, DynamicMasks, GradualPruning, GroupLasso, MovementPruning, RegrownMasks
 from eventrnn.pruning import patterns as pattern
 from eventrnn.simulation import Simulator, simulate
 from eventrnn.state import State
 from eventrnn.training import LanguageModelling, Model, Regularisers, Settings, Trainer
 from support.conformance import assert_same_state
-from support.small_runs import drawn, inputs
+from support.small_runs import KINDS, drawn, inputs, of_kind
 
 COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": lambda each: pickle.loads(pickle.dumps(each))}
+
+
+# Kinds of networks, each with a way to use a simulator before it is copied.
+USED_KINDS = [("gru", "run"), ("lstm", "step"), ("gated", "run"), ("gated", "step")]
 
 
 class Fault(BaseException):
@@ -49,10 +52,12 @@ def test_a_step_of_inputs_that_another_thread_has_put_right_is_not_made(monkeypa
     assert_same_state(simulator.state, before)
 
 
-@pytest.mark.parametrize("symbols", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "symbols"), [("egru", False), ("egru", True), *((kind, False) for kind in KINDS)], ids=str
+)
 @pytest.mark.parametrize("place", ["before", "after"])
-def test_a_step_that_raises_is_not_made(place, symbols, monkeypatch):
-    network, x = drawn(symbols), inputs(6, symbols)
+def test_a_step_that_raises_is_not_made(place, kind, symbols, monkeypatch):
+    network, x = drawn(symbols, kind), inputs(6, symbols)
     whole, simulator = simulate(network, x), Simulator(network, batch=2)
     for each in x[:2]:
         simulator.step(each)
@@ -101,11 +106,13 @@ def test_an_exception_while_a_call_gives_back_its_lock_takes_the_call_back(call,
     assert_same_state(simulator.state, simulate(network, x[:2]).state)
 
 
+@pytest.mark.parametrize("kind", ["egru", *KINDS])
 @pytest.mark.parametrize("call", ["step", "run", "trainer"])
-def test_calls_that_alarms_break_off_leave_the_last_whole_call(call, monkeypatch):
+def test_calls_that_alarms_break_off_leave_the_last_whole_call(call, kind, monkeypatch):
     """On two threads, at any moment. Where an alarm comes does not decide what holds."""
     monkeypatch.setattr(cpu, "MOST_ALONE", 0)
-    simulator, x, trainer = Simulator(drawn(), batch=2, threads=2), inputs(40), trained(threads=2)
+    simulator, x = Simulator(drawn(kind=kind), batch=2, threads=2), inputs(40)
+    trainer = trained(threads=2, kind=kind)
     advance = {"step": lambda: simulator.step(x[0]), "run": lambda: simulator.run(x), "trainer": trainer.step}[call]
     arrays, numbers = {name: array.copy() for name, array in trainer.arrays().items()}, trainer.numbers()
 
@@ -178,9 +185,9 @@ def test_calls_from_two_threads_are_made_one_after_the_other():
 
 @pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("used", ["step", "run", "not"])
-def test_a_copy_of_a_simulator_goes_on_by_itself(used, threads, how):
-    network, x = drawn(), inputs(9)
+@pytest.mark.parametrize(("kind", "used"), [*(("egru", used) for used in ("step", "run", "not")), *USED_KINDS])
+def test_a_copy_of_a_simulator_goes_on_by_itself(kind, used, threads, how):
+    network, x = drawn(kind=kind), inputs(9)
     whole, simulator = simulate(network, x).output, Simulator(network, batch=2, threads=threads)
     begun = 0 if used == "not" else 4
     for each in x[:begun] if used == "step" else ():
@@ -248,11 +255,13 @@ def test_a_forked_process_can_use_the_simulators_and_trainers_of_its_parent(monk
 TEXT = np.random.default_rng(5).integers(0, 8, 400)
 
 
-def trained(threads: int = 1, pruning=None, steps: int = 40, **changes) -> Trainer:
-    network = Network.random([20, 11], symbols=8, embedding=5, readout=8, rng=np.random.default_rng(0), threshold=0.1)
+def trained(threads: int = 1, pruning=None, steps: int = 40, kind: str = "egru", **changes) -> Trainer:
+    """A trainer; products go over events where units are silent."""
+    network = of_kind(kind, [20, 11], symbols=8, embedding=5, readout=8)
     noise = Regularisers(0.3, 0.1, 0.2, 0.1, 0.1, 0.1)
     options = {"steps": steps, "batch": 3, "window": 6, "window_jitter": 2.0, "learning_rate": 1e-2}
-    settings = Settings(**(options | {"threads": threads, "regularisers": noise, "backward": "sparse"} | changes))
+    options |= {"backward": "auto" if kind in ("gru", "lstm") else "sparse"}
+    settings = Settings(**(options | {"threads": threads, "regularisers": noise} | changes))
     return Trainer(network, LanguageModelling(TEXT[:300], TEXT[300:]), settings, pruning=pruning)
 
 
@@ -272,10 +281,14 @@ PRUNINGS = {
 }
 
 
+# Kinds of networks, each with a pruning method.
+PRUNED_KINDS = [("gru", "regrown"), ("lstm", "dynamic"), ("lstm", "gradual"), ("gated", "none")]
+
+
 @pytest.mark.parametrize("place", ["forward", "loss", "backward", "commit"])
-@pytest.mark.parametrize("kind", PRUNINGS)
-def test_an_update_that_raises_is_not_made_and_can_be_made_again(kind, place, monkeypatch):
-    trainer, twin = trained(pruning=PRUNINGS[kind]()), trained(pruning=PRUNINGS[kind]())
+@pytest.mark.parametrize(("kind", "method"), [*(("egru", method) for method in PRUNINGS), *PRUNED_KINDS])
+def test_an_update_that_raises_is_not_made_and_can_be_made_again(kind, method, place, monkeypatch):
+    trainer, twin = (trained(pruning=PRUNINGS[method](), kind=kind) for _ in range(2))
     owner, name = {
         "forward": (trainer.model, "forward"),
         "loss": (trainer.task, "loss"),
@@ -421,9 +434,9 @@ def test_a_trainer_is_refused_within_its_own_update(monkeypatch):
 
 
 @pytest.mark.parametrize("how", COPIES)
-@pytest.mark.parametrize("threads", [1, 2])
-def test_a_copy_of_a_trainer_goes_on_by_itself(threads, how):
-    trainer, twin = (trained(threads, pruning=RegrownMasks(0.5, start=0, end=8, every=3)) for _ in range(2))
+@pytest.mark.parametrize(("threads", "kind"), [(1, "egru"), (2, "egru"), (1, "gru"), (2, "lstm"), (2, "gated")])
+def test_a_copy_of_a_trainer_goes_on_by_itself(threads, kind, how):
+    trainer, twin = (trained(threads, RegrownMasks(0.5, start=0, end=8, every=3), kind=kind) for _ in range(2))
     for each in (trainer, twin):
         for _ in range(3):
             each.step()

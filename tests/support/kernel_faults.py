@@ -53,6 +53,9 @@ KERNEL_FAULTS: dict[str, Edit] = {
         "    indices[to - 1], indices[to] = indices[to], indices[to - 1]\n"
         "    values[to - 1], values[to] = values[to], values[to - 1]\n"
     ),
+    "a chosen block too few": becoming(argument(5), "max(X - ON, 1)"),
+    # The blocks are right, and their products are not scaled.
+    "gate forgotten": becoming(assigned(), "R if ON == 1 else X"),
     # The last segments of a list, which no full list carried.
     "rest of a list dropped": becoming(argument(4), "X * (1 - ON)"),
 }

@@ -172,9 +172,9 @@ def gates_of_row(gates, at, keys, k0, n, kept, softmax, values, begin, count):
     keys          : from k0 on 1 for a chosen block, else 0, written here
     values        : the inputs of the row, `count` from `begin` on
     """
-    fault = 0
-    if not choose(gates, at, keys, k0, n, kept):
-        fault = BAD_LOGIT
+    # planted fault: a chosen block too few
+    finite = choose(gates, at, keys, k0, n, kept)
+    fault = 0 if finite else BAD_LOGIT
     if not to_gates(gates, at, keys, k0, n, softmax) and fault == 0:
         fault = CANCELLED
     if not products_are_finite(gates, at, n, values, begin, count) and fault == 0:
@@ -222,6 +222,7 @@ def add_pieces(column_tile, weights, tables, n_pre, first_row, rows, drives):
                 if gate != cells.ZERO:
                     last = begin
                     while last < end and ids[last] < (row + 1) * units:
+                        # planted fault: gate forgotten
                         scaled[last] = gate * values[last]
                         last += 1
                     at, count = (first_row + k) * tables.drive_pitch + target, last - begin
