@@ -284,7 +284,11 @@ def test_texts_are_evaluated_and_counted():
     symbols = rng.integers(0, 5, 40)
     figures = evaluate_text(network, symbols)
     run = simulate(network, symbols[:-1, None], record="events")
-    assert figures["executed_ops_per_step"] == count(network, run).total.executed / 39
+    total = count(network, run).total
+    assert figures["executed_ops_per_step"] == total.executed / 39
+    assert figures["selection_ops_per_step"] == total.selection / 39 > 0
+    plain = network.with_matrices({name: w.blocks for name, w in network.matrices().items()})
+    assert "selection_ops_per_step" not in evaluate_text(plain, symbols)
 
 
 # --- what a gate costs --------------------------------------------------------------------------------------

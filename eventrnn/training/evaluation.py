@@ -72,8 +72,9 @@ def evaluate_text(
 
     Returns bits per symbol, perplexity, activity (share of units that send an event, per step) over all layers and by
     layer, the operations per step of a dense engine, effective and executed ones, effective and executed ones by
-    matrix, the reduction (dense / effective), and the backend. Raises ValueError for symbols that the network cannot
-    read. Cost: one run, and memory for the outputs of `CHUNK` steps.
+    matrix, the reduction (dense / effective), and the backend; with gated blocks also the operations per step that
+    choose and scale them, which executed ones do not include. Raises ValueError for symbols that the network cannot read.
+    Cost: one run, and memory for the outputs of `CHUNK` steps.
     """
     symbols = check_symbols(network, symbols)
     simulator = Simulator(network, backend=backend, threads=threads)
@@ -86,6 +87,7 @@ def evaluate_text(
         report(stage, done, steps)
     assert counts is not None
     bits /= steps
+    selection = {"selection_ops_per_step": counts.total.selection / counts.steps} if records_of(network) else {}
     return {
         "symbols": len(symbols),
         "bits_per_symbol": bits,
@@ -97,6 +99,7 @@ def evaluate_text(
         "dense_ops_per_step": counts.total.dense // counts.steps,
         "effective_ops_per_step": counts.total.effective / counts.steps,
         "executed_ops_per_step": counts.total.executed / counts.steps,
+        **selection,
         "effective_ops_by_matrix": {name: each.effective / counts.steps for name, each in counts.matrices.items()},
         "executed_ops_by_matrix": {name: each.executed / counts.steps for name, each in counts.matrices.items()},
         "reduction": counts.reduction,
