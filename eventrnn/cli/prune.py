@@ -419,16 +419,9 @@ def _figures(network: Network, valid: np.ndarray | None, report: Callable) -> di
     from eventrnn.training.evaluation import evaluate_text
 
     found = evaluate_text(network, valid, report=lambda stage, done, total: report(stage, done, total, ""))
-    return (
-        figures
-        | {
-            "bits": found["bits_per_symbol"],
-            "activity": found["activity"],
-            "effective_ops_per_step": found["effective_ops_per_step"],
-            "executed_ops_per_step": found["executed_ops_per_step"],
-        }
-        | {name: value for name, value in found.items() if name == "selection_ops_per_step"}
-    )
+    figures |= {"bits": found["bits_per_symbol"], "activity": found["activity"]}
+    work = ("effective_ops_per_step", "executed_ops_per_step", "selection_ops_per_step")
+    return figures | {name: found[name] for name in work if name in found}
 
 
 def _file_size(network: Network) -> int:

@@ -73,8 +73,8 @@ def evaluate_text(
     Returns bits per symbol, perplexity, activity (share of units that send an event, per step) over all layers and by
     layer, the operations per step of a dense engine, effective and executed ones, effective and executed ones by
     matrix, the reduction (dense / effective), and the backend; with gated blocks also the operations per step that
-    choose and scale them, which executed ones do not include. Raises ValueError for symbols that the network cannot read.
-    Cost: one run, and memory for the outputs of `CHUNK` steps.
+    choose and scale them, which executed ones do not include. Raises ValueError for symbols that the network cannot
+    read. Cost: one run, and memory for the outputs of `CHUNK` steps.
     """
     symbols = check_symbols(network, symbols)
     simulator = Simulator(network, backend=backend, threads=threads)
