@@ -49,7 +49,7 @@ ROWS = {
             **dict.fromkeys(("learning_rate", "clip"), ABOVE_ZERO),
             **dict.fromkeys(("weight_decay", "activity_cost", "clip_layers", "window_jitter"), FROM_ZERO),
             **dict.fromkeys(("thresholds", "backward"), NAME),
-            **dict.fromkeys(("optimiser", "schedule", "regularisers"), (None, "adam", 3)),
+            **dict.fromkeys(("optimiser", "schedule", "regularisers", "gates"), (None, "adam", 3)),
         },
     ),
     "Optimiser": row(
@@ -80,8 +80,22 @@ ROWS = {
                 (1.0, *SHARE),
             ),
             **dict.fromkeys(("activity_rate", "state", "activation", "temporal_activation", "state_margin"), FROM_ZERO),
+            "gate_balance": FROM_ZERO,
             "activity_target": SHARE,
             "mask_sharing": NAME,
+        },
+    ),
+    "GateSettings": row(
+        training.GateSettings,
+        {"straight_through": FLAG, "start_density": SHARE, "anneal_steps": NATURAL},
+        start_density=0.5,
+        anneal_steps=3,
+    ),
+    "Gating": row(
+        training.Gating,
+        {
+            "straight_through": FLAG,
+            "densities": (None, 3, ["readout"], *({"readout": share} for share in (0.0, *SHARE))),
         },
     ),
     "clip_by_norm": row(
@@ -121,6 +135,7 @@ ROWS = {
             "inputs": instead_of(SIGNAL),
             "state": (None, 3, er.State.zeros(NETWORK, 1), er.State.zeros(READER, 2)),
             "noise": (3, {}, training.Noise(inputs=[1]), training.Noise(top=np.ones((2, 9)))),
+            "gating": (3, {}, training.Gating(densities={"readout": 0.5})),
         },
         inputs=SIGNAL,
         state=er.State.zeros(NETWORK, 2),

@@ -21,6 +21,7 @@ from eventrnn.state import State
 from eventrnn.training import (
     Diverged,
     GateSettings,
+    Gating,
     LanguageModelling,
     Model,
     Noise,
@@ -31,7 +32,7 @@ from eventrnn.training import (
     run,
 )
 from eventrnn.training.bptt import gated_products
-from eventrnn.training.bptt.gated_products import GatedMatrix, GatedProduct, Gating
+from eventrnn.training.bptt.gated_products import GatedMatrix, GatedProduct
 from eventrnn.training.checkpoint import CheckpointError
 from eventrnn.training.recipes.recipe import load_recipe, train
 from eventrnn.weights import GATE_RULES, Dense, GatedBlocks, NotAMatrix

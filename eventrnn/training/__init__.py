@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from eventrnn.training.bptt.gated_products import Gating as Gating
 from eventrnn.training.bptt.model import Model as Model
 from eventrnn.training.bptt.noise import Noise as Noise
 from eventrnn.training.checkpoint import CheckpointError as CheckpointError

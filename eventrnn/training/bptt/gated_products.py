@@ -33,6 +33,7 @@ from functools import cached_property
 
 import numpy as np
 
+from eventrnn._checks import need_flag, need_kind, need_number
 from eventrnn.counting.backward import BackwardWork
 from eventrnn.cpu.threads import Team
 from eventrnn.state import gates_not_finite
@@ -57,10 +58,18 @@ class Gating:
     ----------
     straight_through : whether blocks that were not chosen get a gradient, see the head of this file
     densities        : share of the blocks that an input chooses, by matrix, in place of the matrix' own
+
+    Raises ValueError for a density outside (0, 1], and TypeError for another type.
     """
 
     straight_through: bool = False
     densities: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        need_flag("gating straight_through", self.straight_through)
+        need_kind("gating densities", self.densities, Mapping, "a mapping of names of matrices to shares")
+        for name, density in self.densities.items():
+            need_number(f"gating densities of {name}", density, above=0, at_most=1, what="share of kept blocks")
 
 
 @dataclass(frozen=True, eq=False)

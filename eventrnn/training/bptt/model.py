@@ -276,6 +276,10 @@ class Model:
         inputs = self._checked_inputs(inputs)
         symbols = inputs if "embedding" in p else None
         need_kind("noise", noise, Noise, "a Noise, or None")
+        need_kind("gating", gating, Gating, "a Gating, or None")
+        if unknown := set(gating.densities) - set(self.gated):
+            have = ", ".join(self.gated) or "none"
+            raise ValueError(f"gating densities: got {sorted(unknown)[0]}, which has no gated blocks; have {have}")
         noise.check(inputs.shape[0], inputs.shape[1], *self._sizes(), [cell.gates for cell in self.cells])
         need_kind("state", state, State, "a State: State.zeros(network, batch)")
         self._check(state, inputs.shape[1])
