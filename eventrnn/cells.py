@@ -536,7 +536,7 @@ class Cell:
 
     def __post_init__(self):
         need_choice("cell", self.name, CELLS)
-        if self.variant == "":
+        if isinstance(self.variant, str) and not self.variant:
             object.__setattr__(self, "variant", CELLS[self.name][0])
         need_choice("variant", self.variant, CELLS[self.name])
         need_kind("surrogate", self.surrogate, Surrogate, "a Surrogate")

@@ -102,11 +102,7 @@ ROWS = {
     ),
     "Cell": row(
         Cell,
-        {
-            "name": NAME,
-            "variant": tuple(value for value in NAME if value is not None),
-            "surrogate": (None, "triangle", 3),
-        },
+        {"name": NAME, "variant": NAME, "surrogate": (None, "triangle", 3)},
         words={"name": "cell"},
     ),
     "Surrogate": row(Surrogate, {"kind": NAME, "dampening": ABOVE_ZERO, "support": ABOVE_ZERO}),
