@@ -12,6 +12,7 @@ from eventrnn.backend import BackendUnavailable
 from eventrnn.cells import Cell
 from eventrnn.cuda import CudaBackend, tables
 from eventrnn.network import Network
+from eventrnn.pruning import nm_mask
 from eventrnn.simulation import RECORDABLE, Simulator, simulate
 from eventrnn.testing import ALL_CELLS
 from eventrnn.weights import convert
@@ -37,7 +38,9 @@ def case(
 
     def formatted(weights):
         n, m = weights.shape
-        kept = np.repeat(rng.random((n, -(-m // 16))) < 0.6, 16, axis=1)[:, :m] | (format in ("dense", "nm"))
+        kept = np.repeat(rng.random((n, -(-m // 16))) < 0.6, 16, axis=1)[:, :m] | (format == "dense")
+        if format == "nm":
+            kept = nm_mask(weights.to_dense(), 2, 4, "pre")
         block, nm = (1, min(m, 16)) if format == "block" else None, (2, 4, "pre") if format == "nm" else None
         dense = (2 * weights.to_dense() * kept).astype(np.float32)
         return convert(dense, format, block=block, nm=nm, storage=storage)
