@@ -4,7 +4,7 @@
 `backward` turns the gradient of the output into gradients of every parameter. A surrogate derivative replaces that of
 the event; with a smooth event the gradients are exact (`reference.backward`, tested by finite differences). `layer.py`
 chooses which products go over events; `kernels/time_loops.py` says which work is skipped, and why the result is the
-same.
+same. Layers of cells without thresholds, whose units send at every step, have `plain_layer.py`.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Model:
     network    : its parameters are copied
     backward   : "sparse": every product goes over events, active pairs and stored weights; "dense": every product goes
                  through BLAS; "auto": each product goes the faster way, as estimated from the window's activity, its
-                 share of active pairs and the density of the masks
+                 share of active pairs and the density of the masks. Products of GRU and LSTM cells are dense
     threads    : number of threads, 1 to the number of cores. The bits of products over events do not depend on it.
                  With 1, BLAS keeps its own number of threads
     thresholds : "positive" (kept at zero or above), "clamped" (to [0, 1], as in EvNN), "sigmoid" (the parameter is the
@@ -124,9 +124,9 @@ class Model:
 
     Attributes
     ----------
-    parameters : `embedding` (V, E), `layers.k.w_in` (I, 3N), `.w_rec` (N, 3N), `.bias_in`, `.bias_rec` (3N,),
-                 `.threshold` (N,), `readout` (N, V), `readout.bias` (V,); no `readout` when it is tied to the
-                 embedding. Of a matrix of gated blocks also `.gate`, `.gate_bias` and, with two factors, `.gate_out`
+    parameters : `embedding` (V, E), `layers.k.w_in` (I, GN), `.w_rec` (N, GN), `.bias_in`, `.bias_rec` (GN,), for cells
+                 of G gates, `.threshold` (N,), `readout` (N, V), `readout.bias` (V,); no `readout` when it is tied to
+                 the embedding. Of a matrix of gated blocks also `.gate`, `.gate_bias` and, with two factors, `.gate_out`
     gated      : the matrices of gated blocks of the network, by name
     masks      : boolean arrays by parameter name, False where pruned. At first, weights that a sparse matrix of the
                  network does not store are pruned; those of a tied read-out by the mask of the embedding
