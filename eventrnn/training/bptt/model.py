@@ -126,7 +126,7 @@ class Model:
     ----------
     parameters : `embedding` (V, E), `layers.k.w_in` (I, GN), `.w_rec` (N, GN), `.bias_in`, `.bias_rec` (GN,), for cells
                  of G gates, `.threshold` (N,), `readout` (N, V), `readout.bias` (V,); no `readout` when it is tied to
-                 the embedding. Of a matrix of gated blocks also `.gate`, `.gate_bias` and, with two factors, `.gate_out`
+                 the embedding. Of a matrix of gated blocks also `.gate`, `.gate_bias` and, of two factors, `.gate_out`
     gated      : the matrices of gated blocks of the network, by name
     masks      : boolean arrays by parameter name, False where pruned. At first, weights that a sparse matrix of the
                  network does not store are pruned; those of a tied read-out by the mask of the embedding
