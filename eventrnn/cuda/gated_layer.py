@@ -8,23 +8,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eventrnn.cuda import tables
-from eventrnn.cuda.gated_matrix import GatedMatrix, RowStrips, need_shared
+from eventrnn.cuda.gated_matrix import MIN_WORKERS, GatedMatrix, RowStrips, need_shared
 from eventrnn.cuda.kernels.gated_kernels import gated_layer_kernel
 from eventrnn.cuda.plan import MIN_TILE_WIDTH
 from eventrnn.cuda.run_buffers import UNWRITTEN_BYTE, pitch_of
-from eventrnn.cuda.tables import LANES
+from eventrnn.cuda.tables import LANES, MAX_SAMPLES
 
 if TYPE_CHECKING:
     from eventrnn.cells import Cell
     from eventrnn.cuda.device import Device
     from eventrnn.cuda.run_buffers import RunBuffers
     from eventrnn.network import Layer
-
-# Samples that a block can own, at most.
-MAX_SAMPLES = 8
-
-# Warps that multiply, at least, where there are so many strips and more than one sample per block.
-MIN_WORKERS = 8
 
 
 @dataclass(frozen=True)
@@ -91,7 +85,7 @@ class GatedLayer:
         offsets = tiles * gates * weights.grid[0] + -(-logits // spread) + inner
         groups = max(1, device.multiprocessors // spread)
         for samples in range(min(MAX_SAMPLES, -(-batch // groups)), 0, -1):
-            items = samples * max(tiles * gates, -(-logits // spread), inner)
+            items = max(tiles * gates, -(-logits // spread), inner)
             drives = samples * tiles * gates * LANES
             places, shared = self.w_rec.places(samples, drives, samples * tiles * LANES, offsets, items)
             # With few rings, fewer samples per block are faster.

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eventrnn.cuda import tables
-from eventrnn.cuda.kernels.gated_kernels import RING_BYTES, gated_rows_kernel
+from eventrnn.cuda.kernels.gated_kernels import gated_rows_kernel
 from eventrnn.cuda.packing import in_strips
-from eventrnn.cuda.tables import CHOICE_WORDS, LANES, STAGE_BYTES
+from eventrnn.cuda.tables import CHOICE_WORDS, LANES, MAX_SAMPLES, RING_BYTES, STAGE_BYTES
 
 if TYPE_CHECKING:
     from eventrnn.cuda.device import Device
@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 
 # Warps of a block that the kernels may have; few, because each number needs a kernel of its own. One thread per block
 # of weights finds the chosen ones fastest.
-WARPS = (8, 16, 24, 32)
+WARPS = (8, 16, 20, 32)
+
+# Rows of independent inputs from which one block takes a further row at a time.
+ROWS_PER_SAMPLE = 32
+
+# Warps that multiply, at least, where a block has several rows of inputs at a time and as many strips.
+MIN_WORKERS = 8
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,7 @@ class GatedMatrix:
         self.device, self.weights, self.gates, self.number = device, weights, gates, number
         self.host_bias = bias
         self._kept: list[Any] = []
+        self._places: dict[int, tuple[Any, int, int]] = {}
 
     @property
     def narrow(self) -> bool:
@@ -196,13 +203,23 @@ class GatedMatrix:
     # --- products ---
 
     @cached_property
-    def _rows_tables(self) -> tuple[Any, Any, int]:
-        """The tables of `gated_rows_kernel` on the GPU, and its bytes of shared memory."""
+    def _row_strips(self) -> tuple[Any, int]:
+        """The table of the matrix for `gated_rows_kernel`, and how many offsets it keeps in shared memory."""
         table, (logits, inner) = self.table(RowStrips.of_blocks(self.weights, 1, LANES), LANES)
-        places, shared = self.places(1, 0, 0, logits + inner, self.warps)
-        need_shared(self.weights, shared, self.device.shared_bytes)
-        with self.device.on_stream():
-            return table, self.device.put(places), shared
+        return table, logits + inner
+
+    def _row_places(self, rows: int) -> tuple[Any, int, int]:
+        """For so many rows: the table of shared memory on the GPU, its bytes, and the rows of a block at a time."""
+        samples = max(1, min(MAX_SAMPLES, rows // ROWS_PER_SAMPLE))
+        while samples not in self._places:
+            places, shared = self.places(samples, 0, 0, self._row_strips[1], self.warps)
+            if samples > 1 and places[tables.WORKERS] < min(self.warps, MIN_WORKERS):
+                samples -= 1
+                continue
+            need_shared(self.weights, shared, self.device.shared_bytes)
+            with self.device.on_stream():
+                self._places[samples] = self.device.put(places), shared, samples
+        return self._places[samples]
 
     def products(self, device: Device, table, rows: int, row_of=None, out=None, status: Any = None):
         """Drives (rows, gates * units) float32 of independent rows of events; see `Matrix.products`.
@@ -214,14 +231,15 @@ class GatedMatrix:
             out = device.empty((rows, columns), np.float32)
         if rows == 0:
             return out
-        matrix, places, shared = self._rows_tables
+        matrix, (places, shared, samples) = self._row_strips[0], self._row_places(rows)
         warps, narrow = self.warps, self.narrow
         # Every block of a row chooses for itself, so that a row is divided only where there are few rows.
-        splits = max(1, min(device.multiprocessors // rows, -(-columns // LANES)))
-        groups = min(rows, max(1, device.multiprocessors // splits))
+        sets = -(-rows // samples)
+        splits = max(1, min(device.multiprocessors // sets, -(-columns // LANES)))
+        groups = min(sets, max(1, device.multiprocessors // splits))
         kernel = device.kernel(("gated_rows", narrow), lambda: gated_rows_kernel(narrow), LANES * warps)
         lists = *(each.data.ptr for each in table), 0 if row_of is None else row_of.data.ptr
-        arguments = matrix.data.ptr, places.data.ptr, *lists, rows, splits, out.data.ptr, status.data.ptr
+        arguments = matrix.data.ptr, places.data.ptr, *lists, rows, samples, splits, out.data.ptr, status.data.ptr
         device.launch(kernel, groups * splits, LANES * warps, *arguments, shared=shared)
         return out
 

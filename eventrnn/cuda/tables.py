@@ -155,6 +155,11 @@ def layout_code(kind: int, narrow: bool, resident: bool) -> int:
 # Bytes of weights that a warp copies to shared memory at a time, and the copies that may be under way.
 STAGE_BYTES, STAGES = 4096, 4
 
+# Rows of inputs that are multiplied together, at most, so that they share the weights they read; and the bytes of a
+# ring, with the sums of these rows.
+MAX_SAMPLES = 8
+RING_BYTES = STAGES * STAGE_BYTES + 4 * LANES * MAX_SAMPLES
+
 # Words of shared memory in which the warps of a block exchange counts while they choose.
 CHOICE_WORDS = 80
 
@@ -201,7 +206,7 @@ CHOICE_WORDS = 80
     AT_RATIOS,  # (kept blocks,) float32
     AT_WORDS,  # (CHOICE_WORDS,) int32
     AT_MAXIMA,  # (samples, 32) int32, bits of the largest magnitude of an input, per warp
-    AT_RINGS,  # (rings, STAGES, STAGE_BYTES), weights on their way
+    AT_RINGS,  # (WORKERS, RING_BYTES), weights on their way, and sums
     AT_DRIVES_IN,  # (samples, tiles, gates, 32) float32
     AT_DRIVES_REC,  # the same
     AT_STATE,  # (samples, tiles, 32) float32 cells

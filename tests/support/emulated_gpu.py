@@ -156,6 +156,7 @@ def emulated(function, blocks, threads: int, shared: int):
         syncthreads_or=lambda vote: any(here.block.exchange(here.thread, int(vote))),
         syncwarp=lambda mask: here.warp.exchange(here.lane, 0),
         ballot_sync=_ballot,
+        ffs=lambda word: np.int32((int(word) & -int(word)).bit_length()),
         fma=_fused(),
     )
     fakes = {id(getattr(ptx, name)): lambda at, kind=kind: Pointed(at, kind) for name, kind in KINDS.items()}
@@ -257,8 +258,9 @@ class EmulatedDevice(FakeDevice):
 
 def install(monkeypatch) -> EmulatedDevice:
     """Make every CUDA engine of the test run on an emulated GPU of two multiprocessors, which is returned."""
-    from eventrnn.cuda import device_network, engine, plan
+    from eventrnn.cuda import device_network, engine, gated_matrix, plan
     from eventrnn.cuda.gated_matrix import GatedMatrix
+    from eventrnn.cuda.kernels import gated_blocks, gated_kernels
     from eventrnn.cuda.matrix import Matrix
 
     device = EmulatedDevice()
@@ -267,4 +269,8 @@ def install(monkeypatch) -> EmulatedDevice:
     monkeypatch.setattr(Matrix, "products", fake_gpu._products)
     monkeypatch.setattr(plan, "_warps", lambda *arguments: WARPS)
     monkeypatch.setattr(GatedMatrix, "warps", WARPS)
+    monkeypatch.setattr(gated_matrix, "ROWS_PER_SAMPLE", 2)
+    # Small stages, so that small blocks have several.
+    for module in (gated_blocks, gated_kernels, gated_matrix):
+        monkeypatch.setattr(module, "STAGE_BYTES", 8 * 4 * 32)
     return device

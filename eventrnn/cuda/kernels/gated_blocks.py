@@ -1,24 +1,25 @@
-"""Products with gated blocks: device functions for one row of inputs (`weights/gated.py` defines the product).
+"""Products with gated blocks: device functions for rows of inputs (`weights/gated.py` defines the product).
 
 The results equal `reference.propagate_chosen`: logits, the choice, gates and drives have the same bits.
 
-add_strip : one warp, one strip of up to 32 columns, one column per lane. It walks the rows of the blocks that some lane
-            needs, in ascending order, with one FMA per term. The weights of the next stages are copied to a ring in
-            shared memory of the warp while those of the present stage are multiplied.
+add_strip : one warp, one strip of up to 32 columns, one column per lane, for some rows of inputs. It walks the rows of
+            the blocks that some lane needs, in ascending order, with one FMA per term. The weights of the next stages
+            are copied to a ring in shared memory of the warp while those of the present stage are multiplied.
 choose    : all threads of a block; logits become gates. The smallest chosen logit is found bit by bit, equal ones are
             taken in ascending order. One warp makes the ratios, and sums them in ascending order of blocks.
 
 =========== ======== ===========================================================================================
 array       memory   shape, dtype, contents
 =========== ======== ===========================================================================================
-inputs      shared   (n_pre,) float32, one row of inputs, silent ones as zeros
-active      shared   (block rows,) int32, 1 if an input of the block row is not zero
-gates       shared   (blocks,) float32, logits and then gates, 0 for blocks that are not chosen
+inputs      shared   (samples, n_pre) float32, rows of inputs, silent ones as zeros
+active      shared   (samples, block rows) int32, 1 if an input of the block row is not zero
+gates       shared   (samples, blocks) float32, logits and then gates, 0 for blocks that are not chosen
 keys        shared   (blocks,) int32: bits of a logit in the order of the numbers; then the place among the chosen
 ratios      shared   (kept blocks,) float32, of the chosen blocks in ascending order
 words       shared   (CHOICE_WORDS,) int32, counts per warp
-maxima      shared   (32,) int32, per warp the bits of the largest magnitude among its inputs
-ring        shared   per warp, (STAGES, STAGE_BYTES), rows of a strip
+maxima      shared   (samples, 32) int32, per warp the bits of the largest magnitude among its inputs
+ring        shared   per warp, (STAGES, STAGE_BYTES), rows of a strip; then (samples, 32) float32, sums of several rows
+                     of inputs
 strips      global   `gated_matrix.RowStrips`: values float32 or uint16 bits of bfloat16; offsets (strips, block rows)
                      int64, where the rows of a block row begin, -1 where no block is stored
 =========== ======== ===========================================================================================
@@ -40,6 +41,7 @@ from eventrnn.cuda.kernels.ptx import (
     max_of_warp,
     min_of_warp,
     shared_float32,
+    shared_int32,
     shared_uint16,
     sum_of_warp,
     wait_for_oldest_copies,
@@ -76,10 +78,27 @@ class StripRows(NamedTuple):
     rows_of_block: Any
     #: int32, block columns
     block_columns: Any
-    #: int32, block column of the lane's column
+    #: int32, block columns of the first and of the last column of the strip, and of the lane's column
+    first_column: Any
+    last_column: Any
     block_column: Any
     #: boolean, whether the lane has a column
     mine: Any
+
+
+class Received(NamedTuple):
+    """Rows of inputs in shared memory, with what says which blocks they need; the docstring above has the shapes."""
+
+    #: int32, number of rows
+    samples: Any
+    #: int64, addresses of `inputs`, `active` and `gates`
+    inputs_at: Any
+    active_at: Any
+    gates_at: Any
+    #: int32, numbers from one row to the next, of each
+    input_pitch: Any
+    active_pitch: Any
+    gates_pitch: Any
 
 
 @device_function
@@ -89,23 +108,48 @@ def key_of(word):
 
 
 @device_function
-def gate_of(strip, gates, row):
+def gate_of(strip, received, sample, row):
     """The gate of the lane's block in a block row."""
     gate = np.float32(0)
     if strip.mine:
-        gate = gates[int32(row * strip.block_columns + strip.block_column)]
+        at = row * strip.block_columns + strip.block_column
+        gate = shared_float32(received.gates_at)[int32(sample * received.gates_pitch + at)]
     return gate
 
 
 @device_function
-def find_block_row(strip, gates, active, row):
-    """The first block row from `row` on that the warp has to multiply; the number of block rows if there is none."""
-    while row < strip.block_rows:
-        if active[row] != 0 and strip.offsets[row] >= 0:
-            if cuda.ballot_sync(FULL_WARP, gate_of(strip, gates, row) != 0) != 0:
-                break
-        row = int32(row + 1)
-    return row
+def needed_rows(strip, received, first, lane):
+    """Of the 32 block rows from `first` on, a mask of those that the warp has to multiply. Each lane looks at one."""
+    row, needed = int32(first + lane), False
+    active, gates = shared_int32(received.active_at), shared_float32(received.gates_at)
+    if row < strip.block_rows and strip.offsets[row] >= 0:
+        sample = int32(0)
+        while sample < received.samples:
+            if active[int32(sample * received.active_pitch + row)] != 0:
+                at = int32(sample * received.gates_pitch + row * strip.block_columns)
+                column = strip.first_column
+                while column <= strip.last_column:
+                    if gates[int32(at + column)] != 0:
+                        needed = True
+                    column = int32(column + 1)
+            sample = int32(sample + 1)
+    return int32(cuda.ballot_sync(FULL_WARP, needed))
+
+
+@device_function
+def next_row(strip, received, first, mask, lane):
+    """The next block row to multiply, of those in `mask` from block row `first` on and of later ones.
+
+    Returns it, or the number of block rows if there is none, and the new `first` and `mask`.
+    """
+    while mask == 0 and first + LANES < strip.block_rows:
+        first = int32(first + LANES)
+        mask = needed_rows(strip, received, first, lane)
+    row = strip.block_rows
+    if mask != 0:
+        row = int32(first + cuda.ffs(mask) - 1)
+        mask = int32(mask & int32(mask - 1))
+    return row, first, mask
 
 
 @device_function
@@ -114,10 +158,20 @@ def rows_in(strip, row):
     return int32(min(strip.rows_of_block, strip.n_pre - row * strip.rows_of_block))
 
 
-def make_add_strip(narrow: bool):
-    """The device function add_strip for float32 weights, or for bfloat16 ones.
+@device_function
+def sum_of_sample(acc, sums, samples, sample, lane):
+    """The result of `add_strip` for one row of inputs."""
+    if samples > 1:
+        acc = sums[int32(sample * LANES + lane)]
+    return acc
 
-    add_strip(acc, strip, gates, active, inputs, ring_at, lane) -> acc + sum over j of weight * (gate * input)
+
+def make_add_strip(narrow: bool):
+    """The device functions add_strip, begin_strip and end_strip for float32 weights, or for bfloat16 ones.
+
+    add_strip(start, strip, received, ring_at, lane) -> start + sum over j of weight * (gate * input). For one row of
+    inputs it returns the sum; those of several rows lie behind the ring (`sum_of_sample`). begin_strip starts the first
+    copies, and end_strip does the rest.
     """
     size, pointer = (2, shared_uint16) if narrow else (4, shared_float32)
 
@@ -147,7 +201,7 @@ def make_add_strip(narrow: bool):
         )
 
     @device_function
-    def start_stage(strip, gates, active, row, done, slot_at, lane):
+    def start_stage(strip, received, row, first, mask, done, slot_at, lane):
         """Start copying the next rows: `done` rows of block row `row` were copied. Returns the place after them."""
         if row < strip.block_rows:
             rows = int32(min(strip.stage_rows, rows_in(strip, row) - done))
@@ -158,16 +212,22 @@ def make_add_strip(narrow: bool):
                 k = int32(k + LANES)
             done = int32(done + rows)
             if done >= rows_in(strip, row):
-                row, done = find_block_row(strip, gates, active, int32(row + 1)), int32(0)
+                row, first, mask = next_row(strip, received, first, mask, lane)
+                done = int32(0)
         commit_copies()
-        return row, done
+        return row, first, mask, done
 
     @device_function
     def add_rows(acc, values, inputs, at, rows, width, gate, lane):
-        """Add the terms of `rows` rows of a stage, whose inputs lie from `at` on."""
+        """Add the terms of `rows` rows of a stage, whose inputs lie from `at` on.
+
+        The numbers of the next eight rows are loaded before the present ones are added; the last loads are not used.
+        """
         k, w = int32(0), lane
+        weights, x = weights8(values, w, width), load8(inputs, at)
         while k + 8 <= rows:
-            weights, x = weights8(values, w, width), load8(inputs, int32(at + k))
+            k, w = int32(k + 8), int32(w + 8 * width)
+            next_weights, next_x = weights8(values, w, width), load8(inputs, int32(at + k))
             acc = cuda.fma(weights[0], gate * x[0], acc)
             acc = cuda.fma(weights[1], gate * x[1], acc)
             acc = cuda.fma(weights[2], gate * x[2], acc)
@@ -176,40 +236,77 @@ def make_add_strip(narrow: bool):
             acc = cuda.fma(weights[5], gate * x[5], acc)
             acc = cuda.fma(weights[6], gate * x[6], acc)
             acc = cuda.fma(weights[7], gate * x[7], acc)
-            k, w = int32(k + 8), int32(w + 8 * width)
+            weights, x = next_weights, next_x
         while k < rows:
             acc = cuda.fma(weight(values, w), gate * inputs[int32(at + k)], acc)
             k, w = int32(k + 1), int32(w + width)
         return acc
 
     @device_function
-    def add_strip(acc, strip, gates, active, inputs, ring_at, lane):
-        ahead, done, slot = find_block_row(strip, gates, active, int32(0)), int32(0), int32(0)
-        row, used = ahead, int32(0)
+    def add_stage(acc, sums, strip, received, values, row, used, rows, lane):
+        """Multiply a stage with every row of inputs that chose the block row. Returns the sum of the only one."""
+        at, sample = int32(row * strip.rows_of_block + used), int32(0)
+        while sample < received.samples:
+            gate = gate_of(strip, received, sample, row)
+            if gate != 0:
+                place = int32(sample * LANES + lane)
+                if received.samples > 1:
+                    acc = sums[place]
+                inputs_at = int32(sample * received.input_pitch + at)
+                acc = add_rows(
+                    acc, values, shared_float32(received.inputs_at), inputs_at, rows, strip.width, gate, lane
+                )
+                if received.samples > 1:
+                    sums[place] = acc
+            sample = int32(sample + 1)
+        return acc
+
+    @device_function
+    def begin_strip(strip, received, ring_at, lane):
+        """Start copying the first stages. Returns the first block row and the place after the copies."""
+        mask = needed_rows(strip, received, int32(0), lane)
+        row, first, mask = next_row(strip, received, int32(0), mask, lane)
+        # The place of the copies: block row, the mask of later ones, and the rows of it that were copied.
+        ahead, last, last_mask, done, slot = row, first, mask, int32(0), int32(0)
         while slot < STAGES - 1:
-            ahead, done = start_stage(strip, gates, active, ahead, done, ring_at + int64(STAGE_BYTES) * slot, lane)
+            slot_at = ring_at + int64(STAGE_BYTES) * slot
+            ahead, last, last_mask, done = start_stage(strip, received, ahead, last, last_mask, done, slot_at, lane)
             slot = int32(slot + 1)
-        slot = int32(0)
+        return row, first, mask, ahead, last, last_mask, done
+
+    @device_function
+    def end_strip(start, strip, received, begun, ring_at, lane):
+        """Multiply; `begun` is the result of `begin_strip`."""
+        row, first, mask, ahead, last, last_mask, done = begun
+        acc, sums = start, shared_float32(ring_at + int64(STAGES * STAGE_BYTES))
+        sample = int32(0)
+        while received.samples > 1 and sample < received.samples:
+            sums[int32(sample * LANES + lane)] = start
+            sample = int32(sample + 1)
+        slot, used = int32(0), int32(0)
         while row < strip.block_rows:
-            free = (slot + int32(STAGES - 1)) & int32(STAGES - 1)
-            ahead, done = start_stage(strip, gates, active, ahead, done, ring_at + int64(STAGE_BYTES) * free, lane)
+            free_at = ring_at + int64(STAGE_BYTES) * ((slot + int32(STAGES - 1)) & int32(STAGES - 1))
+            ahead, last, last_mask, done = start_stage(strip, received, ahead, last, last_mask, done, free_at, lane)
             wait_for_oldest_copies()
             # The other lanes have copied parts of the rows.
             cuda.syncwarp(FULL_WARP)
             rows = int32(min(strip.stage_rows, rows_in(strip, row) - used))
-            values, at = pointer(ring_at + int64(STAGE_BYTES) * slot), int32(row * strip.rows_of_block + used)
-            gate = gate_of(strip, gates, row)
-            if gate != 0:
-                acc = add_rows(acc, values, inputs, at, rows, strip.width, gate, lane)
+            values = pointer(ring_at + int64(STAGE_BYTES) * slot)
+            acc = add_stage(acc, sums, strip, received, values, row, used, rows, lane)
             # The stage is overwritten in the next round.
             cuda.syncwarp(FULL_WARP)
             used = int32(used + rows)
             if used >= rows_in(strip, row):
-                row, used = find_block_row(strip, gates, active, int32(row + 1)), int32(0)
+                row, first, mask = next_row(strip, received, first, mask, lane)
+                used = int32(0)
             slot = (slot + int32(1)) & int32(STAGES - 1)
         return acc
 
-    return add_strip
+    @device_function
+    def add_strip(start, strip, received, ring_at, lane):
+        return end_strip(start, strip, received, begin_strip(strip, received, ring_at, lane), ring_at, lane)
+
+    return add_strip, begin_strip, end_strip
 
 
 @device_function
@@ -229,8 +326,11 @@ def before_and_all(counts, first, me):
 def sum_in_order(numbers, count):
     """The sum of numbers[:count] from +0 on, one after the other."""
     total, k = np.float32(0), int32(0)
+    # The next eight are loaded before the present ones are added; the last loads are not used.
+    a = load8(numbers, k)
     while k + 8 <= count:
-        a = load8(numbers, k)
+        k = int32(k + 8)
+        b = load8(numbers, k)
         total = total + a[0]
         total = total + a[1]
         total = total + a[2]
@@ -239,7 +339,7 @@ def sum_in_order(numbers, count):
         total = total + a[5]
         total = total + a[6]
         total = total + a[7]
-        k = int32(k + 8)
+        a = b
     while k < count:
         total = total + numbers[k]
         k = int32(k + 1)

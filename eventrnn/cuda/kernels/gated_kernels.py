@@ -1,8 +1,8 @@
 """Kernels of gated blocks: products of independent rows, and the time loop of a layer. See `gated_blocks.py`.
 
-gated_rows  : input drives of a layer, and read-out, for all steps of a run. A block owns every `groups`-th row of
-              inputs and every `splits`-th set of strips; it computes all gates of its rows. A warp owns a strip at a
-              time.
+gated_rows  : input drives of a layer, and read-out, for all steps of a run. A block owns every `groups`-th set of
+              `samples` rows of inputs, which share the weights they read, and every `splits`-th set of strips; it
+              computes all gates of its rows. A warp owns a strip at a time.
 gated_layer : one persistent kernel for all steps of a layer whose recurrent matrix is gated. All blocks are resident at
               the same time (cooperative launch). As in `persistent.py`, outputs travel through an event log whose words
               are polled until they are written; the logits of a step travel through a log of their own. A block owns
@@ -25,7 +25,14 @@ from eventrnn.cells import EQUATIONS
 from eventrnn.cuda import tables
 from eventrnn.cuda.device import cuda, device_function, libdevice
 from eventrnn.cuda.kernels.cell_updates import UPDATES
-from eventrnn.cuda.kernels.gated_blocks import MAGNITUDE, StripRows, choose, make_add_strip
+from eventrnn.cuda.kernels.gated_blocks import (
+    MAGNITUDE,
+    Received,
+    StripRows,
+    choose,
+    make_add_strip,
+    sum_of_sample,
+)
 from eventrnn.cuda.kernels.persistent import Lane, next_item, poll_event_log
 from eventrnn.cuda.kernels.ptx import (
     copy_async,
@@ -42,11 +49,9 @@ from eventrnn.cuda.kernels.ptx import (
     wait_for_copies,
 )
 from eventrnn.cuda.kernels.strip_product import high_word, low_word
-from eventrnn.cuda.tables import LANES, STAGE_BYTES, STAGES
+from eventrnn.cuda.tables import LANES, RING_BYTES, STAGE_BYTES, STAGES
 
-RING_BYTES = STAGE_BYTES * STAGES
-
-add_factor_strip = make_add_strip(False)
+_, begin_factor_strip, end_factor_strip = make_add_strip(False)
 
 
 @device_function
@@ -56,19 +61,20 @@ def magnitude_bits(value):
 
 
 @device_function
-def factor_strip(values_at, offsets_at, width, stage, n_pre, columns, strip, bias_at, inputs, ones_at, ring_at, lane):
-    """A column of `bias + inputs x factor` of a gate, that of this lane.
+def strip_of_factor(values_at, offsets_at, width, stage, n_pre, columns, strip, lane):
+    """A strip of a factor of a gate; offsets_at is the address of its offset in shared memory."""
+    none, mine = int32(0), lane < width and int32(strip * width + lane) < columns
+    offsets = shared_int64(offsets_at)
+    return StripRows(values_at, offsets, width, stage, n_pre, int32(1), n_pre, none, none, none, none, mine)
 
-    offsets_at : address of the offset of the strip, in shared or global memory; bias_at : (columns,) float32, or 0
-    """
-    column = int32(strip * width + lane)
-    mine, acc = lane < width and column < columns, np.float32(0)
-    if mine and bias_at != 0:
-        acc = global_float32(bias_at)[column]
-    rows = StripRows(
-        values_at, shared_int64(offsets_at), width, stage, n_pre, int32(1), n_pre, int32(0), int32(0), mine
-    )
-    return add_factor_strip(acc, rows, shared_float32(ones_at), shared_int32(ones_at + int64(4)), inputs, ring_at, lane)
+
+@device_function
+def start_of_factor(factor, strip, bias_at, lane):
+    """What the column of this lane starts from: bias (columns,) float32, or 0 for the address 0."""
+    start = np.float32(0)
+    if factor.mine and bias_at != 0:
+        start = global_float32(bias_at)[int32(strip * factor.width + lane)]
+    return start
 
 
 @device_function
@@ -91,12 +97,14 @@ def gated_rows_kernel(narrow: bool):
     matrix_at, place_at            : the tables of the matrix and of shared memory
     begins_at, counts_at, lists_at : the event list set (`batched_products.py`)
     row_of_at                      : (rows,) int64, the list of each row, or address 0 for the list of the same number
-    splits                         : blocks that share the strips of a row
+    samples, splits                : rows of a block at a time, and blocks that share the strips of a row
     out_at                         : (rows, columns) float32
     """
-    add_strip = make_add_strip(narrow)
+    add_strip, _, _ = make_add_strip(narrow)
 
-    def gated_rows(matrix_at, place_at, begins_at, counts_at, lists_at, row_of_at, rows, splits, out_at, status_at):
+    def gated_rows(
+        matrix_at, place_at, begins_at, counts_at, lists_at, row_of_at, rows, samples, splits, out_at, status_at
+    ):
         thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
         lane, warp, warps = thread & int32(31), thread >> int32(5), threads >> int32(5)
         me = Lane(lane, warp, warps)
@@ -106,13 +114,14 @@ def gated_rows_kernel(narrow: bool):
         grid_rows, grid_columns = int32(m[tables.GRID_ROWS]), int32(m[tables.GRID_COLUMNS])
         width, stage = int32(m[tables.BLOCK_WIDTH]), int32(m[tables.BLOCK_STAGE])
         rank, number = int32(m[tables.RANK]), m[tables.NUMBER]
-        inputs, active = (
-            shared_float32(shared + place[tables.AT_INPUTS]),
-            shared_int32(shared + place[tables.AT_ACTIVE]),
-        )
-        inner, gates = shared_float32(shared + place[tables.AT_INNER]), shared_float32(shared + place[tables.AT_GATES])
+        inputs_at, active_at = shared + place[tables.AT_INPUTS], shared + place[tables.AT_ACTIVE]
+        inner_at, gates_at = shared + place[tables.AT_INNER], shared + place[tables.AT_GATES]
+        inputs, active = shared_float32(inputs_at), shared_int32(active_at)
+        inner, gates = shared_float32(inner_at), shared_float32(gates_at)
+        input_pitch, active_pitch = int32(place[tables.INPUT_PITCH_OF]), int32(place[tables.ACTIVE_PITCH])
+        inner_pitch, gates_pitch = int32(place[tables.INNER_PITCH]), int32(place[tables.GATES_PITCH])
         keys, ratios = shared_int32(shared + place[tables.AT_KEYS]), shared_float32(shared + place[tables.AT_RATIOS])
-        words, maxima = shared_int32(shared + place[tables.AT_WORDS]), shared_int32(shared + place[tables.AT_MAXIMA])
+        words, maxima_at = shared_int32(shared + place[tables.AT_WORDS]), shared + place[tables.AT_MAXIMA]
         ring_at, workers = shared + place[tables.AT_RINGS] + int64(RING_BYTES) * warp, int32(place[tables.WORKERS])
         ones_at, offsets_at = shared + place[tables.AT_ONES], shared + place[tables.AT_OFFSETS]
         set_ones(ones_at, thread)
@@ -133,77 +142,101 @@ def gated_rows_kernel(narrow: bool):
         row_of, begins, counts = global_int64(row_of_at), global_int64(begins_at), global_int32(counts_at)
         group = cuda.blockIdx.x // splits
         split, groups = cuda.blockIdx.x - group * splits, cuda.gridDim.x // splits
-        row = int64(group)
+        sums = shared_float32(ring_at + int64(STAGES * STAGE_BYTES))
+        row = int64(group) * samples
         while row < rows:
-            source = row
-            if row_of_at != 0:
-                source = row_of[row]
+            own, none = int32(min(samples, rows - row)), int32(0)
             k = thread
-            while k < n_pre:
+            while k < own * input_pitch:
                 inputs[k] = np.float32(0)
                 k = int32(k + threads)
             k = thread
-            while k < grid_rows:
+            while k < own * active_pitch:
                 active[k] = int32(0)
                 k = int32(k + threads)
             cuda.syncthreads()
-            entries, count = global_int64(lists_at + 8 * begins[source]), counts[source]
-            best, k = int32(0), thread
-            while k < count:
-                unit, value = low_word(entries[k]), libdevice.int_as_float(high_word(entries[k]))
-                inputs[unit] = value
-                active[int32(unit // r)] = int32(1)
-                best = int32(max(best, magnitude_bits(value)))
-                k = int32(k + threads)
-            best = max_of_warp(best)
-            if lane == 0:
-                maxima[warp] = best
+            sample = int32(0)
+            while sample < own:
+                source = row + sample
+                if row_of_at != 0:
+                    source = row_of[row + sample]
+                entries, count = global_int64(lists_at + 8 * begins[source]), counts[source]
+                best, k = int32(0), thread
+                while k < count:
+                    unit, value = low_word(entries[k]), libdevice.int_as_float(high_word(entries[k]))
+                    inputs[int32(sample * input_pitch + unit)] = value
+                    active[int32(sample * active_pitch + unit // r)] = int32(1)
+                    best = int32(max(best, magnitude_bits(value)))
+                    k = int32(k + threads)
+                best = max_of_warp(best)
+                if lane == 0:
+                    shared_int32(maxima_at)[int32(sample * LANES + warp)] = best
+                sample = int32(sample + 1)
             cuda.syncthreads()
+            received = Received(own, inputs_at, ones_at + int64(4), ones_at, input_pitch, none, none)
             if rank > 0:
                 strip = warp
                 while warp < workers and strip < inner_strips:
                     at = offsets_at + int64(8) * (logit_strips + strip)
                     inner_width, inner_stage = int32(m[tables.INNER_WIDTH]), int32(m[tables.INNER_STAGE])
-                    acc = factor_strip(
-                        *(m[tables.INNER_VALUES], at, inner_width, inner_stage, n_pre, rank, strip),
-                        *(int64(0), inputs, ones_at, ring_at, lane),
+                    factor = strip_of_factor(
+                        m[tables.INNER_VALUES], at, inner_width, inner_stage, n_pre, rank, strip, lane
                     )
+                    begun = begin_factor_strip(factor, received, ring_at, lane)
+                    start = start_of_factor(factor, strip, int64(0), lane)
+                    acc = end_factor_strip(start, factor, received, begun, ring_at, lane)
                     column = int32(strip * inner_width + lane)
                     if lane < inner_width and column < rank:
-                        inner[column] = acc
+                        sample = int32(0)
+                        while sample < own:
+                            inner[int32(sample * inner_pitch + column)] = sum_of_sample(acc, sums, own, sample, lane)
+                            sample = int32(sample + 1)
                     strip = int32(strip + workers)
                 cuda.syncthreads()
-            strip = warp
+            strip, n_received = warp, n_pre
+            if rank > 0:
+                received, n_received = (
+                    Received(own, inner_at, ones_at + int64(4), ones_at, inner_pitch, none, none),
+                    rank,
+                )
             while warp < workers and strip < logit_strips:
                 logit_width, logit_stage = int32(m[tables.LOGIT_WIDTH]), int32(m[tables.LOGIT_STAGE])
                 at = offsets_at + int64(8) * strip
-                received, n_received = inputs, n_pre
-                if rank > 0:
-                    received, n_received = inner, rank
-                acc = factor_strip(
-                    *(m[tables.LOGIT_VALUES], at, logit_width, logit_stage, n_received, blocks, strip),
-                    *(m[tables.LOGIT_BIAS], received, ones_at, ring_at, lane),
+                factor = strip_of_factor(
+                    m[tables.LOGIT_VALUES], at, logit_width, logit_stage, n_received, blocks, strip, lane
                 )
+                begun = begin_factor_strip(factor, received, ring_at, lane)
+                start = start_of_factor(factor, strip, m[tables.LOGIT_BIAS], lane)
+                acc = end_factor_strip(start, factor, received, begun, ring_at, lane)
                 column = int32(strip * logit_width + lane)
                 if lane < logit_width and column < blocks:
-                    gates[column] = acc
+                    sample = int32(0)
+                    while sample < own:
+                        gates[int32(sample * gates_pitch + column)] = sum_of_sample(acc, sums, own, sample, lane)
+                        sample = int32(sample + 1)
                 strip = int32(strip + workers)
             cuda.syncthreads()
-            bad = choose(
-                *(gates, keys, ratios, words, maxima, blocks),
-                *(int32(m[tables.KEPT_BLOCKS]), int32(m[tables.SOFTMAX]), me),
-            )
-            if bad and thread == 0:
-                report(status_at, number)
+            sample = int32(0)
+            while sample < own:
+                bad = choose(
+                    *(shared_float32(gates_at + int64(4) * (sample * gates_pitch)), keys, ratios, words),
+                    *(shared_int32(maxima_at + int64(4 * LANES) * sample), blocks),
+                    *(int32(m[tables.KEPT_BLOCKS]), int32(m[tables.SOFTMAX]), me),
+                )
+                if bad and thread == 0:
+                    report(status_at, number)
+                sample = int32(sample + 1)
             cuda.syncthreads()
+            received = Received(own, inputs_at, active_at, gates_at, input_pitch, active_pitch, gates_pitch)
             block_strip = split * workers + warp
             while warp < workers and block_strip < m[tables.BLOCK_STRIPS]:
-                column = int32(block_strip * width + lane)
-                mine, acc, block_column = lane < width and column < columns, np.float32(0), int32(0)
+                column, start = int32(block_strip * width + lane), np.float32(0)
+                mine = lane < width and column < columns
                 if mine:
-                    acc, block_column = global_float32(m[tables.BIAS])[column], int32(column // c)
+                    start = global_float32(m[tables.BIAS])[column]
+                last = int32(min(block_strip * width + width, columns) - 1)
                 strip_offsets = global_int64(m[tables.BLOCK_OFFSETS] + 8 * (block_strip * grid_rows))
-                rows_of_strip = StripRows(
+                strip_rows = StripRows(
                     m[tables.BLOCK_VALUES],
                     strip_offsets,
                     width,
@@ -212,17 +245,23 @@ def gated_rows_kernel(narrow: bool):
                     grid_rows,
                     r,
                     grid_columns,
-                    block_column,
+                    int32(int32(block_strip * width) // c),
+                    int32(last // c),
+                    int32(column // c),
                     mine,
                 )
-                acc = add_strip(acc, rows_of_strip, gates, active, inputs, ring_at, lane)
+                acc = add_strip(start, strip_rows, received, ring_at, lane)
                 if mine:
-                    global_float32(out_at)[row * columns + column] = acc
+                    sample = int32(0)
+                    while sample < own:
+                        out = global_float32(out_at + 4 * ((row + sample) * columns))
+                        out[column] = sum_of_sample(acc, sums, own, sample, lane)
+                        sample = int32(sample + 1)
                 block_strip += splits * workers
             cuda.syncthreads()
-            row += groups
+            row += groups * samples
 
-    return gated_rows, types.void(*[types.int64] * 10)
+    return gated_rows, types.void(*[types.int64] * 11)
 
 
 @device_function
@@ -268,7 +307,7 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool):
     first     : the first sample of the launch
     spread    : blocks of a group of samples; tiles, samples : what a block owns
     """
-    add_strip, update = make_add_strip(narrow), UPDATES[kind]
+    (add_strip, _, _), update = make_add_strip(narrow), UPDATES[kind]
     n_gates = len(EQUATIONS[kind[0]][kind[1]].gates)
 
     def gated_layer(matrix_at, place_at, layer_at, status_at, steps, batch, first, spread, tiles, samples):
@@ -310,8 +349,10 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool):
             shared_float32(shared + place[tables.AT_DRIVES_REC]),
         )
         state = shared_float32(shared + place[tables.AT_STATE])
-        input_pitch, active_pitch = 4 * place[tables.INPUT_PITCH_OF], 4 * place[tables.ACTIVE_PITCH]
-        inner_pitch, gates_pitch = 4 * place[tables.INNER_PITCH], 4 * place[tables.GATES_PITCH]
+        input_pitch, active_pitch = int32(place[tables.INPUT_PITCH_OF]), int32(place[tables.ACTIVE_PITCH])
+        inner_pitch, gates_pitch = int32(place[tables.INNER_PITCH]), int32(place[tables.GATES_PITCH])
+        active, gates, inner = shared_int32(active_at), shared_float32(gates_at), shared_float32(inner_at)
+        sums, none = shared_float32(ring_at + int64(STAGES * STAGE_BYTES)), int32(0)
 
         set_ones(ones_at, thread)
         # Offsets of the own strips of weights, of the own strips of logits, and of the first of two factors.
@@ -329,9 +370,8 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool):
             offsets[int32(own_rows + own_logits + k)] = global_int64(m[tables.INNER_OFFSETS])[k]
             k = int32(k + threads)
         k = thread
-        active_words = shared_int32(active_at)
-        while k < own_samples * place[tables.ACTIVE_PITCH]:
-            active_words[k] = int32(0)
+        while k < own_samples * active_pitch:
+            active[k] = int32(0)
             k = int32(k + threads)
         sample, tile, item = int32(0), warp, warp
         while True:
@@ -344,6 +384,11 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool):
             tile, item = int32(tile + warps), int32(item + warps)
         cuda.syncthreads()
 
+        # Inputs of the factor that gives the logits.
+        n_logits_pre = n
+        if rank > 0:
+            n_logits_pre = rank
+        nothing_begun = none, none, none, none, none, none, none
         t = int64(0)
         while t < steps:
             row = t * batch + first_sample
@@ -361,16 +406,28 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool):
                     )
                 gate, item = int32(gate + warps), int32(item + warps)
 
+            # Weights of the first own logits are copied while outputs of the step before arrive.
+            received = Received(own_samples, inputs_at, ones_at + int64(4), ones_at, input_pitch, none, none)
+            begun = nothing_begun
+            if rank == 0 and warp < workers and warp < own_logits:
+                at = offsets_at + int64(8) * (own_rows + warp)
+                factor = strip_of_factor(
+                    *(logit_values, at, logit_width, logit_stage, n_logits_pre, blocks),
+                    *(int32(part + warp * spread), lane),
+                )
+                begun = begin_factor_strip(factor, received, ring_at, lane)
+
             # Outputs of the step before.
             missing, sample = int32(0), int32(0)
             while sample < own_samples:
                 missing |= load_row(
-                    *(log_at + (row + sample) * row_bytes, n, r),
-                    *(
-                        shared_float32(inputs_at + sample * input_pitch),
-                        shared_int32(active_at + sample * active_pitch),
-                    ),
-                    *(shared_int32(maxima_at + int64(4 * LANES) * sample), me),
+                    log_at + (row + sample) * row_bytes,
+                    n,
+                    r,
+                    shared_float32(inputs_at + int64(4) * (sample * input_pitch)),
+                    shared_int32(active_at + int64(4) * (sample * active_pitch)),
+                    shared_int32(maxima_at + int64(4 * LANES) * sample),
+                    me,
                 )
                 sample = int32(sample + 1)
             if cuda.syncthreads_or(missing):
@@ -379,51 +436,53 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool):
 
             # The own logits of this step.
             if rank > 0:
-                sample, strip = int32(0), warp
-                while warp < workers:
-                    sample, strip = next_item(sample, strip, inner_strips)
-                    if sample >= own_samples:
-                        break
+                strip = warp
+                while warp < workers and strip < inner_strips:
                     at = offsets_at + int64(8) * (own_rows + own_logits + strip)
-                    acc = factor_strip(
-                        *(inner_values, at, inner_width, inner_stage, n, rank, strip, int64(0)),
-                        *(shared_float32(inputs_at + sample * input_pitch), ones_at, ring_at, lane),
-                    )
+                    factor = strip_of_factor(inner_values, at, inner_width, inner_stage, n, rank, strip, lane)
+                    begun = begin_factor_strip(factor, received, ring_at, lane)
+                    start = start_of_factor(factor, strip, int64(0), lane)
+                    acc = end_factor_strip(start, factor, received, begun, ring_at, lane)
                     column = int32(strip * inner_width + lane)
                     if lane < inner_width and column < rank:
-                        shared_float32(inner_at + sample * inner_pitch)[column] = acc
+                        sample = int32(0)
+                        while sample < own_samples:
+                            place_of = int32(sample * inner_pitch + column)
+                            inner[place_of] = sum_of_sample(acc, sums, own_samples, sample, lane)
+                            sample = int32(sample + 1)
                     strip = int32(strip + workers)
                 cuda.syncthreads()
-            sample, k = int32(0), warp
-            while own_logits > 0 and warp < workers:
-                sample, k = next_item(sample, k, own_logits)
-                if sample >= own_samples:
-                    break
-                received, n_received = shared_float32(inputs_at + sample * input_pitch), n
-                if rank > 0:
-                    received, n_received = shared_float32(inner_at + sample * inner_pitch), rank
-                strip = int32(part + k * spread)
-                at = offsets_at + int64(8) * (own_rows + k)
-                acc = factor_strip(
-                    *(logit_values, at, logit_width, logit_stage, n_received, blocks, strip, logit_bias),
-                    *(received, ones_at, ring_at, lane),
-                )
+            k = warp
+            if rank > 0:
+                received = Received(own_samples, inner_at, ones_at + int64(4), ones_at, inner_pitch, none, none)
+            while warp < workers and k < own_logits:
+                strip, at = int32(part + k * spread), offsets_at + int64(8) * (own_rows + k)
+                factor = strip_of_factor(logit_values, at, logit_width, logit_stage, n_logits_pre, blocks, strip, lane)
+                if k != warp or rank > 0:
+                    begun = begin_factor_strip(factor, received, ring_at, lane)
+                start = start_of_factor(factor, strip, logit_bias, lane)
+                acc = end_factor_strip(start, factor, received, begun, ring_at, lane)
                 column = int32(strip * logit_width + lane)
                 if lane < logit_width and column < blocks:
-                    store_relaxed(logits_at + (row + sample) * logit_row_bytes + int64(4) * column, acc)
+                    sample = int32(0)
+                    while sample < own_samples:
+                        logit_at = logits_at + (row + sample) * logit_row_bytes + int64(4) * column
+                        store_relaxed(logit_at, sum_of_sample(acc, sums, own_samples, sample, lane))
+                        sample = int32(sample + 1)
                 k = int32(k + workers)
 
             # All logits of this step.
             sample = int32(0)
             while sample < own_samples:
-                gates, at = shared_float32(gates_at + sample * gates_pitch), int32(4 * thread)
+                at, begin = int32(4 * thread), int32(sample * gates_pitch)
                 while at < blocks:
                     a, b, e, d, complete = poll_event_log(
                         logits_at + (row + sample) * logit_row_bytes + int64(4) * at, int32(blocks - at)
                     )
                     if not complete:
                         missing = int32(1)
-                    gates[at], gates[int32(at + 1)], gates[int32(at + 2)], gates[int32(at + 3)] = a, b, e, d
+                    own = int32(begin + at)
+                    gates[own], gates[int32(own + 1)], gates[int32(own + 2)], gates[int32(own + 3)] = a, b, e, d
                     at = int32(at + 4 * threads)
                 sample = int32(sample + 1)
             if cuda.syncthreads_or(missing):
@@ -432,7 +491,7 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool):
             sample = int32(0)
             while sample < own_samples:
                 bad = choose(
-                    *(shared_float32(gates_at + sample * gates_pitch), keys, ratios, words),
+                    *(shared_float32(gates_at + int64(4) * (sample * gates_pitch)), keys, ratios, words),
                     *(shared_int32(maxima_at + int64(4 * LANES) * sample), blocks, kept, softmax, me),
                 )
                 if bad and thread == 0:
@@ -441,47 +500,45 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool):
             cuda.syncthreads()
 
             # The recurrent drives of the own tiles.
-            sample, tile, gate, item = int32(0), int32(0), warp, warp
+            received = Received(own_samples, inputs_at, active_at, gates_at, input_pitch, active_pitch, gates_pitch)
+            tile, gate, item = int32(0), warp, warp
             while warp < workers:
                 tile, gate = next_item(tile, gate, n_gates)
-                sample, tile = next_item(sample, tile, own_tiles)
-                if sample >= own_samples:
+                if tile >= own_tiles:
                     break
-                unit = int32((first_tile + tile) * width + lane)
-                mine, acc, block_column = lane < width and unit < n, np.float32(0), int32(0)
+                first_unit = int32((first_tile + tile) * width)
+                unit, last_unit = int32(first_unit + lane), int32(min(first_unit + width, n) - 1)
+                mine, start, column = lane < width and unit < n, np.float32(0), int32(gate * n + unit)
                 if mine:
-                    column = int32(gate * n + unit)
-                    acc, block_column = global_float32(bias_at)[column], int32(column // c)
-                strip_at = offsets_at + int64(8) * ((tile * n_gates + gate) * grid_rows)
+                    start = global_float32(bias_at)[column]
                 strip_rows = StripRows(
                     block_values,
-                    shared_int64(strip_at),
+                    shared_int64(offsets_at + int64(8) * (item * grid_rows)),
                     width,
                     stage,
                     n,
                     grid_rows,
                     r,
                     grid_columns,
-                    block_column,
+                    int32(int32(gate * n + first_unit) // c),
+                    int32(int32(gate * n + last_unit) // c),
+                    int32(column // c),
                     mine,
                 )
-                acc = add_strip(
-                    *(acc, strip_rows, shared_float32(gates_at + sample * gates_pitch)),
-                    *(
-                        shared_int32(active_at + sample * active_pitch),
-                        shared_float32(inputs_at + sample * input_pitch),
-                    ),
-                    *(ring_at, lane),
-                )
-                drives_rec[item * LANES + lane] = acc
+                acc = add_strip(start, strip_rows, received, ring_at, lane)
+                sample = int32(0)
+                while sample < own_samples:
+                    place_of = int32((sample * own_tiles * n_gates + item) * LANES + lane)
+                    drives_rec[place_of] = sum_of_sample(acc, sums, own_samples, sample, lane)
+                    sample = int32(sample + 1)
                 gate, item = int32(gate + workers), int32(item + workers)
             wait_for_copies()
             cuda.syncthreads()
 
             # Cells and outputs of this step.
             k = thread
-            while k < own_samples * place[tables.ACTIVE_PITCH]:
-                active_words[k] = int32(0)
+            while k < own_samples * active_pitch:
+                active[k] = int32(0)
                 k = int32(k + threads)
             sample, tile, item = int32(0), warp, warp
             while True:
