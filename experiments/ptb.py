@@ -145,14 +145,14 @@ def restored(folder: Path, text: str) -> Model:
 def sizes(network: er.Network) -> dict[str, Any]:
     """Numbers of weights and parameters, and bytes.
 
-    A weight that is pruned is no parameter. The values of a tied embedding are counted once.
+    A weight that is pruned is no parameter, of an embedding either. The values of a tied embedding are counted once.
     """
     matrices = network.matrices()
     tied = network.readout is not None and network.readout.tied
-    own = sum(w.nnz for name, w in matrices.items() if not (tied and name == "readout"))
+    own = sum(w.nnz for w in matrices.values())
     vectors = [v for layer in network.layers for v in (layer.bias_in, layer.bias_rec, layer.threshold)]
     vectors += [network.readout.bias] if network.readout is not None else []
-    embedding = 0 if network.embedding is None else network.embedding.size
+    embedding = 0 if tied or network.embedding is None else int(np.count_nonzero(network.embedding))
     blocks = sorted({f"{w.block[0]}x{w.block[1]}" for w in matrices.values() if isinstance(w, er.BlockCSR)})
     dense = all(isinstance(w, er.Dense) for w in matrices.values())
     return {

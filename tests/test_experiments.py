@@ -460,6 +460,7 @@ def test_ptb_model_is_evaluated_pruned_tuned_compared_and_drawn(monkeypatch, tmp
     both = load(tmp_path / "tied.safetensors")
     assert line["tied"] and line["kept"] == {"embedding": 0.34, "layers.0.w_in": 0.8} and both.readout.tied
     assert set((both.embedding != 0).sum(axis=1)) == {2} and both.readout.weights.name == "csr"
+    assert line["parameters"] == line["weights"] + 2 * 24 + 8 + 2 * 18 + 6 + 6, "a pruned embedding counts what is left"
     found = run("evaluate", tmp_path / "tied.safetensors", *text, "--name", "tied")["valid"]
     assert found["effective_by_matrix"]["layers.0.w_in"] < 0.5 * 24 * 6, "an input has 2 of 6 values"
     line = run(
