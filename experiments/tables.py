@@ -18,6 +18,7 @@ from bench import BLAS as BLAS_LIBRARIES
 from bench import DENSE, SPARSE_LIBRARIES, Row, line_of
 from bench_training import CASES as TRAINING_CASES
 from block_sparse import BLOCKS
+from gated_words import VARIANTS
 from gpu_training import LAYERS as GPU_LAYERS
 from nm_masks import PATTERNS
 
@@ -442,6 +443,38 @@ def word_latency() -> str:
     return table(columns, rows)
 
 
+def dynamic_blocks() -> str:
+    """Word models of one layer of 256 units and as many inputs on the 2000 most frequent words of the Penn Treebank, 3
+    epochs, all trained by one loop (`python experiments/dynamic_blocks.py quality`). Perplexity on the validation text:
+    the mean over the seeds, and the smallest and the largest. Operations are thousands of multiplications per token of
+    the two matrices of the layer; those of the gates are logits, gates and scaled inputs. The last column is the share
+    of the blocks that less than one token in a thousand chose. `gated`: half the blocks of 64 x 64, softmax gates;
+    `gated-rank`: blocks of 32 x 32, and gates of rank 16; `gated-quarter`: a quarter of the blocks; `smaller`: fewer
+    units, with the operations of `gated` by `gate_cost`; `gradual-N`: magnitude pruning of N %; `diagonal-N`: N blocks
+    along the diagonal of every gate. `experiments/figures/dynamic_blocks.png` shows them, and how often each block is
+    chosen.
+    """
+    path = HERE / "results" / "dynamic_blocks.jsonl"
+    read_lines = [line for line in map(json.loads, path.read_text().splitlines()) if line["what"] == "quality"]
+    # A model that was trained again counts once.
+    lines = list({(line["cell"], line["variant"], line["seed"]): line for line in read_lines}.values())
+    order, rows = list(VARIANTS), []
+    for cell in dict.fromkeys(line["cell"] for line in lines):
+        for variant in sorted({line["variant"] for line in lines if line["cell"] == cell}, key=order.index):
+            found = [line for line in lines if (line["cell"], line["variant"]) == (cell, variant)]
+            qualities = [line["perplexity_valid"] for line in found]
+            spread = f" ({min(qualities):.2f} to {max(qualities):.2f})" if len(found) > 1 else ""
+            work = [sum(line[kind] for line in found) / len(found) / 1000 for kind in ("executed", "selection")]
+            shares = [share for line in found for each in line.get("usage", {}).values() for share in each]
+            unused = f"{sum(share < 0.001 for share in shares) / len(shares):.0%}" if shares else ""
+            quality = f"{sum(qualities) / len(qualities):.2f}{spread}"
+            gates = f"{work[1]:.0f}" if work[1] else ""
+            cells = (cell.upper(), variant, str(len(found)), quality, f"{sum(work):.0f}", gates, unused)
+            rows.append((cells, found))
+    columns = ("cell", "model", "seeds", "perplexity", "operations", "of the gates", "blocks hardly chosen")
+    return table(columns, rows)
+
+
 #: title -> table; the docstring of the function is the paragraph above its table
 SECTIONS = {
     "Inference on a CPU": cpu_layer,
@@ -457,6 +490,7 @@ SECTIONS = {
     "Tasks": tasks,
     "Word models": word_models,
     "Time per token of a word model": word_latency,
+    "Blocks chosen per input": dynamic_blocks,
 }
 
 
