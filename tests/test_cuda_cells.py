@@ -79,6 +79,16 @@ def test_emulated_kernel_has_the_bits_of_the_specification(emulated, cell, forma
     assert_same(expected, got)
 
 
+def test_a_run_with_states_leaves_the_table_that_a_graph_reads(emulated):
+    network, x = case(Cell("gru"), units=(3,), steps=1, batch=1)
+    simulator = Simulator(network, backend="cuda")
+    simulator.run(x)
+    (run,) = simulator.engine.runs.values()
+    before = dict(run.buffers.tables)
+    simulator.run(x, record="states")
+    assert all(run.buffers.tables[key] is table for key, table in before.items()) and before
+
+
 @pytest.mark.parametrize("cell", PLAIN_CELLS, ids=said)
 def test_runs_steps_and_states_of_plain_cells_go_through_the_engine(monkeypatch, cell):
     pytest.importorskip("eventrnn.cuda.device", exc_type=BackendUnavailable, reason="needs numba-cuda")

@@ -91,7 +91,8 @@ def test_strips_hold_the_rows_of_stored_blocks_once(data, gates, units, n_pre):
                 used += piece.size
     assert np.array_equal(found[:, :, :units].reshape(n_pre, -1), dense)
     assert 0 <= len(values) - used <= tables.LANES
-    assert strips.stage_rows * width * strips.values.itemsize <= tables.STAGE_BYTES
+    for stage in (tables.ROWS_STAGE_BYTES, tables.LAYER_STAGE_BYTES):
+        assert 8 <= strips.stage_rows(stage) <= stage // (width * strips.values.itemsize)
 
 
 def test_kernels_of_gated_blocks_compile_without_contraction():
@@ -156,7 +157,7 @@ def test_emulated_gates_that_are_not_finite_stop_a_run_by_the_name_of_the_matrix
 
 def test_blocks_that_do_not_fit_in_shared_memory_are_refused_before_a_run(monkeypatch, emulated):
     network, _ = case(CELLS[1])
-    monkeypatch.setattr(type(emulated), "shared_bytes", 9_000)
+    monkeypatch.setattr(type(emulated), "shared_bytes", 5_000)
     with pytest.raises(ValueError, match=r"cuda: gated blocks 3x4 of a matrix .* need [\d,]+ bytes of shared memory"):
         simulate(network, np.zeros((1, 1, 5), np.float32), backend="cuda")
 

@@ -12,7 +12,7 @@ from eventrnn.cuda.gated_matrix import MIN_WORKERS, GatedMatrix, RowStrips, need
 from eventrnn.cuda.kernels.gated_kernels import gated_layer_kernel
 from eventrnn.cuda.plan import MIN_TILE_WIDTH
 from eventrnn.cuda.run_buffers import UNWRITTEN_BYTE, pitch_of
-from eventrnn.cuda.tables import LANES, MAX_SAMPLES
+from eventrnn.cuda.tables import LANES, LAYER_STAGE_BYTES, MAX_SAMPLES
 
 if TYPE_CHECKING:
     from eventrnn.cells import Cell
@@ -80,14 +80,15 @@ class GatedLayer:
         logit_width = int(np.clip(-(-weights.n_blocks // (4 * spread)) * 4, 4, LANES))
         if (width, logit_width) not in self._strips:
             strips = RowStrips.of_blocks(weights, gates, width)
-            self._strips[width, logit_width] = self.w_rec.table(strips, logit_width)
+            self._strips[width, logit_width] = self.w_rec.table(strips, logit_width, LAYER_STAGE_BYTES)
         matrix, (logits, inner) = self._strips[width, logit_width]
         offsets = tiles * gates * weights.grid[0] + -(-logits // spread) + inner
         groups = max(1, device.multiprocessors // spread)
         for samples in range(min(MAX_SAMPLES, -(-batch // groups)), 0, -1):
             items = max(tiles * gates, -(-logits // spread), inner)
             drives = samples * tiles * gates * LANES
-            places, shared = self.w_rec.places(samples, drives, samples * tiles * LANES, offsets, items)
+            states = samples * tiles * LANES
+            places, shared = self.w_rec.places(samples, drives, states, offsets, items, LAYER_STAGE_BYTES)
             # With few rings, fewer samples per block are faster.
             enough = places[tables.WORKERS] >= min(items, MIN_WORKERS) and shared <= device.shared_bytes
             if enough or samples == 1:
@@ -108,21 +109,25 @@ class GatedLayer:
         logit_pitch, pitch = pitch_of(self.w_rec.weights.n_blocks), pitch_of(self.units)
         logits = buffers.scratch(("logits", k), (steps, batch, logit_pitch), np.float32)
         logits.data.memset_async(UNWRITTEN_BYTE, logits.nbytes)
-        key = ("gated layer", k)
-        if after is not None or key not in buffers.tables:
-            fields = {
-                tables.ROW_UNITS: self.units,
-                tables.ROW_PITCH: pitch,
-                tables.ROW_LOG: buffers.event_logs[k].data.ptr,
-                tables.ROW_DRIVE: drive.data.ptr,
-                tables.ROW_CELLS: buffers.cells[k].data.ptr,
-                tables.ROW_STATES: 0 if after is None else after.data.ptr,
-                tables.ROW_THRESHOLDS: self.thresholds.data.ptr,
-                tables.ROW_LOGITS: logits.data.ptr,
-                tables.ROW_LOGIT_PITCH: logit_pitch,
-            }
-            buffers.tables[key] = device.put(np.array([fields[f] for f in range(tables.ROW_FIELDS)], np.int64))
-        row = buffers.tables[key]
+        fields = {
+            tables.ROW_UNITS: self.units,
+            tables.ROW_PITCH: pitch,
+            tables.ROW_LOG: buffers.event_logs[k].data.ptr,
+            tables.ROW_DRIVE: drive.data.ptr,
+            tables.ROW_CELLS: buffers.cells[k].data.ptr,
+            tables.ROW_STATES: 0 if after is None else after.data.ptr,
+            tables.ROW_THRESHOLDS: self.thresholds.data.ptr,
+            tables.ROW_LOGITS: logits.data.ptr,
+            tables.ROW_LOGIT_PITCH: logit_pitch,
+        }
+        key, table = ("gated layer", k), np.array([fields[f] for f in range(tables.ROW_FIELDS)], np.int64)
+        if after is not None:
+            # The table holds the address of `after`, which the caller frees. Graphs keep using the other table.
+            row = device.put(table)
+        else:
+            if key not in buffers.tables:
+                buffers.tables[key] = device.put(table)
+            row = buffers.tables[key]
         kind, narrow, threads = (self.cell.name, self.cell.variant), self.w_rec.narrow, LANES * self.w_rec.warps
         kernel = device.kernel(("gated_layer", kind, narrow), lambda: gated_layer_kernel(kind, narrow), threads)
         for first in range(0, batch, plan.groups * plan.samples):
@@ -137,6 +142,3 @@ class GatedLayer:
                 shared=plan.shared,
                 cooperative=True,
             )
-        if after is not None:
-            # The table holds the address of `after`, which the caller frees.
-            del buffers.tables[key]

@@ -11,7 +11,7 @@ import numpy as np
 from eventrnn.cuda import tables
 from eventrnn.cuda.kernels.gated_kernels import gated_rows_kernel
 from eventrnn.cuda.packing import in_strips
-from eventrnn.cuda.tables import CHOICE_WORDS, LANES, MAX_SAMPLES, RING_BYTES, STAGE_BYTES
+from eventrnn.cuda.tables import CHOICE_WORDS, LANES, MAX_SAMPLES, ROWS_STAGE_BYTES, STAGES, SUM_BYTES
 
 if TYPE_CHECKING:
     from eventrnn.cuda.device import Device
@@ -26,7 +26,7 @@ WARPS = (8, 16, 20, 32)
 ROWS_PER_SAMPLE = 32
 
 # Warps that multiply, at least, where a block has several rows of inputs at a time and as many strips.
-MIN_WORKERS = 8
+MIN_WORKERS = 6
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,9 @@ class RowStrips:
     offsets: np.ndarray
     width: int
 
-    @property
-    def stage_rows(self) -> int:
+    def stage_rows(self, stage_bytes: int) -> int:
         """Rows that are copied to shared memory at a time: as many as a stage holds, in whole groups of eight."""
-        return max(8, STAGE_BYTES // (self.width * self.values.itemsize) // 8 * 8)
+        return stage_bytes // (self.width * self.values.itemsize) // 8 * 8
 
     @classmethod
     def of_factor(cls, factor: np.ndarray, width: int) -> RowStrips:
@@ -114,11 +113,12 @@ class GatedMatrix:
             self._kept.append(self.device.put(array))
         return self._kept[-1].data.ptr
 
-    def table(self, strips: RowStrips, logit_width: int) -> tuple[Any, tuple[int, int]]:
+    def table(self, strips: RowStrips, logit_width: int, stage_bytes: int) -> tuple[Any, tuple[int, int]]:
         """The table of the matrix on the GPU, and the numbers of strips of its logits and of its inner factor.
 
         strips      : the blocks, in any strips
         logit_width : logits per strip
+        stage_bytes : bytes of weights that a warp copies at a time
         """
         weights, fields = self.weights, np.zeros(tables.GATED_FIELDS, np.int64)
         out = weights.gate if weights.gate_out is None else weights.gate_out
@@ -126,7 +126,8 @@ class GatedMatrix:
         inner = None if weights.gate_out is None else RowStrips.of_factor(weights.gate, LANES)
 
         def place(values: int, each: RowStrips) -> None:
-            packed = self._put(each.values), self._put(each.offsets), each.width, each.stage_rows, len(each.offsets)
+            stage_rows = each.stage_rows(stage_bytes)
+            packed = self._put(each.values), self._put(each.offsets), each.width, stage_rows, len(each.offsets)
             fields[values : values + len(packed)] = packed
 
         place(tables.BLOCK_VALUES, strips)
@@ -159,13 +160,16 @@ class GatedMatrix:
         """Warps of a block of the kernels: one thread per block of weights where that is possible."""
         return next((warps for warps in WARPS if LANES * warps >= self.weights.n_blocks), WARPS[-1])
 
-    def places(self, samples: int, drives: int, states: int, offsets: int, items: int) -> tuple[np.ndarray, int]:
+    def places(
+        self, samples: int, drives: int, states: int, offsets: int, items: int, stage_bytes: int
+    ) -> tuple[np.ndarray, int]:
         """The table of shared memory (tables.PLACE_FIELDS,) of a kernel, and its bytes.
 
         samples : rows of inputs in shared memory
         drives  : float32 of each kind of drives, and `states` of cells
         offsets : offsets of strips
         items   : strips that warps can multiply at the same time. As many warps do as have room for a ring
+        stage_bytes : see `table`
         """
         n_pre, blocks = self.weights.shape[0], self.weights.n_blocks
         pitches = {
@@ -195,24 +199,25 @@ class GatedMatrix:
         for field, pitch in pitches.items():
             table[field] = pitch
         # Lanes without a column read beyond the last row of a stage.
-        room = (self.device.shared_bytes - at - 4 * LANES) // RING_BYTES
+        ring_bytes = STAGES * stage_bytes + SUM_BYTES
+        room = (self.device.shared_bytes - at - 4 * LANES) // ring_bytes
         workers = max(1, min(room, self.warps, items))
         table[tables.AT_RINGS], table[tables.WORKERS] = at, workers
-        return table, at + workers * RING_BYTES + 4 * LANES
+        return table, at + workers * ring_bytes + 4 * LANES
 
     # --- products ---
 
     @cached_property
     def _row_strips(self) -> tuple[Any, int]:
         """The table of the matrix for `gated_rows_kernel`, and how many offsets it keeps in shared memory."""
-        table, (logits, inner) = self.table(RowStrips.of_blocks(self.weights, 1, LANES), LANES)
+        table, (logits, inner) = self.table(RowStrips.of_blocks(self.weights, 1, LANES), LANES, ROWS_STAGE_BYTES)
         return table, logits + inner
 
     def _row_places(self, rows: int) -> tuple[Any, int, int]:
         """For so many rows: the table of shared memory on the GPU, its bytes, and the rows of a block at a time."""
         samples = max(1, min(MAX_SAMPLES, rows // ROWS_PER_SAMPLE))
         while samples not in self._places:
-            places, shared = self.places(samples, 0, 0, self._row_strips[1], self.warps)
+            places, shared = self.places(samples, 0, 0, self._row_strips[1], self.warps, ROWS_STAGE_BYTES)
             if samples > 1 and places[tables.WORKERS] < min(self.warps, MIN_WORKERS):
                 samples -= 1
                 continue

@@ -25,16 +25,18 @@ def launch_layers(network: DeviceNetwork, layers: range, each: Plan, buffers: Ru
     after : per layer (steps, batch, units) float32 for the cells after each step, or None
     """
     key = (layers,)
-    if after is not None or key not in buffers.tables:
-        buffers.tables[key] = network.device.put(_layer_rows(network, layers, each, buffers, drive, after))
+    if after is not None:
+        # The table holds the addresses of `after`, which the caller frees. Graphs keep using the other table.
+        rows = network.device.put(_layer_rows(network, layers, each, buffers, drive, after))
+    else:
+        if key not in buffers.tables:
+            buffers.tables[key] = network.device.put(_layer_rows(network, layers, each, buffers, drive, None))
+        rows = buffers.tables[key]
     for k, is_input in roles_of(layers, each):
         if is_input:
             drives = _input_drives(network, buffers, k)
             drives.data.memset_async(UNWRITTEN_BYTE, drives.nbytes)
-    _launch(network, each, buffers.tables[key], layers, buffers.steps, buffers.batch, status)
-    if after is not None:
-        # The table holds the addresses of `after`, which the caller frees.
-        del buffers.tables[key]
+    _launch(network, each, rows, layers, buffers.steps, buffers.batch, status)
 
 
 def _layer_rows(network: DeviceNetwork, layers: range, each: Plan, buffers: RunBuffers, drive, after) -> np.ndarray:

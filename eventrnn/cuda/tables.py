@@ -152,13 +152,14 @@ def layout_code(kind: int, narrow: bool, resident: bool) -> int:
 
 # --- gated blocks (`kernels/gated_blocks.py`) ---------------------------------------------------------------
 
-# Bytes of weights that a warp copies to shared memory at a time, and the copies that may be under way.
-STAGE_BYTES, STAGES = 4096, 4
+# Copies of weights to shared memory that a warp may have under way, and their bytes: for independent rows, which many
+# warps multiply, and for the time loop of a layer, where few do. 6144 bytes are 128 rows of 12 columns.
+STAGES, ROWS_STAGE_BYTES, LAYER_STAGE_BYTES = 4, 4096, 6144
 
-# Rows of inputs that are multiplied together, at most, so that they share the weights they read; and the bytes of a
-# ring, with the sums of these rows.
+# Rows of inputs that are multiplied together, at most, so that they share the weights they read; and the bytes of the
+# sums of these rows, which follow the stages in the ring of a warp.
 MAX_SAMPLES = 8
-RING_BYTES = STAGES * STAGE_BYTES + 4 * LANES * MAX_SAMPLES
+SUM_BYTES = 4 * LANES * MAX_SAMPLES
 
 # Words of shared memory in which the warps of a block exchange counts while they choose.
 CHOICE_WORDS = 80
@@ -206,7 +207,7 @@ CHOICE_WORDS = 80
     AT_RATIOS,  # (kept blocks,) float32
     AT_WORDS,  # (CHOICE_WORDS,) int32
     AT_MAXIMA,  # (samples, 32) int32, bits of the largest magnitude of an input, per warp
-    AT_RINGS,  # (WORKERS, RING_BYTES), weights on their way, and sums
+    AT_RINGS,  # (WORKERS, STAGES * stage bytes + SUM_BYTES), weights on their way, and sums
     AT_DRIVES_IN,  # (samples, tiles, gates, 32) float32
     AT_DRIVES_REC,  # the same
     AT_STATE,  # (samples, tiles, 32) float32 cells

@@ -172,6 +172,9 @@ def emulated(function, blocks, threads: int, shared: int):
         id(ptx.libdevice): SimpleNamespace(float_as_int=_as_int, int_as_float=_as_float),
         id(ptx.shared_base): lambda: np.int64(here.shared_at),
         id(ptx.load_relaxed4): _load4,
+        id(ptx.load_shared_float4): lambda at: tuple(
+            map(np.float32, struct.unpack("<4f", ctypes.string_at(int(at), 16)))
+        ),
         id(ptx.store_relaxed): _store,
         id(ptx.sum_of_warp): lambda value: np.int32(sum(here.warp.exchange(here.lane, int(value)))),
         id(ptx.copy_async): lambda target, source: _store(target, fake_gpu.floats(source, 1)[0]),
@@ -258,9 +261,9 @@ class EmulatedDevice(FakeDevice):
 
 def install(monkeypatch) -> EmulatedDevice:
     """Make every CUDA engine of the test run on an emulated GPU of two multiprocessors, which is returned."""
-    from eventrnn.cuda import device_network, engine, gated_matrix, plan
+    from eventrnn.cuda import device_network, engine, gated_layer, gated_matrix, plan
     from eventrnn.cuda.gated_matrix import GatedMatrix
-    from eventrnn.cuda.kernels import gated_blocks, gated_kernels
+    from eventrnn.cuda.kernels import gated_kernels
     from eventrnn.cuda.matrix import Matrix
 
     device = EmulatedDevice()
@@ -271,6 +274,8 @@ def install(monkeypatch) -> EmulatedDevice:
     monkeypatch.setattr(GatedMatrix, "warps", WARPS)
     monkeypatch.setattr(gated_matrix, "ROWS_PER_SAMPLE", 2)
     # Small stages, so that small blocks have several.
-    for module in (gated_blocks, gated_kernels, gated_matrix):
-        monkeypatch.setattr(module, "STAGE_BYTES", 8 * 4 * 32)
+    for module in (gated_matrix, gated_kernels):
+        monkeypatch.setattr(module, "ROWS_STAGE_BYTES", 8 * 4 * 32)
+    for module in (gated_layer, gated_kernels):
+        monkeypatch.setattr(module, "LAYER_STAGE_BYTES", 8 * 4 * 32)
     return device

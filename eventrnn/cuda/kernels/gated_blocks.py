@@ -18,7 +18,7 @@ keys        shared   (blocks,) int32: bits of a logit in the order of the number
 ratios      shared   (kept blocks,) float32, of the chosen blocks in ascending order
 words       shared   (CHOICE_WORDS,) int32, counts per warp
 maxima      shared   (samples, 32) int32, per warp the bits of the largest magnitude among its inputs
-ring        shared   per warp, (STAGES, STAGE_BYTES), rows of a strip; then (samples, 32) float32, sums of several rows
+ring        shared   per warp, (STAGES, stage bytes), rows of a strip; then (samples, 32) float32, sums of several rows
                      of inputs
 strips      global   `gated_matrix.RowStrips`: values float32 or uint16 bits of bfloat16; offsets (strips, block rows)
                      int64, where the rows of a block row begin, -1 where no block is stored
@@ -38,6 +38,7 @@ from eventrnn.cuda.kernels.ptx import (
     commit_copies,
     copy_async16,
     exp_float32,
+    load_shared_float4,
     max_of_warp,
     min_of_warp,
     shared_float32,
@@ -47,7 +48,7 @@ from eventrnn.cuda.kernels.ptx import (
     wait_for_oldest_copies,
 )
 from eventrnn.cuda.kernels.strip_product import FULL_WARP, load8, popcount
-from eventrnn.cuda.tables import LANES, STAGE_BYTES, STAGES
+from eventrnn.cuda.tables import LANES, STAGES
 
 assert OPEN_GROUPS == STAGES - 1, "the oldest of all stages must be complete"
 
@@ -159,6 +160,13 @@ def rows_in(strip, row):
 
 
 @device_function
+def inputs8(at):
+    """Eight neighbouring inputs, from a byte address on that is a multiple of 16."""
+    a, b = load_shared_float4(at), load_shared_float4(at + int64(16))
+    return a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]
+
+
+@device_function
 def sum_of_sample(acc, sums, samples, sample, lane):
     """The result of `add_strip` for one row of inputs."""
     if samples > 1:
@@ -166,8 +174,10 @@ def sum_of_sample(acc, sums, samples, sample, lane):
     return acc
 
 
-def make_add_strip(narrow: bool):
+def make_add_strip(narrow: bool, stage_bytes: int):
     """The device functions add_strip, begin_strip and end_strip for float32 weights, or for bfloat16 ones.
+
+    stage_bytes : bytes of weights that a warp copies at a time
 
     add_strip(start, strip, received, ring_at, lane) -> start + sum over j of weight * (gate * input). For one row of
     inputs it returns the sum; those of several rows lie behind the ring (`sum_of_sample`). begin_strip starts the first
@@ -218,16 +228,21 @@ def make_add_strip(narrow: bool):
         return row, first, mask, done
 
     @device_function
-    def add_rows(acc, values, inputs, at, rows, width, gate, lane):
+    def add_rows(acc, values, inputs_at, at, rows, width, gate, lane):
         """Add the terms of `rows` rows of a stage, whose inputs lie from `at` on.
 
         The numbers of the next eight rows are loaded before the present ones are added; the last loads are not used.
         """
-        k, w = int32(0), lane
-        weights, x = weights8(values, w, width), load8(inputs, at)
+        k, w, inputs = int32(0), lane, shared_float32(inputs_at)
+        # Up to the first input whose address is a multiple of 16.
+        while k < rows and ((at + k) & int32(3)) != 0:
+            acc = cuda.fma(weight(values, w), gate * inputs[int32(at + k)], acc)
+            k, w = int32(k + 1), int32(w + width)
+        x_at = inputs_at + int64(4) * (at + k)
+        weights, x = weights8(values, w, width), inputs8(x_at)
         while k + 8 <= rows:
-            k, w = int32(k + 8), int32(w + 8 * width)
-            next_weights, next_x = weights8(values, w, width), load8(inputs, int32(at + k))
+            k, w, x_at = int32(k + 8), int32(w + 8 * width), x_at + int64(32)
+            next_weights, next_x = weights8(values, w, width), inputs8(x_at)
             acc = cuda.fma(weights[0], gate * x[0], acc)
             acc = cuda.fma(weights[1], gate * x[1], acc)
             acc = cuda.fma(weights[2], gate * x[2], acc)
@@ -252,10 +267,8 @@ def make_add_strip(narrow: bool):
                 place = int32(sample * LANES + lane)
                 if received.samples > 1:
                     acc = sums[place]
-                inputs_at = int32(sample * received.input_pitch + at)
-                acc = add_rows(
-                    acc, values, shared_float32(received.inputs_at), inputs_at, rows, strip.width, gate, lane
-                )
+                first_input = int32(sample * received.input_pitch + at)
+                acc = add_rows(acc, values, received.inputs_at, first_input, rows, strip.width, gate, lane)
                 if received.samples > 1:
                     sums[place] = acc
             sample = int32(sample + 1)
@@ -269,7 +282,7 @@ def make_add_strip(narrow: bool):
         # The place of the copies: block row, the mask of later ones, and the rows of it that were copied.
         ahead, last, last_mask, done, slot = row, first, mask, int32(0), int32(0)
         while slot < STAGES - 1:
-            slot_at = ring_at + int64(STAGE_BYTES) * slot
+            slot_at = ring_at + int64(stage_bytes) * slot
             ahead, last, last_mask, done = start_stage(strip, received, ahead, last, last_mask, done, slot_at, lane)
             slot = int32(slot + 1)
         return row, first, mask, ahead, last, last_mask, done
@@ -278,20 +291,20 @@ def make_add_strip(narrow: bool):
     def end_strip(start, strip, received, begun, ring_at, lane):
         """Multiply; `begun` is the result of `begin_strip`."""
         row, first, mask, ahead, last, last_mask, done = begun
-        acc, sums = start, shared_float32(ring_at + int64(STAGES * STAGE_BYTES))
+        acc, sums = start, shared_float32(ring_at + int64(STAGES * stage_bytes))
         sample = int32(0)
         while received.samples > 1 and sample < received.samples:
             sums[int32(sample * LANES + lane)] = start
             sample = int32(sample + 1)
         slot, used = int32(0), int32(0)
         while row < strip.block_rows:
-            free_at = ring_at + int64(STAGE_BYTES) * ((slot + int32(STAGES - 1)) & int32(STAGES - 1))
+            free_at = ring_at + int64(stage_bytes) * ((slot + int32(STAGES - 1)) & int32(STAGES - 1))
             ahead, last, last_mask, done = start_stage(strip, received, ahead, last, last_mask, done, free_at, lane)
             wait_for_oldest_copies()
             # The other lanes have copied parts of the rows.
             cuda.syncwarp(FULL_WARP)
             rows = int32(min(strip.stage_rows, rows_in(strip, row) - used))
-            values = pointer(ring_at + int64(STAGE_BYTES) * slot)
+            values = pointer(ring_at + int64(stage_bytes) * slot)
             acc = add_stage(acc, sums, strip, received, values, row, used, rows, lane)
             # The stage is overwritten in the next round.
             cuda.syncwarp(FULL_WARP)

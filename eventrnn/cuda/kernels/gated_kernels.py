@@ -49,9 +49,7 @@ from eventrnn.cuda.kernels.ptx import (
     wait_for_copies,
 )
 from eventrnn.cuda.kernels.strip_product import high_word, low_word
-from eventrnn.cuda.tables import LANES, RING_BYTES, STAGE_BYTES, STAGES
-
-_, begin_factor_strip, end_factor_strip = make_add_strip(False)
+from eventrnn.cuda.tables import LANES, LAYER_STAGE_BYTES, ROWS_STAGE_BYTES, STAGES, SUM_BYTES
 
 
 @device_function
@@ -100,7 +98,10 @@ def gated_rows_kernel(narrow: bool):
     samples, splits                : rows of a block at a time, and blocks that share the strips of a row
     out_at                         : (rows, columns) float32
     """
-    add_strip, _, _ = make_add_strip(narrow)
+    add_strip, _, _ = make_add_strip(narrow, ROWS_STAGE_BYTES)
+    _, begin_factor_strip, end_factor_strip = make_add_strip(False, ROWS_STAGE_BYTES)
+    sums_offset = STAGES * ROWS_STAGE_BYTES
+    ring_bytes = sums_offset + SUM_BYTES
 
     def gated_rows(
         matrix_at, place_at, begins_at, counts_at, lists_at, row_of_at, rows, samples, splits, out_at, status_at
@@ -122,7 +123,7 @@ def gated_rows_kernel(narrow: bool):
         inner_pitch, gates_pitch = int32(place[tables.INNER_PITCH]), int32(place[tables.GATES_PITCH])
         keys, ratios = shared_int32(shared + place[tables.AT_KEYS]), shared_float32(shared + place[tables.AT_RATIOS])
         words, maxima_at = shared_int32(shared + place[tables.AT_WORDS]), shared + place[tables.AT_MAXIMA]
-        ring_at, workers = shared + place[tables.AT_RINGS] + int64(RING_BYTES) * warp, int32(place[tables.WORKERS])
+        ring_at, workers = shared + place[tables.AT_RINGS] + int64(ring_bytes) * warp, int32(place[tables.WORKERS])
         ones_at, offsets_at = shared + place[tables.AT_ONES], shared + place[tables.AT_OFFSETS]
         set_ones(ones_at, thread)
         # Offsets of the strips of logits, then of the first of two factors.
@@ -142,7 +143,7 @@ def gated_rows_kernel(narrow: bool):
         row_of, begins, counts = global_int64(row_of_at), global_int64(begins_at), global_int32(counts_at)
         group = cuda.blockIdx.x // splits
         split, groups = cuda.blockIdx.x - group * splits, cuda.gridDim.x // splits
-        sums = shared_float32(ring_at + int64(STAGES * STAGE_BYTES))
+        sums = shared_float32(ring_at + int64(sums_offset))
         row = int64(group) * samples
         while row < rows:
             own, none = int32(min(samples, rows - row)), int32(0)
@@ -307,7 +308,10 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool):
     first     : the first sample of the launch
     spread    : blocks of a group of samples; tiles, samples : what a block owns
     """
-    (add_strip, _, _), update = make_add_strip(narrow), UPDATES[kind]
+    (add_strip, _, _), update = make_add_strip(narrow, LAYER_STAGE_BYTES), UPDATES[kind]
+    _, begin_factor_strip, end_factor_strip = make_add_strip(False, LAYER_STAGE_BYTES)
+    sums_offset = STAGES * LAYER_STAGE_BYTES
+    ring_bytes = sums_offset + SUM_BYTES
     n_gates = len(EQUATIONS[kind[0]][kind[1]].gates)
 
     def gated_layer(matrix_at, place_at, layer_at, status_at, steps, batch, first, spread, tiles, samples):
@@ -341,7 +345,7 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool):
         inner_at, gates_at = shared + place[tables.AT_INNER], shared + place[tables.AT_GATES]
         keys, ratios = shared_int32(shared + place[tables.AT_KEYS]), shared_float32(shared + place[tables.AT_RATIOS])
         words, maxima_at = shared_int32(shared + place[tables.AT_WORDS]), shared + place[tables.AT_MAXIMA]
-        ring_at, workers = shared + place[tables.AT_RINGS] + int64(RING_BYTES) * warp, int32(place[tables.WORKERS])
+        ring_at, workers = shared + place[tables.AT_RINGS] + int64(ring_bytes) * warp, int32(place[tables.WORKERS])
         ones_at = shared + place[tables.AT_ONES]
         drives_in_at, offsets_at = shared + place[tables.AT_DRIVES_IN], shared + place[tables.AT_OFFSETS]
         drives_in, drives_rec = (
@@ -352,7 +356,7 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool):
         input_pitch, active_pitch = int32(place[tables.INPUT_PITCH_OF]), int32(place[tables.ACTIVE_PITCH])
         inner_pitch, gates_pitch = int32(place[tables.INNER_PITCH]), int32(place[tables.GATES_PITCH])
         active, gates, inner = shared_int32(active_at), shared_float32(gates_at), shared_float32(inner_at)
-        sums, none = shared_float32(ring_at + int64(STAGES * STAGE_BYTES)), int32(0)
+        sums, none = shared_float32(ring_at + int64(sums_offset)), int32(0)
 
         set_ones(ones_at, thread)
         # Offsets of the own strips of weights, of the own strips of logits, and of the first of two factors.

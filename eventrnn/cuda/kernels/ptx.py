@@ -400,6 +400,20 @@ load_shared_uint16 = _shared_load(I16, types.int32, widened=True)
 #: shared address, a multiple of 16 -> four int32
 load_shared4 = _shared_load(I32, types.int32, 4)
 
+
+@intrinsic
+def load_shared_float4(typingctx, address):
+    """Four neighbouring float32 of shared memory, at an int64 address that is a multiple of 16."""
+
+    def generate(context, builder, signature, args):
+        there = builder.inttoptr(args[0], ir.PointerType(ir.VectorType(FLOAT, 4), SHARED))
+        value = builder.load(there, align=16)
+        parts = [builder.extract_element(value, ir.Constant(I32, k)) for k in range(4)]
+        return context.make_tuple(builder, signature.return_type, parts)
+
+    return types.UniTuple(types.float32, 4)(types.int64), generate
+
+
 #: min(unsigned word, 1); written as PTX, because the compiler generates more instructions for it
 at_most_one = instruction("min.u32 $0, $1, 1;", "=r,r", INT, INT)
 
