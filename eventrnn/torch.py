@@ -5,11 +5,13 @@
     output.square().mean().backward()               # sparse backward pass with the surrogate derivative
 
 Parameters are ordinary parameters of PyTorch, and optimisers, DataLoaders, `state_dict` and Lightning take them. The
-engine reads and writes their memory; nothing is copied on the way in, and outputs are not copied on the way out.
+engine reads and writes their memory; nothing is copied on the way in, and outputs are not copied on the way out. As
+everywhere in PyTorch, it is an error to change them in place before the backward pass.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from eventrnn._checks import need_flag, need_kind, need_number, need_whole
+from eventrnn._checks import check_finite, need_flag, need_kind, need_number, need_whole, said
 from eventrnn.cells import Cell
 from eventrnn.network import Layer, Network
 from eventrnn.state import State
@@ -134,6 +136,9 @@ class EGRU(nn.Module):
         self.num_layers, self.bias = len(network.layers), bias
         self.batch_first = need_flag("batch_first", batch_first)
         self.dropout = need_number("dropout", dropout, at_least=0, below=1, what="share")
+        if self.dropout and self.num_layers == 1:
+            # torch.nn.GRU warns too.
+            warnings.warn(f"dropout: got {dropout}, which acts between layers, and there is one", stacklevel=3)
         self.options: dict[str, Any] = {"thresholds": thresholds, "backward": backward, "threads": threads}
         self.cells = [layer.cell for layer in network.layers]
         self._model: Model | None = Model(network, **self.options)
@@ -175,15 +180,15 @@ class EGRU(nn.Module):
         ----------
         input   : (steps, batch, input_size), or (batch, steps, input_size) with `batch_first`; (steps, input_size) of
                   one sample; or a packed sequence
-        state   : what a call before returned; None for zeros
+        state   : what a call before returned; None for zeros. A state that requires a gradient is refused
         lengths : (batch,) number of steps of each sample, where they differ. What follows is padding; the output there
                   is zero
 
         Returns the outputs of the last layer, in the form of the input, and the state after the last step of each
         sample. The gradient does not pass through the state: a window of truncated backpropagation ends there.
 
-        Under `torch.compile` the module is a break of the graph. Under autocast it runs in float32. Raises ValueError
-        for inputs of another size, kind or device.
+        Under `torch.compile` the module is a break of the graph. Under autocast, and for inputs of another type, it
+        runs in float32. Raises ValueError for inputs of another size, kind or device.
         """
         packed = input if isinstance(input, PackedSequence) else None
         if packed is not None:
@@ -197,7 +202,7 @@ class EGRU(nn.Module):
             there = torch.arange(len(x))[:, None] < ends
             x = torch.where(there[:, :, None], x, torch.zeros((), dtype=x.dtype))
         arguments = [getattr(self, _name(name)) for name in self._names()]
-        output, outputs, cells = _Window.apply(self, x, before, ends, *arguments)
+        output, outputs, cells = _Window.apply(self, x.to(torch.float32), before, ends, *arguments)
         if ends is not None:
             output = torch.where(there[:, :, None], output, torch.zeros((), dtype=output.dtype))
         after = (outputs[:, 0], cells[:, 0]) if single else (outputs, cells)
@@ -263,6 +268,8 @@ class EGRU(nn.Module):
             raise TypeError(f"input: got {type(input).__name__}, need a tensor or a packed sequence")
         if input.device.type != "cpu":
             raise ValueError(f"input: got a tensor on {input.device}, need one on the CPU; move module and input there")
+        if input.layout != torch.strided or input.is_nested:
+            raise ValueError("input: got a sparse or a nested tensor, need a dense one; .to_dense() makes it")
         if input.ndim not in (2, 3) or input.shape[-1] != self.input_size or not input.is_floating_point():
             raise ValueError(f"input: got {input.dtype} {tuple(input.shape)}, need numbers (…, {self.input_size})")
         if not len(input) or not input.shape[-2]:
@@ -274,20 +281,40 @@ class EGRU(nn.Module):
     def _ends(self, lengths: Any, x: Tensor) -> Tensor | None:
         if lengths is None:
             return None
-        ends = torch.as_tensor(lengths).to("cpu", torch.int64)
-        if ends.shape != (x.shape[1],) or (len(ends) and not (ends.min() >= 1 and ends.max() <= len(x))):
-            raise ValueError(
-                f"lengths: got {lengths}, need a whole number 1 to {len(x)} for each of {x.shape[1]} samples"
-            )
+        wrong = ValueError(
+            f"lengths: got {said(lengths)}, need a whole number 1 to {len(x)} for each of {x.shape[1]} samples"
+        )
+        try:
+            found = torch.as_tensor(lengths)
+        except (TypeError, ValueError, RuntimeError):
+            raise wrong from None
+        if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+            raise wrong
+        ends = found.to("cpu", torch.int64)
+        if ends.shape != (x.shape[1],) or not (ends.min() >= 1 and ends.max() <= len(x)):
+            raise wrong
         return ends
 
     def _checked_state(self, state: Any, batch: int, single: bool) -> State | None:
         if state is None:
             return None
         shape = (self.num_layers, self.hidden_size) if single else (self.num_layers, batch, self.hidden_size)
-        if not isinstance(state, tuple | list) or len(state) != 2 or any(tuple(each.shape) != shape for each in state):
-            raise ValueError(f"state: need two tensors {shape}, outputs and cells, as a call before returned them")
+        fits = isinstance(state, tuple | list) and len(state) == 2
+        if not fits or any(
+            not isinstance(each, Tensor) or tuple(each.shape) != shape or each.device.type != "cpu" for each in state
+        ):
+            raise ValueError(
+                f"state: got {_described(state)}, need two tensors {shape} on the CPU, outputs and cells, as a call "
+                "before returned them"
+            )
+        if torch.is_grad_enabled() and any(each.requires_grad for each in state):
+            raise ValueError(
+                "state: got a tensor that requires a gradient, but the gradient does not pass through the state; give "
+                "state.detach()"
+            )
         outputs, cells = (np.array(each.detach().to(torch.float32).numpy()) for each in state)
+        check_finite("state, outputs", outputs)
+        check_finite("state, cells", cells)
         if single:
             outputs, cells = outputs[:, None], cells[:, None]
         return State(tuple(np.ascontiguousarray(c) for c in cells), tuple(np.ascontiguousarray(y) for y in outputs))
@@ -320,24 +347,27 @@ class _Window(torch.autograd.Function):
                 tuple(layer.c[last, samples] for layer in tape.layers),
                 tuple(layer.y[last, samples] for layer in tape.layers),
             )
-        ctx.module, ctx.model, ctx.tape = module, model, tape
-        # Their versions are checked: an optimiser must not step between forward and backward.
-        ctx.save_for_backward(*parameters)
+        ctx.module, ctx.tape = module, tape
+        # The tape refers to the memory of all these. PyTorch checks their versions, so that the backward pass raises an
+        # error where an optimiser has stepped, or a caller has changed the input or the output in place. Tensors of
+        # inference mode have no versions, and PyTorch refuses to save them.
+        sent = torch.from_numpy(output)
+        ctx.save_for_backward(*parameters, sent, *([] if x.is_inference() else [x]))
         outputs, cells = (torch.from_numpy(np.stack(arrays)) for arrays in (after.outputs, after.cells))
         ctx.mark_non_differentiable(outputs, cells)
-        return torch.from_numpy(output), outputs, cells
+        return sent, outputs, cells
 
     @staticmethod
     @once_differentiable
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx: Any, d_output: Tensor, *unused: Tensor) -> Any:
-        parameters = ctx.saved_tensors
-        model = ctx.module._bound(parameters)
+        names = ctx.module._names()
+        model = ctx.module._bound(ctx.saved_tensors[: len(names)])
         wanted = ctx.needs_input_grad[1]
         found = model.backward(ctx.tape, np.ascontiguousarray(d_output.numpy(), np.float32), d_inputs=wanted)
         each = [
             torch.from_numpy(found[name]) if needed else None
-            for name, needed in zip(ctx.module._names(), ctx.needs_input_grad[4:], strict=True)
+            for name, needed in zip(names, ctx.needs_input_grad[4:], strict=True)
         ]
         return None, torch.from_numpy(found["inputs"]) if wanted else None, None, None, *each
 
@@ -349,6 +379,13 @@ def _packed_like(packed: PackedSequence, output: Tensor, ends: Tensor) -> Packed
         output, ends = output[:, order], ends[order]
     data = nn.utils.rnn.pack_padded_sequence(output, ends, enforce_sorted=True).data
     return PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
+
+
+def _described(state: Any) -> str:
+    """What was given as a state, in words."""
+    if isinstance(state, tuple | list):
+        return f"({', '.join(map(_described, state))})"
+    return f"a tensor {tuple(state.shape)} on {state.device}" if isinstance(state, Tensor) else said(state)
 
 
 def _name(name: str) -> str:

@@ -149,6 +149,48 @@ def test_a_step_of_the_optimiser_between_forward_and_backward_is_an_error():
         output.sum().backward()
 
 
+def test_a_change_in_place_of_input_or_output_before_the_backward_pass_is_an_error():
+    made = module(threshold=0.01)
+    x = X.clone()
+    output = made(x)[0]
+    assert output.any()
+    x.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+    output = made(X)[0]
+    output.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+    # Padded outputs are no memory of the engine, and neither are states.
+    expected = torch.autograd.grad(2 * made(X, lengths=[7, 4, 1])[0].sum(), made.w_rec_l1)[0]
+    output, state = made(X, lengths=[7, 4, 1])
+    state[1].zero_()
+    assert torch.equal(torch.autograd.grad(output.mul_(2).sum(), made.w_rec_l1)[0], expected)
+
+
+def test_parts_of_the_parameters_can_be_frozen():
+    made = module(threshold=0.01)
+    made(X)[0].sum().backward()
+    expected = {name: parameter.grad for name, parameter in made.named_parameters()}
+    frozen = {"w_rec_l0", "threshold_l1", "bias_in_l0"}
+    for name, parameter in made.named_parameters():
+        parameter.grad = None
+        parameter.requires_grad_(name not in frozen)
+    made(X)[0].sum().backward()
+    for name, parameter in made.named_parameters():
+        assert parameter.grad is None if name in frozen else torch.equal(parameter.grad, expected[name]), name
+
+
+def test_inference_mode_has_the_same_bits():
+    made = module(threshold=0.01)
+    with torch.inference_mode():
+        x = X.clone()
+        assert torch.equal(made(x)[0], made(X)[0])
+    output = made(x)[0]
+    output.sum().backward()
+    assert made.w_in_l0.grad.any()
+
+
 # --- training -------------------------------------------------------------------------------------------------
 
 
@@ -177,7 +219,8 @@ def test_dropout_acts_between_layers_in_training_only():
     assert torch.equal(one, made(X)[0])
     made.eval()
     assert torch.equal(made(X)[0], made(X)[0])
-    alone = module(layers=1, dropout=0.5)
+    with pytest.warns(UserWarning, match="dropout: got 0.5, which acts between layers"):
+        alone = module(layers=1, dropout=0.5)
     assert torch.equal(alone(X)[0], alone(X)[0])
 
 
@@ -251,6 +294,12 @@ def test_copies_and_saved_states_have_the_same_bits_and_are_independent(tmp_path
 
 def test_autocast_and_narrow_inputs_run_in_float32():
     made = module()
+    for narrow in (X.bfloat16(), X.half(), X.double()):
+        x = narrow.clone().requires_grad_()
+        found = made(x)[0]
+        assert found.dtype == torch.float32 and torch.equal(found, made(narrow.float())[0])
+        found.sum().backward()
+        assert x.grad.dtype == x.dtype
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output, _ = made(X.bfloat16().requires_grad_())
         output.sum().backward()
@@ -285,9 +334,17 @@ def test_the_surrogate_and_the_cell_survive_to_network():
         (lambda made: made(X.to("meta")), ValueError, "input: got a tensor on meta"),
         (lambda made: made(X, lengths=[1, 2]), ValueError, "lengths: got [1, 2]"),
         (lambda made: made(X, lengths=[0, 2, 3]), ValueError, "lengths: got [0, 2, 3]"),
+        (lambda made: made(X, lengths=[2.5, 2.0, 3.0]), ValueError, "lengths: got [2.5, 2.0, 3.0], need a whole"),
+        (lambda made: made(X, lengths=[True, True, True]), ValueError, "lengths: got [True, True, True]"),
+        (lambda made: made(X, lengths=[None, 2, 3]), ValueError, "lengths: got [None, 2, 3]"),
+        (lambda made: made(X.to_sparse()), ValueError, "input: got a sparse or a nested tensor"),
+        (lambda made: made(X, (None, torch.zeros(2, 3, 6))), ValueError, "state: got (None, a tensor (2, 3, 6) on"),
+        (lambda made: made(X, (torch.zeros(2, 3, 6, device="meta"),) * 2), ValueError, "on the CPU, outputs and"),
+        (lambda made: made(X, (torch.zeros(2, 3, 6, requires_grad=True),) * 2), ValueError, "give state.detach()"),
+        (lambda made: made(X, (torch.full((2, 3, 6), torch.nan),) * 2), ValueError, "state, outputs: got nan at"),
         (lambda made: made(pack_padded_sequence(X, [7, 2, 1]), lengths=[7, 2, 1]), ValueError, "beside a packed"),
-        (lambda made: made(X, torch.zeros(2, 3, 6)), ValueError, "state: need two tensors (2, 3, 6)"),
-        (lambda made: made(X, (torch.zeros(2, 3, 5),) * 2), ValueError, "state: need two tensors (2, 3, 6)"),
+        (lambda made: made(X, torch.zeros(2, 3, 6)), ValueError, "need two tensors (2, 3, 6)"),
+        (lambda made: made(X, (torch.zeros(2, 3, 5),) * 2), ValueError, "need two tensors (2, 3, 6)"),
         (lambda made: made.double()(X), ValueError, "w_in_l0: got torch.float64 on cpu"),
     ],
 )
