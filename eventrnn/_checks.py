@@ -126,7 +126,8 @@ def need_names(name: str, value: Any) -> tuple[str, ...]:
 
 def need_pair(name: str, value: Any, words: str) -> tuple[int, int]:
     """Two whole numbers >= 1 as a tuple. Raises ValueError; `words` says what they are."""
-    pair = tuple(value) if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str) else ()
+    several = value.ndim > 0 if isinstance(value, np.ndarray) else isinstance(value, Sequence)
+    pair = tuple(value) if several and not isinstance(value, str) else ()
     if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1 for n in pair):
         raise ValueError(f"{name}: got {said(value)}, need {words}")
     return int(pair[0]), int(pair[1])

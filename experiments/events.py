@@ -138,7 +138,8 @@ def classify(
     network = er.Network.random(
         [hidden],
         inputs=train.recordings[0].size,
-        readout=int(train.labels.max()) + 1,
+        # The first recordings of a file, which --limit takes, need not have every class.
+        readout=1 + max(int(part.labels.max()) for part in (train, valid, test)),
         threshold=0.1,
         rng=np.random.default_rng(seed),
     )

@@ -136,6 +136,13 @@ def test_from_array_seconds_become_the_nearest_ticks():
         ({"array": np.array([(2**64 - 1, 0)], [("t", "u8"), ("x", int)]), "sensor": 2}, "int64 holds"),
         ({"ticks": 1000}, "ticks: got 1000, but the stamps are int64"),
         ({"sensor": (3,)}, "sensor: got (3,)"),
+        ({"sensor": (10**12, 10**12)}, "sensor: got (1000000000000, 1000000000000), which has more than"),
+        ({"sensor": np.array(5)}, "sensor: got array(5)"),
+        (
+            {"array": np.zeros(2, [("t", float, (3,)), ("x", int)]), "sensor": 2, "ticks": 9, "sort": True},
+            "t: got float64 (2, 3), need numbers (n,)",
+        ),
+        ({"array": np.zeros(1, [("t", float), ("x", int)]), "sensor": 2, "ticks": 10**400}, "ticks: got 1000"),
         ({"sensor": 0}, "sensor: got 0"),
         ({"sensor": None}, "sensor: got None"),
         ({"polarities": 3}, "polarities: got 3"),
@@ -154,6 +161,10 @@ def test_from_array_wrong_records_are_refused_by_name(change, words):
     [
         ({"window": 0}, "window: got 0"),
         ({"window": 1}, "in the unit of the stamps"),
+        ({"window": 10**30}, "window: got 1000"),
+        # A window in another unit than the stamps would take more memory than there is.
+        ({"window": 2**13}, "divides the recordings into 268,435,457 steps"),
+        ({"steps": 2**40}, "steps: got 1,099,511,627,776"),
         ({"t0": 11}, "t0: got 11, but recording 0 begins at 10"),
         ({"steps": 2, "window": 2**40}, "steps: got 2, but recording 0 has 3"),
         ({"recordings": []}, "recordings: got none"),
@@ -167,6 +178,12 @@ def test_bin_events_wrong_arguments_are_refused_and_no_event_is_left_out(change,
     with pytest.raises(ValueError) as refused:
         bin_events(**arguments)
     assert words in str(refused.value)
+
+
+def test_padded_counts_that_no_memory_holds_are_refused():
+    long = Recording([0, 2**27 - 1], [0, 1], 2**31 - 1)
+    with pytest.raises(ValueError, match="window: got 1, for which the counts need 1 x 134,217,728 x 2,147,483,647"):
+        padded_counts([long], 1)
 
 
 def test_bin_events_one_recording_or_another_object_is_a_type_error():
@@ -238,6 +255,36 @@ def test_read_recording_wrong_files_are_refused_with_their_name(tmp_path, name, 
     assert words in str(refused.value)
 
 
+def test_read_recording_damaged_and_misnamed_archives_are_refused_with_their_name(tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", t=np.arange(300), x=np.arange(300))
+    np.save(tmp_path / "b.npy", np.arange(3))
+    whole, plain = (tmp_path / "a.npz").read_bytes(), (tmp_path / "b.npy").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[:120])
+    (tmp_path / "bad.npz").write_bytes(whole[:60] + b"\xff" * 30 + whole[90:])
+    (tmp_path / "archive.npy").write_bytes(whole)
+    (tmp_path / "array.npz").write_bytes(plain)
+    for name, words in (
+        ("cut.npz", "cannot read"),
+        ("bad.npz", "cannot read"),
+        ("archive.npy", "rename it"),
+        ("array.npz", "rename it"),
+    ):
+        with pytest.raises(RecordingError, match=f"{name}: .*{words}"):
+            read_recording(tmp_path / name, 300)
+
+
+def test_read_recording_csv_of_spreadsheets_and_of_numpy_savetxt(tmp_path):
+    array = np.array([[1, 2], [5, 3]])
+    np.savetxt(tmp_path / "numpy.csv", array, fmt="%d", delimiter=",", header="t,x")
+    (tmp_path / "sheet.csv").write_bytes("\ufefft,x\r\n1,2\r\n5,3\r\n".encode())
+    for name in ("numpy.csv", "sheet.csv"):
+        found = read_recording(tmp_path / name, 4)
+        assert (found.times.tolist(), found.units.tolist()) == ([1, 5], [2, 3])
+    (tmp_path / "other.csv").write_bytes("t,x\n1,2\n".encode("utf-16"))
+    with pytest.raises(RecordingError, match=r"other.csv: is no text in UTF-8"):
+        read_recording(tmp_path / "other.csv", 4)
+
+
 def test_read_recording_arrays_without_fields_or_of_two_lengths_are_refused(tmp_path):
     np.save(tmp_path / "a.npy", np.zeros((3, 4)))
     np.savez(tmp_path / "b.npz", t=np.zeros(3, int), x=np.zeros(2, int))
@@ -276,6 +323,18 @@ def test_read_heidelberg_other_files_are_refused(tmp_path):
     heidelberg(tmp_path / "range.h5", [[0.5]], [[700]], [1])
     with pytest.raises(RecordingError, match="x: got 700"):
         data.read_heidelberg(tmp_path / "range.h5")
+    h5py = pytest.importorskip("h5py")
+    heidelberg(tmp_path / "labels.h5", [[0.5]], [[0]], [1])
+    with h5py.File(tmp_path / "labels.h5", "a") as file:
+        del file["labels"]
+        file["labels"] = np.array([1.5])
+    with pytest.raises(RecordingError, match=r"labels: got float64 \(1,\)"):
+        data.read_heidelberg(tmp_path / "labels.h5")
+    with h5py.File(tmp_path / "group.h5", "w") as file:
+        for name in ("spikes/times/0", "spikes/units/0", "labels"):
+            file[name] = np.zeros(1, int)
+    with pytest.raises(RecordingError, match="need one row per recording"):
+        data.read_heidelberg(tmp_path / "group.h5")
     (tmp_path / "text.h5").write_text("no recordings")
     with pytest.raises(RecordingError, match="h5py cannot read it"):
         data.read_heidelberg(tmp_path / "text.h5")
@@ -321,6 +380,9 @@ def test_from_nir_pads_sums_and_drops_sums_of_zero():
         (valued([[0]], [[1.0]]), "time: got 1.0"),
         (valued([[0]], [[np.inf]]), "time: got inf"),
         (valued([[0]], [[-0.1]]), "time: got -0.1"),
+        (valued([[0]], [[1.1]], t_max=1.05), "time: got 1.1"),
+        (valued([[0]], [[0.1]], [[1e300]]), "value as float32: got inf"),
+        (valued([[0]], [[0.1]], t_max=1e9), "dt: got 0.5, which divides 1e+09 seconds"),
         (valued([[0]], [[0.1]], [[np.nan]]), "value: got nan"),
         (valued([[0, 1]], [[0.1]]), "need the same shape"),
         (valued([0], [0.1]), "idx: got int64 (1,)"),
@@ -342,6 +404,11 @@ def test_to_nir_and_back_are_the_same_events(rows, window):
     assert isinstance(there, nir.ValuedEventData)
     back = data.from_nir(there, 0.001)
     assert (back.shape, counted(back)) == (events.shape, counted(events))
+
+
+def test_from_nir_another_object_is_a_type_error():
+    with pytest.raises(TypeError, match="data: got int without idx"):
+        data.from_nir(3, 0.5)
 
 
 # --- synthetic sets ---

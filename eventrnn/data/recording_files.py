@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from eventrnn._checks import check_finite, need_kind, need_number, need_whole, number_array
-from eventrnn.data.recordings import FIELDS, MOST_UNITS, Recording
+from eventrnn._checks import WHOLE, check_finite, float32_array, need_kind, need_number, need_whole, number_array
+from eventrnn.data.recordings import FIELDS, MOST_ROWS, MOST_UNITS, Recording
 from eventrnn.events import Events
 
 # SHD and SSC: channels of the cochlea, and ticks per second of the stamps that are made of their seconds.
@@ -43,7 +43,8 @@ def read_recording(
     """The recording of a file, whose name says its kind.
 
     path   : `.bin`: N-MNIST. `.npy`: a structured array. `.npz`: a structured array, or one array per field. `.csv`: a
-             line of names, then a line per event. Fields have the names that `Recording.from_array` knows
+             line of names, which may begin with "#", then a line per event. Fields have the names that
+             `Recording.from_array` knows
     sensor : see `Recording.from_array`; for N-MNIST by default its 34 x 34 pixels
 
     Other parameters: see `Recording.from_array`. Raises `RecordingError` for a file of another kind or content, and
@@ -104,15 +105,19 @@ def read_heidelberg(path: str | os.PathLike[str], *, limit: int | None = None) -
         missing = [name for name in wanted if name not in file]
         if missing:
             raise RecordingError(f"{path.name}: has no {missing[0]}; the files of SHD and SSC have {', '.join(wanted)}")
-        labels = np.asarray(file["labels"][:need], np.int64)
+        if not all(isinstance(file[name], h5py.Dataset) and file[name].ndim for name in wanted):
+            raise RecordingError(f"{path.name}: need one row per recording in each of {', '.join(wanted)}")
+        labels = file["labels"][:need]
         all_times, all_units = file["spikes/times"][:need], file["spikes/units"][:need]
     if not len(labels) == len(all_times) == len(all_units):
         raise RecordingError(
             f"{path.name}: has {len(labels)} labels, times of {len(all_times)} recordings and units of {len(all_units)}"
         )
+    if labels.dtype.kind not in WHOLE or labels.ndim != 1:
+        raise RecordingError(f"{path.name}: labels: got {labels.dtype} {labels.shape}, need whole numbers (n,)")
     recordings = []
     for k, (times, units) in enumerate(zip(all_times, all_units, strict=True)):
-        array = np.empty(len(times), [("t", times.dtype), ("x", np.int64)])
+        array = np.empty(len(times), [("t", times.dtype), ("x", units.dtype)])
         if len(times) != len(units):
             raise RecordingError(f"{path.name}: recording {k} has {len(times)} times and {len(units)} units")
         array["t"], array["x"] = times, units
@@ -120,7 +125,7 @@ def read_heidelberg(path: str | os.PathLike[str], *, limit: int | None = None) -
             recordings.append(Recording.from_array(array, HEIDELBERG_CHANNELS, ticks=MICROSECONDS))
         except ValueError as error:
             raise RecordingError(f"{path.name}: recording {k}: {error}") from None
-    return recordings, labels
+    return recordings, labels.astype(np.int64)
 
 
 # --- event data of NIR ---------------------------------------------------------------------------------------
@@ -162,6 +167,9 @@ def from_nir(data: Any, dt: float) -> Events:
     and for values that are not finite. Sums of zero are no events.
     """
     dt = need_number("dt", dt, above=0)
+    missing = [name for name in ("idx", "time", "n_neurons", "t_max") if not hasattr(data, name)]
+    if missing:
+        raise TypeError(f"data: got {type(data).__name__} without {missing[0]}, need nir.EventData or ValuedEventData")
     idx = number_array("idx", data.idx, "(samples, events)", ndim=2, kinds="iu").astype(np.int64)
     time = number_array("time", data.time, "(samples, events)", ndim=2).astype(np.float64)
     value = getattr(data, "value", None)
@@ -169,7 +177,13 @@ def from_nir(data: Any, dt: float) -> Events:
     if not idx.shape == time.shape == value.shape:
         raise ValueError(f"data: got idx {idx.shape}, time {time.shape} and value {value.shape}, need the same shape")
     size = need_whole("n_neurons", data.n_neurons, at_least=1, at_most=MOST_UNITS)
-    steps = int(np.ceil(_steps_of(np.array([need_number("t_max", data.t_max, at_least=0)]), dt))[0])
+    t_max = need_number("t_max", data.t_max, at_least=0)
+    if t_max / MOST_ROWS > dt / max(1, len(idx)):
+        raise ValueError(
+            f"dt: got {dt:g}, which divides {t_max:g} seconds of {len(idx)} samples into more than {MOST_ROWS:,}, "
+            "need seconds"
+        )
+    steps = int(np.ceil(_steps_of(np.array([t_max]), dt))[0])
     there = idx != -1
     check_finite("value", np.where(there, value, 0))
     wrong = there & ((idx < 0) | (idx >= size))
@@ -178,14 +192,14 @@ def from_nir(data: Any, dt: float) -> Events:
         raise ValueError(f"idx: got {idx[at]} at (sample, event) {at}, need 0..{size - 1}, or -1 for no event")
     with np.errstate(invalid="ignore"):
         step = np.floor(_steps_of(np.where(there, time, 0.0), dt))
-        wrong = there & ~((step >= 0) & (step < steps))
+        wrong = there & ~((time >= 0) & (time < t_max) & (step < steps))
     if wrong.any():
         at = tuple(map(int, np.argwhere(wrong)[0]))
-        raise ValueError(f"time: got {time[at]} at (sample, event) {at}, need a time in [0, {data.t_max})")
+        raise ValueError(f"time: got {time[at]} at (sample, event) {at}, need a time in [0, {t_max})")
     sample = np.broadcast_to(np.arange(len(idx))[:, None], idx.shape)[there]
     keys = (step[there].astype(np.int64) * len(idx) + sample) * size + idx[there]
     places, inverse = np.unique(keys, return_inverse=True)
-    sums = np.bincount(inverse, weights=value[there], minlength=len(places)).astype(np.float32)
+    sums = float32_array("value", np.bincount(inverse, weights=value[there], minlength=len(places)), "of an event")
     places, sums = places[sums != 0], sums[sums != 0]
     rows, units = np.divmod(places, size)
     indptr = np.zeros(steps * len(idx) + 1, np.int64)
@@ -234,38 +248,44 @@ def _npy(path: Path) -> np.ndarray:
 
 
 def _npz(path: Path) -> np.ndarray:
-    with _loaded(path) as file:
-        names = list(file)
-        try:
-            arrays = {name: file[name] for name in names}
-        except ValueError as error:
-            raise RecordingError(f"{path.name}: {error}") from None
+    arrays = _loaded(path)
+    if isinstance(arrays, np.ndarray):
+        raise RecordingError(f"{path.name}: holds a single array, as a file .npy does; rename it")
     if len(arrays) == 1 and next(iter(arrays.values())).dtype.fields:
         return next(iter(arrays.values()))
-    return _records(path, {name: array for name, array in arrays.items() if _is_field(name)}, names)
+    return _records(path, {name: array for name, array in arrays.items() if _is_field(name)}, list(arrays))
 
 
-def _loaded(path: Path) -> Any:
-    """A NumPy file, without the objects of Python that one can hold and that could run code."""
-    try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise RecordingError(f"{path.name}: NumPy cannot read it ({error})") from None
+def _loaded(path: Path) -> np.ndarray | dict[str, np.ndarray]:
+    """The array or the arrays of a NumPy file, without the objects of Python that one can hold and that could run
+    code."""
+    with open(path, "rb") as file:
+        try:
+            found = np.load(file, allow_pickle=False)
+            return found if isinstance(found, np.ndarray) else dict(found)
+        except Exception as error:
+            # A damaged archive raises zlib.error, BadZipFile, struct.error, SyntaxError and others.
+            raise RecordingError(f"{path.name}: NumPy cannot read it ({error or type(error).__name__})") from None
 
 
-def _structured(path: Path, array: np.ndarray) -> np.ndarray:
+def _structured(path: Path, array: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
+    if not isinstance(array, np.ndarray):
+        raise RecordingError(f"{path.name}: holds several arrays, as a file .npz does; rename it")
     if not array.dtype.fields:
         raise RecordingError(f"{path.name}: holds {array.dtype} {array.shape}, need an array of records with fields")
     return array
 
 
 def _csv(path: Path) -> np.ndarray:
-    with open(path, newline="") as file:
-        names = [name.strip() for name in next(csv.reader([file.readline()]), [])]
-        if not any(map(_is_field, names)):
-            there = ", ".join(names) or "empty"
-            raise RecordingError(f"{path.name}: its first line is {there}, need the names t, x, y and p")
-        lines = file.read().splitlines()
+    try:
+        # Spreadsheets write a mark of the encoding first.
+        head, *lines = path.read_text(encoding="utf-8-sig").splitlines() or [""]
+    except UnicodeDecodeError as error:
+        raise RecordingError(f"{path.name}: is no text in UTF-8 ({error}); save it as UTF-8") from None
+    names = [name.strip() for name in next(csv.reader([head.lstrip("# ")]), [])]
+    if not any(map(_is_field, names)):
+        there = ", ".join(names) or "empty"
+        raise RecordingError(f"{path.name}: its first line is {there}, need the names t, x, y and p")
     try:
         # Stamps are read as whole numbers first, since float64 would round long ones.
         return _columns(names, lines, np.int64)

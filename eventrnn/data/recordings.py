@@ -25,8 +25,12 @@ FIELDS = {"t": ("t", "timestamp", "timestamps", "ts"), "x": ("x",), "y": ("y",),
 # The largest number of units: the unit of an event is an int32.
 MOST_UNITS = 2**31 - 1
 
-# The largest number of time steps, of all samples together. More come of a window in another unit than the stamps.
-MOST_ROWS = 2**31
+# The largest number of time steps, of all samples together: their `Events` need a gigabyte. More come of a window in
+# another unit than the stamps.
+MOST_ROWS = 2**27
+
+# The largest length of a time step, and number of stamps per second.
+LONGEST_WINDOW, MOST_TICKS = 2**62, 10**15
 
 # Counts up to this one are exact in float32.
 LARGEST_COUNT = 2**24
@@ -58,7 +62,7 @@ class Recording:
     size: int
 
     def __post_init__(self):
-        need_whole("size", self.size, at_least=1, at_most=MOST_UNITS)
+        object.__setattr__(self, "size", need_whole("size", self.size, at_least=1, at_most=MOST_UNITS))
         object.__setattr__(self, "times", _whole("times", self.times))
         object.__setattr__(self, "units", _whole("units", self.units))
         if len(self.times) != len(self.units):
@@ -107,6 +111,8 @@ class Recording:
         polarities = need_whole(
             "polarities", (2 if camera else 1) if polarities is None else polarities, at_least=1, at_most=2
         )
+        if polarities * height * width > MOST_UNITS:
+            raise ValueError(f"sensor: got {said(sensor)}, which has more than {MOST_UNITS:,} units")
         need_flag("sort", sort)
         array = plain_array("events", array)
         if array.ndim != 1 or not array.dtype.fields:
@@ -172,8 +178,14 @@ def padded_counts(
     """
     (rows, units, counts), lengths, (n, batch, size) = _cells(recordings, window, t0, steps)
     n = max(n, 1)
-    largest = int(counts.max(initial=0))
-    dense = np.zeros((batch, n, size), np.min_scalar_type(largest))
+    kind = np.min_scalar_type(int(counts.max(initial=0)))
+    try:
+        dense = np.zeros((batch, n, size), kind)
+    except MemoryError:
+        raise ValueError(
+            f"window: got {window}, for which the counts need {batch:,} x {n:,} x {size:,} {kind}, more than there is "
+            "memory; give a longer window or fewer recordings, or use bin_events"
+        ) from None
     dense[rows % batch, rows // batch, units] = counts
     return dense, np.maximum(lengths, 1)
 
@@ -199,11 +211,13 @@ def _cells(
         raise ValueError(
             f"recordings: got recordings of {', '.join(map(str, sizes))} units, need the same number in all"
         )
-    need_whole("window", window, at_least=1)
+    window = need_whole("window", window, at_least=1, at_most=LONGEST_WINDOW)
     t0 = None if t0 is None else need_whole("t0", t0)
     steps = None if steps is None else need_whole("steps", steps, at_least=0)
     lengths = np.array([_steps(k, each, window, t0, steps) for k, each in enumerate(recordings)], np.int64)
     shape = (int(lengths.max()) if steps is None else steps, len(recordings), sizes[0])
+    if steps is not None and steps * shape[1] > MOST_ROWS:
+        raise ValueError(f"steps: got {steps:,} for {shape[1]} samples, more than {MOST_ROWS:,} together")
     if shape[0] * shape[1] > MOST_ROWS:
         raise ValueError(
             f"window: got {window}, which divides the recordings into {shape[0]:,} steps of {shape[1]} samples, more "
@@ -278,12 +292,12 @@ def _stamps(times: np.ndarray, ticks: int | None) -> np.ndarray:
         if times.dtype.kind == "f":
             raise ValueError(f"t: got {times.dtype}, need whole numbers; ticks=1_000_000 makes microseconds of seconds")
         return _whole("t", times)
-    need_whole("ticks", ticks, at_least=1)
+    ticks = need_whole("ticks", ticks, at_least=1, at_most=MOST_TICKS)
     if times.dtype.kind != "f":
         raise ValueError(
             f"ticks: got {ticks}, but the stamps are {times.dtype}, whole numbers already; leave ticks out"
         )
-    exact = number_array("t", times, "(n,)").astype(np.float64) * ticks
+    exact = number_array("t", times, "(n,)", ndim=1).astype(np.float64) * ticks
     wrong = ~(np.abs(exact) < 2.0**53)
     if wrong.any():
         k = int(np.argmax(wrong))

@@ -17,6 +17,9 @@ DIRECTIONS = ("right", "left", "down", "up")
 #: The classes of `chirps`, by label.
 SOUNDS = ("rising", "falling", "steady", "alternating")
 
+# The longest duration of a recording in microseconds.
+LONGEST = 1_000_000_000
+
 
 def moving_bars(
     n: int, *, seed: int, sensor: tuple[int, int] = (16, 16), noise: float = 0.002, duration: int = 100_000
@@ -38,8 +41,8 @@ def moving_bars(
     """
     need_whole("n", n, at_least=1)
     height, width = need_pair("sensor", sensor, "(height, width) of a camera, each >= 1")
-    need_number("noise", noise, at_least=0)
-    need_whole("duration", duration, at_least=1000)
+    need_number("noise", noise, at_least=0, at_most=1000)
+    need_whole("duration", duration, at_least=1000, at_most=LONGEST)
     rng = np.random.default_rng(need_whole("seed", seed, at_least=0))
     labels = rng.integers(0, len(DIRECTIONS), n)
     return [_bar(rng, DIRECTIONS[label], height, width, noise, duration) for label in labels], labels
@@ -96,8 +99,8 @@ def chirps(
     """
     need_whole("n", n, at_least=1)
     need_whole("channels", channels, at_least=8)
-    need_number("noise", noise, at_least=0)
-    need_whole("duration", duration, at_least=1000)
+    need_number("noise", noise, at_least=0, at_most=1_000_000)
+    need_whole("duration", duration, at_least=1000, at_most=LONGEST)
     rng = np.random.default_rng(need_whole("seed", seed, at_least=0))
     labels = rng.integers(0, len(SOUNDS), n)
     return [_sound(rng, SOUNDS[label], channels, noise, duration) for label in labels], labels
