@@ -139,8 +139,20 @@ def state(rows: int, units: int = 2, inputs: int = 3, **more) -> dict[str, np.nd
         (state(3, b__weight_hh_l0=np.ones((6, 2))), {}, "say which with name="),
         (state(3), {"name": "lstm"}, "name: got 'lstm', need one of rnn"),
         (state(3), {"readout": "top"}, "top: has no top.weight"),
-        (state(3, rnn__bias_ih_l0=np.ones(5)), {}, "rnn.weight_hh_l0: its input biases have the shape (5,), need (6,)"),
-        (state(3, rnn__bias_hh_l0=np.full(6, np.nan)), {}, "recurrent biases: got nan"),
+        (
+            state(3, rnn__bias_ih_l0=np.ones(5), rnn__bias_hh_l0=np.ones(6)),
+            {},
+            "rnn.weight_hh_l0: its input biases have the shape (5,), need (6,)",
+        ),
+        (state(3, rnn__bias_ih_l0=np.ones(6), rnn__bias_hh_l0=np.full(6, np.nan)), {}, "recurrent biases: got nan"),
+        (state(3, rnn__bias_ih_l0=np.ones(6)), {}, "only one of the biases"),
+        (
+            state(3, rnn__bias_ih_l0=np.ones(6), rnn__bias_hh_l0_orig=np.ones(6)),
+            {},
+            "rnn.bias_hh_l0: is pruned by torch.nn.utils.prune; call its remove()",
+        ),
+        ({"rnn.weight_hh_l0_orig": np.ones((6, 2))}, {}, "call its remove() before"),
+        (dict, {}, "source: got type"),
         (state(3, top__weight=np.ones((4, 5))), {"readout": "top"}, "readout: takes 5 units"),
     ],
 )
@@ -206,6 +218,59 @@ def setting(name, value):
     return change
 
 
+def other(kind: str, name: str, **settings) -> dict:
+    """Another layer of a model's configuration."""
+    return {"class_name": kind, "config": {"name": name} | settings}
+
+
+def wired(reads: list):
+    """A model of the functional kind, whose layers `first`, `second` and `top` read the layers of these names."""
+
+    def tensor(name):
+        return {"class_name": "__keras_tensor__", "config": {"keras_history": [name, 0, 0]}}
+
+    def change(layers):
+        layers[0]["config"]["name"], layers[0]["inbound_nodes"] = "input", []
+        for layer, below in zip(layers[1:], reads, strict=True):
+            x, *state = below if isinstance(below, list) else [below]
+            keywords = {"initial_state": [tensor(each) for each in state]} if state else {}
+            layer["inbound_nodes"] = [{"args": [tensor(x)], "kwargs": keywords}]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layers: layers.insert(2, other("Dropout", "drop")),
+        wired(["input", "first", "second"]),
+        wired(["input", ["first", "input"], "second"]),
+    ],
+)
+def test_from_keras_dropout_and_a_state_that_is_an_input_do_not_change_a_stack(tmp_path, change):
+    pytest.importorskip("h5py", reason="needs h5py")
+    expected = from_keras(GOLDEN / "keras_after.keras", readout="top")
+    found = from_keras(edited(tmp_path / "a.keras", change), readout="top")
+    for one, same in zip(expected.arrays(), found.arrays(), strict=True):
+        np.testing.assert_array_equal(one, same)
+
+
+def test_from_keras_a_file_of_weights_with_layers_of_unknown_place_is_refused(tmp_path):
+    h5py = pytest.importorskip("h5py", reason="needs h5py")
+    path = tmp_path / "a.weights.h5"
+    path.write_bytes((GOLDEN / "keras_before.weights.h5").read_bytes())
+    with pytest.raises(ImportRefused, match="reset_after: got True, but gru has the biases of False"):
+        from_keras(path, reset_after=True)
+    with pytest.raises(ValueError, match="reset_after: got 'no', need True or False"):
+        from_keras(path, reset_after="no")
+    with pytest.raises(ValueError, match="reset_after: got False, but the model says itself"):
+        from_keras(GOLDEN / "keras_after.keras", reset_after=False)
+    with h5py.File(path, "a") as file:
+        file.create_group("layers/layer_normalization/vars")
+    with pytest.raises(ImportRefused, match="has layers layer_normalization, but not their place"):
+        from_keras(path)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -220,6 +285,16 @@ def setting(name, value):
         ),
         (lambda layers: layers[1:3].clear() or layers.__delitem__(slice(1, 3)), "has no GRU or LSTM layer among"),
         (lambda layers: layers[3]["config"].update(activation="softmax"), "top: has the activation 'softmax'"),
+        (lambda layers: layers.insert(2, other("LayerNormalization", "norm")), "reads norm (LayerNormalization), need"),
+        (lambda layers: layers.insert(3, other("Flatten", "flat")), "top: reads flat (Flatten), need second below"),
+        (lambda layers: layers.insert(1, other("Dense", "below")), "top: has no weights in the file"),
+        (
+            lambda layers: layers.insert(3, other("Sequential", "part", layers=[other("GRU", "third")])),
+            "part: a model within the model",
+        ),
+        (wired(["input", "input", "first"]), "second: reads input (InputLayer), need first below it"),
+        (wired(["input", ["input", "first"], "second"]), "second: reads first too, as its initial state"),
+        (wired(["input", "first", "first"]), "top: reads first (GRU), need second below it"),
     ],
 )
 def test_from_keras_what_cannot_be_imported_is_refused_by_name(tmp_path, change, words):
@@ -368,6 +443,24 @@ def test_from_onnx_nodes_have_the_outputs_of_onnx(tmp_path, kind, options, nodes
 def test_from_onnx_what_cannot_be_imported_is_refused_by_name(options, words):
     with pytest.raises(ImportRefused) as refused:
         from_onnx(onnx_model(**options))
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda nodes, make: nodes[2].input.__setitem__(0, "X"), "gru1: reads an input of the model, need"),
+        (lambda nodes, make: nodes[2].input.__setitem__(0, "Yh0"), "gru1: reads the output Yh0 of GRU"),
+        (lambda nodes, make: nodes[2].input.extend(["Yh0"]), "gru1: starts from a state that GRU computes"),
+        (lambda nodes, make: nodes[1].CopyFrom(make("Relu", ["Y0"], ["H0"])), "the output H0 of Relu, need"),
+    ],
+)
+def test_from_onnx_nodes_that_are_no_stack_are_refused(change, words):
+    onnx = pytest.importorskip("onnx", reason="needs onnx")
+    model = onnx_model(nodes=2, inputs=4)
+    change(model.graph.node, onnx.helper.make_node)
+    with pytest.raises(ImportRefused) as refused:
+        from_onnx(model)
     assert words in str(refused.value)
 
 

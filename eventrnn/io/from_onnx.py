@@ -17,6 +17,9 @@ from eventrnn.cells import Cell
 from eventrnn.io.imported import CellArrays, ImportRefused, listed, network_of
 from eventrnn.network import Network
 
+# Operators that arrange numbers, and do not change one.
+_ARRANGING = {"Cast", "Dropout", "Expand", "Identity", "Reshape", "Slice", "Squeeze", "Tile", "Transpose", "Unsqueeze"}
+
 _GATES = {"GRU": 3, "LSTM": 4}
 
 _ACTIVATIONS = {"GRU": ["Sigmoid", "Tanh"], "LSTM": ["Sigmoid", "Tanh", "Tanh"]}
@@ -30,8 +33,9 @@ def from_onnx(source: Any) -> Network:
 
     source : the path of a `.onnx` file, or an `onnx.ModelProto`. Needs onnx
 
-    The network has the cell "gru" or "lstm" and computes the same function, apart from rounding. Nodes around them,
-    such as the read-out of a model or the batch size that an exporter writes into an initial state, are not imported.
+    The network has the cell "gru" or "lstm" and computes the same function as these nodes, apart from rounding. Nodes
+    below and above them, such as the read-out of a model, are not imported. Each node must read the one before it, with
+    nothing between them that changes a value, and start from zeros or from an input of the model.
     `io.as_egru` makes an event network of it, as a start for training.
 
     Raises `ImportRefused`, a ValueError, for what cannot be imported, with the remedy; OSError where a file cannot be
@@ -65,7 +69,50 @@ def from_onnx(source: Any) -> Network:
     if not cells:
         kinds = sorted({node.op_type for node in graph.node})
         raise ImportRefused(f"source: has no GRU or LSTM node among {listed(kinds)}")
+    _check_stack([node for node in graph.node if node.op_type in _GATES], graph, constants)
     return network_of(cells, origin="ONNX")
+
+
+def _check_stack(stack: list[Any], graph: Any, constants: Mapping[str, np.ndarray]) -> None:
+    """Raise `ImportRefused` unless each node reads the outputs of the one before it, and none starts from a state that
+    the graph computes."""
+    makers = {name: node for node in graph.node for name in node.output if name}
+    for k, node in enumerate(stack):
+        where = node.name or f"{node.op_type} {k}"
+        for name in node.input[5:7]:
+            source = _source(name, makers)
+            maker = makers.get(source)
+            zeros = maker is not None and maker.op_type == "ConstantOfShape" and not _filled(maker)
+            if source in constants and constants[source].any():
+                raise ImportRefused(
+                    f"{where}: starts from a state that is not zero; remove it, and give it to simulate(state=)"
+                )
+            if maker is not None and source not in constants and not zeros:
+                raise ImportRefused(
+                    f"{where}: starts from a state that {maker.op_type} computes; remove it, and give it to "
+                    "simulate(state=)"
+                )
+        if k and (source := _source(node.input[0], makers)) != stack[k - 1].output[0]:
+            maker = makers.get(source)
+            what = "an input of the model" if maker is None else f"the output {source} of {maker.op_type}"
+            raise ImportRefused(
+                f"{where}: reads {what}, need the outputs of the {stack[k - 1].op_type} before it; a network here is a "
+                "stack of layers with nothing between them: export a part that is one"
+            )
+
+
+def _source(name: str, makers: Mapping[str, Any]) -> str:
+    """Where the numbers of a value come from, through the operators that only arrange them."""
+    while name in makers and makers[name].op_type in _ARRANGING:
+        name = makers[name].input[0]
+    return name
+
+
+def _filled(node: Any) -> bool:
+    """Whether a ConstantOfShape fills in something else than zeros."""
+    from onnx import numpy_helper
+
+    return any(each.name == "value" and numpy_helper.to_array(each.t).any() for each in node.attribute)
 
 
 def _cell(where: str, node: Any, onnx: Any, constants: Mapping[str, np.ndarray]) -> CellArrays:
@@ -83,14 +130,11 @@ def _cell(where: str, node: Any, onnx: Any, constants: Mapping[str, np.ndarray])
             raise ImportRefused(
                 f"{where}: its {words} are computed by the graph; fold constants before, as onnxsim does"
             )
+        if not constants[name].ndim:
+            raise ImportRefused(f"{where}: its {words} are a single number, need an array")
         arrays.append(constants[name][0])
     if kind == "LSTM" and inputs[7]:
         raise ImportRefused(f"{where}: has peepholes (P), which the cell here has not")
-    for name in inputs[5:7]:
-        if name in constants and constants[name].any():
-            raise ImportRefused(
-                f"{where}: starts from a state that is not zero; remove it, and give it to simulate(state=)"
-            )
     w_in, w_rec, bias = arrays
     half = None if bias is None else len(bias) // 2
     cell = Cell("lstm")

@@ -58,7 +58,9 @@ def from_torch(
             )
         found.setdefault(match["prefix"], {})[int(match["layer"] or 0)] = key
     if not found:
-        raise ImportRefused(f"source: has no weights of a GRU or an LSTM (weight_hh_l0) among {listed(state)}")
+        pruned = any(_WEIGHT.fullmatch(key.removesuffix("_orig")) for key in state)
+        remedy = "; they are pruned by torch.nn.utils.prune: call its remove() before" if pruned else ""
+        raise ImportRefused(f"source: has no weights of a GRU or an LSTM (weight_hh_l0) among {listed(state)}{remedy}")
     prefix = _chosen(found, name)
     keys = found[prefix]
     if sorted(keys) != list(range(len(keys))):
@@ -77,7 +79,7 @@ def _state(source: Any) -> Mapping[str, Any]:
     """The named tensors of a module, a mapping or a file."""
     if isinstance(source, str | os.PathLike):
         return _read(Path(source))
-    if hasattr(source, "state_dict"):
+    if hasattr(source, "state_dict") and not isinstance(source, type):
         source = source.state_dict()
     if not isinstance(source, Mapping) or not all(isinstance(key, str) for key in source):
         raise ImportRefused(
@@ -144,7 +146,14 @@ def _cell(state: Mapping[str, Any], key: str) -> CellArrays:
         other = what.join(key.rsplit("weight_hh", 1))
         return plain(state[other]) if other in state else None
 
+    for what in ("weight_ih", "bias_ih", "bias_hh"):
+        stored = what.join(key.rsplit("weight_hh", 1))
+        if f"{stored}_orig" in state:
+            raise ImportRefused(f"{stored}: is pruned by torch.nn.utils.prune; call its remove() before")
     w_rec, w_in = named("weight_hh"), named("weight_ih")
+    bias_in, bias_rec = named("bias_ih"), named("bias_hh")
+    if (bias_in is None) != (bias_rec is None):
+        raise ImportRefused(f"{key}: has only one of the biases bias_ih and bias_hh beside it, need both or none")
     if w_in is None:
         raise ImportRefused(f"{key}: has no weights of the inputs, weight_ih, beside it")
     if named("weight_hr") is not None:
@@ -155,7 +164,7 @@ def _cell(state: Mapping[str, Any], key: str) -> CellArrays:
         kind = "a plain recurrent network (nn.RNN), which has no gates" if rows == 1 else f"weights of shape {shape}"
         raise ImportRefused(f"{key}: {kind}; need a GRU (3 N, N) or an LSTM (4 N, N)")
     cell, order = _CELLS[int(rows)]
-    return CellArrays(key, cell, order, np.asarray(w_in).T, np.asarray(w_rec).T, named("bias_ih"), named("bias_hh"))
+    return CellArrays(key, cell, order, np.asarray(w_in).T, np.asarray(w_rec).T, bias_in, bias_rec)
 
 
 def _weight(state: Mapping[str, Any], name: str) -> np.ndarray:

@@ -142,7 +142,9 @@ def plain(array: Any) -> np.ndarray:
     kind = str(getattr(array, "dtype", ""))
     if kind.endswith("bfloat16") and hasattr(array, "float"):
         array = array.float()
-    return np.asarray(array)
+    array = np.asarray(array)
+    # Arrays of JAX have a type of the package ml_dtypes, which NumPy takes for records.
+    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
 
 
 def listed(names: Mapping[str, Any] | Sequence[str]) -> str:
