@@ -453,7 +453,7 @@ def test_what_needs_a_matrix_refuses_gated_blocks_by_name():
     reader = replace(network, embedding=np.ones((4, 5), np.float32))
     with pytest.raises(TypeError, match=words.format("training with backend 'cuda'")):
         Trainer(reader, np.arange(4).repeat(600), Settings(steps=1, backend="cuda"))
-    with pytest.raises(TypeError, match=words.format("pruning")):
+    with pytest.raises(TypeError, match=words.format("pruning without training")):
         pruning.prune(network, 0.5)
     with pytest.raises(TypeError, match=words.format("a dense network")):
         network.dense()

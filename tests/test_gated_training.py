@@ -180,6 +180,30 @@ def test_gates_that_are_not_finite_are_refused_and_the_trainer_stays():
     assert all(np.array_equal(before[name], array) for name, array in trainer.model.parameters.items())
 
 
+class Cancelling(LanguageModelling):
+    """A text whose validation finds gates that are not finite."""
+
+    def evaluate(self, model):
+        raise FloatingPointError("layers.0.w_in: the gates of its blocks are not finite")
+
+
+def test_gates_that_are_not_finite_in_a_validation_end_the_run_with_its_place(tmp_path):
+    trainer = Trainer(word_network(), Cancelling(TEXT, TEXT), Settings(steps=4, batch=4, window=10, validate_every=2))
+    words = r"layers\.0\.w_in: .* in the validation after step 2; .*last good checkpoint: .*step 1"
+    with pytest.raises(Diverged, match=words):
+        run(trainer, tmp_path, checkpoint_seconds=0)
+
+
+@pytest.mark.parametrize(("steps", "samples"), [(0, 2), (2, 0)])
+def test_a_window_without_steps_or_samples_has_gradients_of_zero(steps, samples):
+    network = network_of(outputs=20)
+    model, x = Model(network), np.zeros((steps, samples, 5), np.float32)
+    output, _, tape = model.forward(x, State.zeros(network, samples))
+    assert output.shape == (steps, samples, 20)
+    found = model.backward(tape, np.zeros_like(output))
+    assert set(found) == set(model.parameters) and not any(each.any() for each in found.values())
+
+
 # --- forward ------------------------------------------------------------------------------------------------
 
 
@@ -351,6 +375,24 @@ def test_the_density_falls_linearly_to_that_of_each_matrix_and_validation_has_th
     assert trainer.network().layers[0].w_rec.density == 0.25
 
 
+class Worsening(LanguageModelling):
+    """A text whose validations become worse all the time."""
+
+    seen = 0
+
+    def evaluate(self, model):
+        self.seen += 1
+        return {self.figure: float(self.seen)}
+
+
+def test_no_validation_ends_a_run_while_the_density_still_changes():
+    options = {"steps": 9, "batch": 4, "window": 10, "validate_every": 1, "patience": 2}
+    for gates, last in ((GateSettings(), 3), (GateSettings(False, 1.0, 5), 6)):
+        trainer = Trainer(word_network(), Worsening(TEXT, TEXT), Settings(**options, gates=gates))
+        trainer.run()
+        assert (trainer.steps_done, trainer.best_value) == (last, 1.0)
+
+
 # --- runs ---------------------------------------------------------------------------------------------------
 
 TEXT = np.random.default_rng(2).integers(0, SYMBOLS, 400)
@@ -510,6 +552,8 @@ def test_settings_that_a_run_would_ignore_are_refused():
     model, tape, _ = window(network_of())
     with pytest.raises(ValueError, match=r"d_logits: got layers\.7\.w_in, which has no gated blocks; have layers\.0"):
         model.backward(tape, numbers(5, 3, 3), d_logits={"layers.7.w_in": numbers(5, 3, 8)})
+    with pytest.raises(TypeError, match=r"d_logits: got \[1\] \(list\), need a mapping"):
+        model.backward(tape, numbers(5, 3, 3), d_logits=[1])
     with pytest.raises(ValueError, match=r"d_logits of readout: got shape \(5, 3, 1\), need"):
         model.backward(tape, numbers(5, 3, 3), d_logits={"readout": numbers(5, 3, 1)})
 
@@ -520,6 +564,10 @@ def test_settings_that_a_run_would_ignore_are_refused():
         ({"gates.matrices": ["w_out"]}, "matrices: got 'w_out', need w_in, w_rec or one of layers.0.w_in"),
         ({"gates.block": [8, 8]}, "but no matrices; name some"),
         ({"gates.matrices": ["w_in"], "gates.block": [8]}, r"block: got \[8\], need two numbers"),
+        (
+            {"gates.matrices": ["w_in"], "hidden": [16], "embedding": 8, "gates.block": [9, 8]},
+            r"gates block: got \[9, 8\], which is larger than layers\.0\.w_in, a matrix 8x48",
+        ),
         ({"gates.matrices": ["w_in"], "gates.density": 0.0}, "gates density: got 0.0"),
         ({"gates.matrices": ["w_in"], "gates.rule": "hard"}, "gates rule: got 'hard'"),
         ({"gates.matrices": ["readout"], "tied": True, "embedding": 256}, "'readout', which is tied to the embedding"),

@@ -226,7 +226,7 @@ def prunable_matrices(
         matrices[EMBEDDING] = Dense(network.embedding)
         there.append(EMBEDDING)
     chosen = {name: matrices[name] for name in choose(there, names, exempt)}
-    need_matrices(chosen, "pruning")
+    need_matrices(chosen, "pruning without training", "prune them in training: Trainer(pruning=...), --steps")
     return chosen
 
 

@@ -23,7 +23,8 @@ class GateSettings:
                        linearly to the density of each matrix. 0 for the density of the matrix from the start on
     anneal_steps     : number of updates until the density of the matrix is reached; 0 without `start_density`
 
-    Validations and the trained network always have the density of the matrix.
+    Validations and the trained network always have the density of the matrix. Until it is reached, no validation ends
+    the run (`Settings.patience`).
 
     Raises ValueError for a value outside its range, and for one of the last two without the other.
     """

@@ -69,7 +69,8 @@ class Progress:
 
 
 class Diverged(FloatingPointError):
-    """The loss or a gradient is not finite. The parameters are those before the update."""
+    """The loss, a gradient or a gate of blocks is not finite. The parameters are those before the update, or, where it
+    was found in a validation, those of the last one."""
 
 
 class Trainer:
@@ -289,11 +290,15 @@ class Trainer:
         """The task's figures on held-out data; empty where the task holds nothing out.
 
         The parameters are those of a forward pass, averaged if the optimiser averages. Once masks are final, `best`
-        keeps the parameters of a new best validation. An exception leaves the trainer as it was.
+        keeps the parameters of a new best validation. An exception leaves the trainer as it was; `Diverged` is raised
+        where the gates of blocks are not finite on that data.
         """
         self._transaction.settle()
         with self.engine.reading(), self.engine.evaluating(self._eval_parameters()) as model:
-            figures = self.task.evaluate(model)
+            try:
+                figures = self.task.evaluate(model)
+            except FloatingPointError as error:
+                raise Diverged(self._divergence_message(str(error), "in the validation after")) from None
             if figures:
                 self._transaction.uninterrupted(lambda: self._note(figures[self.task.figure]))
         return figures
@@ -304,7 +309,9 @@ class Trainer:
         self.optimiser.validated(value, self.model.parameters)
         if not self.masks_are_final:
             return
-        self.worse += 1
+        # While more blocks are chosen than in a validation, a poor one says little about the run.
+        if self.steps_done >= self.settings.gates.anneal_steps:
+            self.worse += 1
         if best is not None:
             self.best, self.best_value, self.worse = best, value, 0
 
@@ -351,9 +358,10 @@ class Trainer:
             return True
         return self.share >= 1 or (not self.settings.validate_every and self.position == 0)
 
-    def _divergence_message(self, what: str) -> str:
+    def _divergence_message(self, what: str, when: str = "") -> str:
+        place = f"{when} step {self.steps_done}" if when else f"at step {self.steps_done + 1}"
         return (
-            f"{what} at step {self.steps_done + 1}; the largest gradient before it was that of {self.largest}; "
+            f"{what} {place}; the largest gradient before it was that of {self.largest}; "
             f"lower the learning rate ({self.settings.learning_rate}) or the clip ({self.settings.clip})"
         )
 

@@ -318,13 +318,14 @@ def kept_blocks(density: float, n_blocks: int) -> int:
     return math.ceil(Fraction(repr(float(density))) * n_blocks)
 
 
-def need_matrices(matrices: dict[str, Weights], what: str) -> None:
-    """Raise NotAMatrix, a TypeError, for gated blocks where only a matrix will do; `what` names what needs it."""
+def need_matrices(matrices: dict[str, Weights], what: str, remedy: str = "") -> None:
+    """Raise NotAMatrix, a TypeError, for gated blocks where only a matrix will do; `what` names what needs it, and
+    `remedy` what can be done instead."""
     for name, weights in matrices.items():
         if isinstance(weights, GatedBlocks):
             raise NotAMatrix(
-                f"{name}: {what} cannot take gated blocks, which backend 'cpu' runs; their `blocks` are the matrix "
-                "without gates"
+                f"{name}: {what} cannot take gated blocks, which backend 'cpu' runs; "
+                f"{remedy + '; ' if remedy else ''}their `blocks` are the matrix without gates"
             )
 
 

@@ -185,7 +185,8 @@ class GatedProduct:
         if self._together(n):
             scaled = self._scaled(x, gates, 0, self.grid[1])
             products = np.matmul(scaled, self.stacked, out=self.take(self.grid[1], n, matrix.block[1]))
-            drives[:] = products.transpose(1, 0, 2).reshape(n, -1)[:, : drives.shape[1]]
+            by_row = products.transpose(1, 0, 2).reshape(n, self.grid[1] * matrix.block[1])
+            drives[:] = by_row[:, : drives.shape[1]]
             return drives
         for column, outputs in self._columns():
             team.multiply(self._scaled(x, gates, column, column + 1)[0], matrix.weights[:, outputs], drives[:, outputs])

@@ -511,6 +511,7 @@ def _check_further(name: str, gradients: Sequence[np.ndarray | None], shapes: Se
 def _add_to_logits(tape: Tape, d_logits: Mapping[str, np.ndarray]) -> None:
     """Let the products of a tape add these gradients to those of their logits. Raises ValueError."""
     products = tape.products
+    need_kind("d_logits", d_logits, Mapping, "a mapping of names of matrices to gradients, or None")
     for name, gradient in d_logits.items():
         if name not in products:
             raise ValueError(f"d_logits: got {name}, which has no gated blocks; have {', '.join(products) or 'none'}")

@@ -60,8 +60,15 @@ class GateRecipe:
             chosen |= dict.fromkeys(found)
         if "readout" in chosen and network.readout is not None and network.readout.tied:
             raise ValueError("gates matrices: got 'readout', which is tied to the embedding; leave it out, or untie it")
-        options = {"density": self.density, "rank": self.rank or None, "gate_rule": self.rule, "rng": rng}
         block = self.block[0], self.block[1]
+        for name in chosen:
+            rows, columns = matrices[name].shape
+            if block[0] > rows or block[1] > columns:
+                raise ValueError(
+                    f"gates block: got {list(block)}, which is larger than {name}, a matrix {rows}x{columns}; give a "
+                    "smaller block, or leave the matrix out"
+                )
+        options = {"density": self.density, "rank": self.rank or None, "gate_rule": self.rule, "rng": rng}
         return network.with_matrices(
             {name: GatedBlocks.from_weights(matrices[name], block=block, **options) for name in chosen}
         )
