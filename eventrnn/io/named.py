@@ -60,8 +60,15 @@ class NamedModel:
     summary: str
 
 
-#: name -> model. There is none yet: a model is entered here once it is trained and its file has a place.
-MODELS: dict[str, NamedModel] = {}
+#: name -> model
+MODELS: dict[str, NamedModel] = {
+    "ptb": NamedModel(
+        size=15_448_268,
+        sha256="0d97b3698dbabad2fbd86160d618060a4aa1c7da41494f486b529c5c7777bc17",
+        locations=("experiments/models/ptb.safetensors.xz",),
+        summary="words of the Penn Treebank: EGRU of 1350, 1350 and 750 units, 19 % of the weights, bfloat16",
+    ),
+}
 
 
 def located_model(given: str | os.PathLike, report: Report = lambda stage, done, total, note: None) -> Path:
