@@ -82,8 +82,8 @@ def from_keras(source: Any, *, readout: str | None = None, reset_after: bool | N
         ]
         try:
             wiring = _wiring(source.get_config())
-        except NotImplementedError:
-            # A model of a class of the caller's own need not have a configuration.
+        except RuntimeError:
+            # A model of the caller's own class need not have a configuration. Keras says so by an error of this kind.
             wiring = {}
     else:
         raise ImportRefused(f"source: got {type(source).__name__}, need a keras.Model or the path of a file of one")
