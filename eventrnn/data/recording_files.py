@@ -95,7 +95,8 @@ def read_heidelberg(path: str | os.PathLike[str], *, limit: int | None = None) -
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        file = h5py.File(path, "r")
+        # Whether an entry is a group or an array is checked below, which a type checker cannot follow.
+        file: Any = h5py.File(path, "r")
     except OSError as error:
         raise RecordingError(
             f"{path.name}: h5py cannot read it ({error}); SHD's files are unpacked with gunzip"
