@@ -257,4 +257,4 @@ def test_tests_that_need_torch_are_marked():
 
 def test_recorded_runs_are_complete():
     recorded = {file.name for file in (ROOT / "tests" / "golden").glob("*.npz")}
-    assert recorded == {"evnn_a.npz", "evnn_b.npz", "evnn_zero_threshold.npz", "imports.npz"}
+    assert recorded == {"evnn_a.npz", "evnn_b.npz", "evnn_zero_threshold.npz"}

@@ -1,6 +1,7 @@
 """GRUs and LSTMs of other libraries compute here what they compute there; what cannot be imported is refused by name.
 
-Files and outputs in `golden/` were written by Keras 3.15.1, Flax 0.12.8, Equinox 0.13.8 and Haiku 0.0.17 themselves.
+Files and outputs in `golden/libraries/` were written by Keras 3.15.1, Flax 0.12.8, Equinox 0.13.8 and Haiku 0.0.17
+themselves.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from eventrnn.simulation import simulate
 from support import tolerance
 from support.plain_cells import bounded
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent / "golden" / "libraries"
 
 RECORDED = np.load(GOLDEN / "imports.npz")
 

@@ -19,7 +19,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,8 +27,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from eventrnn._checks import need_choice
 from eventrnn._files import printable, write_whole
-from eventrnn.cells import Cell, Surrogate
+from eventrnn.cells import CELLS, Cell, Surrogate
 from eventrnn.network import Layer, Network, Readout
 from eventrnn.weights import NM, RECORDS, Dense, GatedBlocks, Weights
 from eventrnn.weights.storage import check_scales, from_bfloat16, from_int8, narrowest
@@ -337,7 +338,10 @@ def _cell(name: str, described: Any) -> Cell:
         _need_type(f"{name} {key}", value, str, "text")
     for key in ("dampening", "support"):
         surrogate[key] = float(_need_type(f"{name} {key}", surrogate[key], (int, float), "a number"))
-    return Cell(described["name"], described["variant"], Surrogate(**surrogate))
+    cell = Cell(described["name"], surrogate=Surrogate(**surrogate))
+    # `Cell` takes an empty variant for the first one; a file names it.
+    variant = need_choice(f"{name} variant", described["variant"], CELLS[cell.name])
+    return replace(cell, variant=variant)
 
 
 def _need_keys(name: str, value: Any, keys: set[str]) -> None:
