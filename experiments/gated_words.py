@@ -84,6 +84,8 @@ VARIANTS = {
     "gated-balanced": Variant(density=0.5, balance=0.01),
     "gated-straight-through": Variant(density=0.5, training={"straight_through": True}),
     "gated-annealed": Variant(density=0.5, training={"start_density": 1.0}),
+    # About as many operations as "gated" has with its gate, 0.5625 of the dense ones.
+    "gradual-44": Variant(gradual=0.4375),
     "gradual-50": Variant(gradual=0.5),
     "gradual-75": Variant(gradual=0.75),
     "gradual-90": Variant(gradual=0.9),
