@@ -11,7 +11,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from eventrnn import reference
 from eventrnn.cells import EQUATIONS, Cell, Surrogate
 from eventrnn.counting import audit, count
 from eventrnn.io import to_evnn
@@ -22,7 +21,7 @@ from eventrnn.state import State
 from eventrnn.training import LanguageModelling, Model, Regularisers, Settings, Trainer
 from eventrnn.weights import BlockCSR, Dense, MatrixId
 from support import tolerance
-from support.plain_cells import bounded, each_cell, numbers, random_network, said
+from support.plain_cells import bounded, each_cell, numbers, random_network, said, torch_module
 from support.worked_steps import check_gru_step, check_lstm_step
 
 # --- one step, by hand --------------------------------------------------------------------------------------
@@ -69,18 +68,9 @@ def test_an_output_of_minus_one_is_a_binary_event():
 @pytest.mark.parametrize("cell", [Cell("gru"), Cell("lstm")], ids=said)
 def test_outputs_are_those_of_pytorch(cell):
     torch = pytest.importorskip("torch", reason="compares with PyTorch")
-    network, x, n = random_network(cell), numbers(5, 3, 5), 9
-    module = {"gru": torch.nn.GRU, "lstm": torch.nn.LSTM}[cell.name](5, n, len(network.layers)).double()
-    # Gates by PyTorch's names: ours are (u, r, g) with z = u and n = g, theirs (r, z, n); of an LSTM (i, f, g, o).
-    gates = {"gru": (1, 0, 2), "lstm": (0, 1, 2, 3)}[cell.name]
-    order = np.concatenate([np.arange(k * n, (k + 1) * n) for k in gates])
-    names = {"weight_ih": "w_in", "weight_hh": "w_rec", "bias_ih": "bias_in", "bias_hh": "bias_rec"}
+    network, x = random_network(cell), numbers(5, 3, 5)
+    module = torch_module(network)
     with torch.no_grad():
-        for k, layer in enumerate(network.layers):
-            parameters = reference.layer_parameters(layer, np.float64)
-            for theirs, ours in names.items():
-                array = np.ascontiguousarray(parameters[ours][..., order].T)
-                getattr(module, f"{theirs}_l{k}").copy_(torch.from_numpy(array))
         expected, last = module(torch.from_numpy(x.astype(np.float64)))
     run, bound = simulate(network, x), bounded(network, x)
     for t, each in enumerate(bound):

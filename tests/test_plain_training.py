@@ -33,7 +33,16 @@ from eventrnn.training import (
 from eventrnn.training.thresholds import RULES
 from eventrnn.weights import GatedBlocks
 from support import tolerance
-from support.plain_cells import bounded, each_cell, numbers, random_network, said
+from support.plain_cells import (
+    TORCH_NAMES,
+    bounded,
+    each_cell,
+    numbers,
+    random_network,
+    said,
+    torch_module,
+    torch_order,
+)
 from support.planting import plant
 
 SYMBOLS, STEPS = 6, 8
@@ -115,25 +124,15 @@ def specified(network: Network, x: np.ndarray, d_output: np.ndarray, kind: type)
 @pytest.mark.parametrize("cell", [Cell("gru"), Cell("lstm")], ids=said)
 def test_gradients_are_those_of_pytorch(cell):
     torch = pytest.importorskip("torch", reason="compares with PyTorch")
-    network, x, d_output, n = random_network(cell), numbers(5, 3, 5), numbers(5, 3, 9, seed=2), 9
-    module = {"gru": torch.nn.GRU, "lstm": torch.nn.LSTM}[cell.name](5, n, len(network.layers)).double()
-    # As in `test_plain_cells.py`: the gates in PyTorch's order.
-    gates = {"gru": (1, 0, 2), "lstm": (0, 1, 2, 3)}[cell.name]
-    order = np.concatenate([np.arange(k * n, (k + 1) * n) for k in gates])
-    names = {"weight_ih": "w_in", "weight_hh": "w_rec", "bias_ih": "bias_in", "bias_hh": "bias_rec"}
-    with torch.no_grad():
-        for k, layer in enumerate(network.layers):
-            parameters = reference.layer_parameters(layer, np.float64)
-            for theirs, ours in names.items():
-                array = np.ascontiguousarray(parameters[ours][..., order].T)
-                getattr(module, f"{theirs}_l{k}").copy_(torch.from_numpy(array))
+    network, x, d_output = random_network(cell), numbers(5, 3, 5), numbers(5, 3, 9, seed=2)
+    module = torch_module(network)
     inputs = torch.from_numpy(x.astype(np.float64)).requires_grad_()
     (module(inputs)[0] * torch.from_numpy(d_output.astype(np.float64))).sum().backward()
     expected = {"inputs": inputs.grad.numpy()}
     for k in range(len(network.layers)):
-        for theirs, ours in names.items():
+        for theirs, ours in TORCH_NAMES.items():
             gradient = np.empty_like(getattr(module, f"{theirs}_l{k}").grad.numpy().T)
-            gradient[..., order] = getattr(module, f"{theirs}_l{k}").grad.numpy().T
+            gradient[..., torch_order(cell, 9)] = getattr(module, f"{theirs}_l{k}").grad.numpy().T
             expected[f"layers.{k}.{ours}"] = gradient
     model = Model(network)
     _, _, tape = model.forward(x, State.zeros(network, 3))

@@ -52,3 +52,32 @@ def bounded(network: Network, x: np.ndarray) -> list[tolerance.Running]:
             y, c = tolerance.plain_bound(layer.cell, parameters, value, c, y)
             sent[t] = y
     return sent
+
+
+#: for each gate of PyTorch's order the place of ours: (u, r, g) is (r, z, n) there, and an LSTM has the same order
+TORCH_GATES = {"gru": (1, 0, 2), "lstm": (0, 1, 2, 3)}
+
+#: parameters of a layer in PyTorch and here
+TORCH_NAMES = {"weight_ih": "w_in", "weight_hh": "w_rec", "bias_ih": "bias_in", "bias_hh": "bias_rec"}
+
+
+def torch_order(cell: Cell, units: int) -> np.ndarray:
+    """The place here of every gate row of PyTorch, (gates * units,)."""
+    return np.concatenate([np.arange(k * units, (k + 1) * units) for k in TORCH_GATES[cell.name]])
+
+
+def torch_module(network: Network):
+    """The layers of a network of GRU or LSTM cells of one size as a module of PyTorch, in float64."""
+    import torch
+
+    (cell, units), *_ = [(layer.cell, layer.units) for layer in network.layers]
+    kind = {"gru": torch.nn.GRU, "lstm": torch.nn.LSTM}[cell.name]
+    module = kind(network.layers[0].inputs, units, len(network.layers)).double()
+    order = torch_order(cell, units)
+    with torch.no_grad():
+        for k, layer in enumerate(network.layers):
+            parameters = reference.layer_parameters(layer, np.float64)
+            for theirs, ours in TORCH_NAMES.items():
+                array = np.ascontiguousarray(parameters[ours][..., order].T)
+                getattr(module, f"{theirs}_l{k}").copy_(torch.from_numpy(array))
+    return module
