@@ -57,7 +57,7 @@ def start(folder: Path, *, resume: bool) -> subprocess.Popen:
     """A process that trains in the folder."""
     options = [f"--{name}={value}" for name, values in SETTINGS.items() for value in values]
     given = ["--resume", str(folder)] if resume else [*options, "--out", f"{folder}.model", "--run", str(folder)]
-    command = [sys.executable, "-m", "eventrnn.cli", "train", "--json", *given]
+    command = [sys.executable, "-m", "eventrnn", "train", "--json", *given]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 

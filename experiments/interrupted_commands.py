@@ -137,7 +137,7 @@ def _start(arguments: list[str], messages: Path) -> int:
     """The process of a command in a new interpreter. Its messages go to a file."""
     nothing = [(os.POSIX_SPAWN_OPEN, stream, os.devnull, os.O_RDWR, 0) for stream in range(2)]
     nothing.append((os.POSIX_SPAWN_OPEN, 2, os.fspath(messages), WRITTEN_ANEW, 0o600))
-    command = [sys.executable, "-m", "eventrnn.cli", *arguments]
+    command = [sys.executable, "-m", "eventrnn", *arguments]
     # Otherwise it would ignore SIGINT as this process does.
     environment = os.environ | {"PYTHONFAULTHANDLER": "1"}
     return os.posix_spawn(sys.executable, command, environment, file_actions=nothing, setsigdef=[signal.SIGINT])

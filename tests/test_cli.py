@@ -1,6 +1,8 @@
 """The command line: every command runs, --json prints one object, bad input gives one line and exit code 2."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from contextlib import suppress
@@ -398,7 +400,7 @@ def test_plot_draws_the_requested_figure(cli, tmp_path, text):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
 def test_full_disk_behind_stdout_is_one_line_and_exit_code_2(model):
     with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "eventrnn.cli", "info", str(model), "--json"]
+        command = [sys.executable, "-m", "eventrnn", "info", str(model), "--json"]
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "No space left on device" in ended.stderr
 
@@ -417,15 +419,33 @@ def test_progress_that_cannot_be_written_stops_nothing(monkeypatch):
 def test_streams_that_were_closed_before_the_start_change_no_exit_code(tmp_path):
     for arguments, code in ((["--help"], 0), (["info", tmp_path / "none"], 2)):
         for closed in (">&-", "2>&-", ">&- 2>&-"):
-            command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-m", "eventrnn.cli", *arguments]
+            command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-m", "eventrnn", *arguments]
             ended = subprocess.run(command, capture_output=True, text=True, check=False)
             assert ended.returncode == code, (arguments, closed, ended.stderr)
             assert "Traceback" not in ended.stdout + ended.stderr
 
 
-def test_program_runs_as_a_process():
-    done = subprocess.run([sys.executable, "-m", "eventrnn.cli", "--help"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "demo" in done.stdout
+def test_program_runs_as_a_process_and_tells_its_story_in_one_screen():
+    done = subprocess.run([sys.executable, "-m", "eventrnn"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) <= 45
+    listed = done.stdout.partition("Commands:")[2]
+    assert [line.split()[0] for line in listed.splitlines() if line.strip()][:3] == ["demo", "train", "prune"]
+    for command in re.findall(r"eventrnn ([a-z]+)", done.stdout.partition("Options:")[0]):
+        assert f"  {command} " in listed, command
+
+
+def test_shells_complete_the_names_of_commands():
+    typed = {"_EVENTRNN_COMPLETE": "complete_bash", "COMP_WORDS": "eventrnn pr", "COMP_CWORD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "eventrnn"], capture_output=True, text=True, check=False, env=os.environ | typed
+    )
+    assert done.stdout.split() == ["prune"]
+
+
+@pytest.mark.parametrize("arguments", [["prune"], ["plot", "my.safetensors"], ["count", "--modle", "x"]], ids=" ".join)
+def test_an_error_of_use_names_the_command_that_helps(cli, arguments):
+    code, out, err = cli(*arguments)
+    assert code == 2 and not out and f"(eventrnn {arguments[0]} --help lists" in err
 
 
 def test_crossover_reports_the_kernels_of_auto(cli):

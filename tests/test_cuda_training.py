@@ -386,7 +386,7 @@ def test_a_killed_run_of_the_command_line_goes_on_with_the_same_bits(tmp_path):
     often = ["--set=training.window_jitter=2", "--set=training.validate_every=10", "--set=run.checkpoint_seconds=0"]
 
     def start(*arguments):
-        command = [sys.executable, "-m", "eventrnn.cli", "train", "--json", *arguments]
+        command = [sys.executable, "-m", "eventrnn", "train", "--json", *arguments]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def ended(run):

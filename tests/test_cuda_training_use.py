@@ -12,7 +12,7 @@ import pytest
 
 from eventrnn import Network, State
 from eventrnn.backend import BackendUnavailable
-from eventrnn.cli.commands import app
+from eventrnn.cli import app
 from eventrnn.pruning import GradualPruning, prune
 from eventrnn.training import (
     Classification,

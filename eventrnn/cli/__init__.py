@@ -17,15 +17,44 @@ import typer
 from eventrnn._files import printable
 from eventrnn.backend import BackendUnavailable
 from eventrnn.cli.bench import bench_app
-from eventrnn.cli.commands import app
+from eventrnn.cli.commands import convert_command, count, demo, info, run
+from eventrnn.cli.imports import import_command
 from eventrnn.cli.plot import plot
 from eventrnn.cli.prune import prune
+from eventrnn.cli.train import train
 from eventrnn.weights import NotAMatrix
 
-app.command()(prune)
+# The name of a command, its function and what the list of commands says of it, in the order of a first use.
+COMMANDS = (
+    ("demo", demo, "Train, prune, run and count an example: two to three minutes."),
+    ("train", train, "Train a network on a text."),
+    ("prune", prune, "Remove weights, blocks or N:M groups, at once or in training."),
+    ("run", run, "Read a text event by event: bits, activity, operations."),
+    ("count", count, "Count every operation and audit the counts."),
+    ("plot", plot, "Draw masks, events, operations or learning curves."),
+    ("import", import_command, "Take a GRU or LSTM of PyTorch, Keras, ONNX or EvNN."),
+    ("convert", convert_command, "Change the weight format or storage type of a model."),
+    ("info", info, "Show what is installed, or what a model file holds."),
+)
 
-app.command()(plot)
+# Lines after \b keep their breaks.
+STORY = """Simulate, prune, train and count event-based GRUs.
 
+\b
+First:   eventrnn demo
+Train:   eventrnn train --out my.safetensors --text my_text.txt
+Prune:   eventrnn prune my.safetensors --out small.safetensors --sparsity 0.9 --steps 500
+Use:     eventrnn run small.safetensors --text my_text.txt
+Report:  eventrnn count small.safetensors --text my_text.txt
+Speed:   eventrnn bench inference
+
+Without a text, commands read the documentation that Python carries. A trained word model is at hand as --model ptb.
+`eventrnn COMMAND --help` lists the options of a command; --json makes its output one line for a script.
+"""
+
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, help=STORY)
+for _name, _function, _line in COMMANDS:
+    app.command(name=_name, short_help=_line)(_function)
 app.add_typer(bench_app, name="bench")
 
 # The error of Typer for options it cannot parse. Its module changed between releases; that of its subclass did not.
@@ -41,12 +70,13 @@ def main() -> None:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
-            code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+            code = app(sys.argv[1:] or ["--help"], prog_name="eventrnn", standalone_mode=False)
             # A full disk or a closed pipe behind stdout is an error of the command, not of the interpreter's end.
             sys.stdout.flush()
             raise SystemExit(code)
     except UsageError as error:
-        raise _ended("error", error.format_message(), 2) from None
+        help_of = f" ({error.ctx.command_path} --help lists what it takes)" if error.ctx else ""
+        raise _ended("error", f"{error.format_message()}{help_of}", 2) from None
     except (ValueError, OSError, FloatingPointError, ImportError, MemoryError, BackendUnavailable, NotAMatrix) as error:
         raise _ended("error", str(error) or "out of memory; use smaller sizes", 2) from None
     except RuntimeError as error:

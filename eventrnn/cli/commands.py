@@ -1,4 +1,4 @@
-"""The short verbs of the command line: demo, run, count, info and convert."""
+"""The short commands: demo, run, count, info and convert."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 from eventrnn import io
 from eventrnn._checks import need_choice
 from eventrnn._files import file_sha256, printable
-from eventrnn.cli.imports import import_command, own_model
+from eventrnn.cli.imports import own_model
 from eventrnn.cli.options import (
     Backend,
     Block,
@@ -35,17 +35,13 @@ from eventrnn.cli.options import (
     writable_folder,
 )
 from eventrnn.cli.terminal import as_line, console, progress, show
-from eventrnn.cli.train import train
 from eventrnn.pruning.patterns import parse_nm
 from eventrnn.pruning.schedule import choose
 from eventrnn.simulation import simulate
 from eventrnn.weights import FORMATS, STORAGES, GatedBlocks, check_block, convert
 from eventrnn.weights.nm import AXES
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-
-@app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")] = Path("eventrnn-demo"),
     hidden: Annotated[int, typer.Option(help="Number of units.")] = 256,
@@ -96,10 +92,7 @@ SHOWN = "Activity-sparse, block-pruned, event by event"
 # Columns that a table with six counts needs.
 COUNT_WIDTH = 120
 
-app.command()(train)
 
-
-@app.command()
 def run(
     model: GivenModel = None,
     named: NamedModel = None,
@@ -131,7 +124,6 @@ def run(
     show(f"{model or named} on {text} ({part})", figures, as_json)
 
 
-@app.command()
 def count(
     model: GivenModel = None,
     named: NamedModel = None,
@@ -174,7 +166,6 @@ def count(
     print(audit)
 
 
-@app.command()
 def info(model: GivenModel = None, named: NamedModel = None, as_json: Json = False) -> None:
     """Show what is installed, what a GPU would run and how long the first call takes, or what a model file holds."""
     if model is not None or named is not None:
@@ -203,10 +194,6 @@ def info(model: GivenModel = None, named: NamedModel = None, as_json: Json = Fal
     )
 
 
-app.command(name="import")(import_command)
-
-
-@app.command(name="convert")
 def convert_command(
     source: Annotated[Path, typer.Argument(help="Model file.")],
     out: Out,

@@ -1,4 +1,4 @@
-"""`python -m eventrnn.cli`."""
+"""`python -m eventrnn`."""
 
 from __future__ import annotations
 
