@@ -34,6 +34,7 @@ from eventrnn.pruning import (
     ThresholdPruning,
 )
 from eventrnn.pruning.patterns import Blocks
+from eventrnn.testing import ALL_CELLS
 from eventrnn.training import (
     Batch,
     Classification,
@@ -92,13 +93,15 @@ def updates(draw):
     """A network, a task with one window, settings of one update, and the state before it."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     units = draw(st.sampled_from([(5,), (6, 4), (3, 7)]))
-    kind = draw(st.sampled_from(sorted(SURROGATES)))
-    cell = Cell(variant=draw(st.sampled_from(["evnn", "paper"])), surrogate=Surrogate(kind, 0.7, 2.0))
+    surrogate, cells = Surrogate(draw(st.sampled_from(sorted(SURROGATES))), 0.7, 2.0), []
+    for cell in draw(st.lists(st.sampled_from(ALL_CELLS), min_size=len(units), max_size=len(units))):
+        cells.append(replace(cell, surrogate=surrogate) if cell.thresholded else cell)
+    events = all(cell.thresholded for cell in cells)
     symbols, readout = draw(st.booleans()), draw(st.sampled_from(["own", "tied", "none"]))
     shape = {"symbols": SYMBOLS, "embedding": units[-1] if readout == "tied" else 4} if symbols else {"inputs": 3}
     shape |= {"tied": True} if symbols and readout == "tied" else {"readout": None if readout == "none" else 5}
-    network = Network.random(list(units), rng=rng, threshold=0.1, cell=cell, **shape)
-    biases = [rng.normal(0, 0.5, (2, 3 * n)).astype(np.float32) for n in units]
+    network = _of_cells(cells, list(units), rng, **shape)
+    biases = [rng.normal(0, 0.5, (2, cell.gates * n)).astype(np.float32) for cell, n in zip(cells, units, strict=True)]
     layers = zip(network.layers, biases, strict=True)
     network = replace(network, layers=tuple(replace(each, bias_in=b[0], bias_rec=b[1]) for each, b in layers))
     steps, batch = draw(st.integers(1, 4)), draw(st.integers(1, 3))
@@ -112,7 +115,8 @@ def updates(draw):
     some |= {"dropout_words": 0.2} if symbols else {}
     some |= {"dropout_between": 0.3} if len(units) > 1 else {}
     rates = {name: rate for name, rate in some.items() if draw(st.booleans())}
-    strengths = {"activity_rate": 2.0, "state": 0.5, "activation": 1.0, "temporal_activation": 1.0}
+    strengths = {"activation": 1.0, "temporal_activation": 1.0}
+    strengths |= {"activity_rate": 2.0, "state": 0.5} if events else {}
     rates |= {name: strength for name, strength in strengths.items() if draw(st.booleans())}
     chosen = Settings(
         steps=10,
@@ -120,15 +124,18 @@ def updates(draw):
         window=steps,
         clip=1e9,
         seed=draw(st.sampled_from([0, 7, 2**63 + 5])),
-        activity_cost=draw(st.sampled_from([0.0, 0.5])),
+        activity_cost=draw(st.sampled_from([0.0, 0.5])) if events else 0.0,
         thresholds=draw(st.sampled_from(["positive", "clamped", "sigmoid", "fixed"])),
         backend="cuda",
         precision=draw(st.sampled_from(PRECISIONS)),
         regularisers=Regularisers(**rates, mask_sharing=draw(st.sampled_from(["time", "batch"]))),
     )
-    cells = tuple(rng.normal(0, 0.3, (batch, n)).astype(np.float32) for n in units)
-    sent = tuple((rng.random((batch, n)) * (rng.random((batch, n)) < 0.5)).astype(np.float32) for n in units)
-    return network, task, chosen, State(cells, sent)
+    start, sent = [], []
+    for cell, n in zip(cells, units, strict=True):
+        start.append(rng.normal(0, 0.3, (batch, n)).astype(np.float32))
+        fired = (rng.random((batch, n)) * (rng.random((batch, n)) < 0.5)).astype(np.float32)
+        sent.append(start[-1] if cell.equations.single_state else fired)
+    return network, task, chosen, State(tuple(start), tuple(sent))
 
 
 # Plain Python is too slow to look for a smaller example.
@@ -160,6 +167,31 @@ def test_an_update_agrees_with_the_specification(gpu, case, step):
         assert np.array_equal(engine.state.cells[k], tape.c[-1])
         assert np.array_equal(engine.state.outputs[k], tape.y[-1])
     assert result.activity == sum((tape.y[1:] != 0).sum() for tape in check.tapes) / sum(t.v.size for t in check.tapes)
+
+
+@pytest.mark.parametrize("cells", [("gru", "egru"), ("lstm", "gru-before"), ("egru", "lstm")], ids="-".join)
+def test_plain_cells_train_as_on_the_cpu(gpu, cells):
+    """Figures of updates, counts among them, and validations; and a resumed run has the bits of the whole one."""
+    text = symbol_text()
+    made = [Cell("gru", "before") if name == "gru-before" else Cell(name) for name in cells]
+    network = _of_cells(made, [6, 5], np.random.default_rng(5), symbols=SYMBOLS, embedding=4, readout=SYMBOLS)
+
+    def trainer(**options):
+        task = LanguageModelling(text, text[:12], valid_batch=2)
+        return Trainer(network, task, cuda_settings(regularisers=NOISE, **options))
+
+    ours, theirs, resumed = trainer(), trainer(backend="cpu", precision=""), trainer()
+    for step in range(3):
+        got, expected = ours.step(), theirs.step()
+        counted = ("activity", "support", "operations", "sparsity")
+        assert [getattr(got, name) for name in counted] == [getattr(expected, name) for name in counted]
+        assert ours.validate()["activity"] == theirs.validate()["activity"]
+        if step == 1:
+            arrays = {name: array.copy() for name, array in ours.arrays().items()}
+            resumed.restore(arrays, json.loads(json.dumps(ours.numbers())))
+    resumed.step(), resumed.validate()
+    assert ours.numbers() == resumed.numbers()
+    assert all(np.array_equal(array, resumed.arrays()[name]) for name, array in ours.arrays().items())
 
 
 @pytest.mark.parametrize("sharing", ["time", "batch"])
@@ -370,13 +402,6 @@ def test_settings_that_a_backend_does_not_have_are_refused_by_name(gpu, changes,
         Trainer(_network(), LanguageModelling(symbol_text()), cuda_settings(**changes))
 
 
-def test_a_gru_is_refused_on_a_gpu(gpu):
-    rng = np.random.default_rng(0)
-    network = Network.random([8], symbols=SYMBOLS, embedding=4, readout=SYMBOLS, rng=rng, cell=Cell("gru"))
-    with pytest.raises(ValueError, match="backend: got 'cuda', but layer 0 has the cell 'gru'.*; use 'cpu'"):
-        Trainer(network, LanguageModelling(symbol_text()), cuda_settings())
-
-
 @pytest.mark.gpu
 def test_a_killed_run_of_the_command_line_goes_on_with_the_same_bits(tmp_path):
     text = tmp_path / "text.txt"
@@ -426,6 +451,12 @@ KERNELS = {
     "paper_forward": lambda m: m.cell_steps.paper_forward_kernel("bfloat16"),
     "adjoint": lambda m: m.cell_steps.adjoint_kernel("bfloat16", False, SURROGATES["triangle"], 0.7, 1.0),
     "adjoint of the paper": lambda m: m.cell_steps.adjoint_kernel("float32", True, SURROGATES["gaussian"], 0.7, 1.0),
+    "gru": lambda m: m.plain_steps.gru_kernel("bfloat16"),
+    "gru_before": lambda m: m.plain_steps.gru_before_kernel("tf32"),
+    "lstm": lambda m: m.plain_steps.lstm_kernel("bfloat16"),
+    "gru_adjoint": lambda m: m.plain_steps.gru_adjoint_kernel("bfloat16"),
+    "gru_before_adjoint": lambda m: m.plain_steps.gru_before_adjoint_kernel("float32"),
+    "lstm_adjoint": lambda m: m.plain_steps.lstm_adjoint_kernel("bfloat16"),
     "reset_gate_adjoint": lambda m: m.cell_steps.reset_gate_adjoint_kernel("bfloat16"),
     "thresholds": lambda m: m.cell_steps.threshold_kernel(),
     "carry": lambda m: m.cell_steps.carry_kernel("bfloat16"),
@@ -472,6 +503,18 @@ def _update(engine, batch: Batch, step: int, rate: float = 0.01):
 
     result = engine.update(batch, start="state", step=step, rate=rate, after_step=after_step, commit=commit)
     return result, found
+
+
+def _of_cells(cells, units, rng, **shape) -> Network:
+    """A network with a cell of its own in each layer."""
+    cell = cells[0]
+    network = Network.random(units, rng=rng, threshold=0.1 * cell.thresholded, cell=cell, **shape)
+    layers = list(network.layers)
+    for k, cell in enumerate(cells):
+        if k and cell != cells[0]:
+            options = {"inputs": units[k - 1], "threshold": 0.1 * cell.thresholded, "cell": cell}
+            layers[k] = Network.random([units[k]], rng=rng, **options).layers[0]
+    return replace(network, layers=tuple(layers))
 
 
 def _network() -> Network:

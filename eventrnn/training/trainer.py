@@ -92,7 +92,7 @@ class Trainer:
 
     Raises ValueError for a task that does not fit the network or the model, for a batch larger than the data, for a
     pruning method that does not end within the run, and, for a network with GRU or LSTM cells, for settings of
-    thresholds and for a GPU. Raises `NotAMatrix`, a TypeError, for gated blocks and another backend than "cpu".
+    thresholds. Raises `NotAMatrix`, a TypeError, for gated blocks and another backend than "cpu".
     """
 
     def __init__(
@@ -121,8 +121,6 @@ class Trainer:
         if settings.backend != "cpu" and type(model) not in (Model, type(None)):
             kind = type(model).__name__
             raise ValueError(f"backend: got {settings.backend!r}, but a {kind} trains on the cpu only; use 'cpu'")
-        if settings.backend != "cpu":
-            need_thresholds(network, f"backend: got {settings.backend!r}", "use 'cpu'")
         if settings.activity_cost:
             need_thresholds(network, f"activity_cost: got {settings.activity_cost}", "leave it out")
         if isinstance(self.task, LanguageModelling) and self.task.carry == "events":

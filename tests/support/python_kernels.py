@@ -21,7 +21,8 @@ KINDS |= {"global_float64": (ctypes.c_double, np.float64), "global_uint8": (ctyp
 
 #: rules of `cells.py` that `ptx.py` compiles
 RULES = ("egru_value", "egru_reset_gate", "egru_paper_value", "egru_backward", "egru_paper_backward")
-RULES += ("egru_paper_reset_backward", "surrogate_slope", "exp_float32", "sigmoid")
+RULES += ("egru_paper_reset_backward", "surrogate_slope", "exp_float32", "sigmoid", "gru_value", "gru_before_value")
+RULES += ("lstm_value", "lstm_output", "gru_backward", "gru_before_backward", "lstm_backward")
 
 
 class Pointed:

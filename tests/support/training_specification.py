@@ -10,7 +10,7 @@ import numpy as np
 from eventrnn import reference
 from eventrnn.training import Noise, thresholds
 from support.magnitudes import backward_magnitudes
-from support.tolerance import ROUNDED, U32, cell_bound, gamma, rounded_cell_bound
+from support.tolerance import ROUNDED, U32, Running, cell_bound, gamma, plain_bound, rounded_cell_bound
 
 F64 = np.float64
 
@@ -35,14 +35,21 @@ def read(engine, name, shape) -> np.ndarray:
 
 
 def tapes_of(engine, k: int, steps: int, batch: int, threshold: np.ndarray, state) -> SimpleNamespace:
-    """u, r, g, q and v (T, B, N) of layer k as the engine has them, and y and c (T + 1, B, N) that follow from them."""
+    """The tape of layer k as the engine has it, and y and c (T + 1, B, N) that follow from it.
+
+    gates : u, r, g and q, of an LSTM i, f, g and o, each (T, B, N); `v` is the cell before the event, of cells without
+            thresholds the output
+    """
     layer = engine.sizes.layers[k]
-    planes = read(engine, ("tape", k), (5, steps, batch, layer.padded))[..., : layer.units]
-    u, r, g, q, v = planes
-    fired = v > threshold
-    y = np.concatenate([state.outputs[k][None], np.where(fired, v, np.float32(0))])
-    after = v if layer.paper else np.where(fired, v - threshold, v)
-    return SimpleNamespace(u=u, r=r, g=g, q=q, v=v, y=y, c=np.concatenate([state.cells[k][None], after]))
+    planes = read(engine, ("tape", k), (layer.rule.planes, steps, batch, layer.padded))[..., : layer.units]
+    cell, v = planes[4], planes[layer.rule.output]
+    y, after = v, cell
+    if layer.cell.thresholded:
+        fired = v > threshold
+        y = np.where(fired, v, np.float32(0))
+        after = v if layer.reset_first else np.where(fired, v - threshold, v)
+    y, c = (np.concatenate([first[k][None], each]) for first, each in ((state.outputs, y), (state.cells, after)))
+    return SimpleNamespace(gates=planes[:4], cell=cell, v=v, y=y, c=c)
 
 
 class Specification:
@@ -62,8 +69,9 @@ class Specification:
         self.inputs, self.d_output, self.state = inputs, d_output.astype(F64), state
         self.steps, self.batch = inputs.shape[:2]
         self.rule = engine.model.thresholds
+        rules = [self.rule if layer.cell.thresholded else "fixed" for layer in self.sizes.layers]
         self.thresholds = [
-            thresholds.from_parameter(self.rule, before[f"layers.{k}.threshold"]) for k in range(len(self.sizes.layers))
+            thresholds.from_parameter(rule, before[f"layers.{k}.threshold"]) for k, rule in enumerate(rules)
         ]
         self.tapes = [
             tapes_of(engine, k, self.steps, self.batch, threshold, state) for k, threshold in enumerate(self.thresholds)
@@ -100,24 +108,33 @@ class Specification:
         """Every cell of every step is within its bound of a float64 step from the engine's own state."""
         precision = self.engine.precision
         for k, layer in enumerate(self.sizes.layers):
-            if precision != "float32" and layer.paper:
+            thresholded = layer.cell.thresholded
+            if precision != "float32" and thresholded and layer.reset_first:
                 continue
             tape, p, x = self.tapes[k], self.layer(k), self.x(k)
             for t in range(self.steps):
                 c, y = tape.c[t].astype(F64), tape.y[t].astype(F64)
-                if precision == "float32":
-                    bound = cell_bound(layer.cell.variant, p, x[t], c, y)
+                if not thresholded:
+                    # Of a product of two rounded factors, the errors are those of one factor that has both.
+                    e = ROUNDED.get(precision, 0.0)
+                    twice = (Running(each, (2 * e + e * e) * np.abs(each)) for each in (x[t], y))
+                    fed, sent = twice
+                    bounds = dict(zip(("v", "cell"), plain_bound(layer.cell, p, fed, Running(c), sent), strict=True))
+                elif precision == "float32":
+                    bounds = {"v": cell_bound(layer.cell.variant, p, x[t], c, y)}
                 else:
-                    bound = rounded_cell_bound(precision, p, x[t], c, y)
-                # The products of x with dropout, of w_rec with DropConnect and of the embedding are rounded before.
-                error = bound.error + 8 * U32 * np.abs(bound.value) + self._factors_rounded(p, x[t], y)
+                    bounds = {"v": rounded_cell_bound(precision, p, x[t], c, y)}
                 free = np.ones(tape.v[t].shape, bool)
                 held = self.noise.of("zoneout", k)
                 if held is not None:
                     free = ~held[t]
-                    kept = tape.c[t] - (tape.y[t] if layer.paper else np.float32(0))
-                    assert np.array_equal(tape.v[t][~free], kept[~free])
-                assert (np.abs(tape.v[t] - bound.value) <= error)[free].all(), (k, t)
+                    subtracted = layer.reset_first and thresholded
+                    kept = tape.c[t] - (tape.y[t] if subtracted else np.float32(0))
+                    assert np.array_equal(tape.cell[t][~free], kept[~free])
+                for name, bound in bounds.items():
+                    # The products of x with dropout, of w_rec with DropConnect and of the embedding are rounded before.
+                    error = bound.error + 8 * U32 * np.abs(bound.value) + self._factors_rounded(p, x[t], y)
+                    assert (np.abs(getattr(tape, name)[t] - bound.value) <= error)[free].all(), (k, t, name)
 
     def _factors_rounded(self, p: dict, x, y) -> float:
         """A change of every factor by 4 roundings, through the gates: each passes at most its own drive's error."""
@@ -131,11 +148,12 @@ class Specification:
         expected = self.gradients()
         assert expected.keys() == set(gradients)
         units = max(max(layer.units, layer.inputs) for layer in self.sizes.layers)
-        # A path through all layers and steps meets, in each step, a product of 3N terms and 120 scalar roundings; sums
+        # A path through all layers and steps meets, in each step, a product of GN terms and 120 scalar roundings; sums
         # over rows, over the columns of the read-out, and penalties come on top. Of narrow operands it meets the deltas
         # and the weights of each step, and three more factors.
         layers, columns = len(self.sizes.layers), self.d_output.shape[2]
-        roundings = layers * self.steps * (3 * units + 120) + self.steps * self.batch + columns + units + 64
+        gates = max(layer.gates for layer in self.sizes.layers)
+        roundings = layers * self.steps * (gates * units + 120) + self.steps * self.batch + columns + units + 64
         precision = self.engine.precision
         narrow = 0.0 if precision == "float32" else gamma(layers * (2 * self.steps + 4) + 4, ROUNDED[precision])
         for name, pair in expected.items():
@@ -183,6 +201,24 @@ class Specification:
         model, tape = self.engine.model, SimpleNamespace(layers=layers, noise=self.noise)
         return self.engine.settings.regularisers.penalise(model, tape)
 
+    def _tape(self, k: int, t: int) -> reference.Tape | reference.LSTMTape:
+        """A step of layer k for the specification."""
+        layer, tape = self.sizes.layers[k], self.tapes[k]
+        gates = list(tape.gates[:, t].astype(F64))
+        states = [getattr(tape, name)[at].astype(F64) for name, at in (("c", t), ("y", t), ("y", t + 1), ("c", t + 1))]
+        if layer.cell.name == "lstm":
+            return reference.LSTMTape(*gates, *states)
+        if layer.reset_first:
+            gates[3] = np.zeros_like(gates[3])
+        v = tape.v[t].astype(F64)
+        event, slope = np.ones_like(v), np.zeros_like(v)
+        if layer.cell.thresholded:
+            rule, distance = layer.cell.surrogate, tape.v[t] - self.thresholds[k]
+            numbers = np.float32(rule.dampening), np.float32(rule.support)
+            slope = reference.cells.surrogate_slope(rule.code, distance, *numbers).astype(F64)
+            event = (distance > 0).astype(F64)
+        return reference.Tape(*gates, *states[:2], v, event, slope, *states[2:])
+
     def _layer_gradients(self, k: int, d_x: Pair, penalty, found: dict[str, Pair]) -> Pair:
         layer, tape, p = self.sizes.layers[k], self.tapes[k], self.layer(k)
         d_y = d_x.times(self.scale(k))
@@ -191,19 +227,7 @@ class Specification:
         if (further := penalty.d_events[k]) is not None:
             d_y = Pair(d_y.value + further, d_y.size + 4 * np.abs(further))
         d_cell = np.zeros(tape.v.shape) if penalty.d_cells[k] is None else penalty.d_cells[k].astype(F64)
-        rule, tapes = layer.cell.surrogate, []
-        for t in range(self.steps):
-            wide = [getattr(tape, name)[t].astype(F64) for name in ("u", "r", "g", "q", "v")]
-            if layer.paper:
-                wide[3] = np.zeros_like(wide[3])
-            distance = tape.v[t] - self.thresholds[k]
-            numbers = np.float32(rule.dampening), np.float32(rule.support)
-            slope = reference.cells.surrogate_slope(rule.code, distance, *numbers).astype(F64)
-            states = [
-                getattr(tape, name)[at].astype(F64) for name, at in (("c", t), ("y", t), ("y", t + 1), ("c", t + 1))
-            ]
-            event = (tape.v[t] > self.thresholds[k]).astype(F64)
-            tapes.append(reference.Tape(*wide[:4], *states[:2], wide[4], event, slope, *states[2:]))
+        tapes = [self._tape(k, t) for t in range(self.steps)]
         x, zero = self.x(k), np.zeros(tape.v.shape)
         expected = reference.backward(layer.cell, p, x, tapes, d_y.value, zero, d_cell)
         sizes = backward_magnitudes(layer.cell, p, x, tapes, d_y.size, zero, 4 * d_cell)
@@ -212,7 +236,7 @@ class Specification:
         moved = np.abs(d_cell).sum(axis=(0, 1))
         threshold = Pair(expected["threshold"] - d_cell.sum(axis=(0, 1)), sizes["threshold"] + 4 * moved)
         theta = self.thresholds[k].astype(F64)
-        factor = {"fixed": 0.0, "sigmoid": theta * (1 - theta)}.get(self.rule, 1.0)
+        factor = {"fixed": 0.0, "sigmoid": theta * (1 - theta)}.get(self.rule, 1.0) if layer.cell.thresholded else 0.0
         pairs["threshold"] = threshold.times(factor)
         found |= {f"layers.{k}.{name}": pair for name, pair in pairs.items() if name != "x"}
         return pairs["x"]

@@ -96,6 +96,8 @@ _names["lstm_output"] = _rule(cells.lstm_output)
 
 lstm_value = _rule(cells.lstm_value)
 
+lstm_output = _names["lstm_output"]
+
 _names["absolute"] = _rule(cells.absolute)
 
 exp_float32, sigmoid = _names["exp_float32"], _names["sigmoid"]
@@ -107,6 +109,12 @@ egru_backward = _rule(cells.egru_backward)
 egru_paper_backward = _rule(cells.egru_paper_backward)
 
 egru_paper_reset_backward = _rule(cells.egru_paper_reset_backward)
+
+gru_backward = _rule(cells.gru_backward)
+
+gru_before_backward = _rule(cells.gru_before_backward)
+
+lstm_backward = _rule(cells.lstm_backward)
 
 
 @device_function

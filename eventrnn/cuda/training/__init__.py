@@ -11,6 +11,7 @@ lanes      : streams side by side, with their cuBLAS handles
 memory     : arrays of a window, with their size stated beforehand
 parameters : parameters, gradients, optimiser state, masks, and the update
 window     : where the arrays of a window lie; its lanes
+cell_rules : what each cell has: arrays, kernels of a step
 forward    : the forward pass, the loss, counts of events
 backward   : the backward pass and penalties
 program    : an update for one size of window, as graphs

@@ -1,7 +1,7 @@
 """The backward pass of a window and its penalties, as work that is put on lanes.
 
-Of a piece of time: per step: adjoint, product = (u, r, q) @ w_rec^T; then d_x = (g, u, r) @ w_in^T (all steps). Weight
-gradients of a layer are one product each, after its last piece.
+Of a piece of time: per step: adjoint, product = recurrent parts of its deltas @ w_rec^T; then d_x = deltas of the gates
+@ w_in^T (all steps). Weight gradients of a layer are one product each, after its last piece.
 """
 
 from __future__ import annotations
@@ -121,12 +121,13 @@ class TrainingWindow(ForwardWindow):
     def _start_backward(self, lane: Lane, k: int) -> None:
         memory = self.memory
         lane.clear(memory["later", k])
-        if self.sizes.layers[k].paper:
+        if self.sizes.layers[k].reset_first:
             lane.clear(memory["d_sent", k])
 
     def _layer_backward(self, k: int, begin: int, end: int) -> None:
         lane, layer, memory, parameters = self.lanes.layers[k], self.sizes.layers[k], self.memory, self.parameters
         n, batch, size = layer.padded, self.batch, self.size
+        columns, pitch, rule = layer.gates * n, layer.rule.parts * n, layer.rule
         w_rec, threshold = self.weights(k, "w_rec"), memory.at(("threshold", k))
         surrogate = self.surrogate(layer)
         penalised = ("penalties", k) in memory
@@ -136,10 +137,10 @@ class TrainingWindow(ForwardWindow):
         mask_at, mask_steps, mask_samples, scale = (0, 0, 0, 0) if penalised else self.mask_after(k)
         for t in reversed(range(begin, end)):
             before, first = self.before(k, t)
-            deltas = memory.at(("deltas", k), t * batch * 5 * n)
+            deltas = memory.at(("deltas", k), t * batch * pitch)
             lane.units(
-                ("adjoint", self.precision, layer.paper, *surrogate),
-                lambda: cell_steps.adjoint_kernel(self.precision, layer.paper, *surrogate),
+                ("adjoint", layer.cell.name, layer.cell.variant, self.precision, *surrogate),
+                lambda: rule.adjoint(self.precision, surrogate),
                 layer.units,
                 batch,
                 self.tape_at(k, t),
@@ -160,10 +161,10 @@ class TrainingWindow(ForwardWindow):
                 n,
                 batch,
             )
-            if layer.paper:
+            if layer.reset_first:
                 d_q = Factor(memory.at(("d_q", k)), n)
-                candidate = Factor(w_rec + size * 2 * n, 3 * n, transposed=True)
-                lane.multiply_step(Factor(deltas, 5 * n), candidate, d_q, batch, n, n, share=self.shares[1])
+                candidate = Factor(w_rec + size * (columns - n), columns, transposed=True)
+                lane.multiply_step(Factor(deltas, pitch), candidate, d_q, batch, n, n, share=self.shares[1])
                 lane.units(
                     ("reset_gate_adjoint", self.precision),
                     lambda: cell_steps.reset_gate_adjoint_kernel(self.precision),
@@ -178,18 +179,18 @@ class TrainingWindow(ForwardWindow):
                     d_q.at,
                     memory.at(("d_sent", k)),
                     deltas,
+                    rule.parts,
                     layer.units,
                     n,
                     batch,
                 )
             if t:
-                gates = 2 * n if layer.paper else 3 * n
                 lane.multiply_step(
-                    Factor(deltas + size * n, 5 * n),
-                    Factor(w_rec, 3 * n, transposed=True),
+                    Factor(deltas + size * rule.recurrent * n, pitch),
+                    Factor(w_rec, columns, transposed=True),
                     Factor(memory.at(("product", k)), n),
                     batch,
-                    gates,
+                    columns - n * layer.reset_first,
                     n,
                     share=self.shares[1],
                 )
@@ -197,11 +198,11 @@ class TrainingWindow(ForwardWindow):
             below = memory.at(("upstream", k - 1)) if k else memory.at("d_x")
             width = layer.padded_inputs
             lane.multiply(
-                Factor(memory.at(("deltas", k), begin * batch * 5 * n), 5 * n),
-                Factor(parameters.operand_at(f"layers.{k}.w_in"), 3 * n, transposed=True),
+                Factor(memory.at(("deltas", k), begin * batch * pitch), pitch),
+                Factor(parameters.operand_at(f"layers.{k}.w_in"), columns, transposed=True),
                 Factor(below + 4 * begin * batch * width, width),
                 (end - begin) * batch,
-                3 * n,
+                columns,
                 width,
             )
 
@@ -213,7 +214,7 @@ class TrainingWindow(ForwardWindow):
             ("penalties", *surrogate),
             lambda: sums.penalties_kernel(*surrogate),
             (end - begin) * sums.PENALTY_PARTS,
-            self.tape_at(k, 0) + 4 * self.plane(k),
+            self.sent_at(k),
             memory.at(("threshold", k)),
             memory.at(("upstream", k)),
             memory.at(("d_cell", k)),
@@ -235,31 +236,35 @@ class TrainingWindow(ForwardWindow):
     def _layer_gradients(self, lane: Lane, k: int) -> None:
         """Gradients of the weights, biases and thresholds of a layer, from its deltas."""
         layer, memory, parameters = self.sizes.layers[k], self.memory, self.parameters
-        n, size, name = layer.padded, self.size, f"layers.{k}"
-        deltas, rows = Factor(memory.at(("deltas", k)), 5 * n), self.rows
+        n, size, name, parts, first = layer.padded, self.size, f"layers.{k}", layer.rule.parts, layer.rule.recurrent
+        deltas, rows, columns = Factor(memory.at(("deltas", k)), parts * n), self.rows, layer.gates * n
         x = Factor(self.received(k), layer.padded_inputs, transposed=True)
-        out = Factor(parameters.gradient_at(f"{name}.w_in"), 3 * n)
-        lane.multiply(x, deltas, out, layer.padded_inputs, rows, 3 * n)
-        y, out = Factor(memory.at(("y", k)), n, transposed=True), Factor(parameters.gradient_at(f"{name}.w_rec"), 3 * n)
-        gates = deltas._replace(at=deltas.at + size * n)
-        if layer.paper:
-            lane.multiply(y, gates, out, n, rows, 2 * n)
+        out = Factor(parameters.gradient_at(f"{name}.w_in"), columns)
+        lane.multiply(x, deltas, out, layer.padded_inputs, rows, columns)
+        y, out = (
+            Factor(memory.at(("y", k)), n, transposed=True),
+            Factor(parameters.gradient_at(f"{name}.w_rec"), columns),
+        )
+        own = columns - n * layer.reset_first
+        lane.multiply(y, deltas._replace(at=deltas.at + size * first * n), out, n, rows, own)
+        if layer.reset_first:
             q = Factor(memory.at(("q", k)), n, transposed=True)
-            lane.multiply(q, deltas, out._replace(at=out.at + 4 * 2 * n), n, rows, n)
-        else:
-            lane.multiply(y, gates, out, n, rows, 3 * n)
+            lane.multiply(q, deltas, out._replace(at=out.at + 4 * own), n, rows, n)
         partial = ("partial", k)
-        self._sum_columns(lane, deltas, 5 * n, partial)
-        self._finish_sums(lane, partial, 5 * n, 0, 3 * n, f"{name}.bias_in")
-        if layer.paper:
-            # u and r, then g, whose recurrent row is that of the input.
-            self._finish_sums(lane, partial, 5 * n, n, 2 * n, f"{name}.bias_rec")
-            self._finish_sums(lane, partial, 5 * n, 0, n, f"{name}.bias_rec", to=2 * n)
-        else:
-            self._finish_sums(lane, partial, 5 * n, n, 3 * n, f"{name}.bias_rec")
+        self._sum_columns(lane, deltas, parts * n, partial)
+        self._finish_sums(lane, partial, parts * n, 0, columns, f"{name}.bias_in")
+        self._finish_sums(lane, partial, parts * n, first * n, own, f"{name}.bias_rec")
+        if layer.reset_first:
+            # The recurrent row of the candidate is that of the input.
+            self._finish_sums(lane, partial, parts * n, 0, n, f"{name}.bias_rec", to=own)
+        if not layer.cell.thresholded:
+            # The gradient of its thresholds, which do not act, stays zero.
+            return
         rule = {"fixed": sums.FIXED, "sigmoid": sums.SIGMOID}.get(parameters.rule, sums.PLAIN)
         threshold = memory.at(("threshold", k))
-        self._finish_sums(lane, partial, 5 * n, 4 * n, layer.units, f"{name}.threshold", rule=rule, threshold=threshold)
+        self._finish_sums(
+            lane, partial, parts * n, 4 * n, layer.units, f"{name}.threshold", rule=rule, threshold=threshold
+        )
 
     def _embedding_backward(self, lane: Lane) -> None:
         memory, parameters, first = self.memory, self.parameters, self.sizes.layers[0]
@@ -309,7 +314,8 @@ class TrainingWindow(ForwardWindow):
                 memory.at("counts", self.count_offsets[k]),
                 layer.padded,
                 layer.units,
-                layer.paper,
+                layer.reset_first and layer.cell.thresholded,
+                self.batch if layer.reset_first and not layer.cell.thresholded else 0,
                 memory.at("counts", self.count_offsets[k - 1]) if k else 0,
                 below.padded if below else 0,
                 memory.at("counts of inputs", self.input_count_offsets[k]),

@@ -161,11 +161,10 @@ class Evaluator:
         total, device, memory = np.zeros((window.steps, window.batch), np.int64), self.engine.device, window.memory
         for k, layer in enumerate(window.sizes.layers):
             threshold, size = np.empty(layer.padded, F32), window.rows * layer.padded
-            cells = np.empty((window.steps, window.batch, layer.padded), F32)
+            values, plane = np.empty((window.steps, window.batch, layer.padded), F32), layer.rule.output
             device.fetch(memory["threshold", k], threshold)
-            # The last of the five arrays of the tape: cells before the event.
-            device.fetch(memory["tape", k].reshape(-1)[4 * size : 5 * size], cells.reshape(-1))
-            total += np.count_nonzero(cells > threshold, axis=2)
+            device.fetch(memory["tape", k].reshape(-1)[plane * size : (plane + 1) * size], values.reshape(-1))
+            total += np.count_nonzero((values > threshold) & (values != 0), axis=2)
         return total
 
     def _activities(self, window: ForwardWindow) -> tuple[float, np.ndarray]:

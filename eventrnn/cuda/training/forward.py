@@ -1,13 +1,14 @@
 """The forward pass of a window, its loss and its counts, as work that is put on lanes.
 
-Of a piece of time: drive = x @ w_in (all steps); then per step: rec = y @ w_rec, cells. The paper's variant has a
-second recurrent product per step, that of the candidate.
+Of a piece of time: drive = x @ w_in (all steps); then per step: rec = y @ w_rec, cells. Where the reset gate comes
+before the product, there is a second recurrent product per step, that of the candidate.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from eventrnn.cuda.training.cell_rules import CELLS
 from eventrnn.cuda.training.kernels import cell_steps, inputs, loss, noise, sums
 from eventrnn.cuda.training.lanes import Factor, Lane, bits
 from eventrnn.cuda.training.layout import up
@@ -76,12 +77,13 @@ class ForwardWindow(Window):
         """Thresholds, carried outputs as operands, and the inputs of the first layer."""
         memory, parameters, first = self.memory, self.parameters, self.sizes.layers[0]
         for k, layer in enumerate(self.sizes.layers):
+            kind = cell_steps.LOGITS if parameters.rule == "sigmoid" else cell_steps.THRESHOLDS
             lane.each(
                 ("thresholds",),
                 cell_steps.threshold_kernel,
                 layer.units,
                 parameters.value_at(f"layers.{k}.threshold"),
-                parameters.rule == "sigmoid",
+                kind if layer.cell.thresholded else cell_steps.NO_THRESHOLDS,
                 layer.units,
                 memory.at(("threshold", k)),
             )
@@ -121,9 +123,11 @@ class ForwardWindow(Window):
             lambda: cell_steps.carry_kernel(self.precision),
             layer.units * self.batch,
             begin,
-            0 if begin else self.tape_at(k, self.steps - 1) + 4 * self.plane(k),
+            0 if begin else self.tape_at(k, self.steps - 1, CELLS),
+            0 if begin else self.sent_at(k, self.steps - 1),
             memory.at(("threshold", k)),
-            layer.paper,
+            # Only the released EGRU subtracts the threshold in the same step.
+            layer.reset_first or not layer.cell.thresholded,
             memory.at(("cells", k)),
             memory.at(("outputs", k)),
             memory.at(("y", k)),
@@ -135,10 +139,10 @@ class ForwardWindow(Window):
 
     def _layer_forward(self, k: int, begin: int, end: int) -> None:
         lane, layer, memory = self.lanes.layers[k], self.sizes.layers[k], self.memory
-        n, batch, inputs_ = layer.padded, self.batch, layer.padded_inputs
+        n, batch, inputs_, columns = layer.padded, self.batch, layer.padded_inputs, layer.gates * layer.padded
         x = Factor(self.received(k) + self.size * begin * batch * inputs_, inputs_)
-        drive = Factor(memory.at(("drive", k), begin * batch * 3 * n), 3 * n)
-        lane.multiply(x, Factor(self.weights(k, "w_in"), 3 * n), drive, (end - begin) * batch, inputs_, 3 * n)
+        drive = Factor(memory.at(("drive", k), begin * batch * columns), columns)
+        lane.multiply(x, Factor(self.weights(k, "w_in"), columns), drive, (end - begin) * batch, inputs_, columns)
         w_rec, rec = self.weights(k, "w_rec"), memory.at(("rec", k))
         vectors = self.parameters.value_at(f"layers.{k}.bias_in")
         threshold = memory.at(("threshold", k))
@@ -146,14 +150,12 @@ class ForwardWindow(Window):
         hold, share = self.sizes.mask("zoneout", k) if self.training else None, self.shares[0]
         for t in range(begin, end):
             y = Factor(memory.at(("y", k), t * batch * n), n)
-            gates = 2 * n if layer.paper else 3 * n
-            lane.multiply_step(y, Factor(w_rec, 3 * n), Factor(rec, 3 * n), batch, n, gates, share=share)
+            own = columns - n * layer.reset_first
+            lane.multiply_step(y, Factor(w_rec, columns), Factor(rec, columns), batch, n, own, share=share)
             before, first = self.before(k, t)
-            drive_at = memory.at(("drive", k), t * batch * 3 * n)
-            carried: tuple[int, ...] = ()
-            if layer.paper:
+            drive_at, carried = memory.at(("drive", k), t * batch * columns), memory.at(("outputs", k))
+            if layer.reset_first:
                 sent = memory.at(("q", k), t * batch * n)
-                carried = (memory.at(("outputs", k)),)
                 lane.units(
                     ("reset_gate", self.precision),
                     lambda: cell_steps.reset_gate_kernel(self.precision),
@@ -164,7 +166,7 @@ class ForwardWindow(Window):
                     vectors,
                     threshold,
                     before,
-                    *carried,
+                    carried,
                     first,
                     self.tape_at(k, t),
                     self.plane(k),
@@ -173,12 +175,11 @@ class ForwardWindow(Window):
                     n,
                     batch,
                 )
-                candidate, out = Factor(w_rec + self.size * 2 * n, 3 * n), Factor(rec + 4 * 2 * n, 3 * n)
+                candidate, out = Factor(w_rec + self.size * own, columns), Factor(rec + 4 * own, columns)
                 lane.multiply_step(Factor(sent, n), candidate, out, batch, n, n, share=share)
-            make = cell_steps.paper_forward_kernel if layer.paper else cell_steps.forward_kernel
             lane.units(
-                (make.__name__, self.precision),
-                lambda make=make: make(self.precision),
+                ("forward", layer.cell.name, layer.cell.variant, self.precision),
+                lambda: layer.rule.forward(self.precision),
                 layer.units,
                 batch,
                 drive_at,
@@ -186,7 +187,7 @@ class ForwardWindow(Window):
                 vectors,
                 threshold,
                 before,
-                *carried,
+                carried,
                 first,
                 self.tape_at(k, t),
                 self.plane(k),
@@ -223,7 +224,7 @@ class ForwardWindow(Window):
         """The output of the network as float32 (T, B, V or N) in `result`."""
         top, columns = self.sizes.layers[-1], self.sizes.outputs
         last = len(self.sizes.layers) - 1
-        source = self.memory.at("logits") if columns else self.tape_at(last, 0) + 4 * self.plane(last)
+        source = self.memory.at("logits") if columns else self.sent_at(last)
         bias = self.parameters.value_at("readout.bias") if columns else self.memory.at(("threshold", last))
         self.lanes.main.each(
             ("outputs",),
@@ -251,7 +252,7 @@ class ForwardWindow(Window):
                 ("count_units", *surrogate),
                 lambda surrogate=surrogate: sums.count_units_kernel(*surrogate),
                 layer.units * self.steps,
-                self.tape_at(k, 0) + 4 * self.plane(k),
+                self.sent_at(k),
                 memory.at(("threshold", k)),
                 memory.at(("outputs", k)),
                 layer.units,

@@ -3,16 +3,17 @@
 Tensor cores and rows of 16 bytes want every dimension to be a multiple of 8. So rows and columns are padded with zeros,
 each gate on its own, and parameters keep the order that products need:
 
-    layers.k.w_in     (I, 3N)  ->  (I', 3, N')   gates g, u, r
-    layers.k.w_rec    (N, 3N)  ->  (N', 3, N')   gates u, r, g
-    layers.k.bias_in  (3N,)    ->  (3, N')       gates g, u, r
-    layers.k.bias_rec (3N,)    ->  (3, N')       gates u, r, g
+    layers.k.w_in     (I, GN)  ->  (I', G, N')   gates g, u, r; of an LSTM i, f, g, o
+    layers.k.w_rec    (N, GN)  ->  (N', G, N')   gates u, r, g; of an LSTM i, f, g, o
+    layers.k.bias_in  (GN,)    ->  (G, N')       as w_in
+    layers.k.bias_rec (GN,)    ->  (G, N')       as w_rec
     layers.k.threshold, readout.bias             padded
     embedding         (V, E)   ->  (V', E')
     readout           (N, V)   ->  (V', N')      transposed, so that a tied read-out is the embedding
 
 With the candidate first in the input product and last in the recurrent one, the gradients of both drives overlap in one
-row (g, u, r, q): its first three parts belong to the input product, its last three to the recurrent one.
+row (g, u, r, q): its first three parts belong to the input product, its last three to the recurrent one. The two drives
+of an LSTM have the same gradients.
 """
 
 from __future__ import annotations
@@ -22,10 +23,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from eventrnn.weights import MatrixId
+
 # Every dimension is padded to a multiple of this.
 PADDED_TO = 8
 
-NATURAL, CANDIDATE_FIRST = (0, 1, 2), (2, 0, 1)
+#: gates per unit -> which gate of the host array stands at each place of the input product
+INPUT_ORDERS = {3: (2, 0, 1), 4: (0, 1, 2, 3)}
+
+# Parameters whose columns are the rows of several gates.
+OF_INPUT, OF_GATES = ("w_in", "bias_in"), ("w_in", "bias_in", "w_rec", "bias_rec")
 
 
 def up(size: int) -> int:
@@ -94,7 +101,7 @@ class Layout:
         self.segments: dict[str, Segment] = {}
         first = 0
         for name, array in parameters.items():
-            segment = _segment(name, array.shape, first)
+            segment = _segment(name, array.shape, first, _gates(name, parameters))
             self.segments[name] = segment
             first += segment.size
         self.size = first
@@ -117,11 +124,18 @@ class Layout:
         return np.array(rows, np.int64)
 
 
-def _segment(name: str, shape: tuple[int, ...], first: int) -> Segment:
-    role = name.rpartition(".")[2]
-    gated = name.startswith("layers.") and role != "threshold"
-    order = (CANDIDATE_FIRST if role in ("w_in", "bias_in") else NATURAL) if gated else (0,)
-    gates, transposed = len(order), name == "readout"
+def _gates(name: str, parameters: Mapping[str, np.ndarray]) -> int:
+    """The gates per unit whose rows are the columns of a parameter; 1 for others."""
+    matrix = MatrixId(name)
+    if matrix.role not in OF_GATES:
+        return 1
+    layer = f"layers.{matrix.layer}"
+    return len(parameters[f"{layer}.bias_in"]) // len(parameters[f"{layer}.threshold"])
+
+
+def _segment(name: str, shape: tuple[int, ...], first: int, gates: int) -> Segment:
+    order = INPUT_ORDERS[gates] if MatrixId(name).role in OF_INPUT else tuple(range(gates))
+    transposed = name == "readout"
     if transposed:
         shape_there = shape[::-1]
     else:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eventrnn.cells import Cell
+from eventrnn.cuda.training.cell_rules import CellRule, rule_of
 from eventrnn.cuda.training.kernels.sums import PENALTY_PARTS, PENALTY_TERMS, UNIT_COUNTS
 from eventrnn.cuda.training.kernels.threads import BYTES
 from eventrnn.cuda.training.layout import up
@@ -29,8 +30,17 @@ class LayerSizes:
     cell: Cell
 
     @property
-    def paper(self) -> bool:
-        return self.cell.variant == "paper"
+    def rule(self) -> CellRule:
+        """How the layer is trained."""
+        return rule_of(self.cell)
+
+    @property
+    def gates(self) -> int:
+        return self.cell.gates
+
+    @property
+    def reset_first(self) -> bool:
+        return self.cell.reset_first
 
     @property
     def padded_inputs(self) -> int:
@@ -94,11 +104,11 @@ class Sizes:
             spec["threshold", k] = (n,), np.float32
             spec["cells", k] = (batch, n), np.float32
             spec["outputs", k] = (batch, n), np.float32
-            spec["drive", k] = (rows, 3 * n), np.float32
-            spec["rec", k] = (batch, 3 * n), np.float32
-            spec["tape", k] = (5, rows, n), np.float32
+            spec["drive", k] = (rows, layer.gates * n), np.float32
+            spec["rec", k] = (batch, layer.gates * n), np.float32
+            spec["tape", k] = (layer.rule.planes, rows, n), np.float32
             spec["y", k] = (rows + batch, n), operand
-            if layer.paper:
+            if layer.reset_first:
                 spec["q", k] = (rows, n), operand
             if training and self.after(k) is not None:
                 spec["next", k] = (rows, n), operand
@@ -113,13 +123,13 @@ class Sizes:
     def _backward(self, steps: int, batch: int, rows: int, operand: Any) -> Spec:
         spec: Spec = {}
         for k, layer in enumerate(self.layers):
-            n = layer.padded
-            spec["deltas", k] = (rows, 5 * n), operand
+            n, parts = layer.padded, layer.rule.parts
+            spec["deltas", k] = (rows, parts * n), operand
             spec["upstream", k] = (rows, n), np.float32
             spec["product", k] = (batch, n), np.float32
             spec["later", k] = (batch, n), np.float32
-            spec["partial", k] = (steps, 5 * n), np.float32
-            if layer.paper:
+            spec["partial", k] = (steps, parts * n), np.float32
+            if layer.reset_first:
                 spec["d_sent", k] = (batch, n), np.float32
                 spec["d_q", k] = (batch, n), np.float32
             if self.cells:
@@ -139,9 +149,9 @@ class Sizes:
         for mask in self.masks:
             sizes = mask.sizes(steps, batch)
             if mask.name == "recurrent":
-                n = self.layers[mask.layer].padded
-                spec["mask", mask.name, mask.layer] = (n, 3 * n), np.uint8
-                spec["dropped", mask.layer] = (n, 3 * n), operand
+                n, gates = self.layers[mask.layer].padded, self.layers[mask.layer].gates
+                spec["mask", mask.name, mask.layer] = (n, gates * n), np.uint8
+                spec["dropped", mask.layer] = (n, gates * n), operand
             else:
                 spec["mask", mask.name, mask.layer] = (*sizes[:-1], up(sizes[-1])), np.uint8
         return spec

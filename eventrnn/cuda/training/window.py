@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from eventrnn.cuda.training.cell_rules import CELLS
 from eventrnn.cuda.training.kernels import sums
 from eventrnn.cuda.training.lanes import Lane, bits
 from eventrnn.cuda.training.layout import up
@@ -123,11 +124,15 @@ class Window:
         """Address of the cells before step t, and whether they are those carried into the window."""
         if t == 0:
             return self.memory.at(("cells", k)), 1
-        return self.tape_at(k, t - 1) + 4 * self.plane(k), 0
+        return self.tape_at(k, t - 1, CELLS), 0
 
-    def tape_at(self, k: int, t: int) -> int:
-        """Address of step t of the tape of layer k."""
-        return self.memory.at(("tape", k), t * self.batch * self.sizes.layers[k].padded)
+    def tape_at(self, k: int, t: int, plane: int = 0) -> int:
+        """Address of step t of an array of the tape of layer k."""
+        return self.memory.at(("tape", k), t * self.batch * self.sizes.layers[k].padded) + plane * self.plane(k)
+
+    def sent_at(self, k: int, t: int = 0) -> int:
+        """Address of step t of what layer k sends where it is above the threshold."""
+        return self.tape_at(k, t, self.sizes.layers[k].rule.output)
 
     def plane(self, k: int) -> int:
         """Bytes between two arrays of the tape of layer k."""

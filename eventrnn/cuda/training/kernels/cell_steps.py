@@ -11,7 +11,7 @@ drive_at   : (B, 3, padded) float32, input products of the step, gates in the or
 rec_at     : (B, 3, padded) float32, recurrent products, gates in the order u, r, g
 vectors_at : (6, padded) float32, biases of the input (g, u, r), then of the recurrence (u, r, g)
 before_at  : (B, padded) float32, the cell before the event `v` of the step before; with `first`, the carried cell `c`
-carried_at : (B, padded) float32, the outputs carried into the window, read with `first`
+carried_at : (B, padded) float32, the outputs carried into the window, read with `first` in the paper's variant
 tape_at    : (5, T, B, padded) float32 from the step on: u, r, g, q, v; `plane` bytes from one to the next. q is the
              candidate's recurrent drive; the paper's variant does not use it
 y_at       : (B, padded) operands, what is sent
@@ -42,6 +42,9 @@ from eventrnn.cuda.kernels.ptx import (
     surrogate_slope,
 )
 from eventrnn.cuda.training.kernels.threads import BYTES, ONE32, STORES, ZERO32, first_element, float_of, stride
+
+#: how thresholds follow from their parameters
+THRESHOLDS, LOGITS, NO_THRESHOLDS = range(3)
 
 
 @device_function
@@ -79,6 +82,7 @@ def forward_kernel(precision: str):
         vectors_at,
         threshold_at,
         before_at,
+        carried_at,
         first,
         tape_at,
         plane,
@@ -127,7 +131,7 @@ def forward_kernel(precision: str):
                 store(next_at + size * i, y * scale_of(mask_at, mask_pitch, sample, unit, scale_bits))
             sample += cuda.gridDim.y
 
-    return forward, types.void(*[types.int64] * 17)
+    return forward, types.void(*[types.int64] * 18)
 
 
 def reset_gate_kernel(precision: str):
@@ -308,11 +312,24 @@ def reset_gate_adjoint_kernel(precision: str):
     """The kernel of the adjoint of `reset_gate`, and its signature: the deltas of r, and a term of `d_sent_at`.
 
     d_q_at : (B, padded) float32, gradient of q = r * y, from the candidate's product
+    parts  : of a row of `deltas_at`, of which the third is that of r
     """
     store, size = STORES[precision], BYTES[precision]
 
     def reset_gate_adjoint(
-        tape_at, plane, before_at, carried_at, first, threshold_at, d_q_at, d_sent_at, deltas_at, units, padded, batch
+        tape_at,
+        plane,
+        before_at,
+        carried_at,
+        first,
+        threshold_at,
+        d_q_at,
+        d_sent_at,
+        deltas_at,
+        parts,
+        units,
+        padded,
+        batch,
     ):
         thresholds, before, rs = (
             global_float32(threshold_at),
@@ -325,21 +342,30 @@ def reset_gate_adjoint_kernel(precision: str):
             i = sample * padded + unit
             y = global_float32(carried_at)[i] if first else sent(before[i], thresholds[unit])
             d_r, d_y = egru_paper_reset_backward(rs[i], y, d_q[i])
-            store(deltas_at + size * (sample * 5 * padded + 2 * padded + unit), d_r)
+            store(deltas_at + size * ((sample * parts + 2) * padded + unit), d_r)
             d_sent[i] += d_y
             sample += cuda.gridDim.y
 
-    return reset_gate_adjoint, types.void(*[types.int64] * 12)
+    return reset_gate_adjoint, types.void(*[types.int64] * 13)
 
 
 def threshold_kernel():
-    """The kernel of the thresholds (N,) that parameters stand for, and its signature; `logits`: they are logits."""
+    """The kernel of the thresholds (N,) that parameters stand for, and its signature.
 
-    def thresholds(parameter_at, logits, units, out_at):
+    kind : THRESHOLDS for the parameters themselves, LOGITS for their sigmoid, or NO_THRESHOLDS for minus infinity, so
+           that every output counts as sent
+    """
+
+    def thresholds(parameter_at, kind, units, out_at):
         parameter, out = global_float32(parameter_at), global_float32(out_at)
         unit, step = first_element(), stride()
         while unit < units:
-            out[unit] = sigmoid(parameter[unit]) if logits else parameter[unit]
+            threshold = parameter[unit]
+            if kind == LOGITS:
+                threshold = sigmoid(threshold)
+            elif kind == NO_THRESHOLDS:
+                threshold = np.float32(-np.inf)
+            out[unit] = threshold
             unit += step
 
     return thresholds, types.void(*[types.int64] * 4)
@@ -349,12 +375,18 @@ def carry_kernel(precision: str):
     """The kernel between windows, and its signature.
 
     With `begin`, the carried outputs `outputs_at` (B, padded) float32 are stored as operands at `y_at`. Otherwise the
-    carried cells and outputs are set to those of the last step, whose `v` lies at `last_at`, unless `results_at` begins
-    with a number that is not zero: then the window has failed, and they stay.
+    carried cells and outputs are set to those of the last step, unless `results_at` begins with a number that is not
+    zero: then the window has failed, and they stay.
+
+    last_at, sent_at : (B, padded) float32, cells of the last step before the event, and what is sent above the
+                       threshold; the same array for a cell that sends its cell
+    kept             : whether the cell stays as it is when the unit sends
     """
     store, size = STORES[precision], BYTES[precision]
 
-    def carry(begin, last_at, threshold_at, paper, cells_at, outputs_at, y_at, results_at, units, padded, batch):
+    def carry(
+        begin, last_at, sent_at, threshold_at, kept, cells_at, outputs_at, y_at, results_at, units, padded, batch
+    ):
         from_outputs, to_cells, last = global_float32(outputs_at), global_float32(cells_at), global_float32(last_at)
         at, step = first_element(), stride()
         failed = not begin and global_float64(results_at)[0] != 0
@@ -365,8 +397,8 @@ def carry_kernel(precision: str):
                 store(y_at + size * i, from_outputs[i])
             else:
                 threshold = global_float32(threshold_at)[at - sample * units]
-                to_cells[i] = cell_after(last[i], threshold, paper != 0)
-                from_outputs[i] = sent(last[i], threshold)
+                to_cells[i] = cell_after(last[i], threshold, kept != 0)
+                from_outputs[i] = sent(global_float32(sent_at)[i], threshold)
             at += step
 
-    return carry, types.void(*[types.int64] * 11)
+    return carry, types.void(*[types.int64] * 12)

@@ -111,8 +111,9 @@ def embedding_gradient_kernel():
 def outputs_kernel():
     """The kernel of a network's output as float32, and its signature. A thread owns every n-th element.
 
-    With `logits`, the products (R, padded) at `source_at` plus the bias at `bias_at`; otherwise the cells v (R, padded)
-    of the last layer, thresholded by `bias_at` and dropped out by the mask (see `input_kernel`). out_at : (R, columns)
+    With `logits`, the products (R, padded) at `source_at` plus the bias at `bias_at`; otherwise what the last layer
+    sends (R, padded) where it exceeds the thresholds at `bias_at`, dropped out by the mask (see `input_kernel`).
+    out_at : (R, columns)
     """
 
     def outputs(

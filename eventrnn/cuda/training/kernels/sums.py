@@ -27,7 +27,7 @@ PLAIN, FIXED, SIGMOID = range(3)
 
 #: int64 counts per unit of a layer, in this order
 (
-    FIRED,  # events in all steps
+    FIRED,  # events in all steps: values above the threshold that are not zero
     FIRED_LAST,  # events in the last step
     ACTIVE,  # pairs of step and sample that fired or have a surrogate derivative
     ACTIVE_LAST,  # those in the last step
@@ -94,7 +94,7 @@ def finish_sums_kernel():
 def count_units_kernel(kind: int, dampening: float, support: float):
     """The kernel of the counts of a layer, and its signature. A thread owns a unit in a step.
 
-    v_at       : (T, B, padded) float32
+    v_at       : (T, B, padded) float32, what is sent above the threshold
     carried_at : (B, padded) float32
     counts_at  : (UNIT_COUNTS, padded) int64, added to
     """
@@ -109,7 +109,7 @@ def count_units_kernel(kind: int, dampening: float, support: float):
             for sample in range(batch):
                 value = v[(time * batch + sample) * padded + unit]
                 slope = surrogate_slope(kind, value - threshold, dampening, support)
-                if value > threshold:
+                if value > threshold and value != ZERO32:
                     fired += 1
                 if value > threshold or slope != ZERO32:
                     active += 1
@@ -158,6 +158,8 @@ def operations_kernel():
 
     counts_at, below_at, inputs_at : counts of this layer, of the layer below (or 0), and of its inputs. Without a layer
                  below, `pairs` rows have an input gradient
+    carried_pairs : whether a unit has an active pair for each output that it carried into the window
+    further_pairs : further active pairs per unit
     kept_in_at, kept_rec_at        : (inputs,) and (units,) int64, kept weights of a unit
     results_at : three float64: events, active pairs, operations
     """
@@ -166,7 +168,8 @@ def operations_kernel():
         counts_at,
         padded,
         units,
-        paper,
+        carried_pairs,
+        further_pairs,
         below_at,
         below_padded,
         inputs_at,
@@ -187,7 +190,8 @@ def operations_kernel():
             active += counts[ACTIVE * padded + unit]
             events = counts[FIRED * padded + unit] - counts[FIRED_LAST * padded + unit] + carried
             open_pairs = counts[ACTIVE * padded + unit] - counts[ACTIVE_LAST * padded + unit]
-            if paper:
+            open_pairs += further_pairs
+            if carried_pairs:
                 open_pairs += carried
             total += (2 * events + open_pairs) * kept_rec[unit]
             unit += threads
@@ -206,7 +210,7 @@ def operations_kernel():
             out = global_float64(out_at)
             out[0], out[1], out[2] = sums, open_sum, work
 
-    return operations, types.void(*[types.int64] * 12)
+    return operations, types.void(*[types.int64] * 13)
 
 
 def rate_kernel():
