@@ -161,7 +161,9 @@ ROWS = {
         simulation=RUN,
         words={"network": "network"},
     ),
-    "energy": row(er.energy, {"counts": (None, 3), "memory": NAME, "dense": FLAG}, counts=er.count(NETWORK, RUN)),
+    "energy": row(
+        er.energy, {"counts": (None, 3), "process": NAME, "memory": NAME, "engine": NAME}, counts=er.count(NETWORK, RUN)
+    ),
     "count_backward": row(count_backward, {"work": (3, {"a": 3})}, work={}),
     # --- events ---
     "encode_threshold": row(

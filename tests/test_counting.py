@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eventrnn import Network, State, audit, cells, count, count_per_step, energy, simulate
-from eventrnn.counting.energy import HOROWITZ_2014
+from eventrnn.counting.energy import ENERGY_TABLES, compare_energy
 from eventrnn.testing import ALL_CELLS, networks
 from eventrnn.weights import convert
 from support.counting import count_executed, count_multiplications
@@ -163,20 +163,49 @@ def test_audit_does_not_take_the_element_wise_work_from_the_table_that_is_counte
         assert ("gate_ops", "equations") in differing and {source for _, source in differing} == {"equations"}
 
 
-def test_energy_is_the_table_times_the_counts():
+@pytest.mark.parametrize("process", ENERGY_TABLES)
+def test_energy_is_the_table_times_the_counts(process):
     network = _network(0.05)
     counts = count(network, simulate(network, np.ones((9, 3, 5), np.float32)))
-    total = counts.total
-    parts = energy(counts, memory="dram_64bit")
-    table = HOROWITZ_2014
-    macs = total.executed - total.binary
-    assert parts["arithmetic_pj"] == macs * table["float32_mac"] + total.binary * table["float32_ac"]
-    assert parts["gates_pj"] == sum(counts.gate_ops) * table["float32_multiply"]
-    assert parts["weights_pj"] == total.weight_bytes / 8 * table["dram_64bit"]
+    total, table = counts.total, ENERGY_TABLES[process]
+    parts = energy(counts, process=process, memory="dram")
+    macs, mac = total.executed - total.binary, table.multiply["float32"] + table.add["float32"]
+    assert parts["arithmetic_pj"] == macs * mac + total.binary * table.add["float32"]
+    assert parts["gates_pj"] == sum(counts.gate_ops) * table.multiply["float32"]
+    assert parts["weights_pj"] == total.weight_bytes / 8 * table.memory["dram"]
+    assert parts["state_pj"] == sum(counts.state_bytes) / 8 * table.memory["sram_32kb"]
     assert parts["total_pj"] == sum(value for name, value in parts.items() if name != "total_pj")
-    assert energy(counts, dense=True)["arithmetic_pj"] == total.dense * table["float32_mac"]
-    with pytest.raises(ValueError, match="memory"):
-        energy(counts, memory="float32_mac")
+    dense = energy(counts, process=process, engine="dense")
+    assert dense["arithmetic_pj"] == total.dense * mac
+    # A dense engine reads each of the weights once per step, for all three samples.
+    assert dense["weights_pj"] == 4 * total.dense / 3 / 8 * table.memory["sram_1mb"]
+    narrow = energy(counts, process=process, engine="dense-int8")
+    assert narrow["arithmetic_pj"] == total.dense * (table.multiply["int8"] + table.add["int32"])
+    assert narrow["weights_pj"] == dense["weights_pj"] / 4 and narrow["state_pj"] == dense["state_pj"] / 4
+    for wrong in ({"memory": "float32"}, {"process": "3nm"}, {"engine": "gpu"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            energy(counts, **wrong)
+
+
+def test_energies_of_engines_are_compared_with_weights_where_they_fit():
+    network = Network.random([40], inputs=30, readout=4, rng=np.random.default_rng(0), threshold=0.05)
+    network = network.with_matrices({name: convert(w, "csr") for name, w in network.matrices().items()})
+    simulation = simulate(network, np.ones((5, 2, 30), np.float32))
+    entries = sum(w.shape[0] * w.shape[1] for w in network.matrices().values())
+    records = {(r["process"], r["engine"]): r for r in compare_energy(network, simulation)}
+    assert set(records) == {(p, e) for p in ENERGY_TABLES for e in ("events", "events-int8", "dense", "dense-int8")}
+    found = {engine: (records["7nm", engine]["memory"], records["7nm", engine]["bytes"]) for _, engine in records}
+    assert entries == 8_560 and found["dense"] == ("sram_1mb", 4 * entries)
+    assert found["dense-int8"] == ("sram_32kb", entries)
+    assert found["events"] == ("sram_1mb", sum(w.nbytes for w in network.matrices().values()))
+    narrow = network.with_matrices({name: w.stored_as("int8") for name, w in network.matrices().items()})
+    expected = energy(count(narrow, simulation), process="7nm", memory="sram_1mb", engine="events-int8")
+    assert expected.items() <= records["7nm", "events-int8"].items()
+    for record in records.values():
+        assert record["per_step_pj"] == record["total_pj"] / 10
+    assert {r["process"] for r in compare_energy(network, simulation, memory="hbm2")} == {"7nm"}
+    with pytest.raises(ValueError, match="memory: got 'rom'"):
+        compare_energy(network, simulation, memory="rom")
 
 
 def test_a_dense_engine_executes_everything():

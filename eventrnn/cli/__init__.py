@@ -17,7 +17,8 @@ import typer
 from eventrnn._files import printable
 from eventrnn.backend import BackendUnavailable
 from eventrnn.cli.bench import bench_app
-from eventrnn.cli.commands import convert_command, count, demo, info, run
+from eventrnn.cli.commands import convert_command, demo, info, run
+from eventrnn.cli.count import count
 from eventrnn.cli.imports import import_command
 from eventrnn.cli.plot import plot
 from eventrnn.cli.prune import prune

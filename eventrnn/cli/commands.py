@@ -1,4 +1,4 @@
-"""The short commands: demo, run, count, info and convert."""
+"""The short commands: demo, run, info and convert."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from eventrnn import io
 from eventrnn._checks import need_choice
@@ -34,10 +33,9 @@ from eventrnn.cli.options import (
     writable_file,
     writable_folder,
 )
-from eventrnn.cli.terminal import as_line, console, progress, show
+from eventrnn.cli.terminal import progress, show
 from eventrnn.pruning.patterns import parse_nm
 from eventrnn.pruning.schedule import choose
-from eventrnn.simulation import simulate
 from eventrnn.weights import FORMATS, STORAGES, GatedBlocks, check_block, convert
 from eventrnn.weights.nm import AXES
 
@@ -89,9 +87,6 @@ def demo(
 # Title of the figures of a demo that trains.
 SHOWN = "Activity-sparse, block-pruned, event by event"
 
-# Columns that a table with six counts needs.
-COUNT_WIDTH = 120
-
 
 def run(
     model: GivenModel = None,
@@ -122,48 +117,6 @@ def run(
         else:
             figures = compare_storage(network, symbols, storage, backend=backend, threads=threads, report=report)
     show(f"{model or named} on {text} ({part})", figures, as_json)
-
-
-def count(
-    model: GivenModel = None,
-    named: NamedModel = None,
-    text: Text = "builtin",
-    part: Part = "test",
-    symbols: Annotated[int, typer.Option(help="Number of symbols to read, at most.")] = 10_000,
-    unknown: Unknown = None,
-    as_json: Json = False,
-) -> None:
-    """Count every operation of a run over a text, and audit the counts."""
-    from eventrnn import counting
-
-    if symbols < 1:
-        raise ValueError(f"symbols: got {symbols}, need a whole number >= 1")
-    network = io.load(model_file(model, named))
-    inputs = load_symbols(network, text, part, unknown)[:symbols, None]
-    simulation = simulate(network, inputs, record="events")
-    counts = counting.count(network, simulation)
-    audit = counting.audit(network, simulation, counts)
-    record = counts.as_dict() | {
-        "reduction": counts.reduction,
-        "audit_agrees": audit.agrees,
-        "energy": counting.energy(counts),
-    }
-    if as_json:
-        print(as_line(record))
-        return
-    columns = ("dense", "effective", "executed", "graded", "binary", "weight_bytes")
-    columns += ("selection",) if counts.total.selection else ()
-    title = f"operations of {counts.steps} steps of the {part} part of {text} ({counting.NOTE})"
-    table = Table("matrix", *(column.replace("_", " ") for column in columns), title=printable(title))
-    for name, row in {**counts.matrices, "total": counts.total}.items():
-        table.add_row(name, *(f"{getattr(row, column):,}" for column in columns))
-    # A table wider than the terminal is better than truncated figures.
-    console(least_width=COUNT_WIDTH).print(table)
-    print(
-        f"element-wise {sum(counts.gate_ops):,}, state bytes {sum(counts.state_bytes):,}, "
-        f"dense / effective {counts.reduction:.1f}"
-    )
-    print(audit)
 
 
 def info(model: GivenModel = None, named: NamedModel = None, as_json: Json = False) -> None:

@@ -18,11 +18,19 @@ import numpy as np
 from eventrnn import cells
 from eventrnn._checks import need_kind
 from eventrnn.counting.counts import Counts, OpCounts, count, count_per_step, events_by_matrix
+from eventrnn.counting.neurobench import (
+    NEUROBENCH_DIFFERENCES,
+    NeuroBenchMetrics,
+    neurobench_metrics,
+    neurobench_model,
+)
 from eventrnn.events import Events
 from eventrnn.network import Network
 from eventrnn.reference import block_gates, weight_arrays
 from eventrnn.simulation import Simulation
 from eventrnn.weights import CSR, NM, BlockCSR, GatedBlocks, Weights
+
+Number = int | float
 
 # Rows of gated blocks whose gates the specification computes at once. Its loops over units cost as much for one row.
 GATED_ROWS = 128
@@ -40,7 +48,7 @@ class Audit:
     differences : known differences of definition, in words; empty where NeuroBench was not used
     """
 
-    rows: tuple[tuple[str, str, int, int, str], ...]
+    rows: tuple[tuple[str, str, Number, Number, str], ...]
     differences: tuple[str, ...]
 
     @property
@@ -49,9 +57,17 @@ class Audit:
         return all(counted == recomputed for _, _, counted, recomputed, _ in self.rows)
 
     def __str__(self) -> str:
-        lines = [f"{'matrix':<16}{'quantity':<12}{'counted':>16}{'recomputed':>16}  source"]
-        lines += [f"{m:<16}{q:<12}{a:>16,}{b:>16,}  {s}{'' if a == b else '  DIFFERS'}" for m, q, a, b, s in self.rows]
+        width = max([12, *(len(quantity) + 2 for _, quantity, *_ in self.rows)])
+        lines = [f"{'matrix':<16}{'quantity':<{width}}{'counted':>16}{'recomputed':>16}  source"]
+        lines += [
+            f"{m:<16}{q:<{width}}{_shown(a):>16}{_shown(b):>16}  {s}{'' if a == b else '  DIFFERS'}"
+            for m, q, a, b, s in self.rows
+        ]
         return "\n".join([*lines, *(f"note: {text}" for text in self.differences)])
+
+
+def _shown(number: Number) -> str:
+    return f"{number:,}" if isinstance(number, int) else f"{number:,.10g}"
 
 
 def audit(network: Network, simulation: Simulation, counts: OpCounts | None = None) -> Audit:
@@ -72,7 +88,7 @@ def audit(network: Network, simulation: Simulation, counts: OpCounts | None = No
     counts = count(network, simulation) if counts is None else counts
     need_kind("counts", counts, OpCounts, "the OpCounts of `count`, or None")
     differences: tuple[str, ...] = ()
-    rows: list[tuple[str, str, int, int, str]] = []
+    rows: list[tuple[str, str, Number, Number, str]] = []
     for name, (weights, events) in events_by_matrix(network, simulation).items():
         counted = counts.matrices[name]
         if isinstance(weights, GatedBlocks):
@@ -112,6 +128,45 @@ def audit(network: Network, simulation: Simulation, counts: OpCounts | None = No
                 (f"layers.{k}", quantity, getattr(counts, quantity)[k], int(values[quantity].sum()), "per step")
             )
     return Audit(tuple(rows), differences)
+
+
+def audit_neurobench(network: Network, simulation: Simulation, metrics: NeuroBenchMetrics | None = None) -> Audit:
+    """Compare the metrics of a run with those that the package `neurobench` computes by its own functions.
+
+    network, simulation : the network and its run, recorded with record="events"
+    metrics             : the metrics to check; by default those of `neurobench_metrics`
+
+    The recorded values are shown to linear layers that hold the dense matrices, with NeuroBench's hooks on them. Needs
+    torch and neurobench, and the memory of `neurobench_model`. Raises ImportError without them, and as
+    `neurobench_metrics` does.
+    """
+    metrics = neurobench_metrics(network, simulation) if metrics is None else metrics
+    need_kind("metrics", metrics, NeuroBenchMetrics, "those of `neurobench_metrics`, or None")
+    model = neurobench_model(network)
+    import torch
+    from neurobench.metrics import static, workload
+
+    # Of a batch of data, NeuroBench reads the number of samples only.
+    operations, data = workload.SynapticOperations(), (torch.empty(simulation.batch, 0),)
+    model.register_hooks()
+    try:
+        model.__net__().show(simulation)
+        operations(model, None, data)
+        found = {
+            "Footprint": static.Footprint()(model),
+            "ParameterCount": static.ParameterCount()(model),
+            "ConnectionSparsity": static.ConnectionSparsity()(model),
+            "ActivationSparsity": workload.ActivationSparsity()(model, None, data),
+        }
+    finally:
+        model.cleanup_hooks()
+    ours = metrics.as_dict()
+    rows = [("network", name, ours[name], value, "neurobench") for name, value in found.items()]
+    rows += [
+        ("network", name, ours["SynapticOperations"][name], value, "neurobench")
+        for name, value in operations.compute().items()
+    ]
+    return Audit(tuple(rows), NEUROBENCH_DIFFERENCES)
 
 
 @dataclass(frozen=True)
@@ -191,7 +246,7 @@ def products_of(rule: Callable[..., Any]) -> int:
 
 def _gated_rows(
     name: str, weights: GatedBlocks, events: Events, counted: Counts, lengths: np.ndarray | None
-) -> list[tuple[str, str, int, int, str]]:
+) -> list[tuple[str, str, Number, Number, str]]:
     """Rows of the audit for a matrix of gated blocks, from the gates of the specification and the rows of a dense 0/1
     matrix. NeuroBench has no such matrix."""
     arrays = weight_arrays(name, weights, np.float32)
@@ -216,14 +271,6 @@ def _gated_rows(
             found["executed"] += np.count_nonzero(products)
             found["blocks"] += np.count_nonzero(used)
     return [(name, quantity, getattr(counted, quantity), value, "formula") for quantity, value in found.items()]
-
-
-NEUROBENCH_DIFFERENCES = (
-    "NeuroBench counts a whole layer call as MACs if one of its values is graded; here each event decides alone",
-    "NeuroBench adds the element-wise work of recurrent cells to the synaptic operations; here it is gate_ops",
-    "NeuroBench sums in the tensor's precision (float32 rounds above 2^24); here counts are integers",
-    "NeuroBench does not define executed operations (with padding and zeros inside blocks)",
-)
 
 
 def _neurobench_rows(name: str, weights: Weights, events: Events, counted: Counts, lengths: np.ndarray | None) -> list:
