@@ -6,6 +6,8 @@
     python experiments/ptb.py prune ptb.safetensors --operations 3e6 --refit 16384 --out refitted.safetensors
     python experiments/ptb.py tune pruned.safetensors ptb.safetensors.run --epochs 100 --out tuned.safetensors
     python experiments/ptb.py tune ptb.safetensors ptb.safetensors.run --sparsity 0.9 --out gradual.safetensors
+    python experiments/ptb.py tune ptb.safetensors ptb.safetensors.run --sparsity 0.9 --out taught.safetensors \\
+        --teacher ptb.safetensors --distillation 0.5                                   # taught by the dense network
     python experiments/ptb.py tune ptb.safetensors ptb.safetensors.run --sparsity 0.8 --tied --kept embedding=0.1 \\
         --kept layers.0.w_in=0.3 --until 0.3 --out gradual.safetensors                 # the costly matrices to less
     eventrnn convert tuned.safetensors --storage int8 --embedding int8 --out small.safetensors   # and xz -9, if need be
@@ -49,8 +51,9 @@ from records import Records
 
 import eventrnn as er
 from eventrnn.backend import BackendUnavailable
-from eventrnn.cli.options import load_parts, parse_block, save_model, writable_file
+from eventrnn.cli.options import Distillation, Teacher, load_parts, parse_block, save_model, writable_file
 from eventrnn.cli.terminal import as_line, progress
+from eventrnn.data.text import Vocabulary
 from eventrnn.io import located_model
 from eventrnn.pruning import (
     Blocks,
@@ -64,7 +67,8 @@ from eventrnn.pruning.schedule import prunable
 from eventrnn.training import LanguageModelling, Model, Trainer, parts, run
 from eventrnn.training.checkpoint import read_checkpoint
 from eventrnn.training.evaluation import evaluate_text
-from eventrnn.training.recipes.recipe import CONFIG, Recipe, load_recipe, note
+from eventrnn.training.recipes.distillation import DistillationRecipe
+from eventrnn.training.recipes.recipe import CONFIG, Recipe, flags_to_settings, load_recipe, note
 from eventrnn.training.recipes.toml_config import parse_setting
 from eventrnn.training.run import CHECKPOINT
 
@@ -130,7 +134,8 @@ def restored(folder: Path, text: str) -> Model:
     The checkpoint is read without the engine that wrote it, which may be that of a GPU.
     """
     recipe = recipe_of(folder, [("training.backend", "cpu"), ("training.precision", "")])
-    trainer, _ = replace(recipe, data=replace(recipe.data, text=text)).trainer()
+    # Without its teacher, who would read the whole text again.
+    trainer, _ = replace(recipe, data=replace(recipe.data, text=text), distillation=DistillationRecipe()).trainer()
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = folder / CHECKPOINT
         # A run that was moved may have its checkpoint in parts.
@@ -395,6 +400,8 @@ def tune(
     learning_rate: Annotated[
         float, typer.Option(help="Learning rate at the start; it falls to zero by a cosine.")
     ] = 6e-4,
+    teacher: Teacher = None,
+    distillation: Distillation = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of the recipe; repeat.")] = None,
     folder: Annotated[Path | None, typer.Option("--run", help="Folder of the run. [OUT.run]")] = None,
     text: Text = PTB,
@@ -421,29 +428,32 @@ def tune(
         ("training.epochs", epochs),
         ("training.learning_rate", learning_rate),
         ("training.schedule.constant", 0.0),
+        *flags_to_settings({"distillation.teacher": teacher, "distillation.weight": distillation}),
         *map(parse_setting, settings or []),
     ]
     recipe = recipe_of(of, changed)
     texts = load_parts(network, text, ("train", "valid"))
-    task = LanguageModelling(
-        texts["train"], texts["valid"], valid_batch=recipe.data.valid_batch, carry=recipe.data.carry
-    )
-    training = recipe.training
-    updates = epochs * -(-task.length(training.batch) // training.window)
+    training, options = recipe.training, {"valid_batch": recipe.data.valid_batch, "carry": recipe.data.carry}
+    length = LanguageModelling(texts["train"], texts["valid"], **options).length(training.batch)
+    updates = epochs * -(-length // training.window)
     pruning = gradual_pruning(sparsity, shares, network, shape, updates, until) if sparsity else None
-    trainer = Trainer(network, task, training, pruning=pruning)
+    vocabulary = Vocabulary.from_json(network.metadata["vocabulary"])
     with progress() as bar:
+        soft = recipe.distillation.targets(vocabulary, texts["train"], training, bar)
+        task = LanguageModelling(texts["train"], texts["valid"], soft=soft, **options)
+        trainer = Trainer(network, task, training, pruning=pruning)
         seconds = run(
             trainer,
             folder or Path(f"{out}.run"),
             resume=True,
-            report=lambda p, _: bar("fine-tuning", round(1000 * p.share), 1000, note(p, "word")),
+            report=lambda p, _: bar("fine-tuning", round(1000 * p.share), 1000, note(p, "word", soft is not None)),
         )
     # A matrix that was pruned here takes the format of its blocks; others go back into the format that they had.
     masks = trainer.model.masks if sparsity else {}
     tuned = after_training(trainer.network(best=True), network, masks, Blocks(sparsity, shape))
     save_model(tuned, out, force)
     line = {"what": "tuning", "name": name or out.name, "of": model.name, "epochs": epochs, "seconds": seconds}
+    line |= {"teacher": Path(recipe.distillation.teacher).name, "distillation": recipe.distillation.weight}
     line |= {"sparsity": sparsity, "kept": shares, "until": until, "block": block, "settings": settings or []}
     show(records.add(line | {"learning_rate": learning_rate, "best_bits": trainer.best_value} | sizes(tuned)))
 

@@ -39,6 +39,8 @@ from support.wrong_arguments import (
     wrong_arguments,
 )
 
+SOFT = training.SoftTargets([[0]], [[0.5]])
+
 ROWS = {
     # --- training ---
     "Settings": row(
@@ -112,6 +114,7 @@ ROWS = {
         {
             "logits": (*instead_of(SIGNAL)[:5], None, "text", np.float32(3)),
             "targets": (np.full((4, 2), 5), np.full((4, 2), -1), np.ones((4, 2)), np.ones((4, 2), bool), None, 3),
+            "soft": (3, "text", SIGNAL, SOFT, training.SoftTargets([[[9]]], [[[0.5]]])),
         },
         logits=SIGNAL,
         targets=np.zeros((4, 2), int),
@@ -162,8 +165,36 @@ ROWS = {
             "valid": instead_of(TEXT, symbols=True)[:-3],
             "valid_batch": POSITIVE,
             "carry": NAME,
+            "soft": (3, "text", TEXT, training.SoftTargets([[0]], [[0.5]])),
         },
         train=TEXT,
+    ),
+    "SoftTargets": row(
+        training.SoftTargets,
+        {
+            "symbols": ([[0, 0]], [[0, -1]], [[0.0, 1.0]], [0], [[0]], None, "text", 3),
+            "probabilities": ([[0.5, 0.6]], [[0.5, -0.1]], [[nan, 0.1]], [0.5], [[0.5]], None, "text", 3),
+            "weight": SHARE,
+        },
+        symbols=[[0, 1]],
+        probabilities=[[0.5, 0.25]],
+        words={"symbols": "symbols|probabilities"},
+    ),
+    "soft_targets": row(
+        training.soft_targets,
+        {
+            "teacher": (None, NETWORK),
+            "symbols": instead_of(TEXT, symbols=True),
+            "weight": SHARE,
+            "top_k": (99, *POSITIVE),
+            "backend": NAME,
+            "threads": POSITIVE,
+        },
+        teacher=READER,
+        symbols=TEXT,
+        top_k=2,
+        words={"teacher": "network"},
+        runs=False,
     ),
     "Classification": row(
         training.Classification,

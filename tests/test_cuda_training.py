@@ -20,7 +20,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from eventrnn import Cell, Network, State, Surrogate
+from eventrnn import Cell, Dense, Network, State, Surrogate
 from eventrnn.backend import BackendUnavailable
 from eventrnn.cells import SURROGATES
 from eventrnn.pruning import (
@@ -44,12 +44,14 @@ from eventrnn.training import (
     Optimiser,
     Regularisers,
     Settings,
+    SoftTargets,
     Task,
     Trainer,
 )
 from support import fake_training
 from support.cuda_runs import SYMBOLS, cuda_settings, symbol_text
 from support.texts import TEXT
+from support.tolerance import soft_target_error
 from support.training_specification import Specification, read
 
 PRECISIONS = ("float32", "bfloat16", "tf32")
@@ -374,6 +376,67 @@ def test_tasks_with_a_loss_of_their_own_train(gpu):
     host = Model(trainer.network())
     figures, expected = progress[-1].validation, task.evaluate(host)
     assert figures["activity"] == expected["activity"] and figures["accuracy"] == expected["accuracy"]
+
+
+class OnHost(LanguageModelling):
+    """The same loss by the kernel of the CPU. Notes the largest ratio of the teacher's rest and that of the softmax."""
+
+    def loss(self, output, batch):
+        shares = np.exp(output.astype(np.float64))
+        shares /= shares.sum(axis=2, keepdims=True)
+        named = np.take_along_axis(shares, batch.soft.symbols.astype(np.int64), axis=2).sum(axis=2)
+        self.amplified = float(((1 - batch.soft.probabilities.sum(axis=2)) / (1 - named)).max())
+        return super().loss(output, batch)
+
+
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_soft_targets_have_the_loss_and_the_gradient_of_the_cpu(gpu, weight):
+    text, kept, rng = symbol_text(), 4, np.random.default_rng(8)
+    symbols = rng.permuted(np.tile(np.arange(SYMBOLS), (len(text), 1)), axis=1)[:, :kept]
+    soft = SoftTargets(symbols, rng.dirichlet(np.ones(kept + 1), len(text))[:, :kept], weight)
+    tasks = LanguageModelling(text, soft=soft), OnHost(text, soft=soft)
+    start = _network()
+    layers = tuple(replace(layer, threshold=np.zeros_like(layer.threshold)) for layer in start.layers)
+    bias = rng.normal(size=SYMBOLS).astype(np.float32)
+    start = replace(start, layers=layers, readout=replace(start.readout, bias=bias))
+    start = start.with_matrices({name: Dense(8 * w.to_dense()) for name, w in start.matrices().items()})
+    fused, apart = (Trainer(start, task, cuda_settings()).engine for task in tasks)
+    assert fused.fused and not apart.fused
+    assert fused.nbytes - apart.nbytes == 3 * 4 * kept * 8, "an int32 and a float32 per step, sample and symbol"
+    # The second time, the work is a graph. The third window is smaller.
+    for at, steps in ((0, 4), (4, 4), (8, 3)):
+        (ours, found), (theirs, expected) = (
+            _update(engine, engine.task.batch(at, 0, 3, steps), at, rate=0.0) for engine in (fused, apart)
+        )
+        # Both sides are within the bound. A loss is a mean of logarithms of shares, of magnitude below 8.
+        bound = 2 * soft_target_error(SYMBOLS, tasks[1].amplified)
+        assert abs(ours.loss - theirs.loss) <= 8 * bound
+        # Sums over rows, of which each has the bound divided by their number; outputs are below 1.
+        for name in ("readout.bias", "readout"):
+            assert np.abs(found[name] - expected[name]).max() <= bound, name
+            assert np.abs(expected[name]).max() > 100 * bound, "the bound tells right from wrong"
+    window = fused.task.batch(0, 0, 3, 4)
+    for other, words in (
+        (replace(soft.streams(3).steps(0, 4), weight=0.25), "soft: got 4 targets of weight 0.25 .* need 4 of weight"),
+        (soft.streams(3).steps(0, 3), r"for each of \(3, 3\)"),
+        (None, "soft: got 0 targets"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            _update(fused, replace(window, soft=other), 0)
+
+
+def test_soft_targets_of_weight_zero_have_the_bits_of_none(gpu):
+    text = symbol_text()
+    zero = SoftTargets(np.zeros((len(text), 1), int), np.ones((len(text), 1)), 0.0)
+    trainers = [Trainer(_network(), LanguageModelling(text, soft=soft), cuda_settings()) for soft in (None, zero)]
+    for _ in range(3):
+        one, two = (trainer.step() for trainer in trainers)
+        assert one.loss == two.loss
+    one, two = (trainer.arrays() for trainer in trainers)
+    assert (
+        all(np.array_equal(one[name], two[name]) for name in one)
+        and trainers[0].engine.nbytes == trainers[1].engine.nbytes
+    )
 
 
 def test_a_window_that_fails_changes_nothing(gpu):

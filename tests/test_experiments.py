@@ -459,8 +459,10 @@ def test_ptb_model_is_evaluated_pruned_tuned_compared_and_drawn(monkeypatch, tmp
         )
         assert isinstance(outcome.exception, ValueError) and bad[0][2:] in str(outcome.exception)
     shares = ("--tied", "--sparsity", 0.5, "--until", 0.4, "--kept", "embedding=0.34", "--kept", "layers.0.w_in=0.8")
-    line = run("tune", dense, f"{dense}.run", *text, "--epochs", 1, "--out", tmp_path / "tied.safetensors", *shares)
+    options = (*text, "--epochs", 1, "--out", tmp_path / "tied.safetensors", *shares)
+    line = run("tune", dense, f"{dense}.run", *options, "--teacher", dense, "--distillation", 0.5)
     both = load(tmp_path / "tied.safetensors")
+    assert line["distillation"] == 0.5 and line["teacher"] == dense.name
     assert line["tied"] and line["kept"] == {"embedding": 0.34, "layers.0.w_in": 0.8} and both.readout.tied
     assert set((both.embedding != 0).sum(axis=1)) == {2} and both.readout.weights.name == "csr"
     assert line["parameters"] == line["weights"] + 2 * 24 + 8 + 2 * 18 + 6 + 6, "a pruned embedding counts what is left"
@@ -481,6 +483,8 @@ def test_ptb_model_is_evaluated_pruned_tuned_compared_and_drawn(monkeypatch, tmp
     for bad, words in (
         (("--tied",), "tied: got True, but only --sparsity"),
         (("--tied", "--sparsity", 0.5, "--kept", "readout=0.5"), "readout=0.5"),
+        (("--distillation", 0.5), "distillation weight: got 0.5 without a teacher"),
+        (("--teacher", tmp_path / "nowhere.safetensors", "--distillation", 0.5), "nowhere.safetensors"),
     ):
         outcome = CliRunner().invoke(
             module.app, [str(each) for each in ("tune", dense, f"{dense}.run", *text, "--out", "x", *bad)]

@@ -187,10 +187,10 @@ def test_interrupted_run_resumes(cli, tmp_path, text, monkeypatch):
     note = recipes.note
     seen = []
 
-    def interrupting(progress, kind):
+    def interrupting(progress, kind, soft):
         if not seen and progress.step == 7:
             seen.append(os.kill(os.getpid(), signal.SIGINT))
-        return note(progress, kind)
+        return note(progress, kind, soft)
 
     monkeypatch.setattr(recipes, "note", interrupting)
     out, folder = tmp_path / "part.safetensors", tmp_path / "run"
@@ -241,9 +241,9 @@ def test_a_model_file_that_appears_while_training_is_left(cli, tmp_path, text, m
     out, other = tmp_path / "m.safetensors", tmp_path / "other.safetensors"
     note = recipes.note
 
-    def appearing(progress, kind):
+    def appearing(progress, kind, soft):
         out.write_bytes(b"of another program")
-        return note(progress, kind)
+        return note(progress, kind, soft)
 
     monkeypatch.setattr(recipes, "note", appearing)
     code, stdout, err = cli("train", "--out", out, "--text", text, *SMALL, "--json")

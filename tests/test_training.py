@@ -216,7 +216,9 @@ def test_softmax_cross_entropy(size, rows, seed):
     logits = rng.normal(0, 3, (rows, size)).astype(np.float32)
     targets = rng.integers(0, size, rows)
     gradient = np.empty(rows * size, np.float32)
-    total = cross_entropy.softmax_cross_entropy(rows, size, logits.ravel(), targets, 0.5, gradient)
+    total = cross_entropy.softmax_cross_entropy(
+        rows, size, logits.ravel(), targets, 0.5, gradient, 0, 0.0, np.empty(0, np.int32), np.empty(0, np.float32)
+    )
     wide = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
     share = wide / wide.sum(axis=1, keepdims=True)
     # exp is off by 1 ulp and its argument, up to 30, by half of one more: relative 32 u; then two roundings.

@@ -74,6 +74,25 @@ Block = Annotated[str, typer.Option("--block", metavar="RxC", help="Size of a bl
 
 Steps = Annotated[int, typer.Option(help="Number of parameter updates.")]
 
+Teacher = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|NAME|ADDRESS",
+        help="Trained model with the same vocabulary, whose probabilities of the next symbol join the loss (knowledge "
+        "distillation); needs --distillation. [none]",
+    ),
+]
+
+Distillation = Annotated[
+    float | None,
+    typer.Option(help="Share of the teacher's probabilities in the loss, in (0, 1]; needs --teacher."),
+]
+
+TopK = Annotated[
+    int | None,
+    typer.Option("--top-k", help="Most probable symbols of the teacher that are kept per position, at most. [32]"),
+]
+
 Options = TypeVar("Options")
 
 

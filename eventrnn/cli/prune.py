@@ -15,9 +15,12 @@ from rich.table import Table
 from eventrnn import counting, io, pruning
 from eventrnn._files import printable
 from eventrnn.cli.options import (
+    Distillation,
     Force,
     Json,
     Model,
+    Teacher,
+    TopK,
     Unknown,
     load_parts,
     parse_block,
@@ -28,6 +31,7 @@ from eventrnn.cli.options import (
     writable_picture,
 )
 from eventrnn.cli.terminal import as_line, console, progress
+from eventrnn.data.text import Vocabulary
 from eventrnn.network import Network, need_thresholds
 from eventrnn.pruning.magnitude import GATES, SCOPES, STATISTICS
 from eventrnn.pruning.methods import BLOCK_OPTIONS, METHODS, TARGETS, Method, training_schedule
@@ -35,10 +39,15 @@ from eventrnn.pruning.nm import TRANSPOSABLE_METHODS
 from eventrnn.pruning.operations import MEASUREMENTS, check_budget
 from eventrnn.pruning.patterns import parse_nm
 from eventrnn.simulation import simulate
+from eventrnn.training import LanguageModelling, Progress, Settings, Trainer
+from eventrnn.training.recipes.distillation import DistillationRecipe
 from eventrnn.training.thresholds import RULES, check_rule
 
 #: options that need --steps
 TUNING = ("learning_rate", "activity_cost", "thresholds", "batch", "window", "seed")
+
+#: option -> setting of `DistillationRecipe`; they need --steps
+TEACHING = {"teacher": "teacher", "distillation": "weight", "top_k": "top_k"}
 
 # Steps and parallel streams of the validation text on which activity is measured and matrices are refitted.
 CALIBRATION = (512, 8)
@@ -144,6 +153,9 @@ class PruneOptions:
     batch: Annotated[int | None, typer.Option(help="Number of parallel streams of the training. [32]")] = None
     window: Annotated[int | None, typer.Option(help="Number of time steps per window of the training. [64]")] = None
     seed: Annotated[int | None, typer.Option(help="Seed of the training. [0]")] = None
+    teacher: Teacher = None
+    distillation: Distillation = None
+    top_k: TopK = None
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -166,6 +178,7 @@ class Request:
     pattern      : what to prune to
     steps        : updates of the training, 0 for none
     schedule     : what the trainer is given; None without training and for methods that train otherwise
+    teaching     : the teacher of the training, if there is one
     given        : every option that was given, by name
     """
 
@@ -174,6 +187,7 @@ class Request:
     pattern: pruning.Pattern
     steps: int
     schedule: pruning.Pruning | None
+    teaching: DistillationRecipe
     given: Mapping[str, Any]
 
     @property
@@ -246,7 +260,8 @@ def _request(options: PruneOptions) -> Request:
     schedule = training_schedule(name, pattern, options.steps, given) if options.steps else None
     if name == "operations":
         check_budget(given["ops_budget"], given.get("criterion", "return"))
-    return Request(name, method, pattern, options.steps, schedule, given)
+    teaching = DistillationRecipe(**{setting: given[name] for name, setting in TEACHING.items() if name in given})
+    return Request(name, method, pattern, options.steps, schedule, teaching, given)
 
 
 def _method(name: str, given: Mapping[str, Any], steps: int) -> Method:
@@ -266,7 +281,7 @@ def _method(name: str, given: Mapping[str, Any], steps: int) -> Method:
     own = TARGETS[targets[0]] if targets else BLOCK_OPTIONS
     taken = set(method.options) - ({option for each in TARGETS.values() for option in each} - set(own))
     every = {option for each in METHODS.values() for option in each.options}
-    tuning = [option for option in TUNING if option in given]
+    tuning = [option for option in (*TUNING, *TEACHING) if option in given]
     if tuning and not steps:
         raise ValueError(f"{_listed(tuning)}: only with training; give --steps")
     unknown = [option for option in given if option in every - taken]
@@ -311,9 +326,10 @@ def _pruned(request: Request, network: Network, parts: Mapping[str, np.ndarray],
     parts : symbols of the train and the valid part of the text, where the request needs them
     """
     trains = request.steps > 0 and not request.given["dry_run"]
+    task = _task(request, network, parts["train"], report) if trains else None
     if request.name == "operations":
         pruned = _to_budget(request, network, parts["valid"], report)
-        return _trained(request, pruned, parts["train"], report) if trains else pruned
+        return _trained(request, pruned, task, report) if task is not None else pruned
     if request.name == "adaprune":
         return pruning.adaprune(
             network,
@@ -322,11 +338,17 @@ def _pruned(request: Request, network: Network, parts: Mapping[str, np.ndarray],
             exempt=request.exempt,
             report=lambda matrix, done, total: report("refitting", done, total, matrix),
         )[0]
-    if not trains:
+    if task is None:
         return _at_once(request, network)
     if request.name == "iterative":
-        return _in_rounds(request, network, parts["train"], report)
-    return _trained(request, network, parts["train"], report)
+        return _in_rounds(request, network, task, report)
+    return _trained(request, network, task, report)
+
+
+def _task(request: Request, network: Network, train: np.ndarray, report: Report) -> LanguageModelling:
+    """The task of the training, with what the teacher expects of its text."""
+    vocabulary = Vocabulary.from_json(network.metadata["vocabulary"])
+    return LanguageModelling(train, soft=request.teaching.targets(vocabulary, train, Settings(), report))
 
 
 def _at_once(request: Request, network: Network) -> Network:
@@ -350,12 +372,12 @@ def _to_budget(request: Request, network: Network, valid: np.ndarray, report: Re
     ).network
 
 
-def _in_rounds(request: Request, network: Network, train: np.ndarray, report: Report) -> Network:
+def _in_rounds(request: Request, network: Network, task: LanguageModelling, report: Report) -> Network:
     pattern = request.pattern
     assert isinstance(pattern, pruning.Blocks)
     rounds = pruning.iterative_pruning(
         network,
-        lambda each: _trained(request, each, train, report),
+        lambda each: _trained(request, each, task, report),
         pattern.sparsity,
         block=pattern.block,
         exempt=request.exempt,
@@ -366,21 +388,21 @@ def _in_rounds(request: Request, network: Network, train: np.ndarray, report: Re
     return network
 
 
-def _trained(request: Request, network: Network, train: np.ndarray, report: Report) -> Network:
+def _trained(request: Request, network: Network, task: LanguageModelling, report: Report) -> Network:
     """The trained network. Matrices that the schedule pruned are in the format of the pattern, others unchanged."""
-    from eventrnn.training import Settings, Trainer
-
     before = network.metadata.get("thresholds", RULES[0])
     tuning = {"steps": request.steps, "learning_rate": 3e-3, "thresholds": before} | request.some(*TUNING)
     try:
-        trainer = Trainer(network, train, Settings(**tuning), pruning=request.schedule)
+        trainer = Trainer(network, task, Settings(**tuning), pruning=request.schedule)
     except ValueError as error:
         if "thresholds" in request.given or not str(error).startswith("thresholds: "):
             raise
         raise ValueError(f"{error} (the model file says {before!r}; give --thresholds)") from None
-    trained = trainer.run(
-        lambda p: report("pruning", p.step, request.steps, f"{p.bits:.3f} bits, {p.sparsity:.0%} pruned")
-    )
+
+    def quality(p: Progress) -> str:
+        return f"{p.bits:.3f} bits" if task.soft is None else f"{p.loss:.3f} nats with soft targets"
+
+    trained = trainer.run(lambda p: report("pruning", p.step, request.steps, f"{quality(p)}, {p.sparsity:.0%} pruned"))
     chosen = request.schedule.matrices(trainer.model.parameters) if request.schedule is not None else ()
     masks = {name: trainer.model.masks[name] for name in chosen}
     return pruning.after_training(trained, network, masks, request.pattern)

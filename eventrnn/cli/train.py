@@ -13,7 +13,7 @@ import typer
 from eventrnn._files import printable
 from eventrnn.backend import BackendUnavailable
 from eventrnn.cells import CELLS
-from eventrnn.cli.options import Force, Json, takes, writable_file, writable_folder
+from eventrnn.cli.options import Distillation, Force, Json, Teacher, TopK, takes, writable_file, writable_folder
 from eventrnn.cli.terminal import progress, show
 
 if TYPE_CHECKING:
@@ -46,6 +46,9 @@ FLAGS = {
     "backend": "training.backend",
     "precision": "training.precision",
     "seed": "training.seed",
+    "teacher": "distillation.teacher",
+    "distillation": "distillation.weight",
+    "top_k": "distillation.top_k",
     "out": "run.out",
 }
 
@@ -116,6 +119,9 @@ class TrainOptions:
         str | None, typer.Option(help="Only with cuda: factors of products in bfloat16, tf32 or float32. [bfloat16]")
     ] = None
     seed: Annotated[int | None, typer.Option(help="Seed of all random numbers.")] = None
+    teacher: Teacher = None
+    distillation: Distillation = None
+    top_k: TopK = None
     force: Force = False
     as_json: Json = False
 
@@ -186,9 +192,15 @@ def _flags(given: TrainOptions) -> dict[str, Any]:
     return flags | {
         "data.text": given.text if given.text in (None, "builtin") else str(located(given.text).absolute()),
         "model.tied": given.tied or None,
+        "distillation.teacher": _absolute_path(given.teacher),
         "training.epochs": epochs,
         "run.out": str(given.out.absolute()) if given.out else None,
     }
+
+
+def _absolute_path(model: str | None) -> str | None:
+    """The model as it is given, or its absolute path where it is the path of a file that exists."""
+    return model if model is None or not Path(model).exists() else str(Path(model).absolute())
 
 
 def _new_run(recipe: Recipe, given: TrainOptions) -> Path:

@@ -8,6 +8,7 @@ from eventrnn.training.bptt.noise import Noise as Noise
 from eventrnn.training.checkpoint import CheckpointError as CheckpointError
 from eventrnn.training.checkpoint import load_checkpoint as load_checkpoint
 from eventrnn.training.checkpoint import save_checkpoint as save_checkpoint
+from eventrnn.training.distillation import soft_targets as soft_targets
 from eventrnn.training.evaluation import evaluate as evaluate
 from eventrnn.training.gates import GateSettings as GateSettings
 from eventrnn.training.gradcheck import GradientCheck as GradientCheck
@@ -24,6 +25,7 @@ from eventrnn.training.run import Stopped as Stopped
 from eventrnn.training.run import read_log as read_log
 from eventrnn.training.run import run as run
 from eventrnn.training.settings import Settings as Settings
+from eventrnn.training.targets import SoftTargets as SoftTargets
 from eventrnn.training.tasks import Batch as Batch
 from eventrnn.training.tasks import Classification as Classification
 from eventrnn.training.tasks import LanguageModelling as LanguageModelling

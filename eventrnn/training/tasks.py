@@ -29,6 +29,7 @@ from eventrnn.simulation import CARRIES
 from eventrnn.state import State
 from eventrnn.training.bptt.model import Model, check_range
 from eventrnn.training.losses import cross_entropy, squared_error
+from eventrnn.training.targets import SoftTargets
 
 READS = ("last", "mean")
 
@@ -49,6 +50,7 @@ class Batch:
     carried : initial state: "state" is the final state of the previous batch, "events" its final outputs with cells at
               zero, "" is the zero state
     extra   : further data for the loss, or None
+    soft    : soft targets of `targets`, (T, B, k), or None
     """
 
     inputs: np.ndarray
@@ -56,6 +58,7 @@ class Batch:
     taken: int
     carried: str = ""
     extra: Any = None
+    soft: SoftTargets | None = None
 
 
 class Task(ABC):
@@ -92,8 +95,8 @@ class Task(ABC):
 
     @property
     def is_cross_entropy_of_steps(self) -> bool:
-        """Whether `loss` is the mean cross-entropy of `batch.targets` (T, B) over all steps and samples. An engine may
-        then compute it without calling `loss`."""
+        """Whether `loss` is the mean cross-entropy of `batch.targets` (T, B) and of `batch.soft` over all steps and
+        samples. An engine may then compute it without calling `loss`."""
         return getattr(self.loss, "__func__", None) is LanguageModelling.loss
 
     def evaluate(self, model: Model) -> dict[str, float]:
@@ -139,14 +142,23 @@ class LanguageModelling(Task):
     valid       : (m,) symbols to validate on, or None
     valid_batch : number of streams of the validation text; each starts from the zero state
     carry       : "state", or "events": cells start from zero in every window, as in EvNN's training and evaluation
+    soft        : soft targets of `train`, (n, k), for knowledge distillation (see `soft_targets`), or None. The loss
+                  is then that of `cross_entropy` with them; validations are not concerned
 
-    Raises ValueError for texts that are not rows of at least two integers and for unknown options.
+    Raises ValueError for texts that are not rows of at least two integers, for unknown options, and for soft targets of
+    another number of positions.
     """
 
     figure = "bits"
 
     def __init__(
-        self, train: np.ndarray, valid: np.ndarray | None = None, *, valid_batch: int = 10, carry: str = "state"
+        self,
+        train: np.ndarray,
+        valid: np.ndarray | None = None,
+        *,
+        valid_batch: int = 10,
+        carry: str = "state",
+        soft: SoftTargets | None = None,
     ):
         self.train = plain_array("train", train)
         self.valid = None if valid is None else plain_array("valid", valid)
@@ -160,12 +172,20 @@ class LanguageModelling(Task):
         self.carry, self.window = carry, 0
         # A short validation text is read as fewer streams; it is not an error.
         self.valid_batch = valid_batch if self.valid is None else min(valid_batch, len(self.valid) // 2)
-        self._streams: dict[int, np.ndarray] = {}
+        if soft is not None:
+            need_kind("soft", soft, SoftTargets, "SoftTargets, or None")
+            if soft.symbols.shape[:-1] != self.train.shape:
+                raise ValueError(f"soft: got targets {soft.symbols.shape}, need ({len(self.train)}, k), one per symbol")
+        # Without a weight they are not part of the loss, and cost nothing.
+        self.soft = soft if soft is not None and soft.weight else None
+        self._streams: dict[int, tuple[np.ndarray, SoftTargets | None]] = {}
 
     def check(self, network: Network, batch: int, window: int) -> None:
         check_symbols(network, self.train)
         if self.valid is not None:
             check_symbols(network, self.valid)
+        if self.soft is not None and network.readout is not None:
+            self.soft.check(len(network.readout.bias))
         if self.length(batch) < window:
             raise ValueError(
                 f"text: {len(self.train)} symbols are too few for {batch} streams of one window of {window} and a "
@@ -178,12 +198,16 @@ class LanguageModelling(Task):
 
     def batch(self, at: int, epoch: int, batch: int, window: int) -> Batch:
         if batch not in self._streams:
-            self._streams = {batch: streams(self.train, batch)}
-        part = self._streams[batch][at : at + window + 1]
-        return Batch(part[:-1], part[1:], taken=len(part) - 1, carried=self.carry)
+            soft = None if self.soft is None else self.soft.streams(batch)
+            self._streams = {batch: (streams(self.train, batch), soft)}
+        text, soft = self._streams[batch]
+        part = text[at : at + window + 1]
+        # Those of a symbol are about the one after it.
+        soft = None if soft is None else soft.steps(at, at + len(part) - 1)
+        return Batch(part[:-1], part[1:], taken=len(part) - 1, carried=self.carry, soft=soft)
 
     def loss(self, output: np.ndarray, batch: Batch) -> tuple[float, np.ndarray]:
-        return cross_entropy(output, batch.targets)
+        return cross_entropy(output, batch.targets, batch.soft)
 
     def evaluate(self, model: Model) -> dict[str, float]:
         if self.valid is None:
@@ -215,7 +239,10 @@ class LanguageModelling(Task):
         return min(self._chunk(outputs), len(self.valid) // self.valid_batch - 1), self.valid_batch
 
     def digest(self) -> str:
-        return digest_of("language", self.train, self.valid, self.valid_batch, self.carry)
+        text = digest_of("language", self.train, self.valid, self.valid_batch, self.carry)
+        if self.soft is None:
+            return text
+        return f"soft targets of weight {self.soft.weight!r} {self.soft.digest}, text {text}"
 
 
 class Sequences(Task):

@@ -34,7 +34,8 @@ class Progress:
     Attributes
     ----------
     step       : number of the update, from 1
-    loss       : loss of the window in nats (or in the unit of the task), without penalties
+    loss       : loss of the window in nats (or in the unit of the task), without penalties; with soft targets as it is
+                 minimised, see `cross_entropy`
     penalty    : sum of the penalties of the regularisers and of the activity cost
     activity   : events per unit, step and sample
     support    : share of (step, sample, unit) entries whose surrogate derivative is not zero

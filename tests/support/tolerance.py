@@ -100,6 +100,21 @@ def torch_gru(n: int, steps: int) -> float:
 # --- float32 against float64 --------------------------------------------------------------------------------
 
 
+def soft_target_error(classes: int, amplified: float) -> float:
+    """Error of the loss of a row with soft targets, and of a gradient of its logits, in float32 from exact logits.
+
+    classes   : number of logits, of magnitude below 30
+    amplified : probability of the rest by the teacher, divided by that by the softmax
+
+    An exponential is off by 1 ulp, and its argument by half of one: relative 32 u. It passes a quotient, a factor, a
+    product and two differences of numbers of at most 1. The probability of the rest is a difference of float64 sums of
+    such exponentials, of the softmax and of the symbols with probabilities: its relative error is that of a share,
+    divided by its own size, and the loss and the gradient have it times the teacher's probability. Sums of the given
+    float32 probabilities are float64. A logarithm of such a share is off by as much, and a loss has three of them.
+    """
+    return 4 * gamma(48, U32) * (1 + amplified) + gamma(classes, U64) * (1 + amplified)
+
+
 def gate_error(kept: int) -> float:
     """Relative error of a gate in float64 from exact positive logits, computed by two routes.
 

@@ -19,7 +19,7 @@ from eventrnn.cuda.device import current_device
 from eventrnn.cuda.training.evaluation import Evaluator
 from eventrnn.cuda.training.kernels import updates
 from eventrnn.cuda.training.lanes import Lane
-from eventrnn.cuda.training.memory import LayerSizes, Memory, Sizes, nbytes
+from eventrnn.cuda.training.memory import LayerSizes, Memory, Sizes, SoftSizes, nbytes
 from eventrnn.cuda.training.mirror import Mirror
 from eventrnn.cuda.training.parameters import DeviceParameters
 from eventrnn.cuda.training.program import Program
@@ -76,7 +76,10 @@ class CudaTrainingEngine:
         self.precision = settings.precision or "bfloat16"
         self.sizes = _sizes(model, settings, self.precision)
         self.fused = task.is_cross_entropy_of_steps and bool(self.sizes.outputs)
-        steps, batch = task.batch(0, 0, settings.batch, settings.window).inputs.shape[:2]
+        first = task.batch(0, 0, settings.batch, settings.window)
+        steps, batch = first.inputs.shape[:2]
+        if self.fused and first.soft is not None:
+            self.sizes = replace(self.sizes, soft=SoftSizes(first.soft.top_k, first.soft.weight))
         self.steps = steps + round(LONGEST_WINDOW * settings.window_jitter)
         self.rule, slots = _rule(optimiser)
         host = dict(model.parameters)
@@ -175,7 +178,8 @@ class CudaTrainingEngine:
             self._take_over()
             self._grow(steps, samples)
             program = self.program(steps, samples)
-            program.put(batch.inputs, batch.targets if self.fused else None)
+            targets, soft = (batch.targets, batch.soft) if self.fused else (None, None)
+            program.put(batch.inputs, targets, soft)
             self._begin(start, samples)
             self._send_numbers(step, rate)
             if not self.fused:

@@ -12,6 +12,7 @@ from eventrnn.cuda.training.cell_rules import CELLS
 from eventrnn.cuda.training.kernels import cell_steps, inputs, loss, noise, sums
 from eventrnn.cuda.training.lanes import Factor, Lane, bits
 from eventrnn.cuda.training.layout import up
+from eventrnn.cuda.training.memory import NO_SOFT_TARGETS
 from eventrnn.cuda.training.window import Window
 
 # Threads of a block of the loss, which owns a row.
@@ -204,7 +205,7 @@ class ForwardWindow(Window):
 
     def cross_entropy(self) -> None:
         """The losses of all rows; in training, the logits become their gradient."""
-        columns = self.sizes.outputs
+        columns, soft = self.sizes.outputs, self.sizes.soft if self.training else NO_SOFT_TARGETS
         self.lanes.main.blocks(
             ("cross_entropy", self.precision),
             lambda: loss.cross_entropy_kernel(self.precision),
@@ -217,6 +218,10 @@ class ForwardWindow(Window):
             up(columns),
             bits(1 / self.rows) if self.training else 0,
             self.memory.at("losses"),
+            soft.kept,
+            bits(soft.weight),
+            self.memory.at("soft symbols"),
+            self.memory.at("soft probabilities"),
             threads=LOSS_THREADS,
         )
 

@@ -52,6 +52,17 @@ class LayerSizes:
 
 
 @dataclass(frozen=True)
+class SoftSizes:
+    """Soft targets of a row: how many, and their share in the loss."""
+
+    kept: int
+    weight: float
+
+
+NO_SOFT_TARGETS = SoftSizes(0, 0.0)
+
+
+@dataclass(frozen=True)
 class Sizes:
     """Sizes of a network, and what its windows need.
 
@@ -65,6 +76,7 @@ class Sizes:
     penalties : whether a penalty or an activity cost acts on outputs or cells
     cells     : whether a penalty acts on cells
     d_inputs  : whether the gradient of the inputs is computed; always with an embedding
+    soft      : soft targets of the loss
     """
 
     layers: Sequence[LayerSizes]
@@ -75,6 +87,7 @@ class Sizes:
     penalties: bool
     cells: bool
     d_inputs: bool
+    soft: SoftSizes = NO_SOFT_TARGETS
 
     def mask(self, name: str, layer: int = 0) -> Mask | None:
         """The random mask of that name and layer, or None."""
@@ -144,6 +157,9 @@ class Sizes:
         if self.symbols:
             spec["order"] = (rows,), np.int64
             spec["groups"] = (rows + 1,), np.int64
+        if self.soft.kept:
+            spec["soft symbols"] = (rows, self.soft.kept), np.int32
+            spec["soft probabilities"] = (rows, self.soft.kept), np.float32
         if self.outputs:
             spec["partial outputs"] = (steps, up(self.outputs)), np.float32
         for mask in self.masks:

@@ -11,10 +11,11 @@ from eventrnn.backend import WindowResult
 from eventrnn.cuda.run_buffers import Replay
 from eventrnn.cuda.training.backward import TrainingWindow
 from eventrnn.cuda.training.kernels import sums, updates
-from eventrnn.cuda.training.memory import Sizes
+from eventrnn.cuda.training.memory import NO_SOFT_TARGETS, Sizes, SoftSizes
 
 if TYPE_CHECKING:
     from eventrnn.cuda.training.engine import CudaTrainingEngine
+    from eventrnn.training.targets import SoftTargets
 
 F32 = np.float32
 
@@ -69,12 +70,14 @@ class Program:
 
     # --- inputs ---
 
-    def put(self, inputs: np.ndarray, targets: np.ndarray | None) -> None:
+    def put(self, inputs: np.ndarray, targets: np.ndarray | None, soft: SoftTargets | None = None) -> None:
         """Send a window, and what depends on its size. Raises ValueError, before anything is sent, for targets that are
-        not classes of the read-out, and as `put_inputs` does."""
+        not classes of the read-out, for soft targets of another number or weight than those of the first window, and as
+        `put_inputs` does."""
         send, memory = self.engine.device.send, self.memory
         if targets is not None:
             targets = class_array("targets", targets, (self.steps, self.batch), self.sizes.outputs)
+        self._check_soft(soft)
         put_inputs(self.engine.device, memory, self.sizes, inputs)
         if self.sizes.symbols:
             # Rows of one symbol stand together, in ascending order.
@@ -89,9 +92,24 @@ class Program:
             send(groups, memory["groups"][: self.rows + 1])
         if targets is not None:
             send(targets.reshape(-1), memory["targets"][: self.rows])
+        if soft is not None:
+            for name, array in (("soft symbols", soft.symbols), ("soft probabilities", soft.probabilities)):
+                send(np.ascontiguousarray(array).reshape(self.rows, -1), memory[name][: self.rows])
         if self.sizes.penalties:
             for k in range(len(self.sizes.layers)):
                 send(self._factors(k), memory["factors", k])
+
+    def _check_soft(self, soft: SoftTargets | None) -> None:
+        need = self.sizes.soft
+        found = NO_SOFT_TARGETS if soft is None else SoftSizes(soft.top_k, soft.weight)
+        shape = () if soft is None else soft.symbols.shape[:-1]
+        if found != need or (soft is not None and shape != (self.steps, self.batch)):
+            raise ValueError(
+                f"soft: got {found.kept} targets of weight {found.weight} for each of {shape} places, need {need.kept} "
+                f"of weight {need.weight} for ({self.steps}, {self.batch}), as in the first window"
+            )
+        if soft is not None:
+            soft.check(self.sizes.outputs)
 
     def _factors(self, k: int) -> np.ndarray:
         """Factors of the gradients of the penalties of layer k."""

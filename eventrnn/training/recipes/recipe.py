@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from eventrnn import io
-from eventrnn._checks import need_choice, need_flag, need_number, need_text, need_whole
+from eventrnn._checks import need_choice, need_flag, need_number, need_whole
 from eventrnn._files import LOCK, file_sha256, is_endless, locked, printable, write_whole
 from eventrnn.cells import CELLS, Cell, Surrogate
 from eventrnn.data.text import KINDS, Corpus, from_path, from_text, python_documentation, read_stream
@@ -27,7 +27,9 @@ from eventrnn.network import Network
 from eventrnn.simulation import CARRIES
 from eventrnn.training import LanguageModelling, Progress, Settings, Trainer, evaluate, parts
 from eventrnn.training.recipes import toml_config
+from eventrnn.training.recipes.distillation import DistillationRecipe
 from eventrnn.training.recipes.gates import GateRecipe
+from eventrnn.training.recipes.toml_config import need_file_name
 from eventrnn.training.run import CHECKPOINT, FILES, LOG, run_locked
 from eventrnn.training.thresholds import initial
 
@@ -122,7 +124,7 @@ class DataSettings:
     carry: str = "state"
 
     def __post_init__(self):
-        _need_name("text", self.text)
+        need_file_name("text", self.text)
         need_choice("kind", self.kind, KINDS)
         need_choice("carry", self.carry, CARRIES)
         need_whole("vocabulary", self.vocabulary, at_least=0)
@@ -141,14 +143,6 @@ class DataSettings:
         return from_path(self.text, **options) if text is None else from_text(text, **options)
 
 
-def _need_name(name: str, value: str) -> None:
-    """Refuse a name of a file that is not UTF-8, which the system allows and a configuration cannot hold."""
-    try:
-        need_text(name, value).encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{name}: the name {printable(value)} is not UTF-8; give another name, or a link") from None
-
-
 @dataclass(frozen=True)
 class RunSettings:
     """Settings that do not change the trained network.
@@ -165,7 +159,7 @@ class RunSettings:
     checkpoint_seconds: float = 120.0
 
     def __post_init__(self):
-        _need_name("out", self.out)
+        need_file_name("out", self.out)
         need_whole("log_every", self.log_every, at_least=1)
         if self.checkpoint_seconds != np.inf:
             need_number("checkpoint_seconds", self.checkpoint_seconds, at_least=0)
@@ -173,17 +167,23 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole training run: network, text, training settings, and files."""
+    """A whole training run: network, text, training settings, teacher, and files."""
 
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     training: Settings = field(default_factory=Settings)
+    distillation: DistillationRecipe = field(default_factory=DistillationRecipe)
     run: RunSettings = field(default_factory=RunSettings)
 
-    def trainer(self, text: str | None = None) -> tuple[Trainer, Corpus]:
+    def trainer(
+        self,
+        text: str | None = None,
+        report: Callable[[str, int, int, str], None] = lambda stage, done, total, note: None,
+    ) -> tuple[Trainer, Corpus]:
         """The trainer in its initial state, and its corpus.
 
-        text : the content of `data.text`, where it has been read already
+        text   : the content of `data.text`, where it has been read already
+        report : called while a teacher reads the text, as `train` does
 
         Raises ValueError for settings that contradict each other.
         """
@@ -204,7 +204,11 @@ class Recipe:
         layers = zip(network.layers, model.thresholds(rng), strict=True)
         network = replace(network, layers=tuple(replace(layer, threshold=drawn) for layer, drawn in layers))
         network = model.gates.applied(network, rng)
-        task = LanguageModelling(corpus.train, corpus.valid, valid_batch=self.data.valid_batch, carry=self.data.carry)
+        options = {"valid_batch": self.data.valid_batch, "carry": self.data.carry}
+        # What is wrong with the text is said before a teacher reads it.
+        LanguageModelling(corpus.train, corpus.valid, **options).check(network, training.batch, training.window)
+        soft = self.distillation.targets(corpus.vocabulary, corpus.train, training, report)
+        task = LanguageModelling(corpus.train, corpus.valid, soft=soft, **options)
         return Trainer(network, task, training), corpus
 
 
@@ -278,10 +282,10 @@ def train(
     folder = Path(folder)
     if recipe.run.out:
         _need_own_name(Path(recipe.run.out), folder)
-    text = None if recipe.data.text == "builtin" else read_stream(recipe.data.text)
-    trainer, corpus = recipe.trainer(text)
     if not resume and not overwrite:
         _need_no_run(folder)
+    text = None if recipe.data.text == "builtin" else read_stream(recipe.data.text)
+    trainer, corpus = recipe.trainer(text, report)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         if not resume:
@@ -314,8 +318,10 @@ def _train(
     for name, cost in costs.items():
         report(f"gates of {name}", 1, 1, str(cost))
 
+    soft = bool(recipe.distillation.teacher)
+
     def each(progress: Progress, seconds: float) -> None:
-        report("training", round(1000 * progress.share), 1000, note(progress, recipe.data.kind))
+        report("training", round(1000 * progress.share), 1000, note(progress, recipe.data.kind, soft))
 
     seconds = run_locked(
         trainer,
@@ -343,10 +349,15 @@ def _train(
     return {"bits_per_symbol_valid": bits, "perplexity_valid": float(2.0 ** min(bits, 1000.0))} | figures
 
 
-def note(progress: Progress, kind: str) -> str:
-    """One line about an update: quality, activity, surrogate support, sparsity and the operations so far."""
+def note(progress: Progress, kind: str, soft: bool = False) -> str:
+    """One line about an update: quality, activity, surrogate support, sparsity and the operations so far.
+
+    soft : whether the loss has soft targets. It is then shown as it is minimised, which is not the loss of the text
+    """
     nats = progress.loss
     quality = f"perplexity {np.exp(min(nats, 700.0)):.1f}" if kind == "word" else f"{progress.bits:.3f} bits"
+    if soft:
+        quality = f"{nats:.3f} nats with soft targets"
     words = [quality, f"activity {progress.activity:.1%}", f"backward {progress.support:.0%}"]
     if progress.sparsity:
         words.append(f"{progress.sparsity:.0%} pruned")

@@ -15,8 +15,19 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from eventrnn._checks import need_text
+from eventrnn._files import printable
+
 # Names of TOML types in error messages.
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text in quotes"}
+
+
+def need_file_name(name: str, value: str) -> None:
+    """Refuse a name of a file that is not UTF-8, which the system allows and a configuration cannot hold."""
+    try:
+        need_text(name, value).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name}: the name {printable(value)} is not UTF-8; give another name, or a link") from None
 
 
 def read_toml(text: str, source: str | Path) -> dict[str, Any]:
