@@ -144,6 +144,17 @@ def test_soft_targets_are_the_highest_shares_of_the_teachers_softmax(length, str
     assert np.array_equal(np.sort(every.symbols, axis=1), np.tile(np.arange(SYMBOLS), (length, 1)))
 
 
+@pytest.mark.gpu
+def test_a_gpu_gives_the_soft_targets_of_the_cpu():
+    found = [soft_targets(_network(3), np.resize(TEXT, 1100), top_k=3, backend=each) for each in ("cpu", "cuda")]
+    assert found[0].digest == found[1].digest
+
+
+def test_an_inexact_backend_is_refused():
+    with pytest.raises(ValueError, match="backend: got 'blas', .* need an exact one"):
+        soft_targets(_network(), TEXT, top_k=3, backend="blas")
+
+
 def test_of_equal_scores_the_lower_symbol_stands_first():
     rng = np.random.default_rng(0)
     teacher = Network.random([4], symbols=20, embedding=3, readout=20, threshold=0.99, rng=rng)
@@ -224,6 +235,19 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(tmp_path):
 def test_validation_does_not_depend_on_soft_targets():
     plain, taught = _trainer(None), _trainer(_soft(TEXT[:700]))
     assert plain.validate() == taught.validate()
+
+
+def test_a_training_that_is_stopped_while_the_teacher_reads_has_written_nothing(cli, tmp_path, text, monkeypatch):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    teacher, out = tmp_path / "teacher.safetensors", tmp_path / "student.safetensors"
+    save(reader_of_text(), teacher)
+    monkeypatch.setattr("eventrnn.training.recipes.distillation.soft_targets", stop)
+    taught = ("--text", text, *SMALL, "--steps", 3, "--teacher", teacher, "--distillation", 0.5)
+    code, _, err = cli("train", "--out", out, *taught)
+    assert code == 130 and "stopped before the training began; nothing was written" in err
+    assert {path.name for path in tmp_path.iterdir()} == {"teacher.safetensors", text.name}
 
 
 def test_a_teacher_on_the_command_line(cli, tmp_path, text):

@@ -152,6 +152,9 @@ def train(given: TrainOptions) -> None:
             # Click would replace the interrupt by one without a message.
             words = str(stop) or f"stopped at once; the last checkpoint is in {folder}"
             words = f"eventrnn: {words}; continue with: eventrnn train --resume {folder}"
+            if not folder.exists():
+                # A teacher may read the text for minutes before the training.
+                words = "eventrnn: stopped before the training began; nothing was written"
             print(printable(words), file=sys.stderr)
             raise typer.Exit(130) from None
         except OSError as error:

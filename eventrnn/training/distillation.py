@@ -71,7 +71,7 @@ def soft_targets(
     own = 1 if isinstance(backend, str) and backend == "cuda" else threads
     simulator = Simulator(teacher, batch=streams, backend=backend, threads=own)
     if not simulator.backend.exact:
-        raise ValueError(f"backend: got {backend!r}, which rounds as it likes; need an exact one such as 'cpu'")
+        raise ValueError(f"backend: got {backend!r}, whose sums are not exact; need an exact one such as 'cpu'")
     team, scratch = Team(threads), np.empty(threads * size, np.float32)
     chosen = np.empty((length, streams, top_k), np.int32)
     probabilities = np.empty((length, streams, top_k), np.float32)

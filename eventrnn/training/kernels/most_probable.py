@@ -9,8 +9,20 @@ from __future__ import annotations
 import numpy as np
 
 from eventrnn import cells
-from eventrnn.cpu.kernels.jit import compiled
+from eventrnn.cpu.kernels.jit import compiled, internal
 from eventrnn.cpu.kernels.simd import LANES, load, store
+
+
+@internal
+def insert(score, symbol, first, last, scores_out, symbols_out):
+    """Insert a symbol into the descending scores from `first` to `last`, the last of which is lost."""
+    j = last
+    while j > first and scores_out[j - 1] < score:
+        scores_out[j] = scores_out[j - 1]
+        symbols_out[j] = symbols_out[j - 1]
+        j -= 1
+    scores_out[j] = score
+    symbols_out[j] = symbol
 
 
 @compiled
@@ -22,19 +34,15 @@ def most_probable(thread, threads, rows, size, kept, scores, scratch, symbols_ou
     own, whole = thread * size, size // LANES * LANES
     for row in range(rows * thread // threads, rows * (thread + 1) // threads):
         at, to = row * size, row * kept
-        # The scores of the symbols so far stand in `probabilities_out`, in descending order.
-        count = 0
-        for i in range(size):
+        # The highest scores so far stand in `probabilities_out`, in descending order.
+        for i in range(kept):
+            insert(scores[at + i], i, to, to + i, probabilities_out, symbols_out)
+        lowest = probabilities_out[to + kept - 1]
+        for i in range(kept, size):
             score = scores[at + i]
-            if count < kept:
-                count += 1
-            elif score <= probabilities_out[to + kept - 1]:
-                continue
-            j = to + count - 1
-            while j > to and probabilities_out[j - 1] < score:
-                probabilities_out[j], symbols_out[j] = probabilities_out[j - 1], symbols_out[j - 1]
-                j -= 1
-            probabilities_out[j], symbols_out[j] = score, i
+            if score > lowest:
+                insert(score, i, to, to + kept - 1, probabilities_out, symbols_out)
+                lowest = probabilities_out[to + kept - 1]
         largest = probabilities_out[to]
         for i in range(0, whole, LANES):
             store(scratch, own + i, cells.exp_float32(load(scores, at + i) - largest))
