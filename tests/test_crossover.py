@@ -118,8 +118,11 @@ def test_choices_follow_the_map():
     assert choice.select_kernel(dense, 128, 1.0) == TILED
     single = convert(np.where(np.arange(1200) % 2 == 0, dense.values, np.float32(0)), "csr")
     assert choice.select_kernel(single, 128, 1.0) == DENSIFIED_TILED
-    assert choice.select_kernel(single.stored_as("bfloat16"), 128, 1.0) == FORMAT
-    assert set(choice.predicted(single, 1, 0.1)) == {FORMAT, DENSIFIED, DENSIFIED_TILED}
+    narrow = single.stored_as("bfloat16")
+    assert choice.select_kernel(narrow, 128, 1.0) == TILED
+    assert choice.select_kernel(narrow, 1, 0.01) == FORMAT
+    assert set(choice.predicted(single, 1, 0.1)) == {FORMAT, TILED, DENSIFIED, DENSIFIED_TILED}
+    assert set(choice.predicted(narrow, 1, 0.1)) == {FORMAT, TILED}
     assert 0 < choice.dense_activity_threshold(64) <= 1
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from eventrnn.cells import CELLS, Cell
 from eventrnn.cpu import engine as cpu
 from eventrnn.cpu import memory, packing, plan
-from eventrnn.cpu.kernels.tile_products import SMALL_PANEL_BITS, SMALL_PANEL_ROWS
+from eventrnn.cpu.kernels.tile_products import SMALL_PANEL_ROWS
 from eventrnn.cpu.tables import (
     BLOCKS,
     INDEX,
@@ -22,13 +22,14 @@ from eventrnn.cpu.tables import (
     MANY_BLOCKS,
     POINTERS,
     SCATTER,
+    SMALL_PANEL_BITS,
     WIDTH,
 )
 from eventrnn.network import Network
 from eventrnn.simulation import RECORDABLE, Simulator, simulate
 from eventrnn.weights import FORMATS, STORAGES, convert
 from support.conformance import assert_same, cases, in_format
-from support.layouts import FEW, FORCED, INDICES, MANY, MASKS, NEVER, check_layout, forced, simulated
+from support.layouts import FEW, FORCED, INDICES, MANY, MASKS, NEVER, TILES, check_layout, forced, simulated
 
 # Any values of the constants together.
 CONSTANTS = st.fixed_dictionaries(
@@ -36,6 +37,7 @@ CONSTANTS = st.fixed_dictionaries(
         "SHARED_EVENTS": st.sampled_from((0, NEVER)),
         "DENSE_ACTIVITY_THRESHOLD": st.sampled_from((0, 0.3, 2)),
         "MASKED_FROM": st.sampled_from((0, 0.2, 2)),
+        "FILL": st.sampled_from((-NEVER, NEVER)),
         "WIDEST_SCATTER": st.sampled_from((16, 48, 1 << 16)),
         "MANY_SEGMENTS": st.sampled_from((0, 2, NEVER)),
         "LARGE_PAGE": st.sampled_from((1 << 12, 1 << 21)),
@@ -89,7 +91,7 @@ def test_threads_without_units_give_equal_bits(variant, units):
         )
         assert units == 1 or 0.02 < expected.activity[0] < 0.98
         ways = [("dense", None), ("csr", None), ("block", narrow), ("block", (1, min(16, units)))]
-        for constants in ({**FEW, **INDICES}, {**MANY, **MASKS}):
+        for constants in ({**FEW, **INDICES}, {**MANY, **MASKS}, {**MANY, **TILES}):
             for name, block in ways:
                 with forced(constants):
                     got = simulate(in_format(drawn, name, block, storage=storage), x, threads=3, record=RECORDABLE)
@@ -103,18 +105,17 @@ def test_threads_without_units_give_equal_bits(variant, units):
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("units", [128, 129, 379])
 @pytest.mark.parametrize("batch", [3, SMALL_PANEL_ROWS + 1])
-def test_panels_of_units_give_the_bits_of_the_specification(batch, units, storage):
+@pytest.mark.parametrize("name", ["dense", "csr"])
+def test_panels_of_units_give_the_bits_of_the_specification(name, batch, units, storage):
     # A unit next to each edge fires, and one sample is silent.
     rng = np.random.default_rng(units)
-    network = in_format(
-        Network.random([40], inputs=units, rng=rng, threshold=0.02, readout=33), "dense", storage=storage
-    )
+    network = in_format(Network.random([40], inputs=units, rng=rng, threshold=0.02, readout=33), name, storage=storage)
     x = rng.standard_normal((5, batch, units)).astype(np.float32) * (rng.random((5, batch, units)) < 0.2)
     edges = np.arange(0, units, 1 << SMALL_PANEL_BITS)
     x[:, :, np.concatenate([edges, np.minimum(edges + (1 << SMALL_PANEL_BITS), units) - 1])] = 1
     x[:, 1] = 0
     expected = simulate(network, x, backend="reference", record=RECORDABLE)
-    with forced({**MANY, "DENSE_ACTIVITY_THRESHOLD": 2}):
+    with forced({**MANY, **TILES, "DENSE_ACTIVITY_THRESHOLD": 2}):
         for threads in (1, 2):
             assert_same(expected, simulate(network, x, threads=threads, record=RECORDABLE))
 

@@ -350,6 +350,8 @@ TRAVERSALS = {
     "scale of another unit, blocks": ("blocks", network(fmt="block", block=(2, 4), storage="int8")),
     "scale of another unit, many blocks": ("many blocks", network(fmt="block", block=(2, 4), storage="int8")),
     "scale of another unit, panels": ("panels", network(storage="int8")),
+    "scale of another unit, panels of single weights": ("single tiles", network(fmt="csr", storage="int8")),
+    "rest of a panel dropped": ("single tiles", network(fmt="csr", share=0.5)),
     "last event of a panel": ("panels", network()),
     "unit skipped": ("every unit", network()),
     "order of two units": ("panels", network()),
@@ -445,6 +447,12 @@ PACKING = {
         "indices",
         SPARSE,
         {"entries.column": "entries.column[::-1]"},
+    ),
+    "positions reversed": (
+        (packing, "_pack_single_tiles"),
+        "single tiles",
+        SPARSE,
+        {"column[order]": "column[order][::-1]"},
     ),
     "rows reversed": ((packing, "_pack_rows"), "panels", network(), {"values[:, a:b]": "values[:, a:b][:, ::-1]"}),
 }

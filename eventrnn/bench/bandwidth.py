@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from eventrnn._integers import ceil_div
 from eventrnn.bench.kernels.probes import read_rows, read_through
 from eventrnn.counting.counts import events_by_matrix
 from eventrnn.cpu import engine as cpu
@@ -25,6 +26,7 @@ from eventrnn.cpu.tables import (
     DENSE_FROM,
     END,
     IN,
+    INDEX,
     ITEMSIZE,
     KIND,
     MANY_BLOCKS,
@@ -33,8 +35,11 @@ from eventrnn.cpu.tables import (
     POINTERS,
     REC,
     REC_GATED,
+    ROW_TILE,
     ROW_TILES,
     ROWS,
+    SINGLE_TILES,
+    SMALL_PANEL_BITS,
     STORAGE,
     WIDTH,
 )
@@ -92,27 +97,37 @@ def rows_read(engine: CpuEngine, network: Network, simulation: Simulation) -> li
 def _reads(plan: Plan, span: tuple[int, int], events: Events, rows: int, per_chunk: int) -> Reads:
     total, units = events.shape[0] * events.shape[1], events.shape[2]
     windows = [window for part in plan.column_tiles for window in part[slice(*span)]]
-    shared = windows[0][KIND] == ROW_TILES
+    kind = windows[0][KIND]
     groups = []
     for at in range(0, total, rows):
         last = min(at + rows, total)
         sent = events.indices[events.indptr[at] : events.indptr[last]]
-        if windows[0][KIND] == ROW_TILES and len(sent) >= windows[0][DENSE_FROM] * (last - at):
+        if kind == ROW_TILES and len(sent) >= windows[0][DENSE_FROM] * (last - at):
             sent = np.arange(units, dtype=np.int32)
-        groups.append(np.unique(sent) if shared else sent)
+        if kind == SINGLE_TILES:
+            # All units of a panel in which one is active.
+            panels = np.arange(units, dtype=np.int32) >> SMALL_PANEL_BITS
+            sent = np.flatnonzero(np.isin(panels, sent >> SMALL_PANEL_BITS)).astype(np.int32)
+        groups.append(np.unique(sent) if kind in (ROW_TILES, SINGLE_TILES) else sent)
     ids = np.concatenate([*groups, np.zeros(0, np.int32)])
     per_unit = np.sum([_unit_bytes(plan, window, units) for window in windows], axis=0)
     return Reads(range(*span), np.cumsum([0, *map(len, groups)]), ids, per_chunk, int(per_unit[ids].sum()))
 
 
 def _unit_bytes(plan: Plan, window: np.ndarray, units: int) -> np.ndarray:
-    """Bytes of values and indices of each unit in a window, (units,): what is read when the unit fires."""
+    """Bytes of values and indices of each unit in a window, (units,): what is read with the unit."""
     kind, size, p0 = window[KIND], ITEMSIZE[window[STORAGE]], window[POINTERS]
     if kind in (ROWS, ROW_TILES, BLAS):
         return np.full(units, window[WIDTH] * size)
     if kind in (BLOCKS, MANY_BLOCKS):
         first, last, _ = plan.pools.pointers[p0 : p0 + 3 * units].reshape(units, 3).T
         return (last - first) * (window[WIDTH] * size + 4)
+    if kind == SINGLE_TILES:
+        first = plan.pools.pointers[p0 : p0 + ceil_div(units, 1 << SMALL_PANEL_BITS) + 1]
+        positions = plan.pools.index[window[INDEX] :].view(np.uint16)[first[0] : first[-1]]
+        panels = np.repeat(np.arange(len(first) - 1), np.diff(first))
+        unit = (panels << SMALL_PANEL_BITS) + positions // ROW_TILE
+        return np.bincount(unit, minlength=units) * (size + 2)
     stored = np.diff(plan.pools.pointers[p0 : p0 + units + 1])
     return stored * size + 2 * window[PITCH] if kind == MASKED else stored * (size + 2)
 

@@ -12,6 +12,7 @@ from eventrnn.bench.machine import limited
 from eventrnn.bench.networks import random_events, random_weights
 from eventrnn.bench.timing import interleaved
 from eventrnn.cpu.crossover import Crossover, ForcedPolicy, MeasuredPolicy
+from eventrnn.cpu.packing import is_single
 from eventrnn.cpu.plan import BLAS_PRODUCT, DENSIFIED, DENSIFIED_TILED, FORMAT, TILED, KernelPolicy
 from eventrnn.cpu.single_product import Product
 from eventrnn.weights import Dense, Weights
@@ -103,13 +104,15 @@ def _tiles(weights: Weights) -> list[Way]:
     """The exact kernels apart from that of the stored format."""
     if isinstance(weights, Dense):
         return [(TILED, NEVER), (TILED, 0.0)]
-    return [(DENSIFIED, NEVER), (DENSIFIED_TILED, NEVER), (DENSIFIED_TILED, 0.0)]
+    tiled = [(TILED, NEVER)] if is_single(weights) else []
+    return [*tiled, (DENSIFIED, NEVER), (DENSIFIED_TILED, NEVER), (DENSIFIED_TILED, 0.0)]
 
 
 def _taken(choice: KernelPolicy, weights: Weights, batch: int, activity: float) -> Way:
-    """The kernel that a policy picks. The share is `NEVER` where the kernel is not tiled and so does not use it."""
+    """The kernel that a policy picks. The share is `NEVER` where the kernel does not use it."""
     pick = choice.select_kernel(weights, batch, activity)
-    return pick, choice.dense_activity_threshold(batch) if pick in (TILED, DENSIFIED_TILED) else NEVER
+    dense = pick == DENSIFIED_TILED or (pick == TILED and isinstance(weights, Dense))
+    return pick, choice.dense_activity_threshold(batch) if dense else NEVER
 
 
 def _words(way: Way) -> str:

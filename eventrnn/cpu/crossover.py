@@ -24,6 +24,7 @@ from eventrnn._exclusive import Use
 from eventrnn._files import cache_folder, write_whole
 from eventrnn.cpu.engine import CpuEngine
 from eventrnn.cpu.kernel_cache import source_digest
+from eventrnn.cpu.packing import is_single
 from eventrnn.cpu.plan import BLAS_PRODUCT, DENSIFIED, DENSIFIED_TILED, FORMAT, TILED, KernelPolicy
 from eventrnn.cpu.single_product import Product
 from eventrnn.events import Events
@@ -51,14 +52,18 @@ DENSITY = (0.05, 0.1, 0.2, 0.5)
 #: Kernels for dense weights: name in the map -> (kernel of `plan.KERNELS`, dense activity threshold) to measure it.
 DENSE_KERNELS = {"rows": (FORMAT, 2.0), "panels": (TILED, 2.0), "every": (TILED, 0.0), "blas": (BLAS_PRODUCT, 2.0)}
 
-#: Kernels for block-sparse weights: width of a block segment -> name in the map. Single weights have the name "single".
+#: Kernels for block-sparse weights: width of a block segment -> name in the map. Single weights have the names "single"
+#: and, in column tiles that drive rows share, "single tiles".
 BLOCK_KERNELS = {4: "block4", 16: "block16", 64: "block64"}
+
+#: Kernels for single weights: name in the map -> kernel of `plan.KERNELS`.
+SINGLE_KERNELS = {"single": FORMAT, "single tiles": TILED}
 
 # Kernels whose time does not depend on the activity.
 EVERY_UNIT = ("every", "blas")
 
 # Kernels that share the weights they read between drive rows.
-SHARED_ROWS = ("panels", "every", "blas")
+SHARED_ROWS = ("panels", "every", "single tiles", "blas")
 
 # Another kernel than that of the format is selected only if its predicted time is below this share of the time of the
 # format. The map is accurate to about 5 %.
@@ -150,6 +155,8 @@ class MeasuredPolicy(KernelPolicy):
         else:
             density = weights.stored / max(1, shape[0] * shape[1])
             found[FORMAT] = seconds(_format_kernel(weights), shape, rows, activity, density)
+            if is_single(weights):
+                found[TILED] = seconds("single tiles", shape, rows, activity, density)
             if weights.storage == "float32":
                 found |= {DENSIFIED: seconds("rows", shape, rows, activity), DENSIFIED_TILED: tiles()}
         if self.may_blas and weights.storage == "float32":
@@ -214,7 +221,7 @@ def measure(report: Report = lambda done, total, what: None) -> Crossover:
 
 def _jobs() -> list[tuple[str, int, float | None]]:
     """Every (kernel, units, density) of the grid; the density is None for dense weights."""
-    pruned = ("single", *BLOCK_KERNELS.values())
+    pruned = (*SINGLE_KERNELS, *BLOCK_KERNELS.values())
     each = [(kernel, None) for kernel in DENSE_KERNELS] + [
         (kernel, density) for kernel in pruned for density in DENSITY
     ]
@@ -245,10 +252,10 @@ def _measured(kernel: str, units: int, density: float | None) -> list[list[float
     """Seconds per step of a kernel at every point of the grid, drive rows by activity."""
     rng = np.random.default_rng(0)
     dense = rng.standard_normal((units, 3 * units), dtype=np.float32)
-    policy = ForcedPolicy(*DENSE_KERNELS.get(kernel, (FORMAT, 2.0)))
+    policy = ForcedPolicy(*DENSE_KERNELS.get(kernel, (SINGLE_KERNELS.get(kernel, FORMAT), 2.0)))
     weights: Weights = Dense(dense)
     if density is not None:
-        block = None if kernel == "single" else (1, int(kernel.removeprefix("block")))
+        block = None if kernel in SINGLE_KERNELS else (1, int(kernel.removeprefix("block")))
         grid = rng.random((units, -(-3 * units // (block or (1, 1))[1]))) < density
         mask = np.repeat(grid, (block or (1, 1))[1], axis=1)[:, : 3 * units]
         weights = convert(dense * mask, "csr" if block is None else "block", block=block)

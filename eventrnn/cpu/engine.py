@@ -45,8 +45,9 @@ from eventrnn.weights import GatedBlocks, MatrixId
 if TYPE_CHECKING:
     from eventrnn.network import Network
 
-# Bytes of a chunk's input drives, which should fit a part of the L2 cache.
-CHUNK_BYTES = 1 << 20
+# Bytes of a chunk's input drives, which should fit a part of the L2 cache, and of the drives of a wide read-out, which
+# are written and read once.
+CHUNK_BYTES, READOUT_BYTES = 1 << 20, 4 << 20
 
 # Time steps of a chunk, at most.
 LONGEST_CHUNK = 64
@@ -140,7 +141,8 @@ class CpuEngine:
 
     def chunk_steps(self, batch: int) -> int:
         """Time steps of a chunk, which go through a layer together."""
-        return max(1, min(LONGEST_CHUNK, CHUNK_BYTES // (4 * batch * self.drive_pitch)))
+        layers, readout = 4 * batch * self.layout.layer_pitch, 4 * batch * self.drive_pitch
+        return max(1, min(LONGEST_CHUNK, CHUNK_BYTES // layers, READOUT_BYTES // readout))
 
     def _buffers(self, batch: int) -> RunBuffers:
         if batch != self.buffers_batch:
@@ -306,7 +308,7 @@ class CpuEngine:
             step_table.SEGMENT_FACTORS: buffers.workspace.segment_factors,
             step_table.DENSE_INPUTS: buffers.workspace.dense_inputs,
             step_table.TILE: buffers.workspace.tile,
-            step_table.BLAS_PRODUCT: buffers.workspace.blas_product,
+            step_table.SCRATCH: buffers.workspace.scratch,
             step_table.INPUT_INDPTR: received[0],
             step_table.INPUT_INDICES: received[1],
             step_table.INPUT_VALUES: received[2],

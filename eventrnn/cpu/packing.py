@@ -12,15 +12,18 @@ lie.
     SCATTER        single weights by unit                       16-bit columns              per unit: first weight
     MASKED         single weights by unit                       16-bit masks, `PITCH`       per unit: first weight
                                                                 words per unit
+    SINGLE_TILES   single weights by panel of units, then unit  16-bit positions in a       per panel: first weight
+                                                                dense panel
     BLOCKS         block segments of `WIDTH` columns, by unit   columns, shared by the      per unit: first and last
                                                                 units of a block row        index, first segment
     MANY_BLOCKS    as BLOCKS, for many narrow segments per unit
     GATED          pieces of blocks, one after the other    -                           the header of `tables.py`,
                                                                                         then the pieces
 
-ROW_TILES serve products of many drive rows at once, which share the weights that are read. If there are `DENSE_FROM` or
-more active units per drive row, the kernel visits every unit instead of the active ones. A zero changes no sum, and
-adding it then costs less than finding the active units.
+ROW_TILES and SINGLE_TILES serve products of many drive rows at once, which share the weights that are read. If there
+are `DENSE_FROM` or more active units per drive row, the kernel of ROW_TILES visits every unit instead of the active
+ones. A zero changes no sum, and adding it then costs less than finding the active units. For the same reason the kernel
+of SINGLE_TILES makes the weights of a panel dense, and adds whole vectors of them.
 """
 
 from __future__ import annotations
@@ -50,6 +53,8 @@ from eventrnn.cpu.tables import (
     ROWS,
     SCATTER,
     SEGMENT_WIDTHS,
+    SINGLE_TILES,
+    SMALL_PANEL_BITS,
 )
 from eventrnn.weights import CSR, NM, BlockCSR, Dense, GatedBlocks, Weights
 
@@ -155,13 +160,17 @@ def pack(
     Kernels may read a drive row, and write back the value they read, up to one block past the last segment.
 
     segments   : columns to pack, ascending, side by side in a drive row
-    dense_kind : kind of column tile for dense weights: ROWS, ROW_TILES or BLAS
+    dense_kind : kind of column tile for dense weights: ROWS, ROW_TILES or BLAS. With ROW_TILES single weights get
+                 SINGLE_TILES
     dense_activity_threshold : activity from which ROW_TILES visit every unit
     """
     if isinstance(weights, Dense):
         return _pack_rows(pools, weights, segments, dense_kind, dense_activity_threshold)
     if isinstance(weights, GatedBlocks):
         return [_pack_gated(pools, weights, segments)]
+    if is_single(weights) and dense_kind == ROW_TILES:
+        entries = _Entries.of_blocks(weights) if isinstance(weights, BlockCSR) else _Entries.of_single(weights)
+        return _pack_single_tiles(pools, entries.placed(segments), weights, segments)
     if not isinstance(weights, BlockCSR):
         return _pack_single(pools, _Entries.of_single(weights).placed(segments), weights, segments)
     entries = _Entries.of_blocks(weights)
@@ -180,6 +189,11 @@ def check_format(name: str, weights: Weights) -> None:
         raise TypeError(
             f"{name}: the cpu backend cannot run format {type(weights).__name__}; convert to dense, csr, block or nm"
         )
+
+
+def is_single(weights: Weights) -> bool:
+    """Whether a matrix is packed as single weights: CSR, N:M, and blocks that no segment width divides."""
+    return isinstance(weights, CSR | NM) or (isinstance(weights, BlockCSR) and _segment_width(weights) == 1)
 
 
 def empty_column_tile() -> list[int]:
@@ -244,13 +258,18 @@ class _Entries:
     def of_blocks(cls, weights: BlockCSR) -> _Entries:
         """The blocks of a matrix, cut into segments of the widest of `SEGMENT_WIDTHS` that divides their width."""
         r, c = weights.block
-        width = next((w for w in SEGMENT_WIDTHS if c % w == 0), 1)
+        width = _segment_width(weights)
         unit, column = weights.segments()
         # The last block row may be padded with units that do not exist; their values are the last.
         exist = int(np.searchsorted(unit, np.int32(weights.shape[0])))
         unit, column = np.repeat(unit[:exist], c // width), column[:exist] * np.int32(c)
         column = (column[:, None] + np.arange(0, c, width, dtype=np.int32)).ravel()
         return cls(unit, column, weights.values[: exist * c].reshape(-1, width), r if width > 1 else 1)
+
+
+def _segment_width(weights: BlockCSR) -> int:
+    """The widest of `SEGMENT_WIDTHS` that divides the width of the blocks, or 1."""
+    return next((w for w in SEGMENT_WIDTHS if weights.block[1] % w == 0), 1)
 
 
 def _storage(weights: Weights) -> int:
@@ -325,6 +344,31 @@ def _pack_masked(pools: PoolBuilder, entries: _Entries, weights: Weights, low: i
         *(MASKED, _storage(weights), low, high),
         *(values_at, pools.add_index(masks.ravel()), at, 1, vectors, scales, 0, 0),
     ]
+
+
+def _pack_single_tiles(
+    pools: PoolBuilder, entries: _Entries, weights: Weights, segments: list[Segment]
+) -> list[list[int]]:
+    """Single weights, as column tiles of kind SINGLE_TILES."""
+    low, high = _bounds(segments)
+    panels, tiles = ceil_div(weights.shape[0], 1 << SMALL_PANEL_BITS), ceil_div(high - low, ROW_TILE)
+    tile, column = np.divmod(entries.column - low, ROW_TILE)
+    # NumPy sorts short integers in linear time. Padding beyond the last column is zero, and left out.
+    order = np.argsort(tile.astype(np.uint16 if tiles < 1 << 16 else np.int64), kind="stable")
+    order = order[entries.column[order] < high]
+    unit = entries.unit[order]
+    panel = tile[order].astype(np.int64) * panels + (unit >> SMALL_PANEL_BITS)
+    position = (unit & ((1 << SMALL_PANEL_BITS) - 1)) * ROW_TILE + column[order]
+    values_at, scales = pools.add_values(entries.values[order]), _scales(pools, weights)
+    index_at, at = pools.add_index(position.astype(np.uint16)), pools.add_pointers(_pointers(panel, tiles * panels))
+    return [
+        [
+            *(SINGLE_TILES, _storage(weights), a, b, values_at, index_at, at + k * panels),
+            *(round_up(b - a, LANES), ROW_TILE, scales, 0, 0),
+        ]
+        for k, a in enumerate(range(low, high, ROW_TILE))
+        for b in (min(a + ROW_TILE, high),)
+    ] or [empty_column_tile()]
 
 
 def _pack_blocks(pools: PoolBuilder, entries: _Entries, weights: BlockCSR, segments: list[Segment]) -> list[list[int]]:

@@ -14,9 +14,8 @@ import numpy as np
 from eventrnn._integers import ceil_div, round_up
 from eventrnn.cpu.kernels.row_products import LISTED_SEGMENTS
 from eventrnn.cpu.kernels.simd import LANES
-from eventrnn.cpu.kernels.tile_products import SMALL_PANEL_BITS
 from eventrnn.cpu.memory import aligned_zeros
-from eventrnn.cpu.packing import DENSE_ACTIVITY_THRESHOLD, PoolBuilder, Segment, empty_column_tile, pack
+from eventrnn.cpu.packing import DENSE_ACTIVITY_THRESHOLD, PoolBuilder, Segment, empty_column_tile, is_single, pack
 from eventrnn.cpu.tables import (
     BLAS,
     FAULT,
@@ -32,6 +31,7 @@ from eventrnn.cpu.tables import (
     ROW_TILES,
     ROWS,
     SEGMENT_WIDTHS,
+    SMALL_PANEL_BITS,
     STORAGE,
     WeightPools,
     Workspace,
@@ -44,13 +44,25 @@ if TYPE_CHECKING:
 
 
 # Kernels for one matrix product, by the names that a trace reports. FORMAT: in the format of the matrix, one drive row
-# after the other; TILED: dense weights, in column tiles that many drive rows share; DENSIFIED and DENSIFIED_TILED: the
-# same for a sparse matrix that was made dense; BLAS_PRODUCT: dense weights through BLAS.
+# after the other; TILED: dense or single weights, in column tiles that many drive rows share; DENSIFIED and
+# DENSIFIED_TILED: the same for a sparse matrix that was made dense; BLAS_PRODUCT: dense weights through BLAS.
 FORMAT, TILED, DENSIFIED, DENSIFIED_TILED, BLAS_PRODUCT = KERNELS = ("stored", "tiles", "dense", "dense tiles", "blas")
 
 # Events per unit, over all drive rows, from which the TILED kernel is faster. Measured at 1350 units: about where
 # reading a weight row once for all drive rows outweighs the narrower column tiles.
 SHARED_EVENTS = 1.0
+
+# For single weights the TILED kernel first makes a panel of them dense. Per element of the matrix that costs FILL, and
+# MOVE per weight; the events cost ADD each, and the drive rows EACH_ROW each. The unit is the time of a weight that is
+# added by its index. Fitted to times at 256 and 1350 units, 5 to 40 % of the weights, 4 to 64 drive rows and 3 to 30 %
+# active units on a Zen 3 core, with which the rule agrees wherever one kernel is a fifth faster.
+FILL, MOVE, ADD, EACH_ROW = 0.08, 1.0, 0.055, 0.0036
+
+
+def shares_single(weights: Weights, rows: int, activity: float) -> bool:
+    """Whether single weights should be in column tiles that `rows` drive rows share, rather than in rows."""
+    density, events = weights.stored / max(1, weights.shape[0] * weights.shape[1]), rows * activity
+    return FILL + MOVE * density + ADD * events + EACH_ROW * rows <= density * events
 
 
 class KernelPolicy:
@@ -60,7 +72,9 @@ class KernelPolicy:
 
     def select_kernel(self, weights: Weights, rows: int, activity: float) -> str:
         """One of `KERNELS`, for `rows` drive rows; `activity` is the number of events per presynaptic unit and row."""
-        return TILED if isinstance(weights, Dense) and rows * activity >= SHARED_EVENTS else FORMAT
+        if isinstance(weights, Dense):
+            return TILED if rows * activity >= SHARED_EVENTS else FORMAT
+        return TILED if is_single(weights) and shares_single(weights, rows, activity) else FORMAT
 
     def dense_activity_threshold(self, rows: int) -> float:
         """Activity from which a tiled product of `rows` drive rows visits every unit instead of the active ones."""
@@ -82,6 +96,7 @@ class Layout:
     biases       : float32, by position in a drive row: of each layer w_in's then w_rec's, then the read-out's
     bias_begins  : where each of those begins
     drive_pitch  : numbers from one drive row to the next
+    layer_pitch  : numbers that a drive row of the layers needs; the read-out may need more
     """
 
     def __init__(self, network: Network, n_threads: int):
@@ -102,8 +117,10 @@ class Layout:
         self.drive_begins = np.cumsum(shares, axis=1) - shares
         widths = shares.sum(axis=1)
         # The pitch is no multiple of a page, so that drive rows side by side do not compete for the same cache sets.
-        lines = ceil_div(int(widths.max()), LANES)
-        self.drive_pitch = LANES * (lines + (4 - lines) % 8)
+        self.layer_pitch, self.drive_pitch = (
+            LANES * (lines + (4 - lines) % 8)
+            for lines in (ceil_div(int(each.max()), LANES) for each in (widths[:-1], widths))
+        )
         biases = [(k, bias) for k, layer in enumerate(network.layers) for bias in (layer.bias_in, layer.bias_rec)]
         biases += [(-1, network.readout.bias)] if network.readout is not None else []
         self.biases = aligned_zeros(sum(int(widths[k]) for k, _ in biases), np.float32)
@@ -214,7 +231,8 @@ def workspace_shapes(
     """Shape and dtype of each field of a `Workspace`, with a leading axis of threads.
 
     The workspace serves products of up to `inputs` units, `rows` drive rows, `segments` stored block segments per unit,
-    `blas_columns` columns through BLAS, and `gated_blocks` blocks of a matrix that chooses some.
+    `blas_columns` columns through BLAS, and `gated_blocks` blocks of a matrix that chooses some, and a small panel of
+    single weights.
     """
     # Whole vectors: every thread's share starts on a cache line, which it shares with no other thread.
     most, listed = round_up(rows * inputs, LANES) + LANES, LISTED_SEGMENTS + round_up(segments, LANES) + LANES
@@ -227,7 +245,7 @@ def workspace_shapes(
         ((n_threads, 2, listed), np.float32),
         ((n_threads, round_up(rows * inputs, LANES)), np.float32),
         ((n_threads, rows * ROW_TILE), np.float32),
-        ((n_threads, max(round_up(rows * blas_columns, LANES), gates)), np.float32),
+        ((n_threads, max(round_up(rows * blas_columns, LANES), gates, ROW_TILE << SMALL_PANEL_BITS)), np.float32),
     )
 
 

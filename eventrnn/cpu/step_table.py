@@ -34,7 +34,7 @@ from __future__ import annotations
     SEGMENT_FACTORS,
     DENSE_INPUTS,
     TILE,
-    BLAS_PRODUCT,
+    SCRATCH,
     INPUT_INDPTR,
     INPUT_INDICES,
     INPUT_VALUES,

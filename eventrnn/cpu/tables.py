@@ -24,7 +24,7 @@ import numpy as np
 #   INDEX       offset in `WeightPools.index`, in int32
 #   POINTERS    offset in `WeightPools.pointers`
 #   WIDTH       columns per row, or per block segment
-#   PITCH       weights from one row to the next; MASKED: mask words per unit
+#   PITCH       weights from one row to the next; MASKED: mask words per unit; SINGLE_TILES: columns of a panel
 #   SCALES      offset of the scales of int8 weights in `WeightPools.values`
 #   DENSE_FROM  ROW_TILES: active units per drive row from which the product visits every unit
 #   KERNEL      address of the kernel for the kind and the storage (`kernels/products.py`); 0 without columns
@@ -33,11 +33,15 @@ KIND, STORAGE, LOW, HIGH, VALUES, INDEX, POINTERS, WIDTH, PITCH, SCALES, DENSE_F
 FIELDS = 12
 
 #: kinds of column tiles; `packing.py` describes their layouts
-ROWS, ROW_TILES, SCATTER, MASKED, BLOCKS, MANY_BLOCKS, BLAS, GATED = range(8)
+ROWS, ROW_TILES, SCATTER, MASKED, SINGLE_TILES, BLOCKS, MANY_BLOCKS, BLAS, GATED = range(9)
 
-# Columns of a tile of kind ROW_TILES: 64 drive rows of such a tile fit the L1 cache beside the weights that pass
-# through.
+# Columns of a tile of kind ROW_TILES or SINGLE_TILES: 64 drive rows of such a tile fit the L1 cache beside the weights
+# that pass through.
 ROW_TILE = 64
+
+# Units of a small panel, as binary logarithm: the units whose weights in a tile are multiplied with the events of all
+# drive rows before the next ones.
+SMALL_PANEL_BITS = 6
 
 # A block is cut into segments of the widest of these that divides its width.
 SEGMENT_WIDTHS = (64, 32, 16, 8, 4)
@@ -124,7 +128,7 @@ class Workspace(NamedTuple):
     segment_factors: np.ndarray  # (2, segments) float32: event value, and scale, of each listed block segment
     dense_inputs: np.ndarray  # (drive_rows * inputs,) float32: the events as dense rows
     tile: np.ndarray  # (drive_rows * ROW_TILE,) float32: drives of one column tile
-    blas_product: np.ndarray  # (drive_rows * columns,) float32: result of BLAS; or ((GATED_ROWS + 1) * blocks,) gates
+    scratch: np.ndarray  # (n,) float32: result of BLAS, gates of GATED_ROWS + 1 drive rows, or a panel of weights
 
 
 class ThreadTables(NamedTuple):

@@ -16,7 +16,10 @@ def invented_map() -> Crossover:
         }
         rows = [[weight * rows * a for a in crossover.ACTIVITY] for rows in crossover.EACH_ROWS]
         times |= {f"{way}/{units}": table for way, table in (shared | {"rows": rows}).items()}
-        for way, price in (("single", 3.0), ("block4", 2.0), ("block16", 1.2), ("block64", 1.0)):
-            for density in crossover.DENSITY:
+        for density in crossover.DENSITY:
+            for way, price in (("single", 3.0), ("block4", 2.0), ("block16", 1.2), ("block64", 1.0)):
                 times[f"{way}/{units}/{density}"] = [[price * density * x for x in line] for line in rows]
+            times[f"single tiles/{units}/{density}"] = [
+                [weight * 2 * density + x for x in line] for line in shared["panels"]
+            ]
     return Crossover(times)

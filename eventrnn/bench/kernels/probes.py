@@ -10,8 +10,9 @@ from __future__ import annotations
 import numpy as np
 
 from eventrnn import cells
+from eventrnn.cpu.kernels.emit import LINE
 from eventrnn.cpu.kernels.jit import compiled
-from eventrnn.cpu.kernels.microkernels import LINE, prefetch
+from eventrnn.cpu.kernels.microkernels import prefetch
 from eventrnn.cpu.kernels.simd import LANES, bits, load, store
 from eventrnn.cpu.tables import (
     BFLOAT16,
@@ -21,12 +22,14 @@ from eventrnn.cpu.tables import (
     INDEX,
     KIND,
     MANY_BLOCKS,
+    MASKED,
     PITCH,
     POINTERS,
     ROW_TILE,
     ROW_TILES,
     ROWS,
-    SCATTER,
+    SINGLE_TILES,
+    SMALL_PANEL_BITS,
     STORAGE,
     VALUES,
     WIDTH,
@@ -83,9 +86,14 @@ def read_rows(matrix, values, index, pointers, indptr, ids, start, stop):
             for k in range(i0 + pointers[p0 + 3 * j], i0 + pointers[p0 + 3 * j + 1]):
                 checksum += index[k]
         else:
-            first, last = pointers[p0 + j], pointers[p0 + j + 1]
+            if kind == SINGLE_TILES:
+                # The first unit of a panel stands for all.
+                panel, inside = j >> SMALL_PANEL_BITS, j & ((1 << SMALL_PANEL_BITS) - 1)
+                first, last = pointers[p0 + panel], pointers[p0 + panel + (1 if inside == 0 else 0)]
+            else:
+                first, last = pointers[p0 + j], pointers[p0 + j + 1]
             # 16-bit indices or masks, two per entry of the pool.
-            low, high = (first, last) if kind == SCATTER else (j * matrix[PITCH], (j + 1) * matrix[PITCH])
+            low, high = (j * matrix[PITCH], (j + 1) * matrix[PITCH]) if kind == MASKED else (first, last)
             for k in range(i0 + low // 2, i0 + high // 2):
                 checksum += index[k]
         total = _sum_of(values, v0 + first * size // 4, v0 + last * size // 4, total)

@@ -53,7 +53,7 @@ def _workspace(leading_axes: int = 0) -> types.Type:
         segment_factors=_array(types.float32, leading_axes + 2),
         dense_inputs=_array(types.float32, leading_axes + 1),
         tile=_array(types.float32, leading_axes + 1),
-        blas_product=_array(types.float32, leading_axes + 1),
+        scratch=_array(types.float32, leading_axes + 1),
     )
 
 

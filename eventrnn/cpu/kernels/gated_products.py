@@ -184,8 +184,8 @@ def gates_of_row(gates, at, keys, k0, n, kept, softmax, values, begin, count):
 
 @inlined
 def row_gates(pools, p0, workspace, begin, count, at, spare):
-    """Write the gates of a drive row to workspace.blas_product from `at` on; what lies from `spare` on is scratch."""
-    pointers, gates = pools.pointers, workspace.blas_product
+    """Write the gates of a drive row to workspace.scratch from `at` on; what lies from `spare` on is scratch."""
+    pointers, gates = pools.pointers, workspace.scratch
     n, kept = pointers[p0 + ALL_BLOCKS], pointers[p0 + KEPT]
     keys = gates.view(np.int32)
     add_logits(pools, p0, workspace, begin, count, gates, at)
@@ -200,7 +200,7 @@ def row_gates(pools, p0, workspace, begin, count, at, spare):
 def add_pieces(column_tile, weights, tables, n_pre, first_row, rows, drives):
     """Add the chosen blocks of some drive rows, whose events were gathered and whose gates are known."""
     pools, workspace, p0 = tables.pools, tables.workspace, column_tile[POINTERS]
-    pointers, gates, s0 = pools.pointers, workspace.blas_product, column_tile[SCALES]
+    pointers, gates, s0 = pools.pointers, workspace.scratch, column_tile[SCALES]
     block_rows, units, gate_pitch = pointers[p0 + BLOCK_ROWS], pointers[p0 + BLOCK_UNITS], pointers[p0 + GATE_PITCH]
     ids, values, scaled = workspace.panel_indices, workspace.panel_values, workspace.dense_inputs
     # Where the events of a drive row in the present block row begin, and how many events the drive row has.

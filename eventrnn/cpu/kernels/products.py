@@ -29,7 +29,14 @@ from eventrnn.cpu.kernels.row_products import (
     add_single_masked,
 )
 from eventrnn.cpu.kernels.spmm import copy
-from eventrnn.cpu.kernels.tile_products import bin_by_panel, blas_product, densify, panel_bits, tile_product
+from eventrnn.cpu.kernels.tile_products import (
+    bin_by_panel,
+    blas_product,
+    densify,
+    panel_bits,
+    single_tile_product,
+    tile_product,
+)
 from eventrnn.cpu.tables import (
     BFLOAT16,
     BLAS,
@@ -45,6 +52,8 @@ from eventrnn.cpu.tables import (
     ROW_TILES,
     ROWS,
     SCATTER,
+    SINGLE_TILES,
+    SMALL_PANEL_BITS,
 )
 
 #: storage -> type of its weights in the pool
@@ -103,6 +112,19 @@ def _by_tiles(dtype):
     return product_by_tiles
 
 
+def _by_single_tiles(dtype):
+    """A kernel that makes a panel of single weights dense once for all drive rows."""
+
+    @called_by_address
+    def product_by_single_tiles(tables, first_tile, last_tile, bias_begin, n_pre, events, drives):
+        weights = tables.pools.values.view(dtype)
+        bin_by_panel(n_pre, SMALL_PANEL_BITS, events, tables.workspace)
+        for w in range(first_tile, last_tile):
+            single_tile_product(tables.column_tiles[w], weights, tables, bias_begin, n_pre, events.rows, drives)
+
+    return product_by_single_tiles
+
+
 @allocating_by_address
 def product_by_blas(tables, first_tile, last_tile, bias_begin, n_pre, events, drives):
     """Column tiles through BLAS."""
@@ -117,6 +139,8 @@ def _product(kind: int, storage: int):
         return product_by_blas
     if kind == GATED:
         return by_gates(_DTYPES[storage])
+    if kind == SINGLE_TILES:
+        return _by_single_tiles(_DTYPES[storage])
     return _by_tiles(_DTYPES[storage]) if kind == ROW_TILES else _by_rows(_ADD[kind], _DTYPES[storage])
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from eventrnn import cells
 from eventrnn.cpu.kernels.jit import inlined
 from eventrnn.cpu.kernels.microkernels import (
     TILE,
@@ -21,17 +20,20 @@ from eventrnn.cpu.kernels.microkernels import (
     add_listed_16,
     add_listed_32,
     add_listed_64,
-    add_masked_avx512,
     add_rows,
-    add_scattered_avx512,
     list_blocks,
 )
-from eventrnn.cpu.kernels.simd import AVX512, LANES, decoded, lowest_bit
+from eventrnn.cpu.kernels.simd import LANES
+from eventrnn.cpu.kernels.single_weights import add_masked, add_scattered
 from eventrnn.cpu.tables import INDEX, LOW, PITCH, POINTERS, SCALES, VALUES, WIDTH
 
 # Block segments are listed until there are so many, and then added. The list is short so that the drives stay in the L1
 # cache.
 LISTED_SEGMENTS = 64
+
+# With single weights, each event prefetches those of the event that comes so many events later. Rows of single weights
+# are short, and read at random: the hardware prefetcher detects each of them late.
+UPCOMING = 2
 
 
 @inlined
@@ -54,44 +56,18 @@ def add_dense_rows(column_tile, weights, pools, events, begin, count, drives, at
 
 
 @inlined
-def add_scattered_portable(drives, at, index, i0, first, count, value, scale, weights, start):
-    """`add_scattered_avx512` for other processors: one weight at a time."""
-    columns = index.view(np.uint16)
-    for k in range(first, first + count):
-        target = at + columns[2 * i0 + k]
-        drives[target] = cells.fma(decoded(weights, start + k, scale), value, drives[target])
-
-
-@inlined
-def add_masked_portable(drives, at, index, i0, first, vectors, value, scale, weights, start):
-    """`add_masked_avx512` for other processors: one set bit at a time."""
-    masks = index.view(np.uint16)
-    for k in range(vectors):
-        mask = np.int64(masks[2 * i0 + first + k])
-        while mask != 0:
-            target = at + k * LANES + lowest_bit(mask)
-            drives[target] = cells.fma(decoded(weights, start, scale), value, drives[target])
-            start += 1
-            mask &= mask - 1
-
-
-add_scattered = add_scattered_avx512 if AVX512 else add_scattered_portable
-
-add_masked = add_masked_avx512 if AVX512 else add_masked_portable
-
-
-@inlined
 def add_single(column_tile, weights, pools, events, begin, count, drives, at, workspace):
-    """Single weights by index: sixteen targets at a time."""
+    """Single weights by index: some targets at a time."""
     p0, i0, s0 = column_tile[POINTERS], column_tile[INDEX], column_tile[SCALES]
     v0, at = values_at(column_tile, weights), at + column_tile[LOW]
     pointers, scales = pools.pointers, pools.values
     for e in range(begin, begin + count):
         unit, value = np.int64(events.indices[e]), events.values[e]
+        ahead = pointers[p0 + np.int64(events.indices[min(e + UPCOMING, begin + count - 1)])]
         # planted fault: scale of another unit, single weights
         first, last, scale = pointers[p0 + unit], pointers[p0 + unit + 1], scales[s0 + unit]
         # planted fault: tail of scattered weights dropped
-        add_scattered(drives, at, pools.index, i0, first, last - first, value, scale, weights, v0)
+        add_scattered(drives, at, pools.index, i0, first, last - first, ahead, value, scale, weights, v0)
 
 
 @inlined

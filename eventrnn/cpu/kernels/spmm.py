@@ -63,7 +63,7 @@ def workspace_of(shared, thread):
         shared.segment_factors[thread],
         shared.dense_inputs[thread],
         shared.tile[thread],
-        shared.blas_product[thread],
+        shared.scratch[thread],
     )
 
 

@@ -1,4 +1,4 @@
-"""Dense weights times events, many drive rows at once: column tiles of kinds ROW_TILES and BLAS."""
+"""Weights times events, many drive rows at once: column tiles of kinds ROW_TILES, SINGLE_TILES and BLAS."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import numpy as np
 
 from eventrnn import cells
 from eventrnn._integers import ceil_div
+from eventrnn.cpu.kernels.emit import LINE
 from eventrnn.cpu.kernels.jit import inlined
 from eventrnn.cpu.kernels.microkernels import (
-    LINE,
     MULTIPLY_ROWS,
     MULTIPLY_VECTORS,
     add_near_rows,
@@ -19,8 +19,9 @@ from eventrnn.cpu.kernels.microkernels import (
 )
 from eventrnn.cpu.kernels.row_products import values_at
 from eventrnn.cpu.kernels.simd import LANES
+from eventrnn.cpu.kernels.single_weights import expand
 from eventrnn.cpu.kernels.spmm import copy
-from eventrnn.cpu.tables import HIGH, LOW, PITCH, ROW_TILE, SCALES, VALUES, WIDTH
+from eventrnn.cpu.tables import HIGH, INDEX, LOW, PITCH, POINTERS, ROW_TILE, SCALES, SMALL_PANEL_BITS, VALUES, WIDTH
 
 # Units per pass of `dense_product`. The weights of a column tile for so many units stay in the L1 cache while they are
 # multiplied with all drive rows.
@@ -30,7 +31,7 @@ MULTIPLY_UNITS = 128
 # all drive rows are added. A panel of 128 rows of float32 fills an L1 cache of 32 KB: for 20 drive rows, 10 % of the
 # units active, a product of half as many took three quarters of the time. More drive rows use each weight so often that
 # longer lists of events are faster.
-PANEL_BITS, SMALL_PANEL_BITS = 7, 6
+PANEL_BITS = 7
 
 # Drive rows up to which panels of float32 weights are small.
 SMALL_PANEL_ROWS = 64
@@ -108,12 +109,51 @@ def tile_product(column_tile, weights, tables, bias_begin, n_pre, every_unit, ro
 
 
 @inlined
+def single_tile_product(column_tile, weights, tables, bias_begin, n_pre, rows, drives):
+    """One column tile of kind SINGLE_TILES for many drive rows, from their bias on; units in ascending order.
+
+    The weights of a panel are made dense in `workspace.scratch`, which stays in the L1 cache while the events of all
+    drive rows are added to `workspace.tile`. A panel without events is left out. With each drive row some lines of the
+    next panel are prefetched; after the last panel that is the first one of the next column tile.
+    """
+    low, width, vectors = column_tile[LOW], column_tile[HIGH] - column_tile[LOW], column_tile[WIDTH] // LANES
+    i0, p0, v0 = column_tile[INDEX], column_tile[POINTERS], values_at(column_tile, weights)
+    pools, workspace = tables.pools, tables.workspace
+    begins, ids, values = workspace.panel_begins, workspace.panel_indices, workspace.panel_values
+    units, panel, tile, scales = 1 << SMALL_PANEL_BITS, workspace.scratch, workspace.tile, pools.values
+    line = LINE // weights.itemsize
+    for k in range(rows):
+        copy(pools.biases, bias_begin + low, tile, k * ROW_TILE, width)
+    for q in range(ceil_div(n_pre, units)):
+        if begins[q * rows] == begins[(q + 1) * rows]:
+            continue
+        for i in range(units * ROW_TILE):
+            panel[i] = cells.ZERO
+        first, last, s0 = pools.pointers[p0 + q], pools.pointers[p0 + q + 1], column_tile[SCALES] + q * units
+        # planted fault: scale of another unit, panels of single weights
+        # planted fault: rest of a panel dropped
+        expand(panel, pools.index, i0, first, last - first, scales, s0, weights, v0)
+        start, upcoming, share = -q * units * ROW_TILE, last, ceil_div(last - first, rows * line) * line
+        for k in range(rows):
+            for i in range(upcoming, upcoming + share, line):
+                prefetch_far(weights, v0 + i)
+                prefetch_far(pools.index, i0 + i // 2)
+            upcoming += share
+            first, at = begins[q * rows + k], k * ROW_TILE
+            # planted fault: last event of a panel
+            count = begins[q * rows + k + 1] - first
+            add_near_rows(tile, at, panel, start, ROW_TILE, scales, 0, ids, values, first, count, vectors)
+    for k in range(rows):
+        copy(tile, k * ROW_TILE, drives, k * tables.drive_pitch + low, width)
+
+
+@inlined
 def blas_product(column_tile, tables, bias_begin, n_pre, rows, drives):
     """One column tile through BLAS, over every unit. Not exact, because BLAS chooses the order of the terms."""
     low, width, v0 = column_tile[LOW], column_tile[WIDTH], column_tile[VALUES]
     pools, workspace = tables.pools, tables.workspace
     weights = pools.values[v0 : v0 + n_pre * width].reshape((n_pre, width))
-    x, product = workspace.dense_inputs[: rows * n_pre], workspace.blas_product[: rows * width]
+    x, product = workspace.dense_inputs[: rows * n_pre], workspace.scratch[: rows * width]
     np.dot(x.reshape((rows, n_pre)), weights, product.reshape((rows, width)))
     for k in range(rows):
         for i in range(width):

@@ -289,7 +289,7 @@ def _step(table, output):
             float32_at(table, step_table.SEGMENT_FACTORS, (1, 2)),
             float32_at(table, step_table.DENSE_INPUTS, (1,)),
             float32_at(table, step_table.TILE, (1,)),
-            float32_at(table, step_table.BLAS_PRODUCT, (1,)),
+            float32_at(table, step_table.SCRATCH, (1,)),
         ),
     )
     outputs = RunOutputs(
