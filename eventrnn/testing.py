@@ -16,6 +16,7 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 
 from eventrnn.cells import CELLS, Cell
 from eventrnn.events import Events
+from eventrnn.margins import before_event
 from eventrnn.network import Layer, Network, Readout
 from eventrnn.simulation import Simulation, Simulator
 from eventrnn.state import State
@@ -469,6 +470,6 @@ def _margin(sim: Simulator, k: int, unit: int, cell, event) -> float:
     layer = sim.network.layers[k]
     if not layer.cell.thresholded:
         return float("nan")
-    threshold = float(layer.threshold[unit])
-    subtracted = threshold if event != 0 and layer.cell.variant == "evnn" else 0.0
-    return abs(float(cell) + subtracted - threshold)
+    cells, sent = np.zeros(layer.units), np.zeros(layer.units)
+    cells[unit], sent[unit] = cell, event
+    return abs(float(before_event(layer, cells, sent)[unit]) - float(layer.threshold[unit]))

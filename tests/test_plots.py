@@ -13,6 +13,7 @@ pytest.importorskip("matplotlib", reason="figures need matplotlib, the plots ext
 from eventrnn import plots
 from eventrnn.events import Events
 from eventrnn.weights import MatrixId, convert
+from support.small_runs import of_kind
 
 
 def events(steps=50, batch=2, size=8, share=0.2):
@@ -173,3 +174,59 @@ def test_saved_existing_picture_is_kept_on_request(tmp_path):
         plots.saved(figure, tmp_path / "a.png", overwrite=False)
     with pytest.raises(ValueError, match="xyz"):
         plots.saved(figure, tmp_path / "a.xyz")
+
+
+def test_margins_show_the_shares_on_both_sides_of_the_threshold():
+    distances = np.array([-1.0, -0.5, 0.25, 0.5, 1.0])
+    figure = plots.margins({"layers.0": distances})
+    assert "60.0% above 0, smallest distance 2.5e-01" in figure.axes[0].get_title(loc="left")
+    (bars,) = figure.axes[0].patches
+    values, edges, _ = bars.get_data()
+    # In counts of the five distances, which are whole numbers.
+    assert round(5 * values.sum()) == 5 and round(5 * values[edges[:-1] >= 0].sum()) == 3
+    with pytest.raises(ValueError, match="at least one layer"):
+        plots.margins({})
+    with pytest.raises(ValueError, match=r"layers\.0: got 0 values"):
+        plots.margins({"layers.0": []})
+
+
+def test_operations_of_steps_are_stacked_in_order():
+    figure = plots.operations_by_step({"layers.0.w_in": [3, 1, 2], "readout": [1, 1, 4]}, dense=40)
+    lower, upper = (patch.get_data() for patch in figure.axes[0].patches)
+    assert list(lower.values) == [3, 1, 2] and list(upper.baseline) == [3, 1, 2] and list(upper.values) == [4, 2, 6]
+    assert "4 multiplications per step, 10.0 times fewer" in figure.axes[0].get_title(loc="left")
+    for given in ({}, {"a": [1, 2], "b": [1]}, {"a": [-1]}, {"a": []}):
+        with pytest.raises(ValueError, match="operations: "):
+            plots.operations_by_step(given)
+
+
+def test_front_holds_the_models_that_no_other_beats():
+    points = [(3, 5), (1, 9), (2, 9), (2, 6), (2, 6), (4, 5), (5, 1)]
+    front = plots.pareto_front(points)
+    beaten = [any(b != a and b[0] <= a[0] and b[1] <= a[1] for b in points) for a in points]
+    assert front == [1, 3, 0, 6]
+    assert {points[k] for k in front} == {a for a, lost in zip(points, beaten, strict=True) if not lost}
+    figure = plots.pareto({str(k): point for k, point in enumerate(points)})
+    assert "4 of 7 models" in figure.axes[0].get_title(loc="left")
+    with pytest.raises(ValueError, match="need a finite cost > 0"):
+        plots.pareto({"a": (0, 1)})
+
+
+def test_animation_has_one_frame_per_step(tmp_path):
+    from PIL import Image
+
+    path = tmp_path / "moving.gif"
+    assert plots.animated_raster(events(steps=9), path, start=2, steps=5) == 5
+    with Image.open(path) as image:
+        assert image.n_frames == 5
+    with pytest.raises(FileExistsError):
+        plots.animated_raster(events(steps=3), path, steps=1, overwrite=False)
+    with pytest.raises(ValueError, match=r"ends in \.gif"):
+        plots.animated_raster(events(steps=3), tmp_path / "moving.png")
+
+
+def test_masks_of_gated_blocks_are_those_of_the_stored_blocks():
+    network = of_kind("gated", [9], inputs=6)
+    figure = plots.mask_map(network.matrices())
+    for axes, weights in zip(figure.axes, network.matrices().values(), strict=False):
+        assert axes.collections[0].get_array().mean() == np.mean(weights.blocks.to_dense() != 0)

@@ -22,6 +22,7 @@ from eventrnn.cli.count import count
 from eventrnn.cli.imports import import_command
 from eventrnn.cli.plot import plot
 from eventrnn.cli.prune import prune
+from eventrnn.cli.report import report
 from eventrnn.cli.train import train
 from eventrnn.weights import NotAMatrix
 
@@ -33,6 +34,7 @@ COMMANDS = (
     ("run", run, "Read a text event by event: bits, activity, operations."),
     ("count", count, "Count every operation and audit the counts."),
     ("plot", plot, "Draw masks, events, operations or learning curves."),
+    ("report", report, "Write a training run as one HTML page."),
     ("import", import_command, "Take a GRU or LSTM of PyTorch, Keras, ONNX or EvNN."),
     ("convert", convert_command, "Change the weight format or storage type of a model."),
     ("info", info, "Show what is installed, or what a model file holds."),
@@ -46,7 +48,8 @@ First:   eventrnn demo
 Train:   eventrnn train --out my.safetensors --text my_text.txt
 Prune:   eventrnn prune my.safetensors --out small.safetensors --sparsity 0.9 --steps 500
 Use:     eventrnn run small.safetensors --text my_text.txt
-Report:  eventrnn count small.safetensors --text my_text.txt
+Count:   eventrnn count small.safetensors --text my_text.txt
+Report:  eventrnn report my.safetensors.run
 Speed:   eventrnn bench inference
 
 Without a text, commands read the documentation that Python carries. A trained word model is at hand as --model ptb.

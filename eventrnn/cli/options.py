@@ -160,10 +160,12 @@ def save_model(network: Network, path: Path, force: bool, option: str = "out") -
         ) from None
 
 
-def writable_picture(path: Path, force: bool, option: str = "out") -> None:
-    """As `writable_file`, for a picture. Raises ImportError where matplotlib is missing."""
-    if path.suffix not in PICTURES:
-        raise ValueError(f"{option}: got {path}, need a name that ends in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}")
+def writable_picture(path: Path, force: bool, option: str = "out", formats: Sequence[str] = PICTURES) -> None:
+    """As `writable_file`, for a picture of one of the formats. Raises ImportError where matplotlib is missing."""
+    if path.suffix not in formats:
+        *others, last = formats
+        names = f"{', '.join(others)} or {last}" if others else last
+        raise ValueError(f"{option}: got {path}, need a name that ends in {names}")
     writable_file(path, force, option)
     if find_spec("matplotlib") is None:
         raise ImportError(f"{option}: pictures need matplotlib: pip install 'eventrnn[plots]'")

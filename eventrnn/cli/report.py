@@ -1,0 +1,68 @@
+"""`eventrnn report`: a training run as one HTML page."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eventrnn import io
+from eventrnn._files import printable, write_whole
+from eventrnn.cli.options import Force, Json, Part, Unknown, load_symbols, writable_file
+from eventrnn.cli.terminal import as_line
+
+# The ending of the folder that `eventrnn train` makes beside a model file.
+RUN_ENDING = ".run"
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a training run.")],
+    out: Annotated[
+        Path | None, typer.Option("--html", "--out", "-o", help="Page to write, .html. [FOLDER.html]")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Model file of the run. [the one beside the folder, where there is one]")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="Text to count operations on. [that of the training]")] = None,
+    part: Part = "valid",
+    symbols: Annotated[int, typer.Option(help="Number of symbols to read, at most.")] = 2000,
+    unknown: Unknown = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write a page about a training run: curves, weights, operations, configuration. It opens without a network."""
+    from eventrnn import report as pages
+
+    if symbols < 1:
+        raise ValueError(f"symbols: got {symbols}, need a whole number >= 1")
+    out = out or folder.with_name(f"{folder.resolve().name}.html")
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"html: got {out}, need a name that ends in .html")
+    writable_file(out, force, "html")
+    beside = folder.resolve().with_suffix("") if folder.resolve().name.endswith(RUN_ENDING) else None
+    path = model or (beside if beside is not None and beside.is_file() else None)
+    measured = None
+    if path is not None:
+        network = io.load(path)
+        if "vocabulary" in network.metadata:
+            source = text or _text_of(folder)
+            read = load_symbols(network, source, part, unknown)[:symbols]
+            measured = pages.Measured(network, read, f"the {part} part of {source}")
+        elif model is not None or text is not None:
+            raise ValueError(f"model: {path} has no vocabulary, so no text can be read; leave out --model and --text")
+    elif text is not None:
+        raise ValueError("text: got a text but there is no model beside the folder; give --model")
+    page = pages.run_report(folder, model=measured)
+    write_whole(out.resolve(), page.encode(), overwrite=force)
+    print(as_line({"wrote": str(out)}) if as_json else f"wrote {printable(out)}")
+
+
+def _text_of(folder: Path) -> str:
+    """The text that a run was trained on, from its configuration; the built-in one where it does not say."""
+    try:
+        with open(folder / "config.toml", "rb") as file:
+            return str(tomllib.load(file)["data"]["text"])
+    except (OSError, KeyError, TypeError, tomllib.TOMLDecodeError):
+        return "builtin"
