@@ -361,7 +361,7 @@ def animated_raster(
     start: int = 0,
     steps: int = 200,
     shown: int = 60,
-    frames_per_second: float = 20,
+    frames_per_second: int = 20,
     overwrite: bool = True,
 ) -> int:
     """Write a raster plot that moves through time, one frame per step, as an animated GIF. Returns its frames.
@@ -384,7 +384,7 @@ def animated_raster(
         raise ValueError(f"path: got {Path(path).name!r}, need a name that ends in .gif")
     time, unit, value, stop = _events_of(events, sample, start, steps)
     need_whole("shown", shown, at_least=1)
-    need_number("frames_per_second", frames_per_second, above=0)
+    need_whole("frames_per_second", frames_per_second, at_least=1)
     figure = new_figure(6.0, 3.6)
     axes = figure.subplots()
     axes.set(xlabel="time step", ylabel="unit", ylim=(-0.5, events.shape[2] - 0.5))
