@@ -17,6 +17,7 @@ from eventrnn import Cell, Dense, Network, load, save
 from eventrnn.bench import timing
 from eventrnn.cli.imports import _arrays
 from eventrnn.cli.options import PARTS
+from eventrnn.cli.plot import WHAT
 from eventrnn.cli.terminal import progress
 from eventrnn.data.text import Vocabulary
 from eventrnn.pruning import prune
@@ -390,11 +391,18 @@ def test_plot_draws_the_requested_figure(cli, tmp_path, text):
     model = tmp_path / "m.safetensors"
     sizes = ("--hidden", 12, "--embedding", 4, "--batch", 4, "--window", 16, "--steps", 6)
     _json(cli("train", "--out", model, "--text", text, *sizes, "--json"))
-    for what, source in (("weights", model), ("raster", model), ("operations", model), ("training", f"{model}.run")):
-        picture = tmp_path / f"{what}.png"
-        assert _json(cli("plot", source, what, "--out", picture, "--text", text, "--json")) == {"wrote": str(picture)}
-        assert picture.read_bytes().startswith(b"\x89PNG")
-        assert cli("plot", source, what, "--out", picture, "--text", text)[0] == 2, "nothing is overwritten"
+    for what in WHAT:
+        source = f"{model}.run" if what == "training" else model
+        picture = tmp_path / f"{what}.{'gif' if what == 'animation' else 'png'}"
+        given = ("plot", source, what, "--out", picture, *(("--text", text) if "text" in WHAT[what] else ()))
+        given += ("--steps", 3) if "steps" in WHAT[what] else ()
+        assert _json(cli(*given, "--json")) == {"wrote": str(picture)}
+        assert picture.read_bytes().startswith((b"\x89PNG", b"GIF89a"))
+        code, _, err = cli(*given)
+        assert code == 2 and "use --force" in err, "nothing is overwritten"
+        if "layer" not in WHAT[what]:
+            code, _, err = cli(*given, "--layer", 0, "--force", "--symbols", 5, "--steps", 7)
+            assert code == 2 and f"the figure {what} does not take it; leave it out" in err
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
