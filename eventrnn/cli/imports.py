@@ -1,4 +1,4 @@
-"""The command `import`: networks of files that another library wrote."""
+"""The commands `import` and `export`: networks of files that another library wrote, and files for them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import typer
 
 from eventrnn import io
 from eventrnn._checks import need_choice
-from eventrnn.cli.options import Force, Json, Out, save_model, writable_file
+from eventrnn.cli.options import Force, GivenModel, Json, NamedModel, Out, model_file, save_model, writable_file
 from eventrnn.cli.terminal import show
+from eventrnn.io.export import library_of
 from eventrnn.network import Network
 
 ORIGINS = ("evnn", "keras", "onnx", "torch")
@@ -28,6 +29,8 @@ _ENDINGS = {
     ".safetensors": "torch",
 }
 
+_EXPORTED = ", ".join(ending for endings in io.EXPORTS.values() for ending in endings)
+
 
 def import_command(
     source: Annotated[Path, typer.Argument(help=f"File of another library: {', '.join(_ENDINGS)}.")],
@@ -39,7 +42,14 @@ def import_command(
         str | None, typer.Option(help="Of PyTorch: name of the GRU or LSTM, where the file has several.")
     ] = None,
     readout: Annotated[
-        str | None, typer.Option(help="Of PyTorch and Keras: name of the linear layer to import as the read-out.")
+        str | None,
+        typer.Option(
+            help="Name of the linear layer to import as the read-out: a module, a Dense layer, or a node of ONNX."
+        ),
+    ] = None,
+    embedding: Annotated[
+        str | None,
+        typer.Option(help="Name of the embedding to import: a module, an Embedding layer, or a node Gather of ONNX."),
     ] = None,
     as_egru: Annotated[
         float | None,
@@ -50,7 +60,7 @@ def import_command(
 ) -> None:
     """Import a GRU or an LSTM of PyTorch, Keras or ONNX, or a layer of EvNN, as a model file."""
     writable_file(out, force)
-    network = _imported(source, _origin(source, origin), module, readout)
+    network = _imported(source, _origin(source, origin), module, {"readout": readout, "embedding": embedding})
     if as_egru is not None:
         network = io.as_egru(network, threshold=as_egru)
     save_model(network, out, force)
@@ -62,6 +72,26 @@ def import_command(
         | {"bytes": out.stat().st_size},
         as_json,
     )
+
+
+def export_command(
+    model: GivenModel = None,
+    named: NamedModel = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help=f"File to write: {_EXPORTED}.")] = None,
+    library: Annotated[
+        str | None, typer.Option("--to", help=f"Library of the file: {', '.join(io.EXPORTS)}. [by the ending]")
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model as a file of PyTorch, Keras or ONNX."""
+    if out is None:
+        raise ValueError(f"out: give --out a file to write, with the ending {_EXPORTED}")
+    library_of(out, library)
+    writable_file(out, force)
+    network = io.load(model_file(model, named))
+    found = io.export(network, out, library=library, overwrite=force)
+    show(f"wrote {out}", found | {"bytes": out.stat().st_size}, as_json)
 
 
 def own_model(source: Path) -> Network:
@@ -88,20 +118,21 @@ def _origin(source: Path, origin: str | None) -> str:
     return found
 
 
-def _imported(source: Path, origin: str, module: str | None, readout: str | None) -> Network:
+def _imported(source: Path, origin: str, module: str | None, layers: Mapping[str, str | None]) -> Network:
     """The network of a file of a library. Raises ValueError for options that the library does not have, and as the
     importers do."""
     if module is not None and origin != "torch":
         raise ValueError(f"module: got {module!r} for {source.name}, but only files of PyTorch have named networks")
-    if readout is not None and origin not in ("torch", "keras"):
-        raise ValueError(f"readout: got {readout!r} for {source.name}, but only PyTorch and Keras have named layers")
+    for option, given in layers.items():
+        if given is not None and origin == "evnn":
+            raise ValueError(f"{option}: got {given!r} for {source.name}, but a file of EvNN has one layer")
     try:
         if origin == "torch":
-            return io.from_torch(source, name=module, readout=readout)
+            return io.from_torch(source, name=module, embedding=layers["embedding"], readout=layers["readout"])
         if origin == "keras":
-            return io.from_keras(source, readout=readout)
+            return io.from_keras(source, embedding=layers["embedding"], readout=layers["readout"])
         if origin == "onnx":
-            return io.from_onnx(source)
+            return io.from_onnx(source, embedding=layers["embedding"], readout=layers["readout"])
     except FileNotFoundError:
         raise ValueError(f"source: there is no file {source}") from None
     except ImportError as error:

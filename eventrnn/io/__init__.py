@@ -5,6 +5,9 @@ The names with an underscore are pieces of `save`. Tests and experiments sign fi
 
 from eventrnn.io.evnn import from_evnn as from_evnn
 from eventrnn.io.evnn import to_evnn as to_evnn
+from eventrnn.io.export import EXPORTS as EXPORTS
+from eventrnn.io.export import export as export
+from eventrnn.io.exported import ExportRefused as ExportRefused
 from eventrnn.io.from_jax import from_equinox as from_equinox
 from eventrnn.io.from_jax import from_flax as from_flax
 from eventrnn.io.from_jax import from_haiku as from_haiku
@@ -22,3 +25,6 @@ from eventrnn.io.model_file import save as save
 from eventrnn.io.named import MODELS as MODELS
 from eventrnn.io.named import NamedModel as NamedModel
 from eventrnn.io.named import located_model as located_model
+from eventrnn.io.to_keras import to_keras as to_keras
+from eventrnn.io.to_onnx import to_onnx as to_onnx
+from eventrnn.io.to_torch import to_torch as to_torch

@@ -47,19 +47,23 @@ _NEEDED = {
 }
 
 
-def from_keras(source: Any, *, readout: str | None = None, reset_after: bool | None = None) -> Network:
+def from_keras(
+    source: Any, *, readout: str | None = None, reset_after: bool | None = None, embedding: str | None = None
+) -> Network:
     """A network with the weights of all GRU and LSTM layers of a Keras 3 model, in their order.
 
     Parameters
     ----------
     source      : a `keras.Model`, or the path of a `.keras` or a `.weights.h5` file; files need h5py
     readout     : the name of a `Dense` layer with linear activation above them, or None
+    embedding   : the name of an `Embedding` layer that the first of them reads, or None
     reset_after : of a GRU without biases in a `.weights.h5` file, which does not say where the reset gate acts
 
     The network has the cell "gru" or "lstm" and computes the same function as these layers, apart from rounding. What
-    stands below the first of them is not imported; it makes the inputs. Between them nothing may stand but dropout and
-    noise. A `.weights.h5` file says neither the activations of its layers nor what each reads: they count as a stack,
-    with the activations of `GRU()` and `LSTM()`. `io.as_egru` makes an event network of it, as a start for training.
+    else stands below the first of them is not imported; it makes the inputs. Between them nothing may stand but dropout
+    and noise. A `.weights.h5` file says neither the activations of its layers nor what each reads: they count as a
+    stack, with the activations of `GRU()` and `LSTM()`, and a Dense layer that could stand in it is refused.
+    `io.as_egru` makes an event network of it, as a start for training.
 
     Raises `ImportRefused`, a ValueError, for what cannot be imported, with the remedy; OSError where a file cannot be
     read; ImportError where h5py is missing.
@@ -87,9 +91,10 @@ def from_keras(source: Any, *, readout: str | None = None, reset_after: bool | N
             wiring = {}
     else:
         raise ImportRefused(f"source: got {type(source).__name__}, need a keras.Model or the path of a file of one")
-    cells, dense = [], {}
-    if readout is not None:
-        need_text("readout", readout)
+    cells, dense, tables = [], {}, {}
+    for option, given in (("readout", readout), ("embedding", embedding)):
+        if given is not None:
+            need_text(option, given)
     masks = [name for name, kind, config, _ in layers if kind == "Masking" or config.get("mask_zero")]
     for name, kind, config, arrays in layers:
         if kind == "Bidirectional":
@@ -104,6 +109,8 @@ def from_keras(source: Any, *, readout: str | None = None, reset_after: bool | N
             cells.append(_cell(name, kind, config, arrays))
         elif kind == "Dense":
             dense[name] = (config, arrays)
+        elif kind in ("Embedding", "embedding"):
+            tables[name] = arrays
     if not cells:
         raise ImportRefused(f"source: has no GRU or LSTM layer among {listed([each[0] for each in layers])}")
     if masks:
@@ -112,9 +119,27 @@ def from_keras(source: Any, *, readout: str | None = None, reset_after: bool | N
             "simulate the lengths of the sequences instead"
         )
     top = _top(dense, readout)
+    if embedding is not None and not tables.get(embedding):
+        raise ImportRefused(f"embedding: got {embedding!r}, need one of the Embedding layers, {listed(tables)}")
+    below = None if embedding is None else tables[embedding][0]
     if wiring is not None:
-        _check_stack([name for name, kind, *_ in layers if kind in _KINDS], readout, wiring)
-    return network_of(cells, None, top, origin="Keras")
+        stack = [name for name, kind, *_ in layers if kind in _KINDS]
+        _check_stack([*([] if embedding is None else [embedding]), *stack], readout, wiring)
+    else:
+        _refuse_between(cells, {name: arrays for name, (_, arrays) in dense.items() if name != readout})
+    return network_of(cells, below, top, origin="Keras")
+
+
+def _refuse_between(cells: Sequence[CellArrays], dense: Mapping[str, list[Any]]) -> None:
+    """Raise `ImportRefused` for a Dense layer of a file of weights that may stand between two of the cells: it has
+    their sizes, and the file does not say where it stands."""
+    for below, above in pairwise(cells):
+        for name, arrays in dense.items():
+            if arrays and np.shape(arrays[0]) == (np.shape(below.w_rec)[0], np.shape(above.w_in)[0]):
+                raise ImportRefused(
+                    f"{name}: may stand between {below.where} and {above.where}, which the file does not say; give the "
+                    ".keras file, or name it as the read-out if it is one"
+                )
 
 
 def _path(source: Any) -> Path | None:

@@ -1,4 +1,4 @@
-"""GRUs and LSTMs of PyTorch: a `state_dict`, a module, or a file of one.
+"""GRUs and LSTMs of PyTorch, and `eventrnn.torch.EGRU`: a `state_dict`, a module, or a file of one.
 
 PyTorch packs the rows of a GRU (r, z, n) and those of an LSTM (i, f, g, o). Its z keeps the state, and its reset gate
 acts after the matrix product.
@@ -9,26 +9,41 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from eventrnn._checks import need_text
+from eventrnn._checks import float32_array, need_text
 from eventrnn.cells import Cell
+from eventrnn.io.exported import cells_of
 from eventrnn.io.imported import CellArrays, ImportRefused, listed, network_of, plain
-from eventrnn.network import Network
+from eventrnn.network import Layer, Network
+from eventrnn.weights import CSR
 
 _WEIGHT = re.compile(r"(?P<prefix>.*?)weight_hh(?:_l(?P<layer>\d+))?(?P<reverse>_reverse)?")
 
-# Gate rows of the recurrent weights, in units -> the cell, and the places of its gates.
-_CELLS = {3: (Cell("gru", "after"), (1, 0, 2)), 4: (Cell("lstm"), (0, 1, 2, 3))}
+# The same of `eventrnn.torch.EGRU`.
+_EVENT_WEIGHT = re.compile(r"(?P<prefix>(?:.*\.)?)w_rec_l(?P<layer>\d+)")
+
+#: Cell -> for each gate its place in PyTorch.
+ORDER = {"gru": (1, 0, 2), "lstm": (0, 1, 2, 3)}
+
+# Gate rows of the recurrent weights, in units -> the cell.
+_CELLS = {3: Cell("gru", "after"), 4: Cell("lstm")}
 
 
 def from_torch(
-    source: Any, *, name: str | None = None, embedding: str | None = None, readout: str | None = None
+    source: Any,
+    *,
+    name: str | None = None,
+    embedding: str | None = None,
+    readout: str | None = None,
+    cell: Cell | None = None,
 ) -> Network:
-    """A network with the weights of an `nn.GRU`, `nn.GRUCell`, `nn.LSTM` or `nn.LSTMCell`, of all its layers.
+    """A network with the weights of an `nn.GRU`, `nn.GRUCell`, `nn.LSTM`, `nn.LSTMCell` or `eventrnn.torch.EGRU`, of
+    all its layers.
 
     Parameters
     ----------
@@ -37,6 +52,9 @@ def from_torch(
     name      : the name of the GRU or LSTM in `source` ("rnn" for the weights `rnn.weight_hh_l0`), where it has several
     embedding : the name of an `nn.Embedding` below it, or None
     readout   : the name of an `nn.Linear` above it, or None
+    cell      : of an EGRU whose `source` does not say it, `Cell()` by default: a module says it, and so does a
+                `.safetensors` file that `export` wrote. Of a mapping or another file, thresholds are taken as they are,
+                which those of the rule "sigmoid" are not; give the module
 
     The network has the cell "gru" or "lstm" and computes the same function, apart from rounding. `io.as_egru` makes an
     event network of it, as a start for training. Dropout between layers acts in training only and is not imported.
@@ -46,12 +64,14 @@ def from_torch(
     """
     state = _state(source)
     _refuse_packed(state)
+    if cell is not None and (not isinstance(cell, Cell) or not cell.thresholded):
+        raise ImportRefused(f"cell: got {cell!r}, need a Cell with thresholds, or None; a GRU is known by its weights")
     found: dict[str, dict[int, str]] = {}
     for key in state:
-        match = _WEIGHT.fullmatch(key)
+        match = _WEIGHT.fullmatch(key) or _EVENT_WEIGHT.fullmatch(key)
         if match is None:
             continue
-        if match["reverse"]:
+        if match.groupdict().get("reverse"):
             raise ImportRefused(
                 f"{key}: of a bidirectional network, whose second half reads a sequence from its end, which a stream "
                 "does not have; give a network of one direction"
@@ -67,11 +87,16 @@ def from_torch(
         raise ImportRefused(
             f"source: has the layers {listed(sorted(map(str, keys)))} of {prefix or 'its network'}, need all from 0"
         )
-    cells = [_cell(state, keys[k]) for k in range(len(keys))]
+    if _EVENT_WEIGHT.fullmatch(keys[0]):
+        layers = _event_layers(source, state, prefix, len(keys), cell)
+    elif cell is not None:
+        raise ImportRefused(f"cell: got {cell!r}, but {keys[0]} is of a GRU or an LSTM, which is known by its weights")
+    else:
+        layers = [_cell(state, keys[k]).layer() for k in range(len(keys))]
     top = None if readout is None else (_weight(state, readout).T, state.get(f"{need_text('readout', readout)}.bias"))
     below = None if embedding is None else _weight(state, embedding)
     return network_of(
-        cells, below, None if top is None else (top[0], None if top[1] is None else plain(top[1])), origin="PyTorch"
+        layers, below, None if top is None else (top[0], None if top[1] is None else plain(top[1])), origin="PyTorch"
     )
 
 
@@ -163,8 +188,55 @@ def _cell(state: Mapping[str, Any], key: str) -> CellArrays:
     if rows not in _CELLS:
         kind = "a plain recurrent network (nn.RNN), which has no gates" if rows == 1 else f"weights of shape {shape}"
         raise ImportRefused(f"{key}: {kind}; need a GRU (3 N, N) or an LSTM (4 N, N)")
-    cell, order = _CELLS[int(rows)]
-    return CellArrays(key, cell, order, np.asarray(w_in).T, np.asarray(w_rec).T, bias_in, bias_rec)
+    cell = _CELLS[int(rows)]
+    return CellArrays(key, cell, ORDER[cell.name], np.asarray(w_in).T, np.asarray(w_rec).T, bias_in, bias_rec)
+
+
+def _event_layers(source: Any, state: Mapping[str, Any], prefix: str, count: int, cell: Cell | None) -> list[Layer]:
+    """The layers of an `eventrnn.torch.EGRU` in a module, a mapping or a file."""
+    if hasattr(source, "get_submodule"):
+        # The module knows its cells and the rule of its thresholds.
+        module = source.get_submodule(prefix.rstrip("."))
+        if hasattr(module, "to_network"):
+            if cell is not None:
+                raise ImportRefused(f"cell: got {cell!r}, but the module knows its cells; leave it out")
+            return list(module.to_network().layers)
+    known = None
+    if isinstance(source, str | os.PathLike) and Path(source).suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(Path(source), "np") as file:
+            metadata = file.metadata() or {}
+        try:
+            known = cells_of(metadata)
+        except ValueError as error:
+            raise ImportRefused(f"{Path(source).name}: {error}") from None
+    if known is not None and len(known) != count:
+        raise ImportRefused(f"source: says the cells of {len(known)} layers, but has the weights of {count}")
+    if known is not None and cell is not None and any(each != cell for each in known):
+        raise ImportRefused(f"cell: got {cell!r}, but the file was written of {known[0]!r}")
+    return [_event_layer(state, prefix, k, known[k] if known else cell or Cell()) for k in range(count)]
+
+
+def _event_layer(state: Mapping[str, Any], prefix: str, k: int, cell: Cell) -> Layer:
+    """A layer of `eventrnn.torch.EGRU`, whose gates are in our order. Pruned weights are not stored."""
+
+    def named(what: str, *, optional: bool = False) -> Any:
+        key = f"{prefix}{what}_l{k}"
+        if key not in state and not optional:
+            raise ImportRefused(f"{prefix}w_rec_l{k}: has no {key} beside it, as an EGRU has")
+        return plain(state[key]) if key in state else None
+
+    biases = (named("bias_in", optional=True), named("bias_rec", optional=True))
+    where = f"{prefix}w_rec_l{k}"
+    layer = CellArrays(where, cell, tuple(range(cell.gates)), named("w_in"), named("w_rec"), *biases).layer()
+    try:
+        threshold = np.array(float32_array(f"{prefix}threshold_l{k}", named("threshold"), "(N,)", ndim=1))
+        kept = {name: named(f"kept_{name}", optional=True) for name in ("w_in", "w_rec")}
+        matrices = {name: CSR.from_weights(getattr(layer, name)) for name, mask in kept.items() if mask is not None}
+        return replace(layer, threshold=threshold, **matrices)
+    except (ValueError, TypeError) as error:
+        raise ImportRefused(f"{where}: {error}") from None
 
 
 def _weight(state: Mapping[str, Any], name: str) -> np.ndarray:

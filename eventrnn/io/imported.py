@@ -91,15 +91,15 @@ _WORDS = {
 
 
 def network_of(
-    cells: Sequence[CellArrays], embedding: Any = None, readout: tuple[Any, Any] | None = None, *, origin: str
+    cells: Sequence[CellArrays | Layer], embedding: Any = None, readout: tuple[Any, Any] | None = None, *, origin: str
 ) -> Network:
-    """The network of several cells, from input to output.
+    """The network of several cells, or of the layers made of them, from input to output.
 
     embedding : (V, E) numbers, or None
     readout   : weights (N, V) and biases (V,) or None, or None for no read-out
     origin    : the library and version, for the network's metadata
     """
-    layers = tuple(cell.layer() for cell in cells)
+    layers = tuple(cell if isinstance(cell, Layer) else cell.layer() for cell in cells)
     top = None
     try:
         if readout is not None:

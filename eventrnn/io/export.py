@@ -1,0 +1,75 @@
+"""Files of other libraries, from networks: the ending of a name says which."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import safetensors.numpy
+
+from eventrnn._checks import need_choice
+from eventrnn._files import write_whole
+from eventrnn.io.exported import described
+from eventrnn.io.to_keras import keras_file, to_keras
+from eventrnn.io.to_onnx import to_onnx
+from eventrnn.io.to_torch import to_torch
+from eventrnn.network import Network
+
+#: library -> the endings of its files
+EXPORTS = {"torch": (".safetensors", ".pt", ".pth"), "keras": (".weights.h5",), "onnx": (".onnx",)}
+
+
+def export(
+    network: Network, path: str | os.PathLike, *, library: str | None = None, overwrite: bool = False
+) -> dict[str, str]:
+    """Write a network as a file of another library: PyTorch, Keras or ONNX.
+
+    path      : `.safetensors` (see `to_torch`; the cell of an EGRU is in its metadata), `.pt` or `.pth` (the same, as
+                `torch.save` writes it; needs torch), `.weights.h5` (see `to_keras`; needs h5py), or `.onnx` (see
+                `to_onnx`; needs onnx)
+    library   : "torch", "keras" or "onnx", which the ending must be one of; None for the library of the ending
+    overwrite : replace an existing file
+
+    Returns the library and the names of what was written, in words. Raises `ExportRefused`, a ValueError, for a network
+    that the format cannot hold; ValueError for another ending; FileExistsError; ImportError for a missing package.
+    """
+    target = Path(path)
+    found = library_of(target, library)
+    raw, words = _content(network, target, found)
+    write_whole(target, raw, overwrite=overwrite)
+    return {"library": found, "holds": words}
+
+
+def library_of(path: Path, library: str | None = None) -> str:
+    """The library that a name says. Raises ValueError where it says none, or another than `library`."""
+    endings = ", ".join(ending for each in EXPORTS.values() for ending in each)
+    found = next((name for name, own in EXPORTS.items() if path.name.lower().endswith(own)), None)
+    if library is not None:
+        need_choice("library", library, EXPORTS)
+        if found != library:
+            raise ValueError(f"path: got {path.name}, need a name that ends in {', '.join(EXPORTS[library])}")
+    if found is None:
+        raise ValueError(f"path: got {path.name}, need a name that ends in {endings}")
+    return found
+
+
+def _content(network: Network, path: Path, library: str) -> tuple[bytes, str]:
+    """The bytes of a file, and the names of what it holds."""
+    if library == "keras":
+        return keras_file(network), "layers " + ", ".join(to_keras(network))
+    if library == "onnx":
+        model = to_onnx(network)
+        return model.SerializeToString(), "inputs " + ", ".join(each.name for each in model.graph.input)
+    arrays = to_torch(network)
+    words = "parameters " + ", ".join(arrays)
+    cell = network.layers[0].cell
+    if path.suffix.lower() == ".safetensors":
+        return safetensors.numpy.save(arrays, described(network) if cell.thresholded else None), words
+    try:
+        import torch
+    except ImportError:
+        raise ImportError(f"{path.name}: needs torch to write it; a .safetensors file needs it not") from None
+    raw = io.BytesIO()
+    torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, raw)
+    return raw.getvalue(), words
