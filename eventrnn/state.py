@@ -245,11 +245,8 @@ class Inputs:
             entries = slice(indptr[0], indptr[-1])
             shape = self.steps, self.batch, self.size
             return Events(indptr - indptr[0], table.indices[entries].copy(), table.values[entries].copy(), shape)
-        rows = self.rows
-        lengths = np.diff(table.indptr)[rows]
+        entries, lengths = _entries_of(table, self.rows)
         indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        within = np.arange(indptr[-1]) - np.repeat(indptr[:-1], lengths)
-        entries = np.repeat(table.indptr[rows], lengths) + within
         events = Events(indptr, table.indices[entries], table.values[entries], (self.steps, self.batch, self.size))
         return events if self.lengths is None else events.until(self.lengths - self.first_step)
 
@@ -285,18 +282,31 @@ class Inputs:
         return np.bincount(rows, minlength=size)
 
     def fire_counts(self) -> FireCounts:
-        """How often each input unit was not zero. O(numbers) for DENSE, else O(table + rows)."""
+        """How often each input unit was not zero. O(numbers) for DENSE, else O(rows of the table + events read)."""
         if self.kind is InputKind.DENSE:
             return FireCounts.of(self.values)
         table = self.event_table
         if self.kind is InputKind.EVENTS and self.samples is None:
             first, last = (table.indptr[t * self.batch] for t in (self.first_step, self.first_step + self.steps))
             return FireCounts.of_events(table.indices[first:last], table.values[first:last], self.size)
-        uses = np.repeat(self.row_uses(), np.diff(table.indptr))
-        counts, graded = FireCounts.zeros(self.size), table.graded
-        np.add.at(counts.graded, table.indices[graded], uses[graded])
-        np.add.at(counts.binary, table.indices[~graded], uses[~graded])
-        return counts
+        # A short run reads few rows of a large embedding.
+        row_uses = self.row_uses()
+        read = np.flatnonzero(row_uses)
+        entries, lengths = _entries_of(table, read)
+        units, uses = table.indices[entries], np.repeat(row_uses[read], lengths)
+        unit = np.abs(table.values[entries]) == 1
+        # The weights of `bincount` are float64, which has every whole number up to 2^53.
+        total = np.bincount(units, uses, self.size).astype(np.int64)
+        binary = np.bincount(units[unit], uses[unit], self.size).astype(np.int64)
+        return FireCounts(total - binary, binary)
+
+
+def _entries_of(table: Events, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The positions of the events of some rows of a table, one row after the other, and the events per row."""
+    lengths = np.diff(table.indptr)[rows]
+    ends = np.cumsum(lengths)
+    # Within a row, positions go up by 1 from its first one.
+    return np.arange(lengths.sum()) + np.repeat(table.indptr[rows] - ends + lengths, lengths), lengths
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from eventrnn.training.tasks import check_symbols
 STREAMS, FEWEST_SYMBOLS = 64, 512
 
 # Scores of the teacher that are in memory at a time.
-SCORES = 1 << 24
+SCORES = 1 << 26
 
 
 def soft_targets(
@@ -53,7 +53,7 @@ def soft_targets(
     symbol that is not in the text.
 
     Raises ValueError for symbols that the teacher cannot read and for arguments outside their ranges. Cost: one run of
-    the teacher; memory 8 n top_k bytes, and 64 MB of scores.
+    the teacher; memory 8 n top_k bytes, and 256 MB of scores.
     """
     symbols = check_symbols(teacher, symbols)
     assert teacher.readout is not None
