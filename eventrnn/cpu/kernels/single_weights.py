@@ -44,7 +44,8 @@ from eventrnn.cpu.kernels.simd import (
 )
 from eventrnn.cpu.tables import ROW_TILE
 
-# Weights that are loaded side by side where there are no scatters: more of them do not fit the registers.
+# Weights that are added side by side where there are no gathers and scatters: those of a register of 128 bits, whose
+# single lanes can be loaded and stored.
 GROUP = 4
 
 
@@ -55,12 +56,13 @@ def _index_at(context, builder, kind, index, i0, first):
 
 
 def _group(builder, index_at, weight_at, k, count, scale):
-    """`count` indices (as int64) and weights (as float32) from number k on."""
-    at = [builder.gep(index_at, [builder.add(k, I64(i))]) for i in range(count)]
+    """`count` indices (a list of int64) and weights (a vector of float32) from number k on."""
+    # One load for all indices: the loop takes as long as its loads and stores.
+    word = ir.IntType(16 * count)
+    packed = builder.load(builder.bitcast(builder.gep(index_at, [k]), word.as_pointer()), align=2)
+    indices = [builder.trunc(builder.lshr(packed, word(16 * i)), I16) for i in range(count)]
     weights = load_weights(builder, builder.gep(weight_at, [k]), count, scale)
-    return [builder.zext(builder.load(each), I64) for each in at], [
-        builder.extract_element(weights, I32(i)) for i in range(count)
-    ]
+    return [builder.zext(index, I64) for index in indices], weights
 
 
 def _in_groups(builder, count, turn, group):
@@ -86,9 +88,12 @@ def add_scattered_portable(typingctx, drive, at, index, i0, first, count, ahead,
         def group(k, count):
             targets, terms = _group(builder, index_at, weight_at, k, count, splat(builder, args[8], count))
             drives = [builder.gep(out, [target]) for target in targets]
-            before = [builder.load(each) for each in drives]
-            for each, w, b in zip(drives, terms, before, strict=True):
-                builder.store(call(builder, "llvm.fma.f32", FLOAT, [w, args[7], b]), each)
+            before = ir.Constant(terms.type, ir.Undefined)
+            for i, each in enumerate(drives):
+                before = builder.insert_element(before, builder.load(each), I32(i))
+            after = fma_vector(builder, terms, splat(builder, args[7], count), before)
+            for i, each in enumerate(drives):
+                builder.store(builder.extract_element(after, I32(i)), each)
 
         def turn(k):
             emit_prefetch(builder, builder.gep(weight_ahead, [k]))
@@ -162,7 +167,8 @@ def expand(typingctx, panel, index, i0, first, count, scales, s0, weights, start
             # The scales differ, so that the codes are decoded first.
             one = ir.Constant(ir.VectorType(FLOAT, count), [1.0] * count)
             targets, terms = _group(builder, index_at, weight_at, k, count, one)
-            for target, term in zip(targets, terms, strict=True):
+            for i, target in enumerate(targets):
+                term = builder.extract_element(terms, I32(i))
                 if kinds[7].dtype == types.int8:
                     unit = builder.udiv(target, I64(ROW_TILE))
                     term = builder.fmul(term, builder.load(builder.gep(scale_at, [unit])))
