@@ -49,7 +49,7 @@ from eventrnn.training import (
     Trainer,
 )
 from support import fake_training
-from support.cuda_runs import SYMBOLS, cuda_settings, symbol_text
+from support.cuda_runs import SYMBOLS, cuda_settings, symbol_text, updated
 from support.texts import TEXT
 from support.tolerance import soft_target_error
 from support.training_specification import Specification, read
@@ -160,7 +160,7 @@ def test_an_update_agrees_with_the_specification(gpu, case, step):
         engine.state = state
         for name, array in before.items():
             trainer.model.parameters[name][...] = array
-        result, found = _update(engine, batch, step)
+        result, found = updated(engine, batch, step)
         assert not result.fault
         check = Specification(engine, before, batch.inputs, task.d_output, state, noise)
         check.check_forward()
@@ -232,7 +232,7 @@ def test_update_rules_have_the_bits_of_the_cpu(gpu, kind):
             # The third validation is the first that is worse than an earlier one.
             assert [each.validated(loss, parameters) for loss in (1.0, 2.0, 3.0)] == [False, False, True]
     for step in range(3):
-        _, gradients = _update(trainer.engine, task.batch(4 * step, 0, 3, 4), step)
+        _, gradients = updated(trainer.engine, task.batch(4 * step, 0, 3, 4), step)
         rule.step(host.parameters, gradients, 0.01)
         host.apply_masks()
         with trainer.engine.reading():
@@ -247,7 +247,7 @@ def test_clipping_scales_all_gradients_together(gpu):
     found = []
     for limits in ({"clip": 1e9}, {"clip": 0.01}, {"clip": 1e9, "clip_layers": 1e-4}):
         trainer = Trainer(_network(), LanguageModelling(symbol_text()), cuda_settings(**limits))
-        found.append(_update(trainer.engine, trainer.task.batch(0, 0, 3, 4), 0))
+        found.append(updated(trainer.engine, trainer.task.batch(0, 0, 3, 4), 0))
     free, together, layers = found
     factor = np.float32(0.01 / free[0].norm)
     assert together[0].norm == free[0].norm and together[0].norms == free[0].norms
@@ -507,6 +507,12 @@ def test_too_little_memory_is_refused_with_the_bytes(monkeypatch):
 
 KERNELS = {
     "narrow": lambda m: m.threads.narrow_kernel("bfloat16"),
+    "choose": lambda m: m.gated_blocks.choose_kernel("bfloat16"),
+    "combine": lambda m: m.gated_blocks.combine_kernel(),
+    "spread gates": lambda m: m.gated_blocks.spread_kernel("bfloat16"),
+    "logit_gradients": lambda m: m.gated_blocks.logit_gradients_kernel("float32"),
+    "count_choices": lambda m: m.gated_blocks.count_choices_kernel(),
+    "count_products": lambda m: m.gated_blocks.count_products_kernel("tf32", SURROGATES["triangle"], 0.7, 1.0),
     "draw": lambda m: m.noise.draw_kernel(),
     "drop_weights": lambda m: m.noise.drop_weights_kernel("bfloat16"),
     "forward": lambda m: m.cell_steps.forward_kernel("bfloat16"),
@@ -552,20 +558,6 @@ def test_kernels_compile(name):
         importlib.import_module(f"{kernels.__name__}.{module.name}")
     ptx = device.compile_ptx(*KERNELS[name](kernels), (9, 0), 256)
     assert ".entry" in ptx and ".local" not in ptx, "arrays in local memory are slow"
-
-
-def _update(engine, batch: Batch, step: int, rate: float = 0.01):
-    """One update: its figures, and the gradients."""
-    found: dict[str, np.ndarray] = {}
-
-    def after_step(parameters, gradients) -> None:
-        found.update({name: array.copy() for name, array in gradients.items()})
-
-    def commit(change):
-        return change()
-
-    result = engine.update(batch, start="state", step=step, rate=rate, after_step=after_step, commit=commit)
-    return result, found
 
 
 def _of_cells(cells, units, rng, **shape) -> Network:

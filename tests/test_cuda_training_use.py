@@ -27,6 +27,7 @@ from eventrnn.training import (
 from eventrnn.training.regularisers import RATES, STRENGTHS
 from support import fake_training
 from support.cuda_runs import SYMBOLS, cuda_settings, symbol_text
+from support.gated import gate_matrices
 
 
 @pytest.fixture(params=["fake", pytest.param("gpu", marks=pytest.mark.gpu)])
@@ -154,7 +155,7 @@ def test_a_window_for_which_memory_is_missing_changes_nothing(monkeypatch):
         assert np.array_equal(short.arrays()[name], array), name
 
 
-@pytest.mark.parametrize("kind", ["text", "events", "sequences"])
+@pytest.mark.parametrize("kind", ["text", "events", "sequences", "gated"])
 def test_the_memory_that_is_stated_holds_updates_and_validations(gpu, kind):
     """Of a run with masks, too: arrays, not what CUDA itself takes for programs."""
     from eventrnn.cuda.cublas import WORKSPACE_BYTES
@@ -164,8 +165,10 @@ def test_the_memory_that_is_stated_holds_updates_and_validations(gpu, kind):
     if kind == "sequences":
         task = Classification(text.reshape(30, 5), text[:30], valid=(text[:28].reshape(4, 7), text[:4]))
     else:
-        task = LanguageModelling(text, text[:41], valid_batch=2, carry="state" if kind == "text" else "events")
-    network = prune(_network(), 0.5, names=("layers.0.w_in", "readout"))
+        task = LanguageModelling(text, text[:41], valid_batch=2, carry="events" if kind == "events" else "state")
+    network = _network() if kind == "gated" else prune(_network(), 0.5, names=("layers.0.w_in", "readout"))
+    if kind == "gated":
+        network = gate_matrices(network, rank=2, block=(2, 2))
     trainer = Trainer(network, task, cuda_settings())
     engine = trainer.engine
     assert f"{engine.nbytes:,} bytes for the run" in engine.memory_use
@@ -175,7 +178,9 @@ def test_the_memory_that_is_stated_holds_updates_and_validations(gpu, kind):
     there = engine.parameters
     named = [*engine.memory.arrays.values(), *evaluator.memory.arrays.values(), *there.masks.values()]
     named += [there.values, there.gradients, there.operands, there.chunks, there.squares, *there.states.values()]
-    small = [there.scales, there.numbers, there.results, there.segments, *there.kept.values()]
+    named += [there.kept[name] for name in there.gated]
+    small = [there.scales, there.numbers, there.results, there.segments]
+    small += [array for name, array in there.kept.items() if name not in there.gated]
     held = sum(array.nbytes for array in named)
     workspaces = WORKSPACE_BYTES * (len(network.layers) + 2)
     assert held <= engine.nbytes - SMALL_ARRAYS - workspaces <= 1.01 * held
@@ -357,7 +362,7 @@ OTHERS = {
     "schedule.final": "factor at the end of the run, computed by the trainer",
     "schedule.every": "of the schedule step, computed by the trainer",
     "schedule.factor": "of the schedule step, computed by the trainer",
-    "gates": "of gated blocks, which are refused: test_settings_that_a_run_would_ignore_are_refused",
+    "gates": "of gated blocks: test_no_option_of_gates_is_ignored",
     "regularisers.gate_balance": "of gated blocks, as the option gates",
 }
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -35,8 +34,9 @@ from eventrnn.training.bptt import gated_products
 from eventrnn.training.bptt.gated_products import GatedMatrix, GatedProduct
 from eventrnn.training.checkpoint import CheckpointError
 from eventrnn.training.recipes.recipe import load_recipe, train
-from eventrnn.weights import GATE_RULES, Dense, GatedBlocks, NotAMatrix
+from eventrnn.weights import GATE_RULES, Dense, GatedBlocks
 from support import tolerance
+from support.gated import gate_matrices, specified
 from support.planting import plant
 
 SYMBOLS, STEPS = 6, 8
@@ -44,25 +44,9 @@ SYMBOLS, STEPS = 6, 8
 BLOCK = (4, 8)
 
 
-def gated(network: Network, *, rule="linear", rank=None, density=0.5, block=BLOCK, seed=5) -> Network:
-    """The network with a gate in front of every matrix, and biases of the gates that differ."""
-    rng, made = np.random.default_rng(seed), {}
-    with warnings.catch_warnings():
-        # Matrices this small cost more with a gate.
-        warnings.simplefilter("ignore", UserWarning)
-        for name, weights in network.matrices().items():
-            side = (block[0], min(block[1], weights.shape[1]))
-            blocks = GatedBlocks.from_weights(
-                2 * weights.to_dense(), block=side, density=density, rank=rank, rng=rng, gate_rule=rule
-            )
-            bias = rng.uniform(0.5, 1.5, blocks.n_blocks).astype(np.float32)
-            made[name] = replace(blocks, gate_bias=bias)
-    return network.with_matrices(made)
-
-
 def network_of(units=(9, 8), inputs=5, outputs=3, **options) -> Network:
     network = Network.random(list(units), inputs=inputs, readout=outputs, rng=np.random.default_rng(3), threshold=0.05)
-    return gated(network, **options)
+    return gate_matrices(network, **({"block": BLOCK} | options))
 
 
 def numbers(*shape: int, seed: int = 1) -> np.ndarray:
@@ -106,25 +90,6 @@ def test_a_fault_of_the_backward_pass_is_found(method, right, wrong, monkeypatch
     plant(monkeypatch, GatedProduct, method, {right: wrong})
     checked = check_gradients(network, batch=2, window=3, directions=1)
     assert [row.what for row in checked.rows if not row.ok and "engine" in row.what]
-
-
-def specified(network: Network, tape, d_output: np.ndarray, straight_through: bool, kind: type) -> dict:
-    """Gradients of the read-out and of all layers by the specification, on the events of a tape."""
-    readout = reference.weight_arrays("readout", network.readout.weights, kind)
-    top = tape.top.reshape(-1, tape.top.shape[2]).astype(kind)
-    flat = d_output.reshape(-1, d_output.shape[2]).astype(kind)
-    d_top, found = reference.propagate_back(readout, top, flat, straight_through=straight_through)
-    gradients, d_y = {f"readout{end}": each for end, each in found.items()}, d_top.reshape(tape.top.shape)
-    for k in reversed(range(len(network.layers))):
-        layer, parameters = tape.layers[k], reference.layer_parameters(network.layers[k], kind)
-        x, start = layer.x.astype(kind), [array[0].astype(kind) for array in (layer.c, layer.y)]
-        tapes = reference.forward(network.layers[k].cell, parameters, x, *start)
-        each = reference.backward(
-            *(network.layers[k].cell, parameters, x, tapes, d_y, np.zeros_like(d_y)), straight_through=straight_through
-        )
-        d_y = each.pop("x")
-        gradients |= {f"layers.{k}.{name}": array for name, array in each.items() if name not in ("c", "y")}
-    return gradients | {"inputs": d_y}
 
 
 @pytest.mark.parametrize("together", [True, False])
@@ -402,7 +367,7 @@ def word_network(**options) -> Network:
     network = Network.random(
         [9], symbols=SYMBOLS, embedding=8, readout=SYMBOLS, rng=np.random.default_rng(3), threshold=0.05
     )
-    return gated(network, **options)
+    return gate_matrices(network, **({"block": BLOCK} | options))
 
 
 def trainer_of(network: Network | None = None, **changes) -> Trainer:
@@ -547,8 +512,6 @@ def test_settings_that_a_run_would_ignore_are_refused():
     long = Settings(**options, gates=GateSettings(False, 1.0, 4))
     with pytest.raises(ValueError, match="anneal_steps: got 4, but training has 4 updates"):
         Trainer(word_network(), TEXT, long)
-    with pytest.raises(NotAMatrix, match=r"layers\.0\.w_in: training with backend 'cuda' cannot take gated blocks"):
-        Trainer(word_network(), TEXT, Settings(**options, backend="cuda"))
     model, tape, _ = window(network_of())
     with pytest.raises(ValueError, match=r"d_logits: got layers\.7\.w_in, which has no gated blocks; have layers\.0"):
         model.backward(tape, numbers(5, 3, 3), d_logits={"layers.7.w_in": numbers(5, 3, 8)})

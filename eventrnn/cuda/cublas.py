@@ -72,24 +72,34 @@ class Cublas:
         a: Any,
         b: Any,
         out: Any,
-        rows: int,
-        width: int,
-        columns: int,
+        shape: tuple[int, int, int],
         *,
         multiprocessors: int = 0,
+        count: int = 1,
+        accumulate: bool = False,
     ) -> None:
-        """out (rows, columns) float32 = a (rows, width) @ b (width, columns).
+        """out (rows, columns) float32 = a (rows, width) @ b (width, columns), of `shape` (rows, width, columns).
 
-        a, b, out       : `training.lanes.Factor`: address, pitch, and whether the array is stored transposed
+        a, b, out       : `training.lanes.Factor`: address, pitch, whether the array is stored transposed, and the
+                          distance of the matrices of several products
         multiprocessors : how many the kernel should be chosen for, because others run beside it; 0 for all
+        count           : number of products
+        accumulate      : add to `out`
         """
+        rows, width, columns = shape
         if multiprocessors != self.multiprocessors:
             self._call("cublasSetSmCountTarget", self.handle, ctypes.c_int(multiprocessors))
             self.multiprocessors = multiprocessors
-        kind, pointer = TYPES[precision], ctypes.c_void_p
+        kind, pointer, several = TYPES[precision], ctypes.c_void_p, count > 1
+
+        def array(factor: Any, kind: int) -> tuple:
+            """The arguments of an array; the distance of matrices is one of 64 bits."""
+            own = pointer(factor.at), kind, factor.pitch
+            return (*own, ctypes.c_longlong(factor.apart)) if several else own
+
         # cuBLAS counts columns first, so that every array is seen transposed and the factors change places.
         self._call(
-            "cublasGemmEx",
+            "cublasGemmStridedBatchedEx" if several else "cublasGemmEx",
             self.handle,
             TRANSPOSED if b.transposed else NOT_TRANSPOSED,
             TRANSPOSED if a.transposed else NOT_TRANSPOSED,
@@ -97,16 +107,11 @@ class Cublas:
             rows,
             width,
             ctypes.byref(self.one),
-            pointer(b.at),
-            kind,
-            b.pitch,
-            pointer(a.at),
-            kind,
-            a.pitch,
-            ctypes.byref(self.zero),
-            pointer(out.at),
-            TYPES["float32"],
-            out.pitch,
+            *array(b, kind),
+            *array(a, kind),
+            ctypes.byref(self.one if accumulate else self.zero),
+            *array(out, TYPES["float32"]),
+            *((count,) if several else ()),
             SUMS[precision],
             DEFAULT,
         )

@@ -21,7 +21,6 @@ from eventrnn.training.bptt.model import Model
 from eventrnn.training.settings import Settings
 from eventrnn.training.tasks import LanguageModelling, Task
 from eventrnn.training.transaction import Transaction, backup_generator, backup_pruning
-from eventrnn.weights.gated import need_matrices
 
 # Names in `Trainer.numbers`.
 NUMBERS = ("steps", "epoch", "position", "generator", "optimiser", "best_value", "worse", "largest", "operations")
@@ -93,7 +92,7 @@ class Trainer:
 
     Raises ValueError for a task that does not fit the network or the model, for a batch larger than the data, for a
     pruning method that does not end within the run, and, for a network with GRU or LSTM cells, for settings of
-    thresholds. Raises `NotAMatrix`, a TypeError, for gated blocks and another backend than "cpu".
+    thresholds.
     """
 
     def __init__(
@@ -116,9 +115,6 @@ class Trainer:
         self.settings, self.pruning = settings, pruning
         if self.task.length(settings.batch) < 1:
             raise ValueError(f"batch: got {settings.batch}, more than the data has")
-        if settings.backend != "cpu":
-            matrices = network.matrices() if model is None else model.template.matrices()
-            need_matrices(matrices, f"training with backend {settings.backend!r}")
         if settings.backend != "cpu" and type(model) not in (Model, type(None)):
             kind = type(model).__name__
             raise ValueError(f"backend: got {settings.backend!r}, but a {kind} trains on the cpu only; use 'cpu'")

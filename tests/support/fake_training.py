@@ -36,14 +36,18 @@ class Cublas:
     def __init__(self, device, queue=None):
         self.device = device
 
-    def multiply(self, precision, a, b, out, rows, width, columns, *, multiprocessors=0) -> None:
-        enqueued(_multiply)(precision, a, b, out, rows, width, columns)
+    def multiply(self, precision, a, b, out, shape, *, multiprocessors=0, count=1, accumulate=False) -> None:
+        enqueued(_multiply)(precision, a, b, out, *shape, count, accumulate)
 
 
 @np.errstate(all="ignore")
-def _multiply(precision, a, b, out, rows, width, columns) -> None:
-    product = _matrix(a, rows, width, precision) @ _matrix(b, width, columns, precision)
-    _stored(out, rows, columns, "float32")[...] = product
+def _multiply(precision, a, b, out, rows, width, columns, count, accumulate) -> None:
+    size = 2 if precision == "bfloat16" else 4
+    for k in range(count):
+        left, right = (each._replace(at=each.at + size * k * each.apart) for each in (a, b))
+        target = _stored(out._replace(at=out.at + 4 * k * out.apart), rows, columns, "float32")
+        product = _matrix(left, rows, width, precision) @ _matrix(right, width, columns, precision)
+        target[...] = target + product if accumulate else product
 
 
 def _matrix(factor, rows: int, columns: int, precision: str) -> np.ndarray:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 
+from eventrnn import reference
 from eventrnn.cells import Cell
 from eventrnn.network import Network
 from eventrnn.simulation import RECORDABLE
@@ -35,3 +37,40 @@ def check_gated(backend: str, cells: list[Cell], formats: tuple[str, ...], data,
     with unmodified(case):
         got = case.simulator(backend, threads=threads).run(case.inputs, record=record)
     assert_same(expected, got, record)
+
+
+def gate_matrices(network: Network, *, rule="linear", rank=None, density=0.5, block=(3, 4), seed=5) -> Network:
+    """The network with a gate in front of every matrix that can have one, and biases of the gates that differ."""
+    rng, made = np.random.default_rng(seed), {}
+    with warnings.catch_warnings():
+        # Matrices this small cost more with a gate.
+        warnings.simplefilter("ignore", UserWarning)
+        for name, weights in network.matrices().items():
+            if name.role == "w_rec" and network.layers[name.layer].cell.reset_first:
+                continue
+            side = min(block[0], weights.shape[0]), min(block[1], weights.shape[1])
+            blocks = GatedBlocks.from_weights(
+                2 * weights.to_dense(), block=side, density=density, rank=rank, rng=rng, gate_rule=rule
+            )
+            bias = rng.uniform(0.5, 1.5, blocks.n_blocks).astype(np.float32)
+            made[name] = replace(blocks, gate_bias=bias)
+    return network.with_matrices(made)
+
+
+def specified(network: Network, tape, d_output: np.ndarray, straight_through: bool, kind: type) -> dict:
+    """Gradients of the read-out and of all layers by the specification, on the events of a tape."""
+    readout = reference.weight_arrays("readout", network.readout.weights, kind)
+    top = tape.top.reshape(-1, tape.top.shape[2]).astype(kind)
+    flat = d_output.reshape(-1, d_output.shape[2]).astype(kind)
+    d_top, found = reference.propagate_back(readout, top, flat, straight_through=straight_through)
+    gradients, d_y = {f"readout{end}": each for end, each in found.items()}, d_top.reshape(tape.top.shape)
+    for k in reversed(range(len(network.layers))):
+        layer, parameters = tape.layers[k], reference.layer_parameters(network.layers[k], kind)
+        x, start = layer.x.astype(kind), [array[0].astype(kind) for array in (layer.c, layer.y)]
+        tapes = reference.forward(network.layers[k].cell, parameters, x, *start)
+        each = reference.backward(
+            *(network.layers[k].cell, parameters, x, tapes, d_y, np.zeros_like(d_y)), straight_through=straight_through
+        )
+        d_y = each.pop("x")
+        gradients |= {f"layers.{k}.{name}": array for name, array in each.items() if name not in ("c", "y")}
+    return gradients | {"inputs": d_y}

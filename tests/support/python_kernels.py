@@ -46,6 +46,10 @@ def _add(address, value):
     longs(address, 1)[0] += value
 
 
+def _bits(number) -> np.int32:
+    return np.float32(number).view(np.int32)
+
+
 def _high(a, b) -> np.int64:
     product = (int(a) % (1 << 64)) * (int(b) % (1 << 64))
     return np.uint64(product >> 64).astype(np.int64)
@@ -67,7 +71,7 @@ def in_python(function, grid: tuple[int, int]):
         syncthreads=lambda: None,
         shared=SimpleNamespace(array=lambda size, kind: np.zeros(size)),
     )
-    functions = SimpleNamespace(log=np.log, sqrt=np.sqrt, fsqrt_rn=np.sqrt, umul64hi=_high)
+    functions = SimpleNamespace(log=np.log, sqrt=np.sqrt, fsqrt_rn=np.sqrt, umul64hi=_high, float_as_int=_bits)
     fakes = {id(getattr(ptx, name)): lambda at, kind=kind: Pointed(at, kind) for name, kind in KINDS.items()}
     fakes |= {id(ptx.max_relaxed): _raise_to, id(ptx.add_relaxed): _add, id(ptx.cuda): there}
     fakes[id(ptx.fma)] = lambda a, b, c: np.float32(np.float64(a) * np.float64(b) + np.float64(c))

@@ -124,6 +124,17 @@ def gate_error(kept: int) -> float:
     return 2 * gamma(kept + 6, U64)
 
 
+def single_gate_error(ratios: np.ndarray) -> float:
+    """Relative error of float32 gates from float32 logits, from the ratios of the chosen blocks (`weights/gated.py`).
+
+    A ratio has an exponential of at most 1 ulp, two roundings, or a quotient; the difference of two logits before the
+    exponential is exact up to a rounding of at most 88 u of it. A sum of n ratios in any order, a quotient and a
+    product follow. Where ratios of both signs cancel, the error of the sum grows by their magnitudes over the sum.
+    """
+    condition = float(np.abs(ratios).sum() / abs(ratios.sum()))
+    return gamma(92 + len(ratios) + 4, U32) * (1 + condition)
+
+
 def gated_drive_bound(kept: int, terms: np.ndarray) -> np.ndarray:
     """Error bound of drives of gated blocks from exact positive logits, with sums in any order.
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from eventrnn.cuda.training.forward import ForwardWindow
-from eventrnn.cuda.training.kernels import cell_steps, inputs, sums
+from eventrnn.cuda.training.gated import GatedProduct
+from eventrnn.cuda.training.kernels import cell_steps, gated_blocks, inputs, sums
 from eventrnn.cuda.training.lanes import SUM_THREADS, Factor, Lane
 from eventrnn.cuda.training.layout import up
 
@@ -42,6 +43,9 @@ class TrainingWindow(ForwardWindow):
     def backward(self) -> None:
         """From the gradient of the logits (or of the top layer's outputs) to the gradients of all parameters."""
         lane, layers = self.lanes.main, self.sizes.layers
+        if self.sizes.gate_balance:
+            for product in self.products.values():
+                product.count_choices(lane)
         if self.sizes.outputs:
             self._readout_backward(lane)
         self.lanes.fork()
@@ -65,15 +69,29 @@ class TrainingWindow(ForwardWindow):
         last, n, columns = len(layers) - 1, layers[-1].padded, up(self.sizes.outputs)
         deltas = Factor(memory.at("logits"), self.logits_pitch)
         readout = Factor(parameters.operand_at(parameters.readout), n)
-        lane.multiply(deltas, readout, Factor(memory.at(("upstream", last)), n), self.rows, columns, n)
+        gated, d_top = self.products.get("readout"), Factor(memory.at(("upstream", last)), n)
+        if gated is not None:
+            gated.backward(lane, 0, self.rows, deltas, d_top)
+        else:
+            lane.multiply(deltas, readout, d_top, self.rows, columns, n)
         # Gradients of the read-out are needed by the update only.
         side = self.lanes.side
         side.wait(lane.record())
         top = Factor(self.sent_up(last), n)
-        gradient = Factor(parameters.gradient_at(parameters.readout), n)
-        side.multiply(deltas._replace(transposed=True), top, gradient, columns, self.rows, n)
+        if gated is not None:
+            self._gated_gradients(side, gated, top)
+        else:
+            gradient = Factor(parameters.gradient_at(parameters.readout), n)
+            side.multiply(deltas.turned, top, gradient, columns, self.rows, n)
         self._sum_columns(side, deltas, columns, "partial outputs")
         self._finish_sums(side, "partial outputs", columns, 0, self.sizes.outputs, "readout.bias")
+
+    def _gated_gradients(self, lane: Lane, product: GatedProduct, x: Factor) -> None:
+        """Gradients of a matrix of gated blocks and of its gate. x : its inputs, of all rows"""
+        product.gradients(lane, x)
+        sizes, partial = product.sizes, ("partial gates", product.name)
+        self._sum_columns(lane, Factor(product.at("d_logits"), sizes.pitch), sizes.pitch, partial)
+        self._finish_sums(lane, partial, sizes.pitch, 0, sizes.blocks, f"{product.name}.gate_bias")
 
     def _sum_columns(self, lane: Lane, operands: Factor, columns: int, partial: Any) -> None:
         """Add up columns of the rows of each step."""
@@ -129,7 +147,7 @@ class TrainingWindow(ForwardWindow):
         n, batch, size = layer.padded, self.batch, self.size
         columns, pitch, rule = layer.gates * n, layer.rule.parts * n, layer.rule
         w_rec, threshold = self.weights(k, "w_rec"), memory.at(("threshold", k))
-        surrogate = self.surrogate(layer)
+        surrogate, gated = self.surrogate(layer), self.products.get(f"layers.{k}.w_rec")
         penalised = ("penalties", k) in memory
         if penalised:
             self._penalise(k, begin, end)
@@ -164,7 +182,7 @@ class TrainingWindow(ForwardWindow):
             if layer.reset_first:
                 d_q = Factor(memory.at(("d_q", k)), n)
                 candidate = Factor(w_rec + size * (columns - n), columns, transposed=True)
-                lane.multiply_step(Factor(deltas, pitch), candidate, d_q, batch, n, n, share=self.shares[1])
+                lane.multiply(Factor(deltas, pitch), candidate, d_q, batch, n, n, share=self.shares[1])
                 lane.units(
                     ("reset_gate_adjoint", self.precision),
                     lambda: cell_steps.reset_gate_adjoint_kernel(self.precision),
@@ -184,27 +202,23 @@ class TrainingWindow(ForwardWindow):
                     n,
                     batch,
                 )
-            if t:
-                lane.multiply_step(
-                    Factor(deltas + size * rule.recurrent * n, pitch),
-                    Factor(w_rec, columns, transposed=True),
-                    Factor(memory.at(("product", k)), n),
-                    batch,
-                    columns - n * layer.reset_first,
-                    n,
-                    share=self.shares[1],
-                )
+            own, sent = Factor(deltas + size * rule.recurrent * n, pitch), Factor(memory.at(("product", k)), n)
+            if gated is not None:
+                # A gate has a gradient also where that of the inputs is not needed.
+                gated.backward(lane, t * batch, batch, own, sent if t else None, share=self.shares[1])
+            elif t:
+                matrix, gates = Factor(w_rec, columns, transposed=True), columns - n * layer.reset_first
+                lane.multiply(own, matrix, sent, batch, gates, n, share=self.shares[1])
+        deltas, rows = Factor(memory.at(("deltas", k), begin * batch * pitch), pitch), (end - begin) * batch
+        width, d_x = layer.padded_inputs, None
         if k or self.sizes.d_inputs:
             below = memory.at(("upstream", k - 1)) if k else memory.at("d_x")
-            width = layer.padded_inputs
-            lane.multiply(
-                Factor(memory.at(("deltas", k), begin * batch * pitch), pitch),
-                Factor(parameters.operand_at(f"layers.{k}.w_in"), columns, transposed=True),
-                Factor(below + 4 * begin * batch * width, width),
-                (end - begin) * batch,
-                columns,
-                width,
-            )
+            d_x = Factor(below + 4 * begin * batch * width, width)
+        if (gated := self.products.get(f"layers.{k}.w_in")) is not None:
+            gated.backward(lane, begin * batch, rows, deltas, d_x)
+        elif d_x is not None:
+            w_in = Factor(parameters.operand_at(f"layers.{k}.w_in"), columns, transposed=True)
+            lane.multiply(deltas, w_in, d_x, rows, columns, width)
 
     def _penalise(self, k: int, begin: int, end: int) -> None:
         layer, memory = self.sizes.layers[k], self.memory
@@ -238,18 +252,18 @@ class TrainingWindow(ForwardWindow):
         layer, memory, parameters = self.sizes.layers[k], self.memory, self.parameters
         n, size, name, parts, first = layer.padded, self.size, f"layers.{k}", layer.rule.parts, layer.rule.recurrent
         deltas, rows, columns = Factor(memory.at(("deltas", k)), parts * n), self.rows, layer.gates * n
-        x = Factor(self.received(k), layer.padded_inputs, transposed=True)
-        out = Factor(parameters.gradient_at(f"{name}.w_in"), columns)
-        lane.multiply(x, deltas, out, layer.padded_inputs, rows, columns)
-        y, out = (
-            Factor(memory.at(("y", k)), n, transposed=True),
-            Factor(parameters.gradient_at(f"{name}.w_rec"), columns),
-        )
-        own = columns - n * layer.reset_first
-        lane.multiply(y, deltas._replace(at=deltas.at + size * first * n), out, n, rows, own)
+        x, y = Factor(self.received(k), layer.padded_inputs), Factor(memory.at(("y", k)), n)
+        own, recurrent = columns - n * layer.reset_first, deltas._replace(at=deltas.at + size * first * n)
+        for role, received, delta, some in (("w_in", x, deltas, columns), ("w_rec", y, recurrent, own)):
+            if (gated := self.products.get(f"{name}.{role}")) is not None:
+                self._gated_gradients(lane, gated, received)
+                continue
+            out = Factor(parameters.gradient_at(f"{name}.{role}"), columns)
+            width = layer.padded_inputs if role == "w_in" else n
+            lane.multiply(received.turned, delta, out, width, rows, some)
         if layer.reset_first:
-            q = Factor(memory.at(("q", k)), n, transposed=True)
-            lane.multiply(q, deltas, out._replace(at=out.at + 4 * own), n, rows, n)
+            candidate = Factor(parameters.gradient_at(f"{name}.w_rec") + 4 * own, columns)
+            lane.multiply(Factor(memory.at(("q", k)), n, transposed=True), deltas, candidate, n, rows, n)
         partial = ("partial", k)
         self._sum_columns(lane, deltas, parts * n, partial)
         self._finish_sums(lane, partial, parts * n, 0, columns, f"{name}.bias_in")
@@ -307,6 +321,10 @@ class TrainingWindow(ForwardWindow):
             )
         for k, layer in enumerate(self.sizes.layers):
             below = self.sizes.layers[k - 1] if k else None
+            lane.clear(memory["gated work", k])
+            gated = [role for role in ("w_in", "w_rec") if f"layers.{k}.{role}" in self.products]
+            for role in gated:
+                self._count_products(lane, k, role)
             lane.blocks(
                 ("operations",),
                 sums.operations_kernel,
@@ -321,11 +339,44 @@ class TrainingWindow(ForwardWindow):
                 memory.at("counts of inputs", self.input_count_offsets[k]),
                 layer.inputs,
                 self.rows if self.sizes.symbols else 0,
-                parameters.kept_at(f"layers.{k}.w_in"),
-                parameters.kept_at(f"layers.{k}.w_rec"),
+                *(0 if role in gated else parameters.kept_at(f"layers.{k}.{role}") for role in ("w_in", "w_rec")),
+                memory.at(("gated work", k)),
                 parameters.totals_at(k),
                 threads=SUM_THREADS,
             )
+
+    def _count_products(self, lane: Lane, k: int, role: str) -> None:
+        """Effective operations of a matrix of gated blocks of layer k."""
+        layer, memory, product = self.sizes.layers[k], self.memory, self.products[f"layers.{k}.{role}"]
+        sizes, surrogate = product.sizes, self.surrogate(layer)
+        # What the inputs sent: the layer below, in the same row, or the layer itself, a step earlier.
+        x, values, pairs_from = Factor(memory.at(("y", k)), layer.padded), (self.sent_at(k), k, self.batch), self.batch
+        if role == "w_in":
+            x, values, pairs_from = Factor(self.received(k), layer.padded_inputs), (0, 0, 0), 0
+            if k:
+                values, surrogate = (self.sent_at(k - 1), k - 1, 0), self.surrogate(self.sizes.layers[k - 1])
+            elif not self.sizes.symbols:
+                pairs_from = self.rows
+        sent, source, shift = values
+        lane.each(
+            ("count_products", self.precision, *surrogate),
+            lambda: gated_blocks.count_products_kernel(self.precision, *surrogate),
+            self.rows * sizes.inputs,
+            x.at,
+            x.pitch,
+            sizes.inputs,
+            self.rows,
+            product.at("gates"),
+            sizes.pitch,
+            sizes.grid[1],
+            sizes.block[0],
+            self.parameters.kept_at(product.name),
+            sent,
+            memory.at(("threshold", source)) if sent else 0,
+            shift,
+            pairs_from,
+            memory.at(("gated work", k)),
+        )
 
     def penalty_rates(self, rates_at: int) -> None:
         """What the penalties of the activity rate need of the counts, before the backward pass, on the side lane.

@@ -17,14 +17,17 @@ from eventrnn.backend import WindowResult
 from eventrnn.cuda.cublas import WORKSPACE_BYTES
 from eventrnn.cuda.device import current_device
 from eventrnn.cuda.training.evaluation import Evaluator
+from eventrnn.cuda.training.gated_sizes import GatedSizes
 from eventrnn.cuda.training.kernels import updates
 from eventrnn.cuda.training.lanes import Lane
 from eventrnn.cuda.training.memory import LayerSizes, Memory, Sizes, SoftSizes, nbytes
 from eventrnn.cuda.training.mirror import Mirror
 from eventrnn.cuda.training.parameters import DeviceParameters
-from eventrnn.cuda.training.program import Program
+from eventrnn.cuda.training.program import Program, gate_fault
 from eventrnn.cuda.training.window import Lanes
 from eventrnn.state import State
+from eventrnn.weights import MatrixId
+from eventrnn.weights.gated import kept_blocks
 
 if TYPE_CHECKING:
     from eventrnn.training.bptt.model import Model
@@ -88,7 +91,7 @@ class CudaTrainingEngine:
         self.nbytes = (
             nbytes(self.sizes.outline(self.steps, batch, training=True))
             + self._evaluation_bytes()
-            + DeviceParameters.nbytes(host, self.precision, len(slots) + averaged + 1, tuple(model.masks))
+            + DeviceParameters.nbytes(host, self.precision, len(slots) + averaged + 1, tuple(model.masks), model.gated)
             + WORKSPACE_BYTES * (len(self.sizes.layers) + 2)
             + SMALL_ARRAYS
         )
@@ -101,7 +104,14 @@ class CudaTrainingEngine:
                 Lane(self.device, self.precision),
             )
             self.parameters = DeviceParameters(
-                self.device, host, count, self.precision, model.thresholds, model.threshold_bounds, self._sums()
+                self.device,
+                host,
+                count,
+                self.precision,
+                model.thresholds,
+                model.threshold_bounds,
+                self._sums(),
+                model.gated,
             )
             self._mirrors: list[tuple[Mirror, Any]] = []
             # Parameters that are kept are fetched when they are read, which a run does less often than it validates.
@@ -184,6 +194,8 @@ class CudaTrainingEngine:
             self._send_numbers(step, rate)
             if not self.fused:
                 program.forward()
+                if fault := gate_fault(self.device, self.memory, self.sizes, steps, samples):
+                    return WindowResult(fault=str(fault))
                 loss, d_output = self.task.loss(program.output(), batch)
                 if not np.isfinite(loss):
                     return WindowResult(fault=f"the loss is {loss}")
@@ -388,6 +400,10 @@ class CudaTrainingEngine:
         rates[:, 0] *= rate
         self.device.send(np.concatenate([numbers, rates.reshape(-1).astype(F32)]), self.parameters.numbers)
         self.device.send(np.array([step], np.int64), self.parameters.job)
+        if self.parameters.kept_blocks is not None:
+            gates, gated = self.settings.gates, self.model.gated.values()
+            kept = [kept_blocks(gates.density(weights.density, step), weights.n_blocks) for weights in gated]
+            self.device.send(np.array(kept, np.int64), self.parameters.kept_blocks[0])
 
     def _rates(self) -> np.ndarray:
         """(segments, 3) float64: factor of the learning rate, decoupled decay, and decay that joins the gradient."""
@@ -432,7 +448,19 @@ def _sizes(model: Model, settings: Settings, precision: str) -> Sizes:
         penalties,
         on_cells,
         d_inputs="embedding" in p,
+        gated=_gated(model),
+        straight_through=settings.gates.straight_through,
+        gate_balance=regularisers.gate_balance,
     )
+
+
+def _gated(model: Model) -> dict[str, GatedSizes]:
+    """Sizes of the matrices of gated blocks, in the order in which a window reads them."""
+    found = {}
+    for name, weights in model.gated.items():
+        layer = MatrixId(name).layer
+        found[name] = GatedSizes.of(name, weights, 1 if layer is None else model.cells[layer].gates)
+    return found
 
 
 def _rule(optimiser: Rule) -> tuple[str, dict[str, str]]:

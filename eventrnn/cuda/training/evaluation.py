@@ -13,7 +13,7 @@ from eventrnn._checks import class_array
 from eventrnn.cuda.run_buffers import Replay
 from eventrnn.cuda.training.forward import ForwardWindow
 from eventrnn.cuda.training.memory import Memory, nbytes
-from eventrnn.cuda.training.program import fetch_output, put_inputs
+from eventrnn.cuda.training.program import fetch_output, gate_fault, put_inputs
 from eventrnn.state import State
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ class Evaluator:
         with self.engine.device.on_stream():
             window, run, _ = self._window(inputs, state)
             run()
+            self._check_gates(window)
             output = fetch_output(self.engine.device, window.memory, window.sizes, window.steps, window.batch)
             return output, self._state(window), EvaluationTape(*self._activities(window), self._events(window))
 
@@ -99,6 +100,7 @@ class Evaluator:
             flat = class_array("targets", targets, (window.steps, window.batch), window.sizes.outputs).reshape(-1)
             device.send(flat, memory["targets"][: window.rows])
             run()
+            self._check_gates(window)
             losses = np.empty(window.rows, np.float64)
             device.fetch(memory["losses"][: window.rows], losses)
             return float(losses.sum()) / max(1, window.rows), self._state(window), self._activities(window)[1]
@@ -146,6 +148,11 @@ class Evaluator:
                 padded[:, : layer.units] = array
                 engine.device.send(padded, memory[name, k][:batch])
         return found
+
+    def _check_gates(self, window: ForwardWindow) -> None:
+        """Raise FloatingPointError where the gates of blocks are not finite."""
+        if fault := gate_fault(self.engine.device, window.memory, window.sizes, window.steps, window.batch):
+            raise fault
 
     def _state(self, window: ForwardWindow) -> State:
         found: dict[str, list[np.ndarray]] = {"cells": [], "outputs": []}

@@ -41,7 +41,11 @@ class ForwardWindow(Window):
             top, columns = self.sizes.layers[-1].padded, up(self.sizes.outputs)
             readout = Factor(self.parameters.operand_at(self.parameters.readout), top, transposed=True)
             out = Factor(self.memory.at("logits"), columns)
-            lane.multiply(Factor(self.sent_up(len(self.sizes.layers) - 1), top), readout, out, self.rows, top, columns)
+            x, gated = Factor(self.sent_up(len(self.sizes.layers) - 1), top), self.products.get("readout")
+            if gated is not None:
+                gated.drives(lane, x, 0, self.rows, out)
+            else:
+                lane.multiply(x, readout, out, self.rows, top, columns)
 
     def _draw(self, lane: Lane) -> None:
         for mask in self.sizes.masks:
@@ -143,16 +147,24 @@ class ForwardWindow(Window):
         n, batch, inputs_, columns = layer.padded, self.batch, layer.padded_inputs, layer.gates * layer.padded
         x = Factor(self.received(k) + self.size * begin * batch * inputs_, inputs_)
         drive = Factor(memory.at(("drive", k), begin * batch * columns), columns)
-        lane.multiply(x, Factor(self.weights(k, "w_in"), columns), drive, (end - begin) * batch, inputs_, columns)
+        gated, rows = self.products.get(f"layers.{k}.w_in"), (end - begin) * batch
+        if gated is not None:
+            gated.drives(lane, x, begin * batch, rows, drive)
+        else:
+            lane.multiply(x, Factor(self.weights(k, "w_in"), columns), drive, rows, inputs_, columns)
         w_rec, rec = self.weights(k, "w_rec"), memory.at(("rec", k))
         vectors = self.parameters.value_at(f"layers.{k}.bias_in")
         threshold = memory.at(("threshold", k))
         mask_at, mask_steps, mask_samples, scale = self.mask_after(k)
         hold, share = self.sizes.mask("zoneout", k) if self.training else None, self.shares[0]
+        gated = self.products.get(f"layers.{k}.w_rec")
         for t in range(begin, end):
             y = Factor(memory.at(("y", k), t * batch * n), n)
             own = columns - n * layer.reset_first
-            lane.multiply_step(y, Factor(w_rec, columns), Factor(rec, columns), batch, n, own, share=share)
+            if gated is not None:
+                gated.drives(lane, y, t * batch, batch, Factor(rec, columns), share=share)
+            else:
+                lane.multiply(y, Factor(w_rec, columns), Factor(rec, columns), batch, n, own, share=share)
             before, first = self.before(k, t)
             drive_at, carried = memory.at(("drive", k), t * batch * columns), memory.at(("outputs", k))
             if layer.reset_first:
@@ -177,7 +189,7 @@ class ForwardWindow(Window):
                     batch,
                 )
                 candidate, out = Factor(w_rec + self.size * own, columns), Factor(rec + 4 * own, columns)
-                lane.multiply_step(Factor(sent, n), candidate, out, batch, n, n, share=share)
+                lane.multiply(Factor(sent, n), candidate, out, batch, n, n, share=share)
             lane.units(
                 ("forward", layer.cell.name, layer.cell.variant, self.precision),
                 lambda: layer.rule.forward(self.precision),

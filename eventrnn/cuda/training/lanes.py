@@ -32,11 +32,18 @@ def bits(number: float | np.floating) -> int:
 
 
 class Factor(NamedTuple):
-    """A matrix of a product: address, elements from one row to the next, and whether it is transposed."""
+    """A matrix of a product, or several: address, elements from one row to the next, whether it is stored transposed,
+    and elements from one of several matrices to the next."""
 
     at: int
     pitch: int
     transposed: bool = False
+    apart: int = 0
+
+    @property
+    def turned(self) -> Factor:
+        """The transposed matrix."""
+        return self._replace(transposed=not self.transposed)
 
 
 class Lane:
@@ -75,17 +82,37 @@ class Lane:
             kernel = self.device.kernel(("training", *key), make, threads)
             self.device.launch(kernel, blocks, threads, *arguments, stream=self.stream)
 
-    def multiply(self, a: Factor, b: Factor, out: Factor, rows: int, width: int, columns: int) -> None:
-        """out (rows, columns) float32 = a (rows, width) @ b (width, columns); operands of this lane's precision."""
-        if rows and columns:
-            self.cublas.multiply(self.precision, a, b, out, rows, width, columns)
-
-    def multiply_step(
-        self, a: Factor, b: Factor, out: Factor, rows: int, width: int, columns: int, *, share: int = 1
+    def multiply(
+        self,
+        a: Factor,
+        b: Factor,
+        out: Factor,
+        rows: int,
+        width: int,
+        columns: int,
+        *,
+        share: int = 1,
+        count: int = 1,
+        accumulate: bool = False,
     ) -> None:
-        """`multiply` of a single step, by a kernel that is chosen for one of `share` shares of the multiprocessors."""
+        """out (rows, columns) float32 = a (rows, width) @ b (width, columns); operands of this lane's precision.
+
+        share      : the kernel is chosen for one of so many shares of the multiprocessors
+        count      : number of products, each of matrices of their own (`Factor.apart`)
+        accumulate : add to `out`
+        """
         part = 0 if share == 1 else max(1, self.device.multiprocessors // share)
-        self.cublas.multiply(self.precision, a, b, out, rows, width, columns, multiprocessors=part)
+        if rows and columns:
+            self.cublas.multiply(
+                self.precision,
+                a,
+                b,
+                out,
+                (rows, width, columns),
+                multiprocessors=part,
+                count=count,
+                accumulate=accumulate,
+            )
 
     def clear(self, array: Any, nbytes: int | None = None) -> None:
         """Set bytes of an array to zero."""

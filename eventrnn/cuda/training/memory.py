@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from eventrnn.cells import Cell
 from eventrnn.cuda.training.cell_rules import CellRule, rule_of
+from eventrnn.cuda.training.gated_sizes import GatedSizes
 from eventrnn.cuda.training.kernels.sums import PENALTY_PARTS, PENALTY_TERMS, UNIT_COUNTS
 from eventrnn.cuda.training.kernels.threads import BYTES
 from eventrnn.cuda.training.layout import up
@@ -77,6 +78,8 @@ class Sizes:
     cells     : whether a penalty acts on cells
     d_inputs  : whether the gradient of the inputs is computed; always with an embedding
     soft      : soft targets of the loss
+    gated     : sizes of the matrices of gated blocks, by name, from the first layer to the read-out
+    straight_through, gate_balance : see `GateSettings` and `Regularisers`
     """
 
     layers: Sequence[LayerSizes]
@@ -88,6 +91,9 @@ class Sizes:
     cells: bool
     d_inputs: bool
     soft: SoftSizes = NO_SOFT_TARGETS
+    gated: Mapping[str, GatedSizes] = field(default_factory=dict)
+    straight_through: bool = False
+    gate_balance: float = 0.0
 
     def mask(self, name: str, layer: int = 0) -> Mask | None:
         """The random mask of that name and layer, or None."""
@@ -129,6 +135,8 @@ class Sizes:
         if self.outputs:
             spec["logits"] = (rows, up(self.outputs)), np.float32
         spec["result"] = (rows, self.outputs or top.units), np.float32
+        for gated in self.gated.values():
+            spec |= gated.outline(rows, steps, operand, training=training)
         if training:
             spec |= self._backward(steps, batch, rows, operand)
         return spec
@@ -142,6 +150,7 @@ class Sizes:
             spec["product", k] = (batch, n), np.float32
             spec["later", k] = (batch, n), np.float32
             spec["partial", k] = (steps, parts * n), np.float32
+            spec["gated work", k] = (1,), np.int64
             if layer.reset_first:
                 spec["d_sent", k] = (batch, n), np.float32
                 spec["d_q", k] = (batch, n), np.float32

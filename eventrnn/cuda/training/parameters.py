@@ -10,8 +10,8 @@ import numpy as np
 
 from eventrnn.cuda.training.kernels import threads, updates
 from eventrnn.cuda.training.lanes import SUM_THREADS, Lane, bits
-from eventrnn.cuda.training.layout import Layout
-from eventrnn.weights import MatrixId
+from eventrnn.cuda.training.layout import Layout, Segment
+from eventrnn.weights import GatedBlocks, MatrixId
 
 if TYPE_CHECKING:
     from eventrnn.cuda.device import Device
@@ -34,6 +34,7 @@ class DeviceParameters:
     rule      : rule of the thresholds, see `training.thresholds`
     bounds    : smallest and largest parameter that the rule allows
     sums      : number of sums of a window
+    gated     : the matrices of gated blocks, by name
 
     Attributes
     ----------
@@ -54,6 +55,7 @@ class DeviceParameters:
         rule: str,
         bounds: tuple[float, float],
         sums: int,
+        gated: Mapping[str, GatedBlocks],
     ):
         self.device, self.precision, self.rule, self.layers = device, precision, rule, layers
         self.layout, self.sums = Layout(parameters), sums
@@ -85,12 +87,23 @@ class DeviceParameters:
             self.table[number, updates.LAYER] = -1 if layer is None else layer
             self.table[number, [updates.LOWEST_BITS, updates.HIGHEST_BITS]] = bits(low), bits(high)
         self.segments = device.put(self.table)
-        #: kept weights of each unit, by matrix
+        self.gated = gated
+        #: blocks that an input chooses, of each matrix of gated blocks: now, and in the network
+        final = [weights.kept_blocks for weights in gated.values()]
+        self.kept_blocks = device.put(np.array([final, final], np.int64)) if gated else None
+        #: kept weights of each unit, by matrix; of gated blocks (inputs, block columns), in each of those
         self.kept = {
-            segment.name: device.put(np.full(segment.shape[0], segment.shape[1], np.int64))
+            segment.name: device.put(self._kept(segment, np.ones(segment.shape, bool)))
             for segment in self.layout
             if len(segment.shape) == 2
         }
+
+    def _kept(self, segment: Segment, mask: np.ndarray) -> np.ndarray:
+        """The numbers of kept weights of a matrix."""
+        starts = [0]
+        if segment.name in self.gated:
+            starts = np.arange(0, mask.shape[1], self.gated[segment.name].block[1])
+        return np.add.reduceat(mask, starts, axis=1, dtype=np.int64).reshape(-1) if mask.size else np.zeros(0, np.int64)
 
     def _zeros(self, size: int, dtype: Any) -> Any:
         array = self.device.empty((size,), dtype)
@@ -98,12 +111,20 @@ class DeviceParameters:
         return array
 
     @staticmethod
-    def nbytes(parameters: Mapping[str, np.ndarray], precision: str, states: int, masked: Iterable[str] = ()) -> int:
+    def nbytes(
+        parameters: Mapping[str, np.ndarray],
+        precision: str,
+        states: int,
+        masked: Iterable[str],
+        gated: Mapping[str, GatedBlocks],
+    ) -> int:
         """Bytes of values, gradients, operands, so many further arrays (`state`), the masks of the parameters in
-        `masked`, and the chunks of all with their norms."""
+        `masked`, the numbers of kept weights of gated blocks, and the chunks of all with their norms."""
         layout, chunk_bytes = Layout(parameters), 3 * 8 + 8
+        masks = sum(layout[name].size for name in masked)
+        kept = sum(8 * weights.shape[0] * weights.grid[1] for weights in gated.values())
         arrays = layout.size * (4 * (2 + states) + threads.BYTES[precision])
-        return arrays + chunk_bytes * len(layout.chunks(updates.CHUNK)) + sum(layout[name].size for name in masked)
+        return arrays + chunk_bytes * len(layout.chunks(updates.CHUNK)) + masks + kept
 
     # --- addresses ---
 
@@ -126,6 +147,11 @@ class DeviceParameters:
     def kept_at(self, name: str) -> int:
         """Address of the numbers of kept weights of a matrix."""
         return self.kept[name].data.ptr
+
+    def kept_blocks_at(self, name: str, *, final: bool = False) -> int:
+        """Address of the number of blocks that an input chooses: now or, with `final`, in the network."""
+        assert self.kept_blocks is not None
+        return self.kept_blocks.data.ptr + 8 * (list(self.gated).index(name) + final * len(self.gated))
 
     @property
     def job_at(self) -> int:
@@ -200,8 +226,7 @@ class DeviceParameters:
                 self.device.send(segment.pack(mask.astype(np.uint8)), self.masks[segment.name])
                 self.table[number, updates.KEPT] = self.masks[segment.name].data.ptr
             if len(segment.shape) == 2:
-                count = np.full(segment.shape[0], segment.shape[1], np.int64) if mask is None else mask.sum(axis=1)
-                kept_bytes[segment.name] = np.asarray(count, np.int64)
+                kept_bytes[segment.name] = self._kept(segment, np.ones(segment.shape, bool) if mask is None else mask)
         for name, count in kept_bytes.items():
             self.device.send(count, self.kept[name])
         self.device.send(self.table, self.segments)

@@ -12,6 +12,8 @@ from eventrnn.cuda.run_buffers import Replay
 from eventrnn.cuda.training.backward import TrainingWindow
 from eventrnn.cuda.training.kernels import sums, updates
 from eventrnn.cuda.training.memory import NO_SOFT_TARGETS, Sizes, SoftSizes
+from eventrnn.state import gates_not_finite
+from eventrnn.weights import MatrixId
 
 if TYPE_CHECKING:
     from eventrnn.cuda.training.engine import CudaTrainingEngine
@@ -53,9 +55,10 @@ class Program:
 
     @staticmethod
     def number_of_sums(sizes: Sizes) -> int:
-        """The loss; then per layer the terms of its penalties; then per layer the penalty of its rate."""
+        """The loss; then per layer the terms of its penalties; then per layer the penalty of its rate; then the load
+        balance of each matrix of gated blocks, not finite where its gates are not."""
         count = len(sizes.layers)
-        return 1 + count * sums.PENALTY_TERMS * sizes.penalties + count * sizes.cells
+        return 1 + count * sums.PENALTY_TERMS * sizes.penalties + count * sizes.cells + len(sizes.gated)
 
     def _spans(self) -> list[tuple[int, int, int]]:
         memory, layers = self.memory, self.sizes.layers
@@ -66,6 +69,7 @@ class Program:
                 spans += [(memory.at(("penalties", k), term), parts, terms) for term in range(terms)]
         if self.sizes.cells:
             spans += [(memory.at(("rate squares", k)), layer.units, 1) for k, layer in enumerate(layers)]
+        spans += [(memory.at(("penalties of gates", name)), self.rows, 1) for name in self.sizes.gated]
         return spans + self.engine.parameters.spans()
 
     # --- inputs ---
@@ -191,6 +195,8 @@ class Program:
         penalty = self._penalty(window[1:])
         names = [segment.name for segment in parameters.layout]
         if found[updates.FAILED]:
+            if fault := gate_fault(engine.device, self.memory, self.sizes, self.steps, self.batch):
+                return WindowResult(fault=str(fault))
             if not np.isfinite(loss + penalty):
                 return WindowResult(fault=f"the loss is {loss + penalty}")
             bad = [name for name, square in zip(names, squares, strict=True) if not np.isfinite(square)]
@@ -208,19 +214,23 @@ class Program:
 
     def _penalty(self, window: np.ndarray) -> float:
         """The penalties and the activity cost of the window, from its sums."""
+        gated = list(self.sizes.gated.values())
+        balances = window[len(window) - len(gated) :]
+        strength = self.engine.settings.regularisers.gate_balance / self.rows
+        balance = strength * sum(each.blocks * float(value) for each, value in zip(gated, balances, strict=True))
         if not self.sizes.penalties:
-            return 0.0
+            return balance
         settings, layers = self.engine.settings, self.sizes.layers
         rule, count = settings.regularisers, len(layers)
         terms = window[: count * sums.PENALTY_TERMS].reshape(count, -1)
         sizes = np.array([self.rows * layer.units for layer in layers])
-        total = settings.activity_cost * float((terms[:, sums.SENT] / sizes).sum())
+        total = balance + settings.activity_cost * float((terms[:, sums.SENT] / sizes).sum())
         total += rule.state * float((terms[:, sums.STATE] / sizes).sum())
         total += rule.activation * float(terms[-1, sums.ACTIVATION]) / int(sizes[-1])
         if self.steps > 1:
             total += rule.temporal_activation * float(terms[-1, sums.CHANGE]) / self._changes()
         if self.sizes.cells:
-            rates = window[count * sums.PENALTY_TERMS :]
+            rates = window[count * sums.PENALTY_TERMS :][:count]
             units = [layer.units for layer in layers]
             total += rule.activity_rate * float((rates / units).sum())
         return total
@@ -246,6 +256,22 @@ def put_inputs(device, memory, sizes: Sizes, inputs: np.ndarray) -> None:
         at = tuple(map(int, np.argwhere((inputs < 0) | (inputs >= sizes.symbols))[0]))
         raise ValueError(f"inputs: got symbol {inputs[at]} at (step, sample) {at}, need 0..{sizes.symbols - 1}")
     device.send(np.ascontiguousarray(inputs, np.int64).reshape(-1), memory["symbols"][: inputs.size])
+
+
+def gate_fault(device, memory, sizes: Sizes, steps: int, batch: int) -> FloatingPointError | None:
+    """The error for gates of the window that are not finite, or None.
+
+    It is that of the first matrix, and of a recurrent one in the first step, as the CPU finds it: after a fault,
+    everything that follows is not finite.
+    """
+    for name in sizes.gated:
+        faults = np.empty((steps, batch), np.int64)
+        device.fetch(memory["faults", name][: faults.size], faults.reshape(-1))
+        if faults.any():
+            if MatrixId(name).recurrent:
+                faults = faults[faults.any(axis=1)][0]
+            return gates_not_finite(name, int(faults[faults > 0].min()))
+    return None
 
 
 def fetch_output(device, memory, sizes: Sizes, steps: int, batch: int) -> np.ndarray:

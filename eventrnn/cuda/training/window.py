@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from eventrnn.cuda.training.cell_rules import CELLS
+from eventrnn.cuda.training.gated import GatedProduct
 from eventrnn.cuda.training.kernels import sums
-from eventrnn.cuda.training.lanes import Lane, bits
+from eventrnn.cuda.training.lanes import Factor, Lane, bits
 from eventrnn.cuda.training.layout import up
 from eventrnn.cuda.training.memory import LayerSizes, Memory, Sizes
+from eventrnn.weights import MatrixId
 
 if TYPE_CHECKING:
     from eventrnn.cuda.training.parameters import DeviceParameters
@@ -62,6 +64,8 @@ class Window:
     parameters : the parameters, and where gradients go
     training   : with noise, and with what the backward pass needs
     seed       : of the noise
+
+    `products` has the products of all matrices of gated blocks, by name.
     """
 
     def __init__(
@@ -89,6 +93,9 @@ class Window:
         self.count_offsets = [int(offset) for offset in offsets]
         offsets = np.cumsum([0, *(layer.padded_inputs for layer in sizes.layers)])
         self.input_count_offsets = [int(offset) for offset in offsets]
+        self.products = {
+            name: GatedProduct(self, gated, self._matrix(MatrixId(name))) for name, gated in sizes.gated.items()
+        }
 
     def mask(self, name: str, layer: int = 0) -> tuple[int, int, int, int]:
         """Address of a mask of dropout, bytes from one step and from one sample to the next, and the bits of its scale.
@@ -119,6 +126,13 @@ class Window:
         if role == "w_rec" and self.training and self.sizes.mask("recurrent", k) is not None:
             return self.memory.at(("dropped", k))
         return self.parameters.operand_at(f"layers.{k}.{role}")
+
+    def _matrix(self, name: MatrixId) -> Factor:
+        """A matrix of the network as a factor, with DropConnect."""
+        if name.layer is None:
+            return Factor(self.parameters.operand_at(name), self.sizes.layers[-1].padded, transposed=True)
+        layer = self.sizes.layers[name.layer]
+        return Factor(self.weights(name.layer, name.role), layer.gates * layer.padded)
 
     def before(self, k: int, t: int) -> tuple[int, int]:
         """Address of the cells before step t, and whether they are those carried into the window."""

@@ -160,7 +160,9 @@ def operations_kernel():
                  below, `pairs` rows have an input gradient
     carried_pairs : whether a unit has an active pair for each output that it carried into the window
     further_pairs : further active pairs per unit
-    kept_in_at, kept_rec_at        : (inputs,) and (units,) int64, kept weights of a unit
+    kept_in_at, kept_rec_at        : (inputs,) and (units,) int64, kept weights of a unit; 0 for a matrix whose
+                 operations are counted elsewhere
+    further_at : int64, the operations that are counted elsewhere
     results_at : three float64: events, active pairs, operations
     """
 
@@ -177,6 +179,7 @@ def operations_kernel():
         pairs,
         kept_in_at,
         kept_rec_at,
+        further_at,
         out_at,
     ):
         scratch = cuda.shared.array(MOST_THREADS, float64)
@@ -193,14 +196,16 @@ def operations_kernel():
             open_pairs += further_pairs
             if carried_pairs:
                 open_pairs += carried
-            total += (2 * events + open_pairs) * kept_rec[unit]
+            if kept_rec_at != 0:
+                total += (2 * events + open_pairs) * kept_rec[unit]
             unit += threads
         unit = thread
         while unit < inputs:
             open_pairs = pairs
             if below_at != 0:
                 open_pairs = global_int64(below_at)[ACTIVE * below_padded + unit]
-            total += (2 * global_int64(inputs_at)[unit] + open_pairs) * kept_in[unit]
+            if kept_in_at != 0:
+                total += (2 * global_int64(inputs_at)[unit] + open_pairs) * kept_in[unit]
             unit += threads
         # Whole numbers below 2^53 add up exactly in float64.
         sums = sum_of_block(float64(fired), scratch)
@@ -208,9 +213,9 @@ def operations_kernel():
         work = sum_of_block(float64(total), scratch)
         if thread == 0:
             out = global_float64(out_at)
-            out[0], out[1], out[2] = sums, open_sum, work
+            out[0], out[1], out[2] = sums, open_sum, work + float64(global_int64(further_at)[0])
 
-    return operations, types.void(*[types.int64] * 13)
+    return operations, types.void(*[types.int64] * 14)
 
 
 def rate_kernel():
