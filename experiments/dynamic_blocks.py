@@ -5,6 +5,7 @@
     python experiments/dynamic_blocks.py speed --units 512 --block 64x64 --density 0.25
     python experiments/dynamic_blocks.py gpu                                # needs a GPU, and torch
     python experiments/dynamic_blocks.py quality --variant gated --seed 0   # one model; all of them without options
+    python experiments/dynamic_blocks.py ptb --variant dense --variant gated --epochs 3   # on a GPU
     python experiments/dynamic_blocks.py draw
 
 `speed`: one layer with as many inputs as units, whose inputs are all active, and random weights, at batch 1 on the CPU.
@@ -19,6 +20,10 @@ beside cuDNN of the same size (gated_gpu.py). All sides are timed by CUDA events
 most frequent words are symbols; perplexities are therefore lower than those of all 10,000 words, and comparable among
 the lines only. Operations are multiplications per token of the two matrices of the layer, gates included, on the first
 tokens of the validation text. A run is kept in a folder, and one that was stopped continues.
+
+`ptb`: the same on a GPU at the size of the paper's word model: two layers of 1536 LSTM units, blocks of 128 x 128 in
+their four matrices, half of them chosen, and all words of the Penn Treebank. An embedding of 1536 numbers per word and
+a read-out are dense. Perplexities are those of the best validation.
 
 `draw`: figures/dynamic_blocks.png, from the lines of one cell and size, the last ones by default.
 
@@ -57,6 +62,9 @@ GPU_KEY = ("what", "cell", "units", "block", "density", "rank", "steps")
 
 # What identifies a trained model.
 QUALITY_KEY = ("what", "variant", "seed", "cell", "hidden", "vocabulary", "epochs", "batch", "window")
+
+# The same of the large word model.
+PTB_KEY = (*QUALITY_KEY, "layers", "block", "learning_rate", "backend")
 
 PTB = os.environ.get("EVENTRNN_PTB", "ptb")
 
@@ -191,21 +199,54 @@ def quality(
     results: Annotated[Path, typer.Option(help="Lines are appended to this file.")] = RESULTS,
 ) -> None:
     """Train each variant with each seed, and append a line per model. A model that has a line is left out."""
-    records, corpus = Records(results, QUALITY_KEY), from_path(text, kind="word", size=vocabulary)
     jobs = [
         Job(name, number, cell, hidden, vocabulary, epochs, batch, window)
         for number in seed or (0, 1, 2)
         for name in variant or VARIANTS
     ]
+    measure_all("quality", jobs, text, runs, Records(results, QUALITY_KEY))
+
+
+@app.command()
+def ptb(
+    variant: Annotated[list[str] | None, typer.Option(help="Variant; repeat for more. [dense and gated]")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Seed; repeat for more. [0]")] = None,
+    cell: Annotated[str, typer.Option(help="gru, lstm or egru.")] = "lstm",
+    hidden: Annotated[int, typer.Option(help="Units of each layer, and width of the embedding.")] = 1536,
+    layers: Annotated[int, typer.Option(help="Layers.")] = 2,
+    block: Annotated[int, typer.Option(help="Side of a block of the variant gated; others are in proportion.")] = 128,
+    vocabulary: Annotated[int, typer.Option(help="Words that are symbols; 0 for all.")] = 0,
+    epochs: Annotated[int, typer.Option(help="Passes over the training text.")] = 20,
+    batch: Annotated[int, typer.Option(help="Parallel streams.")] = 20,
+    window: Annotated[int, typer.Option(help="Time steps per window.")] = 35,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate before its schedule.")] = 1e-3,
+    backend: Annotated[str, typer.Option(help="cuda for a GPU, or cpu.")] = "cuda",
+    text: Annotated[str, typer.Option(help="Folder with the texts, or ptb. [the folder EVENTRNN_PTB, else ptb]")] = PTB,
+    runs: Annotated[Path, typer.Option(help="Folder in which runs are kept.")] = Path("runs"),
+    results: Annotated[Path, typer.Option(help="Lines are appended to this file.")] = RESULTS,
+) -> None:
+    """Train large word models, by default dense and with gates; otherwise as `quality`."""
+    options = {"layers": layers, "block": block, "learning_rate": learning_rate, "backend": backend}
+    jobs = [
+        Job(name, number, cell, hidden, vocabulary, epochs, batch, window, **options)
+        for number in seed or (0,)
+        for name in variant or ("dense", "gated")
+    ]
+    measure_all("ptb", jobs, text, runs, Records(results, PTB_KEY))
+
+
+def measure_all(what: str, jobs: list[Job], text: str, runs: Path, records: Records) -> None:
+    """Train the models of the jobs, all of one vocabulary, that have no line yet; append and print a line for each."""
+    corpus = from_path(text, kind="word", size=jobs[0].vocabulary or None)
     for job in jobs:
-        if records.of({"what": "quality", **vars(job)}) is not None:
+        if records.of({"what": what, **vars(job)}) is not None:
             continue
         with progress() as bar:
 
             def report(p, seconds, job=job, bar=bar):
                 bar(job.name, round(p.share * 1000), 1000, f"{p.bits:.3f} bits, {seconds:.0f} s")
 
-            line = records.add(measure_quality(job, corpus, runs, report))
+            line = records.add(measure_quality(job, corpus, runs, report, what=what))
         shown = {key: value for key, value in line.items() if key not in ("usage", "curve", "versions")}
         print(as_line(shown), flush=True)
 

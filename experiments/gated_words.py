@@ -1,7 +1,8 @@
 """Word models with gated blocks beside static baselines, all trained by one loop; a part of dynamic_blocks.py.
 
-A model has one layer with as many inputs as units. Blocks, masks and cost are those of its two matrices; embedding and
-read-out are dense in all variants. All variants of a seed read the same windows with the same dropout masks.
+A model has one layer or several, with as many inputs as units. Blocks, masks and cost are those of their matrices;
+embedding and read-out are dense in all variants. All variants of a seed read the same windows with the same dropout
+masks.
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ from eventrnn.training import (
 )
 from eventrnn.weights import GatedBlocks, gate_cost
 
-MATRICES = ("layers.0.w_in", "layers.0.w_rec")
-
-# Tokens of the validation text whose operations are counted, and whose choices are in the histogram. Counting computes
-# all gates again with emulated FMAs, which takes longer than the run.
+# Tokens of the validation text whose operations are counted, and whose choices are in the histogram.
 COUNTED = 2000
+
+# Counting computes all gates again with emulated FMAs, which takes longer than the run. Of layers with more than LARGE
+# units, the operations of fewer tokens are counted.
+LARGE, COUNTED_OF_LARGE = 512, 100
 
 # Gradual pruning begins and ends at these shares of the run, and changes the masks so many times.
 PRUNE_FROM, PRUNE_UNTIL, CHANGES = 0.1, 0.6, 40
@@ -49,7 +51,7 @@ ANNEAL_UNTIL = 0.5
 
 @dataclass(frozen=True)
 class Variant:
-    """What is done to the two matrices of the layer. By default nothing: the dense model.
+    """What is done to the matrices of the layers. By default nothing: the dense model.
 
     Attributes
     ----------
@@ -102,7 +104,9 @@ class Job:
 
     variant : name in `VARIANTS`
     cell    : "gru" or "lstm", whose units are all active, or "egru"
-    hidden  : units of the layer, and width of the embedding
+    hidden  : units of each layer, and width of the embedding
+    block   : side of the blocks of the variant "gated"; those of others are in proportion. 0 for a quarter of the units
+    backend : "cpu", or "cuda" for a GPU, where products have factors in bfloat16
     """
 
     variant: str
@@ -113,6 +117,10 @@ class Job:
     epochs: int
     batch: int
     window: int
+    layers: int = 1
+    block: int = 0
+    learning_rate: float = 3e-3
+    backend: str = "cpu"
 
     def __post_init__(self):
         if self.variant not in VARIANTS:
@@ -124,24 +132,38 @@ class Job:
     def name(self) -> str:
         """A name for the folder of the run."""
         size = f"{self.hidden}-{self.vocabulary}-{self.epochs}"
-        return f"dynamic-{self.cell}-{size}-{self.variant}-{self.seed}"
+        further = f"-{self.backend}-{self.layers}x{self.block}" if self.layers > 1 or self.backend != "cpu" else ""
+        return f"dynamic-{self.cell}-{size}-{self.variant}-{self.seed}{further}"
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """The matrices that the variants differ in."""
+        return tuple(f"layers.{k}.{role}" for k in range(self.layers) for role in ("w_in", "w_rec"))
+
+    @property
+    def counted(self) -> int:
+        """Tokens whose operations are counted."""
+        return COUNTED if self.hidden <= LARGE else COUNTED_OF_LARGE
 
 
-def block_of(variant: Variant, hidden: int) -> tuple[tuple[int, int], int | None]:
+def block_of(variant: Variant, job: Job) -> tuple[tuple[int, int], int | None]:
     """The block and the rank of a gate."""
-    side = max(1, round(variant.block * hidden))
-    return (side, side), max(1, round(variant.rank * hidden)) if variant.rank else None
+    of_gated = job.block or VARIANTS["gated"].block * job.hidden
+    side = max(1, round(variant.block / VARIANTS["gated"].block * of_gated))
+    return (side, side), max(1, round(variant.rank * job.hidden)) if variant.rank else None
 
 
-def units_of(variant: Variant, hidden: int) -> int:
-    """The units of the layer: fewer in the variant that is smaller."""
+def units_of(variant: Variant, job: Job) -> int:
+    """The units of each layer: fewer in the variant that is smaller."""
     if not variant.smaller:
-        return hidden
-    gated = VARIANTS["gated"]
-    block, rank = block_of(gated, hidden)
-    share = gate_cost((hidden, 3 * hidden), block=block, density=gated.density, rank=rank).cost
-    # 3 units * (hidden + units) products of the smaller layer against 6 * hidden^2.
-    return max(n for n in range(1, hidden + 1) if n * (hidden + n) <= 2 * share * hidden**2)
+        return job.hidden
+    gated, hidden, layers = VARIANTS["gated"], job.hidden, job.layers
+    block, rank = block_of(gated, job)
+    share = gate_cost((hidden, Cell(job.cell).gates * hidden), block=block, density=gated.density, rank=rank).cost
+    # Inputs and units of the smaller layers, times their units, against 2 * hidden^2 per layer.
+    return max(
+        n for n in range(1, hidden + 1) if n * (hidden + n + 2 * (layers - 1) * n) <= 2 * layers * share * hidden**2
+    )
 
 
 def initial_network(job: Job, symbols: int) -> Network:
@@ -149,7 +171,7 @@ def initial_network(job: Job, symbols: int) -> Network:
     variant, rng = VARIANTS[job.variant], np.random.default_rng(job.seed)
     cell = Cell(job.cell)
     network = Network.random(
-        [units_of(variant, job.hidden)],
+        [units_of(variant, job)] * job.layers,
         symbols=symbols,
         embedding=job.hidden,
         readout=symbols,
@@ -159,13 +181,13 @@ def initial_network(job: Job, symbols: int) -> Network:
     )
     if not variant.density:
         return network
-    block, rank = block_of(variant, job.hidden)
+    block, rank = block_of(variant, job)
     gates = {"block": block, "density": variant.density, "rank": rank, "gate_rule": variant.rule, "rng": rng}
     matrices = network.matrices()
     with warnings.catch_warnings():
         # The line of the results states the cost.
         warnings.simplefilter("ignore", UserWarning)
-        return network.with_matrices({name: GatedBlocks.from_weights(matrices[name], **gates) for name in MATRICES})
+        return network.with_matrices({name: GatedBlocks.from_weights(matrices[name], **gates) for name in job.matrices})
 
 
 def trainer_of(job: Job, corpus: Corpus) -> Trainer:
@@ -180,28 +202,34 @@ def trainer_of(job: Job, corpus: Corpus) -> Trainer:
         epochs=job.epochs,
         batch=job.batch,
         window=job.window,
-        learning_rate=3e-3,
+        learning_rate=job.learning_rate,
         weight_decay=0.0,
         clip=0.5,
         seed=job.seed,
         schedule=Schedule("cosine", constant=0.2, final=0.02, warmup=100),
-        regularisers=Regularisers(dropout_input=0.2, dropout_top=0.3, gate_balance=variant.balance),
+        regularisers=Regularisers(
+            dropout_input=0.2,
+            dropout_between=0.3 if job.layers > 1 else 0.0,
+            dropout_top=0.3,
+            gate_balance=variant.balance,
+        ),
         gates=GateSettings(**annealed),
+        backend=job.backend,
     )
     model = Model(network, threads=settings.threads)
-    return Trainer(network, task, settings, model=model, pruning=pruning_of(variant, job.hidden, steps))
+    return Trainer(network, task, settings, model=model, pruning=pruning_of(variant, job, steps))
 
 
-def pruning_of(variant: Variant, hidden: int, steps: int) -> Pruning | None:
+def pruning_of(variant: Variant, job: Job, steps: int) -> Pruning | None:
     """The pruning of a variant in a run of so many updates."""
     if variant.parts:
-        return StaticMasks(BlockDiagonal(variant.parts), names=MATRICES)
+        return StaticMasks(BlockDiagonal(variant.parts), names=job.matrices)
     if not variant.gradual:
         return None
     start, end = round(PRUNE_FROM * steps), max(1, round(PRUNE_UNTIL * steps))
-    schedule = {"start": start, "end": end, "every": max(1, (end - start) // CHANGES), "names": MATRICES}
+    schedule = {"start": start, "end": end, "every": max(1, (end - start) // CHANGES), "names": job.matrices}
     # A block that is not stored costs nothing where it is chosen; single weights in it would be multiplied.
-    block = block_of(variant, hidden)[0] if variant.density else (1, 1)
+    block = block_of(variant, job)[0] if variant.density else (1, 1)
     return GradualPruning(variant.gradual, block=block, statistic="mean", **schedule)
 
 
@@ -211,21 +239,21 @@ def trained(trainer: Trainer, job: Job) -> Network:
     if variant.density or not (variant.parts or variant.gradual):
         return network
     pattern = BlockDiagonal(variant.parts) if variant.parts else Blocks(variant.gradual)
-    return with_masks(network, {name: trainer.model.masks[name] for name in MATRICES}, pattern)
+    return with_masks(network, {name: trainer.model.masks[name] for name in job.matrices}, pattern)
 
 
-def operations(network: Network, symbols: np.ndarray) -> dict[str, float]:
-    """Multiplications per token of the two matrices, those of their gates and of the read-out, and the activity."""
-    symbols = symbols[:COUNTED]
+def operations(network: Network, job: Job, symbols: np.ndarray) -> dict[str, float]:
+    """Multiplications per token of the matrices, those of their gates and of the read-out, and the activity."""
+    symbols = symbols[: job.counted]
     found = er.simulate(network, symbols[:, None], record="events")
     counts = er.count(network, found).matrices
-    layer = [counts[name] for name in MATRICES]
+    layer = [counts[name] for name in job.matrices]
     return {
         "dense": sum(each.dense for each in layer) / len(symbols),
         "executed": sum(each.executed for each in layer) / len(symbols),
         "selection": sum(each.selection for each in layer) / len(symbols),
         "readout": counts["readout"].executed / len(symbols),
-        "activity": found.activity[0],
+        "activity": float(np.mean(found.activity)),
     }
 
 
@@ -237,25 +265,29 @@ def usage(network: Network, job: Job, symbols: np.ndarray) -> dict[str, list[flo
     return {name: [round(float(s), 4) for s in p.chosen.mean(axis=0)] for name, p in tape.products.items()}
 
 
-def measure(job: Job, corpus: Corpus, runs: Path, report: Callable[[Progress, float], None]) -> dict[str, Any]:
-    """Train, or continue, the model of a job; the line of its results."""
+def measure(
+    job: Job, corpus: Corpus, runs: Path, report: Callable[[Progress, float], None], *, what: str = "quality"
+) -> dict[str, Any]:
+    """Train, or continue, the model of a job; the line of its results, of the kind `what`."""
     variant, trainer = VARIANTS[job.variant], trainer_of(job, corpus)
     seconds = run(trainer, runs / job.name, resume=True, report=report)
     network = trained(trainer, job)
+    # On a GPU, the perplexity is that of the best validation, whose streams are those of the trainer.
+    bits = evaluate(network, corpus.valid) if job.backend == "cpu" else trainer.best_value
     line: dict[str, Any] = {
-        "what": "quality",
+        "what": what,
         **vars(job),
         "units": network.layers[0].units,
         "symbols": len(corpus.vocabulary),
         "tokens": len(corpus.train),
-        "perplexity_valid": float(2 ** evaluate(network, corpus.valid)),
+        "perplexity_valid": float(2**bits),
         "parameters": sum(p.size for p in trainer.model.parameters.values()),
         "seconds": seconds,
-        **operations(network, corpus.valid),
+        **operations(network, job, corpus.valid),
     }
     if variant.density:
-        block, rank = block_of(variant, job.hidden)
-        shape = (job.hidden, 3 * job.hidden)
+        block, rank = block_of(variant, job)
+        shape = (job.hidden, Cell(job.cell).gates * job.hidden)
         line |= {"block": list(block), "rank": rank, "density": variant.density, "rule": variant.rule}
         line |= {"gate_cost": gate_cost(shape, block=block, density=variant.density, rank=rank).cost}
         line |= {"usage": usage(network, job, corpus.valid)}

@@ -41,6 +41,19 @@ def test_gated_word_models_are_trained_once_and_drawn(monkeypatch, tmp_path):
     assert {len(shares) for shares in lines["gated"]["usage"].values()} == {48}
     monkeypatch.setattr(module, "measure_quality", None)  # nothing is trained again
     assert CliRunner().invoke(module.app, ["quality", *options, *asked]).exit_code == 0
+    monkeypatch.undo()
+    # The large word model, at a small size and on the CPU.
+    large = ["--backend", "cpu", "--cell", "gru", "--layers", "2", "--block", "8", "--hidden", "32"]
+    trained = CliRunner().invoke(module.app, ["ptb", *options, *large])
+    assert trained.exit_code == 0, trained.output
+    found = [json.loads(line) for line in results.read_text().splitlines()][len(lines) :]
+    assert [(line["what"], line["variant"], line["layers"]) for line in found] == [
+        ("ptb", "dense", 2),
+        ("ptb", "gated", 2),
+    ]
+    dense = 2 * 2 * 32 * 96
+    assert found[0]["dense"] == found[1]["dense"] == dense > 1.9 * found[1]["executed"]
+    assert found[1]["block"] == [8, 8] and {len(shares) for shares in found[1]["usage"].values()} == {48}
     pytest.importorskip("matplotlib", reason="figures need matplotlib, the plots extra")
     drawn = CliRunner().invoke(module.app, ["draw", "--results", str(results), "--out", str(figure)])
     assert drawn.exit_code == 0 and figure.exists()

@@ -10,6 +10,7 @@ mirror     : host arrays that follow what is on the GPU
 lanes      : streams side by side, with their cuBLAS handles
 memory     : arrays of a window, with their size stated beforehand
 parameters : parameters, gradients, optimiser state, masks, and the update
+gated      : the product of a matrix of gated blocks; gated_sizes : its arrays
 window     : where the arrays of a window lie; its lanes
 cell_rules : what each cell has: arrays, kernels of a step
 forward    : the forward pass, the loss, counts of events

@@ -241,6 +241,6 @@ class GatedProduct:
         height, whole, rest = self.sizes.block[0], *divmod(self.sizes.inputs, self.sizes.block[0])
         for first, count, inputs in ((0, whole, height), (whole, 1, rest)):
             if count and inputs:
-                own = [each._replace(at=each.at + self.size * first * each.apart) for each in (a, b)]
-                to = out._replace(at=out.at + 4 * first * out.apart)
-                lane.multiply(*own, to, *shape(inputs), share=share, count=count)
+                left, right = (each._replace(at=each.at + self.size * first * each.apart) for each in (a, b))
+                to, (rows, width, columns) = out._replace(at=out.at + 4 * first * out.apart), shape(inputs)
+                lane.multiply(left, right, to, rows, width, columns, share=share, count=count)
