@@ -406,7 +406,7 @@ def test_soft_targets_have_the_loss_and_the_gradient_of_the_cpu(gpu, weight):
     # The second time, the work is a graph. The third window is smaller.
     for at, steps in ((0, 4), (4, 4), (8, 3)):
         (ours, found), (theirs, expected) = (
-            _update(engine, engine.task.batch(at, 0, 3, steps), at, rate=0.0) for engine in (fused, apart)
+            updated(engine, engine.task.batch(at, 0, 3, steps), at, rate=0.0) for engine in (fused, apart)
         )
         # Both sides are within the bound. A loss is a mean of logarithms of shares, of magnitude below 8.
         bound = 2 * soft_target_error(SYMBOLS, tasks[1].amplified)
@@ -422,7 +422,7 @@ def test_soft_targets_have_the_loss_and_the_gradient_of_the_cpu(gpu, weight):
         (None, "soft: got 0 targets"),
     ):
         with pytest.raises(ValueError, match=words):
-            _update(fused, replace(window, soft=other), 0)
+            updated(fused, replace(window, soft=other), 0)
 
 
 def test_soft_targets_of_weight_zero_have_the_bits_of_none(gpu):
