@@ -40,7 +40,7 @@ COUNTED = 2000
 
 # Counting computes all gates again with emulated FMAs, which takes longer than the run. Of layers with more than LARGE
 # units, the operations of fewer tokens are counted.
-LARGE, COUNTED_OF_LARGE = 512, 100
+LARGE, COUNTED_OF_LARGE = 512, 50
 
 # Gradual pruning begins and ends at these shares of the run, and changes the masks so many times.
 PRUNE_FROM, PRUNE_UNTIL, CHANGES = 0.1, 0.6, 40

@@ -193,6 +193,18 @@ def test_gates_that_are_not_finite_change_nothing_and_are_named(gpu, own_loss):
     assert messages[0] == messages[1]
 
 
+def test_validations_may_multiply_their_rows_in_parts(gpu, monkeypatch):
+    figures = []
+    for at_once in (1024, 5):
+        monkeypatch.setattr("eventrnn.cuda.training.gated_sizes.ROWS_AT_ONCE", at_once)
+        trainer = Trainer(network_of(CELLS["lstm"]), text_of(), cuda_settings())
+        figures.append((trainer.validate()["bits"], trainer.engine.nbytes))
+    (whole, larger), (parts, smaller) = figures
+    # Products of other numbers of rows may be rounded otherwise: 10 steps of sums of up to 24 terms.
+    assert abs(whole - parts) <= tolerance.gamma(10 * 24, tolerance.U32) * whole
+    assert smaller < larger
+
+
 def test_no_option_of_gates_is_ignored(gpu):
     def ended(gates=None, **regularisers) -> bytes:
         options = {"gates": gates or GateSettings(), "regularisers": Regularisers(**regularisers)}

@@ -116,8 +116,10 @@ def test_windows_of_evaluations_are_dropped_in_the_order_of_their_last_use(gpu, 
         assert list(model.windows) == [(3, 1), (1, 1)]
 
 
-def test_larger_windows_take_the_place_of_smaller_ones(gpu):
-    trainer = Trainer(_network(), LanguageModelling(symbol_text()), cuda_settings())
+@pytest.mark.parametrize("gates", [False, True])
+def test_larger_windows_take_the_place_of_smaller_ones(gpu, gates):
+    network = gate_matrices(_network(), block=(2, 2)) if gates else _network()
+    trainer = Trainer(network, LanguageModelling(symbol_text()), cuda_settings())
     engine = trainer.engine
     # The second update is captured as a graph.
     for _ in range(2):

@@ -31,9 +31,11 @@ class GatedProduct:
     def __init__(self, window: Window, sizes: GatedSizes, weights: Factor):
         height = sizes.block[0]
         apart = height if weights.transposed else height * weights.pitch
-        self.window, self.sizes, self.weights = window, sizes, weights._replace(apart=apart)
-        self.memory, self.parameters, self.precision = window.memory, window.parameters, window.precision
-        self.size, self.name = window.size, sizes.name
+        # Not the window itself: in a cycle, its memory would be freed when Python looks for cycles, not at once.
+        self.name, self.sizes, self.weights = sizes.name, sizes, weights._replace(apart=apart)
+        self.memory, self.parameters, self.network = window.memory, window.parameters, window.sizes
+        self.rows, self.training = window.rows, window.training
+        self.precision, self.size = window.precision, window.size
 
     def at(self, array: str, row: int = 0, pitch: int | None = None) -> int:
         """Address of a row of an array of this matrix; 0 for an array that is not there."""
@@ -43,7 +45,7 @@ class GatedProduct:
 
     def drives(self, lane: Lane, x: Factor, first: int, rows: int, out: Factor, *, share: int = 1) -> None:
         """out = the drives of `rows` rows from number `first` of the window on, without a bias."""
-        sizes, training = self.sizes, self.window.training
+        sizes, training = self.sizes, self.training
         self._logits(lane, x, first, rows, share)
         lane.blocks(
             ("choose", self.precision),
@@ -58,7 +60,7 @@ class GatedProduct:
             sizes.pitch,
             self.parameters.kept_blocks_at(self.name, final=not training),
             sizes.softmax,
-            self.window.sizes.straight_through,
+            self.network.straight_through,
             self.at("gates", first),
             self.at("slopes", first),
             self.at("chosen", first),
@@ -66,7 +68,7 @@ class GatedProduct:
             self.at("penalties of gates", first, 1),
             threads=SUM_THREADS,
         )
-        at_once = sizes.rows_at_once(self.window.rows, training=training)
+        at_once = sizes.rows_at_once(self.rows, training=training)
         for begin in range(first, first + rows, at_once):
             count, done = min(at_once, first + rows - begin), begin - first
             products = self._products(begin if training else 0)
@@ -107,7 +109,7 @@ class GatedProduct:
     ) -> None:
         """From the gradients of the drives of some rows to those of the logits and, unless it is None, to d_x, the
         gradient of the inputs, float32."""
-        sizes, balance = self.sizes, self.window.sizes.gate_balance
+        sizes, balance = self.sizes, self.network.gate_balance
         products, d_products = self._products(first), self._d_products(first)
         lane.blocks(
             ("spread gates", self.precision),
@@ -139,7 +141,7 @@ class GatedProduct:
             sizes.blocks,
             sizes.pitch,
             self.at("used") if balance else 0,
-            bits(balance * sizes.blocks / self.window.rows),
+            bits(balance * sizes.blocks / self.rows),
             self.at("penalties of gates", first, 1),
             self.at("d_logits", first),
             threads=SUM_THREADS,
@@ -158,7 +160,7 @@ class GatedProduct:
 
     def gradients(self, lane: Lane, x: Factor) -> None:
         """Gradients of the weights and of the gate, after `backward` of all rows. x : the inputs of the window"""
-        sizes, rows, inputs = self.sizes, self.window.rows, up(self.sizes.inputs)
+        sizes, rows, inputs = self.sizes, self.rows, up(self.sizes.inputs)
         gradient, d_products, of_blocks = (
             self.parameters.gradient_at,
             self._d_products(0),
@@ -186,7 +188,7 @@ class GatedProduct:
             gated_blocks.count_choices_kernel,
             sizes.blocks,
             self.at("chosen"),
-            self.window.rows,
+            self.rows,
             sizes.blocks,
             sizes.pitch,
             self.parameters.kept_blocks_at(self.name),
