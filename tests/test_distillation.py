@@ -228,7 +228,7 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(tmp_path):
     run(second, tmp_path / "part", resume=True)
     assert bits_of(whole) == bits_of(second)
     for other in (_soft(TEXT[:700]), replace(soft, weight=0.4), None):
-        with pytest.raises(CheckpointError, match="data: soft targets of weight 0.5 .* in the checkpoint"):
+        with pytest.raises(CheckpointError, match="data: soft targets of weight 0.5, top_k 3, .* in the checkpoint"):
             run(_trainer(other), tmp_path / "part", resume=True)
 
 
@@ -277,6 +277,16 @@ def test_a_teacher_on_the_command_line(cli, tmp_path, text):
     other = tmp_path / "other.safetensors"
     save(Network.random([6], symbols=5, embedding=4, readout=5, rng=np.random.default_rng(0)), other)
     stranger = tmp_path / "stranger.safetensors"
+    # Networks that do not fit the vocabulary of their own file.
+    own = load(plain)
+    size, rng = len(own.embedding), np.random.default_rng(0)
+    mute, fewer, unread = (tmp_path / f"{name}.safetensors" for name in ("mute", "fewer", "unread"))
+    for path, network in (
+        (mute, Network.random([6], symbols=size, embedding=4, rng=rng)),
+        (fewer, Network.random([6], symbols=size - 1, embedding=4, readout=size - 1, rng=rng)),
+        (unread, own),
+    ):
+        save(replace(network, metadata=own.metadata | ({"vocabulary": "{}"} if network is own else {})), path)
     few = tmp_path / "few.txt"
     few.write_text("abcd efgh\n" * 60)
     assert cli("train", "--out", stranger, "--text", few, *SMALL, "--steps", 1)[0] == 0
@@ -286,6 +296,10 @@ def test_a_teacher_on_the_command_line(cli, tmp_path, text):
         (("--teacher", text, "--distillation", 0.5), "teacher: "),
         (("--teacher", other, "--distillation", 0.5), "has no vocabulary"),
         (("--teacher", stranger, "--distillation", 0.5), "has another vocabulary than the network"),
+        (("--teacher", mute, "--distillation", 0.5), "teacher: .* needs an embedding and a read-out"),
+        (("--teacher", fewer, "--distillation", 0.5), f"teacher: .* reads {size - 1} symbols, but its vocabulary has"),
+        (("--teacher", unread, "--distillation", 0.5), "teacher: .* this is no vocabulary"),
+        (("--teacher", "", "--distillation", 0.5), "distillation weight: got 0.5 without a teacher"),
         (("--teacher", moved), "teacher: got .* with weight 0"),
         (("--distillation", 0.5), "distillation weight: got 0.5 without a teacher"),
         (("--teacher", moved, "--distillation", 1.5), "distillation weight: got 1.5, need a share in"),

@@ -203,7 +203,7 @@ def _flags(given: TrainOptions) -> dict[str, Any]:
 
 def _absolute_path(model: str | None) -> str | None:
     """The model as it is given, or its absolute path where it is the path of a file that exists."""
-    return model if model is None or not Path(model).exists() else str(Path(model).absolute())
+    return str(Path(model).absolute()) if model and Path(model).exists() else model
 
 
 def _new_run(recipe: Recipe, given: TrainOptions) -> Path:

@@ -242,7 +242,7 @@ class LanguageModelling(Task):
         text = digest_of("language", self.train, self.valid, self.valid_batch, self.carry)
         if self.soft is None:
             return text
-        return f"soft targets of weight {self.soft.weight!r} {self.soft.digest}, text {text}"
+        return f"soft targets of weight {self.soft.weight!r}, top_k {self.soft.top_k}, {self.soft.digest}, text {text}"
 
 
 class Sequences(Task):

@@ -70,8 +70,7 @@ class DistillationRecipe:
         """
         if not self.teacher:
             return None
-        teacher = self._network(vocabulary)
-        symbols = check_symbols(teacher, symbols)
+        teacher = self._network(vocabulary, symbols)
         on_gpu = training.backend == "cuda"
         return soft_targets(
             teacher,
@@ -83,21 +82,33 @@ class DistillationRecipe:
             report=lambda done, total: report("soft targets", done, total, f"{printable(self.teacher)} reads the text"),
         )
 
-    def _network(self, vocabulary: Vocabulary) -> Network:
+    def _network(self, vocabulary: Vocabulary, symbols: np.ndarray) -> Network:
         try:
             network = io.load(io.located_model(self.teacher))
         except OSError as error:
             raise ValueError(f"teacher: {printable(self.teacher)}: {error.strerror or error}") from None
         except ValueError as error:
             raise ValueError(f"teacher: {error}") from None
-        if "vocabulary" not in network.metadata:
-            raise ValueError(f"teacher: {printable(self.teacher)} has no vocabulary; need one trained on texts")
-        own = Vocabulary.from_json(network.metadata["vocabulary"])
-        if own.symbols != vocabulary.symbols:
-            pairs = enumerate(zip(own.symbols, vocabulary.symbols, strict=False))
-            first = next((k for k, (a, b) in pairs if a != b), min(len(own), len(vocabulary)))
-            raise ValueError(
-                f"teacher: {printable(self.teacher)} has another vocabulary than the network that is trained "
-                f"({len(own):,} and {len(vocabulary):,} symbols, which differ from number {first} on); need the same"
-            )
+        try:
+            _check(network, vocabulary, symbols)
+        except ValueError as error:
+            raise ValueError(f"teacher: {printable(self.teacher)}: {error}") from None
         return network
+
+
+def _check(teacher: Network, vocabulary: Vocabulary, symbols: np.ndarray) -> None:
+    """Raise ValueError for a teacher of another vocabulary, or that cannot predict the symbols of the text."""
+    if "vocabulary" not in teacher.metadata:
+        raise ValueError("it has no vocabulary; need a network that was trained on texts")
+    own = Vocabulary.from_json(teacher.metadata["vocabulary"])
+    if own.symbols != vocabulary.symbols:
+        pairs = enumerate(zip(own.symbols, vocabulary.symbols, strict=False))
+        first = next((k for k, (a, b) in pairs if a != b), min(len(own), len(vocabulary)))
+        raise ValueError(
+            f"it has another vocabulary than the network that is trained ({len(own):,} and {len(vocabulary):,} "
+            f"symbols, which differ from number {first} on); need the same"
+        )
+    read = 0 if teacher.embedding is None else len(teacher.embedding)
+    if read != len(own):
+        raise ValueError(f"it reads {read} symbols, but its vocabulary has {len(own)}; need as many")
+    check_symbols(teacher, symbols)
