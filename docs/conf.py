@@ -15,8 +15,16 @@ author = "the eventrnn authors"
 project_copyright = "the eventrnn authors"
 version = release = eventrnn.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax"]
+# The first reads MyST pages, and runs those that are notebooks.
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.mathjax"]
 exclude_patterns = ["_build"]
+
+# A tutorial that fails, or takes longer than this many seconds for a cell, fails the build.
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300
+# Without PyTorch, the tutorial that needs it is shown without its output.
+nb_execution_excludepatterns = [] if importlib.util.find_spec("torch") else ["tutorials/from_pytorch_and_back.md"]
 myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 3
 

@@ -1,7 +1,8 @@
 """Figures of a run, of its cost, of the weights that are left and of a training. Needs the `plots` extra.
 
 Each function but `animated_raster` returns a `matplotlib.figure.Figure` and, given a `path`, writes it there in the
-format that the suffix names. No window is opened and the state of pyplot is not touched.
+format that the suffix names. A notebook shows it at the end of a cell. No window is opened, and the state of pyplot is
+not touched.
 """
 
 from __future__ import annotations
@@ -445,10 +446,10 @@ def _cell_means(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of that size in inches, without pyplot. Raises ImportError where matplotlib is missing."""
     try:
-        from matplotlib.figure import Figure
+        from eventrnn._figure import ShownFigure
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install 'eventrnn[plots]'") from error
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    return ShownFigure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
 def _bar_panel(axes: Axes, values: Mapping[str, float], label: str, number: str) -> None:

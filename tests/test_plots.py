@@ -230,3 +230,8 @@ def test_masks_of_gated_blocks_are_those_of_the_stored_blocks():
     figure = plots.mask_map(network.matrices())
     for axes, weights in zip(figure.axes, network.matrices().values(), strict=False):
         assert axes.collections[0].get_array().mean() == np.mean(weights.blocks.to_dense() != 0)
+
+
+def test_notebooks_show_figures():
+    figure = plots.raster(events(steps=3))
+    assert figure._repr_png_().startswith(b"\x89PNG")
