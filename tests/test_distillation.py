@@ -248,9 +248,16 @@ def test_a_training_that_is_stopped_while_the_teacher_reads_has_written_nothing(
     code, _, err = cli("train", "--out", out, *taught)
     assert code == 130 and "stopped before the training began; nothing was written" in err
     assert {path.name for path in tmp_path.iterdir()} == {"teacher.safetensors", text.name}
+    # A run that would have been replaced is as it was, and nothing says that it could be continued instead.
+    old = tmp_path / "student.safetensors.run"
+    old.mkdir()
+    (old / "config.toml").write_text("of another run")
+    code, _, err = cli("train", "--out", out, *taught, "--force")
+    assert code == 130 and "nothing was written" in err and "--resume" not in err
+    assert (old / "config.toml").read_text() == "of another run"
 
 
-def test_a_teacher_on_the_command_line(cli, tmp_path, text):
+def test_a_teacher_on_the_command_line(cli, tmp_path, text, monkeypatch):
     teacher, out = tmp_path / "teacher.safetensors", tmp_path / "student.safetensors"
     assert cli("train", "--out", teacher, "--text", text, *SMALL, "--steps", 20)[0] == 0
     taught = ("--text", text, *SMALL, "--teacher", teacher, "--distillation", 0.5, "--top-k", 4)
@@ -267,6 +274,12 @@ def test_a_teacher_on_the_command_line(cli, tmp_path, text):
     # A run that is complete is resumed, which reads the teacher again and changes nothing.
     before = out.read_bytes()
     assert cli("train", "--resume", f"{out}.run")[0] == 0 and out.read_bytes() == before
+    for option, value in (("--distillation", 0.4), ("--top-k", 5)):
+        with monkeypatch.context() as patched:
+            # Before the teacher reads.
+            patched.setattr("eventrnn.training.recipes.distillation.soft_targets", None)
+            code, _, err = cli("train", "--resume", f"{out}.run", option, value)
+        assert code == 2 and f"got {value}, but the run has" in err
     moved = teacher.rename(tmp_path / "moved.safetensors")
     code, _, err = cli("train", "--resume", f"{out}.run")
     assert code == 2 and "teacher: " in err and "teacher.safetensors" in err

@@ -151,11 +151,9 @@ def train(given: TrainOptions) -> None:
         except KeyboardInterrupt as stop:
             # Click would replace the interrupt by one without a message.
             words = str(stop) or f"stopped at once; the last checkpoint is in {folder}"
-            words = f"eventrnn: {words}; continue with: eventrnn train --resume {folder}"
-            if not folder.exists():
-                # A teacher may read the text for minutes before the training.
-                words = "eventrnn: stopped before the training began; nothing was written"
-            print(printable(words), file=sys.stderr)
+            if given.resume is not None or not isinstance(stop, recipes.NotBegun):
+                words = f"{words}; continue with: eventrnn train --resume {folder}"
+            print(printable(f"eventrnn: {words}"), file=sys.stderr)
             raise typer.Exit(130) from None
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

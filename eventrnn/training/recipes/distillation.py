@@ -47,7 +47,7 @@ class DistillationRecipe:
         if self.weight and not self.teacher:
             raise ValueError(f"distillation weight: got {self.weight} without a teacher; give teacher a model file")
         if self.teacher and not self.weight:
-            raise ValueError(f"teacher: got {self.teacher} with weight 0; give a distillation weight in (0, 1]")
+            raise ValueError(f"teacher: got {self.teacher} with weight 0; give a distillation weight above 0, up to 1")
         if not self.teacher and self.top_k != type(self).top_k:
             raise ValueError(f"top_k: got {self.top_k} without a teacher; leave it out, or give teacher a model file")
 

@@ -252,6 +252,10 @@ def load_recipe(
     return recipe
 
 
+class NotBegun(KeyboardInterrupt):
+    """The run was interrupted before its training, and has written nothing; a run in its folder is as it was."""
+
+
 def train(
     recipe: Recipe,
     folder: str | os.PathLike,
@@ -274,8 +278,9 @@ def train(
 
     Without `overwrite`, raises ValueError for a folder that holds a run when `resume` is not set, and FileExistsError
     for a model file that this run did not write: before the training, or after it if the file appeared meanwhile. The
-    trained run is then complete in its folder, and `resume` with another `run.out` writes it. Interruptions and other
-    errors: see `training.run`.
+    trained run is then complete in its folder, and `resume` with another `run.out` writes it. Raises ValueError for a
+    resumed run with another weight or `top_k` of its teacher, and `NotBegun` for an interruption before the training.
+    Other interruptions and errors: see `training.run`.
     """
     if recipe.model.equations().thresholded and not recipe.run.out:
         raise ValueError("out: got none; set run.out to the model file to write")
@@ -284,8 +289,14 @@ def train(
         _need_own_name(Path(recipe.run.out), folder)
     if not resume and not overwrite:
         _need_no_run(folder)
+    if resume:
+        _need_same_distillation(recipe, folder)
     text = None if recipe.data.text == "builtin" else read_stream(recipe.data.text)
-    trainer, corpus = recipe.trainer(text, report)
+    try:
+        trainer, corpus = recipe.trainer(text, report)
+    except KeyboardInterrupt:
+        # A teacher may read the text for minutes before the training.
+        raise NotBegun("stopped before the training began; nothing was written") from None
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         if not resume:
@@ -347,6 +358,22 @@ def _train(
     report("validating", 0, 1, "")
     bits = evaluate(network, corpus.valid, backend=recipe.training.backend)
     return {"bits_per_symbol_valid": bits, "perplexity_valid": float(2.0 ** min(bits, 1000.0))} | figures
+
+
+def _need_same_distillation(recipe: Recipe, folder: Path) -> None:
+    """Refuse another distillation than that of the run before a teacher reads its text, which may take minutes.
+
+    The teacher's file may have moved; whether it is the same shows in what it says, which the checkpoint knows.
+    """
+    if not (folder / CONFIG).exists():
+        return
+    own = load_recipe(folder / CONFIG).distillation
+    for name in ("weight", "top_k"):
+        before, now = getattr(own, name), getattr(recipe.distillation, name)
+        if before != now:
+            raise ValueError(
+                f"distillation {name}: got {now}, but the run has {before}; leave it out to continue the run"
+            )
 
 
 def note(progress: Progress, kind: str, soft: bool = False) -> str:
