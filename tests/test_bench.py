@@ -8,10 +8,13 @@ import pytest
 
 from eventrnn import bench, simulate
 from eventrnn.bench import baselines, timing
-from eventrnn.bench.bandwidth import Product
+from eventrnn.bench.bandwidth import Product, probes, product_reads
 from eventrnn.bench.case import Case
 from eventrnn.bench.machine import peak
 from eventrnn.bench.networks import ACTIVITY_TOLERANCE, random_events, random_weights
+from eventrnn.cpu.crossover import ForcedPolicy
+from eventrnn.cpu.plan import TILED
+from eventrnn.events import Events
 from eventrnn.weights import convert
 from support.tolerance import U32, gamma
 
@@ -89,6 +92,20 @@ def test_single_product_keeps_the_contract(batch, form, block, threads):
         assert (np.abs(product.result(t) - exact) <= 2 * gamma(64, U32) * size).all()
     twin = Product(convert(weights, "dense"), events, 1)
     assert all(np.array_equal(product.result(t), twin.result(t)) for t in range(5))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_probe_of_shared_single_weights_reads_the_panels_with_events(threads):
+    weights = random_weights((150, 450), sparsity=0.7, format="csr", rng=np.random.default_rng(0))
+    fired = np.zeros((2, 3, 150), np.float32)
+    # Units 0 to 63 and 128 to 149 are the first and the last panel.
+    fired[0, 1, [3, 60]] = fired[0, 2, 140] = fired[1, 0, 5] = 1
+    product = Product(weights, Events.from_dense(fired), threads, ForcedPolicy(TILED, 2.0))
+    (reads,) = product_reads(product)
+    stored = weights.stored_out()
+    first, last = int(stored[:64].sum()), int(stored[128:].sum())
+    assert reads.nbytes == (4 + 2) * (first + last + first)
+    probes(product.plan, [reads])["probe"]()
 
 
 @pytest.mark.parametrize("batch", [1, 20])
