@@ -9,14 +9,16 @@ A number behind `training` asks for one of its cases, so that cases can run side
 
 Of inference, each case is a run of a weight format, single steps and a replayed graph. Events are compared with those
 of the CPU engine. Of training, each case is some updates, the first of them outside a graph, and a validation; two
-trainers must have the same bits. Cases differ in variant, kind of input, precision, noise, penalties, update rule and
-pruning method.
+trainers must have the same bits. Cases differ in cell, kind of input, precision, noise, penalties, update rule and
+pruning method; some have blocks that every input chooses.
 """
 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -25,8 +27,17 @@ from eventrnn.cuda import PRECISIONS, CudaBackend
 from eventrnn.network import Network
 from eventrnn.pruning import Blocks, DynamicMasks, GradualPruning, Pruning, RegrownMasks
 from eventrnn.simulation import Simulator, simulate
-from eventrnn.training import Classification, LanguageModelling, Optimiser, Regularisers, Settings, Task, Trainer
-from eventrnn.weights import convert
+from eventrnn.training import (
+    Classification,
+    GateSettings,
+    LanguageModelling,
+    Optimiser,
+    Regularisers,
+    Settings,
+    Task,
+    Trainer,
+)
+from eventrnn.weights import GatedBlocks, convert
 
 UNITS, INPUTS, STEPS = [40, 100], 33, 5
 STORED = [
@@ -63,13 +74,19 @@ NOISE = ("dropconnect", "dropout_input", "dropout_between", "dropout_top", "zone
 
 PENALTIES = {"activity_rate": 1.0, "state": 0.5, "activation": 1.0, "temporal_activation": 1.0}
 
+OF_THRESHOLDS = ("activity_rate", "state")
+
 UPDATES = 5
 
 SYMBOLS = 37
 
 Method = Callable[[], Pruning | None]
 
-# variant, whether inputs are symbols, precision, update rule, pruning method
+#: name of a case -> cell of its layers
+CELLS = {"evnn": Cell(), "paper": Cell(variant="paper"), "lstm": Cell("lstm"), "gru": Cell("gru", "before")}
+
+# cell, with "gated" behind it where its matrices have gates; whether inputs are symbols; precision; update rule; pruning
+# method
 TRAININGS: list[tuple[str, bool, str, Optimiser, Method]] = [
     ("evnn", True, "bfloat16", Optimiser(beta1=0.0, decay_biases=True), lambda: None),
     ("evnn", True, "tf32", Optimiser(), lambda: GradualPruning(0.5, block=(1, 8), start=0, end=4, every=2)),
@@ -77,16 +94,43 @@ TRAININGS: list[tuple[str, bool, str, Optimiser, Method]] = [
     ("paper", True, "bfloat16", Optimiser(kind="nt-asgd", patience=1), lambda: None),
     ("paper", False, "tf32", Optimiser(), lambda: RegrownMasks(0.5, block=(1, 8), start=0, end=4, every=2)),
     ("evnn", True, "bfloat16", Optimiser(), lambda: DynamicMasks(Blocks(0.5, (1, 8)), start=0, end=3, every=1)),
+    ("lstm", True, "bfloat16", Optimiser(), lambda: None),
+    ("gru", False, "tf32", Optimiser(), lambda: None),
+    ("lstm gated", True, "bfloat16", Optimiser(), lambda: GradualPruning(0.5, block=(7, 16), end=4, every=2)),
+    ("evnn gated", False, "float32", Optimiser(), lambda: None),
+    ("gru gated", True, "tf32", Optimiser(), lambda: None),
 ]
 
 
-def trained(variant: str, symbols: bool, precision: str, optimiser: Optimiser, method: Method) -> Trainer:
+def gated(network: Network) -> Network:
+    """The network with gates of rank 3 in front of the blocks of its matrices, where the cell takes them."""
+    rng, layers = np.random.default_rng(4), network.layers
+    gates = {"block": (7, 16), "density": 0.5, "rank": 3, "rng": rng, "gate_rule": "softmax"}
+    with warnings.catch_warnings():
+        # Matrices this small cost more with a gate.
+        warnings.simplefilter("ignore", UserWarning)
+        return network.with_matrices(
+            {
+                name: GatedBlocks.from_weights(weights, **gates)
+                for name, weights in network.matrices().items()
+                if name.role != "w_rec" or not layers[name.layer].cell.reset_first
+            }
+        )
+
+
+def trained(kind: str, symbols: bool, precision: str, optimiser: Optimiser, method: Method) -> Trainer:
     """A trainer after some updates and validations."""
     rng = np.random.default_rng(3)
-    cell = Cell(variant=variant, surrogate=Surrogate("triangle" if symbols else "gaussian"))
+    name, _, gates = kind.partition(" ")
+    cell = CELLS[name]
+    if cell.thresholded:
+        cell = replace(cell, surrogate=Surrogate("triangle" if symbols else "gaussian"))
     shape = {"symbols": SYMBOLS, "embedding": 29} if symbols else {"inputs": INPUTS}
-    network = Network.random(UNITS, readout=SYMBOLS, rng=rng, threshold=0.1, cell=cell, **shape)
-    rates = dict.fromkeys(NOISE, 0.3) | ({"dropout_words": 0.2} if symbols else {}) | PENALTIES
+    network = Network.random(UNITS, readout=SYMBOLS, rng=rng, threshold=0.1 * cell.thresholded, cell=cell, **shape)
+    network = gated(network) if gates else network
+    rates = dict.fromkeys(NOISE, 0.3) | ({"dropout_words": 0.2} if symbols else {})
+    rates |= {name: strength for name, strength in PENALTIES.items() if cell.thresholded or name not in OF_THRESHOLDS}
+    rates |= {"gate_balance": 0.1} if gates else {}
     task: Task = LanguageModelling(rng.integers(0, SYMBOLS, 900), rng.integers(0, SYMBOLS, 90), valid_batch=3)
     if not symbols:
         x = rng.standard_normal((23, 6, INPUTS)).astype(np.float32)
@@ -97,12 +141,13 @@ def trained(variant: str, symbols: bool, precision: str, optimiser: Optimiser, m
         batch=7,
         window=6,
         window_jitter=1.0 if symbols else 0.0,
-        activity_cost=0.1,
+        activity_cost=0.1 * cell.thresholded,
         clip_layers=0.1,
         backend="cuda",
         precision=precision,
         optimiser=optimiser,
-        regularisers=Regularisers(**rates, mask_sharing="batch" if variant == "evnn" else "time"),
+        regularisers=Regularisers(**rates, mask_sharing="batch" if name == "evnn" else "time"),
+        gates=GateSettings(True, 1.0, 3) if gates else GateSettings(),
     )
     trainer = Trainer(network, task, settings, pruning=method())
     for _ in range(UPDATES):
