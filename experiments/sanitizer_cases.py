@@ -85,7 +85,7 @@ Method = Callable[[], Pruning | None]
 #: name of a case -> cell of its layers
 CELLS = {"evnn": Cell(), "paper": Cell(variant="paper"), "lstm": Cell("lstm"), "gru": Cell("gru", "before")}
 
-# cell, with "gated" behind it where its matrices have gates; whether inputs are symbols; precision; update rule; pruning
+# cell, with "gated" where its matrices have gates; kind of input: symbols; precision; update rule; pruning method
 # method
 TRAININGS: list[tuple[str, bool, str, Optimiser, Method]] = [
     ("evnn", True, "bfloat16", Optimiser(beta1=0.0, decay_biases=True), lambda: None),
