@@ -67,8 +67,10 @@ class Known(LanguageModelling):
         return float((output.astype(np.float64) * self._d_output).sum()), self._d_output
 
 
-@pytest.mark.parametrize("straight_through", [False, True])
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize(
+    ("name", "straight_through"),
+    [("egru", False), ("paper", True), ("gru", True), ("before", False), ("lstm", False), ("lstm", True)],
+)
 def test_gradients_are_those_of_the_specification(gpu, name, straight_through):
     options = {"rule": "softmax", "rank": 2} if straight_through else {}
     network = network_of(CELLS[name], **options)
@@ -89,16 +91,15 @@ def test_gradients_are_those_of_the_specification(gpu, name, straight_through):
         assert np.abs(found[parameter] - expected).max() <= bound, parameter
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "tf32"])
 @pytest.mark.parametrize(
-    ("name", "options", "gates"),
+    ("precision", "name", "options", "gates"),
     [
-        ("lstm", {"rule": "softmax", "rank": 2}, GateSettings(True, 1.0, 3)),
-        ("egru", {"density": 0.3, "block": (2, 7)}, GateSettings()),
+        ("bfloat16", "lstm", {"rule": "softmax", "rank": 2}, GateSettings(True, 1.0, 3)),
+        ("tf32", "egru", {"density": 0.3, "block": (2, 7)}, GateSettings()),
     ],
-    ids=["lstm", "egru"],
+    ids=["bfloat16", "tf32"],
 )
-def test_every_array_of_a_window_follows_from_those_before_it(gpu, name, options, gates, precision):
+def test_every_array_of_a_window_follows_from_those_before_it(gpu, precision, name, options, gates):
     network, balance = network_of(CELLS[name], **options), 0.5 * gates.straight_through
     regularisers = Regularisers(dropout_input=0.3, dropout_between=0.3, gate_balance=balance)
     chosen = cuda_settings(clip=1e9, precision=precision, gates=gates, regularisers=regularisers)
@@ -128,18 +129,18 @@ def test_runs_have_the_figures_and_masks_of_the_cpu_and_go_on_with_the_same_bits
         return Trainer(network, text_of(), cuda_settings(**changes), pruning=pruning)
 
     ours, theirs, resumed = trainer(), trainer(backend="cpu", precision=""), trainer()
-    for step in range(5):
+    for step in range(4):
         got, expected = ours.step(), theirs.step()
         counted = ("activity", "support", "operations", "sparsity")
         assert [getattr(got, name) for name in counted] == [getattr(expected, name) for name in counted]
         # Shares of at most 9 blocks in 12 rows, and their sums.
         assert abs(got.penalty - expected.penalty) <= tolerance.gamma(1000, tolerance.U32) * expected.penalty
-        ours.validate(), theirs.validate()
-        if step == 2:
+        if step == 1:
+            ours.validate(), theirs.validate()
             arrays = {name: array.copy() for name, array in ours.arrays().items()}
             resumed.restore(arrays, json.loads(json.dumps(ours.numbers())))
     for _ in range(2):
-        resumed.step(), resumed.validate()
+        resumed.step()
     for name, mask in theirs.model.masks.items():
         assert np.array_equal(ours.model.masks[name], mask)
     assert ours.numbers() == resumed.numbers()
@@ -151,15 +152,17 @@ def test_runs_have_the_figures_and_masks_of_the_cpu_and_go_on_with_the_same_bits
 def test_equal_logits_choose_the_lowest_blocks_and_all_of_them_have_gates_of_one(gpu, rule):
     zeros = np.array([0.0, -0.0], np.float32)
     for density, gate in ((0.5, None), (1.0, np.float32(1))):
-        network = network_of(CELLS["gru"], rule=rule, density=density)
+        network = network_of(CELLS["gru"], units=(6,), rule=rule, density=density)
         even = {
             name: replace(w, gate=np.zeros_like(w.gate), gate_bias=zeros[np.arange(w.n_blocks) % 2])
             for name, w in network.matrices().items()
         }
-        trainer = Trainer(network.with_matrices(even), text_of(), cuda_settings(precision="bfloat16"))
+        trainer = Trainer(
+            network.with_matrices(even), text_of(), cuda_settings(precision="bfloat16", batch=2, window=2)
+        )
         trainer.step()
         for name, sizes in trainer.engine.sizes.gated.items():
-            memory, shape = trainer.engine.memory, (12, sizes.pitch)
+            memory, shape = trainer.engine.memory, (4, sizes.pitch)
             chosen = operands(trainer.engine, memory["chosen", name], shape)
             kept = trainer.model.gated[name].kept_blocks
             assert (chosen[:, :kept] == 1).all() and not chosen[:, kept:].any()
@@ -208,7 +211,8 @@ def test_validations_may_multiply_their_rows_in_parts(gpu, monkeypatch):
 def test_no_option_of_gates_is_ignored(gpu):
     def ended(gates=None, **regularisers) -> bytes:
         options = {"gates": gates or GateSettings(), "regularisers": Regularisers(**regularisers)}
-        trainer = Trainer(network_of(CELLS["gru"], units=(6,)), text_of(), cuda_settings(**options))
+        settings = cuda_settings(batch=2, window=2, **options)
+        trainer = Trainer(network_of(CELLS["gru"], units=(6,)), text_of(), settings)
         trainer.step(), trainer.step()
         with trainer.engine.reading():
             return b"".join(array.tobytes() for array in trainer.model.parameters.values())
