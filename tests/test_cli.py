@@ -442,6 +442,12 @@ def test_program_runs_as_a_process_and_tells_its_story_in_one_screen():
         assert f"  {command} " in listed, command
 
 
+@pytest.mark.parametrize("module", ["eventrnn", "eventrnn.cli"])
+def test_both_modules_are_the_program(module):
+    done = subprocess.run([sys.executable, "-m", module, "trian"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Did you mean 'train'" in done.stderr
+
+
 def test_shells_complete_the_names_of_commands():
     typed = {"_EVENTRNN_COMPLETE": "complete_bash", "COMP_WORDS": "eventrnn pr", "COMP_CWORD": "1"}
     done = subprocess.run(
