@@ -8,6 +8,7 @@ shared and only read. All arrays are flat, and no index is checked:
     index    a pool of int32 with two uint16 per element: positions, or masks of sixteen columns, from element `i0` on
     weights  float32; uint16, the upper halves of float32 (bfloat16); or int8. Starts at element `start`
     scales   float32, one per presynaptic unit, from element `s0` on; read for int8 weights only
+    ahead    number of the first weight and index of a unit that is added later; they are prefetched
 
 A drive takes one FMA per term, as the loop over j in `reference.propagate` does. A unit has no index twice, so that
 several drives can be loaded before the first of them is stored. LLVM does not do that by itself, because it cannot know
@@ -111,8 +112,7 @@ def add_scattered_portable(typingctx, drive, at, index, i0, first, count, ahead,
 def add_scattered_avx512(typingctx, drive, at, index, i0, first, count, ahead, value, scale, weights, start):
     """drive[at + index[k]] += weights[start + k] * value for `count` numbers k from `first` on, one FMA per term.
 
-    Sixteen elements are gathered, added to and scattered at a time. With each of these vectors, a vector of the weights
-    and indices from number `ahead` on is prefetched.
+    Sixteen elements are gathered, added to and scattered at a time.
     """
 
     def generate(context, builder, signature, args):
