@@ -32,8 +32,8 @@ from eventrnn.cpu.tables import INDEX, LOW, PITCH, POINTERS, SCALES, VALUES, WID
 LISTED_SEGMENTS = 64
 
 # With single weights, each event prefetches those of the event that comes so many events later. Rows of single weights
-# are short, and read at random: the hardware prefetcher detects each of them late. With 12 % of 1350 x 4050 weights out of
-# the cache a weight took 2.3 ns, and 1.1 ns with this; 0.65 ns of them are work. Distances of 1 to 6 differ little.
+# are short, and read at random: the hardware prefetcher detects each of them late. With 12 % of 1350 x 4050 weights out
+# of the cache a weight took 2.3 ns, and 1.1 ns with this; 0.65 ns of them are work. Distances of 1 to 6 differ little.
 UPCOMING = 2
 
 
