@@ -17,6 +17,7 @@ from eventrnn import Cell, Network, State
 from eventrnn.backend import BackendUnavailable
 from eventrnn.pruning import GradualPruning
 from eventrnn.training import (
+    Classification,
     Diverged,
     GateSettings,
     LanguageModelling,
@@ -206,6 +207,20 @@ def test_validations_may_multiply_their_rows_in_parts(gpu, monkeypatch):
     # Products of other numbers of rows may be rounded otherwise: 10 steps of sums of up to 24 terms.
     assert abs(whole - parts) <= tolerance.gamma(10 * 24, tolerance.U32) * whole
     assert smaller < larger
+
+
+def test_inputs_that_need_no_gradient_train_the_gates_that_read_them(gpu):
+    rng = np.random.default_rng(0)
+    x, labels = rng.normal(size=(6, 3, 5)).astype(np.float32), rng.integers(0, 2, 6)
+    network = gate_matrices(Network.random([6], inputs=5, readout=2, rng=rng, threshold=0.05))
+    made = ({}, {"backend": "cpu", "precision": ""})
+    ours, theirs = (Trainer(network, Classification(x, labels), cuda_settings(batch=3, **each)) for each in made)
+    for _ in range(2):
+        got, expected = ours.step(), theirs.step()
+        assert (got.operations, got.activity) == (expected.operations, expected.activity)
+    for trainer in (ours, theirs):
+        with trainer.engine.reading():
+            assert (trainer.model.parameters["layers.0.w_in.gate"] != network.layers[0].w_in.gate).any()
 
 
 def test_no_option_of_gates_is_ignored(gpu):
