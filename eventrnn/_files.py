@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
+
 # What a file system answers that does not know a system call.
 UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -88,6 +90,25 @@ def file_sha256(path: str | os.PathLike) -> str:
     """The SHA-256 of a file in the notation of `sha256sum`. Raises OSError where it cannot be read."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_arrays(path: str | os.PathLike) -> np.ndarray | dict[str, np.ndarray]:
+    """The array of a `.npy` file, or the arrays of an `.npz` file by name, without the objects of Python that one can
+    hold and that could run code.
+
+    Raises ValueError for what NumPy cannot read or memory cannot hold, and OSError of the file.
+    """
+    name = printable(Path(path).name)
+    with open(path, "rb") as file:
+        try:
+            found = np.load(file, allow_pickle=False)
+            return found if isinstance(found, np.ndarray) else dict(found)
+        except MemoryError:
+            raise ValueError(f"{name}: holds an array, or says so, that does not fit into memory") from None
+        except Exception as error:
+            # A damaged archive raises what its decompressor, the reader of its table and that of its headers raise:
+            # zlib.error, BadZipFile, struct.error, SyntaxError, RuntimeError and others.
+            raise ValueError(f"{name}: NumPy cannot read it ({error or type(error).__name__})") from None
 
 
 def clean(folder: Path) -> None:

@@ -145,6 +145,10 @@ def test_from_array_seconds_become_the_nearest_ticks():
         ({"array": np.zeros(1, [("t", float), ("x", int)]), "sensor": 2, "ticks": 10**400}, "ticks: got 1000"),
         ({"sensor": 0}, "sensor: got 0"),
         ({"sensor": None}, "sensor: got None"),
+        (
+            {"array": np.array([(1, 0, 0, 1), (2, 0, 0, -1)], [("t", int), ("x", int), ("y", int), ("on", "i1")])},
+            "p: got -1 at event 1, need 0 and 1; where they are -1 and 1, set array['on'][array['on'] < 0] = 0",
+        ),
         ({"polarities": 3}, "polarities: got 3"),
         ({"sort": 1}, "sort: got 1"),
     ],

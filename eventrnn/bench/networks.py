@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from eventrnn import training
 from eventrnn._checks import need_choice, need_number, need_pair, need_whole
 from eventrnn.backend import Backend
 from eventrnn.bench.case import Case
@@ -112,25 +113,20 @@ def random_network(
 
 
 def at_activity(network: Network, inputs: Events, activity: float, backend: str = "cpu") -> Network:
-    """The network with one threshold per layer, found by bisection, so that it has this activity on these inputs.
+    """The network with one threshold per layer so that it has this activity on them (`training.at_activity`).
 
-    Above `BIASED_ACTIVITY` the candidate gates get a positive bias. Cost: 14 runs per layer.
+    Above `BIASED_ACTIVITY` the candidate gates get a positive bias. The thresholds of the network must be equal within
+    a layer.
     """
     need_number("activity", activity, above=0, at_most=1, what="share")
-    layers: list[Layer] = []
-    for layer in network.layers:
-        if activity > BIASED_ACTIVITY:
+    if activity > BIASED_ACTIVITY:
+        layers = []
+        for layer in network.layers:
             bias = layer.bias_in.copy()
             bias[2 * layer.units :] = CANDIDATE_BIAS
-            layer = replace(layer, bias_in=bias)
-        low, high = 0.0, 2.0
-        for _ in range(14):
-            threshold = np.full(layer.units, (low + high) / 2, np.float32)
-            tried = [*layers, replace(layer, threshold=threshold)]
-            measured = simulate(Network(tuple(tried)), inputs, backend=backend).activity[-1]
-            low, high = ((low + high) / 2, high) if measured > activity else (low, (low + high) / 2)
-        layers.append(replace(layer, threshold=np.full(layer.units, high, np.float32)))
-    return replace(network, layers=tuple(layers))
+            layers.append(replace(layer, bias_in=bias))
+        network = replace(network, layers=tuple(layers))
+    return training.at_activity(network, inputs, activity, backend=backend)
 
 
 def random_events(steps: int, batch: int, size: int, activity: float, rng: np.random.Generator) -> Events:

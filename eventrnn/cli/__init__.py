@@ -19,6 +19,7 @@ from eventrnn.backend import BackendUnavailable
 from eventrnn.cli.bench import bench_app
 from eventrnn.cli.commands import convert_command, demo, info, run
 from eventrnn.cli.count import count
+from eventrnn.cli.finetune import fine_tune
 from eventrnn.cli.imports import export_command, import_command
 from eventrnn.cli.plot import plot
 from eventrnn.cli.prune import prune
@@ -36,6 +37,7 @@ COMMANDS = (
     ("plot", plot, "Draw masks, events, operations or learning curves."),
     ("report", report, "Write a training run as one HTML page."),
     ("import", import_command, "Take a GRU or LSTM of PyTorch, Keras, ONNX or EvNN."),
+    ("fine-tune", fine_tune, "Make an EGRU of a wanted activity of a trained GRU."),
     ("export", export_command, "Write a model as a file of PyTorch, Keras or ONNX."),
     ("convert", convert_command, "Change the weight format or storage type of a model."),
     ("info", info, "Show what is installed, or what a model file holds."),

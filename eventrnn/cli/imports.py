@@ -11,6 +11,7 @@ import typer
 
 from eventrnn import io
 from eventrnn._checks import need_choice
+from eventrnn._files import read_arrays
 from eventrnn.cli.options import Force, GivenModel, Json, NamedModel, Out, model_file, save_model, writable_file
 from eventrnn.cli.terminal import show
 from eventrnn.io.export import library_of
@@ -142,17 +143,11 @@ def _imported(source: Path, origin: str, module: str | None, layers: Mapping[str
 
 def _arrays(path: Path) -> Mapping[str, np.ndarray]:
     try:
-        with open(path, "rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            if isinstance(archive, np.ndarray):
-                raise ValueError("it holds a single array")
-            return dict(archive)
+        found = read_arrays(path)
     except FileNotFoundError:
         raise ValueError(f"source: there is no file {path}") from None
-    except MemoryError:
-        raise ValueError(f"source: {path} holds an array, or says so, that does not fit into memory") from None
-    except Exception as error:
-        # A damaged archive raises what its decompressor, the reader of its table and that of its headers raise:
-        # zlib.error, struct.error, SyntaxError, RuntimeError and others.
-        words = str(error) or type(error).__name__
-        raise ValueError(f"source: {path} is not an .npz archive of arrays: {words}") from None
+    except ValueError as error:
+        raise ValueError(f"source: {path} is not an .npz archive of arrays: {error}") from None
+    if isinstance(found, np.ndarray):
+        raise ValueError(f"source: {path} is not an .npz archive of arrays: it holds a single array")
+    return found

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from eventrnn._checks import WHOLE, check_finite, float32_array, need_kind, need_number, need_whole, number_array
+from eventrnn._files import read_arrays
 from eventrnn.data.recordings import FIELDS, MOST_ROWS, MOST_UNITS, Recording
 from eventrnn.events import Events
 
@@ -258,15 +259,10 @@ def _npz(path: Path) -> np.ndarray:
 
 
 def _loaded(path: Path) -> np.ndarray | dict[str, np.ndarray]:
-    """The array or the arrays of a NumPy file, without the objects of Python that one can hold and that could run
-    code."""
-    with open(path, "rb") as file:
-        try:
-            found = np.load(file, allow_pickle=False)
-            return found if isinstance(found, np.ndarray) else dict(found)
-        except Exception as error:
-            # A damaged archive raises zlib.error, BadZipFile, struct.error, SyntaxError and others.
-            raise RecordingError(f"{path.name}: NumPy cannot read it ({error or type(error).__name__})") from None
+    try:
+        return read_arrays(path)
+    except ValueError as error:
+        raise RecordingError(str(error)) from None
 
 
 def _structured(path: Path, array: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:

@@ -129,6 +129,11 @@ class Recording:
             units = y * width + x
         if polarities == 2:
             p = _field(array, "p")
+            if len(p) and p.min() == -1:
+                raise ValueError(
+                    f"p: got -1 at event {int(np.argmin(p))}, need 0 and 1; where they are -1 and 1, set "
+                    f"array[{_name(array, 'p')!r}][array[{_name(array, 'p')!r}] < 0] = 0"
+                )
             _need_range("p", p, 2)
             units = p * (height * width) + units
         times = _stamps(array[_name(array, "t")], ticks)
