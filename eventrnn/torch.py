@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from eventrnn import reference
 from eventrnn._checks import check_finite, need_flag, need_kind, need_number, need_whole, said
 from eventrnn.cells import Cell
 from eventrnn.network import Layer, Network
@@ -56,6 +57,10 @@ class EGRU(nn.Module):
     (3 N,), and `threshold_l{k}` (N,), with gates in the order (u, r, g). An LSTM has 4 N columns, in the order
     (i, f, g, o).
     Weights that the optimiser must leave at zero are given by `from_network`, or by `torch.nn.utils.prune`.
+
+    In double precision, after `.double()`, the specification of this library runs in place of the engine: plain loops,
+    a thousand times as slow, for `torch.autograd.gradcheck` and for comparisons. With `module.smooth = True` its events
+    are the smooth steps whose derivative the surrogate is, so that its gradient is an exact derivative.
 
     Raises ValueError for arguments that are not like this.
     """
@@ -135,6 +140,7 @@ class EGRU(nn.Module):
         self.input_size, self.hidden_size = network.layers[0].inputs, network.layers[0].units
         self.num_layers, self.bias = len(network.layers), bias
         self.batch_first = need_flag("batch_first", batch_first)
+        self.smooth = False
         self.dropout = need_number("dropout", dropout, at_least=0, below=1, what="share")
         if self.dropout and self.num_layers == 1:
             # torch.nn.GRU warns too.
@@ -202,7 +208,14 @@ class EGRU(nn.Module):
             there = torch.arange(len(x))[:, None] < ends
             x = torch.where(there[:, :, None], x, torch.zeros((), dtype=x.dtype))
         arguments = [getattr(self, _name(name)) for name in self._names()]
-        output, outputs, cells = _Window.apply(self, x.to(torch.float32), before, ends, *arguments)
+        kinds = {argument.dtype for argument in arguments}
+        double = kinds == {torch.float64}
+        if self.smooth and not double:
+            raise ValueError(
+                f"smooth: needs all parameters in float64, got {', '.join(map(str, kinds))}; call .double()"
+            )
+        window, kind = (_Specification, torch.float64) if double else (_Window, torch.float32)
+        output, outputs, cells = window.apply(self, x.to(kind), before, ends, *arguments)
         if ends is not None:
             output = torch.where(there[:, :, None], output, torch.zeros((), dtype=output.dtype))
         after = (outputs[:, 0], cells[:, 0]) if single else (outputs, cells)
@@ -312,7 +325,8 @@ class EGRU(nn.Module):
                 "state: got a tensor that requires a gradient, but the gradient does not pass through the state; give "
                 "state.detach()"
             )
-        outputs, cells = (np.array(each.detach().to(torch.float32).numpy()) for each in state)
+        kind = torch.float64 if self.w_rec_l0.dtype == torch.float64 else torch.float32
+        outputs, cells = (np.array(each.detach().to(kind).numpy()) for each in state)
         check_finite("state, outputs", outputs)
         check_finite("state, cells", cells)
         if single:
@@ -370,6 +384,70 @@ class _Window(torch.autograd.Function):
             for name, needed in zip(names, ctx.needs_input_grad[4:], strict=True)
         ]
         return None, torch.from_numpy(found["inputs"]) if wanted else None, None, None, *each
+
+
+class _Specification(torch.autograd.Function):
+    """A window of the specification in float64 as one operation of PyTorch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, module: EGRU, x: Tensor, before: State | None, ends: Tensor | None, *parameters: Tensor
+    ) -> Any:
+        rule, count = module.options["thresholds"], len(LAYER_PARAMETERS)
+        sent, given, layers, tapes = x.detach().numpy(), [], [], []
+        masks = module._noise(*x.shape[:2]).between
+        for k, cell in enumerate(module.cells):
+            values = parameters[k * count : (k + 1) * count]
+            layer = {name: each.detach().numpy() for name, each in zip(LAYER_PARAMETERS, values, strict=True)}
+            for name in ("w_in", "w_rec"):
+                kept = getattr(module, f"kept_{name}_l{k}", None)
+                layer[name] = layer[name] if kept is None else layer[name] * kept.numpy()
+            if cell.thresholded and rule == "sigmoid":
+                layer["threshold"] = 1 / (1 + np.exp(-layer["threshold"]))
+            elif cell.thresholded:
+                layer["threshold"] = np.clip(layer["threshold"], *rules.bounds(rule))
+            zeros = np.zeros((x.shape[1], module.hidden_size))
+            c, y = (zeros, zeros) if before is None else (before.cells[k], before.outputs[k])
+            given.append(sent)
+            layers.append(layer)
+            tapes.append(reference.forward(cell, layer, sent, c, y, smooth=module.smooth))
+            sent = np.stack([step.y for step in tapes[-1]])
+            sent = sent * masks[k] if masks and k < module.num_layers - 1 else sent
+        last = np.full(x.shape[1], len(x) - 1) if ends is None else ends.numpy() - 1
+        samples = np.arange(x.shape[1])
+        outputs, cells = (
+            torch.from_numpy(
+                np.stack([np.stack([getattr(step, name) for step in tape])[last, samples] for tape in tapes])
+            )
+            for name in ("y", "c")
+        )
+        ctx.module, ctx.masks, ctx.window = module, masks, (given, layers, tapes)
+        ctx.save_for_backward(*parameters, x)
+        ctx.mark_non_differentiable(outputs, cells)
+        return torch.from_numpy(sent), outputs, cells
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_output: Tensor, *unused: Tensor) -> Any:
+        # Raises an error where a parameter or the input was changed in place.
+        _ = ctx.saved_tensors
+        module, (given, layers, tapes) = ctx.module, ctx.window
+        d_sent, found = d_output.numpy(), {}
+        for k in reversed(range(module.num_layers)):
+            layer, rule = layers[k], module.options["thresholds"]
+            own = reference.backward(module.cells[k], layer, given[k], tapes[k], d_sent, np.zeros_like(d_sent))
+            for name in ("w_in", "w_rec"):
+                kept = getattr(module, f"kept_{name}_l{k}", None)
+                own[name] = own[name] if kept is None else own[name] * kept.numpy()
+            own["threshold"] = rules.gradient(rule, layer["threshold"], own["threshold"])
+            found |= {f"layers.{k}.{name}": own[name] for name in LAYER_PARAMETERS}
+            d_sent = own["x"] * ctx.masks[k - 1] if k and ctx.masks else own["x"]
+        wanted = ctx.needs_input_grad
+        each = [
+            torch.from_numpy(found[name]) if needed else None
+            for name, needed in zip(module._names(), wanted[4:], strict=True)
+        ]
+        return None, torch.from_numpy(d_sent) if wanted[1] else None, None, None, *each
 
 
 def _packed_like(packed: PackedSequence, output: Tensor, ends: Tensor) -> PackedSequence:

@@ -1,6 +1,6 @@
 """From a GRU that PyTorch trained to EGRUs of several activities: accuracy over operations. No download.
 
-    python experiments/fine_tune.py run bars       # or chirps; needs torch; three minutes on two cores
+    python experiments/fine_tune.py run bars       # or chirps; needs torch; four minutes on two idle cores
     python experiments/fine_tune.py figure
 
 `run` trains an `nn.GRU` with PyTorch on a synthetic set (`eventrnn.data`), writes its `state_dict`, imports it as
@@ -157,8 +157,9 @@ def figure(
             axes.annotate(f"{line['tuned']['activity']:.2g}", place, (0, 6), textcoords="offset points", fontsize=7)
         given = own[0]["given"]
         axes.plot(given["effective_per_step"], 100 * given["accuracy"], "s", color=HUES[1], label="GRU of PyTorch")
-        axes.set(xlabel="multiplications per step", ylabel="test recordings, % right", ylim=(0, 108), xscale="log")
+        axes.set(xlabel="multiplications per step", ylabel="test recordings, % right", ylim=(0, 108))
         axes.set_title(f"{name}: {own[0]['hidden']} units; numbers: activity", loc="left")
+        axes.set_xlim(left=0)
         axes.legend(fontsize=7, frameon=False, loc="lower right")
         plain_axes(axes)
     saved(made, out)

@@ -23,11 +23,21 @@ SMALL = {"hidden": 96, "batch": 8, "steps": 12, "repeats": 3, "activity": 0.2, "
         ({"backward": "fast"}, "backward"),
         ({"against": "jax"}, "against"),
         ({"input_gradient": "some"}, "input_gradient"),
+        (
+            {"input_gradient": "open", "against": "torch,torch-bridge"},
+            "torch-bridge computes the gradient of all inputs",
+        ),
     ],
 )
 def test_bench_training_refuses_invalid_arguments(change, message):
     with pytest.raises(ValueError, match=message):
         TrainingCase(**change)
+
+
+def test_beside_the_bridge_both_sides_compute_the_whole_input_gradient():
+    assert TrainingCase().input_gradient == TrainingCase(against="none").input_gradient == "open"
+    assert TrainingCase(against="torch-loop,torch-bridge").input_gradient == "all"
+    assert TrainingCase(against="torch-bridge", input_gradient="none").input_gradient == "none"
 
 
 @pytest.mark.parametrize(

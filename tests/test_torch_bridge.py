@@ -23,6 +23,7 @@ from eventrnn.state import State  # noqa: E402
 from eventrnn.testing import ALL_CELLS  # noqa: E402
 from eventrnn.torch import EGRU  # noqa: E402
 from eventrnn.training import Model  # noqa: E402
+from support import tolerance  # noqa: E402
 from support.conformance import same_bits  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -191,6 +192,55 @@ def test_inference_mode_has_the_same_bits():
     assert made.w_in_l0.grad.any()
 
 
+# --- double precision: the specification ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cell", [*ALL_CELLS, Cell("egru", "evnn", Surrogate("arctan", 0.5, 2.0))], ids=repr)
+@pytest.mark.parametrize("rule", ["positive", "sigmoid"])
+def test_gradcheck_of_the_smoothed_module_in_double(cell, rule):
+    if rule == "sigmoid" and not cell.thresholded:
+        pytest.skip("a cell without thresholds has no rule for them")
+    torch.manual_seed(0)
+    options = {"cell": cell, "thresholds": rule, "threshold": 0.3 if cell.thresholded else None}
+    made = EGRU(2, 3, 2, **options).double()
+    made.smooth = True
+    names = [name for name, parameter in made.named_parameters() if parameter.requires_grad]
+    x = numbers(4, 2, 2).double().requires_grad_()
+    assert len(names) == (10 if cell.thresholded else 8)
+
+    def run(given, *values):
+        return torch.func.functional_call(made, dict(zip(names, values, strict=True)), (given,))[0]
+
+    assert torch.autograd.gradcheck(run, (x, *(getattr(made, name) for name in names)), fast_mode=True)
+
+
+def test_in_double_the_module_is_the_engine_up_to_rounding_and_keeps_its_rules():
+    network = prune(module(threshold=0.05).to_network(), 0.5)
+    made = EGRU.from_network(network, backward="sparse")
+    double = copy.deepcopy(made).double()
+    wide, narrow = X.double().requires_grad_(), X.clone().requires_grad_()
+    lengths = [7, 4, 1]
+    (output, state), (found, _) = double(wide, lengths=lengths), made(narrow, lengths=lengths)
+    assert output.dtype == state[0].dtype == torch.float64
+    again, _ = double(wide.detach()[:1], state)
+    assert again.shape == (1, BATCH, UNITS)
+    single, exact = (each.detach().numpy() for each in (found, output))
+    assert ((single != 0) == (exact != 0)).all()
+    # The outputs of two layers over seven steps, of a float32 run of the same equations.
+    assert np.abs(single - exact).max() <= tolerance.gradient_bound(single, np.zeros_like(exact))
+    output.sum().backward()
+    found.sum().backward()
+    for (name, one), (_, other) in zip(double.named_parameters(), made.named_parameters(), strict=True):
+        assert (one.grad == 0)[other.grad == 0].all(), name
+        kept = getattr(made, f"kept_{name}", None)
+        assert kept is None or not one.grad[~kept].any()
+    with pytest.raises(ValueError, match=r"call .cpu\(\).float\(\)"):
+        double.to_network()
+    made.smooth = True
+    with pytest.raises(ValueError, match="smooth: needs all parameters in float64, got torch.float32"):
+        made(X)
+
+
 # --- training -------------------------------------------------------------------------------------------------
 
 
@@ -271,6 +321,43 @@ def test_no_bias_has_no_parameters_of_biases():
     made(X)[0].sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_trainer_of_lightning_trains_saves_and_loads(tmp_path):
+    lightning = pytest.importorskip("lightning", reason="needs Lightning")
+
+    class Sums(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.top = module(dropout=0.1), torch.nn.Linear(UNITS, 1)
+
+        def training_step(self, batch, index):
+            x, y = batch
+            loss = (self.top(self.rnn(x.transpose(0, 1))[0][-1]) - y).square().mean()
+            self.log("loss", loss)
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), lr=2e-2)
+
+    def error(model) -> float:
+        with torch.no_grad():
+            return (model.top(model.eval().rnn(x.transpose(0, 1))[0][-1]) - x.sum(dim=(1, 2))[:, None]).square().mean()
+
+    x = numbers(40, STEPS, INPUTS, seed=4)
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x.sum(dim=(1, 2))[:, None]), batch_size=10)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = lightning.Trainer(max_epochs=8, default_root_dir=tmp_path, **quiet)
+    made = Sums()
+    before = copy.deepcopy(made.rnn.state_dict())
+    first = error(made)
+    trainer.fit(made, data)
+    assert error(made) < first
+    assert not torch.equal(made.rnn.w_in_l0, before["w_in_l0"])
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = Sums.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert torch.equal(loaded.eval().rnn(X)[0], made.eval().rnn(X)[0])
+
+
 # --- copies, types, compilation ---------------------------------------------------------------------------------
 
 
@@ -345,7 +432,7 @@ def test_the_surrogate_and_the_cell_survive_to_network():
         (lambda made: made(pack_padded_sequence(X, [7, 2, 1]), lengths=[7, 2, 1]), ValueError, "beside a packed"),
         (lambda made: made(X, torch.zeros(2, 3, 6)), ValueError, "need two tensors (2, 3, 6)"),
         (lambda made: made(X, (torch.zeros(2, 3, 5),) * 2), ValueError, "need two tensors (2, 3, 6)"),
-        (lambda made: made.double()(X), ValueError, "w_in_l0: got torch.float64 on cpu"),
+        (lambda made: made.double().to_network(), ValueError, "w_in_l0: got torch.float64 on cpu"),
     ],
 )
 def test_wrong_calls_are_refused_by_name(call, error, words):

@@ -50,7 +50,9 @@ class TrainingCase:
     block     : (presynaptic, postsynaptic) sizes of a block; only with a sparsity
     backward  : "auto", "sparse" or "dense"
     input_gradient : "open": only where a layer below with the same activity and support could use it; "all"; or "none".
-                     PyTorch computes all of it or none
+                     PyTorch computes all of it or none, and so does a module of PyTorch around this engine: beside
+                     "torch-bridge" it is "all" or "none", so that the same work is timed on both sides. By default
+                     "all" beside "torch-bridge", else "open"
     threads   : threads of every side
     against   : baselines, separated by commas, or "none"; `speedup` refers to the first
     repeats   : interleaved rounds
@@ -65,7 +67,7 @@ class TrainingCase:
     sparsity: float = 0.0
     block: tuple[int, int] | None = None
     backward: str = "auto"
-    input_gradient: str = "open"
+    input_gradient: str = ""
     threads: int = 1
     against: str = "torch"
     repeats: int = 7
@@ -87,10 +89,17 @@ class TrainingCase:
         if self.block is not None and not self.sparsity:
             raise ValueError(f"block: got {self.block} without a sparsity, so nothing is pruned; give one, or no block")
         need_choice("backward", self.backward, BACKWARDS)
-        need_choice("input_gradient", self.input_gradient, INPUT_GRADIENTS)
         for baseline in self.baselines:
             if baseline not in TRAINING_BASELINES:
                 raise ValueError(f"against: got {baseline!r}, need {', '.join(TRAINING_BASELINES)} or none")
+        bridged = "torch-bridge" in self.baselines
+        if self.input_gradient == "":
+            object.__setattr__(self, "input_gradient", "all" if bridged else "open")
+        need_choice("input_gradient", self.input_gradient, INPUT_GRADIENTS)
+        if bridged and self.input_gradient == "open":
+            raise ValueError(
+                "input_gradient: got 'open', but torch-bridge computes the gradient of all inputs; give 'all' or 'none'"
+            )
 
     @property
     def baselines(self) -> tuple[str, ...]:

@@ -108,9 +108,11 @@ class TrainingOptions:
     input_gradient: Annotated[
         str,
         typer.Option(
-            help="Input gradient to compute: open (where a layer below could use it), all (as PyTorch does) or none."
+            help="Input gradient to compute: open (where a layer below could use it), all (as PyTorch does) or none. "
+            "[open; beside torch-bridge all]",
+            show_default=False,
         ),
-    ] = "open"
+    ] = ""
     precision: Annotated[
         str | None, typer.Option(help="Only with cuda: factors of products in bfloat16, tf32 or float32. [bfloat16]")
     ] = None
