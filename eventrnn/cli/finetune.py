@@ -172,4 +172,5 @@ def _of_file(path: Path, read: str, seed: int) -> Any:
         out, kept = np.split(order, [max(1, round(HELD_OUT * len(order)))])
         train, valid = ([arrays[name][np.sort(chosen)] for name in names] for chosen in (kept, out))
     task = Classification if kinds[0] == "labels" else Regression
-    return task(train[0], train[1], tuple(valid), read=read, lengths=train[2] if len(train) > 2 else None, seed=seed)
+    held_out = (valid[0], valid[1], valid[2]) if len(valid) > 2 else (valid[0], valid[1])
+    return task(train[0], train[1], held_out, read=read, lengths=train[2] if len(train) > 2 else None, seed=seed)
