@@ -60,7 +60,8 @@ def _content(network: Network, path: Path, library: str) -> tuple[bytes, str]:
         return keras_file(network), "layers " + ", ".join(to_keras(network))
     if library == "onnx":
         model = to_onnx(network)
-        return model.SerializeToString(), "inputs " + ", ".join(each.name for each in model.graph.input)
+        taken, returned = (", ".join(each.name for each in part) for part in (model.graph.input, model.graph.output))
+        return model.SerializeToString(), f"a graph that takes {taken} and returns {returned}"
     arrays = to_torch(network)
     words = "parameters " + ", ".join(arrays)
     cell = network.layers[0].cell
