@@ -231,8 +231,8 @@ def workspace_shapes(
     """Shape and dtype of each field of a `Workspace`, with a leading axis of threads.
 
     The workspace serves products of up to `inputs` units, `rows` drive rows, `segments` stored block segments per unit,
-    `blas_columns` columns through BLAS, and `gated_blocks` blocks of a matrix that chooses some, and a small panel of
-    single weights.
+    `blas_columns` columns through BLAS, and `gated_blocks` blocks of a matrix that chooses some. It also holds one
+    small panel of single weights.
     """
     # Whole vectors: every thread's share starts on a cache line, which it shares with no other thread.
     most, listed = round_up(rows * inputs, LANES) + LANES, LISTED_SEGMENTS + round_up(segments, LANES) + LANES

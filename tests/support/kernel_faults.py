@@ -42,12 +42,14 @@ KERNEL_FAULTS: dict[str, Edit] = {
     "masks of the wrong unit": becoming(argument(4), "max(L - ON, 0) * R"),
     "scale of another unit, rows": _SCALES_OF_OTHER_COLUMNS,
     "scale of another unit, single weights": _SCALE_OF_ANOTHER_UNIT,
+    "scale of another unit, masked weights": _SCALE_OF_ANOTHER_UNIT,
     "scale of another unit, blocks": _SCALE_OF_ANOTHER_UNIT,
     "scale of another unit, many blocks": _SCALE_OF_ANOTHER_UNIT,
     "scale of another unit, panels": _SCALES_OF_OTHER_COLUMNS,
     "scale of another unit, panels of single weights": becoming(argument(6), "X + ON"),
     "rest of a panel dropped": becoming(argument(4), "X // (1 + 15 * ON) * (1 + 15 * ON)"),
     "last event of a panel": becoming(assigned(), "X - ON"),
+    "last event of a panel of single weights": becoming(assigned(), "X - ON"),
     "unit skipped": becoming(assigned(), "X - ON"),
     # The terms of two units change places: every sum has the same terms.
     "order of two units": followed_by(

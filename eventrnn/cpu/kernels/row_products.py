@@ -1,4 +1,4 @@
-"""Weights of each format times events, one drive row after the other: column tiles of all kinds but ROW_TILES and BLAS.
+"""Weights of each format times events, one drive row after the other: rows, single weights and block segments.
 
 `weights` is `pools.values` seen as float32, uint16 or int8; the scales of int8 weights are found in `pools.values`
 itself. Each function adds to a drive row, over the columns i of a column tile, weight[j, i] * value for the events
@@ -79,7 +79,7 @@ def add_single_masked(column_tile, weights, pools, events, begin, count, drives,
     pointers, scales = pools.pointers, pools.values
     for e in range(begin, begin + count):
         unit, value = np.int64(events.indices[e]), events.values[e]
-        # planted fault: scale of another unit, single weights
+        # planted fault: scale of another unit, masked weights
         first, scale = pointers[p0 + unit], scales[s0 + unit]
         # planted fault: masks of the wrong unit
         add_masked(drives, at, pools.index, i0, unit * masks, masks, value, scale, weights, v0 + first)

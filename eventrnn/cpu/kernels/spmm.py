@@ -39,7 +39,8 @@ def propagate_all(tables, first_tile, last_tile, bias_begin, n_pre, events, driv
     """Write drive rows over the column tiles `first_tile` to `last_tile` of a matrix (n_pre, columns).
 
     A drive row starts from the bias, which is `pools.biases` from `bias_begin` on. The terms of its events are added in
-    the order of its lists, one FMA per term, and only the weights of their units are read.
+    the order of its lists, one FMA per term. Only the weights of their units are read, except where many drive rows
+    share weights: single ones are then read by whole panels, and dense ones all if most units are active.
     """
     first, column_tiles = first_tile, tables.column_tiles
     while first < last_tile:

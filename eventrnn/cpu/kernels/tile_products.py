@@ -140,7 +140,7 @@ def single_tile_product(column_tile, weights, tables, bias_begin, n_pre, rows, d
                 prefetch_far(pools.index, i0 + i // 2)
             upcoming += share
             first, at = begins[q * rows + k], k * ROW_TILE
-            # planted fault: last event of a panel
+            # planted fault: last event of a panel of single weights
             count = begins[q * rows + k + 1] - first
             add_near_rows(tile, at, panel, start, ROW_TILE, scales, 0, ids, values, first, count, vectors)
     for k in range(rows):
