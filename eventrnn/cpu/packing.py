@@ -349,13 +349,12 @@ def _pack_masked(pools: PoolBuilder, entries: _Entries, weights: Weights, low: i
 def _pack_single_tiles(
     pools: PoolBuilder, entries: _Entries, weights: Weights, segments: list[Segment]
 ) -> list[list[int]]:
-    """Single weights, as column tiles of kind SINGLE_TILES."""
+    """Single weights, as column tiles of kind SINGLE_TILES. Entries lie within the segments, without padding."""
     low, high = _bounds(segments)
     panels, tiles = ceil_div(weights.shape[0], 1 << SMALL_PANEL_BITS), ceil_div(high - low, ROW_TILE)
     tile, column = np.divmod(entries.column - low, ROW_TILE)
-    # NumPy sorts short integers in linear time. Padding beyond the last column is zero, and left out.
+    # NumPy sorts short integers in linear time.
     order = np.argsort(tile.astype(np.uint16 if tiles < 1 << 16 else np.int64), kind="stable")
-    order = order[entries.column[order] < high]
     unit = entries.unit[order]
     panel = tile[order].astype(np.int64) * panels + (unit >> SMALL_PANEL_BITS)
     position = (unit & ((1 << SMALL_PANEL_BITS) - 1)) * ROW_TILE + column[order]

@@ -121,7 +121,8 @@ def single_tile_product(column_tile, weights, tables, bias_begin, n_pre, rows, d
     pools, workspace = tables.pools, tables.workspace
     begins, ids, values = workspace.panel_begins, workspace.panel_indices, workspace.panel_values
     units, panel, tile, scales = 1 << SMALL_PANEL_BITS, workspace.scratch, workspace.tile, pools.values
-    line = LINE // weights.itemsize
+    # Weights per prefetch. An index has two bytes, more than an int8 weight.
+    line = LINE // max(weights.itemsize, 2)
     for k in range(rows):
         copy(pools.biases, bias_begin + low, tile, k * ROW_TILE, width)
     for q in range(ceil_div(n_pre, units)):
