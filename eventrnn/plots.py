@@ -8,7 +8,7 @@ not touched.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -196,6 +196,8 @@ def learning_curves(
         if not len(array) or array.shape[1] != 3:
             raise ValueError(f"curves: {name}: got shape {array.shape}, need at least one (update, quality, activity)")
     figure = new_figure(7.2, 3.2)
+    from matplotlib.ticker import LogLocator
+
     left, right = figure.subplots(1, 2)
     for k, (name, points) in enumerate(curves.items()):
         step, value, activity = np.asarray(points, float).T
@@ -207,7 +209,10 @@ def learning_curves(
     if every.min() > 0 and every.max() > 2 * every.min():
         left.set_yscale("log")
         left.yaxis.set_major_formatter("{x:g}")
-        left.yaxis.set_minor_formatter("{x:g}")
+        # Labels of all places between powers of ten would overlap where the axis spans much.
+        if every.max() > 5 * every.min():
+            left.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        left.yaxis.set_minor_formatter("{x:g}" if every.max() < 1e3 * every.min() else "")
     left.set(xlabel="update", ylabel=f"{quality} ({measured})")
     right.set(xlabel="update", ylabel="activity (%)", ylim=(0, 105))
     left.legend(fontsize=8, frameon=False, title="best", title_fontsize=8)
@@ -296,7 +301,7 @@ def operations_by_step(
     axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
     mean = below.mean()
     fewer = f", {dense / mean:,.1f} times fewer than dense" if dense and mean else ""
-    axes.set_title(title or f"{mean:,.0f} multiplications per step{fewer}", loc="left")
+    axes.set_title(title or f"{mean:,.0f} multiplications per step{fewer}, over {_steps(len(below))}", loc="left")
     axes.yaxis.set_major_formatter("{x:,.0f}")
     plain_axes(axes)
     return saved(figure, path)
@@ -364,6 +369,7 @@ def animated_raster(
     shown: int = 60,
     frames_per_second: int = 20,
     overwrite: bool = True,
+    drawn: Callable[[int, int], None] | None = None,
 ) -> int:
     """Write a raster plot that moves through time, one frame per step, as an animated GIF. Returns its frames.
 
@@ -375,6 +381,7 @@ def animated_raster(
     shown               : steps that are visible at a time
     frames_per_second   : speed of the animation
     overwrite           : replace an existing file; otherwise raise FileExistsError
+    drawn               : called with the frames that are drawn, and their number, after every frame
 
     Every frame is drawn by matplotlib, which takes some 0.1 s. The file is written whole at the end. Raises ValueError
     for another suffix and for a sample or a range of steps that the run does not have.
@@ -410,7 +417,8 @@ def animated_raster(
     animation = FuncAnimation(figure, draw, frames=frames, blit=False, cache_frame_data=False)
     with TemporaryDirectory() as folder:
         made = Path(folder) / "raster.gif"
-        animation.save(made, writer=PillowWriter(fps=frames_per_second), dpi=90)
+        after = None if drawn is None else lambda k, _: drawn(k + 1, len(frames))
+        animation.save(made, writer=PillowWriter(fps=frames_per_second), dpi=90, progress_callback=after)
         write_whole(Path(path).resolve(), made.read_bytes(), overwrite=overwrite)
     return len(frames)
 
@@ -429,6 +437,10 @@ def _events_of(events: Events, sample: int, start: int, steps: int) -> tuple[np.
     time, which = np.divmod(events.rows(), batch)
     shown = (which == sample) & (time >= start) & (time < stop)
     return time[shown], events.indices[shown], events.values[shown], stop
+
+
+def _steps(number: int) -> str:
+    return f"{number:,} step{'' if number == 1 else 's'}"
 
 
 def _cell_means(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from io import StringIO
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,54 @@ pre { overflow-x: auto; background: var(--tile); border-radius: .4rem; padding: 
 
 
 @dataclass(frozen=True)
+class RunLog:
+    """The log of a run that has been validated.
+
+    lines   : of the log
+    seen    : of these, the ones with a validation
+    quality : name of the figure in `QUALITIES` by which the run is judged
+    """
+
+    lines: Sequence[Mapping[str, Any]]
+    seen: Sequence[Mapping[str, Any]]
+    quality: str
+
+    def points(self) -> list[tuple[float, float, float]]:
+        """(update, quality, activity) of the validations in which both are finite numbers."""
+        found = [(line["step"], *(line["validation"].get(n) for n in (self.quality, "activity"))) for line in self.seen]
+        return [point for point in found if all(map(_finite, point))]
+
+    def best(self) -> Mapping[str, Any]:
+        """The line of the best validation."""
+        sign = 1 if QUALITIES[self.quality] else -1
+        judged = [line for line in self.seen if _finite(line["validation"].get(self.quality))]
+        return min(judged, key=lambda line: sign * line["validation"][self.quality])
+
+
+def read_run(folder: Path, name: str = "folder") -> RunLog:
+    """The log in the folder of a run. Raises ValueError, which begins with `name`, where there is none, and for a run
+    without a validation whose figures are finite."""
+    if not folder.is_dir():
+        raise ValueError(
+            f"{name}: {printable(folder)} is not the folder of a run; eventrnn train writes it to MODEL.run"
+        )
+    try:
+        lines = read_log(folder)
+    except FileNotFoundError:
+        raise ValueError(f"{name}: {printable(folder)} holds no log of a run") from None
+    lines = [line for line in lines if _finite(line["step"]) and _finite(line.get("seconds"))]
+    seen = [line for line in lines if line["validation"]]
+    if not seen:
+        raise ValueError(f"{name}: the run in {printable(folder)} has not been validated yet")
+    quality = next((each for each in QUALITIES if any(_finite(line["validation"].get(each)) for line in seen)), None)
+    if quality is None:
+        raise ValueError(
+            f"{name}: the validations of the run in {printable(folder)} have no finite {', '.join(QUALITIES)}"
+        )
+    return RunLog(lines, seen, quality)
+
+
+@dataclass(frozen=True)
 class Measured:
     """A model of a run, and what it does on a text.
 
@@ -89,66 +138,51 @@ def run_report(folder: str | os.PathLike, *, model: Measured | None = None, show
     """
     folder = Path(folder)
     need_whole("shown", shown, at_least=1)
-    lines = _log_of(folder)
-    seen = [line for line in lines if line.get("validation")]
-    if not seen:
-        raise ValueError(f"folder: the run in {printable(folder)} has not been validated yet")
-    quality = next((name for name in QUALITIES if name in seen[0]["validation"]), None)
-    if quality is None:
-        raise ValueError(
-            f"folder: the validations of the run in {printable(folder)} have none of {', '.join(QUALITIES)}"
-        )
-    sections = [_training(folder, lines, seen, quality)]
+    log = read_run(folder)
+    sections = [_training(log)]
     if model is not None:
         sections += [_model(model.network), _operations(model, shown)]
     sections += [_configuration(folder), _versions()]
-    best = _best(seen, quality)
+    best, last = log.best(), log.lines[-1]
     tiles = {
-        f"best {quality}": f"{best['validation'][quality]:,.4g}",
-        "at update": f"{best['step']:,} of {lines[-1]['step']:,}",
+        f"best {log.quality}": f"{best['validation'][log.quality]:,.4g}",
+        "at update": f"{best['step']:,} of {last['step']:,}",
         "activity": _percent(best["validation"].get("activity")),
-        "training": _duration(lines[-1]["seconds"]),
+        "training": _duration(last["seconds"]),
     }
     if model is not None:
         matrices = model.network.matrices().values()
         tiles["weights"] = f"{sum(w.nnz for w in matrices):,}"
-        tiles["of the dense"] = _percent(sum(w.nnz for w in matrices) / sum(np.prod(w.shape) for w in matrices))
+        tiles["weights left"] = _percent(sum(w.nnz for w in matrices) / sum(np.prod(w.shape) for w in matrices))
     return _page(folder.resolve().name, tiles, sections)
 
 
-def _log_of(folder: Path) -> list[dict[str, Any]]:
-    if not folder.is_dir():
-        raise ValueError(
-            f"folder: {printable(folder)} is not the folder of a run; eventrnn train writes it to MODEL.run"
+def _training(log: RunLog) -> str:
+    points = log.points()
+    losses = [(line["step"], line["loss"], line["activity"]) for line in log.lines]
+    losses = [point for point in losses if all(map(_finite, point))]
+    drawn = [
+        inline_svg(plots.learning_curves({"run": found}, quality=quality, measured=measured))
+        for found, quality, measured, least in (
+            (losses, "loss", "training", 2),
+            (points, log.quality, "validation", 1),
         )
-    try:
-        lines = read_log(folder)
-    except FileNotFoundError:
-        raise ValueError(f"folder: {printable(folder)} holds no log of a run") from None
-    needed = ("step", "seconds", "loss")
-    return [line for line in lines if all(isinstance(line.get(name), int | float) for name in needed)]
-
-
-def _best(seen: Sequence[Mapping[str, Any]], quality: str) -> Mapping[str, Any]:
-    sign = 1 if QUALITIES[quality] else -1
-    return min(seen, key=lambda line: sign * line["validation"].get(quality, sign * np.inf))
-
-
-def _training(folder: Path, lines: Sequence[Mapping], seen: Sequence[Mapping], quality: str) -> str:
-    points = [(line["step"], line["validation"][quality], line["validation"].get("activity", 0.0)) for line in seen]
-    drawn = inline_svg(plots.learning_curves({"run": points}, quality=quality))
-    losses = [(line["step"], line["loss"], line["activity"]) for line in lines if "activity" in line]
-    if len(losses) > 1:
-        drawn = inline_svg(plots.learning_curves({"run": losses}, quality="loss", measured="training")) + drawn
-    chosen = sorted({int(k) for k in np.linspace(0, len(seen) - 1, min(ROWS, len(seen)))})
-    columns = list(seen[0]["validation"])
-    rows = [
-        [f"{seen[k]['step']:,}", f"{seen[k]['loss']:.4g}", *(_cell(seen[k]["validation"].get(c), c) for c in columns)]
-        for k in chosen
+        if len(found) >= least
     ]
-    note = "" if len(chosen) == len(seen) else f"<p>{len(chosen)} of {len(seen)} validations.</p>"
-    words = f"{len(lines):,} lines of the log, {len(seen):,} validations, {lines[-1]['step']:,} updates."
-    return _section("Training", words, drawn, _table(["update", "loss", *columns], rows), note)
+    chosen = sorted({int(k) for k in np.linspace(0, len(log.seen) - 1, min(ROWS, len(log.seen)))})
+    columns = list(dict.fromkeys(name for line in log.seen for name in line["validation"]))
+    rows = [
+        [f"{line['step']:,}", _cell(line["loss"], "loss"), *(_cell(line["validation"].get(c), c) for c in columns)]
+        for line in (log.seen[k] for k in chosen)
+    ]
+    note = "" if len(chosen) == len(log.seen) else f"<p>{len(chosen)} of {_several(len(log.seen), 'validation')}.</p>"
+    words = (
+        f"{_several(len(log.lines), 'line')} of the log, {_several(len(log.seen), 'validation')}, "
+        f"{_several(log.lines[-1]['step'], 'update')}."
+    )
+    if left_out := len(log.seen) - len(points):
+        words += f" {_several(left_out, 'validation')} without a finite {log.quality} and activity not drawn."
+    return _section("Training", words, *drawn, _table(["update", "loss", *columns], rows), note)
 
 
 def _model(network: Network) -> str:
@@ -266,6 +300,15 @@ def _cell(value: Any, column: str) -> str:
     if not isinstance(value, int | float):
         return "–"
     return _percent(value) if column.endswith("activity") else f"{value:,.4g}"
+
+
+def _finite(value: Any) -> bool:
+    """Whether it is a number, and neither infinite nor NaN."""
+    return type(value) in (int, float) and isfinite(value)
+
+
+def _several(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def _percent(share: Any) -> str:

@@ -348,6 +348,7 @@ def test_export_and_import_on_the_command_line(cli, tmp_path):
         ((), "give --out a file to write, with the ending .safetensors"),
         (("--out", tmp_path / "d.pt"), "need the same in all"),
         (("--out", tmp_path / "d.txt"), "need a name that ends in"),
+        (("--out", model, "--force"), "is the model itself"),
     ):
         code, _, err = cli("export", model, *arguments)
         assert code == 2 and words_of in err, err

@@ -246,3 +246,5 @@ def test_count_prints_neurobench_and_energies(cli, tmp_path, text):
     assert out.count(NEUROBENCH_DIFFERENCES[0]) == 1
     code, _, err = cli(*options, "--memory", "dram")
     assert code == 2 and "add --energy" in err
+    code, _, err = cli("count", tmp_path / "nothing", "--energy", "--memory", "tape")
+    assert code == 2 and "memory: got 'tape', need one of fits, sram_8kb" in err, "before any work"

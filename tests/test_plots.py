@@ -99,7 +99,7 @@ from eventrnn import plots
 assert "matplotlib" not in sys.modules
 plots.bars({"dense": 1}, {"dense": 1})
 assert "matplotlib.pyplot" not in sys.modules
-for name in [name for name in sys.modules if name.startswith("matplotlib")]:
+for name in [name for name in sys.modules if name.startswith(("matplotlib", "eventrnn._figure"))]:
     del sys.modules[name]
 sys.modules["matplotlib"] = None
 try:
@@ -194,10 +194,26 @@ def test_operations_of_steps_are_stacked_in_order():
     figure = plots.operations_by_step({"layers.0.w_in": [3, 1, 2], "readout": [1, 1, 4]}, dense=40)
     lower, upper = (patch.get_data() for patch in figure.axes[0].patches)
     assert list(lower.values) == [3, 1, 2] and list(upper.baseline) == [3, 1, 2] and list(upper.values) == [4, 2, 6]
-    assert "4 multiplications per step, 10.0 times fewer" in figure.axes[0].get_title(loc="left")
+    assert "4 multiplications per step, 10.0 times fewer than dense, over 3 steps" in figure.axes[0].get_title(
+        loc="left"
+    )
     for given in ({}, {"a": [1, 2], "b": [1]}, {"a": [-1]}, {"a": []}):
         with pytest.raises(ValueError, match="operations: "):
             plots.operations_by_step(given)
+
+
+@pytest.mark.parametrize("span", [3, 6, 9, 120, 1e5])
+def test_labels_of_a_logarithmic_axis_do_not_overlap(span):
+    figure = plots.learning_curves({"run": [(k, 7 * span ** (k / 9), 0.1) for k in range(10)]})
+    figure.draw_without_rendering()
+    axis = figure.axes[0].yaxis
+    low, high = figure.axes[0].get_ylim()
+    ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+    shown = [
+        tick.label1.get_window_extent() for tick in ticks if low <= tick.get_loc() <= high and tick.label1.get_text()
+    ]
+    assert len(shown) >= 2
+    assert not any(a.overlaps(b) for k, a in enumerate(shown) for b in shown[:k])
 
 
 def test_front_holds_the_models_that_no_other_beats():
@@ -215,8 +231,10 @@ def test_front_holds_the_models_that_no_other_beats():
 def test_animation_has_one_frame_per_step(tmp_path):
     from PIL import Image
 
-    path = tmp_path / "moving.gif"
-    assert plots.animated_raster(events(steps=9), path, start=2, steps=5) == 5
+    path, told = tmp_path / "moving.gif", []
+    train = events(steps=9)
+    assert plots.animated_raster(train, path, start=2, steps=5, drawn=lambda *done: told.append(done)) == 5
+    assert told == [(k, 5) for k in range(1, 6)]
     with Image.open(path) as image:
         assert image.n_frames == 5
     with pytest.raises(FileExistsError):

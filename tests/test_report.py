@@ -1,6 +1,7 @@
 """The page of a training run: its figures and tables are those of the run, and it needs no other file."""
 
 import json
+import math
 import re
 import shutil
 from html.parser import HTMLParser
@@ -12,7 +13,7 @@ pytest.importorskip("matplotlib", reason="pages have figures, which need the plo
 
 from eventrnn import Network, count, load, save, simulate
 from eventrnn.margins import threshold_margins
-from eventrnn.report import Measured, run_report
+from eventrnn.report import Measured, read_run, run_report
 from eventrnn.training.run import AVERAGED
 from support.small_runs import drawn, inputs, of_kind
 from support.texts import TEXT, reader_of_text
@@ -125,8 +126,29 @@ def test_folders_without_a_validated_run_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="has not been validated yet"):
         run_report(folder)
     (folder / "log.jsonl").write_text(json.dumps(line(10, f1=1.0)) + "\n")
-    with pytest.raises(ValueError, match="have none of perplexity"):
+    with pytest.raises(ValueError, match="have no finite perplexity"):
         run_report(folder)
+
+
+def test_validations_without_finite_figures_are_in_the_table_and_not_drawn(folder):
+    figures = [{"loss": 3.0}, {"perplexity": 9.5, "activity": 0.5}, {"perplexity": math.inf, "activity": 0.5}]
+    figures += [{"perplexity": "x", "activity": 0.5}, {"perplexity": 8.0}]
+    lines = [line(k, **each) for k, each in enumerate(figures, start=1)]
+    lines[2]["loss"] = math.nan
+    (folder / "log.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    log = read_run(folder)
+    assert log.quality == "perplexity" and log.points() == [(2, 9.5, 0.5)] and log.best()["step"] == 5
+    text = run_report(folder)
+    assert Page(text).rows[:6] == [
+        ["update", "loss", "loss", "perplexity", "activity"],
+        ["1", "1.99", "3", "–", "–"],
+        ["2", "1.98", "–", "9.5", "50.0%"],
+        ["3", "nan", "–", "inf", "50.0%"],
+        ["4", "1.96", "–", "–", "50.0%"],
+        ["5", "1.95", "–", "8", "–"],
+    ]
+    assert "4 validations without a finite perplexity and activity not drawn." in text
+    assert Page(text).figures == 2
 
 
 def test_command_reports_the_run_beside_its_model(cli, model, tmp_path, monkeypatch):
@@ -148,6 +170,16 @@ def test_command_reports_the_run_beside_its_model(cli, model, tmp_path, monkeypa
     ]:
         code, _, err = cli("report", "mine.safetensors.run", *options)
         assert code == 2 and words in err, err
+    monkeypatch.chdir(run)
+    # Without a configuration, no text is guessed.
+    code, _, err = cli("report", ".", "-o", "page.html")
+    assert code == 2 and "does not say the text of the training; give --text" in err
+    (run / "config.toml").write_text('[data]\ntext = "gone.txt"\n')
+    code, _, err = cli("report", ".", "-o", "page.html")
+    assert code == 2 and "gone.txt: no such file" in err and "--text names another" in err
+    code, out, err = cli("report", ".", "--symbols", "5", "--text", text, "--force")
+    assert code == 0 and "mine.safetensors.run.html" in out, err
+    monkeypatch.chdir(tmp_path)
     run.rename("other.run")
     code, _, err = cli("report", "other.run", "--text", "builtin")
     assert code == 2 and "give --model" in err

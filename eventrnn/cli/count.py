@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from eventrnn import io
+from eventrnn._checks import need_choice
 from eventrnn._files import printable
 from eventrnn.cli.options import (
     GivenModel,
@@ -25,6 +26,7 @@ from eventrnn.cli.options import (
 from eventrnn.cli.terminal import as_line, console
 from eventrnn.counting import (
     ENERGY_TABLES,
+    MEMORIES,
     NEUROBENCH_DIFFERENCES,
     NOTE,
     NeuroBenchMetrics,
@@ -38,6 +40,7 @@ from eventrnn.counting import (
 from eventrnn.counting import count as count_run
 from eventrnn.network import Network
 from eventrnn.simulation import Simulation, simulate
+from eventrnn.weights.gated import need_matrices
 
 # Columns that a table with six counts needs.
 COUNT_WIDTH = 120
@@ -65,9 +68,8 @@ def count(
         str | None,
         typer.Option(
             help="With --energy: memory of the weights, fits, "
-            + ", ".join(ENERGY_TABLES["7nm"].memory)
-            + ". [fits: the "
-            "smallest that holds them]",
+            + ", ".join(MEMORIES[1:])
+            + ". [fits: the smallest that holds them]",
         ),
     ] = None,
     as_json: Json = False,
@@ -77,7 +79,11 @@ def count(
         raise ValueError(f"symbols: got {symbols}, need a whole number >= 1")
     if memory is not None and not with_energy:
         raise ValueError(f"memory: got {memory!r} without --energy, whose estimate it belongs to; add --energy")
+    if memory is not None:
+        need_choice("memory", memory, MEMORIES)
     network = io.load(model_file(model, named))
+    if neurobench:
+        need_matrices(network.matrices(), "NeuroBench")
     inputs = load_symbols(network, text, part, unknown)[:symbols, None]
     simulation = simulate(network, inputs, record="events")
     counts = count_run(network, simulation)

@@ -90,7 +90,10 @@ def export_command(
         raise ValueError(f"out: give --out a file to write, with the ending {_EXPORTED}")
     library_of(out, library)
     writable_file(out, force)
-    network = io.load(model_file(model, named))
+    source = model_file(model, named)
+    if out.exists() and out.samefile(source):
+        raise ValueError(f"out: {out} is the model itself, of which an export is not the whole; give another name")
+    network = io.load(source)
     found = io.export(network, out, library=library, overwrite=force)
     show(f"wrote {out}", found | {"bytes": out.stat().st_size}, as_json)
 

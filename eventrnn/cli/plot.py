@@ -21,7 +21,7 @@ from eventrnn.cli.options import (
     picture_text,
     writable_picture,
 )
-from eventrnn.cli.terminal import as_line
+from eventrnn.cli.terminal import as_line, progress
 from eventrnn.network import Network
 from eventrnn.simulation import Simulator, simulate
 
@@ -100,7 +100,15 @@ def plot(
         read = load_symbols(network, text, part, unknown)[:, None]
         if what == "animation":
             run = simulate(network, read[: start + steps], record="events")
-            plots.animated_raster(run.events[layer], out, start=start, steps=steps, overwrite=force)
+            with progress() as told:
+                plots.animated_raster(
+                    run.events[layer],
+                    out,
+                    start=start,
+                    steps=steps,
+                    overwrite=force,
+                    drawn=lambda done, frames: told("drawing", done, frames, "frames"),
+                )
             _report(out, as_json)
             return
         if what == "raster":
@@ -121,22 +129,13 @@ def _report(out: Path, as_json: bool) -> None:
 
 def _training(folder: Path) -> Figure:
     from eventrnn import plots
-    from eventrnn.training import read_log
+    from eventrnn.report import read_run
 
-    if not folder.is_dir():
-        raise ValueError(f"model: {folder} is not the folder of a run; eventrnn train writes it to MODEL.run")
-    seen = [(line["step"], line["validation"]) for line in read_log(folder) if line["validation"]]
-    if not seen:
-        raise ValueError(f"model: the run in {folder} has not been validated yet")
-    names = ("perplexity", "bits", "accuracy", "loss")
-    quality = next((name for name in names if name in seen[0][1]), names[-1])
-    curve = []
-    for step, figures in seen:
-        point = (step, figures.get(quality), figures.get("activity"))
-        if not all(isinstance(value, int | float) for value in point):
-            raise ValueError(f"model: the log of the run in {folder} has no {quality} and activity at step {step}")
-        curve.append(point)
-    return plots.learning_curves({picture_text(folder.name): curve}, quality=quality)
+    log = read_run(folder, "model")
+    points = log.points()
+    if not points:
+        raise ValueError(f"model: no validation of the run in {folder} has a finite {log.quality} and an activity")
+    return plots.learning_curves({picture_text(folder.name): points}, quality=log.quality)
 
 
 def _raster(network: Network, read: np.ndarray, layer: int, start: int, steps: int) -> Figure:

@@ -12,6 +12,7 @@ from eventrnn import io
 from eventrnn._files import printable, write_whole
 from eventrnn.cli.options import Force, Json, Part, Unknown, load_symbols, writable_file
 from eventrnn.cli.terminal import as_line
+from eventrnn.training.recipes.recipe import CONFIG
 
 # The ending of the folder that `eventrnn train` makes beside a model file.
 RUN_ENDING = ".run"
@@ -37,18 +38,25 @@ def report(
 
     if symbols < 1:
         raise ValueError(f"symbols: got {symbols}, need a whole number >= 1")
-    out = out or folder.with_name(f"{folder.resolve().name}.html")
+    whole = folder.resolve()
+    # The folder may be named by "." alone.
+    out = out or (whole if folder.name in ("", "..") else folder).parent / f"{whole.name}.html"
     if out.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"html: got {out}, need a name that ends in .html")
     writable_file(out, force, "html")
-    beside = folder.resolve().with_suffix("") if folder.resolve().name.endswith(RUN_ENDING) else None
+    beside = whole.with_suffix("") if whole.name.endswith(RUN_ENDING) else None
     path = model or (beside if beside is not None and beside.is_file() else None)
     measured = None
     if path is not None:
         network = io.load(path)
         if "vocabulary" in network.metadata:
-            source = text or _text_of(folder)
-            read = load_symbols(network, source, part, unknown)[:symbols]
+            source = _text_of(folder) if text is None else text
+            try:
+                read = load_symbols(network, source, part, unknown)[:symbols]
+            except (ValueError, OSError) as error:
+                if text is not None:
+                    raise
+                raise ValueError(f"{error}; this is the text of the training; --text names another") from None
             measured = pages.Measured(network, read, f"the {part} part of {source}")
         elif model is not None or text is not None:
             raise ValueError(f"model: {path} has no vocabulary, so no text can be read; leave out --model and --text")
@@ -60,9 +68,11 @@ def report(
 
 
 def _text_of(folder: Path) -> str:
-    """The text that a run was trained on, from its configuration; the built-in one where it does not say."""
+    """The text that a run was trained on. Raises ValueError where its configuration does not say it."""
     try:
-        with open(folder / "config.toml", "rb") as file:
+        with open(folder / CONFIG, "rb") as file:
             return str(tomllib.load(file)["data"]["text"])
-    except (OSError, KeyError, TypeError, tomllib.TOMLDecodeError):
-        return "builtin"
+    except (OSError, KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"text: {printable(folder / CONFIG)} does not say the text of the training; give --text"
+        ) from None

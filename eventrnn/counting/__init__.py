@@ -14,6 +14,7 @@ from eventrnn.counting.counts import count_per_step as count_per_step
 from eventrnn.counting.counts import events_by_matrix as events_by_matrix
 from eventrnn.counting.energy import ENERGY_TABLES as ENERGY_TABLES
 from eventrnn.counting.energy import ENGINES as ENGINES
+from eventrnn.counting.energy import MEMORIES as MEMORIES
 from eventrnn.counting.energy import EnergyTable as EnergyTable
 from eventrnn.counting.energy import compare_energy as compare_energy
 from eventrnn.counting.energy import energy as energy

@@ -62,6 +62,9 @@ ENERGY_TABLES = {
 #: a dense network would be quantised to
 ENGINES = ("events", "events-int8", "dense", "dense-int8")
 
+#: Memories of weights that `compare_energy` takes: the smallest that holds them, and those of all tables.
+MEMORIES = ("fits", *dict.fromkeys(kind for table in ENERGY_TABLES.values() for kind in table.memory))
+
 # Bytes that fit, by memory, from small to large. What does not fit is read from DRAM.
 _SIZES = {"sram_8kb": 8 << 10, "sram_32kb": 32 << 10, "sram_1mb": 1 << 20}
 
@@ -117,7 +120,7 @@ def compare_energy(network: Network, simulation: Simulation, *, memory: str = "f
     Raises ValueError for a memory that no table has, and as `count` does.
     """
     need_kind("network", network, Network, "a Network")
-    need_choice("memory", memory, ("fits", *ENERGY_TABLES["7nm"].memory))
+    need_choice("memory", memory, MEMORIES)
     narrow = network.untied().with_matrices({name: w.stored_as("int8") for name, w in network.matrices().items()})
     counts = {"events": count(network, simulation), "events-int8": count(narrow, simulation)}
     entries = sum(weights.shape[0] * weights.shape[1] for weights in network.matrices().values())
