@@ -113,6 +113,13 @@ class State:
         """The number of samples."""
         return self.cells[0].shape[0]
 
+    def need_shapes(self, units: Sequence[int], batch: int) -> None:
+        """Raise ValueError for arrays of other shapes than those of layers of so many units, for `batch` samples."""
+        wanted = [(batch, n) for n in units]
+        for name in STATE_PARTS:
+            if (got := [array.shape for array in getattr(self, name)]) != wanted:
+                raise ValueError(f"state {name}: got arrays of shape {got}, need {wanted}")
+
     def need_finite(self) -> None:
         """Raise FloatingPointError where a cell state has overflowed."""
         need_finite_cells(self.cells)

@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from eventrnn import Network, State
+from eventrnn import Cell, Network, State
 from eventrnn.backend import BackendUnavailable
 from eventrnn.cli import app
 from eventrnn.pruning import GradualPruning, prune
@@ -100,11 +100,23 @@ def test_numbers_and_states_are_checked_as_on_the_cpu(gpu):
         for inputs, before, words in (
             (infinite, state, r"inputs: got inf at position \(1, 0, 2\)"),
             (numbers[:, :, :2], state, r"inputs: got shape \(4, 2, 2\), need \(T, B, 3\)"),
-            (numbers, State.zeros(network, 1), "state: got one of 1 samples, need 2"),
+            (numbers, State.zeros(network, 1), r"state cells: got arrays of shape \[\(1, 6\)\], need \[\(2, 6\)\]"),
         ):
             with pytest.raises(ValueError, match=words):
                 model.forward(inputs, before)
         model.forward(numbers, state)
+
+
+def test_the_state_of_a_gru_is_checked_as_on_the_cpu(gpu):
+    network = Network.random([6], inputs=3, readout=2, cell=Cell("gru"), rng=np.random.default_rng(3))
+    numbers = np.zeros((4, 2, 3), np.float32)
+    trainer = Trainer(network, Classification(np.moveaxis(numbers, 0, 1), np.array([0, 1])), cuda_settings(batch=2))
+    zeros = State.zeros(network, 2)
+    differing = State((zeros.cells[0] + np.float32(1),), zeros.outputs)
+    with trainer.engine.evaluating() as model:
+        for each in (model, Model(network)):
+            with pytest.raises(ValueError, match=r"state of layer 0: got cell 1.0 and output 0.0"):
+                each.forward(numbers, differing)
 
 
 def test_windows_of_evaluations_are_dropped_in_the_order_of_their_last_use(gpu, monkeypatch):

@@ -1,12 +1,15 @@
 """CUDA kernels as plain Python on host memory, for kernels whose threads do not communicate within a warp.
 
-A kernel runs with one thread per block, one block after the other. The PTX instructions that it calls are replaced by
-NumPy. Kernels whose warps vote, shuffle or wait for each other cannot be run like this.
+A kernel runs one block after the other, with one thread per block unless more are asked for. Several threads are Python
+threads with one shared memory. The PTX instructions that a kernel calls are replaced by NumPy. Kernels whose warps
+vote, shuffle or wait for each other cannot be run like this.
 """
 
 from __future__ import annotations
 
 import ctypes
+import threading
+from functools import partial
 from types import CellType, FunctionType, SimpleNamespace
 
 import numpy as np
@@ -23,6 +26,10 @@ KINDS |= {"global_float64": (ctypes.c_double, np.float64), "global_uint8": (ctyp
 RULES = ("egru_value", "egru_reset_gate", "egru_paper_value", "egru_backward", "egru_paper_backward")
 RULES += ("egru_paper_reset_backward", "surrogate_slope", "exp_float32", "sigmoid", "gru_value", "gru_before_value")
 RULES += ("lstm_value", "lstm_output", "gru_backward", "gru_before_backward", "lstm_backward")
+
+
+#: seconds after which a barrier that not all threads reach is an error
+PATIENCE = 60
 
 
 class Pointed:
@@ -55,21 +62,71 @@ def _high(a, b) -> np.int64:
     return np.uint64(product >> 64).astype(np.int64)
 
 
-def in_python(function, grid: tuple[int, int]):
-    """A kernel as a Python function on host memory, one thread per block; `grid`: number of blocks along x and y."""
+class _Block:
+    """The threads of a block."""
+
+    def __init__(self, size: int):
+        self.size, self.barrier, self.lock, self.shared = size, threading.Barrier(size), threading.Lock(), np.zeros(0)
+        self.index = threading.local()
+        self.index.x = 0
+
+    def array(self, size: int, kind) -> np.ndarray:
+        """The array in shared memory, one for all threads. What no thread wrote must not look like a result."""
+        if self.size == 1:
+            return np.zeros(size)
+        with self.lock:
+            if len(self.shared) != size:
+                self.shared = np.full(size, np.nan, str(kind))
+            return self.shared
+
+    def run(self, call) -> None:
+        """Call a function in all threads."""
+        if self.size == 1:
+            call()
+            return
+        errors: list[BaseException] = []
+
+        def run(thread: int) -> None:
+            self.index.x = thread
+            try:
+                with np.errstate(all="ignore"):
+                    call()
+            except BaseException as error:
+                errors.append(error)
+                self.barrier.abort()
+
+        self.shared = np.zeros(0)
+        threads = [threading.Thread(target=run, args=(k,), daemon=True) for k in range(self.size)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+        real = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
+        if errors:
+            raise (real or errors)[0]
+
+    def wait(self) -> None:
+        """Wait for all threads."""
+        if self.size > 1:
+            self.barrier.wait(PATIENCE)
+
+
+def in_python(function, grid: tuple[int, int], threads: int = 1):
+    """A kernel as a Python function on host memory; `grid`: number of blocks along x and y; threads per block."""
     from eventrnn.cuda.kernels import ptx
     from eventrnn.cuda.kernels import tensor_core_cells as module
-    from eventrnn.cuda.training.kernels import threads
+    from eventrnn.cuda.training.kernels import threads as shared
 
+    own = _Block(threads)
     block = SimpleNamespace(x=0, y=0)
     there = SimpleNamespace(
-        threadIdx=SimpleNamespace(x=0),
+        threadIdx=own.index,
         blockIdx=block,
-        blockDim=SimpleNamespace(x=1),
+        blockDim=SimpleNamespace(x=threads),
         gridDim=SimpleNamespace(x=grid[0], y=grid[1]),
         syncwarp=lambda mask: None,
-        syncthreads=lambda: None,
-        shared=SimpleNamespace(array=lambda size, kind: np.zeros(size)),
+        syncthreads=own.wait,
+        shared=SimpleNamespace(array=own.array),
     )
     functions = SimpleNamespace(log=np.log, sqrt=np.sqrt, fsqrt_rn=np.sqrt, umul64hi=_high, float_as_int=_bits)
     fakes = {id(getattr(ptx, name)): lambda at, kind=kind: Pointed(at, kind) for name, kind in KINDS.items()}
@@ -78,10 +135,10 @@ def in_python(function, grid: tuple[int, int]):
     fakes[id(module.power_of_two_approx)] = lambda x: np.exp2(np.float32(x))
     fakes[id(module.reciprocal_approx)] = lambda x: np.float32(1) / np.float32(x)
     fakes |= {id(getattr(ptx, name)): getattr(cells, name) for name in RULES}
-    fakes[id(threads.libdevice)] = functions
-    fakes[id(threads.float_of)] = lambda bits: np.int32(bits).view(np.float32)
-    fakes[id(threads.STORES["bfloat16"])] = lambda at, a: _store(at, [a], "bfloat16")
-    fakes[id(threads.LOADS["bfloat16"])] = lambda at: widened(half(at, 1, "bfloat16").copy(), "bfloat16")[0]
+    fakes[id(shared.libdevice)] = functions
+    fakes[id(shared.float_of)] = lambda bits: np.int32(bits).view(np.float32)
+    fakes[id(shared.STORES["bfloat16"])] = lambda at, a: _store(at, [a], "bfloat16")
+    fakes[id(shared.LOADS["bfloat16"])] = lambda at: widened(half(at, 1, "bfloat16").copy(), "bfloat16")[0]
     for name in PRECISIONS:
         fakes[id(module._LOADS[name])] = lambda at, p=name: tuple(widened(_pair(at, p), p))
         fakes[id(module._STORES[name])] = lambda at, a, p=name: _store(at, [a], p)
@@ -107,7 +164,7 @@ def in_python(function, grid: tuple[int, int]):
         with np.errstate(all="ignore"):
             for block.y in range(grid[1]):
                 for block.x in range(grid[0]):
-                    kernel(*map(np.int64, arguments))
+                    own.run(partial(kernel, *map(np.int64, arguments)))
 
     return run
 

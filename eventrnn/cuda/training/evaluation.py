@@ -14,6 +14,7 @@ from eventrnn.cuda.run_buffers import Replay
 from eventrnn.cuda.training.forward import ForwardWindow
 from eventrnn.cuda.training.memory import Memory, nbytes
 from eventrnn.cuda.training.program import fetch_output, gate_fault, put_inputs
+from eventrnn.simulation import need_single_states
 from eventrnn.state import State
 
 if TYPE_CHECKING:
@@ -108,8 +109,8 @@ class Evaluator:
     def _window(self, inputs: np.ndarray, state: State) -> tuple[ForwardWindow, Replay, Replay]:
         """The window and the graphs of windows of this size, with inputs and state sent."""
         engine, (steps, batch) = self.engine, inputs.shape[:2]
-        if state.batch != batch:
-            raise ValueError(f"state: got one of {state.batch} samples, need {batch}, as the inputs have")
+        state.need_shapes([layer.units for layer in engine.sizes.layers], batch)
+        need_single_states(self.template, state)
         if self.memory is None or steps > self.capacity[0] or batch > self.capacity[1]:
             larger = max(steps, self.capacity[0]), max(batch, self.capacity[1])
             self.windows.clear()

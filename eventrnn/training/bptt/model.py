@@ -338,10 +338,7 @@ class Model:
         for name, mask in self.masks.items():
             if mask.dtype != bool or mask.shape != self._shapes.get(name):
                 raise ValueError(f"masks: {name} is {mask.dtype} {mask.shape}, need bool {self._shapes.get(name)}")
-        wanted = [(batch, units) for units in self._sizes()[0]]
-        for name, arrays in (("cells", state.cells), ("outputs", state.outputs)):
-            if (got := [array.shape for array in arrays]) != wanted:
-                raise ValueError(f"state {name}: got arrays of shape {got}, need {wanted}")
+        state.need_shapes(self._sizes()[0], batch)
         need_single_states(self.template, state)
 
     def _checked_inputs(self, inputs: np.ndarray) -> np.ndarray:

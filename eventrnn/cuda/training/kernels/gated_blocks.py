@@ -98,6 +98,7 @@ def choose_kernel(precision: str):
     """The kernel of the choice, and its signature. A block owns a row; its threads own neighbouring blocks.
 
     logits_at    : products, to which the bias is added
+    bias_at      : (blocks,) float32
     x_at         : (rows, x_pitch) operands, `inputs` of them per row
     kept_at      : int64, how many blocks a row chooses
     slopes_at, chosen_at, penalties_at : written in training; address 0 otherwise
