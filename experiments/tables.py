@@ -102,10 +102,13 @@ CRITERIA = {
 }
 
 
-def read(name: str) -> list[dict]:
-    """The lines of results/NAME.jsonl that were measured on the machine of the last one, oldest first."""
+def read(name: str, *, timed: bool = True) -> list[dict]:
+    """The lines of results/NAME.jsonl, oldest first.
+
+    timed : only those that were measured on the machine of the last one; without, of figures that no machine changes
+    """
     lines = [json.loads(line) for line in (HERE / "results" / f"{name}.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["device"] == lines[-1]["device"]]
+    return [line for line in lines if not timed or line["device"] == lines[-1]["device"]]
 
 
 def last(lines: Iterable[dict], **asked) -> dict | None:
@@ -286,7 +289,8 @@ def learning() -> str:
     recipe is that of EvNN on the Penn Treebank, with fixed thresholds and no penalty, where the run names no other.
     With EvNN's own kernels (TF32, outputs carried only) it has 118 after 10 epochs, 98.5 after 20, 91.0 after 30 and
     86.0 after 40. A name gives what a run changes: its length, its schedule, the rule for thresholds, a penalty
-    (`Regularisers`), the seed. The preset `egru-ptb` is now the recipe of the run of 818 epochs.
+    (`Regularisers`), the seed. The preset `egru-ptb` is now the recipe of the run of 818 epochs; its own three seeds
+    are the last lines.
     """
     rows = []
     for line in read("cuda_training"):
@@ -402,7 +406,7 @@ def word_models() -> str:
     times fewer than the 24.2 million of AWD-LSTM (Merity et al. 2017, test perplexity 57.3). A test perplexity is
     measured for reported models only. A file holds its vocabulary, whose bytes are not included.
     """
-    lines, rows = [line for line in read("ptb") if line["what"] == "evaluation"], []
+    lines, rows = [line for line in read("ptb", timed=False) if line["what"] == "evaluation"], []
     for name in dict.fromkeys(line["name"] for line in lines):
         line = last(lines, name=name)
         assert line is not None
@@ -468,8 +472,7 @@ def large_dynamic_blocks() -> str:
 
 def _gated_models(what: str) -> str:
     """The table of the lines of `dynamic_blocks.py` of one kind; empty without lines."""
-    path = HERE / "results" / "dynamic_blocks.jsonl"
-    read_lines = [line for line in map(json.loads, path.read_text().splitlines()) if line["what"] == what]
+    read_lines = [line for line in read("dynamic_blocks", timed=False) if line["what"] == what]
     if not read_lines:
         return ""
     # Models of one table have read the text equally often. A model that was trained again counts once.
