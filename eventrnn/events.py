@@ -244,9 +244,13 @@ def encode_delta(
     A signal that arrives in chunks gives the events of the whole signal, bit for bit, where each chunk goes on from the
     sums of the one before:
 
-    >>> sent = None
-    >>> for chunk in (signal[:60], signal[60:]):
+    >>> signal = np.array([0.0, 0.2, 0.5, 0.6, 0.9]).reshape(5, 1, 1)
+    >>> sent, values = None, []
+    >>> for chunk in (signal[:2], signal[2:]):
     ...     events, sent = encode_delta(chunk, 0.3, sent=sent, return_sent=True)
+    ...     values += events.values.tolist()
+    >>> values == encode_delta(signal, 0.3).values.tolist()
+    True
 
     Raises ValueError for arguments that are not like this, and where a change exceeds the range of float32.
     """

@@ -476,8 +476,10 @@ def simulate(
     TypeError for an array that the backend cannot read, FloatingPointError where a cell or an output overflows, and
     BackendUnavailable where the backend cannot run on this machine.
 
-    >>> result = simulate(network, inputs, record="events")
-    >>> result.output, result.activity, result.events[0]
+    >>> network = Network.random([8], inputs=3, readout=2, rng=np.random.default_rng(0), threshold=0.1)
+    >>> result = simulate(network, np.ones((5, 1, 3)), record="events")
+    >>> result.output.shape, result.events[0].shape
+    ((5, 1, 2), (5, 1, 8))
     """
     if not isinstance(inputs, Events) and not on_gpu(inputs):
         inputs = as_array(inputs)

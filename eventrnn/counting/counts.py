@@ -132,6 +132,11 @@ def count(network: Network, simulation: Simulation) -> OpCounts:
     recurrent product of a step uses the events of the step before. The events of the initial state are therefore
     counted, and those of the last step of each sample are not. Padding is not counted. Raises ValueError for the run of
     a network of another shape, and for gated blocks without recorded events.
+
+    >>> network = eventrnn.Network.random([8], inputs=3, rng=np.random.default_rng(0), threshold=0.1)
+    >>> counts = count(network, eventrnn.simulate(network, np.ones((5, 1, 3))))
+    >>> counts.matrices["layers.0.w_in"].dense  # 5 steps, 3 inputs, 3 x 8 rows
+    360
     """
     _need_same_network(network, simulation)
     rows = simulation.sample_steps
