@@ -95,6 +95,19 @@ def test_strips_hold_the_rows_of_stored_blocks_once(data, gates, units, n_pre):
         assert 8 <= strips.stage_rows(stage) <= stage // (width * strips.values.itemsize)
 
 
+def test_a_compiler_that_would_not_finish_is_refused_before_it_starts(monkeypatch):
+    compiler()
+    from eventrnn.cuda import device
+
+    monkeypatch.setattr(device, "compile_ptx", lambda *given: "//\n.version 9.0\n.target sm_90\n")
+    device.need_recent_compiler("layers", (9, 0))
+    for name in device.DEMANDING:
+        with pytest.raises(BackendUnavailable, match=r"gated blocks.* writes PTX 9\.0 .* need .* 9\.1 or newer"):
+            device.need_recent_compiler(name, (9, 0))
+    monkeypatch.setattr(device, "compile_ptx", lambda *given: ".version 9.1\n.target sm_90\n")
+    device.need_recent_compiler("gated_rows", (9, 0))
+
+
 def test_kernels_of_gated_blocks_compile_without_contraction():
     compiled = compiler()
     from eventrnn.cuda.kernels.gated_kernels import gated_layer_kernel, gated_rows_kernel
