@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from eventrnn import Cell, Dense, Network, load, save
+from eventrnn import Cell, Dense, Network, __version__, load, save
 from eventrnn.bench import timing
 from eventrnn.cli.imports import _arrays
 from eventrnn.cli.options import PARTS
@@ -289,6 +289,8 @@ def test_bad_model_files(cli, tmp_path, model, text):
         (("bench", "inference", "--hidden", "3000000"), "give fewer units"),
         (("import", "{cut}", "--out", "{new}"), "not an .npz archive"),
         (("convert", "{cut}", "--out", "{new}"), "eventrnn import takes files of other libraries"),
+        (("run", "{cut}", "--text", "{text}"), "eventrnn import takes files of other libraries"),
+        (("info", "{cut}"), "eventrnn import takes files of other libraries"),
         (("import", "{cut}.bin", "--out", "{new}"), "give --from evnn|keras|onnx|torch"),
         (
             ("prune", "{model}", "--out", "{new}", "--text", "{text}", "--batch", "2"),
@@ -440,6 +442,13 @@ def test_program_runs_as_a_process_and_tells_its_story_in_one_screen():
     assert [line.split()[0] for line in listed.splitlines() if line.strip()][:3] == ["demo", "train", "prune"]
     for command in re.findall(r"eventrnn ([a-z]+)", done.stdout.partition("Options:")[0]):
         assert f"  {command} " in listed, command
+
+
+def test_version_and_short_help(cli):
+    assert cli("--version") == (0, f"eventrnn {__version__}\n", "")
+    for arguments in ((), ("prune",)):
+        code, out, _ = cli(*arguments, "-h")
+        assert code == 0 and out == cli(*arguments, "--help")[1] and "-h, --help" in out
 
 
 @pytest.mark.parametrize("module", ["eventrnn", "eventrnn.cli"])

@@ -10,10 +10,11 @@ import os
 import sys
 import warnings
 from io import StringIO
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from eventrnn import __version__
 from eventrnn._files import printable
 from eventrnn.backend import BackendUnavailable
 from eventrnn.cli.bench import bench_app
@@ -43,6 +44,8 @@ COMMANDS = (
     ("info", info, "Show what is installed, or what a model file holds."),
 )
 
+HELP = ["-h", "--help"]
+
 # Lines after \b keep their breaks.
 STORY = """Simulate, prune, train and count event-based GRUs.
 
@@ -59,7 +62,24 @@ Without a text, commands read the documentation that Python carries. A trained w
 `eventrnn COMMAND --help` lists the options of a command; --json makes its output one line for a script.
 """
 
-app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, help=STORY)
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, context_settings={"help_option_names": HELP})
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"eventrnn {__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=STORY)
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What can stand before the name of a command."""
+
+
 for _name, _function, _line in COMMANDS:
     app.command(name=_name, short_help=_line)(_function)
 app.add_typer(bench_app, name="bench")

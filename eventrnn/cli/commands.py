@@ -105,7 +105,7 @@ def run(
     """Read a text event by event, and report bits per symbol, activity and operations."""
     from eventrnn.training.evaluation import compare_storage, evaluate_text
 
-    network = io.load(model_file(model, named))
+    network = own_model(model_file(model, named))
     symbols = load_symbols(network, text, part, unknown)
     with progress() as bar:
 
@@ -123,7 +123,7 @@ def info(model: GivenModel = None, named: NamedModel = None, as_json: Json = Fal
     """Show what is installed, what a GPU would run and how long the first call takes, or what a model file holds."""
     if model is not None or named is not None:
         path = model_file(model, named)
-        network = io.load(path)
+        network = own_model(path)
         shapes = {
             name: f"{w.name} {w.shape[0]}x{w.shape[1]}, {w.storage}, {w.nnz:,} weights "
             f"({w.nnz / max(1, w.shape[0] * w.shape[1]):.1%})"

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from eventrnn import io
 from eventrnn._checks import need_choice
 from eventrnn._files import printable
+from eventrnn.cli.imports import own_model
 from eventrnn.cli.options import (
     GivenModel,
     Json,
@@ -81,7 +81,7 @@ def count(
         raise ValueError(f"memory: got {memory!r} without --energy, whose estimate it belongs to; add --energy")
     if memory is not None:
         need_choice("memory", memory, MEMORIES)
-    network = io.load(model_file(model, named))
+    network = own_model(model_file(model, named))
     if neurobench:
         need_matrices(network.matrices(), "NeuroBench")
     inputs = load_symbols(network, text, part, unknown)[:symbols, None]

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import typer
 
-from eventrnn import io
 from eventrnn._files import printable
+from eventrnn.cli.imports import own_model
 from eventrnn.cli.options import (
     PICTURES,
     Force,
@@ -92,9 +92,9 @@ def plot(
     if what == "training":
         figure = _training(model)
     elif what == "weights":
-        figure = plots.mask_map(io.load(model).matrices(), title=picture_text(model.name))
+        figure = plots.mask_map(own_model(model).matrices(), title=picture_text(model.name))
     else:
-        network = io.load(model)
+        network = own_model(model)
         if layer >= len(network.layers):
             raise ValueError(f"layer: got {layer}, but {model} has {len(network.layers)}, counted from 0")
         read = load_symbols(network, text, part, unknown)[:, None]

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from eventrnn import counting, io, pruning
 from eventrnn._files import printable
+from eventrnn.cli.imports import own_model
 from eventrnn.cli.options import (
     Distillation,
     Force,
@@ -203,7 +204,7 @@ class Request:
 def prune(options: PruneOptions) -> None:
     """Prune a model: at once, during training, to N of each M weights, to a diagonal, or to a budget of operations."""
     request = _request(options)
-    network = io.load(options.model)
+    network = own_model(options.model)
     if options.untie:
         if network.readout is None or not network.readout.tied:
             raise ValueError(f"untie: the read-out of {options.model} is not tied; leave out --untie")

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from eventrnn import io
 from eventrnn._files import printable, write_whole
+from eventrnn.cli.imports import own_model
 from eventrnn.cli.options import Force, Json, Part, Unknown, load_symbols, writable_file
 from eventrnn.cli.terminal import as_line
 from eventrnn.training.recipes.recipe import CONFIG
@@ -48,7 +48,7 @@ def report(
     path = model or (beside if beside is not None and beside.is_file() else None)
     measured = None
     if path is not None:
-        network = io.load(path)
+        network = own_model(path)
         if "vocabulary" in network.metadata:
             source = _text_of(folder) if text is None else text
             try:
