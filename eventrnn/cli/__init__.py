@@ -17,8 +17,8 @@ import typer
 from eventrnn import __version__
 from eventrnn._files import printable
 from eventrnn.backend import BackendUnavailable
+from eventrnn.cli import commands
 from eventrnn.cli.bench import bench_app
-from eventrnn.cli.commands import convert_command, demo, info, run
 from eventrnn.cli.count import count
 from eventrnn.cli.finetune import fine_tune
 from eventrnn.cli.imports import export_command, import_command
@@ -28,20 +28,21 @@ from eventrnn.cli.report import report
 from eventrnn.cli.train import train
 from eventrnn.weights import NotAMatrix
 
-# The name of a command, its function and what the list of commands says of it, in the order of a first use.
+# The name of a command, its function and what the list of commands says of it, in the order of a first use. The function
+# `demo` is not imported by name, since it would hide the module `demo` of this package, which it imports.
 COMMANDS = (
-    ("demo", demo, "Train, prune, run and count an example: two to three minutes."),
+    ("demo", commands.demo, "Train, prune, run and count an example: two to three minutes."),
     ("train", train, "Train a network on a text."),
     ("prune", prune, "Remove weights, blocks or N:M groups, at once or in training."),
-    ("run", run, "Read a text event by event: bits, activity, operations."),
+    ("run", commands.run, "Read a text event by event: bits, activity, operations."),
     ("count", count, "Count every operation and audit the counts."),
     ("plot", plot, "Draw masks, events, operations or learning curves."),
     ("report", report, "Write a training run as one HTML page."),
     ("import", import_command, "Take a GRU or LSTM of PyTorch, Keras, ONNX or EvNN."),
     ("fine-tune", fine_tune, "Make an EGRU of a wanted activity of a trained GRU."),
     ("export", export_command, "Write a model as a file of PyTorch, Keras or ONNX."),
-    ("convert", convert_command, "Change the weight format or storage type of a model."),
-    ("info", info, "Show what is installed, or what a model file holds."),
+    ("convert", commands.convert_command, "Change the weight format or storage type of a model."),
+    ("info", commands.info, "Show what is installed, or what a model file holds."),
 )
 
 HELP = ["-h", "--help"]
