@@ -28,8 +28,8 @@ from eventrnn.cli.report import report
 from eventrnn.cli.train import train
 from eventrnn.weights import NotAMatrix
 
-# The name of a command, its function and what the list of commands says of it, in the order of a first use. The function
-# `demo` is not imported by name, since it would hide the module `demo` of this package, which it imports.
+# The name of a command, its function and what the list of commands says of it, in the order of a first use. The
+# function `demo` is not imported by name, since it would hide the module `demo` of this package, which it imports.
 COMMANDS = (
     ("demo", commands.demo, "Train, prune, run and count an example: two to three minutes."),
     ("train", train, "Train a network on a text."),
