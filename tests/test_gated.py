@@ -22,7 +22,6 @@ from eventrnn.io.model_file import encoded
 from eventrnn.network import Network, Readout
 from eventrnn.simulation import RECORDABLE, Simulator, simulate
 from eventrnn.testing import ALL_CELLS, gated_blocks
-from eventrnn.training import Settings, Trainer
 from eventrnn.training.evaluation import evaluate_text
 from eventrnn.weights import CSR, FORMATS, BlockCSR, Dense, GatedBlocks, convert, gate_cost
 from support import tolerance
@@ -450,9 +449,6 @@ def test_what_needs_a_matrix_refuses_gated_blocks_by_name():
     words = r"layers\.0\.w_in: {} cannot take gated blocks"
     with pytest.raises(TypeError, match=words.format("the blas backend")):
         simulate(network, x, backend="blas")
-    reader = replace(network, embedding=np.ones((4, 5), np.float32))
-    with pytest.raises(TypeError, match=words.format("training with backend 'cuda'")):
-        Trainer(reader, np.arange(4).repeat(600), Settings(steps=1, backend="cuda"))
     with pytest.raises(TypeError, match=words.format("pruning without training")):
         pruning.prune(network, 0.5)
     with pytest.raises(TypeError, match=words.format("a dense network")):

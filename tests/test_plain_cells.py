@@ -245,7 +245,6 @@ def test_what_needs_events_above_a_threshold_is_refused_by_name(cell):
     text = Network.random([3], symbols=4, embedding=2, readout=4, rng=np.random.default_rng(0), cell=cell)
     symbols = np.random.default_rng(1).integers(0, 4, 100)
     for options, instead in (
-        ({"backend": "cuda"}, "use 'cpu'"),
         ({"activity_cost": 0.1}, "leave it out"),
         ({"backward": "sparse"}, "use backward='auto'"),
         ({"regularisers": Regularisers(activity_rate=0.1)}, "leave it out"),

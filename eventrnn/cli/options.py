@@ -215,8 +215,8 @@ def model_file(given: str | None, named: str | None) -> Path:
     if (given is None) == (named is None):
         got = "both MODEL and --model" if given is not None else "none"
         raise ValueError(
-            f"model: got {got}; give a model file, which eventrnn train writes, or --model with a file, a name "
-            f"({', '.join(io.MODELS)}) or an address"
+            f"model: got {got}; give a model file, or --model with a file, a name ({', '.join(io.MODELS)}) or an "
+            "address; eventrnn train writes a model file"
         )
     with progress() as report:
         return io.located_model(given or named or "", report)
