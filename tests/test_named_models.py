@@ -1,18 +1,23 @@
 """Models by name, path and address: found, downloaded once, held against a checksum, or refused in one line."""
 
 import hashlib
+import importlib
 import json
 import lzma
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
+import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from eventrnn import save
+from eventrnn import Network, save
 from eventrnn.cli import demo
 from eventrnn.data import download
 from eventrnn.io import ModelFileError, NamedModel, located_model, named
+from eventrnn.pruning import prune
 from support.texts import TEXT, reader_of_text
 
 
@@ -145,6 +150,24 @@ def test_a_compressed_file_is_unpacked_once(model, tmp_path, monkeypatch):
     found = {located_model(each) for each in (packed, "fox", f"{packed.as_uri()}#sha256={sha256}")}
     assert len(found) == 1 and found.pop().read_bytes() == path.read_bytes()
     assert len(list((tmp_path / "cache" / "models").iterdir())) == 1
+
+
+def test_a_packed_model_of_several_streams_is_unpacked_like_any_compressed_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("EVENTRNN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "experiments"))
+    pack = importlib.import_module("pack_model")
+    network = prune(Network.random([200], inputs=200, rng=np.random.default_rng(0)), 0.7, scope="matrix")
+    path, out = tmp_path / "small.safetensors", tmp_path / "small.safetensors.xz"
+    save(network.with_matrices({name: w.stored_as("int8") for name, w in network.matrices().items()}), path)
+
+    def refusal(target):
+        return str(CliRunner().invoke(pack.app, [str(path), str(target)]).exception)
+
+    assert "out: got" in refusal(tmp_path / "small") and "ends in .xz" in refusal(tmp_path / "small")
+    assert CliRunner().invoke(pack.app, [str(path), str(out)]).exit_code == 0
+    assert located_model(out).read_bytes() == path.read_bytes()
+    assert out.stat().st_size < len(lzma.compress(path.read_bytes(), preset=9))
+    assert "use --force" in refusal(out)
 
 
 @pytest.mark.parametrize(
