@@ -27,7 +27,7 @@ from eventrnn.margins import threshold_margins
 from eventrnn.network import Network
 from eventrnn.simulation import simulate
 from eventrnn.training import read_log
-from eventrnn.training.recipes.recipe import CONFIG
+from eventrnn.training.recipes.run_folder import CONFIG
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

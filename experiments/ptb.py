@@ -53,7 +53,7 @@ import eventrnn as er
 from eventrnn.backend import BackendUnavailable
 from eventrnn.cli.options import Distillation, Teacher, load_parts, parse_block, save_model, writable_file
 from eventrnn.cli.terminal import as_line, progress
-from eventrnn.data.text import Vocabulary
+from eventrnn.data.vocabulary import Vocabulary
 from eventrnn.io import located_model
 from eventrnn.pruning import (
     Blocks,
@@ -68,7 +68,8 @@ from eventrnn.training import LanguageModelling, Model, Trainer, parts, run
 from eventrnn.training.checkpoint import read_checkpoint
 from eventrnn.training.evaluation import evaluate_text
 from eventrnn.training.recipes.distillation import DistillationRecipe
-from eventrnn.training.recipes.recipe import CONFIG, Recipe, flags_to_settings, load_recipe, note
+from eventrnn.training.recipes.recipe import Recipe, flags_to_settings, load_recipe, note
+from eventrnn.training.recipes.run_folder import CONFIG
 from eventrnn.training.recipes.toml_config import parse_setting
 from eventrnn.training.run import CHECKPOINT
 

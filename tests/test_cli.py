@@ -19,7 +19,7 @@ from eventrnn.cli.imports import _arrays
 from eventrnn.cli.options import PARTS
 from eventrnn.cli.plot import WHAT
 from eventrnn.cli.terminal import progress
-from eventrnn.data.text import Vocabulary
+from eventrnn.data.vocabulary import Vocabulary
 from eventrnn.pruning import prune
 from support.texts import TEXT, reader_of_text
 

@@ -11,7 +11,7 @@ from eventrnn.cli import options
 from eventrnn.cli.options import load_symbols
 from eventrnn.cli.prune import _calibration
 from eventrnn.counting.counts import count
-from eventrnn.data.text import Vocabulary
+from eventrnn.data.vocabulary import Vocabulary
 from eventrnn.pruning import legal
 from eventrnn.pruning.methods import METHODS as KNOWN
 from eventrnn.simulation import simulate

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -11,12 +13,24 @@ import pytest
 from eventrnn import io
 from eventrnn._files import read_arrays
 from eventrnn.cells import Cell
-from eventrnn.data.text import Vocabulary
+from eventrnn.data.vocabulary import Vocabulary
 from eventrnn.events import Events
 from eventrnn.network import Network
 from eventrnn.pruning import prune
 from eventrnn.simulation import simulate
-from eventrnn.training import Classification, LanguageModelling, Settings, Trainer, at_activity, fine_tune
+from eventrnn.training import (
+    CheckpointError,
+    Classification,
+    FineTuning,
+    LanguageModelling,
+    Settings,
+    Trainer,
+    Tuning,
+    at_activity,
+    fine_tune,
+    read_log,
+    run,
+)
 from eventrnn.weights import NotAMatrix
 from support import gated
 from support.conformance import same_bits
@@ -101,6 +115,60 @@ def test_at_activity_sets_every_layer_without_padding():
         at_activity(Network.random([3], inputs=5, rng=rng, cell=Cell("gru")), x, 0.1)
 
 
+def reader() -> tuple[Network, LanguageModelling]:
+    """A small network of symbols, and its text. An epoch has 12 updates of 5 streams and 20 steps."""
+    text = np.tile(np.arange(6), 200)
+    network = Network.random([12], symbols=6, embedding=5, readout=6, cell=Cell("gru"), rng=np.random.default_rng(0))
+    return network, LanguageModelling(text, text[:200])
+
+
+READING = Tuning(activity=0.3, epochs=2, batch=5, window=20)
+
+
+def test_a_fine_tuning_that_is_killed_goes_on_with_the_same_bits(tmp_path):
+    network, text = reader()
+    whole = FineTuning(network, text, READING)
+    run(whole, tmp_path / "whole", log_every=1)
+    result = whole.result()
+    assert whole.steps_done == 24
+    direct = fine_tune(network, text, activity=0.3, epochs=2, batch=5, window=20)
+    assert direct.tuned == result.tuned and direct.given == result.given and direct.start == result.start
+
+    class Killed(Exception):
+        """Ends a run as a signal does that cannot be caught: nothing is saved."""
+
+    # In an epoch, before and after the thresholds are set between two, and at the last update.
+    for stop in (5, 12, 13, 24):
+        folder = tmp_path / f"at {stop}"
+
+        def killing(progress, seconds, stop=stop):
+            if progress.step == stop:
+                raise Killed
+
+        with pytest.raises(Killed):
+            run(FineTuning(network, text, READING), folder, log_every=1, checkpoint_seconds=0, report=killing)
+        again = FineTuning(network, text, READING)
+        run(again, folder, resume=True, log_every=1)
+        assert again.result().tuned == result.tuned and again.steps_done == 24
+        assert all(same_bits(*p) for p in zip(again.result().network.arrays(), result.network.arrays(), strict=True))
+        logs = [[{**line, "seconds": 0} for line in read_log(each)] for each in (folder, tmp_path / "whole")]
+        assert logs[0] == logs[1] and len(logs[0]) == 24
+        # A run whose updates are all done gives its result again.
+        ended = FineTuning(network, text, READING)
+        run(ended, folder, resume=True, log_every=1)
+        assert ended.result().tuned == result.tuned
+    other = replace(network, embedding=network.embedding + np.float32(1))
+    for changed, words in (
+        (FineTuning(other, text, READING), "given: "),
+        (FineTuning(network, text, replace(READING, activity=0.2)), "activity: 0.3 in the checkpoint, 0.2 now"),
+        (FineTuning(network, text, replace(READING, epochs=3)), "settings.epochs: 2 in the checkpoint, 3 now"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            run(changed, folder, resume=True)
+    with pytest.raises(RuntimeError, match="epoch 1 of 2 is not done"):
+        FineTuning(network, text, READING).result()
+
+
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
@@ -151,6 +219,62 @@ def test_fine_tune_a_text_on_the_command_line(cli, tmp_path, text):
     assert "vocabulary" in io.load(tmp_path / "a").metadata
 
 
+def test_fine_tune_of_an_imported_model_of_words_is_stopped_and_resumed(cli, tmp_path, text, monkeypatch):
+    from eventrnn.training.recipes import fine_tuning
+
+    words = ("<eos>", "brown", "dog", "fox", "jumps", "lazy", "over", "quick", "the")
+    (tmp_path / "words.txt").write_text("\n".join(words) + "\n")
+    model = tmp_path / "gru.safetensors"
+    rng = np.random.default_rng(0)
+    io.save(Network.random([8], symbols=9, embedding=4, readout=9, cell=Cell("gru"), rng=rng), model)
+    task = ("--text", text, "--vocabulary", tmp_path / "words.txt", "--epochs", 2, "--batch", 4, "--window", 16)
+    code, _, err = cli("fine-tune", model, "--out", tmp_path / "whole", *task)
+    assert code == 0 and "fine-tuning 100% epoch 2 of 2" in err and "thresholds set, perplexity" in err, err
+    note, seen = fine_tuning._note, []
+
+    def interrupting(progress, run):
+        if not seen and progress.step == 11:
+            seen.append(os.kill(os.getpid(), signal.SIGINT))
+        return note(progress, run)
+
+    monkeypatch.setattr(fine_tuning, "_note", interrupting)
+    out, folder = tmp_path / "part", tmp_path / "part.run"
+    code, found, err = cli("fine-tune", model, "--out", out, *task, "--json")
+    assert code == 130 and not found and not out.exists()
+    assert f"stopped after step 11, saved in {folder}" in err and f"eventrnn fine-tune --resume {folder}" in err
+    for options, said in (
+        (("--resume", folder, "--batch", 5), "resume: continues the run unchanged; leave out --batch"),
+        (("--resume", folder, model), "leave out MODEL"),
+        (("--resume", tmp_path), "resume: "),
+        ((model, "--out", out, *task), "already holds config.toml"),
+    ):
+        code, _, err = cli("fine-tune", *options)
+        assert code == 2 and said in err, err
+    code, _, err = cli("train", "--resume", folder)
+    assert code == 2 and f"continue it with: eventrnn fine-tune --resume {folder}" in err
+    # The run keeps the model.
+    model.unlink()
+    (tmp_path / "words.txt").unlink()
+    code, found, err = cli("fine-tune", "--resume", folder, "--json")
+    assert code == 0 and json.loads(found)["steps"] == 2 * 9, err
+    assert out.read_bytes() == (tmp_path / "whole").read_bytes()
+    assert Vocabulary.from_json(io.load(out).metadata["vocabulary"]).symbols == words
+    code, _, err = cli("report", folder, "--json")
+    assert code == 0, err
+
+
+@pytest.mark.filterwarnings("default")
+def test_fine_tune_warns_of_symbols_in_another_order(cli, tmp_path, text):
+    own = Vocabulary.of(text.read_text())
+    shifted = "".join(own.symbols[(own.symbols.index(c) + 1) % len(own)] for c in text.read_text())
+    start = Network.random([8], symbols=28, embedding=8, readout=28, cell=Cell("gru"), rng=np.random.default_rng(0))
+    settings = Settings(epochs=6, batch=8, window=20, learning_rate=3e-2)
+    io.save(Trainer(start, LanguageModelling(own.encode(shifted)), settings).run(), tmp_path / "gru")
+    task = ("--text", text, "--vocabulary", "characters", "--epochs", 1, "--batch", 4, "--window", 16)
+    code, _, err = cli("fine-tune", tmp_path / "gru", "--out", tmp_path / "egru", *task)
+    assert code == 0 and "see whether the vocabulary has the symbols in the order of the model's training" in err, err
+
+
 def test_fine_tune_wrong_data_is_refused_by_name(cli, tmp_path, trained):
     model = tmp_path / "gru.safetensors"
     io.save(trained, model)
@@ -184,7 +308,12 @@ def test_fine_tune_wrong_data_is_refused_by_name(cli, tmp_path, trained):
         (("--data", "bars"), "give --out a model file"),
         (("--data", "bars", "--out", out), "need numbers (S, T, 4)"),
         (("--data", "bars", "--out", out, "--read", "first"), "read: got 'first'"),
-        (("--text", "builtin", "--out", out), "model: has no vocabulary"),
+        (("--data", "bars", "--out", out, "--vocabulary", "words"), "vocabulary: got words without a text"),
+        (("--text", "builtin", "--out", out, "--read", "mean"), "read: got 'mean', but every output of a text counts"),
+        (("--text", "builtin", "--out", out), "vocabulary: the model has none"),
+        (("--text", "builtin", "--out", out, "--vocabulary", "words"), "the built-in text is read by characters"),
+        (("--text", "builtin", "--out", out, "--vocabulary", tmp_path / "no"), "no: No such file or directory"),
+        (("--text", "builtin", "--out", out, "--vocabulary", "characters"), "symbols for a network with 4 inputs"),
     ):
         code, _, err = cli("fine-tune", model, *options)
         assert code == 2 and words in err, err

@@ -227,7 +227,7 @@ def test_what_has_no_metrics_is_refused():
 @quietly
 def test_count_prints_neurobench_and_energies(cli, tmp_path, text):
     from eventrnn import save
-    from eventrnn.data.text import Vocabulary
+    from eventrnn.data.vocabulary import Vocabulary
 
     vocabulary = Vocabulary.of(text.read_text())
     made = Network.random(

@@ -11,7 +11,8 @@ import pytest
 from eventrnn import Cell, load
 from eventrnn._files import locked
 from eventrnn.training import read_log
-from eventrnn.training.recipes.recipe import Recipe, RunSettings, load_recipe, presets, train
+from eventrnn.training.recipes.recipe import Recipe, load_recipe, presets, train
+from eventrnn.training.recipes.run_folder import RunSettings
 from eventrnn.training.recipes.toml_config import from_table, merged, parse_setting, read_toml, to_toml
 from support.texts import TEXT
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import sys
 import threading
 from collections import Counter
@@ -15,19 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eventrnn.data import text as text_module
-from eventrnn.data.text import (
-    REPLACEMENT,
-    UNKNOWN_WORD,
-    Corpus,
-    Vocabulary,
-    from_path,
-    from_text,
-    python_documentation,
-    read_parts,
-    read_stream,
-    words,
-)
+from eventrnn.data.text import Corpus, from_path, from_text, python_documentation, read_parts, read_stream
 from eventrnn.data.trigram import TrigramModel
+from eventrnn.data.vocabulary import REPLACEMENT, UNKNOWN_WORD, Vocabulary, read_vocabulary, words
 from support.tolerance import U64, gamma
 
 # --- vocabulary ---------------------------------------------------------------------------------------------
@@ -130,6 +121,41 @@ def test_a_symbol_can_be_chosen_for_all_others():
 def test_empty_text_is_valid():
     assert Vocabulary.of("abc").encode("").tolist() == []
     assert Vocabulary.of("abc").decode([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "symbols", "kind", "unknown"),
+    [
+        ("the\nfox\n<unk>\n", ("the", "fox", "<unk>"), "word", "<unk>"),
+        ('["a", "\\n", "b"]', ("a", "\n", "b"), "character", None),
+        ('{"b": 1, "\\ufffd": 2, "a": 0}', ("a", "b", "\ufffd"), "character", "\ufffd"),
+        (Vocabulary(("a", "b"), "word", "b").to_json(), ("a", "b"), "word", "b"),
+        ("[\na\n", ("[", "a"), "character", None),
+    ],
+)
+def test_read_vocabulary_takes_lines_and_json(tmp_path, content, symbols, kind, unknown):
+    (tmp_path / "v").write_text(content)
+    assert read_vocabulary(tmp_path / "v") == Vocabulary(symbols, kind, unknown)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("v.txt", b"a\nb\na\n", "no two the same"),
+        ("v.txt", b"a\n\nb\n", "symbol 1 is empty; where it is a line break, write the symbols as JSON"),
+        ("v.txt", b"", "symbol 0 is empty"),
+        ("v.txt", b"\xff", "not UTF-8"),
+        ("v.json", b"a\nb", "no valid JSON"),
+        ("v.json", b"7", "holds int"),
+        ("v.json", b'{"a": 0, "b": 2}', "other values than 0, 1"),
+        ("v.json", b"[1, 2]", "vocabulary symbol 0"),
+        ("v.json", b'{"symbols": [], "kind": "word", "unknown": null}', "need at least one"),
+    ],
+)
+def test_read_vocabulary_refuses_by_name(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"^vocabulary: .*{re.escape(name)}: .*{re.escape(words)}"):
+        read_vocabulary(tmp_path / name)
 
 
 # --- Python's documentation ---------------------------------------------------------------------------------

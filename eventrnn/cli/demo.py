@@ -20,8 +20,9 @@ from eventrnn import counting, io, plots
 from eventrnn._files import write_whole
 from eventrnn.bench import device, interleaved, versions
 from eventrnn.cells import Cell, Surrogate
-from eventrnn.data.text import END_OF_LINE, UNKNOWN_WORD, Corpus, Vocabulary, python_documentation
+from eventrnn.data.text import Corpus, python_documentation
 from eventrnn.data.trigram import TrigramModel
+from eventrnn.data.vocabulary import END_OF_LINE, UNKNOWN_WORD, Vocabulary
 from eventrnn.events import Events
 from eventrnn.network import Network
 from eventrnn.pruning import GradualPruning, compress

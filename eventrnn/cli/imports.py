@@ -12,8 +12,19 @@ import typer
 from eventrnn import io
 from eventrnn._checks import need_choice
 from eventrnn._files import read_arrays
-from eventrnn.cli.options import Force, GivenModel, Json, NamedModel, Out, model_file, save_model, writable_file
+from eventrnn.cli.options import (
+    Force,
+    GivenModel,
+    Json,
+    NamedModel,
+    Out,
+    VocabularyOption,
+    model_file,
+    save_model,
+    writable_file,
+)
 from eventrnn.cli.terminal import show
+from eventrnn.data.vocabulary import Vocabulary
 from eventrnn.io.export import library_of
 from eventrnn.network import Network
 
@@ -52,6 +63,10 @@ def import_command(
         str | None,
         typer.Option(help="Name of the embedding to import: a module, an Embedding layer, or a node Gather of ONNX."),
     ] = None,
+    vocabulary: VocabularyOption = None,
+    text: Annotated[
+        str | None, typer.Option(help="Text of the training, of which --vocabulary takes the symbols; as for train.")
+    ] = None,
     as_egru: Annotated[
         float | None,
         typer.Option(metavar="THRESHOLD", help="Make EGRUs of GRUs, the start of a training and another function."),
@@ -61,7 +76,10 @@ def import_command(
 ) -> None:
     """Import a GRU or an LSTM of PyTorch, Keras or ONNX, or a layer of EvNN, as a model file."""
     writable_file(out, force)
+    symbols = _symbols(vocabulary, text)
     network = _imported(source, _origin(source, origin), module, {"readout": readout, "embedding": embedding})
+    if symbols is not None:
+        network = io.with_vocabulary(network, symbols)
     if as_egru is not None:
         network = io.as_egru(network, threshold=as_egru)
     save_model(network, out, force)
@@ -70,9 +88,20 @@ def import_command(
         f"wrote {out}",
         {f"layer {k}": words for k, words in enumerate(layers)}
         | {"read-out": "none" if network.readout is None else f"{network.readout.weights.shape[1]} outputs"}
+        | {"vocabulary": "none" if symbols is None else f"{len(symbols):,} {symbols.kind}s"}
         | {"bytes": out.stat().st_size},
         as_json,
     )
+
+
+def _symbols(vocabulary: str | None, text: str | None) -> Vocabulary | None:
+    """The vocabulary that the options describe. Raises ValueError where they do not belong together."""
+    if vocabulary is None or vocabulary not in io.OWN_VOCABULARIES:
+        if text is not None:
+            names = " or ".join(io.OWN_VOCABULARIES)
+            raise ValueError(f"text: got {text}, but only --vocabulary {names} reads a text; leave --text out")
+        return None if vocabulary is None else io.vocabulary_of(vocabulary)
+    return io.vocabulary_of(vocabulary, text)
 
 
 def export_command(

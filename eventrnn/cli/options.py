@@ -17,6 +17,7 @@ import numpy as np
 import typer
 
 from eventrnn import io
+from eventrnn._checks import need_choice
 from eventrnn._files import name_beside, printable
 from eventrnn.backend import BACKENDS
 from eventrnn.cli.terminal import progress
@@ -50,6 +51,23 @@ Text = Annotated[
         help="Text: 'builtin' (Python's documentation), a text file, a folder of text files, or ptb (Penn Treebank).",
     ),
 ]
+
+VocabularyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--vocabulary",
+        metavar=f"FILE|{'|'.join(io.OWN_VOCABULARIES)}",
+        help="Symbols that the model reads and predicts, in the order of its training: a file with one symbol per "
+        "line, or JSON; or the characters or words of --text, characters by code point and words by falling frequency.",
+    ),
+]
+
+# What a command says that reads a text, of a model that was imported without the symbols of its training.
+NO_VOCABULARY = (
+    "model: has no vocabulary, so it cannot read text; a model of symbols gets those of its training from eventrnn "
+    "import --vocabulary or fine-tune --vocabulary, in Python from eventrnn.io.with_vocabulary; of other models, "
+    "eventrnn.count(network, run) counts a run on any input"
+)
 
 PICTURES = (".png", ".pdf", ".svg")
 
@@ -235,38 +253,24 @@ def load_parts(network: Network, text: str, wanted: Sequence[str], unknown: str 
 
     Raises ValueError for an unknown part, without a vocabulary, and for symbols that the vocabulary does not have.
     """
-    from eventrnn.data.text import SPLITS, Vocabulary, python_documentation, read_parts
+    from eventrnn.data.text import encoded_parts
+    from eventrnn.data.vocabulary import Vocabulary
 
     for part in wanted:
-        if part not in PARTS:
-            raise ValueError(f"part: got {part!r}, need one of {', '.join(PARTS)}")
+        need_choice("part", part, PARTS)
     if "vocabulary" not in network.metadata:
-        raise ValueError(
-            "model: has no vocabulary, so it cannot read text: it was not trained by eventrnn train; "
-            "in Python, eventrnn.count(network, run) counts a run on any input"
-        )
+        raise ValueError(NO_VOCABULARY)
     vocabulary = Vocabulary.from_json(network.metadata["vocabulary"])
     if unknown is not None:
         if unknown not in vocabulary.symbols:
             raise ValueError(f"unknown: got {unknown!r}, need one of the {len(vocabulary)} symbols of the model")
         vocabulary = replace(vocabulary, unknown=unknown)
-    if text == "builtin":
-        corpus = python_documentation()
-        parts = {name: corpus.vocabulary.decode(getattr(corpus, name)) for name in SPLITS}
-    else:
-        parts = read_parts(text)
-    symbols = {}
-    for part in wanted:
-        chosen = "".join(parts.values()) if part == "all" else parts[part]
-        try:
-            symbols[part] = vocabulary.encode(chosen)
-        except ValueError as error:
-            raise ValueError(f"{error} (part {part} of {text})") from None
-        replaced = 0 if vocabulary.unknown is None else vocabulary.count_unknown(chosen)
+    found = encoded_parts(text, vocabulary, wanted)
+    for part, (symbols, replaced) in found.items():
         if replaced:
             print(
-                f"eventrnn: {replaced:,} of the {len(symbols[part]):,} {vocabulary.kind}s in part {part} of {text} are "
+                f"eventrnn: {replaced:,} of the {len(symbols):,} {vocabulary.kind}s in part {part} of {text} are "
                 f"not in the vocabulary and are read as {vocabulary.unknown!r}",
                 file=sys.stderr,
             )
-    return symbols
+    return {part: symbols for part, (symbols, _) in found.items()}

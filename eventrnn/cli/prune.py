@@ -32,7 +32,7 @@ from eventrnn.cli.options import (
     writable_picture,
 )
 from eventrnn.cli.terminal import as_line, console, progress
-from eventrnn.data.text import Vocabulary
+from eventrnn.data.vocabulary import Vocabulary
 from eventrnn.network import Network, need_thresholds
 from eventrnn.pruning.magnitude import GATES, SCOPES, STATISTICS
 from eventrnn.pruning.methods import BLOCK_OPTIONS, METHODS, TARGETS, Method, training_schedule

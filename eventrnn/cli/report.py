@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +11,7 @@ from eventrnn._files import printable, write_whole
 from eventrnn.cli.imports import own_model
 from eventrnn.cli.options import Force, Json, Part, Unknown, load_symbols, writable_file
 from eventrnn.cli.terminal import as_line
-from eventrnn.training.recipes.recipe import CONFIG
+from eventrnn.training.recipes.run_folder import CONFIG, run_table
 
 # The ending of the folder that `eventrnn train` makes beside a model file.
 RUN_ENDING = ".run"
@@ -70,8 +69,8 @@ def report(
 def _text_of(folder: Path) -> str:
     """The text that a run was trained on. Raises ValueError where its configuration does not say it."""
     try:
-        with open(folder / CONFIG, "rb") as file:
-            return str(tomllib.load(file)["data"]["text"])
+        table = run_table(folder)
+        return str(table["task" if "task" in table else "data"]["text"])
     except (OSError, KeyError, TypeError, ValueError):
         raise ValueError(
             f"text: {printable(folder / CONFIG)} does not say the text of the training; give --text"

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from eventrnn._files import printable
@@ -36,7 +36,7 @@ def progress() -> Iterator[Callable[[str, int, int, str], None]]:
         def line(stage: str, done: int, total: int, note: str) -> None:
             if done * 10 // total > tenths.get(stage, -1):
                 tenths[stage] = done * 10 // total
-                words = f"{stage} {f'{done}/{total} {note}' if done else '…'}"
+                words = f"{stage} {f'{done / total:.0%} {note}' if done else '…'}"
                 # The work goes on where stderr is a file on a full disk.
                 with suppress(OSError):
                     print(printable(words), file=sys.stderr, flush=True)
@@ -44,7 +44,7 @@ def progress() -> Iterator[Callable[[str, int, int, str], None]]:
         yield line
         return
     columns = (
-        *(TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
+        *(TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()),
         TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=to, transient=True) as bars:

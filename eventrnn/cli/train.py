@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import errno
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from eventrnn._files import printable
-from eventrnn.backend import BackendUnavailable
 from eventrnn.cells import CELLS
 from eventrnn.cli.options import Distillation, Force, Json, Teacher, TopK, takes, writable_file, writable_folder
+from eventrnn.cli.runs import RUN_FILES, continuing
 from eventrnn.cli.terminal import progress, show
 
 if TYPE_CHECKING:
     from eventrnn.training.recipes.recipe import Recipe
-
-
-RUN_FILES = ("config.toml", "log.jsonl", "checkpoint.safetensors", "previous-checkpoint.safetensors", "parts.json")
 
 
 #: option -> setting of the recipe
@@ -131,7 +125,6 @@ def train(given: TrainOptions) -> None:
     """Train a network to predict the next symbol of a text. Ctrl-C stops the training, and --resume continues it."""
     from eventrnn.training.recipes import recipe as recipes
     from eventrnn.training.recipes.toml_config import parse_setting
-    from eventrnn.training.run import CHECKPOINT
 
     if given.split is not None:
         _split(given, given.split)
@@ -143,38 +136,14 @@ def train(given: TrainOptions) -> None:
     else:
         folder = given.resume
         recipe = _resumed(folder, given, settings)
-    with progress() as report:
-        try:
-            figures = recipes.train(
-                recipe, folder, resume=given.resume is not None, overwrite=given.force, report=report
-            )
-        except KeyboardInterrupt as stop:
-            # Click would replace the interrupt by one without a message.
-            words = str(stop) or f"stopped at once; the last checkpoint is in {folder}"
-            if given.resume is not None or not isinstance(stop, recipes.NotBegun):
-                words = f"{words}; continue with: eventrnn train --resume {folder}"
-            print(printable(f"eventrnn: {words}"), file=sys.stderr)
-            raise typer.Exit(130) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            words = f"{error.strerror}; make room, then continue with: eventrnn train --resume {folder}"
-            raise OSError(error.errno, words, error.filename) from None
-        except (MemoryError, RuntimeError) as error:
-            # Of a GPU, for example. The errors of CUDA cannot be made with other words.
-            if isinstance(error, BackendUnavailable) or not (folder / CHECKPOINT).exists():
-                raise
-            kind = MemoryError if isinstance(error, MemoryError) else RuntimeError
-            why = str(error) or "out of memory"
-            raise kind(
-                f"{why}; the last checkpoint is in {folder}; continue with: eventrnn train --resume {folder}"
-            ) from None
+    with progress() as report, continuing("train", folder, given.resume is not None):
+        figures = recipes.train(recipe, folder, resume=given.resume is not None, overwrite=given.force, report=report)
     show(f"wrote {recipe.run.out or folder}", figures, given.as_json)
 
 
 def _split(given: TrainOptions, megabytes: float) -> None:
     """Write the checkpoint of a run in parts."""
-    from eventrnn.training.recipes.recipe import split_run
+    from eventrnn.training.recipes.run_folder import split_run
 
     others = replace(given, resume=None, split=None, as_json=False)
     if given.resume is None or others != TrainOptions():
@@ -222,13 +191,17 @@ def _new_run(recipe: Recipe, given: TrainOptions) -> Path:
 
 def _resumed(folder: Path, given: TrainOptions, settings: list[tuple[str, Any]]) -> Recipe:
     """The recipe of the run in the folder, with what was given besides."""
-    from eventrnn.training.recipes import recipe as recipes
+    from eventrnn.training.recipes.run_folder import CONFIG, holds_fine_tuning
 
     if given.folder or given.config or given.preset is not None or (given.force and given.out is None):
         raise ValueError("resume: continues the run unchanged; leave out --run, --config, --preset and --force")
-    config = folder / recipes.CONFIG
+    config = folder / CONFIG
     if not config.exists():
-        raise ValueError(f"resume: {folder} holds no run: it has no {recipes.CONFIG}")
+        raise ValueError(f"resume: {folder} holds no run: it has no {CONFIG}")
+    if holds_fine_tuning(folder):
+        raise ValueError(
+            f"resume: {folder} holds a fine-tuning; continue it with: eventrnn fine-tune --resume {folder}"
+        )
     recipe = _merged(config, given, settings)
     if recipe.run.out:
         # Whether an existing file may be replaced depends on its content, which `recipe.train` knows.

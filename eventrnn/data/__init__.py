@@ -13,11 +13,12 @@ from eventrnn.data.recordings import padded_counts as padded_counts
 from eventrnn.data.synthetic import chirps as chirps
 from eventrnn.data.synthetic import moving_bars as moving_bars
 from eventrnn.data.text import Corpus as Corpus
-from eventrnn.data.text import Vocabulary as Vocabulary
 from eventrnn.data.text import from_path as from_path
 from eventrnn.data.text import from_text as from_text
 from eventrnn.data.text import located as located
 from eventrnn.data.text import python_documentation as python_documentation
 from eventrnn.data.text import read_parts as read_parts
-from eventrnn.data.text import words as words
 from eventrnn.data.trigram import TrigramModel as TrigramModel
+from eventrnn.data.vocabulary import Vocabulary as Vocabulary
+from eventrnn.data.vocabulary import read_vocabulary as read_vocabulary
+from eventrnn.data.vocabulary import words as words

@@ -1,4 +1,4 @@
-"""Text for language models: vocabularies, and corpora with fixed training, validation and test parts.
+"""Text for language models: corpora with fixed training, validation and test parts.
 
 A text is an array of int32 symbols, one per character or per word. This module does not depend on networks.
 """
@@ -6,30 +6,19 @@ A text is an array of int32 symbols, one per character or per word. This module 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from eventrnn._checks import WHOLE, need_choice, need_kind, need_text, need_whole, plain_array
+from eventrnn._checks import need_choice, need_kind, need_text, need_whole
 from eventrnn._files import cache_folder, is_endless
 from eventrnn.data.download import DownloadError, retrieve
-
-KINDS = ("character", "word")
-
-END_OF_LINE = "<eos>"
-
-UNKNOWN_WORD = "<unk>"
-
-# The symbol for all characters that a vocabulary does not have, as `<unk>` is for words.
-REPLACEMENT = "\ufffd"
+from eventrnn.data.vocabulary import KINDS, REPLACEMENT, Vocabulary
 
 # Part of a corpus -> words in the names of its files.
 SPLITS = {"train": ("train", "training"), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
@@ -44,137 +33,6 @@ NAMED = {
         f"{_PTB}.test.txt": "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
     }
 }
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The symbols of a text and their numbers.
-
-    Words are separated by white space; the word `<eos>` ends every line.
-
-    Attributes
-    ----------
-    symbols : text of symbol 0, 1, …; all different
-    kind    : "character" or "word"
-    unknown : the symbol for all characters or words that are not in `symbols`; None if these are an error
-
-    Raises ValueError for symbols that are not different, for symbols of several characters with kind "character", and
-    for an unknown symbol that is not in `symbols`.
-    """
-
-    symbols: tuple[str, ...]
-    kind: str = "character"
-    unknown: str | None = None
-
-    def __post_init__(self):
-        if not isinstance(self.symbols, Iterable):
-            raise TypeError(f"vocabulary symbols: got {self.symbols!r}, need several texts: ('a', 'b')")
-        object.__setattr__(self, "symbols", tuple(self.symbols))
-        need_choice("vocabulary kind", self.kind, KINDS)
-        for k, symbol in enumerate(self.symbols):
-            need_text(f"vocabulary symbol {k}", symbol)
-        if not self.symbols or len(set(self.symbols)) != len(self.symbols):
-            raise ValueError(f"vocabulary symbols: got {len(self.symbols)}, need at least one, and no two the same")
-        if self.kind == "character" and any(len(symbol) != 1 for symbol in self.symbols):
-            raise ValueError("vocabulary symbols: need single characters; pass kind='word' for words")
-        if self.unknown is not None and self.unknown not in self.symbols:
-            raise ValueError(f"vocabulary unknown: got {self.unknown!r}, need one of the {len(self.symbols)} symbols")
-
-    @classmethod
-    def of(cls, text: str, *, kind: str = "character", size: int | None = None) -> Vocabulary:
-        """The vocabulary of a text: characters by code point, words by falling frequency, then alphabetically.
-
-        size : number of symbols to keep, >= 2: the most frequent ones, and one for all others, `<unk>` for words and
-               U+FFFD for characters. Such a vocabulary can encode every text. None keeps all and has no such symbol
-
-        Raises ValueError for a size below 2.
-        """
-        need_text("text", text)
-        need_choice("vocabulary kind", kind, KINDS)
-        if size is not None:
-            need_whole("vocabulary size", size, at_least=2)
-        if kind == "character" and size is None:
-            return cls(tuple(sorted(set(text))), kind)
-        counts = Counter(text if kind == "character" else words(text))
-        ranked = sorted(counts, key=lambda symbol: (-counts[symbol], symbol))
-        if size is None:
-            return cls(tuple(ranked), kind)
-        unknown = REPLACEMENT if kind == "character" else UNKNOWN_WORD
-        kept = [symbol for symbol in ranked if symbol != unknown][: size - 1]
-        return cls((unknown, *(sorted(kept) if kind == "character" else kept)), kind, unknown)
-
-    def __len__(self) -> int:
-        return len(self.symbols)
-
-    def encode(self, text: str) -> np.ndarray:
-        """The symbols of a text, (n,) int32. Cost: O(length of the text).
-
-        Raises `ValueError` with the first unknown symbol and its position, if `unknown` is None.
-        """
-        numbers = self._found(text)
-        missing = numbers < 0
-        if missing.any():
-            if self.unknown is None:
-                k = int(missing.argmax())
-                token, place = (text[k], "position") if self.kind == "character" else (words(text)[k], "word")
-                raise ValueError(
-                    f"text: unknown symbol {token!r} at {place} {k}; the vocabulary has {len(self)} {self.kind}s and "
-                    "none for others: remove it, name one that stands for all others (Vocabulary.unknown, --unknown), "
-                    "or train with a limited vocabulary, which has one"
-                )
-            numbers[missing] = self._numbers[self.unknown]
-        return numbers
-
-    def count_unknown(self, text: str) -> int:
-        """How many characters or words of a text are not among the symbols."""
-        return int((self._found(text) < 0).sum())
-
-    def _found(self, text: str) -> np.ndarray:
-        """The number of every character or word of a text, (n,) int32; -1 where it is not among the symbols."""
-        need_text("text", text)
-        if self.kind == "word":
-            tokens = words(text)
-            return np.fromiter((self._numbers.get(token, -1) for token in tokens), np.int32, len(tokens))
-        # A table of all code points: a text of 100 million characters takes a second.
-        table = np.full(sys.maxunicode + 1, -1, np.int32)
-        table[[ord(symbol) for symbol in self.symbols]] = np.arange(len(self))
-        return table[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)]
-
-    def decode(self, numbers: np.ndarray | Sequence[int]) -> str:
-        """The text of symbols (n,), with one space between words and a line break for each `<eos>`.
-
-        Raises ValueError for symbols outside the vocabulary.
-        """
-        array = plain_array("symbols", numbers)
-        if array.ndim != 1 or (array.size and array.dtype.kind not in WHOLE):
-            raise ValueError(f"symbols: got {array.dtype} {array.shape}, need whole numbers (n,)")
-        if array.size and not (0 <= array.min() and array.max() < len(self)):
-            k = int(np.argmax((array < 0) | (array >= len(self))))
-            raise ValueError(f"symbols: got {array[k]} at position {k}; need 0..{len(self) - 1}")
-        tokens = [self.symbols[number] for number in array.tolist()]
-        if self.kind == "character":
-            return "".join(tokens)
-        return "".join(
-            "\n" if token == END_OF_LINE else token if k == 0 or tokens[k - 1] == END_OF_LINE else " " + token
-            for k, token in enumerate(tokens)
-        )
-
-    def to_json(self) -> str:
-        """The vocabulary as one line of JSON, for `Network.metadata`."""
-        return json.dumps({"kind": self.kind, "symbols": self.symbols, "unknown": self.unknown})
-
-    @classmethod
-    def from_json(cls, text: str) -> Vocabulary:
-        """The vocabulary from the text of `to_json`. Raises `ValueError` for other text."""
-        try:
-            record = json.loads(text)
-            return cls(tuple(record["symbols"]), record["kind"], record["unknown"])
-        except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"vocabulary: this is no vocabulary in JSON: {error!r}") from error
-
-    @cached_property
-    def _numbers(self) -> dict[str, int]:
-        return {symbol: number for number, symbol in enumerate(self.symbols)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,12 +76,6 @@ class Corpus:
             if len(symbols) < 2:
                 raise ValueError(f"text: the {name} part has {len(symbols)} symbol, need 2 to predict one from another")
         return cls(**parts, vocabulary=vocabulary)
-
-
-def words(text: str) -> list[str]:
-    """The words of a text, with `<eos>` at the end of every line; blank lines and the last line included."""
-    lines = need_text("text", text).removesuffix("\n").split("\n") if text != "" else []
-    return [word for line in lines for word in (*line.split(), END_OF_LINE)]
 
 
 # --- corpora ------------------------------------------------------------------------------------------------
@@ -319,6 +171,33 @@ def read_parts(path: str | os.PathLike) -> dict[str, str]:
     if not files:
         raise ValueError(f"text: {path} has no *.txt file")
     return _split("".join(_read(file).removesuffix("\n") + "\n" for file in files), str(path))
+
+
+def encoded_parts(
+    text: str | os.PathLike, vocabulary: Vocabulary, wanted: Sequence[str], content: str | None = None
+) -> dict[str, tuple[np.ndarray, int]]:
+    """Parts of a text as symbols of a vocabulary, and how many of them stand for what the vocabulary does not have.
+
+    text    : "builtin" for `python_documentation`, or what `read_parts` takes; it is read once, and may be a pipe
+    wanted  : names of parts: train, valid, test, or all for the three together
+    content : the content of `text`, where it has been read already
+
+    Raises ValueError as `read_parts` and `Vocabulary.encode` do.
+    """
+    if text == "builtin":
+        corpus = python_documentation()
+        parts = {name: corpus.vocabulary.decode(getattr(corpus, name)) for name in SPLITS}
+    else:
+        parts = read_parts(text) if content is None else _split(content, str(text))
+    found = {}
+    for part in wanted:
+        chosen = "".join(parts.values()) if part == "all" else parts[part]
+        try:
+            symbols = vocabulary.encode(chosen)
+        except ValueError as error:
+            raise ValueError(f"{error} (part {part} of {text})") from None
+        found[part] = symbols, 0 if vocabulary.unknown is None else vocabulary.count_unknown(chosen)
+    return found
 
 
 def read_stream(path: str | os.PathLike) -> str | None:

@@ -28,3 +28,6 @@ from eventrnn.io.named import located_model as located_model
 from eventrnn.io.to_keras import to_keras as to_keras
 from eventrnn.io.to_onnx import to_onnx as to_onnx
 from eventrnn.io.to_torch import to_torch as to_torch
+from eventrnn.io.vocabulary import OWN_VOCABULARIES as OWN_VOCABULARIES
+from eventrnn.io.vocabulary import vocabulary_of as vocabulary_of
+from eventrnn.io.vocabulary import with_vocabulary as with_vocabulary

@@ -11,6 +11,8 @@ from eventrnn.training.checkpoint import save_checkpoint as save_checkpoint
 from eventrnn.training.distillation import soft_targets as soft_targets
 from eventrnn.training.evaluation import evaluate as evaluate
 from eventrnn.training.finetune import FineTuned as FineTuned
+from eventrnn.training.finetune import FineTuning as FineTuning
+from eventrnn.training.finetune import Tuning as Tuning
 from eventrnn.training.finetune import at_activity as at_activity
 from eventrnn.training.finetune import fine_tune as fine_tune
 from eventrnn.training.gates import GateSettings as GateSettings

@@ -10,10 +10,10 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import safetensors
@@ -21,7 +21,7 @@ import safetensors.numpy
 
 from eventrnn._files import name_beside, printable, write_whole
 from eventrnn.training.settings import Settings
-from eventrnn.training.trainer import Trainer
+from eventrnn.training.trainer import Progress
 
 FORMAT = "eventrnn checkpoint"
 
@@ -29,6 +29,23 @@ VERSION = "1"
 
 # Settings that the first version did not have. It drew noise in another way, so that its runs cannot go on.
 SINCE_NOISE_BY_PLACE = ("backend", "precision")
+
+
+class Resumable(Protocol):
+    """What a run in a folder needs of a `Trainer`, or of what consists of several. See there what the methods do."""
+
+    @property
+    def steps_done(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Progress]: ...
+
+    def identity(self) -> dict[str, Any]: ...
+
+    def arrays(self) -> dict[str, np.ndarray]: ...
+
+    def numbers(self) -> dict[str, Any]: ...
+
+    def restore(self, arrays: Mapping[str, np.ndarray], numbers: Mapping[str, Any]) -> None: ...
 
 
 class CheckpointError(ValueError):
@@ -39,7 +56,7 @@ class UnreadableCheckpoint(CheckpointError):
     """The file is missing, damaged, or of another version: nothing in it can be used."""
 
 
-def save_checkpoint(trainer: Trainer, path: str | os.PathLike, *, notes: Mapping[str, Any] | None = None) -> None:
+def save_checkpoint(trainer: Resumable, path: str | os.PathLike, *, notes: Mapping[str, Any] | None = None) -> None:
     """Write a checkpoint atomically and flush it to disk. The previous checkpoint is kept as `previous-…` beside it.
 
     notes : further values to save, which JSON must be able to hold
@@ -55,7 +72,7 @@ def save_checkpoint(trainer: Trainer, path: str | os.PathLike, *, notes: Mapping
     write_whole(path, safetensors.numpy.save(arrays, metadata), overwrite=True, keep=previous(path))
 
 
-def load_checkpoint(trainer: Trainer, path: str | os.PathLike) -> dict[str, Any]:
+def load_checkpoint(trainer: Resumable, path: str | os.PathLike) -> dict[str, Any]:
     """Restore the state of a checkpoint in a trainer that is in its initial state. Returns the notes.
 
     Raises `UnreadableCheckpoint` for a file that is missing, damaged or not a checkpoint, and `CheckpointError` for a

@@ -9,8 +9,10 @@ activity is too high and falls when it is too low, and the thresholds are set ag
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -23,8 +25,8 @@ from eventrnn.simulation import simulate
 from eventrnn.training.bptt.model import Model
 from eventrnn.training.optim import Schedule
 from eventrnn.training.settings import Settings
-from eventrnn.training.tasks import Sequences, Task
-from eventrnn.training.trainer import Trainer
+from eventrnn.training.tasks import Sequences, Task, digest_of
+from eventrnn.training.trainer import Progress, Trainer
 from eventrnn.weights import CSR, NM, BlockCSR, Weights, convert
 from eventrnn.weights.gated import need_matrices
 
@@ -62,6 +64,47 @@ class FineTuned:
     tuned: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Tuning:
+    """Settings of a fine-tuning.
+
+    Attributes
+    ----------
+    activity      : the wanted share of units that send an event in a step, in (0, 1)
+    epochs        : passes over the data
+    batch, window : as in `Settings`
+    learning_rate : in the first half of the epochs; it then falls to 2 % along a cosine
+    seed, threads : as in `Settings`
+
+    Raises ValueError for a value outside its range.
+    """
+
+    activity: float = 0.1
+    epochs: int = 10
+    batch: int = 32
+    window: int = 64
+    learning_rate: float = 3e-3
+    seed: int = 0
+    threads: int = 1
+
+    def __post_init__(self):
+        need_number("activity", self.activity, above=0, below=1, what="share")
+        need_whole("epochs", self.epochs, at_least=1)
+        self.settings()
+
+    def settings(self) -> Settings:
+        """The settings of the training, of which every epoch changes some."""
+        return Settings(
+            epochs=self.epochs,
+            batch=self.batch,
+            window=self.window,
+            learning_rate=self.learning_rate,
+            schedule=Schedule("constant"),
+            seed=self.seed,
+            threads=self.threads,
+        )
+
+
 def fine_tune(
     network: Network,
     task: Task,
@@ -79,52 +122,186 @@ def fine_tune(
 
     Parameters
     ----------
-    network       : a network of GRU cells, or one of EGRU cells that shall have another activity
-    task          : the task that the network was trained on, with held-out data by which to judge it
-    activity      : the wanted share of units that send an event in a step, in (0, 1)
-    epochs        : passes over the data
-    batch, window : as in `Settings`
-    learning_rate : in the first half of the epochs; it then falls to 2 % along a cosine
-    seed, threads : as in `Settings`
-    report        : called after every epoch with its number, that of all, and a note
+    network : a network of GRU cells, or one of EGRU cells that shall have another activity
+    task    : the task that the network was trained on, with held-out data by which to judge it
+    report  : called after every epoch with its number, that of all, and a note
 
-    Every layer of the result has the wanted activity, or the nearest below it, on the first sequences of the training
-    data. Pruned weights stay pruned.
+    The others are those of `Tuning`. Every layer of the result has the wanted activity, or the nearest below it, on the
+    first sequences of the training data. Pruned weights stay pruned. `FineTuning` is the same as a run that can be
+    stopped and continued.
 
     Raises ValueError for other cells, for arguments outside their ranges, and as `Trainer` does; TypeError for gated
     blocks.
     """
-    need_kind("network", network, Network, "a Network")
-    need_matrices(network.matrices(), "fine_tune")
-    need_kind("task", task, Task, "a Task")
-    need_number("activity", activity, above=0, below=1, what="share")
-    for name, value in (("epochs", epochs), ("batch", batch), ("window", window)):
-        need_whole(name, value, at_least=1)
-    event = all(layer.cell.thresholded for layer in network.layers)
-    # Any threshold will do: it is set before the training.
-    made = network if event else as_egru(network, threshold=0.0)
-    task.check(made, batch, window)
-    inputs, lengths = _sample(task, window)
-    made = start = at_activity(made, inputs, activity, lengths=lengths)
-    given, began = (_figures(each, task, inputs, lengths) for each in (network, start))
-    cost = FIRST_COST
-    for epoch in range(epochs):
-        settings = Settings(
-            epochs=1,
-            batch=batch,
-            window=window,
-            learning_rate=learning_rate * _rate(epoch, epochs),
-            schedule=Schedule("constant"),
-            activity_cost=cost,
-            seed=seed + epoch,
-            threads=threads,
+    tuning = Tuning(activity, epochs, batch, window, learning_rate, seed, threads)
+    run = FineTuning(network, task, tuning)
+    for progress in run:
+        if run.trainer.finished:
+            report(progress.epoch, epochs, f"activity {run.before_thresholds:.3f} before the thresholds were set")
+    return run.result()
+
+
+class FineTuning:
+    """A fine-tuning as a run: one `Trainer` per epoch, between which thresholds and the cost of activity are set.
+
+    network, task : as for `fine_tune`
+    tuning        : the settings
+
+    `training.run` runs it in a folder and continues it, as it does a `Trainer`. Raises as `fine_tune` does.
+    """
+
+    def __init__(self, network: Network, task: Task, tuning: Tuning):
+        need_kind("network", network, Network, "a Network")
+        need_matrices(network.matrices(), "fine_tune")
+        need_kind("task", task, Task, "a Task")
+        need_kind("tuning", tuning, Tuning, "Tuning(...)")
+        event = all(layer.cell.thresholded for layer in network.layers)
+        # Any threshold will do: it is set before the training.
+        made = network if event else as_egru(network, threshold=0.0)
+        task.check(made, tuning.batch, tuning.window)
+        self.network, self.task, self.tuning = network, task, tuning
+        self._inputs, self._lengths = _sample(task, tuning.window)
+        self.start = self._at_activity(made)
+        self._begin(_Place(), self.start)
+
+    # --- running ---
+
+    def __iter__(self) -> Iterator[Progress]:
+        while not self.finished:
+            yield self.step()
+
+    @property
+    def finished(self) -> bool:
+        return self.trainer.finished and self.place.epoch + 1 == self.tuning.epochs
+
+    @property
+    def steps_done(self) -> int:
+        """Updates of all epochs so far."""
+        return self.place.steps + self.trainer.steps_done
+
+    def step(self) -> Progress:
+        """One update. After the last one of an epoch the thresholds are set, and the network is validated with them."""
+        if self.trainer.finished:
+            ended = self._ended()
+            place = _Place(
+                self.place.epoch + 1,
+                self.steps_done,
+                self.place.operations + self.trainer.operations,
+                ended.cost,
+            )
+            self._begin(place, ended.network)
+        done, place = self.trainer.step(), self.place
+        return replace(
+            done,
+            step=self.steps_done,
+            epoch=place.epoch + done.epoch,
+            share=(place.epoch + done.share) / self.tuning.epochs,
+            operations=place.operations + done.operations,
+            validation=self._ended().figures if self.trainer.finished else {},
         )
-        trained = Trainer(made, _reshuffled(task, epoch), settings).run()
-        measured = _measured(trained, inputs, lengths)["activity"]
-        cost *= float(np.clip(measured / activity, 1 / MOST, MOST))
-        made = at_activity(_pruned_as(network, trained), inputs, activity, lengths=lengths)
-        report(epoch + 1, epochs, f"activity {measured:.3f} before the thresholds were set")
-    return FineTuned(made, given, began, _figures(made, task, inputs, lengths))
+
+    @property
+    def before_thresholds(self) -> float:
+        """The activity at the end of the last epoch, before its thresholds were set."""
+        return self._ended().activity
+
+    def result(self) -> FineTuned:
+        """What `fine_tune` returns, after the last update. Raises RuntimeError before it."""
+        if not self.finished:
+            raise RuntimeError(f"fine-tuning: epoch {self.place.epoch + 1} of {self.tuning.epochs} is not done; run it")
+        ended = self._ended()
+        start = self._figures(self.start, self.task.evaluate(Model(self.start)))
+        return FineTuned(ended.network, self.given, start, self._figures(ended.network, ended.figures))
+
+    @cached_property
+    def given(self) -> dict[str, float]:
+        """Figures of the given network, as `FineTuned` says them."""
+        return self._figures(self.network, self.task.evaluate(Model(self.network)))
+
+    def _begin(self, place: _Place, network: Network) -> None:
+        """Begin the epoch of this place with this network."""
+        whole, epoch = self.tuning.settings(), place.epoch
+        settings = replace(
+            whole,
+            epochs=1,
+            learning_rate=whole.learning_rate * _rate(epoch, whole.epochs),
+            activity_cost=place.cost,
+            seed=whole.seed + epoch,
+        )
+        self.trainer = Trainer(network, _reshuffled(self.task, epoch), settings)
+        self.place, self._end = place, None
+
+    def _ended(self) -> _Ended:
+        """The end of an epoch whose updates are done. It follows from the state of its trainer."""
+        if self._end is None:
+            trained = self.trainer.network()
+            measured = _measured(trained, self._inputs, self._lengths)["activity"]
+            cost = self.place.cost * float(np.clip(measured / self.tuning.activity, 1 / MOST, MOST))
+            network = self._at_activity(_pruned_as(self.network, trained))
+            self._end = _Ended(network, cost, measured, self.task.evaluate(Model(network)))
+        return self._end
+
+    def _at_activity(self, network: Network) -> Network:
+        return at_activity(network, self._inputs, self.tuning.activity, lengths=self._lengths)
+
+    def _figures(self, network: Network, held_out: Mapping[str, float]) -> dict[str, float]:
+        """What `FineTuned` says of a network: its figures on held-out data, its activity and its operations."""
+        return {**held_out, **_measured(network, self._inputs, self._lengths)}
+
+    # --- saving and continuing ---
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a run to be continued: the given network, data and settings."""
+        return self.trainer.identity() | {
+            "data": self.task.digest(),
+            "settings": asdict(self.tuning.settings()),
+            "activity": self.tuning.activity,
+            "given": digest_of(*self.network.arrays()),
+        }
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays of the state of the run, by name: those of the trainer of the epoch."""
+        return self.trainer.arrays()
+
+    def numbers(self) -> dict[str, Any]:
+        """The rest of the state of the run, as values that JSON can hold."""
+        return self.trainer.numbers() | {"fine_tuning": asdict(self.place)}
+
+    def restore(self, arrays: Mapping[str, np.ndarray], numbers: Mapping[str, Any]) -> None:
+        """Continue from the `arrays` and `numbers` of a run with the same `identity`, bit for bit.
+
+        Raises as `Trainer.restore` does; the run is then as it was.
+        """
+        before = self.place, self.trainer, self._end
+        try:
+            # Parameters, masks and thresholds of the epoch are those of the checkpoint.
+            self._begin(_Place(**numbers["fine_tuning"]), self.start)
+            self.trainer.restore(arrays, numbers)
+        except BaseException:
+            self.place, self.trainer, self._end = before
+            raise
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a fine-tuning is: the number of its epoch from 0, the updates and operations of those before it, and the
+    cost of activity in it."""
+
+    epoch: int = 0
+    steps: int = 0
+    operations: int = 0
+    cost: float = FIRST_COST
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """The end of an epoch: the network with its thresholds set and its figures on held-out data, the activity before
+    they were set, and the cost of activity in the next epoch."""
+
+    network: Network
+    cost: float
+    activity: float
+    figures: dict[str, float]
 
 
 def at_activity(
@@ -201,11 +378,6 @@ def _sample(task: Task, window: int) -> tuple[np.ndarray, np.ndarray | None]:
         drawn = task.batch(0, 0, min(SAMPLES, task.length(1)), window)
         return np.ascontiguousarray(drawn.inputs), drawn.extra
     return task.batch(0, 0, STREAMS, 10 * window).inputs, None
-
-
-def _figures(network: Network, task: Task, inputs: np.ndarray, lengths: np.ndarray | None) -> dict[str, float]:
-    """What `FineTuned` says of a network."""
-    return task.evaluate(Model(network)) | _measured(network, inputs, lengths)
 
 
 def _measured(network: Network, inputs: np.ndarray, lengths: np.ndarray | None) -> dict[str, float]:

@@ -16,8 +16,8 @@ from typing import Any
 
 from eventrnn._files import clean, locked, name_beside, printable, write_whole
 from eventrnn.training import parts
-from eventrnn.training.checkpoint import UnreadableCheckpoint, load_checkpoint, previous, save_checkpoint
-from eventrnn.training.trainer import Diverged, Progress, Trainer
+from eventrnn.training.checkpoint import Resumable, UnreadableCheckpoint, load_checkpoint, previous, save_checkpoint
+from eventrnn.training.trainer import Diverged, Progress
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 
@@ -39,7 +39,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def run(
-    trainer: Trainer,
+    trainer: Resumable,
     folder: str | os.PathLike,
     *,
     resume: bool = False,
@@ -51,7 +51,7 @@ def run(
 
     Parameters
     ----------
-    trainer            : a trainer in its initial state, also for a run that is continued
+    trainer            : a `Trainer`, or a `FineTuning`, in its initial state, also for a run that is continued
     folder             : is created. `log.jsonl` gets one line per `log_every` updates (with means over them) and one
                          per validation; `checkpoint.safetensors` is written every `checkpoint_seconds` and at the end
     resume             : continue bit for bit from the checkpoint in the folder, or from the one before it if that one
@@ -83,7 +83,7 @@ def run(
 
 
 def run_locked(
-    trainer: Trainer,
+    trainer: Resumable,
     folder: Path,
     *,
     resume: bool,
@@ -129,7 +129,7 @@ def _need_no_run(folder: Path, resume: bool) -> None:
         raise ValueError(f"folder: {printable(folder)} holds a run; resume it, or give another folder")
 
 
-def _load(trainer: Trainer, path: Path) -> dict[str, Any]:
+def _load(trainer: Resumable, path: Path) -> dict[str, Any]:
     """Notes of the checkpoint in the folder, or of the one before if the last is lost or damaged; empty without both.
 
     A damaged checkpoint is renamed, so that the next one does not replace it.

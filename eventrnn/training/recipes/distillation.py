@@ -11,7 +11,7 @@ import numpy as np
 from eventrnn import io
 from eventrnn._checks import need_number, need_whole
 from eventrnn._files import printable
-from eventrnn.data.text import Vocabulary
+from eventrnn.data.vocabulary import Vocabulary
 from eventrnn.network import Network
 from eventrnn.training.distillation import soft_targets
 from eventrnn.training.recipes.toml_config import need_file_name

@@ -1,13 +1,11 @@
 """Recipes: a whole training run of a language model as one record, read from presets, TOML files and flags.
 
-A run has a folder with `config.toml` (the recipe with every value written out), `log.jsonl` and the checkpoints of
-`training.run`, and `out.sha256`. The model file holds the network of the best validation. `eventrnn train` is a thin
-layer over `train`.
+The model file holds the network of the best validation. `run_folder` describes the folder of a run. `eventrnn train` is
+a thin layer over `train`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,32 +15,31 @@ from typing import Any
 
 import numpy as np
 
-from eventrnn import io
-from eventrnn._checks import need_choice, need_flag, need_number, need_whole
-from eventrnn._files import LOCK, file_sha256, is_endless, locked, printable, write_whole
+from eventrnn._checks import need_choice, need_flag, need_whole
+from eventrnn._files import is_endless, locked, write_whole
 from eventrnn.cells import CELLS, Cell, Surrogate
-from eventrnn.data.text import KINDS, Corpus, from_path, from_text, python_documentation, read_stream
-from eventrnn.io.model_file import encoded
+from eventrnn.data.text import Corpus, from_path, from_text, python_documentation, read_stream
+from eventrnn.data.vocabulary import KINDS
 from eventrnn.network import Network
 from eventrnn.simulation import CARRIES
-from eventrnn.training import LanguageModelling, Progress, Settings, Trainer, evaluate, parts
+from eventrnn.training import LanguageModelling, Progress, Settings, Trainer, evaluate
 from eventrnn.training.recipes import toml_config
 from eventrnn.training.recipes.distillation import DistillationRecipe
 from eventrnn.training.recipes.gates import GateRecipe
+from eventrnn.training.recipes.run_folder import (
+    CONFIG,
+    TEXT,
+    NotBegun,
+    RunSettings,
+    claim_out,
+    need_no_run,
+    need_own_name,
+    remove_run,
+    save_out,
+)
 from eventrnn.training.recipes.toml_config import need_file_name
-from eventrnn.training.run import CHECKPOINT, FILES, LOG, run_locked
+from eventrnn.training.run import run_locked
 from eventrnn.training.thresholds import initial
-
-CONFIG = "config.toml"
-
-# The copy of a text that can be read only once.
-TEXT = "text.txt"
-
-# The folder of the checkpoint in parts, in the folder of the run.
-PARTS = "parts"
-
-# The SHA-256 of the model files that the run may replace: what it wrote itself, and what it was told to overwrite.
-OWN = "out.sha256"
 
 # Beginnings of the names of settings of thresholds and of the events above them. A GRU or an LSTM has neither.
 _EVENT_SETTINGS = ("model.threshold", "model.surrogate", "training.thresholds")
@@ -144,28 +141,6 @@ class DataSettings:
 
 
 @dataclass(frozen=True)
-class RunSettings:
-    """Settings that do not change the trained network.
-
-    Attributes
-    ----------
-    out                : model file to write; a GRU or an LSTM may go without
-    log_every          : updates per line of the log
-    checkpoint_seconds : seconds between two checkpoints
-    """
-
-    out: str = ""
-    log_every: int = 50
-    checkpoint_seconds: float = 120.0
-
-    def __post_init__(self):
-        need_file_name("out", self.out)
-        need_whole("log_every", self.log_every, at_least=1)
-        if self.checkpoint_seconds != np.inf:
-            need_number("checkpoint_seconds", self.checkpoint_seconds, at_least=0)
-
-
-@dataclass(frozen=True)
 class Recipe:
     """A whole training run: network, text, training settings, teacher, and files."""
 
@@ -252,10 +227,6 @@ def load_recipe(
     return recipe
 
 
-class NotBegun(KeyboardInterrupt):
-    """The run was interrupted before its training, and has written nothing; a run in its folder is as it was."""
-
-
 def train(
     recipe: Recipe,
     folder: str | os.PathLike,
@@ -286,9 +257,9 @@ def train(
         raise ValueError("out: got none; set run.out to the model file to write")
     folder = Path(folder)
     if recipe.run.out:
-        _need_own_name(Path(recipe.run.out), folder)
+        need_own_name(Path(recipe.run.out), folder)
     if not resume and not overwrite:
-        _need_no_run(folder)
+        need_no_run(folder)
     if resume:
         _need_same_distillation(recipe, folder)
     text = None if recipe.data.text == "builtin" else read_stream(recipe.data.text)
@@ -302,14 +273,14 @@ def train(
         if not resume:
             if overwrite:
                 remove_run(folder)
-            _need_no_run(folder)
+            need_no_run(folder)
             if text is not None:
                 # A resumed run could not read it again.
                 write_whole(folder / TEXT, text.encode(), overwrite=True)
                 recipe = replace(recipe, data=replace(recipe.data, text=str((folder / TEXT).absolute())))
             write_whole(folder / CONFIG, toml_config.to_toml(recipe).encode(), overwrite=True)
         if recipe.run.out:
-            _claim_out(recipe, folder, overwrite)
+            claim_out(Path(recipe.run.out), folder, overwrite)
         return _train(recipe, folder, trainer, corpus, resume, report)
 
 
@@ -354,7 +325,7 @@ def _train(
     if not recipe.run.out:
         return figures
     network = trainer.network(best=True)
-    _save_out(network, recipe, folder)
+    save_out(network, Path(recipe.run.out), folder)
     report("validating", 0, 1, "")
     bits = evaluate(network, corpus.valid, backend=recipe.training.backend)
     return {"bits_per_symbol_valid": bits, "perplexity_valid": float(2.0 ** min(bits, 1000.0))} | figures
@@ -390,99 +361,6 @@ def note(progress: Progress, kind: str, soft: bool = False) -> str:
         words.append(f"{progress.sparsity:.0%} pruned")
     words.append(f"{progress.operations:.2e} operations")
     return ", ".join(words)
-
-
-def split_run(folder: str | os.PathLike, megabytes: float) -> dict[str, Any]:
-    """Write the newest checkpoint of a run in parts of at most so many million bytes, to its folder `parts`.
-
-    That folder can be copied to another machine and resumed there as the run itself. The run may go on meanwhile.
-    Returns the folder, the number of parts and their bytes. Raises ValueError for a size that is no positive number and
-    for a folder without a checkpoint.
-    """
-    need_number("split", megabytes, above=0)
-    source, target = Path(folder) / CHECKPOINT, Path(folder) / PARTS
-    if not source.is_file():
-        raise ValueError(f"split: {printable(folder)} holds no {CHECKPOINT}")
-    count = parts.split_checkpoint(source, target, max(1, int(megabytes * 1e6)), beside=(CONFIG, LOG, TEXT))
-    return {"folder": str(target), "parts": count, "bytes": parts.nbytes(target)}
-
-
-def remove_run(folder: str | os.PathLike) -> None:
-    """Delete the files of a run from its folder. Other files are not touched."""
-    parts.remove(Path(folder))
-    for name in (CONFIG, OWN, *FILES):
-        (Path(folder) / name).unlink(missing_ok=True)
-
-
-def _need_no_run(folder: Path) -> None:
-    if any((folder / name).exists() for name in (CONFIG, *FILES)):
-        raise ValueError(
-            f"run: {printable(folder)} holds a run; give --resume {printable(folder)}, another folder, or --force"
-        )
-
-
-def _need_own_name(out: Path, folder: Path) -> None:
-    """Refuse a model file that would be a file of the run itself."""
-    if out.name in (CONFIG, OWN, TEXT, LOCK, *FILES) and out.absolute().parent.resolve() == folder.resolve():
-        raise ValueError(f"out: {printable(out)} is the name of a file of the run itself; give another name")
-
-
-def _claim_out(recipe: Recipe, folder: Path, overwrite: bool) -> None:
-    """Refuse a model file that the run may not replace, before the training. With `overwrite` it may from now on."""
-    out = Path(recipe.run.out)
-    found = _digest(out)
-    if found is None:
-        return
-    if overwrite:
-        _allow(folder, out, _own(folder) | {found})
-        return
-    # Runs of earlier versions have no record; the file is compared with the network after the training.
-    before = Path(load_recipe(folder / CONFIG).run.out)
-    unrecorded = not (folder / OWN).exists() and before.resolve() == out.resolve()
-    if found not in _own(folder) and not unrecorded:
-        raise _foreign(out, folder)
-
-
-def _save_out(network: Network, recipe: Recipe, folder: Path) -> None:
-    """Write the model file. Raises FileExistsError if a file is there that the run may not replace."""
-    out, own = Path(recipe.run.out), _own(folder) | {hashlib.sha256(encoded(network)).hexdigest()}
-    # Before the file, so that a process that is killed between the two writes knows the file as its own.
-    found = _digest(out)
-    if found is not None and found not in own:
-        raise _foreign(out, folder)
-    _allow(folder, out, own)
-    try:
-        io.save(network, out, overwrite=found is not None)
-    except FileExistsError:
-        raise _foreign(out, folder) from None
-
-
-def _own(folder: Path) -> set[str]:
-    try:
-        return {line.split(" ")[0] for line in (folder / OWN).read_text("ascii", "replace").splitlines()}
-    except FileNotFoundError:
-        return set()
-
-
-def _allow(folder: Path, out: Path, digests: set[str]) -> None:
-    text = "".join(f"{digest}  {printable(out.absolute())}\n" for digest in sorted(digests))
-    write_whole(folder / OWN, text.encode(), overwrite=True)
-
-
-def _digest(path: Path) -> str | None:
-    """The SHA-256 of a file, in the notation of `sha256sum`; None where there is none."""
-    try:
-        return file_sha256(path)
-    except FileNotFoundError:
-        return None
-
-
-def _foreign(out: Path, folder: Path) -> FileExistsError:
-    file, run = printable(out), printable(folder)
-    return FileExistsError(
-        f"out: {file} exists and is not what the run in {run} wrote; it is left as it is. Give --resume {run} with "
-        f"--out and another file, or with --out {file} --force to overwrite it"
-    )
 
 
 def flags_to_settings(flags: Mapping[str, Any]) -> list[tuple[str, Any]]:
