@@ -17,6 +17,7 @@ from eventrnn.counting.energy import energy as energy
 from eventrnn.events import Events as Events
 from eventrnn.events import encode_delta as encode_delta
 from eventrnn.events import encode_threshold as encode_threshold
+from eventrnn.folding import fold as fold
 from eventrnn.io.evnn import from_evnn as from_evnn
 from eventrnn.io.evnn import to_evnn as to_evnn
 from eventrnn.io.model_file import ModelFileError as ModelFileError

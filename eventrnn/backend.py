@@ -83,9 +83,16 @@ class HostInputs:
 
     @cached_property
     def symbol_events(self) -> Events:
-        """The rows of the embedding as events of shape (symbols, 1, size). O(size of the embedding), once."""
+        """The rows of the embedding as events of shape (symbols, 1, size). O(size of the embedding), once.
+
+        Without an embedding symbol k is an event of value 1 from input k.
+        """
         embedding = self.network.embedding
-        assert embedding is not None
+        if embedding is None:
+            numbers = np.arange(self.size + 1)
+            return Events(
+                numbers, numbers[:-1].astype(np.int32), np.ones(self.size, np.float32), (self.size, 1, self.size)
+            )
         return Events.from_dense(embedding[:, None, :])
 
     def prepare(self, inputs: Any) -> Inputs:
@@ -95,8 +102,8 @@ class HostInputs:
         of events that are not contiguous or read-only.
         """
         need_on_host(inputs)
-        if self.network.embedding is not None:
-            return self._symbols(inputs)
+        if self.network.symbols is not None:
+            return self._symbols(inputs, self.network.symbols)
         if not isinstance(inputs, Events):
             dense = _numbers(inputs, self.size, "steps, batch")
             if self.dense:
@@ -110,10 +117,9 @@ class HostInputs:
         events = Events(indptr, indices, values, inputs.shape)
         return Inputs(InputKind.EVENTS, *events.shape, table=events)
 
-    def _symbols(self, inputs: Any) -> Inputs:
+    def _symbols(self, inputs: Any, known: int) -> Inputs:
         """Symbols (steps, batch) with the events of the embedding, after their checks."""
-        assert self.network.embedding is not None
-        array = _symbols(inputs, len(self.network.embedding), "steps, batch")
+        array = _symbols(inputs, known, "steps, batch")
         steps, batch = map(int, array.shape)
         rows, table = self._used_rows(_for_kernels(array))
         return Inputs(InputKind.SYMBOLS, steps, batch, self.size, values=rows, table=table)
@@ -125,8 +131,7 @@ class HostInputs:
         converted as many rows as the embedding has, the whole embedding is converted and kept.
         """
         embedding = self.network.embedding
-        assert embedding is not None
-        if not self.whole and self.gathered < len(embedding):
+        if embedding is not None and not self.whole and self.gathered < len(embedding):
             used, rows = np.unique(symbols, return_inverse=True)
             self.gathered += len(used)
             if self.gathered < len(embedding):
@@ -137,9 +142,9 @@ class HostInputs:
 def step_array(network: Network, inputs: Any) -> np.ndarray:
     """The inputs of one step, (batch, I) float32 or (batch,) int64, after the checks of `HostInputs.prepare`."""
     need_on_host(inputs)
-    if network.embedding is None:
+    if network.symbols is None:
         return _numbers(as_array(inputs), network.layers[0].inputs, "batch")
-    return _symbols(as_array(inputs), len(network.embedding), "batch")
+    return _symbols(as_array(inputs), network.symbols, "batch")
 
 
 def _numbers(inputs: Any, size: int, axes: str) -> np.ndarray:
@@ -155,10 +160,10 @@ def _symbols(inputs: Any, symbols: int, axes: str) -> np.ndarray:
     """Symbols (axes) as int64, after their checks."""
     shape = f"({axes})" if "," in axes else f"({axes},)"
     if isinstance(inputs, Events):
-        raise ValueError(f"inputs: got Events, but the network has an embedding; give symbols {shape}")
+        raise ValueError(f"inputs: got Events, but the network reads symbols; give whole numbers {shape}")
     # Kernels read the copy that is checked: another thread may change the caller's symbols meanwhile.
     ndim = axes.count(",") + 1
-    array = number_array("inputs", inputs, f"{shape} for the embedding", ndim=ndim, kinds=WHOLE).copy()
+    array = number_array("inputs", inputs, f"{shape}, the symbols", ndim=ndim, kinds=WHOLE).copy()
     if array.size and not (0 <= array.min() and array.max() < symbols):
         bad = np.argwhere((array < 0) | (array >= symbols))[0]
         raise ValueError(f"inputs: got symbol {array[tuple(bad)]} at {tuple(map(int, bad))}; need 0..{symbols - 1}")
@@ -210,7 +215,7 @@ class Engine(Protocol):
     def prepare(self, inputs: Any) -> Inputs:
         """Check inputs and bring them into the layout of this engine. Engines on the host use `HostInputs`.
 
-        inputs : (steps, batch, I) numbers or `Events`; for a network with an embedding, (steps, batch) integers.
+        inputs : (steps, batch, I) numbers or `Events`; for a network that reads symbols, (steps, batch) integers.
                  An engine on a GPU also takes arrays that lie there; its outputs and records are then such arrays too.
 
         Raises ValueError for inputs of another shape or dtype and for numbers that are not finite, and TypeError for an

@@ -36,6 +36,8 @@ class Network:
     embedding : (V, E) float32, or None; row k is the dense input of the first layer for symbol k
     readout   : the read-out of the last layer, or None
     metadata  : strings that a model file keeps, such as a vocabulary or the origin of the weights
+    one_hot   : whether the input of a step is one symbol k < I per sample, without an embedding: the one-hot vector of
+                the inputs of layer 0, an event of value 1 from input k. `fold` makes such networks
 
     The arrays are not copied. An edit in place changes the network, and is seen by the next `simulate`; while a
     `Simulator` of the network exists, NumPy refuses it. Values that are not finite, which would be refused here, are
@@ -49,6 +51,7 @@ class Network:
     embedding: np.ndarray | None = None
     readout: Readout | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    one_hot: bool = False
 
     def __post_init__(self):
         if isinstance(self.layers, Layer) or not isinstance(self.layers, Iterable):
@@ -59,6 +62,9 @@ class Network:
         for k, layer in enumerate(self.layers):
             need_kind(f"layer {k}", layer, Layer, "a Layer")
         self._check_metadata()
+        need_flag("one_hot", self.one_hot)
+        if self.one_hot and self.embedding is not None:
+            raise ValueError("one_hot: the input is a symbol, and the embedding reads it too; give one of the two")
         for k, (below, above) in enumerate(zip(self.layers[:-1], self.layers[1:], strict=True)):
             if above.inputs != below.units:
                 raise ValueError(f"layer {k + 1}: takes {above.inputs} inputs, but layer {k} has {below.units} units")
@@ -96,8 +102,16 @@ class Network:
 
     def __repr__(self) -> str:
         ends = "" if self.embedding is None else f", embedding {self.embedding.shape[0]}x{self.embedding.shape[1]}"
+        ends += ", one-hot" * self.one_hot
         ends += "" if self.readout is None else f", readout={self.readout.weights!r}"
         return f"Network({', '.join(map(repr, self.layers))}{ends})"
+
+    @property
+    def symbols(self) -> int | None:
+        """How many symbols there are, where the input of a step is one of them; None for numbers and events."""
+        if self.embedding is not None:
+            return len(self.embedding)
+        return self.layers[0].inputs if self.one_hot else None
 
     def matrices(self) -> dict[str, Weights]:
         """Every weight matrix by name: `layers.0.w_in`, `layers.0.w_rec`, …, `readout`.

@@ -263,7 +263,7 @@ class Simulator:
 
         Parameters
         ----------
-        inputs  : (steps, batch, I) numbers or `Events`; for a network with an embedding, (steps, batch) integers
+        inputs  : (steps, batch, I) numbers or `Events`; for a network that reads symbols, (steps, batch) integers
         lengths : (batch,) whole numbers 0..steps, the number of steps of each sample, where they differ. What follows
                   is padding, which may hold anything. The state of a sample stays as its last step left it; its output
                   and its recorded states are zero after it, and it has no events there. Padding is neither computed nor
@@ -459,7 +459,7 @@ def simulate(
     Parameters
     ----------
     network : the network to run
-    inputs  : (steps, batch, I) numbers or `Events`; for a network with an embedding, (steps, batch) integers. With
+    inputs  : (steps, batch, I) numbers or `Events`; for a network that reads symbols, (steps, batch) integers. With
               backend="cuda" also arrays on its GPU (CuPy, torch, DLPack); output and records then stay there
     lengths : (batch,) whole numbers, the number of steps of each sample, where they differ; see `Simulator.run`
     state   : the state to start from; None is the zero state

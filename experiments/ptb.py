@@ -12,6 +12,7 @@
         --kept layers.0.w_in=0.3 --until 0.3 --out gradual.safetensors                 # the costly matrices to less
     eventrnn convert tuned.safetensors --storage int8 --embedding int8 --out small.safetensors   # and xz -9, if need be
     python experiments/ptb.py evaluate small.safetensors --test
+    python experiments/ptb.py evaluate small.safetensors --test --fold                 # first layer as a table
     python experiments/ptb.py twin small.safetensors                                   # equal to the dense network
     python experiments/ptb.py grid ptb.safetensors                                     # does the saving multiply?
     python experiments/ptb.py draw
@@ -27,6 +28,10 @@ therefore unties it (`Network.untied`): the decoder becomes a matrix of its own,
 pruned like the others and is fine-tuned apart; the embedding stays dense. Lines state the parameters of both.
 `tune --tied` prunes the one matrix instead: every word keeps the same number of values, as an input and as a decoder,
 so that the first layer too has few inputs that are not zero.
+
+Folding: `--fold` runs the network that `er.fold` makes, whose first layer reads one row of a table per token instead of
+multiplying the embedding. The sizes of a line stay those of the file; `folded_bytes` are those of the folded matrices.
+Products of AWD-LSTM are stated as published and folded in the same way.
 
 Each command but `draw` appends lines to results/ptb.jsonl.
 """
@@ -51,7 +56,7 @@ from records import Records
 
 import eventrnn as er
 from eventrnn.backend import BackendUnavailable
-from eventrnn.cli.options import Distillation, Teacher, load_parts, parse_block, save_model, writable_file
+from eventrnn.cli.options import Distillation, Fold, Teacher, load_parts, parse_block, save_model, writable_file
 from eventrnn.cli.terminal import as_line, progress
 from eventrnn.data.vocabulary import Vocabulary
 from eventrnn.io import located_model
@@ -79,6 +84,7 @@ KEY = ("what", "name")
 
 # Products per token of AWD-LSTM with its decoder: layers of 400-1150-1150-400, 10,000 words (Merity et al. 2017).
 AWD_LSTM = 4 * (1150 * (400 + 1150) + 1150 * (1150 + 1150) + 400 * (1150 + 400)) + 400 * 10_000
+AWD_LSTM_FOLDED = AWD_LSTM - 4 * 1150 * 400 + 4 * 1150
 
 # Steps and parallel streams of the training text on which operations are measured for pruning.
 CALIBRATION = (512, 8)
@@ -197,6 +203,7 @@ def quality(network: er.Network, symbols: np.ndarray, **options: Any) -> dict[st
         "executed_without_decoder": found["executed_ops_per_step"] - decoder["executed"],
         "effective_by_matrix": found["effective_ops_by_matrix"],
         "fewer_than_awd_lstm": AWD_LSTM / found["effective_ops_per_step"],
+        "fewer_than_awd_lstm_folded": AWD_LSTM_FOLDED / found["effective_ops_per_step"],
         "backend": found["backend"],
         "exact": found["exact"],
     }
@@ -214,18 +221,24 @@ def evaluate(
     backend: Backend = "cpu",
     threads: Threads = 1,
     limit: Limit = None,
+    fold: Fold = False,
     name: Name = None,
     results: Results = RESULTS,
 ) -> None:
     """Perplexity, activity, operations per token, parameters and bytes."""
     records, wanted = Records(results, KEY), ("valid", "test") if test else ("valid",)
     if model.is_dir() and not recipe_of(model).model.equations().thresholded:
+        if fold:
+            raise ValueError("fold: only an EGRU is folded here; leave out --fold")
         line = plain_line(restored(model, text), text, wanted, sparsity, limit)
     elif sparsity:
         raise ValueError(f"sparsity: got {sparsity}, but only a GRU or an LSTM is pruned here; use the command prune")
     else:
         network = trained(model, text)
-        texts, line = load_parts(network, text, wanted), sizes(network)
+        texts, line = load_parts(network, text, wanted), sizes(network) | {"folded": fold}
+        if fold:
+            network = er.fold(network)
+            line["folded_bytes"] = sum(w.nbytes for w in network.matrices().values())
         with progress() as bar:
             for part in wanted:
                 line[part] = quality(
@@ -235,7 +248,8 @@ def evaluate(
                     threads=threads,
                     report=lambda stage, done, total, part=part: bar(f"reading {part}", done, total, ""),
                 )
-    show(records.add({"what": "evaluation", "name": name or model.name, "test_read": test} | line))
+    name = name or model.name + ", folded" * fold
+    show(records.add({"what": "evaluation", "name": name, "test_read": test} | line))
 
 
 def plain_line(model: Model, text: str, wanted: tuple[str, ...], sparsity: float, limit: int | None) -> dict[str, Any]:
@@ -467,6 +481,7 @@ def twin(
     backend: Backend = "cpu",
     threads: Threads = 1,
     limit: Limit = None,
+    fold: Fold = False,
     name: Name = None,
     results: Results = RESULTS,
 ) -> None:
@@ -478,7 +493,8 @@ def twin(
 
     network, records = trained(model, text), Records(results, KEY)
     symbols = load_parts(network, text, (part,))[part][:limit]
-    ours = er.Simulator(network, backend=backend, threads=threads)
+    # The dense network is never folded, so that folding is compared too.
+    ours = er.Simulator(er.fold(network) if fold else network, backend=backend, threads=threads)
     dense = er.Simulator(network.dense(), threads=threads)
     compared, started = 0, time.perf_counter()
     with progress() as bar:
@@ -489,9 +505,16 @@ def twin(
                 print(f"from token {at}: {difference}")
                 raise typer.Exit(1) from None
             bar("comparing", min(at + COMPARED, len(symbols)), len(symbols), f"{compared:,} units and steps")
-    line = {"what": "twin", "name": name or model.name, "part": part, "tokens": len(symbols), "backend": backend}
+    line = {
+        "what": "twin",
+        "name": name or model.name + ", folded" * fold,
+        "part": part,
+        "tokens": len(symbols),
+        "backend": backend,
+    }
     seconds = time.perf_counter() - started
-    show(records.add(line | {"threads": threads, "compared": compared, "equal": True, "seconds": seconds}))
+    line |= {"threads": threads, "folded": fold}
+    show(records.add(line | {"compared": compared, "equal": True, "seconds": seconds}))
 
 
 @app.command()

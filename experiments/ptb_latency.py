@@ -2,6 +2,7 @@
 
     python experiments/ptb_latency.py MODEL                      # a model file; reads EVENTRNN_PTB, or ptb
     python experiments/ptb_latency.py --random 0.1 --block 1x16  # a random network of the recipe's size and activity
+    python experiments/ptb_latency.py MODEL --fold               # folded, beside the same network as it is
     python experiments/ptb_latency.py MODEL --gpu                # on a GPU beside cuDNN
 
 All contestants read the same tokens, one stream with carried state, interleaved in one process, and give the scores of
@@ -9,7 +10,8 @@ all words after every token. Each is timed in two ways: `sequence` is one call f
 token, as a program must that writes text or reads it as it arrives. Of PyTorch's models `token` is the faster of the
 module's own call and of a call of `LSTMCell` or `GRUCell` per layer.
 
-    ours           the pruned network, event by event
+    ours           the pruned network, event by event; with --fold its embedding and input weights are one table
+    ours, factors  with --fold: the network as it is
     ours, dense    the same network with all its weights, event by event
     ours, BLAS     the same network with all its weights, a dense product per matrix and step
     LSTM           torch.nn.LSTM of the size of AWD-LSTM: 400-1150-1150-400, tied decoder, 24 million parameters
@@ -38,7 +40,7 @@ from rich.table import Table
 import eventrnn as er
 from eventrnn.bench import interleaved
 from eventrnn.bench.machine import limited
-from eventrnn.cli.options import load_parts, parse_block
+from eventrnn.cli.options import Fold, load_parts, parse_block
 from eventrnn.cli.terminal import progress
 from eventrnn.io import located_model
 from eventrnn.pruning import prune
@@ -212,11 +214,19 @@ def torch_ways(torch: Any, model: Any, tokens: np.ndarray, device: Any, cells: A
 # --- one measurement ----------------------------------------------------------------------------------------
 
 
-def measure(network: er.Network, tokens: np.ndarray, repeats: int, gpu: bool, report: Callable) -> dict[str, Any]:
-    """Median milliseconds per token of every contestant and way, and how many times faster ours is than each."""
+def measure(
+    network: er.Network, own: er.Network, tokens: np.ndarray, repeats: int, gpu: bool, report: Callable
+) -> dict[str, Any]:
+    """Median milliseconds per token of every contestant and way, and how many times faster ours is than each.
+
+    own : the network that is ours: `network`, or the same one folded
+    """
     missing: dict[str, str] = {}
     backend = "cuda" if gpu else "cpu"
-    contestants = {"ours": ours(network, tokens, backend), "ours, dense": ours(network.dense(), tokens, backend)}
+    contestants = {"ours": ours(own, tokens, backend)}
+    if own is not network:
+        contestants["ours, factors"] = ours(network, tokens, backend)
+    contestants["ours, dense"] = ours(network.dense(), tokens, backend)
     if not gpu:
         contestants["ours, BLAS"] = ours(network.dense(), tokens, "blas")
     sizes = (network.layers[0].inputs, tuple(layer.units for layer in network.layers))
@@ -252,18 +262,19 @@ def measure(network: er.Network, tokens: np.ndarray, repeats: int, gpu: bool, re
     }
 
 
-def described(network: er.Network, tokens: np.ndarray) -> dict[str, Any]:
-    """What the network is and does on these tokens."""
-    run = er.simulate(network, tokens[:, None])
-    total, matrices = er.count(network, run).total, network.matrices().values()
+def described(network: er.Network, own: er.Network, tokens: np.ndarray) -> dict[str, Any]:
+    """What the network is, and what it does on these tokens in the form `own`."""
+    done, matrices = er.simulate(own, tokens[:, None]), network.matrices().values()
+    total = er.count(own, done).total
     return {
         "units": [layer.units for layer in network.layers],
-        "words": len(network.embedding),
+        "words": network.symbols,
+        "folded": own is not network,
         "formats": sorted({w.name for w in matrices}),
         "blocks": sorted({f"{w.block[0]}x{w.block[1]}" for w in matrices if isinstance(w, er.BlockCSR)}),
         "storage": sorted({w.storage for w in matrices}),
         "density": sum(w.nnz for w in matrices) / sum(w.shape[0] * w.shape[1] for w in matrices),
-        "activity_by_layer": list(run.activity),
+        "activity_by_layer": list(done.activity),
         "effective": total.effective / len(tokens),
         "executed": total.executed / len(tokens),
         "dense": total.dense // len(tokens),
@@ -295,6 +306,7 @@ def main(
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of a timed run.")] = 200,
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 9,
     gpu: Annotated[bool, typer.Option("--gpu", help="Time on a GPU beside cuDNN.")] = False,
+    fold: Fold = False,
     results: Annotated[Path, typer.Option(help="File to which the line is appended.")] = RESULTS,
 ) -> None:
     """Time a model beside PyTorch's LSTM and GRU, on one CPU thread or on a GPU, and append a line."""
@@ -314,8 +326,10 @@ def main(
                 "random weights at the activity of a trained network",
             )
         line = {"name": name, "weights": made, "device_kind": "gpu" if gpu else "cpu", "threads": 1}
-        line |= {"tokens": len(stream), "repeats": repeats} | described(network, stream)
-        line |= measure(network, stream, repeats, gpu, report)
+        own = er.fold(network) if fold else network
+        line["name"] += ", folded" * fold
+        line |= {"tokens": len(stream), "repeats": repeats} | described(network, own, stream)
+        line |= measure(network, own, stream, repeats, gpu, report)
     records = Records(results, ("name",))
     if gpu:
         from eventrnn.cuda.device import current_device

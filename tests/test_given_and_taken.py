@@ -81,7 +81,7 @@ def test_the_messages_of_a_step_describe_the_array_that_was_given(backend):
         (simulator, inputs(1), r"got float32 \(1, 2, 6\), need .*\(batch, 6\)"),
         (simulator, np.full((2, 6), np.inf, np.float32), r"got inf at position \(0, 0\)"),
         (words, np.array([3, 7]), r"got symbol 7 at \(1,\); need 0\.\.4"),
-        (words, np.array([[3, 4]]), r"got int64 \(1, 2\), need .*\(batch,\) for the embedding"),
+        (words, np.array([[3, 4]]), r"got int64 \(1, 2\), need .*\(batch,\), the symbols"),
     ]:
         with pytest.raises(ValueError, match="inputs: " + message):
             one.step(bad)

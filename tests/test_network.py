@@ -251,12 +251,12 @@ def test_events_are_checked_before_they_reach_a_kernel():
     [
         (
             np.zeros((3, 1, 2), int),
-            r"inputs: got int64 \(3, 1, 2\), need whole numbers \(steps, batch\) for the embedding",
+            r"inputs: got int64 \(3, 1, 2\), need whole numbers \(steps, batch\), the symbols",
         ),
         (np.zeros((3, 1)), r"inputs: got float64 \(3, 1\), need whole numbers"),
         (np.array([[0], [6]]), r"inputs: got symbol 6 at \(1, 0\); need 0\.\.5"),
         (np.array([[0, -1]]), r"inputs: got symbol -1 at \(0, 1\); need 0\.\.5"),
-        (Events.from_dense(np.zeros((3, 1, 4))), r"got Events, but the network has an embedding; give symbols"),
+        (Events.from_dense(np.zeros((3, 1, 4))), r"got Events, but the network reads symbols; give whole numbers"),
     ],
 )
 def test_symbols_refused(fed, message):

@@ -15,6 +15,7 @@ from eventrnn.cli.imports import own_model
 from eventrnn.cli.options import (
     Backend,
     Block,
+    Fold,
     Force,
     GivenModel,
     Json,
@@ -26,6 +27,7 @@ from eventrnn.cli.options import (
     Text,
     Threads,
     Unknown,
+    folded,
     load_symbols,
     model_file,
     parse_block,
@@ -49,6 +51,7 @@ def demo(
     block: Block = "1x8",
     seed: Seed = 0,
     named: NamedModel = None,
+    fold: Fold = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -65,13 +68,15 @@ def demo(
         raise ValueError(
             "model: a trained model is not trained again; leave out the sizes and shares, and give only --seed"
         )
+    if fold and named is None:
+        raise ValueError("fold: a model that is trained here is not folded; give a trained one with --model")
     writable_folder(out, job.FILES, force)
     if named is None:
         shown = SHOWN
         with progress() as report:
             result = job.run(out, settings, report, overwrite=force)
     else:
-        network = io.load(model_file(None, named))
+        network = folded(io.load(model_file(None, named)), fold)
         shown = job.title(network)
         with progress() as report:
             result = job.run_trained(network, out, seed=seed, report=report, overwrite=force)
@@ -96,6 +101,7 @@ def run(
     unknown: Unknown = None,
     backend: Backend = "cpu",
     threads: Threads = 1,
+    fold: Fold = False,
     storage: Annotated[
         str | None,
         typer.Option(help=f"Compare the model with one whose weights are stored as: {', '.join(STORAGES[1:])}."),
@@ -105,7 +111,7 @@ def run(
     """Read a text event by event, and report bits per symbol, activity and operations."""
     from eventrnn.training.evaluation import compare_storage, evaluate_text
 
-    network = own_model(model_file(model, named))
+    network = folded(own_model(model_file(model, named)), fold)
     symbols = load_symbols(network, text, part, unknown)
     with progress() as bar:
 
@@ -175,6 +181,14 @@ def convert_command(
     exempt: Annotated[
         list[str] | None, typer.Option(help="Matrix or layer that is not changed; repeat for more.")
     ] = None,
+    fold: Annotated[
+        bool,
+        typer.Option(
+            "--fold",
+            help="Fold the embedding and the input weights into one table first. The file is then large; the commands "
+            "run, count and demo take --fold too.",
+        ),
+    ] = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -183,7 +197,11 @@ def convert_command(
     writable_file(out, force)
     if embedding is not None:
         need_choice("embedding", embedding, STORAGES[1:])
-    network = own_model(source)
+        if fold:
+            raise ValueError(
+                f"embedding: got {embedding} with --fold, after which there is none; leave out one of them"
+            )
+    network = folded(own_model(source), fold)
     tied = network.readout is not None and network.readout.tied
     to = to or ("block" if block else "nm" if nm else None)
     there = [name for name in network.matrices() if not (tied and name == "readout")]

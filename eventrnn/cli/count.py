@@ -14,12 +14,14 @@ from eventrnn._checks import need_choice
 from eventrnn._files import printable
 from eventrnn.cli.imports import own_model
 from eventrnn.cli.options import (
+    Fold,
     GivenModel,
     Json,
     NamedModel,
     Part,
     Text,
     Unknown,
+    folded,
     load_symbols,
     model_file,
 )
@@ -53,6 +55,7 @@ def count(
     part: Part = "test",
     symbols: Annotated[int, typer.Option(help="Number of symbols to read, at most.")] = 10_000,
     unknown: Unknown = None,
+    fold: Fold = False,
     neurobench: Annotated[
         bool,
         typer.Option(
@@ -81,7 +84,7 @@ def count(
         raise ValueError(f"memory: got {memory!r} without --energy, whose estimate it belongs to; add --energy")
     if memory is not None:
         need_choice("memory", memory, MEMORIES)
-    network = own_model(model_file(model, named))
+    network = folded(own_model(model_file(model, named)), fold)
     if neurobench:
         need_matrices(network.matrices(), "NeuroBench")
     inputs = load_symbols(network, text, part, unknown)[:symbols, None]

@@ -153,7 +153,7 @@ def _written(network: Network, symbols: int, seed: int, report: Report) -> tuple
 
     The symbol for all others is never drawn. Raises ValueError for a model without vocabulary, embedding or read-out.
     """
-    if "vocabulary" not in network.metadata or network.embedding is None or network.readout is None:
+    if "vocabulary" not in network.metadata or network.symbols is None or network.readout is None:
         raise ValueError("model: needs a vocabulary, an embedding and a read-out to write a text")
     vocabulary = Vocabulary.from_json(network.metadata["vocabulary"])
     check_symbols(network, np.array([0, len(vocabulary) - 1]))

@@ -82,6 +82,14 @@ Unknown = Annotated[
     ),
 ]
 
+Fold = Annotated[
+    bool,
+    typer.Option(
+        "--fold",
+        help="Fold the embedding and the input weights into one table first, for fewer operations: the same results.",
+    ),
+]
+
 Backend = Annotated[str, typer.Option(help=f"Backend that runs the network: {', '.join(BACKENDS)}.")]
 
 Threads = Annotated[int, typer.Option(help="Number of threads of the cpu backend.")]
@@ -238,6 +246,15 @@ def model_file(given: str | None, named: str | None) -> Path:
         )
     with progress() as report:
         return io.located_model(given or named or "", report)
+
+
+def folded(network: Network, fold: bool) -> Network:
+    """The network, folded where the option --fold was given. Raises as `fold` does."""
+    if not fold:
+        return network
+    from eventrnn.folding import fold as fold_network
+
+    return fold_network(network)
 
 
 def load_symbols(network: Network, text: str, part: str, unknown: str | None = None) -> np.ndarray:

@@ -17,7 +17,15 @@ import numpy as np
 
 from eventrnn import cells
 from eventrnn._checks import need_kind
-from eventrnn.counting.counts import Counts, OpCounts, count, count_per_step, events_by_matrix
+from eventrnn.counting.counts import (
+    Counts,
+    OpCounts,
+    count,
+    count_per_step,
+    dense_inputs,
+    events_by_matrix,
+    rows_of,
+)
 from eventrnn.counting.neurobench import (
     NEUROBENCH_DIFFERENCES,
     NeuroBenchMetrics,
@@ -28,7 +36,7 @@ from eventrnn.events import Events
 from eventrnn.network import Network
 from eventrnn.reference import block_gates, weight_arrays
 from eventrnn.simulation import Simulation
-from eventrnn.weights import CSR, NM, BlockCSR, GatedBlocks, Weights
+from eventrnn.weights import CSR, NM, BlockCSR, Dense, GatedBlocks, Weights
 
 Number = int | float
 
@@ -94,14 +102,21 @@ def audit(network: Network, simulation: Simulation, counts: OpCounts | None = No
         if isinstance(weights, GatedBlocks):
             rows += _gated_rows(name, weights, events, counted, simulation.lengths)
             continue
+        inputs, columns = dense_inputs(network, name, weights), weights.shape[1]
+        looked_up = inputs < weights.shape[0]
+        if looked_up and isinstance(weights, Dense):
+            # Of a table of symbols, the rows that the run reads: the whole table may be large.
+            read, indices = np.unique(events.indices, return_inverse=True)
+            weights, shape = rows_of(weights, read), (*events.shape[:2], len(read))
+            events = Events(events.indptr, indices.astype(np.int32), events.values, shape)
         there = weights.to_dense() != 0
         executed = _executed_mask(weights)
         fired = np.bincount(events.indices, minlength=events.shape[2])
         graded = np.bincount(events.indices[events.graded], minlength=events.shape[2])
         formula = {
-            "dense": simulation.sample_steps * there.size,
+            "dense": simulation.sample_steps * inputs * columns,
             "effective": int((there * fired[:, None]).sum()),
-            "executed": simulation.sample_steps * there.size
+            "executed": simulation.sample_steps * inputs * columns
             if simulation.dense
             else int((executed * fired[:, None]).sum()),
             "graded": int((there * graded[:, None]).sum()),
@@ -109,6 +124,8 @@ def audit(network: Network, simulation: Simulation, counts: OpCounts | None = No
         }
         rows += [(name, quantity, getattr(counted, quantity), value, "formula") for quantity, value in formula.items()]
         compared = _neurobench_rows(name, weights, events, counted, simulation.lengths)
+        # Of a look-up NeuroBench has no dense count but that of all rows.
+        compared = [row for row in compared if not (looked_up and row[1] == "dense")]
         differences = NEUROBENCH_DIFFERENCES if compared else differences
         rows += compared
     carried = {name: events for name, (_, events) in events_by_matrix(network, simulation).items()}

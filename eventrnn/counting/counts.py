@@ -5,7 +5,8 @@ are the same on every backend. Definitions (all int64):
 
 | count          | definition                                                                                     |
 | -------------- | ---------------------------------------------------------------------------------------------- |
-| `dense`        | multiplications of a dense engine: every input x every weight                                  |
+| `dense`        | multiplications of a dense engine: every input x every weight. Of a one-hot input             |
+|                | (`Network.one_hot`) one row of weights, which a dense engine looks up too                      |
 | `effective`    | non-zero event x non-zero weight: the effective MACs and ACs of NeuroBench (Yik et al. 2025)   |
 | `executed`     | multiplications of an event-driven engine in the format of the matrix: the stored entries of   |
 |                | the rows of fired units (`Weights.executed_out`), with zeros inside blocks and padding columns  |
@@ -21,7 +22,8 @@ are the same on every backend. Definitions (all int64):
 | `state_bytes`  | bytes of cells read and written and of outputs written: 12 per unit and step. Where the reset  |
 |                | gate comes before the product, outputs are read too: 16                                        |
 
-Embedding look-ups are free, the read-out is counted, biases are not. `backward.py` defines the counts of training.
+Embedding look-ups are free, the read-out is counted, biases are not. A row of a table that `fold` made is counted: a
+symbol is one event, times the weights of its row. `backward.py` defines the counts of training.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from eventrnn.events import Events
 from eventrnn.network import Network
 from eventrnn.simulation import Simulation
 from eventrnn.state import FireCounts, State
-from eventrnn.weights import GatedBlocks, MatrixId, Weights
+from eventrnn.weights import Dense, GatedBlocks, MatrixId, Weights
 
 NOTE = "embedding look-ups free, read-out counted, biases not counted"
 
@@ -144,14 +146,16 @@ def count(network: Network, simulation: Simulation) -> OpCounts:
     below = simulation.input_fired
     for k, layer in enumerate(network.layers):
         carried = _carried_counts(simulation, k)
-        matrices[f"layers.{k}.w_in"] = _matrix_counts(layer.w_in, below, rows, simulation.dense)
-        matrices[f"layers.{k}.w_rec"] = _matrix_counts(layer.w_rec, carried, rows, simulation.dense)
+        inputs = dense_inputs(network, f"layers.{k}.w_in", layer.w_in)
+        matrices[f"layers.{k}.w_in"] = _matrix_counts(layer.w_in, below, rows * inputs, simulation.dense)
+        matrices[f"layers.{k}.w_rec"] = _matrix_counts(layer.w_rec, carried, rows * layer.units, simulation.dense)
         each, by_event, nbytes = _element_wise(layer.cell)
         gate_ops.append(rows * layer.units * each + by_event * int(carried.total.sum()))
         state_bytes.append(rows * layer.units * nbytes)
         below = simulation.fired[k]
     if network.readout is not None:
-        matrices["readout"] = _matrix_counts(network.readout.weights, below, rows, simulation.dense)
+        readout = network.readout.weights
+        matrices["readout"] = _matrix_counts(readout, below, rows * readout.shape[0], simulation.dense)
     matrices |= {
         name: Counts(**{count: int(values.sum()) for count, values in found.items()})
         for name, found in _gated_counts(network, simulation).items()
@@ -172,7 +176,7 @@ def count_per_step(network: Network, simulation: Simulation) -> dict[str, dict[s
         rows, graded = events.rows(), events.graded
         tables = (weights.fan_out(), weights.executed_out(), weights.row_bytes())
         fan_out, executed_out, row_bytes = (table[events.indices] for table in tables)
-        whole = present * (weights.shape[0] * weights.shape[1])
+        whole = present * (dense_inputs(network, name, weights) * weights.shape[1])
 
         def per_row(amount, rows=rows, shape=events.shape[:2]):
             total = np.zeros(shape[0] * shape[1], np.int64)
@@ -228,13 +232,29 @@ def _element_wise(cell: Cell) -> tuple[int, int, int]:
     return cell.equations.multiplications, int(cell.reset_first), 16 if cell.reset_first else 12
 
 
-def _matrix_counts(weights: Weights, fired: FireCounts, rows: int, dense_engine: bool) -> Counts:
-    fan_out, dense = weights.fan_out(), rows * weights.shape[0] * weights.shape[1]
+def dense_inputs(network: Network, name: str, weights: Weights) -> int:
+    """How many inputs of a matrix a dense engine multiplies per step and sample: all, or the one of a one-hot input."""
+    return 1 if network.one_hot and name == MatrixId.of(0, "w_in") else weights.shape[0]
+
+
+def _matrix_counts(weights: Weights, fired: FireCounts, inputs: int, dense_engine: bool) -> Counts:
+    """Counts of a matrix. inputs : the inputs that a dense engine multiplies in all steps and samples"""
+    dense = inputs * weights.shape[1]
+    sent = np.flatnonzero(fired.total)
+    if isinstance(weights, Dense) and 4 * len(sent) < len(weights.values):
+        # A short run reads few rows of a large table.
+        weights, fired = rows_of(weights, sent), FireCounts(fired.graded[sent], fired.binary[sent])
+    fan_out = weights.fan_out()
     graded, binary = int(fired.graded @ fan_out), int(fired.binary @ fan_out)
     executed, nbytes = int(fired.total @ weights.executed_out()), int(fired.total @ weights.row_bytes())
     if dense_engine:
         executed, nbytes = dense, 4 * dense
     return Counts(dense, graded + binary, executed, graded, binary, nbytes)
+
+
+def rows_of(weights: Dense, units: np.ndarray) -> Dense:
+    """The rows of some presynaptic units as a matrix of their own."""
+    return Dense(weights.values[units], None if weights.scales is None else weights.scales[units])
 
 
 def _carried_counts(simulation: Simulation, k: int) -> FireCounts:

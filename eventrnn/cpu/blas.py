@@ -13,9 +13,11 @@ import numpy as np
 from eventrnn.backend import HostInputs
 from eventrnn.cpu.kernels.blas_loop import loop_of
 from eventrnn.state import FireCounts, Inputs, State, Trace
+from eventrnn.weights import Dense
 
 if TYPE_CHECKING:
     from eventrnn.network import Layer, Network
+    from eventrnn.weights import Weights
 
 # Rows (steps times samples) whose input drives are computed by one product. This bounds the memory, and is enough rows
 # for a product at full speed.
@@ -49,9 +51,10 @@ class BlasEngine:
 
     def __init__(self, network: Network):
         self.layers, self.host_inputs = network.layers, HostInputs(network, dense=True)
+        self.one_hot = network.one_hot
         # Of its own: for a network's arrays that are read-only, Numba would compile the kernels again.
         self.vectors = [(layer.bias_rec.copy(), layer.threshold.copy()) for layer in network.layers]
-        self.w_in = [layer.w_in.to_dense() for layer in network.layers]
+        self.w_in = [_floats(layer.w_in) for layer in network.layers]
         self.w_rec = []
         for layer in network.layers:
             dense, n = layer.w_rec.to_dense(), layer.units
@@ -77,20 +80,24 @@ class BlasEngine:
         outputs, events, states = [], [[] for _ in c], [[] for _ in c]
         fired = [FireCounts.zeros(layer.units) for layer in self.layers]
         for start in range(0, inputs.steps, length):
-            x = inputs.chunk(start, min(start + length, inputs.steps)).to_dense()
+            chunk = inputs.chunk(start, min(start + length, inputs.steps))
+            # Of a one-hot input the product is a row of the weights, which every dense engine looks up.
+            x = None if self.one_hot else chunk.to_dense()
             for k, layer in enumerate(self.layers):
-                drive = x.reshape(-1, x.shape[2]) @ self.w_in[k] + layer.bias_in
-                ys, cs = (np.empty((len(x), inputs.batch * layer.units), np.float32) for _ in range(2))
+                product = self.w_in[k][chunk.rows] if x is None else x.reshape(-1, x.shape[2]) @ self.w_in[k]
+                drive = product + layer.bias_in
+                ys, cs = (np.empty((chunk.steps, inputs.batch * layer.units), np.float32) for _ in range(2))
                 loop = loop_of(layer.cell.name, layer.cell.variant)
                 weights = (*self.w_rec[k], *self.vectors[k])
                 before = (c[k].reshape(-1), y[k].reshape(-1))
-                loop(layer.units, inputs.batch, len(x), drive.ravel(), *weights, *before, ys, cs)
-                x = ys.reshape(len(x), inputs.batch, layer.units)
+                loop(layer.units, inputs.batch, chunk.steps, drive.ravel(), *weights, *before, ys, cs)
+                x = ys.reshape(chunk.steps, inputs.batch, layer.units)
                 fired[k] = fired[k] + FireCounts.of(x)
                 if record_events:
                     events[k].append(x)
                 if record_states:
                     states[k].append(cs.reshape(x.shape))
+            assert x is not None
             if self.readout is not None:
                 weights, bias = self.readout
                 x = (x.reshape(-1, x.shape[2]) @ weights + bias).reshape(*x.shape[:2], -1)
@@ -104,6 +111,11 @@ class BlasEngine:
             _joined(self.layers, inputs.batch, events) if record_events else (),
             _joined(self.layers, inputs.batch, states) if record_states else (),
         )
+
+
+def _floats(weights: Weights) -> np.ndarray:
+    """The matrix as dense float32, not copied where it is that already."""
+    return weights.values if isinstance(weights, Dense) and weights.storage == "float32" else weights.to_dense()
 
 
 def _joined(layers: tuple[Layer, ...], batch: int, chunks: list[list[np.ndarray]]) -> tuple[np.ndarray, ...]:

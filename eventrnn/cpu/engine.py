@@ -27,7 +27,7 @@ from eventrnn.cpu.kernels.simd import LANES
 from eventrnn.cpu.kernels.time_loop import run, run_address, step, step_of_symbols
 from eventrnn.cpu.memory import aligned_zeros
 from eventrnn.cpu.packing import check_format
-from eventrnn.cpu.plan import BLAS_PRODUCT, KernelPolicy, Layout, Plan, workspace
+from eventrnn.cpu.plan import BLAS_PRODUCT, KernelPolicy, Layout, Plan, fixed_kernel, workspace
 from eventrnn.cpu.stepper import Stepper
 from eventrnn.cpu.tables import (
     SEGMENT_WIDTHS,
@@ -40,7 +40,7 @@ from eventrnn.cpu.tables import (
 )
 from eventrnn.cpu.threads import Team
 from eventrnn.state import FireCounts, Inputs, State, Trace
-from eventrnn.weights import GatedBlocks, MatrixId
+from eventrnn.weights import Dense, GatedBlocks, MatrixId
 
 if TYPE_CHECKING:
     from eventrnn.network import Network
@@ -116,7 +116,7 @@ class CpuEngine:
         self.buffers_batch = 0
         # Events per unit and step, of the input and then of each layer.
         usual = [USUAL_ACTIVITY if layer.cell.thresholded else 1.0 for layer in network.layers]
-        self.activity = [USUAL_ACTIVITY, *usual]
+        self.activity = [1 / max(1, network.layers[0].inputs) if network.one_hot else USUAL_ACTIVITY, *usual]
 
     def __getstate__(self) -> dict[str, Any]:
         # Tables and steppers hold addresses, so a copy is made anew.
@@ -130,7 +130,10 @@ class CpuEngine:
         many, matrices, rows, active = min(steps, self.chunk_steps(batch)) * batch, self.network.matrices(), {}, {}
         for name in map(MatrixId, matrices):
             rows[name], active[name] = batch if name.recurrent else many, self._activity_of(name)
-        kernels = {name: self.policy.select_kernel(w, rows[name], active[name]) for name, w in matrices.items()}
+        kernels = {
+            name: fixed_kernel(self.network, name, w) or self.policy.select_kernel(w, rows[name], active[name])
+            for name, w in matrices.items()
+        }
         thresholds = {name: self.policy.dense_activity_threshold(rows[name]) for name in matrices}
         key = (*kernels.values(), *thresholds.values())
         if key not in self.plans:
@@ -152,7 +155,11 @@ class CpuEngine:
                 raise ValueError(
                     f"batch: got {batch}, whose {rows * self.drive_pitch:,} drives are too many; split the batch"
                 )
-            list_rows, inputs = 2 * (rows + batch), max(widest, *(layer.inputs for layer in self.network.layers))
+            layers = self.network.layers
+            # A look-up needs no workspace, and there may be many symbols.
+            looked_up = self.network.one_hot and isinstance(layers[0].w_in, Dense)
+            list_rows = 2 * (rows + batch)
+            inputs = max([widest, *(layer.inputs for layer in layers[looked_up:])])
             row_capacity = widest + 2 * LANES * self.n_threads
             blas_columns = self.drive_pitch * self.policy.may_blas
             self.buffers = RunBuffers(
@@ -261,7 +268,7 @@ class CpuEngine:
         c, y = (self._flat(name, getattr(state, name), batch) for name in ("cells", "outputs"))
         buffers, plan, layout = self._buffers(batch), self.plan(1, batch), self.layout
         total, size = sum(self.units), network.layers[0].inputs
-        symbols = network.embedding is not None
+        symbols = network.symbols is not None
         if symbols:
             table = self.host_inputs.symbol_events
             received = (table.indptr, table.indices, table.values)

@@ -9,6 +9,8 @@ lie.
     ROWS           rows of `WIDTH` columns, `PITCH` apart       -                           -
     ROW_TILES      as ROWS, narrow, `PITCH` equal to `WIDTH`    -                           -
     BLAS           as ROWS, all columns                         -                           -
+    IN_PLACE       rows of the network's own array, which is    -                           the address of the array
+                   not copied
     SCATTER        single weights by unit                       16-bit columns              per unit: first weight
     MASKED         single weights by unit                       16-bit masks, `PITCH`       per unit: first weight
                                                                 words per unit
@@ -45,6 +47,7 @@ from eventrnn.cpu.tables import (
     GATED,
     GATED_HEADER,
     GATED_PIECE,
+    IN_PLACE,
     INT8,
     MANY_BLOCKS,
     MASKED,
@@ -160,10 +163,12 @@ def pack(
     Kernels may read a drive row, and write back the value they read, up to one block past the last segment.
 
     segments   : columns to pack, ascending, side by side in a drive row
-    dense_kind : kind of column tile for dense weights: ROWS, ROW_TILES or BLAS. With ROW_TILES single weights get
-                 SINGLE_TILES
+    dense_kind : kind of column tile for dense weights: ROWS, ROW_TILES, BLAS or, for float32, IN_PLACE. With ROW_TILES
+                 single weights get SINGLE_TILES
     dense_activity_threshold : activity from which ROW_TILES visit every unit
     """
+    if isinstance(weights, Dense) and dense_kind == IN_PLACE:
+        return [_in_place(weights, each) for each in segments]
     if isinstance(weights, Dense):
         return _pack_rows(pools, weights, segments, dense_kind, dense_activity_threshold)
     if isinstance(weights, GatedBlocks):
@@ -304,6 +309,13 @@ def _pack_rows(
         at = pools.add_values(rows)
         table.append([kind, storage, low + a, low + b, at, 0, 0, width, pitch, scales, dense_from, 0])
     return table or [empty_column_tile()]
+
+
+def _in_place(weights: Dense, segment: Segment) -> list[int]:
+    """Columns of dense float32 weights that stay where they are. The caller keeps them alive, and unchanged."""
+    width, address = segment.stop - segment.start, weights.values.ctypes.data
+    low, whole = segment.position, width // LANES * LANES
+    return [IN_PLACE, FLOAT32, low, low + width, segment.start, 0, address, whole, weights.shape[1], 0, 0, 0]
 
 
 def _pack_single(pools: PoolBuilder, entries: _Entries, weights: Weights, segments: list[Segment]) -> list[list[int]]:

@@ -23,6 +23,7 @@ from eventrnn.cpu.tables import (
     GATED,
     GATED_ROWS,
     HIGH,
+    IN_PLACE,
     KERNEL,
     KIND,
     LOW,
@@ -37,7 +38,7 @@ from eventrnn.cpu.tables import (
     Workspace,
 )
 from eventrnn.state import gates_not_finite
-from eventrnn.weights import BlockCSR, Dense, Weights
+from eventrnn.weights import BlockCSR, Dense, MatrixId, Weights
 
 if TYPE_CHECKING:
     from eventrnn.network import Network
@@ -45,8 +46,11 @@ if TYPE_CHECKING:
 
 # Kernels for one matrix product, by the names that a trace reports. FORMAT: in the format of the matrix, one drive row
 # after the other; TILED: dense or single weights, in column tiles that many drive rows share; DENSIFIED and
-# DENSIFIED_TILED: the same for a sparse matrix that was made dense; BLAS_PRODUCT: dense weights through BLAS.
-FORMAT, TILED, DENSIFIED, DENSIFIED_TILED, BLAS_PRODUCT = KERNELS = ("stored", "tiles", "dense", "dense tiles", "blas")
+# DENSIFIED_TILED: the same for a sparse matrix that was made dense; BLAS_PRODUCT: dense weights through BLAS; LOOK_UP:
+# dense weights of a one-hot input, of which a drive row reads one row, where the network has it.
+FORMAT, TILED, DENSIFIED, DENSIFIED_TILED, BLAS_PRODUCT, LOOK_UP = KERNELS = (
+    *("stored", "tiles", "dense", "dense tiles", "blas", "look-up"),
+)
 
 # Events per unit, over all drive rows, from which the TILED kernel is faster. Measured at 1350 units: about where
 # reading a weight row once for all drive rows outweighs the narrower column tiles.
@@ -79,6 +83,18 @@ class KernelPolicy:
     def dense_activity_threshold(self, rows: int) -> float:
         """Activity from which a tiled product of `rows` drive rows visits every unit instead of the active ones."""
         return DENSE_ACTIVITY_THRESHOLD
+
+
+def fixed_kernel(network: Network, name: str, weights: Weights) -> str | None:
+    """The kernel of a product that no policy selects; None for others.
+
+    A symbol is a single event of layer 0. Its row is read from the network's own array, which may be large: neither
+    copied into each plan, nor ever read as a whole.
+    """
+    if not network.one_hot or name != MatrixId.of(0, "w_in"):
+        return None
+    in_place = isinstance(weights, Dense) and weights.storage == "float32" and weights.values.flags.aligned
+    return LOOK_UP if in_place else FORMAT
 
 
 class Layout:
@@ -201,7 +217,8 @@ class Plan:
         is_dense = isinstance(weights, Dense)
         if kernel == BLAS_PRODUCT or (kernel in (DENSIFIED, DENSIFIED_TILED) and not is_dense):
             weights = Dense(weights.to_dense())
-        kind = {TILED: ROW_TILES, DENSIFIED_TILED: ROW_TILES, BLAS_PRODUCT: BLAS}.get(kernel, ROWS)
+        kinds = {TILED: ROW_TILES, DENSIFIED_TILED: ROW_TILES, BLAS_PRODUCT: BLAS, LOOK_UP: IN_PLACE}
+        kind = kinds.get(kernel, ROWS)
         shares = [self.layout.segments(layer, thread, first_gate, last_gate) for thread in range(self.n_threads)]
         packed = [pack(self._builder, weights, each, kind, threshold) if each else [] for each in shares]
         most = max(map(len, packed))

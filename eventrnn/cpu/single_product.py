@@ -1,4 +1,4 @@
-"""One sparse product by itself, for benchmarks and for the crossover map."""
+"""One sparse product by itself, for benchmarks, for the crossover map, and for tables of input products."""
 
 from __future__ import annotations
 
@@ -6,23 +6,28 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from eventrnn.cells import Cell
 from eventrnn.cpu.engine import CpuEngine
 from eventrnn.cpu.kernels.spmm import propagate_steps
 from eventrnn.cpu.plan import KernelPolicy, Plan, workspace
-from eventrnn.cpu.tables import BIAS_REC, END, REC, EventLists, ThreadTables, Workspace
+from eventrnn.cpu.tables import BIAS_IN, IN, REC, EventLists, ThreadTables, Workspace
 from eventrnn.events import Events
 from eventrnn.network import Layer, Network
-from eventrnn.weights import Dense, Weights
+from eventrnn.weights import CSR, Weights
 
 
 class Product:
-    """One matrix and the events that it receives: per step, drive[b] = sum over events j of weights[j] * value[b, j].
+    """One matrix and the events that it receives: per step, drive[b] = bias + sum over events j of
+    weights[j] * value[b, j].
 
-    weights : (N, 3N), in any format; packed as the engine packs recurrent weights for that batch and activity
-    events  : (steps, batch, N)
+    weights : (I, G N), in any format; packed as the engine packs the input weights of a layer of N units with G gates,
+              for that batch and activity
+    events  : (steps, batch, I)
     threads : number of threads
     policy  : selects the kernel; by default the rules of thumb of `KernelPolicy`
     plan    : the plan of another product of the same weights, which saves packing them again
+    bias    : (G N,) float32; by default zeros
+    cell    : the cell of the layer, which gives G
     """
 
     def __init__(
@@ -32,22 +37,28 @@ class Product:
         threads: int = 1,
         policy: KernelPolicy | None = None,
         plan: Plan | None = None,
+        bias: np.ndarray | None = None,
+        cell: Cell = Cell(),
     ):
-        self.weights, self.events, self.threads = weights, events, threads
-        self.steps, self.batch, n = events.shape
-        zeros = np.zeros(3 * n, np.float32)
-        unused = Dense(np.zeros((1, 3 * n), np.float32))
-        network = Network((Layer(unused, weights, zeros, zeros, np.zeros(n, np.float32)),))
+        self.weights, self.events, self.threads, self.gates = weights, events, threads, cell.gates
+        self.steps, self.batch, n_pre = events.shape
+        self.n_pre, self.columns = n_pre, weights.shape[1]
+        units, zeros = self.columns // cell.gates, np.zeros(self.columns, np.float32)
+        unused = CSR(
+            np.zeros(units + 1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32), (units, self.columns)
+        )
+        given = zeros if bias is None else bias
+        network = Network((Layer(weights, unused, given, zeros, np.zeros(units, np.float32), cell),))
         engine = CpuEngine(network, threads, policy)
-        engine.activity[1] = len(events.indices) / max(1, self.steps * self.batch * n)
-        self.plan, self.pitch, self.n = plan or engine.plan(1, self.batch), engine.drive_pitch, n
+        engine.activity[0] = len(events.indices) / max(1, self.steps * self.batch * n_pre)
+        self.plan, self.pitch = plan or engine.plan(1, self.batch), engine.drive_pitch
         layer = self.plan.layers[0]
-        self.span = int(layer[REC]), int(layer[END])
+        self.span = int(layer[IN]), int(layer[REC])
         self.drive = np.zeros(self.batch * self.pitch, np.float32)
-        self.bias_begin = int(layer[BIAS_REC])
+        self.bias_begin = int(layer[BIAS_IN])
         self.lists = EventLists(events.indices, events.values, events.indptr[:-1].copy(), np.diff(events.indptr))
         blas_columns = engine.drive_pitch * engine.policy.may_blas
-        shared = workspace(threads, n, self.batch, engine.max_segments, blas_columns, engine.gated_blocks)
+        shared = workspace(threads, n_pre, self.batch, engine.max_segments, blas_columns, engine.gated_blocks)
         workspaces = [Workspace(*(each[thread] for each in shared)) for thread in range(threads)]
         self.tables = [
             ThreadTables(tiles, self.plan.pools, scratch, self.pitch)
@@ -62,7 +73,7 @@ class Product:
         def share(thread: int) -> None:
             tables = self.tables[thread]
             propagate_steps(
-                tables, *self.span, self.bias_begin, self.n, self.lists, start, stop, self.batch, self.drive
+                tables, *self.span, self.bias_begin, self.n_pre, self.lists, start, stop, self.batch, self.drive
             )
 
         if self.pool is None:
@@ -71,11 +82,11 @@ class Product:
             list(self.pool.map(share, range(self.threads)))
 
     def result(self, t: int) -> np.ndarray:
-        """The drives of step t, (batch, 3N)."""
+        """The drives of step t, (batch, G N)."""
         self.run(t, t + 1)
         drives, layout = self.drive.reshape(self.batch, self.pitch), self.plan.layout
-        result = np.zeros((self.batch, 3 * self.n), np.float32)
-        for segment in (each for thread in range(self.threads) for each in layout.segments(0, thread, 0, 3)):
+        result = np.zeros((self.batch, self.columns), np.float32)
+        for segment in (each for thread in range(self.threads) for each in layout.segments(0, thread, 0, self.gates)):
             width = segment.stop - segment.start
             result[:, segment.start : segment.stop] = drives[:, segment.position : segment.position + width]
         return result

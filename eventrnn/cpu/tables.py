@@ -20,9 +20,9 @@ import numpy as np
 #   KIND        one of the kinds below
 #   STORAGE     one of the storages below
 #   LOW, HIGH   first position in a drive row, and the position after the last
-#   VALUES      offset of the weights in `WeightPools.values`, in float32
+#   VALUES      offset of the weights in `WeightPools.values`, in float32; IN_PLACE: in the network's own array
 #   INDEX       offset in `WeightPools.index`, in int32
-#   POINTERS    offset in `WeightPools.pointers`
+#   POINTERS    offset in `WeightPools.pointers`; IN_PLACE: address of the network's own array
 #   WIDTH       columns per row, or per block segment
 #   PITCH       weights from one row to the next; MASKED: mask words per unit; SINGLE_TILES: columns of a panel
 #   SCALES      offset of the scales of int8 weights in `WeightPools.values`
@@ -33,7 +33,7 @@ KIND, STORAGE, LOW, HIGH, VALUES, INDEX, POINTERS, WIDTH, PITCH, SCALES, DENSE_F
 FIELDS = 12
 
 #: kinds of column tiles; `packing.py` describes their layouts
-ROWS, ROW_TILES, SCATTER, MASKED, SINGLE_TILES, BLOCKS, MANY_BLOCKS, BLAS, GATED = range(9)
+ROWS, ROW_TILES, SCATTER, MASKED, SINGLE_TILES, BLOCKS, MANY_BLOCKS, BLAS, GATED, IN_PLACE = range(10)
 
 # Columns of a tile of kind ROW_TILES or SINGLE_TILES: 64 drive rows of such a tile fit the L1 cache beside the weights
 # that pass through.

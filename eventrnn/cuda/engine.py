@@ -65,7 +65,7 @@ class CudaEngine:
         """See `backend.Engine`. Arrays on the GPU stay there; the run checks float32 numbers on the GPU."""
         if on_gpu(inputs):
             return self.gpu_inputs(inputs)
-        plain = type(inputs) is np.ndarray and inputs.dtype == np.float32 and self.network.embedding is None
+        plain = type(inputs) is np.ndarray and inputs.dtype == np.float32 and self.network.symbols is None
         if plain and inputs.ndim == 3 and inputs.shape[2] == self.network.layers[0].inputs:
             return dense_host_inputs(inputs)
         return self.host_inputs.prepare(inputs).to_event_table()
@@ -75,7 +75,7 @@ class CudaEngine:
         return gpu_inputs(self.device, self.network, self._symbol_events(), inputs, step)
 
     def _symbol_events(self):
-        return None if self.network.embedding is None else self.host_inputs.symbol_events
+        return None if self.network.symbols is None else self.host_inputs.symbol_events
 
     # --- single steps ---
 

@@ -120,7 +120,7 @@ def dense_host_inputs(array: np.ndarray) -> Inputs:
 def gpu_inputs(device: Device, network: Network, symbol_events: Events | None, array: Any, step: bool) -> Inputs:
     """Inputs that lie on the GPU, used where they are if their type fits, else converted there.
 
-    symbol_events : the embedding's rows as events; None without an embedding
+    symbol_events : the events of each symbol; None for a network that reads numbers
     step          : whether `array` is a single step, without the dimension of time
 
     Raises as `Engine.prepare` does, except for single numbers, which the run checks.
@@ -130,9 +130,7 @@ def gpu_inputs(device: Device, network: Network, symbol_events: Events | None, a
     kind = given.dtype.kind
     if symbol_events is not None:
         if given.ndim != 2 or kind not in "iu":
-            raise ValueError(
-                f"inputs: got {given.dtype} {given.shape}, need whole numbers (steps, batch) for the embedding"
-            )
+            raise ValueError(f"inputs: got {given.dtype} {given.shape}, need whole numbers (steps, batch), the symbols")
         wanted = np.int64
     else:
         if given.ndim != 3 or given.shape[2] != size or kind not in "fiub":

@@ -44,7 +44,7 @@ class EventLists:
 class Run:
     """A run of `steps` steps and `batch` samples, kept so that the next run of that shape allocates nothing.
 
-    symbol_events : the embedding's rows as events; None without an embedding
+    symbol_events : the events of each symbol; None for a network that reads numbers
     tensor_layers : the layers that go through tensor cores
     captured      : the whole run as a graph, once `CapturedRun` has been made for it
     """

@@ -25,6 +25,11 @@ def one_cell(network: Network, where: str) -> Cell:
     """The cell of all layers of a network. Raises `ExportRefused` where they differ, TypeError for gated blocks."""
     need_kind("network", network, Network, "a Network")
     need_matrices(network.matrices(), where)
+    if network.one_hot:
+        raise ExportRefused(
+            f"network: its embedding is folded into layers.0.w_in, which {where} has not; export the network before it "
+            "is folded"
+        )
     cells = {(layer.cell.name, layer.cell.variant) for layer in network.layers}
     if len(cells) > 1:
         found = ", ".join(sorted("/".join(cell) for cell in cells))

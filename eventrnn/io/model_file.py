@@ -8,8 +8,9 @@ Version 2 added N:M matrices and narrow values: a matrix has `n`, `m` and `axis`
 (bfloat16) or I8 with a tensor `scales`. Version 3 stores indices and row pointers as the narrowest unsigned integers
 that hold them. Version 4 stores an embedding whose values bfloat16 or int8 can hold as U16, or as I8 with a tensor
 `embedding.scales`. Version 5 added the cells "gru" and "lstm", and gated blocks: a matrix has `density` and
-`gate_rule`, and tensors `gate`, `gate_bias` and, for a gate of two factors, `gate_out`. Files of versions 1 to 4 can
-still be read, and a network that needs nothing of version 5 is written as version 4.
+`gate_rule`, and tensors `gate`, `gate_bias` and, for a gate of two factors, `gate_out`. Version 6 added networks whose
+input is a one-hot symbol (`Network.one_hot`): the description has `one_hot`. Files of versions 1 to 5 can still be
+read, and a network is written as the lowest version, from 4 on, that has all it needs.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ from eventrnn.weights.storage import check_scales, from_bfloat16, from_int8, nar
 
 FORMAT = "eventrnn"
 
-VERSION = 5
+VERSION = 6
 
-READABLE = ("1", "2", "3", "4", "5")
+READABLE = ("1", "2", "3", "4", "5", "6")
 
 # The version that added a cell or a format; others are those of version 1.
 _CELL_SINCE = {"gru": 5, "lstm": 5}
@@ -130,6 +131,8 @@ def _since(tensors: Mapping[str, np.ndarray], description: Mapping[str, Any]) ->
         found[_FORMAT_SINCE.get(spec["format"], 1)] = f"the format {spec['format']!r}"
     for cell in description["cells"]:
         found[_CELL_SINCE.get(cell["name"], 1)] = f"the cell {cell['name']!r}"
+    if description.get("one_hot"):
+        found[6] = "a one-hot input"
     return found
 
 
@@ -212,6 +215,8 @@ def _to_tensors(network: Network) -> tuple[dict[str, np.ndarray], dict[str, Any]
         "tied": network.readout is not None and network.readout.tied,
         "metadata": dict(network.metadata),
     }
+    if network.one_hot:
+        description["one_hot"] = True
     return tensors, description
 
 
@@ -233,8 +238,12 @@ def _is_transposed_embedding(network: Network) -> bool:
 
 
 def _from_tensors(tensors: dict[str, np.ndarray], description: Any) -> Network:
-    _need_keys("description", description, {"cells", "matrices", "tied", "metadata"})
-    for name, kind, words in (("cells", list, "a list"), ("matrices", dict, "names"), ("tied", bool, "true or false")):
+    # A file says whether its input is one-hot only if it is.
+    if isinstance(description, dict):
+        description = {"one_hot": False, **description}
+    _need_keys("description", description, {"cells", "matrices", "tied", "metadata", "one_hot"})
+    flags = ((name, bool, "true or false") for name in ("tied", "one_hot"))
+    for name, kind, words in (("cells", list, "a list"), ("matrices", dict, "names"), *flags):
         _need_type(name, description[name], kind, words)
     metadata = description["metadata"]
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -263,7 +272,7 @@ def _from_tensors(tensors: dict[str, np.ndarray], description: Any) -> Network:
         raise ValueError("tied: true, but there is no readout")
     if tensors or matrices:
         raise ModelFileError(f"holds what no layer uses: {', '.join([*tensors, *matrices])}")
-    return Network(tuple(layers), embedding, readout, metadata)
+    return Network(tuple(layers), embedding, readout, metadata, description["one_hot"])
 
 
 @contextmanager

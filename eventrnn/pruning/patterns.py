@@ -226,6 +226,11 @@ def prunable_matrices(
         matrices[EMBEDDING] = Dense(network.embedding)
         there.append(EMBEDDING)
     chosen = {name: matrices[name] for name in choose(there, names, exempt)}
+    if network.one_hot and (folded := MatrixId.of(0, "w_in")) in chosen:
+        raise ValueError(
+            f"pruning: {folded} is an embedding folded with the input weights, of which a symbol reads one row; prune "
+            f"the network before it is folded, or leave it out: exempt=('{folded}',)"
+        )
     need_matrices(chosen, "pruning without training", "prune them in training: Trainer(pruning=...), --steps")
     return chosen
 

@@ -424,10 +424,10 @@ def _checked(
 
 def check_inputs(network: Network, name: str, inputs: np.ndarray) -> None:
     """Raise ValueError, with the position of the fault, for sequences (S, T) or (S, T, I) that cannot be read."""
-    if network.embedding is not None:
+    if network.symbols is not None:
         if inputs.ndim != 2:
-            raise ValueError(f"{name}: got shape {inputs.shape}, need symbols (S, T) for the embedding")
-        check_range(name, inputs, len(network.embedding), "(sequence, step)")
+            raise ValueError(f"{name}: got shape {inputs.shape}, need symbols (S, T)")
+        check_range(name, inputs, network.symbols, "(sequence, step)")
         return
     size = network.layers[0].inputs
     if inputs.ndim != 3 or inputs.shape[2] != size or inputs.dtype.kind not in "fiub":
@@ -450,9 +450,10 @@ def check_symbols(network: Network, symbols: np.ndarray) -> np.ndarray:
     Raises ValueError for symbols that the network cannot read, and for a network that cannot predict symbols.
     """
     need_kind("network", network, Network, "a Network")
-    if network.embedding is None or network.readout is None:
+    known = network.symbols
+    if known is None or network.readout is None:
         raise ValueError("network: needs an embedding and a read-out to read and predict symbols")
-    size, known = network.readout.weights.shape[1], len(network.embedding)
+    size = network.readout.weights.shape[1]
     if size != known:
         raise ValueError(f"network: reads {known} symbols but its read-out predicts {size}; they must be the same")
     symbols = plain_array("symbols", symbols)

@@ -67,6 +67,20 @@ float32_at, int32_at, int64_at = _reader(types.float32), _reader(types.int32), _
 
 
 @intrinsic
+def float32_of(typingctx, address, size):
+    """The float32 array of a size at an address."""
+    array_type = types.Array(types.float32, 1, "C")
+
+    def generate(context, builder, signature, args):
+        place, length = (
+            context.cast(builder, arg, kind, types.int64) for arg, kind in zip(args, signature.args, strict=True)
+        )
+        return _array(context, builder, array_type, place, [length])
+
+    return array_type(address, size), generate
+
+
+@intrinsic
 def flat(typingctx, array):
     """A contiguous array as one of a single axis, in its own memory."""
     array_type = types.Array(array.dtype, 1, "C")

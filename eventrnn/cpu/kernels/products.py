@@ -10,6 +10,8 @@ from functools import cache
 
 import numpy as np
 
+from eventrnn.cells import fma
+from eventrnn.cpu.kernels.array_table import float32_of
 from eventrnn.cpu.kernels.by_address import GATING, PRODUCT, UPDATE, address_of
 from eventrnn.cpu.kernels.cell_update import (
     compact_gated_events,
@@ -45,15 +47,20 @@ from eventrnn.cpu.tables import (
     FLOAT32,
     GATED,
     HIGH,
+    IN_PLACE,
     INT8,
     LOW,
     MANY_BLOCKS,
     MASKED,
+    PITCH,
+    POINTERS,
     ROW_TILES,
     ROWS,
     SCATTER,
     SINGLE_TILES,
     SMALL_PANEL_BITS,
+    VALUES,
+    WIDTH,
 )
 
 #: storage -> type of its weights in the pool
@@ -133,10 +140,36 @@ def product_by_blas(tables, first_tile, last_tile, bias_begin, n_pre, events, dr
         blas_product(tables.column_tiles[w], tables, bias_begin, n_pre, events.rows, drives)
 
 
+@called_by_address
+def product_in_place(tables, first_tile, last_tile, bias_begin, n_pre, events, drives):
+    """Column tiles of kind IN_PLACE: rows of the network's own array, one drive row after the other.
+
+    A column tile ends where its segment ends: what lies behind it in a row belongs to another tile, or is no memory of
+    the array.
+    """
+    pools, lists = tables.pools, events.lists
+    for w in range(first_tile, last_tile):
+        column_tile = tables.column_tiles[w]
+        low, width, pitch = column_tile[LOW], column_tile[HIGH] - column_tile[LOW], column_tile[PITCH]
+        weights = float32_of(column_tile[POINTERS], n_pre * pitch)
+        for k in range(events.rows):
+            at, first = k * tables.drive_pitch, events.first + k * events.per_row
+            copy(pools.biases, bias_begin + low, drives, at + low, width)
+            for q in range(first, first + events.per_row):
+                begin, count = lists.begins[q], lists.counts[q]
+                add_dense_rows(column_tile, weights, pools, lists, begin, count, drives, at, tables.workspace)
+                for e in range(begin, begin + count):
+                    row, value = column_tile[VALUES] + np.int64(lists.indices[e]) * pitch, lists.values[e]
+                    for i in range(column_tile[WIDTH], width):
+                        drives[at + low + i] = fma(weights[row + i], value, drives[at + low + i])
+
+
 @cache
 def _product(kind: int, storage: int):
     if kind == BLAS:
         return product_by_blas
+    if kind == IN_PLACE:
+        return product_in_place
     if kind == GATED:
         return by_gates(_DTYPES[storage])
     if kind == SINGLE_TILES:

@@ -207,7 +207,7 @@ def step(table, inputs, output):
 
 @compiled
 def step_of_symbols(table, symbols, output):
-    """`step` of a network with an embedding: it takes `symbols` (batch,) int64, and is refused for one out of range."""
+    """`step` of a network that reads symbols: it takes them, (batch,) int64, and is refused for one out of range."""
     mode = enter_standard_mode()
     refused = _select_rows(table, symbols) or _step(table, output)
     leave_standard_mode(mode)
@@ -229,7 +229,7 @@ def _compact_inputs(table, inputs):
 
 @inlined
 def _select_rows(table, symbols):
-    """Copy `symbols` (batch,) int64, the rows of the embedding that a step reads; True if there is no such row.
+    """Copy `symbols` (batch,) int64, the rows of the table of events that a step reads; True if there is no such row.
 
     The copy is checked and read: another thread may change the symbols meanwhile.
     """

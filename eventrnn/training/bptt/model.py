@@ -139,6 +139,11 @@ class Model:
 
     def __init__(self, network: Network, *, backward: str = "auto", threads: int = 1, thresholds: str = "positive"):
         need_kind("network", network, Network, "a Network")
+        if network.one_hot:
+            raise ValueError(
+                "network: its embedding is folded into layers.0.w_in, which is for inference; train the network with "
+                "its embedding, and fold it afterwards"
+            )
         need_choice("backward", backward, BACKWARDS)
         need_whole("threads", threads)
         if not 1 <= threads <= MOST_THREADS:

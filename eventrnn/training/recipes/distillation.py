@@ -108,7 +108,7 @@ def _check(teacher: Network, vocabulary: Vocabulary, symbols: np.ndarray) -> Non
             f"it has another vocabulary than the network that is trained ({len(own):,} and {len(vocabulary):,} "
             f"symbols, which differ from number {first} on); need the same"
         )
-    read = 0 if teacher.embedding is None else len(teacher.embedding)
+    read = teacher.symbols
     if read != len(own):
-        raise ValueError(f"it reads {read} symbols, but its vocabulary has {len(own)}; need as many")
+        raise ValueError(f"it reads {read or 0} symbols, but its vocabulary has {len(own)}; need as many")
     check_symbols(teacher, symbols)
