@@ -18,7 +18,7 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 def script(name, monkeypatch):
     """Import a script as a fresh module; it can import the other scripts."""
     monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    for each in (name, "records", "models", "ptb_figures", "ptb_tuning"):
+    for each in (name, "records", "models", "ptb_figures", "ptb_measures", "ptb_tuning"):
         monkeypatch.delitem(sys.modules, each, raising=False)
     return importlib.import_module(name)
 
@@ -501,8 +501,16 @@ def test_ptb_model_is_evaluated_pruned_tuned_compared_and_drawn(monkeypatch, tmp
     without = line["test"]["effective"] - line["test"]["effective_by_matrix"]["readout"]
     assert line["test"]["effective_without_decoder"] == without
 
-    line = run("twin", tuned, *text)
-    assert line["equal"] and line["compared"] == 14 * 300
+    folded = run("evaluate", tuned, *text, "--test", "--fold")
+    assert folded["name"] == f"{tuned.name}, folded" and folded["folded"] and not line["folded"]
+    assert folded["test"]["perplexity"] == line["test"]["perplexity"] and folded["weights"] == line["weights"]
+    assert folded["test"]["executed"] < line["test"]["executed"] and folded["folded_bytes"] > 4 * 6 * 24
+    assert folded["test"]["dense"] == first["valid"]["dense"] - 24 * 6 + 24
+    for key in ("readout", "layers.1.w_in"):
+        assert folded["test"]["effective_by_matrix"][key] == line["test"]["effective_by_matrix"][key]
+    for fold in ((), ("--fold",)):
+        line = run("twin", tuned, *text, *fold)
+        assert line["equal"] and line["compared"] == 14 * 300 and line["folded"] == bool(fold)
     line = run("grid", tuned, *text, "--limit", 100)
     points = [each for each in map(json.loads, results.read_text().splitlines()) if each["what"] == "grid"]
     assert len(points) == 4 and {(each["added"], each["kept"]) for each in points} == {
@@ -571,6 +579,10 @@ def test_latency_without_torch_names_what_is_missing(latency, monkeypatch):
     assert set(line["missing"]) == {"LSTM", "GRU", "LSTM, int8", "GRU, int8"}
     assert "torch is not installed" in shown and "random weights" in line["weights"]
     assert 0 < line["effective"] <= line["executed"] < line["dense"] == 36 * (8 + 12) + 36 * 24 + 24 * 20 + 8 * 30
+    folded, shown = latency("--fold")
+    assert list(folded["ms_per_token"]) == ["ours", "ours, factors", "ours, dense", "ours, BLAS"]
+    assert folded["folded"] and folded["name"].endswith(", folded") and "ours, factors" in shown
+    assert folded["dense"] == line["dense"] - 36 * 8 + 36
 
 
 @pytest.mark.torch
