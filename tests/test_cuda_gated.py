@@ -19,7 +19,7 @@ from eventrnn.testing import gated_blocks
 from eventrnn.weights import GatedBlocks, convert
 from support import emulated_gpu
 from support.conformance import assert_same, assert_same_state, same_bits
-from support.ptx import check_ptx, compiler
+from support.ptx import check_ptx, compiler, merged_tuples
 
 CELLS = [Cell(), Cell("gru"), Cell("lstm")]
 
@@ -95,25 +95,37 @@ def test_strips_hold_the_rows_of_stored_blocks_once(data, gates, units, n_pre):
         assert 8 <= strips.stage_rows(stage) <= stage // (width * strips.values.itemsize)
 
 
-def test_a_compiler_that_would_not_finish_is_refused_before_it_starts(monkeypatch):
-    compiler()
-    from eventrnn.cuda import device
-
-    monkeypatch.setattr(device, "compile_ptx", lambda *given: "//\n.version 9.0\n.target sm_90\n")
-    device.need_recent_compiler("layers", (9, 0))
-    for name in device.DEMANDING:
-        with pytest.raises(BackendUnavailable, match=r"gated blocks.* writes PTX 9\.0 .* need .* 9\.1 or newer"):
-            device.need_recent_compiler(name, (9, 0))
-    monkeypatch.setattr(device, "compile_ptx", lambda *given: ".version 9.1\n.target sm_90\n")
-    device.need_recent_compiler("gated_rows", (9, 0))
-
-
-def test_kernels_of_gated_blocks_compile_without_contraction():
+@pytest.mark.parametrize("narrow", [False, True])
+def test_kernels_of_gated_blocks_compile_with_every_libnvvm_and_without_contraction(monkeypatch, narrow):
     compiled = compiler()
+    from numba.cuda.cudadrv import nvvm
+
     from eventrnn.cuda.kernels.gated_kernels import gated_layer_kernel, gated_rows_kernel
 
-    check_ptx(compiled(gated_rows_kernel(False)))
-    check_ptx(compiled(gated_layer_kernel(("lstm", "standard"), True)))
+    def checked(modules, *given, compile_ir=nvvm.compile_ir, **options):
+        # Before the compiler starts, because an old one would not end. A newer one does.
+        assert not [merged for module in modules for merged in merged_tuples(module)]
+        read.extend(modules)
+        return compile_ir(modules, *given, **options)
+
+    read: list[str] = []
+    monkeypatch.setattr(nvvm, "compile_ir", checked)
+    ptx = compiled(gated_layer_kernel(("lstm", "standard"), True) if narrow else gated_rows_kernel(False))
+    assert any("add_rows" in module for module in read)
+    check_ptx(ptx)
+    assert ".local" not in ptx, "arrays in local memory are slow"
+
+
+def test_tuples_that_are_assigned_in_two_places_are_found():
+    once = """define i32 @f() {
+      store {i32, i64} zeroinitializer, {i32, i64}* %"a"
+      store {i32, i64} %".1", {i32, i64}* %"a", align 8
+      store i32 %".2", i32* %"b"
+    }\n"""
+    twice = once.replace("store i32 %", 'store [2 x float] %".3", [2 x float]* %"c"\n') * 2
+    again = once.replace("store i32", 'store {i32, i64} %".4", {i32, i64}* %"a"\n store i32')
+    assert merged_tuples(once) == merged_tuples(twice) == []
+    assert merged_tuples(once + again) == ['%"a" of define i32 @f() {']
 
 
 EMULATED = [
@@ -199,19 +211,7 @@ def check_on_a_gpu(network: Network, x: np.ndarray) -> None:
     assert_same_state(expected.state, simulator.state)
 
 
-@pytest.fixture
-def recent_compiler():
-    """Skips a test of a GPU whose compiler does not finish these kernels; a run there is refused, which is tested."""
-    from eventrnn.cuda import device
-
-    try:
-        device.need_recent_compiler(device.DEMANDING[0], device.current_device().architecture)
-    except BackendUnavailable as error:
-        pytest.skip(str(error))
-
-
 @pytest.mark.gpu
-@pytest.mark.usefixtures("recent_compiler")
 @pytest.mark.parametrize("cell", CELLS, ids=said)
 def test_gated_blocks_on_a_gpu_have_the_bits_of_the_cpu(cell):
     for options in DRAWN:
@@ -219,7 +219,6 @@ def test_gated_blocks_on_a_gpu_have_the_bits_of_the_cpu(cell):
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("recent_compiler")
 @pytest.mark.parametrize(("units", "block", "storage"), [(1536, (128, 128), "float32"), (96, (4, 4), "bfloat16")])
 def test_wide_gated_blocks_on_a_gpu_have_the_bits_of_the_cpu(units, block, storage):
     # More blocks than threads in the last case.
@@ -230,7 +229,6 @@ def test_wide_gated_blocks_on_a_gpu_have_the_bits_of_the_cpu(units, block, stora
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("recent_compiler")
 @pytest.mark.parametrize("matrix", ["layers.0.w_in", "layers.0.w_rec", "readout"])
 def test_gates_on_a_gpu_that_are_not_finite_stop_a_run_by_the_name_of_the_matrix(matrix):
     check_cancelling(matrix)

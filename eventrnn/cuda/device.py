@@ -29,7 +29,7 @@ vars(np).setdefault("row_stack", np.vstack)
 try:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        from numba import cuda, types
+        from numba import cuda
         from numba.cuda import compiler as _compiler
         from numba.cuda import dispatcher as _dispatcher
         from numba.cuda import libdevice
@@ -48,12 +48,6 @@ PORTABLE_CLUSTER = 8
 
 #: bytes of shared memory per block up to which no special permission is needed
 DEFAULT_SHARED_BYTES = 48 * 1024
-
-#: kernels that libNVVM of CUDA 12.8 and of 13.0 does not finish compiling; that of 13.1 takes seconds
-DEMANDING = ("gated_rows", "gated_layer")
-
-#: oldest version of PTX that a libNVVM writes which compiles them, that of CUDA 13.1
-RECENT_PTX = (9, 1)
 
 #: an empty kernel, for questions about occupancy
 PROBE = b".version 8.0\n.target sm_90\n.address_size 64\n.visible .entry probe() { ret; }\n"
@@ -99,30 +93,6 @@ def compile_ptx(kernel: Callable[..., None], signature, architecture: tuple[int,
         # One block per multiprocessor, so that it can use all registers.
         ptx, _ = cuda.compile(kernel, signature, device=False, abi="numba", cc=architecture, launch_bounds=(threads, 1))
     return ptx
-
-
-def ptx_version(ptx: str) -> tuple[int, int]:
-    """The version of PTX that the compiler has written."""
-    written = next(line.split()[1] for line in ptx.splitlines() if line.startswith(".version"))
-    major, minor = written.split(".")
-    return int(major), int(minor)
-
-
-def need_recent_compiler(name: str, architecture: tuple[int, int]) -> None:
-    """Raise BackendUnavailable where libNVVM would not finish compiling the kernel of that name."""
-
-    def nothing(address):
-        pass
-
-    if name in DEMANDING:
-        written = ptx_version(compile_ptx(nothing, types.void(types.int64), architecture, 32))
-        if written < RECENT_PTX:
-            have, need = (".".join(map(str, each)) for each in (written, RECENT_PTX))
-            raise BackendUnavailable(
-                f"cuda: gated blocks: the libNVVM here writes PTX {have} and does not finish compiling their kernels, "
-                f"need one that writes PTX {need} or newer, as from CUDA 13.1 on, and a driver that takes it "
-                "(pip install 'nvidia-nvvm>=13.1'); or use backend='cpu'"
-            )
 
 
 @dataclass(frozen=True)
@@ -178,7 +148,6 @@ class Device:
 
         key = (*key, threads)
         if key not in self._kernels:
-            need_recent_compiler(key[0], self.architecture)
             function, signature = make()
             ptx = compile_ptx(function, signature, self.architecture, threads)
             name = next(line for line in ptx.splitlines() if ".entry" in line).split()[2].rstrip("(")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -28,3 +29,25 @@ def check_ptx(ptx: str) -> None:
     assert not re.findall(r"\s(?:ld|st)\.(?:f32|[us]\d+|b\d+)\b", ptx)
     # Fused operations that the source does ask for.
     assert "fma.rn.f32" in ptx
+
+
+# A statement of LLVM that assigns a tuple to a variable: "store {i32, i64} %value, {i32, i64}* %variable".
+ASSIGNED_TUPLE = re.compile(r'\s*store [{\[].*[}\]] (?P<value>\S+), .*(?:\*|ptr) (?P<variable>%"[^"]+")')
+
+
+def merged_tuples(module: str) -> list[str]:
+    """Variables of a module in LLVM's language that hold a tuple and are assigned in more than one place of a function.
+
+    An assignment of zeros does not count, because Numba begins every variable with one. libNVVM of CUDA 12.8 and of
+    13.0 merges such variables for ever, while it optimises, where paths of a function meet.
+    """
+    merged, places, function = [], Counter(), ""
+    for line in module.splitlines():
+        assigned = ASSIGNED_TUPLE.match(line)
+        if line.startswith("define"):
+            function, places = line, Counter()
+        elif assigned and assigned["value"] != "zeroinitializer":
+            places[assigned["variable"]] += 1
+            if places[assigned["variable"]] == 2:
+                merged.append(f"{assigned['variable']} of {function[:200]}")
+    return merged

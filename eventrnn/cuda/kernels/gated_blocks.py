@@ -23,6 +23,9 @@ ring        shared   per warp, (STAGES, stage bytes), rows of a strip; then (sam
 strips      global   `gated_matrix.RowStrips`: values float32 or uint16 bits of bfloat16; offsets (strips, block rows)
                      int64, where the rows of a block row begin, -1 where no block is stored
 =========== ======== ===========================================================================================
+
+No variable that holds a tuple, with names or without, is assigned in two places, as before a loop and in it: libNVVM of
+CUDA 12.8 and of 13.0 does not finish compiling a kernel where such variables meet. Numbers are carried over one by one.
 """
 
 from __future__ import annotations
@@ -175,13 +178,15 @@ def sum_of_sample(acc, sums, samples, sample, lane):
 
 
 def make_add_strip(narrow: bool, stage_bytes: int):
-    """The device functions add_strip, begin_strip and end_strip for float32 weights, or for bfloat16 ones.
+    """The device functions add_strip, begin_strip and end_factor for float32 weights, or for bfloat16 ones.
 
     stage_bytes : bytes of weights that a warp copies at a time
 
     add_strip(start, strip, received, ring_at, lane) -> start + sum over j of weight * (gate * input). For one row of
-    inputs it returns the sum; those of several rows lie behind the ring (`sum_of_sample`). begin_strip starts the first
-    copies, and end_strip does the rest.
+    inputs it returns the sum; those of several rows lie behind the ring (`sum_of_sample`).
+
+    begin_strip(strip, received, ring_at, lane) starts the first copies; for a strip of a factor,
+    end_factor(start, factor, received, ring_at, lane) does the rest.
     """
     size, pointer = (2, shared_uint16) if narrow else (4, shared_float32)
 
@@ -239,19 +244,21 @@ def make_add_strip(narrow: bool, stage_bytes: int):
             acc = cuda.fma(weight(values, w), gate * inputs[int32(at + k)], acc)
             k, w = int32(k + 1), int32(w + width)
         x_at = inputs_at + int64(4) * (at + k)
-        weights, x = weights8(values, w, width), inputs8(x_at)
+        w0, w1, w2, w3, w4, w5, w6, w7 = weights8(values, w, width)
+        x0, x1, x2, x3, x4, x5, x6, x7 = inputs8(x_at)
         while k + 8 <= rows:
             k, w, x_at = int32(k + 8), int32(w + 8 * width), x_at + int64(32)
             next_weights, next_x = weights8(values, w, width), inputs8(x_at)
-            acc = cuda.fma(weights[0], gate * x[0], acc)
-            acc = cuda.fma(weights[1], gate * x[1], acc)
-            acc = cuda.fma(weights[2], gate * x[2], acc)
-            acc = cuda.fma(weights[3], gate * x[3], acc)
-            acc = cuda.fma(weights[4], gate * x[4], acc)
-            acc = cuda.fma(weights[5], gate * x[5], acc)
-            acc = cuda.fma(weights[6], gate * x[6], acc)
-            acc = cuda.fma(weights[7], gate * x[7], acc)
-            weights, x = next_weights, next_x
+            acc = cuda.fma(w0, gate * x0, acc)
+            acc = cuda.fma(w1, gate * x1, acc)
+            acc = cuda.fma(w2, gate * x2, acc)
+            acc = cuda.fma(w3, gate * x3, acc)
+            acc = cuda.fma(w4, gate * x4, acc)
+            acc = cuda.fma(w5, gate * x5, acc)
+            acc = cuda.fma(w6, gate * x6, acc)
+            acc = cuda.fma(w7, gate * x7, acc)
+            w0, w1, w2, w3, w4, w5, w6, w7 = next_weights
+            x0, x1, x2, x3, x4, x5, x6, x7 = next_x
         while k < rows:
             acc = cuda.fma(weight(values, w), gate * inputs[int32(at + k)], acc)
             k, w = int32(k + 1), int32(w + width)
@@ -319,7 +326,16 @@ def make_add_strip(narrow: bool, stage_bytes: int):
     def add_strip(start, strip, received, ring_at, lane):
         return end_strip(start, strip, received, begin_strip(strip, received, ring_at, lane), ring_at, lane)
 
-    return add_strip, begin_strip, end_strip
+    @device_function
+    def end_factor(start, factor, received, ring_at, lane):
+        """Multiply a strip of a factor, which is one block row that is always needed, after `begin_strip`."""
+        none, ahead, done = int32(0), int32(0), int32(min((STAGES - 1) * factor.stage_rows, factor.n_pre))
+        if done == factor.n_pre:
+            ahead, done = factor.block_rows, int32(0)
+        begun = none, none, none, ahead, none, none, done
+        return end_strip(start, factor, received, begun, ring_at, lane)
+
+    return add_strip, begin_strip, end_factor
 
 
 @device_function
@@ -340,19 +356,19 @@ def sum_in_order(numbers, count):
     """The sum of numbers[:count] from +0 on, one after the other."""
     total, k = np.float32(0), int32(0)
     # The next eight are loaded before the present ones are added; the last loads are not used.
-    a = load8(numbers, k)
+    a, b, c, d, e, f, g, h = load8(numbers, k)
     while k + 8 <= count:
         k = int32(k + 8)
-        b = load8(numbers, k)
-        total = total + a[0]
-        total = total + a[1]
-        total = total + a[2]
-        total = total + a[3]
-        total = total + a[4]
-        total = total + a[5]
-        total = total + a[6]
-        total = total + a[7]
-        a = b
+        following = load8(numbers, k)
+        total = total + a
+        total = total + b
+        total = total + c
+        total = total + d
+        total = total + e
+        total = total + f
+        total = total + g
+        total = total + h
+        a, b, c, d, e, f, g, h = following
     while k < count:
         total = total + numbers[k]
         k = int32(k + 1)

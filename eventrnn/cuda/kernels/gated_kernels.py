@@ -68,9 +68,9 @@ def strip_of_factor(values_at, offsets_at, width, stage, n_pre, columns, strip, 
 
 @device_function
 def start_of_factor(factor, strip, bias_at, lane):
-    """What the column of this lane starts from: bias (columns,) float32, or 0 for the address 0."""
+    """What the column of this lane starts from: bias (columns,) float32."""
     start = np.float32(0)
-    if factor.mine and bias_at != 0:
+    if factor.mine:
         start = global_float32(bias_at)[int32(strip * factor.width + lane)]
     return start
 
@@ -99,7 +99,7 @@ def gated_rows_kernel(narrow: bool):
     out_at                         : (rows, columns) float32
     """
     add_strip, _, _ = make_add_strip(narrow, ROWS_STAGE_BYTES)
-    _, begin_factor_strip, end_factor_strip = make_add_strip(False, ROWS_STAGE_BYTES)
+    _, begin_strip, end_factor = make_add_strip(False, ROWS_STAGE_BYTES)
     sums_offset = STAGES * ROWS_STAGE_BYTES
     ring_bytes = sums_offset + SUM_BYTES
 
@@ -174,8 +174,9 @@ def gated_rows_kernel(narrow: bool):
                     shared_int32(maxima_at)[int32(sample * LANES + warp)] = best
                 sample = int32(sample + 1)
             cuda.syncthreads()
-            received = Received(own, inputs_at, ones_at + int64(4), ones_at, input_pitch, none, none)
+            source_at, source_pitch, n_source = inputs_at, input_pitch, n_pre
             if rank > 0:
+                for_inner = Received(own, inputs_at, ones_at + int64(4), ones_at, input_pitch, none, none)
                 strip = warp
                 while warp < workers and strip < inner_strips:
                     at = offsets_at + int64(8) * (logit_strips + strip)
@@ -183,9 +184,8 @@ def gated_rows_kernel(narrow: bool):
                     factor = strip_of_factor(
                         m[tables.INNER_VALUES], at, inner_width, inner_stage, n_pre, rank, strip, lane
                     )
-                    begun = begin_factor_strip(factor, received, ring_at, lane)
-                    start = start_of_factor(factor, strip, int64(0), lane)
-                    acc = end_factor_strip(start, factor, received, begun, ring_at, lane)
+                    begin_strip(factor, for_inner, ring_at, lane)
+                    acc = end_factor(np.float32(0), factor, for_inner, ring_at, lane)
                     column = int32(strip * inner_width + lane)
                     if lane < inner_width and column < rank:
                         sample = int32(0)
@@ -194,21 +194,18 @@ def gated_rows_kernel(narrow: bool):
                             sample = int32(sample + 1)
                     strip = int32(strip + workers)
                 cuda.syncthreads()
-            strip, n_received = warp, n_pre
-            if rank > 0:
-                received, n_received = (
-                    Received(own, inner_at, ones_at + int64(4), ones_at, inner_pitch, none, none),
-                    rank,
-                )
+                source_at, source_pitch, n_source = inner_at, inner_pitch, rank
+            for_logits = Received(own, source_at, ones_at + int64(4), ones_at, source_pitch, none, none)
+            strip = warp
             while warp < workers and strip < logit_strips:
                 logit_width, logit_stage = int32(m[tables.LOGIT_WIDTH]), int32(m[tables.LOGIT_STAGE])
                 at = offsets_at + int64(8) * strip
                 factor = strip_of_factor(
-                    m[tables.LOGIT_VALUES], at, logit_width, logit_stage, n_received, blocks, strip, lane
+                    m[tables.LOGIT_VALUES], at, logit_width, logit_stage, n_source, blocks, strip, lane
                 )
-                begun = begin_factor_strip(factor, received, ring_at, lane)
+                begin_strip(factor, for_logits, ring_at, lane)
                 start = start_of_factor(factor, strip, m[tables.LOGIT_BIAS], lane)
-                acc = end_factor_strip(start, factor, received, begun, ring_at, lane)
+                acc = end_factor(start, factor, for_logits, ring_at, lane)
                 column = int32(strip * logit_width + lane)
                 if lane < logit_width and column < blocks:
                     sample = int32(0)
@@ -228,7 +225,7 @@ def gated_rows_kernel(narrow: bool):
                     report(status_at, number)
                 sample = int32(sample + 1)
             cuda.syncthreads()
-            received = Received(own, inputs_at, active_at, gates_at, input_pitch, active_pitch, gates_pitch)
+            for_blocks = Received(own, inputs_at, active_at, gates_at, input_pitch, active_pitch, gates_pitch)
             block_strip = split * workers + warp
             while warp < workers and block_strip < m[tables.BLOCK_STRIPS]:
                 column, start = int32(block_strip * width + lane), np.float32(0)
@@ -251,7 +248,7 @@ def gated_rows_kernel(narrow: bool):
                     int32(column // c),
                     mine,
                 )
-                acc = add_strip(start, strip_rows, received, ring_at, lane)
+                acc = add_strip(start, strip_rows, for_blocks, ring_at, lane)
                 if mine:
                     sample = int32(0)
                     while sample < own:
@@ -309,7 +306,7 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool):
     spread    : blocks of a group of samples; tiles, samples : what a block owns
     """
     (add_strip, _, _), update = make_add_strip(narrow, LAYER_STAGE_BYTES), UPDATES[kind]
-    _, begin_factor_strip, end_factor_strip = make_add_strip(False, LAYER_STAGE_BYTES)
+    _, begin_strip, end_factor = make_add_strip(False, LAYER_STAGE_BYTES)
     sums_offset = STAGES * LAYER_STAGE_BYTES
     ring_bytes = sums_offset + SUM_BYTES
     n_gates = len(EQUATIONS[kind[0]][kind[1]].gates)
@@ -389,10 +386,12 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool):
         cuda.syncthreads()
 
         # Inputs of the factor that gives the logits.
-        n_logits_pre = n
+        source_at, source_pitch, n_source = inputs_at, input_pitch, n
         if rank > 0:
-            n_logits_pre = rank
-        nothing_begun = none, none, none, none, none, none, none
+            source_at, source_pitch, n_source = inner_at, inner_pitch, rank
+        for_inner = Received(own_samples, inputs_at, ones_at + int64(4), ones_at, input_pitch, none, none)
+        for_logits = Received(own_samples, source_at, ones_at + int64(4), ones_at, source_pitch, none, none)
+        for_blocks = Received(own_samples, inputs_at, active_at, gates_at, input_pitch, active_pitch, gates_pitch)
         t = int64(0)
         while t < steps:
             row = t * batch + first_sample
@@ -411,15 +410,10 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool):
                 gate, item = int32(gate + warps), int32(item + warps)
 
             # Weights of the first own logits are copied while outputs of the step before arrive.
-            received = Received(own_samples, inputs_at, ones_at + int64(4), ones_at, input_pitch, none, none)
-            begun = nothing_begun
             if rank == 0 and warp < workers and warp < own_logits:
-                at = offsets_at + int64(8) * (own_rows + warp)
-                factor = strip_of_factor(
-                    *(logit_values, at, logit_width, logit_stage, n_logits_pre, blocks),
-                    *(int32(part + warp * spread), lane),
-                )
-                begun = begin_factor_strip(factor, received, ring_at, lane)
+                strip, at = int32(part + warp * spread), offsets_at + int64(8) * (own_rows + warp)
+                factor = strip_of_factor(logit_values, at, logit_width, logit_stage, n_source, blocks, strip, lane)
+                begin_strip(factor, for_logits, ring_at, lane)
 
             # Outputs of the step before.
             missing, sample = int32(0), int32(0)
@@ -444,9 +438,8 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool):
                 while warp < workers and strip < inner_strips:
                     at = offsets_at + int64(8) * (own_rows + own_logits + strip)
                     factor = strip_of_factor(inner_values, at, inner_width, inner_stage, n, rank, strip, lane)
-                    begun = begin_factor_strip(factor, received, ring_at, lane)
-                    start = start_of_factor(factor, strip, int64(0), lane)
-                    acc = end_factor_strip(start, factor, received, begun, ring_at, lane)
+                    begin_strip(factor, for_inner, ring_at, lane)
+                    acc = end_factor(np.float32(0), factor, for_inner, ring_at, lane)
                     column = int32(strip * inner_width + lane)
                     if lane < inner_width and column < rank:
                         sample = int32(0)
@@ -457,15 +450,13 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool):
                     strip = int32(strip + workers)
                 cuda.syncthreads()
             k = warp
-            if rank > 0:
-                received = Received(own_samples, inner_at, ones_at + int64(4), ones_at, inner_pitch, none, none)
             while warp < workers and k < own_logits:
                 strip, at = int32(part + k * spread), offsets_at + int64(8) * (own_rows + k)
-                factor = strip_of_factor(logit_values, at, logit_width, logit_stage, n_logits_pre, blocks, strip, lane)
+                factor = strip_of_factor(logit_values, at, logit_width, logit_stage, n_source, blocks, strip, lane)
                 if k != warp or rank > 0:
-                    begun = begin_factor_strip(factor, received, ring_at, lane)
+                    begin_strip(factor, for_logits, ring_at, lane)
                 start = start_of_factor(factor, strip, logit_bias, lane)
-                acc = end_factor_strip(start, factor, received, begun, ring_at, lane)
+                acc = end_factor(start, factor, for_logits, ring_at, lane)
                 column = int32(strip * logit_width + lane)
                 if lane < logit_width and column < blocks:
                     sample = int32(0)
@@ -504,7 +495,6 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool):
             cuda.syncthreads()
 
             # The recurrent drives of the own tiles.
-            received = Received(own_samples, inputs_at, active_at, gates_at, input_pitch, active_pitch, gates_pitch)
             tile, gate, item = int32(0), warp, warp
             while warp < workers:
                 tile, gate = next_item(tile, gate, n_gates)
@@ -529,7 +519,7 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool):
                     int32(column // c),
                     mine,
                 )
-                acc = add_strip(start, strip_rows, received, ring_at, lane)
+                acc = add_strip(start, strip_rows, for_blocks, ring_at, lane)
                 sample = int32(0)
                 while sample < own_samples:
                     place_of = int32((sample * own_tiles * n_gates + item) * LANES + lane)
