@@ -7,6 +7,7 @@ not fuse multiplications and additions that the source does not fuse: with `-fma
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -122,6 +123,8 @@ class Device:
             raise BackendUnavailable(f"cuda: {error}; {INSTALL}") from None
         if not cuda.is_available():
             raise BackendUnavailable(f"cuda: no GPU with a working driver is here; {INSTALL}, or use backend='cpu'")
+        #: the process that has opened the GPU
+        self.process = os.getpid()
         self.arrays: Any = cupy
         self.core = CoreDevice()
         self.core.set_current()
@@ -254,9 +257,10 @@ class Device:
 
     @contextmanager
     def on_stream(self) -> Iterator[None]:
-        """Within the context CuPy uses the same stream. Raises MemoryError with the needed and the free bytes."""
+        """Within the context CuPy uses this GPU and the same stream. Raises MemoryError with the needed and the free
+        bytes."""
         try:
-            with self.queue:
+            with self.arrays.cuda.Device(self.core.device_id), self.queue:
                 yield
         except self.arrays.cuda.memory.OutOfMemoryError as error:
             raise self._out_of_memory(int(getattr(error, "_size", 0))) from None
@@ -266,14 +270,23 @@ class Device:
 
         That is the work on CuPy's current stream and, for a torch tensor, on torch's current stream.
         """
+        for each in self._streams_of(array):
+            self.queue.wait_event(each.record())
+
+    def precede(self, array: Any) -> None:
+        """Make the caller's later work, on the streams of `follow`, wait for the work on the stream so far."""
+        mark = self.queue.record()
+        for each in self._streams_of(array):
+            each.wait_event(mark)
+
+    def _streams_of(self, array: Any) -> list[Any]:
+        """The streams of the caller, other than the device's own."""
         cuda_, torch = self.arrays.cuda, sys.modules.get("torch")
         waited = [cuda_.get_current_stream()]
         if torch is not None and isinstance(array, torch.Tensor):
             theirs = _ForeignStream(torch.cuda.current_stream(array.device).cuda_stream)
             waited.append(cuda_.Stream.from_external(theirs))
-        for each in waited:
-            if each.ptr != self.queue.ptr:
-                self.queue.wait_event(each.record())
+        return [each for each in waited if each.ptr != self.queue.ptr]
 
     def put(self, array: np.ndarray) -> Any:
         """Copy an array to the device. Raises MemoryError with the needed and the free bytes."""
@@ -327,6 +340,17 @@ class Device:
 
 
 @cache
-def current_device() -> Device:
-    """The GPU of this process; it is opened once."""
+def _opened() -> Device:
     return Device()
+
+
+def current_device() -> Device:
+    """The GPU of this process; it is opened once. Raises BackendUnavailable as `Device` does, and in a process that was
+    forked from one that had opened the GPU."""
+    device = _opened()
+    if device.process != os.getpid():
+        raise BackendUnavailable(
+            "cuda: this process was forked from one that had opened the GPU, which CUDA does not support; start it by "
+            "spawn, as multiprocessing_context='spawn' of a DataLoader does, or use the CPU in it"
+        )
+    return device

@@ -384,6 +384,9 @@ class FakeDevice:
     def follow(self, array) -> None:
         return None
 
+    def precede(self, array) -> None:
+        return None
+
     @contextmanager
     def on_stream(self):
         yield

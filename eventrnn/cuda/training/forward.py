@@ -28,6 +28,8 @@ class ForwardWindow(Window):
         if self.training:
             self._draw(lane)
         self._begin(lane)
+        if not self.sizes.outside:
+            self._read_inputs(lane)
         self.lanes.fork()
         for begin, end in self.pieces:
             mark = None
@@ -79,8 +81,8 @@ class ForwardWindow(Window):
                 )
 
     def _begin(self, lane: Lane) -> None:
-        """Thresholds, carried outputs as operands, and the inputs of the first layer."""
-        memory, parameters, first = self.memory, self.parameters, self.sizes.layers[0]
+        """Thresholds, and carried outputs as operands."""
+        memory, parameters = self.memory, self.parameters
         for k, layer in enumerate(self.sizes.layers):
             kind = cell_steps.LOGITS if parameters.rule == "sigmoid" else cell_steps.THRESHOLDS
             lane.each(
@@ -93,6 +95,10 @@ class ForwardWindow(Window):
                 memory.at(("threshold", k)),
             )
             self._carry(lane, k, begin=True)
+
+    def _read_inputs(self, lane: Lane) -> None:
+        """The inputs of the first layer as operands."""
+        memory, parameters, first = self.memory, self.parameters, self.sizes.layers[0]
         mask_at, mask_steps, mask_samples, scale = self.mask("inputs")
         words_at, _, _, words_scale = self.mask("words")
         symbols = bool(self.sizes.symbols)
@@ -237,8 +243,8 @@ class ForwardWindow(Window):
             threads=LOSS_THREADS,
         )
 
-    def write_output(self) -> None:
-        """The output of the network as float32 (T, B, V or N) in `result`."""
+    def write_output(self, to: int = 0) -> None:
+        """The output of the network as float32 (T, B, V or N) in `result`, or at an address of the caller."""
         top, columns = self.sizes.layers[-1], self.sizes.outputs
         last = len(self.sizes.layers) - 1
         source = self.memory.at("logits") if columns else self.sent_at(last)
@@ -255,7 +261,7 @@ class ForwardWindow(Window):
             columns or top.units,
             self.batch,
             self.rows,
-            self.memory.at("result"),
+            to or self.memory.at("result"),
         )
 
     def count_events(self) -> None:

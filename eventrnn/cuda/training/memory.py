@@ -79,6 +79,7 @@ class Sizes:
     d_inputs  : whether the gradient of the inputs is computed; always with an embedding
     soft      : soft targets of the loss
     gated     : sizes of the matrices of gated blocks, by name, from the first layer to the read-out
+    outside   : whether inputs and outputs lie in arrays of a caller, which copies them itself
     straight_through, gate_balance : see `GateSettings` and `Regularisers`
     """
 
@@ -94,6 +95,7 @@ class Sizes:
     gated: Mapping[str, GatedSizes] = field(default_factory=dict)
     straight_through: bool = False
     gate_balance: float = 0.0
+    outside: bool = False
 
     def mask(self, name: str, layer: int = 0) -> Mask | None:
         """The random mask of that name and layer, or None."""
@@ -113,7 +115,7 @@ class Sizes:
         spec["symbols"] = (rows,), np.int64
         spec["targets"] = (rows,), np.int64
         spec["losses"] = (rows,), np.float64
-        if not self.symbols:
+        if not self.symbols and not self.outside:
             spec["numbers"] = (rows, first.inputs), np.float32
         spec["x"] = (rows, first.padded_inputs), operand
         spec["counts of inputs"] = (sum(layer.padded_inputs for layer in self.layers),), np.int64
@@ -134,7 +136,8 @@ class Sizes:
         top = self.layers[-1]
         if self.outputs:
             spec["logits"] = (rows, up(self.outputs)), np.float32
-        spec["result"] = (rows, self.outputs or top.units), np.float32
+        if not self.outside:
+            spec["result"] = (rows, self.outputs or top.units), np.float32
         for gated in self.gated.values():
             spec |= gated.outline(rows, steps, operand, training=training)
         if training:

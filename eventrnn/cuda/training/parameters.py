@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from eventrnn.cuda.training.flat_arrays import F32, FlatArrays
 from eventrnn.cuda.training.kernels import threads, updates
 from eventrnn.cuda.training.lanes import SUM_THREADS, Lane, bits
 from eventrnn.cuda.training.layout import Layout, Segment
@@ -16,14 +17,12 @@ from eventrnn.weights import GatedBlocks, MatrixId
 if TYPE_CHECKING:
     from eventrnn.cuda.device import Device
 
-F32 = np.float32
-
 # Columns of the rates of a segment: learning rate, decoupled decay, decay that joins the gradient.
 RATES = 3
 
 
-class DeviceParameters:
-    """All parameters in one flat array, and arrays of the same layout beside it.
+class DeviceParameters(FlatArrays):
+    """The parameters of a run, with arrays of the same layout for what the optimiser keeps.
 
     Parameters
     ----------
@@ -38,11 +37,7 @@ class DeviceParameters:
 
     Attributes
     ----------
-    layout    : where each parameter lies
-    values, gradients : float32
-    operands  : the values as factors of products
     states    : name -> float32
-    readout   : name of the matrix of the read-out
     results   : figures of the last update (`updates.RESULTS`), then sums and totals, float64
     """
 
@@ -57,15 +52,9 @@ class DeviceParameters:
         sums: int,
         gated: Mapping[str, GatedBlocks],
     ):
-        self.device, self.precision, self.rule, self.layers = device, precision, rule, layers
-        self.layout, self.sums = Layout(parameters), sums
-        self.size = threads.BYTES[precision]
-        self.tied = "readout.bias" in parameters and "readout" not in parameters
-        self.readout = "embedding" if self.tied else "readout"
+        super().__init__(device, parameters, precision, rule)
+        self.layers, self.sums = layers, sums
         segments = len(self.layout)
-        operand = np.uint16 if self.size == 2 else F32
-        self.values, self.gradients = (self._zeros(self.layout.size, F32) for _ in range(2))
-        self.operands = self._zeros(self.layout.size, operand)
         self.states: dict[str, Any] = {}
         chunks = self.layout.chunks(updates.CHUNK)
         self.chunks, self.number_of_chunks = device.put(chunks), len(chunks)
@@ -74,10 +63,8 @@ class DeviceParameters:
         self.scales = self._zeros(segments, F32)
         #: numbers of a step: those of the optimiser, then the rates of every segment
         self.numbers = self._zeros(updates.NUMBERS + RATES * segments, F32)
-        self.job = self._zeros(1, np.int64)
         self.limits = self._zeros(2, np.float64)
         self.results = self._zeros(updates.RESULTS + sums + segments + 3 * layers, np.float64)
-        self.no_fault = self._zeros(1, np.float64)
         self.table = np.zeros((segments, updates.SEGMENT_FIELDS), np.int64)
         self.masks: dict[str, Any] = {}
         for number, segment in enumerate(self.layout):
@@ -107,11 +94,6 @@ class DeviceParameters:
         counts = [np.count_nonzero(mask[:, part], axis=1) for part in parts]
         return np.ascontiguousarray(np.transpose(counts), np.int64).reshape(-1)
 
-    def _zeros(self, size: int, dtype: Any) -> Any:
-        array = self.device.empty((size,), dtype)
-        array.data.memset_async(0, array.nbytes)
-        return array
-
     @staticmethod
     def nbytes(
         parameters: Mapping[str, np.ndarray],
@@ -130,22 +112,6 @@ class DeviceParameters:
 
     # --- addresses ---
 
-    def value_at(self, name: str) -> int:
-        """Address of a parameter."""
-        return self.values.data.ptr + 4 * self.layout[name].first
-
-    def gradient_at(self, name: str) -> int:
-        """Address of a gradient."""
-        return self.gradients.data.ptr + 4 * self.layout[name].first
-
-    def operand_at(self, name: str) -> int:
-        """Address of the operands of a parameter."""
-        return self.operands.data.ptr + self.size * self.layout[name].first
-
-    def gradient(self, name: str) -> Any:
-        """A gradient as it lies on the GPU, flat."""
-        return self._part(self.gradients, name)
-
     def kept_at(self, name: str) -> int:
         """Address of the numbers of kept weights of a matrix."""
         return self.kept[name].data.ptr
@@ -156,19 +122,9 @@ class DeviceParameters:
         return self.kept_blocks.data.ptr + 8 * (list(self.gated).index(name) + final * len(self.gated))
 
     @property
-    def job_at(self) -> int:
-        """Address of the number of the step."""
-        return self.job.data.ptr
-
-    @property
     def results_at(self) -> int:
         """Address of the results."""
         return self.results.data.ptr
-
-    @property
-    def no_fault_at(self) -> int:
-        """Address of a result without a fault."""
-        return self.no_fault.data.ptr
 
     @property
     def sums_at(self) -> int:
@@ -180,10 +136,6 @@ class DeviceParameters:
         return self.sums_at + 8 * (self.sums + len(self.layout) + 3 * k)
 
     # --- to and from the host ---
-
-    def _part(self, array: Any, name: str) -> Any:
-        segment = self.layout[name]
-        return array[segment.first : segment.first + segment.size]
 
     def send(self, name: str, array: np.ndarray, target: Any) -> None:
         """Copy a host array to its place in an array of the layout."""

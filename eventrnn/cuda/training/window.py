@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from eventrnn.cuda.training.memory import LayerSizes, Memory, Sizes
 from eventrnn.weights import MatrixId
 
 if TYPE_CHECKING:
-    from eventrnn.cuda.training.parameters import DeviceParameters
+    from eventrnn.cuda.training.flat_arrays import FlatArrays
 
 # Pieces of time into which a window is cut if the network has several layers, and their fewest steps.
 PIECES, FEWEST_STEPS = 7, 8
@@ -73,14 +73,16 @@ class Window:
         sizes: Sizes,
         lanes: Lanes,
         memory: Memory,
-        parameters: DeviceParameters,
+        parameters: FlatArrays,
         steps: int,
         batch: int,
         *,
         training: bool,
         seed: int = 0,
     ):
-        self.sizes, self.lanes, self.memory, self.parameters = sizes, lanes, memory, parameters
+        self.sizes, self.lanes, self.memory = sizes, lanes, memory
+        # Updates and counts read more of the parameters of a run than a pass does.
+        self.parameters: Any = parameters
         self.steps, self.batch, self.rows = steps, batch, steps * batch
         self.training, self.seed = training, seed
         self.precision, self.size = sizes.precision, lanes.main.size
@@ -103,8 +105,9 @@ class Window:
         found = self.sizes.mask(name, layer) if self.training else None
         if found is None:
             return 0, 0, 0, 0
-        pitch = up(found.sizes(self.steps, self.batch)[-1])
-        steps, samples = (0, pitch) if found.shape[0] == "B" else (pitch, 0)
+        pitch, batched = up(found.sizes(self.steps, self.batch)[-1]), "B" in found.shape
+        samples = pitch if batched else 0
+        steps = pitch * (self.batch if batched else 1) if "T" in found.shape else 0
         return self.memory.at(("mask", name, layer)), steps, samples, bits(found.scale)
 
     def mask_after(self, k: int) -> tuple[int, int, int, int]:
