@@ -4,10 +4,16 @@ rounds.
 An iteration goes from the inputs of a window and the gradient of its outputs, both on the GPU, to the gradients of all
 parameters and of the inputs; there is no optimiser. Our iteration is one CUDA graph. Rivals:
 
-`cudnn`      : torch.nn.GRU and torch.nn.LSTM as PyTorch calls them, in bfloat16, float16 and TF32, padded to multiples
-of 8 `evnn-style` : the method of EvNN: one product for the inputs of all steps, then per step a dense product in TF32
-               and a kernel for the cells, forward and backward. It is our own engine with that precision, in one CUDA
-               graph, so that it has no launch latency, and padded; EvNN itself is slower
+`cudnn`        : torch.nn.GRU and torch.nn.LSTM as PyTorch calls them, in bfloat16, float16, TF32 and float32, padded to
+                 multiples of 8
+`evnn-style`   : the method of EvNN: one product for the inputs of all steps, then per step a dense product in TF32 and
+                 a kernel for the cells, forward and backward. It is our own engine with that precision, in one CUDA
+                 graph, so that it has no launch latency, and padded; EvNN itself is slower
+`torch-bridge` : our engine as `eventrnn.torch.EGRU`, with PyTorch's tensors and autograd around it
+`torch-loop`   : the same cell as a loop in PyTorch, with one input product for all steps; in TF32, or in float32 if
+                 that is our precision
+
+Those of PyTorch are timed from before the host enqueues their first kernel to the end of their last one.
 """
 
 from __future__ import annotations
@@ -20,11 +26,12 @@ import numpy as np
 
 from eventrnn.bench.baselines import import_torch
 from eventrnn.bench.machine import versions
+from eventrnn.bench.training import CHECKED_STEPS, compare_loop, torch_loop
 from eventrnn.network import Network
 from eventrnn.training import Batch, Settings, Task, Trainer
 from eventrnn.training.settings import PRECISIONS
 
-GPU_TRAINING_BASELINES = ("cudnn", "evnn-style")
+GPU_TRAINING_BASELINES = ("cudnn", "evnn-style", "torch-bridge", "torch-loop")
 
 # cuDNN is fastest where every dimension is a multiple of this number.
 PADDED_TO = 8
@@ -111,6 +118,11 @@ def training(*, report: Callable[[str], None] = lambda stage: None, **case: Any)
         runs["evnn-style"] = _ours(network, x, d_output, "tf32")
     if "cudnn" in asked.baselines:
         runs |= _cudnn(x, d_output)
+    if "torch-bridge" in asked.baselines:
+        runs["torch-bridge"] = _bridge(network, x, d_output, asked.precision)
+    if "torch-loop" in asked.baselines:
+        report("comparing gradients with torch-loop")
+        runs["torch-loop"] = _loop(network, x, d_output, tf32=asked.precision != "float32")
     report(f"timing {asked.repeats} rounds")
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(asked.repeats):
@@ -147,36 +159,82 @@ def _ours(network: Network, x: np.ndarray, d_output: np.ndarray, precision: str)
     return lambda: engine.device.seconds(program.passes)
 
 
-def _cudnn(x: np.ndarray, d_output: np.ndarray) -> dict[str, Seconds]:
-    """Name -> GPU seconds of an iteration of PyTorch's layers. Raises ValueError where torch has no CUDA."""
+def _import_torch() -> Any:
+    """PyTorch. Raises ValueError where it has no CUDA."""
     torch = import_torch()
     if not torch.cuda.is_available():
         raise ValueError("against: this torch has no CUDA; install one that has, or use --against evnn-style or none")
+    return torch
+
+
+def _timed(torch: Any, run: Callable[[], None], tf32: bool) -> Seconds:
+    """GPU seconds of what a function puts on PyTorch's stream. tf32 : whether its products may be of TF32"""
+
+    def measure() -> float:
+        kinds = torch.backends.cudnn, torch.backends.cuda.matmul
+        before = [kind.allow_tf32 for kind in kinds]
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        try:
+            for kind in kinds:
+                kind.allow_tf32 = tf32
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+        finally:
+            for kind, allowed in zip(kinds, before, strict=True):
+                kind.allow_tf32 = allowed
+        return begin.elapsed_time(end) / 1e3
+
+    return measure
+
+
+def _bridge(network: Network, x: np.ndarray, d_output: np.ndarray, precision: str) -> Seconds:
+    """GPU seconds of an iteration of `eventrnn.torch.EGRU`."""
+    torch = _import_torch()
+    from eventrnn.torch import EGRU
+
+    module = EGRU.from_network(network).cuda()
+    module.precision = precision
+    given, upstream = torch.tensor(x, device="cuda").requires_grad_(), torch.tensor(d_output, device="cuda")
+
+    def run() -> None:
+        for parameter in (*module.parameters(), given):
+            parameter.grad = None
+        module(given)[0].backward(upstream)
+
+    # The second call captures the graphs.
+    for _ in range(2):
+        run()
+    return _timed(torch, run, tf32=False)
+
+
+def _loop(network: Network, x: np.ndarray, d_output: np.ndarray, *, tf32: bool) -> Seconds:
+    """GPU seconds of an iteration of the loop in PyTorch. Raises RuntimeError where its gradients differ from ours."""
+    torch = _import_torch()
+    compare_loop("torch-loop", network, x[:CHECKED_STEPS], d_output[:CHECKED_STEPS], "cuda")
+    return _timed(torch, torch_loop(network, x, d_output, True, False, "cuda")[0], tf32)
+
+
+def _cudnn(x: np.ndarray, d_output: np.ndarray) -> dict[str, Seconds]:
+    """Name -> GPU seconds of an iteration of PyTorch's layers. Raises ValueError where torch has no CUDA."""
+    torch = _import_torch()
     hidden = x.shape[2] + -x.shape[2] % PADDED_TO
     wide = ((0, 0), (0, 0), (0, hidden - x.shape[2]))
     given, upstream = (torch.from_numpy(np.pad(array, wide)).cuda() for array in (x, d_output))
-    types = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32}
+    types = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
 
-    def timed(kind: str, dtype) -> Seconds:
+    def timed(kind: str, name: str) -> Seconds:
+        dtype = types[name]
         layer = getattr(torch.nn, kind)(hidden, hidden, device="cuda", dtype=dtype)
         layer.flatten_parameters()
         inputs, d_out = given.to(dtype).requires_grad_(), upstream.to(dtype)
 
-        def measure() -> float:
+        def run() -> None:
             for parameter in (*layer.parameters(), inputs):
                 parameter.grad = None
-            before = torch.backends.cudnn.allow_tf32
-            torch.backends.cudnn.allow_tf32 = True
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            try:
-                begin.record()
-                layer(inputs)[0].backward(d_out)
-                end.record()
-                end.synchronize()
-            finally:
-                torch.backends.cudnn.allow_tf32 = before
-            return begin.elapsed_time(end) / 1e3
+            layer(inputs)[0].backward(d_out)
 
-        return measure
+        return _timed(torch, run, tf32=name != "float32")
 
-    return {f"cudnn {kind} {name}": timed(kind, dtype) for kind in ("GRU", "LSTM") for name, dtype in types.items()}
+    return {f"cudnn {kind} {name}": timed(kind, name) for kind in ("GRU", "LSTM") for name in types}

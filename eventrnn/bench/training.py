@@ -159,7 +159,7 @@ def training(*, report: Report = lambda stage: None, **case: Any) -> dict:
         for name in baselines:
             if name in LOOPS:
                 report(f"comparing gradients with {name}")
-                _compare(name, network, x[:CHECKED_STEPS], d_output[:CHECKED_STEPS])
+                compare_loop(name, network, x[:CHECKED_STEPS], d_output[:CHECKED_STEPS])
         report(f"timing {asked.repeats} rounds")
         seconds = interleaved({"ours": ours} | baselines, asked.repeats)
     medians = {name: float(np.median(each)) for name, each in seconds.items()}
@@ -255,12 +255,13 @@ def _bridge_window(network: Network, x: np.ndarray, d_output: np.ndarray, input_
 
 
 def torch_loop(
-    network: Network, x: np.ndarray, d_output: np.ndarray, input_gradient: bool, indexed: bool
+    network: Network, x: np.ndarray, d_output: np.ndarray, input_gradient: bool, indexed: bool, where: str = "cpu"
 ) -> tuple[Run, Callable[[], dict[str, np.ndarray]]]:
     """The layer as a PyTorch loop with one input product for all steps: a run, and its gradients by our names.
 
     indexed : take the drives of a step by `drives[t]`, whose gradient is an array of all steps in every step. Otherwise
               one `unbind` yields the drives of all steps, and its gradient is computed once
+    where   : device of PyTorch
     """
     torch = import_torch()
     (layer,) = network.layers
@@ -284,14 +285,14 @@ def torch_loop(
         "bias_rec": layer.bias_rec,
         "threshold": layer.threshold,
     }
-    p = {name: torch.from_numpy(np.array(value)).requires_grad_() for name, value in arrays.items()}
-    given, upstream = torch.from_numpy(np.array(x)).requires_grad_(input_gradient), torch.from_numpy(d_output)
+    p = {name: torch.tensor(value, device=where).requires_grad_() for name, value in arrays.items()}
+    given, upstream = torch.tensor(x, device=where).requires_grad_(input_gradient), torch.tensor(d_output, device=where)
 
     def run() -> None:
         for parameter in (*p.values(), given):
             parameter.grad = None
         drives = (given.reshape(-1, given.shape[2]) @ p["w_in"] + p["bias_in"]).reshape(*x.shape[:2], 3 * n)
-        c = y = torch.zeros(x.shape[1], n)
+        c = y = torch.zeros(x.shape[1], n, device=where)
         outputs = []
         for drive in (drives[t] for t in range(len(drives))) if indexed else drives.unbind(0):
             rec = torch.addmm(p["bias_rec"], y, p["w_rec"])
@@ -306,7 +307,7 @@ def torch_loop(
 
     def gradients() -> dict[str, np.ndarray]:
         run()
-        return {f"layers.0.{name}": value.grad.numpy() for name, value in p.items()}
+        return {f"layers.0.{name}": value.grad.cpu().numpy() for name, value in p.items()}
 
     return run, gradients
 
@@ -325,11 +326,11 @@ def _baseline(
     return _gru_window(network, x, d_output, input_gradient)
 
 
-def _compare(name: str, network: Network, x: np.ndarray, d_output: np.ndarray) -> None:
+def compare_loop(name: str, network: Network, x: np.ndarray, d_output: np.ndarray, where: str = "cpu") -> None:
     """Compare the gradients of a loop with ours over a few steps. Raises RuntimeError where they differ."""
     model = Model(network)
     _, _, tape = model.forward(x, State.zeros(network, x.shape[1]))
-    ours, theirs = model.backward(tape, d_output), torch_loop(network, x, d_output, False, LOOPS[name])[1]()
+    ours, theirs = model.backward(tape, d_output), torch_loop(network, x, d_output, False, LOOPS[name], where)[1]()
     for parameter, gradient in theirs.items():
         gradient = gradient * model.masks[parameter] if parameter in model.masks else gradient
         apart, size = np.abs(ours[parameter] - gradient).max(), np.abs(gradient).max()

@@ -121,7 +121,8 @@ class TrainingOptions:
         str | None,
         typer.Option(
             help="Baselines, separated by commas: torch (nn.GRU), torch-loop, torch-loop-indexed (this cell), "
-            "torch-bridge; with cuda cudnn (nn.GRU and nn.LSTM), evnn-style; or none. [torch; cuda: cudnn]"
+            "torch-bridge; with cuda cudnn (nn.GRU and nn.LSTM), evnn-style, torch-loop, torch-bridge; or none. "
+            "[torch; cuda: cudnn]"
         ),
     ] = None
     repeats: Annotated[int, typer.Option(help="Number of interleaved rounds; medians are reported.")] = 7

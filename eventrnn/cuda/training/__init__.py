@@ -9,7 +9,9 @@ layout     : where each parameter lies in the flat array of all parameters
 mirror     : host arrays that follow what is on the GPU
 lanes      : streams side by side, with their cuBLAS handles
 memory     : arrays of a window, with their size stated beforehand
-parameters : parameters, gradients, optimiser state, masks, and the update
+flat_arrays: parameters, gradients and operands, and addresses in them
+parameters : the same of a run, with optimiser state, masks, and the update
+tensor_parameters : the same of a caller, who keeps them in arrays of its own
 gated      : the product of a matrix of gated blocks; gated_sizes : its arrays
 window     : where the arrays of a window lie; its lanes
 cell_rules : what each cell has: arrays, kernels of a step
@@ -18,6 +20,7 @@ backward   : the backward pass and penalties
 program    : an update for one size of window, as graphs
 evaluation : the forward pass without noise
 engine     : what the trainer calls
+module     : windows on arrays of a caller, for modules of other libraries
 kernels/   : device code
 
 Several GPUs would exchange `parameters.gradients` between `TrainingWindow.backward` and `DeviceParameters.settle`.
