@@ -547,6 +547,10 @@ KERNELS = {
     "prune": lambda m: m.updates.prune_kernel("bfloat16"),
     "adam": lambda m: m.updates.update_kernel("adam", "bfloat16", False),
     "momentum, averaged": lambda m: m.updates.update_kernel("momentum", "float32", True),
+    "rows": lambda m: m.tensors.rows_kernel("bfloat16"),
+    "take": lambda m: m.tensors.take_kernel("bfloat16"),
+    "give": lambda m: m.tensors.give_kernel(),
+    "last_state": lambda m: m.tensors.last_state_kernel(),
 }
 
 

@@ -167,7 +167,7 @@ def _import_torch() -> Any:
     return torch
 
 
-def _timed(torch: Any, run: Callable[[], None], tf32: bool) -> Seconds:
+def _timed(torch: Any, run: Callable[[], object], tf32: bool) -> Seconds:
     """GPU seconds of what a function puts on PyTorch's stream. tf32 : whether its products may be of TF32"""
 
     def measure() -> float:
