@@ -126,6 +126,11 @@ class Network:
             named[MatrixId("readout")] = self.readout.weights
         return named
 
+    def shared_gates(self) -> dict[str, tuple[int, int]]:
+        """The matrices of gated blocks whose choices some steps share, by name: number of blocks, and period."""
+        gated = {name: w for name, w in self.matrices().items() if isinstance(w, GatedBlocks)}
+        return {name: (w.n_blocks, w.gate_period) for name, w in gated.items() if w.gate_period > 1}
+
     def arrays(self) -> Iterator[np.ndarray]:
         """Every array of the network: of its weights in their formats, biases, thresholds, embedding and read-out."""
         for weights in self.matrices().values():

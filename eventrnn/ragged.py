@@ -51,18 +51,17 @@ def run(engine: Engine, inputs: Inputs, state: State, *, record_events: bool, re
     """
     ends = np.clip(inputs.require_lengths() - inputs.first_step, 0, inputs.steps)
     order = np.argsort(-ends, kind="stable")
-    kept = [np.array(each) for each in (*state.cells, *state.outputs)]
-    layers, traces, places, begin = range(len(kept) // 2), [], [], 0
+    kept, initial = [np.array(each) for each in state.arrays()], state
+    layers, traces, places, begin = range(len(state.cells)), [], [], 0
     for end in np.unique(ends).tolist() if ends.any() else [0]:
         # The empty segment of samples that end at once tells the shapes of the outputs where there is no other.
         if end == begin and ends.any():
             continue
         samples = order[: np.count_nonzero(ends >= end)]
-        now = [each[samples] for each in kept]
-        part, state = inputs.part(begin, end, samples), _state(now)
+        part, state = inputs.part(begin, end, samples), initial.with_arrays([each[samples] for each in kept])
         trace = engine.run(part, state, record_events=record_events, record_states=record_states)
         trace.state.need_finite()
-        for k, after in enumerate((*trace.state.cells, *trace.state.outputs)):
+        for k, after in enumerate(trace.state.arrays()):
             kept[k] = kept[k].astype(after.dtype, copy=False)
             kept[k][samples] = after
         traces.append(trace)
@@ -75,18 +74,13 @@ def run(engine: Engine, inputs: Inputs, state: State, *, record_events: bool, re
     counted = [trace.input_fired for trace in traces if trace.input_fired is not None]
     return Trace(
         output=padded([trace.output for trace in traces]),
-        state=_state(kept),
+        state=initial.with_arrays(kept),
         fired=tuple(reduce(add, (trace.fired[k] for trace in traces)) for k in layers),
         events=tuple(padded([trace.events[k] for trace in traces]) for k in layers) if record_events else (),
         states=tuple(padded([trace.states[k] for trace in traces]) for k in layers) if record_states else (),
         paths=merged_paths(trace.paths for trace in traces),
         input_fired=reduce(add, counted) if counted else None,
     )
-
-
-def _state(arrays: list[np.ndarray]) -> State:
-    """A state from the cells of all layers, then the outputs of all layers."""
-    return State(tuple(arrays[: len(arrays) // 2]), tuple(arrays[len(arrays) // 2 :]))
 
 
 def _padded(inputs: Inputs, parts: Sequence[Any], places: Sequence[tuple[slice, np.ndarray]]) -> Any:

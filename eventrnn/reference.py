@@ -1,7 +1,8 @@
 """The specification: every rule as plain loops over NumPy arrays, without Numba. Written to be read, and slow.
 
-`step`, `forward` and `backward` work on bare arrays of any precision. `ReferenceBackend` makes them a backend like the
-others. In float32 it emulates the FMA instruction, and the exact backends return its bits.
+`step`, `forward` and `backward` work on bare arrays of any precision; their products are in `reference_products.py`.
+`ReferenceBackend` makes them a backend like the others. In float32 it emulates the FMA instruction, and the exact
+backends return its bits.
 
 Shapes: T steps, B samples, I inputs, N units; gate rows are packed (u, r, g), in an LSTM (i, f, g, o). Every product
 visits *all* presynaptic units, silent ones as well. This is therefore the dense network that an event-driven run of a
@@ -10,8 +11,8 @@ pruned network must equal.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,164 +21,20 @@ from numpy.typing import DTypeLike
 from eventrnn import cells
 from eventrnn.backend import HostInputs
 from eventrnn.cells import Cell
-from eventrnn.state import FireCounts, Inputs, State, Trace, gates_not_finite
-from eventrnn.weights import GatedBlocks, Weights
+from eventrnn.reference_products import (
+    SharedGradients,
+    StepGates,
+    arrays_of,
+    propagate,
+    propagate_back,
+    propagate_steps,
+    shares_gates,
+    weight_arrays,
+)
+from eventrnn.state import FireCounts, HeldGates, Inputs, State, Trace
 
 if TYPE_CHECKING:
     from eventrnn.network import Network
-
-# Causes of gates that are not finite, in the order of `state.GATE_FAULTS`.
-BAD_LOGIT, CANCELLED, TOO_LARGE = 1, 2, 3
-
-
-def propagate(weights, values, bias):
-    """The drive of all gate rows: `bias + sum over j of weights[j] * values[:, j]`, in ascending j, one FMA per term.
-
-    weights : (J, P), by presynaptic unit; or blocks of which every input chooses some
-    values  : (B, J), what the presynaptic units sent
-    bias    : (P,)
-
-    Returns (B, P).
-    """
-    if isinstance(weights, ChosenBlocks):
-        return propagate_chosen(weights, values, bias)
-    drive = np.repeat(bias[None, :], len(values), axis=0)
-    for j in range(len(weights)):
-        drive = cells.fma(weights[j][None, :], values[:, j, None], drive)
-    return drive
-
-
-@dataclass(frozen=True)
-class ChosenBlocks:
-    """The arrays of `GatedBlocks` in one precision; `weights/gated.py` defines the product.
-
-    Attributes
-    ----------
-    name      : of the matrix, for messages
-    weights   : (J, P), the matrix without gates
-    gate      : (J, K), for K blocks; of two factors (J, rank)
-    gate_bias : (K,)
-    gate_out  : (rank, K), the second factor; None for one
-    block     : (r, c)
-    kept      : the number of blocks that an input chooses
-    rule      : one of `GATE_RULES`
-    """
-
-    name: str
-    weights: np.ndarray
-    gate: np.ndarray
-    gate_bias: np.ndarray
-    gate_out: np.ndarray | None
-    block: tuple[int, int]
-    kept: int
-    rule: str
-
-
-def block_gates(blocks: ChosenBlocks, values) -> np.ndarray:
-    """The gate of every block, 0 for those that are not chosen; values (B, J), returns (B, K).
-
-    Raises FloatingPointError for gates that are not finite, by the name of the matrix.
-    """
-    if blocks.gate_out is None:
-        logits = propagate(blocks.gate, values, blocks.gate_bias)
-    else:
-        inner = propagate(blocks.gate, values, np.zeros_like(blocks.gate_out[:, 0]))
-        logits = propagate(blocks.gate_out, inner, blocks.gate_bias)
-    gates = gates_of_logits(blocks, logits)
-    largest = np.abs(gates).max(axis=1, initial=0) * np.abs(values).max(axis=1, initial=0)
-    _need_finite(blocks.name, largest, TOO_LARGE)
-    return gates
-
-
-def gates_of_logits(blocks: ChosenBlocks, logits):
-    """`block_gates` of the logits (B, K) of all blocks."""
-    _need_finite(blocks.name, logits, BAD_LOGIT)
-    gates = np.zeros_like(logits)
-    for row, gate in zip(logits, gates, strict=True):
-        # A stable sort leaves equal logits in the order of their blocks.
-        chosen = np.sort(np.argsort(-row, kind="stable")[: blocks.kept])
-        if not len(chosen):
-            continue
-        kept = row[chosen]
-        if blocks.rule == "softmax":
-            ratios = cells.exp(kept - kept.max())
-        else:
-            pivot = kept[np.argmax(np.abs(kept))]
-            ratios = kept / pivot if pivot != 0 else np.ones_like(kept)
-        total = row.dtype.type(0)
-        for ratio in ratios:
-            total = total + ratio
-        factor = row.dtype.type(len(row)) / total
-        _need_finite(blocks.name, factor, CANCELLED)
-        gate[chosen] = ratios * factor
-    return gates
-
-
-def propagate_chosen(blocks: ChosenBlocks, values, bias):
-    """`propagate` with blocks that every input chooses: each term is `fma(weight, gate * value, sum)`."""
-    gates, (r, c) = block_gates(blocks, values), blocks.block
-    n_post = blocks.weights.shape[1]
-    columns = np.arange(n_post) // c
-    drive = np.repeat(bias[None, :], len(values), axis=0)
-    for j in range(len(blocks.weights)):
-        # The number of the block of each output. A product of gate and value is rounded once.
-        block = j // r * -(-n_post // c) + columns
-        drive = cells.fma(blocks.weights[j][None, :], gates[:, block] * values[:, j, None], drive)
-    return drive
-
-
-def arrays_of(weights) -> dict[str, np.ndarray]:
-    """The arrays of a matrix by the end of their names: "" for its weights, ".gate" and the like for gated blocks."""
-    if not isinstance(weights, ChosenBlocks):
-        return {"": weights}
-    found = {"": weights.weights, ".gate": weights.gate, ".gate_bias": weights.gate_bias}
-    return found if weights.gate_out is None else found | {".gate_out": weights.gate_out}
-
-
-def propagate_back(weights, values, d_drive, *, straight_through: bool = False) -> tuple[np.ndarray, dict]:
-    """Back through `propagate`: the gradient of the values (B, J), and of the arrays of the matrix as `arrays_of` names
-    them, from the gradient of the drives (B, P).
-
-    The choice of blocks counts as constant. With `straight_through` the gradient passes it as if it were the identity,
-    so that blocks that were not chosen have one too. Chosen logits that are all 0 have a gradient of 0 with the rule
-    "linear", whose gates have no derivative there.
-    """
-    if not isinstance(weights, ChosenBlocks):
-        return d_drive @ weights.T, {"": values.T @ d_drive}
-    blocks, (r, c), gates = weights, weights.block, block_gates(weights, values)
-    inner = values if blocks.gate_out is None else values @ blocks.gate
-    logits = inner @ (blocks.gate if blocks.gate_out is None else blocks.gate_out) + blocks.gate_bias
-    (n_pre, n_post), n_blocks = blocks.weights.shape, gates.shape[1]
-    columns = np.arange(n_post) // c
-    d_values, d_gates, d_weights = np.zeros_like(values), np.zeros_like(gates), np.zeros_like(blocks.weights)
-    for j in range(n_pre):
-        block = j // r * -(-n_post // c) + columns
-        terms = d_drive * blocks.weights[j]
-        d_values[:, j] = (gates[:, block] * terms).sum(axis=1)
-        d_weights[j] = (gates[:, block] * values[:, j, None] * d_drive).sum(axis=0)
-        for i in range(n_post):
-            d_gates[:, block[i]] += values[:, j] * terms[:, i]
-    d_logits = np.zeros_like(logits)
-    for row in range(len(values)):
-        chosen = np.sort(np.argsort(-logits[row], kind="stable")[: blocks.kept])
-        # The ratios, up to a common factor, and their derivatives; see `weights/gated.py`.
-        ratios = logits[row] if blocks.rule == "linear" else np.exp(logits[row] - logits[row].max())
-        slopes = np.ones_like(ratios) if blocks.rule == "linear" else ratios
-        total = ratios[chosen].sum()
-        if blocks.rule == "linear" and not logits[row][chosen].any():
-            continue
-        through_mean = (d_gates[row] * gates[row]).sum() / n_blocks
-        passing = np.arange(n_blocks) if straight_through else chosen
-        d_logits[row, passing] = (slopes * n_blocks / total * (d_gates[row] - through_mean))[passing]
-    d_inner = d_logits if blocks.gate_out is None else d_logits @ blocks.gate_out.T
-    d_values += d_inner @ blocks.gate.T
-    gradients = {"": d_weights, ".gate": values.T @ d_inner, ".gate_bias": d_logits.sum(axis=0)}
-    return d_values, gradients if blocks.gate_out is None else gradients | {".gate_out": inner.T @ d_logits}
-
-
-def _need_finite(name: str, numbers: np.ndarray, fault: int) -> None:
-    if not np.isfinite(numbers).all():
-        raise gates_not_finite(name, fault)
 
 
 @dataclass
@@ -194,6 +51,7 @@ class Tape:
     v                  : cell before the event
     event, slope       : event (1 or 0), and its surrogate derivative
     y, c               : output, and cell after the event
+    gates              : `w_in`, `w_rec` -> the gates of the step, of matrices whose choices some steps share
     """
 
     u: np.ndarray
@@ -207,6 +65,7 @@ class Tape:
     slope: np.ndarray
     y: np.ndarray
     c: np.ndarray
+    gates: dict[str, StepGates] = field(default_factory=dict)
 
 
 @dataclass
@@ -218,6 +77,7 @@ class LSTMTape:
     i, f, g, o         : gates and candidate
     c_before, y_before : cell and output of the step before
     y, c               : output and cell
+    gates              : see `Tape`
     """
 
     i: np.ndarray
@@ -228,27 +88,43 @@ class LSTMTape:
     y_before: np.ndarray
     y: np.ndarray
     c: np.ndarray
+    gates: dict[str, StepGates] = field(default_factory=dict)
 
 
-def step(cell: Cell, parameters: dict, x, c, y, *, smooth: bool = False) -> Tape | LSTMTape:
+def step(
+    cell: Cell, parameters: dict, x, c, y, *, held: Mapping[str, HeldGates] | None = None, smooth: bool = False
+) -> Tape | LSTMTape:
     """One step of one layer: a `Tape`, or an `LSTMTape` for LSTM cells.
 
     parameters : arrays by name, as `layer_parameters` returns them
     x          : (B, I) input
     c, y       : (B, N) cells and outputs of the step before
+    held       : `w_in`, `w_rec` -> what the step before left, of matrices whose choices some steps share; None for a
+                 stream that begins here
     smooth     : replace the event by the smooth step whose derivative is the surrogate, for finite differences
     """
+    gates: dict[str, StepGates] = {}
+
+    def drives(name: str, values) -> list[np.ndarray]:
+        """The drives of a matrix, gate row by gate row."""
+        before = (held or {}).get(f"w_{name}")
+        found, shared = propagate_steps(parameters[f"w_{name}"], values[None], parameters[f"bias_{name}"], before)
+        gates.update({f"w_{name}": each for each in shared})
+        return np.split(found[0], cell.gates, axis=1)
+
     if cell.name == "lstm":
-        return _lstm_step(parameters, x, c, y)
+        (in_i, in_f, in_g, in_o), (rec_i, rec_f, rec_g, rec_o) = drives("in", x), drives("rec", y)
+        h, c_after, i, f, g, o = cells.lstm_value(in_i, in_f, in_g, in_o, rec_i, rec_f, rec_g, rec_o, c)
+        return LSTMTape(i, f, g, o, c, y, h, c_after, gates)
     threshold = parameters["threshold"]
-    w_rec, bias_rec = parameters["w_rec"], parameters["bias_rec"]
     n, plain = len(threshold), not cell.thresholded
-    in_u, in_r, in_g = np.split(propagate(parameters["w_in"], x, parameters["bias_in"]), 3, axis=1)
+    in_u, in_r, in_g = drives("in", x)
     if not cell.reset_first:
-        rec_u, rec_r, rec_g = np.split(propagate(w_rec, y, bias_rec), 3, axis=1)
+        rec_u, rec_r, rec_g = drives("rec", y)
         value = cells.gru_value if plain else cells.egru_value
         v, u, r, g = value(in_u, in_r, in_g, rec_u, rec_r, rec_g, c)
     else:
+        w_rec, bias_rec = parameters["w_rec"], parameters["bias_rec"]
         rec_u, rec_r = np.split(propagate(w_rec[:, : 2 * n], y, bias_rec[: 2 * n]), 2, axis=1)
         r = cells.egru_reset_gate(in_r, rec_r)
         rec_g = propagate(w_rec[:, 2 * n :], r * y, bias_rec[2 * n :])
@@ -257,7 +133,7 @@ def step(cell: Cell, parameters: dict, x, c, y, *, smooth: bool = False) -> Tape
         else:
             v, u, g = cells.egru_paper_value(in_u, in_g, rec_u, rec_g, c, y)
     if plain:
-        return Tape(u, r, g, rec_g, c, y, v, np.ones_like(v), np.zeros_like(v), v, v)
+        return Tape(u, r, g, rec_g, c, y, v, np.ones_like(v), np.zeros_like(v), v, v, gates)
     rule = cell.surrogate
     distance = v - threshold
     if smooth:
@@ -268,22 +144,18 @@ def step(cell: Cell, parameters: dict, x, c, y, *, smooth: bool = False) -> Tape
     c_after = v - event * threshold if cell.variant == "evnn" else v
     # A silent unit sends +0, whatever the sign of its cell.
     sent = event * v if smooth else cells.select(event > 0, v, v.dtype.type(0))
-    return Tape(u, r, g, rec_g, c, y, v, event, slope, sent, c_after)
+    return Tape(u, r, g, rec_g, c, y, v, event, slope, sent, c_after, gates)
 
 
-def _lstm_step(parameters: dict, x, c, y) -> LSTMTape:
-    in_i, in_f, in_g, in_o = np.split(propagate(parameters["w_in"], x, parameters["bias_in"]), 4, axis=1)
-    rec_i, rec_f, rec_g, rec_o = np.split(propagate(parameters["w_rec"], y, parameters["bias_rec"]), 4, axis=1)
-    h, c_after, i, f, g, o = cells.lstm_value(in_i, in_f, in_g, in_o, rec_i, rec_f, rec_g, rec_o, c)
-    return LSTMTape(i, f, g, o, c, y, h, c_after)
-
-
-def forward(cell: Cell, parameters: dict, x, c, y, *, smooth: bool = False) -> list[Tape | LSTMTape]:
-    """One layer over inputs x (T, B, I), from the state c, y (B, N). Returns the tape of each step."""
+def forward(
+    cell: Cell, parameters: dict, x, c, y, *, held: Mapping[str, HeldGates] | None = None, smooth: bool = False
+) -> list[Tape | LSTMTape]:
+    """One layer over inputs x (T, B, I), from the state c, y (B, N) and held gates as for `step`. Returns the tape of
+    each step."""
     tapes: list[Tape | LSTMTape] = []
     for t in range(len(x)):
-        tapes.append(step(cell, parameters, x[t], c, y, smooth=smooth))
-        c, y = tapes[-1].c, tapes[-1].y
+        tapes.append(step(cell, parameters, x[t], c, y, held=held, smooth=smooth))
+        c, y, held = tapes[-1].c, tapes[-1].y, tapes[-1].gates
     return tapes
 
 
@@ -319,7 +191,11 @@ def backward(
         for end, array in arrays_of(value).items()
     }
 
-    def back(name: str, values, d_drive):
+    waiting = {name: SharedGradients(each, d_y.shape[1]) for name, each in parameters.items() if shares_gates(each)}
+
+    def back(name: str, t: int, values, d_drive):
+        if name in waiting:
+            return waiting[name].back(values, d_drive, tapes[t].gates[name], straight_through)
         d_values, found = propagate_back(parameters[name], values, d_drive, straight_through=straight_through)
         for end, gradient in found.items():
             gradients[name + end] += gradient
@@ -340,11 +216,13 @@ def backward(
             gradients["w_rec"][:, : 2 * n] += k.y_before.T @ d_drive_rec[:, : 2 * n]
             gradients["w_rec"][:, 2 * n :] += (k.r * k.y_before).T @ d_drive_rec[:, 2 * n :]
         else:
-            d_y_later = d_y_later + back("w_rec", k.y_before, d_drive_rec)
+            d_y_later = d_y_later + back("w_rec", t, k.y_before, d_drive_rec)
         gradients["bias_in"] += d_drive_in.sum(axis=0)
         gradients["bias_rec"] += d_drive_rec.sum(axis=0)
         gradients["threshold"] += d_threshold.sum(axis=0)
-        d_x[t] = back("w_in", x[t], d_drive_in)
+        d_x[t] = back("w_in", t, x[t], d_drive_in)
+    for name, each in waiting.items():
+        gradients |= {name + end: gradient for end, gradient in each.gradients.items()}
     return gradients | {"x": d_x, "c": d_c_later, "y": d_y_later}
 
 
@@ -378,15 +256,6 @@ def _adjoint(cell: Cell, k: Tape | LSTMTape, parameters: dict, d_y, d_c, d_cell)
     d_sent = d_g @ parameters["w_rec"][:, 2 * len(threshold) :].T
     d_r, d_y_sent = cells.egru_paper_reset_backward(k.r, k.y_before, d_sent)
     return [d_u, d_r, d_g], [d_u, d_r, d_g], d_c_before, d_y_before + d_y_sent, d_threshold
-
-
-def weight_arrays(name: str, weights: Weights, dtype: DTypeLike) -> Any:
-    """A matrix as a dense array, or the arrays of gated blocks, for `propagate`."""
-    if not isinstance(weights, GatedBlocks):
-        return weights.to_dense().astype(dtype)
-    dense, gate, bias = (a.astype(dtype) for a in (weights.blocks.to_dense(), weights.gate, weights.gate_bias))
-    out = None if weights.gate_out is None else weights.gate_out.astype(dtype)
-    return ChosenBlocks(name, dense, gate, bias, out, weights.block, weights.kept_blocks, weights.gate_rule)
 
 
 def layer_parameters(layer, dtype: DTypeLike = np.float32, name: str = "") -> dict:
@@ -450,10 +319,15 @@ class ReferenceEngine:
         steps, batch = inputs.steps, inputs.batch
         x = inputs.to_dense().astype(self.dtype)
         cells_after, outputs_after, fired, events, states = [], [], [], [], []
+        gates = dict(state.gates)
         with np.errstate(over="ignore", invalid="ignore"):
-            for cell, parameters, c, y in zip(self.cells, self.parameters, state.cells, state.outputs, strict=True):
+            parts = zip(self.cells, self.parameters, state.cells, state.outputs, strict=True)
+            for k, (cell, parameters, c, y) in enumerate(parts):
                 c, y = c.astype(self.dtype), y.astype(self.dtype)
-                tapes = forward(cell, parameters, x, c, y)
+                held = {name: gates[f"layers.{k}.{name}"] for name in parameters if f"layers.{k}.{name}" in gates}
+                tapes = forward(cell, parameters, x, c, y, held=held)
+                for name, each in tapes[-1].gates.items() if steps else ():
+                    gates[f"layers.{k}.{name}"] = HeldGates(each.gates, each.left)
                 x = np.array([tape.y for tape in tapes], self.dtype).reshape(steps, batch, y.shape[1])
                 all_cells = np.array([tape.c for tape in tapes], self.dtype).reshape(x.shape)
                 cells_after.append(all_cells[-1] if steps else c)
@@ -463,12 +337,12 @@ class ReferenceEngine:
                 states.append(all_cells)
             output = x
             if self.readout is not None:
-                weights, bias = self.readout
-                rows = x.reshape(steps * batch, x.shape[2])
-                output = propagate(weights, rows, bias).reshape(steps, batch, len(bias))
+                output, shared = propagate_steps(self.readout[0], x, self.readout[1], gates.get("readout"))
+                if shared:
+                    gates["readout"] = HeldGates(shared[-1].gates, shared[-1].left)
         return Trace(
             output,
-            State(tuple(cells_after), tuple(outputs_after)),
+            State(tuple(cells_after), tuple(outputs_after), gates),
             tuple(fired),
             tuple(events) if record_events else (),
             tuple(states) if record_states else (),

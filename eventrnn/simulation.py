@@ -514,7 +514,7 @@ def _without_cells(state: State, inputs: Inputs) -> State:
     if inputs.lengths is not None:
         ended = (inputs.lengths <= inputs.first_step)[:, None]
         cells = tuple(np.where(ended, c, np.float32(0)) for c in state.cells)
-    return State(cells, state.outputs)
+    return State(cells, state.outputs, state.gates)
 
 
 @standard_arithmetic

@@ -6,14 +6,14 @@ a `Trace`. Nothing here knows a network or an engine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Protocol
 
 import numpy as np
 
-from eventrnn._checks import check_finite, in_parts, plain_array
+from eventrnn._checks import check_finite, in_parts, need_kind, plain_array
 from eventrnn.events import Events
 
 #: Device types of DLPack whose memory belongs to a GPU: CUDA, and memory that CUDA manages.
@@ -52,6 +52,28 @@ class _Stack(Protocol):
     @property
     def layers(self) -> Sequence[_LayerSize]: ...
 
+    def shared_gates(self) -> Mapping[str, tuple[int, int]]: ...
+
+
+@dataclass(frozen=True)
+class HeldGates:
+    """What a state holds of a matrix of gated blocks whose choices some steps share (`GatedBlocks.gate_period`).
+
+    Attributes
+    ----------
+    gates : (batch, blocks) float32, the gates of the last choice of each sample, 0 for blocks that were not chosen
+    left  : (batch,) int64, the number of further steps that have these gates, below the period. A sample that has none
+            left chooses in its next step, whatever its gates are; after zeros every sample does
+    """
+
+    gates: np.ndarray
+    left: np.ndarray
+
+    @classmethod
+    def zeros(cls, batch: int, blocks: int) -> HeldGates:
+        """The gates of samples that choose in their next step."""
+        return cls(np.zeros((batch, blocks), np.float32), np.zeros(batch, np.int64))
+
 
 @dataclass(frozen=True)
 class State:
@@ -61,12 +83,15 @@ class State:
     ----------
     cells   : per layer (batch, N) float32, the cell state c after the event; of an LSTM its c, of a GRU its h
     outputs : per layer (batch, N) float32, the last output y; of an LSTM and a GRU their h
+    gates   : name of a matrix -> its `HeldGates`, of the matrices of gated blocks whose choices some steps share; empty
+              for a network without such matrices
 
-    Both are tuples of NumPy arrays. After a run on a GPU the state stays there until one of them is read.
+    The first two are tuples of NumPy arrays. After a run on a GPU the state stays there until one of them is read.
     """
 
     cells: tuple[np.ndarray, ...]
     outputs: tuple[np.ndarray, ...]
+    gates: Mapping[str, HeldGates] = field(default_factory=dict)
 
     @classmethod
     def zeros(cls, network: _Stack, batch: int) -> State:
@@ -75,11 +100,22 @@ class State:
         return cls(
             tuple(np.zeros((batch, n), np.float32) for n in sizes),
             tuple(np.zeros((batch, n), np.float32) for n in sizes),
+            {name: HeldGates.zeros(batch, blocks) for name, (blocks, _) in network.shared_gates().items()},
         )
+
+    def arrays(self) -> list[np.ndarray]:
+        """All arrays, each with a first axis of samples; `with_arrays` takes them in this order."""
+        return [*self.cells, *self.outputs, *(each for held in self.gates.values() for each in (held.gates, held.left))]
+
+    def with_arrays(self, arrays: Sequence[np.ndarray]) -> State:
+        """A state of other arrays, in the order of `arrays`."""
+        n, rest = len(self.cells), arrays[2 * len(self.cells) :]
+        gates = {name: HeldGates(*rest[2 * k : 2 * k + 2]) for k, name in enumerate(self.gates)}
+        return State(tuple(arrays[:n]), tuple(arrays[n : 2 * n]), gates)
 
     def copy(self) -> State:
         """A state that shares no memory with this one."""
-        return State(tuple(c.copy() for c in self.cells), tuple(y.copy() for y in self.outputs))
+        return self.with_arrays([array.copy() for array in self.arrays()])
 
     def snapshot(self) -> State:
         """A state that neither later runs nor edits of this one change."""
@@ -88,41 +124,92 @@ class State:
     def checked(self, network: _Stack, batch: int) -> State:
         """This state in float32, as the engines hold it and the counts read it, for `batch` samples of a network.
 
-        It shares no memory with this one. Raises ValueError for arrays of other shapes or kinds, and for numbers that
-        are not finite in float32.
+        It shares no memory with this one. Raises ValueError for arrays of other shapes or kinds, for numbers that are
+        not finite in float32, and for held gates of other matrices or for more steps than the network has them;
+        TypeError for gates that are no mapping.
         """
         units = [layer.units for layer in network.layers]
         if len(self.cells) != len(units) or len(self.outputs) != len(units):
             raise ValueError(f"state: got {len(self.cells)} layers, the network has {len(units)}")
-        return State(*(tuple(self._checked(name, k, (batch, n)) for k, n in enumerate(units)) for name in STATE_PARTS))
+        cells, outputs = (
+            tuple(
+                _checked(f"state {name} of layer {k}", getattr(self, name)[k], (batch, n)) for k, n in enumerate(units)
+            )
+            for name in STATE_PARTS
+        )
+        return State(cells, outputs, self._checked_gates(network.shared_gates(), batch))
 
-    def _checked(self, name: str, k: int, shape: tuple[int, int]) -> np.ndarray:
-        array = getattr(self, name)[k]
-        if isinstance(array, np.ma.MaskedArray):
-            plain_array(f"state {name} of layer {k}", array)
-        if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype.kind != "f":
-            got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
-            raise ValueError(f"state {name} of layer {k}: got {got}, need float {shape}")
-        with np.errstate(all="ignore"):
-            converted = np.array(array, np.float32, order="C")
-        check_finite(f"state {name} of layer {k}", converted)
-        return converted
+    def _checked_gates(self, shared: Mapping[str, tuple[int, int]], batch: int) -> dict[str, HeldGates]:
+        """The held gates, in the order of the matrices of the network. `shared` is `Network.shared_gates`."""
+        self._need_gates_of(shared)
+        checked = {}
+        for name, (blocks, period) in shared.items():
+            held, what = self.gates[name], f"state gates of {name}"
+            if not isinstance(held, HeldGates):
+                raise ValueError(f"{what}: got {type(held).__name__}, need HeldGates")
+            left = held.left
+            if not isinstance(left, np.ndarray) or left.shape != (batch,) or left.dtype.kind not in "iu":
+                got = f"{left.dtype} {left.shape}" if isinstance(left, np.ndarray) else type(left).__name__
+                raise ValueError(f"{what}, left: got {got}, need whole numbers ({batch},)")
+            if left.size and not 0 <= left.min() <= left.max() < period:
+                raise ValueError(f"{what}, left: got {left.min()} to {left.max()}, need 0 to {period - 1}")
+            checked[name] = HeldGates(_checked(what, held.gates, (batch, blocks)), left.astype(np.int64))
+        return checked
+
+    def need_gates(self, shared: Mapping[str, tuple[int, int]], batch: int) -> None:
+        """Raise ValueError unless the state holds the gates of these matrices, and no others, for `batch` samples.
+
+        shared : `Network.shared_gates`
+        """
+        self._need_gates_of(shared)
+        for name, (blocks, _) in shared.items():
+            held, need = self.gates[name], ((batch, blocks), (batch,))
+            if (got := (held.gates.shape, held.left.shape)) != need:
+                raise ValueError(f"state gates of {name}: got arrays of shape {got}, need {need}")
+
+    def _need_gates_of(self, shared: Collection[str]) -> None:
+        need_kind("state gates", self.gates, Mapping, "a mapping of names of matrices to HeldGates")
+        if set(self.gates) != set(shared):
+            got, need = (", ".join(sorted(map(str, names))) or "none" for names in (self.gates, shared))
+            raise ValueError(
+                f"state gates: got those of {got}, need those of {need}; the gates of a matrix whose choices several "
+                "steps share are a part of every state that a run or State.zeros(network, batch) gives"
+            )
 
     @property
     def batch(self) -> int:
         """The number of samples."""
         return self.cells[0].shape[0]
 
-    def need_shapes(self, units: Sequence[int], batch: int) -> None:
-        """Raise ValueError for arrays of other shapes than those of layers of so many units, for `batch` samples."""
+    def need_shapes(
+        self, units: Sequence[int], batch: int, shared: Mapping[str, tuple[int, int]] | None = None
+    ) -> None:
+        """Raise ValueError for arrays of other shapes than those of layers of so many units, for `batch` samples.
+
+        shared : `Network.shared_gates`; None for none
+        """
         wanted = [(batch, n) for n in units]
         for name in STATE_PARTS:
             if (got := [array.shape for array in getattr(self, name)]) != wanted:
                 raise ValueError(f"state {name}: got arrays of shape {got}, need {wanted}")
+        self.need_gates({} if shared is None else shared, batch)
 
     def need_finite(self) -> None:
         """Raise FloatingPointError where a cell state has overflowed."""
         need_finite_cells(self.cells)
+
+
+def _checked(what: str, array: Any, shape: tuple[int, int]) -> np.ndarray:
+    """A copy as float32. Raises ValueError for an array of another shape or kind, or not finite; `what` names it."""
+    if isinstance(array, np.ma.MaskedArray):
+        plain_array(what, array)
+    if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype.kind != "f":
+        got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise ValueError(f"{what}: got {got}, need float {shape}")
+    with np.errstate(all="ignore"):
+        converted = np.array(array, np.float32, order="C")
+    check_finite(what, converted)
+    return converted
 
 
 class InputKind(Enum):

@@ -19,8 +19,8 @@ from eventrnn.events import Events
 from eventrnn.margins import before_event
 from eventrnn.network import Layer, Network, Readout
 from eventrnn.simulation import Simulation, Simulator
-from eventrnn.state import State
-from eventrnn.weights import CSR, FORMATS, GATE_RULES, STORAGES, GatedBlocks, Weights, check_block, convert
+from eventrnn.state import HeldGates, State
+from eventrnn.weights import CSR, FORMATS, GATE_RULES, STORAGES, GatedBlocks, MatrixId, Weights, check_block, convert
 
 Size = int | SearchStrategy[int]
 
@@ -34,6 +34,9 @@ GROUPS = tuple(
     for n, m in ((2, 2), (1, 2), (2, 4), (1, 8), (3, 5), (4, 16), (2, 32), (5, 7))
     for axis in ("post", "pre")
 )
+
+#: Numbers of steps that share a choice of gated blocks.
+PERIODS = (1, 2, 5)
 
 #: Every variant of the EGRU, which every backend runs; and every cell, which the backends on the CPU run.
 EVENT_CELLS = tuple(Cell("egru", variant) for variant in CELLS["egru"])
@@ -76,10 +79,12 @@ def weights(
     storages: Sequence[str] = STORAGES,
     gain: float = 1.0,
     dyadic: bool = False,
+    periods: Sequence[int] = PERIODS,
 ) -> Weights:
     """Weight matrices (n_pre, n_post) in any format, storage, block or N:M pattern, pruned besides, up to all zero.
 
-    `formats` may also name "gated", which no default includes, because such blocks are no matrix.
+    `formats` may also name "gated", which no default includes, because such blocks are no matrix; `periods` are numbers
+    of steps that may share their choices.
     Values are normal with deviation `gain / sqrt(n_pre)`; with `dyadic` they are multiples of 1/16 up to 4, and int8,
     which cannot hold these, is left out. Some stored values may be zero.
     """
@@ -87,7 +92,7 @@ def weights(
     if name == GatedBlocks.name:
         if dyadic:
             raise ValueError("formats: got 'gated' with dyadic=True, but gates lie on no grid of 1/16")
-        return draw(gated_blocks(shape, storages=storages, gain=gain))
+        return draw(gated_blocks(shape, storages=storages, gain=gain, periods=periods))
     storage = draw(_storages(storages, dyadic))
     # A failure shrinks to the first block: single weights.
     block = draw(st.sampled_from([b for b in BLOCKS if b[0] <= shape[0] and b[1] <= shape[1]]))
@@ -111,9 +116,14 @@ def weights(
 
 @st.composite
 def gated_blocks(
-    draw: DrawFn, shape: tuple[int, int], *, storages: Sequence[str] = STORAGES, gain: float = 1.0
+    draw: DrawFn,
+    shape: tuple[int, int],
+    *,
+    storages: Sequence[str] = STORAGES,
+    gain: float = 1.0,
+    periods: Sequence[int] = PERIODS,
 ) -> GatedBlocks:
-    """Gated blocks (n_pre, n_post) of any storage, block, density, rule and rank, some of them not stored.
+    """Gated blocks (n_pre, n_post) of any storage, block, density, rule, rank and period, some of them not stored.
 
     Gates differ, or are equal so that biases of few values decide with many ties, or all logits are equal.
     """
@@ -131,7 +141,8 @@ def gated_blocks(
     if rank is not None:
         fields["gate_out"] = _normal(rng, (rank, n_blocks), 1 / np.sqrt(rank), False)
         gate = _normal(rng, (shape[0], rank), 1 / np.sqrt(shape[0]), False) * gate.any()
-    return GatedBlocks(**fields, gate=gate, gate_bias=bias, density=density, gate_rule=rule)
+    period = draw(st.sampled_from(tuple(periods)))
+    return GatedBlocks(**fields, gate=gate, gate_bias=bias, density=density, gate_rule=rule, gate_period=period)
 
 
 @st.composite
@@ -144,6 +155,7 @@ def _layers(
     storages: Sequence[str] = STORAGES,
     cells: Sequence[Cell] = EVENT_CELLS,
     dyadic: bool = False,
+    periods: Sequence[int] = PERIODS,
 ) -> Layer:
     """Layers with active units: thresholds are zero, equal or varied; with varied ones some units never fire.
 
@@ -151,7 +163,7 @@ def _layers(
     """
     cell = draw(st.sampled_from(tuple(cells)))
     rows = cell.gates * units
-    options = {"storages": storages, "gain": 2.0, "dyadic": dyadic}
+    options = {"storages": storages, "gain": 2.0, "dyadic": dyadic, "periods": periods}
     # Where the reset gate comes before the product, the recurrent weights cannot be gated.
     recurrent = _matrix_formats(formats) if cell.reset_first else tuple(formats)
     w_in = draw(weights((inputs, rows), formats=formats, **options))
@@ -194,6 +206,7 @@ def networks(
     readout: bool | None = None,
     tied: bool | None = None,
     dyadic: bool = False,
+    periods: Sequence[int] = PERIODS,
 ) -> Network:
     """Networks in which some units fire and others do not; of cells without thresholds, networks of any outputs.
 
@@ -206,6 +219,7 @@ def networks(
     layers            : number of layers
     embedding, readout, tied : True with, False without, None either; a tied read-out needs the other two
     dyadic            : weights, biases and thresholds are multiples of 1/16; int8 weights are left out
+    periods           : of gated blocks, numbers of steps that may share a choice
 
     Raises ValueError for `tied` without an embedding or a read-out.
     """
@@ -220,7 +234,7 @@ def networks(
     first = sizes[-1] if is_tied else draw(st.integers(1, max_inputs))
     widths = [first, *sizes]
     stack = tuple(
-        draw(_layers(a, b, formats=formats, storages=storages, cells=cells, dyadic=dyadic))
+        draw(_layers(a, b, formats=formats, storages=storages, cells=cells, dyadic=dyadic, periods=periods))
         for a, b in zip(widths[:-1], widths[1:], strict=True)
     )
     symbols, outputs = draw(size), draw(size)
@@ -240,7 +254,8 @@ def networks(
         table = np.ascontiguousarray(transposed.to_dense().T)
         top = Readout(transposed, _normal(rng, symbols, 0.3, dyadic), tied=True)
     elif has_readout:
-        drawn = draw(weights((sizes[-1], outputs), formats=formats, storages=storages, dyadic=dyadic))
+        options = {"formats": formats, "storages": storages, "dyadic": dyadic, "periods": periods}
+        drawn = draw(weights((sizes[-1], outputs), **options))
         top = Readout(drawn, _normal(rng, outputs, 0.3, dyadic))
     return Network(stack, table, top)
 
@@ -272,7 +287,8 @@ def inputs(draw: DrawFn, network: Network, steps: Size, batch: Size) -> np.ndarr
 
 @st.composite
 def states(draw: DrawFn, network: Network, batch: int) -> State:
-    """Start states: zero, or as after a run: cells of either sign, some outputs. Outputs of EGRUs are not negative."""
+    """Start states: zero, or as after a run: cells of either sign, some outputs, and held gates of samples that do not
+    choose in the same step. Outputs of EGRUs are not negative."""
     if draw(st.booleans()):
         return State.zeros(network, batch)
     rng = _rng(draw)
@@ -284,7 +300,11 @@ def states(draw: DrawFn, network: Network, batch: int) -> State:
             outputs[k] = cells[k].copy()
         elif not layer.cell.thresholded:
             outputs[k] = np.copysign(outputs[k], cells[k])
-    return State(cells, tuple(outputs))
+    gates = {}
+    for name, (blocks, period) in network.shared_gates().items():
+        held = np.abs(_normal(rng, (batch, blocks), 1.0, False)) * (rng.random((batch, blocks)) < 0.5)
+        gates[name] = HeldGates(held, rng.integers(0, period, batch))
+    return State(cells, tuple(outputs), gates)
 
 
 def _matrix_formats(formats: Sequence[str]) -> tuple[str, ...]:
@@ -339,8 +359,11 @@ class Divergence(AssertionError):
 
     Attributes
     ----------
-    what    : "event", "cell", "output", "output shape", "fire count" or "final state"
-    step, layer, sample, unit : place of the first difference; -1 where it does not apply
+    what    : "event", "cell", "output", "output shape", "fire count" or "final state"; of the final state of gated
+              blocks whose choices some steps share, "layers.0.w_in held gate" and "layers.0.w_in held step", which is
+              the number of further steps with these gates
+    step, layer, sample, unit : place of the first difference; -1 where it does not apply. The unit of a gate is the
+              number of its block
     values  : the values of the two runs at this place
     margins : |v - threshold| of the unit in the two runs, with v the cell before the event; NaN where it does not
               apply, as for cells without thresholds
@@ -402,6 +425,27 @@ def _need_comparable(sim_a: Simulator, sim_b: Simulator) -> None:
                     f"assert_equivalent: the simulators start with different {name} of layer {k}; "
                     "make them with the same state, or reset both"
                 )
+    if (different := _different_gates(sim_a.state, sim_b.state)) is not None:
+        raise ValueError(
+            f"assert_equivalent: the simulators start with different gates of {different[0]}; make them with the same "
+            "state, or reset both"
+        )
+
+
+def _different_gates(a: State, b: State) -> tuple[str, int, int, tuple[Any, Any]] | None:
+    """The first difference of held gates, other than of gates that no further step has.
+
+    Returns the matrix, the sample, and the block and the two gates, or -1 and the two numbers of further steps.
+    """
+    for name in sorted({*a.gates, *b.gates}):
+        x, y = a.gates.get(name), b.gates.get(name)
+        if x is None or y is None:
+            return name, -1, -1, (x, y)
+        if (place := _first(x.left != y.left)) is not None:
+            return name, place[0], -1, (x.left[place], y.left[place])
+        if (place := _first((x.gates != y.gates) & (x.left > 0)[:, None])) is not None:
+            return name, place[0], place[1], (x.gates[place], y.gates[place])
+    return None
 
 
 def _first_divergence(sim_a: Simulator, sim_b: Simulator, a: Simulation, b: Simulation) -> Divergence | None:
@@ -459,6 +503,11 @@ def _in_final_state(a: Simulation, b: Simulation) -> Divergence | None:
             if place is not None:
                 sample, unit = place
                 return Divergence("final state", a.steps, k, sample, unit, (x[place], y[place]))
+    if (different := _different_gates(a.state, b.state)) is not None:
+        name, sample, block, values = different
+        layer = MatrixId(name).layer
+        what = f"{name} held gate" if block >= 0 else f"{name} held step"
+        return Divergence(what, a.steps, -1 if layer is None else layer, sample, block, values)
     return None
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eventrnn import cli, io, pruning, reference
+from eventrnn import cli, io, pruning, reference, reference_products
 from eventrnn.cells import Cell
 from eventrnn.counting import audit, count, count_per_step
 from eventrnn.cpu.crossover import AutoBackend
@@ -79,7 +79,7 @@ def test_product_of_small_whole_numbers_is_that_worked_out_by_loops(rule, rank):
         arrays = reference.weight_arrays("w", weights, np.float64)
         for x in rng.integers(-2, 3, (20, shape[0])).astype(np.float64):
             drive, chosen, gates = by_hand(weights, x)
-            found = reference.block_gates(arrays, x[None])[0]
+            found = reference_products.block_gates(arrays, x[None])[0]
             assert set(np.flatnonzero(found)) == chosen
             assert len(chosen) == weights.kept_blocks
             got = reference.propagate(arrays, x[None], np.zeros(shape[1]))[0]
@@ -94,7 +94,7 @@ def test_of_equal_logits_the_lowest_blocks_are_chosen_and_their_mean_over_all_is
     weights = replace(weights, gate_bias=np.array([1, 2, 1, 2, 2, 1, 1, 0], np.float32))
     assert weights.kept_blocks == 4
     arrays = reference.weight_arrays("w", weights, np.float32)
-    gates = reference.block_gates(arrays, np.zeros((1, 4), np.float32))[0]
+    gates = reference_products.block_gates(arrays, np.zeros((1, 4), np.float32))[0]
     # Ratios 1/2, 1, 1, 1 of the chosen logits 1, 2, 2, 2; the first of three ones is chosen.
     assert np.array_equal(gates, np.float32([0.5, 1, 0, 1, 1, 0, 0, 0]) * (np.float32(8) / np.float32(3.5)))
 
@@ -135,14 +135,16 @@ def test_chunks_single_steps_and_single_samples_have_the_bits_of_one_run(data, t
     assert_same_state(whole.state, stepped.state)
 
 
-def test_samples_of_different_lengths_have_the_bits_of_runs_of_their_own():
-    network = network_of()
+@pytest.mark.parametrize("period", [1, 3])
+def test_samples_of_different_lengths_have_the_bits_of_runs_of_their_own(period):
+    network = network_of(period=period)
     x = np.random.default_rng(1).standard_normal((9, 3, 5)).astype(np.float32)
     lengths = [4, 9, 0]
     whole = simulate(network, x, lengths=lengths, record="events")
     for b, steps in enumerate(lengths):
         own = simulate(network, x[:steps, b : b + 1], record="events")
         assert same_bits(whole.output[:steps, b], own.output[:, 0])
+        assert all(held.left[b] == own.state.gates[name].left[0] for name, held in whole.state.gates.items())
     counts = count(network, whole)
     apart = [count(network, simulate(network, x[:n, b : b + 1], record="events")) for b, n in enumerate(lengths)]
     for name, matrix in counts.matrices.items():
@@ -188,8 +190,9 @@ def test_auto_runs_gated_blocks_as_they_are_stored():
         assert_same(simulate(network, x, record=RECORDABLE), result)
 
 
-def test_copies_of_a_simulator_go_on_with_the_same_bits():
-    network, x = network_of(), np.random.default_rng(1).standard_normal((9, 1, 5)).astype(np.float32)
+@pytest.mark.parametrize("period", [1, 3])
+def test_copies_of_a_simulator_go_on_with_the_same_bits(period):
+    network, x = network_of(period=period), np.random.default_rng(1).standard_normal((9, 1, 5)).astype(np.float32)
     simulator = Simulator(network)
     simulator.run(x[:4])
     others = [copy.deepcopy(simulator), pickle.loads(pickle.dumps(simulator))]
@@ -200,10 +203,9 @@ def test_copies_of_a_simulator_go_on_with_the_same_bits():
 # --- counts -------------------------------------------------------------------------------------------------
 
 
-def brute_counts(weights: GatedBlocks, x: np.ndarray) -> dict[str, int]:
-    """The counts of one input (n_pre,), in loops over units and blocks, with the gates of the specification."""
+def brute_counts(weights: GatedBlocks, x: np.ndarray, gates: np.ndarray, fresh: bool) -> dict[str, int]:
+    """The counts of an input (n_pre,) with gates (blocks,), in loops over units and blocks; fresh: whether it chose."""
     (r, c), (_, columns) = weights.block, weights.grid
-    gates = reference.block_gates(reference.weight_arrays("w", weights, np.float32), x[None])[0]
     dense, fired = weights.blocks.to_dense(), np.flatnonzero(x)
     stored = {
         (row, int(column))
@@ -214,12 +216,12 @@ def brute_counts(weights: GatedBlocks, x: np.ndarray) -> dict[str, int]:
         "dense": dense.size,
         "effective": 0,
         "executed": 0,
-        "weight_bytes": 4 * weights.gate.shape[1] * len(fired),
-        "selection": weights.gate.shape[1] * len(fired) + 2 * weights.kept_blocks,
+        "weight_bytes": 4 * weights.gate.shape[1] * len(fired) if fresh else 4 * weights.kept_blocks,
+        "selection": weights.gate.shape[1] * len(fired) + 2 * weights.kept_blocks if fresh else 0,
         "chosen": weights.kept_blocks,
         "binary": 0,
     }
-    if weights.gate_out is not None:
+    if fresh and weights.gate_out is not None:
         n["weight_bytes"] += 4 * weights.gate_out.size
         n["selection"] += weights.gate_out.size
     blocks = set()
@@ -259,8 +261,15 @@ def check_brute(case, counts, per_step, name, sent):
         assert counts.matrices[name].executed == sum(count_executed(weights, x) for x in rows)
         return
     total: dict[str, int] = {}
+    arrays, held = reference.weight_arrays("w", weights, np.float32), case.state.gates.get(name)
+    gates = [None] * sent.shape[1] if held is None else list(held.gates)
+    left = [0] * sent.shape[1] if held is None else held.left.tolist()
     for t, b in np.ndindex(sent.shape[:2]):
-        for quantity, value in brute_counts(weights, sent[t, b]).items():
+        fresh = left[b] == 0
+        if fresh:
+            gates[b], left[b] = reference_products.block_gates(arrays, sent[t, b][None])[0], weights.gate_period
+        left[b] -= 1
+        for quantity, value in brute_counts(weights, sent[t, b], gates[b], fresh).items():
             assert per_step[name][quantity][t, b] == value, (name, quantity, t, b)
             total[quantity] = total.get(quantity, 0) + value
     assert total == {quantity: getattr(counts.matrices[name], quantity) for quantity in total}
@@ -378,6 +387,8 @@ def test_model_files_keep_every_bit(tmp_path_factory, case):
         ({"density": True}, ValueError, "density: got True, need"),
         ({"block": (9, 2)}, ValueError, "block: 9x2 is larger than the matrix 4x6"),
         ({"block": (0, 2)}, ValueError, "block: got"),
+        ({"gate_period": 0}, ValueError, "gate_period: got 0, need a whole number 1 to 2147483647"),
+        ({"gate_period": 1.5}, ValueError, r"gate_period: got 1\.5, need a whole number"),
         ({"gate_rule": "tanh"}, ValueError, "gate_rule: got 'tanh', need one of linear, softmax"),
         ({"rng": None}, ValueError, "gate: give gate and gate_bias, or an rng"),
         ({"gate": np.ones((4, 6))}, ValueError, "gate: give gate and gate_bias, or an rng"),

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from eventrnn import reference
+from eventrnn import reference, reference_products
 from eventrnn.counting.backward import count_backward
 from eventrnn.network import Network
 from eventrnn.pruning import Blocks, GradualPruning, after_training
@@ -185,8 +185,8 @@ def test_choices_are_those_of_the_logits_and_drives_within_rounding(rule):
     product = GatedProduct(GatedMatrix.of("w", made, parameters, Gating()), rows, Model(network_of())._team)
     drives = np.concatenate([product.drives(x[:5], 0), product.drives(x[5:], 5)])
     arrays, wide = reference.weight_arrays("w", made, np.float64), x.astype(np.float64)
-    assert np.array_equal(product.gates != 0, reference.block_gates(arrays, wide) != 0)
-    gates = np.repeat(reference.block_gates(arrays, wide).reshape(rows, 3, 3), 4, axis=1)[:, :10]
+    assert np.array_equal(product.gates != 0, reference_products.block_gates(arrays, wide) != 0)
+    gates = np.repeat(reference_products.block_gates(arrays, wide).reshape(rows, 3, 3), 4, axis=1)[:, :10]
     sizes = np.repeat(gates, 6, axis=2)[:, :, :14] * np.abs(wide)[:, :, None] * np.abs(weights)
     error = np.abs(drives - reference.propagate(arrays, wide, np.zeros(14)))
     assert (error <= tolerance.gated_drive_bound(made.kept_blocks, sizes)).all()

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from eventrnn import cells, reference
+from eventrnn import cells, reference, reference_products
 from eventrnn.cells import Cell
 from eventrnn.cpu import packing
 from eventrnn.events import Events
@@ -154,7 +154,7 @@ def first_difference(a, b) -> tuple[int, int, int, int]:
 def test_dropped_last_event_in_the_specification(monkeypatch):
     term = "cells.fma(weights[j][None, :], values[:, j, None], drive)"
     dropping = {term: f"{term} if j < max(np.flatnonzero(values.any(axis=0)), default=-1) else drive"}
-    plant(monkeypatch, reference, "propagate", dropping)
+    plant(monkeypatch, reference_products, "propagate", dropping)
     found = divergence("cpu", "reference")
     # At least one unit sends an event in the first step.
     assert place(found)[:3] == (0, 0, int(np.argmax(signal()[0].any(axis=1))))

@@ -38,7 +38,7 @@ from eventrnn.cli.options import (
 from eventrnn.cli.terminal import progress, show
 from eventrnn.pruning.patterns import parse_nm
 from eventrnn.pruning.schedule import choose
-from eventrnn.weights import FORMATS, STORAGES, GatedBlocks, check_block, convert
+from eventrnn.weights import FORMATS, STORAGES, GatedBlocks, Weights, check_block, convert
 from eventrnn.weights.nm import AXES
 
 
@@ -125,6 +125,14 @@ def run(
     show(f"{model or named} on {text} ({part})", figures, as_json)
 
 
+def _choices(weights: Weights) -> str:
+    """How many blocks an input chooses, and how often; nothing of a matrix without gates."""
+    if not isinstance(weights, GatedBlocks):
+        return ""
+    every = "" if weights.gate_period == 1 else f", every {weights.gate_period} steps"
+    return f", {weights.kept_blocks} of {weights.n_blocks} blocks per input{every}"
+
+
 def info(model: GivenModel = None, named: NamedModel = None, as_json: Json = False) -> None:
     """Show what is installed, what a GPU would run and how long the first call takes, or what a model file holds."""
     if model is not None or named is not None:
@@ -132,8 +140,7 @@ def info(model: GivenModel = None, named: NamedModel = None, as_json: Json = Fal
         network = own_model(path)
         shapes = {
             name: f"{w.name} {w.shape[0]}x{w.shape[1]}, {w.storage}, {w.nnz:,} weights "
-            f"({w.nnz / max(1, w.shape[0] * w.shape[1]):.1%})"
-            + (f", {w.kept_blocks} of {w.n_blocks} blocks per input" if isinstance(w, GatedBlocks) else "")
+            f"({w.nnz / max(1, w.shape[0] * w.shape[1]):.1%})" + _choices(w)
             for name, w in network.matrices().items()
         }
         cells = {

@@ -8,7 +8,7 @@ activation by a non-zero weight) is compared as well, and `NEUROBENCH_DIFFERENCE
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -34,8 +34,9 @@ from eventrnn.counting.neurobench import (
 )
 from eventrnn.events import Events
 from eventrnn.network import Network
-from eventrnn.reference import block_gates, weight_arrays
+from eventrnn.reference_products import block_gates, gates_of_step, weight_arrays
 from eventrnn.simulation import Simulation
+from eventrnn.state import HeldGates
 from eventrnn.weights import CSR, NM, BlockCSR, Dense, GatedBlocks, Weights
 
 Number = int | float
@@ -100,7 +101,7 @@ def audit(network: Network, simulation: Simulation, counts: OpCounts | None = No
     for name, (weights, events) in events_by_matrix(network, simulation).items():
         counted = counts.matrices[name]
         if isinstance(weights, GatedBlocks):
-            rows += _gated_rows(name, weights, events, counted, simulation.lengths)
+            rows += _gated_rows(name, weights, events, counted, simulation)
             continue
         inputs, columns = dense_inputs(network, name, weights), weights.shape[1]
         looked_up = inputs < weights.shape[0]
@@ -262,23 +263,16 @@ def products_of(rule: Callable[..., Any]) -> int:
 
 
 def _gated_rows(
-    name: str, weights: GatedBlocks, events: Events, counted: Counts, lengths: np.ndarray | None
+    name: str, weights: GatedBlocks, events: Events, counted: Counts, simulation: Simulation
 ) -> list[tuple[str, str, Number, Number, str]]:
     """Rows of the audit for a matrix of gated blocks, from the gates of the specification and the rows of a dense 0/1
     matrix. NeuroBench has no such matrix."""
-    arrays = weight_arrays(name, weights, np.float32)
-    there, executed = arrays.weights != 0, _executed_mask(weights.blocks) != 0
-    (r, c), grid = weights.block, weights.grid
-    x = events.to_dense()
-    steps = np.full(x.shape[1], len(x)) if lengths is None else lengths
-    rows = np.concatenate([x[:end, b] for b, end in enumerate(steps)])
-    found = {"dense": len(rows) * there.size, "effective": 0, "executed": 0, "chosen": len(rows) * weights.kept_blocks}
+    there, executed = weights.blocks.to_dense() != 0, _executed_mask(weights.blocks) != 0
+    (r, c), grid, rows = weights.block, weights.grid, simulation.sample_steps
+    found = {"dense": rows * there.size, "effective": 0, "executed": 0, "chosen": rows * weights.kept_blocks}
     found["blocks"] = 0
-    for first in range(0, len(rows), GATED_ROWS):
-        part = rows[first : first + GATED_ROWS]
-        with np.errstate(over="ignore", invalid="ignore"):
-            acts = (block_gates(arrays, part) != 0).reshape(-1, *grid)
-        for row, chosen in zip(part, acts, strict=True):
+    for part, gates in _rows_and_gates(name, weights, events.to_dense(), simulation):
+        for row, chosen in zip(part, (gates != 0).reshape(-1, *grid), strict=True):
             fired = np.flatnonzero(row)
             columns = np.repeat(chosen[fired // r], c, axis=1)
             products = columns & executed[fired]
@@ -288,6 +282,29 @@ def _gated_rows(
             found["executed"] += np.count_nonzero(products)
             found["blocks"] += np.count_nonzero(used)
     return [(name, quantity, getattr(counted, quantity), value, "formula") for quantity, value in found.items()]
+
+
+def _rows_and_gates(
+    name: str, weights: GatedBlocks, x: np.ndarray, simulation: Simulation
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All inputs (rows, n_pre) of x (steps, batch, n_pre), without padding and some at a time, and their gates."""
+    arrays = weight_arrays(name, weights, np.float32)
+    steps = np.full(x.shape[1], len(x)) if simulation.lengths is None else simulation.lengths
+    with np.errstate(over="ignore", invalid="ignore"):
+        if weights.gate_period == 1:
+            rows = np.concatenate([x[:end, b] for b, end in enumerate(steps)])
+            for first in range(0, len(rows), GATED_ROWS):
+                part = rows[first : first + GATED_ROWS]
+                yield part, block_gates(arrays, part)
+            return
+        # The choices of a sample hold for several of its steps, one after the other.
+        held = simulation.initial.gates[name]
+        gates, left = held.gates.astype(np.float32), held.left.copy()
+        for t, row in enumerate(x):
+            there = np.flatnonzero(steps > t)
+            step = gates_of_step(arrays, row[there], HeldGates(gates[there], left[there]))
+            gates[there], left[there] = step.gates, step.left
+            yield row[there], step.gates
 
 
 def _neurobench_rows(name: str, weights: Weights, events: Events, counted: Counts, lengths: np.ndarray | None) -> list:

@@ -224,7 +224,11 @@ def _gated_counts(network: Network, simulation: Simulation) -> dict[str, dict[st
             f'{next(iter(gated))}: which of its gated blocks are chosen depends on the events; run with record="events"'
         )
     received, present = events_by_matrix(network, simulation) if gated else {}, _present(simulation)
-    return {name: counts_of_rows(name, weights, received[name][1], present) for name, weights in gated.items()}
+    held = simulation.initial.gates
+    return {
+        name: counts_of_rows(name, weights, received[name][1], present, held.get(name))
+        for name, weights in gated.items()
+    }
 
 
 def _element_wise(cell: Cell) -> tuple[int, int, int]:

@@ -8,15 +8,17 @@ counts of other matrices there are:
 | ----------- | -------------------------------------------------------------------------------------------------- |
 | `selection` | multiplications and divisions by which blocks are chosen: of the logits, one per event and block,  |
 |             | or, with two factors, `rank` per event and `rank` per block; of the gates, two per chosen block    |
-|             | (its ratio and its gate); of the scaled inputs, one per event and executed block of the unit       |
+|             | (its ratio and its gate); of the scaled inputs, one per event and executed block of the unit. Only |
+|             | the last ones in a step that has the gates of an earlier one (`GatedBlocks.gate_period`)           |
 | `chosen`    | chosen blocks: `GatedBlocks.kept_blocks` per sample and step                                       |
 | `blocks`    | executed blocks: chosen with a gate that is not zero, stored, and with an event of one of its units |
 
 `executed` are the products of the executed blocks with the events of their units, with padding columns; `effective`
 are those of them whose weight is not zero. All of them count as graded, because a gate times a binary event is not
 binary. `weight_bytes` are, per event, the row of the gate, and of each executed block its values and one index, and
-the scale of an int8 unit that has an executed block; and per sample and step the second factor of a gate. Gate biases,
-as all biases, are not counted.
+the scale of an int8 unit that has an executed block; and per sample and step the second factor of a gate. A step that
+has the gates of an earlier one reads the gates of the chosen blocks in place of the gate's rows and second factor. Gate
+biases, as all biases, are not counted.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ import numpy as np
 from eventrnn import cells
 from eventrnn.events import Events
 from eventrnn.network import Network
-from eventrnn.reference import ChosenBlocks, gates_of_logits, propagate, weight_arrays
+from eventrnn.reference_products import ChosenBlocks, gates_of_logits, propagate, weight_arrays
+from eventrnn.state import HeldGates
 from eventrnn.weights import GatedBlocks
 
 # Numbers of the arrays that the gates of some rows take at once.
@@ -38,12 +41,15 @@ def records_of(network: Network) -> tuple[str, ...]:
     return ("events",) if any(isinstance(w, GatedBlocks) for w in network.matrices().values()) else ()
 
 
-def counts_of_rows(name: str, weights: GatedBlocks, events: Events, present: np.ndarray) -> dict[str, np.ndarray]:
+def counts_of_rows(
+    name: str, weights: GatedBlocks, events: Events, present: np.ndarray, held: HeldGates | None = None
+) -> dict[str, np.ndarray]:
     """The counts of one matrix per step and sample: arrays (steps, batch) int64 by count.
 
     name    : of the matrix
     events  : what the matrix receives, (steps, batch, n_pre)
     present : (steps, batch) whole numbers, 0 for padding, in which nothing is computed
+    held    : what the state before the first step held, where some steps share a choice; None for nothing
 
     O(events * blocks + steps * batch * blocks) time.
     """
@@ -52,10 +58,11 @@ def counts_of_rows(name: str, weights: GatedBlocks, events: Events, present: np.
     found = {count: np.zeros(n_rows, np.int64) for count in names}
     rows = np.flatnonzero(present.ravel())
     most = max(1, PART // max(1, weights.n_blocks + weights.shape[0]))
-    tables = _tables(weights)
+    tables, chosen_at = _tables(weights), _choices(weights, events.shape[:2], held)
     for first in range(0, len(rows), most):
         part = rows[first : first + most]
-        for count, values in _counts(name, weights, events, part, tables).items():
+        x, gates = _dense_rows(events, part), _gates(name, weights, events, chosen_at[part], held)
+        for count, values in _counts(weights, x, gates, chosen_at[part] == part, tables).items():
             found[count][part] = values
     found["dense"] = present.ravel() * (weights.shape[0] * weights.shape[1])
     found["graded"], found["binary"] = found["effective"], np.zeros(n_rows, np.int64)
@@ -72,34 +79,64 @@ def _tables(weights: GatedBlocks) -> tuple[np.ndarray, np.ndarray]:
     return there.reshape(weights.shape[0], columns, weights.block[1]).sum(axis=2), stored
 
 
-def _counts(
-    name: str, weights: GatedBlocks, events: Events, rows: np.ndarray, tables: tuple[np.ndarray, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """The counts of some rows (n,), (n,) int64 each."""
-    fan_out, stored = tables
-    (r, c), (block_rows, columns) = weights.block, weights.grid
-    x = np.zeros((len(rows), weights.shape[0]), np.float32)
+def _choices(weights: GatedBlocks, shape: tuple[int, int], held: HeldGates | None) -> np.ndarray:
+    """The row (step * batch + sample) of a run of (steps, batch) whose gates each row has, (rows,) int64.
+
+    Where those are the held ones of sample b, the number is b - batch.
+    """
+    (steps, batch), period = shape, weights.gate_period
+    left = np.zeros(batch, np.int64) if held is None else held.left
+    step, sample = np.arange(steps)[:, None], np.arange(batch)
+    # Steps since a choice, of samples that have made one.
+    since = (step - left) % period
+    return np.where(step < left, sample - batch, (step - since) * batch + sample).ravel()
+
+
+def _dense_rows(events: Events, rows: np.ndarray) -> np.ndarray:
+    """Some rows of events (n,) as numbers (n, n_pre) float32."""
+    x = np.zeros((len(rows), events.shape[2]), np.float32)
     for k, row in enumerate(rows):
         entries = slice(events.indptr[row], events.indptr[row + 1])
         x[k, events.indices[entries]] = events.values[entries]
+    return x
+
+
+def _gates(
+    name: str, weights: GatedBlocks, events: Events, chosen_at: np.ndarray, held: HeldGates | None
+) -> np.ndarray:
+    """The gates (n, blocks) of rows that have those of the rows `chosen_at` (n,), see `_choices`."""
+    sources, place = np.unique(chosen_at, return_inverse=True)
+    before, gates = np.count_nonzero(sources < 0), np.zeros((len(sources), weights.n_blocks), np.float32)
+    if held is not None:
+        gates[:before] = held.gates[sources[:before]]
+    gates[before:] = gates_of_active(name, weights, _dense_rows(events, sources[before:]))
+    return gates[place]
+
+
+def _counts(
+    weights: GatedBlocks, x: np.ndarray, gates: np.ndarray, fresh: np.ndarray, tables: tuple[np.ndarray, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The counts of inputs x (n, n_pre) with gates (n, blocks), (n,) int64 each; `fresh` (n,) says which chose."""
+    fan_out, stored = tables
+    (r, c), (block_rows, columns) = weights.block, weights.grid
     fired = x != 0
-    used = (gates_of_active(name, weights, x) != 0).reshape(-1, block_rows, columns) & stored
-    padded = np.zeros((len(rows), block_rows * r), np.int64)
+    used = (gates != 0).reshape(-1, block_rows, columns) & stored
+    padded = np.zeros((len(x), block_rows * r), np.int64)
     padded[:, : fired.shape[1]] = fired
-    active = padded.reshape(len(rows), block_rows, r).sum(axis=2)
+    active = padded.reshape(len(x), block_rows, r).sum(axis=2)
     products = (active[:, :, None] * used).sum(axis=(1, 2))
     # Per unit, the non-zero weights in its executed blocks.
     unit = np.arange(weights.shape[0]) // r
     effective = np.array([(used[k][unit[f]] * fan_out[f]).sum() for k, f in enumerate(fired)], np.int64)
     scales = (active * used.any(axis=2)).sum(axis=1) if weights.scales is not None else 0
     out = 0 if weights.gate_out is None else weights.gate_out.size
-    logits = active.sum(axis=1) * weights.gate.shape[1] + out
+    logits, kept = fresh * (active.sum(axis=1) * weights.gate.shape[1] + out), weights.kept_blocks
     return {
         "effective": effective,
         "executed": products * c,
-        "weight_bytes": 4 * logits + products * (c * weights.values.itemsize + 4) + 4 * scales,
-        "selection": logits + 2 * weights.kept_blocks + products,
-        "chosen": np.full(len(rows), weights.kept_blocks),
+        "weight_bytes": 4 * (logits + kept * ~fresh) + products * (c * weights.values.itemsize + 4) + 4 * scales,
+        "selection": logits + 2 * kept * fresh + products,
+        "chosen": np.full(len(x), kept),
         "blocks": (used & (active > 0)[:, :, None]).sum(axis=(1, 2)),
     }
 

@@ -175,7 +175,10 @@ class CpuEngine:
                 aligned_zeros((self.n_threads, rows), np.int64),
                 aligned_zeros((self.n_threads, batch * row_capacity), np.int32),
                 aligned_zeros((self.n_threads, batch * row_capacity), np.float32),
-                workspace(self.n_threads, inputs, rows, self.max_segments, blas_columns, self.gated_blocks),
+                workspace(
+                    *(self.n_threads, inputs, rows, self.max_segments, blas_columns, self.gated_blocks),
+                    held=self.layout.held.sizes(batch),
+                ),
             )
             # Set last: if memory was short above, the next run must not take the old buffers for this batch.
             self.chunk, self.buffers_batch = chunk, batch
@@ -208,7 +211,8 @@ class CpuEngine:
         events = np.empty(rows * total if record_events else 0, np.float32)
         states = np.empty(rows * total if record_states else 0, np.float32)
         outputs = RunOutputs(output, events, states, np.zeros(total, np.int64), np.zeros(total, np.int64))
-        buffers, paths = self._buffers(inputs.batch), []
+        buffers, held, paths = self._buffers(inputs.batch), self.layout.held, []
+        held.give(state, buffers.workspace, inputs.batch)
         begin, ahead = 0, self.chunk
         while begin < inputs.steps:
             end = min(inputs.steps, begin + ahead)
@@ -225,7 +229,7 @@ class CpuEngine:
             begin, ahead = end, RECHECK * self.chunk
         return Trace(
             output.reshape(inputs.steps, inputs.batch, self.output_size),
-            State(self._by_layer(c, inputs.batch), self._by_layer(y, inputs.batch)),
+            State(self._by_layer(c, inputs.batch), self._by_layer(y, inputs.batch), held.read(buffers.workspace)),
             tuple(map(FireCounts, self._by_layer(outputs.graded), self._by_layer(outputs.binary))),
             self._by_layer(events, inputs.steps, inputs.batch) if record_events else (),
             self._by_layer(states, inputs.steps, inputs.batch) if record_states else (),
@@ -264,8 +268,10 @@ class CpuEngine:
             if self._alone is None:
                 self._alone = CpuEngine(self.network, 1, self.policy)
             return self._alone.stepper(state)
-        batch, network = state.batch, self.network
+        batch, network, held = state.batch, self.network, self.layout.held
         c, y = (self._flat(name, getattr(state, name), batch) for name in ("cells", "outputs"))
+        state.need_gates(held.shared, batch)
+        gates, left = held.arrays(state)
         buffers, plan, layout = self._buffers(batch), self.plan(1, batch), self.layout
         total, size = sum(self.units), network.layers[0].inputs
         symbols = network.symbols is not None
@@ -275,7 +281,7 @@ class CpuEngine:
         else:
             most = batch * size + LANES
             received = (np.zeros(batch + 1, np.int64), np.zeros(most, np.int32), np.zeros(most, np.float32))
-        following = np.empty_like(c), np.empty_like(y)
+        following = tuple(map(np.empty_like, (c, y, gates, left)))
         numbers = {
             step_table.BATCH: batch,
             step_table.CHUNK: self.chunk,
@@ -316,6 +322,8 @@ class CpuEngine:
             step_table.DENSE_INPUTS: buffers.workspace.dense_inputs,
             step_table.TILE: buffers.workspace.tile,
             step_table.SCRATCH: buffers.workspace.scratch,
+            step_table.HELD_GATES: following[2],
+            step_table.HELD_LEFT: following[3],
             step_table.INPUT_INDPTR: received[0],
             step_table.INPUT_INDICES: received[1],
             step_table.INPUT_VALUES: received[2],
@@ -324,6 +332,8 @@ class CpuEngine:
             step_table.OUTPUTS: following[1],
             step_table.CELLS_BEFORE: c,
             step_table.OUTPUTS_BEFORE: y,
+            step_table.HELD_GATES_BEFORE: gates,
+            step_table.HELD_LEFT_BEFORE: left,
             step_table.GRADED: np.zeros(total, np.int64),
             step_table.BINARY: np.zeros(total, np.int64),
             step_table.EMPTY: np.zeros(0, np.float32),
@@ -338,7 +348,7 @@ class CpuEngine:
         return Stepper(
             step_of_symbols if symbols else step,
             [arrays[k] for k in range(len(arrays))],
-            by_layer=lambda flat: self._by_layer(flat, batch),
+            state_of=lambda c, y, *kept: State(self._by_layer(c, batch), self._by_layer(y, batch), held.views(*kept)),
             check=check,
             dtype=np.int64 if symbols else np.float32,
             shape=(batch,) if symbols else (batch, size),

@@ -157,6 +157,7 @@ def pack(
     segments: list[Segment],
     dense_kind: int = ROWS,
     dense_activity_threshold: float = DENSE_ACTIVITY_THRESHOLD,
+    held: tuple[int, int, int, int] = (1, 0, 0, 0),
 ) -> list[list[int]]:
     """Add some columns of a matrix to the pools; returns the table rows of its column tiles, without `KERNEL`.
 
@@ -166,13 +167,14 @@ def pack(
     dense_kind : kind of column tile for dense weights: ROWS, ROW_TILES, BLAS or, for float32, IN_PLACE. With ROW_TILES
                  single weights get SINGLE_TILES
     dense_activity_threshold : activity from which ROW_TILES visit every unit
+    held       : of gated blocks, the fields from PERIOD on (`HeldLayout.header`)
     """
     if isinstance(weights, Dense) and dense_kind == IN_PLACE:
         return [_in_place(weights, each) for each in segments]
     if isinstance(weights, Dense):
         return _pack_rows(pools, weights, segments, dense_kind, dense_activity_threshold)
     if isinstance(weights, GatedBlocks):
-        return [_pack_gated(pools, weights, segments)]
+        return [_pack_gated(pools, weights, segments, held)]
     if is_single(weights) and dense_kind == ROW_TILES:
         entries = _Entries.of_blocks(weights) if isinstance(weights, BlockCSR) else _Entries.of_single(weights)
         return _pack_single_tiles(pools, entries.placed(segments), weights, segments)
@@ -399,7 +401,9 @@ def _pack_blocks(pools: PoolBuilder, entries: _Entries, weights: BlockCSR, segme
     return [[kind, _storage(weights), *_bounds(segments), values_at, index_at, at, entries.width, 0, scales, 0, 0]]
 
 
-def _pack_gated(pools: PoolBuilder, weights: GatedBlocks, segments: list[Segment]) -> list[int]:
+def _pack_gated(
+    pools: PoolBuilder, weights: GatedBlocks, segments: list[Segment], held: tuple[int, int, int, int]
+) -> list[int]:
     """The stored blocks, cut into pieces at the ends of the segments, as one column tile of kind GATED.
 
     All threads share one copy of the gate.
@@ -427,6 +431,7 @@ def _pack_gated(pools: PoolBuilder, weights: GatedBlocks, segments: list[Segment
         *(pitch, pools.add_values(_padded_bias(weights.gate_bias, pitch))),
         *(pools.add_rows_once(weights.gate), round_up(weights.gate.shape[1], LANES)),
         *((0, 0) if out is None else (len(out), pools.add_rows_once(out))),
+        *held,
     )
     assert len(header) == GATED_HEADER
     at = pools.add_pointers(np.array([*header, *first, *(number for piece in pieces for number in piece)]))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from eventrnn._integers import ceil_div, round_up
+from eventrnn.cpu.held_gates import HeldLayout
 from eventrnn.cpu.kernels.row_products import LISTED_SEGMENTS
 from eventrnn.cpu.kernels.simd import LANES
 from eventrnn.cpu.memory import aligned_zeros
@@ -113,10 +114,11 @@ class Layout:
     bias_begins  : where each of those begins
     drive_pitch  : numbers from one drive row to the next
     layer_pitch  : numbers that a drive row of the layers needs; the read-out may need more
+    held         : where the gates lie that some steps share
     """
 
     def __init__(self, network: Network, n_threads: int):
-        self.n_threads = n_threads
+        self.n_threads, self.held = n_threads, HeldLayout(network)
         sizes = [layer.units for layer in network.layers]
         sizes.append(0 if network.readout is None else network.readout.weights.shape[1])
         bounds = [[min(n, round_up(ceil_div(n * q, n_threads), LANES)) for q in range(n_threads + 1)] for n in sizes]
@@ -220,7 +222,8 @@ class Plan:
         kinds = {TILED: ROW_TILES, DENSIFIED_TILED: ROW_TILES, BLAS_PRODUCT: BLAS, LOOK_UP: IN_PLACE}
         kind = kinds.get(kernel, ROWS)
         shares = [self.layout.segments(layer, thread, first_gate, last_gate) for thread in range(self.n_threads)]
-        packed = [pack(self._builder, weights, each, kind, threshold) if each else [] for each in shares]
+        held = self.layout.held.header(name)
+        packed = [pack(self._builder, weights, each, kind, threshold, held) if each else [] for each in shares]
         most = max(map(len, packed))
         for table, share in zip(self._tables, packed, strict=True):
             for row in share:
@@ -243,13 +246,19 @@ class Plan:
 
 
 def workspace_shapes(
-    n_threads: int, inputs: int, rows: int, segments: int, blas_columns: int, gated_blocks: int = 0
+    n_threads: int,
+    inputs: int,
+    rows: int,
+    segments: int,
+    blas_columns: int,
+    gated_blocks: int = 0,
+    held: tuple[int, int] = (0, 0),
 ) -> tuple[tuple[tuple[int, ...], type], ...]:
     """Shape and dtype of each field of a `Workspace`, with a leading axis of threads.
 
     The workspace serves products of up to `inputs` units, `rows` drive rows, `segments` stored block segments per unit,
     `blas_columns` columns through BLAS, and `gated_blocks` blocks of a matrix that chooses some. It also holds one
-    small panel of single weights.
+    small panel of single weights, and gates of the sizes `held` (`HeldLayout.sizes`).
     """
     # Whole vectors: every thread's share starts on a cache line, which it shares with no other thread.
     most, listed = round_up(rows * inputs, LANES) + LANES, LISTED_SEGMENTS + round_up(segments, LANES) + LANES
@@ -263,12 +272,21 @@ def workspace_shapes(
         ((n_threads, round_up(rows * inputs, LANES)), np.float32),
         ((n_threads, rows * ROW_TILE), np.float32),
         ((n_threads, max(round_up(rows * blas_columns, LANES), gates, ROW_TILE << SMALL_PANEL_BITS)), np.float32),
+        ((n_threads, held[0]), np.float32),
+        ((n_threads, held[1]), np.int64),
     )
 
 
 def workspace(
-    n_threads: int, inputs: int, rows: int, segments: int, blas_columns: int, gated_blocks: int = 0
+    n_threads: int,
+    inputs: int,
+    rows: int,
+    segments: int,
+    blas_columns: int,
+    gated_blocks: int = 0,
+    *,
+    held: tuple[int, int] = (0, 0),
 ) -> Workspace:
     """A `Workspace` of zeros; parameters as of `workspace_shapes`."""
-    shapes = workspace_shapes(n_threads, inputs, rows, segments, blas_columns, gated_blocks)
+    shapes = workspace_shapes(n_threads, inputs, rows, segments, blas_columns, gated_blocks, held)
     return Workspace(*(aligned_zeros(*each) for each in shapes))

@@ -13,7 +13,7 @@ from eventrnn.cpu.plan import KernelPolicy, Plan, workspace
 from eventrnn.cpu.tables import BIAS_IN, IN, REC, EventLists, ThreadTables, Workspace
 from eventrnn.events import Events
 from eventrnn.network import Layer, Network
-from eventrnn.weights import CSR, Weights
+from eventrnn.weights import CSR, GatedBlocks, Weights
 
 
 class Product:
@@ -40,6 +40,11 @@ class Product:
         bias: np.ndarray | None = None,
         cell: Cell = Cell(),
     ):
+        if isinstance(weights, GatedBlocks) and weights.gate_period > 1:
+            raise ValueError(
+                f"weights: got {weights!r}, but a product by itself has no step before it whose gates it could share; "
+                "give gate_period=1, or run a network"
+            )
         self.weights, self.events, self.threads, self.gates = weights, events, threads, cell.gates
         self.steps, self.batch, n_pre = events.shape
         self.n_pre, self.columns = n_pre, weights.shape[1]

@@ -35,6 +35,8 @@ from __future__ import annotations
     DENSE_INPUTS,
     TILE,
     SCRATCH,
+    HELD_GATES,
+    HELD_LEFT,
     INPUT_INDPTR,
     INPUT_INDICES,
     INPUT_VALUES,
@@ -43,10 +45,12 @@ from __future__ import annotations
     OUTPUTS,
     CELLS_BEFORE,
     OUTPUTS_BEFORE,
+    HELD_GATES_BEFORE,
+    HELD_LEFT_BEFORE,
     GRADED,
     BINARY,
     EMPTY,
-) = range(40)
+) = range(44)
 
 # Entries of the int64 array NUMBERS; RUN is the address of the compiled `time_loop.run`.
 BATCH, CHUNK, DRIVE_PITCH, N_LAYERS, N_COLUMN_TILES, READOUT, READOUT_BIAS, RUN = range(8)

@@ -17,13 +17,19 @@ import numpy as np
 
 from eventrnn._arithmetic import in_standard_mode, quiet_context, standard_arithmetic
 from eventrnn.cpu import step_table
-from eventrnn.state import State, need_finite_cells
+from eventrnn.state import State
 
 if TYPE_CHECKING:
     from eventrnn.cpu.plan import Plan
 
 # Rows of the table with the state before a step, and with that after it; they swap from step to step.
-BEFORE, AFTER = (step_table.CELLS_BEFORE, step_table.OUTPUTS_BEFORE), (step_table.CELLS, step_table.OUTPUTS)
+BEFORE = (
+    step_table.CELLS_BEFORE,
+    step_table.OUTPUTS_BEFORE,
+    step_table.HELD_GATES_BEFORE,
+    step_table.HELD_LEFT_BEFORE,
+)
+AFTER = step_table.CELLS, step_table.OUTPUTS, step_table.HELD_GATES, step_table.HELD_LEFT
 
 
 class Stepper:
@@ -32,7 +38,7 @@ class Stepper:
     kernel        : compiled function (table, inputs, output) -> bool. It returns True where it refuses the
                     step because an input or a cell state is not finite, or a symbol does not exist
     arrays        : the arrays of the kernel's table, in order; the stepper keeps them alive
-    by_layer      : splits the cells, or the outputs, of all layers into one view (batch, N) per layer
+    state_of      : makes a state of views of the cells of all layers, their outputs, and the two arrays of held gates
     check         : converts an input to `dtype` and `shape`. Raises ValueError or TypeError for bad input
     dtype, shape  : dtype and shape of inputs that are passed to the kernel without a conversion
     output_shape  : shape of the output of a step
@@ -48,7 +54,7 @@ class Stepper:
         kernel: Callable,
         arrays: Sequence[np.ndarray],
         *,
-        by_layer: Callable[[np.ndarray], tuple[np.ndarray, ...]],
+        state_of: Callable[..., State],
         check: Callable[[np.ndarray], np.ndarray],
         dtype: type,
         shape: tuple[int, ...],
@@ -62,7 +68,7 @@ class Stepper:
         # Made once: a conversion takes less time than making a context.
         self.context = quiet_context()
         rows = [(each.ctypes.data, each.size) for each in arrays]
-        self.states = [tuple(by_layer(arrays[row]) for row in rows_of) for rows_of in (BEFORE, AFTER)]
+        self.states = [state_of(*(arrays[row] for row in rows_of)) for rows_of in (BEFORE, AFTER)]
         swapped = list(rows)
         for before, after in zip(BEFORE, AFTER, strict=True):
             swapped[before], swapped[after] = rows[after], rows[before]
@@ -97,8 +103,7 @@ class Stepper:
 
     def state(self) -> State:
         """A copy of the state."""
-        cells, outputs = self.states[self.steps & 1]
-        return State(tuple([part.copy() for part in cells]), tuple([part.copy() for part in outputs]))
+        return self.states[self.steps & 1].copy()
 
     def take_back(self) -> None:
         """See `backend.Stepper`: the state before the last step is still in memory."""
@@ -116,5 +121,5 @@ class Stepper:
     def _refuse(self, inputs: np.ndarray) -> NoReturn:
         """Raise for what the kernel found in the inputs, or else in the cells that it wrote."""
         self.check(inputs)
-        need_finite_cells(self.states[~self.steps & 1][0])
+        self.states[~self.steps & 1].need_finite()
         raise ValueError("inputs: another thread changed them during the step; give each thread arrays of its own")

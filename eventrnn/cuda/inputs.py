@@ -16,7 +16,7 @@ import numpy as np
 
 from eventrnn.cuda.tables import LAST, STATUS_CELLS, STATUS_FAULT, STATUS_GATES, STATUS_INPUT, STATUS_LARGE
 from eventrnn.events import Events
-from eventrnn.state import InputKind, Inputs, State, gates_not_finite
+from eventrnn.state import HeldGates, InputKind, Inputs, State, gates_not_finite
 
 if TYPE_CHECKING:
     from eventrnn.cuda.device import Device
@@ -226,6 +226,11 @@ class DeviceState(State):
     def outputs(self) -> tuple[np.ndarray, ...]:
         """Per layer (batch, N) float32."""
         return by_layer(self._host[1], self.units, self._batch)
+
+    @property
+    def gates(self) -> dict[str, HeldGates]:
+        """None: this engine refuses gates that several steps share."""
+        return {}
 
     def need_finite(self) -> None:
         """Does nothing: the run has checked its cells on the GPU (`check_status`)."""

@@ -9,8 +9,9 @@ Version 2 added N:M matrices and narrow values: a matrix has `n`, `m` and `axis`
 that hold them. Version 4 stores an embedding whose values bfloat16 or int8 can hold as U16, or as I8 with a tensor
 `embedding.scales`. Version 5 added the cells "gru" and "lstm", and gated blocks: a matrix has `density` and
 `gate_rule`, and tensors `gate`, `gate_bias` and, for a gate of two factors, `gate_out`. Version 6 added networks whose
-input is a one-hot symbol (`Network.one_hot`): the description has `one_hot`. Files of versions 1 to 5 can still be
-read, and a network is written as the lowest version, from 4 on, that has all it needs.
+input is a one-hot symbol (`Network.one_hot`): the description has `one_hot`; and the steps that share a choice of gated
+blocks: a matrix has `gate_period`, unless every step chooses. Files of versions 1 to 5 can still be read, and a network
+is written as the lowest version, from 4 on, that has all it needs.
 """
 
 from __future__ import annotations
@@ -56,6 +57,9 @@ _UNSIGNED = "0" * 64
 
 # Arrays that a record may have or lack.
 _MAY_LACK = ("scales", "gate_out")
+
+# Options that a description may lack, with the value that is then meant, and the version that added them.
+_MAY_BE_LEFT_OUT, _OPTION_SINCE = {"gate_period": 1}, {"gate_period": 6}
 
 # Types of the options of a format that are not whole numbers, and what they are called.
 _OPTIONS: dict[str, tuple[Any, str]] = {
@@ -129,6 +133,7 @@ def _since(tensors: Mapping[str, np.ndarray], description: Mapping[str, Any]) ->
             found[4] = f"an embedding of type {array.dtype}"
     for spec in description["matrices"].values():
         found[_FORMAT_SINCE.get(spec["format"], 1)] = f"the format {spec['format']!r}"
+        found |= {since: f"the option {option!r}" for option, since in _OPTION_SINCE.items() if option in spec}
     for cell in description["cells"]:
         found[_CELL_SINCE.get(cell["name"], 1)] = f"the cell {cell['name']!r}"
     if description.get("one_hot"):
@@ -291,6 +296,7 @@ def _matrix(name: str, spec: dict[str, Any], tensors: dict[str, np.ndarray], sto
     kind = _format(name, spec)
     named = {field.name: str(field.type).startswith("np.ndarray") for field in fields(kind)}  # type: ignore[arg-type]
     options = {field for field, is_array in named.items() if not is_array}
+    options -= {option for option in _MAY_BE_LEFT_OUT if isinstance(spec, dict) and option not in spec}
     _need_keys(name, spec, {"format", "arrays", *options})
     keys = _need_type(f"{name} arrays", spec["arrays"], list, "a list")
     needed = [field for field, is_array in named.items() if is_array and (field not in _MAY_LACK or field in keys)]

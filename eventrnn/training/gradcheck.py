@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eventrnn import reference
+from eventrnn import reference, reference_products
 from eventrnn._checks import need_kind, need_whole
 from eventrnn.network import Network
 from eventrnn.state import State
@@ -308,11 +308,11 @@ def _parameters(model: Model, k: int, arrays: Mapping[str, np.ndarray]) -> dict:
     return matrices | {name: arrays[name] for name in ("bias_in", "bias_rec", "threshold")}
 
 
-def _matrix(model: Model, name: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray | reference.ChosenBlocks:
+def _matrix(model: Model, name: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray | reference_products.ChosenBlocks:
     """A matrix as the specification takes it, with gates if it has them."""
     template, weights = model.gated.get(name), arrays[name]
     if template is None:
         return weights
     gate, bias, out = arrays[f"{name}.gate"], arrays[f"{name}.gate_bias"], arrays.get(f"{name}.gate_out")
-    rule = template.gate_rule
-    return reference.ChosenBlocks(name, weights, gate, bias, out, template.block, template.kept_blocks, rule)
+    rule = template.gate_rule, template.gate_period
+    return reference_products.ChosenBlocks(name, weights, gate, bias, out, template.block, template.kept_blocks, *rule)

@@ -382,7 +382,8 @@ class Trainer:
         return {
             "model": {name: list(shape) for name, shape in self._shapes.items()}
             | {f"layers.{k}.cell": repr(cell) for k, cell in enumerate(model.cells)}
-            | {f"{name}.blocks": [*w.block, w.density, w.gate_rule] for name, w in model.gated.items()},
+            | {f"{name}.blocks": [*w.block, w.density, w.gate_rule] for name, w in model.gated.items()}
+            | {f"{name}.gate_period": period for name, (_, period) in model.template.shared_gates().items()},
             "data": self.task.digest(),
             "settings": asdict(self.settings),
             "pruning": "None" if self.pruning is None else self.pruning.digest(),

@@ -16,6 +16,11 @@ numbers are multiplied, and the others are not read. Everything below holds per 
     drive    bias[i] + sum over j of weight[j, i] * (gate[b of j, i] * x[j]), in ascending j, one FMA per term; the
              product of gate and input is rounded first
 
+A choice may be shared over some steps (`gate_period`): at steps 0, k, 2k and so on of a sample, logits and gates are
+those of the values that the matrix receives at that step, and the same gates hold for the next k - 1 steps. What a
+sample holds, and for how many further steps, is a part of the state (`state.HeldGates`). Samples of a batch need not
+choose in the same steps.
+
 The blocks are numbered row by row: block row R and block column C have the number R * (block columns) + C, whether or
 not the block is stored. With all blocks chosen and equal logits every gate is exactly 1, and the matrix is the one
 without gates.
@@ -44,6 +49,9 @@ from eventrnn.weights.block import BlockCSR, check_block
 #: Rules that make gates of logits; the head of this file defines them.
 GATE_RULES = ("linear", "softmax")
 
+#: The most steps that can share a choice.
+LONGEST_PERIOD = 2**31 - 1
+
 
 class NotAMatrix(TypeError):
     """Gated blocks were given where only a matrix will do. Model files can hold them: the command line says it in a
@@ -66,6 +74,7 @@ class GatedBlocks(Weights):
     gate_out  : (rank, blocks) float32, the second factor; None for a gate with one
     density   : share of the blocks that an input chooses, in (0, 1]
     gate_rule : one of `GATE_RULES`
+    gate_period : the number of steps that share a choice; with 1 every step chooses
 
     Examples
     --------
@@ -86,12 +95,14 @@ class GatedBlocks(Weights):
     gate_rule: str = "linear"
     gate_out: np.ndarray | None = None
     scales: np.ndarray | None = None
+    gate_period: int = 1
     name: ClassVar[str] = "gated"
 
     def __post_init__(self):
         need_shape(self.shape)
         object.__setattr__(self, "density", need_density(self.density))
         need_choice("gate_rule", self.gate_rule, GATE_RULES)
+        object.__setattr__(self, "gate_period", need_period(self.gate_period))
         check_block(self.block, self.shape)
         _need_gate(self.shape, self.block, self.gate, self.gate_bias, self.gate_out)
         # The record of the blocks checks their sizes.
@@ -121,7 +132,7 @@ class GatedBlocks(Weights):
     def gate_cost(self) -> GateCost:
         """What the gate costs and saves, see `gate_cost`."""
         rank = None if self.gate_out is None else len(self.gate_out)
-        return gate_cost(self.shape, block=self.block, density=self.density, rank=rank)
+        return gate_cost(self.shape, block=self.block, density=self.density, rank=rank, period=self.gate_period)
 
     @classmethod
     def from_weights(
@@ -136,6 +147,7 @@ class GatedBlocks(Weights):
         rank: int | None = None,
         rng: np.random.Generator | None = None,
         gate_rule: str = "linear",
+        gate_period: int = 1,
     ) -> GatedBlocks:
         """Put a gate in front of the blocks of a matrix. Blocks of zeros are not stored. O(size of the matrix).
 
@@ -150,10 +162,11 @@ class GatedBlocks(Weights):
                     then positive
         rank      : of a drawn gate with two factors, the second with deviation 1 / sqrt(rank); None for one factor
         gate_rule : one of `GATE_RULES`
+        gate_period : the number of steps that share a choice; with 1 every step chooses
 
         Warns where the gate costs more multiplications than the blocks that are not chosen (`gate_cost`). Raises
-        ValueError for a block that does not fit the matrix, a density out of range, numbers that are not finite, and
-        where neither or both of a gate and an rng are given; TypeError for gates of another shape.
+        ValueError for a block that does not fit the matrix, a density or a period out of range, numbers that are not
+        finite, and where neither or both of a gate and an rng are given; TypeError for gates of another shape.
         """
         if isinstance(weights, GatedBlocks):
             raise NotAMatrix("weights: got gated blocks, which have a gate already; give their `blocks`")
@@ -171,7 +184,7 @@ class GatedBlocks(Weights):
             gate_out = float32_array("gate_out", gate_out, "(rank, blocks)", ndim=2)
             if len(gate_out) == 0:
                 raise ValueError(f"gate_out: got shape {gate_out.shape}, need (rank, blocks) with a rank >= 1")
-        density = need_density(density)
+        density, gate_period = need_density(density), need_period(gate_period)
         need_choice("gate_rule", gate_rule, GATE_RULES)
         if not isinstance(weights, Weights):
             weights = number_array("weights", weights, "(n_pre, n_post)", ndim=2)
@@ -192,7 +205,7 @@ class GatedBlocks(Weights):
             values, scales = narrow.values, narrow.scales
         n_blocks = math.prod(block_grid(inner.shape, inner.block))
         rank = len(gate_out) if gate_out is not None else rank
-        cost = gate_cost(inner.shape, block=inner.block, density=density, rank=rank)
+        cost = gate_cost(inner.shape, block=inner.block, density=density, rank=rank, period=gate_period)
         if rng is not None:
             gate = _drawn(rng, inner.shape[0], n_blocks if rank is None else rank)
             gate_out = None if rank is None else _drawn(rng, rank, n_blocks)
@@ -200,7 +213,7 @@ class GatedBlocks(Weights):
         assert gate is not None and gate_bias is not None
         made = cls(
             *(inner.indptr, inner.indices, values, inner.shape, inner.block),
-            *(gate, gate_bias, density, gate_rule, gate_out, scales),
+            *(gate, gate_bias, density, gate_rule, gate_out, scales, gate_period),
         )
         if not cost.pays:
             warnings.warn(f"gated blocks: {cost}", stacklevel=2)
@@ -209,7 +222,7 @@ class GatedBlocks(Weights):
     def with_numbers(
         self, weights: np.ndarray, gate: np.ndarray, gate_bias: np.ndarray, gate_out: np.ndarray | None = None
     ) -> GatedBlocks:
-        """Other weights (n_pre, n_post) and another gate in the same blocks, with the same density and rule.
+        """Other weights (n_pre, n_post) and another gate in the same blocks, with the same density, rule and period.
 
         Arrays are copied. Weights are stored as float32, and blocks of zeros are not. Raises TypeError for a gate of
         another shape, and ValueError for weights of another shape.
@@ -220,7 +233,12 @@ class GatedBlocks(Weights):
         arrays = gate.copy(), gate_bias.copy()
         out = None if gate_out is None else gate_out.copy()
         index = inner.indptr, inner.indices, inner.values
-        return GatedBlocks(*index, self.shape, self.block, *arrays, self.density, self.gate_rule, out)
+        rule = self.density, self.gate_rule
+        return GatedBlocks(*index, self.shape, self.block, *arrays, *rule, out, gate_period=self.gate_period)
+
+    def options(self) -> dict[str, Any]:
+        """See `Weights.options`. A period of 1 is left out: releases without periods read the files of such blocks."""
+        return {name: value for name, value in super().options().items() if (name, value) != ("gate_period", 1)}
 
     def check(self, full: bool = False) -> None:
         """With `full`, check the blocks as `BlockCSR` does, and that the gate is finite. Raises ValueError."""
@@ -271,7 +289,8 @@ class GatedBlocks(Weights):
     def _detail(self) -> str:
         r, c = self.block
         rank = "" if self.gate_out is None else f" of rank {len(self.gate_out)}"
-        return f"{r}x{c}, {self.kept_blocks} of {self.n_blocks} blocks per input, {self.gate_rule} gate{rank}"
+        period = "" if self.gate_period == 1 else f" every {self.gate_period} steps"
+        return f"{r}x{c}, {self.kept_blocks} of {self.n_blocks} blocks per input, {self.gate_rule} gate{rank}{period}"
 
 
 def _need_gate(
@@ -308,6 +327,11 @@ def need_density(density: Any) -> float:
     return float(str(density)) if isinstance(density, np.floating) else number
 
 
+def need_period(period: Any) -> int:
+    """A number of steps, 1 or more. Raises ValueError."""
+    return need_whole("gate_period", period, at_least=1, at_most=LONGEST_PERIOD)
+
+
 def block_grid(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
     """The number of block rows and of block columns that cover a matrix."""
     return -(-shape[0] // block[0]), -(-shape[1] // block[1])
@@ -340,8 +364,9 @@ class GateCost:
     ----------
     shape, block, density : of the matrix (n_pre, n_post)
     rank           : of a gate with two factors; None for one factor
+    period         : the number of steps that share a choice
     blocks, kept   : the number of blocks, and of those that an input chooses
-    gate           : multiplications of the logits
+    gate           : multiplications of the logits, per step: those of a choice divided by the period
     products       : multiplications of the chosen blocks, with padding
     padding        : share of the entries of all blocks that lie beyond the matrix
     smallest_block : side of the smallest square block with a cost below 1; None where there is none
@@ -351,6 +376,7 @@ class GateCost:
     block: tuple[int, int]
     density: float
     rank: int | None
+    period: int
     blocks: int
     kept: int
     gate: float
@@ -371,9 +397,11 @@ class GateCost:
     def __str__(self) -> str:
         (n_pre, n_post), (r, c) = self.shape, self.block
         rank = "" if self.rank is None else f"of rank {self.rank} "
+        period = "" if self.period == 1 else f", used for {self.period} steps,"
         text = (
-            f"the gate {rank}of {r}x{c} blocks of a matrix {n_pre}x{n_post} costs {self.gate:.1%} of the matrix, and "
-            f"the chosen blocks ({self.kept} of {self.blocks}) {self.products:.1%}: together {self.cost:.1%}"
+            f"the gate {rank}of {r}x{c} blocks of a matrix {n_pre}x{n_post}{period} costs {self.gate:.1%} of the "
+            f"matrix, and the chosen blocks ({self.kept} of {self.blocks}) {self.products:.1%}: "
+            f"together {self.cost:.1%}"
         )
         if self.padding:
             text += f"; {self.padding:.1%} of the blocks is padding, because {r}x{c} does not divide {n_pre}x{n_post}"
@@ -382,44 +410,48 @@ class GateCost:
         return f"{text}; square blocks pay from {self.smallest_block}x{self.smallest_block} on"
 
 
-def gate_cost(shape: tuple[int, int], *, block: tuple[int, int], density: float, rank: int | None = None) -> GateCost:
+def gate_cost(
+    shape: tuple[int, int], *, block: tuple[int, int], density: float, rank: int | None = None, period: int = 1
+) -> GateCost:
     """What the gate of a matrix costs, and what it saves, in multiplications of a step in which all inputs are active.
 
     A matrix has n_post multiplications per input, a gate has one per block. With blocks that divide the matrix the cost
     is `density + n_pre / (r * c)`: for 1536 inputs, blocks of 128 x 128 and density 0.5 it is 0.5 + 0.094. A gate of
     two factors has `rank` multiplications per input, and `rank` per block and step. The one-factor gate and the blocks
-    cost less where fewer inputs are active, and so does the first factor; the second factor does not.
+    cost less where fewer inputs are active, and so does the first factor; the second factor does not. A choice that
+    `period` steps share costs each of them a share of the gate.
 
-    Raises ValueError for a block that does not fit the matrix, a density outside (0, 1], and a rank below 1.
+    Raises ValueError for a block that does not fit the matrix, a density outside (0, 1], and a rank or period below 1.
     """
     need_shape(shape)
     if rank is not None:
         need_whole("rank", rank, at_least=1)
     check_block(block, shape)
     density, (r, c) = need_density(density), (int(block[0]), int(block[1]))
-    blocks, kept, gate, products = _shares(shape, (r, c), density, rank)
+    period = need_whole("period", period, at_least=1, at_most=LONGEST_PERIOD)
+    blocks, kept, gate, products = _shares(shape, (r, c), density, rank, period)
     size = max(1, shape[0] * shape[1])
     padding = 1 - size / max(size, blocks * r * c)
-    smallest = _smallest_block(shape, density, rank)
-    return GateCost(shape, (r, c), density, rank, blocks, kept, gate, products, padding, smallest)
+    smallest = _smallest_block(shape, density, rank, period)
+    return GateCost(shape, (r, c), density, rank, period, blocks, kept, gate, products, padding, smallest)
 
 
 def _shares(
-    shape: tuple[int, int], block: tuple[int, int], density: float, rank: int | None
+    shape: tuple[int, int], block: tuple[int, int], density: float, rank: int | None, period: int
 ) -> tuple[int, int, float, float]:
     """Blocks, chosen blocks, and the shares of the gate and of the chosen blocks in the multiplications."""
     size, blocks = max(1, shape[0] * shape[1]), math.prod(block_grid(shape, block))
     kept = kept_blocks(density, blocks)
     gate = shape[0] * blocks if rank is None else rank * (shape[0] + blocks)
-    return blocks, kept, gate / size, kept * block[0] * block[1] / size
+    return blocks, kept, gate / (period * size), kept * block[0] * block[1] / size
 
 
-def _smallest_block(shape: tuple[int, int], density: float, rank: int | None) -> int | None:
+def _smallest_block(shape: tuple[int, int], density: float, rank: int | None, period: int) -> int | None:
     if density == 1:
         return None
-    # Padding and rounding up only add to density + n_pre / side^2, or rank / side^2 for two factors.
-    first = max(1, math.isqrt(int((shape[0] if rank is None else rank) / (1 - density))))
+    # Padding and rounding up only add to density + n_pre / (period * side^2), with the rank for n_pre of two factors.
+    first = max(1, math.isqrt(int((shape[0] if rank is None else rank) / (period * (1 - density)))))
     for side in range(first, min(shape) + 1):
-        if sum(_shares(shape, (side, side), density, rank)[2:]) < 1:
+        if sum(_shares(shape, (side, side), density, rank, period)[2:]) < 1:
             return side
     return None

@@ -99,6 +99,10 @@ def assert_same(a: Simulation, b: Simulation, record=RECORDABLE) -> None:
 def assert_same_state(a: State, b: State) -> None:
     for name in ("cells", "outputs"):
         assert all(same_bits(x, y) for x, y in zip(getattr(a, name), getattr(b, name), strict=True)), name
+    assert a.gates.keys() == b.gates.keys()
+    for name, held in a.gates.items():
+        assert same_bits(held.left, b.gates[name].left), name
+        assert same_bits(held.gates, b.gates[name].gates), name
 
 
 @contextmanager
@@ -114,7 +118,7 @@ def unmodified(case: Case):
         found += [] if network.readout is None else [network.readout.bias]
         fed = case.inputs
         found += [fed.indptr, fed.indices, fed.values] if isinstance(fed, Events) else [fed]
-        return [*found, *case.state.cells, *case.state.outputs]
+        return [*found, *case.state.arrays()]
 
     before = copy.deepcopy(arrays())
     yield

@@ -15,12 +15,13 @@ from eventrnn.weights import GatedBlocks
 from support.conformance import assert_same, cases, unmodified
 
 
-def gated(weights, *, block=(2, 2), density=0.5, rule="linear", rng=None) -> GatedBlocks:
+def gated(weights, *, block=(2, 2), density=0.5, rule="linear", rng=None, period=1) -> GatedBlocks:
     """Gated blocks with a drawn gate, without the warning that small gates do not pay."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
+        rng = rng or np.random.default_rng(0)
         return GatedBlocks.from_weights(
-            weights, block=block, density=density, rng=rng or np.random.default_rng(0), gate_rule=rule
+            weights, block=block, density=density, rng=rng, gate_rule=rule, gate_period=period
         )
 
 

@@ -1,7 +1,9 @@
 """Blocks that every input chooses, times events: column tiles of kind GATED (`weights/gated.py` defines the product).
 
 A thread computes all gates of a drive row by itself, and multiplies the pieces of the chosen blocks that lie in its own
-columns. The gates therefore have the same bits for every number of threads, and no thread waits for another one.
+columns. The gates therefore have the same bits for every number of threads, and no thread waits for another one. Where
+some steps share a choice, each thread also keeps the gates of each sample by itself, from step to step and from call to
+call (`held_gates` and `held_left` of its workspace); it equals `reference_products.gates_of_step`.
 
 Some drive rows go through the blocks together, so that a block that several of them chose is read from memory once.
 Within a drive row, the blocks are visited by block row. The terms of an output are therefore added in ascending order
@@ -31,10 +33,14 @@ from eventrnn.cpu.tables import (
     GATE_PITCH,
     GATED_HEADER,
     GATED_ROWS,
+    HELD,
+    HELD_MATRICES,
+    HELD_ORDER,
     HIGH,
     IN_PITCH,
     KEPT,
     LOW,
+    PERIOD,
     PIECE_BLOCK,
     PIECE_FIELDS,
     PIECE_TARGET,
@@ -183,17 +189,35 @@ def gates_of_row(gates, at, keys, k0, n, kept, softmax, values, begin, count):
 
 
 @inlined
-def row_gates(pools, p0, workspace, begin, count, at, spare):
-    """Write the gates of a drive row to workspace.scratch from `at` on; what lies from `spare` on is scratch."""
-    pointers, gates = pools.pointers, workspace.scratch
-    n, kept = pointers[p0 + ALL_BLOCKS], pointers[p0 + KEPT]
-    keys = gates.view(np.int32)
-    add_logits(pools, p0, workspace, begin, count, gates, at)
-    if n > 0:
-        softmax = pointers[p0 + SOFTMAX] != 0
-        fault = gates_of_row(gates, at, keys, spare, n, kept, softmax, workspace.panel_values, begin, count)
-        if fault != 0 and (pointers[p0 + FAULT] == 0 or fault < pointers[p0 + FAULT]):
-            pointers[p0 + FAULT] = fault
+def row_gates(pools, p0, workspace, row, begin, count, at, spare):
+    """Write the gates of drive row `row` to workspace.scratch from `at` on; what lies from `spare` on is scratch.
+
+    The drive rows of a sample are visited in the order of their steps.
+    """
+    pointers, gates, values = pools.pointers, workspace.scratch, workspace.panel_values
+    n, kept, period = pointers[p0 + ALL_BLOCKS], pointers[p0 + KEPT], pointers[p0 + PERIOD]
+    keys, left, held = gates.view(np.int32), workspace.held_left, workspace.held_gates
+    own, slot, fault = 0, 0, 0
+    if period > 1:
+        samples = len(left) // pointers[p0 + HELD_MATRICES]
+        b = row % samples
+        slot = pointers[p0 + HELD_ORDER] * samples + b
+        own = pointers[p0 + HELD] * samples + b * pointers[p0 + GATE_PITCH]
+    if period > 1 and left[slot] > 0:
+        copy(held, own, gates, at, n)
+        left[slot] -= 1
+        if not products_are_finite(gates, at, n, values, begin, count):
+            fault = TOO_LARGE
+    else:
+        add_logits(pools, p0, workspace, begin, count, gates, at)
+        if n > 0:
+            softmax = pointers[p0 + SOFTMAX] != 0
+            fault = gates_of_row(gates, at, keys, spare, n, kept, softmax, values, begin, count)
+        if period > 1:
+            copy(gates, at, held, own, n)
+            left[slot] = period - 1
+    if fault != 0 and (pointers[p0 + FAULT] == 0 or fault < pointers[p0 + FAULT]):
+        pointers[p0 + FAULT] = fault
 
 
 @inlined
@@ -255,7 +279,7 @@ def by_gates(dtype):
                 for k in range(rows):
                     copy(pools.biases, bias_begin + low, drives, (first_row + k) * tables.drive_pitch + low, width)
                     count = workspace.panel_begins[rows + k]
-                    row_gates(pools, p0, workspace, k * n_pre, count, k * pitch, rows * pitch)
+                    row_gates(pools, p0, workspace, first_row + k, k * n_pre, count, k * pitch, rows * pitch)
                 add_pieces(column_tile, weights, tables, n_pre, first_row, rows, drives)
 
     return product_by_gates

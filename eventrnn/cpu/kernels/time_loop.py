@@ -251,6 +251,11 @@ def _step(table, output):
     c, y = float32_at(table, step_table.CELLS), float32_at(table, step_table.OUTPUTS)
     copy(float32_at(table, step_table.CELLS_BEFORE), 0, c, 0, len(c))
     copy(float32_at(table, step_table.OUTPUTS_BEFORE), 0, y, 0, len(y))
+    held, left = float32_at(table, step_table.HELD_GATES), int64_at(table, step_table.HELD_LEFT)
+    copy(float32_at(table, step_table.HELD_GATES_BEFORE), 0, held, 0, len(held))
+    left_before = int64_at(table, step_table.HELD_LEFT_BEFORE)
+    for k in range(len(left)):
+        left[k] = left_before[k]
     empty = float32_at(table, step_table.EMPTY)
     network = NetworkTables(
         int64_at(table, step_table.LAYERS, (n_layers,)),
@@ -290,6 +295,8 @@ def _step(table, output):
             float32_at(table, step_table.DENSE_INPUTS, (1,)),
             float32_at(table, step_table.TILE, (1,)),
             float32_at(table, step_table.SCRATCH, (1,)),
+            float32_at(table, step_table.HELD_GATES, (1,)),
+            int64_at(table, step_table.HELD_LEFT, (1,)),
         ),
     )
     outputs = RunOutputs(

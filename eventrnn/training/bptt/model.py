@@ -185,6 +185,11 @@ class Model:
         """Make parameters of a matrix, and a mask of what it does not store."""
         plain, kept = weights, None
         if isinstance(weights, GatedBlocks):
+            if weights.gate_period > 1:
+                raise ValueError(
+                    f"{name}: got gate_period={weights.gate_period}, but in training every step chooses its blocks; "
+                    "use dataclasses.replace(weights, gate_period=1)"
+                )
             self.gated[name], plain = weights, weights.blocks
         self.parameters[name] = np.ascontiguousarray(plain.to_dense())
         if isinstance(weights, GatedBlocks):
