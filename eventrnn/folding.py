@@ -39,8 +39,8 @@ def fold(network: Network) -> Network:
     saved; to keep the file small, save the network before, and fold it when it is loaded.
 
     A network that is folded is returned as it is. Raises TypeError for what is no network, ValueError for one without
-    an embedding and for gated blocks whose choices several steps share, and FloatingPointError where a drive overflows. Cost: as many multiplications as one pass of all
-    symbols through `w_in`, a few seconds for 10,000 words.
+    an embedding and for gated blocks whose choices several steps share, and FloatingPointError where a drive overflows.
+    Cost: as many multiplications as one pass of all symbols through `w_in`, a few seconds for 10,000 words.
 
     >>> network = Network.random([8], symbols=5, embedding=4, readout=5, rng=np.random.default_rng(0), threshold=0.1)
     >>> text = np.array([[0], [3], [3], [1]])
@@ -58,8 +58,8 @@ def fold(network: Network) -> Network:
     first = network.layers[0]
     if isinstance(first.w_in, GatedBlocks) and first.w_in.gate_period > 1:
         raise ValueError(
-            f"fold: layers.0.w_in has gate_period={first.w_in.gate_period}: the blocks of a step depend on earlier symbols "
-            "too, so that there is no table of symbols; fold a network whose w_in chooses in every step"
+            f"fold: layers.0.w_in has gate_period={first.w_in.gate_period}: the blocks of a step depend on earlier "
+            "symbols too, so that there is no table of symbols; fold a network whose w_in chooses in every step"
         )
     table = _drives(first, network.embedding)
     if not np.isfinite(table).all():
