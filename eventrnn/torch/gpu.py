@@ -110,7 +110,7 @@ def engine_of(module: EGRU, x: Tensor) -> ModuleEngine:
             f"input: got a tensor on {x.device}, but the engine of this process is on cuda:{own}, the current GPU at "
             f"its first use; move module and input to cuda:{own}, or call torch.cuda.set_device({x.device.index}) first"
         )
-    if _is_capturing():
+    if _is_capturing(x):
         raise RuntimeError("EGRU: cannot be captured in a CUDA graph of PyTorch, as it replays graphs of its own")
     key = module.precision, module.dropout
     if module._engine is None or module._engine[0] != key:
@@ -136,8 +136,8 @@ def _device() -> Any:
     return current_device()
 
 
-def _is_capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+def _is_capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _rows(tensor: Tensor) -> Rows:
