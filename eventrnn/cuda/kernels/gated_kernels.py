@@ -327,16 +327,15 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool):
         r, c = int32(m[tables.ROWS_OF_BLOCK]), int32(m[tables.COLUMNS_OF_BLOCK])
         grid_rows, grid_columns = int32(m[tables.GRID_ROWS]), int32(m[tables.GRID_COLUMNS])
         rank, inner_strips = int32(m[tables.RANK]), int32(m[tables.INNER_STRIPS])
-        inner_width, inner_stage = int32(m[tables.INNER_WIDTH]), int32(m[tables.INNER_STAGE])
         logit_width, logit_stage = int32(m[tables.LOGIT_WIDTH]), int32(m[tables.LOGIT_STAGE])
         block_values, bias_at = m[tables.BLOCK_VALUES], m[tables.BIAS]
-        logit_values, logit_bias, inner_values = m[tables.LOGIT_VALUES], m[tables.LOGIT_BIAS], m[tables.INNER_VALUES]
+        logit_values, logit_bias = m[tables.LOGIT_VALUES], m[tables.LOGIT_BIAS]
         own_logits = int32(0)
         if part < m[tables.LOGIT_STRIPS]:
             own_logits = int32((m[tables.LOGIT_STRIPS] - part + spread - 1) // spread)
         log_at, drive_at, states_at = layer[tables.ROW_LOG], layer[tables.ROW_DRIVE], layer[tables.ROW_STATES]
         row_bytes, logits_at = 4 * layer[tables.ROW_PITCH], layer[tables.ROW_LOGITS]
-        logit_row_bytes, cells = 4 * layer[tables.ROW_LOGIT_PITCH], global_float32(layer[tables.ROW_CELLS])
+        logit_row_bytes = 4 * layer[tables.ROW_LOGIT_PITCH]
         thresholds = global_float32(layer[tables.ROW_THRESHOLDS])
         inputs_at, active_at = shared + place[tables.AT_INPUTS], shared + place[tables.AT_ACTIVE]
         inner_at, gates_at = shared + place[tables.AT_INNER], shared + place[tables.AT_GATES]
@@ -374,7 +373,7 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool):
         while k < own_samples * active_pitch:
             active[k] = int32(0)
             k = int32(k + threads)
-        sample, tile, item = int32(0), warp, warp
+        cells, sample, tile, item = global_float32(layer[tables.ROW_CELLS]), int32(0), warp, warp
         while True:
             sample, tile = next_item(sample, tile, own_tiles)
             if sample >= own_samples:
@@ -434,7 +433,9 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool):
 
             # The own logits of this step.
             if rank > 0:
-                strip = warp
+                # Numbers that only these layers need are read here, so that they occupy no registers elsewhere.
+                inner_values, inner_stage = m[tables.INNER_VALUES], int32(m[tables.INNER_STAGE])
+                strip, inner_width = warp, int32(m[tables.INNER_WIDTH])
                 while warp < workers and strip < inner_strips:
                     at = offsets_at + int64(8) * (own_rows + own_logits + strip)
                     factor = strip_of_factor(inner_values, at, inner_width, inner_stage, n, rank, strip, lane)
@@ -551,7 +552,7 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool):
             cuda.syncthreads()
             t += 1
 
-        sample, tile, item = int32(0), warp, warp
+        cells, sample, tile, item = global_float32(layer[tables.ROW_CELLS]), int32(0), warp, warp
         while True:
             sample, tile = next_item(sample, tile, own_tiles)
             if sample >= own_samples:
