@@ -226,6 +226,11 @@ def test_memory_goes_to_the_next_window_and_is_freed_with_the_module(where):
     assert not pool.held
     made(x[:2, :1])[0].sum().backward()
     assert first() is not None
+    many = [made(x)[0] for _ in range(6)]
+    assert len(pool.held) == 6
+    del many
+    made(x)
+    assert len(pool.waiting) == 3
     del made, pool, output
     gc.collect()
     assert first() is None
@@ -364,6 +369,17 @@ def test_a_window_that_does_not_fit_is_refused_and_the_next_one_runs(where):
         made(torch.cat([x, x]))
     device.room = room
     assert torch.equal(made(x)[0], expected)
+
+
+@pytest.mark.gpu
+def test_tensors_of_two_devices_are_refused_by_name(where):
+    x, here = numbers(where, STEPS, BATCH, INPUTS), module(where)
+    with pytest.raises(ValueError, match=r"w_in_l0: got torch.float32 on cpu, need .* on cuda:0, as the input"):
+        module("cpu")(x)
+    with pytest.raises(ValueError, match=r"w_in_l0: got torch.float32 on cuda:0, need .* on the CPU; call .cpu\(\)"):
+        here(x.cpu())
+    with pytest.raises(ValueError, match="state: got .* on cpu.*, need two tensors .* on cuda:0, as the input"):
+        here(x, (torch.zeros(1, BATCH, UNITS),) * 2)
 
 
 @pytest.mark.gpu

@@ -149,6 +149,7 @@ class Pool:
         have fitted but for their size are dropped."""
         while self._released:
             self.waiting.append(self._released.popleft())
+        del self.waiting[:-MOST_WAITING]
         # The workspace that was used last stands last.
         for workspace in reversed(self.waiting):
             most_steps, most_batch = workspace.capacity
@@ -158,7 +159,6 @@ class Pool:
         for workspace in [each for each in self.waiting if each.kind == kind]:
             steps, batch = max(steps, workspace.capacity[0]), max(batch, workspace.capacity[1])
             self.waiting.remove(workspace)
-        del self.waiting[: max(0, len(self.waiting) - MOST_WAITING + 1)]
         return None, steps, batch
 
 
