@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eventrnn import audit, count, fold, load, reference, save
+from eventrnn.backend import BackendUnavailable
 from eventrnn.cells import Cell
 from eventrnn.counting import count_per_step
 from eventrnn.cpu.engine import CpuEngine
@@ -23,9 +24,15 @@ from eventrnn.simulation import RECORDABLE, Simulator, simulate
 from eventrnn.testing import ALL_CELLS, assert_equivalent
 from eventrnn.training import Model, Settings, Trainer
 from eventrnn.weights import CSR, STORAGES, Dense, GatedBlocks, convert
+from support import emulated_gpu
 from support.conformance import Case, assert_same, assert_same_state, cases, same_bits, unmodified
 from support.model_files import crafted
+from support.ptx import check_ptx, compiler
 from support.texts import reader_of_text
+
+
+def said(cell: Cell) -> str:
+    return f"{cell.name}-{cell.variant}"
 
 
 def word_network(units=40, cell=None, **options):
@@ -166,6 +173,67 @@ def test_table_is_read_only_while_a_simulator_reads_it():
     folded.layers[0].w_in.values[TEXT[0]] += 1
     changed = simulate(folded, TEXT, record=RECORDABLE)
     assert_same(changed, simulate(folded, TEXT, backend="reference", record=RECORDABLE))
+
+
+# --- on a GPU -----------------------------------------------------------------------------------------------
+
+
+def emulated_case(cell):
+    """A folded network for the emulated GPU, which is slow, and symbols."""
+    rng = np.random.default_rng(3)
+    options = {"threshold": 0.05} if cell.thresholded else {}
+    network = Network.random([6, 4], rng=rng, symbols=9, embedding=5, readout=9, cell=cell, **options)
+    return fold(replace(network, embedding=network.embedding * np.float32(15))), rng.integers(0, 9, (4, 2))
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """A fake GPU on which the kernels of layers and of look-ups run as they are, in plain Python."""
+    pytest.importorskip("eventrnn.cuda.device", exc_type=BackendUnavailable, reason="needs numba-cuda")
+    from eventrnn.cuda import look_up
+
+    monkeypatch.setattr(look_up, "THREADS", 8)
+    # Fewer blocks than rows, so that a thread has several.
+    monkeypatch.setattr(look_up, "MOST_ROW_BLOCKS", 3)
+    return emulated_gpu.install(monkeypatch)
+
+
+@pytest.mark.parametrize("cell", [Cell(), Cell("lstm")], ids=said)
+def test_emulated_gpu_looks_symbols_up_with_the_bits_of_the_specification(emulated, cell):
+    folded, text = emulated_case(cell)
+    expected = simulate(folded, text, backend="reference", record=RECORDABLE)
+    got = simulate(folded, text, backend="cuda", record=RECORDABLE)
+    assert "look_up" in emulated.launched and got.paths["layers.0.w_in"] == "look-up float32 in L2"
+    assert_same(expected, got)
+    simulator = Simulator(folded, batch=2, backend="cuda")
+    for step, output in zip(text, expected.output, strict=True):
+        assert np.array_equal(simulator.step(step), output)
+    with pytest.raises(ValueError, match="got symbol 9"):
+        simulator.step(np.array([0, 9]))
+
+
+def test_look_up_kernel_compiles_without_contraction():
+    compiled = compiler()
+    from eventrnn.cuda.kernels.batched_products import look_up_kernel
+
+    check_ptx(compiled(look_up_kernel()))
+
+
+def test_table_does_not_go_through_tensor_cores(emulated):
+    from eventrnn.cuda.device_network import DeviceNetwork
+
+    packed = DeviceNetwork(fold(word_network()), emulated, "bfloat16")
+    assert packed.exact_because[0] == "its symbols are looked up" and packed.exact_because[1] is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cell", ALL_CELLS, ids=said)
+def test_gpu_has_the_bits_of_the_cpu(cell):
+    folded = fold(word_network(200, cell))
+    assert_same(simulate(folded, TEXT, record=RECORDABLE), simulate(folded, TEXT, backend="cuda", record=RECORDABLE))
+    simulators = [Simulator(folded, batch=4, backend=backend) for backend in ("cpu", "cuda")]
+    for step in TEXT:
+        assert np.array_equal(*(simulator.step(step) for simulator in simulators))
 
 
 # --- counts -------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from eventrnn.cuda.cluster_plan import CLUSTER_SIZES, ClusterShape, cluster_plan
 from eventrnn.cuda.cublas import Cublas
 from eventrnn.cuda.gated_layer import GatedLayer, GatedPlan
 from eventrnn.cuda.gated_matrix import GatedMatrix
+from eventrnn.cuda.look_up import LookUpTable
 from eventrnn.cuda.matrix import Matrix
 from eventrnn.cuda.packing import check_format, per_strip
 from eventrnn.cuda.plan import Chip, LayerShape, Plan, launches_of, plan, roles_of, tile_width
@@ -53,7 +54,7 @@ class DeviceNetwork:
         self.chip = Chip(device.multiprocessors, device.shared_bytes, clusters)
         self.output_size = self.units[-1] if network.readout is None else network.readout.weights.shape[1]
         self.names = list(network.matrices())
-        self.w_in: list[Matrix | GatedMatrix] = []
+        self.w_in: list[Matrix | GatedMatrix | LookUpTable] = []
         self.w_rec: list[Matrix | GatedMatrix] = []
         self.gated: list[GatedLayer | None] = []
         self.thresholds: list[Any] = []
@@ -72,7 +73,11 @@ class DeviceNetwork:
             w_rec = self._matrix(MatrixId.of(k, "w_rec"), layer.w_rec, layer.bias_rec, layer.cell.gates, width)
             self.w_rec.append(w_rec)
             self.gated.append(GatedLayer(device, layer, w_rec) if isinstance(w_rec, GatedMatrix) else None)
-            self.w_in.append(self._matrix(MatrixId.of(k, "w_in"), layer.w_in, layer.bias_in, layer.cell.gates, width))
+            if k == 0 and network.one_hot and isinstance(layer.w_in, Dense) and layer.w_in.storage == "float32":
+                self.w_in.append(LookUpTable(device, layer.w_in, layer.bias_in))
+            else:
+                name = MatrixId.of(k, "w_in")
+                self.w_in.append(self._matrix(name, layer.w_in, layer.bias_in, layer.cell.gates, width))
             self.thresholds.append(device.put(per_strip(layer.threshold, 1, width)))
         if network.readout is not None:
             name = MatrixId("readout")
@@ -93,7 +98,9 @@ class DeviceNetwork:
     def exact_because(self) -> list[str | None]:
         """Per layer, the reason why it cannot go through tensor cores; None where it can."""
         assert self.precision is not None
-        return [exact_because(layer, self.precision) for layer in self.network.layers]
+        reasons = [exact_because(layer, self.precision) for layer in self.network.layers]
+        # Tensor cores would multiply the rows of all symbols.
+        return ["its symbols are looked up", *reasons[1:]] if self.network.one_hot else reasons
 
     @cached_property
     def tensors(self) -> list[TensorLayer | None]:
@@ -144,7 +151,7 @@ class DeviceNetwork:
         return plan(shapes, batch, self.chip)
 
     @staticmethod
-    def plain(matrix: Matrix | GatedMatrix) -> Matrix:
+    def plain(matrix: Matrix | GatedMatrix | LookUpTable) -> Matrix:
         """A matrix of a launch by events, whose blocks are not gated."""
         assert isinstance(matrix, Matrix)
         return matrix
@@ -203,4 +210,9 @@ class DeviceNetwork:
 
     def counts_from(self, k: int) -> int:
         """The status word at which the event counts of layer k begin: graded events per unit, then binary ones."""
-        return tables.STATUS_FIELDS + 2 * (self.network.layers[0].inputs + sum(self.units[:k]))
+        return tables.STATUS_FIELDS + 2 * (self.counted_inputs + sum(self.units[:k]))
+
+    @property
+    def counted_inputs(self) -> int:
+        """The inputs whose events a run counts; none where they are symbols, which the host counts."""
+        return 0 if self.network.symbols is not None else self.network.layers[0].inputs

@@ -172,7 +172,7 @@ class CudaEngine:
     def _trace(self, inputs: Inputs, left: DeviceState, output, status: np.ndarray, events, states) -> Trace:
         """The trace of a run. Raises for the faults in its status words."""
         check_status(status, inputs, left, self.packed.names)
-        sizes = [self.network.layers[0].inputs, *self.units]
+        sizes = [self.packed.counted_inputs, *self.units]
         counts = np.split(status[STATUS_FIELDS:], np.cumsum(np.repeat(sizes, 2))[:-1])
         fired = tuple(FireCounts(a.copy(), b.copy()) for a, b in zip(counts[::2], counts[1::2], strict=True))
         output, *records = (result_for(self.device, inputs, each) for each in (output, *events, *states))

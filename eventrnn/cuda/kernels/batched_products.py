@@ -6,6 +6,8 @@ All arrays are in global memory unless stated otherwise; arguments named `*_at` 
 products    : `reference.propagate` of many rows of event lists (`gather_product.py`): input drives of the first layer
               and read-out. A block owns one group of neighbouring strips and every `splits`-th set of rows, a warp
               one row at a time, a lane one output per strip. Barrier: one block barrier after the weights are loaded.
+look_up     : the same of dense weights in the layout of the host, for rows of few events. A thread owns one column and
+              every gridDim.y-th row. No barriers.
 log_events  : event lists of rows of an event log. A warp owns a row, a lane every 32nd unit. No barriers.
 count_events: `state.FireCounts` of a dense array of events. A thread owns one unit and every gridDim.y-th row.
 count_pairs : the same from sums that `tensor_core_cells.cells_kernel` has written. A thread owns two units.
@@ -30,7 +32,7 @@ from eventrnn.cuda.kernels.ptx import (
     global_uint16,
     shared_base,
 )
-from eventrnn.cuda.kernels.strip_product import FULL_WARP, pack_event, popcount
+from eventrnn.cuda.kernels.strip_product import FULL_WARP, low_word, pack_event, popcount, value_of_event
 from eventrnn.cuda.tables import EVENTS_PER_WARP, GATHER_BUFFER_BYTES, LANES, LIST_PAD, NARROW, RESIDENT, SUM_BITS
 
 # Threads that count the events of one unit, at most.
@@ -129,6 +131,40 @@ def products_kernel(layout: int):
             row += splits * warps
 
     return products, types.void(*[types.int64] * 15)
+
+
+def look_up_kernel():
+    """The kernel out[row] = bias + sum over the row's events of weight * value, one FMA per term; and its signature.
+
+    weights_at : (n_pre, columns) float32
+    bias_at    : (columns,) float32
+    begins_at, counts_at, lists_at : the event list set
+    row_of_at  : (rows,) int64, the list of each row, or address 0 for the list of the same number
+    out_at     : (rows, columns) float32
+    """
+
+    def look_up(weights_at, bias_at, columns, begins_at, counts_at, lists_at, row_of_at, rows, out_at):
+        column = int64(cuda.blockIdx.x) * cuda.blockDim.x + cuda.threadIdx.x
+        if column >= columns:
+            return
+        weights, out = global_float32(weights_at + 4 * column), global_float32(out_at + 4 * column)
+        begins, counts, row_of = global_int64(begins_at), global_int32(counts_at), global_int64(row_of_at)
+        bias = global_float32(bias_at)[column]
+        row, stride = int64(cuda.blockIdx.y), int64(cuda.gridDim.y)
+        while row < rows:
+            source = row
+            if row_of_at != 0:
+                source = row_of[row]
+            entries, count = global_int64(lists_at + 8 * begins[source]), counts[source]
+            drive, event = bias, int32(0)
+            while event < count:
+                entry = entries[event]
+                drive = cuda.fma(weights[int64(low_word(entry)) * columns], value_of_event(entry), drive)
+                event = int32(event + 1)
+            out[row * columns] = drive
+            row += stride
+
+    return look_up, types.void(*[types.int64] * 9)
 
 
 def log_events_kernel():
