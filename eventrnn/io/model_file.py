@@ -243,10 +243,10 @@ def _is_transposed_embedding(network: Network) -> bool:
 
 
 def _from_tensors(tensors: dict[str, np.ndarray], description: Any) -> Network:
-    # A file says whether its input is one-hot only if it is.
-    if isinstance(description, dict):
-        description = {"one_hot": False, **description}
-    _need_keys("description", description, {"cells", "matrices", "tied", "metadata", "one_hot"})
+    # A file says that its input is one-hot only if it is.
+    one_hot = isinstance(description, dict) and "one_hot" in description
+    _need_keys("description", description, {"cells", "matrices", "tied", "metadata", *(["one_hot"] * one_hot)})
+    description = {"one_hot": False} | description
     flags = ((name, bool, "true or false") for name in ("tied", "one_hot"))
     for name, kind, words in (("cells", list, "a list"), ("matrices", dict, "names"), *flags):
         _need_type(name, description[name], kind, words)
