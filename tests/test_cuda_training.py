@@ -489,7 +489,7 @@ def test_a_killed_run_of_the_command_line_goes_on_with_the_same_bits(tmp_path):
     runs[1].kill()
     code, out, err = ended(runs[0])
     assert code == 0, err
-    assert "GPU memory 1/1" in err and "bytes for the run" in err
+    assert "GPU memory 100%" in err and "bytes for the run" in err
     assert json.loads(out)["steps"] == 40 and json.loads(out)["perplexity_valid"] > 1
     assert ended(runs[1])[0] == -9, "the run ended before it was killed"
     code, _, err = ended(start(f"--resume={tmp_path / 'killed.run'}"))
