@@ -27,6 +27,10 @@ OPTIONAL = (
     "pooch",
     "joblib",
     "dask",
+    "distributed",
+    "optuna",
+    "executorlib",
+    "mpi4py",
     "neurobench",
 )
 

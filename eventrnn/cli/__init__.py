@@ -25,6 +25,7 @@ from eventrnn.cli.imports import export_command, import_command
 from eventrnn.cli.plot import plot
 from eventrnn.cli.prune import prune
 from eventrnn.cli.report import report
+from eventrnn.cli.sweep import sweep
 from eventrnn.cli.train import train
 from eventrnn.weights import NotAMatrix
 
@@ -33,6 +34,7 @@ from eventrnn.weights import NotAMatrix
 COMMANDS = (
     ("demo", commands.demo, "Train, prune, run and count an example: two to three minutes."),
     ("train", train, "Train a network on a text."),
+    ("sweep", sweep, "Train many networks: a grid or a search over settings."),
     ("prune", prune, "Remove weights, blocks or N:M groups, at once or in training."),
     ("run", commands.run, "Read a text event by event: bits, activity, operations."),
     ("count", count, "Count every operation and audit the counts."),
@@ -53,6 +55,7 @@ STORY = """Simulate, prune, train and count event-based GRUs.
 \b
 First:   eventrnn demo
 Train:   eventrnn train --out my.safetensors --text my_text.txt
+Sweep:   eventrnn sweep my_sweep.toml --out my_sweep
 Prune:   eventrnn prune my.safetensors --out small.safetensors --sparsity 0.9 --steps 500
 Use:     eventrnn run small.safetensors --text my_text.txt
 Count:   eventrnn count small.safetensors --text my_text.txt

@@ -90,8 +90,12 @@ def run_locked(
     log_every: int,
     checkpoint_seconds: float,
     report: Callable[[Progress, float], None],
+    stop: Callable[[], bool] = lambda: False,
 ) -> float:
-    """`run` in a folder that exists and that the caller has locked."""
+    """`run` in a folder that exists and that the caller has locked.
+
+    stop : called after every update; once it says so, the run is saved and `Stopped` is raised
+    """
     path = folder / CHECKPOINT
     _need_no_run(folder, resume)
     clean(folder)
@@ -103,7 +107,7 @@ def run_locked(
     def save() -> None:
         save_checkpoint(trainer, path, notes=log.notes())
 
-    with _stop_requests() as requests:
+    with stop_requests() as requests:
         last_save = time.perf_counter()
         try:
             for progress in trainer:
@@ -111,10 +115,11 @@ def run_locked(
                 log.add(progress)
                 report(progress, log.seconds)
                 due = time.perf_counter() - last_save >= checkpoint_seconds
-                if due or requests:
+                stopped = bool(requests) or stop()
+                if due or stopped:
                     save()
                     saved_at, last_save = trainer.steps_done, time.perf_counter()
-                if requests:
+                if stopped:
                     raise Stopped(f"stopped after step {trainer.steps_done}, saved in {path}")
         except Diverged as error:
             where = f"{path}, step {saved_at}" if path.exists() else "none, nothing was saved yet"
@@ -250,7 +255,7 @@ def _damage(path: Path, numbers: list[int]) -> str:
 
 
 @contextmanager
-def _stop_requests() -> Iterator[list[int]]:
+def stop_requests() -> Iterator[list[int]]:
     """A list that is filled by the first SIGINT or SIGTERM; a second signal raises KeyboardInterrupt."""
     requests: list[int] = []
     if threading.current_thread() is not threading.main_thread():

@@ -194,12 +194,14 @@ def presets() -> list[str]:
 
 
 def load_recipe(
-    path: str | Path | None = None,
+    path: str | Path | Mapping[str, Any] | None = None,
     *,
     preset: str = "characters",
     settings: Iterable[tuple[str, Any]] = (),
 ) -> Recipe:
     """A recipe from a preset, a TOML file and single settings such as ("training.batch", 16); later ones win.
+
+    path : the TOML file, or its tables
 
     Raises `ValueError` for an unknown key, with the most similar known key, for a value that is not allowed, and for a
     single setting of events where the cell is a GRU, which has none.
@@ -209,7 +211,9 @@ def load_recipe(
         raise ValueError(f"preset: got {preset!r}, need one of {', '.join(presets())}")
     base = (resources.files("eventrnn.training.recipes") / f"{preset}.toml").read_text(encoding="utf-8")
     tables = [toml_config.read_toml(base, preset)]
-    if path is not None:
+    if isinstance(path, Mapping):
+        tables.append(dict(path))
+    elif path is not None:
         if is_endless(path):
             raise ValueError(f"config: {path} is a device; need a file")
         try:
@@ -234,6 +238,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     report: Callable[[str, int, int, str], None] = lambda stage, done, total, note: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Train a recipe in a folder, and write the network of the best validation to `recipe.run.out`.
 
@@ -241,6 +246,7 @@ def train(
     resume    : continue the run in the folder
     overwrite : replace the model file; without `resume`, replace the run in the folder too
     report    : called with the stage, the amount done, the whole amount, and a note
+    stop      : called after every update; once it says so, the run is saved and `training.Stopped` is raised
 
     Returns bits and perplexity of the validation text when the network of the model file reads it (one stream, state
     carried even if `data.carry` is "events"), the best validation of the training (which follows `data.carry`), and the
@@ -281,7 +287,7 @@ def train(
             write_whole(folder / CONFIG, toml_config.to_toml(recipe).encode(), overwrite=True)
         if recipe.run.out:
             claim_out(Path(recipe.run.out), folder, overwrite)
-        return _train(recipe, folder, trainer, corpus, resume, report)
+        return _train(recipe, folder, trainer, corpus, resume, report, stop)
 
 
 def _train(
@@ -291,6 +297,7 @@ def _train(
     corpus: Corpus,
     resume: bool,
     report: Callable[[str, int, int, str], None],
+    stop: Callable[[], bool],
 ) -> dict[str, Any]:
     """`train` in a locked folder whose files are ready."""
     if trainer.engine.memory_use:
@@ -312,6 +319,7 @@ def _train(
         log_every=recipe.run.log_every,
         checkpoint_seconds=recipe.run.checkpoint_seconds,
         report=each,
+        stop=stop,
     )
     figures: dict[str, Any] = {
         "symbols": len(corpus.vocabulary),

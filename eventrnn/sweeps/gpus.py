@@ -1,0 +1,68 @@
+"""One GPU per worker process, where a machine has several.
+
+A process chooses its GPU before its first call of CUDA, by `CUDA_VISIBLE_DEVICES`. It holds a lock on the GPU until it
+ends, so that the choice needs no agreement with other workers, whichever engine started them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+VARIABLE = "CUDA_VISIBLE_DEVICES"
+
+# Seconds that `nvidia-smi` may take.
+PATIENCE = 30.0
+
+# The descriptor of the lock of the GPU of this process, which is held to its end; None before a choice.
+_held: int | None = None
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them; empty where none is known.
+
+    Where the variable is not set, `nvidia-smi` is asked. No CUDA context is made.
+    """
+    if (named := os.environ.get(VARIABLE)) is not None:
+        return [name.strip() for name in named.split(",") if name.strip() and name.strip() != "-1"]
+    try:
+        command = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in listed.splitlines() if line.strip()]
+
+
+def claim_gpu() -> None:
+    """Choose a GPU that no other worker of this machine uses, for the rest of this process.
+
+    With a single GPU, or none, nothing is done. Where all of them are taken, the process shares one.
+    """
+    global _held
+    if _held is not None:
+        return
+    names = visible_gpus()
+    if len(names) < 2:
+        return
+    for name in names:
+        if (lock := _locked(name)) is not None:
+            _held, os.environ[VARIABLE] = lock, name
+            return
+    os.environ[VARIABLE] = names[os.getpid() % len(names)]
+
+
+def _locked(name: str) -> int | None:
+    """The descriptor of the lock of a GPU, or None where another process holds it."""
+    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+    path = Path(tempfile.gettempdir()) / f"eventrnn-gpu-{os.getuid()}-{digest}.lock"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor

@@ -1,0 +1,431 @@
+"""Sweeps: points, their results, what is refused, and workers and drivers that are killed."""
+
+import json
+import os
+import signal
+import threading
+import warnings
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+
+import pytest
+
+from eventrnn import _files
+from eventrnn.sweeps import Study, Sweep, SweepStopped, gpus, load_sweep, read_results, run_sweep
+from eventrnn.sweeps.engines import Engine, Needs, cores, default_workers
+from eventrnn.sweeps.plan import point
+from eventrnn.sweeps.results import saved_sweep, write_result
+from eventrnn.sweeps.study import Proposals
+from eventrnn.sweeps.worker import RUN
+from eventrnn.training import Stopped
+from eventrnn.training.recipes.recipe import train
+from support.sweeps import (
+    PATIENCE,
+    SETTINGS,
+    Inline,
+    kill_and_wait,
+    last_point_held,
+    models_alone,
+    models_of,
+    results,
+    runs,
+    small_sweep,
+    started,
+    starts,
+    wait_until,
+)
+from support.texts import TEXT
+
+
+@pytest.fixture(scope="module")
+def six(tmp_path_factory):
+    """A sweep of six points, and the model files of its points trained alone."""
+    folder = tmp_path_factory.mktemp("six")
+    (folder / "text.txt").write_text(TEXT)
+    sweep = small_sweep(folder / "text.txt")
+    return sweep, models_alone(sweep, folder)
+
+
+TOML = """
+preset = "characters"
+[settings]
+data.text = "text.txt"
+training.steps = 20
+[grid]
+training.seed = [0, 1]
+model.hidden = [[8], [8, 8]]
+[[points]]
+model.threshold = 0.3
+[[points]]
+model.threshold = 0.4
+training.batch = 4
+"""
+
+
+# --- plans --------------------------------------------------------------------------------------------------
+
+
+def test_a_file_gives_every_combination_in_order(tmp_path):
+    path = tmp_path / "my_sweep.toml"
+    path.write_text(TOML)
+    sweep = load_sweep(path, settings={"training.steps": 30})
+    assert sweep.axes == ("model.threshold", "training.batch", "training.seed", "model.hidden")
+    found = sweep.combinations()
+    assert len(found) == 8
+    assert found[0] == {"model.threshold": 0.3, "training.seed": 0, "model.hidden": [8]}
+    assert found[5] == {"model.threshold": 0.4, "training.batch": 4, "training.seed": 0, "model.hidden": [8, 8]}
+    recipe = point(sweep, tmp_path, 5, found[5]).recipe
+    assert (recipe.training.steps, recipe.training.batch, recipe.model.hidden) == (30, 4, (8, 8))
+    assert recipe.data.text.endswith("/text.txt") and recipe.run.out == str(tmp_path / "points/0005/model.safetensors")
+
+
+def test_a_preset_can_be_an_axis(tmp_path, text):
+    sweep = Sweep(settings={"data.text": str(text)}, grid={"preset": ["characters", "egru-ptb"]})
+    first, second = (point(sweep, tmp_path, k, chosen).recipe for k, chosen in enumerate(sweep.combinations()))
+    assert (first.model.hidden, second.model.hidden) == ((256,), (1350, 1350, 750))
+
+
+@pytest.mark.parametrize(
+    ("toml", "words"),
+    [
+        ("", "grid: got no key"),
+        ("[grid]", "grid: is empty"),
+        ("[grid]\ntraining.seed = []", "grid: training.seed: has no value"),
+        ("[grid]\ntraining.seed = 3", "grid: training.seed: got 3, need a list"),
+        ("[gird]\ntraining.seed = [1]", "unknown name gird; did you mean grid?"),
+        ("points = 3", "points: need at least one table"),
+        ("[grid]\nrun.out = ['a']", "run.out: every point writes its own model file"),
+        ("[settings]\ntraining.seed = 1\n[grid]\ntraining.seed = [1]", "settings: training.seed is given twice"),
+        ("[grid]\ntraining.seed = [1]\n[[points]]\ntraining.seed = 2", "grid: training.seed is given twice"),
+        ("[settings]\npreset = 'awd-gru'\n[grid]\ntraining.seed = [1]", "settings: preset is no key of the recipe"),
+        ("config = 'missing.toml'\n[grid]\ntraining.seed = [1]", "config: missing.toml cannot be read"),
+        ("[grid]\ntraining.seed = [1]\n[study]\nspace = {training.seed = [1]}", "give a study or a grid"),
+        ("[study]\ntrials = 3", "study: its space is empty"),
+        ("[study]\ntrial = 3", "study: unknown name trial; did you mean trials?"),
+        ("[study.space]\ntraining.batch = {low = 4}", "study: training.batch: the range has no high"),
+        ("[study.space]\ntraining.batch = {low = 4, high = 2}", "study: training.batch: high: got 2"),
+        ("[study.space]\ntraining.batch = {low = 0, high = 2, log = true}", "study: training.batch: low: got 0"),
+        ("[study.space]\ntraining.batch = []", "study: training.batch: has no value"),
+        ("[study]\nsampler = 'best'\nspace = {training.batch = [1]}", "study sampler: got 'best'"),
+    ],
+)
+def test_plans_are_refused(tmp_path, monkeypatch, toml, words):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "my_sweep.toml"
+    path.write_text(toml)
+    with pytest.raises(ValueError) as caught:
+        load_sweep(path)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("grid", "words"),
+    [
+        ({"training.sed": [0]}, "point 0 (training.sed=0): config: unknown key training.sed; did you mean"),
+        ({"training.batch": [4, 0]}, "point 1 (training.batch=0): config: training: batch: got 0"),
+        ({"training.seed": [0, 1, 0]}, "points 0 and 2 are the same run (training.seed=0)"),
+        ({"preset": ["characters", "words"]}, "point 1 (preset=words): preset: got 'words'"),
+        ({"data.text": ["nowhere.txt"]}, "point 0 (data.text=nowhere.txt): text: "),
+        ({"training.window": [8, 100_000]}, "point 1 (training.window=100000): text: "),
+    ],
+)
+def test_points_are_refused_before_any_work(tmp_path, text, grid, words):
+    executor = Inline()
+    settings = {key: value for key, value in SETTINGS.items() if key not in grid}
+    if "data.text" not in grid:
+        settings["data.text"] = str(text)
+    with pytest.raises(ValueError) as caught:
+        run_sweep(Sweep(settings=settings, grid=grid), tmp_path / "out", executor=executor)
+    assert words in str(caught.value)
+    assert not (tmp_path / "out").exists() and not executor.jobs
+
+
+def test_engines_are_refused_before_any_work(tmp_path, text, monkeypatch):
+    sweep, folder = small_sweep(text), tmp_path / "out"
+
+    def refused(kind, words, **options):
+        with pytest.raises(kind, match=words):
+            run_sweep(sweep, folder, **options)
+        assert not folder.exists()
+
+    refused(ValueError, "executor: got 'ray', need one of processes, loky", executor="ray")
+    refused(TypeError, "executor: got 3", executor=3)
+    refused(ValueError, "workers: got 0", workers=0)
+    refused(ValueError, "address: got 'tcp://127.0.0.1:1', but the executor processes", address="tcp://127.0.0.1:1")
+    refused(ValueError, "workers: got 2, but an executor that is given", executor=Inline(), workers=2)
+    refused(ValueError, "address: got none; dask needs", executor="dask") if find_spec("distributed") else None
+    monkeypatch.setattr("eventrnn.sweeps.engines.find_spec", lambda name: None)
+    refused(ImportError, r"executor: loky needs joblib: pip install 'eventrnn\[sweep\]'", executor="loky")
+    refused(ImportError, r"executor: mpi needs mpi4py: pip install 'mpi4py'", executor="mpi")
+    monkeypatch.setattr("eventrnn.sweeps.study.find_spec", lambda name: None)
+    study = Sweep(settings={"data.text": str(text)}, study=Study({"training.seed": [0, 1]}))
+    with pytest.raises(ImportError, match=r"study: needs optuna: pip install 'eventrnn\[sweep\]'"):
+        run_sweep(study, folder)
+
+
+# --- points -------------------------------------------------------------------------------------------------
+
+
+def test_points_have_the_bits_of_runs_alone_whether_cut_off_or_not(tmp_path, six):
+    (sweep, alone), folder = six, tmp_path / "out"
+
+    def cut_off(job):
+        """Let an earlier worker train a part of the point."""
+        if job.recipe.training.seed == 1:
+            updates = iter(range(7))
+            with pytest.raises(Stopped):
+                train(job.recipe, job.folder / RUN, stop=lambda: next(updates, None) is None)
+
+    told = []
+    lines = run_sweep(sweep, folder, executor=Inline(cut_off), report=lambda *state: told.append(state))
+    assert models_of(folder) == alone
+    assert lines == read_results(folder) and [line["point"] for line in lines] == list(range(6))
+    assert all(line["state"] == "done" and line["steps"] == 20 and line["starts"] == 1 for line in lines)
+    assert lines[5]["training.seed"] == 2 and lines[5]["training.learning_rate"] == 6e-3
+    assert not any(isinstance(value, list | dict) for line in lines for value in line.values())
+    assert told[-1][1] == 6 and [status.state for status in told[-1][0]] == ["done"] * 6
+    # Nothing is done twice.
+    executor = Inline()
+    assert run_sweep(None, folder, executor=executor, resume=True) == lines and not executor.jobs
+
+
+def test_a_point_that_fails_leaves_the_others_and_is_tried_again(tmp_path, text):
+    sweep, folder = small_sweep(text, grid={"training.seed": [0, 1]}), tmp_path / "out"
+    blocked = folder / "points" / "0000" / RUN
+
+    def block(job):
+        blocked.parent.mkdir(parents=True, exist_ok=True)
+        if job.recipe.training.seed == 0:
+            blocked.write_text("a file where the folder of the run should be")
+
+    lines = run_sweep(sweep, folder, executor=Inline(block))
+    assert [line["state"] for line in lines] == ["failed", "done"] and "FileExistsError" in lines[0]["error"]
+    blocked.unlink()
+    executor = Inline()
+    lines = run_sweep(sweep, folder, executor=executor, resume=True)
+    assert [line["state"] for line in lines] == ["done", "done"] and len(executor.jobs) == 1
+    assert models_of(folder) == models_alone(sweep, tmp_path / "alone")
+
+
+def test_folders_of_sweeps_are_not_mixed_up(tmp_path, text):
+    sweep, folder = small_sweep(text, grid={"training.seed": [0]}), tmp_path / "out"
+    run_sweep(sweep, folder, executor=Inline())
+    assert saved_sweep(folder) == sweep
+    with pytest.raises(ValueError, match="holds a sweep; give --resume"):
+        run_sweep(sweep, folder, executor=Inline())
+    with pytest.raises(ValueError, match=r"holds another sweep: its grid is .*\[0\].*, not .*\[1\]"):
+        run_sweep(small_sweep(text, grid={"training.seed": [1]}), folder, executor=Inline(), resume=True)
+    with pytest.raises(ValueError, match="holds no sweep"):
+        run_sweep(None, tmp_path, executor=Inline(), resume=True)
+    (tmp_path / "other" / "points").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds a folder points already"):
+        run_sweep(sweep, tmp_path / "other", executor=Inline())
+
+    def again(job):
+        with pytest.raises(ValueError, match="is in use by process"):
+            run_sweep(None, folder, executor=Inline(), resume=True)
+
+    (folder / "points" / "0000" / "result.json").unlink()
+    assert run_sweep(None, folder, executor=Inline(again), resume=True)[0]["starts"] == 2
+
+
+def test_a_point_that_another_worker_trains_is_waited_for(tmp_path, text, monkeypatch):
+    sweep, folder = small_sweep(text, grid={"training.seed": [0]}), tmp_path / "out"
+    taken, waited, others = threading.Event(), threading.Event(), []
+
+    @contextmanager
+    def lock(path):
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(_files.locked(path))
+            except ValueError:
+                waited.set()
+                raise
+            yield
+
+    def other(job):
+        with _files.locked(job.folder):
+            taken.set()
+            assert waited.wait(PATIENCE)
+            write_result(job.folder, {"state": "done", "by": "the other worker"})
+
+    def begin(job):
+        job.folder.mkdir(parents=True)
+        others.append(threading.Thread(target=other, args=(job,)))
+        others[0].start()
+        assert taken.wait(PATIENCE)
+
+    monkeypatch.setattr("eventrnn.sweeps.worker.locked", lock)
+    lines = run_sweep(sweep, folder, executor=Inline(begin))
+    others[0].join()
+    assert [line["by"] for line in lines] == ["the other worker"] and not starts(folder)
+
+
+def test_ctrl_c_saves_the_runs(tmp_path, text):
+    sweep, folder = small_sweep(text, grid={"training.seed": [0, 1, 2]}), tmp_path / "out"
+
+    def interrupt(job):
+        if job.recipe.training.seed == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(SweepStopped, match="2 of 3 points ended"):
+        run_sweep(sweep, folder, executor=Inline(interrupt))
+    assert not (folder / "stop").exists() and len(read_results(folder)) == 2
+    run_sweep(None, folder, executor=Inline(), resume=True)
+    assert models_of(folder) == models_alone(sweep, tmp_path / "alone")
+
+
+# --- studies ------------------------------------------------------------------------------------------------
+
+SPACE = {"training.learning_rate": {"low": 1e-3, "high": 1e-1, "log": True}, "model.hidden": [[8], [12]]}
+
+
+def test_proposals_depend_on_results_and_not_on_the_order_of_their_arrival():
+    pytest.importorskip("optuna", reason="needs optuna")
+
+    def proposed(order):
+        proposals, found, open_trials = Proposals(Study(SPACE, trials=30, ahead=4, goal="bits")), [], []
+        while len(found) < 30:
+            while (trial := proposals.ask()) is not None:
+                found.append(trial)
+                open_trials.append(trial)
+            number, chosen = open_trials.pop(order % len(open_trials))
+            state = "failed" if number == 3 else "done"
+            bits = abs(chosen["training.learning_rate"] - 0.02) + len(chosen["model.hidden"])
+            proposals.tell(number, {"state": state, "bits": bits})
+            assert number == len(found) - 1 or len(open_trials) < 4
+        return found
+
+    first = proposed(0)
+    assert first == proposed(1) == proposed(3)
+    assert [number for number, _ in first] == list(range(30))
+    assert all(1e-3 <= chosen["training.learning_rate"] <= 1e-1 for _, chosen in first)
+    assert {tuple(chosen["model.hidden"]) for _, chosen in first} == {(8,), (12,)}
+
+
+def test_a_study_goes_on_with_the_same_proposals(tmp_path, text):
+    pytest.importorskip("optuna", reason="needs optuna")
+    settings = {key: value for key, value in SETTINGS.items() if key != "model.hidden"} | {"data.text": str(text)}
+    sweep = Sweep(settings=settings, study=Study({**SPACE, "model.hidden": [[12]]}, trials=6, ahead=2))
+    whole = run_sweep(sweep, tmp_path / "whole", executor=Inline())
+
+    def fail(job):
+        if job.folder.name == "0003":
+            raise SystemError("the executor is gone")
+
+    with pytest.raises(SystemError):
+        run_sweep(sweep, tmp_path / "cut", executor=Inline(fail))
+    assert 0 < results(tmp_path / "cut") < 6
+    again = run_sweep(None, tmp_path / "cut", executor=Inline(), resume=True)
+    assert [line["training.learning_rate"] for line in again] == [line["training.learning_rate"] for line in whole]
+    assert models_of(tmp_path / "cut") == models_of(tmp_path / "whole")
+
+
+# --- workers ------------------------------------------------------------------------------------------------
+
+
+def test_workers_and_threads_fill_the_cores(tmp_path, monkeypatch):
+    assert default_workers(Needs(points=100, threads=1, gpu=False, folder=tmp_path)) == cores()
+    assert default_workers(Needs(points=100, threads=10 * cores(), gpu=False, folder=tmp_path)) == 1
+    assert default_workers(Needs(points=1, threads=1, gpu=False, folder=tmp_path)) == 1
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    assert default_workers(Needs(points=100, threads=1, gpu=True, folder=tmp_path)) == 3
+
+
+def test_every_process_chooses_a_gpu_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    chosen = []
+    for _ in range(3):
+        # As in another process: a lock is held by its open file.
+        monkeypatch.setattr(gpus, "_held", None)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
+        gpus.claim_gpu()
+        gpus.claim_gpu()
+        chosen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    assert chosen[:2] == ["GPU-a", "GPU-b"] and chosen[2] in chosen[:2]
+
+
+def test_a_dead_worker_and_a_dead_driver_lose_no_point(tmp_path, six):
+    (sweep, alone), folder = six, tmp_path / "out"
+    plan = tmp_path / "my_sweep.toml"
+    plan.write_text(
+        "[grid]\ntraining.learning_rate = [3e-3, 6e-3]\ntraining.seed = [0, 1, 2]\n[settings]\n"
+        + "".join(f"{key} = {json.dumps(value)}\n" for key, value in sweep.settings.items())
+    )
+    command = "eventrnn", "sweep", plan, "--out", folder, "--workers", 2
+    with started(*command, log=tmp_path / "log") as driver, last_point_held(folder):
+        wait_until(lambda: results(folder) >= 1, "a result")
+        kill_and_wait(starts(folder)[0])
+        wait_until(lambda: results(folder) >= 3, "results after the death of a worker")
+        workers = set(starts(folder))
+        driver.kill()
+        driver.wait()
+        # Workers end with their driver, so that none trains unseen.
+        for worker in workers:
+            wait_until(lambda worker=worker: not runs(worker), "the end of a worker")
+    assert "its point goes on" in (tmp_path / "log").read_text()
+    run_sweep(None, folder, executor=Inline(), resume=True)
+    assert models_of(folder) == alone
+
+
+def test_a_dead_worker_of_joblib_is_replaced(tmp_path, six):
+    pytest.importorskip("joblib", reason="needs joblib")
+    (sweep, alone), folder, killed = six, tmp_path / "out", []
+
+    def kill_one(statuses, total):
+        if not killed and results(folder):
+            killed.append(starts(folder)[0])
+            os.kill(killed[0], signal.SIGKILL)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lines = run_sweep(sweep, folder, executor="loky", workers=1, report=kill_one)
+    assert killed and [line["state"] for line in lines] == ["done"] * 6
+    assert models_of(folder) == alone
+
+
+def test_a_dead_worker_of_dask_loses_no_point(tmp_path, six):
+    pytest.importorskip("distributed", reason="needs dask.distributed")
+    (sweep, alone), folder, killed, scheduler = six, tmp_path / "out", [], tmp_path / "scheduler.json"
+    serve = "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", 0, "--no-dashboard"
+    work = "distributed.cli.dask_worker", "--scheduler-file", scheduler, "--nthreads", 1, "--no-nanny", "--no-dashboard"
+    log = tmp_path / "log"
+
+    def kill_one(statuses, total):
+        if not killed and results(folder):
+            killed.append(starts(folder)[0])
+            os.kill(killed[0], signal.SIGKILL)
+
+    with ExitStack() as stack:
+        stack.enter_context(started(*serve, "--scheduler-file", scheduler, log=log))
+        for _ in range(2):
+            stack.enter_context(started(*work, log=log))
+        address = json.loads(wait_until(lambda: scheduler.exists() and scheduler.read_text(), "a scheduler"))["address"]
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match="no scheduler answers at tcp://127.0.0.1:1 "):
+            run_sweep(sweep, folder, executor="dask", address="tcp://127.0.0.1:1")
+        lines = run_sweep(sweep, folder, executor="dask", address=address, report=kill_one)
+    assert killed and [line["state"] for line in lines] == ["done"] * 6
+    assert models_of(folder) == alone
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+def test_the_command_lists_trains_and_goes_on(cli, tmp_path, text, monkeypatch):
+    monkeypatch.setattr("eventrnn.sweeps.engines._processes", lambda workers, needs: Engine(Inline))
+    plan, folder = tmp_path / "my_sweep.toml", tmp_path / "out"
+    plan.write_text(f"[grid]\ntraining.seed = [0, 1]\n[settings]\ndata.text = {json.dumps(str(text))}\n")
+    small = [f"--set={key}={json.dumps(value)}" for key, value in SETTINGS.items()]
+    code, out, _ = cli("sweep", plan, "--dry-run", "--json", *small)
+    assert code == 0 and json.loads(out) == {"points": [{"training.seed": 0}, {"training.seed": 1}]}
+    assert cli("sweep", plan)[0] == 2 and cli("sweep")[0] == 2
+    code, out, err = cli("sweep", plan, "--out", folder, "--json", *small)
+    assert code == 0 and "point 1 done, 2/2: training.seed=1" in err
+    figures = json.loads(out)
+    assert (figures["points"], figures["done"], figures["failed"]) == (2, 2, 0)
+    code, out, err = cli("sweep", plan, "--out", folder, *small)
+    assert code == 2 and "holds a sweep; give --resume" in err
+    assert cli("sweep", "--resume", folder, "--json")[:2] == (0, json.dumps(figures) + "\n")
+    assert cli("sweep", "--resume", folder, "--set=training.steps=3")[0] == 2
