@@ -50,6 +50,9 @@ def where(request, monkeypatch):
     return "cpu"
 
 
+ON_A_REAL_GPU = pytest.mark.parametrize("where", [pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
+
+
 def numbers(where, *shape: int, seed: int = 0):
     return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape).astype(np.float32)).to(where)
 
@@ -371,7 +374,7 @@ def test_a_window_that_does_not_fit_is_refused_and_the_next_one_runs(where):
     assert torch.equal(made(x)[0], expected)
 
 
-@pytest.mark.gpu
+@ON_A_REAL_GPU
 def test_tensors_of_two_devices_are_refused_by_name(where):
     x, here = numbers(where, STEPS, BATCH, INPUTS), module(where)
     with pytest.raises(ValueError, match=r"w_in_l0: got torch.float32 on cpu, need .* on cuda:0, as the input"):
@@ -382,7 +385,7 @@ def test_tensors_of_two_devices_are_refused_by_name(where):
         here(x, (torch.zeros(1, BATCH, UNITS),) * 2)
 
 
-@pytest.mark.gpu
+@ON_A_REAL_GPU
 def test_work_is_ordered_with_the_streams_of_pytorch(where):
     made, x = module(where), numbers(where, STEPS, BATCH, INPUTS)
     expected = gradients(made, made(x)[0], torch.ones(1, device=where))
