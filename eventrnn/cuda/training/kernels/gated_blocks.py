@@ -22,6 +22,7 @@ import numpy as np
 from numba import float32, float64, int64, types
 
 from eventrnn.cuda.device import cuda, device_function
+from eventrnn.cuda.kernels.gated_blocks import LOWEST_KEY, key_of
 from eventrnn.cuda.kernels.ptx import (
     add_relaxed,
     exp_float32,
@@ -52,7 +53,7 @@ COUNT_BITS = 17
 MOST_BLOCKS = (1 << COUNT_BITS) - 1
 
 # The number of a key is found two bits at a time.
-PASSES, LOWEST_KEY = 16, -(1 << 31)
+PASSES = 16
 
 # Threads that add up a block.
 GROUP = 16
@@ -62,10 +63,9 @@ BAD_LOGIT, CANCELLED, TOO_LARGE = 1, 2, 3
 
 
 @device_function
-def key_of(number):
-    """The bits of a float32 as an int64 that is in the same order."""
-    bits = int64(libdevice.float_as_int(number))
-    return bits ^ ((bits >> 31) & int64(0x7FFFFFFF))
+def key_of_logit(logit):
+    """The key of a float32, as an int64 so that differences of keys do not overflow."""
+    return int64(key_of(libdevice.float_as_int(logit)))
 
 
 @device_function
@@ -75,7 +75,7 @@ def lowest_chosen(logits, blocks, kept, scratch):
     for k in range(PASSES):
         step, counts, b = int64(1) << (30 - 2 * k), int64(0), thread
         while b < blocks:
-            over = key_of(logits[b]) - lowest
+            over = key_of_logit(logits[b]) - lowest
             if over >= step:
                 counts += 1
             if over >= 2 * step:
@@ -143,7 +143,7 @@ def choose_kernel(precision: str):
         begin, end = min(thread * share, blocks), min((thread + 1) * share, blocks)
         larger = equal = int64(0)
         for b in range(begin, end):
-            key = key_of(logits[b])
+            key = key_of_logit(logits[b])
             if key > lowest:
                 larger += 1
             elif key == lowest:
@@ -157,7 +157,7 @@ def choose_kernel(precision: str):
         cuda.syncthreads()
         pivot = float64(-np.inf) if softmax else float64(0)
         for b in range(begin, end):
-            key, own = key_of(logits[b]), ZERO32
+            key, own = key_of_logit(logits[b]), ZERO32
             if key > lowest:
                 own = ONE32
             elif key == lowest:
