@@ -14,12 +14,14 @@ from eventrnn.backend import BackendUnavailable
 from eventrnn.cells import Cell
 from eventrnn.counting import count_per_step
 from eventrnn.cpu.engine import CpuEngine
+from eventrnn.data.vocabulary import Vocabulary
 from eventrnn.events import Events
 from eventrnn.io import ModelFileError, model_file
 from eventrnn.io.exported import ExportRefused
 from eventrnn.io.to_onnx import to_onnx
+from eventrnn.io.vocabulary import with_vocabulary
 from eventrnn.network import Network
-from eventrnn.pruning import prune
+from eventrnn.pruning import Blocks, prune, with_masks
 from eventrnn.simulation import RECORDABLE, Simulator, simulate
 from eventrnn.testing import ALL_CELLS, assert_equivalent
 from eventrnn.training import Model, Settings, Trainer
@@ -323,8 +325,26 @@ def test_folded_network_is_for_inference():
         prune(folded, 0.5)
     pruned = prune(folded, 0.5, exempt=("layers.0.w_in",))
     assert pruned.one_hot and pruned.layers[0].w_in is folded.layers[0].w_in
+    with pytest.raises(ValueError, match="prune the network before it is folded$"):
+        with_masks(folded, {"layers.0.w_in": np.ones(folded.layers[0].w_in.shape, bool)}, Blocks(0.5))
     with pytest.raises(ExportRefused, match="export the network before it is folded"):
         to_onnx(folded)
+
+
+@pytest.mark.torch
+def test_module_of_torch_refuses_a_folded_network():
+    pytest.importorskip("torch", reason="the module of PyTorch")
+    from eventrnn.torch import EGRU
+
+    network = Network.random([6, 6], rng=np.random.default_rng(0), symbols=5, embedding=4, threshold=0.1)
+    with pytest.raises(ValueError, match="give the network before it is folded"):
+        EGRU.from_network(fold(network))
+
+
+def test_vocabulary_of_a_folded_network_is_that_of_its_symbols():
+    folded = fold(word_network())
+    named = with_vocabulary(folded, Vocabulary(tuple(f"word{k}" for k in range(23)), kind="word"))
+    assert named.one_hot and named.embedding is None and "vocabulary" in named.metadata
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def with_vocabulary(network: Network, vocabulary: Vocabulary) -> Network:
         raise ValueError(
             "vocabulary: the network has no read-out, so it predicts no symbols; import it with its read-out"
         )
-    read = network.layers[0].inputs if network.embedding is None else len(network.embedding)
+    read = network.layers[0].inputs if network.symbols is None else network.symbols
     predicted = network.readout.weights.shape[1]
     if not read == predicted == len(vocabulary):
         what = "inputs (it has no embedding)" if network.embedding is None else "rows of its embedding"
@@ -37,7 +37,7 @@ def with_vocabulary(network: Network, vocabulary: Vocabulary) -> Network:
             f"vocabulary: got {len(vocabulary)} symbols for a network with {read} {what} and {predicted} outputs; need "
             "as many of each, the symbols with which it was trained"
         )
-    below = np.eye(read, dtype=np.float32) if network.embedding is None else network.embedding
+    below = np.eye(read, dtype=np.float32) if network.symbols is None else network.embedding
     metadata = {**network.metadata, "vocabulary": vocabulary.to_json()}
     return replace(network, embedding=below, metadata=metadata)
 

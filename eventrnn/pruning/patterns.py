@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -226,11 +226,7 @@ def prunable_matrices(
         matrices[EMBEDDING] = Dense(network.embedding)
         there.append(EMBEDDING)
     chosen = {name: matrices[name] for name in choose(there, names, exempt)}
-    if network.one_hot and (folded := MatrixId.of(0, "w_in")) in chosen:
-        raise ValueError(
-            f"pruning: {folded} is an embedding folded with the input weights, of which a symbol reads one row; prune "
-            f"the network before it is folded, or leave it out: exempt=('{folded}',)"
-        )
+    _need_no_table(network, chosen, ", or leave it out: exempt=('layers.0.w_in',)")
     need_matrices(chosen, "pruning without training", "prune them in training: Trainer(pruning=...), --steps")
     return chosen
 
@@ -288,10 +284,21 @@ def with_masks(network: Network, masks: Mapping[str, np.ndarray], pattern: Patte
     unknown = set(masks) - set(matrices)
     if unknown:
         raise ValueError(f"masks: no {', '.join(sorted(unknown))}; have {', '.join(matrices)}")
+    _need_no_table(network, masks, "")
     # The names of the network state the number of gates, which those of the masks need not do.
     return network.with_matrices(
         {name: pattern.store(name, masked(w, masks[name])) for name, w in matrices.items() if name in masks}
     )
+
+
+def _need_no_table(network: Network, names: Container[str], otherwise: str) -> None:
+    """Raise ValueError where the table of a folded network is among the matrices to prune."""
+    folded = MatrixId.of(0, "w_in")
+    if network.one_hot and folded in names:
+        raise ValueError(
+            f"pruning: {folded} is an embedding folded with the input weights, of which a symbol reads one row; prune "
+            f"the network before it is folded{otherwise}"
+        )
 
 
 def _with_tied_mask(network: Network, mask: np.ndarray, pattern: Pattern) -> Network:

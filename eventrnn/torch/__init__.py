@@ -133,10 +133,15 @@ class EGRU(nn.Module):
         Weights that a sparse matrix does not store are pruned: their gradient is zero, and they stay zero. The read-out
         and the embedding of a network are not taken, as `torch.nn.Linear` and `torch.nn.Embedding` do their work.
 
-        Raises ValueError for layers of different sizes and for a network with gated blocks.
+        Raises ValueError for layers of different sizes and for a network that is folded or has gated blocks.
         """
         need_kind("network", network, Network, "a Network")
         need_matrices(network.matrices(), "EGRU of PyTorch")
+        if network.one_hot:
+            raise ValueError(
+                "network: its embedding is folded into layers.0.w_in, which is for inference; give the network before "
+                "it is folded"
+            )
         units = {layer.units for layer in network.layers}
         if len(units) > 1:
             raise ValueError(
