@@ -50,7 +50,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from ptb_figures import grid_figure, operations_figure
-from ptb_measures import AWD_LSTM, dense_products, quality, sizes
+from ptb_measures import AWD_LSTM, grid_point, quality, sizes
 from ptb_tuning import gradual_pruning, kept_shares
 from records import Records
 
@@ -67,11 +67,9 @@ from eventrnn.pruning import (
     magnitude_masks,
     prune_to_operations,
 )
-from eventrnn.pruning import prune as prune_at_once
 from eventrnn.pruning.schedule import prunable
 from eventrnn.training import LanguageModelling, Model, Trainer, parts, run
 from eventrnn.training.checkpoint import read_checkpoint
-from eventrnn.training.evaluation import evaluate_text
 from eventrnn.training.recipes.distillation import DistillationRecipe
 from eventrnn.training.recipes.recipe import Recipe, flags_to_settings, load_recipe, note
 from eventrnn.training.recipes.run_folder import CONFIG
@@ -463,6 +461,9 @@ def grid(
     model: ModelPath,
     text: Text = PTB,
     limit: Limit = 5000,
+    only: Annotated[
+        bool, typer.Option("--only", help="Only the model as it is, such as one that was pruned in training.")
+    ] = False,
     threads: Threads = 1,
     name: Name = None,
     results: Results = RESULTS,
@@ -470,7 +471,7 @@ def grid(
     """Operations over dense x activity x density, on a grid of raised thresholds and of pruned weights, not tuned."""
     network, records = trained(model, text).untied(), Records(results, (*KEY, "added", "kept", "limit"))
     valid = load_parts(network, text, ("valid",))["valid"][:limit]
-    points = [(added, kept) for added in ADDED for kept in DENSITIES]
+    points = [(added, kept) for added in ADDED for kept in DENSITIES][: 1 if only else None]
     with progress() as bar:
         for done, (added, kept) in enumerate(points):
             bar("grid", done, len(points), f"thresholds +{added:g}, {kept:.0%} of the weights")
@@ -478,41 +479,6 @@ def grid(
             if records.of(asked | {"limit": limit}) is None:
                 records.add(asked | {"limit": limit} | grid_point(network, valid, added, kept, threads))
     draw(results=results)
-
-
-def grid_point(network: er.Network, symbols: np.ndarray, added: float, kept: float, threads: int) -> dict[str, Any]:
-    """Operations of a network with raised thresholds and pruned weights, beside the products of its shares.
-
-    `activity` and `density` are means over the multiplications of a dense engine. `by_matrix` is the sum over the
-    matrices of dense x activity x density of each; it differs from `effective` where busy units have more weights than
-    others, and from `product` where busy matrices do.
-    """
-    layers = tuple(replace(x, threshold=(x.threshold + np.float32(added)).astype(np.float32)) for x in network.layers)
-    pruned = replace(network, layers=layers)
-    if kept < 1:
-        pruned = prune_at_once(pruned, 1 - kept, scope="global")
-    found = evaluate_text(pruned, symbols, threads=threads)
-    shares = [1.0, *found["activity_by_layer"].values()]
-    sources = {f"layers.{k}.{kind}": k + (kind == "w_rec") for k in range(len(layers)) for kind in ("w_in", "w_rec")}
-    dense, products = dense_products(pruned), []
-    for matrix, w in pruned.matrices().items():
-        size = w.shape[0] * w.shape[1]
-        products.append((size, size * shares[sources.get(matrix, len(layers))], w.nnz))
-    activity, density = (sum(each[k] for each in products) / dense for k in (1, 2))
-    effective = found["effective_ops_per_step"]
-    by_matrix = sum(active * nnz / size for size, active, nnz in products)
-    return {
-        "perplexity": found["perplexity"],
-        "activity_by_layer": shares[1:],
-        "activity": activity,
-        "density": density,
-        "dense": dense,
-        "effective": effective,
-        "product": dense * activity * density,
-        "ratio": effective / (dense * activity * density),
-        "by_matrix": by_matrix,
-        "ratio_by_matrix": effective / by_matrix,
-    }
 
 
 @app.command()
@@ -528,11 +494,14 @@ def draw(
     evaluated = list({each["name"]: each for each in lines if each["what"] == "evaluation"}.values())
     operations_figure(evaluated, path=folder / "ptb.png")
     print(f"wrote {folder / 'ptb.png'}: {len(evaluated)} models")
-    points = [each for each in lines if each["what"] == "grid"]
+    measured = [each for each in lines if each["what"] == "grid"]
+    points = list({(each["name"], each["added"], each["kept"]): each for each in measured}.values())
+    whole = [each["name"] for each in points if each["kept"] < 1]
     if points:
-        last = [each for each in points if (each["name"], each["limit"]) == (points[-1]["name"], points[-1]["limit"])]
-        grid_figure(last, path=folder / "ptb_grid.png")
-        print(f"wrote {folder / 'ptb_grid.png'}: {len(last)} points")
+        of = whole[-1] if whole else points[-1]["name"]
+        tuned = [each for each in points if each["name"] != of and not each["added"] and each["kept"] == 1]
+        grid_figure([each for each in points if each["name"] == of], tuned, path=folder / "ptb_grid.png")
+        print(f"wrote {folder / 'ptb_grid.png'}: {len(points)} points")
 
 
 def show(line: dict[str, Any]) -> None:

@@ -70,34 +70,59 @@ def operations_figure(lines: Sequence[Mapping[str, Any]], *, path: str | os.Path
     return saved(figure, path)
 
 
-def grid_figure(lines: Sequence[Mapping[str, Any]], *, path: str | os.PathLike | None = None) -> Figure:
+# Times the perplexity of the model as it is, above which a point of a grid is drawn hollow: it predicts little.
+USEFUL = 3
+
+
+def grid_figure(
+    lines: Sequence[Mapping[str, Any]],
+    tuned: Sequence[Mapping[str, Any]] = (),
+    *,
+    path: str | os.PathLike | None = None,
+) -> Figure:
     """Operations over dense operations against activity x density: on the diagonal the two savings multiply.
 
-    lines : lines of `ptb.py grid` of one model. Raises ValueError where there is none.
+    lines : lines of `ptb.py grid` of one model, pruned at once. A network whose perplexity is more than three times
+            that of the model as it is has a hollow mark
+    tuned : lines of models that were pruned while they were trained
+
+    Raises ValueError where there are no lines.
     """
     if not lines:
         raise ValueError("lines: got none, need the lines of a grid")
     figure = new_figure(7.2, 3.6)
     left, right = figure.subplots(1, 2)
-    shares = [line["activity"] * line["density"] for line in lines]
-    left.plot(
-        [min(shares), max(shares)], [min(shares), max(shares)], color=GREY, linewidth=1, label="activity x density"
-    )
+    every = [*lines, *tuned]
+    shares = [line["activity"] * line["density"] for line in every]
+    left.plot([min(shares), max(shares)], [min(shares), max(shares)], color=GREY, linewidth=1)
     right.axhline(1, color=GREY, linewidth=1)
-    for k, added in enumerate(dict.fromkeys(line["added"] for line in lines)):
-        row = sorted((line for line in lines if line["added"] == added), key=lambda line: line["density"])
-        look = {"color": HUES[k % len(HUES)], "marker": MARKS[k % len(MARKS)], "markersize": 4, "linewidth": 1}
-        active = sum(line["activity"] for line in row) / len(row)
-        x = [line["activity"] * line["density"] for line in row]
-        left.plot(x, [line["effective"] / line["dense"] for line in row], label=f"{active:.0%} active", **look)
-        right.plot([line["density"] for line in row], [line["ratio"] for line in row], **look)
-        right.plot(
-            [line["density"] for line in row], [line["ratio_by_matrix"] for line in row], **(look | {"linestyle": ":"})
-        )
+    first = min(lines, key=lambda line: (line["added"], -line["kept"]))["perplexity"]
+    groups = {f"thresholds +{added:g}": added for added in dict.fromkeys(line["added"] for line in lines)}
+    chosen = [(name, [line for line in lines if line["added"] == added]) for name, added in groups.items()]
+    for k, (name, row) in enumerate([*chosen, ("pruned in training", list(tuned))]):
+        colour = INK if row and row[0] in tuned else HUES[k % len(HUES)]
+        marker = "*" if colour == INK else MARKS[k % len(MARKS)]
+        for n, line in enumerate(row):
+            look = {
+                "marker": marker,
+                "s": 60 if marker == "*" else 18,
+                "edgecolors": colour,
+                "facecolors": colour if line["perplexity"] <= USEFUL * first else "none",
+                "zorder": 3,
+                "label": name if n == 0 else None,
+            }
+            left.scatter(line["activity"] * line["density"], line["effective"] / line["dense"], **look)
+            right.scatter(line["density"], line["ratio"], **look)
     left.set(xscale="log", yscale="log", xlabel="activity x density", ylabel="operations / dense operations")
     right.set(xscale="log", xlabel="density", ylabel="operations / (dense x activity x density)")
-    right.set_ylim(bottom=0)
-    right.set_title("dotted: product within each matrix", loc="left", fontsize=10)
+    for n, line in enumerate(tuned):
+        label = "the same, product within each matrix" if n == 0 else None
+        right.scatter(line["density"], line["ratio_by_matrix"], color=INK, marker="x", s=30, zorder=3, label=label)
+    if tuned:
+        right.legend(*([part[-1:] for part in right.get_legend_handles_labels()]), fontsize=8, frameon=False)
+    ratios = [line["ratio"] for line in every]
+    right.set_ylim(min(0.8, *ratios) - 0.02, max(1.2, *ratios) + 0.02)
+    left.set_title("On the line the savings multiply. Hollow: of little use", loc="left", fontsize=8)
     left.legend(fontsize=8, frameon=False)
     for axes in (left, right):
         plain_axes(axes)

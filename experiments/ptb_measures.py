@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from models import file_size
 
 import eventrnn as er
+from eventrnn.pruning import prune as prune_at_once
 from eventrnn.training.evaluation import evaluate_text
 
 # Products per token of AWD-LSTM with its decoder: layers of 400-1150-1150-400, 10,000 words (Merity et al. 2017).
@@ -67,4 +69,43 @@ def quality(network: er.Network, symbols: np.ndarray, **options: Any) -> dict[st
         "fewer_than_awd_lstm_folded": AWD_LSTM_FOLDED / found["effective_ops_per_step"],
         "backend": found["backend"],
         "exact": found["exact"],
+    }
+
+
+def grid_point(network: er.Network, symbols: np.ndarray, added: float, kept: float, threads: int) -> dict[str, Any]:
+    """Operations of a network with raised thresholds and pruned weights, beside the products of its shares.
+
+    `activity` and `density` are means over the multiplications of a dense engine. `by_matrix` is the sum over the
+    matrices of dense x activity x density of each; it differs from `effective` where busy units have more weights than
+    others, and from `product` where busy matrices do.
+    """
+    layers = tuple(replace(x, threshold=(x.threshold + np.float32(added)).astype(np.float32)) for x in network.layers)
+    pruned = replace(network, layers=layers)
+    if kept < 1:
+        pruned = prune_at_once(pruned, 1 - kept, scope="global")
+    found = evaluate_text(pruned, symbols, threads=threads)
+    assert pruned.embedding is not None
+    # A pruned embedding sends values that are not zero only.
+    sent = np.count_nonzero(pruned.embedding[symbols]) / pruned.embedding[symbols].size
+    shares = [sent, *found["activity_by_layer"].values()]
+    sources = {f"layers.{k}.{kind}": k + (kind == "w_rec") for k in range(len(layers)) for kind in ("w_in", "w_rec")}
+    dense, products = dense_products(pruned), []
+    for matrix, w in pruned.matrices().items():
+        size = w.shape[0] * w.shape[1]
+        products.append((size, size * shares[sources.get(matrix, len(layers))], w.nnz))
+    activity, density = (sum(each[k] for each in products) / dense for k in (1, 2))
+    effective = found["effective_ops_per_step"]
+    by_matrix = sum(active * nnz / size for size, active, nnz in products)
+    return {
+        "perplexity": found["perplexity"],
+        "inputs_sent": sent,
+        "activity_by_layer": shares[1:],
+        "activity": activity,
+        "density": density,
+        "dense": dense,
+        "effective": effective,
+        "product": dense * activity * density,
+        "ratio": effective / (dense * activity * density),
+        "by_matrix": by_matrix,
+        "ratio_by_matrix": effective / by_matrix,
     }
