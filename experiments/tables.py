@@ -438,9 +438,9 @@ def savings() -> str:
     product within each matrix and adds the matrices up. Points of the grid with a perplexity above three times that of
     the model as it is are left out; `experiments/figures/ptb_grid.png` shows them all.
 
-    Within a matrix they multiply, up to 5 %: units that send more often keep slightly more weights. Over a whole network
-    they need not: where the matrices that keep most weights are also those with most events, such as the first matrix
-    and the read-out, operations are up to 27 % above the product of the two means.
+    Within a matrix they multiply, up to 5 %: units that send more often keep slightly more weights. Over a whole
+    network they need not: where the matrices that keep most weights are also those with most events, such as the first
+    matrix and the read-out, operations are up to 27 % above the product of the two means.
     """
     lines, rows = [line for line in read("ptb", timed=False) if line["what"] == "grid"], []
     for name, added, kept in dict.fromkeys((line["name"], line["added"], line["kept"]) for line in lines):
