@@ -404,15 +404,9 @@ def word_models() -> str:
     """Models of the Penn Treebank (10,000 words), one stream with carried state (`python experiments/ptb.py`).
     Operations are multiplications per token, embedding look-ups free, decoder included; the last column is how many
     times fewer than the 24.2 million of AWD-LSTM (Merity et al. 2017, test perplexity 57.3). A folded model reads a row
-<<<<<<< HEAD
-    of a table per token in place of the first product (`er.fold`); AWD-LSTM folded in the same way has 22.4 million,
-    and the ratio to it is given beside. A test perplexity is measured for reported models only. A file holds its
-    vocabulary, whose bytes are not included.
-=======
-    of a table per token in place of its first product ([folding](pruning.md#folding-the-first-layer)); it is compared
-    with AWD-LSTM as published and, in brackets, folded in the same way (22.4 million). A test perplexity is measured
-    for reported models only. A file holds its vocabulary, whose bytes are not included, and no table.
->>>>>>> c33f0dd (Results: the page says how a folded word model is compared, with AWD-LSTM as published and folded alike)
+    of a table per token in place of the first product ([folding](pruning.md#folding-the-first-layer)); AWD-LSTM folded
+    in the same way has 22.4 million, and the ratio to it is given beside. A test perplexity is measured for reported
+    models only. A file holds its vocabulary, whose bytes are not included, and no table.
     """
     lines, rows = [line for line in read("ptb", timed=False) if line["what"] == "evaluation"], []
     for name in dict.fromkeys(line["name"] for line in lines):
@@ -426,12 +420,8 @@ def word_models() -> str:
         size = f"{line['file_bytes'] / 1e6:.1f}" if "file_bytes" in line else ""
         cells = (name, kind, f"{line['density']:.1%}", *perplexities, active, *counts, size)
         fewer = times(found["fewer_than_awd_lstm"])
-<<<<<<< HEAD
         if line.get("folded"):
             fewer += f" ({times(found['fewer_than_awd_lstm_folded'])} folded)"
-=======
-        fewer += f" ({times(found['fewer_than_awd_lstm_folded'])})" if line.get("folded") else ""
->>>>>>> c33f0dd (Results: the page says how a folded word model is compared, with AWD-LSTM as published and folded alike)
         rows.append(((*cells, fewer), [line]))
     columns = (
         *("model", "kind", "weights left", "valid", "test", "activity of the layers", "effective"),
