@@ -2,6 +2,7 @@
 
     python experiments/dynamic_blocks.py speed
     python experiments/dynamic_blocks.py speed --rank 16
+    python experiments/dynamic_blocks.py speed --block 64x64 --period 4     # four steps share a choice
     python experiments/dynamic_blocks.py speed --units 512 --block 64x64 --density 0.25
     python experiments/dynamic_blocks.py gpu                                # needs a GPU, and torch
     python experiments/dynamic_blocks.py quality --variant gated --seed 0   # one model; all of them without options
@@ -56,7 +57,7 @@ from eventrnn.weights import gate_cost
 
 RESULTS = Path(__file__).parent / "results" / "dynamic_blocks.jsonl"
 FIGURE = Path(__file__).parent / "figures" / "dynamic_blocks.png"
-KEY = ("what", "units", "block", "density", "rank", "asked_activity", "steps")
+KEY = ("what", "units", "block", "density", "rank", "period", "asked_activity", "steps")
 
 GPU_KEY = ("what", "cell", "units", "block", "density", "rank", "steps")
 
@@ -90,16 +91,14 @@ def at_activity(network: er.Network, asked: float, x: np.ndarray) -> er.Network:
 
 
 def networks(
-    units: int, block: tuple[int, int], density: float, rank: int | None, asked: float, x: np.ndarray
+    units: int, block: tuple[int, int], density: float, rank: int | None, period: int, asked: float, x: np.ndarray
 ) -> tuple[er.Network, er.Network]:
     """A dense network, and one with the same weights behind gates, both at the asked activity."""
     rng = np.random.default_rng(1)
     dense = er.Network.random([units], inputs=units, rng=rng, threshold=0.0)
+    gates = {"block": block, "density": density, "rank": rank, "gate_rule": "softmax", "gate_period": period}
     gated = dense.with_matrices(
-        {
-            name: er.GatedBlocks.from_weights(w, block=block, density=density, rank=rank, rng=rng, gate_rule="softmax")
-            for name, w in dense.matrices().items()
-        }
+        {name: er.GatedBlocks.from_weights(w, rng=rng, **gates) for name, w in dense.matrices().items()}
     )
     return at_activity(dense, asked, x), at_activity(gated, asked, x)
 
@@ -116,11 +115,18 @@ def contestants(network: er.Network, x: np.ndarray) -> dict[str, Callable[[], ob
 
 
 def measure_speed(
-    units: int, block: tuple[int, int], density: float, rank: int | None, asked: float, steps: int, repeats: int
+    units: int,
+    block: tuple[int, int],
+    density: float,
+    rank: int | None,
+    period: int,
+    asked: float,
+    steps: int,
+    repeats: int,
 ) -> dict:
     """The line of one activity: microseconds per step of both networks, and the operations of the gated one."""
     x = np.random.default_rng(0).standard_normal((steps, 1, units), dtype=np.float32)
-    dense, gated = networks(units, block, density, rank, asked, x)
+    dense, gated = networks(units, block, density, rank, period, asked, x)
     sides = {"dense": contestants(dense, x), "gated": contestants(gated, x)}
     seconds = interleaved({(side, way): run for side, ways in sides.items() for way, run in ways.items()}, repeats)
     each = {key: 1e6 * float(np.median(times)) / steps for key, times in seconds.items()}
@@ -132,12 +138,13 @@ def measure_speed(
         "block": list(block),
         "density": density,
         "rank": rank,
+        "period": period,
         "asked_activity": asked,
         "steps": steps,
         "repeats": repeats,
         "activity": run.activity[0],
         "dense_activity": plain.activity[0],
-        "gate_cost": gate_cost((units, 3 * units), block=block, density=density, rank=rank).cost,
+        "gate_cost": gate_cost((units, 3 * units), block=block, density=density, rank=rank, period=period).cost,
         "executed_per_step": total.executed / steps,
         "selection_per_step": total.selection / steps,
         "dense_executed_per_step": executed / steps,
@@ -152,6 +159,7 @@ def speed(
     block: Annotated[str, typer.Option(metavar="RxC", help="Size of a block.")] = "128x128",
     density: Annotated[float, typer.Option(help="Share of the blocks that an input chooses.")] = 0.5,
     rank: Annotated[int | None, typer.Option(help="Rank of a gate of two factors. [one factor]")] = None,
+    period: Annotated[int, typer.Option(help="Steps that share a choice of blocks.")] = 1,
     activity: Annotated[list[float] | None, typer.Option(help="Share of active units; repeat for more.")] = None,
     steps: Annotated[int, typer.Option(help="Steps of a run.")] = 32,
     repeats: Annotated[int, typer.Option(help="Timed runs of each contestant.")] = 7,
@@ -160,7 +168,7 @@ def speed(
     """Measure every activity, and print the speed-ups."""
     records, console = Records(results, KEY), Console()
     for asked in activity or (0.5, 0.1):
-        line = records.add(measure_speed(units, parse_block(block), density, rank, asked, steps, repeats))
+        line = records.add(measure_speed(units, parse_block(block), density, rank, period, asked, steps, repeats))
         ways = ", ".join(f"{way} {value:.2f}x" for way, value in line["speedup"].items())
         console.print(f"activity {line['activity']:.2f} (dense {line['dense_activity']:.2f}): {ways}")
 

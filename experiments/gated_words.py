@@ -59,6 +59,7 @@ class Variant:
     block    : units on each side of a block, as a share of the units of the layer
     rank     : of the gate, as a share of the units; 0 for one factor
     rule     : of the gates
+    period   : number of steps that share a choice
     balance  : strength of the load balance
     training : straight-through and the density at the start
     gradual  : share of the weights that gradual magnitude pruning removes; with gates, of whole blocks
@@ -70,6 +71,7 @@ class Variant:
     block: float = 1 / 4
     rank: float = 0.0
     rule: str = "softmax"
+    period: int = 1
     balance: float = 0.0
     training: dict[str, Any] = field(default_factory=dict)
     gradual: float = 0.0
@@ -83,6 +85,9 @@ VARIANTS = {
     "gated-linear": Variant(density=0.5, rule="linear"),
     "gated-rank": Variant(density=0.5, block=1 / 8, rank=1 / 16),
     "gated-quarter": Variant(density=0.25),
+    # Four steps share a choice; the gate of "gated" with a quarter of its operations, and a finer one with as many.
+    "gated-shared": Variant(density=0.5, period=4),
+    "gated-shared-fine": Variant(density=0.5, block=1 / 8, period=4),
     "gated-balanced": Variant(density=0.5, balance=0.01),
     "gated-straight-through": Variant(density=0.5, training={"straight_through": True}),
     "gated-annealed": Variant(density=0.5, training={"start_density": 1.0}),
@@ -183,6 +188,7 @@ def initial_network(job: Job, symbols: int) -> Network:
         return network
     block, rank = block_of(variant, job)
     gates = {"block": block, "density": variant.density, "rank": rank, "gate_rule": variant.rule, "rng": rng}
+    gates["gate_period"] = variant.period
     matrices = network.matrices()
     with warnings.catch_warnings():
         # The line of the results states the cost.
@@ -289,7 +295,8 @@ def measure(
         block, rank = block_of(variant, job)
         shape = (job.hidden, Cell(job.cell).gates * job.hidden)
         line |= {"block": list(block), "rank": rank, "density": variant.density, "rule": variant.rule}
-        line |= {"gate_cost": gate_cost(shape, block=block, density=variant.density, rank=rank).cost}
+        cost = {"block": block, "density": variant.density, "rank": rank, "period": variant.period}
+        line |= {"period": variant.period, "gate_cost": gate_cost(shape, **cost).cost}
         line |= {"usage": usage(network, job, corpus.valid)}
     log = read_log(runs / job.name)
     line["curve"] = [[each["step"], each["validation"]["perplexity"]] for each in log if each["validation"]]

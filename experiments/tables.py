@@ -485,10 +485,10 @@ def dynamic_blocks() -> str:
     the mean over the seeds, and the smallest and the largest. Operations are thousands of multiplications per token of
     the two matrices of the layer; those of the gates are logits, gates and scaled inputs. The last column is the share
     of the blocks that less than one token in a thousand chose. `gated`: half the blocks of 64 x 64, softmax gates;
-    `gated-rank`: blocks of 32 x 32, and gates of rank 16; `gated-quarter`: a quarter of the blocks; `smaller`: fewer
-    units, with the operations of `gated` by `gate_cost`; `gradual-N`: magnitude pruning of N %; `diagonal-N`: N blocks
-    along the diagonal of every gate. `experiments/figures/dynamic_blocks.png` shows them, and how often each block is
-    chosen.
+    `gated-rank`: blocks of 32 x 32, and gates of rank 16; `gated-quarter`: a quarter of the blocks; `gated-shared`:
+    four steps share a choice of `gated`; `gated-shared-fine`: of blocks of 32 x 32; `smaller`: fewer units, with the
+    operations of `gated` by `gate_cost`; `gradual-N`: magnitude pruning of N %; `diagonal-N`: N blocks along the
+    diagonal of every gate. `experiments/figures/dynamic_blocks.png` shows them, and how often each block is chosen.
     """
     return _gated_models("quality")
 

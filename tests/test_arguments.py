@@ -228,6 +228,7 @@ ROWS = {
             "rng": (0, None, np.random.RandomState),
             "gate": (MATRIX,),
             "gate_rule": NAME,
+            "gate_period": POSITIVE,
         },
         weights=MATRIX,
         block=(4, 3),
@@ -237,7 +238,12 @@ ROWS = {
     ),
     "gate_cost": row(
         gate_cost,
-        {"shape": (3, (4,), (4, -1), None), "block": BLOCK, "density": (0.0, -0.1, 1.5, nan, inf, *OTHERS)},
+        {
+            "shape": (3, (4,), (4, -1), None),
+            "block": BLOCK,
+            "density": (0.0, -0.1, 1.5, nan, inf, *OTHERS),
+            "period": POSITIVE,
+        },
         shape=(4, 6),
         block=(1, 2),
         density=0.5,

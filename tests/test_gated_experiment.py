@@ -26,7 +26,7 @@ def test_gated_word_models_are_trained_once_and_drawn(monkeypatch, tmp_path):
     size = {"--hidden": 64, "--vocabulary": 10, "--epochs": 1, "--batch": 4, "--window": 10, "--seed": 0}
     paths = {"--text": tmp_path, "--runs": tmp_path / "runs", "--results": results}
     options = [str(each) for pair in (size | paths).items() for each in pair]
-    names = ("gated", "gated-gradual-50", "gradual-50", "diagonal-2", "smaller")
+    names = ("gated", "gated-shared", "gated-gradual-50", "gradual-50", "diagonal-2", "smaller")
     asked = [each for name in names for each in ("--variant", name)]
     trained = CliRunner().invoke(module.app, ["quality", *options, *asked])
     assert trained.exit_code == 0, trained.output
@@ -38,6 +38,9 @@ def test_gated_word_models_are_trained_once_and_drawn(monkeypatch, tmp_path):
     assert lines["gated"]["executed"] == dense / 2 * (1 - 1 / (2 * tokens)) == lines["gradual-50"]["executed"]
     assert lines["gated-gradual-50"]["executed"] < lines["gated"]["executed"] and lines["gated"]["selection"] > 0
     assert 0 < lines["smaller"]["units"] < 64
+    shared = lines["gated-shared"]
+    assert shared["period"] == 4 and shared["gate_cost"] < lines["gated"]["gate_cost"]
+    assert shared["selection"] < lines["gated"]["selection"] and shared["executed"] == lines["gated"]["executed"]
     assert {len(shares) for shares in lines["gated"]["usage"].values()} == {48}
     monkeypatch.setattr(module, "measure_quality", None)  # nothing is trained again
     assert CliRunner().invoke(module.app, ["quality", *options, *asked]).exit_code == 0

@@ -18,7 +18,6 @@ from eventrnn.reference import weight_arrays
 from eventrnn.simulation import RECORDABLE, Simulator, simulate
 from eventrnn.state import HeldGates, State
 from eventrnn.testing import Divergence, assert_equivalent
-from eventrnn.training.bptt.model import Model
 from eventrnn.weights import gate_cost
 from support.conformance import assert_same, assert_same_state
 from support.gated import gated, network_of
@@ -182,8 +181,6 @@ def test_what_chooses_in_every_step_refuses_a_period_by_name():
     network = network_of(period=3)
     with pytest.raises(ValueError, match=r"w: got gate_period=3, but with the cuda backend every step chooses"):
         check_format("w", network.matrices()["readout"])
-    with pytest.raises(ValueError, match=r"layers\.0\.w_in: got gate_period=3, but in training every step chooses"):
-        Model(network)
     words = Network.random([6], symbols=4, embedding=5, readout=4, rng=np.random.default_rng(0))
     with pytest.raises(ValueError, match=r"fold: layers\.0\.w_in has gate_period=2: .* earlier symbols"):
         fold(words.with_matrices({"layers.0.w_in": gated(words.layers[0].w_in, period=2)}))

@@ -31,6 +31,7 @@ from eventrnn.network import Network
 from eventrnn.reference_products import ChosenBlocks, gates_of_logits, propagate, weight_arrays
 from eventrnn.state import HeldGates
 from eventrnn.weights import GatedBlocks
+from eventrnn.weights.gated import chosen_at
 
 # Numbers of the arrays that the gates of some rows take at once.
 PART = 1 << 22
@@ -58,11 +59,12 @@ def counts_of_rows(
     found = {count: np.zeros(n_rows, np.int64) for count in names}
     rows = np.flatnonzero(present.ravel())
     most = max(1, PART // max(1, weights.n_blocks + weights.shape[0]))
-    tables, chosen_at = _tables(weights), _choices(weights, events.shape[:2], held)
+    left = np.zeros(events.shape[1], np.int64) if held is None else held.left
+    tables, sources = _tables(weights), chosen_at(weights.gate_period, left, events.shape[0])
     for first in range(0, len(rows), most):
         part = rows[first : first + most]
-        x, gates = _dense_rows(events, part), _gates(name, weights, events, chosen_at[part], held)
-        for count, values in _counts(weights, x, gates, chosen_at[part] == part, tables).items():
+        x, gates = _dense_rows(events, part), _gates(name, weights, events, sources[part], held)
+        for count, values in _counts(weights, x, gates, sources[part] == part, tables).items():
             found[count][part] = values
     found["dense"] = present.ravel() * (weights.shape[0] * weights.shape[1])
     found["graded"], found["binary"] = found["effective"], np.zeros(n_rows, np.int64)
@@ -79,19 +81,6 @@ def _tables(weights: GatedBlocks) -> tuple[np.ndarray, np.ndarray]:
     return there.reshape(weights.shape[0], columns, weights.block[1]).sum(axis=2), stored
 
 
-def _choices(weights: GatedBlocks, shape: tuple[int, int], held: HeldGates | None) -> np.ndarray:
-    """The row (step * batch + sample) of a run of (steps, batch) whose gates each row has, (rows,) int64.
-
-    Where those are the held ones of sample b, the number is b - batch.
-    """
-    (steps, batch), period = shape, weights.gate_period
-    left = np.zeros(batch, np.int64) if held is None else held.left
-    step, sample = np.arange(steps)[:, None], np.arange(batch)
-    # Steps since a choice, of samples that have made one.
-    since = (step - left) % period
-    return np.where(step < left, sample - batch, (step - since) * batch + sample).ravel()
-
-
 def _dense_rows(events: Events, rows: np.ndarray) -> np.ndarray:
     """Some rows of events (n,) as numbers (n, n_pre) float32."""
     x = np.zeros((len(rows), events.shape[2]), np.float32)
@@ -101,11 +90,9 @@ def _dense_rows(events: Events, rows: np.ndarray) -> np.ndarray:
     return x
 
 
-def _gates(
-    name: str, weights: GatedBlocks, events: Events, chosen_at: np.ndarray, held: HeldGates | None
-) -> np.ndarray:
-    """The gates (n, blocks) of rows that have those of the rows `chosen_at` (n,), see `_choices`."""
-    sources, place = np.unique(chosen_at, return_inverse=True)
+def _gates(name: str, weights: GatedBlocks, events: Events, rows: np.ndarray, held: HeldGates | None) -> np.ndarray:
+    """The gates (n, blocks) that inputs chose, of the rows (n,) that `chosen_at` gives."""
+    sources, place = np.unique(rows, return_inverse=True)
     before, gates = np.count_nonzero(sources < 0), np.zeros((len(sources), weights.n_blocks), np.float32)
     if held is not None:
         gates[:before] = held.gates[sources[:before]]

@@ -274,19 +274,21 @@ def _output_gradient(
     if "readout.bias" not in model.parameters:
         return d_output.astype(np.float64), []
     if tape.readout is not None:
-        top, flat = (a.reshape(-1, a.shape[2]) for a in (tape.top, d_output))
         arrays = {name: array for name, array in model.parameters.items() if MatrixId(name).of_readout}
 
         def specified(kind: type[np.floating]) -> tuple[np.ndarray, dict]:
             weights = _matrix(model, "readout", {name: array.astype(kind) for name, array in arrays.items()})
-            return reference.propagate_back(weights, top.astype(kind), flat.astype(kind))
+            top, bias = tape.top.astype(kind), model.parameters["readout.bias"].astype(kind)
+            shared = reference_products.shares_gates(weights)
+            gates = reference_products.propagate_steps(weights, top, bias)[1] if shared else []
+            return reference_products.propagate_back_steps(weights, top, d_output.astype(kind), gates)
 
         (d_top, expected), (_, single) = specified(np.float64), specified(np.float32)
         if (mask := model.masks.get("readout")) is not None:
             expected[""], single[""] = expected[""] * mask, single[""] * mask
         found = {end: gradients[f"readout{end}"] for end in expected}
         rows = _engine_rows("readout", expected, expected, single, found)
-        return d_top.reshape(tape.top.shape), rows
+        return d_top, rows
     return d_output.astype(np.float64) @ model.readout_weights().astype(np.float64).T, []
 
 

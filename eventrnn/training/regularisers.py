@@ -166,14 +166,17 @@ class Regularisers:
 
     def _balance(self, penalty: Penalty, tape: Tape) -> None:
         for name, product in tape.products.items():
-            logits, blocks = product.logits, product.logits.shape[1]
-            choices = product.chosen.sum(axis=0, dtype=np.float64)
+            # Only rows that choose take part: others have neither logits nor a choice of their own.
+            rows, blocks = product.choosing, product.logits.shape[1]
+            logits = product.logits[rows]
+            choices = product.chosen[rows].sum(axis=0, dtype=np.float64)
             used = choices / max(1.0, choices.sum())
             shares = np.exp(logits - logits.max(axis=1, keepdims=True)).astype(np.float64)
             shares /= shares.sum(axis=1, keepdims=True)
             factor, of_row = self.gate_balance * blocks / max(1, len(logits)), shares @ used
             penalty.loss += factor * float(of_row.sum())
-            d_logits = (factor * shares * (used - of_row[:, None])).astype(F32)
+            d_logits = np.zeros(product.logits.shape, F32)
+            d_logits[rows] = factor * shares * (used - of_row[:, None])
             penalty.d_logits[name] = d_logits.reshape(*tape.top.shape[:2], blocks)
 
     def _rate(self, penalty: Penalty, model: Model, tape: Tape, k: int) -> None:

@@ -388,8 +388,8 @@ def carry_state(state: State, carry: str) -> State:
     """Initial state of a window, from the final state of the previous one and a mode of carry (see `Batch.carried`)."""
     if carry == "state":
         return state
-    outputs = state.outputs if carry == "events" else tuple(np.zeros_like(y) for y in state.outputs)
-    return State(tuple(np.zeros_like(c) for c in state.cells), outputs)
+    nothing = state.with_arrays([np.zeros_like(array) for array in state.arrays()])
+    return State(nothing.cells, state.outputs, state.gates) if carry == "events" else nothing
 
 
 def streams(symbols: np.ndarray, batch: int) -> np.ndarray:

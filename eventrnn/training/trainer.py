@@ -16,7 +16,7 @@ from eventrnn._exclusive import Use, exclusive
 from eventrnn.backend import TrainingEngine, WindowResult, training_engine
 from eventrnn.network import Network, need_thresholds
 from eventrnn.pruning.schedule import Pruning
-from eventrnn.state import State
+from eventrnn.state import HeldGates, State
 from eventrnn.training.bptt.model import Model
 from eventrnn.training.settings import Settings
 from eventrnn.training.tasks import LanguageModelling, Task
@@ -403,6 +403,8 @@ class Trainer:
         state = self.engine.state
         for k, (cells, outputs) in enumerate(zip(state.cells, state.outputs, strict=True)):
             named |= {f"state.cells.{k}": cells, f"state.outputs.{k}": outputs}
+        for name, held in state.gates.items():
+            named |= {f"state.gates.{name}": held.gates, f"state.left.{name}": held.left}
         return named
 
     @exclusive
@@ -449,14 +451,16 @@ class Trainer:
         for k, (cells, outputs) in enumerate(zip(state.cells, state.outputs, strict=True)):
             # Without the batch: the last one of an epoch may have been a smaller one.
             needed |= {f"state.cells.{k}": cells.shape[1:], f"state.outputs.{k}": outputs.shape[1:]}
+        for name, held in state.gates.items():
+            needed |= {f"state.gates.{name}": held.gates.shape[1:], f"state.left.{name}": ()}
         for name, shape in needed.items():
-            found = arrays.get(name)
+            found, kind = arrays.get(name), np.dtype(np.int64 if name.startswith("state.left.") else np.float32)
             if not (
                 isinstance(found, np.ndarray)
-                and found.dtype == np.float32
+                and found.dtype == kind
                 and found.shape[name.startswith("state.") :] == shape
             ):
-                raise ValueError(f"arrays: {name} does not fit; need float32 {shape}, as Trainer.arrays gives it")
+                raise ValueError(f"arrays: {name} does not fit; need {kind} {shape}, as Trainer.arrays gives it")
         others = [n for n in arrays if n.startswith(("parameters.", "state.")) and n not in needed]
         if others:
             raise ValueError(f"arrays: {others[0]} does not fit; the network has none of that name")
@@ -479,6 +483,10 @@ class Trainer:
         self.engine.state = State(
             tuple(arrays[f"state.cells.{k}"].copy() for k in layers),
             tuple(arrays[f"state.outputs.{k}"].copy() for k in layers),
+            {
+                name: HeldGates(arrays[f"state.gates.{name}"].copy(), arrays[f"state.left.{name}"].copy())
+                for name in self.model.template.shared_gates()
+            },
         )
         self.steps_done, self.epoch, self.position = numbers["steps"], numbers["epoch"], numbers["position"]
         self.rng.bit_generator.state = numbers["generator"]

@@ -332,6 +332,19 @@ def need_period(period: Any) -> int:
     return need_whole("gate_period", period, at_least=1, at_most=LONGEST_PERIOD)
 
 
+def chosen_at(period: int, left: np.ndarray, steps: int) -> np.ndarray:
+    """The row (step * batch + sample) of a run whose gates each row has, (steps * batch,) int64.
+
+    period : the number of steps that share a choice
+    left   : (batch,) number of first steps of each sample that have the gates of an earlier run. Sample b has the row
+             b - batch there, which is negative
+    """
+    batch = len(left)
+    step, sample = np.arange(steps)[:, None], np.arange(batch)
+    since = (step - left) % period
+    return np.where(step < left, sample - batch, (step - since) * batch + sample).ravel()
+
+
 def block_grid(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
     """The number of block rows and of block columns that cover a matrix."""
     return -(-shape[0] // block[0]), -(-shape[1] // block[1])

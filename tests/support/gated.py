@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from eventrnn import reference
+from eventrnn import reference, reference_products
 from eventrnn.cells import Cell
 from eventrnn.network import Network
 from eventrnn.simulation import RECORDABLE
+from eventrnn.state import State
 from eventrnn.weights import GatedBlocks
 from support.conformance import assert_same, cases, unmodified
 
@@ -40,7 +41,9 @@ def check_gated(backend: str, cells: list[Cell], formats: tuple[str, ...], data,
     assert_same(expected, got, record)
 
 
-def gate_matrices(network: Network, *, rule="linear", rank=None, density=0.5, block=(3, 4), seed=5) -> Network:
+def gate_matrices(
+    network: Network, *, rule="linear", rank=None, density=0.5, block=(3, 4), seed=5, period=1
+) -> Network:
     """The network with a gate in front of every matrix that can have one, and biases of the gates that differ."""
     rng, made = np.random.default_rng(seed), {}
     with warnings.catch_warnings():
@@ -50,25 +53,33 @@ def gate_matrices(network: Network, *, rule="linear", rank=None, density=0.5, bl
             if name.role == "w_rec" and network.layers[name.layer].cell.reset_first:
                 continue
             side = min(block[0], weights.shape[0]), min(block[1], weights.shape[1])
-            blocks = GatedBlocks.from_weights(
-                2 * weights.to_dense(), block=side, density=density, rank=rank, rng=rng, gate_rule=rule
-            )
+            options = {"density": density, "rank": rank, "gate_rule": rule, "gate_period": period}
+            blocks = GatedBlocks.from_weights(2 * weights.to_dense(), block=side, rng=rng, **options)
             bias = rng.uniform(0.5, 1.5, blocks.n_blocks).astype(np.float32)
             made[name] = replace(blocks, gate_bias=bias)
     return network.with_matrices(made)
 
 
-def specified(network: Network, tape, d_output: np.ndarray, straight_through: bool, kind: type) -> dict:
-    """Gradients of the read-out and of all layers by the specification, on the events of a tape."""
+def specified(
+    network: Network, tape, d_output: np.ndarray, straight_through: bool, kind: type, state: State | None = None
+) -> dict:
+    """Gradients of the read-out and of all layers by the specification, on the events of a tape, from the gates that a
+    state holds."""
     readout = reference.weight_arrays("readout", network.readout.weights, kind)
-    top = tape.top.reshape(-1, tape.top.shape[2]).astype(kind)
-    flat = d_output.reshape(-1, d_output.shape[2]).astype(kind)
-    d_top, found = reference.propagate_back(readout, top, flat, straight_through=straight_through)
-    gradients, d_y = {f"readout{end}": each for end, each in found.items()}, d_top.reshape(tape.top.shape)
+    top, d_readout = tape.top.astype(kind), d_output.astype(kind)
+    held = {} if state is None else dict(state.gates)
+    gates = []
+    if reference_products.shares_gates(readout):
+        gates = reference_products.propagate_steps(readout, top, network.readout.bias, held.get("readout"))[1]
+    d_y, found = reference_products.propagate_back_steps(
+        readout, top, d_readout, gates, straight_through=straight_through
+    )
+    gradients = {f"readout{end}": each for end, each in found.items()}
     for k in reversed(range(len(network.layers))):
         layer, parameters = tape.layers[k], reference.layer_parameters(network.layers[k], kind)
         x, start = layer.x.astype(kind), [array[0].astype(kind) for array in (layer.c, layer.y)]
-        tapes = reference.forward(network.layers[k].cell, parameters, x, *start)
+        own = {name: held[f"layers.{k}.{name}"] for name in ("w_in", "w_rec") if f"layers.{k}.{name}" in held}
+        tapes = reference.forward(network.layers[k].cell, parameters, x, *start, held=own)
         each = reference.backward(
             *(network.layers[k].cell, parameters, x, tapes, d_y, np.zeros_like(d_y)), straight_through=straight_through
         )

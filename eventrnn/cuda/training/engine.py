@@ -429,6 +429,11 @@ def _check(settings: Settings, model: Model) -> None:
             raise ValueError(f"threads: got {threads}, but the cuda backend brings its own; leave it out")
     if "sparse" in (settings.backward, model.backward_mode):
         raise ValueError("backward: got 'sparse', but the cuda backend multiplies every weight; use auto or dense")
+    for name, (_, period) in model.template.shared_gates().items():
+        raise ValueError(
+            f"{name}: got gate_period={period}, but in training with the cuda backend every step chooses its blocks; "
+            "use backend='cpu', or dataclasses.replace(weights, gate_period=1)"
+        )
 
 
 def _sizes(model: Model, settings: Settings, precision: str) -> Sizes:

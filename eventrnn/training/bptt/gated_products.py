@@ -22,6 +22,9 @@ Courville 2013, arXiv 1308.3432) lets the gradient pass the choice as if it were
 of a chosen block with their logit. Where all chosen logits are 0, the rule "linear" has no derivative, and the slope
 is 0.
 
+Where some steps share a choice (`GatedBlocks.gate_period`), d_g of a choice is the sum over all rows of the window that
+have its gates, and only rows that choose have logits. Gates that the state before the window held are constants.
+
 All blocks are multiplied in training; only their gates are 0. `counting` counts what the trained network executes.
 """
 
@@ -35,11 +38,12 @@ import numpy as np
 
 from eventrnn._checks import need_flag, need_kind, need_number
 from eventrnn.counting.backward import BackwardWork
+from eventrnn.cpu.tables import TOO_LARGE
 from eventrnn.cpu.threads import Team
-from eventrnn.state import gates_not_finite
+from eventrnn.state import HeldGates, gates_not_finite
 from eventrnn.training.bptt.kernels import gated_blocks
 from eventrnn.training.bptt.workspace import Arena
-from eventrnn.weights.gated import GatedBlocks, block_grid, kept_blocks
+from eventrnn.weights.gated import GatedBlocks, block_grid, chosen_at, kept_blocks
 
 F32 = np.float32
 
@@ -86,6 +90,8 @@ class GatedMatrix:
     kept             : number of blocks that an input chooses
     rule             : one of `weights.GATE_RULES`
     straight_through : see the head of this file
+    period           : number of steps that share a choice
+    held             : the gates of the state before the window, where this number is above 1; else None
     """
 
     name: str
@@ -97,14 +103,24 @@ class GatedMatrix:
     kept: int
     rule: str
     straight_through: bool
+    period: int = 1
+    held: HeldGates | None = None
 
     @classmethod
-    def of(cls, name: str, template: GatedBlocks, parameters: Mapping[str, np.ndarray], gating: Gating) -> GatedMatrix:
-        """The matrix of that name, from the parameters of a model; block, density and rule are the template's."""
+    def of(
+        cls,
+        name: str,
+        template: GatedBlocks,
+        parameters: Mapping[str, np.ndarray],
+        gating: Gating,
+        held: HeldGates | None = None,
+    ) -> GatedMatrix:
+        """The matrix of that name, of parameters of a model and gates of a state. The rest is the template's."""
         weights, gate, bias = (parameters[name + end] for end in ("", ".gate", ".gate_bias"))
         kept = kept_blocks(gating.densities.get(name, template.density), template.n_blocks)
         out = parameters.get(f"{name}.gate_out")
-        return cls(name, weights, gate, bias, out, template.block, kept, template.gate_rule, gating.straight_through)
+        rule = template.gate_rule, gating.straight_through, template.gate_period, held
+        return cls(name, weights, gate, bias, out, template.block, kept, *rule)
 
     def scaled_by(self, scale: np.ndarray) -> GatedMatrix:
         """The matrix with its weights multiplied by a scale (J, P), as DropConnect does; the gate is the same."""
@@ -142,8 +158,11 @@ class GatedProduct:
 
     Attributes
     ----------
-    logits, gates, slopes : (rows, K) float32 of the rows that `drives` has seen; slopes as the head of this file says
+    logits, gates, slopes : (rows, K) float32 of the rows that `drives` has seen; slopes as the head of this file says.
+                            Rows that do not choose have the gates and the slopes of the row that did, and logits of 0
     chosen                : (rows, K) int32, 1 where the row chose the block
+    sources               : (rows,) int64, the row that chose for each row (`weights.gated.chosen_at`); None where every
+                            row chooses
     d_logits              : (rows, K) gradient of the logits, of the rows that `input_gradient` has seen
     d_further             : (rows, K) gradient of the logits from elsewhere, such as a penalty, which `input_gradient`
                             adds; None for none
@@ -158,6 +177,12 @@ class GatedProduct:
         self.chosen = take(*size, dtype=np.int32)
         self.inner = take(rows, 0 if matrix.gate_out is None else len(matrix.gate_out))
         self.d_further: np.ndarray | None = None
+        self.sources: np.ndarray | None = None
+        if matrix.held is not None:
+            batch = len(matrix.held.left)
+            self.sources = chosen_at(matrix.period, matrix.held.left, rows // max(1, batch))
+            # Gradients of gates, per sample, that wait for the row that chose them.
+            self.waiting = np.zeros((batch, size[1]), F32)
 
     def drives(self, x: np.ndarray, first: int, out: np.ndarray | None = None) -> np.ndarray:
         """The drives (n, P) of inputs x (n, J), C-ordered, without a bias; they are the rows from `first` on.
@@ -165,22 +190,7 @@ class GatedProduct:
         Raises FloatingPointError, as the engine does, where the gates of a row are not finite.
         """
         matrix, team, n = self.matrix, self.team, len(x)
-        some = slice(first, first + n)
-        logits, gates = self.logits[some], self.gates[some]
-        if matrix.gate_out is None:
-            team.multiply(x, matrix.gate, logits)
-        else:
-            team.multiply(team.multiply(x, matrix.gate, self.inner[some]), matrix.gate_out, logits)
-        logits += matrix.gate_bias
-        faults = np.zeros(team.threads, np.int64)
-        team.run(
-            gated_blocks.gates_of_logits,
-            *(n, x.reshape(-1), x.shape[1], logits.reshape(-1), logits.shape[1], matrix.kept),
-            *(matrix.rule == "softmax", matrix.straight_through, self.chosen[some].reshape(-1)),
-            *(gates.reshape(-1), self.slopes[some].reshape(-1), faults),
-        )
-        if faults.any():
-            raise gates_not_finite(matrix.name, int(faults[faults > 0].min()))
+        gates = self._choose(x, first)
         drives = self.take(n, matrix.weights.shape[1]) if out is None else out
         if self._together(n):
             scaled = self._scaled(x, gates, 0, self.grid[1])
@@ -191,6 +201,96 @@ class GatedProduct:
         for column, outputs in self._columns():
             team.multiply(self._scaled(x, gates, column, column + 1)[0], matrix.weights[:, outputs], drives[:, outputs])
         return drives
+
+    def _choose(self, x: np.ndarray, first: int) -> np.ndarray:
+        """Choose for inputs x (n, J), the rows from `first` on; returns their gates (n, K)."""
+        some = slice(first, first + len(x))
+        logits, gates, slopes, chosen, inner = (
+            array[some] for array in (self.logits, self.gates, self.slopes, self.chosen, self.inner)
+        )
+        if self.sources is None:
+            self._choose_all(x, logits, gates, slopes, chosen, inner)
+            return gates
+        assert self.matrix.held is not None
+        own, rows = self.sources[some], np.arange(first, first + len(x))
+        fresh, before = np.flatnonzero(own == rows), np.flatnonzero(own < 0)
+        arrays = logits, gates, slopes, chosen, inner
+        parts = [self.take(len(fresh), array.shape[1], dtype=array.dtype) for array in arrays]
+        self._choose_all(np.ascontiguousarray(x[fresh]), *parts)
+        for array, part in zip(arrays, parts, strict=True):
+            array[:] = 0
+            array[fresh] = part
+        # The rows that chose stand before those that have their gates.
+        later = np.flatnonzero((own >= 0) & (own != rows))
+        for array in (self.gates, self.slopes, self.chosen):
+            array[rows[later]] = array[own[later]]
+        gates[before] = self.matrix.held.gates[own[before]]
+        chosen[before] = gates[before] != 0
+        with np.errstate(over="ignore"):
+            largest = np.abs(gates).max(axis=1, initial=0) * np.abs(x).max(axis=1, initial=0)
+        if not np.isfinite(largest).all():
+            raise gates_not_finite(self.matrix.name, TOO_LARGE)
+        return gates
+
+    def _choose_all(
+        self,
+        x: np.ndarray,
+        logits: np.ndarray,
+        gates: np.ndarray,
+        slopes: np.ndarray,
+        chosen: np.ndarray,
+        inner: np.ndarray,
+    ) -> None:
+        """Choose for inputs x (n, J), which all choose; the other arrays (n, K), and `inner` (n, rank), are written."""
+        matrix, team = self.matrix, self.team
+        if not len(x):
+            return
+        if matrix.gate_out is None:
+            team.multiply(x, matrix.gate, logits)
+        else:
+            team.multiply(team.multiply(x, matrix.gate, inner), matrix.gate_out, logits)
+        logits += matrix.gate_bias
+        faults = np.zeros(team.threads, np.int64)
+        team.run(
+            gated_blocks.gates_of_logits,
+            *(len(x), x.reshape(-1), x.shape[1], logits.reshape(-1), logits.shape[1], matrix.kept),
+            *(matrix.rule == "softmax", matrix.straight_through, chosen.reshape(-1)),
+            *(gates.reshape(-1), slopes.reshape(-1), faults),
+        )
+        if faults.any():
+            raise gates_not_finite(matrix.name, int(faults[faults > 0].min()))
+
+    @property
+    def choosing(self) -> np.ndarray | slice:
+        """The rows of the window that choose, as an index."""
+        return slice(None) if self.sources is None else np.flatnonzero(self.sources == np.arange(self.rows))
+
+    def held(self) -> HeldGates | None:
+        """What the state after the window holds; None where every row chooses."""
+        before = self.matrix.held
+        if before is None or self.sources is None:
+            return None
+        batch = len(before.left)
+        steps = self.rows // max(1, batch)
+        gates = self.gates[-batch:].copy() if self.rows else before.gates.copy()
+        return HeldGates(gates, (before.left - steps) % self.matrix.period)
+
+    def _sum_over_shares(self, d_gates: np.ndarray, first: int) -> None:
+        """Sum the gradients of gates (n, K), of the rows from `first` on, over the rows that have the same gates.
+
+        The row that chose gets the sum, and the others 0. Calls go from the last step of the window to the first.
+        """
+        if self.sources is None:
+            return
+        if first + len(d_gates) == self.rows:
+            self.waiting[:] = 0
+        batch = len(self.waiting)
+        for at in reversed(range(0, len(d_gates), max(1, batch))):
+            step, rows = d_gates[at : at + batch], np.arange(first + at, first + at + batch)
+            self.waiting += step
+            fresh = self.sources[rows] == rows
+            step[:] = np.where(fresh[:, None], self.waiting, F32(0))
+            self.waiting[fresh] = 0
 
     def input_gradient(self, x: np.ndarray, d_drives: np.ndarray, first: int) -> np.ndarray:
         """Gradient of the inputs x (n, J) from that of the drives (n, P); the rows are those from `first` on.
@@ -222,11 +322,17 @@ class GatedProduct:
                 team.multiply(d_drives[:, outputs], matrix.weights[:, outputs].T, d_scaled)
                 scale_back(column, column + 1, d_scaled)
         # Until here these are the gradients of the gates.
+        self._sum_over_shares(d_logits, first)
         d_logits -= np.einsum("rk,rk->r", d_logits, gates)[:, None] / F32(max(1, gates.shape[1]))
         d_logits *= slopes
         if self.d_further is not None:
             d_logits += self.d_further[some]
-        d_x += team.multiply(self._d_inner(d_logits), matrix.gate.T)
+        if self.sources is None:
+            d_x += team.multiply(self._d_inner(d_logits), matrix.gate.T)
+        else:
+            fresh = np.flatnonzero(self.sources[some] == np.arange(first, first + n))
+            if len(fresh):
+                d_x[fresh] += team.multiply(self._d_inner(d_logits[fresh]), matrix.gate.T)
         return d_x
 
     def gradients(self, x: np.ndarray, d_drives: np.ndarray) -> dict[str, np.ndarray]:
@@ -239,13 +345,14 @@ class GatedProduct:
         for column, outputs in self._columns():
             scaled = self._scaled(x, self.gates, column, column + 1)[0]
             team.multiply(scaled.T, d_drives[:, outputs], d_weights[:, outputs])
+        chose, d_logits = x[self.choosing], self.d_logits[self.choosing]
         found = {
             "": d_weights,
-            ".gate": team.multiply(x.T, self._d_inner(self.d_logits)),
-            ".gate_bias": self.d_logits.sum(axis=0),
+            ".gate": team.multiply(chose.T, self._d_inner(d_logits)),
+            ".gate_bias": d_logits.sum(axis=0),
         }
         if matrix.gate_out is not None:
-            found[".gate_out"] = team.multiply(self.inner.T, self.d_logits)
+            found[".gate_out"] = team.multiply(self.inner[self.choosing].T, d_logits)
         return found
 
     def work(self, x: np.ndarray, mask: np.ndarray | None, pairs: np.ndarray, input_gradient_rows: int) -> BackwardWork:
@@ -273,7 +380,8 @@ class GatedProduct:
         logits = inputs * blocks if out is None else inputs * len(out) + out.size
         # Inputs scaled again, and the gradients of inputs and gates from those of the scaled inputs; two products for
         # the gradients of the gate's weights and of its inputs; and two per block back through the normalisation.
-        work.selection = self.rows * (3 * inputs * self.grid[1] + 2 * logits + 2 * blocks)
+        choices = self.rows if self.sources is None else len(self.d_logits[self.choosing])
+        work.selection = self.rows * 3 * inputs * self.grid[1] + choices * (2 * logits + 2 * blocks)
         return work
 
     def _products(self, some: np.ndarray, kept: np.ndarray, units: int) -> int:

@@ -185,11 +185,6 @@ class Model:
         """Make parameters of a matrix, and a mask of what it does not store."""
         plain, kept = weights, None
         if isinstance(weights, GatedBlocks):
-            if weights.gate_period > 1:
-                raise ValueError(
-                    f"{name}: got gate_period={weights.gate_period}, but in training every step chooses its blocks; "
-                    "use dataclasses.replace(weights, gate_period=1)"
-                )
             self.gated[name], plain = weights, weights.blocks
         self.parameters[name] = np.ascontiguousarray(plain.to_dense())
         if isinstance(weights, GatedBlocks):
@@ -305,7 +300,7 @@ class Model:
             if k > 0:
                 x = _scaled(x, noise.of("between", k - 1))
             tape = self._engines[k].forward(
-                self._layer(k, noise, gating), x, state.cells[k], state.outputs[k], noise.of("zoneout", k)
+                self._layer(k, noise, gating, state), x, state.cells[k], state.outputs[k], noise.of("zoneout", k)
             )
             layers.append(tape)
             cells_after.append(tape.c[-1].copy())
@@ -316,13 +311,16 @@ class Model:
         if "readout.bias" in p:
             top = x.reshape(-1, x.shape[2])
             if "readout" in self.gated:
-                readout = GatedProduct(self._gated_matrix("readout", gating), len(top), self._team, self._arena)
+                matrix = self._gated_matrix("readout", gating, state)
+                readout = GatedProduct(matrix, len(top), self._team, self._arena)
                 flat = readout.drives(np.ascontiguousarray(top), 0)
             else:
                 flat = self._team.multiply(top, self.readout_weights())
             flat += p["readout.bias"]
             output = flat.reshape(*x.shape[:2], flat.shape[1])
-        return output, State(tuple(cells_after), tuple(outputs_after)), Tape(layers, symbols, x, noise, readout)
+        tape = Tape(layers, symbols, x, noise, readout)
+        gates = {name: held for name, product in tape.products.items() if (held := product.held()) is not None}
+        return output, State(tuple(cells_after), tuple(outputs_after), gates), tape
 
     def score(self, inputs: np.ndarray, targets: np.ndarray, state: State) -> tuple[float, State, np.ndarray]:
         """The mean of -ln softmax(output)[target] over all steps and samples, without noise.
@@ -348,7 +346,7 @@ class Model:
         for name, mask in self.masks.items():
             if mask.dtype != bool or mask.shape != self._shapes.get(name):
                 raise ValueError(f"masks: {name} is {mask.dtype} {mask.shape}, need bool {self._shapes.get(name)}")
-        state.need_shapes(self._sizes()[0], batch)
+        state.need_shapes(self._sizes()[0], batch, self.template.shared_gates())
         need_single_states(self.template, state)
 
     def _checked_inputs(self, inputs: np.ndarray) -> np.ndarray:
@@ -372,15 +370,15 @@ class Model:
         symbols = len(self.parameters["embedding"]) if "embedding" in self.parameters else None
         return units, len(self.parameters["layers.0.w_in"]), symbols
 
-    def _gated_matrix(self, name: str, gating: Gating) -> GatedMatrix:
-        return GatedMatrix.of(name, self.gated[name], self.parameters, gating)
+    def _gated_matrix(self, name: str, gating: Gating, state: State) -> GatedMatrix:
+        return GatedMatrix.of(name, self.gated[name], self.parameters, gating, state.gates.get(name))
 
-    def _layer(self, k: int, noise: Noise, gating: Gating) -> dict[str, Any]:
+    def _layer(self, k: int, noise: Noise, gating: Gating, state: State) -> dict[str, Any]:
         """Parameters of a layer as this window uses them: DropConnect applied, thresholds instead of their logits."""
         p: dict[str, Any] = {name: self.parameters[f"layers.{k}.{name}"] for name in LAYER_PARAMETERS}
         for name in ("w_in", "w_rec"):
             if f"layers.{k}.{name}" in self.gated:
-                p[name] = self._gated_matrix(f"layers.{k}.{name}", gating)
+                p[name] = self._gated_matrix(f"layers.{k}.{name}", gating, state)
         self._follow_masks(k)
         if (dropped := noise.of("recurrent", k)) is not None:
             w_rec = p["w_rec"]
@@ -525,6 +523,9 @@ def _add_to_logits(tape: Tape, d_logits: Mapping[str, np.ndarray]) -> None:
         need = (*tape.top.shape[:2], products[name].logits.shape[1])
         if number_array(f"d_logits of {name}", gradient, f"{need}", kinds="f").shape != need:
             raise ValueError(f"d_logits of {name}: got shape {gradient.shape}, need {need}")
+        sources = products[name].sources
+        if sources is not None and gradient.reshape(len(sources), -1)[sources != np.arange(len(sources))].any():
+            raise ValueError(f"d_logits of {name}: got a gradient in a step that does not choose, and has no logits")
     for name, product in products.items():
         further = d_logits.get(name)
         product.d_further = None if further is None else np.asarray(further, F32).reshape(product.logits.shape)

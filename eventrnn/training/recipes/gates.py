@@ -9,6 +9,7 @@ import numpy as np
 from eventrnn._checks import need_choice, need_names, need_number, need_whole
 from eventrnn.network import Network
 from eventrnn.weights import GATE_RULES, GatedBlocks, MatrixId
+from eventrnn.weights.gated import LONGEST_PERIOD
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class GateRecipe:
     density  : share of the blocks that an input chooses, in (0, 1]
     rank     : of a gate with two factors; 0 for one factor
     rule     : how gates follow from logits, one of `weights.GATE_RULES`
+    period   : number of steps that share a choice; with 1 every step chooses
 
     Raises ValueError for a value outside its range, and for further settings without matrices.
     """
@@ -31,6 +33,7 @@ class GateRecipe:
     density: float = 0.5
     rank: int = 0
     rule: str = "linear"
+    period: int = 1
 
     def __post_init__(self):
         need_names("gates matrices", self.matrices)
@@ -43,6 +46,7 @@ class GateRecipe:
         need_number("gates density", self.density, above=0, at_most=1, what="share of kept blocks")
         need_whole("gates rank", self.rank, at_least=0)
         need_choice("gates rule", self.rule, GATE_RULES)
+        need_whole("gates period", self.period, at_least=1, at_most=LONGEST_PERIOD)
         if not self.matrices and any(getattr(self, each.name) != each.default for each in fields(self)):
             raise ValueError(f'gates: got {self}, but no matrices; name some, such as matrices = ["w_in", "w_rec"]')
 
@@ -69,6 +73,7 @@ class GateRecipe:
                     "smaller block, or leave the matrix out"
                 )
         options = {"density": self.density, "rank": self.rank or None, "gate_rule": self.rule, "rng": rng}
+        options["gate_period"] = self.period
         return network.with_matrices(
             {name: GatedBlocks.from_weights(matrices[name], block=block, **options) for name in chosen}
         )
