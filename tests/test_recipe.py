@@ -10,7 +10,8 @@ import pytest
 
 from eventrnn import Cell, load
 from eventrnn._files import locked
-from eventrnn.training import read_log
+from eventrnn.training import Stopped, read_log
+from eventrnn.training.recipes.pruning import PruningRecipe
 from eventrnn.training.recipes.recipe import Recipe, load_recipe, presets, train
 from eventrnn.training.recipes.run_folder import RunSettings
 from eventrnn.training.recipes.toml_config import from_table, merged, parse_setting, read_toml, to_toml
@@ -81,6 +82,15 @@ def test_the_seed_and_thresholds_determine_the_network(text):
         ("[model]\ncell = 'lstm'\nvariant = 'evnn'", "variant: got 'evnn', need one of standard"),
         ("[data]\nkind = 'word'", "give --text a file for words"),
         ("[training.optimiser]\nkind = 'lion'", "training.optimiser: optimiser kind: got 'lion'"),
+        ("[pruning]\nsparsity = 0.5", "pruning: sparsity: got no method; give pruning.method"),
+        ("[pruning]\nmethod = 'adaprune'\nsparsity = 0.5", "pruning: method: got 'adaprune', need one of magnitude"),
+        ("[pruning]\nmethod = 'magnitude'", "pruning: target: got none for magnitude, need one of sparsity, nm"),
+        ("[pruning]\nmethod = 'movement'\nnm = '2:4'", "target: got nm for movement, need one of sparsity"),
+        ("[pruning]\nmethod = 'magnitude'\nnm = '2:4'\nblock = [1, 4]", "block: not an option of magnitude with nm"),
+        ("[pruning]\nmethod = 'regrow'\nsparsity = 0.5\nscope = 'global'", "scope: not an option of regrow"),
+        ("[pruning]\nmethod = 'magnitude'\nsparsity = 1.0", "pruning: sparsity: got 1.0"),
+        ("[pruning]\nmethod = 'magnitude'\nnm = '3'", "pruning: nm: got '3'"),
+        ("[pruning]\nmethod = 'magnitude'\nsparsity = 0.5\nblock = [4]", "pruning: block: got [4]"),
         ("training = ", "no valid TOML"),
         pytest.param("training = " + "9" * 5000, "no valid TOML", id="too many digits"),
         pytest.param("training = " + "[" * 5000, "nested too deeply", id="a deep array"),
@@ -176,6 +186,41 @@ def test_a_run_moves_to_another_machine_in_parts(cli, tmp_path, text):
     ):
         code, _, err = cli("train", *arguments)
         assert code == 2 and words in err, (arguments, err)
+
+
+@pytest.mark.parametrize(
+    ("method", "target"),
+    [
+        ("magnitude", {"sparsity": 0.5, "block": (2, 4), "scope": "global"}),
+        ("magnitude", {"nm": "2:4"}),
+        ("magnitude", {"diagonal": 2, "exempt": ("layers.0.w_in", "readout")}),
+        ("movement", {"sparsity": 0.5}),
+        ("threshold", {"sparsity": 0.5}),
+        ("lasso", {"sparsity": 0.5, "strength": 0.02}),
+        ("dynamic", {"nm": "2:4", "every": 3}),
+        ("regrow", {"sparsity": 0.5, "every": 3}),
+    ],
+)
+def test_a_recipe_prunes_while_it_trains(tmp_path, text, method, target):
+    settings = [("data.text", str(text)), ("model.hidden", [12]), ("model.embedding", 8), ("training.batch", 4)]
+    settings += [("training.window", 8), ("training.steps", 12), ("data.valid_batch", 2)]
+    pruning = PruningRecipe(method, **target)
+    recipe = replace(load_recipe(settings=settings), pruning=pruning)
+    assert from_table(Recipe, read_toml(to_toml(recipe), "a")) == recipe
+    out, cut = (replace(recipe, run=RunSettings(out=str(tmp_path / name))) for name in ("whole", "cut"))
+    figures = train(out, tmp_path / "whole.run")
+    assert figures["density"] < 0.9
+    chosen = [name for name in load(out.run.out).matrices() if name not in target.get("exempt", ())]
+    for name in chosen:
+        weights = load(out.run.out).matrices()[name]
+        assert weights.name in ("csr", "block", "nm")
+    updates = iter(range(5))
+    with pytest.raises(Stopped):
+        train(cut, tmp_path / "cut.run", stop=lambda: next(updates, None) is None)
+    train(cut, tmp_path / "cut.run", resume=True)
+    assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
+    with pytest.raises(ValueError, match="pruning"):
+        train(replace(cut, pruning=PruningRecipe()), tmp_path / "cut.run", resume=True)
 
 
 def test_interrupted_run_resumes(cli, tmp_path, text, monkeypatch):

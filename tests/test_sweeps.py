@@ -10,9 +10,10 @@ from importlib.util import find_spec
 
 import pytest
 
-from eventrnn import _files
+from eventrnn import _files, load
 from eventrnn.sweeps import Study, Sweep, SweepStopped, gpus, load_sweep, read_results, run_sweep
 from eventrnn.sweeps.engines import Engine, Needs, cores, default_workers
+from eventrnn.sweeps.figure import sweep_figure
 from eventrnn.sweeps.plan import point
 from eventrnn.sweeps.results import saved_sweep, write_result
 from eventrnn.sweeps.study import Proposals
@@ -107,6 +108,7 @@ def test_a_preset_can_be_an_axis(tmp_path, text):
         ("[study.space]\ntraining.batch = {low = 0, high = 2, log = true}", "study: training.batch: low: got 0"),
         ("[study.space]\ntraining.batch = []", "study: training.batch: has no value"),
         ("[study]\nsampler = 'best'\nspace = {training.batch = [1]}", "study sampler: got 'best'"),
+        ("[study]\ngoal = 'bits'\nspace = {training.batch = [1]}", "study goal: got 'bits', need one of bits_per"),
     ],
 )
 def test_plans_are_refused(tmp_path, monkeypatch, toml, words):
@@ -275,6 +277,22 @@ def test_ctrl_c_saves_the_runs(tmp_path, text):
     assert models_of(folder) == models_alone(sweep, tmp_path / "alone")
 
 
+def test_pruning_and_presets_can_be_swept(tmp_path, text):
+    settings = {"data.text": str(text)} | SETTINGS | {"pruning.method": "magnitude", "pruning.block": [1, 4]}
+    grid = {"pruning.sparsity": [0.5, 0.75], "preset": ["characters"]}
+    lines = run_sweep(Sweep(settings=settings, grid=grid), tmp_path / "out", executor=Inline())
+    assert [line["state"] for line in lines] == ["done", "done"], lines
+    for line in lines:
+        network = load(tmp_path / "out" / line["folder"] / "model.safetensors")
+        pruned = [w for w in network.matrices().values() if w.name == "block"]
+        assert len(pruned) == 3 and all(w.block == (1, 4) for w in pruned)
+        assert line["density"] == sum(w.nnz for w in pruned) / sum(w.shape[0] * w.shape[1] for w in pruned)
+        assert line["effective_ops_per_step"] < line["dense_ops_per_step"] * (1 - line["pruning.sparsity"]) + 1
+    figure = tmp_path / "picture.svg"
+    sweep_figure(lines, ["pruning.sparsity", "preset"], y="density", path=figure)
+    assert "pruning.sparsity" in figure.read_text()
+
+
 # --- studies ------------------------------------------------------------------------------------------------
 
 SPACE = {"training.learning_rate": {"low": 1e-3, "high": 1e-1, "log": True}, "model.hidden": [[8], [12]]}
@@ -284,7 +302,7 @@ def test_proposals_depend_on_results_and_not_on_the_order_of_their_arrival():
     pytest.importorskip("optuna", reason="needs optuna")
 
     def proposed(order):
-        proposals, found, open_trials = Proposals(Study(SPACE, trials=30, ahead=4, goal="bits")), [], []
+        proposals, found, open_trials = Proposals(Study(SPACE, trials=30, ahead=4)), [], []
         while len(found) < 30:
             while (trial := proposals.ask()) is not None:
                 found.append(trial)
@@ -292,7 +310,7 @@ def test_proposals_depend_on_results_and_not_on_the_order_of_their_arrival():
             number, chosen = open_trials.pop(order % len(open_trials))
             state = "failed" if number == 3 else "done"
             bits = abs(chosen["training.learning_rate"] - 0.02) + len(chosen["model.hidden"])
-            proposals.tell(number, {"state": state, "bits": bits})
+            proposals.tell(number, {"state": state, "bits_per_symbol_best": bits})
             assert number == len(found) - 1 or len(open_trials) < 4
         return found
 
@@ -429,3 +447,14 @@ def test_the_command_lists_trains_and_goes_on(cli, tmp_path, text, monkeypatch):
     assert code == 2 and "holds a sweep; give --resume" in err
     assert cli("sweep", "--resume", folder, "--json")[:2] == (0, json.dumps(figures) + "\n")
     assert cli("sweep", "--resume", folder, "--set=training.steps=3")[0] == 2
+    picture = tmp_path / "picture.png"
+    assert cli("plot", folder, "sweep", "--out", picture, "--y", "perplexity_valid")[0] == 0 and picture.stat().st_size
+    for wrong, words in (
+        (("--x", "training.sed"), "x: got 'training.sed', need one of training.seed"),
+        (("--layer", 1), "layer: the figure sweep does not take it"),
+        (("--y", "state"), "y: no point has a finite state"),
+    ):
+        code, _, err = cli("plot", folder, "sweep", "--out", tmp_path / "other.png", *wrong)
+        assert code == 2 and words in err, err
+    code, _, err = cli("plot", tmp_path, "sweep", "--out", tmp_path / "other.png")
+    assert code == 2 and "holds no results of a sweep" in err

@@ -1,7 +1,8 @@
-"""`eventrnn plot`: figures of a model, of a run over a text, and of a training run."""
+"""`eventrnn plot`: figures of a model, of a run over a text, of a training run, and of a sweep."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,7 @@ from eventrnn.cli.options import (
     Unknown,
     load_symbols,
     picture_text,
+    takes,
     writable_picture,
 )
 from eventrnn.cli.terminal import as_line, progress
@@ -44,83 +46,117 @@ WHAT = {
     "operations": (*READ, "symbols"),
     "steps": (*READ, "start", "steps"),
     "training": (),
+    "sweep": ("x", "y", "by"),
 }
 
 
-def plot(
-    model: Annotated[Path, typer.Argument(help="Model file, or for the figure training the folder of a run.")],
-    what: Annotated[str, typer.Argument(help=f"Figure to draw: {', '.join(WHAT)}.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Picture to write: .png, .pdf or .svg; .gif for animation.")],
-    text: Text = "builtin",
-    part: Part = "test",
-    layer: Annotated[int, typer.Option(help="Layer of the raster or animation, counted from 0.")] = 0,
-    start: Annotated[int, typer.Option(help="First step that is shown, of the raster, the animation and steps.")] = 0,
-    steps: Annotated[int, typer.Option(help="Number of steps that are shown.")] = STEPS,
+@dataclass(frozen=True)
+class PlotOptions:
+    """Options of `eventrnn plot`."""
+
+    model: Annotated[
+        Path,
+        typer.Argument(help="Model file; for the figure training the folder of a run, for sweep that of a sweep."),
+    ]
+    what: Annotated[str, typer.Argument(help=f"Figure to draw: {', '.join(WHAT)}.")]
+    out: Annotated[Path, typer.Option("--out", "-o", help="Picture to write: .png, .pdf or .svg; .gif for animation.")]
+    text: Text = "builtin"
+    part: Part = "test"
+    layer: Annotated[int, typer.Option(help="Layer of the raster or animation, counted from 0.")] = 0
+    start: Annotated[int, typer.Option(help="First step that is shown, of the raster, the animation and steps.")] = 0
+    steps: Annotated[int, typer.Option(help="Number of steps that are shown.")] = STEPS
     symbols: Annotated[
         int, typer.Option(help="Number of symbols to read for the figures operations and margins, at most.")
-    ] = SYMBOLS,
-    unknown: Unknown = None,
-    force: Force = False,
-    as_json: Json = False,
-) -> None:
-    """Draw the masks of a model, the events of a run, its operations and time, or the validations of a training run.
+    ] = SYMBOLS
+    unknown: Unknown = None
+    x: Annotated[str | None, typer.Option("--x", help="Setting or figure below a sweep. [the first that varies]")] = (
+        None
+    )
+    y: Annotated[str | None, typer.Option("--y", help="Figure beside a sweep. [bits_per_symbol_best]")] = None
+    by: Annotated[
+        list[str] | None,
+        typer.Option("--by", help="Setting with a colour per value; repeat for more. [all that vary but seeds]"),
+    ] = None
+    force: Force = False
+    as_json: Json = False
+
+
+@takes(PlotOptions)
+def plot(options: PlotOptions) -> None:
+    """Draw a model, the events of a run, its operations and time, a training run, or a sweep.
 
     weights: shares of weights left; raster and animation: events of a layer; margins: distances of cells from their
     thresholds; operations: multiplications and time beside the dense network; steps: multiplications of each step by
-    matrix; training: validations of a run.
+    matrix; training: validations of a run; sweep: a figure of every point over a setting.
     """
-    if what not in WHAT:
-        raise ValueError(f"what: got {what!r}, need one of {', '.join(WHAT)}")
-    for name, value, least in (("layer", layer, 0), ("start", start, 0), ("steps", steps, 1), ("symbols", symbols, 1)):
-        if value < least:
-            raise ValueError(f"{name}: got {value}, need a whole number >= {least}")
-    given = {
-        "text": text != "builtin",
-        "part": part != "test",
-        "unknown": unknown is not None,
-        "layer": layer != 0,
-        "start": start != 0,
-        "steps": steps != STEPS,
-        "symbols": symbols != SYMBOLS,
-    }
-    for name in given:
-        if given[name] and name not in WHAT[what]:
-            raise ValueError(f"{name}: the figure {what} does not take it; leave it out")
-    writable_picture(out, force, formats=(".gif",) if what == "animation" else PICTURES)
+    _check(options)
+    model, what, out, force = options.model, options.what, options.out, options.force
     from eventrnn import plots
 
     if what == "training":
         figure = _training(model)
+    elif what == "sweep":
+        figure = _sweep(options)
     elif what == "weights":
         figure = plots.mask_map(own_model(model).matrices(), title=picture_text(model.name))
+    elif what == "animation":
+        network, read = _read(options)
+        layer, start, steps = options.layer, options.start, options.steps
+        run = simulate(network, read[: start + steps], record="events")
+        with progress() as told:
+            plots.animated_raster(
+                run.events[layer],
+                out,
+                start=start,
+                steps=steps,
+                overwrite=force,
+                drawn=lambda done, frames: told("drawing", done, frames, "frames"),
+            )
+        _report(out, options.as_json)
+        return
     else:
-        network = own_model(model)
-        if layer >= len(network.layers):
-            raise ValueError(f"layer: got {layer}, but {model} has {len(network.layers)}, counted from 0")
-        read = load_symbols(network, text, part, unknown)[:, None]
-        if what == "animation":
-            run = simulate(network, read[: start + steps], record="events")
-            with progress() as told:
-                plots.animated_raster(
-                    run.events[layer],
-                    out,
-                    start=start,
-                    steps=steps,
-                    overwrite=force,
-                    drawn=lambda done, frames: told("drawing", done, frames, "frames"),
-                )
-            _report(out, as_json)
-            return
+        network, read = _read(options)
         if what == "raster":
-            figure = _raster(network, read, layer, start, steps)
+            figure = _raster(network, read, options.layer, options.start, options.steps)
         elif what == "margins":
-            figure = _margins(network, read[:symbols])
+            figure = _margins(network, read[: options.symbols])
         elif what == "steps":
-            figure = _steps(network, read, start, steps)
+            figure = _steps(network, read, options.start, options.steps)
         else:
-            figure = _operations(network, read[:symbols])
+            figure = _operations(network, read[: options.symbols])
     plots.saved(figure, out, overwrite=force)
-    _report(out, as_json)
+    _report(out, options.as_json)
+
+
+def _check(options: PlotOptions) -> None:
+    """Refuse options that do not apply to the figure, before any work."""
+    what = options.what
+    if what not in WHAT:
+        raise ValueError(f"what: got {what!r}, need one of {', '.join(WHAT)}")
+    for name, least in (("layer", 0), ("start", 0), ("steps", 1), ("symbols", 1)):
+        if getattr(options, name) < least:
+            raise ValueError(f"{name}: got {getattr(options, name)}, need a whole number >= {least}")
+    every = {each.name: each.default for each in fields(options)}
+    for name in dict.fromkeys(name for names in WHAT.values() for name in names):
+        if getattr(options, name) != every[name] and name not in WHAT[what]:
+            raise ValueError(f"{name}: the figure {what} does not take it; leave it out")
+    writable_picture(options.out, options.force, formats=(".gif",) if what == "animation" else PICTURES)
+
+
+def _read(options: PlotOptions) -> tuple[Network, np.ndarray]:
+    """The network, and (symbols, 1) symbols of the text."""
+    network = own_model(options.model)
+    if options.layer >= len(network.layers):
+        raise ValueError(f"layer: got {options.layer}, but {options.model} has {len(network.layers)}, counted from 0")
+    return network, load_symbols(network, options.text, options.part, options.unknown)[:, None]
+
+
+def _sweep(options: PlotOptions) -> Figure:
+    from eventrnn.sweeps.figure import sweep_figure
+    from eventrnn.sweeps.results import read_results, saved_sweep
+
+    given = {name: getattr(options, name) for name in WHAT["sweep"] if getattr(options, name) is not None}
+    return sweep_figure(read_results(options.model), saved_sweep(options.model).axes, **given)
 
 
 def _report(out: Path, as_json: bool) -> None:

@@ -35,7 +35,7 @@ from eventrnn.cli.terminal import as_line, console, progress
 from eventrnn.data.vocabulary import Vocabulary
 from eventrnn.network import Network, need_thresholds
 from eventrnn.pruning.magnitude import GATES, SCOPES, STATISTICS
-from eventrnn.pruning.methods import BLOCK_OPTIONS, METHODS, TARGETS, Method, training_schedule
+from eventrnn.pruning.methods import BLOCK_OPTIONS, METHODS, TARGETS, Method, options_with, training_schedule
 from eventrnn.pruning.nm import TRANSPOSABLE_METHODS
 from eventrnn.pruning.operations import MEASUREMENTS, check_budget
 from eventrnn.pruning.patterns import parse_nm
@@ -280,7 +280,7 @@ def _method(name: str, given: Mapping[str, Any], steps: int) -> Method:
     if method.trains is False and steps:
         raise ValueError(f"steps: got {steps}, but {name} does not train; leave --steps out")
     own = TARGETS[targets[0]] if targets else BLOCK_OPTIONS
-    taken = set(method.options) - ({option for each in TARGETS.values() for option in each} - set(own))
+    taken = options_with(method, targets[0] if targets else None)
     every = {option for each in METHODS.values() for option in each.options}
     tuning = [option for option in (*TUNING, *TEACHING) if option in given]
     if tuning and not steps:

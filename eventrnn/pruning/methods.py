@@ -214,6 +214,15 @@ METHODS: dict[str, Method] = {
 }
 
 
+def options_with(method: Method, target: str | None) -> set[str]:
+    """The options that a method takes beside a target of `TARGETS`, without those of other patterns.
+
+    target : None for those of blocks
+    """
+    own = BLOCK_OPTIONS if target is None else TARGETS[target]
+    return set(method.options) - ({option for each in TARGETS.values() for option in each} - set(own))
+
+
 def training_schedule(name: str, pattern: Pattern, steps: int, options: Mapping[str, Any]) -> Pruning | None:
     """The `Pruning` object that a trainer is given for a method, or None for a method without one.
 

@@ -20,7 +20,7 @@ from eventrnn._files import is_endless, printable
 from eventrnn.data.text import located, read_stream
 from eventrnn.io.named import located_model
 from eventrnn.network import Network
-from eventrnn.training.recipes.recipe import DataSettings, Recipe, load_recipe
+from eventrnn.training.recipes.recipe import FIGURES, DataSettings, Recipe, load_recipe
 from eventrnn.training.recipes.toml_config import read_toml, to_toml
 from eventrnn.training.tasks import LanguageModelling
 
@@ -70,7 +70,7 @@ class Study:
         need_kind("study space", self.space, Mapping, "a mapping of keys to values or ranges")
         need_whole("study trials", self.trials, at_least=1)
         need_whole("study ahead", self.ahead, at_least=1)
-        need_text("study goal", self.goal)
+        need_choice("study goal", self.goal, FIGURES)
         need_flag("study maximise", self.maximise)
         need_choice("study sampler", self.sampler, SAMPLERS)
         need_whole("study seed", self.seed, at_least=0, at_most=2**32 - 1)

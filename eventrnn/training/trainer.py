@@ -68,6 +68,14 @@ class Progress:
         return self.loss / float(np.log(2))
 
 
+def updates(settings: Settings, task: Task) -> int:
+    """Number of updates of a whole run. It is an estimate where windows have random lengths."""
+    if not settings.epochs:
+        return settings.steps
+    taken = task.batch(0, 0, settings.batch, settings.window).taken
+    return settings.epochs * -(-task.length(settings.batch) // taken)
+
+
 class Diverged(FloatingPointError):
     """The loss, a gradient or a gate of blocks is not finite. The parameters are those before the update, or, where it
     was found in a validation, those of the last one."""
@@ -126,9 +134,9 @@ class Trainer:
             network, backward=settings.backward, threads=settings.threads, thresholds=settings.thresholds
         )
         settings.regularisers.check(self.model)
-        settings.gates.check(self.model, self._updates())
+        settings.gates.check(self.model, updates(settings, self.task))
         if pruning is not None:
-            steps = self._updates()
+            steps = updates(settings, self.task)
             if pruning.end >= steps:
                 raise ValueError(
                     f"pruning: ends at step {pruning.end}, but training has {steps} steps; "
@@ -334,14 +342,6 @@ class Trainer:
             return None
         averaged = self.optimiser.averaged(self.model.parameters)
         return averaged if self.pruning is None else self.pruning.masked_view(averaged)
-
-    def _updates(self) -> int:
-        """Number of updates of the whole run. It is an estimate where windows have random lengths."""
-        settings = self.settings
-        if not settings.epochs:
-            return settings.steps
-        taken = self.task.batch(0, 0, settings.batch, settings.window).taken
-        return settings.epochs * -(-self.task.length(settings.batch) // taken)
 
     def _advance(self, taken: int) -> None:
         self.position += taken

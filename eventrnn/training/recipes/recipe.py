@@ -22,10 +22,12 @@ from eventrnn.data.text import Corpus, from_path, from_text, python_documentatio
 from eventrnn.data.vocabulary import KINDS
 from eventrnn.network import Network
 from eventrnn.simulation import CARRIES
-from eventrnn.training import LanguageModelling, Progress, Settings, Trainer, evaluate
+from eventrnn.training import LanguageModelling, Progress, Settings, Trainer
+from eventrnn.training.evaluation import evaluate_text
 from eventrnn.training.recipes import toml_config
 from eventrnn.training.recipes.distillation import DistillationRecipe
 from eventrnn.training.recipes.gates import GateRecipe
+from eventrnn.training.recipes.pruning import PruningRecipe
 from eventrnn.training.recipes.run_folder import (
     CONFIG,
     TEXT,
@@ -40,9 +42,16 @@ from eventrnn.training.recipes.run_folder import (
 from eventrnn.training.recipes.toml_config import need_file_name
 from eventrnn.training.run import run_locked
 from eventrnn.training.thresholds import initial
+from eventrnn.training.trainer import updates
 
 # Beginnings of the names of settings of thresholds and of the events above them. A GRU or an LSTM has neither.
 _EVENT_SETTINGS = ("model.threshold", "model.surrogate", "training.thresholds")
+
+# Figures of a trained recipe that say how good and how small it is.
+FIGURES = (
+    *("bits_per_symbol_best", "bits_per_symbol_valid", "perplexity_valid", "activity_valid"),
+    *("effective_ops_per_step", "dense_ops_per_step", "density", "parameters", "seconds"),
+)
 
 STARTS = ("beta", "constant")
 
@@ -142,11 +151,12 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole training run: network, text, training settings, teacher, and files."""
+    """A whole training run: network, text, training settings, pruning, teacher, and files."""
 
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     training: Settings = field(default_factory=Settings)
+    pruning: PruningRecipe = field(default_factory=PruningRecipe)
     distillation: DistillationRecipe = field(default_factory=DistillationRecipe)
     run: RunSettings = field(default_factory=RunSettings)
 
@@ -184,7 +194,7 @@ class Recipe:
         LanguageModelling(corpus.train, corpus.valid, **options).check(network, training.batch, training.window)
         soft = self.distillation.targets(corpus.vocabulary, corpus.train, training, report)
         task = LanguageModelling(corpus.train, corpus.valid, soft=soft, **options)
-        return Trainer(network, task, training), corpus
+        return Trainer(network, task, training, pruning=self.pruning.schedule(updates(training, task))), corpus
 
 
 def presets() -> list[str]:
@@ -248,10 +258,11 @@ def train(
     report    : called with the stage, the amount done, the whole amount, and a note
     stop      : called after every update; once it says so, the run is saved and `training.Stopped` is raised
 
-    Returns bits and perplexity of the validation text when the network of the model file reads it (one stream, state
-    carried even if `data.carry` is "events"), the best validation of the training (which follows `data.carry`), and the
-    numbers of symbols, parameters, updates and seconds; with gated blocks, the multiplications of each matrix and its
-    gate as a share of those without gates. Without `recipe.run.out` there is no such reading.
+    Returns bits, perplexity, activity and operations per step of the validation text when the network of the model file
+    reads it (one stream, state carried even if `data.carry` is "events"), the share of the weights that it has, the
+    best validation of the training (which follows `data.carry`), and the numbers of symbols, parameters, updates and
+    seconds; with gated blocks, the multiplications of each matrix and its gate as a share of those without gates.
+    Without `recipe.run.out` there is no such reading.
 
     Without `overwrite`, raises ValueError for a folder that holds a run when `resume` is not set, and FileExistsError
     for a model file that this run did not write: before the training, or after it if the file appeared meanwhile. The
@@ -332,11 +343,24 @@ def _train(
         figures["gate_cost"] = {name: cost.cost for name, cost in costs.items()}
     if not recipe.run.out:
         return figures
-    network = trainer.network(best=True)
+    network = recipe.pruning.stored(trainer, trainer.network(best=True))
     save_out(network, Path(recipe.run.out), folder)
-    report("validating", 0, 1, "")
-    bits = evaluate(network, corpus.valid, backend=recipe.training.backend)
-    return {"bits_per_symbol_valid": bits, "perplexity_valid": float(2.0 ** min(bits, 1000.0))} | figures
+    read = evaluate_text(
+        network,
+        corpus.valid,
+        backend=recipe.training.backend,
+        report=lambda stage, done, total: report(stage, done, total, ""),
+        stage="validating",
+    )
+    matrices = network.matrices().values()
+    return {
+        "bits_per_symbol_valid": read["bits_per_symbol"],
+        "perplexity_valid": read["perplexity"],
+        "activity_valid": read["activity"],
+        "effective_ops_per_step": read["effective_ops_per_step"],
+        "dense_ops_per_step": read["dense_ops_per_step"],
+        "density": sum(w.nnz for w in matrices) / sum(w.shape[0] * w.shape[1] for w in matrices),
+    } | figures
 
 
 def _need_same_distillation(recipe: Recipe, folder: Path) -> None:
