@@ -1,4 +1,4 @@
-"""A figure of matplotlib that notebooks show. Imported by `plots.new_figure` only, since it needs matplotlib."""
+"""A figure of matplotlib that notebooks show. Imported by `canvas.new_figure` only, since it needs matplotlib."""
 
 from __future__ import annotations
 

@@ -19,6 +19,9 @@ import numpy as np
 # What a file system answers that does not know a system call.
 UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
+# What a write answers where the disk, the share of a user, or the file that the system allows is full.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 # Longest name of a file in bytes on all common file systems.
 LONGEST_NAME = 255
 
@@ -286,6 +289,14 @@ def _lock(path: Path) -> int:
             return descriptor
         # The last holder removed the file between the two calls.
         os.close(descriptor)
+
+
+def full_disk(error: OSError) -> str:
+    """What to say of an error in `FULL`: the file, and what to do."""
+    name = "standard output" if error.filename is None else printable(error.filename)
+    words = f"{name}: {error.strerror}"
+    # A run says how it is continued, too.
+    return words if "make room" in words else f"{words}; make room there, or name a place on another disk"
 
 
 # --- text ---------------------------------------------------------------------------------------------------

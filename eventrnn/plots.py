@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ import numpy as np
 
 from eventrnn._checks import float32_array, need_kind, need_number, need_whole
 from eventrnn._files import write_whole
+from eventrnn.canvas import BLUE, GREY, HUES, INK, MARKS, ORANGE, new_figure, plain_axes, saved
 from eventrnn.events import Events
 from eventrnn.weights import GatedBlocks, MatrixId, Weights
 
@@ -26,17 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-INK, GREY, BLUE, ORANGE = "#222222", "#b8bcc2", "#2a6fbb", "#e07b39"
-
 BAR_COLOURS = (GREY, BLUE, ORANGE)
-
-# Colours that red-green colour-blind readers can tell apart (Okabe and Ito 2008); markers as a second cue.
-HUES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#666666")
-
-MARKS = ("o", "s", "^", "D", "v", "P", "X")
-
-# Format of a picture whose name has no suffix.
-DEFAULT_FORMAT = "png"
 
 # Cells per side of a map. More could not be told apart and would only make the file large.
 MAP_CELLS = 256
@@ -455,15 +445,6 @@ def _cell_means(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return rows, columns, total / (heights[:, None] * widths)
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of that size in inches, without pyplot. Raises ImportError where matplotlib is missing."""
-    try:
-        from eventrnn._figure import ShownFigure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'eventrnn[plots]'") from error
-    return ShownFigure(figsize=(width, height), layout="constrained", facecolor="white")
-
-
 def _bar_panel(axes: Axes, values: Mapping[str, float], label: str, number: str) -> None:
     colours = [BAR_COLOURS[min(k, len(BAR_COLOURS) - 1)] for k in range(len(values))]
     drawn = axes.bar(list(values), list(values.values()), color=colours, width=0.62)
@@ -476,29 +457,3 @@ def _bar_panel(axes: Axes, values: Mapping[str, float], label: str, number: str)
     axes.set_ylabel(label)
     axes.margins(y=0.25)
     plain_axes(axes)
-
-
-def plain_axes(axes: Axes) -> None:
-    """Remove the upper and right frame lines and set the font sizes of all figures here."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8)
-    axes.title.set_fontsize(10)
-
-
-def saved(figure: Figure, path: str | os.PathLike | None, *, overwrite: bool = True) -> Figure:
-    """The figure, written atomically to the path if there is one.
-
-    overwrite : replace an existing file; otherwise raise FileExistsError
-
-    After an error an old file is unchanged and no new file is left. Raises ValueError for a suffix that names no
-    format, and OSError if the disk is full or not writable.
-    """
-    if path is None:
-        return figure
-    target, raw = Path(path), BytesIO()
-    if not target.suffix:
-        target = target.with_name(f"{target.name}.{DEFAULT_FORMAT}")
-    figure.savefig(raw, dpi=160, format=target.suffix[1:].lower())
-    # Through a link, the file behind it is replaced.
-    write_whole(target.resolve(), raw.getvalue(), overwrite=overwrite)
-    return figure

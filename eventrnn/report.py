@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from io import StringIO
@@ -53,6 +53,8 @@ dl div { background: var(--tile); border-radius: .4rem; padding: .6rem .8rem; }
 dt { color: var(--soft); font-size: .8rem; } dd { margin: 0; font-size: 1.2rem; overflow-wrap: anywhere; }
 figure { margin: 0 0 1rem; overflow-x: auto; } svg { width: 100%; min-width: 34rem; height: auto; }
 svg text { fill: currentColor; }
+/* A map of weights is a picture of pixels from white, no weight, to black. */
+@media (prefers-color-scheme: dark) { svg image { filter: invert(1); } }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; width: 100%; }
 th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
@@ -124,7 +126,13 @@ class Measured:
     text: str
 
 
-def run_report(folder: str | os.PathLike, *, model: Measured | None = None, shown: int = 200) -> str:
+def run_report(
+    folder: str | os.PathLike,
+    *,
+    model: Measured | None = None,
+    shown: int = 200,
+    report: Callable[[int, int, str], None] = lambda done, total, note: None,
+) -> str:
     """The page of a training run.
 
     Parameters
@@ -132,6 +140,7 @@ def run_report(folder: str | os.PathLike, *, model: Measured | None = None, show
     folder : of the run: its log and, where `eventrnn train` wrote it, its configuration
     model  : the model that the run wrote, with a text to read; None for a page without weights and operations
     shown  : steps of the figure of operations, at most
+    report : called before every part with the parts done, their number, and what is done next
 
     Reading the text takes a simulation with recorded events and states: O(steps * units) memory. Raises ValueError for
     a folder without a log or with a run that has not been validated, and ImportError where matplotlib is missing.
@@ -139,10 +148,17 @@ def run_report(folder: str | os.PathLike, *, model: Measured | None = None, show
     folder = Path(folder)
     need_whole("shown", shown, at_least=1)
     log = read_run(folder)
-    sections = [_training(log)]
+    parts = [("drawing the curves", lambda: _training(log))]
     if model is not None:
-        sections += [_model(model.network), _operations(model, shown)]
-    sections += [_configuration(folder), _versions()]
+        parts += [
+            ("drawing the weights", lambda: _model(model.network)),
+            (f"reading {len(model.symbols):,} symbols and counting", lambda: _operations(model, shown)),
+        ]
+    parts.append(("writing the page", lambda: _configuration(folder) + _versions()))
+    sections = []
+    for done, (words, part) in enumerate(parts):
+        report(done, len(parts), words)
+        sections.append(part())
     best, last = log.best(), log.lines[-1]
     tiles = {
         f"best {log.quality}": f"{best['validation'][log.quality]:,.4g}",

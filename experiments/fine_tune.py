@@ -141,7 +141,7 @@ def figure(
     out: Annotated[Path, typer.Option(help="Picture to write.")] = FIGURE,
 ) -> None:
     """Draw accuracy over operations: the GRU, the EGRUs before and after fine-tuning."""
-    from eventrnn.plots import GREY, HUES, new_figure, plain_axes, saved
+    from eventrnn.canvas import GREY, HUES, new_figure, plain_axes, saved
 
     lines = Records(results, ()).lines
     names = [name for name in SETS if any(line["data"] == name for line in lines)]

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from eventrnn.plots import GREY, HUES, MARKS, new_figure, plain_axes, saved
+from eventrnn.canvas import GREY, HUES, MARKS, new_figure, plain_axes, saved
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

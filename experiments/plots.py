@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import typer
 
-from eventrnn.plots import BLUE, GREY, HUES, INK, MARKS, ORANGE, new_figure, plain_axes, saved
+from eventrnn.canvas import BLUE, GREY, HUES, INK, MARKS, ORANGE, new_figure, plain_axes, saved
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -40,6 +40,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -51,12 +52,12 @@ import numpy as np
 import typer
 from ptb_figures import grid_figure, operations_figure
 from ptb_measures import AWD_LSTM, grid_point, quality, sizes
-from ptb_tuning import gradual_pruning, kept_shares
+from ptb_tuning import gradual_pruning, kept_shares, taught
 from records import Records
 
 import eventrnn as er
 from eventrnn.backend import BackendUnavailable
-from eventrnn.cli.options import Distillation, Fold, Teacher, load_parts, parse_block, save_model, writable_file
+from eventrnn.cli.options import Distillation, Fold, load_parts, parse_block, save_model, writable_file
 from eventrnn.cli.terminal import as_line, progress
 from eventrnn.data.vocabulary import Vocabulary
 from eventrnn.io import located_model
@@ -71,7 +72,7 @@ from eventrnn.pruning.schedule import prunable
 from eventrnn.training import LanguageModelling, Model, Trainer, parts, run
 from eventrnn.training.checkpoint import read_checkpoint
 from eventrnn.training.recipes.distillation import DistillationRecipe
-from eventrnn.training.recipes.recipe import Recipe, flags_to_settings, load_recipe, note
+from eventrnn.training.recipes.recipe import Recipe, load_recipe, note
 from eventrnn.training.recipes.run_folder import CONFIG
 from eventrnn.training.recipes.toml_config import parse_setting
 from eventrnn.training.run import CHECKPOINT
@@ -354,7 +355,12 @@ def tune(
     learning_rate: Annotated[
         float, typer.Option(help="Learning rate at the start; it falls to zero by a cosine.")
     ] = 6e-4,
-    teacher: Teacher = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|NAME|ADDRESS|none", help="As for eventrnn train; none for no teacher. [that of the run]"
+        ),
+    ] = None,
     distillation: Distillation = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of the recipe; repeat.")] = None,
     folder: Annotated[Path | None, typer.Option("--run", help="Folder of the run. [OUT.run]")] = None,
@@ -382,10 +388,14 @@ def tune(
         ("training.epochs", epochs),
         ("training.learning_rate", learning_rate),
         ("training.schedule.constant", 0.0),
-        *flags_to_settings({"distillation.teacher": teacher, "distillation.weight": distillation}),
+        *taught(teacher, distillation),
         *map(parse_setting, settings or []),
     ]
     recipe = recipe_of(of, changed)
+    if recipe.distillation.teacher and teacher is None:
+        inherited = f"{recipe.distillation.teacher} with the weight {recipe.distillation.weight}"
+        print(f"the teacher is that of the run {of}: {inherited}; --teacher none trains without", file=sys.stderr)
+    network = replace(network, metadata={**network.metadata, **recipe.distillation.metadata()})
     texts = load_parts(network, text, ("train", "valid"))
     training, options = recipe.training, {"valid_batch": recipe.data.valid_batch, "carry": recipe.data.carry}
     length = LanguageModelling(texts["train"], texts["valid"], **options).length(training.batch)

@@ -1,9 +1,14 @@
-"""Gradual pruning of word models: shares to keep by matrix, for the command `tune` of ptb.py."""
+"""For the command `tune` of ptb.py: gradual pruning of word models, with shares to keep by matrix, and the teacher."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
 import eventrnn as er
 from eventrnn.pruning import Combined, GradualPruning, Pruning
+from eventrnn.training.recipes.distillation import DistillationRecipe
+from eventrnn.training.recipes.recipe import flags_to_settings
 
 # How often gradual pruning changes the masks. On a GPU a change takes as long as some hundred updates.
 CHANGES = 16
@@ -75,3 +80,12 @@ def gradual_pruning(
     if not own:
         raise ValueError("kept: every matrix keeps all of its blocks; leave out --sparsity")
     return Combined(*own)
+
+
+def taught(teacher: str | None, weight: float | None) -> list[tuple[str, Any]]:
+    """Settings of a recipe for --teacher and --distillation; of "none" those of no teacher."""
+    if teacher == "none":
+        if weight:
+            raise ValueError(f"distillation: got {weight} and --teacher none; leave one of them out")
+        return [(f"distillation.{name}", value) for name, value in asdict(DistillationRecipe()).items()]
+    return flags_to_settings({"distillation.teacher": teacher, "distillation.weight": weight})

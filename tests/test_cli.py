@@ -413,6 +413,7 @@ def test_full_disk_behind_stdout_is_one_line_and_exit_code_2(model):
         command = [sys.executable, "-m", "eventrnn", "info", str(model), "--json"]
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "No space left on device" in ended.stderr
+    assert "standard output: " in ended.stderr and "make room there, or name a place on another disk" in ended.stderr
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")

@@ -260,9 +260,15 @@ def test_a_training_that_is_stopped_while_the_teacher_reads_has_written_nothing(
 def test_a_teacher_on_the_command_line(cli, tmp_path, text, monkeypatch):
     teacher, out = tmp_path / "teacher.safetensors", tmp_path / "student.safetensors"
     assert cli("train", "--out", teacher, "--text", text, *SMALL, "--steps", 20)[0] == 0
-    taught = ("--text", text, *SMALL, "--teacher", teacher, "--distillation", 0.5, "--top-k", 4)
-    code, _, err = cli("train", "--out", out, *taught, "--steps", 8, "--seed", 1)
+    monkeypatch.chdir(tmp_path)
+    teaching = ("--set", "distillation.teacher=teacher.safetensors", "--distillation", 0.5, "--top-k", 4)
+    code, found, err = cli(
+        "train", "--out", out, "--text", text, *SMALL, *teaching, "--steps", 8, "--seed", 1, "--json"
+    )
     assert code == 0, err
+    assert json.loads(found)["teacher"] == "teacher.safetensors" and json.loads(found)["distillation"] == 0.5
+    assert load(out).metadata["teacher"] == "teacher.safetensors" and load(out).metadata["distillation"] == "0.5"
+    assert "teacher" not in load(teacher).metadata
     assert "soft targets" in err and "nats with soft targets" in err
     config = (tmp_path / "student.safetensors.run" / "config.toml").read_text()
     assert f'teacher = "{teacher}"' in config and "weight = 0.5" in config and "top_k = 4" in config
@@ -344,5 +350,7 @@ def test_pruning_takes_a_teacher(cli, tmp_path, text):
         code, stdout, err = cli("prune", dense, "--out", out, *options, *taught)
         assert code == 0 and json.loads(stdout)["steps"] == 6, err
         assert ("soft targets" in err) == bool(taught)
+    assert json.loads(stdout)["teacher"] == dense.name
     plain, taught = map(load, pruned)
+    assert "teacher" not in plain.metadata and taught.metadata["teacher"] == dense.name
     assert not np.array_equal(plain.embedding, taught.embedding)

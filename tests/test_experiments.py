@@ -462,6 +462,7 @@ def test_ptb_model_is_evaluated_pruned_tuned_compared_and_drawn(monkeypatch, tmp
     options = (*text, "--epochs", 1, "--out", tmp_path / "tied.safetensors", *shares)
     line = run("tune", dense, f"{dense}.run", *options, "--teacher", dense, "--distillation", 0.5)
     both = load(tmp_path / "tied.safetensors")
+    assert both.metadata["teacher"] == dense.name
     assert line["distillation"] == 0.5 and line["teacher"] == dense.name
     assert line["tied"] and line["kept"] == {"embedding": 0.34, "layers.0.w_in": 0.8} and both.readout.tied
     assert set((both.embedding != 0).sum(axis=1)) == {2} and both.readout.weights.name == "csr"

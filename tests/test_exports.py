@@ -347,7 +347,9 @@ def test_export_and_import_on_the_command_line(cli, tmp_path):
         (("--out", tmp_path / "b.onnx"), "use --force"),
         ((), "give --out a file to write, with the ending .safetensors"),
         (("--out", tmp_path / "d.pt"), "need the same in all"),
-        (("--out", tmp_path / "d.txt"), "need a name that ends in"),
+        (("--out", tmp_path / "d.txt"), "out: got d.txt, need a name that ends in"),
+        (("--out", tmp_path / "d.pt", "--to", "keras"), "out: got d.pt, need a name that ends in .weights.h5"),
+        (("--out", tmp_path / "d.pt", "--to", "jax"), "to: got 'jax'"),
         (("--out", model, "--force"), "is the model itself"),
     ):
         code, _, err = cli("export", model, *arguments)

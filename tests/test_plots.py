@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib, the plots extra")
 
-from eventrnn import plots
+from eventrnn import canvas, plots
 from eventrnn.events import Events
 from eventrnn.weights import MatrixId, convert
 from support.small_runs import of_kind
@@ -155,25 +155,25 @@ def test_saved_full_disk_leaves_the_old_picture(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
-            plots.saved(figure, path)
+            canvas.saved(figure, path)
         assert not list(tmp_path.iterdir())
-    plots.saved(figure, path)
+    canvas.saved(figure, path)
     old = path.read_bytes()
     assert old.startswith(b"<?xml")
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        plots.saved(figure, path)
+        canvas.saved(figure, path)
     assert path.read_bytes() == old and len(list(tmp_path.iterdir())) == 1
 
 
 def test_saved_existing_picture_is_kept_on_request(tmp_path):
     figure = plots.bars({"dense": 2.0}, {"dense": 1.0})
-    plots.saved(figure, tmp_path / "a")
+    canvas.saved(figure, tmp_path / "a")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(FileExistsError):
-        plots.saved(figure, tmp_path / "a.png", overwrite=False)
+        canvas.saved(figure, tmp_path / "a.png", overwrite=False)
     with pytest.raises(ValueError, match="xyz"):
-        plots.saved(figure, tmp_path / "a.xyz")
+        canvas.saved(figure, tmp_path / "a.xyz")
 
 
 def test_margins_show_the_shares_on_both_sides_of_the_threshold():

@@ -162,6 +162,7 @@ def test_command_reports_the_run_beside_its_model(cli, model, tmp_path, monkeypa
     assert code == 0, err
     page = Page((tmp_path / "mine.safetensors.run.html").read_text())
     assert out == "wrote mine.safetensors.run.html\n"
+    assert "report 50% reading 50 symbols and counting" in err
     assert set(load(model).matrices()) <= {row[0] for row in page.rows}
     for options, words in [
         ((), "exists"),

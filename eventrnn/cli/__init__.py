@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from eventrnn import __version__
-from eventrnn._files import printable
+from eventrnn._files import FULL, full_disk, printable
 from eventrnn.backend import BackendUnavailable
 from eventrnn.cli import commands
 from eventrnn.cli.bench import bench_app
@@ -108,7 +108,9 @@ def main() -> None:
     except UsageError as error:
         help_of = f" ({error.ctx.command_path} --help lists what it takes)" if error.ctx else ""
         raise _ended("error", f"{error.format_message()}{help_of}", 2) from None
-    except (ValueError, OSError, FloatingPointError, ImportError, MemoryError, BackendUnavailable, NotAMatrix) as error:
+    except OSError as error:
+        raise _ended("error", full_disk(error) if error.errno in FULL else str(error), 2) from None
+    except (ValueError, FloatingPointError, ImportError, MemoryError, BackendUnavailable, NotAMatrix) as error:
         raise _ended("error", str(error) or "out of memory; use smaller sizes", 2) from None
     except RuntimeError as error:
         raise _ended("failed", str(error), 1) from None

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eventrnn import counting, io, plots
+from eventrnn import canvas, counting, io, plots
 from eventrnn._files import write_whole
 from eventrnn.bench import device, interleaved, versions
 from eventrnn.cells import Cell, Surrogate
@@ -265,7 +265,7 @@ def _write(
     for name, record in (("counts.json", counts.as_dict()), ("result.json", result)):
         write_whole(folder / name, (json.dumps(record, indent=2) + "\n").encode(), overwrite=overwrite)
     if find_spec("matplotlib"):
-        plots.saved(plots.raster(events), folder / "raster.png", overwrite=overwrite)
+        canvas.saved(plots.raster(events), folder / "raster.png", overwrite=overwrite)
         operations = {name: result[f"{name}_ops_per_step"] for name in ("dense", "effective", "executed")}
         times = {"dense (BLAS)": result["dense_us_per_step"], "event-driven": result["us_per_step"]}
-        plots.saved(plots.bars(operations, times), folder / "operations.png", overwrite=overwrite)
+        canvas.saved(plots.bars(operations, times), folder / "operations.png", overwrite=overwrite)

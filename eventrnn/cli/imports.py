@@ -27,6 +27,7 @@ from eventrnn.cli.terminal import show
 from eventrnn.data.vocabulary import Vocabulary
 from eventrnn.io.export import library_of
 from eventrnn.network import Network
+from eventrnn.weights import NotAMatrix
 
 ORIGINS = ("evnn", "keras", "onnx", "torch")
 
@@ -117,13 +118,17 @@ def export_command(
     """Write a model as a file of PyTorch, Keras or ONNX."""
     if out is None:
         raise ValueError(f"out: give --out a file to write, with the ending {_EXPORTED}")
-    library_of(out, library)
+    library_of(out, library, name="out", option="to")
     writable_file(out, force)
     source = model_file(model, named)
     if out.exists() and out.samefile(source):
         raise ValueError(f"out: {out} is the model itself, of which an export is not the whole; give another name")
-    network = io.load(source)
-    found = io.export(network, out, library=library, overwrite=force)
+    network = own_model(source)
+    try:
+        found = io.export(network, out, library=library, overwrite=force)
+    except (io.ExportRefused, NotAMatrix) as error:
+        # The argument of the command is the model.
+        raise ValueError(f"model: {str(error).removeprefix('network: ')}") from None
     show(f"wrote {out}", found | {"bytes": out.stat().st_size}, as_json)
 
 

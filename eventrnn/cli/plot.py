@@ -91,7 +91,7 @@ def plot(options: PlotOptions) -> None:
     """
     _check(options)
     model, what, out, force = options.model, options.what, options.out, options.force
-    from eventrnn import plots
+    from eventrnn import canvas, plots
 
     if what == "training":
         figure = _training(model)
@@ -124,7 +124,7 @@ def plot(options: PlotOptions) -> None:
             figure = _steps(network, read, options.start, options.steps)
         else:
             figure = _operations(network, read[: options.symbols])
-    plots.saved(figure, out, overwrite=force)
+    canvas.saved(figure, out, overwrite=force)
     _report(out, options.as_json)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -216,6 +216,7 @@ def prune(options: PruneOptions) -> None:
         parts = load_parts(network, options.text or "builtin", ("train", "valid"), options.unknown)
     with progress() as report:
         pruned = _pruned(request, network, parts, report)
+        pruned = replace(pruned, metadata={**pruned.metadata, **request.teaching.metadata()})
         if request.name == "operations":
             budget = _budget(request, network, pruned, parts["valid"])
         before, after = (_figures(each, parts.get("valid"), report) for each in (network, pruned))
@@ -226,10 +227,10 @@ def prune(options: PruneOptions) -> None:
     else:
         after["file_bytes"] = _file_size(pruned)
     if options.picture is not None:
-        from eventrnn import plots
+        from eventrnn import canvas, plots
 
         title = picture_text(f"{options.model.name}, {request.name}: {request.pattern}")
-        plots.saved(plots.mask_map(pruned.matrices(), title=title), options.picture, overwrite=options.force)
+        canvas.saved(plots.mask_map(pruned.matrices(), title=title), options.picture, overwrite=options.force)
     matrices = pruned.matrices().values()
     summary = {
         "method": request.name,
@@ -238,6 +239,7 @@ def prune(options: PruneOptions) -> None:
         **budget,
         "steps": 0 if options.dry_run else request.steps,
         "dry_run": options.dry_run,
+        **request.teaching.said(),
     }
     _show(summary, before, after, options)
 
@@ -262,7 +264,7 @@ def _request(options: PruneOptions) -> Request:
     if name == "operations":
         check_budget(given["ops_budget"], given.get("criterion", "return"))
     teaching = DistillationRecipe(**{setting: given[name] for name, setting in TEACHING.items() if name in given})
-    return Request(name, method, pattern, options.steps, schedule, teaching, given)
+    return Request(name, method, pattern, options.steps, schedule, teaching.located(), given)
 
 
 def _method(name: str, given: Mapping[str, Any], steps: int) -> Method:

@@ -9,8 +9,8 @@ import typer
 
 from eventrnn._files import printable, write_whole
 from eventrnn.cli.imports import own_model
-from eventrnn.cli.options import Force, Json, Part, Unknown, load_symbols, writable_file
-from eventrnn.cli.terminal import as_line
+from eventrnn.cli.options import NO_VOCABULARY, Force, Json, Part, Unknown, load_symbols, writable_file
+from eventrnn.cli.terminal import as_line, progress
 from eventrnn.training.recipes.run_folder import CONFIG, run_table
 
 # The ending of the folder that `eventrnn train` makes beside a model file.
@@ -58,10 +58,11 @@ def report(
                 raise ValueError(f"{error}; this is the text of the training; --text names another") from None
             measured = pages.Measured(network, read, f"the {part} part of {source}")
         elif model is not None or text is not None:
-            raise ValueError(f"model: {path} has no vocabulary, so no text can be read; leave out --model and --text")
+            raise ValueError(f"{NO_VOCABULARY}. For a page without operations leave out --model and --text")
     elif text is not None:
         raise ValueError("text: got a text but there is no model beside the folder; give --model")
-    page = pages.run_report(folder, model=measured)
+    with progress() as bar:
+        page = pages.run_report(folder, model=measured, report=lambda *done: bar("report", *done))
     write_whole(out.resolve(), page.encode(), overwrite=force)
     print(as_line({"wrote": str(out)}) if as_json else f"wrote {printable(out)}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import typer
 
-from eventrnn._files import printable
+from eventrnn._files import FULL, printable
 from eventrnn.backend import BackendUnavailable
 
 RUN_FILES = ("config.toml", "log.jsonl", "checkpoint.safetensors", "previous-checkpoint.safetensors", "parts.json")
@@ -37,7 +36,7 @@ def continuing(command: str, folder: Path, resumed: bool) -> Iterator[None]:
         print(printable(f"eventrnn: {said}"), file=sys.stderr)
         raise typer.Exit(130) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in FULL:
             raise
         raise OSError(error.errno, f"{error.strerror}; make room, then {words}", error.filename) from None
     except (MemoryError, RuntimeError) as error:

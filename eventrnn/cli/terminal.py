@@ -36,7 +36,8 @@ def progress() -> Iterator[Callable[[str, int, int, str], None]]:
         def line(stage: str, done: int, total: int, note: str) -> None:
             if done * 10 // total > tenths.get(stage, -1):
                 tenths[stage] = done * 10 // total
-                words = f"{stage} {f'{done / total:.0%} {note}' if done else '…'}"
+                share = f"{done / total:.0%}" if done else "…"
+                words = f"{stage} {share} {note}".rstrip()
                 # The work goes on where stderr is a file on a full disk.
                 with suppress(OSError):
                     print(printable(words), file=sys.stderr, flush=True)

@@ -41,16 +41,21 @@ def export(
     return {"library": found, "holds": words}
 
 
-def library_of(path: Path, library: str | None = None) -> str:
-    """The library that a name says. Raises ValueError where it says none, or another than `library`."""
+def library_of(path: Path, library: str | None = None, *, name: str = "path", option: str = "library") -> str:
+    """The library that a name says.
+
+    name, option : what a message calls the path and the library
+
+    Raises ValueError where the path says no library, or another than `library`.
+    """
     endings = ", ".join(ending for each in EXPORTS.values() for ending in each)
-    found = next((name for name, own in EXPORTS.items() if path.name.lower().endswith(own)), None)
+    found = next((each for each, own in EXPORTS.items() if path.name.lower().endswith(own)), None)
     if library is not None:
-        need_choice("library", library, EXPORTS)
+        need_choice(option, library, EXPORTS)
         if found != library:
-            raise ValueError(f"path: got {path.name}, need a name that ends in {', '.join(EXPORTS[library])}")
+            raise ValueError(f"{name}: got {path.name}, need a name that ends in {', '.join(EXPORTS[library])}")
     if found is None:
-        raise ValueError(f"path: got {path.name}, need a name that ends in {endings}")
+        raise ValueError(f"{name}: got {path.name}, need a name that ends in {endings}")
     return found
 
 

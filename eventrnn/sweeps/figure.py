@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eventrnn._checks import need_choice
-from eventrnn.plots import HUES, MARKS, new_figure, plain_axes, saved
+from eventrnn.canvas import HUES, MARKS, new_figure, plain_axes, saved
 from eventrnn.sweeps.results import DONE
 
 if TYPE_CHECKING:

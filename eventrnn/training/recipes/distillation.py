@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +31,8 @@ class DistillationRecipe:
 
     Attributes
     ----------
-    teacher : model file of a network with the same vocabulary, or what else `io.located_model` takes; "" for none
+    teacher : model file of a network with the same vocabulary, or what else `io.located_model` takes; "" for none. A
+              relative path is found from the working directory, and a run saves it as an absolute one
     weight  : share of the soft targets in the loss, in [0, 1]; 0 without a teacher
     top_k   : symbols that are kept per position of the text, the teacher's most probable ones; all where it has fewer
 
@@ -50,6 +53,22 @@ class DistillationRecipe:
             raise ValueError(f"teacher: got {self.teacher} with weight 0; give a distillation weight above 0, up to 1")
         if not self.teacher and self.top_k != type(self).top_k:
             raise ValueError(f"top_k: got {self.top_k} without a teacher; leave it out, or give teacher a model file")
+
+    def located(self) -> DistillationRecipe:
+        """The record with the absolute path of the teacher, where it is a file seen from the working directory."""
+        return replace(self, teacher=str(Path(self.teacher).absolute())) if Path(self.teacher).is_file() else self
+
+    def said(self) -> dict[str, Any]:
+        """The teacher and its share of the loss, as figures of a run; empty without a teacher."""
+        if not self.teacher:
+            return {}
+        # Where a file lies is no property of the model.
+        name = self.teacher if "://" in self.teacher else Path(self.teacher).name
+        return {"teacher": name, "distillation": self.weight}
+
+    def metadata(self) -> dict[str, str]:
+        """The same as metadata of the network that is trained."""
+        return {name: str(value) for name, value in self.said().items()}
 
     def targets(
         self,

@@ -184,7 +184,11 @@ class Recipe:
             tied=model.tied,
             threshold=0.0,
             cell=model.equations(),
-            metadata={"vocabulary": corpus.vocabulary.to_json(), "corpus": self.data.text},
+            metadata={
+                "vocabulary": corpus.vocabulary.to_json(),
+                "corpus": self.data.text,
+                **self.distillation.metadata(),
+            },
         )
         layers = zip(network.layers, model.thresholds(rng), strict=True)
         network = replace(network, layers=tuple(replace(layer, threshold=drawn) for layer, drawn in layers))
@@ -273,6 +277,7 @@ def train(
     if recipe.model.equations().thresholded and not recipe.run.out:
         raise ValueError("out: got none; set run.out to the model file to write")
     folder = Path(folder)
+    recipe = replace(recipe, distillation=recipe.distillation.located())
     if recipe.run.out:
         need_own_name(Path(recipe.run.out), folder)
     if not resume and not overwrite:
@@ -339,6 +344,7 @@ def _train(
         "seconds": seconds,
         "bits_per_symbol_best": trainer.best_value,
     }
+    figures |= recipe.distillation.said()
     if costs:
         figures["gate_cost"] = {name: cost.cost for name, cost in costs.items()}
     if not recipe.run.out:
