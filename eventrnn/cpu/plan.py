@@ -47,11 +47,12 @@ if TYPE_CHECKING:
 
 # Kernels for one matrix product, by the names that a trace reports. FORMAT: in the format of the matrix, one drive row
 # after the other; TILED: dense or single weights, in column tiles that many drive rows share; DENSIFIED and
-# DENSIFIED_TILED: the same for a sparse matrix that was made dense; BLAS_PRODUCT: dense weights through BLAS; LOOK_UP:
-# dense weights of a one-hot input, of which a drive row reads one row, where the network has it.
-FORMAT, TILED, DENSIFIED, DENSIFIED_TILED, BLAS_PRODUCT, LOOK_UP = KERNELS = (
-    *("stored", "tiles", "dense", "dense tiles", "blas", "look-up"),
-)
+# DENSIFIED_TILED: the same for a sparse matrix that was made dense; BLAS_PRODUCT: dense weights through BLAS.
+FORMAT, TILED, DENSIFIED, DENSIFIED_TILED, BLAS_PRODUCT = KERNELS = ("stored", "tiles", "dense", "dense tiles", "blas")
+
+# The kernel that no policy selects (`fixed_kernel`): dense weights of a one-hot input, of which a drive row reads one
+# row, where the network has it.
+LOOK_UP = "look-up"
 
 # Events per unit, over all drive rows, from which the TILED kernel is faster. Measured at 1350 units: about where
 # reading a weight row once for all drive rows outweighs the narrower column tiles.
@@ -166,7 +167,7 @@ class Plan:
 
     Attributes
     ----------
-    kernel_by_matrix : name of a matrix -> one of `KERNELS`
+    kernel_by_matrix : name of a matrix -> one of `KERNELS`, or `LOOK_UP`
     layers           : (layers, 11) int64, the table of layers
     column_tiles     : (n_threads, tiles, FIELDS) int64, the table of column tiles
     pools            : the packed weights

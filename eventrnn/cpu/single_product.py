@@ -8,8 +8,9 @@ import numpy as np
 
 from eventrnn.cells import Cell
 from eventrnn.cpu.engine import CpuEngine
+from eventrnn.cpu.kernels.products import product_address, update_addresses
 from eventrnn.cpu.kernels.spmm import propagate_steps
-from eventrnn.cpu.plan import KernelPolicy, Plan, workspace
+from eventrnn.cpu.plan import FORMAT, KernelPolicy, Plan, workspace
 from eventrnn.cpu.tables import BIAS_IN, IN, REC, EventLists, ThreadTables, Workspace
 from eventrnn.events import Events
 from eventrnn.network import Layer, Network
@@ -55,8 +56,14 @@ class Product:
         given = zeros if bias is None else bias
         network = Network((Layer(weights, unused, given, zeros, np.zeros(units, np.float32), cell),))
         engine = CpuEngine(network, threads, policy)
-        engine.activity[0] = len(events.indices) / max(1, self.steps * self.batch * n_pre)
-        self.plan, self.pitch = plan or engine.plan(1, self.batch), engine.drive_pitch
+        if plan is None:
+            active = len(events.indices) / max(1, self.steps * self.batch * n_pre)
+            w_in, w_rec = network.matrices()
+            # The matrix that is not used is not made dense, whatever the policy is.
+            kernels = {w_in: engine.policy.select_kernel(weights, self.batch, active), w_rec: FORMAT}
+            thresholds = dict.fromkeys(kernels, engine.policy.dense_activity_threshold(self.batch))
+            plan = Plan(network, engine.layout, kernels, thresholds, product_address, update_addresses)
+        self.plan, self.pitch = plan, engine.drive_pitch
         layer = self.plan.layers[0]
         self.span = int(layer[IN]), int(layer[REC])
         self.drive = np.zeros(self.batch * self.pitch, np.float32)
