@@ -461,11 +461,12 @@ def word_latency() -> str:
     the size of AWD-LSTM; GRU: `torch.nn.GRU` of our sizes; int8: their dynamic quantisation. Of a folded network,
     "ours, factors" is the same network before ([folding](pruning.md#folding-the-first-layer)). The last column compares
     each side at its better way. A random network has the size and the activity of a trained one (12, 14 and 30 % of the
-    layers), so that it does its work; it predicts nothing.
+    layers), so that it does its work; it predicts nothing. Only the sides of one network on one machine compare: each
+    was measured in one run; on a GPU the rivals are those of cuDNN.
     """
-    lines, rows = read("ptb_latency"), []
-    for name in dict.fromkeys(line["name"] for line in lines):
-        line = last(lines, name=name)
+    lines, rows = read("ptb_latency", timed=False), []
+    for name, machine in dict.fromkeys((line["name"], line["device"]) for line in lines):
+        line = last(lines, name=name, device=machine)
         assert line is not None
         for contestant, ways in line["ms_per_token"].items():
             best = line["times_faster_best"].get(contestant)
@@ -473,9 +474,9 @@ def word_latency() -> str:
                 f"{min(each['ms'] for kind, each in ways.items() if kind.startswith(way)):.3f}"
                 for way in ("sequence", "token")
             )
-            rows.append(((name, contestant, *spent, "" if best is None else times(best)), [line]))
-        rows += [((name, contestant, "missing", "", ""), [line]) for contestant in line["missing"]]
-    columns = ("network", "side", "ms per token, one call", "a call per token", "times slower than ours")
+            rows.append(((name, machine, contestant, *spent, "" if best is None else times(best)), [line]))
+        rows += [((name, machine, contestant, "missing", "", ""), [line]) for contestant in line["missing"]]
+    columns = ("network", "machine", "side", "ms per token, one call", "a call per token", "times slower than ours")
     return table(columns, rows)
 
 
