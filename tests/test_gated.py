@@ -182,8 +182,9 @@ def test_all_blocks_with_equal_gates_are_the_layer_without_gates(rule, blocks):
     assert_same(expected, simulate(network.with_matrices(equal), x, threads=2, record=RECORDABLE))
 
 
-def test_auto_runs_gated_blocks_as_they_are_stored():
-    network, x = network_of(), np.random.default_rng(1).standard_normal((9, 3, 5)).astype(np.float32)
+@pytest.mark.parametrize("period", [1, 3])
+def test_auto_runs_gated_blocks_as_they_are_stored(period):
+    network, x = network_of(period=period), np.random.default_rng(1).standard_normal((9, 3, 5)).astype(np.float32)
     for exact in (True, False):
         result = simulate(network, x, backend=AutoBackend(exact, invented_map()), record=RECORDABLE)
         assert set(result.paths.values()) == {"stored"}
