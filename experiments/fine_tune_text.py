@@ -1,6 +1,6 @@
 """From a character model that PyTorch trained to EGRUs of several activities: perplexity over operations. No download.
 
-    python experiments/fine_tune_text.py           # needs torch; MINUTES
+    python experiments/fine_tune_text.py           # needs torch
 
 PyTorch alone trains an embedding, an `nn.GRU` and a linear layer on the documentation that Python carries, and
 `torch.save` writes their `state_dict`. Then `eventrnn import` and `eventrnn fine-tune` make EGRUs of it, as

@@ -10,7 +10,7 @@ import numpy as np
 import typer
 
 from eventrnn import io
-from eventrnn._checks import need_choice
+from eventrnn._checks import need_choice, need_number
 from eventrnn._files import read_arrays
 from eventrnn.cli.options import (
     Force,
@@ -77,6 +77,8 @@ def import_command(
 ) -> None:
     """Import a GRU or an LSTM of PyTorch, Keras or ONNX, or a layer of EvNN, as a model file."""
     writable_file(out, force)
+    if as_egru is not None:
+        need_number("as-egru", as_egru, at_least=0)
     symbols = _symbols(vocabulary, text)
     network = _imported(source, _origin(source, origin), module, {"readout": readout, "embedding": embedding})
     if symbols is not None:
@@ -133,15 +135,17 @@ def export_command(
 
 
 def own_model(source: Path) -> Network:
-    """The network of a model file. Raises `ModelFileError`; for a file of another library it names the command."""
+    """The network of a model file. Raises `ModelFileError`, which begins with `model`; for a file of another library it
+    names the command."""
     try:
         return io.load(source)
     except io.ModelFileError as error:
+        words = f"model: {str(error).removeprefix('model: ')}"
         if source.exists() and (
             source.suffix.lower() in _ENDINGS.keys() - {".safetensors"} or "without eventrnn's metadata" in str(error)
         ):
-            raise io.ModelFileError(f"{error}; eventrnn import takes files of other libraries") from None
-        raise
+            words = f"{words}; eventrnn import takes files of other libraries"
+        raise io.ModelFileError(words) from None
 
 
 def _origin(source: Path, origin: str | None) -> str:
@@ -171,11 +175,24 @@ def _imported(source: Path, origin: str, module: str | None, layers: Mapping[str
             return io.from_keras(source, embedding=layers["embedding"], readout=layers["readout"])
         if origin == "onnx":
             return io.from_onnx(source, embedding=layers["embedding"], readout=layers["readout"])
+    except io.ImportRefused as error:
+        raise ValueError(_of_option(str(error), module, layers)) from None
     except FileNotFoundError:
         raise ValueError(f"source: there is no file {source}") from None
     except ImportError as error:
         raise ValueError(f"source: {error}") from None
     return Network((io.from_evnn(_arrays(source)),))
+
+
+def _of_option(words: str, module: str | None, layers: Mapping[str, str | None]) -> str:
+    """The words of `ImportRefused`, which begin with an argument of the importer or a name in the file, with the option
+    of the command before them."""
+    if module is not None and words.startswith("name: "):
+        return f"module: {words.removeprefix('name: ')}"
+    if words.startswith(("source: ", *(f"{option}: " for option in layers))):
+        return words
+    option = next((each for each, given in layers.items() if given and words.startswith(f"{given}: ")), "source")
+    return f"{option}: {words}"
 
 
 def _arrays(path: Path) -> Mapping[str, np.ndarray]:

@@ -53,7 +53,7 @@ def report(
             try:
                 read = load_symbols(network, source, part, unknown)[:symbols]
             except (ValueError, OSError) as error:
-                if text is not None:
+                if text is not None or not str(error).startswith("text: "):
                     raise
                 raise ValueError(f"{error}; this is the text of the training; --text names another") from None
             measured = pages.Measured(network, read, f"the {part} part of {source}")

@@ -133,10 +133,10 @@ def _read(path: Path) -> Mapping[str, Any]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ImportRefused(
-            f"{path.name}: torch cannot read it as weights ({str(error).splitlines()[0][:200]}); "
-            "save module.state_dict()"
-        ) from None
+        # Of bytes that no pickle begins with, the message may be a number, or empty.
+        said = str(error).strip()
+        why = "it is no file of torch.save" if not said or said.isdigit() else said.splitlines()[0][:200]
+        raise ImportRefused(f"{path.name}: torch cannot read it as weights ({why}); save module.state_dict()") from None
     # A checkpoint often keeps the weights beside the optimiser.
     if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
         found = found["state_dict"]

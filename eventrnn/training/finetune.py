@@ -18,6 +18,7 @@ import numpy as np
 
 from eventrnn._checks import need_kind, need_number, need_whole
 from eventrnn.counting.counts import count
+from eventrnn.cpu.engine import MOST_THREADS
 from eventrnn.events import Events
 from eventrnn.io.imported import as_egru
 from eventrnn.network import Layer, Network
@@ -90,6 +91,7 @@ class Tuning:
     def __post_init__(self):
         need_number("activity", self.activity, above=0, below=1, what="share")
         need_whole("epochs", self.epochs, at_least=1)
+        need_whole("threads", self.threads, at_least=1, at_most=MOST_THREADS)
         self.settings()
 
     def settings(self) -> Settings:
