@@ -10,7 +10,7 @@
         --teacher ptb.safetensors --distillation 0.5                                   # taught by the dense network
     python experiments/ptb.py tune ptb.safetensors ptb.safetensors.run --sparsity 0.8 --tied --kept embedding=0.1 \\
         --kept layers.0.w_in=0.3 --until 0.3 --out gradual.safetensors                 # the costly matrices to less
-    eventrnn convert tuned.safetensors --storage int8 --embedding int8 --out small.safetensors   # and xz -9, if need be
+    eventrnn convert tuned.safetensors --storage int8 --embedding int8 --out small.safetensors   # then pack_model.py
     python experiments/ptb.py evaluate small.safetensors --test
     python experiments/ptb.py evaluate small.safetensors --test --fold                 # first layer as a table
     python experiments/ptb.py twin small.safetensors                                   # equal to the dense network
