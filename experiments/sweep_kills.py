@@ -113,6 +113,17 @@ class Campaign:
         """Wait until this share of the points has ended."""
         self.wait(lambda: len(self.ended()) >= share * self.points, f"{share:.0%} of the points")
 
+    def end_of(self, driver: subprocess.Popen) -> int:
+        """The exit code of a driver, which may take as long as it likes while points end."""
+        before = -1
+        while len(self.ended()) > before:
+            before = len(self.ended())
+            try:
+                return driver.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                continue
+        raise RuntimeError(f"the driver hangs: …{(self.base / 'log.txt').read_text()[-2000:]}")
+
     def kill_worker(self) -> None:
         """Kill the worker that holds the lock of a point."""
 
@@ -165,11 +176,11 @@ def killed_sweep(campaign: Campaign, scheduler: bool) -> tuple[dict[str, int], l
         campaign.wait_for(0.75)
         dask.kill()
         dask.wait()
-        if driver.wait(PATIENCE) not in (1, 2):
+        if campaign.end_of(driver) not in (1, 2):
             faults.append(f"the driver ended with code {driver.returncode} after its scheduler was killed")
         campaign.cluster()
         driver = go_on("the scheduler")
-    if driver.wait(PATIENCE):
+    if campaign.end_of(driver):
         faults.append(f"the last driver ended with code {driver.returncode}")
     starts = campaign.ended()
     for what, before in checks:
@@ -184,7 +195,7 @@ def main(
 ) -> None:
     """Kill a sweep, and compare its points with runs alone."""
     begun = time.monotonic()
-    with tempfile.TemporaryDirectory() as made, ExitStack() as stack:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as made, ExitStack() as stack:
         base = Path(made)
         campaign = Campaign(engine, points, base, stack)
         starts, faults = killed_sweep(campaign, scheduler)

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import warnings
+from concurrent.futures import BrokenExecutor, Future
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 
@@ -15,7 +16,7 @@ from eventrnn.sweeps import Study, Sweep, SweepStopped, gpus, load_sweep, read_r
 from eventrnn.sweeps.engines import Engine, Needs, cores, default_workers
 from eventrnn.sweeps.figure import sweep_figure
 from eventrnn.sweeps.plan import point
-from eventrnn.sweeps.results import saved_sweep, write_result
+from eventrnn.sweeps.results import note_start, saved_sweep, write_result
 from eventrnn.sweeps.study import Proposals
 from eventrnn.sweeps.worker import RUN
 from eventrnn.training import Stopped
@@ -209,6 +210,21 @@ def test_a_point_that_fails_leaves_the_others_and_is_tried_again(tmp_path, text)
     assert models_of(folder) == models_alone(sweep, tmp_path / "alone")
 
 
+def test_a_sweep_goes_on_from_another_folder_of_the_shell_and_after_a_move(tmp_path, text, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sweep = small_sweep(text, grid={"training.seed": [0, 1], "data.text": [text.name]}, settings=SETTINGS)
+    assert sweep.anchored().grid["data.text"] == [str(text)]
+    lines = run_sweep(sweep, "out", executor=Inline())
+    (tmp_path / "else").mkdir()
+    monkeypatch.chdir(tmp_path / "else")
+    (tmp_path / "out").rename("moved")
+    for name in ("result.json", "model.safetensors"):
+        (tmp_path / "else" / "moved" / "points" / "0001" / name).unlink()
+    again = run_sweep(None, "moved", executor=Inline(), resume=True)
+    assert [line["bits_per_symbol_valid"] for line in again] == [line["bits_per_symbol_valid"] for line in lines]
+    assert [line["starts"] for line in again] == [1, 2] and len(models_of("moved")) == 2
+
+
 def test_folders_of_sweeps_are_not_mixed_up(tmp_path, text):
     sweep, folder = small_sweep(text, grid={"training.seed": [0]}), tmp_path / "out"
     run_sweep(sweep, folder, executor=Inline())
@@ -361,6 +377,54 @@ def test_every_process_chooses_a_gpu_of_its_own(tmp_path, monkeypatch):
         gpus.claim_gpu()
         chosen.append(os.environ["CUDA_VISIBLE_DEVICES"])
     assert chosen[:2] == ["GPU-a", "GPU-b"] and chosen[2] in chosen[:2]
+
+
+class Deadly(Inline):
+    """An executor that breaks when it is given a certain point."""
+
+    def __init__(self, number, begins, given):
+        super().__init__()
+        self.deadly, self.begins, self.given = f"{number:04d}", begins, given
+
+    def submit(self, fn, /, job):
+        self.given.append(int(job.folder.name))
+        if job.folder.name != self.deadly:
+            return super().submit(fn, job)
+        if self.begins:
+            job.folder.mkdir(parents=True, exist_ok=True)
+            note_start(job.folder)
+        future = Future()
+        future.set_exception(BrokenExecutor("a worker died"))
+        return future
+
+
+def test_a_point_that_kills_its_workers_fails_after_all_others(tmp_path, text, monkeypatch):
+    given, engine = [], lambda *_: Engine(lambda: Deadly(1, True, given), capacity=2, renews=True)
+    monkeypatch.setattr("eventrnn.sweeps.engines._processes", engine)
+    with pytest.warns(UserWarning, match="a worker died"):
+        lines = run_sweep(small_sweep(text), tmp_path / "out")
+    assert [line["state"] for line in lines] == ["done", "failed", *["done"] * 4]
+    assert "its worker died 4 times" in lines[1]["error"]
+    # From the second death on it is trained when nothing else is.
+    assert given.count(1) == 4 and given[-2:] == [1, 1] and sorted(set(given)) == list(range(6))
+
+
+def test_workers_that_cannot_begin_end_the_sweep(tmp_path, text, monkeypatch):
+    given, engine = [], lambda *_: Engine(lambda: Deadly(0, False, given), capacity=1, renews=True)
+    monkeypatch.setattr("eventrnn.sweeps.engines._processes", engine)
+    with (
+        warnings.catch_warnings(action="ignore"),
+        pytest.raises(RuntimeError, match='workers die before they begin .* under `if __name__ == "__main__":`'),
+    ):
+        run_sweep(small_sweep(text), tmp_path / "out")
+    assert given == [0, 0]
+
+
+def test_an_executor_of_the_caller_that_breaks_ends_the_sweep(tmp_path, text):
+    given = []
+    with pytest.raises(RuntimeError, match="the executor is broken .* go on with: eventrnn sweep --resume"):
+        run_sweep(small_sweep(text), tmp_path / "out", executor=Deadly(3, True, given))
+    assert results(tmp_path / "out") == 5
 
 
 def test_a_dead_worker_and_a_dead_driver_lose_no_point(tmp_path, six):

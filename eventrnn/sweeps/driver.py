@@ -7,6 +7,7 @@ the next one reads the results and hands out the other points, whose runs go on 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import time
 import uuid
@@ -25,6 +26,7 @@ from eventrnn.sweeps.plan import Point, Sweep, check_points, described, point
 from eventrnn.sweeps.results import (
     DONE,
     FAILED,
+    STARTS,
     STOP,
     STOPPED,
     line_of,
@@ -106,12 +108,19 @@ def run_sweep(
     worker that dies is replaced where the engine allows it, and its point goes on. A point whose training raises an
     exception has failed; the others go on.
 
+    A script calls it under `if __name__ == "__main__":`, because worker processes of this machine import the script.
+
     Everything is checked before any work: raises ValueError for settings that are not allowed, for two points that are
     the same run, for a folder that holds a sweep without `resume` or another one with it, for a sweep that another
     process drives, and for an address that does not answer; ImportError for a library that is missing. Raises
     `SweepStopped` after Ctrl-C or SIGTERM, once every worker has saved its run, and RuntimeError where the executor or
     the scheduler is lost.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError(
+            "run_sweep: called again by a worker process, which imports the script; call it there under "
+            '`if __name__ == "__main__":`'
+        )
     folder, driver = Path(folder), uuid.uuid4().hex
     need_flag("resume", resume)
     sweep = _sweep_of(sweep, folder, resume)
@@ -147,6 +156,7 @@ def _sweep_of(sweep: Sweep | None, folder: Path, resume: bool) -> Sweep:
         if sweep is None:
             return saved_sweep(folder)
         need_kind("sweep", sweep, Sweep, "a Sweep, or None")
+        sweep = sweep.anchored()
         need_same(sweep, folder)
         return sweep
     need_kind("sweep", sweep, Sweep, "a Sweep")
@@ -158,7 +168,7 @@ def _sweep_of(sweep: Sweep | None, folder: Path, resume: bool) -> Sweep:
         )
     if (folder / "points").exists():
         raise ValueError(f"out: {printable(folder)} holds a folder points already; give another folder")
-    return sweep
+    return sweep.anchored()
 
 
 def _need_own_run(chosen: Point) -> None:
@@ -233,6 +243,8 @@ class _Drive:
         self.deaths: dict[int, int] = {}
         self.lines: dict[int, dict[str, Any]] = {}
         self.ended: dict[int, Point] = {}
+        # Deaths of workers before any of them began a point.
+        self.unborn = 0
         # Filled by Ctrl-C and SIGTERM.
         self.requests: list[int] = []
 
@@ -350,6 +362,12 @@ class _Drive:
         """Go on after the death of a worker, with new ones."""
         # The other futures of a broken executor have failed too, or do so at once.
         self._collect(wait(self.futures).done)
+        self.unborn += not self.lines and not any((each.folder / STARTS).exists() for each in self.queue)
+        if self.unborn >= SUSPECT:
+            raise RuntimeError(
+                f"workers die before they begin ({error}); a script must call run_sweep under "
+                '`if __name__ == "__main__":`, because its worker processes import it'
+            )
         for each in list(self.queue):
             if self.deaths[each.number] >= MOST_DEATHS:
                 self.queue.remove(each)

@@ -21,7 +21,7 @@ from eventrnn.data.text import located, read_stream
 from eventrnn.io.named import located_model
 from eventrnn.network import Network
 from eventrnn.training.recipes.recipe import FIGURES, DataSettings, Recipe, load_recipe
-from eventrnn.training.recipes.toml_config import read_toml, to_toml
+from eventrnn.training.recipes.toml_config import nested, read_toml, to_toml
 from eventrnn.training.tasks import LanguageModelling
 
 # The key that names the preset of a point. All other keys are those of the recipe.
@@ -32,6 +32,9 @@ MODEL = "model.safetensors"
 
 # Settings that the sweep itself chooses.
 OWN_KEYS = {"run.out": "every point writes its own model file"}
+
+# Keys whose values are paths.
+PATHS = ("data.text", "distillation.teacher")
 
 SAMPLERS = ("tpe", "random")
 
@@ -152,6 +155,21 @@ class Sweep:
         values = [list(each) for each in self.grid.values()]
         return [each | dict(zip(self.grid, row, strict=True)) for each in listed for row in itertools.product(*values)]
 
+    def anchored(self) -> Sweep:
+        """The sweep with absolute paths, so that it can go on when another folder is the current one."""
+
+        def anchor(settings: Mapping[str, Any]) -> dict[str, Any]:
+            return {key: _absolute(value) if key in PATHS else value for key, value in settings.items()}
+
+        return replace(
+            self,
+            config=nested(anchor(flat(self.config)).items()),
+            settings=anchor(self.settings),
+            grid=anchor(self.grid),
+            points=tuple(map(anchor, self.points)),
+            study=None if self.study is None else replace(self.study, space=anchor(self.study.space)),
+        )
+
     def recipe(self, chosen: Mapping[str, Any], folder: Path) -> Recipe:
         """The recipe of the point with these settings, whose files lie in the folder.
 
@@ -163,13 +181,11 @@ class Sweep:
             preset=chosen.get(PRESET, self.preset),
             settings=[(key, plain(value)) for key, value in {**self.settings, **single}.items()],
         )
-        text, teacher = recipe.data.text, recipe.distillation.teacher
-        text = text if text == "builtin" else str(located(text).absolute())
-        teacher = str(Path(teacher).absolute()) if teacher and Path(teacher).exists() else teacher
+        text = recipe.data.text
         return replace(
             recipe,
-            data=replace(recipe.data, text=text),
-            distillation=replace(recipe.distillation, teacher=teacher),
+            data=replace(recipe.data, text=text if text == "builtin" else str(located(text).absolute())),
+            distillation=replace(recipe.distillation, teacher=_absolute(recipe.distillation.teacher)),
             run=replace(recipe.run, out=str(folder.absolute() / MODEL)),
         )
 
@@ -331,6 +347,14 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 # --- values -------------------------------------------------------------------------------------------------
+
+
+def _absolute(value: Any) -> Any:
+    """A path, or a list of paths, of files that exist as absolute ones."""
+    if isinstance(value, list | tuple):
+        return [_absolute(each) for each in value]
+    named = isinstance(value, str) and value not in ("", "builtin")
+    return str(Path(value).absolute()) if named and Path(value).exists() else value
 
 
 def _both(settings: Mapping[str, Any], axes: Mapping[str, Any], listed: set[str]) -> list[tuple[str, str]]:
