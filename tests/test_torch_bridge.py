@@ -425,7 +425,7 @@ def test_the_surrogate_and_the_cell_survive_to_network():
         (lambda made: made(X, lengths=[True, True, True]), ValueError, "lengths: got [True, True, True]"),
         (lambda made: made(X, lengths=[None, 2, 3]), ValueError, "lengths: got [None, 2, 3]"),
         (lambda made: made(X.to_sparse()), ValueError, "input: got a sparse or a nested tensor"),
-        (lambda made: made(X, (None, torch.zeros(2, 3, 6))), ValueError, "state: got (None, a tensor (2, 3, 6) on"),
+        (lambda made: made(X, (None, torch.zeros(2, 3, 6))), ValueError, "state: got (None, a tensor torch.float32 (2, 3, 6) on"),
         (lambda made: made(X, (torch.zeros(2, 3, 6, device="meta"),) * 2), ValueError, "on the CPU, outputs and"),
         (lambda made: made(X, (torch.zeros(2, 3, 6, requires_grad=True),) * 2), ValueError, "give state.detach()"),
         (lambda made: made(X, (torch.full((2, 3, 6), torch.nan),) * 2), ValueError, "state, outputs: got nan at"),
@@ -468,3 +468,24 @@ def test_from_network_layers_of_different_sizes_are_refused():
     with_readout = Network.random([3], inputs=2, readout=5, rng=np.random.default_rng(0))
     assert EGRU.from_network(with_readout).to_network().readout is None
     assert replace(with_readout, readout=None).layers[0].units == EGRU.from_network(with_readout).hidden_size
+
+
+def test_parameters_that_are_not_finite_are_named():
+    made, x = EGRU(3, 5, 2, threshold=0.05), torch.randn(4, 2, 3)
+    with torch.no_grad():
+        made.bias_in_l1[2] = float("nan")
+    with pytest.raises(ValueError, match=r"bias_in_l1: got nan at position \(2,\); need finite numbers"):
+        made(x)
+
+
+def test_states_that_are_no_numbers_are_refused_and_lazy_negations_are_numbers():
+    made, x = EGRU(3, 5, threshold=0.05), torch.randn(4, 2, 3)
+    output, (y, c) = made(x)
+    for wrong in (c > 0, c.int(), c.to(torch.complex64), c.to_sparse()):
+        with pytest.raises(ValueError, match="state: got .*, need two tensors .* of floating-point numbers on the CPU"):
+            made(x, (y, wrong))
+    lazy = torch.view_as_complex(torch.randn(4, 2, 3, 2)).conj().imag
+    assert lazy.is_neg() and torch.equal(made(lazy)[0], made(lazy.resolve_neg())[0])
+    assert torch.equal(made(x, (y, torch._neg_view(c)))[0], made(x, (y, -c))[0])
+    with pytest.raises(ValueError, match=r"dropout: got 1.0, need a share in \[0, 1\)"):
+        made.dropout = 1.0

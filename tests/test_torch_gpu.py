@@ -356,9 +356,26 @@ def test_wrong_calls_are_refused_by_name(where, monkeypatch):
         module(where).half()(x)
     with pytest.raises(ValueError, match="state: got"):
         module(where)(x, torch.zeros(1, BATCH, UNITS))
+    made = module(where)
+    with pytest.raises(ValueError, match=r"w_rec_l0: got shape \(2, 15\), need \(5, 15\)"):
+        torch.func.functional_call(made, {"w_rec_l0": torch.zeros(2, 3 * UNITS, device=where)}, (x,))
+    for mask in (torch.ones(3 * UNITS, UNITS, dtype=torch.bool).T, torch.ones(UNITS, 3 * UNITS), torch.ones(1, 1) > 0):
+        made.kept_w_rec_l0 = mask.to(where)
+        with pytest.raises(ValueError, match="kept_w_rec_l0: got .*, need contiguous booleans"):
+            made(x)
     monkeypatch.setattr("eventrnn.torch.gpu._is_capturing", lambda x: True)
     with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"):
         module(where)(x)
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_numbers_that_are_not_finite_show_in_the_output(where, cell):
+    made, x = module(where, 2, cell=cell, threshold=0.05 if cell.thresholded else None), numbers(where, 3, 2, INPUTS)
+    expected = made(x)[0]
+    x[1, 0, 1] = float("nan")
+    output, (_, cells) = made(x, lengths=[2, 3])
+    assert output[1, 0].isnan().all() and torch.equal(output[:, 1], expected[:, 1]) and not output[2, 0].any()
+    assert cells[0, 0].isnan().all() and cells[:, 1].isfinite().all()
 
 
 def test_a_window_that_does_not_fit_is_refused_and_the_next_one_runs(where):
@@ -372,6 +389,18 @@ def test_a_window_that_does_not_fit_is_refused_and_the_next_one_runs(where):
         made(torch.cat([x, x]))
     device.room = room
     assert torch.equal(made(x)[0], expected)
+
+
+def test_few_long_samples_beside_many_short_ones_need_no_memory_for_many_long_ones(where):
+    made = module(where)
+    with torch.no_grad():
+        made(numbers(where, 2, 30, INPUTS))
+        made(numbers(where, 40, 1, INPUTS))
+        made(numbers(where, 2, 31, INPUTS))
+        made(numbers(where, 1, 1, INPUTS))
+    waiting = made._engine[1].pool.waiting
+    assert [each.capacity for each in waiting] == [(40, 1)]
+    assert [each.capacity for each in made._engine[1].pool._released] == [(2, 31)]
 
 
 @ON_A_REAL_GPU

@@ -33,10 +33,12 @@ from eventrnn.torch.call import (
     TorchState,
     checked_ends,
     checked_state,
+    need_mask,
     need_parameter,
     on_gpu,
     packed_like,
     parameter_names,
+    parameter_shapes,
     steps_first,
     torch_name,
 )
@@ -167,7 +169,7 @@ class EGRU(nn.Module):
         self.num_layers, self.bias = len(network.layers), bias
         self.batch_first = need_flag("batch_first", batch_first)
         self.smooth = False
-        self.dropout = need_number("dropout", dropout, at_least=0, below=1, what="share")
+        self.dropout = dropout
         if self.dropout and self.num_layers == 1:
             # torch.nn.GRU warns too.
             warnings.warn(f"dropout: got {dropout}, which acts between layers, and there is one", stacklevel=3)
@@ -196,6 +198,16 @@ class EGRU(nn.Module):
     @precision.setter
     def precision(self, name: str) -> None:
         self._precision = need_choice("precision", name, PRECISIONS)
+
+    @property
+    def dropout(self) -> float:
+        """The share of the outputs between layers that is dropped in training. Setting it raises ValueError for a
+        number that is not in [0, 1)."""
+        return self._dropout
+
+    @dropout.setter
+    def dropout(self, share: float) -> None:
+        self._dropout = need_number("dropout", share, at_least=0, below=1, what="share")
 
     def _cell(self, name: str) -> Cell:
         return self.cells[int(name.split(".")[1])]
@@ -247,7 +259,7 @@ class EGRU(nn.Module):
             x = torch.where(there[:, :, None], x, torch.zeros((), dtype=x.dtype, device=x.device))
         arguments = self._arguments()
         window, kind = self._window(x, {argument.dtype for argument in arguments})
-        x = x.to(kind)
+        x = x.to(kind).resolve_neg()
         taped = torch.is_grad_enabled() and any(each.requires_grad for each in (x, *arguments))
         output, outputs, cells = window.apply(Call(self, before, ends, taped), x, *arguments)
         if ends is not None:
@@ -308,11 +320,13 @@ class EGRU(nn.Module):
         if self._model is None:
             self._model = Model(self._template(), **self.options)
         model = self._model
-        for name, tensor in zip(parameter_names(self.num_layers), values, strict=True):
-            need_parameter(name, tensor, torch.device("cpu"))
+        for (name, shape), tensor in zip(parameter_shapes(self).items(), values, strict=True):
+            need_parameter(name, tensor, shape, torch.device("cpu"))
             array, mask = tensor.detach().numpy(), self._mask(name)
             if mask is not None:
-                model.masks[name] = mask.cpu().numpy()
+                mask = mask.cpu()
+                need_mask(name, mask, tensor)
+                model.masks[name] = mask.numpy()
                 if np.any(array[~model.masks[name]]):
                     array *= model.masks[name]
             elif name in model.masks:

@@ -53,13 +53,36 @@ def on_gpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cuda"
 
 
-def need_parameter(name: str, tensor: Tensor, where: torch.device) -> None:
+def parameter_shapes(module: EGRU) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters of the engine, in order."""
+    found, inputs, units = {}, module.input_size, module.hidden_size
+    for k, cell in enumerate(module.cells):
+        columns = cell.gates * units
+        shapes = ((inputs, columns), (units, columns), (columns,), (columns,), (units,))
+        found |= {f"layers.{k}.{name}": shape for name, shape in zip(LAYER_PARAMETERS, shapes, strict=True)}
+        inputs = units
+    return found
+
+
+def need_parameter(name: str, tensor: Tensor, shape: tuple[int, ...], where: torch.device) -> None:
     """Raise ValueError for a parameter that an engine cannot use. name : of the engine"""
+    if tensor.shape != shape:
+        raise ValueError(f"{torch_name(name)}: got shape {tuple(tensor.shape)}, need {shape}")
     if tensor.device != where or tensor.dtype != torch.float32 or not tensor.is_contiguous():
         place, remedy = ("the CPU", ".cpu()") if where.type == "cpu" else (f"{where}, as the input", f".to('{where}')")
         raise ValueError(
             f"{torch_name(name)}: got {tensor.dtype} on {tensor.device}, need contiguous float32 on {place}; "
             f"call {remedy}.float()"
+        )
+
+
+def need_mask(name: str, mask: Tensor, parameter: Tensor) -> None:
+    """Raise ValueError for a mask that does not fit its parameter. name : of the engine"""
+    fits = mask.device == parameter.device and mask.dtype == torch.bool and mask.is_contiguous()
+    if not fits or mask.shape != parameter.shape:
+        raise ValueError(
+            f"kept_{torch_name(name)}: got {mask.dtype} {tuple(mask.shape)} on {mask.device}, need contiguous booleans "
+            f"{tuple(parameter.shape)} on {parameter.device}"
         )
 
 
@@ -108,13 +131,11 @@ def checked_state(module: EGRU, state: Any, x: Tensor, single: bool) -> TorchSta
     layers, batch, units = module.num_layers, x.shape[1], module.hidden_size
     shape = (layers, units) if single else (layers, batch, units)
     fits = isinstance(state, tuple | list) and len(state) == 2
-    if not fits or any(
-        not isinstance(each, Tensor) or tuple(each.shape) != shape or each.device != x.device for each in state
-    ):
+    if not fits or any(not _is_state(each, shape, x.device) for each in state):
         where = "the CPU" if x.device.type == "cpu" else f"{x.device}, as the input"
         raise ValueError(
-            f"state: got {_described(state)}, need two tensors {shape} on {where}, outputs and cells, as a call "
-            "before returned them"
+            f"state: got {_described(state)}, need two tensors {shape} of floating-point numbers on {where}, outputs "
+            "and cells, as a call before returned them"
         )
     if torch.is_grad_enabled() and any(each.requires_grad for each in state):
         raise ValueError(
@@ -122,7 +143,7 @@ def checked_state(module: EGRU, state: Any, x: Tensor, single: bool) -> TorchSta
             "state.detach()"
         )
     kind = torch.float64 if module.w_rec_l0.dtype == torch.float64 else torch.float32
-    outputs, cells = (each.detach().to(kind).reshape(layers, batch, units).contiguous() for each in state)
+    outputs, cells = (each.detach().to(kind).resolve_neg().reshape(layers, batch, units).contiguous() for each in state)
     return outputs, cells
 
 
@@ -135,8 +156,16 @@ def packed_like(packed: PackedSequence, output: Tensor, ends: Tensor) -> PackedS
     return PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
 
 
+def _is_state(tensor: Any, shape: tuple[int, ...], where: torch.device) -> bool:
+    """Whether something is a tensor of these numbers."""
+    numbers = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.layout == torch.strided
+    return numbers and tuple(tensor.shape) == shape and tensor.device == where
+
+
 def _described(state: Any) -> str:
     """What was given as a state, in words."""
     if isinstance(state, tuple | list):
         return f"({', '.join(map(_described, state))})"
-    return f"a tensor {tuple(state.shape)} on {state.device}" if isinstance(state, Tensor) else said(state)
+    if isinstance(state, Tensor):
+        return f"a tensor {state.dtype} {tuple(state.shape)} on {state.device}"
+    return said(state)

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from eventrnn._checks import check_finite
 from eventrnn.state import State
-from eventrnn.torch.call import Call, TorchState, parameter_names
+from eventrnn.torch.call import Call, TorchState, parameter_names, torch_name
 from eventrnn.training.bptt.model import Model
 
 
@@ -25,6 +25,7 @@ class CpuWindow(torch.autograd.Function):
         model = module._bound(parameters)
         inputs = np.ascontiguousarray(x.detach().numpy())
         output, after, tape = model.forward(inputs, _start(model, call.before, x.shape[1]), module._noise(*x.shape[:2]))
+        _need_finite(model, after)
         if ends is not None:
             # The state of each sample is that after its own last step.
             last, samples = ends.numpy(), np.arange(x.shape[1])
@@ -49,7 +50,9 @@ class CpuWindow(torch.autograd.Function):
         names = parameter_names(ctx.module.num_layers)
         model = ctx.module._bound(ctx.saved_tensors[: len(names)])
         wanted = ctx.needs_input_grad[1]
-        found = model.backward(ctx.tape, np.ascontiguousarray(d_output.numpy(), np.float32), d_inputs=wanted)
+        found = model.backward(
+            ctx.tape, np.ascontiguousarray(d_output.resolve_neg().numpy(), np.float32), d_inputs=wanted
+        )
         each = [
             torch.from_numpy(found[name]) if needed else None
             for name, needed in zip(names, ctx.needs_input_grad[2:], strict=True)
@@ -63,6 +66,23 @@ def host_state(before: TorchState) -> tuple[np.ndarray, np.ndarray]:
     check_finite("state, outputs", outputs)
     check_finite("state, cells", cells)
     return outputs, cells
+
+
+def _need_finite(model: Model, after: State) -> None:
+    """Raise ValueError where cells after a window are not finite, and name the parameter that is the cause.
+
+    A unit whose cell is not a number sends nothing, so that the output and the loss would not show it. It stays so
+    until the end of the window, which is why the last cells, few numbers, tell.
+    """
+    for k, cells in enumerate(after.cells):
+        if np.isfinite(cells).all():
+            continue
+        for name, array in model.parameters.items():
+            check_finite(torch_name(name), array)
+        raise ValueError(
+            f"input: the cells of layer {k} are not finite after the window, though the input and the parameters are; "
+            "scale them down"
+        )
 
 
 def _start(model: Model, before: TorchState | None, batch: int) -> State:

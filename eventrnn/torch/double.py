@@ -62,7 +62,7 @@ class SpecificationWindow(torch.autograd.Function):
         # Raises an error where a parameter or the input was changed in place.
         _ = ctx.saved_tensors
         module, (given, layers, tapes) = ctx.module, ctx.window
-        d_sent, found = d_output.numpy(), {}
+        d_sent, found = d_output.resolve_neg().numpy(), {}
         for k in reversed(range(module.num_layers)):
             layer, rule = layers[k], module.options["thresholds"]
             own = reference.backward(module.cells[k], layer, given[k], tapes[k], d_sent, np.zeros_like(d_sent))

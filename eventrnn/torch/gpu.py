@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from eventrnn.torch.call import Call, need_parameter, parameter_names
+from eventrnn.torch.call import Call, need_mask, need_parameter, parameter_names, parameter_shapes
 from eventrnn.training import thresholds as rules
 from eventrnn.training.bptt.noise import Mask
 
@@ -46,7 +46,7 @@ class GpuWindow(torch.autograd.Function):
         output = torch.empty(steps, batch, units, dtype=torch.float32, device=x.device)
         outputs, cells = (torch.empty(layers, batch, units, dtype=torch.float32, device=x.device) for _ in range(2))
         # A tensor must not be freed before the work that reads it is on the stream.
-        x, ends = x.resolve_neg(), None if call.ends is None else call.ends.to(x.device, non_blocking=True)
+        ends = None if call.ends is None else call.ends.to(x.device, non_blocking=True)
         before = None if call.before is None else (call.before[0].data_ptr(), call.before[1].data_ptr())
         given = WindowTensors(
             steps,
@@ -127,6 +127,7 @@ def engine_of(module: EGRU, x: Tensor) -> ModuleEngine:
             [Mask("between", k, module.dropout, k, ("T", "B", units)) for k in between],
         )
         module._engine = key, engine
+        return engine
     return module._engine[1]
 
 
@@ -151,14 +152,10 @@ def _addresses(module: EGRU, x: Tensor, parameters: Any) -> ParameterTensors:
     from eventrnn.cuda.training.tensor_parameters import ParameterTensors
 
     values, masks = {}, {}
-    for name, parameter in zip(parameter_names(module.num_layers), parameters, strict=True):
-        need_parameter(name, parameter, x.device)
+    for (name, shape), parameter in zip(parameter_shapes(module).items(), parameters, strict=True):
+        need_parameter(name, parameter, shape, x.device)
         values[name], mask = parameter.data_ptr(), module._mask(name)
         if mask is not None:
-            if mask.device != x.device or mask.dtype != torch.bool or mask.shape != parameter.shape:
-                raise ValueError(
-                    f"the mask of {name}: got {mask.dtype} {tuple(mask.shape)} on {mask.device}, need booleans "
-                    f"{tuple(parameter.shape)} on {x.device}"
-                )
+            need_mask(name, mask, parameter)
             masks[name] = mask.data_ptr()
     return ParameterTensors(values, masks)

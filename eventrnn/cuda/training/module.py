@@ -41,6 +41,9 @@ F32 = np.float32
 # Workspaces that wait for a window, and sizes of windows in each whose graphs are kept; those used last.
 MOST_WAITING, MOST_SIZES = 4, 32
 
+# How much larger than the larger one a workspace may be that serves the windows of two.
+MOST_GROWTH = 2
+
 # Lanes are shared by all modules, and autograd calls from a thread of its own.
 _LOCK = threading.RLock()
 
@@ -64,7 +67,8 @@ class WindowTensors:
     inputs       : (T, B, I)
     before       : outputs and cells before the window, each (layers, B, N) float32; None for zeros
     ends         : (B,) int64 numbers of steps, or 0 where all samples have T
-    output       : (T, B, N) float32, written
+    output       : (T, B, N) float32, written. At the last step of a sample, NaN for a unit that has, in any layer, a
+                   cell that is not finite, so that a loss shows it
     after        : outputs and cells after the last step of each sample, each (layers, B, N) float32, written
     """
 
@@ -145,8 +149,10 @@ class Pool:
         self._released.append(workspace)
 
     def take(self, kind: Kind, steps: int, batch: int) -> tuple[Workspace | None, int, int]:
-        """A workspace that waits and fits; otherwise None, and the size that a new one should have. Those that would
-        have fitted but for their size are dropped."""
+        """A workspace that waits and fits; otherwise None, and the size that a new one should have.
+
+        Those that would have fitted but for their size are dropped, and a new one replaces them. A workspace that is
+        much smaller than its union with the new one, as of few long samples beside many short ones, stays."""
         while self._released:
             self.waiting.append(self._released.popleft())
         del self.waiting[:-MOST_WAITING]
@@ -157,8 +163,12 @@ class Pool:
                 self.waiting.remove(workspace)
                 return workspace, steps, batch
         for workspace in [each for each in self.waiting if each.kind == kind]:
-            steps, batch = max(steps, workspace.capacity[0]), max(batch, workspace.capacity[1])
-            self.waiting.remove(workspace)
+            most_steps, most_batch = max(steps, workspace.capacity[0]), max(batch, workspace.capacity[1])
+            if most_steps * most_batch <= MOST_GROWTH * max(
+                steps * batch, workspace.capacity[0] * workspace.capacity[1]
+            ):
+                steps, batch = most_steps, most_batch
+                self.waiting.remove(workspace)
         return None, steps, batch
 
 
@@ -224,7 +234,7 @@ class ModuleEngine:
         """
         workspace, steps, batch = self.pool.take(kind, given.steps, given.batch)
         if workspace is None:
-            workspace = self._made(kind, steps, batch)
+            workspace = self._made(kind, (steps, batch), (given.steps, given.batch))
         try:
             self._forward(workspace, given, parameters, draw)
         except BaseException:
@@ -235,13 +245,13 @@ class ModuleEngine:
         self.pool.put_back(workspace)
         return 0
 
-    def _made(self, kind: Kind, steps: int, batch: int) -> Workspace:
+    def _made(self, kind: Kind, wanted: tuple[int, int], needed: tuple[int, int]) -> Workspace:
         try:
-            return Workspace(self, kind, steps, batch)
+            return Workspace(self, kind, *wanted)
         except MemoryError:
-            # What waits for windows of another kind is worth less than this one.
+            # What waits for other windows is worth less than this one.
             self.pool.waiting.clear()
-            return Workspace(self, kind, steps, batch)
+            return Workspace(self, kind, *needed)
 
     def _forward(self, workspace: Workspace, given: WindowTensors, parameters: ParameterTensors, draw: int) -> None:
         lane, memory, layers = self.lanes.main, workspace.memory, self._sizes.layers
@@ -272,17 +282,19 @@ class ModuleEngine:
                 given.batch,
                 given.after[1] + apart,
                 given.after[0] + apart,
+                given.output,
             )
 
     def _begin(self, lane: Lane, workspace: Workspace, given: WindowTensors) -> None:
         """The state before the window."""
+        at_rest, workspace.at_rest = workspace.at_rest, False
         for k, layer in enumerate(self._sizes.layers):
             for number, name in enumerate(("outputs", "cells")):
                 if given.before is not None:
                     source = Rows(given.before[number] + 4 * k * given.batch * layer.units, 0, layer.units, 1)
                     target = workspace.memory.at((name, k))
                     self._copy_rows(lane, source, (1, given.batch, layer.units), target, layer.padded, "float32")
-                elif not workspace.at_rest:
+                elif not at_rest:
                     lane.clear(workspace.memory[name, k])
         workspace.at_rest = given.before is None
 

@@ -8,7 +8,7 @@ segments_at : (segments, SEGMENT_FIELDS) int64; chunks_at : (chunks, 3) int64: s
 
 from __future__ import annotations
 
-from numba import int64, types
+from numba import float32, int64, types
 
 from eventrnn.cuda.device import cuda, device_function
 from eventrnn.cuda.kernels.ptx import global_float32, global_int64, global_uint8
@@ -32,6 +32,8 @@ from eventrnn.cuda.training.kernels.threads import BYTES, STORES, ZERO32, first_
 ) = range(12)
 
 BITS_PER_PLACE = 4
+
+INFINITE32, NAN32 = float32("inf"), float32("nan")
 
 
 def rows_kernel(precision: str):
@@ -140,13 +142,27 @@ def last_state_kernel():
     kept              : whether the cell stays as it is when the unit sends
     ends_at           : (B,) int64 numbers of steps, or address 0 where all samples have `steps`
     to_cells_at, to_outputs_at : (B, units) float32
+    output_at         : (steps, B, units) float32, the output of the top layer; NaN is written at the last step of a
+                        unit whose cell is not finite. Such a unit sends nothing, and nothing else would show it
     """
 
     def last_state(
-        cells_at, sent_at, threshold_at, kept, ends_at, steps, units, padded, batch, to_cells_at, to_outputs_at
+        cells_at,
+        sent_at,
+        threshold_at,
+        kept,
+        ends_at,
+        steps,
+        units,
+        padded,
+        batch,
+        to_cells_at,
+        to_outputs_at,
+        output_at,
     ):
         cells, values, thresholds = global_float32(cells_at), global_float32(sent_at), global_float32(threshold_at)
         to_cells, to_outputs = global_float32(to_cells_at), global_float32(to_outputs_at)
+        output = global_float32(output_at)
         at, step = first_element(), stride()
         while at < units * batch:
             sample = at // units
@@ -156,8 +172,11 @@ def last_state_kernel():
                 last = global_int64(ends_at)[sample] - 1
             i = (last * batch + sample) * padded + unit
             threshold = thresholds[unit]
-            to_cells[at] = cell_after(cells[i], threshold, kept != 0)
+            cell = cell_after(cells[i], threshold, kept != 0)
+            to_cells[at] = cell
+            if not abs(cell) < INFINITE32:
+                output[(last * batch + sample) * units + unit] = NAN32
             to_outputs[at] = sent(values[i], threshold)
             at += step
 
-    return last_state, types.void(*[types.int64] * 11)
+    return last_state, types.void(*[types.int64] * 12)
