@@ -208,6 +208,16 @@ def egru_value(in_u, in_r, in_g, rec_u, rec_r, rec_g, c):
     return fma(u, c, (ONE - u) * g), u, r, g
 
 
+def egru_decay(u, pull, c):
+    """The cell before the event of a step with known gates: `egru_value` and, without its `- y`, `egru_paper_value`.
+
+    pull : `(1 - u) * g`, rounded
+
+    While a unit receives nothing its gates do not change, and neither does `pull`.
+    """
+    return fma(u, c, pull)
+
+
 def egru_reset_gate(in_r, rec_r):
     """The reset gate from its two drives. The paper's variant needs it before the candidate's recurrent product."""
     return sigmoid(in_r + rec_r)

@@ -403,6 +403,10 @@ def _entries_of(table: Events, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return np.arange(lengths.sum()) + np.repeat(table.indptr[rows] - ends + lengths, lengths), lengths
 
 
+# Share of non-zero numbers below which an array is counted event by event.
+SPARSE = 0.1
+
+
 @dataclass(frozen=True)
 class FireCounts:
     """The number of events that each unit sent during a run, by kind of value.
@@ -425,9 +429,15 @@ class FireCounts:
     def of(cls, outputs: np.ndarray) -> FireCounts:
         """The counts of an array (steps, batch, size) of outputs, zero where a unit sent nothing."""
         counts = cls.zeros(outputs.shape[2])
+        size = outputs.shape[2]
         for part in in_parts(outputs):
+            sent = part != 0
+            if np.count_nonzero(sent) < SPARSE * sent.size:
+                positions = np.flatnonzero(sent)
+                counts += cls.of_events(positions % size, part.ravel()[positions], size)
+                continue
             unit = np.abs(part) == 1
-            counts += cls(((part != 0) & ~unit).sum(axis=(0, 1)), unit.sum(axis=(0, 1)))
+            counts += cls((sent & ~unit).sum(axis=(0, 1)), unit.sum(axis=(0, 1)))
         return counts
 
     @classmethod

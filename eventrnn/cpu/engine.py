@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,11 +24,13 @@ from eventrnn._exclusive import Use, exclusive
 from eventrnn.backend import HostInputs, merged_paths, step_array
 from eventrnn.cpu import step_table
 from eventrnn.cpu.kernels.products import product_address, update_addresses
+from eventrnn.cpu.kernels.silence import LINE
 from eventrnn.cpu.kernels.simd import LANES
 from eventrnn.cpu.kernels.time_loop import run, run_address, step, step_of_symbols
 from eventrnn.cpu.memory import aligned_zeros
 from eventrnn.cpu.packing import check_format
 from eventrnn.cpu.plan import BLAS_PRODUCT, KernelPolicy, Layout, Plan, fixed_kernel, workspace
+from eventrnn.cpu.silence import silent_steps
 from eventrnn.cpu.stepper import Stepper
 from eventrnn.cpu.tables import (
     SEGMENT_WIDTHS,
@@ -39,7 +42,7 @@ from eventrnn.cpu.tables import (
     RunSize,
 )
 from eventrnn.cpu.threads import Team
-from eventrnn.state import FireCounts, Inputs, State, Trace
+from eventrnn.state import FireCounts, InputKind, Inputs, State, Trace
 from eventrnn.weights import Dense, GatedBlocks, MatrixId
 
 if TYPE_CHECKING:
@@ -52,8 +55,9 @@ CHUNK_BYTES, READOUT_BYTES = 1 << 20, 4 << 20
 # Time steps of a chunk, at most.
 LONGEST_CHUNK = 64
 
-# Chunks after which the engine selects kernels again.
-RECHECK = 16
+# Chunks after which the engine selects kernels again; twice as many, up to the longest, after each stretch of time in
+# which at most a share `QUIET` of the rows had events. In silence selecting takes longer than the steps.
+RECHECK, LONGEST_RECHECK, QUIET = 16, 256, 1 / 16
 
 # Plans that an engine keeps; each holds a copy of the weights.
 MOST_PLANS = 4
@@ -171,8 +175,10 @@ class CpuEngine:
                     aligned_zeros(list_rows * self.n_threads, np.int64),
                     aligned_zeros(list_rows * self.n_threads, np.int64),
                 ),
+                aligned_zeros((self.n_threads, rows * self.n_threads), np.int64),
+                aligned_zeros((self.n_threads, rows * self.n_threads), np.int64),
                 aligned_zeros((self.n_threads, rows), np.int64),
-                aligned_zeros((self.n_threads, rows), np.int64),
+                aligned_zeros(self.n_threads * LINE, np.int64),
                 aligned_zeros((self.n_threads, batch * row_capacity), np.int32),
                 aligned_zeros((self.n_threads, batch * row_capacity), np.float32),
                 workspace(
@@ -184,12 +190,18 @@ class CpuEngine:
             self.chunk, self.buffers_batch = chunk, batch
         return self.buffers
 
+    @cached_property
+    def silent_steps(self) -> tuple[np.ndarray, np.ndarray]:
+        """Factor and addend of all cells in a silent step."""
+        return silent_steps(self.network)
+
     def _tables(self, plan: Plan) -> NetworkTables:
         return NetworkTables(
             plan.layers,
             plan.column_tiles,
             plan.pools,
             self.threshold,
+            *self.silent_steps,
             plan.readout,
             self.layout.bias_begins[-1],
             self.layout.unit_bounds,
@@ -213,10 +225,10 @@ class CpuEngine:
         outputs = RunOutputs(output, events, states, np.zeros(total, np.int64), np.zeros(total, np.int64))
         buffers, held, paths = self._buffers(inputs.batch), self.layout.held, []
         held.give(state, buffers.workspace, inputs.batch)
-        begin, ahead = 0, self.chunk
+        begin, ahead, chunks, sent = 0, self.chunk, RECHECK, 0
         while begin < inputs.steps:
             end = min(inputs.steps, begin + ahead)
-            received = self._received(inputs.chunk(begin, end))
+            received, busy = self._received(inputs.chunk(begin, end))
             plan = self.plan(end - begin, inputs.batch)
             size = RunSize(inputs.steps, begin, end, inputs.batch, self.chunk)
             with_blas = BLAS_PRODUCT in plan.kernel_by_matrix.values()
@@ -226,7 +238,11 @@ class CpuEngine:
             fired = self._by_layer(outputs.graded + outputs.binary)
             self.activity[1:] = [float(f.sum()) / (end * inputs.batch * len(f)) for f in fired]
             paths.append(plan.kernel_by_matrix)
-            begin, ahead = end, RECHECK * self.chunk
+            sent_before, sent = sent, sum(int(f.sum()) for f in fired)
+            quiet = busy + sent - sent_before <= QUIET * (end - begin) * inputs.batch
+            # Numbers become events stretch by stretch, and may be many in the next one.
+            chunks = min(2 * chunks, LONGEST_RECHECK) if quiet and inputs.kind is not InputKind.DENSE else RECHECK
+            begin, ahead = end, chunks * self.chunk
         return Trace(
             output.reshape(inputs.steps, inputs.batch, self.output_size),
             State(self._by_layer(c, inputs.batch), self._by_layer(y, inputs.batch), held.read(buffers.workspace)),
@@ -236,14 +252,18 @@ class CpuEngine:
             merged_paths(paths),
         )
 
-    def _received(self, inputs: Inputs) -> InputEvents:
-        """The events for one call of the time loop. Numbers become events here, so that few exist at once."""
-        part = inputs.to_event_table()
+    def _received(self, inputs: Inputs) -> tuple[InputEvents, int]:
+        """The events for one call of the time loop, and the number of rows that have any.
+
+        Numbers become events here, so that few exist at once.
+        """
+        part, busy = inputs.to_event_table(), 0
         table, row_of = part.event_table, part.rows
         if len(row_of):
             counts = table.indptr[row_of + 1] - table.indptr[row_of]
             self.activity[0] = float(counts.mean()) / max(1, inputs.size)
-        return InputEvents(table.indptr, table.indices, table.values, row_of)
+            busy = int(np.count_nonzero(counts))
+        return InputEvents(table.indptr, table.indices, table.values, row_of), busy
 
     def _run(self, with_blas: bool, *arguments) -> None:
         # BLAS must not start threads beside those of the engine.
@@ -302,6 +322,8 @@ class CpuEngine:
             step_table.POINTERS: plan.pools.pointers,
             step_table.BIASES: plan.pools.biases,
             step_table.THRESHOLD: self.threshold,
+            step_table.KEEP: self.silent_steps[0],
+            step_table.PULL: self.silent_steps[1],
             step_table.UNIT_BOUNDS: layout.unit_bounds,
             step_table.DRIVE_BEGINS: layout.drive_begins,
             step_table.INPUT_DRIVES: buffers.input_drives,
@@ -312,6 +334,8 @@ class CpuEngine:
             step_table.EVENT_COUNTS: buffers.events.counts,
             step_table.LIST_BEGINS: buffers.list_begins,
             step_table.LIST_COUNTS: buffers.list_counts,
+            step_table.DRIVE_OF: buffers.drive_of,
+            step_table.RESTS: buffers.rests,
             step_table.GATED_INDICES: buffers.gated_indices,
             step_table.GATED_VALUES: buffers.gated_values,
             step_table.PANEL_BEGINS: buffers.workspace.panel_begins,

@@ -39,7 +39,7 @@ from eventrnn.cpu.tables import (
     Workspace,
 )
 from eventrnn.state import gates_not_finite
-from eventrnn.weights import BlockCSR, Dense, MatrixId, Weights
+from eventrnn.weights import BlockCSR, Dense, GatedBlocks, MatrixId, Weights
 
 if TYPE_CHECKING:
     from eventrnn.network import Network
@@ -168,7 +168,7 @@ class Plan:
     Attributes
     ----------
     kernel_by_matrix : name of a matrix -> one of `KERNELS`, or `LOOK_UP`
-    layers           : (layers, 11) int64, the table of layers
+    layers           : (layers, 12) int64, the table of layers
     column_tiles     : (n_threads, tiles, FIELDS) int64, the table of column tiles
     pools            : the packed weights
     faults           : name of a matrix of gated blocks -> where its tiles have their FAULT in `pools.pointers`
@@ -182,7 +182,7 @@ class Plan:
         kernel_by_matrix: Mapping[str, str],
         dense_activity_threshold: Mapping[str, float],
         product_address: Callable[[int, int], int],
-        update_addresses: Callable[[str, str], tuple[int, int]],
+        update_addresses: Callable[[str, str], tuple[int, int, int]],
     ):
         self._product_address = product_address
         self.layout, self.n_threads, self.kernel_by_matrix = layout, layout.n_threads, dict(kernel_by_matrix)
@@ -200,8 +200,11 @@ class Plan:
             )
             biases = layout.bias_begins[2 * k : 2 * k + 2]
             columns = w_in, w_rec, w_gated, len(self._tables[0])
-            addresses = update_addresses(layer.cell.name, layer.cell.variant)
-            layers.append([layer.units, layer.inputs, *columns, *biases, unit_0, *addresses])
+            update, gating, rest = update_addresses(layer.cell.name, layer.cell.variant)
+            if isinstance(layer.w_rec, GatedBlocks):
+                # Also an input of zeros chooses blocks, and its gates may be refused.
+                rest = 0
+            layers.append([layer.units, layer.inputs, *columns, *biases, unit_0, update, gating, rest])
             unit_0 += layer.units
         self.readout = -1
         if network.readout is not None:

@@ -99,7 +99,8 @@ ITEMSIZE = (4, 2, 1)
 #   UNIT_0              number of units in the layers below
 #   UPDATE, GATING      addresses of the cell update, and of what gates the events of the candidate where the reset gate
 #                       comes before the product (`kernels/products.py`)
-UNITS, INPUTS, IN, REC, REC_GATED, END, BIAS_IN, BIAS_REC, UNIT_0, UPDATE, GATING = range(11)
+#   REST                address of the kernel of silent steps (`kernels/silence.py`); 0 where every step is a whole one
+UNITS, INPUTS, IN, REC, REC_GATED, END, BIAS_IN, BIAS_REC, UNIT_0, UPDATE, GATING, REST = range(12)
 
 
 class WeightPools(NamedTuple):
@@ -160,10 +161,12 @@ class RowEvents(NamedTuple):
 class NetworkTables(NamedTuple):
     """A network packed for the time loop."""
 
-    layers: np.ndarray  # (layers, 11) int64: the table of layers
+    layers: np.ndarray  # (layers, 12) int64: the table of layers
     column_tiles: np.ndarray  # (n_threads, tiles, FIELDS) int64: the table of column tiles of each thread
     pools: WeightPools
     threshold: np.ndarray  # (units,) float32
+    keep: np.ndarray  # (units,) float32: factor of a silent step (`silence.py`)
+    pull: np.ndarray  # (units,) float32: addend of a silent step
     readout: int  # first column tile of the read-out; -1 without one
     readout_bias: int  # offset of the read-out's bias
     unit_bounds: np.ndarray  # (layers + 1, n_threads + 1) int64: units of each thread; last row: read-out outputs
@@ -196,11 +199,28 @@ class RunBuffers(NamedTuple):
     input_drives: np.ndarray  # (rows * drive_pitch,) float32
     recurrent_drives: np.ndarray  # (batch * drive_pitch,) float32
     events: EventLists  # of two layers: 2 * (rows + batch) rows of n_threads lists each
-    list_begins: np.ndarray  # (n_threads, rows) int64: lists of each thread's own, of inputs or of gated events
-    list_counts: np.ndarray  # (n_threads, rows) int64
+    list_begins: np.ndarray  # (n_threads, rows * n_threads) int64: each thread's own lists, of inputs or gated events
+    list_counts: np.ndarray  # (n_threads, rows * n_threads) int64
+    drive_of: np.ndarray  # (n_threads, rows) int64: where the input drives of each row of the chunk are
+    rests: np.ndarray  # (n_threads * LINE,) int64: silent steps that each thread could take
     gated_indices: np.ndarray  # (n_threads, batch * row capacity) int32: what a candidate behind its reset gate gets
     gated_values: np.ndarray  # (n_threads, batch * row capacity) float32
     workspace: Workspace  # with a leading axis of threads
+
+
+class SilentUnits(NamedTuple):
+    """Units of a layer that take silent steps, in some samples."""
+
+    keep: np.ndarray  # (units,) float32: see `NetworkTables`
+    pull: np.ndarray  # (units,) float32
+    threshold: np.ndarray  # (units,) float32
+    unit: int  # the first one, in these three arrays
+    count: int
+    c: np.ndarray  # (units * batch,) float32: cells
+    y: np.ndarray  # (units * batch,) float32: outputs
+    at: int  # where the first one of the first sample is, in these two arrays
+    samples: int
+    pitch: int  # numbers from a unit of one sample to that of the next
 
 
 class RunOutputs(NamedTuple):

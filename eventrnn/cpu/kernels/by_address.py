@@ -20,6 +20,7 @@ from eventrnn.cpu.tables import (
     RunBuffers,
     RunOutputs,
     RunSize,
+    SilentUnits,
     ThreadTables,
     WeightPools,
     Workspace,
@@ -117,6 +118,23 @@ GATING = (
     types.int64,  # to
 )
 
+#: types of the arguments of `silence.rest`
+REST = (
+    types.int64,  # most
+    _record(
+        SilentUnits,
+        keep=_FLOATS,
+        pull=_FLOATS,
+        threshold=_FLOATS,
+        unit=types.int64,
+        count=types.int64,
+        c=_FLOATS,
+        y=_FLOATS,
+        at=types.int64,
+        samples=types.int64,
+        pitch=types.int64,
+    ),  # units
+)
 
 _NETWORK = _record(
     NetworkTables,
@@ -124,6 +142,8 @@ _NETWORK = _record(
     column_tiles=_array(types.int64, 3),
     pools=_POOLS,
     threshold=_FLOATS,
+    keep=_FLOATS,
+    pull=_FLOATS,
     readout=types.int64,
     readout_bias=types.int64,
     unit_bounds=_array(types.int64, 2),
@@ -140,6 +160,8 @@ _BUFFERS = _record(
     events=_LISTS,
     list_begins=_array(types.int64, 2),
     list_counts=_array(types.int64, 2),
+    drive_of=_array(types.int64, 2),
+    rests=_LONGS,
     gated_indices=_array(types.int32, 2),
     gated_values=_array(types.float32, 2),
     workspace=_workspace(1),
@@ -186,7 +208,7 @@ def _call(arguments: tuple[types.Type, ...], result: types.Type):
 
 call_product, call_update, call_run = (_call(each, types.none) for each in (PRODUCT, UPDATE, RUN))
 
-call_gating = _call(GATING, types.int64)
+call_gating, call_rest = (_call(each, types.int64) for each in (GATING, REST))
 
 
 def address_of(kernel, arguments: tuple[types.Type, ...]) -> int:

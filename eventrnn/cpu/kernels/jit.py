@@ -76,6 +76,7 @@ for _rule in (
     cells.tanh_float32,
     cells.absolute,
     cells.egru_value,
+    cells.egru_decay,
     cells.egru_reset_gate,
     cells.egru_paper_value,
     cells.egru_backward,

@@ -12,7 +12,7 @@ import numpy as np
 
 from eventrnn.cells import fma
 from eventrnn.cpu.kernels.array_table import float32_of
-from eventrnn.cpu.kernels.by_address import GATING, PRODUCT, UPDATE, address_of
+from eventrnn.cpu.kernels.by_address import GATING, PRODUCT, REST, UPDATE, address_of
 from eventrnn.cpu.kernels.cell_update import (
     compact_gated_events,
     update,
@@ -30,6 +30,7 @@ from eventrnn.cpu.kernels.row_products import (
     add_single,
     add_single_masked,
 )
+from eventrnn.cpu.kernels.silence import rest, rest_paper
 from eventrnn.cpu.kernels.spmm import copy
 from eventrnn.cpu.kernels.tile_products import (
     bin_by_panel,
@@ -183,18 +184,22 @@ def product_address(kind: int, storage: int) -> int:
     return address_of(_product(kind, storage), PRODUCT)
 
 
-#: name and variant of a cell -> its update, and what gates the events of the candidate where the reset gate is first
+#: name and variant of a cell -> its update, what gates the events of the candidate where the reset gate is first, and
+#: its silent steps
 _UPDATES = {
-    ("egru", "evnn"): (update, None),
-    ("egru", "paper"): (update_paper, compact_gated_events),
-    ("gru", "after"): (update_gru, None),
-    ("gru", "before"): (update_gru_before, compact_gated_events),
-    ("lstm", "standard"): (update_lstm, None),
+    ("egru", "evnn"): (update, None, rest),
+    ("egru", "paper"): (update_paper, compact_gated_events, rest_paper),
+    ("gru", "after"): (update_gru, None, None),
+    ("gru", "before"): (update_gru_before, compact_gated_events, None),
+    ("lstm", "standard"): (update_lstm, None, None),
 }
 
 
 @cache
-def update_addresses(name: str, variant: str) -> tuple[int, int]:
-    """Addresses of the update of a cell, and of what gates the events of its candidate; 0 if nothing does."""
-    changes, gates = _UPDATES[name, variant]
-    return address_of(changes, UPDATE), 0 if gates is None else address_of(gates, GATING)
+def update_addresses(name: str, variant: str) -> tuple[int, int, int]:
+    """Addresses of a cell's update, of what gates the events of its candidate, and of its silent steps; 0 for none."""
+    changes, gates, rests = (
+        0 if kernel is None else address_of(kernel, kind)
+        for kernel, kind in zip(_UPDATES[name, variant], (UPDATE, GATING, REST), strict=True)
+    )
+    return changes, gates, rests

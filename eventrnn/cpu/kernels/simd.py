@@ -334,6 +334,17 @@ def _first(builder, count):
 
 
 @intrinsic
+def in_every_lane(typingctx, x):
+    """A vector with the float32 in every lane."""
+
+    def generate(context, builder, signature, args):
+        return splat(builder, args[0])
+
+    if x == types.float32:
+        return lanes(x), generate
+
+
+@intrinsic
 def bits(typingctx, condition):
     """The mask as an integer: bit k is lane k."""
 

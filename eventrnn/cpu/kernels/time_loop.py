@@ -23,11 +23,12 @@ import numpy as np
 
 from eventrnn.cpu import step_table
 from eventrnn.cpu.kernels.array_table import first_not_finite, flat, float32_at, int32_at, int64_at
-from eventrnn.cpu.kernels.by_address import RUN, address_of, call_gating, call_run, call_update
+from eventrnn.cpu.kernels.by_address import RUN, address_of, call_gating, call_rest, call_run, call_update
 from eventrnn.cpu.kernels.cell_update import compact_events, count_events
 from eventrnn.cpu.kernels.float_mode import enter_standard_mode, leave_standard_mode
 from eventrnn.cpu.kernels.jit import compiled, inlined
 from eventrnn.cpu.kernels.microkernels import prefetch
+from eventrnn.cpu.kernels.silence import is_silent, rest_together, share_silent_rows, steps_without_input
 from eventrnn.cpu.kernels.simd import LANES
 from eventrnn.cpu.kernels.spmm import copy, propagate_all, workspace_of
 from eventrnn.cpu.kernels.sync import barrier_wait
@@ -40,6 +41,7 @@ from eventrnn.cpu.tables import (
     INPUTS,
     REC,
     REC_GATED,
+    REST,
     UNIT_0,
     UNITS,
     UPDATE,
@@ -50,6 +52,7 @@ from eventrnn.cpu.tables import (
     RunBuffers,
     RunOutputs,
     RunSize,
+    SilentUnits,
     ThreadTables,
     WeightPools,
     Workspace,
@@ -69,9 +72,12 @@ def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, output
     row_capacity = len(events.indices) // (2 * rows)
     workspace = workspace_of(buffers.workspace, thread)
     tables = ThreadTables(network.column_tiles[thread], network.pools, workspace, pitch)
-    begins, counts = buffers.list_begins[thread], buffers.list_counts[thread]
+    begins, counts, drive_of = buffers.list_begins[thread], buffers.list_counts[thread], buffers.drive_of[thread]
     received = EventLists(inputs.indices, inputs.values, begins, counts)
+    relayed = EventLists(events.indices, events.values, begins, counts)
     gated = EventLists(buffers.gated_indices[thread], buffers.gated_values[thread], begins, counts)
+    # A run of silent steps is taken as one where no step of it is recorded by itself.
+    recorded = len(outputs.events) > 0 or len(outputs.states) > 0 or network.readout < 0
     target = n_threads
     for t0 in range(size.begin, size.end, chunk):
         length = min(chunk, size.end - t0)
@@ -105,49 +111,115 @@ def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, output
                 given = RowEvents(received, 0, 1, drive_rows)
             else:
                 given = RowEvents(events, (below + batch) * n_threads, n_threads, drive_rows)
+            used = share_silent_rows(given, begins, counts, drive_of)
+            listed = received if layer == 0 else relayed
+            given = RowEvents(listed, 0, given.per_row, min(used + 1, drive_rows))
             propagate_all(tables, first_tile, last_tile, bias, n_pre, given, drive_in)
 
             first_tile, gated_tile, last_tile = layers[layer, REC], layers[layer, REC_GATED], layers[layer, END]
             bias, reset_first = layers[layer, BIAS_REC], last_tile > gated_tile
-            for t in range(length):
+            rest, t = layers[layer, REST], 0
+            while t < length:
                 first_list = (mine + t * batch) * n_threads
-                for q in range(first_list, first_list + batch * n_threads if n_threads > 1 else first_list):
-                    # The lines are in another core's cache: request all of them at once.
-                    for e in range(events.begins[q], events.begins[q] + events.counts[q], LANES):
-                        prefetch(events.indices, e)
-                        prefetch(events.values, e)
-                sent = RowEvents(events, first_list, n_threads, batch)
-                propagate_all(tables, first_tile, gated_tile, bias, n, sent, drive_rec)
-                if reset_first:
-                    # The events of the candidate product are multiplied by the reset gates of all units.
-                    target = barrier_wait(barrier, n_threads, target)
+                quiet = 0
+                if rest != 0 and is_silent(drive_of, used, t * batch, events.counts, first_list, batch * n_threads):
+                    quiet = steps_without_input(drive_of, used, batch, t, length)
+                if quiet > 0:
+                    units = SilentUnits(
+                        network.keep,
+                        network.pull,
+                        network.threshold,
+                        unit_0 + low,
+                        high - low,
+                        c,
+                        y,
+                        unit_0 * batch + low,
+                        batch,
+                        n,
+                    )
+                    most = 1 if recorded else quiet
+                    steps, target = rest_together(
+                        thread, n_threads, barrier, target, rest, most, units, drive_rec, base, pitch, buffers.rests
+                    )
                     if target < 0:
                         return
+                    for row in range(mine + (t + 1) * batch, mine + (t + steps) * batch):
+                        events.counts[row * n_threads + thread] = 0
+                    # The last of these steps may have events.
+                    t += steps - 1
+                else:
+                    for q in range(first_list, first_list + batch * n_threads if n_threads > 1 else first_list):
+                        # The lines are in another core's cache: request all of them at once.
+                        for e in range(events.begins[q], events.begins[q] + events.counts[q], LANES):
+                            prefetch(events.indices, e)
+                            prefetch(events.values, e)
+                    sent = RowEvents(events, first_list, n_threads, batch)
+                    propagate_all(tables, first_tile, gated_tile, bias, n, sent, drive_rec)
+                    if reset_first:
+                        # The events of the candidate product are multiplied by the reset gates of all units.
+                        target = barrier_wait(barrier, n_threads, target)
+                        if target < 0:
+                            return
+                        for b in range(batch):
+                            a, s, to = drive_of[t * batch + b] * pitch, unit_0 * batch + b * n, b * row_capacity
+                            begins[b] = to
+                            for q in range(n_threads):
+                                first, last = network.unit_bounds[layer, q], network.unit_bounds[layer, q + 1]
+                                gate_r = network.drive_begins[layer, q] + last - first
+                                r_in, r_rec = a + gate_r, b * pitch + gate_r
+                                to += call_gating(
+                                    layers[layer, GATING],
+                                    (
+                                        first,
+                                        last,
+                                        drive_in,
+                                        r_in,
+                                        drive_rec,
+                                        r_rec,
+                                        y,
+                                        s,
+                                        gated.indices,
+                                        gated.values,
+                                        to,
+                                    ),
+                                )
+                            counts[b] = to - b * row_capacity
+                        propagate_all(tables, gated_tile, last_tile, bias, n, RowEvents(gated, 0, 1, batch), drive_rec)
+                        # After the barrier, no thread reads y or the reset gates of this step.
+                        target = barrier_wait(barrier, n_threads, target)
+                        if target < 0:
+                            return
                     for b in range(batch):
-                        a, s, to = (t * batch + b) * pitch, unit_0 * batch + b * n, b * row_capacity
-                        begins[b] = to
-                        for q in range(n_threads):
-                            first, last = network.unit_bounds[layer, q], network.unit_bounds[layer, q + 1]
-                            gate_r = network.drive_begins[layer, q] + last - first
-                            r_in, r_rec = a + gate_r, b * pitch + gate_r
-                            to += call_gating(
-                                layers[layer, GATING],
-                                (first, last, drive_in, r_in, drive_rec, r_rec, y, s, gated.indices, gated.values, to),
+                        k, s, p = t * batch + b, unit_0 * batch + b * n + low, unit_0 + low
+                        lists = first_list + b * n_threads
+                        if rest != 0 and is_silent(drive_of, used, k, events.counts, lists, n_threads):
+                            call_rest(
+                                rest,
+                                (
+                                    np.int64(1),
+                                    SilentUnits(
+                                        network.keep,
+                                        network.pull,
+                                        network.threshold,
+                                        p,
+                                        high - low,
+                                        c,
+                                        y,
+                                        s,
+                                        np.int64(1),
+                                        n,
+                                    ),
+                                ),
                             )
-                        counts[b] = to - b * row_capacity
-                    propagate_all(tables, gated_tile, last_tile, bias, n, RowEvents(gated, 0, 1, batch), drive_rec)
-                    # After the barrier, no thread reads y or the reset gates of this step.
-                    target = barrier_wait(barrier, n_threads, target)
-                    if target < 0:
-                        return
+                        else:
+                            a, row_rec = drive_of[k] * pitch + base, b * pitch + base
+                            call_update(
+                                layers[layer, UPDATE],
+                                (high - low, drive_in, a, drive_rec, row_rec, network.threshold, p, c, y, s),
+                            )
 
                 for b in range(batch):
-                    row, a, s = mine + (t + 1) * batch + b, (t * batch + b) * pitch + base, unit_0 * batch + b * n
-                    row_rec, p = b * pitch + base, unit_0 + low
-                    call_update(
-                        layers[layer, UPDATE],
-                        (high - low, drive_in, a, drive_rec, row_rec, network.threshold, p, c, y, s + low),
-                    )
+                    row, s = mine + (t + 1) * batch + b, unit_0 * batch + b * n
                     # planted fault: parts swapped
                     slot, first = row * n_threads + thread, row * row_capacity + own
                     events.begins[slot] = first
@@ -173,6 +245,7 @@ def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, output
                 target = barrier_wait(barrier, n_threads, target)
                 if target < 0:
                     return
+                t += 1
 
         if network.readout >= 0:
             low, high = network.unit_bounds[n_layers, thread], network.unit_bounds[n_layers, thread + 1]
@@ -180,9 +253,13 @@ def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, output
             first_list = (((n_layers - 1) % 2) * rows + batch) * n_threads
             n_pre, drive_rows = layers[n_layers - 1, UNITS], length * batch
             sent, last_tile = RowEvents(events, first_list, n_threads, drive_rows), len(tables.column_tiles)
+            used = share_silent_rows(sent, begins, counts, drive_of)
+            sent = RowEvents(relayed, 0, n_threads, min(used + 1, drive_rows))
             propagate_all(tables, network.readout, last_tile, network.readout_bias, n_pre, sent, drive_in)
             for k in range(drive_rows):
-                copy(drive_in, k * pitch + base, outputs.output, (t0 * batch + k) * n_outputs + low, high - low)
+                copy(
+                    drive_in, drive_of[k] * pitch + base, outputs.output, (t0 * batch + k) * n_outputs + low, high - low
+                )
 
 
 @cache
@@ -267,6 +344,8 @@ def _step(table, output):
             float32_at(table, step_table.BIASES),
         ),
         float32_at(table, step_table.THRESHOLD),
+        float32_at(table, step_table.KEEP),
+        float32_at(table, step_table.PULL),
         numbers[step_table.READOUT],
         numbers[step_table.READOUT_BIAS],
         int64_at(table, step_table.UNIT_BOUNDS, (n_layers + 1,)),
@@ -284,6 +363,8 @@ def _step(table, output):
         ),
         int64_at(table, step_table.LIST_BEGINS, (1,)),
         int64_at(table, step_table.LIST_COUNTS, (1,)),
+        int64_at(table, step_table.DRIVE_OF, (1,)),
+        int64_at(table, step_table.RESTS),
         int32_at(table, step_table.GATED_INDICES, (1,)),
         float32_at(table, step_table.GATED_VALUES, (1,)),
         Workspace(
