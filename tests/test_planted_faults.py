@@ -27,6 +27,7 @@ from support.kernel_faults import KERNEL_FAULTS
 from support.layouts import FORCED, check_layout, forced
 from support.planting import faulty_kernels, marked_faults, plant, suite_catches
 from support.recorded_runs import FILES, check_outputs
+from support.silence import check_silence
 from support.worked_steps import (
     check_equality_and_leak,
     check_gru_step,
@@ -361,13 +362,15 @@ TRAVERSALS = {
 }
 #: faults of blocks that every input chooses
 GATES = ("a chosen block too few", "gate forgotten")
+#: faults of steps in which nothing is sent
+SILENCE = ("event of a silent step missed", "silence taken for its fixed point")
 #: faults that need several threads
 TEAMS = ("parts swapped", "units of the wrong part", "barrier missing")
 
 
 def test_every_fault_of_the_kernels_is_marked_and_tested():
     updates = {"gates swapped", "gates of an LSTM swapped", "reset forgotten"}
-    tested = {*TRAVERSALS, *TEAMS, *GATES, "last event dropped", *updates}
+    tested = {*TRAVERSALS, *TEAMS, *GATES, *SILENCE, "last event dropped", *updates}
     marked = {fault for faults in marked_faults().values() for fault in faults}
     assert tested == marked == set(KERNEL_FAULTS)
 
@@ -402,6 +405,21 @@ def test_faults_of_gated_blocks_are_caught(fault, cell):
         # The first inputs choose blocks and are scaled.
         assert (found.step, found.layer, found.sample) == (0, 0, int(np.argmax(signal()[0].any(axis=1))))
         suite_catches(check_gated, backend=faulty, cells=[cell], formats=("gated",))
+
+
+@pytest.mark.parametrize("fault", SILENCE)
+def test_faults_of_silence_are_caught(fault):
+    quiet = np.zeros_like(signal())
+    with faulty_kernels(None) as healthy:
+        sims = [Simulator(network(), batch=BATCH, backend=name) for name in ("reference", healthy)]
+        assert assert_equivalent(*sims, quiet) > 0
+    with faulty_kernels(fault) as faulty:
+        if fault == "event of a silent step missed":
+            # Without an input, some units rise above their thresholds in the first step.
+            found = divergence("reference", faulty, x=quiet)
+            assert (found.step, found.layer, found.sample) == (0, 0, 0)
+        # A step that is recorded is taken by itself, so that `assert_equivalent` sees no fault of longer silence.
+        suite_catches(check_silence, backend=faulty)
 
 
 @pytest.mark.parametrize("fault", TEAMS)

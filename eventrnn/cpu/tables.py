@@ -221,6 +221,9 @@ class SilentUnits(NamedTuple):
     at: int  # where the first one of the first sample is, in these two arrays
     samples: int
     pitch: int  # numbers from a unit of one sample to that of the next
+    spare: np.ndarray  # float32: scratch of the thread, 3 * count numbers per sample
+    spare_at: int  # where that of the first sample begins
+    spare_pitch: int  # numbers from there to that of the next sample
 
 
 class RunOutputs(NamedTuple):

@@ -32,6 +32,8 @@ KERNEL_FAULTS: dict[str, Edit] = {
         "A4 if ON == 1 else A5, A6, A7, A8)",
     ),
     "reset forgotten": becoming(call("select"), "A2 if ON == 1 else X"),
+    "event of a silent step missed": becoming(call("select"), "A2 if ON == 1 else X"),
+    "silence taken for its fixed point": becoming(call("select"), "A2 if ON == 1 else X"),
     # The events of two threads are in the wrong order: the sums have the same terms.
     "parts swapped": becoming(assigned(0), "X + (n_threads - 1 - 2 * thread) * ON"),
     # Events carry the place of a unit within its part in place of its number.

@@ -133,6 +133,9 @@ REST = (
         at=types.int64,
         samples=types.int64,
         pitch=types.int64,
+        spare=_FLOATS,
+        spare_at=types.int64,
+        spare_pitch=types.int64,
     ),  # units
 )
 

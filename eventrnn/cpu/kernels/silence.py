@@ -13,12 +13,18 @@ A run ends with the step in which a unit sends an event, because the step after 
 
 from __future__ import annotations
 
+import numpy as np
+
 from eventrnn import cells
 from eventrnn.cpu.kernels.by_address import call_rest
 from eventrnn.cpu.kernels.jit import called_by_address, inlined, internal
 from eventrnn.cpu.kernels.simd import LANES, bits, in_every_lane, load, load_some, store, store_some
 from eventrnn.cpu.kernels.spmm import copy
 from eventrnn.cpu.kernels.sync import barrier_wait
+from eventrnn.cpu.tables import SilentUnits
+
+# Silent steps that each vector of units takes before the next vector.
+STRIDE = 8
 
 # Numbers of int64 from one thread's entry to the next one's, which is in another cache line.
 LINE = 8
@@ -76,6 +82,26 @@ def steps_without_input(drive_of, used, batch, t, length):
     return k // batch - t
 
 
+@inlined
+def silent_units(network, unit, count, c, y, at, samples, pitch, spare, spare_at):
+    """`SilentUnits` of a layer; `spare` has the pitch of a drive row."""
+    return SilentUnits(
+        network.keep,
+        network.pull,
+        network.threshold,
+        unit,
+        count,
+        c,
+        y,
+        at,
+        np.int64(samples),
+        pitch,
+        spare,
+        spare_at,
+        network.drive_pitch,
+    )
+
+
 # What `_rest_step` has found: no cell has changed, some have, or some are above their thresholds.
 _STILL, _MOVING, _SENDING = range(3)
 
@@ -90,14 +116,62 @@ def _rest(most, units, reset_first):
     """
     # A state of the caller may have outputs of -0. Subtracting one in the paper's variant turns a cell of -0 into +0.
     found = _rest_step(units, True, reset_first)
-    steps = 1
+    steps, broken_off = 1, False
     while found == _MOVING and steps < most:
-        found = _rest_step(units, False, False)
-        steps += 1
+        # Where a unit would send in a stride, nothing is changed, and its steps follow one by one.
+        if not broken_off and steps + STRIDE <= most:
+            found = _stride(units)
+            steps += STRIDE
+            if found == _SENDING:
+                found, steps, broken_off = _MOVING, steps - STRIDE, True
+        else:
+            found = _rest_step(units, False, False)
+            steps += 1
     if found == _SENDING:
         _send(units, reset_first)
         return steps
     return most
+
+
+@inlined
+def _stride(units):
+    """`STRIDE` silent steps at once, if no unit sends an event in any of them; returns what it has found.
+
+    All cells are at most at their thresholds. A cell that falls stays there, and one that rises is highest in the last
+    step, so that no other step is compared.
+    """
+    keep, pull, threshold, unit, n, c, _, at, samples, pitch, spare, spare_at, spare_pitch = units
+    whole = n // LANES * LANES
+    sent, moved = in_every_lane(cells.ZERO), in_every_lane(cells.ZERO)
+    for b in range(samples):
+        s, to = at + b * pitch, spare_at + b * spare_pitch
+        for i in range(0, whole, LANES):
+            factor, addend, before = load(keep, unit + i), load(pull, unit + i), load(c, s + i)
+            for _ in range(STRIDE - 1):
+                before = cells.egru_decay(factor, addend, before)
+            v = cells.egru_decay(factor, addend, before)
+            # planted fault: event of a silent step missed
+            sent = cells.select(v > load(threshold, unit + i), cells.ONE, sent)
+            # planted fault: silence taken for its fixed point
+            moved = cells.select(v != before, cells.ONE, moved)
+            store(spare, to + i, v)
+        if whole < n:
+            i, some = whole, n - whole
+            factor, addend = load_some(keep, unit + i, some), load_some(pull, unit + i, some)
+            before = load_some(c, s + i, some)
+            for _ in range(STRIDE - 1):
+                before = cells.egru_decay(factor, addend, before)
+            v = cells.egru_decay(factor, addend, before)
+            # planted fault: event of a silent step missed
+            sent = cells.select(v > load_some(threshold, unit + i, some), cells.ONE, sent)
+            # planted fault: silence taken for its fixed point
+            moved = cells.select(v != before, cells.ONE, moved)
+            store_some(spare, to + i, some, v)
+    if bits(sent != cells.ZERO) != 0:
+        return _SENDING
+    for b in range(samples):
+        copy(spare, spare_at + b * spare_pitch, c, at + b * pitch, n)
+    return _MOVING if bits(moved != cells.ZERO) != 0 else _STILL
 
 
 @inlined
@@ -107,7 +181,7 @@ def _rest_step(units, first_step, subtract):
     first_step : whether outputs are set to zero; in later steps they are
     subtract   : whether outputs are subtracted before
     """
-    keep, pull, threshold, unit, n, c, y, at, samples, pitch = units
+    keep, pull, threshold, unit, n, c, y, at, samples, pitch, _, _, _ = units
     whole, zeros = n // LANES * LANES, in_every_lane(cells.ZERO)
     sent, moved = zeros, zeros
     for b in range(samples):
@@ -117,7 +191,9 @@ def _rest_step(units, first_step, subtract):
             v = cells.egru_decay(load(keep, unit + i), load(pull, unit + i), before)
             if subtract:
                 v = v - load(y, s + i)
+            # planted fault: event of a silent step missed
             sent = cells.select(v > load(threshold, unit + i), cells.ONE, sent)
+            # planted fault: silence taken for its fixed point
             moved = cells.select(v != before, cells.ONE, moved)
             store(c, s + i, v)
             if first_step:
@@ -129,7 +205,9 @@ def _rest_step(units, first_step, subtract):
             if subtract:
                 v = v - load_some(y, s + i, some)
             # Lanes without a unit are zero throughout: they neither change nor exceed a threshold.
+            # planted fault: event of a silent step missed
             sent = cells.select(v > load_some(threshold, unit + i, some), cells.ONE, sent)
+            # planted fault: silence taken for its fixed point
             moved = cells.select(v != before, cells.ONE, moved)
             store_some(c, s + i, some, v)
             if first_step:
@@ -165,22 +243,22 @@ def rest_paper(most, units):
 
 
 @inlined
-def rest_together(thread, n_threads, barrier, target, kernel, most, units, kept, at, kept_pitch, rests):
+def rest_together(thread, n_threads, barrier, target, kernel, most, units, rests):
     """Take up to `most` silent steps on all threads, each with its own units, until a unit of any of them sends.
 
     kernel : address of `rest` or `rest_paper`
     units  : `SilentUnits` of the thread
-    kept   : float32, scratch of the thread: twice the units per sample, `kept_pitch` apart, from `at` on
     rests  : (n_threads * LINE,) int64, shared: the steps that each thread could take
 
     Returns the number of steps, and the next target of the barrier, which is negative where it was abandoned.
     """
     alone, n = n_threads == 1 or most == 1, units.count
     if not alone:
+        # The state from before; the first part of the scratch is for strides.
         for b in range(units.samples):
-            s, to = units.at + b * units.pitch, at + b * kept_pitch
-            copy(units.c, s, kept, to, n)
-            copy(units.y, s, kept, to + n, n)
+            s, to = units.at + b * units.pitch, units.spare_at + b * units.spare_pitch + n
+            copy(units.c, s, units.spare, to, n)
+            copy(units.y, s, units.spare, to + n, n)
     steps = call_rest(kernel, (most, units))
     if not alone:
         rests[thread * LINE] = steps
@@ -189,12 +267,11 @@ def rest_together(thread, n_threads, barrier, target, kernel, most, units, kept,
             return steps, target
         least = steps
         for q in range(n_threads):
-            # planted fault: silence of one thread
             least = min(least, rests[q * LINE])
         if least < steps:
             for b in range(units.samples):
-                s, to = units.at + b * units.pitch, at + b * kept_pitch
-                copy(kept, to, units.c, s, n)
-                copy(kept, to + n, units.y, s, n)
+                s, to = units.at + b * units.pitch, units.spare_at + b * units.spare_pitch + n
+                copy(units.spare, to, units.c, s, n)
+                copy(units.spare, to + n, units.y, s, n)
             steps = call_rest(kernel, (least, units))
     return steps, target

@@ -13,6 +13,9 @@ other, in an EGRU and a GRU (u, r, g), in an LSTM (i, f, g, o).
 Event lists of a layer: buffer `layer % 2`, row `(t + 1) * batch + b` of the chunk for step t and sample b; row b holds
 the step before the chunk. A row has one list per thread. Thread q's list begins at its first unit, plus one vector for
 every thread before it, so the lists of a row, read in order of threads, are in ascending order of units.
+
+Rows without events share one drive row: `drive_of` says where the input drives of a row of the chunk are. Steps in which
+neither an input nor a unit of the layer has sent are taken by `silence.py`, several at once.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from eventrnn.cpu.kernels.cell_update import compact_events, count_events
 from eventrnn.cpu.kernels.float_mode import enter_standard_mode, leave_standard_mode
 from eventrnn.cpu.kernels.jit import compiled, inlined
 from eventrnn.cpu.kernels.microkernels import prefetch
-from eventrnn.cpu.kernels.silence import is_silent, rest_together, share_silent_rows, steps_without_input
+from eventrnn.cpu.kernels.silence import is_silent, rest_together, share_silent_rows, silent_units, steps_without_input
 from eventrnn.cpu.kernels.simd import LANES
 from eventrnn.cpu.kernels.spmm import copy, propagate_all, workspace_of
 from eventrnn.cpu.kernels.sync import barrier_wait
@@ -52,7 +55,6 @@ from eventrnn.cpu.tables import (
     RunBuffers,
     RunOutputs,
     RunSize,
-    SilentUnits,
     ThreadTables,
     WeightPools,
     Workspace,
@@ -76,8 +78,7 @@ def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, output
     received = EventLists(inputs.indices, inputs.values, begins, counts)
     relayed = EventLists(events.indices, events.values, begins, counts)
     gated = EventLists(buffers.gated_indices[thread], buffers.gated_values[thread], begins, counts)
-    # A run of silent steps is taken as one where no step of it is recorded by itself.
-    recorded = len(outputs.events) > 0 or len(outputs.states) > 0 or network.readout < 0
+    recorded = len(outputs.events) > 0 or len(outputs.states) > 0
     target = n_threads
     for t0 in range(size.begin, size.end, chunk):
         length = min(chunk, size.end - t0)
@@ -125,22 +126,11 @@ def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, output
                 if rest != 0 and is_silent(drive_of, used, t * batch, events.counts, first_list, batch * n_threads):
                     quiet = steps_without_input(drive_of, used, batch, t, length)
                 if quiet > 0:
-                    units = SilentUnits(
-                        network.keep,
-                        network.pull,
-                        network.threshold,
-                        unit_0 + low,
-                        high - low,
-                        c,
-                        y,
-                        unit_0 * batch + low,
-                        batch,
-                        n,
-                    )
-                    most = 1 if recorded else quiet
-                    steps, target = rest_together(
-                        thread, n_threads, barrier, target, rest, most, units, drive_rec, base, pitch, buffers.rests
-                    )
+                    first = unit_0 * batch + low
+                    units = silent_units(network, unit_0 + low, high - low, c, y, first, batch, n, drive_rec, base)
+                    # A step that is recorded is taken by itself.
+                    most = 1 if recorded or (network.readout < 0 and layer == n_layers - 1) else quiet
+                    steps, target = rest_together(thread, n_threads, barrier, target, rest, most, units, buffers.rests)
                     if target < 0:
                         return
                     for row in range(mine + (t + 1) * batch, mine + (t + steps) * batch):
@@ -193,24 +183,8 @@ def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, output
                         k, s, p = t * batch + b, unit_0 * batch + b * n + low, unit_0 + low
                         lists = first_list + b * n_threads
                         if rest != 0 and is_silent(drive_of, used, k, events.counts, lists, n_threads):
-                            call_rest(
-                                rest,
-                                (
-                                    np.int64(1),
-                                    SilentUnits(
-                                        network.keep,
-                                        network.pull,
-                                        network.threshold,
-                                        p,
-                                        high - low,
-                                        c,
-                                        y,
-                                        s,
-                                        np.int64(1),
-                                        n,
-                                    ),
-                                ),
-                            )
+                            units = silent_units(network, p, high - low, c, y, s, 1, n, drive_rec, base)
+                            call_rest(rest, (np.int64(1), units))
                         else:
                             a, row_rec = drive_of[k] * pitch + base, b * pitch + base
                             call_update(
