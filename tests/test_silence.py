@@ -12,16 +12,17 @@ from hypothesis import strategies as st
 
 from eventrnn.cells import Cell
 from eventrnn.counting import audit, count
-from eventrnn.cpu import engine as cpu_engine
 from eventrnn.cpu import plan
+from eventrnn.cpu.engine import LONGEST_CHUNK, RECHECK, CpuEngine
 from eventrnn.cpu.silence import silent_steps
 from eventrnn.cpu.tables import REST
 from eventrnn.events import Events
 from eventrnn.network import Network
 from eventrnn.simulation import RECORDABLE, Simulator, simulate
 from eventrnn.state import FireCounts, State
-from eventrnn.testing import EVENT_CELLS
+from eventrnn.testing import ALL_CELLS, EVENT_CELLS
 from support.conformance import assert_same, records
+from support.gated import gated
 from support.silence import check_silence, fixed_points, with_thresholds
 
 UNITS, INPUTS = 100, 6
@@ -46,6 +47,11 @@ def rare_events(steps: int, batch: int, share: float = 0.01) -> Events:
     rng = np.random.default_rng(5)
     busy = rng.random((steps, batch, 1)) < share
     return Events.from_dense((busy * rng.standard_normal((steps, batch, INPUTS))).astype(np.float32))
+
+
+def engine_of(simulator: Simulator) -> CpuEngine:
+    assert isinstance(simulator.engine, CpuEngine)
+    return simulator.engine
 
 
 def in_whole_steps(network: Network, fed, **options):
@@ -111,23 +117,34 @@ def test_silent_steps_are_those_of_the_constants():
     network, quiet = quiet_network(Cell(), gap=1), np.zeros((100, 1, INPUTS), np.float32)
     simulator = Simulator(network)
     keep, pull = silent_steps(network)
-    simulator.engine.silent_steps = keep, pull / 2
-    assert np.allclose(simulator.run(quiet).state.cells[0][0], fixed_points(network) / 2)
+    engine_of(simulator).silent_steps = keep, pull / 2
+    # Halves of all terms are exact.
+    assert np.array_equal(simulator.run(quiet).state.cells[0][0], fixed_points(network) / 2)
 
 
-def test_gated_recurrent_blocks_and_cells_without_threshold_take_whole_steps():
-    for cell, rests in ((Cell(), True), (Cell("gru"), False), (Cell("lstm"), False)):
-        drawn = Network.random([20], inputs=INPUTS, rng=np.random.default_rng(0), cell=cell)
-        packed = Simulator(drawn).engine.plan(1, 1)
-        assert bool(packed.layers[0, REST]) == rests
+@pytest.mark.parametrize("cell", ALL_CELLS, ids=str)
+def test_cells_with_a_threshold_take_silent_steps(cell):
+    drawn = Network.random([20], inputs=INPUTS, rng=np.random.default_rng(0), cell=cell)
+    assert bool(engine_of(Simulator(drawn)).plan(1, 1).layers[0, REST]) == cell.thresholded
+
+
+def test_networks_with_gated_blocks_take_whole_steps():
+    drawn = quiet_network(Cell(), readout=None, units=20)
+    network = drawn.with_matrices({"layers.0.w_in": gated(drawn.layers[0].w_in.to_dense())})
+    simulator, quiet = Simulator(network), np.zeros((20, 1, INPUTS), np.float32)
+    # With other constants of silence, the result would be another one.
+    engine_of(simulator).silent_steps = silent_steps(network)[0], np.full(20, 9, np.float32)
+    expected = simulate(network, quiet, backend="reference", record=RECORDABLE)
+    assert_same(expected, simulator.run(quiet, record=RECORDABLE))
 
 
 def test_long_quiet_inputs_take_few_calls():
     network, steps = quiet_network(Cell()), 60_000
     fed = rare_events(steps, 1, share=0.001)
-    for inputs, most in ((fed, 16), (fed.to_dense(), steps // (cpu_engine.RECHECK * cpu_engine.LONGEST_CHUNK) + 2)):
+    for inputs, most in ((fed, 16), (fed.to_dense(), steps // (RECHECK * LONGEST_CHUNK) + 2)):
         simulator = Simulator(network)
-        with patch.object(simulator.engine.team, "run", wraps=simulator.engine.team.run) as calls:
+        team = engine_of(simulator).team
+        with patch.object(team, "run", wraps=team.run) as calls:
             result = simulator.run(inputs)
         assert 1 < calls.call_count <= most
         assert result.fired[0].total.sum() > 0

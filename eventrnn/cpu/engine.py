@@ -111,6 +111,7 @@ class CpuEngine:
         self.drive_pitch = self.layout.drive_pitch
         self.max_segments = self.drive_pitch // min(SEGMENT_WIDTHS)
         gated = [w for w in network.matrices().values() if isinstance(w, GatedBlocks)]
+        self.share_rows = int(not gated)
         self.gated_blocks = max((w.n_blocks for w in gated), default=0)
         # The lists of block segments also hold what lies between two factors of a gate.
         self.max_segments = max([self.max_segments, *(w.gate.shape[1] for w in gated if w.gate_out is not None)])
@@ -202,6 +203,7 @@ class CpuEngine:
             plan.pools,
             self.threshold,
             *self.silent_steps,
+            self.share_rows,
             plan.readout,
             self.layout.bias_begins[-1],
             self.layout.unit_bounds,
@@ -310,6 +312,7 @@ class CpuEngine:
             step_table.N_COLUMN_TILES: plan.column_tiles.shape[1],
             step_table.READOUT: plan.readout,
             step_table.READOUT_BIAS: layout.bias_begins[-1],
+            step_table.SHARE_ROWS: self.share_rows,
             step_table.RUN: run_address(),
         }
         arrays = {

@@ -39,7 +39,7 @@ from eventrnn.cpu.tables import (
     Workspace,
 )
 from eventrnn.state import gates_not_finite
-from eventrnn.weights import BlockCSR, Dense, GatedBlocks, MatrixId, Weights
+from eventrnn.weights import BlockCSR, Dense, MatrixId, Weights
 
 if TYPE_CHECKING:
     from eventrnn.network import Network
@@ -200,11 +200,8 @@ class Plan:
             )
             biases = layout.bias_begins[2 * k : 2 * k + 2]
             columns = w_in, w_rec, w_gated, len(self._tables[0])
-            update, gating, rest = update_addresses(layer.cell.name, layer.cell.variant)
-            if isinstance(layer.w_rec, GatedBlocks):
-                # Also an input of zeros chooses blocks, and its gates may be refused.
-                rest = 0
-            layers.append([layer.units, layer.inputs, *columns, *biases, unit_0, update, gating, rest])
+            addresses = update_addresses(layer.cell.name, layer.cell.variant)
+            layers.append([layer.units, layer.inputs, *columns, *biases, unit_0, *addresses])
             unit_0 += layer.units
         self.readout = -1
         if network.readout is not None:

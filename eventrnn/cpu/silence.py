@@ -26,7 +26,7 @@ def silent_steps(network: Network) -> tuple[np.ndarray, np.ndarray]:
 
 def _of_layer(layer: Layer) -> tuple[np.ndarray, np.ndarray]:
     if not layer.cell.thresholded:
-        return (np.zeros(layer.units, np.float32),) * 2
+        return np.zeros(layer.units, np.float32), np.zeros(layer.units, np.float32)
     (in_u, in_r, in_g), (rec_u, rec_r, rec_g) = (np.split(bias, 3) for bias in (layer.bias_in, layer.bias_rec))
     if layer.cell.reset_first:
         _, keep, candidate = cells.egru_paper_value(in_u, in_g, rec_u, rec_g, ZERO, ZERO)

@@ -54,7 +54,7 @@ from __future__ import annotations
     GRADED,
     BINARY,
     EMPTY,
-) = range(44)
+) = range(48)
 
 # Entries of the int64 array NUMBERS; RUN is the address of the compiled `time_loop.run`.
-BATCH, CHUNK, DRIVE_PITCH, N_LAYERS, N_COLUMN_TILES, READOUT, READOUT_BIAS, RUN = range(8)
+BATCH, CHUNK, DRIVE_PITCH, N_LAYERS, N_COLUMN_TILES, READOUT, READOUT_BIAS, SHARE_ROWS, RUN = range(9)

@@ -167,6 +167,7 @@ class NetworkTables(NamedTuple):
     threshold: np.ndarray  # (units,) float32
     keep: np.ndarray  # (units,) float32: factor of a silent step (`silence.py`)
     pull: np.ndarray  # (units,) float32: addend of a silent step
+    share_rows: int  # 1 where drive rows without events are equal; 0 with gated blocks, which zeros choose as well
     readout: int  # first column tile of the read-out; -1 without one
     readout_bias: int  # offset of the read-out's bias
     unit_bounds: np.ndarray  # (layers + 1, n_threads + 1) int64: units of each thread; last row: read-out outputs

@@ -147,6 +147,7 @@ _NETWORK = _record(
     threshold=_FLOATS,
     keep=_FLOATS,
     pull=_FLOATS,
+    share_rows=types.int64,
     readout=types.int64,
     readout_bias=types.int64,
     unit_bounds=_array(types.int64, 2),

@@ -31,9 +31,10 @@ LINE = 8
 
 
 @internal
-def share_silent_rows(events, begins, counts, drive_of):
+def share_silent_rows(share, events, begins, counts, drive_of):
     """List the rows of events that are not empty, one after the other; all others share one row, the biases.
 
+    share          : 0 lists all rows as if none were empty
     events         : `RowEvents` of a product; its lists may be those of `begins` and `counts`
     begins, counts : (rows * per_row,) int64, the lists of the rows of the product that is left, written here
     drive_of       : (rows,) int64, the row of that product that every row of events takes, written here
@@ -46,7 +47,7 @@ def share_silent_rows(events, begins, counts, drive_of):
         for q in range(first, first + per_row):
             sent += lists.counts[q]
         drive_of[k] = -1
-        if sent > 0:
+        if sent > 0 or share == 0:
             for q in range(per_row):
                 # The lists that are read lie here or behind, so none is overwritten before.
                 begins[used * per_row + q] = lists.begins[first + q]
@@ -116,14 +117,15 @@ def _rest(most, units, reset_first):
     """
     # A state of the caller may have outputs of -0. Subtracting one in the paper's variant turns a cell of -0 into +0.
     found = _rest_step(units, True, reset_first)
-    steps, broken_off = 1, False
+    steps, striding = 1, True
     while found == _MOVING and steps < most:
-        # Where a unit would send in a stride, nothing is changed, and its steps follow one by one.
-        if not broken_off and steps + STRIDE <= most:
+        striding &= steps + STRIDE <= most
+        if striding:
             found = _stride(units)
             steps += STRIDE
             if found == _SENDING:
-                found, steps, broken_off = _MOVING, steps - STRIDE, True
+                # Nothing was changed; the steps to the event follow one by one.
+                found, steps, striding = _MOVING, steps - STRIDE, False
         else:
             found = _rest_step(units, False, False)
             steps += 1

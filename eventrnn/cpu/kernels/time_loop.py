@@ -14,8 +14,8 @@ Event lists of a layer: buffer `layer % 2`, row `(t + 1) * batch + b` of the chu
 the step before the chunk. A row has one list per thread. Thread q's list begins at its first unit, plus one vector for
 every thread before it, so the lists of a row, read in order of threads, are in ascending order of units.
 
-Rows without events share one drive row: `drive_of` says where the input drives of a row of the chunk are. Steps in which
-neither an input nor a unit of the layer has sent are taken by `silence.py`, several at once.
+Rows without events share one drive row: `drive_of` says where the input drives of a row of the chunk are. Steps in
+which neither an input nor a unit of the layer has sent are taken by `silence.py`, several at once.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, output
                 given = RowEvents(received, 0, 1, drive_rows)
             else:
                 given = RowEvents(events, (below + batch) * n_threads, n_threads, drive_rows)
-            used = share_silent_rows(given, begins, counts, drive_of)
+            used = share_silent_rows(network.share_rows, given, begins, counts, drive_of)
             listed = received if layer == 0 else relayed
             given = RowEvents(listed, 0, given.per_row, min(used + 1, drive_rows))
             propagate_all(tables, first_tile, last_tile, bias, n_pre, given, drive_in)
@@ -227,7 +227,7 @@ def run(thread, n_threads, barrier, network, inputs, size, buffers, c, y, output
             first_list = (((n_layers - 1) % 2) * rows + batch) * n_threads
             n_pre, drive_rows = layers[n_layers - 1, UNITS], length * batch
             sent, last_tile = RowEvents(events, first_list, n_threads, drive_rows), len(tables.column_tiles)
-            used = share_silent_rows(sent, begins, counts, drive_of)
+            used = share_silent_rows(network.share_rows, sent, begins, counts, drive_of)
             sent = RowEvents(relayed, 0, n_threads, min(used + 1, drive_rows))
             propagate_all(tables, network.readout, last_tile, network.readout_bias, n_pre, sent, drive_in)
             for k in range(drive_rows):
@@ -320,6 +320,7 @@ def _step(table, output):
         float32_at(table, step_table.THRESHOLD),
         float32_at(table, step_table.KEEP),
         float32_at(table, step_table.PULL),
+        numbers[step_table.SHARE_ROWS],
         numbers[step_table.READOUT],
         numbers[step_table.READOUT_BIAS],
         int64_at(table, step_table.UNIT_BOUNDS, (n_layers + 1,)),
