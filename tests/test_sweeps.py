@@ -231,7 +231,7 @@ def test_folders_of_sweeps_are_not_mixed_up(tmp_path, text):
     assert saved_sweep(folder) == sweep
     with pytest.raises(ValueError, match="holds a sweep; give --resume"):
         run_sweep(sweep, folder, executor=Inline())
-    with pytest.raises(ValueError, match=r"holds another sweep: its grid is .*\[0\].*, not .*\[1\]"):
+    with pytest.raises(ValueError, match=r"holds another sweep: its grid training.seed is \[0\], not \[1\]"):
         run_sweep(small_sweep(text, grid={"training.seed": [1]}), folder, executor=Inline(), resume=True)
     with pytest.raises(ValueError, match="holds no sweep"):
         run_sweep(None, tmp_path, executor=Inline(), resume=True)
@@ -364,6 +364,19 @@ def test_workers_and_threads_fill_the_cores(tmp_path, monkeypatch):
     assert default_workers(Needs(points=1, threads=1, gpu=False, folder=tmp_path)) == 1
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
     assert default_workers(Needs(points=100, threads=1, gpu=True, folder=tmp_path)) == 3
+
+
+def test_gpus_are_those_of_the_driver_where_none_are_named(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho GPU-a\necho GPU-b\n")
+    tool.chmod(0o755)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert gpus.visible_gpus() == ["GPU-a", "GPU-b"]
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert gpus.visible_gpus() == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1, 3")
+    assert gpus.visible_gpus() == ["1", "3"]
 
 
 def test_every_process_chooses_a_gpu_of_its_own(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -229,8 +230,13 @@ def _mpi(workers: int, needs: Needs) -> Engine:
 
 def _dask(address: str, needs: Needs) -> Engine:
     from distributed import Client
+    from distributed.comm.addressing import get_address_host_port, parse_address
 
     try:
+        # A client that gets no answer takes much longer to say so, and to end.
+        host_and_port = get_address_host_port(address)
+        if parse_address(address)[0] in ("tcp", "tls"):
+            socket.create_connection(host_and_port, PATIENCE).close()
         client = Client(address, timeout=PATIENCE, set_as_default=False)
     except (OSError, ValueError) as error:
         raise ValueError(

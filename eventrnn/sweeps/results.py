@@ -65,10 +65,18 @@ def need_same(sweep: Sweep, folder: Path) -> None:
     """Raise ValueError, with the first difference, where the folder holds another sweep."""
     own, given = _record(saved_sweep(folder))["sweep"], _record(sweep)["sweep"]
     for name in given:
-        if given[name] != own[name]:
+        before, now = own[name], given[name]
+        if isinstance(before, dict) and isinstance(now, dict):
+            keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+            if keys:
+                name, before, now = f"{name} {keys[0]}", before.get(keys[0]), now.get(keys[0])
+            elif name == "grid":
+                # The order of the keys decides the numbers of the points.
+                name, before, now = "order of keys in the grid", list(before), list(now)
+        if before != now:
             raise ValueError(
-                f"resume: {printable(folder)} holds another sweep: its {name} is {_short(own[name])}, not "
-                f"{_short(given[name])}; give another folder"
+                f"resume: {printable(folder)} holds another sweep: its {name} is {_short(before)}, not "
+                f"{_short(now)}; give another folder"
             )
 
 
@@ -78,7 +86,7 @@ def _record(sweep: Sweep) -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
-    return printable(json.dumps(value), 120)
+    return "not given" if value is None else printable(json.dumps(value), 120)
 
 
 # --- points -------------------------------------------------------------------------------------------------
