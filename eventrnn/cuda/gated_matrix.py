@@ -224,17 +224,17 @@ class GatedMatrix:
             table[field], at = at, at + _rounded(size, 16)
         for field, pitch in pitches.items():
             table[field] = pitch
-        # Up to 1 KiB is read beyond the last row of a stage: the sums, which follow the last stage.
-        ring_bytes = STAGES * stage_bytes + SUM_BYTES
-        room = (self.device.shared_bytes - at) // ring_bytes
+        # Beyond the last row of a stage, weights of up to 16 rows are read and not used: sums, and what follows them.
+        ring_bytes, beyond = STAGES * stage_bytes + SUM_BYTES, 2 * ROW_GROUP * LANES * 4 - SUM_BYTES
+        room = (self.device.shared_bytes - at - beyond) // ring_bytes
         workers = max(1, min(room, self.warps, items))
         block_bytes = strips[0] * strips[1] * _rounded(r, ROW_GROUP) * (2 if self.narrow else 4)
-        room = max(0, self.device.shared_bytes - at - workers * ring_bytes)
+        room = max(0, self.device.shared_bytes - at - beyond - workers * ring_bytes)
         resident = min(self.weights.grid[0], room // block_bytes) if block_bytes else 0
         table[tables.AT_RESIDENT], table[tables.RESIDENT] = at, resident
         at += resident * block_bytes
         table[tables.AT_RINGS], table[tables.WORKERS] = at, workers
-        return table, at + workers * ring_bytes
+        return table, at + workers * ring_bytes + beyond
 
     # --- products ---
 

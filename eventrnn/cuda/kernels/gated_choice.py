@@ -2,9 +2,9 @@
 
 `weights/gated.py` defines the choice and the gates; they have the bits of `reference_products.block_gates`.
 
-choose : all threads of a block, one row of inputs. A bisection finds a key from which on as many logits lie as are
-         chosen. It ends early where no logit equals the smallest chosen one; otherwise equal ones are taken in
-         ascending order. One warp sums the ratios in ascending order of blocks.
+choose : all threads of a block, one row of inputs. A search finds a key from which on as many logits lie as are chosen.
+         It ends early where no logit equals the smallest chosen one; otherwise equal ones are taken in ascending
+         order. One warp sums the ratios in ascending order of blocks.
 
 =========== ======== ===========================================================================================
 array       memory   shape, dtype, contents
@@ -33,12 +33,12 @@ from eventrnn.cuda.tables import LANES, RATIO_PAD
 LOWEST_KEY, MAGNITUDE = np.int32(-(1 << 31)), np.int32((1 << 31) - 1)
 
 # Places of `words`: counts of two votes per warp, the largest and the smallest key of each warp, whether the gates are
-# not finite, and the bits of what ratios are multiplied by.
-SECOND_COUNTS, LARGEST, SMALLEST, NOT_FINITE, FACTOR = 32, 64, 96, 128, 129
+# not finite, the bits of what ratios are multiplied by, and twice the candidate and the count of each warp.
+SECOND_COUNTS, LARGEST, SMALLEST, NOT_FINITE, FACTOR, COUNTS = 32, 64, 96, 128, 129, 160
 
-# Bisections of the interval of the logits, before those of the interval of the keys. The former need fewer steps for
-# logits that are spread evenly, the latter at most one per bit.
-HALVINGS = 16
+# Turns of the search that divide the interval of the logits, before those that divide the interval of the keys. The
+# former need fewer turns for logits that are spread evenly, the latter a limited number for all.
+LINEAR_TURNS = 8
 
 
 @device_function
@@ -93,33 +93,57 @@ def sum_in_order(at, count):
 
 
 @device_function
-def smallest_chosen(keys, n, kept, smallest, largest, thread, threads):
+def candidate_of(low, high, turn, share):
+    """A key between two keys `low` and `high`, exclusive, that are not neighbours, at a share of their interval."""
+    if turn < LINEAR_TURNS:
+        bottom, top = libdevice.int_as_float(key_of(int32(low))), libdevice.int_as_float(key_of(int32(high - int64(1))))
+        between = (np.float32(1) - share) * bottom + share * top
+        candidate = int64(key_of(libdevice.float_as_int(between)))
+    else:
+        candidate = low + int64(np.float32(high - low) * share)
+    return int32(min(max(candidate, low + int64(1)), high - int64(1)))
+
+
+@device_function
+def smallest_chosen(keys, words, n, kept, smallest, largest, me):
     """A key from which on `kept` keys lie: all keys lie between `smallest` and `largest`, int32.
 
+    In each turn every warp counts the keys that reach a candidate of its own.
+
     Returns it, how many keys reach it, and how many are larger. The former is `kept` unless several keys equal the
-    smallest chosen one; then the result is that key. All threads must call it.
+    smallest chosen one; then the result is that key. All threads must call it, after a block barrier.
     """
+    lane, warp, warps = me
     low, high, reached, above, turn = int64(smallest), int64(largest) + int64(1), n, int32(0), int32(0)
-    own, half = LOWEST_KEY, np.float32(0.5)
-    if thread < n:
-        own = keys[thread]
+    share = np.float32(warp + 1) / np.float32(warps + 1)
     while reached != kept and high - low > 1:
-        middle = (low + high) >> int64(1)
-        if turn < HALVINGS:
-            bottom, top = libdevice.int_as_float(key_of(int32(low))), libdevice.int_as_float(key_of(int32(high - 1)))
-            between = int64(key_of(libdevice.float_as_int(half * bottom + half * top)))
-            middle = min(max(between, low + int64(1)), high - int64(1))
+        candidate = candidate_of(low, high, turn, share)
+        count, b = int32(0), lane
+        while b + 3 * LANES < n:
+            count = int32(count + int32(keys[b] >= candidate) + int32(keys[int32(b + LANES)] >= candidate))
+            two, three = int32(b + 2 * LANES), int32(b + 3 * LANES)
+            count = int32(count + int32(keys[two] >= candidate) + int32(keys[three] >= candidate))
+            b = int32(b + 4 * LANES)
+        while b < n:
+            count = int32(count + int32(keys[b] >= candidate))
+            b = int32(b + LANES)
+        count = sum_of_warp(count)
+        # Other warps may still read what was written in the turn before.
+        area = int32(COUNTS + (turn & int32(1)) * (2 * LANES))
+        if lane == 0:
+            words[int32(area + warp)], words[int32(area + LANES + warp)] = candidate, count
+        cuda.syncthreads()
+        # The last candidate that enough keys reach, and the first one that too few reach.
+        first, last, enough, few = int32(low), MAGNITUDE, reached, above
+        if lane < warps:
+            candidate, count = words[int32(area + lane)], words[int32(area + LANES + lane)]
+            if count >= kept:
+                first, enough = candidate, count
+            else:
+                last, few = candidate, count
+        low, reached, above = int64(max_of_warp(first)), min_of_warp(enough), max_of_warp(few)
+        high = min(high, int64(min_of_warp(last)))
         turn = int32(turn + 1)
-        candidate = int32(middle)
-        count = int32(cuda.syncthreads_count(int32(thread < n and own >= candidate)))
-        b = int32(thread + threads)
-        while b - thread < n:
-            count = int32(count + cuda.syncthreads_count(int32(b < n and keys[b] >= candidate)))
-            b = int32(b + threads)
-        if count >= kept:
-            low, reached = middle, count
-        else:
-            high, above = middle, count
     return int32(low), reached, above
 
 
@@ -221,7 +245,7 @@ def choose(gates, keys, ratios_at, words, maxima, n, kept, softmax, me):
     if lane < warps:
         largest, smallest = words[int32(LARGEST + lane)], words[int32(SMALLEST + lane)]
     largest, smallest = max_of_warp(largest), min_of_warp(smallest)
-    lowest, reached, above = smallest_chosen(keys, n, kept, smallest, largest, thread, threads)
+    lowest, reached, above = smallest_chosen(keys, words, n, kept, smallest, largest, me)
     room, pivot = int32(-1), libdevice.int_as_float(key_of(largest))
     if reached != kept:
         room = int32(kept - above)
