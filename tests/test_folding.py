@@ -374,6 +374,7 @@ def test_commands_fold(cli, tmp_path, text):
     network = load(model)
     code, out, _ = cli("convert", model, "--fold", "--out", large)
     assert code == 0 and load(large).one_hot
+    assert "folded into layers.0.w_in" in json.loads(cli("info", large, "--json")[1])["embedding"]
     found = {}
     for name, arguments in (("factors", (model,)), ("folded", (model, "--fold")), ("file", (large, "--fold"))):
         code, out, err = cli("run", *arguments, "--text", text, "--json")

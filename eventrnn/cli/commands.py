@@ -147,6 +147,8 @@ def info(model: GivenModel = None, named: NamedModel = None, as_json: Json = Fal
             f"layers.{k}": f"{layer.cell.name}/{layer.cell.variant}, {layer.units} units"
             for k, layer in enumerate(network.layers)
         }
+        if network.one_hot:
+            shapes = {"embedding": "folded into layers.0.w_in, one row per symbol"} | shapes
         show(
             model or named or "", cells | shapes | {"bytes": path.stat().st_size, "sha256": file_sha256(path)}, as_json
         )

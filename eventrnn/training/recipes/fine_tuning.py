@@ -79,10 +79,9 @@ class TaskRecipe:
         for name in ("model", "data", "text", "vocabulary"):
             need_file_name(name, getattr(self, name))
         if bool(self.data) == bool(self.text):
-            given = "both" if self.data else "neither"
+            given = "both data and text" if self.data else "neither data nor text"
             raise ValueError(
-                f"data: got {given} data and text; give --data the sequences of the task, or --text a text for a model "
-                "of symbols"
+                f"data: got {given}; give --data the sequences of the task, or --text a text for a model of symbols"
             )
         need_choice("read", self.read, READS)
         if self.text and self.read != type(self).read:
