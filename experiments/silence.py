@@ -7,8 +7,9 @@ Every case is one network of layers of 1350 units with 90 % of their 1x64 blocks
 steps, drawn at random, 5 % of the inputs send an event. Each version has a process of its own; both compute the same
 stream, and their outputs, states and counts must be equal in every bit before anything is timed. Then they take turns.
 One line per case is appended to results/silence.jsonl: medians of the rounds in microseconds per step, for all samples
-together, and what share of the steps of all layers and samples was silent: without an input, and without an event that
-is carried into it. A version is the last commit that changed the package.
+together, of wall clock and of the processor, which others may have used meanwhile; and what share of the steps of all
+layers and samples was silent: without an input, and without an event that is carried into it. A version is the last
+commit that changed the package.
 """
 
 import json
@@ -98,18 +99,19 @@ simulator = er.Simulator(network, batch=batch)
 
 def run():
     simulator.reset()
-    started = time.perf_counter()
+    started = np.array([time.perf_counter(), time.process_time()])
     if case["given"] == "steps":
         output = [simulator.step(x) for x in fed]
-        seconds, fired = time.perf_counter() - started, []
+        fired = []
     else:
         result = simulator.run(fed, record=case["record"])
-        seconds, fired, output = time.perf_counter() - started, result.fired, result.output
+        fired, output = result.fired, result.output
+    wall, processor = [time.perf_counter(), time.process_time()] - started
     digest = hashlib.sha256(np.asarray(output).tobytes())
     parts = [*simulator.state.cells, *simulator.state.outputs, *(each.total for each in fired)]
     for part in parts:
         digest.update(part.tobytes())
-    return {"seconds": seconds, "digest": digest.hexdigest()}
+    return {"us": wall, "processor_us": processor, "digest": digest.hexdigest()}
 
 found = er.simulate(network, stream(20_000), record="events")
 print(json.dumps({"silent": silent(found), "activity": found.activity}), flush=True)
@@ -137,7 +139,7 @@ class Worker:
         return json.loads(self.process.stdout.readline())
 
     def run(self) -> dict:
-        """Seconds of the stream, and the digest of its results."""
+        """What the stream has cost, and the digest of its results."""
         return self._ask("run")
 
     def close(self) -> None:
@@ -154,13 +156,21 @@ def measure(case: dict, packages: list[Path], rounds: int) -> dict:
         first = [worker.run()["digest"] for worker in workers]
         if len(set(first)) != 1:
             raise RuntimeError("the versions have computed different results")
-        seconds = [[worker.run()["seconds"] for worker in workers] for _ in range(rounds)]
+        costs = [[worker.run() for worker in workers] for _ in range(rounds)]
         described = workers[-1].described
     finally:
         for worker in workers:
             worker.close()
-    before, after = (1e6 * median(each) / case["steps"] for each in zip(*seconds, strict=True))
-    return described | {"us_per_step": after, "against_us_per_step": before, "speedup": before / after}
+    before, after = (
+        {
+            f"{name}_per_step": 1e6 * median(cost[name] for cost in each) / case["steps"]
+            for name in ("us", "processor_us")
+        }
+        for each in zip(*costs, strict=True)
+    )
+    described |= after | {f"against_{name}": value for name, value in before.items()}
+    ratios = (before[name] / after[name] for name in after)
+    return described | dict(zip(("speedup", "processor_speedup"), ratios, strict=True))
 
 
 def show(records: Records) -> Table:

@@ -455,6 +455,22 @@ def savings() -> str:
     return table(columns, rows)
 
 
+def silence() -> str:
+    """Streams of which nearly all steps are [silent](numerics.md#silence), for layers of 1350 units with 90 % of their
+    1x64 blocks pruned, one thread, beside the version of the package from before (`python experiments/silence.py
+    --against CHECKOUT`). Microseconds are those of the processor, per step of all samples; other work ran meanwhile.
+    """
+    lines, rows = read("silence"), []
+    for case in dict.fromkeys(line["case"] for line in lines):
+        line = last(lines, case=case)
+        assert line is not None
+        spent = (number(line[f"{side}processor_us_per_step"]) for side in ("", "against_"))
+        ratios = times(line["processor_speedup"]), times(line["speedup"])
+        rows.append(((case, f"{line['steps']:,}", f"{100 * line['silent']:.1f} %", *spent, *ratios), [line]))
+    columns = ("case", "steps", "silent", "µs per step", "before, µs", "times faster", "by the wall clock")
+    return table(columns, rows)
+
+
 def word_latency() -> str:
     """Milliseconds per token at batch 1 of whole word models, embedding and decoder over 10,000 words included, one
     thread (`python experiments/ptb_latency.py`). One call for a text, and one call per token. LSTM: `torch.nn.LSTM` of
@@ -532,6 +548,7 @@ SECTIONS = {
     "Inference on a CPU": cpu_layer,
     "One product on a CPU": cpu_product,
     "Inference on a GPU": cuda,
+    "Silence": silence,
     "A training window": training,
     "Training on a GPU": gpu_training,
     "The learning curve of a word model on a GPU": learning,
