@@ -115,7 +115,8 @@ class State:
 
     def copy(self) -> State:
         """A state that shares no memory with this one."""
-        return self.with_arrays([array.copy() for array in self.arrays()])
+        gates = {name: HeldGates(held.gates.copy(), held.left.copy()) for name, held in self.gates.items()}
+        return State(tuple([c.copy() for c in self.cells]), tuple([y.copy() for y in self.outputs]), gates)
 
     def snapshot(self) -> State:
         """A state that neither later runs nor edits of this one change."""

@@ -184,7 +184,7 @@ class CpuEngine:
                 aligned_zeros((self.n_threads, batch * row_capacity), np.float32),
                 workspace(
                     *(self.n_threads, inputs, rows, self.max_segments, blas_columns, self.gated_blocks),
-                    held=self.layout.held.sizes(batch),
+                    held=self.layout.held.size(batch),
                 ),
             )
             # Set last: if memory was short above, the next run must not take the old buffers for this batch.
@@ -247,7 +247,11 @@ class CpuEngine:
             begin, ahead = end, chunks * self.chunk
         return Trace(
             output.reshape(inputs.steps, inputs.batch, self.output_size),
-            State(self._by_layer(c, inputs.batch), self._by_layer(y, inputs.batch), held.read(buffers.workspace)),
+            State(
+                self._by_layer(c, inputs.batch),
+                self._by_layer(y, inputs.batch),
+                held.read(buffers.workspace, inputs.batch),
+            ),
             tuple(map(FireCounts, self._by_layer(outputs.graded), self._by_layer(outputs.binary))),
             self._by_layer(events, inputs.steps, inputs.batch) if record_events else (),
             self._by_layer(states, inputs.steps, inputs.batch) if record_states else (),
@@ -293,7 +297,7 @@ class CpuEngine:
         batch, network, held = state.batch, self.network, self.layout.held
         c, y = (self._flat(name, getattr(state, name), batch) for name in ("cells", "outputs"))
         state.need_gates(held.shared, batch)
-        gates, left = held.arrays(state)
+        gates = held.numbers(state)
         buffers, plan, layout = self._buffers(batch), self.plan(1, batch), self.layout
         total, size = sum(self.units), network.layers[0].inputs
         symbols = network.symbols is not None
@@ -303,7 +307,7 @@ class CpuEngine:
         else:
             most = batch * size + LANES
             received = (np.zeros(batch + 1, np.int64), np.zeros(most, np.int32), np.zeros(most, np.float32))
-        following = tuple(map(np.empty_like, (c, y, gates, left)))
+        following = tuple(map(np.empty_like, (c, y, gates)))
         numbers = {
             step_table.BATCH: batch,
             step_table.CHUNK: self.chunk,
@@ -349,8 +353,6 @@ class CpuEngine:
             step_table.DENSE_INPUTS: buffers.workspace.dense_inputs,
             step_table.TILE: buffers.workspace.tile,
             step_table.SCRATCH: buffers.workspace.scratch,
-            step_table.HELD_GATES: following[2],
-            step_table.HELD_LEFT: following[3],
             step_table.INPUT_INDPTR: received[0],
             step_table.INPUT_INDICES: received[1],
             step_table.INPUT_VALUES: received[2],
@@ -359,8 +361,8 @@ class CpuEngine:
             step_table.OUTPUTS: following[1],
             step_table.CELLS_BEFORE: c,
             step_table.OUTPUTS_BEFORE: y,
-            step_table.HELD_GATES_BEFORE: gates,
-            step_table.HELD_LEFT_BEFORE: left,
+            step_table.HELD: following[2],
+            step_table.HELD_BEFORE: gates,
             step_table.GRADED: np.zeros(total, np.int64),
             step_table.BINARY: np.zeros(total, np.int64),
             step_table.EMPTY: np.zeros(0, np.float32),
@@ -375,7 +377,7 @@ class CpuEngine:
         return Stepper(
             step_of_symbols if symbols else step,
             [arrays[k] for k in range(len(arrays))],
-            state_of=lambda c, y, *kept: State(self._by_layer(c, batch), self._by_layer(y, batch), held.views(*kept)),
+            state_of=lambda c, y, kept: State(self._by_layer(c, batch), self._by_layer(y, batch), held.views(kept)),
             check=check,
             dtype=np.int64 if symbols else np.float32,
             shape=(batch,) if symbols else (batch, size),

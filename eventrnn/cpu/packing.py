@@ -157,7 +157,7 @@ def pack(
     segments: list[Segment],
     dense_kind: int = ROWS,
     dense_activity_threshold: float = DENSE_ACTIVITY_THRESHOLD,
-    held: tuple[int, int, int, int] = (1, 0, 0, 0),
+    held: tuple[int, int, int] = (1, 0, 0),
 ) -> list[list[int]]:
     """Add some columns of a matrix to the pools; returns the table rows of its column tiles, without `KERNEL`.
 
@@ -402,7 +402,7 @@ def _pack_blocks(pools: PoolBuilder, entries: _Entries, weights: BlockCSR, segme
 
 
 def _pack_gated(
-    pools: PoolBuilder, weights: GatedBlocks, segments: list[Segment], held: tuple[int, int, int, int]
+    pools: PoolBuilder, weights: GatedBlocks, segments: list[Segment], held: tuple[int, int, int]
 ) -> list[int]:
     """The stored blocks, cut into pieces at the ends of the segments, as one column tile of kind GATED.
 

@@ -253,17 +253,18 @@ def workspace_shapes(
     segments: int,
     blas_columns: int,
     gated_blocks: int = 0,
-    held: tuple[int, int] = (0, 0),
+    held: int = 0,
 ) -> tuple[tuple[tuple[int, ...], type], ...]:
     """Shape and dtype of each field of a `Workspace`, with a leading axis of threads.
 
     The workspace serves products of up to `inputs` units, `rows` drive rows, `segments` stored block segments per unit,
     `blas_columns` columns through BLAS, and `gated_blocks` blocks of a matrix that chooses some. It also holds one
-    small panel of single weights, and gates of the sizes `held` (`HeldLayout.sizes`).
+    small panel of single weights, and `held` numbers of gates that some steps share (`HeldLayout.size`).
     """
     # Whole vectors: every thread's share starts on a cache line, which it shares with no other thread.
     most, listed = round_up(rows * inputs, LANES) + LANES, LISTED_SEGMENTS + round_up(segments, LANES) + LANES
     gates = (min(rows, GATED_ROWS) + 1) * round_up(gated_blocks, LANES)
+    scratch = max(round_up(rows * blas_columns, LANES), gates, ROW_TILE << SMALL_PANEL_BITS)
     return (
         ((n_threads, round_up(rows * (ceil_div(inputs, 1 << SMALL_PANEL_BITS) + 1) + 1, LANES)), np.int64),
         ((n_threads, most), np.int32),
@@ -272,9 +273,7 @@ def workspace_shapes(
         ((n_threads, 2, listed), np.float32),
         ((n_threads, round_up(rows * inputs, LANES)), np.float32),
         ((n_threads, rows * ROW_TILE), np.float32),
-        ((n_threads, max(round_up(rows * blas_columns, LANES), gates, ROW_TILE << SMALL_PANEL_BITS)), np.float32),
-        ((n_threads, held[0]), np.float32),
-        ((n_threads, held[1]), np.int64),
+        ((n_threads, scratch + held), np.float32),
     )
 
 
@@ -286,7 +285,7 @@ def workspace(
     blas_columns: int,
     gated_blocks: int = 0,
     *,
-    held: tuple[int, int] = (0, 0),
+    held: int = 0,
 ) -> Workspace:
     """A `Workspace` of zeros; parameters as of `workspace_shapes`."""
     shapes = workspace_shapes(n_threads, inputs, rows, segments, blas_columns, gated_blocks, held)

@@ -39,22 +39,20 @@ from __future__ import annotations
     DENSE_INPUTS,
     TILE,
     SCRATCH,
-    HELD_GATES,
-    HELD_LEFT,
     INPUT_INDPTR,
     INPUT_INDICES,
     INPUT_VALUES,
     INPUT_ROW_OF,
     CELLS,
     OUTPUTS,
+    HELD,
     CELLS_BEFORE,
     OUTPUTS_BEFORE,
-    HELD_GATES_BEFORE,
-    HELD_LEFT_BEFORE,
+    HELD_BEFORE,
     GRADED,
     BINARY,
     EMPTY,
-) = range(48)
+) = range(46)
 
 # Entries of the int64 array NUMBERS; RUN is the address of the compiled `time_loop.run`.
 BATCH, CHUNK, DRIVE_PITCH, N_LAYERS, N_COLUMN_TILES, READOUT, READOUT_BIAS, SHARE_ROWS, RUN = range(9)

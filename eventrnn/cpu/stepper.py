@@ -23,13 +23,8 @@ if TYPE_CHECKING:
     from eventrnn.cpu.plan import Plan
 
 # Rows of the table with the state before a step, and with that after it; they swap from step to step.
-BEFORE = (
-    step_table.CELLS_BEFORE,
-    step_table.OUTPUTS_BEFORE,
-    step_table.HELD_GATES_BEFORE,
-    step_table.HELD_LEFT_BEFORE,
-)
-AFTER = step_table.CELLS, step_table.OUTPUTS, step_table.HELD_GATES, step_table.HELD_LEFT
+BEFORE = step_table.CELLS_BEFORE, step_table.OUTPUTS_BEFORE, step_table.HELD_BEFORE
+AFTER = step_table.CELLS, step_table.OUTPUTS, step_table.HELD
 
 
 class Stepper:
@@ -38,7 +33,7 @@ class Stepper:
     kernel        : compiled function (table, inputs, output) -> bool. It returns True where it refuses the
                     step because an input or a cell state is not finite, or a symbol does not exist
     arrays        : the arrays of the kernel's table, in order; the stepper keeps them alive
-    state_of      : makes a state of views of the cells of all layers, their outputs, and the two arrays of held gates
+    state_of      : makes a state of views of the cells of all layers, their outputs, and held gates
     check         : converts an input to `dtype` and `shape`. Raises ValueError or TypeError for bad input
     dtype, shape  : dtype and shape of inputs that are passed to the kernel without a conversion
     output_shape  : shape of the output of a step

@@ -57,8 +57,7 @@ SEGMENT_WIDTHS = (64, 32, 16, 8, 4)
 #   GATE, IN_PITCH    offset of the gate in `WeightPools.values`, and numbers from one unit to the next
 #   RANK, GATE_OUT    rank of a gate with two factors, and offset of the second, in rows of GATE_PITCH; 0 for one factor
 #   PERIOD            the number of steps that share a choice. If it is 1, the fields below are 0
-#   HELD              numbers of `Workspace.held_gates` per sample that belong to matrices before this one
-#   HELD_ORDER, HELD_MATRICES  number of the matrix among those that hold gates, and how many these are
+#   HELD, HELD_PITCH  where the gates of the matrix begin among those that a sample holds, and numbers of a sample
 # Then follow, for each block row, the number of its first piece, and the number of pieces; then the pieces. A piece is
 # the part of a stored block in the columns of the tile, at most GATED_PIECE columns:
 #   PIECE_BLOCK    number of the block
@@ -69,9 +68,14 @@ FAULT, ALL_BLOCKS, KEPT, SOFTMAX, BLOCK_ROWS, BLOCK_UNITS = range(6)
 
 GATE_PITCH, GATE_BIAS, GATE, IN_PITCH, RANK, GATE_OUT = range(6, 12)
 
-PERIOD, HELD, HELD_ORDER, HELD_MATRICES = range(12, 16)
+PERIOD, HELD, HELD_PITCH = range(12, 15)
 
-GATED_HEADER = 16
+GATED_HEADER = 15
+
+# Gates that some steps share are kept from call to call at the end of `Workspace.scratch`, sample by sample, HELD_PITCH
+# numbers each. Those of a matrix are a vector, whose first two numbers are an int64, the number of further steps that
+# have the gates; then the gates, GATE_PITCH numbers. The last vector of `scratch` ends with an int64, the number of
+# samples.
 
 # Causes of gates that are not finite, in the order of `state.GATE_FAULTS`.
 BAD_LOGIT, CANCELLED, TOO_LARGE = 1, 2, 3
@@ -134,10 +138,7 @@ class Workspace(NamedTuple):
     segment_factors: np.ndarray  # (2, segments) float32: event value, and scale, of each listed block segment
     dense_inputs: np.ndarray  # (drive_rows * inputs,) float32: the events as dense rows
     tile: np.ndarray  # (drive_rows * ROW_TILE,) float32: drives of one column tile
-    scratch: np.ndarray  # (n,) float32: result of BLAS, gates of GATED_ROWS + 1 drive rows, or a panel of weights
-    # Gates that some steps share are kept from call to call: matrix by matrix, and within a matrix sample by sample.
-    held_gates: np.ndarray  # (n,) float32: gates of the last choice, GATE_PITCH numbers per matrix and sample
-    held_left: np.ndarray  # (HELD_MATRICES * samples,) int64: the number of further steps that have them
+    scratch: np.ndarray  # (n,) float32: result of BLAS, gates of GATED_ROWS + 1 drive rows, or a panel; held gates
 
 
 class ThreadTables(NamedTuple):

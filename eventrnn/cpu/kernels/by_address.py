@@ -55,8 +55,6 @@ def _workspace(leading_axes: int = 0) -> types.Type:
         dense_inputs=_array(types.float32, leading_axes + 1),
         tile=_array(types.float32, leading_axes + 1),
         scratch=_array(types.float32, leading_axes + 1),
-        held_gates=_array(types.float32, leading_axes + 1),
-        held_left=_array(types.int64, leading_axes + 1),
     )
 
 

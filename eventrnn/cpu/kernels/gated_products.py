@@ -3,7 +3,7 @@
 A thread computes all gates of a drive row by itself, and multiplies the pieces of the chosen blocks that lie in its own
 columns. The gates therefore have the same bits for every number of threads, and no thread waits for another one. Where
 some steps share a choice, each thread also keeps the gates of each sample by itself, from step to step and from call to
-call (`held_gates` and `held_left` of its workspace); it equals `reference_products.gates_of_step`.
+call, at the end of `scratch` of its workspace (`tables.py`); it equals `reference_products.gates_of_step`.
 
 Some drive rows go through the blocks together, so that a block that several of them chose is read from memory once.
 Within a drive row, the blocks are visited by block row. The terms of an output are therefore added in ascending order
@@ -34,8 +34,7 @@ from eventrnn.cpu.tables import (
     GATED_HEADER,
     GATED_ROWS,
     HELD,
-    HELD_MATRICES,
-    HELD_ORDER,
+    HELD_PITCH,
     HIGH,
     IN_PITCH,
     KEPT,
@@ -196,16 +195,15 @@ def row_gates(pools, p0, workspace, row, begin, count, at, spare):
     """
     pointers, gates, values = pools.pointers, workspace.scratch, workspace.panel_values
     n, kept, period = pointers[p0 + ALL_BLOCKS], pointers[p0 + KEPT], pointers[p0 + PERIOD]
-    keys, left, held = gates.view(np.int32), workspace.held_left, workspace.held_gates
-    own, slot, fault = 0, 0, 0
+    keys, longs, own, fault = gates.view(np.int32), gates.view(np.int64), 0, 0
     if period > 1:
-        samples = len(left) // pointers[p0 + HELD_MATRICES]
-        b = row % samples
-        slot = pointers[p0 + HELD_ORDER] * samples + b
-        own = pointers[p0 + HELD] * samples + b * pointers[p0 + GATE_PITCH]
-    if period > 1 and left[slot] > 0:
-        copy(held, own, gates, at, n)
-        left[slot] -= 1
+        samples, pitch = longs[len(longs) - 1], pointers[p0 + HELD_PITCH]
+        own = len(gates) - LANES - (samples - row % samples) * pitch + pointers[p0 + HELD]
+    # The number of further steps with the same gates, and the gates.
+    left, held = own >> 1, own + LANES
+    if period > 1 and longs[left] > 0:
+        copy(gates, held, gates, at, n)
+        longs[left] -= 1
         if not products_are_finite(gates, at, n, values, begin, count):
             fault = TOO_LARGE
     else:
@@ -214,8 +212,8 @@ def row_gates(pools, p0, workspace, row, begin, count, at, spare):
             softmax = pointers[p0 + SOFTMAX] != 0
             fault = gates_of_row(gates, at, keys, spare, n, kept, softmax, values, begin, count)
         if period > 1:
-            copy(gates, at, held, own, n)
-            left[slot] = period - 1
+            copy(gates, at, gates, held, n)
+            longs[left] = period - 1
     if fault != 0 and (pointers[p0 + FAULT] == 0 or fault < pointers[p0 + FAULT]):
         pointers[p0 + FAULT] = fault
 

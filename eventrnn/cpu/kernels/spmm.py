@@ -65,8 +65,6 @@ def workspace_of(shared, thread):
         shared.dense_inputs[thread],
         shared.tile[thread],
         shared.scratch[thread],
-        shared.held_gates[thread],
-        shared.held_left[thread],
     )
 
 

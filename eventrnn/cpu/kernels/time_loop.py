@@ -302,11 +302,10 @@ def _step(table, output):
     c, y = float32_at(table, step_table.CELLS), float32_at(table, step_table.OUTPUTS)
     copy(float32_at(table, step_table.CELLS_BEFORE), 0, c, 0, len(c))
     copy(float32_at(table, step_table.OUTPUTS_BEFORE), 0, y, 0, len(y))
-    held, left = float32_at(table, step_table.HELD_GATES), int64_at(table, step_table.HELD_LEFT)
-    copy(float32_at(table, step_table.HELD_GATES_BEFORE), 0, held, 0, len(held))
-    left_before = int64_at(table, step_table.HELD_LEFT_BEFORE)
-    for k in range(len(left)):
-        left[k] = left_before[k]
+    # Held gates are the end of the scratch array.
+    held, scratch = float32_at(table, step_table.HELD), float32_at(table, step_table.SCRATCH)
+    held_at = len(scratch) - len(held)
+    copy(float32_at(table, step_table.HELD_BEFORE), 0, scratch, held_at, len(held))
     empty = float32_at(table, step_table.EMPTY)
     network = NetworkTables(
         int64_at(table, step_table.LAYERS, (n_layers,)),
@@ -351,8 +350,6 @@ def _step(table, output):
             float32_at(table, step_table.DENSE_INPUTS, (1,)),
             float32_at(table, step_table.TILE, (1,)),
             float32_at(table, step_table.SCRATCH, (1,)),
-            float32_at(table, step_table.HELD_GATES, (1,)),
-            int64_at(table, step_table.HELD_LEFT, (1,)),
         ),
     )
     outputs = RunOutputs(
@@ -368,4 +365,5 @@ def _step(table, output):
     thread, n_threads = np.int64(0), np.int64(1)
     barrier = int64_at(table, step_table.BARRIER)
     call_run(numbers[step_table.RUN], (thread, n_threads, barrier, network, received, size, buffers, c, y, outputs))
+    copy(scratch, held_at, held, 0, len(held))
     return first_not_finite(c, len(c)) >= 0
