@@ -66,6 +66,21 @@ def test_a_step_between_two_choices_has_the_gates_of_the_last_one():
         held = step
 
 
+def test_silent_steps_choose_and_count_as_others():
+    # No unit and no input sends anything: the biases of the gates choose.
+    network, x = network_of(period=4), np.zeros((10, 2, 5), np.float32)
+    silent = tuple(replace(layer, threshold=np.full_like(layer.threshold, 9)) for layer in network.layers)
+    network = replace(network, layers=silent)
+    expected = simulate(network, x, backend="reference", record=RECORDABLE)
+    assert not any(expected.activity)
+    for threads in (1, 2):
+        assert_same(expected, simulate(network, x, threads=threads, record=RECORDABLE))
+    assert all(held.left.tolist() == [2, 2] and held.gates.any() for held in expected.state.gates.values())
+    counts = count(network, expected)
+    assert counts.matrices["readout"].selection == 2 * 3 * 2 * network.matrices()["readout"].kept_blocks
+    assert audit(network, expected, counts).agrees
+
+
 # --- what a state holds -------------------------------------------------------------------------------------
 
 
