@@ -514,12 +514,10 @@ def test_ptb_model_is_evaluated_pruned_tuned_compared_and_drawn(monkeypatch, tmp
         assert line["equal"] and line["compared"] == 14 * 300 and line["folded"] == bool(fold)
     line = run("grid", tuned, *text, "--limit", 100)
     points = [each for each in map(json.loads, results.read_text().splitlines()) if each["what"] == "grid"]
-    assert len(points) == 4 and {(each["added"], each["kept"]) for each in points} == {
-        (0.0, 1.0),
-        (0.0, 0.4),
-        (0.2, 1.0),
-        (0.2, 0.4),
-    }
+    grid = {(added, kept) for added in (0.0, 0.2) for kept in (1.0, 0.4)}
+    assert len(points) == 4 and {(each["added"], each["kept"]) for each in points} == grid
+    line = run("grid", tuned, *text, "--limit", 100, "--only", "--name", "pruned in training")
+    assert (line["added"], line["kept"]) == (0.0, 1.0) and line["effective"] == points[0]["effective"]
     run("draw")
     assert {path.name for path in tmp_path.glob("*.png")} == {"ptb.png", "ptb_grid.png"}
 
