@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 import warnings
 from dataclasses import replace
@@ -14,7 +13,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 from eventrnn.backend import BackendUnavailable
 from eventrnn.cells import Cell
@@ -217,24 +215,14 @@ def test_the_choice_of_an_emulated_block_of_threads_is_that_of_the_specification
         assert same_bits(got, expected) or np.all(np.isnan(got) & np.isnan(expected)), (logits, kept)
 
 
-def test_the_experiment_measures_an_emulated_layer_and_its_phases(monkeypatch, emulated, tmp_path):
+def test_the_experiment_finds_the_phases_of_an_emulated_layer(monkeypatch, emulated):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "experiments"))
-    for each in ("dynamic_blocks", "gated_gpu", "gated_words", "gated_figures", "records"):
-        monkeypatch.delitem(sys.modules, each, raising=False)
-    module, results = importlib.import_module("dynamic_blocks"), tmp_path / "lines.jsonl"
-    cudnn = {name: lambda: 1.0 for name in ("cudnn float32", "cudnn tf32")}
-    monkeypatch.setattr(module.gated_gpu, "cudnn", lambda cell, x: cudnn)
-    size = {"--units": 8, "--block": "4x4", "--steps": 4, "--repeats": 1, "--cell": "gru", "--results": results}
-    options = [str(each) for pair in size.items() for each in pair]
-    with pytest.warns(UserWarning, match="costs"):
-        run = CliRunner().invoke(module.app, ["gpu", "--phases", *options])
-    assert run.exit_code == 0, run.output
-    line = json.loads(results.read_text())
-    found = line["phases"]
-    assert set(line["us_per_step"]) == {"gated", "gated, recurrent only", "dense", *cudnn}
-    assert tuple(found["cycles"]) == tables.PHASES and found["resident_block_rows"] == found["block_rows"] == 2
+    monkeypatch.delitem(sys.modules, "gated_gpu", raising=False)
+    network, x = case(Cell("gru"), batch=1, readout=None, gate_rule="softmax")
+    found = importlib.import_module("gated_gpu").phases(network, x)
+    assert "gated_layer" in emulated.launched
+    assert tuple(found["cycles"]) == tables.PHASES and found["resident_block_rows"] == found["block_rows"] == 3
     assert all(0 <= each["mean"] <= each["largest"] for each in found["cycles"].values())
-    assert all(phase in run.output for phase in tables.PHASES)
 
 
 def cancelling(matrix: str) -> Network:
