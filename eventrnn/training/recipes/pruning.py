@@ -83,7 +83,8 @@ class PruningRecipe:
         taken = [name for name in method.targets if name in TARGETS]
         if len(targets) != 1 or targets[0] not in taken:
             got = ", ".join(targets) or "none"
-            raise ValueError(f"target: got {got} for {self.method}, need one of {', '.join(taken)}")
+            dense = "" if targets else "; a sparsity of 0 prunes nothing: leave out the method too"
+            raise ValueError(f"target: got {got} for {self.method}, need one of {', '.join(taken)}{dense}")
         options = options_with(method, targets[0])
         for name in given:
             if name not in options and name not in (*TARGETS, "exempt"):

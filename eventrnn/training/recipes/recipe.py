@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -203,8 +204,15 @@ class Recipe:
 
 def presets() -> list[str]:
     """Names of the recipes in the package."""
+    return list(_presets())
+
+
+@cache
+def _presets() -> dict[str, dict[str, Any]]:
+    """The tables of the recipes in the package, by name. They are read once, because a sweep has many points."""
     folder = resources.files("eventrnn.training.recipes")
-    return sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
+    names = sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
+    return {name: toml_config.read_toml((folder / f"{name}.toml").read_text("utf-8"), name) for name in names}
 
 
 def load_recipe(
@@ -223,8 +231,7 @@ def load_recipe(
     settings = list(settings)
     if preset not in presets():
         raise ValueError(f"preset: got {preset!r}, need one of {', '.join(presets())}")
-    base = (resources.files("eventrnn.training.recipes") / f"{preset}.toml").read_text(encoding="utf-8")
-    tables = [toml_config.read_toml(base, preset)]
+    tables = [_presets()[preset]]
     if isinstance(path, Mapping):
         tables.append(dict(path))
     elif path is not None:

@@ -6,6 +6,7 @@ Errors name the key, and for an unknown key the most similar known one. The modu
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import tomllib
 import types
@@ -79,8 +80,7 @@ def from_table(cls: Any, table: Mapping[str, Any], where: str = "") -> Any:
     Raises `ValueError` for an unknown key (with the most similar known one), for a value of another type, and for a
     value that the dataclass refuses.
     """
-    hints = typing.get_type_hints(cls)
-    known = [field.name for field in fields(cls)]
+    hints, known = _hints(cls), [field.name for field in fields(cls)]
     values = {}
     for key, value in table.items():
         name = f"{where}.{key}" if where else key
@@ -91,6 +91,12 @@ def from_table(cls: Any, table: Mapping[str, Any], where: str = "") -> Any:
         return cls(**values)
     except ValueError as error:
         raise ValueError(f"config: {where}: {error}" if where else f"config: {error}") from None
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    """The types of the fields of a dataclass. To evaluate them takes most of the time of reading a small table."""
+    return typing.get_type_hints(cls)
 
 
 def to_toml(config: Any) -> str:
@@ -112,7 +118,8 @@ def _text(value: Any) -> str:
     if isinstance(value, tuple | list):
         return f"[{', '.join(map(_text, value))}]"
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
+        # JSON writes the control character 127 as it is, which TOML refuses.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
@@ -148,7 +155,7 @@ def _nearest(key: str, known: list[str], cls: Any, where: str) -> str:
     if close:
         return f"did you mean {f'{where}.' if where else ''}{close[0]}?"
     # The most common mistake is a known key in the wrong table.
-    for name, hint in typing.get_type_hints(cls).items():
+    for name, hint in _hints(cls).items():
         if is_dataclass(hint) and key in (field.name for field in fields(hint)):  # pyright: ignore[reportArgumentType]
             return f"did you mean {f'{where}.' if where else ''}{name}.{key}?"
     return f"have {', '.join(known)}"
