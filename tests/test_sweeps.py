@@ -1,5 +1,6 @@
 """Sweeps: points, their results, what is refused, and workers and drivers that are killed."""
 
+import errno
 import json
 import os
 import signal
@@ -9,14 +10,16 @@ from concurrent.futures import BrokenExecutor, Future
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 
+import eventrnn.sweeps.driver as driver_module
 from eventrnn import _files, load
-from eventrnn.sweeps import Study, Sweep, SweepStopped, gpus, load_sweep, read_results, run_sweep
+from eventrnn.sweeps import Study, Sweep, SweepStopped, check_sweep, gpus, load_sweep, read_results, run_sweep
 from eventrnn.sweeps.engines import Engine, Needs, cores, default_workers
 from eventrnn.sweeps.figure import sweep_figure
 from eventrnn.sweeps.plan import point
-from eventrnn.sweeps.results import note_start, saved_sweep, write_result
+from eventrnn.sweeps.results import note_start, save_sweep, saved_sweep, write_result
 from eventrnn.sweeps.study import Proposals
 from eventrnn.sweeps.worker import RUN
 from eventrnn.training import Stopped
@@ -96,6 +99,12 @@ def test_a_preset_can_be_an_axis(tmp_path, text):
         ("[grid]\ntraining.seed = 3", "grid: training.seed: got 3, need a list"),
         ("[gird]\ntraining.seed = [1]", "unknown name gird; did you mean grid?"),
         ("points = 3", "points: need at least one table"),
+        ("[grid]\ntraining.seed = [0]\n'training.seed' = [1]", "training.seed is given twice"),
+        (
+            "[settings]\nmodel.gates.bits = 3\n[grid]\nmodel.gates = [{bits = 2}, {bits = 4}]",
+            "settings: model.gates.bits is given twice",
+        ),
+        ("[grid]\nrun = [{out = 'a'}]", "run.out: every point writes its own model file"),
         ("[grid]\nrun.out = ['a']", "run.out: every point writes its own model file"),
         ("[settings]\ntraining.seed = 1\n[grid]\ntraining.seed = [1]", "settings: training.seed is given twice"),
         ("[grid]\ntraining.seed = [1]\n[[points]]\ntraining.seed = 2", "grid: training.seed is given twice"),
@@ -130,6 +139,8 @@ def test_plans_are_refused(tmp_path, monkeypatch, toml, words):
         ({"preset": ["characters", "words"]}, "point 1 (preset=words): preset: got 'words'"),
         ({"data.text": ["nowhere.txt"]}, "point 0 (data.text=nowhere.txt): text: "),
         ({"training.window": [8, 100_000]}, "point 1 (training.window=100000): text: "),
+        ({"pruning": [{"method": "magnitude"}]}, "target: got none for magnitude, need one of sparsity"),
+        ({"pruning": [{"method": "magnitude", "sparsity": 0.5}], "training.steps": [1]}, "point 0 (pruning="),
     ],
 )
 def test_points_are_refused_before_any_work(tmp_path, text, grid, words):
@@ -141,6 +152,29 @@ def test_points_are_refused_before_any_work(tmp_path, text, grid, words):
         run_sweep(Sweep(settings=settings, grid=grid), tmp_path / "out", executor=executor)
     assert words in str(caught.value)
     assert not (tmp_path / "out").exists() and not executor.jobs
+
+
+def test_a_range_of_whole_numbers_is_one_of_a_whole_setting(text):
+    settings = {key: value for key, value in SETTINGS.items() if key != "training.batch"} | {"data.text": str(text)}
+    pytest.importorskip("optuna", reason="needs optuna")
+
+    def checked(key, **ends):
+        return check_sweep(Sweep(settings=settings, study=Study({key: ends})), executor=Inline())
+
+    assert len(checked("training.batch", low=1, high=4)) == len(checked("training.clip", low=1.0, high=4)) == 2
+    with pytest.raises(ValueError, match="training.clip: low: got 1, so that only whole numbers would be proposed"):
+        checked("training.clip", low=1, high=4)
+
+
+def test_values_of_numpy_and_ranges_of_python_are_saved_as_plain_ones(tmp_path, text):
+    sweep = small_sweep(text, grid={"training.seed": range(2), "training.learning_rate": np.array([3e-3, 6e-3])})
+    save_sweep(sweep, tmp_path)
+    assert saved_sweep(tmp_path).grid == {"training.seed": [0, 1], "training.learning_rate": [3e-3, 6e-3]}
+    assert saved_sweep(tmp_path).combinations() == sweep.combinations()
+    pytest.importorskip("optuna", reason="needs optuna")
+    study = Study({"training.seed": [np.int64(3)], "training.batch": {"low": np.int64(4), "high": np.int64(4 + 1)}})
+    _, chosen = Proposals(study).ask()
+    assert chosen["training.seed"] == 3 and type(chosen["training.batch"]) is int
 
 
 def test_engines_are_refused_before_any_work(tmp_path, text, monkeypatch):
@@ -236,8 +270,14 @@ def test_folders_of_sweeps_are_not_mixed_up(tmp_path, text):
     with pytest.raises(ValueError, match="holds no sweep"):
         run_sweep(None, tmp_path, executor=Inline(), resume=True)
     (tmp_path / "other" / "points").mkdir(parents=True)
-    with pytest.raises(ValueError, match="holds a folder points already"):
+    with pytest.raises(ValueError, match="holds points, which is of no sweep"):
         run_sweep(sweep, tmp_path / "other", executor=Inline())
+    own = tmp_path / "own" / "results.jsonl"
+    own.parent.mkdir()
+    own.write_text("the user's")
+    with pytest.raises(ValueError, match="holds results.jsonl, which is of no sweep"):
+        run_sweep(sweep, own.parent, executor=Inline())
+    assert own.read_text() == "the user's"
 
     def again(job):
         with pytest.raises(ValueError, match="is in use by process"):
@@ -245,6 +285,54 @@ def test_folders_of_sweeps_are_not_mixed_up(tmp_path, text):
 
     (folder / "points" / "0000" / "result.json").unlink()
     assert run_sweep(None, folder, executor=Inline(again), resume=True)[0]["starts"] == 2
+    # A run of other settings is not taken for that of the point.
+    (folder / "points" / "0000" / "result.json").unlink()
+    saved = (folder / "sweep.json").read_text()
+    (folder / "sweep.json").write_text(saved.replace('"training.window": 8', '"training.window": 9'))
+    with pytest.raises(ValueError, match=r"holds another run than point 0 .*: its training.window is 8, not 9"):
+        run_sweep(None, folder, executor=Inline(), resume=True)
+
+
+def test_a_driver_that_begins_during_the_checks_of_another_one_wins(tmp_path, text, monkeypatch):
+    first = small_sweep(text, grid={"training.seed": [0]})
+    second = small_sweep(text, grid={"training.seed": [1]})
+    folder, check = tmp_path / "out", driver_module.known_points
+
+    def slowly(sweep, folder):
+        monkeypatch.setattr(driver_module, "known_points", check)
+        run_sweep(first, folder, executor=Inline())
+        return check(sweep, folder)
+
+    monkeypatch.setattr(driver_module, "known_points", slowly)
+    executor = Inline()
+    with pytest.raises(ValueError, match="holds a sweep; give --resume"):
+        run_sweep(second, folder, executor=executor)
+    assert not executor.jobs and saved_sweep(folder) == first
+
+
+def test_results_of_earlier_drivers_are_there_before_the_first_new_one(tmp_path, text):
+    sweep, folder = small_sweep(text, grid={"training.seed": [0, 1, 2]}), tmp_path / "out"
+    lines = run_sweep(sweep, folder, executor=Inline())
+    (folder / "points" / "0000" / "result.json").unlink()
+
+    def fail(job):
+        raise SystemError("the executor is gone")
+
+    with pytest.raises(SystemError):
+        run_sweep(None, folder, executor=Inline(fail), resume=True)
+    assert read_results(folder) == lines[1:]
+
+
+def test_a_full_disk_ends_the_sweep_and_fails_no_point(tmp_path, text, monkeypatch):
+    sweep, folder = small_sweep(text, grid={"training.seed": [0, 1]}), tmp_path / "my sweep"
+
+    def full(recipe, *_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "checkpoint")
+
+    monkeypatch.setattr("eventrnn.sweeps.worker.train", full)
+    with pytest.raises(OSError, match="make room, then go on with: eventrnn sweep --resume '.*my sweep'"):
+        run_sweep(sweep, folder, executor=Later())
+    assert results(folder) == 0 and read_results(folder) == []
 
 
 def test_a_point_that_another_worker_trains_is_waited_for(tmp_path, text, monkeypatch):
@@ -392,6 +480,18 @@ def test_every_process_chooses_a_gpu_of_its_own(tmp_path, monkeypatch):
     assert chosen[:2] == ["GPU-a", "GPU-b"] and chosen[2] in chosen[:2]
 
 
+class Later(Inline):
+    """An executor whose futures hold the errors of their work, as those of processes do."""
+
+    def submit(self, fn, /, job):
+        future = Future()
+        try:
+            future.set_result(fn(job))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
 class Deadly(Inline):
     """An executor that breaks when it is given a certain point."""
 
@@ -516,6 +616,8 @@ def test_the_command_lists_trains_and_goes_on(cli, tmp_path, text, monkeypatch):
     code, out, _ = cli("sweep", plan, "--dry-run", "--json", *small)
     assert code == 0 and json.loads(out) == {"points": [{"training.seed": 0}, {"training.seed": 1}]}
     assert cli("sweep", plan)[0] == 2 and cli("sweep")[0] == 2
+    for wrong in (("--workers", 0), ("--executor", "ray"), ("--out", plan)):
+        assert cli("sweep", plan, "--dry-run", *small, *wrong)[0] == 2
     code, out, err = cli("sweep", plan, "--out", folder, "--json", *small)
     assert code == 0 and "point 1 done, 2/2: training.seed=1" in err
     figures = json.loads(out)

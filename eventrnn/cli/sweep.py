@@ -20,7 +20,7 @@ from eventrnn.cli.terminal import as_line, console, show
 
 if TYPE_CHECKING:
     from eventrnn.sweeps.driver import Report, Status
-    from eventrnn.sweeps.plan import Sweep
+    from eventrnn.sweeps.plan import Point, Sweep
 
 # Lines of a terminal that the table leaves to other text.
 MARGIN = 8
@@ -61,16 +61,19 @@ def sweep(
     the death of this process, of a worker or of a scheduler. Points that failed are tried again, except in a study.
     """
     from eventrnn import sweeps
+    from eventrnn.sweeps.results import SWEEP, how_on
 
     planned = _planned(plan, out, resume, settings, dry_run)
-    if dry_run:
-        assert planned is not None
-        _list(planned, as_json)
-        return
     folder = resume or out
+    if out is not None:
+        writable_folder(out, (), force=False)
+    if dry_run:
+        points = sweeps.check_sweep(
+            planned, folder, executor=executor, workers=workers, address=address, resume=resume is not None
+        )
+        _list(planned, points, as_json)
+        return
     assert folder is not None
-    if resume is None:
-        writable_folder(folder, (), force=False)
     with _live() as report:
         try:
             lines = sweeps.run_sweep(
@@ -84,7 +87,8 @@ def sweep(
             )
         except KeyboardInterrupt as stop:
             words = str(stop) or "stopped at once; the runs are as their last checkpoints are"
-            words += f"; go on with: eventrnn sweep --resume {folder}"
+            begun = (folder / SWEEP).exists()
+            words = f"{words}; {how_on(folder)}" if begun else "stopped before any work; nothing was written"
             print(printable(f"eventrnn: {words}"), file=sys.stderr)
             raise typer.Exit(130) from None
     _summarise(folder, lines, as_json)
@@ -92,8 +96,8 @@ def sweep(
 
 def _planned(
     plan: Path | None, out: Path | None, resume: Path | None, settings: list[str] | None, dry_run: bool
-) -> Sweep | None:
-    """The sweep of the file; None to go on with that of the folder."""
+) -> Sweep:
+    """The sweep of the file, or else that of the folder."""
     from eventrnn.sweeps import load_sweep
     from eventrnn.sweeps.results import saved_sweep
     from eventrnn.training.recipes.toml_config import parse_setting
@@ -112,16 +116,10 @@ def _planned(
     return load_sweep(plan, settings=dict(map(parse_setting, settings or [])))
 
 
-def _list(planned: Sweep, as_json: bool) -> None:
-    from eventrnn.sweeps.plan import check_points, point
-
+def _list(planned: Sweep, points: Sequence[Point], as_json: bool) -> None:
     if planned.study is not None:
-        corners = [point(planned, Path(), k, chosen) for k, chosen in enumerate(planned.study.corners())]
-        check_points(corners, distinct=False)
         show("nothing is written", {"trials": planned.study.trials, "keys": ", ".join(planned.axes)}, as_json)
         return
-    points = [point(planned, Path(), k, chosen) for k, chosen in enumerate(planned.combinations())]
-    check_points(points)
     if as_json:
         print(as_line({"points": [dict(each.chosen) for each in points]}))
         return

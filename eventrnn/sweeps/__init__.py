@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from eventrnn.sweeps.driver import Status as Status
 from eventrnn.sweeps.driver import SweepStopped as SweepStopped
+from eventrnn.sweeps.driver import check_sweep as check_sweep
 from eventrnn.sweeps.driver import run_sweep as run_sweep
 from eventrnn.sweeps.engines import ENGINES as ENGINES
 from eventrnn.sweeps.plan import Study as Study

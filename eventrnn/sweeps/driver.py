@@ -12,23 +12,26 @@ import os
 import time
 import uuid
 import warnings
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, wait
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from eventrnn._checks import need_flag, need_kind
-from eventrnn._files import LOCK, clean, locked, printable, write_whole
+from eventrnn._files import FULL, LOCK, clean, locked, printable, write_whole
 from eventrnn.sweeps.engines import Engine, Needs, engine_of
-from eventrnn.sweeps.plan import Point, Sweep, check_points, described, point
+from eventrnn.sweeps.plan import Point, Sweep, described, flat, known_points, point
 from eventrnn.sweeps.results import (
     DONE,
     FAILED,
+    RESULTS,
     STARTS,
     STOP,
     STOPPED,
+    how_on,
     line_of,
     need_same,
     read_result,
@@ -52,6 +55,9 @@ SUSPECT, MOST_DEATHS = 2, 4
 
 # Bytes from the end of a log in which its last line lies.
 TAIL = 4096
+
+# The results are written again after this many times the seconds that it took, which are many with 100 000 points.
+PAUSE = 10.0
 
 
 class SweepStopped(KeyboardInterrupt):
@@ -114,7 +120,7 @@ def run_sweep(
     the same run, for a folder that holds a sweep without `resume` or another one with it, for a sweep that another
     process drives, and for an address that does not answer; ImportError for a library that is missing. Raises
     `SweepStopped` after Ctrl-C or SIGTERM, once every worker has saved its run, and RuntimeError where the executor or
-    the scheduler is lost.
+    the scheduler is lost. A full disk ends the sweep with OSError, and fails no point.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise RuntimeError(
@@ -122,37 +128,75 @@ def run_sweep(
             '`if __name__ == "__main__":`'
         )
     folder, driver = Path(folder), uuid.uuid4().hex
-    need_flag("resume", resume)
-    sweep = _sweep_of(sweep, folder, resume)
-    points = [point(sweep, folder, number, chosen) for number, chosen in enumerate(_known(sweep))]
-    check_points(points, distinct=sweep.study is None)
-    if sweep.study is not None:
-        need_optuna()
-    needs = Needs(
-        points=min(sweep.study.trials, sweep.study.ahead) if sweep.study else len(points),
-        threads=max(each.recipe.training.threads for each in points),
-        gpu=any(each.recipe.training.backend == "cuda" for each in points),
-        folder=folder,
-    )
-    engine = engine_of(executor, needs, workers, address)
+    sweep, points, engine = _checked(sweep, folder, executor, workers, address, resume)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
+            if not resume:
+                # Another driver may have used the folder while the texts were read.
+                _need_unused(folder)
+                save_sweep(sweep, folder)
             clean(folder)
             (folder / STOP).unlink(missing_ok=True)
-            if not (folder / SWEEP_FILE).exists():
-                save_sweep(sweep, folder)
             source = _Listed(points) if sweep.study is None else _Proposed(sweep, folder)
             return _Drive(folder, driver, source, engine, report).run()
     finally:
         engine.close()
 
 
-def _sweep_of(sweep: Sweep | None, folder: Path, resume: bool) -> Sweep:
+def check_sweep(
+    sweep: Sweep | None,
+    folder: str | os.PathLike | None = None,
+    *,
+    executor: str | Executor = "processes",
+    workers: int | None = None,
+    address: str | None = None,
+    resume: bool = False,
+) -> list[Point]:
+    """The points of a sweep after all checks of `run_sweep`, with its parameters; nothing is begun or written.
+
+    folder : None where it is not known yet
+
+    Of a study, whose trials follow from results, the points are those of `Study.corners`. Raises as `run_sweep` does
+    before any work.
+    """
+    if folder is None and resume:
+        raise ValueError("folder: got None; give the folder of the sweep that goes on")
+    place = None if folder is None else Path(folder)
+    _, points, engine = _checked(sweep, place, executor, workers, address, resume)
+    engine.close()
+    return points
+
+
+def _checked(
+    sweep: Sweep | None,
+    folder: Path | None,
+    executor: str | Executor,
+    workers: int | None,
+    address: str | None,
+    resume: bool,
+) -> tuple[Sweep, list[Point], Engine]:
+    """The sweep, its points and its engine, after all checks."""
+    need_flag("resume", resume)
+    sweep = _sweep_of(sweep, folder, resume)
+    points = known_points(sweep, folder or Path())
+    if sweep.study is not None:
+        need_optuna()
+    needs = Needs(
+        points=min(sweep.study.trials, sweep.study.ahead) if sweep.study else len(points),
+        threads=max(each.recipe.training.threads for each in points),
+        gpu=any(each.recipe.training.backend == "cuda" for each in points),
+        folder=folder or Path(),
+    )
+    return sweep, points, engine_of(executor, needs, workers, address)
+
+
+def _sweep_of(sweep: Sweep | None, folder: Path | None, resume: bool) -> Sweep:
     """The sweep to run. Raises ValueError where it is not that of the folder."""
     if sweep is None and not resume:
         raise ValueError("sweep: got None, need a Sweep, or resume=True for that of the folder")
     if resume:
+        assert folder is not None
         if sweep is None:
             return saved_sweep(folder)
         need_kind("sweep", sweep, Sweep, "a Sweep, or None")
@@ -161,14 +205,21 @@ def _sweep_of(sweep: Sweep | None, folder: Path, resume: bool) -> Sweep:
         return sweep
     need_kind("sweep", sweep, Sweep, "a Sweep")
     assert sweep is not None
+    if folder is not None:
+        _need_unused(folder)
+    return sweep.anchored()
+
+
+def _need_unused(folder: Path) -> None:
+    """Raise ValueError for a folder with files of another sweep, or with others that a sweep would replace."""
     if (folder / SWEEP_FILE).exists():
         raise ValueError(
             f"out: {printable(folder)} holds a sweep; give --resume {printable(folder)} to go on with it (in Python "
             "resume=True), or another folder"
         )
-    if (folder / "points").exists():
-        raise ValueError(f"out: {printable(folder)} holds a folder points already; give another folder")
-    return sweep.anchored()
+    for name in ("points", RESULTS, STOP):
+        if (folder / name).exists():
+            raise ValueError(f"out: {printable(folder)} holds {name}, which is of no sweep; give another folder")
 
 
 def _need_own_run(chosen: Point) -> None:
@@ -176,18 +227,15 @@ def _need_own_run(chosen: Point) -> None:
     path = chosen.folder / RUN / CONFIG
     if not path.exists():
         return
-    found = load_recipe(path)
-    if replace(found, run=chosen.recipe.run) != chosen.recipe:
-        raise ValueError(
-            f"resume: {printable(chosen.folder)} holds another run than point {chosen.number} "
-            f"({described(chosen.chosen)}); a study proposes what it did before only with the version of optuna that "
-            "began it, and with its results as they were; use that version, or begin a new sweep"
-        )
-
-
-def _known(sweep: Sweep) -> list[dict[str, Any]]:
-    """Settings that can be checked before any work."""
-    return sweep.combinations() if sweep.study is None else list(sweep.study.corners())
+    own, now = (flat(asdict(each)) for each in (replace(load_recipe(path), run=chosen.recipe.run), chosen.recipe))
+    for key in now:
+        if own[key] != now[key]:
+            raise ValueError(
+                f"resume: {printable(chosen.folder)} holds another run than point {chosen.number} "
+                f"({described(chosen.chosen)}): its {key} is {own[key]!r}, not {now[key]!r}. Another version of "
+                "eventrnn may have other presets; in a study, another version of optuna, or another result, gives "
+                "other proposals. Use the versions that began it, or begin a new sweep"
+            )
 
 
 # --- where points come from ---------------------------------------------------------------------------------
@@ -235,14 +283,18 @@ class _Drive:
 
     def __init__(self, folder: Path, driver: str, source: _Listed | _Proposed, engine: Engine, report: Report):
         self.folder, self.driver, self.source, self.engine, self.report = folder, driver, source, engine, report
-        # Points that have not ended, with the time when they were handed out last.
-        self.out: dict[int, tuple[Point, float]] = {}
+        # Points that were handed out and have not ended, with the bytes of their starts at that time.
+        self.out: dict[int, tuple[Point, int]] = {}
         self.futures: dict[Any, Point] = {}
         # Points whose worker died, or was told to stop, to be handed out again.
         self.queue: list[Point] = []
+        # Points that have not been handed out yet; None before the first look for those that ended earlier.
+        self.ready: deque[Point] | None = None
         self.deaths: dict[int, int] = {}
         self.lines: dict[int, dict[str, Any]] = {}
         self.ended: dict[int, Point] = {}
+        # Whether there are lines that are not written yet, and the time from which on they may be.
+        self.unsaved, self.save_from = False, 0.0
         # Deaths of workers before any of them began a point.
         self.unborn = 0
         # Filled by Ctrl-C and SIGTERM.
@@ -255,10 +307,15 @@ class _Drive:
         except SweepStopped:
             (self.folder / STOP).unlink(missing_ok=True)
             raise
-        except BaseException:
+        except BaseException as error:
             # Otherwise the end of the executor would wait for trainings that go on.
             with suppress(OSError):
                 write_whole(self.folder / STOP, self.driver.encode(), overwrite=True)
+                if self.ready is not None:
+                    write_results(self.folder, self.lines.values())
+            if isinstance(error, OSError) and error.errno in FULL:
+                words = f"{error.strerror}; make room, then {how_on(self.folder)}"
+                raise OSError(error.errno, words, error.filename) from None
             raise
 
     def _run(self) -> list[dict[str, Any]]:
@@ -270,6 +327,7 @@ class _Drive:
                     break
                 done, _ = wait(self.futures, timeout=POLL, return_when=FIRST_COMPLETED)
                 broken = self._collect(done)
+                self._save()
                 if self.requests:
                     self._stop()
                 if broken is not None:
@@ -285,14 +343,14 @@ class _Drive:
         """Hand out points, as many as the engine takes at a time."""
         capacity = self.engine.capacity
         while not self.requests and (capacity is None or len(self.futures) < capacity):
-            suspects = [each for each in self.futures.values() if self.deaths.get(each.number, 0) >= SUSPECT]
-            if suspects:
+            suspects = {number for number, deaths in self.deaths.items() if deaths >= SUSPECT}
+            if suspects and any(each.number in suspects for each in self.futures.values()):
                 return
             chosen = self._next()
             if chosen is None:
                 return
             job = Job(chosen.folder.absolute(), self.folder.absolute(), chosen.recipe, self.driver, self.source.retry)
-            self.out[chosen.number] = chosen, time.time()
+            self.out[chosen.number] = chosen, _starts_bytes(chosen)
             try:
                 self.futures[self.engine.submit(job)] = chosen
             except BrokenExecutor as error:
@@ -305,13 +363,22 @@ class _Drive:
         for k, each in enumerate(self.queue):
             if self.deaths[each.number] < SUSPECT:
                 return self.queue.pop(k)
+        if ready := self._ready():
+            return ready.popleft()
+        return self.queue.pop() if self.queue and not self.futures else None
+
+    def _ready(self) -> deque[Point]:
+        """The points that can be handed out for the first time. Results of an earlier driver are taken before."""
+        ready = deque() if self.ready is None else self.ready
         while (chosen := self.source.next()) is not None:
             _need_own_run(chosen)
             before = read_result(chosen.folder)
             if before is None or (before["state"] == FAILED and self.source.retry):
-                return chosen
-            self._end(chosen, before)
-        return self.queue.pop() if self.queue and not self.futures else None
+                ready.append(chosen)
+            else:
+                self._end(chosen, before)
+        self.ready = ready
+        return ready
 
     # --- results ---
 
@@ -333,22 +400,33 @@ class _Drive:
                     f"{self.engine.lost() or 'the executor gave up a point'}; {self._how_on()}"
                 ) from None
             except Exception as error:
+                if isinstance(error, OSError) and error.errno in FULL:
+                    raise
                 result = self._failed(chosen, f"its worker failed: {type(error).__name__}: {error}")
             if result["state"] == STOPPED:
                 # By a signal to the worker alone.
                 self._again(chosen, deaths=0)
                 continue
             self._end(chosen, result)
-            write_results(self.folder, self.lines.values())
         return broken
+
+    def _save(self) -> None:
+        """Write the results, if there are new ones, in a small part of the time."""
+        begin = time.monotonic()
+        if self.unsaved and begin >= self.save_from:
+            write_results(self.folder, self.lines.values())
+            self.unsaved, end = False, time.monotonic()
+            self.save_from = end + PAUSE * (end - begin)
 
     def _again(self, chosen: Point, deaths: int) -> None:
         """Hand a point out again later."""
+        self.out[chosen.number] = chosen, _starts_bytes(chosen)
         self.queue.append(chosen)
         self.deaths[chosen.number] = self.deaths.get(chosen.number, 0) + deaths
 
     def _end(self, chosen: Point, result: Mapping[str, Any]) -> None:
         self.out.pop(chosen.number, None)
+        self.unsaved = True
         self.lines[chosen.number], self.ended[chosen.number] = line_of(chosen, result), chosen
         self.source.tell(chosen, result)
 
@@ -398,10 +476,7 @@ class _Drive:
         raise SweepStopped(f"stopped with {len(self.lines)} of {self.source.total} points ended, the others are saved")
 
     def _how_on(self) -> str:
-        return (
-            f"{len(self.lines)} of {self.source.total} points have ended; go on with: "
-            f"eventrnn sweep --resume {printable(self.folder)}"
-        )
+        return f"{len(self.lines)} of {self.source.total} points have ended; {how_on(self.folder)}"
 
     # --- progress ---
 
@@ -412,15 +487,22 @@ class _Drive:
         return sorted([*ended, *(_status(*each) for each in self.out.values())], key=lambda status: status.point.number)
 
 
-def _status(each: Point, handed_out: float) -> Status:
-    """Where a point stands that has not ended, by its files."""
-    try:
-        # A worker writes the file when it takes the lock. An older one was left by a process that was killed.
-        running = (each.folder / LOCK).stat().st_mtime >= handed_out - 1
-    except OSError:
-        running = False
+def _status(each: Point, starts: int) -> Status:
+    """Where a point stands that has not ended, by its files.
+
+    starts : bytes of its starts when it was handed out. A worker that begins adds a line to them; the lock alone may
+             have been left by a process that was killed
+    """
+    running = _starts_bytes(each) > starts and (each.folder / LOCK).exists()
     line = _last_line(each.folder / RUN / LOG) if running else {}
     return Status(each, "running" if running else "waiting", float(line.get("share", 0.0)), line)
+
+
+def _starts_bytes(each: Point) -> int:
+    try:
+        return (each.folder / STARTS).stat().st_size
+    except OSError:
+        return 0
 
 
 def _last_line(log: Path) -> dict[str, Any]:

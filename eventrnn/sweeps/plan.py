@@ -21,8 +21,9 @@ from eventrnn.data.text import located, read_stream
 from eventrnn.io.named import located_model
 from eventrnn.network import Network
 from eventrnn.training.recipes.recipe import FIGURES, DataSettings, Recipe, load_recipe
-from eventrnn.training.recipes.toml_config import nested, read_toml, to_toml
+from eventrnn.training.recipes.toml_config import nested, read_toml
 from eventrnn.training.tasks import LanguageModelling
+from eventrnn.training.trainer import updates
 
 # The key that names the preset of a point. All other keys are those of the recipe.
 PRESET = "preset"
@@ -124,6 +125,7 @@ class Sweep:
                 raise ValueError(f"grid: {key}: got {said(values)}, need a list of values such as [0, 1, 2]")
             if not len(values):
                 raise ValueError(f"grid: {key}: has no value, so there is no point; give it at least one")
+        need_kind("points", self.points, Sequence, "a list of mappings of keys of the recipe")
         for each in self.points:
             need_kind("points", each, Mapping, "a mapping of keys of the recipe for each point")
         if self.study is not None and (self.grid or self.points):
@@ -133,15 +135,13 @@ class Sweep:
         self._check_keys()
 
     def _check_keys(self) -> None:
-        listed = set().union(*self.points) if self.points else set()
-        axes = self.study.space if self.study is not None else self.grid
-        for key, where in [*((key, "grid") for key in listed & set(self.grid)), *_both(self.settings, axes, listed)]:
-            raise ValueError(f"{where}: {key} is given twice, so that one of its values would be ignored; give it once")
-        for key in [*self.settings, *axes, *listed]:
-            if key in OWN_KEYS:
-                raise ValueError(f"{key}: {OWN_KEYS[key]}; leave it out")
         if PRESET in self.settings:
             raise ValueError("settings: preset is no key of the recipe; give it beside the settings")
+        where, axes = ("grid", self.grid) if self.study is None else ("study", self.study.space)
+        taken = _taken({}, "settings", {key: [value] for key, value in self.settings.items()})
+        taken = _taken(taken, where, {key: [None] if isinstance(each, Mapping) else each for key, each in axes.items()})
+        for each in self.points:
+            _taken(taken, "points", {key: [value] for key, value in each.items()})
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -222,17 +222,26 @@ def point(sweep: Sweep, folder: Path, number: int, chosen: Mapping[str, Any]) ->
         raise ValueError(f"point {number} ({described(chosen)}): {error}") from None
 
 
-def check_points(points: Sequence[Point], *, distinct: bool = True) -> None:
-    """Refuse points that are the same run, and texts and teachers that cannot be read, before any work.
+def known_points(sweep: Sweep, folder: Path) -> list[Point]:
+    """The points of the sweep in the folder, checked before any work; of a study its corners, which are no trials.
 
-    distinct : whether no two may be the same
-
-    Every text is read once. Raises ValueError that names the point.
+    Every text is read once. Raises ValueError, which names the point, for settings that are not allowed, for points
+    that are the same run, and for texts and teachers that cannot be read.
     """
-    seen: dict[str, int] = {}
+    chosen = sweep.combinations() if sweep.study is None else sweep.study.corners()
+    points = [point(sweep, folder, number, each) for number, each in enumerate(chosen)]
+    if sweep.study is not None:
+        _check_ranges(sweep.study, points[0].recipe)
+    _check_points(points, distinct=sweep.study is None)
+    return points
+
+
+def _check_points(points: Sequence[Point], distinct: bool) -> None:
+    seen: dict[Recipe, int] = {}
     tasks: dict[DataSettings, LanguageModelling] = {}
+    fitting: set[tuple[DataSettings, int, int]] = set()
     for each in points:
-        alone = to_toml(replace(each.recipe, run=replace(each.recipe.run, out="")))
+        alone = replace(each.recipe, run=replace(each.recipe.run, out=""))
         if distinct and alone in seen:
             raise ValueError(
                 f"points {seen[alone]} and {each.number} are the same run ({described(each.chosen)}); "
@@ -240,12 +249,19 @@ def check_points(points: Sequence[Point], *, distinct: bool = True) -> None:
             )
         seen[alone] = each.number
         try:
-            _check_inputs(each.recipe, tasks)
+            _check_inputs(each.recipe, tasks, fitting)
         except ValueError as error:
             raise ValueError(f"point {each.number} ({described(each.chosen)}): {error}") from None
 
 
-def _check_inputs(recipe: Recipe, tasks: dict[DataSettings, LanguageModelling]) -> None:
+def _check_inputs(
+    recipe: Recipe, tasks: dict[DataSettings, LanguageModelling], fitting: set[tuple[DataSettings, int, int]]
+) -> None:
+    """Refuse what would end the training before its first update.
+
+    tasks   : those of texts that are read already
+    fitting : texts, batches and windows that are known to fit
+    """
     data, training = recipe.data, recipe.training
     if data not in tasks:
         if data.text != "builtin" and read_stream(data.text) is not None:
@@ -253,9 +269,13 @@ def _check_inputs(recipe: Recipe, tasks: dict[DataSettings, LanguageModelling]) 
         corpus = data.corpus()
         tasks[data] = LanguageModelling(corpus.train, corpus.valid, valid_batch=data.valid_batch, carry=data.carry)
     task = tasks[data]
-    symbols = 1 + int(max(task.train.max(), task.valid.max() if task.valid is not None else 0))
-    smallest = Network.random([1], symbols=symbols, embedding=1, readout=symbols, rng=np.random.default_rng(0))
-    task.check(smallest, training.batch, training.window)
+    if (data, training.batch, training.window) not in fitting:
+        symbols = 1 + int(max(task.train.max(), task.valid.max() if task.valid is not None else 0))
+        smallest = Network.random([1], symbols=symbols, embedding=1, readout=symbols, rng=np.random.default_rng(0))
+        task.check(smallest, training.batch, training.window)
+        fitting.add((data, training.batch, training.window))
+    if recipe.pruning.method:
+        recipe.pruning.schedule(updates(training, task))
     teacher = recipe.distillation.teacher
     if teacher and not located_model(teacher).is_file():
         raise ValueError(f"teacher: {printable(teacher)}: no such file")
@@ -305,12 +325,18 @@ def load_sweep(path: str | Path, *, settings: Mapping[str, Any] | None = None) -
 
 
 def flat(table: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Dotted keys and their values. A table that is a range of a study is a value."""
+    """Dotted keys and their values. A table that is a range of a study is a value.
+
+    Raises ValueError for a key that is there twice, as a name with dots in quotes and within tables.
+    """
     found: dict[str, Any] = {}
     for key, value in table.items():
         name = f"{where}.{key}" if where else key
         inner = isinstance(value, Mapping) and not (value and set(value) <= set(RANGE))
-        found |= flat(value, name) if inner else {name: value}
+        for single, each in (flat(value, name) if inner else {name: value}).items():
+            if single in found:
+                raise ValueError(f"{printable(single)} is given twice; give it once")
+            found[single] = each
     return found
 
 
@@ -357,14 +383,35 @@ def _absolute(value: Any) -> Any:
     return str(Path(value).absolute()) if named and Path(value).exists() else value
 
 
-def _both(settings: Mapping[str, Any], axes: Mapping[str, Any], listed: set[str]) -> list[tuple[str, str]]:
-    return [(key, "settings") for key in settings if key in axes or key in listed]
+def _taken(taken: Mapping[str, str], where: str, axes: Mapping[str, Sequence[Any]]) -> dict[str, str]:
+    """The single keys of a recipe that are set, each with the part of the sweep that sets it.
+
+    taken : those that are set already
+    where : the part of the sweep that sets further ones
+    axes  : key -> the values that it takes, which may be tables of further keys
+
+    Raises ValueError for a single key that is set twice, and for one that a sweep sets itself.
+    """
+    found = dict(taken)
+    for key, values in axes.items():
+        for single in dict.fromkeys(name for value in values for name in flat({need_text(where, key): value})):
+            if single in OWN_KEYS:
+                raise ValueError(f"{single}: {OWN_KEYS[single]}; leave it out")
+            if single in found:
+                place = found[single]
+                raise ValueError(
+                    f"{place}: {single} is given twice, so that one of its values would be ignored; give it once"
+                )
+            found[single] = where
+    return found
 
 
 def plain(value: Any) -> Any:
-    """A value of NumPy as one of Python."""
+    """A value of NumPy as one of Python, and any sequence as a list."""
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [plain(each) for each in value]
     return value
 
 
@@ -384,7 +431,7 @@ def _check_space(key: str, values: Any) -> None:
                 raise ValueError(f"study: {key}: a range with log=true has no step; leave one of them out")
         if "step" in values:
             need_number(f"study: {key}: step", values["step"], above=0)
-            if is_whole(values) != isinstance(values["step"], int):
+            if is_whole(values) != isinstance(plain(values["step"]), int):
                 raise ValueError(f"study: {key}: step: got {said(values['step'])}, need a number of the kind of low")
         return
     if isinstance(values, str) or not isinstance(values, Sequence):
@@ -395,7 +442,25 @@ def _check_space(key: str, values: Any) -> None:
 
 def is_whole(values: Mapping[str, Any]) -> bool:
     """Whether a range is one of whole numbers."""
-    return isinstance(values["low"], int) and isinstance(values["high"], int)
+    return isinstance(plain(values["low"]), int) and isinstance(plain(values["high"]), int)
+
+
+def _check_ranges(study: Study, recipe: Recipe) -> None:
+    """Refuse a range of whole numbers for a setting that takes others too, of which none would be proposed.
+
+    recipe : of any point
+    """
+    for key, values in study.space.items():
+        if isinstance(values, Mapping) and is_whole(values):
+            found: Any = recipe
+            for name in key.split("."):
+                found = getattr(found, name)
+            if isinstance(found, float):
+                low = plain(values["low"])
+                raise ValueError(
+                    f"study: {key}: low: got {low}, so that only whole numbers would be proposed; write {float(low)}, "
+                    "or a list of values"
+                )
 
 
 def _ends(values: Any) -> list[Any]:

@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,11 @@ def _short(value: Any) -> str:
     return "not given" if value is None else printable(json.dumps(value), 120)
 
 
+def how_on(folder: str | os.PathLike) -> str:
+    """How a sweep goes on, in words."""
+    return f"go on with: eventrnn sweep --resume {shlex.quote(os.fspath(folder))}"
+
+
 # --- points -------------------------------------------------------------------------------------------------
 
 
@@ -148,7 +155,10 @@ def read_results(folder: str | os.PathLike) -> list[dict[str, Any]]:
     except FileNotFoundError:
         raise ValueError(f"folder: {printable(folder)} holds no results of a sweep: it has no {RESULTS}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"folder: {printable(path)} cannot be read: {error}") from None
+        raise ValueError(
+            f"folder: {printable(path)} cannot be read: {error}; `eventrnn sweep --resume` writes it anew from the "
+            "results of the points"
+        ) from None
     if not all(isinstance(line, dict) and "point" in line and "state" in line for line in lines):
         raise ValueError(f"folder: {printable(path)} has a line that is no result of a point")
     return lines
@@ -171,6 +181,8 @@ def failures(lines: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> str:
 
 
 def _cell(value: Any) -> Any:
-    """A setting as a cell of a table: a list or a table is its text in JSON."""
+    """A setting as a cell of a table: a list or a table is its text in JSON, and infinity, which JSON lacks, a text."""
     value = plain(value)
+    if isinstance(value, float) and not isfinite(value):
+        return str(value)
     return json.dumps(value) if isinstance(value, list | tuple | dict) else value

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from math import isfinite
 from typing import Any
 
-from eventrnn.sweeps.plan import Study, is_whole
+from eventrnn.sweeps.plan import Study, is_whole, plain
 from eventrnn.sweeps.results import DONE
 
 
@@ -66,22 +66,18 @@ class Proposals:
         found = {key: _value(self.plan.space[key], trial.params[key]) for key in self._space}
         return number, found
 
-    @property
-    def ended(self) -> bool:
-        """Whether all trials are proposed."""
-        return len(self._trials) == self.plan.trials
-
 
 def _distribution(values: Any) -> Any:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if not isinstance(values, Mapping):
         # Lists cannot be choices, but their texts can.
-        return CategoricalDistribution([json.dumps(value) for value in values])
-    log, step = values.get("log", False), values.get("step")
+        return CategoricalDistribution([json.dumps(plain(value)) for value in values])
+    low, high, step = (plain(values.get(name)) for name in ("low", "high", "step"))
+    log = bool(values.get("log", False))
     if is_whole(values):
-        return IntDistribution(values["low"], values["high"], log=log, step=step or 1)
-    return FloatDistribution(values["low"], values["high"], log=log, step=step)
+        return IntDistribution(low, high, log=log, step=step or 1)
+    return FloatDistribution(low, high, log=log, step=step)
 
 
 def _value(values: Any, proposed: Any) -> Any:

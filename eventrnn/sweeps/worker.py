@@ -19,7 +19,7 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from eventrnn._files import locked
+from eventrnn._files import FULL, locked
 from eventrnn.sweeps.gpus import claim_gpu
 from eventrnn.sweeps.plan import MODEL
 from eventrnn.sweeps.results import DONE, FAILED, STOP, STOPPED, note_start, read_result, write_result
@@ -62,8 +62,8 @@ def run_point(job: Job) -> dict[str, Any]:
     """Train a point to its end, and return its result, which is then in its folder too.
 
     The state of the result is "done", "failed" (with the error), or "stopped" where the driver asked for it or Ctrl-C
-    came; a stopped point has no result in its folder, and its run is saved. Raises OSError where the result cannot be
-    written.
+    came; a stopped point has no result in its folder, and its run is saved. Raises OSError for a full disk, which is no
+    fault of the point, and where the result cannot be written.
     """
     stop = _request(job)
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -91,6 +91,8 @@ def _trained(job: Job, stop: Callable[[], bool]) -> dict[str, Any]:
         with threadpool_limits(limits=threads, user_api="blas"):
             figures = train(job.recipe, run, resume=(run / CONFIG).exists(), stop=stop)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise
         # Of whatever kind: the other points go on, and the message is in the results.
         return {"state": FAILED, "error": f"{type(error).__name__}: {error}"}
     return {"state": DONE, **_flat(figures)}
