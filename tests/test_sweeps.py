@@ -3,12 +3,14 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import threading
 import warnings
 from concurrent.futures import BrokenExecutor, Future
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -166,6 +168,16 @@ def test_a_range_of_whole_numbers_is_one_of_a_whole_setting(text):
         checked("training.clip", low=1, high=4)
 
 
+def test_every_combination_of_the_ends_of_a_study_is_checked(text):
+    settings = {"data.text": str(text)} | SETTINGS | {"pruning.method": "magnitude", "pruning.sparsity": 0.5}
+    space = {"training.seed": {"low": 0, "high": 9}, "pruning.statistic": ["l1", "max"], "pruning.scope": ["layer", ""]}
+    assert len(list(Study(space).corners())) == 8
+    space = {"training.batch": [2, 40], "training.window": [8, 300], "training.seed": [0]}
+    sweep = Sweep(settings={key: value for key, value in settings.items() if key not in space}, study=Study(space))
+    with pytest.raises(ValueError, match="point 3 .training.batch=40, training.window=300, training.seed=0.: text"):
+        check_sweep(sweep, executor=Inline())
+
+
 def test_values_of_numpy_and_ranges_of_python_are_saved_as_plain_ones(tmp_path, text):
     sweep = small_sweep(text, grid={"training.seed": range(2), "training.learning_rate": np.array([3e-3, 6e-3])})
     save_sweep(sweep, tmp_path)
@@ -251,12 +263,16 @@ def test_a_sweep_goes_on_from_another_folder_of_the_shell_and_after_a_move(tmp_p
     lines = run_sweep(sweep, "out", executor=Inline())
     (tmp_path / "else").mkdir()
     monkeypatch.chdir(tmp_path / "else")
-    (tmp_path / "out").rename("moved")
+    # With a space, letters beyond ASCII, the end of a line and the character 127.
+    moved = "m ü\n\x7f"
+    (tmp_path / "out").rename(moved)
     for name in ("result.json", "model.safetensors"):
-        (tmp_path / "else" / "moved" / "points" / "0001" / name).unlink()
-    again = run_sweep(None, "moved", executor=Inline(), resume=True)
+        (tmp_path / "else" / moved / "points" / "0001" / name).unlink()
+    shutil.rmtree(Path(moved) / "points" / "0001" / RUN)
+    again = run_sweep(None, moved, executor=Inline(), resume=True)
     assert [line["bits_per_symbol_valid"] for line in again] == [line["bits_per_symbol_valid"] for line in lines]
-    assert [line["starts"] for line in again] == [1, 2] and len(models_of("moved")) == 2
+    assert [line["starts"] for line in again] == [1, 2] and len(models_of(moved)) == 2
+    assert run_sweep(None, moved, executor=(executor := Inline()), resume=True) == again and not executor.jobs
 
 
 def test_folders_of_sweeps_are_not_mixed_up(tmp_path, text):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,6 +39,9 @@ OWN_KEYS = {"run.out": "every point writes its own model file"}
 PATHS = ("data.text", "distillation.teacher")
 
 SAMPLERS = ("tpe", "random")
+
+# Most combinations of the ends of a study that are all checked; each takes milliseconds.
+MOST_CORNERS = 1000
 
 # What a range of a study is made of.
 RANGE = ("low", "high", "log", "step")
@@ -84,9 +88,15 @@ class Study:
             _check_space(key, values)
 
     def corners(self) -> Iterator[dict[str, Any]]:
-        """Points in which every key has the first of its values or the low end of its range, and then, one key after
-        the other, each other value or the high end."""
+        """Points in which every key has one of its values or an end of its range, to be checked before any work.
+
+        They are all combinations, up to `MOST_CORNERS`. Of more, they are the one of the first values and low ends, and
+        those that differ from it in one key.
+        """
         ends = {key: _ends(values) for key, values in self.space.items()}
+        if math.prod(map(len, ends.values())) <= MOST_CORNERS:
+            yield from (dict(zip(ends, row, strict=True)) for row in itertools.product(*ends.values()))
+            return
         first = {key: values[0] for key, values in ends.items()}
         yield first
         for key, values in ends.items():
