@@ -11,8 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from hypothesis import strategies as st
-from hypothesis.strategies import DrawFn, SearchStrategy
+
+try:
+    from hypothesis import strategies as st
+    from hypothesis.strategies import DrawFn, SearchStrategy
+except ModuleNotFoundError as error:
+    message = "eventrnn.testing needs hypothesis: pip install 'eventrnn[test]'"
+    raise ModuleNotFoundError(message, name="hypothesis") from error
 
 from eventrnn.cells import CELLS, Cell
 from eventrnn.events import Events

@@ -1,6 +1,7 @@
 """Rules of this project that no linter has: imports, compiled code, sizes, documentation and tests."""
 
 import ast
+import importlib
 import io
 import json
 import re
@@ -104,6 +105,14 @@ for name in {[name for name in names if not bridges.match(name)]}:
 print(json.dumps([name for name in {OPTIONAL} if name in sys.modules]))
 """
     assert run_python(code) == []
+
+
+@pytest.mark.parametrize(("name", "package", "extra"), [("testing", "hypothesis", "test"), ("torch", "torch", "torch")])
+def test_a_module_for_users_of_a_package_names_it_where_it_is_missing(name, package, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, f"eventrnn.{name}", raising=False)
+    with pytest.raises(ModuleNotFoundError, match=rf"eventrnn\.{name} needs .*: pip install 'eventrnn\[{extra}\]'"):
+        importlib.import_module(f"eventrnn.{name}")
 
 
 # --- compiled code ------------------------------------------------------------------------------------------

@@ -21,7 +21,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
+
+try:
+    import torch
+except ModuleNotFoundError as error:
+    message = "eventrnn.torch needs PyTorch: pip install 'eventrnn[torch]'"
+    raise ModuleNotFoundError(message, name="torch") from error
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
