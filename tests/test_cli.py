@@ -159,7 +159,7 @@ def test_demo_small_model_runs(cli, tmp_path):
     folder = tmp_path / "demo"
     sizes = ("--hidden", 32, "--steps", 6, "--pruning-steps", 6, "--block", "1x8")
     result = _json(cli("demo", "--out", folder, *sizes, "--json"))
-    keys = """bits_per_char bits_per_char_before_pruning bits_per_char_baseline activity sparsity block
+    keys = """bits_per_char bits_per_char_before_pruning bits_per_char_trigrams activity sparsity block
     dense_ops_per_step effective_ops_per_step executed_ops_per_step reduction events_compared events_identical
     us_per_step dense_us_per_step seconds"""
     assert set(keys.split()) <= set(result)

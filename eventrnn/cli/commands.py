@@ -86,7 +86,7 @@ def demo(
     if not as_json:
         print(f"wrote {printable(out)}/: {', '.join(sorted(p.name for p in out.iterdir() if p.name in job.FILES))}")
     if not result["events_identical"]:
-        raise RuntimeError("the event-driven run and its dense twin differ; this is a bug, please report it")
+        raise RuntimeError("the event-driven run and that of the dense network differ; this is a bug, please report it")
 
 
 # Title of the figures of a demo that trains.

@@ -106,7 +106,7 @@ def run(
     result = {
         "bits_per_char": after,
         "bits_per_char_before_pruning": before,
-        "bits_per_char_baseline": baseline,
+        "bits_per_char_trigrams": baseline,
         "sparsity": _block_sparsity(pruned, settings.block),
         "block": f"{settings.block[0]}x{settings.block[1]}",
     } | measured
@@ -171,18 +171,18 @@ def _written(network: Network, symbols: int, seed: int, report: Report) -> tuple
 
 
 def _measured(network: Network, symbols: np.ndarray, report: Report) -> tuple[dict, counting.OpCounts, Simulation]:
-    """Figures of a run over a text beside that of the dense twin, its counts, and its record.
+    """Figures of a run over a text beside that of the dense network, its counts, and its record.
 
     Raises RuntimeError where the counts disagree with their audit.
     """
-    report("comparing with the dense twin", 0, 1, "")
+    report("comparing with the dense network", 0, 1, "")
     stream = symbols[:, None]
     simulation = simulate(network, stream, record=("events", "states"))
-    twin = simulate(network.dense(), stream, record=("events", "states"))
+    of_dense = simulate(network.dense(), stream, record=("events", "states"))
     dense = sum(w.shape[0] * w.shape[1] for w in network.matrices().values())
     head = stream[: max(1, min(REFERENCE_STEPS, REFERENCE_PRODUCTS // dense))]
     by_reference = simulate(network, head, backend="reference", record=("events", "states"))
-    identical = _identical(simulation, twin) and _identical(
+    identical = _identical(simulation, of_dense) and _identical(
         simulate(network, head, record=("events", "states")), by_reference
     )
     counts = counting.count(network, simulation)
