@@ -286,7 +286,7 @@ class GradualPruning(Pruning):
     ----------
     sparsity      : share of blocks that is pruned at the end, in [0, 1)
     block         : (r, c), presynaptic x postsynaptic
-    start, end    : first and last step of the schedule
+    start, end    : first and last step of the schedule. By default (0, 1) all is pruned at step 1
     every         : steps between two changes
     scope, gates  : see `magnitude_masks`
     statistic     : score of a block, see `block_scores`
