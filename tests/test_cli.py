@@ -393,7 +393,9 @@ def test_plot_draws_the_requested_figure(cli, tmp_path, text):
     model = tmp_path / "m.safetensors"
     sizes = ("--hidden", 12, "--embedding", 4, "--batch", 4, "--window", 16, "--steps", 6)
     _json(cli("train", "--out", model, "--text", text, *sizes, "--json"))
-    for what in WHAT:
+    code, out, err = cli("plot", model, "sweep", "--out", tmp_path / "sweep.png")
+    assert code == 2 and not out and "holds no results of a sweep" in err and "eventrnn sweep" in err
+    for what in (each for each in WHAT if each != "sweep"):
         source = f"{model}.run" if what == "training" else model
         picture = tmp_path / f"{what}.{'gif' if what == 'animation' else 'png'}"
         given = ("plot", source, what, "--out", picture, *(("--text", text) if "text" in WHAT[what] else ()))
@@ -440,7 +442,7 @@ def test_program_runs_as_a_process_and_tells_its_story_in_one_screen():
     done = subprocess.run([sys.executable, "-m", "eventrnn"], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and len(done.stdout.splitlines()) <= 45
     listed = done.stdout.partition("Commands:")[2]
-    assert [line.split()[0] for line in listed.splitlines() if line.strip()][:3] == ["demo", "train", "prune"]
+    assert [line.split()[0] for line in listed.splitlines() if line.strip()][:4] == ["demo", "train", "sweep", "prune"]
     for command in re.findall(r"eventrnn ([a-z]+)", done.stdout.partition("Options:")[0]):
         assert f"  {command} " in listed, command
 

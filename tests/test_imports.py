@@ -512,7 +512,7 @@ def test_import_writes_a_model_file_of_a_file_of_another_library(tmp_path):
     for wrong, words in (
         (["--module", "rnn"], "module: got 'rnn'"),
         (["--from", "tensorflow"], "from: got 'tensorflow'"),
-        (["--as-egru", "-1"], "threshold: got -1"),
+        (["--as-egru", "-1"], "as-egru: got -1"),
     ):
         failed = CliRunner().invoke(app, ["import", *asked[1:2], "--out", str(tmp_path / "b.safetensors"), *wrong])
         assert failed.exit_code and words in str(failed.exception)

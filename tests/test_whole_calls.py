@@ -108,6 +108,8 @@ def test_an_exception_while_a_call_gives_back_its_lock_takes_the_call_back(call,
 
 @pytest.mark.parametrize("kind", ["egru", *KINDS])
 @pytest.mark.parametrize("call", ["step", "run", "trainer"])
+# Python reports the exception of an alarm within a finaliser or a callback of the garbage collector so, and drops it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_calls_that_alarms_break_off_leave_the_last_whole_call(call, kind, monkeypatch):
     """On two threads, at any moment. Where an alarm comes does not decide what holds."""
     monkeypatch.setattr(cpu, "MOST_ALONE", 0)

@@ -29,8 +29,6 @@ def with_vocabulary(network: Network, vocabulary: Vocabulary) -> Network:
         raise ValueError(
             "vocabulary: the network has no read-out, so it predicts no symbols; import it with its read-out"
         )
-    if network.one_hot:
-        raise ValueError("vocabulary: the embedding of the network is folded; give the network its symbols before")
     read = network.layers[0].inputs if network.symbols is None else network.symbols
     predicted = network.readout.weights.shape[1]
     if not read == predicted == len(vocabulary):

@@ -57,7 +57,7 @@ def saved_sweep(folder: str | os.PathLike) -> Sweep:
         study = record["sweep"].pop("study")
         points = tuple(record["sweep"].pop("points"))
         return Sweep(**record["sweep"], points=points, study=None if study is None else Study(**study))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"resume: {printable(folder)} holds no sweep: it has no {SWEEP}") from None
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"resume: {printable(path)} cannot be read: {error}") from None
@@ -152,8 +152,11 @@ def read_results(folder: str | os.PathLike) -> list[dict[str, Any]]:
     path = Path(folder) / RESULTS
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        raise ValueError(f"folder: {printable(folder)} holds no results of a sweep: it has no {RESULTS}") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(
+            f"folder: {printable(folder)} holds no results of a sweep: it has no {RESULTS}; give the folder that "
+            "`eventrnn sweep` wrote"
+        ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"folder: {printable(path)} cannot be read: {error}; `eventrnn sweep --resume` writes it anew from the "
