@@ -1,13 +1,14 @@
 """The inference benchmark: refusals, baselines that compute the same, and the fields of a result. No timing decides."""
 
 import importlib.util
+import shutil
 import sys
 
 import numpy as np
 import pytest
 
 from eventrnn import bench, simulate
-from eventrnn.bench import baselines, timing
+from eventrnn.bench import baselines, c_blocks, timing
 from eventrnn.bench.bandwidth import Product, probes, product_reads
 from eventrnn.bench.case import Case
 from eventrnn.bench.machine import peak
@@ -22,11 +23,14 @@ NEEDS = {"torch": "torch", "torch-step": "torch", "torch-csr": "torch", "torch-m
 SMALL = {"hidden": 48, "steps": 12, "repeats": 3, "activity": 0.2, "sparsity": 0.5}
 
 
+needing_compiler = pytest.mark.skipif(not any(map(shutil.which, c_blocks.COMPILERS)), reason="needs a C compiler")
+
+
 def needing(name):
     """The baseline as a parameter of a test that is skipped if its package is missing."""
     package = NEEDS.get(name)
     missing = package is not None and importlib.util.find_spec(package) is None
-    marks = [pytest.mark.skipif(missing, reason=f"needs {package}")]
+    marks = [needing_compiler] if name == "c-blocks" else [pytest.mark.skipif(missing, reason=f"needs {package}")]
     return pytest.param(name, marks=marks + ([pytest.mark.torch] if package == "torch" else []))
 
 
@@ -189,6 +193,7 @@ def test_random_groups_keep_n_of_m(n, m, shape, axis):
         ({"against": "float32"}, "baseline for narrower weights"),
         ({"against": "scipy", "layers": 2}, "layers: got 2, but scipy is a baseline of one product"),
         ({"against": "mkl", "variant": "paper"}, "variant: got 'paper', but mkl"),
+        ({"against": "c-blocks", "threads": 2}, "threads: got 2, but the baseline c-blocks has one"),
         ({"format": "csr", "block": (1, 16)}, "block: got .* for format 'csr', which takes none"),
         ({"format": "csr", "nm": (2, 4, "post")}, "nm: got .* for format 'csr'"),
         ({"format": "sieve"}, "format: got 'sieve'"),
@@ -210,6 +215,55 @@ def test_a_missing_package_is_named(monkeypatch, baseline):
     monkeypatch.setitem(sys.modules, NEEDS[baseline], None)
     with pytest.raises(ValueError, match=f"{NEEDS[baseline]}.* not installed"):
         bench.inference(**SMALL | {"against": baseline, "block": (1, 16)})
+
+
+@needing_compiler
+def test_c_blocks_are_whole_numbers_in_int8():
+    """Products of rounded inputs and weights are summed without error, over padded and empty block rows."""
+    rng = np.random.default_rng(0)
+    dense = random_weights((30, 43), sparsity=0.6, format="block", block=c_blocks.BLOCK, rng=rng).to_dense()
+    dense[:, 8:16] = 0
+    loop = c_blocks.BlockLoop.of(dense, "int8")
+    x = np.pad(rng.uniform(-1, 1, (3, 2, 30)), ((0, 0), (0, 0), (0, 2))).astype(np.float32)
+    out = np.zeros((2, loop.outputs), np.float32)
+    assert (loop.inputs, loop.outputs) == (32, 48) and loop.index[loop.index[0] + 1] == 0
+    for t in range(3):
+        loop.multiply(x[: t + 1], out)
+        rounded = np.rint(127 + 127 * x[t]).astype(int) - 127
+        weights = np.rint(loop.meant / np.where(loop.scale > 0, 127 * loop.scale, 1)).astype(int)
+        assert np.abs(weights).max() == c_blocks.LARGEST_WEIGHT
+        assert np.array_equal(out, loop.scale * (rounded @ weights).astype(np.float32))
+        exact = x[t, :, :30].astype(np.float64) @ dense
+        off = np.abs(out[:, :43] - exact)
+        bound = loop.inexactness(dense, x[t, :, :30]) + gamma(3, U32) * np.abs(out[:, :43])
+        assert (off <= bound).all() and off.max() > 0
+
+
+@needing_compiler
+def test_c_blocks_have_blocks_of_their_own_where_ours_have_others(clock):
+    line = bench.inference(**SMALL | {"against": "c-blocks", "block": (1, 16)})
+    assert "-O3" in line["versions"]["c-blocks"]
+    rng = np.random.default_rng(0)
+    weights, events = random_weights((48, 144), sparsity=0.5, format="csr", rng=rng), random_events(3, 1, 48, 0.2, rng)
+    ours = Product(weights, events)
+    ((_, variant),) = baselines.ProductBaselines.of(("c-blocks",), ours).variants.items()
+    assert variant.ours.weights.block == c_blocks.BLOCK and variant.ours.events is events
+    assert abs(variant.ours.weights.nnz - weights.nnz) < 32
+
+
+def test_without_a_compiler_the_reason_is_stated(monkeypatch):
+    c_blocks.compiled.cache_clear()
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="c-blocks needs a C compiler, and none of cc, gcc, clang is installed"):
+        bench.inference(**SMALL | {"against": "c-blocks", "block": (1, 16)})
+
+
+@needing_compiler
+def test_what_a_compiler_refuses_is_told(monkeypatch):
+    c_blocks.compiled.cache_clear()
+    monkeypatch.setattr(c_blocks, "FLAGS", ("-no-such-flag",))
+    with pytest.raises(ValueError, match="cannot compile c-blocks: .*no-such-flag"):
+        c_blocks.compiled()
 
 
 def test_sparsity_follows_the_format_where_it_is_not_given():

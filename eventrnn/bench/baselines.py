@@ -14,11 +14,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, files
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
 
+from eventrnn.bench.c_blocks import BLOCK, BlockLoop, compiled
+from eventrnn.bench.networks import random_weights
 from eventrnn.bench.timing import Run
 from eventrnn.cpu.blas import BlasEngine
 from eventrnn.cpu.single_product import Product
@@ -186,45 +188,82 @@ _PRODUCTS: dict[str, Callable[[ProductTask], dict[str, Step]]] = {
 }
 
 
-@dataclass(frozen=True)
-class ProductBaselines:
-    """Every variant of the named baselines of one product.
+class Variant(NamedTuple):
+    """One way in which a baseline computes a product.
 
-    ours  : our own product
-    steps : variant -> product of one step
-    runs  : variant -> products of all steps
+    step : step t -> its product
+    run  : products of all steps
+    ours : our product that the answers are compared with
+    off  : step t -> by how much, beyond rounding, its product may differ, (batch, 3N)
     """
 
+    step: Step
+    run: Run
     ours: Product
-    steps: dict[str, Step]
-    runs: dict[str, Run]
+    off: Callable[[int], np.ndarray | float] = lambda t: 0.0
+
+
+def _c_blocks(ours: Product) -> dict[str, Variant]:
+    """The loop over blocks in C. Other weights than its blocks are replaced by blocks of which as many are pruned."""
+    weights, dtype = ours.weights, "int8" if ours.weights.storage == "int8" else "float32"
+    compiled()
+    if not isinstance(weights, BlockCSR) or weights.block != BLOCK:
+        pruned, rng = 1 - weights.nnz / (weights.shape[0] * weights.shape[1]), np.random.default_rng(0)
+        weights = random_weights(
+            weights.shape, sparsity=pruned, format="block", block=BLOCK, dtype=weights.storage, rng=rng
+        )
+        ours = Product(weights, ours.events)
+    dense, x = weights.to_dense(), ours.events.to_dense()
+    loop = BlockLoop.of(dense, dtype)
+    padded = np.pad(x, ((0, 0), (0, 0), (0, loop.inputs - x.shape[2])))
+    out = np.zeros((ours.batch, loop.outputs), np.float32)
+
+    def step(t: int) -> np.ndarray:
+        loop.multiply(padded[t : t + 1], out)
+        return out.T
+
+    runs = Variant(step, lambda: loop.multiply(padded, out), ours, lambda t: loop.inexactness(dense, x[t]))
+    return {f"c-blocks {dtype}, {BLOCK[1]} outputs x {BLOCK[0]} inputs": runs}
+
+
+@dataclass(frozen=True)
+class ProductBaselines:
+    """Every variant of the named baselines of one product."""
+
+    variants: dict[str, Variant]
 
     @classmethod
     def of(cls, names: tuple[str, ...], ours: Product) -> ProductBaselines:
-        """Convert the weights for every baseline. Raises ValueError where a package is not installed."""
-        task, steps, runs = ProductTask(ours.weights, ours.events), {}, {}
+        """Convert the weights for every baseline. Raises ValueError where a package or a compiler is not installed."""
+        task, variants = ProductTask(ours.weights, ours.events), {}
         for name in names:
             if name == "float32":
                 twin = Product(ours.weights.stored_as("float32"), ours.events, ours.threads)
-                steps["float32 ours"], runs["float32 ours"] = (lambda t, twin=twin: twin.result(t).T), twin.run
-                continue
-            for variant, step in _PRODUCTS[name](task).items():
-                steps[f"{name} {variant}"] = step
-                runs[f"{name} {variant}"] = _all_steps(step, ours.steps)
-        return cls(ours, steps, runs)
+                variants["float32 ours"] = Variant(lambda t, twin=twin: twin.result(t).T, twin.run, ours)
+            elif name == "c-blocks":
+                variants |= _c_blocks(ours)
+            else:
+                for variant, step in _PRODUCTS[name](task).items():
+                    variants[f"{name} {variant}"] = Variant(step, _all_steps(step, ours.steps), ours)
+        return cls(variants)
+
+    @property
+    def runs(self) -> dict[str, Run]:
+        """Variant -> products of all steps."""
+        return {name: variant.run for name, variant in self.variants.items()}
 
     def check(self) -> None:
         """Compare the first, the middle and the last step.
 
         Raises RuntimeError where the result of a baseline differs from ours by more than rounding.
         """
-        dense, outputs, n_post = self.ours.weights.to_dense(), self.ours.events.to_dense(), self.ours.weights.shape[1]
-        for t in sorted({0, self.ours.steps // 2, self.ours.steps - 1}):
-            ours, bound = self.ours.result(t), product_bound(dense, outputs[t])
-            for name, step in self.steps.items():
+        for name, (step, _, ours, off) in self.variants.items():
+            dense, outputs, n_post = ours.weights.to_dense(), ours.events.to_dense(), ours.weights.shape[1]
+            for t in sorted({0, ours.steps // 2, ours.steps - 1}):
                 got: Any = step(t)
                 theirs = got.toarray() if sp.issparse(got) else np.asarray(got)
-                _need_close(name, theirs.reshape(len(theirs), -1)[:n_post].T, ours, bound)
+                bound = product_bound(dense, outputs[t]) + off(t)
+                _need_close(name, theirs.reshape(len(theirs), -1)[:n_post].T, ours.result(t), bound)
 
 
 def _all_steps(step: Step, steps: int) -> Run:

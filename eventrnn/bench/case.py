@@ -12,7 +12,7 @@ from eventrnn.weights import FORMATS, STORAGES, check_nm
 LAYER_BASELINES = ("torch", "torch-step", "blas")
 
 #: baselines of one product of a weight matrix with the events of a step
-PRODUCT_BASELINES = ("scipy", "torch-csr", "mkl", "numpy", "torch-mm", "float32")
+PRODUCT_BASELINES = ("scipy", "torch-csr", "mkl", "numpy", "torch-mm", "c-blocks", "float32")
 
 BASELINES = (*LAYER_BASELINES, *PRODUCT_BASELINES, "none")
 
@@ -120,6 +120,8 @@ class Case:
             )
         if "float32" in self.baselines and self.dtype == "float32":
             raise ValueError("against: float32 is our own engine, a baseline for narrower weights; give --dtype")
+        if "c-blocks" in self.baselines and self.threads != 1:
+            raise ValueError(f"threads: got {self.threads}, but the baseline c-blocks has one thread; leave it out")
         if self.measures == "product":
             for name, asked, only in (("layers", self.layers, 1), ("variant", self.variant, "evnn")):
                 if asked != only:

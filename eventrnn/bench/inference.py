@@ -11,6 +11,7 @@ import numpy as np
 from eventrnn.bench import gpu_inference, timing
 from eventrnn.bench.bandwidth import probes, product_reads, rows_read
 from eventrnn.bench.baselines import LayerBaselines, ProductBaselines
+from eventrnn.bench.c_blocks import compiled
 from eventrnn.bench.case import Case
 from eventrnn.bench.machine import device, limited, peak, versions
 from eventrnn.bench.networks import prepare_network, random_events, random_weights
@@ -43,7 +44,8 @@ def inference(*, report: Report = lambda stage: None, **case: Any) -> dict:
         report(f"timing {asked.repeats} rounds")
         seconds = timing.interleaved({"ours": prepared.ours} | prepared.probes | prepared.baselines, asked.repeats)
     result = timing.figures(prepared, seconds, asked.steps)
-    return result | asked.record() | peak(asked.threads) | {"device": device(), "versions": versions()}
+    used = versions() | ({"c-blocks": compiled()[1]} if "c-blocks" in asked.baselines else {})
+    return result | asked.record() | peak(asked.threads) | {"device": device(), "versions": used}
 
 
 def _layer(case: Case, report: Report) -> PreparedCase:
