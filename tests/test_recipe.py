@@ -91,6 +91,10 @@ def test_the_seed_and_thresholds_determine_the_network(text):
         ("[pruning]\nmethod = 'magnitude'\nsparsity = 1.0", "pruning: sparsity: got 1.0"),
         ("[pruning]\nmethod = 'magnitude'\nnm = '3'", "pruning: nm: got '3'"),
         ("[pruning]\nmethod = 'magnitude'\nsparsity = 0.5\nblock = [4]", "pruning: block: got [4]"),
+        (
+            "[model]\ntied = true\n[pruning]\nmethod = 'regrow'\nsparsity = 0.5\nexempt = ['readout']",
+            "pruning: no matrix 'readout'; have layers.0.w_in, layers.0.w_rec",
+        ),
         ("training = ", "no valid TOML"),
         pytest.param("training = " + "9" * 5000, "no valid TOML", id="too many digits"),
         pytest.param("training = " + "[" * 5000, "nested too deeply", id="a deep array"),

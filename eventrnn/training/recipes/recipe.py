@@ -22,6 +22,7 @@ from eventrnn.cells import CELLS, Cell, Surrogate
 from eventrnn.data.text import Corpus, from_path, from_text, python_documentation, read_stream
 from eventrnn.data.vocabulary import KINDS
 from eventrnn.network import Network
+from eventrnn.pruning.schedule import choose
 from eventrnn.simulation import CARRIES
 from eventrnn.training import LanguageModelling, Progress, Settings, Trainer
 from eventrnn.training.evaluation import evaluate_text
@@ -152,7 +153,11 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole training run: network, text, training settings, pruning, teacher, and files."""
+    """A whole training run: network, text, training settings, pruning, teacher, and files.
+
+    Raises ValueError for a name in `pruning.exempt` that is no matrix or layer of the model, and where nothing is left
+    to prune.
+    """
 
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
@@ -160,6 +165,11 @@ class Recipe:
     pruning: PruningRecipe = field(default_factory=PruningRecipe)
     distillation: DistillationRecipe = field(default_factory=DistillationRecipe)
     run: RunSettings = field(default_factory=RunSettings)
+
+    def __post_init__(self):
+        if self.pruning.method:
+            layers = [f"layers.{k}.{name}" for k in range(len(self.model.hidden)) for name in ("w_in", "w_rec")]
+            choose(layers if self.model.tied else [*layers, "readout"], exempt=self.pruning.exempt)
 
     def trainer(
         self,

@@ -1,0 +1,83 @@
+"""The sweep of block-sparse word models: its plan, the sizes of its files, and its table."""
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import eventrnn as er
+from eventrnn.pruning import prune
+from eventrnn.sweeps import check_sweep, load_sweep
+from support.texts import TEXT
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    return importlib.import_module("block_sweep")
+
+
+def call(script, *arguments):
+    return CliRunner().invoke(script.app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def small_plan(script, folder, cell):
+    (folder / "text.txt").write_text(TEXT)
+    options = ("--text", folder / "text.txt", "--hidden", 8, "--hidden", 4, "--epochs", 2, "--backend", "cpu")
+    call(script, "plan", folder / "sweep.toml", "--cell", cell, "--seeds", 2, *options)
+    return load_sweep(folder / "sweep.toml", settings={"data.valid_batch": 2, "training.batch": 2})
+
+
+@pytest.mark.parametrize("cell", ["gru", "egru"])
+def test_every_point_of_the_plan_can_be_trained(script, tmp_path, cell):
+    """Every seed has the dense network, each method, block and sparsity, and larger networks of as many weights."""
+    points = check_sweep(small_plan(script, tmp_path, cell), tmp_path / "sweep")
+    grid = len(script.SPARSITIES) * len(script.BLOCKS) * len(script.METHODS)
+    assert len(points) == 2 * (1 + grid + len(script.BLOCKS))
+    assert {each.recipe.model.cell for each in points} == {cell}
+    assert [each.recipe.training.seed for each in points] == sorted(each.recipe.training.seed for each in points)
+    wide = [each.recipe for each in points if each.recipe.model.hidden != (8, 4)]
+    assert {recipe.model.hidden for recipe in wide} == {(12, 4)}
+    dense, large = 8 * (8 + 4) + 4 * (4 + 8), 12 * (12 + 4) + 4 * (4 + 12)
+    assert all(round((1 - recipe.pruning.sparsity) * large) == dense for recipe in wide)
+
+
+def test_a_plan_overwrites_no_file(script, tmp_path):
+    small_plan(script, tmp_path, "gru")
+    with pytest.raises(ValueError, match=r"out: .*sweep.toml exists"):
+        call(script, "plan", tmp_path / "sweep.toml")
+    with pytest.raises(ValueError, match="cell: got 'lstm', need one of egru, gru"):
+        call(script, "plan", tmp_path / "other.toml", "--cell", "lstm")
+
+
+def test_bytes_of_a_file_are_those_of_the_layers_in_each_storage(script):
+    network = er.Network.random([64], rng=np.random.default_rng(0), symbols=100, embedding=32, readout=100)
+    whole, blocks = script.file_bytes(network), script.file_bytes(prune(network, 0.9, block=(16, 16)))
+    weights = 3 * 64 * (64 + 32)
+    assert 4 * weights < whole["float32"] < 4 * weights + 4096
+    assert 2 * weights < whole["bfloat16"] < 2 * weights + 4096
+    assert weights < whole["int8"] < weights + 8192
+    assert blocks["float32"] < 0.1 * whole["float32"] + 4096
+
+
+def test_the_table_compares_means_over_seeds_with_the_dense_network(script, tmp_path):
+    common = dict.fromkeys(script.KEY) | {"model.cell": "gru", "model.hidden": "[64, 32]", "device": "here"}
+    rule = {"pruning.method": "lasso", "pruning.block": "[4, 4]", "pruning.sparsity": 0.9}
+    figures = {"activity_valid": 1.0, "effective_ops_per_step": 1e6}
+    lines = [
+        common | figures | {"perplexity_valid": 100.0, "file_bytes": dict.fromkeys(script.STORAGES, 4000)},
+        *(
+            common | figures | rule | {"training.seed": seed, "perplexity_valid": read, "file_bytes": small}
+            for seed, read, small in [(0, 102.0, {"float32": 800, "bfloat16": 400, "int8": 200}), (1, 106.0, {})]
+        ),
+    ]
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown = call(script, "table", "--results", tmp_path / "lines.jsonl").stdout
+    row = next(each for each in shown.splitlines() if "lasso" in each)
+    for cell in ("[4, 4]", "90.0%", " 2 ", "104.00", "2.83", "+4.0%", "5.0x", "10.0x", "20.0x"):
+        assert cell in row
