@@ -1,14 +1,15 @@
-"""Block-sparse word models on the whole vocabulary of the Penn Treebank (after Narang et al. 2017), as one sweep.
+"""Pruned word models on the whole vocabulary of the Penn Treebank, as sweeps (after Narang et al. and Hubara et al.).
 
-    python experiments/block_sweep.py plan gru.toml --cell gru               # what is trained
+    python experiments/pruning_sweep.py plan gru.toml --cell gru             # what is trained
     eventrnn sweep gru.toml --out sweep-gru --workers 6                      # trains it on a GPU
-    python experiments/block_sweep.py collect sweep-gru                      # a line of results per trained point
-    python experiments/block_sweep.py table
+    python experiments/pruning_sweep.py collect sweep-gru                    # a line of results per trained point
+    python experiments/pruning_sweep.py table
 
 A point is trained from random weights to its last epoch: dense, or pruned in the first half of its updates by one of
-METHODS to one of SPARSITIES in one of BLOCKS. The points of a seed stand together, those of the first sparsity first,
-so that a sweep that is cut short has whole tables. The embedding is also the read-out and as wide as the last layer; it
-is not pruned. Networks whose other layers are larger are pruned to the weights of the dense one.
+METHODS to one of SPARSITIES in one of BLOCKS; with `--masks`, to N:M masks of MASKS and to half of the single weights.
+The points of a seed stand together, those of the first sparsity first, so that a sweep that is cut short has whole
+tables. The embedding is also the read-out and as wide as the last layer; it is not pruned. Networks whose other layers
+are larger are pruned to the weights of the dense one.
 
 `collect` takes the figures of the runs and adds the bytes of the model file in each of STORAGES. It measures no time:
 see `eventrnn bench inference --block`.
@@ -36,16 +37,17 @@ from eventrnn.sweeps import read_results
 from eventrnn.sweeps.plan import MODEL
 from eventrnn.sweeps.results import saved_sweep
 
-RESULTS = Path(__file__).parent / "results" / "block_sweep.jsonl"
+RESULTS = Path(__file__).parent / "results" / "pruning_sweep.jsonl"
 
 # Settings in which points differ, beside those of all points of a sweep that a line also holds.
-AXES = ("model.hidden", "pruning.method", "pruning.block", "pruning.sparsity", "training.seed")
+AXES = ("model.hidden", "pruning.method", "pruning.nm", "pruning.block", "pruning.sparsity", "training.seed")
 SHARED = ("model.cell", "model.embedding", "training.epochs", "training.learning_rate", "training.precision")
 KEY = (*SHARED, *AXES)
 
 SPARSITIES = (0.9, 0.8, 0.95)
 BLOCKS = ((1, 1), (1, 16), (4, 4), (16, 16), (32, 32))
 METHODS = ("threshold", "lasso", "magnitude")
+MASKS = ("2:4", "4:8", "4:8:both", "8:16:both")
 STORAGES = ("float32", "bfloat16", "int8")
 
 # A GRU has no silent units that a penalty could wake.
@@ -66,6 +68,15 @@ def points(hidden: list[int], larger: float, seeds: int) -> Iterator[dict[str, A
         if larger > 1 and sparsity == SPARSITIES[-1]:
             share = round(1 - weights(hidden) / weights(wide), 4)
             yield from (own | pruned(wide, METHODS[0], block, share) for block in BLOCKS)
+
+
+def masked(hidden: list[int], seeds: int) -> Iterator[dict[str, Any]]:
+    """The same of N:M masks: the dense network, half of the single weights, and masks drawn from the weights."""
+    for seed in range(seeds):
+        own = {"training.seed": seed, "model.hidden": hidden}
+        yield own
+        yield own | pruned(hidden, "magnitude", (1, 1), 0.5)
+        yield from (own | {"pruning.method": "dynamic", "pruning.nm": pattern} for pattern in MASKS)
 
 
 def pruned(hidden: list[int], method: str, block: tuple[int, int], sparsity: float) -> dict[str, Any]:
@@ -94,6 +105,7 @@ def plan(
     rate: Annotated[float, typer.Option(help="Learning rate.")] = 2e-3,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each point.")] = 3,
     backend: Annotated[str, typer.Option(help="cuda, or cpu for a small case.")] = "cuda",
+    masks: Annotated[bool, typer.Option("--masks", help="N:M masks in place of blocks.")] = False,
     text: Annotated[str, typer.Option(help="Folder with the three texts, or ptb.")] = "ptb",
     force: Annotated[bool, typer.Option("--force", help="Overwrite a file that exists.")] = False,
 ) -> None:
@@ -114,7 +126,7 @@ def plan(
         **OF_CELL[cell],
     }
     lines = ['preset = "egru-ptb"', "", "[settings]", *(f"{key} = {toml(value)}" for key, value in settings.items())]
-    for point in points(units, larger, seeds):
+    for point in masked(units, seeds) if masks else points(units, larger, seeds):
         lines += ["", "[[points]]", *(f"{key} = {toml(value)}" for key, value in point.items())]
     out.write_text("\n".join(lines) + "\n")
 
@@ -158,7 +170,7 @@ def table(results: Annotated[Path, typer.Option(help="File of the lines.")] = RE
         rest = json.dumps({key: line[key] for key in AXES if key != "training.seed"})
         groups.setdefault(model, {}).setdefault(rest, []).append(line)
     for model, rows in groups.items():
-        columns = ("units", "method", "block", "pruned", "seeds", "perplexity", "±", "over dense", "activity")
+        columns = ("units", "method", "pattern", "pruned", "seeds", "perplexity", "±", "over dense", "activity")
         shown = Table(*columns, "operations", *STORAGES, title=model)
         dense = [line for lines in rows.values() for line in lines if line["pruning.method"] is None]
         at = mean(line["perplexity_valid"] for line in dense) if dense else None
@@ -175,7 +187,7 @@ def row(lines: list[dict], dense: float | None, whole: int | None) -> list[str]:
     return [
         first["model.hidden"],
         first["pruning.method"] or "dense",
-        first["pruning.block"] or "",
+        first["pruning.nm"] or first["pruning.block"] or "",
         f"{first['pruning.sparsity'] or 0:.1%}",
         str(len(lines)),
         f"{mean(read):.2f}",

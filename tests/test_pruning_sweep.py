@@ -1,4 +1,4 @@
-"""The sweep of block-sparse word models: its plan, the sizes of its files, and its table."""
+"""The sweeps of pruned word models: its plan, the sizes of its files, and its table."""
 
 import importlib
 import json
@@ -19,17 +19,17 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 @pytest.fixture
 def script(monkeypatch):
     monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    return importlib.import_module("block_sweep")
+    return importlib.import_module("pruning_sweep")
 
 
 def call(script, *arguments):
     return CliRunner().invoke(script.app, [str(argument) for argument in arguments], catch_exceptions=False)
 
 
-def small_plan(script, folder, cell):
+def small_plan(script, folder, cell, *more):
     (folder / "text.txt").write_text(TEXT)
     options = ("--text", folder / "text.txt", "--hidden", 8, "--hidden", 4, "--epochs", 2, "--backend", "cpu")
-    call(script, "plan", folder / "sweep.toml", "--cell", cell, "--seeds", 2, *options)
+    call(script, "plan", folder / "sweep.toml", "--cell", cell, "--seeds", 2, *options, *more)
     return load_sweep(folder / "sweep.toml", settings={"data.valid_batch": 2, "training.batch": 2})
 
 
@@ -45,6 +45,12 @@ def test_every_point_of_the_plan_can_be_trained(script, tmp_path, cell):
     assert {recipe.model.hidden for recipe in wide} == {(12, 4)}
     dense, large = 8 * (8 + 4) + 4 * (4 + 8), 12 * (12 + 4) + 4 * (4 + 12)
     assert all(round((1 - recipe.pruning.sparsity) * large) == dense for recipe in wide)
+
+
+def test_masks_are_planned_in_place_of_blocks(script, tmp_path):
+    points = check_sweep(small_plan(script, tmp_path, "egru", "--masks", "--epochs", 60), tmp_path / "sweep")
+    rules = [(each.recipe.pruning.nm, each.recipe.pruning.sparsity) for each in points]
+    assert rules == 2 * [("", 0.0), ("", 0.5), *((pattern, 0.0) for pattern in script.MASKS)]
 
 
 def test_a_plan_overwrites_no_file(script, tmp_path):
