@@ -8,6 +8,7 @@ training        one training window, forward and backward
 gpu_training    the same on a GPU
 baselines, gpu_baselines   the other libraries on the same weights, and the check that they compute the same
 c_blocks        a product in blocks in C, compiled where there is a compiler
+cudnn_persistent, cudnn_library   every algorithm of cuDNN's GRU and LSTM, through its C API
 bandwidth       which weights a run reads, and a probe that only reads them
 timing          interleaved repeats, and the figures of a timed case
 crossover       whether backend="auto" picks the fastest kernel

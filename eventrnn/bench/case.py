@@ -17,7 +17,7 @@ PRODUCT_BASELINES = ("scipy", "torch-csr", "mkl", "numpy", "torch-mm", "c-blocks
 BASELINES = (*LAYER_BASELINES, *PRODUCT_BASELINES, "none")
 
 #: baselines of a whole layer or a stack of layers on a GPU
-GPU_BASELINES = ("cudnn", "evnn-style", "cusparse", "none")
+GPU_BASELINES = ("cudnn-persistent", "cudnn", "evnn-style", "cusparse", "none")
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,9 @@ class Case:
         if not isinstance(self.backend, str) or self.backend not in ("cpu", "cuda"):
             raise ValueError(f"backend: got {self.backend!r}, need cpu or cuda; for BLAS give against='blas'")
         if self.backend == "cuda":
-            if self.against not in GPU_BASELINES:
-                raise ValueError(f"against: got {self.against!r} on a GPU, need one of {', '.join(GPU_BASELINES)}")
+            for baseline in self.baselines:
+                if baseline not in GPU_BASELINES[:-1]:
+                    raise ValueError(f"against: got {baseline!r} on a GPU, need one of {', '.join(GPU_BASELINES)}")
             if self.threads != 1:
                 raise ValueError(f"threads: got {self.threads}, but it is an option of the cpu backend; leave it out")
             return

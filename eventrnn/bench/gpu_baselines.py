@@ -1,6 +1,7 @@
 """Baselines on a GPU, on the same weights.
 
-`cudnn`      : torch.nn.GRU (cuDNN), in the fastest of float32, TF32, padded TF32 and padded float16
+`cudnn-persistent` : cuDNN's GRU and LSTM through its C API, with the fastest of all its algorithms
+`cudnn`      : torch.nn.GRU (cuDNN as PyTorch calls it), in the fastest of float32, TF32, padded TF32 and padded float16
 `evnn-style` : the method of EvNN: one product for the inputs of all steps, then per step a dense product and a kernel
                for the cells; all in one CUDA graph, so that there is no launch latency
 `cusparse`   : the same with the recurrent weights as CSR in cuSPARSE
@@ -10,11 +11,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from eventrnn.bench.baselines import import_torch, product_bound, torch_gru
+from eventrnn.bench.cudnn_library import Cudnn, find_cudnn
+from eventrnn.bench.cudnn_persistent import cudnn_runs
 from eventrnn.events import Events
 from eventrnn.network import Layer, Network
 
@@ -26,16 +31,55 @@ CELL_THREADS = 128
 Seconds = Callable[[], float]
 
 
-def baselines(name: str, network: Network, inputs: Events) -> dict[str, Seconds]:
-    """Variant -> function that returns the GPU seconds of one run. Raises ValueError where torch has no CUDA."""
-    if name == "none":
-        return {}
-    torch = import_torch()
-    if not torch.cuda.is_available():
-        raise ValueError("against: this torch has no CUDA; install one that has, or use --against none")
-    if name == "cudnn":
-        return _cudnn(torch, network, inputs)
-    return {name: _stepwise(torch, network, inputs, sparse=name == "cusparse")}
+@dataclass
+class GpuBaselines:
+    """The named baselines of a network on a GPU.
+
+    runs        : variant -> function that returns the GPU seconds of one run
+    first_seconds : variant -> seconds of its fastest first run, of the variants that `cudnn-persistent` tried
+    left_out    : variant -> why it cannot run
+    versions    : library -> version, where it is no Python package
+    """
+
+    runs: dict[str, Seconds] = field(default_factory=dict)
+    first_seconds: dict[str, float] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def baselines(
+    names: tuple[str, ...], network: Network, inputs: Events, report: Callable[[str], None] = lambda stage: None
+) -> GpuBaselines:
+    """Prepare and check the named baselines; `report` is called with the name of each stage.
+
+    Raises ValueError where a package that one needs is not installed, RuntimeError where one computes something else.
+    """
+    found = GpuBaselines()
+    for name in names:
+        if name == "cudnn-persistent":
+            _every_cudnn(found, network, inputs, report)
+            continue
+        torch = import_torch()
+        if not torch.cuda.is_available():
+            raise ValueError("against: this torch has no CUDA; install one that has, or use --against none")
+        if name == "cudnn":
+            found.runs |= _cudnn(torch, network, inputs)
+        else:
+            found.runs[name] = _stepwise(torch, network, inputs, sparse=name == "cusparse")
+    return found
+
+
+def _every_cudnn(found: GpuBaselines, network: Network, inputs: Events, report: Callable[[str], None]) -> None:
+    """Add the variants of `cudnn-persistent`."""
+    from eventrnn.cuda.device import current_device
+
+    device = current_device()
+    with device.on_stream():
+        made = cudnn_runs(Cudnn(find_cudnn(device), device), network, inputs, report)
+    found.runs |= {name: partial(device.seconds, run) for name, run in made.runs.items()}
+    found.first_seconds |= made.first
+    found.left_out |= made.left_out
+    found.versions["cudnn"] = made.version
 
 
 def _cudnn(torch, network: Network, inputs: Events) -> dict[str, Seconds]:

@@ -47,7 +47,8 @@ def inference(case: Case, report: Callable[[str], None]) -> dict[str, Any]:
         "ours": lambda: device.seconds(enqueue),
         "uncounted": lambda: device.seconds(uncounted),
     }
-    runs |= baselines(case.against, network, inputs)
+    against = baselines(case.baselines, network, inputs, report)
+    runs |= against.runs
     runs["run"] = lambda: _clocked(lambda: engine.run(run_inputs, state))
     stream, x = Simulator(network, batch=case.batch, backend=backend), device.put(inputs.to_dense()[:CHUNK])
     stream.run(x)  # so does the first run of a stream
@@ -71,6 +72,8 @@ def inference(case: Case, report: Callable[[str], None]) -> dict[str, Any]:
         "speedup": each[best] / ours if best else None,
         "against_variant": best,
         "against_variants_us_per_step": each,
+        "against_first_us_per_step": {name: s / case.steps * 1e6 for name, s in against.first_seconds.items()},
+        "against_left_out": against.left_out,
         "stream_steps_per_second": case.batch / ours * 1e6,
         **dict(zip(("run_us_per_step", "chunk_us_per_step", "call_us_per_step"), clocked, strict=True)),
         "counting_share": 1 - uncounted_us / ours,
@@ -83,7 +86,7 @@ def inference(case: Case, report: Callable[[str], None]) -> dict[str, Any]:
         "paths": engine.paths(case.batch),
         "compile_seconds": prepared.compile_seconds,
     }
-    return figures | case.record() | {"device": device.name, "versions": versions()}
+    return figures | case.record() | {"device": device.name, "versions": versions() | against.versions}
 
 
 def _clocked(call: Callable[[], object]) -> float:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from eventrnn.bench.case import LAYER_BASELINES, PRODUCT_BASELINES
+from eventrnn.bench.case import GPU_BASELINES, LAYER_BASELINES, PRODUCT_BASELINES
 from eventrnn.bench.machine import device, versions
 from eventrnn.cli.options import Json, Seed, Threads, parse_block, takes
 from eventrnn.cli.terminal import as_line, console, progress, show
@@ -19,11 +19,11 @@ from eventrnn.weights.nm import AXES
 
 AGAINST = (
     f"Baselines, separated by commas. For a whole layer: {', '.join(LAYER_BASELINES)} (torch is nn.GRU). For one "
-    f"product: {', '.join(PRODUCT_BASELINES)}. On a GPU: cudnn, evnn-style or cusparse. Or none. "
-    "[torch; on a GPU cudnn]"
+    f"product: {', '.join(PRODUCT_BASELINES)}. On a GPU: {', '.join(GPU_BASELINES[:-1])}. Or none. "
+    "[torch; on a GPU cudnn-persistent]"
 )
 
-DEFAULT_BASELINE = {"cpu": "torch", "cuda": "cudnn"}
+DEFAULT_BASELINE = {"cpu": "torch", "cuda": "cudnn-persistent"}
 
 bench_app = typer.Typer(rich_markup_mode=None, help="Measure speed beside baselines, all in one run.")
 
