@@ -10,6 +10,9 @@
         --teacher ptb.safetensors --distillation 0.5                                   # taught by the dense network
     python experiments/ptb.py tune ptb.safetensors ptb.safetensors.run --sparsity 0.8 --tied --kept embedding=0.1 \\
         --kept layers.0.w_in=0.3 --until 0.3 --out gradual.safetensors                 # the costly matrices to less
+    python experiments/ptb.py arrange ptb --bands 512,1536,3008,6000 --out start.safetensors   # an order for blocks
+    python experiments/ptb.py tune start.safetensors egru-ptb --sparsity 0.5 --tied --block 1x16 --kept embedding=0.9 \\
+        --kept embedding:512=0.75 --since 0.1 --out blocks.safetensors                 # frequent words keep more
     eventrnn convert tuned.safetensors --storage int8 --embedding int8 --out small.safetensors   # then pack_model.py
     python experiments/ptb.py evaluate small.safetensors --test
     python experiments/ptb.py evaluate small.safetensors --test --fold                 # first layer as a table
@@ -27,7 +30,11 @@ remove embedding values, which change every input of the first layer, and a look
 therefore unties it (`Network.untied`): the decoder becomes a matrix of its own, which starts with the same values, is
 pruned like the others and is fine-tuned apart; the embedding stays dense. Lines state the parameters of both.
 `tune --tied` prunes the one matrix instead: every word keeps the same number of values, as an input and as a decoder,
-so that the first layer too has few inputs that are not zero.
+so that the first layer too has few inputs that are not zero. Words are numbered by falling frequency: with bands of
+words (`--kept embedding:512=0.75`), frequent words keep more values than rare ones, which cost as much per token.
+
+Blocks: a block 1x16 is kept or pruned for 16 neighbouring words or units together. `arrange` puts those next to each
+other that use the same inputs. Words stay within the bands that are given, so that these remain bands of frequency.
 
 Folding: `--fold` runs the network that `er.fold` makes, whose first layer reads one row of a table per token instead of
 multiplying the embedding. The sizes of a line stay those of the file; `folded_bytes` are those of the folded matrices.
@@ -50,6 +57,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from ptb_arrangement import arranged
 from ptb_figures import grid_figure, operations_figure
 from ptb_measures import AWD_LSTM, grid_point, quality, sizes
 from ptb_tuning import gradual_pruning, kept_shares, taught
@@ -72,7 +80,7 @@ from eventrnn.pruning.schedule import prunable
 from eventrnn.training import LanguageModelling, Model, Trainer, parts, run
 from eventrnn.training.checkpoint import read_checkpoint
 from eventrnn.training.recipes.distillation import DistillationRecipe
-from eventrnn.training.recipes.recipe import Recipe, load_recipe, note
+from eventrnn.training.recipes.recipe import Recipe, load_recipe, note, presets
 from eventrnn.training.recipes.run_folder import CONFIG
 from eventrnn.training.recipes.toml_config import parse_setting
 from eventrnn.training.run import CHECKPOINT
@@ -124,7 +132,9 @@ def trained(path: Path, text: str) -> er.Network:
 
 
 def recipe_of(folder: Path, settings: list[tuple[str, Any]] | None = None) -> Recipe:
-    """The recipe of the run in a folder. Raises ValueError where there is none."""
+    """The recipe of the run in a folder, or of a preset of that name. Raises ValueError where there is none."""
+    if not folder.exists() and str(folder) in presets():
+        return load_recipe(preset=str(folder), settings=settings or [])
     if not (folder / CONFIG).exists():
         raise ValueError(f"model: {folder} holds no run: it has no {CONFIG}")
     return load_recipe(folder / CONFIG, settings=settings or [])
@@ -325,9 +335,35 @@ def refitted(
 
 
 @app.command()
+def arrange(
+    model: ModelPath,
+    out: Out,
+    width: Annotated[int, typer.Option(min=2, help="Outputs per block.")] = 16,
+    bands: Annotated[
+        str, typer.Option(metavar="WORD,...", help="Words move within bands, which begin at these words, only.")
+    ] = "",
+    text: Text = PTB,
+    name: Name = None,
+    force: Force = False,
+    results: Results = RESULTS,
+) -> None:
+    """Put words and units in an order in which blocks of neighbours lose little; the network is then dense and tied."""
+    writable_file(out, force)
+    try:
+        limits = tuple(map(int, bands.split(","))) if bands else ()
+    except ValueError:
+        raise ValueError(f"bands: got {bands!r}, need numbers of words such as 512,3008") from None
+    records, network = Records(results, KEY), trained(model, text)
+    changed, figures = arranged(network, width, limits)
+    save_model(changed, out, force)
+    line = {"what": "arrangement", "name": name or out.name, "of": model.name, "width": width, "bands": limits}
+    show(records.add(line | {"energy_kept": figures} | sizes(changed)))
+
+
+@app.command()
 def tune(
     model: Annotated[Path, typer.Argument(help="Model file, pruned already or pruned here by --sparsity.")],
-    of: Annotated[Path, typer.Argument(help="Folder of the run that trained the model; its recipe is used.")],
+    of: Annotated[Path, typer.Argument(help="Folder of the run that trained the model, or a preset: the recipe.")],
     out: Out,
     sparsity: Annotated[
         float,
@@ -336,8 +372,9 @@ def tune(
     kept: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="MATRIX=SHARE",
-            help="With --sparsity: share of its blocks that a matrix keeps, in place of 1 - SPARSITY; repeat.",
+            metavar="MATRIX[:WORD]=SHARE",
+            help="With --sparsity: share of its blocks that a matrix keeps, in place of 1 - SPARSITY; of a matrix of "
+            "words also from a WORD on, by its number; repeat.",
         ),
     ] = None,
     tied: Annotated[
@@ -350,6 +387,9 @@ def tune(
     until: Annotated[
         float, typer.Option(help="With --sparsity: share of the training after which the masks stay.")
     ] = 0.5,
+    since: Annotated[
+        float, typer.Option(help="With --sparsity: share of the training before the first weight is pruned.")
+    ] = 0.0,
     block: Annotated[str, typer.Option(metavar="RxC", help="Block, with --sparsity.")] = "1x1",
     epochs: Annotated[int, typer.Option(help="Passes over the training text.")] = 100,
     learning_rate: Annotated[
@@ -375,7 +415,8 @@ def tune(
     """
     writable_file(out, force)
     shape, records = parse_block(block), Records(results, KEY)
-    options = (("block", block, "1x1"), ("kept", kept, None), ("until", until, 0.5), ("tied", tied, False))
+    options = (("block", block, "1x1"), ("kept", kept, None), ("until", until, 0.5), ("since", since, 0.0))
+    options += (("tied", tied, False),)
     for option, given, default in options:
         if given != default and not sparsity:
             raise ValueError(f"{option}: got {given}, but only --sparsity prunes here; leave it out")
@@ -388,6 +429,7 @@ def tune(
         ("training.epochs", epochs),
         ("training.learning_rate", learning_rate),
         ("training.schedule.constant", 0.0),
+        ("data.text", text),
         *taught(teacher, distillation),
         *map(parse_setting, settings or []),
     ]
@@ -400,7 +442,7 @@ def tune(
     training, options = recipe.training, {"valid_batch": recipe.data.valid_batch, "carry": recipe.data.carry}
     length = LanguageModelling(texts["train"], texts["valid"], **options).length(training.batch)
     updates = epochs * -(-length // training.window)
-    pruning = gradual_pruning(sparsity, shares, network, shape, updates, until) if sparsity else None
+    pruning = gradual_pruning(sparsity, shares, network, shape, updates, until, since) if sparsity else None
     vocabulary = Vocabulary.from_json(network.metadata["vocabulary"])
     with progress() as bar:
         soft = recipe.distillation.targets(vocabulary, texts["train"], training, bar)
@@ -418,7 +460,14 @@ def tune(
     save_model(tuned, out, force)
     line = {"what": "tuning", "name": name or out.name, "of": model.name, "epochs": epochs, "seconds": seconds}
     line |= {"teacher": Path(recipe.distillation.teacher).name, "distillation": recipe.distillation.weight}
-    line |= {"sparsity": sparsity, "kept": shares, "until": until, "block": block, "settings": settings or []}
+    line |= {
+        "sparsity": sparsity,
+        "kept": shares,
+        "until": until,
+        "since": since,
+        "block": block,
+        "settings": settings or [],
+    }
     show(records.add(line | {"learning_rate": learning_rate, "best_bits": trainer.best_value} | sizes(tuned)))
 
 

@@ -18,7 +18,7 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 def script(name, monkeypatch):
     """Import a script as a fresh module; it can import the other scripts."""
     monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    for each in (name, "records", "models", "ptb_figures", "ptb_measures", "ptb_tuning"):
+    for each in (name, "records", "models", "ptb_figures", "ptb_measures", "ptb_tuning", "ptb_arrangement"):
         monkeypatch.delitem(sys.modules, each, raising=False)
     return importlib.import_module(name)
 
