@@ -4,6 +4,7 @@
     eventrnn train --preset egru-ptb --text ptb --backend cuda --out ptb.safetensors --epochs 40 \\
         --set training.schedule.kind=constant
     python experiments/gpu_training.py curve ptb.safetensors.run
+    python experiments/gpu_training.py devices
 
 Speed is that of one layer beside cuDNN, and of whole updates of the recipe `egru-ptb`. A layer's line is the output of
 `eventrnn bench training --backend cuda --json`. A line of the recipe is the median of whole updates (noise, forward,
@@ -11,9 +12,14 @@ loss, backward, clipping, AdamW) of its network, batch and window, on random sym
 wall clock, which includes the batch and the figures. Needs a GPU, and torch with CUDA.
 
 A learning curve is read from the log of a run: perplexity and activity of its validations at some epochs.
+
+`devices` compares whole updates of the recipe on several GPUs with those on one, at the same batch per device and at
+the same joined batch, in one process, round by round; and the parameters of two equal runs on several GPUs, bit by bit.
 """
 
+import hashlib
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -92,6 +98,86 @@ def recipe(precision: str, updates: int) -> dict:
         "device": engine.device.name,
         "versions": versions(),
     }
+
+
+def preset_trainer(batch: int, devices: int, precision: str, words: int = 10_000) -> Trainer:
+    """The network of the preset `egru-ptb` and its settings, with windows of one length, on random symbols."""
+    # The text is not read, but the preset needs one of words.
+    chosen = load_recipe(preset="egru-ptb", settings=[("data.text", "ptb")])
+    rng, model = np.random.default_rng(0), chosen.model
+    network = Network.random(
+        list(model.hidden),
+        rng=rng,
+        symbols=words,
+        embedding=model.embedding,
+        tied=model.tied,
+        threshold=model.threshold,
+        cell=model.equations(),
+    )
+    settings = replace(
+        chosen.training, epochs=0, steps=10_000, window_jitter=0.0, batch=batch, devices=devices, backend="cuda"
+    )
+    text = rng.integers(0, words, batch * 3000)
+    return Trainer(network, LanguageModelling(text), replace(settings, precision=precision))
+
+
+def parameters_digest(trainer: Trainer) -> str:
+    """SHA-256 of all arrays of a run."""
+    total = hashlib.sha256()
+    for name, array in sorted(trainer.arrays().items()):
+        total.update(name.encode() + np.ascontiguousarray(array).data)
+    return total.hexdigest()
+
+
+@app.command()
+def devices(
+    number: Annotated[int, typer.Option(help="GPUs.")] = 2,
+    batch: Annotated[int, typer.Option(help="Samples per GPU.")] = 128,
+    precision: Annotated[str, typer.Option(help="Type of the factors of products.")] = "bfloat16",
+    rounds: Annotated[int, typer.Option(help="Rounds, of which every trainer has one part.")] = 8,
+    updates: Annotated[int, typer.Option(help="Updates of a part.")] = 10,
+    results: Annotated[Path, typer.Option(help="File to which the line is appended.")] = RESULTS,
+) -> None:
+    """Updates on several GPUs beside those on one."""
+    began = time.perf_counter()
+    cases = {"one": (batch, 1), "several": (batch * number, number), "joined": (batch * number, 1)}
+    trainers = {name: preset_trainer(*case, precision) for name, case in cases.items()}
+    setup = time.perf_counter() - began
+    wall: dict[str, list[float]] = {name: [] for name in trainers}
+    for part in range(rounds + 1):
+        for name, trainer in trainers.items():
+            for _ in range(updates):
+                started = time.perf_counter()
+                trainer.step()
+                if part:
+                    # The first part compiles kernels and captures graphs.
+                    wall[name].append(time.perf_counter() - started)
+    digests = [parameters_digest(trainers.pop("several"))]
+    again = preset_trainer(batch * number, number, precision)
+    for _ in range((rounds + 1) * updates):
+        again.step()
+    digests.append(parameters_digest(again))
+    ms = {name: float(np.median(times)) * 1e3 for name, times in wall.items()}
+    records = Records(results, KEY)
+    records.device = again.engine.device.name
+    line = {
+        "what": "devices",
+        "hidden": [1350, 1350, 750],
+        "batch": batch,
+        "devices": number,
+        "precision": precision,
+        "ms_one_device": ms["one"],
+        "ms_several_devices": ms["several"],
+        "ms_joined_batch_on_one": ms["joined"],
+        "speedup": number * ms["one"] / ms["several"],
+        "speedup_of_joined_batch": ms["joined"] / ms["several"],
+        "setup_seconds": setup,
+        "updates": rounds * updates,
+        "gpu_bytes_per_device": again.engine.nbytes,
+        "same_bits": len(set(digests)) == 1,
+        "sha256": digests[0],
+    }
+    print(as_line(records.add(line)))
 
 
 @app.command()

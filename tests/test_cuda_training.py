@@ -514,6 +514,8 @@ KERNELS = {
     "count_choices": lambda m: m.gated_blocks.count_choices_kernel(),
     "count_products": lambda m: m.gated_blocks.count_products_kernel("tf32", SURROGATES["triangle"], 0.7, 1.0),
     "draw": lambda m: m.noise.draw_kernel(),
+    "add_parts": lambda m: m.joined_sums.add_parts_kernel("float32"),
+    "add_parts of counts": lambda m: m.joined_sums.add_parts_kernel("int64"),
     "drop_weights": lambda m: m.noise.drop_weights_kernel("bfloat16"),
     "forward": lambda m: m.cell_steps.forward_kernel("bfloat16"),
     "reset_gate": lambda m: m.cell_steps.reset_gate_kernel("tf32"),

@@ -38,6 +38,7 @@ FLAGS = {
     "dropout": "training.regularisers.dropout_top",
     "threads": "training.threads",
     "backend": "training.backend",
+    "devices": "training.devices",
     "precision": "training.precision",
     "seed": "training.seed",
     "teacher": "distillation.teacher",
@@ -108,7 +109,10 @@ class TrainOptions:
     ] = None
     dropout: Annotated[float | None, typer.Option(help="Dropout rate between layers and before the read-out.")] = None
     threads: Annotated[int | None, typer.Option(help="Number of threads of the training kernels.")] = None
-    backend: Annotated[str | None, typer.Option(help="cpu, or cuda for one NVIDIA GPU. [cpu]")] = None
+    backend: Annotated[str | None, typer.Option(help="cpu, or cuda for NVIDIA GPUs. [cpu]")] = None
+    devices: Annotated[
+        int | None, typer.Option(help="Only with cuda: number of GPUs of this machine that share every batch. [1]")
+    ] = None
     precision: Annotated[
         str | None, typer.Option(help="Only with cuda: factors of products in bfloat16, tf32 or float32. [bfloat16]")
     ] = None

@@ -30,6 +30,7 @@ Modules, from the GPU upwards:
 
 device            : the only import of the CUDA packages; compiling, loading, launching, memory
 transfer, cublas  : large copies to and from the host; dense products
+nccl              : copies between the GPUs of several processes
 tables            : constants and table columns that kernels and their callers share
 packing, matrix   : weights as strips; one matrix on the GPU and its products
 plan, cluster_plan: which block owns which tiles and samples, and what lies in shared memory

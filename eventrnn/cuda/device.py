@@ -255,6 +255,11 @@ class Device:
         end.sync()
         return (end - begin) / 1e3
 
+    @property
+    def bus(self) -> str:
+        """The address of the GPU on the bus, which no other GPU of the machine has."""
+        return self.arrays.cuda.Device(self.core.device_id).pci_bus_id
+
     @contextmanager
     def on_stream(self) -> Iterator[None]:
         """Within the context CuPy uses this GPU and the same stream. Raises MemoryError with the needed and the free

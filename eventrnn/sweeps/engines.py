@@ -20,7 +20,7 @@ from typing import Any
 from eventrnn import __version__
 from eventrnn._checks import need_choice, need_kind, need_text, need_whole
 from eventrnn._files import printable
-from eventrnn.sweeps.gpus import visible_gpus
+from eventrnn._gpus import visible_gpus
 from eventrnn.sweeps.worker import Job, begin_process, run_point, run_point_in_pool
 
 # Seconds within which the scheduler of an address must answer.

@@ -79,13 +79,15 @@ def load_checkpoint(trainer: Resumable, path: str | os.PathLike) -> dict[str, An
     run with another model, data or settings; the message names the differences. The trainer is then unchanged.
 
     The number of threads may differ. The run then goes on, and a warning says that products through BLAS may be rounded
-    differently. Those are the products of the read-out, and further ones unless `Settings.backward` is "sparse".
+    differently. Those are the products of the read-out, and further ones unless `Settings.backward` is "sparse". So may
+    the number of devices, on which sums over the batch are rounded differently.
     """
     arrays, record = read_checkpoint(path)
     now, then = json.loads(json.dumps(trainer.identity())), record["identity"]
     defaults = json.loads(json.dumps(asdict(Settings())))
     _add_defaults(_settings(then), {name: defaults[name] for name in defaults if name not in SINCE_NOISE_BY_PLACE})
     threads_now, threads_then = (_settings(identity).pop("threads", None) for identity in (now, then))
+    devices_now, devices_then = (_settings(identity).pop("devices", None) for identity in (now, then))
     changed = differences(now, then)
     if changed:
         raise CheckpointError(printable(f"{path}: belongs to another run: {'; '.join(changed)}"))
@@ -97,6 +99,12 @@ def load_checkpoint(trainer: Resumable, path: str | os.PathLike) -> dict[str, An
         warnings.warn(
             f"threads: {printable(threads_then)} in the checkpoint, {threads_now} now: the run goes on, but products "
             'through BLAS (of the read-out, and others unless backward="sparse") may be rounded differently',
+            stacklevel=2,
+        )
+    if devices_now != devices_then:
+        warnings.warn(
+            f"devices: {printable(devices_then)} in the checkpoint, {devices_now} now: the run goes on, but sums over "
+            "the batch are rounded differently",
             stacklevel=2,
         )
     return record["notes"]

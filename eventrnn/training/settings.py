@@ -44,6 +44,8 @@ class Settings:
     threads        : number of threads of the training kernels; a run may be resumed with another number, see
                      `load_checkpoint`
     backend        : "cpu", or "cuda" for one NVIDIA GPU
+    devices        : with "cuda", number of GPUs of this machine that share every batch, which it must divide; see
+                     `training.data_parallel`. A run may be resumed with another number, see `load_checkpoint`
     precision      : with "cuda", type of the factors of products: "bfloat16" (the default), "tf32" or "float32". Sums,
                      states and parameters are float32
     optimiser      : see `Optimiser`
@@ -71,6 +73,7 @@ class Settings:
     backward: str = "auto"
     threads: int = 1
     backend: str = "cpu"
+    devices: int = 1
     precision: str = ""
     optimiser: Optimiser = field(default_factory=Optimiser)
     schedule: Schedule = field(default_factory=Schedule)
@@ -78,7 +81,7 @@ class Settings:
     gates: GateSettings = field(default_factory=GateSettings)
 
     def __post_init__(self):
-        for name in ("steps", "batch", "window", "threads"):
+        for name in ("steps", "batch", "window", "threads", "devices"):
             need_whole(name, getattr(self, name), at_least=1)
         for name in ("epochs", "validate_every", "patience", "seed"):
             need_whole(name, getattr(self, name), at_least=0)
@@ -93,12 +96,26 @@ class Settings:
             need_kind(name, getattr(self, name), kind, f"a record {kind.__name__}(...)")
 
         need_choice("backend", self.backend, TRAINING_ENGINES)
+        self._check_devices()
         if self.precision and self.backend == "cpu":
             raise ValueError(
                 f"precision: got {self.precision!r}, but the cpu backend computes in float32; leave it out"
             )
         if self.precision not in ("", *PRECISIONS):
             raise ValueError(f"precision: got {self.precision!r}, need one of {', '.join(PRECISIONS)}")
+
+    def _check_devices(self) -> None:
+        if self.devices == 1:
+            return
+        if self.backend == "cpu":
+            raise ValueError(f"devices: got {self.devices}, but the cpu backend has threads; use backend='cuda'")
+        if self.batch % self.devices:
+            raise ValueError(f"batch: got {self.batch}, which {self.devices} devices cannot share; need a multiple")
+        if self.regularisers.gate_balance:
+            raise ValueError(
+                f"devices: got {self.devices}, but the load balance of a batch is not the sum of those of its parts; "
+                "use devices=1, or gate_balance=0"
+            )
 
     def draw_window(self, rng: np.random.Generator) -> int:
         """Number of steps of the next window. Without jitter the generator is not used."""

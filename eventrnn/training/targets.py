@@ -88,6 +88,10 @@ class SoftTargets:
         """Those of some steps of `streams`, views (end - begin, batch, k)."""
         return self._with(self.symbols[begin:end], self.probabilities[begin:end])
 
+    def samples(self, own: slice) -> SoftTargets:
+        """Those of some samples of `streams`, views (T, samples, k)."""
+        return self._with(self.symbols[:, own], self.probabilities[:, own])
+
     def _with(self, symbols: np.ndarray, probabilities: np.ndarray) -> SoftTargets:
         """Some of these soft targets, which need no new check."""
         other = object.__new__(SoftTargets)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,15 @@ class Batch:
     carried: str = ""
     extra: Any = None
     soft: SoftTargets | None = None
+
+    def part(self, rank: int, ranks: int) -> Batch:
+        """The samples of device `rank` of `ranks`: a block of neighbouring ones. For a loss over steps and samples."""
+        if ranks == 1:
+            return self
+        size = self.inputs.shape[1] // ranks
+        own = slice(rank * size, (rank + 1) * size)
+        soft = None if self.soft is None else self.soft.samples(own)
+        return replace(self, inputs=self.inputs[:, own], targets=self.targets[:, own], soft=soft)
 
 
 class Task(ABC):

@@ -76,6 +76,15 @@ def updates(settings: Settings, task: Task) -> int:
     return settings.epochs * -(-task.length(settings.batch) // taken)
 
 
+def _engine(settings: Settings) -> Callable[..., TrainingEngine]:
+    """The class of the engine; that of several devices is imported only where it is needed."""
+    if settings.devices == 1:
+        return training_engine(settings.backend)
+    from eventrnn.training.data_parallel import DataParallelEngine
+
+    return DataParallelEngine
+
+
 class Diverged(FloatingPointError):
     """The loss, a gradient or a gate of blocks is not finite. The parameters are those before the update, or, where it
     was found in a validation, those of the last one."""
@@ -96,7 +105,8 @@ class Trainer:
     update. A call from a second Python thread waits for the first one. A call from within a call, by a signal handler
     or by the task, is refused with a RuntimeError. `copy`, `deepcopy` and `pickle` give an independent trainer.
     With backend="cuda", an update that is interrupted while the GPU changes the parameters may be made by half. The
-    trainer then refuses every further call until a checkpoint is restored. It cannot be copied.
+    trainer then refuses every further call until a checkpoint is restored. It cannot be copied. With several devices,
+    what breaks off an update ends the processes of the other devices, so that a new trainer is needed.
 
     Raises ValueError for a task that does not fit the network or the model, for a batch larger than the data, for a
     pruning method that does not end within the run, and, for a network with GRU or LSTM cells, for settings of
@@ -147,7 +157,7 @@ class Trainer:
         # The share of pruned weights, and the masks that it was counted in.
         self._pruned: tuple[dict[str, np.ndarray], float] | None = None
         self.optimiser = settings.optimiser.build(self.model.parameters, settings.weight_decay)
-        self.engine: TrainingEngine = training_engine(settings.backend)(self.model, self.task, settings, self.optimiser)
+        self.engine: TrainingEngine = _engine(settings)(self.model, self.task, settings, self.optimiser)
         self.rng = np.random.default_rng(settings.seed)
         self.steps_done = self.epoch = self.position = 0
         self.best: Mapping[str, np.ndarray] = {}

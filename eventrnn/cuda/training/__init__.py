@@ -1,4 +1,4 @@
-"""Training on one NVIDIA GPU, behind the same `Trainer` as on the CPU.
+"""Training on NVIDIA GPUs, behind the same `Trainer` as on the CPU.
 
 Parameters, optimiser state and windows stay on the GPU. Factors of products are rounded to bfloat16 (or TF32, or stay
 float32); sums, cells, gradients and parameters are float32. An update is one CUDA graph per size of window. Two runs
@@ -21,9 +21,8 @@ program    : an update for one size of window, as graphs
 evaluation : the forward pass without noise
 engine     : what the trainer calls
 module     : windows on arrays of a caller, for modules of other libraries
+exchange   : sums over the GPUs of a run, each of which has such an engine (`training.data_parallel`)
 kernels/   : device code
-
-Several GPUs would exchange `parameters.gradients` between `TrainingWindow.backward` and `DeviceParameters.settle`.
 """
 
 from __future__ import annotations

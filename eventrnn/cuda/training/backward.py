@@ -58,11 +58,13 @@ class TrainingWindow(ForwardWindow):
                     self.lanes.layers[k].wait(marks[k + 1, number])
                 self._layer_backward(k, begin, end)
                 marks[k, number] = self.lanes.layers[k].record()
-        for k in range(len(layers)):
+        # The last layer is through first.
+        for k in reversed(range(len(layers))):
             self._layer_gradients(self.lanes.layers[k], k)
         self.lanes.join()
         if self.sizes.symbols:
             self._embedding_backward(lane)
+        self.exchange.finish(lane)
 
     def _readout_backward(self, lane: Lane) -> None:
         layers, parameters, memory = self.sizes.layers, self.parameters, self.memory
@@ -83,6 +85,8 @@ class TrainingWindow(ForwardWindow):
         else:
             gradient = Factor(parameters.gradient_at(parameters.readout), n)
             side.multiply(deltas.turned, top, gradient, columns, self.rows, n)
+            if not parameters.tied:
+                self.exchange.ready(side, parameters.readout)
         self._sum_columns(side, deltas, columns, "partial outputs")
         self._finish_sums(side, "partial outputs", columns, 0, self.sizes.outputs, "readout.bias")
 
@@ -261,9 +265,13 @@ class TrainingWindow(ForwardWindow):
             out = Factor(parameters.gradient_at(f"{name}.{role}"), columns)
             width = layer.padded_inputs if role == "w_in" else n
             lane.multiply(received.turned, delta, out, width, rows, some)
+            if role == "w_in":
+                self.exchange.ready(lane, f"{name}.w_in")
         if layer.reset_first:
             candidate = Factor(parameters.gradient_at(f"{name}.w_rec") + 4 * own, columns)
             lane.multiply(Factor(memory.at(("q", k)), n, transposed=True), deltas, candidate, n, rows, n)
+        if f"{name}.w_rec" not in self.products:
+            self.exchange.ready(lane, f"{name}.w_rec")
         partial = ("partial", k)
         self._sum_columns(lane, deltas, parts * n, partial)
         self._finish_sums(lane, partial, parts * n, 0, columns, f"{name}.bias_in")
@@ -383,13 +391,16 @@ class TrainingWindow(ForwardWindow):
 
         rates_at : two float64: target and strength
         """
+        # The rate of a unit is that in the joined batch.
+        counts = self.memory["counts"]
+        self.exchange.add(self.lanes.side, counts.data.ptr, counts.size, "int64")
         for k, layer in enumerate(self.sizes.layers):
             self.lanes.side.each(
                 ("rates",),
                 sums.rate_kernel,
                 layer.units,
                 self.memory.at("counts", self.count_offsets[k] + sums.FIRED * layer.padded),
-                self.rows,
+                self.joined_rows,
                 rates_at,
                 rates_at + 8,
                 layer.units,

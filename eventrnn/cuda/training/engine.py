@@ -19,17 +19,20 @@ from eventrnn.cuda.device import current_device
 from eventrnn.cuda.training.evaluation import Evaluator
 from eventrnn.cuda.training.gated_sizes import GatedSizes
 from eventrnn.cuda.training.kernels import updates
+from eventrnn.cuda.training.kernels.sums import UNIT_COUNTS
 from eventrnn.cuda.training.lanes import Lane
+from eventrnn.cuda.training.layout import Layout
 from eventrnn.cuda.training.memory import LayerSizes, Memory, Sizes, SoftSizes, nbytes
 from eventrnn.cuda.training.mirror import Mirror
 from eventrnn.cuda.training.parameters import DeviceParameters
 from eventrnn.cuda.training.program import Program, gate_fault
-from eventrnn.cuda.training.window import Lanes
+from eventrnn.cuda.training.window import Alone, Lanes
 from eventrnn.state import State
 from eventrnn.weights import MatrixId
 from eventrnn.weights.gated import kept_blocks
 
 if TYPE_CHECKING:
+    from eventrnn.cuda.training.window import Group
     from eventrnn.training.bptt.model import Model
     from eventrnn.training.optim import Rule
     from eventrnn.training.settings import Settings
@@ -51,6 +54,9 @@ MOST_PROGRAMS = 128
 # programs, results, norms.
 SMALL_ARRAYS = 1 << 22
 
+# States of the optimiser that several GPUs share, in the order in which they are copied.
+SHARED_STATES = ("first", "second", "mean")
+
 # Largest seed of the noise plus one.
 SEEDS = 1 << 64
 
@@ -61,9 +67,13 @@ class CudaTrainingEngine:
     Afterwards `model.parameters` and the arrays of the optimiser are `Mirror`s of what is on the GPU. `after_step` of
     `update` finds pruned weights zero already.
 
+    share : rank of this GPU and number of GPUs that share every batch; each has an engine of its own, whose updates
+            are those of the joined batch (`training.data_parallel`)
+
     Attributes
     ----------
-    nbytes : bytes of GPU memory that the arrays of the run need, those of its validations included
+    nbytes   : bytes of GPU memory that the arrays of the run need, those of its validations included
+    exchange : with the other GPUs
 
     Raises BackendUnavailable without a usable GPU, ValueError for settings that the GPU does not have, and MemoryError,
     with the needed and the free bytes, before anything is allocated.
@@ -72,14 +82,14 @@ class CudaTrainingEngine:
     # CUDA knows the thread that made its context.
     apart = False
 
-    def __init__(self, model: Model, task: Task, settings: Settings, optimiser: Rule):
+    def __init__(self, model: Model, task: Task, settings: Settings, optimiser: Rule, share: tuple[int, int] = (0, 1)):
         _check(settings, model)
         self.model, self.task, self.settings, self.optimiser = model, task, settings, optimiser
         self.device = current_device()
         self.precision = settings.precision or "bfloat16"
         self.sizes = _sizes(model, settings, self.precision)
         self.fused = task.is_cross_entropy_of_steps and bool(self.sizes.outputs)
-        first = task.batch(0, 0, settings.batch, settings.window)
+        first = task.batch(0, 0, settings.batch, settings.window).part(*share)
         steps, batch = first.inputs.shape[:2]
         if self.fused and first.soft is not None:
             self.sizes = replace(self.sizes, soft=SoftSizes(first.soft.top_k, first.soft.weight))
@@ -93,6 +103,7 @@ class CudaTrainingEngine:
             + self._evaluation_bytes()
             + DeviceParameters.nbytes(host, self.precision, len(slots) + averaged + 1, tuple(model.masks), model.gated)
             + WORKSPACE_BYTES * (len(self.sizes.layers) + 2)
+            + self._exchange_bytes(host, share)
             + SMALL_ARRAYS
         )
         with self.device.on_stream():
@@ -113,6 +124,7 @@ class CudaTrainingEngine:
                 self._sums(),
                 model.gated,
             )
+            self.exchange = self._new_exchange(share)
             self._mirrors: list[tuple[Mirror, Any]] = []
             # Parameters that are kept are fetched when they are read, which a run does less often than it validates.
             self._kept = self._mirror_of(
@@ -141,6 +153,42 @@ class CudaTrainingEngine:
         found = self.task.evaluation_window(self.sizes.outputs)
         return 0 if found is None else nbytes(self.sizes.outline(*found, training=False))
 
+    def _exchange_bytes(self, host: Mapping[str, np.ndarray], share: tuple[int, int]) -> int:
+        if share[1] == 1:
+            return 0
+        from eventrnn.cuda.training.exchange import Exchange
+
+        return WORKSPACE_BYTES + Exchange.nbytes(Layout(host), share[1], self._further())
+
+    def _new_exchange(self, share: tuple[int, int]) -> Alone:
+        if share[1] == 1:
+            return Alone()
+        from eventrnn.cuda.training.exchange import Exchange
+
+        return Exchange(self.device, self.precision, *share, self.parameters.layout, self._further())
+
+    def join(self, group: Group) -> None:
+        """Exchange with these processes from now on.
+
+        A first exchange connects them, which a graph could not capture.
+        """
+        gradients = self.parameters.gradients
+        self.exchange.connect(group, gradients.data.ptr)
+        self.exchange.add(self.lanes.main, gradients.data.ptr, gradients.size, "float32")
+        self.device.queue.synchronize()
+
+    def share_values(self) -> None:
+        """Take the parameters and the state of the optimiser over from rank 0, or give them to the others."""
+        there = self.parameters
+        for array in (there.values, *(there.states[name] for name in SHARED_STATES if name in there.states)):
+            self.exchange.share(self.lanes.main, array)
+        there.narrow(self.lanes.main)
+
+    def _further(self) -> int:
+        """The most numbers that several GPUs add up besides the gradients: counts of the units, or sums of a window."""
+        layers = self.sizes.layers
+        return max(sum(UNIT_COUNTS * layer.padded for layer in layers), 3 * len(layers) + self._sums())
+
     # --- the protocol ---
 
     @property
@@ -151,6 +199,14 @@ class CudaTrainingEngine:
     @property
     def state(self) -> State:
         """State of the network after the last window."""
+        return self.own_state()
+
+    @state.setter
+    def state(self, state: State) -> None:
+        self.take_state(state)
+
+    def own_state(self) -> State:
+        """The state of the samples that this GPU has."""
         found: dict[str, list[np.ndarray]] = {"cells": [], "outputs": []}
         with self.device.on_stream():
             for name, arrays in found.items():
@@ -160,8 +216,8 @@ class CudaTrainingEngine:
                     arrays.append(np.ascontiguousarray(padded[:, : layer.units]))
         return State(tuple(found["cells"]), tuple(found["outputs"]))
 
-    @state.setter
-    def state(self, state: State) -> None:
+    def take_state(self, state: State) -> None:
+        """Replace the state of the samples that this GPU has."""
         with self.device.on_stream():
             self._grow(1, state.batch)
             self.batch = state.batch
@@ -182,19 +238,12 @@ class CudaTrainingEngine:
         commit: Callable[[Callable[[], WindowResult]], WindowResult],
     ) -> WindowResult:
         """See `backend.TrainingEngine`."""
-        steps, samples = batch.inputs.shape[:2]
         loss = None
         with self.device.on_stream():
-            self._take_over()
-            self._grow(steps, samples)
-            program = self.program(steps, samples)
-            targets, soft = (batch.targets, batch.soft) if self.fused else (None, None)
-            program.put(batch.inputs, targets, soft)
-            self._begin(start, samples)
-            self._send_numbers(step, rate)
+            program = self.prepare(batch, start, step, rate)
             if not self.fused:
                 program.forward()
-                if fault := gate_fault(self.device, self.memory, self.sizes, steps, samples):
+                if fault := gate_fault(self.device, self.memory, self.sizes, program.steps, program.batch):
                     return WindowResult(fault=str(fault))
                 loss, d_output = self.task.loss(program.output(), batch)
                 if not np.isfinite(loss):
@@ -203,16 +252,33 @@ class CudaTrainingEngine:
         # The GPU changes parameters as soon as it has gradients.
         return commit(lambda: self._change(program, loss, after_step))
 
+    def prepare(self, batch: Batch, start: str, step: int, rate: float) -> Program:
+        """Send what the host may have changed, the batch, and the numbers of the step. Returns the update, which is yet
+        to be launched."""
+        steps, samples = batch.inputs.shape[:2]
+        self._take_over()
+        self._grow(steps, samples)
+        program = self.program(steps, samples)
+        targets, soft = (batch.targets, batch.soft) if self.fused else (None, None)
+        program.put(batch.inputs, targets, soft)
+        self._begin(start, samples)
+        self._send_numbers(step, rate)
+        return program
+
+    def launch(self, program: Program, loss: float | None) -> WindowResult:
+        """Change the parameters on the GPU. loss : of the window, if the host has computed it already"""
+        if self.fused:
+            program.whole()
+        else:
+            program.backward()
+        return program.result(loss)
+
     def _change(
         self, program: Program, loss: float | None, after_step: Callable[[Any, Any], None] | None
     ) -> WindowResult:
-        """What of an update changes parameters. loss : of the window, if the host has computed it already"""
+        """What of an update changes parameters. loss : see `launch`"""
         with self.device.on_stream():
-            if self.fused:
-                program.whole()
-            else:
-                program.backward()
-            result = program.result(loss)
+            result = self.launch(program, loss)
             if result.fault:
                 return result
             self.optimiser.steps += 1
@@ -296,8 +362,8 @@ class CudaTrainingEngine:
         gradients.changed_on_gpu()
         return gradients
 
-    def _take_over(self) -> None:
-        """Send what the host may have changed: masks, parameters, optimiser state."""
+    def _take_over(self) -> bool:
+        """Send what the host may have changed: masks, parameters, optimiser state. Returns whether anything was."""
         # What has been taken over is noted afterwards: an exception in between leaves the rest to the next call.
         masks, there = self.model.masks, self._masks
         changed = there is None or masks.keys() != there.keys() or any(masks[k] is not there[k] for k in masks)
@@ -306,13 +372,15 @@ class CudaTrainingEngine:
         mean = self.optimiser.mean
         if mean and not isinstance(mean, Mirror):
             self.optimiser.mean = self._mirror(mean, self.parameters.state("mean"))
+        sent = changed
         for mirror, twin in self._mirrors:
-            mirror.send_touched(lambda name, array, twin=twin: self._send(name, array, twin))
+            sent |= mirror.send_touched(lambda name, array, twin=twin: self._send(name, array, twin))
         if changed and masks:
             self.parameters.prune(self.lanes.main)
             self._values.changed_on_gpu(masks)
         if changed:
             self._masks = dict(masks)
+        return sent
 
     def _send(self, name: str, array: np.ndarray, twin: Any) -> None:
         """Send an array of the host to its twin; of parameters, pruned weights as zero and thresholds in bounds."""
@@ -351,7 +419,7 @@ class CudaTrainingEngine:
         larger = steps, max(batch, most_batch)
         now, then = (nbytes(self.sizes.outline(*size, training=True)) for size in (self.capacity, larger))
         self.device.need(then - now)
-        state = self.state
+        state = self.own_state()
         # The old memory is freed first, so that both need not fit.
         self._drop_programs()
         del self.memory
@@ -362,7 +430,7 @@ class CudaTrainingEngine:
             self.memory = self._allocate(*self.capacity)
             raise
         finally:
-            self.state = state
+            self.take_state(state)
 
     def program(self, steps: int, batch: int) -> Program:
         """The update on windows of that size."""

@@ -54,10 +54,11 @@ class ForwardWindow(Window):
             sizes = mask.sizes(self.steps, self.batch)
             columns = self.sizes.layers[mask.layer].units if mask.name == "recurrent" else sizes[-1]
             count, out = int(np.prod(sizes)), self.memory.at(("mask", mask.name, mask.layer))
+            part = noise.part_of(mask, self.steps, self.batch, self.exchange.rank, self.exchange.ranks)
             lane.each(
                 ("draw",),
                 noise.draw_kernel,
-                -(-count // noise.PER_BLOCK),
+                count // part.width * part.blocks,
                 self.parameters.job_at,
                 self.seed,
                 mask.place,
@@ -66,6 +67,7 @@ class ForwardWindow(Window):
                 columns,
                 up(columns),
                 out,
+                *part,
             )
             if mask.name == "recurrent":
                 weights = self.parameters.layout[f"layers.{mask.layer}.w_rec"]
@@ -234,7 +236,7 @@ class ForwardWindow(Window):
             self.memory.at("targets"),
             columns,
             up(columns),
-            bits(1 / self.rows) if self.training else 0,
+            bits(1 / self.joined_rows) if self.training else 0,
             self.memory.at("losses"),
             soft.kept,
             bits(soft.weight),

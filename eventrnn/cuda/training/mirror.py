@@ -54,12 +54,14 @@ class Mirror(MutableMapping[str, np.ndarray]):
         """Twins have changed, all of them by default."""
         self._old = set(self._arrays) if names is None else self._old | set(names)
 
-    def send_touched(self, send: Callable[[str, np.ndarray], None]) -> None:
-        """Send the arrays that may have been written to since they were sent. After an exception, the next call sends
-        the others."""
-        for name in [name for name in self._arrays if name in self._touched]:
+    def send_touched(self, send: Callable[[str, np.ndarray], None]) -> bool:
+        """Send the arrays that may have been written to since they were sent, and return whether there were any. After
+        an exception, the next call sends the others."""
+        touched = [name for name in self._arrays if name in self._touched]
+        for name in touched:
             send(name, self._arrays[name])
             self._touched.discard(name)
+        return bool(touched)
 
     @contextmanager
     def reading(self) -> Iterator[None]:

@@ -4,7 +4,7 @@ them."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -16,9 +16,25 @@ from eventrnn.weights import GatedBlocks, MatrixId
 
 if TYPE_CHECKING:
     from eventrnn.cuda.device import Device
+    from eventrnn.cuda.training.window import Alone
 
 # Columns of the rates of a segment: learning rate, decoupled decay, decay that joins the gradient.
 RATES = 3
+
+
+class Results(NamedTuple):
+    """The figures of an update, float64.
+
+    found   : (RESULTS,), see `updates`
+    totals  : (layers, 3): events, entries with a surrogate derivative, operations
+    sums    : of the losses and penalties of the window
+    squares : (segments,), squared norms of the gradients
+    """
+
+    found: np.ndarray
+    totals: np.ndarray
+    sums: np.ndarray
+    squares: np.ndarray
 
 
 class DeviceParameters(FlatArrays):
@@ -38,7 +54,7 @@ class DeviceParameters(FlatArrays):
     Attributes
     ----------
     states    : name -> float32
-    results   : figures of the last update (`updates.RESULTS`), then sums and totals, float64
+    results   : figures of the last update (`updates.RESULTS`), then totals, sums and squares, float64
     """
 
     def __init__(
@@ -129,11 +145,20 @@ class DeviceParameters(FlatArrays):
     @property
     def sums_at(self) -> int:
         """Address of the sums of a window, then of those of the segments' squares."""
-        return self.results_at + 8 * updates.RESULTS
+        return self.totals_at(self.layers)
 
     def totals_at(self, k: int) -> int:
-        """Address of the three totals of a layer."""
-        return self.sums_at + 8 * (self.sums + len(self.layout) + 3 * k)
+        """Address of the three totals of a layer. Those of all layers lie before the sums."""
+        return self.results_at + 8 * (updates.RESULTS + 3 * k)
+
+    def read_results(self) -> Results:
+        """The figures of the last update, on the host."""
+        found = np.empty(self.results.shape, np.float64)
+        self.device.fetch(self.results, found)
+        totals_end = updates.RESULTS + 3 * self.layers
+        sums_end = totals_end + self.sums
+        totals = found[updates.RESULTS : totals_end].reshape(self.layers, 3)
+        return Results(found[: updates.RESULTS], totals, found[totals_end:sums_end], found[sums_end:])
 
     # --- to and from the host ---
 
@@ -214,8 +239,11 @@ class DeviceParameters(FlatArrays):
             for low, high in zip(bounds[:-1], bounds[1:], strict=True)
         ]
 
-    def settle(self, lane: Lane, spans: Any) -> None:
-        """Masks and norms of the gradients, all sums, and whether and how the update is made."""
+    def settle(self, lane: Lane, spans: Any, exchange: Alone) -> None:
+        """Masks and norms of the gradients, all sums, and whether and how the update is made.
+
+        exchange : with the devices that have the other samples; gradients, and so their squares, are joined already
+        """
         segments = len(self.layout)
         lane.blocks(
             ("square_gradients",),
@@ -235,6 +263,7 @@ class DeviceParameters(FlatArrays):
             self.sums_at,
             threads=SUM_THREADS,
         )
+        exchange.add(lane, self.totals_at(0), 3 * self.layers + self.sums, "float64")
         lane.blocks(
             ("settle",),
             updates.settle_kernel,

@@ -41,7 +41,9 @@ class Program:
             batch,
             training=True,
             seed=engine.noise_seed,
+            exchange=engine.exchange,
         )
+        self.joined_rows = self.window.joined_rows
         self.spans = engine.device.put(np.array(self._spans(), np.int64))
         queue = engine.device.queue
         self.whole = Replay(queue, self._whole)
@@ -118,7 +120,7 @@ class Program:
     def _factors(self, k: int) -> np.ndarray:
         """Factors of the gradients of the penalties of layer k."""
         rule, last = self.engine.settings.regularisers, k + 1 == len(self.sizes.layers)
-        size = self.rows * self.sizes.layers[k].units
+        size = self.joined_rows * self.sizes.layers[k].units
         factors = np.zeros(sums.PENALTY_TERMS + 1, F32)
         if last:
             factors[sums.ACTIVATION] = 2 * rule.activation / size
@@ -130,8 +132,8 @@ class Program:
         return factors
 
     def _changes(self) -> int:
-        """Number of changes of outputs of the last layer."""
-        return (self.steps - 1) * self.batch * self.sizes.layers[-1].units
+        """Number of changes of outputs of the last layer, in the joined batch."""
+        return (self.steps - 1) * (self.joined_rows // self.steps) * self.sizes.layers[-1].units
 
     # --- work ---
 
@@ -164,7 +166,7 @@ class Program:
     def _after_loss(self) -> None:
         engine, lane = self.engine, self.engine.lanes.main
         self.window.backward()
-        engine.parameters.settle(lane, self.spans)
+        engine.parameters.settle(lane, self.spans, engine.exchange)
         engine.parameters.update(lane, engine.rule, averaged=self.averaged)
         self.window.carry_on()
 
@@ -183,15 +185,11 @@ class Program:
     # --- figures ---
 
     def result(self, loss: float | None) -> WindowResult:
-        """The figures of the update. loss : if the host computed it"""
+        """The figures of the update of the joined batch. loss : if the host computed it"""
         engine, parameters, layers = self.engine, self.engine.parameters, self.sizes.layers
-        figures = np.empty(parameters.results.shape, np.float64)
-        engine.device.fetch(parameters.results, figures)
-        found, figures = figures[: updates.RESULTS], figures[updates.RESULTS :]
-        window, figures = figures[: parameters.sums], figures[parameters.sums :]
-        squares, totals = figures[: len(parameters.layout)], figures[len(parameters.layout) :].reshape(-1, 3)
+        found, totals, window, squares = parameters.read_results()
         if loss is None:
-            loss = float(window[0]) / self.rows
+            loss = float(window[0]) / self.joined_rows
         penalty = self._penalty(window[1:])
         names = [segment.name for segment in parameters.layout]
         if found[updates.FAILED]:
@@ -201,7 +199,7 @@ class Program:
                 return WindowResult(fault=f"the loss is {loss + penalty}")
             bad = [name for name, square in zip(names, squares, strict=True) if not np.isfinite(square)]
             return WindowResult(fault=f"the gradient of {bad[0] if bad else 'a layer'} is not finite")
-        entries = self.rows * sum(layer.units for layer in layers)
+        entries = self.joined_rows * sum(layer.units for layer in layers)
         return WindowResult(
             loss=loss,
             penalty=penalty,
@@ -216,14 +214,14 @@ class Program:
         """The penalties and the activity cost of the window, from its sums."""
         gated = list(self.sizes.gated.values())
         balances = window[len(window) - len(gated) :]
-        strength = self.engine.settings.regularisers.gate_balance / self.rows
+        strength = self.engine.settings.regularisers.gate_balance / self.joined_rows
         balance = strength * sum(each.blocks * float(value) for each, value in zip(gated, balances, strict=True))
         if not self.sizes.penalties:
             return balance
         settings, layers = self.engine.settings, self.sizes.layers
         rule, count = settings.regularisers, len(layers)
         terms = window[: count * sums.PENALTY_TERMS].reshape(count, -1)
-        sizes = np.array([self.rows * layer.units for layer in layers])
+        sizes = np.array([self.joined_rows * layer.units for layer in layers])
         total = balance + settings.activity_cost * float((terms[:, sums.SENT] / sizes).sum())
         total += rule.state * float((terms[:, sums.STATE] / sizes).sum())
         total += rule.activation * float(terms[-1, sums.ACTIVATION]) / int(sizes[-1])
@@ -232,7 +230,8 @@ class Program:
         if self.sizes.cells:
             rates = window[count * sums.PENALTY_TERMS :][:count]
             units = [layer.units for layer in layers]
-            total += rule.activity_rate * float((rates / units).sum())
+            # Every device has the rates of the joined batch, and adds the same.
+            total += rule.activity_rate * float((rates / units).sum()) / self.engine.exchange.ranks
         return total
 
 

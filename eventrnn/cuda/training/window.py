@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -29,6 +29,41 @@ PIECES, FEWEST_STEPS = 7, 8
 # Products of single steps of several layers run side by side, each by a kernel for this share of the multiprocessors.
 # Measured with three layers on an H200: 4.9 ms per update of the recipe `egru-ptb` without shares, 4.6 ms with two.
 FORWARD_SHARES, BACKWARD_SHARES = 2, 4
+
+
+Copies = list[tuple[int, int, int]]
+
+
+class Group(Protocol):
+    """Processes that copy to each other, each with a GPU of its own: `cuda.nccl.Nccl`."""
+
+    def copy(self, queue: Any, sends: Copies, receives: Copies) -> None: ...
+
+    def abort(self) -> None: ...
+
+
+class Alone:
+    """What a window knows of other devices: there are none. `exchange.Exchange` is the same among several.
+
+    rank, ranks : number of this device among those of the run, and how many there are
+    """
+
+    rank, ranks = 0, 1
+
+    def ready(self, lane: Lane, *names: str) -> None:
+        """The gradients of these parameters will not change after the work that is on the lane so far."""
+
+    def finish(self, lane: Lane) -> None:
+        """Let the lane wait until the gradients of all parameters are those of the joined batch."""
+
+    def add(self, lane: Lane, address: int, count: int, kind: str) -> None:
+        """Add up an array over all devices, between the work that is on the lane so far and what follows."""
+
+    def share(self, lane: Lane, array: Any) -> None:
+        """Copy an array of rank 0 to the same array of all others, in the same place."""
+
+    def connect(self, group: Group, gradients: int) -> None:
+        """Exchange with these processes from now on. gradients : address of those of all parameters"""
 
 
 @dataclass(frozen=True)
@@ -64,6 +99,9 @@ class Window:
     parameters : the parameters, and where gradients go
     training   : with noise, and with what the backward pass needs
     seed       : of the noise
+    exchange   : with the devices that have the other samples of the batch
+
+    `joined_rows` is the number of rows, steps times samples, of the batch of all devices.
 
     `products` has the products of all matrices of gated blocks, by name.
     """
@@ -79,11 +117,14 @@ class Window:
         *,
         training: bool,
         seed: int = 0,
+        exchange: Alone | None = None,
     ):
+        self.exchange = exchange or Alone()
         self.sizes, self.lanes, self.memory = sizes, lanes, memory
         # Updates and counts read more of the parameters of a run than a pass does.
         self.parameters: Any = parameters
         self.steps, self.batch, self.rows = steps, batch, steps * batch
+        self.joined_rows = self.rows * self.exchange.ranks
         self.training, self.seed = training, seed
         self.precision, self.size = sizes.precision, lanes.main.size
         pieces = PIECES if len(sizes.layers) > 1 else 1

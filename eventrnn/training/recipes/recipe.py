@@ -293,6 +293,10 @@ def train(
     """
     if recipe.model.equations().thresholded and not recipe.run.out:
         raise ValueError("out: got none; set run.out to the model file to write")
+    if recipe.training.devices > 1:
+        from eventrnn.training.data_parallel import need_devices
+
+        need_devices(recipe.training.devices)
     folder = Path(folder)
     recipe = replace(recipe, distillation=recipe.distillation.located())
     if recipe.run.out:

@@ -5,9 +5,13 @@ four 64-bit words, and takes from each word two float32: the upper 24 of its low
 upper 32 bits, times 2^-24. Block q of a mask therefore holds its elements 8 q to 8 q + 7, whatever thread draws it.
 
 A thread owns every n-th block. All arrays are in global memory.
+
+Where several devices share a batch, each draws its own samples of the masks of the joined batch.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numba import int64, types
@@ -15,6 +19,9 @@ from numba import int64, types
 from eventrnn.cuda.device import device_function, libdevice
 from eventrnn.cuda.kernels.ptx import global_float32, global_int64, global_uint8
 from eventrnn.cuda.training.kernels.threads import BYTES, STORES, first_element, float_of, stride
+
+if TYPE_CHECKING:
+    from eventrnn.training.bptt.noise import Mask
 
 # Constants of Philox4x64-10 (Salmon et al. 2011), as signed numbers.
 MULTIPLY_0, MULTIPLY_1 = np.uint64(0xD2E7470EE14C6C93).astype(np.int64), np.uint64(0xCA5A826395121157).astype(np.int64)
@@ -25,6 +32,29 @@ LOW, UNIT = np.int64(0xFFFFFFFF), np.float32(2.0**-24)
 
 # Numbers of one block.
 PER_BLOCK = 8
+
+
+class Part(NamedTuple):
+    """The elements of a mask of the joined batch that one device draws: `width` of them, from `offset` on, of each
+    `apart` ones; and the blocks of numbers that they touch."""
+
+    width: int
+    apart: int
+    offset: int
+    blocks: int
+
+
+def part_of(mask: Mask, steps: int, batch: int, rank: int, ranks: int) -> Part:
+    """The part of a mask that device `rank` of `ranks` draws, for `batch` samples of the joined ones. A mask that the
+    samples share is drawn whole by every device."""
+    width = joined = int(np.prod(mask.sizes(steps, batch)))
+    if "B" in mask.shape and ranks > 1:
+        width = int(np.prod(mask.sizes(1, batch)))
+        joined = width * ranks
+    offset = rank * width if joined > width else 0
+    blocks = -(-width // PER_BLOCK)
+    # A part that does not begin with a block can touch one more.
+    return Part(width, joined, offset, blocks + bool(joined > width and (offset % PER_BLOCK or joined % PER_BLOCK)))
 
 
 @device_function
@@ -50,19 +80,26 @@ def draw_kernel():
     """The kernel that draws a mask of bytes, and its signature: 1 where the number is at least `rate`, else 0.
 
     job_at : int64, its first entry is the step
-    count  : elements of the mask; element i lies at out_at + (i // columns) * pitch + i % columns
+    count  : elements that are drawn; element i lies at out_at + (i // columns) * pitch + i % columns
+    width, apart, offset, touched : see `Part`: element i is number i % width + (i // width) * apart + offset of the
+             joined batch, whose numbers are drawn in blocks
     """
 
-    def draw(job_at, seed, place, rate_bits, count, columns, pitch, out_at):
+    def draw(job_at, seed, place, rate_bits, count, columns, pitch, out_at, width, apart, offset, touched):
         step, rate, out = global_int64(job_at)[0], float_of(rate_bits), global_uint8(out_at)
-        block, blocks = first_element(), stride()
-        while block * PER_BLOCK < count:
+        own, own_apart = first_element(), stride()
+        while own < count // width * touched:
+            period = own // touched
+            begin = period * apart + offset
+            block = begin // PER_BLOCK + (own - period * touched)
             words = philox(block + 1, step, seed, place)
-            i = block * PER_BLOCK
-            row = i // columns
-            column = i - row * columns
+            # The first block may begin before the part does.
+            i = block * PER_BLOCK - begin
+            at = period * width + max(i, int64(0))
+            row = at // columns
+            column = at - row * columns
             for k in range(PER_BLOCK):
-                if i + k < count:
+                if 0 <= i + k < width:
                     # Selected by comparison, since a tuple is not indexed by a variable at no cost.
                     word = words[0] if k < 2 else words[1] if k < 4 else words[2] if k < 6 else words[3]
                     if k % 2:
@@ -72,9 +109,9 @@ def draw_kernel():
                     column += 1
                     if column == columns:
                         row, column = row + 1, int64(0)
-            block += blocks
+            own += own_apart
 
-    return draw, types.void(*[types.int64] * 8)
+    return draw, types.void(*[types.int64] * 12)
 
 
 def drop_weights_kernel(precision: str):
