@@ -42,6 +42,7 @@ gated_matrix, gated_layer : gated blocks: one matrix; a layer whose recurrent ma
 device_network    : a network packed for one GPU, and the plans of its launches
 run               : a run of one shape: its memory, the work that it enqueues, and its graph
 stepper           : single steps, captured as a graph
+fused_step        : single steps of sparse networks, one kernel per layer
 engine            : inputs, whole sequences in chunks of time, and the memory that is kept between runs
 kernels/          : device code; each file says what a thread, a warp and a block own
 """

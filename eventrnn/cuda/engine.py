@@ -10,6 +10,7 @@ import numpy as np
 from eventrnn.backend import HostInputs
 from eventrnn.cuda.device import current_device
 from eventrnn.cuda.device_network import DeviceNetwork
+from eventrnn.cuda.fused_step import FusedStep, fits
 from eventrnn.cuda.inputs import (
     DeviceState,
     check_status,
@@ -55,7 +56,7 @@ class CudaEngine:
         self.host_inputs, self.lists = HostInputs(network, whole=True), EventLists(self.device)
         self.tensor_layers: dict[int, tuple[int, ...]] = {}
         self.runs: dict[tuple[int, int, tuple[int, ...]], Run] = {}
-        self.steps: dict[int, StepLoop] = {}
+        self.steps: dict[int, StepLoop | FusedStep] = {}
         with self.device.on_stream():
             self.status = self.device.put(np.zeros(self.packed.status_words, np.int64))
 
@@ -84,9 +85,10 @@ class CudaEngine:
         with self.device.on_stream():
             return CudaStepper(self._step_loop(state.batch), self.flat_state(state), self.gpu_inputs)
 
-    def _step_loop(self, batch: int) -> StepLoop:
+    def _step_loop(self, batch: int) -> StepLoop | FusedStep:
         if batch not in self.steps:
-            self.steps[batch] = StepLoop(self._new_run(1, batch))
+            fused = not self.tensor_layers.get(batch) and fits(self.packed)
+            self.steps[batch] = FusedStep(self.packed, batch) if fused else StepLoop(self._new_run(1, batch))
         return self.steps[batch]
 
     # --- runs ---

@@ -131,6 +131,32 @@ MAX_SUMMED = (1 << SUM_BITS) - 1
     BLOCK_FIELDS,  # number of columns
 ) = range(28)
 
+# Columns of the table of a layer for single steps (`kernels/single_step.py`): sizes and addresses.
+(
+    STEP_UNITS,  # units of the layer
+    STEP_INPUTS,  # presynaptic units of the input matrix
+    STEP_X,  # (batch, inputs) float32
+    STEP_Y_BEFORE,  # (batch, units) float32, like the following three
+    STEP_C_BEFORE,
+    STEP_Y_AFTER,
+    STEP_C_AFTER,
+    STEP_THRESHOLD,  # (tiles, 32) float32
+    STEP_IN_UNITS,  # `packing.CompactStrips` of the input matrix
+    STEP_IN_ROWS,
+    STEP_IN_BEGINS,
+    STEP_IN_BIAS,  # (strips, 32) float32
+    STEP_REC_UNITS,  # the same of the recurrent matrix
+    STEP_REC_ROWS,
+    STEP_REC_BEGINS,
+    STEP_REC_BIAS,
+    STEP_STATUS,  # (STATUS_FIELDS,) int64
+    STEP_CHECKED,  # 1 where the kernel checks that the inputs are finite
+    STEP_OUTPUT,  # (batch, units) float32 in pinned host memory, or 0
+    STEP_ANSWER,  # (STATUS_FIELDS + 1,) int64 in pinned host memory, or 0 for a layer that is not the last one
+    STEP_ARRIVALS,  # int32, the blocks that are complete
+    STEP_FIELDS,  # number of columns
+) = range(22)
+
 # Entries of the int64 status vector of a run. Counts of events follow after the first STATUS_FIELDS entries.
 (
     STATUS_FAULT,  # 1 if a word was not written in time

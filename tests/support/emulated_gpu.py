@@ -104,6 +104,45 @@ def _as_float(x) -> np.float32:
     return np.int32(x).view(np.float32)
 
 
+def _whole(address) -> int:
+    """A shared address of 32 bits as the address in host memory that it was cut from."""
+    return here.shared_at + ((int(address) - here.shared_at) & 0xFFFFFFFF)
+
+
+def _store_pair_if(address, word, value, flag) -> None:
+    if flag:
+        ctypes.memmove(_whole(address), struct.pack("<if", int(word), float(value)), 8)
+
+
+def _count_arrival(address, number) -> np.int32:
+    with arriving:
+        word = fake_gpu.ints(address, 1)
+        before = np.int32(word[0])
+        word[0] += number
+    return before
+
+
+arriving = threading.Lock()
+
+#: PTX instructions of kernels whose shared addresses have 32 bits
+SHORT_ADDRESSES = {
+    "load_shared": lambda at: np.int32(fake_gpu.ints(_whole(at), 1)[0]),
+    "load_shared4": lambda at: tuple(map(np.int32, fake_gpu.ints(_whole(at), 4))),
+    "load_shared_float": lambda at: np.float32(fake_gpu.floats(_whole(at), 1)[0]),
+    "store_shared2": lambda at, a, b: ctypes.memmove(_whole(at), struct.pack("<ii", int(a), int(b)), 8),
+    "store_shared_float": lambda at, value: ctypes.memmove(_whole(at), struct.pack("<f", float(value)), 4),
+    "store_shared_pair_if": _store_pair_if,
+    "at_most_one": lambda word: np.int32(int(word) != 0),
+    "load_readonly": lambda at: np.float32(fake_gpu.floats(at, 1)[0]),
+    "load_readonly_uint16": lambda at: np.int32(fake_gpu.half(at, 1, "float16")[0]),
+    "store_float": lambda at, value: ctypes.memmove(int(at), struct.pack("<f", float(value)), 4),
+    "load_relaxed_int64": lambda at: np.int64(fake_gpu.longs(at, 1)[0]),
+    "store_relaxed_int64": lambda at, word: ctypes.memmove(int(at), struct.pack("<q", int(word)), 8),
+    "count_arrival": _count_arrival,
+    "fence_system": lambda: None,
+}
+
+
 @cache
 def rules() -> dict[str, FunctionType]:
     """The rules of `cells.py` over primitives for scalars, which are faster than those for arrays."""
@@ -184,7 +223,9 @@ def emulated(function, blocks, threads: int, shared: int):
         id(ptx.wait_for_oldest_copies): lambda: None,
         id(ptx.max_of_warp): lambda value: np.int32(max(here.warp.exchange(here.lane, int(value)))),
         id(ptx.min_of_warp): lambda value: np.int32(min(here.warp.exchange(here.lane, int(value)))),
+        id(ptx.libdevice.int_as_float): _as_float,
         id(ptx.fma): cuda.fma,
+        **{id(getattr(ptx, name)): fake for name, fake in SHORT_ADDRESSES.items()},
         id(numba.int32): np.int32,
         id(numba.int64): np.int64,
         id(ptx.max_relaxed): fake_gpu._raise_to,

@@ -14,8 +14,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from eventrnn.cells import Cell
 from eventrnn.cuda import tables
-from eventrnn.reference import forward, layer_parameters, propagate
+from eventrnn.reference import forward, layer_parameters, propagate, step
 
 
 class OutOfMemoryError(MemoryError):
@@ -195,6 +196,44 @@ def _count_events(blocks, dense_at, pitch, n, rows, graded_at, binary_at):
         longs(binary_at, n)[:] += np.abs(dense) == 1
 
 
+def _single_step(layout_in, layout_rec, blocks, table_at):
+    fields = longs(table_at, tables.STEP_FIELDS)
+    n, inputs, batch = int(fields[tables.STEP_UNITS]), int(fields[tables.STEP_INPUTS]), blocks[1]
+
+    def matrix(first: int, n_pre: int, layout: int) -> tuple[np.ndarray, np.ndarray]:
+        units_at, rows_at, begins_at, bias_at = (int(fields[first + k]) for k in range(4))
+        strips = -(-3 * n // tables.LANES)
+        begins, dense = longs(begins_at, strips + 1), np.zeros((n_pre, strips * tables.LANES), np.float32)
+        entries, precision = int(begins[-1]), "bfloat16" if layout & tables.NARROW else "tf32"
+        rows = widened(half(rows_at, tables.LANES * entries, precision), precision).reshape(entries, tables.LANES)
+        for strip in range(strips):
+            own = slice(int(begins[strip]), int(begins[strip + 1]))
+            dense[ints(units_at, entries)[own] // 4, strip * tables.LANES : (strip + 1) * tables.LANES] = rows[own]
+        return dense[:, : 3 * n], floats(bias_at, 3 * n)
+
+    def array(field: int, width: int) -> np.ndarray:
+        return floats(fields[field], batch * width).reshape(batch, width)
+
+    w_in, bias_in = matrix(tables.STEP_IN_UNITS, inputs, layout_in)
+    w_rec, bias_rec = matrix(tables.STEP_REC_UNITS, n, layout_rec)
+    threshold = floats(fields[tables.STEP_THRESHOLD], n)
+    parameters = {"w_in": w_in, "w_rec": w_rec, "bias_in": bias_in, "bias_rec": bias_rec, "threshold": threshold}
+    x = array(tables.STEP_X, inputs)
+    tape = step(Cell(), parameters, x, array(tables.STEP_C_BEFORE, n), array(tables.STEP_Y_BEFORE, n))
+    array(tables.STEP_Y_AFTER, n)[:], array(tables.STEP_C_AFTER, n)[:] = tape.y, tape.c
+    status = fields[tables.STEP_STATUS]
+    if not np.isfinite(tape.c).all():
+        _raise_to(status + 8 * tables.STATUS_CELLS, 1)
+    if fields[tables.STEP_CHECKED] and not np.isfinite(x).all():
+        _raise_to(status + 8 * tables.STATUS_INPUT, tables.LAST - int(np.argmin(np.isfinite(x))))
+    if fields[tables.STEP_OUTPUT]:
+        array(tables.STEP_OUTPUT, n)[:] = tape.y
+    if fields[tables.STEP_ANSWER]:
+        answer = longs(fields[tables.STEP_ANSWER], tables.STATUS_FIELDS + 1)
+        answer[:-1] = longs(status, tables.STATUS_FIELDS)
+        answer[-1] = 2 if answer[:-1].any() else 1
+
+
 def half(address: int, count: int, precision: str) -> np.ndarray:
     """The array of `count` numbers of this precision at an address: uint16 words, or float32 for "tf32"."""
     kind = ctypes.c_float if precision == "tf32" else ctypes.c_uint16
@@ -297,8 +336,8 @@ class Cublas:
         half(out, rows * columns, precision)[:] = rounded((left @ right).ravel(), precision)
 
 
-#: by name, the fake kernels that take a precision first
-ROUNDING = {"densify": _densify, "round_rows": _round_rows, "cells": _cells}
+#: by name, the fake kernels that take what they were made for first: a precision, or two layouts
+ROUNDING = {"densify": _densify, "round_rows": _round_rows, "cells": _cells, "single_step": _single_step}
 #: by name, the other fake kernels
 KERNELS = {
     "dense_events": _dense_events,

@@ -459,6 +459,18 @@ wait_for_oldest_copies = instruction(f"cp.async.wait_group {OPEN_GROUPS};", MEMO
 #: one word of global memory that other blocks may be writing
 load_relaxed = instruction("ld.relaxed.gpu.global.b32 $0, [$1];", f"=r,l,{MEMORY}", INT, types.int64)
 
+#: an int64 of global memory that other blocks may be writing, and the store to one that other blocks or the host read
+load_relaxed_int64 = instruction("ld.relaxed.sys.global.b64 $0, [$1];", f"=l,l,{MEMORY}", types.int64, types.int64)
+store_relaxed_int64 = instruction(
+    "st.relaxed.sys.global.b64 [$0], $1;", f"l,l,{MEMORY}", NOTHING, types.int64, types.int64
+)
+
+#: address of an int32 and a number: adds it, and returns what was there before
+count_arrival = instruction("atom.relaxed.gpu.global.add.s32 $0, [$1], $2;", f"=r,l,r,{MEMORY}", INT, types.int64, INT)
+
+#: orders all earlier memory operations of the block before later ones, for all blocks and for the host
+fence_system = instruction("fence.acq_rel.sys;", MEMORY, NOTHING)
+
 #: two neighbouring words of global memory that are read-only during the kernel
 load_readonly2 = instruction(
     "ld.global.nc.v2.b32 {$0, $1}, [$2];", "=r,=r,l", types.UniTuple(types.int32, 2), types.int64
