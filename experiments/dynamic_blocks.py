@@ -4,7 +4,7 @@
     python experiments/dynamic_blocks.py speed --rank 16
     python experiments/dynamic_blocks.py speed --block 64x64 --period 4     # four steps share a choice
     python experiments/dynamic_blocks.py speed --units 512 --block 64x64 --density 0.25
-    python experiments/dynamic_blocks.py gpu                                # needs a GPU, and torch
+    python experiments/dynamic_blocks.py gpu --phases                       # needs a GPU, and torch
     python experiments/dynamic_blocks.py quality --variant gated --seed 0   # one model; all of them without options
     python experiments/dynamic_blocks.py ptb --variant dense --variant gated --epochs 3   # on a GPU
     python experiments/dynamic_blocks.py draw
@@ -16,6 +16,7 @@ active.
 
 `gpu`: one layer of GRU cells and one of LSTM cells at batch 1 on a GPU, beside the same weights without a gate and
 beside cuDNN of the same size (gated_gpu.py). All sides are timed by CUDA events; ours are exact, and equal to the CPU.
+With --phases, clocks in the kernel say how long a step waits, multiplies and chooses.
 
 `quality`: word models of the Penn Treebank at a size for a CPU (gated_words.py says which variants there are). Only the
 most frequent words are symbols; perplexities are therefore lower than those of all 10,000 words, and comparable among
@@ -47,6 +48,7 @@ from gated_words import VARIANTS, Job
 from gated_words import measure as measure_quality
 from records import Records
 from rich.console import Console
+from rich.table import Table
 
 import eventrnn as er
 from eventrnn.bench import interleaved
@@ -182,14 +184,24 @@ def gpu(
     rank: Annotated[int | None, typer.Option(help="Rank of a gate of two factors. [one factor]")] = None,
     steps: Annotated[int, typer.Option(help="Steps of a run.")] = 256,
     repeats: Annotated[int, typer.Option(help="Timed runs of each contestant.")] = 7,
+    phases: Annotated[bool, typer.Option("--phases", help="Also print where the time of a step goes.")] = False,
     results: Annotated[Path, typer.Option(help="Lines are appended to this file.")] = RESULTS,
 ) -> None:
     """Measure cells on a GPU, and print the times and the speed-ups."""
     records, console = Records(results, GPU_KEY), Console()
     for name in cell or ("gru", "lstm"):
-        line = records.add(gated_gpu.measure(name, units, parse_block(block), density, rank, steps, repeats))
+        line = records.add(gated_gpu.measure(name, units, parse_block(block), density, rank, steps, repeats, phases))
         times = ", ".join(f"{who} {value:.2f} µs" for who, value in line["us_per_step"].items())
         console.print(f"{name}: {times}; {line['speedup']['cudnn']:.2f}x cuDNN in float32 or TF32")
+        if phases:
+            found = line["phases"]
+            table = Table("phase", "cycles", "slowest block", title=f"{name}: a step of a block of threads")
+            for phase, cycles in found["cycles"].items():
+                table.add_row(phase, f"{cycles['mean']:.0f}", f"{cycles['largest']:.0f}")
+            table.add_row("step", f"{found['cycles_per_step']:.0f}", "")
+            console.print(table)
+            resident = f"{found['resident_block_rows']} of {found['block_rows']} block rows are in shared memory"
+            console.print(f"{resident}; {found['us_per_step']:.2f} µs per step with clocks, input product included")
 
 
 @app.command()

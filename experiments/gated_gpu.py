@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 import eventrnn as er
 from eventrnn.bench.baselines import import_torch
+from eventrnn.bench.gpu_baselines import Seconds, timed
 from eventrnn.cells import Cell
-from eventrnn.cuda import CudaBackend
+from eventrnn.cuda import CudaBackend, tables
 from eventrnn.state import State
 
-Seconds = Callable[[], float]
+# Steps whose outputs are compared with those of the CPU: enough for weights to stay in shared memory.
+STEPS_CHECKED = 8
 
 
 def ours(network: er.Network, x: np.ndarray) -> Seconds:
@@ -28,35 +28,63 @@ def cudnn(cell: str, x: np.ndarray) -> dict[str, Seconds]:
     layer = {"gru": torch.nn.GRU, "lstm": torch.nn.LSTM}[cell](units, units).cuda()
     half = {"gru": torch.nn.GRU, "lstm": torch.nn.LSTM}[cell](units, units).cuda().half()
     fed = torch.from_numpy(x).cuda()
-
-    def timed(module, inputs, tf32: bool) -> Seconds:
-        def measure() -> float:
-            before = torch.backends.cudnn.allow_tf32
-            torch.backends.cudnn.allow_tf32 = tf32
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            try:
-                with torch.inference_mode():
-                    begin.record()
-                    module(inputs)
-                    end.record()
-                end.synchronize()
-            finally:
-                torch.backends.cudnn.allow_tf32 = before
-            return begin.elapsed_time(end) / 1e3
-
-        return measure
-
     return {
-        "cudnn float32": timed(layer, fed, False),
-        "cudnn tf32": timed(layer, fed, True),
-        "cudnn float16": timed(half, fed.half(), True),
+        "cudnn float32": timed(torch, layer, fed, False),
+        "cudnn tf32": timed(torch, layer, fed, True),
+        "cudnn float16": timed(torch, half, fed.half(), True),
+    }
+
+
+def need_equal(network: er.Network, x: np.ndarray) -> None:
+    """Raise RuntimeError unless the GPU gives the numbers of the CPU."""
+    if not np.array_equal(er.simulate(network, x).output, er.simulate(network, x, backend="cuda").output):
+        raise RuntimeError("gated blocks: the GPU gives other numbers than the CPU")
+
+
+def phases(network: er.Network, x: np.ndarray) -> dict:
+    """Where the time of a step goes: cycles of each phase (`gated_loop.py`) of the only layer, and the input product.
+
+    The layer is run with clocks, which cost some cycles themselves. Of each phase there is the median over the steps
+    of the mean and of the largest over the blocks; the first eighth of the steps is left out.
+    """
+    need_equal(network, x[:STEPS_CHECKED])
+    engine = CudaBackend().engine(network)
+    layer, steps = engine.packed.gated[0], len(x)
+    assert layer is not None
+    plan = layer.plan(x.shape[1])
+    with engine.device.on_stream():
+        layer.stamps = engine.device.empty((steps, plan.spread * plan.groups, tables.STAMPS), np.int64)
+        layer.stamps.fill(0)
+    enqueue = engine.on_device(engine.prepare(x), State.zeros(network, x.shape[1]), counting=False)
+    for _ in range(2):
+        # The second run is the one whose clocks are read.
+        seconds = engine.device.seconds(enqueue)
+    cycles = np.diff(layer.stamps.get()[steps // 8 :], axis=2)
+    clocked = layer.stamps.get()[-1, 0, -1] - layer.stamps.get()[0, 0, 0]
+    each = {
+        name: {"mean": float(np.median(c.mean(axis=1))), "largest": float(np.median(c.max(axis=1)))}
+        for name, c in zip(tables.PHASES, np.moveaxis(cycles, 2, 0), strict=True)
+    }
+    return {
+        "cycles": each,
+        "cycles_per_step": float(clocked) / steps,
+        "us_per_step": 1e6 * seconds / steps,
+        "resident_block_rows": int(plan.places.get()[tables.RESIDENT]),
+        "block_rows": network.layers[0].w_rec.grid[0],
     }
 
 
 def measure(
-    cell: str, units: int, block: tuple[int, int], density: float, rank: int | None, steps: int, repeats: int
+    cell: str,
+    units: int,
+    block: tuple[int, int],
+    density: float,
+    rank: int | None,
+    steps: int,
+    repeats: int,
+    with_phases: bool = False,
 ) -> dict:
-    """The line of one cell: microseconds per step of each contestant, timed in turn, medians."""
+    """The line of one cell: microseconds per step of each contestant, timed in turn, medians; and phases of a step."""
     x = np.random.default_rng(0).standard_normal((steps, 1, units), dtype=np.float32)
     rng = np.random.default_rng(1)
     dense = er.Network.random([units], inputs=units, rng=rng, cell=Cell(cell))
@@ -69,16 +97,14 @@ def measure(
         )
 
     both = gated(("w_in", "w_rec"))
+    # The same numbers as on the CPU, before anything is timed.
+    need_equal(both, x[:STEPS_CHECKED])
     runs: dict[str, Seconds] = {
         "gated": ours(both, x),
         "gated, recurrent only": ours(gated(("w_rec",)), x),
         "dense": ours(dense, x),
     }
     runs |= cudnn(cell, x)
-    # The same numbers as on the CPU, before anything is timed.
-    some = x[: min(steps, 4)]
-    if not np.array_equal(er.simulate(both, some).output, er.simulate(both, some, backend="cuda").output):
-        raise RuntimeError("gated blocks: the GPU gives other numbers than the CPU")
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
@@ -99,4 +125,4 @@ def measure(
         "gpu": CudaBackend().engine(both).device.name,
         "us_per_step": each,
         "speedup": {"cudnn": baseline / each["gated"], "dense": each["dense"] / each["gated"]},
-    }
+    } | ({"phases": phases(both, x)} if with_phases else {})

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ from eventrnn.backend import BackendUnavailable
 from eventrnn.cells import Cell
 from eventrnn.cuda import tables
 from eventrnn.network import Network
+from eventrnn.reference_products import gates_of_logits
 from eventrnn.simulation import RECORDABLE, Simulator, simulate
 from eventrnn.testing import gated_blocks
 from eventrnn.weights import GatedBlocks, convert
@@ -81,7 +86,7 @@ def test_strips_hold_the_rows_of_stored_blocks_once(data, gates, units, n_pre):
     )
     strips, dense, (r, _) = RowStrips.of_blocks(weights, gates, width), weights.blocks.to_dense(), weights.block
     found, used = np.zeros((n_pre, gates, len(strips.offsets) // gates * width), np.float32), 0
-    values = strips.values
+    values, group = strips.values, 16 // strips.values.itemsize
     if values.dtype == np.uint16:
         values = (values.astype(np.uint32) << 16).view(np.float32)
     for strip, offsets in enumerate(strips.offsets):
@@ -89,8 +94,12 @@ def test_strips_hold_the_rows_of_stored_blocks_once(data, gates, units, n_pre):
         for row, offset in enumerate(offsets):
             rows = min(r, n_pre - row * r)
             if offset >= 0:
-                piece = values[offset : offset + rows * width].reshape(rows, width)
-                found[row * r : row * r + rows, gate, tile * width : (tile + 1) * width] = piece
+                # By group of rows, column, and row of the group; padding has zeros.
+                padded = -(-rows // tables.ROW_GROUP) * tables.ROW_GROUP
+                piece = values[offset : offset + padded * width].reshape(-1, width, group)
+                piece = piece.transpose(0, 2, 1).reshape(padded, width)
+                found[row * r : row * r + rows, gate, tile * width : (tile + 1) * width] = piece[:rows]
+                assert not np.any(piece[rows:])
                 used += piece.size
     assert np.array_equal(found[:, :, :units].reshape(n_pre, -1), dense)
     assert 0 <= len(values) - used <= tables.LANES
@@ -103,7 +112,8 @@ def test_kernels_of_gated_blocks_compile_with_every_libnvvm_and_without_contract
     compiled = compiler()
     from numba.cuda.cudadrv import nvvm
 
-    from eventrnn.cuda.kernels.gated_kernels import gated_layer_kernel, gated_rows_kernel
+    from eventrnn.cuda.kernels.gated_kernels import gated_rows_kernel
+    from eventrnn.cuda.kernels.gated_loop import gated_layer_kernel
 
     def checked(modules, *given, compile_ir=nvvm.compile_ir, **options):
         # Before the compiler starts, because an old one would not end. A newer one does.
@@ -137,19 +147,82 @@ EMULATED = [
         Cell("gru"),
         {"gate_rule": "softmax", "rank": 2, "block": (2, 3), "storage": "bfloat16", "readout": None, "batch": 3},
     ),
-    (Cell("lstm"), {"batch": 1, "block": (1, 20), "steps": 3}),
+    (Cell("lstm"), {"batch": 1, "block": (1, 20), "steps": 3, "shared_bytes": 17_000}),
 ]
 
 
 @pytest.mark.parametrize(("cell", "options"), EMULATED, ids=said)
-def test_emulated_kernels_have_the_bits_of_the_specification(emulated, cell, options):
+def test_emulated_kernels_have_the_bits_of_the_specification(monkeypatch, emulated, cell, options):
+    from eventrnn.cuda import gated_layer
+
+    def places(*given):
+        made = place(*given)
+        resident.append(made[0][tables.RESIDENT])
+        return made
+
+    place, resident, options = gated_layer.GatedMatrix.places, [], dict(options)
+    monkeypatch.setattr(gated_layer.GatedMatrix, "places", places)
+    monkeypatch.setattr(type(emulated), "shared_bytes", options.pop("shared_bytes", emulated.shared_bytes))
     network, x = case(cell, **options)
     expected = simulate(network, x, backend="reference", record=RECORDABLE)
     got = simulate(network, x, backend="cuda", record=RECORDABLE)
     assert {"gated_rows", "gated_layer"} <= set(emulated.launched)
     assert np.any(expected.output)
     assert_same(expected, got)
+    # In the last case some block rows stay in shared memory, and others are copied in every step.
+    rows = network.layers[0].w_rec.grid[0]
+    assert max(resident) == rows if x.shape[1] > 1 else 0 < max(resident) < rows
     assert got.paths["layers.0.w_rec"] == f"gated {options.get('storage', 'float32')} in L2"
+
+
+@pytest.mark.parametrize("rule", ["linear", "softmax"])
+def test_the_choice_of_an_emulated_block_of_threads_is_that_of_the_specification(emulated, rule):
+    from eventrnn.cuda.kernels.gated_choice import choose
+    from eventrnn.cuda.kernels.ptx import cuda, global_float32, shared_base, shared_float32, shared_int32
+
+    def kernel(logits_at, gates_at, n, kept, softmax):
+        thread, base = np.int32(cuda.threadIdx.x), shared_base()
+        me = thread & 31, thread >> 5, np.int32(cuda.blockDim.x >> 5)
+        # Gates, keys, words, maxima and ratios, of up to 256 blocks each.
+        gates, keys = shared_float32(base), shared_int32(base + 1024)
+        words, maxima = shared_int32(base + 2048), shared_int32(base + 3328)
+        for k in range(thread, n, cuda.blockDim.x):
+            gates[k] = global_float32(logits_at)[k]
+        maxima[thread & 31] = np.int32(0)
+        cuda.syncthreads()
+        bad = choose(gates, keys, base + 4096, words, maxima, np.int32(n), np.int32(kept), softmax, me)
+        for k in range(thread, n, cuda.blockDim.x):
+            global_float32(gates_at)[k] = np.float32(np.nan) if bad else gates[k]
+
+    # The emulation takes functions of the engine.
+    kernel.__module__ = choose.py_func.__module__
+    run = emulated_gpu.emulated(kernel, 1, 32 * emulated_gpu.WARPS, 8192)
+    rng = np.random.default_rng(3)
+    drawn = rng.standard_normal(200).astype(np.float32)
+    cases = [(drawn[:1], 1), (drawn[:40], 40), (drawn[:70], 20), (drawn, 100), (drawn, 199)]
+    # Equal ones, also of the two signs and more than there are threads, and magnitudes that are far apart.
+    cases += [(np.zeros(3, np.float32), 2), (np.repeat(drawn[:50], 4), 101), (np.float32([2, -2, 2, -2, 1]), 3)]
+    cases += [(np.float32([0.0, -0.0, 1e-45, -1e-45]), 2), (drawn * np.float32(10) ** rng.integers(-30, 30, 200), 61)]
+    for logits, kept in cases:
+        logits, got = logits.astype(np.float32), np.full(len(logits), np.nan, np.float32)
+        blocks = SimpleNamespace(name="w", rule=rule, kept=kept)
+        with np.errstate(all="ignore"):
+            try:
+                expected = gates_of_logits(blocks, logits[None])[0]
+            except FloatingPointError:
+                expected = np.full(len(logits), np.nan, np.float32)
+        run(logits.ctypes.data, got.ctypes.data, len(logits), kept, int(rule == "softmax"))
+        assert same_bits(got, expected) or np.all(np.isnan(got) & np.isnan(expected)), (logits, kept)
+
+
+def test_the_experiment_finds_the_phases_of_an_emulated_layer(monkeypatch, emulated):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "experiments"))
+    monkeypatch.delitem(sys.modules, "gated_gpu", raising=False)
+    network, x = case(Cell("gru"), batch=1, readout=None, gate_rule="softmax")
+    found = importlib.import_module("gated_gpu").phases(network, x)
+    assert "gated_layer" in emulated.launched
+    assert tuple(found["cycles"]) == tables.PHASES and found["resident_block_rows"] == found["block_rows"] == 3
+    assert all(0 <= each["mean"] <= each["largest"] for each in found["cycles"].values())
 
 
 def cancelling(matrix: str) -> Network:

@@ -88,32 +88,35 @@ def _cudnn(torch, network: Network, inputs: Events) -> dict[str, Seconds]:
     padded, wide = _padded(torch, plain), -plain.input_size % PADDED_TO
     padded_x = torch.nn.functional.pad(x, (0, wide))
 
-    def timed(gru, fed, tf32: bool) -> Seconds:
-        def measure() -> float:
-            before = torch.backends.cudnn.allow_tf32
-            torch.backends.cudnn.allow_tf32 = tf32
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            try:
-                with torch.inference_mode():
-                    begin.record()
-                    gru(fed)
-                    end.record()
-                end.synchronize()
-            finally:
-                torch.backends.cudnn.allow_tf32 = before
-            return begin.elapsed_time(end) / 1e3
-
-        return measure
-
     _check(torch, plain, padded, x, padded_x)
     half, half_x = _padded(torch, plain).half(), padded_x.half()
     half.flatten_parameters()
     return {
-        "cudnn float32": timed(plain, x, False),
-        "cudnn tf32": timed(plain, x, True),
-        "cudnn tf32 padded": timed(padded, padded_x, True),
-        "cudnn float16 padded": timed(half, half_x, True),
+        "cudnn float32": timed(torch, plain, x, False),
+        "cudnn tf32": timed(torch, plain, x, True),
+        "cudnn tf32 padded": timed(torch, padded, padded_x, True),
+        "cudnn float16 padded": timed(torch, half, half_x, True),
     }
+
+
+def timed(torch, module, inputs, tf32: bool) -> Seconds:
+    """A function that returns the GPU seconds of one run of a module of torch, with TF32 in cuDNN allowed or not."""
+
+    def measure() -> float:
+        before = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = tf32
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        try:
+            with torch.inference_mode():
+                begin.record()
+                module(inputs)
+                end.record()
+            end.synchronize()
+        finally:
+            torch.backends.cudnn.allow_tf32 = before
+        return begin.elapsed_time(end) / 1e3
+
+    return measure
 
 
 def _padded(torch, gru):

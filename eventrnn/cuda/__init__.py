@@ -19,7 +19,7 @@ A launch follows one of four plans:
   divided into groups; more groups mean fewer samples but more tiles per block. Weights are in shared memory if they
   fit, otherwise in L2.
 
-- Gated plan (`gated_layer.py`, `kernels/gated_kernels.py`): recurrent matrices of gated blocks, one layer per launch.
+- Gated plan (`gated_layer.py`, `kernels/gated_loop.py`): recurrent matrices of gated blocks, one layer per launch.
   Logits travel through a log like events, and every block chooses for itself. Weights are read from L2.
 
 Two kinds of work need no plan. Products without a recurrence (input drives of the first layer, read-out) are computed

@@ -9,7 +9,7 @@ import numpy as np
 
 from eventrnn.cuda import tables
 from eventrnn.cuda.gated_matrix import MIN_WORKERS, GatedMatrix, RowStrips, need_shared
-from eventrnn.cuda.kernels.gated_kernels import gated_layer_kernel
+from eventrnn.cuda.kernels.gated_loop import gated_layer_kernel
 from eventrnn.cuda.plan import MIN_TILE_WIDTH
 from eventrnn.cuda.run_buffers import UNWRITTEN_BYTE, pitch_of
 from eventrnn.cuda.tables import LANES, LAYER_STAGE_BYTES, MAX_SAMPLES
@@ -47,12 +47,15 @@ class GatedLayer:
 
     Attributes
     ----------
-    w_rec : the recurrent matrix
+    w_rec  : the recurrent matrix
+    stamps : None, or the array (steps, blocks, `tables.STAMPS`) int64 on the GPU that gets the clocks of the phases of
+             later runs (`gated_loop.py`). Set it before the first run of a shape, for one launch of all samples
     """
 
     def __init__(self, device: Device, layer: Layer, w_rec: GatedMatrix):
         self.device, self.units, self.w_rec = device, layer.units, w_rec
         self.cell: Cell = layer.cell
+        self.stamps: Any = None
         with device.on_stream():
             self.thresholds = device.put(np.asarray(layer.threshold, np.float32))
         self._plans: dict[int, GatedPlan] = {}
@@ -72,12 +75,10 @@ class GatedLayer:
         groups = min(batch, MAX_SAMPLES, device.multiprocessors)
         share = device.multiprocessors // groups
         width = int(np.clip(-(-self.units // share), MIN_TILE_WIDTH, LANES))
-        # Rows of a strip are copied by 16 bytes.
-        width = -(-width // 8) * 8 if self.w_rec.narrow else -(-width // 4) * 4
         all_tiles = -(-self.units // width)
         tiles = -(-all_tiles // share)
         spread = -(-all_tiles // tiles)
-        logit_width = int(np.clip(-(-weights.n_blocks // (4 * spread)) * 4, 4, LANES))
+        logit_width = min(-(-weights.n_blocks // spread), LANES)
         if (width, logit_width) not in self._strips:
             strips = RowStrips.of_blocks(weights, gates, width)
             self._strips[width, logit_width] = self.w_rec.table(strips, logit_width, LAYER_STAGE_BYTES)
@@ -88,7 +89,8 @@ class GatedLayer:
             items = max(tiles * gates, -(-logits // spread), inner)
             drives = samples * tiles * gates * LANES
             states = samples * tiles * LANES
-            places, shared = self.w_rec.places(samples, drives, states, offsets, items, LAYER_STAGE_BYTES)
+            strips = tiles * gates, width
+            places, shared = self.w_rec.places(samples, drives, states, offsets, items, LAYER_STAGE_BYTES, strips)
             # With few rings, fewer samples per block are faster.
             enough = places[tables.WORKERS] >= min(items, MIN_WORKERS) and shared <= device.shared_bytes
             if enough or samples == 1:
@@ -119,6 +121,7 @@ class GatedLayer:
             tables.ROW_THRESHOLDS: self.thresholds.data.ptr,
             tables.ROW_LOGITS: logits.data.ptr,
             tables.ROW_LOGIT_PITCH: logit_pitch,
+            tables.ROW_STAMPS: 0 if self.stamps is None else self.stamps.data.ptr,
         }
         key, table = ("gated layer", k), np.array([fields[f] for f in range(tables.ROW_FIELDS)], np.int64)
         if after is not None:
@@ -129,7 +132,8 @@ class GatedLayer:
                 buffers.tables[key] = device.put(table)
             row = buffers.tables[key]
         kind, narrow, threads = (self.cell.name, self.cell.variant), self.w_rec.narrow, LANES * self.w_rec.warps
-        kernel = device.kernel(("gated_layer", kind, narrow), lambda: gated_layer_kernel(kind, narrow), threads)
+        options = kind, narrow, self.stamps is not None
+        kernel = device.kernel(("gated_layer", *options), lambda: gated_layer_kernel(*options), threads)
         for first in range(0, batch, plan.groups * plan.samples):
             groups = min(plan.groups, -(-(batch - first) // plan.samples))
             arguments = plan.matrix.data.ptr, plan.places.data.ptr, row.data.ptr, status.data.ptr, steps, batch, first

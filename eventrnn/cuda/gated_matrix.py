@@ -11,16 +11,28 @@ import numpy as np
 from eventrnn.cuda import tables
 from eventrnn.cuda.kernels.gated_kernels import gated_rows_kernel
 from eventrnn.cuda.packing import in_strips
-from eventrnn.cuda.tables import CHOICE_WORDS, LANES, MAX_SAMPLES, ROWS_STAGE_BYTES, STAGES, SUM_BYTES
+from eventrnn.cuda.tables import (
+    CHOICE_WORDS,
+    LANES,
+    MAX_SAMPLES,
+    RATIO_PAD,
+    ROW_GROUP,
+    ROWS_STAGE_BYTES,
+    STAGES,
+    SUM_BYTES,
+)
 
 if TYPE_CHECKING:
     from eventrnn.cuda.device import Device
     from eventrnn.weights import GatedBlocks
 
 
-# Warps of a block that the kernels may have; few, because each number needs a kernel of its own. One thread per block
-# of weights finds the chosen ones fastest.
-WARPS = (8, 16, 20, 32)
+# Warps of a block that the kernels may have; few, because each number needs a kernel of its own. A row of outputs is
+# waited for at once by one thread per four units. More threads would leave fewer registers to those that multiply.
+WARPS = (8, 12, 16, 32)
+
+# Blocks of weights per thread, at most, where a block of threads can have more threads.
+LOGITS_PER_THREAD = 4
 
 # Rows of independent inputs from which one block takes a further row at a time.
 ROWS_PER_SAMPLE = 32
@@ -31,11 +43,12 @@ MIN_WORKERS = 6
 
 @dataclass(frozen=True)
 class RowStrips:
-    """A matrix in strips of neighbouring columns; the rows of stored blocks only.
+    """A matrix in strips of neighbouring columns; the rows of stored blocks only, padded to whole groups.
 
     Attributes
     ----------
-    values  : (stored,) float32, or uint16 bits of bfloat16: by strip and row, `width` numbers per row
+    values  : (stored,) float32, or uint16 bits of bfloat16: by strip, group of rows, column, and row of the group. A
+              group has as many rows as 16 bytes have numbers
     offsets : (strips, block rows) int64, where the rows of a block row begin in `values`; -1 where the strip has no
               stored block in it
     width   : columns of a strip
@@ -51,10 +64,10 @@ class RowStrips:
 
     @classmethod
     def of_factor(cls, factor: np.ndarray, width: int) -> RowStrips:
-        """A factor of a gate, (n, columns) float32, all rows of which are one block row."""
+        """A factor of a gate, (n, columns) float32, all rows of which are one block row; n is a multiple of 8."""
         strips = in_strips(factor, 1, width)
         starts = np.arange(len(strips), dtype=np.int64) * (factor.shape[0] * width)
-        return cls(_padded(strips.ravel()), starts[:, None].copy(), width)
+        return cls(_grouped(strips.reshape(-1, width)), starts[:, None].copy(), width)
 
     @classmethod
     def of_blocks(cls, weights: GatedBlocks, gates: int, width: int) -> RowStrips:
@@ -66,11 +79,11 @@ class RowStrips:
         stored = np.zeros((block_rows, block_columns), bool)
         stored[np.repeat(np.arange(block_rows), np.diff(weights.indptr)), weights.indices] = True
         wanted = in_strips(stored[:, np.arange(weights.shape[1]) // c], gates, width).any(axis=2)
-        rows = np.minimum(r, weights.shape[0] - r * np.arange(block_rows))
+        rows = _rounded(np.minimum(r, weights.shape[0] - r * np.arange(block_rows)), ROW_GROUP)
         sizes = np.where(wanted, rows * width, 0).ravel()
         offsets = np.where(wanted, (np.cumsum(sizes) - sizes).reshape(wanted.shape), -1)
         kept = np.repeat(wanted, rows, axis=1)
-        return cls(_padded(in_strips(values, gates, width)[kept].ravel()), offsets.astype(np.int64), width)
+        return cls(_grouped(in_strips(padded_rows(values, r), gates, width)[kept]), offsets.astype(np.int64), width)
 
 
 class GatedMatrix:
@@ -121,9 +134,11 @@ class GatedMatrix:
         stage_bytes : bytes of weights that a warp copies at a time
         """
         weights, fields = self.weights, np.zeros(tables.GATED_FIELDS, np.int64)
-        out = weights.gate if weights.gate_out is None else weights.gate_out
+        # The first factor has the rows of the inputs, padded as those.
+        gate = padded_rows(weights.gate, weights.block[0])
+        out = gate if weights.gate_out is None else padded_rows(weights.gate_out, self.rank)
         logits = RowStrips.of_factor(out, logit_width)
-        inner = None if weights.gate_out is None else RowStrips.of_factor(weights.gate, LANES)
+        inner = None if weights.gate_out is None else RowStrips.of_factor(gate, LANES)
 
         def place(values: int, each: RowStrips) -> None:
             stage_rows = each.stage_rows(stage_bytes)
@@ -141,6 +156,8 @@ class GatedMatrix:
             tables.GRID_COLUMNS: weights.grid[1],
             tables.ROWS_OF_BLOCK: weights.block[0],
             tables.COLUMNS_OF_BLOCK: weights.block[1],
+            tables.PADDED_ROWS: _rounded(weights.block[0], ROW_GROUP),
+            tables.PADDED_PRE: len(gate),
             tables.ALL_BLOCKS: weights.n_blocks,
             tables.KEPT_BLOCKS: weights.kept_blocks,
             tables.SOFTMAX: weights.gate_rule == "softmax",
@@ -157,11 +174,19 @@ class GatedMatrix:
 
     @property
     def warps(self) -> int:
-        """Warps of a block of the kernels: one thread per block of weights where that is possible."""
-        return next((warps for warps in WARPS if LANES * warps >= self.weights.n_blocks), WARPS[-1])
+        """Warps of a block of the kernels: one thread per four inputs, and few blocks of weights per thread."""
+        threads = max(self.weights.shape[0] // 4, self.weights.n_blocks // LOGITS_PER_THREAD)
+        return next((warps for warps in WARPS if LANES * warps >= threads), WARPS[-1])
 
     def places(
-        self, samples: int, drives: int, states: int, offsets: int, items: int, stage_bytes: int
+        self,
+        samples: int,
+        drives: int,
+        states: int,
+        offsets: int,
+        items: int,
+        stage_bytes: int,
+        strips: tuple[int, int] = (0, 0),
     ) -> tuple[np.ndarray, int]:
         """The table of shared memory (tables.PLACE_FIELDS,) of a kernel, and its bytes.
 
@@ -170,21 +195,22 @@ class GatedMatrix:
         offsets : offsets of strips
         items   : strips that warps can multiply at the same time. As many warps do as have room for a ring
         stage_bytes : see `table`
+        strips  : number and width of the strips of which the first block rows are resident, as many as have room
         """
-        n_pre, blocks = self.weights.shape[0], self.weights.n_blocks
+        blocks, (r, _) = self.weights.n_blocks, self.weights.block
         pitches = {
-            tables.INPUT_PITCH_OF: _rounded(n_pre, 4),
+            tables.INPUT_PITCH_OF: int(_rounded(_rows_of(self.weights.shape[0], r), ROW_GROUP).sum()),
             tables.ACTIVE_PITCH: self.weights.grid[0],
-            tables.INNER_PITCH: self.rank,
+            tables.INNER_PITCH: _rounded(self.rank, ROW_GROUP),
             tables.GATES_PITCH: _rounded(blocks, 4),
         }
         sizes = {
             tables.AT_INPUTS: 4 * samples * pitches[tables.INPUT_PITCH_OF],
             tables.AT_ACTIVE: 4 * samples * pitches[tables.ACTIVE_PITCH],
-            tables.AT_INNER: 4 * samples * self.rank,
+            tables.AT_INNER: 4 * samples * pitches[tables.INNER_PITCH],
             tables.AT_GATES: 4 * samples * pitches[tables.GATES_PITCH],
             tables.AT_KEYS: 4 * blocks,
-            tables.AT_RATIOS: 4 * self.weights.kept_blocks,
+            tables.AT_RATIOS: 4 * (self.weights.kept_blocks + RATIO_PAD),
             tables.AT_WORDS: 4 * CHOICE_WORDS,
             tables.AT_MAXIMA: 4 * LANES * samples,
             tables.AT_DRIVES_IN: 4 * drives,
@@ -198,12 +224,17 @@ class GatedMatrix:
             table[field], at = at, at + _rounded(size, 16)
         for field, pitch in pitches.items():
             table[field] = pitch
-        # Lanes without a column read beyond the last row of a stage.
-        ring_bytes = STAGES * stage_bytes + SUM_BYTES
-        room = (self.device.shared_bytes - at - 4 * LANES) // ring_bytes
+        # Beyond the last row of a stage, weights of up to 16 rows are read and not used: sums, and what follows them.
+        ring_bytes, beyond = STAGES * stage_bytes + SUM_BYTES, 2 * ROW_GROUP * LANES * 4 - SUM_BYTES
+        room = (self.device.shared_bytes - at - beyond) // ring_bytes
         workers = max(1, min(room, self.warps, items))
+        block_bytes = strips[0] * strips[1] * _rounded(r, ROW_GROUP) * (2 if self.narrow else 4)
+        room = max(0, self.device.shared_bytes - at - beyond - workers * ring_bytes)
+        resident = min(self.weights.grid[0], room // block_bytes) if block_bytes else 0
+        table[tables.AT_RESIDENT], table[tables.RESIDENT] = at, resident
+        at += resident * block_bytes
         table[tables.AT_RINGS], table[tables.WORKERS] = at, workers
-        return table, at + workers * ring_bytes + 4 * LANES
+        return table, at + workers * ring_bytes + beyond
 
     # --- products ---
 
@@ -259,10 +290,27 @@ def need_shared(weights: GatedBlocks, needed: int, there: int) -> None:
         )
 
 
-def _padded(values: np.ndarray) -> np.ndarray:
-    """The values with zeros at the end, so that an empty matrix has memory."""
+def padded_rows(matrix: np.ndarray, r: int) -> np.ndarray:
+    """A matrix (n, columns) with rows of zeros after every r rows and at the end, up to multiples of ROW_GROUP."""
+    rows = _rows_of(len(matrix), r)
+    starts = np.cumsum(_rounded(rows, ROW_GROUP)) - _rounded(rows, ROW_GROUP)
+    padded = np.zeros((int(_rounded(rows, ROW_GROUP).sum()), matrix.shape[1]), matrix.dtype)
+    padded[np.arange(len(matrix)) - r * np.repeat(np.arange(len(rows)), rows) + np.repeat(starts, rows)] = matrix
+    return padded
+
+
+def _rows_of(n: int, r: int) -> np.ndarray:
+    """The rows of each block row of n rows in blocks of r rows."""
+    return np.minimum(r, n - r * np.arange(-(-n // r)))
+
+
+def _grouped(rows: np.ndarray) -> np.ndarray:
+    """Rows (n, width) in groups that a lane reads by 16 bytes; with zeros at the end, so that none has memory, too."""
+    group = 16 // rows.itemsize
+    values = rows.reshape(-1, group, rows.shape[1]).transpose(0, 2, 1).ravel()
     return np.concatenate([values, np.zeros(LANES, values.dtype)])
 
 
-def _rounded(size: int, multiple: int) -> int:
+def _rounded(size: Any, multiple: int) -> Any:
+    """A whole number, or an array of such, rounded up to a multiple."""
     return -(-size // multiple) * multiple

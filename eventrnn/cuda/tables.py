@@ -178,17 +178,23 @@ def layout_code(kind: int, narrow: bool, resident: bool) -> int:
 
 # --- gated blocks (`kernels/gated_blocks.py`) ---------------------------------------------------------------
 
-# Copies of weights to shared memory that a warp may have under way, and their bytes: for independent rows, which many
-# warps multiply, and for the time loop of a layer, where few do. 6144 bytes are 128 rows of 12 columns.
-STAGES, ROWS_STAGE_BYTES, LAYER_STAGE_BYTES = 4, 4096, 6144
+# Copies of weights to shared memory that a warp may have under way, and their bytes: for independent rows, and for the
+# time loop of a layer, whose stages leave room for resident weights. 3072 bytes are 64 rows of 12 columns.
+STAGES, ROWS_STAGE_BYTES, LAYER_STAGE_BYTES = 4, 4096, 3072
+
+# Rows of a block row are padded to a multiple of this number, of which a lane reads the weights by 16 bytes.
+ROW_GROUP = 8
+
+# Steps of a run from which on a layer keeps weights in shared memory.
+RESIDENT_STEPS = 4
 
 # Rows of inputs that are multiplied together, at most, so that they share the weights they read; and the bytes of the
 # sums of these rows, which follow the stages in the ring of a warp.
 MAX_SAMPLES = 8
 SUM_BYTES = 4 * LANES * MAX_SAMPLES
 
-# Words of shared memory in which the warps of a block exchange counts while they choose.
-CHOICE_WORDS = 80
+# Words of shared memory in which the warps of a block exchange counts while they choose, and numbers behind the ratios.
+CHOICE_WORDS, RATIO_PAD = 160 + 4 * LANES, 32
 
 # Columns of the table of one matrix of gated blocks. Addresses are in bytes. "Strips" are `gated_matrix.RowStrips`.
 (
@@ -203,6 +209,8 @@ CHOICE_WORDS = 80
     GRID_COLUMNS,  # block columns
     ROWS_OF_BLOCK,  # r
     COLUMNS_OF_BLOCK,  # c
+    PADDED_ROWS,  # r, rounded up to a multiple of ROW_GROUP
+    PADDED_PRE,  # rows of all block rows, each with its padding
     ALL_BLOCKS,  # block rows * block columns
     KEPT_BLOCKS,  # blocks that an input chooses
     SOFTMAX,  # 1 for the rule "softmax", 0 for "linear"
@@ -221,16 +229,16 @@ CHOICE_WORDS = 80
     LOGIT_BIAS,  # (ALL_BLOCKS,) float32
     NUMBER,  # of the matrix in the network, for the status word
     GATED_FIELDS,  # number of columns
-) = range(29)
+) = range(31)
 
 # Columns of the table of shared memory of a kernel for gated blocks: byte offsets.
 (
-    AT_INPUTS,  # (samples, n_pre) float32
+    AT_INPUTS,  # (samples, PADDED_PRE) float32
     AT_ACTIVE,  # (samples, block rows) int32, 1 if an input of the block row is not zero
-    AT_INNER,  # (samples, rank) float32, what lies between two factors
+    AT_INNER,  # (samples, rank) float32, what lies between two factors; the rank is padded as rows are
     AT_GATES,  # (samples, blocks) float32, logits and then gates
     AT_KEYS,  # (blocks,) int32
-    AT_RATIOS,  # (kept blocks,) float32
+    AT_RATIOS,  # (kept blocks + RATIO_PAD,) float32
     AT_WORDS,  # (CHOICE_WORDS,) int32
     AT_MAXIMA,  # (samples, 32) int32, bits of the largest magnitude of an input, per warp
     AT_RINGS,  # (WORKERS, STAGES * stage bytes + SUM_BYTES), weights on their way, and sums
@@ -239,13 +247,15 @@ CHOICE_WORDS = 80
     AT_STATE,  # (samples, tiles, 32) float32 cells
     AT_OFFSETS,  # int64 offsets of the strips of the block, of its logits and of the first of two factors
     AT_ONES,  # float32 1 and int32 1: gate and activity of a factor
+    AT_RESIDENT,  # (strips of the block, RESIDENT, PADDED_ROWS, width), first block rows of the weights
     INPUT_PITCH_OF,  # float32 from one row of inputs to the next; not an offset, like the following columns
     ACTIVE_PITCH,
     INNER_PITCH,
     GATES_PITCH,
     WORKERS,  # warps that multiply, each with a ring; the others only help to choose
+    RESIDENT,  # block rows of a strip that stay in shared memory
     PLACE_FIELDS,  # number of columns
-) = range(20)
+) = range(22)
 
 # Columns of the table of a layer with a recurrent matrix of gated blocks.
 (
@@ -258,5 +268,10 @@ CHOICE_WORDS = 80
     ROW_THRESHOLDS,  # (units,) float32
     ROW_LOGITS,  # (steps, batch, logit pitch) float32, not yet written
     ROW_LOGIT_PITCH,
+    ROW_STAMPS,  # (steps, blocks, STAMPS) int64, or 0
     ROW_FIELDS,  # number of columns
-) = range(10)
+) = range(11)
+
+# Phases of a step of such a layer, and clocks that are read in a step: at its begin, and after each phase.
+PHASES = ("outputs", "logits", "all logits", "choice", "products", "cells")
+STAMPS = len(PHASES) + 1

@@ -176,6 +176,11 @@ def _load4(address):
     return tuple(map(np.int32, words))
 
 
+def _copy_four(target, source):
+    for k in range(4):
+        ctypes.memmove(int(target) + 512 * k, int(source) + 512 * k, 16)
+
+
 def _store(address, value):
     fake_gpu.floats(address, 1)[0] = value
 
@@ -218,8 +223,10 @@ def emulated(function, blocks, threads: int, shared: int):
         id(ptx.sum_of_warp): lambda value: np.int32(sum(here.warp.exchange(here.lane, int(value)))),
         id(ptx.copy_async): lambda target, source: _store(target, fake_gpu.floats(source, 1)[0]),
         id(ptx.copy_async16): lambda target, source: ctypes.memmove(int(target), int(source), 16),
+        id(ptx.copy_async16_four): _copy_four,
         id(ptx.commit_copies): lambda: None,
         id(ptx.wait_for_copies): lambda: None,
+        id(ptx.clock): lambda: np.int64(time.monotonic_ns()),
         id(ptx.wait_for_oldest_copies): lambda: None,
         id(ptx.max_of_warp): lambda value: np.int32(max(here.warp.exchange(here.lane, int(value)))),
         id(ptx.min_of_warp): lambda value: np.int32(min(here.warp.exchange(here.lane, int(value)))),
@@ -304,7 +311,7 @@ def install(monkeypatch) -> EmulatedDevice:
     """Make every CUDA engine of the test run on an emulated GPU of two multiprocessors, which is returned."""
     from eventrnn.cuda import device_network, engine, gated_layer, gated_matrix, plan
     from eventrnn.cuda.gated_matrix import GatedMatrix
-    from eventrnn.cuda.kernels import gated_kernels
+    from eventrnn.cuda.kernels import gated_kernels, gated_loop
     from eventrnn.cuda.matrix import Matrix
 
     device = EmulatedDevice()
@@ -319,6 +326,7 @@ def install(monkeypatch) -> EmulatedDevice:
     # Small stages, so that small blocks have several.
     for module in (gated_matrix, gated_kernels):
         monkeypatch.setattr(module, "ROWS_STAGE_BYTES", 8 * 4 * 32)
-    for module in (gated_layer, gated_kernels):
+    for module in (gated_layer, gated_loop):
         monkeypatch.setattr(module, "LAYER_STAGE_BYTES", 8 * 4 * 32)
+    monkeypatch.setattr(gated_loop, "RESIDENT_STEPS", 2)
     return device

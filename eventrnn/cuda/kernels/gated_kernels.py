@@ -1,19 +1,11 @@
-"""Kernels of gated blocks: products of independent rows, and the time loop of a layer. See `gated_blocks.py`.
+"""Products of independent rows with gated blocks, for all steps of a run: input drives of a layer, and read-out.
 
-gated_rows  : input drives of a layer, and read-out, for all steps of a run. A block owns every `groups`-th set of
-              `samples` rows of inputs, which share the weights they read, and every `splits`-th set of strips; it
-              computes all gates of its rows. A warp owns a strip at a time.
-gated_layer : one persistent kernel for all steps of a layer whose recurrent matrix is gated. All blocks are resident at
-              the same time (cooperative launch). As in `persistent.py`, outputs travel through an event log whose words
-              are polled until they are written; the logits of a step travel through a log of their own. A block owns
-              `tiles` neighbouring tiles of units and some strips of logits, for `samples` samples. It chooses for
-              itself, so that gates are not exchanged.
+gated_rows : a block owns every `groups`-th set of `samples` rows of inputs, which share the weights they read, and
+             every `splits`-th set of strips; it computes all gates of its rows. A warp owns a strip at a time.
 
-The steps of `gated_layer`, with a block barrier after each: wait for the outputs of the step before; compute the own
-logits and send them; wait for all logits; choose; multiply the chosen blocks of the own tiles; update cells, and send
-outputs. Each step equals `reference.step`.
-
-Tables: `tables.GATED_FIELDS` describes a matrix, `tables.PLACE_FIELDS` shared memory, `tables.ROW_FIELDS` a layer.
+See `gated_blocks.py` and `gated_choice.py` for products and gates. `gated_loop.py` is the time loop of a layer; it
+shares the device functions of factors. Tables: `tables.GATED_FIELDS` describes a matrix, `tables.PLACE_FIELDS` shared
+memory.
 """
 
 from __future__ import annotations
@@ -21,21 +13,12 @@ from __future__ import annotations
 import numpy as np
 from numba import int32, int64, types
 
-from eventrnn.cells import EQUATIONS
 from eventrnn.cuda import tables
 from eventrnn.cuda.device import cuda, device_function, libdevice
-from eventrnn.cuda.kernels.cell_updates import UPDATES
-from eventrnn.cuda.kernels.gated_blocks import (
-    MAGNITUDE,
-    Received,
-    StripRows,
-    choose,
-    make_add_strip,
-    sum_of_sample,
-)
-from eventrnn.cuda.kernels.persistent import Lane, next_item, poll_event_log
+from eventrnn.cuda.kernels.gated_blocks import Received, StripRows, make_add_strip, sum_of_sample
+from eventrnn.cuda.kernels.gated_choice import MAGNITUDE, choose
+from eventrnn.cuda.kernels.persistent import Lane
 from eventrnn.cuda.kernels.ptx import (
-    copy_async,
     global_float32,
     global_int32,
     global_int64,
@@ -45,11 +28,9 @@ from eventrnn.cuda.kernels.ptx import (
     shared_float32,
     shared_int32,
     shared_int64,
-    store_relaxed,
-    wait_for_copies,
 )
 from eventrnn.cuda.kernels.strip_product import high_word, low_word
-from eventrnn.cuda.tables import LANES, LAYER_STAGE_BYTES, ROWS_STAGE_BYTES, STAGES, SUM_BYTES
+from eventrnn.cuda.tables import LANES, ROWS_STAGE_BYTES, STAGES, SUM_BYTES
 
 
 @device_function
@@ -59,11 +40,25 @@ def magnitude_bits(value):
 
 
 @device_function
-def strip_of_factor(values_at, offsets_at, width, stage, n_pre, columns, strip, lane):
+def strip_of_factor(values_at, offsets_at, width, stage, rows, columns, strip, lane):
     """A strip of a factor of a gate; offsets_at is the address of its offset in shared memory."""
     none, mine = int32(0), lane < width and int32(strip * width + lane) < columns
-    offsets = shared_int64(offsets_at)
-    return StripRows(values_at, offsets, width, stage, n_pre, int32(1), n_pre, none, none, none, none, mine)
+    return StripRows(
+        values_at,
+        shared_int64(offsets_at),
+        width,
+        stage,
+        rows,
+        int32(1),
+        rows,
+        none,
+        none,
+        none,
+        none,
+        mine,
+        none,
+        int64(0),
+    )
 
 
 @device_function
@@ -110,8 +105,8 @@ def gated_rows_kernel(narrow: bool):
         lane, warp, warps = thread & int32(31), thread >> int32(5), threads >> int32(5)
         me = Lane(lane, warp, warps)
         m, place, shared = global_int64(matrix_at), global_int64(place_at), shared_base()
-        n_pre, columns, blocks = int32(m[tables.N_PRE]), int32(m[tables.N_POST]), int32(m[tables.ALL_BLOCKS])
-        r, c = int32(m[tables.ROWS_OF_BLOCK]), int32(m[tables.COLUMNS_OF_BLOCK])
+        n_rows, columns, blocks = int32(m[tables.PADDED_PRE]), int32(m[tables.N_POST]), int32(m[tables.ALL_BLOCKS])
+        r, c, padded = int32(m[tables.ROWS_OF_BLOCK]), int32(m[tables.COLUMNS_OF_BLOCK]), int32(m[tables.PADDED_ROWS])
         grid_rows, grid_columns = int32(m[tables.GRID_ROWS]), int32(m[tables.GRID_COLUMNS])
         width, stage = int32(m[tables.BLOCK_WIDTH]), int32(m[tables.BLOCK_STAGE])
         rank, number = int32(m[tables.RANK]), m[tables.NUMBER]
@@ -121,11 +116,15 @@ def gated_rows_kernel(narrow: bool):
         inner, gates = shared_float32(inner_at), shared_float32(gates_at)
         input_pitch, active_pitch = int32(place[tables.INPUT_PITCH_OF]), int32(place[tables.ACTIVE_PITCH])
         inner_pitch, gates_pitch = int32(place[tables.INNER_PITCH]), int32(place[tables.GATES_PITCH])
-        keys, ratios = shared_int32(shared + place[tables.AT_KEYS]), shared_float32(shared + place[tables.AT_RATIOS])
+        keys, ratios_at = shared_int32(shared + place[tables.AT_KEYS]), shared + place[tables.AT_RATIOS]
         words, maxima_at = shared_int32(shared + place[tables.AT_WORDS]), shared + place[tables.AT_MAXIMA]
         ring_at, workers = shared + place[tables.AT_RINGS] + int64(ring_bytes) * warp, int32(place[tables.WORKERS])
         ones_at, offsets_at = shared + place[tables.AT_ONES], shared + place[tables.AT_OFFSETS]
         set_ones(ones_at, thread)
+        k = thread
+        while k < samples * inner_pitch:
+            inner[k] = np.float32(0)
+            k = int32(k + threads)
         # Offsets of the strips of logits, then of the first of two factors.
         offsets, logit_strips, inner_strips = (
             shared_int64(offsets_at),
@@ -165,8 +164,9 @@ def gated_rows_kernel(narrow: bool):
                 best, k = int32(0), thread
                 while k < count:
                     unit, value = low_word(entries[k]), libdevice.int_as_float(high_word(entries[k]))
-                    inputs[int32(sample * input_pitch + unit)] = value
-                    active[int32(sample * active_pitch + unit // r)] = int32(1)
+                    block_row = int32(unit // r)
+                    inputs[int32(sample * input_pitch + unit + block_row * (padded - r))] = value
+                    active[int32(sample * active_pitch + block_row)] = int32(1)
                     best = int32(max(best, magnitude_bits(value)))
                     k = int32(k + threads)
                 best = max_of_warp(best)
@@ -174,7 +174,7 @@ def gated_rows_kernel(narrow: bool):
                     shared_int32(maxima_at)[int32(sample * LANES + warp)] = best
                 sample = int32(sample + 1)
             cuda.syncthreads()
-            source_at, source_pitch, n_source = inputs_at, input_pitch, n_pre
+            source_at, source_pitch, n_source = inputs_at, input_pitch, n_rows
             if rank > 0:
                 for_inner = Received(own, inputs_at, ones_at + int64(4), ones_at, input_pitch, none, none)
                 strip = warp
@@ -182,7 +182,7 @@ def gated_rows_kernel(narrow: bool):
                     at = offsets_at + int64(8) * (logit_strips + strip)
                     inner_width, inner_stage = int32(m[tables.INNER_WIDTH]), int32(m[tables.INNER_STAGE])
                     factor = strip_of_factor(
-                        m[tables.INNER_VALUES], at, inner_width, inner_stage, n_pre, rank, strip, lane
+                        m[tables.INNER_VALUES], at, inner_width, inner_stage, n_rows, rank, strip, lane
                     )
                     begin_strip(factor, for_inner, ring_at, lane)
                     acc = end_factor(np.float32(0), factor, for_inner, ring_at, lane)
@@ -194,7 +194,7 @@ def gated_rows_kernel(narrow: bool):
                             sample = int32(sample + 1)
                     strip = int32(strip + workers)
                 cuda.syncthreads()
-                source_at, source_pitch, n_source = inner_at, inner_pitch, rank
+                source_at, source_pitch, n_source = inner_at, inner_pitch, inner_pitch
             for_logits = Received(own, source_at, ones_at + int64(4), ones_at, source_pitch, none, none)
             strip = warp
             while warp < workers and strip < logit_strips:
@@ -217,7 +217,7 @@ def gated_rows_kernel(narrow: bool):
             sample = int32(0)
             while sample < own:
                 bad = choose(
-                    *(shared_float32(gates_at + int64(4) * (sample * gates_pitch)), keys, ratios, words),
+                    *(shared_float32(gates_at + int64(4) * (sample * gates_pitch)), keys, ratios_at, words),
                     *(shared_int32(maxima_at + int64(4 * LANES) * sample), blocks),
                     *(int32(m[tables.KEPT_BLOCKS]), int32(m[tables.SOFTMAX]), me),
                 )
@@ -239,14 +239,16 @@ def gated_rows_kernel(narrow: bool):
                     strip_offsets,
                     width,
                     stage,
-                    n_pre,
+                    n_rows,
                     grid_rows,
-                    r,
+                    padded,
                     grid_columns,
                     int32(int32(block_strip * width) // c),
                     int32(last // c),
                     int32(column // c),
                     mine,
+                    none,
+                    int64(0),
                 )
                 acc = add_strip(start, strip_rows, for_blocks, ring_at, lane)
                 if mine:
@@ -260,306 +262,3 @@ def gated_rows_kernel(narrow: bool):
             row += groups * samples
 
     return gated_rows, types.void(*[types.int64] * 11)
-
-
-@device_function
-def mark_active(active, row, left, r, value):
-    """Mark the block row of one of neighbouring units; `left` units follow in it. Returns the place of the next one."""
-    if value != 0:
-        active[row] = int32(1)
-    left = int32(left - 1)
-    if left == 0:
-        row, left = int32(row + 1), r
-    return row, left
-
-
-@device_function
-def load_row(row_at, n, r, inputs, active, maxima, me):
-    """Wait for a row of an event log of n units, and write it to shared memory. Returns whether a word did not come."""
-    lane, warp, warps = me
-    at, missing, best = int32(4 * (warp * LANES + lane)), int32(0), int32(0)
-    while at < n:
-        a, b, c, d, complete = poll_event_log(row_at + int64(4) * at, int32(n - at))
-        if not complete:
-            missing = int32(1)
-        inputs[at], inputs[int32(at + 1)], inputs[int32(at + 2)], inputs[int32(at + 3)] = a, b, c, d
-        row = int32(at // r)
-        left = int32(r - (at - row * r))
-        row, left = mark_active(active, row, left, r, a)
-        row, left = mark_active(active, row, left, r, b)
-        row, left = mark_active(active, row, left, r, c)
-        row, left = mark_active(active, row, left, r, d)
-        best = int32(max(best, magnitude_bits(a), magnitude_bits(b), magnitude_bits(c), magnitude_bits(d)))
-        at = int32(at + 4 * LANES * warps)
-    best = max_of_warp(best)
-    if lane == 0:
-        maxima[warp] = best
-    return missing
-
-
-def gated_layer_kernel(kind: tuple[str, str], narrow: bool):
-    """The kernel of a layer with a gated recurrent matrix, and its signature.
-
-    kind      : name and variant of the cell
-    matrix_at, place_at, layer_at : the tables of the matrix, of shared memory and of the layer
-    first     : the first sample of the launch
-    spread    : blocks of a group of samples; tiles, samples : what a block owns
-    """
-    (add_strip, _, _), update = make_add_strip(narrow, LAYER_STAGE_BYTES), UPDATES[kind]
-    _, begin_strip, end_factor = make_add_strip(False, LAYER_STAGE_BYTES)
-    sums_offset = STAGES * LAYER_STAGE_BYTES
-    ring_bytes = sums_offset + SUM_BYTES
-    n_gates = len(EQUATIONS[kind[0]][kind[1]].gates)
-
-    def gated_layer(matrix_at, place_at, layer_at, status_at, steps, batch, first, spread, tiles, samples):
-        thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
-        lane, warp, warps = thread & int32(31), thread >> int32(5), threads >> int32(5)
-        me = Lane(lane, warp, warps)
-        m, place, layer = global_int64(matrix_at), global_int64(place_at), global_int64(layer_at)
-        shared = shared_base()
-        group = int64(cuda.blockIdx.x) // spread
-        part, first_sample = int64(cuda.blockIdx.x) - group * spread, first + group * samples
-        own_samples, n = int32(min(samples, batch - first_sample)), int32(layer[tables.ROW_UNITS])
-        width, stage = int32(m[tables.BLOCK_WIDTH]), int32(m[tables.BLOCK_STAGE])
-        first_tile = part * tiles
-        own_tiles = int32(min(tiles, m[tables.BLOCK_STRIPS] // n_gates - first_tile))
-        blocks, kept, softmax = int32(m[tables.ALL_BLOCKS]), int32(m[tables.KEPT_BLOCKS]), int32(m[tables.SOFTMAX])
-        r, c = int32(m[tables.ROWS_OF_BLOCK]), int32(m[tables.COLUMNS_OF_BLOCK])
-        grid_rows, grid_columns = int32(m[tables.GRID_ROWS]), int32(m[tables.GRID_COLUMNS])
-        rank, inner_strips = int32(m[tables.RANK]), int32(m[tables.INNER_STRIPS])
-        logit_width, logit_stage = int32(m[tables.LOGIT_WIDTH]), int32(m[tables.LOGIT_STAGE])
-        block_values, bias_at = m[tables.BLOCK_VALUES], m[tables.BIAS]
-        logit_values, logit_bias = m[tables.LOGIT_VALUES], m[tables.LOGIT_BIAS]
-        own_logits = int32(0)
-        if part < m[tables.LOGIT_STRIPS]:
-            own_logits = int32((m[tables.LOGIT_STRIPS] - part + spread - 1) // spread)
-        log_at, drive_at, states_at = layer[tables.ROW_LOG], layer[tables.ROW_DRIVE], layer[tables.ROW_STATES]
-        row_bytes, logits_at = 4 * layer[tables.ROW_PITCH], layer[tables.ROW_LOGITS]
-        logit_row_bytes = 4 * layer[tables.ROW_LOGIT_PITCH]
-        thresholds = global_float32(layer[tables.ROW_THRESHOLDS])
-        inputs_at, active_at = shared + place[tables.AT_INPUTS], shared + place[tables.AT_ACTIVE]
-        inner_at, gates_at = shared + place[tables.AT_INNER], shared + place[tables.AT_GATES]
-        keys, ratios = shared_int32(shared + place[tables.AT_KEYS]), shared_float32(shared + place[tables.AT_RATIOS])
-        words, maxima_at = shared_int32(shared + place[tables.AT_WORDS]), shared + place[tables.AT_MAXIMA]
-        ring_at, workers = shared + place[tables.AT_RINGS] + int64(ring_bytes) * warp, int32(place[tables.WORKERS])
-        ones_at = shared + place[tables.AT_ONES]
-        drives_in_at, offsets_at = shared + place[tables.AT_DRIVES_IN], shared + place[tables.AT_OFFSETS]
-        drives_in, drives_rec = (
-            shared_float32(drives_in_at),
-            shared_float32(shared + place[tables.AT_DRIVES_REC]),
-        )
-        state = shared_float32(shared + place[tables.AT_STATE])
-        input_pitch, active_pitch = int32(place[tables.INPUT_PITCH_OF]), int32(place[tables.ACTIVE_PITCH])
-        inner_pitch, gates_pitch = int32(place[tables.INNER_PITCH]), int32(place[tables.GATES_PITCH])
-        active, gates, inner = shared_int32(active_at), shared_float32(gates_at), shared_float32(inner_at)
-        sums, none = shared_float32(ring_at + int64(sums_offset)), int32(0)
-
-        set_ones(ones_at, thread)
-        # Offsets of the own strips of weights, of the own strips of logits, and of the first of two factors.
-        offsets, own_rows = shared_int64(offsets_at), int32(own_tiles * n_gates * grid_rows)
-        k = thread
-        while k < own_rows:
-            offsets[k] = global_int64(m[tables.BLOCK_OFFSETS])[first_tile * n_gates * grid_rows + k]
-            k = int32(k + threads)
-        k = thread
-        while k < own_logits:
-            offsets[int32(own_rows + k)] = global_int64(m[tables.LOGIT_OFFSETS])[part + k * spread]
-            k = int32(k + threads)
-        k = thread
-        while k < inner_strips:
-            offsets[int32(own_rows + own_logits + k)] = global_int64(m[tables.INNER_OFFSETS])[k]
-            k = int32(k + threads)
-        k = thread
-        while k < own_samples * active_pitch:
-            active[k] = int32(0)
-            k = int32(k + threads)
-        cells, sample, tile, item = global_float32(layer[tables.ROW_CELLS]), int32(0), warp, warp
-        while True:
-            sample, tile = next_item(sample, tile, own_tiles)
-            if sample >= own_samples:
-                break
-            unit = int32((first_tile + tile) * width + lane)
-            if lane < width and unit < n:
-                state[item * LANES + lane] = cells[(first_sample + sample) * n + unit]
-            tile, item = int32(tile + warps), int32(item + warps)
-        cuda.syncthreads()
-
-        # Inputs of the factor that gives the logits.
-        source_at, source_pitch, n_source = inputs_at, input_pitch, n
-        if rank > 0:
-            source_at, source_pitch, n_source = inner_at, inner_pitch, rank
-        for_inner = Received(own_samples, inputs_at, ones_at + int64(4), ones_at, input_pitch, none, none)
-        for_logits = Received(own_samples, source_at, ones_at + int64(4), ones_at, source_pitch, none, none)
-        for_blocks = Received(own_samples, inputs_at, active_at, gates_at, input_pitch, active_pitch, gates_pitch)
-        t = int64(0)
-        while t < steps:
-            row = t * batch + first_sample
-            sample, tile, gate, item = int32(0), int32(0), warp, warp
-            while True:
-                tile, gate = next_item(tile, gate, n_gates)
-                sample, tile = next_item(sample, tile, own_tiles)
-                if sample >= own_samples:
-                    break
-                unit = int32((first_tile + tile) * width + lane)
-                if lane < width and unit < n:
-                    copy_async(
-                        drives_in_at + int64(4) * (item * LANES + lane),
-                        drive_at + int64(4) * ((row + sample) * (n_gates * n) + gate * n + unit),
-                    )
-                gate, item = int32(gate + warps), int32(item + warps)
-
-            # Weights of the first own logits are copied while outputs of the step before arrive.
-            if rank == 0 and warp < workers and warp < own_logits:
-                strip, at = int32(part + warp * spread), offsets_at + int64(8) * (own_rows + warp)
-                factor = strip_of_factor(logit_values, at, logit_width, logit_stage, n_source, blocks, strip, lane)
-                begin_strip(factor, for_logits, ring_at, lane)
-
-            # Outputs of the step before.
-            missing, sample = int32(0), int32(0)
-            while sample < own_samples:
-                missing |= load_row(
-                    log_at + (row + sample) * row_bytes,
-                    n,
-                    r,
-                    shared_float32(inputs_at + int64(4) * (sample * input_pitch)),
-                    shared_int32(active_at + int64(4) * (sample * active_pitch)),
-                    shared_int32(maxima_at + int64(4 * LANES) * sample),
-                    me,
-                )
-                sample = int32(sample + 1)
-            if cuda.syncthreads_or(missing):
-                global_int32(status_at + int64(8 * tables.STATUS_FAULT))[0] = 1
-                return
-
-            # The own logits of this step.
-            if rank > 0:
-                # Numbers that only these layers need are read here, so that they occupy no registers elsewhere.
-                inner_values, inner_stage = m[tables.INNER_VALUES], int32(m[tables.INNER_STAGE])
-                strip, inner_width = warp, int32(m[tables.INNER_WIDTH])
-                while warp < workers and strip < inner_strips:
-                    at = offsets_at + int64(8) * (own_rows + own_logits + strip)
-                    factor = strip_of_factor(inner_values, at, inner_width, inner_stage, n, rank, strip, lane)
-                    begin_strip(factor, for_inner, ring_at, lane)
-                    acc = end_factor(np.float32(0), factor, for_inner, ring_at, lane)
-                    column = int32(strip * inner_width + lane)
-                    if lane < inner_width and column < rank:
-                        sample = int32(0)
-                        while sample < own_samples:
-                            place_of = int32(sample * inner_pitch + column)
-                            inner[place_of] = sum_of_sample(acc, sums, own_samples, sample, lane)
-                            sample = int32(sample + 1)
-                    strip = int32(strip + workers)
-                cuda.syncthreads()
-            k = warp
-            while warp < workers and k < own_logits:
-                strip, at = int32(part + k * spread), offsets_at + int64(8) * (own_rows + k)
-                factor = strip_of_factor(logit_values, at, logit_width, logit_stage, n_source, blocks, strip, lane)
-                if k != warp or rank > 0:
-                    begin_strip(factor, for_logits, ring_at, lane)
-                start = start_of_factor(factor, strip, logit_bias, lane)
-                acc = end_factor(start, factor, for_logits, ring_at, lane)
-                column = int32(strip * logit_width + lane)
-                if lane < logit_width and column < blocks:
-                    sample = int32(0)
-                    while sample < own_samples:
-                        logit_at = logits_at + (row + sample) * logit_row_bytes + int64(4) * column
-                        store_relaxed(logit_at, sum_of_sample(acc, sums, own_samples, sample, lane))
-                        sample = int32(sample + 1)
-                k = int32(k + workers)
-
-            # All logits of this step.
-            sample = int32(0)
-            while sample < own_samples:
-                at, begin = int32(4 * thread), int32(sample * gates_pitch)
-                while at < blocks:
-                    a, b, e, d, complete = poll_event_log(
-                        logits_at + (row + sample) * logit_row_bytes + int64(4) * at, int32(blocks - at)
-                    )
-                    if not complete:
-                        missing = int32(1)
-                    own = int32(begin + at)
-                    gates[own], gates[int32(own + 1)], gates[int32(own + 2)], gates[int32(own + 3)] = a, b, e, d
-                    at = int32(at + 4 * threads)
-                sample = int32(sample + 1)
-            if cuda.syncthreads_or(missing):
-                global_int32(status_at + int64(8 * tables.STATUS_FAULT))[0] = 1
-                return
-            sample = int32(0)
-            while sample < own_samples:
-                bad = choose(
-                    *(shared_float32(gates_at + int64(4) * (sample * gates_pitch)), keys, ratios, words),
-                    *(shared_int32(maxima_at + int64(4 * LANES) * sample), blocks, kept, softmax, me),
-                )
-                if bad and thread == 0:
-                    report(status_at, m[tables.NUMBER])
-                sample = int32(sample + 1)
-            cuda.syncthreads()
-
-            # The recurrent drives of the own tiles.
-            tile, gate, item = int32(0), warp, warp
-            while warp < workers:
-                tile, gate = next_item(tile, gate, n_gates)
-                if tile >= own_tiles:
-                    break
-                first_unit = int32((first_tile + tile) * width)
-                unit, last_unit = int32(first_unit + lane), int32(min(first_unit + width, n) - 1)
-                mine, start, column = lane < width and unit < n, np.float32(0), int32(gate * n + unit)
-                if mine:
-                    start = global_float32(bias_at)[column]
-                strip_rows = StripRows(
-                    block_values,
-                    shared_int64(offsets_at + int64(8) * (item * grid_rows)),
-                    width,
-                    stage,
-                    n,
-                    grid_rows,
-                    r,
-                    grid_columns,
-                    int32(int32(gate * n + first_unit) // c),
-                    int32(int32(gate * n + last_unit) // c),
-                    int32(column // c),
-                    mine,
-                )
-                acc = add_strip(start, strip_rows, for_blocks, ring_at, lane)
-                sample = int32(0)
-                while sample < own_samples:
-                    place_of = int32((sample * own_tiles * n_gates + item) * LANES + lane)
-                    drives_rec[place_of] = sum_of_sample(acc, sums, own_samples, sample, lane)
-                    sample = int32(sample + 1)
-                gate, item = int32(gate + workers), int32(item + workers)
-            wait_for_copies()
-            cuda.syncthreads()
-
-            # Cells and outputs of this step.
-            k = thread
-            while k < own_samples * active_pitch:
-                active[k] = int32(0)
-                k = int32(k + threads)
-            sample, tile, item = int32(0), warp, warp
-            while True:
-                sample, tile = next_item(sample, tile, own_tiles)
-                if sample >= own_samples:
-                    break
-                unit = int32((first_tile + tile) * width + lane)
-                if lane < width and unit < n:
-                    s, p = int32(item * (n_gates * LANES) + lane), int32(item * LANES + lane)
-                    value, after = update(drives_in, s, drives_rec, s, LANES, state[p], np.float32(0), thresholds, unit)
-                    store_relaxed(log_at + (row + batch + sample) * row_bytes + int64(4) * unit, value)
-                    state[p] = after
-                    if states_at != 0:
-                        global_float32(states_at)[(row + sample) * n + unit] = after
-                tile, item = int32(tile + warps), int32(item + warps)
-            cuda.syncthreads()
-            t += 1
-
-        cells, sample, tile, item = global_float32(layer[tables.ROW_CELLS]), int32(0), warp, warp
-        while True:
-            sample, tile = next_item(sample, tile, own_tiles)
-            if sample >= own_samples:
-                break
-            unit = int32((first_tile + tile) * width + lane)
-            if lane < width and unit < n:
-                cells[(first_sample + sample) * n + unit] = state[item * LANES + lane]
-            tile, item = int32(tile + warps), int32(item + warps)
-
-    return gated_layer, types.void(*[types.int64] * 10)

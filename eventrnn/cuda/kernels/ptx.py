@@ -240,6 +240,21 @@ def copy_async16(typingctx, target, source):
 
 
 @intrinsic
+def copy_async16_four(typingctx, target, source):
+    """Start `copy_async16` of four pieces that lie 512 bytes apart, on both sides: those of the lanes of a warp."""
+
+    def generate(context, builder, signature, args):
+        kind = ir.FunctionType(ir.VoidType(), [I32, I64])
+        text = " ".join(f"cp.async.cg.shared.global [$0+{512 * k}], [$1+{512 * k}], 16;" for k in range(4))
+        builder.call(
+            ir.InlineAsm(kind, text, "r,l,~{memory}", side_effect=True), [builder.trunc(args[0], I32), args[1]]
+        )
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
 def add_relaxed(typingctx, address, value):
     """Add atomically to an int64 in global memory."""
 
@@ -478,6 +493,9 @@ load_readonly2 = instruction(
 
 #: global address and a float32
 store_float = instruction("st.global.f32 [$0], $1;", f"l,f,{MEMORY}", NOTHING, types.int64, types.float32)
+
+#: the clock of the multiprocessor, in cycles
+clock = instruction("mov.u64 $0, %clock64;", f"=l,{MEMORY}", types.int64)
 
 #: address of an unsigned int64 and a number: atomic maximum
 max_relaxed = instruction(

@@ -22,7 +22,7 @@ import numpy as np
 from numba import float32, float64, int64, types
 
 from eventrnn.cuda.device import cuda, device_function
-from eventrnn.cuda.kernels.gated_blocks import LOWEST_KEY, key_of
+from eventrnn.cuda.kernels.gated_choice import LOWEST_KEY, key_of
 from eventrnn.cuda.kernels.ptx import (
     add_relaxed,
     exp_float32,

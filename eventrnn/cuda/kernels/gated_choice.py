@@ -1,0 +1,273 @@
+"""The choice of gated blocks: device functions by which a block of threads turns logits into gates.
+
+`weights/gated.py` defines the choice and the gates; they have the bits of `reference_products.block_gates`.
+
+choose : all threads of a block, one row of inputs. A search finds a key from which on as many logits lie as are chosen.
+         It ends early where no logit equals the smallest chosen one; otherwise equal ones are taken in ascending
+         order. One warp sums the ratios in ascending order of blocks.
+
+=========== ======== ===========================================================================================
+array       memory   shape, dtype, contents
+=========== ======== ===========================================================================================
+gates       shared   (blocks,) float32, logits and then gates, 0 for blocks that are not chosen
+keys        shared   (blocks,) int32: bits of a logit in the order of the numbers; then the place among the chosen
+ratios      shared   (kept blocks + RATIO_PAD,) float32, of the chosen blocks in ascending order, then zeros
+words       shared   (CHOICE_WORDS,) int32, counts per warp and what one warp tells the others
+maxima      shared   (32,) int32, per warp the bits of the largest magnitude among its inputs
+=========== ======== ===========================================================================================
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import int32, int64
+
+from eventrnn.cuda.device import cuda, device_function, libdevice
+from eventrnn.cuda.kernels.gated_blocks import load8
+from eventrnn.cuda.kernels.ptx import exp_float32, max_of_warp, min_of_warp, shared_float32, sum_of_warp
+from eventrnn.cuda.kernels.strip_product import FULL_WARP, popcount
+from eventrnn.cuda.tables import LANES, RATIO_PAD
+
+# A key is the bits of a float32 as an integer that is in the same order: those of a negative number are flipped, apart
+# from the sign. The same operation turns a key into bits.
+LOWEST_KEY, MAGNITUDE = np.int32(-(1 << 31)), np.int32((1 << 31) - 1)
+
+# Places of `words`: counts of two votes per warp, the largest and the smallest key of each warp, whether the gates are
+# not finite, the bits of what ratios are multiplied by, and twice the candidate and the count of each warp.
+SECOND_COUNTS, LARGEST, SMALLEST, NOT_FINITE, FACTOR, COUNTS = 32, 64, 96, 128, 129, 160
+
+# Turns of the search that divide the interval of the logits, before those that divide the interval of the keys. The
+# former need fewer turns for logits that are spread evenly, the latter a limited number for all.
+LINEAR_TURNS = 8
+
+
+@device_function
+def key_of(word):
+    """The key of the bits of a float32, and the bits of a key."""
+    return int32(word ^ ((word >> int32(31)) & MAGNITUDE))
+
+
+@device_function
+def before_and_all(counts, first, me):
+    """The sums of counts[first:] over the earlier warps and over all warps."""
+    lane, warp, warps = me
+    each = int32(0)
+    if lane < warps:
+        each = counts[int32(first + lane)]
+    earlier = each
+    if lane >= warp:
+        earlier = int32(0)
+    return sum_of_warp(earlier), sum_of_warp(each)
+
+
+@device_function
+def sum_in_order(at, count):
+    """The sum from +0 on of `count` float32 in shared memory, one after the other, with zeros behind them.
+
+    Zeros are added up to a multiple of 16. The next eight numbers are loaded before the present ones are added, in turn
+    to two sets of registers; the last loads are not used.
+    """
+    total, k, sixteen = np.float32(0), int32(0), int64(16)
+    a0, a1, a2, a3, a4, a5, a6, a7 = load8(at, sixteen)
+    while k < count:
+        b0, b1, b2, b3, b4, b5, b6, b7 = load8(at + int64(32), sixteen)
+        total = total + a0
+        total = total + a1
+        total = total + a2
+        total = total + a3
+        total = total + a4
+        total = total + a5
+        total = total + a6
+        total = total + a7
+        k, at = int32(k + 16), at + int64(64)
+        a0, a1, a2, a3, a4, a5, a6, a7 = load8(at, sixteen)
+        total = total + b0
+        total = total + b1
+        total = total + b2
+        total = total + b3
+        total = total + b4
+        total = total + b5
+        total = total + b6
+        total = total + b7
+    return total
+
+
+@device_function
+def candidate_of(low, high, turn, share):
+    """A key between two keys `low` and `high`, exclusive, that are not neighbours, at a share of their interval."""
+    if turn < LINEAR_TURNS:
+        bottom, top = libdevice.int_as_float(key_of(int32(low))), libdevice.int_as_float(key_of(int32(high - int64(1))))
+        between = (np.float32(1) - share) * bottom + share * top
+        candidate = int64(key_of(libdevice.float_as_int(between)))
+    else:
+        candidate = low + int64(np.float32(high - low) * share)
+    return int32(min(max(candidate, low + int64(1)), high - int64(1)))
+
+
+@device_function
+def smallest_chosen(keys, words, n, kept, smallest, largest, me):
+    """A key from which on `kept` keys lie: all keys lie between `smallest` and `largest`, int32.
+
+    In each turn every warp counts the keys that reach a candidate of its own.
+
+    Returns it, how many keys reach it, and how many are larger. The former is `kept` unless several keys equal the
+    smallest chosen one; then the result is that key. All threads must call it, after a block barrier.
+    """
+    lane, warp, warps = me
+    low, high, reached, above, turn = int64(smallest), int64(largest) + int64(1), n, int32(0), int32(0)
+    share = np.float32(warp + 1) / np.float32(warps + 1)
+    while reached != kept and high - low > 1:
+        candidate = candidate_of(low, high, turn, share)
+        count, b = int32(0), lane
+        while b + 3 * LANES < n:
+            count = int32(count + int32(keys[b] >= candidate) + int32(keys[int32(b + LANES)] >= candidate))
+            two, three = int32(b + 2 * LANES), int32(b + 3 * LANES)
+            count = int32(count + int32(keys[two] >= candidate) + int32(keys[three] >= candidate))
+            b = int32(b + 4 * LANES)
+        while b < n:
+            count = int32(count + int32(keys[b] >= candidate))
+            b = int32(b + LANES)
+        count = sum_of_warp(count)
+        # Other warps may still read what was written in the turn before.
+        area = int32(COUNTS + (turn & int32(1)) * (2 * LANES))
+        if lane == 0:
+            words[int32(area + warp)], words[int32(area + LANES + warp)] = candidate, count
+        cuda.syncthreads()
+        # The last candidate that enough keys reach, and the first one that too few reach.
+        first, last, enough, few = int32(low), MAGNITUDE, reached, above
+        if lane < warps:
+            candidate, count = words[int32(area + lane)], words[int32(area + LANES + lane)]
+            if count >= kept:
+                first, enough = candidate, count
+            else:
+                last, few = candidate, count
+        low, reached, above = int64(max_of_warp(first)), min_of_warp(enough), max_of_warp(few)
+        high = min(high, int64(min_of_warp(last)))
+        turn = int32(turn + 1)
+    return int32(low), reached, above
+
+
+@device_function
+def place_chosen(gates, keys, ratios, words, n, lowest, reached, room, softmax, pivot, me):
+    """Write numbers of the chosen blocks to `ratios`, in ascending order, and their places to `keys`, else -1.
+
+    The numbers are ratios for the rule "softmax", whose largest logit is `pivot`, and logits for the rule "linear".
+
+    lowest, reached : the result of `smallest_chosen`; room : how many blocks with this key are chosen, or -1 for all
+    """
+    lane, warp, warps = me
+    lanes_below = int32((int32(1) << lane) - 1)
+    ties, chosen, first, area = int32(0), int32(0), int32(0), int32(0)
+    while first < n:
+        b = int32(first + warp * LANES + lane)
+        key, value = LOWEST_KEY, np.float32(0)
+        if b < n:
+            key, value = keys[b], gates[b]
+        taken = b < n and key >= lowest
+        if room >= 0:
+            tied = b < n and key == lowest
+            votes = cuda.ballot_sync(FULL_WARP, tied)
+            if lane == 0:
+                words[warp] = popcount(votes)
+            cuda.syncthreads()
+            before, every = before_and_all(words, int32(0), me)
+            if tied and int32(ties + before + popcount(votes & lanes_below)) >= room:
+                taken = False
+            ties = int32(ties + every)
+            area = int32(0)
+        # Other warps may still read the counts of the turn before.
+        area = int32(SECOND_COUNTS - area)
+        votes = cuda.ballot_sync(FULL_WARP, taken)
+        if lane == 0:
+            words[int32(area + warp)] = popcount(votes)
+        if softmax != 0:
+            value = exp_float32(value - pivot)
+        cuda.syncthreads()
+        before, every = before_and_all(words, area, me)
+        if b < n:
+            keys[b] = int32(-1)
+            if taken:
+                place = int32(chosen + before + popcount(votes & lanes_below))
+                keys[b], ratios[place] = place, value
+        chosen = int32(chosen + every)
+        first = int32(first + warps * LANES)
+
+
+@device_function
+def divide_by_largest(ratios, kept, lane):
+    """One warp divides the chosen logits by the first one of the largest magnitude, and all are 1 if that is 0."""
+    best, k = int32(0), lane
+    while k < kept:
+        best = int32(max(best, libdevice.float_as_int(ratios[k]) & MAGNITUDE))
+        k = int32(k + LANES)
+    best = max_of_warp(best)
+    place, k = kept, lane
+    while k < kept:
+        if place == kept and (libdevice.float_as_int(ratios[k]) & MAGNITUDE) == best:
+            place = k
+        k = int32(k + LANES)
+    pivot = ratios[min_of_warp(place)]
+    cuda.syncwarp(FULL_WARP)
+    k = lane
+    while k < kept:
+        ratio = np.float32(1)
+        if pivot != 0:
+            ratio = ratios[k] / pivot
+        ratios[k] = ratio
+        k = int32(k + LANES)
+    cuda.syncwarp(FULL_WARP)
+
+
+@device_function
+def choose(gates, keys, ratios_at, words, maxima, n, kept, softmax, me):
+    """Turn the logits of `n` blocks into gates. Returns True where they are not finite. All threads must call it.
+
+    The caller synchronises the block before other threads than the own one read `gates`.
+    """
+    lane, warp, warps = me
+    thread, threads = int32(warp * LANES + lane), int32(warps * LANES)
+    ratios, bad, b, largest, smallest = shared_float32(ratios_at), int32(0), thread, LOWEST_KEY, MAGNITUDE
+    while b < n:
+        logit = gates[b] + np.float32(0)
+        if logit - logit != 0:
+            bad = int32(1)
+        key = key_of(libdevice.float_as_int(logit))
+        gates[b], keys[b] = logit, key
+        largest, smallest = int32(max(largest, key)), int32(min(smallest, key))
+        b = int32(b + threads)
+    if thread < RATIO_PAD:
+        ratios[int32(kept + thread)] = np.float32(0)
+    largest, smallest = max_of_warp(largest), min_of_warp(smallest)
+    if lane == 0:
+        words[int32(LARGEST + warp)], words[int32(SMALLEST + warp)] = largest, smallest
+    faulty = cuda.syncthreads_or(bad) != 0
+    largest, smallest = LOWEST_KEY, MAGNITUDE
+    if lane < warps:
+        largest, smallest = words[int32(LARGEST + lane)], words[int32(SMALLEST + lane)]
+    largest, smallest = max_of_warp(largest), min_of_warp(smallest)
+    lowest, reached, above = smallest_chosen(keys, words, n, kept, smallest, largest, me)
+    room, pivot = int32(-1), libdevice.int_as_float(key_of(largest))
+    if reached != kept:
+        room = int32(kept - above)
+    place_chosen(gates, keys, ratios, words, n, lowest, reached, room, softmax, pivot, me)
+    cuda.syncthreads()
+    if warp == 0:
+        if softmax == 0:
+            divide_by_largest(ratios, kept, lane)
+        # The largest ratio is 1, so that the factor is the largest gate.
+        factor, each = np.float32(n) / sum_in_order(ratios_at, kept), int32(0)
+        if lane < warps:
+            each = maxima[lane]
+        most = factor * libdevice.int_as_float(max_of_warp(each))
+        if lane == 0:
+            words[NOT_FINITE] = int32(not (factor - factor == 0 and most - most == 0))
+            words[FACTOR] = libdevice.float_as_int(factor)
+    cuda.syncthreads()
+    b, factor = thread, libdevice.int_as_float(words[FACTOR])
+    while b < n:
+        gate = np.float32(0)
+        if keys[b] >= 0:
+            gate = ratios[keys[b]] * factor
+        gates[b] = gate
+        b = int32(b + threads)
+    return faulty or words[NOT_FINITE] != 0
