@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eventrnn.cuda import tables
-from eventrnn.cuda.gated_matrix import MIN_WORKERS, GatedMatrix, RowStrips, need_shared
+from eventrnn.cuda.gated_matrix import MIN_WORKERS, GatedMatrix, Owned, RowStrips, need_shared
 from eventrnn.cuda.kernels.gated_loop import gated_layer_kernel
 from eventrnn.cuda.plan import MIN_TILE_WIDTH
 from eventrnn.cuda.run_buffers import UNWRITTEN_BYTE, pitch_of
@@ -59,7 +59,7 @@ class GatedLayer:
         with device.on_stream():
             self.thresholds = device.put(np.asarray(layer.threshold, np.float32))
         self._plans: dict[int, GatedPlan] = {}
-        self._strips: dict[tuple[int, int], tuple[Any, tuple[int, int]]] = {}
+        self._strips: dict[tuple[int, int, int], tuple[Any, tuple[int, int]]] = {}
 
     def plan(self, batch: int) -> GatedPlan:
         """The plan for a batch size: more groups of samples for more samples, and fewer blocks per group.
@@ -75,22 +75,25 @@ class GatedLayer:
         groups = min(batch, MAX_SAMPLES, device.multiprocessors)
         share = device.multiprocessors // groups
         width = int(np.clip(-(-self.units // share), MIN_TILE_WIDTH, LANES))
-        all_tiles = -(-self.units // width)
+        # A strip of two block columns reads what either of them chose, which takes longer. Where it needs no further
+        # tile per block, no strip has two.
+        span, column = self.units, weights.block[1]
+        all_tiles, aligned = -(-self.units // width), self.units // column * -(-column // width)
+        if self.units % column == 0 and -(-aligned // share) == -(-all_tiles // share):
+            span, all_tiles = column, aligned
         tiles = -(-all_tiles // share)
         spread = -(-all_tiles // tiles)
         logit_width = min(-(-weights.n_blocks // spread), LANES)
-        if (width, logit_width) not in self._strips:
-            strips = RowStrips.of_blocks(weights, gates, width)
-            self._strips[width, logit_width] = self.w_rec.table(strips, logit_width, LAYER_STAGE_BYTES)
-        matrix, (logits, inner) = self._strips[width, logit_width]
-        offsets = tiles * gates * weights.grid[0] + -(-logits // spread) + inner
+        if (width, span, logit_width) not in self._strips:
+            strips = RowStrips.of_blocks(weights, gates, width, span)
+            self._strips[width, span, logit_width] = self.w_rec.table(strips, logit_width, LAYER_STAGE_BYTES)
+        matrix, (logits, inner) = self._strips[width, span, logit_width]
+        owned = Owned(tiles, gates, width, -(-logits // spread), logit_width)
+        offsets = tiles * gates * weights.grid[0] + owned.logits + inner
         groups = max(1, device.multiprocessors // spread)
         for samples in range(min(MAX_SAMPLES, -(-batch // groups)), 0, -1):
-            items = max(tiles * gates, -(-logits // spread), inner)
-            drives = samples * tiles * gates * LANES
-            states = samples * tiles * LANES
-            strips = tiles * gates, width
-            places, shared = self.w_rec.places(samples, drives, states, offsets, items, LAYER_STAGE_BYTES, strips)
+            items = max(tiles * gates, owned.logits, inner)
+            places, shared = self.w_rec.places(samples, offsets, items, LAYER_STAGE_BYTES, owned)
             # With few rings, fewer samples per block are faster.
             enough = places[tables.WORKERS] >= min(items, MIN_WORKERS) and shared <= device.shared_bytes
             if enough or samples == 1:
@@ -121,6 +124,8 @@ class GatedLayer:
             tables.ROW_THRESHOLDS: self.thresholds.data.ptr,
             tables.ROW_LOGITS: logits.data.ptr,
             tables.ROW_LOGIT_PITCH: logit_pitch,
+            tables.ROW_HELD: 0,
+            tables.ROW_LEFT: 0,
             tables.ROW_STAMPS: 0 if self.stamps is None else self.stamps.data.ptr,
         }
         key, table = ("gated layer", k), np.array([fields[f] for f in range(tables.ROW_FIELDS)], np.int64)

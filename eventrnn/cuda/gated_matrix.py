@@ -52,11 +52,13 @@ class RowStrips:
     offsets : (strips, block rows) int64, where the rows of a block row begin in `values`; -1 where the strip has no
               stored block in it
     width   : columns of a strip
+    span    : neighbouring units that a strip does not cross; strips are counted from the first one of each span
     """
 
     values: np.ndarray
     offsets: np.ndarray
     width: int
+    span: int
 
     def stage_rows(self, stage_bytes: int) -> int:
         """Rows that are copied to shared memory at a time: as many as a stage holds, in whole groups of eight."""
@@ -67,23 +69,48 @@ class RowStrips:
         """A factor of a gate, (n, columns) float32, all rows of which are one block row; n is a multiple of 8."""
         strips = in_strips(factor, 1, width)
         starts = np.arange(len(strips), dtype=np.int64) * (factor.shape[0] * width)
-        return cls(_grouped(strips.reshape(-1, width)), starts[:, None].copy(), width)
+        return cls(_grouped(strips.reshape(-1, width)), starts[:, None].copy(), width, factor.shape[1])
 
     @classmethod
-    def of_blocks(cls, weights: GatedBlocks, gates: int, width: int) -> RowStrips:
-        """The blocks of a matrix (n_pre, gates * units), in strips of one gate each. O(n_pre * gates * units)."""
+    def of_blocks(cls, weights: GatedBlocks, gates: int, width: int, span: int | None = None) -> RowStrips:
+        """The blocks of a matrix (n_pre, gates * units), in strips of one gate each. O(n_pre * gates * units).
+
+        span : a divisor of the units, or None for all of them
+        """
+        span = weights.shape[1] // gates if span is None else span
+
+        def strips(matrix: np.ndarray) -> np.ndarray:
+            return in_strips(_spread(matrix, span, width), gates, width)
+
         values, (r, c) = weights.blocks.to_dense(), weights.block
         if weights.storage == "bfloat16":
             values = (values.view(np.uint32) >> 16).astype(np.uint16)
         block_rows, block_columns = weights.grid
         stored = np.zeros((block_rows, block_columns), bool)
         stored[np.repeat(np.arange(block_rows), np.diff(weights.indptr)), weights.indices] = True
-        wanted = in_strips(stored[:, np.arange(weights.shape[1]) // c], gates, width).any(axis=2)
+        wanted = strips(stored[:, np.arange(weights.shape[1]) // c]).any(axis=2)
         rows = _rounded(np.minimum(r, weights.shape[0] - r * np.arange(block_rows)), ROW_GROUP)
         sizes = np.where(wanted, rows * width, 0).ravel()
         offsets = np.where(wanted, (np.cumsum(sizes) - sizes).reshape(wanted.shape), -1)
         kept = np.repeat(wanted, rows, axis=1)
-        return cls(_grouped(in_strips(padded_rows(values, r), gates, width)[kept]), offsets.astype(np.int64), width)
+        return cls(_grouped(strips(padded_rows(values, r))[kept]), offsets.astype(np.int64), width, span)
+
+
+@dataclass(frozen=True)
+class Owned:
+    """What a block of threads owns of a layer.
+
+    Attributes
+    ----------
+    tiles, gates, width : its tiles of units, strips per tile, and units per tile
+    logits, logit_width : its strips of logits, and logits per strip
+    """
+
+    tiles: int
+    gates: int
+    width: int
+    logits: int
+    logit_width: int
 
 
 class GatedMatrix:
@@ -138,7 +165,7 @@ class GatedMatrix:
         gate = padded_rows(weights.gate, weights.block[0])
         out = gate if weights.gate_out is None else padded_rows(weights.gate_out, self.rank)
         logits = RowStrips.of_factor(out, logit_width)
-        inner = None if weights.gate_out is None else RowStrips.of_factor(gate, LANES)
+        inner = None if weights.gate_out is None else RowStrips.of_factor(gate, min(LANES, self.rank))
 
         def place(values: int, each: RowStrips) -> None:
             stage_rows = each.stage_rows(stage_bytes)
@@ -161,6 +188,8 @@ class GatedMatrix:
             tables.ALL_BLOCKS: weights.n_blocks,
             tables.KEPT_BLOCKS: weights.kept_blocks,
             tables.SOFTMAX: weights.gate_rule == "softmax",
+            tables.PERIOD: weights.gate_period,
+            tables.BLOCK_SPAN: strips.span,
             tables.BIAS: self._put(self.host_bias),
             tables.RANK: self.rank,
             tables.LOGIT_BIAS: self._put(weights.gate_bias),
@@ -179,24 +208,19 @@ class GatedMatrix:
         return next((warps for warps in WARPS if LANES * warps >= threads), WARPS[-1])
 
     def places(
-        self,
-        samples: int,
-        drives: int,
-        states: int,
-        offsets: int,
-        items: int,
-        stage_bytes: int,
-        strips: tuple[int, int] = (0, 0),
+        self, samples: int, offsets: int, items: int, stage_bytes: int, owned: Owned | None = None
     ) -> tuple[np.ndarray, int]:
         """The table of shared memory (tables.PLACE_FIELDS,) of a kernel, and its bytes.
 
         samples : rows of inputs in shared memory
-        drives  : float32 of each kind of drives, and `states` of cells
         offsets : offsets of strips
         items   : strips that warps can multiply at the same time. As many warps do as have room for a ring
         stage_bytes : see `table`
-        strips  : number and width of the strips of which the first block rows are resident, as many as have room
+        owned   : what a block owns of a layer; None for independent rows. Weights of its logits, and then the first
+                  block rows of its strips, are resident, as many as have room
         """
+        owned = Owned(0, 0, 0, 0, 0) if owned is None else owned
+        own_strips = owned.tiles * owned.gates
         blocks, (r, _) = self.weights.n_blocks, self.weights.block
         pitches = {
             tables.INPUT_PITCH_OF: int(_rounded(_rows_of(self.weights.shape[0], r), ROW_GROUP).sum()),
@@ -213,11 +237,15 @@ class GatedMatrix:
             tables.AT_RATIOS: 4 * (self.weights.kept_blocks + RATIO_PAD),
             tables.AT_WORDS: 4 * CHOICE_WORDS,
             tables.AT_MAXIMA: 4 * LANES * samples,
-            tables.AT_DRIVES_IN: 4 * drives,
-            tables.AT_DRIVES_REC: 4 * drives,
-            tables.AT_STATE: 4 * states,
+            tables.AT_DRIVES_IN: 4 * LANES * samples * own_strips,
+            tables.AT_DRIVES_REC: 4 * LANES * samples * own_strips,
+            tables.AT_STATE: 4 * LANES * samples * owned.tiles,
             tables.AT_OFFSETS: 8 * offsets,
             tables.AT_ONES: 16,
+            tables.AT_TILES: 8 * owned.tiles,
+            tables.AT_STARTS: 8 * LANES * own_strips,
+            tables.AT_LOGIT_STARTS: 4 * LANES * owned.logits,
+            tables.AT_HELD: 8 * samples,
         }
         table, at = np.zeros(tables.PLACE_FIELDS, np.int64), 0
         for field, size in sizes.items():
@@ -228,8 +256,12 @@ class GatedMatrix:
         ring_bytes, beyond = STAGES * stage_bytes + SUM_BYTES, 2 * ROW_GROUP * LANES * 4 - SUM_BYTES
         room = (self.device.shared_bytes - at - beyond) // ring_bytes
         workers = max(1, min(room, self.warps, items))
-        block_bytes = strips[0] * strips[1] * _rounded(r, ROW_GROUP) * (2 if self.narrow else 4)
         room = max(0, self.device.shared_bytes - at - beyond - workers * ring_bytes)
+        logit_bytes = 0 if self.rank else 4 * owned.logits * owned.logit_width * pitches[tables.INPUT_PITCH_OF]
+        table[tables.AT_LOGITS], table[tables.LOGITS_RESIDENT] = at, 0 < logit_bytes <= room
+        if logit_bytes <= room:
+            at, room = at + logit_bytes, room - logit_bytes
+        block_bytes = own_strips * owned.width * _rounded(r, ROW_GROUP) * (2 if self.narrow else 4)
         resident = min(self.weights.grid[0], room // block_bytes) if block_bytes else 0
         table[tables.AT_RESIDENT], table[tables.RESIDENT] = at, resident
         at += resident * block_bytes
@@ -248,7 +280,7 @@ class GatedMatrix:
         """For so many rows: the table of shared memory on the GPU, its bytes, and the rows of a block at a time."""
         samples = max(1, min(MAX_SAMPLES, rows // ROWS_PER_SAMPLE))
         while samples not in self._places:
-            places, shared = self.places(samples, 0, 0, self._row_strips[1], self.warps, ROWS_STAGE_BYTES)
+            places, shared = self.places(samples, self._row_strips[1], self.warps, ROWS_STAGE_BYTES)
             if samples > 1 and places[tables.WORKERS] < min(self.warps, MIN_WORKERS):
                 samples -= 1
                 continue
@@ -297,6 +329,14 @@ def padded_rows(matrix: np.ndarray, r: int) -> np.ndarray:
     padded = np.zeros((int(_rounded(rows, ROW_GROUP).sum()), matrix.shape[1]), matrix.dtype)
     padded[np.arange(len(matrix)) - r * np.repeat(np.arange(len(rows)), rows) + np.repeat(starts, rows)] = matrix
     return padded
+
+
+def _spread(matrix: np.ndarray, span: int, width: int) -> np.ndarray:
+    """A matrix (n, columns) with zeros after every `span` columns, up to a multiple of `width`."""
+    n, columns = matrix.shape
+    spread = np.zeros((n, columns // span, _rounded(span, width)), matrix.dtype)
+    spread[:, :, :span] = matrix.reshape(n, columns // span, span)
+    return spread.reshape(n, -1)
 
 
 def _rows_of(n: int, r: int) -> np.ndarray:

@@ -203,6 +203,7 @@ CHOICE_WORDS, RATIO_PAD = 160 + 4 * LANES, 32
     BLOCK_WIDTH,  # columns of a strip
     BLOCK_STAGE,  # rows of a strip that are copied at a time
     BLOCK_STRIPS,  # number of strips
+    BLOCK_SPAN,  # neighbouring units that a strip does not cross (`gated_matrix.RowStrips.span`)
     N_PRE,  # presynaptic units
     N_POST,  # columns of the matrix
     GRID_ROWS,  # block rows
@@ -214,6 +215,7 @@ CHOICE_WORDS, RATIO_PAD = 160 + 4 * LANES, 32
     ALL_BLOCKS,  # block rows * block columns
     KEPT_BLOCKS,  # blocks that an input chooses
     SOFTMAX,  # 1 for the rule "softmax", 0 for "linear"
+    PERIOD,  # steps that share a choice; 0 where no step chooses, and all gates are 1
     BIAS,  # (N_POST,) float32
     RANK,  # of a gate with two factors; 0 for one factor
     INNER_VALUES,  # strips of the first of two factors, (N_PRE, RANK)
@@ -229,7 +231,7 @@ CHOICE_WORDS, RATIO_PAD = 160 + 4 * LANES, 32
     LOGIT_BIAS,  # (ALL_BLOCKS,) float32
     NUMBER,  # of the matrix in the network, for the status word
     GATED_FIELDS,  # number of columns
-) = range(31)
+) = range(33)
 
 # Columns of the table of shared memory of a kernel for gated blocks: byte offsets.
 (
@@ -247,6 +249,11 @@ CHOICE_WORDS, RATIO_PAD = 160 + 4 * LANES, 32
     AT_STATE,  # (samples, tiles, 32) float32 cells
     AT_OFFSETS,  # int64 offsets of the strips of the block, of its logits and of the first of two factors
     AT_ONES,  # float32 1 and int32 1: gate and activity of a factor
+    AT_TILES,  # (tiles, 2) int32, the first unit of a tile and its units
+    AT_STARTS,  # (tiles, gates, 32) float32, biases, then as many int32, block columns
+    AT_LOGIT_STARTS,  # (strips of logits of the block, 32) float32, biases of the logits
+    AT_HELD,  # (samples, 2) int32, further steps with the gates of a sample, and the bits of its largest gate
+    AT_LOGITS,  # (strips of logits of the block, PADDED_PRE, LOGIT_WIDTH) float32, where LOGITS_RESIDENT is 1
     AT_RESIDENT,  # (strips of the block, RESIDENT, PADDED_ROWS, width), first block rows of the weights
     INPUT_PITCH_OF,  # float32 from one row of inputs to the next; not an offset, like the following columns
     ACTIVE_PITCH,
@@ -254,8 +261,9 @@ CHOICE_WORDS, RATIO_PAD = 160 + 4 * LANES, 32
     GATES_PITCH,
     WORKERS,  # warps that multiply, each with a ring; the others only help to choose
     RESIDENT,  # block rows of a strip that stay in shared memory
+    LOGITS_RESIDENT,  # 1 if the weights of the own logits stay in shared memory
     PLACE_FIELDS,  # number of columns
-) = range(22)
+) = range(28)
 
 # Columns of the table of a layer with a recurrent matrix of gated blocks.
 (
@@ -268,9 +276,11 @@ CHOICE_WORDS, RATIO_PAD = 160 + 4 * LANES, 32
     ROW_THRESHOLDS,  # (units,) float32
     ROW_LOGITS,  # (steps, batch, logit pitch) float32, not yet written
     ROW_LOGIT_PITCH,
+    ROW_HELD,  # (batch, blocks) float32 gates that steps share, read at the start and written at the end, or 0
+    ROW_LEFT,  # (batch,) int32 further steps with these gates, likewise
     ROW_STAMPS,  # (steps, blocks, STAMPS) int64, or 0
     ROW_FIELDS,  # number of columns
-) = range(11)
+) = range(13)
 
 # Phases of a step of such a layer, and clocks that are read in a step: at its begin, and after each phase.
 PHASES = ("outputs", "logits", "all logits", "choice", "products", "cells")

@@ -403,9 +403,9 @@ def make_add_strip(narrow: bool, stage_bytes: int):
     def end_factor(start, factor, received, ring_at, lane):
         """Multiply a strip of a factor, which is one block row that is always needed, after `begin_strip`."""
         none, ahead, done = int32(0), int32(0), int32(min((STAGES - 1) * factor.stage_rows, factor.n_rows))
-        if done == factor.n_rows:
+        if done == factor.n_rows or factor.resident > 0:
             ahead, done = factor.block_rows, int32(0)
-        begun = none, none, none, ahead, none, none, done
+        begun = factor.resident, none, none, ahead, none, none, done
         return end_strip(start, factor, received, begun, ring_at, lane)
 
     return add_strip, begin_strip, end_factor

@@ -219,6 +219,20 @@ def divide_by_largest(ratios, kept, lane):
 
 
 @device_function
+def is_too_large(largest, maxima, me):
+    """In warp 0: whether the largest gate times the largest input is not finite. largest : bits of the gate."""
+    lane, warp, warps = me
+    too_large = False
+    if warp == 0:
+        each = int32(0)
+        if lane < warps:
+            each = maxima[lane]
+        most = libdevice.int_as_float(largest) * libdevice.int_as_float(max_of_warp(each))
+        too_large = not (most - most == 0)
+    return too_large
+
+
+@device_function
 def choose(gates, keys, ratios_at, words, maxima, n, kept, softmax, me):
     """Turn the logits of `n` blocks into gates. Returns True where they are not finite. All threads must call it.
 

@@ -40,8 +40,11 @@ def magnitude_bits(value):
 
 
 @device_function
-def strip_of_factor(values_at, offsets_at, width, stage, rows, columns, strip, lane):
-    """A strip of a factor of a gate; offsets_at is the address of its offset in shared memory."""
+def strip_of_factor(values_at, offsets_at, width, stage, rows, columns, strip, lane, resident, resident_at):
+    """A strip of a factor of a gate; offsets_at is the address of its offset in shared memory.
+
+    resident, resident_at : 1 if its weights stay in shared memory, and their address there
+    """
     none, mine = int32(0), lane < width and int32(strip * width + lane) < columns
     return StripRows(
         values_at,
@@ -56,8 +59,8 @@ def strip_of_factor(values_at, offsets_at, width, stage, rows, columns, strip, l
         none,
         none,
         mine,
-        none,
-        int64(0),
+        resident,
+        resident_at,
     )
 
 
@@ -182,7 +185,8 @@ def gated_rows_kernel(narrow: bool):
                     at = offsets_at + int64(8) * (logit_strips + strip)
                     inner_width, inner_stage = int32(m[tables.INNER_WIDTH]), int32(m[tables.INNER_STAGE])
                     factor = strip_of_factor(
-                        m[tables.INNER_VALUES], at, inner_width, inner_stage, n_rows, rank, strip, lane
+                        *(m[tables.INNER_VALUES], at, inner_width, inner_stage, n_rows, rank, strip, lane),
+                        *(none, int64(0)),
                     )
                     begin_strip(factor, for_inner, ring_at, lane)
                     acc = end_factor(np.float32(0), factor, for_inner, ring_at, lane)
@@ -201,7 +205,8 @@ def gated_rows_kernel(narrow: bool):
                 logit_width, logit_stage = int32(m[tables.LOGIT_WIDTH]), int32(m[tables.LOGIT_STAGE])
                 at = offsets_at + int64(8) * strip
                 factor = strip_of_factor(
-                    m[tables.LOGIT_VALUES], at, logit_width, logit_stage, n_source, blocks, strip, lane
+                    *(m[tables.LOGIT_VALUES], at, logit_width, logit_stage, n_source, blocks, strip, lane),
+                    *(none, int64(0)),
                 )
                 begin_strip(factor, for_logits, ring_at, lane)
                 start = start_of_factor(factor, strip, m[tables.LOGIT_BIAS], lane)

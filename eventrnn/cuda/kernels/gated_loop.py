@@ -26,12 +26,11 @@ from eventrnn.cuda import tables
 from eventrnn.cuda.device import cuda, device_function
 from eventrnn.cuda.kernels.cell_updates import UPDATES
 from eventrnn.cuda.kernels.gated_blocks import Received, StripRows, make_add_strip, sum_of_sample
-from eventrnn.cuda.kernels.gated_choice import choose
+from eventrnn.cuda.kernels.gated_choice import FACTOR, choose, is_too_large
 from eventrnn.cuda.kernels.gated_kernels import (
     magnitude_bits,
     report,
     set_ones,
-    start_of_factor,
     strip_of_factor,
 )
 from eventrnn.cuda.kernels.persistent import Lane, next_item, poll_event_log
@@ -179,8 +178,16 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
         sums, none = shared_float32(ring_at + int64(sums_offset)), int32(0)
         # Block rows of the own strips that stay in shared memory, if there are enough steps to read them again.
         resident, resident_at = int32(place[tables.RESIDENT]), shared + place[tables.AT_RESIDENT]
+        logits_resident, resident_logits_at = int32(place[tables.LOGITS_RESIDENT]), shared + place[tables.AT_LOGITS]
         if steps < RESIDENT_STEPS:
-            resident = int32(0)
+            resident = logits_resident = int32(0)
+        logit_bytes = int64(4 * n_rows * logit_width)
+        # Steps that share a choice, and where the gates and their further steps are kept between runs.
+        period, held_at, left_at = int32(m[tables.PERIOD]), layer[tables.ROW_HELD], layer[tables.ROW_LEFT]
+        units, held = shared_int32(shared + place[tables.AT_TILES]), shared_int32(shared + place[tables.AT_HELD])
+        starts_at, own_items = shared + place[tables.AT_STARTS], int64(own_tiles * n_gates)
+        starts, columns = shared_float32(starts_at), shared_int32(starts_at + 4 * LANES * own_items)
+        logit_starts = shared_float32(shared + place[tables.AT_LOGIT_STARTS])
         block_bytes = int64(size * padded * width)
 
         set_ones(ones_at, thread)
@@ -211,7 +218,63 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
         while k < own_samples * inner_pitch:
             inner[k] = np.float32(0)
             k = int32(k + threads)
+        # The units of the own tiles, and biases and block columns of their strips.
+        span, k = int32(m[tables.BLOCK_SPAN]), thread
+        span_tiles = int32((span + width - 1) // width)
+        while k < own_tiles:
+            of_span = int32((first_tile + k) // span_tiles)
+            inside = int32((first_tile + k - of_span * span_tiles) * width)
+            units[int32(2 * k)], units[int32(2 * k + 1)] = int32(of_span * span + inside), int32(min(width, span - inside))
+            k = int32(k + threads)
         cuda.syncthreads()
+        item, tile, gate = warp, int32(0), warp
+        while True:
+            tile, gate = next_item(tile, gate, n_gates)
+            if tile >= own_tiles:
+                break
+            column, own = int32(gate * n + units[int32(2 * tile)] + lane), int32(item * LANES + lane)
+            if lane < units[int32(2 * tile + 1)]:
+                starts[own], columns[own] = global_float32(bias_at)[column], int32(column // c)
+            else:
+                # A lane without a column computes nothing that is used.
+                starts[own], columns[own] = np.float32(0), int32(0)
+            gate, item = int32(gate + warps), int32(item + warps)
+        item = warp
+        while item < own_logits:
+            column, own = int32((part + item * spread) * logit_width + lane), int32(item * LANES + lane)
+            logit_starts[own] = np.float32(0)
+            if lane < logit_width and column < blocks:
+                logit_starts[own] = global_float32(logit_bias)[column]
+            item = int32(item + warps)
+        # Gates that the samples hold.
+        sample = int32(0)
+        while sample < own_samples:
+            further, largest = int32(0), int32(0)
+            if period == 0:
+                further = int32(steps)
+            if held_at != 0:
+                further = global_int32(left_at)[first_sample + sample]
+            # Every warp finds the largest one.
+            k = lane
+            while k < blocks:
+                value = np.float32(1)
+                if held_at != 0:
+                    value = global_float32(held_at)[(first_sample + sample) * blocks + k]
+                largest = int32(max(largest, magnitude_bits(value)))
+                gates[int32(sample * gates_pitch + k)] = value
+                k = int32(k + LANES)
+            largest = max_of_warp(largest)
+            if thread == 0:
+                held[int32(2 * sample)], held[int32(2 * sample + 1)] = further, largest
+            sample = int32(sample + 1)
+        item, block_row = int32(0), warp
+        while logits_resident > 0 and item < own_logits:
+            source_of = logit_values + int64(4) * offsets[int32(own_rows + item)]
+            target, piece = resident_logits_at + logit_bytes * item, int64(thread)
+            while piece < logit_bytes >> 4:
+                copy_async16(target + 16 * piece, source_of + 16 * piece)
+                piece += threads
+            item = int32(item + 1)
         item, block_row = int32(0), warp
         while resident > 0:
             item, block_row = next_item(item, block_row, resident)
@@ -231,8 +294,8 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
             sample, tile = next_item(sample, tile, own_tiles)
             if sample >= own_samples:
                 break
-            unit = int32((first_tile + tile) * width + lane)
-            if lane < width and unit < n:
+            unit = int32(units[int32(2 * tile)] + lane)
+            if lane < units[int32(2 * tile + 1)]:
                 state[item * LANES + lane] = cells[(first_sample + sample) * n + unit]
             tile, item = int32(tile + warps), int32(item + warps)
         cuda.syncthreads()
@@ -254,18 +317,27 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
                 sample, tile = next_item(sample, tile, own_tiles)
                 if sample >= own_samples:
                     break
-                unit = int32((first_tile + tile) * width + lane)
-                if lane < width and unit < n:
+                unit = int32(units[int32(2 * tile)] + lane)
+                if lane < units[int32(2 * tile + 1)]:
                     copy_async(
                         drives_in_at + int64(4) * (item * LANES + lane),
                         drive_at + int64(4) * ((row + sample) * (n_gates * n) + gate * n + unit),
                     )
                 gate, item = int32(gate + warps), int32(item + warps)
 
+            # Whether a sample chooses in this step.
+            fresh, sample = int32(0), int32(0)
+            while sample < own_samples:
+                if held[int32(2 * sample)] == 0:
+                    fresh = int32(1)
+                sample = int32(sample + 1)
             # Weights of the first own logits are copied while outputs of the step before arrive.
-            if rank == 0 and warp < workers and warp < own_logits:
+            if fresh != 0 and logits_resident == 0 and rank == 0 and warp < workers and warp < own_logits:
                 strip, at = int32(part + warp * spread), offsets_at + int64(8) * (own_rows + warp)
-                factor = strip_of_factor(logit_values, at, logit_width, logit_stage, n_source, blocks, strip, lane)
+                factor = strip_of_factor(
+                    *(logit_values, at, logit_width, logit_stage, n_source, blocks, strip, lane),
+                    *(logits_resident, resident_logits_at),
+                )
                 begin_strip(factor, for_logits, ring_at, lane)
 
             # Outputs of the step before.
@@ -288,68 +360,79 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
 
             stamp(stamps_at, t, 1, thread)
 
-            # The own logits of this step.
-            if rank > 0:
-                # Numbers that only these layers need are read here, so that they occupy no registers elsewhere.
-                inner_values, inner_stage = m[tables.INNER_VALUES], int32(m[tables.INNER_STAGE])
-                strip, inner_width = warp, int32(m[tables.INNER_WIDTH])
-                while warp < workers and strip < inner_strips:
-                    at = offsets_at + int64(8) * (own_rows + own_logits + strip)
-                    factor = strip_of_factor(inner_values, at, inner_width, inner_stage, n_rows, rank, strip, lane)
-                    begin_strip(factor, for_inner, ring_at, lane)
-                    acc = end_factor(np.float32(0), factor, for_inner, ring_at, lane)
-                    column = int32(strip * inner_width + lane)
-                    if lane < inner_width and column < rank:
+            if fresh != 0:
+                # The own logits of this step.
+                if rank > 0:
+                    # Numbers that only these layers need are read here, so that they occupy no registers elsewhere.
+                    inner_values, inner_stage = m[tables.INNER_VALUES], int32(m[tables.INNER_STAGE])
+                    strip, inner_width = warp, int32(m[tables.INNER_WIDTH])
+                    while warp < workers and strip < inner_strips:
+                        at = offsets_at + int64(8) * (own_rows + own_logits + strip)
+                        factor = strip_of_factor(
+                            *(inner_values, at, inner_width, inner_stage, n_rows, rank, strip, lane),
+                            *(none, resident_logits_at),
+                        )
+                        begin_strip(factor, for_inner, ring_at, lane)
+                        acc = end_factor(np.float32(0), factor, for_inner, ring_at, lane)
+                        column = int32(strip * inner_width + lane)
+                        if lane < inner_width and column < rank:
+                            sample = int32(0)
+                            while sample < own_samples:
+                                place_of = int32(sample * inner_pitch + column)
+                                inner[place_of] = sum_of_sample(acc, sums, own_samples, sample, lane)
+                                sample = int32(sample + 1)
+                        strip = int32(strip + workers)
+                    cuda.syncthreads()
+                k = warp
+                while warp < workers and k < own_logits:
+                    strip, at = int32(part + k * spread), offsets_at + int64(8) * (own_rows + k)
+                    factor = strip_of_factor(
+                        *(logit_values, at, logit_width, logit_stage, n_source, blocks, strip, lane),
+                        *(logits_resident, resident_logits_at + logit_bytes * k),
+                    )
+                    if logits_resident == 0 and (k != warp or rank > 0):
+                        begin_strip(factor, for_logits, ring_at, lane)
+                    acc = end_factor(logit_starts[int32(k * LANES + lane)], factor, for_logits, ring_at, lane)
+                    column = int32(strip * logit_width + lane)
+                    if lane < logit_width and column < blocks:
                         sample = int32(0)
                         while sample < own_samples:
-                            place_of = int32(sample * inner_pitch + column)
-                            inner[place_of] = sum_of_sample(acc, sums, own_samples, sample, lane)
+                            logit_at = logits_at + (row + sample) * logit_row_bytes + int64(4) * column
+                            store_relaxed(logit_at, sum_of_sample(acc, sums, own_samples, sample, lane))
                             sample = int32(sample + 1)
-                    strip = int32(strip + workers)
-                cuda.syncthreads()
-            k = warp
-            while warp < workers and k < own_logits:
-                strip, at = int32(part + k * spread), offsets_at + int64(8) * (own_rows + k)
-                factor = strip_of_factor(logit_values, at, logit_width, logit_stage, n_source, blocks, strip, lane)
-                if k != warp or rank > 0:
-                    begin_strip(factor, for_logits, ring_at, lane)
-                start = start_of_factor(factor, strip, logit_bias, lane)
-                acc = end_factor(start, factor, for_logits, ring_at, lane)
-                column = int32(strip * logit_width + lane)
-                if lane < logit_width and column < blocks:
-                    sample = int32(0)
-                    while sample < own_samples:
-                        logit_at = logits_at + (row + sample) * logit_row_bytes + int64(4) * column
-                        store_relaxed(logit_at, sum_of_sample(acc, sums, own_samples, sample, lane))
-                        sample = int32(sample + 1)
-                k = int32(k + workers)
-
+                    k = int32(k + workers)
             stamp(stamps_at, t, 2, thread)
-
-            # All logits of this step.
-            sample = int32(0)
-            while sample < own_samples:
-                at, begin = int32(4 * thread), int32(sample * gates_pitch)
-                while at < blocks:
-                    a, b, e, d, complete = poll_event_log(
-                        logits_at + (row + sample) * logit_row_bytes + int64(4) * at, int32(blocks - at)
-                    )
-                    if not complete:
-                        missing = int32(1)
-                    own = int32(begin + at)
-                    gates[own], gates[int32(own + 1)], gates[int32(own + 2)], gates[int32(own + 3)] = a, b, e, d
-                    at = int32(at + 4 * threads)
-                sample = int32(sample + 1)
-            if cuda.syncthreads_or(missing):
-                global_int32(status_at + int64(8 * tables.STATUS_FAULT))[0] = 1
-                return
+            if fresh != 0:
+                # All logits of this step.
+                sample = int32(0)
+                while sample < own_samples:
+                    at, begin = int32(4 * thread), int32(sample * gates_pitch)
+                    while held[int32(2 * sample)] == 0 and at < blocks:
+                        a, b, e, d, complete = poll_event_log(
+                            logits_at + (row + sample) * logit_row_bytes + int64(4) * at, int32(blocks - at)
+                        )
+                        if not complete:
+                            missing = int32(1)
+                        own = int32(begin + at)
+                        gates[own], gates[int32(own + 1)], gates[int32(own + 2)], gates[int32(own + 3)] = a, b, e, d
+                        at = int32(at + 4 * threads)
+                    sample = int32(sample + 1)
+                if cuda.syncthreads_or(missing):
+                    global_int32(status_at + int64(8 * tables.STATUS_FAULT))[0] = 1
+                    return
             stamp(stamps_at, t, 3, thread)
             sample = int32(0)
             while sample < own_samples:
-                bad = choose(
-                    *(shared_float32(gates_at + int64(4) * (sample * gates_pitch)), keys, ratios_at, words),
-                    *(shared_int32(maxima_at + int64(4 * LANES) * sample), blocks, kept, softmax, me),
-                )
+                own, sample_maxima = int32(2 * sample), shared_int32(maxima_at + int64(4 * LANES) * sample)
+                if held[own] == 0:
+                    bad = choose(
+                        *(shared_float32(gates_at + int64(4) * (sample * gates_pitch)), keys, ratios_at, words),
+                        *(sample_maxima, blocks, kept, softmax, me),
+                    )
+                    if thread == 0:
+                        held[own], held[int32(own + 1)] = period, words[FACTOR]
+                else:
+                    bad = is_too_large(held[int32(own + 1)], sample_maxima, me)
                 if bad and thread == 0:
                     report(status_at, m[tables.NUMBER])
                 sample = int32(sample + 1)
@@ -362,11 +445,7 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
                 tile, gate = next_item(tile, gate, n_gates)
                 if tile >= own_tiles:
                     break
-                first_unit = int32((first_tile + tile) * width)
-                unit, last_unit = int32(first_unit + lane), int32(min(first_unit + width, n) - 1)
-                mine, start, column = lane < width and unit < n, np.float32(0), int32(gate * n + unit)
-                if mine:
-                    start = global_float32(bias_at)[column]
+                own, count = int32(item * LANES), units[int32(2 * tile + 1)]
                 strip_rows = StripRows(
                     block_values,
                     shared_int64(offsets_at + int64(8) * (item * grid_rows)),
@@ -376,14 +455,14 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
                     grid_rows,
                     padded,
                     grid_columns,
-                    int32(int32(gate * n + first_unit) // c),
-                    int32(int32(gate * n + last_unit) // c),
-                    int32(column // c),
-                    mine,
+                    columns[own],
+                    columns[int32(own + count - 1)],
+                    columns[int32(own + lane)],
+                    lane < count,
                     resident,
                     resident_at + block_bytes * int32(item * resident),
                 )
-                acc = add_strip(start, strip_rows, for_blocks, ring_at, lane)
+                acc = add_strip(starts[int32(own + lane)], strip_rows, for_blocks, ring_at, lane)
                 sample = int32(0)
                 while sample < own_samples:
                     place_of = int32((sample * own_tiles * n_gates + item) * LANES + lane)
@@ -395,6 +474,8 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
             stamp(stamps_at, t, 5, thread)
 
             # Cells and outputs of this step.
+            if thread < own_samples:
+                held[int32(2 * thread)] = int32(held[int32(2 * thread)] - 1)
             k = thread
             while k < own_samples * active_pitch:
                 active[k] = int32(0)
@@ -404,8 +485,8 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
                 sample, tile = next_item(sample, tile, own_tiles)
                 if sample >= own_samples:
                     break
-                unit = int32((first_tile + tile) * width + lane)
-                if lane < width and unit < n:
+                unit = int32(units[int32(2 * tile)] + lane)
+                if lane < units[int32(2 * tile + 1)]:
                     s, p = int32(item * (n_gates * LANES) + lane), int32(item * LANES + lane)
                     value, after = update(drives_in, s, drives_rec, s, LANES, state[p], np.float32(0), thresholds, unit)
                     store_relaxed(log_at + (row + batch + sample) * row_bytes + int64(4) * unit, value)
@@ -422,9 +503,20 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
             sample, tile = next_item(sample, tile, own_tiles)
             if sample >= own_samples:
                 break
-            unit = int32((first_tile + tile) * width + lane)
-            if lane < width and unit < n:
+            unit = int32(units[int32(2 * tile)] + lane)
+            if lane < units[int32(2 * tile + 1)]:
                 cells[(first_sample + sample) * n + unit] = state[item * LANES + lane]
             tile, item = int32(tile + warps), int32(item + warps)
+
+        sample = int32(0)
+        while held_at != 0 and part == 0 and sample < own_samples:
+            k = thread
+            while k < blocks:
+                value = gates[int32(sample * gates_pitch + k)]
+                global_float32(held_at)[(first_sample + sample) * blocks + k] = value
+                k = int32(k + threads)
+            if thread == 0:
+                global_int32(left_at)[first_sample + sample] = held[int32(2 * sample)]
+            sample = int32(sample + 1)
 
     return gated_layer, types.void(*[types.int64] * 10)
