@@ -145,15 +145,23 @@ EMULATED = [
     (Cell(), {"units": (9, 6), "steps": 1, "readout": None}),
     (
         Cell("gru"),
-        {"gate_rule": "softmax", "rank": 2, "block": (2, 3), "storage": "bfloat16", "readout": None, "batch": 3},
+        {"units": (36,), "gate_rule": "softmax", "rank": 2, "block": (6, 18), "storage": "bfloat16", "readout": None}
+        | {"batch": 3},
     ),
-    (Cell("lstm"), {"batch": 1, "block": (1, 20), "steps": 3, "shared_bytes": 17_000}),
+    # Block rows of whole pieces, of which two stay in shared memory and four are copied ahead.
+    (
+        Cell("gru"),
+        {"units": (192,), "block": (32, 32), "density": 0.6, "readout": None, "batch": 1, "gated": ("w_rec",), "steps": 3}
+        | {"shared_bytes": 180_000, "stage_bytes": 4096, "resident": 2},
+    ),
+    (Cell("lstm"), {"batch": 1, "block": (1, 20), "steps": 3, "shared_bytes": 17_000, "resident": 5}),
 ]
 
 
 @pytest.mark.parametrize(("cell", "options"), EMULATED, ids=said)
 def test_emulated_kernels_have_the_bits_of_the_specification(monkeypatch, emulated, cell, options):
     from eventrnn.cuda import gated_layer
+    from eventrnn.cuda.kernels import gated_loop
 
     def places(*given):
         made = place(*given)
@@ -161,17 +169,21 @@ def test_emulated_kernels_have_the_bits_of_the_specification(monkeypatch, emulat
         return made
 
     place, resident, options = gated_layer.GatedMatrix.places, [], dict(options)
+    kept = options.pop("resident", None)
     monkeypatch.setattr(gated_layer.GatedMatrix, "places", places)
     monkeypatch.setattr(type(emulated), "shared_bytes", options.pop("shared_bytes", emulated.shared_bytes))
+    if (stage_bytes := options.pop("stage_bytes", None)) is not None:
+        for module in (gated_layer, gated_loop):
+            monkeypatch.setattr(module, "LAYER_STAGE_BYTES", stage_bytes)
     network, x = case(cell, **options)
     expected = simulate(network, x, backend="reference", record=RECORDABLE)
     got = simulate(network, x, backend="cuda", record=RECORDABLE)
-    assert {"gated_rows", "gated_layer"} <= set(emulated.launched)
+    assert ("gated_rows" in emulated.launched) == isinstance(network.layers[0].w_in, GatedBlocks)
+    assert "gated_layer" in emulated.launched
     assert np.any(expected.output)
     assert_same(expected, got)
-    # In the last case some block rows stay in shared memory, and others are copied in every step.
-    rows = network.layers[0].w_rec.grid[0]
-    assert max(resident) == rows if x.shape[1] > 1 else 0 < max(resident) < rows
+    # In some cases some block rows stay in shared memory, and others are copied in every step.
+    assert max(resident) == (kept or network.layers[0].w_rec.grid[0])
     assert got.paths["layers.0.w_rec"] == f"gated {options.get('storage', 'float32')} in L2"
 
 

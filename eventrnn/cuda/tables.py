@@ -179,8 +179,9 @@ def layout_code(kind: int, narrow: bool, resident: bool) -> int:
 # --- gated blocks (`kernels/gated_blocks.py`) ---------------------------------------------------------------
 
 # Copies of weights to shared memory that a warp may have under way, and their bytes: for independent rows, and for the
-# time loop of a layer, whose stages leave room for resident weights. 3072 bytes are 64 rows of 12 columns.
-STAGES, ROWS_STAGE_BYTES, LAYER_STAGE_BYTES = 4, 4096, 3072
+# time loop of a layer, whose stages leave room for resident weights. Four of 4608 bytes hold three block rows of 128 rows
+# and 12 columns.
+STAGES, ROWS_STAGE_BYTES, LAYER_STAGE_BYTES = 4, 4096, 4608
 
 # Rows of a block row are padded to a multiple of this number, of which a lane reads the weights by 16 bytes.
 ROW_GROUP = 8

@@ -38,18 +38,27 @@ from numba import int32, int64
 from eventrnn.cuda.device import cuda, device_function, libdevice
 from eventrnn.cuda.kernels.ptx import (
     OPEN_GROUPS,
+    OPEN_ROWS,
     commit_copies,
     copy_async16,
     copy_async16_four,
+    copy_async16_if,
     load_shared_float4,
     shared_float32,
     shared_int32,
     wait_for_oldest_copies,
+    wait_for_oldest_row,
 )
-from eventrnn.cuda.kernels.strip_product import FULL_WARP
+from eventrnn.cuda.kernels.strip_product import FULL_WARP, popcount
 from eventrnn.cuda.tables import LANES, STAGES
 
 assert OPEN_GROUPS == STAGES - 1, "the oldest of all stages must be complete"
+
+# Rows of a block row that `add_whole_rows` multiplies per turn, block rows that a ring of its has, and copies per lane and
+# block row, at most.
+PIECE, ROWS_AHEAD, COPIES = 32, 3, 12
+
+assert OPEN_ROWS == ROWS_AHEAD - 1, "the row after the present one must be complete"
 
 
 # The bits of the second of two bfloat16.
@@ -396,8 +405,186 @@ def make_add_strip(narrow: bool, stage_bytes: int):
         return acc
 
     @device_function
+    def is_whole(strip, received):
+        """Whether `add_whole_rows` can multiply the strip."""
+        row_bytes = strip.rows_of_block * strip.width * size
+        whole = strip.rows_of_block % PIECE == 0 and strip.n_rows % strip.rows_of_block == 0
+        room = row_bytes <= COPIES * 16 * LANES and ROWS_AHEAD * row_bytes <= STAGES * stage_bytes
+        one_block = strip.first_column == strip.last_column and strip.block_rows < LANES
+        return received.samples == 1 and one_block and whole and room
+
+    @device_function
+    def copy_block_row(strip, row, wanted, target_at, lane):
+        """Start copying a block row to `target_at` unless `wanted` is 0. Its copies are a group."""
+        source = strip.values_at + max(strip.offsets[row], int64(0)) * size + int64(16) * lane
+        target, parts = target_at + int64(16) * lane, int32(strip.rows_of_block * strip.width * size) >> int32(4)
+        parts = int32(int32(parts - lane) * wanted)
+        copy_async16_if(target + int64(0), source + int64(0), int32(parts > 0))
+        copy_async16_if(target + int64(512), source + int64(512), int32(parts > 32))
+        copy_async16_if(target + int64(1024), source + int64(1024), int32(parts > 64))
+        copy_async16_if(target + int64(1536), source + int64(1536), int32(parts > 96))
+        copy_async16_if(target + int64(2048), source + int64(2048), int32(parts > 128))
+        copy_async16_if(target + int64(2560), source + int64(2560), int32(parts > 160))
+        copy_async16_if(target + int64(3072), source + int64(3072), int32(parts > 192))
+        copy_async16_if(target + int64(3584), source + int64(3584), int32(parts > 224))
+        copy_async16_if(target + int64(4096), source + int64(4096), int32(parts > 256))
+        copy_async16_if(target + int64(4608), source + int64(4608), int32(parts > 288))
+        copy_async16_if(target + int64(5120), source + int64(5120), int32(parts > 320))
+        copy_async16_if(target + int64(5632), source + int64(5632), int32(parts > 352))
+        commit_copies()
+
+    @device_function
+    def add_whole_rows(acc, strip, received, ring_at, lane):
+        """`add_strip` for one row of inputs, a strip of one block column, and block rows of whole pieces.
+
+        Weights of the next half of a piece are loaded before the present half is added, also from one block row to the
+        next. What the last piece of a block row needs of the next one is selected, without a branch, so that only the
+        chain of terms takes time. Block rows that are not resident are copied ROWS_AHEAD ahead, to a ring of as many.
+        """
+        step, next8, rows = int64(16) * strip.width, int64(8 * size) * strip.width, strip.rows_of_block
+        row_bytes, sixteen, none = int64(rows * size * strip.width), int64(16), int32(0)
+        mask = needed_rows(strip, received, none, strip.block_rows, lane)
+        # Lanes without a column read what another lane reads.
+        own = int64(16) * min(lane, int32(strip.width - 1))
+        weights_at, own_ring_at = strip.resident_at + own, ring_at + own
+        gates_at, pitch = received.gates_at + int64(4) * strip.block_column, int64(4 * strip.block_columns)
+
+        # Block rows that are not copied yet, and places of the ring that are free; where the next copy goes to.
+        resident = int32(mask & int32((int32(1) << strip.resident) - 1))
+        later, free, target = int32(mask & ~resident), int32(ROWS_AHEAD), none
+        turns = int32(ROWS_AHEAD)
+        if popcount(resident) > ROWS_AHEAD:
+            # The first copies are started while resident rows are multiplied.
+            turns = none
+        while turns > 0:
+            wanted = int32(later != 0)
+            copy_block_row(strip, int32(max(cuda.ffs(later) - 1, 0)), wanted, ring_at + row_bytes * target, lane)
+            later, free, target = int32(later & int32(later - 1)), int32(free - wanted), int32(target + wanted)
+            turns = int32(turns - 1)
+        target = none if target == ROWS_AHEAD else target
+
+        more, row, slot = mask != 0, int32(max(cuda.ffs(mask) - 1, 0)), none
+        in_ring = row >= strip.resident
+        w_at = own_ring_at if in_ring else weights_at + row_bytes * row
+        x_at, gate = received.inputs_at + int64(4 * rows) * row, shared_float32(gates_at + pitch * row)[0]
+        wait_for_oldest_row()
+        # The other lanes have copied parts of the row.
+        cuda.syncwarp(FULL_WARP)
+        a0, a1, a2, a3, a4, a5, a6, a7 = weights8(w_at, step)
+        p0, p1, p2, p3, p4, p5, p6, p7 = load8(x_at, sixteen)
+        b0, b1, b2, b3, b4, b5, b6, b7 = weights8(w_at + next8, step)
+        q0, q1, q2, q3, q4, q5, q6, q7 = load8(x_at + int64(32), sixteen)
+        while more:
+            mask = int32(mask & int32(mask - 1))
+            piece = PIECE
+            while piece < rows:
+                c0, c1, c2, c3, c4, c5, c6, c7 = weights8(w_at + 2 * next8, step)
+                r0, r1, r2, r3, r4, r5, r6, r7 = load8(x_at + int64(64), sixteen)
+                d0, d1, d2, d3, d4, d5, d6, d7 = weights8(w_at + 3 * next8, step)
+                s0, s1, s2, s3, s4, s5, s6, s7 = load8(x_at + int64(96), sixteen)
+                acc = cuda.fma(a0, gate * p0, acc)
+                acc = cuda.fma(a1, gate * p1, acc)
+                acc = cuda.fma(a2, gate * p2, acc)
+                acc = cuda.fma(a3, gate * p3, acc)
+                acc = cuda.fma(a4, gate * p4, acc)
+                acc = cuda.fma(a5, gate * p5, acc)
+                acc = cuda.fma(a6, gate * p6, acc)
+                acc = cuda.fma(a7, gate * p7, acc)
+                acc = cuda.fma(b0, gate * q0, acc)
+                acc = cuda.fma(b1, gate * q1, acc)
+                acc = cuda.fma(b2, gate * q2, acc)
+                acc = cuda.fma(b3, gate * q3, acc)
+                acc = cuda.fma(b4, gate * q4, acc)
+                acc = cuda.fma(b5, gate * q5, acc)
+                acc = cuda.fma(b6, gate * q6, acc)
+                acc = cuda.fma(b7, gate * q7, acc)
+                piece, w_at, x_at = int32(piece + PIECE), w_at + 4 * next8, x_at + int64(128)
+                a0, a1, a2, a3, a4, a5, a6, a7 = weights8(w_at, step)
+                p0, p1, p2, p3, p4, p5, p6, p7 = load8(x_at, sixteen)
+                b0, b1, b2, b3, b4, b5, b6, b7 = weights8(w_at + next8, step)
+                q0, q1, q2, q3, q4, q5, q6, q7 = load8(x_at + int64(32), sixteen)
+                acc = cuda.fma(c0, gate * r0, acc)
+                acc = cuda.fma(c1, gate * r1, acc)
+                acc = cuda.fma(c2, gate * r2, acc)
+                acc = cuda.fma(c3, gate * r3, acc)
+                acc = cuda.fma(c4, gate * r4, acc)
+                acc = cuda.fma(c5, gate * r5, acc)
+                acc = cuda.fma(c6, gate * r6, acc)
+                acc = cuda.fma(c7, gate * r7, acc)
+                acc = cuda.fma(d0, gate * s0, acc)
+                acc = cuda.fma(d1, gate * s1, acc)
+                acc = cuda.fma(d2, gate * s2, acc)
+                acc = cuda.fma(d3, gate * s3, acc)
+                acc = cuda.fma(d4, gate * s4, acc)
+                acc = cuda.fma(d5, gate * s5, acc)
+                acc = cuda.fma(d6, gate * s6, acc)
+                acc = cuda.fma(d7, gate * s7, acc)
+            c0, c1, c2, c3, c4, c5, c6, c7 = weights8(w_at + 2 * next8, step)
+            r0, r1, r2, r3, r4, r5, r6, r7 = load8(x_at + int64(64), sixteen)
+            d0, d1, d2, d3, d4, d5, d6, d7 = weights8(w_at + 3 * next8, step)
+            s0, s1, s2, s3, s4, s5, s6, s7 = load8(x_at + int64(96), sixteen)
+            acc = cuda.fma(a0, gate * p0, acc)
+            acc = cuda.fma(a1, gate * p1, acc)
+            acc = cuda.fma(a2, gate * p2, acc)
+            acc = cuda.fma(a3, gate * p3, acc)
+            acc = cuda.fma(a4, gate * p4, acc)
+            acc = cuda.fma(a5, gate * p5, acc)
+            acc = cuda.fma(a6, gate * p6, acc)
+            acc = cuda.fma(a7, gate * p7, acc)
+            acc = cuda.fma(b0, gate * q0, acc)
+            acc = cuda.fma(b1, gate * q1, acc)
+            acc = cuda.fma(b2, gate * q2, acc)
+            acc = cuda.fma(b3, gate * q3, acc)
+            acc = cuda.fma(b4, gate * q4, acc)
+            acc = cuda.fma(b5, gate * q5, acc)
+            acc = cuda.fma(b6, gate * q6, acc)
+            acc = cuda.fma(b7, gate * q7, acc)
+            # All lanes have read the row, whose place may be written again.
+            cuda.syncwarp(FULL_WARP)
+            more, used = mask != 0, int32(in_ring)
+            free, slot = int32(free + used), int32(slot + used)
+            slot = none if slot == ROWS_AHEAD else slot
+            wanted = int32(free > 0) & int32(later != 0)
+            copy_block_row(strip, int32(max(cuda.ffs(later) - 1, 0)), wanted, ring_at + row_bytes * target, lane)
+            later, free = int32(later & int32(later - 1)) if wanted != 0 else later, int32(free - wanted)
+            target = int32(target + wanted)
+            target = none if target == ROWS_AHEAD else target
+            row = int32(max(cuda.ffs(mask) - 1, 0))
+            in_ring = row >= strip.resident
+            w_at = own_ring_at + row_bytes * slot if in_ring else weights_at + row_bytes * row
+            x_at, next_gate = received.inputs_at + int64(4 * rows) * row, shared_float32(gates_at + pitch * row)[0]
+            wait_for_oldest_row()
+            cuda.syncwarp(FULL_WARP)
+            a0, a1, a2, a3, a4, a5, a6, a7 = weights8(w_at, step)
+            p0, p1, p2, p3, p4, p5, p6, p7 = load8(x_at, sixteen)
+            b0, b1, b2, b3, b4, b5, b6, b7 = weights8(w_at + next8, step)
+            q0, q1, q2, q3, q4, q5, q6, q7 = load8(x_at + int64(32), sixteen)
+            acc = cuda.fma(c0, gate * r0, acc)
+            acc = cuda.fma(c1, gate * r1, acc)
+            acc = cuda.fma(c2, gate * r2, acc)
+            acc = cuda.fma(c3, gate * r3, acc)
+            acc = cuda.fma(c4, gate * r4, acc)
+            acc = cuda.fma(c5, gate * r5, acc)
+            acc = cuda.fma(c6, gate * r6, acc)
+            acc = cuda.fma(c7, gate * r7, acc)
+            acc = cuda.fma(d0, gate * s0, acc)
+            acc = cuda.fma(d1, gate * s1, acc)
+            acc = cuda.fma(d2, gate * s2, acc)
+            acc = cuda.fma(d3, gate * s3, acc)
+            acc = cuda.fma(d4, gate * s4, acc)
+            acc = cuda.fma(d5, gate * s5, acc)
+            acc = cuda.fma(d6, gate * s6, acc)
+            acc = cuda.fma(d7, gate * s7, acc)
+            gate = next_gate
+        return acc
+
+    @device_function
     def add_strip(start, strip, received, ring_at, lane):
-        return end_strip(start, strip, received, begin_strip(strip, received, ring_at, lane), ring_at, lane)
+        if is_whole(strip, received):
+            acc = add_whole_rows(start, strip, received, ring_at, lane)
+        else:
+            acc = end_strip(start, strip, received, begin_strip(strip, received, ring_at, lane), ring_at, lane)
+        return acc
 
     @device_function
     def end_factor(start, factor, received, ring_at, lane):
