@@ -69,7 +69,7 @@ def phases(network: er.Network, x: np.ndarray) -> dict:
         "cycles": each,
         "cycles_per_step": float(clocked) / steps,
         "us_per_step": 1e6 * seconds / steps,
-        "resident_block_rows": int(plan.places.get()[tables.RESIDENT]),
+        "resident_block_rows": int(plan.places.get()[tables.RESIDENT_ROWS]),
         "block_rows": network.layers[0].w_rec.grid[0],
     }
 

@@ -151,21 +151,31 @@ EMULATED = [
     # Block rows of whole pieces, of which two stay in shared memory and four are copied ahead.
     (
         Cell("gru"),
-        {"units": (192,), "block": (32, 32), "density": 0.6, "readout": None, "batch": 1, "gated": ("w_rec",), "steps": 3}
+        {
+            "units": (192,),
+            "block": (32, 32),
+            "density": 0.6,
+            "readout": None,
+            "batch": 1,
+            "gated": ("w_rec",),
+            "steps": 3,
+        }
         | {"shared_bytes": 180_000, "stage_bytes": 4096, "resident": 2},
     ),
-    (Cell("lstm"), {"batch": 1, "block": (1, 20), "steps": 3, "shared_bytes": 17_000, "resident": 5}),
+    # Dense weights of one sample.
+    (Cell("lstm"), {"units": (70,), "batch": 1, "gated": (), "readout": None, "stage_bytes": 8192}),
+    (Cell("lstm"), {"batch": 1, "block": (1, 20), "steps": 3, "shared_bytes": 17_000, "resident": 1}),
 ]
 
 
 @pytest.mark.parametrize(("cell", "options"), EMULATED, ids=said)
 def test_emulated_kernels_have_the_bits_of_the_specification(monkeypatch, emulated, cell, options):
-    from eventrnn.cuda import gated_layer
+    from eventrnn.cuda import device_network, gated_layer
     from eventrnn.cuda.kernels import gated_loop
 
     def places(*given):
         made = place(*given)
-        resident.append(made[0][tables.RESIDENT])
+        resident.append(made[0][tables.RESIDENT_ROWS])
         return made
 
     place, resident, options = gated_layer.GatedMatrix.places, [], dict(options)
@@ -175,6 +185,7 @@ def test_emulated_kernels_have_the_bits_of_the_specification(monkeypatch, emulat
     if (stage_bytes := options.pop("stage_bytes", None)) is not None:
         for module in (gated_layer, gated_loop):
             monkeypatch.setattr(module, "LAYER_STAGE_BYTES", stage_bytes)
+    monkeypatch.setattr(device_network, "MIN_LOOP_UNITS", 64)
     network, x = case(cell, **options)
     expected = simulate(network, x, backend="reference", record=RECORDABLE)
     got = simulate(network, x, backend="cuda", record=RECORDABLE)
@@ -183,8 +194,9 @@ def test_emulated_kernels_have_the_bits_of_the_specification(monkeypatch, emulat
     assert np.any(expected.output)
     assert_same(expected, got)
     # In some cases some block rows stay in shared memory, and others are copied in every step.
-    assert max(resident) == (kept or network.layers[0].w_rec.grid[0])
-    assert got.paths["layers.0.w_rec"] == f"gated {options.get('storage', 'float32')} in L2"
+    gated = isinstance(network.layers[0].w_rec, GatedBlocks)
+    assert max(resident) == (kept or (network.layers[0].w_rec.grid[0] if gated else 2))
+    assert got.paths["layers.0.w_rec"] == f"{'gated' if gated else 'dense'} {options.get('storage', 'float32')} in L2"
 
 
 @pytest.mark.parametrize("rule", ["linear", "softmax"])
@@ -314,6 +326,17 @@ def test_wide_gated_blocks_on_a_gpu_have_the_bits_of_the_cpu(units, block, stora
         sizes = {"units": (units,), "inputs": 64, "readout": None, "steps": 9, "batch": batch}
         options = {"block": block, "storage": storage, "density": 0.5, "gate_rule": "softmax"}
         check_on_a_gpu(*case(Cell("lstm"), **sizes, **options))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("units", "storage"), [(1536, "float32"), (1350, "float32"), (1024, "bfloat16"), (530, "int8")]
+)
+def test_wide_dense_layers_of_one_sample_on_a_gpu_have_the_bits_of_the_cpu(units, storage):
+    for cell in (Cell("gru"), Cell("lstm")):
+        network, x = case(cell, units=(units,), inputs=64, readout=7, steps=9, batch=1, gated=(), storage=storage)
+        check_on_a_gpu(network, x)
+        assert simulate(network, x, backend="cuda").paths["layers.0.w_rec"].startswith("dense")
 
 
 @pytest.mark.gpu

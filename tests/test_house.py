@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tokenize
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,20 @@ def test_compiled_functions_live_in_kernels_folders():
 
 
 # --- sizes and types ----------------------------------------------------------------------------------------
+
+
+def test_constants_are_assigned_once():
+    """A column of a table that has the name of a flag silently changes the flag."""
+    for path in PACKAGE:
+        named = Counter(
+            each.id
+            for statement in tree(path).body
+            if isinstance(statement, ast.Assign)
+            for target in statement.targets
+            for each in ast.walk(target)
+            if isinstance(each, ast.Name) and each.id.isupper()
+        )
+        assert [name for name, count in named.items() if count > 1] == [], path
 
 
 def test_no_file_is_longer_than_600_lines():

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from eventrnn.network import Network
 
 
+# Units from which on a dense layer whose units are all active has a time loop of its own for one sample.
+MIN_LOOP_UNITS = 512
+
+
 class DeviceNetwork:
     """The part of an engine that no run changes. Plans and device tables are made at their first use and kept.
 
@@ -38,7 +42,8 @@ class DeviceNetwork:
     output_size : columns of the output: V of a read-out, else the units of the last layer
     names       : the names of the matrices, by their number
     w_in, w_rec : per layer, the weights of the input and of the recurrent product
-    gated       : per layer, its time loop where its recurrent matrix has gated blocks; None for other layers
+    gated       : per layer, its time loop where its recurrent matrix has gated blocks; None for other layers. `loop`
+                  adds those of dense layers that run for one sample
     thresholds  : per layer, the thresholds in strips, on the device
     readout     : the weights of the read-out, or None
     block_tables : by (layers, batch, first sample), the block table of a launch on the device, and its number of blocks
@@ -61,13 +66,15 @@ class DeviceNetwork:
         self.readout: Matrix | GatedMatrix | None = None
         self.block_tables: dict[tuple, tuple[Any, int]] = {}
         self._plans: dict[tuple, list[Plan | GatedPlan | None]] = {}
+        self._dense_loops: dict[int, GatedLayer] = {}
         with device.on_stream():
             self._pack()
 
     def _pack(self) -> None:
         network, device = self.network, self.device
         for k, layer in enumerate(network.layers):
-            share = self.chip.multiprocessors // next(len(each) for each in self.launches() if k in each)
+            # The general plan and the one of a single stream divide the GPU among the layers of a launch.
+            share = self.chip.multiprocessors // next(len(each) for each in self.launches(MIN_STREAMS) if k in each)
             inside = (layer.w_rec, layer.w_in) if k else (layer.w_rec,)
             width = tile_width(layer.units, share, any(isinstance(w, Dense) for w in inside))
             w_rec = self._matrix(MatrixId.of(k, "w_rec"), layer.w_rec, layer.bias_rec, layer.cell.gates, width)
@@ -88,9 +95,30 @@ class DeviceNetwork:
             return GatedMatrix(self.device, weights, bias, gates, self.names.index(name))
         return Matrix(self.device, weights, bias, gates, width)
 
-    def drives_first(self, k: int) -> bool:
+    def drives_first(self, k: int, batch: int) -> bool:
         """Whether the input drives of layer k are computed for all steps before the layer is launched."""
-        return k == 0 or self.gated[k] is not None or isinstance(self.w_in[k], GatedMatrix)
+        return k == 0 or self.loop(k, batch) is not None or isinstance(self.w_in[k], GatedMatrix)
+
+    def loop(self, k: int, batch: int) -> GatedLayer | None:
+        """The time loop of a layer with gated blocks or, for one sample, of a wide dense one with all units active.
+
+        None for other layers, which follow another plan.
+        """
+        if not self._is_wide(k, batch):
+            return self.gated[k]
+        layer = self.network.layers[k]
+        if k not in self._dense_loops:
+            number = self.names.index(MatrixId.of(k, "w_rec"))
+            assert isinstance(layer.w_rec, Dense)
+            matrix = GatedMatrix.of_dense(self.device, layer.w_rec, layer.bias_rec, layer.cell.gates, number)
+            self._dense_loops[k] = GatedLayer(self.device, layer, matrix)
+        return self._dense_loops[k]
+
+    def _is_wide(self, k: int, batch: int) -> bool:
+        """Whether `loop` makes a time loop for a dense layer."""
+        layer = self.network.layers[k]
+        wide = isinstance(layer.w_rec, Dense) and layer.units >= MIN_LOOP_UNITS
+        return batch == 1 and wide and not layer.cell.thresholded and not layer.cell.reset_first
 
     # --- tensor cores ---
 
@@ -115,11 +143,12 @@ class DeviceNetwork:
 
     # --- plans ---
 
-    def launches(self, tensor_layers: tuple[int, ...] = ()) -> list[range]:
+    def launches(self, batch: int, tensor_layers: tuple[int, ...] = ()) -> list[range]:
         """The layers of each launch, from the input to the output."""
         kinds = [(layer.cell.name, layer.cell.variant) for layer in self.network.layers]
         layers = enumerate(self.network.layers)
         gated = [k for k, layer in layers if any(isinstance(w, GatedBlocks) for w in (layer.w_in, layer.w_rec))]
+        gated += [k for k in range(len(kinds)) if self._is_wide(k, batch)]
         return launches_of(kinds, self.chip.multiprocessors, (*tensor_layers, *gated))
 
     def plans(self, batch: int, tensor_layers: tuple[int, ...]) -> list[Plan | GatedPlan | None]:
@@ -128,14 +157,14 @@ class DeviceNetwork:
         if key not in self._plans:
             self._plans[key] = [
                 None if layers.start in tensor_layers else self._plan(layers, batch)
-                for layers in self.launches(tensor_layers)
+                for layers in self.launches(batch, tensor_layers)
             ]
         return self._plans[key]
 
     def _plan(self, layers: range, batch: int) -> Plan | GatedPlan:
-        gated = self.gated[layers.start]
-        if gated is not None:
-            return gated.plan(batch)
+        loop = self.loop(layers.start, batch)
+        if loop is not None:
+            return loop.plan(batch)
         clustered = self._cluster_plan(layers, batch)
         if clustered is not None:
             return clustered
@@ -143,7 +172,7 @@ class DeviceNetwork:
             LayerShape(
                 self.units[k],
                 self.network.layers[k].inputs,
-                None if self.drives_first(k) else self.plain(self.w_in[k]).strips,
+                None if self.drives_first(k, batch) else self.plain(self.w_in[k]).strips,
                 self.plain(self.w_rec[k]).strips,
             )
             for k in layers
@@ -175,21 +204,23 @@ class DeviceNetwork:
         """By matrix, the layout of its weights and the memory that they are read from."""
         found: dict[str, str] = {}
         plans = self.plans(batch, tensor_layers)
-        for layers, each in zip(self.launches(tensor_layers), plans, strict=True):
+        for layers, each in zip(self.launches(batch, tensor_layers), plans, strict=True):
             if each is None:
                 names = (MatrixId.of(layers.start, role) for role in ("w_rec", "w_in"))
                 found |= dict.fromkeys(names, f"tensor {self.precision}")
                 continue
-            if isinstance(each, GatedPlan):
-                k = layers.start
-                found[MatrixId.of(k, "w_rec")] = self.w_rec[k].product_description
+            k = layers.start
+            loop = self.loop(k, batch)
+            if loop is not None:
+                found[MatrixId.of(k, "w_rec")] = loop.w_rec.product_description
                 found[MatrixId.of(k, "w_in")] = self.w_in[k].product_description
                 continue
+            assert not isinstance(each, GatedPlan)
             for (k, is_input), layout in zip(roles_of(layers, each), each.layers, strict=True):
                 w_in, w_rec = MatrixId.of(k, "w_in"), MatrixId.of(k, "w_rec")
                 if not is_input:
                     found[w_rec] = self.plain(self.w_rec[k]).layout_description(layout.layout_rec, each.cluster)
-                if self.drives_first(k):
+                if self.drives_first(k, batch):
                     found[w_in] = self.w_in[k].product_description
                 elif is_input or not each.cluster:
                     found[w_in] = self.plain(self.w_in[k]).layout_description(layout.layout_in, each.cluster)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -21,10 +22,10 @@ from eventrnn.cuda.tables import (
     STAGES,
     SUM_BYTES,
 )
+from eventrnn.weights import Dense, GatedBlocks, convert
 
 if TYPE_CHECKING:
     from eventrnn.cuda.device import Device
-    from eventrnn.weights import GatedBlocks
 
 
 # Warps of a block that the kernels may have; few, because each number needs a kernel of its own. A row of outputs is
@@ -36,6 +37,9 @@ LOGITS_PER_THREAD = 4
 
 # Rows of independent inputs from which one block takes a further row at a time.
 ROWS_PER_SAMPLE = 32
+
+# Rows of a block of dense weights.
+DENSE_BLOCK_ROWS = 128, 64, 32
 
 # Warps that multiply, at least, where a block has several rows of inputs at a time and as many strips.
 MIN_WORKERS = 6
@@ -122,15 +126,36 @@ class GatedMatrix:
     weights : the blocks on the host
     gates   : gate rows of a unit for the matrices of a layer, 1 for a read-out
     number  : of the matrix in the network, for the status word
+    chooses : whether steps choose blocks; if not, all gates are 1
     """
 
     sparse = False
 
     def __init__(self, device: Device, weights: GatedBlocks, bias: np.ndarray, gates: int, number: int):
         self.device, self.weights, self.gates, self.number = device, weights, gates, number
-        self.host_bias = bias
+        self.host_bias, self.chooses = bias, True
         self._kept: list[Any] = []
         self._places: dict[int, tuple[Any, int, int]] = {}
+
+    @classmethod
+    def of_dense(cls, device: Device, weights: Dense, bias: np.ndarray, gates: int, number: int) -> GatedMatrix:
+        """Dense weights as blocks whose gates are 1. Rows of zeros are added, so that all block rows have as many."""
+        values, (rows, columns) = weights.to_dense(), weights.shape
+        r = next((r for r in DENSE_BLOCK_ROWS if r <= rows), rows)
+        padded = np.zeros((_rounded(rows, r), columns), np.float32)
+        padded[:rows] = values
+        # int8 is decoded, as elsewhere on a GPU.
+        stored = convert(padded, "dense", storage="bfloat16" if weights.storage == "bfloat16" else "float32")
+        blocks = padded.shape[0] // r
+        gate = {"gate": np.zeros((len(padded), blocks), np.float32), "gate_bias": np.zeros(blocks, np.float32)}
+        with warnings.catch_warnings():
+            # This gate is never computed.
+            warnings.simplefilter("ignore", UserWarning)
+            matrix = cls(
+                device, GatedBlocks.from_weights(stored, block=(r, columns), density=1.0, **gate), bias, gates, number
+            )
+        matrix.chooses = False
+        return matrix
 
     @property
     def narrow(self) -> bool:
@@ -145,7 +170,7 @@ class GatedMatrix:
     @property
     def product_description(self) -> str:
         """For `Simulation.paths`."""
-        return f"gated {'bfloat16' if self.narrow else 'float32'} in L2"
+        return f"{'gated' if self.chooses else 'dense'} {'bfloat16' if self.narrow else 'float32'} in L2"
 
     def _put(self, array: np.ndarray) -> int:
         """The address of a copy on the GPU, which lives as long as the matrix."""
@@ -188,7 +213,7 @@ class GatedMatrix:
             tables.ALL_BLOCKS: weights.n_blocks,
             tables.KEPT_BLOCKS: weights.kept_blocks,
             tables.SOFTMAX: weights.gate_rule == "softmax",
-            tables.PERIOD: weights.gate_period,
+            tables.PERIOD: weights.gate_period if self.chooses else 0,
             tables.BLOCK_SPAN: strips.span,
             tables.BIAS: self._put(self.host_bias),
             tables.RANK: self.rank,
@@ -263,7 +288,7 @@ class GatedMatrix:
             at, room = at + logit_bytes, room - logit_bytes
         block_bytes = own_strips * owned.width * _rounded(r, ROW_GROUP) * (2 if self.narrow else 4)
         resident = min(self.weights.grid[0], room // block_bytes) if block_bytes else 0
-        table[tables.AT_RESIDENT], table[tables.RESIDENT] = at, resident
+        table[tables.AT_RESIDENT], table[tables.RESIDENT_ROWS] = at, resident
         at += resident * block_bytes
         table[tables.AT_RINGS], table[tables.WORKERS] = at, workers
         return table, at + workers * ring_bytes + beyond

@@ -46,7 +46,7 @@ def _layer_rows(network: DeviceNetwork, layers: range, each: Plan, buffers: RunB
     rows = np.zeros((len(roles), tables.LAYER_FIELDS), np.int64)
     for row, (k, is_input) in enumerate(roles):
         w_rec, placed = network.plain(network.w_rec[k]), each.layers[row]
-        ready = network.drives_first(k)
+        ready = network.drives_first(k, buffers.batch)
         below = event_logs[k - 1][1:] if not ready and (is_input or not each.cluster) else None
         drives = _input_drives(network, buffers, k) if k and each.cluster else drive
         fields = {

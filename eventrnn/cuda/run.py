@@ -103,14 +103,17 @@ class Run:
         last = len(units) - 1
         # The last layer's outputs need no event log where they are the output themselves.
         direct = out is not None and network.readout is None and last in self.tensor_layers
-        launches, plans = network.launches(self.tensor_layers), network.plans(self.batch, self.tensor_layers)
+        launches, plans = (
+            network.launches(self.batch, self.tensor_layers),
+            network.plans(self.batch, self.tensor_layers),
+        )
         for layers, each in zip(launches, plans, strict=True):
             k = layers.start
             if each is not None:
-                drive = self._drive(k, table, row_of, status) if network.drives_first(k) else None
-                gated = network.gated[k]
-                if gated is not None:
-                    gated.enqueue(buffers, k, drive, after[k] if after else None, status)
+                drive = self._drive(k, table, row_of, status) if network.drives_first(k, self.batch) else None
+                loop = network.loop(k, self.batch)
+                if loop is not None:
+                    loop.enqueue(buffers, k, drive, after[k] if after else None, status)
                 else:
                     assert not isinstance(each, GatedPlan)
                     launch_layers(network, layers, each, buffers, drive, status, after)

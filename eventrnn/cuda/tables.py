@@ -179,8 +179,8 @@ def layout_code(kind: int, narrow: bool, resident: bool) -> int:
 # --- gated blocks (`kernels/gated_blocks.py`) ---------------------------------------------------------------
 
 # Copies of weights to shared memory that a warp may have under way, and their bytes: for independent rows, and for the
-# time loop of a layer, whose stages leave room for resident weights. Four of 4608 bytes hold three block rows of 128 rows
-# and 12 columns.
+# time loop of a layer, whose stages leave room for resident weights. Four of 4608 bytes hold three block rows of 128
+# rows and 12 columns.
 STAGES, ROWS_STAGE_BYTES, LAYER_STAGE_BYTES = 4, 4096, 4608
 
 # Rows of a block row are padded to a multiple of this number, of which a lane reads the weights by 16 bytes.
@@ -255,13 +255,13 @@ CHOICE_WORDS, RATIO_PAD = 160 + 4 * LANES, 32
     AT_LOGIT_STARTS,  # (strips of logits of the block, 32) float32, biases of the logits
     AT_HELD,  # (samples, 2) int32, further steps with the gates of a sample, and the bits of its largest gate
     AT_LOGITS,  # (strips of logits of the block, PADDED_PRE, LOGIT_WIDTH) float32, where LOGITS_RESIDENT is 1
-    AT_RESIDENT,  # (strips of the block, RESIDENT, PADDED_ROWS, width), first block rows of the weights
+    AT_RESIDENT,  # (strips of the block, RESIDENT_ROWS, PADDED_ROWS, width), first block rows of the weights
     INPUT_PITCH_OF,  # float32 from one row of inputs to the next; not an offset, like the following columns
     ACTIVE_PITCH,
     INNER_PITCH,
     GATES_PITCH,
     WORKERS,  # warps that multiply, each with a ring; the others only help to choose
-    RESIDENT,  # block rows of a strip that stay in shared memory
+    RESIDENT_ROWS,  # block rows of a strip that stay in shared memory
     LOGITS_RESIDENT,  # 1 if the weights of the own logits stay in shared memory
     PLACE_FIELDS,  # number of columns
 ) = range(28)

@@ -54,7 +54,7 @@ from eventrnn.cuda.tables import LANES, STAGES
 
 assert OPEN_GROUPS == STAGES - 1, "the oldest of all stages must be complete"
 
-# Rows of a block row that `add_whole_rows` multiplies per turn, block rows that a ring of its has, and copies per lane and
+# Rows of a block row that `add_whole_rows` multiplies per turn, block rows that its ring has, and copies per lane and
 # block row, at most.
 PIECE, ROWS_AHEAD, COPIES = 32, 3, 12
 

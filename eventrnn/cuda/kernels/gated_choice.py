@@ -228,7 +228,7 @@ def is_too_large(largest, maxima, me):
         if lane < warps:
             each = maxima[lane]
         most = libdevice.int_as_float(largest) * libdevice.int_as_float(max_of_warp(each))
-        too_large = not (most - most == 0)
+        too_large = most - most != 0
     return too_large
 
 

@@ -177,7 +177,7 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
         gates, inner = shared_float32(gates_at), shared_float32(inner_at)
         sums, none = shared_float32(ring_at + int64(sums_offset)), int32(0)
         # Block rows of the own strips that stay in shared memory, if there are enough steps to read them again.
-        resident, resident_at = int32(place[tables.RESIDENT]), shared + place[tables.AT_RESIDENT]
+        resident, resident_at = int32(place[tables.RESIDENT_ROWS]), shared + place[tables.AT_RESIDENT]
         logits_resident, resident_logits_at = int32(place[tables.LOGITS_RESIDENT]), shared + place[tables.AT_LOGITS]
         if steps < RESIDENT_STEPS:
             resident = logits_resident = int32(0)
@@ -224,7 +224,10 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
         while k < own_tiles:
             of_span = int32((first_tile + k) // span_tiles)
             inside = int32((first_tile + k - of_span * span_tiles) * width)
-            units[int32(2 * k)], units[int32(2 * k + 1)] = int32(of_span * span + inside), int32(min(width, span - inside))
+            units[int32(2 * k)], units[int32(2 * k + 1)] = (
+                int32(of_span * span + inside),
+                int32(min(width, span - inside)),
+            )
             k = int32(k + threads)
         cuda.syncthreads()
         item, tile, gate = warp, int32(0), warp
