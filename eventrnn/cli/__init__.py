@@ -9,43 +9,34 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from importlib import import_module
 from io import StringIO
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from eventrnn import __version__
 from eventrnn._files import FULL, full_disk, printable
-from eventrnn.backend import BackendUnavailable
-from eventrnn.cli import commands
-from eventrnn.cli.bench import bench_app
-from eventrnn.cli.count import count
-from eventrnn.cli.finetune import fine_tune
-from eventrnn.cli.imports import export_command, import_command
-from eventrnn.cli.plot import plot
-from eventrnn.cli.prune import prune
-from eventrnn.cli.report import report
-from eventrnn.cli.sweep import sweep
-from eventrnn.cli.train import train
-from eventrnn.weights import NotAMatrix
 
-# The name of a command, its function and what the list of commands says of it, in the order of a first use. The
-# function `demo` is not imported by name, since it would hide the module `demo` of this package, which it imports.
-COMMANDS = (
-    ("demo", commands.demo, "Train, prune, run and count an example: two to three minutes."),
-    ("train", train, "Train a network on a text."),
-    ("sweep", sweep, "Train many networks: a grid or a search over settings."),
-    ("prune", prune, "Remove weights, blocks or N:M groups, at once or in training."),
-    ("run", commands.run, "Read a text event by event: bits, activity, operations."),
-    ("count", count, "Count every operation and audit the counts."),
-    ("plot", plot, "Draw masks, events, operations or learning curves."),
-    ("report", report, "Write a training run as one HTML page."),
-    ("import", import_command, "Take a GRU or LSTM of PyTorch, Keras, ONNX or EvNN."),
-    ("fine-tune", fine_tune, "Make an EGRU of a wanted activity of a trained GRU."),
-    ("export", export_command, "Write a model as a file of PyTorch, Keras or ONNX."),
-    ("convert", commands.convert_command, "Change the weight format or storage type of a model."),
-    ("info", commands.info, "Show what is installed, or what a model file holds."),
-)
+# The name of a command, its module and its function there, and what the list of commands says of it, in the order of a
+# first use. A module is imported when its command is called: most take Numba with them, and a list needs none of it.
+COMMANDS = {
+    "demo": ("commands", "demo", "Train, prune, run and count an example: two to three minutes."),
+    "train": ("train", "train", "Train a network on a text."),
+    "sweep": ("sweep", "sweep", "Train many networks: a grid or a search over settings."),
+    "prune": ("prune", "prune", "Remove weights, blocks or N:M groups, at once or in training."),
+    "run": ("commands", "run", "Read a text event by event: bits, activity, operations."),
+    "count": ("count", "count", "Count every operation and audit the counts."),
+    "plot": ("plot", "plot", "Draw masks, events, operations or learning curves."),
+    "report": ("report", "report", "Write a training run as one HTML page."),
+    "import": ("imports", "import_command", "Take a GRU or LSTM of PyTorch, Keras, ONNX or EvNN."),
+    "fine-tune": ("finetune", "fine_tune", "Make an EGRU of a wanted activity of a trained GRU."),
+    "export": ("imports", "export_command", "Write a model as a file of PyTorch, Keras or ONNX."),
+    "convert": ("commands", "convert_command", "Change the weight format or storage type of a model."),
+    "info": ("commands", "info", "Show what is installed, or what a model file holds."),
+    "bench": ("bench", "bench_app", "Measure speed beside baselines, all in one run."),
+}
 
 HELP = ["-h", "--help"]
 
@@ -66,7 +57,37 @@ Without a text, commands read the documentation that Python carries. A trained w
 `eventrnn COMMAND --help` lists the options of a command; --json makes its output one line for a script.
 """
 
-app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, context_settings={"help_option_names": HELP})
+
+def command(name: str) -> Any:
+    """The command of this name with its options, or the group of `bench`."""
+    module, attribute, line = COMMANDS[name]
+    found = getattr(import_module(f"eventrnn.cli.{module}"), attribute)
+    if isinstance(found, typer.Typer):
+        return typer.main.get_command(found)
+    alone = typer.Typer(rich_markup_mode=None, add_completion=False)
+    alone.command(name=name, short_help=line)(found)
+    return typer.main.get_command(alone)
+
+
+class Commands(TyperGroup):
+    """The group of all commands, which knows their names and lines, and imports one when it is called."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.commands.update({name: TyperCommand(name, short_help=line) for name, (_, _, line) in COMMANDS.items()})
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """The name, the command and the arguments that are left."""
+        name, found, rest = super().resolve_command(ctx, args)
+        return name, command(name) if name in COMMANDS else found, rest
+
+
+app = typer.Typer(
+    cls=Commands,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": HELP},
+)
 
 
 def _version(asked: bool) -> None:
@@ -83,10 +104,6 @@ def _options(
 ) -> None:
     """What can stand before the name of a command."""
 
-
-for _name, _function, _line in COMMANDS:
-    app.command(name=_name, short_help=_line)(_function)
-app.add_typer(bench_app, name="bench")
 
 # The error of Typer for options it cannot parse. Its module changed between releases; that of its subclass did not.
 UsageError: Any = typer.BadParameter.__mro__[1]
@@ -110,9 +127,16 @@ def main() -> None:
         raise _ended("error", f"{error.format_message()}{help_of}", 2) from None
     except OSError as error:
         raise _ended("error", full_disk(error) if error.errno in FULL else str(error), 2) from None
-    except (ValueError, FloatingPointError, ImportError, MemoryError, BackendUnavailable, NotAMatrix) as error:
+    except (ValueError, FloatingPointError, ImportError, MemoryError) as error:
         raise _ended("error", str(error) or "out of memory; use smaller sizes", 2) from None
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
+        from eventrnn.backend import BackendUnavailable
+        from eventrnn.weights import NotAMatrix
+
+        if isinstance(error, BackendUnavailable | NotAMatrix):
+            raise _ended("error", str(error), 2) from None
+        if isinstance(error, TypeError):
+            raise
         raise _ended("failed", str(error), 1) from None
     except (KeyboardInterrupt, typer.Abort):
         print("eventrnn: stopped", file=sys.stderr)

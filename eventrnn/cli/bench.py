@@ -25,7 +25,9 @@ AGAINST = (
 
 DEFAULT_BASELINE = {"cpu": "torch", "cuda": "cudnn-persistent"}
 
-bench_app = typer.Typer(rich_markup_mode=None, help="Measure speed beside baselines, all in one run.")
+bench_app = typer.Typer(
+    rich_markup_mode=None, add_completion=False, help="Measure speed beside baselines, all in one run."
+)
 
 
 @bench_app.callback()
