@@ -16,7 +16,7 @@ import numpy as np
 
 from eventrnn import io
 from eventrnn._checks import need_choice
-from eventrnn._files import locked, printable, read_arrays, write_whole
+from eventrnn._files import locked, printable, read_arrays
 from eventrnn.data import chirps, moving_bars, padded_counts
 from eventrnn.data.text import encoded_parts, read_stream
 from eventrnn.data.vocabulary import Vocabulary
@@ -26,14 +26,14 @@ from eventrnn.training.recipes import toml_config
 from eventrnn.training.recipes.run_folder import (
     CONFIG,
     GIVEN,
-    TEXT,
     RunSettings,
+    begin_run,
     claim_out,
     need_no_run,
     need_own_name,
-    remove_run,
     run_table,
     save_out,
+    write_config,
 )
 from eventrnn.training.recipes.toml_config import need_file_name
 from eventrnn.training.run import run_locked
@@ -168,15 +168,11 @@ def fine_tune_in(
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         if not resume:
-            if overwrite:
-                remove_run(folder)
-            need_no_run(folder)
-            if text is not None:
-                # A resumed run could not read it again.
-                write_whole(folder / TEXT, text.encode(), overwrite=True)
-                recipe = replace(recipe, task=replace(recipe.task, text=str((folder / TEXT).absolute())))
+            copied = begin_run(folder, overwrite=overwrite, text=text)
+            if copied is not None:
+                recipe = replace(recipe, task=replace(recipe.task, text=copied))
             io.save(network, folder / GIVEN, overwrite=True)
-            write_whole(folder / CONFIG, toml_config.to_toml(recipe).encode(), overwrite=True)
+            write_config(folder, recipe)
         claim_out(out, folder, overwrite)
 
         def each(progress: Progress, seconds: float) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from eventrnn._checks import need_choice, need_flag, need_whole
-from eventrnn._files import is_endless, locked, write_whole
+from eventrnn._files import is_endless, locked
 from eventrnn.cells import CELLS, Cell, Surrogate
 from eventrnn.data.text import Corpus, from_path, from_text, python_documentation, read_stream
 from eventrnn.data.vocabulary import KINDS
@@ -32,14 +32,14 @@ from eventrnn.training.recipes.gates import GateRecipe
 from eventrnn.training.recipes.pruning import PruningRecipe
 from eventrnn.training.recipes.run_folder import (
     CONFIG,
-    TEXT,
     NotBegun,
     RunSettings,
+    begin_run,
     claim_out,
     need_no_run,
     need_own_name,
-    remove_run,
     save_out,
+    write_config,
 )
 from eventrnn.training.recipes.toml_config import need_file_name
 from eventrnn.training.run import run_locked
@@ -314,14 +314,10 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         if not resume:
-            if overwrite:
-                remove_run(folder)
-            need_no_run(folder)
-            if text is not None:
-                # A resumed run could not read it again.
-                write_whole(folder / TEXT, text.encode(), overwrite=True)
-                recipe = replace(recipe, data=replace(recipe.data, text=str((folder / TEXT).absolute())))
-            write_whole(folder / CONFIG, toml_config.to_toml(recipe).encode(), overwrite=True)
+            copied = begin_run(folder, overwrite=overwrite, text=text)
+            if copied is not None:
+                recipe = replace(recipe, data=replace(recipe.data, text=copied))
+            write_config(folder, recipe)
         if recipe.run.out:
             claim_out(Path(recipe.run.out), folder, overwrite)
         return _train(recipe, folder, trainer, corpus, resume, report, stop)

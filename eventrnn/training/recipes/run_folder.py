@@ -90,6 +90,26 @@ def split_run(folder: str | os.PathLike, megabytes: float) -> dict[str, Any]:
     return {"folder": str(target), "parts": count, "bytes": parts.nbytes(target)}
 
 
+def begin_run(folder: Path, *, overwrite: bool, text: str | None) -> str | None:
+    """Make room for a new run in its locked folder, and keep a copy of a text that can be read only once.
+
+    Returns the path of the copy, or None without a text. Raises ValueError for a folder that holds a run when
+    `overwrite` is not set.
+    """
+    if overwrite:
+        remove_run(folder)
+    need_no_run(folder)
+    if text is None:
+        return None
+    write_whole(folder / TEXT, text.encode(), overwrite=True)
+    return str((folder / TEXT).absolute())
+
+
+def write_config(folder: Path, recipe: Any) -> None:
+    """Write the recipe of a run to its folder, with every value written out."""
+    write_whole(folder / CONFIG, toml_config.to_toml(recipe).encode(), overwrite=True)
+
+
 def remove_run(folder: str | os.PathLike) -> None:
     """Delete the files of a run from its folder. Other files are not touched."""
     parts.remove(Path(folder))
