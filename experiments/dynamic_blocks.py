@@ -193,9 +193,9 @@ def gpu(
         line = records.add(gated_gpu.measure(name, units, parse_block(block), density, rank, steps, repeats, phases))
         times = ", ".join(f"{who} {value:.2f} µs" for who, value in line["us_per_step"].items())
         console.print(f"{name}: {times}; {line['speedup']['cudnn']:.2f}x cuDNN in float32 or TF32")
-        if phases:
-            found = line["phases"]
-            table = Table("phase", "cycles", "slowest block", title=f"{name}: a step of a block of threads")
+        for kind in ("phases", "dense_phases") if phases else ():
+            found, title = line[kind], f"{name}, {'dense' if kind == 'dense_phases' else 'gated'}"
+            table = Table("phase", "cycles", "slowest block", title=f"{title}: a step of a block of threads")
             for phase, cycles in found["cycles"].items():
                 table.add_row(phase, f"{cycles['mean']:.0f}", f"{cycles['largest']:.0f}")
             table.add_row("step", f"{found['cycles_per_step']:.0f}", "")

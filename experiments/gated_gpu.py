@@ -49,7 +49,7 @@ def phases(network: er.Network, x: np.ndarray) -> dict:
     """
     need_equal(network, x[:STEPS_CHECKED])
     engine = CudaBackend().engine(network)
-    layer, steps = engine.packed.gated[0], len(x)
+    layer, steps = engine.packed.loop(0, x.shape[1]), len(x)
     assert layer is not None
     plan = layer.plan(x.shape[1])
     with engine.device.on_stream():
@@ -70,7 +70,7 @@ def phases(network: er.Network, x: np.ndarray) -> dict:
         "cycles_per_step": float(clocked) / steps,
         "us_per_step": 1e6 * seconds / steps,
         "resident_block_rows": int(plan.places.get()[tables.RESIDENT_ROWS]),
-        "block_rows": network.layers[0].w_rec.grid[0],
+        "block_rows": layer.w_rec.weights.grid[0],
     }
 
 
@@ -125,4 +125,4 @@ def measure(
         "gpu": CudaBackend().engine(both).device.name,
         "us_per_step": each,
         "speedup": {"cudnn": baseline / each["gated"], "dense": each["dense"] / each["gated"]},
-    } | ({"phases": phases(both, x)} if with_phases else {})
+    } | ({"phases": phases(both, x), "dense_phases": phases(dense, x)} if with_phases else {})
