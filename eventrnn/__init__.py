@@ -13,6 +13,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from eventrnn import backend as backend
+    from eventrnn import cells as cells
+    from eventrnn import counting as counting
+    from eventrnn import data as data
+    from eventrnn import events as events
+    from eventrnn import folding as folding
+    from eventrnn import io as io
+    from eventrnn import network as network
+    from eventrnn import plots as plots
+    from eventrnn import pruning as pruning
+    from eventrnn import simulation as simulation
+    from eventrnn import state as state
+    from eventrnn import testing as testing
+    from eventrnn import training as training
+    from eventrnn import weights as weights
     from eventrnn.backend import BackendUnavailable as BackendUnavailable
     from eventrnn.cells import Cell as Cell
     from eventrnn.cells import Surrogate as Surrogate
@@ -67,26 +82,27 @@ _HOMES = {
     for name in names
 }
 
-
 # Modules that can be used after `import eventrnn` alone.
 _MODULES = frozenset(
     {
-        *("backend", "cells", "counting", "data", "events", "io", "network", "plots", "pruning", "simulation", "state"),
-        *("testing", "training", "weights"),
+        *("backend", "cells", "counting", "data", "events", "folding", "io", "network", "plots", "pruning"),
+        *("simulation", "state", "testing", "training", "weights"),
     }
 )
 
 
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return import_module(f"{__name__}.{name}")
-    if name in _HOMES:
-        value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-        globals()[name] = value
-        return value
-    if name == "__all__":
-        return list(_HOMES)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:
+    # A type checker that sees this function takes every misspelt name for one of type Any.
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            return import_module(f"{__name__}.{name}")
+        if name in _HOMES:
+            value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+            globals()[name] = value
+            return value
+        if name == "__all__":
+            return list(_HOMES)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -16,6 +16,9 @@ SOURCE = Path(eventrnn.__file__).read_text(encoding="utf-8")
 #: module and name of every import that a type checker sees
 STATIC = re.findall(r"^    from eventrnn\.(\S+) import (\w+) as \2$", SOURCE, re.MULTILINE)
 
+#: every module that a type checker sees without an import of its own
+STATIC_MODULES = re.findall(r"^    from eventrnn import (\w+) as \1$", SOURCE, re.MULTILINE)
+
 
 def test_every_name_is_that_of_its_module_for_programs_and_type_checkers():
     assert len(STATIC) > 25 and eventrnn.__all__ == [name for _, name in STATIC]
@@ -27,6 +30,7 @@ def test_every_name_is_that_of_its_module_for_programs_and_type_checkers():
 
 
 def test_modules_need_no_import_of_their_own():
+    assert len(STATIC_MODULES) > 10 and set(STATIC_MODULES) == eventrnn._MODULES <= set(dir(eventrnn))
     code = (
         "import eventrnn as er; print(er.io.load is er.load, er.pruning.prune.__name__, er.training.Settings.__name__)"
     )
@@ -36,7 +40,7 @@ def test_modules_need_no_import_of_their_own():
 
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'eventrnn' has no attribute 'simulat'"):
-        _ = eventrnn.simulat  # type: ignore[attr-defined]
+        _ = eventrnn.simulat  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["trian"]])
