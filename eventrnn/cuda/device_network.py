@@ -46,6 +46,8 @@ class DeviceNetwork:
                   adds those of dense layers that run for one sample
     thresholds  : per layer, the thresholds in strips, on the device
     readout     : the weights of the read-out, or None
+    clocks      : (blocks, warps, `tables.TURN_PHASES`) int64 on the device, to which the kernels of clusters write the
+                  cycles of their phases; None, except while `experiments/gpu_phases.py` measures
     block_tables : by (layers, batch, first sample), the block table of a launch on the device, and its number of blocks
     """
 
@@ -64,6 +66,7 @@ class DeviceNetwork:
         self.gated: list[GatedLayer | None] = []
         self.thresholds: list[Any] = []
         self.readout: Matrix | GatedMatrix | None = None
+        self.clocks: Any = None
         self.block_tables: dict[tuple, tuple[Any, int]] = {}
         self._plans: dict[tuple, list[Plan | GatedPlan | None]] = {}
         self._dense_loops: dict[int, GatedLayer] = {}

@@ -70,6 +70,7 @@ def _layer_rows(network: DeviceNetwork, layers: range, each: Plan, buffers: RunB
                 tables.ROWS_OF: matrix.rows.data.ptr,
                 tables.BEGINS_OF: matrix.begins.data.ptr,
                 tables.ROWS_BIAS: matrix.compact_bias.data.ptr,
+                tables.CLOCKS: 0 if network.clocks is None else network.clocks.data.ptr,
             }
         else:
             # A layer with a finished drive needs no input matrix; its fields are set but not read.
@@ -103,7 +104,8 @@ def _launch(network: DeviceNetwork, each: Plan, rows, layers: range, steps: int,
     if each.cluster:
         # With several layers, the last two roles are INPUT and RECURRENT of the last layer.
         options = (each.layers[-1].layout_rec, each.layers[-2:][0].layout_in, each.cluster, *each.units_per_lane)
-        kernel = device.kernel(("cluster", *options), lambda: cluster_kernel(*options), threads)
+        clocked = network.clocks is not None
+        kernel = device.kernel(("cluster", *options, clocked), lambda: cluster_kernel(*options, clocked), threads)
     else:
         make, kind = single_kernel if each.single and cell.thresholded else layers_kernel, (cell.name, cell.variant)
         kernel = device.kernel((make.__name__, kind, each.layouts), lambda: make(kind, each.layouts), threads)

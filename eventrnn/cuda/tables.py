@@ -95,8 +95,13 @@ MAX_SUMMED = (1 << SUM_BITS) - 1
     ROWS_OF,  # `packing.CompactStrips.rows`
     BEGINS_OF,  # `packing.CompactStrips.begins`
     ROWS_BIAS,  # (strips, 32) float32 biases of strips of 32 columns
+    CLOCKS,  # (blocks, warps, TURN_PHASES) int64, for a kernel that measures its phases
     LAYER_FIELDS,  # number of columns
-) = range(27)
+) = range(28)
+
+# Phases of a turn of a recurrent cluster whose cycles are measured: until the drives are there, until the outputs of
+# the step before are there, products and gates, the barrier of the block, cells and sending.
+TURN_PHASES = ("drives", "wait", "products", "barrier", "cells")
 
 # Columns of the block table: what a block owns, then byte offsets of arrays in its shared memory. The docstrings of the
 # kernels `persistent`, `single_stream` and `cluster` describe the arrays.

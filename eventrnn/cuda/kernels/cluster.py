@@ -56,6 +56,7 @@ from eventrnn.cuda.kernels.ptx import (
     barrier_init,
     barrier_init_done,
     barrier_try_wait,
+    clock,
     cluster_arrive,
     cluster_wait,
     copy_async,
@@ -65,13 +66,16 @@ from eventrnn.cuda.kernels.ptx import (
     global_int32,
     global_int64,
     load_relaxed,
+    load_shared,
     load_shared4,
     load_shared_float,
     map_to_rank,
     shared_base,
     shared_int32,
     store_async4,
+    store_float,
     store_relaxed,
+    store_shared2,
     store_shared_float,
     wait_for_copies,
 )
@@ -106,18 +110,29 @@ def poll_drive(drive, address, max_polls):
     return libdevice.int_as_float(word), word != UNWRITTEN
 
 
-def cluster_kernel(layout: int, layout_in: int, blocks: int, units_per_lane: int, units_per_lane_in: int):
+def cluster_kernel(
+    layout: int, layout_in: int, blocks: int, units_per_lane: int, units_per_lane_in: int, clocked: bool = False
+):
     """The kernel of the cluster plan and its signature.
 
     layout, layout_in  : layout codes of recurrent and input matrices
     blocks             : blocks per cluster: 1, 2, 4, 8 or 16
     units_per_lane     : units that a lane gathers together in recurrent strips
     units_per_lane_in  : the same for input strips, 0 if the launch has no input clusters
+    clocked            : measure the phases of a turn (`tables.TURN_PHASES`), which costs time itself
     """
     has_input_clusters, narrow = units_per_lane_in > 0, layout & NARROW
     row_bytes, resident, resident_in = LANES * (2 if narrow else 4), bool(layout & RESIDENT), bool(layout_in & RESIDENT)
-    gather_product = make_gather_product(layout, units_per_lane, event_log=False)
-    gather_product_in = make_gather_product(layout_in, max(1, units_per_lane_in), event_log=True)
+    first_offsets, gather_product = make_gather_product(layout, units_per_lane, event_log=False)
+    first_offsets_in, gather_product_in = make_gather_product(layout_in, max(1, units_per_lane_in), event_log=True)
+
+    @device_function
+    def cycles():
+        """The cycle counter of the multiprocessor, or 0 where phases are not measured."""
+        now = int64(0)
+        if clocked:
+            now = clock()
+        return now
 
     @device_function
     def broadcast_tile(block_0, block_1, block_2, block_3, offset, barrier, lane, y):
@@ -257,11 +272,15 @@ def cluster_kernel(layout: int, layout_in: int, blocks: int, units_per_lane: int
                     barrier_expect_bytes(int32(base + at_barriers + 8 * sample), row_size)
                     sample = int32(sample + 1)
                 barrier_init_done()
+        # The hits are not in use yet.
+        store_shared2(int32(hits_at + tables.HIT_BYTES * lane), thread, int32(0))
         cuda.syncthreads()
         cluster_arrive()
         cluster_wait()
 
         # These values are loaded, so that the compiler does not recompute them in every turn.
+        thread = load_shared(int32(hits_at + tables.HIT_BYTES * lane))
+        lane, warp = thread & int32(31), thread >> int32(5)
         strips, _, _, strip_r = load_shared4(int32(strips_at - 32))
         shift_r, strip_g, shift_g, _ = load_shared4(int32(strips_at - 16))
         lanes_below = int32((int32(1) << lane) - 1)
@@ -284,10 +303,18 @@ def cluster_kernel(layout: int, layout_in: int, blocks: int, units_per_lane: int
                 if t >= steps:
                     break
                 units_at, chunks, row, column = load_shared4(int32(strips_at + 16 * slot))
+                o0, o1, o2, o3, o4, o5, o6 = first_offsets_in(units_at, lane)
                 acc, complete = gather_product_in(
                     load_shared_float(int32(bias_at + TILE_BYTES * slot)),
                     input_log + (t * batch + sample) * input_row_bytes,
                     units_at,
+                    o0,
+                    o1,
+                    o2,
+                    o3,
+                    o4,
+                    o5,
+                    o6,
                     rows_from + int64(row_bytes) * row,
                     chunks,
                     hits_at,
@@ -311,6 +338,8 @@ def cluster_kernel(layout: int, layout_in: int, blocks: int, units_per_lane: int
             cells_at = int32(base + int32(block[tables.AT_CELLS]) + 4 * lane)
             thresholds_at = int32(base + int32(block[tables.AT_THRESHOLD]) + 4 * lane)
             carried = global_float32(layer[tables.CELLS])
+            # Where the rows of this turn begin in the event log and in the array of the cells after each step.
+            sent_at, after_at = event_log + (batch + first) * log_row_bytes, states + first * (drive_bytes // 3)
             sample = int32(0)
             while sample < samples:
                 own_tile = warp
@@ -328,6 +357,10 @@ def cluster_kernel(layout: int, layout_in: int, blocks: int, units_per_lane: int
             block_2 = map_to_rank(base, int32((rank + 8) & (blocks - 1)))
             block_3 = map_to_rank(base, int32((rank + 12) & (blocks - 1)))
             units_at, chunks, row, column = load_shared4(int32(strips_at + 16 * warp))
+            if warp >= strips:
+                units_at = int32(base + int32(block[tables.AT_UNITS]))
+            o0, o1, o2, o3, o4, o5, o6 = first_offsets(units_at, lane)
+            waited, copied, multiplied, met, updated = int64(0), int64(0), int64(0), int64(0), int64(0)
             # The drives of a turn (one step of one sample) are copied to shared memory one turn ahead.
             slot = warp
             while slot < strips:
@@ -337,8 +370,10 @@ def cluster_kernel(layout: int, layout_in: int, blocks: int, units_per_lane: int
             t, odd = int32(0), int32(0)
             while t < steps32:
                 parity, next_parity = int32(t & 1), int32((t + 1) & 1)
+                last_step = int32(t + 1) == steps32
                 sample = int32(0)
                 while sample < samples:
+                    began = cycles()
                     wait_for_copies()
                     drives = drive_from + (int64(t) * batch + sample) * drive_bytes
                     next_t, next_sample = t, int32(sample + 1)
@@ -355,6 +390,7 @@ def cluster_kernel(layout: int, layout_in: int, blocks: int, units_per_lane: int
                         )
                         slot = int32(slot + warps)
                     rows = int32(2 * sample)
+                    copies_done = cycles()
                     if t > 0:
                         barrier = int32(base + at_barriers + 8 * (rows + parity))
                         if not wait_for_phase(barrier, int32(((t - 1) >> 1) & 1), max_polls):
@@ -363,6 +399,7 @@ def cluster_kernel(layout: int, layout_in: int, blocks: int, units_per_lane: int
                         cuda.syncwarp(FULL_WARP)
                         if thread == 0:
                             barrier_expect_bytes(barrier, row_size)
+                    waits_done = cycles()
                     row_at = int32(base + at_y + (rows + parity) * y_size)
                     gates = int32(gates_at + odd * gates_size)
                     candidates = int32(gates + 2 * gates_size)
@@ -381,6 +418,13 @@ def cluster_kernel(layout: int, layout_in: int, blocks: int, units_per_lane: int
                             load_shared_float(int32(bias_at + TILE_BYTES * slot)),
                             row_at,
                             units_at,
+                            o0,
+                            o1,
+                            o2,
+                            o3,
+                            o4,
+                            o5,
+                            o6,
                             rows_from + int64(row_bytes) * row,
                             chunks,
                             hits_at,
@@ -399,7 +443,10 @@ def cluster_kernel(layout: int, layout_in: int, blocks: int, units_per_lane: int
                             if slot >= strips:
                                 following = warp
                             units_at, chunks, row, column = load_shared4(int32(strips_at + 16 * following))
+                            o0, o1, o2, o3, o4, o5, o6 = first_offsets(units_at, lane)
+                    products_done = cycles()
                     cuda.syncthreads()
+                    meeting_done = cycles()
                     own_tile = warp
                     while own_tile < tiles:
                         unit = int32(first_unit + LANES * own_tile + lane)
@@ -417,7 +464,7 @@ def cluster_kernel(layout: int, layout_in: int, blocks: int, units_per_lane: int
                         y, c, mine = zero, v, unit < n
                         if mine and v > load_shared_float(int32(thresholds_at + TILE_BYTES * own_tile)):
                             y, c = v, v - load_shared_float(int32(thresholds_at + TILE_BYTES * own_tile))
-                        if t + 1 < steps32:
+                        if not last_step:
                             broadcast_tile(
                                 block_0,
                                 block_1,
@@ -430,16 +477,32 @@ def cluster_kernel(layout: int, layout_in: int, blocks: int, units_per_lane: int
                             )
                         store_shared_float(cell, c)
                         if mine:
-                            done = int64(t) * batch + first + sample
-                            store_relaxed(event_log + (done + batch) * log_row_bytes + int64(4) * unit, y)
+                            store_relaxed(sent_at + int64(4) * unit, y)
                             if states != 0:
-                                global_float32(states)[done * n + unit] = c
-                            if t + 1 == steps32:
+                                store_float(after_at + int64(4) * unit, c)
+                            if last_step:
                                 carried[(first + sample) * n + unit] = c
                         own_tile = int32(own_tile + warps)
+                    sent_at += log_row_bytes
+                    after_at += drive_bytes // 3
+                    if clocked:
+                        turn_done = cycles()
+                        copied += copies_done - began
+                        waited += waits_done - copies_done
+                        multiplied += products_done - waits_done
+                        met += meeting_done - products_done
+                        updated += turn_done - meeting_done
                     odd = int32(1 - odd)
                     sample = int32(sample + 1)
+                sent_at += (batch - samples) * log_row_bytes
+                after_at += (batch - samples) * (drive_bytes // 3)
                 t = int32(t + 1)
+            if clocked:
+                clocks = global_int64(layer[tables.CLOCKS])
+                at = len(tables.TURN_PHASES) * (int64(cuda.blockIdx.x) * warps + warp)
+                if lane == 0:
+                    clocks[at], clocks[at + 1], clocks[at + 2] = copied, waited, multiplied
+                    clocks[at + 3], clocks[at + 4] = met, updated
         cuda.syncthreads()
         cluster_arrive()
         cluster_wait()

@@ -254,23 +254,34 @@ def make_gather(units_per_lane: int):
 
 
 def make_gather_product(layout: int, units_per_lane: int, event_log: bool):
-    """The device function gather_product: acc + sum over a strip's units of weight * output, one FMA per term.
+    """The device functions first_offsets, of the units that a lane gathers in the first chunk of a strip, and
+    gather_product: acc + sum over a strip's units of weight * output, one FMA per term.
 
-    gather_product(acc, row_at, units_at, values_at, chunks, hits_at, lane, lanes_below, max_polls) -> acc, complete
+    first_offsets(units_at, lane) -> seven byte offsets
+    gather_product(acc, row_at, units_at, offsets, values_at, chunks, hits_at, lane, lanes_below, max_polls)
+        -> acc, complete
 
-    The terms are in ascending presynaptic order. `chunks`: chunks of 32 * units_per_lane units, to which the caller
-    pads the table. `complete`: whether all outputs were written in time. `event_log`: the row of outputs is a row of an
-    event log in global memory; otherwise it is in shared memory and complete.
+    The caller keeps the first offsets of a strip from one step to the next, and gives them one by one: libNVVM does not
+    finish where a tuple is assigned twice. The terms are in ascending presynaptic order. `chunks`: chunks of
+    32 * units_per_lane units, to which the caller pads the table. `complete`: whether all outputs were written in time.
+    `event_log`: the row of outputs is a row of an event log in global memory; otherwise it is in shared memory and
+    complete.
     """
     hit_product, row_bytes = make_hit_product(layout), row_bytes_of(layout)
     load_offsets, gather_shared, gather_event_log = make_gather(units_per_lane)
     gather = gather_event_log if event_log else gather_shared
 
     @device_function
-    def gather_product(acc, row_at, units_at, values_at, chunks, hits_at, lane, lanes_below, max_polls):
+    def first_offsets(units_at, lane):
+        return load_offsets(int32(units_at + 4 * units_per_lane * lane))
+
+    @device_function
+    def gather_product(
+        acc, row_at, units_at, o0, o1, o2, o3, o4, o5, o6, values_at, chunks, hits_at, lane, lanes_below, max_polls
+    ):
         complete, chunk, at = True, int32(0), int32(units_per_lane * lane)
         while chunk < chunks:
-            v, chunk_complete = gather(row_at, load_offsets(int32(units_at + 4 * at)), max_polls)
+            v, chunk_complete = gather(row_at, (o0, o1, o2, o3, o4, o5, o6), max_polls)
             complete = complete and chunk_complete
             a, b, c, d = event_flag(v[0]), event_flag(v[1]), event_flag(v[2]), event_flag(v[3])
             e, f, g = event_flag(v[4]), event_flag(v[5]), event_flag(v[6])
@@ -292,9 +303,11 @@ def make_gather_product(layout: int, units_per_lane: int, event_log: bool):
             acc = hit_product(acc, values_at, hits_at, hits, lane)
             at = int32(at + LANES * units_per_lane)
             chunk = int32(chunk + 1)
+            if chunk < chunks:
+                o0, o1, o2, o3, o4, o5, o6 = load_offsets(int32(units_at + 4 * at))
         return acc, complete
 
-    return gather_product
+    return first_offsets, gather_product
 
 
 @device_function

@@ -1,0 +1,90 @@
+"""Where the cycles of a step of one layer go, in the kernel of the cluster plan, and which cluster size is the fastest.
+
+    python experiments/gpu_phases.py                       # hidden 512, 768, 1024, 1344; batch 1
+    python experiments/gpu_phases.py --hidden 1350 --batch 16
+
+For every cluster size: microseconds per step of the kernel as it always runs, and the mean cycles per turn of each
+phase, from a variant that reads the clock of the multiprocessor. "slowest" is the warp with the most cycles of
+products. Lines go to results/gpu_phases.jsonl. Needs a GPU with clusters.
+"""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from records import commit
+from rich.console import Console
+from rich.table import Table
+
+from eventrnn.bench.machine import versions
+from eventrnn.bench.networks import at_activity, random_events, random_network
+from eventrnn.cuda import CudaBackend, cluster_plan, tables
+from eventrnn.cuda.plan import Plan
+from eventrnn.network import Network
+from eventrnn.state import State
+
+RESULTS = Path(__file__).parent / "results" / "gpu_phases.jsonl"
+PHASES = tables.TURN_PHASES
+SIZES, STEPS, REPEATS = (512, 768, 1024, 1344), 1000, 15
+
+
+def measured(network: Network, inputs, size: int) -> dict | None:
+    """The figures of one cluster size; None where the layer does not fit."""
+    cluster_plan.CLUSTER_SIZES = (size,)
+    batch, found = inputs.shape[1], {}
+    for clocked in (False, True):
+        engine = CudaBackend().engine(network)
+        plan = engine.packed.plans(batch, ())[0]
+        if not isinstance(plan, Plan) or not plan.cluster:
+            return None
+        if clocked:
+            shape = (len(plan.blocks), plan.warps, len(PHASES))
+            engine.packed.clocks = engine.device.put(np.zeros(shape, np.int64))
+        enqueue = engine.on_device(engine.prepare(inputs), State.zeros(network, batch), counting=False)
+        seconds = [engine.device.seconds(enqueue) for _ in range(REPEATS)]
+        name = "clocked_us_per_step" if clocked else "us_per_step"
+        found[name] = float(np.median(seconds[2:])) / STEPS * 1e6
+        if clocked:
+            turns = STEPS * plan.samples
+            cycles = engine.packed.clocks.get() / turns
+            found["cycles"] = dict(zip(PHASES, cycles.mean(axis=(0, 1)), strict=True))
+            slowest = np.unravel_index(cycles[:, :, 2].argmax(), cycles.shape[:2])
+            found["slowest"] = dict(zip(PHASES, cycles[slowest], strict=True))
+            found["cycles_per_turn"] = float(cycles.sum(axis=2).mean())
+            found |= {"warps": plan.warps, "samples": plan.samples, "tiles": plan.layers[0].tiles}
+    return found
+
+
+def main(
+    hidden: Annotated[list[int] | None, typer.Option(help="Units of the layer; may be given several times.")] = None,
+    batch: Annotated[int, typer.Option(help="Samples.")] = 1,
+    activity: Annotated[float, typer.Option(help="Share of units that fire in a step.")] = 0.1,
+) -> None:
+    """Measure every cluster size of every layer, and append a line each to results/gpu_phases.jsonl."""
+    table = Table("units", "blocks", "µs", "clocked", *PHASES, *(f"{name}, slowest" for name in PHASES))
+    for units in hidden or SIZES:
+        rng = np.random.default_rng(0)
+        options = {"sparsity": 0.9, "format": "block", "block": (1, 32), "variant": "evnn", "dtype": "bfloat16"}
+        network = random_network(units, 1, rng=rng, **options)
+        inputs = random_events(STEPS, batch, units, activity, rng)
+        network = at_activity(network, inputs, activity, "cuda")
+        for size in (16, 8, 4, 2, 1):
+            found = measured(network, inputs, size)
+            if found is None:
+                continue
+            line = {"commit": commit(), "time": datetime.now(UTC).isoformat(timespec="seconds"), "hidden": units}
+            line |= {"batch": batch, "activity": activity, "cluster": size, **found, "versions": versions()}
+            with RESULTS.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            cycles = [f"{found[kind][name]:.0f}" for kind in ("cycles", "slowest") for name in PHASES]
+            table.add_row(
+                str(units), str(size), f"{found['us_per_step']:.2f}", f"{found['clocked_us_per_step']:.2f}", *cycles
+            )
+    Console(width=170).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
