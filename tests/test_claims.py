@@ -1,0 +1,40 @@
+"""The table of claims of the papers: it is that of the committed lines, and its verdicts follow from them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+
+
+@pytest.fixture
+def claims(monkeypatch):
+    """The script as a fresh module."""
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    for name in ("claims", "tables"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return importlib.import_module("claims")
+
+
+def test_the_page_is_what_the_command_writes_from_the_committed_lines(claims):
+    assert claims.PAGE.read_text(encoding="utf-8") == claims.page(), "run python experiments/claims.py"
+    assert len({claim.paper for claim in claims.CLAIMS}) == 5
+    words = " ".join(claim.command for claim in claims.CLAIMS).replace(",", " ").split()
+    assert all((EXPERIMENTS / name).is_file() for name in words if name.endswith(".py"))
+
+
+def test_verdicts_follow_from_the_lines(claims, monkeypatch, tmp_path):
+    (tmp_path / "results").mkdir()
+    for module in (claims, sys.modules["tables"]):
+        monkeypatch.setattr(module, "HERE", tmp_path)
+    assert {claim.finding().holds for claim in claims.CLAIMS} == {None}, "without lines nothing is measured"
+    for perplexity, verdict in ((57.0, "reproduced"), (60.0, "not reproduced")):
+        line = {"what": "evaluation", "name": "egru-ptb-818", "commit": "a1", "device": "one"}
+        line["test"] = {"perplexity": perplexity, "activity": 0.1, "fewer_than_awd_lstm": 2.0}
+        (tmp_path / "results" / "ptb.jsonl").write_text(json.dumps(line) + "\n")
+        assert f"| {perplexity:.1f} at 90.0%; one seed | {verdict} | a1 |" in claims.row(claims.CLAIMS[0])
