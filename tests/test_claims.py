@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+from support.scripts import EXPERIMENTS, script
 
 
 @pytest.fixture
 def claims(monkeypatch):
-    """The script as a fresh module."""
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    for name in ("claims", "tables"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    return importlib.import_module("claims")
+    return script("claims", monkeypatch)
 
 
 def test_the_page_is_what_the_command_writes_from_the_committed_lines(claims):

@@ -1,9 +1,7 @@
 """The scripts in experiments/: cases are valid, nothing is measured twice, figures need the lines only."""
 
-import importlib
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,16 +9,7 @@ from typer.testing import CliRunner
 
 from eventrnn import bench, load
 from eventrnn.data.text import from_path
-
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
-
-
-def script(name, monkeypatch):
-    """Import a script as a fresh module; it can import the other scripts."""
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    for each in (name, "records", "models", "ptb_figures", "ptb_measures", "ptb_tuning", "ptb_arrangement"):
-        monkeypatch.delitem(sys.modules, each, raising=False)
-    return importlib.import_module(name)
+from support.scripts import script
 
 
 def line(case, **changes):

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 import eventrnn as er
 from eventrnn.data.vocabulary import Vocabulary
-from test_experiments import script
+from support.scripts import script
 
 WIDTH, WORDS, BANDS = 4, 32, (8, 16)
 

@@ -1,0 +1,15 @@
+"""The scripts in experiments/, as modules of a test."""
+
+import importlib
+import sys
+from pathlib import Path
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+
+def script(name, monkeypatch):
+    """Import a script as a fresh module; it can import the other scripts."""
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    for each in (name, "records", "models", "tables", "ptb_figures", "ptb_measures", "ptb_tuning", "ptb_arrangement"):
+        monkeypatch.delitem(sys.modules, each, raising=False)
+    return importlib.import_module(name)
