@@ -104,7 +104,10 @@ class FusedStep:
 
         def enqueue() -> None:
             if on_host:
-                self.x.data.copy_from_host_async(self.host_x.ctypes.data, self.x.nbytes)
+                # CuPy's arrays refuse copies from the host during a capture, even from pinned memory.
+                cuda, source = device.arrays.cuda, self.host_x.ctypes.data
+                direction = cuda.runtime.memcpyHostToDevice
+                cuda.runtime.memcpyAsync(self.x.data.ptr, source, self.x.nbytes, direction, device.queue.ptr)
             for k, table in enumerate(self.tables[turn]):
                 layouts = [
                     tables.layout_code(tables.MASKED, network.plain(each[k]).narrow, False)

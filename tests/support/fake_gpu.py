@@ -58,8 +58,9 @@ class Pointer:
     def copy_from_device_async(self, source: Pointer, nbytes: int) -> None:
         ctypes.memmove(self.ptr, source.ptr, nbytes)
 
-    @enqueued
     def copy_from_host_async(self, source: int, nbytes: int) -> None:
+        if captured is not None:
+            raise RuntimeError("the current stream is capturing, so H2D transfers are disallowed")
         ctypes.memmove(self.ptr, source, nbytes)
 
     @enqueued
@@ -378,7 +379,9 @@ class FakeDevice:
                 memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
                 alloc_pinned_memory=bytearray,
                 get_current_stream=lambda: SimpleNamespace(ptr=0),
-                runtime=SimpleNamespace(memcpy2DAsync=_copy_rows, memcpyDeviceToDevice=3),
+                runtime=SimpleNamespace(
+                    memcpy2DAsync=_copy_rows, memcpyAsync=_copy, memcpyHostToDevice=1, memcpyDeviceToDevice=3
+                ),
             ),
         )
 
@@ -447,6 +450,12 @@ class FakeDevice:
             return self._empty(shape, dtype)
         except OutOfMemoryError as error:
             raise MemoryError(f"cuda: {error._size:,} bytes are needed") from None
+
+
+@enqueued
+def _copy(target, source, nbytes, direction, stream) -> None:
+    assert direction == 1 and stream == Queue.ptr
+    ctypes.memmove(target, source, nbytes)
 
 
 @enqueued
