@@ -15,7 +15,7 @@ from statistics import mean
 from typing import Annotated
 
 import typer
-from tables import HERE, read
+from result_lines import HERE, read
 
 PAGE = HERE / "README.md"
 

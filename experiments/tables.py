@@ -8,9 +8,6 @@ Every table is followed by the machine and the package versions of its lines, an
 """
 
 import inspect
-import json
-from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,8 +18,8 @@ from block_sparse import BLOCKS
 from gated_words import VARIANTS
 from gpu_training import LAYERS as GPU_LAYERS
 from nm_masks import PATTERNS
+from result_lines import HERE, last, number, read, table, times
 
-HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "results.md"
 
 HEAD = """\
@@ -104,53 +101,6 @@ CRITERIA = {
     "activity": r"`activity`: \|w\| / a",
     "contribution": r"`contribution`: \|w\| rms(y)",
 }
-
-
-def read(name: str, *, timed: bool = True) -> list[dict]:
-    """The lines of results/NAME.jsonl, oldest first.
-
-    timed : only those that were measured on the machine of the last one; without, of figures that no machine changes
-    """
-    lines = [json.loads(line) for line in (HERE / "results" / f"{name}.jsonl").read_text().splitlines()]
-    return [line for line in lines if not timed or line["device"] == lines[-1]["device"]]
-
-
-def last(lines: Iterable[dict], **asked) -> dict | None:
-    """The last line with these values, or None. Lines written before `exact` was recorded are exact."""
-    defaults = {"exact": True}
-    found = [line for line in lines if all(line.get(k, defaults.get(k)) == v for k, v in asked.items())]
-    return found[-1] if found else None
-
-
-def number(value: float) -> str:
-    """A time or a perplexity with three significant digits, or all digits before the point."""
-    return f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
-
-
-def times(value: float) -> str:
-    """A ratio with two significant digits, and two decimals near one."""
-    return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}" if value >= 1.995 else f"{value:.2f}"
-
-
-def table(columns: Sequence[str], rows: Sequence[tuple[Sequence[str], Sequence[dict]]]) -> str:
-    """A Markdown table, with a column for the commits, and the provenance of its lines below.
-
-    rows : the cells of a row and the lines that they come from
-    """
-    out = [*columns, "commit"]
-    text = [f"| {' | '.join(out)} |", f"| {' | '.join('---' for _ in out)} |"]
-    used: dict[str, None] = {}
-    for cells, lines in rows:
-        commits = dict.fromkeys(line["commit"] for line in lines)
-        text.append(f"| {' | '.join([*cells, ', '.join(commits)])} |")
-        used |= dict.fromkeys(provenance(line) for line in lines)
-    return "\n".join([*text, "", *(f"Measured on {each}." for each in used)])
-
-
-def provenance(line: dict) -> str:
-    """The machine and the versions of a line."""
-    versions = ", ".join(f"{name} {version}" for name, version in line.get("versions", {}).items())
-    return f"{line['device']}{f'; {versions}' if versions else ''}"
 
 
 def cpu_layer() -> str:
@@ -286,6 +236,30 @@ def gpu_training() -> str:
         rows.append((([*cells, number(best["LSTM"]), number(each["evnn-style"])]), [line]))
     columns = ("case", "batch", "products", "ms", "`nn.GRU`, ms", "times faster", "`nn.LSTM`, ms", "EvNN's method, ms")
     return table(columns, rows)
+
+
+def several_gpus() -> str:
+    """Milliseconds of an update of the recipe `egru-ptb` by the wall clock, on several GPUs of one machine beside one
+    of them, in turns in one process (`python experiments/gpu_training.py devices`). First at the same batch per GPU:
+    times faster is samples per second. Then at the same joined batch on one GPU. Same bits: whether a second run on
+    several GPUs ended with the same parameters, optimiser state and network state.
+    """
+    lines = {
+        (line["devices"], line["batch"], line["precision"]): line
+        for line in read("cuda_training")
+        if line["what"] == "devices"
+    }
+    rows = []
+    for (devices, batch, precision), line in lines.items():
+        cells = [str(devices), str(batch), precision, number(line["ms_one_device"]), number(line["ms_several_devices"])]
+        cells += [
+            times(line["speedup"]),
+            number(line["ms_joined_batch_on_one"]),
+            times(line["speedup_of_joined_batch"]),
+        ]
+        rows.append(((*cells, "yes" if line["same_bits"] else "no"), [line]))
+    columns = ("GPUs", "batch per GPU", "products", "one GPU, ms", "several, ms", "times faster")
+    return table((*columns, "joined batch on one, ms", "times faster", "same bits"), rows) if rows else ""
 
 
 def learning() -> str:
@@ -557,6 +531,7 @@ SECTIONS = {
     "Silence": silence,
     "A training window": training,
     "Training on a GPU": gpu_training,
+    "Training on several GPUs": several_gpus,
     "The learning curve of a word model on a GPU": learning,
     "Block pruning": blocks,
     "N:M masks": nm,
