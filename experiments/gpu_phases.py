@@ -64,6 +64,9 @@ def main(
     activity: Annotated[float, typer.Option(help="Share of units that fire in a step.")] = 0.1,
 ) -> None:
     """Measure every cluster size of every layer, and append a line each to results/gpu_phases.jsonl."""
+    from eventrnn.cuda.device import current_device
+
+    gpu = current_device().name
     table = Table("units", "blocks", "µs", "clocked", *PHASES, *(f"{name}, slowest" for name in PHASES))
     for units in hidden or SIZES:
         rng = np.random.default_rng(0)
@@ -76,7 +79,14 @@ def main(
             if found is None:
                 continue
             line = {"commit": commit(), "time": datetime.now(UTC).isoformat(timespec="seconds"), "hidden": units}
-            line |= {"batch": batch, "activity": activity, "cluster": size, **found, "versions": versions()}
+            line |= {
+                "batch": batch,
+                "activity": activity,
+                "cluster": size,
+                **found,
+                "device": gpu,
+                "versions": versions(),
+            }
             with RESULTS.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             cycles = [f"{found[kind][name]:.0f}" for kind in ("cycles", "slowest") for name in PHASES]
