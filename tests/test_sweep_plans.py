@@ -102,6 +102,10 @@ def test_plans_are_refused(tmp_path, monkeypatch, toml, words):
         ({"training.seed": [0, 1, 0]}, "points 0 and 2 are the same run (training.seed=0)"),
         ({"preset": ["characters", "words"]}, "point 1 (preset=words): preset: got 'words'"),
         ({"data.text": ["nowhere.txt"]}, "point 0 (data.text=nowhere.txt): text: "),
+        (
+            {"training.backend": ["cuda"], "training.batch": [4], "training.devices": [1, 2]},
+            "point 1 (training.backend=cuda, training.batch=4, training.devices=2): devices: got 2, but a point of a",
+        ),
         ({"training.window": [8, 100_000]}, "point 1 (training.window=100000): text: "),
         ({"pruning": [{"method": "magnitude"}]}, "target: got none for magnitude, need one of sparsity"),
         ({"pruning": [{"method": "magnitude", "sparsity": 0.5}], "training.steps": [1]}, "point 0 (pruning="),

@@ -273,6 +273,8 @@ def _check_inputs(
     fitting : texts, batches and windows that are known to fit
     """
     data, training = recipe.data, recipe.training
+    if training.devices > 1:
+        raise ValueError(f"devices: got {training.devices}, but a point of a sweep has one GPU; leave it out")
     if data not in tasks:
         if data.text != "builtin" and read_stream(data.text) is not None:
             raise ValueError(f"text: {printable(data.text)} can be read only once, but many runs read it; give a file")
