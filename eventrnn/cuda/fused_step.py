@@ -132,17 +132,19 @@ class FusedStep:
         if prepared is not None:
             copy_values(self.device, prepared, self.x)
         self.replays[self.turn, prepared is None]()
-        output = None
+        output, looks = None, LOOKS
         if prepared is not None:
             after = self.states[1 - self.turn][1]
-            output = by_layer(after, self.network.units, self.batch)[-1].copy()
-        self._wait()
+            # The answer does not say when this copy is complete.
+            output, looks = by_layer(after, self.network.units, self.batch)[-1].copy(), 0
+        self._wait(looks)
         self.turn, self.moved = 1 - self.turn, True
         return output
 
-    def _wait(self) -> None:
+    def _wait(self, looks: int = LOOKS) -> None:
+        """Wait for the answer, or for all work on the stream if it does not come within so many looks."""
         complete = self.complete
-        for _ in range(LOOKS):
+        for _ in range(looks):
             if complete[0]:
                 return
         # An error of the GPU is raised here.
