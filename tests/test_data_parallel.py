@@ -53,10 +53,10 @@ CUDA = "eventrnn.cuda.device"
 
 @pytest.fixture(params=["fake", pytest.param("gpu", marks=pytest.mark.gpu)])
 def gpus(request, monkeypatch):
-    """Two fake GPUs, or real ones."""
+    """Fake GPUs, or two real ones."""
     pytest.importorskip(CUDA, exc_type=BackendUnavailable, reason="needs numba-cuda")
     if request.param == "fake":
-        fake_devices.install(monkeypatch)
+        fake_devices.install(monkeypatch, devices=3)
     elif len(visible_gpus()) < 2:
         pytest.skip("needs two GPUs")
     return request.param
@@ -79,19 +79,20 @@ class Recorded(LanguageModelling):
 
 def test_the_gradient_is_that_of_one_device_on_the_joined_batch(gpus):
     """Within the bound of the specification, which reads the forward pass of the joined batch, at the second update,
-    so that states are carried; with all masks and penalties. The other figures are those of one device, and both copies
+    so that states are carried; with all masks and penalties. The other figures are those of one device, and all copies
     of the parameters stay the same."""
     chosen = cuda_settings(batch=6, regularisers=NOISE, activity_cost=0.01, clip=100.0)
     one = Trainer(_network(), Recorded(symbol_text()), chosen)
-    two = Trainer(_network(), LanguageModelling(symbol_text()), replace(chosen, devices=2))
-    assert "on each of 2 devices" in two.engine.memory_use
+    devices = 3 if gpus == "fake" else 2
+    several = Trainer(_network(), LanguageModelling(symbol_text()), replace(chosen, devices=devices))
+    assert f"on each of {devices} devices" in several.engine.memory_use
     for step in range(2):
         before = {name: array.copy() for name, array in one.model.parameters.items()}
         state = one.engine.state
         batch = one.task.batch(4 * step, 0, 6, 4)
         noise = chosen.regularisers.draw(one.model, 4, 6, seed=chosen.seed, step=step)
         got, found = updated(one.engine, batch, step)
-        also, joined = updated(two.engine, batch, step)
+        also, joined = updated(several.engine, batch, step)
         counted = ("activity", "support", "operations")
         assert [getattr(got, name) for name in counted] == [getattr(also, name) for name in counted]
         check = Specification(one.engine, before, batch.inputs, one.task.d_output, state, noise)
@@ -99,8 +100,8 @@ def test_the_gradient_is_that_of_one_device_on_the_joined_batch(gpus):
         check.check_gradients(joined)
         # The next update begins with the same parameters on both sides.
         for name, array in one.model.parameters.items():
-            two.model.parameters[name][...] = array
-    assert any(np.any(array) for array in two.engine.state.cells)
+            several.model.parameters[name][...] = array
+    assert any(np.any(array) for array in several.engine.state.cells)
 
 
 def test_a_run_on_two_devices_resumes_on_one_and_back_with_the_same_bits(gpus, tmp_path):
