@@ -36,8 +36,12 @@ from eventrnn.network import Network
 from eventrnn.sweeps import read_results
 from eventrnn.sweeps.plan import MODEL
 from eventrnn.sweeps.results import saved_sweep
+from eventrnn.training.recipes.recipe import load_recipe
 
 RESULTS = Path(__file__).parent / "results" / "pruning_sweep.jsonl"
+
+# The recipe that all points share.
+PRESET = "egru-ptb"
 
 # Settings in which points differ, beside those of all points of a sweep that a line also holds.
 AXES = ("model.hidden", "pruning.method", "pruning.nm", "pruning.block", "pruning.sparsity", "training.seed")
@@ -99,7 +103,9 @@ def toml(value: Any) -> str:
 def plan(
     out: Annotated[Path, typer.Argument(help="File to write, for `eventrnn sweep`.")],
     cell: Annotated[str, typer.Option(help="egru, or gru for the dense cell.")] = "egru",
-    hidden: Annotated[list[int] | None, typer.Option(help="Units of a layer; repeat for a stack. [1024 512]")] = None,
+    hidden: Annotated[
+        list[int] | None, typer.Option(min=1, help="Units of a layer; repeat for a stack. [1024 512]")
+    ] = None,
     larger: Annotated[float, typer.Option(min=1, help="Units of the larger layers, as a multiple; 1 for none.")] = 1.5,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training text.")] = 60,
     rate: Annotated[float, typer.Option(help="Learning rate.")] = 2e-3,
@@ -125,8 +131,15 @@ def plan(
         "training.backend": backend,
         **OF_CELL[cell],
     }
-    lines = ['preset = "egru-ptb"', "", "[settings]", *(f"{key} = {toml(value)}" for key, value in settings.items())]
+    lines = [
+        f"preset = {toml(PRESET)}",
+        "",
+        "[settings]",
+        *(f"{key} = {toml(value)}" for key, value in settings.items()),
+    ]
     for point in masked(units, seeds) if masks else points(units, larger, seeds):
+        # What no point may have is refused here, not only by the sweep.
+        load_recipe(preset=PRESET, settings=[*settings.items(), *point.items()])
         lines += ["", "[[points]]", *(f"{key} = {toml(value)}" for key, value in point.items())]
     out.write_text("\n".join(lines) + "\n")
 
@@ -165,7 +178,10 @@ def file_bytes(network: Network) -> dict[str, int]:
 def table(results: Annotated[Path, typer.Option(help="File of the lines.")] = RESULTS) -> None:
     """Show the mean of each point over its seeds, and how much worse than the dense network it reads."""
     groups: dict[str, dict[str, list[dict]]] = {}
-    for line in Records(results, KEY).lines:
+    collected = Records(results, KEY).lines
+    if not collected:
+        raise ValueError(f"results: there is no line in {results}; the command collect writes them")
+    for line in collected:
         model = json.dumps({key: line[key] for key in SHARED})
         rest = json.dumps({key: line[key] for key in AXES if key != "training.seed"})
         groups.setdefault(model, {}).setdefault(rest, []).append(line)
@@ -200,4 +216,7 @@ def row(lines: list[dict], dense: float | None, whole: int | None) -> list[str]:
 
 
 if __name__ == "__main__":
-    app()
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"pruning_sweep.py: {error}") from None

@@ -32,12 +32,17 @@ def arranged(network: er.Network, width: int, bands: tuple[int, ...]) -> tuple[e
             to others have the least energy; everything else is a change of order
     bands : first words of the bands but the first, ascending; words move within their band only
 
-    Raises ValueError for a network without a read-out over its embedding, for layers with fewer units than `width`, and
-    for bands that do not ascend between the first and the last word, or whose limits do not fall between blocks.
+    Raises ValueError for a network without a read-out over its embedding, for an embedding that is not as wide as the
+    last layer, for layers with fewer units than `width`, and for bands that do not ascend between the first and the
+    last word, or whose limits do not fall between blocks.
     """
     embedding, readout = network.embedding, network.readout
     if embedding is None or readout is None or readout.weights.shape[1] != len(embedding):
         raise ValueError("model: needs an embedding and a read-out over the same words")
+    units = network.layers[-1].units
+    if embedding.shape[1] != units:
+        width_of = f"its embedding is {embedding.shape[1]} wide"
+        raise ValueError(f"model: {width_of}, but the last layer, which it would be tied to, has {units} units")
     words = len(embedding)
     limits = (0, *bands, words)
     if list(limits) != sorted(set(limits)) or any(limit % width for limit in limits[:-1]):

@@ -194,6 +194,7 @@ def test_random_groups_keep_n_of_m(n, m, shape, axis):
         ({"against": "scipy", "layers": 2}, "layers: got 2, but scipy is a baseline of one product"),
         ({"against": "mkl", "variant": "paper"}, "variant: got 'paper', but mkl"),
         ({"against": "c-blocks", "threads": 2}, "threads: got 2, but the baseline c-blocks has one"),
+        ({"against": "c-blocks", "hidden": 3}, "hidden: got 3, but a block of the baseline c-blocks has 4 inputs"),
         ({"format": "csr", "block": (1, 16)}, "block: got .* for format 'csr', which takes none"),
         ({"format": "csr", "nm": (2, 4, "post")}, "nm: got .* for format 'csr'"),
         ({"format": "sieve"}, "format: got 'sieve'"),

@@ -59,6 +59,16 @@ def test_a_plan_overwrites_no_file(script, tmp_path):
         call(script, "plan", tmp_path / "sweep.toml")
     with pytest.raises(ValueError, match="cell: got 'lstm', need one of egru, gru"):
         call(script, "plan", tmp_path / "other.toml", "--cell", "lstm")
+    with pytest.raises(ValueError, match="backend: got 'tpu'"):
+        call(script, "plan", tmp_path / "other.toml", "--backend", "tpu")
+    assert not (tmp_path / "other.toml").exists()
+
+
+def test_a_table_of_nothing_says_what_is_missing(script, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"results: there is no line in .*none\.jsonl; the command collect writes them"
+    ):
+        call(script, "table", "--results", tmp_path / "none.jsonl")
 
 
 def test_bytes_of_a_file_are_those_of_the_layers_in_each_storage(script):

@@ -106,6 +106,9 @@ def test_wrong_bands_and_spans_are_refused(monkeypatch, network, tmp_path):
             arrangement.arranged(network, WIDTH, bands)
     with pytest.raises(ValueError, match="layer 0 has 8 units"):
         arrangement.arranged(network, 16, ())
+    apart = er.Network.random([8, 12], rng=np.random.default_rng(0), symbols=WORDS, embedding=16, readout=WORDS)
+    with pytest.raises(ValueError, match="its embedding is 16 wide, but the last layer, .*, has 12 units"):
+        arrangement.arranged(apart, WIDTH, ())
     module = script("ptb", monkeypatch)
     outcome = CliRunner().invoke(
         module.app, ["arrange", "x", "--bands", "a", "--out", str(tmp_path / "out.safetensors")]

@@ -121,8 +121,11 @@ class Case:
             )
         if "float32" in self.baselines and self.dtype == "float32":
             raise ValueError("against: float32 is our own engine, a baseline for narrower weights; give --dtype")
-        if "c-blocks" in self.baselines and self.threads != 1:
-            raise ValueError(f"threads: got {self.threads}, but the baseline c-blocks has one thread; leave it out")
+        if "c-blocks" in self.baselines:
+            if self.threads != 1:
+                raise ValueError(f"threads: got {self.threads}, but the baseline c-blocks has one thread; leave it out")
+            if self.hidden < 4:
+                raise ValueError(f"hidden: got {self.hidden}, but a block of the baseline c-blocks has 4 inputs")
         if self.measures == "product":
             for name, asked, only in (("layers", self.layers, 1), ("variant", self.variant, "evnn")):
                 if asked != only:
