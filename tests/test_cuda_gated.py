@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pickle
 import sys
 import warnings
 from dataclasses import replace
@@ -162,6 +163,8 @@ EMULATED = [
         }
         | {"shared_bytes": 180_000, "stage_bytes": 4096, "resident": 2},
     ),
+    # Choices that two steps share, in every matrix.
+    (Cell("gru"), {"gate_period": 2, "steps": 3, "batch": 2}),
     # Dense weights of one sample.
     (Cell("lstm"), {"units": (70,), "batch": 1, "gated": (), "readout": None, "stage_bytes": 8192}),
     (Cell("lstm"), {"batch": 1, "block": (1, 20), "steps": 3, "shared_bytes": 17_000, "resident": 1}),
@@ -197,6 +200,17 @@ def test_emulated_kernels_have_the_bits_of_the_specification(monkeypatch, emulat
     gated = isinstance(network.layers[0].w_rec, GatedBlocks)
     assert max(resident) == (kept or (network.layers[0].w_rec.grid[0] if gated else 2))
     assert got.paths["layers.0.w_rec"] == f"{'gated' if gated else 'dense'} {options.get('storage', 'float32')} in L2"
+
+
+def test_emulated_runs_and_steps_go_on_with_the_choice_that_steps_share(emulated):
+    network, x = case(Cell("lstm"), gate_period=3, steps=5, units=(6,))
+    expected = simulate(network, x, backend="reference")
+    simulator = Simulator(network, batch=2, backend="cuda")
+    parts = [simulator.run(x[:2]).output, [simulator.step(x[2])], simulator.run(x[3:]).output]
+    assert same_bits(expected.output, np.concatenate(parts))
+    assert_same_state(expected.state, simulator.state)
+    assert_same_state(expected.state, pickle.loads(pickle.dumps(simulator.state)))
+    assert [held.left.tolist() for held in simulator.state.gates.values()] == [[1, 1]] * 3
 
 
 @pytest.mark.parametrize("rule", ["linear", "softmax"])
@@ -297,6 +311,7 @@ DRAWN = [
     {"block": (7, 45), "units": (70,), "batch": 33, "density": 0.15},
     {"block": (1, 70), "units": (70, 33), "batch": 2, "gated": ("w_rec", "readout")},
     {"block": (16, 16), "units": (70, 33), "batch": 5, "gated": ("w_in",), "gate_rule": "softmax"},
+    {"block": (50, 64), "units": (150, 70), "batch": 3, "gate_period": 4, "gate_rule": "softmax"},
 ]
 
 

@@ -10,7 +10,6 @@ import pytest
 from eventrnn import reference_products
 from eventrnn.counting import audit, count, count_per_step
 from eventrnn.cpu.single_product import Product
-from eventrnn.cuda.packing import check_format
 from eventrnn.events import Events
 from eventrnn.folding import fold
 from eventrnn.network import Network
@@ -193,9 +192,6 @@ def test_engines_refuse_gates_of_other_shapes():
 
 
 def test_what_chooses_in_every_step_refuses_a_period_by_name():
-    network = network_of(period=3)
-    with pytest.raises(ValueError, match=r"w: got gate_period=3, but with the cuda backend every step chooses"):
-        check_format("w", network.matrices()["readout"])
     words = Network.random([6], symbols=4, embedding=5, readout=4, rng=np.random.default_rng(0))
     with pytest.raises(ValueError, match=r"fold: layers\.0\.w_in has gate_period=2: .* earlier symbols"):
         fold(words.with_matrices({"layers.0.w_in": gated(words.layers[0].w_in, period=2)}))

@@ -129,7 +129,7 @@ class CudaEngine:
         copy_values(self.device, inputs, captured.x)
         run.buffers.start(now)
         captured.replay()
-        left = DeviceState(self.device, run.buffers.state.copy(), self.units, inputs.batch)
+        left = self._state(run.buffers.state, inputs.batch)
         output = captured.output if inputs.array_library is None else captured.output.copy()
         return self._trace(inputs, left, output, captured.status.get(), [], [])
 
@@ -168,7 +168,7 @@ class CudaEngine:
             run.read_out(made, status)
             take(made, output[begin:end])
             now = run.buffers.state
-        left = DeviceState(device, now.copy(), self.units, batch)
+        left = self._state(now, batch)
         return self._trace(inputs, left, output, status.get(), events, states)
 
     def _trace(self, inputs: Inputs, left: DeviceState, output, status: np.ndarray, events, states) -> Trace:
@@ -244,11 +244,18 @@ class CudaEngine:
 
     # --- memory ---
 
+    def _state(self, flat: Any, batch: int) -> DeviceState:
+        """A copy of a state on the GPU."""
+        return DeviceState(self.device, flat.copy(), self.units, batch, self.network.shared_gates())
+
     def flat_state(self, state: State | Any) -> Any:
         """A state as one array on the device (`DeviceState.flat`), not to be written to; such an array as it is."""
         if isinstance(state, DeviceState):
             return state.flat
-        return self.device.put(flattened(state)) if isinstance(state, State) else state
+        if not isinstance(state, State):
+            return state
+        state.need_gates(self.network.shared_gates(), state.batch)
+        return self.device.put(flattened(state))
 
     def _new_run(self, steps: int, batch: int) -> Run:
         layers = self.tensor_layers.get(batch, ())

@@ -13,6 +13,7 @@ from eventrnn.cuda.kernels.gated_loop import gated_layer_kernel
 from eventrnn.cuda.plan import MIN_TILE_WIDTH
 from eventrnn.cuda.run_buffers import UNWRITTEN_BYTE, pitch_of
 from eventrnn.cuda.tables import LANES, LAYER_STAGE_BYTES, MAX_SAMPLES
+from eventrnn.weights import MatrixId
 
 if TYPE_CHECKING:
     from eventrnn.cells import Cell
@@ -114,6 +115,7 @@ class GatedLayer:
         logit_pitch, pitch = pitch_of(self.w_rec.weights.n_blocks), pitch_of(self.units)
         logits = buffers.scratch(("logits", k), (steps, batch, logit_pitch), np.float32)
         logits.data.memset_async(UNWRITTEN_BYTE, logits.nbytes)
+        held = buffers.hold(MatrixId.of(k, "w_rec"))
         fields = {
             tables.ROW_UNITS: self.units,
             tables.ROW_PITCH: pitch,
@@ -124,8 +126,10 @@ class GatedLayer:
             tables.ROW_THRESHOLDS: self.thresholds.data.ptr,
             tables.ROW_LOGITS: logits.data.ptr,
             tables.ROW_LOGIT_PITCH: logit_pitch,
-            tables.ROW_HELD: 0,
-            tables.ROW_LEFT: 0,
+            tables.ROW_HELD_BEFORE: held[0],
+            tables.ROW_LEFT_BEFORE: held[1],
+            tables.ROW_HELD: held[2],
+            tables.ROW_LEFT: held[3],
             tables.ROW_STAMPS: 0 if self.stamps is None else self.stamps.data.ptr,
         }
         key, table = ("gated layer", k), np.array([fields[f] for f in range(tables.ROW_FIELDS)], np.int64)

@@ -314,10 +314,22 @@ class GatedMatrix:
                 self._places[samples] = self.device.put(places), shared, samples
         return self._places[samples]
 
-    def products(self, device: Device, table, rows: int, row_of=None, out=None, status: Any = None):
+    def products(
+        self,
+        device: Device,
+        table,
+        rows: int,
+        row_of=None,
+        out=None,
+        status: Any = None,
+        *,
+        batch: int = 1,
+        held: tuple[int, int, int, int] = (0, 0, 0, 0),
+    ):
         """Drives (rows, gates * units) float32 of independent rows of events; see `Matrix.products`.
 
-        status : the status words, which get gates that are not finite
+        status      : the status words, which get gates that are not finite
+        batch, held : rows of a step, and what `RunBuffers.hold` returns, where steps share a choice
         """
         columns = self.weights.shape[1]
         if out is None:
@@ -333,7 +345,7 @@ class GatedMatrix:
         kernel = device.kernel(("gated_rows", narrow), lambda: gated_rows_kernel(narrow), LANES * warps)
         lists = *(each.data.ptr for each in table), 0 if row_of is None else row_of.data.ptr
         arguments = matrix.data.ptr, places.data.ptr, *lists, rows, samples, splits, out.data.ptr, status.data.ptr
-        device.launch(kernel, groups * splits, LANES * warps, *arguments, shared=shared)
+        device.launch(kernel, groups * splits, LANES * warps, *arguments, batch, *held, shared=shared)
         return out
 
 

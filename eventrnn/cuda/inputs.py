@@ -7,7 +7,7 @@ are read in the same memory, through `__cuda_array_interface__` or DLPack.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -192,16 +192,23 @@ def raise_for_input(inputs: Inputs, place: int) -> None:
 class DeviceState(State):
     """A state on the GPU, copied to the host when its arrays are asked for.
 
-    flat : (2, batch * units of all layers) float32, cells and outputs, layer after layer; never written to
+    flat   : (2, batch * (units of all layers + blocks of all shared matrices)) float32: the cells and then the gates;
+             the outputs and then, at the place of the gates of a matrix, the bits of `HeldGates.left` as int32. Layer
+             after layer and matrix after matrix; never written to
+    shared : `Network.shared_gates`
     """
 
     device: Device
     flat: Any
     units: tuple[int, ...]
+    shared: Mapping[str, tuple[int, int]]
     _batch: int
 
-    def __init__(self, device: Device, flat: Any, units: Sequence[int], batch: int):
-        for name, value in (("device", device), ("flat", flat), ("units", tuple(units)), ("_batch", batch)):
+    def __init__(
+        self, device: Device, flat: Any, units: Sequence[int], batch: int, shared: Mapping[str, tuple[int, int]]
+    ):
+        given = {"device": device, "flat": flat, "units": tuple(units), "_batch": batch, "shared": shared}
+        for name, value in given.items():
             object.__setattr__(self, name, value)
 
     @property
@@ -227,10 +234,11 @@ class DeviceState(State):
         """Per layer (batch, N) float32."""
         return by_layer(self._host[1], self.units, self._batch)
 
-    @property
+    @cached_property
     def gates(self) -> dict[str, HeldGates]:
-        """None: this engine refuses gates that several steps share."""
-        return {}
+        """The gates that steps share, by matrix."""
+        held = held_gates(self._host, self.units, self.shared, self._batch)
+        return {name: HeldGates(gates, left.astype(np.int64)) for name, (gates, left) in held.items()}
 
     def need_finite(self) -> None:
         """Does nothing: the run has checked its cells on the GPU (`check_status`)."""
@@ -244,10 +252,12 @@ class DeviceState(State):
         wanted = tuple(layer.units for layer in network.layers)
         if (self.units, self.batch) != (wanted, batch):
             raise ValueError(f"state: got {self.batch} samples of {self.units} units, need {batch} of {wanted}")
-        return self
+        # Another order of the matrices, or another period, is seen to on the host.
+        same = list(self.shared.items()) == list(network.shared_gates().items())
+        return self if same else super().checked(network, batch)
 
     def __reduce__(self):
-        return State, (self.cells, self.outputs)
+        return State, (self.cells, self.outputs, self.gates)
 
 
 def by_layer(flat: Any, units: Sequence[int], batch: int) -> tuple[Any, ...]:
@@ -256,12 +266,28 @@ def by_layer(flat: Any, units: Sequence[int], batch: int) -> tuple[Any, ...]:
     return tuple(flat[a:b].reshape(batch, n) for a, b, n in zip(edges[:-1], edges[1:], units, strict=True))
 
 
+def held_gates(
+    flat: Any, units: Sequence[int], shared: Mapping[str, tuple[int, int]], batch: int
+) -> dict[str, tuple[Any, Any]]:
+    """By matrix, the views of a flat state that `HeldGates` has: gates (batch, blocks) float32, left (batch,) int32."""
+    found, at = {}, batch * sum(units)
+    for name, (blocks, _) in shared.items():
+        found[name] = (
+            flat[0][at : at + batch * blocks].reshape(batch, blocks),
+            flat[1][at : at + batch].view(np.int32),
+        )
+        at += batch * blocks
+    return found
+
+
 def flattened(state: State) -> np.ndarray:
     """A state of NumPy arrays as one array, in the order of `DeviceState.flat`."""
-    lines = (
-        np.concatenate([np.asarray(a, np.float32).ravel() for a in arrays]) for arrays in (state.cells, state.outputs)
-    )
-    return np.stack(list(lines))
+    held = state.gates.values()
+    left = [np.zeros_like(each.gates, np.float32) for each in held]
+    for words, each in zip(left, held, strict=True):
+        words.ravel()[: len(each.left)] = each.left.astype(np.int32).view(np.float32)
+    lines = (*state.cells, *(each.gates for each in held)), (*state.outputs, *left)
+    return np.stack([np.concatenate([np.asarray(a, np.float32).ravel() for a in arrays]) for arrays in lines])
 
 
 def check_status(status: np.ndarray, inputs: Inputs | None, state: State, names: Sequence[str]) -> None:

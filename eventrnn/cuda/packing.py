@@ -131,16 +131,10 @@ class GroupedStrips:
 
 
 def check_format(name: str, weights: Weights) -> None:
-    """Raise TypeError for a format that neither `pack` nor `gated_matrix.py` can pack, and ValueError for blocks whose
-    choices several steps share."""
+    """Raise TypeError for a format that neither `pack` nor `gated_matrix.py` can pack."""
     if not isinstance(weights, Dense | CSR | BlockCSR | NM | GatedBlocks):
         raise TypeError(
             f"{name}: the cuda backend cannot run format {type(weights).__name__}; convert to dense, csr, block or nm"
-        )
-    if isinstance(weights, GatedBlocks) and weights.gate_period > 1:
-        raise ValueError(
-            f"{name}: got gate_period={weights.gate_period}, but with the cuda backend every step chooses its blocks; "
-            "use backend='cpu', or dataclasses.replace(weights, gate_period=1)"
         )
 
 

@@ -13,6 +13,7 @@ from eventrnn.cuda.kernels.input_checks import finite_kernel
 from eventrnn.cuda.launch import launch_layers
 from eventrnn.cuda.run_buffers import Replay, RunBuffers, copy_rows, pitch_of
 from eventrnn.cuda.tables import LANES, STATUS_FIELDS
+from eventrnn.weights import MatrixId
 
 if TYPE_CHECKING:
     from eventrnn.cuda.device import Device
@@ -123,7 +124,7 @@ class Run:
             to: Any = out if direct and k == last else buffers.event_logs[k][1:]
             sent = to.data.ptr, to.shape[2]
             layer.enqueue(buffers, k, table, row_of, after[k] if after else None, sent, counts, status)
-        cells = buffers.state[0].size
+        cells = self.batch * sum(units)
         kernel = device.kernel(("finite",), finite_kernel, 256)
         device.launch(kernel, -(-cells // 256), 256, buffers.state.data.ptr, cells, status.data.ptr)
         buffers.end(out if direct else None)
@@ -134,6 +135,11 @@ class Run:
                 counts = status[network.counts_from(k) :]
                 self._count(buffers.event_logs[k][1:], pitch_of(units[k]), units[k], rows, counts)
 
+    def _products(self, name: MatrixId, matrix: Any, table: Any, rows: int, row_of: Any, out: Any, status: Any) -> Any:
+        """Put the products of a matrix with rows of events on the stream; see `Matrix.products`."""
+        held = {"batch": self.batch, "held": self.buffers.hold(name)} if name in self.buffers.held else {}
+        return matrix.products(self.device, table, rows, row_of, out=out, status=status, **held)
+
     def _drive(self, k: int, table: Any, row_of: Any, status: Any) -> Any:
         """Put the input drives of layer k for all steps on the stream: (steps * batch, gates * units) float32.
 
@@ -143,7 +149,7 @@ class Run:
         out = self.buffers.drive(k, network.gates[k] * network.units[k])
         if k:
             table, row_of = self._sent_lists(k - 1), None
-        return network.w_in[k].products(self.device, table, rows, row_of, out=out, status=status)
+        return self._products(MatrixId.of(k, "w_in"), network.w_in[k], table, rows, row_of, out, status)
 
     def _sent_lists(self, k: int) -> tuple[Any, Any, Any]:
         """Put the event lists of the outputs of layer k on the stream."""
@@ -165,7 +171,7 @@ class Run:
             copy_rows(device, out, units, sent, pitch_of(units), units, rows)
             return
         table = self._sent_lists(len(network.units) - 1)
-        network.readout.products(device, table, rows, out=out, status=status)
+        self._products(MatrixId("readout"), network.readout, table, rows, None, out, status)
 
     def count_inputs(self, x: Any, status: Any) -> None:
         """Add the events of a dense input (steps, batch, I) to the status words."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eventrnn.cuda.inputs import by_layer
+from eventrnn.cuda.inputs import by_layer, held_gates
 from eventrnn.cuda.kernels.input_checks import dense_events_kernel, symbols_kernel
 from eventrnn.cuda.tables import LANES
 
@@ -30,9 +30,11 @@ class RunBuffers:
     event_logs : per layer (steps + 1, batch, pitch) float32; row 0 holds the outputs before the run, row t + 1 those of
                  step t
     gated      : per layer the same for r * y, where the reset gate comes first; None for other cells
-    state      : (2, batch * units of all layers) float32, cells and outputs; the kernels update the cells
+    state      : `DeviceState.flat`: cells and outputs, and gates that steps share; the kernels update cells and gates
     cells      : per layer (batch, units), views of `state`
     outputs    : per layer (batch, units), views of `state`
+    held       : by matrix whose choices some steps share, its gates and further steps, views of `state`
+    held_before : the same before the work that is under way
     tables     : the layer tables of launches, by launch (`tables.LAYER_FIELDS`); graphs of tensor-core layers
     scratch_arrays : by name, further arrays that launches of this run work in
     """
@@ -45,8 +47,15 @@ class RunBuffers:
         self.gated: list[Any] = [
             device.empty(shape, np.float32) if reset else None for shape, reset in zip(shapes, first, strict=True)
         ]
-        self.state = device.empty((2, batch * sum(units)), np.float32)
+        shared = network.shared_gates()
+        held = batch * sum(blocks for blocks, _ in shared.values())
+        self.state = device.empty((2, batch * sum(units) + held), np.float32)
         self.cells, self.outputs = (by_layer(line, units, batch) for line in self.state)
+        self.held = held_gates(self.state, units, shared, batch)
+        self.held_before = {
+            name: (device.empty(gates.shape, np.float32), device.empty(left.shape, np.int32))
+            for name, (gates, left) in self.held.items()
+        }
         self.tables: dict[tuple, Any] = {}
         self.scratch_arrays: dict[Any, Any] = {}
 
@@ -96,6 +105,19 @@ class RunBuffers:
         arguments = symbols.data.ptr, rows, row_0, known, checked.data.ptr, status.data.ptr
         device.launch(device.kernel(("symbols",), symbols_kernel, 128), -(-rows // 128), 128, *arguments)
         return checked
+
+    def hold(self, name: str) -> tuple[int, int, int, int]:
+        """Copy the gates that a matrix holds. Returns the addresses of the copies, and of what gets the new ones.
+
+        Blocks of a kernel may read the gates before the run when others write those after it.
+        """
+        if name not in self.held:
+            return 0, 0, 0, 0
+        now, before = self.held[name], self.held_before[name]
+        for target, source in zip(before, now, strict=True):
+            target.data.copy_from_device_async(source.data, target.nbytes)
+        gates, left, new_gates, new_left = (each.data.ptr for each in (*before, *now))
+        return gates, left, new_gates, new_left
 
     def sent(self, k: int) -> Any:
         """The outputs of layer k, (steps, batch, units): a view of its event log."""

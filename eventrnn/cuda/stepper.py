@@ -122,7 +122,8 @@ class CudaStepper:
         """A copy of the state, on the GPU."""
         with self.device.on_stream():
             flat = self.loop.flat()
-        return DeviceState(self.device, flat, self.network.units, self.batch)
+        network = self.network
+        return DeviceState(self.device, flat, network.units, self.batch, network.network.shared_gates())
 
     def _take(self, inputs: Any) -> None:
         """Copy host inputs to pinned memory; the GPU checks single numbers."""

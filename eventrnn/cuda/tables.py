@@ -282,11 +282,13 @@ CHOICE_WORDS, RATIO_PAD = 160 + 4 * LANES, 32
     ROW_THRESHOLDS,  # (units,) float32
     ROW_LOGITS,  # (steps, batch, logit pitch) float32, not yet written
     ROW_LOGIT_PITCH,
-    ROW_HELD,  # (batch, blocks) float32 gates that steps share, read at the start and written at the end, or 0
-    ROW_LEFT,  # (batch,) int32 further steps with these gates, likewise
+    ROW_HELD_BEFORE,  # (batch, blocks) float32 gates before the run, of choices that steps share, or 0
+    ROW_LEFT_BEFORE,  # (batch,) int32 further steps with these gates
+    ROW_HELD,  # the gates after the run
+    ROW_LEFT,  # further steps with them
     ROW_STAMPS,  # (steps, blocks, STAMPS) int64, or 0
     ROW_FIELDS,  # number of columns
-) = range(13)
+) = range(15)
 
 # Phases of a step of such a layer, and clocks that are read in a step: at its begin, and after each phase.
 PHASES = ("outputs", "logits", "all logits", "choice", "products", "cells")

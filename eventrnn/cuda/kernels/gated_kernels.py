@@ -10,13 +10,15 @@ memory.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 from numba import int32, int64, types
 
 from eventrnn.cuda import tables
 from eventrnn.cuda.device import cuda, device_function, libdevice
 from eventrnn.cuda.kernels.gated_blocks import Received, StripRows, make_add_strip, sum_of_sample
-from eventrnn.cuda.kernels.gated_choice import MAGNITUDE, choose
+from eventrnn.cuda.kernels.gated_choice import FACTOR, MAGNITUDE, choose, is_too_large
 from eventrnn.cuda.kernels.persistent import Lane
 from eventrnn.cuda.kernels.ptx import (
     global_float32,
@@ -87,6 +89,91 @@ def report(status_at, number):
     max_relaxed(status_at + int64(8 * tables.STATUS_GATES), int64(tables.LAST) - number)
 
 
+@device_function
+def row_that_chose(row, batch, period, left):
+    """The row (step * batch + sample) whose choice a row has; negative for a choice before the run.
+
+    left : the first steps of the sample that have this choice
+    """
+    source = row
+    if period > 1:
+        step = row // batch
+        source = row - ((step - left) % period) * batch
+        if step < left:
+            source = int64(-1)
+    return source
+
+
+class RowLists(NamedTuple):
+    """The events of the rows; all int64, most of them addresses (`gated_rows_kernel`)."""
+
+    lists_at: Any
+    begins_at: Any
+    counts_at: Any
+    row_of_at: Any
+    batch: Any
+    left_before_at: Any
+
+
+class SharedRows(NamedTuple):
+    """Where rows of inputs lie in shared memory (`gated_blocks.py`)."""
+
+    #: int64, addresses of `inputs`, `active` and `maxima`
+    inputs_at: Any
+    active_at: Any
+    maxima_at: Any
+    #: int32, numbers from one row to the next
+    input_pitch: Any
+    active_pitch: Any
+    #: int32, rows of a block, and rows of zeros behind them
+    rows_of_block: Any
+    padding: Any
+
+
+@device_function
+def load_rows(rows, shared, first, own, period, me):
+    """Write the inputs of the rows that chose for `own` rows from `first` on, and their largest magnitudes.
+
+    period : 1 for the rows themselves. A row that has a choice from before the run gets zeros
+    All threads must call it; it synchronises the block before and after.
+    """
+    lane, warp, warps = me
+    thread, threads = int32(warp * LANES + lane), int32(warps * LANES)
+    cuda.syncthreads()
+    inputs, active, k = shared_float32(shared.inputs_at), shared_int32(shared.active_at), thread
+    while k < own * shared.input_pitch:
+        inputs[k] = np.float32(0)
+        k = int32(k + threads)
+    k = thread
+    while k < own * shared.active_pitch:
+        active[k] = int32(0)
+        k = int32(k + threads)
+    cuda.syncthreads()
+    sample = int32(0)
+    while sample < own:
+        left, best = int64(0), int32(0)
+        if period > 1:
+            left = int64(global_int32(rows.left_before_at)[(first + sample) % rows.batch])
+        source = row_that_chose(first + sample, rows.batch, period, left)
+        if source >= 0:
+            if rows.row_of_at != 0:
+                source = global_int64(rows.row_of_at)[source]
+            entries = global_int64(rows.lists_at + 8 * global_int64(rows.begins_at)[source])
+            count, k = global_int32(rows.counts_at)[source], thread
+            while k < count:
+                unit, value = low_word(entries[k]), libdevice.int_as_float(high_word(entries[k]))
+                block_row = int32(unit // shared.rows_of_block)
+                inputs[int32(sample * shared.input_pitch + unit + block_row * shared.padding)] = value
+                active[int32(sample * shared.active_pitch + block_row)] = int32(1)
+                best = int32(max(best, magnitude_bits(value)))
+                k = int32(k + threads)
+        best = max_of_warp(best)
+        if lane == 0:
+            shared_int32(shared.maxima_at)[int32(sample * LANES + warp)] = best
+        sample = int32(sample + 1)
+    cuda.syncthreads()
+
+
 def gated_rows_kernel(narrow: bool):
     """The kernel out[row] = bias + product of the row with gated blocks, and its signature.
 
@@ -95,6 +182,9 @@ def gated_rows_kernel(narrow: bool):
     row_of_at                      : (rows,) int64, the list of each row, or address 0 for the list of the same number
     samples, splits                : rows of a block at a time, and blocks that share the strips of a row
     out_at                         : (rows, columns) float32
+    batch                          : rows of a step, where steps share a choice
+    before_at, left_before_at      : the gates before the run and their further steps; 0 where every step chooses
+    held_at, left_at               : the same after the run
     """
     add_strip, _, _ = make_add_strip(narrow, ROWS_STAGE_BYTES)
     _, begin_strip, end_factor = make_add_strip(False, ROWS_STAGE_BYTES)
@@ -102,7 +192,22 @@ def gated_rows_kernel(narrow: bool):
     ring_bytes = sums_offset + SUM_BYTES
 
     def gated_rows(
-        matrix_at, place_at, begins_at, counts_at, lists_at, row_of_at, rows, samples, splits, out_at, status_at
+        matrix_at,
+        place_at,
+        begins_at,
+        counts_at,
+        lists_at,
+        row_of_at,
+        rows,
+        samples,
+        splits,
+        out_at,
+        status_at,
+        batch,
+        before_at,
+        left_before_at,
+        held_at,
+        left_at,
     ):
         thread, threads = int32(cuda.threadIdx.x), int32(cuda.blockDim.x)
         lane, warp, warps = thread & int32(31), thread >> int32(5), threads >> int32(5)
@@ -112,10 +217,9 @@ def gated_rows_kernel(narrow: bool):
         r, c, padded = int32(m[tables.ROWS_OF_BLOCK]), int32(m[tables.COLUMNS_OF_BLOCK]), int32(m[tables.PADDED_ROWS])
         grid_rows, grid_columns = int32(m[tables.GRID_ROWS]), int32(m[tables.GRID_COLUMNS])
         width, stage = int32(m[tables.BLOCK_WIDTH]), int32(m[tables.BLOCK_STAGE])
-        rank, number = int32(m[tables.RANK]), m[tables.NUMBER]
+        rank, number, period = int32(m[tables.RANK]), m[tables.NUMBER], m[tables.PERIOD]
         inputs_at, active_at = shared + place[tables.AT_INPUTS], shared + place[tables.AT_ACTIVE]
         inner_at, gates_at = shared + place[tables.AT_INNER], shared + place[tables.AT_GATES]
-        inputs, active = shared_float32(inputs_at), shared_int32(active_at)
         inner, gates = shared_float32(inner_at), shared_float32(gates_at)
         input_pitch, active_pitch = int32(place[tables.INPUT_PITCH_OF]), int32(place[tables.ACTIVE_PITCH])
         inner_pitch, gates_pitch = int32(place[tables.INNER_PITCH]), int32(place[tables.GATES_PITCH])
@@ -142,41 +246,16 @@ def gated_rows_kernel(narrow: bool):
         while k < inner_strips:
             offsets[int32(logit_strips + k)] = global_int64(m[tables.INNER_OFFSETS])[k]
             k = int32(k + threads)
-        row_of, begins, counts = global_int64(row_of_at), global_int64(begins_at), global_int32(counts_at)
+        largest_gates = shared_int32(shared + place[tables.AT_HELD])
         group = cuda.blockIdx.x // splits
         split, groups = cuda.blockIdx.x - group * splits, cuda.gridDim.x // splits
         sums = shared_float32(ring_at + int64(sums_offset))
         row = int64(group) * samples
         while row < rows:
             own, none = int32(min(samples, rows - row)), int32(0)
-            k = thread
-            while k < own * input_pitch:
-                inputs[k] = np.float32(0)
-                k = int32(k + threads)
-            k = thread
-            while k < own * active_pitch:
-                active[k] = int32(0)
-                k = int32(k + threads)
-            cuda.syncthreads()
-            sample = int32(0)
-            while sample < own:
-                source = row + sample
-                if row_of_at != 0:
-                    source = row_of[row + sample]
-                entries, count = global_int64(lists_at + 8 * begins[source]), counts[source]
-                best, k = int32(0), thread
-                while k < count:
-                    unit, value = low_word(entries[k]), libdevice.int_as_float(high_word(entries[k]))
-                    block_row = int32(unit // r)
-                    inputs[int32(sample * input_pitch + unit + block_row * (padded - r))] = value
-                    active[int32(sample * active_pitch + block_row)] = int32(1)
-                    best = int32(max(best, magnitude_bits(value)))
-                    k = int32(k + threads)
-                best = max_of_warp(best)
-                if lane == 0:
-                    shared_int32(maxima_at)[int32(sample * LANES + warp)] = best
-                sample = int32(sample + 1)
-            cuda.syncthreads()
+            rows_of = RowLists(lists_at, begins_at, counts_at, row_of_at, batch, left_before_at)
+            shared_rows = SharedRows(inputs_at, active_at, maxima_at, input_pitch, active_pitch, r, int32(padded - r))
+            load_rows(rows_of, shared_rows, row, own, period, me)
             source_at, source_pitch, n_source = inputs_at, input_pitch, n_rows
             if rank > 0:
                 for_inner = Received(own, inputs_at, ones_at + int64(4), ones_at, input_pitch, none, none)
@@ -221,15 +300,54 @@ def gated_rows_kernel(narrow: bool):
             cuda.syncthreads()
             sample = int32(0)
             while sample < own:
-                bad = choose(
-                    *(shared_float32(gates_at + int64(4) * (sample * gates_pitch)), keys, ratios_at, words),
-                    *(shared_int32(maxima_at + int64(4 * LANES) * sample), blocks),
-                    *(int32(m[tables.KEPT_BLOCKS]), int32(m[tables.SOFTMAX]), me),
-                )
-                if bad and thread == 0:
-                    report(status_at, number)
+                left, largest, own_gates = int64(0), int32(0), int32(sample * gates_pitch)
+                if period > 1:
+                    left = int64(global_int32(left_before_at)[(row + sample) % batch])
+                if row_that_chose(row + sample, batch, period, left) >= 0:
+                    bad = choose(
+                        *(shared_float32(gates_at + int64(4) * own_gates), keys, ratios_at, words),
+                        *(shared_int32(maxima_at + int64(4 * LANES) * sample), blocks),
+                        *(int32(m[tables.KEPT_BLOCKS]), int32(m[tables.SOFTMAX]), me),
+                    )
+                    if bad and thread == 0:
+                        report(status_at, number)
+                    largest = words[FACTOR]
+                else:
+                    # Every warp finds the largest gate.
+                    k = lane
+                    while k < blocks:
+                        value = global_float32(before_at)[((row + sample) % batch) * blocks + k]
+                        gates[int32(own_gates + k)] = value
+                        largest = int32(max(largest, magnitude_bits(value)))
+                        k = int32(k + LANES)
+                    largest = max_of_warp(largest)
+                if thread == 0:
+                    largest_gates[sample] = largest
                 sample = int32(sample + 1)
             cuda.syncthreads()
+            if period > 1:
+                # The rows themselves.
+                load_rows(rows_of, shared_rows, row, own, int64(1), me)
+                sample = int32(0)
+                while sample < own:
+                    bad = is_too_large(largest_gates[sample], shared_int32(maxima_at + int64(4 * LANES) * sample), me)
+                    if bad and thread == 0:
+                        report(status_at, number)
+                    if split == 0 and row + sample >= rows - batch:
+                        # The last step of a sample.
+                        stream, step = (row + sample) % batch, (row + sample) // batch
+                        k = thread
+                        while k < blocks:
+                            value = gates[int32(sample * gates_pitch + k)]
+                            global_float32(held_at)[stream * blocks + k] = value
+                            k = int32(k + threads)
+                        if thread == 0:
+                            left = int64(global_int32(left_before_at)[stream])
+                            further = left - step - 1
+                            if step >= left:
+                                further = period - 1 - (step - left) % period
+                            global_int32(left_at)[stream] = int32(further)
+                    sample = int32(sample + 1)
             for_blocks = Received(own, inputs_at, active_at, gates_at, input_pitch, active_pitch, gates_pitch)
             block_strip = split * workers + warp
             while warp < workers and block_strip < m[tables.BLOCK_STRIPS]:
@@ -266,4 +384,4 @@ def gated_rows_kernel(narrow: bool):
             cuda.syncthreads()
             row += groups * samples
 
-    return gated_rows, types.void(*[types.int64] * 11)
+    return gated_rows, types.void(*[types.int64] * 16)

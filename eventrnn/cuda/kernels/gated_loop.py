@@ -183,7 +183,7 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
             resident = logits_resident = int32(0)
         logit_bytes = int64(4 * n_rows * logit_width)
         # Steps that share a choice, and where the gates and their further steps are kept between runs.
-        period, held_at, left_at = int32(m[tables.PERIOD]), layer[tables.ROW_HELD], layer[tables.ROW_LEFT]
+        period, held_at, left_at = int32(m[tables.PERIOD]), layer[tables.ROW_HELD_BEFORE], layer[tables.ROW_LEFT_BEFORE]
         units, held = shared_int32(shared + place[tables.AT_TILES]), shared_int32(shared + place[tables.AT_HELD])
         starts_at, own_items = shared + place[tables.AT_STARTS], int64(own_tiles * n_gates)
         starts, columns = shared_float32(starts_at), shared_int32(starts_at + 4 * LANES * own_items)
@@ -516,10 +516,10 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
             k = thread
             while k < blocks:
                 value = gates[int32(sample * gates_pitch + k)]
-                global_float32(held_at)[(first_sample + sample) * blocks + k] = value
+                global_float32(layer[tables.ROW_HELD])[(first_sample + sample) * blocks + k] = value
                 k = int32(k + threads)
             if thread == 0:
-                global_int32(left_at)[first_sample + sample] = held[int32(2 * sample)]
+                global_int32(layer[tables.ROW_LEFT])[first_sample + sample] = held[int32(2 * sample)]
             sample = int32(sample + 1)
 
     return gated_layer, types.void(*[types.int64] * 10)
