@@ -277,8 +277,8 @@ class GatedMatrix:
             table[field], at = at, at + _rounded(size, 16)
         for field, pitch in pitches.items():
             table[field] = pitch
-        # Beyond the last row of a stage, weights of up to 16 rows are read and not used: sums, and what follows them.
-        ring_bytes, beyond = STAGES * stage_bytes + SUM_BYTES, 2 * ROW_GROUP * LANES * 4 - SUM_BYTES
+        # Beyond the last row of a stage, weights of up to 24 rows are read and not used: sums, and what follows them.
+        ring_bytes, beyond = STAGES * stage_bytes + SUM_BYTES, 3 * ROW_GROUP * LANES * 4 - SUM_BYTES
         room = (self.device.shared_bytes - at - beyond) // ring_bytes
         workers = max(1, min(room, self.warps, items))
         room = max(0, self.device.shared_bytes - at - beyond - workers * ring_bytes)

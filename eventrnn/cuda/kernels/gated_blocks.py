@@ -30,12 +30,18 @@ CUDA 12.8 and of 13.0 does not finish compiling a kernel where such variables me
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
-import numpy as np
 from numba import int32, int64
 
-from eventrnn.cuda.device import cuda, device_function, libdevice
+from eventrnn.cuda.device import cuda, device_function
+from eventrnn.cuda.kernels.gated_strips import (
+    gate_of,
+    load8,
+    lower_half,
+    needed_rows,
+    next_row,
+    rows_in,
+    upper_half,
+)
 from eventrnn.cuda.kernels.ptx import (
     OPEN_GROUPS,
     OPEN_ROWS,
@@ -45,7 +51,6 @@ from eventrnn.cuda.kernels.ptx import (
     copy_async16_if,
     load_shared_float4,
     shared_float32,
-    shared_int32,
     wait_for_oldest_copies,
     wait_for_oldest_row,
 )
@@ -59,136 +64,6 @@ assert OPEN_GROUPS == STAGES - 1, "the oldest of all stages must be complete"
 PIECE, ROWS_AHEAD, COPIES = 32, 3, 12
 
 assert OPEN_ROWS == ROWS_AHEAD - 1, "the row after the present one must be complete"
-
-
-# The bits of the second of two bfloat16.
-UPPER_HALF = np.int32(-(1 << 16))
-
-
-class StripRows(NamedTuple):
-    """One strip and the blocks that its columns read."""
-
-    #: int64, address of the values of all strips
-    values_at: Any
-    #: array of int64, offsets of the rows of the strip's block rows
-    offsets: Any
-    #: int32, columns of the strip
-    width: Any
-    #: int32, rows that are copied at a time
-    stage_rows: Any
-    #: int32, rows of all block rows, with padding
-    n_rows: Any
-    #: int32, block rows
-    block_rows: Any
-    #: int32, rows of a block, with padding
-    rows_of_block: Any
-    #: int32, block columns
-    block_columns: Any
-    #: int32, block columns of the first and of the last column of the strip, and of the lane's column
-    first_column: Any
-    last_column: Any
-    block_column: Any
-    #: boolean, whether the lane has a column
-    mine: Any
-    #: int32, the first block rows, which are resident, and their int64 address in shared memory
-    resident: Any
-    resident_at: Any
-
-
-class Received(NamedTuple):
-    """Rows of inputs in shared memory, with what says which blocks they need; the docstring above has the shapes."""
-
-    #: int32, number of rows
-    samples: Any
-    #: int64, addresses of `inputs`, `active` and `gates`
-    inputs_at: Any
-    active_at: Any
-    gates_at: Any
-    #: int32, numbers from one row to the next, of each
-    input_pitch: Any
-    active_pitch: Any
-    gates_pitch: Any
-
-
-@device_function
-def gate_of(strip, received, sample, row):
-    """The gate of the lane's block in a block row."""
-    gate = np.float32(0)
-    if strip.mine:
-        at = row * strip.block_columns + strip.block_column
-        gate = shared_float32(received.gates_at)[int32(sample * received.gates_pitch + at)]
-    return gate
-
-
-@device_function
-def needed_rows(strip, received, first, end, lane):
-    """Of the 32 block rows from `first` on that lie before `end`, a mask of those that the warp has to multiply.
-
-    Each lane looks at one.
-    """
-    row, needed = int32(first + lane), False
-    active, gates = shared_int32(received.active_at), shared_float32(received.gates_at)
-    if row < end and strip.offsets[row] >= 0:
-        sample = int32(0)
-        while sample < received.samples:
-            if active[int32(sample * received.active_pitch + row)] != 0:
-                at = int32(sample * received.gates_pitch + row * strip.block_columns)
-                column = strip.first_column
-                while column <= strip.last_column:
-                    if gates[int32(at + column)] != 0:
-                        needed = True
-                    column = int32(column + 1)
-            sample = int32(sample + 1)
-    return int32(cuda.ballot_sync(FULL_WARP, needed))
-
-
-@device_function
-def next_row(strip, received, first, end, mask, lane):
-    """The next block row to multiply, of those in `mask` from block row `first` on and of later ones before `end`.
-
-    Returns it, or `end` if there is none, and the new `first` and `mask`.
-    """
-    while mask == 0 and first + LANES < end:
-        first = int32(first + LANES)
-        mask = needed_rows(strip, received, first, end, lane)
-    row = int32(end)
-    if mask != 0:
-        row = int32(first + cuda.ffs(mask) - 1)
-        mask = int32(mask & int32(mask - 1))
-    return row, first, mask
-
-
-@device_function
-def rows_in(strip, row):
-    """Rows of a block row, with padding; the last one may have fewer."""
-    return int32(min(strip.rows_of_block, strip.n_rows - row * strip.rows_of_block))
-
-
-@device_function
-def load8(at, step):
-    """Two times four neighbouring float32 of shared memory, from `at` and from `at + step` on, multiples of 16."""
-    a, b = load_shared_float4(at), load_shared_float4(at + step)
-    return a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]
-
-
-@device_function
-def lower_half(pair):
-    """The first of two neighbouring bfloat16 that were loaded as a float32."""
-    return libdevice.int_as_float(int32(libdevice.float_as_int(pair) << int32(16)))
-
-
-@device_function
-def upper_half(pair):
-    """The second of two neighbouring bfloat16 that were loaded as a float32."""
-    return libdevice.int_as_float(int32(libdevice.float_as_int(pair) & UPPER_HALF))
-
-
-@device_function
-def sum_of_sample(acc, sums, samples, sample, lane):
-    """The result of `add_strip` for one row of inputs."""
-    if samples > 1:
-        acc = sums[int32(sample * LANES + lane)]
-    return acc
 
 
 def make_add_strip(narrow: bool, stage_bytes: int):
@@ -248,18 +123,18 @@ def make_add_strip(narrow: bool, stage_bytes: int):
 
         w_at : address of the lane's weights of the first rows
 
-        The numbers of the next 16 rows are loaded before the present ones are added, in turn to two sets of registers;
-        the last loads are not used.
+        The numbers of 24 rows are under way while those of eight rows are added, in four sets of registers in turn. The
+        last ones may lie beyond the rows, and are not used.
         """
         step, next8, sixteen = int64(16) * width, int64(8 * size) * width, int64(16)
-        k = int32(0)
+        k = int32(32)
         a0, a1, a2, a3, a4, a5, a6, a7 = weights8(w_at, step)
         p0, p1, p2, p3, p4, p5, p6, p7 = load8(x_at, sixteen)
         b0, b1, b2, b3, b4, b5, b6, b7 = weights8(w_at + next8, step)
         q0, q1, q2, q3, q4, q5, q6, q7 = load8(x_at + int64(32), sixteen)
-        while k + 32 <= rows:
-            c0, c1, c2, c3, c4, c5, c6, c7 = weights8(w_at + 2 * next8, step)
-            r0, r1, r2, r3, r4, r5, r6, r7 = load8(x_at + int64(64), sixteen)
+        c0, c1, c2, c3, c4, c5, c6, c7 = weights8(w_at + 2 * next8, step)
+        r0, r1, r2, r3, r4, r5, r6, r7 = load8(x_at + int64(64), sixteen)
+        while k <= rows:
             d0, d1, d2, d3, d4, d5, d6, d7 = weights8(w_at + 3 * next8, step)
             s0, s1, s2, s3, s4, s5, s6, s7 = load8(x_at + int64(96), sixteen)
             acc = cuda.fma(a0, gate * p0, acc)
@@ -270,6 +145,8 @@ def make_add_strip(narrow: bool, stage_bytes: int):
             acc = cuda.fma(a5, gate * p5, acc)
             acc = cuda.fma(a6, gate * p6, acc)
             acc = cuda.fma(a7, gate * p7, acc)
+            a0, a1, a2, a3, a4, a5, a6, a7 = weights8(w_at + 4 * next8, step)
+            p0, p1, p2, p3, p4, p5, p6, p7 = load8(x_at + int64(128), sixteen)
             acc = cuda.fma(b0, gate * q0, acc)
             acc = cuda.fma(b1, gate * q1, acc)
             acc = cuda.fma(b2, gate * q2, acc)
@@ -278,11 +155,8 @@ def make_add_strip(narrow: bool, stage_bytes: int):
             acc = cuda.fma(b5, gate * q5, acc)
             acc = cuda.fma(b6, gate * q6, acc)
             acc = cuda.fma(b7, gate * q7, acc)
-            k, w_at, x_at = int32(k + 32), w_at + 4 * next8, x_at + int64(128)
-            a0, a1, a2, a3, a4, a5, a6, a7 = weights8(w_at, step)
-            p0, p1, p2, p3, p4, p5, p6, p7 = load8(x_at, sixteen)
-            b0, b1, b2, b3, b4, b5, b6, b7 = weights8(w_at + next8, step)
-            q0, q1, q2, q3, q4, q5, q6, q7 = load8(x_at + int64(32), sixteen)
+            b0, b1, b2, b3, b4, b5, b6, b7 = weights8(w_at + 5 * next8, step)
+            q0, q1, q2, q3, q4, q5, q6, q7 = load8(x_at + int64(160), sixteen)
             acc = cuda.fma(c0, gate * r0, acc)
             acc = cuda.fma(c1, gate * r1, acc)
             acc = cuda.fma(c2, gate * r2, acc)
@@ -291,6 +165,8 @@ def make_add_strip(narrow: bool, stage_bytes: int):
             acc = cuda.fma(c5, gate * r5, acc)
             acc = cuda.fma(c6, gate * r6, acc)
             acc = cuda.fma(c7, gate * r7, acc)
+            c0, c1, c2, c3, c4, c5, c6, c7 = weights8(w_at + 6 * next8, step)
+            r0, r1, r2, r3, r4, r5, r6, r7 = load8(x_at + int64(192), sixteen)
             acc = cuda.fma(d0, gate * s0, acc)
             acc = cuda.fma(d1, gate * s1, acc)
             acc = cuda.fma(d2, gate * s2, acc)
@@ -299,7 +175,8 @@ def make_add_strip(narrow: bool, stage_bytes: int):
             acc = cuda.fma(d5, gate * s5, acc)
             acc = cuda.fma(d6, gate * s6, acc)
             acc = cuda.fma(d7, gate * s7, acc)
-        if k + 8 <= rows:
+            k, w_at, x_at = int32(k + 32), w_at + 4 * next8, x_at + int64(128)
+        if k - 24 <= rows:
             acc = cuda.fma(a0, gate * p0, acc)
             acc = cuda.fma(a1, gate * p1, acc)
             acc = cuda.fma(a2, gate * p2, acc)
@@ -308,7 +185,7 @@ def make_add_strip(narrow: bool, stage_bytes: int):
             acc = cuda.fma(a5, gate * p5, acc)
             acc = cuda.fma(a6, gate * p6, acc)
             acc = cuda.fma(a7, gate * p7, acc)
-        if k + 16 <= rows:
+        if k - 16 <= rows:
             acc = cuda.fma(b0, gate * q0, acc)
             acc = cuda.fma(b1, gate * q1, acc)
             acc = cuda.fma(b2, gate * q2, acc)
@@ -317,9 +194,7 @@ def make_add_strip(narrow: bool, stage_bytes: int):
             acc = cuda.fma(b5, gate * q5, acc)
             acc = cuda.fma(b6, gate * q6, acc)
             acc = cuda.fma(b7, gate * q7, acc)
-        if k + 24 <= rows:
-            c0, c1, c2, c3, c4, c5, c6, c7 = weights8(w_at + 2 * next8, step)
-            r0, r1, r2, r3, r4, r5, r6, r7 = load8(x_at + int64(64), sixteen)
+        if k - 8 <= rows:
             acc = cuda.fma(c0, gate * r0, acc)
             acc = cuda.fma(c1, gate * r1, acc)
             acc = cuda.fma(c2, gate * r2, acc)
@@ -437,9 +312,9 @@ def make_add_strip(narrow: bool, stage_bytes: int):
     def add_whole_rows(acc, strip, received, ring_at, lane):
         """`add_strip` for one row of inputs, a strip of one block column, and block rows of whole pieces.
 
-        Weights of the next half of a piece are loaded before the present half is added, also from one block row to the
-        next. What the last piece of a block row needs of the next one is selected, without a branch, so that only the
-        chain of terms takes time. Block rows that are not resident are copied ROWS_AHEAD ahead, to a ring of as many.
+        Numbers are loaded ahead as in `add_rows`, also from one block row to the next. What the last piece of a block
+        row needs of the next one is selected, without a branch, so that only the chain of terms takes time. Block rows
+        that are not resident are copied ROWS_AHEAD ahead, to a ring of as many.
         """
         step, next8, rows = int64(16) * strip.width, int64(8 * size) * strip.width, strip.rows_of_block
         row_bytes, sixteen, none = int64(rows * size * strip.width), int64(16), int32(0)
@@ -474,12 +349,12 @@ def make_add_strip(narrow: bool, stage_bytes: int):
         p0, p1, p2, p3, p4, p5, p6, p7 = load8(x_at, sixteen)
         b0, b1, b2, b3, b4, b5, b6, b7 = weights8(w_at + next8, step)
         q0, q1, q2, q3, q4, q5, q6, q7 = load8(x_at + int64(32), sixteen)
+        c0, c1, c2, c3, c4, c5, c6, c7 = weights8(w_at + 2 * next8, step)
+        r0, r1, r2, r3, r4, r5, r6, r7 = load8(x_at + int64(64), sixteen)
         while more:
             mask = int32(mask & int32(mask - 1))
             piece = PIECE
             while piece < rows:
-                c0, c1, c2, c3, c4, c5, c6, c7 = weights8(w_at + 2 * next8, step)
-                r0, r1, r2, r3, r4, r5, r6, r7 = load8(x_at + int64(64), sixteen)
                 d0, d1, d2, d3, d4, d5, d6, d7 = weights8(w_at + 3 * next8, step)
                 s0, s1, s2, s3, s4, s5, s6, s7 = load8(x_at + int64(96), sixteen)
                 acc = cuda.fma(a0, gate * p0, acc)
@@ -490,6 +365,8 @@ def make_add_strip(narrow: bool, stage_bytes: int):
                 acc = cuda.fma(a5, gate * p5, acc)
                 acc = cuda.fma(a6, gate * p6, acc)
                 acc = cuda.fma(a7, gate * p7, acc)
+                a0, a1, a2, a3, a4, a5, a6, a7 = weights8(w_at + 4 * next8, step)
+                p0, p1, p2, p3, p4, p5, p6, p7 = load8(x_at + int64(128), sixteen)
                 acc = cuda.fma(b0, gate * q0, acc)
                 acc = cuda.fma(b1, gate * q1, acc)
                 acc = cuda.fma(b2, gate * q2, acc)
@@ -498,11 +375,8 @@ def make_add_strip(narrow: bool, stage_bytes: int):
                 acc = cuda.fma(b5, gate * q5, acc)
                 acc = cuda.fma(b6, gate * q6, acc)
                 acc = cuda.fma(b7, gate * q7, acc)
-                piece, w_at, x_at = int32(piece + PIECE), w_at + 4 * next8, x_at + int64(128)
-                a0, a1, a2, a3, a4, a5, a6, a7 = weights8(w_at, step)
-                p0, p1, p2, p3, p4, p5, p6, p7 = load8(x_at, sixteen)
-                b0, b1, b2, b3, b4, b5, b6, b7 = weights8(w_at + next8, step)
-                q0, q1, q2, q3, q4, q5, q6, q7 = load8(x_at + int64(32), sixteen)
+                b0, b1, b2, b3, b4, b5, b6, b7 = weights8(w_at + 5 * next8, step)
+                q0, q1, q2, q3, q4, q5, q6, q7 = load8(x_at + int64(160), sixteen)
                 acc = cuda.fma(c0, gate * r0, acc)
                 acc = cuda.fma(c1, gate * r1, acc)
                 acc = cuda.fma(c2, gate * r2, acc)
@@ -511,6 +385,8 @@ def make_add_strip(narrow: bool, stage_bytes: int):
                 acc = cuda.fma(c5, gate * r5, acc)
                 acc = cuda.fma(c6, gate * r6, acc)
                 acc = cuda.fma(c7, gate * r7, acc)
+                c0, c1, c2, c3, c4, c5, c6, c7 = weights8(w_at + 6 * next8, step)
+                r0, r1, r2, r3, r4, r5, r6, r7 = load8(x_at + int64(192), sixteen)
                 acc = cuda.fma(d0, gate * s0, acc)
                 acc = cuda.fma(d1, gate * s1, acc)
                 acc = cuda.fma(d2, gate * s2, acc)
@@ -519,26 +395,9 @@ def make_add_strip(narrow: bool, stage_bytes: int):
                 acc = cuda.fma(d5, gate * s5, acc)
                 acc = cuda.fma(d6, gate * s6, acc)
                 acc = cuda.fma(d7, gate * s7, acc)
-            c0, c1, c2, c3, c4, c5, c6, c7 = weights8(w_at + 2 * next8, step)
-            r0, r1, r2, r3, r4, r5, r6, r7 = load8(x_at + int64(64), sixteen)
+                piece, w_at, x_at = int32(piece + PIECE), w_at + 4 * next8, x_at + int64(128)
             d0, d1, d2, d3, d4, d5, d6, d7 = weights8(w_at + 3 * next8, step)
             s0, s1, s2, s3, s4, s5, s6, s7 = load8(x_at + int64(96), sixteen)
-            acc = cuda.fma(a0, gate * p0, acc)
-            acc = cuda.fma(a1, gate * p1, acc)
-            acc = cuda.fma(a2, gate * p2, acc)
-            acc = cuda.fma(a3, gate * p3, acc)
-            acc = cuda.fma(a4, gate * p4, acc)
-            acc = cuda.fma(a5, gate * p5, acc)
-            acc = cuda.fma(a6, gate * p6, acc)
-            acc = cuda.fma(a7, gate * p7, acc)
-            acc = cuda.fma(b0, gate * q0, acc)
-            acc = cuda.fma(b1, gate * q1, acc)
-            acc = cuda.fma(b2, gate * q2, acc)
-            acc = cuda.fma(b3, gate * q3, acc)
-            acc = cuda.fma(b4, gate * q4, acc)
-            acc = cuda.fma(b5, gate * q5, acc)
-            acc = cuda.fma(b6, gate * q6, acc)
-            acc = cuda.fma(b7, gate * q7, acc)
             # All lanes have read the row, whose place may be written again.
             cuda.syncwarp(FULL_WARP)
             more, used = mask != 0, int32(in_ring)
@@ -555,8 +414,24 @@ def make_add_strip(narrow: bool, stage_bytes: int):
             x_at, next_gate = received.inputs_at + int64(4 * rows) * row, shared_float32(gates_at + pitch * row)[0]
             wait_for_oldest_row()
             cuda.syncwarp(FULL_WARP)
+            acc = cuda.fma(a0, gate * p0, acc)
+            acc = cuda.fma(a1, gate * p1, acc)
+            acc = cuda.fma(a2, gate * p2, acc)
+            acc = cuda.fma(a3, gate * p3, acc)
+            acc = cuda.fma(a4, gate * p4, acc)
+            acc = cuda.fma(a5, gate * p5, acc)
+            acc = cuda.fma(a6, gate * p6, acc)
+            acc = cuda.fma(a7, gate * p7, acc)
             a0, a1, a2, a3, a4, a5, a6, a7 = weights8(w_at, step)
             p0, p1, p2, p3, p4, p5, p6, p7 = load8(x_at, sixteen)
+            acc = cuda.fma(b0, gate * q0, acc)
+            acc = cuda.fma(b1, gate * q1, acc)
+            acc = cuda.fma(b2, gate * q2, acc)
+            acc = cuda.fma(b3, gate * q3, acc)
+            acc = cuda.fma(b4, gate * q4, acc)
+            acc = cuda.fma(b5, gate * q5, acc)
+            acc = cuda.fma(b6, gate * q6, acc)
+            acc = cuda.fma(b7, gate * q7, acc)
             b0, b1, b2, b3, b4, b5, b6, b7 = weights8(w_at + next8, step)
             q0, q1, q2, q3, q4, q5, q6, q7 = load8(x_at + int64(32), sixteen)
             acc = cuda.fma(c0, gate * r0, acc)
@@ -567,6 +442,8 @@ def make_add_strip(narrow: bool, stage_bytes: int):
             acc = cuda.fma(c5, gate * r5, acc)
             acc = cuda.fma(c6, gate * r6, acc)
             acc = cuda.fma(c7, gate * r7, acc)
+            c0, c1, c2, c3, c4, c5, c6, c7 = weights8(w_at + 2 * next8, step)
+            r0, r1, r2, r3, r4, r5, r6, r7 = load8(x_at + int64(64), sixteen)
             acc = cuda.fma(d0, gate * s0, acc)
             acc = cuda.fma(d1, gate * s1, acc)
             acc = cuda.fma(d2, gate * s2, acc)

@@ -23,7 +23,7 @@ import numpy as np
 from numba import int32, int64
 
 from eventrnn.cuda.device import cuda, device_function, libdevice
-from eventrnn.cuda.kernels.gated_blocks import load8
+from eventrnn.cuda.kernels.gated_strips import load8
 from eventrnn.cuda.kernels.ptx import exp_float32, max_of_warp, min_of_warp, shared_float32, sum_of_warp
 from eventrnn.cuda.kernels.strip_product import FULL_WARP, popcount
 from eventrnn.cuda.tables import LANES, RATIO_PAD

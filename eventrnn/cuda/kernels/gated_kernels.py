@@ -17,8 +17,9 @@ from numba import int32, int64, types
 
 from eventrnn.cuda import tables
 from eventrnn.cuda.device import cuda, device_function, libdevice
-from eventrnn.cuda.kernels.gated_blocks import Received, StripRows, make_add_strip, sum_of_sample
+from eventrnn.cuda.kernels.gated_blocks import make_add_strip
 from eventrnn.cuda.kernels.gated_choice import FACTOR, MAGNITUDE, choose, is_too_large
+from eventrnn.cuda.kernels.gated_strips import Received, StripRows, sum_of_sample
 from eventrnn.cuda.kernels.persistent import Lane
 from eventrnn.cuda.kernels.ptx import (
     global_float32,

@@ -25,7 +25,7 @@ from eventrnn.cells import EQUATIONS
 from eventrnn.cuda import tables
 from eventrnn.cuda.device import cuda, device_function
 from eventrnn.cuda.kernels.cell_updates import UPDATES
-from eventrnn.cuda.kernels.gated_blocks import Received, StripRows, make_add_strip, sum_of_sample
+from eventrnn.cuda.kernels.gated_blocks import make_add_strip
 from eventrnn.cuda.kernels.gated_choice import FACTOR, choose, is_too_large
 from eventrnn.cuda.kernels.gated_kernels import (
     magnitude_bits,
@@ -33,6 +33,7 @@ from eventrnn.cuda.kernels.gated_kernels import (
     set_ones,
     strip_of_factor,
 )
+from eventrnn.cuda.kernels.gated_strips import Received, StripRows, sum_of_sample
 from eventrnn.cuda.kernels.persistent import Lane, next_item, poll_event_log
 from eventrnn.cuda.kernels.ptx import (
     clock,

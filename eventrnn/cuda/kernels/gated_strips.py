@@ -1,0 +1,145 @@
+"""What products of strips with gated blocks share: the records of a strip and of inputs, and which rows it needs.
+
+The docstring of `gated_blocks.py` has the shapes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import int32
+
+from eventrnn.cuda.device import cuda, device_function, libdevice
+from eventrnn.cuda.kernels.ptx import load_shared_float4, shared_float32, shared_int32
+from eventrnn.cuda.kernels.strip_product import FULL_WARP
+from eventrnn.cuda.tables import LANES
+
+# The bits of the second of two bfloat16.
+UPPER_HALF = np.int32(-(1 << 16))
+
+
+class StripRows(NamedTuple):
+    """One strip and the blocks that its columns read."""
+
+    #: int64, address of the values of all strips
+    values_at: Any
+    #: array of int64, offsets of the rows of the strip's block rows
+    offsets: Any
+    #: int32, columns of the strip
+    width: Any
+    #: int32, rows that are copied at a time
+    stage_rows: Any
+    #: int32, rows of all block rows, with padding
+    n_rows: Any
+    #: int32, block rows
+    block_rows: Any
+    #: int32, rows of a block, with padding
+    rows_of_block: Any
+    #: int32, block columns
+    block_columns: Any
+    #: int32, block columns of the first and of the last column of the strip, and of the lane's column
+    first_column: Any
+    last_column: Any
+    block_column: Any
+    #: boolean, whether the lane has a column
+    mine: Any
+    #: int32, the first block rows, which are resident, and their int64 address in shared memory
+    resident: Any
+    resident_at: Any
+
+
+class Received(NamedTuple):
+    """Rows of inputs in shared memory, with what says which blocks they need; the docstring above has the shapes."""
+
+    #: int32, number of rows
+    samples: Any
+    #: int64, addresses of `inputs`, `active` and `gates`
+    inputs_at: Any
+    active_at: Any
+    gates_at: Any
+    #: int32, numbers from one row to the next, of each
+    input_pitch: Any
+    active_pitch: Any
+    gates_pitch: Any
+
+
+@device_function
+def gate_of(strip, received, sample, row):
+    """The gate of the lane's block in a block row."""
+    gate = np.float32(0)
+    if strip.mine:
+        at = row * strip.block_columns + strip.block_column
+        gate = shared_float32(received.gates_at)[int32(sample * received.gates_pitch + at)]
+    return gate
+
+
+@device_function
+def needed_rows(strip, received, first, end, lane):
+    """Of the 32 block rows from `first` on that lie before `end`, a mask of those that the warp has to multiply.
+
+    Each lane looks at one.
+    """
+    row, needed = int32(first + lane), False
+    active, gates = shared_int32(received.active_at), shared_float32(received.gates_at)
+    if row < end and strip.offsets[row] >= 0:
+        sample = int32(0)
+        while sample < received.samples:
+            if active[int32(sample * received.active_pitch + row)] != 0:
+                at = int32(sample * received.gates_pitch + row * strip.block_columns)
+                column = strip.first_column
+                while column <= strip.last_column:
+                    if gates[int32(at + column)] != 0:
+                        needed = True
+                    column = int32(column + 1)
+            sample = int32(sample + 1)
+    return int32(cuda.ballot_sync(FULL_WARP, needed))
+
+
+@device_function
+def next_row(strip, received, first, end, mask, lane):
+    """The next block row to multiply, of those in `mask` from block row `first` on and of later ones before `end`.
+
+    Returns it, or `end` if there is none, and the new `first` and `mask`.
+    """
+    while mask == 0 and first + LANES < end:
+        first = int32(first + LANES)
+        mask = needed_rows(strip, received, first, end, lane)
+    row = int32(end)
+    if mask != 0:
+        row = int32(first + cuda.ffs(mask) - 1)
+        mask = int32(mask & int32(mask - 1))
+    return row, first, mask
+
+
+@device_function
+def rows_in(strip, row):
+    """Rows of a block row, with padding; the last one may have fewer."""
+    return int32(min(strip.rows_of_block, strip.n_rows - row * strip.rows_of_block))
+
+
+@device_function
+def load8(at, step):
+    """Two times four neighbouring float32 of shared memory, from `at` and from `at + step` on, multiples of 16."""
+    a, b = load_shared_float4(at), load_shared_float4(at + step)
+    return a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]
+
+
+@device_function
+def lower_half(pair):
+    """The first of two neighbouring bfloat16 that were loaded as a float32."""
+    return libdevice.int_as_float(int32(libdevice.float_as_int(pair) << int32(16)))
+
+
+@device_function
+def upper_half(pair):
+    """The second of two neighbouring bfloat16 that were loaded as a float32."""
+    return libdevice.int_as_float(int32(libdevice.float_as_int(pair) & UPPER_HALF))
+
+
+@device_function
+def sum_of_sample(acc, sums, samples, sample, lane):
+    """The result of `add_strip` for one row of inputs."""
+    if samples > 1:
+        acc = sums[int32(sample * LANES + lane)]
+    return acc
