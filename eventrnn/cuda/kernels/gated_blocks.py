@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from numba import int32, int64
 
-from eventrnn.cuda.device import cuda, device_function
+from eventrnn.cuda.device import cuda, device_function, libdevice
 from eventrnn.cuda.kernels.gated_strips import (
     gate_of,
     load8,
@@ -51,6 +51,8 @@ from eventrnn.cuda.kernels.ptx import (
     copy_async16_if,
     load_shared_float4,
     shared_float32,
+    shared_int32,
+    shared_int64,
     wait_for_oldest_copies,
     wait_for_oldest_row,
 )
@@ -289,11 +291,10 @@ def make_add_strip(narrow: bool, stage_bytes: int):
         return received.samples == 1 and one_block and whole and room
 
     @device_function
-    def copy_block_row(strip, row, wanted, target_at, lane):
-        """Start copying a block row to `target_at` unless `wanted` is 0. Its copies are a group."""
-        source = strip.values_at + max(strip.offsets[row], int64(0)) * size + int64(16) * lane
-        target, parts = target_at + int64(16) * lane, int32(strip.rows_of_block * strip.width * size) >> int32(4)
-        parts = int32(int32(parts - lane) * wanted)
+    def copy_block_row(strip, offset, wanted, target_at, lane):
+        """Start copying the block row at an offset to `target_at` unless `wanted` is 0. Its copies are a group."""
+        source, target = strip.values_at + offset * size + int64(16) * lane, target_at + int64(16) * lane
+        parts = int32(int32(int32(strip.rows_of_block * strip.width * size) >> int32(4)) - lane) if wanted else int32(0)
         copy_async16_if(target + int64(0), source + int64(0), int32(parts > 0))
         copy_async16_if(target + int64(512), source + int64(512), int32(parts > 32))
         copy_async16_if(target + int64(1024), source + int64(1024), int32(parts > 64))
@@ -309,52 +310,118 @@ def make_add_strip(narrow: bool, stage_bytes: int):
         commit_copies()
 
     @device_function
+    def list_rows(strip, received, ring_at, lists_at, lane):
+        """List the block rows of a strip that the warp needs. Returns how many they are, and how many are resident.
+
+        lists_at : address of (LANES, 4) int32: of each row the place of its weights after `ring_at`, the place of its
+                   inputs, and the bits of its gate; then of (LANES,) int64, offsets of those that are not resident
+
+        Each lane looks at one block row.
+        """
+        row_bytes = int64(strip.rows_of_block * size) * strip.width
+        mask = needed_rows(strip, received, int32(0), strip.block_rows, lane)
+        resident = int32(mask & int32((int32(1) << strip.resident) - 1))
+        before, in_ring = int32(mask & int32((int32(1) << lane) - 1)), int32(popcount(resident))
+        # The lists of the strip before are not read any more.
+        cuda.syncwarp(FULL_WARP)
+        if (mask >> lane) & 1:
+            rank, entries = popcount(before), shared_int32(lists_at)
+            place = strip.resident_at - ring_at + row_bytes * lane
+            if lane >= strip.resident:
+                streamed = int32(rank - in_ring)
+                shared_int64(lists_at + int64(16 * LANES))[streamed] = strip.offsets[lane]
+                place = row_bytes * (streamed % ROWS_AHEAD)
+            gate_at = received.gates_at + int64(4) * int32(strip.first_column + lane * strip.block_columns)
+            entries[int32(4 * rank)], entries[int32(4 * rank + 1)] = int32(place), int32(4 * strip.rows_of_block * lane)
+            entries[int32(4 * rank + 2)] = shared_int32(gate_at)[0]
+        cuda.syncwarp(FULL_WARP)
+        return popcount(mask), in_ring
+
+    @device_function
     def add_whole_rows(acc, strip, received, ring_at, lane):
         """`add_strip` for one row of inputs, a strip of one block column, and block rows of whole pieces.
 
-        Numbers are loaded ahead as in `add_rows`, also from one block row to the next. What the last piece of a block
-        row needs of the next one is selected, without a branch, so that only the chain of terms takes time. Block rows
-        that are not resident are copied ROWS_AHEAD ahead, to a ring of as many.
+        Numbers are loaded ahead as in `add_rows`, also from one block row to the next, of which the place is in a list.
+        Block rows that are not resident are copied ROWS_AHEAD ahead, to a ring of as many.
         """
         step, next8, rows = int64(16) * strip.width, int64(8 * size) * strip.width, strip.rows_of_block
-        row_bytes, sixteen, none = int64(rows * size * strip.width), int64(16), int32(0)
-        mask = needed_rows(strip, received, none, strip.block_rows, lane)
+        row_bytes, sixteen, lists_at = (
+            int64(rows * size) * strip.width,
+            int64(16),
+            ring_at + int64(STAGES * stage_bytes),
+        )
+        count, resident = list_rows(strip, received, ring_at, lists_at, lane)
+        entries, offsets = shared_int32(lists_at), shared_int64(lists_at + int64(16 * LANES))
         # Lanes without a column read what another lane reads.
-        own = int64(16) * min(lane, int32(strip.width - 1))
-        weights_at, own_ring_at = strip.resident_at + own, ring_at + own
-        gates_at, pitch = received.gates_at + int64(4) * strip.block_column, int64(4 * strip.block_columns)
-
-        # Block rows that are not copied yet, and places of the ring that are free; where the next copy goes to.
-        resident = int32(mask & int32((int32(1) << strip.resident) - 1))
-        later, free, target = int32(mask & ~resident), int32(ROWS_AHEAD), none
-        turns = int32(ROWS_AHEAD)
-        if popcount(resident) > ROWS_AHEAD:
-            # The first copies are started while resident rows are multiplied.
-            turns = none
-        while turns > 0:
-            wanted = int32(later != 0)
-            copy_block_row(strip, int32(max(cuda.ffs(later) - 1, 0)), wanted, ring_at + row_bytes * target, lane)
-            later, free, target = int32(later & int32(later - 1)), int32(free - wanted), int32(target + wanted)
-            turns = int32(turns - 1)
-        target = none if target == ROWS_AHEAD else target
-
-        more, row, slot = mask != 0, int32(max(cuda.ffs(mask) - 1, 0)), none
-        in_ring = row >= strip.resident
-        w_at = own_ring_at if in_ring else weights_at + row_bytes * row
-        x_at, gate = received.inputs_at + int64(4 * rows) * row, shared_float32(gates_at + pitch * row)[0]
-        wait_for_oldest_row()
-        # The other lanes have copied parts of the row.
-        cuda.syncwarp(FULL_WARP)
-        a0, a1, a2, a3, a4, a5, a6, a7 = weights8(w_at, step)
-        p0, p1, p2, p3, p4, p5, p6, p7 = load8(x_at, sixteen)
-        b0, b1, b2, b3, b4, b5, b6, b7 = weights8(w_at + next8, step)
-        q0, q1, q2, q3, q4, q5, q6, q7 = load8(x_at + int64(32), sixteen)
-        c0, c1, c2, c3, c4, c5, c6, c7 = weights8(w_at + 2 * next8, step)
-        r0, r1, r2, r3, r4, r5, r6, r7 = load8(x_at + int64(64), sixteen)
-        while more:
-            mask = int32(mask & int32(mask - 1))
-            piece = PIECE
-            while piece < rows:
+        own_at, streamed = ring_at + int64(16) * min(lane, int32(strip.width - 1)), int32(count - resident)
+        copied = int32(0)
+        while copied < ROWS_AHEAD:
+            wanted = copied < streamed
+            offset = offsets[copied] if wanted else int64(0)
+            copy_block_row(strip, offset, wanted, ring_at + row_bytes * copied, lane)
+            copied = int32(copied + 1)
+        if resident == 0:
+            wait_for_oldest_row()
+            # The other lanes have copied parts of the row.
+            cuda.syncwarp(FULL_WARP)
+        done = int32(0)
+        if count > 0:
+            w_at, x_at = own_at + int64(entries[0]), received.inputs_at + int64(entries[1])
+            gate = libdevice.int_as_float(entries[2])
+            a0, a1, a2, a3, a4, a5, a6, a7 = weights8(w_at, step)
+            p0, p1, p2, p3, p4, p5, p6, p7 = load8(x_at, sixteen)
+            b0, b1, b2, b3, b4, b5, b6, b7 = weights8(w_at + next8, step)
+            q0, q1, q2, q3, q4, q5, q6, q7 = load8(x_at + int64(32), sixteen)
+            c0, c1, c2, c3, c4, c5, c6, c7 = weights8(w_at + 2 * next8, step)
+            r0, r1, r2, r3, r4, r5, r6, r7 = load8(x_at + int64(64), sixteen)
+            while done < count:
+                done = int32(done + 1)
+                following = int32(4 * min(done, int32(count - 1)))
+                next_w, next_x = entries[following], entries[int32(following + 1)]
+                next_gate = entries[int32(following + 2)]
+                piece = PIECE
+                while piece < rows:
+                    d0, d1, d2, d3, d4, d5, d6, d7 = weights8(w_at + 3 * next8, step)
+                    s0, s1, s2, s3, s4, s5, s6, s7 = load8(x_at + int64(96), sixteen)
+                    acc = cuda.fma(a0, gate * p0, acc)
+                    acc = cuda.fma(a1, gate * p1, acc)
+                    acc = cuda.fma(a2, gate * p2, acc)
+                    acc = cuda.fma(a3, gate * p3, acc)
+                    acc = cuda.fma(a4, gate * p4, acc)
+                    acc = cuda.fma(a5, gate * p5, acc)
+                    acc = cuda.fma(a6, gate * p6, acc)
+                    acc = cuda.fma(a7, gate * p7, acc)
+                    a0, a1, a2, a3, a4, a5, a6, a7 = weights8(w_at + 4 * next8, step)
+                    p0, p1, p2, p3, p4, p5, p6, p7 = load8(x_at + int64(128), sixteen)
+                    acc = cuda.fma(b0, gate * q0, acc)
+                    acc = cuda.fma(b1, gate * q1, acc)
+                    acc = cuda.fma(b2, gate * q2, acc)
+                    acc = cuda.fma(b3, gate * q3, acc)
+                    acc = cuda.fma(b4, gate * q4, acc)
+                    acc = cuda.fma(b5, gate * q5, acc)
+                    acc = cuda.fma(b6, gate * q6, acc)
+                    acc = cuda.fma(b7, gate * q7, acc)
+                    b0, b1, b2, b3, b4, b5, b6, b7 = weights8(w_at + 5 * next8, step)
+                    q0, q1, q2, q3, q4, q5, q6, q7 = load8(x_at + int64(160), sixteen)
+                    acc = cuda.fma(c0, gate * r0, acc)
+                    acc = cuda.fma(c1, gate * r1, acc)
+                    acc = cuda.fma(c2, gate * r2, acc)
+                    acc = cuda.fma(c3, gate * r3, acc)
+                    acc = cuda.fma(c4, gate * r4, acc)
+                    acc = cuda.fma(c5, gate * r5, acc)
+                    acc = cuda.fma(c6, gate * r6, acc)
+                    acc = cuda.fma(c7, gate * r7, acc)
+                    c0, c1, c2, c3, c4, c5, c6, c7 = weights8(w_at + 6 * next8, step)
+                    r0, r1, r2, r3, r4, r5, r6, r7 = load8(x_at + int64(192), sixteen)
+                    acc = cuda.fma(d0, gate * s0, acc)
+                    acc = cuda.fma(d1, gate * s1, acc)
+                    acc = cuda.fma(d2, gate * s2, acc)
+                    acc = cuda.fma(d3, gate * s3, acc)
+                    acc = cuda.fma(d4, gate * s4, acc)
+                    acc = cuda.fma(d5, gate * s5, acc)
+                    acc = cuda.fma(d6, gate * s6, acc)
+                    acc = cuda.fma(d7, gate * s7, acc)
+                    piece, w_at, x_at = int32(piece + PIECE), w_at + 4 * next8, x_at + int64(128)
                 d0, d1, d2, d3, d4, d5, d6, d7 = weights8(w_at + 3 * next8, step)
                 s0, s1, s2, s3, s4, s5, s6, s7 = load8(x_at + int64(96), sixteen)
                 acc = cuda.fma(a0, gate * p0, acc)
@@ -365,8 +432,19 @@ def make_add_strip(narrow: bool, stage_bytes: int):
                 acc = cuda.fma(a5, gate * p5, acc)
                 acc = cuda.fma(a6, gate * p6, acc)
                 acc = cuda.fma(a7, gate * p7, acc)
-                a0, a1, a2, a3, a4, a5, a6, a7 = weights8(w_at + 4 * next8, step)
-                p0, p1, p2, p3, p4, p5, p6, p7 = load8(x_at + int64(128), sixteen)
+                w_at, x_at = own_at + int64(next_w), received.inputs_at + int64(next_x)
+                if done >= resident:
+                    # All lanes have read the row, whose place may be written again.
+                    cuda.syncwarp(FULL_WARP)
+                    if done > resident:
+                        place, wanted = int32((done - resident - 1) % ROWS_AHEAD), copied < streamed
+                        offset = offsets[copied] if wanted else int64(0)
+                        copy_block_row(strip, offset, wanted, ring_at + row_bytes * place, lane)
+                        copied = int32(copied + 1)
+                    wait_for_oldest_row()
+                    cuda.syncwarp(FULL_WARP)
+                a0, a1, a2, a3, a4, a5, a6, a7 = weights8(w_at, step)
+                p0, p1, p2, p3, p4, p5, p6, p7 = load8(x_at, sixteen)
                 acc = cuda.fma(b0, gate * q0, acc)
                 acc = cuda.fma(b1, gate * q1, acc)
                 acc = cuda.fma(b2, gate * q2, acc)
@@ -375,8 +453,8 @@ def make_add_strip(narrow: bool, stage_bytes: int):
                 acc = cuda.fma(b5, gate * q5, acc)
                 acc = cuda.fma(b6, gate * q6, acc)
                 acc = cuda.fma(b7, gate * q7, acc)
-                b0, b1, b2, b3, b4, b5, b6, b7 = weights8(w_at + 5 * next8, step)
-                q0, q1, q2, q3, q4, q5, q6, q7 = load8(x_at + int64(160), sixteen)
+                b0, b1, b2, b3, b4, b5, b6, b7 = weights8(w_at + next8, step)
+                q0, q1, q2, q3, q4, q5, q6, q7 = load8(x_at + int64(32), sixteen)
                 acc = cuda.fma(c0, gate * r0, acc)
                 acc = cuda.fma(c1, gate * r1, acc)
                 acc = cuda.fma(c2, gate * r2, acc)
@@ -385,8 +463,8 @@ def make_add_strip(narrow: bool, stage_bytes: int):
                 acc = cuda.fma(c5, gate * r5, acc)
                 acc = cuda.fma(c6, gate * r6, acc)
                 acc = cuda.fma(c7, gate * r7, acc)
-                c0, c1, c2, c3, c4, c5, c6, c7 = weights8(w_at + 6 * next8, step)
-                r0, r1, r2, r3, r4, r5, r6, r7 = load8(x_at + int64(192), sixteen)
+                c0, c1, c2, c3, c4, c5, c6, c7 = weights8(w_at + 2 * next8, step)
+                r0, r1, r2, r3, r4, r5, r6, r7 = load8(x_at + int64(64), sixteen)
                 acc = cuda.fma(d0, gate * s0, acc)
                 acc = cuda.fma(d1, gate * s1, acc)
                 acc = cuda.fma(d2, gate * s2, acc)
@@ -395,64 +473,7 @@ def make_add_strip(narrow: bool, stage_bytes: int):
                 acc = cuda.fma(d5, gate * s5, acc)
                 acc = cuda.fma(d6, gate * s6, acc)
                 acc = cuda.fma(d7, gate * s7, acc)
-                piece, w_at, x_at = int32(piece + PIECE), w_at + 4 * next8, x_at + int64(128)
-            d0, d1, d2, d3, d4, d5, d6, d7 = weights8(w_at + 3 * next8, step)
-            s0, s1, s2, s3, s4, s5, s6, s7 = load8(x_at + int64(96), sixteen)
-            # All lanes have read the row, whose place may be written again.
-            cuda.syncwarp(FULL_WARP)
-            more, used = mask != 0, int32(in_ring)
-            free, slot = int32(free + used), int32(slot + used)
-            slot = none if slot == ROWS_AHEAD else slot
-            wanted = int32(free > 0) & int32(later != 0)
-            copy_block_row(strip, int32(max(cuda.ffs(later) - 1, 0)), wanted, ring_at + row_bytes * target, lane)
-            later, free = int32(later & int32(later - 1)) if wanted != 0 else later, int32(free - wanted)
-            target = int32(target + wanted)
-            target = none if target == ROWS_AHEAD else target
-            row = int32(max(cuda.ffs(mask) - 1, 0))
-            in_ring = row >= strip.resident
-            w_at = own_ring_at + row_bytes * slot if in_ring else weights_at + row_bytes * row
-            x_at, next_gate = received.inputs_at + int64(4 * rows) * row, shared_float32(gates_at + pitch * row)[0]
-            wait_for_oldest_row()
-            cuda.syncwarp(FULL_WARP)
-            acc = cuda.fma(a0, gate * p0, acc)
-            acc = cuda.fma(a1, gate * p1, acc)
-            acc = cuda.fma(a2, gate * p2, acc)
-            acc = cuda.fma(a3, gate * p3, acc)
-            acc = cuda.fma(a4, gate * p4, acc)
-            acc = cuda.fma(a5, gate * p5, acc)
-            acc = cuda.fma(a6, gate * p6, acc)
-            acc = cuda.fma(a7, gate * p7, acc)
-            a0, a1, a2, a3, a4, a5, a6, a7 = weights8(w_at, step)
-            p0, p1, p2, p3, p4, p5, p6, p7 = load8(x_at, sixteen)
-            acc = cuda.fma(b0, gate * q0, acc)
-            acc = cuda.fma(b1, gate * q1, acc)
-            acc = cuda.fma(b2, gate * q2, acc)
-            acc = cuda.fma(b3, gate * q3, acc)
-            acc = cuda.fma(b4, gate * q4, acc)
-            acc = cuda.fma(b5, gate * q5, acc)
-            acc = cuda.fma(b6, gate * q6, acc)
-            acc = cuda.fma(b7, gate * q7, acc)
-            b0, b1, b2, b3, b4, b5, b6, b7 = weights8(w_at + next8, step)
-            q0, q1, q2, q3, q4, q5, q6, q7 = load8(x_at + int64(32), sixteen)
-            acc = cuda.fma(c0, gate * r0, acc)
-            acc = cuda.fma(c1, gate * r1, acc)
-            acc = cuda.fma(c2, gate * r2, acc)
-            acc = cuda.fma(c3, gate * r3, acc)
-            acc = cuda.fma(c4, gate * r4, acc)
-            acc = cuda.fma(c5, gate * r5, acc)
-            acc = cuda.fma(c6, gate * r6, acc)
-            acc = cuda.fma(c7, gate * r7, acc)
-            c0, c1, c2, c3, c4, c5, c6, c7 = weights8(w_at + 2 * next8, step)
-            r0, r1, r2, r3, r4, r5, r6, r7 = load8(x_at + int64(64), sixteen)
-            acc = cuda.fma(d0, gate * s0, acc)
-            acc = cuda.fma(d1, gate * s1, acc)
-            acc = cuda.fma(d2, gate * s2, acc)
-            acc = cuda.fma(d3, gate * s3, acc)
-            acc = cuda.fma(d4, gate * s4, acc)
-            acc = cuda.fma(d5, gate * s5, acc)
-            acc = cuda.fma(d6, gate * s6, acc)
-            acc = cuda.fma(d7, gate * s7, acc)
-            gate = next_gate
+                gate = libdevice.int_as_float(next_gate)
         return acc
 
     @device_function
