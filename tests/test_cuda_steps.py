@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from eventrnn.backend import BackendUnavailable
+from eventrnn.backend import BackendUnavailable, get_backend
 from eventrnn.cuda import tables
 from eventrnn.network import Network
 from eventrnn.simulation import Simulator, simulate
@@ -83,6 +83,13 @@ def test_networks_that_these_kernels_do_not_serve_go_another_way(gpu):
         gpu.launched.clear()
         got = Simulator(other, batch=BATCH, backend="cuda").step(x[0])
         assert "single_step" not in gpu.launched and same_bits(got, simulate(other, x[:1]).output[0])
+
+
+def test_more_samples_than_a_launch_can_have_go_another_way(gpu):
+    from eventrnn.cuda.fused_step import MAX_SAMPLES, fits
+
+    packed = get_backend("cuda").engine(sparse()[0]).packed
+    assert fits(packed, MAX_SAMPLES) and not fits(packed, MAX_SAMPLES + 1)
 
 
 @pytest.mark.parametrize("before", [0, 1, 2, 3])

@@ -87,7 +87,7 @@ class CudaEngine:
 
     def _step_loop(self, batch: int) -> StepLoop | FusedStep:
         if batch not in self.steps:
-            fused = not self.tensor_layers.get(batch) and fits(self.packed)
+            fused = not self.tensor_layers.get(batch) and fits(self.packed, batch)
             self.steps[batch] = FusedStep(self.packed, batch) if fused else StepLoop(self._new_run(1, batch))
         return self.steps[batch]
 

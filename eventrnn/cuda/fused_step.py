@@ -26,11 +26,14 @@ if TYPE_CHECKING:
 # How often the host looks for the answer before it asks the driver, which costs less of the processor: about 0.1 ms.
 LOOKS = 2000
 
+# Most samples of a step, which are one dimension of the grid of a launch.
+MAX_SAMPLES = 65_535
 
-def fits(network: DeviceNetwork) -> bool:
+
+def fits(network: DeviceNetwork, batch: int) -> bool:
     """Whether single steps of this network have kernels of their own: numbers as inputs, EGRU cells of the released
-    variant, sparse weights, no read-out."""
-    if network.readout is not None or network.network.symbols is not None:
+    variant, sparse weights, no read-out, and no more samples than a launch can have."""
+    if network.readout is not None or network.network.symbols is not None or batch > MAX_SAMPLES:
         return False
     cells = [layer.cell for layer in network.network.layers]
     matrices = [*network.w_in, *network.w_rec]
