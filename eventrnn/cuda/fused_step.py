@@ -47,7 +47,7 @@ class FusedStep:
 
     states : two arrays as `DeviceState.flat`; `turn` is the number of the present one
     moved  : whether the present state is that after the last step
-    tables : per number of the state that a step reads, per layer, a table of `tables.STEP_FIELDS`
+    arguments : per number of the state that a step reads, per layer, the arguments of its kernel
     """
 
     def __init__(self, network: DeviceNetwork, batch: int):
@@ -62,7 +62,7 @@ class FusedStep:
         self.host_output = pinned(device, (batch, units[-1]), np.float32)
         answer = pinned(device, (STATUS_FIELDS + 1,), np.int64)
         self.answer_at, self.host_status, self.complete = answer.ctypes.data, answer[:-1], answer.data[-1:]
-        self.tables = [self._tables(turn) for turn in range(2)]
+        self.arguments = [self._arguments(turn) for turn in range(2)]
         self.turn, self.moved = 0, False
         self.replays = {
             (turn, on_host): Replay(device.queue, self._enqueuer(turn, on_host))
@@ -70,7 +70,7 @@ class FusedStep:
             for on_host in (True, False)
         }
 
-    def _tables(self, turn: int) -> list[Any]:
+    def _arguments(self, turn: int) -> list[list[int]]:
         network, units = self.network, self.network.units
         before, after = ([by_layer(row, units, self.batch) for row in self.states[k]] for k in (turn, 1 - turn))
         last, made = len(units) - 1, []
@@ -99,7 +99,7 @@ class FusedStep:
                 tables.STEP_ANSWER: self.answer_at if k == last else 0,
                 tables.STEP_ARRIVALS: self.arrivals.data.ptr,
             }
-            made.append(self.device.put(np.array([fields[field] for field in range(tables.STEP_FIELDS)], np.int64)))
+            made.append([fields[field] for field in range(tables.STEP_FIELDS)])
         return made
 
     def _enqueuer(self, turn: int, on_host: bool):
@@ -107,11 +107,8 @@ class FusedStep:
 
         def enqueue() -> None:
             if on_host:
-                # CuPy's arrays refuse copies from the host during a capture, even from pinned memory.
-                cuda, source = device.arrays.cuda, self.host_x.ctypes.data
-                direction = cuda.runtime.memcpyHostToDevice
-                cuda.runtime.memcpyAsync(self.x.data.ptr, source, self.x.nbytes, direction, device.queue.ptr)
-            for k, table in enumerate(self.tables[turn]):
+                self._copy_input()
+            for k, arguments in enumerate(self.arguments[turn]):
                 layouts = [
                     tables.layout_code(tables.MASKED, network.plain(each[k]).narrow, False)
                     for each in (network.w_in, network.w_rec)
@@ -120,9 +117,15 @@ class FusedStep:
                 kernel = device.kernel(
                     ("single_step", *layouts), lambda layouts=layouts: step_kernel(*layouts), threads
                 )
-                device.launch(kernel, (tiles, self.batch), threads, table.data.ptr, shared=STEP_SHARED_BYTES)
+                device.launch(kernel, (tiles, self.batch), threads, *arguments, shared=STEP_SHARED_BYTES)
 
         return enqueue
+
+    def _copy_input(self) -> None:
+        # CuPy's arrays refuse copies from the host during a capture, even from pinned memory.
+        runtime, source = self.device.arrays.cuda.runtime, self.host_x.ctypes.data
+        direction = runtime.memcpyHostToDevice
+        runtime.memcpyAsync(self.x.data.ptr, source, self.x.nbytes, direction, self.device.queue.ptr)
 
     def start(self, flat: Any) -> None:
         """Take over a state, `DeviceState.flat`."""

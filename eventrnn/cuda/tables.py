@@ -136,7 +136,7 @@ TURN_PHASES = ("drives", "wait", "products", "barrier", "cells")
     BLOCK_FIELDS,  # number of columns
 ) = range(28)
 
-# Columns of the table of a layer for single steps (`kernels/single_step.py`): sizes and addresses.
+# Arguments of the kernel of a layer for single steps (`kernels/single_step.py`): sizes and addresses.
 (
     STEP_UNITS,  # units of the layer
     STEP_INPUTS,  # presynaptic units of the input matrix
@@ -159,7 +159,7 @@ TURN_PHASES = ("drives", "wait", "products", "barrier", "cells")
     STEP_OUTPUT,  # (batch, units) float32 in pinned host memory, or 0
     STEP_ANSWER,  # (STATUS_FIELDS + 1,) int64 in pinned host memory, or 0 for a layer that is not the last one
     STEP_ARRIVALS,  # int32, the blocks that are complete
-    STEP_FIELDS,  # number of columns
+    STEP_FIELDS,  # number of arguments
 ) = range(22)
 
 # Entries of the int64 status vector of a run. Counts of events follow after the first STATUS_FIELDS entries.
