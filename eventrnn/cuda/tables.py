@@ -200,7 +200,7 @@ MAX_SAMPLES = 8
 SUM_BYTES = 4 * LANES * MAX_SAMPLES
 
 # Words of shared memory in which the warps of a block exchange counts while they choose, and numbers behind the ratios.
-CHOICE_WORDS, RATIO_PAD = 160 + 4 * LANES, 32
+CHOICE_WORDS, RATIO_PAD = 160 + 12 * LANES, 64
 
 # Columns of the table of one matrix of gated blocks. Addresses are in bytes. "Strips" are `gated_matrix.RowStrips`.
 (

@@ -33,7 +33,7 @@ from eventrnn.cuda.tables import LANES, RATIO_PAD
 LOWEST_KEY, MAGNITUDE = np.int32(-(1 << 31)), np.int32((1 << 31) - 1)
 
 # Places of `words`: counts of two votes per warp, the largest and the smallest key of each warp, whether the gates are
-# not finite, the bits of what ratios are multiplied by, and twice the candidate and the count of each warp.
+# not finite, the bits of what ratios are multiplied by, and twice the candidates and counts of each warp.
 SECOND_COUNTS, LARGEST, SMALLEST, NOT_FINITE, FACTOR, COUNTS = 32, 64, 96, 128, 129, 160
 
 # Turns of the search that divide the interval of the logits, before those that divide the interval of the keys. The
@@ -64,13 +64,14 @@ def before_and_all(counts, first, me):
 def sum_in_order(at, count):
     """The sum from +0 on of `count` float32 in shared memory, one after the other, with zeros behind them.
 
-    Zeros are added up to a multiple of 16. The next eight numbers are loaded before the present ones are added, in turn
-    to two sets of registers; the last loads are not used.
+    Zeros are added up to a multiple of 32. Three times eight numbers are under way while eight are added.
     """
     total, k, sixteen = np.float32(0), int32(0), int64(16)
     a0, a1, a2, a3, a4, a5, a6, a7 = load8(at, sixteen)
+    b0, b1, b2, b3, b4, b5, b6, b7 = load8(at + int64(32), sixteen)
+    c0, c1, c2, c3, c4, c5, c6, c7 = load8(at + int64(64), sixteen)
     while k < count:
-        b0, b1, b2, b3, b4, b5, b6, b7 = load8(at + int64(32), sixteen)
+        d0, d1, d2, d3, d4, d5, d6, d7 = load8(at + int64(96), sixteen)
         total = total + a0
         total = total + a1
         total = total + a2
@@ -79,8 +80,7 @@ def sum_in_order(at, count):
         total = total + a5
         total = total + a6
         total = total + a7
-        k, at = int32(k + 16), at + int64(64)
-        a0, a1, a2, a3, a4, a5, a6, a7 = load8(at, sixteen)
+        a0, a1, a2, a3, a4, a5, a6, a7 = load8(at + int64(128), sixteen)
         total = total + b0
         total = total + b1
         total = total + b2
@@ -89,6 +89,25 @@ def sum_in_order(at, count):
         total = total + b5
         total = total + b6
         total = total + b7
+        b0, b1, b2, b3, b4, b5, b6, b7 = load8(at + int64(160), sixteen)
+        total = total + c0
+        total = total + c1
+        total = total + c2
+        total = total + c3
+        total = total + c4
+        total = total + c5
+        total = total + c6
+        total = total + c7
+        c0, c1, c2, c3, c4, c5, c6, c7 = load8(at + int64(192), sixteen)
+        total = total + d0
+        total = total + d1
+        total = total + d2
+        total = total + d3
+        total = total + d4
+        total = total + d5
+        total = total + d6
+        total = total + d7
+        k, at = int32(k + 32), at + int64(128)
     return total
 
 
@@ -105,42 +124,60 @@ def candidate_of(low, high, turn, share):
 
 
 @device_function
+def reaching(candidate, a, b, c, d):
+    """How many of four keys reach a candidate."""
+    return int32(int32(a >= candidate) + int32(b >= candidate) + int32(c >= candidate) + int32(d >= candidate))
+
+
+@device_function
 def smallest_chosen(keys, words, n, kept, smallest, largest, me):
     """A key from which on `kept` keys lie: all keys lie between `smallest` and `largest`, int32.
 
-    In each turn every warp counts the keys that reach a candidate of its own.
+    In each turn every warp counts the keys that reach three candidates of its own.
 
     Returns it, how many keys reach it, and how many are larger. The former is `kept` unless several keys equal the
     smallest chosen one; then the result is that key. All threads must call it, after a block barrier.
     """
     lane, warp, warps = me
     low, high, reached, above, turn = int64(smallest), int64(largest) + int64(1), n, int32(0), int32(0)
-    share = np.float32(warp + 1) / np.float32(warps + 1)
+    part = np.float32(1) / np.float32(3 * warps + 1)
+    share = np.float32(3 * warp + 1) * part
     while reached != kept and high - low > 1:
-        candidate = candidate_of(low, high, turn, share)
-        count, b = int32(0), lane
-        while b + 3 * LANES < n:
-            count = int32(count + int32(keys[b] >= candidate) + int32(keys[int32(b + LANES)] >= candidate))
-            two, three = int32(b + 2 * LANES), int32(b + 3 * LANES)
-            count = int32(count + int32(keys[two] >= candidate) + int32(keys[three] >= candidate))
-            b = int32(b + 4 * LANES)
+        one = candidate_of(low, high, turn, share)
+        two, three = candidate_of(low, high, turn, share + part), candidate_of(low, high, turn, share + part + part)
+        count_one, count_two, count_three, b = int32(0), int32(0), int32(0), lane
         while b < n:
-            count = int32(count + int32(keys[b] >= candidate))
-            b = int32(b + LANES)
-        count = sum_of_warp(count)
+            # Keys beyond the last one count as the lowest, which no candidate equals.
+            key, key_b, key_c, key_d = keys[b], LOWEST_KEY, LOWEST_KEY, LOWEST_KEY
+            if b + LANES < n:
+                key_b = keys[int32(b + LANES)]
+            if b + 2 * LANES < n:
+                key_c = keys[int32(b + 2 * LANES)]
+            if b + 3 * LANES < n:
+                key_d = keys[int32(b + 3 * LANES)]
+            count_one = int32(count_one + reaching(one, key, key_b, key_c, key_d))
+            count_two = int32(count_two + reaching(two, key, key_b, key_c, key_d))
+            count_three = int32(count_three + reaching(three, key, key_b, key_c, key_d))
+            b = int32(b + 4 * LANES)
+        count_one, count_two = sum_of_warp(count_one), sum_of_warp(count_two)
+        count_three = sum_of_warp(count_three)
         # Other warps may still read what was written in the turn before.
-        area = int32(COUNTS + (turn & int32(1)) * (2 * LANES))
+        area = int32(COUNTS + (turn & int32(1)) * (6 * LANES) + 6 * warp)
         if lane == 0:
-            words[int32(area + warp)], words[int32(area + LANES + warp)] = candidate, count
+            words[area], words[int32(area + 1)] = one, count_one
+            words[int32(area + 2)], words[int32(area + 3)] = two, count_two
+            words[int32(area + 4)], words[int32(area + 5)] = three, count_three
         cuda.syncthreads()
         # The last candidate that enough keys reach, and the first one that too few reach.
-        first, last, enough, few = int32(low), MAGNITUDE, reached, above
-        if lane < warps:
-            candidate, count = words[int32(area + lane)], words[int32(area + LANES + lane)]
+        first, last, enough, few, k = int32(low), MAGNITUDE, reached, above, lane
+        area = int32(COUNTS + (turn & int32(1)) * (6 * LANES))
+        while k < 3 * warps:
+            candidate, count = words[int32(area + 2 * k)], words[int32(area + 2 * k + 1)]
             if count >= kept:
-                first, enough = candidate, count
+                first, enough = int32(max(first, candidate)), int32(min(enough, count))
             else:
-                last, few = candidate, count
+                last, few = int32(min(last, candidate)), int32(max(few, count))
+            k = int32(k + LANES)
         low, reached, above = int64(max_of_warp(first)), min_of_warp(enough), max_of_warp(few)
         high = min(high, int64(min_of_warp(last)))
         turn = int32(turn + 1)
