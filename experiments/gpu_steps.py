@@ -49,7 +49,7 @@ def measured(hidden: int, layers: int, batch: int) -> dict:
     x, simulators, first = inputs.to_dense(), {}, {}
     fits = engine.fits
     for name in ("fused", "graph"):
-        engine.fits = fits if name == "fused" else lambda network: False
+        engine.fits = fits if name == "fused" else lambda network, batch: False
         simulators[name] = Simulator(network, batch=batch, backend="cuda")
         first[name] = [simulators[name].step(each) for each in x[:20]]
     engine.fits = fits
