@@ -32,3 +32,14 @@ def test_verdicts_follow_from_the_lines(claims, monkeypatch, tmp_path):
         line["test"] = {"perplexity": perplexity, "activity": 0.1, "fewer_than_awd_lstm": 2.0}
         (tmp_path / "results" / "ptb.jsonl").write_text(json.dumps(line) + "\n")
         assert f"| {perplexity:.1f} at 90.0%; one seed | {verdict} | a1 |" in claims.row(claims.CLAIMS[0])
+
+
+def test_a_model_that_was_trained_too_little_shows_nothing(claims, monkeypatch):
+    common = {"what": "ptb", "commit": "a1", "gate_cost": 0.6}
+    for epochs, ours, verdict in ((8, 90.0, None), (8, 110.0, False), (40, 90.0, True), (40, 110.0, False)):
+        lines = [
+            common | {"variant": name, "epochs": epochs, "perplexity_valid": value}
+            for name, value in (("dense", 100.0), ("gated", ours))
+        ]
+        monkeypatch.setattr(claims, "_lines", lambda name, lines=lines: lines)
+        assert claims.large_gated().holds is verdict
