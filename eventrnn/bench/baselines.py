@@ -204,7 +204,8 @@ class Variant(NamedTuple):
 
 
 def _c_blocks(ours: Product) -> dict[str, Variant]:
-    """The loop over blocks in C. Other weights than its blocks are replaced by blocks of which as many are pruned."""
+    """The loop over blocks in C. In place of weights that are not in such blocks it gets random ones that are, with the
+    same share pruned."""
     weights, dtype = ours.weights, "int8" if ours.weights.storage == "int8" else "float32"
     compiled()
     if not isinstance(weights, BlockCSR) or weights.block != BLOCK:

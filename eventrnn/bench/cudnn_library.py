@@ -108,7 +108,7 @@ def find_cudnn(device: Any) -> Any:
     device : loads the libraries that cuDNN needs (`cuda.device.Device.load_library`)
     """
     for name in NEEDED:
-        # Without one of them only some algorithms fail, and say so.
+        # Without one of these libraries some algorithms fail, and their errors say so.
         with suppress(OSError, ImportError, RuntimeError):
             device.load_library(name)
     tried = []

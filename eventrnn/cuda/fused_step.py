@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from eventrnn.state import Inputs
 
 
-# How often the host looks for the answer before it asks the driver, which costs less of the processor: about 0.1 ms.
+# How often the host looks for the answer, for about 0.1 ms, before it waits in the driver, which occupies the processor
+# less.
 LOOKS = 2000
 
 # Most samples of a step, which are one dimension of the grid of a launch.
