@@ -1,8 +1,8 @@
 """The baseline "c-blocks": a loop in C over blocks of 8 outputs and 4 inputs, compiled where a compiler is found.
 
-It stands for the block-sparse kernels that codecs and speech models are shipped with: every input is multiplied, and the
-sums of a block fill one vector register. The source is `kernels/blocks.c`. Nothing is compiled before a benchmark asks
-for it, and the package needs no compiler otherwise.
+It stands for the block-sparse kernels that codecs and speech models are shipped with: every input is multiplied, and
+the sums of a block fill one vector register. The source is `kernels/blocks.c`. Nothing is compiled before a benchmark
+asks for it, and the package needs no compiler otherwise.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ class DeviceNetwork:
         return self._dense_loops[k]
 
     def w_in_of_rows(self, k: int, batch: int, rows: int) -> Matrix | GatedMatrix | LookUpTable:
-        """The input matrix of a layer for so many rows; that of a wide dense layer of one sample has strips as `loop`."""
+        """The input matrix of a layer for so many rows; a wide dense layer of one sample has strips, as in `loop`."""
         layer = self.network.layers[k]
         own = isinstance(self.w_in[k], Matrix) and isinstance(layer.w_in, Dense)
         if rows < MIN_LOOP_ROWS or not own or not self._is_wide(k, batch):
