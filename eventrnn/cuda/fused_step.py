@@ -46,8 +46,9 @@ def fits(network: DeviceNetwork, batch: int) -> bool:
 class FusedStep:
     """See `stepper.StepLoop`, whose interface it has.
 
-    states : two arrays as `DeviceState.flat`; `turn` is the number of the present one
-    moved  : whether the present state is that after the last step
+    states    : two arrays as `DeviceState.flat`; `turn` is the number of the present one
+    outputs   : of either state, the outputs (batch, N) of the last layer
+    moved     : whether the present state is that after the last step
     arguments : per number of the state that a step reads, per layer, the arguments of its kernel
     """
 
@@ -57,6 +58,7 @@ class FusedStep:
         units, inputs = network.units, network.network.layers[0].inputs
         self.x = device.empty((batch, inputs), np.float32)
         self.states = [device.empty((2, batch * sum(units)), np.float32) for _ in range(2)]
+        self.outputs = [by_layer(state[1], units, batch)[-1] for state in self.states]
         self.status = device.put(np.zeros(STATUS_FIELDS, np.int64))
         self.arrivals = device.put(np.zeros(1, np.int32))
         self.host_x = pinned(device, self.x.shape, np.float32)
@@ -141,9 +143,8 @@ class FusedStep:
         self.replays[self.turn, prepared is None]()
         output, looks = None, LOOKS
         if prepared is not None:
-            after = self.states[1 - self.turn][1]
             # The answer does not say when this copy is complete.
-            output, looks = by_layer(after, self.network.units, self.batch)[-1].copy(), 0
+            output, looks = self.outputs[1 - self.turn].copy(), 0
         self._wait(looks)
         self.turn, self.moved = 1 - self.turn, True
         return output
