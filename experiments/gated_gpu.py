@@ -14,6 +14,9 @@ from eventrnn.state import State
 # Steps whose outputs are compared with those of the CPU: enough for weights to stay in shared memory.
 STEPS_CHECKED = 8
 
+# Steps that share a choice in one of the contestants.
+SHARED_STEPS = 4
+
 
 def ours(network: er.Network, x: np.ndarray) -> Seconds:
     """A function that returns the GPU seconds of one run, a replayed graph that counts nothing, as cuDNN."""
@@ -89,19 +92,21 @@ def measure(
     rng = np.random.default_rng(1)
     dense = er.Network.random([units], inputs=units, rng=rng, cell=Cell(cell))
 
-    def gated(names) -> er.Network:
-        options = {"block": block, "density": density, "rank": rank, "gate_rule": "softmax"}
+    def gated(names, period: int = 1) -> er.Network:
+        options = {"block": block, "density": density, "rank": rank, "gate_rule": "softmax", "gate_period": period}
         matrices = {name: w for name, w in dense.matrices().items() if name.role in names}
         return dense.with_matrices(
             {name: er.GatedBlocks.from_weights(w, rng=rng, **options) for name, w in matrices.items()}
         )
 
-    both = gated(("w_in", "w_rec"))
+    both, shared = gated(("w_in", "w_rec")), gated(("w_in", "w_rec"), SHARED_STEPS)
     # The same numbers as on the CPU, before anything is timed.
-    need_equal(both, x[:STEPS_CHECKED])
+    for network in (both, shared, dense):
+        need_equal(network, x[:STEPS_CHECKED])
     runs: dict[str, Seconds] = {
         "gated": ours(both, x),
         "gated, recurrent only": ours(gated(("w_rec",)), x),
+        f"gated, choices of {SHARED_STEPS} steps": ours(shared, x),
         "dense": ours(dense, x),
     }
     runs |= cudnn(cell, x)
