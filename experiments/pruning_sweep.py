@@ -69,7 +69,7 @@ def points(hidden: list[int], larger: float, seeds: int) -> Iterator[dict[str, A
             yield own | {"model.hidden": hidden}
         for (r, c), method in product(BLOCKS, METHODS):
             yield own | pruned(hidden, method, (r, c), sparsity)
-        if larger > 1 and sparsity == SPARSITIES[-1]:
+        if wide != hidden and sparsity == SPARSITIES[-1]:
             share = round(1 - weights(hidden) / weights(wide), 4)
             yield from (own | pruned(wide, METHODS[0], block, share) for block in BLOCKS)
 
@@ -106,7 +106,10 @@ def plan(
     hidden: Annotated[
         list[int] | None, typer.Option(min=1, help="Units of a layer; repeat for a stack. [1024 512]")
     ] = None,
-    larger: Annotated[float, typer.Option(min=1, help="Units of the larger layers, as a multiple; 1 for none.")] = 1.5,
+    larger: Annotated[
+        float,
+        typer.Option(min=1, help="Units of all layers but the last in larger networks, as a multiple; 1 for none."),
+    ] = 1.5,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training text.")] = 60,
     rate: Annotated[float, typer.Option(help="Learning rate.")] = 2e-3,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each point.")] = 3,

@@ -47,6 +47,10 @@ def test_every_point_of_the_plan_can_be_trained(script, tmp_path, cell):
     assert all(round((1 - recipe.pruning.sparsity) * large) == dense for recipe in wide)
 
 
+def test_a_single_layer_has_no_larger_network(script):
+    assert {tuple(point["model.hidden"]) for point in script.points([8], 1.5, 1)} == {(8,)}
+
+
 def test_masks_are_planned_in_place_of_blocks(script, tmp_path):
     points = check_sweep(small_plan(script, tmp_path, "egru", "--masks", "--epochs", 60), tmp_path / "sweep")
     rules = [(each.recipe.pruning.nm, each.recipe.pruning.sparsity) for each in points]
