@@ -45,7 +45,14 @@ PRESET = "egru-ptb"
 
 # Settings in which points differ, beside those of all points of a sweep that a line also holds.
 AXES = ("model.hidden", "pruning.method", "pruning.nm", "pruning.block", "pruning.sparsity", "training.seed")
-SHARED = ("model.cell", "model.embedding", "training.epochs", "training.learning_rate", "training.precision")
+SHARED = (
+    "data.text",
+    "model.cell",
+    "model.embedding",
+    "training.epochs",
+    "training.learning_rate",
+    "training.precision",
+)
 KEY = (*SHARED, *AXES)
 
 SPARSITIES = (0.9, 0.8, 0.95)
@@ -159,6 +166,8 @@ def collect(
         for number, line in enumerate(done):
             report("points", number, len(done), line["folder"])
             point = {key: shared.get(key) for key in SHARED} | {key: line.get(key) for key in AXES}
+            # A text is known by its name, wherever it lies.
+            point["data.text"] = Path(str(point["data.text"])).name
             if any(all(old.get(key) == point[key] for key in KEY) for old in records.lines):
                 continue
             figures = {key: value for key, value in line.items() if key not in (*AXES, "point", "folder", "state")}

@@ -3,6 +3,7 @@
 import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -83,6 +84,22 @@ def test_bytes_of_a_file_are_those_of_the_layers_in_each_storage(script):
     assert 2 * weights < whole["bfloat16"] < 2 * weights + 4096
     assert weights < whole["int8"] < weights + 8192
     assert blocks["float32"] < 0.1 * whole["float32"] + 4096
+
+
+def test_a_trained_point_is_collected_once_per_text(script, tmp_path, monkeypatch):
+    network = er.Network.random([4], rng=np.random.default_rng(0), symbols=9, embedding=4, readout=9)
+    trained = {"state": "done", "folder": "points/0000", "point": 0, "training.seed": 0, "perplexity_valid": 90.0}
+    lines = [trained, {"state": "failed", "folder": "points/0001"}]
+    monkeypatch.setattr(script, "read_results", lambda folder: lines)
+    monkeypatch.setattr(script.er, "load", lambda path: network)
+    results = tmp_path / "lines.jsonl"
+    for text in ("/here/ptb", "/there/ptb", "other"):
+        shared = SimpleNamespace(settings={"data.text": text, "model.cell": "gru"})
+        monkeypatch.setattr(script, "saved_sweep", lambda folder, shared=shared: shared)
+        call(script, "collect", tmp_path, "--results", results)
+    found = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [line["data.text"] for line in found] == ["ptb", "other"]
+    assert all(line["file_bytes"] == script.file_bytes(network) and "folder" not in line for line in found)
 
 
 def test_the_table_compares_means_over_seeds_with_the_dense_network(script, tmp_path):
