@@ -1,0 +1,57 @@
+"""Time layers on a GPU beside every algorithm of cuDNN's GRU and LSTM, and append a line each to results/.
+
+    python experiments/every_cudnn.py                      # hidden 512, 768, 1024, 1344; batch 1, 16, 64; and two more
+    python experiments/every_cudnn.py --hidden 768 --batch 16
+
+A line holds the output of `eventrnn bench inference --backend cuda --json`, the commit and the time. A case that has a
+line of this commit is skipped, so a run can be stopped and continued. Needs a GPU and cuDNN.
+"""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from records import commit
+from rich.console import Console
+
+from eventrnn import bench
+from eventrnn.cli.terminal import as_line
+
+RESULTS = Path(__file__).parent / "results" / "cudnn_persistent.jsonl"
+BLOCKS = {"format": "block", "block": (1, 32), "dtype": "bfloat16"}
+# The rows that answer most come first.
+CASES = [
+    *(BLOCKS | {"hidden": hidden, "batch": batch} for batch in (1, 16, 64) for hidden in (768, 1024, 512, 1344)),
+    {"format": "dense", "hidden": 1344, "batch": 1},
+    BLOCKS | {"hidden": 1350, "batch": 64},
+]
+STEPS, REPEATS = 1000, 9
+
+
+def main(
+    hidden: Annotated[int | None, typer.Option(help="Only layers of so many units.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Only this batch size.")] = None,
+    results: Annotated[Path, typer.Option(help="File of the lines.")] = RESULTS,
+) -> None:
+    """Measure every case that is asked for, and append a line each."""
+    console, at = Console(stderr=True), commit()
+    lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    done = [line for line in lines if line["commit"] == at and not at.endswith("-changed")]
+    for case in CASES:
+        case = {"backend": "cuda", "against": "cudnn-persistent", "steps": STEPS, "repeats": REPEATS} | case
+        asked = bench.Case(**case).record()
+        if (hidden or case["hidden"], batch or case["batch"]) != (case["hidden"], case["batch"]):
+            continue
+        if any(all(line.get(name) == value for name, value in asked.items()) for line in done):
+            continue
+        line = {"commit": at, "time": datetime.now(UTC).isoformat(timespec="seconds"), **bench.inference(**case)}
+        with results.open("a") as file:
+            file.write(as_line(line) + "\n")
+        us = f"{line['us_per_step']:.2f} µs, {line['against_variant']} {line['against_us_per_step']:.2f} µs"
+        console.print(f"{case['hidden']} units, batch {case['batch']}, {case['format']}: {us}, {line['speedup']:.2f}x")
+
+
+if __name__ == "__main__":
+    typer.run(main)
