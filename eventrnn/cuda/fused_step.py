@@ -59,8 +59,8 @@ class FusedStep:
         self.x = device.empty((batch, inputs), np.float32)
         self.states = [device.empty((2, batch * sum(units)), np.float32) for _ in range(2)]
         self.outputs = [by_layer(state[1], units, batch)[-1] for state in self.states]
-        self.status = device.put(np.zeros(STATUS_FIELDS, np.int64))
-        self.arrivals = device.put(np.zeros(1, np.int32))
+        # The status words, and the count of blocks that are complete.
+        self.status = device.put(np.zeros(STATUS_FIELDS + 1, np.int64))
         self.host_x = pinned(device, self.x.shape, np.float32)
         self.host_output = pinned(device, (batch, units[-1]), np.float32)
         answer = pinned(device, (STATUS_FIELDS + 1,), np.int64)
@@ -100,7 +100,6 @@ class FusedStep:
                 tables.STEP_CHECKED: int(k == 0),
                 tables.STEP_OUTPUT: self.host_output.ctypes.data if k == last else 0,
                 tables.STEP_ANSWER: self.answer_at if k == last else 0,
-                tables.STEP_ARRIVALS: self.arrivals.data.ptr,
             }
             made.append([fields[field] for field in range(tables.STEP_FIELDS)])
         return made

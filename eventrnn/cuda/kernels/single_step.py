@@ -20,7 +20,7 @@ threshold  global   (tiles, 32) float32
 status     global   int64 fault words (`tables.STATUS_FIELDS`); the caller clears them after a fault
 answer     host     pinned: the status words where one is not zero, then a word that, once all outputs are written,
                     becomes ANSWERED, or FAULTY where the status words are
-arrivals   global   int32, the blocks that are complete
+arrivals   global   int32 behind the status words, the blocks that are complete
 output     host     pinned: (batch, units) float32
 hits       shared   per warp, scratch of `gather_product.py`
 drives     shared   (2, 3, 32) float32
@@ -151,12 +151,11 @@ def step_kernel(layout_in: int, layout_rec: int):
         checked,
         output_at,
         answer_at,
-        arrivals_at,
     ):
         thread = int32(cuda.threadIdx.x)
         lane, warp = thread & int32(31), thread >> int32(5)
         tile, sample = int64(cuda.blockIdx.x), int64(cuda.blockIdx.y)
-        base = int32(shared_base())
+        base, arrivals_at = int32(shared_base()), status_at + 8 * STATUS_FIELDS
         drives_at = int32(base + STEP_WARPS * HITS_BYTES)
         first_unit = LANES * tile
         last_unit = min(n, first_unit + LANES)
