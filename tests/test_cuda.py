@@ -334,9 +334,8 @@ def test_kernels_compile_without_contraction(compiled, variant):
 def test_cluster_kernels_compile_without_contraction(compiled, layout, blocks, units_per_lane, input_units_per_lane):
     from eventrnn.cuda.kernels.cluster import cluster_kernel
 
-    # Both forms of a turn; in one of them with clocks.
-    single = clocked = not input_units_per_lane
-    ptx = compiled(cluster_kernel(layout, layout, blocks, units_per_lane, input_units_per_lane, single, clocked))
+    clocked = not input_units_per_lane
+    ptx = compiled(cluster_kernel(layout, layout, blocks, units_per_lane, input_units_per_lane, clocked))
     check_ptx(ptx)
     assert ("%clock64" in ptx) == clocked
     assert ptx.count("st.async.shared::cluster") == max(1, blocks // 4)
