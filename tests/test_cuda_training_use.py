@@ -370,6 +370,7 @@ OTHERS = {
     "backward": "refused: test_settings_that_a_backend_does_not_have_are_refused_by_name",
     "threads": "refused: test_settings_that_a_backend_does_not_have_are_refused_by_name",
     "backend": "what is compared",
+    "devices": "several GPUs make the updates of one: test_data_parallel.py",
     "precision": "of a GPU only: test_an_update_agrees_with_the_specification",
     "optimiser.momentum": "of sgd: test_update_rules_have_the_bits_of_the_cpu",
     "optimiser.patience": "of nt-asgd: test_update_rules_have_the_bits_of_the_cpu",
