@@ -248,6 +248,17 @@ time.sleep(60)
 """
 
 
+def test_a_device_finds_modules_where_the_trainer_finds_them(tmp_path, monkeypatch, capfd):
+    from eventrnn.training.data_parallel import crew
+
+    (tmp_path / "only_here.py").write_text("import sys; print('found', file=sys.stderr)")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(crew, "PROGRAM", "import only_here")
+    started = crew.Crew(["0", "1"], 2)
+    assert started._processes[1].wait() == 0 and "found" in capfd.readouterr().err
+    started.end()
+
+
 def test_no_process_outlives_the_one_of_the_trainer():
     pytest.importorskip(CUDA, exc_type=BackendUnavailable, reason="needs numba-cuda")
     with subprocess.Popen([sys.executable, "-c", LEADER], stdout=subprocess.PIPE, text=True) as leader:

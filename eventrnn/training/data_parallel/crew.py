@@ -66,11 +66,19 @@ class Crew:
 
     def _start(self, rank: int, gpus: list[str]) -> None:
         here, there = socket.socketpair()
+        # A worker finds modules where this process finds them, also where a script has changed the path.
+        path = [each for each in sys.path if isinstance(each, str)]
         with there:
             self._connections[rank] = Connection(here.detach())
             # In a session of its own, a worker gets no Ctrl-C of the terminal; this process decides what follows it.
             self._processes[rank] = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, str(there.fileno()), str(os.getpid())],
+                [
+                    sys.executable,
+                    "-c",
+                    f"import sys; sys.path[:] = {path}; {PROGRAM}",
+                    str(there.fileno()),
+                    str(os.getpid()),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[there.fileno()],
