@@ -16,6 +16,7 @@ from bench import DENSE, SPARSE_LIBRARIES, Row, line_of
 from bench_training import CASES as TRAINING_CASES
 from block_sparse import BLOCKS
 from gated_words import VARIANTS
+from gpu_tables import cluster_phases, every_cudnn, single_steps
 from gpu_training import LAYERS as GPU_LAYERS
 from nm_masks import PATTERNS
 from result_lines import HERE, last, number, read, table, times
@@ -528,6 +529,9 @@ SECTIONS = {
     "Inference on a CPU": cpu_layer,
     "One product on a CPU": cpu_product,
     "Inference on a GPU": cuda,
+    "Every algorithm of cuDNN": every_cudnn,
+    "Single steps on a GPU": single_steps,
+    "Phases of the cluster kernel": cluster_phases,
     "Silence": silence,
     "A training window": training,
     "Training on a GPU": gpu_training,
