@@ -12,7 +12,7 @@ from eventrnn.bench.case import Case
 from eventrnn.bench.cudnn_library import ALGORITHMS, CELLS, PRECISIONS, Cudnn, CudnnError, find_cudnn
 from eventrnn.bench.networks import random_events, random_network
 from support.fake_cudnn import FakeCudnn
-from support.fake_gpu import FakeDevice
+from support.fake_gpu import FakeDevice, install
 
 pytest.importorskip("eventrnn.cuda.device", exc_type=BackendUnavailable, reason="needs numba-cuda")
 
@@ -122,6 +122,26 @@ def test_baselines_of_a_gpu_are_named_one_or_several():
     assert Case(backend="cuda", against="cudnn-persistent,cudnn").baselines == ("cudnn-persistent", "cudnn")
     with pytest.raises(ValueError, match="against: got 'torch' on a GPU, need one of cudnn-persistent, cudnn, "):
         Case(backend="cuda", against="cudnn,torch")
+
+
+def test_an_inference_benchmark_of_a_gpu_reports_every_figure(monkeypatch):
+    from eventrnn import bench
+    from eventrnn.bench import gpu_baselines, gpu_inference
+    from eventrnn.cuda import device
+
+    gpu = install(monkeypatch)
+    gpu.timed = lambda launched: 1e-3 + 1e-6 * len(launched)
+    monkeypatch.setattr(device, "current_device", lambda: gpu)
+    monkeypatch.setattr(gpu_baselines, "find_cudnn", lambda device: FakeCudnn(refused={(1, 3)}))
+    monkeypatch.setattr(gpu_inference, "CHUNK", 3)
+    case = {"hidden": 32, "batch": 1, "steps": 4, "repeats": 3, "activity": 0.3, "block": (1, 16)}
+    line = bench.inference(backend="cuda", against="cudnn-persistent", **case)
+    for name in ("us_per_step", "against_us_per_step", "run", "chunk", "call", "host_call"):
+        assert line[name if "us" in name else f"{name}_us_per_step"] > 0
+    assert line["against_variant"] in line["against_variants_us_per_step"]
+    assert set(line["against_variants_us_per_step"]) <= set(line["against_first_us_per_step"])
+    assert all("GRU persist-static" in name for name in line["against_left_out"])
+    assert line["versions"]["cudnn"] == "9.19.0" and line["against"] == "cudnn-persistent"
 
 
 @pytest.mark.gpu
