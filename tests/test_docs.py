@@ -198,7 +198,9 @@ def test_every_public_name_is_in_the_reference():
     }
     for package in ("eventrnn", "eventrnn/training", "eventrnn/pruning"):
         source = (ROOT / package / "__init__.py").read_text(encoding="utf-8")
-        public = set(re.findall(r"import (\w+) as \1$", source, re.MULTILINE))
+        # The modules of `eventrnn` that need no import of their own are pages, not names.
+        public = set(re.findall(r"^ *from (?!eventrnn import ).*import (\w+) as \1$", source, re.MULTILINE))
+        assert len(public) > 10, package
         assert public - listed == set(), package
 
 
