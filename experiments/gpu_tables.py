@@ -48,8 +48,8 @@ def single_steps() -> str:
     experiments/gpu_steps.py`): one kernel per layer, beside a graph of all the kernels of a run, which other networks
     have. `call`: by the clock, from NumPy to NumPy. `GPU`: between two events around the work, with the start of the
     graph. On arrays of the GPU a call takes 65 to 76 µs in both forms, most of it on the host. The kernel has changed
-    since the commit of these lines: its loads no longer wait for each other. Its bits were compared on a GPU since, its
-    time was not measured.
+    since the commit of these lines: its loads no longer wait for each other, of which the bits were compared on a GPU,
+    and its count of blocks lies in another place, which has run in emulation only. Neither time was measured.
     """
     lines, rows = read("gpu_steps"), []
     for units, layers, batch in ((512, 1, 1), (1350, 1, 1), (1350, 3, 1), (1350, 1, 16)):
