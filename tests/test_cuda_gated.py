@@ -189,12 +189,10 @@ def test_emulated_kernels_have_the_bits_of_the_specification(monkeypatch, emulat
         for module in (gated_layer, gated_loop):
             monkeypatch.setattr(module, "LAYER_STAGE_BYTES", stage_bytes)
     monkeypatch.setattr(device_network, "MIN_LOOP_UNITS", 64)
-    monkeypatch.setattr(device_network, "MIN_LOOP_ROWS", 2)
     network, x = case(cell, **options)
     expected = simulate(network, x, backend="reference", record=RECORDABLE)
     got = simulate(network, x, backend="cuda", record=RECORDABLE)
-    loops = any(isinstance(w, GatedBlocks) for w in (network.layers[0].w_in, network.layers[0].w_rec))
-    assert ("gated_rows" in emulated.launched) == (isinstance(network.layers[0].w_in, GatedBlocks) or not loops)
+    assert ("gated_rows" in emulated.launched) == isinstance(network.layers[0].w_in, GatedBlocks)
     assert "gated_layer" in emulated.launched
     assert np.any(expected.output)
     assert_same(expected, got)
@@ -351,7 +349,7 @@ def test_wide_gated_blocks_on_a_gpu_have_the_bits_of_the_cpu(units, block, stora
 )
 def test_wide_dense_layers_of_one_sample_on_a_gpu_have_the_bits_of_the_cpu(units, storage):
     for cell in (Cell("gru"), Cell("lstm")):
-        network, x = case(cell, units=(units,), inputs=64, readout=7, steps=72, batch=1, gated=(), storage=storage)
+        network, x = case(cell, units=(units,), inputs=64, readout=7, steps=9, batch=1, gated=(), storage=storage)
         check_on_a_gpu(network, x)
         assert simulate(network, x, backend="cuda").paths["layers.0.w_rec"].startswith("dense")
 

@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 # Units from which on a dense layer whose units are all active has a time loop of its own for one sample.
 MIN_LOOP_UNITS = 512
 
-# Rows from which on its input product uses the same strips.
-MIN_LOOP_ROWS = 32
-
 
 class DeviceNetwork:
     """The part of an engine that no run changes. Plans and device tables are made at their first use and kept.
@@ -73,7 +70,6 @@ class DeviceNetwork:
         self.block_tables: dict[tuple, tuple[Any, int]] = {}
         self._plans: dict[tuple, list[Plan | GatedPlan | None]] = {}
         self._dense_loops: dict[int, GatedLayer] = {}
-        self._dense_inputs: dict[int, GatedMatrix] = {}
         with device.on_stream():
             self._pack()
 
@@ -120,19 +116,6 @@ class DeviceNetwork:
             matrix = GatedMatrix.of_dense(self.device, layer.w_rec, layer.bias_rec, layer.cell.gates, number)
             self._dense_loops[k] = GatedLayer(self.device, layer, matrix)
         return self._dense_loops[k]
-
-    def w_in_of_rows(self, k: int, batch: int, rows: int) -> Matrix | GatedMatrix | LookUpTable:
-        """The input matrix of a layer for so many rows; a wide dense layer of one sample has strips, as in `loop`."""
-        layer = self.network.layers[k]
-        own = isinstance(self.w_in[k], Matrix) and isinstance(layer.w_in, Dense)
-        if rows < MIN_LOOP_ROWS or not own or not self._is_wide(k, batch):
-            return self.w_in[k]
-        if k not in self._dense_inputs:
-            assert isinstance(layer.w_in, Dense)
-            number = self.names.index(MatrixId.of(k, "w_in"))
-            made = GatedMatrix.of_dense(self.device, layer.w_in, layer.bias_in, layer.cell.gates, number)
-            self._dense_inputs[k] = made
-        return self._dense_inputs[k]
 
     def _is_wide(self, k: int, batch: int) -> bool:
         """Whether `loop` makes a time loop for a dense layer."""

@@ -149,8 +149,7 @@ class Run:
         out = self.buffers.drive(k, network.gates[k] * network.units[k])
         if k:
             table, row_of = self._sent_lists(k - 1), None
-        w_in = network.w_in_of_rows(k, self.batch, rows)
-        return self._products(MatrixId.of(k, "w_in"), w_in, table, rows, row_of, out, status)
+        return self._products(MatrixId.of(k, "w_in"), network.w_in[k], table, rows, row_of, out, status)
 
     def _sent_lists(self, k: int) -> tuple[Any, Any, Any]:
         """Put the event lists of the outputs of layer k on the stream."""

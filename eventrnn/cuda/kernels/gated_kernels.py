@@ -281,7 +281,7 @@ def gated_rows_kernel(narrow: bool):
                 source_at, source_pitch, n_source = inner_at, inner_pitch, inner_pitch
             for_logits = Received(own, source_at, ones_at + int64(4), ones_at, source_pitch, none, none)
             strip = warp
-            while period > 0 and warp < workers and strip < logit_strips:
+            while warp < workers and strip < logit_strips:
                 logit_width, logit_stage = int32(m[tables.LOGIT_WIDTH]), int32(m[tables.LOGIT_STAGE])
                 at = offsets_at + int64(8) * strip
                 factor = strip_of_factor(
@@ -300,15 +300,7 @@ def gated_rows_kernel(narrow: bool):
                 strip = int32(strip + workers)
             cuda.syncthreads()
             sample = int32(0)
-            while period == 0 and sample < own:
-                # No row chooses.
-                k = thread
-                while k < blocks:
-                    gates[int32(sample * gates_pitch + k)] = np.float32(1)
-                    k = int32(k + threads)
-                sample = int32(sample + 1)
-            sample = int32(0)
-            while period > 0 and sample < own:
+            while sample < own:
                 left, largest, own_gates = int64(0), int32(0), int32(sample * gates_pitch)
                 if period > 1:
                     left = int64(global_int32(left_before_at)[(row + sample) % batch])
