@@ -145,9 +145,9 @@ def cpu_blocks() -> str:
     blocks of 8 outputs and 4 inputs, which multiplies all inputs, one thread each (`python experiments/bench.py --only
     "against C" --results experiments/results/c_blocks.jsonl`). The loop stands for hand-written kernels such as those
     of Opus (`dnn/vec_avx.h`, commit 3da9f7a, of 12 June 2026). In a run of its own on the same machine, both compiled
-    by GCC 12.2 with `-O3 -march=native`, 1352 inputs and 4056 outputs, the shortest of 12 runs of 200 products: float32
-    132 µs, Opus 134 µs, with the same bits; int8 21 µs, Opus 25 µs. The loop's int8 weights have 7 bits, so that
-    instructions without VNNI sum them, too.
+    by GCC 12.2 with `-O3 -march=native`, 1352 inputs and 4056 outputs, medians of 12 rounds of 200 products: float32
+    85.0 µs, Opus 84.3 µs, with the same bits; int8 16.3 µs, Opus 16.3 µs. The loop's int8 weights have 7 bits, so that
+    instructions without VNNI sum them, too. All of it was measured with real-time priority, the other core kept free.
     """
     rows = []
     for row in acceptance():
