@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from eventrnn.network import Network
 
 
-# Units from which on a dense layer whose units are all active has a time loop of its own for one sample.
+# Units from which on a dense layer whose units are all active has a time loop of its own for one sample. It was
+# measured at 1536 units only, where it takes 0.4 to 0.65 of the time of the general plan.
 MIN_LOOP_UNITS = 512
 
 
