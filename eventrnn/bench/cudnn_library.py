@@ -135,7 +135,7 @@ class Cudnn:
     """
 
     def __init__(self, library: Any, device: Any):
-        self.library, self.device = library, device
+        self.shared_library, self.device = library, device
         library.cudnnGetErrorString.restype = ctypes.c_char_p
         library.cudnnGetVersion.restype = c_size_t
         number = int(library.cudnnGetVersion())
@@ -145,11 +145,11 @@ class Cudnn:
 
     def call(self, function: str, *arguments: Any) -> None:
         """Call a function of cuDNN. Raises CudnnError unless it succeeds."""
-        status = getattr(self.library, function)(*arguments)
+        status = getattr(self.shared_library, function)(*arguments)
         if status:
-            name, message = self.library.cudnnGetErrorString(status), ctypes.create_string_buffer(MESSAGE_BYTES)
+            name, message = self.shared_library.cudnnGetErrorString(status), ctypes.create_string_buffer(MESSAGE_BYTES)
             with suppress(AttributeError):  # new in version 9
-                self.library.cudnnGetLastErrorString(message, c_size_t(MESSAGE_BYTES))
+                self.shared_library.cudnnGetLastErrorString(message, c_size_t(MESSAGE_BYTES))
             reason = f" ({message.value.decode(errors='replace')})" if message.value else ""
             raise CudnnError(f"{function}: {name.decode()}{reason}")
 
@@ -281,4 +281,4 @@ class CudnnRnn:
         """Free the descriptors; the network cannot be used afterwards."""
         while self._made:
             function, made = self._made.pop()
-            getattr(self.cudnn.library, function)(made)
+            getattr(self.cudnn.shared_library, function)(made)

@@ -69,12 +69,12 @@ class Nccl:
     """
 
     def __init__(self, device: Device, identifier: bytes, rank: int, ranks: int):
-        self.library, self._group = _library(device), ctypes.c_void_p()
+        self.shared_library, self._group = _library(device), ctypes.c_void_p()
         named = _Identifier.from_buffer_copy(identifier)
         self._call("ncclCommInitRank", ctypes.byref(self._group), ctypes.c_int(ranks), named, ctypes.c_int(rank))
 
     def _call(self, name: str, *arguments: Any) -> None:
-        _check(self.library, name, getattr(self.library, name)(*arguments))
+        _check(self.shared_library, name, getattr(self.shared_library, name)(*arguments))
 
     def copy(self, queue: Any, sends: list[tuple[int, int, int]], receives: list[tuple[int, int, int]]) -> None:
         """Put copies on a stream, which take place side by side.
@@ -97,4 +97,4 @@ class Nccl:
         defined. Another thread may call it."""
         group, self._group = self._group, ctypes.c_void_p()
         if group:
-            self.library.ncclCommAbort(group)
+            self.shared_library.ncclCommAbort(group)
