@@ -201,17 +201,20 @@ class Network:
             return self
         return replace(self, readout=replace(self.readout, tied=False))
 
-    def with_rounded_embedding(self, storage: str) -> Network:
+    def with_rounded_embedding(self, storage: str, bits: int = 8) -> Network:
         """The network with an embedding of numbers that a narrow storage holds: "bfloat16", or "int8" with a scale per
         symbol. A model file stores such an embedding in a half or a quarter of the bytes.
 
-        Raises ValueError for an unknown storage, and where there is no embedding or the read-out is tied to it.
+        bits : of the codes of int8, 2 to 8; see `Weights.stored_as`
+
+        Raises ValueError for an unknown storage, for bits that it does not have, and where there is no embedding or the
+        read-out is tied to it.
         """
         if self.embedding is None:
             raise ValueError(f"embedding: got {storage}, but the network has no embedding")
         if self.readout is not None and self.readout.tied:
             raise ValueError(f"embedding: got {storage}, but the read-out is tied to the embedding; untie it first")
-        return replace(self, embedding=rounded(self.embedding, storage))
+        return replace(self, embedding=rounded(self.embedding, storage, bits))
 
     @classmethod
     @standard_arithmetic

@@ -110,6 +110,20 @@ def test_convert_to_groups_and_narrow_storage(cli, tmp_path, model, text):
     assert load(back).layers[0].w_in.axis == "pre"
 
 
+def test_convert_to_codes_of_fewer_bits(cli, tmp_path):
+    tied, narrow = tmp_path / "tied.safetensors", tmp_path / "narrow.safetensors"
+    network = Network.random([5], symbols=6, embedding=5, tied=True, rng=np.random.default_rng(0))
+    save(network, tied)
+    narrowed = ("--storage", "int8", "--embedding", "int8", "--exempt", "layers.0.w_in")
+    bits = ("--bits", "layers.0.w_rec=3", "--bits", "6", "--bits", "embedding=5")
+    _json(cli("convert", tied, "--untie", "--out", narrow, *narrowed, *bits, "--json"))
+    made = load(narrow)
+    largest = {name: int(np.abs(w.values).max()) for name, w in made.matrices().items() if w.storage == "int8"}
+    assert largest == {"layers.0.w_rec": 3, "readout": 31}
+    assert made.matrices()["layers.0.w_in"].storage == "float32"
+    assert made.embedding.tobytes() == network.untied().with_rounded_embedding("int8", bits=5).embedding.tobytes()
+
+
 @pytest.mark.parametrize("storage", ["bfloat16", "int8"])
 def test_run_reports_the_effect_of_narrow_storage(cli, tmp_path, model, text, storage):
     plain = _json(cli("run", model, "--text", text, "--json"))
@@ -273,6 +287,16 @@ def test_bad_model_files(cli, tmp_path, model, text):
         ),
         (("convert", "{model}", "--out", "{new}", "--to", "nm", "--nm", "2:4:both"), "nm axis: got 'both'"),
         (("convert", "{model}", "--out", "{new}", "--storage", "int4"), "storage: got 'int4'"),
+        (
+            ("convert", "{model}", "--out", "{new}", "--storage", "bfloat16", "--bits", "7"),
+            "bits: got 7, but only int8",
+        ),
+        (("convert", "{model}", "--out", "{new}", "--untie"), "untie: the read-out of {model} is not tied"),
+        (("convert", "{model}", "--out", "{new}", "--storage", "int8", "--bits", "9"), "bits: got '9', need a number"),
+        (
+            ("convert", "{model}", "--out", "{new}", "--storage", "int8", "--bits", "embedding=7"),
+            "bits: got 'embedding=7', need a number from 2 to 8, as 7 or MATRIX=7 with one of layers.0.w_in",
+        ),
         (("run", "{model}", "--text", "{text}", "--storage", "float32"), "need one of bfloat16, int8"),
         (("import", "{text}.npz", "--out", "{new}"), "no file"),
         (("bench", "inference", "--activity", "0"), "activity"),

@@ -126,14 +126,23 @@ def test_a_tied_readout_whose_bits_differ_from_the_embedding_keeps_them(path):
     assert np.signbit(io.load(path).readout.weights.values[0, 0])
 
 
-@pytest.mark.parametrize(("storage", "dtype"), [("float32", np.float32), ("bfloat16", np.uint16), ("int8", np.int8)])
-def test_an_embedding_is_stored_in_the_narrowest_type_that_holds_it(path, storage, dtype):
+@pytest.mark.parametrize(
+    ("storage", "bits", "dtype"),
+    [
+        ("float32", 8, np.float32),
+        ("bfloat16", 8, np.uint16),
+        ("int8", 8, np.int8),
+        ("int8", 7, np.int8),
+        ("int8", 2, np.int8),
+    ],
+)
+def test_an_embedding_is_stored_in_the_narrowest_type_that_holds_it(path, storage, bits, dtype):
     # Rows of many magnitudes: the scale that rounded numbers suggest can differ from theirs in the last place.
     rng = np.random.default_rng(0)
     network = Network.random([3], rng=rng, symbols=2000, embedding=4, readout=2000)
     rows = rng.normal(size=(2000, 4)) * 10.0 ** rng.uniform(-9, 9, (2000, 1))
-    rows[5] = 0
-    network = replace(network, embedding=rows.astype(np.float32)).with_rounded_embedding(storage)
+    rows[:5] = 0
+    network = replace(network, embedding=rows.astype(np.float32)).with_rounded_embedding(storage, bits)
     io.save(network, path)
     tensors = safetensors.numpy.load_file(path)
     assert tensors["embedding"].dtype == dtype and ("embedding.scales" in tensors) == (storage == "int8")

@@ -132,6 +132,39 @@ def test_scales_are_those_of_the_largest_weight(matrix):
     assert (np.abs(stored.to_dense().astype(np.float64) - matrix.to_dense()) <= bound).all()
 
 
+@given(shapes.flatmap(lambda shape: weights(shape, storages=["float32", "int8"])), st.integers(2, 8))
+def test_fewer_bits_use_fewer_codes_and_a_larger_scale(matrix, bits):
+    stored, largest = matrix.stored_as("int8", bits=bits), {2: 1, 3: 3, 4: 7, 5: 15, 6: 31, 7: 63, 8: 127}[bits]
+    stored.check(full=True)
+    assert np.array_equal(stored.kept(), matrix.kept())
+    if bits == 8 and matrix.storage == "int8":
+        assert stored is matrix
+        return
+    most = np.abs(matrix.to_dense()).max(axis=1)
+    assert np.array_equal(stored.scales, np.where(most == 0, np.float32(1), most / np.float32(largest)))
+    assert np.abs(stored.values.astype(int)).max(initial=0) == (largest if most.any() else 0)
+    bound = tolerance.int8_error(stored.scales)[:, None]
+    assert (np.abs(stored.to_dense().astype(np.float64) - matrix.to_dense()) <= bound).all()
+
+
+@pytest.mark.parametrize(
+    ("storage", "bits", "words"),
+    [
+        ("int8", 1, "bits: got 1, need a whole number 2 to 8"),
+        ("int8", 9, "bits: got 9, need a whole number 2 to 8"),
+        ("int8", 6.0, "bits: got 6.0, need a whole number 2 to 8"),
+        ("bfloat16", 7, "bits: got 7 for bfloat16, but only int8 has codes"),
+        ("float32", 7, "bits: got 7 for float32, but only int8 has codes"),
+    ],
+)
+def test_bits_that_a_storage_does_not_have_are_refused(storage, bits, words):
+    with pytest.raises(ValueError, match=words):
+        Dense(np.ones((1, 1), np.float32)).stored_as(storage, bits=bits)
+    network = Network.random([2], rng=np.random.default_rng(0), symbols=3, embedding=2, readout=3)
+    with pytest.raises(ValueError, match=words):
+        network.with_rounded_embedding(storage, bits=bits)
+
+
 # --- every format -------------------------------------------------------------------------------------------
 
 

@@ -30,8 +30,10 @@ from eventrnn.cli.options import (
     folded,
     load_symbols,
     model_file,
+    parse_bits,
     parse_block,
     save_model,
+    untied,
     writable_file,
     writable_folder,
 )
@@ -40,6 +42,7 @@ from eventrnn.pruning.patterns import parse_nm
 from eventrnn.pruning.schedule import choose
 from eventrnn.weights import FORMATS, STORAGES, GatedBlocks, Weights, check_block, convert
 from eventrnn.weights.nm import AXES
+from eventrnn.weights.storage import MOST_BITS
 
 
 def demo(
@@ -187,6 +190,20 @@ def convert_command(
             help=f"Round the embedding to numbers of this type, for a smaller file: {', '.join(STORAGES[1:])}."
         ),
     ] = None,
+    untie: Annotated[
+        bool,
+        typer.Option(
+            "--untie", help="Give a tied read-out weights of its own first, so that the embedding can be rounded apart."
+        ),
+    ] = False,
+    bits: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[MATRIX=]N",
+            help="Bits of the codes of int8, 2 to 8, of all that --storage int8 and --embedding int8 round, or of one "
+            "matrix or the embedding; repeat. Fewer compress better. [8]",
+        ),
+    ] = None,
     exempt: Annotated[
         list[str] | None, typer.Option(help="Matrix or layer that is not changed; repeat for more.")
     ] = None,
@@ -210,21 +227,25 @@ def convert_command(
             raise ValueError(
                 f"embedding: got {embedding} with --fold, after which there is none; leave out one of them"
             )
-    network = folded(own_model(source), fold)
+    network = folded(untied(own_model(source), untie, source), fold)
     tied = network.readout is not None and network.readout.tied
     to = to or ("block" if block else "nm" if nm else None)
     there = [name for name in network.matrices() if not (tied and name == "readout")]
     chosen = choose(there, exempt=tuple(exempt or ()))
+    coded = [*(chosen if storage == "int8" else ()), *(["embedding"] if embedding == "int8" else ())]
+    if bits and not coded:
+        raise ValueError(f"bits: got {bits[0]}, but only int8 has codes; give --storage int8 or --embedding int8")
+    codes = parse_bits(bits or [], coded)
     changed = {}
     for name in chosen:
         weights = network.matrices()[name]
         if r_c and to == "block":
             check_block(r_c, weights.shape, name)
         made = convert(weights, to, block=r_c, nm=n_m, storage=storage) if to else weights
-        changed[name] = made if to else weights.stored_as(storage or weights.storage)
+        changed[name] = made.stored_as(storage or made.storage, codes.get(name, MOST_BITS))
     converted = network.with_matrices(changed)
     if embedding is not None:
-        converted = converted.with_rounded_embedding(embedding)
+        converted = converted.with_rounded_embedding(embedding, codes.get("embedding", MOST_BITS))
     save_model(converted, out, force)
     show(
         f"wrote {out}",

@@ -22,6 +22,7 @@ from eventrnn._files import name_beside, printable
 from eventrnn.backend import BACKENDS
 from eventrnn.cli.terminal import progress
 from eventrnn.network import Network
+from eventrnn.weights.storage import FEWEST_BITS, MOST_BITS
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
@@ -159,6 +160,26 @@ def parse_block(text: str) -> tuple[int, int]:
     if not (cross and rows.isdigit() and columns.isdigit() and int(rows) and int(columns)):
         raise ValueError(f"block: got {text!r}, need two sizes >= 1 such as 1x16")
     return int(rows), int(columns)
+
+
+def untied(network: Network, untie: bool, source: Path) -> Network:
+    """The network for --untie, or as it is. Raises ValueError where its read-out is not tied."""
+    if untie and (network.readout is None or not network.readout.tied):
+        raise ValueError(f"untie: the read-out of {source} is not tied; leave out --untie")
+    return network.untied() if untie else network
+
+
+def parse_bits(given: list[str], names: Sequence[str]) -> dict[str, int]:
+    """Bits of the codes per name, from texts "7", for all of `names`, and "readout=6", for one; 8 for the others."""
+    wrong = f"need a number from {FEWEST_BITS} to {MOST_BITS}, as 7 or MATRIX=7 with one of {', '.join(names)}"
+    found = dict.fromkeys(names, MOST_BITS)
+    # A number for all comes before those of single matrices, whatever their order on the command line.
+    for text in sorted(given, key=lambda each: "=" in each):
+        name, equals, number = text.rpartition("=")
+        if (equals and name not in found) or not number.isdecimal() or not FEWEST_BITS <= int(number) <= MOST_BITS:
+            raise ValueError(f"bits: got {text!r}, {wrong}")
+        found |= {name: int(number)} if equals else dict.fromkeys(names, int(number))
+    return found
 
 
 def writable_file(path: Path, force: bool, option: str = "out") -> None:

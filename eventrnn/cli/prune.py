@@ -28,6 +28,7 @@ from eventrnn.cli.options import (
     picture_text,
     save_model,
     takes,
+    untied,
     writable_file,
     writable_picture,
 )
@@ -204,11 +205,7 @@ class Request:
 def prune(options: PruneOptions) -> None:
     """Prune a model: at once, during training, to N of each M weights, to a diagonal, or to a budget of operations."""
     request = _request(options)
-    network = own_model(options.model)
-    if options.untie:
-        if network.readout is None or not network.readout.tied:
-            raise ValueError(f"untie: the read-out of {options.model} is not tied; leave out --untie")
-        network = network.untied()
+    network = untied(own_model(options.model), options.untie, options.model)
     if options.thresholds is not None:
         need_thresholds(network, f"thresholds: got {options.thresholds!r}", "leave out --thresholds")
     parts, budget = {}, {}

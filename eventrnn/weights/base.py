@@ -125,17 +125,22 @@ class Weights(ABC):
             return codec.from_int8(self.values, self._spread(self.scales))
         return self.values
 
-    def stored_as(self, storage: str) -> Weights:
+    def stored_as(self, storage: str, bits: int = codec.MOST_BITS) -> Weights:
         """The same stored entries in another storage; the record itself if it has that storage already. O(stored).
 
+        bits : of the codes of int8, 2 to 8. Codes of fewer than 8 take a byte each too, but a compressed file of them
+               is smaller. int8 weights are rounded again to fewer bits.
+
         bfloat16 rounds to nearest, ties to even. int8 rounds to the nearest code; the scale of a presynaptic unit is
-        its max|w| / 127, or 1 if all its weights are zero. A weight that rounds to zero stays stored. Raises ValueError
-        for an unknown storage, for NaN or infinity, and for a weight that bfloat16 rounds to infinity.
+        its max|w| / 127, or 1 if all its weights are zero. In place of 127, codes of 7 bits have 63, of 6 bits 31, and
+        so on. A weight that rounds to zero stays stored. Raises ValueError for an unknown storage, for bits that it
+        does not have, for NaN or infinity, and for a weight that bfloat16 rounds to infinity.
         """
         codec.check_storage(storage)
-        return self if storage == self.storage else self._encoded(storage)
+        codec.check_bits(storage, bits)
+        return self if storage == self.storage and bits == codec.MOST_BITS else self._encoded(storage, bits=bits)
 
-    def _encoded(self, storage: str, scales: np.ndarray | None = None) -> Weights:
+    def _encoded(self, storage: str, scales: np.ndarray | None = None, bits: int = codec.MOST_BITS) -> Weights:
         """`stored_as`. For int8, `scales` are used instead of new ones if they are given."""
         floats = self.floats()
         check_finite("weight", floats)
@@ -143,8 +148,8 @@ class Weights(ABC):
             return self._with_values(codec.to_bfloat16(floats), None)
         if storage == "float32":
             return self._with_values(floats, None)
-        scales = codec.int8_scales(self._largest(floats)) if scales is None else scales.copy()
-        return self._with_values(codec.to_int8(floats, self._spread(scales)), scales)
+        scales = codec.int8_scales(self._largest(floats), bits) if scales is None else scales.copy()
+        return self._with_values(codec.to_int8(floats, self._spread(scales), bits), scales)
 
     def _with_values(self, values: np.ndarray, scales: np.ndarray | None) -> Weights:
         return replace(self, values=values, scales=scales)  # type: ignore[type-var]

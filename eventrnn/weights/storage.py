@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from eventrnn._checks import check_finite, in_parts, need_choice
+from eventrnn._checks import check_finite, in_parts, need_choice, need_whole
 
 #: storage name -> dtype of a record's `values`. NumPy has no bfloat16, so its bits are held as integers.
 DTYPES: dict[str, np.dtype] = {
@@ -23,10 +23,25 @@ STORAGES = tuple(DTYPES)
 #: int8 codes range from -INT8_MOST to INT8_MOST, so that the negative of every weight has a code.
 INT8_MOST = 127
 
+#: Bits of the codes of int8, from the fewest that can be chosen to those that are taken where none are given.
+FEWEST_BITS, MOST_BITS = 2, 8
+
 
 def check_storage(storage: str) -> None:
     """Raise ValueError for a name that is not in `STORAGES`."""
     need_choice("storage", storage, STORAGES)
+
+
+def check_bits(storage: str, bits: int) -> None:
+    """Raise ValueError for bits per code that are not 2 to 8, and for fewer than 8 of a storage without codes."""
+    need_whole("bits", bits, at_least=FEWEST_BITS, at_most=MOST_BITS)
+    if storage != "int8" and bits != MOST_BITS:
+        raise ValueError(f"bits: got {bits} for {storage}, but only int8 has codes; leave bits out, or take int8")
+
+
+def largest_code(bits: int = MOST_BITS) -> int:
+    """The largest code of so many bits: 127 of 8, 63 of 7, 31 of 6. The smallest is its negative."""
+    return 2 ** (bits - 1) - 1
 
 
 def storage_of(values: np.ndarray) -> str:
@@ -64,29 +79,32 @@ def from_bfloat16(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def int8_scales(most: np.ndarray) -> np.ndarray:
+def int8_scales(most: np.ndarray, bits: int = MOST_BITS) -> np.ndarray:
     """The scales (float32) of units with the largest magnitudes `most` (float32): `most / 127`, or 1 where it is zero.
+
+    bits : of the codes; of fewer than 8, the largest code takes the place of 127
 
     A rounded scale can be too small to reach `most` (it may underflow to 0), or so large that `127 * scale` overflows.
     The next float32 up or down is taken then. Every weight is therefore within half a scale of its decoded code, apart
     from the rounding of the multiplication that decodes it.
     """
-    scales = most / np.float32(INT8_MOST)
-    reach = np.float64(INT8_MOST) + 0.5
+    code = largest_code(bits)
+    scales = most / np.float32(code)
+    reach = np.float64(code) + 0.5
     scales = np.where(most > reach * scales.astype(np.float64), np.nextafter(scales, np.float32(np.inf)), scales)
     with np.errstate(over="ignore"):
-        overflows = np.isinf(INT8_MOST * scales)
+        overflows = np.isinf(code * scales)
     scales = np.where(overflows, np.nextafter(scales, np.float32(0)), scales)
     return np.where(most == 0, np.float32(1), scales).astype(np.float32)
 
 
-def to_int8(floats: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """The codes `rint(floats / scales)`, clipped to -127..127; `scales` broadcast with `floats`.
+def to_int8(floats: np.ndarray, scales: np.ndarray, bits: int = MOST_BITS) -> np.ndarray:
+    """The codes `rint(floats / scales)`, clipped to those of so many bits; `scales` broadcast with `floats`.
 
     The division is in float64, so that a code is the nearest one.
     """
     codes = np.rint(floats.astype(np.float64) / scales)
-    return np.clip(codes, -INT8_MOST, INT8_MOST).astype(np.int8)
+    return np.clip(codes, -largest_code(bits), largest_code(bits)).astype(np.int8)
 
 
 def from_int8(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
@@ -96,17 +114,19 @@ def from_int8(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
         return codes.astype(np.float32) * scales
 
 
-def rounded(floats: np.ndarray, storage: str) -> np.ndarray:
-    """Float32 numbers (rows, columns) as a storage gives them back; int8 has a scale per row.
+def rounded(floats: np.ndarray, storage: str, bits: int = MOST_BITS) -> np.ndarray:
+    """Float32 numbers (rows, columns) as a storage gives them back; int8 has a scale per row, and codes of `bits`.
 
-    Raises ValueError for an unknown storage, and for a number that bfloat16 rounds to infinity.
+    Raises ValueError for an unknown storage, for bits that it does not have, and for a number that bfloat16 rounds to
+    infinity.
     """
     check_storage(storage)
+    check_bits(storage, bits)
     if storage == "bfloat16":
         return from_bfloat16(to_bfloat16(floats))
     if storage == "int8":
-        scales = int8_scales(_largest(floats))[:, None]
-        return from_int8(to_int8(floats, scales), scales)
+        scales = int8_scales(_largest(floats), bits)[:, None]
+        return from_int8(to_int8(floats, scales, bits), scales)
     return floats
 
 
@@ -114,22 +134,25 @@ def narrowest(floats: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     """The narrowest storage that gives back every bit of float32 numbers (rows, columns), and scales per row of int8.
 
     Numbers that `rounded` returned are stored in their storage; others stay float32. O(size), and for numbers of no
-    narrow storage little more than their first row.
+    narrow storage little more than a pass.
     """
-    scales = _exact_scales(floats[:1])
-    if scales is not None:
-        scales = _exact_scales(floats)
-    if scales is not None:
-        return to_int8(floats, scales[:, None]), scales
+    # The first row whose numbers are not all zero rules out most numbers of bits, and so all of them for most arrays.
+    first = int(floats.any(axis=1).argmax()) if floats.size else 0
+    for bits in range(MOST_BITS, FEWEST_BITS - 1, -1):
+        scales = _exact_scales(floats[first : first + 1], bits)
+        if scales is not None:
+            scales = _exact_scales(floats, bits)
+        if scales is not None:
+            return to_int8(floats, scales[:, None]), scales
     if not any(bool((part.view(np.uint32) & 0xFFFF).any()) for part in (floats[:1], floats)):
         return (floats.view(np.uint32) >> 16).astype(np.uint16), None
     return floats, None
 
 
-def _exact_scales(floats: np.ndarray) -> np.ndarray | None:
-    """Scales of int8 codes that decode to every bit of the rows, or None. A float32 scale can differ in its last place
-    from the one that the rounded numbers suggest, so that its neighbours are tried too."""
-    found = int8_scales(_largest(floats))
+def _exact_scales(floats: np.ndarray, bits: int) -> np.ndarray | None:
+    """Scales of codes of so many bits that decode to every bit of the rows, or None. A float32 scale can differ in its
+    last place from the one that the rounded numbers suggest, so that its neighbours are tried too."""
+    found = int8_scales(_largest(floats), bits)
     scales, left = found.copy(), np.ones(len(floats), bool)
     for towards in (None, np.float32(np.inf), np.float32(0)):
         tried = found[left] if towards is None else np.nextafter(found[left], towards)
