@@ -1,29 +1,34 @@
 """Pruned word models on the whole vocabulary of the Penn Treebank, as sweeps (after Narang et al. and Hubara et al.).
 
     python experiments/pruning_sweep.py plan gru.toml --cell gru             # what is trained
-    eventrnn sweep gru.toml --out sweep-gru --workers 6                      # trains it on a GPU
+    eventrnn sweep gru.toml --out sweep-gru --workers 4                      # trains it on a GPU
     python experiments/pruning_sweep.py collect sweep-gru                    # a line of results per trained point
+    python experiments/pruning_sweep.py convert sweep-gru                    # N:M without training, by AdaPrune
     python experiments/pruning_sweep.py table
 
-A point is trained from random weights to its last epoch: dense, or pruned in the first half of its updates by one of
-METHODS to one of SPARSITIES in one of BLOCKS; with `--masks`, to N:M masks of MASKS and to half of the single weights.
-The points of a seed stand together, those of the first sparsity first, so that a sweep that is cut short has whole
-tables. The embedding is also the read-out and as wide as the last layer; it is not pruned. Networks whose other layers
-are larger are pruned to the weights of the dense one.
+A point is trained from random weights to its last epoch: dense, or pruned by one of RULES to a sparsity in one of
+BLOCKS, or with N:M masks of MASKS. The learning rate falls from half-way on, so that every training ends where it stops
+improving; the dense network that is trained twice as long shows by how much that is not so. Points are in the order of
+their worth, so that a sweep that is cut short has a table: those of 90 % and one seed first, the other seeds of the
+best known rule next, and other sparsities last. The embedding is also the read-out and as wide as the last layer; it is
+not pruned. Networks whose other layers are larger are pruned to the weights of the dense one.
 
-`collect` takes the figures of the runs and adds the bytes of the model file in each of STORAGES. It measures no time:
-see `eventrnn bench inference --block`.
+`collect` takes the figures of the runs and adds the bytes of the model file in each of STORAGES. `convert` prunes the
+dense network of each seed, and the one with half of its single weights, to N:M masks without training. Neither measures
+time: see `block_steps.py`.
 """
 
 import json
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from records import Records
 from rich.console import Console
@@ -33,32 +38,47 @@ import eventrnn as er
 from eventrnn.cli.options import writable_file
 from eventrnn.cli.terminal import progress
 from eventrnn.network import Network
+from eventrnn.pruning import NofM, adaprune, prune_to
+from eventrnn.pruning.patterns import parse_nm
 from eventrnn.sweeps import read_results
 from eventrnn.sweeps.plan import MODEL
 from eventrnn.sweeps.results import saved_sweep
+from eventrnn.training.evaluation import evaluate_text
 from eventrnn.training.recipes.recipe import load_recipe
 
 RESULTS = Path(__file__).parent / "results" / "pruning_sweep.jsonl"
 
-# The recipe that all points share.
+# The recipe that all points share. Trainings are short and the networks small, which takes less noise.
 PRESET = "egru-ptb"
+NOISE = {"dropconnect": 0.3, "dropout_input": 0.4, "dropout_top": 0.4}
 
 # Settings in which points differ, beside those of all points of a sweep that a line also holds.
-AXES = ("model.hidden", "pruning.method", "pruning.nm", "pruning.block", "pruning.sparsity", "training.seed")
-SHARED = (
-    "data.text",
-    "model.cell",
-    "model.embedding",
-    "training.epochs",
-    "training.learning_rate",
-    "training.precision",
-)
+RULE = ("method", "nm", "block", "sparsity", "statistic", "scope", "since", "until", "strength")
+# A network that `convert` made has the name of the one that it began with.
+AXES = ("model.hidden", *(f"pruning.{name}" for name in RULE), "training.epochs", "training.seed", "converted")
+SHARED = ("data.text", "model.cell", "model.embedding", "training.learning_rate", "training.precision")
 KEY = (*SHARED, *AXES)
 
-SPARSITIES = (0.9, 0.8, 0.95)
-BLOCKS = ((1, 1), (1, 16), (4, 4), (16, 16), (32, 32))
-METHODS = ("threshold", "lasso", "magnitude")
-MASKS = ("2:4", "4:8", "4:8:both", "8:16:both")
+FIRST, OTHERS = 0.9, (0.8, 0.95)
+SINGLE, BLOCKS = (1, 1), ((1, 16), (4, 4), (16, 16), (32, 32))
+
+# Rules for blocks. The first two are those of Narang et al., without and with the group lasso. Both compare the largest
+# weight of a block with a threshold. The last one compares norms, and leaves every group of units the same number of
+# blocks, so that none is cut off; with large blocks a layer has few of them.
+RULES: dict[str, dict[str, Any]] = {
+    "threshold": {"method": "threshold", "since": 0.1},
+    "lasso": {"method": "lasso", "since": 0.1},
+    "column": {"method": "magnitude", "statistic": "l2", "scope": "column", "since": 0.1},
+}
+BEST = "column"
+
+# Masks are drawn once, from weights that have learnt.
+MASKS, MASKED_SINCE = ("2:4", "4:8:both", "4:8"), 0.3
+HALF = {"method": "magnitude", "sparsity": 0.5, "since": 0.1}
+
+# Masks of networks that are converted, and steps and streams of the training text on which weights are refitted.
+CONVERTED = ("2:4", "4:8:both")
+CALIBRATION = (1000, 8)
 STORAGES = ("float32", "bfloat16", "int8")
 
 # A GRU has no silent units that a penalty could wake.
@@ -67,33 +87,40 @@ OF_CELL: dict[str, dict[str, Any]] = {"egru": {}, "gru": {"training.regularisers
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
 
 
-def points(hidden: list[int], larger: float, seeds: int) -> Iterator[dict[str, Any]]:
+def points(hidden: list[int], larger: float, epochs: int, seeds: int) -> Iterator[dict[str, Any]]:
     """The settings in which each point differs from the others, in the order in which they are trained."""
     wide = [*(int(larger * units) for units in hidden[:-1]), hidden[-1]]
-    for seed, sparsity in product(range(seeds), SPARSITIES):
-        own = {"training.seed": seed}
-        if sparsity == SPARSITIES[0]:
-            yield own | {"model.hidden": hidden}
-        for (r, c), method in product(BLOCKS, METHODS):
-            yield own | pruned(hidden, method, (r, c), sparsity)
-        if wide != hidden and sparsity == SPARSITIES[-1]:
-            share = round(1 - weights(hidden) / weights(wide), 4)
-            yield from (own | pruned(wide, METHODS[0], block, share) for block in BLOCKS)
+    share = round(1 - weights(hidden) / weights(wide), 4)
 
+    def one(seed: int, units: list[int] = hidden, *, longer: int = 1, **rule: Any) -> dict[str, Any]:
+        own = {"model.hidden": units, "training.epochs": longer * epochs, "training.seed": seed}
+        return own | {f"pruning.{name}": value for name, value in rule.items()}
 
-def masked(hidden: list[int], seeds: int) -> Iterator[dict[str, Any]]:
-    """The same of N:M masks: the dense network, half of the single weights, and masks drawn from the weights."""
-    for seed in range(seeds):
-        own = {"training.seed": seed, "model.hidden": hidden}
-        yield own
-        yield own | pruned(hidden, "magnitude", (1, 1), 0.5)
-        yield from (own | {"pruning.method": "dynamic", "pruning.nm": pattern} for pattern in MASKS)
+    def blocks(seed: int, rule: str, sparsity: float, sizes: Iterable[tuple[int, int]], units: list[int] = hidden):
+        return [one(seed, units, **RULES[rule], block=list(block), sparsity=sparsity) for block in sizes]
 
+    def larger_ones(seed: int) -> list[dict[str, Any]]:
+        return blocks(seed, BEST, share, BLOCKS, wide) if wide != hidden else []
 
-def pruned(hidden: list[int], method: str, block: tuple[int, int], sparsity: float) -> dict[str, Any]:
-    """The settings of a pruned point."""
-    rule = {"pruning.method": method, "pruning.block": list(block), "pruning.sparsity": sparsity}
-    return {"model.hidden": hidden} | rule
+    def masked(seed: int) -> list[dict[str, Any]]:
+        drawn = {"method": "magnitude", "since": MASKED_SINCE}
+        return [*(one(seed, **drawn, nm=pattern) for pattern in MASKS), one(seed, **HALF)]
+
+    others = [name for name in RULES if name != BEST]
+    yield one(0)
+    for block in BLOCKS:
+        yield from blocks(0, BEST, FIRST, [block])
+        yield from blocks(0, "lasso", FIRST, [block])
+    yield from larger_ones(0)
+    yield from masked(0)
+    yield from blocks(0, "threshold", FIRST, BLOCKS)
+    yield from (point for rule in RULES for point in blocks(0, rule, FIRST, [SINGLE]))
+    yield one(0, longer=2)
+    for seed in range(1, seeds):
+        yield from (one(seed), *blocks(seed, BEST, FIRST, BLOCKS), *larger_ones(seed), *masked(seed))
+        yield from (point for rule in others for point in blocks(seed, rule, FIRST, BLOCKS))
+    for seed, sparsity, rule in product(range(seeds), OTHERS, RULES):
+        yield from blocks(seed, rule, sparsity, [SINGLE, *BLOCKS])
 
 
 def weights(hidden: list[int]) -> int:
@@ -117,11 +144,10 @@ def plan(
         float,
         typer.Option(min=1, help="Units of all layers but the last in larger networks, as a multiple; 1 for none."),
     ] = 1.5,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training text.")] = 60,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training text.")] = 50,
     rate: Annotated[float, typer.Option(help="Learning rate.")] = 2e-3,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each point.")] = 3,
     backend: Annotated[str, typer.Option(help="cuda, or cpu for a small case.")] = "cuda",
-    masks: Annotated[bool, typer.Option("--masks", help="N:M masks in place of blocks.")] = False,
     text: Annotated[str, typer.Option(help="Folder with the three texts, or ptb.")] = "ptb",
     force: Annotated[bool, typer.Option("--force", help="Overwrite a file that exists.")] = False,
 ) -> None:
@@ -134,11 +160,11 @@ def plan(
         "data.text": text,
         "model.cell": cell,
         "model.embedding": units[-1],
-        "training.epochs": epochs,
         "training.learning_rate": rate,
         "training.schedule.constant": 0.5,
-        "training.regularisers.dropconnect": 0.3,
+        **{f"training.regularisers.{name}": share for name, share in NOISE.items()},
         "training.backend": backend,
+        **({"training.precision": "bfloat16"} if backend == "cuda" else {}),
         **OF_CELL[cell],
     }
     lines = [
@@ -147,7 +173,7 @@ def plan(
         "[settings]",
         *(f"{key} = {toml(value)}" for key, value in settings.items()),
     ]
-    for point in masked(units, seeds) if masks else points(units, larger, seeds):
+    for point in points(units, larger, epochs, seeds):
         # What no point may have is refused here, not only by the sweep.
         load_recipe(preset=PRESET, settings=[*settings.items(), *point.items()])
         lines += ["", "[[points]]", *(f"{key} = {toml(value)}" for key, value in point.items())]
@@ -160,30 +186,81 @@ def collect(
     results: Annotated[Path, typer.Option(help="File to which a line per point is appended.")] = RESULTS,
 ) -> None:
     """Append a line for every trained point that has none."""
-    records, shared = Records(results, KEY), saved_sweep(folder).settings
-    done = [line for line in read_results(folder) if line["state"] == "done"]
+    records = Records(results, KEY)
+    done = trained_points(folder)
     with progress() as report:
-        for number, line in enumerate(done):
+        for number, (point, line) in enumerate(done):
             report("points", number, len(done), line["folder"])
-            point = {key: shared.get(key) for key in SHARED} | {key: line.get(key) for key in AXES}
-            # A text is known by its name, wherever it lies.
-            point["data.text"] = Path(str(point["data.text"])).name
-            if any(all(old.get(key) == point[key] for key in KEY) for old in records.lines):
+            if has_line(records, point):
                 continue
             figures = {key: value for key, value in line.items() if key not in (*AXES, "point", "folder", "state")}
-            records.add(point | figures | {"file_bytes": file_bytes(er.load(folder / line["folder"] / MODEL))})
+            records.add(point | figures | sizes(er.load(folder / line["folder"] / MODEL)))
 
 
-def file_bytes(network: Network) -> dict[str, int]:
-    """Bytes of the model file without the vocabulary and the embedding, for each storage of the weights."""
-    bare, sizes = replace(network, metadata={}, embedding=None, readout=None), {}
+@app.command()
+def convert(
+    folder: Annotated[Path, typer.Argument(help="Folder of the sweep, finished or not.")],
+    backend: Annotated[str, typer.Option(help="Backend that reads the validation text.")] = "cuda",
+    results: Annotated[Path, typer.Option(help="File to which a line per network is appended.")] = RESULTS,
+) -> None:
+    """Prune each dense and each half-pruned network to N:M masks without training, with AdaPrune and without."""
+    records, found = Records(results, KEY), trained_points(folder)
+    half = {f"pruning.{name}": value for name, value in HALF.items()}
+    fewest = min((point["training.epochs"] for point, _ in found), default=0)
+    begun = {
+        "dense": lambda point: point["pruning.method"] is None and point["training.epochs"] == fewest,
+        "half": lambda point: all(point[key] == value for key, value in half.items()),
+    }
+    corpus = load_recipe(preset=PRESET, settings=list(saved_sweep(folder).settings.items())).data.corpus()
+    steps, streams = CALIBRATION
+    length = min(steps, len(corpus.train) // streams)
+    text = np.ascontiguousarray(corpus.train[: length * streams].reshape(streams, length).T)
+    for point, line in found:
+        for name in (name for name, fits in begun.items() if fits(point)):
+            network = er.load(folder / line["folder"] / MODEL)
+            for pattern, method in product(CONVERTED, ("adaprune", "magnitude")):
+                rule = dict.fromkeys(f"pruning.{each}" for each in RULE)
+                own = point | rule | {"pruning.method": method, "pruning.nm": pattern, "converted": name}
+                if has_line(records, own):
+                    continue
+                started, to = time.perf_counter(), NofM(*parse_nm(pattern))
+                made = adaprune(network, text, to)[0] if method == "adaprune" else prune_to(network, to)
+                seconds = time.perf_counter() - started
+                read = evaluate_text(made, corpus.valid, backend=backend)
+                figures = {f"{key}_valid": read[key] for key in ("perplexity", "activity")}
+                figures |= {"effective_ops_per_step": read["effective_ops_per_step"], "convert_seconds": seconds}
+                records.add(own | figures | sizes(made))
+
+
+def trained_points(folder: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The key of every point that is trained, and its line in the results of the sweep."""
+    shared, found = saved_sweep(folder).settings, []
+    for line in read_results(folder):
+        if line["state"] == "done":
+            point = {key: shared.get(key) for key in SHARED} | {key: line.get(key) for key in AXES}
+            # A text is known by its name, wherever it lies.
+            found.append((point | {"data.text": Path(str(point["data.text"])).name}, line))
+    return found
+
+
+def has_line(records: Records, point: dict[str, Any]) -> bool:
+    """Whether a point has a line, from whichever machine."""
+    return any(all(old.get(key) == point[key] for key in KEY) for old in records.lines)
+
+
+def sizes(network: Network) -> dict[str, Any]:
+    """The layers without the vocabulary and the embedding: the share of their weights that is left, and the bytes of
+    their file for each storage of the weights."""
+    bare, nbytes = replace(network, metadata={}, embedding=None, readout=None), {}
     with tempfile.TemporaryDirectory() as scratch:
         for storage in STORAGES:
             path = Path(scratch) / f"{storage}.safetensors"
             matrices = {name: w.stored_as(storage) for name, w in bare.matrices().items()}
             er.save(bare.with_matrices(matrices), path)
-            sizes[storage] = path.stat().st_size
-    return sizes
+            nbytes[storage] = path.stat().st_size
+    matrices = bare.matrices().values()
+    density = sum(w.nnz for w in matrices) / sum(w.shape[0] * w.shape[1] for w in matrices)
+    return {"density_of_layers": density, "file_bytes": nbytes}
 
 
 @app.command()
@@ -198,9 +275,11 @@ def table(results: Annotated[Path, typer.Option(help="File of the lines.")] = RE
         rest = json.dumps({key: line[key] for key in AXES if key != "training.seed"})
         groups.setdefault(model, {}).setdefault(rest, []).append(line)
     for model, rows in groups.items():
-        columns = ("units", "method", "pattern", "pruned", "seeds", "perplexity", "±", "over dense", "activity")
+        columns = ("units", "method", "pattern", "weights", "seeds", "perplexity", "±", "over dense", "activity")
         shown = Table(*columns, "operations", *STORAGES, title=model)
         dense = [line for lines in rows.values() for line in lines if line["pruning.method"] is None]
+        fewest = min((line["training.epochs"] for line in dense), default=0)
+        dense = [line for line in dense if line["training.epochs"] == fewest]
         at = mean(line["perplexity_valid"] for line in dense) if dense else None
         whole = dense[0]["file_bytes"]["float32"] if dense else None
         for lines in rows.values():
@@ -214,9 +293,9 @@ def row(lines: list[dict], dense: float | None, whole: int | None) -> list[str]:
     sizes = [first["file_bytes"][storage] for storage in STORAGES]
     return [
         first["model.hidden"],
-        first["pruning.method"] or "dense",
+        named(first),
         first["pruning.nm"] or first["pruning.block"] or "",
-        f"{first['pruning.sparsity'] or 0:.1%}",
+        f"{first['density_of_layers']:.1%}",
         str(len(lines)),
         f"{mean(read):.2f}",
         f"{stdev(read):.2f}" if len(read) > 1 else "",
@@ -225,6 +304,14 @@ def row(lines: list[dict], dense: float | None, whole: int | None) -> list[str]:
         f"{mean(line['effective_ops_per_step'] for line in lines):,.0f}",
         *(f"{whole / size:.1f}x" if whole else f"{size:,}" for size in sizes),
     ]
+
+
+def named(line: dict) -> str:
+    """The method of a line in words."""
+    if line.get("converted"):
+        return f"{line['pruning.method']} of the {line['converted']} network"
+    scope = f", {line['pruning.scope']}" if line["pruning.scope"] else ""
+    return f"{line['pruning.method'] or 'dense'}{scope}, {line['training.epochs']} epochs"
 
 
 if __name__ == "__main__":

@@ -369,7 +369,11 @@ ROWS = {
         },
         words={"ramp": "ramp"},
     ),
-    "GroupLasso": row(pruning.GroupLasso, {"strength": ABOVE_ZERO, "block": BLOCK[:-1], "scaled": FLAG}, strength=0.1),
+    "GroupLasso": row(
+        pruning.GroupLasso,
+        {"strength": ABOVE_ZERO, "block": BLOCK[:-1], "scaled": FLAG, "every": POSITIVE},
+        strength=0.1,
+    ),
     "StaticMasks": row(pruning.StaticMasks, {"pattern": (None, 3), "start": NATURAL}, pattern=pruning.Blocks(0.5)),
     "DynamicMasks": row(
         pruning.DynamicMasks,

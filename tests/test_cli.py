@@ -322,7 +322,7 @@ def test_bad_model_files(cli, tmp_path, model, text):
         ),
         (
             ("prune", "{model}", "--out", "{new}", "--text", "{text}", "--steps", "1", "--batch", "2"),
-            "steps: got 1, but masks change in the first half of the training; give at least 2",
+            "steps: got 1, but masks change between the shares 0 and 0.5 of the training; give at least 2",
         ),
         (("run", "{small}", "--text", "{text}"), "read-out predicts 5"),
         (("demo", "--out", "{new}", "--block", "300x8"), "larger than the matrix"),

@@ -44,6 +44,7 @@ RULES = {
     "dynamic blocks": lambda: DynamicMasks(Blocks(0.6, (2, 4)), 0, 8, every=2, decay=0.01),
     "regrown": lambda: RegrownMasks(0.6, (1, 4), 1, 9, every=3, share=0.5),
     "lasso": lambda: GroupLasso(2.5, (2, 4), 1, 8),
+    "lasso, every third step": lambda: GroupLasso(2.5, (2, 4), 1, 8, every=3),
     "lasso, threshold": lambda: Combined(
         GroupLasso(0.2, (2, 4), 0, 6), ThresholdPruning((2, 4), 1, 3, 8, every=2, sparsity=0.6)
     ),
@@ -91,7 +92,7 @@ def test_the_share_and_the_pattern_are_the_requested_ones(name):
             assert 2 * mask.sum() == mask.size
         elif name == "dynamic 4:8 both":
             assert legal(mask, 4, 8, "both")
-        elif name != "lasso":
+        elif name not in ("lasso", "lasso, every third step"):
             # Blocks at an edge are smaller, so that a share of blocks is only nearly that share of weights.
             r, c = rule.parts[1].block if isinstance(rule, Combined) else getattr(rule, "block", (2, 4))
             grids = np.split(mask, 3, axis=1) if "gate" in name and mask.shape[1] % 3 == 0 else [mask]
@@ -291,6 +292,22 @@ def test_group_lasso_takes_its_step_after_the_optimiser_and_prunes_what_reached_
         strong.after_step(0, parameters, {}, {}, 1.0)
 
 
+def test_a_proximal_step_of_several_updates_takes_the_sum_of_their_rates():
+    def left(every, rates):
+        rule, parameters = GroupLasso(2.0, (1, 2), 0, len(rates), every=every), {"x.w_in": np.ones((1, 4), np.float32)}
+        lengths = []
+        for step, rate in enumerate(rates):
+            rule.update(step, parameters, {})
+            rule.after_step(step, parameters, {}, {}, rate)
+            lengths.append(float(np.linalg.norm(parameters["x.w_in"][0, :2])))
+        return lengths
+
+    single, joint = (left(every, [0.0625, 0.125, 0.03125, 0.0625, 0.0625]) for every in (1, 3))
+    # The last of them is at the end, whatever is left by then.
+    for step, before in ((0, np.sqrt(2)), (1, np.sqrt(2)), (2, single[2]), (3, single[2]), (4, single[4])):
+        assert abs(joint[step] - before) <= gamma(40, U32) * np.sqrt(2)
+
+
 def test_thresholds_rise_with_two_slopes_and_the_size_of_the_block():
     weights = {"x.w_in": np.linspace(-1, 1, 400, dtype=np.float32).reshape(20, 20)}
     q = float(np.percentile(np.abs(weights["x.w_in"]), 90))
@@ -417,5 +434,23 @@ def test_a_training_schedule_ends_in_the_first_half_of_the_training(name):
         return
     assert schedule.end == 10
     assert all(part.exempt == ("layers.0",) for part in getattr(schedule, "parts", (schedule,)))
-    with pytest.raises(ValueError, match="steps: got 1, but masks change in the first half"):
+    with pytest.raises(ValueError, match="steps: got 1, but masks change between the shares 0 and 0.5"):
         training_schedule(name, Blocks(0.5, (1, 2)), 1, options)
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.schedule])
+def test_masks_change_between_the_shares_of_the_training_that_are_given(name):
+    schedule = training_schedule(name, Blocks(0.5, (1, 2)), 100, {"since": 0.3, "until": 0.8, "every": 2})
+    assert (schedule.start >= 30, schedule.end) == (True, 80)
+    with pytest.raises(ValueError, match=r"steps: got 2, but .* shares 0.3 and 0.4 of the training; give at least 10"):
+        training_schedule(name, Blocks(0.5, (1, 2)), 2, {"since": 0.3, "until": 0.4})
+
+
+def test_a_long_gradual_schedule_has_a_hundred_changes_and_a_short_one_ten():
+    for steps, every in ((20, 1), (400, 10), (2000, 10), (20_000, 100)):
+        schedule = training_schedule("magnitude", Blocks(0.5), steps, {})
+        assert schedule.every == every
+    lasso, threshold = training_schedule("lasso", Blocks(0.5), 20_000, {}).parts
+    assert (lasso.every, threshold.every) == (50, 100)
+    masks = training_schedule("magnitude", NofM(2, 4), 100, {"since": 0.25})
+    assert masks.start == masks.end == 25

@@ -29,33 +29,33 @@ def call(script, *arguments):
 
 def small_plan(script, folder, cell, *more):
     (folder / "text.txt").write_text(TEXT)
-    options = ("--text", folder / "text.txt", "--hidden", 8, "--hidden", 4, "--epochs", 2, "--backend", "cpu")
+    options = ("--text", folder / "text.txt", "--hidden", 8, "--hidden", 4, "--epochs", 40, "--backend", "cpu")
     call(script, "plan", folder / "sweep.toml", "--cell", cell, "--seeds", 2, *options, *more)
     return load_sweep(folder / "sweep.toml", settings={"data.valid_batch": 2, "training.batch": 2})
 
 
 @pytest.mark.parametrize("cell", ["gru", "egru"])
 def test_every_point_of_the_plan_can_be_trained(script, tmp_path, cell):
-    """Every seed has the dense network, each method, block and sparsity, and larger networks of as many weights."""
+    """Every seed has the dense network, each rule, block and sparsity, larger networks of its size, and masks."""
     points = check_sweep(small_plan(script, tmp_path, cell), tmp_path / "sweep")
-    grid = len(script.SPARSITIES) * len(script.BLOCKS) * len(script.METHODS)
-    assert len(points) == 2 * (1 + grid + len(script.BLOCKS))
-    assert {each.recipe.model.cell for each in points} == {cell}
-    assert [each.recipe.training.seed for each in points] == sorted(each.recipe.training.seed for each in points)
-    wide = [each.recipe for each in points if each.recipe.model.hidden != (8, 4)]
+    rules = len(script.RULES) * (len(script.BLOCKS) + 1)
+    each = 1 + rules * (1 + len(script.OTHERS)) + len(script.BLOCKS) + len(script.MASKS) + 1
+    # Single weights at the first sparsity, and the dense network that is trained for longer, are of one seed.
+    assert len(points) == 2 * each - len(script.RULES) + 1
+    recipes = [point.recipe for point in points]
+    assert {recipe.model.cell for recipe in recipes} == {cell}
+    assert recipes[0].pruning.method == "" and {recipe.training.epochs for recipe in recipes} == {40, 80}
+    first = [recipe for recipe in recipes if recipe.pruning.sparsity == 0.9 and recipe.training.seed == 0]
+    assert recipes.index(first[-1]) < min(k for k, recipe in enumerate(recipes) if recipe.training.seed)
+    wide = [recipe for recipe in recipes if recipe.model.hidden != (8, 4)]
     assert {recipe.model.hidden for recipe in wide} == {(12, 4)}
     dense, large = 8 * (8 + 4) + 4 * (4 + 8), 12 * (12 + 4) + 4 * (4 + 12)
     assert all(round((1 - recipe.pruning.sparsity) * large) == dense for recipe in wide)
+    assert {recipe.pruning.nm for recipe in recipes} == {"", *script.MASKS}
 
 
 def test_a_single_layer_has_no_larger_network(script):
-    assert {tuple(point["model.hidden"]) for point in script.points([8], 1.5, 1)} == {(8,)}
-
-
-def test_masks_are_planned_in_place_of_blocks(script, tmp_path):
-    points = check_sweep(small_plan(script, tmp_path, "egru", "--masks", "--epochs", 60), tmp_path / "sweep")
-    rules = [(each.recipe.pruning.nm, each.recipe.pruning.sparsity) for each in points]
-    assert rules == 2 * [("", 0.0), ("", 0.5), *((pattern, 0.0) for pattern in script.MASKS)]
+    assert {tuple(point["model.hidden"]) for point in script.points([8], 1.5, 2, 1)} == {(8,)}
 
 
 def test_a_plan_overwrites_no_file(script, tmp_path):
@@ -78,7 +78,9 @@ def test_a_table_of_nothing_says_what_is_missing(script, tmp_path):
 
 def test_bytes_of_a_file_are_those_of_the_layers_in_each_storage(script):
     network = er.Network.random([64], rng=np.random.default_rng(0), symbols=100, embedding=32, readout=100)
-    whole, blocks = script.file_bytes(network), script.file_bytes(prune(network, 0.9, block=(16, 16)))
+    sizes = [script.sizes(each) for each in (network, prune(network, 0.9, block=(16, 16)))]
+    assert [round(each["density_of_layers"], 1) for each in sizes] == [1.0, 0.1]
+    whole, blocks = (each["file_bytes"] for each in sizes)
     weights = 3 * 64 * (64 + 32)
     assert 4 * weights < whole["float32"] < 4 * weights + 4096
     assert 2 * weights < whole["bfloat16"] < 2 * weights + 4096
@@ -99,11 +101,12 @@ def test_a_trained_point_is_collected_once_per_text(script, tmp_path, monkeypatc
         call(script, "collect", tmp_path, "--results", results)
     found = [json.loads(line) for line in results.read_text().splitlines()]
     assert [line["data.text"] for line in found] == ["ptb", "other"]
-    assert all(line["file_bytes"] == script.file_bytes(network) and "folder" not in line for line in found)
+    assert all(line | script.sizes(network) == line and "folder" not in line for line in found)
 
 
 def test_the_table_compares_means_over_seeds_with_the_dense_network(script, tmp_path):
     common = dict.fromkeys(script.KEY) | {"model.cell": "gru", "model.hidden": "[64, 32]", "device": "here"}
+    common |= {"training.epochs": 9, "density_of_layers": 0.1}
     rule = {"pruning.method": "lasso", "pruning.block": "[4, 4]", "pruning.sparsity": 0.9}
     figures = {"activity_valid": 1.0, "effective_ops_per_step": 1e6}
     lines = [
@@ -116,5 +119,5 @@ def test_the_table_compares_means_over_seeds_with_the_dense_network(script, tmp_
     (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     shown = call(script, "table", "--results", tmp_path / "lines.jsonl").stdout
     row = next(each for each in shown.splitlines() if "lasso" in each)
-    for cell in ("[4, 4]", "90.0%", " 2 ", "104.00", "2.83", "+4.0%", "5.0x", "10.0x", "20.0x"):
+    for cell in ("[4, 4]", "10.0%", " 2 ", "104.00", "2.83", "+4.0%", "5.0x", "10.0x", "20.0x"):
         assert cell in row

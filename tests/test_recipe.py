@@ -88,6 +88,13 @@ def test_the_seed_and_thresholds_determine_the_network(text):
         ("[pruning]\nmethod = 'movement'\nnm = '2:4'", "target: got nm for movement, need one of sparsity"),
         ("[pruning]\nmethod = 'magnitude'\nnm = '2:4'\nblock = [1, 4]", "block: not an option of magnitude with nm"),
         ("[pruning]\nmethod = 'regrow'\nsparsity = 0.5\nscope = 'global'", "scope: not an option of regrow"),
+        (
+            "[pruning]\nmethod = 'regrow'\nsparsity = 0.5\nsince = 0.6",
+            "since: got 0.6, need less than until, which is 0.5",
+        ),
+        ("[pruning]\nmethod = 'magnitude'\nnm = '2:4'\nuntil = 0.6", "until: magnitude draws the masks of nm once"),
+        ("[pruning]\nsince = 0.2", "pruning: since: got no method; give pruning.method"),
+        ("[pruning]\nmethod = 'magnitude'\nsparsity = 0.5\nuntil = 1.0", "pruning: until: got 1.0"),
         ("[pruning]\nmethod = 'magnitude'\nsparsity = 1.0", "pruning: sparsity: got 1.0"),
         ("[pruning]\nmethod = 'magnitude'\nnm = '3'", "pruning: nm: got '3'"),
         ("[pruning]\nmethod = 'magnitude'\nsparsity = 0.5\nblock = [4]", "pruning: block: got [4]"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 from eventrnn.pruning.adaprune import adaprune
@@ -33,8 +34,12 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "ops_budget": BLOCK_OPTIONS,
 }
 
-# Masks stop changing after this share of the training steps; the rest of the training adapts the kept weights.
-LAST_CHANGE = 0.5
+# Masks change between these shares of the training steps; the rest of the training adapts the kept weights.
+FIRST_CHANGE, LAST_CHANGE = 0.0, 0.5
+
+# Changes of a gradual schedule in a long training, and proximal steps of the group lasso. Both are made by the CPU and
+# take longer than a training step on a GPU.
+MOST_CHANGES, MOST_PROXIMAL = 100, 200
 
 
 @dataclass(frozen=True)
@@ -51,12 +56,19 @@ class Plan:
         return tuple(self.options.get("exempt", ()))
 
     @property
+    def start(self) -> int:
+        """The update at which masks begin to change."""
+        return int(self.steps * self.options.get("since", FIRST_CHANGE))
+
+    @property
     def end(self) -> int:
         """The update from which on masks stay. Raises ValueError where there is none to change them in."""
-        end = int(self.steps * LAST_CHANGE)
-        if end < 1:
+        since, until = self.options.get("since", FIRST_CHANGE), self.options.get("until", LAST_CHANGE)
+        end = int(self.steps * until)
+        if end <= self.start:
             raise ValueError(
-                f"steps: got {self.steps}, but masks change in the first half of the training; give at least 2"
+                f"steps: got {self.steps}, but masks change between the shares {since:g} and {until:g} of the "
+                f"training; give at least {ceil(1 / (until - since))}"
             )
         return end
 
@@ -64,7 +76,7 @@ class Plan:
     def blocks(self) -> dict[str, Any]:
         """The arguments that all schedules of blocks have in common."""
         assert isinstance(self.pattern, Blocks)
-        return {"block": self.pattern.block, "start": 0, "end": self.end, "exempt": self.exempt}
+        return {"block": self.pattern.block, "start": self.start, "end": self.end, "exempt": self.exempt}
 
     @property
     def sparsity(self) -> float:
@@ -76,9 +88,14 @@ class Plan:
         """The options of these names that were given."""
         return {name: self.options[name] for name in names if name in self.options}
 
-    def every(self, start: int = 0) -> dict[str, int]:
-        """Updates between two changes of a gradual schedule: at most ten, and few enough for ten changes."""
-        return {"every": max(1, min(10, (self.end - start) // 10))}
+    def every(self, start: int | None = None) -> dict[str, int]:
+        """Updates between two changes of a gradual schedule: few enough for ten changes, and ten in a training that has
+        more than those, up to `MOST_CHANGES` of them.
+
+        start : of the schedule; None for that of the plan
+        """
+        span = self.end - (self.start if start is None else start)
+        return {"every": max(1, min(10, span // 10), span // MOST_CHANGES)}
 
 
 # Options of `BLOCK_OPTIONS` beside the block itself.
@@ -87,27 +104,29 @@ RANKING = ("scope", "statistic", "gates")
 
 def _magnitude(plan: Plan) -> Pruning:
     if not isinstance(plan.pattern, Blocks):
-        return StaticMasks(plan.pattern, exempt=plan.exempt)
+        return StaticMasks(plan.pattern, plan.start, exempt=plan.exempt)
     return GradualPruning(plan.sparsity, **plan.blocks, **plan.every(), **plan.some(*RANKING))
 
 
 def _movement(plan: Plan) -> Pruning:
     # Movement is summed over some steps before the first mask is drawn from it.
-    start = min(plan.end - 1, max(1, plan.end // 4))
+    start = min(plan.end - 1, max(1, plan.start + (plan.end - plan.start) // 4))
     return MovementPruning(plan.sparsity, **plan.blocks | {"start": start}, **plan.every(start), **plan.some(*RANKING))
 
 
 def _threshold(plan: Plan) -> Pruning:
     options: dict[str, Any] = plan.blocks | plan.every() | plan.some("statistic")
-    return ThresholdPruning(ramp=plan.end // 2, sparsity=plan.sparsity, **options)
+    return ThresholdPruning(ramp=(plan.start + plan.end) // 2, sparsity=plan.sparsity, **options)
 
 
 def _lasso(plan: Plan) -> Pruning:
-    return Combined(GroupLasso(plan.options.get("strength", 0.01), **plan.blocks), _threshold(plan))
+    every = max(1, (plan.end - plan.start) // MOST_PROXIMAL)
+    lasso = GroupLasso(plan.options.get("strength", 0.01), every=every, **plan.blocks)
+    return Combined(lasso, _threshold(plan))
 
 
 def _dynamic(plan: Plan) -> Pruning:
-    return DynamicMasks(plan.pattern, 0, plan.end, exempt=plan.exempt, **plan.some("every"))
+    return DynamicMasks(plan.pattern, plan.start, plan.end, exempt=plan.exempt, **plan.some("every"))
 
 
 def _regrow(plan: Plan) -> Pruning:
@@ -230,9 +249,10 @@ def training_schedule(name: str, pattern: Pattern, steps: int, options: Mapping[
     ----------
     name    : a key of `METHODS`
     pattern : what to prune to; it holds the sparsity and the block, N and M, or the parts of a diagonal
-    steps   : updates of the whole training; masks stop changing after half of them
-    options : values by option name, `exempt` (a tuple of names) among them; names that the method does not take are
-              ignored
+    steps   : updates of the whole training
+    options : values by option name; names that the method does not take are ignored. Every method takes `exempt` (a
+              tuple of names), and `since` and `until`, the shares of the training between which masks change. Without
+              these two it is the first half
 
     Raises ValueError for fewer than two steps where masks change while training.
     """

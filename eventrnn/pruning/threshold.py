@@ -104,6 +104,12 @@ class ThresholdPruning(Pruning):
                     f"whose largest block has {scores.max():.4g}; use a lower percentile or growth, or a sparsity"
                 )
 
+    def acts(self, step: int) -> bool:
+        """Whether a change is due at this step. With a dense copy, every step moves that."""
+        if self.dense:
+            return super().acts(step)
+        return is_due(step, self.start, self.end, self.every)
+
     def thresholds(self, step: int, parameters: Arrays) -> dict[str, float]:
         """Threshold of each matrix at a step. Before the first update the slope follows from these parameters."""
         return {
@@ -175,9 +181,11 @@ class ThresholdPruning(Pruning):
 class GroupLasso(Pruning, CallOrderCheck):
     """Group lasso: a cost of `strength` times the sum of the 2-norms of all blocks.
 
-    It acts by a proximal step after each step of the optimiser:
+    It acts by a proximal step after every `every` steps of the optimiser:
 
-        block <- block max(0, 1 - rate strength size / |block|),     size = sqrt(r c) if scaled, else 1
+        block <- block max(0, 1 - rates strength size / |block|),    size = sqrt(r c) if scaled, else 1
+
+    where `rates` is the sum of the learning rates of these steps.
 
     Unlike a step along the gradient of the cost, it makes blocks exactly zero (Yuan and Lin 2006; Parikh and Boyd 2014,
     section 6.5.4). The blocks that are zero at `end` are pruned. A small strength is enough together with block
@@ -191,6 +199,8 @@ class GroupLasso(Pruning, CallOrderCheck):
     start, end    : first step with the cost, and the step at which it ends
     scaled        : multiply the cost of a block by sqrt(r c), so that one strength suits all block sizes
     names, exempt : see `Pruning`
+    every         : steps of the optimiser per proximal step, of which the last is at `end` at the latest. A proximal
+                    step passes over all weights on the CPU, which takes longer than a step of training on a GPU
     """
 
     strength: float
@@ -200,9 +210,11 @@ class GroupLasso(Pruning, CallOrderCheck):
     scaled: bool = True
     names: tuple[str, ...] | None = None
     exempt: tuple[str, ...] = ()
+    every: int = 1
+    _rates: float = field(init=False, repr=False, default=0.0)
 
     def __post_init__(self):
-        check_span(self.start, self.end)
+        check_span(self.start, self.end, self.every)
         check_choices(self)
         need_flag("scaled", self.scaled)
         need_number("strength", self.strength, above=0)
@@ -230,16 +242,28 @@ class GroupLasso(Pruning, CallOrderCheck):
         self.note_step()
         if not self.start <= step < self.end:
             return
+        self._rates += rate
+        if (step - self.start + 1) % self.every and step != self.end - 1:
+            return
+        rates, self._rates = self._rates, 0.0
         size = float(np.sqrt(self.block[0] * self.block[1])) if self.scaled else 1.0
         for name in self.matrices(parameters):
             parameter = parameters[name]
             if name in masks:
                 parameter *= masks[name]
-            shrink(parameter, self.block, rate * self.strength * size)
+            shrink(parameter, self.block, rates * self.strength * size)
             if not parameter.any():
                 raise ValueError(
                     f"group lasso: strength {self.strength} made all of {name} zero at step {step}; use a lower one"
                 )
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The learning rates since the last proximal step, where it is not that of every step."""
+        return {"rates": np.array(self._rates)} if self.every > 1 else {}
+
+    def restore(self, arrays: Arrays) -> None:
+        """Restore the learning rates since the last proximal step."""
+        self._rates = arrays["rates"].item() if "rates" in arrays else 0.0
 
 
 def shrink(array: np.ndarray, block: tuple[int, int], amount: float) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from eventrnn._checks import need_choice, need_names, need_number, need_whole
 from eventrnn.network import Network
 from eventrnn.pruning.magnitude import GATES, SCOPES, STATISTICS
-from eventrnn.pruning.methods import METHODS, options_with, training_schedule
+from eventrnn.pruning.methods import FIRST_CHANGE, LAST_CHANGE, METHODS, options_with, training_schedule
 from eventrnn.pruning.nm import TRANSPOSABLE_METHODS
 from eventrnn.pruning.patterns import BlockDiagonal, Blocks, NofM, Pattern, after_training, parse_nm
 from eventrnn.pruning.schedule import Pruning
@@ -22,7 +22,7 @@ TARGETS = ("sparsity", "nm", "diagonal")
 
 @dataclass(frozen=True)
 class PruningRecipe:
-    """Pruning while training; see `eventrnn.pruning`. Masks stop changing after half of the updates.
+    """Pruning while training; see `eventrnn.pruning`.
 
     Attributes
     ----------
@@ -36,6 +36,9 @@ class PruningRecipe:
     strength  : of the group lasso; 0 for 0.01
     every     : updates between two changes of the masks, of "dynamic" and "regrow"; 0 for 40
     exempt    : names of matrices and layers that are not pruned
+    since     : share of the updates after which masks begin to change, in [0, until). Until then the network is dense
+    until     : share of the updates after which masks stay, in (since, 1). N:M masks and diagonals of "magnitude" are
+                drawn once, after `since`
 
     Raises ValueError for a value outside its range, for settings without a method, for a method without exactly one of
     `sparsity`, `nm` and `diagonal`, and for settings that the method does not take.
@@ -53,6 +56,8 @@ class PruningRecipe:
     strength: float = 0.0
     every: int = 0
     exempt: tuple[str, ...] = ()
+    since: float = FIRST_CHANGE
+    until: float = LAST_CHANGE
 
     def __post_init__(self):
         need_number("sparsity", self.sparsity, at_least=0, below=1, what="share")
@@ -69,6 +74,8 @@ class PruningRecipe:
         need_number("strength", self.strength, at_least=0)
         need_whole("every", self.every, at_least=0)
         need_names("exempt", self.exempt)
+        need_number("until", self.until, above=0, below=1, what="share")
+        need_number("since", self.since, at_least=0, below=1, what="share")
         given = self._given()
         if not self.method:
             if given:
@@ -85,9 +92,14 @@ class PruningRecipe:
             got = ", ".join(targets) or "none"
             dense = "" if targets else "; a sparsity of 0 prunes nothing: leave out the method too"
             raise ValueError(f"target: got {got} for {self.method}, need one of {', '.join(taken)}{dense}")
+        once = self.method == "magnitude" and targets[0] != "sparsity"
+        if once and "until" in given:
+            raise ValueError(f"until: {self.method} draws the masks of {targets[0]} once, after since; leave it out")
+        if not once and self.since >= self.until:
+            raise ValueError(f"since: got {self.since:g}, need less than until, which is {self.until:g}")
         options = options_with(method, targets[0])
         for name in given:
-            if name not in options and name not in (*TARGETS, "exempt"):
+            if name not in options and name not in (*TARGETS, "exempt", "since", "until"):
                 raise ValueError(
                     f"{name}: not an option of {self.method} with {targets[0]}; it takes "
                     f"{', '.join(sorted(options)) or 'no further option'}"
