@@ -20,7 +20,7 @@ from eventrnn.cuda.tables import (
     ROW_GROUP,
     ROWS_STAGE_BYTES,
     STAGES,
-    SUM_BYTES,
+    TAIL_BYTES,
 )
 from eventrnn.weights import Dense, GatedBlocks, convert
 
@@ -278,7 +278,7 @@ class GatedMatrix:
         for field, pitch in pitches.items():
             table[field] = pitch
         # Beyond the last row of a stage, weights of up to 24 rows are read and not used: sums, and what follows them.
-        ring_bytes, beyond = STAGES * stage_bytes + SUM_BYTES, 3 * ROW_GROUP * LANES * 4 - SUM_BYTES
+        ring_bytes, beyond = STAGES * stage_bytes + TAIL_BYTES, max(0, 3 * ROW_GROUP * LANES * 4 - TAIL_BYTES)
         room = (self.device.shared_bytes - at - beyond) // ring_bytes
         workers = max(1, min(room, self.warps, items))
         room = max(0, self.device.shared_bytes - at - beyond - workers * ring_bytes)

@@ -199,6 +199,10 @@ RESIDENT_STEPS = 4
 MAX_SAMPLES = 8
 SUM_BYTES = 4 * LANES * MAX_SAMPLES
 
+# In place of the sums, a warp with one row of inputs has lists of pieces of block rows, and inputs of two of them.
+LIST_BYTES, SCALED_BYTES = (16 + 8) * LANES, 2 * 4 * 128
+TAIL_BYTES = max(SUM_BYTES, LIST_BYTES + SCALED_BYTES)
+
 # Words of shared memory in which the warps of a block exchange counts while they choose, and numbers behind the ratios.
 CHOICE_WORDS, RATIO_PAD = 160 + 12 * LANES, 64
 
@@ -249,7 +253,7 @@ CHOICE_WORDS, RATIO_PAD = 160 + 12 * LANES, 64
     AT_RATIOS,  # (kept blocks + RATIO_PAD,) float32
     AT_WORDS,  # (CHOICE_WORDS,) int32
     AT_MAXIMA,  # (samples, 32) int32, bits of the largest magnitude of an input, per warp
-    AT_RINGS,  # (WORKERS, STAGES * stage bytes + SUM_BYTES), weights on their way, and sums
+    AT_RINGS,  # (WORKERS, STAGES * stage bytes + TAIL_BYTES), weights on their way, and sums
     AT_DRIVES_IN,  # (samples, tiles, gates, 32) float32
     AT_DRIVES_REC,  # the same
     AT_STATE,  # (samples, tiles, 32) float32 cells

@@ -130,6 +130,7 @@ SHORT_ADDRESSES = {
     "load_shared4": lambda at: tuple(map(np.int32, fake_gpu.ints(_whole(at), 4))),
     "load_shared_float": lambda at: np.float32(fake_gpu.floats(_whole(at), 1)[0]),
     "store_shared2": lambda at, a, b: ctypes.memmove(_whole(at), struct.pack("<ii", int(a), int(b)), 8),
+    "store_shared_float4": lambda at, *values: ctypes.memmove(_whole(at), struct.pack("<4f", *map(float, values)), 16),
     "store_shared_float": lambda at, value: ctypes.memmove(_whole(at), struct.pack("<f", float(value)), 4),
     "store_shared_pair_if": _store_pair_if,
     "at_most_one": lambda word: np.int32(int(word) != 0),

@@ -53,19 +53,41 @@ from eventrnn.cuda.kernels.ptx import (
     shared_float32,
     shared_int32,
     shared_int64,
+    store_shared_float4,
     wait_for_oldest_copies,
     wait_for_oldest_row,
 )
 from eventrnn.cuda.kernels.strip_product import FULL_WARP, popcount
-from eventrnn.cuda.tables import LANES, STAGES
+from eventrnn.cuda.tables import LANES, LIST_BYTES, SCALED_BYTES, STAGES
 
 assert OPEN_GROUPS == STAGES - 1, "the oldest of all stages must be complete"
 
-# Rows of a block row that `add_whole_rows` multiplies per turn, block rows that its ring has, and copies per lane and
-# block row, at most.
-PIECE, ROWS_AHEAD, COPIES = 32, 3, 12
+# Rows of a block row that `add_whole_rows` multiplies at a time, at most, and per turn; pieces that its ring has, and
+# copies per lane and piece, at most.
+PIECE, TURN, PIECES_AHEAD, COPIES = 128, 32, 3, 12
 
-assert OPEN_ROWS == ROWS_AHEAD - 1, "the row after the present one must be complete"
+assert OPEN_ROWS == PIECES_AHEAD - 1, "the piece after the present one must be complete"
+assert SCALED_BYTES == 2 * 4 * PIECE
+
+
+@device_function
+def add8(acc, weights, inputs):
+    """The sum after eight terms."""
+    acc = cuda.fma(weights[0], inputs[0], acc)
+    acc = cuda.fma(weights[1], inputs[1], acc)
+    acc = cuda.fma(weights[2], inputs[2], acc)
+    acc = cuda.fma(weights[3], inputs[3], acc)
+    acc = cuda.fma(weights[4], inputs[4], acc)
+    acc = cuda.fma(weights[5], inputs[5], acc)
+    acc = cuda.fma(weights[6], inputs[6], acc)
+    return cuda.fma(weights[7], inputs[7], acc)
+
+
+@device_function
+def store_scaled(to_at, gate, from_at):
+    """Store four neighbouring inputs in shared memory, multiplied by their gate."""
+    a, b, c, d = load_shared_float4(from_at)
+    store_shared_float4(int32(to_at), gate * a, gate * b, gate * c, gate * d)
 
 
 def make_add_strip(narrow: bool, stage_bytes: int):
@@ -282,198 +304,161 @@ def make_add_strip(narrow: bool, stage_bytes: int):
         return acc
 
     @device_function
+    def rows_of_piece(strip):
+        """Rows of a block row that `add_whole_rows` multiplies at a time."""
+        return int32(min(strip.rows_of_block, PIECE))
+
+    @device_function
     def is_whole(strip, received):
         """Whether `add_whole_rows` can multiply the strip."""
-        row_bytes = strip.rows_of_block * strip.width * size
-        whole = strip.rows_of_block % PIECE == 0 and strip.n_rows % strip.rows_of_block == 0
-        room = row_bytes <= COPIES * 16 * LANES and ROWS_AHEAD * row_bytes <= STAGES * stage_bytes
-        one_block = strip.first_column == strip.last_column and strip.block_rows < LANES
+        rows = rows_of_piece(strip)
+        pieces, piece_bytes = int32(strip.rows_of_block // rows), int32(rows * strip.width * size)
+        whole = rows % TURN == 0 and strip.rows_of_block % rows == 0 and strip.n_rows % strip.rows_of_block == 0
+        room = piece_bytes <= COPIES * 16 * LANES and PIECES_AHEAD * piece_bytes <= STAGES * stage_bytes
+        one_block = strip.first_column == strip.last_column and strip.block_rows * pieces < LANES
         return received.samples == 1 and one_block and whole and room
 
     @device_function
-    def copy_block_row(strip, offset, wanted, target_at, lane):
-        """Start copying the block row at an offset to `target_at` unless `wanted` is 0. Its copies are a group."""
-        source, target = strip.values_at + offset * size + int64(16) * lane, target_at + int64(16) * lane
-        parts = int32(int32(int32(strip.rows_of_block * strip.width * size) >> int32(4)) - lane) if wanted else int32(0)
-        copy_async16_if(target + int64(0), source + int64(0), int32(parts > 0))
-        copy_async16_if(target + int64(512), source + int64(512), int32(parts > 32))
-        copy_async16_if(target + int64(1024), source + int64(1024), int32(parts > 64))
-        copy_async16_if(target + int64(1536), source + int64(1536), int32(parts > 96))
-        copy_async16_if(target + int64(2048), source + int64(2048), int32(parts > 128))
-        copy_async16_if(target + int64(2560), source + int64(2560), int32(parts > 160))
-        copy_async16_if(target + int64(3072), source + int64(3072), int32(parts > 192))
-        copy_async16_if(target + int64(3584), source + int64(3584), int32(parts > 224))
-        copy_async16_if(target + int64(4096), source + int64(4096), int32(parts > 256))
-        copy_async16_if(target + int64(4608), source + int64(4608), int32(parts > 288))
-        copy_async16_if(target + int64(5120), source + int64(5120), int32(parts > 320))
-        copy_async16_if(target + int64(5632), source + int64(5632), int32(parts > 352))
+    def copy_piece(strip, offset, wanted, target_at, lane):
+        """Start copying the piece at an offset to `target_at` unless `wanted` is 0. Its copies are a group."""
+        if wanted:
+            source, target = strip.values_at + offset * size + int64(16) * lane, target_at + int64(16) * lane
+            parts = int32(int32(int32(rows_of_piece(strip) * strip.width * size) >> int32(4)) - lane)
+            copy_async16_if(target + int64(0), source + int64(0), int32(parts > int32(0)))
+            copy_async16_if(target + int64(512), source + int64(512), int32(parts > int32(32)))
+            copy_async16_if(target + int64(1024), source + int64(1024), int32(parts > int32(64)))
+            copy_async16_if(target + int64(1536), source + int64(1536), int32(parts > int32(96)))
+            copy_async16_if(target + int64(2048), source + int64(2048), int32(parts > int32(128)))
+            copy_async16_if(target + int64(2560), source + int64(2560), int32(parts > int32(160)))
+            copy_async16_if(target + int64(3072), source + int64(3072), int32(parts > int32(192)))
+            copy_async16_if(target + int64(3584), source + int64(3584), int32(parts > int32(224)))
+            copy_async16_if(target + int64(4096), source + int64(4096), int32(parts > int32(256)))
+            copy_async16_if(target + int64(4608), source + int64(4608), int32(parts > int32(288)))
+            copy_async16_if(target + int64(5120), source + int64(5120), int32(parts > int32(320)))
+            copy_async16_if(target + int64(5632), source + int64(5632), int32(parts > int32(352)))
         commit_copies()
 
     @device_function
-    def list_rows(strip, received, ring_at, lists_at, lane):
-        """List the block rows of a strip that the warp needs. Returns how many they are, and how many are resident.
+    def list_pieces(strip, received, ring_at, lists_at, lane):
+        """List the pieces of the block rows of a strip that the warp needs. Returns how many they are, and how many
+        are resident.
 
-        lists_at : address of (LANES, 4) int32: of each row the place of its weights after `ring_at`, the place of its
+        lists_at : address of (LANES, 4) int32: of each piece the place of its weights after `ring_at`, the place of its
                    inputs, and the bits of its gate; then of (LANES,) int64, offsets of those that are not resident
 
         Each lane looks at one block row.
         """
-        row_bytes = int64(strip.rows_of_block * size) * strip.width
+        rows = rows_of_piece(strip)
+        pieces, piece_bytes = int32(strip.rows_of_block // rows), int64(rows * size) * strip.width
         mask = needed_rows(strip, received, int32(0), strip.block_rows, lane)
         resident = int32(mask & int32((int32(1) << strip.resident) - 1))
-        before, in_ring = int32(mask & int32((int32(1) << lane) - 1)), int32(popcount(resident))
+        before, in_ring = int32(mask & int32((int32(1) << lane) - 1)), int32(popcount(resident) * pieces)
         # The lists of the strip before are not read any more.
         cuda.syncwarp(FULL_WARP)
         if (mask >> lane) & 1:
-            rank, entries = popcount(before), shared_int32(lists_at)
-            place = strip.resident_at - ring_at + row_bytes * lane
-            if lane >= strip.resident:
-                streamed = int32(rank - in_ring)
-                shared_int64(lists_at + int64(16 * LANES))[streamed] = strip.offsets[lane]
-                place = row_bytes * (streamed % ROWS_AHEAD)
+            entries, offsets = shared_int32(lists_at), shared_int64(lists_at + int64(16 * LANES))
             gate_at = received.gates_at + int64(4) * int32(strip.first_column + lane * strip.block_columns)
-            entries[int32(4 * rank)], entries[int32(4 * rank + 1)] = int32(place), int32(4 * strip.rows_of_block * lane)
-            entries[int32(4 * rank + 2)] = shared_int32(gate_at)[0]
+            gate, rank, piece = shared_int32(gate_at)[0], int32(popcount(before) * pieces), int32(0)
+            while piece < pieces:
+                place = strip.resident_at - ring_at + piece_bytes * int32(lane * pieces + piece)
+                if lane >= strip.resident:
+                    streamed = int32(rank - in_ring)
+                    offsets[streamed] = strip.offsets[lane] + int64(piece * rows) * strip.width
+                    place = piece_bytes * int32(streamed % int32(PIECES_AHEAD))
+                entries[int32(4 * rank)] = int32(place)
+                entries[int32(4 * rank + 1)] = int32(4 * int32(strip.rows_of_block * lane + piece * rows))
+                entries[int32(4 * rank + 2)] = gate
+                rank, piece = int32(rank + 1), int32(piece + 1)
         cuda.syncwarp(FULL_WARP)
-        return popcount(mask), in_ring
+        return int32(popcount(mask) * pieces), in_ring
+
+    @device_function
+    def add_scaled32(acc, w_at, x_at, step):
+        """Add the terms of 32 rows whose inputs, from `x_at` on, are multiplied by their gate already.
+
+        Loads stand before all additions; the assembler moves them ahead.
+        """
+        next8, sixteen = int64(1 if narrow else 2) * step, int64(16)
+        a, p = weights8(w_at, step), load8(x_at, sixteen)
+        b, q = weights8(w_at + next8, step), load8(x_at + int64(32), sixteen)
+        c, r = weights8(w_at + int64(2) * next8, step), load8(x_at + int64(64), sixteen)
+        d, s = weights8(w_at + int64(3) * next8, step), load8(x_at + int64(96), sixteen)
+        return add8(add8(add8(add8(acc, a, p), b, q), c, r), d, s)
+
+    @device_function
+    def add_piece(acc, w_at, x_at, width, rows):
+        """Add the terms of a piece. PIECE rows are one sequence without a branch, so that loads go ahead of it."""
+        step, next32, k = int64(16) * width, int64(32 * size) * width, int32(0)
+        if rows == PIECE:
+            acc = add_scaled32(acc, w_at, x_at, step)
+            acc = add_scaled32(acc, w_at + next32, x_at + int64(128), step)
+            acc = add_scaled32(acc, w_at + int64(2) * next32, x_at + int64(256), step)
+            acc = add_scaled32(acc, w_at + int64(3) * next32, x_at + int64(384), step)
+            k = rows
+        while k < rows:
+            acc = add_scaled32(acc, w_at, x_at, step)
+            k, w_at, x_at = int32(k + TURN), w_at + next32, x_at + int64(128)
+        return acc
 
     @device_function
     def add_whole_rows(acc, strip, received, ring_at, lane):
         """`add_strip` for one row of inputs, a strip of one block column, and block rows of whole pieces.
 
-        Numbers are loaded ahead as in `add_rows`, also from one block row to the next, of which the place is in a list.
-        Block rows that are not resident are copied ROWS_AHEAD ahead, to a ring of as many.
+        All lanes multiply the inputs of the next piece by its gate while those that have a column add the terms of the
+        present one. Only these read shared memory then, whose rate would limit the sums otherwise. Pieces that are not
+        resident are copied PIECES_AHEAD ahead, to a ring of as many.
         """
-        step, next8, rows = int64(16) * strip.width, int64(8 * size) * strip.width, strip.rows_of_block
-        row_bytes, sixteen, lists_at = (
-            int64(rows * size) * strip.width,
-            int64(16),
-            ring_at + int64(STAGES * stage_bytes),
-        )
-        count, resident = list_rows(strip, received, ring_at, lists_at, lane)
+        rows, lists_at = rows_of_piece(strip), ring_at + int64(STAGES * stage_bytes)
+        piece_bytes, scaled_at = int64(rows * size) * strip.width, lists_at + int64(LIST_BYTES)
+        count, resident = list_pieces(strip, received, ring_at, lists_at, lane)
         entries, offsets = shared_int32(lists_at), shared_int64(lists_at + int64(16 * LANES))
-        # Lanes without a column read what another lane reads.
-        own_at, streamed = ring_at + int64(16) * min(lane, int32(strip.width - 1)), int32(count - resident)
-        copied = int32(0)
-        while copied < ROWS_AHEAD:
+        streamed, copied = int32(count - resident), int32(0)
+        while copied < PIECES_AHEAD:
             wanted = copied < streamed
             offset = offsets[copied] if wanted else int64(0)
-            copy_block_row(strip, offset, wanted, ring_at + row_bytes * copied, lane)
+            copy_piece(strip, offset, wanted, ring_at + piece_bytes * copied, lane)
             copied = int32(copied + 1)
-        if resident == 0:
-            wait_for_oldest_row()
-            # The other lanes have copied parts of the row.
-            cuda.syncwarp(FULL_WARP)
-        done = int32(0)
         if count > 0:
-            w_at, x_at = own_at + int64(entries[0]), received.inputs_at + int64(entries[1])
-            gate = libdevice.int_as_float(entries[2])
-            a0, a1, a2, a3, a4, a5, a6, a7 = weights8(w_at, step)
-            p0, p1, p2, p3, p4, p5, p6, p7 = load8(x_at, sixteen)
-            b0, b1, b2, b3, b4, b5, b6, b7 = weights8(w_at + next8, step)
-            q0, q1, q2, q3, q4, q5, q6, q7 = load8(x_at + int64(32), sixteen)
-            c0, c1, c2, c3, c4, c5, c6, c7 = weights8(w_at + 2 * next8, step)
-            r0, r1, r2, r3, r4, r5, r6, r7 = load8(x_at + int64(64), sixteen)
+            own_at, x_at = ring_at + int64(16) * lane, received.inputs_at + int64(16) * lane
+            to_at, last = scaled_at + int64(16) * lane, int32(4 * int32(count - 1))
+            # The place of the weights of the present piece, and the entry of the next one.
+            place = entries[0]
+            store_scaled(to_at, libdevice.int_as_float(entries[2]), x_at + int64(entries[1]))
+            following = int32(min(int32(4), last))
+            next_place, next_x, next_gate = (
+                entries[following],
+                entries[int32(following + 1)],
+                entries[int32(following + 2)],
+            )
+            cuda.syncwarp(FULL_WARP)
+            done, half, slot = int32(0), int32(0), int32(0)
             while done < count:
-                done = int32(done + 1)
-                following = int32(4 * min(done, int32(count - 1)))
-                next_w, next_x = entries[following], entries[int32(following + 1)]
-                next_gate = entries[int32(following + 2)]
-                piece = PIECE
-                while piece < rows:
-                    d0, d1, d2, d3, d4, d5, d6, d7 = weights8(w_at + 3 * next8, step)
-                    s0, s1, s2, s3, s4, s5, s6, s7 = load8(x_at + int64(96), sixteen)
-                    acc = cuda.fma(a0, gate * p0, acc)
-                    acc = cuda.fma(a1, gate * p1, acc)
-                    acc = cuda.fma(a2, gate * p2, acc)
-                    acc = cuda.fma(a3, gate * p3, acc)
-                    acc = cuda.fma(a4, gate * p4, acc)
-                    acc = cuda.fma(a5, gate * p5, acc)
-                    acc = cuda.fma(a6, gate * p6, acc)
-                    acc = cuda.fma(a7, gate * p7, acc)
-                    a0, a1, a2, a3, a4, a5, a6, a7 = weights8(w_at + 4 * next8, step)
-                    p0, p1, p2, p3, p4, p5, p6, p7 = load8(x_at + int64(128), sixteen)
-                    acc = cuda.fma(b0, gate * q0, acc)
-                    acc = cuda.fma(b1, gate * q1, acc)
-                    acc = cuda.fma(b2, gate * q2, acc)
-                    acc = cuda.fma(b3, gate * q3, acc)
-                    acc = cuda.fma(b4, gate * q4, acc)
-                    acc = cuda.fma(b5, gate * q5, acc)
-                    acc = cuda.fma(b6, gate * q6, acc)
-                    acc = cuda.fma(b7, gate * q7, acc)
-                    b0, b1, b2, b3, b4, b5, b6, b7 = weights8(w_at + 5 * next8, step)
-                    q0, q1, q2, q3, q4, q5, q6, q7 = load8(x_at + int64(160), sixteen)
-                    acc = cuda.fma(c0, gate * r0, acc)
-                    acc = cuda.fma(c1, gate * r1, acc)
-                    acc = cuda.fma(c2, gate * r2, acc)
-                    acc = cuda.fma(c3, gate * r3, acc)
-                    acc = cuda.fma(c4, gate * r4, acc)
-                    acc = cuda.fma(c5, gate * r5, acc)
-                    acc = cuda.fma(c6, gate * r6, acc)
-                    acc = cuda.fma(c7, gate * r7, acc)
-                    c0, c1, c2, c3, c4, c5, c6, c7 = weights8(w_at + 6 * next8, step)
-                    r0, r1, r2, r3, r4, r5, r6, r7 = load8(x_at + int64(192), sixteen)
-                    acc = cuda.fma(d0, gate * s0, acc)
-                    acc = cuda.fma(d1, gate * s1, acc)
-                    acc = cuda.fma(d2, gate * s2, acc)
-                    acc = cuda.fma(d3, gate * s3, acc)
-                    acc = cuda.fma(d4, gate * s4, acc)
-                    acc = cuda.fma(d5, gate * s5, acc)
-                    acc = cuda.fma(d6, gate * s6, acc)
-                    acc = cuda.fma(d7, gate * s7, acc)
-                    piece, w_at, x_at = int32(piece + PIECE), w_at + 4 * next8, x_at + int64(128)
-                d0, d1, d2, d3, d4, d5, d6, d7 = weights8(w_at + 3 * next8, step)
-                s0, s1, s2, s3, s4, s5, s6, s7 = load8(x_at + int64(96), sixteen)
-                acc = cuda.fma(a0, gate * p0, acc)
-                acc = cuda.fma(a1, gate * p1, acc)
-                acc = cuda.fma(a2, gate * p2, acc)
-                acc = cuda.fma(a3, gate * p3, acc)
-                acc = cuda.fma(a4, gate * p4, acc)
-                acc = cuda.fma(a5, gate * p5, acc)
-                acc = cuda.fma(a6, gate * p6, acc)
-                acc = cuda.fma(a7, gate * p7, acc)
-                w_at, x_at = own_at + int64(next_w), received.inputs_at + int64(next_x)
                 if done >= resident:
-                    # All lanes have read the row, whose place may be written again.
-                    cuda.syncwarp(FULL_WARP)
-                    if done > resident:
-                        place, wanted = int32((done - resident - 1) % ROWS_AHEAD), copied < streamed
-                        offset = offsets[copied] if wanted else int64(0)
-                        copy_block_row(strip, offset, wanted, ring_at + row_bytes * place, lane)
-                        copied = int32(copied + 1)
                     wait_for_oldest_row()
+                    # The other lanes have copied parts of the piece.
                     cuda.syncwarp(FULL_WARP)
-                a0, a1, a2, a3, a4, a5, a6, a7 = weights8(w_at, step)
-                p0, p1, p2, p3, p4, p5, p6, p7 = load8(x_at, sixteen)
-                acc = cuda.fma(b0, gate * q0, acc)
-                acc = cuda.fma(b1, gate * q1, acc)
-                acc = cuda.fma(b2, gate * q2, acc)
-                acc = cuda.fma(b3, gate * q3, acc)
-                acc = cuda.fma(b4, gate * q4, acc)
-                acc = cuda.fma(b5, gate * q5, acc)
-                acc = cuda.fma(b6, gate * q6, acc)
-                acc = cuda.fma(b7, gate * q7, acc)
-                b0, b1, b2, b3, b4, b5, b6, b7 = weights8(w_at + next8, step)
-                q0, q1, q2, q3, q4, q5, q6, q7 = load8(x_at + int64(32), sixteen)
-                acc = cuda.fma(c0, gate * r0, acc)
-                acc = cuda.fma(c1, gate * r1, acc)
-                acc = cuda.fma(c2, gate * r2, acc)
-                acc = cuda.fma(c3, gate * r3, acc)
-                acc = cuda.fma(c4, gate * r4, acc)
-                acc = cuda.fma(c5, gate * r5, acc)
-                acc = cuda.fma(c6, gate * r6, acc)
-                acc = cuda.fma(c7, gate * r7, acc)
-                c0, c1, c2, c3, c4, c5, c6, c7 = weights8(w_at + 2 * next8, step)
-                r0, r1, r2, r3, r4, r5, r6, r7 = load8(x_at + int64(64), sixteen)
-                acc = cuda.fma(d0, gate * s0, acc)
-                acc = cuda.fma(d1, gate * s1, acc)
-                acc = cuda.fma(d2, gate * s2, acc)
-                acc = cuda.fma(d3, gate * s3, acc)
-                acc = cuda.fma(d4, gate * s4, acc)
-                acc = cuda.fma(d5, gate * s5, acc)
-                acc = cuda.fma(d6, gate * s6, acc)
-                acc = cuda.fma(d7, gate * s7, acc)
-                gate = libdevice.int_as_float(next_gate)
+                v0, v1, v2, v3 = load_shared_float4(x_at + int64(next_x))
+                following = int32(min(int32(following + 4), last))
+                later_place, later_x, later_gate = (
+                    entries[following],
+                    entries[int32(following + 1)],
+                    entries[int32(following + 2)],
+                )
+                if lane < strip.width:
+                    acc = add_piece(acc, own_at + int64(place), scaled_at + int64(half), strip.width, rows)
+                half, gate = int32(half ^ int32(4 * PIECE)), libdevice.int_as_float(next_gate)
+                store_shared_float4(int32(to_at + int64(half)), gate * v0, gate * v1, gate * v2, gate * v3)
+                # All lanes have read the present piece and written the next one.
+                cuda.syncwarp(FULL_WARP)
+                if done >= resident:
+                    wanted = copied < streamed
+                    offset = offsets[copied] if wanted else int64(0)
+                    copy_piece(strip, offset, wanted, ring_at + piece_bytes * slot, lane)
+                    copied, slot = int32(copied + 1), int32(slot + 1)
+                    if slot == PIECES_AHEAD:
+                        slot = int32(0)
+                place, next_place, next_x, next_gate = next_place, later_place, later_x, later_gate
+                done = int32(done + 1)
         return acc
 
     @device_function

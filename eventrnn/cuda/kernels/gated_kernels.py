@@ -33,7 +33,7 @@ from eventrnn.cuda.kernels.ptx import (
     shared_int64,
 )
 from eventrnn.cuda.kernels.strip_product import high_word, low_word
-from eventrnn.cuda.tables import LANES, ROWS_STAGE_BYTES, STAGES, SUM_BYTES
+from eventrnn.cuda.tables import LANES, ROWS_STAGE_BYTES, STAGES, TAIL_BYTES
 
 
 @device_function
@@ -190,7 +190,7 @@ def gated_rows_kernel(narrow: bool):
     add_strip, _, _ = make_add_strip(narrow, ROWS_STAGE_BYTES)
     _, begin_strip, end_factor = make_add_strip(False, ROWS_STAGE_BYTES)
     sums_offset = STAGES * ROWS_STAGE_BYTES
-    ring_bytes = sums_offset + SUM_BYTES
+    ring_bytes = sums_offset + TAIL_BYTES
 
     def gated_rows(
         matrix_at,

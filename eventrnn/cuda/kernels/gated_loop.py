@@ -50,7 +50,7 @@ from eventrnn.cuda.kernels.ptx import (
     store_relaxed,
     wait_for_copies,
 )
-from eventrnn.cuda.tables import LANES, LAYER_STAGE_BYTES, RESIDENT_STEPS, STAGES, SUM_BYTES
+from eventrnn.cuda.tables import LANES, LAYER_STAGE_BYTES, RESIDENT_STEPS, STAGES, TAIL_BYTES
 
 
 @device_function
@@ -117,7 +117,7 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
     (add_strip, _, _), update = make_add_strip(narrow, LAYER_STAGE_BYTES), UPDATES[kind]
     _, begin_strip, end_factor = make_add_strip(False, LAYER_STAGE_BYTES)
     sums_offset = STAGES * LAYER_STAGE_BYTES
-    ring_bytes = sums_offset + SUM_BYTES
+    ring_bytes = sums_offset + TAIL_BYTES
     n_gates, size = len(EQUATIONS[kind[0]][kind[1]].gates), 2 if narrow else 4
 
     if stamped:

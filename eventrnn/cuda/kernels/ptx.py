@@ -351,6 +351,7 @@ def instruction(text: str, constraints: str, result, *arguments):
         2: lambda typingctx, a, b: (signature, generate),
         3: lambda typingctx, a, b, c: (signature, generate),
         4: lambda typingctx, a, b, c, d: (signature, generate),
+        5: lambda typingctx, a, b, c, d, e: (signature, generate),
         6: lambda typingctx, a, b, c, d, e, f: (signature, generate),
     }
     return intrinsic(makers[len(arguments)])
@@ -470,6 +471,11 @@ store_shared2 = instruction("st.shared.v2.b32 [$0], {$1, $2};", f"r,r,r,{MEMORY}
 
 #: shared address and a float32
 store_shared_float = instruction("st.shared.f32 [$0], $1;", f"r,f,{MEMORY}", NOTHING, INT, types.float32)
+
+#: shared address, a multiple of 16, and four float32
+store_shared_float4 = instruction(
+    "st.shared.v4.f32 [$0], {$1, $2, $3, $4};", f"r,f,f,f,f,{MEMORY}", NOTHING, INT, *[types.float32] * 4
+)
 
 #: uint16 of global memory that is read-only during the kernel, as int32
 load_readonly_uint16 = instruction("ld.global.nc.u16 $0, [$1];", "=r,l", INT, types.int64)
