@@ -16,6 +16,7 @@ from numpy.typing import DTypeLike
 from eventrnn import cells
 from eventrnn.state import HeldGates, gates_not_finite
 from eventrnn.weights import GatedBlocks, Weights
+from eventrnn.weights.gated import rows_of_part
 
 # Causes of gates that are not finite, in the order of `state.GATE_FAULTS`.
 BAD_LOGIT, CANCELLED, TOO_LARGE = 1, 2, 3
@@ -72,13 +73,25 @@ def block_gates(blocks: ChosenBlocks, values) -> np.ndarray:
     Raises FloatingPointError for gates that are not finite, by the name of the matrix.
     """
     if blocks.gate_out is None:
-        logits = propagate(blocks.gate, values, blocks.gate_bias)
+        logits = propagate_parts(blocks, values, blocks.gate_bias)
     else:
-        inner = propagate(blocks.gate, values, np.zeros_like(blocks.gate_out[:, 0]))
+        inner = propagate_parts(blocks, values, np.zeros_like(blocks.gate_out[:, 0]))
         logits = propagate(blocks.gate_out, inner, blocks.gate_bias)
     gates = gates_of_logits(blocks, logits)
     _need_finite_products(blocks.name, gates, values)
     return gates
+
+
+def propagate_parts(blocks: ChosenBlocks, values, start):
+    """`propagate` of the only factor of a gate, or of the first one, whose sums have parts."""
+    rows, total = rows_of_part(blocks.block[0]), np.repeat(start[None], len(values), axis=0)
+    for first in range(0, len(blocks.gate), rows):
+        part = slice(first, first + rows)
+        if first == 0:
+            total = propagate(blocks.gate[part], values[:, part], start)
+        else:
+            total = total + propagate(blocks.gate[part], values[:, part], np.zeros_like(start))
+    return total
 
 
 def gates_of_logits(blocks: ChosenBlocks, logits):

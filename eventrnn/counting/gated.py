@@ -31,7 +31,7 @@ from eventrnn.network import Network
 from eventrnn.reference_products import ChosenBlocks, gates_of_logits, propagate, weight_arrays
 from eventrnn.state import HeldGates
 from eventrnn.weights import GatedBlocks
-from eventrnn.weights.gated import chosen_at
+from eventrnn.weights.gated import chosen_at, rows_of_part
 
 # Numbers of the arrays that the gates of some rows take at once.
 PART = 1 << 22
@@ -138,7 +138,11 @@ def gates_of_active(name: str, weights: GatedBlocks, x: np.ndarray) -> np.ndarra
     out = weights.gate_out
     sums = np.repeat((weights.gate_bias if out is None else np.zeros(len(out), np.float32))[None], len(x), axis=0)
     with np.errstate(over="ignore", invalid="ignore"):
-        for j in np.flatnonzero(x.any(axis=0)):
-            there = np.flatnonzero(x[:, j])
-            sums[there] = cells.fma(weights.gate[j][None], x[there, j, None], sums[there])
+        rows, active = rows_of_part(weights.block[0]), np.flatnonzero(x.any(axis=0))
+        for part in np.unique(active // rows):
+            of_part = sums if part == 0 else np.zeros_like(sums)
+            for j in active[active // rows == part]:
+                there = np.flatnonzero(x[:, j])
+                of_part[there] = cells.fma(weights.gate[j][None], x[there, j, None], of_part[there])
+            sums = of_part if part == 0 else sums + of_part
         return gates_of_logits(arrays, sums if out is None else propagate(out, sums, weights.gate_bias))

@@ -21,6 +21,7 @@ from eventrnn.cpu.tables import (
     BLAS,
     FAULT,
     FIELDS,
+    GATE_TILE,
     GATED,
     GATED_ROWS,
     HIGH,
@@ -263,7 +264,8 @@ def workspace_shapes(
     """
     # Whole vectors: every thread's share starts on a cache line, which it shares with no other thread.
     most, listed = round_up(rows * inputs, LANES) + LANES, LISTED_SEGMENTS + round_up(segments, LANES) + LANES
-    gates = (min(rows, GATED_ROWS) + 1) * round_up(gated_blocks, LANES)
+    pitch = round_up(gated_blocks, LANES)
+    gates = min(rows, GATED_ROWS) * pitch + max(pitch, GATE_TILE if gated_blocks else 0)
     scratch = max(round_up(rows * blas_columns, LANES), gates, ROW_TILE << SMALL_PANEL_BITS)
     return (
         ((n_threads, round_up(rows * (ceil_div(inputs, 1 << SMALL_PANEL_BITS) + 1) + 1, LANES)), np.int64),

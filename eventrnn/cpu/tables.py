@@ -80,6 +80,9 @@ GATED_HEADER = 15
 # Causes of gates that are not finite, in the order of `state.GATE_FAULTS`.
 BAD_LOGIT, CANCELLED, TOO_LARGE = 1, 2, 3
 
+# Columns whose parts of logits are summed at a time, at most.
+GATE_TILE = 256
+
 PIECE_BLOCK, PIECE_TARGET, PIECE_VALUES, PIECE_VECTORS = range(4)
 
 PIECE_FIELDS = 4

@@ -23,6 +23,7 @@ from eventrnn.cuda.tables import (
     TAIL_BYTES,
 )
 from eventrnn.weights import Dense, GatedBlocks, convert
+from eventrnn.weights.gated import rows_of_part
 
 if TYPE_CHECKING:
     from eventrnn.cuda.device import Device
@@ -168,6 +169,12 @@ class GatedMatrix:
         return 0 if self.weights.gate_out is None else len(self.weights.gate_out)
 
     @property
+    def part_rows(self) -> int:
+        """Rows of a part of a logit, with the padding of its block rows."""
+        r = self.weights.block[0]
+        return rows_of_part(r) // r * _rounded(r, ROW_GROUP)
+
+    @property
     def product_description(self) -> str:
         """For `Simulation.paths`."""
         return f"{'gated' if self.chooses else 'dense'} {'bfloat16' if self.narrow else 'float32'} in L2"
@@ -218,6 +225,7 @@ class GatedMatrix:
             tables.BIAS: self._put(self.host_bias),
             tables.RANK: self.rank,
             tables.LOGIT_BIAS: self._put(weights.gate_bias),
+            tables.PART_ROWS: self.part_rows,
             tables.NUMBER: self.number,
         }
         for field, value in rest.items():
@@ -253,6 +261,7 @@ class GatedMatrix:
             tables.INNER_PITCH: _rounded(self.rank, ROW_GROUP),
             tables.GATES_PITCH: _rounded(blocks, 4),
         }
+        parts = -(-pitches[tables.INPUT_PITCH_OF] // self.part_rows)
         sizes = {
             tables.AT_INPUTS: 4 * samples * pitches[tables.INPUT_PITCH_OF],
             tables.AT_ACTIVE: 4 * samples * pitches[tables.ACTIVE_PITCH],
@@ -270,11 +279,13 @@ class GatedMatrix:
             tables.AT_TILES: 8 * owned.tiles,
             tables.AT_STARTS: 8 * LANES * own_strips,
             tables.AT_LOGIT_STARTS: 4 * LANES * owned.logits,
+            tables.AT_PARTS: 4 * LANES * owned.logits * parts,
             tables.AT_HELD: 8 * samples,
         }
         table, at = np.zeros(tables.PLACE_FIELDS, np.int64), 0
         for field, size in sizes.items():
             table[field], at = at, at + _rounded(size, 16)
+        table[tables.PARTS] = parts
         for field, pitch in pitches.items():
             table[field] = pitch
         # Beyond the last row of a stage, weights of up to 24 rows are read and not used: sums, and what follows them.

@@ -195,13 +195,13 @@ ROW_GROUP = 8
 RESIDENT_STEPS = 4
 
 # Rows of inputs that are multiplied together, at most, so that they share the weights they read; and the bytes of the
-# sums of these rows, which follow the stages in the ring of a warp.
+# sums of these rows, which follow the stages in the ring of a warp, and are followed by as many totals of logits.
 MAX_SAMPLES = 8
 SUM_BYTES = 4 * LANES * MAX_SAMPLES
 
 # In place of the sums, a warp with one row of inputs has lists of pieces of block rows, and inputs of two of them.
 LIST_BYTES, SCALED_BYTES = (16 + 8) * LANES, 2 * 4 * 128
-TAIL_BYTES = max(SUM_BYTES, LIST_BYTES + SCALED_BYTES)
+TAIL_BYTES = max(2 * SUM_BYTES, LIST_BYTES + SCALED_BYTES)
 
 # Words of shared memory in which the warps of a block exchange counts while they choose, and numbers behind the ratios.
 CHOICE_WORDS, RATIO_PAD = 160 + 12 * LANES, 64
@@ -239,9 +239,10 @@ CHOICE_WORDS, RATIO_PAD = 160 + 12 * LANES, 64
     LOGIT_STAGE,
     LOGIT_STRIPS,
     LOGIT_BIAS,  # (ALL_BLOCKS,) float32
+    PART_ROWS,  # rows of a part of a logit, with padding
     NUMBER,  # of the matrix in the network, for the status word
     GATED_FIELDS,  # number of columns
-) = range(33)
+) = range(34)
 
 # Columns of the table of shared memory of a kernel for gated blocks: byte offsets.
 (
@@ -262,6 +263,7 @@ CHOICE_WORDS, RATIO_PAD = 160 + 12 * LANES, 64
     AT_TILES,  # (tiles, 2) int32, the first unit of a tile and its units
     AT_STARTS,  # (tiles, gates, 32) float32, biases, then as many int32, block columns
     AT_LOGIT_STARTS,  # (strips of logits of the block, 32) float32, biases of the logits
+    AT_PARTS,  # (strips of logits of the block, PARTS, 32) float32, parts of logits, where LOGITS_RESIDENT is 1
     AT_HELD,  # (samples, 2) int32, further steps with the gates of a sample, and the bits of its largest gate
     AT_LOGITS,  # (strips of logits of the block, PADDED_PRE, LOGIT_WIDTH) float32, where LOGITS_RESIDENT is 1
     AT_RESIDENT,  # (strips of the block, RESIDENT_ROWS, PADDED_ROWS, width), first block rows of the weights
@@ -272,8 +274,9 @@ CHOICE_WORDS, RATIO_PAD = 160 + 12 * LANES, 64
     WORKERS,  # warps that multiply, each with a ring; the others only help to choose
     RESIDENT_ROWS,  # block rows of a strip that stay in shared memory
     LOGITS_RESIDENT,  # 1 if the weights of the own logits stay in shared memory
+    PARTS,  # parts of a logit
     PLACE_FIELDS,  # number of columns
-) = range(28)
+) = range(30)
 
 # Columns of the table of a layer with a recurrent matrix of gated blocks.
 (

@@ -4,9 +4,11 @@ After Hadifar, Deleu, Develder and Demeester, "Block-wise Dynamic Sparseness" (a
 code. A small linear gate computes one number per block from what the matrix receives. The blocks with the largest
 numbers are multiplied, and the others are not read. Everything below holds per sample and time step:
 
-    logits   l[b] = gate_bias[b] + sum over j of gate[j, b] * x[j], in ascending j, one float32 FMA per term. With two
-             factors, z[q] = sum over j of gate[j, q] * x[j], and l[b] = gate_bias[b] + sum over q of
-             gate_out[q, b] * z[q], in ascending j and q; every z is a sum that starts from 0
+    logits   l[b] = gate_bias[b] + sum over j of gate[j, b] * x[j], one float32 FMA per term. The sum over j has parts
+             of `rows_of_part` neighbouring inputs: each part is a sum in ascending j, of which the first starts from
+             the bias and the others from 0, and the other parts are added to the first in ascending order.
+             With two factors, z[q] = sum over j of gate[j, q] * x[j], in the same parts, of which the first starts from
+             0, too; and l[b] = gate_bias[b] + sum over q of gate_out[q, b] * z[q], in ascending q
     choice   the `kept_blocks` = ceil(density * blocks) largest logits; of equal ones the lowest block number
     ratios   of the chosen blocks: q[b] = l[b] / p for the rule "linear", where p is the chosen logit of the largest
              magnitude (of equal magnitudes that of the lowest block number); all q are 1 if p is 0.
@@ -51,6 +53,16 @@ GATE_RULES = ("linear", "softmax")
 
 #: The most steps that can share a choice.
 LONGEST_PERIOD = 2**31 - 1
+
+
+#: The inputs that a part of a logit has, at least.
+PART_INPUTS = 32
+
+
+def rows_of_part(block_rows: int) -> int:
+    """The inputs of a part of a logit, of a matrix whose blocks have so many rows: whole blocks, as few as have
+    `PART_INPUTS`. The last part of a logit may have fewer."""
+    return -(-PART_INPUTS // block_rows) * block_rows
 
 
 class NotAMatrix(TypeError):

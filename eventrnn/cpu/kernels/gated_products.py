@@ -31,6 +31,7 @@ from eventrnn.cpu.tables import (
     GATE_BIAS,
     GATE_OUT,
     GATE_PITCH,
+    GATE_TILE,
     GATED_HEADER,
     GATED_ROWS,
     HELD,
@@ -51,6 +52,9 @@ from eventrnn.cpu.tables import (
     SOFTMAX,
     TOO_LARGE,
 )
+from eventrnn.weights.gated import PART_INPUTS
+
+assert TILE * LANES <= GATE_TILE, "a part of the logits of a tile of columns must fit into its scratch"
 
 # A key is the bits of a float32 as an integer that is in the same order: those of a negative number are flipped, apart
 # from the sign.
@@ -72,30 +76,54 @@ def gather_events(events, first_row, rows, n_pre, workspace):
 
 
 @inlined
-def add_logits(pools, p0, workspace, begin, count, gates, at):
-    """gates[at:] = the logits of all blocks, for `count` of the gathered events from `begin` on."""
+def add_logits(pools, p0, workspace, begin, count, gates, at, spare):
+    """gates[at:] = the logits of all blocks, for `count` of the gathered events from `begin` on.
+
+    GATE_TILE numbers of gates[spare:] are scratch.
+    """
     pointers, values = pools.pointers, pools.values
-    pitch, rank = pointers[p0 + GATE_PITCH], pointers[p0 + RANK]
+    pitch, rank, units = pointers[p0 + GATE_PITCH], pointers[p0 + RANK], pointers[p0 + BLOCK_UNITS]
+    part = (PART_INPUTS + units - 1) // units * units
     copy(values, pointers[p0 + GATE_BIAS], gates, at, pitch)
     ids, sent = workspace.panel_indices, workspace.panel_values
     if rank == 0:
-        add_gate_rows(values, pointers[p0 + GATE], pitch, ids, sent, begin, count, gates, at)
+        add_gate_rows(values, pointers[p0 + GATE], pitch, ids, sent, begin, count, gates, at, part, gates, spare)
     else:
         # What lies between the factors, and its numbers: an event list of all of them.
         between, numbers, in_pitch = workspace.segment_factors[0], workspace.segment_numbers[0], pointers[p0 + IN_PITCH]
         for q in range(in_pitch):
             between[q] = cells.ZERO
             numbers[q] = q
-        add_gate_rows(values, pointers[p0 + GATE], in_pitch, ids, sent, begin, count, between, 0)
-        add_gate_rows(values, pointers[p0 + GATE_OUT], pitch, numbers, between, 0, rank, gates, at)
+        add_gate_rows(*(values, pointers[p0 + GATE], in_pitch, ids, sent, begin, count, between, 0, part, gates, spare))
+        # One part.
+        add_gate_rows(
+            *(values, pointers[p0 + GATE_OUT], pitch, numbers, between, 0, rank, gates, at, in_pitch, gates, spare)
+        )
 
 
 @internal
-def add_gate_rows(values, start, pitch, ids, sent, begin, count, sums, at):
-    """Add the rows of a gate, `pitch` numbers each from values[start] on, of `count` events to sums[at:]."""
+def add_gate_rows(values, start, pitch, ids, sent, begin, count, sums, at, part, scratch, spare):
+    """Add the rows of a gate, `pitch` numbers each from values[start] on, of `count` events to sums[at:].
+
+    part : the inputs of a part of a sum; the first part is added to what is there, term by term
+    GATE_TILE numbers of scratch[spare:] are overwritten
+    """
+    end = begin + count
     for i in range(0, pitch, TILE * LANES):
-        vectors = min(TILE, (pitch - i) // LANES)
-        add_rows(sums, at + i, values, start + i, pitch, values, 0, ids, sent, begin, count, vectors)
+        vectors, first = min(TILE, (pitch - i) // LANES), begin
+        while first < end:
+            last, limit = first, (ids[first] // part + 1) * part
+            while last < end and ids[last] < limit:
+                last += 1
+            if limit == part:
+                add_rows(sums, at + i, values, start + i, pitch, values, 0, ids, sent, first, last - first, vectors)
+            else:
+                for k in range(vectors * LANES):
+                    scratch[spare + k] = cells.ZERO
+                add_rows(scratch, spare, values, start + i, pitch, values, 0, ids, sent, first, last - first, vectors)
+                for k in range(vectors * LANES):
+                    sums[at + i + k] += scratch[spare + k]
+            first = last
 
 
 @inlined
@@ -207,7 +235,7 @@ def row_gates(pools, p0, workspace, row, begin, count, at, spare):
         if not products_are_finite(gates, at, n, values, begin, count):
             fault = TOO_LARGE
     else:
-        add_logits(pools, p0, workspace, begin, count, gates, at)
+        add_logits(pools, p0, workspace, begin, count, gates, at, spare)
         if n > 0:
             softmax = pointers[p0 + SOFTMAX] != 0
             fault = gates_of_row(gates, at, keys, spare, n, kept, softmax, values, begin, count)

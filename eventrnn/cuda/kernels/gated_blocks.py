@@ -30,6 +30,7 @@ CUDA 12.8 and of 13.0 does not finish compiling a kernel where such variables me
 
 from __future__ import annotations
 
+import numpy as np
 from numba import int32, int64
 
 from eventrnn.cuda.device import cuda, device_function, libdevice
@@ -58,13 +59,16 @@ from eventrnn.cuda.kernels.ptx import (
     wait_for_oldest_row,
 )
 from eventrnn.cuda.kernels.strip_product import FULL_WARP, popcount
-from eventrnn.cuda.tables import LANES, LIST_BYTES, SCALED_BYTES, STAGES
+from eventrnn.cuda.tables import LANES, LIST_BYTES, SCALED_BYTES, STAGES, SUM_BYTES
 
 assert OPEN_GROUPS == STAGES - 1, "the oldest of all stages must be complete"
 
 # Rows of a block row that `add_whole_rows` multiplies at a time, at most, and per turn; pieces that its ring has, and
 # copies per lane and piece, at most.
 PIECE, TURN, PIECES_AHEAD, COPIES = 128, 32, 3, 12
+
+# What a sum is added to without any change, also of its sign.
+NOTHING_YET = np.float32(-0.0)
 
 assert OPEN_ROWS == PIECES_AHEAD - 1, "the piece after the present one must be complete"
 assert SCALED_BYTES == 2 * 4 * PIECE
@@ -91,7 +95,7 @@ def store_scaled(to_at, gate, from_at):
 
 
 def make_add_strip(narrow: bool, stage_bytes: int):
-    """The device functions add_strip, begin_strip and end_factor for float32 weights, or for bfloat16 ones.
+    """The device functions add_strip, begin_strip, end_factor and add_piece for float32 weights, or for bfloat16 ones.
 
     stage_bytes : bytes of weights that a warp copies at a time
 
@@ -99,7 +103,9 @@ def make_add_strip(narrow: bool, stage_bytes: int):
     inputs it returns the sum; those of several rows lie behind the ring (`sum_of_sample`).
 
     begin_strip(strip, received, ring_at, lane) starts the first copies; for a strip of a factor,
-    end_factor(start, factor, received, ring_at, lane) does the rest.
+    end_factor(start, factor, part, received, ring_at, lane) does the rest.
+
+    add_piece(acc, w_at, x_at, width, rows) adds the terms of some rows whose weights and inputs lie in shared memory.
     """
     size = 2 if narrow else 4
 
@@ -387,7 +393,8 @@ def make_add_strip(narrow: bool, stage_bytes: int):
 
     @device_function
     def add_piece(acc, w_at, x_at, width, rows):
-        """Add the terms of a piece. PIECE rows are one sequence without a branch, so that loads go ahead of it."""
+        """Add the terms of some rows, a multiple of eight. PIECE rows are one sequence without a branch, so that loads
+        go ahead of the additions."""
         step, next32, k = int64(16) * width, int64(32 * size) * width, int32(0)
         if rows == PIECE:
             acc = add_scaled32(acc, w_at, x_at, step)
@@ -395,9 +402,12 @@ def make_add_strip(narrow: bool, stage_bytes: int):
             acc = add_scaled32(acc, w_at + int64(2) * next32, x_at + int64(256), step)
             acc = add_scaled32(acc, w_at + int64(3) * next32, x_at + int64(384), step)
             k = rows
-        while k < rows:
+        while k + TURN <= rows:
             acc = add_scaled32(acc, w_at, x_at, step)
             k, w_at, x_at = int32(k + TURN), w_at + next32, x_at + int64(128)
+        while k < rows:
+            acc = add8(acc, weights8(w_at, step), load8(x_at, int64(16)))
+            k, w_at, x_at = int32(k + 8), w_at + int64(8 * size) * width, x_at + int64(32)
         return acc
 
     @device_function
@@ -470,12 +480,60 @@ def make_add_strip(narrow: bool, stage_bytes: int):
         return acc
 
     @device_function
-    def end_factor(start, factor, received, ring_at, lane):
-        """Multiply a strip of a factor, which is one block row that is always needed, after `begin_strip`."""
+    def end_factor(start, factor, part, received, ring_at, lane):
+        """Multiply a strip of a factor, which is one block row that is always needed, after `begin_strip`.
+
+        part : rows of a part of a sum, a multiple of eight; the first one starts from `start`
+        """
         none, ahead, done = int32(0), int32(0), int32(min((STAGES - 1) * factor.stage_rows, factor.n_rows))
         if done == factor.n_rows or factor.resident > 0:
-            ahead, done = factor.block_rows, int32(0)
-        begun = factor.resident, none, none, ahead, none, none, done
-        return end_strip(start, factor, received, begun, ring_at, lane)
+            ahead, done = factor.block_rows, none
+        first, mask = none, none
+        sums_at = ring_at + int64(STAGES * stage_bytes)
+        sums, totals = shared_float32(sums_at), shared_float32(sums_at + int64(SUM_BYTES))
+        sample, acc, total = none, start, NOTHING_YET
+        while received.samples > 1 and sample < received.samples:
+            sums[int32(sample * LANES + lane)], totals[int32(sample * LANES + lane)] = start, NOTHING_YET
+            sample = int32(sample + 1)
+        slot, used, end = none, none, int32(min(part, factor.n_rows))
+        while used < factor.n_rows:
+            rows, values_at = int32(factor.n_rows - used), factor.resident_at
+            if factor.resident == 0:
+                free_at = ring_at + int64(stage_bytes) * ((slot + int32(STAGES - 1)) & int32(STAGES - 1))
+                ahead, first, mask, done = start_stage(factor, received, ahead, first, mask, done, free_at, lane)
+                wait_for_oldest_copies()
+                # The other lanes have copied parts of the rows.
+                cuda.syncwarp(FULL_WARP)
+                rows, values_at = int32(min(factor.stage_rows, rows)), ring_at + int64(stage_bytes) * slot
+                slot = (slot + int32(1)) & int32(STAGES - 1)
+            last = int32(used + rows)
+            while used < last:
+                rows, sample = int32(min(last, end) - used), none
+                while lane < factor.width and sample < received.samples:
+                    place = int32(sample * LANES + lane)
+                    if received.samples > 1:
+                        acc = sums[place]
+                    x_at = received.inputs_at + int64(4) * int32(sample * received.input_pitch + used)
+                    acc = add_piece(acc, values_at + int64(16) * lane, x_at, factor.width, rows)
+                    if received.samples > 1:
+                        sums[place] = acc
+                    sample = int32(sample + 1)
+                used, values_at = int32(used + rows), values_at + int64(rows * factor.width * size)
+                if used == end:
+                    end = int32(min(end + part, factor.n_rows))
+                    total, sample = total + acc, none
+                    acc = np.float32(0)
+                    while received.samples > 1 and sample < received.samples:
+                        place = int32(sample * LANES + lane)
+                        totals[place] = totals[place] + sums[place]
+                        sums[place] = np.float32(0)
+                        sample = int32(sample + 1)
+            # The stage is overwritten in the next round.
+            cuda.syncwarp(FULL_WARP)
+        sample = none
+        while received.samples > 1 and sample < received.samples:
+            sums[int32(sample * LANES + lane)] = totals[int32(sample * LANES + lane)]
+            sample = int32(sample + 1)
+        return total
 
-    return add_strip, begin_strip, end_factor
+    return add_strip, begin_strip, end_factor, add_piece

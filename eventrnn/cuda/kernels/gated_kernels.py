@@ -187,8 +187,8 @@ def gated_rows_kernel(narrow: bool):
     before_at, left_before_at      : the gates before the run and their further steps; 0 where every step chooses
     held_at, left_at               : the same after the run
     """
-    add_strip, _, _ = make_add_strip(narrow, ROWS_STAGE_BYTES)
-    _, begin_strip, end_factor = make_add_strip(False, ROWS_STAGE_BYTES)
+    add_strip, _, _, _ = make_add_strip(narrow, ROWS_STAGE_BYTES)
+    _, begin_strip, end_factor, _ = make_add_strip(False, ROWS_STAGE_BYTES)
     sums_offset = STAGES * ROWS_STAGE_BYTES
     ring_bytes = sums_offset + TAIL_BYTES
 
@@ -258,6 +258,7 @@ def gated_rows_kernel(narrow: bool):
             shared_rows = SharedRows(inputs_at, active_at, maxima_at, input_pitch, active_pitch, r, int32(padded - r))
             load_rows(rows_of, shared_rows, row, own, period, me)
             source_at, source_pitch, n_source = inputs_at, input_pitch, n_rows
+            part_rows = int32(m[tables.PART_ROWS])
             if rank > 0:
                 for_inner = Received(own, inputs_at, ones_at + int64(4), ones_at, input_pitch, none, none)
                 strip = warp
@@ -269,7 +270,7 @@ def gated_rows_kernel(narrow: bool):
                         *(none, int64(0)),
                     )
                     begin_strip(factor, for_inner, ring_at, lane)
-                    acc = end_factor(np.float32(0), factor, for_inner, ring_at, lane)
+                    acc = end_factor(np.float32(0), factor, part_rows, for_inner, ring_at, lane)
                     column = int32(strip * inner_width + lane)
                     if lane < inner_width and column < rank:
                         sample = int32(0)
@@ -278,7 +279,7 @@ def gated_rows_kernel(narrow: bool):
                             sample = int32(sample + 1)
                     strip = int32(strip + workers)
                 cuda.syncthreads()
-                source_at, source_pitch, n_source = inner_at, inner_pitch, inner_pitch
+                source_at, source_pitch, n_source, part_rows = inner_at, inner_pitch, inner_pitch, inner_pitch
             for_logits = Received(own, source_at, ones_at + int64(4), ones_at, source_pitch, none, none)
             strip = warp
             while warp < workers and strip < logit_strips:
@@ -290,7 +291,7 @@ def gated_rows_kernel(narrow: bool):
                 )
                 begin_strip(factor, for_logits, ring_at, lane)
                 start = start_of_factor(factor, strip, m[tables.LOGIT_BIAS], lane)
-                acc = end_factor(start, factor, for_logits, ring_at, lane)
+                acc = end_factor(start, factor, part_rows, for_logits, ring_at, lane)
                 column = int32(strip * logit_width + lane)
                 if lane < logit_width and column < blocks:
                     sample = int32(0)

@@ -42,6 +42,7 @@ from eventrnn.cuda.kernels.ptx import (
     global_float32,
     global_int32,
     global_int64,
+    load_shared_float,
     max_of_warp,
     shared_base,
     shared_float32,
@@ -105,6 +106,20 @@ def load_row(row_at, n, r, padding, inputs, active, maxima, me):
     return missing
 
 
+@device_function
+def sum_of_parts(at, parts):
+    """The sum of the parts of a logit in ascending order; they lie a row of a warp apart."""
+    pitch, total, k = int64(4 * LANES), load_shared_float(int32(at)), int32(1)
+    while k + 4 <= parts:
+        at_k = int32(at + pitch * k)
+        a, b = load_shared_float(at_k), load_shared_float(int32(at_k + pitch))
+        c, d = load_shared_float(int32(at_k + 2 * pitch)), load_shared_float(int32(at_k + 3 * pitch))
+        total, k = ((total + a) + b) + c + d, int32(k + 4)
+    while k < parts:
+        total, k = total + load_shared_float(int32(at + pitch * k)), int32(k + 1)
+    return total
+
+
 def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = False):
     """The kernel of a layer with a gated recurrent matrix, and its signature.
 
@@ -114,8 +129,8 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
     first     : the first sample of the launch
     spread    : blocks of a group of samples; tiles, samples : what a block owns
     """
-    (add_strip, _, _), update = make_add_strip(narrow, LAYER_STAGE_BYTES), UPDATES[kind]
-    _, begin_strip, end_factor = make_add_strip(False, LAYER_STAGE_BYTES)
+    (add_strip, _, _, _), update = make_add_strip(narrow, LAYER_STAGE_BYTES), UPDATES[kind]
+    _, begin_strip, end_factor, add_piece = make_add_strip(False, LAYER_STAGE_BYTES)
     sums_offset = STAGES * LAYER_STAGE_BYTES
     ring_bytes = sums_offset + TAIL_BYTES
     n_gates, size = len(EQUATIONS[kind[0]][kind[1]].gates), 2 if narrow else 4
@@ -305,9 +320,10 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
         cuda.syncthreads()
 
         # Inputs of the factor that gives the logits.
-        source_at, source_pitch, n_source = inputs_at, input_pitch, n_rows
+        source_at, source_pitch, n_source, part_rows = inputs_at, input_pitch, n_rows, int32(m[tables.PART_ROWS])
+        parts, parts_at, logit_part = int32(place[tables.PARTS]), shared + place[tables.AT_PARTS], part_rows
         if rank > 0:
-            source_at, source_pitch, n_source = inner_at, inner_pitch, inner_pitch
+            source_at, source_pitch, n_source, logit_part = inner_at, inner_pitch, inner_pitch, inner_pitch
         for_inner = Received(own_samples, inputs_at, ones_at + int64(4), ones_at, input_pitch, none, none)
         for_logits = Received(own_samples, source_at, ones_at + int64(4), ones_at, source_pitch, none, none)
         for_blocks = Received(own_samples, inputs_at, active_at, gates_at, input_pitch, active_pitch, gates_pitch)
@@ -377,7 +393,7 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
                             *(none, resident_logits_at),
                         )
                         begin_strip(factor, for_inner, ring_at, lane)
-                        acc = end_factor(np.float32(0), factor, for_inner, ring_at, lane)
+                        acc = end_factor(np.float32(0), factor, part_rows, for_inner, ring_at, lane)
                         column = int32(strip * inner_width + lane)
                         if lane < inner_width and column < rank:
                             sample = int32(0)
@@ -387,7 +403,37 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
                                 sample = int32(sample + 1)
                         strip = int32(strip + workers)
                     cuda.syncthreads()
+                if logits_resident != 0 and own_samples == 1:
+                    # All warps compute parts of the own logits.
+                    k, number = int32(0), warp
+                    while True:
+                        k, number = next_item(k, number, parts)
+                        if k >= own_logits:
+                            break
+                        if lane < logit_width:
+                            acc, first_row = np.float32(0), int32(number * part_rows)
+                            if number == 0:
+                                acc = logit_starts[int32(k * LANES + lane)]
+                            w_at = resident_logits_at + logit_bytes * k + int64(4) * int32(first_row * logit_width)
+                            rows = int32(min(part_rows, n_rows - first_row))
+                            acc = add_piece(
+                                *(acc, w_at + int64(16) * lane, inputs_at + int64(4) * first_row, logit_width, rows)
+                            )
+                            shared_float32(parts_at)[int32(int32(k * parts + number) * LANES + lane)] = acc
+                        number = int32(number + warps)
+                    cuda.syncthreads()
+                    k = warp
+                    while k < own_logits:
+                        column = int32(int32(part + k * spread) * logit_width + lane)
+                        if lane < logit_width and column < blocks:
+                            at = parts_at + int64(4) * int32(k * (parts * LANES) + lane)
+                            store_relaxed(
+                                logits_at + row * logit_row_bytes + int64(4) * column, sum_of_parts(at, parts)
+                            )
+                        k = int32(k + warps)
                 k = warp
+                if logits_resident != 0 and own_samples == 1:
+                    k = own_logits
                 while warp < workers and k < own_logits:
                     strip, at = int32(part + k * spread), offsets_at + int64(8) * (own_rows + k)
                     factor = strip_of_factor(
@@ -396,7 +442,8 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
                     )
                     if logits_resident == 0 and (k != warp or rank > 0):
                         begin_strip(factor, for_logits, ring_at, lane)
-                    acc = end_factor(logit_starts[int32(k * LANES + lane)], factor, for_logits, ring_at, lane)
+                    start = logit_starts[int32(k * LANES + lane)]
+                    acc = end_factor(start, factor, logit_part, for_logits, ring_at, lane)
                     column = int32(strip * logit_width + lane)
                     if lane < logit_width and column < blocks:
                         sample = int32(0)
