@@ -404,23 +404,23 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
                         strip = int32(strip + workers)
                     cuda.syncthreads()
                 if logits_resident != 0 and own_samples == 1:
-                    # All warps compute parts of the own logits.
-                    k, number = int32(0), warp
-                    while True:
-                        k, number = next_item(k, number, parts)
-                        if k >= own_logits:
-                            break
-                        if lane < logit_width:
-                            acc, first_row = np.float32(0), int32(number * part_rows)
-                            if number == 0:
-                                acc = logit_starts[int32(k * LANES + lane)]
-                            w_at = resident_logits_at + logit_bytes * k + int64(4) * int32(first_row * logit_width)
-                            rows = int32(min(part_rows, n_rows - first_row))
-                            acc = add_piece(
-                                *(acc, w_at + int64(16) * lane, inputs_at + int64(4) * first_row, logit_width, rows)
-                            )
-                            shared_float32(parts_at)[int32(int32(k * parts + number) * LANES + lane)] = acc
-                        number = int32(number + warps)
+                    # Every thread computes a part of an own logit. Few warps are full, because the rate at which
+                    # warps read shared memory limits the sums.
+                    chain, of_strip = thread, int32(parts * logit_width)
+                    while chain < own_logits * of_strip:
+                        k = int32(chain // of_strip)
+                        number = int32(int32(chain - k * of_strip) // logit_width)
+                        column = int32(chain - int32(k * parts + number) * logit_width)
+                        acc, first_row = np.float32(0), int32(number * part_rows)
+                        if number == 0:
+                            acc = logit_starts[int32(k * LANES + column)]
+                        w_at = resident_logits_at + logit_bytes * k + int64(4) * int32(first_row * logit_width)
+                        rows = int32(min(part_rows, n_rows - first_row))
+                        acc = add_piece(
+                            *(acc, w_at + int64(16) * column, inputs_at + int64(4) * first_row, logit_width, rows)
+                        )
+                        shared_float32(parts_at)[int32(int32(k * parts + number) * LANES + column)] = acc
+                        chain = int32(chain + threads)
                     cuda.syncthreads()
                     k = warp
                     while k < own_logits:
