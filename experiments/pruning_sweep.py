@@ -113,9 +113,9 @@ def points(hidden: list[int], larger: float, epochs: int, seeds: int) -> Iterato
         yield from blocks(0, "lasso", FIRST, [block])
     yield from larger_ones(0)
     yield from masked(0)
+    yield one(0, longer=2)
     yield from blocks(0, "threshold", FIRST, BLOCKS)
     yield from (point for rule in RULES for point in blocks(0, rule, FIRST, [SINGLE]))
-    yield one(0, longer=2)
     for seed in range(1, seeds):
         yield from (one(seed), *blocks(seed, BEST, FIRST, BLOCKS), *larger_ones(seed), *masked(seed))
         yield from (point for rule in others for point in blocks(seed, rule, FIRST, BLOCKS))
@@ -144,7 +144,7 @@ def plan(
         float,
         typer.Option(min=1, help="Units of all layers but the last in larger networks, as a multiple; 1 for none."),
     ] = 1.5,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training text.")] = 50,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training text.")] = 30,
     rate: Annotated[float, typer.Option(help="Learning rate.")] = 2e-3,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each point.")] = 3,
     backend: Annotated[str, typer.Option(help="cuda, or cpu for a small case.")] = "cuda",

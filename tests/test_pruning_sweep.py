@@ -20,7 +20,10 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 @pytest.fixture
 def script(monkeypatch):
     monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    return importlib.import_module("pruning_sweep")
+    script = importlib.import_module("pruning_sweep")
+    # The networks of these tests are too small for blocks of 32 x 32.
+    monkeypatch.setattr(script, "BLOCKS", ((1, 2), (2, 2)))
+    return script
 
 
 def call(script, *arguments):
@@ -29,7 +32,7 @@ def call(script, *arguments):
 
 def small_plan(script, folder, cell, *more):
     (folder / "text.txt").write_text(TEXT)
-    options = ("--text", folder / "text.txt", "--hidden", 8, "--hidden", 4, "--epochs", 40, "--backend", "cpu")
+    options = ("--text", folder / "text.txt", "--hidden", 64, "--hidden", 32, "--epochs", 40, "--backend", "cpu")
     call(script, "plan", folder / "sweep.toml", "--cell", cell, "--seeds", 2, *options, *more)
     return load_sweep(folder / "sweep.toml", settings={"data.valid_batch": 2, "training.batch": 2})
 
@@ -47,9 +50,9 @@ def test_every_point_of_the_plan_can_be_trained(script, tmp_path, cell):
     assert recipes[0].pruning.method == "" and {recipe.training.epochs for recipe in recipes} == {40, 80}
     first = [recipe for recipe in recipes if recipe.pruning.sparsity == 0.9 and recipe.training.seed == 0]
     assert recipes.index(first[-1]) < min(k for k, recipe in enumerate(recipes) if recipe.training.seed)
-    wide = [recipe for recipe in recipes if recipe.model.hidden != (8, 4)]
-    assert {recipe.model.hidden for recipe in wide} == {(12, 4)}
-    dense, large = 8 * (8 + 4) + 4 * (4 + 8), 12 * (12 + 4) + 4 * (4 + 12)
+    wide = [recipe for recipe in recipes if recipe.model.hidden != (64, 32)]
+    assert {recipe.model.hidden for recipe in wide} == {(96, 32)}
+    dense, large = 64 * (64 + 32) + 32 * (32 + 64), 96 * (96 + 32) + 32 * (32 + 96)
     assert all(round((1 - recipe.pruning.sparsity) * large) == dense for recipe in wide)
     assert {recipe.pruning.nm for recipe in recipes} == {"", *script.MASKS}
 

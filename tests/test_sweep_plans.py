@@ -109,6 +109,15 @@ def test_plans_are_refused(tmp_path, monkeypatch, toml, words):
         ({"training.window": [8, 100_000]}, "point 1 (training.window=100000): text: "),
         ({"pruning": [{"method": "magnitude"}]}, "target: got none for magnitude, need one of sparsity"),
         ({"pruning": [{"method": "magnitude", "sparsity": 0.5}], "training.steps": [1]}, "point 0 (pruning="),
+        (
+            {"pruning.method": ["threshold"], "pruning.sparsity": [0.5], "pruning.block": [[1, 4], [4, 64]]},
+            "point 1 (pruning.method=threshold, pruning.sparsity=0.5, pruning.block=[4, 64]): block: 4x64 is larger "
+            "than the matrix layers.0.w_in,",
+        ),
+        (
+            {"pruning.method": ["magnitude"], "pruning.sparsity": [0.5, 0.99], "pruning.block": [[4, 8]]},
+            "pruning.sparsity=0.99, pruning.block=[4, 8]): sparsity: 0.99 in blocks of 4x8 leaves nothing of layers.0",
+        ),
     ],
 )
 def test_points_are_refused_before_any_work(tmp_path, text, grid, words):

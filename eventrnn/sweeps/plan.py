@@ -21,7 +21,8 @@ from eventrnn._files import is_endless, printable
 from eventrnn.data.text import located, read_stream
 from eventrnn.io.named import located_model
 from eventrnn.network import Network
-from eventrnn.training.recipes.recipe import FIGURES, DataSettings, Recipe, load_recipe
+from eventrnn.training.recipes.pruning import PruningRecipe
+from eventrnn.training.recipes.recipe import FIGURES, DataSettings, ModelSettings, Recipe, load_recipe
 from eventrnn.training.recipes.toml_config import nested, read_toml
 from eventrnn.training.tasks import LanguageModelling
 from eventrnn.training.trainer import updates
@@ -248,8 +249,7 @@ def known_points(sweep: Sweep, folder: Path) -> list[Point]:
 
 def _check_points(points: Sequence[Point], distinct: bool) -> None:
     seen: dict[Recipe, int] = {}
-    tasks: dict[DataSettings, LanguageModelling] = {}
-    fitting: set[tuple[DataSettings, int, int]] = set()
+    known = _Known()
     for each in points:
         alone = replace(each.recipe, run=replace(each.recipe.run, out=""))
         if distinct and alone in seen:
@@ -259,35 +259,47 @@ def _check_points(points: Sequence[Point], distinct: bool) -> None:
             )
         seen[alone] = each.number
         try:
-            _check_inputs(each.recipe, tasks, fitting)
+            _check_inputs(each.recipe, known)
         except ValueError as error:
             raise ValueError(f"point {each.number} ({described(each.chosen)}): {error}") from None
 
 
-def _check_inputs(
-    recipe: Recipe, tasks: dict[DataSettings, LanguageModelling], fitting: set[tuple[DataSettings, int, int]]
-) -> None:
-    """Refuse what would end the training before its first update.
+@dataclass(frozen=True)
+class _Known:
+    """What needs no second check.
 
-    tasks   : those of texts that are read already
+    tasks   : those of texts that are read already, with the number of symbols
     fitting : texts, batches and windows that are known to fit
+    pruned  : models, numbers of symbols and prunings that are known to fit
     """
+
+    tasks: dict[DataSettings, tuple[LanguageModelling, int]] = field(default_factory=dict)
+    fitting: set[tuple[DataSettings, int, int]] = field(default_factory=set)
+    pruned: set[tuple[ModelSettings, int, PruningRecipe]] = field(default_factory=set)
+
+
+def _check_inputs(recipe: Recipe, known: _Known) -> None:
+    """Refuse what would end the training before its first update."""
     data, training = recipe.data, recipe.training
     if training.devices > 1:
         raise ValueError(f"devices: got {training.devices}, but a point of a sweep has one GPU; leave it out")
-    if data not in tasks:
+    if data not in known.tasks:
         if data.text != "builtin" and read_stream(data.text) is not None:
             raise ValueError(f"text: {printable(data.text)} can be read only once, but many runs read it; give a file")
         corpus = data.corpus()
-        tasks[data] = LanguageModelling(corpus.train, corpus.valid, valid_batch=data.valid_batch, carry=data.carry)
-    task = tasks[data]
-    if (data, training.batch, training.window) not in fitting:
-        symbols = 1 + int(max(task.train.max(), task.valid.max() if task.valid is not None else 0))
+        task = LanguageModelling(corpus.train, corpus.valid, valid_batch=data.valid_batch, carry=data.carry)
+        known.tasks[data] = task, len(corpus.vocabulary)
+    task, symbols = known.tasks[data]
+    if (data, training.batch, training.window) not in known.fitting:
         smallest = Network.random([1], symbols=symbols, embedding=1, readout=symbols, rng=np.random.default_rng(0))
         task.check(smallest, training.batch, training.window)
-        fitting.add((data, training.batch, training.window))
-    if recipe.pruning.method:
-        recipe.pruning.schedule(updates(training, task))
+        known.fitting.add((data, training.batch, training.window))
+    schedule = recipe.pruning.schedule(updates(training, task))
+    if schedule is not None and (recipe.model, symbols, recipe.pruning) not in known.pruned:
+        # Whether a matrix has enough blocks does not depend on its weights.
+        shapes = recipe.model.matrices(symbols)
+        schedule.check({name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
+        known.pruned.add((recipe.model, symbols, recipe.pruning))
     teacher = recipe.distillation.teacher
     if teacher and not located_model(teacher).is_file():
         raise ValueError(f"teacher: {printable(teacher)}: no such file")

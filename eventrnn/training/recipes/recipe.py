@@ -45,6 +45,7 @@ from eventrnn.training.recipes.toml_config import need_file_name
 from eventrnn.training.run import run_locked
 from eventrnn.training.thresholds import initial
 from eventrnn.training.trainer import updates
+from eventrnn.weights import MatrixId
 
 # Beginnings of the names of settings of thresholds and of the events above them. A GRU or an LSTM has neither.
 _EVENT_SETTINGS = ("model.threshold", "model.surrogate", "training.thresholds")
@@ -100,6 +101,18 @@ class ModelSettings:
         """The cell of every layer. A cell without thresholds has no surrogate."""
         cell = Cell(self.cell, self.variant)
         return replace(cell, surrogate=self.surrogate) if cell.thresholded else cell
+
+    def matrices(self, symbols: int) -> dict[MatrixId, tuple[int, int]]:
+        """Shape (presynaptic units, postsynaptic gate rows) of each matrix that is pruned by default.
+
+        symbols : of the text, the outputs of a read-out of its own
+        """
+        gates, found, before = len(self.equations().equations.gates), {}, self.embedding
+        for k, units in enumerate(self.hidden):
+            found[MatrixId.of(k, "w_in", gates)] = before, gates * units
+            found[MatrixId.of(k, "w_rec", gates)] = units, gates * units
+            before = units
+        return found if self.tied else found | {MatrixId("readout"): (before, symbols)}
 
     def thresholds(self, rng: np.random.Generator) -> list[np.ndarray]:
         """Initial thresholds of every layer, (N,) float32 each; zeros for a cell without thresholds."""
@@ -168,8 +181,7 @@ class Recipe:
 
     def __post_init__(self):
         if self.pruning.method:
-            layers = [f"layers.{k}.{name}" for k in range(len(self.model.hidden)) for name in ("w_in", "w_rec")]
-            choose(layers if self.model.tied else [*layers, "readout"], exempt=self.pruning.exempt)
+            choose(self.model.matrices(symbols=1), exempt=self.pruning.exempt)
 
     def trainer(
         self,
