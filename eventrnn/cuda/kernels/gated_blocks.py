@@ -315,11 +315,17 @@ def make_add_strip(narrow: bool, stage_bytes: int):
         return int32(min(strip.rows_of_block, PIECE))
 
     @device_function
+    def pieces_of(strip):
+        """Pieces of a block row. Divisions by numbers that the compiler does not know take hundreds of cycles."""
+        return int32(int32(strip.rows_of_block + int32(PIECE - 1)) >> int32(7))
+
+    @device_function
     def is_whole(strip, received):
         """Whether `add_whole_rows` can multiply the strip."""
-        rows = rows_of_piece(strip)
-        pieces, piece_bytes = int32(strip.rows_of_block // rows), int32(rows * strip.width * size)
-        whole = rows % TURN == 0 and strip.rows_of_block % rows == 0 and strip.n_rows % strip.rows_of_block == 0
+        rows, pieces = rows_of_piece(strip), pieces_of(strip)
+        piece_bytes = int32(rows * strip.width * size)
+        whole = rows & int32(TURN - 1) == 0 and pieces * rows == strip.rows_of_block
+        whole = whole and strip.n_rows == strip.block_rows * strip.rows_of_block
         room = piece_bytes <= COPIES * 16 * LANES and PIECES_AHEAD * piece_bytes <= STAGES * stage_bytes
         one_block = strip.first_column == strip.last_column and strip.block_rows * pieces < LANES
         return received.samples == 1 and one_block and whole and room
@@ -354,8 +360,8 @@ def make_add_strip(narrow: bool, stage_bytes: int):
 
         Each lane looks at one block row.
         """
-        rows = rows_of_piece(strip)
-        pieces, piece_bytes = int32(strip.rows_of_block // rows), int64(rows * size) * strip.width
+        rows, pieces = rows_of_piece(strip), pieces_of(strip)
+        piece_bytes = int64(rows * size) * strip.width
         mask = needed_rows(strip, received, int32(0), strip.block_rows, lane)
         resident = int32(mask & int32((int32(1) << strip.resident) - 1))
         before, in_ring = int32(mask & int32((int32(1) << lane) - 1)), int32(popcount(resident) * pieces)
@@ -370,7 +376,8 @@ def make_add_strip(narrow: bool, stage_bytes: int):
                 if lane >= strip.resident:
                     streamed = int32(rank - in_ring)
                     offsets[streamed] = strip.offsets[lane] + int64(piece * rows) * strip.width
-                    place = piece_bytes * int32(streamed % int32(PIECES_AHEAD))
+                    # The remainder by three of a number below 32.
+                    place = piece_bytes * int32(streamed - 3 * int32(int32(streamed * int32(11)) >> int32(5)))
                 entries[int32(4 * rank)] = int32(place)
                 entries[int32(4 * rank + 1)] = int32(4 * int32(strip.rows_of_block * lane + piece * rows))
                 entries[int32(4 * rank + 2)] = gate

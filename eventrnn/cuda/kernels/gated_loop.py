@@ -327,6 +327,10 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
         for_inner = Received(own_samples, inputs_at, ones_at + int64(4), ones_at, input_pitch, none, none)
         for_logits = Received(own_samples, source_at, ones_at + int64(4), ones_at, source_pitch, none, none)
         for_blocks = Received(own_samples, inputs_at, active_at, gates_at, input_pitch, active_pitch, gates_pitch)
+        # The part of an own logit that a thread computes first.
+        of_strip = int32(parts * logit_width)
+        first_strip = int32(thread // of_strip)
+        first_part = int32(int32(thread - first_strip * of_strip) // logit_width)
         t = int64(0)
         while t < steps:
             stamp(stamps_at, t, 0, thread)
@@ -406,10 +410,12 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
                 if logits_resident != 0 and own_samples == 1:
                     # Every thread computes a part of an own logit. Few warps are full, because the rate at which
                     # warps read shared memory limits the sums.
-                    chain, of_strip = thread, int32(parts * logit_width)
+                    chain = thread
                     while chain < own_logits * of_strip:
-                        k = int32(chain // of_strip)
-                        number = int32(int32(chain - k * of_strip) // logit_width)
+                        k, number = first_strip, first_part
+                        if chain > thread:
+                            k = int32(chain // of_strip)
+                            number = int32(int32(chain - k * of_strip) // logit_width)
                         column = int32(chain - int32(k * parts + number) * logit_width)
                         acc, first_row = np.float32(0), int32(number * part_rows)
                         if number == 0:
