@@ -50,6 +50,7 @@ from eventrnn.cuda.kernels.ptx import (
     copy_async16,
     copy_async16_four,
     copy_async16_if,
+    load_shared4,
     load_shared_float4,
     shared_float32,
     shared_int32,
@@ -85,13 +86,6 @@ def add8(acc, weights, inputs):
     acc = cuda.fma(weights[5], inputs[5], acc)
     acc = cuda.fma(weights[6], inputs[6], acc)
     return cuda.fma(weights[7], inputs[7], acc)
-
-
-@device_function
-def store_scaled(to_at, gate, from_at):
-    """Store four neighbouring inputs in shared memory, multiplied by their gate."""
-    a, b, c, d = load_shared_float4(from_at)
-    store_shared_float4(int32(to_at), gate * a, gate * b, gate * c, gate * d)
 
 
 def make_add_strip(narrow: bool, stage_bytes: int):
@@ -399,15 +393,21 @@ def make_add_strip(narrow: bool, stage_bytes: int):
         return add8(add8(add8(add8(acc, a, p), b, q), c, r), d, s)
 
     @device_function
+    def add_128(acc, w_at, x_at, width):
+        """`add_piece` of PIECE rows."""
+        step, next32 = int64(16) * width, int64(32 * size) * width
+        acc = add_scaled32(acc, w_at, x_at, step)
+        acc = add_scaled32(acc, w_at + next32, x_at + int64(128), step)
+        acc = add_scaled32(acc, w_at + int64(2) * next32, x_at + int64(256), step)
+        return add_scaled32(acc, w_at + int64(3) * next32, x_at + int64(384), step)
+
+    @device_function
     def add_piece(acc, w_at, x_at, width, rows):
         """Add the terms of some rows, a multiple of eight. PIECE rows are one sequence without a branch, so that loads
         go ahead of the additions."""
         step, next32, k = int64(16) * width, int64(32 * size) * width, int32(0)
         if rows == PIECE:
-            acc = add_scaled32(acc, w_at, x_at, step)
-            acc = add_scaled32(acc, w_at + next32, x_at + int64(128), step)
-            acc = add_scaled32(acc, w_at + int64(2) * next32, x_at + int64(256), step)
-            acc = add_scaled32(acc, w_at + int64(3) * next32, x_at + int64(384), step)
+            acc = add_128(acc, w_at, x_at, width)
             k = rows
         while k + TURN <= rows:
             acc = add_scaled32(acc, w_at, x_at, step)
@@ -421,14 +421,13 @@ def make_add_strip(narrow: bool, stage_bytes: int):
     def add_whole_rows(acc, strip, received, ring_at, lane):
         """`add_strip` for one row of inputs, a strip of one block column, and block rows of whole pieces.
 
-        All lanes multiply the inputs of the next piece by its gate while those that have a column add the terms of the
-        present one. Only these read shared memory then, whose rate would limit the sums otherwise. Pieces that are not
-        resident are copied PIECES_AHEAD ahead, to a ring of as many.
+        The lanes multiply the inputs of the next piece by its gate, each some of them, and add the terms of the
+        present one. Pieces that are not resident are copied PIECES_AHEAD ahead, to a ring of as many.
         """
         rows, lists_at = rows_of_piece(strip), ring_at + int64(STAGES * stage_bytes)
         piece_bytes, scaled_at = int64(rows * size) * strip.width, lists_at + int64(LIST_BYTES)
         count, resident = list_pieces(strip, received, ring_at, lists_at, lane)
-        entries, offsets = shared_int32(lists_at), shared_int64(lists_at + int64(16 * LANES))
+        offsets = shared_int64(lists_at + int64(16 * LANES))
         streamed, copied = int32(count - resident), int32(0)
         while copied < PIECES_AHEAD:
             wanted = copied < streamed
@@ -436,36 +435,42 @@ def make_add_strip(narrow: bool, stage_bytes: int):
             copy_piece(strip, offset, wanted, ring_at + piece_bytes * copied, lane)
             copied = int32(copied + 1)
         if count > 0:
-            own_at, x_at = ring_at + int64(16) * lane, received.inputs_at + int64(16) * lane
-            to_at, last = scaled_at + int64(16) * lane, int32(4 * int32(count - 1))
-            # The place of the weights of the present piece, and the entry of the next one.
-            place = entries[0]
-            store_scaled(to_at, libdevice.int_as_float(entries[2]), x_at + int64(entries[1]))
-            following = int32(min(int32(4), last))
-            next_place, next_x, next_gate = (
-                entries[following],
-                entries[int32(following + 1)],
-                entries[int32(following + 2)],
-            )
+            # Lanes without a column read what another lane reads.
+            own_at = ring_at + int64(16) * min(lane, int32(strip.width - 1))
+            x_at, to_at = received.inputs_at + int64(16) * lane, scaled_at + int64(16) * lane
+            # The address of the weights of the present piece, and the entry of the next one.
+            entry_at, last_at = int32(lists_at), int32(int32(lists_at) + int32(16 * int32(count - 1)))
+            place, x, gate, _ = load_shared4(entry_at)
+            v0, v1, v2, v3 = load_shared_float4(x_at + int64(x))
+            gate = libdevice.int_as_float(gate)
+            store_shared_float4(int32(to_at), gate * v0, gate * v1, gate * v2, gate * v3)
+            entry_at = int32(min(int32(entry_at + int32(16)), last_at))
+            next_place, next_x, next_gate, _ = load_shared4(entry_at)
             cuda.syncwarp(FULL_WARP)
-            done, half, slot = int32(0), int32(0), int32(0)
+            done, half, slot, whole = int32(0), int32(0), int32(0), rows == PIECE
+            while whole and done < resident:
+                # Like the next loop, without copies and without a branch.
+                w0, w1, w2, w3 = load_shared_float4(x_at + int64(next_x))
+                entry_at = int32(min(int32(entry_at + int32(16)), last_at))
+                later_place, later_x, later_gate, _ = load_shared4(entry_at)
+                acc = add_128(acc, own_at + int64(place), scaled_at + int64(half), strip.width)
+                half, gate_2 = int32(half ^ int32(4 * PIECE)), libdevice.int_as_float(next_gate)
+                store_shared_float4(int32(to_at + int64(half)), gate_2 * w0, gate_2 * w1, gate_2 * w2, gate_2 * w3)
+                # All lanes have read the present piece and written the next one.
+                cuda.syncwarp(FULL_WARP)
+                place, next_place, next_x, next_gate = next_place, later_place, later_x, later_gate
+                done = int32(done + 1)
             while done < count:
                 if done >= resident:
                     wait_for_oldest_row()
                     # The other lanes have copied parts of the piece.
                     cuda.syncwarp(FULL_WARP)
-                v0, v1, v2, v3 = load_shared_float4(x_at + int64(next_x))
-                following = int32(min(int32(following + 4), last))
-                later_place, later_x, later_gate = (
-                    entries[following],
-                    entries[int32(following + 1)],
-                    entries[int32(following + 2)],
-                )
-                if lane < strip.width:
-                    acc = add_piece(acc, own_at + int64(place), scaled_at + int64(half), strip.width, rows)
-                half, gate = int32(half ^ int32(4 * PIECE)), libdevice.int_as_float(next_gate)
-                store_shared_float4(int32(to_at + int64(half)), gate * v0, gate * v1, gate * v2, gate * v3)
-                # All lanes have read the present piece and written the next one.
+                u0, u1, u2, u3 = load_shared_float4(x_at + int64(next_x))
+                entry_at = int32(min(int32(entry_at + int32(16)), last_at))
+                last_place, last_x, last_gate, _ = load_shared4(entry_at)
+                acc = add_piece(acc, own_at + int64(place), scaled_at + int64(half), strip.width, rows)
+                half, gate_3 = int32(half ^ int32(4 * PIECE)), libdevice.int_as_float(next_gate)
+                store_shared_float4(int32(to_at + int64(half)), gate_3 * u0, gate_3 * u1, gate_3 * u2, gate_3 * u3)
                 cuda.syncwarp(FULL_WARP)
                 if done >= resident:
                     wanted = copied < streamed
@@ -474,7 +479,7 @@ def make_add_strip(narrow: bool, stage_bytes: int):
                     copied, slot = int32(copied + 1), int32(slot + 1)
                     if slot == PIECES_AHEAD:
                         slot = int32(0)
-                place, next_place, next_x, next_gate = next_place, later_place, later_x, later_gate
+                place, next_place, next_x, next_gate = next_place, last_place, last_x, last_gate
                 done = int32(done + 1)
         return acc
 
