@@ -437,50 +437,75 @@ def make_add_strip(narrow: bool, stage_bytes: int):
         if count > 0:
             # Lanes without a column read what another lane reads.
             own_at = ring_at + int64(16) * min(lane, int32(strip.width - 1))
-            x_at, to_at = received.inputs_at + int64(16) * lane, scaled_at + int64(16) * lane
-            # The address of the weights of the present piece, and the entry of the next one.
+            raw_at, to_at = received.inputs_at + int64(16) * lane, scaled_at + int64(16) * lane
+            step, next8, sixteen = int64(16) * strip.width, int64(8 * size) * strip.width, int64(16)
+            # The entry of the next piece.
             entry_at, last_at = int32(lists_at), int32(int32(lists_at) + int32(16 * int32(count - 1)))
-            place, x, gate, _ = load_shared4(entry_at)
-            v0, v1, v2, v3 = load_shared_float4(x_at + int64(x))
-            gate = libdevice.int_as_float(gate)
+            place, raw, first_gate, _ = load_shared4(entry_at)
+            v0, v1, v2, v3 = load_shared_float4(raw_at + int64(raw))
+            gate = libdevice.int_as_float(first_gate)
             store_shared_float4(int32(to_at), gate * v0, gate * v1, gate * v2, gate * v3)
             entry_at = int32(min(int32(entry_at + int32(16)), last_at))
-            next_place, next_x, next_gate, _ = load_shared4(entry_at)
+            next_place, next_raw, next_gate, _ = load_shared4(entry_at)
+            if resident == 0:
+                wait_for_oldest_row()
+            # The other lanes have copied parts of the piece, and multiplied others of its inputs.
             cuda.syncwarp(FULL_WARP)
-            done, half, slot, whole = int32(0), int32(0), int32(0), rows == PIECE
-            while whole and done < resident:
-                # Like the next loop, without copies and without a branch.
-                w0, w1, w2, w3 = load_shared_float4(x_at + int64(next_x))
-                entry_at = int32(min(int32(entry_at + int32(16)), last_at))
-                later_place, later_x, later_gate, _ = load_shared4(entry_at)
-                acc = add_128(acc, own_at + int64(place), scaled_at + int64(half), strip.width)
-                half, gate_2 = int32(half ^ int32(4 * PIECE)), libdevice.int_as_float(next_gate)
-                store_shared_float4(int32(to_at + int64(half)), gate_2 * w0, gate_2 * w1, gate_2 * w2, gate_2 * w3)
-                # All lanes have read the present piece and written the next one.
-                cuda.syncwarp(FULL_WARP)
-                place, next_place, next_x, next_gate = next_place, later_place, later_x, later_gate
-                done = int32(done + 1)
+            done, half, slot = int32(0), int32(0), int32(0)
+            w_at, x_at = own_at + int64(place), scaled_at
+            a0, a1, a2, a3, a4, a5, a6, a7 = weights8(w_at, step)
+            p0, p1, p2, p3, p4, p5, p6, p7 = load8(x_at, sixteen)
+            b0, b1, b2, b3, b4, b5, b6, b7 = weights8(w_at + next8, step)
+            q0, q1, q2, q3, q4, q5, q6, q7 = load8(x_at + int64(32), sixteen)
+            c0, c1, c2, c3, c4, c5, c6, c7 = weights8(w_at + 2 * next8, step)
+            r0, r1, r2, r3, r4, r5, r6, r7 = load8(x_at + int64(64), sixteen)
             while done < count:
-                if done >= resident:
-                    wait_for_oldest_row()
-                    # The other lanes have copied parts of the piece.
-                    cuda.syncwarp(FULL_WARP)
-                u0, u1, u2, u3 = load_shared_float4(x_at + int64(next_x))
+                done = int32(done + 1)
+                u0, u1, u2, u3 = load_shared_float4(raw_at + int64(next_raw))
                 entry_at = int32(min(int32(entry_at + int32(16)), last_at))
-                last_place, last_x, last_gate, _ = load_shared4(entry_at)
-                acc = add_piece(acc, own_at + int64(place), scaled_at + int64(half), strip.width, rows)
-                half, gate_3 = int32(half ^ int32(4 * PIECE)), libdevice.int_as_float(next_gate)
-                store_shared_float4(int32(to_at + int64(half)), gate_3 * u0, gate_3 * u1, gate_3 * u2, gate_3 * u3)
+                later_place, later_raw, later_gate, _ = load_shared4(entry_at)
+                turn = int32(TURN)
+                while turn < rows:
+                    d, s = weights8(w_at + 3 * next8, step), load8(x_at + int64(96), sixteen)
+                    acc = add8(acc, (a0, a1, a2, a3, a4, a5, a6, a7), (p0, p1, p2, p3, p4, p5, p6, p7))
+                    a0, a1, a2, a3, a4, a5, a6, a7 = weights8(w_at + 4 * next8, step)
+                    p0, p1, p2, p3, p4, p5, p6, p7 = load8(x_at + int64(128), sixteen)
+                    acc = add8(acc, (b0, b1, b2, b3, b4, b5, b6, b7), (q0, q1, q2, q3, q4, q5, q6, q7))
+                    b0, b1, b2, b3, b4, b5, b6, b7 = weights8(w_at + 5 * next8, step)
+                    q0, q1, q2, q3, q4, q5, q6, q7 = load8(x_at + int64(160), sixteen)
+                    acc = add8(acc, (c0, c1, c2, c3, c4, c5, c6, c7), (r0, r1, r2, r3, r4, r5, r6, r7))
+                    c0, c1, c2, c3, c4, c5, c6, c7 = weights8(w_at + 6 * next8, step)
+                    r0, r1, r2, r3, r4, r5, r6, r7 = load8(x_at + int64(192), sixteen)
+                    acc = add8(acc, d, s)
+                    turn, w_at, x_at = int32(turn + TURN), w_at + 4 * next8, x_at + int64(128)
+                e, t = weights8(w_at + 3 * next8, step), load8(x_at + int64(96), sixteen)
+                acc = add8(acc, (a0, a1, a2, a3, a4, a5, a6, a7), (p0, p1, p2, p3, p4, p5, p6, p7))
+                half, scale = int32(half ^ int32(4 * PIECE)), libdevice.int_as_float(next_gate)
+                store_shared_float4(int32(to_at + int64(half)), scale * u0, scale * u1, scale * u2, scale * u3)
+                w_at, x_at = own_at + int64(next_place), scaled_at + int64(half)
+                # All lanes have written the inputs of the next piece.
                 cuda.syncwarp(FULL_WARP)
                 if done >= resident:
-                    wanted = copied < streamed
-                    offset = offsets[copied] if wanted else int64(0)
-                    copy_piece(strip, offset, wanted, ring_at + piece_bytes * slot, lane)
-                    copied, slot = int32(copied + 1), int32(slot + 1)
-                    if slot == PIECES_AHEAD:
-                        slot = int32(0)
-                place, next_place, next_x, next_gate = next_place, last_place, last_x, last_gate
-                done = int32(done + 1)
+                    if done > resident:
+                        # All lanes have read the present piece, whose place may be written again.
+                        wanted = copied < streamed
+                        offset = offsets[copied] if wanted else int64(0)
+                        copy_piece(strip, offset, wanted, ring_at + piece_bytes * slot, lane)
+                        copied, slot = int32(copied + 1), int32(slot + 1)
+                        if slot == PIECES_AHEAD:
+                            slot = int32(0)
+                    wait_for_oldest_row()
+                    cuda.syncwarp(FULL_WARP)
+                a0, a1, a2, a3, a4, a5, a6, a7 = weights8(w_at, step)
+                p0, p1, p2, p3, p4, p5, p6, p7 = load8(x_at, sixteen)
+                acc = add8(acc, (b0, b1, b2, b3, b4, b5, b6, b7), (q0, q1, q2, q3, q4, q5, q6, q7))
+                b0, b1, b2, b3, b4, b5, b6, b7 = weights8(w_at + next8, step)
+                q0, q1, q2, q3, q4, q5, q6, q7 = load8(x_at + int64(32), sixteen)
+                acc = add8(acc, (c0, c1, c2, c3, c4, c5, c6, c7), (r0, r1, r2, r3, r4, r5, r6, r7))
+                c0, c1, c2, c3, c4, c5, c6, c7 = weights8(w_at + 2 * next8, step)
+                r0, r1, r2, r3, r4, r5, r6, r7 = load8(x_at + int64(64), sixteen)
+                acc = add8(acc, e, t)
+                next_place, next_raw, next_gate = later_place, later_raw, later_gate
         return acc
 
     @device_function
