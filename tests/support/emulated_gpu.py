@@ -140,6 +140,7 @@ SHORT_ADDRESSES = {
     "store_relaxed_int64": lambda at, word: ctypes.memmove(int(at), struct.pack("<q", int(word)), 8),
     "count_arrival": _count_arrival,
     "fence_system": lambda: None,
+    "fence_gpu": lambda: None,
 }
 
 
@@ -200,6 +201,7 @@ def emulated(function, blocks, threads: int, shared: int):
         syncthreads_or=lambda vote: any(here.block.exchange(here.thread, int(vote))),
         syncwarp=lambda mask: here.warp.exchange(here.lane, 0),
         ballot_sync=_ballot,
+        shfl_sync=lambda mask, word, lane: here.warp.exchange(here.lane, word)[int(lane)],
         ffs=lambda word: np.int32((int(word) & -int(word)).bit_length()),
         fma=_fused(),
     )

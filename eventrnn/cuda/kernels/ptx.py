@@ -501,8 +501,9 @@ store_relaxed_int64 = instruction(
 #: address of an int32 and a number: adds it, and returns what was there before
 count_arrival = instruction("atom.relaxed.gpu.global.add.s32 $0, [$1], $2;", f"=r,l,r,{MEMORY}", INT, types.int64, INT)
 
-#: orders all earlier memory operations of the block before later ones, for all blocks and for the host
+#: orders earlier memory operations before later ones, for all blocks and for the host; for all blocks only
 fence_system = instruction("fence.acq_rel.sys;", MEMORY, NOTHING)
+fence_gpu = instruction("fence.acq_rel.gpu;", MEMORY, NOTHING)
 
 #: two neighbouring words of global memory that are read-only during the kernel
 load_readonly2 = instruction(
