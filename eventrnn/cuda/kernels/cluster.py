@@ -111,7 +111,13 @@ def poll_drive(drive, address, max_polls):
 
 
 def cluster_kernel(
-    layout: int, layout_in: int, blocks: int, units_per_lane: int, units_per_lane_in: int, clocked: bool = False
+    layout: int,
+    layout_in: int,
+    blocks: int,
+    units_per_lane: int,
+    units_per_lane_in: int,
+    single: bool = False,
+    clocked: bool = False,
 ):
     """The kernel of the cluster plan and its signature.
 
@@ -119,6 +125,9 @@ def cluster_kernel(
     blocks             : blocks per cluster: 1, 2, 4, 8 or 16
     units_per_lane     : units that a lane gathers together in recurrent strips
     units_per_lane_in  : the same for input strips, 0 if the launch has no input clusters
+    single             : recurrent clusters have one sample, and a warp at most one strip, of one chunk, and one tile
+                         (`plan.Plan.single_strips`); fewer branches, each of which costs the only warp of a scheduler
+                         ten cycles or more
     clocked            : measure the phases of a turn (`tables.TURN_PHASES`), which costs time itself
     """
     has_input_clusters, narrow = units_per_lane_in > 0, layout & NARROW
@@ -357,6 +366,9 @@ def cluster_kernel(
             block_2 = map_to_rank(base, int32((rank + 8) & (blocks - 1)))
             block_3 = map_to_rank(base, int32((rank + 12) & (blocks - 1)))
             units_at, chunks, row, column = load_shared4(int32(strips_at + 16 * warp))
+            if single:
+                # The table of every strip has room for a chunk. What is known here folds the loops below.
+                samples, chunks = int32(1), int32(1)
             if warp >= strips:
                 units_at = int32(base + int32(block[tables.AT_UNITS]))
             o0, o1, o2, o3, o4, o5, o6 = first_offsets(units_at, lane)
@@ -367,6 +379,8 @@ def cluster_kernel(
                 own_column = min(int32(load_shared4(int32(strips_at + 16 * slot))[3] + lane), int32(columns - 1))
                 copy_async(int64(drives_at + 2 * TILE_BYTES * slot), drive_from + int64(4) * own_column)
                 slot = int32(slot + warps)
+                if single:
+                    break
             t, odd = int32(0), int32(0)
             while t < steps32:
                 parity, next_parity = int32(t & 1), int32((t + 1) & 1)
@@ -389,6 +403,8 @@ def cluster_kernel(
                             int64(drives_at + TILE_BYTES * (2 * slot + 1 - odd)), next_drives + int64(4) * own_column
                         )
                         slot = int32(slot + warps)
+                        if single:
+                            break
                     rows = int32(2 * sample)
                     copies_done = cycles()
                     if t > 0:
@@ -438,6 +454,8 @@ def cluster_kernel(
                             store_shared_float(int32(gates + TILE_BYTES * slot), acc)
                             store_shared_float(int32(candidates + TILE_BYTES * slot), drive)
                         slot = int32(slot + warps)
+                        if single:
+                            break
                         if warps < strips:
                             following = slot
                             if slot >= strips:
@@ -483,6 +501,8 @@ def cluster_kernel(
                             if last_step:
                                 carried[(first + sample) * n + unit] = c
                         own_tile = int32(own_tile + warps)
+                        if single:
+                            break
                     sent_at += log_row_bytes
                     after_at += drive_bytes // 3
                     if clocked:
