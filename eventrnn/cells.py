@@ -92,6 +92,11 @@ def ldexp(x: Any, n: Any) -> Any:
     return x * power_of_two(n)
 
 
+def reciprocal(x: Any) -> Any:
+    """`1 / x` for `x` in [1, 2^125]."""
+    return ONE / x
+
+
 def select(condition: Any, a: Any, b: Any) -> Any:
     """`a` where the condition holds, and `b` elsewhere."""
     return np.where(condition, a, b)[()]
@@ -164,7 +169,8 @@ def tanh_float32(x: Any) -> Any:
     p = fma(p, square, TANH_0)
     small = fma(p * square, x, x)
     bounded = select(size > TANH_SATURATED, TANH_SATURATED, size)
-    large = ONE - TWO / (exp_float32(TWO * bounded) + ONE)
+    # Twice a number is exact, so the sum is rounded once.
+    large = fma(-TWO, reciprocal(exp_float32(TWO * bounded) + ONE), ONE)
     return select(size < TANH_SPLIT, small, select(x < ZERO, -large, large))
 
 

@@ -108,7 +108,9 @@ def cluster_plan(shapes: Sequence[ClusterShape], batch: int, chip: Chip) -> Plan
     shared = max(layer.shared for layer in layers)
     parts = zip(roles, layers, strict=True)
     single &= samples == 1 and all(
-        layer.offsets[tables.CAPACITY] == LANES * per_lane[0] for (shape, m), layer in parts if m is shape.w_rec
+        layer.offsets[tables.CAPACITY] == LANES * per_lane[0] and np.diff(m.begins).min() > 0
+        for (shape, m), layer in parts
+        if m is shape.w_rec
     )
     return Plan(tuple(layers), samples, groups, warps, shared, 0, np.array(table), size, per_lane, single)
 

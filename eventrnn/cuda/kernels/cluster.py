@@ -49,6 +49,7 @@ from numba import int32, int64, types
 
 from eventrnn.cuda import tables
 from eventrnn.cuda.device import cuda, device_function, libdevice
+from eventrnn.cuda.kernels.cluster_stream import make_stream_turns
 from eventrnn.cuda.kernels.gather_product import make_gather_product
 from eventrnn.cuda.kernels.persistent import MAX_POLLS, UNWRITTEN, copy_to_shared
 from eventrnn.cuda.kernels.ptx import (
@@ -125,9 +126,8 @@ def cluster_kernel(
     blocks             : blocks per cluster: 1, 2, 4, 8 or 16
     units_per_lane     : units that a lane gathers together in recurrent strips
     units_per_lane_in  : the same for input strips, 0 if the launch has no input clusters
-    single             : recurrent clusters have one sample, and a warp at most one strip, of one chunk, and one tile
-                         (`plan.Plan.single_strips`); fewer branches, each of which costs the only warp of a scheduler
-                         ten cycles or more
+    single             : recurrent clusters have one sample, and a warp at most one strip, of one chunk
+                         (`plan.Plan.single_strips`): their turns are those of `cluster_stream.py`
     clocked            : measure the phases of a turn (`tables.TURN_PHASES`), which costs time itself
     """
     has_input_clusters, narrow = units_per_lane_in > 0, layout & NARROW
@@ -162,6 +162,9 @@ def cluster_kernel(
         if blocks >= 16:
             store_async4(int32(block_2 + offset), a, b, c, d, int32(block_2 + barrier))
             store_async4(int32(block_3 + offset), a, b, c, d, int32(block_3 + barrier))
+
+    functions = wait_for_phase, poll_drive, broadcast_tile, cycles
+    stream_turns = make_stream_turns(layout, units_per_lane, has_input_clusters, functions)
 
     @device_function
     def load_strips(layer, block, n, first_unit, last_unit, shared, in_shared, chunk, beyond, thread, threads):
@@ -287,6 +290,13 @@ def cluster_kernel(
         cluster_arrive()
         cluster_wait()
 
+        # The four blocks that this lane writes to. Ranks wrap around in clusters of fewer than 16 blocks.
+        rank = int32(lane >> 3)
+        block_0 = map_to_rank(base, int32(rank & (blocks - 1)))
+        block_1 = map_to_rank(base, int32((rank + 4) & (blocks - 1)))
+        block_2 = map_to_rank(base, int32((rank + 8) & (blocks - 1)))
+        block_3 = map_to_rank(base, int32((rank + 12) & (blocks - 1)))
+
         # These values are loaded, so that the compiler does not recompute them in every turn.
         thread = load_shared(int32(hits_at + tables.HIT_BYTES * lane))
         lane, warp = thread & int32(31), thread >> int32(5)
@@ -340,6 +350,10 @@ def cluster_kernel(
                 if column >= first_column and column - first_column < last_unit - first_unit:
                     store_relaxed(drive_from + (t * batch + sample) * drive_bytes + int64(4) * column, acc)
                 slot = int32(slot + warps)
+        elif single:
+            stream_turns(
+                layer, block, base, rows_from, first, steps32, batch, faults_at, thread, block_0, block_1, block_2, block_3
+            )
         else:
             gates_size = int32(TILE_BYTES * (strips + 1))
             gates_at = int32(base + int32(block[tables.AT_SUMS_REC]) + 4 * lane)
@@ -359,16 +373,7 @@ def cluster_kernel(
                     store_shared_float(int32(cells_at + TILE_BYTES * (sample * tiles + own_tile)), value)
                     own_tile = int32(own_tile + warps)
                 sample = int32(sample + 1)
-            # The four blocks that this lane writes to. Ranks wrap around in clusters of fewer than 16 blocks.
-            rank = int32(lane >> 3)
-            block_0 = map_to_rank(base, int32(rank & (blocks - 1)))
-            block_1 = map_to_rank(base, int32((rank + 4) & (blocks - 1)))
-            block_2 = map_to_rank(base, int32((rank + 8) & (blocks - 1)))
-            block_3 = map_to_rank(base, int32((rank + 12) & (blocks - 1)))
             units_at, chunks, row, column = load_shared4(int32(strips_at + 16 * warp))
-            if single:
-                # The table of every strip has room for a chunk. What is known here folds the loops below.
-                samples, chunks = int32(1), int32(1)
             if warp >= strips:
                 units_at = int32(base + int32(block[tables.AT_UNITS]))
             o0, o1, o2, o3, o4, o5, o6 = first_offsets(units_at, lane)
@@ -379,8 +384,6 @@ def cluster_kernel(
                 own_column = min(int32(load_shared4(int32(strips_at + 16 * slot))[3] + lane), int32(columns - 1))
                 copy_async(int64(drives_at + 2 * TILE_BYTES * slot), drive_from + int64(4) * own_column)
                 slot = int32(slot + warps)
-                if single:
-                    break
             t, odd = int32(0), int32(0)
             while t < steps32:
                 parity, next_parity = int32(t & 1), int32((t + 1) & 1)
@@ -403,8 +406,6 @@ def cluster_kernel(
                             int64(drives_at + TILE_BYTES * (2 * slot + 1 - odd)), next_drives + int64(4) * own_column
                         )
                         slot = int32(slot + warps)
-                        if single:
-                            break
                     rows = int32(2 * sample)
                     copies_done = cycles()
                     if t > 0:
@@ -454,8 +455,6 @@ def cluster_kernel(
                             store_shared_float(int32(gates + TILE_BYTES * slot), acc)
                             store_shared_float(int32(candidates + TILE_BYTES * slot), drive)
                         slot = int32(slot + warps)
-                        if single:
-                            break
                         if warps < strips:
                             following = slot
                             if slot >= strips:
@@ -501,8 +500,6 @@ def cluster_kernel(
                             if last_step:
                                 carried[(first + sample) * n + unit] = c
                         own_tile = int32(own_tile + warps)
-                        if single:
-                            break
                     sent_at += log_row_bytes
                     after_at += drive_bytes // 3
                     if clocked:

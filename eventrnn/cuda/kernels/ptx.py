@@ -5,7 +5,7 @@ Addresses are integers: int64 for global memory and for the start of shared memo
 a shared address. One int64 table in memory can therefore hold everything that a kernel works on.
 
 The cell rules are the functions of `cells.py` (the same that `reference.step` calls), compiled over the primitives
-`fma`, `round_even`, `power_of_two`, `ldexp` and `select` defined here.
+`fma`, `round_even`, `power_of_two`, `ldexp`, `reciprocal` and `select` defined here.
 """
 
 from __future__ import annotations
@@ -39,22 +39,45 @@ def fma(a, b, c):
     return cuda.fma(a, b, c)
 
 
+# 1.5 * 2^23. The sum of this and of a float32 number below 2^22 in magnitude is that number rounded to the nearest
+# integer, ties to even, in the low bits. The conversions of the hardware take several times as long as additions.
+ROUNDER = np.float32(12582912.0)
+
+
 @device_function
 def round_even(x):
-    """`cells.round_even`."""
-    return libdevice.rintf(x)
+    """`cells.round_even`, for numbers below 2^22 in magnitude."""
+    return (x + ROUNDER) - ROUNDER
 
 
 @device_function
 def power_of_two(n):
     """`cells.power_of_two`."""
-    return libdevice.int_as_float((np.int32(n) + np.int32(127)) << np.int32(23))
+    return libdevice.int_as_float((libdevice.float_as_int(n + ROUNDER) + np.int32(127)) << np.int32(23))
 
 
 @device_function
 def ldexp(x, n):
-    """`cells.ldexp`: adds to the exponent bits, because the result is a normal number."""
-    return libdevice.int_as_float(libdevice.float_as_int(x) + (np.int32(n) << np.int32(23)))
+    """`cells.ldexp`."""
+    return x * power_of_two(n)
+
+
+@intrinsic
+def approximate_reciprocal(typingctx, x):
+    """1 / x, with an error of one ulp."""
+
+    def generate(context, builder, signature, args):
+        kind = ir.FunctionType(FLOAT, [FLOAT])
+        return builder.call(ir.InlineAsm(kind, "rcp.approx.ftz.f32 $0, $1;", "=f,f"), args)
+
+    return types.float32(types.float32), generate
+
+
+@device_function
+def reciprocal(x):
+    """`cells.reciprocal`: the steps of `rcp.rn`, without its test for results that are not normal numbers."""
+    y = approximate_reciprocal(x)
+    return cuda.fma(y, cuda.fma(-x, y, np.float32(1)), y)
 
 
 @device_function
@@ -65,7 +88,15 @@ def select(condition, a, b):
 
 # The functions of `cells.py`, unchanged, over the primitives above. They are copies, because Numba would otherwise use
 # the implementations that the CPU engine has registered for the originals.
-_names = dict(vars(cells), fma=fma, round_even=round_even, power_of_two=power_of_two, ldexp=ldexp, select=select)
+_names = dict(
+    vars(cells),
+    fma=fma,
+    round_even=round_even,
+    power_of_two=power_of_two,
+    ldexp=ldexp,
+    reciprocal=reciprocal,
+    select=select,
+)
 
 
 def _rule(function):
