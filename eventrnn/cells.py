@@ -142,7 +142,11 @@ TANH_SATURATED = F32(9.5)
 def exp_float32(x: Any) -> Any:
     """Float32 `exp`; arguments are clamped to [-87, 88]."""
     x = select(x > EXP_HIGHEST, EXP_HIGHEST, x)
-    x = select(x < EXP_LOWEST, EXP_LOWEST, x)
+    return exp_in_range(select(x < EXP_LOWEST, EXP_LOWEST, x))
+
+
+def exp_in_range(x: Any) -> Any:
+    """Float32 `exp` for arguments in [-87, 88]."""
     n = round_even(x * LOG2_E)
     r = fma(-n, LN2_HIGH, x)
     r = fma(-n, LN2_LOW, r)
@@ -170,7 +174,7 @@ def tanh_float32(x: Any) -> Any:
     small = fma(p * square, x, x)
     bounded = select(size > TANH_SATURATED, TANH_SATURATED, size)
     # Twice a number is exact, so the sum is rounded once.
-    large = fma(-TWO, reciprocal(exp_float32(TWO * bounded) + ONE), ONE)
+    large = fma(-TWO, reciprocal(exp_in_range(TWO * bounded) + ONE), ONE)
     return select(size < TANH_SPLIT, small, select(x < ZERO, -large, large))
 
 

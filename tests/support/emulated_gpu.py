@@ -218,6 +218,7 @@ def rules() -> dict[str, FunctionType]:
     def rule(name):
         return FunctionType(getattr(cells, name).__code__, names, name)
 
+    names["exp_in_range"] = rule("exp_in_range")
     names |= {name: rule(f"{name}_float32") for name in ("exp", "sigmoid", "tanh")}
     names["exp_float32"] = names["exp"]
     names |= {name: rule(name) for name in (*RULES, "lstm_output")}

@@ -290,8 +290,9 @@ def cluster_kernel(
         cluster_arrive()
         cluster_wait()
 
-        # The four blocks that this lane writes to. Ranks wrap around in clusters of fewer than 16 blocks.
-        rank = int32(lane >> 3)
+        # The four blocks that this lane writes to. Every block begins with itself, so that not all write to the same one
+        # at the same time. Ranks wrap around.
+        rank = int32((lane >> 3) + int32(cuda.blockIdx.x))
         block_0 = map_to_rank(base, int32(rank & (blocks - 1)))
         block_1 = map_to_rank(base, int32((rank + 4) & (blocks - 1)))
         block_2 = map_to_rank(base, int32((rank + 8) & (blocks - 1)))

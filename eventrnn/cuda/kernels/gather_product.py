@@ -116,6 +116,7 @@ def make_hit_product(layout: int, reached: bool = False):
     includes the lane's offset in a row.
     """
     narrow, resident = layout & NARROW, layout & RESIDENT
+    padding = 8 if resident else TERMS_PER_GROUP
     if resident:
         address = int32
         if narrow:
@@ -168,7 +169,7 @@ def make_hit_product(layout: int, reached: bool = False):
     @device_function
     def hit_product(acc, values_at, hits_at, hits, lane):
         # The padding of the list adds zero times the first row.
-        if lane < LIST_PAD:
+        if lane < padding:
             store_shared2(int32(hits_at + HIT_BYTES * (hits + lane)), int32(0), int32(0))
         cuda.syncwarp(FULL_WARP)
         h = int32(0)

@@ -103,6 +103,8 @@ def _rule(function):
     return device_function(FunctionType(function.__code__, _names, function.__name__))
 
 
+_names["exp_in_range"] = _rule(cells.exp_in_range)
+
 _names["exp"] = _rule(cells.exp_float32)
 
 _names["exp_float32"] = _names["exp"]
