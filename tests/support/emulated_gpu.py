@@ -285,7 +285,7 @@ def emulated(function, blocks, threads: int, shared: int, cluster: int = 0):
         ),
         id(ptx.store_relaxed): _store,
         id(ptx.sum_of_warp): lambda value: np.int32(sum(here.warp.exchange(here.lane, int(value)))),
-        id(ptx.copy_async): lambda target, source: _store(target, fake_gpu.floats(source, 1)[0]),
+        id(ptx.copy_async): lambda target, source: _store(_whole(target), fake_gpu.floats(source, 1)[0]),
         id(ptx.copy_async16): lambda target, source: ctypes.memmove(int(target), int(source), 16),
         id(ptx.copy_async16_four): _copy_four,
         id(ptx.copy_async16_if): lambda target, source, flag: flag and ctypes.memmove(int(target), int(source), 16),

@@ -99,6 +99,12 @@ def wait_for_phase(barrier, parity, max_polls):
 
 
 @device_function
+def in_all_lanes(value):
+    """The int32 of the first lane: the compiler then knows that branches on it are the same for the whole warp."""
+    return cuda.shfl_sync(FULL_WARP, int32(value), int32(0))
+
+
+@device_function
 def poll_drive(drive, address, max_polls):
     """An input drive, and whether it was written in time.
 
@@ -252,6 +258,7 @@ def cluster_kernel(
         strips_at = int32(base + int32(block[tables.AT_STRIPS]) + 32)
         bias_at = int32(base + int32(block[tables.AT_BIAS]) + 4 * lane)
         steps32, max_polls = int32(steps), int32(MAX_POLLS)
+        samples, tiles = in_all_lanes(samples), in_all_lanes(tiles)
         in_shared, chunk, beyond = resident, int32(LANES * units_per_lane), row_size
         if has_input_clusters and input_log != 0:
             in_shared, chunk, beyond = resident_in, int32(LANES * units_per_lane_in), int32(-1)
@@ -290,9 +297,9 @@ def cluster_kernel(
         cluster_arrive()
         cluster_wait()
 
-        # The four blocks that this lane writes to. Every block begins with itself, so that not all write to the same one
-        # at the same time. Ranks wrap around.
-        rank = int32((lane >> 3) + int32(cuda.blockIdx.x))
+        # The four blocks that this lane writes to. Ranks wrap around in clusters of fewer than 16 blocks. Where every
+        # block begins with another one, the exchange takes longer.
+        rank = int32(lane >> 3)
         block_0 = map_to_rank(base, int32(rank & (blocks - 1)))
         block_1 = map_to_rank(base, int32((rank + 4) & (blocks - 1)))
         block_2 = map_to_rank(base, int32((rank + 8) & (blocks - 1)))
@@ -300,9 +307,10 @@ def cluster_kernel(
 
         # These values are loaded, so that the compiler does not recompute them in every turn.
         thread = load_shared(int32(hits_at + tables.HIT_BYTES * lane))
-        lane, warp = thread & int32(31), thread >> int32(5)
+        lane, warp = thread & int32(31), in_all_lanes(thread >> int32(5))
         strips, _, _, strip_r = load_shared4(int32(strips_at - 32))
         shift_r, strip_g, shift_g, _ = load_shared4(int32(strips_at - 16))
+        strips, strip_g = in_all_lanes(strips), in_all_lanes(strip_g)
         lanes_below = int32((int32(1) << lane) - 1)
         columns = int32(3 * n)
         size = int32(row_bytes // LANES)
