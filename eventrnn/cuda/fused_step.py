@@ -27,13 +27,14 @@ if TYPE_CHECKING:
 # less.
 LOOKS = 2000
 
-# Most samples of a step, which are one dimension of the grid of a launch.
-MAX_SAMPLES = 65_535
+# Most samples of a step. Every sample reads all the weights that it needs by itself: with 64 samples of 1350 units a
+# call takes as long as the graph of the kernels of a run, on an H200 (`experiments/gpu_steps.py`).
+MAX_SAMPLES = 64
 
 
 def fits(network: DeviceNetwork, batch: int) -> bool:
     """Whether single steps of this network have kernels of their own: numbers as inputs, EGRU cells of the released
-    variant, sparse weights, no read-out, and no more samples than a launch can have."""
+    variant, sparse weights, no read-out, and at most `MAX_SAMPLES` samples."""
     if network.readout is not None or network.network.symbols is not None or batch > MAX_SAMPLES:
         return False
     cells = [layer.cell for layer in network.network.layers]

@@ -149,6 +149,11 @@ def _store_async(address, a, b, c, d, barrier) -> None:
     transactions[_whole(barrier)].count(0, -16)
 
 
+def _store_async_word(address, word, barrier) -> None:
+    ctypes.memmove(_whole(address), struct.pack("<i", int(word)), 4)
+    transactions[_whole(barrier)].count(0, -4)
+
+
 def _to_rank(address, rank) -> np.int32:
     at = here.memories[int(rank)] + _whole(address) - here.shared_at
     return np.int64(at).astype(np.int32)
@@ -164,6 +169,7 @@ CLUSTERS = {
     "barrier_expect_bytes": lambda at, size: transactions[_whole(at)].count(1, int(size)),
     "barrier_try_wait": _try_wait,
     "store_async4": _store_async,
+    "store_async": _store_async_word,
 }
 
 

@@ -73,6 +73,7 @@ from eventrnn.cuda.kernels.ptx import (
     map_to_rank,
     shared_base,
     shared_int32,
+    store_async,
     store_async4,
     store_float,
     store_relaxed,
@@ -85,6 +86,8 @@ from eventrnn.cuda.tables import LANES, NARROW, RESIDENT
 
 # Bytes of one float32 per lane.
 TILE_BYTES = 4 * LANES
+
+WORDS = False
 
 
 @device_function
@@ -150,7 +153,7 @@ def cluster_kernel(
         return now
 
     @device_function
-    def broadcast_tile(block_0, block_1, block_2, block_3, offset, barrier, lane, y):
+    def broadcast_quads(block_0, block_1, block_2, block_3, offset, barrier, lane, y):
         """Write the tile's outputs `y`, one per lane, to all blocks of the cluster and count the bytes there.
 
         block_0, ... : where shared memory of the lane's target blocks begins; offset, barrier : offsets in it
@@ -168,6 +171,21 @@ def cluster_kernel(
         if blocks >= 16:
             store_async4(int32(block_2 + offset), a, b, c, d, int32(block_2 + barrier))
             store_async4(int32(block_3 + offset), a, b, c, d, int32(block_3 + barrier))
+
+    @device_function
+    def broadcast_words(base, offset, barrier, lane, y):
+        """`broadcast_quads`, every lane its own word, one block at a time."""
+        word, offset = libdevice.float_as_int(y), int32(offset + 4 * lane)
+        for k in range(blocks):
+            block = map_to_rank(base, int32(k))
+            store_async(int32(block + offset), word, int32(block + barrier))
+
+    @device_function
+    def broadcast_tile(base, block_0, block_1, block_2, block_3, offset, barrier, lane, y):
+        if WORDS:
+            broadcast_words(base, offset, barrier, lane, y)
+        else:
+            broadcast_quads(block_0, block_1, block_2, block_3, offset, barrier, lane, y)
 
     functions = wait_for_phase, poll_drive, broadcast_tile, cycles
     stream_turns = make_stream_turns(layout, units_per_lane, has_input_clusters, functions)
@@ -360,9 +378,8 @@ def cluster_kernel(
                     store_relaxed(drive_from + (t * batch + sample) * drive_bytes + int64(4) * column, acc)
                 slot = int32(slot + warps)
         elif single:
-            stream_turns(
-                layer, block, base, rows_from, first, steps32, batch, faults_at, thread, block_0, block_1, block_2, block_3
-            )
+            at = layer, block, base, rows_from, first
+            stream_turns(*at, steps32, batch, faults_at, thread, block_0, block_1, block_2, block_3)
         else:
             gates_size = int32(TILE_BYTES * (strips + 1))
             gates_at = int32(base + int32(block[tables.AT_SUMS_REC]) + 4 * lane)
@@ -492,6 +509,7 @@ def cluster_kernel(
                             y, c = v, v - load_shared_float(int32(thresholds_at + TILE_BYTES * own_tile))
                         if not last_step:
                             broadcast_tile(
+                                base,
                                 block_0,
                                 block_1,
                                 block_2,

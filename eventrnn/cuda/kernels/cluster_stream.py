@@ -5,8 +5,8 @@ weights, evaluates a gate, and a warp per tile updates the cells. So nothing her
 one, and what does not change stays in registers: units of the strip, bias, cells and thresholds. What a step needs from
 global memory is loaded, and the barrier of the step before made ready, while the outputs of the step before travel.
 
-Arrays, barriers and arithmetic are those of `cluster.py`, which this is a part of. Every warp computes a strip; those of
-a block with fewer strips than warps compute its last strip again, and write it where nothing is read.
+Arrays, barriers and arithmetic are those of `cluster.py`, which this is a part of. Every warp computes a strip; those
+of a block with fewer strips than warps compute its last strip again, and write it where nothing is read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from eventrnn.cuda.kernels.gather_product import (
     make_unrolled,
     row_bytes_of,
 )
-from eventrnn.cuda.kernels.persistent import MAX_POLLS, UNWRITTEN
+from eventrnn.cuda.kernels.persistent import MAX_POLLS
 from eventrnn.cuda.kernels.ptx import (
     barrier_expect_bytes,
     egru_reset_gate,
@@ -49,13 +49,13 @@ TILE_BYTES = 4 * LANES
 
 
 def make_stream_turns(layout: int, units_per_lane: int, has_input_clusters: bool, functions):
-    """The device function stream_turns(layer, block, base, values_from, first, steps, batch, faults_at, thread, targets).
+    """The device function stream_turns(layer, block, base, values_from, first, steps, batch, faults_at, thread, ...).
 
     base        : address of shared memory
     values_from : where the block's rows of weights begin, plus the lane's offset in a row
     first       : the sample
     thread      : the number of this thread, from where the compiler does not read it again in every turn
-    targets     : four addresses, for `broadcast_tile`
+    ...         : four addresses, for `broadcast_tile`
     functions   : the device functions wait_for_phase, poll_drive, broadcast_tile and cycles of `cluster.py`
     """
     wait_for_phase, poll_drive, broadcast_tile, cycles = functions
@@ -65,7 +65,9 @@ def make_stream_turns(layout: int, units_per_lane: int, has_input_clusters: bool
     load_outputs = make_unrolled(load_output, units_per_lane, np.float32(0))
 
     @device_function
-    def stream_turns(layer, block, base, values_from, first, steps, batch, faults_at, thread, block_0, block_1, block_2, block_3):
+    def stream_turns(
+        layer, block, base, values_from, first, steps, batch, faults_at, thread, block_0, block_1, block_2, block_3
+    ):
         # A warp's number is a shuffle's result, so that the compiler knows that it is the same in all lanes.
         lane, warp = thread & int32(31), cuda.shfl_sync(FULL_WARP, int32(thread >> int32(5)), int32(0))
         lanes_below = int32((int32(1) << lane) - 1)
@@ -78,13 +80,12 @@ def make_stream_turns(layout: int, units_per_lane: int, has_input_clusters: bool
         shift_r, strip_g, shift_g, _ = load_shared4(int32(strips_at - 16))
         slot = min(warp, int32(strips - 1))
         units_at, _, row, column = load_shared4(int32(strips_at + 16 * slot))
-        o0, o1, o2, o3, o4, o5, o6 = load_offsets(int32(units_at + 4 * units_per_lane * lane), (0, 4, 8, 12, 16, 20, 24))
+        own_units = int32(units_at + 4 * units_per_lane * lane)
+        o0, o1, o2, o3, o4, o5, o6 = load_offsets(own_units, (0, 4, 8, 12, 16, 20, 24))
         values_at = values_from + int64(row_bytes) * row
         bias = load_shared_float(int32(base + int32(block[tables.AT_BIAS]) + 4 * lane + TILE_BYTES * slot))
         hits_at = int32(
-            base
-            + int32(block[tables.AT_HITS])
-            + tables.HIT_BYTES * (LANES * units_per_lane + tables.LIST_PAD) * warp
+            base + int32(block[tables.AT_HITS]) + tables.HIT_BYTES * (LANES * units_per_lane + tables.LIST_PAD) * warp
         )
         is_gate = slot < strip_g
         drive_bytes, log_row_bytes = 12 * int64(n), 4 * layer[tables.PITCH]
@@ -174,7 +175,8 @@ def make_stream_turns(layout: int, units_per_lane: int, has_input_clusters: bool
                 if value > threshold:
                     y, c = value, value - threshold
                 if int32(t + 1) < steps:
-                    broadcast_tile(block_0, block_1, block_2, block_3, int32(row_at + tile_at), int32(barrier - base), lane, y)
+                    at, count_at = int32(row_at + tile_at), int32(barrier - base)
+                    broadcast_tile(base, block_0, block_1, block_2, block_3, at, count_at, lane, y)
                 if mine:
                     store_relaxed(sent_at, y)
                     if states != 0:

@@ -46,7 +46,6 @@ from eventrnn.cuda.tables import (
     EVENTS_PER_WARP,
     HIT_BYTES,
     LANES,
-    LIST_PAD,
     MAX_UNITS_PER_LANE,
     NARROW,
     RESIDENT,

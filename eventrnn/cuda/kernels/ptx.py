@@ -438,6 +438,17 @@ store_async4 = instruction(
 )
 
 
+#: shared address in a block of the cluster, a word, barrier of that block, which counts its 4 bytes
+store_async = instruction(
+    "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [$0], $1, [$2];",
+    f"r,r,r,{MEMORY}",
+    NOTHING,
+    INT,
+    INT,
+    INT,
+)
+
+
 def _shared_load(lowered: ir.Type, kind: types.Type, count: int = 1, widened: bool = False):
     """An intrinsic: shared address -> one number or a tuple. The compiler may move it, unlike an `instruction`."""
     result = types.UniTuple(kind, count) if count > 1 else kind
