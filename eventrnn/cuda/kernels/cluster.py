@@ -87,7 +87,7 @@ from eventrnn.cuda.tables import LANES, NARROW, RESIDENT
 # Bytes of one float32 per lane.
 TILE_BYTES = 4 * LANES
 
-WORDS = False
+WORDS = True
 
 
 @device_function
