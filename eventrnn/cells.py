@@ -92,6 +92,11 @@ def ldexp(x: Any, n: Any) -> Any:
     return x * power_of_two(n)
 
 
+def reciprocal(x: Any) -> Any:
+    """`1 / x` for `x` in [1, 2^125]."""
+    return ONE / x
+
+
 def select(condition: Any, a: Any, b: Any) -> Any:
     """`a` where the condition holds, and `b` elsewhere."""
     return np.where(condition, a, b)[()]
@@ -137,7 +142,11 @@ TANH_SATURATED = F32(9.5)
 def exp_float32(x: Any) -> Any:
     """Float32 `exp`; arguments are clamped to [-87, 88]."""
     x = select(x > EXP_HIGHEST, EXP_HIGHEST, x)
-    x = select(x < EXP_LOWEST, EXP_LOWEST, x)
+    return exp_in_range(select(x < EXP_LOWEST, EXP_LOWEST, x))
+
+
+def exp_in_range(x: Any) -> Any:
+    """Float32 `exp` for arguments in [-87, 88]."""
     n = round_even(x * LOG2_E)
     r = fma(-n, LN2_HIGH, x)
     r = fma(-n, LN2_LOW, r)
@@ -164,7 +173,8 @@ def tanh_float32(x: Any) -> Any:
     p = fma(p, square, TANH_0)
     small = fma(p * square, x, x)
     bounded = select(size > TANH_SATURATED, TANH_SATURATED, size)
-    large = ONE - TWO / (exp_float32(TWO * bounded) + ONE)
+    # Twice a number is exact, so the sum is rounded once.
+    large = fma(-TWO, reciprocal(exp_in_range(TWO * bounded) + ONE), ONE)
     return select(size < TANH_SPLIT, small, select(x < ZERO, -large, large))
 
 

@@ -1,32 +1,31 @@
 """Where the cycles of a step of one layer go, in the kernel of the cluster plan, and which cluster size is the fastest.
 
     python experiments/gpu_phases.py                       # hidden 512, 768, 1024, 1344; batch 1
-    python experiments/gpu_phases.py --hidden 1350 --batch 16
+    python experiments/gpu_phases.py --hidden 1350 --batch 16 --cluster 16
 
 For every cluster size: microseconds per step of the kernel as it always runs, and the mean cycles per turn of each
 phase, from a variant that reads the clock of the multiprocessor. "slowest" is the warp with the most cycles of
 products. Lines go to results/gpu_phases.jsonl. Needs a GPU with clusters.
 """
 
-import json
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
-from records import commit
+from records import Records
 from rich.console import Console
 from rich.table import Table
 
-from eventrnn.bench.machine import versions
 from eventrnn.bench.networks import at_activity, random_events, random_network
 from eventrnn.cuda import CudaBackend, cluster_plan, tables
+from eventrnn.cuda.cluster_plan import CLUSTER_SIZES
 from eventrnn.cuda.plan import Plan
 from eventrnn.network import Network
 from eventrnn.state import State
 
 RESULTS = Path(__file__).parent / "results" / "gpu_phases.jsonl"
+KEY = ("hidden", "batch", "activity", "cluster")
 PHASES = tables.TURN_PHASES
 SIZES, STEPS, REPEATS = (512, 768, 1024, 1344), 1000, 15
 
@@ -62,11 +61,14 @@ def main(
     hidden: Annotated[list[int] | None, typer.Option(help="Units of the layer; may be given several times.")] = None,
     batch: Annotated[int, typer.Option(help="Samples.")] = 1,
     activity: Annotated[float, typer.Option(help="Share of units that fire in a step.")] = 0.1,
+    cluster: Annotated[list[int] | None, typer.Option(help="Blocks per cluster; may be given several times.")] = None,
+    results: Annotated[Path, typer.Option(help="File of the lines.")] = RESULTS,
 ) -> None:
-    """Measure every cluster size of every layer, and append a line each to results/gpu_phases.jsonl."""
+    """Measure every cluster size of every layer, and append a line each."""
     from eventrnn.cuda.device import current_device
 
-    gpu = current_device().name
+    records = Records(results, KEY)
+    records.device = current_device().name
     table = Table("units", "blocks", "µs", "clocked", *PHASES, *(f"{name}, slowest" for name in PHASES))
     for units in hidden or SIZES:
         rng = np.random.default_rng(0)
@@ -74,21 +76,11 @@ def main(
         network = random_network(units, 1, rng=rng, **options)
         inputs = random_events(STEPS, batch, units, activity, rng)
         network = at_activity(network, inputs, activity, "cuda")
-        for size in (16, 8, 4, 2, 1):
+        for size in cluster or CLUSTER_SIZES:
             found = measured(network, inputs, size)
             if found is None:
                 continue
-            line = {"commit": commit(), "time": datetime.now(UTC).isoformat(timespec="seconds"), "hidden": units}
-            line |= {
-                "batch": batch,
-                "activity": activity,
-                "cluster": size,
-                **found,
-                "device": gpu,
-                "versions": versions(),
-            }
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            records.add({"hidden": units, "batch": batch, "activity": activity, "cluster": size, **found})
             cycles = [f"{found[kind][name]:.0f}" for kind in ("cycles", "slowest") for name in PHASES]
             table.add_row(
                 str(units), str(size), f"{found['us_per_step']:.2f}", f"{found['clocked_us_per_step']:.2f}", *cycles

@@ -7,25 +7,23 @@ kernels of a run, which other networks have, in turn and with equal outputs. Lin
 microseconds by the clock, medians and 99th percentiles. Needs a GPU.
 """
 
-import json
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import typer
-from records import commit
+from records import Records
 from rich.console import Console
 from rich.table import Table
 
-from eventrnn.bench.machine import versions
 from eventrnn.bench.networks import at_activity, random_events, random_network
 from eventrnn.cuda import engine
 from eventrnn.simulation import Simulator
 
 RESULTS = Path(__file__).parent / "results" / "gpu_steps.jsonl"
-CASES = ((512, 1, 1), (1350, 1, 1), (1350, 3, 1), (1350, 1, 16))
+KEY = ("hidden", "layers", "batch")
+CASES = ((1350, 1, 1), (512, 1, 1), (1350, 3, 1), (1350, 1, 16), (1350, 1, 64), (512, 1, 64))
 STEPS, CALLS, ROUNDS = 200, 400, 5
 
 
@@ -97,11 +95,11 @@ def measured(hidden: int, layers: int, batch: int) -> dict:
 
 def main() -> None:
     """Measure every case, and append a line each to results/gpu_steps.jsonl."""
-    table = None
+    table, records = None, Records(RESULTS, KEY)
     for case in CASES:
-        line = {"commit": commit(), "time": datetime.now(UTC).isoformat(timespec="seconds"), **measured(*case)}
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(line | {"versions": versions()}, default=float) + "\n")
+        found = measured(*case)
+        records.device = found.pop("device")
+        line = records.add(found)
         shown = [name for name in line if name.endswith("_us") or name in ("hidden", "layers", "batch")]
         table = table or Table(*shown)
         table.add_row(*(f"{line[name]:.4g}" for name in shown))

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eventrnn import cells
 from eventrnn.backend import BackendUnavailable
 from eventrnn.bench.networks import at_activity, random_events, random_network
 from eventrnn.cuda import PRECISIONS, CudaBackend, tables
@@ -334,8 +335,8 @@ def test_kernels_compile_without_contraction(compiled, variant):
 def test_cluster_kernels_compile_without_contraction(compiled, layout, blocks, units_per_lane, input_units_per_lane):
     from eventrnn.cuda.kernels.cluster import cluster_kernel
 
-    clocked = not input_units_per_lane
-    ptx = compiled(cluster_kernel(layout, layout, blocks, units_per_lane, input_units_per_lane, clocked))
+    clocked = single = not input_units_per_lane
+    ptx = compiled(cluster_kernel(layout, layout, blocks, units_per_lane, input_units_per_lane, single, clocked))
     check_ptx(ptx)
     assert ("%clock64" in ptx) == clocked
     assert ptx.count("st.async.shared::cluster") == max(1, blocks // 4)
@@ -394,6 +395,37 @@ def test_events_states_and_counts_equal_those_of_the_cpu(variant, format, storag
         assert same_bits(expected.events[k].to_dense(), got.events[k].to_dense())
         assert np.array_equal(expected.fired[k].graded, got.fired[k].graded)
     assert got.paths["layers.0.w_rec"].endswith(("in shared memory", "in L2"))
+
+
+@pytest.mark.gpu
+def test_reciprocals_and_powers_on_a_gpu_are_rounded_as_on_the_cpu():
+    from numba import int64, types
+
+    from eventrnn.cuda.device import current_device
+    from eventrnn.cuda.kernels import ptx
+
+    def function(count, x_at, reciprocal_at, exp_at):
+        k = ptx.cuda.blockIdx.x * int64(ptx.cuda.blockDim.x) + ptx.cuda.threadIdx.x
+        if k < count:
+            x = ptx.global_float32(x_at)[k]
+            ptx.global_float32(reciprocal_at)[k] = ptx.reciprocal(x)
+            ptx.global_float32(exp_at)[k] = ptx.exp_float32(x)
+
+    device = current_device()
+    kernel = device.kernel(("reciprocals",), lambda: (function, types.void(*[types.int64] * 4)), 256)
+    # Every number of two binades, and some of all magnitudes.
+    whole = np.arange(1 << 23, dtype=np.int32)
+    for first in (np.float32(1), np.float32(1 << 20), None):
+        words = whole * 126 + np.float32(1).view(np.int32) if first is None else whole + first.view(np.int32)
+        x = device.put(words.view(np.float32))
+        found = [device.empty(x.shape, np.float32) for _ in range(2)]
+        with device.on_stream():
+            device.launch(kernel, len(words) // 256, 256, len(words), x.data.ptr, *(each.data.ptr for each in found))
+        reciprocals, powers = (each.get() for each in found)
+        in_range = words.view(np.float32) <= 2.0**125
+        assert same_bits(reciprocals[in_range], (np.float32(1) / words.view(np.float32))[in_range])
+        some = slice(None, None, 97)
+        assert same_bits(powers[some], cells.exp_float32(words.view(np.float32)[some]))
 
 
 @pytest.mark.gpu

@@ -176,9 +176,9 @@ def test_the_emulated_kernel_equals_the_specification(monkeypatch, units, storag
     device = install(monkeypatch)
     network, x = sparse((units,), storage)
 
-    def kernel(layout_in, layout_rec, blocks, table_at):
+    def kernel(layout_in, layout_rec, blocks, *arguments):
         function, _ = step_kernel(layout_in, layout_rec)
-        emulated_gpu.emulated(function, blocks, 32 * STEP_WARPS, STEP_SHARED_BYTES)(table_at)
+        emulated_gpu.emulated(function, blocks, 32 * STEP_WARPS, STEP_SHARED_BYTES)(*arguments)
 
     monkeypatch.setitem(fake_gpu.ROUNDING, "single_step", kernel)
     expected = simulate(network, x[:3], backend="reference")

@@ -87,12 +87,12 @@ def cluster_plan(shapes: Sequence[ClusterShape], batch: int, chip: Chip) -> Plan
                 groups = min(max_groups, -(-batch // samples))
                 cost = _cost(shapes, layers, samples, warps, strips) * -(-batch // (groups * samples))
                 if best is None or cost < best[0]:
-                    best = cost, size, samples, groups, warps, layers
+                    best = cost, size, samples, groups, warps, layers, strips <= warps
                 break
             samples //= 2
     if best is None:
         return None
-    _, size, samples, groups, warps, layers = best
+    _, size, samples, groups, warps, layers, single = best
     table = []
     # Lower layers come first, because they never wait for layers above.
     for number, ((shape, _), layer) in enumerate(zip(roles, layers, strict=True)):
@@ -106,7 +106,13 @@ def cluster_plan(shapes: Sequence[ClusterShape], batch: int, chip: Chip) -> Plan
                     row[field] = offset
                 table.append(row)
     shared = max(layer.shared for layer in layers)
-    return Plan(tuple(layers), samples, groups, warps, shared, 0, np.array(table), size, per_lane)
+    parts = zip(roles, layers, strict=True)
+    single &= samples == 1 and all(
+        layer.offsets[tables.CAPACITY] == LANES * per_lane[0] and np.diff(m.begins).min() > 0
+        for (shape, m), layer in parts
+        if m is shape.w_rec
+    )
+    return Plan(tuple(layers), samples, groups, warps, shared, 0, np.array(table), size, per_lane, single)
 
 
 def tile_bounds(tiles: int, size: int) -> np.ndarray:

@@ -27,13 +27,14 @@ if TYPE_CHECKING:
 # less.
 LOOKS = 2000
 
-# Most samples of a step, which are one dimension of the grid of a launch.
-MAX_SAMPLES = 65_535
+# Most samples of a step. Every sample reads all the weights that it needs by itself: with 64 samples of 1350 units a
+# call takes as long as the graph of the kernels of a run, on an H200 (`experiments/gpu_steps.py`).
+MAX_SAMPLES = 64
 
 
 def fits(network: DeviceNetwork, batch: int) -> bool:
     """Whether single steps of this network have kernels of their own: numbers as inputs, EGRU cells of the released
-    variant, sparse weights, no read-out, and no more samples than a launch can have."""
+    variant, sparse weights, no read-out, and at most `MAX_SAMPLES` samples."""
     if network.readout is not None or network.network.symbols is not None or batch > MAX_SAMPLES:
         return False
     cells = [layer.cell for layer in network.network.layers]
@@ -46,9 +47,10 @@ def fits(network: DeviceNetwork, batch: int) -> bool:
 class FusedStep:
     """See `stepper.StepLoop`, whose interface it has.
 
-    states : two arrays as `DeviceState.flat`; `turn` is the number of the present one
-    moved  : whether the present state is that after the last step
-    tables : per number of the state that a step reads, per layer, a table of `tables.STEP_FIELDS`
+    states    : two arrays as `DeviceState.flat`; `turn` is the number of the present one
+    outputs   : of either state, the outputs (batch, N) of the last layer
+    moved     : whether the present state is that after the last step
+    arguments : per number of the state that a step reads, per layer, the arguments of its kernel
     """
 
     def __init__(self, network: DeviceNetwork, batch: int):
@@ -57,13 +59,14 @@ class FusedStep:
         units, inputs = network.units, network.network.layers[0].inputs
         self.x = device.empty((batch, inputs), np.float32)
         self.states = [device.empty((2, batch * sum(units)), np.float32) for _ in range(2)]
-        self.status = device.put(np.zeros(STATUS_FIELDS, np.int64))
-        self.arrivals = device.put(np.zeros(1, np.int32))
+        self.outputs = [by_layer(state[1], units, batch)[-1] for state in self.states]
+        # The status words, and the count of blocks that are complete.
+        self.status = device.put(np.zeros(STATUS_FIELDS + 1, np.int64))
         self.host_x = pinned(device, self.x.shape, np.float32)
         self.host_output = pinned(device, (batch, units[-1]), np.float32)
         answer = pinned(device, (STATUS_FIELDS + 1,), np.int64)
         self.answer_at, self.host_status, self.complete = answer.ctypes.data, answer[:-1], answer.data[-1:]
-        self.tables = [self._tables(turn) for turn in range(2)]
+        self.arguments = [self._arguments(turn) for turn in range(2)]
         self.turn, self.moved = 0, False
         self.replays = {
             (turn, on_host): Replay(device.queue, self._enqueuer(turn, on_host))
@@ -71,7 +74,7 @@ class FusedStep:
             for on_host in (True, False)
         }
 
-    def _tables(self, turn: int) -> list[Any]:
+    def _arguments(self, turn: int) -> list[list[int]]:
         network, units = self.network, self.network.units
         before, after = ([by_layer(row, units, self.batch) for row in self.states[k]] for k in (turn, 1 - turn))
         last, made = len(units) - 1, []
@@ -98,9 +101,8 @@ class FusedStep:
                 tables.STEP_CHECKED: int(k == 0),
                 tables.STEP_OUTPUT: self.host_output.ctypes.data if k == last else 0,
                 tables.STEP_ANSWER: self.answer_at if k == last else 0,
-                tables.STEP_ARRIVALS: self.arrivals.data.ptr,
             }
-            made.append(self.device.put(np.array([fields[field] for field in range(tables.STEP_FIELDS)], np.int64)))
+            made.append([fields[field] for field in range(tables.STEP_FIELDS)])
         return made
 
     def _enqueuer(self, turn: int, on_host: bool):
@@ -108,11 +110,8 @@ class FusedStep:
 
         def enqueue() -> None:
             if on_host:
-                # CuPy's arrays refuse copies from the host during a capture, even from pinned memory.
-                cuda, source = device.arrays.cuda, self.host_x.ctypes.data
-                direction = cuda.runtime.memcpyHostToDevice
-                cuda.runtime.memcpyAsync(self.x.data.ptr, source, self.x.nbytes, direction, device.queue.ptr)
-            for k, table in enumerate(self.tables[turn]):
+                self._copy_input()
+            for k, arguments in enumerate(self.arguments[turn]):
                 layouts = [
                     tables.layout_code(tables.MASKED, network.plain(each[k]).narrow, False)
                     for each in (network.w_in, network.w_rec)
@@ -121,9 +120,15 @@ class FusedStep:
                 kernel = device.kernel(
                     ("single_step", *layouts), lambda layouts=layouts: step_kernel(*layouts), threads
                 )
-                device.launch(kernel, (tiles, self.batch), threads, table.data.ptr, shared=STEP_SHARED_BYTES)
+                device.launch(kernel, (tiles, self.batch), threads, *arguments, shared=STEP_SHARED_BYTES)
 
         return enqueue
+
+    def _copy_input(self) -> None:
+        # CuPy's arrays refuse copies from the host during a capture, even from pinned memory.
+        runtime, source = self.device.arrays.cuda.runtime, self.host_x.ctypes.data
+        direction = runtime.memcpyHostToDevice
+        runtime.memcpyAsync(self.x.data.ptr, source, self.x.nbytes, direction, self.device.queue.ptr)
 
     def start(self, flat: Any) -> None:
         """Take over a state, `DeviceState.flat`."""
@@ -138,9 +143,8 @@ class FusedStep:
         self.replays[self.turn, prepared is None]()
         output, looks = None, LOOKS
         if prepared is not None:
-            after = self.states[1 - self.turn][1]
             # The answer does not say when this copy is complete.
-            output, looks = by_layer(after, self.network.units, self.batch)[-1].copy(), 0
+            output, looks = self.outputs[1 - self.turn].copy(), 0
         self._wait(looks)
         self.turn, self.moved = 1 - self.turn, True
         return output

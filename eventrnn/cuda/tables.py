@@ -136,7 +136,7 @@ TURN_PHASES = ("drives", "wait", "products", "barrier", "cells")
     BLOCK_FIELDS,  # number of columns
 ) = range(28)
 
-# Columns of the table of a layer for single steps (`kernels/single_step.py`): sizes and addresses.
+# Arguments of the kernel of a layer for single steps (`kernels/single_step.py`): sizes and addresses.
 (
     STEP_UNITS,  # units of the layer
     STEP_INPUTS,  # presynaptic units of the input matrix
@@ -154,13 +154,12 @@ TURN_PHASES = ("drives", "wait", "products", "barrier", "cells")
     STEP_REC_ROWS,
     STEP_REC_BEGINS,
     STEP_REC_BIAS,
-    STEP_STATUS,  # (STATUS_FIELDS,) int64
+    STEP_STATUS,  # (STATUS_FIELDS,) int64, then an int32: the blocks of the last layer that are complete
     STEP_CHECKED,  # 1 where the kernel checks that the inputs are finite
     STEP_OUTPUT,  # (batch, units) float32 in pinned host memory, or 0
     STEP_ANSWER,  # (STATUS_FIELDS + 1,) int64 in pinned host memory, or 0 for a layer that is not the last one
-    STEP_ARRIVALS,  # int32, the blocks that are complete
-    STEP_FIELDS,  # number of columns
-) = range(22)
+    STEP_FIELDS,  # number of arguments
+) = range(21)
 
 # Entries of the int64 status vector of a run. Counts of events follow after the first STATUS_FIELDS entries.
 (

@@ -70,11 +70,13 @@ class Group:
 
 
 class Here(threading.local):
-    """The place of the running thread: its indices, its warp, its block, and the block's shared memory."""
+    """The place of the running thread: its indices, its warp, its block, its cluster, and their shared memory."""
 
-    thread = lane = block_x = block_y = shared_at = 0
+    thread = lane = block_x = block_y = shared_at = rank = 0
     warp: Group
     block: Group
+    cluster: Group
+    memories: tuple[int, ...]
 
 
 here = Here()
@@ -105,8 +107,70 @@ def _as_float(x) -> np.float32:
 
 
 def _whole(address) -> int:
-    """A shared address of 32 bits as the address in host memory that it was cut from."""
-    return here.shared_at + ((int(address) - here.shared_at) & 0xFFFFFFFF)
+    """A shared address of 32 bits, of any block, as the address in host memory that it was cut from."""
+    return here.shared_at + int(np.int64(int(address) - here.shared_at).astype(np.int32))
+
+
+class TransactionBarrier:
+    """An mbarrier: a phase is complete after some arrivals and once as many bytes have come as were announced."""
+
+    def __init__(self, arrivals: int):
+        self.lock, self.arrivals = threading.Lock(), arrivals
+        self.pending, self.bytes, self.phase = arrivals, 0, 0
+
+    def count(self, arrivals: int, announced: int) -> None:
+        """Take arrivals and announced bytes; arriving bytes are negative."""
+        with self.lock:
+            self.pending -= arrivals
+            self.bytes += announced
+            if self.pending == 0 and self.bytes == 0:
+                self.pending, self.phase = self.arrivals, self.phase + 1
+
+    def complete(self, parity: int) -> bool:
+        """Whether the latest phase of that parity is complete."""
+        return self.phase % 2 != parity
+
+
+#: by address, the transaction barriers of all blocks
+transactions: dict[int, TransactionBarrier] = {}
+
+
+def _try_wait(address, parity) -> np.int32:
+    if here.block.broken:
+        raise threading.BrokenBarrierError
+    complete = transactions[_whole(address)].complete(int(parity))
+    if not complete:
+        time.sleep(0.001)
+    return np.int32(complete)
+
+
+def _store_async(address, a, b, c, d, barrier) -> None:
+    ctypes.memmove(_whole(address), struct.pack("<4i", int(a), int(b), int(c), int(d)), 16)
+    transactions[_whole(barrier)].count(0, -16)
+
+
+def _store_async_word(address, word, barrier) -> None:
+    ctypes.memmove(_whole(address), struct.pack("<i", int(word)), 4)
+    transactions[_whole(barrier)].count(0, -4)
+
+
+def _to_rank(address, rank) -> np.int32:
+    at = here.memories[int(rank)] + _whole(address) - here.shared_at
+    return np.int64(at).astype(np.int32)
+
+
+#: PTX instructions of clusters
+CLUSTERS = {
+    "cluster_arrive": lambda: None,
+    "cluster_wait": lambda: here.cluster.exchange(here.rank, 0),
+    "map_to_rank": _to_rank,
+    "barrier_init": lambda at, arrivals: transactions.update({_whole(at): TransactionBarrier(int(arrivals))}),
+    "barrier_init_done": lambda: None,
+    "barrier_expect_bytes": lambda at, size: transactions[_whole(at)].count(1, int(size)),
+    "barrier_try_wait": _try_wait,
+    "store_async4": _store_async,
+    "store_async": _store_async_word,
+}
 
 
 def _store_pair_if(address, word, value, flag) -> None:
@@ -127,6 +191,7 @@ arriving = threading.Lock()
 #: PTX instructions of kernels whose shared addresses have 32 bits
 SHORT_ADDRESSES = {
     "load_shared": lambda at: np.int32(fake_gpu.ints(_whole(at), 1)[0]),
+    "load_shared_uint16": lambda at: np.int32(fake_gpu.half(_whole(at), 1, "float16")[0]),
     "load_shared4": lambda at: tuple(map(np.int32, fake_gpu.ints(_whole(at), 4))),
     "load_shared_float": lambda at: np.float32(fake_gpu.floats(_whole(at), 1)[0]),
     "store_shared2": lambda at, a, b: ctypes.memmove(_whole(at), struct.pack("<ii", int(a), int(b)), 8),
@@ -141,6 +206,8 @@ SHORT_ADDRESSES = {
     "store_relaxed_int64": lambda at, word: ctypes.memmove(int(at), struct.pack("<q", int(word)), 8),
     "count_arrival": _count_arrival,
     "fence_system": lambda: None,
+    "fence_gpu": lambda: None,
+    "load_relaxed": lambda at: np.int32(fake_gpu.ints(at, 1)[0]),
 }
 
 
@@ -158,10 +225,12 @@ def rules() -> dict[str, FunctionType]:
     def rule(name):
         return FunctionType(getattr(cells, name).__code__, names, name)
 
+    names["exp_in_range"] = rule("exp_in_range")
     names |= {name: rule(f"{name}_float32") for name in ("exp", "sigmoid", "tanh")}
     names["exp_float32"] = names["exp"]
     names |= {name: rule(name) for name in (*RULES, "lstm_output")}
-    return {name: names[name] for name in RULES}
+    of_gates = FunctionType(cells.egru_value.__code__, names | {"sigmoid": lambda x: x}, "egru_value_of_gates")
+    return {name: names[name] for name in RULES} | {"egru_value_of_gates": of_gates}
 
 
 def _ballot(mask, vote) -> np.int32:
@@ -186,8 +255,8 @@ def _store(address, value):
     fake_gpu.floats(address, 1)[0] = value
 
 
-def emulated(function, blocks, threads: int, shared: int):
-    """A kernel as a Python function of its arguments. blocks: their number, or (x, y)."""
+def emulated(function, blocks, threads: int, shared: int, cluster: int = 0):
+    """A kernel as a Python function of its arguments. blocks: their number, or (x, y); cluster: blocks per cluster."""
     from eventrnn.cuda.kernels import ptx, strip_product
 
     grid = blocks if isinstance(blocks, tuple) else (blocks, 1)
@@ -201,6 +270,7 @@ def emulated(function, blocks, threads: int, shared: int):
         syncthreads_or=lambda vote: any(here.block.exchange(here.thread, int(vote))),
         syncwarp=lambda mask: here.warp.exchange(here.lane, 0),
         ballot_sync=_ballot,
+        shfl_sync=lambda mask, word, lane: here.warp.exchange(here.lane, word)[int(lane)],
         ffs=lambda word: np.int32((int(word) & -int(word)).bit_length()),
         fma=_fused(),
     )
@@ -222,7 +292,7 @@ def emulated(function, blocks, threads: int, shared: int):
         ),
         id(ptx.store_relaxed): _store,
         id(ptx.sum_of_warp): lambda value: np.int32(sum(here.warp.exchange(here.lane, int(value)))),
-        id(ptx.copy_async): lambda target, source: _store(target, fake_gpu.floats(source, 1)[0]),
+        id(ptx.copy_async): lambda target, source: _store(_whole(target), fake_gpu.floats(source, 1)[0]),
         id(ptx.copy_async16): lambda target, source: ctypes.memmove(int(target), int(source), 16),
         id(ptx.copy_async16_four): _copy_four,
         id(ptx.copy_async16_if): lambda target, source, flag: flag and ctypes.memmove(int(target), int(source), 16),
@@ -235,7 +305,7 @@ def emulated(function, blocks, threads: int, shared: int):
         id(ptx.min_of_warp): lambda value: np.int32(min(here.warp.exchange(here.lane, int(value)))),
         id(ptx.libdevice.int_as_float): _as_float,
         id(ptx.fma): cuda.fma,
-        **{id(getattr(ptx, name)): fake for name, fake in SHORT_ADDRESSES.items()},
+        **{id(getattr(ptx, name)): fake for name, fake in (SHORT_ADDRESSES | CLUSTERS).items()},
         id(numba.int32): np.int32,
         id(numba.int64): np.int64,
         id(ptx.max_relaxed): fake_gpu._raise_to,
@@ -258,28 +328,38 @@ def emulated(function, blocks, threads: int, shared: int):
 
     kernel, errors = plain(function), []
 
-    def run(x, y, thread, block, warp, memory, arguments):
+    def run(x, y, thread, block, warp, neighbours, memories, arguments):
         here.block_x, here.block_y, here.thread, here.lane = x, y, np.int32(thread), thread % 32
-        here.block, here.warp = block, warp
-        here.shared_at = -(-ctypes.addressof(memory) // 16) * 16
+        here.block, here.warp, here.cluster, here.memories = block, warp, neighbours, memories
+        here.rank = x % max(1, cluster) * threads + thread
+        here.shared_at = memories[x % max(1, cluster)]
         try:
             with np.errstate(all="ignore"):
                 kernel(*map(np.int64, arguments))
         except BaseException as error:
             errors.append(error)
-            block.abort(), warp.abort()
+            for group in (block, warp, neighbours):
+                group.abort()
 
     def launch(*arguments):
-        all_threads = []
+        all_threads, kept = [], []
+        # A block without a cluster is a cluster of its own.
+        size, room = max(1, cluster), -(-shared // 16) * 16
         for y in range(grid[1]):
             for x in range(grid[0]):
-                block, memory = Group(threads), (ctypes.c_char * (shared + 16))()
-                # Shared memory that no thread wrote must not look like a result.
-                ctypes.memset(memory, 0x5A, shared + 16)
+                if x % size == 0:
+                    kept.append((ctypes.c_char * (size * room + 16))())
+                    # Shared memory that no thread wrote must not look like a result.
+                    ctypes.memset(kept[-1], 0x5A, size * room + 16)
+                    begin = -(-ctypes.addressof(kept[-1]) // 16) * 16
+                    memories, neighbours = tuple(begin + room * k for k in range(size)), Group(size * threads)
+                block = Group(threads)
                 for first in range(0, threads, 32):
                     warp = Group(min(32, threads - first))
                     all_threads += [
-                        threading.Thread(target=run, args=(x, y, t, block, warp, memory, arguments), daemon=True)
+                        threading.Thread(
+                            target=run, args=(x, y, t, block, warp, neighbours, memories, arguments), daemon=True
+                        )
                         for t in range(first, min(first + 32, threads))
                     ]
         for each in all_threads:
@@ -306,7 +386,7 @@ class EmulatedDevice(FakeDevice):
             super().launch(kernel, blocks, threads, *arguments, **options)
             return
         (key, function), shared = kernel, options.get("shared", 0)
-        call = emulated(function, blocks, threads, shared)
+        call = emulated(function, blocks, threads, shared, options.get("cluster", 0))
         enqueued(lambda: (self.launched.append(key[0]), call(*arguments)))()
 
 

@@ -197,8 +197,7 @@ def _count_events(blocks, dense_at, pitch, n, rows, graded_at, binary_at):
         longs(binary_at, n)[:] += np.abs(dense) == 1
 
 
-def _single_step(layout_in, layout_rec, blocks, table_at):
-    fields = longs(table_at, tables.STEP_FIELDS)
+def _single_step(layout_in, layout_rec, blocks, *fields):
     n, inputs, batch = int(fields[tables.STEP_UNITS]), int(fields[tables.STEP_INPUTS]), blocks[1]
 
     def matrix(first: int, n_pre: int, layout: int) -> tuple[np.ndarray, np.ndarray]:

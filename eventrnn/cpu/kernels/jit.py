@@ -71,6 +71,8 @@ def _compiled(function, **options) -> Any:
 for _rule in (
     _integers.ceil_div,
     _integers.round_up,
+    cells.reciprocal,
+    cells.exp_in_range,
     cells.exp_float32,
     cells.sigmoid_float32,
     cells.tanh_float32,

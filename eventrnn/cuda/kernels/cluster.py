@@ -49,6 +49,7 @@ from numba import int32, int64, types
 
 from eventrnn.cuda import tables
 from eventrnn.cuda.device import cuda, device_function, libdevice
+from eventrnn.cuda.kernels.cluster_stream import make_stream_turns
 from eventrnn.cuda.kernels.gather_product import make_gather_product
 from eventrnn.cuda.kernels.persistent import MAX_POLLS, UNWRITTEN, copy_to_shared
 from eventrnn.cuda.kernels.ptx import (
@@ -72,6 +73,7 @@ from eventrnn.cuda.kernels.ptx import (
     map_to_rank,
     shared_base,
     shared_int32,
+    store_async,
     store_async4,
     store_float,
     store_relaxed,
@@ -85,6 +87,8 @@ from eventrnn.cuda.tables import LANES, NARROW, RESIDENT
 # Bytes of one float32 per lane.
 TILE_BYTES = 4 * LANES
 
+WORDS = True
+
 
 @device_function
 def wait_for_phase(barrier, parity, max_polls):
@@ -95,6 +99,12 @@ def wait_for_phase(barrier, parity, max_polls):
         if polls >= max_polls:
             return False
     return True
+
+
+@device_function
+def in_all_lanes(value):
+    """The int32 of the first lane: the compiler then knows that branches on it are the same for the whole warp."""
+    return cuda.shfl_sync(FULL_WARP, int32(value), int32(0))
 
 
 @device_function
@@ -111,7 +121,13 @@ def poll_drive(drive, address, max_polls):
 
 
 def cluster_kernel(
-    layout: int, layout_in: int, blocks: int, units_per_lane: int, units_per_lane_in: int, clocked: bool = False
+    layout: int,
+    layout_in: int,
+    blocks: int,
+    units_per_lane: int,
+    units_per_lane_in: int,
+    single: bool = False,
+    clocked: bool = False,
 ):
     """The kernel of the cluster plan and its signature.
 
@@ -119,6 +135,8 @@ def cluster_kernel(
     blocks             : blocks per cluster: 1, 2, 4, 8 or 16
     units_per_lane     : units that a lane gathers together in recurrent strips
     units_per_lane_in  : the same for input strips, 0 if the launch has no input clusters
+    single             : recurrent clusters have one sample, and a warp at most one strip, of one chunk
+                         (`plan.Plan.single_strips`): their turns are those of `cluster_stream.py`
     clocked            : measure the phases of a turn (`tables.TURN_PHASES`), which costs time itself
     """
     has_input_clusters, narrow = units_per_lane_in > 0, layout & NARROW
@@ -135,7 +153,7 @@ def cluster_kernel(
         return now
 
     @device_function
-    def broadcast_tile(block_0, block_1, block_2, block_3, offset, barrier, lane, y):
+    def broadcast_quads(block_0, block_1, block_2, block_3, offset, barrier, lane, y):
         """Write the tile's outputs `y`, one per lane, to all blocks of the cluster and count the bytes there.
 
         block_0, ... : where shared memory of the lane's target blocks begins; offset, barrier : offsets in it
@@ -153,6 +171,24 @@ def cluster_kernel(
         if blocks >= 16:
             store_async4(int32(block_2 + offset), a, b, c, d, int32(block_2 + barrier))
             store_async4(int32(block_3 + offset), a, b, c, d, int32(block_3 + barrier))
+
+    @device_function
+    def broadcast_words(base, offset, barrier, lane, y):
+        """`broadcast_quads`, every lane its own word, one block at a time."""
+        word, offset = libdevice.float_as_int(y), int32(offset + 4 * lane)
+        for k in range(blocks):
+            block = map_to_rank(base, int32(k))
+            store_async(int32(block + offset), word, int32(block + barrier))
+
+    @device_function
+    def broadcast_tile(base, block_0, block_1, block_2, block_3, offset, barrier, lane, y):
+        if WORDS:
+            broadcast_words(base, offset, barrier, lane, y)
+        else:
+            broadcast_quads(block_0, block_1, block_2, block_3, offset, barrier, lane, y)
+
+    functions = wait_for_phase, poll_drive, broadcast_tile, cycles
+    stream_turns = make_stream_turns(layout, units_per_lane, has_input_clusters, functions)
 
     @device_function
     def load_strips(layer, block, n, first_unit, last_unit, shared, in_shared, chunk, beyond, thread, threads):
@@ -240,6 +276,7 @@ def cluster_kernel(
         strips_at = int32(base + int32(block[tables.AT_STRIPS]) + 32)
         bias_at = int32(base + int32(block[tables.AT_BIAS]) + 4 * lane)
         steps32, max_polls = int32(steps), int32(MAX_POLLS)
+        samples, tiles = in_all_lanes(samples), in_all_lanes(tiles)
         in_shared, chunk, beyond = resident, int32(LANES * units_per_lane), row_size
         if has_input_clusters and input_log != 0:
             in_shared, chunk, beyond = resident_in, int32(LANES * units_per_lane_in), int32(-1)
@@ -278,11 +315,20 @@ def cluster_kernel(
         cluster_arrive()
         cluster_wait()
 
+        # The four blocks that this lane writes to. Ranks wrap around in clusters of fewer than 16 blocks. Where every
+        # block begins with another one, the exchange takes longer.
+        rank = int32(lane >> 3)
+        block_0 = map_to_rank(base, int32(rank & (blocks - 1)))
+        block_1 = map_to_rank(base, int32((rank + 4) & (blocks - 1)))
+        block_2 = map_to_rank(base, int32((rank + 8) & (blocks - 1)))
+        block_3 = map_to_rank(base, int32((rank + 12) & (blocks - 1)))
+
         # These values are loaded, so that the compiler does not recompute them in every turn.
         thread = load_shared(int32(hits_at + tables.HIT_BYTES * lane))
-        lane, warp = thread & int32(31), thread >> int32(5)
+        lane, warp = thread & int32(31), in_all_lanes(thread >> int32(5))
         strips, _, _, strip_r = load_shared4(int32(strips_at - 32))
         shift_r, strip_g, shift_g, _ = load_shared4(int32(strips_at - 16))
+        strips, strip_g = in_all_lanes(strips), in_all_lanes(strip_g)
         lanes_below = int32((int32(1) << lane) - 1)
         columns = int32(3 * n)
         size = int32(row_bytes // LANES)
@@ -331,6 +377,9 @@ def cluster_kernel(
                 if column >= first_column and column - first_column < last_unit - first_unit:
                     store_relaxed(drive_from + (t * batch + sample) * drive_bytes + int64(4) * column, acc)
                 slot = int32(slot + warps)
+        elif single:
+            at = layer, block, base, rows_from, first
+            stream_turns(*at, steps32, batch, faults_at, thread, block_0, block_1, block_2, block_3)
         else:
             gates_size = int32(TILE_BYTES * (strips + 1))
             gates_at = int32(base + int32(block[tables.AT_SUMS_REC]) + 4 * lane)
@@ -350,12 +399,6 @@ def cluster_kernel(
                     store_shared_float(int32(cells_at + TILE_BYTES * (sample * tiles + own_tile)), value)
                     own_tile = int32(own_tile + warps)
                 sample = int32(sample + 1)
-            # The four blocks that this lane writes to. Ranks wrap around in clusters of fewer than 16 blocks.
-            rank = int32(lane >> 3)
-            block_0 = map_to_rank(base, int32(rank & (blocks - 1)))
-            block_1 = map_to_rank(base, int32((rank + 4) & (blocks - 1)))
-            block_2 = map_to_rank(base, int32((rank + 8) & (blocks - 1)))
-            block_3 = map_to_rank(base, int32((rank + 12) & (blocks - 1)))
             units_at, chunks, row, column = load_shared4(int32(strips_at + 16 * warp))
             if warp >= strips:
                 units_at = int32(base + int32(block[tables.AT_UNITS]))
@@ -466,6 +509,7 @@ def cluster_kernel(
                             y, c = v, v - load_shared_float(int32(thresholds_at + TILE_BYTES * own_tile))
                         if not last_step:
                             broadcast_tile(
+                                base,
                                 block_0,
                                 block_1,
                                 block_2,

@@ -46,7 +46,6 @@ from eventrnn.cuda.tables import (
     EVENTS_PER_WARP,
     HIT_BYTES,
     LANES,
-    LIST_PAD,
     MAX_UNITS_PER_LANE,
     NARROW,
     RESIDENT,
@@ -60,14 +59,30 @@ assert MAX_UNITS_PER_LANE == 7, "a lane counts its events in three bits"
 REACHES = (1 << STRIPS_PER_GROUP) - 1
 
 
-@device_function
-def hit_offsets(n_hits, lanes_below):
-    """Exclusive prefix sum of `n_hits` (at most 7 per lane) over the lanes of the warp, and the sum over all lanes."""
-    # Three ballots, one per bit, serve all units of a lane: popc runs on four lanes per cycle only.
-    ones, twos = cuda.ballot_sync(FULL_WARP, (n_hits & 1) != 0), cuda.ballot_sync(FULL_WARP, (n_hits & 2) != 0)
-    fours = cuda.ballot_sync(FULL_WARP, (n_hits & 4) != 0)
-    before = int32(popcount(ones & lanes_below) + 2 * popcount(twos & lanes_below) + 4 * popcount(fours & lanes_below))
-    return before, int32(popcount(ones) + 2 * popcount(twos) + 4 * popcount(fours))
+def make_hit_offsets(most: int):
+    """The device function hit_offsets(n_hits, lanes_below) for at most `most` hits per lane, and 7.
+
+    It returns the exclusive prefix sum of `n_hits` over the lanes of the warp, and the sum over all lanes.
+    """
+
+    @device_function
+    def hit_offsets(n_hits, lanes_below):
+        # A ballot per bit serves all units of a lane: popc runs on four lanes per cycle only.
+        ones = cuda.ballot_sync(FULL_WARP, (n_hits & 1) != 0)
+        before, hits = popcount(ones & lanes_below), popcount(ones)
+        if most > 1:
+            twos = cuda.ballot_sync(FULL_WARP, (n_hits & 2) != 0)
+            before, hits = int32(before + 2 * popcount(twos & lanes_below)), int32(hits + 2 * popcount(twos))
+        if most > 3:
+            fours = cuda.ballot_sync(FULL_WARP, (n_hits & 4) != 0)
+            before, hits = int32(before + 4 * popcount(fours & lanes_below)), int32(hits + 4 * popcount(fours))
+        return before, hits
+
+    return hit_offsets
+
+
+#: for up to MAX_UNITS_PER_LANE hits per lane
+hit_offsets = make_hit_offsets(MAX_UNITS_PER_LANE)
 
 
 @device_function
@@ -91,13 +106,16 @@ def row_bytes_of(layout: int) -> int:
     return LANES * (2 if layout & NARROW else 4)
 
 
-def make_hit_product(layout: int):
+def make_hit_product(layout: int, reached: bool = False):
     """The device function hit_product: acc + sum over the list of hits, in order, of weight * value, one FMA per term.
+
+    reached : every strip has weights, so that zero times the first row may be added instead of a branch
 
     hit_product(acc, values_at, hits_at, hits, lane) -> acc, with byte addresses and the number of hits. `values_at`
     includes the lane's offset in a row.
     """
     narrow, resident = layout & NARROW, layout & RESIDENT
+    padding = 8 if resident else TERMS_PER_GROUP
     if resident:
         address = int32
         if narrow:
@@ -136,18 +154,37 @@ def make_hit_product(layout: int):
     row_weights, add8 = make_load8(row_weight), make_add8(libdevice.int_as_float)
 
     @device_function
+    def add_next8(acc, values_at, at):
+        rows, values = entries8(at)
+        return add8(acc, row_weights(values_at, rows), values)
+
+    @device_function
+    def add16(acc, values_at, at):
+        rows, values = entries8(at)
+        more_rows, more_values = entries8(int32(at + 8 * HIT_BYTES))
+        w, more = row_weights(values_at, rows), row_weights(values_at, more_rows)
+        return add8(add8(acc, w, values), more, more_values)
+
+    @device_function
     def hit_product(acc, values_at, hits_at, hits, lane):
         # The padding of the list adds zero times the first row.
-        if lane < LIST_PAD:
+        if lane < padding:
             store_shared2(int32(hits_at + HIT_BYTES * (hits + lane)), int32(0), int32(0))
         cuda.syncwarp(FULL_WARP)
         h = int32(0)
-        while h < hits:
-            rows, values = entries8(int32(hits_at + HIT_BYTES * h))
-            more_rows, more_values = entries8(int32(hits_at + HIT_BYTES * (h + 8)))
-            w, more = row_weights(values_at, rows), row_weights(values_at, more_rows)
-            acc = add8(add8(acc, w, values), more, more_values)
-            h = int32(h + TERMS_PER_GROUP)
+        if not resident:
+            while h < hits:
+                acc = add16(acc, values_at, int32(hits_at + HIT_BYTES * h))
+                h = int32(h + TERMS_PER_GROUP)
+        elif hits > 8:
+            # The loads of both groups are under way together.
+            acc = add16(acc, values_at, hits_at)
+            h = int32(16)
+            while h < hits:
+                acc = add_next8(acc, values_at, int32(hits_at + HIT_BYTES * h))
+                h = int32(h + 8)
+        elif reached or hits > 0:
+            acc = add_next8(acc, values_at, hits_at)
         cuda.syncwarp(FULL_WARP)
         return acc
 

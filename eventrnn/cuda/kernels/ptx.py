@@ -5,7 +5,7 @@ Addresses are integers: int64 for global memory and for the start of shared memo
 a shared address. One int64 table in memory can therefore hold everything that a kernel works on.
 
 The cell rules are the functions of `cells.py` (the same that `reference.step` calls), compiled over the primitives
-`fma`, `round_even`, `power_of_two`, `ldexp` and `select` defined here.
+`fma`, `round_even`, `power_of_two`, `ldexp`, `reciprocal` and `select` defined here.
 """
 
 from __future__ import annotations
@@ -39,22 +39,45 @@ def fma(a, b, c):
     return cuda.fma(a, b, c)
 
 
+# 1.5 * 2^23. The sum of this and of a float32 number below 2^22 in magnitude is that number rounded to the nearest
+# integer, ties to even, in the low bits. The conversions of the hardware take several times as long as additions.
+ROUNDER = np.float32(12582912.0)
+
+
 @device_function
 def round_even(x):
-    """`cells.round_even`."""
-    return libdevice.rintf(x)
+    """`cells.round_even`, for numbers below 2^22 in magnitude."""
+    return (x + ROUNDER) - ROUNDER
 
 
 @device_function
 def power_of_two(n):
     """`cells.power_of_two`."""
-    return libdevice.int_as_float((np.int32(n) + np.int32(127)) << np.int32(23))
+    return libdevice.int_as_float((libdevice.float_as_int(n + ROUNDER) + np.int32(127)) << np.int32(23))
 
 
 @device_function
 def ldexp(x, n):
-    """`cells.ldexp`: adds to the exponent bits, because the result is a normal number."""
-    return libdevice.int_as_float(libdevice.float_as_int(x) + (np.int32(n) << np.int32(23)))
+    """`cells.ldexp`."""
+    return x * power_of_two(n)
+
+
+@intrinsic
+def approximate_reciprocal(typingctx, x):
+    """1 / x, with an error of one ulp."""
+
+    def generate(context, builder, signature, args):
+        kind = ir.FunctionType(FLOAT, [FLOAT])
+        return builder.call(ir.InlineAsm(kind, "rcp.approx.ftz.f32 $0, $1;", "=f,f"), args)
+
+    return types.float32(types.float32), generate
+
+
+@device_function
+def reciprocal(x):
+    """`cells.reciprocal`: the steps of `rcp.rn`, without its test for results that are not normal numbers."""
+    y = approximate_reciprocal(x)
+    return cuda.fma(y, cuda.fma(-x, y, np.float32(1)), y)
 
 
 @device_function
@@ -65,12 +88,22 @@ def select(condition, a, b):
 
 # The functions of `cells.py`, unchanged, over the primitives above. They are copies, because Numba would otherwise use
 # the implementations that the CPU engine has registered for the originals.
-_names = dict(vars(cells), fma=fma, round_even=round_even, power_of_two=power_of_two, ldexp=ldexp, select=select)
+_names = dict(
+    vars(cells),
+    fma=fma,
+    round_even=round_even,
+    power_of_two=power_of_two,
+    ldexp=ldexp,
+    reciprocal=reciprocal,
+    select=select,
+)
 
 
 def _rule(function):
     return device_function(FunctionType(function.__code__, _names, function.__name__))
 
+
+_names["exp_in_range"] = _rule(cells.exp_in_range)
 
 _names["exp"] = _rule(cells.exp_float32)
 
@@ -406,6 +439,17 @@ store_async4 = instruction(
 )
 
 
+#: shared address in a block of the cluster, a word, barrier of that block, which counts its 4 bytes
+store_async = instruction(
+    "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [$0], $1, [$2];",
+    f"r,r,r,{MEMORY}",
+    NOTHING,
+    INT,
+    INT,
+    INT,
+)
+
+
 def _shared_load(lowered: ir.Type, kind: types.Type, count: int = 1, widened: bool = False):
     """An intrinsic: shared address -> one number or a tuple. The compiler may move it, unlike an `instruction`."""
     result = types.UniTuple(kind, count) if count > 1 else kind
@@ -507,8 +551,9 @@ store_relaxed_int64 = instruction(
 #: address of an int32 and a number: adds it, and returns what was there before
 count_arrival = instruction("atom.relaxed.gpu.global.add.s32 $0, [$1], $2;", f"=r,l,r,{MEMORY}", INT, types.int64, INT)
 
-#: orders all earlier memory operations of the block before later ones, for all blocks and for the host
+#: orders earlier memory operations before later ones, for all blocks and for the host; for all blocks only
 fence_system = instruction("fence.acq_rel.sys;", MEMORY, NOTHING)
+fence_gpu = instruction("fence.acq_rel.gpu;", MEMORY, NOTHING)
 
 #: two neighbouring words of global memory that are read-only during the kernel
 load_readonly2 = instruction(

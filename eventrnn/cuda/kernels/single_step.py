@@ -6,8 +6,7 @@ each reads the input and the outputs of the step before, and writes cells and ou
 
 Block  : the 32 units of one tile (x) of one sample (y).
 Warp   : one strip of 32 columns that contains gate rows of the tile, of one matrix: two strips per gate at most,
-         because a gate begins anywhere in a strip. Then the first warp updates the cells, and the others of tile 0
-         check the input.
+         because a gate begins anywhere in a strip. Then the first warp updates the cells.
 Thread : one column of a strip; one unit of the tile.
 
 ========== ======== ===========================================================================================
@@ -19,14 +18,15 @@ units      global   (entries,) int32, rows (entries + 1, 32), begins (strips + 1
 bias       global   (strips, 32) float32
 threshold  global   (tiles, 32) float32
 status     global   int64 fault words (`tables.STATUS_FIELDS`); the caller clears them after a fault
-answer     host     pinned: the status words, then a word that, once all outputs are written, becomes ANSWERED, or
-                    FAULTY where a status word is not zero
+answer     host     pinned: the status words where one is not zero, then a word that, once all outputs are written,
+                    becomes ANSWERED, or FAULTY where the status words are
+arrivals   global   int32 behind the status words, the blocks that are complete
 output     host     pinned: (batch, units) float32
 hits       shared   per warp, scratch of `gather_product.py`
 drives     shared   (2, 3, 32) float32
 ========== ======== ===========================================================================================
 
-Barriers: one block barrier between strips and cells, one before the block counts itself as complete.
+Barrier: one block barrier between strips and cells. The first warp alone writes what the host reads.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from eventrnn.cuda.kernels.gather_product import append_hit, event_flag, hit_off
 from eventrnn.cuda.kernels.ptx import (
     count_arrival,
     egru_value,
+    fence_gpu,
     fence_system,
     global_float32,
     global_int32,
@@ -53,6 +54,7 @@ from eventrnn.cuda.kernels.ptx import (
     store_relaxed_int64,
     store_shared_float,
 )
+from eventrnn.cuda.kernels.strip_product import FULL_WARP
 from eventrnn.cuda.tables import LANES, LAST, STATUS_CELLS, STATUS_FIELDS, STATUS_INPUT
 
 # The last word of an answer.
@@ -81,29 +83,31 @@ def make_global_product(layout: int):
     weight_bytes = row_bytes // LANES
 
     @device_function
-    def value_of_entry(row_at, units_at, entry, end):
-        value = np.float32(0)
-        if entry < end:
-            value = load_readonly(row_at + global_int32(units_at)[entry])
+    def output_or_zero(value, entry, end):
+        if entry >= end:
+            value = np.float32(0)
         return value
 
     @device_function
     def global_product(acc, row_at, units_at, rows_at, begin, end, hits_at, lane):
         lanes_below = int32((int32(1) << lane) - 1)
         values_at = rows_at + int64(row_bytes) * begin + weight_bytes * lane
+        units, final = global_int32(units_at), end - 1
         first, count = int32(0), int32(end - begin)
         while first < count:
             at = int32(first + UNITS_PER_LANE * lane)
             entry = begin + at
+            # Loads that no branch guards are under way together.
+            j, k, m = units[min(entry, final)], units[min(entry + 1, final)], units[min(entry + 2, final)]
+            n, o = units[min(entry + 3, final)], units[min(entry + 4, final)]
+            v, w, x = load_readonly(row_at + j), load_readonly(row_at + k), load_readonly(row_at + m)
+            y, z = load_readonly(row_at + n), load_readonly(row_at + o)
             v, w, x = (
-                value_of_entry(row_at, units_at, entry, end),
-                value_of_entry(row_at, units_at, entry + 1, end),
-                value_of_entry(row_at, units_at, entry + 2, end),
+                output_or_zero(v, entry, end),
+                output_or_zero(w, entry + 1, end),
+                output_or_zero(x, entry + 2, end),
             )
-            y, z = (
-                value_of_entry(row_at, units_at, entry + 3, end),
-                value_of_entry(row_at, units_at, entry + 4, end),
-            )
+            y, z = output_or_zero(y, entry + 3, end), output_or_zero(z, entry + 4, end)
             a, b, c, d, e = event_flag(v), event_flag(w), event_flag(x), event_flag(y), event_flag(z)
             before, hits = hit_offsets(int32(a + b + c + d + e), lanes_below)
             row = int32(row_bytes * at)
@@ -126,16 +130,39 @@ def step_kernel(layout_in: int, layout_rec: int):
     """
     product_in, product_rec = make_global_product(layout_in), make_global_product(layout_rec)
 
-    def step(table_at):
+    def step(
+        n,
+        inputs,
+        x_at,
+        y_before_at,
+        c_before_at,
+        y_after_at,
+        c_after_at,
+        threshold_at,
+        in_units_at,
+        in_rows_at,
+        in_begins_at,
+        in_bias_at,
+        rec_units_at,
+        rec_rows_at,
+        rec_begins_at,
+        rec_bias_at,
+        status_at,
+        checked,
+        output_at,
+        answer_at,
+    ):
         thread = int32(cuda.threadIdx.x)
         lane, warp = thread & int32(31), thread >> int32(5)
         tile, sample = int64(cuda.blockIdx.x), int64(cuda.blockIdx.y)
-        layer = global_int64(table_at)
-        n, inputs, status = layer[tables.STEP_UNITS], layer[tables.STEP_INPUTS], layer[tables.STEP_STATUS]
-        base = int32(shared_base())
+        base, arrivals_at = int32(shared_base()), status_at + 8 * STATUS_FIELDS
         drives_at = int32(base + STEP_WARPS * HITS_BYTES)
         first_unit = LANES * tile
         last_unit = min(n, first_unit + LANES)
+        # Loaded ahead, for the cells.
+        unit, own_unit = first_unit + lane, min(first_unit + lane, n - 1)
+        place = 4 * (sample * n + own_unit)
+        threshold, carried = load_readonly(threshold_at + 4 * own_unit), load_readonly(c_before_at + place)
         recurrent = warp >= int32(3 * STRIPS_PER_GATE)
         job = warp
         if recurrent:
@@ -146,24 +173,24 @@ def step_kernel(layout_in: int, layout_rec: int):
             column = 32 * strip + lane
             hits_at = int32(base + HITS_BYTES * warp)
             if recurrent:
-                begins = global_int64(layer[tables.STEP_REC_BEGINS])
+                begins = global_int64(rec_begins_at)
                 acc = product_rec(
-                    global_float32(layer[tables.STEP_REC_BIAS])[column],
-                    layer[tables.STEP_Y_BEFORE] + 4 * sample * n,
-                    layer[tables.STEP_REC_UNITS],
-                    layer[tables.STEP_REC_ROWS],
+                    global_float32(rec_bias_at)[column],
+                    y_before_at + 4 * sample * n,
+                    rec_units_at,
+                    rec_rows_at,
                     begins[strip],
                     begins[strip + 1],
                     hits_at,
                     lane,
                 )
             else:
-                begins = global_int64(layer[tables.STEP_IN_BEGINS])
+                begins = global_int64(in_begins_at)
                 acc = product_in(
-                    global_float32(layer[tables.STEP_IN_BIAS])[column],
-                    layer[tables.STEP_X] + 4 * sample * inputs,
-                    layer[tables.STEP_IN_UNITS],
-                    layer[tables.STEP_IN_ROWS],
+                    global_float32(in_bias_at)[column],
+                    x_at + 4 * sample * inputs,
+                    in_units_at,
+                    in_rows_at,
                     begins[strip],
                     begins[strip + 1],
                     hits_at,
@@ -175,11 +202,16 @@ def step_kernel(layout_in: int, layout_rec: int):
                 if recurrent:
                     row = gate + 3
                 store_shared_float(int32(drives_at + 4 * (LANES * row + own)), acc)
+        if checked != 0 and tile == 0:
+            k, x = int64(thread), global_float32(x_at + 4 * sample * inputs)
+            while k < inputs:
+                # Infinity minus infinity is NaN as well.
+                if x[k] - x[k] != 0:
+                    max_relaxed(status_at + 8 * STATUS_INPUT, LAST - (sample * inputs + k))
+                k += LANES * STEP_WARPS
         cuda.syncthreads()
-        unit = first_unit + lane
-        if warp == 0 and unit < n:
+        if warp == 0:
             at = int32(drives_at + 4 * lane)
-            place = 4 * (sample * n + unit)
             v, _, _, _ = egru_value(
                 load_shared_float(at),
                 load_shared_float(int32(at + 4 * LANES)),
@@ -187,43 +219,41 @@ def step_kernel(layout_in: int, layout_rec: int):
                 load_shared_float(int32(at + 12 * LANES)),
                 load_shared_float(int32(at + 16 * LANES)),
                 load_shared_float(int32(at + 20 * LANES)),
-                load_readonly(layer[tables.STEP_C_BEFORE] + place),
+                carried,
             )
-            threshold = global_float32(layer[tables.STEP_THRESHOLD])[unit]
             y, c = np.float32(0), v
             if v > threshold:
                 y, c = v, v - threshold
-            store_float(layer[tables.STEP_Y_AFTER] + place, y)
-            store_float(layer[tables.STEP_C_AFTER] + place, c)
-            if layer[tables.STEP_OUTPUT] != 0:
-                store_float(layer[tables.STEP_OUTPUT] + place, y)
-            # Infinity minus infinity is NaN as well.
-            if c - c != 0:
-                max_relaxed(status + 8 * STATUS_CELLS, int64(1))
-        if layer[tables.STEP_CHECKED] != 0 and tile == 0 and warp > 0:
-            k = int64(thread - LANES)
-            x = global_float32(layer[tables.STEP_X] + 4 * sample * inputs)
-            while k < inputs:
-                if x[k] - x[k] != 0:
-                    max_relaxed(status + 8 * STATUS_INPUT, LAST - (sample * inputs + k))
-                k += LANES * (STEP_WARPS - 1)
-        if layer[tables.STEP_ANSWER] != 0:
-            cuda.syncthreads()
-            if thread == 0:
-                fence_system()
-                blocks = int32(cuda.gridDim.x * cuda.gridDim.y)
-                if count_arrival(layer[tables.STEP_ARRIVALS], int32(1)) == blocks - 1:
+            if unit < n:
+                if output_at != 0:
+                    store_float(output_at + place, y)
+                store_float(y_after_at + place, y)
+                store_float(c_after_at + place, c)
+                if c - c != 0:
+                    max_relaxed(status_at + 8 * STATUS_CELLS, int64(1))
+            if answer_at != 0:
+                cuda.syncwarp(FULL_WARP)
+                arrived = int32(0)
+                if lane == 0:
+                    fence_system()
+                    arrived = count_arrival(arrivals_at, int32(1))
+                if cuda.shfl_sync(FULL_WARP, arrived, int32(0)) == int32(cuda.gridDim.x * cuda.gridDim.y) - 1:
                     # The last block answers for all, and makes the counter ready for the next step.
-                    fence_system()
-                    global_int32(layer[tables.STEP_ARRIVALS])[0] = int32(0)
-                    field, verdict = int64(0), int64(ANSWERED)
-                    while field < STATUS_FIELDS:
-                        word = load_relaxed_int64(status + 8 * field)
-                        store_relaxed_int64(layer[tables.STEP_ANSWER] + 8 * field, word)
-                        if word != 0:
+                    fence_gpu()
+                    word = int64(0)
+                    if lane < int32(STATUS_FIELDS):
+                        word = load_relaxed_int64(status_at + 8 * lane)
+                    faulty = cuda.ballot_sync(FULL_WARP, word != 0)
+                    if faulty != 0:
+                        if lane < int32(STATUS_FIELDS):
+                            store_relaxed_int64(answer_at + 8 * lane, word)
+                        fence_system()
+                        cuda.syncwarp(FULL_WARP)
+                    if lane == 0:
+                        global_int32(arrivals_at)[0] = int32(0)
+                        verdict = int64(ANSWERED)
+                        if faulty != 0:
                             verdict = int64(FAULTY)
-                        field += 1
-                    fence_system()
-                    store_relaxed_int64(layer[tables.STEP_ANSWER] + 8 * STATUS_FIELDS, verdict)
+                        store_relaxed_int64(answer_at + 8 * STATUS_FIELDS, verdict)
 
-    return step, types.void(types.int64)
+    return step, types.void(*[types.int64] * tables.STEP_FIELDS)

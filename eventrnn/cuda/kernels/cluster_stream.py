@@ -1,0 +1,204 @@
+"""The turns of a recurrent cluster of one sample whose warps have one strip each: the shortest way through a step.
+
+A step of one stream is a chain of latencies: outputs travel, a warp gathers those that reach its strip, adds their
+weights, evaluates a gate, and a warp per tile updates the cells. So nothing here is a loop or a branch that need not be
+one, and what does not change stays in registers: units of the strip, bias, cells and thresholds. What a step needs from
+global memory is loaded, and the barrier of the step before made ready, while the outputs of the step before travel.
+
+Arrays, barriers and arithmetic are those of `cluster.py`, which this is a part of. Every warp computes a strip; those
+of a block with fewer strips than warps compute its last strip again, and write it where nothing is read.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import int32, int64
+
+from eventrnn.cuda import tables
+from eventrnn.cuda.device import cuda, device_function, libdevice
+from eventrnn.cuda.kernels.gather_product import (
+    append_hit,
+    event_flag,
+    load_offset,
+    load_output,
+    make_hit_offsets,
+    make_hit_product,
+    make_unrolled,
+    row_bytes_of,
+)
+from eventrnn.cuda.kernels.persistent import MAX_POLLS
+from eventrnn.cuda.kernels.ptx import (
+    barrier_expect_bytes,
+    egru_reset_gate,
+    egru_value_of_gates,
+    global_float32,
+    global_int32,
+    global_int64,
+    load_relaxed,
+    load_shared4,
+    load_shared_float,
+    store_float,
+    store_relaxed,
+    store_shared_float,
+)
+from eventrnn.cuda.kernels.strip_product import FULL_WARP
+from eventrnn.cuda.tables import LANES
+
+# Bytes of one float32 per lane.
+TILE_BYTES = 4 * LANES
+
+
+def make_stream_turns(layout: int, units_per_lane: int, has_input_clusters: bool, functions):
+    """The device function stream_turns(layer, block, base, values_from, first, steps, batch, faults_at, thread, ...).
+
+    base        : address of shared memory
+    values_from : where the block's rows of weights begin, plus the lane's offset in a row
+    first       : the sample
+    thread      : the number of this thread, from where the compiler does not read it again in every turn
+    ...         : four addresses, for `broadcast_tile`
+    functions   : the device functions wait_for_phase, poll_drive, broadcast_tile and cycles of `cluster.py`
+    """
+    wait_for_phase, poll_drive, broadcast_tile, cycles = functions
+    row_bytes, hit_product = row_bytes_of(layout), make_hit_product(layout, reached=True)
+    hit_offsets = make_hit_offsets(units_per_lane)
+    load_offsets = make_unrolled(load_offset, units_per_lane, np.int32(0))
+    load_outputs = make_unrolled(load_output, units_per_lane, np.float32(0))
+
+    @device_function
+    def stream_turns(
+        layer, block, base, values_from, first, steps, batch, faults_at, thread, block_0, block_1, block_2, block_3
+    ):
+        # A warp's number is a shuffle's result, so that the compiler knows that it is the same in all lanes.
+        lane, warp = thread & int32(31), cuda.shfl_sync(FULL_WARP, int32(thread >> int32(5)), int32(0))
+        lanes_below = int32((int32(1) << lane) - 1)
+        n, tiles, tile = int32(layer[tables.UNITS]), int32(block[tables.TILES]), int32(block[tables.TILE])
+        row_size = int32(block[tables.ALL_TILES]) * int32(TILE_BYTES)
+        max_polls = int32(MAX_POLLS)
+        # The strip of this warp.
+        strips_at = int32(base + int32(block[tables.AT_STRIPS]) + 32)
+        strips, _, _, _ = load_shared4(int32(strips_at - 32))
+        shift_r, strip_g, shift_g, _ = load_shared4(int32(strips_at - 16))
+        slot = min(warp, int32(strips - 1))
+        units_at, _, row, column = load_shared4(int32(strips_at + 16 * slot))
+        own_units = int32(units_at + 4 * units_per_lane * lane)
+        o0, o1, o2, o3, o4, o5, o6 = load_offsets(own_units, (0, 4, 8, 12, 16, 20, 24))
+        values_at = values_from + int64(row_bytes) * row
+        bias = load_shared_float(int32(base + int32(block[tables.AT_BIAS]) + 4 * lane + TILE_BYTES * slot))
+        hits_at = int32(
+            base + int32(block[tables.AT_HITS]) + tables.HIT_BYTES * (LANES * units_per_lane + tables.LIST_PAD) * warp
+        )
+        is_gate = slot < strip_g
+        drive_bytes, log_row_bytes = 12 * int64(n), 4 * layer[tables.PITCH]
+        drive_at = layer[tables.DRIVE] + first * drive_bytes + int64(4) * min(int32(column + lane), int32(3 * n - 1))
+        drive_step = batch * drive_bytes
+        # The tile of this warp; warps without one never fire and send nothing.
+        unit = int32(LANES * (tile + warp) + lane)
+        has_tile = warp < tiles
+        mine = has_tile and unit < n
+        own_unit = min(unit, int32(n - 1))
+        carried = global_float32(layer[tables.CELLS])
+        place = first * n + own_unit
+        c, threshold = carried[place], np.float32(np.inf)
+        if mine:
+            threshold = load_shared_float(
+                int32(base + int32(block[tables.AT_THRESHOLD]) + TILE_BYTES * warp + 4 * lane)
+            )
+        states = layer[tables.STATES]
+        sent_at = layer[tables.EVENT_LOG] + (batch + first) * log_row_bytes + int64(4) * own_unit
+        after_at = states + first * (drive_bytes // 3) + int64(4) * own_unit
+        # What alternates between even and odd turns; the sums turn one into the other.
+        y_size, y_at = int32(row_size + 16), int32(base + int32(block[tables.AT_Y]))
+        row_at, rows_sum = y_at, int32(2 * y_at + y_size)
+        barrier, barriers_sum = int32(0), int32(0)
+        barrier = int32(base + int32(block[tables.AT_BARRIERS]))
+        barriers_sum = int32(2 * barrier + 8)
+        gates_size = int32(TILE_BYTES * (strips + 1))
+        gates = int32(base + int32(block[tables.AT_SUMS_REC]) + 4 * lane)
+        gates_sum = int32(2 * gates + gates_size)
+        own_gate, own_tile = int32(TILE_BYTES * min(warp, strips)), int32(TILE_BYTES * warp)
+        tile_at = int32(TILE_BYTES * (tile + warp) - base)
+        copied, waited, multiplied, met, updated = int64(0), int64(0), int64(0), int64(0), int64(0)
+        t = int32(0)
+        while t < steps:
+            began = cycles()
+            word = load_relaxed(drive_at)
+            if thread == 0 and t > 1:
+                barrier_expect_bytes(int32(barriers_sum - barrier), row_size)
+            copies_done = cycles()
+            if t > 0 and not wait_for_phase(barrier, int32(((t - 1) >> 1) & 1), max_polls):
+                global_int32(faults_at)[0] = 1
+                max_polls = int32(1)
+            waits_done = cycles()
+            v = load_outputs(row_at, (o0, o1, o2, o3, o4, o5, o6))
+            a, b, d, e = event_flag(v[0]), event_flag(v[1]), event_flag(v[2]), event_flag(v[3])
+            f, g, h = event_flag(v[4]), event_flag(v[5]), event_flag(v[6])
+            before, hits = hit_offsets(int32(a + b + d + e + f + g + h), lanes_below)
+            p, at = int32(hits_at + tables.HIT_BYTES * before), int32(row_bytes * units_per_lane * lane)
+            p = append_hit(p, at, v[0], a)
+            if units_per_lane > 1:
+                p = append_hit(p, int32(at + row_bytes), v[1], b)
+            if units_per_lane > 2:
+                p = append_hit(p, int32(at + 2 * row_bytes), v[2], d)
+            if units_per_lane > 3:
+                p = append_hit(p, int32(at + 3 * row_bytes), v[3], e)
+            if units_per_lane > 4:
+                p = append_hit(p, int32(at + 4 * row_bytes), v[4], f)
+            if units_per_lane > 5:
+                p = append_hit(p, int32(at + 5 * row_bytes), v[5], g)
+            if units_per_lane > 6:
+                p = append_hit(p, int32(at + 6 * row_bytes), v[6], h)
+            acc = hit_product(bias, values_at, hits_at, hits, lane)
+            drive = libdevice.int_as_float(word)
+            if has_input_clusters:
+                drive, complete = poll_drive(drive, drive_at, max_polls)
+                if not complete:
+                    global_int32(faults_at)[0] = 1
+                    max_polls = int32(1)
+                cuda.syncwarp(FULL_WARP)
+            gate = egru_reset_gate(drive, acc)
+            if not is_gate:
+                gate = acc
+            store_shared_float(int32(gates + own_gate), gate)
+            store_shared_float(int32(gates + own_gate + 2 * gates_size), drive)
+            products_done = cycles()
+            cuda.syncthreads()
+            meeting_done = cycles()
+            row_at, barrier = int32(rows_sum - row_at), int32(barriers_sum - barrier)
+            if has_tile:
+                u = load_shared_float(int32(gates + own_tile))
+                r = load_shared_float(int32(gates + own_tile + 4 * shift_r))
+                rec = load_shared_float(int32(gates + own_tile + 4 * shift_g))
+                drive = load_shared_float(int32(gates + own_tile + 4 * shift_g + 2 * gates_size))
+                zero = np.float32(0)
+                value, _, _, _ = egru_value_of_gates(u, r, drive, zero, zero, rec, c)
+                y, c = zero, value
+                if value > threshold:
+                    y, c = value, value - threshold
+                if int32(t + 1) < steps:
+                    at, count_at = int32(row_at + tile_at), int32(barrier - base)
+                    broadcast_tile(base, block_0, block_1, block_2, block_3, at, count_at, lane, y)
+                if mine:
+                    store_relaxed(sent_at, y)
+                    if states != 0:
+                        store_float(after_at, c)
+            gates = int32(gates_sum - gates)
+            drive_at += drive_step
+            sent_at += batch * log_row_bytes
+            after_at += batch * (drive_bytes // 3)
+            turn_done = cycles()
+            copied += copies_done - began
+            waited += waits_done - copies_done
+            multiplied += products_done - waits_done
+            met += meeting_done - products_done
+            updated += turn_done - meeting_done
+            t = int32(t + 1)
+        if mine:
+            carried[place] = c
+        clocks = layer[tables.CLOCKS]
+        if clocks != 0 and lane == 0:
+            counts = global_int64(clocks)
+            at = len(tables.TURN_PHASES) * (int64(cuda.blockIdx.x) * (int32(cuda.blockDim.x) >> 5) + warp)
+            counts[at], counts[at + 1], counts[at + 2] = copied, waited, multiplied
+            counts[at + 3], counts[at + 4] = met, updated
+
+    return stream_turns
