@@ -339,7 +339,7 @@ def test_cluster_kernels_compile_without_contraction(compiled, layout, blocks, u
     ptx = compiled(cluster_kernel(layout, layout, blocks, units_per_lane, input_units_per_lane, single, clocked))
     check_ptx(ptx)
     assert ("%clock64" in ptx) == clocked
-    assert ptx.count("st.async.shared::cluster") == max(1, blocks // 4)
+    assert ptx.count("st.async.shared::cluster") == blocks
 
 
 @pytest.mark.parametrize("layout", MASKED_LAYOUTS)

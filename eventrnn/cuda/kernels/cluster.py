@@ -74,7 +74,6 @@ from eventrnn.cuda.kernels.ptx import (
     shared_base,
     shared_int32,
     store_async,
-    store_async4,
     store_float,
     store_relaxed,
     store_shared2,
@@ -86,8 +85,6 @@ from eventrnn.cuda.tables import LANES, NARROW, RESIDENT
 
 # Bytes of one float32 per lane.
 TILE_BYTES = 4 * LANES
-
-WORDS = True
 
 
 @device_function
@@ -153,39 +150,16 @@ def cluster_kernel(
         return now
 
     @device_function
-    def broadcast_quads(block_0, block_1, block_2, block_3, offset, barrier, lane, y):
+    def broadcast_tile(base, offset, barrier, lane, y):
         """Write the tile's outputs `y`, one per lane, to all blocks of the cluster and count the bytes there.
 
-        block_0, ... : where shared memory of the lane's target blocks begins; offset, barrier : offsets in it
+        base : address of shared memory; offset, barrier : offsets in it
         """
-        # Eight lanes write the 32 outputs to one block; four blocks are written at a time.
-        q = int32(4 * (lane & 7))
-        offset = int32(offset + 4 * q)
-        word = libdevice.float_as_int(y)
-        a, b = cuda.shfl_sync(FULL_WARP, word, q), cuda.shfl_sync(FULL_WARP, word, int32(q + 1))
-        c, d = cuda.shfl_sync(FULL_WARP, word, int32(q + 2)), cuda.shfl_sync(FULL_WARP, word, int32(q + 3))
-        if blocks >= 4 or lane < 8 * blocks:
-            store_async4(int32(block_0 + offset), a, b, c, d, int32(block_0 + barrier))
-        if blocks >= 8:
-            store_async4(int32(block_1 + offset), a, b, c, d, int32(block_1 + barrier))
-        if blocks >= 16:
-            store_async4(int32(block_2 + offset), a, b, c, d, int32(block_2 + barrier))
-            store_async4(int32(block_3 + offset), a, b, c, d, int32(block_3 + barrier))
-
-    @device_function
-    def broadcast_words(base, offset, barrier, lane, y):
-        """`broadcast_quads`, every lane its own word, one block at a time."""
+        # The blocks one after the other, and all in the same order: other orders and four words per lane take longer.
         word, offset = libdevice.float_as_int(y), int32(offset + 4 * lane)
-        for k in range(blocks):
-            block = map_to_rank(base, int32(k))
+        for rank in range(blocks):
+            block = map_to_rank(base, int32(rank))
             store_async(int32(block + offset), word, int32(block + barrier))
-
-    @device_function
-    def broadcast_tile(base, block_0, block_1, block_2, block_3, offset, barrier, lane, y):
-        if WORDS:
-            broadcast_words(base, offset, barrier, lane, y)
-        else:
-            broadcast_quads(block_0, block_1, block_2, block_3, offset, barrier, lane, y)
 
     functions = wait_for_phase, poll_drive, broadcast_tile, cycles
     stream_turns = make_stream_turns(layout, units_per_lane, has_input_clusters, functions)
@@ -315,14 +289,6 @@ def cluster_kernel(
         cluster_arrive()
         cluster_wait()
 
-        # The four blocks that this lane writes to. Ranks wrap around in clusters of fewer than 16 blocks. Where every
-        # block begins with another one, the exchange takes longer.
-        rank = int32(lane >> 3)
-        block_0 = map_to_rank(base, int32(rank & (blocks - 1)))
-        block_1 = map_to_rank(base, int32((rank + 4) & (blocks - 1)))
-        block_2 = map_to_rank(base, int32((rank + 8) & (blocks - 1)))
-        block_3 = map_to_rank(base, int32((rank + 12) & (blocks - 1)))
-
         # These values are loaded, so that the compiler does not recompute them in every turn.
         thread = load_shared(int32(hits_at + tables.HIT_BYTES * lane))
         lane, warp = thread & int32(31), in_all_lanes(thread >> int32(5))
@@ -378,8 +344,7 @@ def cluster_kernel(
                     store_relaxed(drive_from + (t * batch + sample) * drive_bytes + int64(4) * column, acc)
                 slot = int32(slot + warps)
         elif single:
-            at = layer, block, base, rows_from, first
-            stream_turns(*at, steps32, batch, faults_at, thread, block_0, block_1, block_2, block_3)
+            stream_turns(layer, block, base, rows_from, first, steps32, batch, faults_at, thread)
         else:
             gates_size = int32(TILE_BYTES * (strips + 1))
             gates_at = int32(base + int32(block[tables.AT_SUMS_REC]) + 4 * lane)
@@ -508,17 +473,8 @@ def cluster_kernel(
                         if mine and v > load_shared_float(int32(thresholds_at + TILE_BYTES * own_tile)):
                             y, c = v, v - load_shared_float(int32(thresholds_at + TILE_BYTES * own_tile))
                         if not last_step:
-                            broadcast_tile(
-                                base,
-                                block_0,
-                                block_1,
-                                block_2,
-                                block_3,
-                                int32(at_y + (rows + next_parity) * y_size + TILE_BYTES * (tile + own_tile)),
-                                int32(at_barriers + 8 * (rows + next_parity)),
-                                lane,
-                                y,
-                            )
+                            row = int32(at_y + (rows + next_parity) * y_size + TILE_BYTES * (tile + own_tile))
+                            broadcast_tile(base, row, int32(at_barriers + 8 * (rows + next_parity)), lane, y)
                         store_shared_float(cell, c)
                         if mine:
                             store_relaxed(sent_at + int64(4) * unit, y)

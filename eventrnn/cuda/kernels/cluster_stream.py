@@ -49,13 +49,12 @@ TILE_BYTES = 4 * LANES
 
 
 def make_stream_turns(layout: int, units_per_lane: int, has_input_clusters: bool, functions):
-    """The device function stream_turns(layer, block, base, values_from, first, steps, batch, faults_at, thread, ...).
+    """The device function stream_turns(layer, block, base, values_from, first, steps, batch, faults_at, thread).
 
     base        : address of shared memory
     values_from : where the block's rows of weights begin, plus the lane's offset in a row
     first       : the sample
     thread      : the number of this thread, from where the compiler does not read it again in every turn
-    ...         : four addresses, for `broadcast_tile`
     functions   : the device functions wait_for_phase, poll_drive, broadcast_tile and cycles of `cluster.py`
     """
     wait_for_phase, poll_drive, broadcast_tile, cycles = functions
@@ -65,9 +64,7 @@ def make_stream_turns(layout: int, units_per_lane: int, has_input_clusters: bool
     load_outputs = make_unrolled(load_output, units_per_lane, np.float32(0))
 
     @device_function
-    def stream_turns(
-        layer, block, base, values_from, first, steps, batch, faults_at, thread, block_0, block_1, block_2, block_3
-    ):
+    def stream_turns(layer, block, base, values_from, first, steps, batch, faults_at, thread):
         # A warp's number is a shuffle's result, so that the compiler knows that it is the same in all lanes.
         lane, warp = thread & int32(31), cuda.shfl_sync(FULL_WARP, int32(thread >> int32(5)), int32(0))
         lanes_below = int32((int32(1) << lane) - 1)
@@ -175,8 +172,7 @@ def make_stream_turns(layout: int, units_per_lane: int, has_input_clusters: bool
                 if value > threshold:
                     y, c = value, value - threshold
                 if int32(t + 1) < steps:
-                    at, count_at = int32(row_at + tile_at), int32(barrier - base)
-                    broadcast_tile(base, block_0, block_1, block_2, block_3, at, count_at, lane, y)
+                    broadcast_tile(base, int32(row_at + tile_at), int32(barrier - base), lane, y)
                 if mine:
                     store_relaxed(sent_at, y)
                     if states != 0:

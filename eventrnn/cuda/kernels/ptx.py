@@ -385,7 +385,6 @@ def instruction(text: str, constraints: str, result, *arguments):
         3: lambda typingctx, a, b, c: (signature, generate),
         4: lambda typingctx, a, b, c, d: (signature, generate),
         5: lambda typingctx, a, b, c, d, e: (signature, generate),
-        6: lambda typingctx, a, b, c, d, e, f: (signature, generate),
     }
     return intrinsic(makers[len(arguments)])
 
@@ -424,20 +423,6 @@ barrier_try_wait = instruction(
     INT,
     INT,
 )
-
-#: shared address in a block of the cluster, four words, barrier of that block, which counts their 16 bytes
-store_async4 = instruction(
-    "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [$0], {$1, $2, $3, $4}, [$5];",
-    f"r,r,r,r,r,r,{MEMORY}",
-    NOTHING,
-    INT,
-    INT,
-    INT,
-    INT,
-    INT,
-    INT,
-)
-
 
 #: shared address in a block of the cluster, a word, barrier of that block, which counts its 4 bytes
 store_async = instruction(
