@@ -16,10 +16,16 @@ def every_cudnn() -> str:
 
     PyTorch calls the standard algorithm for every GRU of these sizes, and launches its kernels one by one: 14 to 18 µs
     per step at 512 units and batch 1, nearly three times its time as a graph, and fifteen times that of the static
-    algorithm. No algorithm is the best one. For a GRU the static one loses to the dynamic one at 1344 units and batch
-    1, and to the standard one at batch 64, where the dynamic one takes eight times as long. At batch 16 a static LSTM
-    takes a third of the time of a static GRU. With one sample, a dense layer of 512 units in cuDNN is as fast as a
-    pruned one here.
+    algorithm. No algorithm is the best one. For a GRU the static one loses to the dynamic one from 1024 units on at
+    batch 1, and to the standard one at batch 64, where the dynamic one takes eight times as long. At batch 16 a static
+    LSTM takes a third of the time of a static GRU.
+
+    The lines of e6d0275 are of the kernel before the one for single streams ([phases](#phases-of-the-cluster-kernel)),
+    which takes 0.59 of its time at 512 units and 0.80 at 1344. Those rows, and those of 16 and 64 streams, have not
+    been measured again. In the mean of all warps two fifths of a step of one stream are the exchange of outputs and the wait
+    for the slowest block, at every size, so a tenth of the weights is not a tenth of the time. A dense layer of one
+    stream is slower than cuDNN's: its blocks wait for each other through global memory, in a kernel that has not
+    changed.
 
     FlashRNN (`flashrnn` 1.0.8) is not a baseline: its fused kernels did not build on that machine (extension
     `gpu_info2`), and its other ones took 18.8 µs per step for an LSTM of 768 units at batch 16, without the input
@@ -47,12 +53,11 @@ def single_steps() -> str:
     """Single steps of layers with 90 % of their 1x32 blocks pruned, bfloat16, 10 % active, in microseconds (`python
     experiments/gpu_steps.py`): one kernel per layer, beside a graph of all the kernels of a run, which other networks
     have. `call`: by the clock, from NumPy to NumPy. `GPU`: between two events around the work, with the start of the
-    graph. On arrays of the GPU a call takes 65 to 76 µs in both forms, most of it on the host. The kernel has changed
-    since the commit of these lines: its loads no longer wait for each other, of which the bits were compared on a GPU,
-    and its count of blocks lies in another place, which has run in emulation only. Neither time was measured.
+    graph. On arrays of the GPU a call takes 50 to 100 µs in both forms, most of it on the host. Every sample reads the
+    weights by itself, so with many samples the graph is faster on the GPU; from 65 samples on it is what runs.
     """
     lines, rows = read("gpu_steps"), []
-    for units, layers, batch in ((512, 1, 1), (1350, 1, 1), (1350, 3, 1), (1350, 1, 16)):
+    for units, layers, batch in ((512, 1, 1), (1350, 1, 1), (1350, 3, 1), (1350, 1, 16), (512, 1, 64), (1350, 1, 64)):
         line = last(lines, hidden=units, layers=layers, batch=batch)
         if line is not None:
             us = [number(line[name]) for name in ("call_us", "graph_call_us", "gpu_us", "graph_gpu_us")]
@@ -66,9 +71,12 @@ def cluster_phases() -> str:
     """Where a step of one layer goes in the kernel of the cluster plan, batch 1, 90 % of 1x32 blocks pruned, bfloat16,
     10 % active (`python experiments/gpu_phases.py`): cycles of a turn in the warp with the most products, from a
     variant of the kernel that reads the clock of the multiprocessor. `wait`: for the outputs of the other blocks;
-    `cells`, in a warp that has a tile, includes the wait for the other warps of its block. Larger clusters are faster
-    at every size: what smaller ones spare in the exchange, they lose in strips per multiprocessor. The exchange of
-    outputs (drives and wait) takes about 340 of 1,720 cycles at 512 units, products and gates 780, cells 640.
+    `cells`, in a warp that has a tile, includes the wait for the other warps of its block. Rows of 16 blocks are of the
+    kernel for one stream, the others of the one for several, which one stream had before: at 16 blocks that one took
+    0.97 µs at 512 units and 1.35 µs at 1344, on the same machine. Larger clusters were faster at every size: what smaller
+    ones spare in the exchange, they lose in strips per multiprocessor. Since these lines a lane sends its own output,
+    to one block after the other, in place of four outputs at once to four blocks: the exchange alone then takes 10 %
+    less, and the layers of the [table above](#every-algorithm-of-cudnn) with commit cb2af7f run so.
     """
     lines, rows = read("gpu_phases"), []
     for units, blocks in product((512, 768, 1024, 1344), (16, 8, 4)):

@@ -421,7 +421,7 @@ def test_reciprocals_and_powers_on_a_gpu_are_rounded_as_on_the_cpu():
         found = [device.empty(x.shape, np.float32) for _ in range(2)]
         with device.on_stream():
             device.launch(kernel, len(words) // 256, 256, len(words), x.data.ptr, *(each.data.ptr for each in found))
-        reciprocals, powers = (each.get() for each in found)
+            reciprocals, powers = (each.get() for each in found)
         in_range = words.view(np.float32) <= 2.0**125
         assert same_bits(reciprocals[in_range], (np.float32(1) / words.view(np.float32))[in_range])
         some = slice(None, None, 97)

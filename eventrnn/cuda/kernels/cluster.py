@@ -473,8 +473,8 @@ def cluster_kernel(
                         if mine and v > load_shared_float(int32(thresholds_at + TILE_BYTES * own_tile)):
                             y, c = v, v - load_shared_float(int32(thresholds_at + TILE_BYTES * own_tile))
                         if not last_step:
-                            row = int32(at_y + (rows + next_parity) * y_size + TILE_BYTES * (tile + own_tile))
-                            broadcast_tile(base, row, int32(at_barriers + 8 * (rows + next_parity)), lane, y)
+                            tile_at = int32(at_y + (rows + next_parity) * y_size + TILE_BYTES * (tile + own_tile))
+                            broadcast_tile(base, tile_at, int32(at_barriers + 8 * (rows + next_parity)), lane, y)
                         store_shared_float(cell, c)
                         if mine:
                             store_relaxed(sent_at + int64(4) * unit, y)

@@ -72,13 +72,12 @@ HITS_BYTES = tables.HIT_BYTES * (LANES * UNITS_PER_LANE + tables.LIST_PAD)
 STEP_SHARED_BYTES = STEP_WARPS * HITS_BYTES + 4 * 2 * 3 * LANES
 
 
-def make_strip_drive(layout: int):
-    """The device function strip_drive: the drives of a strip, bias + sum over its units of weight * value, one FMA per
-    term.
+def make_global_product(layout: int):
+    """The device function global_product: acc + sum over a strip's units of weight * value, one FMA per term.
 
-    strip_drive(strip, row_at, units_at, rows_at, begins_at, bias_at, hits_at, lane) -> drive of one column
+    global_product(acc, row_at, units_at, rows_at, begin, end, hits_at, lane) -> acc
 
-    row_at : the values of the units; everything but the hits is in global memory
+    begin, end : the entries of the strip in `units` and `rows`; everything but the hits is in global memory
     """
     hit_product, row_bytes = make_hit_product(layout), row_bytes_of(layout)
     weight_bytes = row_bytes // LANES
@@ -90,9 +89,7 @@ def make_strip_drive(layout: int):
         return value
 
     @device_function
-    def strip_drive(strip, row_at, units_at, rows_at, begins_at, bias_at, hits_at, lane):
-        begins = global_int64(begins_at)
-        begin, end, acc = begins[strip], begins[strip + 1], global_float32(bias_at)[32 * strip + lane]
+    def global_product(acc, row_at, units_at, rows_at, begin, end, hits_at, lane):
         lanes_below = int32((int32(1) << lane) - 1)
         values_at = rows_at + int64(row_bytes) * begin + weight_bytes * lane
         units, final = global_int32(units_at), end - 1
@@ -123,7 +120,7 @@ def make_strip_drive(layout: int):
             first = int32(first + LANES * UNITS_PER_LANE)
         return acc
 
-    return strip_drive
+    return global_product
 
 
 def step_kernel(layout_in: int, layout_rec: int):
@@ -131,7 +128,7 @@ def step_kernel(layout_in: int, layout_rec: int):
 
     layout_in, layout_rec : layout codes of the matrices, of which only NARROW counts
     """
-    drive_in, drive_rec = make_strip_drive(layout_in), make_strip_drive(layout_rec)
+    product_in, product_rec = make_global_product(layout_in), make_global_product(layout_rec)
 
     def step(
         n,
@@ -176,11 +173,29 @@ def step_kernel(layout_in: int, layout_rec: int):
             column = 32 * strip + lane
             hits_at = int32(base + HITS_BYTES * warp)
             if recurrent:
-                row_at = y_before_at + 4 * sample * n
-                acc = drive_rec(strip, row_at, rec_units_at, rec_rows_at, rec_begins_at, rec_bias_at, hits_at, lane)
+                begins = global_int64(rec_begins_at)
+                acc = product_rec(
+                    global_float32(rec_bias_at)[column],
+                    y_before_at + 4 * sample * n,
+                    rec_units_at,
+                    rec_rows_at,
+                    begins[strip],
+                    begins[strip + 1],
+                    hits_at,
+                    lane,
+                )
             else:
-                row_at = x_at + 4 * sample * inputs
-                acc = drive_in(strip, row_at, in_units_at, in_rows_at, in_begins_at, in_bias_at, hits_at, lane)
+                begins = global_int64(in_begins_at)
+                acc = product_in(
+                    global_float32(in_bias_at)[column],
+                    x_at + 4 * sample * inputs,
+                    in_units_at,
+                    in_rows_at,
+                    begins[strip],
+                    begins[strip + 1],
+                    hits_at,
+                    lane,
+                )
             own = column - (gate * n + first_unit)
             if own >= 0 and own < last_unit - first_unit:
                 row = gate
