@@ -22,9 +22,9 @@ def every_cudnn() -> str:
 
     The lines of e6d0275 are of the kernel before the one for single streams ([phases](#phases-of-the-cluster-kernel)),
     which takes 0.59 of its time at 512 units and 0.80 at 1344. Those rows, and those of 16 and 64 streams, have not
-    been measured again. In the mean of all warps two fifths of a step of one stream are the exchange of outputs and the wait
-    for the slowest block, at every size, so a tenth of the weights is not a tenth of the time. A dense layer of one
-    stream is slower than cuDNN's: its blocks wait for each other through global memory, in a kernel that has not
+    been measured again. In the mean of all warps two fifths of a step of one stream are the exchange of outputs and the
+    wait for the slowest block, at every size, so a tenth of the weights is not a tenth of the time. A dense layer of
+    one stream is slower than cuDNN's: its blocks wait for each other through global memory, in a kernel that has not
     changed.
 
     FlashRNN (`flashrnn` 1.0.8) is not a baseline: its fused kernels did not build on that machine (extension
@@ -73,10 +73,10 @@ def cluster_phases() -> str:
     variant of the kernel that reads the clock of the multiprocessor. `wait`: for the outputs of the other blocks;
     `cells`, in a warp that has a tile, includes the wait for the other warps of its block. Rows of 16 blocks are of the
     kernel for one stream, the others of the one for several, which one stream had before: at 16 blocks that one took
-    0.97 µs at 512 units and 1.35 µs at 1344, on the same machine. Larger clusters were faster at every size: what smaller
-    ones spare in the exchange, they lose in strips per multiprocessor. Since these lines a lane sends its own output,
-    to one block after the other, in place of four outputs at once to four blocks: the exchange alone then takes 10 %
-    less, and the layers of the [table above](#every-algorithm-of-cudnn) with commit cb2af7f run so.
+    0.97 µs at 512 units and 1.35 µs at 1344, on the same machine. Larger clusters were faster at every size: what
+    smaller ones spare in the exchange, they lose in strips per multiprocessor. Since these lines a lane sends its own
+    output, to one block after the other, in place of four outputs at once to four blocks: the exchange alone then takes
+    10 % less, and the layers of the [table above](#every-algorithm-of-cudnn) with commit cb2af7f run so.
     """
     lines, rows = read("gpu_phases"), []
     for units, blocks in product((512, 768, 1024, 1344), (16, 8, 4)):

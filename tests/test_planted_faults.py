@@ -172,8 +172,8 @@ def test_dropped_last_event_in_the_kernel():
         step, sample, _ = first_event(network())
         found = divergence("reference", faulty)
         assert (found.step, found.layer, found.sample) == (step + 1, 0, sample)
-        for formats in (("dense",), ("csr",), ("block",)):
-            suite_catches(check_formats, backend=faulty, cell=Cell(variant="paper"), formats=formats)
+        # The list of events is that of every format.
+        suite_catches(check_formats, backend=faulty, cell=Cell(variant="paper"), formats=("csr",))
 
 
 # --- a block's padding is read ------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -19,7 +20,7 @@ from numba.core.compiler_lock import global_compiler_lock
 
 from eventrnn.cpu.kernels import jit
 from eventrnn.cpu.kernels.by_address import address_of
-from eventrnn.cpu.uninterrupted import uninterrupted
+from eventrnn.cpu.uninterrupted import uninterrupted, without_collector
 
 NEEDS_TIMER = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs an interval timer")
 
@@ -179,3 +180,41 @@ def test_a_warning_of_the_call_is_one_of_the_process():
         warnings.simplefilter("always")
         uninterrupted(lambda: warnings.warn("said", RuntimeWarning, stacklevel=1))
     assert [str(each.message) for each in caught] == ["said"]
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_the_collector_rests_while_a_kernel_compiles_and_is_as_before_afterwards(collects):
+    def failing() -> None:
+        assert not gc.isenabled()
+        raise Stop
+
+    before = gc.isenabled()
+    (gc.enable if collects else gc.disable)()
+    try:
+        assert without_collector(gc.isenabled) is False
+        assert gc.isenabled() == collects
+        with pytest.raises(Stop):
+            without_collector(failing)
+        assert gc.isenabled() == collects
+    finally:
+        (gc.enable if before else gc.disable)()
+
+
+def test_a_kernel_compiles_without_the_collector():
+    states: list[bool] = []
+
+    class Listener(event.Listener):
+        def on_start(self, event):
+            states.append(gc.isenabled())
+
+        def on_end(self, event):
+            states.append(gc.isenabled())
+
+    kernel = jit.compiled(lambda x: x + 1)
+    listener = Listener()
+    event.register("numba:compile", listener)
+    try:
+        assert kernel(1) == 2
+    finally:
+        event.unregister("numba:compile", listener)
+    assert states and not any(states) and gc.isenabled()

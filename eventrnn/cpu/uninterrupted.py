@@ -12,6 +12,7 @@ then the end of the process, waiting for ever. `start_new_thread` is a single ca
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from _thread import start_new_thread
@@ -108,12 +109,27 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_look_at_lock)
 
 
+def without_collector(function: Callable[[], R]) -> R:
+    """function(), while Python looks for no cycles of references.
+
+    The compiler makes many objects that stay until its end. Looking through them again and again took 8 to 16 % of the
+    processor time of a first run (Numba 0.68, Python 3.11).
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return function()
+    finally:
+        if collects:
+            gc.enable()
+
+
 def compile_uninterrupted(dispatcher: Any) -> None:
-    """Let a dispatcher of Numba compile a signature, or read it from disk, by `uninterrupted`."""
+    """Let a dispatcher of Numba compile, or read from disk, by `uninterrupted` and `without_collector`."""
     compile_here = dispatcher.compile
 
     @wraps(compile_here)
     def compile_apart(signature: Any) -> Any:
-        return uninterrupted(lambda: compile_here(signature))
+        return uninterrupted(lambda: without_collector(lambda: compile_here(signature)))
 
     dispatcher.compile = compile_apart

@@ -29,6 +29,7 @@ from numba.extending import intrinsic
 from eventrnn import cpu
 from eventrnn.backend import BACKENDS
 from eventrnn.cpu.kernels.simd import I64
+from eventrnn.cpu.uninterrupted import compile_uninterrupted
 from support import conformance
 from support.kernel_faults import KERNEL_FAULTS
 from support.syntax_edits import edited_at_marks, marks, replaced, switched
@@ -65,7 +66,7 @@ def planted(typingctx, number):
 
 def compiled(function):
     """`jit.compiled`, but never on disk: the kernels hold an address."""
-    return numba.njit(nogil=True, error_model="numpy", _nrt=False)(function)
+    return _compiled(function, _nrt=False)
 
 
 def inlined(function):
@@ -75,7 +76,13 @@ def inlined(function):
 
 def allocating(function):
     """`jit.allocating`, likewise."""
-    return numba.njit(nogil=True, error_model="numpy", _nrt=True)(function)
+    return _compiled(function, _nrt=True)
+
+
+def _compiled(function, **options):
+    dispatcher = numba.njit(nogil=True, error_model="numpy", **options)(function)
+    compile_uninterrupted(dispatcher)
+    return dispatcher
 
 
 internal, called_by_address, allocating_by_address = compiled, compiled, allocating
