@@ -92,14 +92,16 @@ OF_CELL: dict[str, dict[str, Any]] = {"egru": {}, "gru": {"training.regularisers
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
 
 
-def points(hidden: list[int], larger: float, epochs: int, seeds: int) -> Iterator[dict[str, Any]]:
+def points(
+    hidden: list[int], larger: float, epochs: int, seeds: int, dropconnect: float = DROPCONNECT
+) -> Iterator[dict[str, Any]]:
     """The settings in which each point differs from the others, in the order in which they are trained."""
     wide = [*(int(larger * units) for units in hidden[:-1]), hidden[-1]]
     share = round(1 - weights(hidden) / weights(wide), 4)
 
     def one(seed: int, units: list[int] = hidden, *, longer: int = 1, **rule: Any) -> dict[str, Any]:
         left = 0.5 if "nm" in rule else 1 - rule.get("sparsity", 0.0)
-        trained = (round(DROPCONNECT * left**0.5, 3), longer * epochs, seed)
+        trained = (round(dropconnect * left**0.5, 3), longer * epochs, seed)
         own = {"model.hidden": units} | dict(zip(TRAINED, trained, strict=True))
         return own | {f"pruning.{name}": value for name, value in rule.items()}
 
@@ -153,6 +155,7 @@ def plan(
     ] = 1.5,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training text.")] = 30,
     rate: Annotated[float, typer.Option(help="Learning rate.")] = 2e-3,
+    dropconnect: Annotated[float, typer.Option(help="DropConnect of the dense network.")] = DROPCONNECT,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each point.")] = 3,
     backend: Annotated[str, typer.Option(help="cuda, or cpu for a small case.")] = "cuda",
     text: Annotated[str, typer.Option(help="Folder with the three texts, or ptb.")] = "ptb",
@@ -180,7 +183,7 @@ def plan(
         "[settings]",
         *(f"{key} = {toml(value)}" for key, value in settings.items()),
     ]
-    for point in points(units, larger, epochs, seeds):
+    for point in points(units, larger, epochs, seeds, dropconnect):
         # What no point may have is refused here, not only by the sweep.
         load_recipe(preset=PRESET, settings=[*settings.items(), *point.items()])
         lines += ["", "[[points]]", *(f"{key} = {toml(value)}" for key, value in point.items())]
@@ -272,7 +275,7 @@ def sizes(network: Network) -> dict[str, Any]:
 
 @app.command()
 def table(results: Annotated[Path, typer.Option(help="File of the lines.")] = RESULTS) -> None:
-    """Show the mean of each point over its seeds, and how much worse than the dense network it reads."""
+    """Show the mean of each point over its seeds, and how much worse it reads than the dense network of its epochs."""
     groups: dict[str, dict[str, list[dict]]] = {}
     collected = Records(results, KEY).lines
     if not collected:
@@ -285,12 +288,10 @@ def table(results: Annotated[Path, typer.Option(help="File of the lines.")] = RE
         columns = ("units", "method", "pattern", "weights", "seeds", "perplexity", "±", "over dense", "activity")
         shown = Table(*columns, "operations", *STORAGES, title=model)
         dense = [line for lines in rows.values() for line in lines if line["pruning.method"] is None]
-        fewest = min((line["training.epochs"] for line in dense), default=0)
-        dense = [line for line in dense if line["training.epochs"] == fewest]
-        at = mean(line["perplexity_valid"] for line in dense) if dense else None
-        whole = dense[0]["file_bytes"]["float32"] if dense else None
         for lines in rows.values():
-            shown.add_row(*row(lines, at, whole))
+            beside = [line for line in dense if line["training.epochs"] == lines[0]["training.epochs"]]
+            at = mean(line["perplexity_valid"] for line in beside) if beside else None
+            shown.add_row(*row(lines, at, dense[0]["file_bytes"]["float32"] if dense else None))
         Console(width=150).print(shown)
 
 

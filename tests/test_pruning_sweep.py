@@ -124,3 +124,24 @@ def test_the_table_compares_means_over_seeds_with_the_dense_network(script, tmp_
     row = next(each for each in shown.splitlines() if "lasso" in each)
     for cell in ("[4, 4]", "10.0%", " 2 ", "104.00", "2.83", "+4.0%", "5.0x", "10.0x", "20.0x"):
         assert cell in row
+
+
+def test_steps_of_blocks_and_new_masks_are_timed(monkeypatch, tmp_path):
+    """A line per case, with a time of every variant."""
+    pytest.importorskip("torch", reason="the GRU of PyTorch is timed beside the layers")
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    blocks, masks = (importlib.import_module(name) for name in ("block_steps", "mask_refresh"))
+    monkeypatch.setattr(blocks, "BATCHES", (2,))
+    path = tmp_path / "steps.jsonl"
+    blocks.main(hidden=32, steps=3, repeats=3, results=path)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["cell"] for line in lines] == ["gru", "egru"]
+    assert all(set(line["us_per_step"]) == {*blocks.BLOCKS, "torch"} for line in lines)
+    assert all(us > 0 for line in lines for us in line["us_per_step"].values())
+    path = tmp_path / "masks.jsonl"
+    masks.main(hidden=16, batch=2, window=4, rounds=3, results=path)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["method"] for line in lines] == ["exact", "greedy"]
+    for line in lines:
+        more, dense = line["seconds"]["drawn"] - line["seconds"]["kept"], line["seconds"]["dense"]
+        assert line["masks_share"] == {str(k): more / (k * dense) for k in masks.INTERVALS}
