@@ -1,6 +1,6 @@
 """Claims about pruning in blocks (Narang et al. 2017) and N:M masks (Hubara et al. 2021); see `claims.py`.
 
-A pruned network is compared with the dense one that was trained for as many epochs; the best of all such pairs counts.
+A pruned network is compared with the best dense one that was trained for as many epochs; the best of such pairs counts.
 Whether that training was long enough shows in the dense network that was trained for longest: where it reads better by
 more than `MOST_GAIN`, or where there is none, a pruned network that is no worse than the shorter one shows nothing.
 """
@@ -79,17 +79,23 @@ def rule_of(line: dict) -> tuple:
     return tuple(str(line[name]) for name in names)
 
 
+def best_dense(dense: list[dict]) -> dict[int, list[dict]]:
+    """Number of epochs -> the lines of the noise with which dense networks read best."""
+    noises: dict[int, dict[tuple, list[dict]]] = {}
+    for line in dense:
+        noises.setdefault(line["training.epochs"], {}).setdefault(rule_of(line), []).append(line)
+    return {epochs: min(each.values(), key=perplexity) for epochs, each in noises.items()}
+
+
 def best(fits: Callable[[dict], bool]) -> list[Pair]:
     """The best rule among the lines that fit, for each cell."""
     lines, found = swept(), []
     for cell in dict.fromkeys(line["model.cell"] for line in lines):
         own = [line for line in lines if line["model.cell"] == cell]
-        dense: dict[int, list[dict]] = {}
+        dense = best_dense([line for line in own if line["pruning.method"] is None])
         rules: dict[tuple, list[dict]] = {}
         for line in own:
-            if line["pruning.method"] is None:
-                dense.setdefault(line["training.epochs"], []).append(line)
-            elif fits(line):
+            if line["pruning.method"] is not None and fits(line):
                 rules.setdefault((line["training.epochs"], *rule_of(line)), []).append(line)
         most = max(dense, default=0)
         pairs = [

@@ -6,12 +6,13 @@
     python experiments/pruning_sweep.py convert sweep-gru                    # N:M without training, by AdaPrune
     python experiments/pruning_sweep.py table
 
-A point is trained from random weights to its last epoch: dense, or pruned by one of RULES to a sparsity in one of
-BLOCKS, or with N:M masks of MASKS. The learning rate falls from half-way on, so that every training ends where it stops
-improving; the dense network that is trained twice as long shows by how much that is not so. Points are in the order of
-their worth, so that a sweep that is cut short has a table: those of 90 % and one seed first, the other seeds of the
-best known rule next, and other sparsities last. The embedding is also the read-out and as wide as the last layer; it is
-not pruned. Networks whose other layers are larger are pruned to the weights of the dense one.
+A point is trained from random weights to its last epoch: dense, with as little noise as the pruned ones too, or pruned
+by one of RULES to a sparsity in one of BLOCKS, or with N:M masks of MASKS. The learning rate falls from half-way on, so
+that every training ends where it stops improving; the dense network that is trained twice as long shows by how much
+that is not so. Points are in the order of their worth, so that a sweep that is cut short has a table: those of 90 % and
+one seed first, the other seeds of the best known rule next, and other sparsities last. The embedding is also the
+read-out and as wide as the last layer; it is not pruned. Networks whose other layers are larger are pruned to the
+weights of the dense one.
 
 `collect` takes the figures of the runs and adds the bytes of the model file in each of STORAGES. `convert` prunes the
 dense network of each seed, and the one with half of its single weights, to N:M masks without training. Neither measures
@@ -30,6 +31,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from pruning_claims import best_dense, perplexity
 from records import Records
 from rich.console import Console
 from rich.table import Table
@@ -99,8 +101,11 @@ def points(
     wide = [*(int(larger * units) for units in hidden[:-1]), hidden[-1]]
     share = round(1 - weights(hidden) / weights(wide), 4)
 
-    def one(seed: int, units: list[int] = hidden, *, longer: int = 1, **rule: Any) -> dict[str, Any]:
-        left = 0.5 if "nm" in rule else 1 - rule.get("sparsity", 0.0)
+    def one(
+        seed: int, units: list[int] = hidden, *, longer: int = 1, left: float | None = None, **rule: Any
+    ) -> dict[str, Any]:
+        if left is None:
+            left = 0.5 if "nm" in rule else 1 - rule.get("sparsity", 0.0)
         trained = (round(dropconnect * left**0.5, 3), longer * epochs, seed)
         own = {"model.hidden": units} | dict(zip(TRAINED, trained, strict=True))
         return own | {f"pruning.{name}": value for name, value in rule.items()}
@@ -115,8 +120,12 @@ def points(
         drawn = {"method": "magnitude", "since": MASKED_SINCE}
         return [*(one(seed, **drawn, nm=pattern) for pattern in MASKS), one(seed, **HALF)]
 
+    def dense(seed: int) -> list[dict[str, Any]]:
+        # The dense network with as little noise as the pruned ones, so that it is no advantage of theirs.
+        return [one(seed), one(seed, left=0.5), one(seed, left=1 - FIRST)]
+
     others = [name for name in RULES if name != BEST]
-    yield one(0)
+    yield from dense(0)
     for block in BLOCKS:
         yield from blocks(0, BEST, FIRST, [block])
         yield from blocks(0, "lasso", FIRST, [block])
@@ -126,7 +135,7 @@ def points(
     yield from blocks(0, "threshold", FIRST, BLOCKS)
     yield from (point for rule in RULES for point in blocks(0, rule, FIRST, [SINGLE]))
     for seed in range(1, seeds):
-        yield from (one(seed), *blocks(seed, BEST, FIRST, BLOCKS), *larger_ones(seed), *masked(seed))
+        yield from (*dense(seed), *blocks(seed, BEST, FIRST, BLOCKS), *larger_ones(seed), *masked(seed))
         yield from (point for rule in others for point in blocks(seed, rule, FIRST, BLOCKS))
     for seed, sparsity, rule in product(range(seeds), OTHERS, RULES):
         yield from blocks(seed, rule, sparsity, [SINGLE, *BLOCKS])
@@ -216,9 +225,11 @@ def convert(
     """Prune each dense and each half-pruned network to N:M masks without training, with AdaPrune and without."""
     records, found = Records(results, KEY), trained_points(folder)
     half = {f"pruning.{name}": value for name, value in HALF.items()}
-    fewest = min((point["training.epochs"] for point, _ in found), default=0)
+    dense = [point for point, _ in found if point["pruning.method"] is None]
+    # Not the ones that are trained for longer, or with less noise.
+    usual = [(-point["training.epochs"], point[TRAINED[0]]) for point in dense]
     begun = {
-        "dense": lambda point: point["pruning.method"] is None and point["training.epochs"] == fewest,
+        "dense": lambda point: point in dense and (-point["training.epochs"], point[TRAINED[0]]) == max(usual),
         "half": lambda point: all(point[key] == value for key, value in half.items()),
     }
     corpus = load_recipe(preset=PRESET, settings=list(saved_sweep(folder).settings.items())).data.corpus()
@@ -275,7 +286,7 @@ def sizes(network: Network) -> dict[str, Any]:
 
 @app.command()
 def table(results: Annotated[Path, typer.Option(help="File of the lines.")] = RESULTS) -> None:
-    """Show the mean of each point over its seeds, and how much worse it reads than the dense network of its epochs."""
+    """Show the mean of each point over its seeds, and how much worse it reads than the best dense one of its epochs."""
     groups: dict[str, dict[str, list[dict]]] = {}
     collected = Records(results, KEY).lines
     if not collected:
@@ -289,8 +300,8 @@ def table(results: Annotated[Path, typer.Option(help="File of the lines.")] = RE
         shown = Table(*columns, "operations", *STORAGES, title=model)
         dense = [line for lines in rows.values() for line in lines if line["pruning.method"] is None]
         for lines in rows.values():
-            beside = [line for line in dense if line["training.epochs"] == lines[0]["training.epochs"]]
-            at = mean(line["perplexity_valid"] for line in beside) if beside else None
+            beside = best_dense(dense).get(lines[0]["training.epochs"])
+            at = perplexity(beside) if beside else None
             shown.add_row(*row(lines, at, dense[0]["file_bytes"]["float32"] if dense else None))
         Console(width=150).print(shown)
 

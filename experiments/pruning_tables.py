@@ -2,7 +2,7 @@
 
 from statistics import mean, stdev
 
-from pruning_claims import SIZES, block_of, swept
+from pruning_claims import SIZES, best_dense, block_of, swept
 from result_lines import last, number, read, table, times
 
 CELLS = {"gru": "GRU, all units send", "egru": "EGRU, 10 % send"}
@@ -11,8 +11,8 @@ CELLS = {"gru": "GRU, all units send", "egru": "EGRU, 10 % send"}
 def swept_models() -> str:
     """Networks of two layers on the Penn Treebank with its whole vocabulary, from random weights, pruned while they are
     trained (`python experiments/pruning_sweep.py`). Perplexity of the validation text, and how much worse it is than
-    that of the dense network after as many epochs. `threshold`: block pruning of Narang et al.; `lasso`: with group
-    lasso; `column`: the blocks of largest norm, as many in each column of blocks. `converted`: pruned after the
+    that of the best dense network after as many epochs. `threshold`: block pruning of Narang et al.; `lasso`: with
+    group lasso; `column`: the blocks of largest norm, as many in each column of blocks. `converted`: pruned after the
     training, without further training. Weights and files are those of the layers, without the embedding of 5.1 million
     values, which is the read-out too and is not pruned; files are compared with the dense one in float32.
     """
@@ -22,11 +22,14 @@ def swept_models() -> str:
             name for name in line if name.startswith(("pruning.", "training.regularisers.", "model.", "converted"))
         ]
         groups.setdefault((line["training.epochs"], *(str(line[name]) for name in names)), []).append(line)
-    dense = {lines[0]["training.epochs"]: lines for lines in groups.values() if lines[0]["pruning.method"] is None}
+    dense = {}
+    for cell in {line["model.cell"] for line in swept()}:
+        own = [line for line in swept() if line["model.cell"] == cell and line["pruning.method"] is None]
+        dense |= {(cell, epochs): lines for epochs, lines in best_dense(own).items()}
     rows = []
     for lines in sorted(groups.values(), key=lambda lines: (lines[0]["model.cell"], lines[0]["training.epochs"])):
         first, read_at = lines[0], [line["perplexity_valid"] for line in lines]
-        beside = dense.get(first["training.epochs"])
+        beside = dense.get((first["model.cell"], first["training.epochs"]))
         whole = next(iter(dense.values()))[0]["file_bytes"]["float32"]
         sizes = [times(whole / first["file_bytes"][storage]) for storage in ("float32", "bfloat16", "int8")]
         spread = f" ± {stdev(read_at):.2f}" if len(read_at) > 1 else ""

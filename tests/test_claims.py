@@ -75,6 +75,8 @@ def test_a_pruned_network_is_compared_with_the_dense_one_of_its_epochs(claims, m
     assert "+4.0% (lasso," in verdict(swept(), good, other).figure, "another number of epochs is no pair"
     seeds = [swept("lasso", value, **pruned | {"training.seed": k}) for k, value in enumerate((100.0, 106.0))]
     assert "+3.0% (lasso," in verdict(swept(), *seeds).figure and "two seeds" in verdict(swept(), *seeds).figure
+    quieter = swept(perplexity=98.0, **{"training.regularisers.dropconnect": 0.05})
+    assert "+6.1% (lasso" in verdict(swept(), quieter, good).figure, "the best dense network counts"
     worse = [swept(**{"model.cell": "egru"}), swept("lasso", 110.0, **pruned | {"model.cell": "egru"})]
     assert "+10.0% (lasso, DropConnect 0.1); EGRU" in verdict(swept(), good, *worse).figure, (
         "the worse of two cells counts"

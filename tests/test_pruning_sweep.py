@@ -42,7 +42,7 @@ def test_every_point_of_the_plan_can_be_trained(script, tmp_path, cell):
     """Every seed has the dense network, each rule, block and sparsity, larger networks of its size, and masks."""
     points = check_sweep(small_plan(script, tmp_path, cell), tmp_path / "sweep")
     rules = len(script.RULES) * (len(script.BLOCKS) + 1)
-    each = 1 + rules * (1 + len(script.OTHERS)) + len(script.BLOCKS) + len(script.MASKS) + 1
+    each = 3 + rules * (1 + len(script.OTHERS)) + len(script.BLOCKS) + len(script.MASKS) + 1
     # Single weights at the first sparsity, and the dense network that is trained for longer, are of one seed.
     assert len(points) == 2 * each - len(script.RULES) + 1
     recipes = [point.recipe for point in points]
