@@ -16,10 +16,10 @@ from typing import Annotated
 
 import pruning_claims
 import typer
+from claim_lines import NOTHING, SAME, WORSE, Finding, last, lines_of, seeds
 from result_lines import HERE
 
 from eventrnn.training.recipes.recipe import load_recipe
-from findings import NOTHING, SAME, WORSE, Finding, last, lines_of, seeds
 
 PAGE = HERE / "README.md"
 

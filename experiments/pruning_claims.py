@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import mean
 
-from findings import SAME, WORSE, Finding, last, lines_of, seeds
+from claim_lines import SAME, WORSE, Finding, last, lines_of, seeds
 
 SIZES = ("1x16", "4x4", "16x16", "32x32")
 STORAGES = ("float32", "bfloat16", "int8")

@@ -104,9 +104,8 @@ def points(
     def one(
         seed: int, units: list[int] = hidden, *, longer: int = 1, left: float | None = None, **rule: Any
     ) -> dict[str, Any]:
-        if left is None:
-            left = 0.5 if "nm" in rule else 1 - rule.get("sparsity", 0.0)
-        trained = (round(dropconnect * left**0.5, 3), longer * epochs, seed)
+        kept = left or (0.5 if "nm" in rule else 1 - rule.get("sparsity", 0.0))
+        trained = (round(dropconnect * kept**0.5, 3), longer * epochs, seed)
         own = {"model.hidden": units} | dict(zip(TRAINED, trained, strict=True))
         return own | {f"pruning.{name}": value for name, value in rule.items()}
 

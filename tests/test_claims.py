@@ -24,7 +24,7 @@ def test_the_page_is_what_the_command_writes_from_the_committed_lines(claims):
 
 def test_verdicts_follow_from_the_lines(claims, monkeypatch, tmp_path):
     (tmp_path / "results").mkdir()
-    for module in (claims, sys.modules["findings"], sys.modules["result_lines"]):
+    for module in (claims, sys.modules["claim_lines"], sys.modules["result_lines"]):
         monkeypatch.setattr(module, "HERE", tmp_path)
     assert {claim.finding().holds for claim in claims.CLAIMS} == {None}, "without lines nothing is measured"
     for perplexity, verdict in ((57.0, "reproduced"), (60.0, "not reproduced")):
