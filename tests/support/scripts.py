@@ -13,7 +13,7 @@ def script(name, monkeypatch):
     own = (
         "records",
         "result_lines",
-        "findings",
+        "claim_lines",
         "pruning_claims",
         "ptb_figures",
         "ptb_measures",
