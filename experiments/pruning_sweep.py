@@ -235,9 +235,13 @@ def convert(
     steps, streams = CALIBRATION
     length = min(steps, len(corpus.train) // streams)
     text = np.ascontiguousarray(corpus.train[: length * streams].reshape(streams, length).T)
-    for point, line in found:
-        for name in (name for name, fits in begun.items() if fits(point)):
+    chosen = [(name, point, line) for point, line in found for name, fits in begun.items() if fits(point)]
+    with progress() as report:
+        for number, (name, point, line) in enumerate(chosen):
+            report("networks", number, len(chosen), line["folder"])
             network = er.load(folder / line["folder"] / MODEL)
+            # A backend that is unknown, or cannot run here, is refused before any work.
+            er.Simulator(network, backend=backend)
             for pattern, method in product(CONVERTED, ("adaprune", "magnitude")):
                 rule = dict.fromkeys(f"pruning.{each}" for each in RULE)
                 own = point | rule | {"pruning.method": method, "pruning.nm": pattern, "converted": name}
@@ -335,5 +339,5 @@ def named(line: dict) -> str:
 if __name__ == "__main__":
     try:
         app()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, er.BackendUnavailable) as error:
         raise SystemExit(f"pruning_sweep.py: {error}") from None

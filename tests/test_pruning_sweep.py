@@ -1,7 +1,8 @@
-"""The sweeps of pruned word models: its plan, the sizes of its files, and its table."""
+"""The sweeps of pruned word models: their plan, the sizes of their files, conversions, and their table."""
 
 import importlib
 import json
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -105,6 +106,37 @@ def test_a_trained_point_is_collected_once_per_text(script, tmp_path, monkeypatc
     found = [json.loads(line) for line in results.read_text().splitlines()]
     assert [line["data.text"] for line in found] == ["ptb", "other"]
     assert all(line | script.sizes(network) == line and "folder" not in line for line in found)
+
+
+def test_dense_and_half_networks_are_converted_once(script, tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text(TEXT)
+    shared = SimpleNamespace(settings={"data.text": str(tmp_path / "text.txt"), "model.cell": "gru"})
+    half = {f"pruning.{name}": value for name, value in script.HALF.items()}
+    rules = ({}, half, {"pruning.method": "lasso", "pruning.sparsity": 0.9}, {"training.epochs": 4})
+    trained = {"state": "done", "training.epochs": 2, "training.seed": 0}
+    lines = [trained | rule | {"folder": f"points/{k:04}"} for k, rule in enumerate(rules)]
+    monkeypatch.setattr(script, "read_results", lambda folder: lines)
+    monkeypatch.setattr(script, "saved_sweep", lambda folder: shared)
+    symbols = 1 + int(
+        script.load_recipe(settings=[("data.text", str(tmp_path / "text.txt"))]).data.corpus().train.max()
+    )
+    network = er.Network.random(
+        [8], rng=np.random.default_rng(0), symbols=symbols, embedding=8, readout=symbols, cell=er.Cell("gru")
+    )
+    monkeypatch.setattr(script.er, "load", lambda path: network)
+    monkeypatch.setattr(script, "CALIBRATION", (20, 2))
+    results = tmp_path / "lines.jsonl"
+    convert = ("convert", tmp_path, "--results", results, "--backend")
+    refused = CliRunner().invoke(script.app, [str(each) for each in (*convert, "gpu")])
+    assert "backend: got 'gpu'" in str(refused.exception) and not results.exists()
+    for _ in range(2):
+        call(script, *convert, "reference")
+    found = [json.loads(line) for line in results.read_text().splitlines()]
+    made = [(line["converted"], line["pruning.method"], line["pruning.nm"]) for line in found]
+    assert sorted(made) == sorted(product(("dense", "half"), ("adaprune", "magnitude"), script.CONVERTED))
+    assert all(0.4 < line["density_of_layers"] <= 0.5 for line in found)
+    read = {line["pruning.method"]: line["perplexity_valid"] for line in found if line["pruning.nm"] == "2:4"}
+    assert read["adaprune"] != read["magnitude"]
 
 
 def test_the_table_compares_means_over_seeds_with_the_dense_network(script, tmp_path):
