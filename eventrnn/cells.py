@@ -213,9 +213,15 @@ def egru_value(in_u, in_r, in_g, rec_u, rec_r, rec_g, c):
     """
     u = sigmoid(in_u + rec_u)
     r = sigmoid(in_r + rec_r)
+    v, g = egru_value_of_gates(u, r, in_g, rec_g, c)
+    return v, u, r, g
+
+
+def egru_value_of_gates(u, r, in_g, rec_g, c):
+    """The second half of `egru_value`: the cell before the event, and the candidate, from gates and drives."""
     # Where a zero term is skipped, a sum can be -0 although the dense sum is +0. Adding +0 makes both +0.
     g = tanh(fma(r, rec_g, in_g) + ZERO)
-    return fma(u, c, (ONE - u) * g), u, r, g
+    return fma(u, c, (ONE - u) * g), g
 
 
 def egru_decay(u, pull, c):

@@ -8,14 +8,18 @@ stands with the claim. A claim without lines that could show it is not measured.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Annotated
 
+import pruning_claims
 import typer
-from result_lines import HERE, read
+from claim_lines import NOTHING, SAME, WORSE, Finding, last, lines_of, seeds
+from result_lines import HERE
+
+from eventrnn.training.recipes.recipe import load_recipe
 
 PAGE = HERE / "README.md"
 
@@ -34,23 +38,6 @@ file in `results/`, with the commit, the machine and the versions; `tables.py` a
 """
 
 VERDICTS = {True: "reproduced", False: "not reproduced", None: "not measured"}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What the lines show of a claim.
-
-    figure : in words, with the size and the number of seeds
-    holds  : whether the claim holds; None where the figure cannot tell
-    lines  : the lines that it was read from
-    """
-
-    figure: str
-    holds: bool | None
-    lines: tuple[dict, ...] = ()
-
-
-NOTHING = Finding("", None)
 
 
 @dataclass(frozen=True)
@@ -73,12 +60,6 @@ BLOCKS = "Narang et al. 2017, block-sparse recurrent networks (arXiv 1711.02782)
 DYNAMIC = "Hadifar et al. 2020, block-wise dynamic sparseness (arXiv 2001.04686)"
 MASKS = "Hubara et al. 2021, transposable N:M masks (arXiv 2102.08124)"
 
-# The block sizes of the second paper on pruning, and how much worse than the dense model a pruned one may read.
-SIZES, WORSE = ("1x16", "4x4", "16x16", "32x32"), 1.05
-
-# Perplexities within this ratio count as the same.
-SAME = 1.01
-
 # The epochs of the training of the large dynamic model.
 GATED_EPOCHS = 40
 
@@ -88,7 +69,7 @@ GATED_EPOCHS = 40
 
 def models(*names: str) -> list[dict]:
     """The last evaluation of each word model of the Penn Treebank whose test text was read."""
-    lines = [line for line in _lines("ptb") if line["what"] == "evaluation" and line.get("test")]
+    lines = [line for line in lines_of("ptb") if line["what"] == "evaluation" and line.get("test")]
     found = [[line for line in lines if line["name"] == name] for name in names]
     return [each[-1] for each in found if each]
 
@@ -111,7 +92,7 @@ def fewer_operations() -> Finding | None:
 
 
 def beats_gru() -> Finding | None:
-    found = {line["model"]: line for line in _lines("words")}
+    found = {line["model"]: line for line in lines_of("words")}
     if found.keys() < {"egru", "gru"}:
         return None
     egru, gru = (found[name]["perplexity_test"] for name in ("egru", "gru"))
@@ -120,13 +101,15 @@ def beats_gru() -> Finding | None:
 
 
 def other_text() -> Finding | None:
-    found = [line for line in _lines("wikitext2") if line["what"] == "evaluation"]
+    found = [line for line in lines_of("wikitext2") if line["what"] == "evaluation"]
     if not found:
         return None
     perplexity = found[-1]["test"]["perplexity"]
-    return Finding(
-        f"test {perplexity:.1f} after 82 epochs of the recipe's 800; one seed", perplexity <= 70.6, (found[-1],)
-    )
+    # The name of a model is that of its preset and the number of its epochs.
+    preset, epochs = re.match(r"(.+)-(\d+), ", found[-1]["name"]).groups()
+    whole = load_recipe(preset=preset, settings=[("data.text", "ptb")]).training.epochs
+    text = f"test {perplexity:.1f} after {epochs} epochs of the recipe's {whole}"
+    return Finding(f"{text}; one seed", perplexity <= 70.6, (found[-1],))
 
 
 # --- activity and weight sparsity ---
@@ -142,16 +125,16 @@ def twenty_times() -> Finding | None:
     perplexity, fewer = mean(each["perplexity"] for each in test), mean(each["fewer_than_awd_lstm"] for each in test)
     folded = mean(each["fewer_than_awd_lstm_folded"] for each in test)
     text = f"{fewer:.0f} times fewer at {perplexity:.1f}; {folded:.0f} times fewer than AWD-LSTM folded alike"
-    return Finding(f"{text}; {_seeds(len(found))}", perplexity < 60 and min(fewer, folded) >= 20, tuple(found))
+    return Finding(f"{text}; {seeds(len(found))}", perplexity < 60 and min(fewer, folded) >= 20, tuple(found))
 
 
 def savings_multiply() -> Finding | None:
-    lines = [line for line in _lines("ptb") if line["what"] == "grid"]
+    lines = [line for line in lines_of("ptb") if line["what"] == "grid"]
     if not lines:
         return None
     within, whole = (max(abs(line[name] - 1) for line in lines) for name in ("ratio_by_matrix", "ratio"))
     text = f"within a matrix up to {within:.0%}, over a whole network up to {whole:.0%} from the product"
-    return Finding(f"{text}; {len(lines)} points", within <= 0.1, _last(lines))
+    return Finding(f"{text}; {len(lines)} points", within <= 0.1, last(lines))
 
 
 def small_loss() -> Finding | None:
@@ -161,115 +144,7 @@ def small_loss() -> Finding | None:
     pruned, before = mean(line["test"]["perplexity"] for line in found), dense[0]["test"]["perplexity"]
     work = dense[0]["test"]["effective"] / mean(line["test"]["effective"] for line in found)
     text = f"{work:.1f} times fewer operations than not pruned, perplexity {pruned / before - 1:+.1%}"
-    return Finding(f"{text}; {_seeds(len(found))}", pruned / before <= WORSE and work > 2, (dense[0], *found))
-
-
-# --- block pruning ---
-
-
-def pruned_blocks(block: str) -> Callable[[], Finding | None]:
-    """The best of the methods on blocks of that size, at 90 %, beside the dense model of the same training."""
-
-    def find() -> Finding | None:
-        swept = _swept(block)
-        where, method, worse, lines = swept or _swept_small(block) or ("", "", 0.0, ())
-        if not lines:
-            return None
-        # A model that is no worse than one that was trained too little shows nothing.
-        holds = worse <= WORSE if swept or worse > WORSE else None
-        return Finding(f"{worse - 1:+.1%} ({method}); {where}", holds, lines)
-
-    return find
-
-
-def _swept(block: str) -> tuple[str, str, float, tuple[dict, ...]] | None:
-    """Of the sweep on the whole vocabulary, by cell the best; the worse of the two cells counts."""
-    found = []
-    lines = [line for line in _lines("pruning_sweep") if not line["pruning.nm"]]
-    for cell in sorted({line["model.cell"] for line in lines}):
-        own = [line for line in lines if line["model.cell"] == cell]
-        units = own[0]["model.hidden"]
-        own = [line for line in own if line["model.hidden"] == units]
-        dense = [line for line in own if line["pruning.method"] is None]
-        at = [line for line in own if _block(line["pruning.block"]) == block and line["pruning.sparsity"] == 0.9]
-        if not dense or not at:
-            continue
-        by_method: dict[str, list[dict]] = {}
-        for line in at:
-            by_method.setdefault(line["pruning.method"], []).append(line)
-        method = min(by_method, key=lambda name: _read(by_method[name]))
-        worse = _read(by_method[method]) / _read(dense)
-        where = f"{cell.upper()}, whole vocabulary, {_seeds(len(by_method[method]))}"
-        found.append((where, method, worse, (*dense, *by_method[method])))
-    return max(found, key=lambda each: each[2]) if found else None
-
-
-def _swept_small(block: str) -> tuple[str, str, float, tuple[dict, ...]] | None:
-    lines = [line for line in _lines("block_sparse") if line["larger"] == 1]
-    dense = [line for line in lines if line["way"] == "dense"]
-    at = [line for line in lines if line["block"] == block and line["sparsity"] == 0.9]
-    if not dense or not at:
-        return None
-    best = min(at, key=lambda line: line["perplexity"])
-    where = "1000 words, 2 layers of 384 units, dense model far from converged; one seed"
-    return where, best["way"], best["perplexity"] / dense[-1]["perplexity"], (dense[-1], best)
-
-
-def smaller_files() -> Finding | None:
-    lines = _lines("pruning_sweep")
-    dense = [line for line in lines if line["pruning.method"] is None]
-    pruned = [line for line in lines if line["pruning.sparsity"] == 0.9 and _block(line["pruning.block"]) != "1x1"]
-    if dense and pruned:
-        whole = dense[0]["file_bytes"]["float32"]
-        by = {
-            name: whole / max(line["file_bytes"][name] for line in pruned) for name in ("float32", "bfloat16", "int8")
-        }
-        text = ", ".join(f"{times:.1f} times in {name}" for name, times in by.items())
-        return Finding(f"at least {text}, beside float32", by["float32"] >= 10, (*_last(dense), *_last(pruned)))
-    small = [line for line in _lines("block_sparse") if line["larger"] == 1]
-    whole = [line for line in small if line["way"] == "dense"]
-    pruned = [line for line in small if line["sparsity"] == 0.9 and line["block"] != "1x1"]
-    if not whole or not pruned:
-        return None
-    times = whole[-1]["file_bytes"] / max(line["file_bytes"] for line in pruned)
-    return Finding(
-        f"at least {times:.1f} times smaller in float32, 1000 words", times >= 10, (*_last(whole), *_last(pruned))
-    )
-
-
-def larger_pruned() -> Finding | None:
-    lines = _lines("block_sparse")
-    dense = [line for line in lines if line["way"] == "dense"]
-    larger = [line for line in lines if line["larger"] > 1 and line["block"] != "1x1"]
-    if not dense or not larger:
-        return None
-    worst, before = max(line["perplexity"] for line in larger), dense[-1]["perplexity"]
-    text = (
-        f"at most {worst:.1f} beside {before:.1f} of the dense model with as many weights, which is far from converged"
-    )
-    # Better than a model that was trained too little shows nothing.
-    return Finding(f"{text}; 1000 words, one seed", None if worst < before else False, (dense[-1], *_last(larger)))
-
-
-def lasso_helps() -> Finding | None:
-    lines = [line for line in _lines("block_sparse") if line["larger"] == 1 and line["sparsity"] == 0.9]
-    pairs = {b: {line["way"]: line["perplexity"] for line in lines if line["block"] == b} for b in SIZES}
-    pairs = {b: each for b, each in pairs.items() if each.keys() >= {"pruning", "lasso"}}
-    if not pairs:
-        return None
-    text = ", ".join(f"{b} {each['lasso'] / each['pruning'] - 1:+.0%}" for b, each in pairs.items())
-    holds = all(each["lasso"] < each["pruning"] for each in pairs.values())
-    return Finding(f"{text}; 1000 words, one seed", holds, _last(lines))
-
-
-def faster_blocks() -> Finding | None:
-    lines = [line for line in _lines("block_sparse") if line["larger"] == 1 and line["sparsity"] == 0.9]
-    at = {line["block"]: line["dense_us_per_step"] / line["us_per_step"] for line in lines if line["way"] == "pruning"}
-    if not at:
-        return None
-    text = ", ".join(f"{block} {at[block]:.1f}" for block in ("1x1", *SIZES) if block in at)
-    holds = all(at[block] > 1 for block in SIZES if block in at) and len(at) > len(SIZES)
-    return Finding(f"times faster than dense at batch 1: {text}; layers of 384 units", holds, _last(lines))
+    return Finding(f"{text}; {seeds(len(found))}", pruned / before <= WORSE and work > 2, (dense[0], *found))
 
 
 # --- dynamic blocks ---
@@ -285,9 +160,7 @@ def gated(cell: str, variant: str, against: str, *, closer: float = 1.0) -> Call
         ours, theirs = (mean(line["perplexity_valid"] for line in lines) for lines in (own, other))
         work, others = (mean(line["executed"] + line["selection"] for line in lines) for lines in (own, other))
         text = f"{ours:.2f} beside {theirs:.2f}, with {work / others:.0%} of its operations, gates included"
-        where = (
-            f"{cell.upper()}, 256 units, 2000 words, {own[-1]['epochs']} epochs, {_seeds(min(len(own), len(other)))}"
-        )
+        where = f"{cell.upper()}, 256 units, 2000 words, {own[-1]['epochs']} epochs, {seeds(min(len(own), len(other)))}"
         return Finding(f"{text}; {where}", ours <= closer * theirs, (*own, *other))
 
     return find
@@ -295,13 +168,13 @@ def gated(cell: str, variant: str, against: str, *, closer: float = 1.0) -> Call
 
 def _quality(cell: str, variant: str) -> list[dict]:
     """The last line of each seed."""
-    lines = [line for line in _lines("dynamic_blocks") if line["what"] == "quality"]
+    lines = [line for line in lines_of("dynamic_blocks") if line["what"] == "quality"]
     own = [line for line in lines if line.get("cell") == cell and line.get("variant") == variant]
     return list({line["seed"]: line for line in own}.values())
 
 
 def large_gated() -> Finding | None:
-    lines = {line["variant"]: line for line in _lines("dynamic_blocks") if line["what"] == "ptb"}
+    lines = {line["variant"]: line for line in lines_of("dynamic_blocks") if line["what"] == "ptb"}
     if lines.keys() < {"dense", "gated"}:
         return None
     ours, dense = lines["gated"], lines["dense"]
@@ -315,7 +188,7 @@ def large_gated() -> Finding | None:
 
 
 def gate_is_cheap() -> Finding | None:
-    lines = [line for line in _lines("dynamic_blocks") if line["what"] == "ptb" and line["variant"] == "gated"]
+    lines = [line for line in lines_of("dynamic_blocks") if line["what"] == "ptb" and line["variant"] == "gated"]
     if not lines:
         return None
     cost = lines[-1]["gate_cost"] - lines[-1]["density"]
@@ -323,7 +196,7 @@ def gate_is_cheap() -> Finding | None:
 
 
 def faster_gated() -> Finding | None:
-    lines = {line["cell"]: line for line in _lines("dynamic_blocks") if line["what"] == "gpu"}
+    lines = {line["cell"]: line for line in lines_of("dynamic_blocks") if line["what"] == "gpu"}
     if not lines:
         return None
     text = ", ".join(f"{cell.upper()} {line['speedup']['dense']:.2f}" for cell, line in lines.items())
@@ -337,27 +210,8 @@ def faster_gated() -> Finding | None:
 # --- N:M masks ---
 
 
-def trained_masks() -> Finding | None:
-    lines = {(line["way"], line["nm"]): line for line in _lines("nm_masks")}
-    if ("dynamic", "4:8 both") not in lines or ("dense", "") not in lines:
-        return None
-    masked, dense = lines["dynamic", "4:8 both"], lines["dense", ""]
-    text = f"{masked['perplexity']:.1f} beside {dense['perplexity']:.1f}, but the dense model is far from converged"
-    return Finding(f"{text}; 1000 words, one seed", None, (masked, dense))
-
-
-def adaprune() -> Finding | None:
-    lines = {(line["way"], line["nm"]): line for line in _lines("nm_masks")}
-    asked = (("adaprune", "4:8 both"), ("magnitude", "4:8 both"), ("dense", ""))
-    if not all(key in lines for key in asked):
-        return None
-    ours, plain, dense = (lines[key]["perplexity"] for key in asked)
-    text = f"{ours / dense - 1:+.1%}, without it {plain / dense - 1:+.1%}; 4:8 transposable from a dense model"
-    return Finding(f"{text}, 1000 words, one seed", ours / dense <= 1.03, tuple(lines[key] for key in asked))
-
-
 def greedy_masks() -> Finding | None:
-    lines = {(line["matrix"], line["nm"]): line for line in _lines("masks")}
+    lines = {(line["matrix"], line["nm"]): line for line in lines_of("masks")}
     if not lines:
         return None
     pruned = [
@@ -369,7 +223,7 @@ def greedy_masks() -> Finding | None:
 
 
 def diversity() -> Finding | None:
-    lines = {line["nm"]: line for line in _lines("masks")}
+    lines = {line["nm"]: line for line in lines_of("masks")}
     if lines.keys() < {"4:8", "2:4"}:
         return None
     transposable = lines["4:8"]["masks_of_a_tile"]["transposable"]
@@ -378,19 +232,6 @@ def diversity() -> Finding | None:
     text = f"{transposable:.2g} beside {structured:.2g} masks of 8x8 weights, counted exactly"
     return Finding(text, transposable > structured, (lines["4:8"], lines["2:4"]))
 
-
-def refresh_cost() -> Finding | None:
-    lines = {(line["way"], line["nm"]): line for line in _lines("nm_masks")}
-    if ("dynamic", "4:8 both") not in lines or ("dense", "") not in lines:
-        return None
-    masked, dense = lines["dynamic", "4:8 both"], lines["dense", ""]
-    more = masked["train_seconds_per_step"] / dense["train_seconds_per_step"] - 1
-    text = f"{more:+.0%} per training step, masks every {masked['every']} steps; 2 layers of 256 units, CPU"
-    return Finding(text, more <= 0.14, (masked, dense))
-
-
-# The sweep on the whole vocabulary, and the small models that count until it has lines.
-BLOCK_SCRIPTS = "pruning_sweep.py, block_sparse.py"
 
 CLAIMS = (
     Claim(EGRU, "Penn Treebank: test perplexity 57.2, 79.7 % of the outputs zero", "ptb.py evaluate", word_model),
@@ -413,14 +254,24 @@ CLAIMS = (
     Claim(SPARSE, "Sparsely connected LSTMs alone do not get there"),
     *(
         Claim(
-            BLOCKS, f"90 % of {block} blocks pruned with a small loss (here: 5 %)", BLOCK_SCRIPTS, pruned_blocks(block)
+            BLOCKS,
+            f"90 % of {block} blocks pruned with a small loss (here: 5 %)",
+            "pruning_sweep.py",
+            pruning_claims.pruned_blocks(block),
         )
-        for block in SIZES
+        for block in pruning_claims.SIZES
     ),
-    Claim(BLOCKS, "Models about 10 times smaller", BLOCK_SCRIPTS, smaller_files),
-    Claim(BLOCKS, "A larger dense network, pruned, recovers the loss", "block_sparse.py", larger_pruned),
-    Claim(BLOCKS, "Group lasso with pruning is better than pruning alone", "block_sparse.py", lasso_helps),
-    Claim(BLOCKS, "Blocks are faster than the dense network", "block_sparse.py", faster_blocks),
+    Claim(BLOCKS, "Models about 10 times smaller", "pruning_sweep.py", pruning_claims.smaller_files),
+    Claim(
+        BLOCKS, "A larger dense network, pruned, recovers the loss", "pruning_sweep.py", pruning_claims.larger_pruned
+    ),
+    Claim(
+        BLOCKS,
+        "Group lasso with pruning is better than pruning alone",
+        "pruning_sweep.py",
+        pruning_claims.lasso_helps,
+    ),
+    Claim(BLOCKS, "Blocks are faster than the dense network", "block_steps.py", pruning_claims.faster_blocks),
     Claim(BLOCKS, "Holds for speech recognition"),
     Claim(
         DYNAMIC,
@@ -444,40 +295,43 @@ CLAIMS = (
     Claim(DYNAMIC, "The gates cost little: 9.4 %", "dynamic_blocks.py ptb", gate_is_cheap),
     Claim(DYNAMIC, "Less time than the dense network at batch 1", "dynamic_blocks.py gpu", faster_gated),
     Claim(DYNAMIC, "Holds for QRNNs and WikiText-2"),
-    Claim(MASKS, "4:8 transposable masks lose no quality", "nm_masks.py", trained_masks),
-    Claim(MASKS, "AdaPrune makes a model N:M without training", "nm_masks.py", adaprune),
-    Claim(MASKS, "AdaPrune starts from a model with single weights pruned"),
+    Claim(
+        MASKS,
+        "4:8 transposable masks lose no quality (here: 1 %)",
+        "pruning_sweep.py",
+        pruning_claims.trained_masks("4:8:both", SAME),
+    ),
+    Claim(
+        MASKS,
+        "2:4 masks lose little quality (here: 3 %)",
+        "pruning_sweep.py",
+        pruning_claims.trained_masks("2:4", 1.03),
+    ),
+    Claim(
+        MASKS,
+        "AdaPrune makes a dense model N:M without training (here: 3 %)",
+        "pruning_sweep.py convert",
+        pruning_claims.adaprune("dense"),
+    ),
+    Claim(
+        MASKS,
+        "AdaPrune starts from a model with single weights pruned (here: 3 %)",
+        "pruning_sweep.py convert",
+        pruning_claims.adaprune("half"),
+    ),
     Claim(MASKS, "A greedy mask prunes less than twice the optimum's magnitude", "masks.py", greedy_masks),
     Claim(MASKS, "There are more 4:8 transposable masks than 2:4 masks", "masks.py", diversity),
-    Claim(MASKS, "Masks every 40 steps cost 14 % of the training time", "nm_masks.py", refresh_cost),
+    Claim(
+        MASKS,
+        "Masks every 40 steps cost 14 % of the training time",
+        "mask_refresh.py",
+        pruning_claims.refresh_cost,
+    ),
     Claim(MASKS, "Products are twice as fast on sparse tensor cores"),
 )
 
 
 # --- the page ---
-
-
-def _lines(name: str) -> list[dict]:
-    """All lines of results/NAME.jsonl, oldest first; none where the file is not there."""
-    return read(name, timed=False) if (HERE / "results" / f"{name}.jsonl").exists() else []
-
-
-def _last(lines: Iterable[dict]) -> tuple[dict, ...]:
-    """The last line of each commit."""
-    return tuple({line["commit"]: line for line in lines}.values())
-
-
-def _read(lines: list[dict]) -> float:
-    return mean(line["perplexity_valid"] for line in lines)
-
-
-def _block(given: object) -> str:
-    """A block as the results name it, from any notation with two numbers."""
-    return "x".join(re.findall(r"\d+", str(given)))
-
-
-def _seeds(count: int) -> str:
-    return {1: "one seed", 2: "two seeds", 3: "three seeds"}.get(count, f"{count} seeds")
 
 
 def row(claim: Claim) -> str:

@@ -1,14 +1,15 @@
-"""Draw figures/ from the lines in results/ that bench.py and block_sparse.py wrote. Nothing is measured.
+"""Draw figures/ from the lines in results/ that bench.py and pruning_sweep.py wrote. Nothing is measured.
 
     python experiments/plots.py
 
 Of each case the last line counts that was measured on the machine of the file's last line. speedup.png needs the lines
-of `bench.py --grid`.
+of `bench.py --grid`, blocks.png those of several sparsities, and diversity.png those of N:M masks.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +17,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
+from pruning_claims import block_of
 
 from eventrnn.canvas import BLUE, GREY, HUES, INK, MARKS, ORANGE, new_figure, plain_axes, saved
+from eventrnn.pruning.nm import mask_diversity
+from eventrnn.pruning.patterns import parse_nm
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,21 +104,51 @@ def points(lines: list[dict]) -> list[dict]:
     return list(seen.values())
 
 
-def draw_blocks(lines: list[dict], path: Path) -> None:
-    """Draw perplexity over sparsity by method and block, for the job and the machine of the last line."""
-    keys = ("job", "steps", "tuning", "strength", "device")
-    same = [line for line in lines if all(line[key] == lines[-1][key] for key in keys)]
-    panels: dict[str, dict[str, list[tuple[float, float]]]] = {"pruning": {}, "lasso": {}}
-    pruned = [line for line in same if line["way"] != "dense" and line["larger"] == 1]
-    for line in sorted(pruned, key=lambda line: [int(size) for size in line["block"].split("x")]):
-        panels[line["way"]].setdefault(line["block"], []).append((line["share"], line["perplexity"]))
-    dense = [line["perplexity"] for line in same if line["way"] == "dense"]
-    if not dense:
-        print(f"{path.name}: not drawn, the dense model's line is missing")
-        return
-    titles = {"pruning": "block pruning", "lasso": "group lasso and block pruning"}
-    pruning_curves({titles[way]: panel for way, panel in panels.items()}, dense[-1], path=path)
-    print(f"wrote {path}: {len(same)} points")
+def draw_pruned(lines: list[dict], figures: Path) -> None:
+    """Draw perplexity over sparsity by rule and block, and over the diversity of masks, for the cell of the first line
+    and the epochs of its dense network."""
+    same = [line for line in lines if all(line[key] == lines[0][key] for key in ("model.cell", "training.epochs"))]
+    dense = [line["perplexity_valid"] for line in same if line["pruning.method"] is None]
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    masks: list[tuple[str, float, float]] = []
+    for line in same:
+        if line["pruning.nm"] and not line["converted"]:
+            masks.append((line["pruning.nm"], diversity(line["pruning.nm"]), line["perplexity_valid"]))
+        elif line["pruning.sparsity"] and line["model.hidden"] == lines[0]["model.hidden"]:
+            rule = line["pruning.scope"] or line["pruning.method"]
+            point = (line["pruning.sparsity"], line["perplexity_valid"])
+            panels.setdefault(rule, {}).setdefault(block_of(line), []).append(point)
+    shares = {share for panel in panels.values() for points in panel.values() for share, _ in points}
+    if dense and len(shares) > 1:
+        pruning_curves(panels, float(np.mean(dense)), path=figures / "blocks.png")
+        print(f"wrote {figures / 'blocks.png'}: {len(same)} points")
+    else:
+        print("blocks.png: not drawn, it needs the dense network and two sparsities")
+    if dense and len(masks) > 1:
+        draw_diversity(masks, float(np.mean(dense)), figures / "diversity.png")
+        print(f"wrote {figures / 'diversity.png'}: {len(masks)} points")
+    else:
+        print("diversity.png: not drawn, it needs the dense network and two patterns of masks")
+
+
+def diversity(nm: str) -> float:
+    """Bits per weight that choose one of the masks of a pattern in 8 x 8 weights, counted exactly."""
+    n, m, axis = parse_nm(nm)
+    masks = mask_diversity(n, m, 8)
+    return math.log2(masks["transposable" if axis == "both" else "structured"]) / 64
+
+
+def draw_diversity(masks: list[tuple[str, float, float]], dense: float, path: Path) -> Figure:
+    """Perplexity over the diversity of masks, (pattern, bits per weight, perplexity) each, beside the dense network."""
+    figure = new_figure(5.2, 3.4)
+    panel = figure.subplots()
+    panel.axhline(dense, color=GREY, linewidth=1, linestyle="--", label="not pruned")
+    for k, (name, bits, perplexity) in enumerate(sorted(masks)):
+        panel.scatter([bits], [perplexity], color=HUES[k % len(HUES)], marker=MARKS[k % len(MARKS)], label=name)
+    panel.set(xlabel="bits per weight to choose a mask", ylabel="perplexity (validation)")
+    panel.legend(fontsize=8, frameon=False)
+    plain_axes(panel)
+    return saved(figure, path)
 
 
 def main(
@@ -134,9 +168,9 @@ def main(
         print(f"wrote {figures / 'speedup.png'}: {', '.join(f'{k}, {len(v)} cells' for k, v in panels.items())}")
     else:
         print("speedup.png: not drawn, it needs the lines of bench.py --grid")
-    blocks = results.parent / "block_sparse.jsonl"
-    if blocks.exists():
-        draw_blocks([json.loads(line) for line in blocks.read_text().splitlines()], figures / "blocks.png")
+    pruned = results.parent / "pruning_sweep.jsonl"
+    if pruned.exists():
+        draw_pruned([json.loads(line) for line in pruned.read_text().splitlines()], figures)
     roofline(points(lines), title="How close to the limits of the machine", path=figures / "roofline.png")
     print(f"wrote {figures / 'roofline.png'}: {len(points(lines))} cases")
 
@@ -294,7 +328,7 @@ def pruning_curves(
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
         plain_axes(axes)
-    every[0].set_ylabel(f"{quality} (test)")
+    every[0].set_ylabel(f"{quality} (validation)")
     every[0].legend(fontsize=8, frameon=False)
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")

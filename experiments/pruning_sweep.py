@@ -6,12 +6,13 @@
     python experiments/pruning_sweep.py convert sweep-gru                    # N:M without training, by AdaPrune
     python experiments/pruning_sweep.py table
 
-A point is trained from random weights to its last epoch: dense, or pruned by one of RULES to a sparsity in one of
-BLOCKS, or with N:M masks of MASKS. The learning rate falls from half-way on, so that every training ends where it stops
-improving; the dense network that is trained twice as long shows by how much that is not so. Points are in the order of
-their worth, so that a sweep that is cut short has a table: those of 90 % and one seed first, the other seeds of the
-best known rule next, and other sparsities last. The embedding is also the read-out and as wide as the last layer; it is
-not pruned. Networks whose other layers are larger are pruned to the weights of the dense one.
+A point is trained from random weights to its last epoch: dense, with as little noise as the pruned ones too, or pruned
+by one of RULES to a sparsity in one of BLOCKS, or with N:M masks of MASKS. The learning rate falls from half-way on, so
+that every training ends where it stops improving; the dense network that is trained twice as long shows by how much
+that is not so. Points are in the order of their worth, so that a sweep that is cut short has a table: those of 90 % and
+one seed first, the other seeds of the best known rule next, and other sparsities last. The embedding is also the
+read-out and as wide as the last layer; it is not pruned. Networks whose other layers are larger are pruned to the
+weights of the dense one.
 
 `collect` takes the figures of the runs and adds the bytes of the model file in each of STORAGES. `convert` prunes the
 dense network of each seed, and the one with half of its single weights, to N:M masks without training. Neither measures
@@ -30,6 +31,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from pruning_claims import best_dense, perplexity
 from records import Records
 from rich.console import Console
 from rich.table import Table
@@ -92,14 +94,18 @@ OF_CELL: dict[str, dict[str, Any]] = {"egru": {}, "gru": {"training.regularisers
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
 
 
-def points(hidden: list[int], larger: float, epochs: int, seeds: int) -> Iterator[dict[str, Any]]:
+def points(
+    hidden: list[int], larger: float, epochs: int, seeds: int, dropconnect: float = DROPCONNECT
+) -> Iterator[dict[str, Any]]:
     """The settings in which each point differs from the others, in the order in which they are trained."""
     wide = [*(int(larger * units) for units in hidden[:-1]), hidden[-1]]
     share = round(1 - weights(hidden) / weights(wide), 4)
 
-    def one(seed: int, units: list[int] = hidden, *, longer: int = 1, **rule: Any) -> dict[str, Any]:
-        left = 0.5 if "nm" in rule else 1 - rule.get("sparsity", 0.0)
-        trained = (round(DROPCONNECT * left**0.5, 3), longer * epochs, seed)
+    def one(
+        seed: int, units: list[int] = hidden, *, longer: int = 1, left: float | None = None, **rule: Any
+    ) -> dict[str, Any]:
+        kept = left or (0.5 if "nm" in rule else 1 - rule.get("sparsity", 0.0))
+        trained = (round(dropconnect * kept**0.5, 3), longer * epochs, seed)
         own = {"model.hidden": units} | dict(zip(TRAINED, trained, strict=True))
         return own | {f"pruning.{name}": value for name, value in rule.items()}
 
@@ -113,8 +119,12 @@ def points(hidden: list[int], larger: float, epochs: int, seeds: int) -> Iterato
         drawn = {"method": "magnitude", "since": MASKED_SINCE}
         return [*(one(seed, **drawn, nm=pattern) for pattern in MASKS), one(seed, **HALF)]
 
+    def dense(seed: int) -> list[dict[str, Any]]:
+        # The dense network with as little noise as the pruned ones, so that it is no advantage of theirs.
+        return [one(seed), one(seed, left=0.5), one(seed, left=1 - FIRST)]
+
     others = [name for name in RULES if name != BEST]
-    yield one(0)
+    yield from dense(0)
     for block in BLOCKS:
         yield from blocks(0, BEST, FIRST, [block])
         yield from blocks(0, "lasso", FIRST, [block])
@@ -124,7 +134,7 @@ def points(hidden: list[int], larger: float, epochs: int, seeds: int) -> Iterato
     yield from blocks(0, "threshold", FIRST, BLOCKS)
     yield from (point for rule in RULES for point in blocks(0, rule, FIRST, [SINGLE]))
     for seed in range(1, seeds):
-        yield from (one(seed), *blocks(seed, BEST, FIRST, BLOCKS), *larger_ones(seed), *masked(seed))
+        yield from (*dense(seed), *blocks(seed, BEST, FIRST, BLOCKS), *larger_ones(seed), *masked(seed))
         yield from (point for rule in others for point in blocks(seed, rule, FIRST, BLOCKS))
     for seed, sparsity, rule in product(range(seeds), OTHERS, RULES):
         yield from blocks(seed, rule, sparsity, [SINGLE, *BLOCKS])
@@ -153,6 +163,7 @@ def plan(
     ] = 1.5,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training text.")] = 30,
     rate: Annotated[float, typer.Option(help="Learning rate.")] = 2e-3,
+    dropconnect: Annotated[float, typer.Option(help="DropConnect of the dense network.")] = DROPCONNECT,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each point.")] = 3,
     backend: Annotated[str, typer.Option(help="cuda, or cpu for a small case.")] = "cuda",
     text: Annotated[str, typer.Option(help="Folder with the three texts, or ptb.")] = "ptb",
@@ -180,7 +191,7 @@ def plan(
         "[settings]",
         *(f"{key} = {toml(value)}" for key, value in settings.items()),
     ]
-    for point in points(units, larger, epochs, seeds):
+    for point in points(units, larger, epochs, seeds, dropconnect):
         # What no point may have is refused here, not only by the sweep.
         load_recipe(preset=PRESET, settings=[*settings.items(), *point.items()])
         lines += ["", "[[points]]", *(f"{key} = {toml(value)}" for key, value in point.items())]
@@ -213,18 +224,24 @@ def convert(
     """Prune each dense and each half-pruned network to N:M masks without training, with AdaPrune and without."""
     records, found = Records(results, KEY), trained_points(folder)
     half = {f"pruning.{name}": value for name, value in HALF.items()}
-    fewest = min((point["training.epochs"] for point, _ in found), default=0)
+    dense = [point for point, _ in found if point["pruning.method"] is None]
+    # Not the ones that are trained for longer, or with less noise.
+    usual = [(-point["training.epochs"], point[TRAINED[0]]) for point in dense]
     begun = {
-        "dense": lambda point: point["pruning.method"] is None and point["training.epochs"] == fewest,
+        "dense": lambda point: point in dense and (-point["training.epochs"], point[TRAINED[0]]) == max(usual),
         "half": lambda point: all(point[key] == value for key, value in half.items()),
     }
     corpus = load_recipe(preset=PRESET, settings=list(saved_sweep(folder).settings.items())).data.corpus()
     steps, streams = CALIBRATION
     length = min(steps, len(corpus.train) // streams)
     text = np.ascontiguousarray(corpus.train[: length * streams].reshape(streams, length).T)
-    for point, line in found:
-        for name in (name for name, fits in begun.items() if fits(point)):
+    chosen = [(name, point, line) for point, line in found for name, fits in begun.items() if fits(point)]
+    with progress() as report:
+        for number, (name, point, line) in enumerate(chosen):
+            report("networks", number, len(chosen), line["folder"])
             network = er.load(folder / line["folder"] / MODEL)
+            # A backend that is unknown, or cannot run here, is refused before any work.
+            er.Simulator(network, backend=backend)
             for pattern, method in product(CONVERTED, ("adaprune", "magnitude")):
                 rule = dict.fromkeys(f"pruning.{each}" for each in RULE)
                 own = point | rule | {"pruning.method": method, "pruning.nm": pattern, "converted": name}
@@ -272,7 +289,7 @@ def sizes(network: Network) -> dict[str, Any]:
 
 @app.command()
 def table(results: Annotated[Path, typer.Option(help="File of the lines.")] = RESULTS) -> None:
-    """Show the mean of each point over its seeds, and how much worse than the dense network it reads."""
+    """Show the mean of each point over its seeds, and how much worse it reads than the best dense one of its epochs."""
     groups: dict[str, dict[str, list[dict]]] = {}
     collected = Records(results, KEY).lines
     if not collected:
@@ -285,12 +302,10 @@ def table(results: Annotated[Path, typer.Option(help="File of the lines.")] = RE
         columns = ("units", "method", "pattern", "weights", "seeds", "perplexity", "±", "over dense", "activity")
         shown = Table(*columns, "operations", *STORAGES, title=model)
         dense = [line for lines in rows.values() for line in lines if line["pruning.method"] is None]
-        fewest = min((line["training.epochs"] for line in dense), default=0)
-        dense = [line for line in dense if line["training.epochs"] == fewest]
-        at = mean(line["perplexity_valid"] for line in dense) if dense else None
-        whole = dense[0]["file_bytes"]["float32"] if dense else None
         for lines in rows.values():
-            shown.add_row(*row(lines, at, whole))
+            beside = best_dense(dense).get(lines[0]["training.epochs"])
+            at = perplexity(beside) if beside else None
+            shown.add_row(*row(lines, at, dense[0]["file_bytes"]["float32"] if dense else None))
         Console(width=150).print(shown)
 
 
@@ -324,5 +339,5 @@ def named(line: dict) -> str:
 if __name__ == "__main__":
     try:
         app()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, er.BackendUnavailable) as error:
         raise SystemExit(f"pruning_sweep.py: {error}") from None

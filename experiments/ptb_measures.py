@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from models import file_size
 
 import eventrnn as er
 from eventrnn.pruning import prune as prune_at_once
@@ -109,3 +110,11 @@ def grid_point(network: er.Network, symbols: np.ndarray, added: float, kept: flo
         "by_matrix": by_matrix,
         "ratio_by_matrix": effective / by_matrix,
     }
+
+
+def file_size(network: er.Network) -> int:
+    """Bytes of the model file without the vocabulary."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        er.save(replace(network, metadata={}), path)
+        return path.stat().st_size

@@ -14,11 +14,10 @@ import typer
 from bench import BLAS as BLAS_LIBRARIES
 from bench import DENSE, SPARSE_LIBRARIES, Row, acceptance, line_of
 from bench_training import CASES as TRAINING_CASES
-from block_sparse import BLOCKS
 from gated_words import VARIANTS
 from gpu_tables import cluster_phases, every_cudnn, single_steps
 from gpu_training import LAYERS as GPU_LAYERS
-from nm_masks import PATTERNS
+from pruning_tables import block_steps, mask_refresh, swept_models
 from result_lines import HERE, last, number, read, table, times
 
 PAGE = HERE.parent / "docs" / "results.md"
@@ -302,48 +301,6 @@ def learning() -> str:
     return table(columns, rows)
 
 
-def blocks() -> str:
-    """Two layers of 384 units read the Penn Treebank in its 1000 most frequent words. A dense model of 600 updates
-    is pruned to 90 % while it trains for 600 more (`python experiments/block_sparse.py`). Perplexity on the
-    test text.
-    """
-    lines, rows = read("block_sparse"), []
-    dense = last(lines, way="dense")
-    assert dense is not None
-    rows.append((("not pruned", f"{dense['perplexity']:.1f}", "", "", ""), [dense]))
-    for r, c in BLOCKS:
-        block = f"{r}x{c}"
-        pruned, lasso = (last(lines, way=way, block=block, sparsity=0.9, larger=1.0) for way in ("pruning", "lasso"))
-        wide = last(lines, way="pruning", block=block, larger=1.5)
-        used = [line for line in (pruned, lasso, wide) if line is not None]
-        perplexities = [f"{line['perplexity']:.1f}" if line else "" for line in (pruned, lasso)]
-        sizes = [dense["file_bytes"] / line["file_bytes"] for line in (pruned, lasso) if line]
-        rows.append(((block, *perplexities, times(min(sizes)), f"{wide['perplexity']:.1f}" if wide else ""), used))
-    columns = (
-        "block",
-        "block pruning",
-        "with group lasso",
-        "file smaller, times, at least",
-        "1.5 times the units, pruned to the dense model's weights",
-    )
-    return table(columns, rows)
-
-
-def nm() -> str:
-    """Two layers of 256 units on the same text, 1000 updates (`python experiments/nm_masks.py`). Perplexity on the
-    test text. `both`: along both axes (transposable masks).
-    """
-    lines, rows = read("nm_masks"), []
-    dense = last(lines, way="dense")
-    assert dense is not None
-    rows.append((("dense", f"{dense['perplexity']:.1f}", "", ""), [dense]))
-    for name in PATTERNS:
-        found = [last(lines, way=way, nm=name) for way in ("dynamic", "adaprune", "magnitude")]
-        cells = (f"{line['perplexity']:.1f}" if line else "" for line in found)
-        rows.append(((name, *cells), [line for line in found if line]))
-    return table(("masks", "trained with masks", "converted by AdaPrune", "largest kept, no training"), rows)
-
-
 def masks() -> str:
     """Time to find transposable N:M masks of a Gaussian matrix, and the magnitude that they keep (`python
     experiments/masks.py`). The method `transport` (optimal transport) was measured and then removed, because the exact
@@ -553,9 +510,10 @@ SECTIONS = {
     "Training on a GPU": gpu_training,
     "Training on several GPUs": several_gpus,
     "The learning curve of a word model on a GPU": learning,
-    "Block pruning": blocks,
-    "N:M masks": nm,
+    "Pruning while training": swept_models,
+    "Step time by block size": block_steps,
     "Transposable masks": masks,
+    "Masks drawn anew while training": mask_refresh,
     "Pruning to a budget of operations": operations,
     "Tasks": tasks,
     "Word models": word_models,

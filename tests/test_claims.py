@@ -24,7 +24,7 @@ def test_the_page_is_what_the_command_writes_from_the_committed_lines(claims):
 
 def test_verdicts_follow_from_the_lines(claims, monkeypatch, tmp_path):
     (tmp_path / "results").mkdir()
-    for module in (claims, sys.modules["result_lines"]):
+    for module in (claims, sys.modules["claim_lines"], sys.modules["result_lines"]):
         monkeypatch.setattr(module, "HERE", tmp_path)
     assert {claim.finding().holds for claim in claims.CLAIMS} == {None}, "without lines nothing is measured"
     for perplexity, verdict in ((57.0, "reproduced"), (60.0, "not reproduced")):
@@ -41,5 +41,66 @@ def test_a_model_that_was_trained_too_little_shows_nothing(claims, monkeypatch):
             common | {"variant": name, "epochs": epochs, "perplexity_valid": value}
             for name, value in (("dense", 100.0), ("gated", ours))
         ]
-        monkeypatch.setattr(claims, "_lines", lambda name, lines=lines: lines)
+        monkeypatch.setattr(claims, "lines_of", lambda name, lines=lines: lines)
         assert claims.large_gated().holds is verdict
+
+
+def swept(method=None, perplexity=100.0, **more):
+    """A line of the pruning sweep."""
+    names = ("nm", "block", "sparsity", "scope", "since")
+    line = {f"pruning.{name}": more.pop(name, None) for name in names} | {"pruning.method": method, "converted": None}
+    line |= {"model.cell": "gru", "model.hidden": "[8, 4]", "training.epochs": 30, "training.seed": 0, "commit": "a1"}
+    line["training.regularisers.dropconnect"] = 0.1
+    line |= {"perplexity_valid": perplexity, "file_bytes": {"float32": 1000, "bfloat16": 500, "int8": 250}}
+    return line | more
+
+
+def test_a_pruned_network_is_compared_with_the_dense_one_of_its_epochs(claims, monkeypatch):
+    """A ratio within the bound counts only where twice the training does not make the dense network much better."""
+    blocks, rules = claims.pruning_claims, sys.modules["pruning_claims"]
+
+    def verdict(*lines):
+        monkeypatch.setattr(rules, "lines_of", lambda name: list(lines))
+        return blocks.pruned_blocks("4x4")()
+
+    pruned = {"block": "[4, 4]", "sparsity": 0.9}
+    assert verdict() is None and verdict(swept()) is None
+    good, bad = swept("lasso", 104.0, **pruned), swept("lasso", 106.0, **pruned)
+    assert verdict(swept(), good).holds is None, "nothing shows that the dense network was trained for long enough"
+    assert verdict(swept(), bad).holds is False
+    for longer, holds in ((99.0, True), (97.0, None)):
+        found = verdict(swept(), good, swept(perplexity=longer, **{"training.epochs": 50}))
+        assert found.holds is holds and f"30 epochs (50: {longer / 100 - 1:+.1%} for dense)" in found.figure
+    other = swept("magnitude", 103.0, **pruned | {"training.epochs": 60})
+    assert "+4.0% (lasso," in verdict(swept(), good, other).figure, "another number of epochs is no pair"
+    seeds = [swept("lasso", value, **pruned | {"training.seed": k}) for k, value in enumerate((100.0, 106.0))]
+    assert "+3.0% (lasso," in verdict(swept(), *seeds).figure and "two seeds" in verdict(swept(), *seeds).figure
+    quieter = swept(perplexity=98.0, **{"training.regularisers.dropconnect": 0.05})
+    assert "+6.1% (lasso" in verdict(swept(), quieter, good).figure, "the best dense network counts"
+    worse = [swept(**{"model.cell": "egru"}), swept("lasso", 110.0, **pruned | {"model.cell": "egru"})]
+    assert "+10.0% (lasso, DropConnect 0.1); EGRU" in verdict(swept(), good, *worse).figure, (
+        "the worse of two cells counts"
+    )
+
+
+def test_converted_and_larger_networks_are_no_pruned_ones(claims, monkeypatch):
+    rules = sys.modules["pruning_claims"]
+    lines = [
+        swept(),
+        swept("magnitude", 101.0, sparsity=0.5),
+        swept("adaprune", 102.0, nm="2:4", converted="half"),
+        swept("magnitude", 109.0, nm="2:4", converted="half"),
+        swept("magnitude", 99.0, block="[4, 4]", sparsity=0.4, **{"model.hidden": "[12, 4]"}),
+        swept("lasso", 105.0, block="[1, 16]", sparsity=0.9, file_bytes={"float32": 120, "bfloat16": 60, "int8": 30}),
+        swept(
+            "threshold", 106.0, block="[1, 16]", sparsity=0.9, file_bytes={"float32": 125, "bfloat16": 62, "int8": 31}
+        ),
+    ]
+    monkeypatch.setattr(rules, "lines_of", lambda name: lines)
+    assert rules.trained_masks("4:8:both", 1.01)() is None and rules.adaprune("dense")() is None
+    half = rules.adaprune("half")()
+    assert half.holds and half.figure.startswith("2:4: 102.0 beside 101.0 (+1.0%), without AdaPrune 109.0")
+    assert "12 and 4 units: 4x4 -1.0%" in rules.larger_pruned().figure
+    assert rules.lasso_helps().holds and "1x16 -0.9%" in rules.lasso_helps().figure
+    sizes = rules.smaller_files()
+    assert sizes.holds and "8.0 times with float32 values, 16.1 times with bfloat16" in sizes.figure

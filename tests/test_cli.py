@@ -124,6 +124,15 @@ def test_convert_to_codes_of_fewer_bits(cli, tmp_path):
     assert made.embedding.tobytes() == network.untied().with_rounded_embedding("int8", bits=5).embedding.tobytes()
 
 
+def test_weights_of_another_format_are_rounded_once(cli, tmp_path, model):
+    as_dense, as_csr = tmp_path / "dense.safetensors", tmp_path / "csr.safetensors"
+    for out, form in ((as_dense, ()), (as_csr, ("--to", "csr"))):
+        _json(cli("convert", model, "--out", out, *form, "--storage", "int8", "--bits", "6", "--json"))
+    dense, csr = load(as_dense).matrices(), load(as_csr).matrices()
+    assert all(np.array_equal(w.to_dense(), csr[name].to_dense()) for name, w in dense.items())
+    assert {w.name for w in csr.values()} == {"csr"}
+
+
 @pytest.mark.parametrize("storage", ["bfloat16", "int8"])
 def test_run_reports_the_effect_of_narrow_storage(cli, tmp_path, model, text, storage):
     plain = _json(cli("run", model, "--text", text, "--json"))
@@ -296,6 +305,10 @@ def test_bad_model_files(cli, tmp_path, model, text):
         (
             ("convert", "{model}", "--out", "{new}", "--storage", "int8", "--bits", "embedding=7"),
             "bits: got 'embedding=7', need a number from 2 to 8, as 7 or MATRIX=7 with one of layers.0.w_in",
+        ),
+        (
+            ("convert", "{model}", "--out", "{new}", "--storage", "int8", "--bits", "6", "--bits", "7"),
+            "bits: got '7', but the bits for all are 6 already; give them once",
         ),
         (("run", "{model}", "--text", "{text}", "--storage", "float32"), "need one of bfloat16, int8"),
         (("import", "{text}.npz", "--out", "{new}"), "no file"),

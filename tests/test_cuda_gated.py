@@ -199,7 +199,8 @@ def test_emulated_kernels_have_the_bits_of_the_specification(monkeypatch, emulat
     # In some cases some block rows stay in shared memory, and others are copied in every step.
     gated = isinstance(network.layers[0].w_rec, GatedBlocks)
     assert max(resident) == (kept or (network.layers[0].w_rec.grid[0] if gated else 2))
-    assert got.paths["layers.0.w_rec"] == f"{'gated' if gated else 'dense'} {options.get('storage', 'float32')} in L2"
+    layout = "gated" if gated else "dense strips"
+    assert got.paths["layers.0.w_rec"] == f"{layout} {options.get('storage', 'float32')} in L2"
 
 
 def test_emulated_runs_and_steps_go_on_with_the_choice_that_steps_share(emulated):

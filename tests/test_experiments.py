@@ -157,34 +157,6 @@ def test_lines_of_another_device_or_case_do_not_count(monkeypatch, tmp_path):
     assert again.of(asked) == line
 
 
-SMALL = ("--hidden", 32, "--embedding", 32, "--steps", 6, "--limit", 60)
-
-
-def test_every_point_of_the_pruning_experiments_can_be_measured_and_is_kept(monkeypatch, tmp_path):
-    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
-    common = (*SMALL, "--text", tmp_path / "text.txt", "--work", tmp_path / "work")
-    for name, options, points in (
-        ("nm_masks", ("--every", 2), 10),
-        ("block_sparse", ("--tuning", 8, "--only", "1x16", "--processes", 2), 1 + 4 * 2 + 2),
-    ):
-        module, path = script(name, monkeypatch), tmp_path / f"{name}.jsonl"
-        run = [str(each) for each in (*common, *options, "--results", path)]
-        outcome = CliRunner().invoke(module_app(module), run)
-        assert outcome.exit_code == 0, outcome.output
-        lines = [json.loads(each) for each in path.read_text().splitlines()]
-        assert len(lines) == points and all(each["us_per_step"] > 0 and each["perplexity"] > 1 for each in lines)
-        if name == "nm_masks":
-            errors = [each["errors"] for each in lines if each["way"] == "adaprune"]
-            assert len(errors) == 3 and all(after < before for fits in errors for before, after in fits.values())
-        else:
-            sizes = {each["weights"] for each in lines if each["larger"] != 1}
-            (dense,) = (each["weights"] for each in lines if each["way"] == "dense")
-            assert all(abs(size - dense) < 0.1 * dense for size in sizes)
-        monkeypatch.setattr(module, "figures", None)  # nothing is measured again
-        assert CliRunner().invoke(module_app(module), run).exit_code == 0
-        assert len(path.read_text().splitlines()) == points
-
-
 def test_every_training_case_gets_one_line_per_commit(monkeypatch, tmp_path):
     module, asked, path = script("bench_training", monkeypatch), [], tmp_path / "lines.jsonl"
     each = {"ms_per_iteration": 10.0, "speedup": 2.0}

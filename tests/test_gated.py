@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eventrnn import cli, io, pruning, reference, reference_products
+from eventrnn import cells, cli, io, pruning, reference, reference_products
 from eventrnn.cells import Cell
 from eventrnn.counting import audit, count, count_per_step
+from eventrnn.counting.gated import gates_of_active
 from eventrnn.cpu.crossover import AutoBackend
 from eventrnn.events import Events
 from eventrnn.io.evnn import to_evnn
@@ -97,6 +98,37 @@ def test_of_equal_logits_the_lowest_blocks_are_chosen_and_their_mean_over_all_is
     gates = reference_products.block_gates(arrays, np.zeros((1, 4), np.float32))[0]
     # Ratios 1/2, 1, 1, 1 of the chosen logits 1, 2, 2, 2; the first of three ones is chosen.
     assert np.array_equal(gates, np.float32([0.5, 1, 0, 1, 1, 0, 0, 0]) * (np.float32(8) / np.float32(3.5)))
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize(("block_rows", "rows"), [(1, 32), (5, 35), (16, 32), (40, 40), (70, 70)])
+def test_logits_are_sums_of_parts_of_whole_blocks(rank, block_rows, rows):
+    rng = np.random.default_rng(6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        options = {"block": (block_rows, 4), "density": 1.0, "gate_rule": "softmax", "rank": rank, "rng": rng}
+        weights = GatedBlocks.from_weights(rng.standard_normal((70, 8)), **options)
+    # The third row is silent beyond its first part, and the last row is silent.
+    x = rng.standard_normal((4, 70)).astype(np.float32)
+    x[1, rng.random(70) < 0.7] = x[2, 3:] = x[3] = 0
+    start = weights.gate_bias if rank is None else np.zeros(rank, np.float32)
+
+    def summed(values, parts):
+        total = None
+        for inputs in parts:
+            one = start.copy() if total is None else np.zeros_like(start)
+            for j in inputs:
+                one = cells.fma(weights.gate[j], values[j], one)
+            total = one if total is None else total + one
+        return total
+
+    arrays = reference.weight_arrays("w", weights, np.float32)
+    found = reference_products.propagate_parts(arrays, x, start)
+    in_parts = [range(first, min(first + rows, 70)) for first in range(0, 70, rows)]
+    assert same_bits(found, np.array([summed(values, in_parts) for values in x]))
+    assert len(in_parts) == 1 or not same_bits(found, np.array([summed(values, [range(70)]) for values in x]))
+    # Counts find the choice of a run from its events by another way.
+    assert same_bits(gates_of_active("w", weights, x), reference_products.block_gates(arrays, x))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from eventrnn.cpu import memory, packing, plan
 from eventrnn.cpu.kernels.tile_products import SMALL_PANEL_ROWS
 from eventrnn.cpu.tables import (
     BLOCKS,
+    HIGH,
     INDEX,
     KIND,
     LOW,
@@ -41,6 +42,7 @@ CONSTANTS = st.fixed_dictionaries(
         "WIDEST_SCATTER": st.sampled_from((16, 48, 1 << 16)),
         "MANY_SEGMENTS": st.sampled_from((0, 2, NEVER)),
         "LARGE_PAGE": st.sampled_from((1 << 12, 1 << 21)),
+        "BLOCK_TILE_BYTES": st.sampled_from((1 << 8, 1 << 20)),
         "AVX512": st.booleans(),
     }
 )
@@ -61,6 +63,26 @@ def test_block_width_decides_the_layout(block, kind):
         assert {int(window[KIND]) for window in engine.plan(5, 1).column_tiles[0]} == {kind}
     widths = {int(window[WIDTH]) for window in engine.plan(5, 1).column_tiles[0]}
     assert widths == {block[1] if kind == BLOCKS else 1}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_tiles_of_block_segments_share_the_columns_and_give_equal_bits(threads):
+    # 99 units: the gates of a thread begin and end within blocks.
+    rng = np.random.default_rng(3)
+    network = in_format(Network.random([99], inputs=40, rng=rng, threshold=0.05), "block", (1, 64))
+    x = rng.standard_normal((8, 3, 40), dtype=np.float32)
+    with forced({**MANY, "BLOCK_TILE_BYTES": 1 << 13}):
+        engine = cpu.CpuEngine(network, threads)
+        tiles = engine.plan(8, 3).column_tiles
+        got = simulate(network, x, threads=threads, record=RECORDABLE)
+    for share in tiles:
+        low, high = share[share[:, HIGH] > share[:, LOW]][:, [LOW, HIGH]].T
+        # The tiles of the input come first; those of the recurrent matrix begin at the same position.
+        begins = np.flatnonzero(low == low[0])
+        assert len(begins) == 2 and begins[1] > 1
+        follows = np.delete(np.arange(1, len(low)), begins[1] - 1)
+        assert (low[follows] == high[follows - 1]).all()
+    assert_same(simulate(network, x, backend="reference", record=RECORDABLE), got)
 
 
 @pytest.mark.parametrize("backend", ["cpu"])

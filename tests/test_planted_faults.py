@@ -284,7 +284,7 @@ def test_swapped_gates_of_a_gru_or_an_lstm_in_the_rules_that_all_backends_share(
 
 def test_swapped_gates_in_the_rule_that_all_backends_share(monkeypatch):
     # All backends share this rule and agree. The steps worked by hand and the recorded runs detect the fault.
-    plant(monkeypatch, cells, "egru_value", {"fma(u, c, (ONE - u) * g)": "fma(r, c, (ONE - r) * g)"})
+    plant(monkeypatch, cells, "egru_value_of_gates", {"fma(u, c, (ONE - u) * g)": "fma(r, c, (ONE - r) * g)"})
     suite_catches(check_plain_gru, seed=0)
     with np.load(FILES[0]) as recorded:
         suite_catches(check_outputs, recorded=dict(recorded))

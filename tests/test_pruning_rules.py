@@ -444,10 +444,12 @@ def test_masks_change_between_the_shares_of_the_training_that_are_given(name):
     assert (schedule.start >= 30, schedule.end) == (True, 80)
     with pytest.raises(ValueError, match=r"steps: got 2, but .* shares 0.3 and 0.4 of the training; give at least 10"):
         training_schedule(name, Blocks(0.5, (1, 2)), 2, {"since": 0.3, "until": 0.4})
+    with pytest.raises(ValueError, match="since: got 0.5, need less than until, which is 0.5"):
+        training_schedule(name, Blocks(0.5, (1, 2)), 100, {"since": 0.5})
 
 
 def test_a_long_gradual_schedule_has_a_hundred_changes_and_a_short_one_ten():
-    for steps, every in ((20, 1), (400, 10), (2000, 10), (20_000, 100)):
+    for steps, every in ((20, 1), (400, 10), (2000, 10), (3998, 20), (20_000, 100)):
         schedule = training_schedule("magnitude", Blocks(0.5), steps, {})
         assert schedule.every == every
     lasso, threshold = training_schedule("lasso", Blocks(0.5), 20_000, {}).parts

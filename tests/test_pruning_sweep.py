@@ -1,7 +1,8 @@
-"""The sweeps of pruned word models: its plan, the sizes of its files, and its table."""
+"""The sweeps of pruned word models: their plan, the sizes of their files, conversions, and their table."""
 
 import importlib
 import json
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,7 +43,7 @@ def test_every_point_of_the_plan_can_be_trained(script, tmp_path, cell):
     """Every seed has the dense network, each rule, block and sparsity, larger networks of its size, and masks."""
     points = check_sweep(small_plan(script, tmp_path, cell), tmp_path / "sweep")
     rules = len(script.RULES) * (len(script.BLOCKS) + 1)
-    each = 1 + rules * (1 + len(script.OTHERS)) + len(script.BLOCKS) + len(script.MASKS) + 1
+    each = 3 + rules * (1 + len(script.OTHERS)) + len(script.BLOCKS) + len(script.MASKS) + 1
     # Single weights at the first sparsity, and the dense network that is trained for longer, are of one seed.
     assert len(points) == 2 * each - len(script.RULES) + 1
     recipes = [point.recipe for point in points]
@@ -107,6 +108,37 @@ def test_a_trained_point_is_collected_once_per_text(script, tmp_path, monkeypatc
     assert all(line | script.sizes(network) == line and "folder" not in line for line in found)
 
 
+def test_dense_and_half_networks_are_converted_once(script, tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text(TEXT)
+    shared = SimpleNamespace(settings={"data.text": str(tmp_path / "text.txt"), "model.cell": "gru"})
+    half = {f"pruning.{name}": value for name, value in script.HALF.items()}
+    rules = ({}, half, {"pruning.method": "lasso", "pruning.sparsity": 0.9}, {"training.epochs": 4})
+    trained = {"state": "done", "training.epochs": 2, "training.seed": 0}
+    lines = [trained | rule | {"folder": f"points/{k:04}"} for k, rule in enumerate(rules)]
+    monkeypatch.setattr(script, "read_results", lambda folder: lines)
+    monkeypatch.setattr(script, "saved_sweep", lambda folder: shared)
+    symbols = 1 + int(
+        script.load_recipe(settings=[("data.text", str(tmp_path / "text.txt"))]).data.corpus().train.max()
+    )
+    network = er.Network.random(
+        [8], rng=np.random.default_rng(0), symbols=symbols, embedding=8, readout=symbols, cell=er.Cell("gru")
+    )
+    monkeypatch.setattr(script.er, "load", lambda path: network)
+    monkeypatch.setattr(script, "CALIBRATION", (20, 2))
+    results = tmp_path / "lines.jsonl"
+    convert = ("convert", tmp_path, "--results", results, "--backend")
+    refused = CliRunner().invoke(script.app, [str(each) for each in (*convert, "gpu")])
+    assert "backend: got 'gpu'" in str(refused.exception) and not results.exists()
+    for _ in range(2):
+        call(script, *convert, "reference")
+    found = [json.loads(line) for line in results.read_text().splitlines()]
+    made = [(line["converted"], line["pruning.method"], line["pruning.nm"]) for line in found]
+    assert sorted(made) == sorted(product(("dense", "half"), ("adaprune", "magnitude"), script.CONVERTED))
+    assert all(0.4 < line["density_of_layers"] <= 0.5 for line in found)
+    read = {line["pruning.method"]: line["perplexity_valid"] for line in found if line["pruning.nm"] == "2:4"}
+    assert read["adaprune"] != read["magnitude"]
+
+
 def test_the_table_compares_means_over_seeds_with_the_dense_network(script, tmp_path):
     common = dict.fromkeys(script.KEY) | {"model.cell": "gru", "model.hidden": "[64, 32]", "device": "here"}
     common |= {"training.epochs": 9, "density_of_layers": 0.1}
@@ -124,3 +156,24 @@ def test_the_table_compares_means_over_seeds_with_the_dense_network(script, tmp_
     row = next(each for each in shown.splitlines() if "lasso" in each)
     for cell in ("[4, 4]", "10.0%", " 2 ", "104.00", "2.83", "+4.0%", "5.0x", "10.0x", "20.0x"):
         assert cell in row
+
+
+def test_steps_of_blocks_and_new_masks_are_timed(monkeypatch, tmp_path):
+    """A line per case, with a time of every variant."""
+    pytest.importorskip("torch", reason="the GRU of PyTorch is timed beside the layers")
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    blocks, masks = (importlib.import_module(name) for name in ("block_steps", "mask_refresh"))
+    monkeypatch.setattr(blocks, "BATCHES", (2,))
+    path = tmp_path / "steps.jsonl"
+    blocks.main(hidden=32, steps=3, repeats=3, results=path)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["cell"] for line in lines] == ["gru", "egru"]
+    assert all(set(line["us_per_step"]) == {*blocks.BLOCKS, "torch"} for line in lines)
+    assert all(us > 0 for line in lines for us in line["us_per_step"].values())
+    path = tmp_path / "masks.jsonl"
+    masks.main(hidden=16, batch=2, window=4, rounds=3, results=path)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["method"] for line in lines] == ["exact", "greedy"]
+    for line in lines:
+        more, dense = line["seconds"]["drawn"] - line["seconds"]["kept"], line["seconds"]["dense"]
+        assert line["masks_share"] == {str(k): more / (k * dense) for k in masks.INTERVALS}

@@ -241,7 +241,8 @@ def convert_command(
         weights = network.matrices()[name]
         if r_c and to == "block":
             check_block(r_c, weights.shape, name)
-        made = convert(weights, to, block=r_c, nm=n_m, storage=storage) if to else weights
+        # Weights are rounded once, by `stored_as`.
+        made = convert(weights, to, block=r_c, nm=n_m) if to else weights
         changed[name] = made.stored_as(storage or made.storage, codes.get(name, MOST_BITS))
     converted = network.with_matrices(changed)
     if embedding is not None:

@@ -170,16 +170,22 @@ def untied(network: Network, untie: bool, source: Path) -> Network:
 
 
 def parse_bits(given: list[str], names: Sequence[str]) -> dict[str, int]:
-    """Bits of the codes per name, from texts "7", for all of `names`, and "readout=6", for one; 8 for the others."""
+    """Bits of the codes per name, from texts "7", for all of `names`, and "readout=6", for one; 8 for the others.
+
+    Raises ValueError for another text, and for two texts of the same name or of none.
+    """
     wrong = f"need a number from {FEWEST_BITS} to {MOST_BITS}, as 7 or MATRIX=7 with one of {', '.join(names)}"
-    found = dict.fromkeys(names, MOST_BITS)
-    # A number for all comes before those of single matrices, whatever their order on the command line.
-    for text in sorted(given, key=lambda each: "=" in each):
+    found = {}
+    for text in given:
         name, equals, number = text.rpartition("=")
-        if (equals and name not in found) or not number.isdecimal() or not FEWEST_BITS <= int(number) <= MOST_BITS:
+        if (equals and name not in names) or not number.isdecimal() or not FEWEST_BITS <= int(number) <= MOST_BITS:
             raise ValueError(f"bits: got {text!r}, {wrong}")
-        found |= {name: int(number)} if equals else dict.fromkeys(names, int(number))
-    return found
+        if name in found:
+            of = f"of {name}" if equals else "for all"
+            raise ValueError(f"bits: got {text!r}, but the bits {of} are {found[name]} already; give them once")
+        found[name] = int(number)
+    # The number without a name is that of all others, wherever it stands on the command line.
+    return {name: found.get(name, found.get("", MOST_BITS)) for name in names}
 
 
 def writable_file(path: Path, force: bool, option: str = "out") -> None:

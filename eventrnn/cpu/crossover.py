@@ -25,7 +25,7 @@ from eventrnn._files import cache_folder, write_whole
 from eventrnn.cpu.engine import CpuEngine
 from eventrnn.cpu.kernel_cache import source_digest
 from eventrnn.cpu.packing import is_single
-from eventrnn.cpu.plan import BLAS_PRODUCT, DENSIFIED, DENSIFIED_TILED, FORMAT, TILED, KernelPolicy
+from eventrnn.cpu.plan import BLAS_PRODUCT, DENSIFIED, DENSIFIED_TILED, FORMAT, TILED, KernelPolicy, shares_blocks
 from eventrnn.cpu.single_product import Product
 from eventrnn.events import Events
 from eventrnn.weights import BlockCSR, Dense, GatedBlocks, Weights, convert
@@ -169,7 +169,10 @@ class MeasuredPolicy(KernelPolicy):
             return FORMAT
         found = self.predicted(weights, rows, activity)
         best = min(found, key=lambda name: found[name])
-        return best if found[best] < MAX_RELATIVE_TIME * found[FORMAT] else FORMAT
+        if found[best] < MAX_RELATIVE_TIME * found[FORMAT]:
+            return best
+        # The map knows one kernel for block segments; whether drive rows share its column tiles is a rule of thumb.
+        return TILED if shares_blocks(weights, rows, activity) else FORMAT
 
     def dense_activity_threshold(self, rows: int) -> float:
         return self.crossover.dense_activity_threshold(rows)

@@ -122,6 +122,13 @@ class CpuEngine:
         # Events per unit and step, of the input and then of each layer.
         usual = [USUAL_ACTIVITY if layer.cell.thresholded else 1.0 for layer in network.layers]
         self.activity = [1 / max(1, network.layers[0].inputs) if network.one_hot else USUAL_ACTIVITY, *usual]
+        self._measured = False
+        # Of each matrix: its name, the weights, whether it is recurrent, where the activity of its senders is, and the
+        # kernel that no policy selects. Every run reads this, also one of a few steps.
+        self._products = [
+            (name, w, MatrixId(name).recurrent, self._sender(MatrixId(name)), fixed_kernel(network, name, w))
+            for name, w in network.matrices().items()
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
         # Tables and steppers hold addresses, so a copy is made anew.
@@ -132,14 +139,11 @@ class CpuEngine:
 
     def plan(self, steps: int, batch: int) -> Plan:
         """The weights packed with the kernels that the policy selects for so many steps and samples."""
-        many, matrices, rows, active = min(steps, self.chunk_steps(batch)) * batch, self.network.matrices(), {}, {}
-        for name in map(MatrixId, matrices):
-            rows[name], active[name] = batch if name.recurrent else many, self._activity_of(name)
-        kernels = {
-            name: fixed_kernel(self.network, name, w) or self.policy.select_kernel(w, rows[name], active[name])
-            for name, w in matrices.items()
-        }
-        thresholds = {name: self.policy.dense_activity_threshold(rows[name]) for name in matrices}
+        many, kernels, thresholds = min(steps, self.chunk_steps(batch)) * batch, {}, {}
+        for name, weights, recurrent, sender, fixed in self._products:
+            rows = batch if recurrent else many
+            kernels[name] = fixed or self.policy.select_kernel(weights, rows, self.activity[sender])
+            thresholds[name] = self.policy.dense_activity_threshold(rows)
         key = (*kernels.values(), *thresholds.values())
         if key not in self.plans:
             while len(self.plans) >= MOST_PLANS:
@@ -227,20 +231,23 @@ class CpuEngine:
         outputs = RunOutputs(output, events, states, np.zeros(total, np.int64), np.zeros(total, np.int64))
         buffers, held, paths = self._buffers(inputs.batch), self.layout.held, []
         held.give(state, buffers.workspace, inputs.batch)
-        begin, ahead, chunks, sent = 0, self.chunk, RECHECK, 0
+        # The first chunk of an engine tells how active its units are; a later run begins with what was measured before.
+        begin, ahead, chunks, sent = 0, RECHECK * self.chunk if self._measured else self.chunk, RECHECK, 0
         while begin < inputs.steps:
             end = min(inputs.steps, begin + ahead)
-            received, busy = self._received(inputs.chunk(begin, end))
+            whole = begin == 0 and end == inputs.steps
+            received, busy = self._received(inputs if whole else inputs.chunk(begin, end))
             plan = self.plan(end - begin, inputs.batch)
             size = RunSize(inputs.steps, begin, end, inputs.batch, self.chunk)
             with_blas = BLAS_PRODUCT in plan.kernel_by_matrix.values()
             plan.forget_faults()
             self._run(with_blas, self._tables(plan), received, size, buffers, c, y, outputs)
             plan.check_gates()
-            fired = self._by_layer(outputs.graded + outputs.binary)
-            self.activity[1:] = [float(f.sum()) / (end * inputs.batch * len(f)) for f in fired]
+            fired = [int(each.sum()) for each in self._by_layer(outputs.graded + outputs.binary)]
+            self.activity[1:] = [count / (end * inputs.batch * n) for count, n in zip(fired, self.units, strict=True)]
+            self._measured = True
             paths.append(plan.kernel_by_matrix)
-            sent_before, sent = sent, sum(int(f.sum()) for f in fired)
+            sent_before, sent = sent, sum(fired)
             quiet = busy + sent - sent_before <= QUIET * (end - begin) * inputs.batch
             # Numbers become events stretch by stretch, and may be many in the next one.
             chunks = min(2 * chunks, LONGEST_RECHECK) if quiet and inputs.kind is not InputKind.DENSE else RECHECK
@@ -267,7 +274,7 @@ class CpuEngine:
         table, row_of = part.event_table, part.rows
         if len(row_of):
             counts = table.indptr[row_of + 1] - table.indptr[row_of]
-            self.activity[0] = float(counts.mean()) / max(1, inputs.size)
+            self.activity[0] = int(counts.sum()) / (len(row_of) * max(1, inputs.size))
             busy = int(np.count_nonzero(counts))
         return InputEvents(table.indptr, table.indices, table.values, row_of), busy
 
@@ -281,6 +288,8 @@ class CpuEngine:
         sizes, wanted = [array.shape for array in arrays], [(batch, n) for n in self.units]
         if sizes != wanted:
             raise ValueError(f"state {name}: got arrays of shape {sizes}, need {wanted} for this batch and network")
+        if len(arrays) == 1:
+            return np.array(arrays[0], np.float32, order="C").reshape(-1)
         return np.concatenate([x.ravel() for x in arrays], dtype=np.float32)
 
     def stepper(self, state: State) -> Stepper | None:
@@ -387,15 +396,16 @@ class CpuEngine:
 
     def _multiplications(self, batch: int) -> float:
         """About how many multiplications a step of so many samples makes."""
-        matrices = self.network.matrices().items()
-        return batch * sum(self._activity_of(MatrixId(name)) * weights.stored for name, weights in matrices)
+        return batch * sum(self.activity[sender] * weights.stored for _, weights, _, sender, _ in self._products)
 
-    def _activity_of(self, name: MatrixId) -> float:
-        """Events per presynaptic unit and step of a matrix."""
-        return self.activity[len(self.units) if name.layer is None else name.layer + name.recurrent]
+    def _sender(self, name: MatrixId) -> int:
+        """Where `activity` has the events per presynaptic unit and step of a matrix."""
+        return len(self.units) if name.layer is None else name.layer + name.recurrent
 
     def _by_layer(self, flat: np.ndarray, *leading: int) -> tuple[np.ndarray, ...]:
         """Views (*leading, N) of each layer's share of a flat array."""
+        if len(self.units) == 1:
+            return (flat.reshape(*leading, self.units[0]) if leading else flat,)
         rows, views, at = math.prod(leading), [], 0
         for n in self.units:
             views.append(flat[at : at + rows * n].reshape(*leading, n))

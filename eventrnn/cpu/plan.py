@@ -16,7 +16,15 @@ from eventrnn.cpu.held_gates import HeldLayout
 from eventrnn.cpu.kernels.row_products import LISTED_SEGMENTS
 from eventrnn.cpu.kernels.simd import LANES
 from eventrnn.cpu.memory import aligned_zeros
-from eventrnn.cpu.packing import DENSE_ACTIVITY_THRESHOLD, PoolBuilder, Segment, empty_column_tile, is_single, pack
+from eventrnn.cpu.packing import (
+    BLOCK_TILE_BYTES,
+    DENSE_ACTIVITY_THRESHOLD,
+    PoolBuilder,
+    Segment,
+    empty_column_tile,
+    is_single,
+    pack,
+)
 from eventrnn.cpu.tables import (
     BLAS,
     FAULT,
@@ -47,8 +55,9 @@ if TYPE_CHECKING:
 
 
 # Kernels for one matrix product, by the names that a trace reports. FORMAT: in the format of the matrix, one drive row
-# after the other; TILED: dense or single weights, in column tiles that many drive rows share; DENSIFIED and
-# DENSIFIED_TILED: the same for a sparse matrix that was made dense; BLAS_PRODUCT: dense weights through BLAS.
+# after the other; TILED: in column tiles that many drive rows share, of dense or single weights or of block segments;
+# DENSIFIED and DENSIFIED_TILED: the same for a sparse matrix that was made dense; BLAS_PRODUCT: dense weights through
+# BLAS.
 FORMAT, TILED, DENSIFIED, DENSIFIED_TILED, BLAS_PRODUCT = KERNELS = ("stored", "tiles", "dense", "dense tiles", "blas")
 
 # The kernel that no policy selects (`fixed_kernel`): dense weights of a one-hot input, of which a drive row reads one
@@ -72,6 +81,15 @@ def shares_single(weights: Weights, rows: int, activity: float) -> bool:
     return FILL + MOVE * density + ADD * events + EACH_ROW * rows <= density * events
 
 
+def shares_blocks(weights: Weights, rows: int, activity: float) -> bool:
+    """Whether block segments should be in column tiles that `rows` drive rows share: where they exceed the L2 cache.
+
+    Each tile lists the segments of every active unit anew, which pays for the widest segments only.
+    """
+    wide = isinstance(weights, BlockCSR) and weights.block[1] % max(SEGMENT_WIDTHS) == 0
+    return wide and weights.values.nbytes > BLOCK_TILE_BYTES and rows * activity >= SHARED_EVENTS
+
+
 class KernelPolicy:
     """Selects the kernel of a product by rules of thumb, among exact ones; `crossover.MeasuredPolicy` measures."""
 
@@ -81,7 +99,8 @@ class KernelPolicy:
         """One of `KERNELS`, for `rows` drive rows; `activity` is the number of events per presynaptic unit and row."""
         if isinstance(weights, Dense):
             return TILED if rows * activity >= SHARED_EVENTS else FORMAT
-        return TILED if is_single(weights) and shares_single(weights, rows, activity) else FORMAT
+        shares = shares_single if is_single(weights) else shares_blocks
+        return TILED if shares(weights, rows, activity) else FORMAT
 
     def dense_activity_threshold(self, rows: int) -> float:
         """Activity from which a tiled product of `rows` drive rows visits every unit instead of the active ones."""

@@ -97,16 +97,23 @@ def is_refusal(error: BaseException) -> bool:
 # Has an entry if this process was forked while a thread that it does not have held the lock of the compiler.
 _LEFT_LOCKED: list[None] = []
 
+# Has an entry for every thread that will switch the collector on again.
+_RESTING: list[None] = []
 
-def _look_at_lock() -> None:
+
+def _after_fork() -> None:
     if global_compiler_lock._lock.acquire(blocking=False):
         global_compiler_lock._lock.release()
     else:
         _LEFT_LOCKED.append(None)
+    # The new process does not have these threads.
+    if _RESTING:
+        _RESTING.clear()
+        gc.enable()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_look_at_lock)
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def without_collector(function: Callable[[], R]) -> R:
@@ -115,13 +122,15 @@ def without_collector(function: Callable[[], R]) -> R:
     The compiler makes many objects that stay until its end. Looking through them again and again took 8 to 16 % of the
     processor time of a first run (Numba 0.68, Python 3.11).
     """
-    collects = gc.isenabled()
+    if not gc.isenabled():
+        return function()
+    _RESTING.append(None)
     gc.disable()
     try:
         return function()
     finally:
-        if collects:
-            gc.enable()
+        gc.enable()
+        _RESTING.pop()
 
 
 def compile_uninterrupted(dispatcher: Any) -> None:

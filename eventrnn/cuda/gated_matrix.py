@@ -176,8 +176,8 @@ class GatedMatrix:
 
     @property
     def product_description(self) -> str:
-        """For `Simulation.paths`."""
-        return f"{'gated' if self.chooses else 'dense'} {'bfloat16' if self.narrow else 'float32'} in L2"
+        """For `Simulation.paths`; "dense strips" are the dense weights of a layer that has a time loop of its own."""
+        return f"{'gated' if self.chooses else 'dense strips'} {'bfloat16' if self.narrow else 'float32'} in L2"
 
     def _put(self, array: np.ndarray) -> int:
         """The address of a copy on the GPU, which lives as long as the matrix."""

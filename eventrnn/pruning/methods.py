@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+from eventrnn._integers import ceil_div
 from eventrnn.pruning.adaprune import adaprune
 from eventrnn.pruning.dynamic import DynamicMasks, RegrownMasks, StaticMasks
 from eventrnn.pruning.magnitude import GradualPruning, MovementPruning
@@ -42,6 +43,12 @@ FIRST_CHANGE, LAST_CHANGE = 0.0, 0.5
 MOST_CHANGES, MOST_PROXIMAL = 100, 200
 
 
+def need_order(since: float, until: float) -> None:
+    """Raise ValueError for shares of a training between which no mask can change."""
+    if since >= until:
+        raise ValueError(f"since: got {since:g}, need less than until, which is {until:g}")
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a schedule is built from: the pattern, the options by name, and the updates of the whole training."""
@@ -64,6 +71,7 @@ class Plan:
     def end(self) -> int:
         """The update from which on masks stay. Raises ValueError where there is none to change them in."""
         since, until = self.options.get("since", FIRST_CHANGE), self.options.get("until", LAST_CHANGE)
+        need_order(since, until)
         end = int(self.steps * until)
         if end <= self.start:
             raise ValueError(
@@ -89,13 +97,13 @@ class Plan:
         return {name: self.options[name] for name in names if name in self.options}
 
     def every(self, start: int | None = None) -> dict[str, int]:
-        """Updates between two changes of a gradual schedule: few enough for ten changes, and ten in a training that has
-        more than those, up to `MOST_CHANGES` of them.
+        """Updates between two changes of a gradual schedule: ten, fewer where there would not be ten changes, and more
+        where there would be more than `MOST_CHANGES` before the last one.
 
         start : of the schedule; None for that of the plan
         """
         span = self.end - (self.start if start is None else start)
-        return {"every": max(1, min(10, span // 10), span // MOST_CHANGES)}
+        return {"every": max(1, min(10, span // 10), ceil_div(span, MOST_CHANGES))}
 
 
 # Options of `BLOCK_OPTIONS` beside the block itself.
@@ -120,7 +128,7 @@ def _threshold(plan: Plan) -> Pruning:
 
 
 def _lasso(plan: Plan) -> Pruning:
-    every = max(1, (plan.end - plan.start) // MOST_PROXIMAL)
+    every = ceil_div(plan.end - plan.start, MOST_PROXIMAL)
     lasso = GroupLasso(plan.options.get("strength", 0.01), every=every, **plan.blocks)
     return Combined(lasso, _threshold(plan))
 
@@ -254,7 +262,7 @@ def training_schedule(name: str, pattern: Pattern, steps: int, options: Mapping[
               tuple of names), and `since` and `until`, the shares of the training between which masks change. Without
               these two it is the first half
 
-    Raises ValueError for fewer than two steps where masks change while training.
+    Raises ValueError, where masks change while training, unless `since` is below `until` and a step lies between them.
     """
     build = METHODS[name].schedule
     return None if build is None else build(Plan(pattern, steps, options))

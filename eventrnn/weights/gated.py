@@ -54,7 +54,6 @@ GATE_RULES = ("linear", "softmax")
 #: The most steps that can share a choice.
 LONGEST_PERIOD = 2**31 - 1
 
-
 #: The inputs that a part of a logit has, at least.
 PART_INPUTS = 32
 

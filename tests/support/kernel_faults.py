@@ -24,7 +24,7 @@ KERNEL_FAULTS: dict[str, Edit] = {
     # The layer itself is right in that step. Its listeners, which read the list of events, are not.
     "last event dropped": followed_by("P0 = max(P0 - ON, 0)", argument(3)),
     "gates swapped": becoming(
-        call(), "cells.egru_value(A1 if ON == 1 else A0, A0 if ON == 1 else A1, A2, A3, A4, A5, A6)"
+        call(), "cells.egru_value_of_gates(A1 if ON == 1 else A0, A0 if ON == 1 else A1, A2, A3, A4)"
     ),
     "gates of an LSTM swapped": becoming(
         call(),
@@ -45,7 +45,7 @@ KERNEL_FAULTS: dict[str, Edit] = {
     "scale of another unit, rows": _SCALES_OF_OTHER_COLUMNS,
     "scale of another unit, single weights": _SCALE_OF_ANOTHER_UNIT,
     "scale of another unit, masked weights": _SCALE_OF_ANOTHER_UNIT,
-    "scale of another unit, blocks": _SCALE_OF_ANOTHER_UNIT,
+    "scale of another unit, blocks": _SCALES_OF_OTHER_COLUMNS,
     "scale of another unit, many blocks": _SCALE_OF_ANOTHER_UNIT,
     "scale of another unit, panels": _SCALES_OF_OTHER_COLUMNS,
     "scale of another unit, panels of single weights": becoming(argument(6), "X + ON"),
@@ -63,5 +63,5 @@ KERNEL_FAULTS: dict[str, Edit] = {
     # The blocks are right, and their products are not scaled.
     "gate forgotten": becoming(assigned(), "R if ON == 1 else X"),
     # The last segments of a list, which no full list carried.
-    "rest of a list dropped": becoming(argument(4), "X * (1 - ON)"),
+    "rest of a list dropped": becoming(argument(4), "X * (1 - ON) if event == end else X"),
 }

@@ -97,18 +97,35 @@ def _after_event(v, theta):
     return cells.select(v > theta, v, cells.ZERO), c
 
 
+@internal
+def _evaluate_gates(n, drive_in, a, drive_rec, b):
+    """Write the gates u and r of n units over their recurrent drives."""
+    for gate in range(2):
+        first, last = gate * n, (gate + 1) * n
+        whole = first + n // LANES * LANES
+        for i in range(first, whole, LANES):
+            store(drive_rec, b + i, cells.sigmoid(load(drive_in, a + i) + load(drive_rec, b + i)))
+        if whole < last:
+            i, some = whole, last - whole
+            drive = load_some(drive_in, a + i, some) + load_some(drive_rec, b + i, some)
+            store_some(drive_rec, b + i, some, cells.sigmoid(drive))
+
+
 @called_by_address
 def update(n, drive_in, a, drive_rec, b, threshold, p, c, y, s):
-    """Update cells and outputs of n units in place; released variant."""
+    """Update cells and outputs of n units in place; released variant. Gates replace their recurrent drives.
+
+    The candidate waits for the reset gate. With both gates of a unit in the same turn of a loop, the processor does not
+    look far enough ahead to begin the next turn meanwhile: 512 units took 1.0 us, and 0.75 us in loops of their own.
+    """
+    _evaluate_gates(n, drive_in, a, drive_rec, b)
     whole = n // LANES * LANES
     for i in range(0, whole, LANES):
         # planted fault: gates swapped
-        v, _, _, _ = cells.egru_value(
-            load(drive_in, a + i),
-            load(drive_in, a + n + i),
-            load(drive_in, a + 2 * n + i),
+        v, _ = cells.egru_value_of_gates(
             load(drive_rec, b + i),
             load(drive_rec, b + n + i),
+            load(drive_in, a + 2 * n + i),
             load(drive_rec, b + 2 * n + i),
             load(c, s + i),
         )
@@ -118,12 +135,10 @@ def update(n, drive_in, a, drive_rec, b, threshold, p, c, y, s):
     if whole < n:
         i, some = whole, n - whole
         # planted fault: gates swapped
-        v, _, _, _ = cells.egru_value(
-            load_some(drive_in, a + i, some),
-            load_some(drive_in, a + n + i, some),
-            load_some(drive_in, a + 2 * n + i, some),
+        v, _ = cells.egru_value_of_gates(
             load_some(drive_rec, b + i, some),
             load_some(drive_rec, b + n + i, some),
+            load_some(drive_in, a + 2 * n + i, some),
             load_some(drive_rec, b + 2 * n + i, some),
             load_some(c, s + i, some),
         )

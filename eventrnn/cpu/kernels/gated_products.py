@@ -95,7 +95,7 @@ def add_logits(pools, p0, workspace, begin, count, gates, at, spare):
             between[q] = cells.ZERO
             numbers[q] = q
         add_gate_rows(*(values, pointers[p0 + GATE], in_pitch, ids, sent, begin, count, between, 0, part, gates, spare))
-        # One part.
+        # A sum over what lies between the factors has one part.
         add_gate_rows(
             *(values, pointers[p0 + GATE_OUT], pitch, numbers, between, 0, rank, gates, at, in_pitch, gates, spare)
         )

@@ -77,6 +77,7 @@ for _rule in (
     cells.sigmoid_float32,
     cells.tanh_float32,
     cells.absolute,
+    cells.egru_value_of_gates,
     cells.egru_value,
     cells.egru_decay,
     cells.egru_reset_gate,

@@ -58,6 +58,10 @@ TILE = 16 if AVX512 else 4
 # A loop over events prefetches the row of the event that comes so many events later.
 PREFETCH_ROWS = 4
 
+# A loop over listed block segments of several vectors prefetches the one that comes so many entries later. A unit has
+# few of them, too few for the hardware prefetcher.
+PREFETCH_SEGMENTS = 8
+
 # Drive rows and vectors of a register tile of `multiply`: 20 accumulators in 32 registers, or 4 in 16.
 MULTIPLY_ROWS, MULTIPLY_VECTORS = (5, 4) if AVX512 else (2, 1)
 
@@ -161,51 +165,98 @@ add_rows, add_near_rows = _add_rows(TILE, far=True), _add_rows(NEAR_TILE, far=Fa
 # instead, the loop took 1.5 times as long.
 
 
-@intrinsic
-def list_blocks(typingctx, weights, columns, first, count, number, value, scale, targets, numbers, values, scales, at):
-    """Append the `count` >= 0 segments of one unit to a list, from entry `at` on.
+def _rows_of(context, builder, kind, array):
+    """Pointers to the two rows of a contiguous array of two axes."""
+    record = context.make_array(kind)(context, builder, array)
+    return record.data, builder.gep(record.data, [builder.extract_value(record.shape, 1)])
 
-    Targets are columns[first:], numbers are consecutive from `number` on. Sixteen entries are written at a time, so the
-    list needs space for sixteen entries more. Up to 16 segments take no branch.
+
+@intrinsic
+def list_blocks(
+    typingctx, weights, pointers, p0, columns, i0, ids, sent, event, last, unit_scales, s0, most, list_of, factors
+):
+    """Write the segments of the events `event` to `last` to a list, until it has `most` of them or more.
+
+    Returns the first event that is left, and how many segments were listed. Unit j has three of the `pointers` from
+    p0 + 3 * j on: its first and its last index of `columns` after i0, and the number of its first segment. Sixteen
+    entries are written at a time, so the list needs space for the segments of a unit and sixteen more. A unit of up to
+    16 segments takes no branch.
+
+    sent             : float32, value of each event
+    unit_scales      : float32, from element s0 on one per unit; read for int8 weights only
+    list_of, factors : (2, entries) int32 and float32: targets and numbers, values and scales
     """
 
     def generate(context, builder, signature, args):
         kinds = signature.args
-        source = address(context, builder, kinds[1], args[1], args[2])
-        out = [address(context, builder, kinds[k], args[k], args[11]) for k in range(7, 11)]
-        start = builder.add(splat_int(builder, builder.trunc(args[4], I32)), IOTA)
-        fixed = [(splat(builder, args[5]), out[2])]
+        pointer_at = address(context, builder, kinds[1], args[1], args[2])
+        column_at = address(context, builder, kinds[3], args[3], args[4])
+        id_at, sent_at = (address(context, builder, kinds[k], args[k], I64(0)) for k in (5, 6))
+        scale_at = address(context, builder, kinds[9], args[9], args[10])
+        targets, numbers = _rows_of(context, builder, kinds[12], args[12])
+        values, scales = _rows_of(context, builder, kinds[13], args[13])
+        start, stop, most = args[7], args[8], args[11]
+
+        entry, loop = builder.block, builder.append_basic_block("units")
+        done = builder.append_basic_block("units.done")
+        builder.cbranch(builder.icmp_signed("<", start, stop), loop, done)
+        builder.position_at_end(loop)
+        event, listed = builder.phi(I64), builder.phi(I64)
+        event.add_incoming(start, entry)
+        listed.add_incoming(I64(0), entry)
+        unit = builder.sext(builder.load(builder.gep(id_at, [event])), I64)
+        of_unit = builder.gep(pointer_at, [builder.mul(unit, I64(3))])
+        first, end, number = (builder.load(builder.gep(of_unit, [I64(k)])) for k in range(3))
+        first_number = builder.add(splat_int(builder, builder.trunc(number, I32)), IOTA)
+        fixed = [(splat(builder, builder.load(builder.gep(sent_at, [event]))), values)]
         if weights.dtype == types.int8:
-            fixed.append((splat(builder, args[6]), out[3]))
+            fixed.append((splat(builder, builder.load(builder.gep(scale_at, [unit]))), scales))
 
         def body(k):
-            first = builder.mul(k, I64(LANES))
-            store_ints(builder, load_ints(builder, builder.gep(source, [first])), builder.gep(out[0], [first]))
-            number = builder.add(start, splat_int(builder, builder.trunc(first, I32)))
-            store_ints(builder, number, builder.gep(out[1], [first]))
-            for vector, to in fixed:
-                store_vector(builder, vector, builder.gep(to, [first]))
+            ahead = builder.mul(k, I64(LANES))
+            source, to = builder.gep(column_at, [builder.add(first, ahead)]), builder.add(listed, ahead)
+            store_ints(builder, load_ints(builder, source), builder.gep(targets, [to]))
+            vector = builder.add(first_number, splat_int(builder, builder.trunc(ahead, I32)))
+            store_ints(builder, vector, builder.gep(numbers, [to]))
+            for vector, field in fixed:
+                store_vector(builder, vector, builder.gep(field, [to]))
 
-        for_each_vector(builder, args[3], body)
-        return context.get_dummy_value()
+        count = builder.sub(end, first)
+        for_each_vector(builder, count, body)
+        following, total = builder.add(event, I64(1)), builder.add(listed, count)
+        event.add_incoming(following, builder.block)
+        listed.add_incoming(total, builder.block)
+        more = builder.and_(builder.icmp_signed("<", following, stop), builder.icmp_signed("<", total, most))
+        exit_block = builder.block
+        builder.cbranch(more, loop, done)
 
-    signature = (weights, columns, first, count, number, value, scale, targets, numbers, values, scales, at)
-    return types.void(*signature), generate
+        builder.position_at_end(done)
+        results = []
+        for before, after in ((start, following), (I64(0), total)):
+            result = builder.phi(I64)
+            result.add_incoming(before, entry)
+            result.add_incoming(after, exit_block)
+            results.append(result)
+        return context.make_tuple(builder, signature.return_type, results)
+
+    signature = (weights, pointers, p0, columns, i0, ids, sent, event, last, unit_scales, s0, most, list_of, factors)
+    return types.UniTuple(types.int64, 2)(*signature), generate
 
 
 def _add_listed(vectors: int, width: int):
     @intrinsic
-    def add_listed(typingctx, drive, at, targets, numbers, values, scales, count, weights, start):
+    def add_listed(typingctx, drive, at, list_of, factors, count, weights, start):
         """drive[at + targets[e] + i] += weights[start + numbers[e] * size + i] * values[e] for e < count, i < size.
 
-        size = vectors * width is the width of a segment. Entries are added in order, one FMA per term.
+        size = vectors * width is the width of a segment. Entries are added in order, one FMA per term. `list_of` has
+        the rows `targets` and `numbers`, `factors` the rows `values` and `scales`.
         """
 
         def generate(context, builder, signature, args):
             kinds = signature.args
             out = address(context, builder, kinds[0], args[0], args[1])
-            fields = [address(context, builder, kinds[k], args[k], I64(0)) for k in range(2, 6)]
-            source = address(context, builder, kinds[7], args[7], args[8])
+            fields = [row for k in (2, 3) for row in _rows_of(context, builder, kinds[k], args[k])]
+            source = address(context, builder, kinds[5], args[5], args[6])
 
             def body(q):
                 target, number, value, scale = (builder.load(builder.gep(field, [q])) for field in fields)
@@ -213,16 +264,22 @@ def _add_listed(vectors: int, width: int):
                 segment = builder.gep(source, [builder.mul(builder.sext(number, I64), I64(vectors * width))])
                 value, scale = splat(builder, value, width), splat(builder, scale, width)
                 lanes = [I64(i * width) for i in range(vectors)]
+                if vectors > 1:
+                    # The list has space for more entries than it has; what is left there is the number of a segment.
+                    later = builder.load(builder.gep(fields[1], [builder.add(q, I64(PREFETCH_SEGMENTS))]))
+                    upcoming = builder.gep(source, [builder.mul(builder.sext(later, I64), I64(vectors * width))])
+                    for i in range(0, vectors * width, LINE * 8 // kinds[5].dtype.bitwidth):
+                        emit_prefetch(builder, builder.gep(upcoming, [I64(i)]))
                 # All loads come before the first store: the two arrays never overlap, which LLVM cannot know.
                 weight = [load_weights(builder, builder.gep(segment, [i]), width, scale) for i in lanes]
                 before = [load_vector(builder, builder.gep(row, [i]), width) for i in lanes]
                 for i, w, b in zip(lanes, weight, before, strict=True):
                     store_vector(builder, fma_vector(builder, w, value, b), builder.gep(row, [i]))
 
-            for_each(builder, args[6], body)
+            for_each(builder, args[4], body)
             return context.get_dummy_value()
 
-        return types.void(drive, at, targets, numbers, values, scales, count, weights, start), generate
+        return types.void(drive, at, list_of, factors, count, weights, start), generate
 
     return add_listed
 

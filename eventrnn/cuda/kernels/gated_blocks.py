@@ -88,6 +88,12 @@ def add8(acc, weights, inputs):
     return cuda.fma(weights[7], inputs[7], acc)
 
 
+@device_function
+def scaled8(gate, a, b, c, d, e, f, g, h):
+    """Eight inputs, multiplied by their gate."""
+    return gate * a, gate * b, gate * c, gate * d, gate * e, gate * f, gate * g, gate * h
+
+
 def make_add_strip(narrow: bool, stage_bytes: int):
     """The device functions add_strip, begin_strip, end_factor and add_piece for float32 weights, or for bfloat16 ones.
 
@@ -161,72 +167,23 @@ def make_add_strip(narrow: bool, stage_bytes: int):
         while k <= rows:
             d0, d1, d2, d3, d4, d5, d6, d7 = weights8(w_at + 3 * next8, step)
             s0, s1, s2, s3, s4, s5, s6, s7 = load8(x_at + int64(96), sixteen)
-            acc = cuda.fma(a0, gate * p0, acc)
-            acc = cuda.fma(a1, gate * p1, acc)
-            acc = cuda.fma(a2, gate * p2, acc)
-            acc = cuda.fma(a3, gate * p3, acc)
-            acc = cuda.fma(a4, gate * p4, acc)
-            acc = cuda.fma(a5, gate * p5, acc)
-            acc = cuda.fma(a6, gate * p6, acc)
-            acc = cuda.fma(a7, gate * p7, acc)
+            acc = add8(acc, (a0, a1, a2, a3, a4, a5, a6, a7), scaled8(gate, p0, p1, p2, p3, p4, p5, p6, p7))
             a0, a1, a2, a3, a4, a5, a6, a7 = weights8(w_at + 4 * next8, step)
             p0, p1, p2, p3, p4, p5, p6, p7 = load8(x_at + int64(128), sixteen)
-            acc = cuda.fma(b0, gate * q0, acc)
-            acc = cuda.fma(b1, gate * q1, acc)
-            acc = cuda.fma(b2, gate * q2, acc)
-            acc = cuda.fma(b3, gate * q3, acc)
-            acc = cuda.fma(b4, gate * q4, acc)
-            acc = cuda.fma(b5, gate * q5, acc)
-            acc = cuda.fma(b6, gate * q6, acc)
-            acc = cuda.fma(b7, gate * q7, acc)
+            acc = add8(acc, (b0, b1, b2, b3, b4, b5, b6, b7), scaled8(gate, q0, q1, q2, q3, q4, q5, q6, q7))
             b0, b1, b2, b3, b4, b5, b6, b7 = weights8(w_at + 5 * next8, step)
             q0, q1, q2, q3, q4, q5, q6, q7 = load8(x_at + int64(160), sixteen)
-            acc = cuda.fma(c0, gate * r0, acc)
-            acc = cuda.fma(c1, gate * r1, acc)
-            acc = cuda.fma(c2, gate * r2, acc)
-            acc = cuda.fma(c3, gate * r3, acc)
-            acc = cuda.fma(c4, gate * r4, acc)
-            acc = cuda.fma(c5, gate * r5, acc)
-            acc = cuda.fma(c6, gate * r6, acc)
-            acc = cuda.fma(c7, gate * r7, acc)
+            acc = add8(acc, (c0, c1, c2, c3, c4, c5, c6, c7), scaled8(gate, r0, r1, r2, r3, r4, r5, r6, r7))
             c0, c1, c2, c3, c4, c5, c6, c7 = weights8(w_at + 6 * next8, step)
             r0, r1, r2, r3, r4, r5, r6, r7 = load8(x_at + int64(192), sixteen)
-            acc = cuda.fma(d0, gate * s0, acc)
-            acc = cuda.fma(d1, gate * s1, acc)
-            acc = cuda.fma(d2, gate * s2, acc)
-            acc = cuda.fma(d3, gate * s3, acc)
-            acc = cuda.fma(d4, gate * s4, acc)
-            acc = cuda.fma(d5, gate * s5, acc)
-            acc = cuda.fma(d6, gate * s6, acc)
-            acc = cuda.fma(d7, gate * s7, acc)
+            acc = add8(acc, (d0, d1, d2, d3, d4, d5, d6, d7), scaled8(gate, s0, s1, s2, s3, s4, s5, s6, s7))
             k, w_at, x_at = int32(k + 32), w_at + 4 * next8, x_at + int64(128)
         if k - 24 <= rows:
-            acc = cuda.fma(a0, gate * p0, acc)
-            acc = cuda.fma(a1, gate * p1, acc)
-            acc = cuda.fma(a2, gate * p2, acc)
-            acc = cuda.fma(a3, gate * p3, acc)
-            acc = cuda.fma(a4, gate * p4, acc)
-            acc = cuda.fma(a5, gate * p5, acc)
-            acc = cuda.fma(a6, gate * p6, acc)
-            acc = cuda.fma(a7, gate * p7, acc)
+            acc = add8(acc, (a0, a1, a2, a3, a4, a5, a6, a7), scaled8(gate, p0, p1, p2, p3, p4, p5, p6, p7))
         if k - 16 <= rows:
-            acc = cuda.fma(b0, gate * q0, acc)
-            acc = cuda.fma(b1, gate * q1, acc)
-            acc = cuda.fma(b2, gate * q2, acc)
-            acc = cuda.fma(b3, gate * q3, acc)
-            acc = cuda.fma(b4, gate * q4, acc)
-            acc = cuda.fma(b5, gate * q5, acc)
-            acc = cuda.fma(b6, gate * q6, acc)
-            acc = cuda.fma(b7, gate * q7, acc)
+            acc = add8(acc, (b0, b1, b2, b3, b4, b5, b6, b7), scaled8(gate, q0, q1, q2, q3, q4, q5, q6, q7))
         if k - 8 <= rows:
-            acc = cuda.fma(c0, gate * r0, acc)
-            acc = cuda.fma(c1, gate * r1, acc)
-            acc = cuda.fma(c2, gate * r2, acc)
-            acc = cuda.fma(c3, gate * r3, acc)
-            acc = cuda.fma(c4, gate * r4, acc)
-            acc = cuda.fma(c5, gate * r5, acc)
-            acc = cuda.fma(c6, gate * r6, acc)
-            acc = cuda.fma(c7, gate * r7, acc)
+            acc = add8(acc, (c0, c1, c2, c3, c4, c5, c6, c7), scaled8(gate, r0, r1, r2, r3, r4, r5, r6, r7))
         return acc
 
     @device_function

@@ -286,7 +286,7 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
             if thread == 0:
                 held[int32(2 * sample)], held[int32(2 * sample + 1)] = further, largest
             sample = int32(sample + 1)
-        item, block_row = int32(0), warp
+        item = int32(0)
         while logits_resident > 0 and item < own_logits:
             source_of = logit_values + int64(4) * offsets[int32(own_rows + item)]
             target, piece = resident_logits_at + logit_bytes * item, int64(thread)

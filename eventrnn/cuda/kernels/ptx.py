@@ -113,6 +113,8 @@ _names["sigmoid"] = _rule(cells.sigmoid_float32)
 
 _names["tanh"] = _rule(cells.tanh_float32)
 
+_names["egru_value_of_gates"] = _rule(cells.egru_value_of_gates)
+
 egru_value = _rule(cells.egru_value)
 
 egru_reset_gate = _rule(cells.egru_reset_gate)

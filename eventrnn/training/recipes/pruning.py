@@ -8,7 +8,14 @@ from typing import Any
 from eventrnn._checks import need_choice, need_names, need_number, need_whole
 from eventrnn.network import Network
 from eventrnn.pruning.magnitude import GATES, SCOPES, STATISTICS
-from eventrnn.pruning.methods import FIRST_CHANGE, LAST_CHANGE, METHODS, options_with, training_schedule
+from eventrnn.pruning.methods import (
+    FIRST_CHANGE,
+    LAST_CHANGE,
+    METHODS,
+    need_order,
+    options_with,
+    training_schedule,
+)
 from eventrnn.pruning.nm import TRANSPOSABLE_METHODS
 from eventrnn.pruning.patterns import BlockDiagonal, Blocks, NofM, Pattern, after_training, parse_nm
 from eventrnn.pruning.schedule import Pruning
@@ -37,8 +44,8 @@ class PruningRecipe:
     every     : updates between two changes of the masks, of "dynamic" and "regrow"; 0 for 40
     exempt    : names of matrices and layers that are not pruned
     since     : share of the updates after which masks begin to change, in [0, until). Until then the network is dense
-    until     : share of the updates after which masks stay, in (since, 1). N:M masks and diagonals of "magnitude" are
-                drawn once, after `since`
+    until     : share of the updates after which masks stay, in (since, 1). "magnitude" draws N:M masks and diagonals
+                once, after `since`, and takes no `until` with them
 
     Raises ValueError for a value outside its range, for settings without a method, for a method without exactly one of
     `sparsity`, `nm` and `diagonal`, and for settings that the method does not take.
@@ -95,8 +102,8 @@ class PruningRecipe:
         once = self.method == "magnitude" and targets[0] != "sparsity"
         if once and "until" in given:
             raise ValueError(f"until: {self.method} draws the masks of {targets[0]} once, after since; leave it out")
-        if not once and self.since >= self.until:
-            raise ValueError(f"since: got {self.since:g}, need less than until, which is {self.until:g}")
+        if not once:
+            need_order(self.since, self.until)
         options = options_with(method, targets[0])
         for name in given:
             if name not in options and name not in (*TARGETS, "exempt", "since", "until"):
