@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from result_lines import HERE, read
 
-# Perplexities within this ratio count as the same, and a pruned model that reads worse by less than that ratio counts
-# as one with a small loss.
+# Perplexities within the first ratio count as the same, and a pruned model within the second one has a small loss.
 SAME, WORSE = 1.01, 1.05
 
 

@@ -62,9 +62,9 @@ def method(line: dict) -> str:
 def block_steps() -> str:
     """Microseconds per step of one layer of 1024 units and inputs, for the whole batch, with 90 % of the weights pruned
     (`python experiments/block_steps.py`), all variants in turn in one run; on a CPU one thread. PyTorch: its GRU with
-    the weights of the dense layer. Where all units of many samples send, single weights lose to the dense layer and blocks
-    gain little: their kernel goes through the events of each sample, and does a fifth of the products per second that
-    the dense one does.
+    the weights of the dense layer. Where all units of many samples send, single weights lose to the dense layer and
+    blocks gain little: at batch 64 a tenth of the products takes two thirds of the time or more. The cause was not
+    examined. The machine did other work as well.
     """
     rows = []
     lines = read("block_steps")

@@ -10,7 +10,7 @@
         --teacher ptb.safetensors --distillation 0.5                                   # taught by the dense network
     python experiments/ptb.py tune ptb.safetensors ptb.safetensors.run --sparsity 0.8 --tied --kept embedding=0.1 \\
         --kept layers.0.w_in=0.3 --until 0.3 --out gradual.safetensors                 # the costly matrices to less
-    python experiments/ptb.py arrange ptb --bands 512,1536,3008,6000 --out start.safetensors   # an order for blocks
+    python experiments/ptb.py arrange tuned.safetensors --bands 512,3008 --out start.safetensors   # an order for blocks
     python experiments/ptb.py tune start.safetensors egru-ptb --sparsity 0.5 --tied --block 1x16 --kept embedding=0.9 \\
         --kept embedding:512=0.75 --since 0.1 --out blocks.safetensors                 # frequent words keep more
     eventrnn convert tuned.safetensors --storage int8 --embedding int8 --out small.safetensors   # then pack_model.py

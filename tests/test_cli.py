@@ -110,6 +110,20 @@ def test_convert_to_groups_and_narrow_storage(cli, tmp_path, model, text):
     assert load(back).layers[0].w_in.axis == "pre"
 
 
+def test_convert_makes_a_tied_readout_dense(cli, tmp_path):
+    pruned, dense = tmp_path / "pruned.safetensors", tmp_path / "dense.safetensors"
+    network = Network.random([5], symbols=6, embedding=5, tied=True, rng=np.random.default_rng(0))
+    save(prune(network, 0.5, names=("embedding", "layers.0.w_rec")), pruned)
+    assert load(pruned).readout.weights.name == "csr"
+    assert _json(cli("convert", pruned, "--to", "dense", "--out", dense, "--json"))["format"] == "dense"
+    made = load(dense)
+    assert made.readout.tied and made.readout.weights.name == "dense"
+    assert made.readout.weights.to_dense().tobytes() == made.embedding.T.tobytes()
+    # Narrow weights would differ from the embedding.
+    cli("convert", pruned, "--to", "dense", "--storage", "int8", "--out", dense, "--force")
+    assert load(dense).readout.weights.name == "csr"
+
+
 def test_convert_to_codes_of_fewer_bits(cli, tmp_path):
     tied, narrow = tmp_path / "tied.safetensors", tmp_path / "narrow.safetensors"
     network = Network.random([5], symbols=6, embedding=5, tied=True, rng=np.random.default_rng(0))

@@ -76,6 +76,9 @@ def test_the_seed_and_thresholds_determine_the_network(text):
         ("[training]\nbatch = 0", "training: batch: got 0"),
         ("[model]\nhidden = 3", "model.hidden: got 3, need a list"),
         ("[model]\nhidden = [3, 'x']", "hidden[1]: got 'x'"),
+        ("[model]\nhidden = []", "model: hidden: got no layer"),
+        ("[model]\nhidden = [3, 0]", "model: hidden: got 0, need a whole number >= 1"),
+        ("[model]\nhidden = [3, 5]\nembedding = 3\ntied = true", "tied: got an embedding of 3 numbers and 5 units"),
         ("[model]\nthreshold = [0.1, 0.2]", "need one for each of 1 layers"),
         ("[model]\nsurrogate = 3", "need a table [model.surrogate]"),
         ("[model]\ncell = 'rnn'", "need one of egru, gru, lstm"),
@@ -99,7 +102,7 @@ def test_the_seed_and_thresholds_determine_the_network(text):
         ("[pruning]\nmethod = 'magnitude'\nnm = '3'", "pruning: nm: got '3'"),
         ("[pruning]\nmethod = 'magnitude'\nsparsity = 0.5\nblock = [4]", "pruning: block: got [4]"),
         (
-            "[model]\ntied = true\n[pruning]\nmethod = 'regrow'\nsparsity = 0.5\nexempt = ['readout']",
+            "[model]\nembedding = 256\ntied = true\n[pruning]\nmethod = 'regrow'\nsparsity = 0.5\nexempt = ['readout']",
             "pruning: no matrix 'readout'; have layers.0.w_in, layers.0.w_rec",
         ),
         ("training = ", "no valid TOML"),

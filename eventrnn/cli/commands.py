@@ -228,8 +228,9 @@ def convert_command(
                 f"embedding: got {embedding} with --fold, after which there is none; leave out one of them"
             )
     network = folded(untied(own_model(source), untie, source), fold)
-    tied = network.readout is not None and network.readout.tied
     to = to or ("block" if block else "nm" if nm else None)
+    # A tied read-out keeps the values of the embedding. Dense float32 weights are those values, in any other format.
+    tied = network.readout is not None and network.readout.tied and not (to == "dense" and storage is None)
     there = [name for name in network.matrices() if not (tied and name == "readout")]
     chosen = choose(there, exempt=tuple(exempt or ()))
     coded = [*(chosen if storage == "int8" else ()), *(["embedding"] if embedding == "int8" else ())]

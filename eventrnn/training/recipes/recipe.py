@@ -89,8 +89,17 @@ class ModelSettings:
 
     def __post_init__(self):
         need_choice("cell", self.cell, CELLS)
+        if not self.hidden:
+            raise ValueError("hidden: got no layer, need the number of units of each, such as [256]")
+        for units in self.hidden:
+            need_whole("hidden", units, at_least=1)
         need_whole("embedding", self.embedding, at_least=1)
         need_flag("tied", self.tied)
+        if self.tied and self.embedding != self.hidden[-1]:
+            raise ValueError(
+                f"tied: got an embedding of {self.embedding} numbers and {self.hidden[-1]} units in the last layer, "
+                "need as many"
+            )
         if self.variant:
             need_choice("variant", self.variant, CELLS[self.cell])
         need_choice("threshold_start", self.threshold_start, STARTS)
