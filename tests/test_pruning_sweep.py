@@ -158,6 +158,7 @@ def test_the_table_compares_means_over_seeds_with_the_dense_network(script, tmp_
         assert cell in row
 
 
+@pytest.mark.torch
 def test_steps_of_blocks_and_new_masks_are_timed(monkeypatch, tmp_path):
     """A line per case, with a time of every variant."""
     pytest.importorskip("torch", reason="the GRU of PyTorch is timed beside the layers")

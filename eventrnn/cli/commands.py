@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +33,7 @@ from eventrnn.cli.options import (
     parse_bits,
     parse_block,
     save_model,
+    takes,
     untied,
     writable_file,
     writable_folder,
@@ -165,37 +166,40 @@ def info(model: GivenModel = None, named: NamedModel = None, as_json: Json = Fal
     )
 
 
-def convert_command(
-    source: Annotated[Path, typer.Argument(help="Model file.")],
-    out: Out,
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Options of `eventrnn convert`. None: the option was not given."""
+
+    source: Annotated[Path, typer.Argument(help="Model file.")]
+    out: Out
     to: Annotated[
         str | None,
         typer.Option(help=f"Weight format: {', '.join(FORMATS)}. [block with --block, nm with --nm, else unchanged]"),
-    ] = None,
+    ] = None
     block: Annotated[
         str | None, typer.Option("--block", metavar="RxC", help="Size of a block of the block format.")
-    ] = None,
+    ] = None
     nm: Annotated[
         str | None,
         typer.Option(
             "--nm", metavar="N:M[:AXIS]", help="Weights kept of each group, along the axis post (default) or pre."
         ),
-    ] = None,
+    ] = None
     storage: Annotated[
         str | None, typer.Option(help=f"Storage type of the weights: {', '.join(STORAGES)}. [unchanged]")
-    ] = None,
+    ] = None
     embedding: Annotated[
         str | None,
         typer.Option(
             help=f"Round the embedding to numbers of this type, for a smaller file: {', '.join(STORAGES[1:])}."
         ),
-    ] = None,
+    ] = None
     untie: Annotated[
         bool,
         typer.Option(
             "--untie", help="Give a tied read-out weights of its own first, so that the embedding can be rounded apart."
         ),
-    ] = False,
+    ] = False
     bits: Annotated[
         list[str] | None,
         typer.Option(
@@ -203,10 +207,10 @@ def convert_command(
             help="Bits of the codes of int8, 2 to 8, of all that --storage int8 and --embedding int8 round, or of one "
             "matrix or the embedding; repeat. Fewer compress better. [8]",
         ),
-    ] = None,
+    ] = None
     exempt: Annotated[
-        list[str] | None, typer.Option(help="Matrix or layer that is not changed; repeat for more.")
-    ] = None,
+        list[str] | None, typer.Option(help="Name of a matrix or layer that is not changed; repeat for more.")
+    ] = None
     fold: Annotated[
         bool,
         typer.Option(
@@ -214,29 +218,35 @@ def convert_command(
             help="Fold the embedding and the input weights into one table first. The file is then large; the commands "
             "run, count and demo take --fold too.",
         ),
-    ] = False,
-    force: Force = False,
-    as_json: Json = False,
-) -> None:
+    ] = False
+    force: Force = False
+    as_json: Json = False
+
+
+@takes(ConvertOptions)
+def convert_command(options: ConvertOptions) -> None:
     """Change the weight format or the storage type of a model."""
-    r_c, n_m = parse_block(block) if block else None, parse_nm(nm, AXES) if nm else None
-    writable_file(out, force)
+    storage, embedding = options.storage, options.embedding
+    r_c, n_m = parse_block(options.block) if options.block else None, parse_nm(options.nm, AXES) if options.nm else None
+    writable_file(options.out, options.force)
     if embedding is not None:
         need_choice("embedding", embedding, STORAGES[1:])
-        if fold:
+        if options.fold:
             raise ValueError(
                 f"embedding: got {embedding} with --fold, after which there is none; leave out one of them"
             )
-    network = folded(untied(own_model(source), untie, source), fold)
-    to = to or ("block" if block else "nm" if nm else None)
+    network = folded(untied(own_model(options.source), options.untie, options.source), options.fold)
+    to = options.to or ("block" if r_c else "nm" if n_m else None)
     # A tied read-out keeps the values of the embedding. Dense float32 weights are those values, in any other format.
-    tied = network.readout is not None and network.readout.tied and not (to == "dense" and storage is None)
+    same = to == "dense" and storage in (None, "float32")
+    tied = network.readout is not None and network.readout.tied and not same
     there = [name for name in network.matrices() if not (tied and name == "readout")]
-    chosen = choose(there, exempt=tuple(exempt or ()))
+    chosen = choose(there, exempt=tuple(options.exempt or ()))
     coded = [*(chosen if storage == "int8" else ()), *(["embedding"] if embedding == "int8" else ())]
-    if bits and not coded:
-        raise ValueError(f"bits: got {bits[0]}, but only int8 has codes; give --storage int8 or --embedding int8")
-    codes = parse_bits(bits or [], coded)
+    if options.bits and not coded:
+        given = options.bits[0]
+        raise ValueError(f"bits: got {given}, but only int8 has codes; give --storage int8 or --embedding int8")
+    codes = parse_bits(options.bits or [], coded)
     changed = {}
     for name in chosen:
         weights = network.matrices()[name]
@@ -248,14 +258,14 @@ def convert_command(
     converted = network.with_matrices(changed)
     if embedding is not None:
         converted = converted.with_rounded_embedding(embedding, codes.get("embedding", MOST_BITS))
-    save_model(converted, out, force)
+    save_model(converted, options.out, options.force)
     show(
-        f"wrote {out}",
+        f"wrote {options.out}",
         {
             "format": ", ".join(sorted({w.name for w in changed.values()})),
             "storage": ", ".join(sorted({w.storage for w in changed.values()})),
-            "bytes": out.stat().st_size,
+            "bytes": options.out.stat().st_size,
             "weights": sum(w.nnz for w in changed.values()),
         },
-        as_json,
+        options.as_json,
     )
