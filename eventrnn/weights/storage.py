@@ -20,9 +20,6 @@ DTYPES: dict[str, np.dtype] = {
 
 STORAGES = tuple(DTYPES)
 
-#: int8 codes range from -INT8_MOST to INT8_MOST, so that the negative of every weight has a code.
-INT8_MOST = 127
-
 #: Bits of the codes of int8, from the fewest that can be chosen to those that are taken where none are given.
 FEWEST_BITS, MOST_BITS = 2, 8
 
@@ -40,7 +37,8 @@ def check_bits(storage: str, bits: int) -> None:
 
 
 def largest_code(bits: int = MOST_BITS) -> int:
-    """The largest code of so many bits: 127 of 8, 63 of 7, 31 of 6. The smallest is its negative."""
+    """The largest code of so many bits: 127 of 8, 63 of 7, 31 of 6. The smallest is its negative, so that the negative of
+    every weight has a code."""
     return 2 ** (bits - 1) - 1
 
 
@@ -203,6 +201,7 @@ def check_scales(values: np.ndarray, scales: np.ndarray | None, n_pre: int, full
         if (scales <= 0).any():
             unit = int(np.argmax(scales <= 0))
             raise ValueError(f"weight scale: got {scales[unit]} for unit {unit}, need > 0")
-        if (values < -INT8_MOST).any():
-            position = tuple(int(k) for k in np.argwhere(values < -INT8_MOST)[0])
+        below = values < -largest_code()
+        if below.any():
+            position = tuple(int(k) for k in np.argwhere(below)[0])
             raise ValueError(f"weight: got code {values[position]} at position {position}, need -127 to 127")
