@@ -37,8 +37,8 @@ def check_bits(storage: str, bits: int) -> None:
 
 
 def largest_code(bits: int = MOST_BITS) -> int:
-    """The largest code of so many bits: 127 of 8, 63 of 7, 31 of 6. The smallest is its negative, so that the negative of
-    every weight has a code."""
+    """The largest code of so many bits: 127 of 8, 63 of 7, 31 of 6. The smallest is its negative, so that the negative
+    of every weight has a code."""
     return 2 ** (bits - 1) - 1
 
 
