@@ -1,0 +1,127 @@
+"""The tables of docs/results.md for inference on CPUs: layers, products, and both on a second machine."""
+
+from bench import BLAS as BLAS_LIBRARIES
+from bench import DENSE, SPARSE_LIBRARIES, Row, acceptance, line_of
+from result_lines import number, read, table, times
+
+CPU_LAYER = (
+    ("dense", DENSE),
+    ("dense, 2 threads", DENSE | {"threads": 2}),
+    ("dense, one call per step on both sides", DENSE | {"against": "torch-step"}),
+    ("dense, bfloat16", DENSE | {"dtype": "bfloat16"}),
+    ("dense, int8", DENSE | {"dtype": "int8"}),
+    ("2:4 (N:M)", {"format": "nm", "nm": (2, 4, "post")}),
+    ("90 % of 1x64 blocks pruned", {}),
+    ("90 % of 1x64 blocks pruned, 2 threads", {"threads": 2}),
+    ("90 % of 1x64 blocks pruned, one call per step on both sides", {"against": "torch-step"}),
+    ("90 % of 1x64 blocks pruned, paper's variant", {"variant": "paper"}),
+    ("90 % of 1x16 blocks pruned", {"block": (1, 16)}),
+    ("95 % of 1x64 blocks pruned, 5 % active", {"sparsity": 0.95, "activity": 0.05}),
+    ("90 % of single weights pruned (CSR)", {"format": "csr"}),
+    ("90 % of 1x64 blocks pruned, 512 units", {"hidden": 512}),
+    ("90 % of 1x64 blocks pruned, 2048 units", {"hidden": 2048}),
+    ("90 % of 1x64 blocks pruned, 4096 units", {"hidden": 4096}),
+    ("dense, 50 % active", DENSE | {"activity": 0.5}),
+    ("dense, batch 20", DENSE | {"batch": 20}),
+    ("90 % of 1x64 blocks pruned, batch 20", {"batch": 20}),
+)
+
+AT_20, AT_80 = ({"batch": batch, "steps": steps, "against": BLAS_LIBRARIES} for batch, steps in ((20, 64), (80, 24)))
+CPU_PRODUCT = (
+    ("90 % of 1x64 blocks pruned", {"block": (1, 64), "against": SPARSE_LIBRARIES}),
+    ("90 % of 32x32 blocks pruned", {"block": (32, 32), "against": SPARSE_LIBRARIES}),
+    ("90 % of 16x16 blocks pruned", {"block": (16, 16), "against": SPARSE_LIBRARIES}),
+    ("90 % of single weights pruned (CSR)", {"format": "csr", "against": SPARSE_LIBRARIES}),
+    ("dense, batch 20", DENSE | AT_20),
+    ("dense, batch 80", DENSE | AT_80),
+    ("dense, batch 20, all active", DENSE | AT_20 | {"activity": 1.0}),
+    ("dense, batch 80, all active", DENSE | AT_80 | {"activity": 1.0}),
+    ("90 % of 1x64 blocks pruned, batch 20", AT_20),
+    ("90 % of 1x64 blocks pruned, batch 80", AT_80),
+    ("dense, batch 20, 2 threads", DENSE | AT_20 | {"threads": 2}),
+    ("dense, batch 80, 2 threads", DENSE | AT_80 | {"threads": 2}),
+    ("90 % of 1x64 blocks pruned, batch 20, 2 threads", AT_20 | {"threads": 2}),
+    ("90 % of 1x64 blocks pruned, batch 80, 2 threads", AT_80 | {"threads": 2}),
+)
+
+
+def cpu_layer() -> str:
+    """One layer of 1350 units on 1350 inputs, batch 1, 10 % of inputs and units active, float32, one thread,
+    unless the row says otherwise; whole sequences beside `torch.nn.GRU` in the same run (`python
+    experiments/bench.py`). The last columns give the rate at which weights are read, as a share of a probe that
+    only reads the same weights, and the multiplications executed.
+    """
+    lines, rows = read("cpu_inference"), []
+    for name, case in CPU_LAYER:
+        line = line_of(Row(name, case), lines)
+        if line is not None:
+            cells = (number(line["us_per_step"]), number(line["against_us_per_step"]), times(line["speedup"]))
+            rows.append(
+                ((name, *cells, f"{line['bandwidth_fraction']:.0%}", f"{line['executed_per_step']:,.0f}"), [line])
+            )
+    columns = (
+        "weights",
+        "µs per step",
+        "`nn.GRU`",
+        "times faster",
+        "share of the probe's bandwidth",
+        "executed per step",
+    )
+    return table(columns, rows)
+
+
+def cpu_product() -> str:
+    """One product of such a layer beside the fastest of the libraries that compute it: SciPy, PyTorch and MKL
+    sparse products for pruned weights, BLAS for batches. One thread unless the row says otherwise (`python
+    experiments/bench.py`).
+    """
+    lines, rows = read("cpu_inference"), []
+    for name, case in CPU_PRODUCT:
+        line = line_of(Row(name, case), lines)
+        if line is not None:
+            ratio = times(line["speedup"])
+            cells = (number(line["us_per_step"]), number(line["against_us_per_step"]), line["against_variant"], ratio)
+            rows.append(((name, *cells), [line]))
+    return table(("weights", "µs per step", "library, µs", "fastest library", "times faster"), rows)
+
+
+def cpu_other() -> str:
+    """The same layers and products, and a dense training window of all weights on two threads, on a second machine:
+    2.8 GHz, 1.25 MB of L2 cache per core. It also ran other work; what was measured had real-time priority, with the
+    other core kept free in rows of one thread. Beside the times, what is computed as a share of the multiplications
+    and additions that the cores can do (`python experiments/bench.py --results
+    experiments/results/cpu_inference_other.jsonl`, `python experiments/bench_training.py` likewise).
+    """
+    lines, rows = read("cpu_inference_other"), []
+    for name, case in (*CPU_LAYER, *CPU_PRODUCT):
+        line = line_of(Row(name, case), lines)
+        if line is not None:
+            share = f"{line['gflop_s'] / line['fma_gflop_s']:.0%}"
+            cells = (name, f"{number(line['us_per_step'])} µs", f"{number(line['against_us_per_step'])} µs")
+            rows.append(((*cells, line["against_variant"], times(line["speedup"]), share), [line]))
+    for line in read("cpu_training_other"):
+        each = line["against_each"]["torch"]
+        operations = 2 * line["executed_per_iteration"] / line["ms_per_iteration"] / 1e6
+        cells = (f"dense, training window, batch {line['batch']}, {line['threads']} threads",)
+        cells += (f"{number(line['ms_per_iteration'])} ms", f"{number(each['ms_per_iteration'])} ms", "`nn.GRU`")
+        rows.append(((*cells, times(each["speedup"]), f"{operations / line['fma_gflop_s']:.0%}"), [line]))
+    return table(("case", "ours", "beside", "which", "times faster", "share of the peak"), rows)
+
+
+def cpu_blocks() -> str:
+    """The product of such a layer, 90 % of its blocks pruned and 10 % of its inputs active, beside a loop in C over
+    blocks of 8 outputs and 4 inputs, which multiplies all inputs, one thread each (`python experiments/bench.py --only
+    "against C" --results experiments/results/c_blocks.jsonl`). The loop stands for hand-written kernels such as those
+    of Opus (`dnn/vec_avx.h`, commit 3da9f7a, of 12 June 2026). In a run of its own on the same machine, both compiled
+    by GCC 12.2 with `-O3 -march=native`, 1352 inputs and 4056 outputs, medians of 12 rounds of 200 products: float32
+    85.0 µs, Opus 84.3 µs, with the same bits; int8 16.3 µs, Opus 16.3 µs. The loop's int8 weights have 7 bits, so that
+    instructions without VNNI sum them, too. All of it was measured with real-time priority, the other core kept free.
+    """
+    rows = []
+    for row in acceptance():
+        line = line_of(row, read("c_blocks")) if row.case.get("against") == "c-blocks" else None
+        if line is not None:
+            cells = (number(line["us_per_step"]), number(line["against_us_per_step"]), times(line["speedup"]))
+            name = f"90 % of {line['block']} blocks pruned, {line['dtype']}"
+            rows.append(((name, *cells, f"{line['executed_per_step']:,.0f}"), [line]))
+    return table(("weights", "µs per step", "loop in C, µs", "times faster", "executed per step"), rows)
