@@ -194,12 +194,16 @@ ROW_GROUP = 8
 RESIDENT_STEPS = 4
 
 # Rows of inputs that are multiplied together, at most, so that they share the weights they read; and the bytes of the
-# sums of these rows, which follow the stages in the ring of a warp, and are followed by as many totals of logits.
+# sums of these rows, which follow the stages in the ring of a warp.
 MAX_SAMPLES = 8
 SUM_BYTES = 4 * LANES * MAX_SAMPLES
 
-# In place of the sums, a warp with one row of inputs has lists of pieces of block rows, and inputs of two of them.
-LIST_BYTES, SCALED_BYTES = (16 + 8) * LANES, 2 * 4 * 128
+# Rows of a block row that are multiplied at a time, at most. In place of the sums, a warp with one row of inputs has
+# lists of such pieces, and the inputs of two of them.
+PIECE = 128
+LIST_BYTES, SCALED_BYTES = (16 + 8) * LANES, 2 * 4 * PIECE
+
+# What follows the stages in the ring of a warp: the sums and as many totals of logits, or lists and inputs.
 TAIL_BYTES = max(2 * SUM_BYTES, LIST_BYTES + SCALED_BYTES)
 
 # Words of shared memory in which the warps of a block exchange counts while they choose, and numbers behind the ratios.

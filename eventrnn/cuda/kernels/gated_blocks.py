@@ -17,8 +17,10 @@ array       memory   shape, dtype, contents
 inputs      shared   (samples, padded rows) float32, rows of inputs, silent ones and padding as zeros
 active      shared   (samples, block rows) int32, 1 if an input of the block row is not zero
 gates       shared   (samples, blocks) float32, logits and then gates, 0 for blocks that are not chosen
-ring        shared   per warp, (STAGES, stage bytes), rows of a strip; then (samples, 32) float32, sums of several rows
-                     of inputs
+ring        shared   per warp, (STAGES, stage bytes), rows of a strip; then TAIL_BYTES of what the next two rows name
+sums        shared   (samples, 32) float32, sums of several rows of inputs; then as many totals of logits (`end_factor`)
+lists       shared   with one row of inputs in place of the sums, LIST_BYTES that `list_pieces` describes; then
+                     (2, PIECE) float32, inputs of two pieces times their gates (`add_whole_rows`)
 resident    shared   per strip, (block rows, padded rows of a block, width), the first block rows
 strips      global   `gated_matrix.RowStrips`: values float32 or uint16 bits of bfloat16; offsets (strips, block rows)
                      int64, where the rows of a block row begin, -1 where no block is stored
@@ -60,19 +62,18 @@ from eventrnn.cuda.kernels.ptx import (
     wait_for_oldest_row,
 )
 from eventrnn.cuda.kernels.strip_product import FULL_WARP, popcount
-from eventrnn.cuda.tables import LANES, LIST_BYTES, SCALED_BYTES, STAGES, SUM_BYTES
+from eventrnn.cuda.tables import LANES, LIST_BYTES, PIECE, STAGES, SUM_BYTES
 
 assert OPEN_GROUPS == STAGES - 1, "the oldest of all stages must be complete"
 
-# Rows of a block row that `add_whole_rows` multiplies at a time, at most, and per turn; pieces that its ring has, and
-# copies per lane and piece, at most.
-PIECE, TURN, PIECES_AHEAD, COPIES = 128, 32, 3, 12
+# Rows that `add_whole_rows` multiplies per turn; pieces that its ring has, and copies per lane and piece, at most.
+TURN, PIECES_AHEAD, COPIES = 32, 3, 12
 
 # What a sum is added to without any change, also of its sign.
 NOTHING_YET = np.float32(-0.0)
 
 assert OPEN_ROWS == PIECES_AHEAD - 1, "the piece after the present one must be complete"
-assert SCALED_BYTES == 2 * 4 * PIECE
+assert PIECE == 1 << 7, "`pieces_of` shifts by 7"
 
 
 @device_function
@@ -327,7 +328,7 @@ def make_add_strip(narrow: bool, stage_bytes: int):
                 if lane >= strip.resident:
                     streamed = int32(rank - in_ring)
                     offsets[streamed] = strip.offsets[lane] + int64(piece * rows) * strip.width
-                    # The remainder by three of a number below 32.
+                    # The remainder by three. Pieces are fewer than 32 (`is_whole`), where the product is right.
                     place = piece_bytes * int32(streamed - 3 * int32(int32(streamed * int32(11)) >> int32(5)))
                 entries[int32(4 * rank)] = int32(place)
                 entries[int32(4 * rank + 1)] = int32(4 * int32(strip.rows_of_block * lane + piece * rows))

@@ -409,7 +409,8 @@ def gated_layer_kernel(kind: tuple[str, str], narrow: bool, stamped: bool = Fals
                     cuda.syncthreads()
                 if logits_resident != 0 and own_samples == 1:
                     # Every thread computes a part of an own logit. Few warps are full, because the rate at which
-                    # warps read shared memory limits the sums.
+                    # warps read shared memory limits the sums. A gate of two factors has no resident logits, so that
+                    # the terms are the inputs of the matrix.
                     chain = thread
                     while chain < own_logits * of_strip:
                         k, number = first_strip, first_part
