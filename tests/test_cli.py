@@ -281,7 +281,7 @@ def test_bad_model_files(cli, tmp_path, model, text):
         (("train", "--out", "{new}", "--text", "{nowhere}"), "nowhere"),
         (("train", "--out", "{model}", "--text", "{text}"), "--force"),
         (("train", "--out", "{nowhere}/x", "--text", "{text}"), "no folder"),
-        (("train", "--out", "{new}", "--text", "{text}", "--hidden", "-3"), "units"),
+        (("train", "--out", "{new}", "--text", "{text}", "--hidden", "-3"), "hidden: got -3, need a whole number >= 1"),
         (("train", "--out", "{new}", "--text", "{text}", "--batch", "0"), "batch"),
         (("train", "--out", "{new}", "--text", "{text}", "--variant", "lstm"), "variant"),
         (("train", "--out", "{new}", "--text", "{text}", "--window", "5000"), "too few"),
